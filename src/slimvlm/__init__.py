@@ -1,0 +1,1 @@
+"""Structural pruning and recovery for multimodal LLMs."""

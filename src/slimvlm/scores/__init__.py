@@ -1,0 +1,172 @@
+"""The table of criteria: what each scores, what it needs, where it was published.
+
+A criterion is one function and one row. ``docs/add-a-criterion.md`` walks through adding one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from slimvlm.errors import ConfigError
+from slimvlm.scores.layers import score_angular, score_block_influence, score_spacing
+from slimvlm.scores.width import (
+    score_activation,
+    score_gate,
+    score_magnitude,
+    score_random,
+    summed,
+)
+from slimvlm.values import Scores
+
+Capture = Literal["nothing", "weights", "hidden_states", "activations", "gradients", "gates"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Criterion:
+    """One way to score units.
+
+    Attributes:
+        units: The units that it scores.
+        capture: The statistics that it needs.
+        function: ``(statistics, anatomy, **options) -> Scores``.
+        paper: Title and arXiv id.
+        about: One line for tables.
+        options: Options of the function and their allowed values (None: any).
+        capture_options: Options of the capture and their allowed values.
+        fixed: Capture options that the criterion sets itself.
+    """
+
+    units: tuple[str, ...]
+    capture: Capture
+    function: Callable[..., Scores]
+    paper: str
+    about: str
+    options: Mapping[str, tuple[Any, ...] | None] = field(default_factory=dict)
+    capture_options: Mapping[str, tuple[Any, ...] | None] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration batches are needed."""
+        return self.capture not in ("nothing", "weights")
+
+
+_WIDTH = ("kv_group", "neuron")
+_LLM_PRUNER = "LLM-Pruner, arXiv:2305.11627"
+
+CRITERIA: dict[str, Criterion] = {
+    "block_influence": Criterion(
+        units=("layer",),
+        capture="hidden_states",
+        function=score_block_influence,
+        paper="ShortGPT, arXiv:2403.03853",
+        about="1 - mean cosine between a layer's input and output",
+        options={"reduction": ("mean", "sum"), "last_layer": ("prenorm", "postnorm")},
+    ),
+    "angular": Criterion(
+        units=("layer",),
+        capture="hidden_states",
+        function=score_angular,
+        paper="Gromov et al., arXiv:2403.17887",
+        about="the run of layers whose input and output are closest in angle",
+        options={"last_layer": ("prenorm", "postnorm")},
+    ),
+    "spacing": Criterion(
+        units=("layer",),
+        capture="nothing",
+        function=score_spacing,
+        paper="compared in arXiv:2603.20275",
+        about="removed layers as far apart as possible",
+    ),
+    "taylor": Criterion(
+        units=_WIDTH,
+        capture="gradients",
+        function=summed("taylor"),
+        paper=_LLM_PRUNER,
+        about="first order: |weight x gradient| summed over the unit",
+        capture_options={"gradient": ("batch", "per_sample")},
+        fixed={"order": "first"},
+    ),
+    "taylor_second": Criterion(
+        units=_WIDTH,
+        capture="gradients",
+        function=summed("taylor_second"),
+        paper=_LLM_PRUNER,
+        about="second order: weight² x mean squared gradient",
+        fixed={"order": "second"},
+    ),
+    "taylor_mix": Criterion(
+        units=_WIDTH,
+        capture="gradients",
+        function=summed("taylor_mix"),
+        paper=_LLM_PRUNER,
+        about="first and second order together",
+        fixed={"order": "mix"},
+    ),
+    "gate": Criterion(
+        units=_WIDTH,
+        capture="gates",
+        function=score_gate,
+        paper="Michel et al., arXiv:1905.10650",
+        about="gradient of a switch on each unit; no weight gradients",
+    ),
+    "activation": Criterion(
+        units=_WIDTH,
+        capture="activations",
+        function=score_activation,
+        paper="Minitron, arXiv:2407.14679",
+        about="mean size of a unit's output",
+    ),
+    "magnitude": Criterion(
+        units=("layer", *_WIDTH),
+        capture="weights",
+        function=score_magnitude,
+        paper=_LLM_PRUNER,
+        about="size of the weights, l1 or l2",
+        options={"reduction": ("mean", "sum")},
+        capture_options={"p": (1, 2)},
+    ),
+    "random": Criterion(
+        units=("layer", *_WIDTH),
+        capture="nothing",
+        function=score_random,
+        paper="baseline",
+        about="chance",
+        options={"seed": None},
+    ),
+}
+
+
+def criterion_named(name: str, options: Mapping[str, Any]) -> Criterion:
+    """Look a criterion up and check its options.
+
+    Raises:
+        ConfigError: If the name, an option or an option's value is not known.
+    """
+    if name not in CRITERIA:
+        raise ConfigError(f"criterion {name!r} is not known. Choose from: {', '.join(CRITERIA)}")
+    criterion = CRITERIA[name]
+    known = {**criterion.options, **criterion.capture_options}
+    for option, value in options.items():
+        if option not in known:
+            raise ConfigError(
+                f"criterion {name!r} has no option {option!r}. "
+                f"It has: {', '.join(known) or 'none'}"
+            )
+        allowed = known[option]
+        if allowed is not None and value not in allowed:
+            choices = ", ".join(map(str, allowed))
+            raise ConfigError(f"criterion {name!r}: {option}={value!r} must be one of: {choices}")
+    return criterion
+
+
+def criteria_table() -> str:
+    """The table of criteria as Markdown, as printed in the README."""
+    rows = ["| criterion | units | needs data | what it measures | source |", "|---|---|---|---|---|"]
+    for name, row in CRITERIA.items():
+        needs = "yes" if row.needs_data else "no"
+        units = ", ".join(row.units)
+        rows.append(f"| `{name}` | {units} | {needs} | {row.about} | {row.paper} |")
+    return "\n".join(rows)

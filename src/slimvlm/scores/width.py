@@ -1,0 +1,158 @@
+"""Scores of KV groups and neurons: elementwise formulas, and their sums over units.
+
+O output row, I input column of a weight matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from slimvlm.anatomy import Anatomy
+from slimvlm.units import fold, unit_of
+from slimvlm.values import Scores, Statistics
+
+Weight = Float[Tensor, "O I"]
+
+
+def taylor(weight: Weight, gradient: Weight) -> Weight:
+    """First order: ``|w g|``, the change of the loss when a weight becomes zero.
+
+    Reference:
+        Ma et al. 2023, LLM-Pruner, arXiv:2305.11627, Eq. 5; Huang et al. 2025,
+        arXiv:2507.20749, Eq. 3-5.
+    """
+    return (weight * gradient).abs()
+
+
+def taylor_second(weight: Weight, squared_gradient: Weight) -> Weight:
+    """Second order with the Fisher diagonal: ``w² mean_j(g_j²)``.
+
+    Reference:
+        Ma et al. 2023, LLM-Pruner, arXiv:2305.11627, Eq. 5 (second term; its code omits the ½).
+    """
+    return weight * squared_gradient * weight
+
+
+def taylor_mix(weight: Weight, gradient: Weight, squared_gradient: Weight) -> Weight:
+    """Both orders: ``|w g - ½ w² mean_j(g_j²)|``.
+
+    Reference:
+        Ma et al. 2023, LLM-Pruner, arXiv:2305.11627, Eq. 5.
+    """
+    return (weight * gradient - 0.5 * weight * squared_gradient * weight).abs()
+
+
+def magnitude(weight: Weight, p: int = 1) -> Weight:
+    """``|w|^p``. There is no p-th root, as in LLM-Pruner."""
+    return weight.abs().pow(p)
+
+
+def sum_over_units(
+    statistics: Statistics, anatomy: Anatomy, criterion: str, reduction: str = "sum"
+) -> Scores:
+    """Add a statistic per channel over each unit's channels in all its matrices.
+
+    Args:
+        statistics: One vector for each matrix, along its divided dimension.
+        anatomy: The model's.
+        criterion: Name to give the scores.
+        reduction: ``sum`` over the unit's matrices, or their ``mean`` (a fused matrix counts as
+            the matrices it holds).
+    """
+    scores: dict[str, list[Tensor]] = {"kv_group": [], "neuron": []}
+    for index, shape in enumerate(anatomy.layers):
+        for projections in (anatomy.backbone.attention, anatomy.backbone.mlp):
+            parts = [
+                part
+                for projection in projections
+                for part in fold(
+                    projection, shape, statistics.tensors[f"{index}.{projection.path}"].double()
+                )
+            ]
+            total = torch.stack(parts).sum(0)
+            value = total / len(parts) if reduction == "mean" else total
+            scores[unit_of(projections[0])].append(value.float())
+    return Scores(criterion, kv_group=scores["kv_group"], neuron=scores["neuron"])
+
+
+def summed(criterion: str) -> Callable[..., Scores]:
+    """A score function that adds its statistic over each unit."""
+
+    def score(statistics: Statistics, anatomy: Anatomy) -> Scores:
+        return sum_over_units(statistics, anatomy, criterion)
+
+    return score
+
+
+def score_magnitude(
+    statistics: Statistics, anatomy: Anatomy, reduction: str = "mean"
+) -> Scores:
+    """Size of the weights of each unit; layers by the mean over their matrices' weights.
+
+    Args:
+        statistics: From the ``weights`` capture.
+        anatomy: The model's.
+        reduction: ``mean`` over the unit's matrices as LLM-Pruner's scripts have it, or ``sum``.
+    """
+    scores = sum_over_units(statistics, anatomy, "magnitude", reduction)
+    layers = [
+        sum(
+            statistics.tensors[f"{index}.{projection.path}"].double().sum()
+            for projection in (*anatomy.backbone.attention, *anatomy.backbone.mlp)
+        )
+        / (shape.params - shape.fixed_params)
+        for index, shape in enumerate(anatomy.layers)
+    ]
+    layer = torch.stack([torch.as_tensor(value) for value in layers]).float()
+    return Scores("magnitude", layer=layer, kv_group=scores.kv_group, neuron=scores.neuron)
+
+
+def score_gate(statistics: Statistics, anatomy: Anatomy) -> Scores:
+    """``mean_j |dL_j / dm|`` for a gate ``m = 1`` on each unit's output, over samples ``j``.
+
+    Equals the first-order change of the loss when the unit is switched off, with the sum over the
+    unit's channels inside the absolute value. Needs no gradient of any weight.
+
+    Reference:
+        Michel et al. 2019, Are Sixteen Heads Really Better than One?, arXiv:1905.10650, Eq. 2.
+    """
+    layers = range(anatomy.num_layers)
+    count = max(statistics.num_samples, 1)
+    return Scores(
+        "gate",
+        kv_group=[statistics.tensors[f"{i}.kv_group"].float() / count for i in layers],
+        neuron=[statistics.tensors[f"{i}.neuron"].float() / count for i in layers],
+    )
+
+
+def score_activation(statistics: Statistics, anatomy: Anatomy) -> Scores:
+    """Mean size of what a unit sends to ``o_proj`` / ``down_proj`` over valid tokens.
+
+    Neurons: mean of ``|a|``. KV groups: mean L2 norm of the group's heads, concatenated.
+
+    Reference:
+        Muralidharan et al. 2024, Minitron, arXiv:2407.14679, Sec. 2.2 (mean over tokens here,
+        with padding left out; the paper aggregates batch and sequence separately).
+    """
+    layers = range(anatomy.num_layers)
+    count = max(statistics.num_tokens, 1)
+    return Scores(
+        "activation",
+        kv_group=[statistics.tensors[f"{i}.kv_group"].float() / count for i in layers],
+        neuron=[statistics.tensors[f"{i}.neuron"].float() / count for i in layers],
+    )
+
+
+def score_random(statistics: Statistics, anatomy: Anatomy, seed: int = 0) -> Scores:
+    """Uniform random scores: the floor that every other criterion has to beat."""
+    generator = torch.Generator().manual_seed(seed)
+    return Scores(
+        "random",
+        layer=torch.rand(anatomy.num_layers, generator=generator),
+        kv_group=[torch.rand(s.num_kv_heads, generator=generator) for s in anatomy.layers],
+        neuron=[torch.rand(s.intermediate_size, generator=generator) for s in anatomy.layers],
+    )
