@@ -1,1 +1,62 @@
-"""Structural pruning and recovery for multimodal LLMs."""
+"""Structural pruning and recovery for multimodal LLMs.
+
+    import slimvlm as sv
+
+    model, processor = sv.load("llava-hf/llava-1.5-7b-hf", dtype="bfloat16")
+    scores = sv.score(model, batches, criterion="taylor")
+    plan = sv.make_plan(sv.anatomy(model), scores, ratio=0.3, axis="width")
+    sv.prune_(model, plan)
+    sv.save(model, processor, "out", plan)
+
+Names are loaded when first used, so that the command line starts quickly.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "Anatomy": "geometry",
+    "CRITERIA": "scores",
+    "CompressConfig": "compression",
+    "History": "recovery",
+    "Plan": "plan",
+    "Question": "samples",
+    "RecoverConfig": "config",
+    "Result": "evaluation",
+    "Sample": "samples",
+    "Scores": "values",
+    "SlimError": "errors",
+    "Statistics": "values",
+    "Task": "samples",
+    "anatomy": "checkpoint",
+    "block_influence": "scores.layers",
+    "calibration_batches": "calibrate",
+    "collect": "calibrate",
+    "compress": "compression",
+    "evaluate": "evaluation",
+    "find_tasks": "tasks",
+    "load": "checkpoint",
+    "load_samples": "data",
+    "losses": "losses",
+    "make_plan": "plan",
+    "mask_": "surgery",
+    "prune_": "surgery",
+    "ratio_for_params": "plan",
+    "recover": "recovery",
+    "save": "checkpoint",
+    "score": "calibrate",
+}
+
+__all__ = sorted([*_HOME, "inspect"])
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "inspect":
+        return import_module("slimvlm.checkpoint").anatomy
+    if name not in _HOME:
+        raise AttributeError(f"module 'slimvlm' has no attribute {name!r}")
+    module = import_module(f"slimvlm.{_HOME[name]}")
+    return module if name == _HOME[name] == "losses" else getattr(module, name)

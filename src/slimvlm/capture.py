@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from slimvlm import losses
-from slimvlm.anatomy import decoder_layers, final_norm, projections, read_anatomy
 from slimvlm.errors import DataError, NumericalError
 from slimvlm.families import INPUT_COLUMNS
+from slimvlm.geometry import decoder_layers, final_norm, projections, read_anatomy
 from slimvlm.scores.layers import angular_distance, block_influence
 from slimvlm.scores.width import magnitude, taylor, taylor_mix, taylor_second
 from slimvlm.units import spread, unit_of
@@ -278,9 +278,7 @@ def _means_over_samples(
     return _collected("gradients", means, samples, tokens)
 
 
-def _backward_each_sample(
-    model: nn.Module, batch: Batch, counts: list[int]
-) -> Iterator[int]:
+def _backward_each_sample(model: nn.Module, batch: Batch, counts: list[int]) -> Iterator[int]:
     """Backward through one sample's mean loss at a time, each announced before it runs."""
     sample_losses = _sample_losses(model, batch)
     for j, count in enumerate(counts):
@@ -314,9 +312,7 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _prepared(
-    model: nn.Module, batches: Iterable[Batch], labels: bool = False
-) -> Iterator[Batch]:
+def _prepared(model: nn.Module, batches: Iterable[Batch], labels: bool = False) -> Iterator[Batch]:
     """Batches on the model's device; labels checked, made from the text where absent."""
     device, empty = _device(model), True
     for raw in batches:

@@ -9,8 +9,8 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from slimvlm.anatomy import Anatomy, family_of, read_anatomy, text_config_of
 from slimvlm.errors import ImpossiblePlanError
+from slimvlm.geometry import Anatomy, family_of, read_anatomy, text_config_of
 from slimvlm.plan import Plan
 
 UNEVEN_FIELD = "pruned_layers"
@@ -33,11 +33,11 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 def smaller_text_config(config: PreTrainedConfig, plan: Plan) -> PreTrainedConfig:
     """The language-model configuration of the pruned model; the given one is left alone."""
-    old = text_config_of(config)
+    old: PreTrainedConfig = text_config_of(config)
     after, row = plan.after, plan.before.backbone
-    new = copy.deepcopy(old)
+    new: PreTrainedConfig = copy.deepcopy(old)
     if plan.needs_retype:
-        new = _retyped(new, row.retype, row.retype_fields)
+        new = _retyped(new, after.text_type, row.retype_fields)
     changes: dict[str, Any] = {"num_hidden_layers": after.num_layers}
     for name in row.layer_lists:
         if getattr(new, name, None) is not None:
@@ -100,7 +100,7 @@ def _widths(anatomy: Anatomy, index: int) -> dict[str, int]:
     }
 
 
-def _retyped(text_config: Any, model_type: str | None, fields: Any) -> PreTrainedConfig:
+def _retyped(text_config: Any, model_type: str, fields: Any) -> PreTrainedConfig:
     values = text_config.to_dict()
     target = CONFIG_MAPPING[model_type]
     dropped = {"model_type", "architectures", "transformers_version"}

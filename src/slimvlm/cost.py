@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from slimvlm.anatomy import Anatomy
+from slimvlm.geometry import Anatomy
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 """Bytes of one weight by data type."""

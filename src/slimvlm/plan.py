@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimvlm.anatomy import Anatomy, LayerShape
 from slimvlm.errors import ConfigError, ImpossiblePlanError
+from slimvlm.geometry import Anatomy, LayerShape
 from slimvlm.values import Scores
 
 AXES = ("depth", "width", "both")
@@ -52,7 +52,9 @@ class Plan:
         for index, shape in enumerate(self.before.layers):
             is_kept = index in self.layers
             groups, neurons = self.kv_groups[index], self.neurons[index]
-            _check_indices(f"kv_groups[{index}]", groups, shape.num_kv_heads, is_kept == bool(groups))
+            _check_indices(
+                f"kv_groups[{index}]", groups, shape.num_kv_heads, is_kept == bool(groups)
+            )
             _check_indices(
                 f"neurons[{index}]", neurons, shape.intermediate_size, is_kept == bool(neurons)
             )
@@ -339,9 +341,7 @@ def _narrowed(
     anatomy = plan.before
     if not any(s.kv_group is not None or s.neuron is not None for s in given):
         _scores_for("neuron", given, anatomy, plan.axis)
-    open_layers = [
-        i for i in plan.layers if protect[0] <= i < anatomy.num_layers - protect[1]
-    ]
+    open_layers = [i for i in plan.layers if protect[0] <= i < anatomy.num_layers - protect[1]]
     if len({anatomy.layers[i] for i in open_layers}) > 1:
         raise ConfigError("allocation 'uniform' needs a model whose layers are equally wide")
     shape = anatomy.layers[open_layers[0]]

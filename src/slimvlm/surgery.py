@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from slimvlm.anatomy import (
+from slimvlm.configs import smaller_text_config, validate, with_text_config
+from slimvlm.errors import ConfigError
+from slimvlm.families import INPUT_COLUMNS, OUTPUT_ROWS, Projection
+from slimvlm.geometry import (
     Anatomy,
     decoder_layers,
     family_of,
@@ -18,9 +21,6 @@ from slimvlm.anatomy import (
     read_anatomy,
     text_config_of,
 )
-from slimvlm.configs import smaller_text_config, validate, with_text_config
-from slimvlm.errors import ConfigError
-from slimvlm.families import INPUT_COLUMNS, OUTPUT_ROWS, Projection
 from slimvlm.plan import Plan
 from slimvlm.units import channels_of, unit_of
 
@@ -148,12 +148,14 @@ def _apply_config(model: PreTrainedModel, text_config: PreTrainedConfig, plan: P
                 setattr(attention.config, name, value)
 
 
-def _retype_modules(
-    model: PreTrainedModel, old: PreTrainedConfig, new: PreTrainedConfig
-) -> None:
+def _retype_modules(model: PreTrainedModel, old: PreTrainedConfig, new: PreTrainedConfig) -> None:
     """Give the language model's modules the classes of the new type; they compute the same."""
-    source = importlib.import_module(f".models.{old.model_type}.modeling_{old.model_type}", "transformers")
-    target = importlib.import_module(f".models.{new.model_type}.modeling_{new.model_type}", "transformers")
+    source = importlib.import_module(
+        f".models.{old.model_type}.modeling_{old.model_type}", "transformers"
+    )
+    target = importlib.import_module(
+        f".models.{new.model_type}.modeling_{new.model_type}", "transformers"
+    )
     old_prefix = type(old).__name__.removesuffix("Config")
     new_prefix = type(new).__name__.removesuffix("Config")
     is_text_model = family_of(model.config.model_type).text_config is None

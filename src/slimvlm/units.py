@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from slimvlm.anatomy import LayerShape
 from slimvlm.families import Projection, Segment
+from slimvlm.geometry import LayerShape
 
 
 def unit_of(projection: Projection) -> str:

@@ -152,8 +152,7 @@ def criterion_named(name: str, options: Mapping[str, Any]) -> Criterion:
     for option, value in options.items():
         if option not in known:
             raise ConfigError(
-                f"criterion {name!r} has no option {option!r}. "
-                f"It has: {', '.join(known) or 'none'}"
+                f"criterion {name!r} has no option {option!r}. It has: {', '.join(known) or 'none'}"
             )
         allowed = known[option]
         if allowed is not None and value not in allowed:
@@ -164,7 +163,10 @@ def criterion_named(name: str, options: Mapping[str, Any]) -> Criterion:
 
 def criteria_table() -> str:
     """The table of criteria as Markdown, as printed in the README."""
-    rows = ["| criterion | units | needs data | what it measures | source |", "|---|---|---|---|---|"]
+    rows = [
+        "| criterion | units | needs data | what it measures | source |",
+        "|---|---|---|---|---|",
+    ]
     for name, row in CRITERIA.items():
         needs = "yes" if row.needs_data else "no"
         units = ", ".join(row.units)

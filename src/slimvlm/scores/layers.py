@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from slimvlm.anatomy import Anatomy
+from slimvlm.geometry import Anatomy
 from slimvlm.values import Scores, Statistics
 
 
@@ -78,9 +78,7 @@ def score_block_influence(
     return Scores("block_influence", layer=values.float())
 
 
-def score_angular(
-    statistics: Statistics, anatomy: Anatomy, last_layer: str = "prenorm"
-) -> Scores:
+def score_angular(statistics: Statistics, anatomy: Anatomy, last_layer: str = "prenorm") -> Scores:
     """Angular distance over runs of layers at the last valid token; the nearest run goes.
 
     `Scores.layer` holds the distances of single layers, `Scores.layer_runs` those of all runs.

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from slimvlm.anatomy import Anatomy
+from slimvlm.geometry import Anatomy
 from slimvlm.units import fold, unit_of
 from slimvlm.values import Scores, Statistics
 
@@ -88,9 +88,7 @@ def summed(criterion: str) -> Callable[..., Scores]:
     return score
 
 
-def score_magnitude(
-    statistics: Statistics, anatomy: Anatomy, reduction: str = "mean"
-) -> Scores:
+def score_magnitude(statistics: Statistics, anatomy: Anatomy, reduction: str = "mean") -> Scores:
     """Size of the weights of each unit; layers by the mean over their matrices' weights.
 
     Args:

@@ -1,0 +1,40 @@
+# `make demo` and `make test` each set everything up on a fresh machine: Python 3.11 and make.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= runs/demo
+
+.PHONY: demo demo-short test test-all lint format bench clean
+
+demo: $(VENV)/.ready
+	$(BIN)/slimvlm demo run --out $(OUT) --force
+
+demo-short: $(VENV)/.ready
+	$(BIN)/slimvlm demo run --short --out $(OUT) --force
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: $(VENV)/.ready
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.ready
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.ready
+	$(BIN)/python benchmarks/calibration.py
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[demo,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,217 @@
+"""Read and write Hugging Face checkpoint folders. Every written one is read back and compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from slimvlm import chat
+from slimvlm.configs import UNEVEN_FIELD, auto_class, empty_model
+from slimvlm.errors import ConfigError, ReloadError
+from slimvlm.geometry import Anatomy, backbone_of, family_of, read_anatomy
+from slimvlm.outputs import new_folder
+from slimvlm.plan import Plan
+from slimvlm.samples import Sample
+
+PLAN_FILE = "slimvlm_plan.json"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def resolve(model: str | Path) -> str:
+    """The folder or hub id that a user's ``MODEL`` means; ``demo`` is built when first used.
+
+    Raises:
+        ConfigError: If it is a folder that does not exist or has no ``config.json``.
+    """
+    if str(model) == "demo":
+        from slimvlm.demo.build import build_demo
+
+        return str(build_demo())
+    path = Path(model)
+    checkpoint = path / "checkpoint"
+    if not (path / "config.json").exists() and (checkpoint / "config.json").exists():
+        return str(checkpoint)  # a run folder
+    looks_local = str(model).startswith((".", "/", "~")) or str(model).count("/") != 1
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"model {str(model)!r}: the folder has no config.json")
+    elif looks_local or path.exists():
+        raise ConfigError(f"model {str(model)!r}: no such folder")
+    return str(model)
+
+
+def load_config(model: str | Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Read a model's configuration and check that slimvlm knows it; no weights are read.
+
+    Raises:
+        ConfigError: If it cannot be found or read.
+        UnsupportedModelError: If no family row matches.
+    """
+    name = resolve(model)
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, HFValidationError, HfHubHTTPError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model {str(model)!r}: config cannot be read ({reason})") from error
+    family_of(config.model_type)
+    backbone_of(config)
+    return config
+
+
+def load(
+    model: str | Path,
+    dtype: str = "auto",
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, Any]:
+    """Load a model and its processor as native transformers objects.
+
+    Args:
+        model: A folder, a hub id, or ``demo``.
+        dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
+        device: Where to put it; by default the first GPU, else the CPU.
+        trust_remote_code: Whether code that lies in the checkpoint may run.
+
+    Returns:
+        The model in evaluation mode, and its processor (its tokenizer, for a text model).
+
+    Raises:
+        ConfigError: If it cannot be found or read.
+        UnsupportedModelError: If slimvlm does not know the family.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} must be one of: {', '.join(DTYPES)}")
+    config = load_config(model, trust_remote_code)
+    name = resolve(model)
+    try:
+        loaded: PreTrainedModel = auto_class(config).from_pretrained(
+            name, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model {str(model)!r}: weights cannot be read ({reason})") from error
+    target = torch.device(device) if device is not None else default_device()
+    loaded.to(target)  # type: ignore[arg-type]
+    return loaded.eval(), load_processor(name, config, trust_remote_code)
+
+
+def default_device() -> torch.device:
+    """The first GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_processor(name: str, config: PreTrainedConfig, trust_remote_code: bool = False) -> Any:
+    """The processor of a model that sees, the tokenizer of one that does not; None if absent."""
+    sees = family_of(config.model_type).vision is not None
+    auto = transformers.AutoProcessor if sees else transformers.AutoTokenizer
+    try:
+        return auto.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def anatomy(model: PreTrainedModel | PreTrainedConfig | str | Path) -> Anatomy:
+    """The anatomy of a model, a configuration, or a folder or hub id (its weights stay unread).
+
+    Raises:
+        ConfigError: If a folder or id cannot be read.
+        UnsupportedModelError: If slimvlm does not know the family.
+    """
+    if isinstance(model, nn.Module):
+        return read_anatomy(model)
+    config = model if isinstance(model, PreTrainedConfig) else load_config(model)
+    family_of(config.model_type)
+    backbone_of(config)
+    return read_anatomy(empty_model(config))
+
+
+def save(
+    model: PreTrainedModel,
+    processor: Any,
+    out: str | Path,
+    plan: Plan | None = None,
+    force: bool = False,
+) -> None:
+    """Write a checkpoint that plain ``from_pretrained`` loads, and prove it.
+
+    The folder is written beside its place and read back; logits on a probe (with a picture, if
+    the model sees) must agree before it is renamed.
+
+    Args:
+        model: The model.
+        processor: Its processor or tokenizer; None writes none.
+        out: The new folder.
+        plan: The plan that made the model; stored as ``slimvlm_plan.json``.
+        force: Whether an existing folder may be replaced.
+
+    Raises:
+        ConfigError: If the folder exists, or the layers have different widths, which a plain
+            configuration cannot say.
+        ReloadError: If what was written does not load back to the same model.
+    """
+    if not read_anatomy(model).is_uniform:
+        raise ConfigError(
+            "layers have different widths, which a plain configuration cannot write down "
+            f"({UNEVEN_FIELD}). Plan without protect, or with axis='depth'"
+        )
+    with new_folder(out, force) as folder:
+        model.save_pretrained(folder)
+        if processor is not None:
+            processor.save_pretrained(folder)
+        if plan is not None:
+            plan.save(folder / PLAN_FILE)
+        check_reload(model, processor, folder)
+
+
+@torch.no_grad()
+def check_reload(model: PreTrainedModel, processor: Any, folder: str | Path) -> None:
+    """Load a written folder with the plain Auto class and compare it with the live model.
+
+    Raises:
+        ReloadError: If keys are missing or left over, or logits differ by more than rounding.
+    """
+    was_training = model.training
+    model.eval()
+    batch = {k: v.to(model.device) for k, v in probe(model, processor).items()}
+    expected = model(**batch).logits.float().cpu()
+    try:
+        again, report = auto_class(model.config).from_pretrained(
+            folder, dtype=model.dtype, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ReloadError(f"{str(folder)!r} does not load back: {error}") from error
+    problems = {name: sorted(map(str, keys)) for name, keys in report.items() if keys}
+    if problems:
+        raise ReloadError(f"{str(folder)!r} loads with wrong keys: {problems}")
+    again.eval().to(model.device)
+    found = again(**batch).logits.float().cpu()
+    model.train(was_training)
+    difference = float((found - expected).abs().max())
+    if not difference <= 1e-3 * max(float(expected.abs().max()), 1.0):
+        raise ReloadError(f"{str(folder)!r} loads back to other logits (difference {difference})")
+
+
+def probe(model: PreTrainedModel, processor: Any) -> dict[str, Tensor]:
+    """A small input for comparing two copies of a model: a picture and a question if it sees."""
+    if processor is not None and getattr(processor, "chat_template", None) is not None:
+        sees = chat.can_see(processor)
+        parts = [{"type": "image"}] * sees + [{"type": "text", "text": "What is shown here?"}]
+        messages = (
+            {"role": "user", "content": parts},
+            {"role": "assistant", "content": [{"type": "text", "text": "A field of colours."}]},
+        )
+        picture = Image.linear_gradient("L").resize((96, 96)).convert("RGB")
+        inputs = chat.encode_samples(processor, [Sample("probe", messages, (picture,) * sees)])
+        inputs.pop("labels")
+        return inputs
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    ids = torch.randint(3, max(vocabulary // 2, 4), (1, 16), generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

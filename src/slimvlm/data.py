@@ -1,0 +1,229 @@
+"""Data files → `Sample`s: LLaVA JSON, chat ``messages`` in JSONL, parquet or ``datasets`` form."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from slimvlm.errors import ConfigError, DataError
+from slimvlm.samples import Message, Sample
+
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+
+
+def load_samples(
+    data: str | Path,
+    images: str | Path | None = None,
+    limit: int | None = None,
+    max_bad: int = 0,
+    warn: Callable[[str], None] = print,
+) -> list[Sample]:
+    """Read conversations from any supported source.
+
+    Args:
+        data: ``demo``; a LLaVA-format ``.json``; a ``.jsonl`` or ``.parquet`` with ``messages``
+            (or ``conversations``); a folder that ``datasets`` saved; or a hub dataset id.
+        images: Folder that relative image paths start from; by default the data file's own.
+        limit: Read only the first so many good samples.
+        max_bad: Up to so many broken rows are skipped and named; one more is an error.
+        warn: Receives one line for each row that was skipped.
+
+    Raises:
+        ConfigError: If the source does not exist or is not understood.
+        DataError: If too many rows are broken; the message names the first one.
+    """
+    if str(data) == "demo":
+        from slimvlm.demo.conversations import demo_samples
+
+        return demo_samples(limit or 1024)
+    path = Path(data)
+    root = Path(images) if images is not None else path.parent
+    if images is not None and not root.is_dir():
+        raise ConfigError(f"images {str(images)!r} is not a folder")
+    samples: list[Sample] = []
+    bad = 0
+    for index, row in enumerate(_rows(data)):
+        if limit is not None and len(samples) >= limit:
+            break
+        try:
+            samples.append(_sample(row, index, root.absolute()))
+        except DataError as error:
+            bad += 1
+            if bad > max_bad:
+                raise DataError(f"data {str(data)!r}: {error} (--max-bad {max_bad})") from error
+            warn(f"skipped: {error}")
+    if not samples:
+        raise DataError(f"data {str(data)!r}: no usable sample")
+    return samples
+
+
+def subset(samples: list[Sample], fraction: float, seed: int) -> list[Sample]:
+    """A seeded share of the samples, in their original order; the same on every rank."""
+    count = max(round(len(samples) * fraction), 1)
+    if count >= len(samples):
+        return samples
+    chosen = random.Random(seed).sample(range(len(samples)), count)
+    return [samples[i] for i in sorted(chosen)]
+
+
+def _rows(data: str | Path) -> Iterator[Any]:
+    path = Path(data)
+    if path.is_file():
+        yield from _rows_of_file(path)
+    elif path.is_dir() or (str(data).count("/") == 1 and not str(data).startswith((".", "/"))):
+        yield from _rows_of_dataset(path if path.is_dir() else str(data))
+    else:
+        raise ConfigError(f"data {str(data)!r}: no such file, folder or dataset")
+
+
+def _rows_of_file(path: Path) -> Iterator[Any]:
+    if path.suffix == ".parquet":
+        import datasets
+
+        yield from datasets.Dataset.from_parquet(str(path))
+    elif path.suffix == ".jsonl":
+        with path.open() as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield _parsed(line, f"line {number}")
+    elif path.suffix == ".json":
+        rows = _parsed(path.read_text(), "the file")
+        if isinstance(rows, BrokenRow):
+            raise DataError(f"data {str(path)!r}: {rows.why}")
+        if not isinstance(rows, list):
+            raise DataError(f"data {str(path)!r}: must be a list of conversations")
+        yield from rows
+    else:
+        raise ConfigError(
+            f"data {str(path)!r}: must end in .json, .jsonl or .parquet, or be a folder"
+        )
+
+
+def _rows_of_dataset(source: Path | str) -> Iterable[Any]:
+    import datasets
+
+    try:
+        if isinstance(source, Path) and (source / "state.json").exists():
+            return datasets.load_from_disk(str(source))  # type: ignore[no-any-return]
+        if isinstance(source, Path) and (source / "dataset_dict.json").exists():
+            return datasets.load_from_disk(str(source))["train"]  # type: ignore[no-any-return]
+        return datasets.load_dataset(str(source), split="train")  # type: ignore[no-any-return]
+    except (OSError, ValueError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ConfigError(f"data {str(source)!r}: cannot be loaded ({first_line})") from error
+
+
+class BrokenRow:
+    """Stands for a row that could not be parsed, so that it can be counted and named."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        return BrokenRow(f"{where} is not JSON ({error})")
+
+
+def _sample(row: Any, index: int, root: Path) -> Sample:
+    if isinstance(row, BrokenRow):
+        raise DataError(row.why)
+    if not isinstance(row, dict):
+        raise DataError(f"row {index} is not an object")
+    name = str(row.get("id", index))
+    turns = row.get("messages") or row.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise DataError(f"sample {name!r} has no messages or conversations")
+    stated = row.get("images") if row.get("images") is not None else row.get("image")
+    given = [] if stated is None else stated if isinstance(stated, list) else [stated]
+    messages, inline = _messages(turns, name)
+    pictures = [_image(image, name, root) for image in (*given, *inline)]
+    messages = _with_placeholders(messages, len(pictures), name)
+    return Sample(id=name, messages=tuple(messages), images=tuple(pictures))
+
+
+def _messages(turns: list[Any], name: str) -> tuple[list[Message], list[Any]]:
+    """Turns in chat form, and the pictures that stand inside them."""
+    messages: list[Message] = []
+    inline: list[Any] = []
+    for turn in turns:
+        if not isinstance(turn, dict):
+            raise DataError(f"sample {name!r}: a turn is not an object")
+        said = turn.get("role", turn.get("from"))
+        role = "system" if said == "system" else _ROLES.get(str(said))
+        content = turn.get("content", turn.get("value"))
+        if role is None or not isinstance(content, str | list):
+            raise DataError(f"sample {name!r}: a turn needs a known role and text (role {said!r})")
+        parts = _split_placeholders(content) if isinstance(content, str) else []
+        for part in content if isinstance(content, list) else []:
+            if not isinstance(part, dict) or part.get("type") not in ("text", "image"):
+                raise DataError(f"sample {name!r}: content parts must be text or image")
+            if part["type"] == "text":
+                parts.append({"type": "text", "text": str(part.get("text"))})
+                continue
+            source = next((part[k] for k in ("image", "path", "url") if part.get(k)), None)
+            parts.append({"type": "image"})
+            if source is not None:
+                inline.append(source)
+        messages.append({"role": role, "content": parts})
+    answers = [m for m in messages if m["role"] == "assistant"]
+    if not answers or not all(_has_text(m) for m in answers):
+        raise DataError(f"sample {name!r} has no answer, or an empty one")
+    return messages, inline
+
+
+def _has_text(message: Message) -> bool:
+    return any(part.get("text", "").strip() for part in message["content"])
+
+
+def _split_placeholders(text: str) -> list[dict[str, str]]:
+    """``<image>`` and what follows → an image part and a text part."""
+    parts: list[dict[str, str]] = []
+    for position, piece in enumerate(text.split("<image>")):
+        if position:
+            parts.append({"type": "image"})
+            piece = piece.removeprefix("\n")
+        if piece:
+            parts.append({"type": "text", "text": piece})
+    return parts
+
+
+def _with_placeholders(messages: list[Message], pictures: int, name: str) -> list[Message]:
+    """Pictures that no placeholder mentions come before the first user turn's text."""
+    mentioned = sum(p["type"] == "image" for m in messages for p in m["content"])
+    if mentioned == pictures:
+        return messages
+    if mentioned:
+        raise DataError(f"sample {name!r} has {mentioned} image placeholders, {pictures} images")
+    first = next(i for i, m in enumerate(messages) if m["role"] == "user")
+    content = [{"type": "image"}] * pictures + messages[first]["content"]
+    return [*messages[:first], {"role": "user", "content": content}, *messages[first + 1 :]]
+
+
+def _image(source: Any, name: str, root: Path) -> Image.Image | Path:
+    """A picture, or the path of one that exists below the image folder."""
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, dict):
+        if source.get("bytes"):
+            try:
+                return Image.open(io.BytesIO(source["bytes"]))
+            except OSError as error:
+                raise DataError(f"sample {name!r}: image cannot be read ({error})") from error
+        source = source.get("path")
+    if not isinstance(source, str):
+        raise DataError(f"sample {name!r}: image must be a path or a picture")
+    path = (root / source).resolve()
+    if not path.is_relative_to(root.resolve()):
+        raise DataError(f"sample {name!r}: image {source!r} lies outside {str(root)!r}")
+    if not path.is_file():
+        raise DataError(f"sample {name!r}: image {source!r} not found in {str(root)!r}")
+    return path

@@ -1,0 +1,51 @@
+"""The demo run: one depth and one width setting at 30 %, with everything that users would do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from slimvlm.compression import CompressConfig, compress
+from slimvlm.config import RecoverConfig
+from slimvlm.evaluation import Result
+from slimvlm.outputs import write_text
+from slimvlm.recipes import Axis
+from slimvlm.summary import as_markdown, result_rows
+
+RATIO = 0.3
+AXES: tuple[Axis, ...] = ("depth", "width")
+
+
+def run_demo(out: Path, short: bool, force: bool, say: Callable[[str], None]) -> dict[str, Result]:
+    """Prune, recover and evaluate the demo model along both axes.
+
+    Args:
+        out: Gets a run folder for each axis and ``summary.md``.
+        short: Only a few questions and training samples.
+        force: Whether runs of an earlier demo may be replaced.
+        say: Receives one line for each stage.
+
+    Returns:
+        Results of the original, and pruned and recovered for each axis.
+    """
+    results: dict[str, Result] = {}
+    for axis in AXES:
+        original = out / AXES[0] / "results" / "original.json"
+        config = CompressConfig(
+            model="demo",
+            ratio=RATIO,
+            axis=axis,
+            data="demo",
+            dtype="float32",
+            calibration_samples=16 if short else 64,
+            training_samples=32 if short else 320,
+            recover=RecoverConfig(train="full", loss="sft+hidden", learning_rate=2e-4),
+            tasks="demo",
+            limit=6 if short else 40,
+            baseline=None if axis == AXES[0] else str(original),
+        )
+        say(f"--- {axis} ---")
+        for stage, result in compress(config, out / axis, force, say).items():
+            results[stage if stage == "original" else f"{axis} {stage}"] = result
+    write_text(out / "summary.md", as_markdown(*result_rows(results)))
+    return results

@@ -1,0 +1,154 @@
+"""How an answer is scored, how scores are averaged, and what was kept of the original's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from slimvlm.samples import Question
+
+MME_FULL_SCORES = {"mme_cognition": 800.0, "mme_perception": 2000.0}
+"""Scores that the study rescales to percent before averaging (arXiv:2507.20749, Sec. 4)."""
+
+
+def normalise(text: str) -> str:
+    """Lower case, single spaces, no full stop at the end."""
+    return re.sub(r"\s+", " ", text.strip().lower()).rstrip(". ")
+
+
+def exact_match(reply: str, question: Question) -> float:
+    """1 if the normalised reply is one of the answers."""
+    return float(normalise(reply) in {normalise(answer) for answer in question.answers})
+
+
+def letter(reply: str, question: Question) -> float:
+    """1 if the first letter that stands alone in the reply is the answer's."""
+    match = re.search(r"\b([a-z])\b", normalise(reply))
+    return float(match is not None and match[1] == normalise(question.answers[0]))
+
+
+def yes_no(reply: str, question: Question) -> float:
+    """1 if the first word is the right one of yes and no."""
+    return float(first_word(reply) == normalise(question.answers[0]))
+
+
+def first_word(reply: str) -> str:
+    """The first word of a reply, normalised."""
+    match = re.match(r"[a-z]+", normalise(reply))
+    return match[0] if match else ""
+
+
+def set_f1(reply: str, question: Question) -> float:
+    """F1 between the comma-separated items of the reply and of the answer."""
+    found, wanted = _items(reply), _items(question.answers[0])
+    hits = len(found & wanted)
+    return 2 * hits / (len(found) + len(wanted)) if hits else 0.0
+
+
+def anls(reply: str, question: Question) -> float:
+    """Normalised Levenshtein similarity to the best answer, 0 below one half.
+
+    Reference:
+        Biten et al. 2019, Scene Text Visual Question Answering, arXiv:1905.13648, Eq. 1.
+    """
+    best = max(_similarity(normalise(reply), normalise(answer)) for answer in question.answers)
+    return best if best >= 0.5 else 0.0
+
+
+METRICS: dict[str, Callable[[str, Question], float]] = {
+    "exact_match": exact_match,
+    "letter": letter,
+    "yes_no": yes_no,
+    "set_f1": set_f1,
+    "anls": anls,
+}
+"""Metrics of a generated reply, each in [0, 1]. Perplexity is computed without generation."""
+
+
+def yes_no_details(replies: Sequence[str], questions: Sequence[Question]) -> dict[str, float]:
+    """F1 of "yes" and the share of yes replies, in percent, as POPE reports them."""
+    said = [first_word(reply) == "yes" for reply in replies]
+    true = [normalise(question.answers[0]) == "yes" for question in questions]
+    hits = sum(s and t for s, t in zip(said, true, strict=True))
+    f1 = 2 * hits / (sum(said) + sum(true)) if hits else 0.0
+    return {"f1": 100 * f1, "yes_rate": 100 * sum(said) / max(len(said), 1)}
+
+
+def average(scores: Mapping[str, float]) -> float:
+    """AVG: the unweighted mean over tasks, MME scores rescaled to percent.
+
+    Reference:
+        Huang et al. 2025, arXiv:2507.20749, Sec. 4.
+    """
+    return float(np.mean([s * 100 / MME_FULL_SCORES.get(n, 100.0) for n, s in scores.items()]))
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What a model kept of another one's average.
+
+    Attributes:
+        percent: AVG-%: the ratio of the two averages in percent (a ratio of means).
+        low: Lower end of the 95 % confidence interval.
+        high: Upper end.
+        above_chance: The same ratio after the tasks' chance levels are taken off both averages.
+    """
+
+    percent: float
+    low: float
+    high: float
+    above_chance: float
+
+
+def retention(
+    scores: Mapping[str, Sequence[float]],
+    baseline: Mapping[str, Sequence[float]],
+    chance: Mapping[str, float],
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Retention:
+    """AVG-% with a paired bootstrap over questions.
+
+    Args:
+        scores: For each task, one score in [0, 1] for each question.
+        baseline: The same questions answered by the original model.
+        chance: Score of guessing for each task, in percent.
+        resamples: Bootstrap draws. Questions are drawn within tasks, the same for both models.
+        seed: Of the draws.
+    """
+    generator = np.random.default_rng(seed)
+    ours, theirs = np.zeros(resamples), np.zeros(resamples)
+    for name, values in scores.items():
+        pairs = np.stack([np.asarray(values, float), np.asarray(baseline[name], float)])
+        draws = generator.integers(0, pairs.shape[1], (resamples, pairs.shape[1]))
+        ours += pairs[0][draws].mean(1)
+        theirs += pairs[1][draws].mean(1)
+    ratios = 100 * ours / np.maximum(theirs, 1e-9)
+    mean = average({name: 100 * float(np.mean(values)) for name, values in scores.items()})
+    base = average({name: 100 * float(np.mean(baseline[name])) for name in scores})
+    floor = float(np.mean([chance[name] for name in scores]))
+    return Retention(
+        percent=100 * mean / max(base, 1e-9),
+        low=float(np.percentile(ratios, 2.5)),
+        high=float(np.percentile(ratios, 97.5)),
+        above_chance=100 * (mean - floor) / max(base - floor, 1e-9),
+    )
+
+
+def _items(text: str) -> set[str]:
+    return {normalise(item) for item in re.split(r",|\band\b", text) if item.strip()}
+
+
+def _similarity(a: str, b: str) -> float:
+    """One minus the edit distance over the longer length."""
+    if not a and not b:
+        return 1.0
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        previous, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
+    return 1 - row[-1] / max(len(a), len(b))
