@@ -314,8 +314,10 @@ def _image_inputs(model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], int]
     pixels = torch.randn(1, 3, 32, 32, generator=generator)
     sizes = {"image_sizes": torch.tensor([[32, 32]])}
     if kind == "llava_next":
-        return {"pixel_values": torch.randn(1, 3, 3, 32, 32, generator=generator), **{
-            "image_sizes": torch.tensor([[32, 64]])}}, 16 + 4 * 8 + 4
+        return {
+            "pixel_values": torch.randn(1, 3, 3, 32, 32, generator=generator),
+            **{"image_sizes": torch.tensor([[32, 64]])},
+        }, 16 + 4 * 8 + 4
     if kind == "llava_onevision":
         return {"pixel_values": torch.randn(1, 2, 3, 32, 32, generator=generator), **sizes}, 16 + 20
     if kind in ("idefics3", "smolvlm"):

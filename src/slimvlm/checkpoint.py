@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from slimvlm import chat
-from slimvlm.configs import UNEVEN_FIELD, auto_class, empty_model
+from slimvlm.configs import auto_class, empty_model
 from slimvlm.errors import ConfigError, ReloadError
 from slimvlm.geometry import Anatomy, backbone_of, family_of, read_anatomy
 from slimvlm.outputs import new_folder
@@ -39,6 +39,7 @@ def resolve(model: str | Path) -> str:
     if not (path / "config.json").exists() and (checkpoint / "config.json").exists():
         return str(checkpoint)  # a run folder
     looks_local = str(model).startswith((".", "/", "~")) or str(model).count("/") != 1
+    looks_local = looks_local or path.parent.is_dir()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ConfigError(f"model {str(model)!r}: the folder has no config.json")
@@ -56,10 +57,15 @@ def load_config(model: str | Path, trust_remote_code: bool = False) -> PreTraine
     """
     name = resolve(model)
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            name, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, KeyError, HFValidationError, HfHubHTTPError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model {str(model)!r}: config cannot be read ({reason})") from error
+        where = "" if Path(name).is_dir() else "no such folder, and not found on the hub; "
+        raise ConfigError(
+            f"model {str(model)!r}: {where}config cannot be read ({reason})"
+        ) from error
     family_of(config.model_type)
     backbone_of(config)
     return config
@@ -156,11 +162,7 @@ def save(
             configuration cannot say.
         ReloadError: If what was written does not load back to the same model.
     """
-    if not read_anatomy(model).is_uniform:
-        raise ConfigError(
-            "layers have different widths, which a plain configuration cannot write down "
-            f"({UNEVEN_FIELD}). Plan without protect, or with axis='depth'"
-        )
+    require_writable(read_anatomy(model))
     with new_folder(out, force) as folder:
         model.save_pretrained(folder)
         if processor is not None:
@@ -168,6 +170,19 @@ def save(
         if plan is not None:
             plan.save(folder / PLAN_FILE)
         check_reload(model, processor, folder)
+
+
+def require_writable(shape: Anatomy) -> None:
+    """Check that a plain configuration can write a shape down.
+
+    Raises:
+        ConfigError: If the layers have different widths.
+    """
+    if not shape.is_uniform:
+        raise ConfigError(
+            "plan: layers of different widths cannot be written as a plain checkpoint. Plan "
+            "without protect, or with axis 'depth'"
+        )
 
 
 @torch.no_grad()

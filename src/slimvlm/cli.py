@@ -138,7 +138,7 @@ def plan(
     from slimvlm.calibrate import score as score_model
     from slimvlm.checkpoint import anatomy, load
     from slimvlm.outputs import require_free
-    from slimvlm.plan import make_plan
+    from slimvlm.planning import make_plan
     from slimvlm.values import Scores
 
     require_free(out, force)
@@ -201,7 +201,7 @@ def prune(
         force: Replace an existing folder.
         trust_remote_code: Run code that lies in the checkpoint.
     """
-    from slimvlm.checkpoint import load, load_config, save
+    from slimvlm.checkpoint import load, load_config, require_writable, save
     from slimvlm.compression import PruneConfig, check_request, choose_plan
     from slimvlm.outputs import require_free
     from slimvlm.plan import Plan
@@ -210,6 +210,7 @@ def prune(
     require_free(out, force)
     if plan is not None and ratio is None:
         chosen = Plan.load(plan)
+        require_writable(chosen.after)
         load_config(model, trust_remote_code)
         loaded, processor = load(model, dtype, trust_remote_code=trust_remote_code)
     elif ratio is not None and plan is None:
@@ -493,7 +494,7 @@ def demo(
     """
     from slimvlm import summary
     from slimvlm.demo.build import build_demo
-    from slimvlm.demo.showcase import run_demo
+    from slimvlm.showcase import run_demo
 
     if what == "build":
         print(build_demo())
@@ -568,7 +569,7 @@ def _ratio(
     dtype: str,
 ) -> float:
     from slimvlm.cost import params_for_memory
-    from slimvlm.plan import ratio_for_params
+    from slimvlm.planning import ratio_for_params
 
     given = [value for value in (ratio, target_params, target_memory) if value is not None]
     if len(given) != 1:

@@ -24,7 +24,8 @@ from slimvlm.data import load_samples
 from slimvlm.errors import ConfigError
 from slimvlm.evaluation import Result, evaluate
 from slimvlm.outputs import require_free, write_text
-from slimvlm.plan import Plan, make_plan
+from slimvlm.plan import Plan
+from slimvlm.planning import make_plan
 from slimvlm.recipes import Axis, recipe_for
 from slimvlm.recovery import recover
 from slimvlm.samples import Sample

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from slimvlm.errors import ImpossiblePlanError
@@ -73,7 +74,7 @@ def validate(config: PreTrainedConfig, text_config: PreTrainedConfig, plan: Plan
         checked = type(text_config).from_dict(text_config.to_dict())
         whole = with_text_config(copy.deepcopy(config), checked)
         found = read_anatomy(empty_model(whole))
-    except (ValueError, RuntimeError, ZeroDivisionError) as error:
+    except (StrictDataclassError, ValueError, RuntimeError, ZeroDivisionError) as error:
         first_line = str(error).strip().splitlines()[-1]
         raise ImpossiblePlanError(_refusal(plan, first_line)) from error
     if found.layers != plan.after.layers:

@@ -20,6 +20,7 @@ from slimvlm.errors import ConfigError
 from slimvlm.geometry import read_anatomy
 from slimvlm.outputs import write_text
 from slimvlm.samples import Question, Task
+from slimvlm.tasks import find_tasks
 
 PERPLEXITY = "perplexity"
 
@@ -119,7 +120,7 @@ class Result:
 def evaluate(
     model: PreTrainedModel,
     processor: Any,
-    tasks: Sequence[Task],
+    tasks: Sequence[Task] | str,
     limit: int | None = None,
     batch_size: int = 16,
     name: str = "",
@@ -132,11 +133,12 @@ def evaluate(
     Args:
         model: A chat-capable model.
         processor: Its processor or tokenizer.
-        tasks: What to ask.
+        tasks: What to ask: tasks, or their names separated by commas.
         limit: Only the first so many questions of each task.
         batch_size: Questions answered at once.
         name: Name of the model in the result.
     """
+    tasks = find_tasks(tasks) if isinstance(tasks, str) else tasks
     was_training = model.training
     model.eval()
     anatomy = read_anatomy(model)

@@ -17,6 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from slimvlm import losses
 from slimvlm.chat import encode_samples
+from slimvlm.checkpoint import load_processor
 from slimvlm.config import RecoverConfig
 from slimvlm.data import subset
 from slimvlm.errors import ConfigError, NumericalError
@@ -59,7 +60,7 @@ def recover(
         teacher: The original model; only needed if the loss has ``hidden``, ``kl`` or ``rkl``.
         dataset: Conversations to learn from.
         config: What learns, from which loss, on which share of the data.
-        processor: The model's processor or tokenizer.
+        processor: The model's processor or tokenizer; by default the one in its folder.
         work: Folder for resumable checkpoints. If it holds some, training goes on from the last
             one, and the result equals an uninterrupted run's.
 
@@ -67,6 +68,7 @@ def recover(
         ConfigError: If the loss needs a teacher and there is none.
         NumericalError: If the loss becomes NaN or infinite; the message names the step.
     """
+    processor = processor or load_processor(model.config._name_or_path, model.config)
     if processor is None:
         raise ConfigError("recover needs the model's processor or tokenizer")
     weights = config.loss_weights
@@ -241,7 +243,7 @@ def _training_arguments(
         seed=config.seed,
         data_seed=config.seed,
         disable_tqdm=False,
-        **({"gradient_checkpointing": True} if config.gradient_checkpointing else {}),
+        gradient_checkpointing=config.gradient_checkpointing or None,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -49,7 +50,7 @@ class Statistics:
             "num_tokens": str(self.num_tokens),
         }
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
-        save_file(tensors, str(Path(path).with_suffix(".safetensors")), metadata)
+        save_file(tensors, _suffixed(Path(path), ".safetensors"), metadata)
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Scores:
             about = json.loads(Path(_suffixed(path, ".json")).read_text())
             tensors = load_file(_suffixed(path, ".safetensors"))
             criterion, options = about["criterion"], about["options"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ConfigError(f"scores {str(path)!r}: cannot be read ({error})") from error
         return cls(
             criterion=criterion,

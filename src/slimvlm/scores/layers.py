@@ -49,7 +49,7 @@ def angular_distance(
         arXiv:2403.17887, Eq. 6.
     """
     cosine = torch.nn.functional.cosine_similarity(
-        hidden_in.double(), hidden_out.double(), dim=-1, eps=0.0
+        hidden_in.double(), hidden_out.double(), dim=-1, eps=torch.finfo(torch.float64).tiny
     )
     return (torch.arccos(cosine.clamp(-1.0, 1.0)) / math.pi).float()
 

@@ -1,0 +1,449 @@
+"""The battery that every family passes: inspect, plan, prune, save, reload."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from slimvlm.errors import ConfigError, ImpossiblePlanError, SlimError
+from slimvlm.families import BACKBONES
+from slimvlm.families import FAMILIES as ROWS
+from slimvlm.geometry import (
+    Anatomy,
+    decoder_layers,
+    projections,
+    read_anatomy,
+    text_config_of,
+)
+from slimvlm.plan import Plan
+from slimvlm.planning import make_plan
+from slimvlm.surgery import mask_, prune_
+from tests import tiny
+from tests.helpers import assert_untouched, logits, plan_by_hand, random_scores, snapshot
+from tests.tolerances import FORWARD, assert_close
+
+FAMILIES = list(tiny.CONFIGS)
+LLAMA_INSIDE = ["llama", "llava-llama", "vipllava", "internvl-llama", "idefics3", "smolvlm"]
+NO_HEADS = ["qwen2_vl", "qwen2_5_vl"]
+DIVIDING_HEADS = ["gemma2", "llava-gemma2", "gemma3"]
+RATIOS = {"depth": 0.4, "width": 0.3, "both": 0.5}
+PROJECTOR = re.compile(r"multi_modal_projector|image_newline|connector|merger")
+VISION = re.compile(r"vision_tower|vision_model|visual")
+TEXT_TOKENS = 24  # longer than the sliding windows of the tiny models
+
+every_family = pytest.mark.parametrize("name", FAMILIES)
+every_axis = pytest.mark.parametrize("axis", RATIOS)
+
+
+@dataclass
+class Case:
+    """One family pruned along one axis, with what to compare it to."""
+
+    plan: Plan
+    model: PreTrainedModel
+    batch: dict[str, Tensor]
+    masked_logits: Tensor
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self.batch.items() if name != "labels"}
+
+
+def auto_class(model: PreTrainedModel) -> Any:
+    is_multimodal = tiny.is_multimodal(model.config)
+    return hf.AutoModelForImageTextToText if is_multimodal else hf.AutoModelForCausalLM
+
+
+def with_masked_logits(name: str, plan: Plan) -> Case:
+    batch = tiny.batch(tiny.build(name), TEXT_TOKENS)
+    masked = tiny.build(name)
+    mask_(masked, plan)
+    model = tiny.build(name)
+    prune_(model, plan)
+    return Case(plan, model, batch, logits(masked, batch))
+
+
+@cache
+def pruned(name: str, axis: str) -> Case:
+    """Shared by the tests below, none of which changes it."""
+    anatomy = read_anatomy(tiny.build(name))
+    return with_masked_logits(name, make_plan(anatomy, random_scores(anatomy), RATIOS[axis], axis))
+
+
+def test_every_family_of_the_table_has_a_tiny_model() -> None:
+    configs = [make() for make in tiny.CONFIGS.values()]
+    multimodal = {name for name, row in ROWS.items() if row.vision}
+    assert multimodal <= {config.model_type for config in configs}
+    inside = {text_config_of(config).model_type for config in configs}
+    assert set(BACKBONES) <= inside
+
+
+@every_family
+def test_parts_are_counted_exactly(name: str) -> None:
+    model = tiny.build(name)
+    anatomy = read_anatomy(model)
+    sizes = {"vision": 0, "projector": 0, "backbone": 0}
+    for parameter_name, parameter in model.named_parameters():
+        if PROJECTOR.search(parameter_name):
+            sizes["projector"] += parameter.numel()
+        elif VISION.search(parameter_name):
+            sizes["vision"] += parameter.numel()
+        else:
+            sizes["backbone"] += parameter.numel()
+    assert anatomy.vision_params == sizes["vision"]
+    assert anatomy.projector_params == sizes["projector"]
+    assert anatomy.backbone_params == sizes["backbone"]
+    assert anatomy.total_params == sum(p.numel() for p in model.parameters())
+    if tiny.is_multimodal(model.config):
+        assert min(sizes.values()) > 0
+    layer_sizes = [sum(p.numel() for p in x.parameters()) for x in decoder_layers(model)]
+    assert [shape.params for shape in anatomy.layers] == layer_sizes
+
+
+@every_family
+def test_widths_are_read_from_the_model(name: str) -> None:
+    model = tiny.build(name)
+    anatomy, config = read_anatomy(model), text_config_of(model.config)
+    assert anatomy.num_layers == config.num_hidden_layers
+    for shape in anatomy.layers:
+        assert shape.num_heads == config.num_attention_heads
+        assert shape.num_kv_heads == config.num_key_value_heads
+        assert shape.intermediate_size == config.intermediate_size
+        assert shape.head_dim == 8
+
+
+@every_family
+def test_the_plan_of_nothing_changes_no_bit(name: str) -> None:
+    model = tiny.build(name)
+    batch = tiny.batch(model, TEXT_TOKENS)
+    before, expected = snapshot(model), logits(model, batch)
+    prune_(model, Plan.everything(read_anatomy(model)))
+    assert_untouched(model, before)
+    assert torch.equal(logits(model, batch), expected)
+    mask_(model, Plan.everything(read_anatomy(model)))
+    assert_untouched(model, before)
+
+
+@every_axis
+@every_family
+def test_slicing_is_masking(name: str, axis: str) -> None:
+    case = pruned(name, axis)
+    whole = logits(tiny.build(name), case.batch)
+    assert not torch.allclose(case.masked_logits, whole, atol=0.05)  # the plan matters
+    assert_close(logits(case.model, case.batch), case.masked_logits, FORWARD)
+
+
+@every_axis
+@every_family
+def test_predicted_parameters_are_counted_parameters(name: str, axis: str) -> None:
+    case = pruned(name, axis)
+    before, after = case.plan.before, case.plan.after
+    counted = sum(p.numel() for p in case.model.parameters())
+    assert after.total_params == counted
+    assert case.plan.ratio == (before.total_params - counted) / before.backbone_params
+    assert read_anatomy(case.model) == after
+
+
+@every_axis
+@every_family
+def test_the_config_says_what_the_modules_are(name: str, axis: str) -> None:
+    case = pruned(name, axis)
+    after, layers = case.plan.after, decoder_layers(case.model)
+    text_config = text_config_of(case.model.config)
+    assert len(layers) == text_config.num_hidden_layers == after.num_layers
+    assert case.model.config.get_text_config().num_hidden_layers == after.num_layers
+    for field in ("layer_types",):
+        if getattr(text_config, field, None) is not None:
+            original = text_config_of(tiny.build(name).config)
+            expected = [getattr(original, field)[i] for i in case.plan.layers]
+            assert getattr(text_config, field) == expected
+    shape = after.layers[0]
+    assert text_config.num_attention_heads == shape.num_heads
+    assert text_config.num_key_value_heads == shape.num_kv_heads
+    assert text_config.intermediate_size == shape.intermediate_size
+    for position, layer in enumerate(layers):
+        attention: Any = layer.get_submodule("self_attn")
+        assert attention.layer_idx == position
+        assert attention.num_key_value_groups == shape.queries_per_group
+        assert attention.head_dim == shape.head_dim
+        assert attention.config is text_config
+        numbers = [m.layer_idx for m in layer.modules() if hasattr(m, "layer_idx")]
+        assert set(numbers) == {position}
+    for _, _, linear in projections(case.model):
+        assert linear.weight.shape == (linear.out_features, linear.in_features)
+
+
+@every_axis
+@every_family
+def test_a_saved_model_is_the_model(name: str, axis: str, tmp_path: Path) -> None:
+    case = pruned(name, axis)
+    case.model.save_pretrained(tmp_path)
+    loaded, report = auto_class(case.model).from_pretrained(tmp_path, output_loading_info=True)
+    assert {kind: found for kind, found in report.items() if found} == {}
+    assert torch.equal(logits(loaded.eval(), case.batch), logits(case.model, case.batch))
+    assert read_anatomy(loaded) == case.plan.after
+
+
+def generated(case: Case, use_cache: bool) -> Tensor:
+    ids: Tensor = case.model.generate(
+        **case.inputs, max_new_tokens=5, do_sample=False, use_cache=use_cache
+    )
+    return ids
+
+
+@every_axis
+@every_family
+def test_the_cache_changes_no_answer(name: str, axis: str) -> None:
+    case = pruned(name, axis)
+    cached = generated(case, use_cache=True)
+    assert cached.shape[1] == case.batch["input_ids"].shape[1] + 5
+    assert torch.equal(cached, generated(case, use_cache=False))
+
+
+@pytest.mark.parametrize("name", ["llama", "phi", "phi3", "gemma2", "gemma3", "qwen3_vl"])
+def test_a_pruned_model_still_learns(name: str) -> None:
+    case = pruned(name, "both")
+    case.model(**case.batch).loss.backward()
+    without = [
+        parameter_name
+        for parameter_name, parameter in case.model.named_parameters()
+        if "layers" in parameter_name
+        and not VISION.search(parameter_name)
+        and parameter.grad is None
+    ]
+    case.model.zero_grad()
+    assert without == []
+
+
+def test_frozen_weights_stay_frozen() -> None:
+    model = tiny.build("llama").requires_grad_(False)
+    prune_(model, pruned("llama", "both").plan)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["gemma2", "paligemma", "gemma3"])
+def test_tied_heads_stay_tied(name: str) -> None:
+    model = pruned(name, "both").model
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "phi", "phi3", "gemma2", "qwen3_vl"])
+def test_layers_of_different_widths_run(name: str) -> None:
+    """Such a plan cannot be a plain configuration, but the live model must be right."""
+    anatomy = read_anatomy(tiny.build(name))
+    groups, neurons = [(0, 2), (1, 3), (), (0, 1, 2, 3)], [range(0, 90, 3), [5], [], range(96)]
+    plan = Plan(anatomy, (0, 1, 3), tuple(groups), tuple(map(tuple, neurons)), axis="both")
+    case = with_masked_logits(name, plan)
+    assert_close(logits(case.model, case.batch), case.masked_logits, FORWARD)
+    assert read_anatomy(case.model).layers == plan.after.layers
+    assert torch.equal(generated(case, use_cache=True), generated(case, use_cache=False))
+
+
+# Llama's configuration refuses head counts that do not divide the hidden size. Mistral is the
+# same function without that rule.
+
+
+@pytest.mark.parametrize("name", LLAMA_INSIDE)
+def test_retyping_changes_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, stays_llama = tiny.build(name), tiny.build(name)
+    plan = plan_by_hand(read_anatomy(model), kv_groups=[0, 2, 3], neurons=range(7, 77))
+    assert plan.needs_retype
+    prune_(model, plan)
+    monkeypatch.setattr("slimvlm.surgery._retype_modules", lambda *_: None)
+    prune_(stays_llama, plan)
+    batch = tiny.batch(model, TEXT_TOKENS)
+    assert torch.equal(logits(model, batch), logits(stays_llama, batch))
+    assert {type(layer).__name__ for layer in decoder_layers(model)} == {"MistralDecoderLayer"}
+    assert {type(layer).__name__ for layer in decoder_layers(stays_llama)} == {"LlamaDecoderLayer"}
+
+
+@pytest.mark.parametrize("name", ["llama", "llava-llama"])
+def test_a_retyped_model_is_saved_as_its_new_type(name: str, tmp_path: Path) -> None:
+    model = tiny.build(name)
+    prune_(model, plan_by_hand(read_anatomy(model), kv_groups=[0, 2, 3]))
+    model.save_pretrained(tmp_path)
+    loaded = auto_class(model).from_pretrained(tmp_path)
+    text_config = text_config_of(loaded.config)
+    assert text_config.model_type == "mistral"
+    assert text_config.sliding_window is None
+    assert type(loaded) is type(model)
+    place = {"_name_or_path": None}
+    assert {**loaded.config.to_dict(), **place} == {**model.config.to_dict(), **place}
+
+
+@pytest.mark.parametrize("name", LLAMA_INSIDE)
+def test_nothing_is_retyped_without_need(name: str) -> None:
+    model = tiny.build(name)
+    plan = plan_by_hand(read_anatomy(model), kv_groups=[0, 2], neurons=range(50))
+    assert not plan.needs_retype
+    prune_(model, plan)
+    assert text_config_of(model.config).model_type == "llama"
+
+
+def llama_with(**changes: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = tiny.llama(**changes)
+    model: PreTrainedModel = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model.eval()
+
+
+def test_scaled_rope_survives_retyping(tmp_path: Path) -> None:
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    }
+    model = llama_with(rope_parameters=rope, rms_norm_eps=1e-3, tie_word_embeddings=True)
+    plan = plan_by_hand(read_anatomy(model), kv_groups=[0, 1, 3], neurons=range(40))
+    masked = llama_with(rope_parameters=rope, rms_norm_eps=1e-3, tie_word_embeddings=True)
+    masked.load_state_dict(model.state_dict())
+    mask_(masked, plan)
+    prune_(model, plan)
+    batch = tiny.batch(model, TEXT_TOKENS)
+    assert_close(logits(model, batch), logits(masked, batch), FORWARD)
+    model.save_pretrained(tmp_path)
+    loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, batch), logits(model, batch))
+
+
+def test_llama_with_biases_cannot_be_retyped() -> None:
+    model = llama_with(attention_bias=True)
+    anatomy = read_anatomy(model)
+    assert anatomy.legal_kv_heads() == [1, 2, 4]
+    before = snapshot(model)
+    with pytest.raises(ImpossiblePlanError, match="1, 2, 4"):
+        prune_(model, plan_by_hand(anatomy, kv_groups=[0, 1, 2]))
+    assert_untouched(model, before)
+    plan = make_plan(anatomy, random_scores(anatomy), 0.3, "width")
+    assert len(plan.kv_groups[0]) in (1, 2, 4)
+    prune_(model, plan)
+    assert read_anatomy(model) == plan.after
+
+
+# Refusals: the message names the legal counts and no bit of the model has changed.
+
+
+@pytest.mark.parametrize("name", [*NO_HEADS, *DIVIDING_HEADS])
+def test_impossible_head_counts_are_refused(name: str) -> None:
+    model = tiny.build(name)
+    anatomy = read_anatomy(model)
+    legal = anatomy.legal_kv_heads()
+    illegal = [count for count in range(1, 4) if count not in legal]
+    assert illegal
+    before, batch = snapshot(model), tiny.batch(model, TEXT_TOKENS)
+    expected = logits(model, batch)
+    for count in illegal:
+        with pytest.raises(ImpossiblePlanError) as refusal:
+            prune_(model, plan_by_hand(anatomy, layers=[0, 2], kv_groups=range(count)))
+        assert f"{count} KV groups" in str(refusal.value)
+        assert ", ".join(map(str, legal)) in str(refusal.value)
+    assert_untouched(model, before)
+    assert torch.equal(logits(model, batch), expected)
+
+
+@pytest.mark.parametrize("name", DIVIDING_HEADS)
+def test_every_legal_head_count_is_accepted(name: str) -> None:
+    for count in read_anatomy(tiny.build(name)).legal_kv_heads():
+        model = tiny.build(name)
+        plan = plan_by_hand(read_anatomy(model), kv_groups=range(count))
+        prune_(model, plan)
+        assert read_anatomy(model) == plan.after
+
+
+@pytest.mark.parametrize("name", [*NO_HEADS, *DIVIDING_HEADS])
+@pytest.mark.parametrize("ratio", [0.1, 0.2, 0.3, 0.4])
+def test_plans_ask_for_legal_head_counts(name: str, ratio: float) -> None:
+    anatomy = read_anatomy(tiny.build(name))
+    for axis in ("width", "both"):
+        plan = make_plan(anatomy, random_scores(anatomy), ratio, axis)
+        counts = {shape.num_kv_heads for shape in plan.after.layers}
+        assert counts <= set(anatomy.legal_kv_heads())
+
+
+def test_pinned_layers_are_never_chosen() -> None:
+    anatomy = read_anatomy(tiny.build("qwen3_vl"))
+    assert anatomy.pinned_layers == 1
+    for seed in range(10):
+        scores = random_scores(anatomy, seed)
+        assert scores.layer is not None
+        scores.layer[0] = -1  # the first to go, if it could
+        for ratio in (0.2, 0.4, 0.6):
+            for axis in ("depth", "both"):
+                assert make_plan(anatomy, scores, ratio, axis).layers[0] == 0
+    unpinned = read_anatomy(tiny.build("llava-qwen3"))
+    assert make_plan(unpinned, scores, 0.2, "depth").layers == (1, 2, 3)
+
+
+def test_all_deepstack_layers_are_pinned() -> None:
+    config = tiny.qwen3_vl()
+    config.vision_config.deepstack_visual_indexes = [0, 1]
+    model = hf.AutoModelForImageTextToText.from_config(config)
+    anatomy = read_anatomy(model)
+    assert anatomy.pinned_layers == 2
+    plan = make_plan(anatomy, random_scores(anatomy), 0.4, "depth")
+    assert plan.layers[:2] == (0, 1)
+
+
+def test_a_plan_that_drops_a_pinned_layer_is_refused() -> None:
+    anatomy = read_anatomy(tiny.build("qwen3_vl"))
+    with pytest.raises(ImpossiblePlanError, match=r"layers \[0\] must stay"):
+        plan_by_hand(anatomy, layers=[1, 2, 3])
+    assert plan_by_hand(anatomy, layers=[0, 3]).layers == (0, 3)
+
+
+@pytest.mark.parametrize("other", ["phi", "llava-llama", "mistral"])
+def test_a_plan_for_another_model_is_refused(other: str) -> None:
+    plan = pruned("llama", "both").plan
+    model = tiny.build(other)
+    before = snapshot(model)
+    for apply in (prune_, mask_):
+        with pytest.raises(ConfigError, match="made for llama"):
+            apply(model, plan)
+    assert_untouched(model, before)
+
+
+def test_a_plan_applies_once() -> None:
+    plan = pruned("llama", "both").plan
+    model = tiny.build("llama")
+    prune_(model, plan)
+    before = snapshot(model)
+    with pytest.raises(SlimError):
+        prune_(model, plan)
+    assert_untouched(model, before)
+
+
+def test_a_pruned_model_can_be_pruned_again(tmp_path: Path) -> None:
+    model = tiny.build("llava-llama")
+    batch = tiny.batch(model, TEXT_TOKENS)
+    for _ in range(2):
+        anatomy = read_anatomy(model)
+        plan = make_plan(anatomy, random_scores(anatomy), 0.3, "both")
+        prune_(model, plan)
+        assert read_anatomy(model) == plan.after
+    model.save_pretrained(tmp_path)
+    loaded = auto_class(model).from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, batch), logits(model, batch))
+
+
+def test_an_unknown_family_is_named() -> None:
+    config = hf.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=32)
+    with pytest.raises(SlimError, match=r"'gpt2' is not known.*llava"):
+        read_anatomy(hf.AutoModelForCausalLM.from_config(config))
+
+
+def test_an_anatomy_survives_json() -> None:
+    for name in ("llava-llama", "qwen3_vl"):
+        anatomy = read_anatomy(tiny.build(name))
+        assert Anatomy.from_dict(anatomy.to_dict()) == anatomy

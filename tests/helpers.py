@@ -1,0 +1,95 @@
+"""Small things that several test files need. None of them is under test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimvlm.geometry import Anatomy
+from slimvlm.plan import Plan
+from slimvlm.values import Scores
+
+Batch = dict[str, Tensor]
+
+
+def random_scores(anatomy: Anatomy, seed: int = 0) -> Scores:
+    """Scores of every unit, without ties."""
+    generator = torch.Generator().manual_seed(seed)
+    return Scores(
+        "by-hand",
+        layer=torch.rand(anatomy.num_layers, generator=generator),
+        kv_group=[torch.rand(s.num_kv_heads, generator=generator) for s in anatomy.layers],
+        neuron=[torch.rand(s.intermediate_size, generator=generator) for s in anatomy.layers],
+    )
+
+
+def plan_by_hand(
+    anatomy: Anatomy,
+    layers: Sequence[int] | None = None,
+    kv_groups: Sequence[int] | None = None,
+    neurons: Sequence[int] | None = None,
+) -> Plan:
+    """The same kept groups and neurons in every kept layer; None keeps all."""
+    kept = tuple(range(anatomy.num_layers)) if layers is None else tuple(layers)
+
+    def units(chosen: Sequence[int] | None, index: int, count: int) -> tuple[int, ...]:
+        if index not in kept:
+            return ()
+        return tuple(range(count)) if chosen is None else tuple(chosen)
+
+    shapes = list(enumerate(anatomy.layers))
+    return Plan(
+        before=anatomy,
+        layers=kept,
+        kv_groups=tuple(units(kv_groups, i, s.num_kv_heads) for i, s in shapes),
+        neurons=tuple(units(neurons, i, s.intermediate_size) for i, s in shapes),
+        axis="both",
+    )
+
+
+@torch.no_grad()
+def logits(model: nn.Module, batch: Batch) -> Tensor:
+    """The model's answer to a batch, without a cache."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    output: Tensor = model(**inputs, use_cache=False).logits
+    return output
+
+
+def snapshot(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Copies of a model's weights and configuration."""
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    return weights, model.config.to_dict()
+
+
+def assert_untouched(model: Any, before: tuple[dict[str, Tensor], dict[str, Any]]) -> None:
+    """Weights and configuration are what a snapshot says, bit for bit."""
+    weights, config = before
+    assert model.config.to_dict() == config
+    now = model.state_dict()
+    assert list(now) == list(weights)
+    changed = [name for name in now if not torch.equal(now[name], weights[name])]
+    assert changed == []
+
+
+def joined(batches: Iterable[Batch]) -> Batch:
+    """One batch of several with equally long sequences."""
+    parts = list(batches)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def padded(batches: Iterable[Batch], left: bool = False) -> Batch:
+    """One batch of several, padded at their end (or beginning) with a token that looks real."""
+    parts = list(batches)
+    longest = max(part["input_ids"].shape[1] for part in parts)
+    fill = {"input_ids": 77, "attention_mask": 0, "labels": -100}
+
+    def widened(name: str, value: Tensor) -> Tensor:
+        if name not in fill:
+            return value
+        missing = longest - value.shape[1]
+        return nn.functional.pad(value, (missing, 0) if left else (0, missing), value=fill[name])
+
+    return joined({name: widened(name, value) for name, value in p.items()} for p in parts)

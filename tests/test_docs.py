@@ -1,0 +1,93 @@
+"""Every command in the documents is one that the command line takes; tables match the code."""
+
+from __future__ import annotations
+
+import functools
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from slimvlm import cli
+from slimvlm.families import BACKBONES, FAMILIES
+from slimvlm.scores import CRITERIA, criteria_table
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def _commands() -> list[tuple[str, str]]:
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
+            joined = block.replace("\\\n", " ")
+            found += [(page.name, line.split(" #")[0].strip()) for line in joined.splitlines()]
+    return [
+        (page, line) for page, line in found if line.startswith(("slimvlm", ".venv/bin/slimvlm"))
+    ]
+
+
+COMMANDS = _commands()
+
+
+def test_documents_show_commands() -> None:
+    assert len(COMMANDS) >= 8
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS)
+def test_command_is_accepted(page: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+
+    def stub(verb: str) -> None:
+        original = cli.VERBS[verb]
+
+        @functools.wraps(original)
+        def record(*args: object, **kwargs: object) -> None:
+            called.append(verb)
+
+        monkeypatch.setitem(cli.VERBS, verb, record)
+
+    for verb in list(cli.VERBS):
+        stub(verb)
+    words = shlex.split(command)[1:]
+    cli.main(words)
+    assert called == [words[0]]
+
+
+def test_a_wrong_option_would_be_noticed() -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["inspect", "demo", "--no-such-option"])
+    assert stop.value.code == 2
+
+
+def test_readme_has_the_table_of_criteria() -> None:
+    assert criteria_table() in (ROOT / "README.md").read_text()
+
+
+def test_readme_tree_names_every_file() -> None:
+    text = (ROOT / "README.md").read_text()
+    source = ROOT / "src" / "slimvlm"
+    missing = [
+        f.name for f in source.glob("*.py") if not f.name.startswith("_") and f.name not in text
+    ]
+    assert missing == []
+
+
+def test_families_page_names_every_family() -> None:
+    text = (ROOT / "docs" / "families.md").read_text()
+    assert [name for name in FAMILIES if f"`{name}`" not in text and name not in BACKBONES] == []
+    assert [name for name in BACKBONES if not name.endswith("vl_text") and name not in text] == []
+
+
+def test_every_criterion_names_its_source() -> None:
+    assert all(row.paper and row.about for row in CRITERIA.values())
+
+
+def test_links_between_pages_work() -> None:
+    broken = []
+    for page in PAGES:
+        targets = re.findall(r"\]\(([^)#]+)\)", page.read_text())
+        local = [target for target in targets if not target.startswith("http")]
+        broken += [f"{page.name}: {t}" for t in local if not (page.parent / t).exists()]
+    assert broken == []

@@ -1,0 +1,592 @@
+"""Budgets, counting, ties, files: what a plan keeps and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jaxtyping
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slimvlm.errors import ConfigError, ImpossiblePlanError, SlimError
+from slimvlm.geometry import Anatomy, LayerShape, read_anatomy
+from slimvlm.plan import Plan
+from slimvlm.planning import (
+    channels_to_remove,
+    default_multiple,
+    make_plan,
+    ratio_for_params,
+)
+from slimvlm.values import Scores
+from tests import tiny
+from tests.helpers import plan_by_hand, random_scores
+
+
+def synthetic(
+    layers: int, kv_heads: int, queries: int, head_dim: int, neurons: int, hidden: int, vocab: int
+) -> Anatomy:
+    """An anatomy of a Llama-like model of any size, without the model."""
+    shape = LayerShape(
+        num_kv_heads=kv_heads,
+        queries_per_group=queries,
+        head_dim=head_dim,
+        intermediate_size=neurons,
+        kv_group_params=2 * (queries + 1) * head_dim * hidden,
+        neuron_params=3 * hidden,
+        fixed_params=2 * hidden,
+    )
+    return Anatomy(
+        model_type="mistral",
+        text_type="mistral",
+        hidden_size=hidden,
+        vocab_size=vocab,
+        layers=(shape,) * layers,
+        embedding_params=vocab * hidden,
+        head_params=vocab * hidden,
+        final_norm_params=hidden,
+        vision_params=0,
+        projector_params=0,
+    )
+
+
+SYNTHETIC = {
+    "7b": lambda: synthetic(6, 32, 1, 128, 11008, 4096, 6000),  # LLaVA's widths, fewer layers
+    "7b-gqa": lambda: synthetic(5, 4, 7, 128, 18944, 3584, 25000),
+    "135m": lambda: synthetic(30, 3, 3, 64, 1536, 576, 49152),
+}
+TINY = ("llama", "phi", "phi3", "gemma2", "llava-llama", "qwen2_vl", "qwen3_vl")
+
+
+@cache
+def anatomy_named(name: str) -> Anatomy:
+    return SYNTHETIC[name]() if name in SYNTHETIC else read_anatomy(tiny.build(name))
+
+
+@cache
+def scores_named(name: str) -> Scores:
+    return random_scores(anatomy_named(name))
+
+
+anatomies = st.sampled_from([*TINY, *SYNTHETIC])
+axes = st.sampled_from(["depth", "width", "both"])
+
+
+def counted_ratio(plan: Plan) -> float:
+    """The share of the backbone that a plan removes, counted unit by unit."""
+    removed = 0
+    for index, shape in enumerate(plan.before.layers):
+        if index not in plan.layers:
+            removed += shape.params
+            continue
+        removed += (shape.num_kv_heads - len(plan.kv_groups[index])) * shape.kv_group_params
+        removed += (shape.intermediate_size - len(plan.neurons[index])) * shape.neuron_params
+    return removed / plan.before.backbone_params
+
+
+def step_of(anatomy: Anatomy, axis: str, round_to: int | None = None) -> float:
+    """The documented step: a layer, or one multiple of neurons in all layers."""
+    if axis == "depth":
+        return anatomy.layers[0].params / anatomy.backbone_params
+    multiple = round_to or default_multiple(anatomy)
+    return multiple * sum(s.neuron_params for s in anatomy.layers) / anatomy.backbone_params
+
+
+# The budget
+
+
+@given(anatomies, axes, st.floats(0, 0.42), st.integers(0, 5))
+def test_budgets_are_hit_within_a_step(name: str, axis: str, ratio: float, seed: int) -> None:
+    anatomy = anatomy_named(name)
+    plan = make_plan(anatomy, random_scores(anatomy, seed), ratio, axis)
+    assert plan.asked_ratio == ratio
+    assert plan.ratio == pytest.approx(counted_ratio(plan), abs=1e-12)
+    assert plan.before.backbone_params - plan.after.backbone_params == round(
+        plan.ratio * anatomy.backbone_params
+    )
+    share = 0.5 if axis == "depth" else 1  # whole layers: the nearest count
+    assert abs(plan.ratio - ratio) <= share * step_of(anatomy, axis) + 1e-9
+
+
+@settings(max_examples=25)
+@given(st.sampled_from(list(SYNTHETIC)), st.floats(0.01, 0.6))
+def test_width_budgets_are_within_half_a_percent(name: str, ratio: float) -> None:
+    plan = make_plan(anatomy_named(name), scores_named(name), ratio, "width")
+    assert abs(plan.ratio - ratio) <= 0.005
+
+
+@given(anatomies, st.sampled_from(["width", "both"]), st.floats(0, 0.4))
+def test_uniform_plans_are_equally_wide_and_legal(name: str, axis: str, ratio: float) -> None:
+    anatomy = anatomy_named(name)
+    plan = make_plan(anatomy, scores_named(name), ratio, axis)
+    assert plan.after.is_uniform
+    shape, multiple = plan.after.layers[0], default_multiple(anatomy)
+    assert shape.num_kv_heads in anatomy.legal_kv_heads()
+    full = anatomy.layers[0].intermediate_size
+    assert shape.intermediate_size == full or shape.intermediate_size % multiple == 0
+
+
+@given(anatomies, axes, st.floats(0, 0.4))
+def test_the_best_units_stay(name: str, axis: str, ratio: float) -> None:
+    anatomy, scores = anatomy_named(name), scores_named(name)
+    plan = make_plan(anatomy, scores, ratio, axis)
+
+    def check(values: Any, kept: tuple[int, ...]) -> None:
+        gone = sorted(set(range(len(values))) - set(kept))
+        assert list(kept) == sorted(kept)
+        if gone and kept:
+            assert values[list(kept)].min() >= values[gone].max()
+
+    free = range(anatomy.pinned_layers, anatomy.num_layers)
+    assert scores.layer is not None
+    assert scores.kv_group is not None
+    assert scores.neuron is not None
+    check(scores.layer[list(free)], tuple(i - free[0] for i in plan.layers if i in free))
+    for index in plan.layers:
+        check(scores.kv_group[index], plan.kv_groups[index])
+        check(scores.neuron[index], plan.neurons[index])
+
+
+@given(anatomies, axes)
+def test_ratio_zero_keeps_everything(name: str, axis: str) -> None:
+    anatomy = anatomy_named(name)
+    plan = make_plan(anatomy, scores_named(name), 0.0, axis)
+    everything = Plan.everything(anatomy)
+    assert plan.ratio == 0
+    assert plan.after == anatomy
+    kept = (plan.layers, plan.kv_groups, plan.neurons)
+    assert kept == (everything.layers, everything.kv_groups, everything.neurons)
+
+
+@settings(max_examples=25)
+@given(st.sampled_from([1, 2, 16, 32, 64, 128, 256]), st.floats(0.05, 0.5))
+def test_round_to_is_obeyed(round_to: int, ratio: float) -> None:
+    anatomy = anatomy_named("7b")
+    plan = make_plan(anatomy, scores_named("7b"), ratio, "width", round_to=round_to)
+    assert plan.after.layers[0].intermediate_size % round_to == 0
+    assert abs(plan.ratio - ratio) <= step_of(anatomy, "width", round_to) + 1e-9
+
+
+def test_the_default_multiple_is_64_for_real_models_and_smaller_for_tiny_ones() -> None:
+    assert default_multiple(anatomy_named("7b")) == 64
+    for name in (*TINY, *SYNTHETIC):
+        anatomy = anatomy_named(name)
+        multiple = default_multiple(anatomy)
+        assert multiple in (1, 2, 4, 8, 16, 32, 64)
+        assert multiple == 1 or step_of(anatomy, "width") <= 0.005
+        assert multiple == 64 or 2 * step_of(anatomy, "width") > 0.005
+
+
+def test_kv_groups_and_neurons_share_the_width_budget() -> None:
+    plan = make_plan(anatomy_named("7b"), scores_named("7b"), 0.3, "width")
+    shape, before = plan.after.layers[0], plan.before.layers[0]
+    shares = (
+        1 - shape.num_kv_heads / before.num_kv_heads,
+        1 - shape.intermediate_size / before.intermediate_size,
+    )
+    assert shares[0] == pytest.approx(shares[1], abs=0.04)
+
+
+@pytest.mark.parametrize("depth_share", [0.25, 0.5, 0.75])
+def test_both_splits_the_budget(depth_share: float) -> None:
+    anatomy = anatomy_named("7b")
+    plan = make_plan(anatomy, scores_named("7b"), 0.4, "both", depth_share=depth_share)
+    gone = anatomy.num_layers - len(plan.layers)
+    by_layers = gone * anatomy.layers[0].params / anatomy.backbone_params
+    assert by_layers == pytest.approx(0.4 * depth_share, abs=0.5 * step_of(anatomy, "depth"))
+    assert plan.ratio == pytest.approx(0.4, abs=0.005)
+
+
+# Protected layers
+
+
+@given(
+    anatomies,
+    axes,
+    st.floats(0, 0.25),
+    st.tuples(st.integers(0, 1), st.integers(0, 1)),
+    st.sampled_from(["parameters", "per_layer"]),
+)
+def test_protected_layers_stay_whole(
+    name: str, axis: str, ratio: float, protect: tuple[int, int], counting: str
+) -> None:
+    anatomy = anatomy_named(name)
+    plan = make_plan(anatomy, scores_named(name), ratio, axis, protect=protect, counting=counting)
+    count = anatomy.num_layers
+    for index in (*range(protect[0]), *range(count - protect[1], count)):
+        assert index in plan.layers
+        assert len(plan.kv_groups[index]) == anatomy.layers[index].num_kv_heads
+        assert len(plan.neurons[index]) == anatomy.layers[index].intermediate_size
+    if counting == "parameters":
+        share = 0.5 if axis == "depth" else 1
+        assert abs(plan.ratio - ratio) <= share * step_of(anatomy, axis) + 1e-9
+
+
+def test_protecting_everything_is_refused() -> None:
+    anatomy, scores = anatomy_named("llama"), scores_named("llama")
+    for protect in ((4, 0), (2, 2), (0, 9), (-1, 0)):
+        with pytest.raises(ConfigError, match="protect"):
+            make_plan(anatomy, scores, 0.2, "depth", protect=protect)
+
+
+@pytest.mark.parametrize("counting", ["parameters", "per_layer"])
+@pytest.mark.parametrize("ratio", [0.5, 0.7, 0.9])
+def test_protect_with_both_and_a_large_ratio_is_a_plan_or_a_clear_refusal(
+    ratio: float, counting: str
+) -> None:
+    """Here every unprotected layer may go, so that no layer is left to narrow."""
+    anatomy, scores = anatomy_named("llama"), scores_named("llama")
+    options: dict[str, Any] = {"protect": (1, 1), "counting": counting, "depth_share": 1.0}
+    try:
+        plan = make_plan(anatomy, scores, ratio, "both", **options)
+    except SlimError:
+        return
+    assert {0, 3} <= set(plan.layers)
+
+
+# LLM-Pruner's counting (REFERENCE.md)
+
+
+@pytest.mark.parametrize(
+    ("channels", "ratio", "removed"),
+    [
+        (64, 0.2, 13),
+        (176, 0.33, 59),
+        (640, 0.9, 576),  # 577 in floating point
+        (192, 0.25, 48),
+        (10, 0.0, 0),
+        (7, 0.5, 4),
+    ],
+)
+def test_channels_to_remove(channels: int, ratio: float, removed: int) -> None:
+    assert channels_to_remove(channels, ratio) == removed
+
+
+def test_floating_point_would_count_wrong() -> None:
+    assert 640 - int(640 * (1 - 0.9)) == 577
+
+
+@given(st.integers(1, 20000), st.integers(0, 99))
+def test_channels_to_remove_is_exact(channels: int, percent: int) -> None:
+    expected = channels - (channels * (100 - percent)) // 100
+    assert channels_to_remove(channels, percent / 100) == expected
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "head_dim", "neurons", "ratio", "groups_left", "neurons_left"),
+    [
+        (8, 8, 96, 0.2, 7, 76),  # 13 of 64 channels: one whole head; 96 - 20
+        (8, 8, 176, 0.33, 6, 117),  # 22 of 64 channels: two heads; 176 - 59
+        (3, 64, 1536, 0.25, 3, 1152),  # 48 of 192 channels: no whole head
+        (3, 64, 1536, 0.34, 2, 1013),  # 66 of 192 channels: one head; 1536 - 523
+        (4, 8, 640, 0.9, 1, 64),
+        (2, 8, 10, 0.99, 1, 1),  # something is always left
+    ],
+)
+def test_per_layer_counts(
+    kv_heads: int, head_dim: int, neurons: int, ratio: float, groups_left: int, neurons_left: int
+) -> None:
+    anatomy = synthetic(3, kv_heads, 1, head_dim, neurons, 64, 128)
+    plan = make_plan(anatomy, random_scores(anatomy), ratio, "width", counting="per_layer")
+    for shape in plan.after.layers:
+        assert (shape.num_kv_heads, shape.intermediate_size) == (groups_left, neurons_left)
+
+
+def test_per_layer_is_a_share_of_the_unprotected_layers() -> None:
+    anatomy = synthetic(10, 4, 1, 8, 96, 64, 128)
+    scores = random_scores(anatomy)
+    plan = make_plan(anatomy, scores, 0.25, "depth", counting="per_layer", protect=(1, 1))
+    assert len(plan.layers) == 8  # 8 - floor(8 * 0.75) go
+    width = make_plan(anatomy, scores, 0.25, "width", counting="per_layer", protect=(1, 1))
+    assert [len(kept) for kept in width.neurons] == [96, *[72] * 8, 96]
+
+
+def test_per_layer_follows_the_query_groups() -> None:
+    anatomy = anatomy_named("llama")  # four KV heads with two queries each
+    plan = make_plan(anatomy, scores_named("llama"), 0.5, "width", counting="per_layer")
+    shape = plan.after.layers[0]
+    assert (shape.num_heads, shape.num_kv_heads, shape.intermediate_size) == (4, 2, 48)
+
+
+# Ties and runs
+
+
+def test_of_equal_units_the_later_stay() -> None:
+    anatomy = anatomy_named("llama")
+    equal = Scores(
+        "equal",
+        layer=torch.ones(4),
+        kv_group=[torch.ones(4)] * 4,
+        neuron=[torch.ones(96)] * 4,
+    )
+    options: dict[str, Any] = {"counting": "per_layer"}
+    assert make_plan(anatomy, equal, 0.5, "depth", **options).layers == (2, 3)
+    plan = make_plan(anatomy, equal, 0.5, "width", **options)
+    assert plan.kv_groups == ((2, 3),) * 4
+    assert plan.neurons == (tuple(range(48, 96)),) * 4
+
+
+def test_runs_of_layers_go_together() -> None:
+    anatomy = synthetic(6, 4, 1, 8, 96, 64, 16)
+    runs = torch.full((6, 6), 9.0)
+    runs[0] = torch.tensor([9, 0, 9, 0, 9, 9])  # single layers say 1 and 3
+    runs[1, 4] = 1.0  # the best run of two is 4, 5
+    scores = Scores("angular", layer=runs[0].clone(), layer_runs=runs)
+    options: dict[str, Any] = {"counting": "per_layer"}
+    assert make_plan(anatomy, scores, 0.3, "depth", **options).layers == (0, 1, 2, 3)
+    protected = make_plan(anatomy, scores, 0.4, "depth", protect=(0, 1), **options)
+    assert protected.layers == (2, 3, 4, 5)  # 4, 5 may not go: the first of the equal runs does
+
+
+def test_the_first_scores_that_cover_a_unit_count() -> None:
+    anatomy = anatomy_named("llama")
+    first, second = random_scores(anatomy, 1), random_scores(anatomy, 2)
+    neurons_only = Scores("mine", neuron=first.neuron)
+    plan = make_plan(anatomy, [neurons_only, second], 0.3, "width", counting="per_layer")
+    own = make_plan(anatomy, first, 0.3, "width", counting="per_layer")
+    other = make_plan(anatomy, second, 0.3, "width", counting="per_layer")
+    assert plan.neurons == own.neurons != other.neurons
+    assert plan.kv_groups == other.kv_groups
+    assert dict(plan.criteria) == {"kv_group": "by-hand", "neuron": "mine"}
+
+
+@pytest.mark.parametrize("unit", ["kv_group", "neuron"])
+def test_units_without_scores_stay_whole(unit: str) -> None:
+    anatomy, scores = anatomy_named("llama"), scores_named("llama")
+    only = Scores("one", **{unit: scores.of(unit)})
+    plan = make_plan(anatomy, only, 0.2, "width")
+    shape, before = plan.after.layers[0], anatomy.layers[0]
+    narrower = {
+        "kv_group": shape.num_kv_heads < before.num_kv_heads,
+        "neuron": shape.intermediate_size < before.intermediate_size,
+    }
+    assert narrower == {name: name == unit for name in narrower}
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1.2, -0.1, math.nan, math.inf])
+@pytest.mark.parametrize("axis", ["depth", "width", "both"])
+def test_ratios_outside_their_range_are_refused(ratio: float, axis: str) -> None:
+    with pytest.raises(ConfigError, match=rf"ratio {ratio}.*at least 0 and below 1"):
+        make_plan(anatomy_named("llama"), scores_named("llama"), ratio, axis)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "choice"),
+    [
+        ("axis", "sideways", "depth"),
+        ("allocation", "fair", "uniform"),
+        ("counting", "fingers", "per_layer"),
+    ],
+)
+def test_unknown_words_are_refused_with_the_choices(option: str, value: str, choice: str) -> None:
+    options: dict[str, Any] = {"ratio": 0.2, option: value}
+    with pytest.raises(ConfigError, match=f"{option} '{value}' must be one of.*{choice}"):
+        make_plan(anatomy_named("llama"), scores_named("llama"), **options)
+
+
+@pytest.mark.parametrize("round_to", [-8, 0])
+def test_a_multiple_must_be_positive(round_to: int) -> None:
+    with pytest.raises(ConfigError, match="round_to"):
+        make_plan(anatomy_named("llama"), scores_named("llama"), 0.2, "width", round_to=round_to)
+
+
+@pytest.mark.parametrize("depth_share", [-0.5, 1.5])
+def test_a_depth_share_is_a_share(depth_share: float) -> None:
+    with pytest.raises(ConfigError, match="depth_share"):
+        make_plan(
+            anatomy_named("llama"), scores_named("llama"), 0.2, "both", depth_share=depth_share
+        )
+
+
+@pytest.mark.parametrize(
+    ("axis", "missing"), [("depth", "layer"), ("both", "layer"), ("width", "neuron")]
+)
+def test_missing_scores_are_named(axis: str, missing: str) -> None:
+    anatomy, scores = anatomy_named("llama"), scores_named("llama")
+    wrong = (
+        Scores("half", layer=scores.layer)
+        if missing == "neuron"
+        else Scores("half", kv_group=scores.kv_group, neuron=scores.neuron)
+    )
+    with pytest.raises(ConfigError, match=rf"needs scores of {missing}; given: 'half'"):
+        make_plan(anatomy, wrong, 0.2, axis)
+    with pytest.raises(ConfigError, match=f"needs scores of {missing}; given: none"):
+        make_plan(anatomy, [], 0.2, axis)
+
+
+@pytest.mark.parametrize("axis", ["depth", "width", "both"])
+@pytest.mark.parametrize("other", ["phi", "7b"])
+def test_scores_of_another_model_are_refused(axis: str, other: str) -> None:
+    with pytest.raises(ConfigError, match="another model"):
+        make_plan(synthetic(5, 3, 1, 8, 90, 64, 16), scores_named(other), 0.2, axis)
+
+
+def test_scores_with_nan_are_refused() -> None:
+    anatomy, scores = anatomy_named("llama"), random_scores(anatomy_named("llama"))
+    assert scores.layer is not None
+    assert scores.neuron is not None
+    scores.layer[1] = math.nan
+    scores.neuron[2][5] = math.nan
+    for axis in ("depth", "width"):
+        with pytest.raises(SlimError, match=r"NaN|finite"):
+            make_plan(anatomy, scores, 0.3, axis)
+
+
+@pytest.mark.parametrize(
+    ("axis", "name"),
+    [("depth", "llama"), ("width", "llama"), ("both", "7b"), ("width", "qwen2_vl")],
+)
+def test_an_unreachable_ratio_names_the_nearest(axis: str, name: str) -> None:
+    anatomy, scores = anatomy_named(name), scores_named(name)
+    with pytest.raises(ImpossiblePlanError, match=r"nearest legal shape") as refusal:
+        make_plan(anatomy, scores, 0.995, axis)
+    found = re.search(r"has ratio (0\.\d+)", str(refusal.value))
+    assert found
+    nearest = float(found[1])
+    assert nearest < 0.99
+    again = make_plan(anatomy, scores, nearest, axis)  # and that one can be had
+    assert again.ratio == pytest.approx(nearest, abs=1e-4 + step_of(anatomy, axis))
+
+
+# Whole-model targets
+
+
+@pytest.mark.parametrize("name", ["llava-llama", "llama", "7b"])
+def test_a_target_size_is_hit(name: str) -> None:
+    anatomy = anatomy_named(name)
+    target = int(0.7 * anatomy.total_params)
+    ratio = ratio_for_params(anatomy, target)
+    plan = make_plan(anatomy, scores_named(name), ratio, "width")
+    step = step_of(anatomy, "width") * anatomy.backbone_params
+    assert abs(plan.after.total_params - target) <= step
+    assert ratio_for_params(anatomy, anatomy.total_params) == 0
+
+
+def test_target_sizes_that_cannot_be_are_refused() -> None:
+    anatomy = anatomy_named("llava-llama")
+    with pytest.raises(ConfigError, match="has only"):
+        ratio_for_params(anatomy, anatomy.total_params + 1)
+    with pytest.raises(ImpossiblePlanError, match="only the backbone is pruned"):
+        ratio_for_params(anatomy, anatomy.vision_params)
+
+
+# Plans by hand and on disk
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("layers", (0, 2, 1)),
+        ("layers", (0, 1, 1)),
+        ("layers", (0, 4)),
+        ("layers", (-1, 0)),
+        ("layers", ()),
+        ("layers", (0, 1)),  # groups of layers 2 and 3 are left over
+        ("kv_groups", ((0,), (0,), (0,), ())),
+        ("kv_groups", ((0,), (0,), (0,), (4,))),
+        ("kv_groups", ((0,), (0,), (0,), (1, 0))),
+        ("kv_groups", ((0,), (0,), (0,))),
+        ("kv_groups", ((0,), (0,), (0,), (0,), (0,))),
+        ("neurons", ((0,), (0,), (96,), (0,))),
+        ("neurons", ((0,), (0,), (0, 0), (0,))),
+    ],
+)
+def test_plans_that_name_no_such_units_are_refused(field: str, value: Any) -> None:
+    everything = Plan.everything(anatomy_named("llama"))
+    with pytest.raises(ConfigError, match="plan"):
+        replace(everything, **{field: value})
+
+
+@pytest.mark.parametrize("axis", ["depth", "width", "both"])
+@pytest.mark.parametrize("name", ["llama", "llava-llama", "qwen3_vl", "7b"])
+def test_plans_survive_their_file(name: str, axis: str, tmp_path: Path) -> None:
+    plan = make_plan(anatomy_named(name), scores_named(name), 0.3, axis)
+    plan.save(tmp_path / "plan.json")
+    loaded = Plan.load(tmp_path / "plan.json")
+    assert loaded == plan
+    assert json.loads((tmp_path / "plan.json").read_text())["ratio"] == plan.ratio
+    loaded.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "plan.json").read_bytes()
+
+
+def edited(tmp_path: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
+    path = tmp_path / "plan.json"
+    make_plan(anatomy_named("llama"), scores_named("llama"), 0.3, "both").save(path)
+    values = json.loads(path.read_text())
+    edit(values)
+    path.write_text(json.dumps(values))
+    return path
+
+
+def test_a_plan_may_be_edited_by_hand(tmp_path: Path) -> None:
+    original = make_plan(anatomy_named("llama"), scores_named("llama"), 0.3, "both")
+    index = original.layers[0]
+
+    def drop_a_neuron(values: dict[str, Any]) -> None:
+        values["neurons"][index].pop()
+        values["ratio"] = 0.99  # not believed
+
+    plan = Plan.load(edited(tmp_path, drop_a_neuron))
+    neuron = anatomy_named("llama").layers[0].neuron_params
+    expected = original.ratio + neuron / original.before.backbone_params
+    assert plan.ratio == pytest.approx(expected, abs=1e-12)
+    assert plan.neurons[index] == original.neurons[index][:-1]
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda values: values["layers"].append(99),
+        lambda values: values["neurons"][values["layers"][0]].reverse(),
+        lambda values: values["kv_groups"][values["layers"][0]].clear(),
+        lambda values: values["kv_groups"].pop(),
+        lambda values: values["layers"].append("two"),
+        lambda values: values["neurons"][values["layers"][0]].insert(0, 0.5),
+        lambda values: values.update(neurons=None),
+        lambda values: values.update(format="slimvlm-plan/0"),
+        lambda values: values.update(axis="diagonal"),
+        lambda values: values.pop("before"),
+        lambda values: values["before"].pop("layers"),
+        lambda values: values["before"].update(color="red"),
+        lambda values: values["before"].update(text_type="abacus"),
+    ],
+    ids=range(13),
+)
+def test_bad_edits_are_refused(
+    edit: Callable[[dict[str, Any]], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = edited(tmp_path, edit)
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run it
+    with pytest.raises(SlimError, match=r"plan|abacus"):
+        Plan.load(path)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[1, 2]", b"{", b"\xff\xfe\x00", b'"plan"', b"7"])
+def test_files_that_are_no_plans_are_refused(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"plan\.json"):
+        Plan.load(path)
+    with pytest.raises(ConfigError, match=r"plan"):
+        Plan.load(tmp_path)
+
+
+def test_the_summary_tells_what_is_kept() -> None:
+    plan = plan_by_hand(anatomy_named("llama"), [0, 2], [1], range(10))
+    text = plan.summary()
+    assert f"{plan.ratio:.2%}" in text
+    assert "2 of 4 layers" in text
+    assert "1 KV groups" in text
+    assert "10 neurons" in text

@@ -1,0 +1,395 @@
+"""Scores against the plain formulas of LLM-Pruner, ShortGPT and Gromov et al.
+
+The reference side of every comparison is written here again from the papers' code, without its
+bugs: full gradients by plain autograd of transformers' own loss, then loops over heads and
+neurons. Nothing of slimvlm is used in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from slimvlm.calibrate import score
+from slimvlm.scores.layers import angular_distance, block_influence
+from tests import tiny
+from tests.helpers import Batch, joined
+from tests.tolerances import LOSS, assert_close, assert_scores_close
+
+HEAD_DIM = 8
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama-mha": lambda: tiny.llama(num_key_value_heads=8),
+    "llama-gqa": lambda: tiny.llama(num_key_value_heads=2),
+    "phi": tiny.phi,
+    "phi3": tiny.phi3,
+}
+every_model = pytest.mark.parametrize("name", CONFIGS)
+
+
+def model_named(name: str) -> PreTrainedModel:
+    torch.manual_seed(1)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def samples(model: PreTrainedModel) -> list[Batch]:
+    """Three samples of one length whose numbers of labels differ much."""
+    batches = [tiny.batch(model, 14, seed) for seed in range(3)]
+    for batch, unlabelled in zip(batches, (12, 7, 2), strict=True):
+        batch["labels"] = batch["input_ids"].clone()
+        batch["labels"][:, :unlabelled] = -100
+    return batches
+
+
+# The reference: gradients
+
+
+Gradients = dict[str, Tensor]
+
+
+def gradients(model: PreTrainedModel, batch: Batch) -> Gradients:
+    """Gradients of transformers' mean loss over a batch."""
+    model.zero_grad()
+    model(**batch).loss.backward()
+    found = {
+        name: parameter.grad.double()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+    model.zero_grad()
+    return found
+
+
+def mean_square(parts: list[Gradients]) -> Gradients:
+    return {name: sum(part[name] ** 2 for part in parts) / len(parts) for name in parts[0]}  # type: ignore[misc]
+
+
+# The reference: units. A term is a tensor shaped like the weight; a unit adds up its own entries.
+
+
+def layer_names(model: PreTrainedModel, index: int) -> Iterator[str]:
+    prefix = f"model.layers.{index}."
+    for name, module in model.named_modules():
+        if name.startswith(prefix) and isinstance(module, nn.Linear):
+            yield name
+
+
+def head_parts(model: PreTrainedModel, index: int, terms: Gradients, group: int) -> list[Tensor]:
+    """One sum for each of q, k, v, o: of the KV head and of the query heads that read it."""
+    heads, kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
+    queries = range(group * (heads // kv_heads), (group + 1) * (heads // kv_heads))
+    at = f"model.layers.{index}.self_attn."
+    output = f"{at}dense.weight" if f"{at}dense.weight" in terms else f"{at}o_proj.weight"
+    if f"{at}qkv_proj.weight" in terms:
+        fused = terms[f"{at}qkv_proj.weight"]
+        q = fused[: heads * HEAD_DIM]
+        k = fused[heads * HEAD_DIM : (heads + kv_heads) * HEAD_DIM]
+        v = fused[(heads + kv_heads) * HEAD_DIM :]
+    else:
+        q, k, v = (terms[f"{at}{x}_proj.weight"] for x in "qkv")
+
+    def rows(matrix: Tensor, which: Any) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for head in which:
+            for channel in range(head * HEAD_DIM, (head + 1) * HEAD_DIM):
+                total = total + matrix[channel].sum()
+        return total
+
+    return [rows(q, queries), rows(k, [group]), rows(v, [group]), rows(terms[output].T, queries)]
+
+
+def neuron_parts(model: PreTrainedModel, index: int, terms: Gradients, neuron: int) -> list[Tensor]:
+    """One sum for each of gate, up, down (fc1, fc2 for Phi)."""
+    at = f"model.layers.{index}.mlp."
+    if f"{at}fc1.weight" in terms:
+        return [terms[f"{at}fc1.weight"][neuron].sum(), terms[f"{at}fc2.weight"][:, neuron].sum()]
+    if f"{at}gate_up_proj.weight" in terms:
+        gate, up = terms[f"{at}gate_up_proj.weight"].chunk(2)
+    else:
+        gate, up = terms[f"{at}gate_proj.weight"], terms[f"{at}up_proj.weight"]
+    return [gate[neuron].sum(), up[neuron].sum(), terms[f"{at}down_proj.weight"][:, neuron].sum()]
+
+
+def assert_scores_are(
+    model: PreTrainedModel, scores: Any, terms: Gradients, mean: bool = False
+) -> None:
+    """Compare all scores with sums (or means over matrices) of the terms of each unit."""
+    for index in range(model.config.num_hidden_layers):
+        for values, parts_of in (
+            (scores.kv_group[index], head_parts),
+            (scores.neuron[index], neuron_parts),
+        ):
+            expected = []
+            for unit in range(len(values)):
+                parts = torch.stack(parts_of(model, index, terms, unit))
+                expected.append(parts.mean() if mean else parts.sum())
+            assert_scores_close(values, torch.stack(expected))
+
+
+def weights(model: PreTrainedModel) -> Gradients:
+    return {
+        f"{name}.weight": model.get_submodule(name).weight.detach().double()  # type: ignore[union-attr]
+        for index in range(model.config.num_hidden_layers)
+        for name in layer_names(model, index)
+    }
+
+
+@every_model
+@pytest.mark.parametrize("batching", ["one batch", "one by one"])
+def test_taylor_is_llm_pruners_first_order(name: str, batching: str) -> None:
+    model = model_named(name)
+    data = samples(model)
+    g = gradients(model, joined(data))
+    terms = {key: (w * g[key]).abs() for key, w in weights(model).items()}
+    batches = [joined(data)] if batching == "one batch" else data
+    assert_scores_are(model, score(model, batches, "taylor"), terms)
+
+
+@every_model
+def test_taylor_per_sample_is_equation_5(name: str) -> None:
+    model = model_named(name)
+    data = samples(model)
+    each = [gradients(model, one) for one in data]
+    terms = {
+        key: torch.stack([(w * g[key]).abs() for g in each]).mean(0)
+        for key, w in weights(model).items()
+    }
+    for batches in ([joined(data)], data):
+        assert_scores_are(model, score(model, batches, "taylor", gradient="per_sample"), terms)
+
+
+@every_model
+def test_taylor_second_is_llm_pruners_second_order(name: str) -> None:
+    model = model_named(name)
+    data = samples(model)
+    squares = mean_square([gradients(model, one) for one in data])
+    terms = {key: (w * squares[key] * w).abs() for key, w in weights(model).items()}
+    for batches in ([joined(data)], data):
+        assert_scores_are(model, score(model, batches, "taylor_second"), terms)
+
+
+@every_model
+def test_taylor_mix_is_llm_pruners_mix(name: str) -> None:
+    model = model_named(name)
+    data = samples(model)
+    g, squares = gradients(model, joined(data)), mean_square([gradients(model, x) for x in data])
+    terms = {
+        key: (w * g[key] - 0.5 * w * squares[key] * w).abs() for key, w in weights(model).items()
+    }
+    for batches in ([joined(data)], data):
+        assert_scores_are(model, score(model, batches, "taylor_mix"), terms)
+
+
+@every_model
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_magnitude_is_llm_pruners_l1_and_l2(name: str, p: int, reduction: str) -> None:
+    model = model_named(name)
+    terms = {key: w.abs() ** p for key, w in weights(model).items()}
+    scores = score(model, [], "magnitude", p=p, reduction=reduction)
+    assert_scores_are(model, scores, terms, mean=reduction == "mean")
+
+
+def test_the_orders_differ_where_the_formulas_do() -> None:
+    """So that the comparisons above cannot pass with one formula for all."""
+    model = model_named("llama-gqa")
+    names = ("taylor", "taylor_second", "taylor_mix", "magnitude")
+    found = [score(model, samples(model), name).neuron for name in names]
+    shares = [values[0] / values[0].max() for values in found if values is not None]
+    for i, one in enumerate(shares):
+        for other in shares[i + 1 :]:
+            assert (one - other).abs().max() > 1e-3
+
+
+@every_model
+def test_a_gate_is_the_signed_sum_of_its_columns_taylor_terms(name: str) -> None:
+    """Scaling a unit's output by m scales its output columns: dL/dm = sum of w * dL/dw there."""
+    model = model_named(name)
+    data = samples(model)
+    each = [gradients(model, one) for one in data]
+    scores = score(model, [joined(data)], "gate")
+    for index in range(4):
+        for key, w in weights(model).items():
+            path = key.removeprefix(f"model.layers.{index}.").removesuffix(".weight")
+            if path not in ("self_attn.o_proj", "self_attn.dense", "mlp.down_proj", "mlp.fc2"):
+                continue
+            values = scores.of("neuron" if path.startswith("mlp") else "kv_group")[index]
+            per_column = torch.stack([(w * g[key]).sum(0) for g in each])
+            per_unit = torch.stack(
+                [columns.sum(1).abs().mean() for columns in per_column.chunk(len(values), dim=1)]
+            )
+            assert_scores_close(values, per_unit)
+
+
+# Layers
+
+
+def hidden_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        output = model(input_ids=batch["input_ids"], output_hidden_states=True)
+    return tuple(state[0] for state in output.hidden_states)
+
+
+def shortgpt(x: Tensor, y: Tensor) -> Tensor:
+    """ShortGPT's ``block_influence``: the full S x S product for its diagonal, in float32."""
+    sim = (x @ y.T) / (x.norm(dim=-1, keepdim=True) * y.norm(dim=-1, keepdim=True).T)
+    return 1 - sim.diagonal().nan_to_num(nan=0.5)
+
+
+@every_model
+def test_block_influence_sums_are_shortgpts(name: str) -> None:
+    model = model_named(name)
+    data = [tiny.batch(model, tokens, seed) for seed, tokens in enumerate((9, 17, 5))]
+    expected = torch.zeros(4, dtype=torch.float64)
+    for batch in data:
+        states = hidden_states(model, batch)  # the last one is after the final norm
+        for index in range(4):
+            expected[index] += shortgpt(states[index], states[index + 1]).double().sum()
+    options = {"reduction": "sum", "last_layer": "postnorm"}
+    layer = score(model, data, "block_influence", **options).layer
+    assert layer is not None
+    torch.testing.assert_close(layer.double(), expected, rtol=1e-5, atol=0)
+    clean = score(model, data, "block_influence", reduction="sum").layer
+    assert clean is not None
+    torch.testing.assert_close(clean[:-1], layer[:-1], rtol=1e-6, atol=0)
+    assert abs(clean[-1] - layer[-1]) > 1e-3 * layer[-1]  # the final norm's weights matter
+    mean = score(model, data, "block_influence").layer
+    assert mean is not None
+    torch.testing.assert_close(mean * (9 + 17 + 5), clean, rtol=1e-6, atol=0)
+
+
+def test_the_clean_last_layer_is_before_the_final_norm() -> None:
+    model = model_named("llama-gqa")
+    batch = tiny.batch(model, 9)
+    seen: dict[str, Tensor] = {}
+    hook = model.model.norm.register_forward_pre_hook(
+        lambda module, args: seen.update(last=args[0][0].detach())
+    )
+    states = hidden_states(model, batch)
+    hook.remove()
+    layer = score(model, [batch], "block_influence", reduction="sum").layer
+    assert layer is not None
+    torch.testing.assert_close(
+        layer[-1], shortgpt(states[3], seen["last"]).sum(), rtol=1e-5, atol=0
+    )
+
+
+@every_model
+def test_angular_distances_are_those_of_the_last_tokens(name: str) -> None:
+    model = model_named(name)
+    data = [tiny.batch(model, tokens, seed) for seed, tokens in enumerate((9, 17, 5))]
+    runs = score(model, data, "angular", last_layer="postnorm").layer_runs
+    assert runs is not None
+    for length in range(1, 5):
+        for start in range(4):
+            if start + length > 4:
+                assert math.isinf(runs[length - 1, start])
+                continue
+            distances = []
+            for batch in data:
+                states = hidden_states(model, batch)
+                x, y = states[start][-1].double(), states[start + length][-1].double()
+                cosine = float(x @ y) / math.sqrt(float(x @ x) * float(y @ y))
+                distances.append(math.acos(cosine) / math.pi)
+            expected = sum(distances) / len(distances)
+            assert float(runs[length - 1, start]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_angular_scores_of_single_layers_are_runs_of_one() -> None:
+    model = model_named("llama-gqa")
+    scores = score(model, samples(model), "angular")
+    assert scores.layer is not None
+    assert scores.layer_runs is not None
+    assert torch.equal(scores.layer, scores.layer_runs[0])
+
+
+# Numerics
+
+
+def test_large_half_precision_norms_do_not_overflow() -> None:
+    x = (40 * torch.randn(2, 5, 64)).half()
+    y = (x.float() + 5 * torch.randn(2, 5, 64)).half()
+    assert (x.norm(dim=-1) * y.norm(dim=-1)).isinf().any()  # what ShortGPT divides by
+    exact = 1 - torch.cosine_similarity(x.double(), y.double(), dim=-1)
+    values = block_influence(x, y)
+    assert values.dtype == torch.float32
+    assert values.shape == (2, 5)
+    assert_close(values, exact, LOSS)
+
+
+def test_half_precision_inputs_that_nearly_overflow_are_right() -> None:
+    x = torch.full((1, 3, 512), 60000.0, dtype=torch.float16)
+    y = x.clone()
+    y[:, 1, ::2] = -60000.0
+    y[:, 2] = -60000.0
+    assert_close(block_influence(x, y), torch.tensor([[0.0, 1.0, 2.0]]), LOSS)
+    assert_close(angular_distance(x, y), torch.tensor([[0.0, 0.5, 1.0]]), LOSS)
+
+
+def test_tiny_vectors_keep_their_angle() -> None:
+    x = 1e-9 * torch.randn(1, 4, 64)
+    assert_close(block_influence(x, 3 * x), torch.zeros(1, 4), LOSS)
+
+
+def test_block_influence_does_not_see_masked_tokens() -> None:
+    x, y = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    x[0, 3:] = math.nan
+    mask = torch.ones(2, 5, dtype=torch.long)
+    mask[0, 3:] = 0
+    values = block_influence(x, y, mask)
+    assert values[0, 3:].tolist() == [0, 0]
+    assert values.isfinite().all()
+    assert torch.equal(values[1], block_influence(x, y)[1])
+    assert torch.equal(values, block_influence(x, y, mask.bool()))
+
+
+def test_block_influence_is_row_wise() -> None:
+    """An S x S product of these would need 3.6 GB."""
+    x = torch.randn(1, 30000, 4)
+    assert block_influence(x, x.flip(1)).shape == (1, 30000)
+
+
+def test_zero_vectors_give_finite_values() -> None:
+    x = torch.zeros(1, 2, 8)
+    assert block_influence(x, torch.randn(1, 2, 8)).isfinite().all()
+    assert angular_distance(x, torch.randn(1, 2, 8)).isfinite().all()
+    assert angular_distance(x, x).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_identical_vectors_have_angle_zero_not_nan(dtype: torch.dtype) -> None:
+    x = torch.randn(400, 64).to(dtype)
+    unclamped = torch.arccos((x * x).sum(-1) / (x.norm(dim=-1) * x.norm(dim=-1)))
+    assert unclamped.isnan().any()  # the reference's bug B6
+    distance = angular_distance(x, x)
+    assert distance.isfinite().all()
+    assert distance.max() < 1e-7
+    assert angular_distance(x, -x).min() > 1 - 1e-7
+
+
+def test_angular_finds_the_last_valid_token() -> None:
+    model = model_named("llama-gqa")
+    short, long = tiny.batch(model, 6, 0), tiny.batch(model, 11, 1)
+    expected = score(model, [short, long], "angular").layer_runs
+    ids = torch.full((2, 11), 5)
+    ids[0, :6], ids[1] = short["input_ids"], long["input_ids"]
+    mask = torch.ones(2, 11, dtype=torch.long)
+    mask[0, 6:] = 0
+    found = score(model, [{"input_ids": ids, "attention_mask": mask}], "angular").layer_runs
+    unmasked = score(model, [{"input_ids": ids}], "angular").layer_runs
+    assert expected is not None
+    assert found is not None
+    assert unmasked is not None
+    fits = expected.isfinite()
+    assert_scores_close(found[fits], expected[fits])
+    assert (unmasked[fits] - expected[fits]).abs().max() > 1e-3

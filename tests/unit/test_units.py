@@ -1,0 +1,125 @@
+"""Units and channels: `channels_of`, `fold` and `spread` tell the same story."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slimvlm.families import BACKBONES, Projection
+from slimvlm.geometry import LayerShape, projections, read_anatomy
+from slimvlm.units import channels_of, fold, segments, spread, unit_of
+from tests import tiny
+
+PROJECTIONS = sorted(
+    {p for row in BACKBONES.values() for p in (*row.attention, *row.mlp)},
+    key=lambda p: (p.path, p.dim, p.segments),
+)
+projection_rows = st.sampled_from(PROJECTIONS)
+shapes = st.builds(
+    LayerShape,
+    num_kv_heads=st.integers(1, 5),
+    queries_per_group=st.integers(1, 4),
+    head_dim=st.sampled_from([1, 2, 4, 6]),
+    intermediate_size=st.integers(1, 12),
+    kv_group_params=st.just(0),
+    neuron_params=st.just(0),
+    fixed_params=st.just(0),
+)
+
+
+def num_units(projection: Projection, shape: LayerShape) -> int:
+    return shape.block(projection.segments[0])[0]
+
+
+def num_channels(projection: Projection, shape: LayerShape) -> int:
+    return sum(units * width for _, _, units, width in segments(projection, shape))
+
+
+@given(projection_rows, shapes)
+def test_all_units_own_all_channels_in_order(projection: Projection, shape: LayerShape) -> None:
+    everything = channels_of(projection, shape, range(num_units(projection, shape)))
+    assert everything.tolist() == list(range(num_channels(projection, shape)))
+
+
+@given(projection_rows, shapes, st.data())
+def test_units_share_no_channel(
+    projection: Projection, shape: LayerShape, data: st.DataObject
+) -> None:
+    units = range(num_units(projection, shape))
+    kept = sorted(data.draw(st.sets(st.sampled_from(units))))
+    gone = [unit for unit in units if unit not in kept]
+    kept_channels = channels_of(projection, shape, kept).tolist()
+    gone_channels = channels_of(projection, shape, gone).tolist()
+    assert kept_channels == sorted(kept_channels)
+    assert sorted(kept_channels + gone_channels) == list(range(num_channels(projection, shape)))
+
+
+@given(projection_rows, shapes)
+def test_fold_adds_up_exactly_the_channels_that_a_unit_owns(
+    projection: Projection, shape: LayerShape
+) -> None:
+    values = torch.rand(num_channels(projection, shape), dtype=torch.float64)
+    per_unit = torch.stack(fold(projection, shape, values)).sum(0)
+    for unit in range(num_units(projection, shape)):
+        expected = values[channels_of(projection, shape, [unit])].sum()
+        torch.testing.assert_close(per_unit[unit], expected)
+
+
+@given(projection_rows, shapes)
+def test_spread_is_the_transpose_of_fold(projection: Projection, shape: LayerShape) -> None:
+    per_unit = torch.rand(num_units(projection, shape), dtype=torch.float64)
+    per_channel = torch.rand(num_channels(projection, shape), dtype=torch.float64)
+    folded = torch.stack(fold(projection, shape, per_channel)).sum(0)
+    torch.testing.assert_close(per_unit @ folded, spread(projection, shape, per_unit) @ per_channel)
+
+
+@given(projection_rows, shapes, st.data())
+def test_spread_marks_the_channels_of_a_unit(
+    projection: Projection, shape: LayerShape, data: st.DataObject
+) -> None:
+    unit = data.draw(st.integers(0, num_units(projection, shape) - 1))
+    marks = torch.zeros(2, 3, num_units(projection, shape))  # leading dimensions are carried along
+    marks[..., unit] = 1
+    spread_out = spread(projection, shape, marks)
+    assert spread_out.shape == (2, 3, num_channels(projection, shape))
+    marked = spread_out[1, 2].nonzero().flatten()
+    assert torch.equal(marked, channels_of(projection, shape, [unit]))
+
+
+def test_query_heads_of_a_group_are_neighbours_not_stripes() -> None:
+    shape = LayerShape(2, 3, 2, 5, 0, 0, 0)
+    query = BACKBONES["llama"].attention[0]
+    assert channels_of(query, shape, [1]).tolist() == [6, 7, 8, 9, 10, 11]
+    stripes = torch.arange(12).view(3, 4)[:, 2:].flatten().tolist()
+    assert channels_of(query, shape, [1]).tolist() != stripes
+
+
+def test_fused_matrices_are_cut_inside_their_blocks() -> None:
+    shape = LayerShape(2, 2, 2, 3, 0, 0, 0)
+    row = BACKBONES["phi3"]
+    fused, gate_up = row.attention[0], row.mlp[0]
+    # rows 0-7 are four query heads, 8-11 two keys, 12-15 two values
+    assert channels_of(fused, shape, [1]).tolist() == [4, 5, 6, 7, 10, 11, 14, 15]
+    assert channels_of(gate_up, shape, [0, 2]).tolist() == [0, 2, 3, 5]
+    assert [part.tolist() for part in fold(fused, shape, torch.arange(16.0))] == [
+        [6.0, 22.0],
+        [17.0, 21.0],
+        [25.0, 29.0],
+    ]
+
+
+@pytest.mark.parametrize("name", ["llama", "phi", "phi3", "gemma2", "qwen3_vl"])
+def test_segments_cover_the_real_matrices(name: str) -> None:
+    model = tiny.build(name)
+    anatomy = read_anatomy(model)
+    for index, projection, linear in projections(model):
+        width = linear.weight.shape[projection.dim]
+        assert num_channels(projection, anatomy.layers[index]) == width
+
+
+def test_unit_of_every_projection() -> None:
+    for row in BACKBONES.values():
+        assert {unit_of(p) for p in row.attention} == {"kv_group"}
+        assert {unit_of(p) for p in row.mlp} == {"neuron"}

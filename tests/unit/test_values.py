@@ -1,0 +1,61 @@
+"""Scores and statistics: what is stored is what was there, and NaN never gets in."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from slimvlm.calibrate import score
+from slimvlm.errors import ConfigError, NumericalError
+from slimvlm.values import Scores, Statistics
+from tests import tiny
+
+CRITERIA = ("block_influence", "angular", "taylor", "magnitude")
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("name", ["scores", "scores.json", "llava-1.5", "scores.safetensors"])
+def test_scores_survive_their_files(criterion: str, name: str, tmp_path: Path) -> None:
+    model = tiny.build("llama")
+    scores = score(model, [tiny.batch(model)], criterion)
+    scores.save(tmp_path / name)
+    loaded = Scores.load(tmp_path / name)
+    assert loaded.criterion == criterion
+    assert dict(loaded.options) == dict(scores.options)
+    for field in ("layer", "layer_runs"):
+        ours, theirs = getattr(scores, field), getattr(loaded, field)
+        assert (ours is None) == (theirs is None)
+        assert ours is None or torch.equal(ours, theirs)
+    for unit in ("kv_group", "neuron"):
+        ours, theirs = scores.of(unit), loaded.of(unit)
+        assert (ours is None) == (theirs is None)
+        assert ours is None or all(map(torch.equal, ours, theirs))
+
+
+def test_two_versions_of_a_name_are_two_files(tmp_path: Path) -> None:
+    for version in (1, 2):
+        Scores("by-hand", layer=torch.full((2,), float(version))).save(tmp_path / f"run.v{version}")
+        Statistics("gates", {"x": torch.full((2,), float(version))}).save(
+            tmp_path / f"stats.v{version}"
+        )
+    assert Scores.load(tmp_path / "run.v1").layer.tolist() == [1, 1]  # type: ignore[union-attr]
+    assert len(list(tmp_path.glob("stats*"))) == 2
+
+
+@pytest.mark.parametrize("broken", ["missing", "json", "safetensors"])
+def test_broken_score_files_are_refused(broken: str, tmp_path: Path) -> None:
+    path = tmp_path / "scores"
+    if broken != "missing":
+        Scores("by-hand", layer=torch.ones(2)).save(path)
+        path.with_suffix(f".{broken}").write_bytes(b"\xff not what it says")
+    with pytest.raises(ConfigError, match=r"scores .*cannot be read"):
+        Scores.load(path)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_statistics_refuse_what_is_not_finite(value: float) -> None:
+    with pytest.raises(NumericalError, match=r"'gradients'.*'3.mlp'"):
+        Statistics("gradients", {"2.mlp": torch.ones(2), "3.mlp": torch.tensor([1.0, value])})
