@@ -14,7 +14,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "src" / "slimvlm"
 ROWS: dict[str, tuple[str, ...]] = {
-    "words": ("errors", "config", "families", "samples", "recipes"),
+    "words": ("errors", "config", "families", "samples", "recipes", "progress"),
     "maths": (
         "geometry",
         "units",
@@ -28,7 +28,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     ),
     "hands": (
         *("configs", "capture", "surgery", "checkpoint", "trainable"),
-        *("data", "chat", "tasks", "outputs"),
+        *("data", "chat", "tasks", "outputs", "answers"),
     ),
     "stages": ("calibrate", "recovery", "evaluation"),
     "runs": ("compression", "summary", "showcase"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rich.progress import track
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -13,6 +12,7 @@ from slimvlm.capture import CAPTURES, Batch
 from slimvlm.chat import encode_samples
 from slimvlm.errors import DataError
 from slimvlm.geometry import read_anatomy
+from slimvlm.progress import progress
 from slimvlm.samples import Sample
 from slimvlm.scores import criterion_named
 from slimvlm.values import Scores, Statistics
@@ -90,11 +90,5 @@ def calibration_batches(
     if not samples:
         raise DataError("no calibration sample was given")
     starts = range(0, len(samples), batch_size)
-    for start in track(starts, description=description, transient=True, console=_stderr()):
+    for start in progress(starts, description):
         yield encode_samples(processor, samples[start : start + batch_size])
-
-
-def _stderr() -> Any:
-    from rich.console import Console
-
-    return Console(stderr=True)

@@ -296,6 +296,8 @@ def evaluate(
     baseline: str | None = None,
     limit: int | None = None,
     batch_size: int = 16,
+    blind: bool = False,
+    log: Path | None = None,
     out: Path | None = None,
     dtype: Dtype = "auto",
     force: bool = False,
@@ -309,6 +311,8 @@ def evaluate(
         baseline: The original model, or a result file of it: adds retention with an interval.
         limit: Only the first so many questions of each task.
         batch_size: Questions answered at once.
+        blind: Show the pictures of other questions: the floor of a model that cannot see.
+        log: Folder that keeps replies as they come; a stopped evaluation goes on there.
         out: Result file (JSON), answers included.
         dtype: Data type of the weights.
         force: Replace an existing result file.
@@ -330,8 +334,10 @@ def evaluate(
         results["baseline"] = Result.load(baseline)
     elif baseline is not None:
         load_config(baseline)
-        results["baseline"] = ask(*load(baseline, dtype), chosen, limit, batch_size, baseline)
-    results["model"] = ask(*load(model, dtype), chosen, limit, batch_size, model)
+        loaded = load(baseline, dtype)
+        results["baseline"] = ask(*loaded, chosen, limit, batch_size, baseline, blind, log)
+    label = f"{model} (blind)" if blind else model
+    results["model"] = ask(*load(model, dtype), chosen, limit, batch_size, label, blind, log)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         results["model"].save(out)
@@ -520,6 +526,8 @@ VERBS: dict[str, Callable[..., None]] = {
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a verb. Exit code 0: fine; 2: the user's mistake, in one line; 1: ours."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries, before their import
     try:
         tyro.extras.subcommand_cli_from_dict(
             VERBS,
@@ -595,7 +603,8 @@ def _report_plan(plan: Any, out: Path) -> None:
 def _console() -> Any:
     from rich.console import Console
 
-    return Console()
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=120)
 
 
 def _note(line: str) -> None:

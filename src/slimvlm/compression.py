@@ -287,7 +287,10 @@ def _evaluated(run: Run, stage: str, model: PreTrainedModel, processor: Any) -> 
         else:
             run.say(f"evaluate the {stage} model")
             tasks = find_tasks(config.tasks)
-            evaluate(model, processor, tasks, config.limit, name=stage).save(path)
+            result = evaluate(
+                model, processor, tasks, config.limit, name=stage, log_folder=run.path("answers")
+            )
+            result.save(path)
 
 
 def _finish(run: Run, plan: Plan) -> None:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from slimvlm import chat, losses, metrics
+from slimvlm.answers import AnswerLog, fingerprint, key_of
 from slimvlm.errors import ConfigError
 from slimvlm.geometry import read_anatomy
 from slimvlm.outputs import write_text
+from slimvlm.progress import progress
 from slimvlm.samples import Question, Task
 from slimvlm.tasks import find_tasks
 
@@ -124,6 +124,8 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = 16,
     name: str = "",
+    blind: bool = False,
+    log_folder: str | Path | None = None,
 ) -> Result:
     """Answer every question greedily and score the answers.
 
@@ -137,20 +139,31 @@ def evaluate(
         limit: Only the first so many questions of each task.
         batch_size: Questions answered at once.
         name: Name of the model in the result.
+        blind: Show each question the pictures of another one. What the model scores then is its
+            blind floor: a task that is not clearly above it measures no sight.
+        log_folder: Where replies are kept as they come, one JSON line each. An evaluation that was
+            stopped goes on there; one that was finished is not asked again.
     """
     tasks = find_tasks(tasks) if isinstance(tasks, str) else tasks
     was_training = model.training
     model.eval()
     anatomy = read_anatomy(model)
     asked: list[Question] = []
+    folder = Path(log_folder) if log_folder is not None else None
+    mark = fingerprint(model) if folder is not None else ""
     results = {}
     for task in tasks:
         questions = list(task.load(limit))
+        if blind:
+            questions = with_other_pictures(questions)
         asked.extend(questions[:1])
         if task.metric == PERPLEXITY:
             results[task.name] = _perplexity(model, processor, task, questions)
         else:
-            results[task.name] = _answered(model, processor, task, questions, batch_size)
+            key = key_of(mark, task, questions, batch_size=batch_size)
+            log = AnswerLog(folder, task.name, key)
+            _ask(model, processor, task, questions, batch_size, log)
+            results[task.name] = _scored(task, questions, log)
     prefill_ms, decode_ms = latency(model, processor, asked[0])
     model.train(was_training)
     return Result(
@@ -161,6 +174,13 @@ def evaluate(
         prefill_ms=prefill_ms,
         decode_ms=decode_ms,
     )
+
+
+def with_other_pictures(questions: Sequence[Question]) -> list[Question]:
+    """The same questions, each with the pictures of the one half a list further on."""
+    half = len(questions) // 2
+    turned = [*questions[half:], *questions[:half]]
+    return [replace(q, images=other.images) for q, other in zip(questions, turned, strict=True)]
 
 
 def answer(
@@ -224,21 +244,24 @@ def _task_result(values: dict[str, Any]) -> TaskResult:
     return TaskResult(**values)
 
 
-def _answered(
+def _ask(
     model: PreTrainedModel,
     processor: Any,
     task: Task,
     questions: Sequence[Question],
     batch_size: int,
-) -> TaskResult:
-    score = metrics.METRICS[task.metric]
-    replies = [""] * len(questions)
+    log: AnswerLog,
+) -> None:
+    """Ask what the log has not got; batches are the same whether or not some are in it."""
     for batch in _by_length(questions, batch_size, task.name):
         picked = [questions[i] for i in batch]
-        for i, reply in zip(
-            batch, answer(model, processor, picked, task.max_new_tokens), strict=True
-        ):
-            replies[i] = reply
+        if any(question.id not in log.replies for question in picked):
+            log.add(picked, answer(model, processor, picked, task.max_new_tokens))
+
+
+def _scored(task: Task, questions: Sequence[Question], log: AnswerLog) -> TaskResult:
+    score = metrics.METRICS[task.metric]
+    replies = [log.replies[question.id] for question in questions]
     scores = [score(reply, question) for reply, question in zip(replies, questions, strict=True)]
     is_yes_no = task.metric == "yes_no"
     return TaskResult(
@@ -257,7 +280,7 @@ def _by_length(questions: Sequence[Question], batch_size: int, name: str) -> Ite
     """Batches of indices whose prompts have similar lengths, longest first; a progress bar."""
     order = sorted(range(len(questions)), key=lambda i: (-len(questions[i].prompt), i))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    yield from track(batches, description=name, transient=True, console=Console(stderr=True))
+    yield from progress(batches, name)
 
 
 @torch.no_grad()
@@ -267,8 +290,7 @@ def _perplexity(
     """Token-weighted perplexity of plain passages (``answers[0]``), no chat template."""
     tokenizer = chat.tokenizer_of(processor)
     means, counts = [], []
-    bar = track(questions, description=task.name, transient=True, console=Console(stderr=True))
-    for question in bar:
+    for question in progress(questions, task.name):
         inputs = _on_device(model, dict(tokenizer(question.answers[0], return_tensors="pt")))
         labels = inputs["input_ids"]
         means.append(float(losses.cross_entropy(model(**inputs).logits, labels)))

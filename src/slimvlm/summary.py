@@ -30,26 +30,31 @@ def result_rows(results: Mapping[str, Result]) -> tuple[list[str], list[list[str
     for task in tasks:
         marks = {n: r.tasks[task] for n, r in results.items() if task in r.tasks}
         first = next(iter(marks.values()))
-        label = f"{task} ({first.metric}, chance {first.chance:.0f})"
-        if first.metric == "perplexity":
-            label = f"{task} ({first.metric}, lower is better)"
-        rows.append([label, *(f"{marks[n].score:.1f}" if n in marks else "-" for n in names)])
-    rows.append(["AVG", *(_number(results[n].average) for n in names)])
-    if not math.isnan(baseline.average):
+        is_perplexity = first.metric == "perplexity"
+        label = f"{task} (lower is better)" if is_perplexity else task
+        chance = "" if is_perplexity else f"{first.chance:.0f}"
+        rows.append(
+            [label, chance, *(f"{marks[n].score:.1f}" if n in marks else "-" for n in names)]
+        )
+    rows.append(["AVG", "", *(_number(results[n].average) for n in names)])
+    if len(names) > 1 and not math.isnan(baseline.average):
         kept = [results[n].retention(baseline) for n in names]
         rows.append(
-            ["AVG-% [95 % interval]"]
-            + ["100.0"]
+            ["AVG-% [95 % interval]", "", "100.0"]
             + [f"{k.percent:.1f} [{k.low:.1f}, {k.high:.1f}]" for k in kept[1:]]
         )
-        rows.append(["AVG-% above chance", "100.0", *(f"{k.above_chance:.1f}" for k in kept[1:])])
+        rows.append(
+            ["AVG-% above chance", "", "100.0", *(f"{k.above_chance:.1f}" for k in kept[1:])]
+        )
     rows.append(
-        ["backbone parameters", *(f"{r.backbone_params / 1e6:.1f} M" for r in results.values())]
+        ["backbone parameters", "", *(f"{r.backbone_params / 1e6:.1f} M" for r in results.values())]
     )
-    rows.append(["all parameters", *(f"{r.total_params / 1e6:.1f} M" for r in results.values())])
-    rows.append(["prefill ms (batch 1)", *(f"{r.prefill_ms:.1f}" for r in results.values())])
-    rows.append(["decode ms a token", *(f"{r.decode_ms:.1f}" for r in results.values())])
-    return ["", *names], rows
+    rows.append(
+        ["all parameters", "", *(f"{r.total_params / 1e6:.1f} M" for r in results.values())]
+    )
+    rows.append(["prefill ms (batch 1)", "", *(f"{r.prefill_ms:.1f}" for r in results.values())])
+    rows.append(["decode ms a token", "", *(f"{r.decode_ms:.1f}" for r in results.values())])
+    return ["task", "chance", *names], rows
 
 
 def anatomy_rows(anatomy: Anatomy) -> list[list[str]]:

@@ -1,0 +1,91 @@
+"""Replies on disk as they come, so that a stopped evaluation goes on and none is asked twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import nn
+
+from slimvlm.samples import Question, Task
+
+_SAMPLED = 64
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of a model's shapes, data types and a sample of every weight.
+
+    Training and repair change every weight that they touch, so up to 64 evenly spaced values of
+    each tensor tell models apart without reading gigabytes.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        flat = tensor.detach().flatten()
+        picked = flat[:: max(len(flat) // _SAMPLED, 1)].float().cpu()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(picked.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def key_of(model_fingerprint: str, task: Task, questions: Sequence[Question], **how: Any) -> str:
+    """A hash of everything that a task's replies depend on: model, questions, pictures, options."""
+    digest = hashlib.sha256(model_fingerprint.encode())
+    digest.update(json.dumps([task.name, task.max_new_tokens, how], default=str).encode())
+    for question in questions:
+        digest.update(json.dumps([question.id, question.prompt, question.answers]).encode())
+        for image in question.images:
+            digest.update(_image_bytes(image))
+    return digest.hexdigest()[:24]
+
+
+class AnswerLog:
+    """One JSON line for each question, appended batch by batch.
+
+    Args:
+        folder: Where logs lie; None keeps nothing.
+        task: Name of the task.
+        key: From `key_of`; another key is another file.
+    """
+
+    def __init__(self, folder: Path | None, task: str, key: str) -> None:
+        self._path = folder / f"{task}-{key}.jsonl" if folder is not None else None
+        self.replies: dict[str, str] = {}
+        if self._path is not None and self._path.is_file():
+            for line in self._path.read_text().splitlines():
+                row = _parsed(line)
+                if row is not None:
+                    self.replies[row["id"]] = row["reply"]
+
+    def add(self, questions: Sequence[Question], replies: Sequence[str]) -> None:
+        """Append a batch."""
+        for question, reply in zip(questions, replies, strict=True):
+            self.replies[question.id] = reply
+        if self._path is None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        rows = [
+            {"id": q.id, "prompt": q.prompt, "answers": q.answers, "reply": reply}
+            for q, reply in zip(questions, replies, strict=True)
+        ]
+        with self._path.open("a") as log:
+            log.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _parsed(line: str) -> dict[str, str] | None:
+    """A row, or None for a line that a kill cut short."""
+    try:
+        row: dict[str, str] = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row
+
+
+def _image_bytes(image: Image.Image | Path) -> bytes:
+    if isinstance(image, Path):
+        stat = image.stat()
+        return f"{image} {stat.st_size} {stat.st_mtime_ns}".encode()
+    return image.tobytes()
