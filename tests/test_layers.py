@@ -32,7 +32,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     ),
     "stages": ("calibrate", "recovery", "evaluation"),
     "runs": ("compression", "summary", "showcase"),
-    "faces": ("cli", "__init__", "__main__"),
+    "faces": ("cli", "verbs", "__init__", "__main__"),
 }
 DEPTH = {name: depth for depth, names in enumerate(ROWS.values()) for name in names}
 DEMO_DEPTH = list(ROWS).index("hands")

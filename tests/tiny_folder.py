@@ -46,9 +46,9 @@ LLAVA_CHAT = (
 )
 TEXT_CHAT = (
     "{{ bos_token }}{% for message in messages %}"
-    "{{ '[' + message['role'] + '] ' + message['content'] }}"
+    "{{ '[' + message['role'] + ']\n' + message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ '[assistant]\n' }}{% endif %}"
 )
 CHATML = (
     "{%% for message in messages %%}{{ '<|im_start|>' + message['role'] + '\n' }}"

@@ -48,6 +48,12 @@ def question_messages(question: Question) -> list[Message]:
     return [{"role": "user", "content": [*content, {"type": "text", "text": question.prompt}]}]
 
 
+def answered_sample(question: Question, reply: str) -> Sample:
+    """A question with a reply, as a conversation."""
+    said = {"role": "assistant", "content": [{"type": "text", "text": reply}]}
+    return Sample(question.id, (*question_messages(question), said), question.images)
+
+
 def render(processor: Any, messages: Sequence[Message], generate: bool = False) -> str:
     """The text of a conversation as the model sees it, with one placeholder for each picture.
 

@@ -48,7 +48,7 @@ def load_samples(
         raise ConfigError(f"images {str(images)!r} is not a folder")
     samples: list[Sample] = []
     bad = 0
-    for index, row in enumerate(_rows(data)):
+    for index, row in enumerate(read_rows(data)):
         if limit is not None and len(samples) >= limit:
             break
         try:
@@ -72,7 +72,12 @@ def subset(samples: list[Sample], fraction: float, seed: int) -> list[Sample]:
     return [samples[i] for i in sorted(chosen)]
 
 
-def _rows(data: str | Path) -> Iterator[Any]:
+def read_rows(data: str | Path) -> Iterator[Any]:
+    """The rows of a data source as plain values; a row that is not JSON is a `BrokenRow`.
+
+    Raises:
+        ConfigError: If the source does not exist or is not understood.
+    """
     path = Path(data)
     if path.is_file():
         yield from _rows_of_file(path)
@@ -145,7 +150,7 @@ def _sample(row: Any, index: int, root: Path) -> Sample:
     stated = row.get("images") if row.get("images") is not None else row.get("image")
     given = [] if stated is None else stated if isinstance(stated, list) else [stated]
     messages, inline = _messages(turns, name)
-    pictures = [_image(image, name, root) for image in (*given, *inline)]
+    pictures = [find_image(image, name, root) for image in (*given, *inline)]
     messages = _with_placeholders(messages, len(pictures), name)
     return Sample(id=name, messages=tuple(messages), images=tuple(pictures))
 
@@ -208,8 +213,17 @@ def _with_placeholders(messages: list[Message], pictures: int, name: str) -> lis
     return [*messages[:first], {"role": "user", "content": content}, *messages[first + 1 :]]
 
 
-def _image(source: Any, name: str, root: Path) -> Image.Image | Path:
-    """A picture, or the path of one that exists below the image folder."""
+def find_image(source: Any, name: str, root: Path) -> Image.Image | Path:
+    """A picture, or the path of one that exists below the image folder.
+
+    Args:
+        source: A picture, its path below ``root``, or a dict with ``bytes`` or ``path``.
+        name: Name of the sample, for messages.
+        root: The image folder.
+
+    Raises:
+        DataError: If there is no such picture, or it lies outside the folder.
+    """
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, dict):

@@ -202,6 +202,21 @@ def answer(
     return [reply.strip() for reply in replies]
 
 
+@torch.no_grad()
+def choose(
+    model: PreTrainedModel, processor: Any, questions: Sequence[Question], max_new_tokens: int = 0
+) -> list[str]:
+    """The likeliest choice of each question: highest log-probability of the whole answer turn."""
+    replies = []
+    for question in questions:
+        samples = [chat.answered_sample(question, choice) for choice in question.choices]
+        inputs = _on_device(model, chat.encode_samples(processor, samples))
+        labels = inputs.pop("labels")
+        loss = losses.token_cross_entropy(model(**inputs).logits, labels).sum(1)
+        replies.append(question.choices[int(loss.argmin())])
+    return replies
+
+
 def latency(
     model: PreTrainedModel, processor: Any, question: Question, repeats: int = 5, tokens: int = 8
 ) -> tuple[float, float]:
@@ -256,7 +271,8 @@ def _ask(
     for batch in _by_length(questions, batch_size, task.name):
         picked = [questions[i] for i in batch]
         if any(question.id not in log.replies for question in picked):
-            log.add(picked, answer(model, processor, picked, task.max_new_tokens))
+            reply = choose if task.by_likelihood else answer
+            log.add(picked, reply(model, processor, picked, task.max_new_tokens))
 
 
 def _scored(task: Task, questions: Sequence[Question], log: AnswerLog) -> TaskResult:

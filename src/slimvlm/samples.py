@@ -67,6 +67,8 @@ class Task:
         max_new_tokens: Longest answer.
         like: The published benchmark that this one stands for, if any.
         in_average: Whether it counts in AVG. Text perplexity does not.
+        by_likelihood: The reply is the one of a question's choices that the model finds likeliest,
+            instead of what it generates.
     """
 
     name: str
@@ -76,3 +78,4 @@ class Task:
     max_new_tokens: int = 8
     like: str = ""
     in_average: bool = True
+    by_likelihood: bool = False
