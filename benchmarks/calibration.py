@@ -72,9 +72,7 @@ def plain_taylor(model: LlamaForCausalLM, data: list[dict[str, torch.Tensor]]) -
             (linear.weight * linear.weight.grad).abs().sum(1)
 
 
-def torch_pruning_magnitude(
-    model: LlamaForCausalLM, data: list[dict[str, torch.Tensor]]
-) -> None:
+def torch_pruning_magnitude(model: LlamaForCausalLM, data: list[dict[str, torch.Tensor]]) -> None:
     """The peer's magnitude pruning at ratio 0.25, as its Llama example calls it."""
     import torch_pruning as tp
 

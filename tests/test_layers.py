@@ -30,8 +30,8 @@ ROWS: dict[str, tuple[str, ...]] = {
         *("configs", "capture", "surgery", "checkpoint", "trainable"),
         *("data", "chat", "tasks", "outputs", "answers"),
     ),
-    "stages": ("calibrate", "recovery", "evaluation"),
-    "runs": ("compression", "summary", "showcase"),
+    "stages": ("calibrate", "recovery", "evaluation", "lmms"),
+    "runs": ("compression", "summary", "showcase", "comparison"),
     "faces": ("cli", "verbs", "__init__", "__main__"),
 }
 DEPTH = {name: depth for depth, names in enumerate(ROWS.values()) for name in names}

@@ -83,7 +83,7 @@ class Kind:
 
 
 def tokenizer(
-    specials: Sequence[str] = (), adds_bos: bool = True, bos: str | None = BOS, **named: str
+    specials: Sequence[str] = (), adds_bos: bool = True, bos: str | None = BOS, **named: Any
 ) -> hf.PreTrainedTokenizerFast:
     """A byte-level BPE with exactly `VOCAB` tokens."""
     special_tokens = list(dict.fromkeys([PAD, BOS, EOS, *specials]))
@@ -158,7 +158,7 @@ def _qwen2_5_vl() -> tuple[hf.PreTrainedConfig, Any]:
         ("vision_end_token_id", "vision_end"),
     ):
         setattr(config, field, words.convert_tokens_to_ids(f"<|{token}|>"))
-    sizes = {
+    sizes: dict[str, Any] = {
         "patch_size": 8,
         "temporal_patch_size": 1,
         "merge_size": 2,

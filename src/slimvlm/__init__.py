@@ -41,6 +41,7 @@ _HOME = {
     "load_samples": "data",
     "losses": "losses",
     "make_plan": "planning",
+    "make_plan_for_params": "planning",
     "mask_": "surgery",
     "prune_": "surgery",
     "ratio_for_params": "planning",

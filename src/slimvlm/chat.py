@@ -36,8 +36,10 @@ def open_image(image: Image.Image | Path) -> Image.Image:
         DataError: If it cannot be read.
     """
     try:
-        loaded = Image.open(image) if isinstance(image, Path) else image
-        return loaded.convert("RGB")
+        if not isinstance(image, Path):
+            return image.convert("RGB")
+        with Image.open(image) as opened:
+            return opened.convert("RGB")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"image {str(image)!r}: cannot be read ({error})") from error
 
@@ -118,11 +120,11 @@ def process(
     options = {
         "return_tensors": "pt",
         "padding": True,
+        "padding_side": padding_side,  # some processors have a default that beats the tokenizer's
         "add_special_tokens": _adds_special_tokens(tokenizer, texts[0]),
     }
     if any(images):
-        shown = images if all(images) else [group for group in images if group]
-        return dict(processor(text=texts, images=shown, **options))
+        return dict(processor(text=texts, images=images, **options))
     return dict(tokenizer(texts, **options))
 
 

@@ -9,6 +9,7 @@ import torch
 import transformers
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
@@ -35,9 +36,8 @@ def resolve(model: str | Path) -> str:
 
         return str(build_demo())
     path = Path(model)
-    checkpoint = path / "checkpoint"
-    if not (path / "config.json").exists() and (checkpoint / "config.json").exists():
-        return str(checkpoint)  # a run folder
+    if (path / "checkpoint" / "config.json").is_file():
+        return str(path / "checkpoint")  # a run folder
     looks_local = str(model).startswith((".", "/", "~")) or str(model).count("/") != 1
     looks_local = looks_local or path.parent.is_dir()
     if path.is_dir():
@@ -97,15 +97,21 @@ def load(
     config = load_config(model, trust_remote_code)
     name = resolve(model)
     try:
-        loaded: PreTrainedModel = auto_class(config).from_pretrained(
-            name, dtype=dtype, trust_remote_code=trust_remote_code
+        loaded, report = auto_class(config).from_pretrained(
+            name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
         )
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"model {str(model)!r}: weights cannot be read ({reason})") from error
+    if report["missing_keys"]:
+        first, *rest = sorted(report["missing_keys"])
+        raise ConfigError(
+            f"model {str(model)!r}: weights lack {first!r}"
+            + (f" and {len(rest)} more" * bool(rest))
+        )
     target = torch.device(device) if device is not None else default_device()
-    loaded.to(target)  # type: ignore[arg-type]
-    return loaded.eval(), load_processor(name, config, trust_remote_code)
+    model_on_device: PreTrainedModel = loaded.to(target).eval()
+    return model_on_device, load_processor(name, config, trust_remote_code)
 
 
 def default_device() -> torch.device:
@@ -200,7 +206,7 @@ def check_reload(model: PreTrainedModel, processor: Any, folder: str | Path) -> 
         again, report = auto_class(model.config).from_pretrained(
             folder, dtype=model.dtype, output_loading_info=True
         )
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ReloadError(f"{str(folder)!r} does not load back: {error}") from error
     problems = {name: sorted(map(str, keys)) for name, keys in report.items() if keys}
     if problems:

@@ -21,6 +21,7 @@ VERBS: dict[str, Callable[..., None]] = {
         verbs.prune,
         verbs.recover,
         verbs.evaluate,
+        verbs.compare,
         verbs.compress,
         verbs.chat,
         verbs.demo,

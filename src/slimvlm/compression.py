@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from transformers import PreTrainedModel
 
 from slimvlm import summary
 from slimvlm.calibrate import DEFAULT_CRITERIA, calibration_batches, score
+from slimvlm.checkpoint import DTYPES, load, save
 from slimvlm.checkpoint import anatomy as anatomy_of
-from slimvlm.checkpoint import load, save
 from slimvlm.config import RecoverConfig
 from slimvlm.data import load_samples
 from slimvlm.errors import ConfigError
 from slimvlm.evaluation import Result, evaluate
+from slimvlm.geometry import Anatomy
 from slimvlm.outputs import require_free, write_text
 from slimvlm.plan import Plan
 from slimvlm.planning import make_plan
@@ -119,27 +120,36 @@ def check_request(config: PruneConfig, say: Callable[[str], None]) -> list[Sampl
     Raises:
         SlimError: If an option, the data or the ratio cannot work for this model.
     """
+    if config.dtype not in DTYPES:
+        raise ConfigError(f"dtype {config.dtype!r} must be one of: {', '.join(DTYPES)}")
+    if config.calibration_samples < 1:
+        raise ConfigError(f"samples {config.calibration_samples} must be at least 1")
     rows = {name: criterion_named(name, {}) for name in config.criteria}
     data_bound = [name for name, row in rows.items() if row.needs_data]
     if data_bound and config.data is None:
         raise ConfigError(f"criterion {data_bound[0]!r} needs --data")
     anatomy = anatomy_of(config.model)
-    pretended = score_random(Statistics("nothing", {}), anatomy)
-    units = {unit for row in rows.values() for unit in row.units}
-    kept = {unit: pretended.of(unit) for unit in units}
-    make_plan(
-        anatomy,
-        Scores(", ".join(rows), **kept),
-        config.ratio,
-        config.chosen_axis,
-        round_to=config.round_to,
-    )
+    rehearse(anatomy, config.criteria, config.ratio, config.chosen_axis, round_to=config.round_to)
     if config.data is None:
         say(f"no data: scoring by {' and '.join(config.criteria)}")
         return []
     training = getattr(config, "training_samples", config.calibration_samples)
     limit = None if training is None else config.calibration_samples + training
     return load_samples(config.data, config.images, limit, config.max_bad, say)
+
+
+def rehearse(
+    anatomy: Anatomy, criteria: Iterable[str], ratio: float, axis: str, **options: Any
+) -> None:
+    """Find out whether a plan is possible, with random scores in place of real ones.
+
+    Raises:
+        SlimError: What `make_plan` would raise after the weights were read and scored.
+    """
+    pretended = score_random(Statistics("nothing", {}), anatomy)
+    units = {unit for name in criteria for unit in CRITERIA[name].units}
+    scores = Scores(", ".join(criteria), **{unit: pretended.of(unit) for unit in units})
+    make_plan(anatomy, scores, ratio, axis, **options)
 
 
 def choose_plan(
@@ -200,11 +210,15 @@ def compress(
     _require_startable(run, force)
     if config.tasks:
         find_tasks(config.tasks)
+    if config.baseline:
+        Result.load(config.baseline)
+    if config.limit is not None and config.limit < 1:
+        raise ConfigError(f"limit {config.limit} must be at least 1")
     samples = check_request(config, say)
     if config.axis is None:
         chart = recipe_for(config.ratio, config.data is not None)
         say(f"axis {chart.axis}: {chart.why} (arXiv:2507.20749)")
-    _open_folder(run)
+    _open_folder(run, force)
     model, processor = load(config.model, config.dtype, trust_remote_code=config.trust_remote_code)
     _evaluated(run, "original", model, processor)
     plan = _planned(run, model, processor, samples)
@@ -221,15 +235,18 @@ def compress(
 
 def _require_startable(run: Run, force: bool) -> None:
     """The folder must be free, replaceable, or hold the same run unfinished."""
-    if run.folder.exists() and force:
-        shutil.rmtree(run.folder)
-    if run.folder.exists():
-        stored = run.path("config.json")
-        unfinished = stored.is_file() and not run.path("summary.md").exists()
-        if not unfinished or json.loads(stored.read_text()) != _stored(run.config):
+    if run.folder.exists() and not force:
+        if run.path("summary.md").exists() or not _is_same_run(run):
             require_free(run.folder)
         run.say(f"going on with the unfinished run in {run.folder}")
     require_free(run.folder, force=True)
+
+
+def _is_same_run(run: Run) -> bool:
+    try:
+        return bool(json.loads(run.path("config.json").read_text()) == _stored(run.config))
+    except (OSError, ValueError):
+        return False
 
 
 def _stored(config: CompressConfig) -> dict[str, Any]:
@@ -237,7 +254,10 @@ def _stored(config: CompressConfig) -> dict[str, Any]:
     return values
 
 
-def _open_folder(run: Run) -> None:
+def _open_folder(run: Run, force: bool) -> None:
+    """Begin the run folder, with ``force`` in place of an old one: the request was found good."""
+    if force:
+        shutil.rmtree(run.folder, ignore_errors=True)
     run.path("scores").mkdir(parents=True, exist_ok=True)
     run.path("results").mkdir(exist_ok=True)
     write_text(run.path("config.json"), json.dumps(_stored(run.config), indent=2) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -10,6 +11,17 @@ from slimvlm.errors import ConfigError
 
 Train = Literal["projector", "lora", "full"]
 LOSS_NAMES = ("sft", "hidden", "kl", "rkl")
+_POSITIVE = (
+    "epochs",
+    "learning_rate",
+    "batch_size",
+    "gradient_accumulation",
+    "lora_rank",
+    "lora_alpha",
+    "temperature",
+    "save_steps",
+    "logging_steps",
+)
 
 
 def parse_loss(expression: str) -> dict[str, float]:
@@ -97,9 +109,16 @@ class RecoverConfig:
             raise ConfigError(f"train {self.train!r} must be one of: projector, lora, full")
         if not 0 < self.fraction <= 1:
             raise ConfigError(f"fraction {self.fraction} must be above 0 and at most 1")
-        for name in ("epochs", "learning_rate", "batch_size", "gradient_accumulation", "lora_rank"):
-            if getattr(self, name) <= 0:
+        if self.kd_on not in ("answer", "text", "all"):
+            raise ConfigError(f"kd_on {self.kd_on!r} must be one of: answer, text, all")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise ConfigError(f"max_steps {self.max_steps} must be above 0, or -1 for no limit")
+        for name in _POSITIVE:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} {getattr(self, name)} must be above 0")
+        for name in ("warmup_ratio", "lora_dropout", "weight_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} {getattr(self, name)} must be at least 0 and below 1")
 
     @property
     def loss_weights(self) -> dict[str, float]:

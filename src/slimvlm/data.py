@@ -38,6 +38,8 @@ def load_samples(
         ConfigError: If the source does not exist or is not understood.
         DataError: If too many rows are broken; the message names the first one.
     """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"samples {limit} must be at least 1")
     if str(data) == "demo":
         from slimvlm.demo.conversations import demo_samples
 
@@ -91,14 +93,18 @@ def _rows_of_file(path: Path) -> Iterator[Any]:
     if path.suffix == ".parquet":
         import datasets
 
-        yield from datasets.Dataset.from_parquet(str(path))
+        try:
+            table = datasets.Dataset.from_parquet(str(path))
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise DataError(f"data {str(path)!r}: is not a parquet file ({error})") from error
+        yield from table
     elif path.suffix == ".jsonl":
-        with path.open() as lines:
+        with path.open(encoding="utf-8", errors="replace") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield _parsed(line, f"line {number}")
     elif path.suffix == ".json":
-        rows = _parsed(path.read_text(), "the file")
+        rows = _parsed(path.read_text(encoding="utf-8", errors="replace"), "the file")
         if isinstance(rows, BrokenRow):
             raise DataError(f"data {str(path)!r}: {rows.why}")
         if not isinstance(rows, list):
@@ -172,7 +178,9 @@ def _messages(turns: list[Any], name: str) -> tuple[list[Message], list[Any]]:
             if not isinstance(part, dict) or part.get("type") not in ("text", "image"):
                 raise DataError(f"sample {name!r}: content parts must be text or image")
             if part["type"] == "text":
-                parts.append({"type": "text", "text": str(part.get("text"))})
+                if not isinstance(part.get("text"), str):
+                    raise DataError(f"sample {name!r}: a text part without text")
+                parts.append({"type": "text", "text": part["text"]})
                 continue
             source = next((part[k] for k in ("image", "path", "url") if part.get(k)), None)
             parts.append({"type": "image"})
@@ -208,7 +216,9 @@ def _with_placeholders(messages: list[Message], pictures: int, name: str) -> lis
         return messages
     if mentioned:
         raise DataError(f"sample {name!r} has {mentioned} image placeholders, {pictures} images")
-    first = next(i for i, m in enumerate(messages) if m["role"] == "user")
+    first = next((i for i, m in enumerate(messages) if m["role"] == "user"), None)
+    if first is None:
+        raise DataError(f"sample {name!r} has images, but no user turn to show them in")
     content = [{"type": "image"}] * pictures + messages[first]["content"]
     return [*messages[:first], {"role": "user", "content": content}, *messages[first + 1 :]]
 
@@ -235,6 +245,8 @@ def find_image(source: Any, name: str, root: Path) -> Image.Image | Path:
         source = source.get("path")
     if not isinstance(source, str):
         raise DataError(f"sample {name!r}: image must be a path or a picture")
+    if "\0" in source:
+        raise DataError(f"sample {name!r}: image {source!r} is not a path")
     path = (root / source).resolve()
     if not path.is_relative_to(root.resolve()):
         raise DataError(f"sample {name!r}: image {source!r} lies outside {str(root)!r}")

@@ -36,7 +36,8 @@ class TaskResult:
         in_average: Whether the task counts in AVG.
         ids: Question ids.
         replies: What the model said.
-        scores: One score in [0, 1] for each question (for perplexity: its mean loss).
+        scores: One score for each question, in [0, 1] but for MME, whose full score is above 100
+            (for perplexity: its mean loss).
         details: Further numbers of the metric, in percent.
     """
 
@@ -109,7 +110,7 @@ class Result:
             ConfigError: If the file is missing or is not a result.
         """
         try:
-            values = json.loads(Path(path).read_text())
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
             values.pop("average")
             tasks = {name: _task_result(task) for name, task in values.pop("tasks").items()}
             return cls(tasks=tasks, **values)
@@ -144,6 +145,9 @@ def evaluate(
         log_folder: Where replies are kept as they come, one JSON line each. An evaluation that was
             stopped goes on there; one that was finished is not asked again.
     """
+    for option, value in (("limit", limit), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{option} {value} must be at least 1")
     tasks = find_tasks(tasks) if isinstance(tasks, str) else tasks
     was_training = model.training
     model.eval()

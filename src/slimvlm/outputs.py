@@ -54,7 +54,7 @@ def new_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Write a file whole: a reader sees the old content or the new."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 
@@ -64,7 +64,12 @@ def _replace(partial: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         path.rename(old)
-    partial.rename(path)
+    try:
+        partial.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
     if old.is_dir():
         shutil.rmtree(old)
     else:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -143,6 +144,35 @@ def ratio_for_params(anatomy: Anatomy, target_params: int) -> float:
             f"alone has {least:,} parameters"
         )
     return excess / anatomy.backbone_params
+
+
+def make_plan_for_params(
+    anatomy: Anatomy,
+    scores: Scores | Sequence[Scores],
+    target_params: int,
+    axis: str = "width",
+    **options: Any,
+) -> Plan:
+    """The plan with the smallest ratio whose whole model has at most so many parameters.
+
+    Args:
+        anatomy: The model's.
+        scores: As in `make_plan`.
+        target_params: Limit for the whole model, towers included.
+        axis: As in `make_plan`.
+        **options: Further arguments of `make_plan`.
+
+    Raises:
+        ImpossiblePlanError: If no legal shape is that small.
+        ConfigError: If the model is already that small, or an argument is out of range.
+    """
+    ratio = ratio_for_params(anatomy, target_params)
+    while True:
+        plan = make_plan(anatomy, scores, ratio, axis, **options)
+        excess = plan.after.total_params - target_params
+        if excess <= 0:
+            return plan
+        ratio = min(ratio + max(excess / anatomy.backbone_params, 1e-4), 1 - 1e-9)
 
 
 def channels_to_remove(channels: int, ratio: float) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from slimvlm.config import Train
+from slimvlm.errors import ConfigError
 
 Axis = Literal["depth", "width", "both"]
 
@@ -69,7 +70,12 @@ def recipe_for(ratio: float, has_data: bool) -> Recipe:
     Args:
         ratio: Share of the backbone to remove.
         has_data: Whether there is data to train on.
+
+    Raises:
+        ConfigError: If the ratio is not in [0, 1).
     """
+    if not 0 <= ratio < 1:
+        raise ConfigError(f"ratio {ratio} must be at least 0 and below 1")
     if not has_data:
         return WITHOUT_DATA
     return next(recipe for recipe in WITH_DATA if ratio <= recipe.up_to)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.trainer import TRAINER_STATE_NAME
 
 from slimvlm import losses
 from slimvlm.chat import encode_samples
@@ -21,11 +28,18 @@ from slimvlm.checkpoint import load_processor
 from slimvlm.config import RecoverConfig
 from slimvlm.data import subset
 from slimvlm.errors import ConfigError, NumericalError
-from slimvlm.geometry import family_of, final_norm, text_config_of
+from slimvlm.geometry import family_of, final_norm, read_anatomy, text_config_of
+from slimvlm.outputs import write_text
 from slimvlm.samples import Sample
-from slimvlm.trainable import merge, plain_model, prepare_training
+from slimvlm.trainable import (
+    keep_learning_in_float32_,
+    merge,
+    plain_model,
+    prepare_training,
+)
 
 TRAINED_FILE = "trained.safetensors"
+REQUEST_FILE = "request.json"
 
 
 @dataclass(frozen=True)
@@ -74,23 +88,50 @@ def recover(
     weights = config.loss_weights
     if teacher is None and set(weights) != {"sft"}:
         raise ConfigError(f"loss {config.loss!r} needs a teacher (--teacher)")
-    torch.manual_seed(config.seed)
+    if teacher is not None:
+        _require_same_width(model, teacher)
     samples = subset(list(dataset), config.fraction, config.seed)
+    with ExitStack() as stack:
+        temporary = stack.enter_context(TemporaryDirectory())
+        folder = Path(work) if work is not None else Path(temporary)
+        _require_same_request(folder, config, samples)
+        stack.enter_context(_kept_use_cache(model))
+        return _train(
+            model, teacher, samples, config, processor, folder, resumable=work is not None
+        )
+
+
+def _train(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    samples: list[Sample],
+    config: RecoverConfig,
+    processor: Any,
+    folder: Path,
+    resumable: bool,
+) -> History:
+    """Run the Trainer and hand the plain model back."""
+    torch.manual_seed(config.seed)
+    bf16 = computes_bfloat16(model.device) if config.bf16 is None else config.bf16
+    dtype = model.dtype
     trained = prepare_training(model, config)
+    if bf16:
+        keep_learning_in_float32_(trained)
     num_trained = sum(p.numel() for p in trained.parameters() if p.requires_grad)
-    folder = Path(work) if work is not None else None
     trainer = DistillationTrainer(
         model=trained,
-        teacher=teacher if set(weights) != {"sft"} else None,
+        teacher=teacher if set(config.loss_weights) != {"sft"} else None,
         config=config,
-        args=_training_arguments(config, folder, trained),
+        args=_training_arguments(config, folder, resumable, model.device, bf16),
         train_dataset=samples,
         data_collator=lambda batch: encode_samples(processor, batch),
-        callbacks=[_StopOnNonFinite()],
     )
-    last = get_last_checkpoint(str(folder)) if folder is not None and folder.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
-    merged = merge(_without_autocast(trainer))
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_Bar)
+    with _fast_attention(model, teacher, bf16):
+        trainer.train(resume_from_checkpoint=_last_complete_checkpoint(folder))
+    merged = merge(_without_autocast(trainer), dtype)
     if merged is not model:
         raise AssertionError("merging must give back the model that was handed in")
     model.eval()
@@ -130,13 +171,19 @@ class DistillationTrainer(Trainer):
         """Weighted sum of the configured losses; each is kept for the log."""
         labels = inputs.pop("labels")
         student = plain_model(self.model)
-        hidden = _final_hidden(model, student, inputs)
-        parts = self._parts(student, hidden, inputs, labels)
+        with self.accelerator.autocast():
+            hidden = _final_hidden(model, student, inputs)
+            parts = self._parts(student, hidden, inputs, labels)
         weights = self._recovery.loss_weights
         for name, value in parts.items():
+            if not torch.isfinite(value):
+                raise NumericalError(f"loss {name!r} is {value.item()} at {self._where()}")
             self._sums[name] = self._sums.get(name, 0.0) + float(value.detach())
         self._count += 1
         return torch.stack([weights[name] * value for name, value in parts.items()]).sum()
+
+    def _where(self) -> str:
+        return f"step {self.state.global_step + 1}"
 
     def _parts(
         self, student: PreTrainedModel, hidden: Tensor, inputs: dict[str, Tensor], labels: Tensor
@@ -190,10 +237,60 @@ class DistillationTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
-class _StopOnNonFinite(TrainerCallback):
+class _Bar(ProgressCallback):
+    """A progress bar on stderr with the current loss; the original prints logs on stdout."""
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs and not math.isfinite(float(logs["loss"])):
-            raise NumericalError(f"training loss is {logs['loss']} at step {state.global_step}")
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=logs["loss"])
+
+
+def _require_same_width(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    ours, theirs = read_anatomy(model), read_anatomy(teacher)
+    for name in ("hidden_size", "vocab_size"):
+        if getattr(ours, name) != getattr(theirs, name):
+            raise ConfigError(
+                f"teacher: {name} is {getattr(theirs, name)}, the model's is {getattr(ours, name)}"
+            )
+
+
+def _require_same_request(folder: Path, config: RecoverConfig, samples: list[Sample]) -> None:
+    """A folder with checkpoints belongs to one request; another one must not go on there."""
+    request = {"config": asdict(config), "samples": [sample.id for sample in samples]}
+    written = json.dumps(request, indent=1)
+    path = folder / REQUEST_FILE
+    if path.exists() and path.read_text() != written:
+        raise ConfigError(
+            f"training folder {str(folder)!r} belongs to a run with other options or data. Remove "
+            "it, or give those options again"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(path, written)
+
+
+def _last_complete_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint whose writing was not cut short."""
+    found = [
+        path
+        for path in folder.glob("checkpoint-*")
+        if (path / TRAINER_STATE_NAME).is_file() and (path / TRAINED_FILE).is_file()
+    ]
+    newest = max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return str(newest) if newest is not None else None
+
+
+@contextmanager
+def _kept_use_cache(model: PreTrainedModel) -> Iterator[None]:
+    """The Trainer turns the cache off in the configuration; generation wants it back."""
+    configs = (model.config, text_config_of(model.config))
+    before = [vars(config).get("use_cache") for config in configs]
+    try:
+        yield
+    finally:
+        for config, value in zip(configs, before, strict=True):
+            vars(config).pop("use_cache", None)
+            if value is not None:
+                config.use_cache = value
 
 
 def learning_parameters(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
@@ -208,6 +305,25 @@ def _without_autocast(trainer: Trainer) -> Any:
     return model
 
 
+@contextmanager
+def _fast_attention(
+    model: PreTrainedModel, teacher: PreTrainedModel | None, bf16: bool
+) -> Iterator[None]:
+    """Plain attention on a CPU in bfloat16, where it took two thirds of SDPA's time."""
+    if model.device.type != "cpu" or not bf16:
+        yield
+        return
+    models = [m for m in (model, teacher) if m is not None]
+    before = [m.config._attn_implementation for m in models]
+    try:
+        for m in models:
+            m.set_attn_implementation("eager")
+        yield
+    finally:
+        for m, implementation in zip(models, before, strict=True):
+            m.set_attn_implementation(implementation)
+
+
 def computes_bfloat16(device: torch.device) -> bool:
     """Whether a device multiplies bfloat16 matrices natively."""
     if device.type == "cuda":
@@ -217,12 +333,10 @@ def computes_bfloat16(device: torch.device) -> bool:
 
 
 def _training_arguments(
-    config: RecoverConfig, work: Path | None, model: nn.Module
+    config: RecoverConfig, folder: Path, resumable: bool, device: torch.device, bf16: bool
 ) -> TrainingArguments:
-    device = next(model.parameters()).device
-    bf16 = computes_bfloat16(device) if config.bf16 is None else config.bf16
     return TrainingArguments(
-        output_dir=str(work) if work is not None else "unused",
+        output_dir=str(folder),
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation,
         num_train_epochs=config.epochs,
@@ -233,10 +347,11 @@ def _training_arguments(
         weight_decay=config.weight_decay,
         bf16=bf16,
         use_cpu=device.type == "cpu",
-        save_strategy="no" if work is None else "steps",
+        save_strategy="steps" if resumable else "no",
         save_steps=config.save_steps,
         save_total_limit=1,
         logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,
         report_to=config.report_to,
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",

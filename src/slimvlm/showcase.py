@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from slimvlm.checkpoint import default_device
 from slimvlm.compression import CompressConfig, compress
 from slimvlm.config import RecoverConfig
 from slimvlm.evaluation import Result
 from slimvlm.outputs import write_text
 from slimvlm.recipes import Axis
+from slimvlm.recovery import computes_bfloat16
 from slimvlm.summary import as_markdown, result_rows
 
 RATIO = 0.3
@@ -29,6 +31,8 @@ def run_demo(out: Path, short: bool, force: bool, say: Callable[[str], None]) ->
         Results of the original, and pruned and recovered for each axis.
     """
     results: dict[str, Result] = {}
+    device = default_device()
+    dtype = "bfloat16" if computes_bfloat16(device) else "float32"
     for axis in AXES:
         original = out / AXES[0] / "results" / "original.json"
         config = CompressConfig(
@@ -36,12 +40,12 @@ def run_demo(out: Path, short: bool, force: bool, say: Callable[[str], None]) ->
             ratio=RATIO,
             axis=axis,
             data="demo",
-            dtype="float32",
+            dtype=dtype,
             calibration_samples=16 if short else 64,
-            training_samples=32 if short else 320,
+            training_samples=32 if short else 200,
             recover=RecoverConfig(train="full", loss="sft+hidden", learning_rate=2e-4),
             tasks="demo",
-            limit=6 if short else 40,
+            limit=4 if short else 24,
             baseline=None if axis == AXES[0] else str(original),
         )
         say(f"--- {axis} ---")

@@ -126,7 +126,7 @@ def result_json(results: Mapping[str, Result]) -> dict[str, Any]:
         values[name] = {
             "model": result.model,
             "tasks": tasks,
-            "average": result.average,
+            "average": None if math.isnan(result.average) else result.average,
             "total_params": result.total_params,
             "backbone_params": result.backbone_params,
             "prefill_ms": result.prefill_ms,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -41,12 +42,28 @@ def prepare_training(model: PreTrainedModel, config: RecoverConfig) -> Any:
     return trained
 
 
-def merge(trained: Any) -> PreTrainedModel:
-    """The plain model behind a trained one, with LoRA added into its weights."""
-    plain = trained.merge_and_unload() if _is_peft(trained) else trained
-    plain.requires_grad_(False)
-    model: PreTrainedModel = plain
-    return model
+def keep_learning_in_float32_(trained: Any) -> None:
+    """Hold what learns in float32, since small steps vanish in half precision.
+
+    Needs autocast in training, because the rest of the model stays as it is.
+    """
+    for parameter in trained.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def merge(trained: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """The plain model behind a trained one: LoRA added into its weights, and frozen.
+
+    Args:
+        trained: From `prepare_training`.
+        dtype: Data type that the model had before; what learned in float32 goes back to it.
+    """
+    plain: PreTrainedModel = trained.merge_and_unload() if _is_peft(trained) else trained
+    for parameter in plain.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    return plain.requires_grad_(False)
 
 
 def plain_model(trained: Any) -> PreTrainedModel:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,7 +20,7 @@ from slimvlm.errors import ConfigError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Axis = Literal["depth", "width", "both"]
-Model = Annotated[str, tyro.conf.Positional]
+Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 
 
 def inspect(model: Model, json: bool = False) -> None:
@@ -132,19 +133,25 @@ def plan(
     """
     from slimvlm.calibrate import score as score_model
     from slimvlm.checkpoint import anatomy, load
+    from slimvlm.compression import rehearse
     from slimvlm.outputs import require_free
-    from slimvlm.planning import make_plan
+    from slimvlm.planning import make_plan, make_plan_for_params, ratio_for_params
     from slimvlm.values import Scores
 
     require_free(out, force)
     shape = anatomy(model)
-    wanted = _ratio(shape, ratio, target_params, target_memory, dtype)
+    target = _target_params(ratio, target_params, target_memory, dtype)
+    wanted = ratio if ratio is not None else ratio_for_params(shape, target)
     given = [Scores.load(path) for path in scores]
     if not given:
         criterion = "spacing" if axis == "depth" else "magnitude"
+        rehearse(shape, [criterion], wanted, axis, protect=protect, round_to=round_to)
         _note(f"no --scores: using {criterion}")
         given = [score_model(load(model)[0], (), criterion)]
-    made = make_plan(shape, given, wanted, axis, protect=protect, round_to=round_to)
+    if ratio is not None:
+        made = make_plan(shape, given, ratio, axis, protect=protect, round_to=round_to)
+    else:
+        made = make_plan_for_params(shape, given, target, axis, protect=protect, round_to=round_to)
     out.parent.mkdir(parents=True, exist_ok=True)
     made.save(out)
     if json:
@@ -152,7 +159,7 @@ def plan(
         _print_json(
             {
                 "ratio": made.ratio,
-                "asked_ratio": wanted,
+                "asked_ratio": made.asked_ratio,
                 "backbone_params": after.backbone_params,
                 "total_params": after.total_params,
                 "summary": made.summary(),
@@ -288,6 +295,7 @@ def recover(
 def evaluate(
     model: Model,
     tasks: str = "demo",
+    task_folder: Path | None = None,
     baseline: str | None = None,
     limit: int | None = None,
     batch_size: int = 16,
@@ -302,7 +310,10 @@ def evaluate(
 
     Args:
         model: Folder, hub id, or demo.
-        tasks: Comma-separated task names; demo for all built-in ones.
+        tasks: Comma-separated names: built-in tasks (demo for all), YAML files of your own, or the
+            study's benchmarks mme, pope, gqa, scienceqa_img, mmmu_val, ai2d, mathvista, docvqa
+            (needs slimvlm[eval]).
+        task_folder: Folder with local copies of the benchmarks' task files.
         baseline: The original model, or a result file of it: adds retention with an interval.
         limit: Only the first so many questions of each task.
         batch_size: Questions answered at once.
@@ -316,23 +327,27 @@ def evaluate(
     from slimvlm import summary
     from slimvlm.checkpoint import load, load_config
     from slimvlm.evaluation import Result
-    from slimvlm.evaluation import evaluate as ask
+    from slimvlm.lmms import check_names, split_names
     from slimvlm.outputs import require_free
     from slimvlm.tasks import find_tasks
 
-    chosen = find_tasks(tasks)
+    own, theirs = split_names(tasks)
+    chosen = find_tasks(own) if own or not theirs else []
+    if theirs:
+        check_names(theirs, limit, task_folder)
+        if blind or log is not None:
+            raise ConfigError(f"--blind and --log do not work with {theirs[0]!r}")
     if out is not None:
         require_free(out, force)
     load_config(model)
+    ask = partial(_ask, chosen, theirs, limit, batch_size, blind, log, task_folder)
     results: dict[str, Result] = {}
     if baseline is not None and Path(baseline).is_file():
         results["baseline"] = Result.load(baseline)
     elif baseline is not None:
         load_config(baseline)
-        loaded = load(baseline, dtype)
-        results["baseline"] = ask(*loaded, chosen, limit, batch_size, baseline, blind, log)
-    label = f"{model} (blind)" if blind else model
-    results["model"] = ask(*load(model, dtype), chosen, limit, batch_size, label, blind, log)
+        results["baseline"] = ask(load(baseline, dtype), baseline)
+    results["model"] = ask(load(model, dtype), f"{model} (blind)" if blind else model)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         results["model"].save(out)
@@ -403,6 +418,8 @@ def compress(
     from slimvlm.compression import compress as run
     from slimvlm.recipes import recipe_for
 
+    if data is None and train not in (None, "none"):
+        raise ConfigError(f"train {train!r} needs --data")
     chart = recipe_for(ratio, data is not None)
     learns = train or chart.train or "none"
     recovery = None
@@ -479,6 +496,60 @@ def chat(
             print(f"{name}: {reply}" if other is not None else reply)
 
 
+def compare(
+    a: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A")],
+    b: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="B")],
+    tasks: str = "demo",
+    limit: int | None = None,
+    out: Path | None = None,
+    dtype: Dtype = "auto",
+    force: bool = False,
+    json: bool = False,
+) -> None:
+    """Set two models side by side, answer by answer: both right, lost, gained, both wrong.
+
+    Args:
+        a: The original: a result file of evaluate --out, or a model.
+        b: The other one, likewise.
+        tasks: Tasks that models are asked; those of result files are in the files.
+        limit: Only the first so many questions of each task, for models.
+        out: One HTML file with every lost answer and its picture.
+        dtype: Data type of the weights.
+        force: Replace an existing file.
+        json: Print JSON.
+    """
+    from slimvlm import summary
+    from slimvlm.checkpoint import load, load_config
+    from slimvlm.comparison import compare as set_side_by_side
+    from slimvlm.comparison import comparison_html, comparison_json, comparison_rows
+    from slimvlm.evaluation import Result
+    from slimvlm.evaluation import evaluate as ask
+    from slimvlm.outputs import require_free, write_text
+    from slimvlm.tasks import builtin_tasks, find_tasks
+
+    chosen = find_tasks(tasks)
+    if out is not None:
+        require_free(out, force)
+    results = {name: Result.load(name) for name in (a, b) if name.endswith(".json")}
+    for name in {a, b} - set(results):
+        load_config(name)
+    for name in (a, b):
+        if name not in results:
+            results[name] = ask(*load(name, dtype), chosen, limit, name=name)
+    known = {**builtin_tasks(), **{task.name: task for task in chosen}}
+    found = set_side_by_side(results[a], results[b], known)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(out, comparison_html(found, f"What {found.name_b} lost and gained"))
+    if json:
+        _print_json(comparison_json(found))
+        return
+    title = f"A: {found.name_a}   B: {found.name_b}"
+    _console().print(summary.as_table(*comparison_rows(found), title=title))
+    for name, why in found.left_out.items():
+        _note(f"{name} is not compared: {why}")
+
+
 def demo(
     what: Annotated[Literal["build", "run"], tyro.conf.Positional],
     out: Path = Path("runs/demo"),
@@ -505,28 +576,45 @@ def demo(
     _note(f"checkpoints: {out}/depth/checkpoint and {out}/width/checkpoint")
 
 
-def _ratio(
-    shape: Any,
-    ratio: float | None,
-    target_params: str | None,
-    target_memory: str | None,
-    dtype: str,
-) -> float:
+def _ask(
+    chosen: list[Any],
+    theirs: list[str],
+    limit: int | None,
+    batch_size: int,
+    blind: bool,
+    log: Path | None,
+    task_folder: Path | None,
+    loaded: tuple[Any, Any],
+    name: str,
+) -> Any:
+    """One result from our own tasks and from lmms-eval's."""
+    from slimvlm.evaluation import evaluate as ask
+    from slimvlm.lmms import evaluate_with_lmms, result_with_lmms
+
+    if not chosen:
+        return result_with_lmms(*loaded, theirs, limit, batch_size, name, task_folder)
+    result = ask(*loaded, chosen, limit, batch_size, name, blind, log)
+    if not theirs:
+        return result
+    more = evaluate_with_lmms(*loaded, theirs, limit, batch_size, task_folder)
+    return replace(result, tasks={**result.tasks, **more})
+
+
+def _target_params(
+    ratio: float | None, target_params: str | None, target_memory: str | None, dtype: str
+) -> int:
+    """Parameters of the whole smaller model; 0 if a ratio was given instead."""
     from slimvlm.cost import params_for_memory, parse_bytes, parse_count
-    from slimvlm.planning import ratio_for_params
 
     given = [value for value in (ratio, target_params, target_memory) if value is not None]
     if len(given) != 1:
         raise ConfigError("plan needs exactly one of --ratio, --target-params, --target-memory")
-    if ratio is not None:
-        return ratio
     if target_params is not None:
-        return ratio_for_params(shape, parse_count(target_params))
-    assert target_memory is not None
-    weights = params_for_memory(
-        parse_bytes(target_memory), "bfloat16" if dtype == "auto" else dtype
-    )
-    return ratio_for_params(shape, weights)
+        return parse_count(target_params)
+    if target_memory is not None:
+        counted_in = "bfloat16" if dtype == "auto" else dtype
+        return params_for_memory(parse_bytes(target_memory), counted_in)
+    return 0
 
 
 def _report_plan(plan: Any, out: Path) -> None:

@@ -1,0 +1,191 @@
+"""Training conversations: pictures with all their questions, and a share of text alone.
+
+This is what ``--data demo`` gives for calibration and recovery, and what the demo model itself was
+trained on. Nothing here shares a composition, a digit picture or a text question with the
+benchmarks in :mod:`slimvlm.demo.tasks`.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from slimvlm.demo import questions as q
+from slimvlm.demo.scenes import Kind, Scene, make_scene, render
+from slimvlm.samples import Message, Sample
+
+KINDS: tuple[Kind, ...] = ("single", "multi", "count", "digits", "shapes")
+KIND_SHARES = (0.20, 0.32, 0.14, 0.16, 0.18)
+TEXT_SHARE = 0.16
+"""Share of conversations without a picture."""
+PASSAGE_SHARE = 0.35
+"""Share of those that are passages of English."""
+PASSAGE_CHARS = 420
+PASSAGE_MODULES = (
+    "argparse", "asyncio/events", "asyncio/streams", "asyncio/tasks", "bdb", "calendar", "cmd",
+    "codecs", "collections/__init__", "configparser", "contextlib", "copy", "csv", "datetime",
+    "difflib", "doctest", "email/message", "enum", "fractions", "ftplib", "functools", "gettext",
+    "glob", "gzip", "heapq", "http/client", "http/cookiejar", "imaplib", "inspect", "ipaddress",
+    "logging/__init__", "logging/handlers", "mailbox", "mimetypes", "multiprocessing/pool",
+    "optparse", "os", "pathlib", "pickle", "pickletools", "pprint", "queue", "random", "sched",
+    "selectors", "shutil", "smtplib", "socket", "socketserver", "ssl", "statistics", "string",
+    "subprocess", "tarfile", "tempfile", "textwrap", "threading", "timeit", "tokenize", "trace",
+    "traceback", "turtle", "types", "typing", "unittest/case", "unittest/mock", "urllib/parse",
+    "urllib/request", "uuid", "warnings", "weakref", "xml/dom/minidom", "zipfile",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Independent questions about one scene (or about none).
+
+    Attributes:
+        scene: What is shown, if anything.
+        turns: (prompt, answer) pairs.
+    """
+
+    scene: Scene | None
+    turns: tuple[tuple[str, str], ...]
+
+
+def _turns_single(scene: Scene, rng: np.random.Generator) -> list[q.Asked]:
+    return [
+        q.ask_name(scene, rng),
+        q.ask_kind(scene, rng),
+        q.ask_category_letter(scene, rng),
+        q.ask_category_letter(scene, rng),
+        q.ask_object_letter(scene, rng),
+        q.ask_object_letter(scene, rng),
+        q.ask_presence(scene, rng),
+    ]
+
+
+def _turns_multi(scene: Scene, rng: np.random.Generator) -> list[q.Asked]:
+    asked = [
+        q.ask_locate(scene, rng),
+        q.ask_locate(scene, rng),
+        q.ask_position(scene, rng),
+        q.ask_list(scene, rng),
+        q.ask_presence(scene, rng, "positive"),
+        q.ask_presence(scene, rng, q.pick(rng, ("random", "adversarial"))),
+    ]
+    if q.neighbours(scene):
+        asked += [q.ask_relation(scene, rng), q.ask_relation(scene, rng)]
+    return asked
+
+
+def _turns_count(scene: Scene, rng: np.random.Generator) -> list[q.Asked]:
+    asked = [q.ask_count(scene, rng), q.ask_locate(scene, rng), q.ask_list(scene, rng)]
+    if rng.integers(3) == 0:
+        asked.append(q.ask_count(scene, rng, q.pick(rng, scene.names)))
+    return [*asked, q.ask_presence(scene, rng)]
+
+
+def _turns_digits(scene: Scene, rng: np.random.Generator) -> list[q.Asked]:
+    return [q.ask_digits(scene, rng), q.ask_locate(scene, rng)]
+
+
+def _turns_shapes(scene: Scene, rng: np.random.Generator) -> list[q.Asked]:
+    return [
+        *(q.ask_shape_open(scene, rng) for _ in range(3)),
+        *(q.ask_shape_yesno(scene, rng) for _ in range(3)),
+        q.ask_locate(scene, rng),
+        q.ask_list(scene, rng),
+    ]
+
+
+_TURNS = {
+    "single": _turns_single,
+    "multi": _turns_multi,
+    "count": _turns_count,
+    "digits": _turns_digits,
+    "shapes": _turns_shapes,
+}
+
+
+def _docstrings(path: Path, module: str) -> Iterator[tuple[str, str]]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            text = inspect.cleandoc(ast.get_docstring(node) or "")
+            if len(text) > 150:
+                name = "" if isinstance(node, ast.Module) else f".{node.name}"
+                yield f"{module}{name}", text
+
+
+@cache
+def load_passages() -> tuple[tuple[str, str], ...]:
+    """Returns (prompt, passage) pairs of English: docstrings of Python's own standard library."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found: list[tuple[str, str]] = []
+    for module in PASSAGE_MODULES:
+        path = root / f"{module}.py"
+        if not path.is_file():
+            continue
+        for name, text in _docstrings(path, module.replace("/__init__", "").replace("/", ".")):
+            if len(text) > PASSAGE_CHARS:
+                text = text[:PASSAGE_CHARS].rsplit(None, 1)[0]
+            found.append((f"what does python say about {name}?", text))
+    return tuple(found)
+
+
+def _text_conversation(rng: np.random.Generator) -> Conversation:
+    passages = load_passages()
+    if passages and rng.random() < PASSAGE_SHARE:
+        return Conversation(None, (passages[int(rng.integers(len(passages)))],))
+    asked = [q.ask_text(task, rng, "train") for task in q.TEXT_ASKERS]
+    asked += [ask(rng) for ask in q.TOLD_ASKERS]
+    return Conversation(
+        None,
+        tuple((asked[int(i)].prompt, asked[int(i)].answer) for i in rng.permutation(len(asked))),
+    )
+
+
+def make_conversation(seed: int, index: int) -> Conversation:
+    """Returns the training conversation with this number; it depends on nothing else."""
+    rng = np.random.default_rng([seed, 7, index])
+    if rng.random() < TEXT_SHARE:
+        return _text_conversation(rng)
+    kind = KINDS[int(rng.choice(len(KINDS), p=KIND_SHARES))]
+    scene = make_scene(kind, rng)
+    asked = _TURNS[kind](scene, rng)
+    unique = list(dict.fromkeys((a.prompt, a.answer) for a in asked))
+    return Conversation(scene, tuple(unique[int(i)] for i in rng.permutation(len(unique))))
+
+
+def to_messages(conversation: Conversation) -> tuple[Message, ...]:
+    """Writes the turns in chat form; the picture stands before the first text."""
+    messages: list[Message] = []
+    for i, (prompt, answer) in enumerate(conversation.turns):
+        content = [{"type": "text", "text": prompt}]
+        if i == 0 and conversation.scene is not None:
+            content.insert(0, {"type": "image"})
+        messages.append({"role": "user", "content": content})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return tuple(messages)
+
+
+def training_samples(seed: int, count: int) -> Iterator[Sample]:
+    """Yields distinct training conversations, made one by one.
+
+    Args:
+        seed: Another seed gives other conversations.
+        count: How many.
+    """
+    for index in range(count):
+        conversation = make_conversation(seed, index)
+        scene = conversation.scene
+        images = () if scene is None else (render(scene),)
+        yield Sample(f"demo-{seed}-{index}", to_messages(conversation), images)
+
+
+def demo_samples(count: int, seed: int = 0) -> list[Sample]:
+    """Returns training conversations for calibration and recovery (see `training_samples`)."""
+    return list(training_samples(seed, count))

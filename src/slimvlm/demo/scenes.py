@@ -1,0 +1,347 @@
+"""Seeded 64x64 pictures of emojis, handwritten digits and coloured shapes, with their contents.
+
+Every picture lies on a 4x4 grid of 16-pixel patches: a lone object fills most of it, several
+objects stand in its four quadrants. A scene belongs to the training or to the test side by a
+checksum of its composition (what stands where), so the two sides never share one. Digits come from
+disjoint halves of the handwritten images besides.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+Split = Literal["train", "test"]
+Kind = Literal["single", "multi", "count", "digits", "shapes"]
+
+ASSETS = Path(__file__).parent / "assets"
+SIDE = 64
+CELL = 32
+PATCH = 16
+GRID = SIDE // PATCH
+CELLS = ("top left", "top right", "bottom left", "bottom right")
+SEEN_STYLES = ("noto", "twemoji")
+UNSEEN_STYLE = "fluent"
+TEST_SHARE = 8
+"""One composition, and one handwritten digit picture, in this many belongs to the test side."""
+SHAPES = ("circle", "square", "triangle", "cross")
+COLORS: dict[str, tuple[int, int, int]] = {
+    "red": (214, 40, 40),
+    "green": (44, 160, 60),
+    "blue": (40, 80, 220),
+    "yellow": (245, 215, 30),
+    "orange": (250, 140, 20),
+    "purple": (140, 50, 170),
+    "black": (20, 20, 20),
+}
+BACKGROUNDS: tuple[tuple[int, int, int], ...] = (
+    (255, 255, 255),
+    (236, 236, 236),
+    (222, 235, 247),
+    (229, 245, 224),
+    (254, 237, 222),
+    (242, 240, 247),
+    (253, 224, 239),
+    (200, 205, 210),
+)
+
+
+@dataclass(frozen=True)
+class Art:
+    """The emoji pictures.
+
+    Attributes:
+        names: One word per concept.
+        categories: The category of each concept, in the same order.
+        styles: RGBA pictures per art style, concept first.
+    """
+
+    names: tuple[str, ...]
+    categories: tuple[str, ...]
+    styles: dict[str, NDArray[np.uint8]]
+
+    def category_of(self, name: str) -> str:
+        """Returns the category of a concept."""
+        return self.categories[self.names.index(name)]
+
+    def members(self, category: str) -> list[str]:
+        """Returns the concepts of one category."""
+        return [n for n, c in zip(self.names, self.categories, strict=True) if c == category]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One object of a scene.
+
+    Attributes:
+        name: Concept, digit ("0" to "9") or "colour shape" ("red circle").
+        cell: Quadrant index into `CELLS`, or -1 for a lone object that fills the picture.
+        source: Which picture was drawn: concept index, digit image index or -1.
+        style: Art style of an emoji, else empty.
+    """
+
+    name: str
+    cell: int
+    source: int = -1
+    style: str = ""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture and what is in it, in reading order.
+
+    Attributes:
+        kind: How it was composed.
+        objects: What stands in it.
+        background: Index into `BACKGROUNDS`.
+        pose: Seed of sizes, offsets, mirror images and ink.
+    """
+
+    kind: Kind
+    objects: tuple[Placed, ...]
+    background: int
+    pose: int
+
+    @property
+    def key(self) -> str:
+        """The composition: equal keys are the same scene up to small shifts and background."""
+        parts = [f"{o.name}@{o.cell}" for o in self.objects]
+        if self.kind in ("single", "digits"):
+            parts += [f"{o.source}:{o.style}" for o in self.objects]
+        if self.kind == "single":
+            parts += [str(self.background), str(self.pose % 64)]
+        return f"{self.kind}|" + ",".join(parts)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names in reading order."""
+        return tuple(o.name for o in self.objects)
+
+
+@cache
+def load_art() -> Art:
+    """Reads the packaged emoji pictures."""
+    with np.load(ASSETS / "emoji64.npz") as z:
+        styles = {k: z[k] for k in (*SEEN_STYLES, UNSEEN_STYLE)}
+        names = tuple(str(n) for n in z["names"])
+        return Art(names, tuple(str(c) for c in z["cats"]), styles)
+
+
+@cache
+def load_digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Reads the packaged handwritten digits: pictures (28x28) and labels."""
+    with np.load(ASSETS / "mnist10k.npz") as z:
+        return z["x"], z["y"]
+
+
+@cache
+def digit_sources(split: Split) -> NDArray[np.int64]:
+    """Returns the indices of one side's handwritten pictures."""
+    indices = np.arange(len(load_digits()[1]))
+    is_test = indices % TEST_SHARE == 0
+    chosen: NDArray[np.int64] = indices[is_test if split == "test" else ~is_test]
+    return chosen
+
+
+def split_of(scene: Scene) -> Split:
+    """Tells which side a composition belongs to."""
+    return "test" if zlib.crc32(scene.key.encode()) % TEST_SHARE == 0 else "train"
+
+
+def make_scene(
+    kind: Kind,
+    rng: np.random.Generator,
+    split: Split = "train",
+    styles: Sequence[str] = SEEN_STYLES,
+    names: Sequence[str] | None = None,
+) -> Scene:
+    """Draws scenes until one belongs to the wanted side.
+
+    Args:
+        kind: What to compose.
+        rng: Source of chance; the same state gives the same scene.
+        split: Which side it must belong to.
+        styles: Art styles to draw emojis from.
+        names: For emojis: the objects, one per place, instead of random ones.
+
+    Returns:
+        A scene of the wanted side.
+    """
+    while True:
+        if kind == "digits":
+            objects = _digit_objects(rng, split)
+        elif kind == "shapes":
+            objects = _shape_objects(rng)
+        else:
+            chosen = list(names) if names is not None else _pick_names(kind, rng)
+            objects = _emoji_objects(kind, rng, styles, chosen)
+        background = int(rng.integers(len(BACKGROUNDS)))
+        scene = Scene(kind, tuple(objects), background, int(rng.integers(1 << 30)))
+        if split_of(scene) == split:
+            return scene
+
+
+def _pick_names(kind: Kind, rng: np.random.Generator) -> list[str]:
+    names = load_art().names
+    if kind == "single":
+        return [names[int(rng.integers(len(names)))]]
+    if kind == "multi":
+        picked = rng.choice(len(names), size=int(rng.integers(2, 5)), replace=False)
+        return [names[int(i)] for i in picked]
+    times = int(rng.integers(1, 5))
+    others = int(rng.integers(0, 5 - times))
+    picked = rng.choice(len(names), size=1 + others, replace=False)
+    return [names[int(picked[0])]] * times + [names[int(i)] for i in picked[1:]]
+
+
+def _emoji_objects(
+    kind: Kind, rng: np.random.Generator, styles: Sequence[str], chosen: Sequence[str]
+) -> list[Placed]:
+    names = load_art().names
+    cells = [-1] if kind == "single" else [int(c) for c in rng.permutation(4)[: len(chosen)]]
+    placed = [
+        Placed(name, cell, names.index(name), styles[int(rng.integers(len(styles)))])
+        for name, cell in zip(chosen, cells, strict=True)
+    ]
+    return sorted(placed, key=lambda o: o.cell)
+
+
+def _digit_objects(rng: np.random.Generator, split: Split) -> list[Placed]:
+    labels = load_digits()[1]
+    pool = digit_sources(split)
+    if rng.integers(2):
+        row = int(rng.integers(2))
+        cells = [2 * row, 2 * row + 1]
+    else:
+        cells = sorted(int(c) for c in rng.permutation(4)[:3])
+    sources = [int(pool[i]) for i in rng.integers(len(pool), size=len(cells))]
+    return [Placed(str(labels[i]), c, i) for i, c in zip(sources, cells, strict=True)]
+
+
+def _shape_objects(rng: np.random.Generator) -> list[Placed]:
+    count = int(rng.integers(1, 5))
+    cells = sorted(int(c) for c in rng.permutation(4)[:count])
+    shapes = rng.permutation(len(SHAPES))[:count]
+    colors = rng.permutation(len(COLORS))[:count]
+    color_names = list(COLORS)
+    return [
+        Placed(f"{color_names[int(c)]} {SHAPES[int(s)]}", cell)
+        for s, c, cell in zip(shapes, colors, cells, strict=True)
+    ]
+
+
+@lru_cache(maxsize=8192)
+def _sprite(style: str, source: int, size: int) -> NDArray[np.float32]:
+    picture = Image.fromarray(load_art().styles[style][source], "RGBA")
+    if size != SIDE:
+        picture = picture.resize((size, size), Image.Resampling.LANCZOS)
+    return (np.asarray(picture) / 255).astype(np.float32)
+
+
+@lru_cache(maxsize=256)
+def _shape_sprite(name: str, size: int) -> NDArray[np.float32]:
+    color, shape = name.split()
+    scale = 4
+    n = size * scale
+    mask = Image.new("L", (n, n), 0)
+    draw = ImageDraw.Draw(mask)
+    if shape == "circle":
+        draw.ellipse((0, 0, n - 1, n - 1), fill=255)
+    elif shape == "square":
+        draw.rectangle((n // 12, n // 12, n - n // 12, n - n // 12), fill=255)
+    elif shape == "triangle":
+        draw.polygon([(n // 2, 0), (n - 1, n - 1), (0, n - 1)], fill=255)
+    else:
+        third = n // 3
+        draw.rectangle((third, 0, n - third, n - 1), fill=255)
+        draw.rectangle((0, third, n - 1, n - third), fill=255)
+    alpha = np.asarray(mask.resize((size, size), Image.Resampling.BOX), dtype=np.float32) / 255
+    rgb = np.broadcast_to(np.asarray(COLORS[color], np.float32) / 255, (size, size, 3))
+    return np.concatenate([rgb, alpha[..., None]], axis=2)
+
+
+def _digit_sprite(source: int, ink: NDArray[np.float32]) -> NDArray[np.float32]:
+    alpha = load_digits()[0][source].astype(np.float32) / 255
+    sprite = np.empty((*alpha.shape, 4), np.float32)
+    sprite[..., :3], sprite[..., 3] = ink, alpha
+    return sprite
+
+
+def _draw_object(
+    scene: Scene, item: Placed, rng: np.random.Generator, ink: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], int, int]:
+    """Returns the RGBA sprite of one object and its top and left pixel."""
+    if scene.kind == "digits":
+        sprite = _digit_sprite(item.source, ink)
+    elif scene.kind == "shapes":
+        sprite = _shape_sprite(item.name, int(rng.integers(20, 31)))
+    else:
+        low, high = (48, 65) if item.cell < 0 else (27, 33)
+        sprite = _sprite(item.style, item.source, int(rng.integers(low, high)))
+        if rng.integers(2):
+            sprite = sprite[:, ::-1]
+    room = (SIDE if item.cell < 0 else CELL) - sprite.shape[0]
+    top, left = (int(v) for v in rng.integers(0, room + 1, size=2))
+    cell = max(item.cell, 0)
+    return sprite, top + CELL * (cell // 2), left + CELL * (cell % 2)
+
+
+def render_with_coverage(scene: Scene) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Draws a scene.
+
+    Returns:
+        The picture (64, 64, 3) and, per object and patch, the share of the patch that the object
+        covers (object, 4, 4).
+    """
+    rng = np.random.default_rng(scene.pose)
+    ground = np.asarray(BACKGROUNDS[scene.background], np.float32) / 255
+    ink = rng.uniform(0, 0.35, size=3).astype(np.float32)
+    canvas = np.empty((SIDE, SIDE, 3), np.float32)
+    canvas[:] = ground
+    cover = np.zeros((len(scene.objects), GRID, GRID), np.float32)
+    for i, item in enumerate(scene.objects):
+        sprite, top, left = _draw_object(scene, item, rng, ink)
+        height, width = sprite.shape[:2]
+        alpha = sprite[..., 3:]
+        window = canvas[top : top + height, left : left + width]
+        window += alpha * (sprite[..., :3] - window)
+        mask = np.zeros((SIDE, SIDE), np.float32)
+        mask[top : top + height, left : left + width] = alpha[..., 0]
+        cover[i] = mask.reshape(GRID, PATCH, GRID, PATCH).mean(axis=(1, 3))
+    return (canvas * 255).clip(0, 255).astype(np.uint8), cover
+
+
+def render(scene: Scene) -> Image.Image:
+    """Draws a scene as an RGB picture of 64x64 pixels."""
+    return Image.fromarray(render_with_coverage(scene)[0])
+
+
+@cache
+def patch_classes() -> tuple[str, ...]:
+    """All names that a patch can show; the first is the empty background."""
+    shapes = [f"{c} {s}" for c in COLORS for s in SHAPES]
+    return ("background", *load_art().names, *(str(d) for d in range(10)), *shapes)
+
+
+@cache
+def _class_index() -> dict[str, int]:
+    return {name: i for i, name in enumerate(patch_classes())}
+
+
+def patch_labels(scene: Scene, cover: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Labels the 16 patches of a scene: 0 empty, -100 hardly touched, else the object's class."""
+    best = cover.argmax(axis=0)
+    share = cover.max(axis=0)
+    index = _class_index()
+    classes = np.array([index[o.name] for o in scene.objects])
+    low = 0.08 if scene.kind == "digits" else 0.15
+    labels = np.where(share > low, classes[best], np.where(share > 0.01, -100, 0))
+    return labels.reshape(-1).astype(np.int64)

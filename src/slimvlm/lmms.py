@@ -1,0 +1,503 @@
+"""The study's nine benchmarks through lmms-eval: model + names → the same `TaskResult`s.
+
+lmms-eval loads the data, writes the prompts and scores the replies. The model answers through our
+own chat code, so any AutoModelForImageTextToText will do. Needs ``pip install 'slimvlm[eval]'``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageFile
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from slimvlm import chat, losses
+from slimvlm.errors import ConfigError
+from slimvlm.evaluation import Result, TaskResult, answer, latency
+from slimvlm.geometry import read_anatomy
+from slimvlm.metrics import MME_FULL_SCORES
+from slimvlm.progress import progress
+from slimvlm.samples import Question
+
+LONGEST_REPLY = 1024
+"""No reply is longer, in tokens. MathVista allows 16384, which only a model that rambles needs."""
+
+Values = Sequence[Any]
+"""What a task keeps of each question for one metric: numbers, or dictionaries of its own."""
+
+
+def _numbers(values: Values) -> list[float]:
+    """Scores that are numbers, or stand under a usual name."""
+    return [float(_number(value)) for value in values]
+
+
+def _mmmu(values: Values) -> list[float]:
+    """MMMU keeps parsed replies and judges them all at the end; here one by one."""
+    from lmms_eval.tasks.mmmu.utils import evaluate_mmmu
+
+    return [float(evaluate_mmmu([value])[1]["acc"]) for value in values]
+
+
+def _mme(values: Values) -> list[float]:
+    """Each question's share of the MME score, so that 100 x the mean is that score.
+
+    MME adds up, over categories, the percentage of right answers and the percentage of pictures
+    with both answers right.
+    """
+    keys = [(value["category"], value["question_id"]) for value in values]
+    pictures = Counter(category for category, _ in set(keys))
+    right = Counter[tuple[str, str]]()
+    for key, value in zip(keys, values, strict=True):
+        right[key] += int(value["score"])
+    return [
+        len(values) / 100 * 50 * (value["score"] + (right[key] == 2)) / pictures[key[0]]
+        for key, value in zip(keys, values, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class LmmsRow:
+    """One benchmark as lmms-eval knows it.
+
+    Attributes:
+        task: lmms-eval's name of the task.
+        metric: Key of the score in its results; the task's first metric if empty.
+        full: What a perfect model gets there.
+        chance: Score of guessing, in percent of the full score.
+        read: One score for each question from what the task keeps of them.
+        details: Further metrics of the task, on the same scale.
+        together: Questions that are scored as one; a limit must be a multiple.
+        needs_judge: Whether another language model reads the replies.
+    """
+
+    task: str
+    metric: str = ""
+    full: float = 1.0
+    chance: float = 0.0
+    read: Callable[[Values], list[float]] = _numbers
+    details: Mapping[str, str] = field(default_factory=dict)
+    together: int = 1
+    needs_judge: bool = False
+
+
+LMMS_TASKS: dict[str, LmmsRow] = {
+    "mme_cognition": LmmsRow(
+        "mme", "mme_cognition_score", full=800, chance=37.5, read=_mme, together=2
+    ),
+    "mme_perception": LmmsRow(
+        "mme", "mme_perception_score", full=2000, chance=37.5, read=_mme, together=2
+    ),
+    "pope": LmmsRow("pope", "pope_accuracy", chance=50, details={"f1": "pope_f1_score"}),
+    "gqa": LmmsRow("gqa", "exact_match"),
+    "scienceqa_img": LmmsRow("scienceqa_img", "exact_match", chance=40.1),
+    "mmmu_val": LmmsRow("mmmu_val", "mmmu_acc", chance=22.1, read=_mmmu),
+    "ai2d": LmmsRow("ai2d", "exact_match", chance=25),
+    "mathvista": LmmsRow(
+        "mathvista_testmini_format",
+        "llm_as_judge_eval",
+        full=100,
+        chance=17.9,
+        needs_judge=True,
+    ),
+    "docvqa": LmmsRow("docvqa_val", "anls"),
+}
+"""The study's benchmarks; ``mme`` stands for both of its halves.
+
+Chance: MME counts half the answers and a quarter of the pairs. ScienceQA, MMMU and MathVista are
+the "random chance" rows of their papers (arXiv:2209.09513, 2311.16502, 2310.02255).
+"""
+
+
+def split_names(names: str) -> tuple[str, list[str]]:
+    """Separate a comma-separated list into our own tasks and those of lmms-eval."""
+    parts = [part.strip() for part in names.split(",") if part.strip()]
+    theirs = [part for part in parts if _rows_named(part)]
+    return ",".join(part for part in parts if part not in theirs), theirs
+
+
+def check_names(
+    names: Sequence[str], limit: int | None = None, include_path: str | Path | None = None
+) -> dict[str, LmmsRow]:
+    """Rows of these benchmarks; refuses what would fail later, before a model is loaded.
+
+    Raises:
+        ConfigError: If lmms-eval is missing, a name is unknown, or the limit cannot be kept.
+    """
+    if find_spec("lmms_eval") is None:
+        raise ConfigError("lmms-eval is not installed: pip install 'slimvlm[eval]'")
+    own = _own_tasks(include_path)
+    rows = {key: row for name in names for key, row in _find_rows(name, own).items()}
+    _check(rows, limit)
+    return rows
+
+
+def evaluate_with_lmms(
+    model: PreTrainedModel,
+    processor: Any,
+    names: Sequence[str],
+    limit: int | None = None,
+    batch_size: int = 1,
+    include_path: str | Path | None = None,
+) -> dict[str, TaskResult]:
+    """Run benchmarks in lmms-eval's own runner; greedy replies through our chat code.
+
+    Args:
+        model: A chat-capable model.
+        processor: Its processor or tokenizer.
+        names: Keys of `LMMS_TASKS`, lmms-eval's own names of them, or tasks in ``include_path``.
+        limit: Only the first so many questions of each task.
+        batch_size: Questions answered at once.
+        include_path: Folder with task files in lmms-eval's format. They come before the ones of
+            the same name that lmms-eval ships, so data on disk can take the hub's place.
+
+    Returns:
+        Results by name. MME comes in two halves on their own scales (800 and 2000), and so do
+        their scores for each question: 100 times the mean is the score. A half that is not among
+        the first ``limit`` questions is left out.
+
+    Raises:
+        ConfigError: If lmms-eval is missing, a name is unknown, or data cannot be loaded.
+    """
+    rows = check_names(names, limit, include_path)
+    own = _own_tasks(include_path)
+    tasks = {row.task: _load_task(row.task, own) for row in rows.values()}
+    was_training = model.training
+    model.eval()
+    results: dict[str, TaskResult] = {}
+    for name, task in tasks.items():
+        output, replies = _run(model, processor, task, limit, batch_size)
+        asked = {key: row for key, row in rows.items() if row.task == name}
+        results |= _results(asked, name, task, output, replies)
+    model.train(was_training)
+    return {key: results[key] for key in rows if key in results}
+
+
+def result_with_lmms(
+    model: PreTrainedModel,
+    processor: Any,
+    names: Sequence[str],
+    limit: int | None = None,
+    batch_size: int = 1,
+    name: str = "",
+    include_path: str | Path | None = None,
+) -> Result:
+    """`evaluate_with_lmms` as a whole `Result`, latencies included (one plain grey picture)."""
+    tasks = evaluate_with_lmms(model, processor, names, limit, batch_size, include_path)
+    anatomy = read_anatomy(model)
+    shown = (Image.new("RGB", (336, 336), "grey"),) if chat.can_see(processor) else ()
+    question = Question("latency", "What is shown here?", ("",), shown)
+    prefill_ms, decode_ms = latency(model, processor, question)
+    return Result(
+        model=name or str(model.config._name_or_path),
+        total_params=anatomy.total_params,
+        backbone_params=anatomy.backbone_params,
+        tasks=tasks,
+        prefill_ms=prefill_ms,
+        decode_ms=decode_ms,
+    )
+
+
+def _rows_named(name: str) -> dict[str, LmmsRow]:
+    """Rows with this name, or with this task: two for ``mme``."""
+    return {key: row for key, row in LMMS_TASKS.items() if name in (key, row.task)}
+
+
+def _find_rows(name: str, own: Any) -> dict[str, LmmsRow]:
+    found = _rows_named(name)
+    if not found and own is not None and name in own.all_subtasks:
+        found = {name: LmmsRow(name)}
+    if not found:
+        known = [*LMMS_TASKS, *(own.all_subtasks if own is not None else ())]
+        raise ConfigError(f"task {name!r} is not known. Choose from: mme, {', '.join(known)}")
+    return found
+
+
+def _check(rows: Mapping[str, LmmsRow], limit: int | None) -> None:
+    """Refuse what would fail after hours of answering."""
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit {limit} must be 1 or more")
+    for name, row in rows.items():
+        if limit is not None and limit % row.together:
+            raise ConfigError(
+                f"limit {limit}: task {name!r} scores {row.together} questions as one; "
+                f"give a multiple of {row.together}"
+            )
+        needs_key = row.needs_judge and os.environ.get("API_TYPE", "openai") == "openai"
+        if needs_key and not os.environ.get("OPENAI_API_KEY"):
+            raise ConfigError(
+                f"task {name!r}: lmms-eval has a judge model read the replies; set OPENAI_API_KEY "
+                "(and OPENAI_API_URL and MODEL_VERSION for a server of your own)"
+            )
+
+
+def _own_tasks(include_path: str | Path | None) -> Any:
+    """lmms-eval's index of a folder, or None."""
+    if include_path is None:
+        return None
+    if not Path(include_path).is_dir():
+        raise ConfigError(f"include_path {str(include_path)!r} is not a folder")
+    with _contained():
+        from lmms_eval.tasks import TaskManager
+
+        return TaskManager(include_path=str(include_path), include_defaults=False)
+
+
+@cache
+def _shipped_tasks() -> Any:
+    """lmms-eval's index of its own two thousand tasks, which takes seconds."""
+    from lmms_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _load_task(name: str, own: Any) -> Any:
+    """A task with its data.
+
+    Raises:
+        ConfigError: If the data is not there, or a package that the task needs.
+    """
+    from tenacity import RetryError
+
+    with _contained():
+        is_own = own is not None and name in own.all_subtasks
+        manager = own if is_own else _shipped_tasks()
+        try:
+            return manager.load_task_or_group(name)[name]
+        except (RetryError, ImportError, OSError, ValueError) as error:
+            inner = error.last_attempt.exception() if isinstance(error, RetryError) else error
+            reason = " ".join(str(inner).split()) or type(inner).__name__
+            raise ConfigError(
+                f"task {name!r}: its data cannot be loaded. lmms-eval takes it from the Hugging "
+                f"Face hub or its cache; offline, download it first ({reason})"
+            ) from error
+
+
+def _run(
+    model: PreTrainedModel, processor: Any, task: Any, limit: int | None, batch_size: int
+) -> tuple[dict[str, Any], dict[int, str]]:
+    """What lmms-eval's runner returns for one task, and the replies by index of the question."""
+    replies: dict[int, str] = {}
+    with _contained():
+        from lmms_eval.evaluator import simple_evaluate
+        from lmms_eval.tasks import TaskManager
+
+        output: dict[str, Any] = simple_evaluate(
+            model=_adapter(model, processor, batch_size, replies),
+            tasks=[task],
+            task_manager=TaskManager(include_defaults=False),
+            limit=limit,
+            bootstrap_iters=0,
+            process_docs_parallel=1,
+            random_seed=None,
+            numpy_random_seed=None,
+            torch_random_seed=None,
+        )
+    return output, replies
+
+
+@contextlib.contextmanager
+def _contained() -> Iterator[None]:
+    """What importing and running lmms-eval changes for the whole process stays in this block.
+
+    No log lines; what its tasks print goes to stderr. It reads cut-off pictures as if they were
+    whole, which Pillow would then do everywhere.
+    """
+    from loguru import logger
+
+    reads_cut_off = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = True
+    logger.disable("lmms_eval")
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        logger.enable("lmms_eval")
+        ImageFile.LOAD_TRUNCATED_IMAGES = reads_cut_off
+
+
+def _results(
+    rows: Mapping[str, LmmsRow],
+    name: str,
+    task: Any,
+    output: Mapping[str, Any],
+    replies: Mapping[int, str],
+) -> dict[str, TaskResult]:
+    """One result for each row of a task that was run."""
+    samples: dict[int, Mapping[str, Any]] = {}
+    for sample in output["samples"][name]:  # once for each filter; the first one counts
+        samples.setdefault(int(sample["doc_id"]), sample)
+    totals: dict[str, Any] = {}
+    for key, value in output["results"][name].items():  # keys are "metric,filter"
+        totals.setdefault(key.split(",")[0], value)
+    results = {}
+    for key, row in rows.items():
+        metric = row.metric or next(iter(task.aggregation()))
+        if metric in totals:
+            results[key] = _result(key, row, metric, totals, samples, replies)
+    if not results:
+        wanted = ", ".join(row.metric for row in rows.values())
+        raise ConfigError(f"task {name!r}: lmms-eval gave no {wanted} on these questions")
+    return results
+
+
+def _result(
+    name: str,
+    row: LmmsRow,
+    metric: str,
+    totals: Mapping[str, Any],
+    samples: Mapping[int, Mapping[str, Any]],
+    replies: Mapping[int, str],
+) -> TaskResult:
+    scored = [index for index in sorted(samples) if metric in samples[index]]
+    scale = MME_FULL_SCORES.get(name, 100.0) / row.full
+    return TaskResult(
+        metric=metric,
+        score=scale * float(totals[metric] or 0.0),  # MathVista says None for zero
+        chance=row.chance,
+        in_average=True,
+        ids=tuple(map(str, scored)),
+        replies=tuple(replies[index] for index in scored),
+        scores=tuple(row.read([samples[index][metric] for index in scored])),
+        details={key: scale * float(totals[other]) for key, other in row.details.items()},
+    )
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        value = value.get("score", value.get("true_false"))
+    if value is None or isinstance(value, (str, Sequence)):
+        raise ConfigError("the task's metric keeps no number for each question")
+    return value
+
+
+def _adapter(
+    model: PreTrainedModel, processor: Any, batch_size: int, replies: dict[int, str]
+) -> Any:
+    """The model as lmms-eval's runner wants it, for one run of one task."""
+    from lmms_eval.api.instance import GenerationResult
+    from lmms_eval.api.model import lmms
+
+    class Adapter(lmms):  # type: ignore[misc]
+        accelerator = None  # else the runner makes one, and with it global state
+
+        def generate_until(self, requests: Sequence[Any]) -> list[str]:
+            said = _generate(model, processor, requests, self.task_dict, batch_size)
+            replies.update((r.args[3], text) for r, text in zip(requests, said, strict=True))
+            return said
+
+        def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
+            found = _likelihoods(model, processor, requests, self.task_dict, batch_size)
+            replies.update(_likeliest(requests, [value for value, _ in found]))
+            # The runner (0.7.3) makes text of a bare pair, but not of one in a wrapper.
+            signs = [-1 if isinstance(r.args[1], str) else 1 for r in requests]
+            pairs = zip(signs, found, strict=True)
+            return [GenerationResult((sign * value, greedy)) for sign, (value, greedy) in pairs]
+
+        def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
+            raise ConfigError("tasks with several rounds are not supported")
+
+    return Adapter()
+
+
+def _generate(
+    model: PreTrainedModel,
+    processor: Any,
+    requests: Sequence[Any],
+    documents: Mapping[str, Any],
+    batch_size: int,
+) -> list[str]:
+    """Greedy replies. All requests are of one task, so they share its options."""
+    options = requests[0].args[1]
+    longest = min(int(options.get("max_new_tokens", LONGEST_REPLY)), LONGEST_REPLY)
+    replies = [""] * len(requests)
+    for batch in _batches(requests, batch_size):
+        questions = [_question(requests[i].args, documents) for i in batch]
+        texts = answer(model, processor, questions, longest)
+        for index, text in zip(batch, texts, strict=True):
+            replies[index] = _until(text, options.get("until") or ())
+    return replies
+
+
+@torch.no_grad()
+def _likelihoods(
+    model: PreTrainedModel,
+    processor: Any,
+    requests: Sequence[Any],
+    documents: Mapping[str, Any],
+    batch_size: int,
+) -> list[tuple[float, bool]]:
+    """Log-probability of each continuation as a whole answer turn; whether greed would say it."""
+    found = [(0.0, False)] * len(requests)
+    for batch in _batches(requests, batch_size):
+        asked = [requests[i].args for i in batch]
+        samples = [
+            chat.answered_sample(_question(a, documents), _continuation(a, documents))
+            for a in asked
+        ]
+        inputs = _on_device(model, chat.encode_samples(processor, samples))
+        labels = inputs.pop("labels")
+        logits = model(**inputs).logits
+        sums = -losses.token_cross_entropy(logits, labels).sum(1)
+        wanted = labels[:, 1:]
+        greedy = ((logits[:, :-1].argmax(-1) == wanted) | (wanted == losses.IGNORE)).all(1)
+        for index, value, said in zip(batch, sums.tolist(), greedy.tolist(), strict=True):
+            found[index] = (value, said)
+    return found
+
+
+def _likeliest(requests: Sequence[Any], values: Sequence[float]) -> dict[int, str]:
+    """The continuation with the highest log-probability, by index of the question."""
+    best: dict[int, tuple[float, str]] = {}
+    for request, value in zip(requests, values, strict=True):
+        index, text = request.args[3], str(request.args[1]).strip()
+        if index not in best or value > best[index][0]:
+            best[index] = (value, text)
+    return {index: text for index, (_, text) in best.items()}
+
+
+def _batches(requests: Sequence[Any], batch_size: int) -> Iterator[list[int]]:
+    """Batches of indices whose prompts have similar lengths, longest first; a progress bar."""
+    order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].args[0]), i))
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    yield from progress(batches, str(requests[0].args[4]))
+
+
+def _question(arguments: tuple[Any, ...], documents: Mapping[str, Any]) -> Question:
+    """A request of lmms-eval as a question of ours."""
+    prompt, _, pictures_of, index, task, split = arguments
+    shown = pictures_of(documents[task][split][index]) or ()
+    if not all(isinstance(picture, Image.Image) for picture in shown):
+        raise ConfigError(f"task {task!r} shows something else than pictures")
+    return Question(id=str(index), prompt=prompt, answers=(), images=tuple(shown))
+
+
+def _continuation(arguments: tuple[Any, ...], documents: Mapping[str, Any]) -> str:
+    """The text whose likelihood is asked for. The chat template sets its own space before it."""
+    _, text, _, index, task, split = arguments
+    return str(text(documents[task][split][index]) if callable(text) else text).strip()
+
+
+def _until(text: str, stops: Sequence[str]) -> str:
+    """The text before the first stop sequence."""
+    for stop in [stops] if isinstance(stops, str) else stops:
+        text = text.split(stop)[0] if stop else text
+    return text.strip()
+
+
+def _on_device(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs where the model is; pictures in its data type."""
+    return {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+        for name, value in inputs.items()
+    }

@@ -1,0 +1,78 @@
+"""The demo's pictures: determinism, separation of the sides, contents."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from slimvlm.demo import scenes as s
+
+KINDS: tuple[s.Kind, ...] = ("single", "multi", "count", "digits", "shapes")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_seed_same_picture(kind: s.Kind) -> None:
+    first = s.make_scene(kind, np.random.default_rng(3))
+    second = s.make_scene(kind, np.random.default_rng(3))
+    assert first == second
+    assert s.render(first).tobytes() == s.render(second).tobytes()
+    assert s.render(first).size == (64, 64)
+    assert s.render(first).mode == "RGB"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sides_share_no_composition(kind: s.Kind) -> None:
+    rng = np.random.default_rng(0)
+    train = {s.make_scene(kind, rng, "train").key for _ in range(300)}
+    test = {s.make_scene(kind, rng, "test").key for _ in range(300)}
+    assert not train & test
+
+
+def test_sides_share_no_digit_picture() -> None:
+    train, test = set(s.digit_sources("train")), set(s.digit_sources("test"))
+    assert not train & test
+    assert len(train) + len(test) == len(s.load_digits()[1])
+    labels = s.load_digits()[1]
+    counts = np.bincount(labels[s.digit_sources("test")], minlength=10)
+    assert counts.min() > 0.05 * counts.sum()
+
+
+def test_art_is_complete_and_without_sharealike_style() -> None:
+    art = s.load_art()
+    assert set(art.styles) == {"noto", "twemoji", "fluent"}
+    assert all(x.shape == (len(art.names), 64, 64, 4) for x in art.styles.values())
+    assert len(set(art.names)) == len(art.names) == len(art.categories)
+    with np.load(s.ASSETS / "emoji64.npz") as z:
+        assert "openmoji" not in z
+
+
+@pytest.mark.parametrize("kind", ["multi", "count", "digits", "shapes"])
+def test_every_object_stands_in_its_own_cell(kind: s.Kind) -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        scene = s.make_scene(kind, rng)
+        _, cover = s.render_with_coverage(scene)
+        cells = [o.cell for o in scene.objects]
+        assert cells == sorted(set(cells))
+        for item, share in zip(scene.objects, cover, strict=True):
+            row, col = divmod(item.cell, 2)
+            inside = share[2 * row : 2 * row + 2, 2 * col : 2 * col + 2].sum()
+            assert inside > 0
+            assert np.isclose(share.sum(), inside)
+
+
+def test_patch_labels_name_what_covers_the_patch() -> None:
+    scene = s.make_scene("multi", np.random.default_rng(5), names=["cat", "bus"])
+    _, cover = s.render_with_coverage(scene)
+    labels = s.patch_labels(scene, cover)
+    shown = {s.patch_classes()[i] for i in labels if i > 0}
+    assert shown == {"cat", "bus"}
+    assert labels.shape == (16,)
+
+
+def test_scene_styles_are_the_asked_ones() -> None:
+    rng = np.random.default_rng(2)
+    for _ in range(20):
+        scene = s.make_scene("multi", rng, styles=(s.UNSEEN_STYLE,))
+        assert {o.style for o in scene.objects} == {"fluent"}
+    assert s.UNSEEN_STYLE not in s.SEEN_STYLES

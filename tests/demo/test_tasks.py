@@ -1,0 +1,121 @@
+"""The demo's benchmarks and conversations: size, order, truth, balance, separation."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from slimvlm.demo.conversations import demo_samples, make_conversation
+from slimvlm.demo.questions import neighbours
+from slimvlm.demo.scenes import load_art
+from slimvlm.demo.tasks import TASKS, make_task_scene
+
+PICTURE_TASKS = [name for name, task in TASKS.items() if make_task_scene(task, 0) is not None]
+TEXT_TASKS = ["text_odd", "text_sort", "text_sum"]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_task_is_large_and_in_fixed_order(name: str) -> None:
+    questions = TASKS[name].load(None)
+    assert len(questions) >= 300
+    assert len({q.id for q in questions}) == len(questions)
+    again = TASKS[name].load(5)
+    assert [(q.id, q.prompt, q.answers) for q in again] == [
+        (q.id, q.prompt, q.answers) for q in questions[:5]
+    ]
+    pictures = [q.images[0].tobytes() for q in again if q.images]  # type: ignore[union-attr]
+    assert pictures == [q.images[0].tobytes() for q in questions[:5] if q.images]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_majority_answer_is_near_chance(name: str) -> None:
+    task = TASKS[name]
+    if task.metric == "perplexity":
+        pytest.skip("no answers")
+    answers = Counter(q.answers[0] for q in task.load(None))
+    majority = 100 * max(answers.values()) / sum(answers.values())
+    assert majority < task.chance + 9
+    if task.metric in ("letter", "yes_no"):
+        assert set(answers) == set(task.load(1)[0].choices)
+
+
+def test_presence_is_balanced() -> None:
+    groups = Counter(q.group for q in TASKS["presence"].load(None))
+    answers = Counter(q.answers[0] for q in TASKS["presence"].load(None))
+    assert groups == {"positive": 160, "random": 80, "adversarial": 80}
+    assert answers == {"yes": 160, "no": 160}
+
+
+def _word(prompt: str, start: str, end: str) -> str:
+    return prompt.split(start)[1].split(end)[0]
+
+
+def test_answers_agree_with_the_scene() -> None:
+    art = load_art()
+    for i in range(40):
+        scene, q = make_task_scene(TASKS["presence"], i), TASKS["presence"].load(i + 1)[i]
+        assert scene is not None
+        name = _word(q.prompt, "is the ", " in the picture")
+        assert (name in scene.names) == (q.answers[0] == "yes")
+        if q.group == "adversarial":
+            assert art.category_of(name) in {art.category_of(n) for n in scene.names}
+
+
+@pytest.mark.parametrize("name", ["count", "relation", "list_objects", "read_digits", "name"])
+def test_open_answers_agree_with_the_scene(name: str) -> None:
+    for i, q in enumerate(TASKS[name].load(40)):
+        scene, answer = make_task_scene(TASKS[name], i), q.answers[0]
+        assert scene is not None
+        if name == "count":
+            assert scene.names.count(_word(q.prompt, "times is the ", " shown")) == int(answer)
+        elif name == "relation":
+            told = (
+                _word(q.prompt, "where is the ", ","),
+                _word(q.prompt, "seen from the ", ":"),
+                answer,
+            )
+            assert told in neighbours(scene)
+        elif name == "list_objects":
+            assert answer.split(", ") == list(dict.fromkeys(scene.names))
+        elif name == "read_digits":
+            assert answer == "".join(scene.names)
+        else:
+            assert answer == scene.names[0]
+
+
+def test_text_answers_are_right() -> None:
+    for q in TASKS["text_sum"].load(40):
+        a, b = _word(q.prompt, "what is ", "?").split(" + ")
+        assert int(q.answers[0]) == int(a) + int(b)
+    for q in TASKS["text_sort"].load(40):
+        numbers = sorted(int(n) for n in q.prompt.split(": ")[1].split())
+        assert q.answers[0] == " ".join(map(str, numbers))
+
+
+def test_training_shares_no_scene_and_no_text_question_with_benchmarks() -> None:
+    conversations = [make_conversation(0, i) for i in range(1500)]
+    scenes = {c.scene.key for c in conversations if c.scene is not None}
+    asked = {p for c in conversations if c.scene is None for p, _ in c.turns}
+    for name in PICTURE_TASKS:
+        for i in range(60):
+            scene = make_task_scene(TASKS[name], i)
+            assert scene is not None
+            assert scene.key not in scenes
+    for name in TEXT_TASKS:
+        assert not asked & {q.prompt for q in TASKS[name].load(None)}
+
+
+def test_samples_are_chats_over_one_picture_and_some_text() -> None:
+    samples = demo_samples(60)
+    assert len({s.id for s in samples}) == 60
+    assert [s.messages for s in demo_samples(3)] == [s.messages for s in samples[:3]]
+    assert demo_samples(3, seed=1)[0].messages != samples[0].messages
+    for sample in samples:
+        entries = [e for m in sample.messages for e in m["content"]]
+        assert sum(e["type"] == "image" for e in entries) == len(sample.images) <= 1
+        assert [m["role"] for m in sample.messages[:2]] == ["user", "assistant"]
+        assert sample.messages[-1]["role"] == "assistant"
+        if sample.images:
+            assert sample.messages[0]["content"][0] == {"type": "image"}
+    assert 2 <= sum(not s.images for s in samples) <= 20

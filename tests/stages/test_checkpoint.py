@@ -1,0 +1,348 @@
+"""A written checkpoint is an ordinary one: plain transformers reads the same model back."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+
+from slimvlm import chat
+from slimvlm.checkpoint import PLAN_FILE, anatomy, load, resolve, save
+from slimvlm.errors import ConfigError, ReloadError, SlimError, UnsupportedModelError
+from slimvlm.geometry import read_anatomy
+from slimvlm.plan import Plan
+from slimvlm.planning import make_plan
+from slimvlm.samples import Question
+from slimvlm.surgery import prune_
+from tests import tiny_folder as folders
+from tests.helpers import logits, plan_by_hand, random_scores
+from tests.tiny_folder import KINDS, SEEING, picture
+
+READ_BACK = """
+import json, sys
+import torch, transformers
+from PIL import Image
+from safetensors.torch import load_file, save_file
+def read_back(work, prompt):
+    folder = work + "/out"
+    sees = "vision_config" in json.load(open(folder + "/config.json"))
+    auto = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+    model = auto.from_pretrained(folder).eval()
+    reader = transformers.AutoProcessor if sees else transformers.AutoTokenizer
+    processor = reader.from_pretrained(folder)
+    if sees:
+        pictures = [Image.open(work + "/picture.png").convert("RGB")]
+        inputs = dict(processor(text=[prompt], images=pictures, return_tensors="pt"))
+    else:
+        inputs = dict(processor([prompt], return_tensors="pt", add_special_tokens=False))
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    save_file({"logits": logits, "ids": ids, **inputs}, work + "/found.safetensors")
+    new = ids[:, inputs["input_ids"].shape[1]:]
+    return [type(model).__name__, processor.batch_decode(new, skip_special_tokens=True)[0]]
+
+found = [read_back(*request) for request in json.loads(sys.argv[1])]
+assert not any(name.split(".")[0] == "slimvlm" for name in sys.modules)
+print(json.dumps(found))
+"""
+
+
+def pruned(kind: str) -> tuple[Any, Any, Plan]:
+    model, processor = load(folders.folder(kind))
+    shape = read_anatomy(model)
+    plan = make_plan(shape, random_scores(shape), 0.4, "both")
+    prune_(model, plan)
+    return model, processor, plan
+
+
+def asked(kind: str, work: Path) -> Question:
+    pictures = (work / "picture.png",) if kind in SEEING else ()
+    return Question("q", "Which colour is shown?", ("red",), pictures)
+
+
+@pytest.fixture(scope="module")
+def read_back(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
+    """Every kind, pruned and saved, and what another process found in the folder."""
+    works = {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
+    requests = []
+    for kind, work in works.items():
+        model, processor, plan = pruned(kind)
+        save(model, processor, work / "out", plan)
+        picture().save(work / "picture.png")
+        messages = chat.question_messages(asked(kind, work))
+        requests.append((str(work), chat.render(processor, messages, generate=True)))
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", READ_BACK, json.dumps(requests)],
+        capture_output=True,
+        text=True,
+        cwd=works["text"],
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    return {k: (works[k], values) for k, values in zip(works, found, strict=True)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_transformers_reads_the_same_model(
+    kind: str, read_back: dict[str, tuple[Path, Any]]
+) -> None:
+    work, (class_name, text) = read_back[kind]
+    model, processor, plan = pruned(kind)
+    found = load_file(work / "found.safetensors")
+    inputs = chat.encode_questions(processor, [asked(kind, work)])
+    assert torch.equal(found["input_ids"], inputs["input_ids"])
+    with torch.no_grad():
+        assert torch.equal(found["logits"], logits(model, inputs))
+        ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    assert torch.equal(found["ids"], ids)
+    new = ids[:, inputs["input_ids"].shape[1] :]
+    assert text == chat.tokenizer_of(processor).batch_decode(new, skip_special_tokens=True)[0]
+    assert class_name == type(model).__name__
+    assert Plan.load(work / "out" / PLAN_FILE) == plan
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_written_and_read(kind: str, tmp_path: Path) -> None:
+    model, processor, plan = pruned(kind)
+    save(model, processor, tmp_path / "out", plan)
+    again, its_processor = load(tmp_path / "out")
+    assert type(its_processor) is type(processor)
+    assert read_anatomy(again) == plan.after == anatomy(tmp_path / "out")
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value)
+    assert not again.training
+
+
+def test_a_checkpoint_holds_no_pickle(tmp_path: Path) -> None:
+    model, processor, plan = pruned("llava")
+    save(model, processor, tmp_path / "out", plan)
+    suffixes = {path.suffix for path in (tmp_path / "out").iterdir()}
+    assert suffixes <= {".json", ".safetensors", ".jinja", ".txt"}
+
+
+def test_half_precision_stays_half(tmp_path: Path) -> None:
+    model, processor = load(folders.folder("llava"), dtype="bfloat16")
+    save(model, processor, tmp_path / "out")
+    again, _ = load(tmp_path / "out")
+    assert again.dtype == torch.bfloat16
+    assert load(tmp_path / "out", dtype="float32")[0].dtype == torch.float32
+
+
+# The reload check must be able to fail.
+
+Change = Callable[[dict[str, torch.Tensor]], None]
+
+
+def _perturb(weights: dict[str, torch.Tensor]) -> None:
+    name = next(n for n in weights if n.endswith("layers.1.mlp.down_proj.weight"))
+    weights[name][0] += 3.0
+
+
+def _drop(weights: dict[str, torch.Tensor]) -> None:
+    del weights[next(n for n in weights if n.endswith("layers.1.mlp.down_proj.weight"))]
+
+
+def _add(weights: dict[str, torch.Tensor]) -> None:
+    weights["model.stray.weight"] = torch.zeros(2)
+
+
+def _reshape(weights: dict[str, torch.Tensor]) -> None:
+    name = next(n for n in weights if n.endswith("layers.1.mlp.down_proj.weight"))
+    weights[name] = weights[name][:, :-1].contiguous()
+
+
+def _spoil_vision(weights: dict[str, torch.Tensor]) -> None:
+    name = next(n for n in weights if n.endswith("linear_1.weight"))
+    weights[name] += 1.0
+
+
+def _make_nan(weights: dict[str, torch.Tensor]) -> None:
+    name = next(n for n in weights if n.endswith("layers.1.mlp.down_proj.weight"))
+    weights[name][0, 0] = float("nan")
+
+
+@pytest.mark.parametrize("spoil", [_perturb, _drop, _add, _reshape, _spoil_vision, _make_nan])
+def test_the_reload_check_catches_spoilt_weights(
+    spoil: Change, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor, plan = pruned("llava")
+    honest = hf.PreTrainedModel.save_pretrained
+
+    def spoils(self: Any, folder: Any, *args: Any, **kwargs: Any) -> None:
+        honest(self, folder, *args, **kwargs)
+        file = Path(folder) / "model.safetensors"
+        weights = {name: value.clone() for name, value in load_file(file).items()}
+        spoil(weights)
+        save_file(weights, file, {"format": "pt"})
+
+    monkeypatch.setattr(hf.PreTrainedModel, "save_pretrained", spoils)
+    with pytest.raises(ReloadError):
+        save(model, processor, tmp_path / "out", plan)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_reload_check_catches_a_spoilt_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor, plan = pruned("llava")
+    honest = hf.PreTrainedModel.save_pretrained
+
+    def spoils(self: Any, folder: Any, *args: Any, **kwargs: Any) -> None:
+        honest(self, folder, *args, **kwargs)
+        file = Path(folder) / "config.json"
+        values = json.loads(file.read_text())
+        values["text_config"]["num_hidden_layers"] += 1
+        file.write_text(json.dumps(values))
+
+    monkeypatch.setattr(hf.PreTrainedModel, "save_pretrained", spoils)
+    with pytest.raises(ReloadError):
+        save(model, processor, tmp_path / "out", plan)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_reload_check_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    model, processor, plan = pruned("llava")
+    model.train()
+    save(model, processor, tmp_path / "out", plan)
+    assert model.training
+
+
+def test_an_existing_checkpoint_stays(tmp_path: Path) -> None:
+    model, processor, plan = pruned("text")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("")
+    with pytest.raises(ConfigError, match="--force"):
+        save(model, processor, out, plan)
+    assert [path.name for path in out.iterdir()] == ["mine"]
+    save(model, processor, out, plan, force=True)
+    assert not (out / "mine").exists()
+    assert (out / "config.json").exists()
+
+
+def test_uneven_widths_are_refused_before_writing(tmp_path: Path) -> None:
+    model, processor = load(folders.folder("text"))
+    shape = read_anatomy(model)
+    plan = plan_by_hand(shape)
+    neurons = (tuple(range(40)), *plan.neurons[1:])
+    prune_(model, Plan(shape, plan.layers, plan.kv_groups, neurons, axis="width"))
+    with pytest.raises(ConfigError, match="different widths"):
+        save(model, processor, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_without_processor_is_written(tmp_path: Path) -> None:
+    model, _, plan = pruned("text")
+    save(model, None, tmp_path / "out", plan)
+    again, processor = load(tmp_path / "out")
+    assert processor is None
+    assert read_anatomy(again) == plan.after
+
+
+# Loading: what cannot be loaded is named in one line.
+
+
+def bert_folder(out: Path) -> Path:
+    config = hf.BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    config.save_pretrained(out)
+    return out
+
+
+@pytest.mark.parametrize("read", [load, anatomy])
+def test_an_encoder_is_refused(read: Callable[[Path], Any], tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"'bert' is not known.*llava"):
+        read(bert_folder(tmp_path / "bert"))
+
+
+@pytest.mark.parametrize("read", [load, anatomy])
+@pytest.mark.parametrize("name", ["nowhere", "./nowhere/at/all", "/nowhere"])
+def test_a_missing_folder_is_named(read: Callable[[str], Any], name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"model '{name}': no such folder"):
+        read(name)
+
+
+def test_a_missing_folder_in_an_existing_one_is_not_a_hub_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="no such folder"):
+        resolve("runs/first")
+    assert resolve("llava-hf/llava-1.5-7b-hf") == "llava-hf/llava-1.5-7b-hf"
+
+
+@pytest.mark.parametrize("read", [load, anatomy])
+def test_a_folder_without_config_is_named(read: Callable[[Path], Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"has no config\.json"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model_type": 3}', '"llava"'])
+def test_a_broken_config_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    for read in (load, anatomy):
+        with pytest.raises(SlimError, match=r"model"):
+            read(tmp_path)
+
+
+def test_an_unknown_dtype_is_named() -> None:
+    with pytest.raises(ConfigError, match="dtype 'int3' must be one of: auto, float32"):
+        load(folders.folder("text"), dtype="int3")
+
+
+def test_missing_weights_are_named(tmp_path: Path) -> None:
+    out = folders.copied("text", tmp_path / "model")
+    (out / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="weights cannot be read"):
+        load(out)
+    assert anatomy(out) == anatomy(folders.folder("text"))
+
+
+def test_cut_off_weights_are_named(tmp_path: Path) -> None:
+    out = folders.copied("text", tmp_path / "model")
+    file = out / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match="weights cannot be read"):
+        load(out)
+
+
+def test_missing_tensors_are_named(tmp_path: Path) -> None:
+    """transformers would fill them with random numbers and go on."""
+    out = folders.copied("text", tmp_path / "model")
+    weights = load_file(out / "model.safetensors")
+    del weights["model.layers.1.mlp.down_proj.weight"]
+    save_file(weights, out / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SlimError, match=r"layers\.1\.mlp\.down_proj"):
+        load(out)
+
+
+def test_a_run_folder_stands_for_its_checkpoint(tmp_path: Path) -> None:
+    folders.copied("text", tmp_path / "run" / "checkpoint")
+    (tmp_path / "run" / "plan.json").write_text("{}")
+    assert resolve(tmp_path / "run") == str(tmp_path / "run" / "checkpoint")
+
+
+def test_a_run_folder_with_its_own_config_stands_for_its_checkpoint(tmp_path: Path) -> None:
+    """`compress` writes a config.json of its own beside the checkpoint."""
+    folders.copied("text", tmp_path / "run" / "checkpoint")
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"model": "x", "ratio": 0.3}))
+    assert resolve(tmp_path / "run") == str(tmp_path / "run" / "checkpoint")
+
+
+def test_an_anatomy_needs_no_weights(tmp_path: Path) -> None:
+    config = hf.AutoConfig.from_pretrained(folders.folder("llava"))
+    config.save_pretrained(tmp_path)
+    model, _ = load(folders.folder("llava"))
+    assert anatomy(tmp_path) == anatomy(config) == anatomy(model) == read_anatomy(model)

@@ -1,0 +1,345 @@
+"""The whole way in one folder: what it leaves, how it goes on, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from slimvlm import compression, evaluation
+from slimvlm.checkpoint import load
+from slimvlm.compression import CompressConfig, compress
+from slimvlm.config import RecoverConfig
+from slimvlm.errors import ConfigError, SlimError
+from slimvlm.evaluation import Result
+from slimvlm.geometry import read_anatomy
+from slimvlm.plan import Plan
+from slimvlm.values import Scores
+from tests import tiny_folder as folders
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+
+RECOVER = RecoverConfig(
+    train="lora",
+    max_steps=3,
+    batch_size=2,
+    learning_rate=5e-3,
+    lora_rank=4,
+    lora_alpha=8,
+    bf16=False,
+    save_steps=2,
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def unhurried() -> Iterator[None]:
+    """Measuring times takes longer than everything else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "latency", lambda *_: (2.0, 1.0))
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folders.write_llava_data(tmp_path_factory.mktemp("data"))
+
+
+def request_for(data: Path | None, **changes: Any) -> CompressConfig:
+    values: dict[str, Any] = {
+        "model": str(folders.folder("llava")),
+        "ratio": 0.3,
+        "axis": "both",
+        "criterion": ("block_influence", "taylor"),
+        "data": None if data is None else str(data),
+        "calibration_samples": 4,
+        "recover": RECOVER,
+        "tasks": "presence",
+        "limit": 2,
+    }
+    return CompressConfig(**{**values, **changes})
+
+
+def silent(line: str) -> None:
+    """Nobody listens."""
+
+
+def weights_in(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "checkpoint" / "model.safetensors")
+
+
+def answers_in(folder: Path) -> dict[str, Any]:
+    """What the models said and scored; times differ from run to run."""
+    files = sorted((folder / "results").iterdir())
+    return {file.name: Result.load(file).tasks for file in files}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def finished(data: Path, unhurried: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody interrupted. Tests must not change it."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    said: list[str] = []
+    results = compress(request_for(data), out, say=said.append)
+    assert list(results) == ["original", "pruned", "recovered"]
+    assert any("layers" in line for line in said)
+    return out
+
+
+def test_a_run_leaves_what_repeats_and_explains_it(finished: Path, data: Path) -> None:
+    found = {path.name for path in finished.iterdir()}
+    assert found >= {
+        *("config.json", "plan.json", "scores", "results", "history.json"),
+        *("checkpoint", "summary.md"),
+    }
+    assert not found & {"pruned", "training"}
+    stored = json.loads((finished / "config.json").read_text())
+    assert stored["ratio"] == 0.3
+    assert stored["data"] == str(data)
+    assert stored["recover"]["lora_rank"] == 4
+    assert set(answers_in(finished)) == {"original.json", "pruned.json", "recovered.json"}
+    for name in ("block_influence", "taylor"):
+        assert Scores.load(finished / "scores" / name).criterion == name
+    summary = (finished / "summary.md").read_text()
+    assert Plan.load(finished / "plan.json").summary() in summary
+    assert "AVG" in summary
+
+
+def test_the_checkpoint_is_the_planned_model(finished: Path) -> None:
+    plan = Plan.load(finished / "plan.json")
+    assert plan.ratio == pytest.approx(0.3, abs=0.01)
+    model, processor = load(finished / "checkpoint")
+    assert read_anatomy(model) == plan.after
+    assert processor is not None
+    assert Result.load(finished / "results" / "recovered.json").backbone_params == (
+        plan.after.backbone_params
+    )
+
+
+def test_the_run_folder_can_be_loaded_as_a_model(finished: Path) -> None:
+    model, _ = load(finished)
+    assert read_anatomy(model) == Plan.load(finished / "plan.json").after
+
+
+def test_recovery_learns_from_other_samples_than_calibration(finished: Path) -> None:
+    history = json.loads((finished / "history.json").read_text())
+    assert history["sample_ids"] == [f"s{i}" for i in range(4, 12)]
+
+
+class Stopped(Exception):
+    """The machine goes down."""
+
+
+@pytest.mark.parametrize(
+    ("stage", "after"),
+    [
+        ("choose_plan", True),
+        ("prune_", True),
+        ("save", True),
+        ("recover", True),
+        ("_finish", False),
+        ("_finish", True),
+    ],
+)
+def test_a_stopped_run_goes_on_to_the_same_end(
+    stage: str,
+    after: bool,
+    finished: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    honest = getattr(compression, stage)
+
+    def stops(*args: Any, **kwargs: Any) -> Any:
+        if after:
+            honest(*args, **kwargs)
+        raise Stopped
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(compression, stage, stops)
+        with pytest.raises(Stopped):
+            compress(request_for(data), out, say=silent)
+    if stage == "_finish" and after:
+        with pytest.raises(ConfigError, match="exists"):
+            compress(request_for(data), out, say=silent)
+        return
+    assert not (out / "summary.md").exists()
+    compress(request_for(data), out, say=silent)
+    assert {path.name for path in out.iterdir()} == {path.name for path in finished.iterdir()}
+    assert Plan.load(out / "plan.json") == Plan.load(finished / "plan.json")
+    found, expected = weights_in(out), weights_in(finished)
+    assert list(found) == list(expected)
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+    assert answers_in(out) == answers_in(finished)
+
+
+def test_a_stopped_run_repeats_no_finished_stage(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stops(*args: Any, **kwargs: Any) -> Any:
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compression, "recover", stops)
+        with pytest.raises(Stopped):
+            compress(request_for(data), tmp_path / "run", say=silent)
+    monkeypatch.setattr(compression, "choose_plan", stops)
+    monkeypatch.setattr(compression, "prune_", stops)
+    compress(request_for(data), tmp_path / "run", say=silent)
+
+
+def test_a_finished_run_is_refused(finished: Path, data: Path) -> None:
+    before = contents(finished)
+    with pytest.raises(ConfigError, match=r"finished' exists.*--force"):
+        compress(request_for(data), finished, say=silent)
+    assert contents(finished) == before
+
+
+def unfinished(data: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    def stops(*args: Any, **kwargs: Any) -> Any:
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compression, "prune_", stops)
+        with pytest.raises(Stopped):
+            compress(request_for(data, tasks=None), out, say=silent)
+    return out
+
+
+def test_another_request_does_not_go_on_from_it(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = unfinished(data, tmp_path / "run", monkeypatch)
+    before = contents(out)
+    with pytest.raises(ConfigError, match="exists"):
+        compress(request_for(data, tasks=None, ratio=0.2), out, say=silent)
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"ratio": 0.3}'])
+def test_a_folder_that_is_no_run_is_refused(text: str, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"mine' exists"):
+        compress(request_for(data), out, say=silent)
+    assert contents(out) == {"config.json": text.encode()}
+
+
+def pruning(data: Path | None = None, **changes: Any) -> CompressConfig:
+    """The shortest request: nothing is trained or asked."""
+    return request_for(data, criterion=(), axis=None, recover=None, tasks=None, **changes)
+
+
+def test_force_replaces_a_run(finished: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    compress(pruning(), out, say=silent)
+    (out / "mine").write_text("")
+    compress(pruning(ratio=0.2), out, force=True, say=silent)
+    assert Plan.load(out / "plan.json").ratio == pytest.approx(0.2, abs=0.01)
+    assert not (out / "mine").exists()
+    assert json.loads((out / "config.json").read_text())["ratio"] == 0.2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ratio": 1.2},
+        {"model": "/nowhere"},
+        {"data": "/nowhere.json"},
+        {"criterion": ("tailor",)},
+        {"tasks": "presense"},
+        {"tasks": "presence", "baseline": "/nowhere.json"},
+    ],
+    ids=lambda changes: ",".join(changes),
+)
+def test_a_bad_request_leaves_what_force_would_replace(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    compress(pruning(), out, say=silent)
+    before = contents(out)
+    with pytest.raises(SlimError):
+        compress(replace(pruning(), **changes), out, force=True, say=silent)
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ratio": 1.2},
+        {"ratio": 0.97},
+        {"ratio": float("nan")},
+        {"model": "/nowhere"},
+        {"data": "/nowhere.json"},
+        {"criterion": ("tailor",)},
+        {"criterion": ("taylor",), "data": None},
+        {"criterion": ("taylor",), "axis": "depth"},
+        {"round_to": 0},
+        {"dtype": "int3"},
+        {"tasks": "presense"},
+        {"tasks": "presence", "baseline": "/nowhere.json"},
+        {"calibration_samples": 0},
+        {"limit": 0, "tasks": "presence"},
+    ],
+    ids=lambda changes: ",".join(map(str, changes.values())),
+)
+def test_a_bad_request_writes_nothing(changes: dict[str, Any], data: Path, tmp_path: Path) -> None:
+    with pytest.raises(SlimError):
+        compress(replace(pruning(data), **changes), tmp_path / "out", say=silent)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_data_weights_decide_and_nothing_is_trained(tmp_path: Path) -> None:
+    said: list[str] = []
+    compress(replace(pruning(), recover=RECOVER), tmp_path / "run", say=said.append)
+    assert any("spacing and magnitude" in line for line in said)
+    assert any(re.match("axis width: .*arXiv", line) for line in said)
+    assert not (tmp_path / "run" / "history.json").exists()
+    assert Plan.load(tmp_path / "run" / "plan.json").axis == "width"
+
+
+def test_a_text_model_goes_the_same_way(tmp_path: Path) -> None:
+    data = folders.write_llava_data(tmp_path / "data", pictures=False)
+    config = request_for(data, model=str(folders.folder("text")), tasks="text_sum")
+    results = compress(config, tmp_path / "run", say=silent)
+    assert set(results) == {"original", "pruned", "recovered"}
+    assert load(tmp_path / "run" / "checkpoint")[1] is not None
+
+
+def test_few_samples_serve_calibration_and_training(tmp_path: Path) -> None:
+    data = folders.write_llava_data(tmp_path / "data", count=3)
+    compress(request_for(data, tasks=None), tmp_path / "run", say=silent)
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    assert history["sample_ids"] == ["s0", "s1", "s2"]
+
+
+def test_a_baseline_saves_asking_again(
+    finished: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    honest = evaluation.evaluate
+
+    def counts(*args: Any, **kwargs: Any) -> Result:
+        asked.append(kwargs["name"])
+        return honest(*args, **kwargs)
+
+    monkeypatch.setattr(compression, "evaluate", counts)
+    baseline = finished / "results" / "original.json"
+    config = request_for(data, recover=None, baseline=str(baseline))
+    results = compress(config, tmp_path / "run", say=silent)
+    assert asked == ["pruned"]
+    assert results["original"] == Result.load(baseline)

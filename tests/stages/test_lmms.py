@@ -1,0 +1,423 @@
+"""lmms-eval's own runner and our evaluator give the same replies and scores on the same data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import yaml
+from PIL import ImageFile
+
+from slimvlm import lmms
+from slimvlm.checkpoint import load
+from slimvlm.errors import ConfigError
+from slimvlm.evaluation import Result, TaskResult, answer, choose, evaluate
+from slimvlm.lmms import LMMS_TASKS, evaluate_with_lmms, result_with_lmms, split_names
+from slimvlm.metrics import MME_FULL_SCORES
+from slimvlm.samples import Question
+from slimvlm.tasks import read_task
+from tests import tiny_folder as folders
+from tests.tiny_folder import SEEING, picture
+
+lmms_eval = pytest.importorskip("lmms_eval")
+pytestmark = pytest.mark.filterwarnings("ignore")  # not ours
+SHIPPED = Path(lmms_eval.__file__).parent / "tasks"
+COLOURS = ("red", "blue", "green", "white")
+COUNT = 6
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder with the same questions as an lmms-eval task and as one of ours."""
+
+    folder: Path
+    questions: tuple[Question, ...]
+
+
+def prompt(index: int) -> str:
+    return "Which colour " + "of these " * (index * 5 % 4) + f"is part {index}?"
+
+
+def write_parquet(path: Path, rows: Sequence[dict[str, Any]], image: str = "image") -> None:
+    table = datasets.Dataset.from_list(list(rows))
+    if image in table.column_names:
+        table = table.cast_column(image, datasets.Image())
+    table.to_parquet(path)
+
+
+def write_task(folder: Path, name: str, **fields: Any) -> None:
+    """A task file for lmms-eval on data.parquet."""
+    common = {
+        "task": name,
+        "dataset_path": "parquet",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "data.parquet")}},
+        "test_split": "test",
+        "doc_to_visual": "image",
+        "doc_to_text": "{{question}}\nAnswer with one word.",
+        "doc_to_target": "answer",
+    }
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(common | fields))
+
+
+@pytest.fixture(scope="module")
+def loaded() -> tuple[Any, Any]:
+    return load(str(folders.folder("llava")), "float32")
+
+
+@pytest.fixture(scope="module")
+def place(loaded: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """Every other answer is what the model says, so that some are right."""
+    folder = tmp_path_factory.mktemp("lmms")
+    questions = []
+    for i in range(COUNT):
+        text = prompt(i) + "\nAnswer with one word."
+        question = Question(str(i), text, (), (picture(i),), COLOURS)
+        said = answer(*loaded, [question], 6)[0]
+        questions.append(replace(question, answers=(said if i % 2 else "nothing",)))
+    rows = [
+        {
+            "question": prompt(i),
+            "answer": question.answers[0],
+            "choices": list(COLOURS),
+            "likely": choose(*loaded, [question])[0] if i % 3 else COLOURS[i % 4],
+            "image": picture(i),
+        }
+        for i, question in enumerate(questions)
+    ]
+    write_parquet(folder / "data.parquet", rows)
+    write_task(
+        folder,
+        "colours",
+        output_type="generate_until",
+        generation_kwargs={"max_new_tokens": 6, "temperature": 0, "until": []},
+        metric_list=[
+            {
+                "metric": "exact_match",
+                "aggregation": "mean",
+                "higher_is_better": True,
+                "ignore_case": True,
+            }
+        ],
+    )
+    write_task(
+        folder,
+        "likely",
+        output_type="multiple_choice",
+        doc_to_target="likely",
+        doc_to_choice="choices",
+        metric_list=[{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    )
+    return Place(folder, tuple(questions))
+
+
+def ours(place: Place, **fields: Any) -> Any:
+    """The same parquet file as a task of ours."""
+    path = place.folder / "ours.yml"
+    common = {
+        "name": "ours",
+        "data": "data.parquet",
+        "prompt": "{question}\nAnswer with one word.",
+        "answer": "answer",
+        "max_new_tokens": 6,
+    }
+    path.write_text(yaml.safe_dump(common | fields))
+    return read_task(path)
+
+
+def same(theirs: TaskResult, own: TaskResult) -> None:
+    assert theirs.ids == own.ids
+    assert theirs.replies == own.replies
+    assert theirs.scores == own.scores
+    assert theirs.score == pytest.approx(own.score, abs=1e-9)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_both_sources_agree(loaded: tuple[Any, Any], place: Place, batch_size: int) -> None:
+    theirs = evaluate_with_lmms(
+        *loaded, ["colours"], batch_size=batch_size, include_path=place.folder
+    )["colours"]
+    own = evaluate(*loaded, [ours(place)], batch_size=batch_size).tasks["ours"]
+    same(theirs, own)
+    assert 0 < theirs.score < 100
+    assert len(set(theirs.replies)) > 1
+
+
+@pytest.mark.parametrize("kind", sorted({*SEEING} - {"llava"}))
+def test_every_family_answers(kind: str, place: Place) -> None:
+    model = load(str(folders.folder(kind)), "float32")
+    theirs = evaluate_with_lmms(*model, ["colours", "likely"], 4, 2, place.folder)
+    same(theirs["colours"], evaluate(*model, [ours(place)], 4, 2).tasks["ours"])
+    task = ours(place, answer="likely", choices="choices", by_likelihood=True)
+    same(theirs["likely"], evaluate(*model, [task], 4).tasks["ours"])
+
+
+def test_likelihood_agrees(loaded: tuple[Any, Any], place: Place) -> None:
+    theirs = evaluate_with_lmms(*loaded, ["likely"], batch_size=3, include_path=place.folder)
+    task = ours(place, answer="likely", choices="choices", by_likelihood=True)
+    own = evaluate(*loaded, [task]).tasks["ours"]
+    same(theirs["likely"], own)
+    assert 0 < own.score < 100
+
+
+def test_limit_and_repeatability(loaded: tuple[Any, Any], place: Place) -> None:
+    whole, first, again = (
+        evaluate_with_lmms(*loaded, ["colours"], limit, include_path=place.folder)["colours"]
+        for limit in (None, 3, 3)
+    )
+    assert first == again
+    assert first.ids == ("0", "1", "2") == whole.ids[:3]
+    assert first.replies == whole.replies[:3]
+    assert first.scores == whole.scores[:3]
+
+
+def test_nothing_else_changes(loaded: tuple[Any, Any], place: Place) -> None:
+    model, processor = loaded
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    random_state = torch.get_rng_state()
+    model.train()
+    evaluate_with_lmms(model, processor, ["colours"], 1, include_path=place.folder)
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert model.training
+    model.eval()
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, replies: Sequence[str]) -> None:
+    """A model that says this, one after the other, whatever it is asked."""
+    said: Iterator[str] = iter(replies)
+    monkeypatch.setattr(lmms, "answer", lambda _m, _p, asked, _n: [next(said) for _ in asked])
+
+
+MME_ROWS = [
+    *(("existence", f"{i // 2}.png", ("Yes", "No")[i % 2]) for i in range(4)),
+    *(("code_reasoning", f"{i // 2}.png", ("Yes", "No")[i % 2]) for i in range(4)),
+    *(("count", "0.png", word) for word in ("Yes", "No")),
+]
+# what the shipped scoring code reads, beside the picture
+SHIPPED_ROWS: dict[str, list[dict[str, Any]]] = {
+    "mme": [
+        {"question_id": name, "category": kind, "answer": word, "question": f"Seen {i}?"}
+        for i, (kind, name, word) in enumerate(MME_ROWS)
+    ],
+    "pope": [
+        {"question_id": str(i), "question": "Is it red?", "answer": ("yes", "no")[i % 2]}
+        for i in range(4)
+    ],
+    "gqa": [{"question": "Colour?", "answer": word} for word in COLOURS],
+    "scienceqa_img": [
+        {"hint": "", "question": "Which?", "choices": ["up", "down"], "answer": i % 2}
+        for i in range(4)
+    ],
+    "mmmu_val": [
+        {
+            "id": f"validation_Art_{i}",
+            "question": f"<image 1> Which is number {i}?",
+            "options": "['up', 'down']",
+            "question_type": "multiple-choice",
+            "answer": "AB"[i % 2],
+        }
+        for i in range(4)
+    ],
+    "ai2d": [
+        {"question": "Which?", "options": ["up", "down", "left", "right"], "answer": str(i)}
+        for i in range(4)
+    ],
+    "mathvista_testmini_format": [
+        {
+            "pid": str(i),
+            "question": "How many?",
+            "query": "How many?",
+            "unit": None,
+            "choices": None,
+            "answer": str(i),
+            "question_type": "free_form",
+            "answer_type": "integer",
+            "precision": 0.0,
+            "metadata": {
+                "split": "testmini",
+                "language": "english",
+                "source": "s",
+                "category": "c",
+                "task": "t",
+                "context": "x",
+                "grade": "g",
+                "skills": ["counting"],
+            },
+        }
+        for i in range(4)
+    ],
+    "docvqa_val": [
+        {"questionId": str(i), "question": "Name?", "answers": ["alpha", "beta"]} for i in range(4)
+    ],
+}
+FILES = {
+    "mme": "mme/mme.yaml",
+    "pope": "pope/pope.yaml",
+    "gqa": "gqa/gqa.yaml",
+    "scienceqa_img": "scienceqa/scienceqa_img.yaml",
+    "mmmu_val": "mmmu/mmmu_val.yaml",
+    "ai2d": "ai2d/ai2d.yaml",
+    "mathvista_testmini_format": "mathvista/mathvista_testmini_format.yaml",
+    "docvqa_val": "docvqa/docvqa_val.yaml",
+}
+IMAGE_COLUMNS = {"mmmu_val": "image_1", "mathvista_testmini_format": "decoded_image"}
+# benchmark: replies (every question in order), scores of each question, score
+CASES: dict[str, tuple[list[str], list[float], float]] = {
+    "pope": (["yes", "Yes", "no", "no"], [1, 0, 0, 1], 50),
+    "gqa": (["Red", "blue.", "green", "black"], [1, 1, 1, 0], 75),
+    "scienceqa_img": (["A", "A", "A. up", "I think B"], [1, 0, 1, 0], 50),
+    "mmmu_val": (["A", "A", "(A)", "B"], [1, 0, 1, 1], 75),
+    "ai2d": (["A", "B. down", "D", "D"], [1, 1, 0, 1], 75),
+    "mathvista": (["0", "1", "7", "3"], [1, 1, 0, 1], 75),
+    "docvqa": (["alpha", "Beta", "bet", "no"], [1, 1, 0.75, 0], 68.75),
+}
+
+
+@pytest.fixture
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Returns a function that puts data on disk under a task that lmms-eval ships."""
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    monkeypatch.setattr(lmms, "_batches", lambda r, _n: iter([list(range(len(r)))]))
+
+    def put(task: str) -> Path:
+        column = IMAGE_COLUMNS.get(task, "image")
+        rows = [{**row, column: picture(i)} for i, row in enumerate(SHIPPED_ROWS[task])]
+        write_parquet(tmp_path / f"{task}.parquet", rows, column)
+        written = yaml.load((SHIPPED / FILES[task]).read_text(), _Plain)
+        assert written["task"] == task
+        fields = {
+            "include": str(SHIPPED / FILES[task]),
+            "task": task,
+            "dataset_path": "parquet",
+            "dataset_name": None,
+            "dataset_kwargs": {
+                "data_files": {written["test_split"]: str(tmp_path / f"{task}.parquet")}
+            },
+            "process_docs": None,
+        }
+        (tmp_path / f"{task}.yaml").write_text(yaml.safe_dump(fields))
+        return tmp_path
+
+    return put
+
+
+class _Plain(yaml.SafeLoader):
+    """Reads task files without calling anything in them."""
+
+
+_Plain.add_constructor("!function", lambda loader, node: str(node.value))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_benchmarks_score_as_shipped(
+    name: str, loaded: tuple[Any, Any], shipped: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name == "mathvista":
+        pytest.importorskip("Levenshtein")
+    replies, scores, score = CASES[name]
+    folder = shipped(LMMS_TASKS[name].task)
+    scripted(monkeypatch, replies)
+    found = evaluate_with_lmms(*loaded, [name], include_path=folder)
+    assert list(found) == [name]
+    assert found[name].replies == tuple(replies)
+    assert found[name].scores == pytest.approx(scores)
+    assert found[name].score == pytest.approx(score)
+    assert found[name].chance == LMMS_TASKS[name].chance
+
+
+def test_pope_reports_f1(
+    loaded: tuple[Any, Any], shipped: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, CASES["pope"][0])
+    found = evaluate_with_lmms(*loaded, ["pope"], include_path=shipped("pope"))["pope"]
+    assert found.details == {"f1": pytest.approx(50)}
+
+
+def test_mme_comes_in_halves_on_their_own_scales(
+    loaded: tuple[Any, Any], shipped: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    says = ["Yes", "No", "Yes", "Yes", "No", "No", "Yes", "No", "Yes", "no"]
+    scripted(monkeypatch, says)
+    found = evaluate_with_lmms(*loaded, ["mme"], include_path=shipped("mme"))
+    assert set(found) == set(MME_FULL_SCORES)
+    # existence: 3 of 4 right, 1 of 2 pairs; count: all; code: 3 of 4 right, 1 of 2 pairs
+    assert found["mme_perception"].score == pytest.approx(75 + 50 + 200)
+    assert found["mme_cognition"].score == pytest.approx(75 + 50)
+    for half in found.values():
+        assert 100 * sum(half.scores) / len(half.scores) == pytest.approx(half.score)
+    assert found["mme_perception"].ids == ("0", "1", "2", "3", "8", "9")
+    assert found["mme_cognition"].replies == tuple(says[4:8])
+
+
+def test_mme_needs_pairs(loaded: tuple[Any, Any]) -> None:
+    with pytest.raises(ConfigError, match="multiple of 2"):
+        evaluate_with_lmms(*loaded, ["mme"], limit=3)
+
+
+def test_half_of_mme_that_is_not_there(
+    loaded: tuple[Any, Any], shipped: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, ["Yes", "No"] * 2)
+    found = evaluate_with_lmms(*loaded, ["mme"], limit=4, include_path=shipped("mme"))
+    assert list(found) == ["mme_perception"]
+    scripted(monkeypatch, ["Yes", "No"] * 2)
+    with pytest.raises(ConfigError, match="gave no mme_cognition_score"):
+        evaluate_with_lmms(*loaded, ["mme_cognition"], limit=4, include_path=shipped("mme"))
+
+
+def test_missing_data_is_one_clear_line(
+    loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with lmms._contained():
+        from lmms_eval.api.task import ConfigurableTask
+        from tenacity import wait_none
+
+    monkeypatch.setattr(ConfigurableTask.download.retry, "wait", wait_none())
+    write_task(tmp_path, "away", dataset_path="nobody/nothing", dataset_kwargs=None)
+    with pytest.raises(ConfigError, match=r"'away'.*cannot be loaded.*nobody/nothing") as caught:
+        evaluate_with_lmms(*loaded, ["away"], include_path=tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_name_and_limit(loaded: tuple[Any, Any], place: Place) -> None:
+    with pytest.raises(ConfigError, match=r"'mine' is not known.*mme.*docvqa.*colours"):
+        evaluate_with_lmms(*loaded, ["mine"], include_path=place.folder)
+    with pytest.raises(ConfigError, match="limit 0"):
+        evaluate_with_lmms(*loaded, ["colours"], 0, include_path=place.folder)
+    with pytest.raises(ConfigError, match="not a folder"):
+        evaluate_with_lmms(*loaded, ["colours"], include_path=place.folder / "none")
+
+
+def test_missing_lmms_eval_is_said(
+    loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lmms, "find_spec", lambda _name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'slimvlm\[eval\]'"):
+        evaluate_with_lmms(*loaded, ["pope"])
+
+
+def test_judge_is_asked_for(loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("API_TYPE", raising=False)
+    with pytest.raises(ConfigError, match="OPENAI_API_KEY"):
+        evaluate_with_lmms(*loaded, ["mathvista"])
+
+
+def test_names_are_split() -> None:
+    own, theirs = split_names("colour, mme,task.yaml,docvqa_val")
+    assert own == "colour,task.yaml"
+    assert theirs == ["mme", "docvqa_val"]
+
+
+def test_a_whole_result_can_be_saved(loaded: tuple[Any, Any], place: Place, tmp_path: Path) -> None:
+    result = result_with_lmms(*loaded, ["colours"], 2, name="tiny", include_path=place.folder)
+    result.save(tmp_path / "result.json")
+    again = Result.load(tmp_path / "result.json")
+    assert again == result
+    assert again.retention(result).percent == pytest.approx(100)
+    assert again.prefill_ms > 0

@@ -1,0 +1,415 @@
+"""Training after pruning: only what may change changes, and a stop costs little."""
+
+from __future__ import annotations
+
+import copy
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import TrainerState
+
+from slimvlm import chat, losses, recovery, trainable
+from slimvlm.checkpoint import load
+from slimvlm.config import RecoverConfig
+from slimvlm.data import subset
+from slimvlm.errors import ConfigError, NumericalError
+from slimvlm.geometry import read_anatomy
+from slimvlm.recovery import recover
+from slimvlm.samples import Sample
+from slimvlm.surgery import prune_
+from tests import tiny_folder as folders
+from tests.helpers import logits, plan_by_hand
+from tests.tiny_folder import KINDS, SEEING, short_samples
+from tests.tolerances import FORWARD, LOSS, assert_close
+
+pytestmark = pytest.mark.filterwarnings(  # transformers renames what PEFT still reads
+    "ignore:.*gradient_checkpointing.*:FutureWarning"
+)
+
+TRAINED = {
+    "projector": r"multi_modal_projector\.",
+    "lora": r"multi_modal_projector\.|language_model\.layers\.\d+\.(self_attn|mlp)\..*_proj\.",
+    "full": r"multi_modal_projector\.|language_model\.|lm_head\.",
+}
+SAMPLES = short_samples(8)
+
+
+def config(**changes: Any) -> RecoverConfig:
+    """Short, exact and without surprises."""
+    values: dict[str, Any] = {
+        "train": "lora",
+        "loss": "sft+hidden",
+        "max_steps": 3,
+        "batch_size": 2,
+        "learning_rate": 5e-3,
+        "lora_rank": 4,
+        "lora_alpha": 8,
+        "bf16": False,
+        "logging_steps": 1,
+        "save_steps": 2,
+    }
+    return RecoverConfig(**{**values, **changes})
+
+
+def models(kind: str = "llava") -> tuple[Any, Any, Any]:
+    """A student of which one layer and some units are gone, its teacher, their processor."""
+    teacher, processor = load(folders.folder(kind))
+    student = copy.deepcopy(teacher)
+    groups = None if kind == "qwen2_5_vl" else [0, 2]
+    plan = plan_by_hand(read_anatomy(student), [0, 1, 3], groups, range(64))
+    prune_(student, plan)
+    return student, teacher, processor
+
+
+def weights(model: Any) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def changed(model: Any, before: dict[str, Tensor]) -> set[str]:
+    now = model.state_dict()
+    assert list(now) == list(before)
+    return {name for name in now if not torch.equal(now[name], before[name])}
+
+
+def trained(**changes: Any) -> dict[str, Tensor]:
+    """Weights after a run from the usual start."""
+    student, teacher, processor = models()
+    work = changes.pop("work", None)
+    recover(student, teacher, SAMPLES, config(**changes), processor, work)
+    return weights(student)
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert list(found) == list(expected)
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+@pytest.mark.parametrize("train", TRAINED)
+def test_exactly_what_learns_changes(train: str) -> None:
+    student, teacher, processor = models()
+    before, teacher_before = weights(student), weights(teacher)
+    type_before = type(student)
+    history = recover(student, teacher, SAMPLES, config(train=train), processor)
+    expected = {name for name in before if re.search(TRAINED[train], name)}
+    assert changed(student, before) == expected
+    assert changed(teacher, teacher_before) == set()
+    assert type(student) is type_before
+    assert not student.training
+    if train != "lora":
+        assert history.trained_params == sum(before[name].numel() for name in expected)
+
+
+@pytest.mark.parametrize("kind", ["llava", "text"])
+def test_training_changes_no_option_of_the_model(kind: str) -> None:
+    """The Trainer switches the cache off; a checkpoint that says so would answer slowly."""
+    student, _, processor = models(kind)
+    before = student.config.to_dict()
+    recover(student, None, short_samples(4, kind in SEEING), config(loss="sft"), processor)
+    assert student.config.to_dict() == before
+
+
+def test_lora_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher, processor = models()
+    batch = chat.encode_samples(processor, SAMPLES[:2])
+    seen: list[Tensor] = []
+    honest = trainable.merge
+
+    def listening(adapted: Any, *others: Any) -> Any:
+        adapted.eval()
+        seen.append(logits(adapted, batch))
+        return honest(adapted, *others)
+
+    monkeypatch.setattr(recovery, "merge", listening)
+    before = logits(student, batch)
+    recover(student, teacher, SAMPLES, config(), processor)
+    after = logits(student, batch)
+    assert_close(after, seen[0], FORWARD)
+    assert float((after - before).abs().max()) > 1e-2
+    names = [name for name, _ in student.named_modules()]
+    assert not [name for name in names if re.search("lora|base_layer|adapter", name)]
+    assert not hasattr(student, "peft_config")
+    assert "forward" not in vars(student)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_learns(kind: str) -> None:
+    student, teacher, processor = models(kind)
+    samples = short_samples(4, sees=kind in SEEING)
+    options = config(loss="sft+hidden+kl+rkl", max_steps=12, batch_size=4, learning_rate=2e-2)
+    history = recover(student, teacher, samples, options, processor)
+    assert [row["step"] for row in history.steps] == list(range(1, 13))
+    for name in ("sft", "hidden", "kl", "rkl"):
+        assert history.steps[-1][f"loss_{name}"] < history.steps[0][f"loss_{name}"], name
+
+
+def test_a_few_samples_can_be_learnt_by_heart() -> None:
+    student, _, processor = models()
+    options = config(train="full", loss="sft", max_steps=30, batch_size=4, learning_rate=1e-2)
+    history = recover(student, None, SAMPLES[:4], options, processor)
+    first, last = history.steps[0]["loss_sft"], history.steps[-1]["loss_sft"]
+    assert last < 0.2 * first
+    with torch.no_grad():
+        batch = chat.encode_samples(processor, SAMPLES[:4])
+        found = losses.cross_entropy(logits(student, batch), batch["labels"])
+    assert float(found) < 0.3 * first
+
+
+@pytest.mark.parametrize("train", TRAINED)
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(train: str) -> None:
+    teacher, processor = load(folders.folder("llava"))
+    student = copy.deepcopy(teacher)
+    before = weights(student)
+    history = recover(student, teacher, SAMPLES, config(train=train, loss="hidden"), processor)
+    assert [row["loss_hidden"] for row in history.steps] == [0.0] * 3
+    assert changed(student, before) == set()
+
+
+def hidden_and_logits(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        output = model(**inputs, use_cache=False, output_hidden_states=True)
+    return output.hidden_states[-1][0], output.logits[0]
+
+
+def reference_losses(
+    student: Any, teacher: Any, processor: Any, samples: list[Sample], kd_on: str
+) -> dict[str, float]:
+    """Every loss from its definition, one sample after the other, so without any padding."""
+    sums: dict[str, list[Tensor]] = {name: [] for name in ("sft", "hidden", "kl", "rkl")}
+    image_id = student.config.image_token_index
+    for sample in samples:
+        inputs = chat.encode_samples(processor, [sample])
+        labels = inputs.pop("labels")[0]
+        hidden, own = hidden_and_logits(student, inputs)
+        target, theirs = hidden_and_logits(teacher, inputs)
+        answers = [i for i in range(len(labels)) if labels[i] != -100]
+        sums["sft"] += [F.cross_entropy(own[i - 1], labels[i]) for i in answers]
+        ids = inputs["input_ids"][0]
+        positions = {
+            "answer": [i - 1 for i in answers],
+            "text": [i for i in range(len(ids)) if ids[i] != image_id],
+            "all": list(range(len(ids))),
+        }[kd_on]
+        for i in positions:
+            sums["hidden"].append((hidden[i] - target[i]).square().mean())
+            p, q = (F.softmax(x[i] / 2.0, -1) for x in (theirs, own))
+            sums["kl"].append(4 * (p * (p / q).log()).sum())
+            sums["rkl"].append(4 * (q * (q / p).log()).sum())
+    return {name: float(torch.stack(values).mean()) for name, values in sums.items()}
+
+
+@pytest.mark.parametrize("kd_on", ["answer", "text", "all"])
+def test_losses_are_their_definitions_and_padding_counts_nowhere(kd_on: str) -> None:
+    student, teacher, processor = models()
+    samples = SAMPLES[:3]
+    lengths = chat.encode_samples(processor, samples)["attention_mask"].sum(1)
+    assert len(set(lengths.tolist())) == 3
+    expected = reference_losses(student, teacher, processor, samples, kd_on)
+    options = config(loss="sft+hidden+kl+rkl", max_steps=1, batch_size=3, kd_on=kd_on)
+    history = recover(student, teacher, samples, options, processor)
+    for name, value in expected.items():
+        found = torch.tensor(history.steps[0][f"loss_{name}"])
+        assert_close(found, torch.tensor(value), LOSS)
+    mean = sum(expected.values()) / 4
+    assert history.steps[0]["loss"] == pytest.approx(mean, abs=1e-3)
+
+
+def test_weights_of_losses_count() -> None:
+    student, teacher, processor = models()
+    options = config(loss="0.9*sft+0.1*hidden", max_steps=1)
+    (row,) = recover(student, teacher, SAMPLES, options, processor).steps
+    expected = 0.9 * row["loss_sft"] + 0.1 * row["loss_hidden"]
+    assert row["loss"] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("train", ["projector", "lora"])
+def test_gradient_checkpointing_changes_memory_alone(train: str) -> None:
+    plain = trained(train=train, lora_dropout=0.0)
+    thrifty = trained(train=train, lora_dropout=0.0, gradient_checkpointing=True)
+    for name, value in plain.items():
+        assert_close(thrifty[name], value, FORWARD)
+
+
+def test_the_seed_decides_everything() -> None:
+    torch.manual_seed(1)
+    first = trained(fraction=0.5)
+    torch.manual_seed(2)
+    assert_same(trained(fraction=0.5), first)
+    other = trained(fraction=0.5, seed=1)
+    assert any(not torch.equal(other[name], first[name]) for name in first)
+
+
+def test_the_history_names_the_samples() -> None:
+    student, _, processor = models()
+    options = config(loss="sft", fraction=0.5, seed=3)
+    history = recover(student, None, SAMPLES, options, processor)
+    expected = tuple(sample.id for sample in subset(SAMPLES, 0.5, 3))
+    assert history.sample_ids == expected
+    assert history.num_samples == len(expected) == 4
+
+
+def test_the_processor_is_found_in_the_model_s_folder() -> None:
+    student, _, _ = models()
+    history = recover(student, None, SAMPLES, config(loss="sft", max_steps=1))
+    assert len(history.steps) == 1
+
+
+def test_nothing_is_written_without_a_work_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trained(max_steps=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize("loss", ["hidden", "sft+kl", "rkl"])
+def test_distillation_needs_a_teacher(loss: str) -> None:
+    student, _, processor = models()
+    before = weights(student)
+    with pytest.raises(ConfigError, match=re.escape(f"loss {loss!r} needs a teacher")):
+        recover(student, None, SAMPLES, config(loss=loss), processor)
+    assert changed(student, before) == set()
+
+
+def test_a_text_model_has_no_projector() -> None:
+    student, _, processor = models("text")
+    with pytest.raises(ConfigError, match="'llama' has no projector"):
+        recover(student, None, SAMPLES, config(train="projector", loss="sft"), processor)
+
+
+def test_a_teacher_of_another_width_is_refused() -> None:
+    """Hidden states of different sizes cannot be compared; the message must say so."""
+    student, teacher, processor = models()
+    narrow = copy.deepcopy(teacher.config)
+    narrow.text_config.hidden_size, narrow.text_config.head_dim = 32, 4
+    other = type(teacher)(narrow)
+    with pytest.raises(ConfigError, match="teacher"):
+        recover(student, other, SAMPLES, config(loss="hidden"), processor)
+
+
+@pytest.mark.parametrize("logging_steps", [1, 10])
+def test_a_loss_that_is_nan_stops_training(logging_steps: int) -> None:
+    student, _, processor = models()
+    with torch.no_grad():
+        student.lm_head.weight[5, 5] = float("nan")
+    options = config(train="projector", loss="sft", logging_steps=logging_steps)
+    with pytest.raises(NumericalError, match="step 1"):
+        recover(student, None, SAMPLES, options, processor)
+
+
+# Going on after a stop.
+
+
+class Stopped(Exception):
+    """The machine goes down."""
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    honest = recovery.DistillationTrainer.training_step
+
+    def stops(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if self.state.global_step == step:
+            raise Stopped
+        return honest(self, *args, **kwargs)
+
+    monkeypatch.setattr(recovery.DistillationTrainer, "training_step", stops)
+
+
+LONG = {"max_steps": 7, "lora_dropout": 0.1}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted() -> dict[str, dict[str, Tensor]]:
+    return {train: trained(train=train, **LONG) for train in TRAINED}
+
+
+@pytest.mark.parametrize("train", TRAINED)
+def test_a_stopped_run_goes_on_bit_for_bit(
+    train: str,
+    tmp_path: Path,
+    uninterrupted: dict[str, dict[str, Tensor]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Eight samples in batches of two: the stop lies in the second epoch."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        with pytest.raises(Stopped):
+            trained(train=train, work=tmp_path, **LONG)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+    torch.manual_seed(1234)  # another process
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)  # the first steps must not be done again
+        resumed = trained(train=train, work=tmp_path, **LONG)
+    assert_same(resumed, uninterrupted[train])
+
+
+def test_a_stop_while_a_checkpoint_is_written_costs_no_more_than_it(
+    tmp_path: Path,
+    uninterrupted: dict[str, dict[str, Tensor]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    honest = TrainerState.save_to_json
+
+    def stops(self: Any, json_path: str) -> None:
+        if "checkpoint-4" in str(json_path):
+            raise Stopped
+        honest(self, json_path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainerState, "save_to_json", stops)
+        with pytest.raises(Stopped):
+            trained(work=tmp_path, **LONG)
+    assert_same(trained(work=tmp_path, **LONG), uninterrupted["lora"])
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from slimvlm import recovery
+from tests.stages import test_recovery as here
+honest = recovery.DistillationTrainer.training_step
+def dies(self, *args, **kwargs):
+    if self.state.global_step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return honest(self, *args, **kwargs)
+recovery.DistillationTrainer.training_step = dies
+here.trained(work=Path(sys.argv[1]), **here.LONG)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_bit_for_bit(
+    tmp_path: Path, uninterrupted: dict[str, dict[str, Tensor]]
+) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", KILLED, str(tmp_path)]
+    root = Path(__file__).parents[2]
+    killed = subprocess.run(command, cwd=root, capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert_same(trained(work=tmp_path, **LONG), uninterrupted["lora"])
+
+
+@pytest.mark.parametrize("other", [{"train": "projector"}, {"learning_rate": 1e-3}])
+def test_another_request_does_not_go_on_from_this_one(
+    other: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused, or it starts afresh; it never mixes the two."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        with pytest.raises(Stopped):
+            trained(work=tmp_path, **LONG)
+    expected = trained(**{**LONG, **other})
+    try:
+        found = trained(work=tmp_path, **{**LONG, **other})
+    except ConfigError:
+        return
+    assert_same(found, expected)

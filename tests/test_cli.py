@@ -1,0 +1,512 @@
+"""The command line: every mistake is one line and leaves no trace, every verb does its work."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file
+
+import slimvlm as sv
+from slimvlm import cli
+from slimvlm.config import RecoverConfig
+from slimvlm.evaluation import Result, answer
+from slimvlm.geometry import Anatomy
+from slimvlm.plan import Plan
+from slimvlm.samples import Question
+from tests import tiny_folder as folders
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+
+
+class Ran(NamedTuple):
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Run:
+    """Give arguments to the command line in this process."""
+
+    def runs(*arguments: Any) -> Ran:
+        capfd.readouterr()
+        code = 0
+        try:
+            cli.main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(bool(end.code))
+        captured = capfd.readouterr()
+        return Ran(code, captured.out, captured.err)
+
+    return runs
+
+
+@pytest.fixture(scope="session")
+def llava() -> Path:
+    return folders.folder("llava")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folders.write_llava_data(tmp_path_factory.mktemp("data"), count=6)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with one specimen of everything that cannot be used."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "no-config").mkdir()
+    hf.BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    ).save_pretrained(home / "bert")
+    (home / "broken.json").write_text('[{"id": "x", "conv')
+    row = {
+        "id": "lost",
+        "image": "lost.png",
+        "conversations": [
+            {"from": "human", "value": "<image>\nWhich?"},
+            {"from": "gpt", "value": "Red."},
+        ],
+    }
+    (home / "lost.json").write_text(json.dumps([row]))
+    (home / "taken").mkdir()
+    (home / "taken" / "mine").write_text("mine")
+    (home / "taken.json").write_text("mine")
+    (home / "not-a-result.json").write_text("{}")
+    monkeypatch.chdir(home)
+    return home
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Everything below a folder; empty folders count, too."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"folder"
+        for path in folder.rglob("*")
+    }
+
+
+WITH_MODEL: dict[str, list[str]] = {
+    "inspect": ["inspect", "MODEL"],
+    "score": ["score", "MODEL", "--out", "out", "--data", "DATA", "--samples", "2"],
+    "plan": ["plan", "MODEL", "--out", "out.json", "--ratio", "0.3"],
+    "prune": ["prune", "MODEL", "--out", "out", "--ratio", "0.3", "--data", "DATA"],
+    "recover": ["recover", "MODEL", "--out", "out", "--data", "DATA", "--loss", "sft"],
+    "evaluate": ["evaluate", "MODEL", "--tasks", "presence", "--limit", "1", "--out", "out.json"],
+    "compress": ["compress", "MODEL", "--out", "out", "--ratio", "0.3", "--data", "DATA"],
+    "chat": ["chat", "MODEL", "Which colour?"],
+}
+WITH_DATA = ("score", "prune", "recover", "compress")
+WITH_RATIO = ("plan", "prune", "compress")
+WITH_OUT = ("score", "plan", "prune", "recover", "compress", "evaluate")
+BAD_MODELS = {"nowhere": "nowhere", "no-config": r"no config\.json", "bert": "'bert' is not known"}
+
+
+def changed(verb: str, **values: str) -> list[str]:
+    """A verb's usual arguments with some options changed or added."""
+    arguments = list(WITH_MODEL[verb])
+    for name, value in values.items():
+        option = "--" + name.replace("_", "-")
+        if option in arguments:
+            arguments[arguments.index(option) + 1] = value
+        else:
+            arguments += [option, value]
+    return arguments
+
+
+def bad_requests() -> dict[str, tuple[list[str], str]]:
+    """Arguments with one mistake, and what the message must name."""
+    made: dict[str, tuple[list[str], str]] = {}
+    for verb, usual in WITH_MODEL.items():
+        for model, named in BAD_MODELS.items():
+            arguments = [model if argument == "MODEL" else argument for argument in usual]
+            made[f"{verb} {model}"] = (arguments, named)
+        if "--out" in usual:
+            made[f"{verb} place"] = (changed(verb, out="bert/config.json/out"), "cannot be written")
+    made["inspect hub"] = (["inspect", "some-body/some-model"], "some-body/some-model")
+    for verb in ("score", "prune", "compress"):
+        made[f"{verb} criterion"] = (changed(verb, criterion="tailor"), "'tailor' is not known")
+    for verb in WITH_RATIO:
+        for ratio in ("1.2", "-0.1", "nan", "0.97"):
+            made[f"{verb} {ratio}"] = (changed(verb, ratio=ratio), f"ratio {ratio}")
+    for verb in WITH_DATA:
+        made[f"{verb} broken"] = (changed(verb, data="broken.json"), r"broken\.json.*not JSON")
+        made[f"{verb} lost"] = (changed(verb, data="lost.json"), r"'lost'.*'lost\.png' not found")
+        made[f"{verb} no data"] = (changed(verb, data="none.json"), r"'none\.json': no such file")
+        made[f"{verb} images"] = (changed(verb, images="none"), "images 'none' is not a folder")
+    for verb in WITH_OUT:
+        taken = "taken" if verb in ("prune", "recover", "compress") else "taken.json"
+        made[f"{verb} taken"] = (changed(verb, out=taken), r"taken(\.json)?' exists.*--force")
+    made["score taken stem"] = (changed("score", out="taken"), r"taken\.json' exists")
+    made |= {
+        "score no data given": (["score", "MODEL", "--out", "out"], "'taylor' needs --data"),
+        "prune nothing": (["prune", "MODEL", "--out", "out"], "--ratio or --plan"),
+        "prune both": (changed("prune", plan="taken.json"), "--ratio or --plan"),
+        "prune plan": (["prune", "MODEL", "--out", "out", "--plan", "taken.json"], "taken.json"),
+        "prune no plan": (["prune", "MODEL", "--out", "out", "--plan", "none.json"], "none.json"),
+        "plan nothing": (["plan", "MODEL", "--out", "out.json"], "exactly one of --ratio"),
+        "plan two": (changed("plan", target_params="1M"), "exactly one of --ratio"),
+        "plan scores": (changed("plan", scores="none"), "scores 'none'"),
+        "plan protect": ([*changed("plan", protect="3"), "3"], "protect"),
+        "plan round_to": (changed("plan", round_to="0"), "round_to 0"),
+        "plan params": (
+            ["plan", "MODEL", "--out", "out.json", "--target-params", "many"],
+            "target_params 'many'",
+        ),
+        "plan memory": (
+            ["plan", "MODEL", "--out", "out.json", "--target-memory", "8 bananas"],
+            "target_memory '8 bananas'",
+        ),
+        "plan tiny": (["plan", "MODEL", "--out", "o.json", "--target-params", "1k"], "1,000"),
+        "plan huge": (["plan", "MODEL", "--out", "o.json", "--target-params", "7B"], "7,000,000"),
+        "recover loss": (changed("recover", loss="sft+mse"), "'mse'"),
+        "recover teacher": (changed("recover", loss="sft+hidden"), "needs --teacher"),
+        "recover bad teacher": (
+            changed("recover", loss="sft+hidden", teacher="nowhere"),
+            "nowhere",
+        ),
+        "recover fraction": (changed("recover", fraction="0"), r"fraction 0\.0"),
+        "recover rank": (changed("recover", lora_rank="-4"), "lora_rank -4"),
+        "compress loss": (changed("compress", loss="sft+mse"), "'mse'"),
+        "compress epochs": (changed("compress", epochs="0"), r"epochs 0\.0"),
+        "compress tasks": (changed("compress", tasks="presense"), "'presense' is not known"),
+        "compress baseline": (
+            changed("compress", tasks="presence", baseline="not-a-result.json"),
+            "not-a-result.json",
+        ),
+        "evaluate tasks": (changed("evaluate", tasks="presense"), "'presense' is not known"),
+        "evaluate baseline": (changed("evaluate", baseline="nowhere"), "nowhere"),
+        "evaluate result": (
+            changed("evaluate", baseline="not-a-result.json"),
+            r"not-a-result\.json': cannot be read",
+        ),
+        "evaluate limit": (changed("evaluate", limit="0"), "limit"),
+        "evaluate batch_size": (changed("evaluate", batch_size="0"), "batch_size"),
+        "score samples": (changed("score", samples="0"), "samples"),
+        "prune samples": (changed("prune", samples="-3"), "samples"),
+        "chat image": (changed("chat", image="none.png"), r"image 'none\.png'"),
+        "chat broken image": (changed("chat", image="broken.json"), r"broken\.json"),
+        "chat other": (changed("chat", other="nowhere"), "nowhere"),
+    }
+    return made
+
+
+BAD = bad_requests()
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_mistake_is_one_line_and_leaves_no_trace(
+    case: str, run: Run, home: Path, llava: Path, data: Path
+) -> None:
+    arguments, named = BAD[case]
+    filled = {"MODEL": llava, "DATA": data}
+    before = contents(home)
+    result = run(*(filled.get(argument, argument) for argument in arguments))
+    assert contents(home) == before
+    assert re.fullmatch(r"slimvlm: .*\n", result.err), result.err
+    assert re.search(named, result.err), result.err
+    assert result.code == 2
+    assert result.out == ""
+
+
+@pytest.mark.parametrize("verb", ["train", ""])
+def test_an_unknown_verb_is_refused(verb: str, run: Run) -> None:
+    result = run(*filter(None, [verb]))
+    assert result.code == 2
+    assert "Traceback" not in result.err
+
+
+def test_a_broken_row_may_be_skipped(run: Run, home: Path, llava: Path, data: Path) -> None:
+    rows = json.loads((home / "lost.json").read_text()) + json.loads(data.read_text())[:2]
+    mixed = data.with_name("mixed.json")
+    mixed.write_text(json.dumps(rows))
+    arguments = ["score", llava, "--data", mixed, "--out", "out", "--max-bad", "1"]
+    result = run(*arguments, "--criterion", "block_influence")
+    assert result.code == 0, result.err
+    assert "skipped: sample 'lost'" in result.err
+
+
+# Help.
+
+VERBS = sorted(cli.VERBS)
+
+
+def options_of(verb: str) -> dict[str, str]:
+    """Every option of a verb (a dataclass among them gives its fields) → how help shows it."""
+    options: dict[str, str] = {}
+    positional = {"model", "question", "what", "a", "b"}
+    for name in inspect.signature(cli.VERBS[verb]).parameters:
+        if name == "options":
+            for field in dataclasses.fields(RecoverConfig):
+                options[field.name] = "--" + field.name.replace("_", "-")
+        elif name not in positional:
+            options[name] = "--" + name.replace("_", "-")
+    return options
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_explains_every_option(verb: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    result = run(verb, "--help")
+    assert result.code == 0
+    for name, shown in options_of(verb).items():
+        assert re.search(re.escape(shown) + r"\b", result.out), name
+    about = inspect.getdoc(cli.VERBS[verb])
+    assert about is not None
+    words = re.sub(r"[\s│|]+", " ", result.out)
+    assert about.splitlines()[0] in words
+    for name in inspect.signature(cli.VERBS[verb]).parameters:
+        meaning = re.search(rf"^\s+{name}: (.+)$", about, re.MULTILINE)
+        assert meaning, f"{name} is not explained"
+        if name != "options":
+            assert " ".join(meaning[1].split()[:4]) in words, name
+
+
+@pytest.mark.parametrize("verb", sorted(WITH_MODEL))
+def test_help_names_the_model(verb: str, run: Run) -> None:
+    """The documents say MODEL; ``STR`` tells nobody what to give."""
+    usage = run(verb, "--help").out.splitlines()[0]
+    assert re.search(r"\bMODEL\b", usage), usage
+
+
+def test_help_lists_every_verb(run: Run) -> None:
+    result = run("--help")
+    assert result.code == 0
+    for verb in VERBS:
+        assert re.search(rf"\b{verb}\b", result.out)
+
+
+# Every verb at work.
+
+
+def stdout_json(result: Ran) -> Any:
+    assert result.code == 0, result.err
+    return json.loads(result.out)
+
+
+@pytest.mark.parametrize("kind", ["llava", "text"])
+def test_inspect_agrees_with_the_library(kind: str, run: Run) -> None:
+    values = stdout_json(run("inspect", folders.folder(kind), "--json"))
+    shape = sv.anatomy(folders.folder(kind))
+    extra = {
+        "backbone_params": shape.backbone_params,
+        "total_params": shape.total_params,
+        "legal_kv_heads": shape.legal_kv_heads(),
+    }
+    assert {name: values.pop(name) for name in extra} == extra
+    assert Anatomy.from_dict(values) == shape
+
+
+def test_inspect_needs_no_weights(run: Run, llava: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((llava / "config.json").read_bytes())
+    result = run("inspect", tmp_path)
+    assert result.code == 0
+    shape = sv.anatomy(llava)
+    for number in (shape.total_params, shape.backbone_params, shape.vision_params):
+        assert f"{number:,}" in result.out
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_score_plan_prune_is_prune(run: Run, home: Path, llava: Path, data: Path) -> None:
+    given = ["--data", data, "--samples", "3"]
+    for name in ("block_influence", "taylor"):
+        assert run("score", llava, *given, "--criterion", name, "--out", f"s/{name}").code == 0
+    assert {path.name for path in (home / "s").iterdir()} == {
+        f"{name}.{end}"
+        for name in ("block_influence", "taylor")
+        for end in ("json", "safetensors", "statistics.safetensors")
+    }
+    budget = ["--ratio", "0.35", "--axis", "both"]
+    scores = ["--scores", "s/block_influence.json", "s/taylor"]
+    made = stdout_json(run("plan", llava, *budget, *scores, "--out", "plan.json", "--json"))
+    assert made["ratio"] == pytest.approx(Plan.load("plan.json").ratio)
+    assert run("prune", llava, "--plan", "plan.json", "--out", "steps").code == 0
+    assert run("prune", llava, *budget, *given, "--out", "once").code == 0
+    first, second = tensors(home / "steps"), tensors(home / "once")
+    assert list(first) == list(second)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert sv.anatomy(home / "once") == Plan.load("plan.json").after
+    assert sv.anatomy(home / "once").total_params == made["total_params"]
+
+
+def test_prune_with_force_replaces(run: Run, home: Path, llava: Path) -> None:
+    arguments = ["prune", llava, "--ratio", "0.3", "--criterion", "magnitude"]
+    assert run(*arguments, "--out", "taken", "--force").code == 0
+    assert not (home / "taken" / "mine").exists()
+    assert (home / "taken" / "config.json").exists()
+
+
+def test_a_plan_for_another_model_is_refused(run: Run, home: Path, llava: Path) -> None:
+    assert run("plan", folders.folder("text"), "--ratio", "0.3", "--out", "plan.json").code == 0
+    before = contents(home)
+    result = run("prune", llava, "--plan", "plan.json", "--out", "out")
+    assert result.code == 2
+    assert re.fullmatch(r"slimvlm: plan: made for llama.*\n", result.err), result.err
+    assert contents(home) == before
+
+
+def test_scores_of_another_model_are_refused(run: Run, home: Path, llava: Path) -> None:
+    hf.AutoModelForCausalLM.from_config(
+        hf.LlamaConfig(
+            **{**sv_text_config(), "intermediate_size": 80, "num_hidden_layers": 2},
+        )
+    ).save_pretrained(home / "other")
+    arguments = ["--criterion", "magnitude", "--out", "scores"]
+    assert run("score", home / "other", *arguments).code == 0
+    result = run("plan", llava, "--ratio", "0.3", "--scores", "scores", "--out", "plan.json")
+    assert result.code == 2
+    assert re.fullmatch(r"slimvlm: scores 'magnitude' are for another model.*\n", result.err)
+
+
+def sv_text_config() -> dict[str, Any]:
+    from tests.tiny import TEXT
+
+    return dict(TEXT)
+
+
+@pytest.mark.parametrize("axis", ["depth", "width"])
+def test_plan_meets_a_target(axis: str, run: Run, home: Path, llava: Path) -> None:
+    whole = sv.anatomy(llava)
+    target = whole.total_params - round(0.3 * whole.backbone_params)
+    options = ["--axis", axis, "--json"]
+    made = stdout_json(
+        run("plan", llava, "--target-params", target, *options, "--out", "params.json")
+    )
+    step = whole.layers[0].params if axis == "depth" else 0.01 * whole.backbone_params
+    assert abs(made["total_params"] - target) <= step
+    kib = f"{2 * target / 2**20:.6f}MiB"
+    again = stdout_json(run("plan", llava, "--target-memory", kib, *options, "--out", "m.json"))
+    assert again["total_params"] == made["total_params"]
+    half = ["--target-memory", f"{4 * target / 2**20:.6f}MiB", "--dtype", "float32"]
+    third = stdout_json(run("plan", llava, *half, *options, "--out", "f.json"))
+    assert third["total_params"] == made["total_params"]
+
+
+def test_target_memory_is_a_limit(run: Run, home: Path, llava: Path) -> None:
+    """A model that is asked to fit into some bytes fits."""
+    whole = sv.anatomy(llava)
+    for share in (0.62, 0.7, 0.77, 0.9):
+        size = 2 * (whole.total_params - (1 - share) * whole.backbone_params)
+        arguments = ["--target-memory", f"{size / 2**20:.6f}MiB", "--out", f"{share}.json"]
+        made = stdout_json(run("plan", llava, *arguments, "--json"))
+        assert 2 * made["total_params"] <= size
+
+
+def test_recover_trains_and_keeps_the_plan(run: Run, home: Path, llava: Path, data: Path) -> None:
+    assert run("prune", llava, "--ratio", "0.3", "--criterion", "magnitude", "--out", "p").code == 0
+    arguments = ["recover", "p", "--teacher", llava, "--data", data, "--out", "r"]
+    options = ["--train", "projector", "--max-steps", "2", "--batch-size", "2", "--bf16", "False"]
+    result = run(*arguments, *options)
+    assert result.code == 0, result.err
+    before, after = tensors(home / "p"), tensors(home / "r")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if "multi_modal_projector" in name}
+    assert Plan.load(home / "r" / "slimvlm_plan.json") == Plan.load(
+        home / "p" / "slimvlm_plan.json"
+    )
+    history = json.loads((home / "r" / "slimvlm_history.json").read_text())
+    assert history["num_samples"] == 6
+    assert not [path for path in home.iterdir() if path.name.startswith(".")]
+
+
+def test_evaluate_compares_with_a_result(run: Run, home: Path, llava: Path) -> None:
+    usual = ["evaluate", llava, "--tasks", "presence,text_sum", "--limit", "3", "--json"]
+    values = stdout_json(run(*usual, "--out", "r.json"))
+    assert set(values["model"]["tasks"]) == {"presence", "text_sum"}
+    assert Result.load("r.json").average == values["model"]["average"]
+    compared = stdout_json(run(*usual, "--baseline", "r.json"))
+    assert set(compared) == {"baseline", "model"}
+    assert "retention" in compared["model"]
+    table = run(*usual[:-1], "--baseline", "r.json")
+    assert table.code == 0
+    assert "AVG-%" in table.out
+    few = run("evaluate", llava, "--tasks", "presence", "--limit", "2", "--baseline", "r.json")
+    assert few.code == 2
+    assert re.fullmatch(r"slimvlm: baseline: .*--limit.*\n", few.err)
+
+
+def test_evaluate_json_is_strict_json(run: Run, home: Path, llava: Path) -> None:
+    """NaN is no JSON; a task list without an average must not print one."""
+    from slimvlm.tasks import builtin_tasks
+
+    names = [n for n, task in builtin_tasks().items() if not task.in_average]
+    result = run("evaluate", llava, "--tasks", names[0], "--limit", "2", "--json")
+    assert result.code == 0, result.err
+
+    def refuse(constant: str) -> Any:
+        raise AssertionError(f"{constant} is not JSON")
+
+    json.loads(result.out, parse_constant=refuse)
+
+
+def test_chat_answers(run: Run, home: Path, llava: Path) -> None:
+    folders.picture(3).save(home / "a.png")
+    model, processor = sv.load(llava)
+    asked = Question("chat", "Which colour?", ("",), (Path("a.png"),))
+    (expected,) = answer(model, processor, [asked], 5)
+    arguments = ["chat", llava, "Which colour?", "--image", "a.png", "--max-new-tokens", "5"]
+    result = run(*arguments)
+    assert result.code == 0, result.err
+    assert result.out.strip() == expected.strip()
+    assert stdout_json(run(*arguments, "--json")) == {str(llava): expected}
+    both = stdout_json(run(*arguments, "--json", "--other", folders.folder("internvl")))
+    assert set(both) == {str(llava), str(folders.folder("internvl"))}
+
+
+def test_compress_prints_nothing_but_json(run: Run, home: Path, llava: Path, data: Path) -> None:
+    arguments = ["compress", llava, "--ratio", "0.1", "--data", data, "--samples", "2", "--json"]
+    asked = ["--tasks", "presence", "--limit", "2", "--training-samples", "2", "--batch-size", "2"]
+    values = stdout_json(run(*arguments, *asked, "--out", "out"))
+    assert set(values) == {"original", "pruned", "recovered"}
+    assert values["recovered"]["backbone_params"] < values["original"]["backbone_params"]
+    assert (
+        sv.anatomy(home / "out" / "checkpoint").total_params
+        == (values["recovered"]["total_params"])
+    )
+    stored = json.loads((home / "out" / "config.json").read_text())
+    assert stored["recover"]["train"] == "projector"  # the chart's choice up to 15 %
+
+
+# Two real processes.
+
+
+def slimvlm(*arguments: Any, cwd: Path) -> Ran:
+    command = [sys.executable, "-m", "slimvlm", *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    return Ran(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.mark.slow
+def test_a_process_prunes(home: Path, llava: Path) -> None:
+    arguments = ["--ratio", "0.3", "--criterion", "magnitude", "--out", "out"]
+    result = slimvlm("prune", llava, *arguments, cwd=home)
+    assert result.code == 0, result.err
+    assert "removes" in result.out
+    assert sv.anatomy(home / "out").total_params < sv.anatomy(llava).total_params
+
+
+@pytest.mark.slow
+def test_a_process_refuses_in_one_line(home: Path) -> None:
+    result = slimvlm("prune", "bert", "--ratio", "0.3", "--out", "out", cwd=home)
+    assert result.code == 2
+    assert re.fullmatch(r"slimvlm: .*'bert' is not known.*\n", result.err), result.err
+    assert not (home / "out").exists()

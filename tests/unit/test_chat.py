@@ -1,0 +1,256 @@
+"""Labels stand on the assistant turns, exactly; every processor expands pictures its own way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from slimvlm import chat
+from slimvlm.errors import DataError
+from slimvlm.losses import IGNORE
+from slimvlm.samples import Question, Sample
+from tests import tiny_folder as folders
+from tests.tiny_folder import KINDS, SEEING, picture, sample, turn
+
+every_kind = pytest.mark.parametrize("kind", KINDS)
+every_seeing_kind = pytest.mark.parametrize("kind", SEEING)
+
+
+def samples_of(kind: str) -> dict[str, Sample]:
+    """Conversations of every shape that a kind can take."""
+    first, second = turn("assistant", "It is red."), turn("assistant", "No, it is blue, not red.")
+    again = turn("user", "Is it red?")
+    made = {
+        "single": sample("single", turn("user", "Which colour is shown?"), first),
+        "multi": sample("multi", turn("user", "Which colour?"), first, again, second),
+        "same": sample("same", turn("user", "It is red."), first, again, first),
+    }
+    if kind == "text":
+        return made
+    return made | {
+        "seen": sample("seen", turn("user", None, "Which colour?"), first, images=1),
+        "seen-multi": sample(
+            "seen-multi", turn("user", None, "Which?"), first, again, second, images=1
+        ),
+        "two": sample("two", turn("user", None, None, "Which colours?"), second, images=2),
+        "later": sample(
+            *("later", turn("user", "Are you there?"), first),
+            *(turn("user", None, "And now?"), second),
+            images=1,
+        ),
+        "each": sample(
+            *("each", turn("user", None, "Which colour?"), first),
+            *(turn("user", None, "And here?"), second),
+            images=2,
+        ),
+    }
+
+
+CASES = [(kind, name) for kind in KINDS for name in samples_of(kind)]
+
+
+def answers_of(item: Sample) -> list[str]:
+    return [m["content"][0]["text"] for m in item.messages if m["role"] == "assistant"]
+
+
+def labelled_runs(labels: Tensor) -> list[list[int]]:
+    """Token ids of each stretch of labels."""
+    runs: list[list[int]] = []
+    inside = False
+    for value in labels.tolist():
+        if value != IGNORE:
+            if not inside:
+                runs.append([])
+            runs[-1].append(value)
+        inside = value != IGNORE
+    return runs
+
+
+def decoded_labels(processor: Any, labels: Tensor) -> list[str]:
+    tokenizer = chat.tokenizer_of(processor)
+    return [tokenizer.decode(run) for run in labelled_runs(labels)]
+
+
+def expected_labels(kind: str, item: Sample) -> list[str]:
+    return [KINDS[kind].answer.format(answer) for answer in answers_of(item)]
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_labels_are_the_answers(kind: str, name: str) -> None:
+    processor, item = folders.processor(kind), samples_of(kind)[name]
+    batch = chat.encode_samples(processor, [item])
+    assert decoded_labels(processor, batch["labels"][0]) == expected_labels(kind, item)
+    labelled = batch["labels"] != IGNORE
+    assert torch.equal(batch["labels"][labelled], batch["input_ids"][labelled])
+
+
+@every_kind
+def test_a_batch_is_its_samples_padded_on_the_right(kind: str) -> None:
+    processor = folders.processor(kind)
+    items = list(samples_of(kind).values())
+    seen = [item for item in items if item.images]
+    for group in (items, seen) if seen else (items,):
+        batch = chat.encode_samples(processor, group)
+        longest = batch["input_ids"].shape[1]
+        for row, item in enumerate(group):
+            alone = chat.encode_samples(processor, [item])
+            length = alone["input_ids"].shape[1]
+            for key in ("input_ids", "labels", "attention_mask"):
+                assert torch.equal(batch[key][row, :length], alone[key][0]), (item.id, key)
+            assert not batch["attention_mask"][row, length:].any()
+            assert (batch["labels"][row, length:] == IGNORE).all()
+            assert (batch["input_ids"][row, length:] == 0).all()
+        assert longest == int(batch["attention_mask"].sum(1).max())
+
+
+@every_kind
+def test_a_batch_after_questions_still_pads_on_the_right(kind: str) -> None:
+    """The tokenizer keeps its padding side between calls; neither call may depend on it."""
+    processor = folders.processor(kind)
+    questions = [Question("a", "Which?", ("red",)), Question("b", "Which of them?", ("red",))]
+    items = list(samples_of(kind).values())[:2]
+    before = chat.encode_samples(processor, items)
+    chat.encode_questions(processor, questions)
+    after = chat.encode_samples(processor, items)
+    assert torch.equal(before["labels"], after["labels"])
+
+
+@every_seeing_kind
+def test_no_label_on_pictures(kind: str) -> None:
+    processor = folders.processor(kind)
+    tokenizer = chat.tokenizer_of(processor)
+    image_id = tokenizer.convert_tokens_to_ids(KINDS[kind].image_token)
+    batch = chat.encode_samples(processor, list(samples_of(kind).values()))
+    assert (batch["input_ids"] == image_id).any()
+    assert not (batch["labels"] == image_id).any()
+    assert not (batch["labels"] == tokenizer.pad_token_id).any()
+
+
+@pytest.mark.parametrize("kind", ["llava", "text"])
+def test_the_first_token_is_added_once(kind: str) -> None:
+    """LLaVA's template leaves it to the tokenizer, the text model's writes it itself."""
+    processor = folders.processor(kind)
+    bos = chat.tokenizer_of(processor).bos_token_id
+    for item in samples_of(kind).values():
+        ids = chat.encode_samples(processor, [item])["input_ids"][0]
+        assert ids[0] == bos
+        assert (ids == bos).sum() == 1
+
+
+@every_kind
+def test_questions_end_at_the_right_edge(kind: str) -> None:
+    processor = folders.processor(kind)
+    pictures = (picture(),) if kind in SEEING else ()
+    questions = [
+        Question("short", "Which?", ("red",), pictures),
+        Question("long", "Which of all these many colours is shown here?", ("red",), pictures),
+    ]
+    batch = chat.encode_questions(processor, questions)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    assert mask[:, -1].all()
+    assert not mask[0, 0]
+    for row, question in enumerate(questions):
+        alone = chat.encode_questions(processor, [question])["input_ids"][0]
+        assert torch.equal(ids[row, -len(alone) :], alone)
+        assert not mask[row, : -len(alone)].any()
+        text = chat.tokenizer_of(processor).decode(alone)
+        assert question.prompt in text
+        assert text.rstrip().lower().endswith(("assistant:", "assistant", "[assistant]"))
+    assert "labels" not in batch
+
+
+@every_kind
+def test_a_question_is_the_beginning_of_its_sample(kind: str) -> None:
+    """What is asked in evaluation is what was learnt in recovery, token by token."""
+    processor = folders.processor(kind)
+    sees = kind in SEEING
+    pictures = (picture(),) if sees else ()
+    shown: list[str | None] = [None] if sees else []
+    question = Question("q", "Which colour is shown?", ("red",), pictures)
+    item = Sample(
+        "s", (turn("user", *shown, "Which colour is shown?"), turn("assistant", "red")), pictures
+    )
+    asked = chat.encode_questions(processor, [question])["input_ids"][0]
+    learnt = chat.encode_samples(processor, [item])
+    start = int((learnt["labels"][0] != IGNORE).nonzero()[0])
+    assert torch.equal(learnt["input_ids"][0, :start], asked)
+
+
+@every_seeing_kind
+def test_the_model_takes_what_chat_makes(kind: str) -> None:
+    from slimvlm.checkpoint import load
+
+    model, processor = load(folders.folder(kind))
+    items = list(samples_of(kind).values())
+    inputs = chat.encode_samples(processor, items)
+    with torch.no_grad():
+        assert torch.isfinite(model(**inputs).loss)
+
+
+@every_kind
+def test_a_conversation_without_an_answer_is_refused(kind: str) -> None:
+    with pytest.raises(DataError, match="'silent' has no assistant turn"):
+        chat.encode_samples(folders.processor(kind), [sample("silent", turn("user", "Hello?"))])
+
+
+def test_pictures_for_a_model_without_eyes_are_refused() -> None:
+    item = samples_of("llava")["seen"]
+    with pytest.raises(DataError, match="cannot see"):
+        chat.encode_samples(folders.processor("text"), [item])
+
+
+def test_a_template_that_rewrites_the_past_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = folders.processor("text")
+    template = "{{ messages | length }}" + folders.TEXT_CHAT
+    monkeypatch.setattr(words, "chat_template", template)
+    with pytest.raises(DataError, match=r"'multi'.*rewrites earlier turns"):
+        chat.encode_samples(words, [samples_of("text")["multi"]])
+
+
+def test_a_tokenizer_without_template_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = folders.processor("text")
+    monkeypatch.setattr(words, "chat_template", None)
+    item = samples_of("text")["multi"]
+    lines = "\n".join(m["content"][0]["text"] for m in item.messages)
+    assert chat.render(words, item.messages) == lines
+    batch = chat.encode_samples(words, [item])
+    assert decoded_labels(words, batch["labels"][0]) == answers_of(item)
+    asked = chat.encode_questions(words, [Question("q", "Which?", ("red",))])
+    assert words.decode(asked["input_ids"][0], skip_special_tokens=True) == "Which?\n"
+
+
+def test_a_tokenizer_without_pad_token_can_pad() -> None:
+    words = folders.tokenizer()
+    words.chat_template = folders.TEXT_CHAT
+    words.pad_token = None
+    items = list(samples_of("text").values())
+    batch = chat.encode_samples(words, items)
+    for row, item in enumerate(items):
+        assert decoded_labels(words, batch["labels"][row]) == expected_labels("text", item)
+
+
+def test_a_broken_picture_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "broken.png"
+    path.write_bytes(b"not a picture")
+    item = Sample("s", samples_of("llava")["seen"].messages, (path,))
+    with pytest.raises(DataError, match=r"broken\.png.*cannot be read"):
+        chat.encode_samples(folders.processor("llava"), [item])
+
+
+def test_a_cut_off_picture_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "cut.png"
+    picture(size=(200, 200)).save(path)
+    path.write_bytes(path.read_bytes()[:-120])
+    with pytest.raises(DataError, match=r"cut\.png"):
+        chat.open_image(path)
+
+
+def test_pictures_come_as_rgb(tmp_path: Path) -> None:
+    path = tmp_path / "palette.png"
+    picture().convert("P").save(path)
+    assert chat.open_image(path).mode == "RGB"
+    assert chat.open_image(picture().convert("RGBA")).mode == "RGB"

@@ -1,0 +1,127 @@
+"""Options say what is wrong with them, by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jaxtyping
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slimvlm.config import LOSS_NAMES, RecoverConfig, parse_loss
+from slimvlm.errors import ConfigError, SlimError
+from slimvlm.recipes import recipe_for
+
+
+@pytest.mark.parametrize(
+    ("expression", "weights"),
+    [
+        ("sft", {"sft": 1}),
+        ("sft+hidden", {"sft": 0.5, "hidden": 0.5}),
+        ("0.7*sft+0.3*hidden", {"sft": 0.7, "hidden": 0.3}),
+        (" 0.7 * sft + hidden ", {"sft": 0.7, "hidden": 0.3}),
+        ("sft+hidden+kl", {"sft": 1 / 3, "hidden": 1 / 3, "kl": 1 / 3}),
+        ("0.5*sft+kl+rkl", {"sft": 0.5, "kl": 0.25, "rkl": 0.25}),
+        ("2*hidden", {"hidden": 2}),
+        ("1e-2*sft", {"sft": 0.01}),
+    ],
+)
+def test_a_loss_is_a_weighted_sum(expression: str, weights: dict[str, float]) -> None:
+    assert parse_loss(expression) == pytest.approx(weights)
+
+
+@pytest.mark.parametrize(
+    ("expression", "named"),
+    [
+        ("", "''"),
+        ("sft+", "''"),
+        ("sft+sft", "'sft'"),
+        ("sft+l2", "'l2'"),
+        ("sft-hidden", "'sft-hidden'"),
+        ("-1*sft", "'-1*sft'"),
+        ("x*sft", "'x*sft'"),
+        ("0*sft+hidden", "weight above 0"),
+        ("1.0*sft+hidden", "weight above 0"),
+        ("0.8*sft+0.4*kl+hidden", "weight above 0"),
+        ("SFT", "'SFT'"),
+    ],
+)
+def test_a_bad_loss_is_quoted(expression: str, named: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        parse_loss(expression)
+    assert named in str(refusal.value)
+    assert str(refusal.value).startswith(f"loss {expression!r}")
+
+
+@given(st.lists(st.sampled_from(LOSS_NAMES), min_size=1, unique=True))
+def test_terms_without_weight_share_one(names: list[str]) -> None:
+    weights = parse_loss("+".join(names))
+    assert list(weights) == names
+    assert sum(weights.values()) == pytest.approx(1)
+    assert len({round(weight, 9) for weight in weights.values()}) == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("train", "tower"),
+        ("loss", "mse"),
+        ("fraction", 0.0),
+        ("fraction", 1.5),
+        ("fraction", float("nan")),
+        ("epochs", 0.0),
+        ("max_steps", 0),
+        ("learning_rate", -1e-4),
+        ("learning_rate", float("nan")),
+        ("learning_rate", float("inf")),
+        ("warmup_ratio", 1.5),
+        ("warmup_ratio", -0.1),
+        ("weight_decay", -0.1),
+        ("batch_size", 0),
+        ("gradient_accumulation", 0),
+        ("lora_rank", 0),
+        ("lora_alpha", 0),
+        ("lora_dropout", 1.5),
+        ("temperature", 0.0),
+        ("temperature", -1.0),
+        ("kd_on", "questions"),
+        ("save_steps", 0),
+        ("logging_steps", 0),
+    ],
+)
+def test_a_bad_recovery_option_is_named(
+    field: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for a user
+    with pytest.raises(ConfigError) as refusal:
+        RecoverConfig(**{field: value})
+    assert str(refusal.value).startswith(field)
+    assert str(value) in str(refusal.value)
+    assert isinstance(refusal.value, SlimError)
+
+
+def test_the_defaults_are_the_study_s() -> None:
+    config = RecoverConfig()
+    assert config.loss_weights == {"sft": 0.5, "hidden": 0.5}
+    assert config.temperature == 2.0
+
+
+@pytest.mark.parametrize("value", [0.01, 1.0])
+def test_every_legal_fraction_is_accepted(value: float) -> None:
+    assert RecoverConfig(fraction=value).fraction == value
+
+
+@given(st.floats(0, 1, exclude_max=True), st.booleans())
+def test_every_ratio_has_a_recipe(ratio: float, has_data: bool) -> None:
+    recipe = recipe_for(ratio, has_data)
+    assert ratio <= recipe.up_to
+    assert (recipe.train is None) == (not has_data)
+    parse_loss(recipe.loss)
+
+
+def test_an_impossible_ratio_has_no_recipe() -> None:
+    """The message must be ours, not an iterator's."""
+    for ratio in (1.2, float("nan")):
+        with pytest.raises(SlimError, match="ratio"):
+            recipe_for(ratio, has_data=True)

@@ -1,0 +1,374 @@
+"""Data files become samples; what is broken is named, counted and never used."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from PIL import Image
+
+from slimvlm.data import load_samples, subset
+from slimvlm.errors import ConfigError, DataError
+from slimvlm.samples import Sample
+from tests.tiny_folder import picture, turn
+
+
+def silent(line: str) -> None:
+    raise AssertionError(f"unexpected warning: {line}")
+
+
+def llava(name: str, *said: str, **more: Any) -> dict[str, Any]:
+    """A LLaVA row; the turns alternate between human and gpt."""
+    turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(said)]
+    return {"id": name, "conversations": turns, **more}
+
+
+def chat_row(name: str, *said: Any, **more: Any) -> dict[str, Any]:
+    turns = [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(said)]
+    return {"id": name, "messages": turns, **more}
+
+
+GOOD = llava("good", "Which colour?", "Red.")
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A folder with two pictures, one of them deeper."""
+    home = tmp_path / "home"
+    (home / "deep").mkdir(parents=True)
+    picture(0).save(home / "a.png")
+    picture(1).save(home / "deep" / "b.png")
+    picture(2).save(tmp_path / "outside.png")
+    return home
+
+
+def write(home: Path, *rows: Any, name: str = "data.json") -> Path:
+    path = home / name
+    lines = name.endswith(".jsonl")
+    path.write_text("\n".join(map(json.dumps, rows)) if lines else json.dumps(rows))
+    return path
+
+
+def read_one(home: Path, row: Any, name: str = "data.json") -> Sample:
+    (sample,) = load_samples(write(home, row, name=name), warn=silent)
+    return sample
+
+
+def flat(sample: Sample) -> list[tuple[str, list[str | None]]]:
+    """Turns as (role, parts); None stands for a picture."""
+    return [(m["role"], [part.get("text") for part in m["content"]]) for m in sample.messages]
+
+
+def test_llava_json(home: Path) -> None:
+    sample = read_one(home, llava("x", "<image>\nWhich colour?", "Red.", image="a.png"))
+    assert sample.id == "x"
+    assert sample.messages == (turn("user", None, "Which colour?"), turn("assistant", "Red."))
+    assert sample.images == (home / "a.png",)
+
+
+def test_a_placeholder_keeps_its_place(home: Path) -> None:
+    sample = read_one(home, llava("x", "What is\n<image>", "Red.", image="a.png"))
+    assert flat(sample)[0] == ("user", ["What is\n", None])
+
+
+def test_a_picture_without_placeholder_comes_first(home: Path) -> None:
+    row = llava("x", "Which colour?", "Red.", image="a.png")
+    row["conversations"].insert(0, {"from": "system", "value": "Be brief."})
+    assert flat(read_one(home, row)) == [
+        ("system", ["Be brief."]),
+        ("user", [None, "Which colour?"]),
+        ("assistant", ["Red."]),
+    ]
+
+
+def test_several_pictures(home: Path) -> None:
+    row = llava("x", "<image>\n<image>\nSame?", "No.", "<image>\nNow?", "Yes.")
+    row["image"] = ["a.png", "deep/b.png", "a.png"]
+    sample = read_one(home, row)
+    assert [image.name for image in sample.images if isinstance(image, Path)] == [
+        *("a.png", "b.png", "a.png")
+    ]
+    assert [parts.count(None) for _, parts in flat(sample)] == [2, 0, 1, 0]
+
+
+def test_text_only_rows(home: Path) -> None:
+    sample = read_one(home, GOOD)
+    assert sample.images == ()
+    assert sample.messages == (turn("user", "Which colour?"), turn("assistant", "Red."))
+
+
+def test_messages_jsonl(home: Path) -> None:
+    parts = [{"type": "image"}, {"type": "text", "text": "Which?"}]
+    rows = [
+        chat_row("parts", parts, [{"type": "text", "text": "Red."}], images=["a.png"]),
+        chat_row("plain", "<image>Which?", "Red.", images=["a.png"]),
+        chat_row("inline", [{"type": "image", "path": "a.png"}, parts[1]], "Red."),
+    ]
+    samples = load_samples(write(home, *rows, name="data.jsonl"), warn=silent)
+    assert [sample.id for sample in samples] == ["parts", "plain", "inline"]
+    for sample in samples:
+        assert sample.messages == (turn("user", None, "Which?"), turn("assistant", "Red."))
+        assert sample.images == (home / "a.png",)
+
+
+def test_blank_lines_in_jsonl_are_no_rows(home: Path) -> None:
+    path = home / "data.jsonl"
+    path.write_text(f"\n{json.dumps(GOOD)}\n\n")
+    assert len(load_samples(path, warn=silent)) == 1
+
+
+def test_a_row_without_id_is_named_by_its_number(home: Path) -> None:
+    row = {key: value for key, value in GOOD.items() if key != "id"}
+    samples = load_samples(write(home, row, row), warn=silent)
+    assert [sample.id for sample in samples] == ["0", "1"]
+
+
+def table(with_pictures: bool = True) -> datasets.Dataset:
+    """What people publish: messages with placeholders, pictures as an Image column."""
+    rows = []
+    for index in range(3):
+        content = [
+            *([{"type": "image", "text": None}] if with_pictures else []),
+            {"type": "text", "text": f"Which {index}?"},
+        ]
+        row = chat_row(f"r{index}", content, [{"type": "text", "text": "Red."}])
+        rows.append({**row, "images": [picture(index)]} if with_pictures else row)
+    made = datasets.Dataset.from_list(rows)
+    if with_pictures:
+        made = made.cast_column("images", datasets.Sequence(datasets.Image()))
+    return made
+
+
+def check_table(samples: list[Sample]) -> None:
+    assert [sample.id for sample in samples] == ["r0", "r1", "r2"]
+    for index, sample in enumerate(samples):
+        expected = (turn("user", None, f"Which {index}?"), turn("assistant", "Red."))
+        assert sample.messages == expected
+        (image,) = sample.images
+        assert isinstance(image, Image.Image)
+        assert image.convert("RGB").tobytes() == picture(index).tobytes()
+
+
+def test_parquet(home: Path) -> None:
+    path = home / "data.parquet"
+    table().to_parquet(str(path))
+    check_table(load_samples(path, warn=silent))
+
+
+def test_plain_parquet_with_bytes(home: Path) -> None:
+    """Written by another tool: no `datasets` metadata, pictures as structs of bytes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    buffer = io.BytesIO()
+    picture(0).save(buffer, "PNG")
+    row = chat_row("x", "<image>Which?", "Red.", image={"bytes": buffer.getvalue(), "path": None})
+    pq.write_table(pa.Table.from_pylist([row]), home / "data.parquet")
+    (sample,) = load_samples(home / "data.parquet", warn=silent)
+    assert isinstance(sample.images[0], Image.Image)
+    assert sample.images[0].convert("RGB").tobytes() == picture(0).tobytes()
+
+
+def test_datasets_folder(home: Path) -> None:
+    table().save_to_disk(str(home / "saved"))
+    check_table(load_samples(home / "saved", warn=silent))
+
+
+def test_datasets_folder_with_splits(home: Path) -> None:
+    datasets.DatasetDict({"train": table()}).save_to_disk(str(home / "saved"))
+    check_table(load_samples(home / "saved", warn=silent))
+
+
+def test_text_only_datasets_folder(home: Path) -> None:
+    table(with_pictures=False).save_to_disk(str(home / "saved"))
+    assert all(not s.images for s in load_samples(home / "saved", warn=silent))
+
+
+def test_images_folder(home: Path, tmp_path: Path) -> None:
+    path = write(tmp_path, llava("x", "Which?", "Red.", image="b.png"))
+    (sample,) = load_samples(path, images=home / "deep", warn=silent)
+    assert sample.images == (home / "deep" / "b.png",)
+    with pytest.raises(ConfigError, match=r"images '.*nowhere' is not a folder"):
+        load_samples(path, images=home / "nowhere", warn=silent)
+
+
+BROKEN = {
+    "missing image": (llava("bad", "Which?", "Red.", image="c.png"), "'c.png' not found"),
+    "folder as image": (llava("bad", "Which?", "Red.", image="deep"), "'deep' not found"),
+    "outside": (llava("bad", "W?", "Red.", image="../outside.png"), "lies outside"),
+    "outside through a folder": (
+        llava("bad", "W?", "Red.", image="deep/../../outside.png"),
+        "lies outside",
+    ),
+    "absolute": (llava("bad", "Which?", "Red.", image="/etc/passwd"), "lies outside"),
+    "null byte": (llava("bad", "Which?", "Red.", image="a\0.png"), "image"),
+    "number as image": (llava("bad", "Which?", "Red.", image=7), "image must be"),
+    "empty answer": (llava("bad", "Which?", " \n"), "no answer, or an empty one"),
+    "one empty answer": (llava("bad", "A?", "Red.", "B?", ""), "no answer, or an empty one"),
+    "no answer": (llava("bad", "Which?"), "no answer"),
+    "unknown role": (
+        {"id": "bad", "conversations": [{"from": "robot", "value": "Hi"}]},
+        "role 'robot'",
+    ),
+    "no turns": ({"id": "bad", "conversations": []}, "no messages or conversations"),
+    "turns are text": ({"id": "bad", "messages": "Hello"}, "no messages or conversations"),
+    "turn is text": ({"id": "bad", "messages": ["Hello"]}, "a turn is not an object"),
+    "text is a number": (
+        {"id": "bad", "messages": [{"role": "user", "content": 5}]},
+        "needs a known role and text",
+    ),
+    "part is a video": (
+        chat_row("bad", [{"type": "video", "video": "a.mp4"}], "Red."),
+        "content parts must be text or image",
+    ),
+    "part has no text": (
+        chat_row("bad", [{"type": "text"}], "Red."),
+        "text",
+    ),
+    "answer has no text": (
+        chat_row("bad", "Which?", [{"type": "text", "text": None}]),
+        "without text",
+    ),
+    "more placeholders": (
+        llava("bad", "<image><image>Which?", "Red.", image="a.png"),
+        "2 image placeholders, 1 images",
+    ),
+    "fewer placeholders": (
+        llava("bad", "<image>Which?", "Red.", image=["a.png", "a.png"]),
+        "1 image placeholders, 2 images",
+    ),
+    "only an answer": (
+        {"id": "bad", "messages": [{"role": "assistant", "content": "Hi"}], "image": "a.png"},
+        "user",
+    ),
+}
+
+
+@pytest.mark.parametrize("why", BROKEN)
+def test_a_broken_row_is_named(why: str, home: Path) -> None:
+    row, message = BROKEN[why]
+    path = write(home, GOOD, row)
+    with pytest.raises(DataError) as refusal:
+        load_samples(path, warn=silent)
+    assert message in str(refusal.value)
+    assert "'bad'" in str(refusal.value)
+    assert str(path) in str(refusal.value)
+
+
+@pytest.mark.parametrize("why", BROKEN)
+def test_broken_rows_are_skipped_up_to_a_limit(why: str, home: Path) -> None:
+    row, message = BROKEN[why]
+    path = write(home, row, GOOD, row)
+    warnings: list[str] = []
+    samples = load_samples(path, max_bad=2, warn=warnings.append)
+    assert [sample.id for sample in samples] == ["good"]
+    assert len(warnings) == 2
+    assert all("'bad'" in line and message in line for line in warnings)
+    with pytest.raises(DataError, match="'bad'"):
+        load_samples(path, max_bad=1, warn=lambda line: None)
+
+
+def test_a_link_that_leads_outside_is_refused(home: Path, tmp_path: Path) -> None:
+    (home / "link.png").symlink_to(tmp_path / "outside.png")
+    with pytest.raises(DataError, match="lies outside"):
+        load_samples(write(home, llava("bad", "W?", "Red.", image="link.png")), warn=silent)
+
+
+def test_a_row_that_is_no_object_is_named_by_its_number(home: Path) -> None:
+    with pytest.raises(DataError, match="row 1 is not an object"):
+        load_samples(write(home, GOOD, "hello"), warn=silent)
+
+
+def test_a_broken_line_is_named(home: Path) -> None:
+    path = home / "data.jsonl"
+    path.write_text(json.dumps(GOOD) + '\n{"id": "cut", "mess\n' + json.dumps(GOOD) + "\n")
+    with pytest.raises(DataError, match=r"data\.jsonl'.*line 2 is not JSON"):
+        load_samples(path, warn=silent)
+    warnings: list[str] = []
+    assert len(load_samples(path, max_bad=1, warn=warnings.append)) == 2
+    assert "line 2" in warnings[0]
+
+
+def test_a_broken_file_is_named(home: Path) -> None:
+    path = home / "data.json"
+    path.write_text('[{"id": "cut", "conv')
+    with pytest.raises(DataError, match=r"data\.json'.*not JSON"):
+        load_samples(path, max_bad=100, warn=silent)
+    path.write_text(json.dumps({"rows": [GOOD]}))
+    with pytest.raises(DataError, match="must be a list of conversations"):
+        load_samples(path, warn=silent)
+    path.write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(DataError, match=r"data\.json"):
+        load_samples(path, warn=silent)
+
+
+def test_a_broken_parquet_file_is_named(home: Path) -> None:
+    path = home / "data.parquet"
+    path.write_bytes(b"PAR1 but not really")
+    with pytest.raises((ConfigError, DataError), match=r"data\.parquet"):
+        load_samples(path, warn=silent)
+
+
+def test_an_empty_source_is_refused(home: Path) -> None:
+    for name in ("data.json", "data.jsonl"):
+        with pytest.raises(DataError, match="no usable sample"):
+            load_samples(write(home, name=name), warn=silent)
+
+
+@pytest.mark.parametrize("name", ["missing.json", "missing", "/no/such", "./no/such.parquet"])
+def test_a_missing_source_is_named(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"data '{name}'"):
+        load_samples(name, warn=silent)
+
+
+def test_an_unknown_file_type_is_named(home: Path) -> None:
+    path = home / "data.csv"
+    path.write_text("a,b\n")
+    with pytest.raises(ConfigError, match=r"data\.csv'.*\.json, \.jsonl or \.parquet"):
+        load_samples(path, warn=silent)
+
+
+def test_an_empty_folder_is_named(home: Path) -> None:
+    (home / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"empty'"):
+        load_samples(home / "empty", warn=silent)
+
+
+def test_limit_counts_good_samples_from_the_start(home: Path) -> None:
+    bad = BROKEN["empty answer"][0]
+    rows = [bad, *(llava(f"s{i}", "Q?", "A.") for i in range(5)), bad]
+    path = write(home, *rows)
+    warnings: list[str] = []
+    samples = load_samples(path, limit=3, max_bad=1, warn=warnings.append)
+    assert [sample.id for sample in samples] == ["s0", "s1", "s2"]
+    assert len(warnings) == 1
+
+
+def test_demo_samples_can_be_limited() -> None:
+    samples = load_samples("demo", limit=3, warn=silent)
+    assert len(samples) == 3
+    assert all(m["role"] in ("user", "assistant", "system") for s in samples for m in s.messages)
+
+
+def numbered(count: int) -> list[Sample]:
+    return [Sample(str(i), (turn("user", "Q"), turn("assistant", "A"))) for i in range(count)]
+
+
+def test_a_subset_depends_on_the_seed_alone() -> None:
+    samples = numbered(100)
+    chosen = [s.id for s in subset(samples, 0.2, seed=1)]
+    assert len(chosen) == 20
+    assert chosen == [s.id for s in subset(numbered(100), 0.2, seed=1)]
+    assert chosen != [s.id for s in subset(samples, 0.2, seed=2)]
+    assert chosen == sorted(chosen, key=int)
+    assert len(set(chosen)) == 20
+
+
+def test_a_subset_is_never_empty_and_the_whole_is_the_whole() -> None:
+    samples = numbered(5)
+    assert len(subset(samples, 0.001, seed=0)) == 1
+    assert subset(samples, 1.0, seed=3) == samples

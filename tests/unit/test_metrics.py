@@ -1,0 +1,157 @@
+"""What an answer is worth, how scores are averaged, what was kept."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slimvlm import metrics
+from slimvlm.samples import Question
+
+
+def asking(*answers: str) -> Question:
+    return Question("q", "?", answers)
+
+
+@pytest.mark.parametrize(
+    ("metric", "reply", "answers", "score"),
+    [
+        ("exact_match", " Red. ", ["red"], 1),
+        ("exact_match", "dark  red", ["Dark red"], 1),
+        ("exact_match", "gray", ["grey", "gray"], 1),
+        ("exact_match", "it is red", ["red"], 0),
+        ("exact_match", "", ["red"], 0),
+        ("letter", "B", ["B"], 1),
+        ("letter", "(b) the cat", ["B"], 1),
+        ("letter", "The answer is C.", ["C"], 1),
+        ("letter", "Bear", ["B"], 0),
+        ("letter", "A or B", ["B"], 0),
+        ("letter", "", ["B"], 0),
+        ("yes_no", "Yes, it is.", ["yes"], 1),
+        ("yes_no", "no", ["no"], 1),
+        ("yes_no", "NO.", ["no"], 1),
+        ("yes_no", "nothing", ["no"], 0),
+        ("yes_no", "I say yes", ["yes"], 0),
+        ("yes_no", "", ["no"], 0),
+        ("set_f1", "cat, dog", ["dog, cat"], 1),
+        ("set_f1", "Cat and dog.", ["cat, dog"], 1),
+        ("set_f1", "cat", ["cat, dog"], 2 / 3),
+        ("set_f1", "cat, cat", ["cat"], 1),
+        ("set_f1", "bird", ["cat, dog"], 0),
+        ("set_f1", "", ["cat"], 0),
+        ("anls", "hello", ["hello"], 1),
+        ("anls", "hallo", ["hello"], 0.8),
+        ("anls", "Hello.", ["hello"], 1),
+        ("anls", "kitten", ["sitting"], 1 - 3 / 7),
+        ("anls", "abcd", ["abxy"], 0.5),
+        ("anls", "abxyz", ["abcde"], 0),
+        ("anls", "cat", ["dog", "cats"], 0.75),
+        ("anls", "", ["hello"], 0),
+    ],
+)
+def test_metric(metric: str, reply: str, answers: list[str], score: float) -> None:
+    found = metrics.METRICS[metric](reply, asking(*answers))
+    assert found == pytest.approx(score)
+
+
+@given(st.sampled_from(sorted(metrics.METRICS)), st.text(max_size=12), st.text(max_size=12))
+def test_every_metric_is_a_share(metric: str, reply: str, answer: str) -> None:
+    assert 0 <= metrics.METRICS[metric](reply, asking(answer)) <= 1
+
+
+@given(st.text("ab", max_size=8), st.text("ab", max_size=8), st.text("ab", max_size=8))
+def test_edit_distance_is_a_metric(a: str, b: str, c: str) -> None:
+    def distance(x: str, y: str) -> float:
+        return (1 - metrics._similarity(x, y)) * max(len(x), len(y))
+
+    assert distance(a, a) == 0
+    assert distance(a, b) == pytest.approx(distance(b, a))
+    assert distance(a, c) <= distance(a, b) + distance(b, c) + 1e-9
+    assert abs(len(a) - len(b)) - 1e-9 <= distance(a, b)
+
+
+def test_yes_no_details_are_those_of_pope() -> None:
+    replies = ["yes", "yes", "no", "no", "Yes.", "perhaps"]
+    answers = ["yes", "no", "no", "yes", "yes", "yes"]
+    details = metrics.yes_no_details(replies, [asking(answer) for answer in answers])
+    precision, recall = 2 / 3, 2 / 4
+    assert details["f1"] == pytest.approx(100 * 2 * precision * recall / (precision + recall))
+    assert details["yes_rate"] == pytest.approx(50)
+    assert metrics.yes_no_details(["no"], [asking("yes")]) == {"f1": 0.0, "yes_rate": 0.0}
+
+
+LLAVA_7B = {
+    "mme_cognition": 355.7,
+    "mme_perception": 1510.7,
+    "mmmu": 36.3,
+    "mmbench": 64.0,
+    "pope": 85.9,
+}
+
+
+def test_average_rescales_mme() -> None:
+    """800 and 2000 are full marks; everything else is percent already."""
+    expected = (355.7 / 8 + 1510.7 / 20 + 36.3 + 64.0 + 85.9) / 5
+    assert metrics.average(LLAVA_7B) == pytest.approx(expected)
+    assert metrics.average({"mme_cognition": 800, "mme_perception": 2000}) == pytest.approx(100)
+    assert metrics.average({"pope": 85.9}) == pytest.approx(85.9)
+
+
+def scores_of(seed: int, **accuracy: float) -> dict[str, list[float]]:
+    generator = np.random.default_rng(seed)
+    return {
+        name: (generator.random(120 + 40 * i) < share).astype(float).tolist()
+        for i, (name, share) in enumerate(accuracy.items())
+    }
+
+
+CHANCE = {"a": 50.0, "b": 25.0}
+ORIGINAL = scores_of(0, a=0.9, b=0.7)
+PRUNED = scores_of(1, a=0.75, b=0.5)
+
+
+def test_a_model_retains_all_of_itself() -> None:
+    kept = metrics.retention(ORIGINAL, ORIGINAL, CHANCE)
+    assert (kept.percent, kept.low, kept.high) == pytest.approx((100, 100, 100))
+    assert kept.above_chance == pytest.approx(100)
+
+
+def test_retention_is_a_ratio_of_means() -> None:
+    kept = metrics.retention(PRUNED, ORIGINAL, CHANCE)
+    mean = np.mean([100 * np.mean(PRUNED[n]) for n in "ab"])
+    base = np.mean([100 * np.mean(ORIGINAL[n]) for n in "ab"])
+    assert kept.percent == pytest.approx(100 * mean / base)
+    assert kept.above_chance == pytest.approx(100 * (mean - 37.5) / (base - 37.5))
+    assert kept.above_chance < kept.percent
+
+
+def test_the_interval_holds_the_estimate() -> None:
+    kept = metrics.retention(PRUNED, ORIGINAL, CHANCE)
+    assert kept.low < kept.percent < kept.high
+    assert kept.high - kept.low < 30
+
+
+def test_more_questions_narrow_the_interval() -> None:
+    few = metrics.retention(PRUNED, ORIGINAL, CHANCE)
+    many = metrics.retention(
+        {n: v * 16 for n, v in PRUNED.items()}, {n: v * 16 for n, v in ORIGINAL.items()}, CHANCE
+    )
+    assert many.percent == pytest.approx(few.percent)
+    assert many.high - many.low < 0.4 * (few.high - few.low)
+
+
+def test_the_bootstrap_is_paired_and_seeded() -> None:
+    """Answers that differ nowhere leave no doubt, however few they are."""
+    kept = metrics.retention(PRUNED, ORIGINAL, CHANCE)
+    assert kept == metrics.retention(PRUNED, ORIGINAL, CHANCE)
+    assert kept != metrics.retention(PRUNED, ORIGINAL, CHANCE, seed=1)
+    half = {n: [0.5 * value for value in values] for n, values in ORIGINAL.items()}
+    paired = metrics.retention(half, ORIGINAL, CHANCE)
+    assert (paired.low, paired.percent, paired.high) == pytest.approx((50, 50, 50))
+
+
+def test_a_baseline_that_knows_nothing_divides_nothing_by_zero() -> None:
+    kept = metrics.retention({"a": [1.0, 0.0]}, {"a": [0.0, 0.0]}, {"a": 0.0})
+    assert np.isfinite(kept.percent)
