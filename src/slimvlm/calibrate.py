@@ -17,8 +17,12 @@ from slimvlm.samples import Sample
 from slimvlm.scores import criterion_named
 from slimvlm.values import Scores, Statistics
 
-DEFAULT_CRITERIA: dict[str, tuple[str, ...]] = {"depth": ("block_influence",), "width": ("taylor",)}
-DEFAULT_CRITERIA["both"] = DEFAULT_CRITERIA["depth"] + DEFAULT_CRITERIA["width"]
+DEFAULT_CRITERIA: dict[str, tuple[str, ...]] = {
+    "depth": ("block_influence",),
+    "width": ("activation",),
+    "both": ("block_influence", "activation"),
+}
+"""Chosen by measurement; see "Criteria for width" in ``docs/results.md``."""
 
 
 def collect(

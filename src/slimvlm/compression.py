@@ -50,7 +50,7 @@ class PruneConfig:
     axis: Axis | None = None
     """Where to prune; by default what the study's chart says for the ratio."""
     criterion: tuple[str, ...] = ()
-    """Criteria, one for each kind of unit; by default block_influence and taylor."""
+    """Criteria, one for each kind of unit; by default block_influence and activation."""
     data: str | None = None
     """Conversations for calibration and recovery."""
     images: str | None = None

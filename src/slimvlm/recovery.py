@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -365,7 +366,10 @@ def _training_arguments(
 def _final_hidden(runner: nn.Module, model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     """The hidden state after the last norm, caught while ``runner`` (which may wrap) runs."""
     with _caught(final_norm(model)) as caught:
-        runner(**inputs, use_cache=False, logits_to_keep=1)
+        if isinstance(runner, DistributedDataParallel):
+            runner(**inputs, use_cache=False, logits_to_keep=1)
+        else:  # the head would only be in the way
+            model.base_model(**inputs, use_cache=False)
     return caught[0]
 
 

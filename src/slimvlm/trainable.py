@@ -53,7 +53,10 @@ def keep_learning_in_float32_(trained: Any) -> None:
 
 
 def merge(trained: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """The plain model behind a trained one: LoRA added into its weights, and frozen.
+    """The plain model behind a trained one: LoRA added into its weights, nothing frozen.
+
+    Flags matter for speed: torch 2.13 runs ``lm_head`` over a slice of hidden states several times
+    slower while its weight is frozen, since it then copies the weight for each sample.
 
     Args:
         trained: From `prepare_training`.
@@ -63,7 +66,7 @@ def merge(trained: Any, dtype: torch.dtype) -> PreTrainedModel:
     for parameter in plain.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
-    return plain.requires_grad_(False)
+    return plain.requires_grad_(True)
 
 
 def plain_model(trained: Any) -> PreTrainedModel:

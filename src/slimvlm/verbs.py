@@ -192,7 +192,8 @@ def prune(
         out: The new checkpoint folder.
         ratio: Share of the backbone's parameters to remove.
         axis: Remove layers, KV groups and neurons, or both.
-        criterion: How to score; default block_influence for layers, taylor for widths.
+        criterion: How to score; default block_influence for layers, activation for
+            widths.
         data: Calibration conversations: demo, .json, .jsonl, .parquet or a datasets folder.
         images: Folder that image paths in the data start from.
         samples: Calibration samples, the first ones of the data.
@@ -395,7 +396,8 @@ def compress(
             nothing is trained.
         images: Folder that image paths in the data start from.
         axis: Remove layers, KV groups and neurons, or both.
-        criterion: How to score; default block_influence for layers, taylor for widths.
+        criterion: How to score; default block_influence for layers, activation for
+            widths.
         samples: Calibration samples, the first ones of the data.
         training_samples: Use only so many further samples for training.
         train: What learns; none skips training.
