@@ -340,7 +340,8 @@ def test_score_plan_prune_is_prune(run: Run, home: Path, llava: Path, data: Path
     made = stdout_json(run("plan", llava, *budget, *scores, "--out", "plan.json", "--json"))
     assert made["ratio"] == pytest.approx(Plan.load("plan.json").ratio)
     assert run("prune", llava, "--plan", "plan.json", "--out", "steps").code == 0
-    assert run("prune", llava, *budget, *given, "--out", "once").code == 0
+    criteria = ["--criterion", "block_influence", "taylor"]
+    assert run("prune", llava, *budget, *criteria, *given, "--out", "once").code == 0
     first, second = tensors(home / "steps"), tensors(home / "once")
     assert list(first) == list(second)
     assert all(torch.equal(first[name], second[name]) for name in first)
