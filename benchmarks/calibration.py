@@ -1,12 +1,11 @@
 """Time and peak memory of calibration, ours against the plain way, in one run.
 
 Command:  .venv/bin/python benchmarks/calibration.py [--shape smol|1b] [--samples 10] [--tokens 128]
-Expect:   about 3 minutes for smol on 2 cores.
+Expect:   about 2 minutes for smol on 2 cores.
 
 Every job runs in a process of its own on the same random model; peak memory is what the operating
 system saw (ru_maxrss). "plain taylor" keeps the gradients of all parameters over one batch, as
-LLM-Pruner does. "torch-pruning" is the package of that name, if it is installed. Results are JSON
-lines, then a table of ratios.
+LLM-Pruner does. Results are JSON lines, then a table of ratios.
 """
 
 from __future__ import annotations
@@ -72,26 +71,6 @@ def plain_taylor(model: LlamaForCausalLM, data: list[dict[str, torch.Tensor]]) -
             (linear.weight * linear.weight.grad).abs().sum(1)
 
 
-def torch_pruning_magnitude(model: LlamaForCausalLM, data: list[dict[str, torch.Tensor]]) -> None:
-    """The peer's magnitude pruning at ratio 0.25, as its Llama example calls it."""
-    import torch_pruning as tp
-
-    config = model.config
-    heads = {layer.self_attn.q_proj: config.num_attention_heads for layer in model.model.layers}
-    heads |= {layer.self_attn.k_proj: config.num_key_value_heads for layer in model.model.layers}
-    heads |= {layer.self_attn.v_proj: config.num_key_value_heads for layer in model.model.layers}
-    tp.pruner.BasePruner(
-        model,
-        example_inputs=data[0]["input_ids"],
-        importance=tp.importance.GroupMagnitudeImportance(p=2),
-        pruning_ratio=0.25,
-        num_heads=heads,
-        prune_num_heads=True,
-        ignored_layers=[model.lm_head],
-        output_transform=lambda output: output.logits,
-    ).step()
-
-
 def ours(criterion: str, **options: str) -> Callable[..., None]:
     def run(model: LlamaForCausalLM, data: list[dict[str, torch.Tensor]]) -> None:
         sv.score(model, data, criterion, **options)
@@ -110,7 +89,6 @@ JOBS: dict[str, Callable[..., None]] = {
     "activation": ours("activation"),
     "block_influence": ours("block_influence"),
     "magnitude": ours("magnitude"),
-    "torch-pruning magnitude": torch_pruning_magnitude,
 }
 
 

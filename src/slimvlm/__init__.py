@@ -61,3 +61,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'slimvlm' has no attribute {name!r}")
     module = import_module(f"slimvlm.{_HOME[name]}")
     return module if name == _HOME[name] == "losses" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return __all__
