@@ -118,13 +118,7 @@ def score_gate(statistics: Statistics, anatomy: Anatomy) -> Scores:
     Reference:
         Michel et al. 2019, Are Sixteen Heads Really Better than One?, arXiv:1905.10650, Eq. 2.
     """
-    layers = range(anatomy.num_layers)
-    count = max(statistics.num_samples, 1)
-    return Scores(
-        "gate",
-        kv_group=[statistics.tensors[f"{i}.kv_group"].float() / count for i in layers],
-        neuron=[statistics.tensors[f"{i}.neuron"].float() / count for i in layers],
-    )
+    return _means(statistics, anatomy, "gate", statistics.num_samples)
 
 
 def score_activation(statistics: Statistics, anatomy: Anatomy) -> Scores:
@@ -136,13 +130,19 @@ def score_activation(statistics: Statistics, anatomy: Anatomy) -> Scores:
         Muralidharan et al. 2024, Minitron, arXiv:2407.14679, Sec. 2.2 (mean over tokens here,
         with padding left out; the paper aggregates batch and sequence separately).
     """
-    layers = range(anatomy.num_layers)
-    count = max(statistics.num_tokens, 1)
-    return Scores(
-        "activation",
-        kv_group=[statistics.tensors[f"{i}.kv_group"].float() / count for i in layers],
-        neuron=[statistics.tensors[f"{i}.neuron"].float() / count for i in layers],
-    )
+    return _means(statistics, anatomy, "activation", statistics.num_tokens)
+
+
+def _means(statistics: Statistics, anatomy: Anatomy, criterion: str, count: int) -> Scores:
+    """Sums that were collected for each unit, divided by what they were summed over."""
+    scores = {
+        unit: [
+            statistics.tensors[f"{index}.{unit}"].float() / max(count, 1)
+            for index in range(anatomy.num_layers)
+        ]
+        for unit in ("kv_group", "neuron")
+    }
+    return Scores(criterion, kv_group=scores["kv_group"], neuron=scores["neuron"])
 
 
 def score_random(statistics: Statistics, anatomy: Anatomy, seed: int = 0) -> Scores:
