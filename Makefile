@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo
 
-.PHONY: demo demo-short test test-all lint format bench clean
+.PHONY: demo demo-short test test-slow lint format bench clean
 
 demo: $(VENV)/.ready
 	$(BIN)/slimvlm demo run --out $(OUT) --force
@@ -15,8 +15,8 @@ demo-short: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
-test-all: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "not gpu"
+test-slow: $(VENV)/.ready
+	$(BIN)/python -m pytest -m "slow and not gpu"
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
