@@ -92,7 +92,7 @@ def capture_hidden_states(model: nn.Module, batches: Iterable[Batch]) -> Statist
                 angular_postnorm[length - 1] += to_final.sum(dtype=torch.float64)
             samples += len(seen["mask"])
             tokens += int(seen["mask"].sum())
-    return _collected(
+    return Statistics(
         "hidden_states",
         {
             "influence_sum": influence,
@@ -131,7 +131,7 @@ def capture_activations(model: nn.Module, batches: Iterable[Batch]) -> Statistic
             _forward_backbone(model, batch)
             samples += len(seen["mask"])
             tokens += int(seen["mask"].sum())
-    return _collected("activations", sums, samples, tokens)
+    return Statistics("activations", sums, samples, tokens)
 
 
 def capture_gates(model: nn.Module, batches: Iterable[Batch]) -> Statistics:
@@ -160,7 +160,7 @@ def capture_gates(model: nn.Module, batches: Iterable[Batch]) -> Statistics:
             gates.clear()
             samples += len(batch["labels"])
             tokens += int(losses.label_counts(batch["labels"]).sum())
-    return _collected("gates", sums, samples, tokens)
+    return Statistics("gates", sums, samples, tokens)
 
 
 def capture_gradients(
@@ -207,7 +207,7 @@ def _batch_gradient(model: nn.Module, batches: Iterable[Batch]) -> Statistics:
             samples += len(counts)
             tokens += int(counts.sum())
     means = {name: value / max(tokens, 1) for name, value in sums.items()}
-    return _collected("gradients", means, samples, tokens)
+    return Statistics("gradients", means, samples, tokens)
 
 
 def _per_sample_gradient(model: nn.Module, batches: Iterable[Batch]) -> Statistics:
@@ -257,7 +257,7 @@ def _squared_gradients(model: nn.Module, batches: Iterable[Batch], mix: bool) ->
         gradient = gradients.pop(name).div_(max(tokens, 1))
         square = squares.pop(name).div_(max(samples, 1))
         sums[name] = _channel_sums(taylor_mix(weight, gradient, square), projection.dim)
-    return _collected("gradients", sums, samples, tokens)
+    return Statistics("gradients", sums, samples, tokens)
 
 
 def _means_over_samples(
@@ -275,7 +275,7 @@ def _means_over_samples(
             samples += len(counts)
             tokens += sum(counts)
     means = {name: value / max(samples, 1) for name, value in sums.items()}
-    return _collected("gradients", means, samples, tokens)
+    return Statistics("gradients", means, samples, tokens)
 
 
 def _backward_each_sample(model: nn.Module, batch: Batch, counts: list[int]) -> Iterator[int]:
@@ -415,10 +415,6 @@ def _on_consumers(model: nn.Module, call: Callable[..., Any]) -> Iterator[None]:
                 hook = partial(call, f"{index}.{unit_of(projection)}", index, projection)
                 stack.callback(linear.register_forward_pre_hook(hook).remove)
         yield
-
-
-def _collected(kind: str, tensors: dict[str, Tensor], samples: int, tokens: int) -> Statistics:
-    return Statistics(kind, tensors, samples, tokens)
 
 
 CAPTURES: dict[str, Callable[..., Statistics]] = {

@@ -72,6 +72,11 @@ class PruneConfig:
         return self.axis or recipe_for(self.ratio, self.data is not None).axis
 
     @property
+    def samples_to_read(self) -> int | None:
+        """Samples of the data that are needed, None for all."""
+        return self.calibration_samples
+
+    @property
     def criteria(self) -> tuple[str, ...]:
         """The criteria; without data, ones that need none."""
         if self.criterion:
@@ -95,6 +100,13 @@ class CompressConfig(PruneConfig):
     """Only the first so many questions of each task."""
     baseline: str | None = None
     """Result file of the original model, to save asking it again."""
+
+    @property
+    def samples_to_read(self) -> int | None:
+        """Calibration samples and training samples, None for all."""
+        if self.training_samples is None:
+            return None
+        return self.calibration_samples + self.training_samples
 
 
 @dataclass
@@ -133,9 +145,7 @@ def check_request(config: PruneConfig, say: Callable[[str], None]) -> list[Sampl
     if config.data is None:
         say(f"no data: scoring by {' and '.join(config.criteria)}")
         return []
-    training = getattr(config, "training_samples", config.calibration_samples)
-    limit = None if training is None else config.calibration_samples + training
-    return load_samples(config.data, config.images, limit, config.max_bad, say)
+    return load_samples(config.data, config.images, config.samples_to_read, config.max_bad, say)
 
 
 def rehearse(

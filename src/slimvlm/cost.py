@@ -24,16 +24,6 @@ def kv_cache_bytes_per_token(anatomy: Anatomy, dtype: str = "bfloat16") -> int:
     return sum(2 * s.num_kv_heads * s.head_dim for s in anatomy.layers) * BYTES[dtype]
 
 
-def flops_per_token(anatomy: Anatomy) -> int:
-    """Multiply-adds times two of the backbone's matrices for one token.
-
-    The attention scores, whose cost grows with the context, are left out: they are the same share
-    of a layer before and after.
-    """
-    head = anatomy.hidden_size * anatomy.vocab_size
-    return 2 * (head + sum(s.params - s.fixed_params for s in anatomy.layers))
-
-
 def params_for_memory(memory_bytes: int, dtype: str = "bfloat16") -> int:
     """Largest number of weights that fit into some bytes."""
     return memory_bytes // BYTES[dtype]

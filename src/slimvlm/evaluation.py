@@ -151,7 +151,6 @@ def evaluate(
     tasks = find_tasks(tasks) if isinstance(tasks, str) else tasks
     was_training = model.training
     model.eval()
-    anatomy = read_anatomy(model)
     asked: list[Question] = []
     folder = Path(log_folder) if log_folder is not None else None
     mark = fingerprint(model) if folder is not None else ""
@@ -168,13 +167,26 @@ def evaluate(
             log = AnswerLog(folder, task.name, key)
             _ask(model, processor, task, questions, batch_size, log)
             results[task.name] = _scored(task, questions, log)
-    prefill_ms, decode_ms = latency(model, processor, asked[0])
+    result = with_costs(model, processor, results, asked[0], name)
     model.train(was_training)
+    return result
+
+
+def with_costs(
+    model: PreTrainedModel,
+    processor: Any,
+    tasks: Mapping[str, TaskResult],
+    question: Question,
+    name: str = "",
+) -> Result:
+    """Task results with the model's parameter counts and its times for one question beside them."""
+    anatomy = read_anatomy(model)
+    prefill_ms, decode_ms = latency(model, processor, question)
     return Result(
         model=name or str(model.config._name_or_path),
         total_params=anatomy.total_params,
         backbone_params=anatomy.backbone_params,
-        tasks=results,
+        tasks=tasks,
         prefill_ms=prefill_ms,
         decode_ms=decode_ms,
     )

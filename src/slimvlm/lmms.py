@@ -24,8 +24,7 @@ from transformers import PreTrainedModel
 
 from slimvlm import chat, losses
 from slimvlm.errors import ConfigError
-from slimvlm.evaluation import Result, TaskResult, answer, latency
-from slimvlm.geometry import read_anatomy
+from slimvlm.evaluation import Result, TaskResult, answer, with_costs
 from slimvlm.metrics import MME_FULL_SCORES
 from slimvlm.progress import progress
 from slimvlm.samples import Question
@@ -194,18 +193,9 @@ def result_with_lmms(
 ) -> Result:
     """`evaluate_with_lmms` as a whole `Result`, latencies included (one plain grey picture)."""
     tasks = evaluate_with_lmms(model, processor, names, limit, batch_size, include_path)
-    anatomy = read_anatomy(model)
     shown = (Image.new("RGB", (336, 336), "grey"),) if chat.can_see(processor) else ()
     question = Question("latency", "What is shown here?", ("",), shown)
-    prefill_ms, decode_ms = latency(model, processor, question)
-    return Result(
-        model=name or str(model.config._name_or_path),
-        total_params=anatomy.total_params,
-        backbone_params=anatomy.backbone_params,
-        tasks=tasks,
-        prefill_ms=prefill_ms,
-        decode_ms=decode_ms,
-    )
+    return with_costs(model, processor, tasks, question, name)
 
 
 def _rows_named(name: str) -> dict[str, LmmsRow]:

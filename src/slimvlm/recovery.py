@@ -133,8 +133,7 @@ def _train(
     with _fast_attention(model, teacher, bf16):
         trainer.train(resume_from_checkpoint=_last_complete_checkpoint(folder))
     merged = merge(_without_autocast(trainer), dtype)
-    if merged is not model:
-        raise AssertionError("merging must give back the model that was handed in")
+    assert merged is model, "merging must give back the model that was handed in"
     model.eval()
     rows = [row for row in trainer.state.log_history if "loss" in row]
     return History(
@@ -178,13 +177,11 @@ class DistillationTrainer(Trainer):
         weights = self._recovery.loss_weights
         for name, value in parts.items():
             if not torch.isfinite(value):
-                raise NumericalError(f"loss {name!r} is {value.item()} at {self._where()}")
+                step = self.state.global_step + 1
+                raise NumericalError(f"loss {name!r} is {value.item()} at step {step}")
             self._sums[name] = self._sums.get(name, 0.0) + float(value.detach())
         self._count += 1
         return torch.stack([weights[name] * value for name, value in parts.items()]).sum()
-
-    def _where(self) -> str:
-        return f"step {self.state.global_step + 1}"
 
     def _parts(
         self, student: PreTrainedModel, hidden: Tensor, inputs: dict[str, Tensor], labels: Tensor
@@ -203,15 +200,13 @@ class DistillationTrainer(Trainer):
             parts["hidden"] = losses.hidden_l2(hidden, target, mask, reduction)
         for name, divergence in (("kl", losses.kl), ("rkl", losses.reverse_kl)):
             if name in weights:
-                compared = torch.ones_like(mask) if self._recovery.paper_exact else mask
-                value = divergence(
-                    _head(student, hidden[compared])[None],
-                    _head(self._teacher, target[compared])[None],
+                whole = self._recovery.paper_exact
+                parts[name] = divergence(
+                    _head(student, hidden if whole else hidden[mask][None]),
+                    _head(self._teacher, target if whole else target[mask][None]),
                     temperature=self._recovery.temperature,
+                    reduction=reduction,
                 )
-                # the paper sums over positions and divides by the batch size
-                factor = int(compared.sum()) / len(mask) if self._recovery.paper_exact else 1
-                parts[name] = value * factor
         return parts
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
