@@ -21,6 +21,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         "cost",
         "values",
         "losses",
+        "roles",
         "scores",
         "plan",
         "planning",

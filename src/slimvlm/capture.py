@@ -18,6 +18,7 @@ from slimvlm import losses
 from slimvlm.errors import DataError, NumericalError
 from slimvlm.families import INPUT_COLUMNS
 from slimvlm.geometry import decoder_layers, final_norm, projections, read_anatomy
+from slimvlm.roles import valid_tokens
 from slimvlm.scores.layers import angular_distance, block_influence
 from slimvlm.scores.width import magnitude, taylor, taylor_mix, taylor_second
 from slimvlm.units import spread, unit_of
@@ -81,7 +82,7 @@ def capture_hidden_states(model: nn.Module, batches: Iterable[Batch]) -> Statist
             stack.callback(hook.remove)
         stack.callback(final_norm(model).register_forward_hook(on_norm).remove)
         for batch in _prepared(model, batches):
-            seen["mask"] = _valid(batch)
+            seen["mask"] = valid_tokens(batch)
             last_tokens.clear()
             _forward_backbone(model, batch)
             for length in range(1, len(layers) + 1):
@@ -127,7 +128,7 @@ def capture_activations(model: nn.Module, batches: Iterable[Batch]) -> Statistic
 
     with _on_consumers(model, on_consumer):
         for batch in _prepared(model, batches):
-            seen["mask"] = _valid(batch)
+            seen["mask"] = valid_tokens(batch)
             _forward_backbone(model, batch)
             samples += len(seen["mask"])
             tokens += int(seen["mask"].sum())
@@ -335,15 +336,6 @@ def _labels(batch: Batch) -> Tensor:
         labels = batch["input_ids"]
     mask = batch.get("attention_mask")
     return labels if mask is None else labels.masked_fill(mask == 0, losses.IGNORE)
-
-
-def _valid(batch: Batch) -> Tensor:
-    """Which tokens count: the attention mask, or all."""
-    mask: Tensor | None = batch.get("attention_mask")
-    if mask is not None:
-        return mask
-    tokens: Tensor = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
-    return torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
 
 
 def _at_last_token(hidden: Tensor, mask: Tensor) -> Tensor:

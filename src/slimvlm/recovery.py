@@ -31,6 +31,7 @@ from slimvlm.data import subset
 from slimvlm.errors import ConfigError, NumericalError
 from slimvlm.geometry import family_of, final_norm, read_anatomy, text_config_of
 from slimvlm.outputs import write_text
+from slimvlm.roles import role_masks
 from slimvlm.samples import Sample
 from slimvlm.trainable import (
     keep_learning_in_float32_,
@@ -395,16 +396,10 @@ def _kd_mask(
     model: PreTrainedModel, inputs: dict[str, Tensor], labels: Tensor, kd_on: str
 ) -> Tensor:
     """Positions that distillation compares; an answer token is compared where it is predicted."""
-    valid = inputs["attention_mask"].bool()
     if kd_on == "answer":
-        predicts = torch.zeros_like(valid)
+        predicts = torch.zeros_like(labels, dtype=torch.bool)
         predicts[:, :-1] = labels[:, 1:] != losses.IGNORE
         return predicts
-    if kd_on == "text":
-        names = ("image_token_id", "image_token_index")
-        ids = [
-            getattr(model.config, n) for n in names if getattr(model.config, n, None) is not None
-        ]
-        for image_token in ids:
-            valid = valid & (inputs["input_ids"] != image_token)
-    return valid
+    roles = role_masks(model.config, inputs)
+    text = roles["prompt"] | roles["answer"]
+    return text if kd_on == "text" else text | roles["image"]

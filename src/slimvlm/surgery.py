@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,6 +72,39 @@ def mask_(model: PreTrainedModel, plan: Plan) -> None:
             linear.weight[:, ~keep] = 0
             if index not in kept_layers and linear.bias is not None:
                 linear.bias.zero_()
+
+
+@contextmanager
+def masked(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
+    """Inside, the model computes what a plan leaves; its weights are never touched.
+
+    The same meaning as `mask_`, by hooks: the inputs of ``o_proj`` and ``down_proj`` are zero
+    where units are gone, and a removed layer passes its input on.
+    """
+    _require_match(model, plan)
+    kept_layers = set(plan.layers)
+
+    def hide(keep: Tensor, module: nn.Module, args: Any) -> Any:
+        return (args[0] * keep.to(args[0]), *args[1:])
+
+    def skip(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+
+    with ExitStack() as stack:
+        for index, layer in enumerate(decoder_layers(model)):
+            if index not in kept_layers:
+                handle = layer.register_forward_hook(skip, with_kwargs=True)
+                stack.callback(handle.remove)
+        for index, projection, linear in projections(model):
+            if projection.dim != INPUT_COLUMNS or index not in kept_layers:
+                continue
+            keep = torch.zeros(linear.in_features)
+            keep[_kept_channels(plan, index, projection)] = 1
+            if not bool(keep.all()):
+                handle = linear.register_forward_pre_hook(partial(hide, keep))
+                stack.callback(handle.remove)
+        yield
 
 
 def _require_match(model: nn.Module, plan: Plan) -> None:

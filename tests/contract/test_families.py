@@ -26,7 +26,7 @@ from slimvlm.geometry import (
 )
 from slimvlm.plan import Plan
 from slimvlm.planning import make_plan
-from slimvlm.surgery import mask_, prune_
+from slimvlm.surgery import mask_, masked, prune_
 from tests import tiny
 from tests.helpers import assert_untouched, logits, plan_by_hand, random_scores, snapshot
 from tests.tolerances import FORWARD, assert_close
@@ -137,8 +137,12 @@ def test_the_plan_of_nothing_changes_no_bit(name: str) -> None:
 @every_family
 def test_slicing_is_masking(name: str, axis: str) -> None:
     case = pruned(name, axis)
-    whole = logits(tiny.build(name), case.batch)
+    dense = tiny.build(name)
+    whole = logits(dense, case.batch)
     assert not torch.allclose(case.masked_logits, whole, atol=0.05)  # the plan matters
+    with masked(dense, case.plan):
+        assert_close(logits(dense, case.batch), case.masked_logits, FORWARD)
+    assert torch.equal(logits(dense, case.batch), whole)
     assert_close(logits(case.model, case.batch), case.masked_logits, FORWARD)
 
 

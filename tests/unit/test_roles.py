@@ -1,0 +1,58 @@
+"""Roles cover every valid token once, and weights follow them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from slimvlm.errors import ConfigError
+from slimvlm.roles import ROLES, parse_token_weights, role_masks, token_weights
+
+IMAGE = 9
+CONFIG = SimpleNamespace(image_token_id=IMAGE)
+
+
+def batch() -> dict[str, Any]:
+    return {
+        "input_ids": torch.tensor([[1, IMAGE, IMAGE, 5, 6, 7], [1, 5, 6, 0, 0, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]]),
+        "labels": torch.tensor([[-100, -100, -100, -100, 6, 7], [-100, -100, 6, -100, -100, -100]]),
+    }
+
+
+def test_every_valid_token_has_one_role_and_padding_none() -> None:
+    masks = role_masks(CONFIG, batch())
+    assert torch.equal(sum(masks[role].long() for role in ROLES), batch()["attention_mask"])
+    assert masks["image"].tolist()[0] == [False, True, True, False, False, False]
+    assert masks["answer"].sum(1).tolist() == [2, 1]
+
+
+def test_weights_follow_roles_and_unnamed_roles_weigh_one() -> None:
+    weights = token_weights(CONFIG, batch(), {"image": 0.25, "answer": 2})
+    assert weights.tolist() == [[1, 0.25, 0.25, 1, 2, 2], [1, 1, 2, 0, 0, 0]]
+    assert torch.equal(token_weights(CONFIG, batch()), batch()["attention_mask"].float())
+
+
+def test_embeddings_hide_where_pictures_are() -> None:
+    given = batch()
+    embedded = {**given, "inputs_embeds": torch.zeros(2, 6, 4)}
+    del embedded["input_ids"]
+    assert not role_masks(CONFIG, embedded)["image"].any()
+    assert role_masks(CONFIG, embedded)["answer"].sum() == 3
+
+
+@pytest.mark.parametrize("text", ["", "image", "image=x", "sky=1", "image=-1", "image=1,image=2"])
+def test_bad_weights_are_refused_by_name(text: str) -> None:
+    with pytest.raises(ConfigError, match="token_weights"):
+        parse_token_weights(text)
+
+
+def test_weights_are_read() -> None:
+    assert parse_token_weights("image=0.1, prompt=1") == {"image": 0.1, "prompt": 1.0}
+    with pytest.raises(ConfigError, match="above 0"):
+        parse_token_weights("image=0,prompt=0,answer=0")
+    with pytest.raises(ConfigError, match="sky"):
+        token_weights(CONFIG, batch(), {"sky": 1.0})
