@@ -19,9 +19,10 @@ from typing import Any
 _HOME = {
     "Anatomy": "geometry",
     "CRITERIA": "scores",
-    "CompressConfig": "compression",
+    "CompressConfig": "config",
     "History": "recovery",
     "Plan": "plan",
+    "PruneConfig": "config",
     "Question": "samples",
     "RecoverConfig": "config",
     "Result": "evaluation",
@@ -44,10 +45,13 @@ _HOME = {
     "make_plan_for_params": "planning",
     "mask_": "surgery",
     "prune_": "surgery",
+    "prune_and_repair_": "repair",
     "ratio_for_params": "planning",
     "recover": "recovery",
+    "repair_": "repair",
     "save": "checkpoint",
     "score": "calibrate",
+    "search_plan": "search",
 }
 
 __all__ = sorted([*_HOME, "inspect"])

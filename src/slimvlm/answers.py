@@ -53,9 +53,12 @@ class AnswerLog:
 
     def __init__(self, folder: Path | None, task: str, key: str) -> None:
         self._path = folder / f"{task}-{key}.jsonl" if folder is not None else None
+        self._cut_short = False
         self.replies: dict[str, str] = {}
         if self._path is not None and self._path.is_file():
-            for line in self._path.read_text().splitlines():
+            text = self._path.read_text()
+            self._cut_short = bool(text) and not text.endswith("\n")
+            for line in text.splitlines():
                 row = _parsed(line)
                 if row is not None:
                     self.replies[row["id"]] = row["reply"]
@@ -72,6 +75,9 @@ class AnswerLog:
             for q, reply in zip(questions, replies, strict=True)
         ]
         with self._path.open("a") as log:
+            if self._cut_short:
+                log.write("\n")
+                self._cut_short = False
             log.write("".join(json.dumps(row) + "\n" for row in rows))
 
 

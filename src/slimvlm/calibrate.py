@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 
 from slimvlm.capture import CAPTURES, Batch
 from slimvlm.chat import encode_samples
-from slimvlm.errors import DataError
+from slimvlm.errors import ConfigError, DataError
 from slimvlm.geometry import read_anatomy
 from slimvlm.progress import progress
+from slimvlm.roles import ROLES
 from slimvlm.samples import Sample
 from slimvlm.scores import criterion_named
 from slimvlm.values import Scores, Statistics
@@ -26,7 +27,11 @@ DEFAULT_CRITERIA: dict[str, tuple[str, ...]] = {
 
 
 def collect(
-    model: PreTrainedModel, batches: Iterable[Batch], criterion: str, **options: Any
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    criterion: str,
+    token_weights: Mapping[str, float] | None = None,
+    **options: Any,
 ) -> Statistics:
     """Run the capture that a criterion needs.
 
@@ -35,15 +40,23 @@ def collect(
         batches: Model inputs (``input_ids`` or ``inputs_embeds``, ``attention_mask``, ``labels``,
             ``pixel_values``, ...). Read once, in order. Without ``labels`` the whole text counts.
         criterion: A name from ``CRITERIA``.
+        token_weights: Weight of each token by role (``image``, ``prompt``, ``answer``; roles that
+            are not named weigh 1), for any criterion that needs data. None: sums run over all
+            valid tokens, losses over the labelled ones. Given: sums and losses are weighted;
+            losses are those of prompt and answer tokens, since tokens of pictures are never
+            predicted.
         **options: The criterion's options.
 
     Raises:
-        ConfigError: If the criterion or an option is unknown.
+        ConfigError: If the criterion, an option or a role is unknown, or a weight cannot be used.
         DataError: If data is needed and none is given.
         NumericalError: If NaN or infinity appears; the message says where.
     """
     row = criterion_named(criterion, options)
     given = {name: value for name, value in options.items() if name in row.capture_options}
+    if token_weights is not None:
+        check_token_weights(criterion, token_weights)
+        given["token_weights"] = token_weights
     was_training = model.training
     model.eval()
     try:
@@ -56,6 +69,7 @@ def score(
     model: PreTrainedModel,
     batches: Iterable[Batch] = (),
     criterion: str = "taylor",
+    token_weights: Mapping[str, float] | None = None,
     **options: Any,
 ) -> Scores:
     """Score the units that a criterion is about; higher means keep.
@@ -66,25 +80,51 @@ def score(
     Returns:
         Float32 scores on the CPU.
     """
-    statistics = collect(model, batches, criterion, **options)
-    return scores_from(statistics, model, criterion, **options)
+    statistics = collect(model, batches, criterion, token_weights, **options)
+    return scores_from(statistics, model, criterion, token_weights, **options)
 
 
 def scores_from(
-    statistics: Statistics, model: PreTrainedModel, criterion: str, **options: Any
+    statistics: Statistics,
+    model: PreTrainedModel,
+    criterion: str,
+    token_weights: Mapping[str, float] | None = None,
+    **options: Any,
 ) -> Scores:
-    """Turn collected statistics into scores."""
+    """Turn collected statistics into scores; ``token_weights`` is only written down."""
     row = criterion_named(criterion, options)
     given = {name: value for name, value in options.items() if name in row.options}
     result = row.function(statistics, read_anatomy(model), **given)
+    about = {"samples": statistics.num_samples, "tokens": statistics.num_tokens, **options}
+    if token_weights is not None:
+        about["token_weights"] = dict(token_weights)
     return Scores(
         criterion=criterion,
         layer=result.layer,
         kv_group=result.kv_group,
         neuron=result.neuron,
         layer_runs=result.layer_runs,
-        options={"samples": statistics.num_samples, "tokens": statistics.num_tokens, **options},
+        options=about,
     )
+
+
+def check_token_weights(criterion: str, token_weights: Mapping[str, float]) -> None:
+    """Refuse token weights that mean nothing.
+
+    Raises:
+        ConfigError: If the criterion needs no data, a role is unknown, or a weight is not a
+            finite number of at least 0, one of them above.
+    """
+    if not criterion_named(criterion, {}).needs_data:
+        raise ConfigError(f"token_weights: criterion {criterion!r} reads no data to weigh")
+    for role, weight in token_weights.items():
+        if role not in ROLES or not 0 <= weight < float("inf"):
+            raise ConfigError(
+                f"token_weights {role}={weight} must be one of {', '.join(ROLES)} with a weight of "
+                "0 or more"
+            )
+    if not any(token_weights.get(role, 1.0) for role in ROLES):
+        raise ConfigError(f"token_weights {dict(token_weights)}: one role needs a weight above 0")
 
 
 def calibration_batches(

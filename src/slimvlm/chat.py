@@ -1,22 +1,30 @@
 """Conversations ↔ model inputs, through the processor's own chat template.
 
-Labels stand on assistant turns only. Where they are is read off the template: what it adds when
-the next assistant turn is appended is the answer.
+Labels stand on assistant turns only. Where they are is read off the template: it is rendered a
+second time with a mark in place of every text, which shows what it writes around the texts. A label
+begins where generation would begin, and ends with the token that the template ends an answer with.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 
 from slimvlm.errors import DataError
 from slimvlm.losses import IGNORE
 from slimvlm.samples import Message, Question, Sample
+
+_MARK = "\ue000{}\ue001"
+"""Stands for a text, between two characters that Unicode leaves to private use."""
 
 
 def tokenizer_of(processor: Any) -> Any:
@@ -61,12 +69,21 @@ def render(processor: Any, messages: Sequence[Message], generate: bool = False) 
 
     Text models get plain strings as content. A tokenizer without a chat template gets the turns on
     lines of their own.
+
+    Raises:
+        DataError: If there are pictures and the model cannot see, or the template refuses the
+            turns (Gemma's takes no system turn, for example).
     """
     chat = list(messages) if can_see(processor) else [_text_only(m) for m in messages]
     if getattr(processor, "chat_template", None) is None:
         turns = [str(_text_only(message)["content"]) for message in messages]
         return "\n".join(turns) + ("\n" if generate else "")
-    text: str = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=generate)
+    try:
+        text: str = processor.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=generate
+        )
+    except TemplateError as error:
+        raise DataError(f"the chat template refuses the conversation ({error})") from error
     return text
 
 
@@ -87,9 +104,10 @@ def encode_samples(processor: Any, samples: Sequence[Sample]) -> dict[str, Tenso
         samples: Conversations that end with an assistant turn.
 
     Raises:
-        DataError: If a picture cannot be read, or a sample has no answer tokens.
+        DataError: If a picture cannot be read, the template refuses a conversation or hides where
+            its answers are, or a sample has no answer tokens.
     """
-    texts = [render(processor, sample.messages) for sample in samples]
+    texts = [_text_of(processor, sample) for sample in samples]
     images = [[open_image(image) for image in sample.images] for sample in samples]
     inputs = process(processor, texts, images, padding_side="right")
     labels = torch.full_like(inputs["input_ids"], IGNORE)
@@ -100,6 +118,13 @@ def encode_samples(processor: Any, samples: Sequence[Sample]) -> dict[str, Tenso
         if not (labels[row] != IGNORE).any():
             raise DataError(f"sample {sample.id!r} has no assistant turn to learn from")
     return {**inputs, "labels": labels}
+
+
+def _text_of(processor: Any, sample: Sample) -> str:
+    try:
+        return render(processor, sample.messages)
+    except DataError as error:
+        raise DataError(f"sample {sample.id!r}: {error}") from error
 
 
 def encode_questions(processor: Any, questions: Sequence[Question]) -> dict[str, Tensor]:
@@ -133,59 +158,139 @@ def _adds_special_tokens(tokenizer: Any, text: str) -> bool:
     return tokenizer.bos_token is None or not text.startswith(tokenizer.bos_token)
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """Characters of an answer in the rendered text, and the pictures that come before it."""
+
+    start: int
+    stop: int
+    num_images: int
+
+
 def _answer_spans(
     processor: Any, sample: Sample, text: str, images: list[Image.Image], length: int
 ) -> list[tuple[int, int]]:
     """Token positions of the assistant turns in the processed sequence."""
-    turns = [i for i, message in enumerate(sample.messages) if message["role"] == "assistant"]
-    if not turns:
-        return []
-    first_images = sum(map(_num_images, sample.messages[: turns[0]]))
-    if first_images < len(images):  # a picture after an answer: count tokens prefix by prefix
-        return [_span_by_prefixes(processor, sample, images, turn) for turn in turns]
     tokenizer = tokenizer_of(processor)
-    plain = tokenizer(
-        text,
-        return_offsets_mapping=True,
-        add_special_tokens=_adds_special_tokens(tokenizer, text),
-    )
-    added = length - len(plain["input_ids"])  # by pictures, which all come before the answers
+    adds = _adds_special_tokens(tokenizer, text)
+    plain = tokenizer(text, return_offsets_mapping=True, add_special_tokens=adds)
+    left, right = torch.tensor(plain["offset_mapping"]).reshape(-1, 2).T
+    added = {0: 0, len(images): length - len(left)}  # tokens that so many pictures add
     spans = []
-    for turn in turns:
-        start, stop = _answer_characters(processor, sample, text, turn)
-        hits = [
-            i
-            for i, (left, right) in enumerate(plain["offset_mapping"])
-            if left < stop and right > start
-        ]
-        if hits:
-            spans.append((hits[0] + added, hits[-1] + 1 + added))
+    for answer in _answers(processor, sample, text):
+        hits = ((left < answer.stop) & (right > answer.start)).nonzero().flatten().tolist()
+        if not hits:
+            continue
+        shown = answer.num_images
+        if shown not in added:
+            before = text[: answer.start]
+            inputs = process(processor, [before], [images[:shown]], "right")
+            alone = tokenizer(before, add_special_tokens=adds)
+            added[shown] = inputs["input_ids"].shape[1] - len(alone["input_ids"])
+        spans.append((hits[0] + added[shown], hits[-1] + 1 + added[shown]))
     return spans
 
 
-def _answer_characters(processor: Any, sample: Sample, text: str, turn: int) -> tuple[int, int]:
-    prefix = render(processor, sample.messages[:turn], generate=True)
-    through = render(processor, sample.messages[: turn + 1]).rstrip()
-    if not text.startswith(prefix):
+def _answers(processor: Any, sample: Sample, text: str) -> list[_Answer]:
+    """Where the answers are, each with what the template writes to end it.
+
+    Two renders of the whole conversation are enough, however many turns it has.
+    """
+    marked = _marked(sample.messages)
+    around, order = _split_at_marks(render(processor, marked))
+    places = _places(_texts_of(sample.messages), around, order, text)
+    if places is None:
         raise DataError(
-            f"sample {sample.id!r}: the chat template rewrites earlier turns, so answers cannot be "
+            f"sample {sample.id!r}: the chat template rewrites what was said, so answers cannot be "
             "located"
         )
-    return len(prefix), len(through)
+    prompt = _generation_prompt(processor, marked)
+    end = _end_of_answer(tokenizer_of(processor), around[-1])
+    answers, part, images = [], 0, 0
+    for message in sample.messages:
+        images += _num_images(message)
+        parts = range(part, part + len(_texts_of([message])))
+        part = parts.stop
+        spoken = [i for i in parts if i in places]
+        if message["role"] != "assistant" or not spoken:
+            continue
+        start, stop = places[spoken[0]][0], places[spoken[-1]][1]
+        before, after = (around[order.index(spoken[i]) - i] for i in (0, -1))
+        prompted = before.rfind(prompt)
+        start -= len(before) - prompted - len(prompt) if prompted >= 0 else 0
+        stop += len(end) if after.startswith(end) else 0
+        answers.append(_Answer(start, stop, images))
+    return answers
 
 
-def _span_by_prefixes(
-    processor: Any, sample: Sample, images: list[Image.Image], turn: int
-) -> tuple[int, int]:
-    """A turn's token positions, by processing the conversation up to it and through it."""
-    lengths = []
-    for end, generate in ((turn, True), (turn + 1, False)):
-        messages = sample.messages[:end]
-        text = render(processor, messages, generate=generate)
-        shown = images[: sum(map(_num_images, messages))]
-        inputs = process(processor, [text if generate else text.rstrip()], [shown], "right")
-        lengths.append(inputs["input_ids"].shape[1])
-    return lengths[0], lengths[1]
+def _texts_of(messages: Sequence[Message]) -> list[str]:
+    """Every text of a conversation in order."""
+    contents = [message["content"] for message in messages]
+    parts = [[{"text": c}] if isinstance(c, str) else c for c in contents]
+    return [part["text"] for content in parts for part in content if "text" in part]
+
+
+def _marked(messages: Sequence[Message]) -> list[Message]:
+    """The conversation with a numbered mark for each text."""
+    numbers = count()
+
+    def mark(content: Any) -> Any:
+        if isinstance(content, str):
+            return _MARK.format(next(numbers))
+        return [
+            {**part, "text": _MARK.format(next(numbers))} if "text" in part else part
+            for part in content
+        ]
+
+    return [{**message, "content": mark(message["content"])} for message in messages]
+
+
+def _split_at_marks(text: str) -> tuple[list[str], list[int]]:
+    """What stands around the marks of a rendered conversation, and their numbers."""
+    pieces = re.split(_MARK.format(r"(\d+)"), text)
+    return pieces[::2], [int(number) for number in pieces[1::2]]
+
+
+def _places(
+    texts: list[str], around: list[str], order: list[int], text: str
+) -> dict[int, tuple[int, int]] | None:
+    """Characters of each text, which the template may have stripped; None if they do not fit."""
+    if len(set(order)) != len(order) or not text.startswith(around[0]):
+        return None
+    places: dict[int, tuple[int, int]] = {}
+    position = len(around[0])
+    for number, after in zip(order, around[1:], strict=True):
+        said = texts[number]
+        forms = (said, said.rstrip(), said.lstrip(), said.strip())
+        form = next((f for f in forms if text.startswith(f + after, position)), None)
+        if form is None:
+            return None
+        places[number] = (position, position + len(form))
+        position += len(form) + len(after)
+    return places if position == len(text) else None
+
+
+def _generation_prompt(processor: Any, marked: list[Message]) -> str:
+    """What the template writes before an answer begins, at the first turn that is one."""
+    first = next((i for i, m in enumerate(marked) if m["role"] == "assistant"), 0)
+    if not first:
+        return ""
+    asked, waiting = (
+        _split_at_marks(render(processor, marked[:first], generate))[0][-1]
+        for generate in (False, True)
+    )
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(asked, waiting, strict=False))
+    return waiting[len(list(same)) :] or waiting
+
+
+def _end_of_answer(tokenizer: Any, last: str) -> str:
+    """What ends an answer: up to the first special token of what ends the conversation."""
+    specials = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    ends = [(last.find(token), -len(token)) for token in specials if token in last]
+    if not ends:
+        return last.rstrip()
+    at, negative_length = min(ends)
+    return last[: at - negative_length]
 
 
 def _num_images(message: Message) -> int:

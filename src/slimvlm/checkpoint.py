@@ -13,13 +13,21 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from slimvlm import chat
-from slimvlm.configs import auto_class, empty_model
+from slimvlm import chat, modeling_pruned
+from slimvlm.configs import (
+    auto_class,
+    auto_map_of,
+    check_widths,
+    empty_model,
+    is_uneven,
+    uneven_class,
+)
 from slimvlm.errors import ConfigError, ReloadError
 from slimvlm.geometry import Anatomy, backbone_of, family_of, read_anatomy
 from slimvlm.outputs import new_folder
 from slimvlm.plan import Plan
 from slimvlm.samples import Sample
+from slimvlm.uneven import padded, set_class_
 
 PLAN_FILE = "slimvlm_plan.json"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -68,6 +76,7 @@ def load_config(model: str | Path, trust_remote_code: bool = False) -> PreTraine
         ) from error
     family_of(config.model_type)
     backbone_of(config)
+    check_widths(config)
     return config
 
 
@@ -83,7 +92,8 @@ def load(
         model: A folder, a hub id, or ``demo``.
         dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
         device: Where to put it; by default the first GPU, else the CPU.
-        trust_remote_code: Whether code that lies in the checkpoint may run.
+        trust_remote_code: Whether code that lies in the checkpoint may run. Layers of different
+            widths need none here: slimvlm has that code itself and never runs the folder's copy.
 
     Returns:
         The model in evaluation mode, and its processor (its tokenizer, for a text model).
@@ -96,8 +106,9 @@ def load(
         raise ConfigError(f"dtype {dtype!r} must be one of: {', '.join(DTYPES)}")
     config = load_config(model, trust_remote_code)
     name = resolve(model)
+    source: Any = uneven_class(config) if is_uneven(config) else auto_class(config)
     try:
-        loaded, report = auto_class(config).from_pretrained(
+        loaded, report = source.from_pretrained(
             name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
@@ -110,6 +121,7 @@ def load(
             + (f" and {len(rest)} more" * bool(rest))
         )
     target = torch.device(device) if device is not None else default_device()
+    set_class_(loaded)
     model_on_device: PreTrainedModel = loaded.to(target).eval()
     return model_on_device, load_processor(name, config, trust_remote_code)
 
@@ -141,6 +153,7 @@ def anatomy(model: PreTrainedModel | PreTrainedConfig | str | Path) -> Anatomy:
     config = model if isinstance(model, PreTrainedConfig) else load_config(model)
     family_of(config.model_type)
     backbone_of(config)
+    check_widths(config)
     return read_anatomy(empty_model(config))
 
 
@@ -150,8 +163,13 @@ def save(
     out: str | Path,
     plan: Plan | None = None,
     force: bool = False,
+    pad: bool = False,
 ) -> None:
     """Write a checkpoint that plain ``from_pretrained`` loads, and prove it.
+
+    If the layers have different widths, ``from_pretrained`` needs ``trust_remote_code=True``: the
+    folder then holds ``modeling_pruned.py``, which cuts the native class to these widths. Or they
+    are padded.
 
     The folder is written beside its place and read back; logits on a probe (with a picture, if
     the model sees) must agree before it is renamed.
@@ -162,15 +180,17 @@ def save(
         out: The new folder.
         plan: The plan that made the model; stored as ``slimvlm_plan.json``.
         force: Whether an existing folder may be replaced.
+        pad: Whether layers of different widths are filled up with zeros to the widest, which
+            loads everywhere without code but is as large and slow as the widest layer.
 
     Raises:
-        ConfigError: If the folder exists, or the layers have different widths, which a plain
-            configuration cannot say.
+        ConfigError: If the folder exists.
         ReloadError: If what was written does not load back to the same model.
     """
-    require_writable(read_anatomy(model))
+    set_class_(model)
+    written = padded(model) if pad and is_uneven(model.config) else model
     with new_folder(out, force) as folder:
-        model.save_pretrained(folder)
+        written.save_pretrained(folder)
         if processor is not None:
             processor.save_pretrained(folder)
         if plan is not None:
@@ -195,6 +215,8 @@ def require_writable(shape: Anatomy) -> None:
 def check_reload(model: PreTrainedModel, processor: Any, folder: str | Path) -> None:
     """Load a written folder with the plain Auto class and compare it with the live model.
 
+    The only code that it may hold, and that runs here, is slimvlm's own.
+
     Raises:
         ReloadError: If keys are missing or left over, or logits differ by more than rounding.
     """
@@ -203,8 +225,12 @@ def check_reload(model: PreTrainedModel, processor: Any, folder: str | Path) -> 
     batch = {k: v.to(model.device) for k, v in probe(model, processor).items()}
     expected = model(**batch).logits.float().cpu()
     try:
-        again, report = auto_class(model.config).from_pretrained(
-            folder, dtype=model.dtype, output_loading_info=True
+        config = AutoConfig.from_pretrained(folder)
+        again, report = auto_class(config).from_pretrained(
+            folder,
+            dtype=model.dtype,
+            trust_remote_code=_holds_only_our_code(folder, config),
+            output_loading_info=True,
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ReloadError(f"{str(folder)!r} does not load back: {error}") from error
@@ -217,6 +243,18 @@ def check_reload(model: PreTrainedModel, processor: Any, folder: str | Path) -> 
     difference = float((found - expected).abs().max())
     if not difference <= 1e-3 * max(float(expected.abs().max()), 1.0):
         raise ReloadError(f"{str(folder)!r} loads back to other logits (difference {difference})")
+
+
+def _holds_only_our_code(folder: str | Path, config: PreTrainedConfig) -> bool:
+    """Whether a folder is of the uneven format and its Python file is the one of this package."""
+    ours = Path(modeling_pruned.__file__)
+    copied = Path(folder) / ours.name
+    return (
+        is_uneven(config)
+        and getattr(config, "auto_map", None) == auto_map_of(config)
+        and copied.is_file()
+        and copied.read_bytes() == ours.read_bytes()
+    )
 
 
 def probe(model: PreTrainedModel, processor: Any) -> dict[str, Tensor]:

@@ -13,13 +13,14 @@ from slimvlm import verbs
 from slimvlm.errors import SlimError
 
 VERBS: dict[str, Callable[..., None]] = {
-    verb.__name__: verb
+    verb.__name__.replace("_", "-"): verb
     for verb in (
         verbs.inspect,
         verbs.score,
         verbs.plan,
         verbs.prune,
         verbs.recover,
+        verbs.cache_teacher,
         verbs.evaluate,
         verbs.compare,
         verbs.compress,

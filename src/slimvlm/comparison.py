@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
@@ -16,7 +16,7 @@ from PIL import Image
 
 from slimvlm.chat import open_image
 from slimvlm.errors import ConfigError
-from slimvlm.evaluation import PERPLEXITY, Result, TaskResult
+from slimvlm.evaluation import PERPLEXITY, Result, TaskResult, with_other_pictures
 from slimvlm.metrics import METRICS, Difference, paired_difference
 from slimvlm.samples import Question, Task
 
@@ -103,6 +103,7 @@ class Comparison:
         tasks: What both answered, by name.
         difference: Second minus first over all questions of all tasks, in points.
         left_out: Why a task was not compared, by its name.
+        note: Which model was asked blind, and what pictures are shown then; empty if none was.
     """
 
     name_a: str
@@ -112,6 +113,7 @@ class Comparison:
     tasks: Mapping[str, TaskComparison]
     difference: Difference
     left_out: Mapping[str, str]
+    note: str = ""
 
     @property
     def counts(self) -> dict[Kind, int]:
@@ -123,7 +125,8 @@ def compare(a: Result, b: Result, tasks: Mapping[str, Task]) -> Comparison:
     """Set the answers of two models side by side.
 
     Perplexity has no right and wrong, and a task that only one model answered has no pairs: both
-    are named in `Comparison.left_out`.
+    are named in `Comparison.left_out`. If one model was asked blind, `Pair.question` has the
+    pictures that the other one saw; if both were, those of other questions that both were shown.
 
     Args:
         a: Result of the first model, usually the original.
@@ -143,12 +146,22 @@ def compare(a: Result, b: Result, tasks: Mapping[str, Task]) -> Comparison:
         if reason:
             left_out[name] = reason
         else:
-            found[name] = _compare_task(name, a.tasks[name], b.tasks[name], tasks.get(name))
+            task = _as_asked(tasks.get(name), blind=a.blind and b.blind)
+            found[name] = _compare_task(name, a.tasks[name], b.tasks[name], task)
     if not found:
         raise ConfigError(f"results of {a.model!r} and {b.model!r}: no task has answers of both")
     pairs = list(chain(*(task.pairs for task in found.values())))
     difference = paired_difference([p.score_a for p in pairs], [p.score_b for p in pairs])
-    return Comparison(a.model, b.model, a.total_params, b.total_params, found, difference, left_out)
+    return Comparison(
+        name_a=a.model,
+        name_b=b.model,
+        params_a=a.total_params,
+        params_b=b.total_params,
+        tasks=found,
+        difference=difference,
+        left_out=left_out,
+        note=_blind_note(a.blind, b.blind),
+    )
 
 
 def comparison_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
@@ -188,6 +201,7 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
         "tasks": tasks,
         "all": {**_difference_json(comparison.difference), "counts": comparison.counts},
         "left_out": dict(comparison.left_out),
+        "note": comparison.note,
     }
 
 
@@ -278,6 +292,25 @@ def _compare_task(name: str, a: TaskResult, b: TaskResult, task: Task | None) ->
     return TaskComparison(
         name, a.metric, a.score, b.score, paired_difference(a.scores, b.scores), pairs, note
     )
+
+
+def _as_asked(task: Task | None, blind: bool) -> Task | None:
+    """The task with the pictures that were shown."""
+    if task is None or not blind:
+        return task
+    load = task.load
+    return replace(task, load=lambda limit: with_other_pictures(load(limit)))
+
+
+def _blind_note(a: bool, b: bool) -> str:
+    if a and b:
+        return "A and B were asked blind: pictures are those of other questions, as both saw them"
+    if a or b:
+        return (
+            f"{'A' if a else 'B'} was asked blind, with the pictures of other questions; "
+            f"pictures are those that {'B' if a else 'A'} saw"
+        )
+    return ""
 
 
 def _questions(task: Task | None, result: TaskResult) -> tuple[dict[str, Question], str]:

@@ -4,24 +4,57 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from slimvlm.errors import ConfigError
 
+Axis = Literal["depth", "width", "both"]
+Unit = Literal["kv_group", "neuron"]
+Allocation = Literal["uniform", "balanced", "protect", "global", "search"]
+Gradient = Literal["batch", "per_sample"]
+Repair = Literal["none", "width", "depth", "both", "auto"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Train = Literal["projector", "lora", "full"]
-LOSS_NAMES = ("sft", "hidden", "kl", "rkl")
-_POSITIVE = (
-    "epochs",
-    "learning_rate",
-    "batch_size",
-    "gradient_accumulation",
-    "lora_rank",
-    "lora_alpha",
-    "temperature",
-    "save_steps",
-    "logging_steps",
-)
+HiddenLayers = Literal["final", "mapped"]
+Teacher = Literal["auto", "shared", "separate"]
+Scheduler = Literal[
+    "cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
+]
+LOSS_NAMES = ("sft", "hidden", "cosine", "kl", "rkl", "jsd")
+_CHOICES = {
+    "train": get_args(Train),
+    "kd_on": ("answer", "text", "all"),
+    "hidden_layers": get_args(HiddenLayers),
+    "teacher": get_args(Teacher),
+    "scheduler": get_args(Scheduler),
+}
+_PRUNE_CHOICES = {
+    "axis": (None, *get_args(Axis)),
+    "gradient": get_args(Gradient),
+    "allocation": get_args(Allocation),
+    "repair": get_args(Repair),
+    "dtype": get_args(Dtype),
+}
+_Range = tuple[Callable[[float], bool], str]
+_ABOVE_0: _Range = (lambda value: 0 < value < math.inf, "above 0")
+_SHARE: _Range = (lambda value: 0 <= value < 1, "at least 0 and below 1")
+_RANGES: dict[str, _Range] = {
+    "fraction": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "max_steps": (lambda value: value == -1 or value > 0, "above 0, or -1 for no limit"),
+    "jsd_beta": (lambda value: 0 < value < 1, "above 0 and below 1"),
+    "max_grad_norm": (lambda value: 0 <= value < math.inf, "at least 0"),
+    **dict.fromkeys(("warmup_ratio", "weight_decay", "lora_dropout", "eval_fraction"), _SHARE),
+    **dict.fromkeys(
+        (
+            *("epochs", "learning_rate", "batch_size", "gradient_accumulation"),
+            *("lora_rank", "lora_alpha", "temperature", "top_k"),
+            *("eval_steps", "save_steps", "logging_steps"),
+        ),
+        _ABOVE_0,
+    ),
+}
 
 
 def parse_loss(expression: str) -> dict[str, float]:
@@ -61,7 +94,7 @@ class RecoverConfig:
     train: Train = "lora"
     """What learns: the projector, LoRA on the backbone plus the projector, or all but the tower."""
     loss: str = "sft+hidden"
-    """Weighted sum of sft, hidden (L2 on final hidden states), kl and rkl."""
+    """Weighted sum of sft, hidden (L2 of hidden states), cosine (their angle), kl, rkl and jsd."""
     fraction: float = 1.0
     """Share of the data to use: a seeded subset, recorded with the run."""
     epochs: float = 1.0
@@ -69,31 +102,55 @@ class RecoverConfig:
     max_steps: int = -1
     """Stop after so many optimizer steps; -1 for no limit."""
     learning_rate: float = 2e-4
-    """Peak learning rate of AdamW; cosine decay to zero."""
+    """Peak learning rate of AdamW."""
+    scheduler: Scheduler = "cosine"
+    """How the learning rate falls after the warm-up."""
     warmup_ratio: float = 0.03
     """Share of the steps in which the learning rate rises."""
     weight_decay: float = 0.0
     """AdamW weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 leaves them."""
     batch_size: int = 8
     """Samples in a step on each device."""
     gradient_accumulation: int = 1
     """Steps whose gradients are added before the optimizer moves."""
+    group_by_length: bool = False
+    """Put samples of similar length into a batch, for less padding."""
     lora_rank: int = 64
     """Rank of the LoRA matrices."""
     lora_alpha: int = 128
     """LoRA scale is alpha / rank."""
     lora_dropout: float = 0.05
     """Dropout before the LoRA matrices."""
+    keep_adapter: bool = False
+    """Keep the LoRA matrices as an adapter beside the merged model."""
     temperature: float = 2.0
-    """Temperature of kl and rkl."""
+    """Temperature of kl, rkl and jsd."""
+    jsd_beta: float = 0.5
+    """Weight of the teacher in jsd's mixture; towards 0 it acts like kl, towards 1 like rkl."""
+    top_k: int | None = None
+    """Compare only the teacher's so many likeliest tokens in kl, rkl and jsd; by default all."""
+    hidden_layers: HiddenLayers = "final"
+    """Where hidden and cosine compare: after the last norm, or also after every kept layer."""
+    teacher: Teacher = "auto"
+    """Teacher and student in one set of weights, or in two; auto shares where that is exact."""
+    student_projector_in_teacher: bool = False
+    """Feed the teacher through the student's projector, as the study does; else through its own."""
     kd_on: Literal["answer", "text", "all"] = "answer"
     """Positions that distillation compares: answers, all text, or images too; never padding."""
     paper_exact: bool = False
-    """Reduce kl, rkl and hidden as the study's trainer does: over every position."""
+    """Reduce all losses but sft as the study's trainer does: over every position."""
     bf16: bool | None = None
     """bfloat16 autocast; by default where the device computes it natively."""
     gradient_checkpointing: bool = False
     """Trade time for activation memory."""
+    eval_fraction: float = 0.0
+    """Share of the data that is held out to measure the loss on, the same for every fraction."""
+    eval_steps: int | None = None
+    """Steps between measurements of the held-out loss; by default save_steps."""
+    load_best: bool = False
+    """End with the checkpoint whose held-out loss was lowest, not with the last one."""
     save_steps: int = 200
     """Steps between resumable checkpoints."""
     logging_steps: int = 10
@@ -105,22 +162,117 @@ class RecoverConfig:
 
     def __post_init__(self) -> None:
         parse_loss(self.loss)
-        if self.train not in ("projector", "lora", "full"):
-            raise ConfigError(f"train {self.train!r} must be one of: projector, lora, full")
-        if not 0 < self.fraction <= 1:
-            raise ConfigError(f"fraction {self.fraction} must be above 0 and at most 1")
-        if self.kd_on not in ("answer", "text", "all"):
-            raise ConfigError(f"kd_on {self.kd_on!r} must be one of: answer, text, all")
-        if self.max_steps < 1 and self.max_steps != -1:
-            raise ConfigError(f"max_steps {self.max_steps} must be above 0, or -1 for no limit")
-        for name in _POSITIVE:
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} {getattr(self, name)} must be above 0")
-        for name in ("warmup_ratio", "lora_dropout", "weight_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name} {getattr(self, name)} must be at least 0 and below 1")
+        _check_choices(self, _CHOICES)
+        for name, (is_legal, meaning) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not is_legal(value):
+                raise ConfigError(f"{name} {value} must be {meaning}")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        """Refuse options that need another one."""
+        if self.keep_adapter and self.train != "lora":
+            raise ConfigError(f"keep_adapter True needs train 'lora', not {self.train!r}")
+        for name in ("load_best", "eval_steps"):
+            if getattr(self, name) and not self.eval_fraction:
+                raise ConfigError(f"{name} {getattr(self, name)} needs an eval_fraction above 0")
+        if self.load_best and self.save_steps % (self.eval_steps or self.save_steps):
+            raise ConfigError(
+                f"save_steps {self.save_steps} must be a multiple of eval_steps {self.eval_steps} "
+                "for load_best"
+            )
 
     @property
     def loss_weights(self) -> dict[str, float]:
         """The loss as weights by name."""
         return parse_loss(self.loss)
+
+
+def _check_choices(config: object, choices: Mapping[str, tuple[str | None, ...]]) -> None:
+    for name, allowed in choices.items():
+        value = getattr(config, name)
+        if value not in allowed:
+            names = ", ".join(choice for choice in allowed if choice is not None)
+            raise ConfigError(f"{name} {value!r} must be one of: {names}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """What to remove, and how to choose and to mend.
+
+    Raises:
+        ConfigError: If a value is out of range; the message names the field.
+    """
+
+    ratio: float | None = None
+    """Share of the backbone's parameters to remove."""
+    axis: Axis | None = None
+    """Remove layers, KV groups and neurons, or both."""
+    criterion: tuple[str, ...] = ()
+    """How to score, one criterion for each kind of unit; by default what measured best."""
+    gradient: Gradient = "per_sample"
+    """For taylor: one gradient over all samples, or one for each."""
+    data: str | None = None
+    """Conversations: demo, LLaVA-format .json, or .jsonl/.parquet/datasets folder with messages."""
+    images: str | None = None
+    """Folder that image paths in the data start from."""
+    samples: int = 64
+    """Calibration samples, the first ones of the data."""
+    token_weights: str | None = None
+    """Weight of tokens in calibration by role, such as image=0.1,prompt=1,answer=1."""
+    allocation: Allocation = "balanced"
+    """How widths share the ratio: the same in every layer, with KV groups and neurons in
+    proportion (uniform) or as measured (balanced); first and last layers whole (protect); by one
+    ranking (global) or a search over layers. The last two give files with code."""
+    units: tuple[Unit, ...] = ("kv_group", "neuron")
+    """What width may remove."""
+    protect: tuple[int, int] = (0, 0)
+    """First and last layers to leave whole."""
+    steps: int = 1
+    """Score, remove a part, and repeat so many times."""
+    search_passes: int = 200
+    """Plans that a search measures at most; each is one pass over held-out samples."""
+    repair: Repair = "none"
+    """Fit the remaining weights in closed form: widths, seams of removed layers, both, or auto,
+    which keeps what helps on held-out answers."""
+    pad: bool = False
+    """Fill layers of different widths up with zeros: loads without code, as large as the widest."""
+    round_to: int | None = None
+    """Multiple for the number of neurons; default 64, smaller for small models."""
+    max_bad: int = 0
+    """Broken data rows to skip at most."""
+    dtype: Dtype = "auto"
+    """Data type of the weights."""
+    trust_remote_code: bool = False
+    """Run code that lies in the checkpoint."""
+
+    def __post_init__(self) -> None:
+        _check_choices(self, _PRUNE_CHOICES)
+        for name in ("samples", "steps", "search_passes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} {getattr(self, name)} must be at least 1")
+        if not self.units or set(self.units) - set(get_args(Unit)):
+            raise ConfigError(f"units {self.units} must be of: {', '.join(get_args(Unit))}")
+        if self.steps > 1 and self.allocation == "search":
+            raise ConfigError(f"steps {self.steps} cannot be combined with allocation 'search'")
+
+    @property
+    def needs_held_out(self) -> bool:
+        """Whether some calibration samples are set aside to judge plans and repairs on."""
+        return self.allocation in ("balanced", "search") or self.repair == "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressConfig(PruneConfig):
+    """Everything a run depends on; written into the run folder and compared when it goes on."""
+
+    training_samples: int | None = None
+    """Use only so many further samples of the data for recovery."""
+    recover: RecoverConfig | None = None
+    """Recovery options; None for no recovery."""
+    tasks: str | None = None
+    """Tasks to evaluate on, comma-separated; none if not given."""
+    limit: int | None = None
+    """Only the first so many questions of each task."""
+    baseline: str | None = None
+    """Result file of the original model, to save asking it again."""

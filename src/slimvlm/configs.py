@@ -10,12 +10,15 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from slimvlm.errors import ImpossiblePlanError
-from slimvlm.geometry import Anatomy, family_of, read_anatomy, text_config_of
+from slimvlm import modeling_pruned
+from slimvlm.errors import ConfigError, ImpossiblePlanError
+from slimvlm.geometry import LayerShape, family_of, read_anatomy, text_config_of
 from slimvlm.plan import Plan
 
 UNEVEN_FIELD = "pruned_layers"
-"""Text configuration field that holds per-layer widths when they differ."""
+"""Text configuration field that holds the widths of every layer when they differ."""
+WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+"""What each of its entries says."""
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
@@ -25,33 +28,85 @@ def auto_class(config: PreTrainedConfig) -> Any:
     return transformers.AutoModelForImageTextToText
 
 
+def is_uneven(config: PreTrainedConfig) -> bool:
+    """Whether a configuration gives every decoder layer its own widths."""
+    return getattr(text_config_of(config), UNEVEN_FIELD, None) is not None
+
+
+def check_widths(config: PreTrainedConfig) -> None:
+    """Check the widths of every layer in a configuration that a file may have brought.
+
+    Raises:
+        ConfigError: If entries are missing, or one is not a whole number that the layers can have.
+    """
+    text_config = text_config_of(config)
+    rows = getattr(text_config, UNEVEN_FIELD, None)
+    if rows is None:
+        return
+    most = {name: getattr(text_config, name) for name in WIDTHS}
+    count = text_config.num_hidden_layers
+    if not isinstance(rows, list) or len(rows) != count:
+        raise ConfigError(f"config: {UNEVEN_FIELD} must be a list of {count} entries, one a layer")
+    for index, row in enumerate(rows):
+        is_good = isinstance(row, dict) and row.keys() == most.keys()
+        if not is_good or any(
+            type(value) is not int or not 1 <= value <= most[name] for name, value in row.items()
+        ):
+            limits = ", ".join(f"{name} (1 to {limit})" for name, limit in most.items())
+            raise ConfigError(f"config: {UNEVEN_FIELD}[{index}] is {row!r} but must give {limits}")
+
+
+def uneven_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class for layers of different widths: the native one with its layers cut."""
+    auto = auto_class(config)
+    made: type[PreTrainedModel] = _uneven(auto, config)
+    made.register_for_auto_class(auto.__name__)  # so that save_pretrained copies the file
+    return made
+
+
+def auto_map_of(config: PreTrainedConfig) -> dict[str, str]:
+    """What ``auto_map`` must say so that plain transformers code finds the uneven classes."""
+    file = modeling_pruned.__name__.rpartition(".")[2]
+    autos = (auto_class(config), transformers.AutoModel)
+    return {auto.__name__: f"{file}.{_uneven(auto, config).__name__}" for auto in autos}
+
+
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a configuration without storage for its weights."""
     with torch.device("meta"):
-        model: PreTrainedModel = auto_class(config).from_config(copy.deepcopy(config))
+        if is_uneven(config):
+            build: Any = uneven_class(config)._from_config
+        else:
+            build = auto_class(config).from_config
+        model: PreTrainedModel = build(copy.deepcopy(config))
     return model
 
 
-def smaller_text_config(config: PreTrainedConfig, plan: Plan) -> PreTrainedConfig:
-    """The language-model configuration of the pruned model; the given one is left alone."""
+def smaller_text_config(
+    config: PreTrainedConfig, plan: Plan, uneven: bool = False
+) -> PreTrainedConfig:
+    """The language-model configuration of the pruned model; the given one is left alone.
+
+    Args:
+        config: Configuration of the whole model.
+        plan: The plan.
+        uneven: Whether each layer gets its own entry in `UNEVEN_FIELD`. The fields for all layers
+            then stay, so that the rules of the configuration class hold for them.
+    """
     old: PreTrainedConfig = text_config_of(config)
     after, row = plan.after, plan.before.backbone
     new: PreTrainedConfig = copy.deepcopy(old)
+    vars(new).pop(UNEVEN_FIELD, None)
     if plan.needs_retype:
         new = _retyped(new, after.text_type, row.retype_fields)
     changes: dict[str, Any] = {"num_hidden_layers": after.num_layers}
     for name in row.layer_lists:
         if getattr(new, name, None) is not None:
             changes[name] = [getattr(old, name)[i] for i in plan.layers]
-    widest = max(after.layers, key=lambda shape: (shape.num_kv_heads, shape.intermediate_size))
-    if any(len(plan.kv_groups[i]) < plan.before.layers[i].num_kv_heads for i in plan.layers):
-        changes["num_attention_heads"] = widest.num_heads
-        changes["num_key_value_heads"] = widest.num_kv_heads
-        changes["head_dim"] = widest.head_dim
-    if any(len(plan.neurons[i]) < plan.before.layers[i].intermediate_size for i in plan.layers):
-        changes["intermediate_size"] = max(shape.intermediate_size for shape in after.layers)
-    if not after.is_uniform:
-        changes[UNEVEN_FIELD] = [_widths(after, i) for i in range(after.num_layers)]
+    if uneven:
+        changes[UNEVEN_FIELD] = [_widths(shape) for shape in after.layers]
+    else:
+        changes |= _changed_widths(old, after.layers[0])
     for name, value in changes.items():
         setattr(new, name, value)
     return new
@@ -63,13 +118,11 @@ def validate(config: PreTrainedConfig, text_config: PreTrainedConfig, plan: Plan
     Args:
         config: Configuration of the whole original model.
         text_config: What `smaller_text_config` made.
-        plan: The plan. Layers of different widths cannot be checked this way and pass.
+        plan: The plan.
 
     Raises:
         ImpossiblePlanError: If the configuration class refuses the shape, or ignores a field.
     """
-    if not plan.after.is_uniform:
-        return
     try:
         checked = type(text_config).from_dict(text_config.to_dict())
         whole = with_text_config(copy.deepcopy(config), checked)
@@ -92,13 +145,26 @@ def with_text_config(config: PreTrainedConfig, text_config: PreTrainedConfig) ->
     return config
 
 
-def _widths(anatomy: Anatomy, index: int) -> dict[str, int]:
-    shape = anatomy.layers[index]
-    return {
-        "num_attention_heads": shape.num_heads,
-        "num_key_value_heads": shape.num_kv_heads,
-        "intermediate_size": shape.intermediate_size,
-    }
+def _uneven(auto: Any, config: PreTrainedConfig) -> Any:
+    native = auto._model_mapping[type(config)]
+    return getattr(modeling_pruned, f"{modeling_pruned.PREFIX}{native.__name__}")
+
+
+def _widths(shape: LayerShape) -> dict[str, int]:
+    counts = (shape.num_heads, shape.num_kv_heads, shape.intermediate_size)
+    return dict(zip(WIDTHS, counts, strict=True))
+
+
+def _changed_widths(text_config: Any, shape: LayerShape) -> dict[str, int]:
+    """The fields that do not yet say what all layers have."""
+    widths = _widths(shape)
+    neurons = widths.pop("intermediate_size")
+    changed = {}
+    if any(getattr(text_config, name) != count for name, count in widths.items()):
+        changed = {**widths, "head_dim": shape.head_dim}
+    if text_config.intermediate_size != neurons:
+        changed["intermediate_size"] = neurons
+    return changed
 
 
 def _retyped(text_config: Any, model_type: str, fields: Any) -> PreTrainedConfig:
@@ -117,5 +183,6 @@ def _refusal(plan: Plan, why: str) -> str:
     counts = sorted({shape.num_kv_heads for shape in plan.after.layers})
     return (
         f"plan: {plan.before.text_type!r} cannot be configured with {counts[0]} KV groups "
-        f"({why}). KV groups that it can have: {', '.join(map(str, legal))}"
+        f"({why}). KV groups that it can have: {', '.join(map(str, legal))}, or any count with "
+        "allow_uneven, whose files need trust_remote_code=True"
     )

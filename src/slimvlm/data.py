@@ -66,12 +66,82 @@ def load_samples(
 
 
 def subset(samples: list[Sample], fraction: float, seed: int) -> list[Sample]:
-    """A seeded share of the samples, in their original order; the same on every rank."""
+    """A seeded share of the samples, in their original order.
+
+    It is stratified: samples without pictures, with one and with several keep their shares, and so
+    does each folder that pictures come from (to within one sample of a stratum, as far as the
+    rounding of the whole allows). It is nested: 5 % of the data lie within its 10 %. It depends on
+    the order of the samples and the seed alone, so it is the same on every rank.
+    """
     count = max(round(len(samples) * fraction), 1)
-    if count >= len(samples):
-        return samples
-    chosen = random.Random(seed).sample(range(len(samples)), count)
+    chosen = _stratified_order(samples, seed)[:count]
     return [samples[i] for i in sorted(chosen)]
+
+
+def hold_out(
+    samples: list[Sample], fraction: float, seed: int
+) -> tuple[list[Sample], list[Sample]]:
+    """Samples to learn from, and a stratified share to measure the loss on.
+
+    Held out before `subset` is drawn, that share is the same whatever fraction is learnt from.
+
+    Args:
+        samples: All samples.
+        fraction: Share to hold out; of a share above 0 at least one sample, and never all.
+        seed: Seed of the choice.
+
+    Raises:
+        DataError: If there are too few samples to hold one out.
+    """
+    if not fraction:
+        return samples, []
+    if len(samples) < 2:
+        raise DataError(f"eval_fraction {fraction} needs at least 2 samples, not {len(samples)}")
+    count = min(max(round(len(samples) * fraction), 1), len(samples) - 1)
+    held = set(_stratified_order(samples, seed)[-count:])
+    parts: tuple[list[Sample], list[Sample]] = ([], [])
+    for index, sample in enumerate(samples):
+        parts[index in held].append(sample)
+    return parts
+
+
+def estimated_length(sample: Sample, image_tokens: int = 576) -> int:
+    """About how many tokens a sample has: a key to batch samples of similar length.
+
+    Neither the text nor the pictures are read by a tokenizer or processor: four characters count
+    as a token, and every picture as equally many.
+
+    Args:
+        sample: A conversation.
+        image_tokens: Tokens of a picture; 576 is LLaVA-1.5's number.
+    """
+    parts = (part for message in sample.messages for part in message["content"])
+    characters = sum(len(part.get("text", "")) for part in parts)
+    return characters // 4 + image_tokens * len(sample.images)
+
+
+def _stratified_order(samples: list[Sample], seed: int) -> list[int]:
+    """Indices in an order of which every beginning is a stratified sample.
+
+    Within its stratum of n samples, the k-th in random order stands at (k + u) / n, with one random
+    u for each stratum.
+    """
+    strata: dict[tuple[int, str], list[int]] = {}
+    for index, sample in enumerate(samples):
+        strata.setdefault(_stratum(sample), []).append(index)
+    draw = random.Random(seed)
+    placed: list[tuple[float, int]] = []
+    for members in strata.values():
+        draw.shuffle(members)
+        offset = draw.random()
+        placed += [((k + offset) / len(members), index) for k, index in enumerate(members)]
+    return [index for _, index in sorted(placed)]
+
+
+def _stratum(sample: Sample) -> tuple[int, str]:
+    """How many pictures (0, 1, several), and the folder of the first."""
+    first = sample.images[0] if sample.images else None
+    return min(len(sample.images), 2), str(first.parent) if isinstance(first, Path) else ""
 
 
 def read_rows(data: str | Path) -> Iterator[Any]:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from slimvlm import chat, losses, metrics
 from slimvlm.answers import AnswerLog, fingerprint, key_of
-from slimvlm.errors import ConfigError
+from slimvlm.errors import ConfigError, DataError
 from slimvlm.geometry import read_anatomy
 from slimvlm.outputs import write_text
 from slimvlm.progress import progress
@@ -39,6 +41,10 @@ class TaskResult:
         scores: One score for each question, in [0, 1] but for MME, whose full score is above 100
             (for perplexity: its mean loss).
         details: Further numbers of the metric, in percent.
+        majority: Score of the best constant answer to these very questions, in percent; None for
+            perplexity, and where the scoring is not ours.
+        blind_scores: The scores that the same model gets for the same questions when it is shown
+            the pictures of other ones; empty where that was not measured or nothing is shown.
     """
 
     metric: str
@@ -49,6 +55,13 @@ class TaskResult:
     replies: tuple[str, ...]
     scores: tuple[float, ...]
     details: Mapping[str, float] = field(default_factory=dict)
+    majority: float | None = None
+    blind_scores: tuple[float, ...] = ()
+
+    @property
+    def blind(self) -> float | None:
+        """The blind floor: mean of `blind_scores` in percent; None where it was not measured."""
+        return 100 * fmean(self.blind_scores) if self.blind_scores else None
 
 
 @dataclass(frozen=True)
@@ -62,6 +75,10 @@ class Result:
         tasks: Results by task name.
         prefill_ms: Median time to read one question, in milliseconds.
         decode_ms: Median time to write one token.
+        blind: Whether every question was asked with the pictures of another one.
+        limit: Only the first so many questions of each task were asked; None for all.
+        batch_size: Questions that were answered at once; None if it is not known.
+        dtype: Data type of the weights; empty if it is not known.
     """
 
     model: str
@@ -70,6 +87,10 @@ class Result:
     tasks: Mapping[str, TaskResult]
     prefill_ms: float
     decode_ms: float
+    blind: bool = False
+    limit: int | None = None
+    batch_size: int | None = None
+    dtype: str = ""
 
     @property
     def average(self) -> float:
@@ -77,12 +98,65 @@ class Result:
         counted = {name: task.score for name, task in self.tasks.items() if task.in_average}
         return metrics.average(counted) if counted else float("nan")
 
-    def retention(self, baseline: Result) -> metrics.Retention:
+    def retention(self, baseline: Result, floors: Result | None = None) -> metrics.Retention:
         """AVG-% of this model relative to another one, over the tasks that both answered.
 
+        The floor of a task, which `Retention.above_floor` takes off both models, is the highest of
+        luck, the best constant answer, and the blind floor of the baseline where it was measured.
+
+        Args:
+            baseline: Result of the original model.
+            floors: The original model evaluated blind, where ``baseline`` has no blind floors yet;
+                see `with_blind_floors`.
+
         Raises:
-            ConfigError: If they share no task, or their questions differ.
+            ConfigError: If they share no task, their questions differ, or only one was blind.
         """
+        if floors is not None:
+            baseline = baseline.with_blind_floors(floors)
+        require_same_sight(self, baseline)
+        shared = self._shared_tasks(baseline)
+        return metrics.retention(
+            {name: self.tasks[name].scores for name in shared},
+            {name: baseline.tasks[name].scores for name in shared},
+            {name: self.tasks[name].chance for name in shared},
+            {name: _floor(name, self.tasks[name], baseline.tasks[name]) for name in shared},
+        )
+
+    def difference(self, baseline: Result) -> metrics.Difference:
+        """AVG of this model minus that of another one, over the tasks that both answered.
+
+        Raises:
+            ConfigError: If they share no task, their questions differ, or only one was blind.
+        """
+        require_same_sight(self, baseline)
+        shared = self._shared_tasks(baseline)
+        return metrics.average_difference(
+            {name: baseline.tasks[name].scores for name in shared},
+            {name: self.tasks[name].scores for name in shared},
+        )
+
+    def with_blind_floors(self, blind: Result) -> Result:
+        """This result with the floors that the same model's blind result gives.
+
+        Args:
+            blind: The same model on the same questions, from ``evaluate(..., blind=True)``.
+
+        Raises:
+            ConfigError: If that result was not blind or this one was, or the questions differ.
+        """
+        if self.blind or not blind.blind:
+            raise ConfigError("floors: must be a blind result of a model that was not blind")
+        found = {}
+        for name, task in self.tasks.items():
+            other = blind.tasks.get(name, task)
+            if other.ids != task.ids:
+                raise ConfigError(f"floors: task {name!r} asked other questions (see --limit)")
+            found[name] = replace(task, blind_scores=other.blind_scores)
+        return replace(self, tasks=found)
+
+    def _shared_tasks(self, baseline: Result) -> list[str]:
+        """Names of the tasks in AVG that both answered."""
         shared = [
             name for name, task in self.tasks.items() if task.in_average and name in baseline.tasks
         ]
@@ -91,11 +165,7 @@ class Result:
         for name in shared:
             if self.tasks[name].ids != baseline.tasks[name].ids:
                 raise ConfigError(f"baseline: task {name!r} asked other questions (see --limit)")
-        return metrics.retention(
-            {name: self.tasks[name].scores for name in shared},
-            {name: baseline.tasks[name].scores for name in shared},
-            {name: self.tasks[name].chance for name in shared},
-        )
+        return shared
 
     def save(self, path: str | Path) -> None:
         """Write everything as JSON, answers included."""
@@ -118,6 +188,42 @@ class Result:
             raise ConfigError(f"result {str(path)!r}: cannot be read ({error})") from error
 
 
+def require_same_sight(result: Result, baseline: Result) -> None:
+    """Refuse to set a blind result against one with the right pictures.
+
+    Raises:
+        ConfigError: If only one of the two is blind.
+    """
+    if result.blind != baseline.blind:
+        blind, other = ("this", "that") if result.blind else ("that", "this")
+        raise ConfigError(
+            f"baseline: {blind} result was asked blind, with the pictures of other questions, and "
+            f"{other} one was not; their scores do not measure the same"
+        )
+
+
+def read_baseline(path: str | Path, blind: bool = False, floors: bool = False) -> Result:
+    """A result file to set a new result against; refuses what would fail after the questions.
+
+    Args:
+        path: What `Result.save` wrote.
+        blind: Whether the new result is blind.
+        floors: Whether the baseline must have blind floors.
+
+    Raises:
+        ConfigError: If the file is no result, only one of the two is blind, or floors are missing.
+    """
+    baseline = Result.load(path)
+    if baseline.blind != blind:
+        which = "blind, the new result is not" if baseline.blind else "not blind, the new result is"
+        raise ConfigError(f"baseline {str(path)!r}: it is {which}; their scores do not compare")
+    if floors and all(task.blind is None for task in baseline.tasks.values()):
+        raise ConfigError(
+            f"baseline {str(path)!r}: it has no blind floors; evaluate that model with --floors"
+        )
+    return baseline
+
+
 def evaluate(
     model: PreTrainedModel,
     processor: Any,
@@ -127,6 +233,7 @@ def evaluate(
     name: str = "",
     blind: bool = False,
     log_folder: str | Path | None = None,
+    floors: bool = False,
 ) -> Result:
     """Answer every question greedily and score the answers.
 
@@ -144,32 +251,34 @@ def evaluate(
             blind floor: a task that is not clearly above it measures no sight.
         log_folder: Where replies are kept as they come, one JSON line each. An evaluation that was
             stopped goes on there; one that was finished is not asked again.
+        floors: Ask every question that has pictures a second time, blind, and keep the scores
+            beside those with the right pictures.
+
+    Raises:
+        ConfigError: If an option is out of range, or pictures cannot be exchanged.
     """
     for option, value in (("limit", limit), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise ConfigError(f"{option} {value} must be at least 1")
+    if blind and floors:
+        raise ConfigError("floors: a blind result is the floor; leave out one of blind and floors")
     tasks = find_tasks(tasks) if isinstance(tasks, str) else tasks
     was_training = model.training
     model.eval()
-    asked: list[Question] = []
-    folder = Path(log_folder) if log_folder is not None else None
-    mark = fingerprint(model) if folder is not None else ""
+    ask = _asker(model, processor, batch_size, log_folder)
+    first: list[Question] = []
     results = {}
-    for task in tasks:
-        questions = list(task.load(limit))
-        if blind:
-            questions = with_other_pictures(questions)
-        asked.extend(questions[:1])
-        if task.metric == PERPLEXITY:
-            results[task.name] = _perplexity(model, processor, task, questions)
-        else:
-            key = key_of(mark, task, questions, batch_size=batch_size)
-            log = AnswerLog(folder, task.name, key)
-            _ask(model, processor, task, questions, batch_size, log)
-            results[task.name] = _scored(task, questions, log)
-    result = with_costs(model, processor, results, asked[0], name)
-    model.train(was_training)
-    return result
+    try:
+        for task in tasks:
+            questions = list(task.load(limit))
+            if not questions:
+                raise DataError(f"task {task.name!r} has no questions")
+            first.append(questions[0])
+            results[task.name] = _evaluated(ask, task, questions, blind, floors)
+        how = {"blind": blind, "limit": limit, "batch_size": batch_size}
+        return with_costs(model, processor, results, first[0], name, **how)
+    finally:
+        model.train(was_training)
 
 
 def with_costs(
@@ -178,8 +287,18 @@ def with_costs(
     tasks: Mapping[str, TaskResult],
     question: Question,
     name: str = "",
+    **how: Any,
 ) -> Result:
-    """Task results with the model's parameter counts and its times for one question beside them."""
+    """Task results with the model's parameter counts and its times for one question beside them.
+
+    Args:
+        model: The model that answered.
+        processor: Its processor or tokenizer.
+        tasks: What it answered.
+        question: What its times are measured on.
+        name: Name of the model in the result.
+        how: Further fields of `Result`: how the questions were asked.
+    """
     anatomy = read_anatomy(model)
     prefill_ms, decode_ms = latency(model, processor, question)
     return Result(
@@ -189,14 +308,25 @@ def with_costs(
         tasks=tasks,
         prefill_ms=prefill_ms,
         decode_ms=decode_ms,
+        dtype=str(model.dtype).removeprefix("torch."),
+        **how,
     )
 
 
 def with_other_pictures(questions: Sequence[Question]) -> list[Question]:
-    """The same questions, each with the pictures of the one half a list further on."""
-    half = len(questions) // 2
-    turned = [*questions[half:], *questions[:half]]
-    return [replace(q, images=other.images) for q, other in zip(questions, turned, strict=True)]
+    """The same questions, each with the pictures of the one half a list further on.
+
+    Only questions with pictures take part. Where that one shows the same pictures, the next one
+    that does not gives its own.
+
+    Raises:
+        ConfigError: If there are pictures, but not two questions that show different ones.
+    """
+    seeing = [question for question in questions if question.images]
+    half = len(seeing) // 2
+    turned = [*seeing[half:], *seeing[:half]]
+    images = (_other_images(q, turned[i:] + turned[:i]) for i, q in enumerate(seeing))
+    return [replace(q, images=next(images)) if q.images else q for q in questions]
 
 
 def answer(
@@ -275,6 +405,59 @@ def _task_result(values: dict[str, Any]) -> TaskResult:
     return TaskResult(**values)
 
 
+def _other_images(question: Question, others: Sequence[Question]) -> tuple[Image | Path, ...]:
+    for other in others:
+        if other.images != question.images:
+            return other.images
+    raise ConfigError(
+        f"blind: question {question.id!r} finds no other pictures to be asked with (see --limit)"
+    )
+
+
+def _floor(name: str, task: TaskResult, baseline: TaskResult) -> float | tuple[float, ...]:
+    """The highest floor of a task: in percent, or one score for each question if it is blind."""
+    known = [task.chance, *(m for m in (task.majority, baseline.majority) if m is not None)]
+    blind = baseline.blind
+    if blind is not None and metrics.average({name: blind}) > max(known):
+        return baseline.blind_scores
+    return max(known)
+
+
+def _evaluated(
+    ask: Callable[[Task, Sequence[Question]], TaskResult],
+    task: Task,
+    questions: Sequence[Question],
+    blind: bool,
+    floors: bool,
+) -> TaskResult:
+    """One task asked as it is, blind, or both ways."""
+    shows = task.metric != PERPLEXITY and any(question.images for question in questions)
+    if not shows or not (blind or floors):
+        return ask(task, questions)
+    floor = ask(task, with_other_pictures(questions))
+    result = floor if blind else ask(task, questions)
+    return replace(result, blind_scores=floor.scores)
+
+
+def _asker(
+    model: PreTrainedModel, processor: Any, batch_size: int, log_folder: str | Path | None
+) -> Callable[[Task, Sequence[Question]], TaskResult]:
+    """A function that asks what the log has not got, and scores all of it."""
+    folder = Path(log_folder) if log_folder is not None else None
+    mark = fingerprint(model) if folder is not None else ""
+
+    def ask(task: Task, questions: Sequence[Question]) -> TaskResult:
+        if task.metric == PERPLEXITY:
+            log = AnswerLog(folder, task.name, key_of(mark, task, questions))
+            return _perplexity(model, processor, task, questions, log)
+        key = key_of(mark, task, questions, batch_size=batch_size)
+        log = AnswerLog(folder, task.name, key)
+        _ask(model, processor, task, questions, batch_size, log)
+        return _scored(task, questions, log)
+
+    return ask
+
+
 def _ask(
     model: PreTrainedModel,
     processor: Any,
@@ -305,6 +488,7 @@ def _scored(task: Task, questions: Sequence[Question], log: AnswerLog) -> TaskRe
         replies=tuple(replies),
         scores=tuple(scores),
         details=metrics.yes_no_details(replies, questions) if is_yes_no else {},
+        majority=metrics.majority_score(task.metric, questions),
     )
 
 
@@ -317,16 +501,25 @@ def _by_length(questions: Sequence[Question], batch_size: int, name: str) -> Ite
 
 @torch.no_grad()
 def _perplexity(
-    model: PreTrainedModel, processor: Any, task: Task, questions: Sequence[Question]
+    model: PreTrainedModel,
+    processor: Any,
+    task: Task,
+    questions: Sequence[Question],
+    log: AnswerLog,
 ) -> TaskResult:
-    """Token-weighted perplexity of plain passages (``answers[0]``), no chat template."""
+    """Token-weighted perplexity of plain passages (``answers[0]``), no chat template.
+
+    The log keeps mean loss and number of tokens of each passage.
+    """
     tokenizer = chat.tokenizer_of(processor)
-    means, counts = [], []
     for question in progress(questions, task.name):
+        if question.id in log.replies:
+            continue
         inputs = _on_device(model, dict(tokenizer(question.answers[0], return_tensors="pt")))
         labels = inputs["input_ids"]
-        means.append(float(losses.cross_entropy(model(**inputs).logits, labels)))
-        counts.append(int(losses.label_counts(labels).sum()))
+        mean = float(losses.cross_entropy(model(**inputs).logits, labels))
+        log.add([question], [json.dumps([mean, int(losses.label_counts(labels).sum())])])
+    means, counts = zip(*(json.loads(log.replies[q.id]) for q in questions), strict=True)
     total = sum(mean * count for mean, count in zip(means, counts, strict=True))
     return TaskResult(
         metric=PERPLEXITY,
@@ -335,7 +528,7 @@ def _perplexity(
         in_average=False,
         ids=tuple(question.id for question in questions),
         replies=("",) * len(questions),
-        scores=tuple(means),
+        scores=means,
     )
 
 

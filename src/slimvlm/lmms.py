@@ -195,7 +195,8 @@ def result_with_lmms(
     tasks = evaluate_with_lmms(model, processor, names, limit, batch_size, include_path)
     shown = (Image.new("RGB", (336, 336), "grey"),) if chat.can_see(processor) else ()
     question = Question("latency", "What is shown here?", ("",), shown)
-    return with_costs(model, processor, tasks, question, name)
+    how = {"limit": limit, "batch_size": batch_size}
+    return with_costs(model, processor, tasks, question, name, **how)
 
 
 def _rows_named(name: str) -> dict[str, LmmsRow]:

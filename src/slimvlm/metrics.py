@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from slimvlm.samples import Question
 
 MME_FULL_SCORES = {"mme_cognition": 800.0, "mme_perception": 2000.0}
 """Scores that the study rescales to percent before averaging (arXiv:2507.20749, Sec. 4)."""
+_CONSTANTS = 8
+"""Constant answers that are tried for the majority floor."""
+_SURE = 0.975
+"""Share of draws in which the original must be above its floor, to divide by the distance."""
 
 
 def normalise(text: str) -> str:
@@ -86,6 +92,28 @@ def average(scores: Mapping[str, float]) -> float:
     return float(np.mean([s * 100 / MME_FULL_SCORES.get(n, 100.0) for n, s in scores.items()]))
 
 
+def majority_score(metric: str, questions: Sequence[Question]) -> float:
+    """Score of the best constant answer to these very questions, in percent.
+
+    Tried are the most frequent accepted answers, and for `set_f1` the lists of the most frequent
+    items. For metrics that are right or wrong this is the best constant there is.
+
+    Args:
+        metric: Key of `METRICS`.
+        questions: The questions that were asked.
+    """
+    accepted = Counter(a for q in questions for a in {normalise(answer) for answer in q.answers})
+    frequent = accepted.most_common(_CONSTANTS)
+    candidates = [answer for i, (answer, count) in enumerate(frequent) if count > 1 or i == 0]
+    if metric == "set_f1":
+        items = Counter(item for q in questions for item in _items(q.answers[0]))
+        common = [item for item, _ in items.most_common(_CONSTANTS)]
+        candidates += [", ".join(common[:count]) for count in range(1, len(common) + 1)]
+    score = METRICS[metric]
+    means = [float(np.mean([score(answer, q) for q in questions])) for answer in candidates]
+    return 100 * max(means, default=0.0)
+
+
 @dataclass(frozen=True)
 class Retention:
     """What a model kept of another one's average.
@@ -96,18 +124,27 @@ class Retention:
         high: Upper end.
         above_chance: The same ratio after the tasks' chance levels are taken off both averages;
             NaN if the original is not above chance itself.
+        above_floor: The same ratio after the tasks' floors are taken off both averages; NaN if the
+            original is not above its floor.
+        above_floor_low: Lower end of its 95 % confidence interval; NaN if the original is not
+            surely above the floor (in 97.5 % of the draws), so that the ratio has no bounds.
+        above_floor_high: Upper end, likewise.
     """
 
     percent: float
     low: float
     high: float
     above_chance: float
+    above_floor: float = float("nan")
+    above_floor_low: float = float("nan")
+    above_floor_high: float = float("nan")
 
 
 def retention(
     scores: Mapping[str, Sequence[float]],
     baseline: Mapping[str, Sequence[float]],
     chance: Mapping[str, float],
+    floors: Mapping[str, float | Sequence[float]] | None = None,
     resamples: int = 1000,
     seed: int = 0,
 ) -> Retention:
@@ -117,27 +154,77 @@ def retention(
         scores: For each task, one score in [0, 1] for each question.
         baseline: The same questions answered by the original model.
         chance: Score of guessing for each task, in percent.
+        floors: What each task gives a model that does not do it: in percent, or one score for each
+            question, which is then drawn with the models' answers. Chance, if left out.
         resamples: Bootstrap draws. Questions are drawn within tasks, the same for both models.
         seed: Of the draws.
     """
-    generator = np.random.default_rng(seed)
-    ours, theirs = np.zeros(resamples), np.zeros(resamples)
-    for name, values in scores.items():
-        pairs = np.stack([np.asarray(values, float), np.asarray(baseline[name], float)])
-        draws = generator.integers(0, pairs.shape[1], (resamples, pairs.shape[1]))
-        scale = 100 / MME_FULL_SCORES.get(name, 100.0)
-        ours += scale * pairs[0][draws].mean(1)
-        theirs += scale * pairs[1][draws].mean(1)
-    ratios = 100 * ours / np.maximum(theirs, 1e-9)
-    mean = average({name: 100 * float(np.mean(values)) for name, values in scores.items()})
-    base = average({name: 100 * float(np.mean(baseline[name])) for name in scores})
-    floor = float(np.mean([chance[name] for name in scores]))
+    given = floors if floors is not None else chance
+    floor_scores = {name: _floor_scores(name, given[name], len(scores[name])) for name in scores}
+    (ours, mean), (theirs, base), (floor, floor_mean) = _averages(
+        [scores, baseline, floor_scores], resamples, seed
+    )
+    luck = float(np.mean([chance[name] for name in scores]))
+    low, high = np.percentile(100 * ours / np.maximum(theirs, 1e-9), [2.5, 97.5])
+    floor_low = floor_high = float("nan")
+    reached = theirs > floor
+    if reached.mean() >= _SURE:
+        ratios = 100 * (ours - floor)[reached] / (theirs - floor)[reached]
+        floor_low, floor_high = np.percentile(ratios, [2.5, 97.5])
     return Retention(
         percent=100 * mean / max(base, 1e-9),
-        low=float(np.percentile(ratios, 2.5)),
-        high=float(np.percentile(ratios, 97.5)),
-        above_chance=100 * (mean - floor) / (base - floor) if base > floor else float("nan"),
+        low=float(low),
+        high=float(high),
+        above_chance=_percent_above(luck, mean, base),
+        above_floor=_percent_above(floor_mean, mean, base),
+        above_floor_low=float(floor_low),
+        above_floor_high=float(floor_high),
     )
+
+
+def average_difference(
+    a: Mapping[str, Sequence[float]],
+    b: Mapping[str, Sequence[float]],
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Difference:
+    """AVG of ``b`` minus AVG of ``a``, with a paired bootstrap over the questions of each task.
+
+    Args:
+        a: For each task, one score for each question.
+        b: Scores of the other model on the same tasks and questions.
+        resamples: Bootstrap draws. Questions are drawn within tasks, the same for both models.
+        seed: Of the draws.
+    """
+    (first, first_mean), (second, second_mean) = _averages([a, b], resamples, seed)
+    low, high = np.percentile(second - first, [2.5, 97.5])
+    return Difference(points=second_mean - first_mean, low=float(low), high=float(high))
+
+
+def _averages(
+    models: Sequence[Mapping[str, Sequence[float]]], resamples: int, seed: int
+) -> list[tuple[NDArray[np.float64], float]]:
+    """AVG of each model in every draw, and on all questions; the draws are the same for all."""
+    generator = np.random.default_rng(seed)
+    drawn = np.zeros((len(models), resamples))
+    for name in models[0]:
+        count = len(models[0][name])
+        draws = generator.integers(0, count, (resamples, count))
+        scale = 100 * 100 / MME_FULL_SCORES.get(name, 100.0) / len(models[0])
+        drawn += scale * np.stack([np.asarray(m[name], float)[draws].mean(1) for m in models])
+    means = [average({n: 100 * float(np.mean(m[n])) for n in models[0]}) for m in models]
+    return list(zip(drawn, means, strict=True))
+
+
+def _floor_scores(name: str, floor: float | Sequence[float], count: int) -> Sequence[float]:
+    """A floor for each question, on the scale of the task's scores."""
+    if isinstance(floor, (int, float)):
+        return [floor / 100 * MME_FULL_SCORES.get(name, 100.0) / 100] * count
+    return floor
+
+
+def _percent_above(floor: float, mean: float, base: float) -> float:
+    return 100 * (mean - floor) / (base - floor) if base > floor else float("nan")
 
 
 def _items(text: str) -> set[str]:

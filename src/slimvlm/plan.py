@@ -6,16 +6,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from slimvlm.errors import ConfigError, ImpossiblePlanError
 from slimvlm.families import BACKBONES, FAMILIES
-from slimvlm.geometry import Anatomy
+from slimvlm.geometry import Anatomy, LayerShape
 
 AXES = ("depth", "width", "both")
 FORMAT = "slimvlm-plan/1"
 
 Kept = tuple[int, ...]
+FileFormat = Literal["native", "uneven"]
 
 
 @dataclass(frozen=True)
@@ -80,15 +81,7 @@ class Plan:
     @property
     def after(self) -> Anatomy:
         """The smaller model's anatomy."""
-        shapes = [
-            replace(
-                self.before.layers[index],
-                num_kv_heads=len(self.kv_groups[index]),
-                intermediate_size=len(self.neurons[index]),
-            )
-            for index in self.layers
-        ]
-        after = self.before.with_layers(shapes)
+        after = self.before.with_layers(self._shapes())
         return after.retyped() if self.needs_retype else after
 
     @property
@@ -106,23 +99,51 @@ class Plan:
 
     @property
     def needs_retype(self) -> bool:
-        """Whether the head counts need the freer configuration type of the backbone's row."""
-        if not self.before.retypable:
+        """Whether the head count needs the freer configuration type of the backbone's row."""
+        shapes = set(self._shapes())
+        if not self.before.retypable or len(shapes) > 1:
             return False
-        heads = {
-            len(self.kv_groups[i]) * self.before.layers[i].queries_per_group for i in self.layers
-        }
-        return any(self.before.hidden_size % count for count in heads)
+        return self.before.hidden_size % shapes.pop().num_heads != 0
+
+    @property
+    def file_format(self) -> FileFormat:
+        """How the smaller model can be written.
+
+        ``native``: as a plain configuration and weights. ``uneven``: with the widths of every
+        layer in the configuration and a Python file that applies them, since the layers differ
+        or the configuration class cannot express their head count; loading it needs
+        ``trust_remote_code=True``.
+        """
+        shape, *others = set(self._shapes())
+        if self.before.backbone.head_rule == "fixed":
+            is_legal = shape.num_heads * shape.head_dim == self.before.hidden_size
+        else:
+            widest = max(self.before.layers, key=lambda layer: layer.num_kv_heads)
+            is_legal = shape.num_kv_heads in self.before.with_layers([widest]).legal_kv_heads()
+        return "native" if is_legal and not others else "uneven"
+
+    def _shapes(self) -> list[LayerShape]:
+        return [
+            replace(
+                self.before.layers[index],
+                num_kv_heads=len(self.kv_groups[index]),
+                intermediate_size=len(self.neurons[index]),
+            )
+            for index in self.layers
+        ]
 
     def summary(self) -> str:
-        """One line: what is kept and which ratio that is."""
+        """One line: what is kept, which ratio that is, and what loading it needs."""
         groups = sorted({len(self.kv_groups[i]) for i in self.layers})
         neurons = sorted({len(self.neurons[i]) for i in self.layers})
         asked = "" if self.asked_ratio is None else f" (asked {self.asked_ratio:.2%})"
+        needs = "; layers of different widths: needs trust_remote_code=True"
         return (
             f"removes {self.ratio:.2%} of the backbone{asked}: "
             f"{len(self.layers)} of {self.before.num_layers} layers, "
             f"{_span(groups)} KV groups, {_span(neurons)} neurons a layer"
+            + needs
+            * (self.file_format == "uneven")
         )
 
     def save(self, path: str | Path) -> None:

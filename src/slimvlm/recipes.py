@@ -7,12 +7,9 @@ Reference:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-from slimvlm.config import Train
+from slimvlm.config import Axis, Train
 from slimvlm.errors import ConfigError
-
-Axis = Literal["depth", "width", "both"]
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from slimvlm.checkpoint import default_device
-from slimvlm.compression import CompressConfig, compress
-from slimvlm.config import RecoverConfig
+from slimvlm.compression import compress
+from slimvlm.config import Axis, CompressConfig, RecoverConfig
 from slimvlm.evaluation import Result
 from slimvlm.outputs import write_text
-from slimvlm.recipes import Axis
 from slimvlm.recovery import computes_bfloat16
 from slimvlm.summary import as_markdown, result_rows
 
@@ -36,12 +35,11 @@ def run_demo(out: Path, short: bool, force: bool, say: Callable[[str], None]) ->
     for axis in AXES:
         original = out / AXES[0] / "results" / "original.json"
         config = CompressConfig(
-            model="demo",
             ratio=RATIO,
             axis=axis,
             data="demo",
             dtype=dtype,
-            calibration_samples=16 if short else 64,
+            samples=16 if short else 64,
             training_samples=32 if short else 320,
             recover=RecoverConfig(train="full", loss="sft+hidden", learning_rate=3e-4),
             tasks="demo",
@@ -49,7 +47,7 @@ def run_demo(out: Path, short: bool, force: bool, say: Callable[[str], None]) ->
             baseline=None if axis == AXES[0] else str(original),
         )
         say(f"--- {axis} ---")
-        for stage, result in compress(config, out / axis, force, say).items():
+        for stage, result in compress("demo", config, out / axis, force, say).items():
             results[stage if stage == "original" else f"{axis} {stage}"] = result
     write_text(out / "summary.md", as_markdown(*result_rows(results)))
     return results

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,11 +23,13 @@ from slimvlm.geometry import (
     read_anatomy,
     text_config_of,
 )
+from slimvlm.modeling_pruned import set_counts_
 from slimvlm.plan import Plan
+from slimvlm.uneven import set_class_
 from slimvlm.units import channels_of, unit_of
 
 
-def prune_(model: PreTrainedModel, plan: Plan) -> None:
+def prune_(model: PreTrainedModel, plan: Plan, allow_uneven: bool = False) -> None:
     """Cut a model down to a plan, in place: afterwards it is an ordinary smaller model.
 
     The new configuration is built and checked before any weight is touched. Query heads go with
@@ -38,16 +39,23 @@ def prune_(model: PreTrainedModel, plan: Plan) -> None:
     If the head count needs it, the language model is retyped (Llama → Mistral, which computes the
     same); `Plan.needs_retype` tells beforehand.
 
+    Layers of different widths cannot be said in a plain configuration. The model then becomes the
+    subclass of its class that `slimvlm.modeling_pruned` describes, and ``save_pretrained`` writes
+    that file too.
+
     Args:
         model: A transformers model of a known family.
         plan: Made for this model's anatomy.
+        allow_uneven: Whether equal layers may be written like different ones if their head count
+            cannot be configured. Loading the files then needs ``trust_remote_code=True``.
 
     Raises:
         ConfigError: If the plan is for another model.
         ImpossiblePlanError: If the configuration class cannot express the shape.
     """
     _require_match(model, plan)
-    text_config = smaller_text_config(model.config, plan)
+    uneven = not plan.after.is_uniform or (allow_uneven and plan.file_format == "uneven")
+    text_config = smaller_text_config(model.config, plan, uneven)
     validate(model.config, text_config, plan)
     _slice_weights(model, plan)
     _drop_layers(model, plan)
@@ -166,22 +174,12 @@ def _apply_config(model: PreTrainedModel, text_config: PreTrainedConfig, plan: P
         if vars(module).get("config") is old:
             module.config = text_config  # type: ignore[assignment]
     model.config = with_text_config(model.config, text_config)
+    for layer, shape in zip(decoder_layers(model), plan.after.layers, strict=True):
+        attention = layer.get_submodule("self_attn")
+        set_counts_(attention, text_config, shape.num_heads, shape.num_kv_heads)
+    set_class_(model)
     if plan.needs_retype:
         _retype_modules(model, old, text_config)
-    after = plan.after
-    for layer, shape in zip(decoder_layers(model), after.layers, strict=True):
-        attention: Any = layer.get_submodule("self_attn")
-        attention.num_key_value_groups = shape.queries_per_group
-        counts = {
-            "num_key_value_heads": shape.num_kv_heads,
-            "num_attention_heads": shape.num_heads,
-        }
-        for attribute, count in after.backbone.live_attributes.items():
-            setattr(attention, attribute, counts[count])
-        if not after.is_uniform:  # some attention modules read their counts from the config
-            attention.config = copy.copy(text_config)
-            for name, value in counts.items():
-                setattr(attention.config, name, value)
 
 
 def _retype_modules(model: PreTrainedModel, old: PreTrainedConfig, new: PreTrainedConfig) -> None:

@@ -21,6 +21,9 @@ from slimvlm.samples import Question, Task
 class TaskRow:
     """A task of the user's own, as written in a YAML file.
 
+    A question's id is the row's column ``id``, or where it has none the number of the row from 0.
+    Ids must differ, as results and logs keep answers under them.
+
     Raises:
         ConfigError: If a field has a value that is not allowed.
     """
@@ -114,9 +117,13 @@ def read_task(path: str | Path) -> Task:
 def _load(row: TaskRow, folder: Path, limit: int | None) -> Sequence[Question]:
     near = folder / row.data
     rows = read_rows(near if near.exists() else row.data)
-    return [
-        _question(row, folder, index, values) for index, values in enumerate(islice(rows, limit))
-    ]
+    questions = {}
+    for index, values in enumerate(islice(rows, limit)):
+        question = _question(row, folder, index, values)
+        if question.id in questions:
+            raise DataError(f"task {row.name!r}: two questions have the id {question.id!r}")
+        questions[question.id] = question
+    return list(questions.values())
 
 
 def _question(row: TaskRow, folder: Path, index: int, values: Any) -> Question:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from slimvlm.config import RecoverConfig
 from slimvlm.errors import ConfigError
 from slimvlm.geometry import backbone_of, family_of
+from slimvlm.outputs import write_text
 
 
 def prepare_training(model: PreTrainedModel, config: RecoverConfig) -> Any:
@@ -69,6 +73,47 @@ def merge(trained: Any, dtype: torch.dtype) -> PreTrainedModel:
     return plain.requires_grad_(True)
 
 
+def require_adapter_holds_all(model: PreTrainedModel) -> None:
+    """Check that an adapter can hold all that learns: LoRA matrices and modules.
+
+    Raises:
+        ConfigError: If the projector has a parameter outside any module of its own.
+    """
+    for path in family_of(model.config.model_type).projector:
+        if isinstance(_part(model, path), nn.Parameter):
+            raise ConfigError(f"keep_adapter: an adapter cannot hold the parameter {path!r}")
+
+
+def save_adapter(trained: Any, folder: str | Path, dtype: torch.dtype) -> None:
+    """Write what learned as a PEFT adapter: on the pruned model it gives the merged one.
+
+    The projector, which learns without LoRA, is stored whole, as PEFT's ``modules_to_save``.
+
+    Args:
+        trained: From `prepare_training` with ``train="lora"``, not yet merged.
+        folder: The new adapter folder.
+        dtype: Data type that the projector will have in the merged model.
+    """
+    from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+    folder = Path(folder)
+    trained.save_pretrained(folder)
+    model = plain_model(trained)
+    weights, whole = load_file(folder / SAFETENSORS_WEIGHTS_NAME), []
+    for path in family_of(model.config.model_type).projector:
+        part = _part(model, path)
+        if part is None:
+            continue
+        whole += [f"{path}.{n}" for n, _ in part.named_children()] * isinstance(part, nn.ModuleList)
+        whole += [path] * (not isinstance(part, nn.ModuleList))
+        for name, value in part.state_dict().items():
+            weights[f"base_model.model.{path}.{name}"] = value.to(dtype).contiguous()
+    save_file(weights, folder / SAFETENSORS_WEIGHTS_NAME)
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    config["modules_to_save"] = whole or None
+    write_text(folder / CONFIG_NAME, json.dumps(config, indent=2))
+
+
 def plain_model(trained: Any) -> PreTrainedModel:
     """The transformers model inside a trained one, LoRA still beside its weights."""
     model: PreTrainedModel = trained.get_base_model() if _is_peft(trained) else trained
@@ -95,10 +140,16 @@ def _with_lora(model: PreTrainedModel, config: RecoverConfig) -> Any:
 
 
 def _require_grad(model: nn.Module, path: str) -> None:
+    part = _part(model, path)
+    if part is not None:
+        part.requires_grad_(True)
+
+
+def _part(model: nn.Module, path: str) -> nn.Parameter | nn.Module | None:
+    """A module or parameter by path; some models lack it."""
     parent, _, name = path.rpartition(".")
     part = getattr(model.get_submodule(parent), name, None)
-    if isinstance(part, nn.Parameter | nn.Module):
-        part.requires_grad_(True)
+    return part if isinstance(part, nn.Parameter | nn.Module) else None
 
 
 def _is_peft(model: Any) -> bool:

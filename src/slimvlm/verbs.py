@@ -15,11 +15,17 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from slimvlm.config import RecoverConfig
+from slimvlm.config import (
+    Axis,
+    CompressConfig,
+    Dtype,
+    Gradient,
+    PruneConfig,
+    RecoverConfig,
+    Unit,
+)
 from slimvlm.errors import ConfigError
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Axis = Literal["depth", "width", "both"]
 Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 
 
@@ -54,7 +60,8 @@ def score(
     data: str | None = None,
     images: str | None = None,
     samples: int = 64,
-    gradient: Literal["batch", "per_sample"] = "per_sample",
+    gradient: Gradient = "per_sample",
+    token_weights: str | None = None,
     dtype: Dtype = "auto",
     max_bad: int = 0,
     force: bool = False,
@@ -71,19 +78,29 @@ def score(
         images: Folder that image paths in the data start from.
         samples: Calibration samples, the first ones of the data.
         gradient: For taylor: one gradient over all samples, or one for each.
+        token_weights: Weight of tokens by role, such as image=0.1,prompt=1,answer=1.
         dtype: Data type of the weights.
         max_bad: Broken data rows to skip at most.
         force: Replace existing files.
         trust_remote_code: Run code that lies in the checkpoint.
     """
-    from slimvlm.calibrate import calibration_batches, collect, scores_from
+    from slimvlm.calibrate import (
+        calibration_batches,
+        check_token_weights,
+        collect,
+        scores_from,
+    )
     from slimvlm.checkpoint import load, load_config
     from slimvlm.data import load_samples
     from slimvlm.outputs import require_free
+    from slimvlm.roles import parse_token_weights
     from slimvlm.scores import criterion_named
 
     options = {"gradient": gradient} if criterion == "taylor" else {}
     row = criterion_named(criterion, options)
+    weights = None if token_weights is None else parse_token_weights(token_weights)
+    if weights is not None:
+        check_token_weights(criterion, weights)
     stem = out.with_suffix("") if out.suffix in (".json", ".safetensors") else out
     require_free(Path(f"{stem}.json"), force)
     if row.needs_data and data is None:
@@ -92,8 +109,8 @@ def score(
     chosen = load_samples(data, images, samples, max_bad, _note) if data is not None else []
     loaded, processor = load(model, dtype, trust_remote_code=trust_remote_code)
     batches = calibration_batches(processor, chosen) if row.needs_data else ()
-    statistics = collect(loaded, batches, criterion, **options)
-    result = scores_from(statistics, loaded, criterion, **options)
+    statistics = collect(loaded, batches, criterion, weights, **options)
+    result = scores_from(statistics, loaded, criterion, weights, **options)
     stem.parent.mkdir(parents=True, exist_ok=True)
     statistics.save(f"{stem}.statistics.safetensors")
     result.save(stem)
@@ -108,6 +125,9 @@ def plan(
     target_memory: str | None = None,
     scores: tuple[Path, ...] = (),
     axis: Axis = "width",
+    allocation: Literal["uniform", "protect", "global"] = "uniform",
+    units: tuple[Unit, ...] = ("kv_group", "neuron"),
+    kv_heads: int | None = None,
     protect: tuple[int, int] = (0, 0),
     round_to: int | None = None,
     dtype: Dtype = "auto",
@@ -125,6 +145,10 @@ def plan(
         scores: Score files of the units to prune. Without any: spacing for layers; magnitude, which
             reads the weights, for widths.
         axis: Remove layers, KV groups and neurons, or both.
+        allocation: The same widths in every layer; first and last layers whole; or one ranking of
+            the units of all layers. The last two write files with code.
+        units: What width may remove.
+        kv_heads: KV groups to keep in every layer; neurons give the rest.
         protect: First and last layers to leave whole.
         round_to: Multiple for the number of neurons; default 64, smaller for small models.
         dtype: Data type that --target-memory is counted in.
@@ -133,9 +157,9 @@ def plan(
     """
     from slimvlm.calibrate import score as score_model
     from slimvlm.checkpoint import anatomy, load
-    from slimvlm.compression import rehearse
     from slimvlm.outputs import require_free
     from slimvlm.planning import make_plan, make_plan_for_params, ratio_for_params
+    from slimvlm.pruning import rehearse
     from slimvlm.values import Scores
 
     require_free(out, force)
@@ -143,15 +167,22 @@ def plan(
     target = _target_params(ratio, target_params, target_memory, dtype)
     wanted = ratio if ratio is not None else ratio_for_params(shape, target)
     given = [Scores.load(path) for path in scores]
+    options: dict[str, Any] = {
+        "allocation": allocation,
+        "units": units,
+        "kv_heads": kv_heads,
+        "protect": protect,
+        "round_to": round_to,
+    }
     if not given:
         criterion = "spacing" if axis == "depth" else "magnitude"
-        rehearse(shape, [criterion], wanted, axis, protect=protect, round_to=round_to)
+        rehearse(shape, [criterion], wanted, axis, **options)
         _note(f"no --scores: using {criterion}")
         given = [score_model(load(model)[0], (), criterion)]
     if ratio is not None:
-        made = make_plan(shape, given, ratio, axis, protect=protect, round_to=round_to)
+        made = make_plan(shape, given, ratio, axis, **options)
     else:
-        made = make_plan_for_params(shape, given, target, axis, protect=protect, round_to=round_to)
+        made = make_plan_for_params(shape, given, target, axis, **options)
     out.parent.mkdir(parents=True, exist_ok=True)
     made.save(out)
     if json:
@@ -172,72 +203,46 @@ def plan(
 def prune(
     model: Model,
     out: Path,
-    ratio: float | None = None,
-    axis: Axis = "width",
-    criterion: tuple[str, ...] = (),
-    data: str | None = None,
-    images: str | None = None,
-    samples: int = 64,
     plan: Path | None = None,
-    round_to: int | None = None,
-    dtype: Dtype = "auto",
-    max_bad: int = 0,
+    options: Annotated[PruneConfig, tyro.conf.arg(name="")] = PruneConfig(),  # noqa: B008
     force: bool = False,
-    trust_remote_code: bool = False,
 ) -> None:
     """Write a smaller checkpoint, from a plan or from a ratio, criterion and data.
 
     Args:
         model: Folder, hub id, or demo.
         out: The new checkpoint folder.
-        ratio: Share of the backbone's parameters to remove.
-        axis: Remove layers, KV groups and neurons, or both.
-        criterion: How to score; default block_influence for layers, activation for
-            widths.
-        data: Calibration conversations: demo, .json, .jsonl, .parquet or a datasets folder.
-        images: Folder that image paths in the data start from.
-        samples: Calibration samples, the first ones of the data.
-        plan: A plan file instead of ratio, axis, criterion and data.
-        round_to: Multiple for the number of neurons; default 64, smaller for small models.
-        dtype: Data type of the weights.
-        max_bad: Broken data rows to skip at most.
+        plan: A plan file instead of ratio, axis, criterion and allocation.
+        options: What to remove, and how.
         force: Replace an existing folder.
-        trust_remote_code: Run code that lies in the checkpoint.
     """
-    from slimvlm.checkpoint import load, load_config, require_writable, save
-    from slimvlm.compression import PruneConfig, check_request, choose_plan
+    from slimvlm.checkpoint import load, load_config, save
     from slimvlm.outputs import require_free
     from slimvlm.plan import Plan
-    from slimvlm.surgery import prune_
+    from slimvlm.pruning import Calibration, check_request, choose_plan, cut_
 
     require_free(out, force)
-    if plan is not None and ratio is None:
-        chosen = Plan.load(plan)
-        require_writable(chosen.after)
-        load_config(model, trust_remote_code)
-        loaded, processor = load(model, dtype, trust_remote_code=trust_remote_code)
-    elif ratio is not None and plan is None:
-        config = PruneConfig(
-            model=model,
-            ratio=ratio,
-            axis=axis,
-            criterion=criterion,
-            data=data,
-            images=images,
-            calibration_samples=samples,
-            round_to=round_to,
-            max_bad=max_bad,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-        )
-        shown = check_request(config, _note)
-        loaded, processor = load(model, dtype, trust_remote_code=trust_remote_code)
-        chosen = choose_plan(config, loaded, processor, shown)
-    else:
+    if (plan is None) == (options.ratio is None):
         raise ConfigError("prune needs either --ratio or --plan")
-    prune_(loaded, chosen)
-    save(loaded, processor, out, chosen, force)
-    _report_plan(chosen, out)
+    options = replace(options, axis=options.axis or "width")
+    if plan is not None:
+        chosen = Plan.load(plan)
+        shown = _samples_for_repair(options)
+        load_config(model, options.trust_remote_code)
+    else:
+        shown = check_request(model, options, _note, options.samples)
+    loaded, processor = load(model, options.dtype, trust_remote_code=options.trust_remote_code)
+    calibration = Calibration(options, processor, shown)
+    if plan is None:
+        chosen = choose_plan(options, loaded, calibration, _note)
+    report = cut_(options, loaded, chosen, calibration)
+    save(loaded, processor, out, chosen, force, pad=options.pad)
+    print(chosen.summary())
+    if chosen.needs_retype:
+        print(f"language model written as {chosen.after.text_type!r}, which computes the same")
+    if report is not None:
+        print(report.summary())
+    print(f"checkpoint: {out}")
 
 
 def recover(
@@ -260,7 +265,8 @@ def recover(
         model: The pruned checkpoint.
         data: Conversations to learn from: demo, .json, .jsonl, .parquet or a datasets folder.
         out: The recovered checkpoint folder.
-        teacher: The original model; not needed for --loss sft.
+        teacher: The original model, or a folder that cache-teacher wrote; not needed for --loss
+            sft.
         images: Folder that image paths in the data start from.
         samples: Read only the first so many samples.
         options: How to train.
@@ -272,8 +278,10 @@ def recover(
 
     from slimvlm.checkpoint import PLAN_FILE, load, load_config, resolve, save
     from slimvlm.data import load_samples
+    from slimvlm.offline_teacher import OfflineTeacher, is_cache
     from slimvlm.outputs import require_free, write_text
     from slimvlm.plan import Plan
+    from slimvlm.recovery import ADAPTER_FOLDER
     from slimvlm.recovery import recover as train
 
     require_free(out, force)
@@ -281,16 +289,81 @@ def recover(
     if needs_teacher and teacher is None:
         raise ConfigError(f"loss {options.loss!r} needs --teacher")
     load_config(model)
+    source: Any = None
+    if teacher is not None and needs_teacher:
+        source = OfflineTeacher(teacher) if is_cache(teacher) else None
+        if source is None:
+            load_config(teacher)
     chosen = load_samples(data, images, samples, max_bad, _note)
     student, processor = load(model, dtype)
-    original = load(teacher, dtype)[0] if needs_teacher and teacher is not None else None
-    work = out.with_name(f".{out.name}.training")
-    history = train(student, original, chosen, options, processor, work)
+    if teacher is not None and needs_teacher and source is None:
+        source = load(teacher, dtype, device="cpu")[0]  # what it shares never goes to a GPU
     plan_file = Path(resolve(model)) / PLAN_FILE
-    save(student, processor, out, Plan.load(plan_file) if plan_file.exists() else None, force)
+    plan = Plan.load(plan_file) if plan_file.exists() else None
+    work = out.with_name(f".{out.name}.training")
+    history = train(student, source, chosen, options, processor, work, plan)
+    save(student, processor, out, plan, force)
     write_text(out / "slimvlm_history.json", json.dumps(asdict(history), indent=1) + "\n")
+    if options.keep_adapter:
+        shutil.move(work / ADAPTER_FOLDER, out / ADAPTER_FOLDER)
     shutil.rmtree(work, ignore_errors=True)
+    _note(f"teacher: {history.teacher}")
     _note(f"trained on {history.num_samples} samples; checkpoint in {out}")
+
+
+def cache_teacher(
+    model: Model,
+    data: str,
+    out: Path,
+    what: Literal["hidden", "top-k"] = "hidden",
+    k: int = 64,
+    kd_on: Literal["answer", "text", "all"] = "answer",
+    images: str | None = None,
+    samples: int | None = None,
+    batch_size: int = 8,
+    dtype: Dtype = "auto",
+    max_bad: int = 0,
+    force: bool = False,
+    trust_remote_code: bool = False,
+) -> None:
+    """Write down what a teacher says about some data, for recover without a teacher in memory.
+
+    Stopped runs go on where they were when the same command is given again.
+
+    Args:
+        model: The original model.
+        data: Conversations: demo, .json, .jsonl, .parquet or a datasets folder.
+        out: The folder to write; recover takes it as --teacher.
+        what: Final hidden states (bfloat16), or the largest logits.
+        k: How many logits for each position.
+        kd_on: Positions that recover will compare.
+        images: Folder that image paths in the data start from.
+        samples: Read only the first so many samples.
+        batch_size: Samples that run at once.
+        dtype: Data type of the weights.
+        max_bad: Broken data rows to skip at most.
+        force: Replace an existing folder.
+        trust_remote_code: Run code that lies in the checkpoint.
+    """
+    import shutil
+
+    from slimvlm.checkpoint import load, load_config
+    from slimvlm.data import load_samples
+    from slimvlm.offline_teacher import is_cache, write_cache
+    from slimvlm.outputs import require_free
+
+    if not is_cache(out):
+        require_free(out, force)
+    if k < 1 or batch_size < 1:
+        name, value = ("k", k) if k < 1 else ("batch_size", batch_size)
+        raise ConfigError(f"{name} {value} must be at least 1")
+    load_config(model, trust_remote_code)
+    chosen = load_samples(data, images, samples, max_bad, _note)
+    loaded, processor = load(model, dtype, trust_remote_code=trust_remote_code)
+    if force and out.exists():
+        shutil.rmtree(out)
+    count = write_cache(loaded, processor, chosen, out, what, k, kd_on, batch_size)
+    _note(f"{what} of {len(chosen)} samples in {out}; shards written now: {count}")
 
 
 def evaluate(
@@ -301,6 +374,7 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = 16,
     blind: bool = False,
+    floors: bool = False,
     log: Path | None = None,
     out: Path | None = None,
     dtype: Dtype = "auto",
@@ -319,6 +393,8 @@ def evaluate(
         limit: Only the first so many questions of each task.
         batch_size: Questions answered at once.
         blind: Show the pictures of other questions: the floor of a model that cannot see.
+        floors: Ask the original model (without --baseline, this one) a second time, blind, so that
+            tables show each task's blind floor and retention above the floors.
         log: Folder that keeps replies as they come; a stopped evaluation goes on there.
         out: Result file (JSON), answers included.
         dtype: Data type of the weights.
@@ -327,7 +403,7 @@ def evaluate(
     """
     from slimvlm import summary
     from slimvlm.checkpoint import load, load_config
-    from slimvlm.evaluation import Result
+    from slimvlm.evaluation import Result, read_baseline
     from slimvlm.lmms import check_names, split_names
     from slimvlm.outputs import require_free
     from slimvlm.tasks import find_tasks
@@ -336,19 +412,23 @@ def evaluate(
     chosen = find_tasks(own) if own or not theirs else []
     if theirs:
         check_names(theirs, limit, task_folder)
-        if blind or log is not None:
-            raise ConfigError(f"--blind and --log do not work with {theirs[0]!r}")
+        if blind or floors or log is not None:
+            raise ConfigError(f"--blind, --floors and --log do not work with {theirs[0]!r}")
+    if blind and floors:
+        raise ConfigError("--floors: a --blind result is the floor; leave out one of them")
     if out is not None:
         require_free(out, force)
     load_config(model)
     ask = partial(_ask, chosen, theirs, limit, batch_size, blind, log, task_folder)
     results: dict[str, Result] = {}
     if baseline is not None and Path(baseline).is_file():
-        results["baseline"] = Result.load(baseline)
+        results["baseline"] = read_baseline(baseline, blind, floors)
     elif baseline is not None:
         load_config(baseline)
-        results["baseline"] = ask(load(baseline, dtype), baseline)
-    results["model"] = ask(load(model, dtype), f"{model} (blind)" if blind else model)
+        results["baseline"] = ask(load(baseline, dtype), baseline, floors)
+    asks_floors = floors and baseline is None
+    name = f"{model} (blind)" if blind else model
+    results["model"] = ask(load(model, dtype), name, asks_floors)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         results["model"].save(out)
@@ -360,13 +440,8 @@ def evaluate(
 
 def compress(
     model: Model,
-    ratio: float,
     out: Path,
-    data: str | None = None,
-    images: str | None = None,
-    axis: Axis | None = None,
-    criterion: tuple[str, ...] = (),
-    samples: int = 64,
+    options: Annotated[PruneConfig, tyro.conf.arg(name="")] = PruneConfig(),  # noqa: B008
     training_samples: int | None = None,
     train: Literal["projector", "lora", "full", "none"] | None = None,
     loss: str | None = None,
@@ -377,11 +452,8 @@ def compress(
     limit: int | None = None,
     baseline: str | None = None,
     seed: int = 0,
-    dtype: Dtype = "auto",
-    max_bad: int = 0,
     force: bool = False,
     json: bool = False,
-    trust_remote_code: bool = False,
 ) -> None:
     """Make a smaller model, start to end, in one run folder.
 
@@ -390,18 +462,11 @@ def compress(
 
     Args:
         model: Folder, hub id, or demo.
-        ratio: Share of the backbone's parameters to remove.
         out: The run folder: config, plan, scores, checkpoint, results, summary.md.
-        data: Conversations: demo, .json, .jsonl, .parquet or a datasets folder. Without any,
-            nothing is trained.
-        images: Folder that image paths in the data start from.
-        axis: Remove layers, KV groups and neurons, or both.
-        criterion: How to score; default block_influence for layers, activation for
-            widths.
-        samples: Calibration samples, the first ones of the data.
+        options: What to remove, and how. Without data, nothing is trained.
         training_samples: Use only so many further samples for training.
         train: What learns; none skips training.
-        loss: Weighted sum of sft, hidden, kl, rkl.
+        loss: Weighted sum of sft, hidden, cosine, kl, rkl, jsd.
         epochs: Passes over the training samples.
         learning_rate: Peak learning rate.
         batch_size: Samples in a training step.
@@ -409,20 +474,17 @@ def compress(
         limit: Only the first so many questions of each task.
         baseline: Result file of the original model, to save asking it again.
         seed: Seed of training.
-        dtype: Data type of the weights.
-        max_bad: Broken data rows to skip at most.
         force: Replace an existing run folder.
         json: Print JSON.
-        trust_remote_code: Run code that lies in the checkpoint.
     """
     from slimvlm import summary
-    from slimvlm.compression import CompressConfig
     from slimvlm.compression import compress as run
+    from slimvlm.pruning import ratio_of
     from slimvlm.recipes import recipe_for
 
-    if data is None and train not in (None, "none"):
+    if options.data is None and train not in (None, "none"):
         raise ConfigError(f"train {train!r} needs --data")
-    chart = recipe_for(ratio, data is not None)
+    chart = recipe_for(ratio_of(options), options.data is not None)
     learns = train or chart.train or "none"
     recovery = None
     if learns != "none":
@@ -435,23 +497,14 @@ def compress(
             seed=seed,
         )
     config = CompressConfig(
-        model=model,
-        ratio=ratio,
-        axis=axis,
-        criterion=criterion,
-        data=data,
-        images=images,
-        calibration_samples=samples,
+        **vars(options),
         training_samples=training_samples,
         recover=recovery,
         tasks=tasks,
         limit=limit,
         baseline=baseline,
-        max_bad=max_bad,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
     )
-    results = run(config, out, force, _note)
+    results = run(model, config, out, force, _note)
     if json:
         _print_json(summary.result_json(results) if results else {})
     elif results:
@@ -548,6 +601,8 @@ def compare(
         return
     title = f"A: {found.name_a}   B: {found.name_b}"
     _console().print(summary.as_table(*comparison_rows(found), title=title))
+    if found.note:
+        _note(found.note)
     for name, why in found.left_out.items():
         _note(f"{name} is not compared: {why}")
 
@@ -588,6 +643,7 @@ def _ask(
     task_folder: Path | None,
     loaded: tuple[Any, Any],
     name: str,
+    floors: bool,
 ) -> Any:
     """One result from our own tasks and from lmms-eval's."""
     from slimvlm.evaluation import evaluate as ask
@@ -595,7 +651,7 @@ def _ask(
 
     if not chosen:
         return result_with_lmms(*loaded, theirs, limit, batch_size, name, task_folder)
-    result = ask(*loaded, chosen, limit, batch_size, name, blind, log)
+    result = ask(*loaded, chosen, limit, batch_size, name, blind, log, floors)
     if not theirs:
         return result
     more = evaluate_with_lmms(*loaded, theirs, limit, batch_size, task_folder)
@@ -619,11 +675,15 @@ def _target_params(
     return 0
 
 
-def _report_plan(plan: Any, out: Path) -> None:
-    print(plan.summary())
-    if plan.needs_retype:
-        print(f"language model written as {plan.after.text_type!r}, which computes the same")
-    print(f"checkpoint: {out}")
+def _samples_for_repair(options: PruneConfig) -> list[Any]:
+    """Calibration samples for a plan that is there already: repair alone reads them."""
+    from slimvlm.data import load_samples
+
+    if options.repair == "none":
+        return []
+    if options.data is None:
+        raise ConfigError(f"repair {options.repair!r} needs --data")
+    return load_samples(options.data, options.images, options.samples, options.max_bad, _note)
 
 
 def _console() -> Any:

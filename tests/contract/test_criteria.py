@@ -25,11 +25,11 @@ MODELS = ("llama", "llava-llama", "internvl-qwen2", "llava-phi", "llava-phi3", "
 
 
 def _cases() -> list[Any]:
-    """Every criterion with every combination of its options' values."""
+    """Every criterion with every combination of its options' values; counts at their default."""
     cases = []
     for name, row in CRITERIA.items():
         known = {**row.options, **row.capture_options}
-        choices = {k: v for k, v in known.items() if v is not None}
+        choices = {k: v for k, v in known.items() if isinstance(v, tuple)}
         for values in itertools.product(*choices.values()):
             options = dict(zip(choices, values, strict=True))
             label = "-".join([name, *map(str, values)])
@@ -39,7 +39,11 @@ def _cases() -> list[Any]:
 
 CASES = _cases()
 WITH_DATA = [case for case in CASES if CRITERIA[case.values[0]].needs_data]
-WITH_LABELS = [c for c in CASES if CRITERIA[c.values[0]].capture in ("gradients", "gates")]
+LOSSES = ("gradients", "gates", "greedy")
+WITH_LABELS = [c for c in CASES if CRITERIA[c.values[0]].capture in LOSSES]
+OVER_TOKENS = [c for c in WITH_DATA if c not in WITH_LABELS and c.values[0] != "angular"]
+COUNTS = [(n, o) for n, c in CRITERIA.items() for o, allowed in
+          {**c.options, **c.capture_options}.items() if isinstance(allowed, range)]  # fmt: skip
 WIDTH = [c for c in CASES if "neuron" in CRITERIA[c.values[0]].units and c.values[0] != "random"]
 
 every_case = pytest.mark.parametrize(("criterion", "options"), CASES)
@@ -227,6 +231,82 @@ def test_without_labels_the_whole_text_counts_but_not_its_padding(
 
 
 @every_case_with_data
+def test_weights_of_one_are_no_weights(criterion: str, options: dict[str, Any]) -> None:
+    """Losses then count prompts, too: they are as before where only answers weigh."""
+    model = tiny.build("llava-llama")
+    data = samples(model)
+    losses = CRITERIA[criterion].capture in LOSSES
+    weights = {"image": 1.0, "prompt": 0.0 if losses else 1.0, "answer": 1.0}
+    plain = score(model, data, criterion, **options)
+    weighted = score(model, data, criterion, token_weights=weights, **options)
+    assert weighted.options["token_weights"] == weights
+    assert "token_weights" not in plain.options
+    ours, theirs = flat(weighted), flat(plain)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@every_case_with_data
+def test_without_labels_all_text_weighs_as_prompt(criterion: str, options: dict[str, Any]) -> None:
+    model = tiny.build("llama")
+    data = [{**one, "labels": one["input_ids"]} for one in samples(model)]
+    unlabelled = [{k: v for k, v in one.items() if k != "labels"} for one in data]
+    expected = score(model, data, criterion, **options)
+    found = score(model, unlabelled, criterion, token_weights={"prompt": 2.0}, **options)
+    if options.get("reduction") != "sum":
+        assert_same_scores(found, expected)
+
+
+@pytest.mark.parametrize(("criterion", "options"), OVER_TOKENS)
+@pytest.mark.parametrize("model_name", ["llava-llama", "qwen3_vl"])
+def test_a_role_of_weight_zero_is_absent(
+    criterion: str, options: dict[str, Any], model_name: str
+) -> None:
+    """Attention is causal, so that cutting the answers off leaves the other tokens as they are."""
+    model = tiny.build(model_name)
+    data = [sample(model, seed, labels=2 + 2 * seed) for seed in range(4)]
+    cut = []
+    for one in data:
+        keep = int((one["labels"] == -100).sum())
+        long = one["input_ids"].shape
+        cut.append({k: v[:, :keep] if v.shape == long else v for k, v in one.items()})
+    expected = score(model, cut, criterion, **options)
+    found = score(model, data, criterion, token_weights={"answer": 0.0}, **options)
+    assert_same_scores(found, expected)
+    whole = flat(score(model, data, criterion, **options))
+    assert any(not torch.allclose(whole[k], v, rtol=1e-3) for k, v in flat(expected).items())
+
+
+@every_case_with_data
+def test_token_weights_matter(criterion: str, options: dict[str, Any]) -> None:
+    if criterion == "angular":  # looks at one token of a sample
+        return
+    model = tiny.build("llava-llama")
+    data = samples(model)
+    one = flat(score(model, data, criterion, token_weights={"prompt": 0.5}, **options))
+    two = flat(score(model, data, criterion, token_weights={"prompt": 0.1}, **options))
+    assert all((one[k] - two[k]).abs().max() > 1e-3 * one[k].abs().max() for k in one)
+
+
+def test_bad_token_weights_are_refused() -> None:
+    model = tiny.build("llama")
+    for name, row in CRITERIA.items():
+        if not row.needs_data:
+            with pytest.raises(ConfigError, match=f"token_weights: criterion '{name}' reads no"):
+                score(model, [], name, token_weights={"image": 0.5})
+    for weights in ({"sky": 1.0}, {"image": -1.0}, {"image": math.nan}, {"image": math.inf}):
+        with pytest.raises(ConfigError, match=r"token_weights .*image, prompt, answer"):
+            score(model, samples(model), "activation", token_weights=weights)
+    nothing = {"image": 0.0, "prompt": 0.0, "answer": 0.0}
+    with pytest.raises(ConfigError, match="above 0"):
+        score(model, samples(model), "activation", token_weights=nothing)
+    unlabelled = [{k: v for k, v in one.items() if k != "labels"} for one in samples(model)]
+    with pytest.raises(DataError, match="token weight above 0"):
+        score(model, unlabelled, "activation", token_weights={"prompt": 0.0})
+    with pytest.raises(DataError, match="text token of a weight above 0"):
+        score(model, unlabelled, "gate", token_weights={"prompt": 0.0})
+
+
+@every_case_with_data
 def test_embeddings_may_stand_for_tokens(criterion: str, options: dict[str, Any]) -> None:
     model = tiny.build("llama")
     batch = sample(model, 0)
@@ -383,6 +463,13 @@ def test_an_unknown_option_is_refused_with_the_choices(
     for option in options:
         with pytest.raises(ConfigError, match=f"{option}='no' must be one of"):
             score(tiny.build("llama"), [], criterion, **{option: "no"})
+
+
+@pytest.mark.parametrize(("criterion", "option"), COUNTS)
+@pytest.mark.parametrize("value", [0, -1, 1.5, "no"])
+def test_a_count_must_be_a_whole_number(criterion: str, option: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{option}={value!r} must be a whole number"):
+        score(tiny.build("llama"), [], criterion, **{option: value})
 
 
 def test_random_scores_follow_their_seed() -> None:

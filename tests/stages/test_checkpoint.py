@@ -230,15 +230,65 @@ def test_an_existing_checkpoint_stays(tmp_path: Path) -> None:
     assert (out / "config.json").exists()
 
 
-def test_uneven_widths_are_refused_before_writing(tmp_path: Path) -> None:
-    model, processor = load(folders.folder("text"))
-    shape = read_anatomy(model)
-    plan = plan_by_hand(shape)
-    neurons = (tuple(range(40)), *plan.neurons[1:])
-    prune_(model, Plan(shape, plan.layers, plan.kv_groups, neurons, axis="width"))
-    with pytest.raises(ConfigError, match="different widths"):
-        save(model, processor, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
+# Layers of different widths: the battery over all families is in tests/contract/test_uneven.py.
+
+
+@pytest.fixture
+def _code_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers copies the Python files of checkpoints; not into the user's cache here."""
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder))
+    monkeypatch.syspath_prepend(str(folder))
+
+
+def uneven(kind: str) -> tuple[Any, Any, Plan]:
+    model, processor = load(folders.folder(kind))
+    plan = plan_by_hand(read_anatomy(model))
+    kept = (tuple(range(40)), *plan.neurons[1:])
+    plan = Plan(plan.before, plan.layers, plan.kv_groups, kept, axis="width")
+    prune_(model, plan)
+    return model, processor, plan
+
+
+@pytest.mark.usefixtures("_code_cache")
+@pytest.mark.parametrize("kind", KINDS)
+def test_uneven_widths_bring_their_code_or_are_padded(kind: str, tmp_path: Path) -> None:
+    model, processor, plan = uneven(kind)
+    save(model, processor, tmp_path / "out", plan)
+    save(model, processor, tmp_path / "padded", plan, pad=True)
+    again, its_processor = load(tmp_path / "out")
+    assert type(its_processor) is type(processor)
+    assert read_anatomy(again) == plan.after == anatomy(tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").glob("*.py")] == ["modeling_pruned.py"]
+    assert anatomy(tmp_path / "padded") == plan.before
+    assert list((tmp_path / "padded").glob("*.py")) == []
+
+
+@pytest.mark.usefixtures("_code_cache")
+@pytest.mark.parametrize("change", ["code", "widths", "auto_map"])
+def test_the_reload_check_catches_spoilt_uneven_folders(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor, plan = uneven("llava")
+    honest = type(model).save_pretrained
+
+    def spoils(self: Any, folder: Any, *args: Any, **kwargs: Any) -> None:
+        honest(self, folder, *args, **kwargs)
+        code, config = Path(folder) / "modeling_pruned.py", Path(folder) / "config.json"
+        values = json.loads(config.read_text())
+        if change == "code":
+            code.write_text(code.read_text() + "\n")
+        elif change == "widths":
+            values["text_config"]["pruned_layers"][1]["intermediate_size"] -= 1
+        else:
+            values["auto_map"]["AutoModelForImageTextToText"] = "modeling_pruned.PrunedLlavaModel"
+        config.write_text(json.dumps(values))
+
+    monkeypatch.setattr(type(model), "save_pretrained", spoils)
+    with pytest.raises(ReloadError):
+        save(model, processor, tmp_path / "out", plan)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_without_processor_is_written(tmp_path: Path) -> None:

@@ -15,7 +15,14 @@ import torch
 from slimvlm import evaluation, losses
 from slimvlm.checkpoint import load
 from slimvlm.errors import ConfigError
-from slimvlm.evaluation import Result, answer, evaluate, latency, with_other_pictures
+from slimvlm.evaluation import (
+    Result,
+    answer,
+    evaluate,
+    latency,
+    read_baseline,
+    with_other_pictures,
+)
 from slimvlm.geometry import read_anatomy
 from slimvlm.samples import Question, Task
 from slimvlm.tasks import find_tasks
@@ -212,6 +219,10 @@ def test_blind_shows_other_pictures(llava: tuple[Any, Any], result: Result) -> N
     blind = with_other_pictures(asked)
     assert [q.id for q in blind] == [q.id for q in asked]
     assert all(b.images != q.images for b, q in zip(blind, asked, strict=True))
+    assert sorted(b.images[0].tobytes() for b in blind) == sorted(  # type: ignore[union-attr]
+        q.images[0].tobytes()  # type: ignore[union-attr]
+        for q in asked
+    )
     found = evaluate(*llava, [task()], blind=True).tasks["colours"]
     assert found.replies != result.tasks["colours"].replies
 
@@ -224,3 +235,152 @@ def test_tasks_are_found_by_name() -> None:
         find_tasks("presence,presense")
     with pytest.raises(ConfigError, match="names no task"):
         find_tasks(" , ")
+
+
+def test_blind_never_shows_the_right_picture() -> None:
+    """Questions about the same picture may stand half a list apart; text has nothing to swap."""
+    asked = [replace(q, images=(picture(i // 3 % 2),)) for i, q in enumerate(questions(12))]
+    asked.insert(4, replace(asked[0], images=()))
+    blind = with_other_pictures(asked)
+    assert [bool(q.images) for q in blind] == [bool(q.images) for q in asked]
+    assert all(b.images != q.images for b, q in zip(blind, asked, strict=True) if q.images)
+    same = [replace(q, images=(picture(0),)) for q in asked]
+    with pytest.raises(ConfigError, match=r"blind: question 'q0' finds no other pictures"):
+        with_other_pictures(same)
+
+
+def test_floors_are_what_a_blind_result_has(llava: tuple[Any, Any], result: Result) -> None:
+    asked = [task(), task("words", sees=False), PERPLEXITY]
+    both = evaluate(*llava, asked, floors=True)
+    blind = evaluate(*llava, asked, blind=True)
+    colours = both.tasks["colours"]
+    assert colours.blind_scores == blind.tasks["colours"].scores
+    assert (colours.replies, colours.scores) == (
+        result.tasks["colours"].replies,
+        result.tasks["colours"].scores,
+    )
+    assert colours.majority == pytest.approx(100 * 3 / 9)  # "yes" answers 0, 4 and 8
+    assert colours.blind == blind.tasks["colours"].blind == blind.tasks["colours"].score
+    assert [both.tasks[n].blind for n in ("words", "passages")] == [None, None]
+    assert both.tasks["passages"].majority is None
+    assert result.with_blind_floors(blind).tasks["colours"] == colours
+    with pytest.raises(ConfigError, match="leave out one of blind and floors"):
+        evaluate(*llava, asked, blind=True, floors=True)
+    with pytest.raises(ConfigError, match="must be a blind result"):
+        blind.with_blind_floors(both)
+
+
+def test_retention_above_the_highest_floor(result: Result) -> None:
+    """Chance is 25 %, the best constant answer 33 %; the blind floor takes over where higher."""
+    known = with_scores(result, [1, 0, 1, 1, 0, 0, 1, 1, 1])
+    half = with_scores(result, [1, 0, 0, 1, 0, 0, 0, 1, 1])
+    score, base, majority = 4 / 9, 6 / 9, 3 / 9
+    kept = half.retention(known)
+    assert kept.above_chance == pytest.approx(100 * (score - 0.25) / (base - 0.25))
+    assert kept.above_floor == pytest.approx(100 * (score - majority) / (base - majority))
+    low, high = with_scores(result, [1] + [0] * 8), with_scores(result, [1, 1, 1, 1] + [0] * 5)
+    for seen, floor in ((low, majority), (high, 4 / 9)):
+        blind = replace(seen, blind=True)
+        scores = seen.tasks["colours"].scores
+        tasks = {"colours": replace(seen.tasks["colours"], blind_scores=scores)}
+        kept = half.retention(known, floors=replace(blind, tasks=tasks))
+        assert kept.above_floor == pytest.approx(100 * (score - floor) / (base - floor))
+
+
+def test_blind_and_seeing_are_not_mixed(result: Result, tmp_path: Path) -> None:
+    blind = replace(result, blind=True)
+    for one, other in ((blind, result), (result, blind)):
+        with pytest.raises(ConfigError, match=r"baseline: th.* asked blind"):
+            one.retention(other)
+        with pytest.raises(ConfigError, match=r"baseline: th.* asked blind"):
+            one.difference(other)
+    assert blind.retention(blind).percent == pytest.approx(result.retention(result).percent)
+    blind.save(tmp_path / "blind.json")
+    assert read_baseline(tmp_path / "blind.json", blind=True) == blind
+    with pytest.raises(ConfigError, match=r"blind\.json': it is blind, the new result is not"):
+        read_baseline(tmp_path / "blind.json")
+    with pytest.raises(ConfigError, match="evaluate that model with --floors"):
+        read_baseline(tmp_path / "blind.json", blind=True, floors=True)
+
+
+def test_a_result_says_how_it_was_asked(llava: tuple[Any, Any], tmp_path: Path) -> None:
+    found = evaluate(*llava, [task()], limit=2, batch_size=3, blind=True)
+    assert (found.blind, found.limit, found.batch_size) == (True, 2, 3)
+    assert found.dtype == str(llava[0].dtype).removeprefix("torch.")
+    found.save(tmp_path / "new.json")
+    assert Result.load(tmp_path / "new.json") == found
+
+
+def test_a_result_from_before_these_fields_loads(result: Result, tmp_path: Path) -> None:
+    result.save(tmp_path / "result.json")
+    values = json.loads((tmp_path / "result.json").read_text())
+    for name in ("blind", "limit", "batch_size", "dtype"):
+        del values[name]
+    for found in values["tasks"].values():
+        del found["majority"], found["blind_scores"]
+    (tmp_path / "old.json").write_text(json.dumps(values))
+    old = Result.load(tmp_path / "old.json")
+    assert (old.blind, old.limit, old.tasks["colours"].majority) == (False, None, None)
+    known = with_scores(old, [1, 0, 1, 1, 0, 0, 1, 1, 1])
+    kept = known.retention(known)
+    assert kept.above_floor == kept.above_chance == pytest.approx(100)
+
+
+class Stopped(Exception):
+    """Stands for a kill."""
+
+
+def test_a_stopped_evaluation_asks_only_the_rest(
+    llava: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = [task(count=9), PERPLEXITY, task("more", count=6)]
+    asked: list[str] = []
+    budget = 0
+
+    def counted(*arguments: Any) -> list[str]:
+        if len(asked) >= budget:
+            raise Stopped
+        asked.extend(question.id for question in arguments[2])
+        return answer(*arguments)
+
+    monkeypatch.setattr(evaluation, "answer", counted)
+    budget = 99
+    whole = evaluate(*llava, tasks, batch_size=2)
+    assert len(asked) == 15
+    again = evaluate(*llava, tasks, batch_size=2)
+    assert whole == again
+    asked, budget = [], 4
+    with pytest.raises(Stopped):
+        evaluate(*llava, tasks, batch_size=2, log_folder=tmp_path)
+    first = list(asked)
+    assert len(first) == 4
+    for log in tmp_path.iterdir():
+        with log.open("a") as file:
+            file.write('{"id": "q0", "prom')  # cut short
+    asked, budget = [], 9
+    with pytest.raises(Stopped):
+        evaluate(*llava, tasks, batch_size=2, log_folder=tmp_path)
+    assert len(asked) == 9
+    assert not set(first) & set(asked[:5])
+    assert sorted(first + asked[:5]) == [f"q{i}" for i in range(9)]
+    monkeypatch.setattr(evaluation.losses, "cross_entropy", None)  # passages are not read again
+    asked, budget = [], 99
+    assert evaluate(*llava, tasks, batch_size=2, log_folder=tmp_path) == whole
+    assert len(asked) == 2
+    asked = []
+    assert evaluate(*llava, tasks, batch_size=2, log_folder=tmp_path) == whole
+    assert asked == []
+
+
+@pytest.mark.slow
+def test_the_demo_model_says_the_same_in_any_batch() -> None:
+    """Real answers over prompts and replies of different lengths, in single precision."""
+    model, processor = load("demo", "float32")
+    names = "name,category_letter,presence,list_objects,text_sort,text_sum,text_ppl"
+    one = evaluate(model, processor, names, limit=4, batch_size=1)
+    many = evaluate(model, processor, names, limit=4, batch_size=16)
+    for name, found in one.tasks.items():
+        assert many.tasks[name] == found
+    assert many == evaluate(model, processor, names, limit=4, batch_size=16)
+    assert sum(len(found.ids) for found in one.tasks.values()) == 28
+    assert one.average > 60

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import TrainerState
@@ -25,10 +27,11 @@ from slimvlm.geometry import read_anatomy
 from slimvlm.recovery import recover
 from slimvlm.samples import Sample
 from slimvlm.surgery import prune_
+from tests import tiny
 from tests import tiny_folder as folders
 from tests.helpers import logits, plan_by_hand
 from tests.tiny_folder import KINDS, SEEING, short_samples
-from tests.tolerances import FORWARD, LOSS, assert_close
+from tests.tolerances import FORWARD, LOSS, Tolerance, assert_close
 
 pytestmark = pytest.mark.filterwarnings(  # transformers renames what PEFT still reads
     "ignore:.*gradient_checkpointing.*:FutureWarning"
@@ -40,6 +43,8 @@ TRAINED = {
     "full": r"multi_modal_projector\.|language_model\.|lm_head\.",
 }
 SAMPLES = short_samples(8)
+AFTER_ADAM = Tolerance(torch.float32, 1e-4, 1e-3)
+"""Weights after AdamW, whose first steps turn rounding of tiny gradients into real moves."""
 
 
 def config(**changes: Any) -> RecoverConfig:
@@ -413,3 +418,130 @@ def test_another_request_does_not_go_on_from_this_one(
     except ConfigError:
         return
     assert_same(found, expected)
+
+
+# Comforts.
+
+
+@pytest.mark.parametrize("kd_on", ["answer", "text"])
+def test_accumulated_batches_are_one_large_batch(kd_on: str) -> None:
+    """Means are over tokens, however unequally these are spread over the batches."""
+    same = {"loss": "sft+hidden+kl", "kd_on": kd_on, "lora_dropout": 0.0, "max_steps": 2}
+    large = trained(batch_size=4, **same)
+    small = trained(batch_size=1, gradient_accumulation=4, **same)
+    for name, value in large.items():
+        assert_close(small[name], value, AFTER_ADAM)
+
+
+def test_held_out_samples_are_measured_and_not_learnt() -> None:
+    student, teacher, processor = models()
+    options = config(eval_fraction=0.25, eval_steps=1, max_steps=4)
+    history = recover(student, teacher, SAMPLES, options, processor)
+    assert set(history.held_out_ids) | set(history.sample_ids) == {s.id for s in SAMPLES}
+    assert len(history.held_out_ids) == 2
+    assert [row["step"] for row in history.evaluations] == [1, 2, 3, 4]
+    held_out = [sample for sample in SAMPLES if sample.id in history.held_out_ids]
+    expected = reference_losses(student, teacher, processor, held_out, "answer")
+    for name in ("sft", "hidden"):  # one batch, after the last step
+        assert history.evaluations[-1][f"eval_loss_{name}"] == pytest.approx(
+            expected[name], rel=1e-4
+        )
+    assert all("eval_loss_sft" not in row for row in history.steps)
+
+
+def test_the_best_checkpoint_is_the_result(tmp_path: Path) -> None:
+    """Learning far too fast makes the held-out loss worse from some step on."""
+    student, teacher, processor = models()
+    options = config(
+        **{"eval_fraction": 0.25, "eval_steps": 1, "save_steps": 1, "load_best": True},
+        **{"max_steps": 5, "learning_rate": 0.3, "scheduler": "constant", "warmup_ratio": 0.0},
+    )
+    history = recover(student, teacher, SAMPLES, options, processor, tmp_path)
+    measured = [row["eval_loss"] for row in history.evaluations]
+    assert min(measured) < measured[-1]
+    held_out = [sample for sample in SAMPLES if sample.id in history.held_out_ids]
+    found = reference_losses(student, teacher, processor, held_out, "answer")
+    mean = (found["sft"] + found["hidden"]) / 2
+    assert mean == pytest.approx(min(measured), rel=1e-3)
+
+
+def test_batches_by_length_pad_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    padding = {False: 0, True: 0}
+    honest = recovery.DistillationTrainer.compute_loss
+
+    def counts(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        padding[grouped] += int((inputs["attention_mask"] == 0).sum())
+        return honest(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(recovery.DistillationTrainer, "compute_loss", counts)
+    samples = short_samples(32, sees=False)
+    for grouped in (False, True):
+        student, _, processor = models("text")
+        options = config(loss="sft", group_by_length=grouped, max_steps=16)
+        recover(student, None, samples, options, processor)
+    assert 0 < padding[True] < 0.7 * padding[False]
+
+
+def test_batches_by_length_go_on_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = trained(group_by_length=True, **LONG)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        with pytest.raises(Stopped):
+            trained(work=tmp_path, group_by_length=True, **LONG)
+    torch.manual_seed(1234)
+    assert_same(trained(work=tmp_path, group_by_length=True, **LONG), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kept_adapter_on_the_pruned_model_is_the_merged_one(kind: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    student, _, processor = models(kind)
+    samples = short_samples(4, kind in SEEING)
+    pruned = copy.deepcopy(student)
+    options = config(loss="sft", keep_adapter=True)
+    recover(student, None, samples, options, processor, tmp_path)
+    adapted = peft.PeftModel.from_pretrained(pruned, tmp_path / recovery.ADAPTER_FOLDER).eval()
+    batch = chat.encode_samples(processor, samples[:2])
+    before = logits(models(kind)[0], batch)
+    assert_close(logits(adapted, batch), logits(student, batch), FORWARD)
+    assert float((logits(student, batch) - before).abs().max()) > 1e-2
+
+
+def test_an_adapter_needs_a_place_and_holds_modules_alone() -> None:
+    student, _, processor = models()
+    with pytest.raises(ConfigError, match="keep_adapter True needs a work folder"):
+        recover(student, None, SAMPLES, config(loss="sft", keep_adapter=True), processor)
+    with pytest.raises(ConfigError, match=r"hold the parameter 'model\.image_newline'"):
+        trainable.require_adapter_holds_all(tiny.build("llava_next"))
+
+
+RANKS = """
+import os, sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from tests.stages import test_recovery as here
+found = here.trained(**{**here.DISTRIBUTED, "batch_size": 4 // int(os.environ["WORLD_SIZE"])})
+if os.environ["RANK"] == "0":
+    save_file(found, sys.argv[1])
+"""
+DISTRIBUTED = {"loss": "sft+hidden+kl", "kd_on": "text", "lora_dropout": 0.0, "max_steps": 2}
+
+
+@pytest.mark.slow
+def test_two_ranks_are_one_with_twice_the_batch(tmp_path: Path) -> None:
+    """Data-parallel training through torchrun on the CPU, on the same samples."""
+    script, out = tmp_path / "train.py", tmp_path / "weights.safetensors"
+    script.write_text(RANKS)
+    root = Path(__file__).parents[2]
+    torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc-per-node", "2", str(script), str(out)]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, cwd=root, env=environment, capture_output=True, check=False)
+    assert ran.returncode == 0, ran.stderr.decode()[-3000:]
+    expected = trained(batch_size=4, **DISTRIBUTED)
+    found = load_file(out)
+    for name, value in expected.items():
+        assert_close(found[name], value, AFTER_ADAM)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -203,12 +204,201 @@ def test_pictures_for_a_model_without_eyes_are_refused() -> None:
         chat.encode_samples(folders.processor("text"), [item])
 
 
-def test_a_template_that_rewrites_the_past_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = folders.processor("text")
-    template = "{{ messages | length }}" + folders.TEXT_CHAT
-    monkeypatch.setattr(words, "chat_template", template)
-    with pytest.raises(DataError, match=r"'multi'.*rewrites earlier turns"):
+def template(
+    opening: str, system: str, user: str, assistant: str, prompt: str, otherwise: str = ""
+) -> str:
+    """A chat template in the shape that most have; the arguments are Jinja expressions."""
+    return (
+        f"{{{{ {opening} }}}}{{% for m in messages %}}"
+        f"{{% if m['role'] == 'system' %}}{{{{ {system} }}}}"
+        f"{{% elif m['role'] == 'user' %}}{{{{ {user} }}}}"
+        f"{{% else %}}{{{{ {assistant} }}}}{{% endif %}}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{{{{ {prompt} }}}}"
+        f"{{% else %}}{{{{ {otherwise or repr('')} }}}}{{% endif %}}"
+    )
+
+
+def turns(before: str, after: str, content: str = "m['content']") -> tuple[str, str, str]:
+    """The three roles, written alike."""
+    return tuple(  # type: ignore[return-value]
+        f"'{before % role}' + {content} + '{after}'" for role in ("system", "user", "assistant")
+    )
+
+
+C, TRIMMED = "m['content']", "(m['content'] | trim)"
+IM, HEADER = "<|im_start|>%s\\n", "<|start_header_id|>%s<|end_header_id|>\\n\\n"
+REFUSAL = "raise_exception('System role not supported')"
+TODAY = "bos_token + '<|start_header_id|>system<|end_header_id|>\\n\\n' + strftime_now('%d %b %Y')"
+# Each with what the labels of an answer are. Some answers are stripped, some end in a token that
+# only stands between turns, in one that only ends the conversation, or in none.
+TEMPLATES: dict[str, tuple[str, str]] = {
+    "vicuna": (
+        template(
+            *("bos_token", f"{C} + ' '", f"'USER: ' + {C} + ' '"),
+            *(f"'ASSISTANT: ' + {C} + eos_token", "'ASSISTANT:'"),
+        ),
+        " {}</s>",
+    ),
+    "mistral": (
+        template(
+            *("bos_token", REFUSAL, f"'[INST] ' + {C} + ' [/INST]'"),
+            *(f"' ' + {C} + eos_token", "''"),
+        ),
+        " {}</s>",
+    ),
+    "chatml": (
+        template("''", *turns(IM, "<|im_end|>\\n"), f"'{IM % 'assistant'}'"),
+        "{}<|im_end|>",
+    ),
+    "phi-3": (
+        template(
+            *("bos_token", *turns("<|%s|>\\n", "<|end|>\\n")),
+            *("'<|assistant|>\\n'", "eos_token"),
+        ),
+        "{}<|end|>",
+    ),
+    "phi-3, header in the user's turn": (
+        template(
+            *("bos_token", REFUSAL, f"'<|user|>\\n' + {C} + '<|end|>\\n<|assistant|>\\n'"),
+            *(f"{C} + '<|end|>\\n'", "''"),
+        ),
+        "{}<|end|>",
+    ),
+    "gemma": (
+        template(
+            *("bos_token", REFUSAL),
+            *turns("<start_of_turn>%s\\n", "<end_of_turn>\\n", TRIMMED)[1:],
+            "'<start_of_turn>assistant\\n'",
+        ),
+        "{}<end_of_turn>",
+    ),
+    "llama-3": (
+        template(TODAY, *turns(HEADER, "<|eot_id|>", TRIMMED), f"'{HEADER % 'assistant'}'"),
+        "{}<|eot_id|>",
+    ),
+    "glm": (template("''", *turns("<|%s|>\\n", ""), "'<|assistant|>\\n'"), "{}"),
+}
+ADDED = [
+    *("<|im_start|>", "<|im_end|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"),
+    *("<start_of_turn>", "<end_of_turn>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+]
+
+
+@cache
+def plain_words() -> Any:
+    return folders.tokenizer(ADDED)
+
+
+def with_template(monkeypatch: pytest.MonkeyPatch, chat_template: str) -> Any:
+    monkeypatch.setattr(plain_words(), "chat_template", chat_template)
+    return plain_words()
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_labels_are_the_answers_in_every_template(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat_template, answer = TEMPLATES[name]
+    words = with_template(monkeypatch, chat_template)
+    for item in samples_of("text").values():
+        batch = chat.encode_samples(words, [item])
+        expected = [answer.format(said) for said in answers_of(item)]
+        assert decoded_labels(words, batch["labels"][0]) == expected
+
+
+@pytest.mark.parametrize(("name", "strips"), [("gemma", True), ("llama-3", True), ("phi-3", False)])
+def test_an_answer_may_be_stripped_and_repeat_what_was_asked(
+    name: str, strips: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat_template, answer = TEMPLATES[name]
+    words = with_template(monkeypatch, chat_template)
+    said = [" It is red. ", "It is red.", "red"]
+    rows = [turn(role, text) for text in said for role in ("user", "assistant")]
+    batch = chat.encode_samples(words, [Sample("s", tuple(rows))])
+    expected = [answer.format(text.strip() if strips else text) for text in said]
+    assert decoded_labels(words, batch["labels"][0]) == expected
+
+
+@pytest.mark.parametrize("name", ["gemma", "mistral"])
+def test_a_template_that_refuses_is_the_sample_s_fault(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = with_template(monkeypatch, TEMPLATES[name][0])
+    item = Sample("briefed", (turn("system", "Be brief."), *samples_of("text")["single"].messages))
+    with pytest.raises(DataError, match=r"sample 'briefed': .*System role not supported"):
+        chat.encode_samples(words, [item])
+
+
+def test_a_system_turn_is_not_learnt(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("chatml", "llama-3", "vicuna"):
+        chat_template, answer = TEMPLATES[name]
+        words = with_template(monkeypatch, chat_template)
+        item = samples_of("text")["multi"]
+        briefed = Sample("briefed", (turn("system", "It is red."), *item.messages))
+        labels = chat.encode_samples(words, [briefed])["labels"][0]
+        assert decoded_labels(words, labels) == [answer.format(said) for said in answers_of(item)]
+
+
+def test_what_stands_before_the_last_answer_alone_is_learnt_there_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Thinking models write an empty thought, but only in the last turn of a conversation."""
+    thought = "{{ '<think></think>' if loop.last and m['role'] == 'assistant' else '' }}"
+    chat_template = TEMPLATES["chatml"][0].replace(
+        "{% else %}{{ '<|im_start|>assistant\\n' + m",
+        "{% else %}{{ '<|im_start|>assistant\\n' }}" + thought + "{{ m",
+    )
+    assert "think" in chat_template
+    words = with_template(monkeypatch, chat_template)
+    item = samples_of("text")["multi"]
+    first, second = answers_of(item)
+    labels = chat.encode_samples(words, [item])["labels"][0]
+    assert decoded_labels(words, labels) == [
+        f"{first}<|im_end|>",
+        f"<think></think>{second}<|im_end|>",
+    ]
+
+
+def test_a_long_conversation_is_not_rendered_turn_by_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = with_template(monkeypatch, TEMPLATES["chatml"][0])
+    said = tuple(turn(("user", "assistant")[i % 2], f"It is {i}.") for i in range(300))
+    renders: list[int] = []
+    render = chat.render
+
+    def counted(processor: Any, messages: Any, generate: bool = False) -> str:
+        renders.append(len(messages))
+        return render(processor, messages, generate)
+
+    monkeypatch.setattr(chat, "render", counted)
+    labels = chat.encode_samples(words, [Sample("long", said)])["labels"][0]
+    assert decoded_labels(words, labels) == [f"It is {i}.<|im_end|>" for i in range(1, 300, 2)]
+    assert sorted(renders) == [1, 1, 300, 300]
+
+
+def test_a_template_that_rewrites_what_was_said_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    rewritten = TEMPLATES["chatml"][0].replace(C, f"({C} | upper)")
+    words = with_template(monkeypatch, rewritten)
+    with pytest.raises(DataError, match=r"'multi'.*rewrites what was said"):
         chat.encode_samples(words, [samples_of("text")["multi"]])
+
+
+def test_pictures_of_later_turns_are_processed_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels after the first, second and third picture, of which each adds tokens."""
+    words = folders.processor("qwen2_5_vl")
+    said = [f"It is {number}." for number in ("one", "two", "three")]
+    rows = [t for text in said for t in (turn("user", None, "Which?"), turn("assistant", text))]
+    item = sample("s", *rows, images=3)
+    processed: list[int] = []
+    process = chat.process
+
+    def counted(processor: Any, texts: Any, images: Any, padding_side: str) -> Any:
+        processed.append(len(images[0]))
+        return process(processor, texts, images, padding_side)
+
+    monkeypatch.setattr(chat, "process", counted)
+    labels = chat.encode_samples(words, [item])["labels"][0]
+    assert decoded_labels(words, labels) == expected_labels("qwen2_5_vl", item)
+    assert processed == [3, 1, 2]
 
 
 def test_a_tokenizer_without_template_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:

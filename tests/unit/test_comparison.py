@@ -28,6 +28,7 @@ from slimvlm.errors import ConfigError
 from slimvlm.evaluation import Result, TaskResult
 from slimvlm.metrics import METRICS, paired_difference
 from slimvlm.samples import Question, Task
+from slimvlm.summary import LEGEND, as_markdown, as_table, result_json, result_rows
 
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>&amp;"
 
@@ -356,3 +357,66 @@ def test_a_task_that_has_changed_shows_no_wrong_questions() -> None:
     found = compare(a, b, {"pets": task_of("pets", changed)})
     assert "has changed" in found.tasks["pets"].note
     assert all(not pair.question.prompt for pair in found.tasks["pets"].pairs)
+
+
+@pytest.mark.parametrize(("a", "b"), [(True, True), (True, False), (False, True)])
+def test_a_blind_result_shows_the_pictures_that_were_seen(a: bool, b: bool) -> None:
+    asked = questions("pets", 4, (8, 8))
+    ours = replace(result("small", pets=answered(asked, replies("0101"))), blind=b)
+    theirs = replace(result("large", pets=answered(asked, replies("1111"))), blind=a)
+    found = compare(theirs, ours, {"pets": task_of("pets", asked)})
+    shown = [pair.question.images for pair in found.tasks["pets"].pairs]
+    right = [question.images for question in asked]
+    assert shown == ([*right[2:], *right[:2]] if a and b else right)
+    start = "A and B were asked blind" if a and b else f"{'A' if a else 'B'} was asked blind"
+    assert found.note.startswith(start)
+    assert found.note in comparison_html(found, "t")
+    assert comparison_json(found)["note"] == found.note
+    assert two("1", "0")[0].note == ""
+
+
+def measured(model: str, right: str, **changes: object) -> Result:
+    pets = answered(questions("pets", len(right)), replies(right))
+    text = TaskResult("perplexity", 12.0, 0.0, False, ("p", "q"), ("", ""), (2.5, 2.4))
+    return result(model, pets=replace(pets, **changes), text=text)  # type: ignore[arg-type]
+
+
+def test_tables_show_the_floors_that_are_known() -> None:
+    plain = {n: measured(n, right) for n, right in (("large", "1" * 8), ("small", "1" * 6 + "00"))}
+    header, rows = result_rows(plain)
+    assert header == ["task", "chance", "large", "small"]
+    assert not any("above floor" in row[0] for row in rows)
+    blind = (1.0, *[0.0] * 7)
+    plain["large"] = measured("large", "1" * 8, majority=25.0, blind_scores=blind)
+    header, rows = result_rows(plain)
+    assert header == ["task", "chance", "majority", "blind", "large", "small"]
+    assert all(len(row) == len(header) for row in rows)
+    cells = {row[0]: row[1:] for row in rows}
+    assert cells["pets"][:3] == ["0", "25.0", "12.5"]
+    assert cells["text (lower is better)"][:3] == ["", "", ""]
+    above = cells["AVG-% above floor [95 % interval]"]
+    assert above[:4] == ["", "", "", "100.0"]
+    assert above[4].startswith("66.7 [")
+    pets = result_json(plain)["large"]["tasks"]["pets"]
+    assert (pets["chance"], pets["majority"], pets["blind"]) == (0.0, 25.0, 12.5)
+
+
+def test_tables_mark_what_differs_from_the_first_model() -> None:
+    names = {"large": "1" * 40, "worse": "1" * 20 + "0" * 20, "same": "1" * 40}
+    models = {name: measured(name, right) for name, right in names.items()}
+    header, rows = result_rows(models)
+    cells = {row[0]: row[2:] for row in rows}
+    assert cells["pets"] == ["100.0", "50.0 *", "100.0"]
+    assert cells["AVG"] == ["100.0", "50.0 *", "100.0"]
+    assert cells["text (lower is better)"] == ["12.0"] * 3
+    assert as_table(header, rows).caption == LEGEND
+    assert as_markdown(header, rows).endswith("\n\n\\" + LEGEND + "\n")
+    values = result_json(models)
+    assert values["worse"]["tasks"]["pets"]["significant"] is True
+    assert values["worse"]["tasks"]["pets"]["difference"]["points"] == -50
+    assert values["worse"]["average_significant"] is True
+    assert values["same"]["average_difference"]["points"] == 0
+    assert "significant" not in values["large"]["tasks"]["pets"]
+    header, rows = result_rows({name: models[name] for name in ("large", "same")})
+    assert as_table(header, rows).caption is None
+    assert LEGEND not in as_markdown(header, rows)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import jaxtyping
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slimvlm.config import LOSS_NAMES, RecoverConfig, parse_loss
+from slimvlm.config import LOSS_NAMES, RecoverConfig, Scheduler, parse_loss
 from slimvlm.errors import ConfigError, SlimError
 from slimvlm.recipes import recipe_for
 
@@ -23,6 +24,7 @@ from slimvlm.recipes import recipe_for
         (" 0.7 * sft + hidden ", {"sft": 0.7, "hidden": 0.3}),
         ("sft+hidden+kl", {"sft": 1 / 3, "hidden": 1 / 3, "kl": 1 / 3}),
         ("0.5*sft+kl+rkl", {"sft": 0.5, "kl": 0.25, "rkl": 0.25}),
+        ("sft+cosine+jsd", {"sft": 1 / 3, "cosine": 1 / 3, "jsd": 1 / 3}),
         ("2*hidden", {"hidden": 2}),
         ("1e-2*sft", {"sft": 0.01}),
     ],
@@ -88,6 +90,19 @@ def test_terms_without_weight_share_one(names: list[str]) -> None:
         ("kd_on", "questions"),
         ("save_steps", 0),
         ("logging_steps", 0),
+        ("scheduler", "step"),
+        ("max_grad_norm", -1.0),
+        ("max_grad_norm", float("nan")),
+        ("jsd_beta", 0.0),
+        ("jsd_beta", 1.0),
+        ("top_k", 0),
+        ("hidden_layers", "all"),
+        ("teacher", "both"),
+        ("eval_fraction", 1.0),
+        ("eval_fraction", -0.1),
+        ("eval_steps", 0),
+        ("eval_steps", 10),
+        ("load_best", True),
     ],
 )
 def test_a_bad_recovery_option_is_named(
@@ -99,6 +114,28 @@ def test_a_bad_recovery_option_is_named(
     assert str(refusal.value).startswith(field)
     assert str(value) in str(refusal.value)
     assert isinstance(refusal.value, SlimError)
+
+
+def test_an_adapter_is_only_kept_where_there_is_one() -> None:
+    assert RecoverConfig(train="lora", keep_adapter=True).keep_adapter
+    with pytest.raises(ConfigError, match="keep_adapter True needs train 'lora', not 'full'"):
+        RecoverConfig(train="full", keep_adapter=True)
+
+
+def test_the_best_checkpoint_must_have_been_measured() -> None:
+    held_out = {"eval_fraction": 0.1, "load_best": True}
+    assert RecoverConfig(**held_out, save_steps=40).eval_steps is None
+    assert RecoverConfig(**held_out, save_steps=40, eval_steps=20).load_best
+    with pytest.raises(ConfigError, match="save_steps 40 must be a multiple of eval_steps 30"):
+        RecoverConfig(**held_out, save_steps=40, eval_steps=30)
+
+
+@pytest.mark.parametrize("scheduler", get_args(Scheduler))
+def test_every_scheduler_runs_without_further_options(scheduler: str) -> None:
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    get_scheduler(scheduler, optimizer, num_warmup_steps=2, num_training_steps=9)
 
 
 def test_the_defaults_are_the_study_s() -> None:

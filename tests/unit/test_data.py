@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from slimvlm.data import load_samples, subset
+from slimvlm.data import estimated_length, hold_out, load_samples, subset
 from slimvlm.errors import ConfigError, DataError
 from slimvlm.samples import Sample
 from tests.tiny_folder import picture, turn
@@ -366,6 +369,99 @@ def test_a_subset_depends_on_the_seed_alone() -> None:
     assert chosen != [s.id for s in subset(samples, 0.2, seed=2)]
     assert chosen == sorted(chosen, key=int)
     assert len(set(chosen)) == 20
+
+
+def mixed(texts: int, ones: int, several: int, folders: int = 1) -> list[Sample]:
+    """Samples of every stratum, mixed."""
+    made = []
+    for index, images in enumerate([0] * texts + [1] * ones + [3] * several):
+        paths = (Path(f"/home/{index % folders}/{index}.png"),) * images
+        made.append(Sample(str(index), (turn("user", "Q"), turn("assistant", "A")), paths))
+    random.Random(7).shuffle(made)
+    return made
+
+
+@given(st.integers(0, 30), st.integers(1, 30), st.integers(0, 30), st.integers(0, 9))
+def test_subsets_are_stratified_nested_and_of_the_right_size(
+    texts: int, ones: int, several: int, seed: int
+) -> None:
+    samples = mixed(texts, ones, several)
+    smaller: set[str] = set()
+    for fraction in (0.05, 0.1, 0.2, 0.5, 0.9, 1.0):
+        chosen = subset(samples, fraction, seed)
+        names = {s.id for s in chosen}
+        assert len(chosen) == len(names) == max(round(fraction * len(samples)), 1)
+        assert smaller <= names
+        smaller = names
+        for images, count in ((0, texts), (1, ones), (3, several)):
+            share = sum(len(s.images) == images for s in chosen) / len(samples)
+            assert abs(share - fraction * count / len(samples)) <= 2 / len(samples)
+    assert chosen == samples
+
+
+def test_every_folder_of_pictures_keeps_its_share() -> None:
+    samples = mixed(0, 400, 0, folders=4)
+    folders = [s.images[0].parent.name for s in subset(samples, 0.1, seed=3)]
+    assert {folders.count(str(i)) for i in range(4)} == {10}
+
+
+def test_a_folder_for_every_sample_is_no_order() -> None:
+    samples = mixed(0, 60, 0, folders=60)
+    draws = [subset(samples, 0.5, seed) for seed in range(8)]
+    assert all(len(chosen) == 30 for chosen in draws)
+    assert {s.id for chosen in draws for s in chosen} == {s.id for s in samples}
+
+
+def test_a_subset_ignores_the_global_generator() -> None:
+    samples = mixed(20, 20, 20)
+    random.seed(1)
+    first = subset(samples, 0.3, seed=0)
+    random.seed(2)
+    assert subset(samples, 0.3, seed=0) == first
+
+
+def test_the_held_out_share_is_stratified_and_never_learnt_from() -> None:
+    samples = mixed(40, 80, 40)
+    learnt, held = hold_out(samples, 0.1, seed=0)
+    assert sorted(map(id, (*learnt, *held))) == sorted(map(id, samples))
+    assert [sum(len(s.images) == n for s in held) for n in (0, 1, 3)] == [4, 8, 4]
+    assert [s.id for s in samples if s in learnt] == [s.id for s in learnt]
+    assert hold_out(samples, 0.0, seed=0) == (samples, [])
+    assert len(hold_out(samples[:2], 0.9, seed=0)[0]) == 1
+    with pytest.raises(DataError, match=r"eval_fraction 0\.5 needs at least 2 samples, not 1"):
+        hold_out(samples[:1], 0.5, seed=0)
+
+
+def test_an_estimated_length_counts_text_and_pictures() -> None:
+    said = (turn("user", None, "x" * 40), turn("assistant", "y" * 40), turn("user", None, "z"))
+    picture_path = Path("a.png")
+    assert estimated_length(Sample("a", said[:2])) == 20
+    assert estimated_length(Sample("a", said, (picture_path,) * 2), image_tokens=100) == 220
+
+
+def test_llava_rows_in_jsonl(home: Path) -> None:
+    rows = [GOOD, llava("x", "<image>\nWhich?", "Red.", "Sure?", "Yes.", image="a.png")]
+    samples = load_samples(write(home, *rows, name="data.jsonl"), warn=silent)
+    assert [s.id for s in samples] == ["good", "x"]
+    assert flat(samples[1])[2:] == [("user", ["Sure?"]), ("assistant", ["Yes."])]
+    assert samples[1].images == (home / "a.png",)
+
+
+def test_llava_rows_in_parquet(home: Path) -> None:
+    """A table has every column in every row: those without a picture hold None."""
+    rows = [{**GOOD, "image": None}, llava("x", "<image>\nWhich?", "Red.", image="a.png")]
+    path = home / "data.parquet"
+    datasets.Dataset.from_list(rows).to_parquet(str(path))
+    samples = load_samples(path, warn=silent)
+    assert [len(s.images) for s in samples] == [0, 1]
+    assert samples[1].messages == (turn("user", None, "Which?"), turn("assistant", "Red."))
+
+
+def test_a_folder_of_parquet_files(home: Path, tmp_path: Path) -> None:
+    """What a downloaded hub dataset looks like."""
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    table().to_parquet(str(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet"))
+    check_table(load_samples(tmp_path / "hub", warn=silent))
 
 
 def test_a_subset_is_never_empty_and_the_whole_is_the_whole() -> None:

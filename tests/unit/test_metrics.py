@@ -155,3 +155,72 @@ def test_the_bootstrap_is_paired_and_seeded() -> None:
 def test_a_baseline_that_knows_nothing_divides_nothing_by_zero() -> None:
     kept = metrics.retention({"a": [1.0, 0.0]}, {"a": [0.0, 0.0]}, {"a": 0.0})
     assert np.isfinite(kept.percent)
+
+
+@pytest.mark.parametrize(
+    ("metric", "answers", "score"),
+    [
+        ("yes_no", [["yes"], ["no"], ["yes"], ["Yes"]], 75),
+        ("letter", [["A"], ["B"], ["B"], ["C"]], 50),
+        ("exact_match", [["red"], ["blue"], ["navy", "blue"], ["Blue."]], 75),
+        ("exact_match", [["red", "Red"], ["blue"], ["blue"]], 200 / 3),
+        ("set_f1", [["cat, dog"], ["dog, cat"], ["cat, dog"], ["bird"]], 75),
+        ("set_f1", [["cat, dog"], ["cat, bird"], ["dog, bird"]], 80),  # the best says all three
+        ("anls", [["hello"], ["hallo"], ["other"]], 60),
+        ("exact_match", [], 0),
+    ],
+)
+def test_the_best_constant_answer(metric: str, answers: list[list[str]], score: float) -> None:
+    found = metrics.majority_score(metric, [asking(*given) for given in answers])
+    assert found == pytest.approx(score)
+
+
+def test_a_floor_for_each_question_is_drawn_with_the_answers() -> None:
+    """Constants move no interval; a floor equal to the model leaves nothing, in every draw."""
+    level = metrics.retention(PRUNED, ORIGINAL, CHANCE, {"a": 60.0, "b": 30.0})
+    assert level.above_chance == metrics.retention(PRUNED, ORIGINAL, CHANCE).above_chance
+    mean = np.mean([100 * np.mean(PRUNED[n]) for n in "ab"])
+    base = np.mean([100 * np.mean(ORIGINAL[n]) for n in "ab"])
+    assert level.above_floor == pytest.approx(100 * (mean - 45) / (base - 45))
+    assert level.above_floor_low < level.above_floor < level.above_floor_high
+    same = metrics.retention(PRUNED, ORIGINAL, CHANCE, PRUNED)
+    assert (same.above_floor, same.above_floor_low, same.above_floor_high) == (0, 0, 0)
+    blind = {n: [0.2 * v for v in values] for n, values in ORIGINAL.items()}
+    half = {n: [0.6 * v for v in values] for n, values in ORIGINAL.items()}
+    paired = metrics.retention(half, ORIGINAL, CHANCE, blind)
+    assert (paired.above_floor_low, paired.above_floor, paired.above_floor_high) == pytest.approx(
+        (50, 50, 50)
+    )
+
+
+def test_a_floor_that_the_original_may_not_reach_has_no_bounds() -> None:
+    kept = metrics.retention({"a": [1.0, 0.0]}, {"a": [1.0, 0.0]}, {"a": 0.0}, {"a": 40.0})
+    assert kept.above_floor == pytest.approx(100)
+    assert np.isnan(kept.above_floor_low)
+    below = metrics.retention({"a": [1.0, 0.0]}, {"a": [1.0, 0.0]}, {"a": 0.0}, {"a": 60.0})
+    assert np.isnan(below.above_floor)
+
+
+def test_floors_of_mme_are_on_its_scale() -> None:
+    """Scores of MME reach 20 for each question; half of its full score is 50 %."""
+    scores, base = {"mme_perception": [5.0, 15.0] * 30}, {"mme_perception": [15.0] * 60}
+    kept = metrics.retention(scores, base, {"mme_perception": 37.5})
+    assert kept.percent == pytest.approx(100 * 50 / 75)
+    assert kept.above_floor == pytest.approx(kept.above_chance)
+    assert kept.above_floor == pytest.approx(100 * (50 - 37.5) / (75 - 37.5))
+    each = metrics.retention(scores, base, {"mme_perception": 0.0}, {"mme_perception": [7.5] * 60})
+    assert each.above_floor == pytest.approx(kept.above_floor)
+
+
+def test_difference_of_averages() -> None:
+    found = metrics.average_difference(ORIGINAL, PRUNED)
+    means = [np.mean([100 * np.mean(m[n]) for n in "ab"]) for m in (ORIGINAL, PRUNED)]
+    assert found.points == pytest.approx(means[1] - means[0])
+    assert found.low < found.points < found.high < 0
+    assert found.significant
+    none = metrics.average_difference(ORIGINAL, ORIGINAL)
+    assert (none.points, none.low, none.high, none.significant) == (0, 0, 0, False)
+    one = {"a": ORIGINAL["a"]}, {"a": PRUNED["a"]}
+    assert metrics.average_difference(*one).points == pytest.approx(
+        metrics.paired_difference(one[0]["a"], one[1]["a"]).points
+    )

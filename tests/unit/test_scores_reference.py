@@ -231,6 +231,109 @@ def test_a_gate_is_the_signed_sum_of_its_columns_taylor_terms(name: str) -> None
             assert_scores_close(values, per_unit)
 
 
+@pytest.mark.parametrize("gradient", ["batch", "per_sample"])
+def test_taylor_of_a_layer_counts_each_matrix_once(gradient: str) -> None:
+    for name in ("llama-gqa", "phi3"):
+        model = model_named(name)
+        data = samples(model)
+        each = [gradients(model, one) for one in data]
+        whole = gradients(model, joined(data))
+        layer = score(model, data, "taylor", gradient=gradient).layer
+        for index in range(4):
+            expected = torch.zeros((), dtype=torch.float64)
+            for path in layer_names(model, index):
+                key = f"{path}.weight"
+                w = weights(model)[key]
+                mean = torch.stack([(w * g[key]).abs() for g in each]).mean(0).sum()
+                expected += mean if gradient == "per_sample" else (w * whole[key]).abs().sum()
+            assert float(layer[index]) == pytest.approx(float(expected), rel=1e-5)
+
+
+def weighted_losses(model: PreTrainedModel, batch: Batch, weights: dict[str, float]) -> Tensor:
+    """Cross-entropy of every token but the first, times the weight of its role."""
+    logits = model(input_ids=batch["input_ids"]).logits
+    terms = []
+    for t in range(1, batch["input_ids"].shape[1]):
+        role = "prompt" if batch["labels"][0, t] == -100 else "answer"
+        log_p = logits[0, t - 1].log_softmax(-1)[batch["input_ids"][0, t]]
+        terms.append(-weights[role] * log_p)
+    return torch.stack(terms)
+
+
+@pytest.mark.parametrize("gradient", ["batch", "per_sample"])
+def test_token_weights_weigh_the_loss(gradient: str) -> None:
+    model = model_named("llama-gqa")
+    data = samples(model)
+    weights_of = {"prompt": 0.25, "answer": 2.0}
+    totals = []
+    for batch in data:
+        answers = int((batch["labels"][:, 1:] != -100).sum())
+        totals.append(0.25 * (13 - answers) + 2.0 * answers)
+    each = []
+    for batch, total in zip(data, totals, strict=True):
+        model.zero_grad()
+        (weighted_losses(model, batch, weights_of).sum() / total).backward()
+        each.append({k: p.grad.double() for k, p in model.named_parameters()})
+    model.zero_grad()
+    shares = [total / sum(totals) for total in totals]
+    terms = {}
+    for key, w in weights(model).items():
+        if gradient == "per_sample":
+            terms[key] = torch.stack([(w * g[key]).abs() for g in each]).mean(0)
+        else:
+            parts = [share * g[key] for share, g in zip(shares, each, strict=True)]
+            terms[key] = (w * torch.stack(parts).sum(0)).abs()
+    for batches in ([joined(data)], data):
+        options = {"token_weights": weights_of, "gradient": gradient}
+        assert_scores_are(model, score(model, batches, "taylor", **options), terms)
+
+
+# Inputs of the writing matrices
+
+
+def consumer_inputs(model: PreTrainedModel, data: list[Batch]) -> dict[str, Tensor]:
+    """``[tokens, channels]`` inputs of o_proj and down_proj (dense, fc2 for Phi) by name."""
+    seen: dict[str, list[Tensor]] = {}
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda module, args, name=name: seen.setdefault(name, []).append(args[0][0].double())
+        )
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in ("o_proj", "dense", "down_proj", "fc2")
+    ]
+    with torch.no_grad():
+        for batch in data:
+            model(input_ids=batch["input_ids"])
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.cat(parts) for name, parts in seen.items()}
+
+
+@every_model
+@pytest.mark.parametrize("criterion", ["wanda", "flap"])
+def test_wanda_and_flap_are_their_formulas(name: str, criterion: str) -> None:
+    model = model_named(name)
+    with torch.no_grad():  # a mean away from zero, so that variance and second moment differ
+        for layer in model.model.layers:
+            for parameter in layer.parameters():
+                parameter.add_(0.02)
+    data = samples(model)
+    scores = score(model, data, criterion)
+    for path, x in consumer_inputs(model, data).items():
+        index = int(path.split(".")[2])
+        w = model.get_submodule(path).weight.detach().double()
+        values = scores.of("neuron" if ".mlp." in path else "kv_group")[index]
+        width = x.shape[1] // len(values)
+        for unit, found in enumerate(values):
+            expected = 0.0
+            for j in range(unit * width, (unit + 1) * width):
+                if criterion == "wanda":
+                    expected += float(w[:, j].abs().sum() * (x[:, j] ** 2).mean().sqrt())
+                else:
+                    expected += float(x[:, j].var(unbiased=False) * (w[:, j] ** 2).sum())
+            assert float(found) == pytest.approx(expected, rel=1e-4)
+
+
 # Layers
 
 

@@ -93,3 +93,21 @@ def test_a_wrong_column_or_picture_is_named(folder: Path, change: str, message: 
 def test_unknown_name_lists_the_known() -> None:
     with pytest.raises(ConfigError, match="Choose from: demo, name"):
         find_tasks("nope")
+
+
+def test_repeated_ids_are_refused(folder: Path) -> None:
+    """They would share one answer. Rows without an id are numbered."""
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+
+    def asked(*ids: object) -> list[str]:
+        named = [{**row, "id": name} for row, name in zip(rows, ids, strict=True)]
+        kept = [{k: v for k, v in row.items() if k != "id" or v is not None} for row in named]
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+        return [question.id for question in read_task(folder / "task.yaml").load(None)]
+
+    assert asked("a", "b", 3) == ["a", "b", "3"]
+    assert asked(None, None, "z") == ["0", "1", "z"]
+    with pytest.raises(DataError, match=r"^task 'colours': two questions have the id 'b'$"):
+        asked("a", "b", "b")
+    with pytest.raises(DataError, match="two questions have the id '1'"):
+        asked("1", None, "z")

@@ -10,17 +10,37 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from slimvlm.errors import ConfigError
-from slimvlm.scores.layers import score_angular, score_block_influence, score_spacing
+from slimvlm.scores.layers import (
+    score_angular,
+    score_block_influence,
+    score_kl_greedy,
+    score_spacing,
+)
+from slimvlm.scores.obs import score_obs
 from slimvlm.scores.width import (
     score_activation,
+    score_flap,
     score_gate,
     score_magnitude,
     score_random,
+    score_taylor,
+    score_wanda,
     summed,
 )
 from slimvlm.values import Scores
 
-Capture = Literal["nothing", "weights", "hidden_states", "activations", "gradients", "gates"]
+Capture = Literal[
+    "nothing",
+    "weights",
+    "hidden_states",
+    "activations",
+    "moments",
+    "grams",
+    "gradients",
+    "gates",
+    "greedy",
+]
+Allowed = tuple[Any, ...] | range | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +53,9 @@ class Criterion:
         function: ``(statistics, anatomy, **options) -> Scores``.
         paper: Title and arXiv id.
         about: One line for tables.
-        options: Options of the function and their allowed values (None: any).
-        capture_options: Options of the capture and their allowed values.
+        options: Options of the function and their allowed values: some values, whole numbers
+            from a least one on (a range), or any (None).
+        capture_options: Options of the capture and their allowed values, likewise.
         fixed: Capture options that the criterion sets itself.
     """
 
@@ -43,8 +64,8 @@ class Criterion:
     function: Callable[..., Scores]
     paper: str
     about: str
-    options: Mapping[str, tuple[Any, ...] | None] = field(default_factory=dict)
-    capture_options: Mapping[str, tuple[Any, ...] | None] = field(default_factory=dict)
+    options: Mapping[str, Allowed] = field(default_factory=dict)
+    capture_options: Mapping[str, Allowed] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -54,6 +75,7 @@ class Criterion:
 
 
 _WIDTH = ("kv_group", "neuron")
+_COUNT = range(1, 2**31)
 _LLM_PRUNER = "LLM-Pruner, arXiv:2305.11627"
 
 CRITERIA: dict[str, Criterion] = {
@@ -80,10 +102,18 @@ CRITERIA: dict[str, Criterion] = {
         paper="compared in arXiv:2603.20275",
         about="removed layers as far apart as possible",
     ),
+    "kl_greedy": Criterion(
+        units=("layer",),
+        capture="greedy",
+        function=score_kl_greedy,
+        paper="after SLEB, arXiv:2402.09025",
+        about="divergence from the original's answers when the layer goes, one after another",
+        capture_options={"rounds": _COUNT, "at_once": _COUNT},
+    ),
     "taylor": Criterion(
-        units=_WIDTH,
+        units=("layer", *_WIDTH),
         capture="gradients",
-        function=summed("taylor"),
+        function=score_taylor,
         paper=_LLM_PRUNER,
         about="first order: |weight x gradient| summed over the unit",
         capture_options={"gradient": ("batch", "per_sample")},
@@ -118,6 +148,28 @@ CRITERIA: dict[str, Criterion] = {
         function=score_activation,
         paper="Minitron, arXiv:2407.14679",
         about="mean size of a unit's output",
+    ),
+    "wanda": Criterion(
+        units=_WIDTH,
+        capture="moments",
+        function=score_wanda,
+        paper="Wanda, arXiv:2306.11695",
+        about="|weight| x size of its input, over the columns that read the unit",
+    ),
+    "flap": Criterion(
+        units=_WIDTH,
+        capture="moments",
+        function=score_flap,
+        paper="FLAP, arXiv:2312.11983",
+        about="variance of the unit's output x squared weights that read it",
+    ),
+    "obs": Criterion(
+        units=_WIDTH,
+        capture="grams",
+        function=score_obs,
+        paper="after SlimGPT, arXiv:2412.18110 and OSSCAR, arXiv:2403.12983",
+        about="squared error when the unit goes and the others are refitted, one after another",
+        options={"group": _COUNT},
     ),
     "magnitude": Criterion(
         units=("layer", *_WIDTH),
@@ -155,7 +207,12 @@ def criterion_named(name: str, options: Mapping[str, Any]) -> Criterion:
                 f"criterion {name!r} has no option {option!r}. It has: {', '.join(known) or 'none'}"
             )
         allowed = known[option]
-        if allowed is not None and value not in allowed:
+        if isinstance(allowed, range) and not (isinstance(value, int) and value in allowed):
+            raise ConfigError(
+                f"criterion {name!r}: {option}={value!r} must be a whole number of at least "
+                f"{allowed.start}"
+            )
+        if isinstance(allowed, tuple) and value not in allowed:
             choices = ", ".join(map(str, allowed))
             raise ConfigError(f"criterion {name!r}: {option}={value!r} must be one of: {choices}")
     return criterion

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from slimvlm.geometry import Anatomy
+from slimvlm.scores.order import strictly_increasing
 from slimvlm.values import Scores, Statistics
 
 
@@ -65,8 +66,8 @@ def score_block_influence(
     Args:
         statistics: From the ``hidden_states`` capture.
         anatomy: The model's.
-        reduction: ``mean`` over valid tokens, or their ``sum`` as in the reference code (same
-            order; long samples weigh more in both).
+        reduction: ``mean`` over valid tokens by weight, or their ``sum`` as in the reference code
+            (same order; long samples weigh more in both).
         last_layer: ``prenorm`` takes the last layer's own output; ``postnorm`` takes it after the
             final norm, as the reference code does.
     """
@@ -74,7 +75,7 @@ def score_block_influence(
     if last_layer == "postnorm":
         values[-1] = statistics.tensors["influence_sum_postnorm"]
     if reduction == "mean":
-        values = values / max(statistics.num_tokens, 1)
+        values = values / statistics.tensors["weight"]
     return Scores("block_influence", layer=values.float())
 
 
@@ -82,6 +83,7 @@ def score_angular(statistics: Statistics, anatomy: Anatomy, last_layer: str = "p
     """Angular distance over runs of layers at the last valid token; the nearest run goes.
 
     `Scores.layer` holds the distances of single layers, `Scores.layer_runs` those of all runs.
+    Only one token of a sample is looked at, so that token weights change nothing.
     """
     totals = statistics.tensors["angular_sum"].clone()
     if last_layer == "postnorm":  # only runs that end with the last layer differ
@@ -93,6 +95,29 @@ def score_angular(statistics: Statistics, anatomy: Anatomy, last_layer: str = "p
     fits = torch.arange(1, anatomy.num_layers + 1)[:, None] + torch.arange(anatomy.num_layers)
     runs = mean.masked_fill(fits > anatomy.num_layers, math.inf)
     return Scores("angular", layer=runs[0].clone(), layer_runs=runs)
+
+
+def score_kl_greedy(statistics: Statistics, anatomy: Anatomy) -> Scores:
+    """Greedy order of removal by divergence from the original; the first to go scores least.
+
+    A removed layer's score is the divergence, in nats for each token, of the model without it and
+    the layers before it in the order. A layer that was never removed has the divergence that its
+    removal would have made when it was last tried, pinned layers (never tried) the highest of all.
+    Where this would break the order of removal, a score is raised to just above the one before.
+
+    Args:
+        statistics: From the ``greedy`` capture.
+        anatomy: The model's.
+
+    Reference:
+        Song et al. 2024, SLEB, arXiv:2402.09025 (greedy removal, third metric). There the
+        likelihood of text is measured; here it is the divergence from the original's own
+        predictions, at the answers.
+    """
+    order, divergence = statistics.tensors["order"], statistics.tensors["divergence"]
+    scores = torch.empty(anatomy.num_layers)
+    scores[order] = strictly_increasing(divergence[order])
+    return Scores("kl_greedy", layer=scores)
 
 
 def score_spacing(statistics: Statistics, anatomy: Anatomy) -> Scores:

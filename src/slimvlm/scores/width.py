@@ -5,13 +5,14 @@ O output row, I input column of a weight matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from slimvlm.geometry import Anatomy
+from slimvlm.families import INPUT_COLUMNS, Projection
+from slimvlm.geometry import Anatomy, LayerShape
 from slimvlm.units import fold, unit_of
 from slimvlm.values import Scores, Statistics
 
@@ -51,6 +52,32 @@ def magnitude(weight: Weight, p: int = 1) -> Weight:
     return weight.abs().pow(p)
 
 
+def wanda(column_l1: Float[Tensor, " I"], mean_square: Float[Tensor, " I"]) -> Float[Tensor, " I"]:
+    """``sum_i |W_ij| · ‖x_j‖``: a channel's weights times the size of its input.
+
+    ``‖x_j‖`` is the root mean square over tokens, so that more data does not score higher.
+
+    Reference:
+        Sun et al. 2023, Wanda, arXiv:2306.11695, Eq. 1, added over outputs as in the structured
+        variant that An et al. 2023, FLAP, arXiv:2312.11983 compare with.
+    """
+    return column_l1 * mean_square.sqrt()
+
+
+def fluctuation(
+    column_square: Float[Tensor, " I"],
+    mean: Float[Tensor, " I"],
+    mean_square: Float[Tensor, " I"],
+) -> Float[Tensor, " I"]:
+    """``Var(x_j) · ‖W_j‖²``: what removing a channel costs if a bias stands in for its mean.
+
+    Reference:
+        An et al. 2023, FLAP, arXiv:2312.11983, fluctuation metric (there divided by one less
+        than the number of tokens).
+    """
+    return (mean_square - mean.square()).clamp_min(0) * column_square
+
+
 def sum_over_units(
     statistics: Statistics, anatomy: Anatomy, criterion: str, reduction: str = "sum"
 ) -> Scores:
@@ -79,6 +106,14 @@ def sum_over_units(
     return Scores(criterion, kv_group=scores["kv_group"], neuron=scores["neuron"])
 
 
+def score_taylor(statistics: Statistics, anatomy: Anatomy) -> Scores:
+    """``|w g|`` added over each unit; for layers over all matrices that units own, each once."""
+    scores = sum_over_units(statistics, anatomy, "taylor")
+    layers = [_layer_total(statistics, anatomy, index) for index in range(anatomy.num_layers)]
+    layer = torch.stack(layers).float()
+    return Scores("taylor", layer=layer, kv_group=scores.kv_group, neuron=scores.neuron)
+
+
 def summed(criterion: str) -> Callable[..., Scores]:
     """A score function that adds its statistic over each unit."""
 
@@ -98,15 +133,18 @@ def score_magnitude(statistics: Statistics, anatomy: Anatomy, reduction: str = "
     """
     scores = sum_over_units(statistics, anatomy, "magnitude", reduction)
     layers = [
-        sum(
-            statistics.tensors[f"{index}.{projection.path}"].double().sum()
-            for projection in (*anatomy.backbone.attention, *anatomy.backbone.mlp)
-        )
-        / (shape.params - shape.fixed_params)
+        _layer_total(statistics, anatomy, index) / (shape.params - shape.fixed_params)
         for index, shape in enumerate(anatomy.layers)
     ]
-    layer = torch.stack([torch.as_tensor(value) for value in layers]).float()
+    layer = torch.stack(layers).float()
     return Scores("magnitude", layer=layer, kv_group=scores.kv_group, neuron=scores.neuron)
+
+
+def _layer_total(statistics: Statistics, anatomy: Anatomy, index: int) -> Tensor:
+    """A statistic per channel, added over all matrices of a layer."""
+    paths = [p.path for p in (*anatomy.backbone.attention, *anatomy.backbone.mlp)]
+    sums = [statistics.tensors[f"{index}.{path}"].double().sum() for path in paths]
+    return torch.stack(sums).sum()
 
 
 def score_gate(statistics: Statistics, anatomy: Anatomy) -> Scores:
@@ -118,11 +156,11 @@ def score_gate(statistics: Statistics, anatomy: Anatomy) -> Scores:
     Reference:
         Michel et al. 2019, Are Sixteen Heads Really Better than One?, arXiv:1905.10650, Eq. 2.
     """
-    return _means(statistics, anatomy, "gate", statistics.num_samples)
+    return _means(statistics, anatomy, "gate", max(statistics.num_samples, 1))
 
 
 def score_activation(statistics: Statistics, anatomy: Anatomy) -> Scores:
-    """Mean size of what a unit sends to ``o_proj`` / ``down_proj`` over valid tokens.
+    """Mean size of what a unit sends to ``o_proj`` / ``down_proj`` over tokens, by weight.
 
     Neurons: mean of ``|a|``. KV groups: mean L2 norm of the group's heads, concatenated.
 
@@ -130,14 +168,62 @@ def score_activation(statistics: Statistics, anatomy: Anatomy) -> Scores:
         Muralidharan et al. 2024, Minitron, arXiv:2407.14679, Sec. 2.2 (mean over tokens here,
         with padding left out; the paper aggregates batch and sequence separately).
     """
-    return _means(statistics, anatomy, "activation", statistics.num_tokens)
+    return _means(statistics, anatomy, "activation", float(statistics.tensors["weight"]))
 
 
-def _means(statistics: Statistics, anatomy: Anatomy, criterion: str, count: int) -> Scores:
+def score_wanda(statistics: Statistics, anatomy: Anatomy) -> Scores:
+    """`wanda` of each channel of ``o_proj`` / ``down_proj``, added over the unit's channels."""
+
+    def channels(name: str, weight: Tensor) -> Tensor:
+        tensors = statistics.tensors
+        return wanda(tensors[f"{name}.column_l1"], tensors[f"{name}.square"] / weight)
+
+    return _sum_over_consumers(statistics, anatomy, "wanda", channels)
+
+
+def score_flap(statistics: Statistics, anatomy: Anatomy) -> Scores:
+    """`fluctuation` of each channel of ``o_proj`` / ``down_proj``, added over the unit's channels.
+
+    The paper standardises scores within each layer before it compares layers. Here they stay
+    squared errors of the layer's output.
+    """
+
+    def channels(name: str, weight: Tensor) -> Tensor:
+        tensors = statistics.tensors
+        mean, square = tensors[f"{name}.sum"] / weight, tensors[f"{name}.square"] / weight
+        return fluctuation(tensors[f"{name}.column_square"], mean, square)
+
+    return _sum_over_consumers(statistics, anatomy, "flap", channels)
+
+
+def consumers(anatomy: Anatomy) -> Iterator[tuple[int, LayerShape, Projection]]:
+    """Every matrix that writes to the residual stream: (layer index, the layer, the matrix)."""
+    for index, shape in enumerate(anatomy.layers):
+        for projection in (*anatomy.backbone.attention, *anatomy.backbone.mlp):
+            if projection.dim == INPUT_COLUMNS:
+                yield index, shape, projection
+
+
+def _sum_over_consumers(
+    statistics: Statistics,
+    anatomy: Anatomy,
+    criterion: str,
+    channels: Callable[[str, Tensor], Tensor],
+) -> Scores:
+    """Add ``channels(name of the matrix, weight of all tokens)`` over each unit's channels."""
+    scores: dict[str, list[Tensor]] = {"kv_group": [], "neuron": []}
+    for index, shape, projection in consumers(anatomy):
+        values = channels(f"{index}.{projection.path}", statistics.tensors["weight"])
+        (total,) = fold(projection, shape, values)
+        scores[unit_of(projection)].append(total.float())
+    return Scores(criterion, kv_group=scores["kv_group"], neuron=scores["neuron"])
+
+
+def _means(statistics: Statistics, anatomy: Anatomy, criterion: str, count: float) -> Scores:
     """Sums that were collected for each unit, divided by what they were summed over."""
     scores = {
         unit: [
-            statistics.tensors[f"{index}.{unit}"].float() / max(count, 1)
+            statistics.tensors[f"{index}.{unit}"].float() / count
             for index in range(anatomy.num_layers)
         ]
         for unit in ("kv_group", "neuron")

@@ -1,0 +1,197 @@
+"""What stays without any training: our recipes against LLM-Pruner's and ShortGPT's.
+
+Command:  .venv/bin/python benchmarks/retention.py --out runs/retention
+Expect:   about an hour on 2 cores with bfloat16 units; a stopped run goes on.
+
+Every recipe prunes the demo model at each ratio with each calibration seed (other conversations),
+then answers the same questions. --model text prunes the untouched SmolLM2-135M instead, calibrated
+on passages of Python's docstrings, and measures perplexity on Python's help texts.
+
+A recipe is a `slimvlm.PruneConfig`, so each row is also a command line: ``slimvlm prune demo --data
+demo`` with the options of `RECIPES`. "Lost" is AVG lost, or the logarithm of the perplexity gained;
+"of baseline" divides it by what the better baseline loses at that ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import random
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import slimvlm as sv
+from slimvlm.checkpoint import default_device
+from slimvlm.evaluation import Result
+from slimvlm.modes import computes_bfloat16
+from slimvlm.outputs import write_text
+from slimvlm.pruning import Calibration, choose_plan, cut_
+from slimvlm.summary import as_markdown
+
+BASELINES = ("ShortGPT", "LLM-Pruner")
+RECIPES: dict[str, dict[str, Any]] = {
+    "ShortGPT": {"axis": "depth", "criterion": ("block_influence",)},
+    "LLM-Pruner": {
+        "axis": "width",
+        "criterion": ("taylor",),
+        "gradient": "batch",
+        "allocation": "protect",
+    },
+}
+TASKS = "name,object_letter,presence,locate,relation,read_digits,list_objects,text_odd,text_ppl"
+POOL = 4000
+"""Demo conversations that calibration seeds choose from."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is pruned: a model and the data to calibrate it on."""
+
+    model: Any
+    processor: Any
+    tasks: str
+    samples: list[Any]
+
+
+class TextCalibration(Calibration):
+    """Plain passages, for a language model that is not asked to chat."""
+
+    @property
+    def fitted(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return [encode(self.processor, s) for i, s in enumerate(self._shown, 1) if i % 4]
+
+    @property
+    def held_out(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return [encode(self.processor, s) for s in self._shown[3::4]]
+
+
+def encode(tokenizer: Any, passage: Any) -> dict[str, Any]:
+    inputs = dict(tokenizer(passage, return_tensors="pt"))
+    return {**inputs, "labels": inputs["input_ids"].clone()}
+
+
+def demo_subject(dtype: str) -> Subject:
+    model, processor = sv.load("demo", dtype)
+    return Subject(model, processor, TASKS, sv.load_samples("demo", limit=POOL))
+
+
+def text_subject(dtype: str) -> Subject:
+    from slimvlm.demo.build import default_cache_dir, make_base
+    from slimvlm.demo.conversations import load_passages
+
+    model, tokenizer = make_base(default_cache_dir())
+    passages: list[Any] = [text for _, text in load_passages() if len(text) > 200]
+    model = model.to(default_device(), getattr(torch, dtype)).eval()
+    return Subject(model, tokenizer, "text_ppl", passages)
+
+
+def measure(
+    subject: Subject, recipe: str, ratio: float, seed: int, options: argparse.Namespace
+) -> Result:
+    """Prune a copy by a recipe and ask it; what was measured before is read back."""
+    name = f"{recipe} {ratio:g} {seed}"
+    path = options.out / options.model / f"{name.replace(' ', '_')}.json"
+    if path.exists():
+        return Result.load(path)
+    config = sv.PruneConfig(ratio=ratio, data="demo", samples=options.samples, **RECIPES[recipe])
+    shown = random.Random(seed).sample(subject.samples, options.samples)
+    kind = TextCalibration if subject.tasks == "text_ppl" else Calibration
+    calibration = kind(config, subject.processor, shown)
+    model = copy.deepcopy(subject.model)
+    plan = choose_plan(config, model, calibration, print)
+    report = cut_(config, model, plan, calibration)
+    result = sv.evaluate(model, subject.processor, subject.tasks, options.limit, name=name)
+    print(f"{name}: {plan.summary()}{'' if report is None else '; ' + report.summary()}")
+    print(f"    {json.dumps({k: round(t.score, 1) for k, t in result.tasks.items()})}", flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result.save(path)
+    return result
+
+
+def lost(result: Result, original: Result, task: str) -> float:
+    """AVG points, or the logarithm of perplexity, that a pruned model lost."""
+    if task == "AVG":
+        return original.average - result.average
+    return math.log(result.tasks[task].score / original.tasks[task].score)
+
+
+def spread(values: Iterable[float], pattern: str) -> str:
+    """Mean and the 95 % t-interval over seeds."""
+    values = list(values)
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return pattern.format(mean)
+    t = {2: 12.7, 3: 4.30, 4: 3.18, 5: 2.78}[len(values)]
+    half = t * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{pattern.format(mean)} ± {pattern.format(half)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=("demo", "text"), default="demo")
+    parser.add_argument("--limit", type=int, default=20)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.15, 0.3, 0.45, 0.6])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
+    parser.add_argument("--out", type=Path, default=Path("runs/retention"))
+    options = parser.parse_args()
+    dtype = "bfloat16" if computes_bfloat16(default_device()) else "float32"
+    subject = demo_subject(dtype) if options.model == "demo" else text_subject(dtype)
+    figures = ["text_ppl"] if options.model == "text" else ["AVG", "text_ppl"]
+    original = sv.evaluate(
+        subject.model, subject.processor, subject.tasks, options.limit, name="original"
+    )
+    rows = []
+    for ratio in options.ratios:
+        found = {
+            recipe: [measure(subject, recipe, ratio, seed, options) for seed in options.seeds]
+            for recipe in options.recipes
+        }
+        means = {
+            (recipe, figure): statistics.fmean(lost(r, original, figure) for r in results)
+            for recipe, results in found.items()
+            for figure in figures
+        }
+        for recipe, results in found.items():
+            removed = 1 - results[0].backbone_params / original.backbone_params
+            row = [f"{ratio:.0%}", recipe, f"{removed:.1%}"]
+            for figure in figures:
+                if figure == "AVG":
+                    row.append(spread((r.average for r in results), "{:.1f}"))
+                else:
+                    row.append(spread((math.log(r.tasks[figure].score) for r in results), "{:.2f}"))
+                best = min(
+                    (means[b, figure] for b in BASELINES if (b, figure) in means), default=math.nan
+                )
+                row.append(f"{means[recipe, figure] / best:.2f}")
+            rows.append(row)
+    header = ["ratio", "recipe", "removed"]
+    for figure in figures:
+        header += ["AVG" if figure == "AVG" else "log perplexity", "lost, of baseline"]
+    dense = ", ".join(
+        f"AVG {original.average:.1f}"
+        if figure == "AVG"
+        else f"log perplexity {math.log(original.tasks[figure].score):.2f}"
+        for figure in figures
+    )
+    text = (
+        f"Unpruned: {dense}. {options.limit} questions a task, {options.samples} calibration "
+        f"samples, {len(options.seeds)} seeds (mean ± 95 % interval over seeds), {dtype}.\n\n"
+        + as_markdown(header, rows)
+    )
+    write_text(options.out / f"{options.model}.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""What captures read: batches on the model's device, and what each of their tokens counts.
+
+B batch, T token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from slimvlm import losses
+from slimvlm.errors import DataError, NumericalError
+from slimvlm.roles import role_masks, valid_tokens
+from slimvlm.roles import token_weights as weights_by_role
+from slimvlm.values import Statistics
+
+Batch = dict[str, Any]
+TokenWeights = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The tokens whose predictions count.
+
+    Attributes:
+        labels: The token at each position; ``IGNORE`` where its prediction does not count.
+        weights: What the prediction of each token counts, from the second token on.
+    """
+
+    labels: Int[Tensor, "B T"]
+    weights: Float[Tensor, "B T-1"]
+
+    @property
+    def totals(self) -> Float[Tensor, " B"]:
+        """The sum of the weights of each sample."""
+        return self.weights.sum(1)
+
+    @property
+    def num_tokens(self) -> int:
+        """How many predictions count at all."""
+        return int((self.weights > 0).sum())
+
+    def sample_losses(self, logits: losses.Logits) -> Float[Tensor, " B"]:
+        """The weighted mean cross-entropy of each sample."""
+        token_losses = losses.token_cross_entropy(logits, self.labels)
+        weights = self.weights.to(token_losses)
+        means = (token_losses * weights).sum(1) / weights.sum(1)
+        require_finite(means, "the calibration loss")
+        return means
+
+
+class BackbonePass:
+    """One pass of everything but the head over all batches.
+
+    Hooks read what the batch in flight weighs; afterwards the totals are there.
+
+    Attributes:
+        weights: ``[B, T]`` weight of each token of the batch in flight; padding weighs 0.
+        mask: ``[B, T]`` which of them are valid.
+        num_samples: Samples seen.
+        num_tokens: Valid tokens seen.
+        weight: Sum of all weights seen.
+    """
+
+    weights: Tensor
+    mask: Tensor
+
+    def __init__(self) -> None:
+        self.num_samples = self.num_tokens = 0
+        self.weight = torch.zeros((), dtype=torch.float64)
+
+    def run(
+        self,
+        model: Any,
+        batches: Iterable[Batch],
+        token_weights: TokenWeights | None,
+        after_batch: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Run all batches.
+
+        Raises:
+            DataError: If there is no batch, or no token with a weight above 0.
+        """
+        for batch in _on_device(model, batches):
+            self.mask = valid_tokens(batch)
+            self.weights = weights_by_role(model.config, batch, token_weights)
+            forward_backbone(model, _without_labels(batch))
+            after_batch()
+            self.num_samples += len(self.mask)
+            self.num_tokens += int(self.mask.sum())
+            self.weight += self.weights.sum(dtype=torch.float64).cpu()
+        if not bool(self.weight):
+            raise DataError("no calibration token has a token weight above 0")
+
+    def row_weights(self, x: Tensor) -> Tensor:
+        """``[B * T, 1]``: the weight of each row of ``x``, flattened to tokens."""
+        return self.weights.flatten()[:, None].to(x.device)
+
+    def statistics(self, kind: str, tensors: Mapping[str, Tensor]) -> Statistics:
+        """Sums of this pass, with the ``weight`` that they were summed with."""
+        named = {**tensors, "weight": self.weight}
+        return Statistics(kind, named, self.num_samples, self.num_tokens)
+
+
+def batches_with_targets(
+    model: Any, batches: Iterable[Batch], token_weights: TokenWeights | None
+) -> Iterator[tuple[Batch, Targets]]:
+    """Model inputs without labels, and the tokens whose predictions count.
+
+    Args:
+        model: The model.
+        batches: Model inputs.
+        token_weights: None: the labelled tokens count 1 each; without labels all valid tokens.
+            Otherwise the prediction of a prompt or answer token counts the weight of its role,
+            whether it is labelled or not; tokens of pictures are never predicted.
+
+    Raises:
+        DataError: If there is no batch, or a sample in which nothing counts.
+    """
+    for batch in _on_device(model, batches):
+        targets = _targets(model.config, batch, token_weights)
+        if not bool(targets.totals.all()):
+            why = "labelled token" if token_weights is None else "text token of a weight above 0"
+            raise DataError(f"a calibration sample has no {why}: nothing to take a loss of")
+        yield _without_labels(batch), targets
+
+
+def forward_backbone(model: Any, batch: Batch) -> None:
+    """Run everything but the head."""
+    model.base_model(**batch, use_cache=False)
+
+
+def require_finite(values: Tensor, what: str) -> None:
+    """Raise `NumericalError` where calibration meets NaN or infinity."""
+    if not torch.isfinite(values).all():
+        raise NumericalError(f"NaN or infinity in {what} during calibration")
+
+
+def _on_device(model: nn.Module, batches: Iterable[Batch]) -> Iterator[Batch]:
+    device, empty = next(model.parameters()).device, True
+    for batch in batches:
+        empty = False
+        yield {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    if empty:
+        raise DataError("no calibration batch was given")
+
+
+def _without_labels(batch: Batch) -> Batch:
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def _targets(config: Any, batch: Batch, token_weights: TokenWeights | None) -> Targets:
+    if token_weights is None:
+        labels = _labels(batch)
+        return Targets(labels, (labels[:, 1:] != losses.IGNORE).float())
+    if "input_ids" not in batch:
+        raise DataError("token_weights need batches with input_ids for this criterion")
+    masks = role_masks(config, batch)
+    ids = batch["input_ids"]
+    labels = torch.where(masks["answer"], batch["labels"], ids) if "labels" in batch else ids
+    weights = weights_by_role(config, batch, token_weights).masked_fill(masks["image"], 0.0)
+    return Targets(labels.masked_fill(weights == 0, losses.IGNORE), weights[:, 1:])
+
+
+def _labels(batch: Batch) -> Tensor:
+    """Given labels or the whole text, never padding."""
+    labels: Tensor | None = batch.get("labels")
+    if labels is None:
+        if "input_ids" not in batch:
+            raise DataError("a batch of inputs_embeds needs labels for this criterion")
+        labels = batch["input_ids"]
+    mask = batch.get("attention_mask")
+    return labels if mask is None else labels.masked_fill(mask == 0, losses.IGNORE)

@@ -1,0 +1,94 @@
+"""Hidden states of a model without the logits: the head runs over chosen positions only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from slimvlm.geometry import decoder_layers, family_of, final_norm, text_config_of
+from slimvlm.losses import IGNORE, Head
+from slimvlm.roles import role_masks
+
+_CHUNK = 512
+
+
+def hidden_states(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    layers: Sequence[int] = (),
+    runner: nn.Module | None = None,
+) -> list[Float[Tensor, "B T D"]]:
+    """The hidden state after the last norm, and those after some decoder layers.
+
+    Args:
+        model: The model.
+        inputs: A batch without labels.
+        layers: Decoder layers whose outputs are wanted, too, in ascending order.
+        runner: What runs the model, if it is wrapped for distributed training.
+    """
+    caught: dict[int, Tensor] = {}
+
+    def catch(place: int, module: nn.Module, args: Any, output: Any) -> None:
+        caught[place] = output if isinstance(output, Tensor) else output[0]
+
+    modules = [final_norm(model), *(decoder_layers(model)[index] for index in layers)]
+    with ExitStack() as stack:
+        for place, module in enumerate(modules):
+            handle = module.register_forward_hook(partial(catch, place))
+            stack.callback(handle.remove)
+        if isinstance(runner, DistributedDataParallel):
+            runner(**inputs, use_cache=False, logits_to_keep=1)
+        else:  # the head would only be in the way
+            model.base_model(**inputs, use_cache=False)
+    return [caught[place] for place in range(len(modules))]
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The language-model head as a function, with the cap that Gemma 2 puts on logits."""
+    head = model.get_submodule(family_of(model.config.model_type).head)
+    cap = getattr(text_config_of(model.config), "final_logit_softcapping", None)
+    return head if cap is None else lambda hidden: cap * torch.tanh(head(hidden) / cap)
+
+
+def logits_at(
+    head: Head, hidden: Float[Tensor, "N D"], tokens: Int[Tensor, "N K"]
+) -> Float[Tensor, "N K"]:
+    """Logits of some tokens at each position, in chunks that the backward pass computes again."""
+
+    def picked(rows: Tensor, wanted: Tensor) -> Tensor:
+        return head(rows).gather(-1, wanted)
+
+    parts = [
+        checkpoint(picked, rows, wanted, use_reentrant=False, preserve_rng_state=False)
+        for rows, wanted in zip(hidden.split(_CHUNK), tokens.split(_CHUNK), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def compared_positions(
+    config: Any, inputs: Mapping[str, Tensor], labels: Tensor, kd_on: str
+) -> Bool[Tensor, "B T"]:
+    """Positions that distillation compares; an answer token is compared where it is predicted.
+
+    Args:
+        config: The model's configuration.
+        inputs: A batch.
+        labels: Its labels.
+        kd_on: ``answer``, ``text`` or ``all``, as in `slimvlm.config.RecoverConfig`.
+    """
+    if kd_on == "answer":
+        predicts = torch.zeros_like(labels, dtype=torch.bool)
+        predicts[:, :-1] = labels[:, 1:] != IGNORE
+        return predicts
+    roles = role_masks(config, {**inputs, "labels": labels})
+    text = roles["prompt"] | roles["answer"]
+    return text if kd_on == "text" else text | roles["image"]

@@ -1,0 +1,248 @@
+"""Closed-form repair: the best weights for a matrix that lost some of its inputs.
+
+O output, C input channel, K kept channel, T token. Sums over tokens are enough: `Moments` gathers
+them, `refit` solves for the new weights. Nothing that grows with the number of tokens is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+BLOCK = 1024
+"""Columns of a product, or rows of the right-hand side, that are worked on at once."""
+
+_MOST_TRIES = 20
+
+
+@dataclass
+class Moments:
+    """Weighted sums over tokens of the input ``x`` of a matrix and, where asked, of a residual.
+
+    The residual ``e`` is what the matrix's output should have had in addition: with the target
+    ``y``, it is ``y - W x - b`` for the original ``W`` and ``b``. Without residuals the target is
+    the original output itself.
+
+    Attributes:
+        gram: ``Σ_t w_t x_t x_tᵀ``.
+        total: ``Σ_t w_t x_t``.
+        count: ``Σ_t w_t``.
+        cross: ``Σ_t w_t e_t x_tᵀ``; None if the target is the original output.
+        missing: ``Σ_t w_t e_t``; None likewise.
+        missing_square: ``Σ_t w_t ‖e_t‖²``.
+    """
+
+    gram: Float[Tensor, "C C"]
+    total: Float[Tensor, " C"]
+    count: Float[Tensor, ""]
+    cross: Float[Tensor, "O C"] | None = None
+    missing: Float[Tensor, " O"] | None = None
+    missing_square: Float[Tensor, ""] | None = None
+
+    @classmethod
+    def zero(
+        cls,
+        channels: int,
+        outputs: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Moments:
+        """Sums of no tokens.
+
+        Args:
+            channels: Input channels of the matrix.
+            outputs: Its outputs, if residuals will be given.
+            dtype: Of the sums over pairs. One token's products are formed in it, too.
+            device: Where the sums lie.
+        """
+
+        def zeros(*shape: int, of: torch.dtype = torch.float64) -> Tensor:
+            return torch.zeros(shape, dtype=of, device=device)
+
+        moments = cls(zeros(channels, channels, of=dtype), zeros(channels), zeros())
+        if outputs is not None:
+            moments.cross = zeros(outputs, channels, of=dtype)
+            moments.missing, moments.missing_square = zeros(outputs), zeros()
+        return moments
+
+    def add(
+        self,
+        inputs: Float[Tensor, "T C"],
+        weights: Float[Tensor, " T"],
+        residuals: Float[Tensor, "T O"] | None = None,
+    ) -> None:
+        """Add tokens; those of weight 0 leave no trace, whatever their values.
+
+        Args:
+            inputs: What the matrix reads.
+            weights: At least 0.
+            residuals: What its output lacks; given if and only if `zero` was told ``outputs``.
+        """
+        counted = weights > 0
+        roots = weights[counted].to(self.gram.dtype).sqrt()[:, None]
+        x = inputs[counted].to(self.gram.dtype) * roots
+        self.gram.addmm_(x.T, x)
+        self.total += (x * roots).sum(0, dtype=torch.float64)
+        self.count += roots.square().sum(dtype=torch.float64)
+        if residuals is None:
+            assert self.cross is None
+            return
+        assert self.cross is not None
+        assert self.missing is not None
+        assert self.missing_square is not None
+        e = residuals[counted].to(self.gram.dtype) * roots
+        self.cross.addmm_(e.T, x)
+        self.missing += (e * roots).sum(0, dtype=torch.float64)
+        self.missing_square += e.square().sum(dtype=torch.float64)
+
+    def block(
+        self, rows: Int[Tensor, " R"], columns: Int[Tensor, " K"], centred: bool
+    ) -> Float[Tensor, "R K"]:
+        """A part of the Gram matrix in float64, of the inputs minus their means if centred."""
+        part = self.gram[rows[:, None], columns].double()
+        if centred:
+            part.addr_(self.total[rows], self.total[columns] / self.count, alpha=-1)
+        return part
+
+    def cross_block(
+        self, columns: Int[Tensor, " K"], centred: bool
+    ) -> Float[Tensor, "O K"] | Float[Tensor, ""]:
+        """Columns of the cross moments in float64; a plain 0 if there are no residuals."""
+        if self.cross is None or self.missing is None:
+            return self.total.new_zeros(())
+        part = self.cross[:, columns].double()
+        if centred:
+            part.addr_(self.missing, self.total[columns] / self.count, alpha=-1)
+        return part
+
+    def square(
+        self, weight: Float[Tensor, "O K"], channels: Int[Tensor, " K"], centred: bool
+    ) -> float:
+        """``Σ_t w_t ‖V x_t[channels] + e_t‖²`` for a matrix ``V``, around its mean if centred."""
+        square, mean = self.total.new_zeros(()), weight @ self.total[channels]
+        single = weight.to(self.gram.dtype)
+        for start in range(0, len(channels), BLOCK):
+            part = channels[start : start + BLOCK]
+            products = single @ self.gram[channels[:, None], part]
+            if self.cross is not None:
+                products += 2 * self.cross[:, part]
+            products *= single[:, start : start + BLOCK]
+            square += products.sum(dtype=torch.float64)
+        if self.missing is not None and self.missing_square is not None:
+            square, mean = square + self.missing_square, mean + self.missing
+        if centred:
+            square = square - mean.square().sum() / self.count
+        return float(square)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """New weights for the kept channels, in float64, and how far they are from the target.
+
+    Attributes:
+        weight: For the kept channels.
+        bias: None if the matrix has none.
+        sliced_error: ``Σ_t w_t ‖y_t - W_K x_t[K] - b‖²`` as a share of the target's sum of squares
+            (of its variance, with a bias).
+        repaired_error: The same with the new weights and bias.
+    """
+
+    weight: Float[Tensor, "O K"]
+    bias: Float[Tensor, " O"] | None
+    sliced_error: float
+    repaired_error: float
+
+
+def refit(
+    weight: Float[Tensor, "O C"],
+    bias: Float[Tensor, " O"] | None,
+    moments: Moments,
+    keep: Int[Tensor, " K"],
+    ridge: float,
+) -> Fit:
+    """The best weights on the kept channels, near the sliced ones.
+
+    Minimises, over ``W'`` and, where the matrix has a bias, ``b'``,
+
+    ``Σ_t w_t ‖y_t - W' x_t[K] - b'‖² + λ ‖W' - W_K‖²``, ``λ = ridge · mean diag(G_KK)``,
+
+    where ``y_t = W x_t + b`` unless the moments hold residuals. With ``R`` the removed channels and
+    ``G`` the Gram matrix, the solution is
+
+    ``W' = W_K + (W_R G_RK + E_K) (G_KK + λ I)⁻¹``,
+
+    with ``E`` the cross moments of the residuals, 0 without. This is
+    ``W G_{:,K} (G_KK)⁻¹`` in the limit of no ridge. With a bias all moments are centred.
+
+    The ridge pulls towards the sliced weights, not towards zero. So the error on the calibration
+    tokens is never above that of the sliced weights, whatever the ridge, and where nothing is
+    removed and nothing is missing the weights stay as they are, bit for bit.
+
+    Args:
+        weight: The matrix before anything was removed.
+        bias: Its bias, if it has one.
+        moments: Of its full input.
+        keep: Sorted channels that stay.
+        ridge: At least 0. If the Gram matrix is singular beyond it, it is raised until the system
+            can be solved.
+
+    Reference:
+        Least squares on the matrix that reads the pruned channels: Meng et al. 2024, OSSCAR,
+        arXiv:2403.12983. The ridge towards the sliced weights and the centring are ours.
+    """
+    weight, centred = weight.double(), bias is not None
+    is_kept = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
+    is_kept[keep] = True
+    everything, remove = torch.arange(len(is_kept), device=keep.device), (~is_kept).nonzero()[:, 0]
+    removed_weight = weight[:, remove]
+    whole = moments.square(weight, everything, centred)
+    sliced = moments.square(removed_weight, remove, centred)
+    lost = removed_weight @ moments.block(remove, keep, centred)
+    lost += moments.cross_block(keep, centred)
+    change, penalty = _solve(moments, keep, lost, ridge, centred)
+    repaired = sliced - float((lost * change).sum() + penalty * change.square().sum())
+    new_weight = weight[:, keep] + change
+    if bias is None:
+        return Fit(new_weight, None, _share(sliced, whole), _share(repaired, whole))
+    shift = removed_weight @ moments.total[remove]
+    if moments.missing is not None:
+        shift += moments.missing
+    shift /= moments.count
+    sliced += float(moments.count * shift.square().sum())
+    new_bias = bias.double() + shift - change @ moments.total[keep] / moments.count
+    return Fit(new_weight, new_bias, _share(sliced, whole), _share(repaired, whole))
+
+
+def _solve(
+    moments: Moments,
+    keep: Int[Tensor, " K"],
+    lost: Float[Tensor, "O K"],
+    ridge: float,
+    centred: bool,
+) -> tuple[Float[Tensor, "O K"], float]:
+    """``lost (G_KK + λ I)⁻¹`` and the ``λ`` that it took, by Cholesky in place."""
+    change = torch.zeros_like(lost)
+    if not lost.any():
+        return change, 0.0
+    ridge = max(ridge, 10 * torch.finfo(moments.gram.dtype).eps)
+    for _ in range(_MOST_TRIES):
+        system = moments.block(keep, keep, centred).T
+        penalty = ridge * float(system.diagonal().mean())
+        system.diagonal().add_(penalty)
+        info = torch.empty((), dtype=torch.int32, device=system.device)
+        torch.linalg.cholesky_ex(system, out=(system, info))
+        if int(info) == 0:
+            break
+        ridge *= 10
+    for start in range(0, len(lost), BLOCK):
+        rows = slice(start, start + BLOCK)
+        change[rows] = torch.cholesky_solve(lost[rows].T, system).T
+    return change, penalty
+
+
+def _share(error: float, whole: float) -> float:
+    """An error as a share; rounding may take an error of nothing below it."""
+    return max(error, 0.0) / whole if whole > 0 else 0.0

@@ -1,0 +1,177 @@
+"""How much to remove and where: the arguments of `make_plan`, checked."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+
+from slimvlm.errors import ConfigError, NumericalError
+from slimvlm.geometry import Anatomy
+from slimvlm.plan import AXES
+from slimvlm.values import Scores
+
+ALLOCATIONS = ("uniform", "protect", "global")
+COUNTINGS = ("parameters", "per_layer")
+WIDTH_UNITS = ("kv_group", "neuron")
+SCALES = ("layer", "kind", "nothing")
+
+_PROTECTED_OF_32 = (4, 2)
+"""First and last layers that the study's code leaves whole."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much to remove and where; the arguments of `make_plan`, checked.
+
+    Raises:
+        ConfigError: If one is out of range; the message names it.
+    """
+
+    anatomy: Anatomy
+    ratio: float
+    axis: str
+    protect: tuple[int, int] = (0, 0)
+    counting: str = "parameters"
+    round_to: int | None = None
+    depth_share: float = 0.5
+    allocation: str = "uniform"
+    units: tuple[str, ...] = WIDTH_UNITS
+    kv_heads: int | None = None
+    max_layer_ratio: float | None = None
+    relative_to: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ratio < 1:
+            raise ConfigError(f"ratio {self.ratio} must be at least 0 and below 1")
+        words = {"axis": AXES, "allocation": ALLOCATIONS, "counting": COUNTINGS}
+        for name, allowed in words.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ConfigError(f"{name} {value!r} must be one of: {', '.join(allowed)}")
+        first, last = self.protected
+        if min(first, last) < 0 or first + last >= self.anatomy.num_layers:
+            raise ConfigError(
+                f"protect {(first, last)} must leave at least one of "
+                f"{self.anatomy.num_layers} layers"
+            )
+        if self.round_to is not None and self.round_to < 1:
+            raise ConfigError(f"round_to {self.round_to} must be at least 1")
+        if not 0 <= self.depth_share <= 1:
+            raise ConfigError(f"depth_share {self.depth_share} must be between 0 and 1")
+        self._check_units()
+        if self.allocation == "global" and self.counting == "per_layer":
+            raise ConfigError("counting 'per_layer' needs allocation 'uniform' or 'protect'")
+        self._check_ranking()
+
+    def _check_units(self) -> None:
+        if not self.units or not set(self.units) <= set(WIDTH_UNITS):
+            raise ConfigError(f"units {self.units} must be some of: {', '.join(WIDTH_UNITS)}")
+        if self.kv_heads is None:
+            return
+        legal = self.anatomy.legal_kv_heads()
+        if self.kv_heads not in legal:
+            raise ConfigError(f"kv_heads {self.kv_heads} must be one of: {legal}")
+        if self.allocation == "global" or self.counting == "per_layer":
+            raise ConfigError(
+                f"kv_heads {self.kv_heads} needs allocation 'uniform' or 'protect' and counting "
+                "'parameters'"
+            )
+        if "kv_group" not in self.units and self.kv_heads != legal[-1]:
+            raise ConfigError(f"kv_heads {self.kv_heads} needs 'kv_group' among units")
+
+    def _check_ranking(self) -> None:
+        for name in ("max_layer_ratio", "relative_to"):
+            value = getattr(self, name)
+            if value is not None and self.allocation != "global":
+                raise ConfigError(f"{name} {value!r} needs allocation 'global'")
+        if self.relative_to not in (None, *SCALES):
+            raise ConfigError(
+                f"relative_to {self.relative_to!r} must be one of: {', '.join(SCALES)}"
+            )
+        if self.max_layer_ratio is not None and not 0 < self.max_layer_ratio <= 1:
+            raise ConfigError(
+                f"max_layer_ratio {self.max_layer_ratio} must be above 0 and at most 1"
+            )
+
+    @property
+    def params(self) -> float:
+        """Parameters to remove."""
+        return self.ratio * self.anatomy.backbone_params
+
+    @property
+    def multiple(self) -> int:
+        """Multiple for the number of kept neurons."""
+        return self.round_to or default_multiple(self.anatomy)
+
+    @property
+    def protected(self) -> tuple[int, int]:
+        """How many first and last layers stay whole."""
+        first, last = self.protect
+        if self.allocation != "protect" or first or last:
+            return first, last
+        scaled = [max(round(n * self.anatomy.num_layers / 32), 1) for n in _PROTECTED_OF_32]
+        return scaled[0], scaled[1]
+
+    @property
+    def removable_layers(self) -> range:
+        """Layers that may go."""
+        first = max(self.protected[0], self.anatomy.pinned_layers)
+        return range(first, self.anatomy.num_layers - self.protected[1])
+
+    def is_open(self, layer: int) -> bool:
+        """Whether a layer's widths may shrink."""
+        return self.protected[0] <= layer < self.anatomy.num_layers - self.protected[1]
+
+
+def channels_to_remove(channels: int, ratio: float) -> int:
+    """``C - floor(C (1 - ratio))`` in exact decimal arithmetic.
+
+    LLM-Pruner computes ``int(C * (1 - ratio))`` in floating point, which removes one channel too
+    many for, say, 640 channels at 0.9.
+    """
+    return channels - math.floor(channels * (1 - Fraction(str(ratio))))
+
+
+def default_multiple(anatomy: Anatomy) -> int:
+    """64, halved until one step of all layers' widths is at most 0.5 % of the backbone."""
+    multiple = 64
+    step = sum(shape.neuron_params for shape in anatomy.layers) / anatomy.backbone_params
+    while multiple > 1 and multiple * step > 0.005:
+        multiple //= 2
+    return multiple
+
+
+def scores_for(unit: str, given: list[Scores], budget: Budget) -> Scores:
+    """The first scores that cover a unit, checked against the model.
+
+    Raises:
+        ConfigError: If none does, or they are for another model.
+        NumericalError: If one is not finite.
+    """
+    shapes = budget.anatomy.layers
+    for scores in given:
+        values = scores.of(unit)
+        if values is None:
+            continue
+        rows = [values] if unit == "layer" else list(values)
+        found = [len(row) for row in rows]
+        expected = {
+            "layer": [len(shapes)],
+            "kv_group": [shape.num_kv_heads for shape in shapes],
+            "neuron": [shape.intermediate_size for shape in shapes],
+        }[unit]
+        if found != expected:
+            raise ConfigError(
+                f"scores {scores.criterion!r} are for another model: {unit} counts {found[:3]}..., "
+                f"expected {expected[:3]}..."
+            )
+        if not all(bool(torch.isfinite(row).all()) for row in rows):
+            raise NumericalError(
+                f"scores {scores.criterion!r}: NaN or infinity among {unit} scores"
+            )
+        return scores
+    names = ", ".join(repr(scores.criterion) for scores in given) or "none"
+    raise ConfigError(f"axis {budget.axis!r} needs scores of {unit}; given: {names}")

@@ -1,0 +1,116 @@
+"""How wide each layer stays, equal widths first, and the plan that has these widths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from slimvlm.errors import ConfigError
+from slimvlm.geometry import LayerShape
+from slimvlm.plan import Kept, Plan
+from slimvlm.planning.budget import Budget, channels_to_remove
+from slimvlm.values import Scores
+
+Widths = Mapping[int, tuple[int, int]]
+"""KV groups and neurons that a layer keeps, by the layer's index."""
+
+
+def with_widths(plan: Plan, scored: Mapping[str, Scores], widths: Widths) -> Plan:
+    """Keep the best units of each layer, so many as its widths say.
+
+    Args:
+        plan: What is kept so far; layers without widths stay as they are in it.
+        scored: Scores by kind of unit; a kind without scores stays whole.
+        widths: KV groups and neurons to keep.
+    """
+    kept = {"kv_group": list(plan.kv_groups), "neuron": list(plan.neurons)}
+    for unit, scores in scored.items():
+        for index, counts in widths.items():
+            count = counts[0] if unit == "kv_group" else counts[1]
+            kept[unit][index] = _best(scores.of(unit)[index], count)
+    return replace(
+        plan,
+        kv_groups=tuple(kept["kv_group"]),
+        neurons=tuple(kept["neuron"]),
+        criteria={**plan.criteria, **{unit: s.criterion for unit, s in scored.items()}},
+    )
+
+
+def uniform_widths(plan: Plan, scored: Mapping[str, Scores], budget: Budget) -> Widths:
+    """The same widths for every open layer.
+
+    Raises:
+        ConfigError: If the layers are not equally wide to begin with.
+    """
+    open_layers = [i for i in plan.layers if budget.is_open(i)]
+    if len({budget.anatomy.layers[i] for i in open_layers}) > 1:
+        raise ConfigError(
+            f"allocation {budget.allocation!r} needs a model whose layers are equally wide"
+        )
+    shape = budget.anatomy.layers[open_layers[0]]
+    if budget.counting == "per_layer":
+        counts = _counts_per_layer(shape, budget.ratio)
+    else:
+        rest = budget.params - plan.ratio * budget.anatomy.backbone_params
+        legal = budget.anatomy.legal_kv_heads() if "kv_group" in scored else [shape.num_kv_heads]
+        if budget.kv_heads is not None and "kv_group" in scored:
+            legal = [budget.kv_heads]
+        counts = _counts_for_budget(
+            shape, rest / len(open_layers), legal, budget.multiple if "neuron" in scored else None
+        )
+    return dict.fromkeys(open_layers, counts)
+
+
+def _best(values: Tensor, count: int) -> Kept:
+    """The indices of the highest scores, ascending; of equal ones the later stay."""
+    order = torch.argsort(values, stable=True)
+    return tuple(sorted(int(i) for i in order[len(values) - count :]))
+
+
+def _counts_per_layer(shape: LayerShape, ratio: float) -> tuple[int, int]:
+    """LLM-Pruner's counts of KV groups and neurons to keep in each layer."""
+    channels = shape.num_kv_heads * shape.head_dim
+    groups = channels_to_remove(channels, ratio) // shape.head_dim
+    neurons = channels_to_remove(shape.intermediate_size, ratio)
+    return max(shape.num_kv_heads - groups, 1), max(shape.intermediate_size - neurons, 1)
+
+
+def _counts_for_budget(
+    shape: LayerShape, budget: float, legal: list[int], multiple: int | None
+) -> tuple[int, int]:
+    """KV groups and neurons to keep in each layer so that about ``budget`` parameters go from it.
+
+    Both kinds of unit give the same share where whole groups allow it; neurons, which are fine
+    grained, make up the difference.
+
+    Args:
+        shape: The layer.
+        budget: Parameters to remove from it.
+        legal: KV-group counts to choose from; one if it is given.
+        multiple: Of kept neurons; None if neurons stay.
+    """
+    attention = shape.num_kv_heads * shape.kv_group_params if len(legal) > 1 else 0
+    mlp = shape.intermediate_size * shape.neuron_params if multiple else 0
+    share = min(budget / (attention + mlp), 1.0) if attention + mlp else 0.0
+
+    def choice(groups: int) -> tuple[float, float, int, int]:
+        rest = budget - (shape.num_kv_heads - groups) * shape.kv_group_params
+        neurons = shape.intermediate_size
+        if multiple:
+            neurons = _rounded(neurons - rest / shape.neuron_params, multiple, neurons)
+        removed = (shape.intermediate_size - neurons) * shape.neuron_params
+        beyond_a_step = max(abs(rest - removed) - (multiple or 0) * shape.neuron_params, 0.0)
+        return beyond_a_step, abs(groups - shape.num_kv_heads * (1 - share)), groups, neurons
+
+    *_, groups, neurons = min(choice(groups) for groups in legal)
+    return groups, neurons
+
+
+def _rounded(value: float, multiple: int, most: int) -> int:
+    """The nearest multiple, or the full width if that is nearer; at least one multiple."""
+    nearest = max(round(value / multiple), 1) * multiple
+    choices = (min(nearest, most), most)
+    return min(choices, key=lambda choice: abs(choice - value))

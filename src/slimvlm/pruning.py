@@ -1,0 +1,245 @@
+"""From a request to a plan, and from a plan to a smaller model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from slimvlm.calibrate import DEFAULT_CRITERIA, calibration_batches, score
+from slimvlm.checkpoint import anatomy as anatomy_of
+from slimvlm.config import Axis, PruneConfig
+from slimvlm.data import load_samples
+from slimvlm.errors import ConfigError
+from slimvlm.geometry import Anatomy, read_anatomy
+from slimvlm.iterative import plan_in_steps
+from slimvlm.plan import Plan
+from slimvlm.planning import make_plan
+from slimvlm.progress import progress
+from slimvlm.recipes import recipe_for
+from slimvlm.repair import RepairReport, prune_and_repair_
+from slimvlm.roles import parse_token_weights
+from slimvlm.samples import Sample
+from slimvlm.scores import CRITERIA, criterion_named
+from slimvlm.scores.width import score_random
+from slimvlm.search import search_plan
+from slimvlm.surgery import prune_
+from slimvlm.values import Scores, Statistics
+
+HELD_OUT_EVERY = 4
+"""Every so manyth calibration sample judges plans and repairs instead of making them."""
+
+_BATCH = 4
+_LEVELS = {"balanced": "uniform", "search": "layer"}
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Calibration:
+    """The calibration samples of a request as model inputs, encoded when first needed."""
+
+    config: PruneConfig
+    processor: Any
+    samples: Sequence[Sample]
+
+    @cached_property
+    def fitted(self) -> list[dict[str, Any]]:
+        """Batches that scores and repairs come from."""
+        samples = self._shown
+        if self.config.needs_held_out and len(samples) >= HELD_OUT_EVERY:
+            samples = [s for i, s in enumerate(samples, 1) if i % HELD_OUT_EVERY]
+        return list(calibration_batches(self.processor, samples, _BATCH, "encode"))
+
+    @cached_property
+    def held_out(self) -> list[dict[str, Any]]:
+        """Batches that judge; of fewer than four samples all."""
+        samples = self._shown
+        if len(samples) >= HELD_OUT_EVERY:
+            samples = samples[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
+        return list(calibration_batches(self.processor, samples, _BATCH, "encode held-out"))
+
+    @property
+    def _shown(self) -> list[Sample]:
+        return list(self.samples[: self.config.samples])
+
+
+def axis_of(config: PruneConfig) -> Axis:
+    """The axis, by the study's chart if none was given."""
+    return config.axis or recipe_for(ratio_of(config), config.data is not None).axis
+
+
+def ratio_of(config: PruneConfig) -> float:
+    """The ratio.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    if config.ratio is None:
+        raise ConfigError("ratio: say which share of the backbone to remove")
+    return config.ratio
+
+
+def criteria_of(config: PruneConfig) -> tuple[str, ...]:
+    """The criteria; without data, ones that need none."""
+    if config.criterion:
+        return config.criterion
+    if config.data is None:
+        return ("spacing", "magnitude")
+    return DEFAULT_CRITERIA[axis_of(config)]
+
+
+def check_request(
+    model: str, config: PruneConfig, say: Say, samples: int | None = None
+) -> list[Sample]:
+    """Find every mistake that can be found without weights, and read the data.
+
+    Args:
+        model: Folder, hub id or ``demo``.
+        config: The request.
+        say: Receives notes.
+        samples: Samples of the data to read, None for all.
+
+    Returns:
+        The samples, none if the configuration names no data.
+
+    Raises:
+        SlimError: If an option, the data or the ratio cannot work for this model.
+    """
+    rows = {name: criterion_named(name, {}) for name in criteria_of(config)}
+    data_bound = [name for name, row in rows.items() if row.needs_data]
+    if data_bound and config.data is None:
+        raise ConfigError(f"criterion {data_bound[0]!r} needs --data")
+    if config.token_weights is not None:
+        parse_token_weights(config.token_weights)
+        if not data_bound:
+            raise ConfigError(f"token_weights {config.token_weights!r}: no criterion reads data")
+    if config.data is None:
+        for name, free in (("repair", "none"), ("steps", 1)):
+            if getattr(config, name) != free:
+                raise ConfigError(f"{name} {getattr(config, name)!r} needs --data")
+        if config.allocation == "search":
+            raise ConfigError("allocation 'search' needs --data")
+    rehearse(
+        anatomy_of(model),
+        criteria_of(config),
+        ratio_of(config),
+        axis_of(config),
+        allocation=config.allocation if config.allocation not in _LEVELS else "uniform",
+        **_plan_options(config),
+    )
+    if config.data is None:
+        say(f"no data: scoring by {' and '.join(criteria_of(config))}")
+        return []
+    return load_samples(config.data, config.images, samples, config.max_bad, say)
+
+
+def rehearse(
+    anatomy: Anatomy, criteria: Iterable[str], ratio: float, axis: str, **options: Any
+) -> None:
+    """Find out whether a plan is possible, with random scores in place of real ones.
+
+    Raises:
+        SlimError: What `make_plan` would raise after the weights were read and scored.
+    """
+    pretended = score_random(Statistics("nothing", {}), anatomy)
+    units = {unit for name in criteria for unit in CRITERIA[name].units}
+    scores = Scores(", ".join(criteria), **{unit: pretended.of(unit) for unit in units})
+    make_plan(anatomy, scores, ratio, axis, **options)
+
+
+def choose_plan(
+    config: PruneConfig,
+    model: PreTrainedModel,
+    calibration: Calibration,
+    say: Say,
+    folder: Path | None = None,
+) -> Plan:
+    """Score a loaded model and make the plan.
+
+    Args:
+        config: The request.
+        model: The model.
+        calibration: Its calibration data.
+        say: Receives what a search found.
+        folder: Where to keep the scores and the state of a search, if anywhere.
+    """
+    ratio, axis = ratio_of(config), axis_of(config)
+    options = _plan_options(config)
+    allocation = config.allocation
+    if allocation == "balanced" and (axis == "depth" or config.data is None):
+        allocation = "uniform"
+    if config.steps > 1:
+        criteria = {name: _criterion_options(config, name) for name in criteria_of(config)}
+        options["allocation"] = "uniform" if allocation in _LEVELS else allocation
+        return plan_in_steps(
+            model, calibration.fitted, criteria, ratio, axis, config.steps, **options
+        )
+    given = _scores(config, model, calibration, folder)
+    if allocation not in _LEVELS:
+        return make_plan(read_anatomy(model), given, ratio, axis, allocation, **options)
+    found = search_plan(
+        model,
+        given,
+        calibration.held_out,
+        ratio,
+        axis,
+        level=_LEVELS[allocation],
+        passes=config.search_passes,
+        state_file=None if folder is None else folder / "search.json",
+        **options,
+    )
+    say(f"search: {len(found.trials)} plans measured, least divergence {found.divergence:.4f}")
+    return found.plan
+
+
+def cut_(
+    config: PruneConfig, model: PreTrainedModel, plan: Plan, calibration: Calibration
+) -> RepairReport | None:
+    """Prune a model in place, with the repair that the request asks for."""
+    if config.repair == "none":
+        prune_(model, plan)
+        return None
+    return prune_and_repair_(
+        model,
+        plan,
+        calibration.fitted,
+        config.repair,
+        token_weights=_token_weights(config),
+        held_out=calibration.held_out if config.repair == "auto" else None,
+    )
+
+
+def _scores(
+    config: PruneConfig, model: PreTrainedModel, calibration: Calibration, folder: Path | None
+) -> list[Scores]:
+    given = []
+    for name in criteria_of(config):
+        batches: Any = ()
+        options = _criterion_options(config, name)
+        if CRITERIA[name].needs_data:
+            batches = progress(calibration.fitted, name)
+        scores = score(model, batches, name, **options)
+        if folder is not None:
+            scores.save(folder / name)
+        given.append(scores)
+    return given
+
+
+def _criterion_options(config: PruneConfig, criterion: str) -> dict[str, Any]:
+    options: dict[str, Any] = {"gradient": config.gradient} if criterion == "taylor" else {}
+    if CRITERIA[criterion].needs_data and config.token_weights is not None:
+        options["token_weights"] = _token_weights(config)
+    return options
+
+
+def _token_weights(config: PruneConfig) -> dict[str, float] | None:
+    return None if config.token_weights is None else parse_token_weights(config.token_weights)
+
+
+def _plan_options(config: PruneConfig) -> dict[str, Any]:
+    return {"protect": config.protect, "round_to": config.round_to, "units": config.units}

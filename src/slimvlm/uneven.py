@@ -1,0 +1,106 @@
+"""Layers of different widths: the class that has them, and filling them up with zeros."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from slimvlm.configs import (
+    auto_map_of,
+    empty_model,
+    is_uneven,
+    smaller_text_config,
+    uneven_class,
+    with_text_config,
+)
+from slimvlm.families import OUTPUT_ROWS, Projection
+from slimvlm.geometry import Anatomy, LayerShape, projections, read_anatomy, text_config_of
+from slimvlm.modeling_pruned import PREFIX, cut_layers_
+from slimvlm.plan import Plan
+from slimvlm.units import channels_of, segments, unit_of
+
+
+def set_class_(model: PreTrainedModel) -> None:
+    """Be the native class, or its subclass for layers of different widths, as the config says.
+
+    A model that transformers loaded with the checkpoint's own code gets slimvlm's class instead.
+    """
+    config: Any = model.config
+    if is_uneven(config):
+        model.__class__ = uneven_class(config)
+        config.auto_map = auto_map_of(config)
+        cut_layers_(model)
+    elif type(model).__name__.startswith(PREFIX):
+        model.__class__ = type(model).__bases__[0]
+        vars(config).pop("auto_map", None)
+
+
+def padded(model: PreTrainedModel) -> PreTrainedModel:
+    """A native model with the widest layer's widths everywhere that computes the same.
+
+    A padded KV group has zero query, key and value rows (and biases), so it attends evenly to
+    values that are zero, and zero columns in the output projection. A padded neuron is likewise
+    zero on both sides. If the widest head count cannot be configured, the next larger one is taken.
+
+    Args:
+        model: A model with layers of different widths; it stays as it is, and the new one shares
+            every matrix with it that needs no padding.
+
+    Returns:
+        A model to save: buffers that files do not hold have no storage.
+    """
+    shape = read_anatomy(model)
+    plan = _padding_plan(shape, text_config_of(model.config).num_key_value_heads)
+    config = copy.deepcopy(model.config)
+    vars(config).pop("auto_map", None)
+    config = with_text_config(config, smaller_text_config(config, plan))
+    wide = empty_model(config)
+    weights = {**model.state_dict(), **_padded_weights(model, plan.after)}
+    wide.load_state_dict(weights, assign=True)
+    wide.tie_weights()
+    wide.generation_config = model.generation_config
+    return wide
+
+
+def _padding_plan(shape: Anatomy, num_kv_heads: int) -> Plan:
+    """What would cut an even model, as its configuration has it, to the widest layer."""
+    groups = max(layer.num_kv_heads for layer in shape.layers)
+    neurons = max(layer.intermediate_size for layer in shape.layers)
+    full = replace(shape.layers[0], num_kv_heads=num_kv_heads, intermediate_size=neurons)
+    even = shape.with_layers([full] * shape.num_layers)
+    groups = min(count for count in even.legal_kv_heads() if count >= groups)
+    everything = Plan.everything(even)
+    return replace(everything, kv_groups=(tuple(range(groups)),) * shape.num_layers)
+
+
+def _padded_weights(model: PreTrainedModel, after: Anatomy) -> dict[str, Tensor]:
+    """The matrices and biases that need zeros, by their names."""
+    names = {id(module): name for name, module in model.named_modules()}
+    shapes = read_anatomy(model).layers
+    weights = {}
+    for index, projection, linear in projections(model):
+        narrow, wide = shapes[index], after.layers[index]
+        if narrow == wide:
+            continue
+        for name, value in linear.named_parameters():
+            if name == "weight" or projection.dim == OUTPUT_ROWS:
+                found = _with_zeros(value.detach(), projection, narrow, wide)
+                weights[f"{names[id(linear)]}.{name}"] = found
+    return weights
+
+
+def _with_zeros(
+    value: Tensor, projection: Projection, narrow: LayerShape, wide: LayerShape
+) -> Tensor:
+    """A matrix or bias with its units first in every segment and zeros after them."""
+    is_neuron = unit_of(projection) == "neuron"
+    units = range(narrow.intermediate_size if is_neuron else narrow.num_kv_heads)
+    places = channels_of(projection, wide, units).to(value.device)
+    dim = projection.dim if value.ndim > 1 else 0
+    size = list(value.shape)
+    size[dim] = sum(count * width for _, _, count, width in segments(projection, wide))
+    return value.new_zeros(size).index_copy(dim, places, value)

@@ -1,0 +1,392 @@
+"""Layers of different widths: cut, written, read by plain transformers, padded, cut again."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from slimvlm import modeling_pruned
+from slimvlm.checkpoint import anatomy, check_reload, load, save
+from slimvlm.configs import auto_class, text_config_of
+from slimvlm.errors import ConfigError, ImpossiblePlanError, ReloadError
+from slimvlm.geometry import Anatomy, read_anatomy
+from slimvlm.plan import Plan
+from slimvlm.surgery import mask_, prune_
+from tests import tiny
+from tests.helpers import assert_untouched, logits, plan_by_hand, snapshot
+from tests.tolerances import FORWARD, assert_close
+
+FAMILIES = list(tiny.CONFIGS)
+FIXED_HEADS = ["qwen2_vl", "qwen2_5_vl"]
+TEXT_TOKENS = 24  # longer than the sliding windows of the tiny models
+every_family = pytest.mark.parametrize("name", FAMILIES)
+
+READ_BACK = """
+import json, sys
+import torch, transformers
+from safetensors.torch import load_file, save_file
+
+def read_back(auto, work):
+    load = getattr(transformers, auto).from_pretrained
+    try:
+        load(work + "/out")
+        refusal = ""
+    except RuntimeError as error:
+        refusal = str(error)
+    model, report = load(work + "/out", trust_remote_code=True, output_loading_info=True)
+    inputs = load_file(work + "/inputs.safetensors")
+    with torch.no_grad():
+        found = {"logits": model(**inputs, use_cache=False).logits}
+        ways = {"dynamic": {}, "static": {"cache_implementation": "static"},
+                "uncached": {"use_cache": False}}
+        for way, options in ways.items():
+            found[way] = model.generate(**inputs, max_new_tokens=5, do_sample=False, **options)
+        model.save_pretrained(work + "/again")
+        again = load(work + "/again", trust_remote_code=True)
+        found["again"] = again(**inputs, use_cache=False).logits
+        bare = transformers.AutoModel.from_pretrained(work + "/out", trust_remote_code=True)
+        found["hidden"] = bare(**inputs, use_cache=False).last_hidden_state
+        found["expected_hidden"] = model.model(**inputs, use_cache=False).last_hidden_state
+        padded = load(work + "/padded")
+        found["padded"] = padded(**inputs, use_cache=False).logits
+    save_file(found, work + "/found.safetensors")
+    problems = {kind: sorted(map(str, keys)) for kind, keys in report.items() if keys}
+    return {"refusal": refusal, "problems": problems, "class": type(model).__name__,
+            "padded": type(padded).__name__, "padded_code": hasattr(padded.config, "auto_map")}
+
+torch.set_num_threads(1)
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+found = [read_back(*request) for request in json.loads(sys.argv[1])]
+assert not any(name.split(".")[0] == "slimvlm" for name in sys.modules)
+print(json.dumps(found))
+"""
+
+
+@dataclass
+class Case:
+    """One family, cut to different widths."""
+
+    plan: Plan
+    model: PreTrainedModel
+    inputs: dict[str, Tensor]
+    masked_logits: Tensor
+
+
+def uneven_plan(shape: Anatomy, layers: tuple[int, ...], seed: int = 0) -> Plan:
+    """Random widths in every layer but the last, which stays whole."""
+    chance = random.Random(seed)
+
+    def some(index: int, count: int) -> tuple[int, ...]:
+        if index not in layers:
+            return ()
+        if index == layers[-1]:
+            return tuple(range(count))
+        return tuple(sorted(chance.sample(range(count), chance.randint(1, max(count - 1, 1)))))
+
+    shapes = list(enumerate(shape.layers))
+    groups = tuple(some(i, s.num_kv_heads) for i, s in shapes)
+    neurons = tuple(some(i, s.intermediate_size) for i, s in shapes)
+    return Plan(shape, layers, groups, neurons, axis="both")
+
+
+@cache
+def case_of(name: str) -> Case:
+    """Shared by the tests below, none of which changes it."""
+    model, masked = tiny.build(name), tiny.build(name)
+    inputs = tiny.batch(model, TEXT_TOKENS)
+    del inputs["labels"]
+    plan = uneven_plan(read_anatomy(model), (0, 1, 3), seed=FAMILIES.index(name))
+    mask_(masked, plan)
+    prune_(model, plan)
+    return Case(plan, model, inputs, logits(masked, inputs))
+
+
+def generated(case: Case, **options: Any) -> Tensor:
+    ids: Tensor = case.model.generate(**case.inputs, max_new_tokens=5, do_sample=False, **options)
+    return ids
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _code_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """transformers copies the Python files of checkpoints; not into the user's cache here."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
+        patch.setenv("HF_MODULES_CACHE", folder)
+        patch.syspath_prepend(folder)
+        yield
+
+
+@pytest.fixture(scope="module")
+def read_back(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
+    """Every family, cut and saved, and what a process without slimvlm found in the folders."""
+    works, requests = {}, []
+    for name in FAMILIES:
+        case, works[name] = case_of(name), tmp_path_factory.mktemp(name)
+        save(case.model, None, works[name] / "out", case.plan)
+        save(case.model, None, works[name] / "padded", case.plan, pad=True)
+        save_file(case.inputs, works[name] / "inputs.safetensors")
+        requests.append((auto_class(case.model.config).__name__, str(works[name])))
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", READ_BACK, json.dumps(requests)],
+        capture_output=True,
+        text=True,
+        cwd=works["llama"],
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    return {
+        name: (work, found)
+        for (name, work), found in zip(works.items(), json.loads(run.stdout), strict=True)
+    }
+
+
+@every_family
+def test_cutting_is_masking(name: str) -> None:
+    case = case_of(name)
+    assert not case.plan.after.is_uniform
+    assert_close(logits(case.model, case.inputs), case.masked_logits, FORWARD)
+    assert read_anatomy(case.model) == case.plan.after
+    counted = sum(parameter.numel() for parameter in case.model.parameters())
+    assert case.plan.after.total_params == counted
+    assert case.plan.file_format == "uneven"
+    assert "needs trust_remote_code=True" in case.plan.summary()
+
+
+@every_family
+def test_plain_transformers_reads_the_same_model(
+    name: str, read_back: dict[str, tuple[Path, Any]]
+) -> None:
+    case, (work, report) = case_of(name), read_back[name]
+    found = load_file(work / "found.safetensors")
+    assert report["class"] == type(case.model).__name__
+    assert report["problems"] == {}
+    expected = logits(case.model, case.inputs)
+    assert torch.equal(found["logits"], expected)
+    assert torch.equal(found["again"], expected)
+    assert torch.equal(found["hidden"], found["expected_hidden"])
+    for way in ("dynamic", "static", "uncached"):
+        assert torch.equal(found[way], generated(case, use_cache=False))
+
+
+@every_family
+def test_without_the_flag_loading_fails_loudly(
+    name: str, read_back: dict[str, tuple[Path, Any]]
+) -> None:
+    assert "mismatch" in read_back[name][1]["refusal"]
+
+
+@every_family
+def test_a_padded_model_is_native_and_the_same(
+    name: str, read_back: dict[str, tuple[Path, Any]]
+) -> None:
+    case, (work, report) = case_of(name), read_back[name]
+    assert_close(
+        load_file(work / "found.safetensors")["padded"],
+        logits(case.model, case.inputs),
+        FORWARD,
+    )
+    assert report["padded"] == type(tiny.build(name)).__name__
+    assert not report["padded_code"]
+    shape, widest = anatomy(work / "padded"), case.plan.after.layers[-1]
+    assert shape.layers == (widest,) * shape.num_layers
+    assert not list((work / "padded").glob("*.py"))
+
+
+@every_family
+def test_slimvlm_reads_its_own_folders(name: str, read_back: dict[str, tuple[Path, Any]]) -> None:
+    case, out = case_of(name), read_back[name][0] / "out"
+    assert anatomy(out) == case.plan.after
+    for trusts in (False, True):
+        model, _ = load(out, trust_remote_code=trusts)
+        assert type(model) is type(case.model)
+        assert torch.equal(logits(model, case.inputs), logits(case.model, case.inputs))
+    copied = out / Path(modeling_pruned.__file__).name
+    assert copied.read_bytes() == Path(modeling_pruned.__file__).read_bytes()
+    assert [path.name for path in out.glob("*.py")] == [copied.name]
+
+
+@every_family
+def test_cutting_again(name: str, read_back: dict[str, tuple[Path, Any]]) -> None:
+    """Once more to different widths, then to equal ones, which need no code."""
+    work, inputs = read_back[name][0], case_of(name).inputs
+    model, _ = load(work / "out")
+    second = uneven_plan(read_anatomy(model), (0, 2), seed=7)
+    assert_cut_as_masked(model, load(work / "out")[0], second, inputs)
+    save(model, None, work / "second", second)
+    assert anatomy(work / "second") == second.after
+
+    kept = plan_by_hand(second.after, layers=[0])
+    if kept.file_format == "uneven":
+        kept = plan_by_hand(second.after, layers=[1])
+    assert_cut_as_masked(model, load(work / "second")[0], kept, inputs)
+    assert type(model).__name__ in (type(tiny.build(name)).__name__, "MistralForCausalLM")
+    save(model, None, work / "even", kept)
+    again = auto_class(model.config).from_pretrained(work / "even")
+    assert torch.equal(logits(again, inputs), logits(model, inputs))
+    assert not hasattr(text_config_of(again.config), "pruned_layers")
+    assert not hasattr(again.config, "auto_map")
+
+
+def assert_cut_as_masked(
+    model: PreTrainedModel, masked: PreTrainedModel, plan: Plan, inputs: dict[str, Tensor]
+) -> None:
+    prune_(model, plan)
+    mask_(masked, plan)
+    assert read_anatomy(model) == plan.after
+    assert_close(logits(model, inputs), logits(masked, inputs), FORWARD)
+
+
+# Equal layers whose head count the configuration class cannot express.
+
+
+@pytest.mark.parametrize("name", [*FIXED_HEADS, "gemma2"])
+def test_inexpressible_heads_need_permission(name: str, tmp_path: Path) -> None:
+    model = tiny.build(name)
+    inputs = tiny.batch(model, TEXT_TOKENS)
+    before = snapshot(model)
+    plan = plan_by_hand(read_anatomy(model), kv_groups=[0, 1, 3], neurons=range(40))
+    assert plan.after.is_uniform
+    assert plan.file_format == "uneven"
+    with pytest.raises(ImpossiblePlanError, match="allow_uneven"):
+        prune_(model, plan)
+    assert_untouched(model, before)
+    masked = tiny.build(name)
+    mask_(masked, plan)
+    prune_(model, plan, allow_uneven=True)
+    assert_close(logits(model, inputs), logits(masked, inputs), FORWARD)
+    save(model, None, tmp_path / "out", plan)
+    assert anatomy(tmp_path / "out") == plan.after
+    assert torch.equal(logits(load(tmp_path / "out")[0], inputs), logits(model, inputs))
+    save(model, None, tmp_path / "padded", plan, pad=True)
+    padded = anatomy(tmp_path / "padded").layers
+    assert {(layer.num_kv_heads, layer.intermediate_size) for layer in padded} == {(4, 40)}
+
+
+def test_permission_changes_nothing_for_expressible_heads() -> None:
+    model = tiny.build("llama")
+    plan = plan_by_hand(read_anatomy(model), kv_groups=[0, 2, 3])
+    assert plan.file_format == "native"
+    prune_(model, plan, allow_uneven=True)
+    assert not hasattr(model.config, "pruned_layers")
+
+
+# Padding where no layer is whole.
+
+
+@pytest.mark.parametrize(("name", "groups"), [("llama", 3), ("gemma2", 4), ("phi3", 3)])
+def test_padding_takes_the_smallest_head_count_that_can_be_configured(
+    name: str, groups: int, tmp_path: Path
+) -> None:
+    model = tiny.build(name)
+    shape, inputs = read_anatomy(model), tiny.batch(model, TEXT_TOKENS)
+    kept = ((0, 1), (0, 2, 3), (3,), (1, 2))
+    neurons = tuple(tuple(range(index, 50)) for index in range(4))
+    prune_(model, Plan(shape, (0, 1, 2, 3), kept, neurons, axis="width"))
+    before = snapshot(model)
+    save(model, None, tmp_path / "padded", pad=True)
+    assert_untouched(model, before)
+    again = auto_class(model.config).from_pretrained(tmp_path / "padded")
+    assert_close(logits(again, inputs), logits(model, inputs), FORWARD)
+    found = {(s.num_kv_heads, s.intermediate_size) for s in read_anatomy(again).layers}
+    assert found == {(groups, 50)}
+
+
+def test_padding_an_even_model_is_saving_it(tmp_path: Path) -> None:
+    model = tiny.build("qwen2")
+    save(model, None, tmp_path / "out", pad=True)
+    assert anatomy(tmp_path / "out") == read_anatomy(model)
+
+
+def test_a_model_that_transformers_loaded_is_saved_like_ours(tmp_path: Path) -> None:
+    case = case_of("llava-phi3")
+    save(case.model, None, tmp_path / "out", case.plan)
+    model = auto_class(case.model.config).from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert type(model) is not type(case.model)
+    model.config.auto_map["AutoModel"] = "someone/else--code.Foreign"  # as after a hub download
+    save(model, None, tmp_path / "again")
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert config["auto_map"] == case.model.config.auto_map
+    assert anatomy(tmp_path / "again") == case.plan.after
+
+
+def test_cut_heads_can_become_equal_without_being_configurable() -> None:
+    model = tiny.build("qwen2_vl")
+    shape = read_anatomy(model)
+    kept = ((0, 1), (1,), (2, 3), (0, 2))
+    prune_(model, Plan(shape, (0, 1, 2, 3), kept, plan_by_hand(shape).neurons, axis="width"))
+    plan = plan_by_hand(read_anatomy(model), layers=[0, 2, 3])
+    assert plan.after.is_uniform
+    assert plan.file_format == "uneven"
+    prune_(model, plan, allow_uneven=True)
+    assert read_anatomy(model) == plan.after
+
+
+@pytest.mark.parametrize(
+    ("index", "change"),
+    [
+        (1, {"intermediate_size": 0}),
+        (1, {"intermediate_size": "40"}),
+        (0, {"num_key_value_heads": 5}),
+        (2, {"surprise": 1}),
+    ],
+)
+def test_widths_that_no_layer_can_have_are_named(
+    index: int, change: dict[str, Any], tmp_path: Path
+) -> None:
+    save(case_of("llama").model, None, tmp_path / "out")
+    file = tmp_path / "out" / "config.json"
+    values = json.loads(file.read_text())
+    values["pruned_layers"][index] |= change
+    file.write_text(json.dumps(values))
+    for read in (load, anatomy):
+        with pytest.raises(ConfigError, match=rf"pruned_layers\[{index}\] .* must give"):
+            read(tmp_path / "out")
+    values["pruned_layers"].pop()
+    file.write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match="list of 3 entries"):
+        anatomy(tmp_path / "out")
+
+
+# Safety: only the file of this package ever runs without the user's word.
+
+
+def test_a_changed_file_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = case_of("llama")
+    save(case.model, None, tmp_path / "out")
+    code = tmp_path / "out" / "modeling_pruned.py"
+    code.write_text("raise SystemExit('foreign code ran')\n" + code.read_text())
+    for trusts in (False, True):
+        model, _ = load(tmp_path / "out", trust_remote_code=trusts)
+        assert torch.equal(logits(model, case.inputs), logits(case.model, case.inputs))
+    with pytest.raises(ReloadError, match="does not load back"):
+        check_reload(case.model, None, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["PrunedNothing", "LlamaForCausalLM", "PrunedAutoModel", "os_"])
+def test_the_file_makes_only_models_of_transformers(name: str) -> None:
+    with pytest.raises(AttributeError):
+        getattr(modeling_pruned, name)
+
+
+def test_the_file_imports_only_torch_and_transformers() -> None:
+    source = Path(modeling_pruned.__file__).read_text()
+    lines = re.findall(r"^(?:from|import) (\w+)", source, re.MULTILINE)
+    assert set(lines) == {"__future__", "copy", "typing", "torch", "transformers"}
+    assert source.startswith("# ")
+    assert "Apache-2.0" in source.splitlines()[0]
+    assert len(source.splitlines()) < 120

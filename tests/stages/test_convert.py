@@ -1,0 +1,653 @@
+"""Converted originals compute what the original code computed, and nothing is lost on the way.
+
+Expected outputs in ``tests/fixtures/convert`` were recorded with the original classes
+(transformers 4.37.2, float32, eager attention) on tiny random models in the published layouts.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import transformers as hf
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from slimvlm import chat
+from slimvlm.checkpoint import load
+from slimvlm.convert import convert, write
+from slimvlm.errors import ConfigError, ReloadError, SlimError, UnsupportedModelError
+from slimvlm.samples import Question
+from tests.tolerances import FORWARD, assert_close
+
+FIXTURES = Path(__file__).parent.parent / "fixtures" / "convert"
+IMAGE, TAIL = -200, 48
+
+
+class Case(NamedTuple):
+    family: str
+    source: str
+    tower: str | None
+    prefix: str = ""
+
+    @property
+    def folder(self) -> Path:
+        return FIXTURES / self.family
+
+    def convert(self, out: Path, **options: Any) -> Path:
+        tower = self.folder / self.tower if self.tower else None
+        return convert(self.folder / self.source, out, tower, **options)
+
+
+CASES = {
+    "llava": Case("llava", "original", "vision_tower"),
+    "bunny": Case("bunny", "original", "siglip-tower", "published."),
+    "bunny-no-tower": Case("bunny", "original_no_tower", "siglip-tower", "no_tower."),
+    "internvl": Case("internvl", "original", None),
+}
+QUESTIONS = {
+    "llava": {
+        "one": [(1, "What is in the picture?")],
+        "short": [(1, "Is it a cat?")],
+        "two": [(2, "How many shapes are there?")],
+        "text": [(0, "Describe the dog.")],
+        "multi": [(1, "What is in the picture?"), (0, "A red square."), (0, "Is it a cat?")],
+    },
+    "internvl": {
+        "one": [(1, "What is it?")],
+        "tiled": [(1, "What is in the picture?")],
+        "two": [(2, "How many shapes?")],
+        "text": [(0, "Is it a cat?")],
+        "multi": [(1, "What is in the picture?"), (0, "A red square."), (0, "Is it a cat?")],
+    },
+}
+QUESTIONS["bunny"] = QUESTIONS["llava"]
+TILES = {"one": [1], "tiled": [7], "two": [1, 3], "text": [], "multi": [1]}
+PICTURES = {"one": [0], "two": [0, 1], "text": [], "batch": [0, 1]}
+
+
+class Converted(NamedTuple):
+    case: Case
+    folder: Path
+    model: Any
+    processor: Any
+    golden: dict[str, Any]
+    inputs: dict[str, Tensor]
+    expected: dict[str, Tensor]
+
+    @property
+    def pictures(self) -> list[Image.Image]:
+        return [Image.fromarray(self.inputs[f"image{i}"].numpy()) for i in range(3)]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def converted(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Converted:
+    case = CASES[request.param]
+    folder = case.convert(tmp_path_factory.mktemp("convert") / "out")
+    model = hf.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = hf.AutoProcessor.from_pretrained(
+        folder, image_processor=hf.AutoImageProcessor.from_pretrained(folder, backend="pil")
+    )
+    return Converted(
+        case,
+        folder,
+        model,
+        processor,
+        json.loads((case.folder / "golden.json").read_text()),
+        load_file(case.folder / "inputs.safetensors"),
+        load_file(case.folder / "logits.safetensors"),
+    )
+
+
+def messages(turns: list[tuple[int, str]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "role": "assistant" if i % 2 else "user",
+            "content": [{"type": "image"}] * count + [{"type": "text", "text": text}],
+        }
+        for i, (count, text) in enumerate(turns)
+    ]
+
+
+def expanded(ids: Tensor, mask: Tensor, image_id: int, count: int) -> tuple[Tensor, Tensor]:
+    """Original inputs with ``count`` placeholders a picture, padded to the right."""
+    rows = [
+        [pair for t, m in zip(r.tolist(), k.tolist(), strict=True)
+         for pair in ([(image_id, m)] * count if t == IMAGE else [(t, m)])]
+        for r, k in zip(ids, mask, strict=True)
+    ]  # fmt: skip
+    longest = max(map(len, rows))
+    filled = torch.tensor([row + [(0, 0)] * (longest - len(row)) for row in rows])
+    return filled[..., 0], filled[..., 1]
+
+
+def model_inputs(found: Converted, name: str) -> dict[str, Tensor]:
+    ids = found.inputs[f"{name}.input_ids"]
+    mask = found.inputs.get(f"{name}.attention_mask", torch.ones_like(ids))
+    inputs: dict[str, Tensor] = {}
+    if found.case.family == "internvl":
+        pixels = found.inputs.get(f"{name}.pixel_values")
+        if name == "batch":
+            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    else:
+        count = found.golden["tokens_per_image"]
+        ids, mask = expanded(ids, mask, found.model.config.image_token_id, count)
+        pixels = found.inputs["pixel_values"][PICTURES[name]] if PICTURES[name] else None
+    if pixels is not None:
+        inputs["pixel_values"] = pixels
+    return {"input_ids": ids, "attention_mask": mask, **inputs}
+
+
+@torch.no_grad()
+def test_logits_are_the_original_ones(converted: Converted) -> None:
+    names = [n.split(".")[0] for n in converted.inputs if n.endswith("input_ids")]
+    assert set(names) >= set(PICTURES)
+    for name in names:
+        inputs = model_inputs(converted, name)
+        expected = converted.expected[f"{converted.case.prefix}{name}.logits_tail"]
+        found = converted.model(**inputs).logits[:, -TAIL:, : expected.shape[-1]]
+        seen = inputs["attention_mask"][:, -TAIL:].bool()
+        assert_close(found[seen], expected[seen], FORWARD)
+
+
+@torch.no_grad()
+def test_greedy_tokens_are_the_original_ones(converted: Converted) -> None:
+    inputs = model_inputs(converted, "one")
+    said = converted.model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    expected = converted.golden["cases"][f"{converted.case.prefix}one"]["greedy_8"][-8:]
+    assert said[0, inputs["input_ids"].shape[1] :].tolist() == expected
+
+
+def test_conversations_have_the_original_token_ids(converted: Converted) -> None:
+    golden, tokenizer = converted.golden, converted.processor.tokenizer
+    for name, turns in QUESTIONS[converted.case.family].items():
+        text = converted.processor.apply_chat_template(messages(turns), add_generation_prompt=True)
+        expected = golden["original_token_ids"][name]
+        if converted.case.family == "internvl":
+            for tiles in TILES[name]:
+                context = "<img>" + "\0" * golden["num_image_token"] * tiles + "</img>"
+                text = text.replace("<IMG_CONTEXT>", context, 1)
+            text = text.replace("\0", "<IMG_CONTEXT>")
+        else:
+            image_id = converted.model.config.image_token_id
+            expected = [image_id if i == IMAGE else i for i in expected]
+        assert tokenizer(text).input_ids == expected, name
+
+
+def test_pictures_become_the_original_pixels(converted: Converted) -> None:
+    if converted.case.family == "internvl":
+        found = converted.processor.image_processor(converted.pictures[:1], return_tensors="pt")
+        assert torch.equal(found["pixel_values"], converted.inputs["tiled.pixel_values"])
+        for grid, (width, height) in converted.golden["tile_grids_wh_at_maxnum"].items():
+            size, limit = grid.split("@")
+            columns, rows = map(int, size.split("x"))
+            count = converted.processor.image_processor.get_number_of_image_patches(
+                rows, columns, {"max_patches": int(limit)}
+            )
+            assert count == width * height + (width * height > 1), grid
+        return
+    found = converted.processor.image_processor(converted.pictures, return_tensors="pt")
+    assert torch.equal(found["pixel_values"], converted.inputs["pixel_values"])
+
+
+@torch.no_grad()
+def test_a_question_with_its_pictures_runs_through_our_own_loader(converted: Converted) -> None:
+    model, processor = load(converted.folder, device="cpu")
+    question = Question("q", "How many?", tuple(converted.pictures[:2]), ("2",))
+    inputs = chat.encode_questions(processor, [question])
+    said = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    new = set(range(converted.expected[next(iter(converted.expected))].shape[-1], 10**6))
+    assert not new & set(said[0, inputs["input_ids"].shape[1] :].tolist())
+
+
+def test_the_files_are_those_that_transformers_writes(converted: Converted, tmp_path: Path) -> None:
+    model = hf.AutoModelForImageTextToText.from_pretrained(converted.folder)
+    model.save_pretrained(tmp_path)
+    ours, theirs = (load_file(f / "model.safetensors") for f in (converted.folder, tmp_path))
+    assert {n: t.dtype for n, t in ours.items()} == {n: t.dtype for n, t in theirs.items()}
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((converted.folder / name).read_text()) == json.loads(
+            (tmp_path / name).read_text()
+        )
+
+
+# Variations of the originals
+
+
+def copy_of(name: str, target: Path) -> Path:
+    case = CASES[name]
+    shutil.copytree(case.folder / case.source, target)
+    return target
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    """Change the tensors of a safetensors folder, and make it one file."""
+    files = sorted(folder.glob("*.safetensors"))
+    weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    for file in [*files, *folder.glob("*.index.json")]:
+        file.unlink()
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("legacy", [True, None])
+def test_legacy_tokenizers_keep_their_spaces(tmp_path: Path, legacy: bool | None) -> None:
+    source = copy_of("llava", tmp_path / "source")
+    edit_json(source / "tokenizer_config.json", lambda c: c.update(legacy=legacy))
+    out = convert(source, tmp_path / "out", FIXTURES / "llava" / "vision_tower")
+    processor = hf.AutoProcessor.from_pretrained(out)
+    golden = json.loads((FIXTURES / "llava" / "golden.json").read_text())
+    for name, turns in QUESTIONS["llava"].items():
+        text = processor.apply_chat_template(messages(turns), add_generation_prompt=True)
+        expected = golden["original_token_ids_if_legacy_true"][name]
+        found = processor.tokenizer(text).input_ids
+        assert [IMAGE if i == processor.image_token_id else i for i in found] == expected, name
+
+
+def original_names(native: dict[str, Tensor], family: str) -> dict[str, Tensor]:
+    """Tensors of a native model under the names of the original layout."""
+    rules = {
+        "mm": [
+            (r"^model\.language_model\.", "model."),
+            (r"^model\.multi_modal_projector\.linear_1\.", "model.mm_projector.0."),
+            (r"^model\.multi_modal_projector\.linear_2\.", "model.mm_projector.2."),
+            (r"^model\.vision_tower\.", "model.vision_tower.vision_tower.vision_model."),
+        ],
+        "internvl": [
+            (r"^lm_head\.", "language_model.lm_head."),
+            (r"^model\.language_model\.", "language_model.model."),
+            (r"^model\.multi_modal_projector\.layer_norm\.", "mlp1.0."),
+            (r"^model\.multi_modal_projector\.linear_1\.", "mlp1.1."),
+            (r"^model\.multi_modal_projector\.linear_2\.", "mlp1.3."),
+            (r"^model\.vision_tower\.", "vision_model."),
+            (r"\.cls_token$", ".class_embedding"),
+            (r"\.position_embeddings$", ".position_embedding"),
+            (r"\.patch_embeddings\.projection\.", ".patch_embedding."),
+            (r"\.encoder\.layer\.", ".encoder.layers."),
+            (r"\.attention\.projection_layer\.", ".attn.proj."),
+            (r"\.attention\.([qk])_norm\.", r".attn.\1_norm."),
+            (r"\.layernorm_before\.", ".norm1."),
+            (r"\.layernorm_after\.", ".norm2."),
+            (r"\.lambda_([12])$", r".ls\1"),
+        ],
+    }[family]
+    renamed = {}
+    for name, tensor in native.items():
+        for pattern, replacement in rules:
+            name = re.sub(pattern, replacement, name)
+        if ".attention.q_proj." in name:
+            parts = [name.replace("q_proj", f"{part}_proj") for part in "qkv"]
+            old = [p.replace("vision_model.", "model.vision_tower.").replace("layers", "layer")
+                   for p in parts]  # fmt: skip
+            tensor = torch.cat([native[p] for p in old])
+            name = name.replace("attention.q_proj", "attn.qkv")
+        elif ".attention.k_proj." in name or ".attention.v_proj." in name:
+            continue
+        renamed[name] = tensor.clone()
+    return renamed
+
+
+def assert_round_trip(model: Any, out: Path) -> None:
+    """The converted model has the weights of the native one that was written as an original."""
+    again = hf.AutoModelForImageTextToText.from_pretrained(out)
+    expected, found = model.state_dict(), again.state_dict()
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name][: len(tensor)], tensor), name
+
+
+def randomized(model: Any) -> Any:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("layer", "feature", "strategy"), [(-3, "cls_patch", "full"), (1, "patch", "default")]
+)
+def test_a_llava_of_another_shape_with_its_tower_inside(
+    tmp_path: Path, layer: int, feature: str, strategy: str
+) -> None:
+    source = copy_of("llava", tmp_path / "source")
+    for file in source.glob("*.bin*"):
+        file.unlink()
+    vision = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 4, "image_size": 40,
+              "num_attention_heads": 3, "patch_size": 8, "hidden_act": "gelu"}  # fmt: skip
+    text = {"vocab_size": 390, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 5,
+            "num_attention_heads": 6, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
+            "rope_theta": 5e5, "tie_word_embeddings": True}  # fmt: skip
+    native = hf.LlavaConfig(
+        vision_config=hf.CLIPVisionConfig(**vision),
+        text_config=hf.LlamaConfig(**text),
+        vision_feature_layer=layer,
+        vision_feature_select_strategy=strategy,
+        tie_word_embeddings=True,
+        image_token_index=384,
+    )
+    model = randomized(hf.LlavaForConditionalGeneration(native))
+    save_file(original_names(model.state_dict(), "mm"), source / "model.safetensors")
+    edit_json(
+        source / "config.json",
+        lambda c: c.update(
+            **text,
+            model_type="llava",
+            mm_hidden_size=24,
+            mm_vision_select_layer=layer,
+            mm_vision_select_feature=feature,
+            image_aspect_ratio="square",
+        ),
+    )
+    tower = tmp_path / "tower"
+    tower.mkdir()
+    (tower / "config.json").write_text(json.dumps({"model_type": "clip_vision_model", **vision}))
+    out = convert(source, tmp_path / "out", tower)
+    assert_round_trip(model, out)
+    again, processor = load(out, device="cpu")
+    text_ids = torch.arange(3, 40)[None]
+    ids = torch.cat([torch.full((1, 25 + (strategy == "full")), 384), text_ids], 1)
+    pixels = torch.randn(1, 3, 40, 40)
+    with torch.no_grad():
+        assert torch.equal(
+            again(input_ids=ids, pixel_values=pixels).logits,
+            model(input_ids=ids, pixel_values=pixels).logits,
+        )
+    wide = Image.new("RGB", (90, 30), (200, 10, 10))
+    assert processor.image_processor(wide)["pixel_values"][0].std(axis=(1, 2)).max() < 1e-5
+    assert again.config.text_config.vocab_size == 390
+    assert processor.tokenizer.pad_token_id == 385
+    assert again.generation_config.suppress_tokens is None
+
+
+def test_bunny_leaves_out_what_is_behind_the_layer_it_reads(tmp_path: Path) -> None:
+    """A checkpoint with the whole tower inside, as Bunny's trainer writes an unfrozen one."""
+    source = copy_of("bunny", tmp_path / "source")
+    whole = load_file(FIXTURES / "bunny" / "siglip-tower" / "model.safetensors")
+    prefix = "model.vision_tower.vision_tower."
+
+    def put_inside(weights: dict[str, Tensor]) -> None:
+        for name in [n for n in weights if n.startswith(prefix)]:
+            del weights[name]
+        weights |= {prefix + n: t for n, t in whole.items() if n.startswith("vision_model.")}
+
+    edit_weights(source, put_inside)
+    tower = FIXTURES / "bunny" / "siglip-tower"
+    inside = convert(source, tmp_path / "inside", tower)
+    outside = CASES["bunny-no-tower"].convert(tmp_path / "outside")
+    found, expected = (load_file(f / "model.safetensors") for f in (inside, outside))
+    vision = {n for n in found if n.startswith("vision_tower.")}
+    assert vision == {n for n in expected if n.startswith("vision_tower.")}
+    assert all(torch.equal(found[n], expected[n]) for n in vision)
+
+
+def test_an_internvl_of_another_shape(tmp_path: Path) -> None:
+    source = copy_of("internvl", tmp_path / "source")
+    vision = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "image_size": 64,
+              "num_attention_heads": 3, "patch_size": 16, "norm_type": "rms_norm"}  # fmt: skip
+    text = {"vocab_size": 408, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 4,
+            "num_attention_heads": 6, "num_key_value_heads": 3, "rms_norm_eps": 1e-6}  # fmt: skip
+    native = hf.InternVLConfig(
+        vision_config=hf.InternVLVisionConfig(**vision, attention_bias=False, use_qk_norm=True),
+        text_config=hf.Phi3Config(**text, pad_token_id=0),
+        tie_word_embeddings=False,
+        image_token_id=397,
+        vision_feature_layer=-2,
+    )
+    model = randomized(hf.InternVLForConditionalGeneration(native))
+    weights = original_names(model.state_dict(), "internvl")
+    assert "vision_model.encoder.layers.1.attn.qkv.weight" in weights
+    edit_weights(source, lambda old: (old.clear(), old.update(weights)))
+
+    def change(config: dict[str, Any]) -> None:
+        config["llm_config"].update(text, rope_scaling=None)
+        config["vision_config"].update(vision, qkv_bias=False, qk_normalization=True)
+        config.update(force_image_size=96, select_layer=-2, dynamic_image_size=False)
+
+    edit_json(source / "config.json", change)
+    out = convert(source, tmp_path / "out")
+    assert_round_trip(model, out)
+    again, processor = load(out, device="cpu")
+    picture = Image.linear_gradient("L").resize((300, 100)).convert("RGB")
+    text_in = processor.apply_chat_template(messages([(1, "What?")]), add_generation_prompt=True)
+    inputs = processor(text=[text_in], images=[[picture]], return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 3, 96, 96)  # one tile: dynamic_image_size is off
+    assert int((inputs["input_ids"] == 397).sum()) == again.config.image_seq_length == 9
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+
+
+# Files, memory and refusals
+
+
+def test_shards_hold_what_one_file_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = load_file(CASES["internvl"].convert(tmp_path / "one") / "model.safetensors")
+    monkeypatch.setattr(write, "SHARD_BYTES", 60_000)
+    monkeypatch.setattr(write, "FORWARD_BYTES", 0)  # the check of a model too large to run
+    out = CASES["internvl"].convert(tmp_path / "many")
+    files = sorted(out.glob("*.safetensors"))
+    assert len(files) > 4
+    assert all(file.stat().st_size < 80_000 for file in files)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(whole)
+    for file in files:
+        for name, tensor in load_file(file).items():
+            assert index["weight_map"][name] == file.name
+            assert torch.equal(tensor, whole[name])
+    _, report = hf.AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
+    assert not any(report.values())
+
+
+@pytest.mark.parametrize("limit", [0, 2**40])
+def test_a_lost_tensor_is_noticed_after_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    monkeypatch.setattr(write, "FORWARD_BYTES", limit)
+    real = write._shards
+
+    def lossy(*arguments: Any) -> Any:
+        for shard in real(*arguments):
+            del shard["language_model.model.norm.weight"]
+            yield shard
+
+    monkeypatch.setattr(write, "_shards", lossy)
+    with pytest.raises(ReloadError, match=r"norm\.weight"):
+        CASES["internvl"].convert(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dtype_casts_tensors_and_nothing_else(tmp_path: Path) -> None:
+    kept = load_file(CASES["llava"].convert(tmp_path / "kept") / "model.safetensors")
+    cast = CASES["llava"].convert(tmp_path / "cast", dtype="float32")
+    assert json.loads((cast / "config.json").read_text())["dtype"] == "float32"
+    for name, tensor in load_file(cast / "model.safetensors").items():
+        assert torch.equal(tensor, kept[name].float())
+    with pytest.raises(ConfigError, match="dtype 'int8' must be one of"):
+        CASES["llava"].convert(tmp_path / "bad", dtype="int8")
+
+
+def test_existing_folders_are_replaced_only_when_asked(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("kept")
+    with pytest.raises(ConfigError, match="exists"):
+        CASES["llava"].convert(out)
+    with pytest.raises(ConfigError, match="vision_tower"):
+        convert(FIXTURES / "llava" / "original", out, force=True)  # fails: the old one stays
+    assert (out / "mine").read_text() == "kept"
+    assert CASES["llava"].convert(out, force=True) == out
+    assert not (out / "mine").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_code_of_the_original_is_never_run(tmp_path: Path) -> None:
+    source = copy_of("internvl", tmp_path / "source")
+    trap = f"open({str(tmp_path / 'ran')!r}, 'w')\n"
+    for name in ("configuration_internvl_chat", "modeling_internvl_chat"):
+        (source / f"{name}.py").write_text(trap)
+    out = convert(source, tmp_path / "out")
+    assert not (tmp_path / "ran").exists()
+    assert not list(out.glob("*.py"))
+    assert "auto_map" not in (out / "config.json").read_text()
+
+
+class Trap:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_a_bin_file_cannot_run_code(tmp_path: Path) -> None:
+    source = copy_of("llava", tmp_path / "source")
+    torch.save({"model.norm.weight": Trap(tmp_path / "ran")},
+               source / "pytorch_model-00001-of-00002.bin")  # fmt: skip
+    with pytest.raises(ConfigError, match="cannot be read"):
+        convert(source, tmp_path / "out", FIXTURES / "llava" / "vision_tower")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_sampling_settings_that_are_off_do_not_stop_saving(tmp_path: Path) -> None:
+    source = copy_of("llava", tmp_path / "source")
+    edit_json(
+        source / "generation_config.json",
+        lambda c: c.update(temperature=0.9, top_p=0.6, max_length=4096),
+    )
+    out = convert(source, tmp_path / "out", FIXTURES / "llava" / "vision_tower")
+    settings = hf.GenerationConfig.from_pretrained(out)
+    assert (settings.max_length, settings.eos_token_id, settings.pad_token_id) == (4096, 2, 385)
+    assert settings.suppress_tokens == [384, 385]  # rows that the original does not have
+
+
+MM_REFUSALS: list[tuple[str, Any]] = [
+    ("mm_projector_type", "linear"),
+    ("mm_projector_type", "mlp3x_gelu"),
+    ("image_aspect_ratio", "anyres"),
+    ("rope_scaling", {"type": "dynamic", "factor": 2.0}),
+    ("architectures", ["LlavaMistralForCausalLM"]),
+    ("use_s2", True),
+]
+REFUSALS: list[tuple[str, str, Any]] = [
+    *(("llava", name, value) for name, value in MM_REFUSALS),
+    *(("bunny", name, value) for name, value in MM_REFUSALS),
+    ("llava", "mm_use_im_start_end", True),
+    ("llava", "mm_use_im_patch_token", True),
+    ("llava", "mm_patch_merge_type", "spatial_unpad"),
+    ("llava", "mm_vision_select_feature", "slicefour"),
+    ("bunny", "mm_vision_select_layer", -1),
+    ("internvl", "ps_version", "v1"),
+    ("internvl", "pad2square", True),
+    ("internvl", "template", "Hermes-2"),
+    ("internvl", "use_llm_lora", 16),
+    ("internvl", "use_backbone_lora", 16),
+    ("internvl", "use_thumbnail", False),
+    ("internvl", "llm_config.architectures", ["InternLM2ForCausalLM"]),
+    (
+        "internvl",
+        "llm_config.rope_scaling",
+        {"type": "yarn", "short_factor": [], "long_factor": []},
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "field", "value"), REFUSALS)
+def test_what_has_no_counterpart_is_refused_before_weights_are_opened(
+    tmp_path: Path, name: str, field: str, value: Any
+) -> None:
+    source = copy_of(name, tmp_path / "source")
+    for file in [*source.glob("*.bin*"), *source.glob("*.safetensors*")]:
+        file.unlink()
+    *parents, last = field.split(".")
+
+    def change(config: dict[str, Any]) -> None:
+        for parent in parents:
+            config = config[parent]
+        config[last] = value
+
+    edit_json(source / "config.json", change)
+    case = CASES[name]
+    shown = value[0] if isinstance(value, list) else value
+    shown = shown["type"] if isinstance(shown, dict) else shown
+    named = "type" if isinstance(value, dict) and parents else last
+    with pytest.raises(UnsupportedModelError, match=re.escape(named)) as caught:
+        convert(source, tmp_path / "out", case.tower and case.folder / case.tower)
+    assert str(shown) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_native_checkpoints_are_not_originals(tmp_path: Path) -> None:
+    out = CASES["llava"].convert(tmp_path / "out")
+    with pytest.raises(UnsupportedModelError, match="architectures"):
+        convert(out, tmp_path / "again")
+
+
+def _drop(name: str) -> Callable[[dict[str, Tensor]], Any]:
+    return lambda weights: weights.pop(name)
+
+
+def _put(name: str, *shape: int) -> Callable[[dict[str, Tensor]], Any]:
+    return lambda weights: weights.update({name: torch.ones(shape, dtype=torch.float16)})
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("bunny", _put("model.spare", 3), "'model.spare' has no place"),
+        ("bunny", _put("lm_head.bias", 403), "'lm_head.bias' is not zero"),
+        ("bunny", _drop("model.mm_projector.2.bias"), "linear_2.bias"),
+        ("bunny", _drop("lm_head.weight"), "lm_head.weight"),
+        ("bunny", _put("model.final_layernorm.weight", 81), "has shape [81]"),
+        ("bunny", _put("model.layers.3.mlp.fc1.bias", 160), "no counterpart"),
+        (
+            "internvl",
+            _put("vision_model.head.weight", 3),
+            "'vision_model.head.weight' has no place",
+        ),
+        ("internvl", _drop("vision_model.encoder.layers.1.ls2"), "layer.1.lambda_2"),
+        ("internvl", _drop("vision_model.encoder.layers.0.attn.qkv.bias"), "attention.q_proj.bias"),
+    ],
+)
+def test_every_tensor_has_a_place_and_every_place_a_tensor(
+    tmp_path: Path, name: str, change: Callable[[dict[str, Tensor]], Any], message: str
+) -> None:
+    source = copy_of(name, tmp_path / "source")
+    edit_weights(source, change)
+    case = CASES[name]
+    with pytest.raises(SlimError, match=re.escape(message)):
+        convert(source, tmp_path / "out", case.tower and case.folder / case.tower)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["llava", "bunny", "bunny-no-tower"])
+def test_a_tower_that_is_not_described_is_asked_for(tmp_path: Path, name: str) -> None:
+    case = CASES[name]
+    with pytest.raises(ConfigError, match="vision_tower"):
+        convert(case.folder / case.source, tmp_path / "out")
+
+
+def test_a_tower_of_another_kind_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="model_type 'siglip'"):
+        convert(
+            FIXTURES / "llava" / "original", tmp_path / "out", FIXTURES / "bunny" / "siglip-tower"
+        )
+    with pytest.raises(UnsupportedModelError, match="vision_tower"):
+        convert(
+            FIXTURES / "internvl" / "original",
+            tmp_path / "out",
+            FIXTURES / "llava" / "vision_tower",
+        )

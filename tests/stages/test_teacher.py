@@ -1,0 +1,437 @@
+"""A shared teacher says what a separate one says, and holds only what was pruned."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from slimvlm.checkpoint import load
+from slimvlm.cli import main
+from slimvlm.config import RecoverConfig
+from slimvlm.errors import ConfigError
+from slimvlm.geometry import projections, read_anatomy
+from slimvlm.hidden import hidden_states
+from slimvlm.offline_teacher import OfflineTeacher, content_hash, write_cache
+from slimvlm.plan import Plan
+from slimvlm.recovery import History, recover
+from slimvlm.samples import Sample
+from slimvlm.surgery import prune_
+from slimvlm.teacher import seeing_once, share_, why_not_shared
+from slimvlm.trainable import plain_model, prepare_training
+from tests import tiny
+from tests import tiny_folder as folders
+from tests.helpers import logits, plan_by_hand
+from tests.tiny_folder import KINDS, SEEING, short_samples
+from tests.tolerances import FORWARD, Tolerance, assert_close
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+
+NO_HEADS = ("qwen2_vl", "qwen2_5_vl")  # their head counts are fixed
+SAMPLES = short_samples(8)
+TRAINED = Tolerance(torch.float32, 2e-5, 1e-3)
+"""Weights after steps of AdamW, which turns rounding into differences of the learning rate."""
+
+
+def config(**changes: Any) -> RecoverConfig:
+    """Short, exact and without surprises."""
+    values: dict[str, Any] = {
+        **{"train": "lora", "loss": "sft+hidden", "max_steps": 3, "batch_size": 2},
+        **{"learning_rate": 1e-3, "lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.0},
+        **{"bf16": False, "logging_steps": 1, "save_steps": 2},
+    }
+    return RecoverConfig(**{**values, **changes})
+
+
+def plan_for(model: Any, axis: str) -> Plan:
+    """Half the layers, some scattered units, or both."""
+    anatomy = read_anatomy(model)
+    first = max(anatomy.pinned_layers, 1)
+    layers = [*range(first), 3] if axis != "width" else None
+    heads = [0, 2] if model.config.model_type not in NO_HEADS else None
+    if axis == "depth":
+        return plan_by_hand(anatomy, layers)
+    return plan_by_hand(anatomy, layers, heads, [*range(0, 64, 2), *range(64, 80)])
+
+
+def pruned(name: str, axis: str) -> tuple[Any, Any, Plan]:
+    """A student, its teacher and the plan between them."""
+    teacher = tiny.build(name)
+    student, plan = copy.deepcopy(teacher), plan_for(teacher, axis)
+    prune_(student, plan)
+    return student, teacher, plan
+
+
+def unmasked(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def disturbed(trained: Any) -> Any:
+    """Adapters that change the student a lot; the teacher must not notice."""
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            if "lora_" in name:
+                parameter.normal_()
+    return trained
+
+
+def storages(*models: nn.Module) -> int:
+    """Numbers held in memory by some models together."""
+    found = {}
+    for model in models:
+        for parameter in model.parameters():
+            storage = parameter.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes() // parameter.element_size()
+    return sum(found.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "axis"),
+    [
+        *((name, "both") for name in tiny.CONFIGS),
+        *((name, axis) for name in ("llama", "phi", "phi3") for axis in ("depth", "width")),
+    ],
+)
+def test_sharing_changes_nothing_that_a_teacher_says(name: str, axis: str) -> None:
+    student, teacher, plan = pruned(name, axis)
+    batch = tiny.batch(teacher)
+    with torch.no_grad():
+        hidden = hidden_states(teacher, unmasked(batch), range(4))
+        before = logits(teacher, batch)
+        alone = storages(student)
+        missing = sum(p.numel() for p in teacher.parameters()) - alone
+        projector = read_anatomy(student).projector_params
+        trained = disturbed(prepare_training(student, config()))
+        sharing = share_(teacher, trained, plan)
+        for found, expected in zip(
+            hidden_states(teacher, unmasked(batch), range(4)), hidden, strict=True
+        ):
+            assert_close(found, expected, FORWARD)
+        assert_close(logits(teacher, batch), before, FORWARD)
+    assert sharing.differing == ()
+    assert storages(plain_model(trained), teacher) - storages(trained) == missing + projector
+    assert sharing.own_params == missing + projector
+
+
+SEEING_FAMILIES = [name for name in tiny.CONFIGS if tiny.is_multimodal(tiny.CONFIGS[name]())]
+
+
+def moved_projector(student: Any) -> None:
+    """A projector that has learned something."""
+    for path in read_anatomy(student).family.projector:
+        parent, _, name = path.rpartition(".")
+        part = getattr(student.get_submodule(parent), name, None)
+        parameters = [part] if isinstance(part, nn.Parameter) else getattr(part, "parameters", list)
+        with torch.no_grad():
+            for parameter in parameters if isinstance(parameters, list) else parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+def tower_calls(model: Any) -> list[str]:
+    """A list that grows whenever a matrix inside the vision tower's blocks is used."""
+    calls: list[str] = []
+    family = read_anatomy(model).family
+    for name, module in model.named_modules():
+        in_block = re.search(r"\.(layers?|blocks)\.\d+\.", name.removeprefix(family.vision or ""))
+        if name.startswith(family.vision or "") and in_block and isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda *call, name=name: calls.append(name))
+    return calls
+
+
+@pytest.mark.parametrize("name", SEEING_FAMILIES)
+def test_a_picture_is_looked_at_once(name: str) -> None:
+    """Twice in a row, so that nothing old is left; each side through its own projector."""
+    student, teacher, _ = pruned(name, "depth")
+    moved_projector(student)
+    prepare_training(student, config(train="projector"))
+    calls, own_calls = tower_calls(teacher), tower_calls(student)
+    with torch.no_grad():
+        for seed in (0, 1):
+            batch = unmasked(tiny.batch(teacher, seed=seed))
+            batch["pixel_values"] = batch["pixel_values"] + seed
+            (expected,) = hidden_states(teacher, batch)
+            assert calls
+            calls.clear()
+            with seeing_once(student, teacher):
+                hidden_states(student, batch)
+                (found,) = hidden_states(teacher, batch)
+            assert calls == []
+            assert own_calls
+            assert torch.equal(found, expected)
+        (again,) = hidden_states(teacher, batch)
+    assert torch.equal(again, expected)
+
+
+@pytest.mark.parametrize("name", SEEING_FAMILIES)
+def test_the_teacher_can_see_through_the_student_s_projector(name: str) -> None:
+    """As the study's trainers do it: equal to a teacher that has the student's projector."""
+    student, teacher, _ = pruned(name, "depth")
+    moved_projector(student)
+    prepare_training(student, config(train="projector"))
+    batch = unmasked(tiny.batch(teacher))
+    borrowed = copy.deepcopy(teacher)
+    for path in read_anatomy(student).family.projector:
+        parent, _, part = path.rpartition(".")
+        if hasattr(student.get_submodule(parent), part):
+            ours = getattr(student.get_submodule(parent), part)
+            setattr(borrowed.get_submodule(parent), part, ours)
+    with torch.no_grad():
+        (expected,) = hidden_states(borrowed, batch)
+        (other,) = hidden_states(teacher, batch)
+        with seeing_once(student, teacher, through_students_projector=True):
+            hidden_states(student, batch)
+            (found,) = hidden_states(teacher, batch)
+        (again,) = hidden_states(teacher, batch)
+    assert torch.equal(found, expected)
+    assert float((found - other).abs().max()) > 1e-3
+    assert torch.equal(again, other)
+
+
+def test_another_tower_is_not_taken_for_the_teacher_s() -> None:
+    student, teacher, _ = pruned("llava-llama", "depth")
+    prepare_training(student, config())
+    with torch.no_grad():
+        next(student.get_submodule("model.vision_tower").parameters()).add_(0.1)
+        batch = unmasked(tiny.batch(teacher))
+        (expected,) = hidden_states(teacher, batch)
+        with seeing_once(student, teacher):
+            hidden_states(student, batch)
+            (found,) = hidden_states(teacher, batch)
+    assert torch.equal(found, expected)
+
+
+# Training.
+
+
+def models(kind: str, axis: str) -> tuple[Any, Any, Plan, Any]:
+    """A student, its teacher, the plan and the processor of a complete model."""
+    teacher, processor = load(folders.folder(kind))
+    student, plan = copy.deepcopy(teacher), plan_for(teacher, axis)
+    prune_(student, plan)
+    return student, teacher, plan, processor
+
+
+def weights(model: Any) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def run(kind: str, axis: str, **changes: Any) -> tuple[dict[str, Tensor], History, Any]:
+    """Weights and history after training, and what is left of the teacher."""
+    student, teacher, plan, processor = models(kind, axis)
+    samples = short_samples(8, kind in SEEING)
+    history = recover(student, teacher, samples, config(**changes), processor, plan=plan)
+    return weights(student), history, teacher
+
+
+def assert_same_training(first: History, second: History) -> None:
+    for ours, theirs in zip(first.steps, second.steps, strict=True):
+        names = [name for name in ours if name.startswith("loss")]
+        assert len(names) > 2
+        for name in names:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
+
+
+ALL_LOSSES = "sft+hidden+cosine+kl+rkl+jsd"
+
+
+@pytest.mark.parametrize(
+    ("kind", "axis"), [*((kind, "both") for kind in KINDS), ("llava", "depth"), ("llava", "width")]
+)
+def test_training_with_a_shared_teacher_is_training_with_a_separate_one(
+    kind: str, axis: str
+) -> None:
+    changes = {"loss": ALL_LOSSES, "hidden_layers": "mapped"}
+    ours, shared, _ = run(kind, axis, teacher="shared", **changes)
+    theirs, separate, _ = run(kind, axis, teacher="separate", **changes)
+    assert "shares" in shared.teacher
+    assert separate.teacher == "separate"
+    assert_same_training(shared, separate)
+    for name in theirs:
+        assert_close(ours[name], theirs[name], TRAINED)
+
+
+@pytest.mark.parametrize("train", ["projector", "full"])
+def test_sharing_follows_what_learns(train: str) -> None:
+    """Full training leaves the tower alone to share; the projector's leaves all but itself."""
+    ours, shared, _ = run("llava", "width", train=train)
+    theirs, separate, _ = run("llava", "width", train=train, teacher="separate")
+    percent = int(re.findall(r"(\d+)%", shared.teacher)[0])
+    assert percent < 30 if train == "full" else percent > 40
+    assert_same_training(shared, separate)
+    for name in theirs:
+        assert_close(ours[name], theirs[name], TRAINED)
+
+
+def test_frozen_tensors_stay_bit_equal_and_a_used_up_teacher_is_gone() -> None:
+    before = weights(models("llava", "width")[0])
+    after, _, teacher = run("llava", "width")
+    learning = r"multi_modal_projector\.|language_model\.layers\.\d+\.(self_attn|mlp)\..*_proj\."
+    frozen = [name for name in before if not re.search(learning, name)]
+    assert [name for name in frozen if not torch.equal(after[name], before[name])] == []
+    assert {parameter.device.type for parameter in teacher.parameters()} == {"meta"}
+
+
+def test_a_separate_teacher_is_left_alone() -> None:
+    _, teacher, _, _ = models("llava", "width")
+    before = weights(teacher)
+    _, _, same = run("llava", "width", teacher="separate")
+    now = weights(same)
+    assert [name for name in before if not torch.equal(now[name], before[name])] == []
+
+
+def test_repaired_matrices_are_copied_and_named() -> None:
+    student, teacher, plan, processor = models("llava", "width")
+    batch = {"input_ids": torch.arange(5, 25)[None], "attention_mask": torch.ones(1, 20).long()}
+    repaired = [m for i, p, m in projections(student) if p.path == "mlp.down_proj" and i < 2]
+    with torch.no_grad():
+        for linear in repaired:
+            linear.weight.add_(0.01)
+        (expected,) = hidden_states(teacher, batch)
+        trained = prepare_training(copy.deepcopy(student), config())
+        sharing = share_(teacher, trained, plan)
+        (found,) = hidden_states(teacher, batch)
+    assert_close(found, expected, FORWARD)
+    prefix = "model.language_model.layers"
+    assert sharing.differing == tuple(f"{prefix}.{i}.mlp.down_proj" for i in (0, 1))
+    _, teacher, _, _ = models("llava", "width")
+    history = recover(student, teacher, SAMPLES, config(max_steps=1), processor, plan=plan)
+    assert "layers.0.mlp.down_proj' and 1 more" in history.teacher
+    _, teacher, _, _ = models("llava", "width")
+    with pytest.raises(ConfigError, match=r"teacher 'shared' is not possible.*down_proj"):
+        recover(student, teacher, SAMPLES, config(teacher="shared"), processor, plan=plan)
+
+
+def test_a_plan_of_another_teacher_is_not_used() -> None:
+    student, teacher, _, processor = models("llava", "depth")
+    other = plan_by_hand(read_anatomy(student), [0])
+    assert why_not_shared(student, teacher, other) == "the model's plan is for another teacher"
+    history = recover(student, teacher, SAMPLES, config(max_steps=1), processor, plan=other)
+    assert history.teacher == "separate"
+    for name, value in (("teacher", "shared"), ("hidden_layers", "mapped")):
+        options = config(**{name: value})
+        with pytest.raises(ConfigError, match=f"{name} {value!r} needs the plan"):
+            recover(student, teacher, SAMPLES, options, processor, plan=other)
+
+
+# A teacher on disk.
+
+
+def cached(out: Path, samples: Sequence[Sample] = SAMPLES, **options: Any) -> OfflineTeacher:
+    teacher, processor = load(folders.folder("llava"))
+    write_cache(teacher, processor, samples, out, **{"batch_size": 3, **options})
+    return OfflineTeacher(out)
+
+
+def offline_run(offline: Any, **changes: Any) -> History:
+    student, teacher, plan, processor = models("llava", "both")
+    teacher = teacher if offline is None else offline
+    options = config(fraction=0.75, **changes)
+    return recover(student, teacher, SAMPLES, options, processor, plan=plan)
+
+
+@pytest.mark.parametrize("kd_on", ["answer", "all"])
+def test_stored_hidden_states_are_the_teacher(tmp_path: Path, kd_on: str) -> None:
+    """Up to bfloat16; samples are found again in another order, and in a part of the data."""
+    changes = {"loss": ALL_LOSSES, "kd_on": kd_on}
+    found = offline_run(cached(tmp_path / "cache", kd_on=kd_on), **changes)
+    expected = offline_run(None, **changes)
+    assert found.teacher.startswith("offline")
+    for ours, theirs in zip(found.steps, expected.steps, strict=True):
+        for name in theirs:
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-2, abs=1e-3), name
+    assert found.steps[0]["loss_sft"] == expected.steps[0]["loss_sft"]
+
+
+def test_stored_logits_are_the_teacher(tmp_path: Path) -> None:
+    changes = {"loss": "sft+kl+rkl+jsd", "top_k": 5}
+    found = offline_run(cached(tmp_path / "cache", what="top-k", k=8), **changes)
+    assert_same_training(found, offline_run(None, **changes))
+
+
+def test_a_stopped_cache_goes_on_and_only_a_whole_one_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slimvlm.offline_teacher.SHARD_SAMPLES", 3)
+    out = tmp_path / "cache"
+    cached(out)
+    whole = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert len(whole) == 4
+    (out / "shard-00001.safetensors").unlink()
+    with pytest.raises(ConfigError, match="2 of 3 shards are there"):
+        OfflineTeacher(out)
+    teacher, processor = load(folders.folder("llava"))
+    assert write_cache(teacher, processor, SAMPLES, out, batch_size=3) == 1
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
+    with pytest.raises(ConfigError, match="a cache with other what and k"):
+        write_cache(teacher, processor, SAMPLES, out, what="top-k")
+    with torch.no_grad():
+        teacher.lm_head.weight[0] += 1
+    with pytest.raises(ConfigError, match="a cache with other teacher and head"):
+        write_cache(teacher, processor, SAMPLES, out)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kd_on": "text"}, "holds kd_on 'answer', not 'text'"),
+        ({"paper_exact": True}, "lacks positions that paper_exact compares"),
+        ({"hidden_layers": "mapped"}, "not hidden_layers 'mapped'"),
+        ({"loss": "kl", "train": "full"}, "'kl' from them needs a model with the teacher's head"),
+    ],
+)
+def test_a_cache_refuses_what_it_cannot_answer(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        offline_run(cached(tmp_path / "cache"), **changes)
+
+
+def test_a_cache_of_logits_refuses_hidden_losses_and_larger_k(tmp_path: Path) -> None:
+    offline = cached(tmp_path / "cache", what="top-k", k=4)
+    with pytest.raises(ConfigError, match="loss 'hidden' needs hidden states"):
+        offline_run(offline)
+    for top_k in (None, 5):
+        with pytest.raises(ConfigError, match=f"top_k {top_k} must be at most"):
+            offline_run(offline, loss="kl", top_k=top_k)
+
+
+def test_a_cache_of_other_data_is_refused(tmp_path: Path) -> None:
+    """Lacking samples, changed answers, other pictures, and tokens that moved."""
+    student, _, plan, processor = models("llava", "both")
+    offline = cached(tmp_path / "few", SAMPLES[:4])
+    with pytest.raises(ConfigError, match="lacks sample 's4' of the data and 3 more samples"):
+        recover(student, offline, SAMPLES, config(), processor, plan=plan)
+    offline = cached(tmp_path / "cache")
+    changed = copy.deepcopy(SAMPLES)
+    changed[2].messages[-1]["content"][0]["text"] = "It is something else."
+    with pytest.raises(ConfigError, match="lacks sample 's2' with other content"):
+        recover(student, offline, changed, config(), processor, plan=plan)
+    blank = Sample("s3", SAMPLES[3].messages, (folders.picture(99),))
+    assert content_hash(blank) != content_hash(SAMPLES[3])
+    processor.chat_template = processor.chat_template.replace("'<image>\n'", "'<image>'")
+    with pytest.raises(ConfigError, match="had other tokens or positions"):
+        recover(student, offline, SAMPLES, config(), processor, plan=plan)
+
+
+def test_the_command_line_trains_from_a_cache(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, folder = folders.write_llava_data(tmp_path / "data", 4), str(folders.folder("llava"))
+    given = ["--data", str(data)]
+    cache, pruned, out = (str(tmp_path / name) for name in ("cache", "pruned", "out"))
+    main(["prune", folder, "--ratio", "0.2", "--criterion", "magnitude", "--out", pruned])
+    main(["cache-teacher", folder, *given, "--out", cache])
+    short = ["--max-steps", "1", "--lora-rank", "4", "--keep-adapter"]
+    main(["recover", pruned, *given, "--teacher", cache, "--out", out, *short])
+    assert f"teacher: offline ({cache})" in capsys.readouterr().err
+    assert (Path(out) / "adapter" / "adapter_config.json").is_file()
+    assert list(tmp_path.glob(".*")) == []
+    again = str(tmp_path / "again")
+    main(["recover", pruned, *given, "--teacher", folder, "--out", again, *short])
+    assert "of its weights with the model" in capsys.readouterr().err

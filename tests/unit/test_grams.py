@@ -1,0 +1,122 @@
+"""Gram matrices: streamed sums are whole sums, padding and weightless tokens leave no trace."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from slimvlm.capture import CAPTURES, capture_grams
+from slimvlm.geometry import projections, read_anatomy
+from slimvlm.surgery import prune_
+from slimvlm.values import Statistics
+from tests import tiny
+from tests.helpers import Batch, joined, padded, plan_by_hand
+from tests.tolerances import FORWARD, SOLVE, Tolerance, assert_close
+
+FAMILIES = ("llama", "phi", "llava-phi3", "gemma3")
+
+
+def samples(name: str, lengths: tuple[int, ...] = (12, 12, 12)) -> list[Batch]:
+    model = tiny.build(name)
+    return [tiny.batch(model, tokens, seed) for seed, tokens in enumerate(lengths)]
+
+
+def double(batches: list[Batch]) -> list[Batch]:
+    return [{k: v.double() if v.is_floating_point() else v for k, v in b.items()} for b in batches]
+
+
+def assert_same(ours: Statistics, theirs: Statistics, tolerance: Tolerance = SOLVE) -> None:
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    for name in ours.tensors:
+        assert_close(ours.tensors[name], theirs.tensors[name], tolerance)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_they_are_the_products_of_what_enters_the_matrices(name: str) -> None:
+    model = tiny.build(name).double()
+    data = double(samples(name))
+    seen: dict[str, list[Tensor]] = {}
+    matrices: dict[str, Tensor] = {}
+    hooks = []
+    for index, projection, linear in projections(model):
+        if projection.path.rpartition(".")[2] in ("o_proj", "dense", "down_proj", "fc2"):
+            key = f"{index}.{projection.path}"
+            matrices[key] = linear.weight
+            hooks.append(
+                linear.register_forward_pre_hook(
+                    lambda module, args, key=key: seen.setdefault(key, []).append(args[0])
+                )
+            )
+    statistics = capture_grams(model, data)
+    for hook in hooks:
+        hook.remove()
+    assert len(matrices) == 2 * read_anatomy(model).num_layers
+    assert len(statistics.tensors) == 3 * len(matrices) + 1
+    for key, matrix in matrices.items():
+        x = torch.cat([one.detach().flatten(0, 1) for one in seen[key]])
+        assert_close(statistics.tensors[f"{key}.gram"], x.T @ x, SOLVE)
+        assert_close(statistics.tensors[f"{key}.sum"], x.sum(0), SOLVE)
+        weight = statistics.tensors[f"{key}.weight"]
+        assert weight.data_ptr() == matrix.data_ptr()
+        assert not weight.requires_grad
+    assert float(statistics.tensors["weight"]) == statistics.num_tokens == len(x)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_streamed_sums_are_whole_sums(name: str) -> None:
+    model = tiny.build(name).double()
+    data = double(samples(name))
+    assert_same(capture_grams(model, data), capture_grams(model, [joined(data)]))
+
+
+@pytest.mark.parametrize("name", ["llama", "phi", "llava-phi3"])
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+def test_padding_is_nothing(name: str, left: bool) -> None:
+    """Left padding moves positions, and rotary angles are float32 in any model."""
+    model = tiny.build(name).double()
+    data = double(samples(name, (9, 13, 17)))
+    alone, together = capture_grams(model, data), capture_grams(model, [padded(data, left)])
+    assert_same(together, alone, FORWARD if left else SOLVE)
+
+
+def test_roles_add_up_and_a_weight_is_a_factor() -> None:
+    model, data = tiny.build("llava-llama").double(), double(samples("llava-llama"))
+    whole = capture_grams(model, data).tensors
+    none = {"image": 0.0, "prompt": 0.0, "answer": 0.0}
+    parts = [capture_grams(model, data, {**none, role: 1.0}).tensors for role in none]
+    assert [float(part["weight"]) for part in parts] == [3 * 16, 3 * 6, 3 * 6]
+    scaled = capture_grams(model, data, {"image": 0.25, "prompt": 3.0}).tensors
+    for key in whole:
+        if key.endswith(".weight"):
+            continue
+        image, prompt, answer = (part[key] for part in parts)
+        assert_close(image + prompt + answer, whole[key], SOLVE)
+        assert_close(0.25 * image + 3 * prompt + answer, scaled[key], SOLVE)
+
+
+def test_tokens_of_weight_zero_are_gone_exactly() -> None:
+    """Answers come last, so that without them the other tokens are what they were."""
+    model, data = tiny.build("llama").double(), double(samples("llama"))
+    short = [{k: v[:, :6] for k, v in one.items()} for one in data]
+    assert_same(capture_grams(model, data, {"answer": 0.0}), capture_grams(model, short))
+
+
+def test_precision_follows_the_model() -> None:
+    data = samples("llama")
+    for dtype, expected in (
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float64, torch.float64),
+    ):
+        statistics = CAPTURES["grams"](tiny.build("llama").to(dtype), data)
+        assert statistics.tensors["0.mlp.down_proj.gram"].dtype == expected
+        assert statistics.tensors["0.mlp.down_proj.weight"].dtype == dtype
+
+
+def test_the_matrices_outlive_pruning() -> None:
+    model = tiny.build("llama")
+    statistics = capture_grams(model, samples("llama"))
+    before = {k: v.clone() for k, v in statistics.tensors.items()}
+    prune_(model, plan_by_hand(read_anatomy(model), kv_groups=[0, 2], neurons=range(0, 96, 2)))
+    assert all(torch.equal(statistics.tensors[key], before[key]) for key in before)
