@@ -51,8 +51,8 @@ JOBS: dict[str, dict[str, Any]] = {
     "nothing": {},
     "sft": {"loss": "sft"},
     "offline teacher": {"loss": "sft+hidden"},
-    "shared teacher": {"loss": "sft+hidden", "teacher": "shared"},
-    "separate teacher": {"loss": "sft+hidden", "teacher": "separate"},
+    "shared teacher": {"loss": "sft+hidden", "teacher_weights": "shared"},
+    "separate teacher": {"loss": "sft+hidden", "teacher_weights": "separate"},
 }
 
 

@@ -26,12 +26,18 @@ ROWS: dict[str, tuple[str, ...]] = {
         "plan",
         "planning",
         "metrics",
+        "least_squares",
     ),
     "hands": (
-        *("configs", "capture", "surgery", "checkpoint", "trainable"),
+        *("configs", "capture", "surgery", "uneven", "modeling_pruned", "checkpoint"),
+        *("trainable", "hidden", "teacher", "modes"),
         *("data", "chat", "tasks", "outputs", "answers"),
     ),
-    "stages": ("calibrate", "recovery", "evaluation", "lmms"),
+    "stages": (
+        *("calibrate", "iterative", "search", "repair", "pruning"),
+        *("offline_teacher", "distillation", "recovery"),
+        *("evaluation", "lmms", "convert"),
+    ),
     "runs": ("compression", "summary", "showcase", "comparison"),
     "faces": ("cli", "verbs", "__init__", "__main__"),
 }

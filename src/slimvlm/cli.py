@@ -9,23 +9,23 @@ from collections.abc import Callable
 
 import tyro
 
-from slimvlm import verbs
 from slimvlm.errors import SlimError
+from slimvlm.verbs import evaluating, inspecting, planning, pruning, recovering, running
 
 VERBS: dict[str, Callable[..., None]] = {
     verb.__name__.replace("_", "-"): verb
     for verb in (
-        verbs.inspect,
-        verbs.score,
-        verbs.plan,
-        verbs.prune,
-        verbs.recover,
-        verbs.cache_teacher,
-        verbs.evaluate,
-        verbs.compare,
-        verbs.compress,
-        verbs.chat,
-        verbs.demo,
+        inspecting.inspect,
+        planning.score,
+        planning.plan,
+        pruning.prune,
+        recovering.recover,
+        recovering.cache_teacher,
+        evaluating.evaluate,
+        evaluating.compare,
+        running.compress,
+        evaluating.chat,
+        running.demo,
     )
 }
 """Every verb of the command line."""
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
             prog="slimvlm",
             description="Make multimodal LLMs smaller: prune, recover, measure, save.",
             args=arguments,
-            config=(tyro.conf.FlagCreatePairsOff,),
+            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
         )
     except SlimError as error:
         message = re.sub(r"\s+", " ", str(error))

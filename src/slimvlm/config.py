@@ -18,7 +18,7 @@ Repair = Literal["none", "width", "depth", "both", "auto"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Train = Literal["projector", "lora", "full"]
 HiddenLayers = Literal["final", "mapped"]
-Teacher = Literal["auto", "shared", "separate"]
+TeacherWeights = Literal["auto", "shared", "separate"]
 Scheduler = Literal[
     "cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
 ]
@@ -27,15 +27,13 @@ _CHOICES = {
     "train": get_args(Train),
     "kd_on": ("answer", "text", "all"),
     "hidden_layers": get_args(HiddenLayers),
-    "teacher": get_args(Teacher),
+    "teacher_weights": get_args(TeacherWeights),
     "scheduler": get_args(Scheduler),
 }
 _PRUNE_CHOICES = {
     "axis": (None, *get_args(Axis)),
-    "gradient": get_args(Gradient),
     "allocation": get_args(Allocation),
     "repair": get_args(Repair),
-    "dtype": get_args(Dtype),
 }
 _Range = tuple[Callable[[float], bool], str]
 _ABOVE_0: _Range = (lambda value: 0 < value < math.inf, "above 0")
@@ -133,7 +131,7 @@ class RecoverConfig:
     """Compare only the teacher's so many likeliest tokens in kl, rkl and jsd; by default all."""
     hidden_layers: HiddenLayers = "final"
     """Where hidden and cosine compare: after the last norm, or also after every kept layer."""
-    teacher: Teacher = "auto"
+    teacher_weights: TeacherWeights = "auto"
     """Teacher and student in one set of weights, or in two; auto shares where that is exact."""
     student_projector_in_teacher: bool = False
     """Feed the teacher through the student's projector, as the study does; else through its own."""
@@ -196,8 +194,50 @@ def _check_choices(config: object, choices: Mapping[str, tuple[str | None, ...]]
             raise ConfigError(f"{name} {value!r} must be one of: {names}")
 
 
+def _require_at_least_1(config: object, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name} {getattr(config, name)} must be at least 1")
+
+
 @dataclass(frozen=True, kw_only=True)
-class PruneConfig:
+class LoadConfig:
+    """How models are read."""
+
+    dtype: Dtype = "auto"
+    """Data type of the weights."""
+    trust_remote_code: bool = False
+    """Run code that lies in the checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationConfig(LoadConfig):
+    """What is shown to a model that is to be scored.
+
+    Raises:
+        ConfigError: If a value is out of range; the message names the field.
+    """
+
+    data: str | None = None
+    """Conversations: demo, LLaVA-format .json, or .jsonl/.parquet/datasets folder with messages."""
+    images: str | None = None
+    """Folder that image paths in the data start from."""
+    samples: int = 64
+    """Calibration samples, the first ones of the data."""
+    max_bad: int = 0
+    """Broken data rows to skip at most."""
+    gradient: Gradient = "per_sample"
+    """For taylor: one gradient over all samples, or one for each."""
+    token_weights: str | None = None
+    """Weight of tokens in calibration by role, such as image=0.1,prompt=1,answer=1."""
+
+    def __post_init__(self) -> None:
+        _check_choices(self, {"gradient": get_args(Gradient), "dtype": get_args(Dtype)})
+        _require_at_least_1(self, "samples")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig(CalibrationConfig):
     """What to remove, and how to choose and to mend.
 
     Raises:
@@ -210,16 +250,6 @@ class PruneConfig:
     """Remove layers, KV groups and neurons, or both."""
     criterion: tuple[str, ...] = ()
     """How to score, one criterion for each kind of unit; by default what measured best."""
-    gradient: Gradient = "per_sample"
-    """For taylor: one gradient over all samples, or one for each."""
-    data: str | None = None
-    """Conversations: demo, LLaVA-format .json, or .jsonl/.parquet/datasets folder with messages."""
-    images: str | None = None
-    """Folder that image paths in the data start from."""
-    samples: int = 64
-    """Calibration samples, the first ones of the data."""
-    token_weights: str | None = None
-    """Weight of tokens in calibration by role, such as image=0.1,prompt=1,answer=1."""
     allocation: Allocation = "balanced"
     """How widths share the ratio: the same in every layer, with KV groups and neurons in
     proportion (uniform) or as measured (balanced); first and last layers whole (protect); by one
@@ -239,18 +269,11 @@ class PruneConfig:
     """Fill layers of different widths up with zeros: loads without code, as large as the widest."""
     round_to: int | None = None
     """Multiple for the number of neurons; default 64, smaller for small models."""
-    max_bad: int = 0
-    """Broken data rows to skip at most."""
-    dtype: Dtype = "auto"
-    """Data type of the weights."""
-    trust_remote_code: bool = False
-    """Run code that lies in the checkpoint."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_choices(self, _PRUNE_CHOICES)
-        for name in ("samples", "steps", "search_passes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} {getattr(self, name)} must be at least 1")
+        _require_at_least_1(self, "steps", "search_passes")
         if not self.units or set(self.units) - set(get_args(Unit)):
             raise ConfigError(f"units {self.units} must be of: {', '.join(get_args(Unit))}")
         if self.steps > 1 and self.allocation == "search":

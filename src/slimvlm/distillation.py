@@ -200,7 +200,7 @@ class DistillationTrainer(Trainer):
         self, parts: dict[str, Tensor], inputs: dict[str, Tensor], labels: Tensor
     ) -> dict[str, Tensor]:
         """Each mean over a batch, scaled so that the mean over batches is one over tokens."""
-        if self._step_counts is None or not self.model.training:
+        if self._step_counts is None or not plain_model(self.model).training:
             return parts
         num_means = self.accelerator.num_processes * self.current_gradient_accumulation_steps
         scale = self._counts(inputs, labels) / self._step_counts.clamp_min(1) * num_means

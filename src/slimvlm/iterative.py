@@ -83,12 +83,14 @@ def _silenced(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
     """
     everything = Plan.everything(plan.before)
     kept = set(plan.layers)
-    kept_units = {
-        unit: tuple(getattr(plan if i in kept else everything, unit)[i] for i in everything.layers)
-        for unit in ("kv_groups", "neurons")
-    }
+    sources = [plan if i in kept else everything for i in everything.layers]
+    silenced = replace(
+        everything,
+        kv_groups=tuple(source.kv_groups[i] for i, source in enumerate(sources)),
+        neurons=tuple(source.neurons[i] for i, source in enumerate(sources)),
+    )
     with ExitStack() as stack:
-        stack.enter_context(masked(model, replace(everything, **kept_units)))
+        stack.enter_context(masked(model, silenced))
         for index, projection, linear in projections(model):
             if index not in kept and projection.dim == INPUT_COLUMNS:
                 handle = linear.register_forward_hook(_write_zeros)

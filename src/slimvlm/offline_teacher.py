@@ -24,7 +24,7 @@ from slimvlm.answers import fingerprint
 from slimvlm.chat import encode_samples
 from slimvlm.config import RecoverConfig
 from slimvlm.errors import ConfigError
-from slimvlm.geometry import family_of
+from slimvlm.geometry import family_of, text_config_of
 from slimvlm.hidden import compared_positions, head_of, hidden_states
 from slimvlm.outputs import write_text
 from slimvlm.progress import progress
@@ -109,7 +109,7 @@ def write_cache(
         what=what,
         k=k if what == "top-k" else None,
         kd_on=kd_on,
-        hidden_size=int(head.weight.shape[1]),  # type: ignore[union-attr,arg-type]
+        hidden_size=int(text_config_of(model.config).hidden_size),
         samples=tuple(sample.id for sample in samples),
         contents=tuple(map(content_hash, samples)),
     )

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -197,14 +198,14 @@ def _ready(job: _Job, trained: Any) -> Iterator[str]:
     teacher.requires_grad_(False)
     teacher.eval()
     with ExitStack() as stack:
-        if job.plan is None or config.teacher == "separate":
+        if job.plan is None or config.teacher_weights == "separate":
             line = "separate"
         else:
             sharing = share_(teacher, trained, job.plan)
             line = sharing.line()
-            stack.callback(teacher.to, "meta")
-            if config.teacher == "shared" and sharing.differing:
-                raise ConfigError(f"teacher 'shared' is not possible: {line}")
+            stack.callback(nn.Module.to, teacher, "meta")
+            if config.teacher_weights == "shared" and sharing.differing:
+                raise ConfigError(f"teacher_weights 'shared' is not possible: {line}")
         teacher.to(job.model.device)  # type: ignore[arg-type]
         stack.enter_context(seeing_once(job.model, teacher, config.student_projector_in_teacher))
         yield line
@@ -226,7 +227,7 @@ def _usable_plan(
     why = "there is no plan" if plan is None else why_not_shared(model, teacher, plan)
     if why is None:
         return plan
-    for name, asked in (("teacher", "shared"), ("hidden_layers", "mapped")):
+    for name, asked in (("teacher_weights", "shared"), ("hidden_layers", "mapped")):
         if getattr(config, name) == asked:
             raise ConfigError(f"{name} {asked!r} needs the plan that made the model: {why}")
     return None

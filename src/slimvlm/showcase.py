@@ -7,10 +7,10 @@ from pathlib import Path
 
 from slimvlm.checkpoint import default_device
 from slimvlm.compression import compress
-from slimvlm.config import Axis, CompressConfig, RecoverConfig
+from slimvlm.config import Axis, CompressConfig, Dtype, RecoverConfig
 from slimvlm.evaluation import Result
+from slimvlm.modes import computes_bfloat16
 from slimvlm.outputs import write_text
-from slimvlm.recovery import computes_bfloat16
 from slimvlm.summary import as_markdown, result_rows
 
 RATIO = 0.3
@@ -31,7 +31,7 @@ def run_demo(out: Path, short: bool, force: bool, say: Callable[[str], None]) ->
     """
     results: dict[str, Result] = {}
     device = default_device()
-    dtype = "bfloat16" if computes_bfloat16(device) else "float32"
+    dtype: Dtype = "bfloat16" if computes_bfloat16(device) else "float32"
     for axis in AXES:
         original = out / AXES[0] / "results" / "original.json"
         config = CompressConfig(

@@ -102,7 +102,7 @@ def save_adapter(trained: Any, folder: str | Path, dtype: torch.dtype) -> None:
     weights, whole = load_file(folder / SAFETENSORS_WEIGHTS_NAME), []
     for path in family_of(model.config.model_type).projector:
         part = _part(model, path)
-        if part is None:
+        if not isinstance(part, nn.Module):
             continue
         whole += [f"{path}.{n}" for n, _ in part.named_children()] * isinstance(part, nn.ModuleList)
         whole += [path] * (not isinstance(part, nn.ModuleList))

@@ -247,8 +247,8 @@ def test_training_with_a_shared_teacher_is_training_with_a_separate_one(
     kind: str, axis: str
 ) -> None:
     changes = {"loss": ALL_LOSSES, "hidden_layers": "mapped"}
-    ours, shared, _ = run(kind, axis, teacher="shared", **changes)
-    theirs, separate, _ = run(kind, axis, teacher="separate", **changes)
+    ours, shared, _ = run(kind, axis, teacher_weights="shared", **changes)
+    theirs, separate, _ = run(kind, axis, teacher_weights="separate", **changes)
     assert "shares" in shared.teacher
     assert separate.teacher == "separate"
     assert_same_training(shared, separate)
@@ -260,7 +260,7 @@ def test_training_with_a_shared_teacher_is_training_with_a_separate_one(
 def test_sharing_follows_what_learns(train: str) -> None:
     """Full training leaves the tower alone to share; the projector's leaves all but itself."""
     ours, shared, _ = run("llava", "width", train=train)
-    theirs, separate, _ = run("llava", "width", train=train, teacher="separate")
+    theirs, separate, _ = run("llava", "width", train=train, teacher_weights="separate")
     percent = int(re.findall(r"(\d+)%", shared.teacher)[0])
     assert percent < 30 if train == "full" else percent > 40
     assert_same_training(shared, separate)
@@ -280,7 +280,7 @@ def test_frozen_tensors_stay_bit_equal_and_a_used_up_teacher_is_gone() -> None:
 def test_a_separate_teacher_is_left_alone() -> None:
     _, teacher, _, _ = models("llava", "width")
     before = weights(teacher)
-    _, _, same = run("llava", "width", teacher="separate")
+    _, _, same = run("llava", "width", teacher_weights="separate")
     now = weights(same)
     assert [name for name in before if not torch.equal(now[name], before[name])] == []
 
@@ -304,7 +304,7 @@ def test_repaired_matrices_are_copied_and_named() -> None:
     assert "layers.0.mlp.down_proj' and 1 more" in history.teacher
     _, teacher, _, _ = models("llava", "width")
     with pytest.raises(ConfigError, match=r"teacher 'shared' is not possible.*down_proj"):
-        recover(student, teacher, SAMPLES, config(teacher="shared"), processor, plan=plan)
+        recover(student, teacher, SAMPLES, config(teacher_weights="shared"), processor, plan=plan)
 
 
 def test_a_plan_of_another_teacher_is_not_used() -> None:
@@ -313,7 +313,7 @@ def test_a_plan_of_another_teacher_is_not_used() -> None:
     assert why_not_shared(student, teacher, other) == "the model's plan is for another teacher"
     history = recover(student, teacher, SAMPLES, config(max_steps=1), processor, plan=other)
     assert history.teacher == "separate"
-    for name, value in (("teacher", "shared"), ("hidden_layers", "mapped")):
+    for name, value in (("teacher_weights", "shared"), ("hidden_layers", "mapped")):
         options = config(**{name: value})
         with pytest.raises(ConfigError, match=f"{name} {value!r} needs the plan"):
             recover(student, teacher, SAMPLES, options, processor, plan=other)

@@ -97,7 +97,7 @@ def test_terms_without_weight_share_one(names: list[str]) -> None:
         ("jsd_beta", 1.0),
         ("top_k", 0),
         ("hidden_layers", "all"),
-        ("teacher", "both"),
+        ("teacher_weights", "both"),
         ("eval_fraction", 1.0),
         ("eval_fraction", -0.1),
         ("eval_steps", 0),

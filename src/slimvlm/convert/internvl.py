@@ -108,7 +108,8 @@ def internvl_layout(
         raise UnsupportedModelError(
             "vision_tower: InternVL checkpoints hold their own tower; none can be given"
         )
-    text, vision = _text_config(config["llm_config"]), _vision_config(config["vision_config"])
+    text = _text_config(config["llm_config"])
+    vision: Any = _vision_config(config["vision_config"])
     side = int(config.get("force_image_size") or vision.image_size[0])
     ratio = float(config.get("downsample_ratio", 0.5))
     files = TokenizerFiles(source.folder)
@@ -194,7 +195,7 @@ def _processor(
     side: int,
     image_seq_length: int,
 ) -> InternVLProcessor:
-    pictures = {
+    pictures: dict[str, Any] = {
         "size": {"height": side, "width": side},
         "image_mean": IMAGENET_MEAN,
         "image_std": IMAGENET_STD,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import (
     CLIPVisionConfig,
@@ -52,7 +52,7 @@ ROTARY = Rule(r"model\..*rotary_emb\.inv_freq", reason="computed from the config
 TIED = Rule(r"lm_head\.weight", reason="tied to the embeddings")
 
 
-STRATEGIES = {"patch": "default", "cls_patch": "full"}
+STRATEGIES: dict[str, Literal["default", "full"]] = {"patch": "default", "cls_patch": "full"}
 """What the originals and what the native class call the choice of visual tokens."""
 
 
@@ -205,7 +205,7 @@ def _layout(
             num_additional_image_tokens=extra_tokens,
         )
 
-    generation = {"pad_token_id": tokens.pad_id}
+    generation: dict[str, Any] = {"pad_token_id": tokens.pad_id}
     if tokens.new_ids:
         generation |= {"suppress_tokens": tokens.new_ids}
     return Layout(native, pieces, generation, make_processor, unused | language_unused)
@@ -254,15 +254,18 @@ def _native_config(
             f"config.json: mm_hidden_size {config['mm_hidden_size']} is not the tower's "
             f"hidden_size {vision.hidden_size}"
         )
+    named: dict[str, Any] = {
+        "pad_token_id": tokens.pad_id,
+        "bos_token_id": config.get("bos_token_id"),
+        "eos_token_id": config.get("eos_token_id"),
+    }
     return LlavaConfig(
         vision_config=vision,
         text_config=text,
         image_token_index=tokens.image_id,
         projector_hidden_act="gelu",
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        pad_token_id=tokens.pad_id,
-        bos_token_id=config.get("bos_token_id"),
-        eos_token_id=config.get("eos_token_id"),
+        **named,
     )
 
 

@@ -174,7 +174,7 @@ def image_processor(tower: Tower, aspect_ratio: str | None, center_crop: bool) -
         raise UnsupportedModelError(
             f"vision_tower: its preprocessor makes pictures of {dict(made)}, the tower takes {side}"
         )
-    switches = {
+    switches: dict[str, Any] = {
         name: bool(given.get(name, True)) for name in ("do_resize", "do_rescale", "do_normalize")
     }
     return LlavaImageProcessorPil(

@@ -117,7 +117,7 @@ def _write_weights(layout: Layout, folder: Path, dtype: torch.dtype | None) -> N
     if len(parts) == 1:
         (folder / "part-1").rename(folder / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(parts, 1):
         file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         (folder / f"part-{number}").rename(folder / file)

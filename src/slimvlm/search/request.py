@@ -76,5 +76,7 @@ def fingerprint(request: Request, asked: Mapping[str, Any], batches: Sequence[Ba
     tensors += [value for batch in batches for value in batch.values()]
     for tensor in tensors:
         if isinstance(tensor, Tensor):
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(
+                tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            )
     return digest.hexdigest()

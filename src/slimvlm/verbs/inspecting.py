@@ -1,0 +1,30 @@
+"""Look at a model before anything is done to it."""
+
+from __future__ import annotations
+
+from slimvlm.verbs.options import Model
+from slimvlm.verbs.printing import console, print_json
+
+
+def inspect(model: Model, json: bool = False) -> None:
+    """Show what a model is made of: parts, parameters, units, legal widths, memory.
+
+    Reads the configuration only, never the weights.
+
+    Args:
+        model: Folder, hub id, or demo.
+        json: Print JSON.
+    """
+    from slimvlm import summary
+    from slimvlm.checkpoint import anatomy
+
+    found = anatomy(model)
+    if json:
+        extra = {
+            "backbone_params": found.backbone_params,
+            "total_params": found.total_params,
+            "legal_kv_heads": found.legal_kv_heads(),
+        }
+        print_json({**found.to_dict(), **extra})
+    else:
+        console().print(summary.as_table(["", model], summary.anatomy_rows(found)))

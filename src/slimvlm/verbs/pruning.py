@@ -1,0 +1,69 @@
+"""Write a smaller checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slimvlm.config import PruneConfig
+from slimvlm.errors import ConfigError
+from slimvlm.verbs.options import Model, check_model, load_model, read_samples
+from slimvlm.verbs.printing import note
+
+if TYPE_CHECKING:
+    from slimvlm.samples import Sample
+
+
+def prune(
+    model: Model,
+    out: Path,
+    plan: Path | None = None,
+    pruning: PruneConfig = PruneConfig(),
+    force: bool = False,
+) -> None:
+    """Write a smaller checkpoint, from a plan or from a ratio, criterion and data.
+
+    Args:
+        model: Folder, hub id, or demo.
+        out: The new checkpoint folder.
+        plan: A plan file instead of ratio, axis, criterion and allocation.
+        pruning: What to remove, and how.
+        force: Replace an existing folder.
+    """
+    from slimvlm.checkpoint import save
+    from slimvlm.outputs import require_free
+    from slimvlm.plan import Plan
+    from slimvlm.pruning import Calibration, check_request, choose_plan, cut_
+
+    require_free(out, force)
+    if (plan is None) == (pruning.ratio is None):
+        raise ConfigError("prune needs either --ratio or --plan")
+    pruning = replace(pruning, axis=pruning.axis or "width")
+    if plan is not None:
+        chosen = Plan.load(plan)
+        shown = _samples_for_repair(pruning)
+        check_model(model, pruning)
+    else:
+        shown = check_request(model, pruning, note, pruning.samples)
+    loaded, processor = load_model(model, pruning)
+    calibration = Calibration(pruning, processor, shown)
+    if plan is None:
+        chosen = choose_plan(pruning, loaded, calibration, note)
+    report = cut_(pruning, loaded, chosen, calibration)
+    save(loaded, processor, out, chosen, force, pad=pruning.pad)
+    print(chosen.summary())
+    if chosen.needs_retype:
+        print(f"language model written as {chosen.after.text_type!r}, which computes the same")
+    if report is not None:
+        print(report.summary())
+    print(f"checkpoint: {out}")
+
+
+def _samples_for_repair(pruning: PruneConfig) -> list[Sample]:
+    """Calibration samples for a plan that is there already: repair alone reads them."""
+    if pruning.repair == "none":
+        return []
+    if pruning.data is None:
+        raise ConfigError(f"repair {pruning.repair!r} needs --data")
+    return read_samples(pruning)
