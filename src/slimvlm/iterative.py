@@ -70,13 +70,13 @@ def _scores_of_rest(
     plan: Plan,
 ) -> list[Scores]:
     """Scores of the model that a plan leaves."""
-    with _silenced(model, plan):
+    with silenced(model, plan):
         given = [score(model, batches, name, **chosen) for name, chosen in criteria.items()]
     return [removed_last(scores, plan) for scores in given]
 
 
 @contextmanager
-def _silenced(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
+def silenced(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
     """The same function as inside `masked`, but removed layers run and write zeros.
 
     So gradients, which are zero there, still have a way through them.
@@ -158,12 +158,19 @@ def _lies_between(plan: Plan, candidate: Plan, final: Plan, options: Mapping[str
     if not _is_part(candidate, plan):
         return False
     if options.get("allocation") == "global":
-        return True
+        return _width_params(candidate) <= _width_params(final)
     shared = [i for i in candidate.layers if i in final.layers]
     return len(candidate.layers) >= len(final.layers) and all(
         len(candidate.kv_groups[i]) >= len(final.kv_groups[i])
         and len(candidate.neurons[i]) >= len(final.neurons[i])
         for i in shared
+    )
+
+
+def _width_params(plan: Plan) -> int:
+    """Parameters that are gone from the layers that stay."""
+    return sum(plan.before.layers[i].params for i in plan.layers) - sum(
+        shape.params for shape in plan.after.layers
     )
 
 

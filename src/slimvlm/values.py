@@ -70,8 +70,8 @@ class Scores:
 
     criterion: str
     layer: Float[Tensor, " layer"] | None = None
-    kv_group: Sequence[Float[Tensor, " group"]] | None = None
-    neuron: Sequence[Float[Tensor, " neuron"]] | None = None
+    kv_group: Sequence[Float[Tensor, " _"]] | None = None
+    neuron: Sequence[Float[Tensor, " _"]] | None = None
     layer_runs: Float[Tensor, "length layer"] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 

@@ -200,7 +200,7 @@ def test_pictures_become_the_original_pixels(converted: Converted) -> None:
 @torch.no_grad()
 def test_a_question_with_its_pictures_runs_through_our_own_loader(converted: Converted) -> None:
     model, processor = load(converted.folder, device="cpu")
-    question = Question("q", "How many?", tuple(converted.pictures[:2]), ("2",))
+    question = Question("q", "How many?", ("2",), tuple(converted.pictures[:2]))
     inputs = chat.encode_questions(processor, [question])
     said = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     new = set(range(converted.expected[next(iter(converted.expected))].shape[-1], 10**6))

@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 from slimvlm import losses
 from slimvlm.calibrate import score
 from slimvlm.errors import ConfigError, DataError
-from slimvlm.geometry import read_anatomy
-from slimvlm.iterative import plan_in_steps, removed_last
+from slimvlm.geometry import projections, read_anatomy
+from slimvlm.iterative import plan_in_steps, removed_last, silenced
 from slimvlm.plan import Plan
 from slimvlm.planning import make_plan
 from slimvlm.search import Divergence, Found, search_plan
-from slimvlm.surgery import prune_
+from slimvlm.surgery import masked, prune_
 from tests import tiny
 from tests.helpers import assert_untouched, logits, random_scores, snapshot
 
@@ -218,23 +218,42 @@ def test_what_is_gone_stays_gone(
     import slimvlm.iterative as iterative
 
     masks: list[Plan] = []
-    real = iterative.masked
+    real = iterative.silenced
 
     def watched(model: PreTrainedModel, plan: Plan) -> Any:
         masks.append(plan)
         return real(model, plan)
 
-    monkeypatch.setattr(iterative, "masked", watched)
+    monkeypatch.setattr(iterative, "silenced", watched)
     before = snapshot(model)
     plan = plan_in_steps(model, batches, CRITERIA, 0.5, axis, 4, allocation=allocation)
     assert_untouched(model, before)
     assert len(masks) == 4
-    assert masks[0].ratio == 0 < masks[-1].ratio < plan.ratio
+    assert masks[0].ratio == 0 < masks[-1].ratio <= plan.ratio
     for larger, smaller in zip(masks, [*masks[1:], plan], strict=True):
         assert set(smaller.layers) <= set(larger.layers)
         for unit in ("kv_groups", "neurons"):
             for kept, was in zip(getattr(smaller, unit), getattr(larger, unit), strict=True):
                 assert set(kept) <= set(was)
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_silenced_units_leave_the_function_of_the_mask_and_a_way_for_gradients(
+    model: PreTrainedModel, batches: list[dict[str, Any]], axis: str
+) -> None:
+    anatomy = read_anatomy(model)
+    plan = make_plan(anatomy, random_scores(anatomy), 0.4, axis)
+    with masked(model, plan):
+        expected = logits(model, batches[0])
+    with silenced(model, plan):
+        assert torch.equal(logits(model, batches[0]), expected)
+        model(**batches[0]).loss.backward()
+    gradients = {name: weight.grad for name, weight in model.named_parameters()}
+    model.zero_grad()
+    for index, projection, _ in projections(model):
+        gradient = gradients[f"model.language_model.layers.{index}.{projection.path}.weight"]
+        assert gradient is not None
+        assert bool(gradient.any()) == (index in plan.layers)
 
 
 def test_steps_score_what_is_left(model: PreTrainedModel, batches: list[dict[str, Any]]) -> None:

@@ -10,7 +10,7 @@ from slimvlm.convert.internvl import internvl_layout, refuse_internvl
 from slimvlm.convert.layout import Layout, check_complete
 from slimvlm.convert.llava import bunny_layout, llava_layout, refuse_bunny, refuse_llava
 from slimvlm.convert.source import Weights, find_folder, read_json
-from slimvlm.convert.write import check_written, write
+from slimvlm.convert.write import check_written, write_checkpoint
 from slimvlm.errors import ConfigError, UnsupportedModelError
 from slimvlm.outputs import new_folder, require_free
 
@@ -96,7 +96,7 @@ def convert(
     layout = original.layout(Weights(folder), config, vision_tower)
     check_complete(layout)
     with new_folder(out, force) as partial:
-        write(layout, read_json(folder / "generation_config.json"), partial, dtype)
+        write_checkpoint(layout, read_json(folder / "generation_config.json"), partial, dtype)
         check_written(layout, partial)
     return out
 

@@ -31,7 +31,7 @@ ON_DISK = (
 SAMPLING = ("temperature", "top_p", "top_k", "typical_p", "min_p")
 
 
-def write(
+def write_checkpoint(
     layout: Layout, generation: Mapping[str, Any], folder: Path, dtype: str | None = None
 ) -> None:
     """Write weights, configuration, processor and generation settings.
@@ -44,7 +44,8 @@ def write(
     """
     wanted = None if dtype is None else getattr(torch, dtype)
     _write_weights(layout, folder, wanted)
-    layout.config.dtype = wanted or _stored_dtype(layout)
+    for part in (layout.config, layout.config.text_config, layout.config.vision_config):
+        part.dtype = wanted or _stored_dtype(layout)
     layout.config.architectures = [_class_name(layout)]
     layout.config.save_pretrained(folder)
     layout.make_processor().save_pretrained(folder)

@@ -23,9 +23,9 @@ class _Step:
 
     Attributes:
         density: What is lost for each parameter that is saved, the mean over the step's units.
-        share: Share of the layer's units of this kind that are gone after the step. Of equally
-            dense steps the smaller share goes first, so that equal scores thin all layers and
-            kinds equally.
+        share: Share of the layer's units of this kind that are gone half-way through the step. Of
+            equally dense steps the smaller share goes first, so that equal scores thin all layers
+            and kinds equally, to the nearest whole step.
         layer: The layer.
         unit: The kind of unit.
         count: Units of the step.
@@ -118,8 +118,9 @@ def _steps(
         start = 0
         for size in _sizes(len(values), 1 if unit == "kv_group" else budget.multiple):
             mean = float(ascending[start : start + size].mean().float())
+            middle = (start + size / 2) / len(values)
             start += size
-            yield _Step(mean, start / len(values), index, unit, size, size * params)
+            yield _Step(mean, middle, index, unit, size, size * params)
 
 
 def _sizes(width: int, multiple: int) -> list[int]:

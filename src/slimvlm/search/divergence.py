@@ -39,6 +39,7 @@ class Divergence:
             raise DataError("no labelled token in the batches to measure on")
         self._original: list[Tensor] = []
 
+    @torch.no_grad()
     def of(self, plan: Plan) -> float:
         """The divergence of what a plan leaves, in nats for each position."""
         self._original = self._original or list(self._logits())
