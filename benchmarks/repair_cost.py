@@ -71,6 +71,7 @@ class Inputs:
         self.scale = torch.exp(torch.randn(channels))
 
     def draw(self, tokens: int) -> Tensor:
+        """Inputs of so many tokens."""
         mixed = torch.randn(tokens, len(self.mixing)) @ self.mixing
         return (mixed + 0.5 * torch.randn_like(mixed)) * self.scale
 

@@ -65,10 +65,12 @@ class TextCalibration(Calibration):
 
     @property
     def fitted(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """Three of every four passages."""
         return [encode(self.processor, s) for i, s in enumerate(self._shown, 1) if i % 4]
 
     @property
     def held_out(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The others."""
         return [encode(self.processor, s) for s in self._shown[3::4]]
 
 
