@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
             prog="slimvlm",
             description="Make multimodal LLMs smaller: prune, recover, measure, save.",
             args=arguments,
-            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+            config=(tyro.conf.FlagCreatePairsOff,),
         )
     except SlimError as error:
         message = re.sub(r"\s+", " ", str(error))

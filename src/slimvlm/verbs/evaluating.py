@@ -10,7 +10,7 @@ import tyro
 
 from slimvlm.config import LoadConfig
 from slimvlm.errors import ConfigError
-from slimvlm.verbs.options import Model, check_model, load_model
+from slimvlm.verbs.options import INLINE, Model, check_model, load_model
 from slimvlm.verbs.printing import console, note, print_json
 
 if TYPE_CHECKING:
@@ -80,10 +80,10 @@ class Questions:
 
 def evaluate(
     model: Model,
-    questions: Questions = Questions(),
+    questions: Annotated[Questions, INLINE] = Questions(),
     baseline: str | None = None,
     out: Path | None = None,
-    loading: LoadConfig = LoadConfig(),
+    loading: Annotated[LoadConfig, INLINE] = LoadConfig(),
     force: bool = False,
     json: bool = False,
 ) -> None:
@@ -128,7 +128,7 @@ def compare(
     tasks: str = "demo",
     limit: int | None = None,
     out: Path | None = None,
-    loading: LoadConfig = LoadConfig(),
+    loading: Annotated[LoadConfig, INLINE] = LoadConfig(),
     force: bool = False,
     json: bool = False,
 ) -> None:
@@ -189,7 +189,7 @@ def chat(
     image: tuple[Path, ...] = (),
     other: str | None = None,
     max_new_tokens: int = 64,
-    loading: LoadConfig = LoadConfig(),
+    loading: Annotated[LoadConfig, INLINE] = LoadConfig(),
     json: bool = False,
 ) -> None:
     """Ask one model, or two side by side.

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from slimvlm.samples import Sample
 
+INLINE = tyro.conf.arg(name="")
+"""For a dataclass among a verb's parameters: its fields are options like all others."""
 Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 
 

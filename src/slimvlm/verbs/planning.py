@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from slimvlm.config import Axis, CalibrationConfig, Dtype, Unit
 from slimvlm.errors import ConfigError
-from slimvlm.verbs.options import Model, check_model, load_model, read_samples
+from slimvlm.verbs.options import INLINE, Model, check_model, load_model, read_samples
 from slimvlm.verbs.printing import note, print_json
 
 
@@ -15,7 +15,7 @@ def score(
     model: Model,
     out: Path,
     criterion: str = "taylor",
-    calibration: CalibrationConfig = CalibrationConfig(),
+    calibration: Annotated[CalibrationConfig, INLINE] = CalibrationConfig(),
     force: bool = False,
 ) -> None:
     """Calibrate once: save scores (and the statistics behind them) for later plans.

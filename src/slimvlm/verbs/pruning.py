@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from slimvlm.config import PruneConfig
 from slimvlm.errors import ConfigError
-from slimvlm.verbs.options import Model, check_model, load_model, read_samples
+from slimvlm.verbs.options import INLINE, Model, check_model, load_model, read_samples
 from slimvlm.verbs.printing import note
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ def prune(
     model: Model,
     out: Path,
     plan: Path | None = None,
-    pruning: PruneConfig = PruneConfig(),
+    pruning: Annotated[PruneConfig, INLINE] = PruneConfig(),
     force: bool = False,
 ) -> None:
     """Write a smaller checkpoint, from a plan or from a ratio, criterion and data.

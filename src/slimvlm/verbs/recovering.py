@@ -6,11 +6,11 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from slimvlm.config import RecoverConfig
 from slimvlm.errors import ConfigError
-from slimvlm.verbs.options import Model, TrainingData, check_model, load_model, read_samples
+from slimvlm.verbs.options import INLINE, Model, TrainingData, check_model, load_model, read_samples
 from slimvlm.verbs.printing import note
 
 if TYPE_CHECKING:
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 def recover(
     model: Model,
-    source: TrainingData,
+    source: Annotated[TrainingData, INLINE],
     out: Path,
     teacher: str | None = None,
-    training: RecoverConfig = RecoverConfig(),
+    training: Annotated[RecoverConfig, INLINE] = RecoverConfig(),
     force: bool = False,
 ) -> None:
     """Train a pruned checkpoint back towards the original model.
@@ -80,7 +80,7 @@ def _written_answers(teacher: str | None) -> OfflineTeacher | None:
 
 def cache_teacher(
     model: Model,
-    source: TrainingData,
+    source: Annotated[TrainingData, INLINE],
     out: Path,
     what: Literal["hidden", "top-k"] = "hidden",
     k: int = 64,

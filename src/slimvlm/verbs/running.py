@@ -10,7 +10,7 @@ import tyro
 
 from slimvlm.config import CompressConfig, PruneConfig, RecoverConfig
 from slimvlm.errors import ConfigError
-from slimvlm.verbs.options import Model
+from slimvlm.verbs.options import INLINE, Model
 from slimvlm.verbs.printing import console, note, print_json
 
 if TYPE_CHECKING:
@@ -46,9 +46,9 @@ class Training:
 def compress(
     model: Model,
     out: Path,
-    pruning: PruneConfig = PruneConfig(),
+    pruning: Annotated[PruneConfig, INLINE] = PruneConfig(),
     training_samples: int | None = None,
-    training: Training = Training(),
+    training: Annotated[Training, INLINE] = Training(),
     tasks: str | None = None,
     limit: int | None = None,
     baseline: str | None = None,
