@@ -11,7 +11,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from slimvlm import chat, losses
 from slimvlm.errors import ConfigError
-from slimvlm.evaluation import Result, TaskResult, answer, with_costs
+from slimvlm.evaluation import Result, TaskResult, answer, evaluate, with_costs
 from slimvlm.metrics import MME_FULL_SCORES
 from slimvlm.progress import progress
 from slimvlm.samples import Question
@@ -197,6 +197,34 @@ def result_with_lmms(
     question = Question("latency", "What is shown here?", ("",), shown)
     how = {"limit": limit, "batch_size": batch_size}
     return with_costs(model, processor, tasks, question, name, **how)
+
+
+def evaluate_all(
+    model: PreTrainedModel,
+    processor: Any,
+    tasks: str,
+    limit: int | None = None,
+    batch_size: int = 16,
+    name: str = "",
+    log_folder: str | Path | None = None,
+    floors: bool = False,
+    task_folder: str | Path | None = None,
+) -> Result:
+    """One result from our own tasks and from lmms-eval's.
+
+    Arguments as for `slimvlm.evaluate` and `evaluate_with_lmms`; ``log_folder`` and ``floors`` are
+    for our own tasks.
+    """
+    own, theirs = split_names(tasks)
+    if not own:
+        return result_with_lmms(model, processor, theirs, limit, batch_size, name, task_folder)
+    result = evaluate(
+        model, processor, own, limit, batch_size, name, log_folder=log_folder, floors=floors
+    )
+    if not theirs:
+        return result
+    more = evaluate_with_lmms(model, processor, theirs, limit, batch_size, task_folder)
+    return replace(result, tasks={**result.tasks, **more})
 
 
 def _rows_named(name: str) -> dict[str, LmmsRow]:

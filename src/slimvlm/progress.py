@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import track
 
 T = TypeVar("T")
+_HIDDEN = ContextVar("hidden", default=False)
 
 
 def progress(items: Sequence[T], description: str) -> Iterable[T]:
@@ -19,5 +22,15 @@ def progress(items: Sequence[T], description: str) -> Iterable[T]:
         description=description,
         transient=True,
         console=console,
-        disable=not console.is_terminal,
+        disable=_HIDDEN.get() or not console.is_terminal,
     )
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Inside, `progress` shows nothing: something larger shows how far it is."""
+    token = _HIDDEN.set(True)
+    try:
+        yield
+    finally:
+        _HIDDEN.reset(token)

@@ -110,6 +110,20 @@ def check_request(
     Raises:
         SlimError: If an option, the data or the ratio cannot work for this model.
     """
+    check_options(config)
+    rehearse_request(anatomy_of(model), config)
+    if config.data is None:
+        say(f"no data: scoring by {' and '.join(criteria_of(config))}")
+        return []
+    return load_samples(config.data, config.images, samples, config.max_bad, say)
+
+
+def check_options(config: PruneConfig) -> None:
+    """Find every mistake that neither a model nor data is needed for.
+
+    Raises:
+        ConfigError: If an option is unknown or needs data that is not given.
+    """
     rows = {name: criterion_named(name, {}) for name in criteria_of(config)}
     data_bound = [name for name, row in rows.items() if row.needs_data]
     if data_bound and config.data is None:
@@ -124,18 +138,22 @@ def check_request(
                 raise ConfigError(f"{name} {getattr(config, name)!r} needs --data")
         if config.allocation == "search":
             raise ConfigError("allocation 'search' needs --data")
+
+
+def rehearse_request(anatomy: Anatomy, config: PruneConfig) -> None:
+    """Find out whether a model of this shape can be pruned as asked.
+
+    Raises:
+        SlimError: What `make_plan` would raise after the weights were read and scored.
+    """
     rehearse(
-        anatomy_of(model),
+        anatomy,
         criteria_of(config),
         ratio_of(config),
         axis_of(config),
         allocation=config.allocation if config.allocation not in _LEVELS else "uniform",
         **_plan_options(config),
     )
-    if config.data is None:
-        say(f"no data: scoring by {' and '.join(criteria_of(config))}")
-        return []
-    return load_samples(config.data, config.images, samples, config.max_bad, say)
 
 
 def rehearse(
@@ -158,6 +176,7 @@ def choose_plan(
     calibration: Calibration,
     say: Say,
     folder: Path | None = None,
+    given: Sequence[Scores] | None = None,
 ) -> Plan:
     """Score a loaded model and make the plan.
 
@@ -167,6 +186,7 @@ def choose_plan(
         calibration: Its calibration data.
         say: Receives what a search found.
         folder: Where to keep the scores and the state of a search, if anywhere.
+        given: Scores by the request's criteria, if they are known already.
     """
     ratio, axis = ratio_of(config), axis_of(config)
     options = _plan_options(config)
@@ -179,7 +199,7 @@ def choose_plan(
         return plan_in_steps(
             model, calibration.fitted, criteria, ratio, axis, config.steps, **options
         )
-    given = _scores(config, model, calibration, folder)
+    given = given or _scores(config, model, calibration, folder)
     if allocation not in _LEVELS:
         return make_plan(read_anatomy(model), given, ratio, axis, allocation, **options)
     found = search_plan(
@@ -214,16 +234,22 @@ def cut_(
     )
 
 
+def score_by(
+    config: PruneConfig, model: PreTrainedModel, calibration: Calibration, criterion: str
+) -> Scores:
+    """Scores by one of the request's criteria."""
+    batches: Any = ()
+    if CRITERIA[criterion].needs_data:
+        batches = progress(calibration.fitted, criterion)
+    return score(model, batches, criterion, **_criterion_options(config, criterion))
+
+
 def _scores(
     config: PruneConfig, model: PreTrainedModel, calibration: Calibration, folder: Path | None
 ) -> list[Scores]:
     given = []
     for name in criteria_of(config):
-        batches: Any = ()
-        options = _criterion_options(config, name)
-        if CRITERIA[name].needs_data:
-            batches = progress(calibration.fitted, name)
-        scores = score(model, batches, name, **options)
+        scores = score_by(config, model, calibration, name)
         if folder is not None:
             scores.save(folder / name)
         given.append(scores)

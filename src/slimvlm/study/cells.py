@@ -1,0 +1,154 @@
+"""Grids → cells: what is pruned how, recovered how, with which seed; each checked before any runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from itertools import product
+from typing import Any
+
+from slimvlm.config import PruneConfig, RecoverConfig
+from slimvlm.errors import ConfigError
+from slimvlm.pruning import criteria_of
+from slimvlm.study.config import DEFAULT, GRID_AXES, NONE, Grid, StudyConfig
+
+_OWN_PRUNE = {"data", "images", "pad"}
+"""Options of `PruneConfig` that are keys of the study, or change no result."""
+_OWN_RECOVER = {"fraction", "seed"}
+"""Options of `RecoverConfig` that are keys of a grid."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One combination of a study.
+
+    Attributes:
+        model: The original.
+        seed: Seed of samples and training.
+        prune: What is removed, and how.
+        recovery: Name of the recovery.
+        recover: Its options, None if nothing is trained.
+    """
+
+    model: str
+    seed: int
+    prune: PruneConfig
+    recovery: str = NONE
+    recover: RecoverConfig | None = None
+
+    @property
+    def criterion(self) -> str:
+        """The criteria, joined by +."""
+        return "+".join(criteria_of(self.prune))
+
+    @property
+    def label(self) -> str:
+        """A few words for people."""
+        prune = self.prune
+        parts = [self.model.rstrip("/").rpartition("/")[2], prune.axis, f"{prune.ratio:.0%}"]
+        parts += [self.criterion, *([f"repair {prune.repair}"] if prune.repair != "none" else [])]
+        parts.append(self.recovery if self.recover else "no recovery")
+        if self.recover and self.recover.fraction < 1:
+            parts.append(f"{self.recover.fraction:.0%} of the data")
+        return " ".join([*map(str, parts), f"seed {self.seed}"])
+
+    def values(self) -> dict[str, Any]:
+        """What the cell asks for, as columns of the results table."""
+        recover = self.recover
+        return {
+            "model": self.model,
+            "axis": self.prune.axis,
+            "ratio": self.prune.ratio,
+            "criterion": self.criterion,
+            "allocation": self.prune.allocation,
+            "repair": self.prune.repair,
+            "recovery": self.recovery,
+            "train": recover.train if recover else NONE,
+            "loss": recover.loss if recover else NONE,
+            "fraction": recover.fraction if recover else 1.0,
+            "seed": self.seed,
+        }
+
+
+def expand(study: StudyConfig) -> list[Cell]:
+    """All cells of a study, each once.
+
+    Raises:
+        ConfigError: If a combination is not allowed; the message names the cell.
+    """
+    cells: dict[Cell, None] = {}
+    for number, grid in enumerate(study.grids):
+        if not grid.ratio:
+            raise ConfigError(f"grids[{number}]: key 'ratio' is missing")
+        for values in product(*(getattr(grid, name) for name in GRID_AXES)):
+            cell = _cell(study, grid, dict(zip(GRID_AXES, values, strict=True)))
+            cells.setdefault(cell)
+    _check_reference(study, list(cells))
+    return list(cells)
+
+
+def _cell(study: StudyConfig, grid: Grid, chosen: dict[str, Any]) -> Cell:
+    where = ", ".join(f"{name} {value}" for name, value in chosen.items())
+    try:
+        recover = _recover_config(study, chosen)
+        return Cell(
+            model=chosen["model"],
+            seed=chosen["seed"],
+            prune=_prune_config(study, grid, chosen),
+            recovery=chosen["recovery"],
+            recover=recover,
+        )
+    except (ConfigError, TypeError) as error:
+        raise ConfigError(f"cell ({where}): {error}") from error
+
+
+def _prune_config(study: StudyConfig, grid: Grid, chosen: dict[str, Any]) -> PruneConfig:
+    axes = {f.name for f in fields(PruneConfig)} & set(GRID_AXES)
+    options = {**study.prune, **grid.prune}
+    _check_options("prune", options, PruneConfig, axes | _OWN_PRUNE)
+    criterion = chosen["criterion"]
+    return PruneConfig(
+        ratio=chosen["ratio"],
+        axis=chosen["axis"],
+        criterion=() if criterion == DEFAULT else tuple(criterion.split("+")),
+        allocation=chosen["allocation"],
+        repair=chosen["repair"],
+        data=study.data,
+        images=study.images,
+        **{name: tuple(v) if isinstance(v, list) else v for name, v in options.items()},
+    )
+
+
+def _recover_config(study: StudyConfig, chosen: dict[str, Any]) -> RecoverConfig | None:
+    name = chosen["recovery"]
+    if name == NONE:
+        return None
+    if name not in study.recoveries:
+        known = ", ".join([NONE, *study.recoveries])
+        raise ConfigError(f"recovery {name!r} must be one of the study's recoveries: {known}")
+    if study.data is None:
+        raise ConfigError(f"recovery {name!r} needs the study's key 'data'")
+    options = {**study.recover, **study.recoveries[name]}
+    _check_options(f"recovery {name!r}", options, RecoverConfig, _OWN_RECOVER)
+    if options.get("keep_adapter"):
+        raise ConfigError("keep_adapter True: a study keeps results, not adapters")
+    return RecoverConfig(fraction=chosen["fraction"], seed=chosen["seed"], **options)
+
+
+def _check_options(where: str, options: dict[str, Any], kind: type, elsewhere: set[str]) -> None:
+    """Refuse options that do not exist, and those that have a key of their own."""
+    known = [f.name for f in fields(kind) if f.name not in elsewhere]
+    for name in options:
+        if name in elsewhere:
+            raise ConfigError(f"{where}: {name!r} is a key of the grid or of the study")
+        if name not in known:
+            raise ConfigError(f"{where}: option {name!r} is unknown. Allowed: {', '.join(known)}")
+
+
+def _check_reference(study: StudyConfig, cells: list[Cell]) -> None:
+    """A published number that stands beside no cell is a slip of the pen."""
+    if study.reference is None:
+        return
+    columns = [cell.values() for cell in cells]
+    for row in study.reference.rows:
+        if not any(row.matches(values) for values in columns):
+            raise ConfigError(f"reference: {row} matches no cell of the grids")

@@ -1,0 +1,249 @@
+"""Cells → stages: the work that cells share, each piece named by what determines its outcome.
+
+    calibrate -> plan -> prune -> recover -> evaluate
+
+A stage's name is a hash of its request and of its inputs' names, so two cells that ask for the same
+piece of work get the same one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from slimvlm.checkpoint import resolve
+from slimvlm.config import PruneConfig, RecoverConfig
+from slimvlm.pruning import criteria_of
+from slimvlm.scores import CRITERIA
+from slimvlm.study.cells import Cell
+from slimvlm.study.config import StudyConfig
+
+Kind = Literal["calibrate", "plan", "prune", "recover", "evaluate"]
+KINDS: tuple[Kind, ...] = ("calibrate", "plan", "prune", "recover", "evaluate")
+FORMAT = 1
+"""Raised when a stage's outcome changes for the same request."""
+_HEAD_BYTES = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a model is asked.
+
+    Attributes:
+        tasks: Names, separated by commas.
+        task_folder: Folder with local task files.
+        limit: Questions of each task.
+        batch_size: Questions at once.
+        floors: Whether to ask blind as well.
+    """
+
+    tasks: str
+    task_folder: str | None
+    limit: int | None
+    batch_size: int
+    floors: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Everything that determines what a stage makes of its inputs.
+
+    Attributes:
+        model: The original.
+        identity: What the model and the data are made of, so that exchanged files are noticed.
+        prune: The options of pruning that matter to the stage; the others have their defaults.
+        seed: Seed of the samples; 0 where none are read.
+        recover: Options of the training.
+        training_samples: Samples to train on at most.
+        asked: What the model is asked.
+    """
+
+    model: str
+    identity: tuple[str, ...]
+    prune: PruneConfig
+    seed: int = 0
+    recover: RecoverConfig | None = None
+    training_samples: int | None = None
+    asked: Asked | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One piece of work.
+
+    Attributes:
+        kind: What is done.
+        request: With which options.
+        inputs: Stages whose outcomes it reads.
+        label: A few words for people.
+    """
+
+    kind: Kind
+    request: Request
+    inputs: tuple[Stage, ...] = ()
+    label: str = field(default="", compare=False)
+
+    @cached_property
+    def name(self) -> str:
+        """The hash that the outcome is kept under."""
+        values = {"format": FORMAT, "kind": self.kind, "request": asdict(self.request)}
+        values["inputs"] = [stage.name for stage in self.inputs]
+        written = json.dumps(values, sort_keys=True)
+        return hashlib.sha256(written.encode()).hexdigest()[:20]
+
+    @property
+    def makes_checkpoint(self) -> bool:
+        """Whether the outcome holds a model."""
+        return self.kind in ("prune", "recover")
+
+
+@dataclass(frozen=True)
+class CellStages:
+    """The stages of one cell.
+
+    Attributes:
+        cell: The cell.
+        original: Evaluation of the original.
+        calibrations: One for each criterion; none where scoring is part of planning.
+        plan: The plan.
+        prune: The smaller model.
+        recover: The trained one, if anything is trained.
+        evaluate: Its evaluation.
+    """
+
+    cell: Cell
+    original: Stage
+    calibrations: tuple[Stage, ...]
+    plan: Stage
+    prune: Stage
+    recover: Stage | None
+    evaluate: Stage
+
+    def all(self) -> Iterator[Stage]:
+        """Every stage, inputs first."""
+        yield self.original
+        yield from self.calibrations
+        yield from (self.plan, self.prune)
+        if self.recover is not None:
+            yield self.recover
+        yield self.evaluate
+
+
+def stages_of(study: StudyConfig, cell: Cell) -> CellStages:
+    """The stages of a cell, with everything taken out that does not change their outcome."""
+    config = cell.prune
+    name = _short(cell.model)
+    shape = f"{name} {config.axis} {config.ratio:.0%}"
+    data = [_identity(config.data, config.data)] if config.data else []
+    identity = (_identity_of_model(cell.model), *data)
+    base = Request(model=cell.model, identity=identity, prune=config, seed=cell.seed)
+    calibrations: tuple[Stage, ...] = ()
+    if config.steps == 1:
+        calibrations = tuple(_calibration(base, criterion) for criterion in criteria_of(config))
+    planned = replace(config, repair=_repair_for_plan(config))
+    plan = Stage("plan", replace(base, prune=planned), calibrations, shape)
+    prune = Stage("prune", base, (plan,), shape)
+    recover = None
+    if cell.recover is not None:
+        request = replace(
+            base,
+            prune=_reading(config),
+            recover=cell.recover,
+            training_samples=study.training_samples,
+        )
+        recover = Stage("recover", request, (prune,), cell.label)
+    original = _evaluation(study, cell, None, f"{name} original")
+    evaluate = _evaluation(study, cell, recover or prune, cell.label)
+    return CellStages(cell, original, calibrations, plan, prune, recover, evaluate)
+
+
+def _calibration(base: Request, criterion: str) -> Stage:
+    """Scores by one criterion, which know nothing of ratio and allocation."""
+    config = base.prune
+    label = f"{_short(base.model)} {criterion}"
+    if not CRITERIA[criterion].needs_data:
+        reads = PruneConfig(dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+        request = Request(
+            model=base.model,
+            identity=base.identity[:1],
+            prune=replace(reads, criterion=(criterion,)),
+        )
+        return Stage("calibrate", request, (), label)
+    wanted = replace(
+        _reading(config),
+        criterion=(criterion,),
+        gradient=config.gradient if criterion == "taylor" else "per_sample",
+        token_weights=config.token_weights,
+        allocation="balanced" if config.needs_held_out else "uniform",
+    )
+    return Stage("calibrate", replace(base, prune=wanted), (), f"{label} seed {base.seed}")
+
+
+def _repair_for_plan(config: PruneConfig) -> Any:
+    """No repair, but where it is what sets samples aside."""
+    without = replace(config, repair="none")
+    return "none" if without.needs_held_out or not config.needs_held_out else "auto"
+
+
+def _reading(config: PruneConfig) -> PruneConfig:
+    """Only the options that say what is read."""
+    names = ("data", "images", "samples", "max_bad", "dtype", "trust_remote_code")
+    return PruneConfig(
+        allocation="uniform", **{name: getattr(config, name) for name in names}
+    )
+
+
+def _evaluation(study: StudyConfig, cell: Cell, of: Stage | None, label: str) -> Stage:
+    asked = Asked(
+        tasks=study.tasks,
+        task_folder=study.task_folder,
+        limit=study.limit,
+        batch_size=study.batch_size,
+        floors=study.floors and of is None,
+    )
+    config = cell.prune
+    request = Request(
+        model=cell.model,
+        identity=(_identity_of_model(cell.model), *_identities_of_tasks(study.tasks)),
+        prune=PruneConfig(dtype=config.dtype, trust_remote_code=config.trust_remote_code),
+        asked=asked,
+    )
+    return Stage("evaluate", request, () if of is None else (of,), label)
+
+
+def _identities_of_tasks(tasks: str) -> list[str]:
+    """Of task files that the user wrote."""
+    names = [part.strip() for part in tasks.split(",")]
+    return [_identity(name, name) for name in names if name.endswith((".yaml", ".yml"))]
+
+
+def _short(model: str) -> str:
+    return model.rstrip("/").rpartition("/")[2]
+
+
+def _identity_of_model(model: str) -> str:
+    return _identity(model, resolve(model))
+
+
+@lru_cache(maxsize=64)
+def _identity(name: str, source: str) -> str:
+    """What tells a model or data source apart from another one that takes its place.
+
+    Names, sizes and the first MiB of its files. A hub id, and the word demo for data, stand for
+    themselves.
+    """
+    path = Path(source)
+    if not path.exists():
+        return name
+    digest = hashlib.sha256()
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if file.is_file():
+            digest.update(f"{file.name} {file.stat().st_size}".encode())
+            with file.open("rb") as handle:
+                digest.update(handle.read(_HEAD_BYTES))
+    return f"{name} {digest.hexdigest()[:16]}"
