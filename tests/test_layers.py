@@ -38,7 +38,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         *("offline_teacher", "distillation", "recovery"),
         *("evaluation", "lmms", "convert"),
     ),
-    "runs": ("compression", "summary", "showcase", "comparison"),
+    "runs": ("compression", "study", "summary", "showcase", "comparison"),
     "faces": ("cli", "verbs", "__init__", "__main__"),
 }
 DEPTH = {name: depth for depth, names in enumerate(ROWS.values()) for name in names}

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import tyro
 
 from slimvlm.errors import SlimError
-from slimvlm.verbs import evaluating, inspecting, planning, pruning, recovering, running
+from slimvlm.verbs import evaluating, inspecting, planning, pruning, recovering, running, studying
 
 VERBS: dict[str, Callable[..., None]] = {
     verb.__name__.replace("_", "-"): verb
@@ -24,6 +24,7 @@ VERBS: dict[str, Callable[..., None]] = {
         evaluating.evaluate,
         evaluating.compare,
         running.compress,
+        studying.study,
         evaluating.chat,
         running.demo,
     )

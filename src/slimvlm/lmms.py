@@ -209,18 +209,17 @@ def evaluate_all(
     log_folder: str | Path | None = None,
     floors: bool = False,
     task_folder: str | Path | None = None,
+    blind: bool = False,
 ) -> Result:
     """One result from our own tasks and from lmms-eval's.
 
-    Arguments as for `slimvlm.evaluate` and `evaluate_with_lmms`; ``log_folder`` and ``floors`` are
-    for our own tasks.
+    Arguments as for `slimvlm.evaluate` and `evaluate_with_lmms`; ``log_folder``, ``floors`` and
+    ``blind`` are for our own tasks.
     """
     own, theirs = split_names(tasks)
     if not own:
         return result_with_lmms(model, processor, theirs, limit, batch_size, name, task_folder)
-    result = evaluate(
-        model, processor, own, limit, batch_size, name, log_folder=log_folder, floors=floors
-    )
+    result = evaluate(model, processor, own, limit, batch_size, name, blind, log_folder, floors)
     if not theirs:
         return result
     more = evaluate_with_lmms(model, processor, theirs, limit, batch_size, task_folder)

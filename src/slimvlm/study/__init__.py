@@ -120,11 +120,11 @@ def forecast(study: StudyConfig | str | Path, out: str | Path) -> Forecast:
     missing = schedule.missing(cache)
     names = {stage.name for stage in missing}
     cells = {
-        cell.cell.label: tuple(s.kind for s in cell.all() if s.name in names)
-        for cell in schedule.cells
+        cell.cell.label: tuple(s.kind for s in list(cell.all())[1:] if s.name in names)
+        for cell in schedule.ordered
     }
     everything = schedule.stages()
-    counts = {}
+    counts: dict[str, tuple[int, int]] = {}
     for kind in KINDS:
         to_do = sum(stage.kind == kind for stage in missing)
         done = [s for s in everything if s.kind == kind and s.name not in names]

@@ -1,4 +1,4 @@
-"""Grids → cells: what is pruned how, recovered how, with which seed; each checked before any runs."""
+"""Grids → cells: pruned how, recovered how, with which seed; checked before any of them runs."""
 
 from __future__ import annotations
 
@@ -106,6 +106,7 @@ def _prune_config(study: StudyConfig, grid: Grid, chosen: dict[str, Any]) -> Pru
     options = {**study.prune, **grid.prune}
     _check_options("prune", options, PruneConfig, axes | _OWN_PRUNE)
     criterion = chosen["criterion"]
+    more: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
     return PruneConfig(
         ratio=chosen["ratio"],
         axis=chosen["axis"],
@@ -114,7 +115,7 @@ def _prune_config(study: StudyConfig, grid: Grid, chosen: dict[str, Any]) -> Pru
         repair=chosen["repair"],
         data=study.data,
         images=study.images,
-        **{name: tuple(v) if isinstance(v, list) else v for name, v in options.items()},
+        **more,
     )
 
 

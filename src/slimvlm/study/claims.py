@@ -238,7 +238,9 @@ def _t7(groups: Groups, originals: pd.DataFrame) -> Comparisons:
         sight, text = (
             100 * (1 - group.row[name] / base[name]) for name in ("avg_pictures", "avg_text")
         )
-        words = f"{_at(group)} {group.row['axis']}: with pictures -{sight:.1f} %, text -{text:.1f} %"
+        words = (
+            f"{_at(group)} {group.row['axis']}: with pictures -{sight:.1f} %, text -{text:.1f} %"
+        )
         if group.ratio <= MILDEST:
             yield Comparison(sight > text, words)
         elif group.ratio >= HIGH:
@@ -307,6 +309,9 @@ CLAIMS: dict[str, tuple[str, Callable[[Groups, pd.DataFrame], Comparisons]]] = {
     "T7": ("without recovery, answers on pictures suffer more at 15 %, alike from 45 % on", _t7),
     "T8": ("distillation alone equals SFT at 15 %; at 60 % SFT > reverse KL >= KL > hidden", _t8),
     "T9": ("SFT + hidden is at least SFT everywhere, and SFT + KL mostly", _t9),
-    "T10": ("5 % of the data gives 90 % of all of it up to 45 %, less at 60 %; more is better", _t10),
+    "T10": (
+        "5 % of the data gives 90 % of all of it up to 45 %, less at 60 %; more is better",
+        _t10,
+    ),
 }
 """Statement of each claim, and the comparisons that it rests on."""

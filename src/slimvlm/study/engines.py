@@ -153,4 +153,3 @@ def clear_checkpoints(schedule: Schedule, stage: Stage, cache: Cache) -> None:
     for source in stage.inputs:
         if source.makes_checkpoint and not schedule.is_needed(source, cache):
             cache.drop_checkpoint(source)
-

@@ -14,6 +14,7 @@ import torch
 from slimvlm.checkpoint import anatomy, default_device, load_config
 from slimvlm.config import RecoverConfig
 from slimvlm.data import estimated_length
+from slimvlm.modes import computes_bfloat16
 from slimvlm.scores import CRITERIA
 from slimvlm.study.cache import Cache
 from slimvlm.study.stages import KINDS, Request, Stage
@@ -23,9 +24,9 @@ from slimvlm.tasks import builtin_tasks
 Basis = Literal["measured", "rough"]
 _DISK_FLOPS = 40e9
 """FLOP that a rough estimate counts for each GB that is read or written."""
-_EFFICIENCY = 0.25
+_EFFICIENCY = 0.3
 """Share of a plain matrix product's speed that whole stages are taken to reach."""
-_REPLY_COST = 8
+_REPLY_COST = 1.5
 """Prompts' worth of work that writing the answer is counted as: it goes token by token."""
 _QUESTIONS = {None: 4000, "own": 320}
 """Questions of a task where no limit is given: of a published benchmark, of one of our own."""
@@ -69,8 +70,16 @@ def _model_sizes(model: str, trust_remote_code: bool) -> tuple[int, int, int]:
     """Parameters of the backbone and of all, and tokens of a picture."""
     found = anatomy(model)
     config = load_config(model, trust_remote_code)
-    image_tokens = getattr(config, "image_seq_length", None) or _DEFAULT_IMAGE_TOKENS
-    return found.backbone_params, found.total_params, image_tokens
+    return found.backbone_params, found.total_params, _image_tokens(config)
+
+
+def _image_tokens(config: Any) -> int:
+    """Tokens of a picture: patches of the tower, or fewer where a configuration says so."""
+    vision = getattr(config, "vision_config", None)
+    size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
+    side, step = (value[0] if isinstance(value, list | tuple) else value for value in (size, patch))
+    patches = (side // step) ** 2 if side and step else _DEFAULT_IMAGE_TOKENS
+    return min(patches, getattr(config, "image_seq_length", None) or patches)
 
 
 def flops_of(stage: Stage, kept: float, sizes: Sizes) -> float:
@@ -141,7 +150,7 @@ def _questions(stage: Stage) -> float:
 def device_flops() -> float:
     """FLOP/s of a matrix product on the device here, measured in a moment."""
     device = default_device()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = torch.bfloat16 if computes_bfloat16(device) else torch.float32
     matrix = torch.ones(1024, 1024, device=device, dtype=dtype)
     repeats = 200 if device.type == "cuda" else 10
     matrix @ matrix

@@ -17,13 +17,15 @@ class Schedule:
     """All stages of a study.
 
     Attributes:
-        cells: The stages of each cell, in the order in which they are done.
+        cells: The stages of each cell, in the order of the file.
+        ordered: The same in the order in which they are done.
         flops: Estimated work by stage name.
         readers: Stages that read an outcome, by its name.
         keeps_checkpoints: Whether models stay that no open stage needs.
     """
 
     cells: list[CellStages]
+    ordered: list[CellStages] = field(default_factory=list)
     flops: dict[str, float] = field(default_factory=dict)
     readers: dict[str, list[Stage]] = field(default_factory=dict)
     keeps_checkpoints: bool = False
@@ -47,7 +49,7 @@ class Schedule:
                 want(source)
             wanted[stage.name] = stage
 
-        for cell in self.cells:
+        for cell in self.ordered:
             want(cell.original)
             want(cell.evaluate)
         return list(wanted.values())
@@ -74,7 +76,7 @@ def make_schedule(study: StudyConfig, cells: Iterable[Cell]) -> Schedule:
     for cell in found:
         group[cell.prune.name] = group.get(cell.prune.name, 0.0) + _own(cell, schedule)
     models = list(dict.fromkeys(cell.cell.model for cell in found))
-    schedule.cells = sorted(
+    schedule.ordered = sorted(
         found,
         key=lambda c: (
             models.index(c.cell.model),

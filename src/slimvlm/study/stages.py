@@ -91,8 +91,10 @@ class Stage:
     @cached_property
     def name(self) -> str:
         """The hash that the outcome is kept under."""
-        values = {"format": FORMAT, "kind": self.kind, "request": asdict(self.request)}
-        values["inputs"] = [stage.name for stage in self.inputs]
+        values = {
+            **{"format": FORMAT, "kind": self.kind, "request": asdict(self.request)},
+            "inputs": [stage.name for stage in self.inputs],
+        }
         written = json.dumps(values, sort_keys=True)
         return hashlib.sha256(written.encode()).hexdigest()[:20]
 
@@ -193,9 +195,7 @@ def _repair_for_plan(config: PruneConfig) -> Any:
 def _reading(config: PruneConfig) -> PruneConfig:
     """Only the options that say what is read."""
     names = ("data", "images", "samples", "max_bad", "dtype", "trust_remote_code")
-    return PruneConfig(
-        allocation="uniform", **{name: getattr(config, name) for name in names}
-    )
+    return PruneConfig(allocation="uniform", **{name: getattr(config, name) for name in names})
 
 
 def _evaluation(study: StudyConfig, cell: Cell, of: Stage | None, label: str) -> Stage:

@@ -14,7 +14,6 @@ import pandas as pd
 from slimvlm.evaluation import PERPLEXITY, Result, TaskResult
 from slimvlm.metrics import average
 from slimvlm.outputs import write_text
-from slimvlm.plan import Plan
 from slimvlm.study.cache import Cache
 from slimvlm.study.config import StudyConfig
 from slimvlm.study.estimate import optimizer_steps
@@ -45,9 +44,8 @@ def results_table(study: StudyConfig, schedule: Schedule, cache: Cache) -> pd.Da
     parameters, latency, seconds by stage, status (done, failed, open) and the error.
     """
     sighted = _tasks_with_pictures(study.tasks)
-    rows = []
-    for original in {cell.original.name: cell for cell in schedule.cells}.values():
-        rows.append(_original_row(original, cache, sighted))
+    originals = {cell.original.name: cell for cell in schedule.cells}.values()
+    rows = [_original_row(cell, cache, sighted) for cell in originals]
     rows += [_row(study, cell, cache, sighted) for cell in schedule.cells]
     return pd.DataFrame(rows)
 
@@ -73,9 +71,7 @@ def _original_row(cell: CellStages, cache: Cache, sighted: set[str]) -> dict[str
     return row | _seconds([cell.original], cache)
 
 
-def _row(
-    study: StudyConfig, cell: CellStages, cache: Cache, sighted: set[str]
-) -> dict[str, Any]:
+def _row(study: StudyConfig, cell: CellStages, cache: Cache, sighted: set[str]) -> dict[str, Any]:
     stages = list(cell.all())
     values = cell.cell.values()
     row: dict[str, Any] = {**values, "achieved_ratio": None, "steps": 0}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -62,20 +62,20 @@ class Questions:
 
     def ask(self, model: str, loading: LoadConfig, floors: bool = False) -> Result:
         """Load a model and ask it everything."""
-        from slimvlm.evaluation import evaluate as ask
-        from slimvlm.lmms import evaluate_with_lmms, result_with_lmms
+        from slimvlm.lmms import evaluate_all
 
-        chosen, theirs = self.find()
-        loaded = load_model(model, loading)
-        limit, size = self.limit, self.batch_size
-        name = f"{model} (blind)" if self.blind else model
-        if not chosen:
-            return result_with_lmms(*loaded, theirs, limit, size, name, self.task_folder)
-        result = ask(*loaded, chosen, limit, size, name, self.blind, self.log, floors)
-        if not theirs:
-            return result
-        more = evaluate_with_lmms(*loaded, theirs, limit, size, self.task_folder)
-        return replace(result, tasks={**result.tasks, **more})
+        self.find()
+        return evaluate_all(
+            *load_model(model, loading),
+            self.tasks,
+            self.limit,
+            self.batch_size,
+            f"{model} (blind)" if self.blind else model,
+            self.log,
+            floors,
+            self.task_folder,
+            self.blind,
+        )
 
 
 def evaluate(
