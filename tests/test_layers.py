@@ -14,7 +14,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "src" / "slimvlm"
 ROWS: dict[str, tuple[str, ...]] = {
-    "words": ("errors", "config", "families", "samples", "recipes", "progress"),
+    "words": ("errors", "config", "families", "samples", "recipes", "progress", "html"),
     "maths": (
         "geometry",
         "units",
@@ -38,7 +38,10 @@ ROWS: dict[str, tuple[str, ...]] = {
         *("offline_teacher", "distillation", "recovery"),
         *("evaluation", "lmms", "convert"),
     ),
-    "runs": ("compression", "study", "summary", "showcase", "comparison"),
+    "runs": (
+        *("compression", "study", "summary", "showcase"),
+        *("comparison", "gallery", "report"),
+    ),
     "faces": ("cli", "verbs", "__init__", "__main__"),
 }
 DEPTH = {name: depth for depth, names in enumerate(ROWS.values()) for name in names}

@@ -1,22 +1,15 @@
-"""Two results answer by answer: what the second model lost and gained, as a table and as HTML."""
+"""Two results answer by answer: what the second model lost and gained, as a table."""
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from io import BytesIO
 from itertools import chain
-from pathlib import Path
 from typing import Any, Literal
 
-from jinja2 import Environment, StrictUndefined
-from markupsafe import escape
-from PIL import Image
-
-from slimvlm.chat import open_image
 from slimvlm.errors import ConfigError
 from slimvlm.evaluation import PERPLEXITY, Result, TaskResult, with_other_pictures
+from slimvlm.html import signed
 from slimvlm.metrics import METRICS, Difference, paired_difference
 from slimvlm.samples import Question, Task
 
@@ -25,16 +18,6 @@ KINDS: tuple[Kind, ...] = ("lost", "gained", "both wrong", "both right")
 """What can become of an answer, the most telling first."""
 RIGHT = 0.5
 """A score from here on counts as right; only graded metrics have scores between 0 and 1."""
-
-MAX_BYTES = 4_700_000
-"""How large a report may grow before it leaves out pictures."""
-MAX_CARDS: Mapping[Kind, int] = {"both wrong": 40, "both right": 12}
-"""Cards of one task at most. Answers that were lost or gained are always shown."""
-CARD_BYTES = 850
-"""Markup of a card without its words and pictures, rounded up."""
-SMALL, SMALL_SHOWN, LARGE = 64, 128, 256
-"""Pictures up to the first size are enlarged to the second; those above the third are reduced."""
-TEMPLATE = Path(__file__).with_name("comparison.html.jinja")
 
 
 @dataclass(frozen=True)
@@ -205,57 +188,9 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def comparison_html(comparison: Comparison, title: str) -> str:
-    """One HTML file with a table and every answer that was lost or gained, pictures included.
-
-    It needs no network and works without scripts. Answers that did not change are shown up to
-    `MAX_CARDS` for each task, and pictures until the file reaches `MAX_BYTES`: those of lost
-    answers come first.
-    """
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"points": _points, "plot": _plot_positions(comparison)}
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    cards, pictures_left_out = _cards(comparison)
-    return template.render(
-        title=title,
-        comparison=comparison,
-        cards=cards,
-        kinds=KINDS,
-        right=RIGHT,
-        hidden={name: _hidden(task) for name, task in comparison.tasks.items()},
-        pictures_left_out=pictures_left_out,
-        graded=any(s not in (0, 1) for task in comparison.tasks.values() for s in _scores(task)),
-    )
-
-
-@dataclass(frozen=True)
-class _Picture:
-    """A picture as the report shows it."""
-
-    uri: str
-    width: int
-    height: int
-    enlarged: bool
-
-
-@dataclass(frozen=True)
-class _Card:
-    """An answer as the report shows it; without pictures once the file is full."""
-
-    pair: Pair
-    pictures: tuple[_Picture, ...]
-
-
 def _counts(pairs: Sequence[Pair]) -> dict[Kind, int]:
     kinds = [pair.kind for pair in pairs]
     return {kind: kinds.count(kind) for kind in KINDS}
-
-
-def _scores(task: TaskComparison) -> Iterator[float]:
-    for pair in task.pairs:
-        yield from (pair.score_a, pair.score_b)
 
 
 def _reason_to_leave_out(name: str, a: TaskResult | None, b: TaskResult | None) -> str:
@@ -327,16 +262,10 @@ def _questions(task: Task | None, result: TaskResult) -> tuple[dict[str, Questio
     return (questions, "") if same else ({}, changed)
 
 
-def _points(value: float) -> str:
-    """A signed number with one digit, where what rounds to zero has no sign."""
-    rounded = round(value, 1)
-    return f"{rounded:+.1f}" if rounded else "0.0"
-
-
 def _interval(difference: Difference) -> str:
     mark = "*" if difference.significant else " "
-    low, high = _points(difference.low), _points(difference.high)
-    return f"{_points(difference.points)} [{low}, {high}] {mark}"
+    low, high = signed(difference.low), signed(difference.high)
+    return f"{signed(difference.points)} [{low}, {high}] {mark}"
 
 
 def _count_cells(counts: Mapping[Kind, int]) -> list[str]:
@@ -345,69 +274,3 @@ def _count_cells(counts: Mapping[Kind, int]) -> list[str]:
 
 def _difference_json(difference: Difference) -> dict[str, Any]:
     return {**vars(difference), "significant": difference.significant}
-
-
-def _plot_positions(comparison: Comparison) -> Any:
-    """A function from a value to its place on an axis from 0 to 100 that all tasks share."""
-    drawn = [*(task.difference for task in comparison.tasks.values()), comparison.difference]
-    reach = max(max(abs(d.low), abs(d.high), 1.0) for d in drawn)
-    return lambda value: round(50 + 48 * value / reach, 1)
-
-
-def _shown(task: TaskComparison, kind: Kind) -> list[Pair]:
-    """Pairs of one kind that get a card; replies that differ most come first."""
-    pairs = [pair for pair in task.pairs if pair.kind == kind]
-    if kind not in MAX_CARDS:
-        return pairs
-    pairs.sort(key=lambda p: (-abs(p.score_a - p.score_b), p.reply_a == p.reply_b))
-    return pairs[: MAX_CARDS[kind]]
-
-
-def _hidden(task: TaskComparison) -> dict[Kind, int]:
-    """How many answers of each kind get no card."""
-    left = {kind: n - len(_shown(task, kind)) for kind, n in task.counts.items()}
-    return {kind: n for kind, n in left.items() if n}
-
-
-def _cards(comparison: Comparison) -> tuple[dict[str, list[_Card]], int]:
-    """Cards by task, and how many of them had to go without their pictures."""
-    queue = [
-        (rank, turn, task.name, pair)
-        for rank, kind in enumerate(KINDS)
-        for task in comparison.tasks.values()
-        for turn, pair in enumerate(_shown(task, kind))
-    ]
-    queue.sort(key=lambda entry: entry[:2])  # tasks take turns, so that all get some pictures
-    room = MAX_BYTES - sum(CARD_BYTES + _text_bytes(pair) for *_, pair in queue)
-    cards: dict[str, list[_Card]] = {name: [] for name in comparison.tasks}
-    left_out = 0
-    for *_, name, pair in queue:
-        pictures = tuple(map(_picture, pair.question.images)) if room > 0 else ()
-        size = sum(len(picture.uri) for picture in pictures)
-        if size > room:
-            pictures, room = (), 0
-        room -= size
-        left_out += bool(pair.question.images) and not pictures
-        cards[name].append(_Card(pair, pictures))
-    return cards, left_out
-
-
-def _text_bytes(pair: Pair) -> int:
-    asked = pair.question
-    words = (asked.id, asked.prompt, *asked.answers, pair.reply_a, pair.reply_b)
-    return sum(len(str(escape(text)).encode()) for text in words)
-
-
-def _picture(image: Image.Image | Path) -> _Picture:
-    """A PNG data URI: small pictures as they are, large ones reduced, in 256 colours."""
-    shown = open_image(image)
-    if max(shown.size) > SMALL_SHOWN:
-        shown.thumbnail((LARGE, LARGE))
-        shown = shown.quantize(256)
-    buffer = BytesIO()
-    shown.save(buffer, "PNG", optimize=True)
-    enlarged = max(shown.size) <= SMALL
-    scale = SMALL_SHOWN / max(shown.size) if enlarged else 1
-    width, height = (max(1, round(side * scale)) for side in shown.size)
-    encoded = base64.b64encode(buffer.getvalue()).decode()
-    return _Picture(f"data:image/png;base64,{encoded}", width, height, enlarged)

@@ -17,15 +17,14 @@ from PIL import Image
 
 from slimvlm.comparison import (
     KINDS,
-    MAX_CARDS,
     Comparison,
     compare,
-    comparison_html,
     comparison_json,
     comparison_rows,
 )
 from slimvlm.errors import ConfigError
 from slimvlm.evaluation import Result, TaskResult
+from slimvlm.gallery import MAX_CARDS, comparison_html
 from slimvlm.metrics import METRICS, paired_difference
 from slimvlm.samples import Question, Task
 from slimvlm.summary import LEGEND, as_markdown, as_table, result_json, result_rows

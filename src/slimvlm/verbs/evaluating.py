@@ -145,9 +145,10 @@ def compare(
         json: Print JSON.
     """
     from slimvlm.comparison import compare as set_side_by_side
-    from slimvlm.comparison import comparison_html, comparison_json
+    from slimvlm.comparison import comparison_json
     from slimvlm.evaluation import Result
     from slimvlm.evaluation import evaluate as ask
+    from slimvlm.gallery import comparison_html
     from slimvlm.outputs import require_free, write_text
     from slimvlm.tasks import builtin_tasks, find_tasks
 
