@@ -10,7 +10,16 @@ from collections.abc import Callable
 import tyro
 
 from slimvlm.errors import SlimError
-from slimvlm.verbs import evaluating, inspecting, planning, pruning, recovering, running, studying
+from slimvlm.verbs import (
+    evaluating,
+    inspecting,
+    planning,
+    pruning,
+    recovering,
+    reporting,
+    running,
+    studying,
+)
 
 VERBS: dict[str, Callable[..., None]] = {
     verb.__name__.replace("_", "-"): verb
@@ -25,6 +34,7 @@ VERBS: dict[str, Callable[..., None]] = {
         evaluating.compare,
         running.compress,
         studying.study,
+        reporting.report,
         evaluating.chat,
         running.demo,
     )

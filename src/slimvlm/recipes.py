@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ class Measured:
             return None
         if ratio <= low:
             return first
-        for (a, before), (b, after) in zip(known, known[1:], strict=False):
+        for (a, before), (b, after) in pairwise(known):
             if ratio <= b:
                 return before + (after - before) * (ratio - a) / (b - a)
         return last
@@ -122,9 +123,7 @@ def published(
     return [found for found in expected(axis, train, loss, ratio) if not found[0].ours]
 
 
-def expected(
-    axis: str, train: str | None, loss: str, ratio: float
-) -> list[tuple[Measured, float]]:
+def expected(axis: str, train: str | None, loss: str, ratio: float) -> list[tuple[Measured, float]]:
     """AVG-% that was measured for an axis, a recovery and a ratio, one value for each model."""
     found: dict[str, tuple[Measured, float]] = {}
     for row in retentions():

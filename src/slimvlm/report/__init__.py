@@ -1,4 +1,4 @@
-"""One self-contained HTML file about a run or a study; it opens offline, on a phone, in the dark."""
+"""One self-contained HTML file about a run or a study; it opens offline and on a phone."""
 
 from __future__ import annotations
 

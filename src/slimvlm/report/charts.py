@@ -1,19 +1,20 @@
 """Where the marks of a chart go: values → positions in an SVG that scales with the page.
 
-Charts are drawn by ``templates/charts.html.jinja`` with the page's colours, so that they follow dark
-mode and print, need no script, and cost a few kilobytes. Every mark has its values as a tooltip.
+``templates/charts.html.jinja`` draws them in the page's colours: charts follow dark mode, print,
+need no script, and cost a few kilobytes. Every mark has its values as a tooltip.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 WIDTH, HEIGHT = 400, 270
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 14, 42
 CELL = 12
 """Width of a heatmap's cell before the page scales it."""
+_LABEL_WIDTH, _LABEL_HEIGHT = 110, 15
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Mark:
         high: Of the upper end.
         label: Text beside it; empty for none.
         anchor: Which end of the label stands at the mark.
+        label_y: Position of the label from the top.
         link: Id of the table row with its numbers; empty for none.
     """
 
@@ -57,6 +59,7 @@ class Mark:
     high: float | None = None
     label: str = ""
     anchor: str = "start"
+    label_y: float = 0.0
     link: str = ""
 
 
@@ -190,6 +193,15 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
         if not best or benefit > best[-1][1]:
             best.append((cost, benefit))
     return best
+
+
+def labels_apart(marks: Sequence[Mark]) -> tuple[Mark, ...]:
+    """The same marks with labels that do not stand on each other, in the order of their heights."""
+    placed: list[Mark] = []
+    for mark in sorted(marks, key=lambda m: m.y):
+        near = [m.label_y for m in placed if abs(m.x - mark.x) < _LABEL_WIDTH]
+        placed.append(replace(mark, label_y=max([mark.y, *(y + _LABEL_HEIGHT for y in near)])))
+    return tuple(placed)
 
 
 def layer_columns(count: int, width: float) -> tuple[tuple[float, str], ...]:

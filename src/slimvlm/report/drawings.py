@@ -18,6 +18,7 @@ from slimvlm.report.charts import (
     Mark,
     axes,
     frontier,
+    labels_apart,
     layer_columns,
     polyline,
 )
@@ -26,6 +27,12 @@ from slimvlm.values import Scores
 
 SHAPES = {None: "circle", "projector": "triangle", "lora": "square", "full": "diamond"}
 """How a mark shows what was trained."""
+_TRAINED = {
+    None: "not trained",
+    "projector": "projector trained",
+    "lora": "LoRA trained",
+    "full": "all trained",
+}
 NEURON_ROWS = 24
 """Rows of the neurons' heatmap: shares of a layer's neurons, best first."""
 _BAR = 60
@@ -51,11 +58,10 @@ def legend(entries: Sequence[Entry]) -> list[tuple[str, str, str]]:
     """CSS classes, shape and meaning of every kind of mark among the entries."""
     axes_shown = dict.fromkeys(entry.axis for entry in entries)
     trained = dict.fromkeys(entry.train for entry in entries if not entry.is_original)
-    words = {None: "untrained", "projector": "projector trained", "lora": "LoRA", "full": "all trained"}
     return [
         *((axis or "original", "circle", axis or "original") for axis in axes_shown),
         *(
-            (f"original {'trained' if train else 'untrained'}", SHAPES[train], words[train])
+            (f"any {'trained' if train else 'untrained'}", SHAPES[train], _TRAINED[train])
             for train in trained
         ),
     ]
@@ -142,8 +148,8 @@ def _trade_off(
     best = frontier([(cost(entry), entry.percent or 0.0) for entry in shown])
     line = Line(polyline(x, y, best), "frontier", "no other model keeps more at this cost")
     few = len(shown) <= _LABELLED
-    marks = tuple(_mark(entry, x.place(cost(entry)), y.place, label=few) for entry in shown)
-    return Chart(title, x, y, marks, (line,))
+    marks = [_mark(entry, x.place(cost(entry)), y.place, label=few) for entry in shown]
+    return Chart(title, x, y, labels_apart(marks) if few else tuple(marks), (line,))
 
 
 def _mark(entry: Entry, at: float, place: Callable[[float], float], label: bool) -> Mark:
@@ -242,8 +248,7 @@ def _neuron_map(scores: Scores, plan: Plan) -> Grid:
     assert scores.neuron is not None
     height = CELL / 2
     cells, cuts = [], []
-    logs = [values.clamp(min=1e-30).log10().sort(descending=True).values for values in scores.neuron]
-    bins = [[part.mean() for part in values.tensor_split(NEURON_ROWS)] for values in logs]
+    bins = list(map(_binned, scores.neuron))
     strengths = _strengths(torch.stack([torch.stack(column) for column in bins])).tolist()
     for layer, column in enumerate(bins):
         kept = len(plan.neurons[layer]) / len(scores.neuron[layer])
@@ -256,6 +261,12 @@ def _neuron_map(scores: Scores, plan: Plan) -> Grid:
     count = len(scores.neuron)
     caption = "Each layer's neurons, best on top. Line: so many were kept."
     return _grid("Neurons", scores, cells, count, NEURON_ROWS * height, caption, tuple(cuts))
+
+
+def _binned(values: Tensor) -> list[Tensor]:
+    """Mean logarithm of the scores in each row of the neurons' heatmap, best first."""
+    ordered = values.clamp(min=1e-30).log10().sort(descending=True).values
+    return [part.mean() for part in ordered.tensor_split(NEURON_ROWS)]
 
 
 def _grid(
@@ -278,4 +289,3 @@ def _grid(
         cuts=cuts,
         crosses=crosses,
     )
-

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,10 @@ def read_training(path: Path, recover: Mapping[str, Any]) -> list[Training]:
     if not path.is_file():
         return []
     history = _read_json(path)
+    millions = history["trained_params"] / 1e6
     about = (
-        f"{history['num_samples']} conversations, {history['trained_params'] / 1e6:.1f} M parameters"
-        f" learned; teacher: {history.get('teacher', 'none')}"
+        f"{history['num_samples']} conversations; {millions:.1f} M parameters learned; "
+        f"teacher: {history.get('teacher', 'none')}"
     )
     title = f"{recover.get('train', '')} from {recover.get('loss', '')}"
     return [Training(title, history["steps"], history.get("evaluations", ()), about)]
@@ -188,10 +190,8 @@ def _comparison(values: Mapping[str, Any], results: Mapping[str, Result]) -> Any
     if len(results) < 2 or "original" not in results:
         return None
     known = builtin_tasks()
-    try:
+    with suppress(ConfigError):  # a task file that has gone: answers without questions
         known |= {task.name: task for task in find_tasks(values["tasks"])}
-    except ConfigError:
-        pass  # a task file that has gone: its answers are shown without questions
     last = list(results)[-1]
     return compare(results["original"], results[last], known)
 
