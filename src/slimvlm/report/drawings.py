@@ -192,7 +192,7 @@ def _loss_curve(training: Training, name: str) -> Chart | None:
     everything = rows + held_out
     title = "Sum of the losses" if name == "loss" else name.removeprefix("loss_")
     xs, ys = zip(*everything, strict=True)
-    x, y = axes("step", xs, title, ys, 0.0)
+    x, y = axes("step", xs, "loss", ys, 0.0)
     lines = [Line(polyline(x, y, rows), "training", "training samples")]
     if held_out:
         lines.append(Line(polyline(x, y, held_out), "held-out", "held-out samples"))
@@ -281,7 +281,7 @@ def _grid(
 ) -> Grid:
     return Grid(
         title=f"{title} by {scores.criterion}",
-        caption=f"Dark: high score, kept first. {caption}",
+        caption=f"Strong colour: high score, kept first. {caption}",
         cells=tuple(cells),
         width=count * CELL,
         height=height,

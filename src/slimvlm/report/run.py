@@ -39,7 +39,7 @@ def read_run(folder: Path) -> Record:
     entries = entries_of(results, plan, recover)
     return Record(
         title=f"{Path(values['model']).name} at {plan.ratio:.0%}",
-        lead=plan.summary(),
+        lead=f"This run {plan.summary()}.",
         cards=_cards(plan, results, entries),
         command=_command(folder),
         config=values,

@@ -1,0 +1,104 @@
+"""The rules: complete, in order, each with its source; curves give what was measured."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slimvlm.config import RecoverConfig
+from slimvlm.errors import ConfigError
+from slimvlm.recipes import (
+    Measured,
+    expected,
+    fraction_for,
+    latencies,
+    published,
+    recipe_for,
+    retentions,
+    rules,
+    subject_of,
+)
+
+
+@given(st.floats(0, 0.999), st.booleans())
+def test_every_ratio_has_a_recipe(ratio: float, has_data: bool) -> None:
+    recipe = recipe_for(ratio, has_data)
+    assert ratio <= recipe.up_to
+    assert recipe.source
+    assert recipe.why
+    if recipe.train is not None:
+        assert has_data
+        RecoverConfig(train=recipe.train, loss=recipe.loss)
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.0])
+def test_a_ratio_outside_is_refused(ratio: float) -> None:
+    with pytest.raises(ConfigError, match="ratio"):
+        recipe_for(ratio, True)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "axis", "train", "loss"),
+    [
+        (0.15, "depth", "projector", "sft"),
+        (0.30, "depth", "lora", "sft+hidden"),
+        (0.45, "width", "lora", "sft+hidden"),
+        (0.60, "width", "lora", "sft+hidden"),
+    ],
+)
+def test_the_chart_is_the_studys(ratio: float, axis: str, train: str, loss: str) -> None:
+    recipe = recipe_for(ratio, True)
+    assert (recipe.axis, recipe.train, recipe.loss) == (axis, train, loss)
+    without = recipe_for(ratio, False)
+    assert (without.axis, without.train) == ("width", None)
+
+
+def test_curves_are_sound_and_about_known_models() -> None:
+    assert len(retentions()) > 20
+    for row in retentions():
+        assert row.source
+        assert row.model in rules()["subjects"]
+        assert all(0 < ratio < 1 and 0 < value <= 101 for ratio, value in row.values.items())
+        if row.train is not None:
+            RecoverConfig(train=row.train, loss=row.loss)
+    for row in latencies():
+        assert row.source
+        assert row.model in rules()["subjects"]
+        assert all(0 < share <= 1 for share in row.values.values())
+
+
+def test_a_curve_is_straight_between_and_silent_outside() -> None:
+    row = Measured(model="m", axis="width", values={0.2: 80.0, 0.4: 60.0}, source="s")
+    assert row.at(0.2) == 80
+    assert row.at(0.3) == pytest.approx(70)
+    assert row.at(0.42) == 60
+    assert row.at(0.18) == 80
+    assert row.at(0.1) is None
+    assert row.at(0.5) is None
+
+
+def test_the_first_row_counts() -> None:
+    found = {row.model: (value, row.source) for row, value in published("width", "lora",
+             "sft+hidden", 0.6)}  # fmt: skip
+    assert found["LLaVA-1.5-7B"] == (78.13, "arXiv:2604.24380, Table 5")
+    assert found["Bunny-3B"][0] == pytest.approx(83.86)
+
+
+def test_full_training_stands_beside_lora_and_ours_apart() -> None:
+    full = published("depth", "full", "sft+hidden", 0.3)
+    assert [value for _, value in full] == [
+        value for _, value in published("depth", "lora", "sft+hidden", 0.3)
+    ]
+    assert any(row.ours for row, _ in expected("depth", "full", "sft+hidden", 0.3))
+    assert not any(row.ours for row, _ in full)
+
+
+def test_little_data_is_enough_up_to_a_ratio() -> None:
+    assert fraction_for(0.3)[0] < fraction_for(0.6)[0] == 1
+
+
+def test_subjects_are_told_by_their_shape() -> None:
+    llava = {"model_type": "llava", "text_type": "llama", "hidden_size": 4096, "num_layers": 32}
+    assert subject_of(llava) == "LLaVA-1.5-7B"
+    assert subject_of({**llava, "num_layers": 20}) is None

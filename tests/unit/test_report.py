@@ -1,0 +1,252 @@
+"""The report of a run: its numbers are those of the files, it is safe, offline and well formed."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from html import unescape
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slimvlm.checkpoint import anatomy
+from slimvlm.errors import ConfigError
+from slimvlm.evaluation import Result, TaskResult
+from slimvlm.geometry import Anatomy
+from slimvlm.plan import Plan
+from slimvlm.planning import make_plan
+from slimvlm.report import read_record, report_html
+from slimvlm.report.charts import CELL, Mark, frontier, labels_apart, scale, ticks
+from slimvlm.report.drawings import allocation, loss_curves, score_maps, trade_offs
+from slimvlm.report.record import Training
+from tests import tiny
+from tests.helpers import random_scores
+
+EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
+TASKS = ("name", "count")
+
+
+def result(name: str, right: int, reply: str = "cat") -> Result:
+    """A result with so many of ten questions right in each task."""
+    scores = (1.0,) * right + (0.0,) * (10 - right)
+    ids = tuple(map(str, range(10)))
+    task = TaskResult("exact_match", 10 * right, 0.0, True, ids, (reply,) * 10, scores)
+    return Result(name, 2_000_000, 1_000_000, dict.fromkeys(TASKS, task), 4.0, 2.0)
+
+
+@pytest.fixture(scope="module")
+def shape() -> Anatomy:
+    return anatomy(tiny.llama())
+
+
+def write_run(folder: Path, shape: Anatomy, axis: str = "width", model: str = "tiny") -> Plan:
+    """The files that `compress` leaves behind."""
+    scores = random_scores(shape)
+    plan = make_plan(shape, scores, ratio=0.3, axis=axis, round_to=1)
+    recover = {"train": "lora", "loss": "sft+hidden"}
+    config = {"model": model, "ratio": 0.3, "axis": axis, "tasks": "name", "recover": recover}
+    steps = [{"step": i, "loss": 2 / i, "loss_sft": 1 / i, "loss_hidden": 1 / i} for i in (1, 2, 4)]
+    history = {"steps": steps, "num_samples": 7, "trained_params": 5, "teacher": "separate"}
+    repair = {"form": "one-shot", "errors": {"0.mlp.down_proj": [0.5, 0.25]}, "kept": {"mlp": 1}}
+    (folder / "scores").mkdir(parents=True)
+    (folder / "results").mkdir()
+    plan.save(folder / "plan.json")
+    scores.save(folder / "scores" / scores.criterion)
+    for name, right in (("original", 10), ("pruned", 4), ("recovered", 8)):
+        result(name, right).save(folder / "results" / f"{name}.json")
+    for name, values in (
+        ("config", config),
+        ("history", history),
+        ("repair", {**repair, "notes": []}),
+    ):
+        (folder / f"{name}.json").write_text(json.dumps(values))
+    return plan
+
+
+class Page(HTMLParser):
+    """What stands where in a page."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.levels: list[int] = []
+        self.links: list[str] = []
+        self.labelled: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        if values.get("id"):
+            self.ids.append(values["id"] or "")
+        if re.fullmatch("h[1-6]", tag):
+            self.levels.append(int(tag[1]))
+        if tag == "a":
+            self.links.append(values["href"] or "")
+        if "aria-labelledby" in values:
+            self.labelled.append(values["aria-labelledby"] or "")
+
+
+def test_the_report_shows_the_numbers_of_the_files(tmp_path: Path, shape: Anatomy) -> None:
+    plan = write_run(tmp_path / "run", shape)
+    record = read_record(tmp_path / "run")
+    kept = {entry.name: entry for entry in record.entries}
+    assert kept["original"].percent == 100
+    assert kept["pruned"].percent == pytest.approx(40)
+    assert kept["recovered"].percent == pytest.approx(80)
+    expected = result("r", 8).retention(result("o", 10))
+    assert (kept["recovered"].low, kept["recovered"].high) == (expected.low, expected.high)
+    assert (kept["recovered"].train, kept["pruned"].train) == ("lora", None)
+    assert kept["recovered"].ratio == plan.ratio
+    html = report_html(record)
+    text = unescape(re.sub(r"<[^>]+>", " ", html))
+    for needed in (
+        f"80.0 [{expected.low:.1f}, {expected.high:.1f}]",
+        f"{plan.ratio:.1%}",
+        "25.00%",
+    ):
+        assert needed in text
+    assert "7 conversations" in text
+
+
+def test_published_numbers_stand_beside_ours(tmp_path: Path, shape: Anatomy) -> None:
+    plan = write_run(tmp_path / "run", shape)
+    table = next(t for t in read_record(tmp_path / "run").tables if t.caption.startswith("Beside"))
+    assert plan.ratio == pytest.approx(0.3, abs=0.01)
+    bunny = {row[0]: row for row in table.rows if row[2] == "Bunny-3B"}
+    assert float(bunny["pruned"][3]) == pytest.approx(75.58, abs=1)
+    assert bunny["pruned"][4] == "arXiv:2604.24380, Table 2"
+    assert float(bunny["recovered"][3]) == pytest.approx(95.6, abs=0.5)
+
+
+@pytest.mark.parametrize("missing", ["scores", "results", "history.json", "repair.json"])
+def test_an_unfinished_run_has_a_report_too(tmp_path: Path, shape: Anatomy, missing: str) -> None:
+    folder = tmp_path / "run"
+    write_run(folder, shape)
+    (folder / missing).rename(tmp_path / "gone")
+    html = report_html(read_record(folder))
+    assert "Configuration" in html
+    assert ("Answers side by side" in html) is (missing != "results")
+    assert ('id="training"' in html) is (missing != "history.json")
+
+
+def test_another_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="neither a run folder"):
+        read_record(tmp_path)
+
+
+def test_a_broken_file_is_named(tmp_path: Path, shape: Anatomy) -> None:
+    write_run(tmp_path / "run", shape)
+    (tmp_path / "run" / "history.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"history\.json"):
+        read_record(tmp_path / "run")
+
+
+def test_the_report_escapes_and_loads_nothing(tmp_path: Path, shape: Anatomy) -> None:
+    folder = tmp_path / "run"
+    write_run(folder, shape, model=EVIL.replace("/", "\\"))
+    result(EVIL, 3, reply=EVIL).save(folder / "results" / "recovered.json")
+    html = report_html(read_record(folder))
+    assert len(re.findall("<script", html)) == 1
+    assert not re.search(r"<[^>]*onerror", html)
+    assert EVIL in unescape(html)
+    assert not re.search(r"https?://|@import|url\(|<link|src=\"(?!data:)", html)
+    assert "default-src 'none'" in html
+
+
+def test_headings_ids_and_links_are_sound(tmp_path: Path, shape: Anatomy) -> None:
+    write_run(tmp_path / "run", shape)
+    page = Page(report_html(read_record(tmp_path / "run")))
+    assert len(page.ids) == len(set(page.ids))
+    assert {link.removeprefix("#") for link in page.links} <= set(page.ids)
+    assert set(page.labelled) <= set(page.ids)
+    assert page.levels[0] == 1
+    assert page.levels.count(1) == 1
+    assert all(b - a <= 1 for a, b in pairwise(page.levels))
+
+
+def test_bars_are_as_high_as_what_is_kept(shape: Anatomy) -> None:
+    plan = make_plan(shape, random_scores(shape), ratio=0.3, axis="both", round_to=1)
+    grid = allocation(plan)
+    for index, layer in enumerate(shape.layers):
+        bars = [cell for cell in grid.cells if int(cell.x // CELL) == index]
+        whole = next(cell.height for cell in bars if cell.look == "whole")
+        kept = sum(cell.height for cell in bars if cell.look != "whole")
+        units = len(plan.kv_groups[index]) * layer.kv_group_params
+        units += len(plan.neurons[index]) * layer.neuron_params
+        assert kept / whole == pytest.approx(units / layer.params)
+    assert len(grid.crosses) == shape.num_layers - len(plan.layers)
+
+
+def test_heatmaps_cross_what_is_gone(shape: Anatomy, tmp_path: Path) -> None:
+    for axis in ("depth", "width"):
+        plan = write_run(tmp_path / axis, shape, axis)
+        pruning = read_record(tmp_path / axis).prunings[0]
+        layers, groups, neurons = score_maps(pruning)
+        assert len(layers.crosses) == shape.num_layers - len(plan.layers)
+        lost = sum(s.num_kv_heads for s in shape.layers) - sum(map(len, plan.kv_groups))
+        assert len(groups.crosses) == lost
+        heights = [height / neurons.height for _, _, height in neurons.cuts]
+        kept = [
+            len(n) / s.intermediate_size for n, s in zip(plan.neurons, shape.layers, strict=True)
+        ]
+        assert heights == pytest.approx(kept)
+        assert all(
+            0 <= cell.strength <= 1 for grid in (layers, groups, neurons) for cell in grid.cells
+        )
+
+
+def test_trade_offs_need_two_models(tmp_path: Path, shape: Anatomy) -> None:
+    write_run(tmp_path / "run", shape)
+    entries = read_record(tmp_path / "run").entries
+    assert trade_offs(entries[:1]) == []
+    charts = trade_offs(entries)
+    assert len(charts) == 3
+    assert all(len(chart.marks) == 3 for chart in charts)
+    high = {mark.label: mark.y for mark in charts[0].marks}
+    assert high["original"] < high["recovered"] < high["pruned"]
+
+
+def test_loss_curves_have_a_chart_for_each_component() -> None:
+    steps = [{"step": i, "loss": 3.0 - i, "loss_sft": 1.0, "grad_norm": 9.0} for i in (0, 1, 2)]
+    held_out = [{"step": 2, "eval_loss": 1.5}]
+    charts = loss_curves(Training("t", steps, held_out))
+    assert [chart.title for chart in charts] == ["Sum of the losses", "sft"]
+    assert [line.look for line in charts[0].lines] == ["training", "held-out"]
+    assert loss_curves(Training("t", steps[:1])) == []
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1))
+def test_nothing_beats_the_frontier(points: list[tuple[int, int]]) -> None:
+    found = frontier([(float(a), float(b)) for a, b in points])
+    assert set(found) <= set(points)
+    for cost, benefit in points:
+        assert any(c <= cost and b >= benefit for c, b in found)
+    assert all(a[0] < b[0] and a[1] < b[1] for a, b in pairwise(found))
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
+def test_ticks_are_few_and_inside(low: float, span: float) -> None:
+    found = ticks(low, low + span)
+    assert 1 <= len(found) <= 7
+    assert all(low - 1e-6 * span <= tick <= low + span * (1 + 1e-6) for tick in found)
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1))
+def test_a_scale_holds_its_values(values: list[float]) -> None:
+    found = scale("x", values, 40, 400)
+    assert all(40 <= found.place(value) <= 400 for value in values)
+    ordered = [found.place(value) for value in sorted(values)]
+    assert ordered == sorted(ordered)
+
+
+@given(st.lists(st.tuples(st.floats(0, 400), st.floats(0, 270)), max_size=5))
+def test_labels_do_not_stand_on_each_other(places: list[tuple[float, float]]) -> None:
+    marks = labels_apart([replace(Mark(0, 0, ""), x=x, y=y, label="l") for x, y in places])
+    for i, a in enumerate(marks):
+        for b in marks[:i]:
+            assert abs(a.x - b.x) >= 110 or abs(a.label_y - b.label_y) >= 15 - 1e-9
