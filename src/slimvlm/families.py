@@ -10,7 +10,7 @@ The rules were measured on transformers 5.24 and are tested in ``tests/contract/
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Segment = Literal["query", "key_value", "neuron"]
@@ -81,6 +81,7 @@ class Family:
         text_config: Attribute that holds the text configuration, None if it is the whole one.
         pinned_layers: Dotted configuration path of a list; as many first layers as it has entries
             must stay, because features are added to layers by position.
+        caps_logits: Whether the model obeys the text configuration's ``final_logit_softcapping``.
     """
 
     backbone: str
@@ -89,6 +90,7 @@ class Family:
     projector: tuple[str, ...] = ()
     text_config: str | None = "text_config"
     pinned_layers: str | None = None
+    caps_logits: bool = False
 
 
 _SPLIT_ATTENTION = (
@@ -194,7 +196,7 @@ FAMILIES: dict[str, Family] = {
     "vipllava": _LLAVA,
     "internvl": _LLAVA,
     "mistral3": _LLAVA,
-    "paligemma": _LLAVA,
+    "paligemma": replace(_LLAVA, caps_logits=True),
     "gemma3": _LLAVA,
     "idefics3": _IDEFICS,
     "smolvlm": _IDEFICS,
@@ -207,7 +209,7 @@ FAMILIES: dict[str, Family] = {
         pinned_layers="vision_config.deepstack_visual_indexes",
     ),
     **{
-        text_type: Family(backbone="model", text_config=None)
+        text_type: Family(backbone="model", text_config=None, caps_logits=True)
         for text_type in BACKBONES
         if not text_type.endswith("vl_text")
     },

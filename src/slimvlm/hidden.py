@@ -54,9 +54,14 @@ def hidden_states(
 
 def head_of(model: PreTrainedModel) -> Head:
     """The language-model head as a function, with the cap that Gemma 2 puts on logits."""
-    head = model.get_submodule(family_of(model.config.model_type).head)
+    family = family_of(model.config.model_type)
+    head = model.get_submodule(family.head)
     cap = getattr(text_config_of(model.config), "final_logit_softcapping", None)
-    return head if cap is None else lambda hidden: cap * torch.tanh(head(hidden) / cap)
+    return (
+        head
+        if cap is None or not family.caps_logits
+        else lambda hidden: cap * torch.tanh(head(hidden) / cap)
+    )
 
 
 def logits_at(

@@ -14,7 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from slimvlm import losses
+from slimvlm.capture.predictions import predicted_cross_entropy
 from slimvlm.errors import DataError, NumericalError
+from slimvlm.hidden import head_of, hidden_states
 from slimvlm.roles import role_masks, valid_tokens
 from slimvlm.roles import token_weights as weights_by_role
 from slimvlm.values import Statistics
@@ -45,9 +47,9 @@ class Targets:
         """How many predictions count at all."""
         return int((self.weights > 0).sum())
 
-    def sample_losses(self, logits: losses.Logits) -> Float[Tensor, " B"]:
-        """The weighted mean cross-entropy of each sample."""
-        token_losses = losses.token_cross_entropy(logits, self.labels)
+    def sample_losses(self, hidden: losses.Hidden, head: losses.Head) -> Float[Tensor, " B"]:
+        """The weighted mean cross-entropy of each sample, from its final hidden states."""
+        token_losses = predicted_cross_entropy(hidden, head, self.labels)
         weights = self.weights.to(token_losses)
         means = (token_losses * weights).sum(1) / weights.sum(1)
         require_finite(means, "the calibration loss")
@@ -135,6 +137,19 @@ def forward_backbone(model: Any, batch: Batch) -> None:
     model.base_model(**batch, use_cache=False)
 
 
+def sample_losses(model: Any, batch: Batch, targets: Targets) -> Float[Tensor, " B"]:
+    """The loss of each sample of a batch, with a graph.
+
+    A model that is only a part of one (`slimvlm.streaming`) has a method of this name, which gives
+    something with the same gradients.
+    """
+    if hasattr(model, "sample_losses"):
+        own: Tensor = model.sample_losses(**batch)
+        return own
+    (hidden,) = hidden_states(model, batch)
+    return targets.sample_losses(hidden, head_of(model))
+
+
 def require_finite(values: Tensor, what: str) -> None:
     """Raise `NumericalError` where calibration meets NaN or infinity."""
     if not torch.isfinite(values).all():
@@ -142,12 +157,18 @@ def require_finite(values: Tensor, what: str) -> None:
 
 
 def _on_device(model: nn.Module, batches: Iterable[Batch]) -> Iterator[Batch]:
-    device, empty = next(model.parameters()).device, True
+    device, empty = _device_of(model), True
     for batch in batches:
         empty = False
         yield {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
     if empty:
         raise DataError("no calibration batch was given")
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    """Where inputs go: with the first weights that accelerate has not put aside."""
+    devices = (p.device for p in model.parameters() if not p.is_meta)
+    return next(devices, torch.device("cpu"))
 
 
 def _without_labels(batch: Batch) -> Batch:

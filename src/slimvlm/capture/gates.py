@@ -7,7 +7,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from slimvlm.capture.batches import Batch, TokenWeights, batches_with_targets, require_finite
+from slimvlm.capture.batches import (
+    Batch,
+    TokenWeights,
+    batches_with_targets,
+    require_finite,
+    sample_losses,
+)
 from slimvlm.capture.hooks import frozen, on_consumers
 from slimvlm.families import Projection
 from slimvlm.geometry import read_anatomy
@@ -42,7 +48,7 @@ def capture_gates(
 
     with frozen(model), on_consumers(model, on_consumer):
         for batch, targets in batches_with_targets(model, batches, token_weights):
-            targets.sample_losses(model(**batch, use_cache=False).logits).sum().backward()
+            sample_losses(model, batch, targets).sum().backward()
             for name, gate in gates.items():
                 assert gate.grad is not None
                 require_finite(gate.grad, f"the gate gradient of {name}")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from slimvlm.families import INPUT_COLUMNS, Projection
-from slimvlm.geometry import projections
+from slimvlm.geometry import decoder_layers, projections
 
 
 def consumers(model: nn.Module) -> Iterator[tuple[int, Projection, nn.Linear]]:
@@ -52,19 +53,66 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-@contextmanager
-def hooked_weights(
-    model: nn.Module, on_gradient: Callable[[str, int, Tensor], None]
-) -> Iterator[None]:
-    """Only the matrices that units own get gradients; each is handed over as soon as it is there.
+@dataclass(frozen=True)
+class Product:
+    """A matrix that units own a part of, in a backward pass.
 
-    ``on_gradient(name, divided dimension, weight)`` must free ``weight.grad`` when done with it.
+    The gradient of sample ``j`` is ``dy[j]ᵀ x[j]``. It is left to the receiver to compute it, whole
+    or in parts.
+
+    Attributes:
+        name: ``<layer index>.<path of the matrix>``.
+        dim: The dimension that units divide.
+        weight: ``[O, I]``.
+        x: ``[B, T, I]`` its input.
+        dy: ``[B, T, O]`` gradient of its output.
     """
+
+    name: str
+    dim: int
+    weight: Tensor
+    x: Tensor
+    dy: Tensor
+
+
+@contextmanager
+def on_products(model: nn.Module, call: Callable[[Product], None]) -> Iterator[None]:
+    """Hand over every matrix that units own as soon as the backward pass has come to it.
+
+    No parameter needs or gets a gradient: they are flags that are put back afterwards.
+    """
+    inputs: dict[str, Tensor] = {}
+
+    def start(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if hidden.requires_grad:
+            return None
+        leaf = hidden.detach().requires_grad_()
+        return ((leaf, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": leaf})
+
+    def after(name: str, dim: int, module: nn.Linear, args: Any, output: Tensor) -> None:
+        inputs[name] = args[0].detach()
+
+        def on_gradient(dy: Tensor) -> None:
+            call(Product(name, dim, weight_of(module), inputs.pop(name), dy))
+
+        if output.requires_grad:
+            output.register_hook(on_gradient)
+
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
+        first = decoder_layers(model)[0].register_forward_pre_hook(start, with_kwargs=True)
+        stack.callback(first.remove)
         for index, projection, linear in projections(model):
-            linear.weight.requires_grad_(True)
-            call = partial(on_gradient, f"{index}.{projection.path}", projection.dim)
-            stack.callback(linear.weight.register_post_accumulate_grad_hook(call).remove)
-            stack.callback(setattr, linear.weight, "grad", None)
+            name = f"{index}.{projection.path}"
+            hook = linear.register_forward_hook(partial(after, name, projection.dim))
+            stack.callback(hook.remove)
         yield
+
+
+def weight_of(linear: nn.Linear) -> Tensor:
+    """A matrix, also where accelerate has put it aside until its module runs (``device_map``)."""
+    if not linear.weight.is_meta:
+        return linear.weight.detach()
+    put_aside: Tensor = linear._hf_hook.weights_map["weight"]  # type: ignore[union-attr, index]
+    return put_aside
