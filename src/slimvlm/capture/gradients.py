@@ -28,7 +28,7 @@ from slimvlm.values import Statistics
 Data = Iterator[tuple[Batch, Targets]]
 Terms = Callable[..., Tensor]
 
-_BLOCK = 2**18
+_BLOCK = 2**19
 """Numbers of a block on a CPU: small enough for its cache. Other devices take whole matrices."""
 
 
