@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from slimvlm.outputs import write_text
 from slimvlm.progress import progress
 from slimvlm.samples import Question, Task
 from slimvlm.tasks import find_tasks
+from slimvlm.timing import timed_runs
 
 PERPLEXITY = "perplexity"
 
@@ -368,35 +368,13 @@ def latency(
 ) -> tuple[float, float]:
     """Median milliseconds to read one question, and to write one further token, at batch 1."""
     inputs = _on_device(model, chat.encode_questions(processor, [question]))
-    prefill, decode = [], []
-    for _ in range(repeats):
-        one = _generation_seconds(model, inputs, 1)
-        many = _generation_seconds(model, inputs, 1 + tokens)
-        prefill.append(one)
-        decode.append(max(many - one, 0.0) / tokens)
-    return 1e3 * sorted(prefill)[repeats // 2], 1e3 * sorted(decode)[repeats // 2]
+    runs = timed_runs([model], [inputs], 1 + tokens, repeats)[0]
+    return median(run.prefill_ms for run in runs), median(run.decode_ms for run in runs)
 
 
 def _generator(model: PreTrainedModel) -> Any:
     """The model as something that generates, which its static type does not say."""
     return model
-
-
-def _generation_seconds(
-    model: PreTrainedModel, inputs: Mapping[str, Tensor], new_tokens: int
-) -> float:
-    start = time.perf_counter()
-    with torch.no_grad():
-        _generator(model).generate(
-            **inputs,
-            max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=0,
-        )
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def _task_result(values: dict[str, Any]) -> TaskResult:

@@ -1,0 +1,132 @@
+"""Benchmarks: two models in turn, their ratio against the ideal, and what tensors take."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from slimvlm import bench as bench_module
+from slimvlm import timing
+from slimvlm.bench import Workload, bench, bench_rows
+from slimvlm.cost import weight_bytes
+from slimvlm.errors import ConfigError
+from slimvlm.geometry import read_anatomy
+from slimvlm.memory import PeakMemory, stored_bytes
+from slimvlm.surgery import prune_
+from slimvlm.timing import Run, timed_run, timed_runs
+from tests import tiny
+from tests.helpers import plan_by_hand
+
+SMALL = Workload(prompt_tokens=8, new_tokens=3, batch_sizes=(1, 2), repeats=2)
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[Any, Any]:
+    """A model without every second layer and a part of its neurons, and the whole one."""
+    small, large = tiny.build("llava-llama"), tiny.build("llava-llama")
+    prune_(small, plan_by_hand(read_anatomy(small), layers=(0, 2), neurons=range(77)))
+    return small, large
+
+
+def test_a_run_times_every_token(models: tuple[Any, Any]) -> None:
+    ids = torch.full((1, 4), 40)
+    run = timed_run(models[0], {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 5)
+    assert run.prefill_ms > 0
+    assert len(run.step_ms) == 4
+    assert min(run.step_ms) > 0
+    assert run.total_ms == pytest.approx(run.prefill_ms + sum(run.step_ms))
+
+
+def test_models_take_turns_forwards_and_backwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = []
+
+    def record(model: Any, inputs: Any, new_tokens: int) -> Run:
+        order.append((model, new_tokens))
+        return Run(1.0, (1.0,))
+
+    monkeypatch.setattr(timing, "timed_run", record)
+    runs = timed_runs(["a", "b"], [{}, {}], 7, 3)  # type: ignore[list-item]
+    assert order == [("a", 2), ("b", 2), *((m, 7) for m in "abbaab")]
+    assert [len(its) for its in runs] == [3, 3]
+
+
+def test_a_speed_up_is_the_median_of_neighbouring_ratios(
+    models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_minute = 50.0
+    fast = [Run(10.0, (2.0,)), Run(10.0 * slow_minute, (2.0 * slow_minute,)), Run(10.0, (2.0,))]
+    slow = [Run(r.prefill_ms * 3, (r.decode_ms * 2,)) for r in fast]
+    monkeypatch.setattr(bench_module, "timed_runs", lambda *_: [fast, slow])
+    found = bench(*models, SMALL).speed_ups
+    assert [s.batch_size for s in found] == [1, 2]
+    assert all(s.prefill == pytest.approx(3) and s.decode == pytest.approx(2) for s in found)
+    assert all(s.prefill_share == pytest.approx(3 / s.prefill_ideal) for s in found)
+
+
+def test_the_ideal_of_half_the_layers_is_between_one_and_two() -> None:
+    small, large = tiny.build("llama"), tiny.build("llama")
+    prune_(small, plan_by_hand(read_anatomy(small), layers=(0, 3)))
+    (found,) = bench(small, large, Workload(8, 3, (1,), 1)).speed_ups
+    assert 1.5 < found.prefill_ideal < 2
+    assert 1.5 < found.decode_ideal < 2
+
+
+def test_figures_of_a_benchmark(models: tuple[Any, Any]) -> None:
+    result = bench(*models, SMALL, ("small", "large"))
+    assert (result.model.model, result.baseline and result.baseline.model) == ("small", "large")
+    shape = read_anatomy(models[0])
+    assert result.model.total_params == shape.total_params
+    assert result.model.weight_bytes == weight_bytes(shape, "float32")
+    assert result.model.speeds[1].peak_bytes > result.model.speeds[0].peak_bytes
+    assert result.model.speeds[0].peak_bytes > result.model.weight_bytes
+    assert any("77" in line for line in result.model.warnings)
+    header, rows = bench_rows(result)
+    assert header == ["", "large", "small", "speed-up", "ideal", "share of ideal"]
+    assert all(len(row) == len(header) for row in rows)
+    values = json.loads(json.dumps(result.to_dict()))
+    assert values["speed_ups"][0]["prefill_share"] == result.speed_ups[0].prefill_share
+
+
+def test_a_benchmark_of_one_model(models: tuple[Any, Any]) -> None:
+    result = bench(models[0], workload=SMALL)
+    assert result.baseline is None
+    assert result.speed_ups == ()
+    header, rows = bench_rows(result)
+    assert all(len(row) == len(header) == 2 for row in rows)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"prompt_tokens": 0}, {"new_tokens": 2}, {"repeats": 0}, {"batch_sizes": (0,)}]
+)
+def test_a_workload_out_of_range_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        Workload(**wrong)
+
+
+class TestMemory:
+    """`PeakMemory` and `stored_bytes` against sums by hand."""
+
+    def test_the_peak_counts_what_is_alive_at_once(self) -> None:
+        with PeakMemory() as memory:
+            kept = torch.zeros(1000)
+            for _ in range(5):
+                torch.ones(2000).add_(1)
+            view = kept.view(10, 100)
+        assert view.shape == (10, 100)
+        assert memory.peak_bytes == 4 * 3000
+
+    def test_weights_are_not_activations(self) -> None:
+        model = nn.Linear(10, 10)
+        with PeakMemory().without(model) as memory, torch.no_grad():
+            model.weight.view(100)
+        assert memory.peak_bytes == 0
+
+    def test_shared_weights_are_stored_once(self) -> None:
+        model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+        assert stored_bytes(model) == 2 * 8 * 8 * 4
+        model[1].weight = model[0].weight
+        assert stored_bytes(model) == 8 * 8 * 4

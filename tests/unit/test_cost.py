@@ -1,0 +1,55 @@
+"""Counted FLOPs are those that torch counts, for every kind of backbone and after pruning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from slimvlm.cost import decode_flops, prefill_flops
+from slimvlm.geometry import read_anatomy
+from slimvlm.surgery import prune_
+from tests import tiny
+from tests.helpers import plan_by_hand
+
+TOKENS = 20
+FAMILIES = ("llama", "qwen2", "phi", "phi3", "gemma2", "llava-qwen3", "qwen2_5_vl")
+
+
+def counted(model: PreTrainedModel, batch_size: int) -> tuple[int, int]:
+    """What torch counts for reading prompts and for one further token."""
+    model.set_attn_implementation("eager")  # torch has no formula for the fused one of CPUs
+    ids = torch.randint(32, 64, (batch_size, TOKENS))
+    call: Any = model
+    with torch.no_grad(), FlopCounterMode(display=False) as reading:
+        output = call(input_ids=ids, use_cache=True, logits_to_keep=1)
+    with torch.no_grad(), FlopCounterMode(display=False) as writing:
+        call(input_ids=ids[:, :1], cache=output.past_key_values, logits_to_keep=1)
+    return reading.get_total_flops(), writing.get_total_flops()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flops_are_what_torch_counts(family: str) -> None:
+    model = tiny.build(family)
+    shape = read_anatomy(model)
+    if family == "gemma2":  # a window of 16 tokens would be less work
+        model.config.sliding_window = 64
+        for layer in model.model.layers:
+            layer.self_attn.sliding_window = 64
+    expected = prefill_flops(shape, TOKENS, 3), decode_flops(shape, TOKENS + 1, 3)
+    assert counted(model, 3) == expected
+
+
+def test_flops_of_a_pruned_model_are_what_torch_counts() -> None:
+    model = tiny.build("llava-mistral")
+    before = read_anatomy(model)
+    prune_(model, plan_by_hand(before, layers=(0, 2, 3), kv_groups=(0, 3), neurons=range(40)))
+    after = read_anatomy(model)
+    assert counted(model, 2) == (
+        prefill_flops(after, TOKENS, 2),
+        decode_flops(after, TOKENS + 1, 2),
+    )
+    assert prefill_flops(after, TOKENS, 2) < prefill_flops(before, TOKENS, 2)

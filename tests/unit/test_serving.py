@@ -1,0 +1,104 @@
+"""Rules of serving engines: what breaks in production is said before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+
+from slimvlm.errors import ConfigError
+from slimvlm.geometry import Anatomy, read_anatomy
+from slimvlm.serving import ENGINES, HARDWARE, RULES, TENSOR_PARALLEL, check, width_findings
+from tests import tiny
+
+
+def shaped(
+    family: str = "llama", neurons: Sequence[int] | int = 256, kv_heads: int = 4, hidden: int = 64
+) -> Anatomy:
+    """A tiny model's anatomy with other counts in its layers."""
+    shape = read_anatomy(tiny.build(family))
+    widths = [neurons] * shape.num_layers if isinstance(neurons, int) else list(neurons)
+    layers = [
+        replace(layer, intermediate_size=width, num_kv_heads=kv_heads)
+        for layer, width in zip(shape.layers, widths, strict=True)
+    ]
+    return replace(shape.with_layers(layers), hidden_size=hidden)
+
+
+def broken(shape: Anatomy, target: str, is_quantized: bool = False) -> dict[str, str]:
+    """Rules that do not hold, and what that means."""
+    found = check(shape, [target], is_quantized)
+    return {f.rule: f.level for f in found if f.level != "ok"}
+
+
+@pytest.mark.parametrize("target", [*ENGINES, "tp=2"])
+def test_a_plain_even_llama_runs_everywhere(target: str) -> None:
+    assert broken(shaped(hidden=256), target).keys() <= {"K formats"}
+    assert all(not f.advice for f in check(shaped(hidden=256), [target]) if f.level == "ok")
+
+
+@pytest.mark.parametrize(
+    ("shape", "target", "rule", "level"),
+    [
+        (shaped(neurons=(256, 128, 128, 128)), "vllm", "even layers", "fail"),
+        (shaped(neurons=(256, 128, 128, 128)), "gguf", "even layers", "fail"),
+        (shaped("qwen2", kv_heads=2), "vllm", "head_dim", "fail"),
+        (shaped("internvl-qwen2", kv_heads=2), "vllm", "head_dim", "fail"),
+        (shaped("phi", kv_heads=4), "sglang", "head_dim", "fail"),
+        (shaped("phi3", kv_heads=2), "gguf", "head_dim", "fail"),
+        (shaped("phi", neurons=128, kv_heads=8), "gguf", "MLP width", "fail"),
+        (shaped("phi", kv_heads=8), "vllm", "model class", "warn"),
+        (shaped("internvl-qwen2"), "sglang", "model class", "warn"),
+        (shaped("llava-llama"), "gguf", "vision tower", "warn"),
+        (shaped(kv_heads=3), "tp=2", "KV heads", "fail"),
+        (shaped(kv_heads=3), "tp=4", "query heads", "fail"),
+        (shaped(neurons=255), "tp=2", "MLP width", "fail"),
+        (shaped(neurons=192), "tp=2", "MLP share", "warn"),
+        (shaped(neurons=130), "vllm", "MLP rows", "warn"),
+        (shaped(neurons=192), "sglang", "MLP width", "warn"),
+        (shaped(neurons=200), "gguf", "block formats", "warn"),
+        (shaped(neurons=160), "gguf", "K formats", "warn"),
+    ],
+)
+def test_a_shape_that_breaks_a_rule_is_told(
+    shape: Anatomy, target: str, rule: str, level: str
+) -> None:
+    assert broken(shape, target).get(rule) == level
+    assert all(f.advice for f in check(shape, [target]) if f.level != "ok")
+
+
+@pytest.mark.parametrize(
+    ("shape", "target", "rule"),
+    [
+        (shaped("llama", kv_heads=2), "vllm", "head_dim"),
+        (shaped("qwen2", kv_heads=2), "sglang", "head_dim"),
+        (shaped("phi", kv_heads=4), "vllm", "head_dim"),
+        (shaped("llama", kv_heads=2), "gguf", "head_dim"),
+        (shaped(kv_heads=1), "tp=2", "KV heads"),
+    ],
+)
+def test_a_rule_does_not_hit_who_it_is_not_about(shape: Anatomy, target: str, rule: str) -> None:
+    assert rule not in broken(shape, target)
+
+
+def test_quantised_weights() -> None:
+    assert broken(shaped(), "gguf", is_quantized=True)["unquantised"] == "fail"
+    assert broken(shaped(), "vllm", is_quantized=True)["quantised weights"] == "warn"
+
+
+def test_widths_that_hardware_is_slow_with() -> None:
+    assert width_findings(shaped(neurons=128)) == []
+    assert [f.rule for f in width_findings(shaped(neurons=96))] == ["MLP width"]
+    assert [f.rule for f in width_findings(shaped(neurons=77))] == ["MLP rows"]
+
+
+def test_every_rule_can_break_and_has_a_known_target() -> None:
+    assert {t for rule in RULES for t in rule.targets} == {*ENGINES, TENSOR_PARALLEL, HARDWARE}
+    assert all(rule.advice and rule.level != "ok" for rule in RULES)
+
+
+@pytest.mark.parametrize("target", ["ollama", "tp", "tp=0", "tp=x"])
+def test_an_unknown_target_is_refused(target: str) -> None:
+    with pytest.raises(ConfigError, match=r"check .* must be one of: vllm, sglang, gguf, tp=N"):
+        check(shaped(), [target])
