@@ -26,17 +26,19 @@ ROWS: dict[str, tuple[str, ...]] = {
         "plan",
         "planning",
         "metrics",
+        "serving",
         "least_squares",
     ),
     "hands": (
         *("configs", "capture", "surgery", "uneven", "modeling_pruned", "checkpoint"),
         *("trainable", "hidden", "teacher", "modes"),
         *("data", "chat", "tasks", "outputs", "answers"),
+        *("timing", "memory"),
     ),
     "stages": (
         *("calibrate", "iterative", "search", "repair", "pruning"),
         *("offline_teacher", "distillation", "recovery"),
-        *("evaluation", "lmms", "convert"),
+        *("evaluation", "lmms", "convert", "speed"),
     ),
     "runs": (
         *("compression", "study", "summary", "showcase"),

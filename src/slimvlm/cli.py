@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -11,6 +12,7 @@ import tyro
 
 from slimvlm.errors import SlimError
 from slimvlm.verbs import (
+    benchmarking,
     evaluating,
     inspecting,
     planning,
@@ -32,6 +34,7 @@ VERBS: dict[str, Callable[..., None]] = {
         recovering.cache_teacher,
         evaluating.evaluate,
         evaluating.compare,
+        benchmarking.bench,
         running.compress,
         studying.study,
         reporting.report,
@@ -46,6 +49,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a verb. Exit code 0: fine; 2: the user's mistake, in one line; 1: ours."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries, before their import
+    for name in ("torchao", "torch.utils._pytree"):  # torchao complains of a machine without GPU
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         tyro.extras.subcommand_cli_from_dict(
             VERBS,

@@ -299,3 +299,32 @@ class CompressConfig(PruneConfig):
     """Only the first so many questions of each task."""
     baseline: str | None = None
     """Result file of the original model, to save asking it again."""
+
+
+MIN_NEW_TOKENS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What is timed.
+
+    Raises:
+        ConfigError: If a value is out of range; the message names the field.
+    """
+
+    prompt_tokens: int = 512
+    """Length of every prompt; a picture counts with the tokens that it takes."""
+    new_tokens: int = 32
+    """Length of every answer."""
+    batch_sizes: tuple[int, ...] = (1, 16)
+    """Prompts that are answered at once; each number is timed."""
+    repeats: int = 5
+    """Measured runs of each model at each batch size, after one to warm up."""
+
+    def __post_init__(self) -> None:
+        lowest = {"prompt_tokens": 1, "new_tokens": MIN_NEW_TOKENS, "repeats": 1}
+        for name, least in lowest.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} {getattr(self, name)} must be at least {least}")
+        if not self.batch_sizes or min(self.batch_sizes) < 1:
+            raise ConfigError(f"batch_sizes {self.batch_sizes} must be numbers of at least 1")

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slimvlm.checkpoint import anatomy as anatomy_of
+from slimvlm.config import MIN_NEW_TOKENS, Workload
 from slimvlm.cost import decode_flops, kv_cache_bytes_per_token, prefill_flops
 from slimvlm.errors import ConfigError
 from slimvlm.geometry import Anatomy, decoder_layers, final_norm
@@ -19,33 +20,6 @@ from slimvlm.memory import PeakMemory, stored_bytes
 from slimvlm.progress import progress
 from slimvlm.serving import width_findings
 from slimvlm.timing import Run, timed_run, timed_runs
-
-MIN_NEW_TOKENS = 3
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What is timed.
-
-    Attributes:
-        prompt_tokens: Length of every prompt; a picture counts with the tokens that it takes.
-        new_tokens: Length of every answer.
-        batch_sizes: Prompts that are answered at once.
-        repeats: Measured runs of each model at each batch size, after one to warm up.
-    """
-
-    prompt_tokens: int = 512
-    new_tokens: int = 32
-    batch_sizes: tuple[int, ...] = (1, 16)
-    repeats: int = 5
-
-    def __post_init__(self) -> None:
-        lowest = {"prompt_tokens": 1, "new_tokens": MIN_NEW_TOKENS, "repeats": 1}
-        for name, least in lowest.items():
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} {getattr(self, name)} must be at least {least}")
-        if not self.batch_sizes or min(self.batch_sizes) < 1:
-            raise ConfigError(f"batch_sizes {self.batch_sizes} must be numbers of at least 1")
 
 
 @dataclass(frozen=True)
@@ -160,7 +134,7 @@ def bench(
     model: PreTrainedModel,
     baseline: PreTrainedModel | None = None,
     workload: Workload | None = None,
-    names: tuple[str, str] = ("model", "baseline"),
+    names: Sequence[str] = ("model", "baseline"),
 ) -> Bench:
     """Time reading and writing; with a baseline, both in turn in this process.
 

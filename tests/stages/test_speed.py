@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from slimvlm import bench as bench_module
-from slimvlm import timing
-from slimvlm.bench import Workload, bench, bench_rows
+from slimvlm import speed, timing
+from slimvlm.config import Workload
 from slimvlm.cost import weight_bytes
 from slimvlm.errors import ConfigError
 from slimvlm.geometry import read_anatomy
 from slimvlm.memory import PeakMemory, stored_bytes
+from slimvlm.speed import bench, bench_rows
 from slimvlm.surgery import prune_
 from slimvlm.timing import Run, timed_run, timed_runs
 from tests import tiny
@@ -41,16 +41,18 @@ def test_a_run_times_every_token(models: tuple[Any, Any]) -> None:
     assert run.total_ms == pytest.approx(run.prefill_ms + sum(run.step_ms))
 
 
-def test_models_take_turns_forwards_and_backwards(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_take_turns_forwards_and_backwards(
+    models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     order = []
 
     def record(model: Any, inputs: Any, new_tokens: int) -> Run:
-        order.append((model, new_tokens))
+        order.append((models.index(model), new_tokens))
         return Run(1.0, (1.0,))
 
     monkeypatch.setattr(timing, "timed_run", record)
-    runs = timed_runs(["a", "b"], [{}, {}], 7, 3)  # type: ignore[list-item]
-    assert order == [("a", 2), ("b", 2), *((m, 7) for m in "abbaab")]
+    runs = timed_runs(models, [{}, {}], 7, 3)
+    assert order == [(0, 2), (1, 2), *((index, 7) for index in (0, 1, 1, 0, 0, 1))]
     assert [len(its) for its in runs] == [3, 3]
 
 
@@ -60,7 +62,7 @@ def test_a_speed_up_is_the_median_of_neighbouring_ratios(
     slow_minute = 50.0
     fast = [Run(10.0, (2.0,)), Run(10.0 * slow_minute, (2.0 * slow_minute,)), Run(10.0, (2.0,))]
     slow = [Run(r.prefill_ms * 3, (r.decode_ms * 2,)) for r in fast]
-    monkeypatch.setattr(bench_module, "timed_runs", lambda *_: [fast, slow])
+    monkeypatch.setattr(speed, "timed_runs", lambda *_: [fast, slow])
     found = bench(*models, SMALL).speed_ups
     assert [s.batch_size for s in found] == [1, 2]
     assert all(s.prefill == pytest.approx(3) and s.decode == pytest.approx(2) for s in found)
@@ -70,7 +72,9 @@ def test_a_speed_up_is_the_median_of_neighbouring_ratios(
 def test_the_ideal_of_half_the_layers_is_between_one_and_two() -> None:
     small, large = tiny.build("llama"), tiny.build("llama")
     prune_(small, plan_by_hand(read_anatomy(small), layers=(0, 3)))
-    (found,) = bench(small, large, Workload(8, 3, (1,), 1)).speed_ups
+    (found,) = bench(
+        small, large, Workload(prompt_tokens=8, new_tokens=3, batch_sizes=(1,), repeats=1)
+    ).speed_ups
     assert 1.5 < found.prefill_ideal < 2
     assert 1.5 < found.decode_ideal < 2
 

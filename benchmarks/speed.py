@@ -1,0 +1,114 @@
+"""Speed-up over the ideal of depth and width pruning, for reading and for writing.
+
+Command:  .venv/bin/python benchmarks/speed.py [--shape 135m|1b|both] [--dtype bfloat16|float32]
+Expect:   about 5 minutes for 135m and 20 for 1b on 2 quiet cores; 10 GB of memory for 1b.
+Goal:     a share of the ideal of 0.85 for depth and 0.75 for width, prefill and decode.
+
+Random weights: what a product costs does not depend on its numbers. Each pruned model runs in turn
+with the whole one, in this process, so that a busy machine slows both. The share is the measured
+speed-up over the ratio of FLOPs (prefill) and of bytes read (decode); see `slimvlm.speed`. Rows are
+JSON lines, then a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from typing import Any
+
+import torch
+import transformers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from slimvlm.calibrate import score
+from slimvlm.config import Axis, Workload
+from slimvlm.geometry import read_anatomy
+from slimvlm.planning import make_plan
+from slimvlm.speed import SpeedUp, bench
+from slimvlm.summary import as_markdown
+from slimvlm.surgery import prune_
+
+SHAPES = {
+    "135m": LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    ),
+    "1b": LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=32000,
+    ),
+}
+AXES: tuple[Axis, ...] = ("depth", "width")
+HEADER = ["shape", "axis", "removed", "batch", *("prefill", "ideal", "share"),
+          *("decode", "ideal", "share")]  # fmt: skip
+
+
+def build(shape: str, dtype: torch.dtype) -> Any:
+    """A model with random weights, the same at every call."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM._from_config(SHAPES[shape], dtype=dtype).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def row(shape: str, axis: str, removed: float, found: SpeedUp) -> list[str]:
+    """A line of the table."""
+    read = (found.prefill, found.prefill_ideal, found.prefill_share)
+    written = (found.decode, found.decode_ideal, found.decode_share)
+    numbers = (f"{value:.2f}" for value in (*read, *written))
+    return [shape, axis, f"{removed:.1%}", str(found.batch_size), *numbers]
+
+
+def measure(shape: str, axis: Axis, ratio: float, dtype: torch.dtype, work: Workload) -> Any:
+    """Rows of one shape and axis."""
+    whole, pruned = build(shape, dtype), build(shape, dtype)
+    scores = score(pruned, (), "spacing" if axis == "depth" else "random")
+    plan = make_plan(read_anatomy(pruned), scores, ratio, axis)
+    prune_(pruned, plan)
+    result = bench(pruned, whole, work, (f"{shape} {axis}", shape))
+    print(json.dumps({"axis": axis, "plan": plan.summary(), **result.to_dict()}), flush=True)
+    return [row(shape, axis, plan.ratio, found) for found in result.speed_ups]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=(*SHAPES, "both"), default="both")
+    parser.add_argument("--ratio", type=float, default=0.3)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--new-tokens", type=int, default=16)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=(1, 16))
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    work = Workload(
+        prompt_tokens=options.prompt_tokens,
+        new_tokens=options.new_tokens,
+        batch_sizes=tuple(options.batch_sizes),
+        repeats=options.repeats,
+    )
+    about = {
+        "cpu": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    print(json.dumps(about))
+    shapes = SHAPES if options.shape == "both" else (options.shape,)
+    dtype = getattr(torch, options.dtype)
+    cells = [(shape, axis) for shape in shapes for axis in AXES]
+    rows = [r for shape, axis in cells for r in measure(shape, axis, options.ratio, dtype, work)]
+    print(as_markdown(HEADER, rows))
+
+
+if __name__ == "__main__":
+    main()
