@@ -38,6 +38,7 @@ _HOME = {
     "calibration_batches": "calibrate",
     "collect": "calibrate",
     "compress": "compression",
+    "convert": "conversion",
     "evaluate": "evaluation",
     "find_tasks": "tasks",
     "load": "checkpoint",

@@ -13,6 +13,7 @@ import tyro
 from slimvlm.errors import SlimError
 from slimvlm.verbs import (
     benchmarking,
+    converting,
     evaluating,
     inspecting,
     planning,
@@ -40,6 +41,7 @@ VERBS: dict[str, Callable[..., None]] = {
         reporting.report,
         evaluating.chat,
         running.demo,
+        converting.convert,
     )
 }
 """Every verb of the command line."""

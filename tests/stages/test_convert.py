@@ -20,9 +20,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from slimvlm import chat
+import slimvlm as sv
+from slimvlm import chat, cli
 from slimvlm.checkpoint import load
-from slimvlm.convert import convert, write
+from slimvlm.conversion import convert, write
+from slimvlm.conversion import source as source_files
 from slimvlm.errors import ConfigError, ReloadError, SlimError, UnsupportedModelError
 from slimvlm.samples import Question
 from tests.tolerances import FORWARD, assert_close
@@ -430,7 +432,34 @@ def test_an_internvl_of_another_shape(tmp_path: Path) -> None:
         assert torch.equal(again(**inputs).logits, model(**inputs).logits)
 
 
-# Files, memory and refusals
+# Faces, files, memory and refusals
+
+
+def test_the_command_and_the_python_name_write_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, tower = (str(FIXTURES / "llava" / n) for n in ("original", "vision_tower"))
+    cli.main(["convert", source, str(tmp_path / "cli"), "--vision-tower", tower])
+    assert f"checkpoint: {tmp_path / 'cli'}" in capsys.readouterr().out
+    for _ in range(2):  # the second time its module has been imported
+        sv.convert(source, tmp_path / "python", vision_tower=tower, force=True)
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / "cli" / name).read_bytes() == (tmp_path / "python" / name).read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["convert", source, str(tmp_path / "other")])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("slimvlm: vision_tower: the checkpoint does not hold")
+
+
+def test_reading_goes_on_where_a_mapped_file_is_opened_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = {n: load_file(CASES[n].convert(tmp_path / n) / "model.safetensors") for n in CASES}
+    monkeypatch.setattr(source_files, "MAPPED_BYTES", 5_000)
+    for name, weights in expected.items():
+        found = load_file(CASES[name].convert(tmp_path / f"{name}-2") / "model.safetensors")
+        assert found.keys() == weights.keys()
+        assert all(torch.equal(found[n], weights[n]) for n in weights)
 
 
 def test_shards_hold_what_one_file_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -592,8 +621,12 @@ def test_what_has_no_counterpart_is_refused_before_weights_are_opened(
 
 def test_native_checkpoints_are_not_originals(tmp_path: Path) -> None:
     out = CASES["llava"].convert(tmp_path / "out")
-    with pytest.raises(UnsupportedModelError, match="architectures"):
+    with pytest.raises(UnsupportedModelError, match="native class already"):
         convert(out, tmp_path / "again")
+    other = hf.LlamaConfig(architectures=["LlamaForCausalLM"])
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(UnsupportedModelError, match=r"'LlamaForCausalLM' .* Can be: Llava"):
+        convert(tmp_path / "other", tmp_path / "again")
 
 
 def _drop(name: str) -> Callable[[dict[str, Tensor]], Any]:

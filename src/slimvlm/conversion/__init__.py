@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from slimvlm.convert.internvl import internvl_layout, refuse_internvl
-from slimvlm.convert.layout import Layout, check_complete
-from slimvlm.convert.llava import bunny_layout, llava_layout, refuse_bunny, refuse_llava
-from slimvlm.convert.source import Weights, find_folder, read_json
-from slimvlm.convert.write import check_written, write_checkpoint
+from slimvlm.conversion.internvl import internvl_layout, refuse_internvl
+from slimvlm.conversion.layout import NATIVE, Layout, check_complete
+from slimvlm.conversion.llava import bunny_layout, llava_layout, refuse_bunny, refuse_llava
+from slimvlm.conversion.source import Weights, find_folder, read_json
+from slimvlm.conversion.write import check_written, write_checkpoint
 from slimvlm.errors import ConfigError, UnsupportedModelError
 from slimvlm.outputs import new_folder, require_free
 
@@ -49,7 +49,6 @@ MODEL_TYPES = {
 }
 """The class of configurations that do not name one."""
 
-
 def convert(
     source: str | Path,
     out: str | Path,
@@ -61,7 +60,7 @@ def convert(
 
     Logits, token ids of conversations and pixel values are those of the original code (to
     rounding; see ``docs/convert.md``), which is not needed and never run. Tensors go from the
-    source to the new files one at a time, so memory stays at about two output shards (4 GiB)
+    source to the new files one at a time, so memory stays at about one output file (1 GiB)
     whatever the model's size.
 
     Args:
@@ -111,6 +110,10 @@ def original_of(config: Mapping[str, Any]) -> Original:
     named = config.get("architectures") or [MODEL_TYPES.get(model_type, "")]
     name = str(named[0])
     original = ORIGINALS.get(name)
+    if name in NATIVE.values():
+        raise UnsupportedModelError(
+            f"config.json: {name!r} is a native class already. There is nothing to convert"
+        )
     if original is None:
         raise UnsupportedModelError(
             f"config.json: architectures {name!r} (model_type {model_type!r}) cannot be converted. "

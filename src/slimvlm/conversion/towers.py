@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from slimvlm.convert.layout import Piece, Rule, apply_rules
-from slimvlm.convert.source import Weights, find_folder, read_json
+from slimvlm.conversion.layout import Piece, Rule, apply_rules
+from slimvlm.conversion.source import Weights, find_folder, read_json
 from slimvlm.errors import ConfigError, UnsupportedModelError
 
 INSIDE = "model.vision_tower."

@@ -22,17 +22,17 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from slimvlm.convert.dialogue import vicuna_template
-from slimvlm.convert.layout import Layout, Rule, apply_rules, keep, pick, require
-from slimvlm.convert.source import Weights
-from slimvlm.convert.tokens import (
+from slimvlm.conversion.dialogue import vicuna_template
+from slimvlm.conversion.layout import Layout, Rule, apply_rules, keep, pick, require
+from slimvlm.conversion.source import Weights
+from slimvlm.conversion.tokens import (
     TokenizerFiles,
     add_new_tokens,
     byte_level_tokenizer,
     llama_tokenizer,
     token_id,
 )
-from slimvlm.convert.towers import CLIP, SIGLIP, Tower, find_tower, image_processor
+from slimvlm.conversion.towers import CLIP, SIGLIP, Tower, find_tower, image_processor
 from slimvlm.errors import UnsupportedModelError
 
 IMAGE, PAD = "<image>", "<pad>"
@@ -329,6 +329,8 @@ def _tokens(
     add_new_tokens(tokenizer, [IMAGE] + ([pad] if pad else []))
     if pad:
         tokenizer.pad_token = pad
+    if config.get("tokenizer_model_max_length"):
+        tokenizer.model_max_length = int(config["tokenizer_model_max_length"])
     rows = int(config["vocab_size"])
     image_id = token_id(tokenizer, IMAGE)
     pad_id = tokenizer.pad_token_id

@@ -11,8 +11,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from slimvlm.convert.sentencepiece import build_tokenizer, read_pieces
-from slimvlm.convert.source import read_json
+from slimvlm.conversion.sentencepiece import build_tokenizer, read_pieces
+from slimvlm.conversion.source import read_json
 from slimvlm.errors import ConfigError, UnsupportedModelError
 
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")

@@ -15,11 +15,12 @@ from transformers import AutoProcessor, GenerationConfig
 
 from slimvlm.checkpoint import probe
 from slimvlm.configs import auto_class
-from slimvlm.convert.layout import Layout
-from slimvlm.convert.source import Weights
+from slimvlm.conversion.layout import NATIVE, Layout
+from slimvlm.conversion.source import Weights
 from slimvlm.errors import ConfigError, NumericalError, ReloadError
+from slimvlm.progress import progress
 
-SHARD_BYTES = 2 * 2**30
+SHARD_BYTES = 2**30
 FORWARD_BYTES = 512 * 2**20
 """Up to this size the written model is loaded and run; beyond, names and shapes are compared."""
 ON_DISK = (
@@ -46,7 +47,7 @@ def write_checkpoint(
     _write_weights(layout, folder, wanted)
     for part in (layout.config, layout.config.text_config, layout.config.vision_config):
         part.dtype = wanted or _stored_dtype(layout)
-    layout.config.architectures = [_class_name(layout)]
+    layout.config.architectures = [NATIVE[layout.config.model_type]]
     layout.config.save_pretrained(folder)
     layout.make_processor().save_pretrained(folder)
     _generation_config(layout, generation).save_pretrained(folder)
@@ -134,7 +135,7 @@ def _shards(
     """Written name to tensor, as many as fit into a shard at a time."""
     shard: dict[str, Tensor] = {}
     size = 0
-    for name in order:
+    for name in progress(order, "convert"):
         tensor = layout.pieces[name].read()
         if dtype is not None and tensor.is_floating_point():
             tensor = tensor.to(dtype)
@@ -157,13 +158,6 @@ def _stored_dtype(layout: Layout) -> torch.dtype:
     """The data type of the language model as stored."""
     piece = layout.pieces["model.language_model.embed_tokens.weight"]
     return piece.weights.dtype(piece.name)
-
-
-def _class_name(layout: Layout) -> str:
-    return {
-        "llava": "LlavaForConditionalGeneration",
-        "internvl": "InternVLForConditionalGeneration",
-    }[layout.config.model_type]
 
 
 def _generation_config(layout: Layout, source: Mapping[str, Any]) -> GenerationConfig:

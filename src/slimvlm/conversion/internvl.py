@@ -16,10 +16,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from slimvlm.convert.dialogue import phi3_template
-from slimvlm.convert.layout import Layout, Rule, apply_rules, keep, pick, require
-from slimvlm.convert.source import Weights
-from slimvlm.convert.tokens import TokenizerFiles, llama_tokenizer, token_id
+from slimvlm.conversion.dialogue import phi3_template
+from slimvlm.conversion.layout import Layout, Rule, apply_rules, keep, pick, require
+from slimvlm.conversion.source import Weights
+from slimvlm.conversion.tokens import TokenizerFiles, llama_tokenizer, token_id
 from slimvlm.errors import UnsupportedModelError
 
 START, END, CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
@@ -90,7 +90,9 @@ def refuse_internvl(config: Mapping[str, Any]) -> None:
     dynamic = require(config, "dynamic_image_size", (True, False), False)
     if dynamic:
         require(config, "use_thumbnail", (True,), False)
-    require(config["llm_config"], "architectures", (["Phi3ForCausalLM"],), None)
+    text = config["llm_config"]
+    by_type = ["Phi3ForCausalLM"] if text.get("model_type") == "phi3" else None
+    require(text, "architectures", (["Phi3ForCausalLM"],), by_type)
     _text_config(config["llm_config"])
     _vision_config(config["vision_config"])
 

@@ -12,8 +12,14 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from slimvlm.configs import empty_model
-from slimvlm.convert.source import Weights
+from slimvlm.conversion.source import Weights
 from slimvlm.errors import UnsupportedModelError
+
+NATIVE = {
+    "llava": "LlavaForConditionalGeneration",
+    "internvl": "InternVLForConditionalGeneration",
+}
+"""The classes that originals become, by model type."""
 
 
 @dataclass(frozen=True)

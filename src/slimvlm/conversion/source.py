@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 """Where weights may stand, in the order in which transformers looks."""
+MAPPED_BYTES = 256 * 2**20
+"""Bytes read from a mapped file before it is closed and opened again: pages that were read count
+as the process's memory until then."""
 
 
 def find_folder(name: str | Path, what: str, cached_only: bool = False) -> Path:
@@ -93,6 +97,7 @@ class Weights:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.files: dict[str, Path] = {}
         self._opened: tuple[Path, Any] | None = None
+        self._bytes_read = 0
         files, promised = _weight_files(folder)
         for file in files:
             for name, shape in self._read_shapes(file).items():
@@ -111,11 +116,13 @@ class Weights:
         opened = self._open(self.files[name])
         if isinstance(opened, dict):
             tensor: Tensor = opened[name]
-            return tensor[rows].detach().clone() if tensor.dim() else tensor.detach().clone()
-        if not self.shapes[name]:
-            return Tensor(opened.get_tensor(name))
-        part: Tensor = opened.get_slice(name)[rows]
-        return part.contiguous()
+            part = tensor[rows].detach().clone() if tensor.dim() else tensor.detach().clone()
+        elif self.shapes[name]:
+            part = opened.get_slice(name)[rows].clone(memory_format=torch.contiguous_format)
+        else:
+            part = opened.get_tensor(name).clone()
+        self._bytes_read += part.nbytes
+        return part
 
     def dtype(self, name: str) -> torch.dtype:
         """The data type that a tensor is stored in."""
@@ -134,8 +141,9 @@ class Weights:
 
     def _open(self, file: Path) -> Any:
         """An open safetensors file, or the state dict of a ``.bin``. The last one stays open."""
-        if self._opened is None or self._opened[0] != file:
-            self._opened = None
+        is_stale = self._bytes_read > MAPPED_BYTES and _is_mapped(file)
+        if self._opened is None or self._opened[0] != file or is_stale:
+            self._opened, self._bytes_read = None, 0
             self._opened = (file, _open_weights(file))
         return self._opened[1]
 
@@ -155,14 +163,17 @@ def _weight_files(folder: Path) -> tuple[list[Path], set[str]]:
     raise ConfigError(f"weights: {str(folder)!r} holds none of {', '.join(WEIGHT_FILES)}")
 
 
+def _is_mapped(file: Path) -> bool:
+    """Whether a file is read page by page; what torch < 1.6 wrote is not."""
+    return file.suffix == ".safetensors" or zipfile.is_zipfile(file)
+
+
 def _open_weights(file: Path) -> Any:
     try:
         if file.suffix == ".safetensors":
             return safe_open(file, framework="pt")
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # written by torch < 1.6, which cannot be mapped
-            state = torch.load(file, map_location="cpu", weights_only=True)
+        mapped = _is_mapped(file)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"weights: {str(file)!r} cannot be read ({reason})") from error
