@@ -38,15 +38,11 @@ ROWS: dict[str, tuple[str, ...]] = {
     "stages": (
         *("calibrate", "iterative", "search", "repair", "pruning"),
         *("offline_teacher", "distillation", "recovery"),
-<<<<<<< HEAD
-        *("evaluation", "lmms", "convert", "speed"),
+        *("evaluation", "lmms", "conversion", "speed"),
     ),
     "runs": (
         *("compression", "study", "summary", "showcase"),
         *("comparison", "gallery", "report"),
-=======
-        *("evaluation", "lmms", "conversion"),
->>>>>>> 74cabb0 (convert: the verb and sv.convert, files of 1 GiB, mapped pages let go; ten other shapes against a float64 computation of their own; docs/convert.md)
     ),
     "faces": ("cli", "verbs", "__init__", "__main__"),
 }

@@ -49,6 +49,7 @@ MODEL_TYPES = {
 }
 """The class of configurations that do not name one."""
 
+
 def convert(
     source: str | Path,
     out: str | Path,
