@@ -231,6 +231,16 @@ def test_an_unknown_verb_is_refused(verb: str, run: Run) -> None:
     assert "Traceback" not in result.err
 
 
+def test_several_processes_may_only_train(
+    run: Run, home: Path, llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = run("prune", llava, "--ratio", "0.3", "--out", "out")
+    assert result.code == 2
+    assert result.err == "slimvlm: prune runs in one process: torchrun is for recover\n"
+    assert not (home / "out").exists()
+
+
 def test_a_broken_row_may_be_skipped(run: Run, home: Path, llava: Path, data: Path) -> None:
     rows = json.loads((home / "lost.json").read_text()) + json.loads(data.read_text())[:2]
     mixed = data.with_name("mixed.json")
@@ -346,8 +356,8 @@ def test_score_plan_prune_is_prune(run: Run, home: Path, llava: Path, data: Path
     made = stdout_json(run("plan", llava, *budget, *scores, "--out", "plan.json", "--json"))
     assert made["ratio"] == pytest.approx(Plan.load("plan.json").ratio)
     assert run("prune", llava, "--plan", "plan.json", "--out", "steps").code == 0
-    criteria = ["--criterion", "block_influence", "taylor"]
-    assert run("prune", llava, *budget, *criteria, *given, "--out", "once").code == 0
+    same = ["--criterion", "block_influence", "taylor", "--allocation", "uniform"]
+    assert run("prune", llava, *budget, *same, *given, "--out", "once").code == 0
     first, second = tensors(home / "steps"), tensors(home / "once")
     assert list(first) == list(second)
     assert all(torch.equal(first[name], second[name]) for name in first)

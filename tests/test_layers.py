@@ -14,7 +14,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "src" / "slimvlm"
 ROWS: dict[str, tuple[str, ...]] = {
-    "words": ("errors", "config", "families", "samples", "recipes", "progress", "html"),
+    "words": ("errors", "config", "families", "samples", "recipes", "progress", "ranks", "html"),
     "maths": (
         "geometry",
         "units",
@@ -31,7 +31,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     ),
     "hands": (
         *("configs", "capture", "surgery", "uneven", "modeling_pruned", "checkpoint"),
-        *("trainable", "hidden", "teacher", "modes"),
+        *("trainable", "hidden", "teacher", "modes", "sharding"),
         *("data", "chat", "tasks", "outputs", "answers"),
         *("timing", "memory"),
     ),

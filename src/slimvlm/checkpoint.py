@@ -26,7 +26,9 @@ from slimvlm.errors import ConfigError, ReloadError
 from slimvlm.geometry import Anatomy, backbone_of, family_of, read_anatomy
 from slimvlm.outputs import new_folder
 from slimvlm.plan import Plan
+from slimvlm.ranks import local_rank
 from slimvlm.samples import Sample
+from slimvlm.sharding import shard_config
 from slimvlm.uneven import padded, set_class_
 
 PLAN_FILE = "slimvlm_plan.json"
@@ -85,15 +87,18 @@ def load(
     dtype: str = "auto",
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
+    shard: bool = False,
 ) -> tuple[PreTrainedModel, Any]:
     """Load a model and its processor as native transformers objects.
 
     Args:
         model: A folder, a hub id, or ``demo``.
         dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
-        device: Where to put it; by default the first GPU, else the CPU.
+        device: Where to put it; by default this process's GPU, else the CPU.
         trust_remote_code: Whether code that lies in the checkpoint may run. Layers of different
             widths need none here: slimvlm has that code itself and never runs the folder's copy.
+        shard: Divide the weights among the processes that ``torchrun`` started (FSDP2); each reads
+            its part alone.
 
     Returns:
         The model in evaluation mode, and its processor (its tokenizer, for a text model).
@@ -107,9 +112,14 @@ def load(
     config = load_config(model, trust_remote_code)
     name = resolve(model)
     source: Any = uneven_class(config) if is_uneven(config) else auto_class(config)
+    divided = {"distributed_config": shard_config(config)} if shard else {}
     try:
         loaded, report = source.from_pretrained(
-            name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+            name,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **divided,
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -120,15 +130,17 @@ def load(
             f"model {str(model)!r}: weights lack {first!r}"
             + (f" and {len(rest)} more" * bool(rest))
         )
-    target = torch.device(device) if device is not None else default_device()
     set_class_(loaded)
-    model_on_device: PreTrainedModel = loaded.to(target).eval()
-    return model_on_device, load_processor(name, config, trust_remote_code)
+    if not shard:  # shards lie where they belong
+        loaded = loaded.to(torch.device(device) if device is not None else default_device())
+    return loaded.eval(), load_processor(name, config, trust_remote_code)
 
 
 def default_device() -> torch.device:
-    """The first GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """This process's GPU if there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank())
 
 
 def load_processor(name: str, config: PreTrainedConfig, trust_remote_code: bool = False) -> Any:

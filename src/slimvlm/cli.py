@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 import tyro
 
-from slimvlm.errors import SlimError
+from slimvlm.errors import ConfigError, SlimError
+from slimvlm.ranks import num_ranks
 from slimvlm.verbs import (
     benchmarking,
     converting,
@@ -45,6 +46,8 @@ VERBS: dict[str, Callable[..., None]] = {
     )
 }
 """Every verb of the command line."""
+TOGETHER = ("recover",)
+"""Verbs that several processes of ``torchrun`` do together."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -54,6 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("torchao", "torch.utils._pytree"):  # torchao complains of a machine without GPU
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
+        _require_one_process(sys.argv[1:] if arguments is None else arguments)
         tyro.extras.subcommand_cli_from_dict(
             VERBS,
             prog="slimvlm",
@@ -68,3 +72,10 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+
+
+def _require_one_process(arguments: list[str]) -> None:
+    """Most verbs write from one process; several would do the same work over each other."""
+    verb = next(iter(arguments), "")
+    if num_ranks() > 1 and verb in VERBS and verb not in TOGETHER:
+        raise ConfigError(f"{verb} runs in one process: torchrun is for {' and '.join(TOGETHER)}")

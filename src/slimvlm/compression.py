@@ -168,9 +168,10 @@ def _recovered(run: Run, plan: Plan, samples: list[Sample]) -> None:
     model, processor = load(run.path("pruned"), config.dtype)
     teacher = None
     if set(config.recover.loss_weights) != {"sft"}:
-        teacher, _ = load(run.model, config.dtype, trust_remote_code=config.trust_remote_code)
+        # what it shares with the model never goes to a GPU
+        teacher, _ = load(run.model, config.dtype, "cpu", config.trust_remote_code)
     fresh = samples[config.samples :] or samples
-    history = recover(model, teacher, fresh, config.recover, processor, run.path("training"))
+    history = recover(model, teacher, fresh, config.recover, processor, run.path("training"), plan)
     write_text(run.path("history.json"), json.dumps(asdict(history), indent=1) + "\n")
     _evaluated(run, "recovered", model, processor)
     save(model, processor, run.path("checkpoint"), plan, pad=config.pad)

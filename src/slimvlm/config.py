@@ -121,6 +121,8 @@ class RecoverConfig:
     """LoRA scale is alpha / rank."""
     lora_dropout: float = 0.05
     """Dropout before the LoRA matrices."""
+    lora_targets: str = ".*"
+    """Matrices of a decoder layer that get LoRA: a regular expression, such as self_attn.*"""
     keep_adapter: bool = False
     """Keep the LoRA matrices as an adapter beside the merged model."""
     temperature: float = 2.0
@@ -154,13 +156,17 @@ class RecoverConfig:
     logging_steps: int = 10
     """Steps between log lines."""
     report_to: str = "none"
-    """Trackers of the Trainer: wandb, tensorboard, trackio, none."""
+    """Where the Trainer logs to, comma-separated: wandb, tensorboard, trackio, ... or none."""
     seed: int = 0
     """Seed of the data order, the subset and LoRA's initial values."""
 
     def __post_init__(self) -> None:
         parse_loss(self.loss)
         _check_choices(self, _CHOICES)
+        try:
+            re.compile(self.lora_targets)
+        except re.error as error:
+            raise ConfigError(f"lora_targets {self.lora_targets!r}: {error}") from error
         for name, (is_legal, meaning) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not is_legal(value):

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from slimvlm.geometry import decoder_layers, family_of, final_norm, text_config_of
 from slimvlm.losses import IGNORE, Head
 from slimvlm.roles import role_masks
+from slimvlm.sharding import apply_head, is_sharded
 
 _CHUNK = 512
 
@@ -47,6 +48,8 @@ def hidden_states(
             stack.callback(handle.remove)
         if isinstance(runner, DistributedDataParallel):
             runner(**inputs, use_cache=False, logits_to_keep=1)
+        elif is_sharded(model):  # its own forward pass gathers the weights
+            model(**inputs, use_cache=False, logits_to_keep=1)
         else:  # the head would only be in the way
             model.base_model(**inputs, use_cache=False)
     return [caught[place] for place in range(len(modules))]
@@ -55,7 +58,8 @@ def hidden_states(
 def head_of(model: PreTrainedModel) -> Head:
     """The language-model head as a function, with the cap that Gemma 2 puts on logits."""
     family = family_of(model.config.model_type)
-    head = model.get_submodule(family.head)
+    module = model.get_submodule(family.head)
+    head: Head = partial(apply_head, module) if is_sharded(model) else module
     cap = getattr(text_config_of(model.config), "final_logit_softcapping", None)
     return (
         head

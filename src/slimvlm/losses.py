@@ -208,29 +208,6 @@ def chunked_divergence(
     return _reduced(part, mask, reduction, student_hidden, teacher_hidden.detach())
 
 
-def kl_top_k(
-    student_logits: Logits,
-    teacher_values: Float[Tensor, "B T K"],
-    teacher_indices: Int[Tensor, "B T K"],
-    mask: Mask | None = None,
-    temperature: float = 2.0,
-    reduction: Reduction = "token_mean",
-) -> Float[Tensor, ""]:
-    """`kl` with ``top_k``, from a teacher whose likeliest tokens were stored beforehand.
-
-    Args:
-        student_logits: The student's.
-        teacher_values: The teacher's largest logits at each position. Logarithms of probabilities
-            do as well, since both sides are renormalised.
-        teacher_indices: The tokens that these belong to.
-        mask: Positions that count; all if None.
-        temperature: As in `kl`.
-        reduction: As in `kl`.
-    """
-    part = partial(_stored_sum, temperature)
-    return _reduced(part, mask, reduction, student_logits, teacher_values.detach(), teacher_indices)
-
-
 def hidden_l2(
     student: Hidden,
     teacher: Hidden,
@@ -347,11 +324,6 @@ def _divergence_sum(
         teacher_logits, tokens = teacher_logits.topk(min(top_k, teacher_logits.shape[-1]))
         student_logits = student_logits.gather(-1, tokens)
     return _row_divergence(student_logits, teacher_logits, kind, temperature, beta).sum()
-
-
-def _stored_sum(temperature: float, student: Tensor, values: Tensor, indices: Tensor) -> Tensor:
-    picked = student.gather(-1, indices)
-    return _row_divergence(picked, values, "kl", temperature, 0.5).sum()
 
 
 def _row_divergence(

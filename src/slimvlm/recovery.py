@@ -26,7 +26,9 @@ from slimvlm.modes import computes_bfloat16, fast_attention, kept_use_cache, wit
 from slimvlm.offline_teacher import OfflineTeacher
 from slimvlm.outputs import write_text
 from slimvlm.plan import Plan
+from slimvlm.ranks import is_first_rank, num_ranks
 from slimvlm.samples import Sample
+from slimvlm.sharding import is_sharded
 from slimvlm.teacher import seeing_once, share_, why_not_shared
 from slimvlm.trainable import (
     keep_learning_in_float32_,
@@ -116,12 +118,7 @@ def recover(
         raise ConfigError("recover needs the model's processor or tokenizer")
     if set(config.loss_weights) == {"sft"}:
         teacher = None
-    elif teacher is None:
-        raise ConfigError(f"loss {config.loss!r} needs a teacher (--teacher)")
-    if config.keep_adapter:
-        require_adapter_holds_all(model)
-        if work is None:
-            raise ConfigError("keep_adapter True needs a work folder to write to")
+    _check(model, teacher, config, work)
     rest, held_out = hold_out(list(dataset), config.eval_fraction, config.seed)
     learnt = subset(rest, config.fraction, config.seed)
     offline = teacher if isinstance(teacher, OfflineTeacher) else None
@@ -136,7 +133,7 @@ def recover(
         folder = Path(work) if work is not None else Path(temporary)
         _require_same_request(folder, config, learnt)
         stack.enter_context(kept_use_cache(model))
-        resumable = work is not None
+        resumable = work is not None and not is_sharded(model)
         return _train(
             _Job(model, live, offline, plan, learnt, held_out, config, processor, folder, resumable)
         )
@@ -148,10 +145,11 @@ def _train(job: _Job) -> History:
     torch.manual_seed(config.seed)
     bf16 = computes_bfloat16(model.device) if config.bf16 is None else config.bf16
     arguments = _training_arguments(job, bf16)
-    model.to(arguments.device)  # type: ignore[arg-type]
-    dtype = model.dtype
+    sharded, dtype = is_sharded(model), model.dtype
+    if not sharded:
+        model.to(arguments.device)  # type: ignore[arg-type]
     trained = prepare_training(model, config)
-    if bf16:
+    if bf16 and not sharded:
         keep_learning_in_float32_(trained)
     num_trained = sum(p.numel() for p in trained.parameters() if p.requires_grad)
     with fast_attention(model, job.teacher, bf16), _ready(job, trained) as about_teacher:
@@ -198,6 +196,9 @@ def _ready(job: _Job, trained: Any) -> Iterator[str]:
     teacher.requires_grad_(False)
     teacher.eval()
     with ExitStack() as stack:
+        if is_sharded(job.model):
+            yield "separate, sharded"
+            return
         if job.plan is None or config.teacher_weights == "separate":
             line = "separate"
         else:
@@ -233,6 +234,52 @@ def _usable_plan(
     return None
 
 
+def _check(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | OfflineTeacher | None,
+    config: RecoverConfig,
+    work: str | Path | None,
+) -> None:
+    """Refuse options that do not work with this model, teacher or folder."""
+    if teacher is None and set(config.loss_weights) != {"sft"}:
+        raise ConfigError(f"loss {config.loss!r} needs a teacher (--teacher)")
+    if config.keep_adapter:
+        require_adapter_holds_all(model)
+    needs_folder = {
+        "keep_adapter": config.keep_adapter,
+        "load_best": config.load_best and num_ranks() > 1,  # all of them read it there
+    }
+    for name, needed in needs_folder.items():
+        if needed and work is None:
+            raise ConfigError(f"{name} True needs a work folder to write to")
+    _require_trackers(config.report_to)
+    if is_sharded(model):
+        _require_shardable(teacher, config)
+
+
+def _require_trackers(names: str) -> None:
+    from transformers import integrations
+
+    known = [*integrations.get_available_reporting_integrations(), "none"]
+    for name in names.split(","):
+        if name not in known:
+            raise ConfigError(f"report_to {name!r} is not installed. It can be: {', '.join(known)}")
+
+
+def _require_shardable(
+    teacher: PreTrainedModel | OfflineTeacher | None, config: RecoverConfig
+) -> None:
+    """Refuse what a model divided among processes cannot do."""
+    if isinstance(teacher, PreTrainedModel) and not is_sharded(teacher):
+        raise ConfigError("teacher: load it with shard, as the model was")
+    for name, value in (
+        *(("keep_adapter", True), ("load_best", True), ("student_projector_in_teacher", True)),
+        ("teacher_weights", "shared"),
+    ):
+        if getattr(config, name) == value:
+            raise ConfigError(f"{name} {value!r} is not possible with a sharded model")
+
+
 def _layer_pairs(job: _Job) -> list[tuple[int, int]]:
     if job.config.hidden_layers != "mapped" or job.plan is None:
         return []
@@ -250,8 +297,9 @@ def _require_same_request(folder: Path, config: RecoverConfig, samples: list[Sam
             f"training folder {str(folder)!r} belongs to a run with other options or data. Remove "
             "it, or give those options again"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(path, written)
+    if is_first_rank():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, written)
 
 
 def _last_complete_checkpoint(folder: Path) -> str | None:
@@ -290,7 +338,7 @@ def _training_arguments(job: _Job, bf16: bool) -> TrainingArguments:
         metric_for_best_model="eval_loss" if config.load_best else None,
         logging_steps=config.logging_steps,
         logging_nan_inf_filter=False,
-        report_to=config.report_to,
+        report_to=config.report_to.split(","),
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_pin_memory=device.type == "cuda",

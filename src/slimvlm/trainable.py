@@ -16,6 +16,7 @@ from slimvlm.config import RecoverConfig
 from slimvlm.errors import ConfigError
 from slimvlm.geometry import backbone_of, family_of
 from slimvlm.outputs import write_text
+from slimvlm.sharding import is_sharded, merge_sharded
 
 
 def prepare_training(model: PreTrainedModel, config: RecoverConfig) -> Any:
@@ -66,7 +67,15 @@ def merge(trained: Any, dtype: torch.dtype) -> PreTrainedModel:
         trained: From `prepare_training`.
         dtype: Data type that the model had before; what learned in float32 goes back to it.
     """
-    plain: PreTrainedModel = trained.merge_and_unload() if _is_peft(trained) else trained
+    plain: PreTrainedModel = trained
+    if _is_peft(trained):
+        plain = (
+            merge_sharded(trained)
+            if is_sharded(plain_model(trained))
+            else trained.merge_and_unload()
+        )
+    if is_sharded(plain):
+        return plain.requires_grad_(True)  # in the data type that it was read in
     for parameter in plain.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
@@ -120,11 +129,22 @@ def plain_model(trained: Any) -> PreTrainedModel:
     return model
 
 
-def lora_targets(model: PreTrainedModel) -> str:
-    """A regular expression that matches the backbone's matrices and nothing else."""
+def lora_targets(model: PreTrainedModel, wanted: str = ".*") -> str:
+    """A regular expression that matches matrices of the backbone and nothing else.
+
+    Args:
+        model: The model.
+        wanted: A regular expression of a matrix's whole name in its layer; by default all.
+
+    Raises:
+        ConfigError: If it matches none of them.
+    """
     family, row = family_of(model.config.model_type), backbone_of(model.config)
-    paths = "|".join(re.escape(p.path) for p in (*row.attention, *row.mlp))
-    return rf"{re.escape(family.backbone)}\.layers\.\d+\.({paths})"
+    names = [p.path for p in (*row.attention, *row.mlp)]
+    chosen = [name for name in names if re.fullmatch(wanted, name)]
+    if not chosen:
+        raise ConfigError(f"lora_targets {wanted!r} matches none of: {', '.join(names)}")
+    return rf"{re.escape(family.backbone)}\.layers\.\d+\.({'|'.join(map(re.escape, chosen))})"
 
 
 def _with_lora(model: PreTrainedModel, config: RecoverConfig) -> Any:
@@ -134,7 +154,7 @@ def _with_lora(model: PreTrainedModel, config: RecoverConfig) -> Any:
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=lora_targets(model),
+        target_modules=lora_targets(model, config.lora_targets),
     )
     return peft.get_peft_model(model, lora)
 

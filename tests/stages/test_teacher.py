@@ -303,7 +303,7 @@ def test_repaired_matrices_are_copied_and_named() -> None:
     history = recover(student, teacher, SAMPLES, config(max_steps=1), processor, plan=plan)
     assert "layers.0.mlp.down_proj' and 1 more" in history.teacher
     _, teacher, _, _ = models("llava", "width")
-    with pytest.raises(ConfigError, match=r"teacher 'shared' is not possible.*down_proj"):
+    with pytest.raises(ConfigError, match=r"teacher_weights 'shared' is not possible.*down_proj"):
         recover(student, teacher, SAMPLES, config(teacher_weights="shared"), processor, plan=plan)
 
 

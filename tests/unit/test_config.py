@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, get_args
 
 import jaxtyping
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slimvlm.config import LOSS_NAMES, RecoverConfig, Scheduler, parse_loss
+from slimvlm.config import LOSS_NAMES, PruneConfig, RecoverConfig, Scheduler, parse_loss
 from slimvlm.errors import ConfigError, SlimError
 from slimvlm.recipes import recipe_for
 
@@ -85,6 +86,7 @@ def test_terms_without_weight_share_one(names: list[str]) -> None:
         ("lora_rank", 0),
         ("lora_alpha", 0),
         ("lora_dropout", 1.5),
+        ("lora_targets", "self_attn.("),
         ("temperature", 0.0),
         ("temperature", -1.0),
         ("kd_on", "questions"),
@@ -114,6 +116,29 @@ def test_a_bad_recovery_option_is_named(
     assert str(refusal.value).startswith(field)
     assert str(value) in str(refusal.value)
     assert isinstance(refusal.value, SlimError)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("axis", "length"),
+        ("gradient", "mean"),
+        ("allocation", "fair"),
+        ("repair", "all"),
+        ("dtype", "int3"),
+        ("samples", 0),
+        ("steps", 0),
+        ("search_passes", 0),
+        ("units", ()),
+        ("units", ("layer",)),
+    ],
+)
+def test_a_bad_pruning_option_is_named(
+    field: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for a user
+    with pytest.raises(ConfigError, match=f"^{field} {re.escape(repr(value))} must be"):
+        PruneConfig(**{field: value})
 
 
 def test_an_adapter_is_only_kept_where_there_is_one() -> None:

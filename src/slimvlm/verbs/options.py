@@ -56,9 +56,9 @@ def check_model(model: str, options: LoadConfig) -> None:
 
 
 def load_model(
-    model: str, options: LoadConfig, device: str | None = None
+    model: str, options: LoadConfig, device: str | None = None, shard: bool = False
 ) -> tuple[PreTrainedModel, Any]:
     """A model and its processor, read as the options say."""
     from slimvlm.checkpoint import load
 
-    return load(model, options.dtype, device, options.trust_remote_code)
+    return load(model, options.dtype, device, options.trust_remote_code, shard)

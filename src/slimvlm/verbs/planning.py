@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from slimvlm.config import Axis, CalibrationConfig, Dtype, Unit
 from slimvlm.errors import ConfigError
 from slimvlm.verbs.options import INLINE, Model, check_model, load_model, read_samples
 from slimvlm.verbs.printing import note, print_json
+
+if TYPE_CHECKING:
+    from slimvlm.plan import Plan
 
 
 def score(
@@ -55,20 +59,62 @@ def score(
     note(f"{criterion} scores of {', '.join(row.units)} written to {stem}.json")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How small the model has to become."""
+
+    ratio: float | None = None
+    """Share of the backbone's parameters to remove."""
+    target_params: str | None = None
+    """Instead: parameters of the whole smaller model, such as 5B or 90M."""
+    target_memory: str | None = None
+    """Instead: memory of its weights, such as 8GiB, in --dtype (bfloat16 for auto)."""
+    dtype: Dtype = "auto"
+    """Data type that --target-memory is counted in."""
+
+    def params(self) -> int:
+        """Parameters of the whole smaller model; 0 if a ratio was given instead.
+
+        Raises:
+            ConfigError: Unless exactly one of the three is given.
+        """
+        from slimvlm.cost import params_for_memory, parse_bytes, parse_count
+
+        given = (self.ratio, self.target_params, self.target_memory)
+        if sum(value is not None for value in given) != 1:
+            raise ConfigError("plan needs exactly one of --ratio, --target-params, --target-memory")
+        if self.target_params is not None:
+            return parse_count(self.target_params)
+        if self.target_memory is not None:
+            counted_in = "bfloat16" if self.dtype == "auto" else self.dtype
+            return params_for_memory(parse_bytes(self.target_memory), counted_in)
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What may go."""
+
+    allocation: Literal["uniform", "protect", "global"] = "uniform"
+    """The same widths in every layer; first and last layers whole; or one ranking of the units of
+    all layers. The last two write files with code."""
+    units: tuple[Unit, ...] = ("kv_group", "neuron")
+    """What width may remove."""
+    kv_heads: int | None = None
+    """KV groups to keep in every layer; neurons give the rest."""
+    protect: tuple[int, int] = (0, 0)
+    """First and last layers to leave whole."""
+    round_to: int | None = None
+    """Multiple for the number of neurons; default 64, smaller for small models."""
+
+
 def plan(
     model: Model,
     out: Path,
-    ratio: float | None = None,
-    target_params: str | None = None,
-    target_memory: str | None = None,
+    budget: Annotated[Budget, INLINE] = Budget(),
     scores: tuple[Path, ...] = (),
     axis: Axis = "width",
-    allocation: Literal["uniform", "protect", "global"] = "uniform",
-    units: tuple[Unit, ...] = ("kv_group", "neuron"),
-    kv_heads: int | None = None,
-    protect: tuple[int, int] = (0, 0),
-    round_to: int | None = None,
-    dtype: Dtype = "auto",
+    choice: Annotated[Choice, INLINE] = Choice(),
     force: bool = False,
     json: bool = False,
 ) -> None:
@@ -77,19 +123,11 @@ def plan(
     Args:
         model: Folder, hub id, or demo.
         out: The plan, a JSON file that can be edited by hand.
-        ratio: Share of the backbone's parameters to remove.
-        target_params: Instead: parameters of the whole smaller model, such as 5B or 90M.
-        target_memory: Instead: memory of its weights, such as 8GiB, in --dtype (bfloat16 for auto).
+        budget: How small the model has to become.
         scores: Score files of the units to prune. Without any: spacing for layers; magnitude, which
             reads the weights, for widths.
         axis: Remove layers, KV groups and neurons, or both.
-        allocation: The same widths in every layer; first and last layers whole; or one ranking of
-            the units of all layers. The last two write files with code.
-        units: What width may remove.
-        kv_heads: KV groups to keep in every layer; neurons give the rest.
-        protect: First and last layers to leave whole.
-        round_to: Multiple for the number of neurons; default 64, smaller for small models.
-        dtype: Data type that --target-memory is counted in.
+        choice: What may go.
         force: Replace an existing file.
         json: Print JSON.
     """
@@ -102,23 +140,16 @@ def plan(
 
     require_free(out, force)
     shape = anatomy(model)
-    target = _target_params(ratio, target_params, target_memory, dtype)
-    wanted = ratio if ratio is not None else ratio_for_params(shape, target)
+    target, options = budget.params(), vars(choice)
     given = [Scores.load(path) for path in scores]
-    options: dict[str, Any] = {
-        "allocation": allocation,
-        "units": units,
-        "kv_heads": kv_heads,
-        "protect": protect,
-        "round_to": round_to,
-    }
     if not given:
         criterion = "spacing" if axis == "depth" else "magnitude"
+        wanted = budget.ratio if budget.ratio is not None else ratio_for_params(shape, target)
         rehearse(shape, [criterion], wanted, axis, **options)
         note(f"no --scores: using {criterion}")
         given = [score_model(load(model)[0], (), criterion)]
-    if ratio is not None:
-        made = make_plan(shape, given, ratio, axis, **options)
+    if budget.ratio is not None:
+        made = make_plan(shape, given, budget.ratio, axis, **options)
     else:
         made = make_plan_for_params(shape, given, target, axis, **options)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +160,7 @@ def plan(
         print(made.summary())
 
 
-def _plan_json(made: Any) -> dict[str, Any]:
+def _plan_json(made: Plan) -> dict[str, Any]:
     return {
         "ratio": made.ratio,
         "asked_ratio": made.asked_ratio,
@@ -137,20 +168,3 @@ def _plan_json(made: Any) -> dict[str, Any]:
         "total_params": made.after.total_params,
         "summary": made.summary(),
     }
-
-
-def _target_params(
-    ratio: float | None, target_params: str | None, target_memory: str | None, dtype: str
-) -> int:
-    """Parameters of the whole smaller model; 0 if a ratio was given instead."""
-    from slimvlm.cost import params_for_memory, parse_bytes, parse_count
-
-    given = [value for value in (ratio, target_params, target_memory) if value is not None]
-    if len(given) != 1:
-        raise ConfigError("plan needs exactly one of --ratio, --target-params, --target-memory")
-    if target_params is not None:
-        return parse_count(target_params)
-    if target_memory is not None:
-        counted_in = "bfloat16" if dtype == "auto" else dtype
-        return params_for_memory(parse_bytes(target_memory), counted_in)
-    return 0

@@ -6,6 +6,8 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from slimvlm.ranks import is_first_rank
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -19,8 +21,9 @@ def console() -> Console:
 
 
 def note(line: str) -> None:
-    """Say something that is not the result."""
-    print(line, file=sys.stderr)
+    """Say something that is not the result; of several processes the first one says it."""
+    if is_first_rank():
+        print(line, file=sys.stderr)
 
 
 def print_json(values: Any) -> None:

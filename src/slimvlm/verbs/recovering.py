@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from slimvlm.config import RecoverConfig
+from slimvlm.config import LoadConfig, RecoverConfig
 from slimvlm.errors import ConfigError
+from slimvlm.ranks import is_first_rank, num_ranks
 from slimvlm.verbs.options import INLINE, Model, TrainingData, check_model, load_model, read_samples
 from slimvlm.verbs.printing import note
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from slimvlm.offline_teacher import OfflineTeacher
+    from slimvlm.plan import Plan
+    from slimvlm.recovery import History
 
 
 def recover(
@@ -23,11 +28,13 @@ def recover(
     out: Path,
     teacher: str | None = None,
     training: Annotated[RecoverConfig, INLINE] = RecoverConfig(),
+    shard: bool = False,
     force: bool = False,
 ) -> None:
     """Train a pruned checkpoint back towards the original model.
 
-    Stopped runs go on where they were when the same command is given again.
+    Stopped runs go on where they were when the same command is given again. With torchrun, several
+    processes share the batches.
 
     Args:
         model: The pruned checkpoint.
@@ -36,12 +43,13 @@ def recover(
         teacher: The original model, or a folder that cache-teacher wrote; not needed for --loss
             sft.
         training: How to train.
+        shard: Divide the weights of model and teacher among the processes of torchrun (FSDP2); such
+            a run cannot go on after a stop.
         force: Replace an existing folder.
     """
-    from slimvlm.checkpoint import PLAN_FILE, resolve, save
-    from slimvlm.outputs import require_free, write_text
+    from slimvlm.checkpoint import PLAN_FILE, resolve
+    from slimvlm.outputs import require_free
     from slimvlm.plan import Plan
-    from slimvlm.recovery import ADAPTER_FOLDER
     from slimvlm.recovery import recover as train
 
     require_free(out, force)
@@ -49,26 +57,67 @@ def recover(
         teacher = None
     elif teacher is None:
         raise ConfigError(f"loss {training.loss!r} needs --teacher")
+    if shard and num_ranks() < 2:
+        raise ConfigError("--shard needs several processes: start slimvlm with torchrun")
     check_model(model, source)
-    answers = _written_answers(teacher)
-    if teacher is not None and answers is None:
-        check_model(teacher, source)
+    said = _written_answers(teacher)
+    original = teacher if said is None else None
+    if original is not None:
+        check_model(original, source)
     chosen = read_samples(source)
-    student, processor = load_model(model, source)
-    original = None
-    if teacher is not None and answers is None:
-        original, _ = load_model(teacher, source, "cpu")  # what it shares never goes to a GPU
+    student, processor = _for_training(model, source, shard)
+    teaching = said if original is None else _for_training(original, source, shard, "cpu")[0]
     plan_file = Path(resolve(model)) / PLAN_FILE
     plan = Plan.load(plan_file) if plan_file.exists() else None
     work = out.with_name(f".{out.name}.training")
-    history = train(student, original or answers, chosen, training, processor, work, plan)
-    save(student, processor, out, plan, force)
-    write_text(out / "slimvlm_history.json", json.dumps(asdict(history), indent=1) + "\n")
-    if training.keep_adapter:
-        shutil.move(work / ADAPTER_FOLDER, out / ADAPTER_FOLDER)
-    shutil.rmtree(work, ignore_errors=True)
+    history = train(student, teaching, chosen, training, processor, work, plan)
+    if shard:
+        student = _gathered(student, model, source)
+    if is_first_rank():
+        _write(out, student, processor, plan, history, work, force)
     note(f"teacher: {history.teacher}")
     note(f"trained on {history.num_samples} samples; checkpoint in {out}")
+
+
+def _for_training(
+    model: str, source: LoadConfig, shard: bool, device: str | None = None
+) -> tuple[PreTrainedModel, Any]:
+    """Shards learn in float32. What a whole teacher shares with its student never goes to a GPU."""
+    if shard:
+        return load_model(model, replace(source, dtype="float32"), shard=True)
+    return load_model(model, source, device)
+
+
+def _gathered(sharded: PreTrainedModel, model: str, source: LoadConfig) -> PreTrainedModel:
+    """A sharded model as a whole one in its file's data type, in the first process."""
+    from slimvlm.sharding import fill_, gathered_weights
+
+    weights = gathered_weights(sharded)
+    if not is_first_rank():
+        return sharded
+    whole, _ = load_model(model, source, "cpu")
+    fill_(whole, weights)
+    return whole
+
+
+def _write(
+    out: Path,
+    model: PreTrainedModel,
+    processor: Any,
+    plan: Plan | None,
+    history: History,
+    work: Path,
+    force: bool,
+) -> None:
+    from slimvlm.checkpoint import save
+    from slimvlm.outputs import write_text
+    from slimvlm.recovery import ADAPTER_FOLDER
+
+    save(model, processor, out, plan, force)
+    write_text(out / "slimvlm_history.json", json.dumps(asdict(history), indent=1) + "\n")
+    if (work / ADAPTER_FOLDER).exists():
+        shutil.move(work / ADAPTER_FOLDER, out / ADAPTER_FOLDER)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def _written_answers(teacher: str | None) -> OfflineTeacher | None:

@@ -1,0 +1,108 @@
+"""Several processes train one model, and come to what one process comes to."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from slimvlm import cli
+from slimvlm.checkpoint import load
+from slimvlm.errors import ConfigError
+from slimvlm.sharding import is_sharded, shard_config
+from tests import tiny_folder as folders
+from tests.tolerances import Tolerance, assert_close
+
+ROOT = Path(__file__).parents[2]
+AFTER_ADAM = Tolerance(torch.float32, 1e-4, 1e-3)
+"""Weights after AdamW, whose first steps turn rounding of tiny gradients into real moves."""
+OPTIONS = (
+    *("--loss", "sft+hidden+kl", "--kd-on", "text", "--max-steps", "2", "--logging-steps", "1"),
+    *("--lora-rank", "4", "--lora-alpha", "8", "--lora-dropout", "0", "--learning-rate", "5e-3"),
+    *("--bf16", "False"),
+)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data and a pruned model."""
+    home = tmp_path_factory.mktemp("ranks")
+    folders.write_llava_data(home / "data", count=8)
+    pruned = str(home / "pruned")
+    asked = ["--ratio", "0.3", "--criterion", "magnitude", "--out", pruned]
+    cli.main(["prune", str(folders.folder("llava")), *asked])
+    return home
+
+
+def command(home: Path, out: str, *options: str) -> list[str]:
+    data = str(home / "data" / "data.json")
+    given = ["--teacher", str(folders.folder("llava")), "--data", data, "--out", str(home / out)]
+    return ["recover", str(home / "pruned"), *given, *OPTIONS, *options]
+
+
+def torchrun(arguments: list[str], count: int = 2) -> subprocess.CompletedProcess[str]:
+    """The command line in several processes on this machine's CPU."""
+    start = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    many = [*start, "--nproc-per-node", str(count), "-m", "slimvlm"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    return subprocess.run(
+        [*many, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def written(home: Path, out: str) -> dict[str, Tensor]:
+    return load_file(home / out / "model.safetensors")
+
+
+def history(home: Path, out: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((home / out / "slimvlm_history.json").read_text())
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [(), ("--shard",), ("--shard", "--train", "full"), ("--shard", "--train", "projector")],
+    ids=" ".join,
+)
+def test_two_processes_are_one_with_twice_the_batch(options: tuple[str, ...], home: Path) -> None:
+    """On the same samples, with whole models (DDP) and with divided ones (FSDP2)."""
+    name = "-".join(("two", *options)).replace("--", "")
+    done = torchrun(command(home, name, "--batch-size", "2", *options))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("trained on 8 samples") == 1, "one process alone talks"
+    alone = [option for option in options if option != "--shard"]
+    cli.main(command(home, f"{name}-alone", "--batch-size", "4", *alone))
+    found, expected = written(home, name), written(home, f"{name}-alone")
+    assert list(found) == list(expected)
+    before = written(home, "pruned")
+    for key, value in expected.items():
+        assert_close(found[key], value, AFTER_ADAM)
+    assert any(float((found[key] - before[key]).abs().max()) > 1e-3 for key in found)
+    ours, theirs = history(home, name), history(home, f"{name}-alone")
+    assert ours["sample_ids"] == theirs["sample_ids"]
+    for row, other in zip(ours["steps"], theirs["steps"], strict=True):
+        for key in ("loss_sft", "loss_hidden", "loss_kl"):
+            assert row[key] == pytest.approx(other[key], rel=1e-4), key
+    assert ("sharded" in ours["teacher"]) == ("--shard" in options)
+    assert not [path for path in home.iterdir() if path.name.startswith(".")]
+
+
+def test_one_process_cannot_shard(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(command(home, "never", "--shard"))
+    assert "torchrun" in capsys.readouterr().err
+    assert not (home / "never").exists()
+    model, _ = load(home / "pruned")
+    assert not is_sharded(model)
+    with pytest.raises(ConfigError, match="torchrun"):
+        shard_config(model.config)
