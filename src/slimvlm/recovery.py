@@ -258,9 +258,9 @@ def _check(
 
 
 def _require_trackers(names: str) -> None:
-    from transformers import integrations
+    from transformers.integrations import integration_utils
 
-    known = [*integrations.get_available_reporting_integrations(), "none"]
+    known = [*integration_utils.get_available_reporting_integrations(), "none"]
     for name in names.split(","):
         if name not in known:
             raise ConfigError(f"report_to {name!r} is not installed. It can be: {', '.join(known)}")

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import TrainerCallback, TrainerState, integrations
+from transformers import TrainerCallback, TrainerState
+from transformers.integrations import integration_utils
 
 from slimvlm import chat, losses, recovery, trainable
 from slimvlm.checkpoint import load
@@ -451,9 +452,11 @@ def test_every_loss_reaches_the_tracker(monkeypatch: pytest.MonkeyPatch) -> None
 
     with pytest.raises(ConfigError, match=r"report_to 'no-tracker' is not installed.*none"):
         trained(report_to="no-tracker")
-    known = integrations.integration_utils.INTEGRATION_TO_CALLBACK
+    known = integration_utils.INTEGRATION_TO_CALLBACK
     monkeypatch.setitem(known, "wandb", Tracker)
-    monkeypatch.setattr(integrations, "get_available_reporting_integrations", lambda: ["wandb"])
+    monkeypatch.setattr(
+        integration_utils, "get_available_reporting_integrations", lambda: ["wandb"]
+    )
     trained(report_to="wandb", loss="sft+cosine", max_steps=2)
     rows = [row for row in seen if "loss" in row]
     assert len(rows) == 2
