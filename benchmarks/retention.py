@@ -44,6 +44,49 @@ RECIPES: dict[str, dict[str, Any]] = {
         "gradient": "batch",
         "allocation": "protect",
     },
+    "depth, kl_greedy": {"axis": "depth", "criterion": ("kl_greedy",)},
+    "depth, block influence, repair": {
+        "axis": "depth",
+        "criterion": ("block_influence",),
+        "repair": "auto",
+    },
+    "depth, kl_greedy, repair": {"axis": "depth", "criterion": ("kl_greedy",), "repair": "auto"},
+    "width, taylor, uniform": {"axis": "width", "criterion": ("taylor",), "allocation": "uniform"},
+    "width, gate, balanced": {"axis": "width", "criterion": ("gate",)},
+    "width, activation, balanced": {"axis": "width", "criterion": ("activation",)},
+    "width, obs, balanced": {"axis": "width", "criterion": ("obs",)},
+    "width, gate, balanced, repair": {"axis": "width", "criterion": ("gate",), "repair": "auto"},
+    "width, obs, uniform, repair": {
+        "axis": "width",
+        "criterion": ("obs",),
+        "allocation": "uniform",
+        "repair": "auto",
+    },
+    "width, obs, balanced, repair": {"axis": "width", "criterion": ("obs",), "repair": "auto"},
+    "width, obs, global, repair": {
+        "axis": "width",
+        "criterion": ("obs",),
+        "allocation": "global",
+        "repair": "auto",
+    },
+    "width, obs, search, repair": {
+        "axis": "width",
+        "criterion": ("obs",),
+        "allocation": "search",
+        "repair": "auto",
+    },
+    "width, obs, balanced, repair, image 0.1": {
+        "axis": "width",
+        "criterion": ("obs",),
+        "repair": "auto",
+        "token_weights": "image=0.1",
+    },
+    "width, obs, balanced, repair, answer 3": {
+        "axis": "width",
+        "criterion": ("obs",),
+        "repair": "auto",
+        "token_weights": "image=0.1,prompt=0.3,answer=1",
+    },
 }
 TASKS = "name,object_letter,presence,locate,relation,read_digits,list_objects,text_odd,text_ppl"
 POOL = 4000
@@ -65,12 +108,12 @@ class TextCalibration(Calibration):
 
     @property
     def fitted(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """Three of every four passages."""
+        """All but every fourth passage."""
         return [encode(self.processor, s) for i, s in enumerate(self._shown, 1) if i % 4]
 
     @property
     def held_out(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The others."""
+        """Every fourth passage."""
         return [encode(self.processor, s) for s in self._shown[3::4]]
 
 
