@@ -37,57 +37,36 @@ from slimvlm.summary import as_markdown
 
 BASELINES = ("ShortGPT", "LLM-Pruner")
 RECIPES: dict[str, dict[str, Any]] = {
-    "ShortGPT": {"axis": "depth", "criterion": ("block_influence",)},
+    "ShortGPT": {"axis": "depth", "criterion": ("block_influence",), "repair": "none"},
     "LLM-Pruner": {
         "axis": "width",
         "criterion": ("taylor",),
         "gradient": "batch",
         "allocation": "protect",
+        "repair": "none",
     },
-    "depth, kl_greedy": {"axis": "depth", "criterion": ("kl_greedy",)},
-    "depth, block influence, repair": {
-        "axis": "depth",
-        "criterion": ("block_influence",),
-        "repair": "auto",
-    },
-    "depth, kl_greedy, repair": {"axis": "depth", "criterion": ("kl_greedy",), "repair": "auto"},
-    "width, taylor, uniform": {"axis": "width", "criterion": ("taylor",), "allocation": "uniform"},
-    "width, gate, balanced": {"axis": "width", "criterion": ("gate",)},
-    "width, activation, balanced": {"axis": "width", "criterion": ("activation",)},
-    "width, obs, balanced": {"axis": "width", "criterion": ("obs",)},
-    "width, gate, balanced, repair": {"axis": "width", "criterion": ("gate",), "repair": "auto"},
-    "width, obs, uniform, repair": {
-        "axis": "width",
-        "criterion": ("obs",),
-        "allocation": "uniform",
-        "repair": "auto",
-    },
-    "width, obs, balanced, repair": {"axis": "width", "criterion": ("obs",), "repair": "auto"},
-    "width, obs, global, repair": {
-        "axis": "width",
-        "criterion": ("obs",),
-        "allocation": "global",
-        "repair": "auto",
-    },
-    "width, obs, search, repair": {
-        "axis": "width",
-        "criterion": ("obs",),
-        "allocation": "search",
-        "repair": "auto",
-    },
-    "width, obs, balanced, repair, image 0.1": {
-        "axis": "width",
-        "criterion": ("obs",),
-        "repair": "auto",
-        "token_weights": "image=0.1",
-    },
-    "width, obs, balanced, repair, answer 3": {
-        "axis": "width",
-        "criterion": ("obs",),
-        "repair": "auto",
-        "token_weights": "image=0.1,prompt=0.3,answer=1",
-    },
+    "depth, repaired": {"axis": "depth", "criterion": ("block_influence",), "repair": "auto"},
+    "width": {"axis": "width", "criterion": ("obs",), "repair": "auto"},
 }
+"""The baselines and what `slimvlm compress` does along each axis; options that are not named have
+their defaults."""
+MAIN = list(RECIPES)
+_CHANGES: dict[str, dict[str, Any]] = {
+    "no repair": {"repair": "none"},
+    "no repair, activation": {"repair": "none", "criterion": ("activation",)},
+    "no repair, taylor": {"repair": "none", "criterion": ("taylor",)},
+    "activation": {"criterion": ("activation",)},
+    "gate": {"criterion": ("gate",)},
+    "wanda": {"criterion": ("wanda",)},
+    "flap": {"criterion": ("flap",)},
+    "uniform": {"allocation": "uniform"},
+    "global": {"allocation": "global"},
+    "search": {"allocation": "search", "search_passes": 60},
+    "image 0.1": {"token_weights": "image=0.1"},
+    "image 0": {"token_weights": "image=0"},
+    "answer 3": {"token_weights": "image=0.3,prompt=0.3,answer=1"},
+}
+RECIPES |= {f"width, {name}": {**RECIPES["width"], **new} for name, new in _CHANGES.items()}
 TASKS = "name,object_letter,presence,locate,relation,read_digits,list_objects,text_odd,text_ppl"
 POOL = 4000
 """Demo conversations that calibration seeds choose from."""
@@ -183,11 +162,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=("demo", "text"), default="demo")
-    parser.add_argument("--limit", type=int, default=20)
-    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--limit", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.15, 0.3, 0.45, 0.6])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
+    parser.add_argument("--recipes", nargs="+", default=MAIN, choices=RECIPES)
     parser.add_argument("--out", type=Path, default=Path("runs/retention"))
     options = parser.parse_args()
     dtype = "bfloat16" if computes_bfloat16(default_device()) else "float32"
