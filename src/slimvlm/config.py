@@ -295,6 +295,9 @@ class PruneConfig(CalibrationConfig):
 class CompressConfig(PruneConfig):
     """Everything a run depends on; written into the run folder and compared when it goes on."""
 
+    repair: Repair = "auto"
+    """Fit the remaining weights in closed form: widths, seams of removed layers, both, or auto,
+    which keeps what helps on held-out answers and does nothing without data."""
     training_samples: int | None = None
     """Use only so many further samples of the data for recovery."""
     recover: RecoverConfig | None = None

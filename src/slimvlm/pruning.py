@@ -133,8 +133,8 @@ def check_options(config: PruneConfig) -> None:
         if not data_bound:
             raise ConfigError(f"token_weights {config.token_weights!r}: no criterion reads data")
     if config.data is None:
-        for name, free in (("repair", "none"), ("steps", 1)):
-            if getattr(config, name) != free:
+        for name, free in (("repair", ("none", "auto")), ("steps", (1,))):
+            if getattr(config, name) not in free:
                 raise ConfigError(f"{name} {getattr(config, name)!r} needs --data")
         if config.allocation == "search":
             raise ConfigError("allocation 'search' needs --data")
@@ -220,8 +220,8 @@ def choose_plan(
 def cut_(
     config: PruneConfig, model: PreTrainedModel, plan: Plan, calibration: Calibration
 ) -> RepairReport | None:
-    """Prune a model in place, with the repair that the request asks for."""
-    if config.repair == "none":
+    """Prune a model in place, with the repair that the request asks for; none without data."""
+    if config.repair == "none" or config.data is None:
         prune_(model, plan)
         return None
     return prune_and_repair_(
