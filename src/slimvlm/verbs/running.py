@@ -46,7 +46,7 @@ class Training:
 def compress(
     model: Model,
     out: Path,
-    pruning: Annotated[PruneConfig, INLINE] = PruneConfig(),
+    pruning: Annotated[PruneConfig, INLINE] = PruneConfig(repair="auto"),
     training_samples: int | None = None,
     training: Annotated[Training, INLINE] = Training(),
     tasks: str | None = None,
