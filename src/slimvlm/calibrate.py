@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -10,8 +11,9 @@ from transformers import PreTrainedModel
 
 from slimvlm.capture import CAPTURES, Batch
 from slimvlm.chat import encode_samples
+from slimvlm.cost import BYTES
 from slimvlm.errors import ConfigError, DataError
-from slimvlm.geometry import read_anatomy
+from slimvlm.geometry import Anatomy, read_anatomy
 from slimvlm.progress import progress
 from slimvlm.roles import ROLES
 from slimvlm.samples import Sample
@@ -20,10 +22,13 @@ from slimvlm.values import Scores, Statistics
 
 DEFAULT_CRITERIA: dict[str, tuple[str, ...]] = {
     "depth": ("block_influence",),
-    "width": ("activation",),
-    "both": ("block_influence", "activation"),
+    "width": ("obs",),
+    "both": ("block_influence", "obs"),
 }
-"""Chosen by measurement; see "Criteria for width" in ``docs/results.md``."""
+"""Chosen by measurement; see "What stays without training" in ``docs/results.md``."""
+
+GRAM_BYTES = 2 * 2**30
+"""Gram matrices that `score` holds at a time."""
 
 
 def collect(
@@ -57,12 +62,7 @@ def collect(
     if token_weights is not None:
         check_token_weights(criterion, token_weights)
         given["token_weights"] = token_weights
-    was_training = model.training
-    model.eval()
-    try:
-        return CAPTURES[row.capture](model, batches, **row.fixed, **given)
-    finally:
-        model.train(was_training)
+    return _captured(model, batches, row.capture, **row.fixed, **given)
 
 
 def score(
@@ -75,13 +75,65 @@ def score(
     """Score the units that a criterion is about; higher means keep.
 
     Arguments and errors as in `collect`. See ``slimvlm.scores.CRITERIA`` for the criteria and
-    their options.
+    their options. A criterion that needs Gram matrices reads the batches several times if those of
+    all layers take more than 2 GiB (``GRAM_BYTES``), for so many layers at a time.
 
     Returns:
         Float32 scores on the CPU.
     """
+    if criterion_named(criterion, options).capture == "grams":
+        return _scored_in_parts(model, batches, criterion, token_weights, **options)
     statistics = collect(model, batches, criterion, token_weights, **options)
     return scores_from(statistics, model, criterion, token_weights, **options)
+
+
+def _scored_in_parts(
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    criterion: str,
+    token_weights: Mapping[str, float] | None,
+    **options: Any,
+) -> Scores:
+    """Scores by a criterion that looks at each layer's Gram matrices alone, part by part."""
+    if token_weights is not None:
+        check_token_weights(criterion, token_weights)
+    parts = _layers_with_grams_of(read_anatomy(model), GRAM_BYTES)
+    given = batches if len(parts) == 1 else list(batches)
+    found = []
+    for layers in parts:
+        statistics = _captured(model, given, "grams", token_weights=token_weights, layers=layers)
+        found.append(scores_from(statistics, model, criterion, token_weights, **options))
+    return replace(
+        found[0],
+        kv_group=[row for scores in found for row in scores.kv_group or ()],
+        neuron=[row for scores in found for row in scores.neuron or ()],
+    )
+
+
+def _layers_with_grams_of(anatomy: Anatomy, limit: int) -> list[list[int]]:
+    """Runs of layers whose Gram matrices take at most so many bytes, one layer at least."""
+    parts: list[list[int]] = []
+    room = 0
+    for index, shape in enumerate(anatomy.layers):
+        channels = (shape.num_heads * shape.head_dim, shape.intermediate_size)
+        size = sum(count**2 for count in channels) * BYTES["float32"]
+        if not parts or size > room:
+            parts.append([])
+            room = limit
+        parts[-1].append(index)
+        room -= size
+    return parts
+
+
+def _captured(
+    model: PreTrainedModel, batches: Iterable[Batch], capture: str, **options: Any
+) -> Statistics:
+    was_training = model.training
+    model.eval()
+    try:
+        return CAPTURES[capture](model, batches, **options)
+    finally:
+        model.train(was_training)
 
 
 def scores_from(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from slimvlm import calibrate
 from slimvlm.calibrate import collect, score
 from slimvlm.geometry import decoder_layers, read_anatomy
 from slimvlm.scores.obs import removal_order
@@ -142,3 +143,17 @@ def test_keeping_the_best_scores_is_stopping_early() -> None:
             )
             assert values.argsort().tolist() == order.tolist()
             assert float(values.max()) == pytest.approx(float(costs.max()), rel=1e-5)
+
+
+def test_parts_of_the_layers_score_as_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.build("llava-qwen2")
+    batches = [tiny.batch(model, seed=seed) for seed in range(2)]
+    whole = score(model, iter(batches), "obs")
+    passes = []
+    decoder_layers(model)[0].register_forward_pre_hook(lambda *call: passes.append(1))
+    monkeypatch.setattr(calibrate, "GRAM_BYTES", 1)
+    parts = score(model, iter(batches), "obs")
+    assert len(passes) == len(batches) * read_anatomy(model).num_layers
+    for unit in ("kv_group", "neuron"):
+        for expected, found in zip(whole.of(unit), parts.of(unit), strict=True):
+            assert torch.equal(expected, found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,10 @@ from slimvlm.values import Statistics
 
 @torch.no_grad()
 def capture_grams(
-    model: nn.Module, batches: Iterable[Batch], token_weights: TokenWeights | None = None
+    model: nn.Module,
+    batches: Iterable[Batch],
+    token_weights: TokenWeights | None = None,
+    layers: Collection[int] | None = None,
 ) -> Statistics:
     """Gram matrices of what enters ``o_proj`` and ``down_proj``: all that a refit needs.
 
@@ -30,13 +33,15 @@ def capture_grams(
 
     Memory: ``sum C²`` float32 numbers over all these matrices, on the model's device, whatever the
     amount of data (11,008 neurons: 485 MB a layer). Sums are float32, or float64 for a model in
-    float64. No activation outlives its hook.
+    float64. No activation outlives its hook. With ``layers``, only these layers' matrices.
     """
     sums: dict[str, Tensor] = {}
     seen = BackbonePass()
 
     def on_consumer(index: int, projection: Projection, x: Tensor) -> None:
         name = f"{index}.{projection.path}"
+        if f"{name}.gram" not in sums:
+            return
         values = x.to(_sum_dtype(x)).flatten(0, -2)
         weighted = values * seen.row_weights(x)
         sums[f"{name}.gram"].addmm_(weighted.mT, values)
@@ -44,6 +49,8 @@ def capture_grams(
         require_finite(sums[f"{name}.sum"], f"the input of layer {index} {projection.path}")
 
     for index, projection, linear in consumers(model):
+        if layers is not None and index not in layers:
+            continue
         zero = linear.weight.new_zeros((), dtype=_sum_dtype(linear.weight))
         channels, name = linear.in_features, f"{index}.{projection.path}"
         sums[f"{name}.gram"] = zero.new_zeros(channels, channels)

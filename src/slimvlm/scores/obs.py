@@ -34,7 +34,7 @@ def score_obs(statistics: Statistics, anatomy: Anatomy, group: int | None = None
     highest scores is stopping the greedy removal early, whatever their number.
 
     Args:
-        statistics: From the ``grams`` capture.
+        statistics: From the ``grams`` capture. Of some layers only, it gives their scores.
         anatomy: The model's.
         group: Units that may go between two refits of a whole layer, as in `removal_order`.
             Default: 1/32 of the layer's width, at least 1.
@@ -49,6 +49,8 @@ def score_obs(statistics: Statistics, anatomy: Anatomy, group: int | None = None
     weight = float(statistics.tensors["weight"])
     for index, shape, projection in consumers(anatomy):
         name = f"{index}.{projection.path}"
+        if f"{name}.gram" not in statistics.tensors:
+            continue
         _, _, units, _ = next(segments(projection, shape))
         order, costs = removal_order(
             statistics.tensors[f"{name}.weight"],
