@@ -24,6 +24,7 @@ from slimvlm.geometry import Anatomy
 from slimvlm.plan import Plan
 from slimvlm.samples import Question
 from tests import tiny_folder as folders
+from tests.unit.test_outputs import HOLDS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
@@ -251,12 +252,40 @@ def test_a_broken_row_may_be_skipped(run: Run, home: Path, llava: Path, data: Pa
     assert "skipped: sample 'lost'" in result.err
 
 
+def test_verify_names_the_damage(run: Run, home: Path, llava: Path, data: Path) -> None:
+    assert run("prune", llava, "--out", "out", "--ratio", "0.3", "--data", data).code == 0
+    assert "files are as they were written" in run("verify", "out").out
+    weights = home / "out" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    (home / "out" / "config.json").unlink()
+    result = run("verify", "out", "--json")
+    assert result.code == 2
+    told = "slimvlm: checkpoint 'out' is not what was written. missing: config.json; changed: model"
+    assert result.err.startswith(told)
+    assert json.loads(result.out)["changed"] == ["model.safetensors"]
+
+
+def test_two_runs_cannot_share_an_output(run: Run, home: Path, llava: Path, data: Path) -> None:
+    command = [sys.executable, "-c", HOLDS, str(home / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        for verb in ("prune", "recover", "compress"):
+            filled = {"MODEL": llava, "DATA": data}
+            result = run(*(filled.get(argument, argument) for argument in WITH_MODEL[verb]))
+            assert result.code == 2
+            assert re.search(rf"'out' is in use by another run \(pid {other.pid} on", result.err)
+        other.kill()
+
+
 # Help.
 
 VERBS = sorted(cli.VERBS)
 
 
-POSITIONAL = {"model", "question", "what", "a", "b"}
+POSITIONAL = {"model", "folder", "question", "what", "a", "b"}
 
 
 def groups_of(verb: str) -> dict[str, Any]:

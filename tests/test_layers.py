@@ -14,7 +14,10 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "src" / "slimvlm"
 ROWS: dict[str, tuple[str, ...]] = {
-    "words": ("errors", "config", "families", "samples", "recipes", "progress", "ranks", "html"),
+    "words": (
+        *("errors", "config", "families", "samples", "recipes", "progress", "ranks", "html"),
+        "outputs",
+    ),
     "maths": (
         "geometry",
         "units",
@@ -32,7 +35,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "hands": (
         *("configs", "capture", "surgery", "uneven", "modeling_pruned", "checkpoint"),
         *("trainable", "hidden", "teacher", "modes", "sharding"),
-        *("data", "chat", "tasks", "outputs", "answers"),
+        *("data", "chat", "tasks", "images", "answers", "manifest"),
         *("timing", "memory"),
     ),
     "stages": (

@@ -57,6 +57,7 @@ _HOME = {
     "save": "checkpoint",
     "score": "calibrate",
     "search_plan": "search",
+    "verify": "manifest",
 }
 
 __all__ = sorted([*_HOME, "inspect"])

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 from torch import nn
 
+from slimvlm.outputs import explained
 from slimvlm.samples import Question, Task
 
 _SAMPLED = 64
@@ -69,12 +70,12 @@ class AnswerLog:
             self.replies[question.id] = reply
         if self._path is None:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         rows = [
             {"id": q.id, "prompt": q.prompt, "answers": q.answers, "reply": reply}
             for q, reply in zip(questions, replies, strict=True)
         ]
-        with self._path.open("a") as log:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with explained(self._path), self._path.open("a") as log:
             if self._cut_short:
                 log.write("\n")
                 self._cut_short = False

@@ -11,7 +11,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count, takewhile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from slimvlm.errors import DataError
+from slimvlm.images import open_image
 from slimvlm.losses import IGNORE
 from slimvlm.samples import Message, Question, Sample
 
@@ -35,21 +35,6 @@ def tokenizer_of(processor: Any) -> Any:
 def can_see(processor: Any) -> bool:
     """Whether the processor takes pictures."""
     return getattr(processor, "image_processor", None) is not None
-
-
-def open_image(image: Image.Image | Path) -> Image.Image:
-    """Load a picture as RGB.
-
-    Raises:
-        DataError: If it cannot be read.
-    """
-    try:
-        if not isinstance(image, Path):
-            return image.convert("RGB")
-        with Image.open(image) as opened:
-            return opened.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"image {str(image)!r}: cannot be read ({error})") from error
 
 
 def question_messages(question: Question) -> list[Message]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from slimvlm.configs import (
 )
 from slimvlm.errors import ConfigError, ReloadError
 from slimvlm.geometry import Anatomy, backbone_of, family_of, read_anatomy
+from slimvlm.manifest import write_manifest
 from slimvlm.outputs import new_folder
 from slimvlm.plan import Plan
 from slimvlm.ranks import local_rank
@@ -32,6 +34,7 @@ from slimvlm.sharding import shard_config
 from slimvlm.uneven import padded, set_class_
 
 PLAN_FILE = "slimvlm_plan.json"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -111,12 +114,14 @@ def load(
         raise ConfigError(f"dtype {dtype!r} must be one of: {', '.join(DTYPES)}")
     config = load_config(model, trust_remote_code)
     name = resolve(model)
+    _require_safetensors(Path(name))
     source: Any = uneven_class(config) if is_uneven(config) else auto_class(config)
     divided = {"distributed_config": shard_config(config)} if shard else {}
     try:
         loaded, report = source.from_pretrained(
             name,
             dtype=dtype,
+            use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             **divided,
@@ -134,6 +139,16 @@ def load(
     if not shard:  # shards lie where they belong
         loaded = loaded.to(torch.device(device) if device is not None else default_device())
     return loaded.eval(), load_processor(name, config, trust_remote_code)
+
+
+def _require_safetensors(folder: Path) -> None:
+    """Pickled weights run code when they are read: only ``convert`` does that, and safely."""
+    pickled = [file for end in PICKLED for file in folder.glob(f"*{end}")]
+    if pickled and not any(folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"model {str(folder)!r}: {min(pickled).name!r} is a pickle, and only safetensors are "
+            "read. Use slimvlm convert for checkpoints in an original format"
+        )
 
 
 def default_device() -> torch.device:
@@ -176,6 +191,7 @@ def save(
     plan: Plan | None = None,
     force: bool = False,
     pad: bool = False,
+    also: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a checkpoint that plain ``from_pretrained`` loads, and prove it.
 
@@ -184,7 +200,8 @@ def save(
     are padded.
 
     The folder is written beside its place and read back; logits on a probe (with a picture, if
-    the model sees) must agree before it is renamed.
+    the model sees) must agree before it is renamed. ``slimvlm_manifest.json`` lists its files, for
+    `slimvlm.manifest.verify`.
 
     Args:
         model: The model.
@@ -194,9 +211,11 @@ def save(
         force: Whether an existing folder may be replaced.
         pad: Whether layers of different widths are filled up with zeros to the widest, which
             loads everywhere without code but is as large and slow as the widest layer.
+        also: Writes what else belongs into the folder.
 
     Raises:
         ConfigError: If the folder exists.
+        OutputError: If another run writes there, or the disk is full or read-only.
         ReloadError: If what was written does not load back to the same model.
     """
     set_class_(model)
@@ -208,6 +227,9 @@ def save(
         if plan is not None:
             plan.save(folder / PLAN_FILE)
         check_reload(model, processor, folder)
+        if also is not None:
+            also(folder)
+        write_manifest(folder)
 
 
 def require_writable(shape: Anatomy) -> None:

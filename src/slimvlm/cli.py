@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
 import os
 import re
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import tyro
 
 from slimvlm.errors import ConfigError, SlimError
+from slimvlm.outputs import held
 from slimvlm.ranks import num_ranks
 from slimvlm.verbs import (
     benchmarking,
@@ -25,10 +29,31 @@ from slimvlm.verbs import (
     studying,
 )
 
-VERBS: dict[str, Callable[..., None]] = {
-    verb.__name__.replace("_", "-"): verb
+Verb = Callable[..., None]
+
+
+def _holding_output(verb: Verb) -> Verb:
+    """The same verb, which lets no other run write to its ``out`` meanwhile."""
+    if "out" not in inspect.signature(verb).parameters:
+        return verb
+
+    @functools.wraps(verb)
+    def holding(*args: Any, **kwargs: Any) -> None:
+        out = inspect.signature(verb).bind(*args, **kwargs).arguments.get("out")
+        if out is None:
+            verb(*args, **kwargs)
+        else:
+            with held(out):
+                verb(*args, **kwargs)
+
+    return holding
+
+
+VERBS: dict[str, Verb] = {
+    verb.__name__.replace("_", "-"): _holding_output(verb)
     for verb in (
         inspecting.inspect,
+        inspecting.verify,
         planning.score,
         planning.plan,
         pruning.prune,

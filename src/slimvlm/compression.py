@@ -20,7 +20,7 @@ from slimvlm.checkpoint import load, save
 from slimvlm.config import CompressConfig
 from slimvlm.errors import ConfigError
 from slimvlm.evaluation import Result, evaluate
-from slimvlm.outputs import require_free, write_text
+from slimvlm.outputs import held, require_free, write_text
 from slimvlm.plan import Plan
 from slimvlm.pruning import Calibration, check_request, choose_plan, cut_, ratio_of
 from slimvlm.recipes import recipe_for
@@ -72,6 +72,14 @@ def compress(
         SlimError: For anything that the user can mend; checked before weights are read.
     """
     run = Run(model, Path(out), config, say)
+    with held(run.folder):
+        _go(run, _checked_samples(run, force), force)
+    return run.results
+
+
+def _checked_samples(run: Run, force: bool) -> list[Sample]:
+    """The data, after every mistake in the request that can be found without weights."""
+    config, say = run.config, run.say
     _require_startable(run, force)
     if config.tasks:
         find_tasks(config.tasks)
@@ -79,12 +87,18 @@ def compress(
         Result.load(config.baseline)
     if config.limit is not None and config.limit < 1:
         raise ConfigError(f"limit {config.limit} must be at least 1")
-    samples = check_request(model, config, say, _samples_to_read(config))
+    samples = check_request(run.model, config, say, _samples_to_read(config))
     if config.axis is None:
         chart = recipe_for(ratio_of(config), config.data is not None)
         say(f"axis {chart.axis}: {chart.why} (arXiv:2507.20749)")
+    return samples
+
+
+def _go(run: Run, samples: list[Sample], force: bool) -> None:
+    """All stages that are not done yet."""
+    config, say = run.config, run.say
     _open_folder(run, force)
-    original, processor = load(model, config.dtype, trust_remote_code=config.trust_remote_code)
+    original, processor = load(run.model, config.dtype, trust_remote_code=config.trust_remote_code)
     _evaluated(run, "original", original, processor)
     calibration = Calibration(config, processor, samples)
     plan = _planned(run, original, calibration)
@@ -97,7 +111,6 @@ def compress(
     if trains:
         _recovered(run, plan, samples)
     _finish(run, plan)
-    return run.results
 
 
 def _require_startable(run: Run, force: bool) -> None:

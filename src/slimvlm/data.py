@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import json
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from slimvlm.errors import ConfigError, DataError
+from slimvlm.images import find_image
 from slimvlm.samples import Message, Sample
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_AT_ONCE = 256
 
 
 def load_samples(
@@ -50,19 +52,37 @@ def load_samples(
         raise ConfigError(f"images {str(images)!r} is not a folder")
     samples: list[Sample] = []
     bad = 0
-    for index, row in enumerate(read_rows(data)):
-        if limit is not None and len(samples) >= limit:
-            break
-        try:
-            samples.append(_sample(row, index, root.absolute()))
-        except DataError as error:
-            bad += 1
-            if bad > max_bad:
-                raise DataError(f"data {str(data)!r}: {error} (--max-bad {max_bad})") from error
-            warn(f"skipped: {error}")
+    for found in _read_in_order(read_rows(data), root.absolute(), min(limit or _AT_ONCE, _AT_ONCE)):
+        if isinstance(found, Sample):
+            samples.append(found)
+            if len(samples) == limit:
+                break
+            continue
+        bad += 1
+        if bad > max_bad:
+            raise DataError(f"data {str(data)!r}: {found} (--max-bad {max_bad})") from found
+        warn(f"skipped: {found}")
+    if bad:
+        warn(f"data {str(data)!r}: {bad} broken rows skipped, {len(samples)} samples read")
     if not samples:
         raise DataError(f"data {str(data)!r}: no usable sample")
     return samples
+
+
+def _read_in_order(rows: Iterable[Any], root: Path, at_once: int) -> Iterator[Sample | DataError]:
+    """What each row is: a sample, or why it is none. Several threads decode the pictures."""
+
+    def attempt(numbered: tuple[int, Any]) -> Sample | DataError:
+        index, row = numbered
+        try:
+            return _sample(row, index, root)
+        except DataError as error:
+            return error
+
+    numbered = enumerate(rows)
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+        while chunk := list(islice(numbered, at_once)):
+            yield from pool.map(attempt, chunk)
 
 
 def subset(samples: list[Sample], fraction: float, seed: int) -> list[Sample]:
@@ -167,7 +187,7 @@ def _rows_of_file(path: Path) -> Iterator[Any]:
             table = datasets.Dataset.from_parquet(str(path))
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise DataError(f"data {str(path)!r}: is not a parquet file ({error})") from error
-        yield from table
+        yield from _plain_rows(table)
     elif path.suffix == ".jsonl":
         with path.open(encoding="utf-8", errors="replace") as lines:
             for number, line in enumerate(lines, 1):
@@ -191,13 +211,19 @@ def _rows_of_dataset(source: Path | str) -> Iterable[Any]:
 
     try:
         if isinstance(source, Path) and (source / "state.json").exists():
-            return datasets.load_from_disk(str(source))  # type: ignore[no-any-return]
+            return _plain_rows(datasets.load_from_disk(str(source)))
         if isinstance(source, Path) and (source / "dataset_dict.json").exists():
-            return datasets.load_from_disk(str(source))["train"]  # type: ignore[no-any-return]
-        return datasets.load_dataset(str(source), split="train")  # type: ignore[no-any-return]
+            return _plain_rows(datasets.load_from_disk(str(source))["train"])
+        return _plain_rows(datasets.load_dataset(str(source), split="train"))
     except (OSError, ValueError, KeyError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ConfigError(f"data {str(source)!r}: cannot be loaded ({first_line})") from error
+
+
+def _plain_rows(table: Any) -> Iterator[Any]:
+    """Rows with pictures as they are stored, so that no path among them is opened unchecked."""
+    for part in table.with_format("arrow").iter(batch_size=64):
+        yield from part.to_pylist()
 
 
 class BrokenRow:
@@ -210,7 +236,7 @@ class BrokenRow:
 def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         return BrokenRow(f"{where} is not JSON ({error})")
 
 
@@ -219,7 +245,7 @@ def _sample(row: Any, index: int, root: Path) -> Sample:
         raise DataError(row.why)
     if not isinstance(row, dict):
         raise DataError(f"row {index} is not an object")
-    name = str(row.get("id", index))
+    name = str(row.get("id", index))[:100]
     turns = row.get("messages") or row.get("conversations")
     if not isinstance(turns, list) or not turns:
         raise DataError(f"sample {name!r} has no messages or conversations")
@@ -291,35 +317,3 @@ def _with_placeholders(messages: list[Message], pictures: int, name: str) -> lis
         raise DataError(f"sample {name!r} has images, but no user turn to show them in")
     content = [{"type": "image"}] * pictures + messages[first]["content"]
     return [*messages[:first], {"role": "user", "content": content}, *messages[first + 1 :]]
-
-
-def find_image(source: Any, name: str, root: Path) -> Image.Image | Path:
-    """A picture, or the path of one that exists below the image folder.
-
-    Args:
-        source: A picture, its path below ``root``, or a dict with ``bytes`` or ``path``.
-        name: Name of the sample, for messages.
-        root: The image folder.
-
-    Raises:
-        DataError: If there is no such picture, or it lies outside the folder.
-    """
-    if isinstance(source, Image.Image):
-        return source
-    if isinstance(source, dict):
-        if source.get("bytes"):
-            try:
-                return Image.open(io.BytesIO(source["bytes"]))
-            except OSError as error:
-                raise DataError(f"sample {name!r}: image cannot be read ({error})") from error
-        source = source.get("path")
-    if not isinstance(source, str):
-        raise DataError(f"sample {name!r}: image must be a path or a picture")
-    if "\0" in source:
-        raise DataError(f"sample {name!r}: image {source!r} is not a path")
-    path = (root / source).resolve()
-    if not path.is_relative_to(root.resolve()):
-        raise DataError(f"sample {name!r}: image {source!r} lies outside {str(root)!r}")
-    if not path.is_file():
-        raise DataError(f"sample {name!r}: image {source!r} not found in {str(root)!r}")
-    return path

@@ -29,3 +29,11 @@ class NumericalError(SlimError):
 
 class ReloadError(SlimError):
     """A written checkpoint that does not load back to the same model."""
+
+
+class OutputError(SlimError):
+    """An output that cannot be written: the disk is full or read-only, or another run is there."""
+
+
+class DamagedError(SlimError):
+    """A checkpoint whose files are not those that were written."""

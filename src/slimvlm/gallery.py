@@ -11,9 +11,9 @@ from pathlib import Path
 from markupsafe import escape
 from PIL import Image
 
-from slimvlm.chat import open_image
 from slimvlm.comparison import KINDS, RIGHT, Comparison, Kind, Pair, TaskComparison
 from slimvlm.html import render
+from slimvlm.images import open_image
 from slimvlm.metrics import Difference
 
 MAX_BYTES = 4_700_000

@@ -26,7 +26,7 @@ from slimvlm.config import RecoverConfig
 from slimvlm.errors import ConfigError
 from slimvlm.geometry import family_of, text_config_of
 from slimvlm.hidden import compared_positions, head_of, hidden_states
-from slimvlm.outputs import write_text
+from slimvlm.outputs import new_file, write_text
 from slimvlm.progress import progress
 from slimvlm.samples import Sample
 
@@ -276,9 +276,8 @@ def _said(
 
 
 def _write_shard(path: Path, tensors: dict[str, Tensor], encoded: list[str]) -> None:
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, {"encoded": json.dumps(encoded)})
-    partial.replace(path)
+    with new_file(path) as partial:
+        save_file(tensors, partial, {"encoded": json.dumps(encoded)})
 
 
 def _claim(folder: Path, index: Index) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from slimvlm.errors import ConfigError, ImpossiblePlanError
 from slimvlm.families import BACKBONES, FAMILIES
 from slimvlm.geometry import Anatomy, LayerShape
+from slimvlm.outputs import write_text
 
 AXES = ("depth", "width", "both")
 FORMAT = "slimvlm-plan/1"
@@ -159,7 +160,7 @@ class Plan:
             "neurons": self.neurons,
             "before": self.before.to_dict(),
         }
-        Path(path).write_text(json.dumps(values) + "\n")
+        write_text(Path(path), json.dumps(values) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

@@ -24,7 +24,7 @@ from slimvlm.geometry import read_anatomy
 from slimvlm.losses import layer_map
 from slimvlm.modes import computes_bfloat16, fast_attention, kept_use_cache, without_autocast
 from slimvlm.offline_teacher import OfflineTeacher
-from slimvlm.outputs import write_text
+from slimvlm.outputs import explained, write_text
 from slimvlm.plan import Plan
 from slimvlm.ranks import is_first_rank, num_ranks
 from slimvlm.samples import Sample
@@ -167,7 +167,8 @@ def _train(job: _Job) -> History:
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Bar)
-        trainer.train(resume_from_checkpoint=_last_complete_checkpoint(job.folder))
+        with explained(job.folder):
+            trainer.train(resume_from_checkpoint=_last_complete_checkpoint(job.folder))
     plain = without_autocast(trainer)
     if config.keep_adapter:
         save_adapter(plain, job.folder / ADAPTER_FOLDER, dtype)
@@ -307,10 +308,19 @@ def _last_complete_checkpoint(folder: Path) -> str | None:
     found = [
         path
         for path in folder.glob("checkpoint-*")
-        if (path / TRAINER_STATE_NAME).is_file() and (path / TRAINED_FILE).is_file()
+        if (path / TRAINED_FILE).is_file() and _is_json(path / TRAINER_STATE_NAME)
     ]
     newest = max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
     return str(newest) if newest is not None else None
+
+
+def _is_json(path: Path) -> bool:
+    """Whether a file was written to its end: the Trainer writes its state last."""
+    try:
+        json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _training_arguments(job: _Job, bf16: bool) -> TrainingArguments:

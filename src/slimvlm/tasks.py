@@ -11,8 +11,9 @@ from typing import Any
 
 import yaml
 
-from slimvlm.data import BrokenRow, find_image, read_rows
+from slimvlm.data import BrokenRow, read_rows
 from slimvlm.errors import ConfigError, DataError
+from slimvlm.images import find_image
 from slimvlm.metrics import METRICS
 from slimvlm.samples import Question, Task
 

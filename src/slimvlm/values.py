@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from slimvlm.errors import ConfigError, NumericalError
+from slimvlm.outputs import new_file, write_text
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Statistics:
             "num_tokens": str(self.num_tokens),
         }
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
-        save_file(tensors, _suffixed(Path(path), ".safetensors"), metadata)
+        with new_file(_suffixed(Path(path), ".safetensors")) as file:
+            save_file(tensors, file, metadata)
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,11 @@ class Scores:
             for index, values in enumerate(self.of(unit) or ()):
                 tensors[f"{unit}.{index}"] = values
         path = Path(path)
-        save_file({k: v.contiguous() for k, v in tensors.items()}, _suffixed(path, ".safetensors"))
         about = {"criterion": self.criterion, "options": dict(self.options)}
-        Path(_suffixed(path, ".json")).write_text(json.dumps(about, indent=2) + "\n")
+        metadata = {"about": json.dumps(about)}  # so that a kill cannot pair the two wrongly
+        with new_file(_suffixed(path, ".safetensors")) as file:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, file, metadata)
+        write_text(Path(_suffixed(path, ".json")), json.dumps(about, indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Scores:
@@ -104,8 +108,10 @@ class Scores:
         path = Path(path)
         try:
             about = json.loads(Path(_suffixed(path, ".json")).read_text())
-            tensors = load_file(_suffixed(path, ".safetensors"))
+            tensors, metadata = _read(_suffixed(path, ".safetensors"))
             criterion, options = about["criterion"], about["options"]
+            if json.loads(metadata["about"]) != about:
+                raise ValueError("its two files are of different runs")
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ConfigError(f"scores {str(path)!r}: cannot be read ({error})") from error
         return cls(
@@ -116,6 +122,12 @@ class Scores:
             layer_runs=tensors.get("layer_runs"),
             options=options,
         )
+
+
+def _read(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 def _suffixed(path: Path, suffix: str) -> str:

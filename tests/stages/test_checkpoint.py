@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -358,6 +359,20 @@ def test_missing_weights_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="weights cannot be read"):
         load(out)
     assert anatomy(out) == anatomy(folders.folder("text"))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
+def test_pickled_weights_are_refused_unread(name: str, tmp_path: Path) -> None:
+    folder = folders.copied("text", tmp_path / "model")
+    (folder / "model.safetensors").rename(folder / name)
+    with pytest.raises(ConfigError, match=rf"{re.escape(name)}' is a pickle.*slimvlm convert"):
+        load(folder)
+
+
+def test_pickled_weights_beside_safetensors_are_not_read(tmp_path: Path) -> None:
+    folder = folders.copied("text", tmp_path / "model")
+    (folder / "pytorch_model.bin").write_bytes(b"would fail to load")
+    load(folder)
 
 
 def test_cut_off_weights_are_named(tmp_path: Path) -> None:

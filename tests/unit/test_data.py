@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import random
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from pyarrow import parquet
 
 from slimvlm.data import estimated_length, hold_out, load_samples, subset
 from slimvlm.errors import ConfigError, DataError
+from slimvlm.images import open_image
 from slimvlm.samples import Sample
 from tests.tiny_folder import picture, turn
 
@@ -269,10 +273,84 @@ def test_broken_rows_are_skipped_up_to_a_limit(why: str, home: Path) -> None:
     warnings: list[str] = []
     samples = load_samples(path, max_bad=2, warn=warnings.append)
     assert [sample.id for sample in samples] == ["good"]
-    assert len(warnings) == 2
-    assert all("'bad'" in line and message in line for line in warnings)
+    *named, total = warnings
+    assert len(named) == 2
+    assert all("'bad'" in line and message in line for line in named)
+    assert "2 broken rows skipped, 1 samples read" in total
     with pytest.raises(DataError, match="'bad'"):
         load_samples(path, max_bad=1, warn=lambda line: None)
+
+
+# Pictures that must not be decoded, or cannot be.
+
+
+def png_header(width: int, height: int) -> bytes:
+    """The beginning of a picture that claims a size."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+
+
+def encoded(form: str, size: tuple[int, int] = (200, 150)) -> bytes:
+    file = io.BytesIO()
+    Image.effect_noise(size, 60).convert("RGB").save(file, form)
+    return file.getvalue()
+
+
+UNREADABLE = {
+    "bomb": (png_header(60_000, 60_000), "cannot be read"),
+    "too many pixels": (png_header(10_000, 9_000), "10000 x 9000 pixels; at most 89,478,485"),
+    "too long": (encoded("PNG", (402, 2)), "402 x 2 pixels; one side may be 200 times"),
+    "text": (b"not a picture", "cannot be read"),
+    "nothing": (b"", "cannot be read"),
+    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot be read"),
+    **{
+        f"cut {form} at {share}": (content[: int(len(content) * share)], "cannot be read")
+        for form in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+        for share in (0.3, 0.95)
+        for content in (encoded(form),)
+    },
+}
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("stored", ["file", "bytes"])
+@pytest.mark.parametrize("why", UNREADABLE)
+def test_an_unreadable_picture_is_counted_and_named(why: str, stored: str, home: Path) -> None:
+    content, message = UNREADABLE[why]
+    if stored == "bytes" and not content:
+        pytest.skip("no bytes mean a path")
+    (home / "bad.png").write_bytes(content)
+    image = {"bytes": content, "path": None} if stored == "bytes" else "bad.png"
+    row = llava("bad", "W?", "Red.", image=[image])
+    path = home / "data.parquet"
+    datasets.Dataset.from_list([row, llava("good", "W?", "Red.")]).to_parquet(path)
+    warnings: list[str] = []
+    assert [s.id for s in load_samples(path, max_bad=1, warn=warnings.append)] == ["good"]
+    assert "'bad'" in warnings[0]
+    assert message in warnings[0]
+    with pytest.raises(DataError, match=r"'bad'.*--max-bad 0"):
+        load_samples(path, warn=silent)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+def test_whole_pictures_are_read(form: str, home: Path) -> None:
+    (home / "picture").write_bytes(encoded(form))
+    sample = read_one(home, llava("x", "W?", "Red.", image="picture"))
+    assert open_image(sample.images[0]).size == (200, 150)
+
+
+def test_a_dataset_cannot_open_files_elsewhere(home: Path, tmp_path: Path) -> None:
+    """`datasets` itself would open any path that stands in an image column."""
+    image = {"bytes": None, "path": str(tmp_path / "outside.png")}
+    table = datasets.Dataset.from_list([{**llava("bad", "W?", "Red."), "image": image}])
+    stored = table.cast_column("image", datasets.Image()).data.table
+    parquet.write_table(stored, home / "rows.parquet")
+    with pytest.raises(DataError, match=r"'bad'.*outside\.png' lies outside"):
+        load_samples(home / "rows.parquet", warn=silent)
 
 
 def test_a_link_that_leads_outside_is_refused(home: Path, tmp_path: Path) -> None:
@@ -348,7 +426,7 @@ def test_limit_counts_good_samples_from_the_start(home: Path) -> None:
     warnings: list[str] = []
     samples = load_samples(path, limit=3, max_bad=1, warn=warnings.append)
     assert [sample.id for sample in samples] == ["s0", "s1", "s2"]
-    assert len(warnings) == 1
+    assert len(warnings) == 2
 
 
 def test_demo_samples_can_be_limited() -> None:

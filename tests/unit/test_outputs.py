@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from slimvlm.errors import ConfigError
-from slimvlm.outputs import new_folder, require_free, write_text
+from slimvlm.errors import ConfigError, OutputError
+from slimvlm.outputs import held, new_file, new_folder, require_free, write_text
+from slimvlm.values import Scores
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -144,7 +151,8 @@ def test_a_kill_between_the_renames_loses_nothing(old: Path, tmp_path: Path) -> 
     assert "old" in contents(tmp_path).values()
     with pytest.raises(KeyError), new_folder(old, force=True):
         raise KeyError
-    assert "old" in contents(tmp_path).values(), "a run that failed has thrown the last copy away"
+    assert contents(old) == {"file": "old", "only-old": "old"}, "the old folder is not back"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -174,3 +182,199 @@ def test_text_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.undo()
     write_text(path, "new")
     assert contents(tmp_path) == {"file.json": "new"}
+
+
+# Disks that are full, or read-only.
+
+
+def write_much(folder: Path) -> None:
+    (folder / "text").write_text("x" * 4_000_000)
+
+
+def write_tensors(folder: Path) -> None:
+    save_file({"x": torch.ones(1_000_000)}, folder / "model.safetensors")
+
+
+def write_optimizer(folder: Path) -> None:
+    torch.save({"x": torch.ones(1_000_000)}, folder / "optimizer.pt")
+
+
+WRITERS = (write_much, write_tensors, write_optimizer)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one MiB, where this machine lets one be made."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "slimvlm-test", str(place)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_a_full_disk_is_told_and_leaves_the_old_folder(
+    write: Callable[[Path], None], small_disk: Path
+) -> None:
+    (small_disk / "out").mkdir()
+    (small_disk / "out" / "file").write_text("old")
+    told = re.escape(f"{small_disk / 'out'}") + ".*cannot be written: the disk is (probably )?full"
+    with pytest.raises(OutputError, match=told), new_folder(small_disk / "out", True) as folder:
+        write(folder)
+    assert contents(small_disk) == {"out/file": "old"}
+    assert [path.name for path in small_disk.iterdir()] == ["out"]
+
+
+def test_a_full_disk_leaves_an_old_file(small_disk: Path) -> None:
+    path = small_disk / "file.json"
+    write_text(path, "old")
+    with pytest.raises(OutputError, match=r"file\.json.*the disk is full"):
+        write_text(path, "new" * 1_000_000)
+    assert contents(small_disk) == {"file.json": "old"}
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from slimvlm.errors import OutputError
+from slimvlm.outputs import new_folder
+from tests.unit.test_outputs import WRITERS
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+for write in WRITERS:
+    try:
+        with new_folder(sys.argv[1], force=True) as folder:
+            write(folder)
+    except OutputError as error:
+        print(write.__name__, error)
+"""
+
+
+def test_a_file_that_may_not_grow_is_told(old: Path, tmp_path: Path) -> None:
+    """What a full disk does to each library, on machines where none can be mounted."""
+    ran = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(old)], capture_output=True, text=True, check=True
+    )
+    told = ran.stdout.splitlines()
+    assert [line.split()[0] for line in told] == [write.__name__ for write in WRITERS]
+    assert all("cannot be written" in line and "unchanged" in line for line in told)
+    assert contents(tmp_path) == {"out/file": "old", "out/only-old": "old"}
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (errno.ENOSPC, "the disk is full"),
+        (errno.EDQUOT, "quota"),
+        (errno.EROFS, "read-only"),
+        (errno.EACCES, "no permission"),
+        (errno.EIO, "reports an error"),
+    ],
+)
+@pytest.mark.parametrize("call", ["mkdir", "rename"])
+def test_what_the_system_refuses_is_told(
+    code: int, reason: str, call: str, old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(self: Path, *args: object, **kwargs: object) -> None:
+        raise OSError(code, os.strerror(code), str(self))
+
+    monkeypatch.setattr(Path, call, refuses)
+    with pytest.raises(OutputError, match=reason), new_folder(old, force=True):
+        pass
+    monkeypatch.undo()
+    assert contents(old) == {"file": "old", "only-old": "old"}
+    assert [path.name for path in old.parent.iterdir()] == ["out"]
+
+
+def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), new_folder(tmp_path / "out"):
+        (tmp_path / "no" / "such" / "file").read_text()
+    with pytest.raises(RuntimeError, match="mine"), new_file(tmp_path / "out"):
+        raise RuntimeError("mine")
+
+
+def test_a_read_only_place_is_refused_before_work(tmp_path: Path) -> None:
+    """As root too, for whom permissions mean nothing."""
+    mount = ["mount", "-t", "tmpfs", "-o", "ro", "slimvlm-test", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    try:
+        for check in (require_free, lambda path: new_folder(path).__enter__()):
+            with pytest.raises(ConfigError, match=f"'{tmp_path}' cannot be written"):
+                check(tmp_path / "deep" / "out")
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_scores_of_two_runs_are_no_pair(tmp_path: Path) -> None:
+    """A kill between the two files of a forced second run."""
+    Scores("first", layer=torch.ones(2)).save(tmp_path / "scores")
+    about = (tmp_path / "scores.json").read_text()
+    Scores("second", layer=torch.ones(2)).save(tmp_path / "scores")
+    (tmp_path / "scores.json").write_text(about)
+    with pytest.raises(ConfigError, match=r"scores.*different runs"):
+        Scores.load(tmp_path / "scores")
+
+
+# Two runs in one place.
+
+HOLDS = """
+import sys, time
+from slimvlm.outputs import held
+with held(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds ``tmp_path / "out"``."""
+    command = [sys.executable, "-c", HOLDS, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_a_second_run_is_refused_and_told_who_is_there(
+    holder: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    told = rf"out' is in use by another run \(pid {holder.pid} on {socket.gethostname()}\)"
+    for _ in range(2):
+        with pytest.raises(OutputError, match=told), held(tmp_path / "out"):
+            raise AssertionError("the block must not run")
+    with pytest.raises(OutputError, match=told), new_folder(tmp_path / "out", force=True):
+        raise AssertionError("the block must not run")
+
+
+def test_a_killed_run_holds_nothing(holder: subprocess.Popen[str], tmp_path: Path) -> None:
+    holder.kill()
+    holder.wait()
+    with held(tmp_path / "out"), new_folder(tmp_path / "out") as folder:
+        (folder / "file").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_waiting_for_the_other_run_is_possible(
+    holder: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    holder.terminate()
+    with held(tmp_path / "out", wait=30):
+        pass
+
+
+def test_ranks_of_one_run_are_not_in_each_others_way(
+    holder: subprocess.Popen[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with held(tmp_path / "out"):
+        pass
+
+
+def test_holding_leaves_nothing_behind(tmp_path: Path) -> None:
+    with held(tmp_path / "deep" / "out"):
+        assert [path.name for path in (tmp_path / "deep").iterdir()] == [".out.lock"]
+    assert list(tmp_path.iterdir()) == []

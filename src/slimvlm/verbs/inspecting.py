@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
 from slimvlm.verbs.options import Model
 from slimvlm.verbs.printing import console, print_json
 
@@ -28,3 +34,22 @@ def inspect(model: Model, json: bool = False) -> None:
         print_json({**found.to_dict(), **extra})
     else:
         console().print(summary.as_table(["", model], summary.anatomy_rows(found)))
+
+
+def verify(folder: Annotated[Path, tyro.conf.Positional], json: bool = False) -> None:
+    """Check every file of a checkpoint against the list that was written with it.
+
+    Names each missing, changed or extra file, and then ends with exit code 2.
+
+    Args:
+        folder: A checkpoint that slimvlm wrote, or a run folder.
+        json: Print JSON.
+    """
+    from slimvlm.manifest import verify as check
+
+    found = check(folder)
+    if json:
+        print_json(asdict(found))
+    found.require_whole()
+    if not json:
+        print(f"{found.folder}: {found.num_files} files are as they were written")

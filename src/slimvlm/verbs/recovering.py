@@ -113,10 +113,13 @@ def _write(
     from slimvlm.outputs import write_text
     from slimvlm.recovery import ADAPTER_FOLDER
 
-    save(model, processor, out, plan, force)
-    write_text(out / "slimvlm_history.json", json.dumps(asdict(history), indent=1) + "\n")
-    if (work / ADAPTER_FOLDER).exists():
-        shutil.move(work / ADAPTER_FOLDER, out / ADAPTER_FOLDER)
+    def add_history(folder: Path) -> None:
+        text = json.dumps(asdict(history), indent=1) + "\n"
+        write_text(folder / "slimvlm_history.json", text)
+        if (work / ADAPTER_FOLDER).exists():
+            shutil.copytree(work / ADAPTER_FOLDER, folder / ADAPTER_FOLDER)
+
+    save(model, processor, out, plan, force, also=add_history)
     shutil.rmtree(work, ignore_errors=True)
 
 
