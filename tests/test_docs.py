@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,6 +85,33 @@ def test_families_page_names_every_family() -> None:
 
 def test_every_criterion_names_its_source() -> None:
     assert all(row.paper and row.about for row in CRITERIA.values())
+
+
+def _python_blocks() -> list[tuple[str, str]]:
+    return [
+        (page.name, block)
+        for page in PAGES
+        for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    ]
+
+
+@pytest.mark.parametrize(("page", "block"), _python_blocks())
+def test_python_in_the_documents_compiles(page: str, block: str) -> None:
+    compile(block, page, "exec")
+
+
+@pytest.mark.slow
+def test_the_site_has_every_verb_and_no_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(tmp_path)]
+    built = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr
+    page = (tmp_path / "cli.html").read_text()
+    assert [verb for verb in cli.VERBS if f'<h2 id="{verb}">' not in page] == []
+    assert "--token-weights" in page
 
 
 def test_links_between_pages_work() -> None:
