@@ -36,7 +36,7 @@ def plan_by_hand(
     kept = tuple(range(anatomy.num_layers)) if layers is None else tuple(layers)
 
     def units(chosen: Sequence[int] | None, index: int, count: int) -> tuple[int, ...]:
-        if index not in kept:
+        if index not in kept or count == 0:
             return ()
         return tuple(range(count)) if chosen is None else tuple(chosen)
 

@@ -3,90 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import transformers as hf
 from transformers import PreTrainedModel
 
-IMAGE_TOKEN = 120
-VOCAB = 128
-TEXT: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "initializer_range": 0.1,
-    "attention_dropout": 0.0,
-}
-VISION: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 32,
-    "patch_size": 8,
-}
-
-
-def llama(**changes: Any) -> hf.LlamaConfig:
-    return hf.LlamaConfig(**{**TEXT, **changes})
-
-
-def mistral(**changes: Any) -> hf.MistralConfig:
-    return hf.MistralConfig(**{**TEXT, "sliding_window": None, **changes})
-
-
-def qwen2(**changes: Any) -> hf.Qwen2Config:
-    return hf.Qwen2Config(**{**TEXT, **changes})
-
-
-def qwen3(**changes: Any) -> hf.Qwen3Config:
-    return hf.Qwen3Config(**{**TEXT, "head_dim": 8, **changes})
-
-
-def phi(**changes: Any) -> hf.PhiConfig:
-    return hf.PhiConfig(
-        **{**TEXT, "num_key_value_heads": 8, "resid_pdrop": 0.0, "embd_pdrop": 0.0, **changes}
-    )
-
-
-def phi3(**changes: Any) -> hf.Phi3Config:
-    return hf.Phi3Config(**{**TEXT, "resid_pdrop": 0.0, "embd_pdrop": 0.0, **changes})
-
-
-def gemma(**changes: Any) -> hf.GemmaConfig:
-    return hf.GemmaConfig(**{**TEXT, "head_dim": 8, **changes})
-
-
-def gemma2(**changes: Any) -> hf.Gemma2Config:
-    return hf.Gemma2Config(**{**TEXT, "head_dim": 8, "sliding_window": 16, **changes})
-
-
-def gemma3(**changes: Any) -> hf.Gemma3TextConfig:
-    return hf.Gemma3TextConfig(
-        **{
-            **TEXT,
-            "head_dim": 8,
-            "sliding_window": 16,
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
-            **changes,
-        }
-    )
-
-
-def clip() -> hf.CLIPVisionConfig:
-    return hf.CLIPVisionConfig(**VISION, projection_dim=32)
-
-
-def siglip() -> hf.SiglipVisionConfig:
-    return hf.SiglipVisionConfig(**VISION, vision_use_head=False)
+from slimvlm.configs import auto_class
+from tests import tiny_rare
+from tests.tiny_parts import (
+    IMAGE_TOKEN,
+    QWEN_IDS,
+    ROPE_3D,
+    TEXT,
+    VISION,
+    VOCAB,
+    clip,
+    gemma,
+    gemma2,
+    gemma3,
+    llama,
+    mistral,
+    phi,
+    phi3,
+    qwen2,
+    qwen3,
+    siglip,
+)
 
 
 def llava(text: hf.PreTrainedConfig) -> hf.PreTrainedConfig:
@@ -183,16 +125,6 @@ def mistral3() -> hf.PreTrainedConfig:
     )
 
 
-ROPE_3D = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
-QWEN_IDS = {
-    "image_token_id": IMAGE_TOKEN,
-    "video_token_id": 123,
-    "vision_start_token_id": 124,
-    "vision_end_token_id": 125,
-    "tie_word_embeddings": False,
-}
-
-
 def qwen2_vl() -> hf.PreTrainedConfig:
     return hf.Qwen2VLConfig(
         text_config={**TEXT, "rope_parameters": ROPE_3D},
@@ -278,9 +210,11 @@ CONFIGS: dict[str, Callable[[], hf.PreTrainedConfig]] = {
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
+    **tiny_rare.CONFIGS,
 }
 
 QWEN_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+TOKEN_TYPES = (*QWEN_FAMILIES, "qwen3_vl_moe", "qwen3_5", "glm4v")
 
 
 def is_multimodal(config: hf.PreTrainedConfig) -> bool:
@@ -291,8 +225,7 @@ def build(name: str, seed: int = 0) -> PreTrainedModel:
     """The tiny model of a family, in evaluation mode, float32."""
     config = CONFIGS[name]()
     torch.manual_seed(seed)
-    auto = hf.AutoModelForImageTextToText if is_multimodal(config) else hf.AutoModelForCausalLM
-    model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = auto_class(config).from_config(config, dtype=torch.float32)
     with torch.no_grad():  # biases, norms and zero-initialised projectors must matter in tests
         for parameter in model.parameters():
             if parameter.ndim < 2 or not parameter.any():
@@ -324,8 +257,12 @@ def _image_inputs(model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], int]
         return {"pixel_values": pixels[None]}, 4
     if kind == "mistral3":
         return {"pixel_values": pixels, **sizes}, 4
-    tokens = {"internvl": 4, "gemma3": 4, "paligemma": 16, "vipllava": 16, "llava": 16}[kind]
-    return {"pixel_values": pixels}, tokens
+    if kind == "llava" and model.config.vision_config.model_type != "pixtral":
+        return {"pixel_values": pixels}, 16
+    tokens = {"internvl": 4, "gemma3": 4, "paligemma": 16, "vipllava": 16}
+    if kind in tokens:
+        return {"pixel_values": pixels}, tokens[kind]
+    return tiny_rare.image_inputs(model.config, pixels)
 
 
 def batch(model: PreTrainedModel, text_tokens: int = 12, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -342,6 +279,6 @@ def batch(model: PreTrainedModel, text_tokens: int = 12, seed: int = 0) -> dict[
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, **extra}
     if model.config.model_type in ("gemma3", "paligemma"):
         inputs["token_type_ids"] = (ids == IMAGE_TOKEN).long()
-    if model.config.model_type in QWEN_FAMILIES:
+    if model.config.model_type in TOKEN_TYPES:
         inputs["mm_token_type_ids"] = (ids == IMAGE_TOKEN).int()
     return inputs

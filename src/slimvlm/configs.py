@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from slimvlm import modeling_pruned
 from slimvlm.errors import ConfigError, ImpossiblePlanError
-from slimvlm.geometry import LayerShape, family_of, read_anatomy, text_config_of
+from slimvlm.geometry import Anatomy, LayerShape, family_of, read_anatomy, text_config_of
 from slimvlm.plan import Plan
 
 UNEVEN_FIELD = "pruned_layers"
@@ -23,9 +24,10 @@ WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 def auto_class(config: PreTrainedConfig) -> Any:
     """The Auto class that plain transformers code would load this model with."""
-    if family_of(config.model_type).vision is None:
-        return transformers.AutoModelForCausalLM
-    return transformers.AutoModelForImageTextToText
+    sees = family_of(config.model_type).vision is not None
+    if sees and type(config) in transformers.AutoModelForImageTextToText._model_mapping:
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM
 
 
 def is_uneven(config: PreTrainedConfig) -> bool:
@@ -99,14 +101,21 @@ def smaller_text_config(
     vars(new).pop(UNEVEN_FIELD, None)
     if plan.needs_retype:
         new = _retyped(new, after.text_type, row.retype_fields)
-    changes: dict[str, Any] = {"num_hidden_layers": after.num_layers}
-    for name in row.layer_lists:
-        if getattr(new, name, None) is not None:
-            changes[name] = [getattr(old, name)[i] for i in plan.layers]
+    changes: dict[str, Any] = {
+        "num_hidden_layers": after.num_layers,
+        **{
+            name: [getattr(old, name)[i] for i in plan.layers]
+            for name in _lists(old, row.layer_lists)
+        },
+        **{
+            name: [new for new, i in enumerate(plan.layers) if i in getattr(old, name)]
+            for name in _lists(old, row.layer_indices)
+        },
+    }
     if uneven:
-        changes[UNEVEN_FIELD] = [_widths(shape) for shape in after.layers]
+        changes[UNEVEN_FIELD] = [_widths(old, shape) for shape in after.layers]
     else:
-        changes |= _changed_widths(old, after.layers[0])
+        changes |= _changed_widths(old, after)
     for name, value in changes.items():
         setattr(new, name, value)
     return new
@@ -123,6 +132,13 @@ def validate(config: PreTrainedConfig, text_config: PreTrainedConfig, plan: Plan
     Raises:
         ImpossiblePlanError: If the configuration class refuses the shape, or ignores a field.
     """
+    if not getattr(text_config, UNEVEN_FIELD, None):
+        _require_legal_neurons(plan)
+    elif not plan.before.backbone.can_be_uneven:
+        raise ImpossiblePlanError(
+            f"plan: layers of {plan.before.text_type!r} must stay equally wide, since its experts "
+            "cannot be cut layer by layer. Plan with allocation 'uniform'"
+        )
     try:
         checked = type(text_config).from_dict(text_config.to_dict())
         whole = with_text_config(copy.deepcopy(config), checked)
@@ -150,21 +166,47 @@ def _uneven(auto: Any, config: PreTrainedConfig) -> Any:
     return getattr(modeling_pruned, f"{modeling_pruned.PREFIX}{native.__name__}")
 
 
-def _widths(shape: LayerShape) -> dict[str, int]:
+def _lists(text_config: Any, names: Sequence[str]) -> list[str]:
+    return [name for name in names if getattr(text_config, name, None) is not None]
+
+
+def _widths(text_config: Any, shape: LayerShape) -> dict[str, int]:
+    """A layer's entry; units that it lacks have the count of the configuration."""
     counts = (shape.num_heads, shape.num_kv_heads, shape.intermediate_size)
-    return dict(zip(WIDTHS, counts, strict=True))
+    named = zip(WIDTHS, counts, strict=True)
+    return {name: count or getattr(text_config, name, 1) for name, count in named}
 
 
-def _changed_widths(text_config: Any, shape: LayerShape) -> dict[str, int]:
+def _changed_widths(text_config: Any, after: Anatomy) -> dict[str, Any]:
     """The fields that do not yet say what all layers have."""
-    widths = _widths(shape)
-    neurons = widths.pop("intermediate_size")
-    changed = {}
-    if any(getattr(text_config, name) != count for name, count in widths.items()):
-        changed = {**widths, "head_dim": shape.head_dim}
-    if text_config.intermediate_size != neurons:
-        changed["intermediate_size"] = neurons
+    changed: dict[str, Any] = {}
+    for kv_heads, queries_per_group, head_dim in after.attention_shapes:
+        heads = {
+            "num_attention_heads": kv_heads * queries_per_group,
+            "num_key_value_heads": kv_heads,
+        }
+        if any(getattr(text_config, name, count) != count for name, count in heads.items()):
+            changed = {**heads, "head_dim": head_dim}
+    row = after.backbone
+    for neurons in after.mlp_widths:
+        if getattr(text_config, row.neuron_field) != neurons:
+            changed |= {row.neuron_field: neurons, **row.width_fields}
     return changed
+
+
+def _require_legal_neurons(plan: Plan) -> None:
+    legal = plan.before.legal_neurons()
+    for neurons in plan.after.mlp_widths:
+        if neurons in legal:
+            continue
+        nearest = sorted(sorted(legal, key=lambda count: abs(count - neurons))[:2])
+        even = ", or any number with allow_uneven, whose files need trust_remote_code=True"
+        raise ImpossiblePlanError(
+            f"plan: {plan.before.model_type!r} cannot be configured with {neurons} neurons in a "
+            f"layer; the nearest that it can have: {', '.join(map(str, nearest))}"
+            + even
+            * plan.before.backbone.can_be_uneven
+        )
 
 
 def _retyped(text_config: Any, model_type: str, fields: Any) -> PreTrainedConfig:
@@ -180,7 +222,7 @@ def _retyped(text_config: Any, model_type: str, fields: Any) -> PreTrainedConfig
 
 def _refusal(plan: Plan, why: str) -> str:
     legal = plan.before.legal_kv_heads()
-    counts = sorted({shape.num_kv_heads for shape in plan.after.layers})
+    counts = [shape[0] for shape in plan.after.attention_shapes] or [0]
     return (
         f"plan: {plan.before.text_type!r} cannot be configured with {counts[0]} KV groups "
         f"({why}). KV groups that it can have: {', '.join(map(str, legal))}, or any count with "

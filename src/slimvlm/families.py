@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-Segment = Literal["query", "key_value", "neuron"]
+Segment = Literal["query", "query_and_gate", "key_value", "neuron"]
 HeadRule = Literal["any", "divides_hidden_size", "fixed"]
 
 OUTPUT_ROWS = 0
@@ -25,26 +25,39 @@ class Projection:
     """A weight matrix of a decoder layer, part of which belongs to units.
 
     Attributes:
-        path: Where it sits below the layer.
+        path: Where it sits below the layer: a linear module, or a parameter ``[E, O, C]`` that
+            holds a matrix for each of ``E`` experts. A neuron then is a channel of every expert.
         dim: The dimension that units divide: `OUTPUT_ROWS` or `INPUT_COLUMNS`.
         segments: The blocks along that dimension, in order. ``query`` has one block of
-            ``head_dim`` for each query head, ``key_value`` one for each KV head, ``neuron`` one
-            channel for each neuron. Fused matrices have several.
+            ``head_dim`` for each query head, ``query_and_gate`` two for each (the second switches
+            the head's output), ``key_value`` one for each KV head, ``neuron`` one channel for
+            each neuron. Fused matrices have several.
+        transposed: Whether the matrix is stored with inputs first, ``[E, C, O]``.
     """
 
     path: str
     dim: int
     segments: tuple[Segment, ...]
+    transposed: bool = False
+
+    @property
+    def axis(self) -> int:
+        """The divided dimension of the stored tensor, counted from its end."""
+        is_rows = (self.dim == OUTPUT_ROWS) != self.transposed
+        return -2 if is_rows else -1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
     """How the decoder layers of one text model type are built and configured.
 
+    A layer has all matrices of ``attention`` or none (linear attention, convolution), and all of
+    ``mlp`` or none (a dense layer between layers of experts). What is not listed stays whole.
+
     Attributes:
         attention: Matrices of the attention block; the one with `INPUT_COLUMNS` writes to the
             residual stream.
-        mlp: Matrices of the MLP; likewise.
+        mlp: Matrices of the MLP; likewise. Empty if neurons cannot go.
         final_norm: Name of the norm after the last layer.
         head_rule: ``any``: every head count can be configured. ``divides_hidden_size``: the
             configuration insists that heads divide the hidden size. ``fixed``: the class computes
@@ -54,8 +67,13 @@ class Backbone:
         retype_fields: Fields that the retyped configuration must state.
         retype_requires: Fields that must have these values for the types to be identical.
         layer_lists: Configuration lists with one entry a layer.
-        live_attributes: Attributes of the attention module that repeat a count of the
+        layer_indices: Configuration lists of layer numbers.
+        live_lists: Lists with one entry a layer that the text model keeps outside its
             configuration.
+        neuron_field: Configuration field with the number of neurons.
+        neuron_multiple: Neurons must be a multiple of this.
+        width_fields: Fields that must have these values for `neuron_field` to be taken literally.
+        can_be_uneven: Whether `slimvlm.modeling_pruned` can cut its layers to different widths.
     """
 
     attention: tuple[Projection, ...]
@@ -66,7 +84,12 @@ class Backbone:
     retype_fields: Mapping[str, object] = field(default_factory=dict)
     retype_requires: Mapping[str, object] = field(default_factory=dict)
     layer_lists: tuple[str, ...] = ()
-    live_attributes: Mapping[str, str] = field(default_factory=dict)
+    layer_indices: tuple[str, ...] = ()
+    live_lists: tuple[str, ...] = ()
+    neuron_field: str = "intermediate_size"
+    neuron_multiple: int = 1
+    width_fields: Mapping[str, object] = field(default_factory=dict)
+    can_be_uneven: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +105,8 @@ class Family:
         pinned_layers: Dotted configuration path of a list; as many first layers as it has entries
             must stay, because features are added to layers by position.
         caps_logits: Whether the model obeys the text configuration's ``final_logit_softcapping``.
+        fixed_neurons: Whether the text configuration's MLP width also sizes a part outside the
+            backbone, so that a plain configuration cannot change it.
     """
 
     backbone: str
@@ -91,6 +116,7 @@ class Family:
     text_config: str | None = "text_config"
     pinned_layers: str | None = None
     caps_logits: bool = False
+    fixed_neurons: bool = False
 
 
 _SPLIT_ATTENTION = (
@@ -120,6 +146,30 @@ _FUSED_GATED_MLP = (
     Projection("mlp.gate_up_proj", OUTPUT_ROWS, ("neuron", "neuron")),
     Projection("mlp.down_proj", INPUT_COLUMNS, ("neuron",)),
 )
+_OUT_PROJ_ATTENTION = (
+    *_SPLIT_ATTENTION[:3],
+    Projection("self_attn.out_proj", INPUT_COLUMNS, ("query",)),
+)
+_GATED_OUTPUT_ATTENTION = (
+    Projection("self_attn.q_proj", OUTPUT_ROWS, ("query_and_gate",)),
+    *_SPLIT_ATTENTION[1:],
+)
+_W123_MLP = (
+    Projection("feed_forward.w1", OUTPUT_ROWS, ("neuron",)),
+    Projection("feed_forward.w3", OUTPUT_ROWS, ("neuron",)),
+    Projection("feed_forward.w2", INPUT_COLUMNS, ("neuron",)),
+)
+_EXPERTS = (
+    Projection("mlp.experts.gate_up_proj", OUTPUT_ROWS, ("neuron", "neuron")),
+    Projection("mlp.experts.down_proj", INPUT_COLUMNS, ("neuron",)),
+)
+_TRANSPOSED_AND_SHARED_EXPERTS = (
+    Projection("feed_forward.experts.gate_up_proj", OUTPUT_ROWS, ("neuron", "neuron"), True),
+    Projection("feed_forward.experts.down_proj", INPUT_COLUMNS, ("neuron",), True),
+    Projection("feed_forward.shared_expert.gate_proj", OUTPUT_ROWS, ("neuron",)),
+    Projection("feed_forward.shared_expert.up_proj", OUTPUT_ROWS, ("neuron",)),
+    Projection("feed_forward.shared_expert.down_proj", INPUT_COLUMNS, ("neuron",)),
+)
 
 BACKBONES: dict[str, Backbone] = {
     "llama": Backbone(
@@ -137,7 +187,6 @@ BACKBONES: dict[str, Backbone] = {
     "phi3": Backbone(
         attention=_FUSED_ATTENTION,
         mlp=_FUSED_GATED_MLP,
-        live_attributes={"num_key_value_heads": "num_key_value_heads"},
     ),
     "gemma": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP),
     "gemma2": Backbone(
@@ -165,7 +214,60 @@ BACKBONES: dict[str, Backbone] = {
         layer_lists=("layer_types",),
     ),
     "qwen3_vl_text": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP),
+    "qwen3_vl_moe_text": Backbone(
+        attention=_SPLIT_ATTENTION,
+        mlp=_EXPERTS,
+        layer_indices=("mlp_only_layers",),
+        neuron_field="moe_intermediate_size",
+        neuron_multiple=8,
+        can_be_uneven=False,
+    ),
+    "qwen3_5_text": Backbone(
+        attention=_GATED_OUTPUT_ATTENTION, mlp=_GATED_MLP, layer_lists=("layer_types",)
+    ),
+    "stablelm": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP, head_rule="fixed"),
+    "cohere2": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP, layer_lists=("layer_types",)),
+    "phi4_multimodal": Backbone(attention=_FUSED_ATTENTION, mlp=_FUSED_GATED_MLP),
+    "glm4v_text": Backbone(attention=_SPLIT_ATTENTION, mlp=_FUSED_GATED_MLP, head_rule="fixed"),
+    "mllama_text_model": Backbone(
+        attention=_SPLIT_ATTENTION,
+        mlp=_GATED_MLP,
+        head_rule="fixed",
+        layer_indices=("cross_attention_layers",),
+    ),
+    "llama4_text": Backbone(
+        attention=_SPLIT_ATTENTION,
+        mlp=_TRANSPOSED_AND_SHARED_EXPERTS,
+        layer_lists=("layer_types", "no_rope_layers"),
+        layer_indices=("moe_layers",),
+        can_be_uneven=False,
+    ),
+    "lfm2": Backbone(
+        attention=_OUT_PROJ_ATTENTION,
+        mlp=_W123_MLP,
+        final_norm="embedding_norm",
+        layer_lists=("layer_types",),
+        width_fields={"block_auto_adjust_ff_dim": False},
+    ),
+    "molmo2_text": Backbone(
+        attention=_SPLIT_ATTENTION,
+        mlp=_GATED_MLP,
+        layer_indices=("rope_scaling_layers",),
+        live_lists=("rope_types",),
+    ),
+    "kosmos_2_5_text_model": Backbone(
+        attention=_OUT_PROJ_ATTENTION,
+        mlp=(),
+        final_norm="layer_norm",
+        head_rule="fixed",
+        can_be_uneven=False,
+    ),
 }
+_ONLY_INSIDE = (
+    *("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text", "glm4v_text"),
+    *("mllama_text_model", "molmo2_text", "kosmos_2_5_text_model", "phi4_multimodal"),
+)
+"""Types of language models that transformers offers as a part of another model only."""
 
 _LLAVA = Family(
     backbone="model.language_model",
@@ -180,19 +282,22 @@ _QWEN_VL = Family(
     vision="model.visual",
     projector=("model.visual.merger",),
 )
+_QWEN3_VL = Family(
+    backbone="model.language_model",
+    vision="model.visual",
+    projector=("model.visual.merger", "model.visual.deepstack_merger_list"),
+    pinned_layers="vision_config.deepstack_visual_indexes",
+)
+_ANYRES = Family(
+    backbone="model.language_model",
+    vision="model.vision_tower",
+    projector=("model.multi_modal_projector", "model.image_newline"),
+)
 
 FAMILIES: dict[str, Family] = {
     "llava": _LLAVA,
-    "llava_next": Family(
-        backbone="model.language_model",
-        vision="model.vision_tower",
-        projector=("model.multi_modal_projector", "model.image_newline"),
-    ),
-    "llava_onevision": Family(
-        backbone="model.language_model",
-        vision="model.vision_tower",
-        projector=("model.multi_modal_projector", "model.image_newline"),
-    ),
+    "llava_next": _ANYRES,
+    "llava_onevision": _ANYRES,
     "vipllava": _LLAVA,
     "internvl": _LLAVA,
     "mistral3": _LLAVA,
@@ -202,15 +307,64 @@ FAMILIES: dict[str, Family] = {
     "smolvlm": _IDEFICS,
     "qwen2_vl": _QWEN_VL,
     "qwen2_5_vl": _QWEN_VL,
-    "qwen3_vl": Family(
+    "qwen3_vl": _QWEN3_VL,
+    "qwen3_vl_moe": _QWEN3_VL,
+    "qwen3_5": _QWEN_VL,
+    "glm4v": _QWEN_VL,
+    "minicpmv4_6": Family(
+        backbone="model.language_model", vision="model.vision_tower", projector=("model.merger",)
+    ),
+    "aya_vision": _LLAVA,
+    "cohere2_vision": _LLAVA,
+    "perception_lm": _LLAVA,
+    "lfm2_vl": _LLAVA,
+    "molmo2": _LLAVA,
+    "idefics2": Family(
+        backbone="model.text_model",
+        vision="model.vision_model",
+        projector=("model.connector",),
+        fixed_neurons=True,
+    ),
+    "deepseek_vl": Family(
+        backbone="model.language_model", vision="model.vision_model", projector=("model.aligner",)
+    ),
+    "video_llama_3": Family(
+        backbone="model.language_model", vision="model.vision_model", projector=("model.projector",)
+    ),
+    "ovis2": Family(
         backbone="model.language_model",
-        vision="model.visual",
-        projector=("model.visual.merger", "model.visual.deepstack_merger_list"),
-        pinned_layers="vision_config.deepstack_visual_indexes",
+        vision="model.vision_tower",
+        projector=("model.visual_embeddings_table",),
+    ),
+    "phi4_multimodal": Family(
+        backbone="model",
+        vision="model.embed_tokens_extend",
+        projector=(
+            "model.embed_tokens_extend.image_embed.img_projection_up",
+            "model.embed_tokens_extend.image_embed.img_projection_down",
+        ),
+        text_config=None,
+    ),
+    "mllama": Family(
+        backbone="model.language_model",
+        vision="model.vision_model",
+        projector=("model.multi_modal_projector",),
+    ),
+    "llama4": Family(
+        backbone="language_model.model",
+        head="language_model.lm_head",
+        vision="vision_model",
+        projector=("multi_modal_projector",),
+    ),
+    "kosmos-2.5": Family(
+        backbone="text_model.model",
+        head="text_model.lm_head",
+        vision="vision_model",
+        projector=("image_to_text_projection", "text_model.model.segment_emb"),
     ),
     **{
         text_type: Family(backbone="model", text_config=None, caps_logits=True)
         for text_type in BACKBONES
-        if not text_type.endswith("vl_text")
+        if text_type not in _ONLY_INSIDE
     },
 }

@@ -13,60 +13,9 @@ from typing import Any
 from torch import nn
 
 from slimvlm.errors import UnsupportedModelError
-from slimvlm.families import (
-    BACKBONES,
-    FAMILIES,
-    INPUT_COLUMNS,
-    OUTPUT_ROWS,
-    Backbone,
-    Family,
-    Projection,
-    Segment,
-)
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """The geometry of one decoder layer and what its units weigh.
-
-    Attributes:
-        num_kv_heads: KV groups in the layer (heads, for multi-head attention).
-        queries_per_group: Query heads that share one KV head.
-        head_dim: Channels of a head.
-        intermediate_size: MLP neurons.
-        kv_group_params: Parameters of one KV group (its q, k, v rows and biases, o columns).
-        neuron_params: Parameters of one neuron (gate and up rows and biases, down column).
-        fixed_params: Parameters that no unit owns (norms, output biases).
-    """
-
-    num_kv_heads: int
-    queries_per_group: int
-    head_dim: int
-    intermediate_size: int
-    kv_group_params: int
-    neuron_params: int
-    fixed_params: int
-
-    @property
-    def num_heads(self) -> int:
-        """Query heads."""
-        return self.num_kv_heads * self.queries_per_group
-
-    @property
-    def params(self) -> int:
-        """Parameters of the whole layer."""
-        return (
-            self.fixed_params
-            + self.num_kv_heads * self.kv_group_params
-            + self.intermediate_size * self.neuron_params
-        )
-
-    def block(self, segment: Segment) -> tuple[int, int]:
-        """Number of units along a segment and the channels that each takes there."""
-        if segment == "neuron":
-            return self.intermediate_size, 1
-        heads = self.queries_per_group if segment == "query" else 1
-        return self.num_kv_heads, heads * self.head_dim
+from slimvlm.families import BACKBONES, FAMILIES, Backbone, Family, Projection
+from slimvlm.layers import LayerShape as LayerShape
+from slimvlm.layers import Matrix, matrices_of, read_layer
 
 
 @dataclass(frozen=True)
@@ -86,6 +35,8 @@ class Anatomy:
         projector_params: Parameters of the projector.
         pinned_layers: First layers that must stay (deepstack features are added to them).
         retypable: Whether a freer configuration type can stand in for ``text_type``.
+        fixed_neurons: MLP width that a plain configuration must keep since it also sizes a part
+            outside the backbone; None if the width is free.
     """
 
     model_type: str
@@ -100,6 +51,7 @@ class Anatomy:
     projector_params: int
     pinned_layers: int = 0
     retypable: bool = False
+    fixed_neurons: int | None = None
 
     @property
     def num_layers(self) -> int:
@@ -119,8 +71,22 @@ class Anatomy:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all layers have the same widths, as a plain configuration requires."""
-        return len(set(self.layers)) <= 1
+        """Whether a plain configuration can say all widths.
+
+        Layers with KV groups must have equally many, layers with neurons likewise.
+        """
+        return len(self.attention_shapes) <= 1 and len(self.mlp_widths) <= 1
+
+    @property
+    def attention_shapes(self) -> list[tuple[int, int, int]]:
+        """The different (KV heads, queries per group, head_dim) of layers with KV groups."""
+        found = {(s.num_kv_heads, s.queries_per_group, s.head_dim) for s in self.layers}
+        return sorted(shape for shape in found if shape[0])
+
+    @property
+    def mlp_widths(self) -> list[int]:
+        """The different numbers of neurons of layers with neurons, ascending."""
+        return sorted({s.intermediate_size for s in self.layers} - {0})
 
     @property
     def family(self) -> Family:
@@ -135,15 +101,36 @@ class Anatomy:
     def legal_kv_heads(self) -> list[int]:
         """KV-head counts that the configuration class can write down, ascending.
 
+        Those of the layers that have KV groups; none if no layer has.
+
         Reference: measured on transformers 5.24; see ``docs/families.md``.
         """
-        shape = self.layers[0]
+        if not self.attention_shapes:
+            return []
+        most, queries_per_group, _ = self.attention_shapes[-1]
         if self.backbone.head_rule == "fixed":
-            return [shape.num_kv_heads]
-        counts = range(1, shape.num_kv_heads + 1)
+            return [most]
+        counts = range(1, most + 1)
         if self.backbone.head_rule == "any" or self.retypable:
             return list(counts)
-        return [n for n in counts if self.hidden_size % (n * shape.queries_per_group) == 0]
+        return [n for n in counts if self.hidden_size % (n * queries_per_group) == 0]
+
+    def legal_neurons(self) -> list[int]:
+        """MLP widths that a plain configuration can write down, ascending; none if none can go."""
+        if not self.mlp_widths:
+            return []
+        if self.fixed_neurons is not None:
+            return [self.fixed_neurons]
+        most, multiple = self.mlp_widths[-1], self.backbone.neuron_multiple
+        return sorted({*range(multiple, most + 1, multiple), most})
+
+    def matrices(self, layer: int) -> tuple[Projection, ...]:
+        """The matrices of a layer that units own parts of."""
+        shape, row = self.layers[layer], self.backbone
+        return (
+            *(row.attention if shape.num_kv_heads else ()),
+            *(row.mlp if shape.intermediate_size else ()),
+        )
 
     def with_layers(self, layers: Sequence[LayerShape]) -> Anatomy:
         """The same model with other decoder layers."""
@@ -218,14 +205,19 @@ def final_norm(model: nn.Module) -> nn.Module:
     return text_model.get_submodule(backbone_of(config).final_norm)
 
 
-def projections(model: nn.Module) -> Iterator[tuple[int, Projection, nn.Linear]]:
-    """Every weight matrix that units own: (layer index, its row of data, the module)."""
+def matrices(model: nn.Module) -> Iterator[tuple[int, Matrix]]:
+    """Every weight matrix that units own parts of, experts' too, with its layer's index."""
     row = backbone_of(_config(model))
     for index, layer in enumerate(decoder_layers(model)):
-        for projection in (*row.attention, *row.mlp):
-            linear = layer.get_submodule(projection.path)
-            assert isinstance(linear, nn.Linear)
-            yield index, projection, linear
+        for unit_projections in (row.attention, row.mlp):
+            yield from ((index, matrix) for matrix in matrices_of(layer, unit_projections))
+
+
+def projections(model: nn.Module) -> Iterator[tuple[int, Projection, nn.Linear]]:
+    """The linear modules among `matrices`: (layer index, its row of data, the module)."""
+    for index, matrix in matrices(model):
+        if isinstance(matrix.owner, nn.Linear):
+            yield index, matrix.projection, matrix.owner
 
 
 def read_anatomy(model: nn.Module) -> Anatomy:
@@ -248,7 +240,7 @@ def read_anatomy(model: nn.Module) -> Anatomy:
         text_type=text_config.model_type,
         hidden_size=text_config.hidden_size,
         vocab_size=text_config.vocab_size,
-        layers=tuple(_read_layer(layer, backbone) for layer in decoder_layers(model)),
+        layers=tuple(read_layer(layer, backbone) for layer in decoder_layers(model)),
         embedding_params=_count(embedding.parameters()),
         head_params=_count(p for p in head.parameters() if id(p) not in embedding_ids),
         final_norm_params=_count(text_model.get_submodule(backbone.final_norm).parameters()),
@@ -256,6 +248,9 @@ def read_anatomy(model: nn.Module) -> Anatomy:
         projector_params=_count(p for path in family.projector for p in _parameters(model, path)),
         pinned_layers=_pinned_layers(config, family),
         retypable=_retypable(text_config, backbone),
+        fixed_neurons=(
+            getattr(text_config, backbone.neuron_field) if family.fixed_neurons else None
+        ),
     )
 
 
@@ -288,49 +283,3 @@ def _pinned_layers(config: Any, family: Family) -> int:
 def _retypable(text_config: Any, backbone: Backbone) -> bool:
     required = backbone.retype_requires.items()
     return backbone.retype is not None and all(getattr(text_config, k) == v for k, v in required)
-
-
-def _read_layer(layer: nn.Module, backbone: Backbone) -> LayerShape:
-    """Shapes give the head counts, so that they are right whatever the configuration says."""
-    head_dim = int(layer.get_submodule("self_attn").head_dim)  # type: ignore[arg-type]
-    heads = kv_heads = query_rows = kv_rows = neurons = 0
-    for projection in backbone.attention:
-        linear = layer.get_submodule(projection.path)
-        assert isinstance(linear, nn.Linear)
-        if projection.dim == INPUT_COLUMNS:
-            heads = linear.in_features // head_dim
-        else:
-            query_rows += linear.out_features
-            kv_rows += projection.segments.count("key_value")
-    num_queries = sum(p.segments.count("query") for p in backbone.attention if p.dim == OUTPUT_ROWS)
-    kv_heads = (query_rows // head_dim - num_queries * heads) // kv_rows
-    for projection in backbone.mlp:
-        linear = layer.get_submodule(projection.path)
-        assert isinstance(linear, nn.Linear)
-        if projection.dim == INPUT_COLUMNS:
-            neurons = linear.in_features
-    shape = LayerShape(kv_heads, heads // kv_heads, head_dim, neurons, 0, 0, 0)
-    kv_group_params = _unit_params(layer, backbone.attention, shape)
-    neuron_params = _unit_params(layer, backbone.mlp, shape)
-    owned = kv_heads * kv_group_params + neurons * neuron_params
-    return replace(
-        shape,
-        kv_group_params=kv_group_params,
-        neuron_params=neuron_params,
-        fixed_params=_count(layer.parameters()) - owned,
-    )
-
-
-def _unit_params(
-    layer: nn.Module, unit_projections: tuple[Projection, ...], shape: LayerShape
-) -> int:
-    """Parameters of one unit over all matrices it owns a part of."""
-    total = 0
-    for projection in unit_projections:
-        linear = layer.get_submodule(projection.path)
-        assert isinstance(linear, nn.Linear)
-        channels = sum(shape.block(segment)[1] for segment in projection.segments)
-        across = linear.weight.shape[1 - projection.dim]
-        has_bias = projection.dim == OUTPUT_ROWS and linear.bias is not None
-        total += channels * (across + has_bias)
-    return total

@@ -124,7 +124,7 @@ def removed_last(scores: Scores, plan: Plan) -> Scores:
 
 def _lowered(values: Sequence[Tensor], kept: Sequence[Kept]) -> list[Tensor]:
     """The same scores where units are kept, one value below them all elsewhere."""
-    lowest = min(float(row.min()) for row in values) - 1.0
+    lowest = min(float(row.min()) for row in values if len(row)) - 1.0
     lowest = min(lowest, -1.0)
     lowered = []
     for row, indices in zip(values, kept, strict=True):

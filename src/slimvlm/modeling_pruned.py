@@ -52,17 +52,26 @@ def set_counts_(attention: Any, config: Any, num_heads: int, num_kv_heads: int) 
 def _cut_layer_(
     layer: Any, num_attention_heads: int, num_key_value_heads: int, intermediate_size: int
 ) -> None:
-    attention, mlp = layer.self_attn, layer.mlp
-    config = copy.copy(attention.config)
+    """Cut what the layer has: some have no ``self_attn`` but another mixer, which stays whole."""
+    attention = getattr(layer, "self_attn", None)
+    if attention is not None:
+        _cut_attention_(attention, num_attention_heads, num_key_value_heads)
+    mlp = layer.mlp if hasattr(layer, "mlp") else layer.feed_forward
+    rows = dict.fromkeys(("gate_proj", "up_proj", "fc1", "w1", "w3"), intermediate_size)
+    _cut_linears_(mlp, {**rows, "gate_up_proj": 2 * intermediate_size}, intermediate_size)
+
+
+def _cut_attention_(attention: Any, num_attention_heads: int, num_key_value_heads: int) -> None:
+    config, head_dim = copy.copy(attention.config), attention.head_dim
+    query, key_value = num_attention_heads * head_dim, num_key_value_heads * head_dim
+    rows = {"k_proj": key_value, "v_proj": key_value, "qkv_proj": query + 2 * key_value}
+    if hasattr(attention, "q_proj"):  # with an output gate it has two rows for each channel
+        old_query = config.num_attention_heads * head_dim
+        rows["q_proj"] = query * (attention.q_proj.out_features // old_query)
     config.num_attention_heads = num_attention_heads
     config.num_key_value_heads = num_key_value_heads
     set_counts_(attention, config, num_attention_heads, num_key_value_heads)
-    query = num_attention_heads * attention.head_dim
-    key_value = num_key_value_heads * attention.head_dim
-    rows = {"q_proj": query, "k_proj": key_value, "v_proj": key_value}
-    _cut_linears_(attention, {**rows, "qkv_proj": query + 2 * key_value}, query)
-    rows = dict.fromkeys(("gate_proj", "up_proj", "fc1"), intermediate_size)
-    _cut_linears_(mlp, {**rows, "gate_up_proj": 2 * intermediate_size}, intermediate_size)
+    _cut_linears_(attention, rows, query)
 
 
 def _cut_linears_(block: nn.Module, rows: dict[str, int], columns: int) -> None:

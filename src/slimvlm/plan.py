@@ -54,12 +54,12 @@ class Plan:
         for index, shape in enumerate(self.before.layers):
             is_kept = index in self.layers
             groups, neurons = self.kv_groups[index], self.neurons[index]
-            _check_indices(
-                f"kv_groups[{index}]", groups, shape.num_kv_heads, is_kept == bool(groups)
-            )
-            _check_indices(
-                f"neurons[{index}]", neurons, shape.intermediate_size, is_kept == bool(neurons)
-            )
+            for name, kept, count in (
+                ("kv_groups", groups, shape.num_kv_heads),
+                ("neurons", neurons, shape.intermediate_size),
+            ):
+                has_some = is_kept and count > 0
+                _check_indices(f"{name}[{index}]", kept, count, has_some == bool(kept))
         missing = set(range(self.before.pinned_layers)) - set(self.layers)
         if missing:
             raise ImpossiblePlanError(
@@ -101,10 +101,10 @@ class Plan:
     @property
     def needs_retype(self) -> bool:
         """Whether the head count needs the freer configuration type of the backbone's row."""
-        shapes = set(self._shapes())
-        if not self.before.retypable or len(shapes) > 1:
+        after = self.before.with_layers(self._shapes())
+        if not self.before.retypable or not after.is_uniform:
             return False
-        return self.before.hidden_size % shapes.pop().num_heads != 0
+        return self.before.hidden_size % after.layers[0].num_heads != 0
 
     @property
     def file_format(self) -> FileFormat:
@@ -115,13 +115,20 @@ class Plan:
         or the configuration class cannot express their head count; loading it needs
         ``trust_remote_code=True``.
         """
-        shape, *others = set(self._shapes())
+        after = self.before.with_layers(self._shapes())
+        if not after.is_uniform:
+            return "uneven"
+        if after.mlp_widths and after.mlp_widths[0] not in self.before.legal_neurons():
+            return "uneven"
+        return "native" if self._has_legal_heads(after) else "uneven"
+
+    def _has_legal_heads(self, after: Anatomy) -> bool:
+        if not after.attention_shapes:
+            return True
+        kv_heads, queries_per_group, head_dim = after.attention_shapes[0]
         if self.before.backbone.head_rule == "fixed":
-            is_legal = shape.num_heads * shape.head_dim == self.before.hidden_size
-        else:
-            widest = max(self.before.layers, key=lambda layer: layer.num_kv_heads)
-            is_legal = shape.num_kv_heads in self.before.with_layers([widest]).legal_kv_heads()
-        return "native" if is_legal and not others else "uneven"
+            return kv_heads * queries_per_group * head_dim == self.before.hidden_size
+        return kv_heads in self.before.legal_kv_heads()
 
     def _shapes(self) -> list[LayerShape]:
         return [
@@ -135,8 +142,8 @@ class Plan:
 
     def summary(self) -> str:
         """One line: what is kept, which ratio that is, and what loading it needs."""
-        groups = sorted({len(self.kv_groups[i]) for i in self.layers})
-        neurons = sorted({len(self.neurons[i]) for i in self.layers})
+        groups = sorted({len(self.kv_groups[i]) for i in self.layers} - {0})
+        neurons = sorted({len(self.neurons[i]) for i in self.layers} - {0})
         asked = "" if self.asked_ratio is None else f" (asked {self.asked_ratio:.2%})"
         needs = "; layers of different widths: needs trust_remote_code=True"
         return (
@@ -204,4 +211,6 @@ def _check_indices(name: str, kept: Sequence[Any], count: int, right_emptiness: 
 
 
 def _span(values: Sequence[Any]) -> str:
+    if not values:
+        return "0"
     return f"{values[0]}" if len(values) == 1 else f"{values[0]}-{values[-1]}"

@@ -17,9 +17,10 @@ from slimvlm.errors import ConfigError
 from slimvlm.families import INPUT_COLUMNS, OUTPUT_ROWS, Projection
 from slimvlm.geometry import (
     Anatomy,
+    Matrix,
     decoder_layers,
     family_of,
-    projections,
+    matrices,
     read_anatomy,
     text_config_of,
 )
@@ -65,21 +66,20 @@ def prune_(model: PreTrainedModel, plan: Plan, allow_uneven: bool = False) -> No
 def mask_(model: PreTrainedModel, plan: Plan) -> None:
     """Switch off what a plan removes without changing any shape, in place.
 
-    The columns of ``o_proj`` and ``down_proj`` that read removed units become zero; in removed
-    layers these matrices and their biases become zero, so that only the residual stream passes.
-    This is the slow and obvious meaning of a plan, against which `prune_` is tested.
+    The columns of ``o_proj`` and ``down_proj`` that read removed units become zero. Removed layers
+    become zero altogether, so that only the residual stream passes. This is the slow and obvious
+    meaning of a plan, against which `prune_` is tested.
     """
     _require_match(model, plan)
     kept_layers = set(plan.layers)
     with torch.no_grad():
-        for index, projection, linear in projections(model):
-            if projection.dim != INPUT_COLUMNS:
-                continue
-            keep = torch.zeros(linear.in_features, dtype=torch.bool)
-            keep[_kept_channels(plan, index, projection)] = True
-            linear.weight[:, ~keep] = 0
-            if index not in kept_layers and linear.bias is not None:
-                linear.bias.zero_()
+        for index, layer in enumerate(decoder_layers(model)):
+            if index not in kept_layers:
+                for parameter in layer.parameters():
+                    parameter.zero_()
+        for index, matrix in matrices(model):
+            if matrix.projection.dim == INPUT_COLUMNS and index in kept_layers:
+                matrix.weight.copy_(_masked_weight(plan, index, matrix))
 
 
 @contextmanager
@@ -87,7 +87,8 @@ def masked(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
     """Inside, the model computes what a plan leaves; its weights are never touched.
 
     The same meaning as `mask_`, by hooks: the inputs of ``o_proj`` and ``down_proj`` are zero
-    where units are gone, and a removed layer passes its input on.
+    where units are gone, and a removed layer passes its input on. Experts, which are no modules of
+    their own, read a masked copy of their weights meanwhile.
     """
     _require_match(model, plan)
     kept_layers = set(plan.layers)
@@ -104,14 +105,20 @@ def masked(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
             if index not in kept_layers:
                 handle = layer.register_forward_hook(skip, with_kwargs=True)
                 stack.callback(handle.remove)
-        for index, projection, linear in projections(model):
-            if projection.dim != INPUT_COLUMNS or index not in kept_layers:
+        for index, matrix in matrices(model):
+            if matrix.projection.dim != INPUT_COLUMNS or index not in kept_layers:
                 continue
-            keep = torch.zeros(linear.in_features)
-            keep[_kept_channels(plan, index, projection)] = 1
-            if not bool(keep.all()):
-                handle = linear.register_forward_pre_hook(partial(hide, keep))
+            keep = torch.zeros(matrix.width)
+            keep[_kept_channels(plan, index, matrix.projection)] = 1
+            if bool(keep.all()):
+                continue
+            if isinstance(matrix.owner, nn.Linear):
+                handle = matrix.owner.register_forward_pre_hook(partial(hide, keep))
                 stack.callback(handle.remove)
+            else:
+                stack.callback(setattr, matrix.owner, matrix.name, matrix.weight)
+                weight = nn.Parameter(_masked_weight(plan, index, matrix), False)
+                setattr(matrix.owner, matrix.name, weight)
         yield
 
 
@@ -124,10 +131,11 @@ def _require_match(model: nn.Module, plan: Plan) -> None:
 
 
 def _shape_line(anatomy: Anatomy) -> str:
-    shape = anatomy.layers[0]
+    groups = max(shape.num_kv_heads for shape in anatomy.layers)
+    neurons = max(shape.intermediate_size for shape in anatomy.layers)
     return (
-        f"{anatomy.model_type} with {anatomy.num_layers} layers, {shape.num_kv_heads} KV groups, "
-        f"{shape.intermediate_size} neurons"
+        f"{anatomy.model_type} with {anatomy.num_layers} layers, {groups} KV groups, "
+        f"{neurons} neurons"
     )
 
 
@@ -136,31 +144,47 @@ def _kept_channels(plan: Plan, index: int, projection: Projection) -> Tensor:
     return channels_of(projection, plan.before.layers[index], kept[index])
 
 
+def _masked_weight(plan: Plan, index: int, matrix: Matrix) -> Tensor:
+    keep = _kept_channels(plan, index, matrix.projection).to(matrix.weight.device)
+    mask = torch.zeros(matrix.width, dtype=torch.bool, device=matrix.weight.device)
+    mask[keep] = True
+    shape = [1] * matrix.weight.ndim
+    shape[matrix.projection.axis] = matrix.width
+    return matrix.weight.detach().masked_fill(~mask.view(shape), 0)
+
+
 def _slice_weights(model: nn.Module, plan: Plan) -> None:
     kept_layers = set(plan.layers)
-    for index, projection, linear in projections(model):
+    for index, matrix in list(matrices(model)):
         if index not in kept_layers:
             continue
-        keep = _kept_channels(plan, index, projection)
-        if len(keep) == linear.weight.shape[projection.dim]:
-            continue
-        _slice_linear(linear, keep.to(linear.weight.device), projection.dim)
+        keep = _kept_channels(plan, index, matrix.projection)
+        if len(keep) < matrix.width:
+            _slice_matrix(matrix, keep.to(matrix.weight.device))
 
 
-def _slice_linear(linear: nn.Linear, keep: Tensor, dim: int) -> None:
-    needs_grad = linear.weight.requires_grad
-    linear.weight = nn.Parameter(linear.weight.detach().index_select(dim, keep), needs_grad)
-    if dim == OUTPUT_ROWS and linear.bias is not None:
-        linear.bias = nn.Parameter(linear.bias.detach()[keep], linear.bias.requires_grad)
-    linear.out_features, linear.in_features = linear.weight.shape
+def _slice_matrix(matrix: Matrix, keep: Tensor) -> None:
+    owner, weight = matrix.owner, matrix.weight
+    cut = weight.detach().index_select(matrix.projection.axis, keep)
+    setattr(owner, matrix.name, nn.Parameter(cut, weight.requires_grad))
+    if not isinstance(owner, nn.Linear):
+        for name in ("intermediate_dim", "intermediate_size", "expert_dim"):
+            if name in vars(owner):
+                setattr(owner, name, len(keep) // len(matrix.projection.segments))
+        return
+    if matrix.projection.dim == OUTPUT_ROWS and owner.bias is not None:
+        owner.bias = nn.Parameter(owner.bias.detach()[keep], owner.bias.requires_grad)
+    owner.out_features, owner.in_features = owner.weight.shape
 
 
 def _drop_layers(model: nn.Module, plan: Plan) -> None:
     """Keep the planned layers and number them for the cache."""
     layers = decoder_layers(model)
     kept = [layers[i] for i in plan.layers]
-    parent = model.get_submodule(plan.before.family.backbone)
+    parent: Any = model.get_submodule(plan.before.family.backbone)
     parent.layers = nn.ModuleList(kept)
+    for name in plan.before.backbone.live_lists:
+        setattr(parent, name, [getattr(parent, name)[i] for i in plan.layers])
     for index, layer in enumerate(kept):
         for module in layer.modules():
             if "layer_idx" in vars(module):
@@ -174,9 +198,14 @@ def _apply_config(model: PreTrainedModel, text_config: PreTrainedConfig, plan: P
         if vars(module).get("config") is old:
             module.config = text_config  # type: ignore[assignment]
     model.config = with_text_config(model.config, text_config)
+    text_model: Any = model.get_submodule(plan.before.family.backbone)
+    for name in plan.before.backbone.layer_indices:
+        if hasattr(text_model, name):
+            setattr(text_model, name, getattr(text_config, name))
     for layer, shape in zip(decoder_layers(model), plan.after.layers, strict=True):
-        attention = layer.get_submodule("self_attn")
-        set_counts_(attention, text_config, shape.num_heads, shape.num_kv_heads)
+        if shape.num_kv_heads:
+            attention = layer.get_submodule("self_attn")
+            set_counts_(attention, text_config, shape.num_heads, shape.num_kv_heads)
     set_class_(model)
     if plan.needs_retype:
         _retype_modules(model, old, text_config)

@@ -69,12 +69,20 @@ def padded(model: PreTrainedModel) -> PreTrainedModel:
 def _padding_plan(shape: Anatomy, num_kv_heads: int) -> Plan:
     """What would cut an even model, as its configuration has it, to the widest layer."""
     groups = max(layer.num_kv_heads for layer in shape.layers)
-    neurons = max(layer.intermediate_size for layer in shape.layers)
-    full = replace(shape.layers[0], num_kv_heads=num_kv_heads, intermediate_size=neurons)
-    even = shape.with_layers([full] * shape.num_layers)
-    groups = min(count for count in even.legal_kv_heads() if count >= groups)
-    everything = Plan.everything(even)
-    return replace(everything, kv_groups=(tuple(range(groups)),) * shape.num_layers)
+    neurons = shape.fixed_neurons or max(layer.intermediate_size for layer in shape.layers)
+    even = shape.with_layers(
+        [
+            replace(
+                layer,
+                num_kv_heads=num_kv_heads if layer.num_kv_heads else 0,
+                intermediate_size=neurons if layer.intermediate_size else 0,
+            )
+            for layer in shape.layers
+        ]
+    )
+    groups = min((count for count in even.legal_kv_heads() if count >= groups), default=0)
+    kept = tuple(tuple(range(min(groups, layer.num_kv_heads))) for layer in even.layers)
+    return replace(Plan.everything(even), kv_groups=kept)
 
 
 def _padded_weights(model: PreTrainedModel, after: Anatomy) -> dict[str, Tensor]:

@@ -22,15 +22,16 @@ from slimvlm import modeling_pruned
 from slimvlm.checkpoint import anatomy, check_reload, load, save
 from slimvlm.configs import auto_class, text_config_of
 from slimvlm.errors import ConfigError, ImpossiblePlanError, ReloadError
-from slimvlm.geometry import Anatomy, read_anatomy
+from slimvlm.geometry import Anatomy, backbone_of, read_anatomy
 from slimvlm.plan import Plan
 from slimvlm.surgery import mask_, prune_
 from tests import tiny
 from tests.helpers import assert_untouched, logits, plan_by_hand, snapshot
 from tests.tolerances import FORWARD, assert_close
 
-FAMILIES = list(tiny.CONFIGS)
-FIXED_HEADS = ["qwen2_vl", "qwen2_5_vl"]
+FAMILIES = [name for name in tiny.CONFIGS if backbone_of(tiny.CONFIGS[name]()).can_be_uneven]
+EVEN_ONLY = sorted(set(tiny.CONFIGS) - set(FAMILIES))
+FIXED_HEADS = ["qwen2_vl", "qwen2_5_vl", "mllama", "glm4v"]
 TEXT_TOKENS = 24  # longer than the sliding windows of the tiny models
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
@@ -91,7 +92,7 @@ def uneven_plan(shape: Anatomy, layers: tuple[int, ...], seed: int = 0) -> Plan:
     chance = random.Random(seed)
 
     def some(index: int, count: int) -> tuple[int, ...]:
-        if index not in layers:
+        if index not in layers or count == 0:
             return ()
         if index == layers[-1]:
             return tuple(range(count))
@@ -202,8 +203,8 @@ def test_a_padded_model_is_native_and_the_same(
     )
     assert report["padded"] == type(tiny.build(name)).__name__
     assert not report["padded_code"]
-    shape, widest = anatomy(work / "padded"), case.plan.after.layers[-1]
-    assert shape.layers == (widest,) * shape.num_layers
+    whole = [case.plan.before.layers[index] for index in case.plan.layers]
+    assert anatomy(work / "padded").layers == tuple(whole)
     assert not list((work / "padded").glob("*.py"))
 
 
@@ -249,6 +250,16 @@ def assert_cut_as_masked(
     mask_(masked, plan)
     assert read_anatomy(model) == plan.after
     assert_close(logits(model, inputs), logits(masked, inputs), FORWARD)
+
+
+@pytest.mark.parametrize("name", EVEN_ONLY)
+def test_layers_that_must_be_equal_are_refused(name: str) -> None:
+    model = tiny.build(name)
+    before = snapshot(model)
+    plan = uneven_plan(read_anatomy(model), (0, 1, 3))
+    with pytest.raises(ImpossiblePlanError, match="must stay equally wide"):
+        prune_(model, plan)
+    assert_untouched(model, before)
 
 
 # Equal layers whose head count the configuration class cannot express.

@@ -10,13 +10,33 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from slimvlm.errors import UnsupportedModelError
 from slimvlm.families import INPUT_COLUMNS, Projection
-from slimvlm.geometry import decoder_layers, projections
+from slimvlm.geometry import decoder_layers, matrices
+
+
+def hookable(model: nn.Module) -> Iterator[tuple[int, Projection, nn.Linear]]:
+    """Every matrix that units own parts of: (layer index, its row of data, the module).
+
+    Raises:
+        UnsupportedModelError: If one belongs to experts, which are no modules that hooks could see.
+    """
+    for index, matrix in matrices(model):
+        if not isinstance(matrix.owner, nn.Linear):
+            raise UnsupportedModelError(
+                f"layer {index} has experts ({matrix.projection.path!r}), whose inputs and "
+                "gradients no hook sees: score width by magnitude or random, or prune depth"
+            )
+        yield index, matrix.projection, matrix.owner
 
 
 def consumers(model: nn.Module) -> Iterator[tuple[int, Projection, nn.Linear]]:
-    """Every matrix that writes to the residual stream: its input columns belong to units."""
-    for index, projection, linear in projections(model):
+    """Every matrix that writes to the residual stream: its input columns belong to units.
+
+    Raises:
+        UnsupportedModelError: If one belongs to experts.
+    """
+    for index, projection, linear in hookable(model):
         if projection.dim == INPUT_COLUMNS:
             yield index, projection, linear
 
@@ -103,7 +123,7 @@ def on_products(model: nn.Module, call: Callable[[Product], None]) -> Iterator[N
         stack.enter_context(frozen(model))
         first = decoder_layers(model)[0].register_forward_pre_hook(start, with_kwargs=True)
         stack.callback(first.remove)
-        for index, projection, linear in projections(model):
+        for index, projection, linear in hookable(model):
             name = f"{index}.{projection.path}"
             hook = linear.register_forward_hook(partial(after, name, projection.dim))
             stack.callback(hook.remove)

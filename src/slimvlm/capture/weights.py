@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from torch import nn
 
 from slimvlm.capture.batches import Batch
-from slimvlm.geometry import projections
-from slimvlm.scores.width import magnitude
+from slimvlm.geometry import matrices
+from slimvlm.scores.width import channel_sums, magnitude
 from slimvlm.values import Statistics
 
 
@@ -20,10 +20,9 @@ def capture_nothing(model: nn.Module, batches: Iterable[Batch]) -> Statistics:
 def capture_weights(model: nn.Module, batches: Iterable[Batch], p: int = 1) -> Statistics:
     """Sums of ``|w|^p`` for each channel of each matrix."""
     sums = {
-        f"{index}.{projection.path}": magnitude(linear.weight.detach().float(), p)
-        .double()
-        .sum(1 - projection.dim)
-        .cpu()
-        for index, projection, linear in projections(model)
+        f"{index}.{matrix.projection.path}": channel_sums(
+            magnitude(matrix.weight.detach().float(), p), matrix.projection.axis
+        )
+        for index, matrix in matrices(model)
     }
     return Statistics("weights", sums)

@@ -103,8 +103,9 @@ class Budget:
 
     @property
     def multiple(self) -> int:
-        """Multiple for the number of kept neurons."""
-        return self.round_to or default_multiple(self.anatomy)
+        """Multiple for the number of kept neurons; a larger one if the model needs it."""
+        wanted = self.round_to or default_multiple(self.anatomy)
+        return math.lcm(wanted, self.anatomy.backbone.neuron_multiple)
 
     @property
     def protected(self) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float64
@@ -175,6 +175,13 @@ def can_be_written(plan: Plan, widths: Widths) -> bool:
         plan: Says which layers are kept; those without widths are whole.
         widths: KV groups and neurons that layers keep.
     """
-    shapes = {i: plan.before.layers[i] for i in plan.layers}
-    kept = {widths.get(i, (s.num_kv_heads, s.intermediate_size)) for i, s in shapes.items()}
-    return len(kept) > 1 or next(iter(kept))[0] in plan.before.legal_kv_heads()
+    shapes = [
+        replace(shape, num_kv_heads=groups, intermediate_size=neurons)
+        for i in plan.layers
+        for shape in [plan.before.layers[i]]
+        for groups, neurons in [widths.get(i, (shape.num_kv_heads, shape.intermediate_size))]
+    ]
+    after = plan.before.with_layers(shapes)
+    if not after.is_uniform or not after.attention_shapes:
+        return True
+    return after.attention_shapes[0][0] in plan.before.legal_kv_heads()

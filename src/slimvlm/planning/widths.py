@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from slimvlm.errors import ConfigError
-from slimvlm.geometry import LayerShape
+from slimvlm.geometry import Anatomy, LayerShape
 from slimvlm.plan import Kept, Plan
 from slimvlm.planning.budget import Budget, channels_to_remove
 from slimvlm.values import Scores
@@ -45,23 +45,43 @@ def uniform_widths(plan: Plan, scored: Mapping[str, Scores], budget: Budget) -> 
     Raises:
         ConfigError: If the layers are not equally wide to begin with.
     """
-    open_layers = [i for i in plan.layers if budget.is_open(i)]
-    if len({budget.anatomy.layers[i] for i in open_layers}) > 1:
+    shapes = {i: budget.anatomy.layers[i] for i in plan.layers if budget.is_open(i)}
+    equal = budget.anatomy.with_layers(list(shapes.values()))
+    if not equal.is_uniform:
         raise ConfigError(
             f"allocation {budget.allocation!r} needs a model whose layers are equally wide"
         )
-    shape = budget.anatomy.layers[open_layers[0]]
+    shape = _summed_shape(equal)
     if budget.counting == "per_layer":
         counts = _counts_per_layer(shape, budget.ratio)
     else:
         rest = budget.params - plan.ratio * budget.anatomy.backbone_params
-        legal = budget.anatomy.legal_kv_heads() if "kv_group" in scored else [shape.num_kv_heads]
+        legal = budget.anatomy.legal_kv_heads() if "kv_group" in scored else []
         if budget.kv_heads is not None and "kv_group" in scored:
             legal = [budget.kv_heads]
+        free_neurons = "neuron" in scored and len(budget.anatomy.legal_neurons()) > 1
         counts = _counts_for_budget(
-            shape, rest / len(open_layers), legal, budget.multiple if "neuron" in scored else None
+            shape,
+            rest,
+            legal or [shape.num_kv_heads],
+            budget.multiple if free_neurons else None,
         )
-    return dict.fromkeys(open_layers, counts)
+    groups, neurons = counts
+    return {
+        i: (groups if s.num_kv_heads else 0, neurons if s.intermediate_size else 0)
+        for i, s in shapes.items()
+    }
+
+
+def _summed_shape(anatomy: Anatomy) -> LayerShape:
+    """One shape for all layers together: each unit weighs what its like weigh in all of them."""
+    widest = max(anatomy.layers, key=lambda shape: shape.num_kv_heads)
+    sums = {
+        name: sum(getattr(shape, name) for shape in anatomy.layers)
+        for name in ("kv_group_params", "neuron_params", "fixed_params")
+    }
+    neurons = max(shape.intermediate_size for shape in anatomy.layers)
+    return replace(widest, intermediate_size=neurons, **sums)
 
 
 def _best(values: Tensor, count: int) -> Kept:
@@ -81,14 +101,14 @@ def _counts_per_layer(shape: LayerShape, ratio: float) -> tuple[int, int]:
 def _counts_for_budget(
     shape: LayerShape, budget: float, legal: list[int], multiple: int | None
 ) -> tuple[int, int]:
-    """KV groups and neurons to keep in each layer so that about ``budget`` parameters go from it.
+    """KV groups and neurons to keep in each layer so that about ``budget`` parameters go in all.
 
     Both kinds of unit give the same share where whole groups allow it; neurons, which are fine
     grained, make up the difference.
 
     Args:
-        shape: The layer.
-        budget: Parameters to remove from it.
+        shape: The layers; what a unit weighs is its weight in all of them.
+        budget: Parameters to remove.
         legal: KV-group counts to choose from; one if it is given.
         multiple: Of kept neurons; None if neurons stay.
     """

@@ -45,7 +45,8 @@ def score_obs(statistics: Statistics, anatomy: Anatomy, group: int | None = None
         chooses and refits weights in one go; here it only orders units, layer by layer, with the
         inputs of the whole model.
     """
-    scores: dict[str, list[Tensor]] = {"kv_group": [], "neuron": []}
+    empty = [torch.zeros(0)] * anatomy.num_layers
+    scores: dict[str, list[Tensor]] = {"kv_group": list(empty), "neuron": list(empty)}
     weight = float(statistics.tensors["weight"])
     for index, shape, projection in consumers(anatomy):
         name = f"{index}.{projection.path}"
@@ -60,7 +61,7 @@ def score_obs(statistics: Statistics, anatomy: Anatomy, group: int | None = None
         )
         values = torch.empty(units)
         values[order.cpu()] = strictly_increasing(costs).cpu()
-        scores[unit_of(projection)].append(values)
+        scores[unit_of(projection)][index] = values
     return Scores("obs", kv_group=scores["kv_group"], neuron=scores["neuron"])
 
 

@@ -1,6 +1,6 @@
 """Scores of KV groups and neurons: elementwise formulas, and their sums over units.
 
-O output row, I input column of a weight matrix.
+E expert, O output row, I input column of a weight matrix.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from slimvlm.families import INPUT_COLUMNS, Projection
@@ -16,7 +16,18 @@ from slimvlm.geometry import Anatomy, LayerShape
 from slimvlm.units import fold, unit_of
 from slimvlm.values import Scores, Statistics
 
-Weight = Float[Tensor, "O I"]
+Weight = Float[Tensor, "*E O I"]
+
+
+def channel_sums(values: Weight, axis: int) -> Float64[Tensor, " channel"]:
+    """What a matrix's values add up to for each channel, over all experts if there are any.
+
+    Args:
+        values: One for each weight.
+        axis: The channels' axis, counted from the end.
+    """
+    others = [dim for dim in range(-values.ndim, 0) if dim != axis]
+    return values.sum(others, dtype=torch.float64).cpu()
 
 
 def taylor(weight: Weight, gradient: Weight) -> Weight:
@@ -92,17 +103,21 @@ def sum_over_units(
     """
     scores: dict[str, list[Tensor]] = {"kv_group": [], "neuron": []}
     for index, shape in enumerate(anatomy.layers):
-        for projections in (anatomy.backbone.attention, anatomy.backbone.mlp):
+        for unit, totals in scores.items():
             parts = [
                 part
-                for projection in projections
+                for projection in anatomy.matrices(index)
+                if unit_of(projection) == unit
                 for part in fold(
                     projection, shape, statistics.tensors[f"{index}.{projection.path}"].double()
                 )
             ]
+            if not parts:
+                totals.append(torch.zeros(0))
+                continue
             total = torch.stack(parts).sum(0)
             value = total / len(parts) if reduction == "mean" else total
-            scores[unit_of(projections[0])].append(value.float())
+            totals.append(value.float())
     return Scores(criterion, kv_group=scores["kv_group"], neuron=scores["neuron"])
 
 
@@ -133,7 +148,7 @@ def score_magnitude(statistics: Statistics, anatomy: Anatomy, reduction: str = "
     """
     scores = sum_over_units(statistics, anatomy, "magnitude", reduction)
     layers = [
-        _layer_total(statistics, anatomy, index) / (shape.params - shape.fixed_params)
+        _layer_total(statistics, anatomy, index) / max(shape.params - shape.fixed_params, 1)
         for index, shape in enumerate(anatomy.layers)
     ]
     layer = torch.stack(layers).float()
@@ -142,9 +157,9 @@ def score_magnitude(statistics: Statistics, anatomy: Anatomy, reduction: str = "
 
 def _layer_total(statistics: Statistics, anatomy: Anatomy, index: int) -> Tensor:
     """A statistic per channel, added over all matrices of a layer."""
-    paths = [p.path for p in (*anatomy.backbone.attention, *anatomy.backbone.mlp)]
-    sums = [statistics.tensors[f"{index}.{path}"].double().sum() for path in paths]
-    return torch.stack(sums).sum()
+    names = [f"{index}.{projection.path}" for projection in anatomy.matrices(index)]
+    total = torch.zeros((), dtype=torch.float64)
+    return sum((statistics.tensors[name].double().sum() for name in names), start=total)
 
 
 def score_gate(statistics: Statistics, anatomy: Anatomy) -> Scores:
@@ -199,7 +214,7 @@ def score_flap(statistics: Statistics, anatomy: Anatomy) -> Scores:
 def consumers(anatomy: Anatomy) -> Iterator[tuple[int, LayerShape, Projection]]:
     """Every matrix that writes to the residual stream: (layer index, the layer, the matrix)."""
     for index, shape in enumerate(anatomy.layers):
-        for projection in (*anatomy.backbone.attention, *anatomy.backbone.mlp):
+        for projection in anatomy.matrices(index):
             if projection.dim == INPUT_COLUMNS:
                 yield index, shape, projection
 
@@ -211,11 +226,12 @@ def _sum_over_consumers(
     channels: Callable[[str, Tensor], Tensor],
 ) -> Scores:
     """Add ``channels(name of the matrix, weight of all tokens)`` over each unit's channels."""
-    scores: dict[str, list[Tensor]] = {"kv_group": [], "neuron": []}
+    empty = [torch.zeros(0)] * anatomy.num_layers
+    scores: dict[str, list[Tensor]] = {"kv_group": list(empty), "neuron": list(empty)}
     for index, shape, projection in consumers(anatomy):
         values = channels(f"{index}.{projection.path}", statistics.tensors["weight"])
         (total,) = fold(projection, shape, values)
-        scores[unit_of(projection)].append(total.float())
+        scores[unit_of(projection)][index] = total.float()
     return Scores(criterion, kv_group=scores["kv_group"], neuron=scores["neuron"])
 
 
@@ -223,7 +239,7 @@ def _means(statistics: Statistics, anatomy: Anatomy, criterion: str, count: floa
     """Sums that were collected for each unit, divided by what they were summed over."""
     scores = {
         unit: [
-            statistics.tensors[f"{index}.{unit}"].float() / count
+            statistics.tensors.get(f"{index}.{unit}", torch.zeros(0)).float() / count
             for index in range(anatomy.num_layers)
         ]
         for unit in ("kv_group", "neuron")
