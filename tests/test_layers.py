@@ -19,6 +19,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         "outputs",
     ),
     "maths": (
+        "layers",
         "geometry",
         "units",
         "cost",

@@ -15,7 +15,8 @@ from torch import nn
 from slimvlm.errors import UnsupportedModelError
 from slimvlm.families import BACKBONES, FAMILIES, Backbone, Family, Projection
 from slimvlm.layers import LayerShape as LayerShape
-from slimvlm.layers import Matrix, matrices_of, read_layer
+from slimvlm.layers import Matrix as Matrix
+from slimvlm.layers import matrices_of, read_layer
 
 
 @dataclass(frozen=True)

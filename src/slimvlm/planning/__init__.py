@@ -180,7 +180,7 @@ def _narrowed(plan: Plan, given: list[Scores], budget: Budget) -> Plan:
     scored = {
         unit: scores_for(unit, given, budget)
         for unit in budget.units
-        if any(scores.of(unit) is not None for scores in given)
+        if budget.can_shrink(unit) and any(scores.of(unit) is not None for scores in given)
     }
     if not scored:
         scores_for(budget.units[-1], given, budget)
@@ -207,8 +207,10 @@ def _check_reached(plan: Plan, budget: Budget) -> None:
         )
     elif "neuron" in plan.criteria:
         step = budget.multiple * sum(shape.neuron_params for shape in shapes)
-    else:
+    elif "kv_group" in plan.criteria and len(budget.anatomy.legal_kv_heads()) > 1:
         step = sum(shape.kv_group_params for shape in shapes)
+    else:
+        step = 0
     if abs(plan.ratio - budget.ratio) > step / budget.anatomy.backbone_params + 1e-9:
         raise ImpossiblePlanError(
             f"ratio {budget.ratio:g} cannot be reached on axis {plan.axis!r}: the nearest legal "

@@ -107,6 +107,12 @@ class Budget:
         wanted = self.round_to or default_multiple(self.anatomy)
         return math.lcm(wanted, self.anatomy.backbone.neuron_multiple)
 
+    def can_shrink(self, unit: str) -> bool:
+        """Whether units of a kind may become fewer where all layers stay equally wide."""
+        if unit == "kv_group" or self.allocation == "global":
+            return True
+        return len(self.anatomy.legal_neurons()) > 1
+
     @property
     def protected(self) -> tuple[int, int]:
         """How many first and last layers stay whole."""

@@ -59,12 +59,11 @@ def uniform_widths(plan: Plan, scored: Mapping[str, Scores], budget: Budget) -> 
         legal = budget.anatomy.legal_kv_heads() if "kv_group" in scored else []
         if budget.kv_heads is not None and "kv_group" in scored:
             legal = [budget.kv_heads]
-        free_neurons = "neuron" in scored and len(budget.anatomy.legal_neurons()) > 1
         counts = _counts_for_budget(
             shape,
             rest,
             legal or [shape.num_kv_heads],
-            budget.multiple if free_neurons else None,
+            budget.multiple if "neuron" in scored else None,
         )
     groups, neurons = counts
     return {
