@@ -62,12 +62,17 @@ def _cut_layer_(
 
 
 def _cut_attention_(attention: Any, num_attention_heads: int, num_key_value_heads: int) -> None:
-    config, head_dim = copy.copy(attention.config), attention.head_dim
-    query, key_value = num_attention_heads * head_dim, num_key_value_heads * head_dim
-    rows = {"k_proj": key_value, "v_proj": key_value, "qkv_proj": query + 2 * key_value}
+    query, key_value = (n * attention.head_dim for n in (num_attention_heads, num_key_value_heads))
+    rows = dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj"), key_value)
+    rows["qkv_proj"] += query + key_value
+    (output,) = (
+        part
+        for name, part in attention.named_children()
+        if isinstance(part, nn.Linear) and name not in rows
+    )
     if hasattr(attention, "q_proj"):  # with an output gate it has two rows for each channel
-        old_query = config.num_attention_heads * head_dim
-        rows["q_proj"] = query * (attention.q_proj.out_features // old_query)
+        rows["q_proj"] = query * (attention.q_proj.out_features // output.in_features)
+    config = copy.copy(attention.config)
     config.num_attention_heads = num_attention_heads
     config.num_key_value_heads = num_key_value_heads
     set_counts_(attention, config, num_attention_heads, num_key_value_heads)

@@ -392,7 +392,7 @@ def test_plans_ask_for_legal_head_counts(name: str, ratio: float) -> None:
     anatomy = read_anatomy(tiny.build(name))
     for axis in ("width", "both"):
         plan = make_plan(anatomy, random_scores(anatomy), ratio, axis)
-        counts = {shape.num_kv_heads for shape in plan.after.layers}
+        counts = {kv_heads for kv_heads, *_ in plan.after.attention_shapes}
         assert counts <= set(anatomy.legal_kv_heads())
 
 
