@@ -1,0 +1,76 @@
+"""The table in docs/families.md says what the battery checks; ``--update-golden`` rewrites it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from slimvlm.checkpoint import anatomy
+from slimvlm.geometry import Anatomy
+from slimvlm.summary import as_markdown
+from tests import tiny, tiny_rare
+from tests.contract.test_families import FAMILIES, ONLY_DEPTH
+
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+BEGIN, END = "<!-- families: begin -->\n", "<!-- families: end -->\n"
+HEADER = (
+    "battery",
+    "model",
+    "backbone",
+    "layers",
+    "KV groups",
+    "neurons",
+    "uneven",
+    "reload",
+    "input",
+)
+
+
+def table() -> str:
+    return as_markdown(HEADER, [row(name, anatomy(tiny.CONFIGS[name]())) for name in FAMILIES])
+
+
+def row(name: str, shape: Anatomy) -> list[str]:
+    """What can go from the tiny model."""
+    is_exact = shape.backbone.can_be_uneven or name in ONLY_DEPTH
+    sees = shape.family.vision is not None and shape.model_type not in tiny_rare.TEXT_ONLY
+    pinned = f"all but the first {shape.pinned_layers}" if shape.pinned_layers else "any"
+    return [
+        name,
+        f"`{shape.model_type}`",
+        f"`{shape.text_type}`",
+        pinned,
+        _groups(shape),
+        _neurons(shape),
+        "yes" if shape.backbone.can_be_uneven else "no",
+        "bit-equal" if is_exact else "1e-5",
+        "picture and text" if sees else "text",
+    ]
+
+
+def _groups(shape: Anatomy) -> str:
+    legal = shape.legal_kv_heads()
+    if len(legal) == 1:
+        return "fixed"
+    as_other = " (as Mistral)" if shape.retypable else ""
+    is_any = legal == list(range(1, legal[-1] + 1))
+    return ("any" if is_any else "of 4: " + ", ".join(map(str, legal))) + as_other
+
+
+def _neurons(shape: Anatomy) -> str:
+    if not shape.mlp_widths:
+        return "none"
+    if shape.fixed_neurons is not None:
+        return "fixed"
+    multiple = shape.backbone.neuron_multiple
+    return "any" if multiple == 1 else f"multiples of {multiple}"
+
+
+def test_the_page_has_the_table_of_the_battery(pytestconfig: pytest.Config) -> None:
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    written, _, after = rest.partition(END)
+    if pytestconfig.getoption("--update-golden"):
+        PAGE.write_text(before + BEGIN + table() + END + after)
+    else:
+        assert written == table(), "run pytest with --update-golden and look at the difference"
