@@ -49,6 +49,7 @@ _HOME = {
     "mask_": "surgery",
     "prune_": "surgery",
     "prune_and_repair_": "repair",
+    "quantize": "quantization",
     "ratio_for_params": "planning",
     "recover": "recovery",
     "read_study": "study",

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from slimvlm.capture import CAPTURES, Batch
 from slimvlm.chat import encode_samples
+from slimvlm.configs import require_full_precision
 from slimvlm.cost import BYTES
 from slimvlm.errors import ConfigError, DataError
 from slimvlm.geometry import Anatomy, read_anatomy
@@ -57,6 +58,7 @@ def collect(
         DataError: If data is needed and none is given.
         NumericalError: If NaN or infinity appears; the message says where.
     """
+    require_full_precision(model.config, "scored")
     row = criterion_named(criterion, options)
     given = {name: value for name, value in options.items() if name in row.capture_options}
     if token_weights is not None:

@@ -35,6 +35,28 @@ def is_uneven(config: PreTrainedConfig) -> bool:
     return getattr(text_config_of(config), UNEVEN_FIELD, None) is not None
 
 
+def is_quantized(config: PreTrainedConfig) -> bool:
+    """Whether a configuration says that weights are stored in another type than they compute in."""
+    return getattr(config, "quantization_config", None) is not None
+
+
+def require_full_precision(config: PreTrainedConfig, what: str) -> None:
+    """Refuse to change weights that are quantised.
+
+    Args:
+        config: Configuration of the whole model.
+        what: What was to be done, for the message.
+
+    Raises:
+        ConfigError: If they are.
+    """
+    if is_quantized(config):
+        raise ConfigError(
+            f"model: its weights are quantised, so it cannot be {what}. Quantise last: take the "
+            "checkpoint from before"
+        )
+
+
 def check_widths(config: PreTrainedConfig) -> None:
     """Check the widths of every layer in a configuration that a file may have brought.
 

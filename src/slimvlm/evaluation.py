@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 from slimvlm import chat, losses, metrics
 from slimvlm.answers import AnswerLog, fingerprint, key_of
+from slimvlm.checkpoint import anatomy
 from slimvlm.errors import ConfigError, DataError
-from slimvlm.geometry import read_anatomy
+from slimvlm.memory import stored_bytes
 from slimvlm.outputs import write_text
 from slimvlm.progress import progress
 from slimvlm.samples import Question, Task
@@ -79,6 +80,7 @@ class Result:
         limit: Only the first so many questions of each task were asked; None for all.
         batch_size: Questions that were answered at once; None if it is not known.
         dtype: Data type of the weights; empty if it is not known.
+        weight_bytes: Bytes of all weights as they are in memory; None if it is not known.
     """
 
     model: str
@@ -91,6 +93,7 @@ class Result:
     limit: int | None = None
     batch_size: int | None = None
     dtype: str = ""
+    weight_bytes: int | None = None
 
     @property
     def average(self) -> float:
@@ -299,16 +302,17 @@ def with_costs(
         name: Name of the model in the result.
         how: Further fields of `Result`: how the questions were asked.
     """
-    anatomy = read_anatomy(model)
+    shape = anatomy(model.config)  # of the configuration: quantised weights are packed
     prefill_ms, decode_ms = latency(model, processor, question)
     return Result(
         model=name or str(model.config._name_or_path),
-        total_params=anatomy.total_params,
-        backbone_params=anatomy.backbone_params,
+        total_params=shape.total_params,
+        backbone_params=shape.backbone_params,
         tasks=tasks,
         prefill_ms=prefill_ms,
         decode_ms=decode_ms,
         dtype=str(model.dtype).removeprefix("torch."),
+        weight_bytes=stored_bytes(model),
         **how,
     )
 

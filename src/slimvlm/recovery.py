@@ -17,6 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from slimvlm.checkpoint import load_processor
 from slimvlm.config import RecoverConfig
+from slimvlm.configs import require_full_precision
 from slimvlm.data import estimated_length, hold_out, subset
 from slimvlm.distillation import TRAINED_FILE, Bar, Collator, DistillationTrainer
 from slimvlm.errors import ConfigError
@@ -113,6 +114,7 @@ def recover(
         ConfigError: If the loss needs a teacher and there is none, or the teacher does not fit.
         NumericalError: If the loss becomes NaN or infinite; the message names the step.
     """
+    require_full_precision(model.config, "trained")
     processor = processor or load_processor(model.config._name_or_path, model.config)
     if processor is None:
         raise ConfigError("recover needs the model's processor or tokenizer")

@@ -56,6 +56,7 @@ def result_rows(results: Mapping[str, Result]) -> tuple[list[str], list[list[str
     costs = {
         "backbone parameters": [f"{r.backbone_params / 1e6:.1f} M" for r in models],
         "all parameters": [f"{r.total_params / 1e6:.1f} M" for r in models],
+        "weights MiB": [_mebibytes(r.weight_bytes) for r in models],
         "prefill ms (batch 1)": [f"{r.prefill_ms:.1f}" for r in models],
         "decode ms a token": [f"{r.decode_ms:.1f}" for r in models],
     }
@@ -143,6 +144,7 @@ def result_json(results: Mapping[str, Result]) -> dict[str, Any]:
             "average": None if math.isnan(result.average) else result.average,
             "total_params": result.total_params,
             "backbone_params": result.backbone_params,
+            "weight_bytes": result.weight_bytes,
             "prefill_ms": result.prefill_ms,
             "decode_ms": result.decode_ms,
             "blind": result.blind,
@@ -218,6 +220,10 @@ def _is_marked(rows: Sequence[Sequence[str]]) -> bool:
 
 def _pinned(anatomy: Anatomy) -> str:
     return f" (the first {anatomy.pinned_layers} must stay)" if anatomy.pinned_layers else ""
+
+
+def _mebibytes(num_bytes: int | None) -> str:
+    return "-" if num_bytes is None else f"{num_bytes / MIB:.1f}"
 
 
 def _number(value: float) -> str:

@@ -12,7 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from slimvlm.configs import smaller_text_config, validate, with_text_config
+from slimvlm.configs import (
+    require_full_precision,
+    smaller_text_config,
+    validate,
+    with_text_config,
+)
 from slimvlm.errors import ConfigError
 from slimvlm.families import INPUT_COLUMNS, OUTPUT_ROWS, Projection
 from slimvlm.geometry import (
@@ -54,6 +59,7 @@ def prune_(model: PreTrainedModel, plan: Plan, allow_uneven: bool = False) -> No
         ConfigError: If the plan is for another model.
         ImpossiblePlanError: If the configuration class cannot express the shape.
     """
+    require_full_precision(model.config, "pruned")
     _require_match(model, plan)
     uneven = not plan.after.is_uniform or (allow_uneven and plan.file_format == "uneven")
     text_config = smaller_text_config(model.config, plan, uneven)

@@ -1,0 +1,186 @@
+"""Quantised checkpoints: close, smaller as counted, loaded by plain transformers, backbone only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file
+from torch import nn
+
+import slimvlm as sv
+from slimvlm import quantization
+from slimvlm.errors import ConfigError, SlimError
+from slimvlm.geometry import projections, read_anatomy
+from slimvlm.memory import stored_bytes
+from slimvlm.quantization import quantize
+from slimvlm.surgery import prune_
+from tests import tiny
+from tests.helpers import Batch, logits, plan_by_hand
+
+pytest.importorskip("torchao")
+pytest.importorskip("bitsandbytes")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+CASES = [("int8", "torchao"), ("int8", "bitsandbytes"), ("int4", "bitsandbytes")]
+MOST_OFF = {"int8": 0.06, "int4": 0.5}
+"""Largest difference of logits, relative to the largest logit."""
+
+
+def pruned(family: str, neurons: int = 64) -> hf.PreTrainedModel:
+    """A tiny model without one layer and some neurons, in bfloat16."""
+    model = tiny.build(family)
+    prune_(model, plan_by_hand(read_anatomy(model), layers=(0, 1, 3), neurons=range(neurons)))
+    return model.to(torch.bfloat16)  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Batch]:
+    """A pruned LLaVA, its folder, and a batch."""
+    model = pruned("llava-llama")
+    folder = tmp_path_factory.mktemp("model") / "original"
+    model.save_pretrained(folder)
+    batch = tiny.batch(model)
+    return (
+        folder,
+        model,
+        {k: v.bfloat16() if v.is_floating_point() else v for k, v in batch.items()},
+    )
+
+
+@pytest.mark.parametrize(("to", "backend"), CASES)
+def test_plain_transformers_loads_it_and_answers_are_close(
+    to: Any, backend: Any, original: tuple[Path, Any, Batch], tmp_path: Path
+) -> None:
+    folder, model, batch = original
+    done = quantize(folder, tmp_path / "small", to, backend, "cpu")
+    small = hf.AutoModelForImageTextToText.from_pretrained(tmp_path / "small", dtype="auto").eval()
+    exact, found = logits(model, batch).float(), logits(small, batch).float()
+    difference = (found - exact).abs().max() / exact.abs().max()
+    assert 0 < float(difference) < MOST_OFF[to]
+    assert (done.to, done.backend) == (to, backend)
+    assert done.bytes_before == stored_bytes(model)
+    assert done.bytes_after < done.bytes_before
+    again = hf.AutoModelForImageTextToText.from_pretrained(tmp_path / "small", dtype="auto").eval()
+    assert torch.equal(logits(again, batch), logits(small, batch))
+
+
+def test_int8_saves_a_byte_for_each_weight_but_a_scale_for_each_row(
+    original: tuple[Path, Any, Batch], tmp_path: Path
+) -> None:
+    folder, model, _ = original
+    done = quantize(folder, tmp_path / "small", "int8", "torchao", "cpu")
+    matrices = [linear.weight for _, _, linear in projections(model)]
+    scales = sum(len(weight) for weight in matrices) * 4
+    zero_points = sum(len(weight) for weight in matrices)
+    saved = done.bytes_before - done.bytes_after
+    weights = sum(weight.numel() for weight in matrices)
+    assert saved in (weights - scales, weights - scales - zero_points)
+
+
+@pytest.mark.parametrize(("to", "backend"), CASES)
+def test_tower_projector_embeddings_and_head_are_untouched(
+    to: Any, backend: Any, original: tuple[Path, Any, Batch], tmp_path: Path
+) -> None:
+    folder, _, _ = original
+    quantize(folder, tmp_path / "small", to, backend, "cpu")
+    assert not list((tmp_path / "small").glob("*.bin"))
+    before = load_file(folder / "model.safetensors")
+    after = load_file(tmp_path / "small" / "model.safetensors")
+    kept = {name for name in before if ".layers." not in name or "vision_tower" in name}
+    assert {"vision_tower", "multi_modal_projector", "language_model"} <= {
+        name.removeprefix("model.").split(".")[0] for name in kept
+    }
+    assert all(torch.equal(before[name], after[name]) for name in kept)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi", "internvl-phi3", "smolvlm"])
+def test_other_families(family: str, tmp_path: Path) -> None:
+    model = pruned(family)
+    model.save_pretrained(tmp_path / "original")
+    quantize(tmp_path / "original", tmp_path / "small", "int8", device="cpu")
+    small, _ = sv.load(tmp_path / "small", device="cpu")
+    owned = {id(linear) for _, _, linear in projections(small)}
+    assert owned
+    for module in small.modules():
+        if isinstance(module, nn.Linear):
+            assert (type(module.weight) is not nn.Parameter) == (id(module) in owned)
+
+
+def test_layers_of_different_widths(tmp_path: Path) -> None:
+    model = tiny.build("llava-llama")
+    before = read_anatomy(model)
+    plan = plan_by_hand(before)
+    neurons = (tuple(range(64)), *plan.neurons[1:])
+    prune_(model, sv.Plan(before, plan.layers, plan.kv_groups, neurons, "width"))
+    sv.save(model, None, tmp_path / "uneven")
+    quantize(tmp_path / "uneven", tmp_path / "small", "int8", device="cpu")
+    small, _ = sv.load(tmp_path / "small", device="cpu")
+    assert [s.intermediate_size for s in read_anatomy(small).layers] == [64, 96, 96, 96]
+
+
+def test_evaluation_counts_weights_of_a_quantised_model(
+    original: tuple[Path, Any, Batch], tmp_path: Path
+) -> None:
+    folder, model, _ = original
+    quantize(folder, tmp_path / "small", "int4", device="cpu")
+    small, _ = sv.load(tmp_path / "small", device="cpu")
+    assert sv.anatomy(small.config).total_params == read_anatomy(model).total_params
+    assert stored_bytes(small) < 0.7 * stored_bytes(model)
+
+
+@pytest.mark.parametrize("verb", ["prune", "score", "recover"])
+def test_a_quantised_model_is_not_changed_further(
+    verb: str, original: tuple[Path, Any, Batch], tmp_path: Path
+) -> None:
+    quantize(original[0], tmp_path / "small", "int8", device="cpu")
+    small, _ = sv.load(tmp_path / "small", device="cpu")
+    work = {
+        "prune": lambda: prune_(small, plan_by_hand(sv.anatomy(small.config))),
+        "score": lambda: sv.score(small, (), "magnitude"),
+        "recover": lambda: sv.recover(small, None, (), sv.RecoverConfig(loss="sft")),
+    }[verb]
+    with pytest.raises(ConfigError, match="quantised, so it cannot be"):
+        work()
+    with pytest.raises(ConfigError, match="quantised already"):
+        quantize(tmp_path / "small", tmp_path / "smaller", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"to": "int4", "backend": "torchao"}, "for a GPU only, and the device is cpu"),
+        ({"to": "int4", "neurons": 72}, r"rows of mlp.down_proj have 72 .* --round-to 64"),
+        ({"missing": "bitsandbytes", "to": "int4"}, r"pip install 'slimvlm\[quant\]'"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_anything_is_written(
+    wrong: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pruned("llama", wrong.pop("neurons", 64)).save_pretrained(tmp_path / "original")
+    if missing := wrong.pop("missing", None):
+        monkeypatch.setattr(quantization, "find_spec", lambda name: None if name == missing else 1)
+    with pytest.raises(SlimError, match=message):
+        quantize(tmp_path / "original", tmp_path / "small", device="cpu", **wrong)
+    assert [path.name for path in tmp_path.iterdir()] == ["original"]
+
+
+def test_an_unknown_type_is_refused() -> None:
+    with pytest.raises(ConfigError, match="to 'int3' with backend 'torchao' must be one of: int4"):
+        quantization._backend_for("int3", "torchao", torch.device("cpu"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_int4_by_torchao_on_a_gpu(original: tuple[Path, Any, Batch], tmp_path: Path) -> None:
+    folder, model, batch = original
+    quantize(folder, tmp_path / "small", "int4", "torchao", "cuda")
+    small, _ = sv.load(tmp_path / "small", device="cuda")
+    found = logits(small, {k: v.cuda() for k, v in batch.items()}).float().cpu()
+    exact = logits(model, batch).float()
+    assert float((found - exact).abs().max() / exact.abs().max()) < MOST_OFF["int4"]
