@@ -10,10 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slimvlm.capture import CAPTURES, Batch
+from slimvlm.capture.finite import Watched
 from slimvlm.chat import encode_samples
 from slimvlm.configs import require_full_precision
 from slimvlm.cost import BYTES
-from slimvlm.errors import ConfigError, DataError
+from slimvlm.errors import ConfigError, DataError, NumericalError
 from slimvlm.geometry import Anatomy, read_anatomy
 from slimvlm.progress import progress
 from slimvlm.roles import ROLES
@@ -132,8 +133,11 @@ def _captured(
 ) -> Statistics:
     was_training = model.training
     model.eval()
+    watched = Watched(batches)
     try:
-        return CAPTURES[capture](model, batches, **options)
+        return CAPTURES[capture](model, watched, **options)
+    except NumericalError as error:
+        raise NumericalError(f"{error}{watched.place(model)}") from error
     finally:
         model.train(was_training)
 

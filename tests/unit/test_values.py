@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from slimvlm.calibrate import score
 from slimvlm.errors import ConfigError, NumericalError
+from slimvlm.geometry import decoder_layers
 from slimvlm.values import Scores, Statistics
 from tests import tiny
 
@@ -59,3 +61,28 @@ def test_broken_score_files_are_refused(broken: str, tmp_path: Path) -> None:
 def test_statistics_refuse_what_is_not_finite(value: float) -> None:
     with pytest.raises(NumericalError, match=r"'gradients'.*'3.mlp'"):
         Statistics("gradients", {"2.mlp": torch.ones(2), "3.mlp": torch.tensor([1.0, value])})
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "block_influence", "activation", "gate"])
+def test_nan_is_traced_to_its_sample_and_layer(criterion: str) -> None:
+    """Layer 1 makes infinity of one token, which only the third sample has."""
+    model = tiny.build("llama")
+    batches = [tiny.batch(model, seed=seed) for seed in range(4)]
+    batches = [{n: v[:1] for n, v in batch.items()} for batch in batches]
+    for batch in batches:
+        batch["input_ids"] = batch["input_ids"].clamp(max=90)
+    batches[2]["input_ids"][0, 3] = 91
+
+    def spoil(module: torch.nn.Module, args: Any, output: Any) -> Any:
+        hidden = output if isinstance(output, torch.Tensor) else output[0]
+        hidden[spoilt["mask"]] = math.inf
+        return output
+
+    def look(module: torch.nn.Module, args: Any) -> None:
+        spoilt["mask"] = args[0] == 91
+
+    spoilt: dict[str, torch.Tensor] = {}
+    model.get_input_embeddings().register_forward_pre_hook(look)
+    decoder_layers(model)[1].register_forward_hook(spoil)
+    with pytest.raises(NumericalError, match=r"\(calibration sample 3, from layer 1 on\)"):
+        score(model, batches, criterion)

@@ -1,0 +1,326 @@
+"""Random damage: to plans, options, data, weights, and to runs in flight.
+
+``SLIMVLM_FAULTS=long`` tries many more of each than the default, which is meant for every change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from slimvlm import cli
+from slimvlm.checkpoint import load, save
+from slimvlm.config import PruneConfig, RecoverConfig
+from slimvlm.data import load_samples
+from slimvlm.errors import DataError, SlimError
+from slimvlm.geometry import read_anatomy
+from slimvlm.manifest import verify
+from slimvlm.plan import Plan
+from slimvlm.surgery import prune_
+from tests import tiny, tiny_folder
+
+IS_LONG = os.environ.get("SLIMVLM_FAULTS") == "long"
+KILLS = 50 if IS_LONG else 3
+EXAMPLES = 1000 if IS_LONG else 60
+ANATOMY = read_anatomy(tiny.build("llama"))
+
+
+@st.composite
+def kept_units(draw: st.DrawFn) -> dict[str, Any]:
+    """Any legal choice for the tiny model: kept units may differ from layer to layer."""
+
+    def kept(count: int) -> tuple[int, ...]:
+        return tuple(sorted(draw(st.sets(st.integers(0, count - 1), min_size=1, max_size=count))))
+
+    layers = kept(ANATOMY.num_layers)
+    shapes = list(enumerate(ANATOMY.layers))
+    return {
+        "layers": layers,
+        "kv_groups": tuple(kept(s.num_kv_heads) if i in layers else () for i, s in shapes),
+        "neurons": tuple(kept(s.intermediate_size) if i in layers else () for i, s in shapes),
+    }
+
+
+def refusal_of(call: Callable[[], object]) -> str | None:
+    """What a user would read; None if nothing was wrong. Any other error passes."""
+    try:
+        call()
+    except SlimError as error:
+        return str(error)
+    return None
+
+
+@given(kept=kept_units())
+@settings(max_examples=EXAMPLES)
+def test_any_plan_survives_its_file(
+    kept: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("plan") / "plan.json"
+    plan = Plan(before=ANATOMY, axis="both", **kept)
+    plan.save(path)
+    assert Plan.load(path) == plan
+
+
+@given(kept=kept_units())
+@settings(max_examples=200 if IS_LONG else 8)
+def test_any_plan_makes_a_checkpoint_that_loads(
+    kept: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """`save` itself loads it back and compares; here its shape and its manifest."""
+    plan = Plan(before=ANATOMY, axis="both", **kept)
+    model = tiny.build("llama")
+    prune_(model, plan, allow_uneven=True)
+    out = tmp_path_factory.mktemp("out") / "model"
+    save(model, None, out, plan)
+    assert read_anatomy(load(out)[0]).layers == plan.after.layers
+    assert verify(out).is_whole
+
+
+PLAN_TEXT = json.dumps(
+    {
+        **{"format": "slimvlm-plan/1", "axis": "both", "asked_ratio": 0.5, "criteria": {}},
+        **{"layers": [0], "kv_groups": [[0], []], "neurons": [[0, 1], []]},
+        "before": ANATOMY.to_dict(),
+    }
+)
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=6,
+)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Every place inside a JSON value."""
+    inner: list[tuple[Any, Any]] = []
+    if isinstance(value, dict):
+        inner = list(value.items())
+    elif isinstance(value, list):
+        inner = list(enumerate(value[:3]))
+    return [path, *(p for key, part in inner for p in places(part, (*path, key)))]
+
+
+@given(data=st.data())
+@settings(max_examples=EXAMPLES)
+def test_a_damaged_plan_is_a_plan_or_one_line(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    values = json.loads(PLAN_TEXT)
+    place = data.draw(st.sampled_from(places(values)))
+    damage = data.draw(ANYTHING)
+    if place:
+        inside = values
+        for key in place[:-1]:
+            inside = inside[key]
+        inside[place[-1]] = damage
+    text = json.dumps(values if place else damage)
+    if data.draw(st.booleans()):
+        text = text[: data.draw(st.integers(0, len(text)))]
+    path = tmp_path_factory.mktemp("plan") / "plan.json"
+    path.write_text(text)
+    refusal = refusal_of(lambda: Plan.load(path).summary())
+    assert refusal is None or "plan" in refusal
+
+
+@pytest.mark.parametrize("kind", [PruneConfig, RecoverConfig])
+@given(data=st.data())
+@settings(max_examples=EXAMPLES)
+def test_options_are_taken_or_named(kind: type[Any], data: st.DataObject) -> None:
+    numbers = st.integers(-3, 10**9) | st.floats()
+    by_type = {"int": st.integers(-3, 10**9), "float": numbers, "bool": st.booleans()}
+    texts = st.text(max_size=10) | st.sampled_from(["sft+hidden", "0.5*sft+kl", "kl+", "lora"])
+    fields = [f for f in dataclasses.fields(kind) if str(f.type).split(" ")[0] in (*by_type, "str")]
+    field = data.draw(st.sampled_from(fields))
+    value = data.draw(by_type.get(str(field.type).split(" ")[0], texts))
+    refusal = refusal_of(lambda: kind(**{field.name: value}))
+    assert refusal is None or field.name.split("_")[0] in refusal
+
+
+# Data files.
+
+ROW = {
+    "id": "good",
+    "conversations": [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "Red."}],
+}
+WRONG: list[Any] = [
+    *(None, 7, "text", [], {}, {"id": 1}, {"conversations": None}, {"messages": {}}),
+    {**ROW, "image": "../../etc/passwd"},
+    {**ROW, "image": "/etc/passwd"},
+    {**ROW, "image": "x" * 5000},
+    {**ROW, "image": "a\0b"},
+    {**ROW, "image": 5},
+    {**ROW, "image": [None]},
+    {**ROW, "image": {"path": None}},
+    {"conversations": [{"from": "gpt", "value": ""}]},
+    {"conversations": [{"from": {}, "value": []}]},
+    {"messages": [{"role": "user", "content": [{"type": []}]}]},
+    {"messages": [{"role": "assistant", "content": [{"type": "text", "text": 3}]}]},
+]
+BROKEN_LINES = ["{", "]", "nul", '{"id": ', "[" * 5000, "9" * 5000, '{"a": "\\ud800', "\x00"]
+ROWS = 1000
+
+
+def write_rows(path: Path, rng: random.Random) -> None:
+    """A file of one good row and a thousand that are none."""
+    wrong = [rng.choice(WRONG) for _ in range(ROWS)]
+    if path.suffix == ".json":
+        path.write_text(json.dumps([*wrong, ROW]))
+    elif path.suffix == ".jsonl":
+        lines = [rng.choice([json.dumps(row), rng.choice(BROKEN_LINES)]) for row in wrong]
+        path.write_text("\n".join([*lines, json.dumps(ROW)]) + "\n")
+    else:
+        images = ["../../etc/passwd", "/etc/passwd", "x" * 5000, "a\0b", "", "none.png"]
+        turns = [[], [{"from": "gpt", "value": ""}], [{"from": "robot", "value": "Hi"}]]
+        rows = [
+            {"id": str(i), "conversations": ROW["conversations"], "image": rng.choice(images)}
+            if rng.random() < 0.5
+            else {"id": str(i), "conversations": rng.choice(turns), "image": None}
+            for i in range(ROWS)
+        ]
+        datasets.Dataset.from_list([*rows, {**ROW, "image": None}]).to_parquet(path)
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.parquet"])
+def test_a_thousand_broken_rows_are_counted_and_named(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    write_rows(path, random.Random(0))
+    told: list[str] = []
+    samples = load_samples(path, max_bad=ROWS, warn=told.append)
+    assert [sample.id for sample in samples] == ["good"]
+    assert len(told) == ROWS + 1
+    assert all(line.startswith("skipped: ") and "\n" not in line for line in told[:-1])
+    assert f"{ROWS} broken rows skipped, 1 samples read" in told[-1]
+    with pytest.raises(DataError, match=f"max-bad {ROWS - 1}"):
+        load_samples(path, max_bad=ROWS - 1, warn=lambda line: None)
+
+
+# Weights.
+
+
+def refused(*arguments: Any, capfd: pytest.CaptureFixture[str]) -> str:
+    """The one line that a command ends with."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as end:
+        cli.main([str(argument) for argument in arguments])
+    told = capfd.readouterr().err
+    assert end.value.code == 2, told
+    assert "Traceback" not in told
+    (line,) = [line for line in told.splitlines() if line.startswith("slimvlm: ")]
+    return line
+
+
+@pytest.mark.parametrize("seed", range(20 if IS_LONG else 3))
+def test_a_damaged_shard_is_one_line(
+    seed: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Cut off anywhere, or with a header that was overwritten."""
+    folder = tiny_folder.copied("text", tmp_path / "model")
+    weights = folder / "model.safetensors"
+    content, rng = weights.read_bytes(), random.Random(seed)
+    for damaged in (
+        content[: rng.randrange(len(content))],
+        rng.randbytes(64) + content[64:],
+        content[:8] + rng.randbytes(16) + content[24:],
+    ):
+        weights.write_bytes(damaged)
+        told = refused("prune", folder, "--ratio", "0.3", "--out", tmp_path / "out", capfd=capfd)
+        assert str(folder) in told
+        assert not (tmp_path / "out").exists()
+
+
+# Kills. The commands run in forks of this process, which has its libraries in memory already.
+
+
+def start(*arguments: Any) -> int:
+    """Run a command in a process of its own."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1, 2):
+            os.dup2(nowhere, stream)
+        cli.main([str(argument) for argument in arguments])
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    finally:
+        os._exit(code)
+
+
+def finish(pid: int) -> int:
+    """The exit code of a process; below 0 the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["prune", "recover"])
+def test_kills_tear_nothing_and_every_restart_completes(verb: str, tmp_path: Path) -> None:
+    model = tiny_folder.folder("llava")
+    data = tiny_folder.write_llava_data(tmp_path / "data", count=6)
+    how = {
+        "prune": ["--ratio", "0.3", "--data", data, "--samples", "4"],
+        "recover": [
+            *("--data", data, "--teacher", model, "--max-steps", "6", "--batch-size", "2"),
+            *("--lora-rank", "4", "--save-steps", "2"),
+        ],
+    }[verb]
+    began = time.monotonic()
+    assert finish(start(verb, model, *how, "--out", tmp_path / "whole")) == 0
+    takes = time.monotonic() - began
+    expected = load_file(tmp_path / "whole" / "model.safetensors")
+    rng = random.Random(0)
+    killed = 0
+    for attempt in range(KILLS):
+        out = tmp_path / f"out-{attempt}"
+        pid = start(verb, model, *how, "--out", out)
+        time.sleep(rng.uniform(0, takes))
+        os.kill(pid, signal.SIGKILL)
+        was_killed = finish(pid) == -signal.SIGKILL
+        killed += was_killed
+        if out.exists():
+            assert verify(out).is_whole, "a kill left half a checkpoint"
+        else:
+            assert finish(start(verb, model, *how, "--out", out)) == 0, "the restart failed"
+        found = load_file(out / "model.safetensors")
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+        left = {p.name for p in tmp_path.iterdir() if p.name.startswith(f".{out.name}")}
+        assert left <= ({f".{out.name}.training"} if was_killed else set()), left
+    assert killed, "nothing was killed: the test shows nothing"
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_bits(tmp_path: Path) -> None:
+    """Plan, pruned and recovered weights, from two processes."""
+    model = tiny_folder.folder("llava")
+    data = tiny_folder.write_llava_data(tmp_path / "data", count=6)
+    options = ["--ratio", "0.3", "--data", data, "--samples", "4", "--batch-size", "2"]
+    for out in ("a", "b"):
+        assert (
+            finish(start("compress", model, *options, "--seed", "3", "--out", tmp_path / out)) == 0
+        )
+    for name in ("plan.json", "checkpoint/model.safetensors", "history.json"):
+        first, second = (tmp_path / out / name for out in ("a", "b"))
+        if name == "history.json":
+            ours, theirs = (json.loads(path.read_text()) for path in (first, second))
+            assert ours["sample_ids"] == theirs["sample_ids"]
+            assert [row["loss"] for row in ours["steps"]] == [
+                row["loss"] for row in theirs["steps"]
+            ]
+        else:
+            assert first.read_bytes() == second.read_bytes(), name
