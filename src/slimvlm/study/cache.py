@@ -80,7 +80,14 @@ class Cache:
         path = self._failure(stage)
         return str(json.loads(path.read_text())["error"]) if path.is_file() else ""
 
-    def run(self, stage: Stage, work: Work, flops: float, wait: bool) -> Outcome | None:
+    def run(
+        self,
+        stage: Stage,
+        work: Work,
+        flops: float,
+        wait: bool,
+        is_needed: Callable[[], bool] = lambda: True,
+    ) -> Outcome | None:
         """Do a stage, unless it is done; an error becomes part of the outcome.
 
         Args:
@@ -88,6 +95,7 @@ class Cache:
             work: How.
             flops: Estimated size of the work, for later estimates of time.
             wait: Whether to wait for another worker that is at it.
+            is_needed: Whether anybody still wants the model of a stage that is done.
 
         Returns:
             The outcome; None if another worker is at it and this one does not wait.
@@ -96,7 +104,7 @@ class Cache:
         lock.parent.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(lock, timeout=-1 if wait else 0):
-                if self.is_ready(stage):
+                if self.is_ready(stage) or (self.is_done(stage) and not is_needed()):
                     return Outcome(stage.name)
                 return self._done_now(stage, work, flops)
         except Timeout:

@@ -76,9 +76,7 @@ def expand(study: StudyConfig) -> list[Cell]:
         ConfigError: If a combination is not allowed; the message names the cell.
     """
     cells: dict[Cell, None] = {}
-    for number, grid in enumerate(study.grids):
-        if not grid.ratio:
-            raise ConfigError(f"grids[{number}]: key 'ratio' is missing")
+    for grid in study.grids:
         for values in product(*(getattr(grid, name) for name in GRID_AXES)):
             cell = _cell(study, grid, dict(zip(GRID_AXES, values, strict=True)))
             cells.setdefault(cell)

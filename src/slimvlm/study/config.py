@@ -5,34 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
 from slimvlm.errors import ConfigError
+from slimvlm.study.reading import built
 
 NONE = "none"
 """The recovery that trains nothing."""
 DEFAULT = "default"
 """The criterion that is chosen for the axis, by `slimvlm.pruning.criteria_of`."""
-_NUMBERS = {"ratio": (int, float), "fraction": (int, float), "seed": (int,)}
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Cells: every combination of the values listed here. One value needs no list.
+    """Cells: every combination of the values listed here. In YAML one value needs no list."""
 
-    Raises:
-        ConfigError: If a list is empty or a value has the wrong type; the message names the key.
-    """
-
+    ratio: tuple[float, ...]
+    """Shares of the backbone's parameters to remove."""
     model: tuple[str, ...] = ("demo",)
     """Folders, hub ids, or demo."""
     axis: tuple[str, ...] = ("depth", "width")
     """depth, width or both."""
-    ratio: tuple[float, ...] = ()
-    """Shares of the backbone's parameters to remove."""
     criterion: tuple[str, ...] = (DEFAULT,)
     """Criteria; of several kinds of unit joined by +. default chooses for the axis."""
     allocation: tuple[str, ...] = ("balanced",)
@@ -47,11 +42,6 @@ class Grid:
     """Each draws other calibration and training samples and seeds the training."""
     prune: Mapping[str, Any] = field(default_factory=dict)
     """Further options of `slimvlm.PruneConfig` for these cells."""
-
-    def __post_init__(self) -> None:
-        for name in GRID_AXES:
-            object.__setattr__(self, name, _listed(name, getattr(self, name)))
-        _check_mapping("prune", self.prune)
 
 
 GRID_AXES = tuple(f.name for f in fields(Grid) if f.name != "prune")
@@ -88,12 +78,6 @@ class Reference:
     """The publication."""
     rows: tuple[ReferenceRow, ...] = ()
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.rows, list | tuple):
-            raise ConfigError("reference: rows must be a list")
-        rows = tuple(_built(ReferenceRow, row, "reference: row") for row in self.rows)
-        object.__setattr__(self, "rows", rows)
-
     def row_for(self, cell: Mapping[str, Any]) -> ReferenceRow | None:
         """The first row that matches a cell."""
         return next((row for row in self.rows if row.matches(cell)), None)
@@ -110,9 +94,8 @@ class Resources:
 
     def __post_init__(self) -> None:
         for name in ("cpus", "gpus"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or value < 0:
-                raise ConfigError(f"resources: {name} {value!r} must be a number of at least 0")
+            if getattr(self, name) < 0:
+                raise ConfigError(f"resources: {name} {getattr(self, name)} must be at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +106,7 @@ class StudyConfig:
         ConfigError: If a key is unknown or a value is not allowed; the message names it.
     """
 
-    grids: tuple[Grid, ...] = ()
+    grids: tuple[Grid, ...]
     """Cells; those that stand in two grids are measured once."""
     recoveries: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Options of `slimvlm.RecoverConfig` by a name that grids use."""
@@ -155,24 +138,10 @@ class StudyConfig:
     """Published numbers to stand beside ours."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.grids, list | tuple) or not self.grids:
-            raise ConfigError("grids: a study needs a list of at least one grid")
-        grids = tuple(_built(Grid, grid, f"grids[{i}]") for i, grid in enumerate(self.grids))
-        object.__setattr__(self, "grids", grids)
-        object.__setattr__(self, "resources", _built(Resources, self.resources, "resources"))
-        if self.reference is not None:
-            object.__setattr__(self, "reference", _built(Reference, self.reference, "reference"))
-        for name in ("recoveries", "prune", "recover"):
-            _check_mapping(name, getattr(self, name))
-        for name, options in self.recoveries.items():
-            _check_mapping(f"recoveries: {name}", options)
         for name in ("training_samples", "limit", "batch_size"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ConfigError(f"{name} {value!r} must be a whole number of at least 1")
-        for name in ("floors", "keep_checkpoints"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} {getattr(self, name)!r} must be true or false")
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} {value} must be at least 1")
 
 
 def read_study(path: str | Path) -> StudyConfig:
@@ -187,40 +156,6 @@ def read_study(path: str | Path) -> StudyConfig:
         reason = " ".join(str(error).split())
         raise ConfigError(f"study {str(path)!r}: cannot be read ({reason})") from error
     try:
-        return _built(StudyConfig, values, "the file")
+        return built(StudyConfig, values)
     except ConfigError as error:
         raise ConfigError(f"study {str(path)!r}: {error}") from error
-
-
-def _built(kind: type[T], values: Any, where: str) -> T:
-    """A dataclass from a mapping; what is one already stays."""
-    if isinstance(values, kind):
-        return values
-    _check_mapping(where, values)
-    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
-    for key in values:
-        if key not in known:
-            raise ConfigError(f"{where}: key {key!r} is unknown. Allowed: {', '.join(known)}")
-    try:
-        return kind(**values)
-    except TypeError as error:
-        missing = str(error).rpartition("argument")[2].lstrip("s: ")
-        raise ConfigError(f"{where}: key {missing} is missing") from error
-
-
-def _check_mapping(name: str, value: Any) -> None:
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise ConfigError(f"{name} must be a mapping of names to values, not {value!r}")
-
-
-def _listed(name: str, value: Any) -> tuple[Any, ...]:
-    """One value or several, each of the key's type."""
-    values = tuple(value) if isinstance(value, list | tuple) else (value,)
-    allowed = _NUMBERS.get(name, (str,))
-    for one in values:
-        if not isinstance(one, allowed) or isinstance(one, bool):
-            kind = "numbers" if name in _NUMBERS else "names"
-            raise ConfigError(f"{name} {one!r} must be one of these: {kind}")
-    if not values:
-        raise ConfigError(f"{name}: give at least one value")
-    return tuple(map(float, values)) if float in allowed else values

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from slimvlm.errors import ConfigError
 from slimvlm.study.cache import Cache, Outcome
@@ -20,6 +21,7 @@ _PAUSE_S = 0.5
 """Seconds between looks at stages that other workers are at."""
 
 
+@runtime_checkable
 class Watcher(Protocol):
     """Is told what happens."""
 
@@ -60,6 +62,8 @@ def _next_done(
     """Do the first stage whose inputs are there and that nobody else is at."""
     names = {stage.name for stage in stages}
     for stage in stages:
+        if cache.is_done(stage) and not schedule.is_needed(stage, cache):
+            return stage, Outcome(stage.name)  # by another worker, who needs it no more either
         absent = [source for source in stage.inputs if not cache.is_ready(source)]
         if any(source.name in failed for source in absent):
             return stage, Outcome(stage.name, error=f"{absent[0].kind} failed")
@@ -68,7 +72,8 @@ def _next_done(
                 return stage, Outcome(stage.name, error=f"{absent[0].kind} was removed meanwhile")
             continue
         watcher.started(stage)
-        outcome = cache.run(stage, work, schedule.flops[stage.name], wait=False)
+        needed = partial(schedule.is_needed, stage, cache)
+        outcome = cache.run(stage, work, schedule.flops[stage.name], False, needed)
         if outcome is not None:
             return stage, outcome
     return None, Outcome("")

@@ -1,0 +1,63 @@
+"""Small studies of tiny models, and a way to run them without measuring times."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from slimvlm.study import StudyConfig, engines
+from slimvlm.study.reading import built
+from slimvlm.study.table import VOLATILE
+from tests import tiny_folder as folders
+
+RECOVER = {
+    **{"max_steps": 2, "batch_size": 2, "lora_rank": 4, "lora_alpha": 8},
+    **{"learning_rate": 5e-3, "bf16": False, "save_steps": 1},
+}
+RECOVERIES = {
+    "sft": {"train": "lora", "loss": "sft"},
+    "sft+hidden": {"train": "lora", "loss": "sft+hidden"},
+}
+
+
+def study(data: Path | None, grid: dict[str, Any] | None = None, **changes: Any) -> StudyConfig:
+    """A text model along two axes at 40 %, without recovery and with."""
+    cells = {
+        "model": str(folders.folder("text")),
+        "ratio": 0.4,
+        "recovery": ["none", "sft+hidden"],
+        **(grid or {}),
+    }
+    values: dict[str, Any] = {
+        "grids": [cells],
+        "recoveries": RECOVERIES,
+        "recover": RECOVER,
+        "data": None if data is None else str(data),
+        "prune": {"samples": 4},
+        "tasks": "text_odd,text_sort",
+        "limit": 2,
+        "floors": False,
+    }
+    return built(StudyConfig, {**values, **changes})
+
+
+def count_work(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """From here on counts the stages that are really done, by kind."""
+    done: Counter[str] = Counter()
+    honest = engines.work
+
+    def counted(stage: Any, *rest: Any) -> None:
+        done[stage.kind] += 1
+        honest(stage, *rest)
+
+    monkeypatch.setattr(engines, "work", counted)
+    return done
+
+
+def stable(table: pd.DataFrame) -> pd.DataFrame:
+    """A table without the columns that hold times."""
+    return table.drop(columns=[name for name in VOLATILE if name in table])

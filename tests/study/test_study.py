@@ -1,0 +1,322 @@
+"""A study does each piece of work once, goes on where it was, and says what failed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from slimvlm import evaluation
+from slimvlm.errors import NumericalError
+from slimvlm.study import StudyConfig, engines, forecast, prepared, run_study
+from slimvlm.study.cache import Cache, Outcome
+from slimvlm.study.schedule import Schedule
+from slimvlm.study.stages import Stage
+from tests import tiny_folder as folders
+from tests.study.study_files import count_work, stable, study
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def unhurried() -> Iterator[None]:
+    """Measuring times takes longer than everything else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "latency", lambda *_: (2.0, 1.0))
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folders.write_llava_data(tmp_path_factory.mktemp("data"), pictures=False)
+
+
+@pytest.fixture(scope="module")
+def finished(data: Path, unhurried: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a study that nobody interrupted. Only `copied` ones may be changed."""
+    out = tmp_path_factory.mktemp("studies") / "finished"
+    run_study(study(data), out, console=QUIET)
+    return out
+
+
+@pytest.fixture
+def again(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished study."""
+    import shutil
+
+    return Path(shutil.copytree(finished, tmp_path / "again"))
+
+
+def files_named(out: Path, name: str) -> list[Path]:
+    return sorted((out / "cache").rglob(name))
+
+
+def test_the_table_has_a_row_for_each_cell_and_the_original(finished: Path) -> None:
+    table = pd.read_parquet(finished / "results.parquet")
+    assert list(zip(table["axis"], table["recovery"], strict=True)) == [
+        ("original", "original"),
+        *(("depth", "none"), ("depth", "sft+hidden")),
+        *(("width", "none"), ("width", "sft+hidden")),
+    ]
+    assert set(table["status"]) == {"done"}
+    assert list(table["achieved_ratio"][3:]) == pytest.approx([0.4, 0.4], abs=0.01)
+    assert list(table["steps"][1:]) == [0, 2, 0, 2]
+    assert table["backbone_params"][1:].max() < table["backbone_params"][0]
+    assert (finished / "results.csv").read_text().count("\n") == 1 + len(table)
+    assert "not measured" in (finished / "claims.md").read_text()
+
+
+def test_models_go_and_results_stay(finished: Path) -> None:
+    assert files_named(finished, "model.safetensors") == []
+    assert len(files_named(finished, "result.json")) == 5
+    assert len(files_named(finished, "history.json")) == 2
+    assert list((finished / "work").iterdir()) == []
+
+
+def test_models_stay_if_asked(data: Path, tmp_path: Path) -> None:
+    config = study(data, {"axis": "depth"}, keep_checkpoints=True)
+    run_study(config, tmp_path / "out", console=QUIET)
+    assert len(files_named(tmp_path / "out", "model.safetensors")) == 2
+
+
+def test_a_finished_study_does_nothing(
+    again: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = pd.read_parquet(again / "results.parquet")
+    done = count_work(monkeypatch)
+    table = run_study(study(data), again, console=QUIET)
+    assert not done
+    pd.testing.assert_frame_equal(table, before, check_dtype=False)
+
+
+def test_one_more_ratio_does_only_what_is_new(
+    again: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = count_work(monkeypatch)
+    table = run_study(study(data, {"ratio": [0.4, 0.2]}), again, console=QUIET)
+    assert done == {"plan": 2, "prune": 2, "recover": 2, "evaluate": 4}
+    assert len(table) == 1 + 8
+
+
+def test_one_more_recovery_prunes_again_but_scores_nothing(
+    again: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = count_work(monkeypatch)
+    recovery = {"recovery": ["none", "sft+hidden", "sft"]}
+    run_study(study(data, recovery), again, console=QUIET)
+    assert done == {"prune": 2, "recover": 2, "evaluate": 2}
+
+
+def test_a_dry_run_counts_and_leaves_nothing(again: Path, data: Path, tmp_path: Path) -> None:
+    fresh = forecast(study(data), tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
+    assert dict(fresh.stages) == {
+        **{"calibrate": (2, 0), "plan": (2, 0), "prune": (2, 0)},
+        **{"recover": (2, 0), "evaluate": (5, 0)},
+    }
+    assert set(fresh.basis.values()) == {"rough"}
+    more = forecast(study(data, {"ratio": [0.4, 0.2]}), again)
+    assert dict(more.stages) == {
+        **{"calibrate": (0, 2), "plan": (2, 2), "prune": (2, 2)},
+        **{"recover": (2, 2), "evaluate": (4, 5)},
+    }
+    assert dict(more.basis) == dict.fromkeys(("plan", "prune", "recover", "evaluate"), "measured")
+    nothing = forecast(study(data), again)
+    assert nothing.seconds == 0
+    assert not any(nothing.cells.values())
+
+
+def test_other_samples_or_other_files_are_other_work(data: Path, tmp_path: Path) -> None:
+    def names(config: StudyConfig) -> set[str]:
+        return {stage.name for stage in prepared(config, print)[1].stages()}
+
+    model = folders.copied("text", tmp_path / "model")
+    first = names(study(data, {"model": str(model)}))
+    assert names(study(data, {"model": str(model)})) == first
+    assert len(names(study(data, {"model": str(model), "seed": 1})) & first) == 1  # the original
+    from slimvlm.study.stages import _identity
+
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    _identity.cache_clear()
+    assert not names(study(data, {"model": str(model)})) & first
+
+
+def test_what_fails_is_said_and_stops_nothing_else(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = engines.work
+
+    def fails(stage: Stage, *rest: Any) -> None:
+        if stage.kind == "prune" and "depth" in stage.label:
+            raise NumericalError("weights are NaN\nin layer 1")
+        honest(stage, *rest)
+
+    config = study(data, {"recovery": "none"})
+    with monkeypatch.context() as patch:
+        patch.setattr(engines, "work", fails)
+        table = run_study(config, tmp_path / "out", console=QUIET)
+    assert list(table["status"]) == ["done", "failed", "done"]
+    assert table["failed"][1] == "prune: NumericalError: weights are NaN in layer 1"
+    done = count_work(monkeypatch)
+    table = run_study(config, tmp_path / "out", console=QUIET)
+    assert set(table["status"]) == {"done"}
+    assert table["failed"].isna().all()
+    assert done == {"prune": 1, "evaluate": 1}
+
+
+def test_a_stopped_study_goes_on_to_the_same_table(
+    finished: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = engines.work
+
+    def stops(stage: Stage, *rest: Any) -> None:
+        honest(stage, *rest)
+        if stage.kind == "recover":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engines, "work", stops)
+        with pytest.raises(KeyboardInterrupt):
+            run_study(study(data), tmp_path / "out", console=QUIET)
+    statuses = sorted(pd.read_parquet(tmp_path / "out" / "results.parquet")["status"])
+    assert statuses == ["done", "done", "open", "open", "open"]
+    table = run_study(study(data), tmp_path / "out", console=QUIET)
+    expected = pd.read_parquet(finished / "results.parquet")
+    pd.testing.assert_frame_equal(stable(table), stable(expected), check_dtype=False)
+
+
+class Silent:
+    """Watches and says nothing."""
+
+    def started(self, stage: Stage) -> None:
+        """Nothing."""
+
+    def finished(self, stage: Stage, outcome: Outcome) -> None:
+        """Nothing."""
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Stages take a moment and leave what their readers look for; returns who was done."""
+    done: list[str] = []
+
+    def quick(stage: Stage, inputs: Any, folder: Path, scratch: Path) -> None:
+        done.append(stage.name)
+        threading.Event().wait(0.005)
+        (folder / "checkpoint").mkdir()
+
+    monkeypatch.setattr(engines, "work", quick)
+    monkeypatch.setattr(engines, "_PAUSE_S", 0.01)
+    return done
+
+
+@pytest.mark.parametrize("kind", ["calibrate", "plan", "prune", "recover", "evaluate"])
+def test_a_stop_costs_one_stage(
+    kind: str, schedule: Schedule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = pretend(monkeypatch)
+    quick = engines.work
+
+    def stops(stage: Stage, *rest: Any) -> None:
+        quick(stage, *rest)
+        if stage.kind == kind:
+            raise KeyboardInterrupt
+
+    cache = Cache(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(engines, "work", stops)
+        with pytest.raises(KeyboardInterrupt):
+            engines.run_local(schedule, schedule.missing(cache), cache, Silent())
+    lost = done[-1]
+    engines.run_local(schedule, schedule.missing(cache), cache, Silent())
+    assert sorted(done) == sorted([lost, *(stage.name for stage in schedule.stages())])
+
+
+@pytest.fixture
+def schedule(data: Path) -> Schedule:
+    config = study(data, {"ratio": [0.2, 0.4], "seed": [0, 1]})
+    return prepared(config, print)[1]
+
+
+def test_two_workers_never_do_the_same_stage(
+    schedule: Schedule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = pretend(monkeypatch)
+    missing = schedule.missing(Cache(tmp_path))
+
+    def works() -> None:
+        engines.run_local(schedule, missing, Cache(tmp_path), Silent())
+
+    workers = [threading.Thread(target=works) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert sorted(done) == sorted(stage.name for stage in missing)
+    assert len(set(done)) == len(done) == len(schedule.stages())
+
+
+def test_few_models_are_on_disk_at_a_time(
+    schedule: Schedule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch)
+    most = 0
+
+    class Counts(Silent):
+        def finished(self, stage: Stage, outcome: Outcome) -> None:
+            nonlocal most
+            kinds = ("prune", "recover")
+            made = [p for k in kinds for p in (tmp_path / "cache" / k).glob("*/checkpoint")]
+            most = max(most, len(made))
+
+    cache = Cache(tmp_path)
+    engines.run_local(schedule, schedule.missing(cache), cache, Counts())
+    assert most == 1
+
+
+def test_a_stage_is_done_after_its_inputs_and_before_dearer_ones(schedule: Schedule) -> None:
+    missing = schedule.missing(Cache("/nowhere"))
+    position = {stage.name: i for i, stage in enumerate(missing)}
+    assert all(position[s.name] < position[t.name] for t in missing for s in t.inputs)
+    recovers = [schedule.flops[s.name] for s in missing if s.kind == "recover"]
+    assert recovers == sorted(recovers)
+    originals = [stage for stage in missing if stage.kind == "evaluate" and not stage.inputs]
+    assert missing[0] is originals[0]
+
+
+def test_a_removed_input_is_said(
+    schedule: Schedule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch)
+    cache = Cache(tmp_path)
+    missing = schedule.missing(cache)
+    evaluations = [stage for stage in missing if stage.kind == "evaluate" and stage.inputs]
+    outcomes: dict[str, Outcome] = {}
+
+    class Notes(Silent):
+        def finished(self, stage: Stage, outcome: Outcome) -> None:
+            outcomes[stage.name] = outcome
+
+    engines.run_local(schedule, evaluations[:1], cache, Notes())
+    assert outcomes[evaluations[0].name].error == "prune was removed meanwhile"
+
+
+def test_published_numbers_stand_beside_ours(finished: Path, data: Path) -> None:
+    from slimvlm.study.config import Reference, ReferenceRow
+    from slimvlm.study.table import results_table
+
+    row = ReferenceRow(axis="width", ratio=0.4, recovery="none", retention=79.9)
+    config = replace(study(data), reference=Reference(source="the paper", rows=(row,)))
+    _, schedule = prepared(config, print)
+    table = results_table(config, schedule, Cache(finished))
+    given = table[table["reference"].notna()]
+    assert list(given["axis"]) == ["width"]
+    assert list(given["reference"]) == [79.9]
+    assert list(given["reference_source"]) == ["the paper"]
