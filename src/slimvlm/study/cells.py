@@ -10,6 +10,7 @@ from slimvlm.config import PruneConfig, RecoverConfig
 from slimvlm.errors import ConfigError
 from slimvlm.pruning import criteria_of
 from slimvlm.study.config import DEFAULT, GRID_AXES, NONE, Grid, StudyConfig
+from slimvlm.study.reading import built
 
 _OWN_PRUNE = {"data", "images", "pad"}
 """Options of `PruneConfig` that are keys of the study, or change no result."""
@@ -95,26 +96,19 @@ def _cell(study: StudyConfig, grid: Grid, chosen: dict[str, Any]) -> Cell:
             recovery=chosen["recovery"],
             recover=recover,
         )
-    except (ConfigError, TypeError) as error:
+    except ConfigError as error:
         raise ConfigError(f"cell ({where}): {error}") from error
 
 
 def _prune_config(study: StudyConfig, grid: Grid, chosen: dict[str, Any]) -> PruneConfig:
     axes = {f.name for f in fields(PruneConfig)} & set(GRID_AXES)
     options = {**study.prune, **grid.prune}
-    _check_options("prune", options, PruneConfig, axes | _OWN_PRUNE)
+    _check_home("prune", options, axes | _OWN_PRUNE)
     criterion = chosen["criterion"]
-    more: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-    return PruneConfig(
-        ratio=chosen["ratio"],
-        axis=chosen["axis"],
-        criterion=() if criterion == DEFAULT else tuple(criterion.split("+")),
-        allocation=chosen["allocation"],
-        repair=chosen["repair"],
-        data=study.data,
-        images=study.images,
-        **more,
-    )
+    named = {} if criterion == DEFAULT else {"criterion": criterion.split("+")}
+    own = {name: chosen[name] for name in ("ratio", "axis", "allocation", "repair")}
+    source = {"data": study.data, "images": study.images}
+    return built(PruneConfig, {**options, **own, **named, **source})
 
 
 def _recover_config(study: StudyConfig, chosen: dict[str, Any]) -> RecoverConfig | None:
@@ -127,20 +121,18 @@ def _recover_config(study: StudyConfig, chosen: dict[str, Any]) -> RecoverConfig
     if study.data is None:
         raise ConfigError(f"recovery {name!r} needs the study's key 'data'")
     options = {**study.recover, **study.recoveries[name]}
-    _check_options(f"recovery {name!r}", options, RecoverConfig, _OWN_RECOVER)
+    _check_home(f"recovery {name!r}", options, _OWN_RECOVER)
     if options.get("keep_adapter"):
         raise ConfigError("keep_adapter True: a study keeps results, not adapters")
-    return RecoverConfig(fraction=chosen["fraction"], seed=chosen["seed"], **options)
+    own = {"fraction": chosen["fraction"], "seed": chosen["seed"]}
+    return built(RecoverConfig, {**options, **own}, f"recovery {name!r}")
 
 
-def _check_options(where: str, options: dict[str, Any], kind: type, elsewhere: set[str]) -> None:
-    """Refuse options that do not exist, and those that have a key of their own."""
-    known = [f.name for f in fields(kind) if f.name not in elsewhere]
+def _check_home(where: str, options: dict[str, Any], elsewhere: set[str]) -> None:
+    """Refuse options that have a key of their own."""
     for name in options:
         if name in elsewhere:
             raise ConfigError(f"{where}: {name!r} is a key of the grid or of the study")
-        if name not in known:
-            raise ConfigError(f"{where}: option {name!r} is unknown. Allowed: {', '.join(known)}")
 
 
 def _check_reference(study: StudyConfig, cells: list[Cell]) -> None:

@@ -117,7 +117,7 @@ _SAME = (
     *("model", "axis", "ratio", "criterion", "allocation", "repair"),
     *("recovery", "train", "loss", "fraction"),
 )
-_MEASURED = ("avg_percent", "avg_free", "avg_choice", "avg", "avg_pictures", "avg_text")
+_MEASURED = ("avg_percent", "avg_free", "avg_choice", "avg_pictures", "avg_text")
 
 
 def _groups(done: pd.DataFrame) -> list[Group]:

@@ -61,7 +61,7 @@ class ReferenceRow:
     recovery: str | None = None
     fraction: float | None = None
     source: str = ""
-    """Where it stands; by default the block's source."""
+    """Where in the publication it stands."""
 
     def matches(self, cell: Mapping[str, Any]) -> bool:
         """Whether a cell has every value that this row names."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from slimvlm.errors import ConfigError
 
@@ -16,8 +16,8 @@ _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or 
 def built(kind: type[T], values: Any, where: str = "") -> T:
     """A dataclass from a mapping, as YAML gives it.
 
-    Fields may be numbers, text, booleans, mappings, dataclasses, and tuples of these; where a tuple
-    is wanted, one value needs no list.
+    Fields may be numbers, text, booleans, choices, mappings, dataclasses, and tuples of these; where
+    a tuple is wanted, one value needs no list.
 
     Args:
         kind: The dataclass.
@@ -43,16 +43,18 @@ def built(kind: type[T], values: Any, where: str = "") -> T:
 
 def _read(hint: Any, value: Any, where: str) -> Any:
     """A value of the type that a hint names."""
-    if get_origin(hint) is UnionType:
+    if get_origin(hint) in (UnionType, Union):
         if value is None and NoneType in get_args(hint):
             return None
         hint = next(kind for kind in get_args(hint) if kind is not NoneType)
     origin = get_origin(hint)
     if origin is tuple:
-        items = value if isinstance(value, list | tuple) else [value]
-        if not items:
-            raise ConfigError(f"{where}: give at least one value")
-        return tuple(_read(get_args(hint)[0], item, where) for item in items)
+        return _read_tuple(get_args(hint), value, where)
+    if origin is Literal:
+        if value not in get_args(hint):
+            choices = ", ".join(map(str, get_args(hint)))
+            raise ConfigError(f"{where} {value!r} must be one of: {choices}")
+        return value
     if origin is Mapping or hint is Mapping:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where} must map names to values, not {value!r}")
@@ -63,6 +65,15 @@ def _read(hint: Any, value: Any, where: str) -> Any:
     if is_dataclass(hint):
         return built(hint, value, where)  # type: ignore[arg-type]
     return _plain(hint, value, where)
+
+
+def _read_tuple(kinds: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    items = value if isinstance(value, list | tuple) else [value]
+    if kinds[-1] is not Ellipsis and len(items) != len(kinds):
+        raise ConfigError(f"{where} {value!r} must be {len(kinds)} values")
+    if not items:
+        raise ConfigError(f"{where}: give at least one value")
+    return tuple(_read(kinds[0], item, where) for item in items)
 
 
 def _plain(kind: type, value: Any, where: str) -> Any:

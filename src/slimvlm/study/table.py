@@ -89,7 +89,8 @@ def _row(study: StudyConfig, cell: CellStages, cache: Cache, sighted: set[str]) 
     found = study.reference.row_for(values) if study.reference else None
     if study.reference is not None:
         row["reference"] = found.retention if found else None
-        row["reference_source"] = (found.source or study.reference.source) if found else None
+        sources = (study.reference.source, found.source) if found else ()
+        row["reference_source"] = ", ".join(filter(None, sources)) or None
     return row | _seconds(stages[1:], cache)
 
 

@@ -1,0 +1,158 @@
+"""What a table says on the claims: on tables made by hand, from the paper and against it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from slimvlm.study.cells import expand
+from slimvlm.study.claims import CLAIMS, Claim, claims_of, claims_text
+from slimvlm.study.config import read_study
+from tests.study.test_config import SHIPPED
+
+RATIOS = (0.15, 0.30, 0.45, 0.60)
+ORIGINAL = {
+    **{"model": "m", "axis": "original", "recovery": "original", "ratio": 0.0, "status": "done"},
+    **{"avg_percent": 100.0, "avg_free": 60.0, "avg_choice": 60.0},
+    **{"avg_pictures": 60.0, "avg_text": 60.0},
+}
+
+
+def row(axis: str, ratio: float, kept: float, loss: str = "none", **changes: Any) -> dict[str, Any]:
+    train = "none" if loss == "none" else "lora"
+    values = {
+        **{"model": "m", "axis": axis, "ratio": ratio, "criterion": "c", "allocation": "uniform"},
+        **{"repair": "none", "recovery": loss, "train": train, "loss": loss, "fraction": 1.0},
+        **{"seed": 0, "status": "done", "avg_percent": kept},
+        **{"avg_percent_low": kept - 1, "avg_percent_high": kept + 1},
+        **dict.fromkeys(("avg_free", "avg_choice", "avg_pictures", "avg_text"), 0.6 * kept),
+    }
+    return {**values, **changes}
+
+
+def series(axis: str, loss: str, kept: Sequence[float], **changes: Any) -> list[dict[str, Any]]:
+    return [row(axis, r, k, loss, **changes) for r, k in zip(RATIOS, kept, strict=True)]
+
+
+def verdicts(rows: list[dict[str, Any]]) -> dict[str, Claim]:
+    return {claim.name: claim for claim in claims_of(pd.DataFrame([ORIGINAL, *rows]))}
+
+
+def test_llava_in_the_paper() -> None:
+    rows = [
+        *series("width", "none", (90.87, 79.88, 32.43, 6.75)),
+        *series("depth", "none", (72.22, 69.18, 34.40, 5.34)),
+        *series("width", "sft", (95, 90, 84, 76)),
+        *series("depth", "sft", (97, 97, 85, 77)),
+        *series("width", "sft", (94, 88, 79, 47), train="projector", recovery="p"),
+        *series("width", "sft+hidden", (96.7, 92.4, 84, 80)),
+    ]
+    found = verdicts(rows)
+    assert [name for name in CLAIMS if found[name].verdict == "agrees"] == [
+        *("T1", "T3", "T4", "T5", "T6", "T9"),
+    ]
+    assert found["T8"].verdict == found["T10"].verdict == "not measured"
+    assert found["T1"].numbers == (
+        "m 15%: width 90.9, depth 72.2",
+        "m 30%: width 79.9, depth 69.2",
+    )
+
+
+AGREES: dict[str, list[dict[str, Any]]] = {
+    "T1": [row("width", 0.3, 60), row("depth", 0.3, 50)],
+    "T2": [
+        row("width", 0.3, 60, avg_free=40, avg_choice=50),
+        row("depth", 0.3, 50, avg_free=20, avg_choice=45),
+    ],
+    "T3": [row("width", 0.45, 49), row("depth", 0.6, 5)],
+    "T4": [row("width", 0.3, 80, "sft"), row("depth", 0.3, 79.5, "sft")],
+    "T5": [row("width", 0.45, 80, "sft"), row("depth", 0.45, 80.9, "sft")],
+    "T6": [
+        row("width", 0.15, 95, "sft", train="projector"),
+        row("width", 0.15, 99, "sft"),
+        row("width", 0.6, 40, "sft", train="projector"),
+        row("width", 0.6, 70, "sft"),
+    ],
+    "T7": [
+        row("width", 0.15, 80, avg_pictures=40, avg_text=50),
+        row("width", 0.6, 10, avg_pictures=6, avg_text=8),
+    ],
+    "T8": [
+        *(row("width", 0.15, 95, "sft"), row("width", 0.15, 96, "kl")),
+        *(row("width", 0.6, 76, "sft"), row("width", 0.6, 62, "rkl")),
+        *(row("width", 0.6, 60, "kl"), row("width", 0.6, 58, "hidden")),
+    ],
+    "T9": [
+        *(row("width", 0.3, 90, "sft"), row("width", 0.3, 92, "sft+hidden")),
+        *(row("width", 0.3, 91, "sft+kl"), row("width", 0.3, 91, "sft+hidden+rkl")),
+    ],
+    "T10": [
+        *(row("width", 0.3, 90, "sft"), row("width", 0.3, 85, "sft", fraction=0.05)),
+        *(row("width", 0.6, 80, "sft"), row("width", 0.6, 60, "sft", fraction=0.05)),
+        row("width", 0.6, 70, "sft", fraction=0.2),
+    ],
+}
+SPOILT: dict[str, tuple[int, dict[str, Any]]] = {
+    "T1": (1, {"avg_percent": 61}),
+    "T2": (1, {"avg_free": 39}),
+    "T3": (0, {"avg_percent": 51}),
+    "T4": (1, {"avg_percent": 78.5}),
+    "T5": (1, {"avg_percent": 81.5}),
+    "T6": (2, {"avg_percent": 66}),
+    "T7": (1, {"avg_text": 20}),
+    "T8": (4, {"avg_percent": 63}),
+    "T9": (1, {"avg_percent": 88}),
+    "T10": (4, {"avg_percent": 85}),
+}
+"""For each claim a row and what it must say for the claim to fail."""
+
+
+def test_every_claim_is_tried() -> None:
+    assert set(AGREES) == set(SPOILT) == set(CLAIMS)
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_a_claim_agrees_fails_and_is_not_measured(name: str) -> None:
+    rows = AGREES[name]
+    assert verdicts(rows)[name].verdict == "agrees", verdicts(rows)[name].numbers
+    index, change = SPOILT[name]
+    spoilt = [{**r, **(change if i == index else {})} for i, r in enumerate(rows)]
+    claim = verdicts(spoilt)[name]
+    assert claim.verdict == "does not", claim.numbers
+    assert any(line.startswith("not: ") for line in claim.numbers)
+    failed = [{**r, "status": "failed"} for r in rows]
+    assert verdicts(failed)[name] == Claim(name, CLAIMS[name][0], "not measured")
+
+
+def test_numbers_are_means_over_seeds_and_parity_is_their_spread() -> None:
+    width = [row("width", 0.3, kept, "sft", seed=i) for i, kept in enumerate((70, 80, 90))]
+    depth = [row("depth", 0.3, kept, "sft", seed=i) for i, kept in enumerate((72, 73, 74))]
+    claim = verdicts([*width, *depth])["T4"]
+    assert claim.verdict == "agrees"
+    assert claim.numbers == ("m 30%: depth and width 73.0 and 80.0 ± 10.0",)
+    narrow = [{**r, "avg_percent": 80 + r["seed"]} for r in width]
+    assert verdicts([*narrow, *depth])["T4"].verdict == "does not"
+
+
+def test_claims_are_written_as_markdown() -> None:
+    text = claims_text(claims_of(pd.DataFrame([ORIGINAL, *AGREES["T1"]])))
+    assert "| T1 | without recovery" in text
+    assert "- m 30%: width 60.0, depth 50.0" in text
+
+
+def test_the_shipped_grids_answer_what_they_say() -> None:
+    wanted = {
+        "demo": ("T1", "T2", "T3", "T4", "T5", "T6", "T7", "T9"),
+        "recovery": tuple(CLAIMS),
+    }
+    for path in SHIPPED:
+        cells = [cell.values() for cell in expand(read_study(path))]
+        rows = [{**row("", 0, 50.0), **cell} for cell in cells]
+        models = {r["model"] for r in rows}
+        table = pd.DataFrame([*({**ORIGINAL, "model": m} for m in models), *rows])
+        measured = {c.name for c in claims_of(table) if c.verdict != "not measured"}
+        if path.stem in wanted:
+            assert measured == set(wanted[path.stem])

@@ -1,0 +1,167 @@
+"""Study files: every shipped one is sound, every mistake is named in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from slimvlm.errors import ConfigError, SlimError
+from slimvlm.study import prepared, read_study
+from slimvlm.study.cells import expand
+from slimvlm.study.config import StudyConfig
+from slimvlm.study.reading import built
+from tests import tiny_folder as folders
+from tests.study.study_files import study
+
+SHIPPED = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
+PAPER = ("llava-1.5-7b", "bunny-3b", "mini-internvl-4b")
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_study_is_sound_and_says_its_command(path: Path) -> None:
+    config = read_study(path)
+    cells = expand(config)
+    head = path.read_text().split("\ndata:")[0]
+    assert f"slimvlm study studies/{path.name} --out " in head
+    assert "# Expect:" in head
+    assert "# Result:" in head
+    assert f"{len(cells)} cells" in head
+    assert len({cell.label for cell in cells}) == len(cells)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_grids_carry_its_numbers(name: str) -> None:
+    config = read_study(next(path for path in SHIPPED if path.stem == name))
+    assert config.reference is not None
+    found = [config.reference.row_for(cell.values()) for cell in expand(config)]
+    untrained = [c for c in expand(config) if c.recover is None]
+    assert len(untrained) == 8
+    assert all(config.reference.row_for(cell.values()) for cell in untrained)
+    assert sum(row is not None for row in found) >= 45
+
+
+def test_the_numbers_are_the_papers() -> None:
+    config = read_study(next(path for path in SHIPPED if path.stem == "llava-1.5-7b"))
+    assert config.reference is not None
+    by_cell = {
+        (c.prune.axis, c.prune.ratio, c.recovery): config.reference.row_for(c.values())
+        for c in expand(config)
+        if c.recover is None or c.recover.fraction == 1
+    }
+    for cell, number in {
+        ("width", 0.15, "none"): 90.87,
+        ("depth", 0.60, "none"): 5.34,
+        ("depth", 0.15, "sft+hidden"): 98.10,
+        ("width", 0.60, "sft+hidden"): 78.13,
+        ("width", 0.60, "sft+rkl"): 79,
+    }.items():
+        row = by_cell[cell]
+        assert row is not None
+        assert row.retention == number
+
+
+def test_the_demo_study_has_cells_for_its_claims() -> None:
+    cells = expand(read_study(next(path for path in SHIPPED if path.stem == "demo")))
+    assert len(cells) >= 24
+    assert {cell.prune.axis for cell in cells} == {"depth", "width"}
+    assert {cell.prune.ratio for cell in cells} == {0.15, 0.30, 0.45, 0.60}
+
+
+def test_cells_are_every_combination_once(tmp_path: Path) -> None:
+    data = tmp_path / "data.json"
+    grid = {"ratio": [0.2, 0.4], "recovery": ["none", "sft"], "seed": [0, 1], "fraction": [0.5, 1]}
+    cells = expand(study(data, grid))
+    untrained = [cell for cell in cells if cell.recover is None]
+    assert len(untrained) == 2 * 2 * 2  # a fraction of nothing is nothing
+    assert len(cells) - len(untrained) == 2 * 2 * 2 * 2
+    twice = study(data, grid)
+    assert expand(StudyConfig(**{**vars(twice), "grids": twice.grids * 2})) == cells
+    seeds = {(cell.seed, cell.recover.seed) for cell in cells if cell.recover is not None}
+    assert seeds == {(0, 0), (1, 1)}
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "key": ({"taks": "presence"}, "key 'taks' is unknown. Allowed: grids, recoveries"),
+    "grid key": ({"grids": [{"ratio": 0.2, "axes": "width"}]}, "grids: key 'axes' is unknown"),
+    "no grids": ({"grids": None}, "grids must map keys to values"),
+    "empty list": ({"grids": []}, "grids: give at least one value"),
+    "no ratio": ({"grids": [{"axis": "width"}]}, "grids: key 'ratio' is missing"),
+    "ratio": ({"grids": [{"ratio": "much"}]}, "ratio 'much' must be a number"),
+    "ratio range": ({"grids": [{"ratio": 1.2}]}, "1.2"),
+    "seed": ({"grids": [{"ratio": 0.2, "seed": 0.5}]}, "seed 0.5 must be a whole number"),
+    "axis": ({"grids": [{"ratio": 0.2, "axis": "deep"}]}, "axis 'deep' must be one of"),
+    "criterion": ({"grids": [{"ratio": 0.2, "criterion": "tailor"}]}, "tailor"),
+    "criterion of the other axis": (
+        {"grids": [{"ratio": 0.2, "axis": "depth", "criterion": "activation"}]},
+        "depth",
+    ),
+    "recovery": ({"grids": [{"ratio": 0.2, "recovery": "sgd"}]}, "recovery 'sgd' must be one of"),
+    "loss": (
+        {"grids": [{"ratio": 0.2, "recovery": "x"}], "recoveries": {"x": {"loss": "mse"}}},
+        "loss 'mse'",
+    ),
+    "recover option": (
+        {"grids": [{"ratio": 0.2, "recovery": "x"}], "recoveries": {"x": {"lr": 1}}},
+        "recovery 'x': key 'lr' is unknown",
+    ),
+    "fraction twice": (
+        {"grids": [{"ratio": 0.2, "recovery": "x"}], "recoveries": {"x": {"fraction": 0.5}}},
+        "'fraction' is a key of the grid",
+    ),
+    "prune option": ({"prune": {"sample": 4}}, "key 'sample' is unknown"),
+    "axis twice": ({"prune": {"axis": "width"}}, "'axis' is a key of the grid"),
+    "type of an option": ({"prune": {"samples": "many"}}, "samples 'many' must be a whole number"),
+    "repair without data": ({"data": None, "grids": [{"ratio": 0.2, "repair": "auto"}]}, "repair"),
+    "recovery without data": ({"data": None}, "needs the study's key 'data'"),
+    "limit": ({"limit": 0}, "limit 0 must be at least 1"),
+    "tasks": ({"tasks": "presense"}, "presense"),
+    "resources": ({"resources": {"gpus": -1}}, "gpus -1"),
+    "floors": ({"floors": "yes"}, "floors 'yes' must be true or false"),
+    "reference": (
+        {"reference": {"source": "p", "rows": [{"ratio": 0.9, "retention": 1}]}},
+        "matches no cell",
+    ),
+    "reference key": (
+        {"reference": {"source": "p", "rows": [{"ratios": 0.9, "retention": 1}]}},
+        "key 'ratios' is unknown",
+    ),
+    "model": ({"grids": [{"ratio": 0.2, "model": "/nowhere"}]}, "no such folder"),
+    "data": ({"data": "/nowhere.json"}, "/nowhere.json"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_named_in_one_line(name: str, tmp_path: Path) -> None:
+    changes, message = MISTAKES[name]
+    data = folders.write_llava_data(tmp_path / "data", 6, pictures=False)
+    values: dict[str, Any] = {
+        "grids": [{"ratio": 0.2, "recovery": ["none", "sft"]}],
+        "recoveries": {"sft": {"loss": "sft"}},
+        "data": str(data),
+        "tasks": "text_odd",
+        **changes,
+    }
+    for grid in values["grids"] or ():
+        grid.setdefault("model", str(folders.folder("text")))
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(SlimError) as error:
+        prepared(path, print)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "- 1", "grids: [", "grids: {ratio: x}"])
+def test_a_file_that_is_no_study_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="study "):
+        read_study(path)
+
+
+def test_one_value_needs_no_list() -> None:
+    one = built(StudyConfig, {"grids": {"ratio": 0.2, "axis": "depth"}})
+    assert one == built(StudyConfig, {"grids": [{"ratio": [0.2], "axis": ["depth"]}]})
