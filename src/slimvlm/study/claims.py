@@ -108,6 +108,10 @@ class Group:
         """The asked ratio."""
         return float(self.row["ratio"])
 
+    def of(self, name: str) -> float:
+        """The mean of a column; NaN if it was not measured."""
+        return float(self.row[name])
+
     def is_like(self, **wanted: object) -> bool:
         """Whether columns have these values."""
         return all(self.row[key] == value for key, value in wanted.items())
@@ -184,12 +188,10 @@ def _t1(groups: Groups, originals: pd.DataFrame) -> Comparisons:
 
 def _t2(groups: Groups, originals: pd.DataFrame) -> Comparisons:
     for width, depth in _axes(_untrained(groups)):
-        if width.ratio > LOW or not (width.row["avg_free"] and width.row["avg_choice"]):
+        names = ("avg_free", "avg_choice")
+        if width.ratio > LOW or not all(width.of(name) > 0 for name in names):
             continue
-        free, choice = (
-            100 * (width.row[name] - depth.row[name]) / width.row[name]
-            for name in ("avg_free", "avg_choice")
-        )
+        free, choice = (100 * (1 - depth.of(name) / width.of(name)) for name in names)
         words = f"{_at(width)}: depth scores {free:.1f} % below width on free answers"
         yield Comparison(free > choice, f"{words}, {choice:.1f} % on chosen ones")
 
@@ -230,14 +232,13 @@ def _t6(groups: Groups, originals: pd.DataFrame) -> Comparisons:
 
 
 def _t7(groups: Groups, originals: pd.DataFrame) -> Comparisons:
-    whole = {row["model"]: row for _, row in originals.iterrows()}
+    names = ("avg_pictures", "avg_text")
+    whole = {r["model"]: [float(r[name]) for name in names] for _, r in originals.iterrows()}
     for group in _untrained(groups):
-        base = whole.get(group.row["model"])
-        if base is None or not (base["avg_pictures"] and base["avg_text"]):
+        bases = whole.get(group.row["model"], [])
+        if not bases or not min(bases) > 0:
             continue
-        sight, text = (
-            100 * (1 - group.row[name] / base[name]) for name in ("avg_pictures", "avg_text")
-        )
+        sight, text = (100 * (1 - group.of(n) / base) for n, base in zip(names, bases, strict=True))
         words = (
             f"{_at(group)} {group.row['axis']}: with pictures -{sight:.1f} %, text -{text:.1f} %"
         )

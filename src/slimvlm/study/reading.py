@@ -16,8 +16,8 @@ _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or 
 def built(kind: type[T], values: Any, where: str = "") -> T:
     """A dataclass from a mapping, as YAML gives it.
 
-    Fields may be numbers, text, booleans, choices, mappings, dataclasses, and tuples of these; where
-    a tuple is wanted, one value needs no list.
+    Fields may be numbers, text, booleans, choices, mappings, dataclasses, and tuples of these.
+    Where a tuple is wanted, one value needs no list.
 
     Args:
         kind: The dataclass.
