@@ -42,7 +42,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "stages": (
         *("calibrate", "iterative", "search", "repair", "pruning"),
         *("offline_teacher", "distillation", "recovery"),
-        *("evaluation", "lmms", "conversion", "speed", "quantization"),
+        *("evaluation", "lmms", "conversion", "speed", "quantization", "gguf_export"),
     ),
     "runs": (
         *("compression", "study", "summary", "showcase"),
