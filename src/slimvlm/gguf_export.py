@@ -77,7 +77,10 @@ def write_backbone(model: str | Path, folder: Path) -> None:
 
 
 def backbone_alone(model: PreTrainedModel) -> PreTrainedModel:
-    """A causal LM that shares every weight with the language backbone of a model."""
+    """A causal LM that shares every weight with the language backbone of a model.
+
+    It is there to be saved: buffers that files do not hold have no storage.
+    """
     config: Any = text_config_of(model.config)
     family = family_of(model.config.model_type)
     tied = model.config.tie_word_embeddings
