@@ -6,18 +6,19 @@ import copy
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from slimvlm import losses
 from slimvlm.checkpoint import load
 from slimvlm.cli import main
 from slimvlm.config import RecoverConfig
 from slimvlm.errors import ConfigError
 from slimvlm.geometry import projections, read_anatomy
-from slimvlm.hidden import hidden_states
+from slimvlm.hidden import head_of, hidden_states
 from slimvlm.offline_teacher import OfflineTeacher, content_hash, write_cache
 from slimvlm.plan import Plan
 from slimvlm.recovery import History, recover
@@ -117,6 +118,52 @@ def test_sharing_changes_nothing_that_a_teacher_says(name: str, axis: str) -> No
     assert sharing.differing == ()
     assert storages(plain_model(trained), teacher) - storages(trained) == missing + projector
     assert sharing.own_params == missing + projector
+
+
+HEADS = {"MHA": 8, "GQA": 4}
+
+
+@pytest.mark.parametrize("axis", ["depth", "width"])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("backbone", [tiny.llama, tiny.phi, tiny.phi3], ids=lambda f: f.__name__)
+def test_a_shared_teacher_gives_the_losses_of_a_separate_one(
+    backbone: Any, heads: str, axis: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and gradients, as training computes them: from hidden states and the heads."""
+    made = backbone(num_key_value_heads=HEADS[heads])
+    monkeypatch.setitem(tiny.CONFIGS, "backbone", lambda: made)
+    student, separate, plan = pruned("backbone", axis)
+    shared = copy.deepcopy(separate)
+    batch = unmasked(tiny.batch(separate))
+    trained = disturbed(prepare_training(student, config()))
+    share_(shared, trained, plan)
+    for name in ("hidden", "cosine", "kl", "rkl", "jsd"):
+        found = [loss_and_gradient(name, trained, teacher, batch) for teacher in (shared, separate)]
+        (loss, gradient), (expected, expected_gradient) = found
+        assert float(expected) > 1e-3, name
+        assert_close(loss, expected, FORWARD)
+        scale = expected_gradient.abs().max()
+        assert_close(gradient / scale, expected_gradient / scale, FORWARD)
+
+
+def loss_and_gradient(
+    name: str, trained: Any, teacher: Any, batch: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """A distillation loss, and its gradient in the first LoRA matrix that has one."""
+    trained.zero_grad()
+    (ours,) = hidden_states(plain_model(trained), batch)
+    with torch.no_grad():
+        (theirs,) = hidden_states(teacher, batch)
+    if name in ("hidden", "cosine"):
+        loss = {"hidden": losses.hidden_l2, "cosine": losses.hidden_cosine}[name](ours, theirs)
+    else:
+        heads = head_of(plain_model(trained)), head_of(teacher)
+        loss = losses.chunked_divergence(ours, theirs, *heads, kind=cast(losses.Divergence, name))
+    loss.backward()
+    gradients = [p.grad for n, p in trained.named_parameters() if "lora_" in n]
+    assert gradients
+    assert gradients[0] is not None
+    return loss.detach(), gradients[0].clone()
 
 
 SEEING_FAMILIES = [
