@@ -73,12 +73,12 @@ def unmasked(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in batch.items() if name != "labels"}
 
 
-def disturbed(trained: Any) -> Any:
+def disturbed(trained: Any, size: float = 1.0) -> Any:
     """Adapters that change the student a lot; the teacher must not notice."""
     with torch.no_grad():
         for name, parameter in trained.named_parameters():
             if "lora_" in name:
-                parameter.normal_()
+                parameter.normal_(std=size)
     return trained
 
 
@@ -135,7 +135,8 @@ def test_a_shared_teacher_gives_the_losses_of_a_separate_one(
     student, separate, plan = pruned("backbone", axis)
     shared = copy.deepcopy(separate)
     batch = unmasked(tiny.batch(separate))
-    trained = disturbed(prepare_training(student, config()))
+    # larger adapters saturate the attention, whose gradients are then made of rounding
+    trained = disturbed(prepare_training(student, config()), 0.1)
     share_(shared, trained, plan)
     for name in ("hidden", "cosine", "kl", "rkl", "jsd"):
         found = [loss_and_gradient(name, trained, teacher, batch) for teacher in (shared, separate)]
