@@ -41,9 +41,9 @@ def main() -> None:
     moments = Moments.zero(options.channels)
     for _ in range(0, options.tokens, 1024):
         moments.add(inputs.draw(1024), torch.ones(1024))
-    gathered = time.perf_counter()
+    gathered, cpu = time.perf_counter(), time.process_time()
     fit = refit(weight, bias, moments, keep, options.ridge)
-    solved = time.perf_counter()
+    solved, cpu = time.perf_counter(), time.process_time() - cpu
     peak = peak_bytes() - before
     row = {
         "outputs": options.outputs,
@@ -52,6 +52,7 @@ def main() -> None:
         "tokens": options.tokens,
         "gather_s": round(gathered - start, 1),
         "solve_s": round(solved - gathered, 1),
+        "solve_cpu_s": round(cpu, 1),
         "peak_gib": round(peak / 2**30, 2),
         "sliced_error": round(fit.sliced_error, 5),
         "repaired_error": round(fit.repaired_error, 5),
