@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimvlm import repair
 from slimvlm.capture import CAPTURES
 from slimvlm.configs import auto_class
 from slimvlm.errors import ConfigError, DataError, NumericalError
 from slimvlm.geometry import decoder_layers, final_norm, read_anatomy
 from slimvlm.plan import Plan
 from slimvlm.repair import answer_loss, prune_and_repair_, repair_
+from slimvlm.repair.records import recorded
 from slimvlm.surgery import prune_
 from slimvlm.values import Statistics
 from tests import tiny
@@ -93,7 +93,7 @@ def test_walking_layer_by_layer_is_the_model(name: str) -> None:
     seen: list[Tensor] = []
     final_norm(model).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.no_grad():
-        for number, record in enumerate(repair._recorded(model, data, None)):
+        for number, record in enumerate(recorded(model, data, None)):
             hidden = record.hidden
             for index, layer in enumerate(decoder_layers(model)):
                 hidden = record.through(layer, index, hidden)
