@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "src" / "slimvlm"
 ROWS: dict[str, tuple[str, ...]] = {
     "words": (
         *("errors", "config", "families", "samples", "recipes", "progress", "ranks", "html"),
+        "commands",
         "outputs",
     ),
     "maths": (
@@ -36,7 +37,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "hands": (
         *("configs", "capture", "surgery", "uneven", "modeling_pruned", "checkpoint"),
         *("trainable", "hidden", "teacher", "modes", "sharding"),
-        *("data", "chat", "tasks", "images", "answers", "manifest"),
+        *("data", "chat", "tasks", "images", "answers", "manifest", "cards", "hub"),
         *("timing", "memory"),
     ),
     "stages": (
@@ -46,7 +47,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     ),
     "runs": (
         *("compression", "study", "summary", "showcase"),
-        *("comparison", "gallery", "report"),
+        *("comparison", "gallery", "report", "advice", "estimate"),
     ),
     "faces": ("cli", "verbs", "__init__", "__main__"),
 }

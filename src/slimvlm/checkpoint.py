@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from slimvlm import chat, modeling_pruned
+from slimvlm.cards import CardFacts, write_card
 from slimvlm.configs import (
     auto_class,
     auto_map_of,
@@ -192,6 +193,7 @@ def save(
     force: bool = False,
     pad: bool = False,
     also: Callable[[Path], None] | None = None,
+    facts: CardFacts | None = None,
 ) -> None:
     """Write a checkpoint that plain ``from_pretrained`` loads, and prove it.
 
@@ -212,6 +214,8 @@ def save(
         pad: Whether layers of different widths are filled up with zeros to the widest, which
             loads everywhere without code but is as large and slow as the widest layer.
         also: Writes what else belongs into the folder.
+        facts: What the model card, ``README.md``, says beside what was removed; by default the
+            original is what the model was loaded from.
 
     Raises:
         ConfigError: If the folder exists.
@@ -226,6 +230,8 @@ def save(
             processor.save_pretrained(folder)
         if plan is not None:
             plan.save(folder / PLAN_FILE)
+        known = facts or CardFacts(base=model.config._name_or_path, name=Path(out).name)
+        write_card(folder, written, plan, known)
         check_reload(model, processor, folder)
         if also is not None:
             also(folder)

@@ -17,6 +17,7 @@ from slimvlm.errors import ConfigError, SlimError
 from slimvlm.outputs import held
 from slimvlm.ranks import num_ranks
 from slimvlm.verbs import (
+    advising,
     benchmarking,
     converting,
     evaluating,
@@ -24,6 +25,7 @@ from slimvlm.verbs import (
     inspecting,
     planning,
     pruning,
+    publishing,
     quantizing,
     recovering,
     reporting,
@@ -69,6 +71,8 @@ VERBS: dict[str, Verb] = {
         running.compress,
         studying.study,
         reporting.report,
+        advising.advise,
+        publishing.push,
         evaluating.chat,
         running.demo,
         converting.convert,

@@ -16,7 +16,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from slimvlm import summary
-from slimvlm.checkpoint import load, save
+from slimvlm.cards import CardFacts
+from slimvlm.checkpoint import load, resolve, save
+from slimvlm.commands import compress_command
 from slimvlm.config import CompressConfig
 from slimvlm.errors import ConfigError
 from slimvlm.evaluation import Result, evaluate
@@ -170,7 +172,8 @@ def _pruned(
         write_text(run.path("repair.json"), json.dumps(asdict(report), indent=1) + "\n")
     _evaluated(run, "pruned", model, calibration.processor)
     pads = run.config.pad and folder == "checkpoint"
-    save(model, calibration.processor, run.path(folder), plan, pad=pads)
+    facts = _card_facts(run, "")
+    save(model, calibration.processor, run.path(folder), plan, pad=pads, facts=facts)
 
 
 def _recovered(run: Run, plan: Plan, samples: list[Sample]) -> None:
@@ -187,7 +190,12 @@ def _recovered(run: Run, plan: Plan, samples: list[Sample]) -> None:
     history = recover(model, teacher, fresh, config.recover, processor, run.path("training"), plan)
     write_text(run.path("history.json"), json.dumps(asdict(history), indent=1) + "\n")
     _evaluated(run, "recovered", model, processor)
-    save(model, processor, run.path("checkpoint"), plan, pad=config.pad)
+    facts = _card_facts(
+        run,
+        f"Then {config.recover.train} was trained from {config.recover.loss} on "
+        f"{history.num_samples} conversations.",
+    )
+    save(model, processor, run.path("checkpoint"), plan, pad=config.pad, facts=facts)
 
 
 def _evaluated(run: Run, stage: str, model: PreTrainedModel, processor: Any) -> None:
@@ -207,12 +215,29 @@ def _evaluated(run: Run, stage: str, model: PreTrainedModel, processor: Any) -> 
             result.save(path)
 
 
+def read_results(folder: Path) -> dict[str, Result]:
+    """What a run has measured so far, by stage, the original first."""
+    paths = {stage: folder / "results" / f"{stage}.json" for stage in STAGES}
+    return {stage: Result.load(path) for stage, path in paths.items() if path.exists()}
+
+
+def _card_facts(run: Run, training: str) -> CardFacts:
+    """What the model card says; its scores are those of the last stage."""
+    results = read_results(run.folder)
+    measured = list(results.values())[-1].tasks if len(results) > 1 else {}
+    return CardFacts(
+        base=resolve(run.model),
+        name=run.folder.name,
+        command=compress_command(run.model, run.config, run.folder.name),
+        results=summary.as_markdown(*summary.result_rows(results)) if results else "",
+        scores={name: (task.metric, task.score) for name, task in measured.items()},
+        training=training,
+    )
+
+
 def _finish(run: Run, plan: Plan) -> None:
     """Read the results back, write the summary, remove what only a restart needs."""
-    for stage in STAGES:
-        path = run.path("results") / f"{stage}.json"
-        if path.exists():
-            run.results[stage] = Result.load(path)
+    run.results.update(read_results(run.folder))
     lines = [f"# {run.model} at {plan.ratio:.1%}", "", plan.summary(), ""]
     if run.results:
         lines.append(summary.as_markdown(*summary.result_rows(run.results)))

@@ -24,7 +24,6 @@ Scheduler = Literal[
 ]
 LOSS_NAMES = ("sft", "hidden", "cosine", "kl", "rkl", "jsd")
 _CHOICES = {
-    "train": get_args(Train),
     "kd_on": ("answer", "text", "all"),
     "hidden_layers": get_args(HiddenLayers),
     "teacher_weights": get_args(TeacherWeights),
@@ -82,17 +81,13 @@ def parse_loss(expression: str) -> dict[str, float]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecoverConfig:
-    """How to train after pruning.
+class TrainingConfig:
+    """How to train, whatever learns and from which loss.
 
     Raises:
         ConfigError: If a value is out of range; the message names the field.
     """
 
-    train: Train = "lora"
-    """What learns: the projector, LoRA on the backbone plus the projector, or all but the tower."""
-    loss: str = "sft+hidden"
-    """Weighted sum of sft, hidden (L2 of hidden states), cosine (their angle), kl, rkl and jsd."""
     fraction: float = 1.0
     """Share of the data to use: a seeded subset, recorded with the run."""
     epochs: float = 1.0
@@ -123,8 +118,6 @@ class RecoverConfig:
     """Dropout before the LoRA matrices."""
     lora_targets: str = ".*"
     """Matrices of a decoder layer that get LoRA: a regular expression, such as self_attn.*"""
-    keep_adapter: bool = False
-    """Keep the LoRA matrices as an adapter beside the merged model."""
     temperature: float = 2.0
     """Temperature of kl, rkl and jsd."""
     jsd_beta: float = 0.5
@@ -161,7 +154,6 @@ class RecoverConfig:
     """Seed of the data order, the subset and LoRA's initial values."""
 
     def __post_init__(self) -> None:
-        parse_loss(self.loss)
         _check_choices(self, _CHOICES)
         try:
             re.compile(self.lora_targets)
@@ -171,12 +163,6 @@ class RecoverConfig:
             value = getattr(self, name)
             if value is not None and not is_legal(value):
                 raise ConfigError(f"{name} {value} must be {meaning}")
-        self._check_combinations()
-
-    def _check_combinations(self) -> None:
-        """Refuse options that need another one."""
-        if self.keep_adapter and self.train != "lora":
-            raise ConfigError(f"keep_adapter True needs train 'lora', not {self.train!r}")
         for name in ("load_best", "eval_steps"):
             if getattr(self, name) and not self.eval_fraction:
                 raise ConfigError(f"{name} {getattr(self, name)} needs an eval_fraction above 0")
@@ -185,6 +171,29 @@ class RecoverConfig:
                 f"save_steps {self.save_steps} must be a multiple of eval_steps {self.eval_steps} "
                 "for load_best"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoverConfig(TrainingConfig):
+    """How to train after pruning.
+
+    Raises:
+        ConfigError: If a value is out of range; the message names the field.
+    """
+
+    train: Train = "lora"
+    """What learns: the projector, LoRA on the backbone plus the projector, or all but the tower."""
+    loss: str = "sft+hidden"
+    """Weighted sum of sft, hidden (L2 of hidden states), cosine (their angle), kl, rkl and jsd."""
+    keep_adapter: bool = False
+    """Keep the LoRA matrices as an adapter beside the merged model."""
+
+    def __post_init__(self) -> None:
+        parse_loss(self.loss)
+        _check_choices(self, {"train": get_args(Train)})
+        super().__post_init__()
+        if self.keep_adapter and self.train != "lora":
+            raise ConfigError(f"keep_adapter True needs train 'lora', not {self.train!r}")
 
     @property
     def loss_weights(self) -> dict[str, float]:

@@ -90,14 +90,18 @@ def recipe_for(ratio: float, has_data: bool) -> Recipe:
     Raises:
         ConfigError: If the ratio is not in [0, 1).
     """
-    if not 0 <= ratio < 1:
-        raise ConfigError(f"ratio {ratio} must be at least 0 and below 1")
+    _require_share(ratio)
     rows = rules()["recipes"]["with_training" if has_data else "without_training"]
     return next(Recipe(**row) for row in rows if ratio <= row["up_to"])
 
 
 def fraction_for(ratio: float) -> tuple[float, str]:
-    """The share of the study's training data that suffices for a ratio, and why."""
+    """The share of the study's training data that suffices for a ratio, and why.
+
+    Raises:
+        ConfigError: If the ratio is not in [0, 1).
+    """
+    _require_share(ratio)
     data = rules()["data"]
     row = next(row for row in data["fractions"] if ratio <= row["up_to"])
     return row["fraction"], f"{row['why']} ({data['source']})"
@@ -150,6 +154,11 @@ def rules() -> dict[str, Any]:
     """The whole file."""
     values: dict[str, Any] = yaml.safe_load(RULES.read_text(encoding="utf-8"))
     return values
+
+
+def _require_share(ratio: float) -> None:
+    if not 0 <= ratio < 1:
+        raise ConfigError(f"ratio {ratio} must be at least 0 and below 1")
 
 
 def _fits(row: Measured, axis: str, train: str | None, loss: str) -> bool:

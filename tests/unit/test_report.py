@@ -7,9 +7,11 @@ import re
 from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +24,7 @@ from slimvlm.plan import Plan
 from slimvlm.planning import make_plan
 from slimvlm.report import read_record, report_html
 from slimvlm.report.charts import CELL, Mark, frontier, labels_apart, scale, ticks
-from slimvlm.report.drawings import allocation, loss_curves, score_maps, trade_offs
+from slimvlm.report.drawings import allocation, by_ratio, loss_curves, score_maps, trade_offs
 from slimvlm.report.record import Training
 from tests import tiny
 from tests.helpers import random_scores
@@ -66,6 +68,91 @@ def write_run(folder: Path, shape: Anatomy, axis: str = "width", model: str = "t
     ):
         (folder / f"{name}.json").write_text(json.dumps(values))
     return plan
+
+
+def write_study(folder: Path, shape: Anatomy) -> pd.DataFrame:
+    """The files that a study leaves behind: two axes at two ratios, with and without training."""
+    folder.mkdir()
+    original = {
+        **dict.fromkeys(("criterion", "allocation", "repair", "train", "loss", "plan", "scores")),
+        **{"model": "tiny", "axis": "original", "ratio": 0.0, "recovery": "original"},
+        **{"fraction": 1.0, "seed": 0, "achieved_ratio": 0.0, "status": "done", "failed": None},
+        **{"avg": 100.0, "avg_percent": 100.0, "result": "original.json", "history": None},
+    }
+    costs = {"total_params": 200, "backbone_params": 100, "prefill_ms": 2.0, "decode_ms": 1.0}
+    rows: list[dict[str, Any]] = [{**original, **costs}]
+    result("original", 10).save(folder / "original.json")
+    for axis, ratio, train in product(("depth", "width"), (0.3, 0.6), ("none", "lora")):
+        name = f"{axis}-{ratio}-{train}"
+        run = folder / name
+        plan = write_run(run, shape, axis)
+        right = 9 if train == "lora" else 3
+        result(name, right).save(run / "result.json")
+        kept = result(name, right).retention(result("original", 10))
+        row = {**rows[0], "axis": axis, "ratio": ratio, "achieved_ratio": plan.ratio}
+        row |= {"recovery": "tuned" if train == "lora" else "none", "train": train}
+        row |= {"loss": "sft+hidden" if train == "lora" else "none", "criterion": "by-hand"}
+        row |= {"allocation": "uniform", "repair": "none", "avg": 10.0 * right}
+        row |= {"avg_percent": kept.percent, "avg_percent_low": kept.low}
+        row |= {"avg_percent_high": kept.high, "score:name": 10.0 * right}
+        row |= {"avg_free": 10.0 * right, "avg_choice": 10.0, "avg_pictures": 1.0, "avg_text": 1.0}
+        row |= {"plan": f"{name}/plan.json", "scores": f"{name}/scores/by-hand"}
+        row |= {"result": f"{name}/result.json"}
+        row |= {"history": f"{name}/history.json" if train == "lora" else None}
+        rows.append(row)
+    rows.append({**rows[-1], "seed": 1, "status": "failed", "failed": f"recover: {EVIL}"})
+    table = pd.DataFrame(rows)
+    table.to_parquet(folder / "results.parquet", index=False)
+    (folder / "study.json").write_text(json.dumps({"tasks": "name", "grids": []}))
+    return table
+
+
+def test_a_study_shows_every_cell(tmp_path: Path, shape: Anatomy) -> None:
+    table = write_study(tmp_path / "study", shape)
+    record = read_record(tmp_path / "study")
+    done = table[table["status"] == "done"]
+    assert [entry.percent for entry in record.entries] == list(done["avg_percent"])
+    cells = next(t for t in record.tables if t.caption == "All cells")
+    assert len(cells.rows) == len(done) == 9
+    assert all(len(row) == len(cells.header) for row in cells.rows)
+    published_for = {row[0]: row[cells.header.index("the study")] for row in cells.rows}
+    assert published_for["tiny width 30%, untrained"].endswith("75.6")
+    assert published_for["tiny original"] == ""
+    assert len(record.prunings) == 8
+    assert len(record.trainings) == 4
+    assert record.comparison is not None
+    assert record.comparison.params_b == 2_000_000
+    assert "8 of 9 cells" in record.lead
+    assert record.cards[0] == ("Cells", "8", "1 failed, 0 open")
+    html = report_html(record)
+    assert "Failed cells" in html
+    assert not re.search(r"<[^>]*onerror", html)
+    page = Page(html)
+    assert len(page.ids) == len(set(page.ids))
+    assert {link.removeprefix("#") for link in page.links} <= set(page.ids)
+    assert all(b - a <= 1 for a, b in pairwise(page.levels))
+
+
+def test_a_study_has_a_chart_for_each_recovery_with_the_published_means(
+    tmp_path: Path, shape: Anatomy
+) -> None:
+    write_study(tmp_path / "study", shape)
+    charts = by_ratio(read_record(tmp_path / "study").entries)
+    assert [c.title.rpartition(": ")[2] for c in charts] == ["untrained", "tuned"]
+    looks = [line.look for line in charts[0].lines]
+    assert looks == ["depth", "depth published", "width", "width published"]
+    assert all(len(chart.marks) == 4 for chart in charts)
+    names = {mark.link for mark in charts[0].marks}
+    assert len(names) == 4
+
+
+def test_a_study_without_a_finished_cell_has_a_report(tmp_path: Path, shape: Anatomy) -> None:
+    table = write_study(tmp_path / "study", shape)
+    table.loc[table["axis"] != "original", "status"] = "open"
+    table.to_parquet(tmp_path / "study" / "results.parquet", index=False)
+    html = report_html(read_record(tmp_path / "study"))
+    assert "0 of 9 cells" in html
+    assert "Answers side by side" not in html
 
 
 class Page(HTMLParser):

@@ -12,6 +12,7 @@ from slimvlm.html import render
 from slimvlm.report import drawings
 from slimvlm.report.record import Record
 from slimvlm.report.run import is_run, read_run
+from slimvlm.report.study import TABLE, is_study, read_study_folder
 
 _ROOM = 4_900_000
 """Bytes of the whole file at most."""
@@ -26,8 +27,11 @@ def read_record(folder: str | Path) -> Record:
     path = Path(folder)
     if is_run(path):
         return read_run(path)
+    if is_study(path):
+        return read_study_folder(path)
     raise ConfigError(
-        f"report {str(folder)!r}: neither a run folder (config.json and plan.json) nor a study"
+        f"report {str(folder)!r}: neither a run folder (config.json and plan.json) nor a study "
+        f"({TABLE} and study.json)"
     )
 
 
@@ -42,8 +46,7 @@ def report_html(record: Record) -> str:
         "version": version("slimvlm"),
         "legend_items": drawings.legend(record.entries),
         "config": json.dumps(record.config, indent=2),
-        "trade_offs": drawings.trade_offs(record.entries),
-        "by_ratio": drawings.by_ratio(record.entries),
+        "charts": drawings.overview(record.entries),
         "prunings": [
             (pruning, drawings.allocation(pruning.plan), drawings.score_maps(pruning))
             for pruning in record.prunings

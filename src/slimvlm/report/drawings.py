@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
 from slimvlm.plan import Plan
+from slimvlm.recipes import published
 from slimvlm.report.charts import (
     CELL,
     WIDTH,
@@ -67,22 +69,48 @@ def legend(entries: Sequence[Entry]) -> list[tuple[str, str, str]]:
     ]
 
 
+def overview(entries: Sequence[Entry]) -> list[Chart]:
+    """All charts of the entries, model by model: over the ratio, and trade-offs."""
+    charts: list[Chart] = []
+    for model in dict.fromkeys(entry.model for entry in entries):
+        ours = [entry for entry in entries if entry.model == model]
+        charts += [*by_ratio(ours), *trade_offs(ours)]
+    return charts
+
+
 def by_ratio(entries: Sequence[Entry]) -> list[Chart]:
-    """AVG-% over the ratio, a line for each axis and recovery; none for a single ratio."""
+    """AVG-% over the ratio: a chart for each recovery, a line for each axis and for the study's."""
     shown = [entry for entry in entries if entry.percent is not None and not entry.is_original]
-    if len({round(entry.ratio, 2) for entry in shown}) < 2:
+    if len({round(entry.ratio, 1) for entry in shown}) < 2:
         return []
+    return [
+        _ratio_chart([entry for entry in shown if entry.recovery == recovery])
+        for recovery in dict.fromkeys(entry.recovery for entry in shown)
+    ]
+
+
+def _ratio_chart(shown: Sequence[Entry]) -> Chart:
     xs = [0.0, *(100 * entry.ratio for entry in shown)]
-    ys = [100.0, *(value for entry in shown for value in (entry.low, entry.high) if value)]
+    ys = [0.0, 100.0, *(entry.high or 0.0 for entry in shown)]
     x, y = axes("removed share of the backbone (%)", xs, "AVG-%", ys, 0.0)
     lines = []
-    for key in dict.fromkeys((entry.axis, entry.recovery, entry.train) for entry in shown):
-        ours = [e for e in shown if (e.axis, e.recovery, e.train) == key]
-        means = _means_by_ratio(ours)
-        trained = "trained" if key[2] else "untrained"
-        lines.append(Line(polyline(x, y, means), f"{key[0]} {trained}", " · ".join(key[:2])))
-    marks = [_mark(entry, x.place(100 * entry.ratio), y.place, label=False) for entry in shown]
-    return [Chart("Kept at each ratio", x, y, tuple(marks), tuple(lines))]
+    for axis in dict.fromkeys(entry.axis for entry in shown):
+        means = _means_by_ratio([entry for entry in shown if entry.axis == axis])
+        lines.append(Line(polyline(x, y, means), axis, f"{axis}, mean over seeds"))
+        there = _published_means(shown[0], axis, [ratio / 100 for ratio, _ in means])
+        if there:
+            name = f"{axis}, mean of the study's models"
+            lines.append(Line(polyline(x, y, there), f"{axis} published", name))
+    marks = tuple(_mark(entry, x.place(100 * entry.ratio), y.place, False) for entry in shown)
+    first = shown[0]
+    title = first.recovery if first.train else "untrained"
+    return Chart(f"Kept at each ratio: {title}", x, y, marks, tuple(lines))
+
+
+def _published_means(entry: Entry, axis: str, ratios: Sequence[float]) -> list[tuple[float, float]]:
+    """The study's AVG-%, a mean over its models, at those of the ratios that it has."""
+    found = [(r, published(axis, entry.train, entry.loss, r)) for r in ratios]
+    return [(100 * r, fmean(value for _, value in rows)) for r, rows in found if rows]
 
 
 def loss_curves(training: Training) -> list[Chart]:
@@ -166,6 +194,7 @@ def _mark(entry: Entry, at: float, place: Callable[[float], float], label: bool)
         low=None if entry.low is None else place(entry.low),
         high=None if entry.high is None else place(entry.high),
         label=entry.name if label else "",
+        link=entry.link,
         anchor="end" if at > WIDTH / 2 else "start",
     )
 

@@ -31,6 +31,8 @@ class Entry:
         decode_ms: Time to write a token.
         train: What learned: ``projector``, ``lora``, ``full`` or None.
         loss: From which loss.
+        model: The original that it comes from.
+        link: Id of its row in a table, that marks of charts lead to; empty for none.
         columns: Further columns of the table, by name.
     """
 
@@ -49,12 +51,22 @@ class Entry:
     decode_ms: float
     train: str | None = None
     loss: str = ""
+    model: str = ""
+    link: str = ""
     columns: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_original(self) -> bool:
         """Whether nothing was removed."""
         return not self.axis
+
+    @property
+    def interval(self) -> str:
+        """AVG-% with its interval, as text."""
+        if self.percent is None:
+            return ""
+        bounds = "" if self.low is None else f" [{self.low:.1f}, {self.high:.1f}]"
+        return f"{self.percent:.1f}{bounds}"
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,7 @@ class Table:
         rows: Cells; those that end with `slimvlm.summary.MARK` are significant.
         note: What stands beneath.
         folded: Whether it is closed until asked for.
+        wraps: Whether cells are words, which break into lines.
         ids: An id for each row, that marks of charts lead to; empty for none.
     """
 
@@ -94,6 +107,7 @@ class Table:
     rows: Sequence[Sequence[str]]
     note: str = ""
     folded: bool = False
+    wraps: bool = False
     ids: Sequence[str] = ()
 
 

@@ -9,8 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from slimvlm.commands import compress_command
 from slimvlm.comparison import compare
-from slimvlm.compression import STAGES
+from slimvlm.compression import read_results
+from slimvlm.config import CompressConfig, RecoverConfig
 from slimvlm.errors import ConfigError
 from slimvlm.evaluation import Result
 from slimvlm.plan import Plan
@@ -34,27 +36,23 @@ def read_run(folder: Path) -> Record:
     """
     values = _read_json(folder / "config.json")
     plan = Plan.load(folder / "plan.json")
-    results = read_results(folder / "results")
+    results = read_results(folder)
     recover = values.get("recover") or {}
     entries = entries_of(results, plan, recover)
     return Record(
         title=f"{Path(values['model']).name} at {plan.ratio:.0%}",
         lead=f"This run {plan.summary()}.",
         cards=_cards(plan, results, entries),
-        command=_command(folder),
+        command=_command(values, folder),
         config=values,
         entries=entries,
         prunings=[Pruning("", plan, read_scores(folder / "scores"))],
-        trainings=read_training(folder / "history.json", recover),
+        trainings=read_training(
+            folder / "history.json", f"{recover.get('train')} from {recover.get('loss')}"
+        ),
         tables=[*_result_table(results), *_repair_table(folder), *beside_the_study(entries)],
         comparison=_comparison(values, results),
     )
-
-
-def read_results(folder: Path) -> dict[str, Result]:
-    """Results by stage, the original first."""
-    paths = {stage: folder / f"{stage}.json" for stage in STAGES}
-    return {stage: Result.load(path) for stage, path in paths.items() if path.is_file()}
 
 
 def read_scores(folder: Path) -> list[Scores]:
@@ -62,7 +60,7 @@ def read_scores(folder: Path) -> list[Scores]:
     return [Scores.load(path) for path in sorted(folder.glob("*.safetensors"))]
 
 
-def read_training(path: Path, recover: Mapping[str, Any]) -> list[Training]:
+def read_training(path: Path, title: str) -> list[Training]:
     """The history of a recovery, if it has one."""
     if not path.is_file():
         return []
@@ -72,7 +70,6 @@ def read_training(path: Path, recover: Mapping[str, Any]) -> list[Training]:
         f"{history['num_samples']} conversations; {millions:.1f} M parameters learned; "
         f"teacher: {history.get('teacher', 'none')}"
     )
-    title = f"{recover.get('train', '')} from {recover.get('loss', '')}"
     return [Training(title, history["steps"], history.get("evaluations", ()), about)]
 
 
@@ -97,7 +94,7 @@ def beside_the_study(entries: Sequence[Entry]) -> list[Table]:
             continue
         found = published(entry.axis, entry.train, entry.loss, entry.ratio)
         rows += [
-            [entry.name, _interval(entry), row.model, f"{value:.1f}", row.source]
+            [entry.name, entry.interval, row.model, f"{value:.1f}", row.source]
             for row, value in found
         ]
     if not rows:
@@ -134,12 +131,6 @@ def _entry(
         train=train,
         loss=recover.get("loss", ""),
     )
-
-
-def _interval(entry: Entry) -> str:
-    if entry.low is None or entry.high is None:
-        return f"{entry.percent:.1f}"
-    return f"{entry.percent:.1f} [{entry.low:.1f}, {entry.high:.1f}]"
 
 
 def _cards(
@@ -196,9 +187,15 @@ def _comparison(values: Mapping[str, Any], results: Mapping[str, Result]) -> Any
     return compare(results["original"], results[last], known)
 
 
-def _command(folder: Path) -> str:
-    path = folder / "command.txt"
-    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+def _command(values: Mapping[str, Any], folder: Path) -> str:
+    """The command for a run; nothing if its options are of another version."""
+    options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    model, recover = str(options.pop("model")), options.pop("recover", None)
+    try:
+        trained = RecoverConfig(**recover) if recover else None
+        return compress_command(model, CompressConfig(**options, recover=trained), folder)
+    except (TypeError, ConfigError):
+        return ""
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -193,7 +193,7 @@ def _t2(groups: Groups, originals: pd.DataFrame) -> Comparisons:
             continue
         free, choice = (100 * (1 - depth.of(name) / width.of(name)) for name in names)
         words = f"{_at(width)}: depth scores {free:.1f} % below width on free answers"
-        yield Comparison(free > choice, f"{words}, {choice:.1f} % on chosen ones")
+        yield Comparison(bool(free > choice), f"{words}, {choice:.1f} % on chosen ones")
 
 
 def _t3(groups: Groups, originals: pd.DataFrame) -> Comparisons:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, Literal
 
-import torch
-
-from slimvlm.checkpoint import anatomy, default_device, load_config
 from slimvlm.config import RecoverConfig
 from slimvlm.data import estimated_length
-from slimvlm.modes import computes_bfloat16
+from slimvlm.estimate import (
+    DEFAULT_IMAGE_TOKENS,
+    EFFICIENCY,
+    device_flops,
+    model_sizes,
+    training_passes,
+)
 from slimvlm.scores import CRITERIA
 from slimvlm.study.cache import Cache
 from slimvlm.study.stages import KINDS, Request, Stage
@@ -24,13 +25,10 @@ from slimvlm.tasks import builtin_tasks
 Basis = Literal["measured", "rough"]
 _DISK_FLOPS = 40e9
 """FLOP that a rough estimate counts for each GB that is read or written."""
-_EFFICIENCY = 0.3
-"""Share of a plain matrix product's speed that whole stages are taken to reach."""
 _REPLY_COST = 1.5
 """Prompts' worth of work that writing the answer is counted as: it goes token by token."""
 _QUESTIONS = {None: 4000, "own": 320}
 """Questions of a task where no limit is given: of a published benchmark, of one of our own."""
-_DEFAULT_IMAGE_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class Sizes:
 
 def sizes_of(request: Request) -> Sizes:
     """Sizes for a request; no weights are read."""
-    backbone, total, image_tokens = _model_sizes(request.model, request.prune.trust_remote_code)
+    backbone, total, image_tokens = model_sizes(request.model, request.prune.trust_remote_code)
     samples = samples_of(request)
     shown = samples[: request.prune.samples]
     lengths = [estimated_length(sample, image_tokens) for sample in shown]
@@ -60,26 +58,9 @@ def sizes_of(request: Request) -> Sizes:
     return Sizes(
         backbone=backbone,
         total=total,
-        tokens=sum(lengths) / len(lengths) if lengths else float(_DEFAULT_IMAGE_TOKENS),
+        tokens=sum(lengths) / len(lengths) if lengths else float(DEFAULT_IMAGE_TOKENS),
         training=min(training, request.training_samples or training),
     )
-
-
-@lru_cache(maxsize=32)
-def _model_sizes(model: str, trust_remote_code: bool) -> tuple[int, int, int]:
-    """Parameters of the backbone and of all, and tokens of a picture."""
-    found = anatomy(model)
-    config = load_config(model, trust_remote_code)
-    return found.backbone_params, found.total_params, _image_tokens(config)
-
-
-def _image_tokens(config: Any) -> int:
-    """Tokens of a picture: patches of the tower, or fewer where a configuration says so."""
-    vision = getattr(config, "vision_config", None)
-    size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
-    side, step = (value[0] if isinstance(value, list | tuple) else value for value in (size, patch))
-    patches = (side // step) ** 2 if side and step else _DEFAULT_IMAGE_TOKENS
-    return min(patches, getattr(config, "image_seq_length", None) or patches)
 
 
 def flops_of(stage: Stage, kept: float, sizes: Sizes) -> float:
@@ -108,7 +89,7 @@ def flops_of(stage: Stage, kept: float, sizes: Sizes) -> float:
         learnt = max(round(sizes.training * config.fraction), 1)
         batches = optimizer_steps(config, learnt) * config.gradient_accumulation
         seen = batches * min(config.batch_size, learnt)
-        return 3 * disk + pass_flops * seen * _training_passes(config, kept)
+        return 3 * disk + pass_flops * seen * training_passes(config, kept)
     return disk + pass_flops * kept * _questions(stage) * _REPLY_COST
 
 
@@ -118,12 +99,6 @@ def optimizer_steps(config: RecoverConfig, samples: int) -> int:
         return config.max_steps
     batches = -(-samples // config.batch_size)
     return math.ceil(config.epochs * -(-batches // config.gradient_accumulation))
-
-
-def _training_passes(config: RecoverConfig, kept: float) -> float:
-    """Forward passes of the original that one step is worth."""
-    needs_teacher = set(config.loss_weights) != {"sft"}
-    return kept * (2 if config.train == "projector" else 3) + needs_teacher
 
 
 def _plan_passes(stage: Stage) -> float:
@@ -144,21 +119,6 @@ def _questions(stage: Stage) -> float:
         each = asked.limit or _QUESTIONS["own" if name in own or name == "demo" else None]
         total += each * (len(own) if name == "demo" else 1)
     return total * (2 if asked.floors else 1)
-
-
-@lru_cache(maxsize=1)
-def device_flops() -> float:
-    """FLOP/s of a matrix product on the device here, measured in a moment."""
-    device = default_device()
-    dtype = torch.bfloat16 if computes_bfloat16(device) else torch.float32
-    matrix = torch.ones(1024, 1024, device=device, dtype=dtype)
-    repeats = 200 if device.type == "cuda" else 10
-    matrix @ matrix
-    start = time.perf_counter()
-    for _ in range(repeats):
-        product = matrix @ matrix
-    float(product[0, 0])
-    return repeats * 2 * 1024**3 / (time.perf_counter() - start)
 
 
 @dataclass
@@ -190,7 +150,7 @@ class Estimator:
         seconds, done = self.rates.get(kind, (0.0, 0.0))
         if done:
             return flops * seconds / done, "measured"
-        return flops / (_EFFICIENCY * device_flops()), "rough"
+        return flops / (EFFICIENCY * device_flops()), "rough"
 
     def total(self, work: Sequence[tuple[str, float]]) -> tuple[float, Mapping[str, Any]]:
         """Seconds of much work, and which kinds were measured."""

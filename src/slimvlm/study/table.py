@@ -19,7 +19,7 @@ from slimvlm.study.config import StudyConfig
 from slimvlm.study.estimate import optimizer_steps
 from slimvlm.study.schedule import Schedule
 from slimvlm.study.stages import KINDS, CellStages, Stage
-from slimvlm.study.work import HISTORY, PLAN, RESULT
+from slimvlm.study.work import HISTORY, PLAN, RESULT, SCORES
 from slimvlm.tasks import find_tasks
 
 CHOICE_METRICS = ("letter", "yes_no")
@@ -41,7 +41,8 @@ def results_table(study: StudyConfig, schedule: Schedule, cache: Cache) -> pd.Da
     each cell: what it asks for, the achieved ratio, AVG, AVG-% with its interval, the
     floor-corrected retention with its interval, a column ``score:TASK`` for each task, averages
     over groups of tasks (``avg_free``, ``avg_choice``, ``avg_pictures``, ``avg_text``), perplexity,
-    parameters, latency, seconds by stage, status (done, failed, open) and the error.
+    parameters, latency, paths of the files behind it, seconds by stage, status (done, failed, open)
+    and the error.
     """
     sighted = _tasks_with_pictures(study.tasks)
     originals = {cell.original.name: cell for cell in schedule.cells}.values()
@@ -68,6 +69,7 @@ def _original_row(cell: CellStages, cache: Cache, sighted: set[str]) -> dict[str
     if row["status"] == DONE:
         result = _result(cache, cell.original)
         row |= {"avg_percent": 100.0, **_scores(result, sighted)}
+        row["result"] = _path(cache, cell.original, RESULT)
     return row | _seconds([cell.original], cache)
 
 
@@ -85,13 +87,27 @@ def _row(study: StudyConfig, cell: CellStages, cache: Cache, sighted: set[str]) 
     if row["status"] == DONE:
         result = _result(cache, cell.evaluate)
         row |= _retention(cache, cell) | _scores(result, sighted)
-        row["result"] = str((cache.folder(cell.evaluate) / RESULT).relative_to(cache.root))
+        row |= _files(cell, cache)
     found = study.reference.row_for(values) if study.reference else None
     if study.reference is not None:
         row["reference"] = found.retention if found else None
         sources = (study.reference.source, found.source) if found else ()
         row["reference_source"] = ", ".join(filter(None, sources)) or None
     return row | _seconds(stages[1:], cache)
+
+
+def _files(cell: CellStages, cache: Cache) -> dict[str, str | None]:
+    """Where a cell's result, plan, scores and history are, from the study's folder on."""
+    return {
+        "result": _path(cache, cell.evaluate, RESULT),
+        "plan": _path(cache, cell.plan, PLAN),
+        "scores": " ".join(_path(cache, stage, SCORES) for stage in cell.calibrations),
+        "history": None if cell.recover is None else _path(cache, cell.recover, HISTORY),
+    }
+
+
+def _path(cache: Cache, stage: Stage, name: str) -> str:
+    return str((cache.folder(stage) / name).relative_to(cache.root))
 
 
 def _state(stages: Iterable[Stage], cache: Cache) -> dict[str, Any]:

@@ -15,12 +15,12 @@ def report(
     out: Path | None = None,
     force: bool = False,
 ) -> None:
-    """Write one HTML file about a run of compress: charts, tables, answers, configuration.
+    """Write one HTML file about a run or a study: charts, tables, answers, configuration.
 
     It opens offline, on a phone, in dark mode, and prints.
 
     Args:
-        folder: The run folder.
+        folder: The folder of compress or study.
         out: The file; by default report.html in that folder, which is replaced.
         force: Replace an existing file.
     """

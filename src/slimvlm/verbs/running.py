@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from slimvlm.config import CompressConfig, PruneConfig, RecoverConfig
+from slimvlm.config import CompressConfig, PruneConfig, RecoverConfig, TrainingConfig
 from slimvlm.errors import ConfigError
 from slimvlm.verbs.options import INLINE, Model
 from slimvlm.verbs.printing import console, note, print_json
@@ -18,21 +18,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
+class Training(TrainingConfig):
     """How to train; the study's decision chart fills in what is not said."""
 
     train: Literal["projector", "lora", "full", "none"] | None = None
     """What learns; none skips training."""
     loss: str | None = None
     """Weighted sum of sft, hidden, cosine, kl, rkl, jsd."""
-    epochs: float = 1.0
-    """Passes over the training samples."""
-    learning_rate: float = 2e-4
-    """Peak learning rate."""
-    batch_size: int = 8
-    """Samples in a training step."""
-    seed: int = 0
-    """Seed of training."""
 
     def recovery(self, chart: Recipe) -> RecoverConfig | None:
         """The options of recovery, None for no training."""

@@ -1,0 +1,177 @@
+"""The report in headless Chromium: no errors, filters, phone width, dark mode, print."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slimvlm.checkpoint import anatomy
+from slimvlm.evaluation import Result, TaskResult
+from slimvlm.metrics import METRICS
+from slimvlm.report import read_record, report_html
+from slimvlm.tasks import builtin_tasks
+from tests import tiny
+from tests.unit.test_report import write_run
+
+webdriver = pytest.importorskip("selenium.webdriver", reason="needs slimvlm[test]: selenium")
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        CHROMIUM is None or DRIVER is None,
+        reason="needs chromium and chromedriver (Debian: apt-get install chromium-driver)",
+    ),
+]
+Open = Callable[..., Any]
+VISIBLE = (
+    "return [...document.querySelectorAll('.card')].filter(card => card.offsetParent)"
+    ".map(card => card.dataset.kind)"
+)
+CONTRAST = """
+const light = (c) => { const [r, g, b] = c.map(v => { v /= 255;
+  return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; });
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+const colour = (text) => text.match(/[0-9.]+/g).map(Number);
+const ground = (node) => { for (; node; node = node.parentElement) {
+  const found = colour(getComputedStyle(node).backgroundColor);
+  if (found.length === 3 || found[3] > 0) return found.slice(0, 3); } return [255, 255, 255]; };
+return [...document.querySelectorAll('p, h1, h2, h3, th, td, dt, dd, li, button, caption, b, a')]
+  .filter(node => node.offsetParent && node.textContent.trim()).map(node => {
+    const [a, b] = [light(colour(getComputedStyle(node).color).slice(0, 3)), light(ground(node))];
+    return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), node.outerHTML.slice(0, 90)]; })
+  .sort((a, b) => a[0] - b[0])[0];
+"""
+
+
+def answered(name: str, right: str) -> TaskResult:
+    """True answers to a demo task's questions where a digit is 1."""
+    questions = builtin_tasks()[name].load(len(right))
+    metric = builtin_tasks()[name].metric
+    replies = [
+        q.answers[0] if digit == "1" else "zebra crossing"
+        for q, digit in zip(questions, right, strict=True)
+    ]
+    scores = tuple(METRICS[metric](r, q) for r, q in zip(replies, questions, strict=True))
+    ids = tuple(question.id for question in questions)
+    return TaskResult(
+        metric, 100 * sum(scores) / len(scores), 0.0, True, ids, tuple(replies), scores
+    )
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a run with real questions: 3 lost, 1 gained, 3 both right, 1 both wrong."""
+    folder = tmp_path_factory.mktemp("report")
+    write_run(folder / "run", anatomy(tiny.llama()))
+    for name, right in (("original", ("1101", "1110")), ("recovered", ("0111", "1000"))):
+        tasks = {task: answered(task, r) for task, r in zip(("name", "count"), right, strict=True)}
+        result = Result(name, 2_000_000, 1_000_000, tasks, 4.0, 2.0)
+        result.save(folder / "run" / "results" / f"{name}.json")
+    (folder / "run" / "results" / "pruned.json").unlink()
+    path = folder / "report.html"
+    path.write_text(report_html(read_record(folder / "run")), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def browse(page: Path) -> Iterator[Open]:
+    """Opens the page at a width, light or dark, on screen or on paper."""
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(CHROMIUM)
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    browser = webdriver.Chrome(options, webdriver.ChromeService(str(DRIVER)))
+
+    def at(width: int = 1200, scheme: str = "light", media: str = "screen") -> Any:
+        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        browser.execute_cdp_cmd(
+            "Emulation.setEmulatedMedia", {"media": media, "features": features}
+        )
+        browser.get(page.as_uri())
+        return browser
+
+    yield at
+    browser.quit()
+
+
+def find(browser: Any, selector: str) -> Any:
+    return browser.find_element("css selector", selector)
+
+
+def counts(kinds: list[str]) -> dict[str, int]:
+    return {kind: kinds.count(kind) for kind in dict.fromkeys(sorted(kinds))}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_renders_without_an_error_and_can_be_read(browse: Open, scheme: str) -> None:
+    browser = browse(scheme=scheme)
+    assert browser.get_log("browser") == []
+    pictures = "return [...document.images].map(image => image.complete && image.naturalWidth)"
+    sizes = browser.execute_script(pictures)
+    assert sizes
+    assert all(sizes)
+    assert len(browser.find_elements("css selector", "figure svg")) >= 8
+    ratio, where = browser.execute_script(CONTRAST)
+    assert ratio >= 4.5, where
+    ground = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert (int(ground.split("(")[1].split(",")[0]) > 128) is (scheme == "light")
+
+
+@pytest.mark.parametrize("width", [320, 390, 768, 1200])
+def test_nothing_scrolls_sideways(browse: Open, width: int) -> None:
+    browser = browse(width)
+    for details in browser.find_elements("css selector", "details"):
+        browser.execute_script("arguments[0].open = true", details)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.execute_script("return innerWidth") == width
+
+
+def test_filters_work_by_mouse(browse: Open) -> None:
+    browser = browse()
+    everything = {"both right": 3, "both wrong": 1, "gained": 1, "lost": 3}
+    assert counts(browser.execute_script(VISIBLE)) == everything
+    find(browser, "button[data-kind=lost]").click()
+    assert counts(browser.execute_script(VISIBLE)) == {"lost": 3}
+    assert "3 of 8" in find(browser, "#status").text
+    find(browser, "#task option[value='1']").click()
+    assert counts(browser.execute_script(VISIBLE)) == {"lost": 1}
+    find(browser, "button[data-kind='']").click()
+    assert counts(browser.execute_script(VISIBLE)) == {"both right": 2, "gained": 1, "lost": 1}
+    find(browser, "#search").send_keys("zebra")
+    assert counts(browser.execute_script(VISIBLE)) == {"gained": 1, "lost": 1}
+
+
+def test_filters_work_by_keyboard(browse: Open) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    browser = browse()
+    for _ in range(60):
+        browser.switch_to.active_element.send_keys(Keys.TAB)
+        if browser.switch_to.active_element.get_attribute("data-kind") == "gained":
+            break
+    active = browser.switch_to.active_element
+    assert active.value_of_css_property("outline-style") != "none"
+    active.send_keys(Keys.SPACE)
+    assert counts(browser.execute_script(VISIBLE)) == {"gained": 1}
+    assert active.get_attribute("aria-pressed") == "true"
+    find(browser, "button[data-kind='']").send_keys(Keys.ENTER)
+    assert len(browser.execute_script(VISIBLE)) == 8
+    find(browser, "#task").send_keys(Keys.ARROW_DOWN)
+    assert len(browser.execute_script(VISIBLE)) == 4
+
+
+def test_it_prints_without_filters_and_with_all_tables(browse: Open) -> None:
+    browser = browse(700, scheme="dark", media="print")
+    assert not find(browser, "#filters").is_displayed()
+    assert not find(browser, "nav").is_displayed()
+    ground = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert ground == "rgb(255, 255, 255)"
+    ratio, where = browser.execute_script(CONTRAST)
+    assert ratio >= 4.5, where

@@ -1,0 +1,185 @@
+"""Advice follows the rules, meets its budget, says where numbers come from, and can be run."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slimvlm import advice as module
+from slimvlm import cli, estimate
+from slimvlm.advice import Advice, advise
+from slimvlm.checkpoint import anatomy, load_config
+from slimvlm.commands import compress_command
+from slimvlm.config import CompressConfig, RecoverConfig
+from slimvlm.errors import ConfigError
+from slimvlm.estimate import learning_params
+from slimvlm.geometry import Anatomy
+from slimvlm.recipes import Recipe, latencies, recipe_for, retentions
+from slimvlm.trainable import prepare_training
+from tests import tiny
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A folder with the configuration of a tiny LLaVA and no weights; the machine has a speed."""
+    tiny.build("llava-llama").config.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(estimate, "device_flops", lambda: 1e11)
+    return str(tmp_path / "model")
+
+
+def as_7b(monkeypatch: pytest.MonkeyPatch, shape: Anatomy) -> None:
+    """Makes every model look like LLaVA-1.5-7B."""
+    layer = replace(
+        shape.layers[0],
+        **{"num_kv_heads": 32, "queries_per_group": 1, "head_dim": 128, "intermediate_size": 11008},
+        **{"kv_group_params": 4 * 128 * 4096, "neuron_params": 3 * 4096, "fixed_params": 8192},
+    )
+    whole = replace(shape, hidden_size=4096, layers=(layer,) * 32, embedding_params=131_072_000)
+    whole = replace(whole, head_params=131_072_000, vision_params=300_000_000)
+    monkeypatch.setattr(module, "anatomy_of", lambda _: whole)
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5])
+@pytest.mark.parametrize("data", [True, False])
+def test_advice_is_what_compress_would_do(model: str, ratio: float, data: bool) -> None:
+    found = advise(model, ratio=ratio, data=data, gpu=True)
+    assert found.recipe == recipe_for(ratio, data)
+    assert found.recipe.source in " ".join(found.notes)
+    before, after = found.params
+    assert (before - after) / anatomy(model).backbone_params == pytest.approx(ratio, abs=1e-3)
+
+
+def test_expected_values_are_those_of_the_table(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_7b(monkeypatch, anatomy(model))
+    found = advise(model, ratio=0.3, gpu=True)
+    first = found.expected[0]
+    assert (first.model, first.same, first.percent) == ("LLaVA-1.5-7B", True, 96.38)
+    assert first.source == "arXiv:2604.24380, Table 5"
+    assert not any(row.same for row in found.expected[1:])
+    row = next(r for r in latencies() if r.model == "LLaVA-1.5-7B" and r.axis == "depth")
+    assert found.latency == row.values[0.3]
+
+
+def test_a_large_model_is_not_trained_without_a_gpu(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_7b(monkeypatch, anatomy(model))
+    with_gpu, without = (advise(model, ratio=0.3, gpu=gpu) for gpu in (True, False))
+    assert with_gpu.recipe.train == "lora"
+    assert 0.1 < with_gpu.cost.training_hours < 100
+    assert "A100" in " ".join(with_gpu.cost.rests_on)
+    assert without.recipe.train is None
+    assert without.recipe.axis == "width"
+    assert "not trained" in without.notes[0]
+    assert "--train none" in without.command
+    few = advise(model, ratio=0.3, gpu=False, samples=20)
+    assert few.recipe.train == "lora"
+
+
+def test_costs_grow_with_what_they_rest_on(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_7b(monkeypatch, anatomy(model))
+    few, many = (advise(model, ratio=0.3, gpu=True, samples=n).cost for n in (100, 1000))
+    assert many.training_hours == pytest.approx(10 * few.training_hours)
+    assert many.training_bytes == few.training_bytes > many.calibration_bytes
+    assert many.calibration_bytes == pytest.approx(2 * 7.06e9, rel=0.02)
+
+
+@pytest.mark.parametrize("budget", [{"target_params": "120k"}, {"target_memory": "0.24MB"}])
+def test_a_size_is_met(model: str, budget: dict[str, Any]) -> None:
+    found = advise(model, gpu=True, **budget)
+    assert 0 < found.ratio < 1
+    assert found.params[1] == pytest.approx(120_000, rel=1e-3)
+
+
+@pytest.mark.parametrize("share", [0.9, 0.8, 0.6])
+def test_a_latency_is_met_by_the_least_ratio(model: str, share: float) -> None:
+    found = advise(model, target_latency=share, gpu=True)
+    assert found.latency is not None
+    assert found.latency <= share
+    for ratio in (found.ratio - 0.005, found.ratio - 0.05):
+        slower = advise(model, ratio=round(ratio, 4), gpu=True)
+        assert slower.latency is None or slower.latency > share
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ({}, "exactly one"),
+        ({"ratio": 0.3, "target_params": "5B"}, "exactly one"),
+        ({"ratio": 1.5}, "ratio 1.5"),
+        ({"target_latency": 0.05}, "fastest that was measured"),
+        ({"target_latency": 2.0}, "at most 1"),
+        ({"target_memory": "much"}, "target_memory 'much'"),
+    ],
+)
+def test_impossible_budgets_are_refused(model: str, budget: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        advise(model, gpu=True, **budget)
+
+
+def test_the_verb_prints_json_and_refuses_contradictions(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(["advise", model, "--ratio", "0.3", "--data", "--gpu", "--json"])
+    values = json.loads(capsys.readouterr().out)
+    assert set(values) == {field.name for field in fields(Advice)}
+    cli.main(["advise", model, "--ratio", "0.3", "--no-data", "--no-gpu"])
+    assert "arXiv:2604.24380, Table 2" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["advise", model, "--ratio", "0.3", "--gpu", "--no-gpu"])
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("train", ["projector", "lora", "full"])
+def test_learning_parameters_are_those_that_learn(train: Any) -> None:
+    net = tiny.build("llava-llama")
+    expected = learning_params(anatomy(net), 0.0, train, rank=4)
+    trained = prepare_training(net, RecoverConfig(train=train, lora_rank=4))
+    assert expected == sum(p.numel() for p in trained.parameters() if p.requires_grad)
+
+
+COMMANDS = [
+    CompressConfig(ratio=0.3, axis="width", criterion=("activation",)),
+    CompressConfig(
+        ratio=0.25,
+        axis="both",
+        criterion=("block_influence", "taylor"),
+        **{"data": "my data.json", "protect": (2, 1), "pad": True, "tasks": "name", "limit": 3},
+        recover=RecoverConfig(train="lora", loss="sft+hidden", fraction=0.05, report_to="wandb"),
+    ),
+    CompressConfig(ratio=0.5, axis="depth", data="demo", units=("neuron",)),
+]
+
+
+@pytest.mark.parametrize("config", COMMANDS)
+def test_a_command_gives_the_configuration_back(
+    config: CompressConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def record(model: str, config: CompressConfig, out: Path, *rest: Any) -> dict[str, Any]:
+        seen.extend((model, config, out))
+        return {}
+
+    monkeypatch.setattr("slimvlm.compression.compress", record)
+    command = compress_command("my model", config, "out folder")
+    cli.main(shlex.split(command)[1:])
+    assert seen == ["my model", config, Path("out folder")]
+
+
+def test_recipes_of_the_chart_have_expected_values(model: str) -> None:
+    """Where the chart sends people, numbers exist."""
+    assert retentions()
+    for ratio in (0.15, 0.3, 0.45, 0.6):
+        for data in (True, False):
+            found = advise(model, ratio=ratio, data=data, gpu=True)
+            assert isinstance(found.recipe, Recipe)
+            assert len(found.expected) >= 3
+    assert load_config(model) is not None
