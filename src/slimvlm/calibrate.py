@@ -102,15 +102,13 @@ def _scored_in_parts(
         check_token_weights(criterion, token_weights)
     parts = _layers_with_grams_of(read_anatomy(model), GRAM_BYTES)
     given = batches if len(parts) == 1 else list(batches)
-    found = []
+    rows: dict[str, list[Tensor]] = {"kv_group": [], "neuron": []}
     for layers in parts:
         statistics = _captured(model, given, "grams", token_weights=token_weights, layers=layers)
-        found.append(scores_from(statistics, model, criterion, token_weights, **options))
-    return replace(
-        found[0],
-        kv_group=[row for scores in found for row in scores.kv_group or ()],
-        neuron=[row for scores in found for row in scores.neuron or ()],
-    )
+        scores = scores_from(statistics, model, criterion, token_weights, **options)
+        for unit, found in rows.items():
+            found += [scores.of(unit)[index] for index in layers]
+    return replace(scores, kv_group=rows["kv_group"], neuron=rows["neuron"])
 
 
 def _layers_with_grams_of(anatomy: Anatomy, limit: int) -> list[list[int]]:

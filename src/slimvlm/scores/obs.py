@@ -34,7 +34,7 @@ def score_obs(statistics: Statistics, anatomy: Anatomy, group: int | None = None
     highest scores is stopping the greedy removal early, whatever their number.
 
     Args:
-        statistics: From the ``grams`` capture. Of some layers only, it gives their scores.
+        statistics: From the ``grams`` capture. Layers that are not in it get no scores.
         anatomy: The model's.
         group: Units that may go between two refits of a whole layer, as in `removal_order`.
             Default: 1/32 of the layer's width, at least 1.
