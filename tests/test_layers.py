@@ -35,7 +35,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         "least_squares",
     ),
     "hands": (
-        *("configs", "capture", "surgery", "uneven", "modeling_pruned", "checkpoint"),
+        *("compat", "configs", "capture", "surgery", "uneven", "modeling_pruned", "checkpoint"),
         *("trainable", "hidden", "teacher", "modes", "sharding"),
         *("data", "chat", "tasks", "images", "answers", "manifest", "cards", "hub"),
         *("timing", "memory"),

@@ -16,6 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from slimvlm import chat, modeling_pruned
 from slimvlm.cards import CardFacts, write_card
+from slimvlm.compat import require_known, rewrite_for_older
 from slimvlm.configs import (
     auto_class,
     auto_map_of,
@@ -194,6 +195,7 @@ def save(
     pad: bool = False,
     also: Callable[[Path], None] | None = None,
     facts: CardFacts | None = None,
+    compat: bool = False,
 ) -> None:
     """Write a checkpoint that plain ``from_pretrained`` loads, and prove it.
 
@@ -216,16 +218,21 @@ def save(
         also: Writes what else belongs into the folder.
         facts: What the model card, ``README.md``, says beside what was removed; by default the
             original is what the model was loaded from.
+        compat: Whether transformers 4.57 and 5.0 must read the files, too; see `slimvlm.compat`.
 
     Raises:
-        ConfigError: If the folder exists.
+        ConfigError: If the folder exists, or ``compat`` is not known to work for this model.
         OutputError: If another run writes there, or the disk is full or read-only.
         ReloadError: If what was written does not load back to the same model.
     """
     set_class_(model)
     written = padded(model) if pad and is_uneven(model.config) else model
+    if compat:
+        require_known(written.config)
     with new_folder(out, force) as folder:
         written.save_pretrained(folder)
+        if compat:
+            rewrite_for_older(folder)
         if processor is not None:
             processor.save_pretrained(folder)
         if plan is not None:

@@ -171,9 +171,11 @@ def _pruned(
         run.say(report.summary())
         write_text(run.path("repair.json"), json.dumps(asdict(report), indent=1) + "\n")
     _evaluated(run, "pruned", model, calibration.processor)
-    pads = run.config.pad and folder == "checkpoint"
-    facts = _card_facts(run, "")
-    save(model, calibration.processor, run.path(folder), plan, pad=pads, facts=facts)
+    pad, compat = (
+        wanted and folder == "checkpoint" for wanted in (run.config.pad, run.config.compat)
+    )
+    facts, place = _card_facts(run, ""), run.path(folder)
+    save(model, calibration.processor, place, plan, pad=pad, facts=facts, compat=compat)
 
 
 def _recovered(run: Run, plan: Plan, samples: list[Sample]) -> None:
@@ -195,7 +197,8 @@ def _recovered(run: Run, plan: Plan, samples: list[Sample]) -> None:
         f"Then {config.recover.train} was trained from {config.recover.loss} on "
         f"{history.num_samples} conversations.",
     )
-    save(model, processor, run.path("checkpoint"), plan, pad=config.pad, facts=facts)
+    place, pad, compat = run.path("checkpoint"), config.pad, config.compat
+    save(model, processor, place, plan, pad=pad, facts=facts, compat=compat)
 
 
 def _evaluated(run: Run, stage: str, model: PreTrainedModel, processor: Any) -> None:

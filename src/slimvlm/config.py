@@ -282,6 +282,8 @@ class PruneConfig(CalibrationConfig):
     which keeps what helps on held-out answers."""
     pad: bool = False
     """Fill layers of different widths up with zeros: loads without code, as large as the widest."""
+    compat: bool = False
+    """Write files that transformers 4.57 and 5.0 load right, too."""
     round_to: int | None = None
     """Multiple for the number of neurons; default 64, smaller for small models."""
 

@@ -31,7 +31,8 @@ def prune(
         pruning: What to remove, and how.
         force: Replace an existing folder.
     """
-    from slimvlm.checkpoint import save
+    from slimvlm.checkpoint import load_config, save
+    from slimvlm.compat import require_known
     from slimvlm.outputs import require_free
     from slimvlm.plan import Plan
     from slimvlm.pruning import Calibration, check_request, choose_plan, cut_
@@ -46,12 +47,14 @@ def prune(
         check_model(model, pruning)
     else:
         shown = check_request(model, pruning, note, pruning.samples)
+    if pruning.compat:
+        require_known(load_config(model, pruning.trust_remote_code))
     loaded, processor = load_model(model, pruning)
     calibration = Calibration(pruning, processor, shown)
     if plan is None:
         chosen = choose_plan(pruning, loaded, calibration, note)
     report = cut_(pruning, loaded, chosen, calibration)
-    save(loaded, processor, out, chosen, force, pad=pruning.pad)
+    save(loaded, processor, out, chosen, force, pad=pruning.pad, compat=pruning.compat)
     print(chosen.summary())
     if chosen.needs_retype:
         print(f"language model written as {chosen.after.text_type!r}, which computes the same")

@@ -30,6 +30,7 @@ def recover(
     training: Annotated[RecoverConfig, INLINE] = RecoverConfig(),
     shard: bool = False,
     force: bool = False,
+    compat: bool = False,
 ) -> None:
     """Train a pruned checkpoint back towards the original model.
 
@@ -46,8 +47,10 @@ def recover(
         shard: Divide the weights of model and teacher among the processes of torchrun (FSDP2); such
             a run cannot go on after a stop.
         force: Replace an existing folder.
+        compat: Write files that transformers 4.57 and 5.0 load right, too.
     """
-    from slimvlm.checkpoint import PLAN_FILE, resolve
+    from slimvlm.checkpoint import PLAN_FILE, load_config, resolve
+    from slimvlm.compat import require_known
     from slimvlm.outputs import require_free
     from slimvlm.plan import Plan
     from slimvlm.recovery import recover as train
@@ -60,6 +63,8 @@ def recover(
     if shard and num_ranks() < 2:
         raise ConfigError("--shard needs several processes: start slimvlm with torchrun")
     check_model(model, source)
+    if compat:
+        require_known(load_config(model, source.trust_remote_code))
     said = _written_answers(teacher)
     original = teacher if said is None else None
     if original is not None:
@@ -74,7 +79,7 @@ def recover(
     if shard:
         student = _gathered(student, model, source)
     if is_first_rank():
-        _write(out, student, processor, plan, history, work, force)
+        _write(out, student, processor, plan, history, work, force, compat)
     note(f"teacher: {history.teacher}")
     note(f"trained on {history.num_samples} samples; checkpoint in {out}")
 
@@ -108,6 +113,7 @@ def _write(
     history: History,
     work: Path,
     force: bool,
+    compat: bool,
 ) -> None:
     from slimvlm.checkpoint import save
     from slimvlm.outputs import write_text
@@ -119,7 +125,7 @@ def _write(
         if (work / ADAPTER_FOLDER).exists():
             shutil.copytree(work / ADAPTER_FOLDER, folder / ADAPTER_FOLDER)
 
-    save(model, processor, out, plan, force, also=add_history)
+    save(model, processor, out, plan, force, also=add_history, compat=compat)
     shutil.rmtree(work, ignore_errors=True)
 
 

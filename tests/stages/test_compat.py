@@ -1,0 +1,126 @@
+"""What older transformers find in files written with ``compat``."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from slimvlm.checkpoint import save
+from slimvlm.configs import auto_class
+from slimvlm.errors import ConfigError
+from slimvlm.geometry import read_anatomy
+from slimvlm.planning import make_plan
+from slimvlm.surgery import prune_
+from tests import tiny
+from tests.helpers import logits, random_scores
+from tests.tolerances import FORWARD, assert_close
+
+FAMILIES = (
+    *("llava-llama", "llava-phi", "llava-phi3", "llava_next", "llava_onevision", "vipllava"),
+    *("paligemma", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
+)
+VERSIONS = {
+    "4.57.6": ("tokenizers==0.22.1", "huggingface_hub==0.36.0"),
+    "5.0.0": ("tokenizers==0.22.1", "huggingface_hub==1.3.4", "httpx==0.28.1", "httpcore==1.0.9"),
+}
+READ = """
+import sys, torch, transformers
+from safetensors.torch import load_file, save_file
+torch.set_num_threads(1)
+transformers.utils.logging.set_verbosity_error()
+assert transformers.__version__ == sys.argv[1], transformers.__version__
+def read(work):
+    inputs = load_file(work + "/inputs.safetensors")
+    load = transformers.AutoModelForImageTextToText.from_pretrained
+    model, report = load(work + "/out", output_loading_info=True)
+    problems = {kind: found for kind, found in report.items() if found}
+    assert not problems, problems
+    with torch.no_grad():
+        found = model.eval()(**inputs, use_cache=False).logits
+    save_file({"logits": found}, work + f"/{sys.argv[1]}.safetensors")
+
+for work in sys.argv[2:]:
+    try:
+        read(work)
+    except Exception as error:
+        print(work, str(error)[-300:])
+"""
+
+
+@pytest.fixture(scope="module")
+def works(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, torch.Tensor]]:
+    """Every family, pruned and written, with its inputs and logits."""
+    written = {}
+    for name in FAMILIES:
+        model, work = tiny.build(name), tmp_path_factory.mktemp(name)
+        shape = read_anatomy(model)
+        prune_(model, make_plan(shape, random_scores(shape), 0.3, "both"))
+        batch = tiny.batch(model)
+        del batch["labels"]
+        if "mm_token_type_ids" in batch:  # older processors do not give it
+            batch.pop("mm_token_type_ids")
+        written[name] = work, logits(model, tiny.batch(model))
+        save(model, None, work / "out", compat=True)
+        save_file(batch, work / "inputs.safetensors")
+    return written
+
+
+def packages(version: str, pytestconfig: pytest.Config) -> Path:
+    """A folder with an older transformers, to stand before the newest; kept between runs."""
+    folder = pytestconfig.cache.mkdir(f"transformers-{version}")  # type: ignore[union-attr]
+    done = folder / "done"
+    if not done.exists():
+        wanted = (f"transformers=={version}", *VERSIONS[version])
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--upgrade"]
+        run = subprocess.run(
+            [*pip, "--target", str(folder), *wanted], capture_output=True, text=True, check=False
+        )
+        if run.returncode:
+            pytest.skip(f"transformers {version} cannot be installed: {run.stderr[-200:]}")
+        done.touch()
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", VERSIONS)
+def test_older_transformers_reads_the_same_model(
+    version: str, works: dict[str, Any], pytestconfig: pytest.Config
+) -> None:
+    folders = [str(work) for work, _ in works.values()]
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", READ, version, *folders],
+        env={**os.environ, "PYTHONPATH": str(packages(version, pytestconfig))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (run.returncode, run.stdout) == (0, ""), run.stderr[-2000:]
+    for work, expected in works.values():
+        assert_close(load_file(work / f"{version}.safetensors")["logits"], expected, FORWARD)
+
+
+def test_the_newest_reads_them_too(tmp_path: Path) -> None:
+    model = tiny.build("llava-llama")
+    save(model, None, tmp_path / "out", compat=True)
+    names = load_file(tmp_path / "out" / "model.safetensors")
+    assert any(name.startswith("vision_tower.vision_model.encoder") for name in names)
+    text = json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
+    assert (text["rope_theta"], text["rope_scaling"]) == (10000.0, None)
+    again = auto_class(model.config).from_pretrained(tmp_path / "out")
+    batch = tiny.batch(model)
+    assert torch.equal(logits(again, batch), logits(model, batch))
+
+
+def test_what_older_versions_cannot_read_is_refused(tmp_path: Path) -> None:
+    for name in ("internvl-qwen2", "llava-pixtral"):
+        with pytest.raises(ConfigError, match=r"compat: .*known: llava"):
+            save(tiny.build(name), None, tmp_path / "out", compat=True)
+    assert not (tmp_path / "out").exists()
