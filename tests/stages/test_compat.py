@@ -21,7 +21,6 @@ from slimvlm.planning import make_plan
 from slimvlm.surgery import prune_
 from tests import tiny
 from tests.helpers import logits, random_scores
-from tests.tolerances import FORWARD, assert_close
 
 FAMILIES = (
     *("llava-llama", "llava-phi", "llava-phi3", "llava_next", "llava_onevision", "vipllava"),
@@ -64,10 +63,10 @@ def works(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, tor
         shape = read_anatomy(model)
         prune_(model, make_plan(shape, random_scores(shape), 0.3, "both"))
         batch = tiny.batch(model)
-        del batch["labels"]
-        if "mm_token_type_ids" in batch:  # older processors do not give it
-            batch.pop("mm_token_type_ids")
-        written[name] = work, logits(model, tiny.batch(model))
+        batch.pop("token_type_ids", None)  # PaliGemma: each version reads it in its own way
+        written[name] = work, logits(model, batch)
+        older = {"labels", "mm_token_type_ids"}  # of no use there, or not known
+        batch = {key: value for key, value in batch.items() if key not in older}
         save(model, None, work / "out", compat=True)
         save_file(batch, work / "inputs.safetensors")
     return written
@@ -103,8 +102,11 @@ def test_older_transformers_reads_the_same_model(
         check=False,
     )
     assert (run.returncode, run.stdout) == (0, ""), run.stderr[-2000:]
-    for work, expected in works.values():
-        assert_close(load_file(work / f"{version}.safetensors")["logits"], expected, FORWARD)
+    differences = {
+        name: float((load_file(work / f"{version}.safetensors")["logits"] - expected).abs().max())
+        for name, (work, expected) in works.items()
+    }
+    assert {name: value for name, value in differences.items() if value > 1e-4} == {}
 
 
 def test_the_newest_reads_them_too(tmp_path: Path) -> None:
