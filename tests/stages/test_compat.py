@@ -64,6 +64,8 @@ def works(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, tor
         prune_(model, make_plan(shape, random_scores(shape), 0.3, "both"))
         batch = tiny.batch(model)
         batch.pop("token_type_ids", None)  # PaliGemma: each version reads it in its own way
+        if name.startswith("qwen"):  # older versions look for pictures after this token
+            batch["input_ids"][:, 1] = model.config.vision_start_token_id
         written[name] = work, logits(model, batch)
         older = {"labels", "mm_token_type_ids"}  # of no use there, or not known
         batch = {key: value for key, value in batch.items() if key not in older}
