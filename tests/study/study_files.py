@@ -38,7 +38,7 @@ def study(data: Path | None, grid: dict[str, Any] | None = None, **changes: Any)
         "recover": RECOVER,
         "data": None if data is None else str(data),
         "prune": {"samples": 4},
-        "tasks": "text_odd,text_sort",
+        "tasks": "text_odd,text_ppl",
         "limit": 2,
         "floors": False,
     }

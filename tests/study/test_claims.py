@@ -142,6 +142,14 @@ def test_numbers_are_means_over_seeds_and_parity_is_their_spread() -> None:
     assert verdicts([*narrow, *depth])["T4"].verdict == "does not"
 
 
+def test_a_model_without_eyes_has_no_picture_claim() -> None:
+    blind = {"avg_pictures": None}
+    rows = [{**r, **blind} for r in AGREES["T1"] + AGREES["T7"]]
+    claims = {c.name: c for c in claims_of(pd.DataFrame([{**ORIGINAL, **blind}, *rows]))}
+    assert claims["T7"].verdict == "not measured"
+    assert claims["T1"].verdict == "agrees"
+
+
 def test_claims_are_written_as_markdown() -> None:
     text = claims_text(claims_of(pd.DataFrame([ORIGINAL, *AGREES["T1"]])))
     assert "| T1 | without recovery" in text

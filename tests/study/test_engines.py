@@ -37,7 +37,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "recover": RECOVER,
         "data": str(folders.write_llava_data(home / "data")),
         "prune": {"samples": 4},
-        "tasks": "presence,text_odd",
+        "tasks": "presence,text_ppl",
         "limit": 2,
     }
     path = home / "study.yaml"
@@ -67,6 +67,7 @@ def done_in(out: Path) -> dict[str, Any]:
 def expected(file: Path, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
     table = finished(file, tmp_path_factory.mktemp("runs") / "undisturbed")
     assert set(table["status"]) == {"done"}
+    assert table["perplexity"].nunique() == 5
     return stable(table)
 
 

@@ -68,6 +68,7 @@ def test_the_table_has_a_row_for_each_cell_and_the_original(finished: Path) -> N
     assert set(table["status"]) == {"done"}
     assert list(table["achieved_ratio"][3:]) == pytest.approx([0.4, 0.4], abs=0.01)
     assert list(table["steps"][1:]) == [0, 2, 0, 2]
+    assert table["perplexity"].nunique() == 5  # random models answer nothing, but differ in this
     assert table["backbone_params"][1:].max() < table["backbone_params"][0]
     assert (finished / "results.csv").read_text().count("\n") == 1 + len(table)
     assert "not measured" in (finished / "claims.md").read_text()

@@ -233,7 +233,9 @@ def _t6(groups: Groups, originals: pd.DataFrame) -> Comparisons:
 
 def _t7(groups: Groups, originals: pd.DataFrame) -> Comparisons:
     names = ("avg_pictures", "avg_text")
-    whole = {r["model"]: [float(r[name]) for name in names] for _, r in originals.iterrows()}
+    whole = {
+        row["model"]: [float(row[name] or 0) for name in names] for _, row in originals.iterrows()
+    }
     for group in _untrained(groups):
         bases = whole.get(group.row["model"], [])
         if not bases or not min(bases) > 0:
