@@ -42,6 +42,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     ),
     "stages": (
         *("calibrate", "iterative", "search", "repair", "pruning"),
+        "streaming",
         *("offline_teacher", "distillation", "recovery"),
         *("evaluation", "lmms", "conversion", "speed", "quantization", "gguf_export"),
     ),

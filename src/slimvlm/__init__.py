@@ -49,8 +49,9 @@ _HOME = {
     "make_plan_for_params": "planning",
     "mask_": "surgery",
     "prune_": "surgery",
-    "push": "hub",
     "prune_and_repair_": "repair",
+    "prune_checkpoint": "streaming",
+    "push": "hub",
     "quantize": "quantization",
     "ratio_for_params": "planning",
     "recover": "recovery",
@@ -59,6 +60,7 @@ _HOME = {
     "run_study": "study",
     "save": "checkpoint",
     "score": "calibrate",
+    "score_checkpoint": "streaming",
     "search_plan": "search",
     "verify": "manifest",
 }

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from slimvlm.capture import CAPTURES, Batch
 from slimvlm.capture.finite import Watched
@@ -34,7 +33,7 @@ GRAM_BYTES = 2 * 2**30
 
 
 def collect(
-    model: PreTrainedModel,
+    model: nn.Module,
     batches: Iterable[Batch],
     criterion: str,
     token_weights: Mapping[str, float] | None = None,
@@ -59,7 +58,8 @@ def collect(
         DataError: If data is needed and none is given.
         NumericalError: If NaN or infinity appears; the message says where.
     """
-    require_full_precision(model.config, "scored")
+    config: Any = model.config
+    require_full_precision(config, "scored")
     row = criterion_named(criterion, options)
     given = {name: value for name, value in options.items() if name in row.capture_options}
     if token_weights is not None:
@@ -69,7 +69,7 @@ def collect(
 
 
 def score(
-    model: PreTrainedModel,
+    model: nn.Module,
     batches: Iterable[Batch] = (),
     criterion: str = "taylor",
     token_weights: Mapping[str, float] | None = None,
@@ -91,7 +91,7 @@ def score(
 
 
 def _scored_in_parts(
-    model: PreTrainedModel,
+    model: nn.Module,
     batches: Iterable[Batch],
     criterion: str,
     token_weights: Mapping[str, float] | None,
@@ -127,7 +127,7 @@ def _layers_with_grams_of(anatomy: Anatomy, limit: int) -> list[list[int]]:
 
 
 def _captured(
-    model: PreTrainedModel, batches: Iterable[Batch], capture: str, **options: Any
+    model: nn.Module, batches: Iterable[Batch], capture: str, **options: Any
 ) -> Statistics:
     was_training = model.training
     model.eval()
@@ -142,7 +142,7 @@ def _captured(
 
 def scores_from(
     statistics: Statistics,
-    model: PreTrainedModel,
+    model: nn.Module,
     criterion: str,
     token_weights: Mapping[str, float] | None = None,
     **options: Any,

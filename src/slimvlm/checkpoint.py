@@ -233,16 +233,23 @@ def save(
         written.save_pretrained(folder)
         if compat:
             rewrite_for_older(folder)
-        if processor is not None:
-            processor.save_pretrained(folder)
-        if plan is not None:
-            plan.save(folder / PLAN_FILE)
         known = facts or CardFacts(base=model.config._name_or_path, name=Path(out).name)
-        write_card(folder, written, plan, known)
+        write_beside_weights(folder, written, processor, plan, known)
         check_reload(model, processor, folder)
         if also is not None:
             also(folder)
         write_manifest(folder)
+
+
+def write_beside_weights(
+    folder: Path, model: PreTrainedModel, processor: Any, plan: Plan | None, facts: CardFacts
+) -> None:
+    """What a checkpoint folder holds beside weights, configuration and code."""
+    if processor is not None:
+        processor.save_pretrained(folder)
+    if plan is not None:
+        plan.save(folder / PLAN_FILE)
+    write_card(folder, model, plan, facts)
 
 
 def require_writable(shape: Anatomy) -> None:

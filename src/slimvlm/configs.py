@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
@@ -95,14 +96,24 @@ def auto_map_of(config: PreTrainedConfig) -> dict[str, str]:
     return {auto.__name__: f"{file}.{_uneven(auto, config).__name__}" for auto in autos}
 
 
-def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a configuration without storage for its weights."""
-    with torch.device("meta"):
+def empty_model(
+    config: PreTrainedConfig, dtype: torch.dtype | None = None, with_buffers: bool = False
+) -> PreTrainedModel:
+    """The model of a configuration without storage for its weights.
+
+    Args:
+        config: The configuration.
+        dtype: Data type of the weights; by default the configuration's.
+        with_buffers: Whether what is computed and not stored in files (such as rotary frequencies)
+            is there.
+    """
+    with init_empty_weights() if with_buffers else torch.device("meta"):
         if is_uneven(config):
             build: Any = uneven_class(config)._from_config
         else:
             build = auto_class(config).from_config
-        model: PreTrainedModel = build(copy.deepcopy(config))
+        given = {} if dtype is None else {"dtype": dtype}
+        model: PreTrainedModel = build(copy.deepcopy(config), **given)
     return model
 
 

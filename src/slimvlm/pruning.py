@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from slimvlm.calibrate import DEFAULT_CRITERIA, calibration_batches, score
 from slimvlm.checkpoint import anatomy as anatomy_of
+from slimvlm.checkpoint import load_processor
 from slimvlm.config import Axis, PruneConfig
 from slimvlm.data import load_samples
 from slimvlm.errors import ConfigError
@@ -27,6 +28,7 @@ from slimvlm.samples import Sample
 from slimvlm.scores import CRITERIA, criterion_named
 from slimvlm.scores.width import score_random
 from slimvlm.search import search_plan
+from slimvlm.streaming import Request, open_checkpoint, score_opened
 from slimvlm.surgery import prune_
 from slimvlm.values import Scores, Statistics
 
@@ -215,6 +217,64 @@ def choose_plan(
     )
     say(f"search: {len(found.trials)} plans measured, least divergence {found.divergence:.4f}")
     return found.plan
+
+
+def check_low_memory(config: PruneConfig) -> None:
+    """Refuse what needs the whole model in memory.
+
+    Raises:
+        ConfigError: If the request does.
+    """
+    free: dict[str, tuple[object, ...]] = {
+        "repair": ("none",),
+        "steps": (1,),
+        "pad": (False,),
+        "compat": (False,),
+        "allocation": ("uniform", "balanced", "protect", "global"),
+    }
+    for name, allowed in free.items():
+        if getattr(config, name) not in allowed:
+            choices = " or ".join(str(value) for value in allowed)
+            raise ConfigError(f"{name} {getattr(config, name)!r}: low_memory can only do {choices}")
+    for name in criteria_of(config) if config.ratio is not None else ():
+        Request(name)
+
+
+def plan_with_low_memory(
+    config: PruneConfig, model: str, samples: Sequence[Sample], scratch: Path, say: Say
+) -> Plan:
+    """Score a checkpoint that does not fit in memory and make the plan.
+
+    Widths are the same in every layer unless ``protect`` or ``global`` is asked for: measuring
+    plans, as ``balanced`` does, needs the whole model.
+
+    Args:
+        config: The request, checked by `check_low_memory`.
+        model: Folder, hub id or ``demo``.
+        samples: The calibration samples.
+        scratch: Folder for activations between layers.
+        say: Receives the size of that folder.
+    """
+    opened = open_checkpoint(model, config.dtype, config.trust_remote_code)
+    processor = load_processor(str(opened.folder), opened.model.config, config.trust_remote_code)
+    requests = []
+    for name in criteria_of(config):
+        options = _criterion_options(config, name)
+        options.pop("token_weights", None)
+        requests.append(Request(name, options))
+    batches: Iterable[Any] = ()
+    if any(CRITERIA[request.criterion].needs_data for request in requests):
+        batches = calibration_batches(processor, samples, description="embed")
+    scores = score_opened(opened, batches, requests, _token_weights(config), scratch, say)
+    allocation = "uniform" if config.allocation in _LEVELS else config.allocation
+    return make_plan(
+        read_anatomy(opened.model),
+        scores,
+        ratio_of(config),
+        axis_of(config),
+        allocation,
+        **_plan_options(config),
+    )
 
 
 def cut_(

@@ -115,7 +115,7 @@ def masked(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
             if matrix.projection.dim != INPUT_COLUMNS or index not in kept_layers:
                 continue
             keep = torch.zeros(matrix.width)
-            keep[_kept_channels(plan, index, matrix.projection)] = 1
+            keep[kept_channels(plan, index, matrix.projection)] = 1
             if bool(keep.all()):
                 continue
             if isinstance(matrix.owner, nn.Linear):
@@ -145,13 +145,14 @@ def _shape_line(anatomy: Anatomy) -> str:
     )
 
 
-def _kept_channels(plan: Plan, index: int, projection: Projection) -> Tensor:
+def kept_channels(plan: Plan, index: int, projection: Projection) -> Tensor:
+    """The channels of a matrix of layer ``index`` that a plan keeps along its divided dimension."""
     kept = plan.kv_groups if unit_of(projection) == "kv_group" else plan.neurons
     return channels_of(projection, plan.before.layers[index], kept[index])
 
 
 def _masked_weight(plan: Plan, index: int, matrix: Matrix) -> Tensor:
-    keep = _kept_channels(plan, index, matrix.projection).to(matrix.weight.device)
+    keep = kept_channels(plan, index, matrix.projection).to(matrix.weight.device)
     mask = torch.zeros(matrix.width, dtype=torch.bool, device=matrix.weight.device)
     mask[keep] = True
     shape = [1] * matrix.weight.ndim
@@ -164,7 +165,7 @@ def _slice_weights(model: nn.Module, plan: Plan) -> None:
     for index, matrix in list(matrices(model)):
         if index not in kept_layers:
             continue
-        keep = _kept_channels(plan, index, matrix.projection)
+        keep = kept_channels(plan, index, matrix.projection)
         if len(keep) < matrix.width:
             _slice_matrix(matrix, keep.to(matrix.weight.device))
 

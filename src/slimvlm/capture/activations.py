@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from slimvlm.capture.batches import BackbonePass, Batch, TokenWeights, require_finite
-from slimvlm.capture.hooks import consumers, on_consumers
+from slimvlm.capture.hooks import consumers, on_consumers, weight_of
 from slimvlm.families import Projection
 from slimvlm.geometry import read_anatomy
 from slimvlm.units import unit_of
@@ -68,7 +68,7 @@ def capture_moments(
     with on_consumers(model, on_consumer):
         seen.run(model, batches, token_weights)
     for index, projection, linear in consumers(model):
-        name, matrix = f"{index}.{projection.path}", linear.weight.detach().double()
+        name, matrix = f"{index}.{projection.path}", weight_of(linear).double()
         sums[f"{name}.column_l1"] = matrix.abs().sum(0).cpu()
         sums[f"{name}.column_square"] = matrix.square().sum(0).cpu()
     return seen.statistics("moments", sums)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from slimvlm.capture.batches import Batch, forward_backbone
 from slimvlm.geometry import decoder_layers
+from slimvlm.roles import valid_tokens
 
 
 class Watched:
@@ -40,7 +41,7 @@ class Watched:
 
 
 def _num_samples(batch: Batch) -> int:
-    return len(batch["input_ids" if "input_ids" in batch else "inputs_embeds"])
+    return len(valid_tokens(batch))
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from slimvlm.capture.batches import BackbonePass, Batch, TokenWeights, require_finite
-from slimvlm.capture.hooks import consumers, on_consumers
+from slimvlm.capture.hooks import consumers, on_consumers, weight_of
 from slimvlm.families import Projection
 from slimvlm.values import Statistics
 
@@ -51,11 +51,12 @@ def capture_grams(
     for index, projection, linear in consumers(model):
         if layers is not None and index not in layers:
             continue
-        zero = linear.weight.new_zeros((), dtype=_sum_dtype(linear.weight))
+        weight = weight_of(linear)
+        zero = weight.new_zeros((), dtype=_sum_dtype(weight))
         channels, name = linear.in_features, f"{index}.{projection.path}"
         sums[f"{name}.gram"] = zero.new_zeros(channels, channels)
         sums[f"{name}.sum"] = zero.new_zeros(channels)
-        sums[f"{name}.weight"] = linear.weight.detach()
+        sums[f"{name}.weight"] = weight
     with on_consumers(model, on_consumer):
         seen.run(model, batches, token_weights)
     return seen.statistics("grams", sums)

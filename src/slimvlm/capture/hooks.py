@@ -130,9 +130,7 @@ def on_products(model: nn.Module, call: Callable[[Product], None]) -> Iterator[N
         yield
 
 
-def weight_of(linear: nn.Linear) -> Tensor:
-    """A matrix, also where accelerate has put it aside until its module runs (``device_map``)."""
-    if not linear.weight.is_meta:
-        return linear.weight.detach()
-    put_aside: Tensor = linear._hf_hook.weights_map["weight"]  # type: ignore[union-attr, index]
-    return put_aside
+def weight_of(owner: Any, name: str = "weight") -> Tensor:
+    """A parameter, also where accelerate has put it aside until its module runs."""
+    weight: Tensor = getattr(owner, name).detach()
+    return owner._hf_hook.weights_map[name] if weight.is_meta else weight

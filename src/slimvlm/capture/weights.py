@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from slimvlm.capture.batches import Batch
+from slimvlm.capture.hooks import weight_of
 from slimvlm.geometry import matrices
 from slimvlm.scores.width import channel_sums, magnitude
 from slimvlm.values import Statistics
@@ -21,7 +22,7 @@ def capture_weights(model: nn.Module, batches: Iterable[Batch], p: int = 1) -> S
     """Sums of ``|w|^p`` for each channel of each matrix."""
     sums = {
         f"{index}.{matrix.projection.path}": channel_sums(
-            magnitude(matrix.weight.detach().float(), p), matrix.projection.axis
+            magnitude(weight_of(matrix.owner, matrix.name).float(), p), matrix.projection.axis
         )
         for index, matrix in matrices(model)
     }

@@ -13,6 +13,9 @@ from slimvlm.verbs.printing import note, print_json
 
 if TYPE_CHECKING:
     from slimvlm.plan import Plan
+    from slimvlm.samples import Sample
+    from slimvlm.streaming import Request
+    from slimvlm.values import Scores
 
 
 def score(
@@ -20,6 +23,8 @@ def score(
     out: Path,
     criterion: str = "taylor",
     calibration: Annotated[CalibrationConfig, INLINE] = CalibrationConfig(),
+    low_memory: bool = False,
+    scratch: Path | None = None,
     force: bool = False,
 ) -> None:
     """Calibrate once: save scores (and the statistics behind them) for later plans.
@@ -27,18 +32,24 @@ def score(
     Args:
         model: Folder, hub id, or demo.
         out: Scores are written as OUT.json and OUT.safetensors, statistics as
-            OUT.statistics.safetensors.
+            OUT.statistics.safetensors (not with --low-memory).
         criterion: How to score; see the table in the README.
         calibration: What the model is shown.
+        low_memory: For models larger than the memory: one layer is read at a time and activations
+            lie on disk. A stopped run goes on where it was when the same command is given again.
+        scratch: Folder for these activations; by default beside OUT.
         force: Replace existing files.
     """
     from slimvlm.calibrate import calibration_batches, check_token_weights, collect, scores_from
     from slimvlm.outputs import require_free
     from slimvlm.roles import parse_token_weights
     from slimvlm.scores import criterion_named
+    from slimvlm.streaming import Request
 
     given: dict[str, Any] = {"gradient": calibration.gradient} if criterion == "taylor" else {}
     row = criterion_named(criterion, given)
+    if low_memory:
+        Request(criterion, given)
     asked = calibration.token_weights
     weights = None if asked is None else parse_token_weights(asked)
     if weights is not None:
@@ -49,14 +60,38 @@ def score(
         raise ConfigError(f"criterion {criterion!r} needs --data")
     check_model(model, calibration)
     chosen = [] if calibration.data is None else read_samples(calibration)
-    loaded, processor = load_model(model, calibration)
-    batches = calibration_batches(processor, chosen) if row.needs_data else ()
-    statistics = collect(loaded, batches, criterion, weights, **given)
-    result = scores_from(statistics, loaded, criterion, weights, **given)
     stem.parent.mkdir(parents=True, exist_ok=True)
-    statistics.save(f"{stem}.statistics.safetensors")
+    if low_memory:
+        folder = scratch or stem.with_name(f".{stem.name}.scratch")
+        result = _low_memory_scores(model, calibration, Request(criterion, given), chosen, folder)
+    else:
+        loaded, processor = load_model(model, calibration)
+        batches = calibration_batches(processor, chosen) if row.needs_data else ()
+        statistics = collect(loaded, batches, criterion, weights, **given)
+        result = scores_from(statistics, loaded, criterion, weights, **given)
+        statistics.save(f"{stem}.statistics.safetensors")
     result.save(stem)
     note(f"{criterion} scores of {', '.join(row.units)} written to {stem}.json")
+
+
+def _low_memory_scores(
+    model: str,
+    calibration: CalibrationConfig,
+    request: Request,
+    samples: list[Sample],
+    scratch: Path,
+) -> Scores:
+    from slimvlm.calibrate import calibration_batches
+    from slimvlm.checkpoint import load_processor
+    from slimvlm.roles import parse_token_weights
+    from slimvlm.streaming import open_checkpoint, score_opened
+
+    asked, trusted = calibration.token_weights, calibration.trust_remote_code
+    opened = open_checkpoint(model, calibration.dtype, trusted)
+    processor = load_processor(str(opened.folder), opened.model.config, trusted)
+    batches = calibration_batches(processor, samples, description="embed") if samples else ()
+    weights = None if asked is None else parse_token_weights(asked)
+    return score_opened(opened, batches, [request], weights, scratch, note)[0]
 
 
 @dataclass(frozen=True, kw_only=True)

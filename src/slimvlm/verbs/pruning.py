@@ -12,6 +12,8 @@ from slimvlm.verbs.options import INLINE, Model, check_model, load_model, read_s
 from slimvlm.verbs.printing import note
 
 if TYPE_CHECKING:
+    from slimvlm.plan import Plan
+    from slimvlm.repair import RepairReport
     from slimvlm.samples import Sample
 
 
@@ -20,6 +22,8 @@ def prune(
     out: Path,
     plan: Path | None = None,
     pruning: Annotated[PruneConfig, INLINE] = PruneConfig(),
+    low_memory: bool = False,
+    scratch: Path | None = None,
     force: bool = False,
 ) -> None:
     """Write a smaller checkpoint, from a plan or from a ratio, criterion and data.
@@ -29,18 +33,31 @@ def prune(
         out: The new checkpoint folder.
         plan: A plan file instead of ratio, axis, criterion and allocation.
         pruning: What to remove, and how.
+        low_memory: For models larger than the memory: one layer is read at a time, activations lie
+            on disk, and the checkpoint is written piece by piece.
+        scratch: Folder for these activations; by default beside OUT.
         force: Replace an existing folder.
     """
     from slimvlm.checkpoint import load_config, save
     from slimvlm.compat import require_known
     from slimvlm.outputs import require_free
     from slimvlm.plan import Plan
-    from slimvlm.pruning import Calibration, check_request, choose_plan, cut_
+    from slimvlm.pruning import (
+        Calibration,
+        check_low_memory,
+        check_request,
+        choose_plan,
+        cut_,
+        plan_with_low_memory,
+    )
+    from slimvlm.streaming import prune_checkpoint
 
     require_free(out, force)
     if (plan is None) == (pruning.ratio is None):
         raise ConfigError("prune needs either --ratio or --plan")
     pruning = replace(pruning, axis=pruning.axis or "width")
+    if low_memory:
+        check_low_memory(pruning)
     if plan is not None:
         chosen = Plan.load(plan)
         shown = _samples_for_repair(pruning)
@@ -49,17 +66,29 @@ def prune(
         shown = check_request(model, pruning, note, pruning.samples)
     if pruning.compat:
         require_known(load_config(model, pruning.trust_remote_code))
+    if low_memory:
+        folder = scratch or out.with_name(f".{out.name}.scratch")
+        if plan is None:
+            chosen = plan_with_low_memory(pruning, model, shown, folder, note)
+        trusted = pruning.trust_remote_code
+        prune_checkpoint(model, chosen, out, pruning.dtype, force, trust_remote_code=trusted)
+        _report(chosen, out)
+        return
     loaded, processor = load_model(model, pruning)
     calibration = Calibration(pruning, processor, shown)
     if plan is None:
         chosen = choose_plan(pruning, loaded, calibration, note)
     report = cut_(pruning, loaded, chosen, calibration)
     save(loaded, processor, out, chosen, force, pad=pruning.pad, compat=pruning.compat)
+    _report(chosen, out, report)
+
+
+def _report(chosen: Plan, out: Path, repair: RepairReport | None = None) -> None:
     print(chosen.summary())
     if chosen.needs_retype:
         print(f"language model written as {chosen.after.text_type!r}, which computes the same")
-    if report is not None:
-        print(report.summary())
+    if repair is not None:
+        print(repair.summary())
     print(f"checkpoint: {out}")
 
 
