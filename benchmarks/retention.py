@@ -5,7 +5,8 @@ Expect:   about an hour on 2 cores with bfloat16 units; a stopped run goes on.
 
 Every recipe prunes the demo model at each ratio with each calibration seed (other conversations),
 then answers the same questions. --model text prunes the untouched SmolLM2-135M instead, calibrated
-on passages of Python's docstrings, and measures perplexity on Python's help texts.
+on passages of Python's docstrings, and measures perplexity on Python's help texts. --model FOLDER
+repeats the demo's table on another training seed.
 
 A recipe is a `slimvlm.PruneConfig`, so each row is also a command line: ``slimvlm prune demo --data
 demo`` with the options of `RECIPES`. "Lost" is AVG lost, or the logarithm of the perplexity gained;
@@ -101,8 +102,8 @@ def encode(tokenizer: Any, passage: Any) -> dict[str, Any]:
     return {**inputs, "labels": inputs["input_ids"].clone()}
 
 
-def demo_subject(dtype: str) -> Subject:
-    model, processor = sv.load("demo", dtype)
+def demo_subject(name: str, dtype: str) -> Subject:
+    model, processor = sv.load(name, dtype)
     return Subject(model, processor, TASKS, sv.load_samples("demo", limit=POOL))
 
 
@@ -121,7 +122,7 @@ def measure(
 ) -> Result:
     """Prune a copy by a recipe and ask it; what was measured before is read back."""
     name = f"{recipe} {ratio:g} {seed}"
-    path = options.out / options.model / f"{name.replace(' ', '_')}.json"
+    path = options.out / Path(options.model).name / f"{name.replace(' ', '_')}.json"
     if path.exists():
         return Result.load(path)
     config = sv.PruneConfig(ratio=ratio, data="demo", samples=options.samples, **RECIPES[recipe])
@@ -137,6 +138,18 @@ def measure(
     path.parent.mkdir(parents=True, exist_ok=True)
     result.save(path)
     return result
+
+
+def measure_original(subject: Subject, options: argparse.Namespace) -> Result:
+    """Ask the unpruned model; what was measured before is read back."""
+    path = options.out / Path(options.model).name / "original.json"
+    if not path.exists():
+        result = sv.evaluate(
+            subject.model, subject.processor, subject.tasks, options.limit, name="original"
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        result.save(path)
+    return Result.load(path)
 
 
 def lost(result: Result, original: Result, task: str) -> float:
@@ -161,20 +174,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", choices=("demo", "text"), default="demo")
+    parser.add_argument("--model", default="demo", help="demo, text, or another demo's folder")
     parser.add_argument("--limit", type=int, default=16)
-    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.15, 0.3, 0.45, 0.6])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--recipes", nargs="+", default=MAIN, choices=RECIPES)
     parser.add_argument("--out", type=Path, default=Path("runs/retention"))
     options = parser.parse_args()
     dtype = "bfloat16" if computes_bfloat16(default_device()) else "float32"
-    subject = demo_subject(dtype) if options.model == "demo" else text_subject(dtype)
+    subject = text_subject(dtype) if options.model == "text" else demo_subject(options.model, dtype)
     figures = ["text_ppl"] if options.model == "text" else ["AVG", "text_ppl"]
-    original = sv.evaluate(
-        subject.model, subject.processor, subject.tasks, options.limit, name="original"
-    )
+    original = measure_original(subject, options)
     rows = []
     for ratio in options.ratios:
         found = {
@@ -213,7 +224,7 @@ def main() -> None:
         f"samples, {len(options.seeds)} seeds (mean ± 95 % interval over seeds), {dtype}.\n\n"
         + as_markdown(header, rows)
     )
-    write_text(options.out / f"{options.model}.md", text)
+    write_text(options.out / f"{Path(options.model).name}.md", text)
     print(text)
 
 

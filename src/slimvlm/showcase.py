@@ -17,7 +17,9 @@ RATIO = 0.3
 AXES: tuple[Axis, ...] = ("depth", "width")
 
 
-def run_demo(out: Path, short: bool, force: bool, say: Callable[[str], None]) -> dict[str, Result]:
+def run_demo(
+    out: Path, short: bool, force: bool, say: Callable[[str], None], model: str = "demo"
+) -> dict[str, Result]:
     """Prune, recover and evaluate the demo model along both axes.
 
     Args:
@@ -25,6 +27,7 @@ def run_demo(out: Path, short: bool, force: bool, say: Callable[[str], None]) ->
         short: Only a few questions and training samples.
         force: Whether runs of an earlier demo may be replaced.
         say: Receives one line for each stage.
+        model: The model; another training seed's, for example.
 
     Returns:
         Results of the original, and pruned and recovered for each axis.
@@ -47,7 +50,7 @@ def run_demo(out: Path, short: bool, force: bool, say: Callable[[str], None]) ->
             baseline=None if axis == AXES[0] else str(original),
         )
         say(f"--- {axis} ---")
-        for stage, result in compress("demo", config, out / axis, force, say).items():
+        for stage, result in compress(model, config, out / axis, force, say).items():
             results[stage if stage == "original" else f"{axis} {stage}"] = result
     write_text(out / "summary.md", as_markdown(*result_rows(results)))
     return results

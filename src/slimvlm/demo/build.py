@@ -78,11 +78,39 @@ def build_demo(cache_dir: Path | None = None) -> Path:
         if _is_built(target, stamp):  # by the run that was waited for
             return target
         with new_folder(target, force=True) as folder:
-            model, processor = assemble(cache, DELTA)
-            model.save_pretrained(folder)
-            processor.save_pretrained(folder)
+            _write(cache, DELTA, folder)
             (folder / MARKER).write_text(json.dumps({"stamp": stamp}))
     return target
+
+
+def build_from_delta(
+    delta: Path, out: Path, force: bool = False, cache_dir: Path | None = None
+) -> Path:
+    """Writes the model of a delta that :mod:`slimvlm.demo.train` made, such as another seed's.
+
+    Args:
+        delta: ``delta.safetensors`` of a training.
+        out: The new model folder.
+        force: Whether an existing folder may be replaced.
+        cache_dir: Where the language model is kept; `default_cache_dir` if None.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ConfigError: The delta or the language model can't be read, or the folder exists.
+    """
+    if not delta.is_file():
+        raise ConfigError(f"delta {str(delta)!r}: no such file")
+    with new_folder(out, force) as folder:
+        _write(cache_dir or default_cache_dir(), delta, folder)
+    return out
+
+
+def _write(cache: Path, delta: Path, folder: Path) -> None:
+    model, processor = assemble(cache, delta)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
 def _is_built(target: Path, stamp: str) -> bool:

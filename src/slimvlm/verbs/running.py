@@ -90,6 +90,8 @@ def compress(
 def demo(
     what: Annotated[Literal["build", "run"], tyro.conf.Positional],
     out: Path = Path("runs/demo"),
+    model: str = "demo",
+    delta: Path | None = None,
     short: bool = False,
     force: bool = False,
 ) -> None:
@@ -97,17 +99,19 @@ def demo(
 
     Args:
         what: build writes the model into the cache; run compresses it along depth and width.
-        out: Folder for the runs.
+        out: Folder for the runs, or for the model of a delta.
+        model: For run: another model that knows the demo's tasks, such as another training seed.
+        delta: For build: what slimvlm.demo.train exported, instead of the delta in the package.
         short: Fewer questions and training samples: a check that everything works.
-        force: Replace the runs of an earlier demo.
+        force: Replace what is there already.
     """
     from slimvlm import summary
-    from slimvlm.demo.build import build_demo
+    from slimvlm.demo.build import build_demo, build_from_delta
     from slimvlm.showcase import run_demo
 
     if what == "build":
-        print(build_demo())
+        print(build_demo() if delta is None else build_from_delta(delta, out, force))
         return
-    results = run_demo(out, short, force, note)
+    results = run_demo(out, short, force, note, model)
     console().print(summary.as_table(*summary.result_rows(results), title="demo at 30 %"))
     note(f"checkpoints: {out}/depth/checkpoint and {out}/width/checkpoint")
