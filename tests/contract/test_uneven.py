@@ -140,7 +140,8 @@ def read_back(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path,
         case, works[name] = case_of(name), tmp_path_factory.mktemp(name)
         save(case.model, None, works[name] / "out", case.plan)
         save(case.model, None, works[name] / "padded", case.plan, pad=True)
-        save_file(case.inputs, works[name] / "inputs.safetensors")
+        inputs = {key: value.contiguous() for key, value in case.inputs.items()}
+        save_file(inputs, works[name] / "inputs.safetensors")
         requests.append((auto_class(case.model.config).__name__, str(works[name])))
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", READ_BACK, json.dumps(requests)],
