@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, get_type_hints
 import pytest
 import torch
 import transformers as hf
+import tyro
 from safetensors.torch import load_file
 
 import slimvlm as sv
@@ -285,9 +286,6 @@ def test_two_runs_cannot_share_an_output(run: Run, home: Path, llava: Path, data
 VERBS = sorted(cli.VERBS)
 
 
-POSITIONAL = {"model", "folder", "question", "what", "a", "b"}
-
-
 def groups_of(verb: str) -> dict[str, Any]:
     """Parameters of a verb that are dataclasses, each with its class."""
     hints = get_type_hints(cli.VERBS[verb])
@@ -297,10 +295,11 @@ def groups_of(verb: str) -> dict[str, Any]:
 def options_of(verb: str) -> list[str]:
     """Every option of a verb; a dataclass among its parameters gives its fields."""
     groups, names = groups_of(verb), []
+    hints = get_type_hints(cli.VERBS[verb], include_extras=True)
     for name in inspect.signature(cli.VERBS[verb]).parameters:
         if name in groups:
             names += [field.name for field in dataclasses.fields(groups[name])]
-        elif name not in POSITIONAL:
+        elif tyro.conf.Positional not in getattr(hints[name], "__metadata__", ()):
             names.append(name)
     return names
 

@@ -128,7 +128,7 @@ def test_a_checkpoint_holds_no_pickle(tmp_path: Path) -> None:
     model, processor, plan = pruned("llava")
     save(model, processor, tmp_path / "out", plan)
     suffixes = {path.suffix for path in (tmp_path / "out").iterdir()}
-    assert suffixes <= {".json", ".safetensors", ".jinja", ".txt"}
+    assert suffixes <= {".json", ".safetensors", ".jinja", ".txt", ".md"}
 
 
 def test_half_precision_stays_half(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "prune option": ({"prune": {"sample": 4}}, "key 'sample' is unknown"),
     "axis twice": ({"prune": {"axis": "width"}}, "'axis' is a key of the grid"),
     "type of an option": ({"prune": {"samples": "many"}}, "samples 'many' must be a whole number"),
-    "repair without data": ({"data": None, "grids": [{"ratio": 0.2, "repair": "auto"}]}, "repair"),
+    "repair without data": ({"data": None, "grids": [{"ratio": 0.2, "repair": "width"}]}, "repair"),
     "recovery without data": ({"data": None}, "needs the study's key 'data'"),
     "limit": ({"limit": 0}, "limit 0 must be at least 1"),
     "tasks": ({"tasks": "presense"}, "presense"),

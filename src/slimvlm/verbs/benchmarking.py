@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from slimvlm.config import LoadConfig, Workload
-from slimvlm.verbs.options import Model, check_model, load_model
+from slimvlm.verbs.options import INLINE, Model, check_model, load_model
 from slimvlm.verbs.printing import console, note, print_json
 
 
 def bench(
     model: Model,
     baseline: str | None = None,
-    workload: Workload = Workload(),
-    loading: LoadConfig = LoadConfig(),
+    workload: Annotated[Workload, INLINE] = Workload(),
+    loading: Annotated[LoadConfig, INLINE] = LoadConfig(),
     device: str | None = None,
     json: bool = False,
 ) -> None:
