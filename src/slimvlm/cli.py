@@ -34,11 +34,13 @@ from slimvlm.verbs import (
 )
 
 Verb = Callable[..., None]
+SHARING_OUTPUT: tuple[Verb, ...] = (studying.study,)
+"""Verbs whose runs work in one folder at a time and agree on who does what."""
 
 
 def _holding_output(verb: Verb) -> Verb:
     """The same verb, which lets no other run write to its ``out`` meanwhile."""
-    if "out" not in inspect.signature(verb).parameters:
+    if "out" not in inspect.signature(verb).parameters or verb in SHARING_OUTPUT:
         return verb
 
     @functools.wraps(verb)

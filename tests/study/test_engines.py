@@ -47,8 +47,8 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def started(file: Path, out: Path, *options: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "slimvlm", "study", str(file), "--out", str(out), *options]
-    log = (out.parent / f"{out.name}.log").open("ab")
-    return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    with (out.parent / f"{out.name}.log").open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
 
 def finished(file: Path, out: Path, *options: str) -> pd.DataFrame:

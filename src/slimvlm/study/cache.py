@@ -6,9 +6,11 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
@@ -111,13 +113,13 @@ class Cache:
             return None
 
     def drop_checkpoint(self, stage: Stage) -> None:
-        """Remove a stage's model and keep the rest of its outcome."""
+        """Remove a stage's model and keep the rest of its outcome, unless another worker did."""
         path = self.folder(stage) / CHECKPOINT
-        if path.is_dir():
-            gone = path.with_name(f".{CHECKPOINT}.gone")
-            shutil.rmtree(gone, ignore_errors=True)
+        gone = path.with_name(f".{CHECKPOINT}.gone.{uuid4().hex}")
+        with suppress(FileNotFoundError):
             path.rename(gone)
-            shutil.rmtree(gone)
+        for left in path.parent.glob(f".{CHECKPOINT}.gone.*"):  # also by a worker that was killed
+            shutil.rmtree(left, ignore_errors=True)
 
     def _done_now(self, stage: Stage, work: Work, flops: float) -> Outcome:
         inputs = [self.folder(i) for i in stage.inputs]
