@@ -84,12 +84,16 @@ def write_card(folder: Path, model: PreTrainedModel, plan: Plan | None, facts: C
 
 def base_card(model: str) -> dict[str, Any]:
     """Metadata of a model's own card; empty if it has none or cannot be reached."""
+    if not model:
+        return {}
     path: str | Path | None = Path(model) / CARD_FILE
     if is_hub_id(model):
         quiet = dict.fromkeys(("gated_repo", "missing_entries", "connection_errors"), False)
         options = {f"_raise_exceptions_for_{name}": value for name, value in quiet.items()}
         path = cached_file(model, CARD_FILE, **options)
     if path is None or not Path(path).is_file():
+        return {}
+    if not Path(path).read_text(encoding="utf-8").startswith("---"):
         return {}
     values: dict[str, Any] = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
     return values

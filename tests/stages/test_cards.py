@@ -58,6 +58,19 @@ def test_the_metadata_is_what_the_hub_reads(pruned: Path) -> None:
     ModelCard.load(pruned / CARD_FILE).data.to_yaml()
 
 
+def test_a_model_of_no_folder_has_no_original(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A README in the folder where the command runs is not the original's card."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / CARD_FILE).write_text(BASE)
+    net = tiny.build("llama")
+    save(net, None, tmp_path / "out", Plan.everything(anatomy(net)))
+    data = ModelCard.load(tmp_path / "out" / CARD_FILE).data.to_dict()
+    assert not {"license", "base_model"} & set(data)
+    assert "A smaller model:" in (tmp_path / "out" / CARD_FILE).read_text()
+
+
 def test_people_read_what_was_removed_and_how_to_load_it(pruned: Path) -> None:
     text = (pruned / CARD_FILE).read_text()
     plan = Plan.load(pruned / "slimvlm_plan.json")

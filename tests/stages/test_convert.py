@@ -26,6 +26,7 @@ from slimvlm.checkpoint import load
 from slimvlm.conversion import convert, write
 from slimvlm.conversion import source as source_files
 from slimvlm.errors import ConfigError, ReloadError, SlimError, UnsupportedModelError
+from slimvlm.manifest import verify
 from slimvlm.samples import Question
 from tests.tolerances import FORWARD, assert_close
 
@@ -219,6 +220,11 @@ def test_the_files_are_those_that_transformers_writes(converted: Converted, tmp_
         assert json.loads((converted.folder / name).read_text()) == json.loads(
             (tmp_path / name).read_text()
         )
+
+
+def test_the_folder_can_be_verified(converted: Converted) -> None:
+    found = verify(converted.folder)
+    assert found.is_whole
 
 
 # Variations of the originals

@@ -12,6 +12,7 @@ from slimvlm.conversion.llava import bunny_layout, llava_layout, refuse_bunny, r
 from slimvlm.conversion.source import Weights, find_folder, read_json
 from slimvlm.conversion.write import check_written, write_checkpoint
 from slimvlm.errors import ConfigError, UnsupportedModelError
+from slimvlm.manifest import write_manifest
 from slimvlm.outputs import new_folder, require_free
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -98,6 +99,7 @@ def convert(
     with new_folder(out, force) as partial:
         write_checkpoint(layout, read_json(folder / "generation_config.json"), partial, dtype)
         check_written(layout, partial)
+        write_manifest(partial)
     return out
 
 
