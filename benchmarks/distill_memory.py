@@ -118,7 +118,7 @@ class Watch:
     """Peak memory from the first training step on, and the speed of all but this one."""
 
     def __init__(self) -> None:
-        self.before_gib = self.training_gib = self.seconds = 0.0
+        self.before_gib = self.training_gib = self.seconds = self.cpu_seconds = 0.0
         self.tokens = 0
         self._step = DistillationTrainer.training_step
         DistillationTrainer.training_step = lambda *args: self.step(*args)
@@ -130,10 +130,12 @@ class Watch:
             gc.collect()
             self.before_gib = peak_gib()
             Path("/proc/self/clear_refs").write_text("5")  # forget the peak
-        count, start = int(inputs["attention_mask"].sum()), time.perf_counter()
+        count = int(inputs["attention_mask"].sum())
+        start, cpu_start = time.perf_counter(), time.process_time()
         loss = self._step(trainer, model, inputs, *others)
         if not is_first:
             self.seconds += time.perf_counter() - start
+            self.cpu_seconds += time.process_time() - cpu_start
             self.tokens += count
         self.training_gib = peak_gib()
         return loss
@@ -166,6 +168,7 @@ def run_job(name: str, shape: str, folder: Path, steps: int, tokens: int) -> Non
         "training_gib": watch.training_gib,
         "process_gib": max(watch.before_gib, peak_gib()),
         "tokens_per_s": watch.tokens / watch.seconds,
+        "tokens_per_cpu_s": watch.tokens / watch.cpu_seconds,
         "last_loss": history.steps[-1]["loss"],
         "teacher": history.teacher,
     }
@@ -208,9 +211,10 @@ def compare_jobs(shape: str, steps: int, tokens: int, ratio: float) -> None:
         memory = row["training_gib"] / base["training_gib"]
         process = row["process_gib"] / base["process_gib"]
         speed = row["tokens_per_s"] / base["tokens_per_s"]
+        cpu_speed = row["tokens_per_cpu_s"] / base["tokens_per_cpu_s"]
         print(
             f"{row['job']:18} training memory {memory:.2f}x of sft, process {process:.2f}x, "
-            f"tokens/s {speed:.2f}x"
+            f"tokens/s {speed:.2f}x, tokens/s of CPU time {cpu_speed:.2f}x"
         )
 
 

@@ -138,6 +138,7 @@ def share_(teacher: PreTrainedModel, trained: Any, plan: Plan) -> Sharing:
         plan: The plan that pruned it.
     """
     student = plain_model(trained)
+    as_read = {parameter.data_ptr() for parameter in teacher.parameters()}
     ours = _frozen_tensors(student, plan)
     differing = [
         *_share_cut_matrices(teacher, plan, ours),
@@ -147,7 +148,7 @@ def share_(teacher: PreTrainedModel, trained: Any, plan: Plan) -> Sharing:
     memory = {parameter.data_ptr() for parameter in student.parameters()}
     own = [p for p in teacher.parameters() if p.data_ptr() not in memory]
     for parameter in own:
-        if parameter.untyped_storage().nbytes() > parameter.nbytes:  # it lies in a mapped file
+        if parameter.data_ptr() in as_read:  # one tensor of a mapped file would keep all its pages
             parameter.data = parameter.data.clone()
     own_params = sum(parameter.numel() for parameter in own)
     total = sum(parameter.numel() for parameter in teacher.parameters())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -330,6 +332,19 @@ def test_frozen_tensors_stay_bit_equal_and_a_used_up_teacher_is_gone() -> None:
     frozen = [name for name in before if not re.search(learning, name)]
     assert [name for name in frozen if not torch.equal(after[name], before[name])] == []
     assert {parameter.device.type for parameter in teacher.parameters()} == {"meta"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_a_shared_teacher_s_file_is_let_go(tmp_path: Path) -> None:
+    """Weights are read by mapping their file, whose pages count as long as one tensor is used."""
+    student, _, plan, _ = models("llava", "width")
+    folder = shutil.copytree(folders.folder("llava"), tmp_path / "teacher")
+    teacher, _ = load(folder)
+    file = str(folder / "model.safetensors")
+    assert file in Path("/proc/self/maps").read_text()
+    share_(teacher, prepare_training(student, config()), plan)
+    gc.collect()
+    assert file not in Path("/proc/self/maps").read_text()
 
 
 def test_a_separate_teacher_is_left_alone() -> None:
