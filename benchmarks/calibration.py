@@ -2,7 +2,7 @@
 
 Command:  .venv/bin/python benchmarks/calibration.py [--shape smol|1b|tiny] [--samples 10]
           [--tokens 128] [--micro-batch 5]
-Needs:    pip install torch-pruning, for the job of that name; it fails where queries share KV heads,
+Needs:    pip install torch-pruning, for the job of that name; it fails where queries share heads,
           so that only 1b has its figures.
 Expect:   5 minutes for smol and 25 for 1b on 2 cores; 1b needs 14 GiB.
 

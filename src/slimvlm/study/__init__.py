@@ -17,7 +17,7 @@ from slimvlm.checkpoint import anatomy, load_config
 from slimvlm.config import PruneConfig
 from slimvlm.errors import ConfigError, SlimError
 from slimvlm.lmms import check_names, split_names
-from slimvlm.outputs import write_text
+from slimvlm.outputs import held, write_text
 from slimvlm.pruning import check_options, rehearse_request
 from slimvlm.study.cache import Cache
 from slimvlm.study.cells import Cell, expand
@@ -35,6 +35,8 @@ from slimvlm.tasks import find_tasks
 __all__ = ["Claim", "StudyConfig", "claims_of", "forecast", "read_study", "run_study"]
 
 Say = Callable[[str], None]
+_PATIENCE = 600.0
+"""Seconds to wait for another worker that writes the table."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,10 @@ def run_study(
     config, schedule = prepared(study, console.print)
     cache = Cache(out)
     cache.root.mkdir(parents=True, exist_ok=True)
-    write_text(cache.root / "study.json", json.dumps(asdict(config), indent=1) + "\n")
-    if isinstance(study, str | Path):
-        shutil.copyfile(study, cache.root / "study.yaml")
+    with held(cache.root, _PATIENCE):
+        write_text(cache.root / "study.json", json.dumps(asdict(config), indent=1) + "\n")
+        if isinstance(study, str | Path):
+            shutil.copyfile(study, cache.root / "study.yaml")
     missing = schedule.missing(cache)
     progress = Progress(schedule, missing, Estimator.from_cache(cache), console)
     try:
@@ -103,9 +106,10 @@ def run_study(
             else:
                 run_ray(schedule, missing, cache, progress, config.resources, workers, address)
     finally:
-        table = results_table(config, schedule, cache)
-        write_table(table, cache.root)
-        write_text(cache.root / "claims.md", claims_text(claims_of(table)))
+        with held(cache.root, _PATIENCE):
+            table = results_table(config, schedule, cache)
+            write_table(table, cache.root)
+            write_text(cache.root / "claims.md", claims_text(claims_of(table)))
     return table
 
 
