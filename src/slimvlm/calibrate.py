@@ -58,14 +58,7 @@ def collect(
         DataError: If data is needed and none is given.
         NumericalError: If NaN or infinity appears; the message says where.
     """
-    config: Any = model.config
-    require_full_precision(config, "scored")
-    row = criterion_named(criterion, options)
-    given = {name: value for name, value in options.items() if name in row.capture_options}
-    if token_weights is not None:
-        check_token_weights(criterion, token_weights)
-        given["token_weights"] = token_weights
-    return _captured(model, batches, row.capture, **row.fixed, **given)
+    return _collected(model, batches, criterion, token_weights, options)
 
 
 def score(
@@ -98,13 +91,11 @@ def _scored_in_parts(
     **options: Any,
 ) -> Scores:
     """Scores by a criterion that looks at each layer's Gram matrices alone, part by part."""
-    if token_weights is not None:
-        check_token_weights(criterion, token_weights)
     parts = _layers_with_grams_of(read_anatomy(model), GRAM_BYTES)
     given = batches if len(parts) == 1 else list(batches)
     rows: dict[str, list[Tensor]] = {"kv_group": [], "neuron": []}
     for layers in parts:
-        statistics = _captured(model, given, "grams", token_weights=token_weights, layers=layers)
+        statistics = _collected(model, given, criterion, token_weights, options, layers=layers)
         scores = scores_from(statistics, model, criterion, token_weights, **options)
         for unit, found in rows.items():
             found += [scores.of(unit)[index] for index in layers]
@@ -126,14 +117,27 @@ def _layers_with_grams_of(anatomy: Anatomy, limit: int) -> list[list[int]]:
     return parts
 
 
-def _captured(
-    model: nn.Module, batches: Iterable[Batch], capture: str, **options: Any
+def _collected(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    criterion: str,
+    token_weights: Mapping[str, float] | None,
+    options: Mapping[str, Any],
+    **part: Any,
 ) -> Statistics:
+    """What `collect` does; ``part`` says which part of its statistics a capture collects."""
+    config: Any = model.config
+    require_full_precision(config, "scored")
+    row = criterion_named(criterion, options)
+    given = {name: value for name, value in options.items() if name in row.capture_options}
+    if token_weights is not None:
+        check_token_weights(criterion, token_weights)
+        given["token_weights"] = token_weights
     was_training = model.training
     model.eval()
     watched = Watched(batches)
     try:
-        return CAPTURES[capture](model, watched, **options)
+        return CAPTURES[row.capture](model, watched, **row.fixed, **given, **part)
     except NumericalError as error:
         raise NumericalError(f"{error}{watched.place(model)}") from error
     finally:

@@ -134,7 +134,7 @@ def test_evaluation_counts_weights_of_a_quantised_model(
     assert stored_bytes(small) < 0.7 * stored_bytes(model)
 
 
-@pytest.mark.parametrize("verb", ["prune", "score", "recover"])
+@pytest.mark.parametrize("verb", ["prune", "score", "score in parts", "recover"])
 def test_a_quantised_model_is_not_changed_further(
     verb: str, original: tuple[Path, Any, Batch], tmp_path: Path
 ) -> None:
@@ -143,6 +143,7 @@ def test_a_quantised_model_is_not_changed_further(
     work = {
         "prune": lambda: prune_(small, plan_by_hand(sv.anatomy(small.config))),
         "score": lambda: sv.score(small, (), "magnitude"),
+        "score in parts": lambda: sv.score(small, (), "obs"),
         "recover": lambda: sv.recover(small, None, (), sv.RecoverConfig(loss="sft")),
     }[verb]
     with pytest.raises(ConfigError, match="quantised, so it cannot be"):
