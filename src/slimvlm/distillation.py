@@ -173,7 +173,7 @@ class DistillationTrainer(Trainer):
         values = said[f"{_SAID}values"][:, : config.top_k]
         tokens = said[f"{_SAID}tokens"][:, : config.top_k].long()
         logits = logits_at(head, ours[0], tokens)[None]
-        return losses.chunked_divergence(logits, values[None], _as_is, _as_is, **options)
+        return losses.divergence(logits, values[None], **options)
 
     @property
     def _reduction(self) -> losses.Reduction:
@@ -296,7 +296,3 @@ class _ByLength(Sampler[int]):
             self._lengths, self._group, generator=generator
         )
         return iter(order)
-
-
-def _as_is(logits: Tensor) -> Tensor:
-    return logits

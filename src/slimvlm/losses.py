@@ -116,10 +116,8 @@ def kl(
     Reference:
         Huang et al. 2025, arXiv:2507.20749, Eq. 7.
     """
-    return chunked_divergence(
-        *(student_logits, teacher_logits, _as_is, _as_is, mask, "kl", temperature),
-        reduction=reduction,
-        top_k=top_k,
+    return divergence(
+        student_logits, teacher_logits, mask, "kl", temperature, reduction=reduction, top_k=top_k
     )
 
 
@@ -136,10 +134,8 @@ def reverse_kl(
     Reference:
         Huang et al. 2025, arXiv:2507.20749, Eq. 8.
     """
-    return chunked_divergence(
-        *(student_logits, teacher_logits, _as_is, _as_is, mask, "rkl", temperature),
-        reduction=reduction,
-        top_k=top_k,
+    return divergence(
+        student_logits, teacher_logits, mask, "rkl", temperature, reduction=reduction, top_k=top_k
     )
 
 
@@ -171,8 +167,25 @@ def jsd(
     Reference:
         Agarwal et al. 2024, arXiv:2306.13649, Eq. 1.
     """
+    return divergence(
+        student_logits, teacher_logits, mask, "jsd", temperature, beta, reduction, top_k
+    )
+
+
+def divergence(
+    student_logits: Logits,
+    teacher_logits: Logits,
+    mask: Mask | None = None,
+    kind: Divergence = "kl",
+    temperature: float = 2.0,
+    beta: float = 0.5,
+    reduction: Reduction = "token_mean",
+    top_k: int | None = None,
+) -> Float[Tensor, ""]:
+    """`kl`, `reverse_kl` or `jsd` of logits, by name. Arguments as there."""
     return chunked_divergence(
-        *(student_logits, teacher_logits, _as_is, _as_is, mask, "jsd", temperature, beta),
+        *(student_logits, teacher_logits, _as_is, _as_is, mask, kind, temperature),
+        beta=beta,
         reduction=reduction,
         top_k=top_k,
     )
