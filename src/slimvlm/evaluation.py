@@ -337,7 +337,7 @@ def answer(
     model: PreTrainedModel, processor: Any, questions: Sequence[Question], max_new_tokens: int
 ) -> list[str]:
     """Greedy replies to a batch of questions."""
-    inputs = _on_device(model, chat.encode_questions(processor, questions))
+    inputs = on_device(model, chat.encode_questions(processor, questions))
     tokenizer = chat.tokenizer_of(processor)
     with torch.no_grad():
         output = _generator(model).generate(
@@ -360,7 +360,7 @@ def choose(
     replies = []
     for question in questions:
         samples = [chat.answered_sample(question, choice) for choice in question.choices]
-        inputs = _on_device(model, chat.encode_samples(processor, samples))
+        inputs = on_device(model, chat.encode_samples(processor, samples))
         labels = inputs.pop("labels")
         loss = losses.token_cross_entropy(model(**inputs).logits, labels).sum(1)
         replies.append(question.choices[int(loss.argmin())])
@@ -371,7 +371,7 @@ def latency(
     model: PreTrainedModel, processor: Any, question: Question, repeats: int = 5, tokens: int = 8
 ) -> tuple[float, float]:
     """Median milliseconds to read one question, and to write one further token, at batch 1."""
-    inputs = _on_device(model, chat.encode_questions(processor, [question]))
+    inputs = on_device(model, chat.encode_questions(processor, [question]))
     runs = timed_runs([model], [inputs], 1 + tokens, repeats)[0]
     return median(run.prefill_ms for run in runs), median(run.decode_ms for run in runs)
 
@@ -497,7 +497,7 @@ def _perplexity(
     for question in progress(questions, task.name):
         if question.id in log.replies:
             continue
-        inputs = _on_device(model, dict(tokenizer(question.answers[0], return_tensors="pt")))
+        inputs = on_device(model, dict(tokenizer(question.answers[0], return_tensors="pt")))
         labels = inputs["input_ids"]
         mean = float(losses.cross_entropy(model(**inputs).logits, labels))
         log.add([question], [json.dumps([mean, int(losses.label_counts(labels).sum())])])
@@ -514,7 +514,8 @@ def _perplexity(
     )
 
 
-def _on_device(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def on_device(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors among inputs where the model is; pictures in its data type."""
     moved = {}
     for name, value in inputs.items():
         if isinstance(value, Tensor):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from slimvlm.errors import UnsupportedModelError
 from slimvlm.families import INPUT_COLUMNS, OUTPUT_ROWS, Backbone, Projection, Segment
@@ -162,3 +162,24 @@ def _unit_params(matrix: Matrix, shape: LayerShape) -> int:
     across = matrix.weight.numel() // matrix.width
     has_bias = matrix.projection.dim == OUTPUT_ROWS and matrix.bias is not None
     return channels * (across + has_bias)
+
+
+def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The hidden states among the arguments that a decoder layer is called with."""
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
+
+
+def with_layer_input(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], hidden: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same call of a decoder layer with other hidden states."""
+    if args:
+        return (hidden, *args[1:]), dict(kwargs)
+    return (), {**kwargs, "hidden_states": hidden}
+
+
+def layer_output(output: Any) -> Tensor:
+    """The hidden states in what a decoder layer returns: alone, or first in a tuple."""
+    hidden: Tensor = output if isinstance(output, Tensor) else output[0]
+    return hidden

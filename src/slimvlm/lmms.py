@@ -19,12 +19,11 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageFile
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from slimvlm import chat, losses
 from slimvlm.errors import ConfigError
-from slimvlm.evaluation import Result, TaskResult, answer, evaluate, with_costs
+from slimvlm.evaluation import Result, TaskResult, answer, evaluate, on_device, with_costs
 from slimvlm.metrics import MME_FULL_SCORES
 from slimvlm.progress import progress
 from slimvlm.samples import Question
@@ -463,7 +462,7 @@ def _likelihoods(
             chat.answered_sample(_question(a, documents), _continuation(a, documents))
             for a in asked
         ]
-        inputs = _on_device(model, chat.encode_samples(processor, samples))
+        inputs = on_device(model, chat.encode_samples(processor, samples))
         labels = inputs.pop("labels")
         logits = model(**inputs).logits
         sums = -losses.token_cross_entropy(logits, labels).sum(1)
@@ -511,11 +510,3 @@ def _until(text: str, stops: Sequence[str]) -> str:
     for stop in [stops] if isinstance(stops, str) else stops:
         text = text.split(stop)[0] if stop else text
     return text.strip()
-
-
-def _on_device(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Inputs where the model is; pictures in its data type."""
-    return {
-        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
-        for name, value in inputs.items()
-    }

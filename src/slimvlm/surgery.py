@@ -29,6 +29,7 @@ from slimvlm.geometry import (
     read_anatomy,
     text_config_of,
 )
+from slimvlm.layers import layer_input
 from slimvlm.modeling_pruned import set_counts_
 from slimvlm.plan import Plan
 from slimvlm.uneven import set_class_
@@ -103,7 +104,7 @@ def masked(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
         return (args[0] * keep.to(args[0]), *args[1:])
 
     def skip(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = layer_input(args, kwargs)
         return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
     with ExitStack() as stack:

@@ -88,7 +88,7 @@ class BackbonePass:
         Raises:
             DataError: If there is no batch, or no token with a weight above 0.
         """
-        for batch in _on_device(model, batches):
+        for batch in _all_on_device(model, batches):
             self.mask = valid_tokens(batch)
             self.weights = weights_by_role(model.config, batch, token_weights)
             forward_backbone(model, _without_labels(batch))
@@ -124,7 +124,7 @@ def batches_with_targets(
     Raises:
         DataError: If there is no batch, or a sample in which nothing counts.
     """
-    for batch in _on_device(model, batches):
+    for batch in _all_on_device(model, batches):
         targets = _targets(model.config, batch, token_weights)
         if not bool(targets.totals.all()):
             why = "labelled token" if token_weights is None else "text token of a weight above 0"
@@ -156,11 +156,17 @@ def require_finite(values: Tensor, what: str) -> None:
         raise NumericalError(f"NaN or infinity in {what} during calibration")
 
 
-def _on_device(model: nn.Module, batches: Iterable[Batch]) -> Iterator[Batch]:
-    device, empty = _device_of(model), True
+def on_device(model: nn.Module, batch: Mapping[str, Any]) -> Batch:
+    """A batch where the model's inputs go."""
+    device = _device_of(model)
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def _all_on_device(model: nn.Module, batches: Iterable[Batch]) -> Iterator[Batch]:
+    empty = True
     for batch in batches:
         empty = False
-        yield {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        yield on_device(model, batch)
     if empty:
         raise DataError("no calibration batch was given")
 

@@ -8,10 +8,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from slimvlm.capture.batches import Batch, forward_backbone
+from slimvlm.capture.batches import Batch, forward_backbone, on_device
 from slimvlm.geometry import decoder_layers
+from slimvlm.layers import layer_output
 from slimvlm.roles import valid_tokens
 
 
@@ -50,12 +51,10 @@ def first_spoilt_layer(model: nn.Module, batch: Batch) -> int | None:
     spoilt: list[int] = []
 
     def look(index: int, module: nn.Module, args: Any, output: Any) -> None:
-        hidden = output if isinstance(output, Tensor) else output[0]
-        if not bool(torch.isfinite(hidden).all()):
+        if not bool(torch.isfinite(layer_output(output)).all()):
             spoilt.append(index)
 
-    device = next(model.parameters()).device
-    inputs = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in batch.items()}
+    inputs = on_device(model, batch)
     inputs.pop("labels", None)
     with ExitStack() as stack:
         for index, layer in enumerate(decoder_layers(model)):

@@ -24,6 +24,7 @@ from slimvlm.capture.batches import (
     require_finite,
 )
 from slimvlm.geometry import decoder_layers, read_anatomy
+from slimvlm.layers import layer_input, with_layer_input
 from slimvlm.progress import progress
 from slimvlm.values import Statistics
 
@@ -152,7 +153,7 @@ class _Removal:
         inputs: list[Tensor] = []
 
         def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
-            inputs.append(_hidden(args, kwargs))
+            inputs.append(layer_input(args, kwargs))
 
         with ExitStack() as stack:
             for layer in self.layers:
@@ -171,14 +172,12 @@ class _Removal:
 
         def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
             given = torch.cat([hidden] * copies)
-            return (
-                ((given, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": given})
-            )
+            return with_layer_input(args, kwargs, given)
 
         def skip(copy: int, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
             rows = slice(copy * len(hidden), (copy + 1) * len(hidden))
             changed = output.clone()
-            changed[rows] = _hidden(args, kwargs)[rows]
+            changed[rows] = layer_input(args, kwargs)[rows]
             return changed
 
         unused = {*range(tried[0]), *removed}
@@ -208,11 +207,6 @@ def _passing_on(layers: Iterable[nn.Module]) -> Iterator[None]:
                 stack.callback(delattr, layer, "forward")
             setattr(layer, "forward", pass_on)  # noqa: B010
         yield
-
-
-def _hidden(args: Any, kwargs: Any) -> Tensor:
-    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-    return hidden
 
 
 def _logits(model: nn.Module, batch: Batch, positions: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from slimvlm.errors import UnsupportedModelError
 from slimvlm.families import INPUT_COLUMNS, Projection
 from slimvlm.geometry import decoder_layers, matrices
+from slimvlm.layers import layer_input, with_layer_input
 
 
 def hookable(model: nn.Module) -> Iterator[tuple[int, Projection, nn.Linear]]:
@@ -104,11 +105,10 @@ def on_products(model: nn.Module, call: Callable[[Product], None]) -> Iterator[N
     inputs: dict[str, Tensor] = {}
 
     def start(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = layer_input(args, kwargs)
         if hidden.requires_grad:
             return None
-        leaf = hidden.detach().requires_grad_()
-        return ((leaf, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": leaf})
+        return with_layer_input(args, kwargs, hidden.detach().requires_grad_())
 
     def after(name: str, dim: int, module: nn.Linear, args: Any, output: Tensor) -> None:
         inputs[name] = args[0].detach()

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from slimvlm import losses
-from slimvlm.capture.batches import Batch
+from slimvlm.capture.batches import Batch, on_device
 from slimvlm.errors import DataError
 from slimvlm.plan import Plan
 from slimvlm.repair.matrices import Fitted, assign_, kinds_of, writers
@@ -20,10 +20,9 @@ _FACTORS = (1.0, 0.5, 0.0)
 @torch.no_grad()
 def answer_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
     """Mean cross-entropy over all labelled tokens of some batches."""
-    device = next(model.parameters()).device
     total, count = 0.0, 0
     for raw in batches:
-        inputs = _on(device, raw)
+        inputs = on_device(model, raw)
         labels = inputs.pop("labels")
         logits = model(**inputs, use_cache=False).logits
         total += float(losses.token_cross_entropy(logits, labels).sum(dtype=torch.float64))
@@ -76,7 +75,3 @@ class Choice:
             best = min(({**best, kind: factor} for factor in _FACTORS), key=loss)
         self.apply_(best)
         return loss(best)
-
-
-def _on(device: torch.device, batch: Batch) -> Batch:
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from slimvlm.capture.batches import BackbonePass, Batch, TokenWeights
 from slimvlm.geometry import decoder_layers
+from slimvlm.layers import layer_input, layer_output
 from slimvlm.progress import progress
 
 
@@ -36,7 +37,7 @@ class Record:
     def through(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
         """Run one layer on hidden states."""
         args, kwargs = self.calls[index]
-        output = _hidden_of(layer(hidden, *args, **kwargs))
+        output = layer_output(layer(hidden, *args, **kwargs))
         return output + self.added[index] if index in self.added else output
 
 
@@ -48,7 +49,7 @@ def recorded(
     seen, last = BackbonePass(), dict[str, Tensor]()
 
     def before(index: int, module: nn.Module, args: Any, kwargs: Any) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = layer_input(args, kwargs)
         if index == 0:
             records.append(Record(seen.weights, hidden.clone()))
         elif not torch.equal(hidden, last["output"]):
@@ -57,7 +58,7 @@ def recorded(
         records[-1].calls.append((args[1:], others))
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        last["output"] = _hidden_of(output).clone()
+        last["output"] = layer_output(output).clone()
 
     with ExitStack() as stack:
         for index, layer in enumerate(decoder_layers(model)):
@@ -86,8 +87,3 @@ def adds_plainly(
         handle.remove()
     share = (change * seen[0]).sum() / seen[0].double().square().sum()
     return bool((share - 1).abs() < 0.25)
-
-
-def _hidden_of(output: Any) -> Tensor:
-    hidden: Tensor = output if isinstance(output, Tensor) else output[0]
-    return hidden

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slimvlm import losses
+from slimvlm.capture.batches import on_device
 from slimvlm.errors import DataError
 from slimvlm.plan import Plan
 from slimvlm.surgery import masked
@@ -33,7 +34,7 @@ class Divergence:
 
     def __init__(self, model: PreTrainedModel, batches: Sequence[Batch]) -> None:
         self._model = model
-        self._batches = [_on_device(batch, model) for batch in batches]
+        self._batches = [on_device(model, batch) for batch in batches]
         self._counted = [_predicts_label(batch) for batch in self._batches]
         if not any(bool(counted.any()) for counted in self._counted):
             raise DataError("no labelled token in the batches to measure on")
@@ -63,11 +64,6 @@ class Divergence:
                 yield self._model(**inputs, use_cache=False).logits[counted]
         finally:
             self._model.train(was_training)
-
-
-def _on_device(batch: Batch, model: PreTrainedModel) -> Batch:
-    device = next(model.parameters()).device
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def _predicts_label(batch: Batch) -> Tensor:

@@ -22,6 +22,7 @@ from slimvlm.capture.batches import Batch, batches_with_targets, forward_backbon
 from slimvlm.errors import DataError
 from slimvlm.geometry import decoder_layers, family_of, final_norm
 from slimvlm.hidden import head_of
+from slimvlm.layers import layer_output
 from slimvlm.roles import valid_tokens
 from slimvlm.streaming.opened import OpenCheckpoint
 from slimvlm.streaming.scratch import Scratch, packed, unpacked
@@ -205,8 +206,7 @@ class Passes:
     def _call(self, layer: nn.Module, index: int, place: int, hidden: Tensor) -> Tensor:
         calls = self.scratch.about("batches", place)["calls"]
         args, kwargs = unpacked(calls[index], self.scratch.read("batches", place, self.device))
-        output = layer(hidden, *args, **kwargs)
-        return output if isinstance(output, Tensor) else output[0]
+        return layer_output(layer(hidden, *args, **kwargs))
 
     def _forward_layer(self, layer: nn.Module, index: int, place: int) -> None:
         output = self._call(layer, index, place, self.input_of(index, place))
