@@ -15,7 +15,7 @@ from pathlib import Path
 
 import slimvlm as sv
 from slimvlm.checkpoint import default_device
-from slimvlm.recovery import computes_bfloat16
+from slimvlm.modes import computes_bfloat16
 from slimvlm.summary import as_markdown
 
 SCORED = {

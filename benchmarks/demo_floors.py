@@ -26,8 +26,8 @@ import transformers
 import slimvlm as sv
 from slimvlm.checkpoint import default_device
 from slimvlm.demo.build import default_cache_dir, make_base
-from slimvlm.evaluation import PERPLEXITY, Result, TaskResult
-from slimvlm.recovery import computes_bfloat16
+from slimvlm.modes import computes_bfloat16
+from slimvlm.results import PERPLEXITY, Result, TaskResult
 from slimvlm.summary import as_markdown
 
 HEADER = ["task", "n", "score", "95 % low", "chance", "majority", "blind", "above floor"]

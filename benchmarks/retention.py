@@ -30,10 +30,10 @@ import torch
 
 import slimvlm as sv
 from slimvlm.checkpoint import default_device
-from slimvlm.evaluation import Result
 from slimvlm.modes import computes_bfloat16
 from slimvlm.outputs import write_text
 from slimvlm.pruning import Calibration, choose_plan, cut_
+from slimvlm.results import Result
 from slimvlm.summary import as_markdown
 
 BASELINES = ("ShortGPT", "LLM-Pruner")

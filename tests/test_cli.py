@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 
 import slimvlm as sv
 from slimvlm import cli
-from slimvlm.evaluation import Result, answer
+from slimvlm.evaluation import answer
 from slimvlm.geometry import Anatomy
 from slimvlm.plan import Plan
+from slimvlm.results import Result
 from slimvlm.samples import Question
 from tests import tiny_folder as folders
 from tests.unit.test_outputs import HOLDS

@@ -38,13 +38,21 @@ ROWS: dict[str, tuple[str, ...]] = {
         *("compat", "configs", "capture", "surgery", "uneven", "modeling_pruned", "checkpoint"),
         *("trainable", "hidden", "teacher", "modes", "sharding"),
         *("data", "chat", "tasks", "images", "answers", "manifest", "cards", "hub"),
-        *("timing", "memory"),
+        *("timing", "memory", "results"),
     ),
     "stages": (
         *("calibrate", "iterative", "search", "repair", "pruning"),
         "streaming",
         *("offline_teacher", "distillation", "recovery"),
-        *("evaluation", "lmms", "conversion", "speed", "quantization", "gguf_export"),
+        *(
+            "evaluation",
+            "lmms",
+            "lmms_adapter",
+            "conversion",
+            "speed",
+            "quantization",
+            "gguf_export",
+        ),
     ),
     "runs": (
         *("compression", "study", "summary", "showcase"),

@@ -25,7 +25,7 @@ _HOME = {
     "PruneConfig": "config",
     "Question": "samples",
     "RecoverConfig": "config",
-    "Result": "evaluation",
+    "Result": "results",
     "Sample": "samples",
     "Scores": "values",
     "SlimError": "errors",

@@ -8,9 +8,10 @@ from itertools import chain
 from typing import Any, Literal
 
 from slimvlm.errors import ConfigError
-from slimvlm.evaluation import PERPLEXITY, Result, TaskResult, with_other_pictures
+from slimvlm.evaluation import with_other_pictures
 from slimvlm.html import signed
 from slimvlm.metrics import METRICS, Difference, paired_difference
+from slimvlm.results import PERPLEXITY, Result, TaskResult
 from slimvlm.samples import Question, Task
 
 Kind = Literal["lost", "gained", "both wrong", "both right"]

@@ -21,12 +21,13 @@ from slimvlm.checkpoint import load, resolve, save
 from slimvlm.commands import compress_command
 from slimvlm.config import CompressConfig
 from slimvlm.errors import ConfigError
-from slimvlm.evaluation import Result, evaluate
+from slimvlm.evaluation import evaluate
 from slimvlm.outputs import held, require_free, write_text
 from slimvlm.plan import Plan
 from slimvlm.pruning import Calibration, check_request, choose_plan, cut_, ratio_of
 from slimvlm.recipes import recipe_for
 from slimvlm.recovery import recover
+from slimvlm.results import Result
 from slimvlm.samples import Sample
 from slimvlm.tasks import find_tasks
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from slimvlm.checkpoint import default_device
 from slimvlm.compression import compress
 from slimvlm.config import Axis, CompressConfig, Dtype, RecoverConfig
-from slimvlm.evaluation import Result
 from slimvlm.modes import computes_bfloat16
 from slimvlm.outputs import write_text
+from slimvlm.results import Result
 from slimvlm.summary import as_markdown, result_rows
 
 RATIO = 0.3

@@ -9,9 +9,9 @@ from typing import Any
 from rich.table import Table
 
 from slimvlm.cost import BYTES, kv_cache_bytes_per_token, weight_bytes
-from slimvlm.evaluation import PERPLEXITY, Result, TaskResult
 from slimvlm.geometry import Anatomy
 from slimvlm.metrics import Retention, paired_difference
+from slimvlm.results import PERPLEXITY, Result, TaskResult
 
 GIB = 1024**3
 MIB = 1024**2

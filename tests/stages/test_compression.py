@@ -19,9 +19,9 @@ from slimvlm.checkpoint import load
 from slimvlm.compression import CompressConfig, compress
 from slimvlm.config import RecoverConfig
 from slimvlm.errors import ConfigError, SlimError
-from slimvlm.evaluation import Result
 from slimvlm.geometry import read_anatomy
 from slimvlm.plan import Plan
+from slimvlm.results import Result
 from slimvlm.values import Scores
 from tests import tiny_folder as folders
 

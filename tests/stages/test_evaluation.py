@@ -15,15 +15,9 @@ import torch
 from slimvlm import evaluation, losses
 from slimvlm.checkpoint import load
 from slimvlm.errors import ConfigError
-from slimvlm.evaluation import (
-    Result,
-    answer,
-    evaluate,
-    latency,
-    read_baseline,
-    with_other_pictures,
-)
+from slimvlm.evaluation import answer, evaluate, latency, with_other_pictures
 from slimvlm.geometry import read_anatomy
+from slimvlm.results import Result, read_baseline
 from slimvlm.samples import Question, Task
 from slimvlm.tasks import find_tasks
 from tests import tiny_folder as folders

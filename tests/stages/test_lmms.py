@@ -13,12 +13,13 @@ import torch
 import yaml
 from PIL import ImageFile
 
-from slimvlm import lmms
+from slimvlm import lmms, lmms_adapter
 from slimvlm.checkpoint import load
 from slimvlm.errors import ConfigError
-from slimvlm.evaluation import Result, TaskResult, answer, choose, evaluate
+from slimvlm.evaluation import answer, choose, evaluate
 from slimvlm.lmms import LMMS_TASKS, evaluate_with_lmms, result_with_lmms, split_names
 from slimvlm.metrics import MME_FULL_SCORES
+from slimvlm.results import Result, TaskResult
 from slimvlm.samples import Question
 from slimvlm.tasks import read_task
 from tests import tiny_folder as folders
@@ -190,7 +191,9 @@ def test_nothing_else_changes(loaded: tuple[Any, Any], place: Place) -> None:
 def scripted(monkeypatch: pytest.MonkeyPatch, replies: Sequence[str]) -> None:
     """A model that says this, one after the other, whatever it is asked."""
     said: Iterator[str] = iter(replies)
-    monkeypatch.setattr(lmms, "answer", lambda _m, _p, asked, _n: [next(said) for _ in asked])
+    monkeypatch.setattr(
+        lmms_adapter, "answer", lambda _m, _p, asked, _n: [next(said) for _ in asked]
+    )
 
 
 MME_ROWS = [
@@ -282,7 +285,7 @@ CASES: dict[str, tuple[list[str], list[float], float]] = {
 def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Returns a function that puts data on disk under a task that lmms-eval ships."""
     monkeypatch.setenv("OPENAI_API_KEY", "none")
-    monkeypatch.setattr(lmms, "_batches", lambda r, _n: iter([list(range(len(r)))]))
+    monkeypatch.setattr(lmms_adapter, "_batches", lambda r, _n: iter([list(range(len(r)))]))
 
     def put(task: str) -> Path:
         column = IMAGE_COLUMNS.get(task, "image")

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from slimvlm.checkpoint import anatomy
-from slimvlm.evaluation import Result, TaskResult
 from slimvlm.metrics import METRICS
 from slimvlm.report import read_record, report_html
+from slimvlm.results import Result, TaskResult
 from slimvlm.tasks import builtin_tasks
 from tests import tiny
 from tests.unit.test_report import write_run

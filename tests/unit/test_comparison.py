@@ -23,9 +23,9 @@ from slimvlm.comparison import (
     comparison_rows,
 )
 from slimvlm.errors import ConfigError
-from slimvlm.evaluation import Result, TaskResult
 from slimvlm.gallery import MAX_CARDS, comparison_html
 from slimvlm.metrics import METRICS, paired_difference
+from slimvlm.results import Result, TaskResult
 from slimvlm.samples import Question, Task
 from slimvlm.summary import LEGEND, as_markdown, as_table, result_json, result_rows
 

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 from slimvlm.checkpoint import anatomy
 from slimvlm.errors import ConfigError
-from slimvlm.evaluation import Result, TaskResult
 from slimvlm.geometry import Anatomy
 from slimvlm.plan import Plan
 from slimvlm.planning import make_plan
@@ -26,6 +25,7 @@ from slimvlm.report import read_record, report_html
 from slimvlm.report.charts import CELL, Mark, frontier, labels_apart, scale, ticks
 from slimvlm.report.drawings import allocation, by_ratio, loss_curves, score_maps, trade_offs
 from slimvlm.report.record import Training
+from slimvlm.results import Result, TaskResult
 from tests import tiny
 from tests.helpers import random_scores
 

@@ -14,10 +14,10 @@ from slimvlm.comparison import compare
 from slimvlm.compression import read_results
 from slimvlm.config import CompressConfig, RecoverConfig
 from slimvlm.errors import ConfigError
-from slimvlm.evaluation import Result
 from slimvlm.plan import Plan
 from slimvlm.recipes import published
 from slimvlm.report.record import Entry, Pruning, Record, Table, Training
+from slimvlm.results import Result
 from slimvlm.summary import LEGEND, result_rows
 from slimvlm.tasks import builtin_tasks, find_tasks
 from slimvlm.values import Scores

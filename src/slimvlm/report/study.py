@@ -13,11 +13,11 @@ import pandas as pd
 
 from slimvlm.comparison import Comparison, compare
 from slimvlm.errors import ConfigError
-from slimvlm.evaluation import Result
 from slimvlm.plan import Plan
 from slimvlm.recipes import published
 from slimvlm.report.record import Entry, Pruning, Record, Table, Training
 from slimvlm.report.run import read_training
+from slimvlm.results import Result
 from slimvlm.study.claims import claims_of
 from slimvlm.study.table import DONE, FAILED, ORIGINAL
 from slimvlm.summary import MARK

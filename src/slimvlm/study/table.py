@@ -11,9 +11,9 @@ from typing import Any
 
 import pandas as pd
 
-from slimvlm.evaluation import PERPLEXITY, Result, TaskResult
 from slimvlm.metrics import average
 from slimvlm.outputs import write_text
+from slimvlm.results import PERPLEXITY, Result, TaskResult
 from slimvlm.study.cache import Cache
 from slimvlm.study.config import StudyConfig
 from slimvlm.study.estimate import optimizer_steps

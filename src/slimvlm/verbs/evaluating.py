@@ -15,7 +15,7 @@ from slimvlm.verbs.printing import console, note, print_json
 
 if TYPE_CHECKING:
     from slimvlm.comparison import Comparison
-    from slimvlm.evaluation import Result
+    from slimvlm.results import Result
     from slimvlm.samples import Task
 
 
@@ -99,8 +99,8 @@ def evaluate(
         json: Print JSON.
     """
     from slimvlm import summary
-    from slimvlm.evaluation import read_baseline
     from slimvlm.outputs import require_free
+    from slimvlm.results import read_baseline
 
     questions.find()
     if out is not None:
@@ -146,10 +146,10 @@ def compare(
     """
     from slimvlm.comparison import compare as set_side_by_side
     from slimvlm.comparison import comparison_json
-    from slimvlm.evaluation import Result
     from slimvlm.evaluation import evaluate as ask
     from slimvlm.gallery import comparison_html
     from slimvlm.outputs import require_free, write_text
+    from slimvlm.results import Result
     from slimvlm.tasks import builtin_tasks, find_tasks
 
     chosen = find_tasks(tasks)
