@@ -38,19 +38,11 @@ def prune(
         scratch: Folder for these activations; by default beside OUT.
         force: Replace an existing folder.
     """
-    from slimvlm.checkpoint import load_config, save
+    from slimvlm.checkpoint import load_config
     from slimvlm.compat import require_known
     from slimvlm.outputs import require_free
     from slimvlm.plan import Plan
-    from slimvlm.pruning import (
-        Calibration,
-        check_low_memory,
-        check_request,
-        choose_plan,
-        cut_,
-        plan_with_low_memory,
-    )
-    from slimvlm.streaming import prune_checkpoint
+    from slimvlm.pruning import check_low_memory, check_request
 
     require_free(out, force)
     if (plan is None) == (pruning.ratio is None):
@@ -58,8 +50,8 @@ def prune(
     pruning = replace(pruning, axis=pruning.axis or "width")
     if low_memory:
         check_low_memory(pruning)
-    if plan is not None:
-        chosen = Plan.load(plan)
+    given = None if plan is None else Plan.load(plan)
+    if given is not None:
         shown = _samples_for_repair(pruning)
         check_model(model, pruning)
     else:
@@ -68,19 +60,46 @@ def prune(
         require_known(load_config(model, pruning.trust_remote_code))
     if low_memory:
         folder = scratch or out.with_name(f".{out.name}.scratch")
-        if plan is None:
-            chosen = plan_with_low_memory(pruning, model, shown, folder, note)
-        trusted = pruning.trust_remote_code
-        prune_checkpoint(model, chosen, out, pruning.dtype, force, trust_remote_code=trusted)
-        _report(chosen, out)
-        return
+        _prune_on_disk(model, out, given, pruning, shown, folder, force)
+    else:
+        _prune_in_memory(model, out, given, pruning, shown, force)
+
+
+def _prune_in_memory(
+    model: str,
+    out: Path,
+    given: Plan | None,
+    pruning: PruneConfig,
+    shown: list[Sample],
+    force: bool,
+) -> None:
+    from slimvlm.checkpoint import save
+    from slimvlm.pruning import Calibration, choose_plan, cut_
+
     loaded, processor = load_model(model, pruning)
     calibration = Calibration(pruning, processor, shown)
-    if plan is None:
-        chosen = choose_plan(pruning, loaded, calibration, note)
-    report = cut_(pruning, loaded, chosen, calibration)
-    save(loaded, processor, out, chosen, force, pad=pruning.pad, compat=pruning.compat)
-    _report(chosen, out, report)
+    plan = given or choose_plan(pruning, loaded, calibration, note)
+    report = cut_(pruning, loaded, plan, calibration)
+    save(loaded, processor, out, plan, force, pad=pruning.pad, compat=pruning.compat)
+    _report(plan, out, report)
+
+
+def _prune_on_disk(
+    model: str,
+    out: Path,
+    given: Plan | None,
+    pruning: PruneConfig,
+    shown: list[Sample],
+    scratch: Path,
+    force: bool,
+) -> None:
+    from slimvlm.pruning import plan_with_low_memory
+    from slimvlm.streaming import prune_checkpoint
+
+    plan = given or plan_with_low_memory(pruning, model, shown, scratch, note)
+    trusted = pruning.trust_remote_code
+    prune_checkpoint(model, plan, out, pruning.dtype, force, trust_remote_code=trusted)
+    _report(plan, out)
 
 
 def _report(chosen: Plan, out: Path, repair: RepairReport | None = None) -> None:
