@@ -15,6 +15,8 @@ for variable, value in {
 }.items():
     os.environ.setdefault(variable, value)
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -40,3 +42,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def unhurried() -> Iterator[None]:
+    """Times are not measured, which takes longer than the tiny models' answers."""
+    from slimvlm import evaluation  # not before jaxtyping's hook is there
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "latency", lambda *_: (2.0, 1.0))
+        yield

@@ -13,6 +13,7 @@ from tests import tiny_rare
 from tests.tiny_parts import (
     IMAGE_TOKEN,
     QWEN_IDS,
+    QWEN_VISION,
     ROPE_3D,
     TEXT,
     VISION,
@@ -166,14 +167,7 @@ def qwen3_vl() -> hf.PreTrainedConfig:
     return hf.Qwen3VLConfig(
         text_config={**TEXT, "head_dim": 8, "rope_parameters": ROPE_3D},
         vision_config={
-            "depth": 3,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "patch_size": 8,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 1,
-            "out_hidden_size": 64,
+            **QWEN_VISION,
             "num_position_embeddings": 16,
             "deepstack_visual_indexes": [1],
         },

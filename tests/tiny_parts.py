@@ -87,6 +87,16 @@ def siglip() -> hf.SiglipVisionConfig:
 
 
 ROPE_3D = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+QWEN_VISION: dict[str, Any] = {
+    "depth": 3,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "patch_size": 8,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 1,
+    "out_hidden_size": 64,
+}
 QWEN_IDS = {
     "image_token_id": IMAGE_TOKEN,
     "video_token_id": 123,

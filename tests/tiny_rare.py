@@ -11,6 +11,7 @@ import transformers as hf
 from tests.tiny_parts import (
     IMAGE_TOKEN,
     QWEN_IDS,
+    QWEN_VISION,
     ROPE_3D,
     TEXT,
     VISION,
@@ -24,16 +25,6 @@ from tests.tiny_parts import (
 hf.modeling_outputs.MoeCausalLMOutputWithPast.image_outputs = None
 
 Config = hf.PreTrainedConfig
-QWEN_VISION: dict[str, Any] = {
-    "depth": 3,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_heads": 2,
-    "patch_size": 8,
-    "spatial_merge_size": 2,
-    "temporal_patch_size": 1,
-    "out_hidden_size": 64,
-}
 
 
 def stablelm() -> Config:

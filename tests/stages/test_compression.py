@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +24,10 @@ from slimvlm.results import Result
 from slimvlm.values import Scores
 from tests import tiny_folder as folders
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.usefixtures("unhurried"),
+]
 
 RECOVER = RecoverConfig(
     train="lora",
@@ -37,14 +39,6 @@ RECOVER = RecoverConfig(
     bf16=False,
     save_steps=2,
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def unhurried() -> Iterator[None]:
-    """Measuring times takes longer than everything else."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "latency", lambda *_: (2.0, 1.0))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from slimvlm.tasks import find_tasks
 from tests import tiny_folder as folders
 from tests.tiny_folder import SEEING, picture
 
+pytestmark = pytest.mark.usefixtures("unhurried")
 WORDS = ("red", "blue", "green")
 
 
@@ -55,14 +56,6 @@ PERPLEXITY = Task(
     load=lambda limit: [Question(t[:5], "", (t,)) for t in PASSAGES[:limit]],
     in_average=False,
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def unhurried() -> Iterator[None]:
-    """Measuring times takes longer than the questions; one test does it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "latency", lambda *_: (2.0, 1.0))
-        yield
 
 
 @pytest.fixture(scope="module")

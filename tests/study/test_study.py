@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from slimvlm import evaluation
 from slimvlm.errors import NumericalError
 from slimvlm.study import StudyConfig, engines, forecast, prepared, run_study
 from slimvlm.study.cache import Cache, Outcome
@@ -21,16 +19,11 @@ from slimvlm.study.stages import Stage
 from tests import tiny_folder as folders
 from tests.study.study_files import count_work, stable, study
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.usefixtures("unhurried"),
+]
 QUIET = Console(quiet=True)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def unhurried() -> Iterator[None]:
-    """Measuring times takes longer than everything else."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "latency", lambda *_: (2.0, 1.0))
-        yield
 
 
 @pytest.fixture(scope="module")
