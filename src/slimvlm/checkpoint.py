@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import transformers
@@ -17,6 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from slimvlm import chat, modeling_pruned
 from slimvlm.cards import CardFacts, write_card
 from slimvlm.compat import require_known, rewrite_for_older
+from slimvlm.config import Dtype
 from slimvlm.configs import (
     auto_class,
     auto_map_of,
@@ -37,7 +38,6 @@ from slimvlm.uneven import padded, set_class_
 
 PLAN_FILE = "slimvlm_plan.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def resolve(model: str | Path) -> str:
@@ -112,8 +112,8 @@ def load(
         ConfigError: If it cannot be found or read.
         UnsupportedModelError: If slimvlm does not know the family.
     """
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r} must be one of: {', '.join(DTYPES)}")
+    if dtype not in get_args(Dtype):
+        raise ConfigError(f"dtype {dtype!r} must be one of: {', '.join(get_args(Dtype))}")
     config = load_config(model, trust_remote_code)
     name = resolve(model)
     _require_safetensors(Path(name))

@@ -186,7 +186,7 @@ def _recovered(run: Run, plan: Plan, samples: list[Sample]) -> None:
     assert config.recover is not None
     model, processor = load(run.path("pruned"), config.dtype)
     teacher = None
-    if set(config.recover.loss_weights) != {"sft"}:
+    if config.recover.needs_teacher:
         # what it shares with the model never goes to a GPU
         teacher, _ = load(run.model, config.dtype, "cpu", config.trust_remote_code)
     fresh = samples[config.samples :] or samples

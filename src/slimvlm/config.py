@@ -200,6 +200,11 @@ class RecoverConfig(TrainingConfig):
         """The loss as weights by name."""
         return parse_loss(self.loss)
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the loss compares with the original model: any but sft alone."""
+        return set(self.loss_weights) != {"sft"}
+
 
 def _check_choices(config: object, choices: Mapping[str, tuple[str | None, ...]]) -> None:
     for name, allowed in choices.items():

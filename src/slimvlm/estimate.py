@@ -164,8 +164,7 @@ def training_passes(config: RecoverConfig, kept: float) -> float:
         config: What learns, from which loss.
         kept: Share of the backbone that the student has.
     """
-    needs_teacher = set(config.loss_weights) != {"sft"}
-    return kept * (2 if config.train == "projector" else 3) + needs_teacher
+    return kept * (2 if config.train == "projector" else 3) + config.needs_teacher
 
 
 @lru_cache(maxsize=1)

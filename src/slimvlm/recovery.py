@@ -118,7 +118,7 @@ def recover(
     processor = processor or load_processor(model.config._name_or_path, model.config)
     if processor is None:
         raise ConfigError("recover needs the model's processor or tokenizer")
-    if set(config.loss_weights) == {"sft"}:
+    if not config.needs_teacher:
         teacher = None
     _check(model, teacher, config, work)
     rest, held_out = hold_out(list(dataset), config.eval_fraction, config.seed)
@@ -244,7 +244,7 @@ def _check(
     work: str | Path | None,
 ) -> None:
     """Refuse options that do not work with this model, teacher or folder."""
-    if teacher is None and set(config.loss_weights) != {"sft"}:
+    if teacher is None and config.needs_teacher:
         raise ConfigError(f"loss {config.loss!r} needs a teacher (--teacher)")
     if config.keep_adapter:
         require_adapter_holds_all(model)

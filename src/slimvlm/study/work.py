@@ -117,8 +117,8 @@ def _recover(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) 
     dtype, trusted = request.prune.dtype, request.prune.trust_remote_code
     model, processor = load(inputs[0] / CHECKPOINT, dtype)
     teacher = None
-    if set(config.loss_weights) != {"sft"}:
-        teacher, _ = load(request.model, dtype, trust_remote_code=trusted)
+    if config.needs_teacher:
+        teacher, _ = load(request.model, dtype, "cpu", trusted)  # what it shares stays there
     plan = Plan.load(inputs[0] / PLAN)
     _, training = split_samples(request)
     history = recover(model, teacher, training, config, processor, scratch, plan)

@@ -56,7 +56,7 @@ def recover(
     from slimvlm.recovery import recover as train
 
     require_free(out, force)
-    if set(training.loss_weights) == {"sft"}:
+    if not training.needs_teacher:
         teacher = None
     elif teacher is None:
         raise ConfigError(f"loss {training.loss!r} needs --teacher")
