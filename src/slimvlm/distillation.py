@@ -15,21 +15,24 @@ from transformers import PreTrainedModel, ProgressCallback, Trainer
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from slimvlm import losses
+from slimvlm.capture.finite import first_spoilt_layer
 from slimvlm.chat import encode_samples
 from slimvlm.config import RecoverConfig
 from slimvlm.errors import NumericalError
 from slimvlm.hidden import compared_positions, head_of, hidden_states, logits_at
 from slimvlm.offline_teacher import OfflineTeacher
 from slimvlm.samples import Sample
+from slimvlm.sharding import is_sharded
 from slimvlm.trainable import plain_model
 
 TRAINED_FILE = "trained.safetensors"
+SAMPLE_IDS = "sample_ids"
 _SAID = "teacher_"
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Samples → a batch, with what an offline teacher says about them.
+    """Samples → a batch with their ids, and with what an offline teacher says about them.
 
     Attributes:
         processor: The model's processor or tokenizer.
@@ -43,14 +46,15 @@ class Collator:
     kd_on: str
     offline: OfflineTeacher | None = None
 
-    def __call__(self, samples: list[Sample]) -> dict[str, Tensor]:
+    def __call__(self, samples: list[Sample]) -> dict[str, Any]:
         """The batch; entries of the cache have ``teacher_`` before their names."""
         inputs = encode_samples(self.processor, samples)
+        ids = {SAMPLE_IDS: [sample.id for sample in samples]}
         if self.offline is None:
-            return inputs
+            return {**inputs, **ids}
         positions = compared_positions(self.model_config, inputs, inputs["labels"], self.kd_on)
         said = self.offline.targets(samples, inputs, positions)
-        return {**inputs, **{f"{_SAID}{name}": value for name, value in said.items()}}
+        return {**inputs, **ids, **{f"{_SAID}{name}": value for name, value in said.items()}}
 
 
 class DistillationTrainer(Trainer):
@@ -89,9 +93,10 @@ class DistillationTrainer(Trainer):
         self._step_counts: Tensor | None = None
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], *unused: Any, **kwargs: Any
+        self, model: nn.Module, inputs: dict[str, Any], *unused: Any, **kwargs: Any
     ) -> Tensor:
         """Weighted sum of the configured losses; each is kept for the log."""
+        ids: list[str] = inputs.pop(SAMPLE_IDS)
         said = {name: inputs.pop(name) for name in list(inputs) if name.startswith(_SAID)}
         labels = inputs.pop("labels")
         student = plain_model(self.model)
@@ -100,14 +105,26 @@ class DistillationTrainer(Trainer):
             parts = self._parts(student, hidden, inputs, labels, said)
         for name, value in parts.items():
             if not torch.isfinite(value):
-                step = self.state.global_step + 1
-                raise NumericalError(f"loss {name!r} is {value.item()} at step {step}")
+                where = f"step {self.state.global_step + 1} (samples {', '.join(ids)})"
+                origin = self._origin_of_nan(student, inputs)
+                raise NumericalError(f"loss {name!r} is {value.item()} at {where}{origin}")
         parts = self._as_shares(parts, inputs, labels)
         for name, value in parts.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.detach().float()
         self._num_batches += 1
         weights = self._recovery.loss_weights
         return torch.stack([weights[name] * value for name, value in parts.items()]).sum()
+
+    def _origin_of_nan(self, student: PreTrainedModel, inputs: dict[str, Tensor]) -> str:
+        """The first decoder layer that spoils a batch, as the end of a message."""
+        for whose, model in (("", student), (" of the teacher", self._teacher)):
+            if model is None or is_sharded(model):  # a pass of one process would wait for others
+                continue
+            with self.accelerator.autocast():
+                layer = first_spoilt_layer(model, inputs)
+            if layer is not None:
+                return f", from layer {layer}{whose} on"
+        return ""
 
     def _parts(
         self,

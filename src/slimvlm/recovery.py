@@ -112,7 +112,8 @@ def recover(
 
     Raises:
         ConfigError: If the loss needs a teacher and there is none, or the teacher does not fit.
-        NumericalError: If the loss becomes NaN or infinite; the message names the step.
+        NumericalError: If the loss becomes NaN or infinite; the message names the step, its samples
+            and the first layer that is not finite.
     """
     require_full_precision(model.config, "trained")
     processor = processor or load_processor(model.config._name_or_path, model.config)

@@ -22,7 +22,7 @@ from slimvlm.checkpoint import load
 from slimvlm.config import RecoverConfig
 from slimvlm.data import subset
 from slimvlm.errors import ConfigError, NumericalError
-from slimvlm.geometry import read_anatomy
+from slimvlm.geometry import decoder_layers, read_anatomy
 from slimvlm.recovery import recover
 from slimvlm.samples import Sample
 from slimvlm.surgery import prune_
@@ -320,6 +320,18 @@ def test_a_loss_that_is_nan_stops_training(logging_steps: int) -> None:
     options = config(train="projector", loss="sft", logging_steps=logging_steps)
     with pytest.raises(NumericalError, match="step 1"):
         recover(student, None, SAMPLES, options, processor)
+
+
+@pytest.mark.parametrize("whose", ["", " of the teacher"])
+def test_nan_is_traced_to_its_samples_and_its_layer(whose: str) -> None:
+    student, teacher, processor = models()
+    spoilt = decoder_layers(teacher if whose else student)[2]
+    with torch.no_grad():
+        next(spoilt.parameters())[0, 0] = float("nan")
+    options = config(train="projector", loss="hidden", teacher_weights="separate", batch_size=1)
+    with pytest.raises(NumericalError, match=rf"from layer 2{whose} on") as raised:
+        recover(student, teacher, SAMPLES[:1], options, processor)
+    assert f"(samples {SAMPLES[0].id})" in str(raised.value)
 
 
 # Going on after a stop.
