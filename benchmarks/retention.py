@@ -21,8 +21,10 @@ import json
 import math
 import random
 import statistics
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,9 @@ import slimvlm as sv
 from slimvlm.checkpoint import default_device
 from slimvlm.modes import computes_bfloat16
 from slimvlm.outputs import write_text
-from slimvlm.pruning import Calibration, choose_plan, cut_
+from slimvlm.pruning import Calibration, choose_plan, criteria_of, cut_, score_by
 from slimvlm.results import Result
+from slimvlm.scores import Scores
 from slimvlm.summary import as_markdown
 
 BASELINES = ("ShortGPT", "LLM-Pruner")
@@ -117,27 +120,48 @@ def text_subject(dtype: str) -> Subject:
     return Subject(model, tokenizer, "text_ppl", passages)
 
 
-def measure(
-    subject: Subject, recipe: str, ratio: float, seed: int, options: argparse.Namespace
-) -> Result:
-    """Prune a copy by a recipe and ask it; what was measured before is read back."""
-    name = f"{recipe} {ratio:g} {seed}"
-    path = options.out / Path(options.model).name / f"{name.replace(' ', '_')}.json"
-    if path.exists():
-        return Result.load(path)
-    config = sv.PruneConfig(ratio=ratio, data="demo", samples=options.samples, **RECIPES[recipe])
-    shown = random.Random(seed).sample(subject.samples, options.samples)
-    kind = TextCalibration if subject.tasks == "text_ppl" else Calibration
-    calibration = kind(config, subject.processor, shown)
-    model = copy.deepcopy(subject.model)
-    plan = choose_plan(config, model, calibration, print)
-    report = cut_(config, model, plan, calibration)
-    result = sv.evaluate(model, subject.processor, subject.tasks, options.limit, name=name)
-    print(f"{name}: {plan.summary()}{'' if report is None else '; ' + report.summary()}")
-    print(f"    {json.dumps({k: round(t.score, 1) for k, t in result.tasks.items()})}", flush=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    result.save(path)
-    return result
+class Sitting:
+    """One calibration seed: its samples, and scores that all ratios share."""
+
+    def __init__(self, subject: Subject, seed: int, options: argparse.Namespace) -> None:
+        self._subject, self._seed, self._options = subject, seed, options
+        self._shown = random.Random(seed).sample(subject.samples, options.samples)
+        self._scores: dict[Any, list[Scores]] = {}
+
+    def measure(self, recipe: str, ratio: float) -> Result:
+        """Prune a copy by a recipe and ask it; what was measured before is read back."""
+        subject, options = self._subject, self._options
+        name = f"{recipe} {ratio:g} {self._seed}"
+        path = options.out / Path(options.model).name / f"{name.replace(' ', '_')}.json"
+        if path.exists():
+            return Result.load(path)
+        config = sv.PruneConfig(
+            ratio=ratio, data="demo", samples=options.samples, **RECIPES[recipe]
+        )
+        kind = TextCalibration if subject.tasks == "text_ppl" else Calibration
+        calibration = kind(config, subject.processor, self._shown)
+        model = copy.deepcopy(subject.model)
+        plan = choose_plan(
+            config, model, calibration, print, given=self._scored(config, calibration)
+        )
+        report = cut_(config, model, plan, calibration)
+        result = sv.evaluate(model, subject.processor, subject.tasks, options.limit, name=name)
+        print(f"{name}: {plan.summary()}{'' if report is None else '; ' + report.summary()}")
+        print(
+            f"    {json.dumps({k: round(t.score, 1) for k, t in result.tasks.items()})}", flush=True
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        result.save(path)
+        return result
+
+    def _scored(self, config: sv.PruneConfig, calibration: Calibration) -> list[Scores]:
+        key = (config.criterion, config.gradient, config.token_weights)
+        if key not in self._scores:
+            self._scores[key] = [
+                score_by(config, self._subject.model, calibration, name)
+                for name in criteria_of(config)
+            ]
+        return self._scores[key]
 
 
 def measure_original(subject: Subject, options: argparse.Namespace) -> Result:
@@ -170,13 +194,34 @@ def spread(values: Iterable[float], pattern: str) -> str:
     return f"{pattern.format(mean)} ± {pattern.format(half)}"
 
 
+def rows_of(
+    found: dict[str, list[Result]], original: Result, figures: list[str]
+) -> Iterator[list[str]]:
+    """A row for each recipe at one ratio, from its results by seed."""
+    means = {
+        (recipe, figure): statistics.fmean(lost(r, original, figure) for r in results)
+        for recipe, results in found.items()
+        for figure in figures
+    }
+    for recipe, results in found.items():
+        row = [recipe, f"{1 - results[0].backbone_params / original.backbone_params:.1%}"]
+        for figure in figures:
+            if figure == "AVG":
+                row.append(spread((r.average for r in results), "{:.1f}"))
+            else:
+                row.append(spread((math.log(r.tasks[figure].score) for r in results), "{:.2f}"))
+            best = min((means[b, figure] for b in BASELINES if b in found), default=math.nan)
+            row.append(f"{means[recipe, figure] / best:.2f}")
+        yield row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="demo", help="demo, text, or another demo's folder")
-    parser.add_argument("--limit", type=int, default=16)
-    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--limit", type=int, default=24)
+    parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.15, 0.3, 0.45, 0.6])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--recipes", nargs="+", default=MAIN, choices=RECIPES)
@@ -186,30 +231,15 @@ def main() -> None:
     subject = text_subject(dtype) if options.model == "text" else demo_subject(options.model, dtype)
     figures = ["text_ppl"] if options.model == "text" else ["AVG", "text_ppl"]
     original = measure_original(subject, options)
+    cells: dict[tuple[float, str], list[Result]] = defaultdict(list)
+    for seed in options.seeds:
+        sitting = Sitting(subject, seed, options)
+        for recipe, ratio in product(options.recipes, options.ratios):
+            cells[ratio, recipe].append(sitting.measure(recipe, ratio))
     rows = []
     for ratio in options.ratios:
-        found = {
-            recipe: [measure(subject, recipe, ratio, seed, options) for seed in options.seeds]
-            for recipe in options.recipes
-        }
-        means = {
-            (recipe, figure): statistics.fmean(lost(r, original, figure) for r in results)
-            for recipe, results in found.items()
-            for figure in figures
-        }
-        for recipe, results in found.items():
-            removed = 1 - results[0].backbone_params / original.backbone_params
-            row = [f"{ratio:.0%}", recipe, f"{removed:.1%}"]
-            for figure in figures:
-                if figure == "AVG":
-                    row.append(spread((r.average for r in results), "{:.1f}"))
-                else:
-                    row.append(spread((math.log(r.tasks[figure].score) for r in results), "{:.2f}"))
-                best = min(
-                    (means[b, figure] for b in BASELINES if (b, figure) in means), default=math.nan
-                )
-                row.append(f"{means[recipe, figure] / best:.2f}")
-            rows.append(row)
+        found = {recipe: cells[ratio, recipe] for recipe in options.recipes}
+        rows += [[f"{ratio:.0%}", *row] for row in rows_of(found, original, figures)]
     header = ["ratio", "recipe", "removed"]
     for figure in figures:
         header += ["AVG" if figure == "AVG" else "log perplexity", "lost, of baseline"]
