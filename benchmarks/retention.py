@@ -32,6 +32,7 @@ import torch
 
 import slimvlm as sv
 from slimvlm.checkpoint import default_device
+from slimvlm.errors import ImpossiblePlanError
 from slimvlm.modes import computes_bfloat16
 from slimvlm.outputs import write_text
 from slimvlm.pruning import Calibration, choose_plan, criteria_of, cut_, score_by
@@ -128,8 +129,12 @@ class Sitting:
         self._shown = random.Random(seed).sample(subject.samples, options.samples)
         self._scores: dict[Any, list[Scores]] = {}
 
-    def measure(self, recipe: str, ratio: float) -> Result:
-        """Prune a copy by a recipe and ask it; what was measured before is read back."""
+    def measure(self, recipe: str, ratio: float) -> Result | None:
+        """Prune a copy by a recipe and ask it; what was measured before is read back.
+
+        Returns:
+            None if the recipe cannot reach the ratio.
+        """
         subject, options = self._subject, self._options
         name = f"{recipe} {ratio:g} {self._seed}"
         path = options.out / Path(options.model).name / f"{name.replace(' ', '_')}.json"
@@ -141,9 +146,12 @@ class Sitting:
         kind = TextCalibration if subject.tasks == "text_ppl" else Calibration
         calibration = kind(config, subject.processor, self._shown)
         model = copy.deepcopy(subject.model)
-        plan = choose_plan(
-            config, model, calibration, print, given=self._scored(config, calibration)
-        )
+        scores = self._scored(config, calibration)
+        try:
+            plan = choose_plan(config, model, calibration, print, given=scores)
+        except ImpossiblePlanError as error:
+            print(f"{name}: {error}")
+            return None
         report = cut_(config, model, plan, calibration)
         result = sv.evaluate(model, subject.processor, subject.tasks, options.limit, name=name)
         print(f"{name}: {plan.summary()}{'' if report is None else '; ' + report.summary()}")
@@ -235,10 +243,11 @@ def main() -> None:
     for seed in options.seeds:
         sitting = Sitting(subject, seed, options)
         for recipe, ratio in product(options.recipes, options.ratios):
-            cells[ratio, recipe].append(sitting.measure(recipe, ratio))
+            if (result := sitting.measure(recipe, ratio)) is not None:
+                cells[ratio, recipe].append(result)
     rows = []
     for ratio in options.ratios:
-        found = {recipe: cells[ratio, recipe] for recipe in options.recipes}
+        found = {name: cells[ratio, name] for name in options.recipes if (ratio, name) in cells}
         rows += [[f"{ratio:.0%}", *row] for row in rows_of(found, original, figures)]
     header = ["ratio", "recipe", "removed"]
     for figure in figures:
