@@ -15,7 +15,17 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "src" / "slimvlm"
 ROWS: dict[str, tuple[str, ...]] = {
     "words": (
-        *("errors", "config", "families", "samples", "recipes", "progress", "ranks", "html"),
+        *(
+            "errors",
+            "config",
+            "backbones",
+            "families",
+            "samples",
+            "recipes",
+            "progress",
+            "ranks",
+            "html",
+        ),
         "commands",
         "outputs",
     ),

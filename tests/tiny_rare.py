@@ -274,6 +274,60 @@ def kosmos2_5() -> Config:
     )
 
 
+GEMMA_TEXT: dict[str, Any] = {
+    **{**TEXT, "num_hidden_layers": 6, "num_kv_shared_layers": 2, "head_dim": 8},
+    **{"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 3},
+    **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": TEXT["vocab_size"]},
+}
+"""The last two layers read the keys and values of layers 2 and 3."""
+
+
+def gemma3n_text() -> Config:
+    altup = {"altup_num_inputs": 2, "laurel_rank": 8}
+    sparsity = [0.5, 0.0, 0.5, 0.0, 0.0, 0.0]
+    return hf.Gemma3nTextConfig(**GEMMA_TEXT, **altup, activation_sparsity_pattern=sparsity)
+
+
+def gemma3n() -> Config:
+    model_args = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": [32, 32]}
+    return hf.Gemma3nConfig(
+        text_config=gemma3n_text().to_dict(),
+        vision_config={
+            **{"architecture": "vit_tiny_patch16_224", "hidden_size": 32},
+            **{"model_args": {**model_args, "patch_size": 8, "global_pool": ""}},
+            **{"vocab_size": 2, "vocab_offset": 124},
+        },
+        audio_config={
+            **{"hidden_size": 16, "conf_num_hidden_layers": 1, "conf_num_attention_heads": 2},
+            **{"input_feat_size": 16, "sscp_conv_channel_size": [4, 4]},
+            **{"vocab_size": 2, "vocab_offset": 126},
+        },
+        image_token_id=IMAGE_TOKEN,
+        audio_token_id=123,
+    )
+
+
+def gemma4_text() -> Config:
+    return hf.Gemma4TextConfig(**GEMMA_TEXT, global_head_dim=16)
+
+
+def gemma4() -> Config:
+    return hf.Gemma4Config(
+        text_config=gemma4_text().to_dict(),
+        vision_config={
+            **{**VISION, "num_key_value_heads": 2, "head_dim": 16, "pooling_kernel_size": 2},
+            **{"position_embedding_size": 16},
+        },
+        audio_config={
+            **{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+            **{"subsampling_conv_channels": [4, 4], "output_proj_dims": 16},
+        },
+        image_token_id=IMAGE_TOKEN,
+        audio_token_id=123,
+        video_token_id=124,
+    )
+
+
 CONFIGS: dict[str, Callable[[], Any]] = {
     "stablelm": stablelm,
     "cohere2": cohere2,
@@ -298,6 +352,10 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "lfm2_vl": lfm2_vl,
     "molmo2": molmo2,
     "kosmos2_5": kosmos2_5,
+    "gemma3n_text": gemma3n_text,
+    "gemma3n": gemma3n,
+    "gemma4_text": gemma4_text,
+    "gemma4": gemma4,
 }
 
 
@@ -331,5 +389,8 @@ def image_inputs(config: Config, pixels: torch.Tensor) -> tuple[dict[str, torch.
     return {"pixel_values": pixels}, tokens[kind]
 
 
-TEXT_ONLY = ("phi4_multimodal", "minicpmv4_6", "lfm2_vl", "molmo2", "kosmos-2.5")
+TEXT_ONLY = (
+    *("phi4_multimodal", "minicpmv4_6", "lfm2_vl", "molmo2", "kosmos-2.5"),
+    *("gemma3n", "gemma4"),
+)
 """Their image inputs are too special for the battery: only text goes through them."""

@@ -129,27 +129,17 @@ def smaller_text_config(
             then stay, so that the rules of the configuration class hold for them.
     """
     old: PreTrainedConfig = text_config_of(config)
-    after, row = plan.after, plan.before.backbone
+    after = plan.after
     new: PreTrainedConfig = copy.deepcopy(old)
     vars(new).pop(UNEVEN_FIELD, None)
     if plan.needs_retype:
-        new = _retyped(new, after.text_type, row.retype_fields)
-    changes: dict[str, Any] = {
-        "num_hidden_layers": after.num_layers,
-        **{
-            name: [getattr(old, name)[i] for i in plan.layers]
-            for name in _lists(old, row.layer_lists)
-        },
-        **{
-            name: [new for new, i in enumerate(plan.layers) if i in getattr(old, name)]
-            for name in _lists(old, row.layer_indices)
-        },
-    }
+        new = _retyped(new, after.text_type, plan.before.backbone.retype_fields)
+    for name, value in _of_kept_layers(old, plan).items():
+        setattr(new, name, value)
     if uneven:
-        changes[UNEVEN_FIELD] = [_widths(old, shape) for shape in after.layers]
-    else:
-        changes |= _changed_widths(old, after)
-    for name, value in changes.items():
+        setattr(new, UNEVEN_FIELD, [_widths(old, shape) for shape in after.layers])
+        return new
+    for name, value in _changed_widths(new, after).items():
         setattr(new, name, value)
     return new
 
@@ -169,8 +159,8 @@ def validate(config: PreTrainedConfig, text_config: PreTrainedConfig, plan: Plan
         _require_legal_neurons(plan)
     elif not plan.before.backbone.can_be_uneven:
         raise ImpossiblePlanError(
-            f"plan: layers of {plan.before.text_type!r} must stay equally wide, since its experts "
-            "cannot be cut layer by layer. Plan with allocation 'uniform'"
+            f"plan: layers of {plan.before.text_type!r} must stay equally wide, since "
+            "modeling_pruned.py cannot cut them one by one. Plan with allocation 'uniform'"
         )
     try:
         checked = type(text_config).from_dict(text_config.to_dict())
@@ -203,6 +193,28 @@ def _lists(text_config: Any, names: Sequence[str]) -> list[str]:
     return [name for name in names if getattr(text_config, name, None) is not None]
 
 
+def _of_kept_layers(old: PreTrainedConfig, plan: Plan) -> dict[str, Any]:
+    """What a configuration says layer by layer, for the layers that stay."""
+    row = plan.before.backbone
+    lists = {n: [getattr(old, n)[i] for i in plan.layers] for n in _lists(old, row.layer_lists)}
+    numbers = {
+        name: [new for new, i in enumerate(plan.layers) if i in getattr(old, name)]
+        for name in _lists(old, row.layer_indices)
+    }
+    maps = {name: _renumbered(old, name, plan) for name in row.layer_maps}
+    counts = {"num_hidden_layers": len(plan.layers)}
+    if row.shared_tail is not None:
+        first = old.num_hidden_layers - getattr(old, row.shared_tail)
+        counts[row.shared_tail] = sum(index >= first for index in plan.layers)
+    return {**counts, **lists, **numbers, **maps}
+
+
+def _renumbered(text_config: PreTrainedConfig, name: str, plan: Plan) -> dict[int, Any]:
+    """A mapping from layer numbers, for the layers that stay."""
+    given = {int(index): value for index, value in text_config.to_dict().get(name, {}).items()}
+    return {new: given[old] for new, old in enumerate(plan.layers) if old in given}
+
+
 def _widths(text_config: Any, shape: LayerShape) -> dict[str, int]:
     """A layer's entry; units that it lacks have the count of the configuration."""
     counts = (shape.num_heads, shape.num_kv_heads, shape.intermediate_size)
@@ -221,6 +233,10 @@ def _changed_widths(text_config: Any, after: Anatomy) -> dict[str, Any]:
         if any(getattr(text_config, name, count) != count for name, count in heads.items()):
             changed = {**heads, "head_dim": head_dim}
     row = after.backbone
+    if row.neuron_field in row.layer_lists:
+        rows = zip(after.layers, getattr(text_config, row.neuron_field), strict=True)
+        widths = [shape.intermediate_size or whole for shape, whole in rows]
+        return {**changed, row.neuron_field: widths}
     for neurons in after.mlp_widths:
         if getattr(text_config, row.neuron_field) != neurons:
             changed |= {row.neuron_field: neurons, **row.width_fields}

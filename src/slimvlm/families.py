@@ -1,95 +1,23 @@
 """What slimvlm knows about model families, as data: a family is a row.
 
-Two tables. `BACKBONES` describes decoder layers: which matrices own the rows and columns of a
-unit, and what the configuration class allows. `FAMILIES` says where the backbone, the vision
-tower and the projector sit inside a whole model. A plain causal LM is a family without eyes.
+Two tables. `BACKBONES` describes decoder layers, see `slimvlm.backbones`. `FAMILIES` says where the
+backbone, the vision tower and the projector sit inside a whole model. A plain causal LM is a family
+without eyes.
 
 The rules were measured on transformers 5.24 and are tested in ``tests/contract/test_families.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, replace
 
-Segment = Literal["query", "query_and_gate", "key_value", "neuron"]
-HeadRule = Literal["any", "divides_hidden_size", "fixed"]
-
-OUTPUT_ROWS = 0
-INPUT_COLUMNS = 1
-
-
-@dataclass(frozen=True)
-class Projection:
-    """A weight matrix of a decoder layer, part of which belongs to units.
-
-    Attributes:
-        path: Where it sits below the layer: a linear module, or a parameter ``[E, O, C]`` that
-            holds a matrix for each of ``E`` experts. A neuron then is a channel of every expert.
-        dim: The dimension that units divide: `OUTPUT_ROWS` or `INPUT_COLUMNS`.
-        segments: The blocks along that dimension, in order. ``query`` has one block of
-            ``head_dim`` for each query head, ``query_and_gate`` two for each (the second switches
-            the head's output), ``key_value`` one for each KV head, ``neuron`` one channel for
-            each neuron. Fused matrices have several.
-        transposed: Whether the matrix is stored with inputs first, ``[E, C, O]``.
-    """
-
-    path: str
-    dim: int
-    segments: tuple[Segment, ...]
-    transposed: bool = False
-
-    @property
-    def axis(self) -> int:
-        """The divided dimension of the stored tensor, counted from its end."""
-        is_rows = (self.dim == OUTPUT_ROWS) != self.transposed
-        return -2 if is_rows else -1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Backbone:
-    """How the decoder layers of one text model type are built and configured.
-
-    A layer has all matrices of ``attention`` or none (linear attention, convolution), and all of
-    ``mlp`` or none (a dense layer between layers of experts). What is not listed stays whole.
-
-    Attributes:
-        attention: Matrices of the attention block; the one with `INPUT_COLUMNS` writes to the
-            residual stream.
-        mlp: Matrices of the MLP; likewise. Empty if neurons cannot go.
-        final_norm: Name of the norm after the last layer.
-        head_rule: ``any``: every head count can be configured. ``divides_hidden_size``: the
-            configuration insists that heads divide the hidden size. ``fixed``: the class computes
-            ``head_dim`` from the head count, so heads cannot change.
-        retype: Model type with identical computation but a freer configuration, used when
-            `head_rule` forbids a count.
-        retype_fields: Fields that the retyped configuration must state.
-        retype_requires: Fields that must have these values for the types to be identical.
-        layer_lists: Configuration lists with one entry a layer.
-        layer_indices: Configuration lists of layer numbers.
-        live_lists: Lists with one entry a layer that the text model keeps outside its
-            configuration.
-        neuron_field: Configuration field with the number of neurons.
-        neuron_multiple: Neurons must be a multiple of this.
-        width_fields: Fields that must have these values for `neuron_field` to be taken literally.
-        can_be_uneven: Whether `slimvlm.modeling_pruned` can cut its layers to different widths.
-    """
-
-    attention: tuple[Projection, ...]
-    mlp: tuple[Projection, ...]
-    final_norm: str = "norm"
-    head_rule: HeadRule = "any"
-    retype: str | None = None
-    retype_fields: Mapping[str, object] = field(default_factory=dict)
-    retype_requires: Mapping[str, object] = field(default_factory=dict)
-    layer_lists: tuple[str, ...] = ()
-    layer_indices: tuple[str, ...] = ()
-    live_lists: tuple[str, ...] = ()
-    neuron_field: str = "intermediate_size"
-    neuron_multiple: int = 1
-    width_fields: Mapping[str, object] = field(default_factory=dict)
-    can_be_uneven: bool = True
+from slimvlm.backbones import BACKBONES as BACKBONES
+from slimvlm.backbones import INPUT_COLUMNS as INPUT_COLUMNS
+from slimvlm.backbones import OUTPUT_ROWS as OUTPUT_ROWS
+from slimvlm.backbones import Backbone as Backbone
+from slimvlm.backbones import Projection as Projection
+from slimvlm.backbones import Segment as Segment
+from slimvlm.backbones import Stack as Stack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +28,8 @@ class Family:
         backbone: Path of the text model (layers, embeddings, final norm) in the whole model.
         head: Path of the language-model head.
         vision: Path of the vision tower, None for a text model.
-        projector: Paths of what maps vision features into the text model.
+        projector: Paths of what maps the towers' features into the text model.
+        other_towers: Paths of towers beside the vision tower, such as one for sound.
         text_config: Attribute that holds the text configuration, None if it is the whole one.
         pinned_layers: Dotted configuration path of a list; as many first layers as it has entries
             must stay, because features are added to layers by position.
@@ -113,156 +42,18 @@ class Family:
     head: str = "lm_head"
     vision: str | None = None
     projector: tuple[str, ...] = ()
+    other_towers: tuple[str, ...] = ()
     text_config: str | None = "text_config"
     pinned_layers: str | None = None
     caps_logits: bool = False
     fixed_neurons: bool = False
 
+    @property
+    def towers(self) -> tuple[str, ...]:
+        """Paths of all towers."""
+        return (*(() if self.vision is None else (self.vision,)), *self.other_towers)
 
-_SPLIT_ATTENTION = (
-    Projection("self_attn.q_proj", OUTPUT_ROWS, ("query",)),
-    Projection("self_attn.k_proj", OUTPUT_ROWS, ("key_value",)),
-    Projection("self_attn.v_proj", OUTPUT_ROWS, ("key_value",)),
-    Projection("self_attn.o_proj", INPUT_COLUMNS, ("query",)),
-)
-_GATED_MLP = (
-    Projection("mlp.gate_proj", OUTPUT_ROWS, ("neuron",)),
-    Projection("mlp.up_proj", OUTPUT_ROWS, ("neuron",)),
-    Projection("mlp.down_proj", INPUT_COLUMNS, ("neuron",)),
-)
-_PHI_ATTENTION = (
-    *_SPLIT_ATTENTION[:3],
-    Projection("self_attn.dense", INPUT_COLUMNS, ("query",)),
-)
-_PLAIN_MLP = (
-    Projection("mlp.fc1", OUTPUT_ROWS, ("neuron",)),
-    Projection("mlp.fc2", INPUT_COLUMNS, ("neuron",)),
-)
-_FUSED_ATTENTION = (
-    Projection("self_attn.qkv_proj", OUTPUT_ROWS, ("query", "key_value", "key_value")),
-    Projection("self_attn.o_proj", INPUT_COLUMNS, ("query",)),
-)
-_FUSED_GATED_MLP = (
-    Projection("mlp.gate_up_proj", OUTPUT_ROWS, ("neuron", "neuron")),
-    Projection("mlp.down_proj", INPUT_COLUMNS, ("neuron",)),
-)
-_OUT_PROJ_ATTENTION = (
-    *_SPLIT_ATTENTION[:3],
-    Projection("self_attn.out_proj", INPUT_COLUMNS, ("query",)),
-)
-_GATED_OUTPUT_ATTENTION = (
-    Projection("self_attn.q_proj", OUTPUT_ROWS, ("query_and_gate",)),
-    *_SPLIT_ATTENTION[1:],
-)
-_W123_MLP = (
-    Projection("feed_forward.w1", OUTPUT_ROWS, ("neuron",)),
-    Projection("feed_forward.w3", OUTPUT_ROWS, ("neuron",)),
-    Projection("feed_forward.w2", INPUT_COLUMNS, ("neuron",)),
-)
-_EXPERTS = (
-    Projection("mlp.experts.gate_up_proj", OUTPUT_ROWS, ("neuron", "neuron")),
-    Projection("mlp.experts.down_proj", INPUT_COLUMNS, ("neuron",)),
-)
-_TRANSPOSED_AND_SHARED_EXPERTS = (
-    Projection("feed_forward.experts.gate_up_proj", OUTPUT_ROWS, ("neuron", "neuron"), True),
-    Projection("feed_forward.experts.down_proj", INPUT_COLUMNS, ("neuron",), True),
-    Projection("feed_forward.shared_expert.gate_proj", OUTPUT_ROWS, ("neuron",)),
-    Projection("feed_forward.shared_expert.up_proj", OUTPUT_ROWS, ("neuron",)),
-    Projection("feed_forward.shared_expert.down_proj", INPUT_COLUMNS, ("neuron",)),
-)
 
-BACKBONES: dict[str, Backbone] = {
-    "llama": Backbone(
-        attention=_SPLIT_ATTENTION,
-        mlp=_GATED_MLP,
-        head_rule="divides_hidden_size",
-        retype="mistral",
-        retype_fields={"sliding_window": None},
-        retype_requires={"attention_bias": False, "mlp_bias": False},
-    ),
-    "mistral": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP),
-    "qwen2": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP, layer_lists=("layer_types",)),
-    "qwen3": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP, layer_lists=("layer_types",)),
-    "phi": Backbone(attention=_PHI_ATTENTION, mlp=_PLAIN_MLP, final_norm="final_layernorm"),
-    "phi3": Backbone(
-        attention=_FUSED_ATTENTION,
-        mlp=_FUSED_GATED_MLP,
-    ),
-    "gemma": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP),
-    "gemma2": Backbone(
-        attention=_SPLIT_ATTENTION,
-        mlp=_GATED_MLP,
-        head_rule="divides_hidden_size",
-        layer_lists=("layer_types",),
-    ),
-    "gemma3_text": Backbone(
-        attention=_SPLIT_ATTENTION,
-        mlp=_GATED_MLP,
-        head_rule="divides_hidden_size",
-        layer_lists=("layer_types",),
-    ),
-    "qwen2_vl_text": Backbone(
-        attention=_SPLIT_ATTENTION,
-        mlp=_GATED_MLP,
-        head_rule="fixed",
-        layer_lists=("layer_types",),
-    ),
-    "qwen2_5_vl_text": Backbone(
-        attention=_SPLIT_ATTENTION,
-        mlp=_GATED_MLP,
-        head_rule="fixed",
-        layer_lists=("layer_types",),
-    ),
-    "qwen3_vl_text": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP),
-    "qwen3_vl_moe_text": Backbone(
-        attention=_SPLIT_ATTENTION,
-        mlp=_EXPERTS,
-        layer_indices=("mlp_only_layers",),
-        neuron_field="moe_intermediate_size",
-        neuron_multiple=8,
-        can_be_uneven=False,
-    ),
-    "qwen3_5_text": Backbone(
-        attention=_GATED_OUTPUT_ATTENTION, mlp=_GATED_MLP, layer_lists=("layer_types",)
-    ),
-    "stablelm": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP, head_rule="fixed"),
-    "cohere2": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP, layer_lists=("layer_types",)),
-    "phi4_multimodal": Backbone(attention=_FUSED_ATTENTION, mlp=_FUSED_GATED_MLP),
-    "glm4v_text": Backbone(attention=_SPLIT_ATTENTION, mlp=_FUSED_GATED_MLP, head_rule="fixed"),
-    "mllama_text_model": Backbone(
-        attention=_SPLIT_ATTENTION,
-        mlp=_GATED_MLP,
-        head_rule="fixed",
-        layer_indices=("cross_attention_layers",),
-    ),
-    "llama4_text": Backbone(
-        attention=_SPLIT_ATTENTION,
-        mlp=_TRANSPOSED_AND_SHARED_EXPERTS,
-        layer_lists=("layer_types", "no_rope_layers"),
-        layer_indices=("moe_layers",),
-        can_be_uneven=False,
-    ),
-    "lfm2": Backbone(
-        attention=_OUT_PROJ_ATTENTION,
-        mlp=_W123_MLP,
-        final_norm="embedding_norm",
-        layer_lists=("layer_types",),
-        width_fields={"block_auto_adjust_ff_dim": False},
-    ),
-    "molmo2_text": Backbone(
-        attention=_SPLIT_ATTENTION,
-        mlp=_GATED_MLP,
-        layer_indices=("rope_scaling_layers",),
-        live_lists=("rope_types",),
-    ),
-    "kosmos_2_5_text_model": Backbone(
-        attention=_OUT_PROJ_ATTENTION,
-        mlp=(),
-        final_norm="layer_norm",
-        head_rule="fixed",
-        can_be_uneven=False,
-    ),
-}
 _ONLY_INSIDE = (
     *("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text", "glm4v_text"),
     *("mllama_text_model", "molmo2_text", "kosmos_2_5_text_model", "phi4_multimodal"),
@@ -288,6 +79,13 @@ _QWEN3_VL = Family(
     projector=("model.visual.merger", "model.visual.deepstack_merger_list"),
     pinned_layers="vision_config.deepstack_visual_indexes",
 )
+_GEMMA = Family(
+    backbone="model.language_model",
+    vision="model.vision_tower",
+    projector=("model.embed_vision", "model.embed_audio"),
+    other_towers=("model.audio_tower",),
+    caps_logits=True,
+)
 _ANYRES = Family(
     backbone="model.language_model",
     vision="model.vision_tower",
@@ -303,6 +101,8 @@ FAMILIES: dict[str, Family] = {
     "mistral3": _LLAVA,
     "paligemma": replace(_LLAVA, caps_logits=True),
     "gemma3": _LLAVA,
+    "gemma3n": _GEMMA,
+    "gemma4": _GEMMA,
     "idefics3": _IDEFICS,
     "smolvlm": _IDEFICS,
     "qwen2_vl": _QWEN_VL,

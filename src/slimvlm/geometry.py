@@ -6,17 +6,18 @@ pruned models too. A model on the meta device is enough: no weights are needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
 
 from slimvlm.errors import UnsupportedModelError
-from slimvlm.families import BACKBONES, FAMILIES, Backbone, Family, Projection
+from slimvlm.families import BACKBONES, FAMILIES, Backbone, Family, Projection, Stack
 from slimvlm.layers import LayerShape as LayerShape
 from slimvlm.layers import Matrix as Matrix
-from slimvlm.layers import matrices_of, read_layer
+from slimvlm.layers import read_layer, unit_matrices
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,9 @@ class Anatomy:
         final_norm_params: Parameters of the norm after the last layer.
         vision_params: Parameters of the vision tower without the projector.
         projector_params: Parameters of the projector.
-        pinned_layers: First layers that must stay (deepstack features are added to them).
+        pinned_layers: Layers that must stay: deepstack features are added to the first ones, or
+            later layers read their keys and values.
+        other_params: Parameters of the text model that stand beside all of these.
         retypable: Whether a freer configuration type can stand in for ``text_type``.
         fixed_neurons: MLP width that a plain configuration must keep since it also sizes a part
             outside the backbone; None if the width is free.
@@ -50,9 +53,10 @@ class Anatomy:
     final_norm_params: int
     vision_params: int
     projector_params: int
-    pinned_layers: int = 0
+    pinned_layers: tuple[int, ...] = ()
     retypable: bool = False
     fixed_neurons: int | None = None
+    other_params: int = 0
 
     @property
     def num_layers(self) -> int:
@@ -61,9 +65,12 @@ class Anatomy:
 
     @property
     def backbone_params(self) -> int:
-        """Parameters that `ratio` is a share of: layers, final norm, embedding and head."""
+        """Parameters that `ratio` is a share of: layers, final norm, embedding and head.
+
+        And what else belongs to the text model: all but towers and projector.
+        """
         shared = self.embedding_params + self.head_params + self.final_norm_params
-        return shared + sum(layer.params for layer in self.layers)
+        return shared + self.other_params + sum(layer.params for layer in self.layers)
 
     @property
     def total_params(self) -> int:
@@ -98,6 +105,13 @@ class Anatomy:
     def backbone(self) -> Backbone:
         """The row of `BACKBONES` that describes the decoder layers."""
         return BACKBONES[self.text_type]
+
+    @property
+    def why_pinned(self) -> str:
+        """Why `pinned_layers` must stay."""
+        if self.backbone.shared_tail is None:
+            return f"image features are added to the first {len(self.pinned_layers)} layers"
+        return "later layers read their keys and values, or they are the last"
 
     def legal_kv_heads(self) -> list[int]:
         """KV-head counts that the configuration class can write down, ascending.
@@ -152,7 +166,10 @@ class Anatomy:
     def from_dict(cls, values: dict[str, Any]) -> Anatomy:
         """The inverse of `to_dict`."""
         layers = tuple(LayerShape(**shape) for shape in values["layers"])
-        return cls(**{**values, "layers": layers})
+        pinned = values["pinned_layers"]
+        if isinstance(pinned, int):  # older plans say how many first layers
+            pinned = range(pinned)
+        return cls(**{**values, "layers": layers, "pinned_layers": tuple(pinned)})
 
 
 def family_of(model_type: str) -> Family:
@@ -210,8 +227,17 @@ def matrices(model: nn.Module) -> Iterator[tuple[int, Matrix]]:
     """Every weight matrix that units own parts of, experts' too, with its layer's index."""
     row = backbone_of(_config(model))
     for index, layer in enumerate(decoder_layers(model)):
-        for unit_projections in (row.attention, row.mlp):
-            yield from ((index, matrix) for matrix in matrices_of(layer, unit_projections))
+        for of_unit in unit_matrices(layer, row):
+            yield from ((index, matrix) for matrix in of_unit)
+
+
+def stacks(model: nn.Module) -> Iterator[tuple[Stack, nn.Linear | nn.Embedding]]:
+    """The weights outside the layers that hold a slice for each layer."""
+    text_model = model.get_submodule(family_of(_config(model).model_type).backbone)
+    for stack in backbone_of(_config(model)).layer_stacks:
+        module = getattr(text_model, stack.path, None)
+        if module is not None:
+            yield stack, module
 
 
 def projections(model: nn.Module) -> Iterator[tuple[int, Projection, nn.Linear]]:
@@ -231,27 +257,33 @@ def read_anatomy(model: nn.Module) -> Anatomy:
     family, backbone = family_of(config.model_type), backbone_of(config)
     text_config = text_config_of(config)
     text_model = model.get_submodule(family.backbone)
-    embedding = text_model.get_submodule("embed_tokens")
-    projector = {id(p) for path in family.projector for p in _parameters(model, path)}
-    vision = _parameters(model, family.vision) if family.vision else []
-    head = model.get_submodule(family.head)
-    embedding_ids = {id(p) for p in embedding.parameters()}
+    embedding = _by_id(text_model.get_submodule("embed_tokens").parameters())
+    head = _by_id(model.get_submodule(family.head).parameters())
+    norm = _by_id(final_norm(model).parameters())
+    projector = _by_id(p for path in family.projector for p in _parameters(model, path))
+    towers = _by_id(p for path in family.towers for p in _parameters(model, path))
+    stacked = _by_id(p for _, module in stacks(model) for p in module.parameters())
+    inside = _by_id(decoder_layers(model).parameters())
+    listed = embedding | head | norm | projector | towers | stacked | inside
+    slices = _count(stacked) // len(decoder_layers(model))
+    shapes = [read_layer(layer, backbone) for layer in decoder_layers(model)]
     return Anatomy(
         model_type=config.model_type,
         text_type=text_config.model_type,
         hidden_size=text_config.hidden_size,
         vocab_size=text_config.vocab_size,
-        layers=tuple(read_layer(layer, backbone) for layer in decoder_layers(model)),
-        embedding_params=_count(embedding.parameters()),
-        head_params=_count(p for p in head.parameters() if id(p) not in embedding_ids),
-        final_norm_params=_count(text_model.get_submodule(backbone.final_norm).parameters()),
-        vision_params=_count(p for p in vision if id(p) not in projector),
-        projector_params=_count(p for path in family.projector for p in _parameters(model, path)),
-        pinned_layers=_pinned_layers(config, family),
+        layers=tuple(replace(s, fixed_params=s.fixed_params + slices) for s in shapes),
+        embedding_params=_count(embedding),
+        head_params=_count(head, embedding),
+        final_norm_params=_count(norm),
+        vision_params=_count(towers, projector),
+        projector_params=_count(projector),
+        pinned_layers=_pinned_layers(config, family, backbone),
         retypable=_retypable(text_config, backbone),
         fixed_neurons=(
             getattr(text_config, backbone.neuron_field) if family.fixed_neurons else None
         ),
+        other_params=_count(_by_id(text_model.parameters()), listed),
     )
 
 
@@ -259,8 +291,12 @@ def _config(model: nn.Module) -> Any:
     return model.config
 
 
-def _count(parameters: Any) -> int:
-    return sum(p.numel() for p in parameters)
+def _by_id(parameters: Iterable[nn.Parameter]) -> dict[int, nn.Parameter]:
+    return {id(parameter): parameter for parameter in parameters}
+
+
+def _count(parameters: dict[int, nn.Parameter], without: Container[int] = ()) -> int:
+    return sum(p.numel() for name, p in parameters.items() if name not in without)
 
 
 def _parameters(model: nn.Module, path: str) -> list[nn.Parameter]:
@@ -272,13 +308,19 @@ def _parameters(model: nn.Module, path: str) -> list[nn.Parameter]:
     return list(part.parameters()) if isinstance(part, nn.Module) else []
 
 
-def _pinned_layers(config: Any, family: Family) -> int:
+def _pinned_layers(config: Any, family: Family, backbone: Backbone) -> tuple[int, ...]:
+    if backbone.shared_tail is not None:
+        return _read_by_others(text_config_of(config), backbone.shared_tail)
     if family.pinned_layers is None:
-        return 0
-    value = config
-    for name in family.pinned_layers.split("."):
-        value = getattr(value, name)
-    return len(value)
+        return ()
+    return tuple(range(len(attrgetter(family.pinned_layers)(config))))
+
+
+def _read_by_others(text_config: Any, shared_tail: str) -> tuple[int, ...]:
+    """The layers whose keys and values the last ones read, and the last one."""
+    count, shared = text_config.num_hidden_layers, getattr(text_config, shared_tail)
+    writers = {kind: i for i, kind in enumerate(text_config.layer_types[: count - shared])}
+    return tuple(sorted({*(writers.values() if shared else ()), count - 1}))
 
 
 def _retypable(text_config: Any, backbone: Backbone) -> bool:

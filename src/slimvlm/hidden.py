@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from slimvlm.geometry import decoder_layers, family_of, final_norm, text_config_of
-from slimvlm.layers import layer_output
+from slimvlm.layers import layer_output, main_stream
 from slimvlm.losses import IGNORE, Head
 from slimvlm.roles import role_masks
 from slimvlm.sharding import apply_head, is_sharded
@@ -40,7 +40,7 @@ def hidden_states(
     caught: dict[int, Tensor] = {}
 
     def catch(place: int, module: nn.Module, args: Any, output: Any) -> None:
-        caught[place] = layer_output(output)
+        caught[place] = main_stream(layer_output(output))
 
     modules = [final_norm(model), *(decoder_layers(model)[index] for index in layers)]
     with ExitStack() as stack:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,7 +25,8 @@ class LayerShape:
         intermediate_size: MLP neurons, with experts those of one; 0 if none of its neurons can go.
         kv_group_params: Parameters of one KV group (its q, k, v rows and biases, o columns).
         neuron_params: Parameters of one neuron (gate and up rows and biases, down column).
-        fixed_params: Parameters that no unit owns (norms, output biases).
+        fixed_params: Parameters that no unit owns (norms, output biases, the layer's slices of
+            weights that stand outside the layers).
     """
 
     num_kv_heads: int
@@ -104,7 +106,7 @@ def matrices_of(layer: nn.Module, wanted: Sequence[Projection]) -> list[Matrix]:
     if present and len(present) < len(found):
         missing = wanted[found.index(None)].path
         raise UnsupportedModelError(
-            f"{type(layer).__name__} has no {missing!r}, which its row of families.py names"
+            f"{type(layer).__name__} has no {missing!r}, which its row of backbones.py names"
         )
     return present
 
@@ -120,14 +122,23 @@ def _matrix(layer: nn.Module, projection: Projection) -> Matrix | None:
     return Matrix(owner, name, projection) if isinstance(part, nn.Parameter) else None
 
 
+def unit_matrices(layer: nn.Module, row: Backbone) -> tuple[list[Matrix], list[Matrix]]:
+    """The matrices of a layer that KV groups own parts of, and those of neurons.
+
+    Raises:
+        UnsupportedModelError: If the layer has some of a row's matrices only.
+    """
+    stays_whole = row.whole_mlp_if is not None and attrgetter(row.whole_mlp_if)(layer)
+    return matrices_of(layer, row.attention), [] if stays_whole else matrices_of(layer, row.mlp)
+
+
 def read_layer(layer: nn.Module, backbone: Backbone) -> LayerShape:
     """The shape of a decoder layer, off its weights, whatever its configuration says.
 
     Raises:
         UnsupportedModelError: If the row of data does not fit.
     """
-    attention = matrices_of(layer, backbone.attention)
-    mlp = matrices_of(layer, backbone.mlp)
+    attention, mlp = unit_matrices(layer, backbone)
     kv_heads, queries_per_group, head_dim = 0, 0, 0
     if attention:
         head_dim = int(layer.get_submodule("self_attn").head_dim)  # type: ignore[arg-type]
@@ -177,6 +188,15 @@ def with_layer_input(
     if args:
         return (hidden, *args[1:]), dict(kwargs)
     return (), {**kwargs, "hidden_states": hidden}
+
+
+def main_stream(hidden: Tensor) -> Tensor:
+    """``[B, T, D]`` of hidden states that may hold several residual streams ``[S, B, T, D]``.
+
+    The first stream is the one that begins as the embedding and that the others are scaled to at
+    the end (AltUp of Gemma 3n).
+    """
+    return hidden[0] if hidden.ndim == 4 else hidden
 
 
 def layer_output(output: Any) -> Tensor:

@@ -60,11 +60,11 @@ class Plan:
             ):
                 has_some = is_kept and count > 0
                 _check_indices(f"{name}[{index}]", kept, count, has_some == bool(kept))
-        missing = set(range(self.before.pinned_layers)) - set(self.layers)
+        missing = sorted(set(self.before.pinned_layers) - set(self.layers))
         if missing:
             raise ImpossiblePlanError(
-                f"plan: layers {sorted(missing)} must stay, since image features are added to the "
-                f"first {self.before.pinned_layers} layers of {self.before.model_type}"
+                f"plan: layers {missing} of {self.before.model_type!r} must stay, since "
+                f"{self.before.why_pinned}"
             )
 
     @classmethod
@@ -82,7 +82,8 @@ class Plan:
     @property
     def after(self) -> Anatomy:
         """The smaller model's anatomy."""
-        after = self.before.with_layers(self._shapes())
+        pinned = tuple(self.layers.index(i) for i in self.before.pinned_layers)
+        after = replace(self.before.with_layers(self._shapes()), pinned_layers=pinned)
         return after.retyped() if self.needs_retype else after
 
     @property

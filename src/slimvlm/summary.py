@@ -219,7 +219,8 @@ def _is_marked(rows: Sequence[Sequence[str]]) -> bool:
 
 
 def _pinned(anatomy: Anatomy) -> str:
-    return f" (the first {anatomy.pinned_layers} must stay)" if anatomy.pinned_layers else ""
+    pinned = ", ".join(map(str, anatomy.pinned_layers))
+    return f" ({pinned} must stay)" if pinned else ""
 
 
 def _mebibytes(num_bytes: int | None) -> str:

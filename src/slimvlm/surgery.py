@@ -19,7 +19,7 @@ from slimvlm.configs import (
     with_text_config,
 )
 from slimvlm.errors import ConfigError
-from slimvlm.families import INPUT_COLUMNS, OUTPUT_ROWS, Projection
+from slimvlm.families import INPUT_COLUMNS, OUTPUT_ROWS, Projection, Stack
 from slimvlm.geometry import (
     Anatomy,
     Matrix,
@@ -27,6 +27,7 @@ from slimvlm.geometry import (
     family_of,
     matrices,
     read_anatomy,
+    stacks,
     text_config_of,
 )
 from slimvlm.layers import layer_input
@@ -34,6 +35,8 @@ from slimvlm.modeling_pruned import set_counts_
 from slimvlm.plan import Plan
 from slimvlm.uneven import set_class_
 from slimvlm.units import channels_of, unit_of
+
+_EMBEDDING = ("num_embeddings", "embedding_dim")
 
 
 def prune_(model: PreTrainedModel, plan: Plan, allow_uneven: bool = False) -> None:
@@ -74,7 +77,7 @@ def mask_(model: PreTrainedModel, plan: Plan) -> None:
     """Switch off what a plan removes without changing any shape, in place.
 
     The columns of ``o_proj`` and ``down_proj`` that read removed units become zero. Removed layers
-    become zero altogether, so that only the residual stream passes. This is the slow and obvious
+    become zero altogether, and a hook passes their input on. This is the slow and obvious
     meaning of a plan, against which `prune_` is tested.
     """
     _require_match(model, plan)
@@ -84,6 +87,7 @@ def mask_(model: PreTrainedModel, plan: Plan) -> None:
             if index not in kept_layers:
                 for parameter in layer.parameters():
                     parameter.zero_()
+                layer.register_forward_hook(_pass_on, with_kwargs=True)
         for index, matrix in matrices(model):
             if matrix.projection.dim == INPUT_COLUMNS and index in kept_layers:
                 matrix.weight.copy_(_masked_weight(plan, index, matrix))
@@ -103,14 +107,10 @@ def masked(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
     def hide(keep: Tensor, module: nn.Module, args: Any) -> Any:
         return (args[0] * keep.to(args[0]), *args[1:])
 
-    def skip(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        hidden = layer_input(args, kwargs)
-        return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
-
     with ExitStack() as stack:
         for index, layer in enumerate(decoder_layers(model)):
             if index not in kept_layers:
-                handle = layer.register_forward_hook(skip, with_kwargs=True)
+                handle = layer.register_forward_hook(_pass_on, with_kwargs=True)
                 stack.callback(handle.remove)
         for index, matrix in matrices(model):
             if matrix.projection.dim != INPUT_COLUMNS or index not in kept_layers:
@@ -127,6 +127,12 @@ def masked(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
                 weight = nn.Parameter(_masked_weight(plan, index, matrix), False)
                 setattr(matrix.owner, matrix.name, weight)
         yield
+
+
+def _pass_on(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    """A hook after which a layer gives its input for its output."""
+    hidden = layer_input(args, kwargs)
+    return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
 
 def _require_match(model: nn.Module, plan: Plan) -> None:
@@ -190,6 +196,8 @@ def _drop_layers(model: nn.Module, plan: Plan) -> None:
     layers = decoder_layers(model)
     kept = [layers[i] for i in plan.layers]
     parent: Any = model.get_submodule(plan.before.family.backbone)
+    for stack, holder in stacks(model):
+        _keep_slices(stack, holder, plan)
     parent.layers = nn.ModuleList(kept)
     for name in plan.before.backbone.live_lists:
         setattr(parent, name, [getattr(parent, name)[i] for i in plan.layers])
@@ -197,6 +205,20 @@ def _drop_layers(model: nn.Module, plan: Plan) -> None:
         for module in layer.modules():
             if "layer_idx" in vars(module):
                 module.layer_idx = index  # type: ignore[assignment]
+
+
+def _keep_slices(stack: Stack, module: Any, plan: Plan) -> None:
+    keep = kept_slices(plan, module.weight.shape[stack.dim]).to(module.weight.device)
+    cut = module.weight.detach().index_select(stack.dim, keep)
+    module.weight = nn.Parameter(cut, module.weight.requires_grad)
+    widths = ("out_features", "in_features") if isinstance(module, nn.Linear) else _EMBEDDING
+    for name, size in zip(widths, cut.shape, strict=True):
+        setattr(module, name, size)
+
+
+def kept_slices(plan: Plan, width: int) -> Tensor:
+    """The channels of a weight with a slice for each layer that belong to kept layers."""
+    return torch.arange(width).view(plan.before.num_layers, -1)[list(plan.layers)].flatten()
 
 
 def _apply_config(model: PreTrainedModel, text_config: PreTrainedConfig, plan: Plan) -> None:
@@ -210,6 +232,9 @@ def _apply_config(model: PreTrainedModel, text_config: PreTrainedConfig, plan: P
     for name in plan.before.backbone.layer_indices:
         if hasattr(text_model, name):
             setattr(text_model, name, getattr(text_config, name))
+    if "first_kv_shared_layer_idx" in vars(text_model):
+        shared: int = getattr(text_config, plan.before.backbone.shared_tail or "")
+        text_model.first_kv_shared_layer_idx = plan.after.num_layers - shared
     for layer, shape in zip(decoder_layers(model), plan.after.layers, strict=True):
         if shape.num_kv_heads:
             attention = layer.get_submodule("self_attn")

@@ -45,9 +45,11 @@ ONLY_DEPTH = ["kosmos2_5"]
 FIXED_NEURONS = ["idefics2"]
 PROJECTOR = re.compile(
     r"multi_modal_projector|image_newline|connector|visual\.(deepstack_)?merger|model\.merger|aligner|"
-    r"model\.projector|visual_embeddings_table|img_projection|image_to_text_projection|segment_emb"
+    r"model\.projector|visual_embeddings_table|img_projection|image_to_text_projection|segment_emb|"
+    r"embed_vision|embed_audio"
 )
-VISION = re.compile(r"vision_tower|vision_model|visual|embed_tokens_extend")
+VISION = re.compile(r"vision_tower|vision_model|visual|embed_tokens_extend|audio_tower")
+PER_LAYER = re.compile(r"embed_tokens_per_layer|per_layer_model_projection")
 CASES = [
     pytest.param(name, axis, id=f"{name}-{axis}")
     for name in FAMILIES
@@ -118,7 +120,10 @@ def test_parts_are_counted_exactly(name: str) -> None:
     if tiny.is_multimodal(model.config):
         assert min(sizes.values()) > 0
     layer_sizes = [sum(p.numel() for p in x.parameters()) for x in decoder_layers(model)]
-    assert [shape.params for shape in anatomy.layers] == layer_sizes
+    slices = sum(p.numel() for n, p in model.named_parameters() if PER_LAYER.search(n))
+    slice_size, rest = divmod(slices, anatomy.num_layers)
+    assert rest == 0
+    assert [shape.params for shape in anatomy.layers] == [size + slice_size for size in layer_sizes]
 
 
 @every_family
@@ -129,10 +134,17 @@ def test_widths_are_read_from_the_model(name: str) -> None:
     heads = (config.num_attention_heads, getattr(config, "num_key_value_heads", 8), 8)
     for kv_heads, queries, head_dim in anatomy.attention_shapes:
         assert (kv_heads * queries, kv_heads, head_dim) == heads
-    for neurons in anatomy.mlp_widths:
-        assert neurons == getattr(config, anatomy.backbone.neuron_field)
-    mixers = [hasattr(layer, "self_attn") for layer in decoder_layers(model)]
-    assert [bool(shape.num_kv_heads) for shape in anatomy.layers] == mixers
+    for shape, neurons in zip(anatomy.layers, configured_neurons(config, anatomy), strict=True):
+        assert shape.intermediate_size in (0, neurons)
+    if anatomy.backbone.attention:
+        mixers = [hasattr(layer, "self_attn") for layer in decoder_layers(model)]
+        assert [bool(shape.num_kv_heads) for shape in anatomy.layers] == mixers
+
+
+def configured_neurons(config: Any, anatomy: Anatomy) -> list[int]:
+    """What a text configuration says on every layer."""
+    said = getattr(config, anatomy.backbone.neuron_field, 0)
+    return said if isinstance(said, list) else [said] * anatomy.num_layers
 
 
 @every_family
@@ -178,7 +190,7 @@ def test_the_config_says_what_the_modules_are(name: str, axis: str) -> None:
     assert case.model.config.get_text_config().num_hidden_layers == after.num_layers
     original = text_config_of(tiny.build(name).config)
     for field in after.backbone.layer_lists:
-        if getattr(text_config, field, None) is not None:
+        if field != after.backbone.neuron_field and getattr(text_config, field, None) is not None:
             expected = [getattr(original, field)[i] for i in case.plan.layers]
             assert getattr(text_config, field) == expected
     for field in after.backbone.layer_indices:
@@ -196,8 +208,8 @@ def test_the_config_says_what_the_modules_are(name: str, axis: str) -> None:
         assert getattr(attention, "num_key_value_groups", 1) == shape.queries_per_group
         assert attention.head_dim == shape.head_dim
         assert attention.config is text_config
-    for neurons in after.mlp_widths:
-        assert getattr(text_config, after.backbone.neuron_field) == neurons
+    for shape, neurons in zip(after.layers, configured_neurons(text_config, after), strict=True):
+        assert shape.intermediate_size in (0, neurons)
     for _, _, linear in projections(case.model):
         assert linear.weight.shape == (linear.out_features, linear.in_features)
 
@@ -211,11 +223,15 @@ def test_a_saved_model_is_the_model(name: str, axis: str, tmp_path: Path) -> Non
     )
     assert {kind: found for kind, found in report.items() if found} == {}
     found, expected = logits(loaded.eval(), case.batch), logits(case.model, case.batch)
-    if case.plan.before.backbone.can_be_uneven:
+    if not has_experts(case.plan.before):
         assert torch.equal(found, expected)
     else:  # grouped matrix products of experts round by where a weight lies in memory
         assert_close(found, expected, FORWARD)
     assert read_anatomy(loaded) == case.plan.after
+
+
+def has_experts(anatomy: Anatomy) -> bool:
+    return any("experts" in projection.path for projection in anatomy.backbone.mlp)
 
 
 def generated(case: Case, use_cache: bool) -> Tensor:
@@ -398,7 +414,7 @@ def test_plans_ask_for_legal_head_counts(name: str, ratio: float) -> None:
 
 def test_pinned_layers_are_never_chosen() -> None:
     anatomy = read_anatomy(tiny.build("qwen3_vl"))
-    assert anatomy.pinned_layers == 1
+    assert anatomy.pinned_layers == (0,)
     for seed in range(10):
         scores = random_scores(anatomy, seed)
         assert scores.layer is not None
@@ -415,14 +431,14 @@ def test_all_deepstack_layers_are_pinned() -> None:
     config.vision_config.deepstack_visual_indexes = [0, 1]
     model = hf.AutoModelForImageTextToText.from_config(config)
     anatomy = read_anatomy(model)
-    assert anatomy.pinned_layers == 2
+    assert anatomy.pinned_layers == (0, 1)
     plan = make_plan(anatomy, random_scores(anatomy), 0.4, "depth")
     assert plan.layers[:2] == (0, 1)
 
 
 def test_a_plan_that_drops_a_pinned_layer_is_refused() -> None:
     anatomy = read_anatomy(tiny.build("qwen3_vl"))
-    with pytest.raises(ImpossiblePlanError, match=r"layers \[0\] must stay"):
+    with pytest.raises(ImpossiblePlanError, match=r"layers \[0\] of 'qwen3_vl' must stay"):
         plan_by_hand(anatomy, layers=[1, 2, 3])
     assert plan_by_hand(anatomy, layers=[0, 3]).layers == (0, 3)
 

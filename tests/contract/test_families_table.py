@@ -10,7 +10,7 @@ from slimvlm.checkpoint import anatomy
 from slimvlm.geometry import Anatomy
 from slimvlm.summary import as_markdown
 from tests import tiny, tiny_rare
-from tests.contract.test_families import FAMILIES, ONLY_DEPTH
+from tests.contract.test_families import FAMILIES, has_experts
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 BEGIN, END = "<!-- families: begin -->\n", "<!-- families: end -->\n"
@@ -33,24 +33,25 @@ def table() -> str:
 
 def row(name: str, shape: Anatomy) -> list[str]:
     """What can go from the tiny model."""
-    is_exact = shape.backbone.can_be_uneven or name in ONLY_DEPTH
     sees = shape.family.vision is not None and shape.model_type not in tiny_rare.TEXT_ONLY
-    pinned = f"all but the first {shape.pinned_layers}" if shape.pinned_layers else "any"
+    pinned = ", ".join(map(str, shape.pinned_layers))
     return [
         name,
         f"`{shape.model_type}`",
         f"`{shape.text_type}`",
-        pinned,
+        f"all but {pinned} of {shape.num_layers}" if pinned else "any",
         _groups(shape),
         _neurons(shape),
         "yes" if shape.backbone.can_be_uneven else "no",
-        "bit-equal" if is_exact else "1e-5",
+        "1e-5" if has_experts(shape) else "bit-equal",
         "picture and text" if sees else "text",
     ]
 
 
 def _groups(shape: Anatomy) -> str:
     legal = shape.legal_kv_heads()
+    if not legal:
+        return "none"
     if len(legal) == 1:
         return "fixed"
     as_other = " (as Mistral)" if shape.retypable else ""

@@ -45,6 +45,10 @@ ONLY_LAYERS = (
 SAMPLES = short_samples(8)
 TRAINED = Tolerance(torch.float32, 2e-5, 1e-3)
 """Weights after steps of AdamW, which turns rounding into differences of the learning rate."""
+REORDERED = Tolerance(torch.float32, 3e-5, 3e-5)
+"""The same sums in another order; hidden states of Gemma 4 are large."""
+PER_LAYER = re.compile("embed_tokens_per_layer|per_layer_model_projection")
+"""Weights with a slice for each layer: those of fewer layers are no part of the whole in memory."""
 
 
 def config(**changes: Any) -> RecoverConfig:
@@ -60,8 +64,7 @@ def config(**changes: Any) -> RecoverConfig:
 def plan_for(model: Any, axis: str) -> Plan:
     """Half the layers, some scattered units, or both."""
     anatomy = read_anatomy(model)
-    first = max(anatomy.pinned_layers, 1)
-    layers = [*range(first), 3] if axis != "width" else None
+    layers = sorted({0, 3, *anatomy.pinned_layers}) if axis != "width" else None
     heads = [0, 2] if model.config.model_type not in NO_HEADS else None
     if axis == "depth":
         return plan_by_hand(anatomy, layers)
@@ -115,16 +118,18 @@ def test_sharing_changes_nothing_that_a_teacher_says(name: str, axis: str) -> No
         alone = storages(student)
         missing = sum(p.numel() for p in teacher.parameters()) - alone
         projector = read_anatomy(student).projector_params
+        slices = {n: p.numel() for n, p in student.named_parameters() if PER_LAYER.search(n)}
         trained = disturbed(prepare_training(student, config()))
         sharing = share_(teacher, trained, plan)
         for found, expected in zip(
             hidden_states(teacher, unmasked(batch), range(4)), hidden, strict=True
         ):
-            assert_close(found, expected, FORWARD)
-        assert_close(logits(teacher, batch), before, FORWARD)
-    assert sharing.differing == ()
-    assert storages(plain_model(trained), teacher) - storages(trained) == missing + projector
-    assert sharing.own_params == missing + projector
+            assert_close(found, expected, REORDERED)
+        assert_close(logits(teacher, batch), before, REORDERED)
+    assert set(sharing.differing) == set(slices)
+    own = missing + projector + sum(slices.values())
+    assert storages(plain_model(trained), teacher) - storages(trained) == own
+    assert sharing.own_params == own
 
 
 HEADS = {"MHA": 8, "GQA": 4}

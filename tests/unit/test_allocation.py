@@ -273,7 +273,7 @@ def test_layers_and_a_ranking_share_the_budget() -> None:
 @given(st.floats(0, 0.5), seeds)
 def test_an_equally_wide_result_has_a_legal_head_count(ratio: float, seed: int) -> None:
     """With one neuron multiple in all, only groups can go: all layers may end equally wide."""
-    anatomy = replace(read_anatomy(tiny.build("qwen2_vl")), pinned_layers=0)
+    anatomy = replace(read_anatomy(tiny.build("qwen2_vl")), pinned_layers=())
     scores = replace(random_scores(anatomy, seed), neuron=None)
     try:
         plan = ranked(anatomy, scores, ratio)

@@ -23,6 +23,7 @@ from slimvlm.capture.batches import (
     forward_backbone,
     require_finite,
 )
+from slimvlm.errors import UnsupportedModelError
 from slimvlm.geometry import decoder_layers, read_anatomy
 from slimvlm.layers import layer_input, with_layer_input
 from slimvlm.progress import progress
@@ -60,9 +61,18 @@ def capture_greedy(
         ``order`` ``[L]``: layers in order of removal, then the others by what their removal would
         have cost in the last round, then pinned ones. ``divergence`` ``[L]``: the cost of each
         layer when it was last measured (pinned layers have the largest of all).
+
+    Raises:
+        UnsupportedModelError: If layers read keys and values of earlier ones.
     """
     anatomy = read_anatomy(model)
-    free = list(range(anatomy.pinned_layers, anatomy.num_layers))
+    if anatomy.backbone.shared_tail is not None:
+        raise UnsupportedModelError(
+            "criterion 'kl_greedy' skips the layers before the one that it tries, but later layers "
+            f"of {anatomy.model_type!r} read their keys and values. Use 'block_influence'"
+        )
+    pinned = list(anatomy.pinned_layers)
+    free = [index for index in range(anatomy.num_layers) if index not in pinned]
     data = batches_with_targets(model, batches, token_weights)
     references = [_Reference.of(model, batch, targets) for batch, targets in data]
     removal = _Removal(model, references)
@@ -75,7 +85,6 @@ def capture_greedy(
         removed.append(min(candidates, key=lambda index: float(divergence[index])))
     others = [index for index in free if index not in removed]
     others.sort(key=lambda index: float(divergence[index]))
-    pinned = list(range(anatomy.pinned_layers))
     divergence[pinned] = divergence.max()
     return Statistics(
         "greedy",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from slimvlm.capture.batches import BackbonePass, Batch, TokenWeights, require_finite
 from slimvlm.geometry import decoder_layers, final_norm
-from slimvlm.layers import layer_input, layer_output
+from slimvlm.layers import layer_input, layer_output, main_stream
 from slimvlm.scores.layers import angular_distance, block_influence
 from slimvlm.values import Statistics
 
@@ -32,7 +32,8 @@ class _Comparison:
         self.last_tokens: list[Tensor] = []
 
     def on_layer(self, index: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        hidden_in, hidden_out = layer_input(args, kwargs), layer_output(output)
+        hidden_in = main_stream(layer_input(args, kwargs))
+        hidden_out = main_stream(layer_output(output))
         require_finite(hidden_out, f"the output of layer {index}")
         self.influence[index] += self._influence(hidden_in, hidden_out)
         self.last_tokens.append(_at_last_token(hidden_in, self.seen.mask))

@@ -123,10 +123,10 @@ class Budget:
         return scaled[0], scaled[1]
 
     @property
-    def removable_layers(self) -> range:
+    def removable_layers(self) -> list[int]:
         """Layers that may go."""
-        first = max(self.protected[0], self.anatomy.pinned_layers)
-        return range(first, self.anatomy.num_layers - self.protected[1])
+        open_ones = range(self.protected[0], self.anatomy.num_layers - self.protected[1])
+        return [index for index in open_ones if index not in self.anatomy.pinned_layers]
 
     def is_open(self, layer: int) -> bool:
         """Whether a layer's widths may shrink."""

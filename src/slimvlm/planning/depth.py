@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
+from slimvlm.errors import ImpossiblePlanError
 from slimvlm.plan import Plan
 from slimvlm.planning.budget import Budget, channels_to_remove
 from slimvlm.values import Scores
@@ -15,13 +18,10 @@ def without_layers(plan: Plan, scores: Scores, budget: Budget) -> Plan:
     """Drop the layers that matter least, or the run that does."""
     candidates, count = budget.removable_layers, _num_layers_to_remove(budget)
     if scores.layer_runs is not None and count:
-        runs = scores.layer_runs[count - 1]
-        starts = range(candidates.start, candidates.stop - count + 1)
-        first = min(starts, key=lambda start: float(runs[start]))
-        removed = set(range(first, first + count))
+        removed = _lowest_run(candidates, scores.layer_runs[count - 1], count)
     else:
         assert scores.layer is not None
-        order = torch.argsort(scores.layer[list(candidates)], stable=True)[:count]
+        order = torch.argsort(scores.layer[candidates], stable=True)[:count]
         removed = {candidates[int(i)] for i in order}
     return replace(
         plan,
@@ -30,6 +30,19 @@ def without_layers(plan: Plan, scores: Scores, budget: Budget) -> Plan:
         neurons=tuple(() if i in removed else k for i, k in enumerate(plan.neurons)),
         criteria={**plan.criteria, "layer": scores.criterion},
     )
+
+
+def _lowest_run(candidates: Sequence[int], costs: Tensor, count: int) -> set[int]:
+    """The run of layers that costs least, by the cost of the run from each layer on."""
+    runs = [range(start, start + count) for start in candidates]
+    possible = [run for run in runs if set(run) <= set(candidates)]
+    if not possible:
+        raise ImpossiblePlanError(
+            f"plan: no {count} layers in a row can go; score layers one by one, such as by "
+            "'block_influence'"
+        )
+    cheapest = min(possible, key=lambda run: float(costs[run.start]))
+    return set(cheapest)
 
 
 def _num_layers_to_remove(budget: Budget) -> int:

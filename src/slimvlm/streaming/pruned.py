@@ -20,12 +20,12 @@ from slimvlm.checkpoint import load_processor, write_beside_weights
 from slimvlm.configs import empty_model
 from slimvlm.errors import ReloadError
 from slimvlm.families import OUTPUT_ROWS
-from slimvlm.geometry import matrices, read_anatomy
+from slimvlm.geometry import matrices, read_anatomy, stacks
 from slimvlm.manifest import write_manifest
 from slimvlm.outputs import new_folder, require_free
 from slimvlm.plan import Plan
 from slimvlm.streaming.opened import OpenCheckpoint, open_checkpoint
-from slimvlm.surgery import kept_channels, prune_
+from slimvlm.surgery import kept_channels, kept_slices, prune_
 
 SHARD_SIZE = "1GB"
 """Largest weight file: what is in memory while it is written."""
@@ -97,13 +97,9 @@ class _KeptWeights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         match = re.fullmatch(rf"{re.escape(self.layers)}\.(\d+)\.(.+)", name)
         if match is None:
-            return self._read(name)
+            return self._cut(name)
         original = f"{self.layers}.{self.plan.layers[int(match[1])]}.{match[2]}"
-        tensor = self._read(original)
-        if original not in self.cuts:
-            return tensor
-        dim, keep = self.cuts[original]
-        return tensor if len(keep) == tensor.shape[dim] else tensor.index_select(dim, keep)
+        return self._cut(original)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -111,13 +107,16 @@ class _KeptWeights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.names)
 
-    def _read(self, name: str) -> Tensor:
-        tensor: Tensor = self.opened.weights[name]
-        return tensor
+    def _cut(self, original: str) -> Tensor:
+        tensor: Tensor = self.opened.weights[original]
+        if original not in self.cuts:
+            return tensor
+        dim, keep = self.cuts[original]
+        return tensor if len(keep) == tensor.shape[dim] else tensor.index_select(dim, keep)
 
 
 def _cuts(model: PreTrainedModel, plan: Plan) -> dict[str, tuple[int, Tensor]]:
-    """Along which dimension the parameters of kept layers lose what."""
+    """Along which dimension the parameters of kept layers, and of stacks, lose what."""
     names = {id(module): name for name, module in model.named_modules()}
     cuts = {}
     for index, matrix in matrices(model):
@@ -127,6 +126,9 @@ def _cuts(model: PreTrainedModel, plan: Plan) -> dict[str, tuple[int, Tensor]]:
         cuts[f"{owner}.{matrix.name}"] = (matrix.projection.axis, keep)
         if matrix.projection.dim == OUTPUT_ROWS and matrix.bias is not None:
             cuts[f"{owner}.bias"] = (0, keep)
+    for stack, module in stacks(model):
+        keep = kept_slices(plan, module.weight.shape[stack.dim])
+        cuts[f"{names[id(module)]}.weight"] = (stack.dim, keep)
     return cuts
 
 

@@ -17,8 +17,8 @@ from filelock import FileLock, Timeout
 from slimvlm.calibrate import check_token_weights, collect, score, scores_from
 from slimvlm.capture import Batch
 from slimvlm.checkpoint import default_device
-from slimvlm.errors import ConfigError, NumericalError
-from slimvlm.geometry import decoder_layers, text_config_of
+from slimvlm.errors import ConfigError, NumericalError, UnsupportedModelError
+from slimvlm.geometry import backbone_of, decoder_layers, text_config_of
 from slimvlm.outputs import write_text
 from slimvlm.progress import progress
 from slimvlm.scores import CRITERIA, criterion_named
@@ -99,6 +99,7 @@ def score_checkpoint(
         ConfigError: If something cannot be read, or the scratch folder's disk is too small.
         DataError: If data is needed and none is given.
         NumericalError: If NaN or infinity appears; the message says where.
+        UnsupportedModelError: If layers read keys and values of earlier ones.
     """
     request = Request(criterion, options)
     if token_weights is not None:
@@ -116,6 +117,11 @@ def score_opened(
     say: Say = lambda line: None,
 ) -> list[Scores]:
     """Scores by several criteria, whose passes share what they can. As `score_checkpoint`."""
+    if backbone_of(checkpoint.model.config).shared_tail is not None:
+        raise UnsupportedModelError(
+            f"model_type {checkpoint.model.config.model_type!r} cannot be scored with low memory: "
+            "its last layers read keys and values of earlier ones"
+        )
     with _folder(scratch) as folder:
         passes = Passes(checkpoint, Scratch(folder), default_device())
         run = _Run(passes, requests, token_weights)

@@ -1,0 +1,282 @@
+"""What slimvlm knows about decoder layers, as data: a text model type is a row of `BACKBONES`.
+
+A row says which matrices own the rows and columns of a unit, and what the configuration class
+allows. The rules were measured on transformers 5.24 and are tested in
+``tests/contract/test_families.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Segment = Literal["query", "query_and_gate", "key_value", "neuron"]
+HeadRule = Literal["any", "divides_hidden_size", "fixed"]
+
+OUTPUT_ROWS = 0
+INPUT_COLUMNS = 1
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A weight matrix of a decoder layer, part of which belongs to units.
+
+    Attributes:
+        path: Where it sits below the layer: a linear module, or a parameter ``[E, O, C]`` that
+            holds a matrix for each of ``E`` experts. A neuron then is a channel of every expert.
+        dim: The dimension that units divide: `OUTPUT_ROWS` or `INPUT_COLUMNS`.
+        segments: The blocks along that dimension, in order. ``query`` has one block of
+            ``head_dim`` for each query head, ``query_and_gate`` two for each (the second switches
+            the head's output), ``key_value`` one for each KV head, ``neuron`` one channel for
+            each neuron. Fused matrices have several.
+        transposed: Whether the matrix is stored with inputs first, ``[E, C, O]``.
+    """
+
+    path: str
+    dim: int
+    segments: tuple[Segment, ...]
+    transposed: bool = False
+
+    @property
+    def axis(self) -> int:
+        """The divided dimension of the stored tensor, counted from its end."""
+        is_rows = (self.dim == OUTPUT_ROWS) != self.transposed
+        return -2 if is_rows else -1
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A weight of the text model that holds an equal slice for each layer, one after another.
+
+    Attributes:
+        path: Where its module sits below the text model. The model need not have it.
+        dim: The dimension that layers divide: `OUTPUT_ROWS` or `INPUT_COLUMNS`.
+    """
+
+    path: str
+    dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """How the decoder layers of one text model type are built and configured.
+
+    A layer has all matrices of ``attention`` or none (linear attention, convolution), and all of
+    ``mlp`` or none (a dense layer between layers of experts). What is not listed stays whole.
+
+    Attributes:
+        attention: Matrices of the attention block; the one with `INPUT_COLUMNS` writes to the
+            residual stream. Empty if KV groups cannot go.
+        mlp: Matrices of the MLP; likewise. Empty if neurons cannot go.
+        final_norm: Name of the norm after the last layer.
+        head_rule: ``any``: every head count can be configured. ``divides_hidden_size``: the
+            configuration insists that heads divide the hidden size. ``fixed``: the class computes
+            ``head_dim`` from the head count, so heads cannot change.
+        retype: Model type with identical computation but a freer configuration, used when
+            `head_rule` forbids a count.
+        retype_fields: Fields that the retyped configuration must state.
+        retype_requires: Fields that must have these values for the types to be identical.
+        layer_lists: Configuration lists with one entry a layer; `neuron_field` may be one.
+        layer_indices: Configuration lists of layer numbers.
+        layer_maps: Configuration mappings from layer numbers to what is special in these layers.
+        layer_stacks: Weights outside the layers that hold a slice for each of them.
+        shared_tail: Configuration field with the number of last layers that read the keys and
+            values of earlier ones: each those of the last earlier layer with its entry in
+            ``layer_types``. These earlier layers must stay, and the last layer.
+        live_lists: Lists with one entry a layer that the text model keeps outside its
+            configuration.
+        neuron_field: Configuration field with the number of neurons.
+        neuron_multiple: Neurons must be a multiple of this.
+        width_fields: Fields that must have these values for `neuron_field` to be taken literally.
+        whole_mlp_if: Dotted attribute of a layer; where it is true, all its neurons must stay.
+        can_be_uneven: Whether `slimvlm.modeling_pruned` can cut its layers to different widths.
+    """
+
+    attention: tuple[Projection, ...]
+    mlp: tuple[Projection, ...]
+    final_norm: str = "norm"
+    head_rule: HeadRule = "any"
+    retype: str | None = None
+    retype_fields: Mapping[str, object] = field(default_factory=dict)
+    retype_requires: Mapping[str, object] = field(default_factory=dict)
+    layer_lists: tuple[str, ...] = ()
+    layer_indices: tuple[str, ...] = ()
+    layer_maps: tuple[str, ...] = ()
+    layer_stacks: tuple[Stack, ...] = ()
+    shared_tail: str | None = None
+    live_lists: tuple[str, ...] = ()
+    neuron_field: str = "intermediate_size"
+    neuron_multiple: int = 1
+    width_fields: Mapping[str, object] = field(default_factory=dict)
+    whole_mlp_if: str | None = None
+    can_be_uneven: bool = True
+
+
+_SPLIT_ATTENTION = (
+    Projection("self_attn.q_proj", OUTPUT_ROWS, ("query",)),
+    Projection("self_attn.k_proj", OUTPUT_ROWS, ("key_value",)),
+    Projection("self_attn.v_proj", OUTPUT_ROWS, ("key_value",)),
+    Projection("self_attn.o_proj", INPUT_COLUMNS, ("query",)),
+)
+_GATED_MLP = (
+    Projection("mlp.gate_proj", OUTPUT_ROWS, ("neuron",)),
+    Projection("mlp.up_proj", OUTPUT_ROWS, ("neuron",)),
+    Projection("mlp.down_proj", INPUT_COLUMNS, ("neuron",)),
+)
+_PHI_ATTENTION = (
+    *_SPLIT_ATTENTION[:3],
+    Projection("self_attn.dense", INPUT_COLUMNS, ("query",)),
+)
+_PLAIN_MLP = (
+    Projection("mlp.fc1", OUTPUT_ROWS, ("neuron",)),
+    Projection("mlp.fc2", INPUT_COLUMNS, ("neuron",)),
+)
+_FUSED_ATTENTION = (
+    Projection("self_attn.qkv_proj", OUTPUT_ROWS, ("query", "key_value", "key_value")),
+    Projection("self_attn.o_proj", INPUT_COLUMNS, ("query",)),
+)
+_FUSED_GATED_MLP = (
+    Projection("mlp.gate_up_proj", OUTPUT_ROWS, ("neuron", "neuron")),
+    Projection("mlp.down_proj", INPUT_COLUMNS, ("neuron",)),
+)
+_OUT_PROJ_ATTENTION = (
+    *_SPLIT_ATTENTION[:3],
+    Projection("self_attn.out_proj", INPUT_COLUMNS, ("query",)),
+)
+_GATED_OUTPUT_ATTENTION = (
+    Projection("self_attn.q_proj", OUTPUT_ROWS, ("query_and_gate",)),
+    *_SPLIT_ATTENTION[1:],
+)
+_W123_MLP = (
+    Projection("feed_forward.w1", OUTPUT_ROWS, ("neuron",)),
+    Projection("feed_forward.w3", OUTPUT_ROWS, ("neuron",)),
+    Projection("feed_forward.w2", INPUT_COLUMNS, ("neuron",)),
+)
+_EXPERTS = (
+    Projection("mlp.experts.gate_up_proj", OUTPUT_ROWS, ("neuron", "neuron")),
+    Projection("mlp.experts.down_proj", INPUT_COLUMNS, ("neuron",)),
+)
+_TRANSPOSED_AND_SHARED_EXPERTS = (
+    Projection("feed_forward.experts.gate_up_proj", OUTPUT_ROWS, ("neuron", "neuron"), True),
+    Projection("feed_forward.experts.down_proj", INPUT_COLUMNS, ("neuron",), True),
+    Projection("feed_forward.shared_expert.gate_proj", OUTPUT_ROWS, ("neuron",)),
+    Projection("feed_forward.shared_expert.up_proj", OUTPUT_ROWS, ("neuron",)),
+    Projection("feed_forward.shared_expert.down_proj", INPUT_COLUMNS, ("neuron",)),
+)
+_PER_LAYER_EMBEDDINGS = (
+    Stack("embed_tokens_per_layer", INPUT_COLUMNS),
+    Stack("per_layer_model_projection", OUTPUT_ROWS),
+)
+
+BACKBONES: dict[str, Backbone] = {
+    "llama": Backbone(
+        attention=_SPLIT_ATTENTION,
+        mlp=_GATED_MLP,
+        head_rule="divides_hidden_size",
+        retype="mistral",
+        retype_fields={"sliding_window": None},
+        retype_requires={"attention_bias": False, "mlp_bias": False},
+    ),
+    "mistral": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP),
+    "qwen2": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP, layer_lists=("layer_types",)),
+    "qwen3": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP, layer_lists=("layer_types",)),
+    "phi": Backbone(attention=_PHI_ATTENTION, mlp=_PLAIN_MLP, final_norm="final_layernorm"),
+    "phi3": Backbone(
+        attention=_FUSED_ATTENTION,
+        mlp=_FUSED_GATED_MLP,
+    ),
+    "gemma": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP),
+    "gemma2": Backbone(
+        attention=_SPLIT_ATTENTION,
+        mlp=_GATED_MLP,
+        head_rule="divides_hidden_size",
+        layer_lists=("layer_types",),
+    ),
+    "gemma3_text": Backbone(
+        attention=_SPLIT_ATTENTION,
+        mlp=_GATED_MLP,
+        head_rule="divides_hidden_size",
+        layer_lists=("layer_types",),
+    ),
+    "gemma3n_text": Backbone(
+        attention=(),
+        mlp=_GATED_MLP,
+        layer_lists=("layer_types", "activation_sparsity_pattern", "intermediate_size"),
+        layer_stacks=_PER_LAYER_EMBEDDINGS,
+        shared_tail="num_kv_shared_layers",
+        whole_mlp_if="mlp.activation_sparsity",
+        can_be_uneven=False,
+    ),
+    "gemma4_text": Backbone(
+        attention=(),
+        mlp=_GATED_MLP,
+        layer_lists=("layer_types",),
+        layer_maps=("per_layer_config",),
+        layer_stacks=_PER_LAYER_EMBEDDINGS,
+        shared_tail="num_kv_shared_layers",
+        whole_mlp_if="config.use_double_wide_mlp",
+        can_be_uneven=False,
+    ),
+    "qwen2_vl_text": Backbone(
+        attention=_SPLIT_ATTENTION,
+        mlp=_GATED_MLP,
+        head_rule="fixed",
+        layer_lists=("layer_types",),
+    ),
+    "qwen2_5_vl_text": Backbone(
+        attention=_SPLIT_ATTENTION,
+        mlp=_GATED_MLP,
+        head_rule="fixed",
+        layer_lists=("layer_types",),
+    ),
+    "qwen3_vl_text": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP),
+    "qwen3_vl_moe_text": Backbone(
+        attention=_SPLIT_ATTENTION,
+        mlp=_EXPERTS,
+        layer_indices=("mlp_only_layers",),
+        neuron_field="moe_intermediate_size",
+        neuron_multiple=8,
+        can_be_uneven=False,
+    ),
+    "qwen3_5_text": Backbone(
+        attention=_GATED_OUTPUT_ATTENTION, mlp=_GATED_MLP, layer_lists=("layer_types",)
+    ),
+    "stablelm": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP, head_rule="fixed"),
+    "cohere2": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP, layer_lists=("layer_types",)),
+    "phi4_multimodal": Backbone(attention=_FUSED_ATTENTION, mlp=_FUSED_GATED_MLP),
+    "glm4v_text": Backbone(attention=_SPLIT_ATTENTION, mlp=_FUSED_GATED_MLP, head_rule="fixed"),
+    "mllama_text_model": Backbone(
+        attention=_SPLIT_ATTENTION,
+        mlp=_GATED_MLP,
+        head_rule="fixed",
+        layer_indices=("cross_attention_layers",),
+    ),
+    "llama4_text": Backbone(
+        attention=_SPLIT_ATTENTION,
+        mlp=_TRANSPOSED_AND_SHARED_EXPERTS,
+        layer_lists=("layer_types", "no_rope_layers"),
+        layer_indices=("moe_layers",),
+        can_be_uneven=False,
+    ),
+    "lfm2": Backbone(
+        attention=_OUT_PROJ_ATTENTION,
+        mlp=_W123_MLP,
+        final_norm="embedding_norm",
+        layer_lists=("layer_types",),
+        width_fields={"block_auto_adjust_ff_dim": False},
+    ),
+    "molmo2_text": Backbone(
+        attention=_SPLIT_ATTENTION,
+        mlp=_GATED_MLP,
+        layer_indices=("rope_scaling_layers",),
+        live_lists=("rope_types",),
+    ),
+    "kosmos_2_5_text_model": Backbone(
+        attention=_OUT_PROJ_ATTENTION,
+        mlp=(),
+        final_norm="layer_norm",
+        head_rule="fixed",
+        can_be_uneven=False,
+    ),
+}

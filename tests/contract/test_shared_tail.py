@@ -1,0 +1,99 @@
+"""Models whose last layers read keys and values of earlier ones: Gemma 3n and Gemma 4."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+
+from slimvlm.calibrate import score
+from slimvlm.configs import auto_class
+from slimvlm.errors import ImpossiblePlanError, UnsupportedModelError
+from slimvlm.geometry import read_anatomy, text_config_of
+from slimvlm.planning import make_plan
+from slimvlm.streaming import prune_checkpoint, score_checkpoint
+from slimvlm.surgery import prune_
+from tests import tiny, tiny_rare
+from tests.helpers import logits, plan_by_hand, random_scores
+
+GEMMAS = ["gemma3n_text", "gemma4_text"]
+every_gemma = pytest.mark.parametrize("name", GEMMAS)
+
+
+@every_gemma
+def test_layers_that_others_read_and_the_last_one_stay(name: str) -> None:
+    anatomy = read_anatomy(tiny.build(name))
+    assert anatomy.pinned_layers == (2, 3, 5)  # the last sliding and full one before the tail
+    for seed in range(5):
+        plan = make_plan(anatomy, random_scores(anatomy, seed), 0.3, "depth")
+        assert {2, 3, 5} <= set(plan.layers)
+    for gone in (2, 3, 5):
+        kept = [i for i in range(6) if i != gone]
+        with pytest.raises(ImpossiblePlanError, match=rf"layers \[{gone}\].*read their keys"):
+            plan_by_hand(anatomy, kept)
+
+
+@every_gemma
+@pytest.mark.parametrize(("gone", "shared"), [(0, 2), (4, 1)])
+def test_the_shared_tail_is_counted_anew(name: str, gone: int, shared: int) -> None:
+    model = tiny.build(name)
+    kept = [i for i in range(6) if i != gone]
+    before = model.model.embed_tokens_per_layer.weight.detach().unflatten(1, (6, -1))
+    prune_(model, plan_by_hand(read_anatomy(model), kept))
+    assert text_config_of(model.config).num_kv_shared_layers == shared
+    after = model.model.embed_tokens_per_layer.weight.unflatten(1, (5, -1))
+    assert torch.equal(after, before[:, kept])
+
+
+@every_gemma
+def test_runs_of_layers_pass_by_those_that_stay(name: str) -> None:
+    model = tiny.build(name)
+    scores = score(model, [tiny.batch(model)], "angular")
+    assert make_plan(read_anatomy(model), scores, 0.3, "depth").layers == (2, 3, 4, 5)
+    with pytest.raises(ImpossiblePlanError, match="no 3 layers in a row"):
+        make_plan(read_anatomy(model), scores, 0.45, "depth")
+
+
+@every_gemma
+@pytest.mark.parametrize("criterion", ["block_influence", "taylor", "gate", "activation", "obs"])
+def test_criteria_see_every_unit(name: str, criterion: str) -> None:
+    model = tiny.build(name)
+    found = score(model, [tiny.batch(model)], criterion)
+    for values in (found.layer, *(found.neuron or ())):
+        assert values is None or len(values) == 0 or (values.isfinite().all() and values.std() > 0)
+
+
+@every_gemma
+def test_what_runs_layers_alone_is_refused(name: str, tmp_path: Path) -> None:
+    model = tiny.build(name)
+    with pytest.raises(UnsupportedModelError, match=r"'kl_greedy'.*read their keys"):
+        score(model, [tiny.batch(model)], "kl_greedy")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match=r"low memory.*read keys"):
+        score_checkpoint(tmp_path, [tiny.batch(model)], "taylor")
+
+
+@every_gemma
+def test_a_checkpoint_is_cut_on_disk_as_in_memory(name: str, tmp_path: Path) -> None:
+    model = tiny.build(name)
+    model.save_pretrained(tmp_path / "whole")
+    plan = plan_by_hand(read_anatomy(model), [1, 2, 3, 5], neurons=range(0, 96, 2))
+    prune_checkpoint(tmp_path / "whole", plan, tmp_path / "cut")
+    prune_(model, plan)
+    loaded = auto_class(model.config).from_pretrained(tmp_path / "cut")
+    batch = tiny.batch(model, 24)
+    assert torch.equal(logits(loaded, batch), logits(model, batch))
+
+
+def test_doubled_mlps_stay_whole(tmp_path: Path) -> None:
+    config = hf.Gemma4TextConfig(**tiny_rare.GEMMA_TEXT, use_double_wide_mlp=True)
+    model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    anatomy = read_anatomy(model)
+    assert anatomy.mlp_widths == []
+    prune_(model, plan_by_hand(anatomy, [0, 2, 3, 4, 5]))
+    model.save_pretrained(tmp_path)
+    loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    batch = tiny.batch(model)
+    assert torch.equal(logits(loaded, batch), logits(model, batch))
