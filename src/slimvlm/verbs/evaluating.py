@@ -187,7 +187,7 @@ def _print_comparison(found: Comparison) -> None:
 def chat(
     model: Model,
     question: Annotated[str, tyro.conf.Positional],
-    image: tuple[Path, ...] = (),
+    image: tyro.conf.UseAppendAction[tuple[Path, ...]] = (),
     other: str | None = None,
     max_new_tokens: int = 64,
     loading: Annotated[LoadConfig, INLINE] = LoadConfig(),
@@ -198,7 +198,7 @@ def chat(
     Args:
         model: Folder, hub id, or demo.
         question: What to ask.
-        image: Pictures to show.
+        image: A picture to show; give it again for more.
         other: A second model to ask the same.
         max_new_tokens: Longest answer.
         loading: How models are read.

@@ -1,0 +1,138 @@
+"""Every command in the documents runs: in a folder where the names in them exist, small.
+
+Pages are run from top to bottom, the README first; what its commands write is there for the other
+pages. `tests.test_docs` checks that the commands are spelled right, this one that they work.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from unittest.mock import MagicMock
+
+import pytest
+
+from slimvlm import cli
+from tests import tiny_folder
+from tests.test_docs import COMMANDS
+
+pytestmark = pytest.mark.slow
+
+ORIGINALS = Path(__file__).parent / "fixtures" / "convert"
+NAMED_IN_DOCUMENTS = {
+    "llava-v1.5-7b": ORIGINALS / "llava" / "original",
+    "clip-vit-large-patch14-336": ORIGINALS / "llava" / "vision_tower",
+    "Bunny-v1_0-3B": ORIGINALS / "bunny" / "original_no_tower",
+    "siglip-so400m-patch14-384": ORIGINALS / "bunny" / "siglip-tower",
+    "Mini-InternVL-Chat-4B-V1-5": ORIGINALS / "internvl" / "original",
+}
+SMALLER = {
+    "score": "--samples 4",
+    "prune": "--samples 4",
+    "compress": "--samples 8 --training-samples 2 --limit 1",
+    "evaluate": "--limit 1",
+    "compare": "--limit 1",
+    "bench": "--prompt-tokens 8 --new-tokens 3 --repeats 1 --batch-sizes 1",
+    "chat": "--max-new-tokens 4",
+}
+"""Options that change how long a command takes and nothing else."""
+TINY_MEMORY = "0.3MB"
+"""A target for the tiny model where documents have one for 7B."""
+ELSEWHERE = {
+    "slimvlm demo run --short --out runs/demo": "a minute or more; .ci/run runs it",
+    "slimvlm study studies/demo.yaml --out runs/demo-study": "an hour",
+    "slimvlm export recovered --out recovered.gguf": "llama.cpp does not know a tiny tokenizer",
+    "slimvlm export recovered --out recovered.gguf --outtype f16": "likewise; see test_gguf_export",
+    "slimvlm study studies/llava-1.5-7b.yaml --out runs/llava --engine ray": "days",
+}
+PAGES = sorted({page for page, _ in COMMANDS} - {"README.md"})
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the model, data and pictures that documents name."""
+    root = tmp_path_factory.mktemp("workshop")
+    tiny_folder.copied("llava", root / "MODEL")
+    for name in ("path/or/id", "llava-hf/llava-1.5-7b-hf"):
+        (root / name).parent.mkdir(parents=True)
+        (root / name).symlink_to(root / "MODEL")
+    for name, folder in NAMED_IN_DOCUMENTS.items():
+        (root / name).symlink_to(folder)
+    tiny_folder.write_llava_data(root)
+    tiny_folder.write_llava_data(root / "coco")
+    shutil.copy(root / "data.json", root / "mix.json")
+    tiny_folder.picture().save(root / "cat.png")
+    (root / "studies").symlink_to(Path(__file__).parent.parent / "studies")
+    return root
+
+
+@pytest.fixture(scope="module")
+def after_readme(workshop: Path) -> Path:
+    """The folder after the README's commands."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workshop)
+        for command in commands_of("README.md"):
+            run(command, patch)
+    shutil.copytree(workshop / "run", workshop / "runs" / "demo" / "width")
+    return workshop
+
+
+def commands_of(page: str) -> list[str]:
+    return [command for name, command in COMMANDS if name == page and command not in ELSEWHERE]
+
+
+def run(command: str, patch: pytest.MonkeyPatch) -> None:
+    verb, *words = shlex.split(command)[1:]
+    if verb == "quantize" and find_spec("torchao") is None:  # an extra
+        return
+    if verb == "push":  # the only one that would leave this machine
+        patch.setattr("slimvlm.hub.HfApi", MagicMock)
+    if "--out" in words:
+        _remove(Path(words[words.index("--out") + 1]))
+    fitting = [TINY_MEMORY if word == "8GiB" else word for word in words]
+    try:
+        cli.main([verb, *fitting, *shlex.split(SMALLER.get(verb, ""))])
+    except SystemExit as stop:
+        if stop.code:
+            pytest.fail(f"{command}: exit code {stop.code}")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+def test_the_readme_runs_from_top_to_bottom(after_readme: Path) -> None:
+    written = (
+        "run/summary.md",
+        "pruned",
+        "recovered",
+        "lost.html",
+        "report.html",
+        "recovered-int8",
+    )
+    assert [name for name in written if not (after_readme / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_runs_from_top_to_bottom(
+    page: str, after_readme: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(after_readme)
+    for command in commands_of(page):
+        run(command, monkeypatch)
+
+
+def test_commands_that_are_run_elsewhere_are_still_in_the_documents() -> None:
+    assert set(ELSEWHERE) <= {command for _, command in COMMANDS}
+
+
+def test_a_command_that_fails_would_be_noticed(
+    workshop: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workshop)
+    with pytest.raises(pytest.fail.Exception, match="exit code 2"):
+        run("slimvlm inspect nowhere", monkeypatch)
