@@ -51,7 +51,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         *("timing", "memory", "results"),
     ),
     "stages": (
-        *("calibrate", "iterative", "search", "repair", "pruning"),
+        *("calibrate", "iterative", "search", "repair", "pruning", "narrowing"),
         "streaming",
         *("offline_teacher", "distillation", "recovery"),
         *(

@@ -90,6 +90,8 @@ class Backbone:
         neuron_multiple: Neurons must be a multiple of this.
         width_fields: Fields that must have these values for `neuron_field` to be taken literally.
         whole_mlp_if: Dotted attribute of a layer; where it is true, all its neurons must stay.
+        can_narrow: Whether a plain configuration can write another hidden size that means the same
+            but for its width; a multiple of the heads if `head_rule` says so.
         can_be_uneven: Whether `slimvlm.modeling_pruned` can cut its layers to different widths.
     """
 
@@ -110,6 +112,7 @@ class Backbone:
     neuron_multiple: int = 1
     width_fields: Mapping[str, object] = field(default_factory=dict)
     whole_mlp_if: str | None = None
+    can_narrow: bool = False
     can_be_uneven: bool = True
 
 
@@ -169,6 +172,10 @@ _PER_LAYER_EMBEDDINGS = (
     Stack("per_layer_model_projection", OUTPUT_ROWS),
 )
 
+_QWEN = Backbone(
+    attention=_SPLIT_ATTENTION, mlp=_GATED_MLP, layer_lists=("layer_types",), can_narrow=True
+)
+
 BACKBONES: dict[str, Backbone] = {
     "llama": Backbone(
         attention=_SPLIT_ATTENTION,
@@ -177,15 +184,18 @@ BACKBONES: dict[str, Backbone] = {
         retype="mistral",
         retype_fields={"sliding_window": None},
         retype_requires={"attention_bias": False, "mlp_bias": False},
+        can_narrow=True,
     ),
-    "mistral": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP),
-    "qwen2": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP, layer_lists=("layer_types",)),
-    "qwen3": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP, layer_lists=("layer_types",)),
-    "phi": Backbone(attention=_PHI_ATTENTION, mlp=_PLAIN_MLP, final_norm="final_layernorm"),
-    "phi3": Backbone(
-        attention=_FUSED_ATTENTION,
-        mlp=_FUSED_GATED_MLP,
+    "mistral": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP, can_narrow=True),
+    "qwen2": _QWEN,
+    "qwen3": _QWEN,
+    "phi": Backbone(
+        attention=_PHI_ATTENTION,
+        mlp=_PLAIN_MLP,
+        final_norm="final_layernorm",
+        can_narrow=True,
     ),
+    "phi3": Backbone(attention=_FUSED_ATTENTION, mlp=_FUSED_GATED_MLP, can_narrow=True),
     "gemma": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP),
     "gemma2": Backbone(
         attention=_SPLIT_ATTENTION,
@@ -230,7 +240,7 @@ BACKBONES: dict[str, Backbone] = {
         head_rule="fixed",
         layer_lists=("layer_types",),
     ),
-    "qwen3_vl_text": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP),
+    "qwen3_vl_text": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP, can_narrow=True),
     "qwen3_vl_moe_text": Backbone(
         attention=_SPLIT_ATTENTION,
         mlp=_EXPERTS,

@@ -10,6 +10,7 @@ The rules were measured on transformers 5.24 and are tested in ``tests/contract/
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from slimvlm.backbones import BACKBONES as BACKBONES
 from slimvlm.backbones import INPUT_COLUMNS as INPUT_COLUMNS
@@ -36,6 +37,12 @@ class Family:
         caps_logits: Whether the model obeys the text configuration's ``final_logit_softcapping``.
         fixed_neurons: Whether the text configuration's MLP width also sizes a part outside the
             backbone, so that a plain configuration cannot change it.
+        residual_writers: Patterns of the names of parameters outside the backbone whose first
+            dimension is the text model's hidden size; none if another hidden size is not known to
+            work.
+        inner_projector: Paths of two linear modules whose common width is configured as the text
+            model's hidden size.
+        hidden_fields: Dotted configuration paths that repeat the text model's hidden size.
     """
 
     backbone: str
@@ -47,6 +54,9 @@ class Family:
     pinned_layers: str | None = None
     caps_logits: bool = False
     fixed_neurons: bool = False
+    residual_writers: tuple[str, ...] = ()
+    inner_projector: tuple[str, str] | None = None
+    hidden_fields: tuple[str, ...] = ()
 
     @property
     def towers(self) -> tuple[str, ...]:
@@ -60,13 +70,23 @@ _ONLY_INSIDE = (
 )
 """Types of language models that transformers offers as a part of another model only."""
 
+_TWO_LINEARS: dict[str, Any] = {
+    "residual_writers": ("model.multi_modal_projector.linear_2.*", "model.image_newline"),
+    "inner_projector": (
+        "model.multi_modal_projector.linear_1",
+        "model.multi_modal_projector.linear_2",
+    ),
+}
 _LLAVA = Family(
     backbone="model.language_model",
     vision="model.vision_tower",
     projector=("model.multi_modal_projector",),
 )
 _IDEFICS = Family(
-    backbone="model.text_model", vision="model.vision_model", projector=("model.connector",)
+    backbone="model.text_model",
+    vision="model.vision_model",
+    projector=("model.connector",),
+    residual_writers=("model.connector.modality_projection.proj.weight",),
 )
 _QWEN_VL = Family(
     backbone="model.language_model",
@@ -78,6 +98,11 @@ _QWEN3_VL = Family(
     vision="model.visual",
     projector=("model.visual.merger", "model.visual.deepstack_merger_list"),
     pinned_layers="vision_config.deepstack_visual_indexes",
+    residual_writers=(
+        "model.visual.merger.linear_fc2.*",
+        "model.visual.deepstack_merger_list.*.linear_fc2.*",
+    ),
+    hidden_fields=("vision_config.out_hidden_size",),
 )
 _GEMMA = Family(
     backbone="model.language_model",
@@ -90,15 +115,16 @@ _ANYRES = Family(
     backbone="model.language_model",
     vision="model.vision_tower",
     projector=("model.multi_modal_projector", "model.image_newline"),
+    **_TWO_LINEARS,
 )
 
 FAMILIES: dict[str, Family] = {
-    "llava": _LLAVA,
+    "llava": replace(_LLAVA, **_TWO_LINEARS),
     "llava_next": _ANYRES,
     "llava_onevision": _ANYRES,
-    "vipllava": _LLAVA,
-    "internvl": _LLAVA,
-    "mistral3": _LLAVA,
+    "vipllava": replace(_LLAVA, **_TWO_LINEARS),
+    "internvl": replace(_LLAVA, **_TWO_LINEARS),
+    "mistral3": replace(_LLAVA, **_TWO_LINEARS),
     "paligemma": replace(_LLAVA, caps_logits=True),
     "gemma3": _LLAVA,
     "gemma3n": _GEMMA,
@@ -108,7 +134,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2_vl": _QWEN_VL,
     "qwen2_5_vl": _QWEN_VL,
     "qwen3_vl": _QWEN3_VL,
-    "qwen3_vl_moe": _QWEN3_VL,
+    "qwen3_vl_moe": replace(_QWEN3_VL, residual_writers=()),
     "qwen3_5": _QWEN_VL,
     "glm4v": _QWEN_VL,
     "minicpmv4_6": Family(

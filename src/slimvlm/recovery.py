@@ -129,7 +129,7 @@ def recover(
     if offline is not None:
         offline.require_fit(model, [*learnt, *held_out], config)
     if live is not None:
-        _require_same_width(model, live)
+        _require_same_width(model, live, config)
         plan = _usable_plan(model, live, plan, config)
     with ExitStack() as stack:
         temporary = stack.enter_context(TemporaryDirectory())
@@ -216,9 +216,14 @@ def _ready(job: _Job, trained: Any) -> Iterator[str]:
         yield line
 
 
-def _require_same_width(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
+def _require_same_width(
+    model: PreTrainedModel, teacher: PreTrainedModel, config: RecoverConfig
+) -> None:
+    """Vocabularies must agree; hidden states only where the loss or the teacher reads ours."""
     ours, theirs = read_anatomy(model), read_anatomy(teacher)
-    for name in ("hidden_size", "vocab_size"):
+    compares = {"hidden", "cosine"} & config.loss_weights.keys()
+    meets_ours = compares or config.student_projector_in_teacher
+    for name in ("hidden_size", "vocab_size") if meets_ours else ("vocab_size",):
         if getattr(ours, name) != getattr(theirs, name):
             raise ConfigError(
                 f"teacher: {name} is {getattr(theirs, name)}, the model's is {getattr(ours, name)}"

@@ -264,7 +264,8 @@ def assert_cut_as_masked(
 def test_layers_that_must_be_equal_are_refused(name: str) -> None:
     model = tiny.build(name)
     before = snapshot(model)
-    plan = uneven_plan(read_anatomy(model), (0, 1, 3))
+    shape = read_anatomy(model)
+    plan = uneven_plan(shape, tuple(sorted({0, 1, 3, *shape.pinned_layers})))
     with pytest.raises(ImpossiblePlanError, match="must stay equally wide"):
         prune_(model, plan)
     assert_untouched(model, before)

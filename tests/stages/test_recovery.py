@@ -310,6 +310,8 @@ def test_a_teacher_of_another_width_is_refused() -> None:
     other = type(teacher)(narrow)
     with pytest.raises(ConfigError, match="teacher"):
         recover(student, other, SAMPLES, config(loss="hidden"), processor)
+    history = recover(student, other, SAMPLES, config(loss="sft+kl", max_steps=1), processor)
+    assert history.teacher == "separate"  # what it says can be compared
 
 
 @pytest.mark.parametrize("logging_steps", [1, 10])
