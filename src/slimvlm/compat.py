@@ -21,7 +21,7 @@ from slimvlm.errors import ConfigError
 from slimvlm.outputs import write_text
 
 VERSIONS = ("4.57", "5.0")
-"""Versions of transformers that read the files besides the newest; tested in both."""
+"""Versions of transformers that can read the files besides the newest; tested in both."""
 
 _TOWER = (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.")
 _NAMES: dict[str, tuple[tuple[str, str], ...]] = {
@@ -33,15 +33,23 @@ _NAMES: dict[str, tuple[tuple[str, str], ...]] = {
     "qwen2_vl": (),
     "qwen2_5_vl": (),
     "qwen3_vl": (),
+    "internvl": (),
+    "idefics3": (),
+    "smolvlm": (),
 }
 """Names of weights to rewrite, by model type; only what is listed can be written for them."""
+_NEED_5 = ("internvl", "idefics3", "smolvlm")
+"""Model types whose files 4.57 does not read right, whatever they say."""
 _FIELDS = {"vipllava": {"vision_feature_layers": "vision_feature_layer"}}
 """Other fields that older versions call otherwise: their name and today's, by model type."""
 _TOWERS_WITH_A_LEVEL = ("clip_vision_model", "siglip_vision_model")
 
 
-def require_known(config: Any) -> None:
+def require_known(config: Any) -> tuple[str, ...]:
     """Check that older transformers are known to read a model of this kind.
+
+    Returns:
+        The versions that do.
 
     Raises:
         ConfigError: If not; the message lists the kinds that they do.
@@ -55,6 +63,7 @@ def require_known(config: Any) -> None:
             f"load right; known: {', '.join(_NAMES)}, with layers of equal widths and a CLIP or "
             "SigLIP tower"
         )
+    return VERSIONS[1:] if kind in _NEED_5 else VERSIONS
 
 
 def rewrite_for_older(folder: Path) -> None:

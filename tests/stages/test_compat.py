@@ -26,6 +26,7 @@ FAMILIES = (
     *("llava-llama", "llava-phi", "llava-phi3", "llava_next", "llava_onevision", "vipllava"),
     *("paligemma", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
 )
+NOT_IN_4 = ("internvl-qwen2", "internvl-llama", "internvl-phi3", "idefics3", "smolvlm")
 VERSIONS = {
     "4.57.6": ("tokenizers==0.22.1", "huggingface_hub==0.36.0"),
     "5.0.0": ("tokenizers==0.22.1", "huggingface_hub==1.3.4", "httpx==0.28.1", "httpcore==1.0.9"),
@@ -58,7 +59,7 @@ for work in sys.argv[2:]:
 def works(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, torch.Tensor]]:
     """Every family, pruned and written, with its inputs and logits."""
     written = {}
-    for name in FAMILIES:
+    for name in (*FAMILIES, *NOT_IN_4):
         model, work = tiny.build(name), tmp_path_factory.mktemp(name)
         shape = read_anatomy(model)
         prune_(model, make_plan(shape, random_scores(shape), 0.3, "both"))
@@ -95,6 +96,7 @@ def packages(version: str, pytestconfig: pytest.Config) -> Path:
 def test_older_transformers_reads_the_same_model(
     version: str, works: dict[str, Any], pytestconfig: pytest.Config
 ) -> None:
+    works = {n: work for n, work in works.items() if n in FAMILIES or version[0] == "5"}
     folders = [str(work) for work, _ in works.values()]
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", READ, version, *folders],
@@ -124,7 +126,7 @@ def test_the_newest_reads_them_too(tmp_path: Path) -> None:
 
 
 def test_what_older_versions_cannot_read_is_refused(tmp_path: Path) -> None:
-    for name in ("internvl-qwen2", "llava-pixtral"):
+    for name in ("gemma3", "llava-pixtral"):
         with pytest.raises(ConfigError, match=r"compat: .*known: llava"):
             save(tiny.build(name), None, tmp_path / "out", compat=True)
     assert not (tmp_path / "out").exists()

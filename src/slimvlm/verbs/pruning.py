@@ -57,7 +57,8 @@ def prune(
     else:
         shown = check_request(model, pruning, note, pruning.samples)
     if pruning.compat:
-        require_known(load_config(model, pruning.trust_remote_code))
+        versions = require_known(load_config(model, pruning.trust_remote_code))
+        note(f"compat: also for transformers {' and '.join(versions)}")
     if low_memory:
         folder = scratch or out.with_name(f".{out.name}.scratch")
         _prune_on_disk(model, out, given, pruning, shown, folder, force)

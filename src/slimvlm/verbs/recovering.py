@@ -64,7 +64,8 @@ def recover(
         raise ConfigError("--shard needs several processes: start slimvlm with torchrun")
     check_model(model, source)
     if compat:
-        require_known(load_config(model, source.trust_remote_code))
+        versions = require_known(load_config(model, source.trust_remote_code))
+        note(f"compat: also for transformers {' and '.join(versions)}")
     said = _written_answers(teacher)
     original = teacher if said is None else None
     if original is not None:
