@@ -290,7 +290,7 @@ class PruneConfig(CalibrationConfig):
     compat: bool = False
     """Write files that transformers 4.57 and 5.0 load right, too."""
     round_to: int | None = None
-    """Multiple for the number of neurons; default 64, smaller for small models."""
+    """Multiple for the number of neurons; default 128, smaller for small models."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

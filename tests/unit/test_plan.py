@@ -175,14 +175,14 @@ def test_round_to_is_obeyed(round_to: int, ratio: float) -> None:
     assert abs(plan.ratio - ratio) <= step_of(anatomy, "width", round_to) + 1e-9
 
 
-def test_the_default_multiple_is_64_for_real_models_and_smaller_for_tiny_ones() -> None:
-    assert default_multiple(anatomy_named("7b")) == 64
+def test_the_default_multiple_is_128_for_real_models_and_smaller_for_tiny_ones() -> None:
+    assert default_multiple(anatomy_named("7b")) == 128
     for name in (*TINY, *SYNTHETIC):
         anatomy = anatomy_named(name)
         multiple = default_multiple(anatomy)
-        assert multiple in (1, 2, 4, 8, 16, 32, 64)
-        assert multiple == 1 or step_of(anatomy, "width") <= 0.005
-        assert multiple == 64 or 2 * step_of(anatomy, "width") > 0.005
+        assert multiple in (1, 2, 4, 8, 16, 32, 64, 128)
+        assert multiple == 1 or step_of(anatomy, "width") <= (0.01 if multiple == 128 else 0.005)
+        assert multiple >= 64 or 2 * step_of(anatomy, "width") > 0.005
 
 
 def test_kv_groups_and_neurons_share_the_width_budget() -> None:

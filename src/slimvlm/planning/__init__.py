@@ -74,8 +74,8 @@ def make_plan(
         protect: How many first and last layers are left whole.
         counting: ``parameters`` is exact. ``per_layer`` counts as LLM-Pruner does:
             ``n = C - floor(C (1 - ratio))`` of a projection's ``C`` channels, whole heads only.
-        round_to: Multiple for the number of kept neurons. Default 64, halved until the steps are
-            at most 0.5 % of the backbone; 1 with ``per_layer``.
+        round_to: Multiple for the number of kept neurons. Default 128, in smaller models as little
+            as the ratio needs (`default_multiple`); 1 with ``per_layer``.
         depth_share: With ``both``, the share of the removed parameters that layers give.
         units: Which of ``kv_group`` and ``neuron`` may become fewer.
         kv_heads: KV groups to keep in every unprotected layer; neurons give the rest. By default

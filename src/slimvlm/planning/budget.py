@@ -11,6 +11,7 @@ import torch
 from slimvlm.errors import ConfigError, NumericalError
 from slimvlm.geometry import Anatomy
 from slimvlm.plan import AXES
+from slimvlm.serving import TILE_MULTIPLE, WIDTH_MULTIPLE
 from slimvlm.values import Scores
 
 ALLOCATIONS = ("uniform", "protect", "global")
@@ -143,9 +144,15 @@ def channels_to_remove(channels: int, ratio: float) -> int:
 
 
 def default_multiple(anatomy: Anatomy) -> int:
-    """64, halved until one step of all layers' widths is at most 0.5 % of the backbone."""
-    multiple = 64
+    """128 where one step of all layers' widths is at most 1 % of the backbone, else less.
+
+    Kernels for 4-bit and 8-bit weights want multiples of 128. In a model too small for it, 64 is
+    halved until a step is at most 0.5 %.
+    """
     step = sum(shape.neuron_params for shape in anatomy.layers) / anatomy.backbone_params
+    if WIDTH_MULTIPLE * step <= 0.01:
+        return WIDTH_MULTIPLE
+    multiple = TILE_MULTIPLE
     while multiple > 1 and multiple * step > 0.005:
         multiple //= 2
     return multiple

@@ -140,7 +140,7 @@ class Choice:
     protect: tuple[int, int] = (0, 0)
     """First and last layers to leave whole."""
     round_to: int | None = None
-    """Multiple for the number of neurons; default 64, smaller for small models."""
+    """Multiple for the number of neurons; default 128, smaller for small models."""
 
 
 def plan(
