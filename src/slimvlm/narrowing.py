@@ -11,8 +11,11 @@ D hidden.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,12 +37,38 @@ from slimvlm.geometry import (
     read_anatomy,
     text_config_of,
 )
+from slimvlm.outputs import write_text
 
 CRITERIA = ("activation", "magnitude", "random")
 """How channels can be scored."""
 
+NARROWING_FILE = "slimvlm_narrowing.json"
+
 _Part = tuple[Any, str, int]
 """A module, the name of its parameter, and the dimension along which channels lie."""
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """What was done to the residual stream.
+
+    Attributes:
+        criterion: What channels were scored by.
+        ratio: Share of the backbone's parameters that went.
+        channels: The original indices of the channels that stayed, ascending.
+    """
+
+    criterion: str
+    ratio: float
+    channels: tuple[int, ...]
+
+    def save(self, folder: Path) -> None:
+        """Write it into a checkpoint's folder, as ``slimvlm_narrowing.json``."""
+        write_text(folder / NARROWING_FILE, json.dumps(asdict(self)) + "\n")
+
+    def summary(self) -> str:
+        """One line."""
+        return f"hidden size {len(self.channels)}: removes {self.ratio:.2%} of the backbone"
 
 
 @torch.no_grad()
@@ -160,6 +189,45 @@ def narrow_(model: PreTrainedModel, channels: Sequence[int]) -> None:
     _set_hidden_size(config, len(channels))
 
 
+def narrow_to_(
+    model: PreTrainedModel,
+    hidden_size: int,
+    batches: Iterable[Batch] = (),
+    criterion: str = "activation",
+    token_weights: TokenWeights | None = None,
+    seed: int = 0,
+) -> Narrowing:
+    """Score the channels and keep the best, in place.
+
+    Args:
+        model: A transformers model.
+        hidden_size: Channels to keep.
+        batches: As for `score_channels`, like the other arguments.
+        criterion: One of `CRITERIA`.
+        token_weights: Weight of each token by its role.
+        seed: For ``random``.
+
+    Raises:
+        SlimError: As `score_channels` and `narrow_`; the size is checked before anything is scored.
+    """
+    ratio = narrowing_ratio(model.config, hidden_size)
+    scores = score_channels(model, batches, criterion, token_weights, seed)
+    channels = best_channels(scores, hidden_size)
+    narrow_(model, channels)
+    return Narrowing(criterion, ratio, channels)
+
+
+def narrowing_ratio(config: PreTrainedConfig, hidden_size: int) -> float:
+    """Share of the backbone's parameters that goes with a smaller hidden size.
+
+    Raises:
+        SlimError: If the model cannot have it, as `narrowed_config`.
+    """
+    narrow = narrowed_config(config, hidden_size)
+    whole, rest = (read_anatomy(empty_model(c)).backbone_params for c in (config, narrow))
+    return (whole - rest) / whole
+
+
 def narrowable() -> list[str]:
     """The model types whose residual stream can be narrowed, if their language model's can."""
     return sorted(name for name, family in FAMILIES.items() if _knows_writers(name, family))
@@ -170,12 +238,8 @@ def _knows_writers(name: str, family: Family) -> bool:
 
 
 def _require_narrowable(config: Any, hidden_size: int) -> None:
-    family, row, text_config = (
-        family_of(config.model_type),
-        backbone_of(config),
-        text_config_of(config),
-    )
-    if not row.can_narrow or not _knows_writers(config.model_type, family):
+    row, text_config = backbone_of(config), text_config_of(config)
+    if not row.can_narrow or not _knows_writers(config.model_type, family_of(config.model_type)):
         texts = ", ".join(sorted(name for name, row in BACKBONES.items() if row.can_narrow))
         raise ImpossiblePlanError(
             f"hidden_size of {text_config.model_type!r} in {config.model_type!r} cannot change; it "
@@ -309,9 +373,3 @@ def _embedding(model: PreTrainedModel) -> Any:
 def _is_tied(model: PreTrainedModel) -> bool:
     head = model.get_submodule(family_of(model.config.model_type).head)
     return head.weight is _embedding(model).weight
-
-
-def ratio_of(before: PreTrainedConfig, after: PreTrainedConfig) -> float:
-    """Share of the backbone's parameters that is gone in the second configuration."""
-    whole, rest = (read_anatomy(empty_model(c)).backbone_params for c in (before, after))
-    return (whole - rest) / whole

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimvlm.calibrate import DEFAULT_CRITERIA, calibration_batches, score
 from slimvlm.checkpoint import anatomy as anatomy_of
@@ -18,6 +18,7 @@ from slimvlm.data import load_samples
 from slimvlm.errors import ConfigError
 from slimvlm.geometry import Anatomy, read_anatomy
 from slimvlm.iterative import plan_in_steps
+from slimvlm.narrowing import Narrowing, narrow_to_
 from slimvlm.plan import Plan
 from slimvlm.planning import make_plan
 from slimvlm.progress import progress
@@ -96,12 +97,12 @@ def criteria_of(config: PruneConfig) -> tuple[str, ...]:
 
 
 def check_request(
-    model: str, config: PruneConfig, say: Say, samples: int | None = None
+    model: str | PreTrainedConfig, config: PruneConfig, say: Say, samples: int | None = None
 ) -> list[Sample]:
     """Find every mistake that can be found without weights, and read the data.
 
     Args:
-        model: Folder, hub id or ``demo``.
+        model: Folder, hub id, ``demo`` or a configuration.
         config: The request.
         say: Receives notes.
         samples: Samples of the data to read, None for all.
@@ -292,6 +293,15 @@ def cut_(
         token_weights=_token_weights(config),
         held_out=calibration.held_out if config.repair == "auto" else None,
     )
+
+
+def narrow_first_(model: PreTrainedModel, hidden_size: int, calibration: Calibration) -> Narrowing:
+    """Narrow a model's residual stream in place, by its weights if the request has no data."""
+    config = calibration.config
+    if config.data is None:
+        return narrow_to_(model, hidden_size, criterion="magnitude")
+    weights = _token_weights(config)
+    return narrow_to_(model, hidden_size, calibration.fitted, token_weights=weights)
 
 
 def score_by(

@@ -227,6 +227,8 @@ def _require_same_width(
         if getattr(ours, name) != getattr(theirs, name):
             raise ConfigError(
                 f"teacher: {name} is {getattr(theirs, name)}, the model's is {getattr(ours, name)}"
+                + "; their distributions can be compared, by kl, rkl or jsd"
+                * (name == "hidden_size")
             )
 
 

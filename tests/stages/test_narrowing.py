@@ -261,6 +261,28 @@ def test_the_command_writes_a_checkpoint(
     assert "'activation' needs --data" in capsys.readouterr().err
 
 
+def test_a_ratio_counts_the_narrowing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = str(tiny_folder.folder("llava")), tmp_path / "small"
+    whole = read_anatomy(empty_model(auto_class_config(Path(source))))
+    size = whole.hidden_size * 3 // 4
+    command = ["prune", source, "--criterion", "magnitude", "--hidden-size", str(size)]
+    cli.main([*command, "--ratio", "0.4", "--out", str(out)])
+    shape = read_anatomy(empty_model(auto_class_config(out)))
+    assert shape.hidden_size == size
+    assert len(json.loads((out / "slimvlm_narrowing.json").read_text())["channels"]) == size
+    removed = 1 - shape.backbone_params / whole.backbone_params
+    assert removed == pytest.approx(0.4, abs=0.01)
+    assert f"removes {removed:.2%} of the backbone in all" in capsys.readouterr().out
+    for wrong, why in (
+        (["--ratio", "0.1"], "alone removes .* nothing of ratio 0.1"),
+        (["--ratio", "0.4", "--low-memory"], "hidden_size .* low_memory"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            cli.main([*command, *wrong, "--out", str(tmp_path / "none")])
+        assert end.value.code == 2
+        assert re.search(why, capsys.readouterr().err)
+
+
 def auto_class_config(folder: Path) -> Any:
     from transformers import AutoConfig
 

@@ -10,7 +10,6 @@ from slimvlm.errors import ConfigError
 from slimvlm.verbs.options import INLINE, Model, load_model, read_samples
 from slimvlm.verbs.printing import note
 
-NARROWING_FILE = "slimvlm_narrowing.json"
 _GOOD_MULTIPLE = 128
 
 
@@ -37,38 +36,35 @@ def narrow(
         seed: For random.
         force: Replace an existing folder.
     """
-    import json
-
     from slimvlm.calibrate import calibration_batches
+    from slimvlm.cards import CardFacts
     from slimvlm.checkpoint import load_config, save
-    from slimvlm.narrowing import best_channels, narrow_, narrowed_config, ratio_of, score_channels
-    from slimvlm.outputs import require_free, write_text
+    from slimvlm.narrowing import narrow_to_, narrowing_ratio
+    from slimvlm.outputs import require_free
     from slimvlm.roles import parse_token_weights
 
     require_free(out, force)
-    before = load_config(model, calibration.trust_remote_code)
-    ratio = ratio_of(before, narrowed_config(before, hidden_size))
+    narrowing_ratio(load_config(model, calibration.trust_remote_code), hidden_size)
     needs_data = criterion == "activation"
     if needs_data and calibration.data is None:
         raise ConfigError("criterion 'activation' needs --data")
     samples = read_samples(calibration) if needs_data else []
     given = calibration.token_weights
     weights = None if given is None else parse_token_weights(given)
-    if hidden_size % _GOOD_MULTIPLE:
-        note(
-            f"hidden_size {hidden_size} is no multiple of {_GOOD_MULTIPLE}: slower than it could be"
-        )
+    advise_width(hidden_size)
     loaded, processor = load_model(model, calibration)
     batches = calibration_batches(processor, samples, 4, "channels") if needs_data else ()
-    channels = best_channels(score_channels(loaded, batches, criterion, weights, seed), hidden_size)
-    narrow_(loaded, channels)
-    record = json.dumps({"criterion": criterion, "ratio": ratio, "channels": channels})
-    save(
-        loaded,
-        processor,
-        out,
-        force=force,
-        also=lambda folder: write_text(folder / NARROWING_FILE, record + "\n"),
-    )
-    print(f"removes {ratio:.2%} of the backbone: hidden size {hidden_size}")
+    done = narrow_to_(loaded, hidden_size, batches, criterion, weights, seed)
+    command = f"slimvlm narrow {model} --hidden-size {hidden_size} --criterion {criterion}"
+    facts = CardFacts(base=loaded.config._name_or_path, name=out.name, command=command)
+    save(loaded, processor, out, force=force, also=done.save, facts=facts)
+    print(done.summary())
     print(f"checkpoint: {out}")
+
+
+def advise_width(hidden_size: int) -> None:
+    """Say so if a hidden size is off the multiples that matrix products like."""
+    if hidden_size % _GOOD_MULTIPLE:
+        note(
+            f"hidden_size {hidden_size} is no multiple of {_GOOD_MULTIPLE}, which would run faster"
+        )

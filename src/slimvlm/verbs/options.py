@@ -55,6 +55,15 @@ def check_model(model: str, options: LoadConfig) -> None:
     load_config(model, options.trust_remote_code)
 
 
+def check_compat(model: str, options: LoadConfig) -> None:
+    """Refuse a model that no older transformers is known to read; says which versions do."""
+    from slimvlm.checkpoint import load_config
+    from slimvlm.compat import require_known
+
+    versions = require_known(load_config(model, options.trust_remote_code))
+    note(f"compat: also for transformers {' and '.join(versions)}")
+
+
 def load_model(
     model: str, options: LoadConfig, device: str | None = None, shard: bool = False
 ) -> tuple[PreTrainedModel, Any]:

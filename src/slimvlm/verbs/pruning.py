@@ -8,10 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 
 from slimvlm.config import PruneConfig
 from slimvlm.errors import ConfigError
-from slimvlm.verbs.options import INLINE, Model, check_model, load_model, read_samples
+from slimvlm.verbs.options import (
+    INLINE,
+    Model,
+    check_compat,
+    check_model,
+    load_model,
+    read_samples,
+)
 from slimvlm.verbs.printing import note
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from slimvlm.plan import Plan
     from slimvlm.repair import RepairReport
     from slimvlm.samples import Sample
@@ -22,6 +31,7 @@ def prune(
     out: Path,
     plan: Path | None = None,
     pruning: Annotated[PruneConfig, INLINE] = PruneConfig(),
+    hidden_size: int | None = None,
     low_memory: bool = False,
     scratch: Path | None = None,
     force: bool = False,
@@ -33,13 +43,13 @@ def prune(
         out: The new checkpoint folder.
         plan: A plan file instead of ratio, axis, criterion and allocation.
         pruning: What to remove, and how.
+        hidden_size: Narrow the residual stream to so many channels first, as the verb narrow does;
+            the ratio then counts both.
         low_memory: For models larger than the memory: one layer is read at a time, activations lie
             on disk, and the checkpoint is written piece by piece.
         scratch: Folder for these activations; by default beside OUT.
         force: Replace an existing folder.
     """
-    from slimvlm.checkpoint import load_config
-    from slimvlm.compat import require_known
     from slimvlm.outputs import require_free
     from slimvlm.plan import Plan
     from slimvlm.pruning import check_low_memory, check_request
@@ -48,6 +58,8 @@ def prune(
     if (plan is None) == (pruning.ratio is None):
         raise ConfigError("prune needs either --ratio or --plan")
     pruning = replace(pruning, axis=pruning.axis or "width")
+    if hidden_size is not None and (plan is not None or low_memory):
+        raise ConfigError(f"hidden_size {hidden_size} needs --ratio, and cannot have low_memory")
     if low_memory:
         check_low_memory(pruning)
     given = None if plan is None else Plan.load(plan)
@@ -55,15 +67,38 @@ def prune(
         shown = _samples_for_repair(pruning)
         check_model(model, pruning)
     else:
-        shown = check_request(model, pruning, note, pruning.samples)
+        source: str | PreTrainedConfig = model
+        if hidden_size is not None:
+            source, pruning = _rest_after_narrowing(model, pruning, hidden_size)
+        shown = check_request(source, pruning, note, pruning.samples)
     if pruning.compat:
-        versions = require_known(load_config(model, pruning.trust_remote_code))
-        note(f"compat: also for transformers {' and '.join(versions)}")
+        check_compat(model, pruning)
     if low_memory:
         folder = scratch or out.with_name(f".{out.name}.scratch")
         _prune_on_disk(model, out, given, pruning, shown, folder, force)
     else:
-        _prune_in_memory(model, out, given, pruning, shown, force)
+        _prune_in_memory(model, out, given, pruning, hidden_size, shown, force)
+
+
+def _rest_after_narrowing(
+    model: str, pruning: PruneConfig, hidden_size: int
+) -> tuple[PreTrainedConfig, PruneConfig]:
+    """The narrower model's configuration, and a request for what is then left to remove."""
+    from slimvlm.checkpoint import load_config
+    from slimvlm.narrowing import narrowed_config, narrowing_ratio
+    from slimvlm.pruning import ratio_of
+    from slimvlm.verbs.narrowing import advise_width
+
+    config, ratio = load_config(model, pruning.trust_remote_code), ratio_of(pruning)
+    gone = narrowing_ratio(config, hidden_size)
+    if gone >= ratio:
+        raise ConfigError(
+            f"hidden_size {hidden_size} alone removes {gone:.1%} of the backbone, which leaves "
+            f"nothing of ratio {ratio:g} for other units; narrow does that alone"
+        )
+    advise_width(hidden_size)
+    rest = 1 - (1 - ratio) / (1 - gone)
+    return narrowed_config(config, hidden_size), replace(pruning, ratio=rest)
 
 
 def _prune_in_memory(
@@ -71,17 +106,25 @@ def _prune_in_memory(
     out: Path,
     given: Plan | None,
     pruning: PruneConfig,
+    hidden_size: int | None,
     shown: list[Sample],
     force: bool,
 ) -> None:
     from slimvlm.checkpoint import save
-    from slimvlm.pruning import Calibration, choose_plan, cut_
+    from slimvlm.pruning import Calibration, choose_plan, cut_, narrow_first_
 
     loaded, processor = load_model(model, pruning)
     calibration = Calibration(pruning, processor, shown)
+    narrowing = None if hidden_size is None else narrow_first_(loaded, hidden_size, calibration)
     plan = given or choose_plan(pruning, loaded, calibration, note)
     report = cut_(pruning, loaded, plan, calibration)
-    save(loaded, processor, out, plan, force, pad=pruning.pad, compat=pruning.compat)
+    also = None if narrowing is None else narrowing.save
+    save(loaded, processor, out, plan, force, pruning.pad, also, compat=pruning.compat)
+    if narrowing is not None:
+        total = 1 - (1 - narrowing.ratio) * (1 - plan.ratio)
+        print(
+            f"removes {total:.2%} of the backbone in all; {narrowing.summary()}, and of the rest:"
+        )
     _report(plan, out, report)
 
 

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from slimvlm.config import LoadConfig, RecoverConfig
 from slimvlm.errors import ConfigError
 from slimvlm.ranks import is_first_rank, num_ranks
-from slimvlm.verbs.options import INLINE, Model, TrainingData, check_model, load_model, read_samples
+from slimvlm.verbs.options import (
+    INLINE,
+    Model,
+    TrainingData,
+    check_compat,
+    check_model,
+    load_model,
+    read_samples,
+)
 from slimvlm.verbs.printing import note
 
 if TYPE_CHECKING:
@@ -49,8 +57,7 @@ def recover(
         force: Replace an existing folder.
         compat: Write files that transformers 4.57 and 5.0 load right, too.
     """
-    from slimvlm.checkpoint import PLAN_FILE, load_config, resolve
-    from slimvlm.compat import require_known
+    from slimvlm.checkpoint import PLAN_FILE, resolve
     from slimvlm.outputs import require_free
     from slimvlm.plan import Plan
     from slimvlm.recovery import recover as train
@@ -64,8 +71,7 @@ def recover(
         raise ConfigError("--shard needs several processes: start slimvlm with torchrun")
     check_model(model, source)
     if compat:
-        versions = require_known(load_config(model, source.trust_remote_code))
-        note(f"compat: also for transformers {' and '.join(versions)}")
+        check_compat(model, source)
     said = _written_answers(teacher)
     original = teacher if said is None else None
     if original is not None:
