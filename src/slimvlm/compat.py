@@ -38,7 +38,7 @@ _NAMES: dict[str, tuple[tuple[str, str], ...]] = {
     "smolvlm": (),
 }
 """Names of weights to rewrite, by model type; only what is listed can be written for them."""
-_NEED_5 = ("internvl", "idefics3", "smolvlm")
+_NEED_5 = ("idefics3", "smolvlm")
 """Model types whose files 4.57 does not read right, whatever they say."""
 _FIELDS = {"vipllava": {"vision_feature_layers": "vision_feature_layer"}}
 """Other fields that older versions call otherwise: their name and today's, by model type."""
