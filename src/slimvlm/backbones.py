@@ -172,7 +172,7 @@ _PER_LAYER_EMBEDDINGS = (
     Stack("per_layer_model_projection", OUTPUT_ROWS),
 )
 
-_QWEN = Backbone(
+_WITH_LAYER_TYPES = Backbone(
     attention=_SPLIT_ATTENTION, mlp=_GATED_MLP, layer_lists=("layer_types",), can_narrow=True
 )
 
@@ -187,8 +187,8 @@ BACKBONES: dict[str, Backbone] = {
         can_narrow=True,
     ),
     "mistral": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP, can_narrow=True),
-    "qwen2": _QWEN,
-    "qwen3": _QWEN,
+    "qwen2": _WITH_LAYER_TYPES,
+    "qwen3": _WITH_LAYER_TYPES,
     "phi": Backbone(
         attention=_PHI_ATTENTION,
         mlp=_PLAIN_MLP,
@@ -253,7 +253,7 @@ BACKBONES: dict[str, Backbone] = {
         attention=_GATED_OUTPUT_ATTENTION, mlp=_GATED_MLP, layer_lists=("layer_types",)
     ),
     "stablelm": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP, head_rule="fixed"),
-    "cohere2": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP, layer_lists=("layer_types",)),
+    "cohere2": _WITH_LAYER_TYPES,
     "phi4_multimodal": Backbone(attention=_FUSED_ATTENTION, mlp=_FUSED_GATED_MLP),
     "glm4v_text": Backbone(attention=_SPLIT_ATTENTION, mlp=_FUSED_GATED_MLP, head_rule="fixed"),
     "mllama_text_model": Backbone(

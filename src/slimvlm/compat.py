@@ -39,7 +39,7 @@ _NAMES: dict[str, tuple[tuple[str, str], ...]] = {
 }
 """Names of weights to rewrite, by model type; only what is listed can be written for them."""
 _NEED_5 = ("idefics3", "smolvlm")
-"""Model types whose files 4.57 does not read right, whatever they say."""
+"""Model types of which 4.57 computes other logits: it numbers a picture's patches otherwise."""
 _FIELDS = {"vipllava": {"vision_feature_layers": "vision_feature_layer"}}
 """Other fields that older versions call otherwise: their name and today's, by model type."""
 _TOWERS_WITH_A_LEVEL = ("clip_vision_model", "siglip_vision_model")

@@ -141,8 +141,8 @@ FAMILIES: dict[str, Family] = {
         backbone="model.language_model", vision="model.vision_tower", projector=("model.merger",)
     ),
     "aya_vision": _LLAVA,
-    "cohere2_vision": _LLAVA,
-    "perception_lm": _LLAVA,
+    "cohere2_vision": replace(_LLAVA, residual_writers=_TWO_LINEARS["residual_writers"]),
+    "perception_lm": replace(_LLAVA, **_TWO_LINEARS),
     "lfm2_vl": _LLAVA,
     "molmo2": _LLAVA,
     "idefics2": Family(
@@ -152,10 +152,18 @@ FAMILIES: dict[str, Family] = {
         fixed_neurons=True,
     ),
     "deepseek_vl": Family(
-        backbone="model.language_model", vision="model.vision_model", projector=("model.aligner",)
+        backbone="model.language_model",
+        vision="model.vision_model",
+        projector=("model.aligner",),
+        residual_writers=("model.aligner.linear2.*",),
+        inner_projector=("model.aligner.linear1", "model.aligner.linear2"),
     ),
     "video_llama_3": Family(
-        backbone="model.language_model", vision="model.vision_model", projector=("model.projector",)
+        backbone="model.language_model",
+        vision="model.vision_model",
+        projector=("model.projector",),
+        residual_writers=("model.projector.readout.2.*",),
+        inner_projector=("model.projector.readout.0", "model.projector.readout.2"),
     ),
     "ovis2": Family(
         backbone="model.language_model",
