@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 
 from slimvlm.calibrate import score
-from slimvlm.configs import auto_class
+from slimvlm.configs import auto_class, empty_model
 from slimvlm.errors import ImpossiblePlanError, UnsupportedModelError
 from slimvlm.geometry import read_anatomy, text_config_of
 from slimvlm.planning import make_plan
@@ -97,3 +97,30 @@ def test_doubled_mlps_stay_whole(tmp_path: Path) -> None:
     loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
     batch = tiny.batch(model)
     assert torch.equal(logits(loaded, batch), logits(model, batch))
+
+
+WITHOUT_PER_LAYER_INPUT = {"hidden_size_per_layer_input": 0, "attention_k_eq_v": True}
+LARGE = {
+    "gemma3n": hf.Gemma3nTextConfig,
+    "gemma4": lambda: hf.Gemma4TextConfig(num_kv_shared_layers=10),
+    "gemma4-dense": lambda: hf.Gemma4TextConfig(
+        **WITHOUT_PER_LAYER_INPUT, num_global_key_value_heads=2
+    ),
+    "gemma4-moe": lambda: hf.Gemma4TextConfig(
+        **WITHOUT_PER_LAYER_INPUT,
+        **{"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2},
+        moe_intermediate_size=64,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("axis", ["depth", "width", "both"])
+def test_shapes_of_full_size(name: str, axis: str) -> None:
+    model = empty_model(LARGE[name]())
+    anatomy = read_anatomy(model)
+    plan = make_plan(anatomy, random_scores(anatomy), 0.15, axis)
+    prune_(model, plan)
+    assert read_anatomy(model) == plan.after
+    assert plan.after.total_params == sum(p.numel() for p in model.parameters())
+    assert plan.ratio == pytest.approx(0.15, abs=0.03)
