@@ -2,8 +2,9 @@
 
 FLOPs are those of the matrix products, two for each multiplication with its addition: weights, and
 attention scores and their weighted values over the whole square of positions. Norms, softmax,
-rotary embeddings and the look-up of tokens are left out. The head counts for one position, as in
-generation. This is what `torch.utils.flop_counter` counts.
+rotary embeddings and the look-up of tokens are left out, and so are matrices that no unit owns a
+part of (linear attention, attention of Gemma 3n and Gemma 4, MLPs that stay whole). The head counts
+for one position, as in generation. Otherwise this is what `torch.utils.flop_counter` counts.
 
 Reference: Hoffmann et al. 2022, "Training Compute-Optimal Large Language Models", arXiv:2203.15556,
 Appendix F, whose forward pass also counts softmax, the embedding's look-up and the head at every

@@ -69,9 +69,11 @@ class Case:
 
     @property
     def heads(self) -> str:
-        """Query and KV heads, for a message."""
-        pairs = sorted({(s.num_heads, s.num_kv_heads) for s in self.shape.layers})
-        return ", ".join(f"{heads} query and {kv} KV heads" for heads, kv in pairs)
+        """Query and KV heads of layers that have KV groups, for a message."""
+        layers = [s for s in self.shape.layers if s.num_kv_heads]
+        pairs = sorted({(s.num_heads, s.num_kv_heads) for s in layers})
+        found = ", ".join(f"{heads} query and {kv} KV heads" for heads, kv in pairs)
+        return found or "the original's heads"
 
 
 @dataclass(frozen=True)
