@@ -1,10 +1,10 @@
 """Time and peak memory of calibration, ours against plain Taylor and Torch-Pruning, in one run.
 
-Command:  .venv/bin/python benchmarks/calibration.py [--shape smol|1b|tiny] [--samples 10]
+Command:  .venv/bin/python benchmarks/calibration.py [--shape 135m|1b|tiny] [--samples 10]
           [--tokens 128] [--micro-batch 5]
 Needs:    pip install torch-pruning, for the job of that name; it fails where queries share heads,
           so that only 1b has its figures.
-Expect:   5 minutes for smol and 25 for 1b on 2 cores; 1b needs 14 GiB.
+Expect:   5 minutes for 135m and 25 for 1b on 2 cores; 1b needs 14 GiB.
 
 Every job runs in a process of its own on the same random model; peak memory is what the operating
 system saw (ru_maxrss). "plain taylor" is LLM-Pruner's way: all samples in one batch, gradients of
@@ -32,38 +32,12 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import slimvlm as sv
+from shapes import SHAPES
 
 Batches = list[dict[str, Tensor]]
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 1024,
-    },
-    "smol": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-        "tie_word_embeddings": True,
-    },
-    "1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "vocab_size": 32000,
-    },
-}
 RATIO = 0.25
 TOKENS, WIDTH = 2880, 4096
 
@@ -71,7 +45,7 @@ TOKENS, WIDTH = 2880, 4096
 def build(shape: str) -> LlamaForCausalLM:
     """A random model, always the same."""
     torch.manual_seed(0)
-    model: LlamaForCausalLM = LlamaForCausalLM(LlamaConfig(**SHAPES[shape])).eval()
+    model: LlamaForCausalLM = LlamaForCausalLM(SHAPES[shape]).eval()
     return model
 
 
@@ -179,7 +153,7 @@ def run_job(options: argparse.Namespace) -> dict[str, float]:
     """Run one job in this process; its figures."""
     libraries = _peak()
     model = build(options.shape)
-    vocabulary = SHAPES[options.shape]["vocab_size"]
+    vocabulary = SHAPES[options.shape].vocab_size
     data = batches(options.samples, options.tokens, vocabulary, options.micro_batch)
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
     wall, cpu = time.perf_counter(), time.process_time()
@@ -245,7 +219,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     """Run one job, or all of them in processes of their own."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", choices=SHAPES, default="smol")
+    parser.add_argument("--shape", choices=SHAPES, default="135m")
     parser.add_argument("--samples", type=int, default=10)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--micro-batch", type=int, default=5)

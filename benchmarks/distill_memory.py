@@ -27,8 +27,9 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from shapes import SHAPES
 from slimvlm.checkpoint import PLAN_FILE, load
 from slimvlm.config import RecoverConfig
 from slimvlm.data import load_samples
@@ -40,16 +41,8 @@ from slimvlm.recovery import recover
 from slimvlm.samples import Sample
 from slimvlm.surgery import prune_
 
-VOCABULARY = 32000
-SHAPES = ("demo", "1b")
-SHAPE_1B = LlamaConfig(
-    hidden_size=2048,
-    intermediate_size=5632,
-    num_hidden_layers=16,
-    num_attention_heads=16,
-    num_key_value_heads=16,
-    vocab_size=VOCABULARY,
-)
+VOCABULARY = SHAPES["1b"].vocab_size
+MEASURED = ("demo", "1b")
 JOBS: dict[str, dict[str, Any]] = {
     "nothing": {},
     "sft": {"loss": "sft"},
@@ -89,7 +82,7 @@ def prepare(shape: str, folder: Path, ratio: float, data: list[Sample]) -> None:
     else:
         torch.manual_seed(0)
         torch.set_default_dtype(torch.bfloat16)
-        teacher, words = LlamaForCausalLM(SHAPE_1B).eval(), random_words()
+        teacher, words = LlamaForCausalLM(SHAPES["1b"]).eval(), random_words()
         torch.set_default_dtype(torch.float32)
     teacher.save_pretrained(folder / "teacher")
     words.save_pretrained(folder / "teacher")
@@ -177,7 +170,7 @@ def run_job(name: str, shape: str, folder: Path, steps: int, tokens: int) -> Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", choices=SHAPES, nargs="+", default=SHAPES)
+    parser.add_argument("--shape", choices=MEASURED, nargs="+", default=MEASURED)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--ratio", type=float, default=0.2)

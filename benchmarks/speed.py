@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
+from shapes import SHAPES
 from slimvlm.calibrate import score
 from slimvlm.config import Axis, Workload
 from slimvlm.geometry import read_anatomy
@@ -29,25 +30,7 @@ from slimvlm.speed import SpeedUp, bench
 from slimvlm.summary import as_markdown
 from slimvlm.surgery import prune_
 
-SHAPES = {
-    "135m": LlamaConfig(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        vocab_size=49152,
-        tie_word_embeddings=True,
-    ),
-    "1b": LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=32000,
-    ),
-}
+MEASURED = ("135m", "1b")
 AXES: tuple[Axis, ...] = ("depth", "width")
 HEADER = ["shape", "axis", "removed", "batch", *("prefill", "ideal", "share"),
           *("decode", "ideal", "share")]  # fmt: skip
@@ -82,7 +65,7 @@ def measure(shape: str, axis: Axis, ratio: float, dtype: torch.dtype, work: Work
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", choices=(*SHAPES, "both"), default="both")
+    parser.add_argument("--shape", choices=(*MEASURED, "both"), default="both")
     parser.add_argument("--ratio", type=float, default=0.3)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--prompt-tokens", type=int, default=512)
@@ -103,7 +86,7 @@ def main() -> None:
         "transformers": transformers.__version__,
     }
     print(json.dumps(about))
-    shapes = SHAPES if options.shape == "both" else (options.shape,)
+    shapes = MEASURED if options.shape == "both" else (options.shape,)
     dtype = getattr(torch, options.dtype)
     cells = [(shape, axis) for shape in shapes for axis in AXES]
     rows = [r for shape, axis in cells for r in measure(shape, axis, options.ratio, dtype, work)]

@@ -1,0 +1,28 @@
+"""Shapes of language models that benchmarks share; where only speed counts, weights are random."""
+
+from __future__ import annotations
+
+from transformers import LlamaConfig
+
+from slimvlm.demo.model import make_text_config
+
+SHAPES = {
+    "tiny": LlamaConfig(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=1024,
+    ),
+    "135m": make_text_config(),
+    "1b": LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=16,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        vocab_size=32000,
+    ),
+}
+"""135m is SmolLM2-135M; 1b has 953 M parameters."""
