@@ -16,10 +16,16 @@ from slimvlm.summary import as_markdown, result_rows
 RATIO = 0.3
 AXES: tuple[Axis, ...] = ("depth", "width")
 RECOVERY = RecoverConfig(
-    train="full", loss="hidden", kd_on="all", hidden_layers="mapped", learning_rate=1e-4
+    train="full",
+    loss="cosine",
+    kd_on="all",
+    hidden_layers="mapped",
+    learning_rate=1e-4,
+    warmup_ratio=0.1,
+    batch_size=2,
 )
-"""The teacher's hidden states at every position and layer: of what was tried in two minutes of
-training after a repair, the most was kept by this (``docs/log.md``)."""
+"""Small steps towards the direction of the teacher's hidden states, at every position and layer.
+Two minutes of training add little to a repair, and larger steps harm it (``docs/log.md``)."""
 
 
 def run_demo(
@@ -47,11 +53,11 @@ def run_demo(
             axis=axis,
             data="demo",
             dtype=dtype,
-            samples=16 if short else 64,
-            training_samples=32 if short else 192,
+            samples=16 if short else 48,
+            training_samples=32 if short else 96,
             recover=RECOVERY,
             tasks="demo",
-            limit=4 if short else 24,
+            limit=4 if short else 20,
             baseline=None if axis == AXES[0] else str(original),
         )
         say(f"--- {axis} ---")
