@@ -121,5 +121,6 @@ def test_segments_cover_the_real_matrices(name: str) -> None:
 
 def test_unit_of_every_projection() -> None:
     for row in BACKBONES.values():
-        assert {unit_of(p) for p in row.attention} == {"kv_group"}
+        assert {unit_of(p) for p in row.attention} <= {"kv_group"}
         assert {unit_of(p) for p in row.mlp} <= {"neuron"}
+        assert row.attention or row.mlp
