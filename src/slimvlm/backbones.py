@@ -8,7 +8,7 @@ allows. The rules were measured on transformers 5.24 and are tested in
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Segment = Literal["query", "query_and_gate", "key_value", "neuron"]
@@ -175,6 +175,13 @@ _PER_LAYER_EMBEDDINGS = (
 _WITH_LAYER_TYPES = Backbone(
     attention=_SPLIT_ATTENTION, mlp=_GATED_MLP, layer_lists=("layer_types",), can_narrow=True
 )
+_WITH_DIVIDING_HEADS = Backbone(
+    attention=_SPLIT_ATTENTION,
+    mlp=_GATED_MLP,
+    head_rule="divides_hidden_size",
+    layer_lists=("layer_types",),
+)
+_WITH_FIXED_HEADS = replace(_WITH_DIVIDING_HEADS, head_rule="fixed")
 
 BACKBONES: dict[str, Backbone] = {
     "llama": Backbone(
@@ -197,18 +204,8 @@ BACKBONES: dict[str, Backbone] = {
     ),
     "phi3": Backbone(attention=_FUSED_ATTENTION, mlp=_FUSED_GATED_MLP, can_narrow=True),
     "gemma": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP),
-    "gemma2": Backbone(
-        attention=_SPLIT_ATTENTION,
-        mlp=_GATED_MLP,
-        head_rule="divides_hidden_size",
-        layer_lists=("layer_types",),
-    ),
-    "gemma3_text": Backbone(
-        attention=_SPLIT_ATTENTION,
-        mlp=_GATED_MLP,
-        head_rule="divides_hidden_size",
-        layer_lists=("layer_types",),
-    ),
+    "gemma2": _WITH_DIVIDING_HEADS,
+    "gemma3_text": _WITH_DIVIDING_HEADS,
     "gemma3n_text": Backbone(
         attention=(),
         mlp=_GATED_MLP,
@@ -228,18 +225,8 @@ BACKBONES: dict[str, Backbone] = {
         whole_mlp_if="config.use_double_wide_mlp",
         can_be_uneven=False,
     ),
-    "qwen2_vl_text": Backbone(
-        attention=_SPLIT_ATTENTION,
-        mlp=_GATED_MLP,
-        head_rule="fixed",
-        layer_lists=("layer_types",),
-    ),
-    "qwen2_5_vl_text": Backbone(
-        attention=_SPLIT_ATTENTION,
-        mlp=_GATED_MLP,
-        head_rule="fixed",
-        layer_lists=("layer_types",),
-    ),
+    "qwen2_vl_text": _WITH_FIXED_HEADS,
+    "qwen2_5_vl_text": _WITH_FIXED_HEADS,
     "qwen3_vl_text": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP, can_narrow=True),
     "qwen3_vl_moe_text": Backbone(
         attention=_SPLIT_ATTENTION,

@@ -10,8 +10,6 @@ from slimvlm.errors import ConfigError
 from slimvlm.verbs.options import INLINE, Model, load_model, read_samples
 from slimvlm.verbs.printing import note
 
-_GOOD_MULTIPLE = 128
-
 
 def narrow(
     model: Model,
@@ -64,7 +62,9 @@ def narrow(
 
 def advise_width(hidden_size: int) -> None:
     """Say so if a hidden size is off the multiples that matrix products like."""
-    if hidden_size % _GOOD_MULTIPLE:
+    from slimvlm.serving import WIDTH_MULTIPLE
+
+    if hidden_size % WIDTH_MULTIPLE:
         note(
-            f"hidden_size {hidden_size} is no multiple of {_GOOD_MULTIPLE}, which would run faster"
+            f"hidden_size {hidden_size} is no multiple of {WIDTH_MULTIPLE}, which would run faster"
         )
