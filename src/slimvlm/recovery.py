@@ -34,7 +34,9 @@ from slimvlm.teacher import seeing_once, share_, why_not_shared
 from slimvlm.trainable import (
     keep_learning_in_float32_,
     merge,
+    plain_model,
     prepare_training,
+    projector_in_every_graph,
     require_adapter_holds_all,
     save_adapter,
 )
@@ -155,7 +157,11 @@ def _train(job: _Job) -> History:
     if bf16 and not sharded:
         keep_learning_in_float32_(trained)
     num_trained = sum(p.numel() for p in trained.parameters() if p.requires_grad)
-    with fast_attention(model, job.teacher, bf16), _ready(job, trained) as about_teacher:
+    with (
+        fast_attention(model, job.teacher, bf16),
+        projector_in_every_graph(plain_model(trained)),
+        _ready(job, trained) as about_teacher,
+    ):
         trainer = DistillationTrainer(
             model=trained,
             teacher=job.teacher,

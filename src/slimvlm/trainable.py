@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimvlm.config import RecoverConfig
@@ -55,6 +57,38 @@ def keep_learning_in_float32_(trained: Any) -> None:
     for parameter in trained.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+@contextmanager
+def projector_in_every_graph(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the loss of a batch without pictures depends on the projector, too: by nothing.
+
+    Else such a batch would have no gradient at all where only the projector learns, and processes
+    that train together would wait for each other's.
+
+    Args:
+        model: From `plain_model`, after `prepare_training`.
+    """
+    parts = [_part(model, path) for path in family_of(model.config.model_type).projector]
+    parameters = [
+        parameter
+        for part in parts
+        if part is not None
+        for parameter in ([part] if isinstance(part, nn.Parameter) else part.parameters())
+    ]
+    if not parameters or is_sharded(model):
+        yield
+        return
+
+    def add_nothing(module: nn.Module, args: Any, embeddings: Tensor) -> Tensor:
+        nothing = torch.stack([0.0 * parameter.sum() for parameter in parameters]).sum()
+        return embeddings + nothing.to(embeddings.dtype)
+
+    handle = model.get_input_embeddings().register_forward_hook(add_nothing)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def merge(trained: Any, dtype: torch.dtype) -> PreTrainedModel:

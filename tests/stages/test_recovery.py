@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,21 @@ def test_every_kind_learns(kind: str) -> None:
     assert [row["step"] for row in history.steps] == list(range(1, 13))
     for name in ("sft", "hidden", "kl", "rkl"):
         assert history.steps[-1][f"loss_{name}"] < history.steps[0][f"loss_{name}"], name
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("kind", SEEING)
+def test_batches_without_pictures_teach_the_projector_nothing(kind: str, bf16: bool) -> None:
+    blind = [replace(sample, id=f"blind {sample.id}") for sample in short_samples(3, sees=False)]
+    options = {"train": "projector", "loss": "sft", "batch_size": 1, "bf16": bf16}
+    student, _, processor = models(kind)
+    before = weights(student)
+    recover(student, None, blind, config(**options), processor)
+    assert changed(student, before) == set()
+    history = recover(student, None, blind + short_samples(1), config(**options | {"max_steps": 4}), processor)
+    assert changed(student, before)
+    assert len(history.steps) == 4
+    assert not student.get_input_embeddings()._forward_hooks
 
 
 def test_a_few_samples_can_be_learnt_by_heart() -> None:

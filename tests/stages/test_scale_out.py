@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 AFTER_ADAM = Tolerance(torch.float32, 1e-4, 1e-3)
 """Weights after AdamW, whose first steps turn rounding of tiny gradients into real moves."""
 OPTIONS = (
-    *("--loss", "sft+hidden+kl", "--kd-on", "text", "--max-steps", "2", "--logging-steps", "1"),
+    *("--loss", "sft+hidden+kl", "--kd-on", "text", "--logging-steps", "1"),
     *("--lora-rank", "4", "--lora-alpha", "8", "--lora-dropout", "0", "--learning-rate", "5e-3"),
     *("--bf16", "False"),
 )
@@ -35,15 +35,19 @@ OPTIONS = (
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data and a pruned model."""
     home = tmp_path_factory.mktemp("ranks")
-    folders.write_llava_data(home / "data", count=8)
+    seeing = folders.write_llava_data(home / "data", count=8)
+    blind = folders.write_llava_data(home / "blind", count=8, pictures=False)
+    pairs = zip(json.loads(seeing.read_text()), json.loads(blind.read_text()), strict=True)
+    mixed = [(row, other | {"id": f"blind {other['id']}"}) for row, other in pairs]
+    (home / "data" / "mixed.json").write_text(json.dumps([row for pair in mixed for row in pair]))
     pruned = str(home / "pruned")
     asked = ["--ratio", "0.3", "--criterion", "magnitude", "--out", pruned]
     cli.main(["prune", str(folders.folder("llava")), *asked])
     return home
 
 
-def command(home: Path, out: str, *options: str) -> list[str]:
-    data = str(home / "data" / "data.json")
+def command(home: Path, out: str, *options: str, file: str = "data.json") -> list[str]:
+    data = str(home / "data" / file)
     given = ["--teacher", str(folders.folder("llava")), "--data", data, "--out", str(home / out)]
     return ["recover", str(home / "pruned"), *given, *OPTIONS, *options]
 
@@ -77,6 +81,7 @@ def history(home: Path, out: str) -> dict[str, Any]:
 def test_two_processes_are_one_with_twice_the_batch(options: tuple[str, ...], home: Path) -> None:
     """On the same samples, with whole models (DDP) and with divided ones (FSDP2)."""
     name = "-".join(("two", *options)).replace("--", "")
+    options += ("--max-steps", "2")
     done = torchrun(command(home, name, "--batch-size", "2", *options))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("trained on 8 samples") == 1, "one process alone talks"
@@ -95,6 +100,26 @@ def test_two_processes_are_one_with_twice_the_batch(options: tuple[str, ...], ho
             assert row[key] == pytest.approx(other[key], rel=1e-4), key
     assert ("sharded" in ours["teacher"]) == ("--shard" in options)
     assert not [path for path in home.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [("--train", "projector"), ("--train", "full", "--gradient-checkpointing", "True")],
+    ids=" ".join,
+)
+def test_a_process_without_pictures_keeps_up(options: tuple[str, ...], home: Path) -> None:
+    """Half of the samples have none, and one sample is a process's share of a step."""
+    name = "-".join(("mixed", options[1]))
+    steps = ("--max-steps", "8", *options)
+    done = torchrun(command(home, name, "--batch-size", "1", *steps, file="mixed.json"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    cli.main(command(home, f"{name}-alone", "--batch-size", "2", *steps, file="mixed.json"))
+    found, expected = written(home, name), written(home, f"{name}-alone")
+    before = written(home, "pruned")
+    for key, value in expected.items():
+        assert_close(found[key], value, AFTER_ADAM)
+    assert any(float((found[key] - before[key]).abs().max()) > 1e-3 for key in found)
 
 
 def test_one_process_cannot_shard(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
