@@ -105,7 +105,7 @@ def test_two_processes_are_one_with_twice_the_batch(options: tuple[str, ...], ho
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [("--train", "projector"), ("--train", "full", "--gradient-checkpointing", "True")],
+    [("--train", "projector"), ("--train", "full", "--gradient-checkpointing")],
     ids=" ".join,
 )
 def test_a_process_without_pictures_keeps_up(options: tuple[str, ...], home: Path) -> None:
