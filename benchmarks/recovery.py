@@ -30,7 +30,9 @@ FIGURES = [
 KINDS = ["axis", "repair", "recovery", "fraction"]
 
 
-def rows_of(cells: pd.DataFrame, ratios: list[float], figure: str, pattern: str) -> Iterator[list[str]]:
+def rows_of(
+    cells: pd.DataFrame, ratios: list[float], figure: str, pattern: str
+) -> Iterator[list[str]]:
     """A row for each kind of cell, a column for each ratio."""
     for kind, alike in cells.groupby(KINDS, sort=False):
         row = [str(value) for value in kind[:-1]] + [f"{kind[-1]:.0%}"]

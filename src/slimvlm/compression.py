@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from slimvlm.commands import compress_command
 from slimvlm.config import CompressConfig
 from slimvlm.errors import ConfigError
 from slimvlm.evaluation import evaluate
-from slimvlm.outputs import held, require_free, write_text
+from slimvlm.outputs import held, replacement, require_free, write_text
 from slimvlm.plan import Plan
 from slimvlm.pruning import Calibration, check_request, choose_plan, cut_, ratio_of
 from slimvlm.recipes import recipe_for
@@ -36,10 +37,14 @@ STAGES = ("original", "pruned", "recovered")
 
 @dataclass
 class Run:
-    """One run: the model, its folder, its configuration and what it has measured."""
+    """One run: the model, the folder it works in, its configuration and what it has measured.
+
+    ``name`` is the run folder's; with ``force`` the work is done beside it first.
+    """
 
     model: str
     folder: Path
+    name: str
     config: CompressConfig
     say: Callable[[str], None]
     results: dict[str, Result] = field(default_factory=dict)
@@ -65,7 +70,7 @@ def compress(
         model: Folder, hub id or ``demo``.
         config: What to do.
         out: The run folder.
-        force: Whether a folder of another run may be replaced.
+        force: Whether a folder of another run may be replaced; it stays until the new one is whole.
         say: Receives one line for each stage.
 
     Returns:
@@ -74,8 +79,9 @@ def compress(
     Raises:
         SlimError: For anything that the user can mend; checked before weights are read.
     """
-    run = Run(model, Path(out), config, say)
-    with held(run.folder):
+    place = Path(out)
+    with held(place), replacement(place) if force else nullcontext(place) as folder:
+        run = Run(model, folder, place.name, config, say)
         _go(run, _checked_samples(run, force), force)
     return run.results
 
@@ -117,12 +123,11 @@ def _go(run: Run, samples: list[Sample], force: bool) -> None:
 
 
 def _require_startable(run: Run, force: bool) -> None:
-    """The folder must be free, replaceable, or hold the same run unfinished."""
-    if run.folder.exists() and not force:
-        if run.path("summary.md").exists() or not _is_same_run(run):
-            require_free(run.folder)
+    """The folder must be free, or hold the same run unfinished; with ``force`` it is cleared."""
+    goes_on = _is_same_run(run) and (force or not run.path("summary.md").exists())
+    require_free(run.folder, force or goes_on)
+    if goes_on:
         run.say(f"going on with the unfinished run in {run.folder}")
-    require_free(run.folder, force=True)
 
 
 def _is_same_run(run: Run) -> bool:
@@ -145,8 +150,8 @@ def _samples_to_read(config: CompressConfig) -> int | None:
 
 
 def _open_folder(run: Run, force: bool) -> None:
-    """Begin the run folder, with ``force`` in place of an old one: the request was found good."""
-    if force:
+    """Begin the run folder, or go on in it: the request was found good."""
+    if force and not _is_same_run(run):
         shutil.rmtree(run.folder, ignore_errors=True)
     run.path("scores").mkdir(parents=True, exist_ok=True)
     run.path("results").mkdir(exist_ok=True)
@@ -231,8 +236,8 @@ def _card_facts(run: Run, training: str) -> CardFacts:
     measured = list(results.values())[-1].tasks if len(results) > 1 else {}
     return CardFacts(
         base=resolve(run.model),
-        name=run.folder.name,
-        command=compress_command(run.model, run.config, run.folder.name),
+        name=run.name,
+        command=compress_command(run.model, run.config, run.name),
         results=summary.as_markdown(*summary.result_rows(results)) if results else "",
         scores={name: (task.metric, task.score) for name, task in measured.items()},
         training=training,

@@ -38,6 +38,7 @@ from slimvlm.geometry import (
     text_config_of,
 )
 from slimvlm.outputs import write_text
+from slimvlm.surgery import keep_channels_
 
 CRITERIA = ("activation", "magnitude", "random")
 """How channels can be scored."""
@@ -176,9 +177,9 @@ def narrow_(model: PreTrainedModel, channels: Sequence[int]) -> None:
     if inner:
         lesser = _kept_inside(model, len(channels))
         for part in inner:
-            _cut(*part, lesser)
+            keep_channels_(*part, lesser)
     for part in parts:
-        _cut(*part, torch.tensor(channels))
+        keep_channels_(*part, torch.tensor(channels))
     head: Any = model.get_submodule(family_of(config.model_type).head)
     if is_tied:
         head.weight = _embedding(model).weight
@@ -351,18 +352,6 @@ def _require_shapes(model: PreTrainedModel, parts: Sequence[_Part], config: Any)
                 f"hidden_size {count}: {name!r} of {config.model_type!r} would have shape {shape}, "
                 f"but the configuration builds {list(expected[name])}"
             )
-
-
-def _cut(owner: Any, name: str, dim: int, keep: Tensor) -> None:
-    parameter = getattr(owner, name)
-    cut = parameter.detach().index_select(dim, keep.to(parameter.device))
-    setattr(owner, name, nn.Parameter(cut, parameter.requires_grad))
-    if isinstance(owner, nn.Linear):
-        owner.out_features, owner.in_features = owner.weight.shape
-    elif isinstance(owner, nn.Embedding):
-        owner.embedding_dim = cut.shape[1]
-    elif isinstance(owner, nn.LayerNorm):
-        owner.normalized_shape = tuple(cut.shape)
 
 
 def _embedding(model: PreTrainedModel) -> Any:

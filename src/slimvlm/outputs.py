@@ -102,6 +102,24 @@ def new_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
+def replacement(path: str | Path) -> Iterator[Path]:
+    """A folder to fill, over several starts if need be, that takes its name when the block ends.
+
+    Unlike what is left of a `new_folder`, an unfinished one stays for the next start to go on with.
+    Whoever fills it holds the place (`held`).
+
+    Raises:
+        OutputError: If the disk is full or read-only.
+    """
+    path = Path(path)
+    partial = _beside(path, "partial")
+    yield partial
+    with explained(path):
+        _sync_tree(partial)
+        _replace(partial, path)
+
+
+@contextmanager
 def new_file(path: str | Path) -> Iterator[Path]:
     """A file to write that takes its name, in place of an old one, when the block ends well.
 

@@ -19,7 +19,7 @@ from slimvlm.configs import (
     with_text_config,
 )
 from slimvlm.errors import ConfigError
-from slimvlm.families import INPUT_COLUMNS, OUTPUT_ROWS, Projection, Stack
+from slimvlm.families import INPUT_COLUMNS, OUTPUT_ROWS, Projection
 from slimvlm.geometry import (
     Anatomy,
     Matrix,
@@ -35,8 +35,6 @@ from slimvlm.modeling_pruned import set_counts_
 from slimvlm.plan import Plan
 from slimvlm.uneven import set_class_
 from slimvlm.units import channels_of, unit_of
-
-_EMBEDDING = ("num_embeddings", "embedding_dim")
 
 
 def prune_(model: PreTrainedModel, plan: Plan, allow_uneven: bool = False) -> None:
@@ -174,21 +172,32 @@ def _slice_weights(model: nn.Module, plan: Plan) -> None:
             continue
         keep = kept_channels(plan, index, matrix.projection)
         if len(keep) < matrix.width:
-            _slice_matrix(matrix, keep.to(matrix.weight.device))
+            _slice_matrix(matrix, keep)
 
 
 def _slice_matrix(matrix: Matrix, keep: Tensor) -> None:
-    owner, weight = matrix.owner, matrix.weight
-    cut = weight.detach().index_select(matrix.projection.axis, keep)
-    setattr(owner, matrix.name, nn.Parameter(cut, weight.requires_grad))
-    if not isinstance(owner, nn.Linear):
-        for name in ("intermediate_dim", "intermediate_size", "expert_dim"):
-            if name in vars(owner):
-                setattr(owner, name, len(keep) // len(matrix.projection.segments))
+    owner = matrix.owner
+    keep_channels_(owner, matrix.name, matrix.projection.axis, keep)
+    if isinstance(owner, nn.Linear):
+        if matrix.projection.dim == OUTPUT_ROWS and owner.bias is not None:
+            keep_channels_(owner, "bias", 0, keep)
         return
-    if matrix.projection.dim == OUTPUT_ROWS and owner.bias is not None:
-        owner.bias = nn.Parameter(owner.bias.detach()[keep], owner.bias.requires_grad)
-    owner.out_features, owner.in_features = owner.weight.shape
+    for name in ("intermediate_dim", "intermediate_size", "expert_dim"):
+        if name in vars(owner):
+            setattr(owner, name, len(keep) // len(matrix.projection.segments))
+
+
+def keep_channels_(owner: Any, name: str, dim: int, keep: Tensor) -> None:
+    """Keep some channels of a parameter, and let its module say so."""
+    parameter = getattr(owner, name)
+    cut = parameter.detach().index_select(dim, keep.to(parameter.device))
+    setattr(owner, name, nn.Parameter(cut, parameter.requires_grad))
+    if isinstance(owner, nn.Linear):
+        owner.out_features, owner.in_features = owner.weight.shape
+    elif isinstance(owner, nn.Embedding):
+        owner.num_embeddings, owner.embedding_dim = owner.weight.shape
+    elif isinstance(owner, nn.LayerNorm):
+        owner.normalized_shape = tuple(cut.shape)
 
 
 def _drop_layers(model: nn.Module, plan: Plan) -> None:
@@ -197,7 +206,8 @@ def _drop_layers(model: nn.Module, plan: Plan) -> None:
     kept = [layers[i] for i in plan.layers]
     parent: Any = model.get_submodule(plan.before.family.backbone)
     for stack, holder in stacks(model):
-        _keep_slices(stack, holder, plan)
+        keep = kept_slices(plan, holder.weight.shape[stack.dim])
+        keep_channels_(holder, "weight", stack.dim, keep)
     parent.layers = nn.ModuleList(kept)
     for name in plan.before.backbone.live_lists:
         setattr(parent, name, [getattr(parent, name)[i] for i in plan.layers])
@@ -205,15 +215,6 @@ def _drop_layers(model: nn.Module, plan: Plan) -> None:
         for module in layer.modules():
             if "layer_idx" in vars(module):
                 module.layer_idx = index  # type: ignore[assignment]
-
-
-def _keep_slices(stack: Stack, module: Any, plan: Plan) -> None:
-    keep = kept_slices(plan, module.weight.shape[stack.dim]).to(module.weight.device)
-    cut = module.weight.detach().index_select(stack.dim, keep)
-    module.weight = nn.Parameter(cut, module.weight.requires_grad)
-    widths = ("out_features", "in_features") if isinstance(module, nn.Linear) else _EMBEDDING
-    for name, size in zip(widths, cut.shape, strict=True):
-        setattr(module, name, size)
 
 
 def kept_slices(plan: Plan, width: int) -> Tensor:

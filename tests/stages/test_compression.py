@@ -258,6 +258,32 @@ def test_force_replaces_a_run(finished: Path, data: Path, tmp_path: Path) -> Non
     assert json.loads((out / "config.json").read_text())["ratio"] == 0.2
 
 
+def test_what_force_replaces_stays_until_the_new_run_is_whole(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    compress(*pruning(), out, say=silent)
+    before = contents(out)
+    request = request_for(data, ratio=0.2, tasks=None)
+    for stage in ("cut_", "recover", "_finish"):
+
+        def stops(*args: Any, **kwargs: Any) -> Any:
+            raise Stopped
+
+        with monkeypatch.context() as patch:
+            patch.setattr(compression, stage, stops)
+            with pytest.raises(Stopped):
+                compress(*request, out, force=True, say=silent)
+        assert contents(out) == before
+    said: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(compression, "cut_", stops)  # done already
+        compress(*request, out, force=True, say=said.append)
+    assert any(line.startswith("going on") for line in said)
+    assert json.loads((out / "config.json").read_text())["ratio"] == 0.2
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -175,7 +175,9 @@ def test_batches_without_pictures_teach_the_projector_nothing(kind: str, bf16: b
     before = weights(student)
     recover(student, None, blind, config(**options), processor)
     assert changed(student, before) == set()
-    history = recover(student, None, blind + short_samples(1), config(**options | {"max_steps": 4}), processor)
+    history = recover(
+        student, None, blind + short_samples(1), config(**options | {"max_steps": 4}), processor
+    )
     assert changed(student, before)
     assert len(history.steps) == 4
     assert not student.get_input_embeddings()._forward_hooks
