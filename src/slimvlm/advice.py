@@ -236,10 +236,15 @@ def _ratio_for_latency(subject: str | None, share: float, data: bool) -> float:
 
 
 def _latency(axis: str, ratio: float, subject: str | None) -> float | None:
-    """Share of the time to read a question: of the model itself, else the mean over the study's."""
+    """Share of the time to read a question: of the model itself, else of the study's models.
+
+    Of these the curves count that reach farthest, the same ones at every ratio.
+    """
     curves = [_from_1(row) for row in latencies() if row.axis == axis]
     own = [row for row in curves if row.model == subject]
-    shown = own or [row for row in curves if not row.ours]
+    others = [row for row in curves if not row.ours]
+    farthest = max(max(row.values) for row in others)
+    shown = own or [row for row in others if max(row.values) == farthest]
     values = [value for row in shown if (value := row.at(ratio)) is not None]
     return fmean(values) if values else None
 

@@ -98,8 +98,8 @@ def _checked_samples(run: Run, force: bool) -> list[Sample]:
         raise ConfigError(f"limit {config.limit} must be at least 1")
     samples = check_request(run.model, config, say, _samples_to_read(config))
     if config.axis is None:
-        chart = recipe_for(ratio_of(config), config.data is not None)
-        say(f"axis {chart.axis}: {chart.why} (arXiv:2507.20749)")
+        chart = recipe_for(ratio_of(config), config.trains)
+        say(f"axis {chart.axis}: {chart.why} ({chart.source})")
     return samples
 
 

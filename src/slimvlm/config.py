@@ -302,6 +302,11 @@ class PruneConfig(CalibrationConfig):
             raise ConfigError(f"steps {self.steps} cannot be combined with allocation 'search'")
 
     @property
+    def trains(self) -> bool:
+        """Whether training is to follow: pruning alone leaves that open where there is data."""
+        return self.data is not None
+
+    @property
     def needs_held_out(self) -> bool:
         """Whether some calibration samples are set aside to judge plans and repairs on."""
         return self.allocation in ("balanced", "search") or self.repair == "auto"
@@ -324,6 +329,11 @@ class CompressConfig(PruneConfig):
     """Only the first so many questions of each task."""
     baseline: str | None = None
     """Result file of the original model, to save asking it again."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether training follows."""
+        return self.data is not None and self.recover is not None
 
 
 MIN_NEW_TOKENS = 3

@@ -136,8 +136,9 @@ def _speed(has_gpu: bool) -> tuple[float, str]:
     if has_gpu and not torch.cuda.is_available():
         assumed = rules()["cost"]["gpu"]
         return assumed["flops"], f"{assumed['name']} ({assumed['source']})"
-    flops = device_flops()
-    return flops, f"this {default_device().type} at {flops / 1e9:,.0f} GFLOP/s, timed just now"
+    device = default_device() if has_gpu else torch.device("cpu")
+    flops = device_flops(device)
+    return flops, f"this {device.type} at {flops / 1e9:,.0f} GFLOP/s, timed just now"
 
 
 @lru_cache(maxsize=32)
@@ -167,10 +168,9 @@ def training_passes(config: RecoverConfig, kept: float) -> float:
     return kept * (2 if config.train == "projector" else 3) + config.needs_teacher
 
 
-@lru_cache(maxsize=1)
-def device_flops() -> float:
-    """FLOP/s of a matrix product on the device here, measured in a moment."""
-    device = default_device()
+@lru_cache(maxsize=2)
+def device_flops(device: torch.device) -> float:
+    """FLOP/s of a matrix product on a device, measured in a moment."""
     dtype = torch.bfloat16 if computes_bfloat16(device) else torch.float32
     matrix = torch.ones(1024, 1024, device=device, dtype=dtype)
     repeats = 200 if device.type == "cuda" else 10

@@ -73,7 +73,7 @@ class Calibration:
 
 def axis_of(config: PruneConfig) -> Axis:
     """The axis, by the study's chart if none was given."""
-    return config.axis or recipe_for(ratio_of(config), config.data is not None).axis
+    return config.axis or recipe_for(ratio_of(config), config.trains).axis
 
 
 def ratio_of(config: PruneConfig) -> float:

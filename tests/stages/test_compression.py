@@ -20,6 +20,7 @@ from slimvlm.config import RecoverConfig
 from slimvlm.errors import ConfigError, SlimError
 from slimvlm.geometry import read_anatomy
 from slimvlm.plan import Plan
+from slimvlm.pruning import axis_of
 from slimvlm.results import Result
 from slimvlm.values import Scores
 from tests import tiny_folder as folders
@@ -246,6 +247,13 @@ def pruning(data: Path | None = None, **changes: Any) -> Request:
     return request_for(
         data, **{"criterion": (), "axis": None, "recover": None, "tasks": None, **changes}
     )
+
+
+@pytest.mark.parametrize(("recover", "axis"), [(None, "width"), (RecoverConfig(), "depth")])
+def test_the_axis_depends_on_whether_anything_is_trained(
+    recover: RecoverConfig | None, axis: str
+) -> None:
+    assert axis_of(CompressConfig(ratio=0.15, data="demo", recover=recover)) == axis
 
 
 def test_force_replaces_a_run(finished: Path, data: Path, tmp_path: Path) -> None:

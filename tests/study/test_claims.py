@@ -25,7 +25,14 @@ def row(axis: str, ratio: float, kept: float, loss: str = "none", **changes: Any
     train = "none" if loss == "none" else "lora"
     values = {
         **{"model": "m", "axis": axis, "ratio": ratio, "criterion": "c", "allocation": "uniform"},
-        **{"repair": "none", "recovery": loss, "train": train, "loss": loss, "fraction": 1.0},
+        **{
+            "repair": "none",
+            "options": "",
+            "recovery": loss,
+            "train": train,
+            "loss": loss,
+            "fraction": 1.0,
+        },
         **{"seed": 0, "status": "done", "avg_percent": kept},
         **{"avg_percent_low": kept - 1, "avg_percent_high": kept + 1},
         **dict.fromkeys(("avg_free", "avg_choice", "avg_pictures", "avg_text"), 0.6 * kept),

@@ -83,6 +83,16 @@ def test_cells_are_every_combination_once(tmp_path: Path) -> None:
     assert seeds == {(0, 0), (1, 1)}
 
 
+def test_options_of_a_grid_tell_its_cells_apart(tmp_path: Path) -> None:
+    data = folders.write_llava_data(tmp_path, pictures=False)
+    one = study(data, {"prune": {"gradient": "batch", "samples": 4}})
+    other = study(data, {"prune": {"samples": 4}})  # as the study says
+    cells = expand(StudyConfig(**{**vars(one), "grids": one.grids + other.grids}))
+    assert [cell.options for cell in cells] == ["gradient batch"] * 4 + [""] * 4
+    assert len({cell.label for cell in cells}) == 8
+    assert cells[0].values()["options"] == "gradient batch"
+
+
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "key": ({"taks": "presence"}, "key 'taks' is unknown. Allowed: grids, recoveries"),
     "grid key": ({"grids": [{"ratio": 0.2, "axes": "width"}]}, "grids: key 'axes' is unknown"),
@@ -118,6 +128,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "recovery without data": ({"data": None}, "needs the study's key 'data'"),
     "limit": ({"limit": 0}, "limit 0 must be at least 1"),
     "tasks": ({"tasks": "presense"}, "presense"),
+    "tasks outside AVG": ({"tasks": "text_ppl"}, "tasks 'text_ppl': none counts in AVG"),
+    "how it is written": ({"prune": {"pad": True}}, "'pad' changes no result"),
     "resources": ({"resources": {"gpus": -1}}, "gpus -1"),
     "floors": ({"floors": "yes"}, "floors 'yes' must be true or false"),
     "reference": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from slimvlm.errors import NumericalError
-from slimvlm.study import StudyConfig, engines, forecast, prepared, run_study
+from slimvlm.study import StudyConfig, engines, forecast, prepared, run_study, stages
 from slimvlm.study.cache import Cache, Outcome
 from slimvlm.study.schedule import Schedule
 from slimvlm.study.stages import Stage
@@ -135,12 +136,93 @@ def test_other_samples_or_other_files_are_other_work(data: Path, tmp_path: Path)
     first = names(study(data, {"model": str(model)}))
     assert names(study(data, {"model": str(model)})) == first
     assert len(names(study(data, {"model": str(model), "seed": 1})) & first) == 1  # the original
-    from slimvlm.study.stages import _identity
-
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
-    _identity.cache_clear()
+    stages._identity.cache_clear()
     assert not names(study(data, {"model": str(model)})) & first
+
+
+def test_other_questions_are_other_work(data: Path, tmp_path: Path) -> None:
+    rows = [{"question": "which?", "answer": "this"}, {"question": "what?", "answer": "that"}]
+    task = {"name": "mine", "data": "q.jsonl", "prompt": "{question}", "answer": "answer"}
+    (tmp_path / "mine.yaml").write_text(json.dumps(task))
+    names = []
+    for answer in ("that", "that", "those"):
+        rows[1]["answer"] = answer
+        (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        stages._identity_of_task.cache_clear()
+        config = study(data, tasks=str(tmp_path / "mine.yaml"))
+        found = prepared(config, print)[1].stages()
+        names.append({stage.name for stage in found if stage.kind == "evaluate"})
+    assert names[0] == names[1]
+    assert not names[0] & names[2]
+
+
+@pytest.mark.parametrize("size", [100, 10_000])
+@pytest.mark.parametrize("place", [0, 50, 99])
+def test_a_change_anywhere_in_a_folder_is_noticed(
+    size: int, place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "_BLOCK_BYTES", 16)  # a large file has more than 64 of them
+    file = tmp_path / "train" / "rows.arrow"
+    file.parent.mkdir()
+    file.write_bytes(bytes(size))
+
+    def identity() -> str:
+        stages._identity.cache_clear()
+        return stages._identity("data", str(tmp_path))
+
+    before = identity()
+    assert identity() == before
+    changed = bytearray(size)
+    begin = place * size // 100
+    changed[begin : begin + size // 50] = b"\1" * len(changed[begin : begin + size // 50])
+    file.write_bytes(bytes(changed))
+    assert identity() != before
+
+
+def test_the_table_grows_while_the_study_runs(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[int] = []
+    honest = engines.work
+
+    def looks(stage: Stage, *rest: Any) -> None:
+        if (tmp_path / "results.csv").exists():
+            table = pd.read_csv(tmp_path / "results.csv")
+            measured.append(int((table["status"] == "done").sum()))
+        honest(stage, *rest)
+
+    monkeypatch.setattr(engines, "work", looks)
+    run_study(study(data, {"recovery": "none"}), tmp_path, console=QUIET)
+    assert set(measured) == {1, 2}
+
+
+def test_a_study_goes_on_from_the_file_in_its_folder(again: Path, data: Path) -> None:
+    (again / "study.yaml").write_text((again / "study.json").read_text())
+    before = (again / "results.csv").read_text()
+    run_study(again / "study.yaml", again, console=QUIET)
+    assert (again / "results.csv").read_text() == before
+
+
+def test_what_failed_meanwhile_is_not_tried_again(
+    schedule: Schedule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+
+    def fails(stage: Stage, *rest: Any) -> None:
+        tried.append(stage.name)
+        raise NumericalError("no")
+
+    monkeypatch.setattr(engines, "work", fails)
+    missing = schedule.missing(Cache(tmp_path))
+    early, late = Cache(tmp_path), Cache(tmp_path)
+    engines.run_local(schedule, missing, early, Silent())
+    first = len(tried)
+    engines.run_local(schedule, missing, late, Silent())
+    assert len(tried) == first > 0
+    engines.run_local(schedule, missing, Cache(tmp_path), Silent())
+    assert len(tried) == 2 * first
 
 
 def test_what_fails_is_said_and_stops_nothing_else(

@@ -28,7 +28,7 @@ from tests import tiny
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A folder with the configuration of a tiny LLaVA and no weights; the machine has a speed."""
     tiny.build("llava-llama").config.save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(estimate, "device_flops", lambda: 1e11)
+    monkeypatch.setattr(estimate, "device_flops", lambda device: 1e11)
     return str(tmp_path / "model")
 
 

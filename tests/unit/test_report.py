@@ -21,7 +21,7 @@ from slimvlm.errors import ConfigError
 from slimvlm.geometry import Anatomy
 from slimvlm.plan import Plan
 from slimvlm.planning import make_plan
-from slimvlm.report import read_record, report_html
+from slimvlm.report import read_record, report_html, study
 from slimvlm.report.charts import CELL, Mark, frontier, labels_apart, scale, ticks
 from slimvlm.report.drawings import allocation, by_ratio, loss_curves, score_maps, trade_offs
 from slimvlm.report.record import Training
@@ -75,6 +75,7 @@ def write_study(folder: Path, shape: Anatomy) -> pd.DataFrame:
     folder.mkdir()
     original = {
         **dict.fromkeys(("criterion", "allocation", "repair", "train", "loss", "plan", "scores")),
+        "options": None,
         **{"model": "tiny", "axis": "original", "ratio": 0.0, "recovery": "original"},
         **{"fraction": 1.0, "seed": 0, "achieved_ratio": 0.0, "status": "done", "failed": None},
         **{"avg": 100.0, "avg_percent": 100.0, "result": "original.json", "history": None},
@@ -92,7 +93,7 @@ def write_study(folder: Path, shape: Anatomy) -> pd.DataFrame:
         row = {**rows[0], "axis": axis, "ratio": ratio, "achieved_ratio": plan.ratio}
         row |= {"recovery": "tuned" if train == "lora" else "none", "train": train}
         row |= {"loss": "sft+hidden" if train == "lora" else "none", "criterion": "by-hand"}
-        row |= {"allocation": "uniform", "repair": "none", "avg": 10.0 * right}
+        row |= {"allocation": "uniform", "repair": "none", "options": "", "avg": 10.0 * right}
         row |= {"avg_percent": kept.percent, "avg_percent_low": kept.low}
         row |= {"avg_percent_high": kept.high, "score:name": 10.0 * right}
         row |= {"avg_free": 10.0 * right, "avg_choice": 10.0, "avg_pictures": 1.0, "avg_text": 1.0}
@@ -151,9 +152,30 @@ def test_a_study_without_a_finished_cell_has_a_report(tmp_path: Path, shape: Ana
     table = write_study(tmp_path / "study", shape)
     table.loc[table["axis"] != "original", "status"] = "open"
     table.to_parquet(tmp_path / "study" / "results.parquet", index=False)
-    html = report_html(read_record(tmp_path / "study"))
-    assert "0 of 9 cells" in html
-    assert "Answers side by side" not in html
+    columns = ["plan", "scores", "history", "avg_percent_low", "avg_percent_high"]
+    for absent in ([], columns):  # columns that only a finished cell fills
+        table.drop(columns=absent).to_parquet(tmp_path / "study" / "results.parquet", index=False)
+        html = report_html(read_record(tmp_path / "study"))
+        assert "0 of 9 cells" in html
+        assert "Answers side by side" not in html
+
+
+def test_charts_mix_neither_shares_of_the_data_nor_other_options(
+    tmp_path: Path, shape: Anatomy
+) -> None:
+    table = write_study(tmp_path / "study", shape)
+    less = table[table["recovery"] == "tuned"].assign(fraction=0.05, avg_percent=1.0)
+    both = pd.concat([table, less], ignore_index=True)
+    both.to_parquet(tmp_path / "study" / "results.parquet", index=False)
+    record = read_record(tmp_path / "study")
+    titles = [chart.title.rpartition("ratio: ")[2] for chart in by_ratio(record.entries)]
+    full, part = "fraction 1.0", "fraction 0.05"
+    assert titles == [f"untrained, {full}", f"tuned, {full}", f"tuned, {part}"]
+    little = by_ratio(record.entries)[-1]
+    assert [line.look for line in little.lines] == ["depth", "width"]
+    shown = {e.fraction: study._published(e) for e in record.entries if e.recovery == "tuned"}
+    assert shown[0.05] == ""
+    assert shown[1.0] != ""
 
 
 class Page(HTMLParser):

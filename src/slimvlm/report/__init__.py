@@ -12,7 +12,8 @@ from slimvlm.html import render
 from slimvlm.report import drawings
 from slimvlm.report.record import Record
 from slimvlm.report.run import is_run, read_run
-from slimvlm.report.study import TABLE, is_study, read_study_folder
+from slimvlm.report.study import is_study, read_study_folder
+from slimvlm.study.table import TABLE
 
 _ROOM = 4_900_000
 """Bytes of the whole file at most."""

@@ -79,14 +79,13 @@ def overview(entries: Sequence[Entry]) -> list[Chart]:
 
 
 def by_ratio(entries: Sequence[Entry]) -> list[Chart]:
-    """AVG-% over the ratio: a chart for each recovery, a line for each axis and for the study's."""
+    """AVG-% over the ratio: a chart for each way, a line for each axis and for the study's."""
     shown = [entry for entry in entries if entry.percent is not None and not entry.is_original]
-    if len({round(entry.ratio, 1) for entry in shown}) < 2:
-        return []
-    return [
-        _ratio_chart([entry for entry in shown if entry.recovery == recovery])
-        for recovery in dict.fromkeys(entry.recovery for entry in shown)
-    ]
+    ways: dict[tuple[str, str], list[Entry]] = {}
+    for entry in shown:
+        ways.setdefault((entry.recovery, entry.variant), []).append(entry)
+    several = [way for way in ways.values() if len({round(entry.ratio, 1) for entry in way}) > 1]
+    return [_ratio_chart(alike) for alike in several]
 
 
 def _ratio_chart(shown: Sequence[Entry]) -> Chart:
@@ -103,12 +102,14 @@ def _ratio_chart(shown: Sequence[Entry]) -> Chart:
             lines.append(Line(polyline(x, y, there), f"{axis} published", name))
     marks = tuple(_mark(entry, x.place(100 * entry.ratio), y.place, False) for entry in shown)
     first = shown[0]
-    title = first.recovery if first.train else "untrained"
-    return Chart(f"Kept at each ratio: {title}", x, y, marks, tuple(lines))
+    way = filter(None, (first.recovery if first.train else "untrained", first.variant))
+    return Chart(f"Kept at each ratio: {', '.join(way)}", x, y, marks, tuple(lines))
 
 
 def _published_means(entry: Entry, axis: str, ratios: Sequence[float]) -> list[tuple[float, float]]:
     """The study's AVG-%, a mean over its models, at those of the ratios that it has."""
+    if entry.fraction < 1:
+        return []
     found = [(r, published(axis, entry.train, entry.loss, r)) for r in ratios]
     return [(100 * r, fmean(value for _, value in rows)) for r, rows in found if rows]
 

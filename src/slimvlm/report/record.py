@@ -32,6 +32,9 @@ class Entry:
         train: What learned: ``projector``, ``lora``, ``full`` or None.
         loss: From which loss.
         model: The original that it comes from.
+        fraction: Share of the training data that was used.
+        variant: What else sets it apart from others of its axis, ratio and recovery, but for the
+            seed; in a few words.
         link: Id of its row in a table, that marks of charts lead to; empty for none.
         columns: Further columns of the table, by name.
     """
@@ -52,6 +55,8 @@ class Entry:
     train: str | None = None
     loss: str = ""
     model: str = ""
+    fraction: float = 1.0
+    variant: str = ""
     link: str = ""
     columns: Mapping[str, str] = field(default_factory=dict)
 

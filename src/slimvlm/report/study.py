@@ -19,15 +19,14 @@ from slimvlm.report.record import Entry, Pruning, Record, Table, Training
 from slimvlm.report.run import read_training
 from slimvlm.results import Result
 from slimvlm.study.claims import claims_of
-from slimvlm.study.table import DONE, FAILED, ORIGINAL
+from slimvlm.study.table import DONE, FAILED, ORIGINAL, STUDY, TABLE
 from slimvlm.summary import MARK
 from slimvlm.tasks import builtin_tasks, find_tasks
 from slimvlm.values import Scores
 
-TABLE = "results.parquet"
 SHOWN_RATIO = 0.3
 """Answers are shown of the best model at the measured ratio that is nearest to this one."""
-_OPTIONS = ("criterion", "allocation", "repair", "fraction", "seed")
+_OPTIONS = ("criterion", "allocation", "repair", "options", "fraction", "seed")
 """Columns that a cell's name and the table have only where they differ between cells."""
 
 
@@ -55,7 +54,7 @@ def read_study_folder(folder: Path) -> Record:
         lead=f"{len(cells)} of {len(wanted)} cells measured, along "
         f"{' and '.join(wanted['axis'].unique())}.",
         cards=_cards(wanted, cells, entries),
-        command=shlex.join(["slimvlm", "study", "study.yaml", "--out", str(folder)]),
+        command=shlex.join(["slimvlm", "study", str(folder / STUDY), "--out", str(folder)]),
         config=config,
         entries=entries,
         prunings=_prunings(folder, cells),
@@ -101,6 +100,8 @@ def _entry(row: pd.Series, varied: Sequence[str], index: Any) -> Entry:
         loss="" if train is None else str(row["loss"]),
         link=f"cell-{index}",
         model=str(row["model"]),
+        fraction=float(row["fraction"]),
+        variant="" if original else _variant(row, varied),
         columns=_columns(row, varied, original),
     )
 
@@ -123,9 +124,14 @@ def _name(row: pd.Series, varied: Iterable[str]) -> str:
     short = Path(str(row["model"])).name
     if row["axis"] == ORIGINAL:
         return f"{short} original"
-    options = [f"{name} {row[name]}" for name in varied]
+    options = [f"{name} {row[name]}" for name in varied if row[name] != ""]
     trained = "untrained" if row["train"] == "none" else str(row["recovery"])
     return ", ".join([f"{short} {row['axis']} {row['ratio']:.0%}", trained, *options])
+
+
+def _variant(row: pd.Series, varied: Iterable[str]) -> str:
+    """What sets a cell apart from others of its axis, ratio and recovery, but for the seed."""
+    return ", ".join(f"{name} {row[name]}" for name in varied if name != "seed" and row[name])
 
 
 def _number(value: Any) -> float | None:
@@ -178,13 +184,14 @@ def _cell_table(entries: Sequence[Entry]) -> Table:
     note = (
         "* The 95 % interval (paired bootstrap over questions) excludes 100. The study: AVG-% of "
         "LLaVA-1.5-7B, Mini-InternVL-4B and Bunny-3B for the same axis, recovery and ratio "
-        "(arXiv:2604.24380), LoRA beside full training; other models and tasks, so read the trend."
+        "(arXiv:2604.24380), with all of its data, LoRA beside full training; other models and "
+        "tasks, so read the trend."
     )
     return Table("All cells", header, rows, note, ids=[entry.link for entry in entries])
 
 
 def _published(entry: Entry) -> str:
-    if entry.is_original:
+    if entry.is_original or entry.fraction < 1:
         return ""
     found = published(entry.axis, entry.train, entry.loss, entry.ratio)
     return " / ".join(f"{value:.1f}" for _, value in found)
@@ -222,7 +229,9 @@ def _failures(table: pd.DataFrame) -> list[Table]:
 
 def _prunings(folder: Path, cells: pd.DataFrame) -> list[Pruning]:
     """Every plan once."""
-    found = []
+    found: list[Pruning] = []
+    if cells.empty:
+        return found
     for path, rows in cells.groupby("plan", sort=False):
         row = rows.iloc[0]
         scores = [Scores.load(folder / name) for name in str(row["scores"]).split()]

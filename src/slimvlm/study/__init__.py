@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from slimvlm.errors import ConfigError, SlimError
 from slimvlm.lmms import check_names, split_names
 from slimvlm.outputs import held, write_text
 from slimvlm.pruning import check_options, rehearse_request
-from slimvlm.study.cache import Cache
+from slimvlm.study.cache import Cache, Outcome
 from slimvlm.study.cells import Cell, expand
 from slimvlm.study.claims import Claim, claims_of, claims_text
 from slimvlm.study.config import StudyConfig, read_study
@@ -27,9 +27,9 @@ from slimvlm.study.display import Progress, shown
 from slimvlm.study.engines import ENGINES, run_local, run_ray
 from slimvlm.study.estimate import Estimator
 from slimvlm.study.schedule import Schedule, make_schedule
-from slimvlm.study.stages import KINDS
-from slimvlm.study.table import results_table, write_table
-from slimvlm.study.work import samples_of
+from slimvlm.study.stages import KINDS, Stage
+from slimvlm.study.table import STUDY, results_table, write_table
+from slimvlm.study.work import notes_on, samples_of
 from slimvlm.tasks import find_tasks
 
 __all__ = ["Claim", "StudyConfig", "claims_of", "forecast", "read_study", "run_study"]
@@ -89,6 +89,8 @@ def run_study(
         raise ConfigError(f"engine {engine!r} must be one of: {', '.join(ENGINES)}")
     if workers is not None and (engine != "ray" or workers < 1):
         raise ConfigError(f"workers {workers} needs engine 'ray' and must be at least 1")
+    if address is not None and engine != "ray":
+        raise ConfigError(f"address {address!r} needs engine 'ray'")
     console = console or Console(stderr=True)
     config, schedule = prepared(study, console.print)
     cache = Cache(out)
@@ -96,21 +98,44 @@ def run_study(
     with held(cache.root, _PATIENCE):
         write_text(cache.root / "study.json", json.dumps(asdict(config), indent=1) + "\n")
         if isinstance(study, str | Path):
-            shutil.copyfile(study, cache.root / "study.yaml")
+            write_text(cache.root / STUDY, Path(study).read_text(encoding="utf-8"))
     missing = schedule.missing(cache)
     progress = Progress(schedule, missing, Estimator.from_cache(cache), console)
+    recorder = _Recorder(progress, partial(_written_table, config, schedule, cache))
     try:
         with shown(progress):
             if engine == "local":
-                run_local(schedule, missing, cache, progress)
+                run_local(schedule, missing, cache, recorder)
             else:
-                run_ray(schedule, missing, cache, progress, config.resources, workers, address)
+                run_ray(schedule, missing, cache, recorder, config.resources, workers, address)
     finally:
-        with held(cache.root, _PATIENCE):
-            table = results_table(config, schedule, cache)
-            write_table(table, cache.root)
-            write_text(cache.root / "claims.md", claims_text(claims_of(table)))
+        table = recorder.write()
     return table
+
+
+def _written_table(config: StudyConfig, schedule: Schedule, cache: Cache) -> pd.DataFrame:
+    """What is measured so far, and what it says on the claims, as files too."""
+    with held(cache.root, _PATIENCE):
+        table = results_table(config, schedule, cache)
+        write_table(table, cache.root)
+        write_text(cache.root / "claims.md", claims_text(claims_of(table)))
+    return table
+
+
+@dataclass(frozen=True)
+class _Recorder:
+    """Shows progress, and writes the table whenever another model was measured."""
+
+    progress: Progress
+    write: Callable[[], pd.DataFrame]
+
+    def started(self, stage: Stage) -> None:
+        self.progress.started(stage)
+
+    def finished(self, stage: Stage, outcome: Outcome) -> None:
+        self.progress.finished(stage, outcome)
+        if stage.kind == "evaluate":
+            self.write()
 
 
 def forecast(study: StudyConfig | str | Path, out: str | Path) -> Forecast:
@@ -147,7 +172,10 @@ def prepared(study: StudyConfig | str | Path, say: Say) -> tuple[StudyConfig, Sc
         _check_model(model, [cell for cell in cells if cell.model == model])
     schedule = make_schedule(config, cells)
     if config.data is not None:
-        found = len(samples_of(schedule.cells[0].prune.request))
+        request = schedule.cells[0].prune.request
+        for line in notes_on(request):
+            say(line)
+        found = len(samples_of(request))
         wanted = max(cell.prune.samples for cell in cells)
         if found <= wanted:
             say(f"data {config.data!r} has {found} samples: training sees those of calibration")
@@ -159,7 +187,9 @@ def _check_tasks(study: StudyConfig) -> None:
     if theirs:
         check_names(theirs, study.limit, study.task_folder)
     if own or not theirs:
-        find_tasks(own)
+        tasks = find_tasks(own)
+        if not theirs and not any(task.in_average for task in tasks):
+            raise ConfigError(f"tasks {study.tasks!r}: none counts in AVG, which a study compares")
 
 
 def _check_model(model: str, cells: list[Cell]) -> None:

@@ -52,6 +52,7 @@ class Cache:
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root).absolute()
+        self._opened = time.time()
 
     def folder(self, stage: Stage) -> Path:
         """Where a stage's outcome is."""
@@ -108,6 +109,8 @@ class Cache:
             with FileLock(lock, timeout=-1 if wait else 0):
                 if self.is_ready(stage) or (self.is_done(stage) and not is_needed()):
                     return Outcome(stage.name)
+                if error := self._error_since_opened(stage):
+                    return Outcome(stage.name, error=error)
                 return self._done_now(stage, work, flops)
         except Timeout:
             return None
@@ -135,17 +138,24 @@ class Cache:
                 about["request"] = json.loads(json.dumps(asdict(stage.request)))
                 write_text(folder / ABOUT, json.dumps(about, indent=1) + "\n")
         except Exception as error:
-            return self._failed(stage, error, time.perf_counter() - start)
+            return self.failed(stage, error, time.perf_counter() - start)
         shutil.rmtree(scratch, ignore_errors=True)
         return Outcome(stage.name, seconds)
 
-    def _failed(self, stage: Stage, error: Exception, seconds: float) -> Outcome:
+    def failed(self, stage: Stage, error: Exception, seconds: float = 0.0) -> Outcome:
+        """Write down what a stage ended with."""
         text = " ".join(str(error).split()) or "no message"
         line = f"{type(error).__name__}: {text}"[:_LONGEST_ERROR]
         path = self._failure(stage)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps({"label": stage.label, "error": line}) + "\n")
         return Outcome(stage.name, seconds, line)
+
+    def _error_since_opened(self, stage: Stage) -> str:
+        """The error of another worker that tried a stage meanwhile; empty if there is none."""
+        path = self._failure(stage)
+        tried = path.is_file() and path.stat().st_mtime > self._opened
+        return self.error_of(stage) if tried else ""
 
     def _failure(self, stage: Stage) -> Path:
         return self.root / "failed" / f"{stage.kind}-{stage.name}.json"

@@ -12,8 +12,10 @@ from slimvlm.pruning import criteria_of
 from slimvlm.study.config import DEFAULT, GRID_AXES, NONE, Grid, StudyConfig
 from slimvlm.study.reading import built
 
-_OWN_PRUNE = {"data", "images", "pad"}
-"""Options of `PruneConfig` that are keys of the study, or change no result."""
+_OWN_PRUNE = {"data", "images"}
+"""Options of `PruneConfig` that are keys of the study."""
+_WITHOUT_EFFECT = {"pad", "compat"}
+"""Options of `PruneConfig` that change how a checkpoint is written, and no result."""
 _OWN_RECOVER = {"fraction", "seed"}
 """Options of `RecoverConfig` that are keys of a grid."""
 
@@ -28,6 +30,7 @@ class Cell:
         prune: What is removed, and how.
         recovery: Name of the recovery.
         recover: Its options, None if nothing is trained.
+        options: Options of pruning that its grid sets otherwise than the study, in words.
     """
 
     model: str
@@ -35,6 +38,7 @@ class Cell:
     prune: PruneConfig
     recovery: str = NONE
     recover: RecoverConfig | None = None
+    options: str = ""
 
     @property
     def criterion(self) -> str:
@@ -47,6 +51,7 @@ class Cell:
         prune = self.prune
         parts = [self.model.rstrip("/").rpartition("/")[2], prune.axis, f"{prune.ratio:.0%}"]
         parts += [self.criterion, *([f"repair {prune.repair}"] if prune.repair != "none" else [])]
+        parts += [self.options] if self.options else []
         parts.append(self.recovery if self.recover else "no recovery")
         if self.recover and self.recover.fraction < 1:
             parts.append(f"{self.recover.fraction:.0%} of the data")
@@ -62,6 +67,7 @@ class Cell:
             "criterion": self.criterion,
             "allocation": self.prune.allocation,
             "repair": self.prune.repair,
+            "options": self.options,
             "recovery": self.recovery,
             "train": recover.train if recover else NONE,
             "loss": recover.loss if recover else NONE,
@@ -88,21 +94,28 @@ def expand(study: StudyConfig) -> list[Cell]:
 def _cell(study: StudyConfig, grid: Grid, chosen: dict[str, Any]) -> Cell:
     where = ", ".join(f"{name} {value}" for name, value in chosen.items())
     try:
-        recover = _recover_config(study, chosen)
         return Cell(
             model=chosen["model"],
             seed=chosen["seed"],
             prune=_prune_config(study, grid, chosen),
             recovery=chosen["recovery"],
-            recover=recover,
+            recover=_recover_config(study, chosen),
+            options=_own_options(study, grid),
         )
     except ConfigError as error:
         raise ConfigError(f"cell ({where}): {error}") from error
 
 
+def _own_options(study: StudyConfig, grid: Grid) -> str:
+    usual = {f.name: f.default for f in fields(PruneConfig)} | dict(study.prune)
+    return " ".join(f"{k} {v}" for k, v in grid.prune.items() if v != usual.get(k))
+
+
 def _prune_config(study: StudyConfig, grid: Grid, chosen: dict[str, Any]) -> PruneConfig:
     axes = {f.name for f in fields(PruneConfig)} & set(GRID_AXES)
     options = {**study.prune, **grid.prune}
+    for name in _WITHOUT_EFFECT & options.keys():
+        raise ConfigError(f"prune: {name!r} changes no result, and a study keeps only results")
     _check_home("prune", options, axes | _OWN_PRUNE)
     criterion = chosen["criterion"]
     named = {} if criterion == DEFAULT else {"criterion": criterion.split("+")}

@@ -119,7 +119,7 @@ class Group:
 
 _SAME = (
     *("model", "axis", "ratio", "criterion", "allocation", "repair"),
-    *("recovery", "train", "loss", "fraction"),
+    *("recovery", "train", "loss", "fraction", "options"),
 )
 _MEASURED = ("avg_percent", "avg_free", "avg_choice", "avg_pictures", "avg_text")
 
@@ -238,7 +238,7 @@ def _t7(groups: Groups, originals: pd.DataFrame) -> Comparisons:
     }
     for group in _untrained(groups):
         bases = whole.get(group.row["model"], [])
-        if not bases or not min(bases) > 0:
+        if not bases or not all(base > 0 for base in bases):
             continue
         sight, text = (100 * (1 - group.of(n) / base) for n, base in zip(names, bases, strict=True))
         words = (

@@ -116,8 +116,12 @@ def run_ray(
         while waiting:
             (reference,), waiting = ray.wait(waiting, num_returns=1)
             stage = stages[reference]
+            try:
+                outcome = ray.get(reference)
+            except ray.exceptions.RayError as error:  # its worker died, more often than Ray retries
+                outcome = cache.failed(stage, error)
             clear_checkpoints(schedule, stage, cache)
-            watcher.finished(stage, ray.get(reference))
+            watcher.finished(stage, outcome)
     finally:
         ray.shutdown()
 

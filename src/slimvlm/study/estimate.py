@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from slimvlm.checkpoint import default_device
 from slimvlm.config import RecoverConfig
 from slimvlm.data import estimated_length
 from slimvlm.estimate import (
@@ -150,7 +151,7 @@ class Estimator:
         seconds, done = self.rates.get(kind, (0.0, 0.0))
         if done:
             return flops * seconds / done, "measured"
-        return flops / (EFFICIENCY * device_flops()), "rough"
+        return flops / (EFFICIENCY * device_flops(default_device())), "rough"
 
     def total(self, work: Sequence[tuple[str, float]]) -> tuple[float, Mapping[str, Any]]:
         """Seconds of much work, and which kinds were measured."""

@@ -16,18 +16,20 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from slimvlm.answers import key_of
 from slimvlm.checkpoint import resolve
 from slimvlm.config import PruneConfig, RecoverConfig
 from slimvlm.pruning import criteria_of
 from slimvlm.scores import CRITERIA
 from slimvlm.study.cells import Cell
 from slimvlm.study.config import StudyConfig
+from slimvlm.tasks import find_tasks
 
 Kind = Literal["calibrate", "plan", "prune", "recover", "evaluate"]
 KINDS: tuple[Kind, ...] = ("calibrate", "plan", "prune", "recover", "evaluate")
 FORMAT = 1
 """Raised when a stage's outcome changes for the same request."""
-_HEAD_BYTES = 2**20
+_NUM_BLOCKS, _BLOCK_BYTES = 64, 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,17 +211,25 @@ def _evaluation(study: StudyConfig, cell: Cell, of: Stage | None, label: str) ->
     config = cell.prune
     request = Request(
         model=cell.model,
-        identity=(_identity_of_model(cell.model), *_identities_of_tasks(study.tasks)),
+        identity=(_identity_of_model(cell.model), *_identities_of_tasks(study)),
         prune=PruneConfig(dtype=config.dtype, trust_remote_code=config.trust_remote_code),
         asked=asked,
     )
     return Stage("evaluate", request, () if of is None else (of,), label)
 
 
-def _identities_of_tasks(tasks: str) -> list[str]:
-    """Of task files that the user wrote."""
-    names = [part.strip() for part in tasks.split(",")]
-    return [_identity(name, name) for name in names if name.endswith((".yaml", ".yml"))]
+def _identities_of_tasks(study: StudyConfig) -> list[str]:
+    """Of the questions of tasks that the user wrote, and of local copies of benchmarks."""
+    names = [part.strip() for part in study.tasks.split(",")]
+    found = [_identity_of_task(n, study.limit) for n in names if n.endswith((".yaml", ".yml"))]
+    folder = study.task_folder
+    return found if folder is None else [*found, _identity(folder, folder)]
+
+
+@lru_cache(maxsize=64)
+def _identity_of_task(path: str, limit: int | None) -> str:
+    (task,) = find_tasks(path)
+    return f"{_identity(path, path)} {key_of('', task, task.load(limit))}"
 
 
 def _short(model: str) -> str:
@@ -234,16 +244,28 @@ def _identity_of_model(model: str) -> str:
 def _identity(name: str, source: str) -> str:
     """What tells a model or data source apart from another one that takes its place.
 
-    Names, sizes and the first MiB of its files. A hub id, and the word demo for data, stand for
-    themselves.
+    Names, sizes and content of its files; of one over 64 MiB 64 blocks of 1 MiB, evenly spaced. A
+    hub id, and the word demo for data, stand for themselves.
     """
     path = Path(source)
     if not path.exists():
         return name
     digest = hashlib.sha256()
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
-            digest.update(f"{file.name} {file.stat().st_size}".encode())
-            with file.open("rb") as handle:
-                digest.update(handle.read(_HEAD_BYTES))
+            digest.update(f"{file.relative_to(path)} {file.stat().st_size}".encode())
+            for block in _blocks(file):
+                digest.update(block)
     return f"{name} {digest.hexdigest()[:16]}"
+
+
+def _blocks(file: Path) -> Iterator[bytes]:
+    """A file's content; of a large one blocks from its beginning to its end."""
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        if size <= _NUM_BLOCKS * _BLOCK_BYTES:
+            yield handle.read()
+            return
+        for number in range(_NUM_BLOCKS):
+            handle.seek((size - _BLOCK_BYTES) * number // (_NUM_BLOCKS - 1))
+            yield handle.read(_BLOCK_BYTES)

@@ -28,6 +28,8 @@ CHOICE_BENCHMARKS = (
     *("pope", "scienceqa_img", "mmmu_val", "ai2d", "mme_cognition", "mme_perception"),
 )
 """Published benchmarks whose answers are chosen from a few (arXiv:2604.24380, Fig. 2)."""
+TABLE, STUDY = "results.parquet", "study.yaml"
+"""Files of a study's folder: what it has measured, and what it was asked."""
 OPEN, DONE, FAILED = "open", "done", "failed"
 ORIGINAL = "original"
 VOLATILE = ("prefill_ms", "decode_ms", *(f"seconds_{kind}" for kind in KINDS))
@@ -56,10 +58,10 @@ def write_table(table: pd.DataFrame, folder: Path) -> None:
     write_text(folder / "results.csv", table.to_csv(index=False))
     partial = folder / ".results.parquet.partial"
     table.to_parquet(partial, index=False)
-    partial.replace(folder / "results.parquet")
+    partial.replace(folder / TABLE)
 
 
-def _original_row(cell: CellStages, cache: Cache, sighted: set[str]) -> dict[str, Any]:
+def _original_row(cell: CellStages, cache: Cache, sighted: frozenset[str]) -> dict[str, Any]:
     row: dict[str, Any] = {
         **dict.fromkeys(cell.cell.values(), None),
         **{"model": cell.cell.model, "axis": ORIGINAL, "recovery": ORIGINAL},
@@ -67,13 +69,14 @@ def _original_row(cell: CellStages, cache: Cache, sighted: set[str]) -> dict[str
     }
     row |= _state([cell.original], cache)
     if row["status"] == DONE:
-        result = _result(cache, cell.original)
-        row |= {"avg_percent": 100.0, **_scores(result, sighted)}
+        row |= {"avg_percent": 100.0, **_scores(_full_path(cache, cell.original), sighted)}
         row["result"] = _path(cache, cell.original, RESULT)
     return row | _seconds([cell.original], cache)
 
 
-def _row(study: StudyConfig, cell: CellStages, cache: Cache, sighted: set[str]) -> dict[str, Any]:
+def _row(
+    study: StudyConfig, cell: CellStages, cache: Cache, sighted: frozenset[str]
+) -> dict[str, Any]:
     stages = list(cell.all())
     values = cell.cell.values()
     row: dict[str, Any] = {**values, "achieved_ratio": None, "steps": 0}
@@ -85,8 +88,7 @@ def _row(study: StudyConfig, cell: CellStages, cache: Cache, sighted: set[str]) 
         assert cell.cell.recover is not None
         row["steps"] = optimizer_steps(cell.cell.recover, history["num_samples"])
     if row["status"] == DONE:
-        result = _result(cache, cell.evaluate)
-        row |= _retention(cache, cell) | _scores(result, sighted)
+        row |= _retention(cache, cell) | dict(_scores(_full_path(cache, cell.evaluate), sighted))
         row |= _files(cell, cache)
     found = study.reference.row_for(values) if study.reference else None
     if study.reference is not None:
@@ -121,8 +123,7 @@ def _state(stages: Iterable[Stage], cache: Cache) -> dict[str, Any]:
 
 
 def _retention(cache: Cache, cell: CellStages) -> dict[str, float]:
-    key = (cache.folder(cell.evaluate) / RESULT, cache.folder(cell.original) / RESULT)
-    return dict(_retention_of(*map(str, key)))
+    return dict(_retention_of(*(_full_path(cache, s) for s in (cell.evaluate, cell.original))))
 
 
 @lru_cache(maxsize=4096)
@@ -137,7 +138,10 @@ def _retention_of(result: str, original: str) -> Mapping[str, float]:
     }
 
 
-def _scores(result: Result, sighted: set[str]) -> dict[str, Any]:
+@lru_cache(maxsize=4096)
+def _scores(path: str, sighted: frozenset[str]) -> Mapping[str, Any]:
+    """Columns with what a result file says."""
+    result = Result.load(path)
     counted = {name: task for name, task in result.tasks.items() if task.in_average}
     perplexities = [t.score for t in result.tasks.values() if t.metric == PERPLEXITY]
     groups = {
@@ -172,18 +176,18 @@ def _seconds(stages: Iterable[Stage], cache: Cache) -> dict[str, float]:
 
 
 @lru_cache(maxsize=64)
-def _tasks_with_pictures(tasks: str) -> set[str]:
+def _tasks_with_pictures(tasks: str) -> frozenset[str]:
     """Names of the tasks whose questions show pictures; all of lmms-eval's do."""
     from slimvlm.lmms import LMMS_TASKS, split_names
 
     own, _ = split_names(tasks)
     seeing = {t.name for t in (find_tasks(own) if own else []) if t.load(1)[0].images}
-    return seeing | set(LMMS_TASKS)
+    return frozenset(seeing | set(LMMS_TASKS))
 
 
 def _plan_ratio(path: Path) -> float:
     return float(json.loads(path.read_text())["ratio"])
 
 
-def _result(cache: Cache, stage: Stage) -> Result:
-    return Result.load(cache.folder(stage) / RESULT)
+def _full_path(cache: Cache, stage: Stage) -> str:
+    return str(cache.folder(stage) / RESULT)

@@ -62,22 +62,31 @@ def split_samples(request: Request) -> tuple[list[Sample], list[Sample]]:
 
 def samples_of(request: Request) -> list[Sample]:
     """All samples of a request's data, in the order of the file."""
+    return [] if request.prune.data is None else _rows_of(request)[0]
+
+
+def notes_on(request: Request) -> list[str]:
+    """What is to be said on the request's data, such as rows that are skipped."""
+    return [] if request.prune.data is None else _rows_of(request)[1]
+
+
+def _rows_of(request: Request) -> tuple[list[Sample], list[str]]:
     config = request.prune
-    if config.data is None:
-        return []
-    return _all_samples(config.data, config.images, config.max_bad, request.identity)
+    assert config.data is not None
+    return _all_rows(config.data, config.images, config.max_bad, request.identity)
 
 
 @lru_cache(maxsize=1)
-def _all_samples(
+def _all_rows(
     data: str, images: str | None, max_bad: int, identity: tuple[str, ...]
-) -> list[Sample]:
+) -> tuple[list[Sample], list[str]]:
     """All rows of the data; ``identity`` only tells exchanged files apart."""
-    return load_samples(data, images, None, max_bad, _ignore)
+    notes: list[str] = []
+    return load_samples(data, images, None, max_bad, notes.append), notes
 
 
 def _ignore(line: str) -> None:
-    """Skipped rows were named when the study began."""
+    """A stage's own words, which the study's progress takes the place of."""
 
 
 def _original(request: Request) -> tuple[Any, Calibration]:

@@ -71,10 +71,11 @@ def compress(
 
     if pruning.data is None and training.train not in (None, "none"):
         raise ConfigError(f"train {training.train!r} needs --data")
+    chart = recipe_for(ratio_of(pruning), pruning.data is not None and training.train != "none")
     config = CompressConfig(
         **vars(pruning),
         training_samples=training_samples,
-        recover=training.recovery(recipe_for(ratio_of(pruning), pruning.data is not None)),
+        recover=training.recovery(chart),
         tasks=tasks,
         limit=limit,
         baseline=baseline,
