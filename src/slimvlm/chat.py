@@ -98,7 +98,8 @@ def encode_samples(processor: Any, samples: Sequence[Sample]) -> dict[str, Tenso
     labels = torch.full_like(inputs["input_ids"], IGNORE)
     for row, sample in enumerate(samples):
         length = int(inputs["attention_mask"][row].sum())
-        for start, stop in _answer_spans(processor, sample, texts[row], images[row], length):
+        ids = inputs["input_ids"][row, :length].tolist()
+        for start, stop in _answer_spans(processor, sample, texts[row], images[row], ids):
             labels[row, start:stop] = inputs["input_ids"][row, start:stop]
         if not (labels[row] != IGNORE).any():
             raise DataError(f"sample {sample.id!r} has no assistant turn to learn from")
@@ -153,15 +154,20 @@ class _Answer:
 
 
 def _answer_spans(
-    processor: Any, sample: Sample, text: str, images: list[Image.Image], length: int
+    processor: Any, sample: Sample, text: str, images: list[Image.Image], ids: list[int]
 ) -> list[tuple[int, int]]:
-    """Token positions of the assistant turns in the processed sequence."""
+    """Positions of the assistant turns among the processed tokens.
+
+    Where a picture alone takes another number of tokens than among several (LLaVA-OneVision), the
+    answer's own tokens are looked for.
+    """
     tokenizer = tokenizer_of(processor)
     adds = _adds_special_tokens(tokenizer, text)
     plain = tokenizer(text, return_offsets_mapping=True, add_special_tokens=adds)
     left, right = torch.tensor(plain["offset_mapping"]).reshape(-1, 2).T
-    added = {0: 0, len(images): length - len(left)}  # tokens that so many pictures add
-    spans = []
+    added = {0: 0, len(images): len(ids) - len(left)}  # tokens that so many pictures add
+    spans: list[tuple[int, int]] = []
+    behind = 0  # where the last answer ends among the plain tokens
     for answer in _answers(processor, sample, text):
         hits = ((left < answer.stop) & (right > answer.start)).nonzero().flatten().tolist()
         if not hits:
@@ -172,8 +178,22 @@ def _answer_spans(
             inputs = process(processor, [before], [images[:shown]], "right")
             alone = tokenizer(before, add_special_tokens=adds)
             added[shown] = inputs["input_ids"].shape[1] - len(alone["input_ids"])
-        spans.append((hits[0] + added[shown], hits[-1] + 1 + added[shown]))
+        said = plain["input_ids"][hits[0] : hits[-1] + 1]
+        start = hits[0] + added[shown]
+        if ids[start : start + len(said)] != said:
+            earliest = hits[0] - behind + (spans[-1][1] if spans else 0)
+            start = _found(said, ids, earliest, sample)
+        spans.append((start, start + len(said)))
+        behind = hits[-1] + 1
     return spans
+
+
+def _found(said: list[int], ids: list[int], earliest: int, sample: Sample) -> int:
+    """The first place of an answer's tokens from a position on."""
+    for start in range(earliest, len(ids) - len(said) + 1):
+        if ids[start : start + len(said)] == said:
+            return start
+    raise DataError(f"sample {sample.id!r}: an answer cannot be found among its tokens")
 
 
 def _answers(processor: Any, sample: Sample, text: str) -> list[_Answer]:

@@ -196,6 +196,11 @@ class RecoverConfig(TrainingConfig):
             raise ConfigError(f"keep_adapter True needs train 'lora', not {self.train!r}")
 
     @property
+    def reads_logits(self) -> bool:
+        """Whether the loss looks at what the head says."""
+        return bool(self.loss_weights.keys() - {"hidden", "cosine"})
+
+    @property
     def loss_weights(self) -> dict[str, float]:
         """The loss as weights by name."""
         return parse_loss(self.loss)

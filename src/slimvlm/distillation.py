@@ -201,6 +201,7 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         """Take the batches of one optimizer step, and count their positions over all ranks."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._step_counts = None
         if batches and (len(batches) > 1 or self.accelerator.num_processes > 1):
             counts = torch.stack([self._counts(b, b["labels"]) for b in batches]).sum(0)
             self._step_counts = self.accelerator.reduce(counts.to(self.args.device), "sum")

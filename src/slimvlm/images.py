@@ -31,9 +31,19 @@ def open_image(image: Image.Image | Path) -> Image.Image:
     try:
         if isinstance(image, Path):
             return _decoded(image)
-        return image.convert("RGB")
+        content = encoded(image)
+        return image.convert("RGB") if content is None else _decoded(io.BytesIO(content))
     except Exception as error:  # decoders raise almost anything when a file is broken
         raise DataError(f"image {str(image)!r}: cannot be read ({error})") from error
+
+
+def encoded(image: Image.Image) -> bytes | None:
+    """The file of a picture that `find_image` has from memory; None for a decoded one.
+
+    Such a picture is never decoded in place, where its pixels would stay.
+    """
+    source = getattr(image, "fp", None)
+    return source.getvalue() if isinstance(source, io.BytesIO) else None
 
 
 def find_image(source: Any, name: str, root: Path) -> Image.Image | Path:

@@ -26,6 +26,7 @@ from slimvlm.config import RecoverConfig
 from slimvlm.errors import ConfigError
 from slimvlm.geometry import family_of, text_config_of
 from slimvlm.hidden import compared_positions, head_of, hidden_states
+from slimvlm.images import encoded
 from slimvlm.outputs import new_file, write_text
 from slimvlm.progress import progress
 from slimvlm.samples import Sample
@@ -172,6 +173,11 @@ class OfflineTeacher:
                 f"{where} holds hidden states. {sorted(logit_losses)[0]!r} from them needs a model "
                 "with the teacher's head, and train 'lora' or 'projector'"
             )
+        width = int(text_config_of(model.config).hidden_size)
+        if {"hidden", "cosine"} & config.loss_weights.keys() and width != index.hidden_size:
+            raise ConfigError(
+                f"{where}: hidden_size is {index.hidden_size}, the model's is {width}"
+            )
         missing = [s.id for s in samples if content_hash(s) not in self._places]
         if missing:
             known = "with other content " if missing[0] in self.index.samples else ""
@@ -229,7 +235,8 @@ def content_hash(sample: Sample) -> str:
         if isinstance(image, Path):
             digest.update(f"{image.name} {image.stat().st_size}".encode())
         else:
-            digest.update(f"{image.mode} {image.size}".encode() + image.tobytes())
+            content = encoded(image)
+            digest.update(f"{image.mode} {image.size}".encode() + (content or image.tobytes()))
     return digest.hexdigest()[:24]
 
 

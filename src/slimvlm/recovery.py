@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from slimvlm.answers import fingerprint
 from slimvlm.checkpoint import load_processor
 from slimvlm.config import RecoverConfig
 from slimvlm.configs import require_full_precision
@@ -136,7 +138,7 @@ def recover(
     with ExitStack() as stack:
         temporary = stack.enter_context(TemporaryDirectory())
         folder = Path(work) if work is not None else Path(temporary)
-        _require_same_request(folder, config, learnt)
+        _require_same_request(folder, model, teacher, config, learnt)
         stack.enter_context(kept_use_cache(model))
         resumable = work is not None and not is_sharded(model)
         return _train(
@@ -153,6 +155,10 @@ def _train(job: _Job) -> History:
     sharded, dtype = is_sharded(model), model.dtype
     if not sharded:
         model.to(arguments.device)  # type: ignore[arg-type]
+    if not bf16 and not sharded:  # half precision needs autocast to learn small steps
+        model.float()
+        if job.teacher is not None:
+            job.teacher.float()
     trained = prepare_training(model, config)
     if bf16 and not sharded:
         keep_learning_in_float32_(trained)
@@ -179,10 +185,12 @@ def _train(job: _Job) -> History:
         with explained(job.folder):
             trainer.train(resume_from_checkpoint=_last_complete_checkpoint(job.folder))
     plain = without_autocast(trainer)
-    if config.keep_adapter:
+    if config.keep_adapter and is_first_rank():
         save_adapter(plain, job.folder / ADAPTER_FOLDER, dtype)
     merged = merge(plain, dtype)
     assert merged is model, "merging must give back the model that was handed in"
+    if not sharded:
+        model.to(dtype)  # type: ignore[arg-type]
     model.eval()
     rows = trainer.state.log_history
     return History(
@@ -304,9 +312,23 @@ def _layer_pairs(job: _Job) -> list[tuple[int, int]]:
     return list(enumerate(theirs))
 
 
-def _require_same_request(folder: Path, config: RecoverConfig, samples: list[Sample]) -> None:
+def _require_same_request(
+    folder: Path,
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | OfflineTeacher | None,
+    config: RecoverConfig,
+    samples: list[Sample],
+) -> None:
     """A folder with checkpoints belongs to one request; another one must not go on there."""
-    request = {"config": asdict(config), "samples": [sample.id for sample in samples]}
+    spoken = json.dumps([sample.messages for sample in samples], sort_keys=True)
+    request = {
+        "config": asdict(config),
+        "processes": num_ranks(),
+        "model": None if is_sharded(model) else fingerprint(model),
+        "teacher": _identity(teacher),
+        "samples": [sample.id for sample in samples],
+        "conversations": hashlib.sha256(spoken.encode()).hexdigest(),
+    }
     written = json.dumps(request, indent=1)
     path = folder / REQUEST_FILE
     if path.exists() and path.read_text() != written:
@@ -317,6 +339,12 @@ def _require_same_request(folder: Path, config: RecoverConfig, samples: list[Sam
     if is_first_rank():
         folder.mkdir(parents=True, exist_ok=True)
         write_text(path, written)
+
+
+def _identity(teacher: PreTrainedModel | OfflineTeacher | None) -> str | None:
+    if isinstance(teacher, OfflineTeacher):
+        return hashlib.sha256(json.dumps(asdict(teacher.index)).encode()).hexdigest()
+    return None if teacher is None or is_sharded(teacher) else fingerprint(teacher)
 
 
 def _last_complete_checkpoint(folder: Path) -> str | None:
@@ -341,7 +369,7 @@ def _is_json(path: Path) -> bool:
 
 def _training_arguments(job: _Job, bf16: bool) -> TrainingArguments:
     config, device = job.config, job.model.device
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(job.folder),
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
@@ -373,3 +401,5 @@ def _training_arguments(job: _Job, bf16: bool) -> TrainingArguments:
         disable_tqdm=False,
         gradient_checkpointing=config.gradient_checkpointing or None,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # more GPUs are torchrun's, not DataParallel's
+    return arguments

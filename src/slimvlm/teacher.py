@@ -316,6 +316,8 @@ def _tower_pairs(
     if not family.projector[0].startswith(f"{family.vision}."):
         yield ours, theirs
         return
+    if not hasattr(ours, "blocks"):
+        return
     blocks: Any = ours.get_submodule("blocks")
     read = {len(blocks) - 1, *getattr(model.config.vision_config, "deepstack_visual_indexes", ())}
     for index, block in enumerate(theirs.get_submodule("blocks").children()):

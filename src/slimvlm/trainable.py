@@ -42,8 +42,11 @@ def prepare_training(model: PreTrainedModel, config: RecoverConfig) -> Any:
     if config.train == "lora":
         trained = _with_lora(model, config)
     if config.train == "full":
-        model.get_submodule(family.backbone).requires_grad_(True)
-        model.get_submodule(family.head).requires_grad_(True)
+        head: Any = model.get_submodule(family.head)
+        head.requires_grad_(config.reads_logits)
+        model.get_submodule(family.backbone).requires_grad_(True)  # a tied head with it
+        for path in family.towers:  # some lie inside the backbone
+            model.get_submodule(path).requires_grad_(False)
     for path in family.projector:
         _require_grad(model, path)
     return trained
@@ -69,20 +72,14 @@ def projector_in_every_graph(model: PreTrainedModel) -> Iterator[None]:
     Args:
         model: From `plain_model`, after `prepare_training`.
     """
-    parts = [_part(model, path) for path in family_of(model.config.model_type).projector]
-    parameters = [
-        parameter
-        for part in parts
-        if part is not None
-        for parameter in ([part] if isinstance(part, nn.Parameter) else part.parameters())
-    ]
-    if not parameters or is_sharded(model):
-        yield
-        return
+    paths = family_of(model.config.model_type).projector
 
     def add_nothing(module: nn.Module, args: Any, embeddings: Tensor) -> Tensor:
-        nothing = torch.stack([0.0 * parameter.sum() for parameter in parameters]).sum()
-        return embeddings + nothing.to(embeddings.dtype)
+        parts = (_part(model, path) for path in paths)  # whole here, where a model is divided, too
+        for part in parts:
+            for parameter in [part] if isinstance(part, nn.Parameter) else _parameters(part):
+                embeddings = embeddings + (0.0 * parameter.sum()).to(embeddings.dtype)
+        return embeddings
 
     handle = model.get_input_embeddings().register_forward_hook(add_nothing)
     try:
@@ -204,6 +201,10 @@ def _part(model: nn.Module, path: str) -> nn.Parameter | nn.Module | None:
     parent, _, name = path.rpartition(".")
     part = getattr(model.get_submodule(parent), name, None)
     return part if isinstance(part, nn.Parameter | nn.Module) else None
+
+
+def _parameters(module: nn.Module | None) -> list[nn.Parameter]:
+    return [] if module is None else list(module.parameters())
 
 
 def _is_peft(model: Any) -> bool:

@@ -475,6 +475,63 @@ def test_accumulated_batches_are_one_large_batch(kd_on: str) -> None:
         assert_close(small[name], value, AFTER_ADAM)
 
 
+def test_the_last_step_of_an_epoch_may_have_fewer_batches() -> None:
+    """Five samples, four a step: the second step's loss is the fifth sample's own."""
+    same = {"loss": "sft", "lora_dropout": 0.0, "max_steps": -1, "epochs": 1.0}
+    losses_of = []
+    for batch_size, accumulation in ((4, 1), (1, 4)):
+        student, _, processor = models()
+        options = config(batch_size=batch_size, gradient_accumulation=accumulation, **same)
+        history = recover(student, None, SAMPLES[:5], options, processor)
+        losses_of.append([row["loss_sft"] for row in history.steps])
+    assert losses_of[1] == pytest.approx(losses_of[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("train", TRAINED)
+def test_half_precision_learns_in_full_without_autocast(train: str) -> None:
+    student, teacher, processor = models()
+    student.to(torch.float16)
+    teacher.to(torch.float16)
+    before = weights(student)
+    history = recover(student, teacher, SAMPLES, config(train=train), processor)
+    assert {value.dtype for value in weights(student).values()} == {torch.float16}
+    assert changed(student, before)
+    assert all(row["loss"] == row["loss"] for row in history.steps)
+
+
+def test_a_head_that_no_loss_reads_stays() -> None:
+    """Else several processes would wait for its gradient."""
+    student, teacher, processor = models()
+    before = weights(student)
+    recover(student, teacher, SAMPLES, config(train="full", loss="hidden"), processor)
+    assert "lm_head.weight" not in changed(student, before)
+    recover(student, teacher, SAMPLES, config(train="full", loss="kl"), processor)
+    assert "lm_head.weight" in changed(student, before)
+
+
+def test_a_training_goes_on_only_from_its_own_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, teacher, processor = models()
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        with pytest.raises(Stopped):
+            recover(student, teacher, SAMPLES, config(**LONG), processor, tmp_path)
+    others = copy.deepcopy(SAMPLES)
+    others[0].messages[-1]["content"][0]["text"] = "Something else."
+    shifted = models()
+    for model in shifted[:2]:
+        for parameter in model.parameters():
+            parameter.data.add_(1e-3)
+    for start in (
+        (models()[0], teacher, others),
+        (shifted[0], teacher, SAMPLES),
+        (models()[0], shifted[1], SAMPLES),
+    ):
+        with pytest.raises(ConfigError, match="other options or data"):
+            recover(*start, config(**LONG), processor, tmp_path)
+
+
 def test_every_loss_reaches_the_tracker(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, float]] = []
 

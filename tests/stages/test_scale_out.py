@@ -105,16 +105,22 @@ def test_two_processes_are_one_with_twice_the_batch(options: tuple[str, ...], ho
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [("--train", "projector"), ("--train", "full", "--gradient-checkpointing")],
+    [
+        ("--train", "projector"),
+        ("--train", "full", "--gradient-checkpointing"),
+        ("--train", "projector", "--shard"),
+        ("--train", "lora", "--shard"),
+    ],
     ids=" ".join,
 )
 def test_a_process_without_pictures_keeps_up(options: tuple[str, ...], home: Path) -> None:
     """Half of the samples have none, and one sample is a process's share of a step."""
-    name = "-".join(("mixed", options[1]))
+    name = "-".join(("mixed", *options)).replace("--", "")
     steps = ("--max-steps", "8", *options)
     done = torchrun(command(home, name, "--batch-size", "1", *steps, file="mixed.json"))
     assert done.returncode == 0, done.stderr[-3000:]
-    cli.main(command(home, f"{name}-alone", "--batch-size", "2", *steps, file="mixed.json"))
+    alone = [option for option in steps if option != "--shard"]
+    cli.main(command(home, f"{name}-alone", "--batch-size", "2", *alone, file="mixed.json"))
     found, expected = written(home, name), written(home, f"{name}-alone")
     before = written(home, "pruned")
     for key, value in expected.items():
