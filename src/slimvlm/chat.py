@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 
-from slimvlm.errors import DataError
+from slimvlm.errors import ConfigError, DataError
 from slimvlm.images import open_image
 from slimvlm.losses import IGNORE
 from slimvlm.samples import Message, Question, Sample
@@ -92,6 +92,7 @@ def encode_samples(processor: Any, samples: Sequence[Sample]) -> dict[str, Tenso
         DataError: If a picture cannot be read, the template refuses a conversation or hides where
             its answers are, or a sample has no answer tokens.
     """
+    _require_words(processor)
     texts = [_text_of(processor, sample) for sample in samples]
     images = [[open_image(image) for image in sample.images] for sample in samples]
     inputs = process(processor, texts, images, padding_side="right")
@@ -115,9 +116,15 @@ def _text_of(processor: Any, sample: Sample) -> str:
 
 def encode_questions(processor: Any, questions: Sequence[Question]) -> dict[str, Tensor]:
     """Left-padded model inputs, ready for generation."""
+    _require_words(processor)
     texts = [render(processor, question_messages(q), generate=True) for q in questions]
     images = [[open_image(image) for image in question.images] for question in questions]
     return process(processor, texts, images, padding_side="left")
+
+
+def _require_words(processor: Any) -> None:
+    if processor is None:
+        raise ConfigError("model: its folder has neither a processor nor a tokenizer")
 
 
 def process(

@@ -23,7 +23,8 @@ from slimvlm.commands import compress_command
 from slimvlm.config import CompressConfig
 from slimvlm.errors import ConfigError
 from slimvlm.evaluation import evaluate
-from slimvlm.outputs import held, replacement, require_free, write_text
+from slimvlm.identity import identity_of
+from slimvlm.outputs import discard_replacement, held, replacement, require_free, write_text
 from slimvlm.plan import Plan
 from slimvlm.pruning import Calibration, check_request, choose_plan, cut_, ratio_of
 from slimvlm.recipes import recipe_for
@@ -138,7 +139,12 @@ def _is_same_run(run: Run) -> bool:
 
 
 def _stored(run: Run) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads(json.dumps({"model": run.model, **asdict(run.config)}))
+    """The request, and what its model and data are made of."""
+    data = run.config.data
+    made_from = [identity_of(run.model, resolve(run.model))]
+    made_from += [] if data is None else [identity_of(data, data)]
+    about = {"model": run.model, **asdict(run.config), "made_from": made_from}
+    values: dict[str, Any] = json.loads(json.dumps(about))
     return values
 
 
@@ -151,7 +157,9 @@ def _samples_to_read(config: CompressConfig) -> int | None:
 
 def _open_folder(run: Run, force: bool) -> None:
     """Begin the run folder, or go on in it: the request was found good."""
-    if force and not _is_same_run(run):
+    if not force:
+        discard_replacement(run.folder)
+    elif not _is_same_run(run):
         shutil.rmtree(run.folder, ignore_errors=True)
     run.path("scores").mkdir(parents=True, exist_ok=True)
     run.path("results").mkdir(exist_ok=True)

@@ -208,6 +208,7 @@ def _rows_of_file(path: Path) -> Iterator[Any]:
 
 def _rows_of_dataset(source: Path | str) -> Iterable[Any]:
     import datasets
+    from datasets.exceptions import DatasetGenerationError
 
     try:
         if isinstance(source, Path) and (source / "state.json").exists():
@@ -215,8 +216,8 @@ def _rows_of_dataset(source: Path | str) -> Iterable[Any]:
         if isinstance(source, Path) and (source / "dataset_dict.json").exists():
             return _plain_rows(datasets.load_from_disk(str(source))["train"])
         return _plain_rows(datasets.load_dataset(str(source), split="train"))
-    except (OSError, ValueError, KeyError) as error:
-        first_line = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, KeyError, DatasetGenerationError) as error:
+        first_line = str(error.__cause__ or error).strip().splitlines()[0]
         raise ConfigError(f"data {str(source)!r}: cannot be loaded ({first_line})") from error
 
 
@@ -257,6 +258,14 @@ def _sample(row: Any, index: int, root: Path) -> Sample:
     return Sample(id=name, messages=tuple(messages), images=tuple(pictures))
 
 
+def _require_unicode(messages: list[Message], name: str) -> None:
+    """Refuse half of a surrogate pair, which JSON can hold where an emoji was cut."""
+    try:
+        "".join(part.get("text", "") for m in messages for part in m["content"]).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"sample {name!r}: a text is not Unicode ({error.reason})") from error
+
+
 def _messages(turns: list[Any], name: str) -> tuple[list[Message], list[Any]]:
     """Turns in chat form, and the pictures that stand inside them."""
     messages: list[Message] = []
@@ -286,6 +295,7 @@ def _messages(turns: list[Any], name: str) -> tuple[list[Message], list[Any]]:
     answers = [m for m in messages if m["role"] == "assistant"]
     if not answers or not all(_has_text(m) for m in answers):
         raise DataError(f"sample {name!r} has no answer, or an empty one")
+    _require_unicode(messages, name)
     return messages, inline
 
 

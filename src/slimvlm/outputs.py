@@ -66,7 +66,7 @@ def held(path: str | Path, wait: float = 0.0) -> Iterator[None]:
         return
     _require_place(path)
     with ExitStack() as stack:
-        for parent in path.absolute().parents:
+        for parent in reversed(path.absolute().parents):
             if not parent.exists():
                 stack.callback(_remove_if_empty, parent)
         with explained(path):
@@ -117,6 +117,11 @@ def replacement(path: str | Path) -> Iterator[Path]:
     with explained(path):
         _sync_tree(partial)
         _replace(partial, path)
+
+
+def discard_replacement(path: str | Path) -> None:
+    """Remove what an unfinished `replacement` left."""
+    shutil.rmtree(_beside(Path(path), "partial"), ignore_errors=True)
 
 
 @contextmanager
@@ -186,6 +191,7 @@ def _require_place(path: Path) -> None:
 
 
 def _beside(path: Path, what: str) -> Path:
+    path = path.absolute()
     return path.with_name(f".{path.name}.{what}")
 
 

@@ -126,6 +126,8 @@ def recover(
     if not config.needs_teacher:
         teacher = None
     _check(model, teacher, config, work)
+    if is_sharded(model):
+        _require_alike(dataset)
     rest, held_out = hold_out(list(dataset), config.eval_fraction, config.seed)
     learnt = subset(rest, config.fraction, config.seed)
     offline = teacher if isinstance(teacher, OfflineTeacher) else None
@@ -303,6 +305,16 @@ def _require_shardable(
     ):
         if getattr(config, name) == value:
             raise ConfigError(f"{name} {value!r} is not possible with a sharded model")
+
+
+def _require_alike(samples: Sequence[Sample]) -> None:
+    """Processes of a divided model run its tower together: all see pictures in a step, or none."""
+    blind = [sample for sample in samples if not sample.images]
+    if blind and len(blind) < len(samples):
+        raise ConfigError(
+            f"data: sample {blind[0].id!r} has no picture and others have. A model that --shard "
+            "divides needs pictures in all samples or in none"
+        )
 
 
 def _layer_pairs(job: _Job) -> list[tuple[int, int]]:

@@ -73,10 +73,12 @@ def projector_in_every_graph(model: PreTrainedModel) -> Iterator[None]:
         model: From `plain_model`, after `prepare_training`.
     """
     paths = family_of(model.config.model_type).projector
+    if is_sharded(model):  # sees pictures always, or never
+        yield
+        return
 
     def add_nothing(module: nn.Module, args: Any, embeddings: Tensor) -> Tensor:
-        parts = (_part(model, path) for path in paths)  # whole here, where a model is divided, too
-        for part in parts:
+        for part in (_part(model, path) for path in paths):
             for parameter in [part] if isinstance(part, nn.Parameter) else _parameters(part):
                 embeddings = embeddings + (0.0 * parameter.sum()).to(embeddings.dtype)
         return embeddings

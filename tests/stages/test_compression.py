@@ -249,6 +249,34 @@ def pruning(data: Path | None = None, **changes: Any) -> Request:
     )
 
 
+def test_changed_data_are_another_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    own = Path(shutil.copytree(data.parent, tmp_path / "data")) / data.name
+    out = unfinished(own, tmp_path / "run", monkeypatch)
+    rows = json.loads(own.read_text())
+    own.write_text(json.dumps(rows[::-1]))
+    with pytest.raises(ConfigError, match="exists"):
+        compress(*request_for(own, tasks=None), out, say=silent)
+
+
+def test_what_a_stopped_force_left_goes_with_a_run_without_it(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stops(*args: Any, **kwargs: Any) -> Any:
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compression, "cut_", stops)
+        with pytest.raises(Stopped):
+            compress(*pruning(), tmp_path / "run", force=True, say=silent)
+    assert [path.name for path in tmp_path.iterdir()] == [".run.partial"]
+    compress(*pruning(), tmp_path / "run", say=silent)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 @pytest.mark.parametrize(("recover", "axis"), [(None, "width"), (RecoverConfig(), "depth")])
 def test_the_axis_depends_on_whether_anything_is_trained(
     recover: RecoverConfig | None, axis: str

@@ -105,12 +105,7 @@ def test_two_processes_are_one_with_twice_the_batch(options: tuple[str, ...], ho
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [
-        ("--train", "projector"),
-        ("--train", "full", "--gradient-checkpointing"),
-        ("--train", "projector", "--shard"),
-        ("--train", "lora", "--shard"),
-    ],
+    [("--train", "projector"), ("--train", "full", "--gradient-checkpointing")],
     ids=" ".join,
 )
 def test_a_process_without_pictures_keeps_up(options: tuple[str, ...], home: Path) -> None:
@@ -119,13 +114,20 @@ def test_a_process_without_pictures_keeps_up(options: tuple[str, ...], home: Pat
     steps = ("--max-steps", "8", *options)
     done = torchrun(command(home, name, "--batch-size", "1", *steps, file="mixed.json"))
     assert done.returncode == 0, done.stderr[-3000:]
-    alone = [option for option in steps if option != "--shard"]
-    cli.main(command(home, f"{name}-alone", "--batch-size", "2", *alone, file="mixed.json"))
+    cli.main(command(home, f"{name}-alone", "--batch-size", "2", *steps, file="mixed.json"))
     found, expected = written(home, name), written(home, f"{name}-alone")
     before = written(home, "pruned")
     for key, value in expected.items():
         assert_close(found[key], value, AFTER_ADAM)
     assert any(float((found[key] - before[key]).abs().max()) > 1e-3 for key in found)
+
+
+@pytest.mark.slow
+def test_a_divided_model_wants_pictures_everywhere_or_nowhere(home: Path) -> None:
+    done = torchrun(command(home, "never", "--shard", file="mixed.json"))
+    assert done.returncode != 0
+    assert "sample 'blind s0' has no picture and others have" in done.stderr
+    assert not (home / "never").exists()
 
 
 def test_one_process_cannot_shard(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

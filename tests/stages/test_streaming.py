@@ -180,6 +180,59 @@ def test_other_data_do_not_reuse_old_work(
     assert_same(found, score(model, others))
 
 
+@pytest.mark.parametrize("step", ["embedded", "forward", "done"])
+def test_another_model_does_not_reuse_old_work(
+    step: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The embeddings are another model's, too."""
+    model = tiny.build("llama")
+
+    def stop(self: Any, *args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        steps = {"embedded": "forward", "forward": "backward", "done": "result"}
+        patched.setattr(scoring._Run, steps[step], stop)
+        with pytest.raises(KeyboardInterrupt):
+            score_checkpoint(folders["llama"], batches(model), scratch=tmp_path / "work")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    model.save_pretrained(tmp_path / "other")
+    found = score_checkpoint(tmp_path / "other", batches(model), scratch=tmp_path / "work")
+    assert_same(found, score(model, batches(model)))
+
+
+@pytest.mark.parametrize("case", ["flap", "activation", "per_sample"])
+def test_a_criterion_without_data_trusts_no_other_s_work(
+    case: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.build("llama")
+    honest = Passes.layer
+
+    def stops(self: Passes, index: int) -> Any:
+        if index == 2:
+            raise KeyboardInterrupt
+        return honest(self, index)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Passes, "layer", stops)
+        with pytest.raises(KeyboardInterrupt):
+            score_checkpoint(folders["llama"], batches(model), scratch=tmp_path, **CASES[case])
+    found = score_checkpoint(folders["llama"], (), "magnitude", scratch=tmp_path)
+    assert found.criterion == "magnitude"
+    assert_same(found, score(model, (), "magnitude"))
+
+
+def test_a_place_that_cannot_be_removed_costs_no_scores(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the current folder cannot be named for removal
+    model = tiny.build("llama")
+    found = score_checkpoint(folders["llama"], batches(model), scratch=".")
+    assert_same(found, score(model, batches(model)))
+
+
 def test_the_scratch_folder_is_announced_and_other_files_in_it_stay(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -200,7 +253,7 @@ def test_a_full_disk_is_found_before_layers_run(
     usage = namedtuple("usage", "total used free")(10, 10, 0)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr(Passes, "layer", None)
-    with pytest.raises(ConfigError, match=r"scratch .* GiB needed, 0.0 GiB free"):
+    with pytest.raises(ConfigError, match=r"scratch .* GiB needed, .* 0.0 GiB free"):
         score_checkpoint(folders["llama"], batches(model), scratch=tmp_path)
 
 
@@ -219,6 +272,24 @@ def test_nan_stops_with_the_layers_number(tmp_path: Path) -> None:
     for case in ("activation", "block_influence", "per_sample"):
         with pytest.raises(NumericalError, match="layer 2"):
             score_checkpoint(tmp_path / "nan", batches(model), **CASES[case])
+
+
+def test_nan_stops_with_the_samples_number(folders: dict[str, Path]) -> None:
+    model = tiny.build("llama")
+    given = [dict(batch) for batch in batches(model)]
+    first = sum(len(batch["input_ids"]) for batch in given[:-1])
+    token = int(given[-1]["input_ids"][-1, 0])
+    for batch in given[:-1]:
+        batch["input_ids"][batch["input_ids"] == token] = token - 1
+    given[-1]["input_ids"][:-1][given[-1]["input_ids"][:-1] == token] = token - 1
+    with torch.no_grad():
+        model.model.embed_tokens.weight[token] = float("inf")
+    shutil.rmtree(folders["llama"].parent / "spoilt", ignore_errors=True)
+    model.save_pretrained(folders["llama"].parent / "spoilt")
+    told = f"calibration sample {first + len(given[-1]['input_ids'])}"
+    for case in ("activation", "block_influence", "per_sample"):
+        with pytest.raises(NumericalError, match=told):
+            score_checkpoint(folders["llama"].parent / "spoilt", given, **CASES[case])
 
 
 def test_missing_and_misshapen_weights_are_named(folders: dict[str, Path], tmp_path: Path) -> None:

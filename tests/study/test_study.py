@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from slimvlm import identity
 from slimvlm.errors import NumericalError
 from slimvlm.study import StudyConfig, engines, forecast, prepared, run_study, stages
 from slimvlm.study.cache import Cache, Outcome
@@ -150,6 +151,7 @@ def test_other_questions_are_other_work(data: Path, tmp_path: Path) -> None:
     for answer in ("that", "that", "those"):
         rows[1]["answer"] = answer
         (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        stages._identity.cache_clear()
         stages._identity_of_task.cache_clear()
         config = study(data, tasks=str(tmp_path / "mine.yaml"))
         found = prepared(config, print)[1].stages()
@@ -163,22 +165,21 @@ def test_other_questions_are_other_work(data: Path, tmp_path: Path) -> None:
 def test_a_change_anywhere_in_a_folder_is_noticed(
     size: int, place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "_BLOCK_BYTES", 16)  # a large file has more than 64 of them
+    monkeypatch.setattr(identity, "_BLOCK_BYTES", 16)  # a large file has more than 64 of them
     file = tmp_path / "train" / "rows.arrow"
     file.parent.mkdir()
     file.write_bytes(bytes(size))
 
-    def identity() -> str:
-        stages._identity.cache_clear()
-        return stages._identity("data", str(tmp_path))
+    def found() -> str:
+        return identity.identity_of("data", str(tmp_path))
 
-    before = identity()
-    assert identity() == before
+    before = found()
+    assert found() == before
     changed = bytearray(size)
     begin = place * size // 100
     changed[begin : begin + size // 50] = b"\1" * len(changed[begin : begin + size // 50])
     file.write_bytes(bytes(changed))
-    assert identity() != before
+    assert found() != before
 
 
 def test_the_table_grows_while_the_study_runs(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from slimvlm import chat
-from slimvlm.errors import DataError
+from slimvlm.errors import ConfigError, DataError
 from slimvlm.losses import IGNORE
 from slimvlm.samples import Question, Sample
 from tests import tiny_folder as folders
@@ -399,6 +399,31 @@ def test_pictures_of_later_turns_are_processed_once_each(monkeypatch: pytest.Mon
     labels = chat.encode_samples(words, [item])["labels"][0]
     assert decoded_labels(words, labels) == expected_labels("qwen2_5_vl", item)
     assert processed == [3, 1, 2]
+
+
+def test_pictures_may_take_fewer_tokens_in_company(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As LLaVA-OneVision's: one alone is cut into tiles, several are not."""
+    words = folders.processor("qwen2_5_vl")
+    said = [f"It is {number}." for number in ("one", "two", "one")]
+    rows = [t for text in said for t in (turn("user", None, "Which?"), turn("assistant", text))]
+    item = sample("s", *rows, images=3)
+    process = chat.process
+
+    def tiled(processor: Any, texts: Any, images: Any, padding_side: str) -> Any:
+        inputs = process(processor, texts, images, padding_side)
+        if len(images[0]) == 1:
+            more = inputs["input_ids"].new_full((1, 40), 5)
+            inputs["input_ids"] = torch.cat([more, inputs["input_ids"]], 1)
+        return inputs
+
+    monkeypatch.setattr(chat, "process", tiled)
+    labels = chat.encode_samples(words, [item])["labels"][0]
+    assert decoded_labels(words, labels) == expected_labels("qwen2_5_vl", item)
+
+
+def test_a_model_without_words_is_refused() -> None:
+    with pytest.raises(ConfigError, match="neither a processor nor a tokenizer"):
+        chat.encode_samples(None, [sample("s", turn("user", "a"), turn("assistant", "b"))])
 
 
 def test_a_tokenizer_without_template_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:

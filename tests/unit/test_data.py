@@ -248,6 +248,7 @@ BROKEN = {
         llava("bad", "<image>Which?", "Red.", image=["a.png", "a.png"]),
         "1 image placeholders, 2 images",
     ),
+    "half an emoji": (chat_row("bad", "caf\ud83d?", "Red."), "not Unicode"),
     "only an answer": (
         {"id": "bad", "messages": [{"role": "assistant", "content": "Hi"}], "image": "a.png"},
         "user",
@@ -372,6 +373,13 @@ def test_a_broken_line_is_named(home: Path) -> None:
     warnings: list[str] = []
     assert len(load_samples(path, max_bad=1, warn=warnings.append)) == 2
     assert "line 2" in warnings[0]
+
+
+def test_a_broken_row_in_a_folder_is_named(home: Path) -> None:
+    (home / "rows").mkdir()
+    (home / "rows" / "data.jsonl").write_text(json.dumps(GOOD) + '\n{"id": "cut", "mess\n')
+    with pytest.raises(ConfigError, match=r"rows'.*cannot be loaded"):
+        load_samples(home / "rows", warn=silent)
 
 
 def test_a_broken_file_is_named(home: Path) -> None:

@@ -374,7 +374,16 @@ def test_ranks_of_one_run_are_not_in_each_others_way(
         pass
 
 
+def test_the_folder_that_one_is_in_is_a_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="exists"), new_folder("."):
+        pass
+    assert [path.name for path in tmp_path.parent.glob(f".{tmp_path.name}*")] == []
+
+
 def test_holding_leaves_nothing_behind(tmp_path: Path) -> None:
-    with held(tmp_path / "deep" / "out"):
-        assert [path.name for path in (tmp_path / "deep").iterdir()] == [".out.lock"]
+    with held(tmp_path / "a" / "deep" / "out"):
+        assert [path.name for path in (tmp_path / "a" / "deep").iterdir()] == [".out.lock"]
     assert list(tmp_path.iterdir()) == []

@@ -190,6 +190,7 @@ def _comparison(values: Mapping[str, Any], results: Mapping[str, Result]) -> Any
 def _command(values: Mapping[str, Any], folder: Path) -> str:
     """The command for a run; nothing if its options are of another version."""
     options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    options.pop("made_from", None)
     model, recover = str(options.pop("model")), options.pop("recover", None)
     try:
         trained = RecoverConfig(**recover) if recover else None

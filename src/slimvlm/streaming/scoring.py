@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +19,7 @@ from slimvlm.capture import Batch
 from slimvlm.checkpoint import default_device
 from slimvlm.errors import ConfigError, NumericalError, UnsupportedModelError
 from slimvlm.geometry import backbone_of, decoder_layers, text_config_of
-from slimvlm.outputs import write_text
+from slimvlm.outputs import explained, write_text
 from slimvlm.progress import progress
 from slimvlm.scores import CRITERIA, criterion_named
 from slimvlm.streaming.opened import OpenCheckpoint, open_checkpoint
@@ -125,8 +125,7 @@ def score_opened(
     with _folder(scratch) as folder:
         passes = Passes(checkpoint, Scratch(folder), default_device())
         run = _Run(passes, requests, token_weights)
-        if run._needs_hidden:
-            run.begin(batches, say)
+        run.begin(batches, say)
         run.forward()
         run.backward()
         return [run.result(place) for place in range(len(requests))]
@@ -142,25 +141,26 @@ class _Run:
 
     def begin(self, batches: Iterable[Batch], say: Say) -> None:
         """Embed the batches; keep earlier work only if everything is as it was then."""
-        digest = self.passes.embed(batches)
-        about = json.dumps(
-            {
-                "batches": digest,
-                "weights": _state(self.passes.checkpoint),
-                "dtype": str(self.passes.model.dtype),
-                "token_weights": self.token_weights and dict(self.token_weights),
-                "requests": [[r.criterion, dict(r.options)] for r in self.requests],
-            }
-        )
-        note = self.passes.scratch.folder / "run.json"
-        if not note.is_file() or note.read_text() != about:
-            self.passes.scratch.drop_all_but("batches")
-            write_text(note, about)
+        model = self.passes.model
+        self._keep_if_same("model.json", _state(self.passes.checkpoint), str(model.dtype))
+        digest = self.passes.embed(batches) if self._needs_hidden else None
+        requests = [[r.criterion, dict(r.options)] for r in self.requests]
+        weights = self.token_weights and dict(self.token_weights)
+        self._keep_if_same("run.json", digest, weights, requests, spared="batches")
+        if not self._needs_hidden:
+            return
         needed = self._size()
         say(
             f"scratch: {needed / 2**30:.2f} GiB in {self.passes.scratch.folder}, removed at the end"
         )
         self.passes.scratch.require_space(needed)
+
+    def _keep_if_same(self, file: str, *about: Any, spared: str | None = None) -> None:
+        """Drop earlier work, but for one folder, unless it was noted to be about the same."""
+        note, written = self.passes.scratch.folder / file, json.dumps(about)
+        if not note.is_file() or note.read_text() != written:
+            self.passes.scratch.drop_all_but(spared)
+            write_text(note, written)
 
     def forward(self) -> None:
         """All layers in order, with the captures that need no gradient."""
@@ -271,10 +271,11 @@ def _joined(parts: Sequence[Scores]) -> Scores:
     return Scores(parts[0].criterion, options=parts[0].options, **joined)
 
 
-def _state(checkpoint: OpenCheckpoint) -> list[list[Any]]:
-    """Name, size and time of each weight file."""
-    files = sorted(checkpoint.folder.glob("*.safetensors"))
-    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+def _state(checkpoint: OpenCheckpoint) -> list[Any]:
+    """The configuration; path, size and time of each weight file."""
+    files = sorted(checkpoint.folder.resolve().glob("*.safetensors"))
+    weights = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    return [checkpoint.model.config.to_json_string(), weights]
 
 
 @contextmanager
@@ -285,12 +286,13 @@ def _folder(scratch: str | Path | None) -> Iterator[Path]:
             yield Path(made)
         return
     folder = Path(scratch).absolute() / "slimvlm-scratch"
-    folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / "lock", timeout=0):
-            yield folder
+        with explained(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / "lock", timeout=0):
+                yield folder
     except Timeout as error:
         raise ConfigError(f"scratch {str(folder)!r}: another run is using it") from error
     shutil.rmtree(folder)
-    if not any(Path(scratch).iterdir()):
-        Path(scratch).rmdir()
+    with suppress(OSError):  # not empty, or not ours to remove
+        folder.parent.rmdir()

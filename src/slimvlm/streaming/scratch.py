@@ -55,8 +55,8 @@ class Scratch:
         for path in (self.folder / name, self.folder / f".{name}.partial"):
             shutil.rmtree(path, ignore_errors=True)
 
-    def drop_all_but(self, name: str) -> None:
-        """Remove every folder but one."""
+    def drop_all_but(self, name: str | None) -> None:
+        """Remove every folder but one, or all."""
         for path in self.folder.iterdir():
             if path.is_dir() and path.name not in (name, f".{name}.partial"):
                 shutil.rmtree(path)
@@ -96,9 +96,11 @@ class Scratch:
             ConfigError: If there is too little room.
         """
         free = shutil.disk_usage(self.folder).free
-        if needed > free:
+        stored = [path.stat().st_size for path in self.folder.rglob("*.safetensors")]
+        if needed - sum(stored) > free:
             raise ConfigError(
                 f"scratch {str(self.folder)!r}: {needed / 2**30:.1f} GiB needed, "
+                f"{sum(stored) / 2**30:.1f} GiB there already, "
                 f"{free / 2**30:.1f} GiB free"
             )
 

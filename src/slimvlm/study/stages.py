@@ -13,12 +13,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import Any, Literal
 
 from slimvlm.answers import key_of
 from slimvlm.checkpoint import resolve
 from slimvlm.config import PruneConfig, RecoverConfig
+from slimvlm.identity import identity_of
 from slimvlm.pruning import criteria_of
 from slimvlm.scores import CRITERIA
 from slimvlm.study.cells import Cell
@@ -29,7 +29,10 @@ Kind = Literal["calibrate", "plan", "prune", "recover", "evaluate"]
 KINDS: tuple[Kind, ...] = ("calibrate", "plan", "prune", "recover", "evaluate")
 FORMAT = 1
 """Raised when a stage's outcome changes for the same request."""
-_NUM_BLOCKS, _BLOCK_BYTES = 64, 2**20
+
+
+_identity = lru_cache(maxsize=64)(identity_of)
+"""Files are read once for all cells of a study."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,34 +241,3 @@ def _short(model: str) -> str:
 
 def _identity_of_model(model: str) -> str:
     return _identity(model, resolve(model))
-
-
-@lru_cache(maxsize=64)
-def _identity(name: str, source: str) -> str:
-    """What tells a model or data source apart from another one that takes its place.
-
-    Names, sizes and content of its files; of one over 64 MiB 64 blocks of 1 MiB, evenly spaced. A
-    hub id, and the word demo for data, stand for themselves.
-    """
-    path = Path(source)
-    if not path.exists():
-        return name
-    digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            digest.update(f"{file.relative_to(path)} {file.stat().st_size}".encode())
-            for block in _blocks(file):
-                digest.update(block)
-    return f"{name} {digest.hexdigest()[:16]}"
-
-
-def _blocks(file: Path) -> Iterator[bytes]:
-    """A file's content; of a large one blocks from its beginning to its end."""
-    size = file.stat().st_size
-    with file.open("rb") as handle:
-        if size <= _NUM_BLOCKS * _BLOCK_BYTES:
-            yield handle.read()
-            return
-        for number in range(_NUM_BLOCKS):
-            handle.seek((size - _BLOCK_BYTES) * number // (_NUM_BLOCKS - 1))
-            yield handle.read(_BLOCK_BYTES)

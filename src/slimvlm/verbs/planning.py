@@ -55,7 +55,9 @@ def score(
     if weights is not None:
         check_token_weights(criterion, weights)
     stem = out.with_suffix("") if out.suffix in (".json", ".safetensors") else out
-    require_free(Path(f"{stem}.json"), force)
+    written = ("json", "safetensors", *(() if low_memory else ("statistics.safetensors",)))
+    for suffix in written:
+        require_free(Path(f"{stem}.{suffix}"), force)
     if row.needs_data and calibration.data is None:
         raise ConfigError(f"criterion {criterion!r} needs --data")
     check_model(model, calibration)
