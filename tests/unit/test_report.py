@@ -92,7 +92,7 @@ def write_study(folder: Path, shape: Anatomy) -> pd.DataFrame:
         kept = result(name, right).retention(result("original", 10))
         row = {**rows[0], "axis": axis, "ratio": ratio, "achieved_ratio": plan.ratio}
         row |= {"recovery": "tuned" if train == "lora" else "none", "train": train}
-        row |= {"loss": "sft+hidden" if train == "lora" else "none", "criterion": "by-hand"}
+        row |= {"loss": "sft+hidden" if train == "lora" else "none", "criterion": f"by-{axis}"}
         row |= {"allocation": "uniform", "repair": "none", "options": "", "avg": 10.0 * right}
         row |= {"avg_percent": kept.percent, "avg_percent_low": kept.low}
         row |= {"avg_percent_high": kept.high, "score:name": 10.0 * right}

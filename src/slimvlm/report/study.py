@@ -27,7 +27,7 @@ from slimvlm.values import Scores
 SHOWN_RATIO = 0.3
 """Answers are shown of the best model at the measured ratio that is nearest to this one."""
 _OPTIONS = ("criterion", "allocation", "repair", "options", "fraction", "seed")
-"""Columns that a cell's name and the table have only where they differ between cells."""
+"""Columns that a cell's name and the table have only where they differ between cells of an axis."""
 
 
 def is_study(folder: Path) -> bool:
@@ -44,7 +44,8 @@ def read_study_folder(folder: Path) -> Record:
     table, config = _read(folder)
     done = table[table["status"] == DONE]
     cells = done[done["axis"] != ORIGINAL]
-    varied = [name for name in _OPTIONS if cells[name].astype(str).nunique() > 1]
+    of_axis = cells.astype(str).groupby("axis")
+    varied = [name for name in _OPTIONS if (of_axis[name].nunique() > 1).any()]
     entries = [_entry(row, varied, index) for index, row in done.iterrows()]
     models = ", ".join(Path(model).name for model in table["model"].unique())
     wanted = table[table["axis"] != ORIGINAL]
