@@ -89,7 +89,7 @@ class DistillationTrainer(Trainer):
         self._their_layers = [theirs for _, theirs in layer_pairs]
         self._lengths = lengths
         self._sums: dict[str, Tensor] = {}
-        self._num_batches = 0
+        self._weight = 0
         self._step_counts: Tensor | None = None
 
     def compute_loss(
@@ -109,9 +109,10 @@ class DistillationTrainer(Trainer):
                 origin = self._origin_of_nan(student, inputs)
                 raise NumericalError(f"loss {name!r} is {value.item()} at {where}{origin}")
         parts = self._as_shares(parts, inputs, labels)
+        weight = 1 if student.training else len(ids)  # as the Trainer's own mean of held-out losses
         for name, value in parts.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.detach().float()
-        self._num_batches += 1
+            self._sums[name] = self._sums.get(name, 0.0) + weight * value.detach().float()
+        self._weight += weight
         weights = self._recovery.loss_weights
         return torch.stack([weights[name] * value for name, value in parts.items()]).sum()
 
@@ -238,20 +239,20 @@ class DistillationTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measure the held-out loss; training's own running means wait."""
-        waiting = self._sums, self._num_batches
-        self._sums, self._num_batches = {}, 0
+        waiting = self._sums, self._weight
+        self._sums, self._weight = {}, 0
         found: dict[str, float] = super().evaluate(*args, **kwargs)
-        self._sums, self._num_batches = waiting
+        self._sums, self._weight = waiting
         return found
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the mean of each loss since the last log line, or over the held-out samples."""
         prefix = next((p for p in ("loss", "eval_loss") if p in logs), None)
-        if prefix is not None and self._num_batches:
+        if prefix is not None and self._weight:
             for name, total in self._sums.items():
-                mean = self.accelerator.reduce(total / self._num_batches, "mean")
+                mean = self.accelerator.reduce(total / self._weight, "mean")
                 logs[f"{prefix}_{name}"] = float(mean)
-            self._sums, self._num_batches = {}, 0
+            self._sums, self._weight = {}, 0
         super().log(logs, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:

@@ -568,6 +568,15 @@ def test_held_out_samples_are_measured_and_not_learnt() -> None:
     assert all("eval_loss_sft" not in row for row in history.steps)
 
 
+def test_parts_of_a_held_out_loss_sum_to_it() -> None:
+    """Three held-out samples in batches of two."""
+    student, teacher, processor = models()
+    options = config(eval_fraction=0.375, eval_steps=1, max_steps=1)
+    (row,) = recover(student, teacher, SAMPLES, options, processor).evaluations
+    parts = 0.5 * row["eval_loss_sft"] + 0.5 * row["eval_loss_hidden"]
+    assert parts == pytest.approx(row["eval_loss"], rel=1e-5)
+
+
 def test_the_best_checkpoint_is_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second of five measurements is made the best: its weights are those of two steps."""
     steady = {"eval_fraction": 0.25, "scheduler": "constant", "warmup_ratio": 0.0}
