@@ -47,7 +47,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "hands": (
         *("compat", "configs", "capture", "surgery", "uneven", "modeling_pruned", "checkpoint"),
         *("trainable", "hidden", "teacher", "modes", "sharding"),
-        *("data", "chat", "tasks", "images", "answers", "manifest", "cards", "hub"),
+        *("data", "chat", "tasks", "images", "answers", "identity", "manifest", "cards", "hub"),
         *("timing", "memory", "results"),
     ),
     "stages": (
