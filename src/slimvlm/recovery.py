@@ -34,6 +34,7 @@ from slimvlm.samples import Sample
 from slimvlm.sharding import is_sharded
 from slimvlm.teacher import seeing_once, share_, why_not_shared
 from slimvlm.trainable import (
+    hold_in_,
     keep_learning_in_float32_,
     merge,
     plain_model,
@@ -158,9 +159,9 @@ def _train(job: _Job) -> History:
     if not sharded:
         model.to(arguments.device)  # type: ignore[arg-type]
     if not bf16 and not sharded:  # half precision needs autocast to learn small steps
-        model.float()
+        hold_in_(model, torch.float32)
         if job.teacher is not None:
-            job.teacher.float()
+            hold_in_(job.teacher, torch.float32)
     trained = prepare_training(model, config)
     if bf16 and not sharded:
         keep_learning_in_float32_(trained)
@@ -192,7 +193,7 @@ def _train(job: _Job) -> History:
     merged = merge(plain, dtype)
     assert merged is model, "merging must give back the model that was handed in"
     if not sharded:
-        model.to(dtype)  # type: ignore[arg-type]
+        hold_in_(model, dtype)
     model.eval()
     rows = trainer.state.log_history
     return History(

@@ -52,6 +52,12 @@ def prepare_training(model: PreTrainedModel, config: RecoverConfig) -> Any:
     return trained
 
 
+def hold_in_(model: nn.Module, dtype: torch.dtype) -> None:
+    """Hold a model's parameters in a data type; buffers such as rotary frequencies stay exact."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
 def keep_learning_in_float32_(trained: Any) -> None:
     """Hold what learns in float32, since small steps vanish in half precision.
 

@@ -487,14 +487,18 @@ def test_the_last_step_of_an_epoch_may_have_fewer_batches() -> None:
     assert losses_of[1] == pytest.approx(losses_of[0], rel=1e-3)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("train", TRAINED)
-def test_half_precision_learns_in_full_without_autocast(train: str) -> None:
+def test_half_precision_learns_in_full_and_comes_back_as_it_was(train: str, bf16: bool) -> None:
     student, teacher, processor = models()
-    student.to(torch.float16)
-    teacher.to(torch.float16)
-    before = weights(student)
-    history = recover(student, teacher, SAMPLES, config(train=train), processor)
-    assert {value.dtype for value in weights(student).values()} == {torch.float16}
+    trainable.hold_in_(student, torch.bfloat16)
+    trainable.hold_in_(teacher, torch.bfloat16)
+    before, buffers = weights(student), [value.clone() for value in student.buffers()]
+    history = recover(student, teacher, SAMPLES, config(train=train, bf16=bf16), processor)
+    assert {value.dtype for value in weights(student).values()} == {torch.bfloat16}
+    for value, was in zip(student.buffers(), buffers, strict=True):  # rotary frequencies
+        assert value.dtype is was.dtype
+        assert torch.equal(value, was)
     assert changed(student, before)
     assert all(row["loss"] == row["loss"] for row in history.steps)
 
