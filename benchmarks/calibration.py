@@ -4,7 +4,7 @@ Command:  .venv/bin/python benchmarks/calibration.py [--shape 135m|1b|tiny] [--s
           [--tokens 128] [--micro-batch 5]
 Needs:    pip install torch-pruning, for the job of that name; it fails where queries share heads,
           so that only 1b has its figures.
-Expect:   5 minutes for 135m and 25 for 1b on 2 cores; 1b needs 14 GiB.
+Expect:   3 minutes for 135m and 17 for 1b on one core of a recent CPU; 1b needs 13 GiB.
 
 Every job runs in a process of its own on the same random model; peak memory is what the operating
 system saw (ru_maxrss). "plain taylor" is LLM-Pruner's way: all samples in one batch, gradients of

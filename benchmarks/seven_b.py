@@ -1,7 +1,7 @@
 """A LLaVA-1.5-7B-shaped checkpoint on a small machine: inspected, scored and pruned.
 
 Command:  .venv/bin/python benchmarks/seven_b.py [--folder DIR] [--layers 32] [--samples 10]
-Expect:   about an hour on 2 cores with bfloat16; 35 GB of disk for 32 layers.
+Expect:   35 minutes on one core of a recent CPU with bfloat16 units; 35 GB of disk for 32 layers.
 
 Random bfloat16 weights are written once, shard by shard. Then one fresh process for each step:
 inspect; score (Taylor per sample, layer by layer, samples of one picture of 576 tokens and 64 text
