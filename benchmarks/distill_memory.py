@@ -1,7 +1,7 @@
 """Peak memory and speed of recovery: plain SFT, and SFT + hidden L2 with each kind of teacher.
 
 Command:  .venv/bin/python benchmarks/distill_memory.py [--shape demo 1b] [--steps 4] [--ratio 0.2]
-Expect:   about 8 minutes on 2 cores, 6 GB of disk in the temporary folder.
+Expect:   about 6 minutes on one core of a recent CPU, 6 GB of disk in the temporary folder.
 Goal:     the shared teacher needs at most 1.15 times the memory of SFT, at 0.6 times its speed or
           more.
 
