@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,16 @@ class Run:
     config: CompressConfig
     say: Callable[[str], None]
     results: dict[str, Result] = field(default_factory=dict)
+
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        """The request, and what its model and data are made of: their files are read once."""
+        data = self.config.data
+        made_from = [identity_of(self.model, resolve(self.model))]
+        made_from += [] if data is None else [identity_of(data, data)]
+        about = {"model": self.model, **asdict(self.config), "made_from": made_from}
+        values: dict[str, Any] = json.loads(json.dumps(about))
+        return values
 
     def path(self, name: str) -> Path:
         """A file or folder inside the run folder."""
@@ -133,19 +144,9 @@ def _require_startable(run: Run, force: bool) -> None:
 
 def _is_same_run(run: Run) -> bool:
     try:
-        return bool(json.loads(run.path("config.json").read_text()) == _stored(run))
+        return bool(json.loads(run.path("config.json").read_text()) == run.about)
     except (OSError, ValueError):
         return False
-
-
-def _stored(run: Run) -> dict[str, Any]:
-    """The request, and what its model and data are made of."""
-    data = run.config.data
-    made_from = [identity_of(run.model, resolve(run.model))]
-    made_from += [] if data is None else [identity_of(data, data)]
-    about = {"model": run.model, **asdict(run.config), "made_from": made_from}
-    values: dict[str, Any] = json.loads(json.dumps(about))
-    return values
 
 
 def _samples_to_read(config: CompressConfig) -> int | None:
@@ -163,7 +164,7 @@ def _open_folder(run: Run, force: bool) -> None:
         shutil.rmtree(run.folder, ignore_errors=True)
     run.path("scores").mkdir(parents=True, exist_ok=True)
     run.path("results").mkdir(exist_ok=True)
-    write_text(run.path("config.json"), json.dumps(_stored(run), indent=2) + "\n")
+    write_text(run.path("config.json"), json.dumps(run.about, indent=2) + "\n")
 
 
 def _planned(run: Run, model: PreTrainedModel, calibration: Calibration) -> Plan:

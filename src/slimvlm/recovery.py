@@ -192,7 +192,7 @@ def _train(job: _Job) -> History:
         save_adapter(plain, job.folder / ADAPTER_FOLDER, dtype)
     merged = merge(plain, dtype)
     assert merged is model, "merging must give back the model that was handed in"
-    if not sharded:
+    if not bf16 and not sharded:
         hold_in_(model, dtype)
     model.eval()
     rows = trainer.state.log_history

@@ -144,6 +144,10 @@ class Stopped(Exception):
     """The machine goes down."""
 
 
+def stops(*args: Any, **kwargs: Any) -> Any:
+    raise Stopped
+
+
 @pytest.mark.parametrize(
     ("stage", "after"),
     [
@@ -192,9 +196,6 @@ def test_a_stopped_run_goes_on_to_the_same_end(
 def test_a_stopped_run_repeats_no_finished_stage(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stops(*args: Any, **kwargs: Any) -> Any:
-        raise Stopped
-
     with monkeypatch.context() as patch:
         patch.setattr(compression, "recover", stops)
         with pytest.raises(Stopped):
@@ -212,9 +213,6 @@ def test_a_finished_run_is_refused(finished: Path, data: Path) -> None:
 
 
 def unfinished(data: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    def stops(*args: Any, **kwargs: Any) -> Any:
-        raise Stopped
-
     with monkeypatch.context() as patch:
         patch.setattr(compression, "cut_", stops)
         with pytest.raises(Stopped):
@@ -265,9 +263,6 @@ def test_changed_data_are_another_run(
 def test_what_a_stopped_force_left_goes_with_a_run_without_it(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stops(*args: Any, **kwargs: Any) -> Any:
-        raise Stopped
-
     with monkeypatch.context() as patch:
         patch.setattr(compression, "cut_", stops)
         with pytest.raises(Stopped):
@@ -302,10 +297,6 @@ def test_what_force_replaces_stays_until_the_new_run_is_whole(
     before = contents(out)
     request = request_for(data, ratio=0.2, tasks=None)
     for stage in ("cut_", "recover", "_finish"):
-
-        def stops(*args: Any, **kwargs: Any) -> Any:
-            raise Stopped
-
         with monkeypatch.context() as patch:
             patch.setattr(compression, stage, stops)
             with pytest.raises(Stopped):

@@ -163,13 +163,14 @@ def test_a_stopped_run_goes_on_after_the_last_whole_layer(
     assert not (tmp_path / "work").exists()
 
 
+def stop(self: Any, *args: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_other_data_do_not_reuse_old_work(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny.build("llama")
-
-    def stop(self: Any) -> None:
-        raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
         patched.setattr(scoring._Run, "backward", stop)
@@ -186,9 +187,6 @@ def test_another_model_does_not_reuse_old_work(
 ) -> None:
     """The embeddings are another model's, too."""
     model = tiny.build("llama")
-
-    def stop(self: Any, *args: Any) -> None:
-        raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
         steps = {"embedded": "forward", "forward": "backward", "done": "result"}

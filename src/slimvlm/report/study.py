@@ -125,14 +125,17 @@ def _name(row: pd.Series, varied: Iterable[str]) -> str:
     short = Path(str(row["model"])).name
     if row["axis"] == ORIGINAL:
         return f"{short} original"
-    options = [f"{name} {row[name]}" for name in varied if row[name] != ""]
     trained = "untrained" if row["train"] == "none" else str(row["recovery"])
-    return ", ".join([f"{short} {row['axis']} {row['ratio']:.0%}", trained, *options])
+    return ", ".join([f"{short} {row['axis']} {row['ratio']:.0%}", trained, *_options(row, varied)])
 
 
 def _variant(row: pd.Series, varied: Iterable[str]) -> str:
     """What sets a cell apart from others of its axis, ratio and recovery, but for the seed."""
-    return ", ".join(f"{name} {row[name]}" for name in varied if name != "seed" and row[name])
+    return ", ".join(_options(row, (name for name in varied if name != "seed")))
+
+
+def _options(row: pd.Series, names: Iterable[str]) -> list[str]:
+    return [f"{name} {row[name]}" for name in names if row[name] != ""]
 
 
 def _number(value: Any) -> float | None:

@@ -210,10 +210,7 @@ class Passes:
 
     def _forward_layer(self, layer: nn.Module, index: int, place: int) -> None:
         output = self._call(layer, index, place, self.input_of(index, place))
-        if not bool(torch.isfinite(output).all()):
-            require_finite(
-                output, f"the output of layer {index} for {self._samples(place, output)}"
-            )
+        self._require_finite(output, f"the output of layer {index}", place)
         if not self.scratch.has(f"hidden-{index + 1}"):
             self.scratch.write(f"hidden-{index + 1}", place, {"hidden": output})
 
@@ -226,18 +223,19 @@ class Passes:
         gradient = self.scratch.read(f"gradient-{index + 1}", place, self.device)["gradient"]
         return (output.float() * gradient.float()).flatten(1).sum(1)
 
-    def _samples(self, place: int, values: Tensor) -> str:
-        """The samples of a batch with NaN or infinity, by their number."""
+    def _require_finite(self, values: Tensor, what: str, place: int) -> None:
+        """Stop at NaN or infinity, and name the samples of the batch that have it, by number."""
+        if bool(torch.isfinite(values).all()):
+            return
         earlier = (self.scratch.read("batches", p, self.device) for p in range(place))
         first = 1 + sum(len(stored["batch.attention_mask"]) for stored in earlier)
         spoilt = (~torch.isfinite(values).flatten(1).all(1)).nonzero().flatten() + first
-        return f"calibration sample {', '.join(map(str, spoilt.tolist()))}"
+        samples = ", ".join(map(str, spoilt.tolist()))
+        require_finite(values, f"{what} for calibration sample {samples}")
 
     def _write_gradient(self, index: int, place: int, gradient: Tensor | None) -> None:
         assert gradient is not None
-        if not bool(torch.isfinite(gradient).all()):
-            where = f"the input of layer {index} for {self._samples(place, gradient)}"
-            require_finite(gradient, f"the gradient of {where}")
+        self._require_finite(gradient, f"the gradient of the input of layer {index}", place)
         self.scratch.write(f"gradient-{index}", place, {"gradient": gradient})
 
 
