@@ -144,7 +144,7 @@ def test_numbers_are_means_over_seeds_and_parity_is_their_spread() -> None:
     depth = [row("depth", 0.3, kept, "sft", seed=i) for i, kept in enumerate((72, 73, 74))]
     claim = verdicts([*width, *depth])["T4"]
     assert claim.verdict == "agrees"
-    assert claim.numbers == ("m 30%: depth and width 73.0 and 80.0 ± 10.0",)
+    assert claim.numbers == ("m 30%, 100% of the data: depth and width 73.0 and 80.0 ± 10.0",)
     narrow = [{**r, "avg_percent": 80 + r["seed"]} for r in width]
     assert verdicts([*narrow, *depth])["T4"].verdict == "does not"
 

@@ -173,6 +173,10 @@ def _at(group: Group) -> str:
     return f"{group.row['model']} {group.ratio:.0%}"
 
 
+def _share(group: Group) -> str:
+    return f"{group.row['fraction']:.0%} of the data"
+
+
 def _at_least(a: Group, b: Group) -> tuple[bool, str]:
     """Whether the first keeps as much as the second, and how that is said."""
     margin = max(a.margin, b.margin)
@@ -205,16 +209,16 @@ def _t3(groups: Groups, originals: pd.DataFrame) -> Comparisons:
 
 def _t4(groups: Groups, originals: pd.DataFrame) -> Comparisons:
     for width, depth in _axes(_trained(groups, "sft")):
-        if width.ratio <= LOW and width.row["fraction"] == 1:
+        if width.ratio <= LOW:
             holds, words = _at_least(depth, width)
-            yield Comparison(holds, f"{_at(width)}: depth and width {words}")
+            yield Comparison(holds, f"{_at(width)}, {_share(width)}: depth and width {words}")
 
 
 def _t5(groups: Groups, originals: pd.DataFrame) -> Comparisons:
     for width, depth in _axes(_trained(groups, "sft")):
-        if width.ratio >= HIGH and width.row["fraction"] == 1:
+        if width.ratio >= HIGH:
             holds, words = _at_least(width, depth)
-            yield Comparison(holds, f"{_at(width)}: width and depth {words}")
+            yield Comparison(holds, f"{_at(width)}, {_share(width)}: width and depth {words}")
 
 
 _CELL = ("model", "axis", "ratio", "criterion", "allocation", "repair", "fraction")
@@ -270,7 +274,7 @@ def _t9(groups: Groups, originals: pd.DataFrame) -> Comparisons:
     both = _trained(groups, "sft", "hidden")
     for ours, sft in _pairs(both, _trained(groups, "sft"), *_CELL, "train"):
         holds, words = _at_least(ours, sft)
-        where = f"{_at(ours)} {ours.row['axis']} {ours.row['fraction']:.0%} of the data"
+        where = f"{_at(ours)} {ours.row['axis']}, {_share(ours)}"
         yield Comparison(holds, f"{where}: sft+hidden and sft {words}")
     rivals = [g for name in ("kl", "rkl") for g in _trained(groups, "sft", name)]
     won = [_at_least(a, b)[0] for a, b in _pairs(both, rivals, *_CELL, "train")]
@@ -292,7 +296,7 @@ def _t10(groups: Groups, originals: pd.DataFrame) -> Comparisons:
         if not parts:
             continue
         words = f"{_at(whole)} {whole.row['axis']} {whole.row['recovery']}: " + ", ".join(
-            f"{g.row['fraction']:.0%} of the data {g.percent:.1f}" for g in series
+            f"{_share(g)} {g.percent:.1f}" for g in series
         )
         share = series[0].percent / max(whole.percent, 1e-9)
         rises = all(_at_least(b, a)[0] for a, b in pairwise(series))
