@@ -385,6 +385,34 @@ def test_a_removed_input_is_said(
     assert outcomes[evaluations[0].name].error == "prune was removed meanwhile"
 
 
+def test_what_another_worker_finishes_between_two_looks_is_no_failure(
+    schedule: Schedule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch)
+    missing = schedule.missing(Cache(tmp_path))
+    rest = [stage for stage in missing if stage.kind in ("recover", "evaluate")]
+    first = [stage for stage in missing if stage not in rest]
+    engines.run_local(schedule, first, Cache(tmp_path), Silent())
+    overtaken, errors = False, []
+
+    class Overtaken(Cache):
+        """Between its first look at a stage and at its inputs, another worker does them all."""
+
+        def is_ready(self, stage: Stage) -> bool:
+            nonlocal overtaken
+            if stage.kind == "prune" and not overtaken:
+                overtaken = True
+                engines.run_local(schedule, rest, Cache(tmp_path), Silent())
+            return super().is_ready(stage)
+
+    class Notes(Silent):
+        def finished(self, stage: Stage, outcome: Outcome) -> None:
+            errors.append(outcome.error)
+
+    engines.run_local(schedule, rest, Overtaken(tmp_path), Notes())
+    assert errors == [""] * len(rest)
+
+
 def test_published_numbers_stand_beside_ours(finished: Path, data: Path) -> None:
     from slimvlm.study.config import Reference, ReferenceRow
     from slimvlm.study.table import results_table

@@ -69,6 +69,8 @@ def _next_done(
             return stage, Outcome(stage.name, error=f"{absent[0].kind} failed")
         if absent:
             if names.isdisjoint(source.name for source in absent):
+                if cache.is_done(stage):  # since the look above: its inputs are needed no more
+                    continue
                 return stage, Outcome(stage.name, error=f"{absent[0].kind} was removed meanwhile")
             continue
         watcher.started(stage)
