@@ -254,6 +254,23 @@ def test_a_broken_row_may_be_skipped(run: Run, home: Path, llava: Path, data: Pa
     assert "skipped: sample 'lost'" in result.err
 
 
+def test_long_samples_are_named_before_weights_are_read(
+    run: Run, home: Path, llava: Path, data: Path
+) -> None:
+    (home / "model").mkdir()
+    for file in llava.iterdir():
+        if file.suffix != ".safetensors":
+            (home / "model" / file.name).symlink_to(file)
+    arguments = ["--data", data, "--out", "out", "--max-length", "9"]
+    for verb in (["score", "model"], ["prune", "model", "--ratio", "0.3"]):
+        result = run(*verb, *arguments)
+        assert result.code == 2
+        assert re.search(r"^slimvlm: data .* tokens, --max-length 9 \(--max-bad 0\)$", result.err)
+    result = run("recover", "model", "--loss", "sft", *arguments)
+    assert result.code == 2
+    assert "--max-length 9" in result.err
+
+
 def test_verify_names_the_damage(run: Run, home: Path, llava: Path, data: Path) -> None:
     assert run("prune", llava, "--out", "out", "--ratio", "0.3", "--data", data).code == 0
     assert "files are as they were written" in run("verify", "out").out

@@ -107,6 +107,30 @@ def encode_samples(processor: Any, samples: Sequence[Sample]) -> dict[str, Tenso
     return {**inputs, "labels": labels}
 
 
+def require_readable(processor: Any, sample: Sample, max_length: int | None = None) -> None:
+    """Refuse a sample that `encode_samples` would refuse, or that is too long.
+
+    Its pictures are looked at only if there is a limit.
+
+    Args:
+        processor: The model's processor, or its tokenizer.
+        sample: A conversation.
+        max_length: Most tokens, those of pictures included; None for any number.
+
+    Raises:
+        DataError: If the template refuses the conversation or hides where its answers are, the
+            model cannot see its pictures, or it has more tokens.
+    """
+    text = _text_of(processor, sample)
+    _answers(processor, sample, text)
+    if max_length is None:
+        return
+    images = [[open_image(image) for image in sample.images]]
+    length = process(processor, [text], images, padding_side="right")["input_ids"].shape[1]
+    if length > max_length:
+        raise DataError(f"sample {sample.id!r} has {length} tokens, --max-length {max_length}")
+
+
 def _text_of(processor: Any, sample: Sample) -> str:
     try:
         return render(processor, sample.messages)

@@ -22,6 +22,7 @@ from slimvlm.cards import CardFacts
 from slimvlm.checkpoint import load, resolve, save
 from slimvlm.commands import compress_command
 from slimvlm.config import CompressConfig
+from slimvlm.data import samples_for
 from slimvlm.errors import ConfigError
 from slimvlm.evaluation import evaluate
 from slimvlm.identity import identity_of
@@ -108,7 +109,8 @@ def _checked_samples(run: Run, force: bool) -> list[Sample]:
         Result.load(config.baseline)
     if config.limit is not None and config.limit < 1:
         raise ConfigError(f"limit {config.limit} must be at least 1")
-    samples = check_request(run.model, config, say, _samples_to_read(config))
+    check_request(run.model, config, say)
+    samples = samples_for(run.model, config, _samples_to_read(config), say)
     if config.axis is None:
         chart = recipe_for(ratio_of(config), config.trains)
         say(f"axis {chart.axis}: {chart.why} ({chart.source})")

@@ -236,21 +236,29 @@ class LoadConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrationConfig(LoadConfig):
+class DataConfig(LoadConfig):
+    """Which conversations are read, and with which model."""
+
+    data: str | None = None
+    """Conversations: demo, LLaVA-format .json, or .jsonl/.parquet/datasets folder with messages."""
+    images: str | None = None
+    """Folder that image paths in the data start from."""
+    max_bad: int = 0
+    """Broken data rows to skip at most."""
+    max_length: int | None = None
+    """Tokens of a sample at most, those of pictures included; longer ones are broken rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationConfig(DataConfig):
     """What is shown to a model that is to be scored.
 
     Raises:
         ConfigError: If a value is out of range; the message names the field.
     """
 
-    data: str | None = None
-    """Conversations: demo, LLaVA-format .json, or .jsonl/.parquet/datasets folder with messages."""
-    images: str | None = None
-    """Folder that image paths in the data start from."""
     samples: int = 64
     """Calibration samples, the first ones of the data."""
-    max_bad: int = 0
-    """Broken data rows to skip at most."""
     gradient: Gradient = "per_sample"
     """For taylor: one gradient over all samples, or one for each."""
     token_weights: str | None = None

@@ -11,6 +11,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from slimvlm.chat import require_readable
+from slimvlm.checkpoint import load_config, load_processor, resolve
+from slimvlm.config import DataConfig
 from slimvlm.errors import ConfigError, DataError
 from slimvlm.images import find_image
 from slimvlm.samples import Message, Sample
@@ -25,6 +28,8 @@ def load_samples(
     limit: int | None = None,
     max_bad: int = 0,
     warn: Callable[[str], None] = print,
+    processor: Any = None,
+    max_length: int | None = None,
 ) -> list[Sample]:
     """Read conversations from any supported source.
 
@@ -35,6 +40,9 @@ def load_samples(
         limit: Read only the first so many good samples.
         max_bad: Up to so many broken rows are skipped and named; one more is an error.
         warn: Receives one line for each row that was skipped.
+        processor: A model's processor or tokenizer. Rows that it cannot read are broken, too: those
+            that its chat template refuses, and pictures where it takes none.
+        max_length: Rows with more tokens, counted by the processor, are broken, too.
 
     Raises:
         ConfigError: If the source does not exist or is not understood.
@@ -42,31 +50,73 @@ def load_samples(
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"samples {limit} must be at least 1")
-    if str(data) == "demo":
-        from slimvlm.demo.conversations import demo_samples
-
-        return demo_samples(limit or 1024)
-    path = Path(data)
-    root = Path(images) if images is not None else path.parent
-    if images is not None and not root.is_dir():
-        raise ConfigError(f"images {str(images)!r} is not a folder")
+    if max_length is not None and max_length < 1:
+        raise ConfigError(f"max_length {max_length} must be at least 1")
+    if max_length is not None and processor is None:
+        raise ConfigError(f"max_length {max_length} needs a processor to count tokens with")
     samples: list[Sample] = []
     bad = 0
-    for found in _read_in_order(read_rows(data), root.absolute(), min(limit or _AT_ONCE, _AT_ONCE)):
-        if isinstance(found, Sample):
-            samples.append(found)
-            if len(samples) == limit:
-                break
-            continue
-        bad += 1
-        if bad > max_bad:
-            raise DataError(f"data {str(data)!r}: {found} (--max-bad {max_bad})") from found
-        warn(f"skipped: {found}")
+    for found in _found(data, images, limit):
+        try:
+            samples.append(_readable(found, processor, max_length))
+        except DataError as error:
+            bad += 1
+            if bad > max_bad:
+                raise DataError(f"data {str(data)!r}: {error} (--max-bad {max_bad})") from error
+            warn(f"skipped: {error}")
+        if len(samples) == limit:
+            break
     if bad:
         warn(f"data {str(data)!r}: {bad} broken rows skipped, {len(samples)} samples read")
     if not samples:
         raise DataError(f"data {str(data)!r}: no usable sample")
     return samples
+
+
+def samples_for(
+    model: str | Path, source: DataConfig, limit: int | None, warn: Callable[[str], None]
+) -> list[Sample]:
+    """The conversations that options name, as far as a model can read them.
+
+    Args:
+        model: Folder, hub id or ``demo``; only its processor is read.
+        source: The options; without ``data`` there is no sample.
+        limit: Read only the first so many good samples.
+        warn: Receives one line for each row that was skipped.
+
+    Raises:
+        SlimError: As `load_samples` does.
+    """
+    if source.data is None:
+        return []
+    trusted = source.trust_remote_code
+    processor = load_processor(resolve(model), load_config(model, trusted), trusted)
+    return load_samples(
+        source.data, source.images, limit, source.max_bad, warn, processor, source.max_length
+    )
+
+
+def _found(
+    data: str | Path, images: str | Path | None, limit: int | None
+) -> Iterable[Sample | DataError]:
+    """What each row of a source is: a sample, or why it is none."""
+    if str(data) == "demo":
+        from slimvlm.demo.conversations import demo_samples
+
+        return demo_samples(limit or 1024)
+    root = Path(images) if images is not None else Path(data).parent
+    if images is not None and not root.is_dir():
+        raise ConfigError(f"images {str(images)!r} is not a folder")
+    return _read_in_order(read_rows(data), root.absolute(), min(limit or _AT_ONCE, _AT_ONCE))
+
+
+def _readable(found: Sample | DataError, processor: Any, max_length: int | None) -> Sample:
+    """A sample that the processor can read."""
+    if isinstance(found, DataError):
+        raise found
+    if processor is not None:
+        require_readable(processor, found, max_length)
+    return found
 
 
 def _read_in_order(rows: Iterable[Any], root: Path, at_once: int) -> Iterator[Sample | DataError]:

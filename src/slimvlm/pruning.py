@@ -14,7 +14,6 @@ from slimvlm.calibrate import DEFAULT_CRITERIA, calibration_batches, score
 from slimvlm.checkpoint import anatomy as anatomy_of
 from slimvlm.checkpoint import load_processor
 from slimvlm.config import Axis, PruneConfig
-from slimvlm.data import load_samples
 from slimvlm.errors import ConfigError
 from slimvlm.geometry import Anatomy, read_anatomy
 from slimvlm.iterative import plan_in_steps
@@ -96,29 +95,21 @@ def criteria_of(config: PruneConfig) -> tuple[str, ...]:
     return DEFAULT_CRITERIA[axis_of(config)]
 
 
-def check_request(
-    model: str | PreTrainedConfig, config: PruneConfig, say: Say, samples: int | None = None
-) -> list[Sample]:
-    """Find every mistake that can be found without weights, and read the data.
+def check_request(model: str | PreTrainedConfig, config: PruneConfig, say: Say) -> None:
+    """Find every mistake that can be found without weights and data.
 
     Args:
         model: Folder, hub id, ``demo`` or a configuration.
         config: The request.
         say: Receives notes.
-        samples: Samples of the data to read, None for all.
-
-    Returns:
-        The samples, none if the configuration names no data.
 
     Raises:
-        SlimError: If an option, the data or the ratio cannot work for this model.
+        SlimError: If an option or the ratio cannot work for this model.
     """
     check_options(config)
     rehearse_request(anatomy_of(model), config)
     if config.data is None:
         say(f"no data: scoring by {' and '.join(criteria_of(config))}")
-        return []
-    return load_samples(config.data, config.images, samples, config.max_bad, say)
 
 
 def check_options(config: PruneConfig) -> None:

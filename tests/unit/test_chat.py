@@ -319,14 +319,27 @@ def test_an_answer_may_be_stripped_and_repeat_what_was_asked(
     assert decoded_labels(words, batch["labels"][0]) == expected
 
 
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_a_sample_may_have_as_many_tokens_as_it_is_encoded_to(kind: str, name: str) -> None:
+    words, item = folders.processor(kind), samples_of(kind)[name]
+    length = chat.encode_samples(words, [item])["input_ids"].shape[1]
+    chat.require_readable(words, item)
+    chat.require_readable(words, item, length)
+    with pytest.raises(
+        DataError, match=rf"'{name}' has {length} tokens, --max-length {length - 1}"
+    ):
+        chat.require_readable(words, item, length - 1)
+
+
 @pytest.mark.parametrize("name", ["gemma", "mistral"])
 def test_a_template_that_refuses_is_the_sample_s_fault(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = with_template(monkeypatch, TEMPLATES[name][0])
     item = Sample("briefed", (turn("system", "Be brief."), *samples_of("text")["single"].messages))
-    with pytest.raises(DataError, match=r"sample 'briefed': .*System role not supported"):
-        chat.encode_samples(words, [item])
+    for read in (chat.require_readable, lambda words, item: chat.encode_samples(words, [item])):
+        with pytest.raises(DataError, match=r"sample 'briefed': .*System role not supported"):
+            read(words, item)
 
 
 def test_a_system_turn_is_not_learnt(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from slimvlm.data import estimated_length, hold_out, load_samples, subset
 from slimvlm.errors import ConfigError, DataError
 from slimvlm.images import open_image
 from slimvlm.samples import Sample
-from tests.tiny_folder import picture, turn
+from tests.tiny_folder import picture, processor, turn
 
 
 def silent(line: str) -> None:
@@ -435,6 +435,24 @@ def test_limit_counts_good_samples_from_the_start(home: Path) -> None:
     samples = load_samples(path, limit=3, max_bad=1, warn=warnings.append)
     assert [sample.id for sample in samples] == ["s0", "s1", "s2"]
     assert len(warnings) == 2
+
+
+def test_what_a_model_cannot_read_is_broken(home: Path) -> None:
+    long = llava("long", "Which colour? " * 40, "Red.")
+    seen = llava("seen", "<image>Which colour?", "Red.", image="a.png")
+    path, words = write(home, long, seen, GOOD), processor("text")
+    assert len(load_samples(path, warn=silent)) == 3
+    with pytest.raises(DataError, match=r"'seen': .*the model cannot see \(--max-bad 0\)"):
+        load_samples(path, warn=silent, processor=words)
+    told: list[str] = []
+    samples = load_samples(path, None, 1, 2, told.append, words, max_length=60)
+    assert [sample.id for sample in samples] == ["good"]
+    assert [line.partition("sample ")[2][:6] for line in told[:2]] == ["'long'", "'seen'"]
+    assert "tokens, --max-length 60" in told[0]
+    with pytest.raises(ConfigError, match="max_length 60 needs a processor"):
+        load_samples(path, warn=silent, max_length=60)
+    with pytest.raises(ConfigError, match="max_length 0 must be at least 1"):
+        load_samples(path, warn=silent, processor=words, max_length=0)
 
 
 def test_demo_samples_can_be_limited() -> None:

@@ -199,7 +199,7 @@ def _repair_for_plan(config: PruneConfig) -> Any:
 
 def _reading(config: PruneConfig) -> PruneConfig:
     """Only the options that say what is read."""
-    names = ("data", "images", "samples", "max_bad", "dtype", "trust_remote_code")
+    names = ("data", "images", "samples", "max_bad", "max_length", "dtype", "trust_remote_code")
     return PruneConfig(allocation="uniform", **{name: getattr(config, name) for name in names})
 
 

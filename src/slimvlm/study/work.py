@@ -6,7 +6,7 @@ import gc
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from slimvlm.checkpoint import load, save
-from slimvlm.data import load_samples
+from slimvlm.config import DataConfig
+from slimvlm.data import samples_for
 from slimvlm.lmms import evaluate_all
 from slimvlm.plan import Plan
 from slimvlm.pruning import Calibration, choose_plan, cut_, score_by
@@ -71,18 +72,17 @@ def notes_on(request: Request) -> list[str]:
 
 
 def _rows_of(request: Request) -> tuple[list[Sample], list[str]]:
-    config = request.prune
-    assert config.data is not None
-    return _all_rows(config.data, config.images, config.max_bad, request.identity)
+    options = {field.name: getattr(request.prune, field.name) for field in fields(DataConfig)}
+    return _all_rows(request.model, DataConfig(**options), request.identity)
 
 
 @lru_cache(maxsize=1)
 def _all_rows(
-    data: str, images: str | None, max_bad: int, identity: tuple[str, ...]
+    model: str, source: DataConfig, identity: tuple[str, ...]
 ) -> tuple[list[Sample], list[str]]:
     """All rows of the data; ``identity`` only tells exchanged files apart."""
     notes: list[str] = []
-    return load_samples(data, images, None, max_bad, notes.append), notes
+    return samples_for(model, source, None, notes.append), notes
 
 
 def _ignore(line: str) -> None:

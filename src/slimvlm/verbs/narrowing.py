@@ -46,7 +46,7 @@ def narrow(
     needs_data = criterion == "activation"
     if needs_data and calibration.data is None:
         raise ConfigError("criterion 'activation' needs --data")
-    samples = read_samples(calibration) if needs_data else []
+    samples = read_samples(calibration, model) if needs_data else []
     given = calibration.token_weights
     weights = None if given is None else parse_token_weights(given)
     advise_width(hidden_size)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from slimvlm.config import CalibrationConfig, LoadConfig
+from slimvlm.config import CalibrationConfig, DataConfig, LoadConfig
 from slimvlm.errors import ConfigError
 from slimvlm.verbs.printing import note
 
@@ -22,30 +22,30 @@ Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingData(LoadConfig):
+class TrainingData(DataConfig):
     """What is learnt from, and how models are read."""
 
-    data: str
+    data: str = field()  # the base class has a default, which must go
     """Conversations: demo, LLaVA-format .json, or .jsonl/.parquet/datasets folder with messages."""
-    images: str | None = None
-    """Folder that image paths in the data start from."""
     samples: int | None = None
     """Read only the first so many samples."""
-    max_bad: int = 0
-    """Broken data rows to skip at most."""
 
 
-def read_samples(source: TrainingData | CalibrationConfig) -> list[Sample]:
+def read_samples(source: TrainingData | CalibrationConfig, model: str) -> list[Sample]:
     """The conversations that options name; says which rows were skipped.
+
+    Args:
+        source: The options.
+        model: What is to read them: rows that its processor refuses are broken.
 
     Raises:
         ConfigError: If they name none.
     """
-    from slimvlm.data import load_samples
+    from slimvlm.data import samples_for
 
     if source.data is None:
         raise ConfigError("data: say which conversations to read")
-    return load_samples(source.data, source.images, source.samples, source.max_bad, note)
+    return samples_for(model, source, source.samples, note)
 
 
 def check_model(model: str, options: LoadConfig) -> None:

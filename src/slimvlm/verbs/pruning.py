@@ -50,6 +50,7 @@ def prune(
         scratch: Folder for these activations; by default beside OUT.
         force: Replace an existing folder.
     """
+    from slimvlm.data import samples_for
     from slimvlm.outputs import require_free
     from slimvlm.plan import Plan
     from slimvlm.pruning import check_low_memory, check_request
@@ -64,13 +65,14 @@ def prune(
         check_low_memory(pruning)
     given = None if plan is None else Plan.load(plan)
     if given is not None:
-        shown = _samples_for_repair(pruning)
         check_model(model, pruning)
+        shown = _samples_for_repair(model, pruning)
     else:
         source: str | PreTrainedConfig = model
         if hidden_size is not None:
             source, pruning = _rest_after_narrowing(model, pruning, hidden_size)
-        shown = check_request(source, pruning, note, pruning.samples)
+        check_request(source, pruning, note)
+        shown = samples_for(model, pruning, pruning.samples, note)
     if pruning.compat:
         check_compat(model, pruning)
     if low_memory:
@@ -155,10 +157,10 @@ def _report(chosen: Plan, out: Path, repair: RepairReport | None = None) -> None
     print(f"checkpoint: {out}")
 
 
-def _samples_for_repair(pruning: PruneConfig) -> list[Sample]:
+def _samples_for_repair(model: str, pruning: PruneConfig) -> list[Sample]:
     """Calibration samples for a plan that is there already: repair alone reads them."""
     if pruning.repair == "none":
         return []
     if pruning.data is None:
         raise ConfigError(f"repair {pruning.repair!r} needs --data")
-    return read_samples(pruning)
+    return read_samples(pruning, model)

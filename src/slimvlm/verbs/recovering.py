@@ -76,7 +76,7 @@ def recover(
     original = teacher if said is None else None
     if original is not None:
         check_model(original, source)
-    chosen = read_samples(source)
+    chosen = read_samples(source, model)
     student, processor = _for_training(model, source, shard)
     teaching = said if original is None else _for_training(original, source, shard, "cpu")[0]
     plan_file = Path(resolve(model)) / PLAN_FILE
@@ -176,7 +176,7 @@ def cache_teacher(
         if value < 1:
             raise ConfigError(f"{name} {value} must be at least 1")
     check_model(model, source)
-    chosen = read_samples(source)
+    chosen = read_samples(source, model)
     loaded, processor = load_model(model, source)
     if force and out.exists():
         shutil.rmtree(out)
