@@ -75,8 +75,12 @@ def parse_loss(expression: str) -> dict[str, float]:
         weights[name] = float(match[1]) if match[1] else None
     free = [name for name, weight in weights.items() if weight is None]
     rest = 1.0 - sum(weight for weight in weights.values() if weight is not None)
-    if any(weight == 0 for weight in weights.values()) or (free and rest <= 0):
+    if any(weight == 0 for weight in weights.values()):
         raise ConfigError(f"loss {expression!r}: every term needs a weight above 0")
+    if free and rest <= 0:
+        raise ConfigError(
+            f"loss {expression!r}: {free[0]!r} needs a weight; the others leave nothing of 1 for it"
+        )
     return {n: rest / len(free) if w is None else w for n, w in weights.items()}
 
 

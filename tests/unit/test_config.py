@@ -45,8 +45,8 @@ def test_a_loss_is_a_weighted_sum(expression: str, weights: dict[str, float]) ->
         ("-1*sft", "'-1*sft'"),
         ("x*sft", "'x*sft'"),
         ("0*sft+hidden", "weight above 0"),
-        ("1.0*sft+hidden", "weight above 0"),
-        ("0.8*sft+0.4*kl+hidden", "weight above 0"),
+        ("1.0*sft+hidden", "'hidden' needs a weight; the others"),
+        ("0.8*sft+0.4*kl+hidden", "'hidden' needs a weight; the others"),
         ("SFT", "'SFT'"),
     ],
 )
