@@ -53,7 +53,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "stages": (
         *("calibrate", "iterative", "search", "repair", "pruning", "narrowing"),
         "streaming",
-        *("offline_teacher", "distillation", "recovery"),
+        *("offline_teacher", "distillation", "resumption", "recovery"),
         *(
             "evaluation",
             "lmms",

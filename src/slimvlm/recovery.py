@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,22 +12,21 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 
-from slimvlm.answers import fingerprint
 from slimvlm.checkpoint import load_processor
 from slimvlm.config import RecoverConfig
 from slimvlm.configs import require_full_precision
 from slimvlm.data import estimated_length, hold_out, subset
-from slimvlm.distillation import TRAINED_FILE, Bar, Collator, DistillationTrainer
+from slimvlm.distillation import Bar, Collator, DistillationTrainer
 from slimvlm.errors import ConfigError
 from slimvlm.geometry import read_anatomy
 from slimvlm.losses import layer_map
 from slimvlm.modes import computes_bfloat16, fast_attention, kept_use_cache, without_autocast
 from slimvlm.offline_teacher import OfflineTeacher
-from slimvlm.outputs import explained, write_text
+from slimvlm.outputs import explained
 from slimvlm.plan import Plan
 from slimvlm.ranks import is_first_rank, num_ranks
+from slimvlm.resumption import last_complete_checkpoint, require_same_request
 from slimvlm.samples import Sample
 from slimvlm.sharding import is_sharded
 from slimvlm.teacher import seeing_once, share_, why_not_shared
@@ -44,7 +41,6 @@ from slimvlm.trainable import (
     save_adapter,
 )
 
-REQUEST_FILE = "request.json"
 ADAPTER_FOLDER = "adapter"
 
 
@@ -141,7 +137,7 @@ def recover(
     with ExitStack() as stack:
         temporary = stack.enter_context(TemporaryDirectory())
         folder = Path(work) if work is not None else Path(temporary)
-        _require_same_request(folder, model, teacher, config, learnt)
+        require_same_request(folder, model, teacher, config, learnt)
         stack.enter_context(kept_use_cache(model))
         resumable = work is not None and not is_sharded(model)
         return _train(
@@ -186,7 +182,7 @@ def _train(job: _Job) -> History:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Bar)
         with explained(job.folder):
-            trainer.train(resume_from_checkpoint=_last_complete_checkpoint(job.folder))
+            trainer.train(resume_from_checkpoint=last_complete_checkpoint(job.folder))
     plain = without_autocast(trainer)
     if config.keep_adapter and is_first_rank():
         save_adapter(plain, job.folder / ADAPTER_FOLDER, dtype)
@@ -323,61 +319,6 @@ def _layer_pairs(job: _Job) -> list[tuple[int, int]]:
         return []
     theirs = layer_map(job.plan.layers, job.plan.before.num_layers)
     return list(enumerate(theirs))
-
-
-def _require_same_request(
-    folder: Path,
-    model: PreTrainedModel,
-    teacher: PreTrainedModel | OfflineTeacher | None,
-    config: RecoverConfig,
-    samples: list[Sample],
-) -> None:
-    """A folder with checkpoints belongs to one request; another one must not go on there."""
-    spoken = json.dumps([sample.messages for sample in samples], sort_keys=True)
-    request = {
-        "config": asdict(config),
-        "processes": num_ranks(),
-        "model": None if is_sharded(model) else fingerprint(model),
-        "teacher": _identity(teacher),
-        "samples": [sample.id for sample in samples],
-        "conversations": hashlib.sha256(spoken.encode()).hexdigest(),
-    }
-    written = json.dumps(request, indent=1)
-    path = folder / REQUEST_FILE
-    if path.exists() and path.read_text() != written:
-        raise ConfigError(
-            f"training folder {str(folder)!r} belongs to a run with other options or data. Remove "
-            "it, or give those options again"
-        )
-    if is_first_rank():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, written)
-
-
-def _identity(teacher: PreTrainedModel | OfflineTeacher | None) -> str | None:
-    if isinstance(teacher, OfflineTeacher):
-        return hashlib.sha256(json.dumps(asdict(teacher.index)).encode()).hexdigest()
-    return None if teacher is None or is_sharded(teacher) else fingerprint(teacher)
-
-
-def _last_complete_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint whose writing was not cut short."""
-    found = [
-        path
-        for path in folder.glob("checkpoint-*")
-        if (path / TRAINED_FILE).is_file() and _is_json(path / TRAINER_STATE_NAME)
-    ]
-    newest = max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-    return str(newest) if newest is not None else None
-
-
-def _is_json(path: Path) -> bool:
-    """Whether a file was written to its end: the Trainer writes its state last."""
-    try:
-        json.loads(path.read_text())
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _training_arguments(job: _Job, bf16: bool) -> TrainingArguments:
