@@ -31,6 +31,9 @@ def hidden_states(
 ) -> list[Float[Tensor, "B T D"]]:
     """The hidden state after the last norm, and those after some decoder layers.
 
+    A layer that this batch does not run (one of Mllama's that read pictures, in a batch without)
+    leaves what came before it as it is.
+
     Args:
         model: The model.
         inputs: A batch without labels.
@@ -38,14 +41,20 @@ def hidden_states(
         runner: What runs the model, if it is wrapped for distributed training.
     """
     caught: dict[int, Tensor] = {}
+    newest: list[Tensor] = []
 
-    def catch(place: int, module: nn.Module, args: Any, output: Any) -> None:
-        caught[place] = main_stream(layer_output(output))
+    def catch(index: int, module: nn.Module, args: Any, output: Any) -> None:
+        for layer in layers:
+            if layer < index and layer not in caught:
+                caught[layer] = newest[0]
+        newest[:] = [main_stream(layer_output(output))]
+        if index in layers:
+            caught[index] = newest[0]
 
-    modules = [final_norm(model), *(decoder_layers(model)[index] for index in layers)]
+    modules = [*(decoder_layers(model) if layers else ()), final_norm(model)]
     with ExitStack() as stack:
-        for place, module in enumerate(modules):
-            handle = module.register_forward_hook(partial(catch, place))
+        for index, module in enumerate(modules):
+            handle = module.register_forward_hook(partial(catch, index))
             stack.callback(handle.remove)
         if isinstance(runner, DistributedDataParallel):
             runner(**inputs, use_cache=False, logits_to_keep=1)
@@ -53,7 +62,7 @@ def hidden_states(
             model(**inputs, use_cache=False, logits_to_keep=1)
         else:  # the head would only be in the way
             model.base_model(**inputs, use_cache=False)
-    return [caught[place] for place in range(len(modules))]
+    return [newest[0], *(caught[layer] for layer in layers)]
 
 
 def head_of(model: PreTrainedModel) -> Head:

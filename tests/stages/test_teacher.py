@@ -255,6 +255,19 @@ def test_the_teacher_can_see_through_the_student_s_projector(name: str) -> None:
     assert torch.equal(again, other)
 
 
+@pytest.mark.parametrize("layers", [(0, 1, 2, 3, 4), (1, 3), (2,)])
+def test_layers_that_read_pictures_change_nothing_where_there_are_none(
+    layers: tuple[int, ...],
+) -> None:
+    model = tiny.build("mllama")
+    text = {name: tiny.batch(model)[name][:, :2] for name in ("input_ids", "attention_mask")}
+    final, *caught = hidden_states(model, text, layers)
+    _, *alone = hidden_states(model, text, (0, 2, 4))
+    after = {0: alone[0], 1: alone[0], 2: alone[1], 3: alone[1], 4: alone[2]}
+    assert all(torch.equal(after[layer], seen) for layer, seen in zip(layers, caught, strict=True))
+    assert torch.equal(final, model.model(**text, use_cache=False).last_hidden_state)
+
+
 def test_another_tower_is_not_taken_for_the_teacher_s() -> None:
     student, teacher, _ = pruned("llava-llama", "depth")
     prepare_training(student, config())
