@@ -22,7 +22,7 @@ from slimvlm.cards import CardFacts
 from slimvlm.checkpoint import load, resolve, save
 from slimvlm.commands import compress_command
 from slimvlm.config import CompressConfig
-from slimvlm.data import samples_for
+from slimvlm.data import identity_of_data, samples_for
 from slimvlm.errors import ConfigError
 from slimvlm.evaluation import evaluate
 from slimvlm.identity import identity_of
@@ -57,7 +57,7 @@ class Run:
         """The request, and what its model and data are made of: their files are read once."""
         data = self.config.data
         made_from = [identity_of(self.model, resolve(self.model))]
-        made_from += [] if data is None else [identity_of(data, data)]
+        made_from += [] if data is None else [identity_of_data(data)]
         about = {"model": self.model, **asdict(self.config), "made_from": made_from}
         values: dict[str, Any] = json.loads(json.dumps(about))
         return values

@@ -15,6 +15,7 @@ from slimvlm.chat import require_readable
 from slimvlm.checkpoint import load_config, load_processor, resolve
 from slimvlm.config import DataConfig
 from slimvlm.errors import ConfigError, DataError
+from slimvlm.identity import identity_of
 from slimvlm.images import find_image
 from slimvlm.samples import Message, Sample
 
@@ -212,6 +213,11 @@ def _stratum(sample: Sample) -> tuple[int, str]:
     """How many pictures (0, 1, several), and the folder of the first."""
     first = sample.images[0] if sample.images else None
     return min(len(sample.images), 2), str(first.parent) if isinstance(first, Path) else ""
+
+
+def identity_of_data(data: str) -> str:
+    """What tells a source apart from another one under its name, as `slimvlm.identity` has it."""
+    return data if data == "demo" else identity_of(data, data)
 
 
 def read_rows(data: str | Path) -> Iterator[Any]:

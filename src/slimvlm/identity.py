@@ -13,7 +13,7 @@ def identity_of(name: str, source: str) -> str:
     """What tells a model or data source apart from another one that takes its place.
 
     Names, sizes and content of its files; of one over 64 MiB 64 blocks of 1 MiB, evenly spaced. A
-    hub id, and the word demo for data, stand for themselves.
+    hub id stands for itself.
 
     Args:
         name: What the user calls it.

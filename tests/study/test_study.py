@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from slimvlm import identity
+from slimvlm.data import identity_of_data
 from slimvlm.errors import NumericalError
 from slimvlm.study import StudyConfig, engines, forecast, prepared, run_study, stages
 from slimvlm.study.cache import Cache, Outcome
@@ -197,6 +198,18 @@ def test_the_table_grows_while_the_study_runs(
     monkeypatch.setattr(engines, "work", looks)
     run_study(study(data, {"recovery": "none"}), tmp_path, console=QUIET)
     assert set(measured) == {1, 2}
+
+
+def test_a_folder_named_demo_is_not_the_demo_s_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = {name: identity_of_data(name) for name in ("demo", "mine")}
+    for name in before:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rows.jsonl").write_text("{}")
+    assert identity_of_data("demo") == before["demo"]
+    assert identity_of_data("mine") != before["mine"]
 
 
 def test_a_study_goes_on_from_the_file_in_its_folder(again: Path, data: Path) -> None:

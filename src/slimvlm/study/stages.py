@@ -18,6 +18,7 @@ from typing import Any, Literal
 from slimvlm.answers import key_of
 from slimvlm.checkpoint import resolve
 from slimvlm.config import PruneConfig, RecoverConfig
+from slimvlm.data import identity_of_data
 from slimvlm.identity import identity_of
 from slimvlm.pruning import criteria_of
 from slimvlm.scores import CRITERIA
@@ -32,6 +33,7 @@ FORMAT = 1
 
 
 _identity = lru_cache(maxsize=64)(identity_of)
+_identity_of_data = lru_cache(maxsize=64)(identity_of_data)
 """Files are read once for all cells of a study."""
 
 
@@ -146,7 +148,7 @@ def stages_of(study: StudyConfig, cell: Cell) -> CellStages:
     config = cell.prune
     name = _short(cell.model)
     shape = f"{name} {config.axis} {config.ratio:.0%}"
-    data = [_identity(config.data, config.data)] if config.data else []
+    data = [_identity_of_data(config.data)] if config.data else []
     identity = (_identity_of_model(cell.model), *data)
     base = Request(model=cell.model, identity=identity, prune=config, seed=cell.seed)
     calibrations: tuple[Stage, ...] = ()
