@@ -95,7 +95,7 @@ def encode_samples(processor: Any, samples: Sequence[Sample]) -> dict[str, Tenso
     _require_words(processor)
     texts = [_text_of(processor, sample) for sample in samples]
     images = [[open_image(image) for image in sample.images] for sample in samples]
-    inputs = process(processor, texts, images, padding_side="right")
+    inputs = _processed(processor, samples, texts, images)
     labels = torch.full_like(inputs["input_ids"], IGNORE)
     for row, sample in enumerate(samples):
         length = int(inputs["attention_mask"][row].sum())
@@ -126,7 +126,7 @@ def require_readable(processor: Any, sample: Sample, max_length: int | None = No
     if max_length is None:
         return
     images = [[open_image(image) for image in sample.images]]
-    length = process(processor, [text], images, padding_side="right")["input_ids"].shape[1]
+    length = _processed(processor, [sample], [text], images)["input_ids"].shape[1]
     if length > max_length:
         raise DataError(f"sample {sample.id!r} has {length} tokens, --max-length {max_length}")
 
@@ -136,6 +136,17 @@ def _text_of(processor: Any, sample: Sample) -> str:
         return render(processor, sample.messages)
     except DataError as error:
         raise DataError(f"sample {sample.id!r}: {error}") from error
+
+
+def _processed(
+    processor: Any, samples: Sequence[Sample], texts: list[str], images: list[list[Image.Image]]
+) -> dict[str, Tensor]:
+    """Model inputs of rendered samples, padded on the right."""
+    try:
+        return process(processor, texts, images, padding_side="right")
+    except DataError as error:
+        names = ", ".join(repr(sample.id) for sample in samples)
+        raise DataError(f"sample {names}: {error}") from error
 
 
 def encode_questions(processor: Any, questions: Sequence[Question]) -> dict[str, Tensor]:
@@ -165,9 +176,12 @@ def process(
         "padding_side": padding_side,  # some processors have a default that beats the tokenizer's
         "add_special_tokens": _adds_special_tokens(tokenizer, texts[0]),
     }
-    if any(images):
+    if not any(images):
+        return dict(tokenizer(texts, **options))
+    try:
         return dict(processor(text=texts, images=images, **options))
-    return dict(tokenizer(texts, **options))
+    except ValueError as error:  # such as a text that holds the model's own token for pictures
+        raise DataError(f"the processor refuses the conversation ({error})") from error
 
 
 def _adds_special_tokens(tokenizer: Any, text: str) -> bool:

@@ -30,7 +30,7 @@ from slimvlm.outputs import discard_replacement, held, replacement, require_free
 from slimvlm.plan import Plan
 from slimvlm.pruning import Calibration, check_request, choose_plan, cut_, ratio_of
 from slimvlm.recipes import recipe_for
-from slimvlm.recovery import recover
+from slimvlm.recovery import TRACKER_FOLDER, recover
 from slimvlm.results import Result
 from slimvlm.samples import Sample
 from slimvlm.tasks import find_tasks
@@ -263,5 +263,7 @@ def _finish(run: Run, plan: Plan) -> None:
         lines.append(summary.as_markdown(*summary.result_rows(run.results)))
     lines.append("The checkpoint is in `checkpoint/`; plain `from_pretrained` loads it.")
     write_text(run.path("summary.md"), "\n".join(lines) + "\n")
+    if (logs := run.path("training") / TRACKER_FOLDER).exists():
+        logs.replace(run.path(TRACKER_FOLDER))
     for name in ("pruned", "training"):
         shutil.rmtree(run.path(name), ignore_errors=True)

@@ -42,6 +42,7 @@ _RANGES: dict[str, _Range] = {
     "max_steps": (lambda value: value == -1 or value > 0, "above 0, or -1 for no limit"),
     "jsd_beta": (lambda value: 0 < value < 1, "above 0 and below 1"),
     "max_grad_norm": (lambda value: 0 <= value < math.inf, "at least 0"),
+    "seed": (lambda value: 0 <= value < 2**32, "at least 0 and below 2**32"),
     **dict.fromkeys(("warmup_ratio", "weight_decay", "lora_dropout", "eval_fraction"), _SHARE),
     **dict.fromkeys(
         (
@@ -149,7 +150,7 @@ class TrainingConfig:
     load_best: bool = False
     """End with the checkpoint whose held-out loss was lowest, not with the last one."""
     save_steps: int = 200
-    """Steps between resumable checkpoints."""
+    """Steps between resumable checkpoints; with load_best there is one at each measurement."""
     logging_steps: int = 10
     """Steps between log lines."""
     report_to: str = "none"
@@ -170,11 +171,6 @@ class TrainingConfig:
         for name in ("load_best", "eval_steps"):
             if getattr(self, name) and not self.eval_fraction:
                 raise ConfigError(f"{name} {getattr(self, name)} needs an eval_fraction above 0")
-        if self.load_best and self.save_steps % (self.eval_steps or self.save_steps):
-            raise ConfigError(
-                f"save_steps {self.save_steps} must be a multiple of eval_steps {self.eval_steps} "
-                "for load_best"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,6 +336,14 @@ class CompressConfig(PruneConfig):
     """Use only so many further samples of the data for recovery."""
     recover: RecoverConfig | None = None
     """Recovery options; None for no recovery."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.recover is not None and self.recover.keep_adapter:
+            raise ConfigError(
+                "keep_adapter True: compress writes merged weights alone; use recover"
+            )
+
     tasks: str | None = None
     """Tasks to evaluate on, comma-separated; none if not given."""
     limit: int | None = None

@@ -228,7 +228,10 @@ def read_rows(data: str | Path) -> Iterator[Any]:
     """
     path = Path(data)
     if path.is_file():
-        yield from _rows_of_file(path)
+        try:
+            yield from _rows_of_file(path)
+        except OSError as error:
+            raise ConfigError(f"data {str(data)!r}: cannot be read ({error.strerror})") from error
     elif path.is_dir() or (str(data).count("/") == 1 and not str(data).startswith((".", "/"))):
         yield from _rows_of_dataset(path if path.is_dir() else str(data))
     else:
@@ -272,7 +275,7 @@ def _rows_of_dataset(source: Path | str) -> Iterable[Any]:
         if isinstance(source, Path) and (source / "dataset_dict.json").exists():
             return _plain_rows(datasets.load_from_disk(str(source))["train"])
         return _plain_rows(datasets.load_dataset(str(source), split="train"))
-    except (OSError, ValueError, KeyError, DatasetGenerationError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, DatasetGenerationError) as error:
         first_line = str(error.__cause__ or error).strip().splitlines()[0]
         raise ConfigError(f"data {str(source)!r}: cannot be loaded ({first_line})") from error
 
@@ -341,7 +344,7 @@ def _messages(turns: list[Any], name: str) -> tuple[list[Message], list[Any]]:
             if part["type"] == "text":
                 if not isinstance(part.get("text"), str):
                     raise DataError(f"sample {name!r}: a text part without text")
-                parts.append({"type": "text", "text": part["text"]})
+                parts += _split_placeholders(part["text"])
                 continue
             source = next((part[k] for k in ("image", "path", "url") if part.get(k)), None)
             parts.append({"type": "image"})

@@ -11,7 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, ProgressCallback, Trainer
+from transformers import (
+    PreTrainedModel,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+)
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from slimvlm import losses
@@ -278,6 +285,14 @@ class DistillationTrainer(Trainer):
             for name, parameter in learning_parameters(self.model):
                 parameter.copy_(saved[name])
 
+    def restore(self, checkpoint: str) -> None:
+        """What a finished training ends with, from the checkpoint of its last step."""
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+        else:
+            self._load_from_checkpoint(checkpoint)
+
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
@@ -289,6 +304,14 @@ class Bar(ProgressCallback):
         """Show the loss at the bar's end."""
         if self.training_bar is not None and logs and "loss" in logs:
             self.training_bar.set_postfix(loss=logs["loss"])
+
+
+class LastLog(TrainerCallback):
+    """The steps after the last log line are logged, too."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for a line after the last step."""
+        control.should_log |= state.global_step >= state.max_steps
 
 
 def learning_parameters(model: Any) -> Iterator[tuple[str, nn.Parameter]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -81,6 +82,7 @@ def write_cache(
     k: int = 64,
     kd_on: KdOn = "answer",
     batch_size: int = 8,
+    force: bool = False,
 ) -> int:
     """Run a teacher over some data and keep what distillation compares.
 
@@ -96,6 +98,7 @@ def write_cache(
         k: How many logits.
         kd_on: Positions that will be compared.
         batch_size: Samples that run at once.
+        force: Remove what else the folder holds.
 
     Returns:
         Shards that were written now.
@@ -115,6 +118,8 @@ def write_cache(
         contents=tuple(map(content_hash, samples)),
     )
     folder = Path(out)
+    if force and folder.exists() and not _is_of(folder, index):
+        shutil.rmtree(folder)
     _claim(folder, index)
     missing = [n for n in range(num_shards(index)) if not shard_path(folder, n).exists()]
     for number in progress(missing, "teacher"):
@@ -300,6 +305,14 @@ def _claim(folder: Path, index: Index) -> None:
             f"output {str(folder)!r} is a cache with other {' and '.join(differing)}. Choose "
             "another folder, or use --force to replace it"
         )
+
+
+def _is_of(folder: Path, index: Index) -> bool:
+    """Whether a folder is a cache of this request."""
+    try:
+        return _read_index(folder) == index
+    except ConfigError:
+        return False
 
 
 def _read_index(folder: Path) -> Index:

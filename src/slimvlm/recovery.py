@@ -17,7 +17,7 @@ from slimvlm.checkpoint import load_processor
 from slimvlm.config import RecoverConfig
 from slimvlm.configs import require_full_precision
 from slimvlm.data import estimated_length, hold_out, subset
-from slimvlm.distillation import Bar, Collator, DistillationTrainer
+from slimvlm.distillation import Bar, Collator, DistillationTrainer, LastLog
 from slimvlm.errors import ConfigError
 from slimvlm.geometry import read_anatomy
 from slimvlm.losses import layer_map
@@ -26,7 +26,7 @@ from slimvlm.offline_teacher import OfflineTeacher
 from slimvlm.outputs import explained
 from slimvlm.plan import Plan
 from slimvlm.ranks import is_first_rank, num_ranks
-from slimvlm.resumption import last_complete_checkpoint, require_same_request
+from slimvlm.resumption import is_finished, last_complete_checkpoint, require_same_request
 from slimvlm.samples import Sample
 from slimvlm.sharding import is_sharded
 from slimvlm.teacher import seeing_once, share_, why_not_shared
@@ -42,6 +42,8 @@ from slimvlm.trainable import (
 )
 
 ADAPTER_FOLDER = "adapter"
+TRACKER_FOLDER = "runs"
+"""Where the Trainer lets TensorBoard write."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def recover(
         processor: The model's processor or tokenizer; by default the one in its folder.
         work: Folder for resumable checkpoints. If it holds some, training goes on from the last
             one, and the result equals an uninterrupted run's. With ``keep_adapter`` its folder
-            ``adapter`` holds the adapter afterwards.
+            ``adapter`` holds the adapter afterwards, and ``runs`` what TensorBoard wrote.
         plan: The plan that pruned the model, for sharing weights with the teacher and for
             comparing inner layers.
 
@@ -181,8 +183,13 @@ def _train(job: _Job) -> History:
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Bar)
+        trainer.add_callback(LastLog)
         with explained(job.folder):
-            trainer.train(resume_from_checkpoint=last_complete_checkpoint(job.folder))
+            checkpoint = last_complete_checkpoint(job.folder)
+            if checkpoint is not None and is_finished(checkpoint):
+                trainer.restore(checkpoint)
+            else:
+                trainer.train(resume_from_checkpoint=checkpoint)
     plain = without_autocast(trainer)
     if config.keep_adapter and is_first_rank():
         save_adapter(plain, job.folder / ADAPTER_FOLDER, dtype)
@@ -296,6 +303,12 @@ def _require_shardable(
     """Refuse what a model divided among processes cannot do."""
     if isinstance(teacher, PreTrainedModel) and not is_sharded(teacher):
         raise ConfigError("teacher: load it with shard, as the model was")
+    divergences = {"kl", "rkl", "jsd"} & config.loss_weights.keys()
+    if isinstance(teacher, OfflineTeacher) and teacher.index.what == "hidden" and divergences:
+        raise ConfigError(
+            f"loss {config.loss!r} from stored hidden states is not possible with a sharded model. "
+            "cache-teacher --what top-k stores what it needs"
+        )
     for name, value in (
         *(("keep_adapter", True), ("load_best", True), ("student_projector_in_teacher", True)),
         ("teacher_weights", "shared"),
@@ -323,6 +336,7 @@ def _layer_pairs(job: _Job) -> list[tuple[int, int]]:
 
 def _training_arguments(job: _Job, bf16: bool) -> TrainingArguments:
     config, device = job.config, job.model.device
+    measured = config.eval_steps or config.save_steps
     arguments = TrainingArguments(
         output_dir=str(job.folder),
         per_device_train_batch_size=config.batch_size,
@@ -338,9 +352,9 @@ def _training_arguments(job: _Job, bf16: bool) -> TrainingArguments:
         bf16=bf16,
         use_cpu=device.type == "cpu",
         eval_strategy="steps" if job.held_out else "no",
-        eval_steps=config.eval_steps or config.save_steps,
+        eval_steps=measured,
         save_strategy="steps" if job.resumable or config.load_best else "no",
-        save_steps=config.save_steps,
+        save_steps=measured if config.load_best else config.save_steps,
         save_total_limit=1,
         load_best_model_at_end=config.load_best,
         metric_for_best_model="eval_loss" if config.load_best else None,

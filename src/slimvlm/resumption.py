@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from slimvlm.answers import fingerprint
@@ -78,6 +78,12 @@ def last_complete_checkpoint(folder: Path) -> str | None:
     ]
     newest = max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
     return str(newest) if newest is not None else None
+
+
+def is_finished(checkpoint: str) -> bool:
+    """Whether a checkpoint is that of a training's last step."""
+    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    return bool(state.global_step >= state.max_steps)
 
 
 def _is_json(path: Path) -> bool:

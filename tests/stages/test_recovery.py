@@ -585,7 +585,7 @@ def test_the_best_checkpoint_is_the_result(tmp_path: Path, monkeypatch: pytest.M
     """The second of five measurements is made the best: its weights are those of two steps."""
     steady = {"eval_fraction": 0.25, "scheduler": "constant", "warmup_ratio": 0.0}
     steady["lora_dropout"] = 0.0  # an evaluation moves the generator on that dropout draws from
-    often = {"eval_steps": 1, "save_steps": 1, "load_best": True, "max_steps": 5}
+    often = {"eval_steps": 1, "save_steps": 3, "load_best": True, "max_steps": 5}
     measured = iter([3.0, 1.0, 2.0, 4.0, 5.0])
     honest = recovery.DistillationTrainer.evaluate
 
@@ -596,8 +596,29 @@ def test_the_best_checkpoint_is_the_result(tmp_path: Path, monkeypatch: pytest.M
         patch.setattr(recovery.DistillationTrainer, "evaluate", pretends)
         best = trained(**steady, **often, work=tmp_path)
     assert_same(best, trained(**steady, max_steps=2))
+    assert_same(best, trained(**steady, **often, work=tmp_path))
     last = trained(**steady, max_steps=5)
     assert any(not torch.equal(best[name], last[name]) for name in best)
+
+
+@pytest.mark.parametrize("end", [{"max_steps": 3}, {"max_steps": -1, "epochs": 1}])
+def test_a_finished_training_is_not_trained_further(end: dict[str, Any], tmp_path: Path) -> None:
+    """Its output may still be missing: the disk was full, or an evaluation was stopped."""
+    student, teacher, processor = models()
+    options = config(scheduler="constant", warmup_ratio=0.0, **end)
+    first = recover(student, teacher, SAMPLES, options, processor, tmp_path)
+    again, teacher, processor = models()
+    assert recover(again, teacher, SAMPLES, options, processor, tmp_path) == first
+    assert_same(weights(again), weights(student))
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 5])
+def test_every_step_is_in_the_log(steps: int) -> None:
+    student, teacher, processor = models()
+    options = config(max_steps=steps, logging_steps=2)
+    history = recover(student, teacher, SAMPLES, options, processor)
+    logged = [row["step"] for row in history.steps]
+    assert logged == sorted({*range(2, steps + 1, 2), steps})
 
 
 def test_batches_by_length_pad_less(monkeypatch: pytest.MonkeyPatch) -> None:

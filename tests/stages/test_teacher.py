@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slimvlm import losses
+from slimvlm import losses, offline_teacher
 from slimvlm.checkpoint import load
 from slimvlm.cli import main
 from slimvlm.config import RecoverConfig
@@ -505,6 +505,33 @@ def test_a_cache_of_other_data_is_refused(tmp_path: Path) -> None:
     processor.chat_template = processor.chat_template.replace("'<image>\n'", "'<image>'")
     with pytest.raises(ConfigError, match="had other tokens or positions"):
         recover(student, offline, SAMPLES, config(), processor, plan=plan)
+
+
+def test_a_cache_is_replaced_when_the_new_one_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slimvlm.offline_teacher.SHARD_SAMPLES", 2)
+    data, folder = folders.write_llava_data(tmp_path / "data", 4), str(folders.folder("llava"))
+    command = ["cache-teacher", folder, "--data", str(data), "--out", str(tmp_path / "cache")]
+    main(command)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
+    renewed, honest = [*command, "--what", "top-k", "--k", "3", "--force"], offline_teacher._said
+    calls: list[int] = []
+
+    def stops(*args: Any) -> Any:
+        calls.append(len(calls))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return honest(*args)
+
+    monkeypatch.setattr(offline_teacher, "_said", stops)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        main(renewed)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()} == before
+    main(renewed)
+    assert len(calls) == 3  # the first shard was kept
+    assert OfflineTeacher(tmp_path / "cache").index.what == "top-k"
+    assert list(tmp_path.glob(".*")) == []
 
 
 def test_the_command_line_trains_from_a_cache(

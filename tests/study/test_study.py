@@ -14,7 +14,7 @@ from rich.console import Console
 
 from slimvlm import identity
 from slimvlm.data import identity_of_data
-from slimvlm.errors import NumericalError
+from slimvlm.errors import ConfigError, NumericalError
 from slimvlm.study import StudyConfig, engines, forecast, prepared, run_study, stages
 from slimvlm.study.cache import Cache, Outcome
 from slimvlm.study.schedule import Schedule
@@ -198,6 +198,13 @@ def test_the_table_grows_while_the_study_runs(
     monkeypatch.setattr(engines, "work", looks)
     run_study(study(data, {"recovery": "none"}), tmp_path, console=QUIET)
     assert set(measured) == {1, 2}
+
+
+def test_a_study_needs_a_folder(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match=r"file' is a file, and a study needs a folder"):
+        run_study(study(data, {"recovery": "none"}), tmp_path / "file", console=QUIET)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_folder_named_demo_is_not_the_demo_s_data(

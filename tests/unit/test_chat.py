@@ -331,6 +331,17 @@ def test_a_sample_may_have_as_many_tokens_as_it_is_encoded_to(kind: str, name: s
         chat.require_readable(words, item, length - 1)
 
 
+def test_a_text_with_a_token_for_pictures_is_the_sample_s_fault() -> None:
+    item = sample("odd", turn("user", None, "<image> is what?"), turn("assistant", "A."), images=1)
+    words = folders.processor("llava")
+    for read in (
+        lambda: chat.encode_samples(words, [item]),
+        lambda: chat.require_readable(words, item, 1000),
+    ):
+        with pytest.raises(DataError, match=r"sample 'odd': the processor refuses .*<image>"):
+            read()
+
+
 @pytest.mark.parametrize("name", ["gemma", "mistral"])
 def test_a_template_that_refuses_is_the_sample_s_fault(
     name: str, monkeypatch: pytest.MonkeyPatch

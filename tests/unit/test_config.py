@@ -11,7 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slimvlm.config import LOSS_NAMES, PruneConfig, RecoverConfig, Scheduler, parse_loss
+from slimvlm.config import (
+    LOSS_NAMES,
+    CompressConfig,
+    PruneConfig,
+    RecoverConfig,
+    Scheduler,
+    parse_loss,
+)
 from slimvlm.errors import ConfigError, SlimError
 from slimvlm.recipes import recipe_for
 
@@ -105,6 +112,8 @@ def test_terms_without_weight_share_one(names: list[str]) -> None:
         ("eval_steps", 0),
         ("eval_steps", 10),
         ("load_best", True),
+        ("seed", -1),
+        ("seed", 2**32),
     ],
 )
 def test_a_bad_recovery_option_is_named(
@@ -147,12 +156,9 @@ def test_an_adapter_is_only_kept_where_there_is_one() -> None:
         RecoverConfig(train="full", keep_adapter=True)
 
 
-def test_the_best_checkpoint_must_have_been_measured() -> None:
-    held_out = {"eval_fraction": 0.1, "load_best": True}
-    assert RecoverConfig(**held_out, save_steps=40).eval_steps is None
-    assert RecoverConfig(**held_out, save_steps=40, eval_steps=20).load_best
-    with pytest.raises(ConfigError, match="save_steps 40 must be a multiple of eval_steps 30"):
-        RecoverConfig(**held_out, save_steps=40, eval_steps=30)
+def test_compress_keeps_no_adapter() -> None:
+    with pytest.raises(ConfigError, match="keep_adapter True: compress writes merged weights"):
+        CompressConfig(recover=RecoverConfig(keep_adapter=True))
 
 
 @pytest.mark.parametrize("scheduler", get_args(Scheduler))

@@ -437,6 +437,30 @@ def test_limit_counts_good_samples_from_the_start(home: Path) -> None:
     assert len(warnings) == 2
 
 
+def test_a_placeholder_may_stand_in_a_text_part(home: Path) -> None:
+    said = [{"type": "text", "text": "<image>\nWhat?"}]
+    (found,) = load_samples(write(home, chat_row("a", said, "A.", images=["a.png"])), warn=silent)
+    assert found.messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "What?"}]
+    twice = chat_row("b", [{"type": "image"}, *said], "A.", images=["a.png"])
+    with pytest.raises(DataError, match="'b' has 2 image placeholders, 1 images"):
+        load_samples(write(home, twice), warn=silent)
+
+
+def test_sources_that_cannot_be_read_are_said(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (home / "rows").mkdir()
+    (home / "rows" / "rows.py").write_text("")
+    with pytest.raises(ConfigError, match=r"rows': cannot be loaded \(.*scripts"):
+        load_samples(home / "rows", warn=silent)
+
+    def denied(*args: Any, **kwargs: Any) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    path = write(home, GOOD)
+    monkeypatch.setattr(Path, "read_text", denied)
+    with pytest.raises(ConfigError, match=r"cannot be read \(Permission denied\)"):
+        load_samples(path, warn=silent)
+
+
 def test_what_a_model_cannot_read_is_broken(home: Path) -> None:
     long = llava("long", "Which colour? " * 40, "Red.")
     seen = llava("seen", "<image>Which colour?", "Red.", image="a.png")

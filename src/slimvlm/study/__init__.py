@@ -17,7 +17,7 @@ from slimvlm.checkpoint import anatomy, load_config
 from slimvlm.config import PruneConfig
 from slimvlm.errors import ConfigError, SlimError
 from slimvlm.lmms import check_names, split_names
-from slimvlm.outputs import held, write_text
+from slimvlm.outputs import explained, held, write_text
 from slimvlm.pruning import check_options, rehearse_request
 from slimvlm.study.cache import Cache, Outcome
 from slimvlm.study.cells import Cell, expand
@@ -92,10 +92,12 @@ def run_study(
     if address is not None and engine != "ray":
         raise ConfigError(f"address {address!r} needs engine 'ray'")
     console = console or Console(stderr=True)
+    if Path(out).exists() and not Path(out).is_dir():
+        raise ConfigError(f"output {str(out)!r} is a file, and a study needs a folder")
     config, schedule = prepared(study, console.print)
     cache = Cache(out)
-    cache.root.mkdir(parents=True, exist_ok=True)
-    with held(cache.root, _PATIENCE):
+    with held(cache.root, _PATIENCE), explained(out):
+        cache.root.mkdir(parents=True, exist_ok=True)
         write_text(cache.root / "study.json", json.dumps(asdict(config), indent=1) + "\n")
         if isinstance(study, str | Path):
             write_text(cache.root / STUDY, Path(study).read_text(encoding="utf-8"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -124,13 +125,14 @@ def _write(
 ) -> None:
     from slimvlm.checkpoint import save
     from slimvlm.outputs import write_text
-    from slimvlm.recovery import ADAPTER_FOLDER
+    from slimvlm.recovery import ADAPTER_FOLDER, TRACKER_FOLDER
 
     def add_history(folder: Path) -> None:
         text = json.dumps(asdict(history), indent=1) + "\n"
         write_text(folder / "slimvlm_history.json", text)
-        if (work / ADAPTER_FOLDER).exists():
-            shutil.copytree(work / ADAPTER_FOLDER, folder / ADAPTER_FOLDER)
+        for name in (ADAPTER_FOLDER, TRACKER_FOLDER):
+            if (work / name).exists():
+                shutil.copytree(work / name, folder / name)
 
     save(model, processor, out, plan, force, also=add_history, compat=compat)
     shutil.rmtree(work, ignore_errors=True)
@@ -165,10 +167,10 @@ def cache_teacher(
         k: How many logits for each position.
         kd_on: Positions that recover will compare.
         batch_size: Samples that run at once.
-        force: Replace an existing folder.
+        force: Replace an existing folder; it stays until the new one is whole.
     """
     from slimvlm.offline_teacher import is_cache, write_cache
-    from slimvlm.outputs import require_free
+    from slimvlm.outputs import held, replacement, require_free
 
     if not is_cache(out):
         require_free(out, force)
@@ -178,7 +180,6 @@ def cache_teacher(
     check_model(model, source)
     chosen = read_samples(source, model)
     loaded, processor = load_model(model, source)
-    if force and out.exists():
-        shutil.rmtree(out)
-    count = write_cache(loaded, processor, chosen, out, what, k, kd_on, batch_size)
+    with held(out), replacement(out) if force else nullcontext(out) as folder:
+        count = write_cache(loaded, processor, chosen, folder, what, k, kd_on, batch_size, force)
     note(f"{what} of {len(chosen)} samples in {out}; shards written now: {count}")
