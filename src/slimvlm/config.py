@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
 
 from slimvlm.errors import ConfigError
 
@@ -248,6 +248,11 @@ class DataConfig(LoadConfig):
     max_length: int | None = None
     """Tokens of a sample at most, those of pictures included; longer ones are broken rows."""
 
+    @property
+    def reading(self) -> dict[str, Any]:
+        """These options alone, without those of a configuration that has more."""
+        return {field.name: getattr(self, field.name) for field in fields(DataConfig)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationConfig(DataConfig):
@@ -337,19 +342,19 @@ class CompressConfig(PruneConfig):
     recover: RecoverConfig | None = None
     """Recovery options; None for no recovery."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.recover is not None and self.recover.keep_adapter:
-            raise ConfigError(
-                "keep_adapter True: compress writes merged weights alone; use recover"
-            )
-
     tasks: str | None = None
     """Tasks to evaluate on, comma-separated; none if not given."""
     limit: int | None = None
     """Only the first so many questions of each task."""
     baseline: str | None = None
     """Result file of the original model, to save asking it again."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.recover is not None and self.recover.keep_adapter:
+            raise ConfigError(
+                "keep_adapter True: compress writes merged weights alone; use recover"
+            )
 
     @property
     def trains(self) -> bool:

@@ -31,6 +31,7 @@ from slimvlm.images import encoded
 from slimvlm.outputs import new_file, write_text
 from slimvlm.progress import progress
 from slimvlm.samples import Sample
+from slimvlm.sharding import is_sharded
 
 What = Literal["hidden", "top-k"]
 KdOn = Literal["answer", "text", "all"]
@@ -173,10 +174,10 @@ class OfflineTeacher:
         logit_losses = config.loss_weights.keys() & {"kl", "rkl", "jsd"}
         if index.what == "top-k":
             self._require_top_k(where, config)
-        elif logit_losses and (config.train == "full" or fingerprint(_head(model)) != index.head):
+        elif logit_losses and not self._has_head_of(model, config):
             raise ConfigError(
                 f"{where} holds hidden states. {sorted(logit_losses)[0]!r} from them needs a model "
-                "with the teacher's head, and train 'lora' or 'projector'"
+                "with the teacher's head, undivided, and train 'lora' or 'projector'"
             )
         width = int(text_config_of(model.config).hidden_size)
         if {"hidden", "cosine"} & config.loss_weights.keys() and width != index.hidden_size:
@@ -188,6 +189,12 @@ class OfflineTeacher:
             known = "with other content " if missing[0] in self.index.samples else ""
             more = f" and {len(missing) - 1} more samples" * (len(missing) > 1)
             raise ConfigError(f"{where} lacks sample {missing[0]!r} {known}of the data{more}")
+
+    def _has_head_of(self, model: PreTrainedModel, config: RecoverConfig) -> bool:
+        """Whether a model has the teacher's head and keeps it; not known of a divided one."""
+        if config.train == "full" or is_sharded(model):
+            return False
+        return fingerprint(_head(model)) == self.index.head
 
     def targets(
         self, samples: Sequence[Sample], inputs: dict[str, Tensor], positions: Bool[Tensor, "B T"]

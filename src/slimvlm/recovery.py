@@ -303,12 +303,6 @@ def _require_shardable(
     """Refuse what a model divided among processes cannot do."""
     if isinstance(teacher, PreTrainedModel) and not is_sharded(teacher):
         raise ConfigError("teacher: load it with shard, as the model was")
-    divergences = {"kl", "rkl", "jsd"} & config.loss_weights.keys()
-    if isinstance(teacher, OfflineTeacher) and teacher.index.what == "hidden" and divergences:
-        raise ConfigError(
-            f"loss {config.loss!r} from stored hidden states is not possible with a sharded model. "
-            "cache-teacher --what top-k stores what it needs"
-        )
     for name, value in (
         *(("keep_adapter", True), ("load_best", True), ("student_projector_in_teacher", True)),
         ("teacher_weights", "shared"),

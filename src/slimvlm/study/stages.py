@@ -201,8 +201,7 @@ def _repair_for_plan(config: PruneConfig) -> Any:
 
 def _reading(config: PruneConfig) -> PruneConfig:
     """Only the options that say what is read."""
-    names = ("data", "images", "samples", "max_bad", "max_length", "dtype", "trust_remote_code")
-    return PruneConfig(allocation="uniform", **{name: getattr(config, name) for name in names})
+    return PruneConfig(allocation="uniform", samples=config.samples, **config.reading)
 
 
 def _evaluation(study: StudyConfig, cell: Cell, of: Stage | None, label: str) -> Stage:

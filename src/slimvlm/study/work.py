@@ -6,7 +6,7 @@ import gc
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -72,8 +72,7 @@ def notes_on(request: Request) -> list[str]:
 
 
 def _rows_of(request: Request) -> tuple[list[Sample], list[str]]:
-    options = {field.name: getattr(request.prune, field.name) for field in fields(DataConfig)}
-    return _all_rows(request.model, DataConfig(**options), request.identity)
+    return _all_rows(request.model, DataConfig(**request.prune.reading), request.identity)
 
 
 @lru_cache(maxsize=1)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from slimvlm.config import CalibrationConfig, DataConfig, LoadConfig
-from slimvlm.errors import ConfigError
 from slimvlm.verbs.printing import note
 
 if TYPE_CHECKING:
@@ -32,19 +31,14 @@ class TrainingData(DataConfig):
 
 
 def read_samples(source: TrainingData | CalibrationConfig, model: str) -> list[Sample]:
-    """The conversations that options name; says which rows were skipped.
+    """The conversations that options name, if they do; says which rows were skipped.
 
     Args:
         source: The options.
         model: What is to read them: rows that its processor refuses are broken.
-
-    Raises:
-        ConfigError: If they name none.
     """
     from slimvlm.data import samples_for
 
-    if source.data is None:
-        raise ConfigError("data: say which conversations to read")
     return samples_for(model, source, source.samples, note)
 
 

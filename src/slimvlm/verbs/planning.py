@@ -61,7 +61,7 @@ def score(
     if row.needs_data and calibration.data is None:
         raise ConfigError(f"criterion {criterion!r} needs --data")
     check_model(model, calibration)
-    chosen = [] if calibration.data is None else read_samples(calibration, model)
+    chosen = read_samples(calibration, model)
     stem.parent.mkdir(parents=True, exist_ok=True)
     if low_memory:
         folder = scratch or stem.with_name(f".{stem.name}.scratch")

@@ -50,7 +50,6 @@ def prune(
         scratch: Folder for these activations; by default beside OUT.
         force: Replace an existing folder.
     """
-    from slimvlm.data import samples_for
     from slimvlm.outputs import require_free
     from slimvlm.plan import Plan
     from slimvlm.pruning import check_low_memory, check_request
@@ -72,7 +71,7 @@ def prune(
         if hidden_size is not None:
             source, pruning = _rest_after_narrowing(model, pruning, hidden_size)
         check_request(source, pruning, note)
-        shown = samples_for(model, pruning, pruning.samples, note)
+        shown = read_samples(pruning, model)
     if pruning.compat:
         check_compat(model, pruning)
     if low_memory:
