@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import json
 import math
 import random
@@ -35,7 +36,7 @@ from slimvlm.checkpoint import default_device
 from slimvlm.errors import ImpossiblePlanError
 from slimvlm.modes import computes_bfloat16
 from slimvlm.outputs import write_text
-from slimvlm.pruning import Calibration, choose_plan, criteria_of, cut_, score_by
+from slimvlm.pruning import Calibration, choose_plan, criteria_of, cut_, narrow_first_, score_by
 from slimvlm.results import Result
 from slimvlm.scores import Scores
 from slimvlm.summary import as_markdown
@@ -67,6 +68,8 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "uniform": {"allocation": "uniform"},
     "global": {"allocation": "global"},
     "search": {"allocation": "search", "search_passes": 60},
+    "3 steps": {"steps": 3},
+    "hidden size 512": {"hidden_size": 512},
     "image 0.1": {"token_weights": "image=0.1"},
     "image 0": {"token_weights": "image=0"},
     "answer 3": {"token_weights": "image=0.3,prompt=0.3,answer=1"},
@@ -140,13 +143,18 @@ class Sitting:
         path = options.out / Path(options.model).name / f"{name.replace(' ', '_')}.json"
         if path.exists():
             return Result.load(path)
-        config = sv.PruneConfig(
-            ratio=ratio, data="demo", samples=options.samples, **RECIPES[recipe]
-        )
+        asked = dict(RECIPES[recipe])
+        hidden_size = asked.pop("hidden_size", None)
+        config = sv.PruneConfig(ratio=ratio, data="demo", samples=options.samples, **asked)
         kind = TextCalibration if subject.tasks == "text_ppl" else Calibration
         calibration = kind(config, subject.processor, self._shown)
         model = copy.deepcopy(subject.model)
-        scores = self._scored(config, calibration)
+        if hidden_size is None:
+            scores = self._scored(config, calibration)
+        else:
+            gone = narrow_first_(model, hidden_size, calibration).ratio
+            config = dataclasses.replace(config, ratio=1 - (1 - ratio) / (1 - gone))
+            scores = None
         try:
             plan = choose_plan(config, model, calibration, print, given=scores)
         except ImpossiblePlanError as error:
