@@ -14,9 +14,8 @@ import copy
 from pathlib import Path
 
 import slimvlm as sv
-from slimvlm.checkpoint import default_device
-from slimvlm.modes import computes_bfloat16
-from slimvlm.summary import as_markdown
+from slimvlm.models.load import computes_bfloat16, default_device
+from slimvlm.runs.tables import as_markdown
 
 SCORED = {
     "depth": (

@@ -24,11 +24,10 @@ import torch
 import transformers
 
 import slimvlm as sv
-from slimvlm.checkpoint import default_device
 from slimvlm.demo.build import default_cache_dir, make_base
-from slimvlm.modes import computes_bfloat16
-from slimvlm.results import PERPLEXITY, Result, TaskResult
-from slimvlm.summary import as_markdown
+from slimvlm.evaluation.results import PERPLEXITY, Result, TaskResult
+from slimvlm.models.load import computes_bfloat16, default_device
+from slimvlm.runs.tables import as_markdown
 
 HEADER = ["task", "n", "score", "95 % low", "chance", "majority", "blind", "above floor"]
 

@@ -30,16 +30,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from shapes import SHAPES
-from slimvlm.checkpoint import PLAN_FILE, load
-from slimvlm.config import RecoverConfig
-from slimvlm.data import load_samples
-from slimvlm.distillation import DistillationTrainer
-from slimvlm.geometry import read_anatomy
-from slimvlm.offline_teacher import OfflineTeacher, write_cache
-from slimvlm.plan import Plan
-from slimvlm.recovery import recover
-from slimvlm.samples import Sample
-from slimvlm.surgery import prune_
+from slimvlm.core.options import RecoverConfig
+from slimvlm.data.read import load_samples
+from slimvlm.data.samples import Sample
+from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.load import load
+from slimvlm.planning.plan import Plan
+from slimvlm.pruning.cut import prune_
+from slimvlm.pruning.save import PLAN_FILE
+from slimvlm.training.offline import OfflineTeacher, write_cache
+from slimvlm.training.recover import recover
+from slimvlm.training.trainer import DistillationTrainer
 
 VOCABULARY = SHAPES["1b"].vocab_size
 MEASURED = ("demo", "1b")

@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 import transformers
 
-from slimvlm.checkpoint import load
-from slimvlm.evaluation import evaluate
-from slimvlm.quantization import quantize
-from slimvlm.summary import as_markdown, result_rows
+from slimvlm.evaluation.ask import evaluate
+from slimvlm.export.quantize import quantize
+from slimvlm.models.load import load
+from slimvlm.runs.tables import as_markdown, result_rows
 
 FORMS = {"int8": ("int8", "torchao"), "LLM.int8": ("int8", "bitsandbytes"),
          "int4 (nf4)": ("int4", "bitsandbytes")}  # fmt: skip

@@ -18,9 +18,9 @@ from pathlib import Path
 import pandas as pd
 
 from retention import spread
-from slimvlm.study import claims_of, run_study
-from slimvlm.study.claims import claims_text
-from slimvlm.summary import as_markdown
+from slimvlm.runs.study import run_study
+from slimvlm.runs.tables import as_markdown
+from slimvlm_tools.claims import claims_of, claims_text
 
 STUDY = Path(__file__).parent.parent / "studies" / "recovery.yaml"
 FIGURES = [

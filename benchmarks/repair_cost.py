@@ -19,7 +19,7 @@ import time
 import torch
 from torch import Tensor
 
-from slimvlm.least_squares import Moments, refit
+from slimvlm.pruning.least_squares import Moments, refit
 
 
 def main() -> None:

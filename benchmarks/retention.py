@@ -32,14 +32,13 @@ from typing import Any
 import torch
 
 import slimvlm as sv
-from slimvlm.checkpoint import default_device
-from slimvlm.errors import ImpossiblePlanError
-from slimvlm.modes import computes_bfloat16
-from slimvlm.outputs import write_text
-from slimvlm.pruning import Calibration, choose_plan, criteria_of, cut_, narrow_first_, score_by
-from slimvlm.results import Result
-from slimvlm.scores import Scores
-from slimvlm.summary import as_markdown
+from slimvlm.core.errors import ImpossiblePlanError
+from slimvlm.core.files import write_text
+from slimvlm.evaluation.results import Result
+from slimvlm.models.load import computes_bfloat16, default_device
+from slimvlm.runs.stages import Calibration, choose_plan, criteria_of, cut_, narrow_first_, score_by
+from slimvlm.runs.tables import as_markdown
+from slimvlm.scoring.scores import Scores
 
 BASELINES = ("ShortGPT", "LLM-Pruner")
 RECIPES: dict[str, dict[str, Any]] = {

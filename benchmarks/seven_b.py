@@ -32,8 +32,8 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 import slimvlm as sv
-from slimvlm.configs import empty_model
-from slimvlm.values import Scores
+from slimvlm.models.classes import empty_model
+from slimvlm.scoring.scores import Scores
 
 IMAGE_TOKEN, PICTURE_TOKENS, TEXT_TOKENS, ANSWER_TOKENS = 32000, 576, 64, 32
 RATIO = 0.3

@@ -6,8 +6,8 @@ Goal:     a share of the ideal of 0.85 for depth and 0.75 for width, prefill and
 
 Random weights: what a product costs does not depend on its numbers. Each pruned model runs in turn
 with the whole one, in this process, so that a busy machine slows both. The share is the measured
-speed-up over the ratio of FLOPs (prefill) and of bytes read (decode); see `slimvlm.speed`. Rows are
-JSON lines, then a Markdown table.
+speed-up over the ratio of FLOPs (prefill) and of bytes read (decode); see
+`slimvlm.evaluation.bench`. Rows are JSON lines, then a Markdown table.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import transformers
 from transformers import LlamaForCausalLM
 
 from shapes import SHAPES
-from slimvlm.calibrate import score
-from slimvlm.config import Axis, Workload
-from slimvlm.geometry import read_anatomy
-from slimvlm.planning import make_plan
-from slimvlm.speed import SpeedUp, bench
-from slimvlm.summary import as_markdown
-from slimvlm.surgery import prune_
+from slimvlm.core.options import Axis, Workload
+from slimvlm.evaluation.bench import SpeedUp, bench
+from slimvlm.models.anatomy import read_anatomy
+from slimvlm.planning.make import make_plan
+from slimvlm.pruning.cut import prune_
+from slimvlm.runs.tables import as_markdown
+from slimvlm.scoring.score import score
 
 MEASURED = ("135m", "1b")
 AXES: tuple[Axis, ...] = ("depth", "width")

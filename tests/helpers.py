@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimvlm.geometry import Anatomy
-from slimvlm.plan import Plan
-from slimvlm.values import Scores
+from slimvlm.models.anatomy import Anatomy
+from slimvlm.planning.plan import Plan
+from slimvlm.scoring.scores import Scores
 
 Batch = dict[str, Tensor]
 

@@ -1,6 +1,6 @@
 """Originals of any shape, and what their own code computes, written out anew in float64.
 
-The published layouts are those of `slimvlm.conversion`; nothing here uses it or transformers. A
+The published layouts are those of `slimvlm_tools.convert`; nothing here uses it or transformers. A
 vision tower, a projector and a decoder are each one function of the tensors by original name.
 """
 

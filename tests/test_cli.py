@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 
 import slimvlm as sv
 from slimvlm import cli
-from slimvlm.evaluation import answer
-from slimvlm.geometry import Anatomy
-from slimvlm.plan import Plan
-from slimvlm.results import Result
-from slimvlm.samples import Question
+from slimvlm.data.samples import Question
+from slimvlm.evaluation.ask import answer
+from slimvlm.evaluation.results import Result
+from slimvlm.models.anatomy import Anatomy
+from slimvlm.planning.plan import Plan
 from tests import tiny_folder as folders
 from tests.unit.test_outputs import HOLDS
 
@@ -509,7 +509,7 @@ def test_evaluate_compares_with_a_result(run: Run, home: Path, llava: Path) -> N
 
 def test_evaluate_json_is_strict_json(run: Run, home: Path, llava: Path) -> None:
     """NaN is no JSON; a task list without an average must not print one."""
-    from slimvlm.tasks import builtin_tasks
+    from slimvlm.evaluation.tasks import builtin_tasks
 
     names = [n for n, task in builtin_tasks().items() if not task.in_average]
     result = run("evaluate", llava, "--tasks", names[0], "--limit", "2", "--json")

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from slimvlm import cli
-from slimvlm.families import BACKBONES, FAMILIES
-from slimvlm.scores import CRITERIA, criteria_table
+from slimvlm.models.families import BACKBONES, FAMILIES
+from slimvlm.scoring.criteria import CRITERIA, criteria_table
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

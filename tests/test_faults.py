@@ -23,14 +23,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from slimvlm import cli
-from slimvlm.checkpoint import load, save
-from slimvlm.config import PruneConfig, RecoverConfig
-from slimvlm.data import load_samples
-from slimvlm.errors import DataError, SlimError
-from slimvlm.geometry import read_anatomy
-from slimvlm.manifest import verify
-from slimvlm.plan import Plan
-from slimvlm.surgery import prune_
+from slimvlm.core.errors import DataError, SlimError
+from slimvlm.core.options import PruneConfig, RecoverConfig
+from slimvlm.data.read import load_samples
+from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.load import load
+from slimvlm.planning.plan import Plan
+from slimvlm.pruning.cut import prune_
+from slimvlm.pruning.manifest import verify
+from slimvlm.pruning.save import save
 from tests import tiny, tiny_folder
 
 IS_LONG = os.environ.get("SLIMVLM_FAULTS") == "long"

@@ -8,7 +8,7 @@ import torch
 import transformers as hf
 from transformers import PreTrainedModel
 
-from slimvlm.configs import auto_class
+from slimvlm.models.classes import auto_class
 from tests import tiny_rare
 from tests.tiny_parts import (
     IMAGE_TOKEN,

@@ -23,7 +23,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedModel
 
-from slimvlm.samples import Message, Sample
+from slimvlm.data.samples import Message, Sample
 from tests import tiny
 
 VOCAB = 336

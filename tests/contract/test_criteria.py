@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from slimvlm.calibrate import score
-from slimvlm.errors import ConfigError, DataError, NumericalError
-from slimvlm.geometry import decoder_layers, projections, read_anatomy
-from slimvlm.scores import CRITERIA, criteria_table
-from slimvlm.values import Scores
+from slimvlm.core.errors import ConfigError, DataError, NumericalError
+from slimvlm.models.anatomy import decoder_layers, projections, read_anatomy
+from slimvlm.scoring.criteria import CRITERIA, criteria_table
+from slimvlm.scoring.score import score
+from slimvlm.scoring.scores import Scores
 from tests import tiny
 from tests.helpers import Batch, assert_untouched, joined, logits, padded, snapshot
 from tests.tolerances import FORWARD, assert_close, assert_scores_close

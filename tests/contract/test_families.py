@@ -14,20 +14,21 @@ import transformers as hf
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimvlm.configs import auto_class
-from slimvlm.errors import ConfigError, ImpossiblePlanError, SlimError
-from slimvlm.families import BACKBONES
-from slimvlm.families import FAMILIES as ROWS
-from slimvlm.geometry import (
+from slimvlm.core.errors import ConfigError, ImpossiblePlanError, SlimError
+from slimvlm.models.anatomy import (
     Anatomy,
     decoder_layers,
     projections,
     read_anatomy,
     text_config_of,
 )
-from slimvlm.plan import Plan
-from slimvlm.planning import make_plan
-from slimvlm.surgery import mask_, masked, prune_
+from slimvlm.models.classes import auto_class
+from slimvlm.models.families import BACKBONES
+from slimvlm.models.families import FAMILIES as ROWS
+from slimvlm.planning.make import make_plan
+from slimvlm.planning.mask import mask_, masked
+from slimvlm.planning.plan import Plan
+from slimvlm.pruning.cut import prune_
 from tests import tiny
 from tests.helpers import assert_untouched, logits, plan_by_hand, random_scores, snapshot
 from tests.tolerances import FORWARD, assert_close
@@ -298,7 +299,7 @@ def test_retyping_changes_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     plan = plan_by_hand(read_anatomy(model), kv_groups=[0, 2, 3], neurons=range(7, 77))
     assert plan.needs_retype
     prune_(model, plan)
-    monkeypatch.setattr("slimvlm.surgery._retype_modules", lambda *_: None)
+    monkeypatch.setattr("slimvlm.pruning.cut._retype_modules", lambda *_: None)
     prune_(stays_llama, plan)
     batch = tiny.batch(model, TEXT_TOKENS)
     assert torch.equal(logits(model, batch), logits(stays_llama, batch))

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from slimvlm.checkpoint import anatomy
-from slimvlm.geometry import Anatomy
-from slimvlm.narrowing import narrowable
-from slimvlm.summary import as_markdown
+from slimvlm.models.anatomy import Anatomy
+from slimvlm.models.load import anatomy
+from slimvlm.pruning.narrowing import narrowable
+from slimvlm.runs.tables import as_markdown
 from tests import tiny, tiny_rare
 from tests.contract.test_families import FAMILIES, has_experts
 

@@ -8,13 +8,14 @@ import pytest
 import torch
 import transformers as hf
 
-from slimvlm.calibrate import score
-from slimvlm.configs import auto_class, empty_model
-from slimvlm.errors import ImpossiblePlanError, UnsupportedModelError
-from slimvlm.geometry import read_anatomy, text_config_of
-from slimvlm.planning import make_plan
-from slimvlm.streaming import prune_checkpoint, score_checkpoint
-from slimvlm.surgery import prune_
+from slimvlm.core.errors import ImpossiblePlanError, UnsupportedModelError
+from slimvlm.models.anatomy import read_anatomy, text_config_of
+from slimvlm.models.classes import auto_class, empty_model
+from slimvlm.planning.make import make_plan
+from slimvlm.pruning.cut import prune_
+from slimvlm.pruning.low_memory.cut import prune_checkpoint
+from slimvlm.pruning.low_memory.score import score_checkpoint
+from slimvlm.scoring.score import score
 from tests import tiny, tiny_rare
 from tests.helpers import logits, plan_by_hand, random_scores
 

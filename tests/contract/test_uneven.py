@@ -18,13 +18,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimvlm import modeling_pruned
-from slimvlm.checkpoint import anatomy, check_reload, load, save
-from slimvlm.configs import auto_class, text_config_of
-from slimvlm.errors import ConfigError, ImpossiblePlanError, ReloadError
-from slimvlm.geometry import Anatomy, backbone_of, read_anatomy
-from slimvlm.plan import Plan
-from slimvlm.surgery import mask_, prune_
+from slimvlm.core.errors import ConfigError, ImpossiblePlanError, ReloadError
+from slimvlm.models import modeling_pruned
+from slimvlm.models.anatomy import Anatomy, backbone_of, read_anatomy, text_config_of
+from slimvlm.models.classes import auto_class
+from slimvlm.models.load import anatomy, load
+from slimvlm.planning.mask import mask_
+from slimvlm.planning.plan import Plan
+from slimvlm.pruning.cut import prune_
+from slimvlm.pruning.save import check_reload, save
 from tests import tiny
 from tests.helpers import assert_untouched, logits, plan_by_hand, snapshot
 from tests.tolerances import FORWARD, assert_close

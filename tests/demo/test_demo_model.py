@@ -42,15 +42,16 @@ def test_second_build_is_the_same_folder() -> None:
 
 
 def test_plain_transformers_says_the_same(tmp_path: Path) -> None:
-    from slimvlm.checkpoint import load, save
+    from slimvlm.data.samples import Question
     from slimvlm.demo.tasks import TASKS
-    from slimvlm.evaluation import answer
-    from slimvlm.geometry import read_anatomy
-    from slimvlm.planning import make_plan
-    from slimvlm.samples import Question
-    from slimvlm.scores.width import score_random
-    from slimvlm.surgery import prune_
-    from slimvlm.values import Statistics
+    from slimvlm.evaluation.ask import answer
+    from slimvlm.models.anatomy import read_anatomy
+    from slimvlm.models.load import load
+    from slimvlm.planning.make import make_plan
+    from slimvlm.pruning.cut import prune_
+    from slimvlm.pruning.save import save
+    from slimvlm.scoring.statistics import Statistics
+    from slimvlm.scoring.widths import score_random
 
     model, processor = load("demo", "float32")
     anatomy = read_anatomy(model)

@@ -10,7 +10,7 @@ from slimvlm.demo.conversations import demo_samples, make_conversation
 from slimvlm.demo.questions import neighbours
 from slimvlm.demo.scenes import load_art
 from slimvlm.demo.tasks import TASKS, make_task_scene
-from slimvlm.metrics import majority_score
+from slimvlm.evaluation.metrics import majority_score
 
 PICTURE_TASKS = [name for name, task in TASKS.items() if make_task_scene(task, 0) is not None]
 TEXT_TASKS = ["text_odd", "text_sort", "text_sum"]

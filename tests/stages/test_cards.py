@@ -10,10 +10,11 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalTokenNotFoundError
 
 from slimvlm import cli
-from slimvlm.cards import CARD_FILE, CardFacts, is_hub_id
-from slimvlm.checkpoint import anatomy, save
-from slimvlm.plan import Plan
-from slimvlm.surgery import prune_
+from slimvlm.models.load import anatomy
+from slimvlm.planning.plan import Plan
+from slimvlm.pruning.card import CARD_FILE, CardFacts, is_hub_id
+from slimvlm.pruning.cut import prune_
+from slimvlm.pruning.save import save
 from tests import tiny
 from tests.helpers import plan_by_hand
 
@@ -132,7 +133,7 @@ class FakeHub:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> type[FakeHub]:
     fake = type("OneHub", (FakeHub,), {})
-    monkeypatch.setattr("slimvlm.hub.HfApi", fake)
+    monkeypatch.setattr("slimvlm.export.hub.HfApi", fake)
     return fake
 
 

@@ -15,14 +15,15 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
-from slimvlm import chat
-from slimvlm.checkpoint import PLAN_FILE, anatomy, load, resolve, save
-from slimvlm.errors import ConfigError, ReloadError, SlimError, UnsupportedModelError
-from slimvlm.geometry import read_anatomy
-from slimvlm.plan import Plan
-from slimvlm.planning import make_plan
-from slimvlm.samples import Question
-from slimvlm.surgery import prune_
+from slimvlm.core.errors import ConfigError, ReloadError, SlimError, UnsupportedModelError
+from slimvlm.data import chat
+from slimvlm.data.samples import Question
+from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.load import anatomy, load, resolve
+from slimvlm.planning.make import make_plan
+from slimvlm.planning.plan import Plan
+from slimvlm.pruning.cut import prune_
+from slimvlm.pruning.save import PLAN_FILE, save
 from tests import tiny_folder as folders
 from tests.helpers import logits, plan_by_hand, random_scores
 from tests.tiny_folder import KINDS, SEEING, picture

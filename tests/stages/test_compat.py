@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from slimvlm.checkpoint import save
-from slimvlm.configs import auto_class
-from slimvlm.errors import ConfigError
-from slimvlm.geometry import read_anatomy
-from slimvlm.planning import make_plan
-from slimvlm.surgery import prune_
+from slimvlm.core.errors import ConfigError
+from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.classes import auto_class
+from slimvlm.planning.make import make_plan
+from slimvlm.pruning.cut import prune_
+from slimvlm.pruning.save import save
 from tests import tiny
 from tests.helpers import logits, random_scores
 

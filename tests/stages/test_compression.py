@@ -13,16 +13,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from slimvlm import compression, evaluation
-from slimvlm.checkpoint import load
-from slimvlm.compression import CompressConfig, compress
-from slimvlm.config import RecoverConfig
-from slimvlm.errors import ConfigError, SlimError
-from slimvlm.geometry import read_anatomy
-from slimvlm.plan import Plan
-from slimvlm.pruning import axis_of
-from slimvlm.results import Result
-from slimvlm.values import Scores
+from slimvlm.core.errors import ConfigError, SlimError
+from slimvlm.core.options import CompressConfig, RecoverConfig
+from slimvlm.evaluation.ask import ask as evaluation
+from slimvlm.evaluation.results import Result
+from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.load import load
+from slimvlm.planning.plan import Plan
+from slimvlm.runs import compress as compression
+from slimvlm.runs.compress import compress
+from slimvlm.runs.stages import axis_of
+from slimvlm.scoring.scores import Scores
 from tests import tiny_folder as folders
 
 pytestmark = [

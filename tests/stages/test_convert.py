@@ -21,13 +21,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import slimvlm as sv
-from slimvlm import chat, cli
-from slimvlm.checkpoint import load
-from slimvlm.conversion import convert, write
-from slimvlm.conversion import source as source_files
-from slimvlm.errors import ConfigError, ReloadError, SlimError, UnsupportedModelError
-from slimvlm.manifest import verify
-from slimvlm.samples import Question
+from slimvlm import cli
+from slimvlm.core.errors import ConfigError, ReloadError, SlimError, UnsupportedModelError
+from slimvlm.data import chat
+from slimvlm.data.samples import Question
+from slimvlm.models.load import load
+from slimvlm.pruning.manifest import verify
+from slimvlm_tools.convert import convert, write
+from slimvlm_tools.convert import source as source_files
 from tests.tolerances import FORWARD, assert_close
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "convert"

@@ -12,7 +12,7 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from slimvlm.conversion import convert
+from slimvlm_tools.convert import convert
 from tests.originals import IMAGE, Original, random_original, save_original
 from tests.tolerances import FORWARD, assert_close
 

@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from slimvlm import evaluation, losses
-from slimvlm.checkpoint import load
-from slimvlm.errors import ConfigError
-from slimvlm.evaluation import answer, evaluate, latency, with_other_pictures
-from slimvlm.geometry import read_anatomy
-from slimvlm.results import Result, read_baseline
-from slimvlm.samples import Question, Task
-from slimvlm.tasks import find_tasks
+from slimvlm.core.errors import ConfigError
+from slimvlm.data.samples import Question, Task
+from slimvlm.evaluation.ask import answer, evaluate, latency, with_other_pictures
+from slimvlm.evaluation.ask import ask as evaluation
+from slimvlm.evaluation.results import Result, read_baseline
+from slimvlm.evaluation.tasks import find_tasks
+from slimvlm.models import losses
+from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.load import load
 from tests import tiny_folder as folders
 from tests.tiny_folder import SEEING, picture
 

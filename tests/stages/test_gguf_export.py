@@ -10,10 +10,10 @@ import torch
 import transformers as hf
 
 import slimvlm as sv
-from slimvlm.errors import ConfigError
-from slimvlm.geometry import read_anatomy
-from slimvlm.gguf_export import backbone_alone, export_gguf
-from slimvlm.surgery import prune_
+from slimvlm.core.errors import ConfigError
+from slimvlm.export.gguf import backbone_alone, export_gguf
+from slimvlm.models.anatomy import read_anatomy
+from slimvlm.pruning.cut import prune_
 from tests import tiny
 from tests.helpers import logits, plan_by_hand
 

@@ -13,15 +13,14 @@ import torch
 import yaml
 from PIL import ImageFile
 
-from slimvlm import lmms, lmms_adapter
-from slimvlm.checkpoint import load
-from slimvlm.errors import ConfigError
-from slimvlm.evaluation import answer, choose, evaluate
-from slimvlm.lmms import LMMS_TASKS, evaluate_with_lmms, result_with_lmms, split_names
-from slimvlm.metrics import MME_FULL_SCORES
-from slimvlm.results import Result, TaskResult
-from slimvlm.samples import Question
-from slimvlm.tasks import read_task
+from slimvlm.core.errors import ConfigError
+from slimvlm.data.samples import Question
+from slimvlm.evaluation.ask import answer, choose, evaluate, lmms, lmms_adapter
+from slimvlm.evaluation.lmms import LMMS_TASKS, evaluate_with_lmms, result_with_lmms, split_names
+from slimvlm.evaluation.metrics import MME_FULL_SCORES
+from slimvlm.evaluation.results import Result, TaskResult
+from slimvlm.evaluation.tasks import read_task
+from slimvlm.models.load import load
 from tests import tiny_folder as folders
 from tests.tiny_folder import SEEING, picture
 

@@ -15,11 +15,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slimvlm import cli
-from slimvlm.configs import auto_class, empty_model
-from slimvlm.errors import ConfigError, DataError, ImpossiblePlanError
-from slimvlm.families import BACKBONES
-from slimvlm.geometry import family_of, read_anatomy, text_config_of
-from slimvlm.narrowing import (
+from slimvlm.core.errors import ConfigError, DataError, ImpossiblePlanError
+from slimvlm.models.anatomy import family_of, read_anatomy, text_config_of
+from slimvlm.models.classes import auto_class, empty_model
+from slimvlm.models.families import BACKBONES
+from slimvlm.planning.make import make_plan
+from slimvlm.pruning.cut import prune_
+from slimvlm.pruning.narrowing import (
     CRITERIA,
     best_channels,
     narrow_,
@@ -27,8 +29,6 @@ from slimvlm.narrowing import (
     narrowed_config,
     score_channels,
 )
-from slimvlm.planning import make_plan
-from slimvlm.surgery import prune_
 from tests import tiny, tiny_folder
 from tests.helpers import assert_untouched, logits, random_scores, snapshot
 from tests.tolerances import Tolerance, assert_close

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 import slimvlm as sv
-from slimvlm import quantization
-from slimvlm.errors import ConfigError, SlimError
-from slimvlm.geometry import projections, read_anatomy
-from slimvlm.memory import stored_bytes
-from slimvlm.quantization import quantize
-from slimvlm.surgery import prune_
+from slimvlm.core.errors import ConfigError, SlimError
+from slimvlm.evaluation.memory import stored_bytes
+from slimvlm.export import quantize as quantization
+from slimvlm.export.quantize import quantize
+from slimvlm.models.anatomy import projections, read_anatomy
+from slimvlm.pruning.cut import prune_
 from tests import tiny
 from tests.helpers import Batch, logits, plan_by_hand
 

@@ -18,15 +18,18 @@ from torch.nn import functional as F
 from transformers import TrainerCallback, TrainerState
 from transformers.integrations import integration_utils
 
-from slimvlm import chat, losses, recovery, trainable
-from slimvlm.checkpoint import load
-from slimvlm.config import RecoverConfig
-from slimvlm.data import subset
-from slimvlm.errors import ConfigError, NumericalError
-from slimvlm.geometry import decoder_layers, read_anatomy
-from slimvlm.recovery import recover
-from slimvlm.samples import Sample
-from slimvlm.surgery import prune_
+from slimvlm.core.errors import ConfigError, NumericalError
+from slimvlm.core.options import RecoverConfig
+from slimvlm.data import chat
+from slimvlm.data.read import subset
+from slimvlm.data.samples import Sample
+from slimvlm.models import losses
+from slimvlm.models.anatomy import decoder_layers, read_anatomy
+from slimvlm.models.load import load
+from slimvlm.pruning.cut import prune_
+from slimvlm.training import recover as recovery
+from slimvlm.training import trainable
+from slimvlm.training.recover import recover
 from tests import tiny
 from tests import tiny_folder as folders
 from tests.helpers import logits, plan_by_hand

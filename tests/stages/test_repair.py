@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimvlm.capture import CAPTURES
-from slimvlm.configs import auto_class
-from slimvlm.errors import ConfigError, DataError, NumericalError
-from slimvlm.geometry import decoder_layers, final_norm, read_anatomy
-from slimvlm.plan import Plan
-from slimvlm.repair import answer_loss, prune_and_repair_, repair_
-from slimvlm.repair.records import recorded
-from slimvlm.surgery import prune_
-from slimvlm.values import Statistics
+from slimvlm.core.errors import ConfigError, DataError, NumericalError
+from slimvlm.models.anatomy import decoder_layers, final_norm, read_anatomy
+from slimvlm.models.classes import auto_class
+from slimvlm.planning.plan import Plan
+from slimvlm.pruning.cut import prune_
+from slimvlm.pruning.repair import answer_loss, prune_and_repair_, repair_
+from slimvlm.pruning.walk import recorded
+from slimvlm.scoring.captures import CAPTURES
+from slimvlm.scoring.statistics import Statistics
 from tests import tiny
 from tests.helpers import assert_untouched, logits, padded, plan_by_hand, snapshot
 from tests.tolerances import SOLVE, assert_close

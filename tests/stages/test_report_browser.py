@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from slimvlm.checkpoint import anatomy
-from slimvlm.metrics import METRICS
-from slimvlm.report import read_record, report_html
-from slimvlm.results import Result, TaskResult
-from slimvlm.tasks import builtin_tasks
+from slimvlm.evaluation.metrics import METRICS
+from slimvlm.evaluation.results import Result, TaskResult
+from slimvlm.evaluation.tasks import builtin_tasks
+from slimvlm.models.load import anatomy
+from slimvlm.runs.report import read_record, report_html
 from tests import tiny
 from tests.unit.test_report import write_run
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from slimvlm import cli
-from slimvlm.checkpoint import load
-from slimvlm.errors import ConfigError
-from slimvlm.sharding import is_sharded, shard_config
+from slimvlm.core.errors import ConfigError
+from slimvlm.models.load import load
+from slimvlm.models.sharding import is_sharded, shard_config
 from tests import tiny_folder as folders
 from tests.tolerances import Tolerance, assert_close
 

@@ -11,15 +11,17 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from slimvlm import losses
-from slimvlm.calibrate import score
-from slimvlm.errors import ConfigError, DataError
-from slimvlm.geometry import projections, read_anatomy
-from slimvlm.iterative import plan_in_steps, removed_last, silenced
-from slimvlm.plan import Plan
-from slimvlm.planning import make_plan
-from slimvlm.search import Divergence, Found, search_plan
-from slimvlm.surgery import masked, prune_
+from slimvlm.core.errors import ConfigError, DataError
+from slimvlm.models import losses
+from slimvlm.models.anatomy import projections, read_anatomy
+from slimvlm.planning.divergence import Divergence, Found
+from slimvlm.planning.make import make_plan
+from slimvlm.planning.mask import masked
+from slimvlm.planning.plan import Plan
+from slimvlm.planning.search import search_plan
+from slimvlm.planning.steps import plan_in_steps, removed_last, silenced
+from slimvlm.pruning.cut import prune_
+from slimvlm.scoring.score import score
 from tests import tiny
 from tests.helpers import assert_untouched, logits, random_scores, snapshot
 
@@ -215,7 +217,7 @@ def test_what_is_gone_stays_gone(
     allocation: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import slimvlm.iterative as iterative
+    import slimvlm.planning.steps as iterative
 
     masks: list[Plan] = []
     real = iterative.silenced

@@ -9,15 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from slimvlm import speed, timing
-from slimvlm.config import Workload
-from slimvlm.cost import weight_bytes
-from slimvlm.errors import ConfigError
-from slimvlm.geometry import read_anatomy
-from slimvlm.memory import PeakMemory, stored_bytes
-from slimvlm.speed import bench, bench_rows
-from slimvlm.surgery import prune_
-from slimvlm.timing import Run, timed_run, timed_runs
+from slimvlm.core.errors import ConfigError
+from slimvlm.core.options import Workload
+from slimvlm.evaluation.ask import bench as speed
+from slimvlm.evaluation.ask import timing
+from slimvlm.evaluation.bench import bench, bench_rows
+from slimvlm.evaluation.memory import PeakMemory, stored_bytes
+from slimvlm.evaluation.timing import Run, timed_run, timed_runs
+from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.cost import weight_bytes
+from slimvlm.pruning.cut import prune_
 from tests import tiny
 from tests.helpers import plan_by_hand
 

@@ -17,17 +17,21 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import slimvlm as sv
-from slimvlm.calibrate import score
-from slimvlm.checkpoint import PLAN_FILE, load, save
 from slimvlm.cli import main
-from slimvlm.configs import auto_class
-from slimvlm.errors import ConfigError, DataError, NumericalError
-from slimvlm.plan import Plan
-from slimvlm.planning import make_plan
-from slimvlm.streaming import open_checkpoint, prune_checkpoint, score_checkpoint, scoring
-from slimvlm.streaming.passes import Passes
-from slimvlm.surgery import prune_
-from slimvlm.values import Scores
+from slimvlm.core.errors import ConfigError, DataError, NumericalError
+from slimvlm.models.classes import auto_class
+from slimvlm.models.load import load
+from slimvlm.planning.make import make_plan
+from slimvlm.planning.plan import Plan
+from slimvlm.pruning.cut import prune_
+from slimvlm.pruning.low_memory import score as scoring
+from slimvlm.pruning.low_memory.cut import prune_checkpoint
+from slimvlm.pruning.low_memory.opened import open_checkpoint
+from slimvlm.pruning.low_memory.passes import Passes
+from slimvlm.pruning.low_memory.score import score_checkpoint
+from slimvlm.pruning.save import PLAN_FILE, save
+from slimvlm.scoring.score import score
+from slimvlm.scoring.scores import Scores
 from tests import tiny, tiny_folder
 from tests.helpers import logits, random_scores
 
@@ -353,7 +357,7 @@ def test_a_plan_that_needs_a_retype_loads_in_plain_transformers(
 def test_large_checkpoints_are_written_in_several_files(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("slimvlm.streaming.pruned.SHARD_SIZE", "60KB")
+    monkeypatch.setattr("slimvlm.pruning.low_memory.cut.SHARD_SIZE", "60KB")
     plan = Plan.everything(sv.anatomy(folders["llama"]))
     prune_checkpoint(folders["llama"], plan, tmp_path / "out")
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2

@@ -14,20 +14,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slimvlm import losses, offline_teacher
-from slimvlm.checkpoint import load
 from slimvlm.cli import main
-from slimvlm.config import RecoverConfig
-from slimvlm.errors import ConfigError
-from slimvlm.geometry import projections, read_anatomy
-from slimvlm.hidden import head_of, hidden_states
-from slimvlm.offline_teacher import OfflineTeacher, content_hash, write_cache
-from slimvlm.plan import Plan
-from slimvlm.recovery import History, recover
-from slimvlm.samples import Sample
-from slimvlm.surgery import prune_
-from slimvlm.teacher import seeing_once, share_, why_not_shared
-from slimvlm.trainable import plain_model, prepare_training
+from slimvlm.core.errors import ConfigError
+from slimvlm.core.options import RecoverConfig
+from slimvlm.data.samples import Sample
+from slimvlm.models import losses
+from slimvlm.models.anatomy import projections, read_anatomy
+from slimvlm.models.hidden import head_of, hidden_states
+from slimvlm.models.load import load
+from slimvlm.planning.plan import Plan
+from slimvlm.pruning.cut import prune_
+from slimvlm.training import offline as offline_teacher
+from slimvlm.training.offline import OfflineTeacher, content_hash, write_cache
+from slimvlm.training.recover import History, recover
+from slimvlm.training.teacher import seeing_once, share_, why_not_shared
+from slimvlm.training.trainable import plain_model, prepare_training
 from tests import tiny, tiny_rare
 from tests import tiny_folder as folders
 from tests.helpers import logits, plan_by_hand
@@ -445,7 +446,7 @@ def test_stored_logits_are_the_teacher(tmp_path: Path) -> None:
 def test_a_stopped_cache_goes_on_and_only_a_whole_one_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("slimvlm.offline_teacher.SHARD_SAMPLES", 3)
+    monkeypatch.setattr("slimvlm.training.offline.SHARD_SAMPLES", 3)
     out = tmp_path / "cache"
     cached(out)
     whole = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -510,7 +511,7 @@ def test_a_cache_of_other_data_is_refused(tmp_path: Path) -> None:
 def test_a_cache_is_replaced_when_the_new_one_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("slimvlm.offline_teacher.SHARD_SAMPLES", 2)
+    monkeypatch.setattr("slimvlm.training.offline.SHARD_SAMPLES", 2)
     data, folder = folders.write_llava_data(tmp_path / "data", 4), str(folders.folder("llava"))
     command = ["cache-teacher", folder, "--data", str(data), "--out", str(tmp_path / "cache")]
     main(command)

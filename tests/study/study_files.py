@@ -9,9 +9,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from slimvlm.study import StudyConfig, engines
-from slimvlm.study.reading import built
-from slimvlm.study.table import VOLATILE
+from slimvlm.runs.study import engines
+from slimvlm.runs.study.config import StudyConfig
+from slimvlm.runs.study.reading import built
+from slimvlm.runs.study.table import VOLATILE
 from tests import tiny_folder as folders
 
 RECOVER = {

@@ -8,9 +8,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from slimvlm.study.cells import expand
-from slimvlm.study.claims import CLAIMS, Claim, claims_of, claims_text
-from slimvlm.study.config import read_study
+from slimvlm.runs.study.cells import expand
+from slimvlm.runs.study.config import read_study
+from slimvlm_tools.claims import CLAIMS, Claim, claims_of, claims_text
 from tests.study.test_config import SHIPPED
 
 RATIOS = (0.15, 0.30, 0.45, 0.60)

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
-from slimvlm.errors import ConfigError, SlimError
-from slimvlm.study import prepared, read_study
-from slimvlm.study.cells import expand
-from slimvlm.study.config import StudyConfig
-from slimvlm.study.reading import built
+from slimvlm.core.errors import ConfigError, SlimError
+from slimvlm.runs.study import prepared
+from slimvlm.runs.study.cells import expand
+from slimvlm.runs.study.config import StudyConfig, read_study
+from slimvlm.runs.study.reading import built
 from tests import tiny_folder as folders
 from tests.study.study_files import study
 

@@ -12,13 +12,14 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from slimvlm import identity
-from slimvlm.data import identity_of_data
-from slimvlm.errors import ConfigError, NumericalError
-from slimvlm.study import StudyConfig, engines, forecast, prepared, run_study, stages
-from slimvlm.study.cache import Cache, Outcome
-from slimvlm.study.schedule import Schedule
-from slimvlm.study.stages import Stage
+from slimvlm.core import files as identity
+from slimvlm.core.errors import ConfigError, NumericalError
+from slimvlm.data.read import identity_of_data
+from slimvlm.runs.study import engines, forecast, prepared, run_study, stages
+from slimvlm.runs.study.cache import Cache, Outcome
+from slimvlm.runs.study.config import StudyConfig
+from slimvlm.runs.study.schedule import Schedule
+from slimvlm.runs.study.stages import Stage
 from tests import tiny_folder as folders
 from tests.study.study_files import count_work, stable, study
 
@@ -434,8 +435,8 @@ def test_what_another_worker_finishes_between_two_looks_is_no_failure(
 
 
 def test_published_numbers_stand_beside_ours(finished: Path, data: Path) -> None:
-    from slimvlm.study.config import Reference, ReferenceRow
-    from slimvlm.study.table import results_table
+    from slimvlm.runs.study.config import Reference, ReferenceRow
+    from slimvlm.runs.study.table import results_table
 
     row = ReferenceRow(axis="width", ratio=0.4, recovery="none", retention=79.9)
     config = replace(study(data), reference=Reference(source="the paper", rows=(row,)))

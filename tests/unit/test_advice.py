@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 
-from slimvlm import advice as module
-from slimvlm import cli, estimate
-from slimvlm.advice import Advice, advise
-from slimvlm.checkpoint import anatomy, load_config
-from slimvlm.commands import compress_command
-from slimvlm.config import CompressConfig, RecoverConfig
-from slimvlm.errors import ConfigError
-from slimvlm.estimate import learning_params
-from slimvlm.geometry import Anatomy
-from slimvlm.recipes import Recipe, latencies, recipe_for, retentions
-from slimvlm.trainable import prepare_training
+from slimvlm import cli
+from slimvlm.core.errors import ConfigError
+from slimvlm.core.options import CompressConfig, RecoverConfig, compress_command
+from slimvlm.models.anatomy import Anatomy
+from slimvlm.models.load import anatomy, load_config
+from slimvlm.runs import advise as module
+from slimvlm.runs import estimate
+from slimvlm.runs.advise import Advice, advise
+from slimvlm.runs.estimate import learning_params
+from slimvlm.runs.recipes import Recipe, latencies, recipe_for, retentions
+from slimvlm.training.trainable import prepare_training
 from tests import tiny
 
 
@@ -168,7 +168,7 @@ def test_a_command_gives_the_configuration_back(
         seen.extend((model, config, out))
         return {}
 
-    monkeypatch.setattr("slimvlm.compression.compress", record)
+    monkeypatch.setattr("slimvlm.runs.compress.compress", record)
     command = compress_command("my model", config, "out folder")
     cli.main(shlex.split(command)[1:])
     assert seen == ["my model", config, Path("out folder")]

@@ -10,11 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slimvlm.errors import ConfigError, ImpossiblePlanError
-from slimvlm.geometry import Anatomy, LayerShape, read_anatomy
-from slimvlm.plan import Plan
-from slimvlm.planning import Budget, default_multiple, make_plan, make_plan_for_params
-from slimvlm.values import Scores
+from slimvlm.core.errors import ConfigError, ImpossiblePlanError
+from slimvlm.models.anatomy import Anatomy, LayerShape, read_anatomy
+from slimvlm.planning.budget import Budget, default_multiple
+from slimvlm.planning.make import make_plan, make_plan_for_params
+from slimvlm.planning.plan import Plan
+from slimvlm.scoring.scores import Scores
 from tests import tiny
 from tests.helpers import random_scores
 

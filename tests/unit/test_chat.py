@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from slimvlm import chat
-from slimvlm.errors import ConfigError, DataError
-from slimvlm.losses import IGNORE
-from slimvlm.samples import Question, Sample
+from slimvlm.core.errors import ConfigError, DataError
+from slimvlm.data import chat
+from slimvlm.data.roles import IGNORE
+from slimvlm.data.samples import Question, Sample
 from tests import tiny_folder as folders
 from tests.tiny_folder import KINDS, SEEING, picture, sample, turn
 
@@ -183,7 +183,7 @@ def test_a_question_is_the_beginning_of_its_sample(kind: str) -> None:
 
 @every_seeing_kind
 def test_the_model_takes_what_chat_makes(kind: str) -> None:
-    from slimvlm.checkpoint import load
+    from slimvlm.models.load import load
 
     model, processor = load(folders.folder(kind))
     items = list(samples_of(kind).values())

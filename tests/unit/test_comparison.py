@@ -15,19 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from slimvlm.comparison import (
-    KINDS,
-    Comparison,
-    compare,
-    comparison_json,
-    comparison_rows,
-)
-from slimvlm.errors import ConfigError
-from slimvlm.gallery import MAX_CARDS, comparison_html
-from slimvlm.metrics import METRICS, paired_difference
-from slimvlm.results import Result, TaskResult
-from slimvlm.samples import Question, Task
-from slimvlm.summary import LEGEND, as_markdown, as_table, result_json, result_rows
+from slimvlm.core.errors import ConfigError
+from slimvlm.data.samples import Question, Task
+from slimvlm.evaluation.compare import KINDS, Comparison, compare, comparison_json, comparison_rows
+from slimvlm.evaluation.metrics import METRICS, paired_difference
+from slimvlm.evaluation.results import Result, TaskResult
+from slimvlm.runs.report.gallery import MAX_CARDS, comparison_html
+from slimvlm.runs.tables import LEGEND, as_markdown, as_table, result_json, result_rows
 
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>&amp;"
 

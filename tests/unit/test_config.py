@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slimvlm.config import (
+from slimvlm.core.errors import ConfigError, SlimError
+from slimvlm.core.options import (
     LOSS_NAMES,
     CompressConfig,
     PruneConfig,
@@ -19,8 +20,7 @@ from slimvlm.config import (
     Scheduler,
     parse_loss,
 )
-from slimvlm.errors import ConfigError, SlimError
-from slimvlm.recipes import recipe_for
+from slimvlm.runs.recipes import recipe_for
 
 
 @pytest.mark.parametrize(

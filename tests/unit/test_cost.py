@@ -9,9 +9,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from slimvlm.cost import decode_flops, prefill_flops
-from slimvlm.geometry import read_anatomy
-from slimvlm.surgery import prune_
+from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.cost import decode_flops, prefill_flops
+from slimvlm.pruning.cut import prune_
 from tests import tiny
 from tests.helpers import plan_by_hand
 

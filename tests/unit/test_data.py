@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
 
-from slimvlm.data import estimated_length, hold_out, load_samples, subset
-from slimvlm.errors import ConfigError, DataError
-from slimvlm.images import open_image
-from slimvlm.samples import Sample
+from slimvlm.core.errors import ConfigError, DataError
+from slimvlm.data.images import open_image
+from slimvlm.data.read import estimated_length, hold_out, load_samples, subset
+from slimvlm.data.samples import Sample
 from tests.tiny_folder import picture, processor, turn
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from slimvlm.calibrate import score
-from slimvlm.capture.predictions import predicted_cross_entropy
-from slimvlm.hidden import head_of, hidden_states
-from slimvlm.losses import token_cross_entropy
+from slimvlm.models.hidden import head_of, hidden_states
+from slimvlm.models.losses import token_cross_entropy
+from slimvlm.scoring.batches import predicted_cross_entropy
+from slimvlm.scoring.score import score
 from tests import tiny
 from tests.tolerances import LOSS, assert_close, assert_scores_close
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from slimvlm.capture import CAPTURES, capture_grams
-from slimvlm.geometry import projections, read_anatomy
-from slimvlm.surgery import prune_
-from slimvlm.values import Statistics
+from slimvlm.models.anatomy import projections, read_anatomy
+from slimvlm.pruning.cut import prune_
+from slimvlm.scoring.captures import CAPTURES, capture_grams
+from slimvlm.scoring.statistics import Statistics
 from tests import tiny
 from tests.helpers import Batch, joined, padded, plan_by_hand
 from tests.tolerances import FORWARD, SOLVE, Tolerance, assert_close

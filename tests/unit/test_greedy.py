@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimvlm.calibrate import score
-from slimvlm.capture import capture_greedy
-from slimvlm.geometry import decoder_layers, read_anatomy
-from slimvlm.surgery import masked
+from slimvlm.models.anatomy import decoder_layers, read_anatomy
+from slimvlm.planning.mask import masked
+from slimvlm.scoring.greedy import capture_greedy
+from slimvlm.scoring.score import score
 from tests import tiny
 from tests.helpers import Batch, joined, logits, padded, plan_by_hand
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from slimvlm.least_squares import Moments, refit
+from slimvlm.pruning.least_squares import Moments, refit
 from tests.tolerances import SOLVE, assert_close
 
 TOKENS, CHANNELS, OUTPUTS = 80, 12, 5

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from slimvlm import losses
+from slimvlm.data.roles import IGNORE
+from slimvlm.models import losses
 from tests.tolerances import HALF, LOSS, Tolerance, assert_close
 
 B, T, V, D = 3, 11, 17, 8
@@ -39,7 +40,7 @@ def labelled(tokens: int = T) -> tuple[Tensor, Tensor]:
     """Logits and labels of three samples with different numbers of labels."""
     labels = torch.randint(0, V, (B, tokens))
     for row in range(B):
-        labels[row, : 2 + 3 * row] = losses.IGNORE
+        labels[row, : 2 + 3 * row] = IGNORE
     return torch.randn(B, tokens, V), labels
 
 
@@ -69,7 +70,7 @@ def test_cross_entropy_gradient_is_transformers_gradient() -> None:
 def test_cross_entropy_without_any_label_is_zero_not_nan() -> None:
     logits, labels = labelled()
     logits.requires_grad_()
-    loss = losses.cross_entropy(logits, torch.full_like(labels, losses.IGNORE))
+    loss = losses.cross_entropy(logits, torch.full_like(labels, IGNORE))
     assert loss.item() == 0
 
 
@@ -87,7 +88,7 @@ def test_token_losses_sit_at_their_tokens() -> None:
     for row in range(B):
         for position in range(1, T):
             expected = torch.tensor(0.0)
-            if labels[row, position] != losses.IGNORE:
+            if labels[row, position] != IGNORE:
                 expected = F.cross_entropy(logits[row, position - 1], labels[row, position])
             assert_close(per_token[row, position - 1], expected, LOSS)
 
@@ -419,7 +420,7 @@ def test_no_label_at_all_is_no_loss_but_still_a_graph(small_chunks: int) -> None
     """One rank of several may have no answer in its batch, and must take part in the backward."""
     student, teacher, head, teacher_head = heads()
     student.requires_grad_()
-    labels = torch.full((B, T), losses.IGNORE)
+    labels = torch.full((B, T), IGNORE)
     nothing = torch.zeros(B, T, dtype=torch.bool)
     for loss in (
         losses.chunked_cross_entropy(student, head, labels),

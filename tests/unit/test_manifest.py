@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from slimvlm.checkpoint import load, save
-from slimvlm.errors import ConfigError, DamagedError
-from slimvlm.manifest import MANIFEST_FILE, verify, write_manifest
+from slimvlm.core.errors import ConfigError, DamagedError
+from slimvlm.models.load import load
+from slimvlm.pruning.manifest import MANIFEST_FILE, verify, write_manifest
+from slimvlm.pruning.save import save
 from tests import tiny_folder as folders
 
 

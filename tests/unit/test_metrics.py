@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slimvlm import metrics
-from slimvlm.samples import Question
+from slimvlm.data.samples import Question
+from slimvlm.evaluation import metrics
 
 
 def asking(*answers: str) -> Question:

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from slimvlm import calibrate
-from slimvlm.calibrate import collect, score
-from slimvlm.geometry import decoder_layers, read_anatomy
-from slimvlm.scores.obs import removal_order
-from slimvlm.scores.order import strictly_increasing
+from slimvlm.models.anatomy import decoder_layers, read_anatomy
+from slimvlm.scoring import score as calibrate
+from slimvlm.scoring.obs import removal_order
+from slimvlm.scoring.score import collect, score
+from slimvlm.scoring.scores import strictly_increasing
 from tests import tiny
 from tests.tolerances import SOLVE, assert_close
 

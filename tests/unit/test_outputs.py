@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from slimvlm.errors import ConfigError, OutputError
-from slimvlm.outputs import held, new_file, new_folder, require_free, write_text
-from slimvlm.values import Scores
+from slimvlm.core.errors import ConfigError, OutputError
+from slimvlm.core.files import held, new_file, new_folder, require_free, write_text
+from slimvlm.scoring.scores import Scores
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -109,7 +109,7 @@ def test_a_failing_rename_leaves_the_old_folder(
 KILLED = """
 import os, signal, sys, time
 from pathlib import Path
-from slimvlm.outputs import new_folder
+from slimvlm.core.files import new_folder
 with new_folder(sys.argv[1], force=True) as folder:
     (folder / "file").write_text("half")
     (folder / "rest").write_text("half")
@@ -238,8 +238,8 @@ def test_a_full_disk_leaves_an_old_file(small_disk: Path) -> None:
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from slimvlm.errors import OutputError
-from slimvlm.outputs import new_folder
+from slimvlm.core.errors import OutputError
+from slimvlm.core.files import new_folder
 from tests.unit.test_outputs import WRITERS
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 for write in WRITERS:
@@ -321,7 +321,7 @@ def test_scores_of_two_runs_are_no_pair(tmp_path: Path) -> None:
 
 HOLDS = """
 import sys, time
-from slimvlm.outputs import held
+from slimvlm.core.files import held
 with held(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)

@@ -17,16 +17,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slimvlm.errors import ConfigError, ImpossiblePlanError, SlimError
-from slimvlm.geometry import Anatomy, LayerShape, read_anatomy
-from slimvlm.plan import Plan
-from slimvlm.planning import (
-    channels_to_remove,
-    default_multiple,
-    make_plan,
-    ratio_for_params,
-)
-from slimvlm.values import Scores
+from slimvlm.core.errors import ConfigError, ImpossiblePlanError, SlimError
+from slimvlm.models.anatomy import Anatomy, LayerShape, read_anatomy
+from slimvlm.planning.budget import channels_to_remove, default_multiple
+from slimvlm.planning.make import make_plan, ratio_for_params
+from slimvlm.planning.plan import Plan
+from slimvlm.scoring.scores import Scores
 from tests import tiny
 from tests.helpers import plan_by_hand, random_scores
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slimvlm.config import RecoverConfig
-from slimvlm.errors import ConfigError
-from slimvlm.recipes import (
+from slimvlm.core.errors import ConfigError
+from slimvlm.core.options import RecoverConfig
+from slimvlm.runs.recipes import (
     Measured,
     expected,
     fraction_for,

@@ -16,16 +16,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slimvlm.checkpoint import anatomy
-from slimvlm.errors import ConfigError
-from slimvlm.geometry import Anatomy
-from slimvlm.plan import Plan
-from slimvlm.planning import make_plan
-from slimvlm.report import read_record, report_html, study
-from slimvlm.report.charts import CELL, Mark, frontier, labels_apart, scale, ticks
-from slimvlm.report.drawings import allocation, by_ratio, loss_curves, score_maps, trade_offs
-from slimvlm.report.record import Training
-from slimvlm.results import Result, TaskResult
+from slimvlm.core.errors import ConfigError
+from slimvlm.evaluation.results import Result, TaskResult
+from slimvlm.models.anatomy import Anatomy
+from slimvlm.models.load import anatomy
+from slimvlm.planning.make import make_plan
+from slimvlm.planning.plan import Plan
+from slimvlm.runs.report import read_record, report_html, study
+from slimvlm.runs.report.charts import CELL, Mark, frontier, labels_apart, scale, ticks
+from slimvlm.runs.report.drawings import allocation, by_ratio, loss_curves, score_maps, trade_offs
+from slimvlm.runs.report.record import Training
 from tests import tiny
 from tests.helpers import random_scores
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from slimvlm.errors import ConfigError
-from slimvlm.roles import ROLES, parse_token_weights, role_masks, token_weights
+from slimvlm.core.errors import ConfigError
+from slimvlm.data.roles import ROLES, parse_token_weights, role_masks, token_weights
 
 IMAGE = 9
 CONFIG = SimpleNamespace(image_token_id=IMAGE)

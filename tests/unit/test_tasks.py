@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from slimvlm.errors import ConfigError, DataError
-from slimvlm.tasks import find_tasks, read_task
+from slimvlm.core.errors import ConfigError, DataError
+from slimvlm.evaluation.tasks import find_tasks, read_task
 
 YAML = """
 name: colours

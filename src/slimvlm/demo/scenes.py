@@ -23,6 +23,7 @@ Split = Literal["train", "test"]
 Kind = Literal["single", "multi", "count", "digits", "shapes"]
 
 ASSETS = Path(__file__).parent / "assets"
+
 SIDE = 64
 CELL = 32
 PATCH = 16

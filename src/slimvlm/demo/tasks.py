@@ -11,17 +11,9 @@ from functools import partial
 
 import numpy as np
 
+from slimvlm.data.samples import Question, Task
 from slimvlm.demo import questions as q
-from slimvlm.demo.scenes import (
-    SEEN_STYLES,
-    UNSEEN_STYLE,
-    Kind,
-    Scene,
-    load_art,
-    make_scene,
-    render,
-)
-from slimvlm.samples import Question, Task
+from slimvlm.demo.scenes import SEEN_STYLES, UNSEEN_STYLE, Kind, Scene, load_art, make_scene, render
 
 NUM_QUESTIONS = 320
 _TEST_SEED = 20240

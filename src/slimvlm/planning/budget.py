@@ -8,11 +8,11 @@ from fractions import Fraction
 
 import torch
 
-from slimvlm.errors import ConfigError, NumericalError
-from slimvlm.geometry import Anatomy
-from slimvlm.plan import AXES
-from slimvlm.serving import TILE_MULTIPLE, WIDTH_MULTIPLE
-from slimvlm.values import Scores
+from slimvlm.core.errors import ConfigError, NumericalError
+from slimvlm.models.anatomy import Anatomy
+from slimvlm.models.cost import TILE_MULTIPLE, WIDTH_MULTIPLE
+from slimvlm.planning.plan import AXES
+from slimvlm.scoring.scores import Scores
 
 ALLOCATIONS = ("uniform", "protect", "global")
 COUNTINGS = ("parameters", "per_layer")

@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from slimvlm.errors import ImpossiblePlanError
-from slimvlm.plan import Plan
+from slimvlm.core.errors import ImpossiblePlanError
 from slimvlm.planning.budget import Budget, channels_to_remove
-from slimvlm.values import Scores
+from slimvlm.planning.plan import Plan
+from slimvlm.scoring.scores import Scores
 
 
 def without_layers(plan: Plan, scores: Scores, budget: Budget) -> Plan:

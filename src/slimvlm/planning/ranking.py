@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from slimvlm.plan import Plan
 from slimvlm.planning.budget import WIDTH_UNITS, Budget
+from slimvlm.planning.plan import Plan
 from slimvlm.planning.widths import Widths
-from slimvlm.values import Scores
+from slimvlm.scoring.scores import Scores
 
 _IN_UNITS_OF_THE_LOSS = ("taylor", "taylor_second", "taylor_mix", "gate", "obs")
 

@@ -8,11 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from slimvlm.errors import ConfigError
-from slimvlm.geometry import Anatomy, LayerShape
-from slimvlm.plan import Kept, Plan
+from slimvlm.core.errors import ConfigError
+from slimvlm.models.anatomy import Anatomy, LayerShape
 from slimvlm.planning.budget import Budget, channels_to_remove
-from slimvlm.values import Scores
+from slimvlm.planning.plan import Kept, Plan
+from slimvlm.scoring.scores import Scores
 
 Widths = Mapping[int, tuple[int, int]]
 """KV groups and neurons that a layer keeps, by the layer's index."""

@@ -1,0 +1,102 @@
+"""The command line: a table of verbs, and what becomes of their errors."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import tyro
+
+from slimvlm.cli import evaluate, export, inspection, plan, prune, recover, run
+from slimvlm.core.errors import ConfigError, SlimError
+from slimvlm.core.files import held
+from slimvlm.core.processes import num_ranks
+
+Verb = Callable[..., None]
+SHARING_OUTPUT: tuple[Verb, ...] = (run.study,)
+"""Verbs whose runs work in one folder at a time and agree on who does what."""
+
+
+def _holding_output(verb: Verb) -> Verb:
+    """The same verb, which lets no other run write to its ``out`` meanwhile."""
+    if "out" not in inspect.signature(verb).parameters or verb in SHARING_OUTPUT:
+        return verb
+
+    @functools.wraps(verb)
+    def holding(*args: Any, **kwargs: Any) -> None:
+        out = inspect.signature(verb).bind(*args, **kwargs).arguments.get("out")
+        if out is None:
+            verb(*args, **kwargs)
+        else:
+            with held(out):
+                verb(*args, **kwargs)
+
+    return holding
+
+
+VERBS: dict[str, Verb] = {
+    verb.__name__.replace("_", "-"): _holding_output(verb)
+    for verb in (
+        inspection.inspect,
+        inspection.verify,
+        plan.score,
+        plan.plan,
+        prune.prune,
+        prune.narrow,
+        recover.recover,
+        recover.cache_teacher,
+        evaluate.evaluate,
+        evaluate.compare,
+        export.quantize,
+        export.export,
+        export.bench,
+        run.compress,
+        run.study,
+        run.report,
+        run.advise,
+        export.push,
+        evaluate.chat,
+        run.demo,
+        export.convert,
+    )
+}
+"""Every verb of the command line."""
+TOGETHER = ("recover",)
+"""Verbs that several processes of ``torchrun`` do together."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a verb. Exit code 0: fine; 2: the user's mistake, in one line; 1: ours."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries, before their import
+    for name in ("torchao", "torch.utils._pytree"):  # torchao complains of a machine without GPU
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        _require_one_process(sys.argv[1:] if arguments is None else arguments)
+        tyro.extras.subcommand_cli_from_dict(
+            VERBS,
+            prog="slimvlm",
+            description="Make multimodal LLMs smaller: prune, recover, measure, save.",
+            args=arguments,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    except SlimError as error:
+        message = re.sub(r"\s+", " ", str(error))
+        print(f"slimvlm: {message}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+
+
+def _require_one_process(arguments: list[str]) -> None:
+    """Most verbs write from one process; several would do the same work over each other."""
+    verb = next(iter(arguments), "")
+    if num_ranks() > 1 and verb in VERBS and verb not in TOGETHER:
+        raise ConfigError(f"{verb} runs in one process: torchrun is for {' and '.join(TOGETHER)}")

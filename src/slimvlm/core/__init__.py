@@ -1,0 +1,1 @@
+"""What every part uses: errors, options, files. Knows nothing of models."""

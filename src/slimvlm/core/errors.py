@@ -1,0 +1,39 @@
+"""What can go wrong through no fault of ours. Each message names the field, value and choices."""
+
+from __future__ import annotations
+
+
+class SlimError(Exception):
+    """Base of every error that a user can cause and mend. The CLI prints it and exits with 2."""
+
+
+class ConfigError(SlimError, ValueError):
+    """An option, a path or a file that cannot be used as given."""
+
+
+class UnsupportedModelError(SlimError):
+    """A model that no row of :mod:`slimvlm.models.families` describes."""
+
+
+class ImpossiblePlanError(SlimError):
+    """A shape that the model's own configuration class cannot write down."""
+
+
+class DataError(SlimError):
+    """Samples that cannot be read, or too many bad ones."""
+
+
+class NumericalError(SlimError):
+    """NaN or infinity in a statistic, a loss or a weight, with the place where it arose."""
+
+
+class ReloadError(SlimError):
+    """A written checkpoint that does not load back to the same model."""
+
+
+class OutputError(SlimError):
+    """An output that cannot be written: the disk is full or read-only, or another run is there."""
+
+
+class DamagedError(SlimError):
+    """A checkpoint whose files are not those that were written."""

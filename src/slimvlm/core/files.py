@@ -1,0 +1,307 @@
+"""Outputs appear whole or not at all: written beside their place, then renamed.
+
+Whatever stops a run (an error, a full disk, a kill, a power cut) leaves the old state. Only one run
+at a time writes in a place; the lock goes with its process.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from slimvlm.core.errors import ConfigError, OutputError
+from slimvlm.core.processes import is_first_rank
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file would be larger than this system allows",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "there is no permission to write",
+    errno.EPERM: "there is no permission to write",
+    errno.EIO: "the disk reports an error",
+}
+
+
+def require_free(path: str | Path, force: bool = False) -> Path:
+    """Check that an output may be written, before any work is done.
+
+    Raises:
+        ConfigError: If it exists and ``force`` is not given, or its parent cannot be written.
+    """
+    path = Path(path)
+    if path.exists() and not force:
+        raise ConfigError(f"output {str(path)!r} exists. Use --force to replace it")
+    _require_place(path)
+    return path
+
+
+@contextmanager
+def held(path: str | Path, wait: float = 0.0) -> Iterator[None]:
+    """Inside, no other run writes to a place.
+
+    The lock is a file beside it, ``.<name>.lock``, with the pid and host of its holder. The system
+    lets go of it when the process ends, however it ends. A process may hold a place several times;
+    ranks of one distributed run count as one.
+
+    Args:
+        path: The output.
+        wait: Seconds to wait for another run to end.
+
+    Raises:
+        ConfigError: If the place cannot be written.
+        OutputError: If another run holds it.
+    """
+    path = Path(path)
+    if not is_first_rank():
+        yield
+        return
+    _require_place(path)
+    with ExitStack() as stack:
+        for parent in reversed(path.absolute().parents):
+            if not parent.exists():
+                stack.callback(_remove_if_empty, parent)
+        with explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_locked(path, wait))
+        _put_back(path)
+        yield
+
+
+@contextmanager
+def new_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
+    """A folder to fill that takes its name only when the block ends without an error.
+
+    A kill leaves the old state and a sibling named ``.<name>.partial``, which the next run
+    removes.
+
+    Raises:
+        ConfigError: As `require_free`.
+        OutputError: If another run writes there, or the disk is full or read-only.
+    """
+    path = Path(path)
+    partial = _beside(path, "partial")
+    with held(path), explained(path):
+        require_free(path, force)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            yield partial
+            _sync_tree(partial)
+            _replace(partial, path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def replacement(path: str | Path) -> Iterator[Path]:
+    """A folder to fill, over several starts if need be, that takes its name when the block ends.
+
+    Unlike what is left of a `new_folder`, an unfinished one stays for the next start to go on with.
+    Whoever fills it holds the place (`held`).
+
+    Raises:
+        OutputError: If the disk is full or read-only.
+    """
+    path = Path(path)
+    partial = _beside(path, "partial")
+    yield partial
+    with explained(path):
+        _sync_tree(partial)
+        _replace(partial, path)
+
+
+def discard_replacement(path: str | Path) -> None:
+    """Remove what an unfinished `replacement` left."""
+    shutil.rmtree(_beside(Path(path), "partial"), ignore_errors=True)
+
+
+@contextmanager
+def new_file(path: str | Path) -> Iterator[Path]:
+    """A file to write that takes its name, in place of an old one, when the block ends well.
+
+    Raises:
+        OutputError: If the disk is full or read-only.
+    """
+    path = Path(path)
+    partial = _beside(path, "partial")
+    with explained(path):
+        try:
+            yield partial
+            _sync(partial)
+            partial.replace(path)
+            _sync(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole: a reader sees the old content or the new.
+
+    Raises:
+        OutputError: If the disk is full or read-only.
+    """
+    with new_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def explained(path: str | Path) -> Iterator[None]:
+    """Say in one line why an output could not be written.
+
+    Raises:
+        OutputError: In place of what the system, safetensors or torch raise for a full disk, a
+            read-only one, or a lack of permission. Other errors pass.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        raise OutputError(
+            f"output {str(path)!r} cannot be written: {reason}. What was there before is unchanged"
+        ) from error
+
+
+def _reason(error: Exception) -> str | None:
+    """Why writing failed, if it is not our mistake. Libraries in Rust and C++ tell in words."""
+    if isinstance(error, OSError):
+        return _REASONS.get(error.errno or 0)
+    if "inline_container" in str(error) or "PytorchStreamWriter" in str(error):
+        return "the disk is probably full"
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return _REASONS.get(int(told[1])) if told else None
+
+
+def _require_place(path: Path) -> None:
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(f"output {str(path)!r}: {str(parent)!r} cannot be written")
+
+
+def _beside(path: Path, what: str) -> Path:
+    path = path.absolute()
+    return path.with_name(f".{path.name}.{what}")
+
+
+@contextmanager
+def _locked(path: Path, wait: float) -> Iterator[None]:
+    file = _beside(path, "lock")
+    lock = FileLock(file.absolute(), is_singleton=True)
+    try:
+        lock.acquire(timeout=wait)
+    except Timeout as error:
+        raise OutputError(
+            f"output {str(path)!r} is in use by another run ({_holder(file)}). Wait for its "
+            "end, or choose another place"
+        ) from error
+    try:
+        file.write_text(f"pid {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        yield
+    finally:
+        if lock.lock_counter == 1:
+            file.unlink(missing_ok=True)  # while it is held: whoever opened it looks again
+        lock.release()
+
+
+def _holder(file: Path) -> str:
+    with suppress(OSError, UnicodeDecodeError):
+        return file.read_text(encoding="utf-8") or "not yet known which"
+    return "just ended"
+
+
+def _put_back(path: Path) -> None:
+    """Mend what a kill between two renames left: the old output has stepped aside."""
+    old = _beside(path, "old")
+    if old.exists() and not path.exists():
+        old.rename(path)
+    _remove(old)
+
+
+def _replace(partial: Path, path: Path) -> None:
+    """Put the new folder in place of an old one, which stays until the new one is there."""
+    old = _beside(path, "old")
+    if path.exists():
+        path.rename(old)
+    try:
+        partial.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
+    _sync(path.parent)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in (folder, *folder.rglob("*")):
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+_NUM_BLOCKS, _BLOCK_BYTES = 64, 2**20
+
+
+def identity_of(name: str, source: str) -> str:
+    """What tells a model or data source apart from another one that takes its place.
+
+    Names, sizes and content of its files; of one over 64 MiB 64 blocks of 1 MiB, evenly spaced. A
+    hub id stands for itself.
+
+    Args:
+        name: What the user calls it.
+        source: The folder or file.
+    """
+    path = Path(source)
+    if not path.exists():
+        return name
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            digest.update(f"{file.relative_to(path)} {file.stat().st_size}".encode())
+            for block in _blocks(file):
+                digest.update(block)
+    return f"{name} {digest.hexdigest()[:16]}"
+
+
+def _blocks(file: Path) -> Iterator[bytes]:
+    """A file's content; of a large one blocks from its beginning to its end."""
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        if size <= _NUM_BLOCKS * _BLOCK_BYTES:
+            yield handle.read()
+            return
+        for number in range(_NUM_BLOCKS):
+            handle.seek((size - _BLOCK_BYTES) * number // (_NUM_BLOCKS - 1))
+            yield handle.read(_BLOCK_BYTES)

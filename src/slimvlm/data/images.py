@@ -1,0 +1,108 @@
+"""Pictures that samples and questions name: inside their folder, within limits, and whole."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from slimvlm.core.errors import DataError
+
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What is decoded. Others are refused: some of Pillow's decoders start programs."""
+
+MAX_PIXELS = 89_478_485
+"""Larger pictures are refused unread: decoded, they take more than 256 MiB (Pillow's own limit)."""
+
+MAX_ASPECT = 200
+"""The longer side over the shorter one; processors that keep the shape fail beyond it."""
+
+_GLANCE = (64, 64)
+
+
+def open_image(image: Image.Image | Path) -> Image.Image:
+    """Load a picture as RGB.
+
+    Raises:
+        DataError: If it cannot be read, is cut off, or has too many pixels.
+    """
+    try:
+        if isinstance(image, Path):
+            return _decoded(image)
+        content = encoded(image)
+        return image.convert("RGB") if content is None else _decoded(io.BytesIO(content))
+    except Exception as error:  # decoders raise almost anything when a file is broken
+        raise DataError(f"image {str(image)!r}: cannot be read ({error})") from error
+
+
+def encoded(image: Image.Image) -> bytes | None:
+    """The file of a picture that `find_image` has from memory; None for a decoded one.
+
+    Such a picture is never decoded in place, where its pixels would stay.
+    """
+    source = getattr(image, "fp", None)
+    return source.getvalue() if isinstance(source, io.BytesIO) else None
+
+
+def find_image(source: Any, name: str, root: Path) -> Image.Image | Path:
+    """A picture, or the path of one that exists below the image folder, decoded once as a check.
+
+    Args:
+        source: A picture, its path below ``root``, or a dict with ``bytes`` or ``path``.
+        name: Name of the sample, for messages.
+        root: The image folder.
+
+    Raises:
+        DataError: If there is no such picture, it lies outside the folder (links are followed),
+            is broken, cut off or too large, or is of another format than `FORMATS`.
+    """
+    if isinstance(source, Image.Image):
+        return source
+    content = source.get("bytes") if isinstance(source, dict) else None
+    try:
+        if isinstance(content, bytes) and content:
+            _decoded(io.BytesIO(content), glance=True)
+            return Image.open(io.BytesIO(content), formats=FORMATS)
+        path = _path_below(source.get("path") if isinstance(source, dict) else source, root)
+        _decoded(path, glance=True)
+    except DataError as error:
+        raise DataError(f"sample {name!r}: {error}") from error
+    except Exception as error:
+        raise DataError(f"sample {name!r}: image cannot be read ({error})") from error
+    return path
+
+
+def _path_below(source: Any, root: Path) -> Path:
+    if not isinstance(source, str):
+        raise DataError("image must be a path or a picture")
+    shown = repr(source if len(source) < 100 else f"{source[:100]}...")
+    try:
+        path = (root / source).resolve()
+        is_file = path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(f"image {shown} is not a path ({error})") from error
+    if not path.is_relative_to(root.resolve()):
+        raise DataError(f"image {shown} lies outside {str(root)!r}")
+    if not is_file:
+        raise DataError(f"image {shown} not found in {str(root)!r}")
+    return path
+
+
+def _decoded(source: Path | io.BytesIO, glance: bool = False) -> Image.Image:
+    """A picture as RGB. At a glance its shape is checked, and a JPEG is read whole, but small."""
+    with Image.open(source, formats=FORMATS) as opened:
+        if opened.width * opened.height > MAX_PIXELS:
+            raise ValueError(f"{_size(opened)} pixels; at most {MAX_PIXELS:,} are read")
+        if glance:
+            if max(opened.size) > MAX_ASPECT * min(opened.size):
+                raise ValueError(
+                    f"{_size(opened)} pixels; one side may be {MAX_ASPECT} times the other"
+                )
+            opened.draft("RGB", _GLANCE)
+        return opened.convert("RGB")
+
+
+def _size(image: Image.Image) -> str:
+    return f"{image.width} x {image.height}"

@@ -1,0 +1,363 @@
+"""Data files → `Sample`s: LLaVA JSON, chat ``messages`` in JSONL, parquet or ``datasets`` form."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from slimvlm.core.errors import ConfigError, DataError
+from slimvlm.core.files import identity_of
+from slimvlm.data.chat import require_readable
+from slimvlm.data.images import find_image
+from slimvlm.data.samples import Message, Sample
+
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_AT_ONCE = 256
+
+
+def load_samples(
+    data: str | Path,
+    images: str | Path | None = None,
+    limit: int | None = None,
+    max_bad: int = 0,
+    warn: Callable[[str], None] = print,
+    processor: Any = None,
+    max_length: int | None = None,
+) -> list[Sample]:
+    """Read conversations from any supported source.
+
+    Args:
+        data: ``demo``; a LLaVA-format ``.json``; a ``.jsonl`` or ``.parquet`` with ``messages``
+            (or ``conversations``); a folder that ``datasets`` saved; or a hub dataset id.
+        images: Folder that relative image paths start from; by default the data file's own.
+        limit: Read only the first so many good samples.
+        max_bad: Up to so many broken rows are skipped and named; one more is an error.
+        warn: Receives one line for each row that was skipped.
+        processor: A model's processor or tokenizer. Rows that it cannot read are broken, too: those
+            that its chat template refuses, and pictures where it takes none.
+        max_length: Rows with more tokens, counted by the processor, are broken, too.
+
+    Raises:
+        ConfigError: If the source does not exist or is not understood.
+        DataError: If too many rows are broken; the message names the first one.
+    """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"samples {limit} must be at least 1")
+    if max_length is not None and max_length < 1:
+        raise ConfigError(f"max_length {max_length} must be at least 1")
+    if max_length is not None and processor is None:
+        raise ConfigError(f"max_length {max_length} needs a processor to count tokens with")
+    samples: list[Sample] = []
+    bad = 0
+    for found in _found(data, images, limit):
+        try:
+            samples.append(_readable(found, processor, max_length))
+        except DataError as error:
+            bad += 1
+            if bad > max_bad:
+                raise DataError(f"data {str(data)!r}: {error} (--max-bad {max_bad})") from error
+            warn(f"skipped: {error}")
+        if len(samples) == limit:
+            break
+    if bad:
+        warn(f"data {str(data)!r}: {bad} broken rows skipped, {len(samples)} samples read")
+    if not samples:
+        raise DataError(f"data {str(data)!r}: no usable sample")
+    return samples
+
+
+def _found(
+    data: str | Path, images: str | Path | None, limit: int | None
+) -> Iterable[Sample | DataError]:
+    """What each row of a source is: a sample, or why it is none."""
+    if str(data) == "demo":
+        from slimvlm.demo.conversations import demo_samples
+
+        return demo_samples(limit or 1024)
+    root = Path(images) if images is not None else Path(data).parent
+    if images is not None and not root.is_dir():
+        raise ConfigError(f"images {str(images)!r} is not a folder")
+    return _read_in_order(read_rows(data), root.absolute(), min(limit or _AT_ONCE, _AT_ONCE))
+
+
+def _readable(found: Sample | DataError, processor: Any, max_length: int | None) -> Sample:
+    """A sample that the processor can read."""
+    if isinstance(found, DataError):
+        raise found
+    if processor is not None:
+        require_readable(processor, found, max_length)
+    return found
+
+
+def _read_in_order(rows: Iterable[Any], root: Path, at_once: int) -> Iterator[Sample | DataError]:
+    """What each row is: a sample, or why it is none. Several threads decode the pictures."""
+
+    def attempt(numbered: tuple[int, Any]) -> Sample | DataError:
+        index, row = numbered
+        try:
+            return _sample(row, index, root)
+        except DataError as error:
+            return error
+
+    numbered = enumerate(rows)
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+        while chunk := list(islice(numbered, at_once)):
+            yield from pool.map(attempt, chunk)
+
+
+def subset(samples: list[Sample], fraction: float, seed: int) -> list[Sample]:
+    """A seeded share of the samples, in their original order.
+
+    It is stratified: samples without pictures, with one and with several keep their shares, and so
+    does each folder that pictures come from (to within one sample of a stratum, as far as the
+    rounding of the whole allows). It is nested: 5 % of the data lie within its 10 %. It depends on
+    the order of the samples and the seed alone, so it is the same on every rank.
+    """
+    count = max(round(len(samples) * fraction), 1)
+    chosen = _stratified_order(samples, seed)[:count]
+    return [samples[i] for i in sorted(chosen)]
+
+
+def hold_out(
+    samples: list[Sample], fraction: float, seed: int
+) -> tuple[list[Sample], list[Sample]]:
+    """Samples to learn from, and a stratified share to measure the loss on.
+
+    Held out before `subset` is drawn, that share is the same whatever fraction is learnt from.
+
+    Args:
+        samples: All samples.
+        fraction: Share to hold out; of a share above 0 at least one sample, and never all.
+        seed: Seed of the choice.
+
+    Raises:
+        DataError: If there are too few samples to hold one out.
+    """
+    if not fraction:
+        return samples, []
+    if len(samples) < 2:
+        raise DataError(f"eval_fraction {fraction} needs at least 2 samples, not {len(samples)}")
+    count = min(max(round(len(samples) * fraction), 1), len(samples) - 1)
+    held = set(_stratified_order(samples, seed)[-count:])
+    parts: tuple[list[Sample], list[Sample]] = ([], [])
+    for index, sample in enumerate(samples):
+        parts[index in held].append(sample)
+    return parts
+
+
+def estimated_length(sample: Sample, image_tokens: int = 576) -> int:
+    """About how many tokens a sample has: a key to batch samples of similar length.
+
+    Neither the text nor the pictures are read by a tokenizer or processor: four characters count
+    as a token, and every picture as equally many.
+
+    Args:
+        sample: A conversation.
+        image_tokens: Tokens of a picture; 576 is LLaVA-1.5's number.
+    """
+    parts = (part for message in sample.messages for part in message["content"])
+    characters = sum(len(part.get("text", "")) for part in parts)
+    return characters // 4 + image_tokens * len(sample.images)
+
+
+def _stratified_order(samples: list[Sample], seed: int) -> list[int]:
+    """Indices in an order of which every beginning is a stratified sample.
+
+    Within its stratum of n samples, the k-th in random order stands at (k + u) / n, with one random
+    u for each stratum.
+    """
+    strata: dict[tuple[int, str], list[int]] = {}
+    for index, sample in enumerate(samples):
+        strata.setdefault(_stratum(sample), []).append(index)
+    draw = random.Random(seed)
+    placed: list[tuple[float, int]] = []
+    for members in strata.values():
+        draw.shuffle(members)
+        offset = draw.random()
+        placed += [((k + offset) / len(members), index) for k, index in enumerate(members)]
+    return [index for _, index in sorted(placed)]
+
+
+def _stratum(sample: Sample) -> tuple[int, str]:
+    """How many pictures (0, 1, several), and the folder of the first."""
+    first = sample.images[0] if sample.images else None
+    return min(len(sample.images), 2), str(first.parent) if isinstance(first, Path) else ""
+
+
+def identity_of_data(data: str) -> str:
+    """What tells a source apart from another one under its name, as `slimvlm.core.files` has it."""
+    return data if data == "demo" else identity_of(data, data)
+
+
+def read_rows(data: str | Path) -> Iterator[Any]:
+    """The rows of a data source as plain values; a row that is not JSON is a `BrokenRow`.
+
+    Raises:
+        ConfigError: If the source does not exist or is not understood.
+    """
+    path = Path(data)
+    if path.is_file():
+        try:
+            yield from _rows_of_file(path)
+        except OSError as error:
+            raise ConfigError(f"data {str(data)!r}: cannot be read ({error.strerror})") from error
+    elif path.is_dir() or (str(data).count("/") == 1 and not str(data).startswith((".", "/"))):
+        yield from _rows_of_dataset(path if path.is_dir() else str(data))
+    else:
+        raise ConfigError(f"data {str(data)!r}: no such file, folder or dataset")
+
+
+def _rows_of_file(path: Path) -> Iterator[Any]:
+    if path.suffix == ".parquet":
+        import datasets
+
+        try:
+            table = datasets.Dataset.from_parquet(str(path))
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise DataError(f"data {str(path)!r}: is not a parquet file ({error})") from error
+        yield from _plain_rows(table)
+    elif path.suffix == ".jsonl":
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield _parsed(line, f"line {number}")
+    elif path.suffix == ".json":
+        rows = _parsed(path.read_text(encoding="utf-8", errors="replace"), "the file")
+        if isinstance(rows, BrokenRow):
+            raise DataError(f"data {str(path)!r}: {rows.why}")
+        if not isinstance(rows, list):
+            raise DataError(f"data {str(path)!r}: must be a list of conversations")
+        yield from rows
+    else:
+        raise ConfigError(
+            f"data {str(path)!r}: must end in .json, .jsonl or .parquet, or be a folder"
+        )
+
+
+def _rows_of_dataset(source: Path | str) -> Iterable[Any]:
+    import datasets
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        if isinstance(source, Path) and (source / "state.json").exists():
+            return _plain_rows(datasets.load_from_disk(str(source)))
+        if isinstance(source, Path) and (source / "dataset_dict.json").exists():
+            return _plain_rows(datasets.load_from_disk(str(source))["train"])
+        return _plain_rows(datasets.load_dataset(str(source), split="train"))
+    except (OSError, ValueError, KeyError, RuntimeError, DatasetGenerationError) as error:
+        first_line = str(error.__cause__ or error).strip().splitlines()[0]
+        raise ConfigError(f"data {str(source)!r}: cannot be loaded ({first_line})") from error
+
+
+def _plain_rows(table: Any) -> Iterator[Any]:
+    """Rows with pictures as they are stored, so that no path among them is opened unchecked."""
+    for part in table.with_format("arrow").iter(batch_size=64):
+        yield from part.to_pylist()
+
+
+class BrokenRow:
+    """Stands for a row that could not be parsed, so that it can be counted and named."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return BrokenRow(f"{where} is not JSON ({error})")
+
+
+def _sample(row: Any, index: int, root: Path) -> Sample:
+    if isinstance(row, BrokenRow):
+        raise DataError(row.why)
+    if not isinstance(row, dict):
+        raise DataError(f"row {index} is not an object")
+    name = str(row.get("id", index))[:100]
+    turns = row.get("messages") or row.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise DataError(f"sample {name!r} has no messages or conversations")
+    stated = row.get("images") if row.get("images") is not None else row.get("image")
+    given = [] if stated is None else stated if isinstance(stated, list) else [stated]
+    messages, inline = _messages(turns, name)
+    pictures = [find_image(image, name, root) for image in (*given, *inline)]
+    messages = _with_placeholders(messages, len(pictures), name)
+    return Sample(id=name, messages=tuple(messages), images=tuple(pictures))
+
+
+def _require_unicode(messages: list[Message], name: str) -> None:
+    """Refuse half of a surrogate pair, which JSON can hold where an emoji was cut."""
+    try:
+        "".join(part.get("text", "") for m in messages for part in m["content"]).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"sample {name!r}: a text is not Unicode ({error.reason})") from error
+
+
+def _messages(turns: list[Any], name: str) -> tuple[list[Message], list[Any]]:
+    """Turns in chat form, and the pictures that stand inside them."""
+    messages: list[Message] = []
+    inline: list[Any] = []
+    for turn in turns:
+        if not isinstance(turn, dict):
+            raise DataError(f"sample {name!r}: a turn is not an object")
+        said = turn.get("role", turn.get("from"))
+        role = "system" if said == "system" else _ROLES.get(str(said))
+        content = turn.get("content", turn.get("value"))
+        if role is None or not isinstance(content, str | list):
+            raise DataError(f"sample {name!r}: a turn needs a known role and text (role {said!r})")
+        parts = _split_placeholders(content) if isinstance(content, str) else []
+        for part in content if isinstance(content, list) else []:
+            if not isinstance(part, dict) or part.get("type") not in ("text", "image"):
+                raise DataError(f"sample {name!r}: content parts must be text or image")
+            if part["type"] == "text":
+                if not isinstance(part.get("text"), str):
+                    raise DataError(f"sample {name!r}: a text part without text")
+                parts += _split_placeholders(part["text"])
+                continue
+            source = next((part[k] for k in ("image", "path", "url") if part.get(k)), None)
+            parts.append({"type": "image"})
+            if source is not None:
+                inline.append(source)
+        messages.append({"role": role, "content": parts})
+    answers = [m for m in messages if m["role"] == "assistant"]
+    if not answers or not all(_has_text(m) for m in answers):
+        raise DataError(f"sample {name!r} has no answer, or an empty one")
+    _require_unicode(messages, name)
+    return messages, inline
+
+
+def _has_text(message: Message) -> bool:
+    return any(part.get("text", "").strip() for part in message["content"])
+
+
+def _split_placeholders(text: str) -> list[dict[str, str]]:
+    """``<image>`` and what follows → an image part and a text part."""
+    parts: list[dict[str, str]] = []
+    for position, piece in enumerate(text.split("<image>")):
+        if position:
+            parts.append({"type": "image"})
+            piece = piece.removeprefix("\n")
+        if piece:
+            parts.append({"type": "text", "text": piece})
+    return parts
+
+
+def _with_placeholders(messages: list[Message], pictures: int, name: str) -> list[Message]:
+    """Pictures that no placeholder mentions come before the first user turn's text."""
+    mentioned = sum(p["type"] == "image" for m in messages for p in m["content"])
+    if mentioned == pictures:
+        return messages
+    if mentioned:
+        raise DataError(f"sample {name!r} has {mentioned} image placeholders, {pictures} images")
+    first = next((i for i, m in enumerate(messages) if m["role"] == "user"), None)
+    if first is None:
+        raise DataError(f"sample {name!r} has images, but no user turn to show them in")
+    content = [{"type": "image"}] * pictures + messages[first]["content"]
+    return [*messages[:first], {"role": "user", "content": content}, *messages[first + 1 :]]

@@ -1,0 +1,66 @@
+"""The demo run: one depth and one width setting at 30 %, with everything that users would do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from slimvlm.core.files import write_text
+from slimvlm.core.options import Axis, CompressConfig, Dtype, RecoverConfig
+from slimvlm.evaluation.results import Result
+from slimvlm.models.load import computes_bfloat16, default_device
+from slimvlm.runs.compress import compress
+from slimvlm.runs.tables import as_markdown, result_rows
+
+RATIO = 0.3
+AXES: tuple[Axis, ...] = ("depth", "width")
+RECOVERY = RecoverConfig(
+    train="full",
+    loss="cosine",
+    kd_on="all",
+    hidden_layers="mapped",
+    learning_rate=1e-4,
+    warmup_ratio=0.1,
+    batch_size=2,
+)
+"""Small steps towards the direction of the teacher's hidden states, at every position and layer.
+Two minutes of training add little to a repair, and larger steps harm it (``docs/log.md``)."""
+
+
+def run_demo(
+    out: Path, short: bool, force: bool, say: Callable[[str], None], model: str = "demo"
+) -> dict[str, Result]:
+    """Prune, recover and evaluate the demo model along both axes.
+
+    Args:
+        out: Gets a run folder for each axis and ``summary.md``.
+        short: Only a few questions and training samples.
+        force: Whether runs of an earlier demo may be replaced.
+        say: Receives one line for each stage.
+        model: The model; another training seed's, for example.
+
+    Returns:
+        Results of the original, and pruned and recovered for each axis.
+    """
+    results: dict[str, Result] = {}
+    device = default_device()
+    dtype: Dtype = "bfloat16" if computes_bfloat16(device) else "float32"
+    for axis in AXES:
+        original = out / AXES[0] / "results" / "original.json"
+        config = CompressConfig(
+            ratio=RATIO,
+            axis=axis,
+            data="demo",
+            dtype=dtype,
+            samples=16 if short else 48,
+            training_samples=32 if short else 96,
+            recover=RECOVERY,
+            tasks="demo",
+            limit=4 if short else 20,
+            baseline=None if axis == AXES[0] else str(original),
+        )
+        say(f"--- {axis} ---")
+        for stage, result in compress(model, config, out / axis, force, say).items():
+            results[stage if stage == "original" else f"{axis} {stage}"] = result
+    write_text(out / "summary.md", as_markdown(*result_rows(results)))
+    return results

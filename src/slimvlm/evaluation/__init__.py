@@ -1,0 +1,1 @@
+"""Ask questions, score answers, compare models, time them."""

@@ -1,0 +1,310 @@
+"""Ask a model a benchmark's questions and score its answers: model + tasks → `Result`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from slimvlm.core.errors import ConfigError, DataError
+from slimvlm.core.progress import progress
+from slimvlm.data import chat
+from slimvlm.data.samples import Question, Task
+from slimvlm.evaluation import metrics
+from slimvlm.evaluation.answers import AnswerLog, key_of
+from slimvlm.evaluation.memory import stored_bytes
+from slimvlm.evaluation.results import PERPLEXITY, Result, TaskResult
+from slimvlm.evaluation.tasks import find_tasks
+from slimvlm.evaluation.timing import timed_runs
+from slimvlm.models import losses
+from slimvlm.models.load import anatomy, fingerprint
+
+
+def evaluate(
+    model: PreTrainedModel,
+    processor: Any,
+    tasks: Sequence[Task] | str,
+    limit: int | None = None,
+    batch_size: int = 16,
+    name: str = "",
+    blind: bool = False,
+    log_folder: str | Path | None = None,
+    floors: bool = False,
+) -> Result:
+    """Answer every question greedily and score the answers.
+
+    Questions are batched by length with left padding; the result does not depend on the batch
+    size beyond rounding, and is the same at every call.
+
+    Args:
+        model: A chat-capable model.
+        processor: Its processor or tokenizer.
+        tasks: What to ask: tasks, or their names separated by commas.
+        limit: Only the first so many questions of each task.
+        batch_size: Questions answered at once.
+        name: Name of the model in the result.
+        blind: Show each question the pictures of another one. What the model scores then is its
+            blind floor: a task that is not clearly above it measures no sight.
+        log_folder: Where replies are kept as they come, one JSON line each. An evaluation that was
+            stopped goes on there; one that was finished is not asked again.
+        floors: Ask every question that has pictures a second time, blind, and keep the scores
+            beside those with the right pictures.
+
+    Raises:
+        ConfigError: If an option is out of range, or pictures cannot be exchanged.
+    """
+    for option, value in (("limit", limit), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{option} {value} must be at least 1")
+    if blind and floors:
+        raise ConfigError("floors: a blind result is the floor; leave out one of blind and floors")
+    tasks = find_tasks(tasks) if isinstance(tasks, str) else tasks
+    was_training = model.training
+    model.eval()
+    ask = _asker(model, processor, batch_size, log_folder)
+    first: list[Question] = []
+    results = {}
+    try:
+        for task in tasks:
+            questions = list(task.load(limit))
+            if not questions:
+                raise DataError(f"task {task.name!r} has no questions")
+            first.append(questions[0])
+            results[task.name] = _evaluated(ask, task, questions, blind, floors)
+        how = {"blind": blind, "limit": limit, "batch_size": batch_size}
+        return with_costs(model, processor, results, first[0], name, **how)
+    finally:
+        model.train(was_training)
+
+
+def with_costs(
+    model: PreTrainedModel,
+    processor: Any,
+    tasks: Mapping[str, TaskResult],
+    question: Question,
+    name: str = "",
+    **how: Any,
+) -> Result:
+    """Task results with the model's parameter counts and its times for one question beside them.
+
+    Args:
+        model: The model that answered.
+        processor: Its processor or tokenizer.
+        tasks: What it answered.
+        question: What its times are measured on.
+        name: Name of the model in the result.
+        how: Further fields of `Result`: how the questions were asked.
+    """
+    shape = anatomy(model.config)  # of the configuration: quantised weights are packed
+    prefill_ms, decode_ms = latency(model, processor, question)
+    return Result(
+        model=name or str(model.config._name_or_path),
+        total_params=shape.total_params,
+        backbone_params=shape.backbone_params,
+        tasks=tasks,
+        prefill_ms=prefill_ms,
+        decode_ms=decode_ms,
+        dtype=str(model.dtype).removeprefix("torch."),
+        weight_bytes=stored_bytes(model),
+        **how,
+    )
+
+
+def with_other_pictures(questions: Sequence[Question]) -> list[Question]:
+    """The same questions, each with the pictures of the one half a list further on.
+
+    Only questions with pictures take part. Where that one shows the same pictures, the next one
+    that does not gives its own.
+
+    Raises:
+        ConfigError: If there are pictures, but not two questions that show different ones.
+    """
+    seeing = [question for question in questions if question.images]
+    half = len(seeing) // 2
+    turned = [*seeing[half:], *seeing[:half]]
+    images = (_other_images(q, turned[i:] + turned[:i]) for i, q in enumerate(seeing))
+    return [replace(q, images=next(images)) if q.images else q for q in questions]
+
+
+def answer(
+    model: PreTrainedModel, processor: Any, questions: Sequence[Question], max_new_tokens: int
+) -> list[str]:
+    """Greedy replies to a batch of questions."""
+    inputs = on_device(model, chat.encode_questions(processor, questions))
+    tokenizer = chat.tokenizer_of(processor)
+    with torch.no_grad():
+        output = _generator(model).generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    new_tokens = output[:, inputs["input_ids"].shape[1] :]
+    replies: list[str] = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+    return [reply.strip() for reply in replies]
+
+
+@torch.no_grad()
+def choose(
+    model: PreTrainedModel, processor: Any, questions: Sequence[Question], max_new_tokens: int = 0
+) -> list[str]:
+    """The likeliest choice of each question: highest log-probability of the whole answer turn."""
+    replies = []
+    for question in questions:
+        samples = [chat.answered_sample(question, choice) for choice in question.choices]
+        inputs = on_device(model, chat.encode_samples(processor, samples))
+        labels = inputs.pop("labels")
+        loss = losses.token_cross_entropy(model(**inputs).logits, labels).sum(1)
+        replies.append(question.choices[int(loss.argmin())])
+    return replies
+
+
+def latency(
+    model: PreTrainedModel, processor: Any, question: Question, repeats: int = 5, tokens: int = 8
+) -> tuple[float, float]:
+    """Median milliseconds to read one question, and to write one further token, at batch 1."""
+    inputs = on_device(model, chat.encode_questions(processor, [question]))
+    runs = timed_runs([model], [inputs], 1 + tokens, repeats)[0]
+    return median(run.prefill_ms for run in runs), median(run.decode_ms for run in runs)
+
+
+def _generator(model: PreTrainedModel) -> Any:
+    """The model as something that generates, which its static type does not say."""
+    return model
+
+
+def _other_images(question: Question, others: Sequence[Question]) -> tuple[Image | Path, ...]:
+    for other in others:
+        if other.images != question.images:
+            return other.images
+    raise ConfigError(
+        f"blind: question {question.id!r} finds no other pictures to be asked with (see --limit)"
+    )
+
+
+def _evaluated(
+    ask: Callable[[Task, Sequence[Question]], TaskResult],
+    task: Task,
+    questions: Sequence[Question],
+    blind: bool,
+    floors: bool,
+) -> TaskResult:
+    """One task asked as it is, blind, or both ways."""
+    shows = task.metric != PERPLEXITY and any(question.images for question in questions)
+    if not shows or not (blind or floors):
+        return ask(task, questions)
+    floor = ask(task, with_other_pictures(questions))
+    result = floor if blind else ask(task, questions)
+    return replace(result, blind_scores=floor.scores)
+
+
+def _asker(
+    model: PreTrainedModel, processor: Any, batch_size: int, log_folder: str | Path | None
+) -> Callable[[Task, Sequence[Question]], TaskResult]:
+    """A function that asks what the log has not got, and scores all of it."""
+    folder = Path(log_folder) if log_folder is not None else None
+    mark = fingerprint(model) if folder is not None else ""
+
+    def ask(task: Task, questions: Sequence[Question]) -> TaskResult:
+        if task.metric == PERPLEXITY:
+            log = AnswerLog(folder, task.name, key_of(mark, task, questions))
+            return _perplexity(model, processor, task, questions, log)
+        key = key_of(mark, task, questions, batch_size=batch_size)
+        log = AnswerLog(folder, task.name, key)
+        _ask(model, processor, task, questions, batch_size, log)
+        return _scored(task, questions, log)
+
+    return ask
+
+
+def _ask(
+    model: PreTrainedModel,
+    processor: Any,
+    task: Task,
+    questions: Sequence[Question],
+    batch_size: int,
+    log: AnswerLog,
+) -> None:
+    """Ask what the log has not got; batches are the same whether or not some are in it."""
+    for batch in _by_length(questions, batch_size, task.name):
+        picked = [questions[i] for i in batch]
+        if any(question.id not in log.replies for question in picked):
+            reply = choose if task.by_likelihood else answer
+            log.add(picked, reply(model, processor, picked, task.max_new_tokens))
+
+
+def _scored(task: Task, questions: Sequence[Question], log: AnswerLog) -> TaskResult:
+    score = metrics.METRICS[task.metric]
+    replies = [log.replies[question.id] for question in questions]
+    scores = [score(reply, question) for reply, question in zip(replies, questions, strict=True)]
+    is_yes_no = task.metric == "yes_no"
+    return TaskResult(
+        metric=task.metric,
+        score=100 * sum(scores) / max(len(scores), 1),
+        chance=task.chance,
+        in_average=task.in_average,
+        ids=tuple(question.id for question in questions),
+        replies=tuple(replies),
+        scores=tuple(scores),
+        details=metrics.yes_no_details(replies, questions) if is_yes_no else {},
+        majority=metrics.majority_score(task.metric, questions),
+    )
+
+
+def _by_length(questions: Sequence[Question], batch_size: int, name: str) -> Iterator[list[int]]:
+    """Batches of indices whose prompts have similar lengths, longest first; a progress bar."""
+    order = sorted(range(len(questions)), key=lambda i: (-len(questions[i].prompt), i))
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    yield from progress(batches, name)
+
+
+@torch.no_grad()
+def _perplexity(
+    model: PreTrainedModel,
+    processor: Any,
+    task: Task,
+    questions: Sequence[Question],
+    log: AnswerLog,
+) -> TaskResult:
+    """Token-weighted perplexity of plain passages (``answers[0]``), no chat template.
+
+    The log keeps mean loss and number of tokens of each passage.
+    """
+    tokenizer = chat.tokenizer_of(processor)
+    for question in progress(questions, task.name):
+        if question.id in log.replies:
+            continue
+        inputs = on_device(model, dict(tokenizer(question.answers[0], return_tensors="pt")))
+        labels = inputs["input_ids"]
+        mean = float(losses.cross_entropy(model(**inputs).logits, labels))
+        log.add([question], [json.dumps([mean, int(losses.label_counts(labels).sum())])])
+    means, counts = zip(*(json.loads(log.replies[q.id]) for q in questions), strict=True)
+    total = sum(mean * count for mean, count in zip(means, counts, strict=True))
+    return TaskResult(
+        metric=PERPLEXITY,
+        score=float(torch.tensor(total / max(sum(counts), 1)).exp()),
+        chance=task.chance,
+        in_average=False,
+        ids=tuple(question.id for question in questions),
+        replies=("",) * len(questions),
+        scores=means,
+    )
+
+
+def on_device(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors among inputs where the model is; pictures in its data type."""
+    moved = {}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            floating = value.is_floating_point()
+            moved[name] = value.to(model.device, model.dtype if floating else None)
+    return moved

@@ -1,0 +1,395 @@
+"""The study's nine benchmarks through lmms-eval: model + names → the same `TaskResult`s.
+
+lmms-eval loads the data, writes the prompts and scores the replies. The model answers through our
+own chat code, so any AutoModelForImageTextToText will do. Needs ``pip install 'slimvlm[eval]'``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageFile
+from transformers import PreTrainedModel
+
+from slimvlm.core.errors import ConfigError
+from slimvlm.data import chat
+from slimvlm.data.samples import Question
+from slimvlm.evaluation.ask import evaluate, with_costs
+from slimvlm.evaluation.lmms_adapter import adapter
+from slimvlm.evaluation.metrics import MME_FULL_SCORES
+from slimvlm.evaluation.results import Result, TaskResult
+
+Values = Sequence[Any]
+"""What a task keeps of each question for one metric: numbers, or dictionaries of its own."""
+
+
+def _numbers(values: Values) -> list[float]:
+    """Scores that are numbers, or stand under a usual name."""
+    return [float(_number(value)) for value in values]
+
+
+def _mmmu(values: Values) -> list[float]:
+    """MMMU keeps parsed replies and judges them all at the end; here one by one."""
+    from lmms_eval.tasks.mmmu.utils import evaluate_mmmu
+
+    return [float(evaluate_mmmu([value])[1]["acc"]) for value in values]
+
+
+def _mme(values: Values) -> list[float]:
+    """Each question's share of the MME score, so that 100 x the mean is that score.
+
+    MME adds up, over categories, the percentage of right answers and the percentage of pictures
+    with both answers right.
+    """
+    keys = [(value["category"], value["question_id"]) for value in values]
+    pictures = Counter(category for category, _ in set(keys))
+    right = Counter[tuple[str, str]]()
+    for key, value in zip(keys, values, strict=True):
+        right[key] += int(value["score"])
+    return [
+        len(values) / 100 * 50 * (value["score"] + (right[key] == 2)) / pictures[key[0]]
+        for key, value in zip(keys, values, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class LmmsRow:
+    """One benchmark as lmms-eval knows it.
+
+    Attributes:
+        task: lmms-eval's name of the task.
+        metric: Key of the score in its results; the task's first metric if empty.
+        full: What a perfect model gets there.
+        chance: Score of guessing, in percent of the full score.
+        read: One score for each question from what the task keeps of them.
+        details: Further metrics of the task, on the same scale.
+        together: Questions that are scored as one; a limit must be a multiple.
+        needs_judge: Whether another language model reads the replies.
+    """
+
+    task: str
+    metric: str = ""
+    full: float = 1.0
+    chance: float = 0.0
+    read: Callable[[Values], list[float]] = _numbers
+    details: Mapping[str, str] = field(default_factory=dict)
+    together: int = 1
+    needs_judge: bool = False
+
+
+LMMS_TASKS: dict[str, LmmsRow] = {
+    "mme_cognition": LmmsRow(
+        "mme", "mme_cognition_score", full=800, chance=37.5, read=_mme, together=2
+    ),
+    "mme_perception": LmmsRow(
+        "mme", "mme_perception_score", full=2000, chance=37.5, read=_mme, together=2
+    ),
+    "pope": LmmsRow("pope", "pope_accuracy", chance=50, details={"f1": "pope_f1_score"}),
+    "gqa": LmmsRow("gqa", "exact_match"),
+    "scienceqa_img": LmmsRow("scienceqa_img", "exact_match", chance=40.1),
+    "mmmu_val": LmmsRow("mmmu_val", "mmmu_acc", chance=22.1, read=_mmmu),
+    "ai2d": LmmsRow("ai2d", "exact_match", chance=25),
+    "mathvista": LmmsRow(
+        "mathvista_testmini_format",
+        "llm_as_judge_eval",
+        full=100,
+        chance=17.9,
+        needs_judge=True,
+    ),
+    "docvqa": LmmsRow("docvqa_val", "anls"),
+}
+"""The study's benchmarks; ``mme`` stands for both of its halves.
+
+Chance: MME counts half the answers and a quarter of the pairs. ScienceQA, MMMU and MathVista are
+the "random chance" rows of their papers (arXiv:2209.09513, 2311.16502, 2310.02255).
+"""
+
+
+def split_names(names: str) -> tuple[str, list[str]]:
+    """Separate a comma-separated list into our own tasks and those of lmms-eval."""
+    parts = [part.strip() for part in names.split(",") if part.strip()]
+    theirs = [part for part in parts if _rows_named(part)]
+    return ",".join(part for part in parts if part not in theirs), theirs
+
+
+def check_names(
+    names: Sequence[str], limit: int | None = None, include_path: str | Path | None = None
+) -> dict[str, LmmsRow]:
+    """Rows of these benchmarks; refuses what would fail later, before a model is loaded.
+
+    Raises:
+        ConfigError: If lmms-eval is missing, a name is unknown, or the limit cannot be kept.
+    """
+    if find_spec("lmms_eval") is None:
+        raise ConfigError("lmms-eval is not installed: pip install 'slimvlm[eval]'")
+    own = _own_tasks(include_path)
+    rows = {key: row for name in names for key, row in _find_rows(name, own).items()}
+    _check(rows, limit)
+    return rows
+
+
+def evaluate_with_lmms(
+    model: PreTrainedModel,
+    processor: Any,
+    names: Sequence[str],
+    limit: int | None = None,
+    batch_size: int = 1,
+    include_path: str | Path | None = None,
+) -> dict[str, TaskResult]:
+    """Run benchmarks in lmms-eval's own runner; greedy replies through our chat code.
+
+    Args:
+        model: A chat-capable model.
+        processor: Its processor or tokenizer.
+        names: Keys of `LMMS_TASKS`, lmms-eval's own names of them, or tasks in ``include_path``.
+        limit: Only the first so many questions of each task.
+        batch_size: Questions answered at once.
+        include_path: Folder with task files in lmms-eval's format. They come before the ones of
+            the same name that lmms-eval ships, so data on disk can take the hub's place.
+
+    Returns:
+        Results by name. MME comes in two halves on their own scales (800 and 2000), and so do
+        their scores for each question: 100 times the mean is the score. A half that is not among
+        the first ``limit`` questions is left out.
+
+    Raises:
+        ConfigError: If lmms-eval is missing, a name is unknown, or data cannot be loaded.
+    """
+    rows = check_names(names, limit, include_path)
+    own = _own_tasks(include_path)
+    tasks = {row.task: _load_task(row.task, own) for row in rows.values()}
+    was_training = model.training
+    model.eval()
+    results: dict[str, TaskResult] = {}
+    for name, task in tasks.items():
+        output, replies = _run(model, processor, task, limit, batch_size)
+        asked = {key: row for key, row in rows.items() if row.task == name}
+        results |= _results(asked, name, task, output, replies)
+    model.train(was_training)
+    return {key: results[key] for key in rows if key in results}
+
+
+def result_with_lmms(
+    model: PreTrainedModel,
+    processor: Any,
+    names: Sequence[str],
+    limit: int | None = None,
+    batch_size: int = 1,
+    name: str = "",
+    include_path: str | Path | None = None,
+) -> Result:
+    """`evaluate_with_lmms` as a whole `Result`, latencies included (one plain grey picture)."""
+    tasks = evaluate_with_lmms(model, processor, names, limit, batch_size, include_path)
+    shown = (Image.new("RGB", (336, 336), "grey"),) if chat.can_see(processor) else ()
+    question = Question("latency", "What is shown here?", ("",), shown)
+    how = {"limit": limit, "batch_size": batch_size}
+    return with_costs(model, processor, tasks, question, name, **how)
+
+
+def evaluate_all(
+    model: PreTrainedModel,
+    processor: Any,
+    tasks: str,
+    limit: int | None = None,
+    batch_size: int = 16,
+    name: str = "",
+    log_folder: str | Path | None = None,
+    floors: bool = False,
+    task_folder: str | Path | None = None,
+    blind: bool = False,
+) -> Result:
+    """One result from our own tasks and from lmms-eval's.
+
+    Arguments as for `slimvlm.evaluate` and `evaluate_with_lmms`; ``log_folder``, ``floors`` and
+    ``blind`` are for our own tasks.
+    """
+    own, theirs = split_names(tasks)
+    if not own:
+        return result_with_lmms(model, processor, theirs, limit, batch_size, name, task_folder)
+    result = evaluate(model, processor, own, limit, batch_size, name, blind, log_folder, floors)
+    if not theirs:
+        return result
+    more = evaluate_with_lmms(model, processor, theirs, limit, batch_size, task_folder)
+    return replace(result, tasks={**result.tasks, **more})
+
+
+def _rows_named(name: str) -> dict[str, LmmsRow]:
+    """Rows with this name, or with this task: two for ``mme``."""
+    return {key: row for key, row in LMMS_TASKS.items() if name in (key, row.task)}
+
+
+def _find_rows(name: str, own: Any) -> dict[str, LmmsRow]:
+    found = _rows_named(name)
+    if not found and own is not None and name in own.all_subtasks:
+        found = {name: LmmsRow(name)}
+    if not found:
+        known = [*LMMS_TASKS, *(own.all_subtasks if own is not None else ())]
+        raise ConfigError(f"task {name!r} is not known. Choose from: mme, {', '.join(known)}")
+    return found
+
+
+def _check(rows: Mapping[str, LmmsRow], limit: int | None) -> None:
+    """Refuse what would fail after hours of answering."""
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit {limit} must be 1 or more")
+    for name, row in rows.items():
+        if limit is not None and limit % row.together:
+            raise ConfigError(
+                f"limit {limit}: task {name!r} scores {row.together} questions as one; "
+                f"give a multiple of {row.together}"
+            )
+        needs_key = row.needs_judge and os.environ.get("API_TYPE", "openai") == "openai"
+        if needs_key and not os.environ.get("OPENAI_API_KEY"):
+            raise ConfigError(
+                f"task {name!r}: lmms-eval has a judge model read the replies; set OPENAI_API_KEY "
+                "(and OPENAI_API_URL and MODEL_VERSION for a server of your own)"
+            )
+
+
+def _own_tasks(include_path: str | Path | None) -> Any:
+    """lmms-eval's index of a folder, or None."""
+    if include_path is None:
+        return None
+    if not Path(include_path).is_dir():
+        raise ConfigError(f"include_path {str(include_path)!r} is not a folder")
+    with _contained():
+        from lmms_eval.tasks import TaskManager
+
+        return TaskManager(include_path=str(include_path), include_defaults=False)
+
+
+@cache
+def _shipped_tasks() -> Any:
+    """lmms-eval's index of its own two thousand tasks, which takes seconds."""
+    from lmms_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _load_task(name: str, own: Any) -> Any:
+    """A task with its data.
+
+    Raises:
+        ConfigError: If the data is not there, or a package that the task needs.
+    """
+    from tenacity import RetryError
+
+    with _contained():
+        is_own = own is not None and name in own.all_subtasks
+        manager = own if is_own else _shipped_tasks()
+        try:
+            return manager.load_task_or_group(name)[name]
+        except (RetryError, ImportError, OSError, ValueError) as error:
+            inner = error.last_attempt.exception() if isinstance(error, RetryError) else error
+            reason = " ".join(str(inner).split()) or type(inner).__name__
+            raise ConfigError(
+                f"task {name!r}: its data cannot be loaded. lmms-eval takes it from the Hugging "
+                f"Face hub or its cache; offline, download it first ({reason})"
+            ) from error
+
+
+def _run(
+    model: PreTrainedModel, processor: Any, task: Any, limit: int | None, batch_size: int
+) -> tuple[dict[str, Any], dict[int, str]]:
+    """What lmms-eval's runner returns for one task, and the replies by index of the question."""
+    replies: dict[int, str] = {}
+    with _contained():
+        from lmms_eval.evaluator import simple_evaluate
+        from lmms_eval.tasks import TaskManager
+
+        output: dict[str, Any] = simple_evaluate(
+            model=adapter(model, processor, batch_size, replies),
+            tasks=[task],
+            task_manager=TaskManager(include_defaults=False),
+            limit=limit,
+            bootstrap_iters=0,
+            process_docs_parallel=1,
+            random_seed=None,
+            numpy_random_seed=None,
+            torch_random_seed=None,
+        )
+    return output, replies
+
+
+@contextlib.contextmanager
+def _contained() -> Iterator[None]:
+    """What importing and running lmms-eval changes for the whole process stays in this block.
+
+    No log lines; what its tasks print goes to stderr. It reads cut-off pictures as if they were
+    whole, which Pillow would then do everywhere.
+    """
+    from loguru import logger
+
+    reads_cut_off = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = True
+    logger.disable("lmms_eval")
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        logger.enable("lmms_eval")
+        ImageFile.LOAD_TRUNCATED_IMAGES = reads_cut_off
+
+
+def _results(
+    rows: Mapping[str, LmmsRow],
+    name: str,
+    task: Any,
+    output: Mapping[str, Any],
+    replies: Mapping[int, str],
+) -> dict[str, TaskResult]:
+    """One result for each row of a task that was run."""
+    samples: dict[int, Mapping[str, Any]] = {}
+    for sample in output["samples"][name]:  # once for each filter; the first one counts
+        samples.setdefault(int(sample["doc_id"]), sample)
+    totals: dict[str, Any] = {}
+    for key, value in output["results"][name].items():  # keys are "metric,filter"
+        totals.setdefault(key.split(",")[0], value)
+    results = {}
+    for key, row in rows.items():
+        metric = row.metric or next(iter(task.aggregation()))
+        if metric in totals:
+            results[key] = _result(key, row, metric, totals, samples, replies)
+    if not results:
+        wanted = ", ".join(row.metric for row in rows.values())
+        raise ConfigError(f"task {name!r}: lmms-eval gave no {wanted} on these questions")
+    return results
+
+
+def _result(
+    name: str,
+    row: LmmsRow,
+    metric: str,
+    totals: Mapping[str, Any],
+    samples: Mapping[int, Mapping[str, Any]],
+    replies: Mapping[int, str],
+) -> TaskResult:
+    scored = [index for index in sorted(samples) if metric in samples[index]]
+    scale = MME_FULL_SCORES.get(name, 100.0) / row.full
+    return TaskResult(
+        metric=metric,
+        score=scale * float(totals[metric] or 0.0),  # MathVista says None for zero
+        chance=row.chance,
+        in_average=True,
+        ids=tuple(map(str, scored)),
+        replies=tuple(replies[index] for index in scored),
+        scores=tuple(row.read([samples[index][metric] for index in scored])),
+        details={key: scale * float(totals[other]) for key, other in row.details.items()},
+    )
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        value = value.get("score", value.get("true_false"))
+    if value is None or isinstance(value, (str, Sequence)):
+        raise ConfigError("the task's metric keeps no number for each question")
+    return value

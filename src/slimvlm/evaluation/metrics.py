@@ -1,0 +1,298 @@
+"""How an answer is scored, how scores are averaged, and what was kept of the original's."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slimvlm.data.samples import Question
+
+MME_FULL_SCORES = {"mme_cognition": 800.0, "mme_perception": 2000.0}
+"""Scores that the study rescales to percent before averaging (arXiv:2507.20749, Sec. 4)."""
+_CONSTANTS = 8
+"""Constant answers that are tried for the majority floor."""
+_SURE = 0.975
+"""Share of draws in which the original must be above its floor, to divide by the distance."""
+
+
+def normalise(text: str) -> str:
+    """Lower case, single spaces, no full stop at the end."""
+    return re.sub(r"\s+", " ", text.strip().lower()).rstrip(". ")
+
+
+def exact_match(reply: str, question: Question) -> float:
+    """1 if the normalised reply is one of the answers."""
+    return float(normalise(reply) in {normalise(answer) for answer in question.answers})
+
+
+def letter(reply: str, question: Question) -> float:
+    """1 if the first letter that stands alone in the reply is the answer's."""
+    match = re.search(r"\b([a-z])\b", normalise(reply))
+    return float(match is not None and match[1] == normalise(question.answers[0]))
+
+
+def yes_no(reply: str, question: Question) -> float:
+    """1 if the first word is the right one of yes and no."""
+    return float(first_word(reply) == normalise(question.answers[0]))
+
+
+def first_word(reply: str) -> str:
+    """The first word of a reply, normalised."""
+    match = re.match(r"[a-z]+", normalise(reply))
+    return match[0] if match else ""
+
+
+def set_f1(reply: str, question: Question) -> float:
+    """F1 between the comma-separated items of the reply and of the answer."""
+    found, wanted = _items(reply), _items(question.answers[0])
+    hits = len(found & wanted)
+    return 2 * hits / (len(found) + len(wanted)) if hits else 0.0
+
+
+def anls(reply: str, question: Question) -> float:
+    """Normalised Levenshtein similarity to the best answer, 0 below one half.
+
+    Reference:
+        Biten et al. 2019, Scene Text Visual Question Answering, arXiv:1905.13648, Eq. 1.
+    """
+    best = max(_similarity(normalise(reply), normalise(answer)) for answer in question.answers)
+    return best if best >= 0.5 else 0.0
+
+
+METRICS: dict[str, Callable[[str, Question], float]] = {
+    "exact_match": exact_match,
+    "letter": letter,
+    "yes_no": yes_no,
+    "set_f1": set_f1,
+    "anls": anls,
+}
+"""Metrics of a generated reply, each in [0, 1]. Perplexity is computed without generation."""
+
+
+def yes_no_details(replies: Sequence[str], questions: Sequence[Question]) -> dict[str, float]:
+    """F1 of "yes" and the share of yes replies, in percent, as POPE reports them."""
+    said = [first_word(reply) == "yes" for reply in replies]
+    true = [normalise(question.answers[0]) == "yes" for question in questions]
+    hits = sum(s and t for s, t in zip(said, true, strict=True))
+    f1 = 2 * hits / (sum(said) + sum(true)) if hits else 0.0
+    return {"f1": 100 * f1, "yes_rate": 100 * sum(said) / max(len(said), 1)}
+
+
+def average(scores: Mapping[str, float]) -> float:
+    """AVG: the unweighted mean over tasks, MME scores rescaled to percent.
+
+    Reference:
+        Huang et al. 2025, arXiv:2507.20749, Sec. 4.
+    """
+    return float(np.mean([s * 100 / MME_FULL_SCORES.get(n, 100.0) for n, s in scores.items()]))
+
+
+def majority_score(metric: str, questions: Sequence[Question]) -> float:
+    """Score of the best constant answer to these very questions, in percent.
+
+    Tried are the most frequent accepted answers, and for `set_f1` the lists of the most frequent
+    items. For metrics that are right or wrong this is the best constant there is.
+
+    Args:
+        metric: Key of `METRICS`.
+        questions: The questions that were asked.
+    """
+    accepted = Counter(a for q in questions for a in {normalise(answer) for answer in q.answers})
+    frequent = accepted.most_common(_CONSTANTS)
+    candidates = [answer for i, (answer, count) in enumerate(frequent) if count > 1 or i == 0]
+    if metric == "set_f1":
+        items = Counter(item for q in questions for item in _items(q.answers[0]))
+        common = [item for item, _ in items.most_common(_CONSTANTS)]
+        candidates += [", ".join(common[:count]) for count in range(1, len(common) + 1)]
+    score = METRICS[metric]
+    means = [float(np.mean([score(answer, q) for q in questions])) for answer in candidates]
+    return 100 * max(means, default=0.0)
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What a model kept of another one's average.
+
+    Attributes:
+        percent: AVG-%: the ratio of the two averages in percent (a ratio of means).
+        low: Lower end of the 95 % confidence interval.
+        high: Upper end.
+        above_chance: The same ratio after the tasks' chance levels are taken off both averages;
+            NaN if the original is not above chance itself.
+        above_floor: The same ratio after the tasks' floors are taken off both averages; NaN if the
+            original is not above its floor.
+        above_floor_low: Lower end of its 95 % confidence interval; NaN if the original is not
+            surely above the floor (in 97.5 % of the draws), so that the ratio has no bounds.
+        above_floor_high: Upper end, likewise.
+    """
+
+    percent: float
+    low: float
+    high: float
+    above_chance: float
+    above_floor: float = float("nan")
+    above_floor_low: float = float("nan")
+    above_floor_high: float = float("nan")
+
+
+def retention(
+    scores: Mapping[str, Sequence[float]],
+    baseline: Mapping[str, Sequence[float]],
+    chance: Mapping[str, float],
+    floors: Mapping[str, float | Sequence[float]] | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Retention:
+    """AVG-% with a paired bootstrap over questions.
+
+    Args:
+        scores: For each task, one score in [0, 1] for each question.
+        baseline: The same questions answered by the original model.
+        chance: Score of guessing for each task, in percent.
+        floors: What each task gives a model that does not do it: in percent, or one score for each
+            question, which is then drawn with the models' answers. Chance, if left out.
+        resamples: Bootstrap draws. Questions are drawn within tasks, the same for both models.
+        seed: Of the draws.
+    """
+    given = floors if floors is not None else chance
+    floor_scores = {name: _floor_scores(name, given[name], len(scores[name])) for name in scores}
+    (ours, mean), (theirs, base), (floor, floor_mean) = _averages(
+        [scores, baseline, floor_scores], resamples, seed
+    )
+    luck = float(np.mean([chance[name] for name in scores]))
+    low, high = np.percentile(100 * ours / np.maximum(theirs, 1e-9), [2.5, 97.5])
+    floor_low = floor_high = float("nan")
+    reached = theirs > floor
+    if reached.mean() >= _SURE:
+        ratios = 100 * (ours - floor)[reached] / (theirs - floor)[reached]
+        floor_low, floor_high = np.percentile(ratios, [2.5, 97.5])
+    return Retention(
+        percent=100 * mean / max(base, 1e-9),
+        low=float(low),
+        high=float(high),
+        above_chance=_percent_above(luck, mean, base),
+        above_floor=_percent_above(floor_mean, mean, base),
+        above_floor_low=float(floor_low),
+        above_floor_high=float(floor_high),
+    )
+
+
+def average_difference(
+    a: Mapping[str, Sequence[float]],
+    b: Mapping[str, Sequence[float]],
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Difference:
+    """AVG of ``b`` minus AVG of ``a``, with a paired bootstrap over the questions of each task.
+
+    Args:
+        a: For each task, one score for each question.
+        b: Scores of the other model on the same tasks and questions.
+        resamples: Bootstrap draws. Questions are drawn within tasks, the same for both models.
+        seed: Of the draws.
+    """
+    (first, first_mean), (second, second_mean) = _averages([a, b], resamples, seed)
+    low, high = np.percentile(second - first, [2.5, 97.5])
+    return Difference(points=second_mean - first_mean, low=float(low), high=float(high))
+
+
+def _averages(
+    models: Sequence[Mapping[str, Sequence[float]]], resamples: int, seed: int
+) -> list[tuple[NDArray[np.float64], float]]:
+    """AVG of each model in every draw, and on all questions; the draws are the same for all."""
+    generator = np.random.default_rng(seed)
+    drawn = np.zeros((len(models), resamples))
+    for name in models[0]:
+        count = len(models[0][name])
+        draws = generator.integers(0, count, (resamples, count))
+        scale = 100 * 100 / MME_FULL_SCORES.get(name, 100.0) / len(models[0])
+        drawn += scale * np.stack([np.asarray(m[name], float)[draws].mean(1) for m in models])
+    means = [average({n: 100 * float(np.mean(m[n])) for n in models[0]}) for m in models]
+    return list(zip(drawn, means, strict=True))
+
+
+def _floor_scores(name: str, floor: float | Sequence[float], count: int) -> Sequence[float]:
+    """A floor for each question, on the scale of the task's scores."""
+    if isinstance(floor, (int, float)):
+        return [floor / 100 * MME_FULL_SCORES.get(name, 100.0) / 100] * count
+    return floor
+
+
+def _percent_above(floor: float, mean: float, base: float) -> float:
+    return 100 * (mean - floor) / (base - floor) if base > floor else float("nan")
+
+
+def _items(text: str) -> set[str]:
+    return {normalise(item) for item in re.split(r",|\band\b", text) if item.strip()}
+
+
+def _similarity(a: str, b: str) -> float:
+    """One minus the edit distance over the longer length."""
+    if not a and not b:
+        return 1.0
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        previous, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
+    return 1 - row[-1] / max(len(a), len(b))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much better one model answers the same questions than another.
+
+    Attributes:
+        points: Mean difference of the scores, in percentage points.
+        low: Lower end of the 95 % confidence interval.
+        high: Upper end.
+    """
+
+    points: float
+    low: float
+    high: float
+
+    @property
+    def significant(self) -> bool:
+        """Whether the interval excludes 0."""
+        return self.low > 0 or self.high < 0
+
+
+def paired_difference(
+    a: Sequence[float], b: Sequence[float], resamples: int = 1000, seed: int = 0
+) -> Difference:
+    """Mean of ``b - a`` with a paired bootstrap over questions (percentile interval).
+
+    Where only a few answers differ, the interval is narrower than it should be: an exact sign test
+    needs at least six answers that all changed the same way before it reaches 5 %.
+
+    Args:
+        a: One score in [0, 1] for each question.
+        b: Scores of the other model on the same questions in the same order.
+        resamples: Bootstrap draws; each draws questions, so both models answer the same ones.
+        seed: Of the draws.
+
+    Raises:
+        ValueError: If there are no scores, or not as many of each.
+
+    Reference:
+        Koehn 2004, Statistical Significance Tests for Machine Translation Evaluation, EMNLP.
+    """
+    if len(a) != len(b) or not len(a):
+        raise ValueError(f"scores must be of the same questions: {len(a)} and {len(b)} were given")
+    gaps = 100 * (np.asarray(b, float) - np.asarray(a, float))
+    generator = np.random.default_rng(seed)
+    means = [gaps[generator.integers(0, len(gaps), len(gaps))].mean() for _ in range(resamples)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Difference(points=float(gaps.mean()), low=float(low), high=float(high))
+
+
+def signed(value: float) -> str:
+    """A signed number with one digit, where what rounds to zero has no sign."""
+    rounded = round(value, 1)
+    return f"{rounded:+.1f}" if rounded else "0.0"

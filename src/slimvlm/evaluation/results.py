@@ -1,0 +1,230 @@
+"""What a model said to a benchmark's questions, its scores, and how two models compare."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from slimvlm.core.errors import ConfigError
+from slimvlm.core.files import write_text
+from slimvlm.evaluation import metrics
+
+PERPLEXITY = "perplexity"
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """Scores of one task.
+
+    Attributes:
+        metric: Name of the metric.
+        score: Mean in percent; for perplexity the perplexity itself (lower is better).
+        chance: Score of guessing, in percent.
+        in_average: Whether the task counts in AVG.
+        ids: Question ids.
+        replies: What the model said.
+        scores: One score for each question, in [0, 1] but for MME, whose full score is above 100
+            (for perplexity: its mean loss).
+        details: Further numbers of the metric, in percent.
+        majority: Score of the best constant answer to these very questions, in percent; None for
+            perplexity, and where the scoring is not ours.
+        blind_scores: The scores that the same model gets for the same questions when it is shown
+            the pictures of other ones; empty where that was not measured or nothing is shown.
+    """
+
+    metric: str
+    score: float
+    chance: float
+    in_average: bool
+    ids: tuple[str, ...]
+    replies: tuple[str, ...]
+    scores: tuple[float, ...]
+    details: Mapping[str, float] = field(default_factory=dict)
+    majority: float | None = None
+    blind_scores: tuple[float, ...] = ()
+
+    @property
+    def blind(self) -> float | None:
+        """The blind floor: mean of `blind_scores` in percent; None where it was not measured."""
+        return 100 * fmean(self.blind_scores) if self.blind_scores else None
+
+
+@dataclass(frozen=True)
+class Result:
+    """Scores of one model on some tasks.
+
+    Attributes:
+        model: Name or path of the model.
+        total_params: Parameters of the whole model.
+        backbone_params: Parameters of its language backbone.
+        tasks: Results by task name.
+        prefill_ms: Median time to read one question, in milliseconds.
+        decode_ms: Median time to write one token.
+        blind: Whether every question was asked with the pictures of another one.
+        limit: Only the first so many questions of each task were asked; None for all.
+        batch_size: Questions that were answered at once; None if it is not known.
+        dtype: Data type of the weights; empty if it is not known.
+        weight_bytes: Bytes of all weights as they are in memory; None if it is not known.
+    """
+
+    model: str
+    total_params: int
+    backbone_params: int
+    tasks: Mapping[str, TaskResult]
+    prefill_ms: float
+    decode_ms: float
+    blind: bool = False
+    limit: int | None = None
+    batch_size: int | None = None
+    dtype: str = ""
+    weight_bytes: int | None = None
+
+    @property
+    def average(self) -> float:
+        """AVG over the tasks that count."""
+        counted = {name: task.score for name, task in self.tasks.items() if task.in_average}
+        return metrics.average(counted) if counted else float("nan")
+
+    def retention(self, baseline: Result, floors: Result | None = None) -> metrics.Retention:
+        """AVG-% of this model relative to another one, over the tasks that both answered.
+
+        The floor of a task, which `Retention.above_floor` takes off both models, is the highest of
+        luck, the best constant answer, and the blind floor of the baseline where it was measured.
+
+        Args:
+            baseline: Result of the original model.
+            floors: The original model evaluated blind, where ``baseline`` has no blind floors yet;
+                see `with_blind_floors`.
+
+        Raises:
+            ConfigError: If they share no task, their questions differ, or only one was blind.
+        """
+        if floors is not None:
+            baseline = baseline.with_blind_floors(floors)
+        require_same_sight(self, baseline)
+        shared = self._shared_tasks(baseline)
+        return metrics.retention(
+            {name: self.tasks[name].scores for name in shared},
+            {name: baseline.tasks[name].scores for name in shared},
+            {name: self.tasks[name].chance for name in shared},
+            {name: _floor(name, self.tasks[name], baseline.tasks[name]) for name in shared},
+        )
+
+    def difference(self, baseline: Result) -> metrics.Difference:
+        """AVG of this model minus that of another one, over the tasks that both answered.
+
+        Raises:
+            ConfigError: If they share no task, their questions differ, or only one was blind.
+        """
+        require_same_sight(self, baseline)
+        shared = self._shared_tasks(baseline)
+        return metrics.average_difference(
+            {name: baseline.tasks[name].scores for name in shared},
+            {name: self.tasks[name].scores for name in shared},
+        )
+
+    def with_blind_floors(self, blind: Result) -> Result:
+        """This result with the floors that the same model's blind result gives.
+
+        Args:
+            blind: The same model on the same questions, from ``evaluate(..., blind=True)``.
+
+        Raises:
+            ConfigError: If that result was not blind or this one was, or the questions differ.
+        """
+        if self.blind or not blind.blind:
+            raise ConfigError("floors: must be a blind result of a model that was not blind")
+        found = {}
+        for name, task in self.tasks.items():
+            other = blind.tasks.get(name, task)
+            if other.ids != task.ids:
+                raise ConfigError(f"floors: task {name!r} asked other questions (see --limit)")
+            found[name] = replace(task, blind_scores=other.blind_scores)
+        return replace(self, tasks=found)
+
+    def _shared_tasks(self, baseline: Result) -> list[str]:
+        """Names of the tasks in AVG that both answered."""
+        shared = [
+            name for name, task in self.tasks.items() if task.in_average and name in baseline.tasks
+        ]
+        if not shared:
+            raise ConfigError("baseline: it shares no task with this result")
+        for name in shared:
+            if self.tasks[name].ids != baseline.tasks[name].ids:
+                raise ConfigError(f"baseline: task {name!r} asked other questions (see --limit)")
+        return shared
+
+    def save(self, path: str | Path) -> None:
+        """Write everything as JSON, answers included."""
+        values = {**asdict(self), "average": self.average}
+        write_text(Path(path), json.dumps(values, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Result:
+        """Read what `save` wrote.
+
+        Raises:
+            ConfigError: If the file is missing or is not a result.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            values.pop("average")
+            tasks = {name: _task_result(task) for name, task in values.pop("tasks").items()}
+            return cls(tasks=tasks, **values)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"result {str(path)!r}: cannot be read ({error})") from error
+
+
+def require_same_sight(result: Result, baseline: Result) -> None:
+    """Refuse to set a blind result against one with the right pictures.
+
+    Raises:
+        ConfigError: If only one of the two is blind.
+    """
+    if result.blind != baseline.blind:
+        blind, other = ("this", "that") if result.blind else ("that", "this")
+        raise ConfigError(
+            f"baseline: {blind} result was asked blind, with the pictures of other questions, and "
+            f"{other} one was not; their scores do not measure the same"
+        )
+
+
+def read_baseline(path: str | Path, blind: bool = False, floors: bool = False) -> Result:
+    """A result file to set a new result against; refuses what would fail after the questions.
+
+    Args:
+        path: What `Result.save` wrote.
+        blind: Whether the new result is blind.
+        floors: Whether the baseline must have blind floors.
+
+    Raises:
+        ConfigError: If the file is no result, only one of the two is blind, or floors are missing.
+    """
+    baseline = Result.load(path)
+    if baseline.blind != blind:
+        which = "blind, the new result is not" if baseline.blind else "not blind, the new result is"
+        raise ConfigError(f"baseline {str(path)!r}: it is {which}; their scores do not compare")
+    if floors and all(task.blind is None for task in baseline.tasks.values()):
+        raise ConfigError(
+            f"baseline {str(path)!r}: it has no blind floors; evaluate that model with --floors"
+        )
+    return baseline
+
+
+def _task_result(values: dict[str, Any]) -> TaskResult:
+    """A task's result from JSON, where tuples have become lists."""
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return TaskResult(**values)
+
+
+def _floor(name: str, task: TaskResult, baseline: TaskResult) -> float | tuple[float, ...]:
+    """The highest floor of a task: in percent, or one score for each question if it is blind."""
+    known = [task.chance, *(m for m in (task.majority, baseline.majority) if m is not None)]
+    blind = baseline.blind
+    if blind is not None and metrics.average({name: blind}) > max(known):
+        return baseline.blind_scores
+    return max(known)

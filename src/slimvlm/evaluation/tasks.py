@@ -1,0 +1,148 @@
+"""Find tasks by name, or read one from a YAML file: data + prompt + metric."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from slimvlm.core.errors import ConfigError, DataError
+from slimvlm.data.images import find_image
+from slimvlm.data.read import BrokenRow, read_rows
+from slimvlm.data.samples import Question, Task
+from slimvlm.evaluation.metrics import METRICS
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRow:
+    """A task of the user's own, as written in a YAML file.
+
+    A question's id is the row's column ``id``, or where it has none the number of the row from 0.
+    Ids must differ, as results and logs keep answers under them.
+
+    Raises:
+        ConfigError: If a field has a value that is not allowed.
+    """
+
+    name: str
+    """Unique name."""
+    data: str
+    """A .json, .jsonl, .parquet, a datasets folder or a hub id; relative to the YAML file."""
+    prompt: str
+    """The user's text, with columns in braces: ``{question} Answer with one word.``"""
+    answer: str
+    """Column with the answer, or a list of accepted ones."""
+    metric: str = "exact_match"
+    """A key of `slimvlm.evaluation.metrics.METRICS`."""
+    image: str = "image"
+    """Column with the picture, its path, or a list of them; rows without it are text."""
+    images: str = "."
+    """Folder that image paths start from; relative to the YAML file."""
+    choices: str = ""
+    """Column with the list of choices."""
+    by_likelihood: bool = False
+    """Take the likeliest choice instead of generating."""
+    chance: float = 0.0
+    """Score of guessing, in percent."""
+    max_new_tokens: int = 16
+    """Longest answer."""
+    like: str = ""
+    """The published benchmark that it stands for."""
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise ConfigError(
+                f"task {self.name!r}: metric {self.metric!r} must be one of: {', '.join(METRICS)}"
+            )
+        if self.by_likelihood and not self.choices:
+            raise ConfigError(f"task {self.name!r}: by_likelihood needs choices")
+
+
+def builtin_tasks() -> dict[str, Task]:
+    """All tasks that work without a network, by name."""
+    from slimvlm.demo.tasks import TASKS
+
+    return dict(TASKS)
+
+
+def find_tasks(names: str) -> list[Task]:
+    """Tasks from a comma-separated list of names and YAML files; ``demo`` is all built-in ones.
+
+    Raises:
+        ConfigError: If a name is not known, or a file is not a task.
+    """
+    known = builtin_tasks()
+    chosen: dict[str, Task] = {}
+    for name in filter(None, (part.strip() for part in names.split(","))):
+        if name.endswith((".yaml", ".yml")):
+            task = read_task(name)
+            chosen[task.name] = task
+        elif name == "demo" or name in known:
+            chosen.update(known if name == "demo" else {name: known[name]})
+        else:
+            raise ConfigError(f"task {name!r} is not known. Choose from: demo, {', '.join(known)}")
+    if not chosen:
+        raise ConfigError(f"tasks {names!r} names no task")
+    return list(chosen.values())
+
+
+def read_task(path: str | Path) -> Task:
+    """A task from a YAML file; see `TaskRow` for the fields.
+
+    Raises:
+        ConfigError: If the file cannot be read or a field is unknown, missing or wrong.
+    """
+    try:
+        row = TaskRow(**yaml.safe_load(Path(path).read_text()))
+    except ConfigError:
+        raise
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"task {str(path)!r}: cannot be read ({reason})") from error
+    return Task(
+        name=row.name,
+        metric=row.metric,
+        chance=row.chance,
+        load=partial(_load, row, Path(path).absolute().parent),
+        max_new_tokens=row.max_new_tokens,
+        like=row.like,
+        by_likelihood=row.by_likelihood,
+    )
+
+
+def _load(row: TaskRow, folder: Path, limit: int | None) -> Sequence[Question]:
+    near = folder / row.data
+    rows = read_rows(near if near.exists() else row.data)
+    questions = {}
+    for index, values in enumerate(islice(rows, limit)):
+        question = _question(row, folder, index, values)
+        if question.id in questions:
+            raise DataError(f"task {row.name!r}: two questions have the id {question.id!r}")
+        questions[question.id] = question
+    return list(questions.values())
+
+
+def _question(row: TaskRow, folder: Path, index: int, values: Any) -> Question:
+    if isinstance(values, BrokenRow):
+        raise DataError(f"task {row.name!r}: {values.why}")
+    name = str(values.get("id", index))
+    try:
+        prompt = row.prompt.format(**values)
+        answer = values[row.answer]
+        choices = values[row.choices] if row.choices else ()
+    except (KeyError, IndexError) as error:
+        raise DataError(f"task {row.name!r}: row {name!r} has no column {error}") from error
+    shown = values.get(row.image)
+    pictures = [] if shown is None else shown if isinstance(shown, list) else [shown]
+    return Question(
+        id=name,
+        prompt=prompt,
+        answers=tuple(map(str, answer)) if isinstance(answer, list) else (str(answer),),
+        images=tuple(find_image(p, name, folder / row.images) for p in pictures),
+        choices=tuple(map(str, choices)),
+    )

@@ -1,0 +1,256 @@
+"""What serving engines want of a model's shape, as one table of rules.
+
+The rules for vLLM 0.33 and SGLang 0.5.23 were read in their source; those for llama.cpp in its
+converter, and its conversions were run. See ``docs/serving.md``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from slimvlm.core.errors import ConfigError
+from slimvlm.models.anatomy import Anatomy
+from slimvlm.models.cost import OFF_ROWS_ADVICE, ROW_MULTIPLE, WIDTH_MULTIPLE
+
+Level = Literal["ok", "warn", "fail"]
+ENGINES = ("vllm", "sglang", "gguf")
+TENSOR_PARALLEL = "tp"
+
+GGUF_ROW = 32
+"""Block of the formats Q4_0 and Q8_0 along a row."""
+GGUF_K_ROW = 256
+"""Block of the K formats (Q4_K_M and its like) along a row."""
+MAX_HEAD_DIM = 256
+GGUF_TYPES = ("llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gemma", "gemma2",
+              "gemma3_text", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")  # fmt: skip
+"""Language models that llama.cpp's converter knows."""
+GGUF_PICTURES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "internvl", "gemma3",
+                 "mistral3")  # fmt: skip
+"""Models whose vision tower has a converter (``--mmproj``); CLIP's has none."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What rules look at.
+
+    Attributes:
+        shape: The model's shape.
+        tp: GPUs that share every layer (tensor parallelism).
+        is_quantized: Whether the checkpoint holds quantised weights.
+    """
+
+    shape: Anatomy
+    tp: int = 1
+    is_quantized: bool = False
+
+    @property
+    def has_own_head_dim(self) -> bool:
+        """Whether ``head_dim`` is something else than hidden size / heads."""
+        layers = self.shape.layers
+        return any(s.num_heads * s.head_dim != self.shape.hidden_size for s in layers)
+
+    def off(self, multiple: int) -> bool:
+        """Whether some layer's number of neurons is no multiple of a number."""
+        return any(s.intermediate_size % multiple for s in self.shape.layers)
+
+    @property
+    def neurons(self) -> str:
+        """The numbers of neurons, for a message."""
+        return ", ".join(map(str, sorted({s.intermediate_size for s in self.shape.layers})))
+
+    @property
+    def heads(self) -> str:
+        """Query and KV heads of layers that have KV groups, for a message."""
+        layers = [s for s in self.shape.layers if s.num_kv_heads]
+        pairs = sorted({(s.num_heads, s.num_kv_heads) for s in layers})
+        found = ", ".join(f"{heads} query and {kv} KV heads" for heads, kv in pairs)
+        return found or "the original's heads"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Something that a target wants.
+
+    Attributes:
+        name: What it is about.
+        targets: Who wants it.
+        level: What it means if it does not hold.
+        breaks: Whether it does not hold.
+        what: What was found, for people.
+        advice: What to do if it does not hold.
+    """
+
+    name: str
+    targets: tuple[str, ...]
+    level: Level
+    breaks: Callable[[Case], bool]
+    what: Callable[[Case], str]
+    advice: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one rule says of a model.
+
+    Attributes:
+        target: Who wants it.
+        rule: Name of the rule.
+        level: ``ok``, ``warn`` (works, with a loss) or ``fail``.
+        what: What was found.
+        advice: What to do; empty if it is ok.
+    """
+
+    target: str
+    rule: str
+    level: Level
+    what: str
+    advice: str = ""
+
+
+def _head_dim(case: Case) -> str:
+    shape = case.shape
+    return f"head_dim {shape.layers[0].head_dim}, {case.heads}, hidden size {shape.hidden_size}"
+
+
+def _tower(case: Case) -> str:
+    return f"{case.shape.vision_params / 1e6:.1f} M vision parameters in {case.shape.model_type!r}"
+
+
+def _off_rows(case: Case, multiple: int) -> bool:
+    """Whether some matrix has rows that are no multiple of a number."""
+    rows = [s.num_heads * s.head_dim for s in case.shape.layers]
+    return case.off(multiple) or any(row % multiple for row in (*rows, case.shape.hidden_size))
+
+
+def _rows(case: Case) -> str:
+    rows = sorted({s.num_heads * s.head_dim for s in case.shape.layers})
+    inner = ", ".join(map(str, rows))
+    return f"rows of {case.shape.hidden_size} (hidden), {inner} (heads), {case.neurons} (neurons)"
+
+
+RULES: tuple[Rule, ...] = (
+    Rule("even layers", ENGINES, "fail",
+         lambda c: not c.shape.is_uniform,
+         lambda c: "layers have different widths" if not c.shape.is_uniform else "all layers alike",
+         "save with --pad (zeros up to the widest layer), or plan with --allocation uniform"),
+    Rule("unquantised", ("gguf",), "fail",
+         lambda c: c.is_quantized,
+         lambda c: "weights are quantised" if c.is_quantized else "weights are not quantised",
+         "export the checkpoint from before quantize; llama.cpp quantises GGUF files itself"),
+    Rule("quantised weights", ("vllm", "sglang"), "warn",
+         lambda c: c.is_quantized,
+         lambda c: "weights are quantised" if c.is_quantized else "weights are not quantised",
+         "not tried there: load it once before you rely on it"),
+    Rule("head_dim", ("vllm",), "fail",
+         lambda c: c.has_own_head_dim
+         and c.shape.text_type in ("qwen2", "qwen2_vl_text", "qwen2_5_vl_text"),
+         _head_dim,
+         "vLLM takes hidden size / heads here: prune neurons or layers and leave the heads"),
+    Rule("head_dim", ("sglang",), "fail",
+         lambda c: c.has_own_head_dim and c.shape.text_type == "phi",
+         _head_dim,
+         "SGLang takes hidden size / heads here: prune neurons or layers and leave the heads"),
+    Rule("head_dim", ("gguf",), "fail",
+         lambda c: c.has_own_head_dim and c.shape.text_type in ("phi", "phi3"),
+         _head_dim,
+         "the converter takes hidden size / heads here: leave the heads"),
+    Rule("MLP width", ("gguf",), "fail",
+         lambda c: c.shape.text_type == "phi"
+         and any(s.intermediate_size != 4 * c.shape.hidden_size for s in c.shape.layers),
+         lambda c: f"{c.neurons} neurons",
+         "the converter takes 4 x hidden size for Phi: prune layers only"),
+    Rule("language model", ("gguf",), "fail",
+         lambda c: c.shape.text_type not in GGUF_TYPES,
+         lambda c: f"language model {c.shape.text_type!r}",
+         f"the converter knows {', '.join(GGUF_TYPES)}"),
+    Rule("vision tower", ("gguf",), "warn",
+         lambda c: c.shape.vision_params > 0,
+         _tower,
+         "the file holds the language model only. llama.cpp's convert_hf_to_gguf.py --mmproj "
+         f"converts the towers of {', '.join(GGUF_PICTURES)}, and no CLIP"),
+    Rule("model class", ("vllm",), "warn",
+         lambda c: c.shape.text_type == "phi",
+         lambda c: f"language model {c.shape.text_type!r}",
+         "runs on vLLM's Transformers backend, not on a class of its own"),
+    Rule("model class", ("sglang",), "warn",
+         lambda c: c.shape.model_type == "internvl",
+         lambda c: f"model {c.shape.model_type!r}",
+         "SGLang has no class of its own for the transformers InternVL"),
+    Rule("attention kernels", ("vllm", "sglang"), "fail",
+         lambda c: any(s.head_dim % 8 or s.head_dim > MAX_HEAD_DIM for s in c.shape.layers),
+         lambda c: f"head_dim {c.shape.layers[0].head_dim}",
+         f"attention kernels want a multiple of 8 up to {MAX_HEAD_DIM}"),
+    Rule("query heads", (TENSOR_PARALLEL,), "fail",
+         lambda c: any(s.num_heads % c.tp for s in c.shape.layers),
+         lambda c: c.heads,
+         "must divide by the number of GPUs: choose --kv-heads accordingly"),
+    Rule("KV heads", (TENSOR_PARALLEL,), "fail",
+         lambda c: any(s.num_kv_heads % c.tp and c.tp % s.num_kv_heads for s in c.shape.layers),
+         lambda c: c.heads,
+         "must divide by the number of GPUs, or divide it: choose --kv-heads accordingly"),
+    Rule("MLP width", (TENSOR_PARALLEL,), "fail",
+         lambda c: c.off(c.tp),
+         lambda c: f"{c.neurons} neurons",
+         "must divide by the number of GPUs: plan with --round-to"),
+    Rule("MLP share", (TENSOR_PARALLEL,), "warn",
+         lambda c: not c.off(c.tp) and c.off(WIDTH_MULTIPLE * c.tp),
+         lambda c: f"{c.neurons} neurons",
+         f"each GPU's share should be a multiple of {WIDTH_MULTIPLE}: plan with --round-to"),
+    Rule("MLP rows", ("vllm", "sglang"), "warn",
+         lambda c: c.off(ROW_MULTIPLE),
+         lambda c: f"{c.neurons} neurons",
+         OFF_ROWS_ADVICE),
+    Rule("MLP width", ("vllm", "sglang"), "warn",
+         lambda c: not c.off(ROW_MULTIPLE) and c.off(WIDTH_MULTIPLE),
+         lambda c: f"{c.neurons} neurons",
+         f"no multiple of {WIDTH_MULTIPLE}, the group of 4-bit formats and the block of fp8 ones: "
+         f"plan with --round-to {WIDTH_MULTIPLE}"),
+    Rule("block formats", ("gguf",), "warn",
+         lambda c: _off_rows(c, GGUF_ROW),
+         _rows,
+         f"Q4_0 and Q8_0 need multiples of {GGUF_ROW}; other rows stay in 16 bit"),
+    Rule("K formats", ("gguf",), "warn",
+         lambda c: not _off_rows(c, GGUF_ROW) and _off_rows(c, GGUF_K_ROW),
+         _rows,
+         f"Q4_K_M and its like need multiples of {GGUF_K_ROW}; other rows get a larger format: "
+         f"plan with --round-to {GGUF_K_ROW}"),
+)  # fmt: skip
+"""All rules, in the order in which they are reported."""
+
+
+def check(shape: Anatomy, targets: Sequence[str], is_quantized: bool = False) -> list[Finding]:
+    """What every rule of some targets says of a model.
+
+    Args:
+        shape: The model's shape.
+        targets: `ENGINES`, or ``tp=N`` for N GPUs that share every layer.
+        is_quantized: Whether the checkpoint holds quantised weights.
+
+    Raises:
+        ConfigError: If a target is none of these.
+    """
+    found = []
+    for target in targets:
+        name, tp = _parse_target(target)
+        case = Case(shape, tp, is_quantized)
+        found += [_finding(target, rule, case) for rule in RULES if name in rule.targets]
+    return found
+
+
+def _finding(target: str, rule: Rule, case: Case) -> Finding:
+    if rule.breaks(case):
+        return Finding(target, rule.name, rule.level, rule.what(case), rule.advice)
+    return Finding(target, rule.name, "ok", rule.what(case))
+
+
+def _parse_target(target: str) -> tuple[str, int]:
+    """Its name for the rules, and the number of GPUs."""
+    if target in ENGINES:
+        return target, 1
+    match = re.fullmatch(rf"{TENSOR_PARALLEL}=([1-9]\d*)", target)
+    if match is None:
+        raise ConfigError(f"check {target!r} must be one of: {', '.join(ENGINES)}, tp=N")
+    return TENSOR_PARALLEL, int(match[1])

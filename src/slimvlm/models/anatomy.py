@@ -1,0 +1,497 @@
+"""What a model is made of: parts, decoder layers, head geometry, widths, parameter counts.
+
+An `Anatomy` is read off a model's modules, never off its documentation, so that it is right for
+pruned models too. A model on the meta device is enough: no weights are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from operator import attrgetter
+from typing import Any
+
+from torch import nn
+
+from slimvlm.core.errors import UnsupportedModelError
+from slimvlm.models.families import (
+    BACKBONES,
+    FAMILIES,
+    INPUT_COLUMNS,
+    OUTPUT_ROWS,
+    Backbone,
+    Family,
+    Projection,
+    Segment,
+    Stack,
+)
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """The geometry of one decoder layer and what its units weigh.
+
+    Attributes:
+        num_kv_heads: KV groups in the layer (heads, for multi-head attention); 0 if its token
+            mixer has none (linear attention, convolution, cross-attention).
+        queries_per_group: Query heads that share one KV head.
+        head_dim: Channels of a head.
+        intermediate_size: MLP neurons, with experts those of one; 0 if none of its neurons can go.
+        kv_group_params: Parameters of one KV group (its q, k, v rows and biases, o columns).
+        neuron_params: Parameters of one neuron (gate and up rows and biases, down column).
+        fixed_params: Parameters that no unit owns (norms, output biases, the layer's slices of
+            weights that stand outside the layers).
+    """
+
+    num_kv_heads: int
+    queries_per_group: int
+    head_dim: int
+    intermediate_size: int
+    kv_group_params: int
+    neuron_params: int
+    fixed_params: int
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads."""
+        return self.num_kv_heads * self.queries_per_group
+
+    @property
+    def params(self) -> int:
+        """Parameters of the whole layer."""
+        return (
+            self.fixed_params
+            + self.num_kv_heads * self.kv_group_params
+            + self.intermediate_size * self.neuron_params
+        )
+
+    def block(self, segment: Segment) -> tuple[int, int]:
+        """Number of units along a segment and the channels that each takes there."""
+        if segment == "neuron":
+            return self.intermediate_size, 1
+        heads = {
+            "query": self.queries_per_group,
+            "query_and_gate": 2 * self.queries_per_group,
+            "key_value": 1,
+        }[segment]
+        return self.num_kv_heads, heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Where the weight of a `Projection` lives: in a linear module, or in a module of experts.
+
+    Attributes:
+        owner: The module that holds the parameter.
+        name: The parameter's name in it.
+        projection: Its row of data.
+    """
+
+    owner: nn.Module
+    name: str
+    projection: Projection
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """``[O, C]``, or with experts ``[E, O, C]`` (``[E, C, O]`` if transposed)."""
+        weight = getattr(self.owner, self.name)
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias of a linear module, if it has one."""
+        return self.owner.bias if isinstance(self.owner, nn.Linear) else None
+
+    @property
+    def width(self) -> int:
+        """Channels along the divided dimension."""
+        return self.weight.shape[self.projection.axis]
+
+
+def matrices_of(layer: nn.Module, wanted: Sequence[Projection]) -> list[Matrix]:
+    """The matrices of a layer for some rows of data: all of them or none.
+
+    Raises:
+        UnsupportedModelError: If the layer has some of them only.
+    """
+    found = [_matrix(layer, projection) for projection in wanted]
+    present = [matrix for matrix in found if matrix is not None]
+    if present and len(present) < len(found):
+        missing = wanted[found.index(None)].path
+        raise UnsupportedModelError(
+            f"{type(layer).__name__} has no {missing!r}, which its row of backbones.py names"
+        )
+    return present
+
+
+def _matrix(layer: nn.Module, projection: Projection) -> Matrix | None:
+    parent, _, name = projection.path.rpartition(".")
+    owner: Any = layer
+    for step in parent.split("."):
+        owner = getattr(owner, step, None)
+    part = getattr(owner, name, None)
+    if isinstance(part, nn.Linear):
+        return Matrix(part, "weight", projection)
+    return Matrix(owner, name, projection) if isinstance(part, nn.Parameter) else None
+
+
+def unit_matrices(layer: nn.Module, row: Backbone) -> tuple[list[Matrix], list[Matrix]]:
+    """The matrices of a layer that KV groups own parts of, and those of neurons.
+
+    Raises:
+        UnsupportedModelError: If the layer has some of a row's matrices only.
+    """
+    stays_whole = row.whole_mlp_if is not None and attrgetter(row.whole_mlp_if)(layer)
+    return matrices_of(layer, row.attention), [] if stays_whole else matrices_of(layer, row.mlp)
+
+
+def read_layer(layer: nn.Module, backbone: Backbone) -> LayerShape:
+    """The shape of a decoder layer, off its weights, whatever its configuration says.
+
+    Raises:
+        UnsupportedModelError: If the row of data does not fit.
+    """
+    attention, mlp = unit_matrices(layer, backbone)
+    kv_heads, queries_per_group, head_dim = 0, 0, 0
+    if attention:
+        head_dim = int(layer.get_submodule("self_attn").head_dim)  # type: ignore[arg-type]
+        kv_heads, queries_per_group = _head_counts(attention, head_dim)
+    neurons = next((m.width for m in mlp if m.projection.dim == INPUT_COLUMNS), 0)
+    shape = LayerShape(kv_heads, queries_per_group, head_dim, neurons, 0, 0, 0)
+    kv_group_params = sum(_unit_params(matrix, shape) for matrix in attention)
+    neuron_params = sum(_unit_params(matrix, shape) for matrix in mlp)
+    owned = kv_heads * kv_group_params + neurons * neuron_params
+    return replace(
+        shape,
+        kv_group_params=kv_group_params,
+        neuron_params=neuron_params,
+        fixed_params=sum(p.numel() for p in layer.parameters()) - owned,
+    )
+
+
+def _head_counts(attention: Sequence[Matrix], head_dim: int) -> tuple[int, int]:
+    """KV heads, and query heads for each."""
+    heads = next(m.width // head_dim for m in attention if m.projection.dim == INPUT_COLUMNS)
+    producers = [m for m in attention if m.projection.dim == OUTPUT_ROWS]
+    segments = [segment for m in producers for segment in m.projection.segments]
+    query_heads = (segments.count("query") + 2 * segments.count("query_and_gate")) * heads
+    rows = sum(m.width for m in producers) // head_dim
+    kv_heads = (rows - query_heads) // segments.count("key_value")
+    return kv_heads, heads // kv_heads
+
+
+def _unit_params(matrix: Matrix, shape: LayerShape) -> int:
+    """Parameters of one unit in a matrix."""
+    channels = sum(shape.block(segment)[1] for segment in matrix.projection.segments)
+    across = matrix.weight.numel() // matrix.width
+    has_bias = matrix.projection.dim == OUTPUT_ROWS and matrix.bias is not None
+    return channels * (across + has_bias)
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Shape and parameter counts of a model.
+
+    Attributes:
+        model_type: Configuration type of the whole model.
+        text_type: Configuration type of the language backbone.
+        hidden_size: Width of the residual stream.
+        vocab_size: Rows of the token embedding.
+        layers: One shape for each decoder layer.
+        embedding_params: Parameters of the token embedding.
+        head_params: Parameters of the head; 0 if it shares the embedding's.
+        final_norm_params: Parameters of the norm after the last layer.
+        vision_params: Parameters of the vision tower without the projector.
+        projector_params: Parameters of the projector.
+        pinned_layers: Layers that must stay: deepstack features are added to the first ones, or
+            later layers read their keys and values.
+        other_params: Parameters of the text model that stand beside all of these.
+        retypable: Whether a freer configuration type can stand in for ``text_type``.
+        fixed_neurons: MLP width that a plain configuration must keep since it also sizes a part
+            outside the backbone; None if the width is free.
+    """
+
+    model_type: str
+    text_type: str
+    hidden_size: int
+    vocab_size: int
+    layers: tuple[LayerShape, ...]
+    embedding_params: int
+    head_params: int
+    final_norm_params: int
+    vision_params: int
+    projector_params: int
+    pinned_layers: tuple[int, ...] = ()
+    retypable: bool = False
+    fixed_neurons: int | None = None
+    other_params: int = 0
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return len(self.layers)
+
+    @property
+    def backbone_params(self) -> int:
+        """Parameters that `ratio` is a share of: layers, final norm, embedding and head.
+
+        And what else belongs to the text model: all but towers and projector.
+        """
+        shared = self.embedding_params + self.head_params + self.final_norm_params
+        return shared + self.other_params + sum(layer.params for layer in self.layers)
+
+    @property
+    def total_params(self) -> int:
+        """Parameters of the whole model."""
+        return self.backbone_params + self.vision_params + self.projector_params
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether a plain configuration can say all widths.
+
+        Layers with KV groups must have equally many, layers with neurons likewise.
+        """
+        return len(self.attention_shapes) <= 1 and len(self.mlp_widths) <= 1
+
+    @property
+    def attention_shapes(self) -> list[tuple[int, int, int]]:
+        """The different (KV heads, queries per group, head_dim) of layers with KV groups."""
+        found = {(s.num_kv_heads, s.queries_per_group, s.head_dim) for s in self.layers}
+        return sorted(shape for shape in found if shape[0])
+
+    @property
+    def mlp_widths(self) -> list[int]:
+        """The different numbers of neurons of layers with neurons, ascending."""
+        return sorted({s.intermediate_size for s in self.layers} - {0})
+
+    @property
+    def family(self) -> Family:
+        """The row of `FAMILIES` that describes the whole model."""
+        return FAMILIES[self.model_type]
+
+    @property
+    def backbone(self) -> Backbone:
+        """The row of `BACKBONES` that describes the decoder layers."""
+        return BACKBONES[self.text_type]
+
+    @property
+    def why_pinned(self) -> str:
+        """Why `pinned_layers` must stay."""
+        if self.backbone.shared_tail is None:
+            return f"image features are added to the first {len(self.pinned_layers)} layers"
+        return "later layers read their keys and values, or they are the last"
+
+    def legal_kv_heads(self) -> list[int]:
+        """KV-head counts that the configuration class can write down, ascending.
+
+        Those of the layers that have KV groups; none if no layer has.
+
+        Reference: measured on transformers 5.24; see ``docs/families.md``.
+        """
+        if not self.attention_shapes:
+            return []
+        most, queries_per_group, _ = self.attention_shapes[-1]
+        if self.backbone.head_rule == "fixed":
+            return [most]
+        counts = range(1, most + 1)
+        if self.backbone.head_rule == "any" or self.retypable:
+            return list(counts)
+        return [n for n in counts if self.hidden_size % (n * queries_per_group) == 0]
+
+    def legal_neurons(self) -> list[int]:
+        """MLP widths that a plain configuration can write down, ascending; none if none can go."""
+        if not self.mlp_widths:
+            return []
+        if self.fixed_neurons is not None:
+            return [self.fixed_neurons]
+        most, multiple = self.mlp_widths[-1], self.backbone.neuron_multiple
+        return sorted({*range(multiple, most + 1, multiple), most})
+
+    def matrices(self, layer: int) -> tuple[Projection, ...]:
+        """The matrices of a layer that units own parts of."""
+        shape, row = self.layers[layer], self.backbone
+        return (
+            *(row.attention if shape.num_kv_heads else ()),
+            *(row.mlp if shape.intermediate_size else ()),
+        )
+
+    def with_layers(self, layers: Sequence[LayerShape]) -> Anatomy:
+        """The same model with other decoder layers."""
+        return replace(self, layers=tuple(layers))
+
+    def retyped(self) -> Anatomy:
+        """The same model with the freer configuration type of its backbone's row."""
+        text_type = self.backbone.retype
+        assert text_type is not None
+        model_type = text_type if self.family.text_config is None else self.model_type
+        return replace(self, text_type=text_type, model_type=model_type, retypable=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Anatomy:
+        """The inverse of `to_dict`."""
+        layers = tuple(LayerShape(**shape) for shape in values["layers"])
+        pinned = values["pinned_layers"]
+        if isinstance(pinned, int):  # older plans say how many first layers
+            pinned = range(pinned)
+        return cls(**{**values, "layers": layers, "pinned_layers": tuple(pinned)})
+
+
+def family_of(model_type: str) -> Family:
+    """The family row for a configuration's ``model_type``.
+
+    Raises:
+        UnsupportedModelError: If there is none; the message lists the known ones.
+    """
+    if model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise UnsupportedModelError(
+            f"model_type {model_type!r} is not known. Known: {known}. "
+            "docs/add-a-family.md shows how to add one"
+        )
+    return FAMILIES[model_type]
+
+
+def text_config_of(config: Any) -> Any:
+    """The part of a configuration that describes the language backbone."""
+    family = family_of(config.model_type)
+    return config if family.text_config is None else getattr(config, family.text_config)
+
+
+def backbone_of(config: Any) -> Backbone:
+    """The backbone row for a configuration.
+
+    Raises:
+        UnsupportedModelError: If the language model's type has no row.
+    """
+    text_type = text_config_of(config).model_type
+    if text_type not in BACKBONES:
+        known = ", ".join(sorted(BACKBONES))
+        raise UnsupportedModelError(
+            f"language model type {text_type!r} inside {config.model_type!r} is not known. "
+            f"Known: {known}. docs/add-a-family.md shows how to add one"
+        )
+    return BACKBONES[text_type]
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The list of decoder layers of a model."""
+    layers = model.get_submodule(family_of(_config(model).model_type).backbone).layers
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def final_norm(model: nn.Module) -> nn.Module:
+    """The norm after the last decoder layer."""
+    config = _config(model)
+    text_model = model.get_submodule(family_of(config.model_type).backbone)
+    return text_model.get_submodule(backbone_of(config).final_norm)
+
+
+def matrices(model: nn.Module) -> Iterator[tuple[int, Matrix]]:
+    """Every weight matrix that units own parts of, experts' too, with its layer's index."""
+    row = backbone_of(_config(model))
+    for index, layer in enumerate(decoder_layers(model)):
+        for of_unit in unit_matrices(layer, row):
+            yield from ((index, matrix) for matrix in of_unit)
+
+
+def stacks(model: nn.Module) -> Iterator[tuple[Stack, nn.Linear | nn.Embedding]]:
+    """The weights outside the layers that hold a slice for each layer."""
+    text_model = model.get_submodule(family_of(_config(model).model_type).backbone)
+    for stack in backbone_of(_config(model)).layer_stacks:
+        module = getattr(text_model, stack.path, None)
+        if module is not None:
+            yield stack, module
+
+
+def projections(model: nn.Module) -> Iterator[tuple[int, Projection, nn.Linear]]:
+    """The linear modules among `matrices`: (layer index, its row of data, the module)."""
+    for index, matrix in matrices(model):
+        if isinstance(matrix.owner, nn.Linear):
+            yield index, matrix.projection, matrix.owner
+
+
+def read_anatomy(model: nn.Module) -> Anatomy:
+    """Read the shape of a model off its modules.
+
+    Raises:
+        UnsupportedModelError: If no family row matches.
+    """
+    config = _config(model)
+    family, backbone = family_of(config.model_type), backbone_of(config)
+    text_config = text_config_of(config)
+    text_model = model.get_submodule(family.backbone)
+    embedding = _by_id(text_model.get_submodule("embed_tokens").parameters())
+    head = _by_id(model.get_submodule(family.head).parameters())
+    norm = _by_id(final_norm(model).parameters())
+    projector = _by_id(p for path in family.projector for p in _parameters(model, path))
+    towers = _by_id(p for path in family.towers for p in _parameters(model, path))
+    stacked = _by_id(p for _, module in stacks(model) for p in module.parameters())
+    inside = _by_id(decoder_layers(model).parameters())
+    listed = embedding | head | norm | projector | towers | stacked | inside
+    slices = _count(stacked) // len(decoder_layers(model))
+    shapes = [read_layer(layer, backbone) for layer in decoder_layers(model)]
+    return Anatomy(
+        model_type=config.model_type,
+        text_type=text_config.model_type,
+        hidden_size=text_config.hidden_size,
+        vocab_size=text_config.vocab_size,
+        layers=tuple(replace(s, fixed_params=s.fixed_params + slices) for s in shapes),
+        embedding_params=_count(embedding),
+        head_params=_count(head, embedding),
+        final_norm_params=_count(norm),
+        vision_params=_count(towers, projector),
+        projector_params=_count(projector),
+        pinned_layers=_pinned_layers(config, family, backbone),
+        retypable=_retypable(text_config, backbone),
+        fixed_neurons=(
+            getattr(text_config, backbone.neuron_field) if family.fixed_neurons else None
+        ),
+        other_params=_count(_by_id(text_model.parameters()), listed),
+    )
+
+
+def _config(model: nn.Module) -> Any:
+    return model.config
+
+
+def _by_id(parameters: Iterable[nn.Parameter]) -> dict[int, nn.Parameter]:
+    return {id(parameter): parameter for parameter in parameters}
+
+
+def _count(parameters: dict[int, nn.Parameter], without: Container[int] = ()) -> int:
+    return sum(p.numel() for name, p in parameters.items() if name not in without)
+
+
+def _parameters(model: nn.Module, path: str) -> list[nn.Parameter]:
+    """Parameters below a path, which may itself be a parameter or absent in this model."""
+    parent, _, name = path.rpartition(".")
+    part = getattr(model.get_submodule(parent), name, None)
+    if isinstance(part, nn.Parameter):
+        return [part]
+    return list(part.parameters()) if isinstance(part, nn.Module) else []
+
+
+def _pinned_layers(config: Any, family: Family, backbone: Backbone) -> tuple[int, ...]:
+    if backbone.shared_tail is not None:
+        return _read_by_others(text_config_of(config), backbone.shared_tail)
+    if family.pinned_layers is None:
+        return ()
+    return tuple(range(len(attrgetter(family.pinned_layers)(config))))
+
+
+def _read_by_others(text_config: Any, shared_tail: str) -> tuple[int, ...]:
+    """The layers whose keys and values the last ones read, and the last one."""
+    count, shared = text_config.num_hidden_layers, getattr(text_config, shared_tail)
+    writers = {kind: i for i, kind in enumerate(text_config.layer_types[: count - shared])}
+    return tuple(sorted({*(writers.values() if shared else ()), count - 1}))
+
+
+def _retypable(text_config: Any, backbone: Backbone) -> bool:
+    required = backbone.retype_requires.items()
+    return backbone.retype is not None and all(getattr(text_config, k) == v for k, v in required)

@@ -1,0 +1,147 @@
+"""Which class reads a configuration: the native one, or its subclass for uneven layers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from slimvlm.core.errors import ConfigError
+from slimvlm.models import modeling_pruned
+from slimvlm.models.anatomy import (
+    family_of,
+    text_config_of,
+)
+from slimvlm.models.modeling_pruned import PREFIX, cut_layers_
+
+UNEVEN_FIELD = "pruned_layers"
+"""Text configuration field that holds the widths of every layer when they differ."""
+WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+"""What each of its entries says."""
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The Auto class that plain transformers code would load this model with."""
+    sees = family_of(config.model_type).vision is not None
+    if sees and type(config) in transformers.AutoModelForImageTextToText._model_mapping:
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM
+
+
+def is_uneven(config: PreTrainedConfig) -> bool:
+    """Whether a configuration gives every decoder layer its own widths."""
+    return getattr(text_config_of(config), UNEVEN_FIELD, None) is not None
+
+
+def is_quantized(config: PreTrainedConfig) -> bool:
+    """Whether a configuration says that weights are stored in another type than they compute in."""
+    return getattr(config, "quantization_config", None) is not None
+
+
+def require_full_precision(config: PreTrainedConfig, what: str) -> None:
+    """Refuse to change weights that are quantised.
+
+    Args:
+        config: Configuration of the whole model.
+        what: What was to be done, for the message.
+
+    Raises:
+        ConfigError: If they are.
+    """
+    if is_quantized(config):
+        raise ConfigError(
+            f"model: its weights are quantised, so it cannot be {what}. Quantise last: take the "
+            "checkpoint from before"
+        )
+
+
+def check_widths(config: PreTrainedConfig) -> None:
+    """Check the widths of every layer in a configuration that a file may have brought.
+
+    Raises:
+        ConfigError: If entries are missing, or one is not a whole number that the layers can have.
+    """
+    text_config = text_config_of(config)
+    rows = getattr(text_config, UNEVEN_FIELD, None)
+    if rows is None:
+        return
+    most = {name: getattr(text_config, name) for name in WIDTHS}
+    count = text_config.num_hidden_layers
+    if not isinstance(rows, list) or len(rows) != count:
+        raise ConfigError(f"config: {UNEVEN_FIELD} must be a list of {count} entries, one a layer")
+    for index, row in enumerate(rows):
+        is_good = isinstance(row, dict) and row.keys() == most.keys()
+        if not is_good or any(
+            type(value) is not int or not 1 <= value <= most[name] for name, value in row.items()
+        ):
+            limits = ", ".join(f"{name} (1 to {limit})" for name, limit in most.items())
+            raise ConfigError(f"config: {UNEVEN_FIELD}[{index}] is {row!r} but must give {limits}")
+
+
+def uneven_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class for layers of different widths: the native one with its layers cut."""
+    auto = auto_class(config)
+    made: type[PreTrainedModel] = _uneven(auto, config)
+    made.register_for_auto_class(auto.__name__)  # so that save_pretrained copies the file
+    return made
+
+
+def auto_map_of(config: PreTrainedConfig) -> dict[str, str]:
+    """What ``auto_map`` must say so that plain transformers code finds the uneven classes."""
+    file = modeling_pruned.__name__.rpartition(".")[2]
+    autos = (auto_class(config), transformers.AutoModel)
+    return {auto.__name__: f"{file}.{_uneven(auto, config).__name__}" for auto in autos}
+
+
+def empty_model(
+    config: PreTrainedConfig, dtype: torch.dtype | None = None, with_buffers: bool = False
+) -> PreTrainedModel:
+    """The model of a configuration without storage for its weights.
+
+    Args:
+        config: The configuration.
+        dtype: Data type of the weights; by default the configuration's.
+        with_buffers: Whether what is computed and not stored in files (such as rotary frequencies)
+            is there.
+    """
+    with init_empty_weights() if with_buffers else torch.device("meta"):
+        if is_uneven(config):
+            build: Any = uneven_class(config)._from_config
+        else:
+            build = auto_class(config).from_config
+        given = {} if dtype is None else {"dtype": dtype}
+        model: PreTrainedModel = build(copy.deepcopy(config), **given)
+    return model
+
+
+def with_text_config(config: PreTrainedConfig, text_config: PreTrainedConfig) -> PreTrainedConfig:
+    """The whole configuration with another language-model part."""
+    name = family_of(config.model_type).text_config
+    if name is None:
+        return text_config
+    setattr(config, name, text_config)
+    return config
+
+
+def _uneven(auto: Any, config: PreTrainedConfig) -> Any:
+    native = auto._model_mapping[type(config)]
+    return getattr(modeling_pruned, f"{modeling_pruned.PREFIX}{native.__name__}")
+
+
+def set_class_(model: PreTrainedModel) -> None:
+    """Be the native class, or its subclass for layers of different widths, as the config says.
+
+    A model that transformers loaded with the checkpoint's own code gets slimvlm's class instead.
+    """
+    config: Any = model.config
+    if is_uneven(config):
+        model.__class__ = uneven_class(config)
+        config.auto_map = auto_map_of(config)
+        cut_layers_(model)
+    elif type(model).__name__.startswith(PREFIX):
+        model.__class__ = type(model).__bases__[0]
+        vars(config).pop("auto_map", None)

@@ -1,0 +1,133 @@
+"""What an `Anatomy` costs to hold and to run, counted from its shapes.
+
+FLOPs are those of the matrix products, two for each multiplication with its addition: weights, and
+attention scores and their weighted values over the whole square of positions. Norms, softmax,
+rotary embeddings and the look-up of tokens are left out, and so are matrices that no unit owns a
+part of (linear attention, attention of Gemma 3n and Gemma 4, MLPs that stay whole). The head counts
+for one position, as in generation. Otherwise this is what `torch.utils.flop_counter` counts.
+
+Reference: Hoffmann et al. 2022, "Training Compute-Optimal Large Language Models", arXiv:2203.15556,
+Appendix F, whose forward pass also counts softmax, the embedding's look-up and the head at every
+position.
+"""
+
+from __future__ import annotations
+
+import re
+
+from slimvlm.core.errors import ConfigError
+from slimvlm.models.anatomy import Anatomy, LayerShape
+
+_COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
+_SIZES = {"mib": 2**20, "gib": 2**30, "mb": 10**6, "gb": 10**9}
+
+ROW_MULTIPLE = 8
+"""Weights of a 16-byte row in bfloat16; kernels without it fall back or fail."""
+TILE_MULTIPLE = 64
+"""Width of a tile of common matrix kernels."""
+WIDTH_MULTIPLE = 128
+"""Group of common 4-bit formats and block of fp8 ones."""
+OFF_ROWS_ADVICE = (
+    "rows end off a 16-byte boundary, which can cost a third of the speed: plan with "
+    f"--round-to {WIDTH_MULTIPLE}"
+)
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+"""Bytes of one weight by data type."""
+
+
+def weight_bytes(anatomy: Anatomy, dtype: str = "bfloat16") -> int:
+    """Bytes of all weights of the model."""
+    return anatomy.total_params * BYTES[dtype]
+
+
+def kv_cache_bytes_per_token(anatomy: Anatomy, dtype: str = "bfloat16") -> int:
+    """Bytes of keys and values that one token adds to the cache."""
+    return sum(2 * s.num_kv_heads * s.head_dim for s in anatomy.layers) * BYTES[dtype]
+
+
+def prefill_flops(anatomy: Anatomy, tokens: int, batch_size: int = 1) -> int:
+    """FLOPs of the backbone to read prompts and say the first token of each answer.
+
+    Args:
+        anatomy: The model's shape.
+        tokens: Length of a prompt; a picture counts with the tokens that it takes.
+        batch_size: Prompts.
+    """
+    layers = sum(
+        tokens * _weight_flops(anatomy, shape) + _attention_flops(shape, tokens, tokens)
+        for shape in anatomy.layers
+    )
+    return batch_size * (layers + _head_flops(anatomy))
+
+
+def decode_flops(anatomy: Anatomy, context: int, batch_size: int = 1) -> int:
+    """FLOPs of the backbone for one further token of each answer.
+
+    Args:
+        anatomy: The model's shape.
+        context: Tokens that the new one attends to, itself among them.
+        batch_size: Answers that are written at once.
+    """
+    layers = sum(
+        _weight_flops(anatomy, shape) + _attention_flops(shape, 1, context)
+        for shape in anatomy.layers
+    )
+    return batch_size * (layers + _head_flops(anatomy))
+
+
+def params_for_memory(memory_bytes: int, dtype: str = "bfloat16") -> int:
+    """Largest number of weights that fit into some bytes."""
+    return memory_bytes // BYTES[dtype]
+
+
+def parse_count(text: str) -> int:
+    """``5B``, ``90M`` or a plain number of parameters.
+
+    Raises:
+        ConfigError: If it is none of these.
+    """
+    match = re.fullmatch(r"(\d+\.?\d*)([kmbg]?)", text.strip().lower())
+    if match is None:
+        raise ConfigError(f"target_params {text!r} must be a number such as 5B, 90M or 1200000")
+    return round(float(match[1]) * _COUNTS[match[2]])
+
+
+def parse_bytes(text: str) -> int:
+    """``8GiB``, ``500MB``.
+
+    Raises:
+        ConfigError: If it is not a number with one of these units.
+    """
+    match = re.fullmatch(r"(\d+\.?\d*)\s*(mib|gib|mb|gb)", text.strip().lower())
+    if match is None:
+        raise ConfigError(f"target_memory {text!r} must be a size such as 8GiB or 500MB")
+    return round(float(match[1]) * _SIZES[match[2]])
+
+
+def _weight_flops(anatomy: Anatomy, shape: LayerShape) -> int:
+    """FLOPs of one token in the matrices of a layer; all of them have the hidden size on a side."""
+    rows = (*anatomy.backbone.attention, *anatomy.backbone.mlp)
+    blocks = [shape.block(segment) for row in rows for segment in row.segments]
+    return 2 * anatomy.hidden_size * sum(count * width for count, width in blocks)
+
+
+def _attention_flops(shape: LayerShape, tokens: int, context: int) -> int:
+    """FLOPs of scores and weighted values."""
+    return 4 * tokens * context * shape.num_heads * shape.head_dim
+
+
+def _head_flops(anatomy: Anatomy) -> int:
+    return 2 * anatomy.hidden_size * anatomy.vocab_size
+
+
+def slow_widths(anatomy: Anatomy) -> list[str]:
+    """What hardware is slow with, one line for people for each; none if all is well."""
+    widths = sorted({layer.intermediate_size for layer in anatomy.layers})
+    neurons = f"{', '.join(map(str, widths))} neurons"
+    if any(width % ROW_MULTIPLE for width in widths):
+        return [f"{neurons}: {OFF_ROWS_ADVICE}"]
+    if any(width % TILE_MULTIPLE for width in widths):
+        tile = f"no multiple of {TILE_MULTIPLE}, the tile of matrix kernels"
+        return [f"{neurons}: {tile}: plan with --round-to {WIDTH_MULTIPLE}"]
+    return []

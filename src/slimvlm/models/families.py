@@ -1,0 +1,462 @@
+"""What slimvlm knows about models, as data: `BACKBONES` (decoders) and `FAMILIES` (whole models).
+
+A row of `BACKBONES` says which matrices own the rows and columns of a unit, and what the
+configuration class allows; a row of `FAMILIES` where the parts of a model are. The rules were
+measured on transformers 5.24 and are tested in ``tests/contract/test_families.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+Segment = Literal["query", "query_and_gate", "key_value", "neuron"]
+HeadRule = Literal["any", "divides_hidden_size", "fixed"]
+
+OUTPUT_ROWS = 0
+INPUT_COLUMNS = 1
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A weight matrix of a decoder layer, part of which belongs to units.
+
+    Attributes:
+        path: Where it sits below the layer: a linear module, or a parameter ``[E, O, C]`` that
+            holds a matrix for each of ``E`` experts. A neuron then is a channel of every expert.
+        dim: The dimension that units divide: `OUTPUT_ROWS` or `INPUT_COLUMNS`.
+        segments: The blocks along that dimension, in order. ``query`` has one block of
+            ``head_dim`` for each query head, ``query_and_gate`` two for each (the second switches
+            the head's output), ``key_value`` one for each KV head, ``neuron`` one channel for
+            each neuron. Fused matrices have several.
+        transposed: Whether the matrix is stored with inputs first, ``[E, C, O]``.
+    """
+
+    path: str
+    dim: int
+    segments: tuple[Segment, ...]
+    transposed: bool = False
+
+    @property
+    def axis(self) -> int:
+        """The divided dimension of the stored tensor, counted from its end."""
+        is_rows = (self.dim == OUTPUT_ROWS) != self.transposed
+        return -2 if is_rows else -1
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A weight of the text model that holds an equal slice for each layer, one after another.
+
+    Attributes:
+        path: Where its module sits below the text model. The model need not have it.
+        dim: The dimension that layers divide: `OUTPUT_ROWS` or `INPUT_COLUMNS`.
+    """
+
+    path: str
+    dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """How the decoder layers of one text model type are built and configured.
+
+    A layer has all matrices of ``attention`` or none (linear attention, convolution), and all of
+    ``mlp`` or none (a dense layer between layers of experts). What is not listed stays whole.
+
+    Attributes:
+        attention: Matrices of the attention block; the one with `INPUT_COLUMNS` writes to the
+            residual stream. Empty if KV groups cannot go.
+        mlp: Matrices of the MLP; likewise. Empty if neurons cannot go.
+        final_norm: Name of the norm after the last layer.
+        head_rule: ``any``: every head count can be configured. ``divides_hidden_size``: the
+            configuration insists that heads divide the hidden size. ``fixed``: the class computes
+            ``head_dim`` from the head count, so heads cannot change.
+        retype: Model type with identical computation but a freer configuration, used when
+            `head_rule` forbids a count.
+        retype_fields: Fields that the retyped configuration must state.
+        retype_requires: Fields that must have these values for the types to be identical.
+        layer_lists: Configuration lists with one entry a layer; `neuron_field` may be one.
+        layer_indices: Configuration lists of layer numbers.
+        layer_maps: Configuration mappings from layer numbers to what is special in these layers.
+        layer_stacks: Weights outside the layers that hold a slice for each of them.
+        shared_tail: Configuration field with the number of last layers that read the keys and
+            values of earlier ones: each those of the last earlier layer with its entry in
+            ``layer_types``. These earlier layers must stay, and the last layer.
+        live_lists: Lists with one entry a layer that the text model keeps outside its
+            configuration.
+        neuron_field: Configuration field with the number of neurons.
+        neuron_multiple: Neurons must be a multiple of this.
+        width_fields: Fields that must have these values for `neuron_field` to be taken literally.
+        whole_mlp_if: Dotted attribute of a layer; where it is true, all its neurons must stay.
+        can_narrow: Whether a plain configuration can write another hidden size that means the same
+            but for its width; a multiple of the heads if `head_rule` says so.
+        can_be_uneven: Whether `modeling_pruned.py` can cut its layers to different widths.
+    """
+
+    attention: tuple[Projection, ...]
+    mlp: tuple[Projection, ...]
+    final_norm: str = "norm"
+    head_rule: HeadRule = "any"
+    retype: str | None = None
+    retype_fields: Mapping[str, object] = field(default_factory=dict)
+    retype_requires: Mapping[str, object] = field(default_factory=dict)
+    layer_lists: tuple[str, ...] = ()
+    layer_indices: tuple[str, ...] = ()
+    layer_maps: tuple[str, ...] = ()
+    layer_stacks: tuple[Stack, ...] = ()
+    shared_tail: str | None = None
+    live_lists: tuple[str, ...] = ()
+    neuron_field: str = "intermediate_size"
+    neuron_multiple: int = 1
+    width_fields: Mapping[str, object] = field(default_factory=dict)
+    whole_mlp_if: str | None = None
+    can_narrow: bool = False
+    can_be_uneven: bool = True
+
+
+_SPLIT_ATTENTION = (
+    Projection("self_attn.q_proj", OUTPUT_ROWS, ("query",)),
+    Projection("self_attn.k_proj", OUTPUT_ROWS, ("key_value",)),
+    Projection("self_attn.v_proj", OUTPUT_ROWS, ("key_value",)),
+    Projection("self_attn.o_proj", INPUT_COLUMNS, ("query",)),
+)
+_GATED_MLP = (
+    Projection("mlp.gate_proj", OUTPUT_ROWS, ("neuron",)),
+    Projection("mlp.up_proj", OUTPUT_ROWS, ("neuron",)),
+    Projection("mlp.down_proj", INPUT_COLUMNS, ("neuron",)),
+)
+_PHI_ATTENTION = (
+    *_SPLIT_ATTENTION[:3],
+    Projection("self_attn.dense", INPUT_COLUMNS, ("query",)),
+)
+_PLAIN_MLP = (
+    Projection("mlp.fc1", OUTPUT_ROWS, ("neuron",)),
+    Projection("mlp.fc2", INPUT_COLUMNS, ("neuron",)),
+)
+_FUSED_ATTENTION = (
+    Projection("self_attn.qkv_proj", OUTPUT_ROWS, ("query", "key_value", "key_value")),
+    Projection("self_attn.o_proj", INPUT_COLUMNS, ("query",)),
+)
+_FUSED_GATED_MLP = (
+    Projection("mlp.gate_up_proj", OUTPUT_ROWS, ("neuron", "neuron")),
+    Projection("mlp.down_proj", INPUT_COLUMNS, ("neuron",)),
+)
+_OUT_PROJ_ATTENTION = (
+    *_SPLIT_ATTENTION[:3],
+    Projection("self_attn.out_proj", INPUT_COLUMNS, ("query",)),
+)
+_GATED_OUTPUT_ATTENTION = (
+    Projection("self_attn.q_proj", OUTPUT_ROWS, ("query_and_gate",)),
+    *_SPLIT_ATTENTION[1:],
+)
+_W123_MLP = (
+    Projection("feed_forward.w1", OUTPUT_ROWS, ("neuron",)),
+    Projection("feed_forward.w3", OUTPUT_ROWS, ("neuron",)),
+    Projection("feed_forward.w2", INPUT_COLUMNS, ("neuron",)),
+)
+_EXPERTS = (
+    Projection("mlp.experts.gate_up_proj", OUTPUT_ROWS, ("neuron", "neuron")),
+    Projection("mlp.experts.down_proj", INPUT_COLUMNS, ("neuron",)),
+)
+_TRANSPOSED_AND_SHARED_EXPERTS = (
+    Projection("feed_forward.experts.gate_up_proj", OUTPUT_ROWS, ("neuron", "neuron"), True),
+    Projection("feed_forward.experts.down_proj", INPUT_COLUMNS, ("neuron",), True),
+    Projection("feed_forward.shared_expert.gate_proj", OUTPUT_ROWS, ("neuron",)),
+    Projection("feed_forward.shared_expert.up_proj", OUTPUT_ROWS, ("neuron",)),
+    Projection("feed_forward.shared_expert.down_proj", INPUT_COLUMNS, ("neuron",)),
+)
+_PER_LAYER_EMBEDDINGS = (
+    Stack("embed_tokens_per_layer", INPUT_COLUMNS),
+    Stack("per_layer_model_projection", OUTPUT_ROWS),
+)
+
+_WITH_LAYER_TYPES = Backbone(
+    attention=_SPLIT_ATTENTION, mlp=_GATED_MLP, layer_lists=("layer_types",), can_narrow=True
+)
+_WITH_DIVIDING_HEADS = Backbone(
+    attention=_SPLIT_ATTENTION,
+    mlp=_GATED_MLP,
+    head_rule="divides_hidden_size",
+    layer_lists=("layer_types",),
+)
+_WITH_FIXED_HEADS = replace(_WITH_DIVIDING_HEADS, head_rule="fixed")
+
+BACKBONES: dict[str, Backbone] = {
+    "llama": Backbone(
+        attention=_SPLIT_ATTENTION,
+        mlp=_GATED_MLP,
+        head_rule="divides_hidden_size",
+        retype="mistral",
+        retype_fields={"sliding_window": None},
+        retype_requires={"attention_bias": False, "mlp_bias": False},
+        can_narrow=True,
+    ),
+    "mistral": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP, can_narrow=True),
+    "qwen2": _WITH_LAYER_TYPES,
+    "qwen3": _WITH_LAYER_TYPES,
+    "phi": Backbone(
+        attention=_PHI_ATTENTION,
+        mlp=_PLAIN_MLP,
+        final_norm="final_layernorm",
+        can_narrow=True,
+    ),
+    "phi3": Backbone(attention=_FUSED_ATTENTION, mlp=_FUSED_GATED_MLP, can_narrow=True),
+    "gemma": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP),
+    "gemma2": _WITH_DIVIDING_HEADS,
+    "gemma3_text": _WITH_DIVIDING_HEADS,
+    "gemma3n_text": Backbone(
+        attention=(),
+        mlp=_GATED_MLP,
+        layer_lists=("layer_types", "activation_sparsity_pattern", "intermediate_size"),
+        layer_stacks=_PER_LAYER_EMBEDDINGS,
+        shared_tail="num_kv_shared_layers",
+        whole_mlp_if="mlp.activation_sparsity",
+        can_be_uneven=False,
+    ),
+    "gemma4_text": Backbone(
+        attention=(),
+        mlp=_GATED_MLP,
+        layer_lists=("layer_types",),
+        layer_maps=("per_layer_config",),
+        layer_stacks=_PER_LAYER_EMBEDDINGS,
+        shared_tail="num_kv_shared_layers",
+        whole_mlp_if="config.use_double_wide_mlp",
+        can_be_uneven=False,
+    ),
+    "qwen2_vl_text": _WITH_FIXED_HEADS,
+    "qwen2_5_vl_text": _WITH_FIXED_HEADS,
+    "qwen3_vl_text": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP, can_narrow=True),
+    "qwen3_vl_moe_text": Backbone(
+        attention=_SPLIT_ATTENTION,
+        mlp=_EXPERTS,
+        layer_indices=("mlp_only_layers",),
+        neuron_field="moe_intermediate_size",
+        neuron_multiple=8,
+        can_be_uneven=False,
+    ),
+    "qwen3_5_text": Backbone(
+        attention=_GATED_OUTPUT_ATTENTION, mlp=_GATED_MLP, layer_lists=("layer_types",)
+    ),
+    "stablelm": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP, head_rule="fixed"),
+    "cohere2": _WITH_LAYER_TYPES,
+    "phi4_multimodal": Backbone(attention=_FUSED_ATTENTION, mlp=_FUSED_GATED_MLP),
+    "glm4v_text": Backbone(attention=_SPLIT_ATTENTION, mlp=_FUSED_GATED_MLP, head_rule="fixed"),
+    "mllama_text_model": Backbone(
+        attention=_SPLIT_ATTENTION,
+        mlp=_GATED_MLP,
+        head_rule="fixed",
+        layer_indices=("cross_attention_layers",),
+    ),
+    "llama4_text": Backbone(
+        attention=_SPLIT_ATTENTION,
+        mlp=_TRANSPOSED_AND_SHARED_EXPERTS,
+        layer_lists=("layer_types", "no_rope_layers"),
+        layer_indices=("moe_layers",),
+        can_be_uneven=False,
+    ),
+    "lfm2": Backbone(
+        attention=_OUT_PROJ_ATTENTION,
+        mlp=_W123_MLP,
+        final_norm="embedding_norm",
+        layer_lists=("layer_types",),
+        width_fields={"block_auto_adjust_ff_dim": False},
+    ),
+    "molmo2_text": Backbone(
+        attention=_SPLIT_ATTENTION,
+        mlp=_GATED_MLP,
+        layer_indices=("rope_scaling_layers",),
+        live_lists=("rope_types",),
+    ),
+    "kosmos_2_5_text_model": Backbone(
+        attention=_OUT_PROJ_ATTENTION,
+        mlp=(),
+        final_norm="layer_norm",
+        head_rule="fixed",
+        can_be_uneven=False,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Where the parts of a model sit.
+
+    Attributes:
+        backbone: Path of the text model (layers, embeddings, final norm) in the whole model.
+        head: Path of the language-model head.
+        vision: Path of the vision tower, None for a text model.
+        projector: Paths of what maps the towers' features into the text model.
+        other_towers: Paths of towers beside the vision tower, such as one for sound.
+        text_config: Attribute that holds the text configuration, None if it is the whole one.
+        pinned_layers: Dotted configuration path of a list; as many first layers as it has entries
+            must stay, because features are added to layers by position.
+        caps_logits: Whether the model obeys the text configuration's ``final_logit_softcapping``.
+        fixed_neurons: Whether the text configuration's MLP width also sizes a part outside the
+            backbone, so that a plain configuration cannot change it.
+        residual_writers: Patterns of the names of parameters outside the backbone whose first
+            dimension is the text model's hidden size; none if another hidden size is not known to
+            work.
+        inner_projector: Paths of two linear modules whose common width is configured as the text
+            model's hidden size.
+        hidden_fields: Dotted configuration paths that repeat the text model's hidden size.
+    """
+
+    backbone: str
+    head: str = "lm_head"
+    vision: str | None = None
+    projector: tuple[str, ...] = ()
+    other_towers: tuple[str, ...] = ()
+    text_config: str | None = "text_config"
+    pinned_layers: str | None = None
+    caps_logits: bool = False
+    fixed_neurons: bool = False
+    residual_writers: tuple[str, ...] = ()
+    inner_projector: tuple[str, str] | None = None
+    hidden_fields: tuple[str, ...] = ()
+
+    @property
+    def towers(self) -> tuple[str, ...]:
+        """Paths of all towers."""
+        return (*(() if self.vision is None else (self.vision,)), *self.other_towers)
+
+
+_ONLY_INSIDE = (
+    *("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text", "glm4v_text"),
+    *("mllama_text_model", "molmo2_text", "kosmos_2_5_text_model", "phi4_multimodal"),
+)
+"""Types of language models that transformers offers as a part of another model only."""
+
+_TWO_LINEARS: dict[str, Any] = {
+    "residual_writers": ("model.multi_modal_projector.linear_2.*", "model.image_newline"),
+    "inner_projector": (
+        "model.multi_modal_projector.linear_1",
+        "model.multi_modal_projector.linear_2",
+    ),
+}
+_LLAVA = Family(
+    backbone="model.language_model",
+    vision="model.vision_tower",
+    projector=("model.multi_modal_projector",),
+)
+_IDEFICS = Family(
+    backbone="model.text_model",
+    vision="model.vision_model",
+    projector=("model.connector",),
+    residual_writers=("model.connector.modality_projection.proj.weight",),
+)
+_QWEN_VL = Family(
+    backbone="model.language_model",
+    vision="model.visual",
+    projector=("model.visual.merger",),
+)
+_QWEN3_VL = Family(
+    backbone="model.language_model",
+    vision="model.visual",
+    projector=("model.visual.merger", "model.visual.deepstack_merger_list"),
+    pinned_layers="vision_config.deepstack_visual_indexes",
+    residual_writers=(
+        "model.visual.merger.linear_fc2.*",
+        "model.visual.deepstack_merger_list.*.linear_fc2.*",
+    ),
+    hidden_fields=("vision_config.out_hidden_size",),
+)
+_GEMMA = Family(
+    backbone="model.language_model",
+    vision="model.vision_tower",
+    projector=("model.embed_vision", "model.embed_audio"),
+    other_towers=("model.audio_tower",),
+    caps_logits=True,
+)
+_ANYRES = Family(
+    backbone="model.language_model",
+    vision="model.vision_tower",
+    projector=("model.multi_modal_projector", "model.image_newline"),
+    **_TWO_LINEARS,
+)
+
+FAMILIES: dict[str, Family] = {
+    "llava": replace(_LLAVA, **_TWO_LINEARS),
+    "llava_next": _ANYRES,
+    "llava_onevision": _ANYRES,
+    "vipllava": replace(_LLAVA, **_TWO_LINEARS),
+    "internvl": replace(_LLAVA, **_TWO_LINEARS),
+    "mistral3": replace(_LLAVA, **_TWO_LINEARS),
+    "paligemma": replace(_LLAVA, caps_logits=True),
+    "gemma3": _LLAVA,
+    "gemma3n": _GEMMA,
+    "gemma4": _GEMMA,
+    "idefics3": _IDEFICS,
+    "smolvlm": _IDEFICS,
+    "qwen2_vl": _QWEN_VL,
+    "qwen2_5_vl": _QWEN_VL,
+    "qwen3_vl": _QWEN3_VL,
+    "qwen3_vl_moe": replace(_QWEN3_VL, residual_writers=()),
+    "qwen3_5": _QWEN_VL,
+    "glm4v": _QWEN_VL,
+    "minicpmv4_6": Family(
+        backbone="model.language_model", vision="model.vision_tower", projector=("model.merger",)
+    ),
+    "aya_vision": _LLAVA,
+    "cohere2_vision": replace(_LLAVA, residual_writers=_TWO_LINEARS["residual_writers"]),
+    "perception_lm": replace(_LLAVA, **_TWO_LINEARS),
+    "lfm2_vl": _LLAVA,
+    "molmo2": _LLAVA,
+    "idefics2": Family(
+        backbone="model.text_model",
+        vision="model.vision_model",
+        projector=("model.connector",),
+        fixed_neurons=True,
+    ),
+    "deepseek_vl": Family(
+        backbone="model.language_model",
+        vision="model.vision_model",
+        projector=("model.aligner",),
+        residual_writers=("model.aligner.linear2.*",),
+        inner_projector=("model.aligner.linear1", "model.aligner.linear2"),
+    ),
+    "video_llama_3": Family(
+        backbone="model.language_model",
+        vision="model.vision_model",
+        projector=("model.projector",),
+        residual_writers=("model.projector.readout.2.*",),
+        inner_projector=("model.projector.readout.0", "model.projector.readout.2"),
+    ),
+    "ovis2": Family(
+        backbone="model.language_model",
+        vision="model.vision_tower",
+        projector=("model.visual_embeddings_table",),
+    ),
+    "phi4_multimodal": Family(
+        backbone="model",
+        vision="model.embed_tokens_extend",
+        projector=(
+            "model.embed_tokens_extend.image_embed.img_projection_up",
+            "model.embed_tokens_extend.image_embed.img_projection_down",
+        ),
+        text_config=None,
+    ),
+    "mllama": Family(
+        backbone="model.language_model",
+        vision="model.vision_model",
+        projector=("model.multi_modal_projector",),
+    ),
+    "llama4": Family(
+        backbone="language_model.model",
+        head="language_model.lm_head",
+        vision="vision_model",
+        projector=("multi_modal_projector",),
+    ),
+    "kosmos-2.5": Family(
+        backbone="text_model.model",
+        head="text_model.lm_head",
+        vision="vision_model",
+        projector=("image_to_text_projection", "text_model.model.segment_emb"),
+    ),
+    **{
+        text_type: Family(backbone="model", text_config=None, caps_logits=True)
+        for text_type in BACKBONES
+        if text_type not in _ONLY_INSIDE
+    },
+}

@@ -1,0 +1,143 @@
+"""Hidden states of a model without the logits: the head runs over chosen positions only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from slimvlm.data.roles import IGNORE, role_masks
+from slimvlm.models.anatomy import decoder_layers, family_of, final_norm, text_config_of
+from slimvlm.models.losses import Head
+from slimvlm.models.sharding import apply_head, is_sharded
+
+
+def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The hidden states among the arguments that a decoder layer is called with."""
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
+
+
+def with_layer_input(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], hidden: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same call of a decoder layer with other hidden states."""
+    if args:
+        return (hidden, *args[1:]), dict(kwargs)
+    return (), {**kwargs, "hidden_states": hidden}
+
+
+def main_stream(hidden: Tensor) -> Tensor:
+    """``[B, T, D]`` of hidden states that may hold several residual streams ``[S, B, T, D]``.
+
+    The first stream is the one that begins as the embedding and that the others are scaled to at
+    the end (AltUp of Gemma 3n).
+    """
+    return hidden[0] if hidden.ndim == 4 else hidden
+
+
+def layer_output(output: Any) -> Tensor:
+    """The hidden states in what a decoder layer returns: alone, or first in a tuple."""
+    hidden: Tensor = output if isinstance(output, Tensor) else output[0]
+    return hidden
+
+
+_CHUNK = 512
+
+
+def hidden_states(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    layers: Sequence[int] = (),
+    runner: nn.Module | None = None,
+) -> list[Float[Tensor, "B T D"]]:
+    """The hidden state after the last norm, and those after some decoder layers.
+
+    A layer that this batch does not run (one of Mllama's that read pictures, in a batch without)
+    leaves what came before it as it is.
+
+    Args:
+        model: The model.
+        inputs: A batch without labels.
+        layers: Decoder layers whose outputs are wanted, too, in ascending order.
+        runner: What runs the model, if it is wrapped for distributed training.
+    """
+    caught: dict[int, Tensor] = {}
+    newest: list[Tensor] = []
+
+    def catch(index: int, module: nn.Module, args: Any, output: Any) -> None:
+        for layer in layers:
+            if layer < index and layer not in caught:
+                caught[layer] = newest[0]
+        newest[:] = [main_stream(layer_output(output))]
+        if index in layers:
+            caught[index] = newest[0]
+
+    modules = [*(decoder_layers(model) if layers else ()), final_norm(model)]
+    with ExitStack() as stack:
+        for index, module in enumerate(modules):
+            handle = module.register_forward_hook(partial(catch, index))
+            stack.callback(handle.remove)
+        if isinstance(runner, DistributedDataParallel):
+            runner(**inputs, use_cache=False, logits_to_keep=1)
+        elif is_sharded(model):  # its own forward pass gathers the weights
+            model(**inputs, use_cache=False, logits_to_keep=1)
+        else:  # the head would only be in the way
+            model.base_model(**inputs, use_cache=False)
+    return [newest[0], *(caught[layer] for layer in layers)]
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The language-model head as a function, with the cap that Gemma 2 puts on logits."""
+    family = family_of(model.config.model_type)
+    module = model.get_submodule(family.head)
+    head: Head = partial(apply_head, module) if is_sharded(model) else module
+    cap = getattr(text_config_of(model.config), "final_logit_softcapping", None)
+    return (
+        head
+        if cap is None or not family.caps_logits
+        else lambda hidden: cap * torch.tanh(head(hidden) / cap)
+    )
+
+
+def logits_at(
+    head: Head, hidden: Float[Tensor, "N D"], tokens: Int[Tensor, "N K"]
+) -> Float[Tensor, "N K"]:
+    """Logits of some tokens at each position, in chunks that the backward pass computes again."""
+
+    def picked(rows: Tensor, wanted: Tensor) -> Tensor:
+        return head(rows).gather(-1, wanted)
+
+    parts = [
+        checkpoint(picked, rows, wanted, use_reentrant=False, preserve_rng_state=False)
+        for rows, wanted in zip(hidden.split(_CHUNK), tokens.split(_CHUNK), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def compared_positions(
+    config: Any, inputs: Mapping[str, Tensor], labels: Tensor, kd_on: str
+) -> Bool[Tensor, "B T"]:
+    """Positions that distillation compares; an answer token is compared where it is predicted.
+
+    Args:
+        config: The model's configuration.
+        inputs: A batch.
+        labels: Its labels.
+        kd_on: ``answer``, ``text`` or ``all``, as in `slimvlm.core.options.RecoverConfig`.
+    """
+    if kd_on == "answer":
+        predicts = torch.zeros_like(labels, dtype=torch.bool)
+        predicts[:, :-1] = labels[:, 1:] != IGNORE
+        return predicts
+    roles = role_masks(config, {**inputs, "labels": labels})
+    text = roles["prompt"] | roles["answer"]
+    return text if kd_on == "text" else text | roles["image"]

@@ -1,0 +1,200 @@
+"""Models, processors and configurations, read from folders and the hub."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+import transformers
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from slimvlm.core.errors import ConfigError
+from slimvlm.core.options import Dtype
+from slimvlm.core.processes import local_rank
+from slimvlm.models.anatomy import Anatomy, backbone_of, family_of, read_anatomy
+from slimvlm.models.classes import (
+    auto_class,
+    check_widths,
+    empty_model,
+    is_uneven,
+    set_class_,
+    uneven_class,
+)
+from slimvlm.models.sharding import shard_config
+
+_SAMPLED = 64
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def resolve(model: str | Path) -> str:
+    """The folder or hub id that a user's ``MODEL`` means; ``demo`` is built when first used.
+
+    Raises:
+        ConfigError: If it is a folder that does not exist or has no ``config.json``.
+    """
+    if str(model) == "demo":
+        from slimvlm.demo.build import build_demo
+
+        return str(build_demo())
+    path = Path(model)
+    if (path / "checkpoint" / "config.json").is_file():
+        return str(path / "checkpoint")  # a run folder
+    looks_local = str(model).startswith((".", "/", "~")) or str(model).count("/") != 1
+    looks_local = looks_local or path.parent.is_dir()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"model {str(model)!r}: the folder has no config.json")
+    elif looks_local or path.exists():
+        raise ConfigError(f"model {str(model)!r}: no such folder")
+    return str(model)
+
+
+def load_config(model: str | Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Read a model's configuration and check that slimvlm knows it; no weights are read.
+
+    Raises:
+        ConfigError: If it cannot be found or read.
+        UnsupportedModelError: If no family row matches.
+    """
+    name = resolve(model)
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            name, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, HFValidationError, HfHubHTTPError) as error:
+        reason = str(error).strip().splitlines()[0]
+        where = "" if Path(name).is_dir() else "no such folder, and not found on the hub; "
+        raise ConfigError(
+            f"model {str(model)!r}: {where}config cannot be read ({reason})"
+        ) from error
+    family_of(config.model_type)
+    backbone_of(config)
+    check_widths(config)
+    return config
+
+
+def load(
+    model: str | Path,
+    dtype: str = "auto",
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+    shard: bool = False,
+) -> tuple[PreTrainedModel, Any]:
+    """Load a model and its processor as native transformers objects.
+
+    Args:
+        model: A folder, a hub id, or ``demo``.
+        dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
+        device: Where to put it; by default this process's GPU, else the CPU.
+        trust_remote_code: Whether code that lies in the checkpoint may run. Layers of different
+            widths need none here: slimvlm has that code itself and never runs the folder's copy.
+        shard: Divide the weights among the processes that ``torchrun`` started (FSDP2); each reads
+            its part alone.
+
+    Returns:
+        The model in evaluation mode, and its processor (its tokenizer, for a text model).
+
+    Raises:
+        ConfigError: If it cannot be found or read.
+        UnsupportedModelError: If slimvlm does not know the family.
+    """
+    if dtype not in get_args(Dtype):
+        raise ConfigError(f"dtype {dtype!r} must be one of: {', '.join(get_args(Dtype))}")
+    config = load_config(model, trust_remote_code)
+    name = resolve(model)
+    _require_safetensors(Path(name))
+    source: Any = uneven_class(config) if is_uneven(config) else auto_class(config)
+    divided = {"distributed_config": shard_config(config)} if shard else {}
+    try:
+        loaded, report = source.from_pretrained(
+            name,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **divided,
+        )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model {str(model)!r}: weights cannot be read ({reason})") from error
+    if report["missing_keys"]:
+        first, *rest = sorted(report["missing_keys"])
+        raise ConfigError(
+            f"model {str(model)!r}: weights lack {first!r}"
+            + (f" and {len(rest)} more" * bool(rest))
+        )
+    set_class_(loaded)
+    if not shard:  # shards lie where they belong
+        loaded = loaded.to(torch.device(device) if device is not None else default_device())
+    return loaded.eval(), load_processor(name, config, trust_remote_code)
+
+
+def _require_safetensors(folder: Path) -> None:
+    """Pickled weights run code when they are read: only ``convert`` does that, and safely."""
+    pickled = [file for end in PICKLED for file in folder.glob(f"*{end}")]
+    if pickled and not any(folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"model {str(folder)!r}: {min(pickled).name!r} is a pickle, and only safetensors are "
+            "read. Use slimvlm convert for checkpoints in an original format"
+        )
+
+
+def default_device() -> torch.device:
+    """This process's GPU if there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank())
+
+
+def load_processor(name: str, config: PreTrainedConfig, trust_remote_code: bool = False) -> Any:
+    """The processor of a model that sees, the tokenizer of one that does not; None if absent."""
+    sees = family_of(config.model_type).vision is not None
+    auto = transformers.AutoProcessor if sees else transformers.AutoTokenizer
+    try:
+        return auto.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def anatomy(model: PreTrainedModel | PreTrainedConfig | str | Path) -> Anatomy:
+    """The anatomy of a model, a configuration, or a folder or hub id (its weights stay unread).
+
+    Raises:
+        ConfigError: If a folder or id cannot be read.
+        UnsupportedModelError: If slimvlm does not know the family.
+    """
+    if isinstance(model, nn.Module):
+        return read_anatomy(model)
+    config = model if isinstance(model, PreTrainedConfig) else load_config(model)
+    family_of(config.model_type)
+    backbone_of(config)
+    check_widths(config)
+    return read_anatomy(empty_model(config))
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 matrices natively."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of a model's shapes, data types and a sample of every weight.
+
+    Training and repair change every weight that they touch, so up to 64 evenly spaced values of
+    each tensor tell models apart without reading gigabytes.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        flat = tensor.detach().flatten()
+        picked = flat[:: max(len(flat) // _SAMPLED, 1)].float().cpu()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(picked.numpy().tobytes())
+    return digest.hexdigest()

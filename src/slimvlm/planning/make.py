@@ -1,0 +1,198 @@
+"""Make a plan: from scores and a budget to the units that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from slimvlm.core.errors import ConfigError, ImpossiblePlanError
+from slimvlm.models.anatomy import Anatomy
+from slimvlm.planning.budget import (
+    WIDTH_UNITS,
+    Budget,
+    scores_for,
+)
+from slimvlm.planning.depth import without_layers
+from slimvlm.planning.plan import Plan
+from slimvlm.planning.ranking import globally_ranked_widths
+from slimvlm.planning.widths import uniform_widths, with_widths
+from slimvlm.scoring.scores import Scores
+
+
+def make_plan(
+    anatomy: Anatomy,
+    scores: Scores | Sequence[Scores],
+    ratio: float,
+    axis: str = "width",
+    allocation: str = "uniform",
+    protect: tuple[int, int] = (0, 0),
+    counting: str = "parameters",
+    round_to: int | None = None,
+    depth_share: float = 0.5,
+    *,
+    units: Sequence[str] = WIDTH_UNITS,
+    kv_heads: int | None = None,
+    max_layer_ratio: float | None = None,
+    relative_to: str | None = None,
+) -> Plan:
+    """Choose the units to keep.
+
+    Args:
+        anatomy: The model's.
+        scores: Scores of the units to prune, higher = keep. Units without scores stay whole. If
+            two of them score the same unit, the first one counts.
+        ratio: Share to remove, in [0, 1): of the backbone's parameters, or with
+            ``counting="per_layer"`` of the units of each unprotected layer (of the unprotected
+            layers, for ``depth``).
+        axis: ``depth`` removes layers, ``width`` KV groups and neurons, ``both`` mixes them.
+        allocation: How widths share the budget. ``uniform``: the same widths in every unprotected
+            layer. ``protect``: the same, with the first 4 and last 2 of 32 layers left whole
+            (scaled to the model's depth, one at least) unless ``protect`` says otherwise.
+            ``global``: one ranking of the units of all layers, so that layers become unequally
+            wide; see `globally_ranked_widths`.
+        protect: How many first and last layers are left whole.
+        counting: ``parameters`` is exact. ``per_layer`` counts as LLM-Pruner does:
+            ``n = C - floor(C (1 - ratio))`` of a projection's ``C`` channels, whole heads only.
+        round_to: Multiple for the number of kept neurons. Default 128, in smaller models as little
+            as the ratio needs (`default_multiple`); 1 with ``per_layer``.
+        depth_share: With ``both``, the share of the removed parameters that layers give.
+        units: Which of ``kv_group`` and ``neuron`` may become fewer.
+        kv_heads: KV groups to keep in every unprotected layer; neurons give the rest. By default
+            both kinds give the same share where whole groups allow it.
+        max_layer_ratio: With ``global``, the largest share that any layer may lose.
+        relative_to: With ``global``, what makes scores comparable before they are ranked by
+            parameter: ``layer`` divides them by the mean of their layer and kind of unit, ``kind``
+            by the mean of their kind over all layers, ``nothing`` takes them as they are. None:
+            ``kind`` for criteria whose layers compare (Taylor, gate), else ``layer``.
+
+    Returns:
+        A plan whose achieved ratio is as near as whole units allow: within a layer for ``depth``,
+        within one multiple of neurons in all layers for equal widths, within half of the largest
+        single step (a KV group, or one multiple of neurons) for ``global``.
+
+    Raises:
+        ConfigError: If an argument is out of range or scores for the axis are missing.
+        ImpossiblePlanError: If no legal shape comes near the ratio; the message names the nearest.
+
+    Reference:
+        The protected layers are those of Huang et al. 2025, arXiv:2507.20749, in the released code
+        for InternVL; for its other models that code protects more (3 first and 11 last of 32).
+    """
+    budget = Budget(
+        anatomy,
+        ratio,
+        axis,
+        protect,
+        counting,
+        round_to,
+        depth_share,
+        allocation,
+        tuple(units),
+        kv_heads,
+        max_layer_ratio,
+        relative_to,
+    )
+    given = [scores] if isinstance(scores, Scores) else list(scores)
+    plan = replace(Plan.everything(anatomy), axis=axis, asked_ratio=ratio)
+    if axis in ("depth", "both"):
+        plan = without_layers(plan, scores_for("layer", given, budget), budget)
+    if axis in ("width", "both"):
+        plan = _narrowed(plan, given, budget)
+    if counting == "parameters":
+        _check_reached(plan, budget)
+    return plan
+
+
+def ratio_for_params(anatomy: Anatomy, target_params: int) -> float:
+    """The ratio that leaves a whole model (towers included) with so many parameters.
+
+    Raises:
+        ImpossiblePlanError: If more than the backbone would have to go.
+        ConfigError: If the model is already that small.
+    """
+    excess = anatomy.total_params - target_params
+    if excess < 0:
+        raise ConfigError(
+            f"target of {target_params:,} parameters: the model has only "
+            f"{anatomy.total_params:,} parameters"
+        )
+    if excess >= anatomy.backbone_params:
+        least = anatomy.total_params - anatomy.backbone_params
+        raise ImpossiblePlanError(
+            f"target of {target_params:,} parameters: only the backbone is pruned, and the rest "
+            f"alone has {least:,} parameters"
+        )
+    return excess / anatomy.backbone_params
+
+
+def make_plan_for_params(
+    anatomy: Anatomy,
+    scores: Scores | Sequence[Scores],
+    target_params: int,
+    axis: str = "width",
+    **options: Any,
+) -> Plan:
+    """The plan with the smallest ratio whose whole model has at most so many parameters.
+
+    Args:
+        anatomy: The model's.
+        scores: As in `make_plan`.
+        target_params: Limit for the whole model, towers included.
+        axis: As in `make_plan`.
+        **options: Further arguments of `make_plan`.
+
+    Raises:
+        ImpossiblePlanError: If no legal shape is that small.
+        ConfigError: If the model is already that small, or an argument is out of range.
+    """
+    ratio = ratio_for_params(anatomy, target_params)
+    while True:
+        plan = make_plan(anatomy, scores, ratio, axis, **options)
+        excess = plan.after.total_params - target_params
+        if excess <= 0:
+            return plan
+        ratio = min(ratio + max(excess / anatomy.backbone_params, 1e-4), 1 - 1e-9)
+
+
+def _narrowed(plan: Plan, given: list[Scores], budget: Budget) -> Plan:
+    """Keep the best KV groups and neurons of every open layer."""
+    scored = {
+        unit: scores_for(unit, given, budget)
+        for unit in budget.units
+        if budget.can_shrink(unit) and any(scores.of(unit) is not None for scores in given)
+    }
+    if not scored:
+        scores_for(budget.units[-1], given, budget)
+    if not any(budget.is_open(i) for i in plan.layers):
+        return plan
+    allocate = globally_ranked_widths if budget.allocation == "global" else uniform_widths
+    return with_widths(plan, scored, allocate(plan, scored, budget))
+
+
+def _check_reached(plan: Plan, budget: Budget) -> None:
+    """The achieved ratio must be within the smallest step that the axis has."""
+    shapes = budget.anatomy.layers
+    if plan.axis == "depth":
+        step = min(shape.params for shape in shapes)
+    elif budget.allocation == "global":
+        step = max(
+            size
+            for shape in shapes
+            for unit, size in (
+                ("kv_group", shape.kv_group_params),
+                ("neuron", budget.multiple * shape.neuron_params),
+            )
+            if unit in plan.criteria
+        )
+    elif "neuron" in plan.criteria:
+        step = budget.multiple * sum(shape.neuron_params for shape in shapes)
+    elif "kv_group" in plan.criteria and len(budget.anatomy.legal_kv_heads()) > 1:
+        step = sum(shape.kv_group_params for shape in shapes)
+    else:
+        step = 0
+    if abs(plan.ratio - budget.ratio) > step / budget.anatomy.backbone_params + 1e-9:
+        raise ImpossiblePlanError(
+            f"ratio {budget.ratio:g} cannot be reached on axis {plan.axis!r}: the nearest legal "
+            f"shape has ratio {plan.ratio:.4f} ({plan.summary()})"
+        )

@@ -1,0 +1,124 @@
+"""Switch off what a plan removes: the obvious meaning of a plan, no shape changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from slimvlm.core.errors import ConfigError
+from slimvlm.models.anatomy import (
+    Anatomy,
+    Matrix,
+    decoder_layers,
+    matrices,
+    read_anatomy,
+)
+from slimvlm.models.families import INPUT_COLUMNS, Projection
+from slimvlm.models.hidden import layer_input
+from slimvlm.models.units import channels_of, unit_of
+from slimvlm.planning.plan import Plan
+
+
+def mask_(model: PreTrainedModel, plan: Plan) -> None:
+    """Switch off what a plan removes without changing any shape, in place.
+
+    The columns of ``o_proj`` and ``down_proj`` that read removed units become zero. Removed layers
+    become zero altogether, and a hook passes their input on. This is the slow and obvious
+    meaning of a plan, against which `prune_` is tested.
+    """
+    require_match(model, plan)
+    kept_layers = set(plan.layers)
+    with torch.no_grad():
+        for index, layer in enumerate(decoder_layers(model)):
+            if index not in kept_layers:
+                for parameter in layer.parameters():
+                    parameter.zero_()
+                layer.register_forward_hook(_pass_on, with_kwargs=True)
+        for index, matrix in matrices(model):
+            if matrix.projection.dim == INPUT_COLUMNS and index in kept_layers:
+                matrix.weight.copy_(_masked_weight(plan, index, matrix))
+
+
+@contextmanager
+def masked(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
+    """Inside, the model computes what a plan leaves; its weights are never touched.
+
+    The same meaning as `mask_`, by hooks: the inputs of ``o_proj`` and ``down_proj`` are zero
+    where units are gone, and a removed layer passes its input on. Experts, which are no modules of
+    their own, read a masked copy of their weights meanwhile.
+    """
+    require_match(model, plan)
+    kept_layers = set(plan.layers)
+
+    def hide(keep: Tensor, module: nn.Module, args: Any) -> Any:
+        return (args[0] * keep.to(args[0]), *args[1:])
+
+    with ExitStack() as stack:
+        for index, layer in enumerate(decoder_layers(model)):
+            if index not in kept_layers:
+                handle = layer.register_forward_hook(_pass_on, with_kwargs=True)
+                stack.callback(handle.remove)
+        for index, matrix in matrices(model):
+            if matrix.projection.dim != INPUT_COLUMNS or index not in kept_layers:
+                continue
+            keep = torch.zeros(matrix.width)
+            keep[kept_channels(plan, index, matrix.projection)] = 1
+            if bool(keep.all()):
+                continue
+            if isinstance(matrix.owner, nn.Linear):
+                handle = matrix.owner.register_forward_pre_hook(partial(hide, keep))
+                stack.callback(handle.remove)
+            else:
+                stack.callback(setattr, matrix.owner, matrix.name, matrix.weight)
+                weight = nn.Parameter(_masked_weight(plan, index, matrix), False)
+                setattr(matrix.owner, matrix.name, weight)
+        yield
+
+
+def _pass_on(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    """A hook after which a layer gives its input for its output."""
+    hidden = layer_input(args, kwargs)
+    return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+
+
+def require_match(model: nn.Module, plan: Plan) -> None:
+    """Refuse a plan that was made for another model.
+
+    Raises:
+        ConfigError: If the shapes differ; the message names both.
+    """
+    anatomy = read_anatomy(model)
+    if anatomy.layers != plan.before.layers or anatomy.model_type != plan.before.model_type:
+        raise ConfigError(
+            f"plan: made for {_shape_line(plan.before)}, but the model is {_shape_line(anatomy)}"
+        )
+
+
+def _shape_line(anatomy: Anatomy) -> str:
+    groups = max(shape.num_kv_heads for shape in anatomy.layers)
+    neurons = max(shape.intermediate_size for shape in anatomy.layers)
+    return (
+        f"{anatomy.model_type} with {anatomy.num_layers} layers, {groups} KV groups, "
+        f"{neurons} neurons"
+    )
+
+
+def kept_channels(plan: Plan, index: int, projection: Projection) -> Tensor:
+    """The channels of a matrix of layer ``index`` that a plan keeps along its divided dimension."""
+    kept = plan.kv_groups if unit_of(projection) == "kv_group" else plan.neurons
+    return channels_of(projection, plan.before.layers[index], kept[index])
+
+
+def _masked_weight(plan: Plan, index: int, matrix: Matrix) -> Tensor:
+    keep = kept_channels(plan, index, matrix.projection).to(matrix.weight.device)
+    mask = torch.zeros(matrix.width, dtype=torch.bool, device=matrix.weight.device)
+    mask[keep] = True
+    shape = [1] * matrix.weight.ndim
+    shape[matrix.projection.axis] = matrix.width
+    return matrix.weight.detach().masked_fill(~mask.view(shape), 0)

@@ -1,0 +1,217 @@
+"""Which units stay: a `Plan`. It can be saved, edited by hand, shared and applied again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from slimvlm.core.errors import ConfigError, ImpossiblePlanError
+from slimvlm.core.files import write_text
+from slimvlm.models.anatomy import Anatomy, LayerShape
+from slimvlm.models.families import BACKBONES, FAMILIES
+
+AXES = ("depth", "width", "both")
+FORMAT = "slimvlm-plan/1"
+
+Kept = tuple[int, ...]
+FileFormat = Literal["native", "uneven"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The kept units of every layer.
+
+    Attributes:
+        before: The model that the plan is for.
+        layers: Kept layers.
+        kv_groups: For each original layer its kept KV groups; empty where the layer is gone.
+        neurons: Likewise its kept neurons.
+        axis: ``depth``, ``width`` or ``both``.
+        asked_ratio: The ratio that was asked for, None for a plan made by hand.
+        criteria: Criterion used for each unit.
+    """
+
+    before: Anatomy
+    layers: Kept
+    kv_groups: tuple[Kept, ...]
+    neurons: tuple[Kept, ...]
+    axis: str
+    asked_ratio: float | None = None
+    criteria: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.axis not in AXES:
+            raise ConfigError(f"plan: axis {self.axis!r} must be one of: {', '.join(AXES)}")
+        if not len(self.kv_groups) == len(self.neurons) == self.before.num_layers:
+            raise ConfigError(
+                f"plan: kv_groups and neurons must have {self.before.num_layers} entries, one for "
+                "each original layer"
+            )
+        _check_indices("layers", self.layers, self.before.num_layers, self.layers != ())
+        for index, shape in enumerate(self.before.layers):
+            is_kept = index in self.layers
+            groups, neurons = self.kv_groups[index], self.neurons[index]
+            for name, kept, count in (
+                ("kv_groups", groups, shape.num_kv_heads),
+                ("neurons", neurons, shape.intermediate_size),
+            ):
+                has_some = is_kept and count > 0
+                _check_indices(f"{name}[{index}]", kept, count, has_some == bool(kept))
+        missing = sorted(set(self.before.pinned_layers) - set(self.layers))
+        if missing:
+            raise ImpossiblePlanError(
+                f"plan: layers {missing} of {self.before.model_type!r} must stay, since "
+                f"{self.before.why_pinned}"
+            )
+
+    @classmethod
+    def everything(cls, anatomy: Anatomy) -> Plan:
+        """The plan that removes nothing."""
+        return cls(
+            before=anatomy,
+            layers=tuple(range(anatomy.num_layers)),
+            kv_groups=tuple(tuple(range(s.num_kv_heads)) for s in anatomy.layers),
+            neurons=tuple(tuple(range(s.intermediate_size)) for s in anatomy.layers),
+            axis="both",
+            asked_ratio=0.0,
+        )
+
+    @property
+    def after(self) -> Anatomy:
+        """The smaller model's anatomy."""
+        pinned = tuple(self.layers.index(i) for i in self.before.pinned_layers)
+        after = replace(self.before.with_layers(self._shapes()), pinned_layers=pinned)
+        return after.retyped() if self.needs_retype else after
+
+    @property
+    def ratio(self) -> float:
+        """Share of the backbone's parameters that the plan removes."""
+        kept = sum(
+            shape.fixed_params
+            + len(self.kv_groups[i]) * shape.kv_group_params
+            + len(self.neurons[i]) * shape.neuron_params
+            for i, shape in enumerate(self.before.layers)
+            if i in self.layers
+        )
+        removed = sum(shape.params for shape in self.before.layers) - kept
+        return removed / self.before.backbone_params
+
+    @property
+    def needs_retype(self) -> bool:
+        """Whether the head count needs the freer configuration type of the backbone's row."""
+        after = self.before.with_layers(self._shapes())
+        if not self.before.retypable or not after.is_uniform:
+            return False
+        return self.before.hidden_size % after.layers[0].num_heads != 0
+
+    @property
+    def file_format(self) -> FileFormat:
+        """How the smaller model can be written.
+
+        ``native``: as a plain configuration and weights. ``uneven``: with the widths of every
+        layer in the configuration and a Python file that applies them, since the layers differ
+        or the configuration class cannot express their head count; loading it needs
+        ``trust_remote_code=True``.
+        """
+        after = self.before.with_layers(self._shapes())
+        if not after.is_uniform:
+            return "uneven"
+        if after.mlp_widths and after.mlp_widths[0] not in self.before.legal_neurons():
+            return "uneven"
+        return "native" if self._has_legal_heads(after) else "uneven"
+
+    def _has_legal_heads(self, after: Anatomy) -> bool:
+        if not after.attention_shapes:
+            return True
+        kv_heads, queries_per_group, head_dim = after.attention_shapes[0]
+        if self.before.backbone.head_rule == "fixed":
+            return kv_heads * queries_per_group * head_dim == self.before.hidden_size
+        return kv_heads in self.before.legal_kv_heads()
+
+    def _shapes(self) -> list[LayerShape]:
+        return [
+            replace(
+                self.before.layers[index],
+                num_kv_heads=len(self.kv_groups[index]),
+                intermediate_size=len(self.neurons[index]),
+            )
+            for index in self.layers
+        ]
+
+    def summary(self) -> str:
+        """One line: what is kept, which ratio that is, and what loading it needs."""
+        groups = sorted({len(self.kv_groups[i]) for i in self.layers} - {0})
+        neurons = sorted({len(self.neurons[i]) for i in self.layers} - {0})
+        asked = "" if self.asked_ratio is None else f" (asked {self.asked_ratio:.2%})"
+        needs = "; layers of different widths: needs trust_remote_code=True"
+        return (
+            f"removes {self.ratio:.2%} of the backbone{asked}: "
+            f"{len(self.layers)} of {self.before.num_layers} layers, "
+            f"{_span(groups)} KV groups, {_span(neurons)} neurons a layer"
+            + needs
+            * (self.file_format == "uneven")
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        values = {
+            "format": FORMAT,
+            "axis": self.axis,
+            "asked_ratio": self.asked_ratio,
+            "ratio": self.ratio,
+            "criteria": dict(self.criteria),
+            "layers": self.layers,
+            "kv_groups": self.kv_groups,
+            "neurons": self.neurons,
+            "before": self.before.to_dict(),
+        }
+        write_text(Path(path), json.dumps(values) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan; ``ratio`` is computed anew, so a plan may be edited by hand.
+
+        Raises:
+            ConfigError: If the file is missing, is not a plan, or names units that do not exist.
+        """
+        try:
+            values = json.loads(Path(path).read_text())
+            if values["format"] != FORMAT:
+                raise ConfigError(f"plan {str(path)!r}: format must be {FORMAT!r}")
+            before = Anatomy.from_dict(values["before"])
+            if before.model_type not in FAMILIES or before.text_type not in BACKBONES:
+                raise ConfigError(
+                    f"plan {str(path)!r}: before names the unknown model types "
+                    f"{before.model_type!r} and {before.text_type!r}"
+                )
+            return cls(
+                before=before,
+                layers=tuple(values["layers"]),
+                kv_groups=tuple(map(tuple, values["kv_groups"])),
+                neurons=tuple(map(tuple, values["neurons"])),
+                axis=values["axis"],
+                asked_ratio=values["asked_ratio"],
+                criteria=values["criteria"],
+            )
+        except ConfigError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            raise ConfigError(f"plan {str(path)!r}: cannot be read ({error!r})") from error
+
+
+def _check_indices(name: str, kept: Sequence[Any], count: int, right_emptiness: bool) -> None:
+    in_range = all(isinstance(i, int) and 0 <= i < count for i in kept)
+    if not right_emptiness or not in_range or list(kept) != sorted(set(kept)):
+        raise ConfigError(
+            f"plan: {name} must be sorted, unique, below {count}, and empty only where the layer "
+            "is gone"
+        )
+
+
+def _span(values: Sequence[Any]) -> str:
+    if not values:
+        return "0"
+    return f"{values[0]}" if len(values) == 1 else f"{values[0]}-{values[-1]}"

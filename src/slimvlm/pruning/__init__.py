@@ -1,0 +1,1 @@
+"""From a plan to a smaller checkpoint: cut, repair, write, read back."""

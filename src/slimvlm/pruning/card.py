@@ -1,0 +1,131 @@
+"""The model card of a checkpoint: README.md with the metadata block that the hub reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils._validators import validate_repo_id
+from transformers import PreTrainedModel
+from transformers.utils.hub import cached_file
+
+from slimvlm.models.anatomy import family_of
+from slimvlm.models.classes import auto_class, is_uneven
+from slimvlm.planning.plan import Plan
+
+CARD_FILE = "README.md"
+
+
+TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
+_TAGS = ["slimvlm", "pruned", "model-compression"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """What a card says that the checkpoint itself does not know.
+
+    Attributes:
+        base: The original: a hub id or a folder.
+        name: Name of the checkpoint.
+        command: What made the checkpoint.
+        results: A Markdown table.
+        scores: Score of each task and its metric, in percent; they become the ``model-index``.
+        training: A sentence on the recovery.
+    """
+
+    base: str
+    name: str
+    command: str = ""
+    results: str = ""
+    scores: Mapping[str, tuple[str, float]] = field(default_factory=dict)
+    training: str = ""
+
+
+def write_card(folder: Path, model: PreTrainedModel, plan: Plan | None, facts: CardFacts) -> None:
+    """Write the card of a checkpoint.
+
+    License and original come from the original's own card, where it has one: what was pruned from a
+    pruned model still names the first one. A folder on this machine is not named in the metadata.
+
+    Args:
+        folder: The checkpoint's folder.
+        model: The model in it.
+        plan: The plan that made it.
+        facts: What else is known.
+    """
+    base = base_card(facts.base)
+    sees = family_of(model.config.model_type).vision is not None
+    task = "image-text-to-text" if sees else "text-generation"
+    data = ModelCardData(
+        base_model=_base_model(facts.base, base),
+        library_name="transformers",
+        license=base.get("license"),
+        pipeline_tag=task,
+        tags=_TAGS,
+        model_name=facts.name if facts.scores else None,
+        eval_results=_eval_results(facts.scores, task) or None,
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        name=facts.name,
+        base=data.base_model or Path(facts.base).name,
+        params=sum(p.numel() for p in model.parameters()),
+        plan=plan,
+        facts=facts,
+        auto_class=auto_class(model.config).__name__,
+        processor="AutoProcessor" if sees else "AutoTokenizer",
+        needs_code=is_uneven(model.config),
+    )
+    card.save(folder / CARD_FILE)
+
+
+def base_card(model: str) -> dict[str, Any]:
+    """Metadata of a model's own card; empty if it has none or cannot be reached."""
+    if not model:
+        return {}
+    path: str | Path | None = Path(model) / CARD_FILE
+    if is_hub_id(model):
+        quiet = dict.fromkeys(("gated_repo", "missing_entries", "connection_errors"), False)
+        options = {f"_raise_exceptions_for_{name}": value for name, value in quiet.items()}
+        path = cached_file(model, CARD_FILE, **options)
+    if path is None or not Path(path).is_file():
+        return {}
+    if not Path(path).read_text(encoding="utf-8").startswith("---"):
+        return {}
+    values: dict[str, Any] = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    return values
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether a name is that of a model on the hub, and not a folder here."""
+    try:
+        validate_repo_id(model)
+    except HFValidationError:
+        return False
+    return bool(model) and not Path(model).exists()
+
+
+def _base_model(base: str, card: Mapping[str, Any]) -> str | list[str] | None:
+    """The hub id of the original, or for a folder what its card names."""
+    if is_hub_id(base):
+        return base
+    found: str | list[str] | None = card.get("base_model")
+    return found
+
+
+def _eval_results(scores: Mapping[str, tuple[str, float]], task: str) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=name,
+            dataset_name=name,
+            metric_type=metric,
+            metric_value=round(value, 2),
+        )
+        for name, (metric, value) in scores.items()
+    ]

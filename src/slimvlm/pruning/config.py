@@ -1,0 +1,163 @@
+"""Write a plan down as a Hugging Face configuration, and prove that it can be read back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from slimvlm.core.errors import ImpossiblePlanError
+from slimvlm.models.anatomy import Anatomy, LayerShape, read_anatomy, text_config_of
+from slimvlm.models.classes import UNEVEN_FIELD, WIDTHS, empty_model, with_text_config
+from slimvlm.planning.plan import Plan
+
+
+def smaller_text_config(
+    config: PreTrainedConfig, plan: Plan, uneven: bool = False
+) -> PreTrainedConfig:
+    """The language-model configuration of the pruned model; the given one is left alone.
+
+    Args:
+        config: Configuration of the whole model.
+        plan: The plan.
+        uneven: Whether each layer gets its own entry in `UNEVEN_FIELD`. The fields for all layers
+            then stay, so that the rules of the configuration class hold for them.
+    """
+    old: PreTrainedConfig = text_config_of(config)
+    after = plan.after
+    new: PreTrainedConfig = copy.deepcopy(old)
+    vars(new).pop(UNEVEN_FIELD, None)
+    if plan.needs_retype:
+        new = _retyped(new, after.text_type, plan.before.backbone.retype_fields)
+    for name, value in _of_kept_layers(old, plan).items():
+        setattr(new, name, value)
+    if uneven:
+        setattr(new, UNEVEN_FIELD, [_widths(old, shape) for shape in after.layers])
+        return new
+    for name, value in _changed_widths(new, after).items():
+        setattr(new, name, value)
+    return new
+
+
+def validate(config: PreTrainedConfig, text_config: PreTrainedConfig, plan: Plan) -> None:
+    """Build the planned model without weights and compare its shapes with the plan.
+
+    Args:
+        config: Configuration of the whole original model.
+        text_config: What `smaller_text_config` made.
+        plan: The plan.
+
+    Raises:
+        ImpossiblePlanError: If the configuration class refuses the shape, or ignores a field.
+    """
+    if not getattr(text_config, UNEVEN_FIELD, None):
+        _require_legal_neurons(plan)
+    elif not plan.before.backbone.can_be_uneven:
+        raise ImpossiblePlanError(
+            f"plan: layers of {plan.before.text_type!r} must stay equally wide, since "
+            "modeling_pruned.py cannot cut them one by one. Plan with allocation 'uniform'"
+        )
+    try:
+        checked = type(text_config).from_dict(text_config.to_dict())
+        whole = with_text_config(copy.deepcopy(config), checked)
+        found = read_anatomy(empty_model(whole))
+    except (StrictDataclassError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        first_line = str(error).strip().splitlines()[-1]
+        raise ImpossiblePlanError(_refusal(plan, first_line)) from error
+    if found.layers != plan.after.layers:
+        raise ImpossiblePlanError(
+            _refusal(plan, "a model built from the new configuration has other shapes")
+        )
+
+
+def _lists(text_config: Any, names: Sequence[str]) -> list[str]:
+    return [name for name in names if getattr(text_config, name, None) is not None]
+
+
+def _of_kept_layers(old: PreTrainedConfig, plan: Plan) -> dict[str, Any]:
+    """What a configuration says layer by layer, for the layers that stay."""
+    row = plan.before.backbone
+    lists = {n: [getattr(old, n)[i] for i in plan.layers] for n in _lists(old, row.layer_lists)}
+    numbers = {
+        name: [new for new, i in enumerate(plan.layers) if i in getattr(old, name)]
+        for name in _lists(old, row.layer_indices)
+    }
+    maps = {name: _renumbered(old, name, plan) for name in row.layer_maps}
+    counts = {"num_hidden_layers": len(plan.layers)}
+    if row.shared_tail is not None:
+        first = old.num_hidden_layers - getattr(old, row.shared_tail)
+        counts[row.shared_tail] = sum(index >= first for index in plan.layers)
+    return {**counts, **lists, **numbers, **maps}
+
+
+def _renumbered(text_config: PreTrainedConfig, name: str, plan: Plan) -> dict[int, Any]:
+    """A mapping from layer numbers, for the layers that stay."""
+    given = {int(index): value for index, value in text_config.to_dict().get(name, {}).items()}
+    return {new: given[old] for new, old in enumerate(plan.layers) if old in given}
+
+
+def _widths(text_config: Any, shape: LayerShape) -> dict[str, int]:
+    """A layer's entry; units that it lacks have the count of the configuration."""
+    counts = (shape.num_heads, shape.num_kv_heads, shape.intermediate_size)
+    named = zip(WIDTHS, counts, strict=True)
+    return {name: count or getattr(text_config, name, 1) for name, count in named}
+
+
+def _changed_widths(text_config: Any, after: Anatomy) -> dict[str, Any]:
+    """The fields that do not yet say what all layers have."""
+    changed: dict[str, Any] = {}
+    for kv_heads, queries_per_group, head_dim in after.attention_shapes:
+        heads = {
+            "num_attention_heads": kv_heads * queries_per_group,
+            "num_key_value_heads": kv_heads,
+        }
+        if any(getattr(text_config, name, count) != count for name, count in heads.items()):
+            changed = {**heads, "head_dim": head_dim}
+    row = after.backbone
+    if row.neuron_field in row.layer_lists:
+        rows = zip(after.layers, getattr(text_config, row.neuron_field), strict=True)
+        widths = [shape.intermediate_size or whole for shape, whole in rows]
+        return {**changed, row.neuron_field: widths}
+    for neurons in after.mlp_widths:
+        if getattr(text_config, row.neuron_field) != neurons:
+            changed |= {row.neuron_field: neurons, **row.width_fields}
+    return changed
+
+
+def _require_legal_neurons(plan: Plan) -> None:
+    legal = plan.before.legal_neurons()
+    for neurons in plan.after.mlp_widths:
+        if neurons in legal:
+            continue
+        nearest = sorted(sorted(legal, key=lambda count: abs(count - neurons))[:2])
+        even = ", or any number with allow_uneven, whose files need trust_remote_code=True"
+        raise ImpossiblePlanError(
+            f"plan: {plan.before.model_type!r} cannot be configured with {neurons} neurons in a "
+            f"layer; the nearest that it can have: {', '.join(map(str, nearest))}"
+            + even
+            * plan.before.backbone.can_be_uneven
+        )
+
+
+def _retyped(text_config: Any, model_type: str, fields: Any) -> PreTrainedConfig:
+    values = text_config.to_dict()
+    target = CONFIG_MAPPING[model_type]
+    dropped = {"model_type", "architectures", "transformers_version"}
+    dropped |= set(values) - set(target().to_dict())
+    kept = {name: value for name, value in values.items() if name not in dropped}
+    new: PreTrainedConfig = target(**{**kept, **fields})
+    new._attn_implementation = text_config._attn_implementation
+    return new
+
+
+def _refusal(plan: Plan, why: str) -> str:
+    legal = plan.before.legal_kv_heads()
+    counts = [shape[0] for shape in plan.after.attention_shapes] or [0]
+    return (
+        f"plan: {plan.before.text_type!r} cannot be configured with {counts[0]} KV groups "
+        f"({why}). KV groups that it can have: {', '.join(map(str, legal))}, or any count with "
+        "allow_uneven, whose files need trust_remote_code=True"
+    )

@@ -1,0 +1,161 @@
+"""Apply a plan to a live model: weights, configuration, layer indices and counts."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from slimvlm.models.anatomy import (
+    Matrix,
+    decoder_layers,
+    family_of,
+    matrices,
+    stacks,
+    text_config_of,
+)
+from slimvlm.models.classes import require_full_precision, set_class_, with_text_config
+from slimvlm.models.families import OUTPUT_ROWS
+from slimvlm.models.modeling_pruned import set_counts_
+from slimvlm.planning.mask import kept_channels, require_match
+from slimvlm.planning.plan import Plan
+from slimvlm.pruning.config import smaller_text_config, validate
+
+
+def prune_(model: PreTrainedModel, plan: Plan, allow_uneven: bool = False) -> None:
+    """Cut a model down to a plan, in place: afterwards it is an ordinary smaller model.
+
+    The new configuration is built and checked before any weight is touched. Query heads go with
+    their KV head, fused matrices are cut inside their blocks, biases follow their rows and the
+    biases of output projections stay whole. Layers are renumbered for the cache.
+
+    If the head count needs it, the language model is retyped (Llama → Mistral, which computes the
+    same); `Plan.needs_retype` tells beforehand.
+
+    Layers of different widths cannot be said in a plain configuration. The model then becomes the
+    subclass of its class that ``modeling_pruned.py`` describes, and ``save_pretrained`` writes that
+    file too.
+
+    Args:
+        model: A transformers model of a known family.
+        plan: Made for this model's anatomy.
+        allow_uneven: Whether equal layers may be written like different ones if their head count
+            cannot be configured. Loading the files then needs ``trust_remote_code=True``.
+
+    Raises:
+        ConfigError: If the plan is for another model.
+        ImpossiblePlanError: If the configuration class cannot express the shape.
+    """
+    require_full_precision(model.config, "pruned")
+    require_match(model, plan)
+    uneven = not plan.after.is_uniform or (allow_uneven and plan.file_format == "uneven")
+    text_config = smaller_text_config(model.config, plan, uneven)
+    validate(model.config, text_config, plan)
+    _slice_weights(model, plan)
+    _drop_layers(model, plan)
+    _apply_config(model, text_config, plan)
+
+
+def _slice_weights(model: nn.Module, plan: Plan) -> None:
+    kept_layers = set(plan.layers)
+    for index, matrix in list(matrices(model)):
+        if index not in kept_layers:
+            continue
+        keep = kept_channels(plan, index, matrix.projection)
+        if len(keep) < matrix.width:
+            _slice_matrix(matrix, keep)
+
+
+def _slice_matrix(matrix: Matrix, keep: Tensor) -> None:
+    owner = matrix.owner
+    keep_channels_(owner, matrix.name, matrix.projection.axis, keep)
+    if isinstance(owner, nn.Linear):
+        if matrix.projection.dim == OUTPUT_ROWS and owner.bias is not None:
+            keep_channels_(owner, "bias", 0, keep)
+        return
+    for name in ("intermediate_dim", "intermediate_size", "expert_dim"):
+        if name in vars(owner):
+            setattr(owner, name, len(keep) // len(matrix.projection.segments))
+
+
+def keep_channels_(owner: Any, name: str, dim: int, keep: Tensor) -> None:
+    """Keep some channels of a parameter, and let its module say so."""
+    parameter = getattr(owner, name)
+    cut = parameter.detach().index_select(dim, keep.to(parameter.device))
+    setattr(owner, name, nn.Parameter(cut, parameter.requires_grad))
+    if isinstance(owner, nn.Linear):
+        owner.out_features, owner.in_features = owner.weight.shape
+    elif isinstance(owner, nn.Embedding):
+        owner.num_embeddings, owner.embedding_dim = owner.weight.shape
+    elif isinstance(owner, nn.LayerNorm):
+        owner.normalized_shape = tuple(cut.shape)
+
+
+def _drop_layers(model: nn.Module, plan: Plan) -> None:
+    """Keep the planned layers and number them for the cache."""
+    layers = decoder_layers(model)
+    kept = [layers[i] for i in plan.layers]
+    parent: Any = model.get_submodule(plan.before.family.backbone)
+    for stack, holder in stacks(model):
+        keep = kept_slices(plan, holder.weight.shape[stack.dim])
+        keep_channels_(holder, "weight", stack.dim, keep)
+    parent.layers = nn.ModuleList(kept)
+    for name in plan.before.backbone.live_lists:
+        setattr(parent, name, [getattr(parent, name)[i] for i in plan.layers])
+    for index, layer in enumerate(kept):
+        for module in layer.modules():
+            if "layer_idx" in vars(module):
+                module.layer_idx = index  # type: ignore[assignment]
+
+
+def kept_slices(plan: Plan, width: int) -> Tensor:
+    """The channels of a weight with a slice for each layer that belong to kept layers."""
+    return torch.arange(width).view(plan.before.num_layers, -1)[list(plan.layers)].flatten()
+
+
+def _apply_config(model: PreTrainedModel, text_config: PreTrainedConfig, plan: Plan) -> None:
+    """Make every module see the new configuration; copies of counts follow."""
+    old = text_config_of(model.config)
+    for module in model.modules():
+        if vars(module).get("config") is old:
+            module.config = text_config  # type: ignore[assignment]
+    model.config = with_text_config(model.config, text_config)
+    text_model: Any = model.get_submodule(plan.before.family.backbone)
+    for name in plan.before.backbone.layer_indices:
+        if hasattr(text_model, name):
+            setattr(text_model, name, getattr(text_config, name))
+    if "first_kv_shared_layer_idx" in vars(text_model):
+        shared: int = getattr(text_config, plan.before.backbone.shared_tail or "")
+        text_model.first_kv_shared_layer_idx = plan.after.num_layers - shared
+    for layer, shape in zip(decoder_layers(model), plan.after.layers, strict=True):
+        if shape.num_kv_heads:
+            attention = layer.get_submodule("self_attn")
+            set_counts_(attention, text_config, shape.num_heads, shape.num_kv_heads)
+    set_class_(model)
+    if plan.needs_retype:
+        _retype_modules(model, old, text_config)
+
+
+def _retype_modules(model: PreTrainedModel, old: PreTrainedConfig, new: PreTrainedConfig) -> None:
+    """Give the language model's modules the classes of the new type; they compute the same."""
+    source = importlib.import_module(
+        f".models.{old.model_type}.modeling_{old.model_type}", "transformers"
+    )
+    target = importlib.import_module(
+        f".models.{new.model_type}.modeling_{new.model_type}", "transformers"
+    )
+    old_prefix = type(old).__name__.removesuffix("Config")
+    new_prefix = type(new).__name__.removesuffix("Config")
+    is_text_model = family_of(model.config.model_type).text_config is None
+    root = model if is_text_model else model.get_submodule(_backbone_path(model))
+    for module in root.modules():
+        name = type(module).__name__
+        if getattr(source, name, None) is type(module) and name.startswith(old_prefix):
+            module.__class__ = getattr(target, new_prefix + name.removeprefix(old_prefix))
+
+
+def _backbone_path(model: PreTrainedModel) -> str:
+    return family_of(model.config.model_type).backbone

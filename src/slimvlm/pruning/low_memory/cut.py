@@ -1,0 +1,160 @@
+"""Write the pruned checkpoint tensor by tensor, cut out of the original's files."""
+
+from __future__ import annotations
+
+import random
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from slimvlm.core.errors import ReloadError
+from slimvlm.core.files import new_folder, require_free
+from slimvlm.models.anatomy import matrices, read_anatomy, stacks
+from slimvlm.models.classes import empty_model
+from slimvlm.models.families import OUTPUT_ROWS
+from slimvlm.models.load import load_processor
+from slimvlm.planning.mask import kept_channels
+from slimvlm.planning.plan import Plan
+from slimvlm.pruning.card import CardFacts
+from slimvlm.pruning.cut import kept_slices, prune_
+from slimvlm.pruning.low_memory.opened import OpenCheckpoint, open_checkpoint
+from slimvlm.pruning.manifest import write_manifest
+from slimvlm.pruning.save import write_beside_weights
+
+SHARD_SIZE = "1GB"
+"""Largest weight file: what is in memory while it is written."""
+_COMPARED = 24
+
+
+def prune_checkpoint(
+    model: str | Path,
+    plan: Plan,
+    out: str | Path,
+    dtype: str = "auto",
+    force: bool = False,
+    allow_uneven: bool = False,
+    trust_remote_code: bool = False,
+) -> None:
+    """`slimvlm.prune_` and `slimvlm.save` for a checkpoint that does not fit in memory.
+
+    Each tensor is cut out of the original's safetensors files when its turn to be written comes, so
+    that one weight file of the new checkpoint (1 GB) is in memory at a time. The folder is the same
+    as `slimvlm.save` writes, in more files. It is read back before it takes its name: every
+    name and shape is compared with the configuration, some tensors bit by bit.
+
+    Args:
+        model: Folder, hub id or ``demo``; weights as safetensors.
+        plan: Made for this model's anatomy.
+        out: The new folder.
+        dtype: Data type to write; ``auto`` as stored.
+        force: Whether an existing folder may be replaced.
+        allow_uneven: As for `slimvlm.prune_`.
+        trust_remote_code: Run code that lies in the checkpoint.
+
+    Raises:
+        ConfigError: If the folder exists, the plan is for another model, or files cannot be read.
+        ImpossiblePlanError: If the configuration class cannot express the shape.
+        ReloadError: If what was written does not read back.
+    """
+    require_free(out, force)
+    opened = open_checkpoint(model, dtype, trust_remote_code)
+    processor = load_processor(str(opened.folder), opened.model.config, trust_remote_code)
+    smaller = _smaller(opened, plan, allow_uneven)
+    kept = _KeptWeights(opened, smaller, plan)
+    with new_folder(out, force) as folder:
+        _save(smaller, kept, folder)
+        facts = CardFacts(base=opened.model.config._name_or_path, name=Path(out).name)
+        write_beside_weights(folder, smaller, processor, plan, facts)
+        _check(folder, dtype, kept)
+        write_manifest(folder)
+
+
+def _smaller(opened: OpenCheckpoint, plan: Plan, allow_uneven: bool) -> PreTrainedModel:
+    """The pruned model without weights, as `prune_` makes it."""
+    model = empty_model(opened.model.config, opened.model.dtype)
+    model._weight_conversions = opened.model._weight_conversions
+    if (opened.folder / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(opened.folder)
+    prune_(model, plan, allow_uneven)
+    return model
+
+
+class _KeptWeights(Mapping[str, Tensor]):
+    """The pruned model's parameters by name, cut when asked for."""
+
+    def __init__(self, opened: OpenCheckpoint, smaller: PreTrainedModel, plan: Plan) -> None:
+        self.opened, self.plan = opened, plan
+        self.names = list(smaller.state_dict())
+        self.cuts = _cuts(opened.model, plan)
+        self.layers = f"{plan.before.family.backbone}.layers"
+
+    def __getitem__(self, name: str) -> Tensor:
+        match = re.fullmatch(rf"{re.escape(self.layers)}\.(\d+)\.(.+)", name)
+        if match is None:
+            return self._cut(name)
+        original = f"{self.layers}.{self.plan.layers[int(match[1])]}.{match[2]}"
+        return self._cut(original)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def _cut(self, original: str) -> Tensor:
+        tensor: Tensor = self.opened.weights[original]
+        if original not in self.cuts:
+            return tensor
+        dim, keep = self.cuts[original]
+        return tensor if len(keep) == tensor.shape[dim] else tensor.index_select(dim, keep)
+
+
+def _cuts(model: PreTrainedModel, plan: Plan) -> dict[str, tuple[int, Tensor]]:
+    """Along which dimension the parameters of kept layers, and of stacks, lose what."""
+    names = {id(module): name for name, module in model.named_modules()}
+    cuts = {}
+    for index, matrix in matrices(model):
+        if index not in plan.layers:
+            continue
+        keep, owner = kept_channels(plan, index, matrix.projection), names[id(matrix.owner)]
+        cuts[f"{owner}.{matrix.name}"] = (matrix.projection.axis, keep)
+        if matrix.projection.dim == OUTPUT_ROWS and matrix.bias is not None:
+            cuts[f"{owner}.bias"] = (0, keep)
+    for stack, module in stacks(model):
+        keep = kept_slices(plan, module.weight.shape[stack.dim])
+        cuts[f"{names[id(module)]}.weight"] = (stack.dim, keep)
+    return cuts
+
+
+def _save(smaller: Any, kept: _KeptWeights, folder: Path) -> None:
+    """Let transformers write a model that it takes for one whose weights lie on a disk."""
+    smaller.hf_device_map = {"": "disk"}
+    smaller._hf_hook = SimpleNamespace(weights_map=kept)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*offloaded modules.*")
+        smaller.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+
+
+def _check(folder: Path, dtype: str, kept: _KeptWeights) -> None:
+    """Read a written folder back: all names and shapes, and the bits of some tensors.
+
+    Raises:
+        ReloadError: If anything is missing, left over or different.
+    """
+    again = open_checkpoint(folder, dtype)
+    if again.unused:
+        raise ReloadError(f"{str(folder)!r} holds weights that nothing reads: {again.unused[:3]}")
+    if read_anatomy(again.model).layers != kept.plan.after.layers:
+        raise ReloadError(f"{str(folder)!r} has other layers than the plan says")
+    chosen = random.Random(0).sample(kept.names, min(_COMPARED, len(kept.names)))
+    for name in chosen:
+        if not torch.equal(again.weights[name], kept[name]):
+            raise ReloadError(f"{str(folder)!r}: {name!r} reads back differently")

@@ -1,0 +1,193 @@
+"""A checkpoint whose weights stay in its files: names, places, and reading a few at a time."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import OffloadedWeightsLoader, set_module_tensor_to_device
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from slimvlm.core.errors import ConfigError, UnsupportedModelError
+from slimvlm.models.anatomy import backbone_of, family_of
+from slimvlm.models.classes import empty_model, require_full_precision
+from slimvlm.models.load import load_config, resolve
+
+_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+@dataclass(frozen=True)
+class OpenCheckpoint:
+    """A model without weights, and where each of them lies.
+
+    Attributes:
+        folder: Where the files are.
+        model: The native model; parameters have no storage, buffers that files lack are there.
+        weights: The parameters (and stored buffers) by their names in the model, read when asked
+            for.
+        unused: Names in the files that the model has no use for.
+    """
+
+    folder: Path
+    model: PreTrainedModel
+    weights: OffloadedWeightsLoader
+    unused: tuple[str, ...]
+
+    @contextmanager
+    def loaded(self, names: Iterable[str], device: torch.device) -> Iterator[None]:
+        """These parameters have their values inside, mapped from the files on a CPU."""
+        chosen = list(names)
+        try:
+            for name in chosen:
+                set_module_tensor_to_device(self.model, name, device, self.weights[name])
+            yield
+        finally:
+            for name in chosen:
+                set_module_tensor_to_device(self.model, name, "meta")
+
+    def names_of_layer(self, index: int) -> list[str]:
+        """The parameters of a decoder layer."""
+        return [n for n in self._parameters() if n.startswith(f"{self._layers}{index}.")]
+
+    def names_before_layers(self) -> list[str]:
+        """What runs before the decoder layers: towers, projector, embeddings (and the norm)."""
+        return [n for n in self._parameters() if not n.startswith((self._layers, self._head))]
+
+    def names_after_layers(self) -> list[str]:
+        """The final norm and the head."""
+        backbone = backbone_of(self.model.config)
+        norm = self._layers.removesuffix("layers.") + backbone.final_norm
+        return [n for n in self._parameters() if n.startswith((f"{norm}.", self._head))]
+
+    @property
+    def _layers(self) -> str:
+        return f"{family_of(self.model.config.model_type).backbone}.layers."
+
+    @property
+    def _head(self) -> str:
+        return f"{family_of(self.model.config.model_type).head}."
+
+    def _parameters(self) -> list[str]:
+        named = self.model.named_parameters(remove_duplicate=False)
+        return [name for name, _ in named]
+
+
+def open_checkpoint(
+    model: str | Path, dtype: str = "auto", trust_remote_code: bool = False
+) -> OpenCheckpoint:
+    """Find every weight of a checkpoint without reading any.
+
+    Args:
+        model: A folder, a hub id (its files are downloaded), or ``demo``.
+        dtype: Data type that weights are computed in; ``auto`` as stored.
+        trust_remote_code: Whether code that lies in the checkpoint may run.
+
+    Raises:
+        ConfigError: If files are missing, are not safetensors, or hold other shapes than the
+            configuration says.
+        UnsupportedModelError: If slimvlm does not know the family.
+    """
+    config = load_config(model, trust_remote_code)
+    require_full_precision(config, "scored or pruned with low memory")
+    name = resolve(model)
+    folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(name))
+    places = _places(model, folder)
+    shapes, stored = _headers(model, places)
+    kind = getattr(torch, stored if dtype == "auto" else dtype)
+    skeleton = empty_model(config, kind, with_buffers=True).requires_grad_(False).eval()
+    sources = _sources(skeleton, places)
+    _check(model, skeleton, sources, shapes)
+    index = {
+        target: {
+            "safetensors_file": str(places[source]),
+            "weight_name": source,
+            "dtype": str(skeleton.get_parameter_or_buffer(target).dtype).removeprefix("torch."),
+        }
+        for target, source in sources.items()
+    }
+    unused = tuple(sorted(places.keys() - set(sources.values())))
+    found = OpenCheckpoint(folder, skeleton, OffloadedWeightsLoader(index=index), unused)
+    for buffer in [n for n, _ in skeleton.named_buffers() if n in sources]:
+        set_module_tensor_to_device(skeleton, buffer, "cpu", found.weights[buffer])
+    return found
+
+
+def _places(model: str | Path, folder: Path) -> dict[str, Path]:
+    """The file of each tensor, by its name in the files."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    try:
+        if index.is_file():
+            rows = json.loads(index.read_text())["weight_map"]
+            return {key: folder / Path(file).name for key, file in rows.items()}
+        single = folder / SAFE_WEIGHTS_NAME
+        with safe_open(single, framework="pt") as file:
+            return dict.fromkeys(file.keys(), single)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ConfigError(
+            f"model {str(model)!r}: low memory needs weights as safetensors ({error})"
+        ) from error
+
+
+def _headers(model: str | Path, places: dict[str, Path]) -> tuple[dict[str, list[int]], str]:
+    """The shape of each tensor, and the data type that most numbers have."""
+    keys_of: dict[Path, list[str]] = defaultdict(list)
+    for key, place in places.items():
+        keys_of[place].append(key)
+    shapes: dict[str, list[int]] = {}
+    numbers: dict[str, int] = defaultdict(int)
+    try:
+        for place, keys in keys_of.items():
+            with safe_open(place, framework="pt") as file:
+                for key in keys:
+                    part = file.get_slice(key)
+                    shapes[key] = part.get_shape()
+                    numbers[part.get_dtype()] += torch.Size(shapes[key]).numel()
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"model {str(model)!r}: weights cannot be read ({error})") from error
+    most = max(numbers, key=lambda kind: numbers[kind])
+    if most not in _DTYPES:
+        raise ConfigError(f"model {str(model)!r}: weights of type {most} cannot be computed with")
+    return shapes, _DTYPES[most]
+
+
+def _sources(skeleton: Any, places: Iterable[str]) -> dict[str, str]:
+    """The name in the files of every parameter, by its name in the model."""
+    conversions = get_model_conversion_mapping(skeleton)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    if len(renamings) != len(conversions):
+        kind = skeleton.config.model_type
+        raise UnsupportedModelError(f"model_type {kind!r} cannot be read with low memory")
+    state, prefix = skeleton.state_dict(), skeleton.base_model_prefix
+    named = {rename_source_key(key, renamings, [], prefix, state)[0]: key for key in places}
+    skeleton._weight_conversions = [entry for entry in renamings if entry._was_used]
+    for target, source in getattr(skeleton, "all_tied_weights_keys", {}).items():
+        if source in named:
+            named.setdefault(target, named[source])
+    return {target: source for target, source in named.items() if target in state}
+
+
+def _check(
+    model: str | Path,
+    skeleton: PreTrainedModel,
+    sources: dict[str, str],
+    shapes: dict[str, list[int]],
+) -> None:
+    for name, parameter in skeleton.named_parameters(remove_duplicate=False):
+        if name not in sources:
+            raise ConfigError(f"model {str(model)!r}: weights lack {name!r}")
+        if list(parameter.shape) != shapes[sources[name]]:
+            raise ConfigError(
+                f"model {str(model)!r}: {sources[name]!r} has shape {shapes[sources[name]]} but "
+                f"the configuration says {list(parameter.shape)}"
+            )

@@ -1,0 +1,296 @@
+"""Forward and backward passes with one decoder layer in memory, and captures along the way.
+
+The text model is run once for each batch with layers that only note what they are called with;
+then every layer takes all batches in turn. Captures see a `View`: a model that has this layer only
+and runs stored inputs through it. So they are the same functions that score a model in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from slimvlm.core.errors import DataError
+from slimvlm.data.roles import valid_tokens
+from slimvlm.models.anatomy import decoder_layers, family_of, final_norm
+from slimvlm.models.hidden import head_of, layer_output
+from slimvlm.pruning.low_memory.opened import OpenCheckpoint
+from slimvlm.pruning.low_memory.scratch import Scratch, packed, unpacked
+from slimvlm.scoring.batches import Batch, batches_with_targets, forward_backbone, require_finite
+
+_KEPT = ("input_ids", "labels")
+
+
+class View(nn.Module):
+    """What captures see of a model: some of its layers, and stored batches for inputs.
+
+    Args:
+        whole: The model; its list of decoder layers must hold ``layers`` only.
+        layers: The layers that are there.
+        run: Runs the batch at a place through them.
+        losses: Losses of its samples, in something with the gradients of the model's own loss.
+    """
+
+    def __init__(
+        self,
+        whole: PreTrainedModel,
+        layers: Iterable[nn.Module],
+        run: Callable[[int], object],
+        losses: Callable[[int], Tensor],
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self._whole = (whole,)  # in a tuple, it is no submodule
+        self._run, self._losses = run, losses
+
+    @property
+    def config(self) -> Any:
+        """The whole model's."""
+        return self._whole[0].config
+
+    @property
+    def base_model(self) -> nn.Module:
+        """Itself: there is no head."""
+        return self
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """A part of the whole model, by its path there."""
+        return self._whole[0].get_submodule(target)
+
+    def forward(self, place: int, **batch: Any) -> None:
+        """Run the batch at a place; what else it says is for the capture."""
+        self._run(place)
+
+    def sample_losses(self, place: int, **batch: Any) -> Tensor:
+        """Losses of the samples of the batch at a place, with a graph."""
+        return self._losses(place)
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The passes over one checkpoint and one set of batches.
+
+    Attributes:
+        checkpoint: The model.
+        scratch: Where activations lie between the layers.
+        device: Where layers run.
+    """
+
+    checkpoint: OpenCheckpoint
+    scratch: Scratch
+    device: torch.device
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model without weights."""
+        return self.checkpoint.model
+
+    @property
+    def places(self) -> range:
+        """Numbers of the stored batches."""
+        return range(self.scratch.count("batches"))
+
+    def batches(self) -> Iterator[Batch]:
+        """What captures read of each batch: its place, tokens, labels and padding."""
+        for place in self.places:
+            stored = self.scratch.read("batches", place, self.device)
+            named = {
+                name.removeprefix("batch."): value
+                for name, value in stored.items()
+                if name.startswith("batch.")
+            }
+            yield {"place": place, **named}
+
+    @torch.no_grad()
+    def embed(self, batches: Iterable[Batch]) -> str:
+        """Run everything before the decoder layers for every batch that is not stored yet.
+
+        Returns:
+            A digest of the batches.
+
+        Raises:
+            DataError: If there is no batch.
+        """
+        digests: list[str] = []
+        with self.checkpoint.loaded(self.checkpoint.names_before_layers(), self.device):
+            for place, batch in enumerate(batches):
+                digests.append(_digest(batch))
+                stored = self.scratch.about("batches", place)
+                if stored is None or stored["digest"] != digests[-1]:
+                    self._embed_one(place, batch, digests[-1])
+        if not digests:
+            raise DataError("no calibration batch was given")
+        for place in range(len(digests), self.scratch.count("batches")):
+            self.scratch.drop_file("batches", place)
+        self.scratch.finish("batches")
+        return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+    def _embed_one(self, place: int, batch: Batch, digest: str) -> None:
+        on_device = {k: v.to(self.device) for k, v in batch.items() if isinstance(v, Tensor)}
+        with _noted_calls(self.model) as calls:
+            inputs = {name: value for name, value in on_device.items() if name != "labels"}
+            forward_backbone(self.model, inputs)
+        tensors = {f"batch.{name}": on_device[name] for name in _KEPT if name in on_device}
+        tensors["batch.attention_mask"] = valid_tokens(on_device)
+        tree = [packed(given, tensors) for _, given in calls]
+        for index, (added, _) in enumerate(calls):
+            if index == 0 or bool(added.any()):
+                tensors[f"added.{index}"] = added
+        self.scratch.write("batches", place, tensors, {"digest": digest, "calls": tree})
+
+    def input_of(self, index: int, place: int) -> Tensor:
+        """What enters a layer; after the last one, what enters the final norm."""
+        stored = self.scratch.read("batches", place, self.device)
+        added = stored.get(f"added.{index}")
+        if index == 0:
+            assert added is not None
+            return added
+        hidden = self.output_of(index - 1, place)
+        return hidden if added is None else hidden + added
+
+    def output_of(self, index: int, place: int) -> Tensor:
+        """What leaves a layer."""
+        return self.scratch.read(f"hidden-{index + 1}", place, self.device)["hidden"]
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[View]:
+        """One layer alone, with its weights."""
+        layer = decoder_layers(self.model)[index]
+        losses = partial(self._layer_losses, layer, index)
+        view = View(self.model, [layer], partial(self._forward_layer, layer, index), losses)
+        names = self.checkpoint.names_of_layer(index)
+        with self.checkpoint.loaded(names, self.device), _only(self.model, [layer]):
+            yield view
+
+    @contextmanager
+    def replayed(self) -> Iterator[View]:
+        """All layers, each of them answering with what it gave before, and the final norm."""
+        layers = [_Replayed() for _ in decoder_layers(self.model)]
+
+        def run(place: int) -> None:
+            for index, layer in enumerate(layers):
+                layer.answer = self.output_of(index, place)
+                layer(self.input_of(index, place))
+            final_norm(self.model)(self.input_of(len(layers), place))
+
+        def no_losses(place: int) -> Tensor:
+            raise NotImplementedError("stored hidden states have no losses")
+
+        names = self.checkpoint.names_after_layers()
+        with self.checkpoint.loaded(names, self.device), _only(self.model, layers):
+            yield View(self.model, layers, run, no_losses)
+
+    def start_gradients(self, token_weights: Mapping[str, float] | None) -> None:
+        """Run norm, head and loss, and store the gradient of what leaves the last layer."""
+        last = len(decoder_layers(self.model))
+        if self.scratch.has(f"gradient-{last}"):
+            return
+        with self.checkpoint.loaded(self.checkpoint.names_after_layers(), self.device):
+            data = batches_with_targets(self.model, self.batches(), token_weights)
+            for batch, targets in data:
+                hidden = self.input_of(last, batch["place"]).requires_grad_()
+                final = final_norm(self.model)(hidden)
+                targets.sample_losses(final, head_of(self.model)).sum().backward()
+                self._write_gradient(last, batch["place"], hidden.grad)
+        self.scratch.finish(f"gradient-{last}")
+
+    def _call(self, layer: nn.Module, index: int, place: int, hidden: Tensor) -> Tensor:
+        calls = self.scratch.about("batches", place)["calls"]
+        args, kwargs = unpacked(calls[index], self.scratch.read("batches", place, self.device))
+        return layer_output(layer(hidden, *args, **kwargs))
+
+    def _forward_layer(self, layer: nn.Module, index: int, place: int) -> None:
+        output = self._call(layer, index, place, self.input_of(index, place))
+        self._require_finite(output, f"the output of layer {index}", place)
+        if not self.scratch.has(f"hidden-{index + 1}"):
+            self.scratch.write(f"hidden-{index + 1}", place, {"hidden": output})
+
+    def _layer_losses(self, layer: nn.Module, index: int, place: int) -> Tensor:
+        """Numbers whose gradients are those of the samples' losses: ``<output, its gradient>``."""
+        hidden = self.input_of(index, place).requires_grad_()
+        if not self.scratch.has(f"gradient-{index}"):
+            hidden.register_hook(partial(self._write_gradient, index, place))
+        output = self._call(layer, index, place, hidden)
+        gradient = self.scratch.read(f"gradient-{index + 1}", place, self.device)["gradient"]
+        return (output.float() * gradient.float()).flatten(1).sum(1)
+
+    def _require_finite(self, values: Tensor, what: str, place: int) -> None:
+        """Stop at NaN or infinity, and name the samples of the batch that have it, by number."""
+        if bool(torch.isfinite(values).all()):
+            return
+        earlier = (self.scratch.read("batches", p, self.device) for p in range(place))
+        first = 1 + sum(len(stored["batch.attention_mask"]) for stored in earlier)
+        spoilt = (~torch.isfinite(values).flatten(1).all(1)).nonzero().flatten() + first
+        samples = ", ".join(map(str, spoilt.tolist()))
+        require_finite(values, f"{what} for calibration sample {samples}")
+
+    def _write_gradient(self, index: int, place: int, gradient: Tensor | None) -> None:
+        assert gradient is not None
+        self._require_finite(gradient, f"the gradient of the input of layer {index}", place)
+        self.scratch.write(f"gradient-{index}", place, {"gradient": gradient})
+
+
+class _Replayed(nn.Module):
+    """A layer that gives a stored answer."""
+
+    answer: Tensor
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.answer
+
+
+@contextmanager
+def _only(model: PreTrainedModel, layers: Iterable[nn.Module]) -> Iterator[None]:
+    """The text model has these decoder layers and no others inside."""
+    text_model: Any = model.get_submodule(family_of(model.config.model_type).backbone)
+    before = text_model.layers
+    text_model.layers = nn.ModuleList(layers)
+    try:
+        yield
+    finally:
+        text_model.layers = before
+
+
+Calls = list[tuple[Tensor, tuple[tuple[Any, ...], dict[str, Any]]]]
+
+
+@contextmanager
+def _noted_calls(model: PreTrainedModel) -> Iterator[Calls]:
+    """Decoder layers compute nothing: they note their arguments and answer with zeros.
+
+    What enters a layer after the first is then what is added between the two (deepstack features).
+    """
+    calls: Calls = []
+
+    def note(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        calls.append((hidden_states, (args, kwargs)))
+        return torch.zeros_like(hidden_states)
+
+    layers = list(decoder_layers(model))
+    try:
+        for layer in layers:
+            layer.forward = note
+        yield calls
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _digest(batch: Batch) -> str:
+    """What a batch holds, as a hash."""
+    digest = hashlib.sha256()
+    for name, value in sorted(batch.items()):
+        if isinstance(value, Tensor):
+            digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+            digest.update(
+                value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+            )
+    return digest.hexdigest()

@@ -1,0 +1,298 @@
+"""Scores of a checkpoint that does not fit in memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from slimvlm.core.errors import ConfigError, NumericalError, UnsupportedModelError
+from slimvlm.core.files import explained, write_text
+from slimvlm.core.progress import progress
+from slimvlm.models.anatomy import backbone_of, decoder_layers, text_config_of
+from slimvlm.models.load import default_device
+from slimvlm.pruning.low_memory.opened import OpenCheckpoint, open_checkpoint
+from slimvlm.pruning.low_memory.passes import Passes, View
+from slimvlm.pruning.low_memory.scratch import Scratch
+from slimvlm.scoring.batches import Batch
+from slimvlm.scoring.criteria import CRITERIA, criterion_named
+from slimvlm.scoring.score import check_token_weights, collect, score, scores_from
+from slimvlm.scoring.scores import Scores
+
+Say = Callable[[str], None]
+_BACKWARD = ("gradients", "gates")
+_FROM_HIDDEN = ("hidden_states",)
+_LAYERWISE = ("weights", "activations", "moments", "grams")
+_WHOLE = ("nothing",)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A criterion and its options.
+
+    Raises:
+        ConfigError: If it is unknown, or needs the whole model at once.
+    """
+
+    criterion: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        criterion_named(self.criterion, self.options)
+        if self.capture not in (*_BACKWARD, *_FROM_HIDDEN, *_LAYERWISE, *_WHOLE):
+            raise ConfigError(
+                f"criterion {self.criterion!r} runs the whole model again and again, which low "
+                "memory cannot do"
+            )
+
+    @property
+    def capture(self) -> str:
+        """The statistics that it needs."""
+        return CRITERIA[self.criterion].capture
+
+
+def score_checkpoint(
+    model: str | Path,
+    batches: Iterable[Batch] = (),
+    criterion: str = "taylor",
+    token_weights: Mapping[str, float] | None = None,
+    dtype: str = "auto",
+    scratch: str | Path | None = None,
+    say: Say = lambda line: None,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> Scores:
+    """`slimvlm.score` of a checkpoint whose weights do not fit in memory.
+
+    One decoder layer is in memory at a time, mapped from the safetensors files. All batches go
+    through it before the next one comes; what they leave behind lies in a scratch folder. For
+    criteria with gradients, layers then come in reverse order, and each runs forward again from
+    its stored input. Vision tower, projector and embeddings run first, alone; the head runs over
+    chunks of positions that count.
+
+    A run that was killed goes on after the last whole layer when it is started again with the same
+    ``scratch``. The folder is removed when all is done.
+
+    Args:
+        model: Folder, hub id or ``demo``; weights as safetensors.
+        batches: Model inputs, as for `slimvlm.score`. Read once, in order.
+        criterion: Any but ``kl_greedy``.
+        token_weights: As for `slimvlm.score`.
+        dtype: Data type of the weights; statistics are float32 or better.
+        scratch: Folder for activations; by default a temporary one, which cannot be resumed.
+        say: Receives the size of the scratch folder before layers begin.
+        trust_remote_code: Run code that lies in the checkpoint.
+        **options: The criterion's options.
+
+    Returns:
+        The scores that `slimvlm.score` gives.
+
+    Raises:
+        ConfigError: If something cannot be read, or the scratch folder's disk is too small.
+        DataError: If data is needed and none is given.
+        NumericalError: If NaN or infinity appears; the message says where.
+        UnsupportedModelError: If layers read keys and values of earlier ones.
+    """
+    request = Request(criterion, options)
+    if token_weights is not None:
+        check_token_weights(criterion, token_weights)
+    opened = open_checkpoint(model, dtype, trust_remote_code)
+    return score_opened(opened, batches, [request], token_weights, scratch, say)[0]
+
+
+def score_opened(
+    checkpoint: OpenCheckpoint,
+    batches: Iterable[Batch],
+    requests: Sequence[Request],
+    token_weights: Mapping[str, float] | None = None,
+    scratch: str | Path | None = None,
+    say: Say = lambda line: None,
+) -> list[Scores]:
+    """Scores by several criteria, whose passes share what they can. As `score_checkpoint`."""
+    if backbone_of(checkpoint.model.config).shared_tail is not None:
+        raise UnsupportedModelError(
+            f"model_type {checkpoint.model.config.model_type!r} cannot be scored with low memory: "
+            "its last layers read keys and values of earlier ones"
+        )
+    with _folder(scratch) as folder:
+        passes = Passes(checkpoint, Scratch(folder), default_device())
+        run = _Run(passes, requests, token_weights)
+        run.begin(batches, say)
+        run.forward()
+        run.backward()
+        return [run.result(place) for place in range(len(requests))]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What several requests need of the passes over a checkpoint."""
+
+    passes: Passes
+    requests: Sequence[Request]
+    token_weights: Mapping[str, float] | None
+
+    def begin(self, batches: Iterable[Batch], say: Say) -> None:
+        """Embed the batches; keep earlier work only if everything is as it was then."""
+        model = self.passes.model
+        self._keep_if_same("model.json", _state(self.passes.checkpoint), str(model.dtype))
+        digest = self.passes.embed(batches) if self._needs_hidden else None
+        requests = [[r.criterion, dict(r.options)] for r in self.requests]
+        weights = self.token_weights and dict(self.token_weights)
+        self._keep_if_same("run.json", digest, weights, requests, spared="batches")
+        if not self._needs_hidden:
+            return
+        needed = self._size()
+        say(
+            f"scratch: {needed / 2**30:.2f} GiB in {self.passes.scratch.folder}, removed at the end"
+        )
+        self.passes.scratch.require_space(needed)
+
+    def _keep_if_same(self, file: str, *about: Any, spared: str | None = None) -> None:
+        """Drop earlier work, but for one folder, unless it was noted to be about the same."""
+        note, written = self.passes.scratch.folder / file, json.dumps(about)
+        if not note.is_file() or note.read_text() != written:
+            self.passes.scratch.drop_all_but(spared)
+            write_text(note, written)
+
+    def forward(self) -> None:
+        """All layers in order, with the captures that need no gradient."""
+        layerwise, scratch = self._with(_LAYERWISE), self.passes.scratch
+        if not layerwise and not self._needs_hidden:
+            return
+        furthest = max((i for i in range(self._depth + 1) if scratch.has(f"hidden-{i}")), default=0)
+        for index in progress(range(self._depth), "layers forward"):
+            if index < furthest:
+                continue
+            with self.passes.layer(index) as view:
+                for place, request in layerwise:
+                    self._score_layer(place, request, index, view)
+                if self._needs_hidden:
+                    self._finish_hidden(index, view)
+            if not self._keeps_hidden:
+                scratch.drop(f"hidden-{index}")
+
+    def backward(self) -> None:
+        """All layers from the last to the first, with the captures that need gradients."""
+        chosen, scratch = self._with(_BACKWARD), self.passes.scratch
+        if not chosen:
+            return
+        self.passes.start_gradients(self.token_weights)
+        for index in progress(range(self._depth)[::-1], "layers backward"):
+            if any(scratch.has(f"gradient-{i}") for i in range(index + 1)):
+                continue
+            with self.passes.layer(index) as view:
+                for place, request in chosen:
+                    self._score_layer(place, request, index, view)
+            scratch.finish(f"gradient-{index}")
+            scratch.drop(f"gradient-{index + 1}")
+
+    def result(self, place: int) -> Scores:
+        """The scores of a request, once the passes are done."""
+        request, model = self.requests[place], self.passes.model
+        if request.capture in _WHOLE:
+            return score(model, (), request.criterion, **request.options)
+        if request.capture in _FROM_HIDDEN:
+            given = (request.criterion, self.token_weights)
+            with self.passes.replayed() as view:
+                statistics = collect(view, self.passes.batches(), *given, **request.options)
+            return scores_from(statistics, model, *given, **request.options)
+        folder = self.passes.scratch.folder
+        parts = (folder / _scores_of(place, index) / "scores" for index in range(self._depth))
+        return _joined([Scores.load(part) for part in parts])
+
+    def _score_layer(self, place: int, request: Request, index: int, view: View) -> None:
+        """Score one layer as if the model had no other, unless that was done before."""
+        name, scratch = _scores_of(place, index), self.passes.scratch
+        if scratch.has(name):
+            return
+        data: Any = ()
+        weights = None
+        if CRITERIA[request.criterion].needs_data:
+            data, weights = self.passes.batches(), self.token_weights
+        try:
+            found = score(view, data, request.criterion, weights, **request.options)
+        except NumericalError as error:
+            raise NumericalError(f"decoder layer {index}, called 0 here: {error}") from error
+        found.save(scratch.new(name) / "scores")
+        scratch.finish(name)
+
+    @torch.no_grad()
+    def _finish_hidden(self, index: int, view: View) -> None:
+        """Store what leaves a layer, unless a capture's pass has done so."""
+        scratch = self.passes.scratch
+        for batch in self.passes.batches():
+            if scratch.about(f"hidden-{index + 1}", batch["place"]) is None:
+                view(**batch)
+        scratch.finish(f"hidden-{index + 1}")
+
+    def _with(self, captures: tuple[str, ...]) -> list[tuple[int, Request]]:
+        return [(i, r) for i, r in enumerate(self.requests) if r.capture in captures]
+
+    def _size(self) -> int:
+        """Bytes of the hidden states and gradients that lie on disk at one time at most."""
+        tokens = sum(batch["attention_mask"].numel() for batch in self.passes.batches())
+        width = text_config_of(self.passes.model.config).hidden_size
+        copies = (self._depth if self._keeps_hidden else 2) + 2 * bool(self._with(_BACKWARD))
+        return int(copies * tokens * width * self.passes.model.dtype.itemsize)
+
+    @property
+    def _depth(self) -> int:
+        return len(decoder_layers(self.passes.model))
+
+    @property
+    def _needs_hidden(self) -> bool:
+        return any(CRITERIA[request.criterion].needs_data for request in self.requests)
+
+    @property
+    def _keeps_hidden(self) -> bool:
+        return bool(self._with((*_BACKWARD, *_FROM_HIDDEN)))
+
+
+def _scores_of(place: int, index: int) -> str:
+    return f"scores-{place}-{index}"
+
+
+def _joined(parts: Sequence[Scores]) -> Scores:
+    """Scores of all layers from those of each."""
+    joined: dict[str, Any] = {}
+    for unit in ("kv_group", "neuron"):
+        if parts[0].of(unit) is not None:
+            joined[unit] = [values for part in parts for values in part.of(unit)]
+    if parts[0].layer is not None:
+        joined["layer"] = torch.cat([part.layer for part in parts if part.layer is not None])
+    return Scores(parts[0].criterion, options=parts[0].options, **joined)
+
+
+def _state(checkpoint: OpenCheckpoint) -> list[Any]:
+    """The configuration; path, size and time of each weight file."""
+    files = sorted(checkpoint.folder.resolve().glob("*.safetensors"))
+    weights = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    return [checkpoint.model.config.to_json_string(), weights]
+
+
+@contextmanager
+def _folder(scratch: str | Path | None) -> Iterator[Path]:
+    """A folder of its own, removed at the end; if a place was given, only when all went well."""
+    if scratch is None:
+        with TemporaryDirectory(prefix="slimvlm-scratch-") as made:
+            yield Path(made)
+        return
+    folder = Path(scratch).absolute() / "slimvlm-scratch"
+    try:
+        with explained(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / "lock", timeout=0):
+                yield folder
+    except Timeout as error:
+        raise ConfigError(f"scratch {str(folder)!r}: another run is using it") from error
+    shutil.rmtree(folder)
+    with suppress(OSError):  # not empty, or not ours to remove
+        folder.parent.rmdir()

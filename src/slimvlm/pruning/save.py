@@ -1,0 +1,177 @@
+"""Write Hugging Face checkpoint folders. Every one is read back and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from slimvlm.core.errors import ConfigError, ReloadError
+from slimvlm.core.files import new_folder
+from slimvlm.data import chat
+from slimvlm.data.samples import Sample
+from slimvlm.models import modeling_pruned
+from slimvlm.models.anatomy import Anatomy
+from slimvlm.models.classes import (
+    auto_class,
+    auto_map_of,
+    is_uneven,
+    set_class_,
+)
+from slimvlm.planning.plan import Plan
+from slimvlm.pruning.card import CardFacts, write_card
+from slimvlm.pruning.compat import require_known, rewrite_for_older
+from slimvlm.pruning.manifest import write_manifest
+from slimvlm.pruning.uneven import padded
+
+PLAN_FILE = "slimvlm_plan.json"
+
+
+def save(
+    model: PreTrainedModel,
+    processor: Any,
+    out: str | Path,
+    plan: Plan | None = None,
+    force: bool = False,
+    pad: bool = False,
+    also: Callable[[Path], None] | None = None,
+    facts: CardFacts | None = None,
+    compat: bool = False,
+) -> None:
+    """Write a checkpoint that plain ``from_pretrained`` loads, and prove it.
+
+    If the layers have different widths, ``from_pretrained`` needs ``trust_remote_code=True``: the
+    folder then holds ``modeling_pruned.py``, which cuts the native class to these widths. Or they
+    are padded.
+
+    The folder is written beside its place and read back; logits on a probe (with a picture, if
+    the model sees) must agree before it is renamed. ``slimvlm_manifest.json`` lists its files, for
+    `slimvlm.pruning.manifest.verify`.
+
+    Args:
+        model: The model.
+        processor: Its processor or tokenizer; None writes none.
+        out: The new folder.
+        plan: The plan that made the model; stored as ``slimvlm_plan.json``.
+        force: Whether an existing folder may be replaced.
+        pad: Whether layers of different widths are filled up with zeros to the widest, which
+            loads everywhere without code but is as large and slow as the widest layer.
+        also: Writes what else belongs into the folder.
+        facts: What the model card, ``README.md``, says beside what was removed; by default the
+            original is what the model was loaded from.
+        compat: Whether transformers 4.57 and 5.0 must read the files, too; see `pruning.compat`.
+
+    Raises:
+        ConfigError: If the folder exists, or ``compat`` is not known to work for this model.
+        OutputError: If another run writes there, or the disk is full or read-only.
+        ReloadError: If what was written does not load back to the same model.
+    """
+    set_class_(model)
+    written = padded(model) if pad and is_uneven(model.config) else model
+    if compat:
+        require_known(written.config)
+    with new_folder(out, force) as folder:
+        written.save_pretrained(folder)
+        if compat:
+            rewrite_for_older(folder)
+        known = facts or CardFacts(base=model.config._name_or_path, name=Path(out).name)
+        write_beside_weights(folder, written, processor, plan, known)
+        check_reload(model, processor, folder)
+        if also is not None:
+            also(folder)
+        write_manifest(folder)
+
+
+def write_beside_weights(
+    folder: Path, model: PreTrainedModel, processor: Any, plan: Plan | None, facts: CardFacts
+) -> None:
+    """What a checkpoint folder holds beside weights, configuration and code."""
+    if processor is not None:
+        processor.save_pretrained(folder)
+    if plan is not None:
+        plan.save(folder / PLAN_FILE)
+    write_card(folder, model, plan, facts)
+
+
+def require_writable(shape: Anatomy) -> None:
+    """Check that a plain configuration can write a shape down.
+
+    Raises:
+        ConfigError: If the layers have different widths.
+    """
+    if not shape.is_uniform:
+        raise ConfigError(
+            "plan: layers of different widths cannot be written as a plain checkpoint. Plan "
+            "without protect, or with axis 'depth'"
+        )
+
+
+@torch.no_grad()
+def check_reload(model: PreTrainedModel, processor: Any, folder: str | Path) -> None:
+    """Load a written folder with the plain Auto class and compare it with the live model.
+
+    The only code that it may hold, and that runs here, is slimvlm's own.
+
+    Raises:
+        ReloadError: If keys are missing or left over, or logits differ by more than rounding.
+    """
+    was_training = model.training
+    model.eval()
+    batch = {k: v.to(model.device) for k, v in probe(model, processor).items()}
+    expected = model(**batch).logits.float().cpu()
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        again, report = auto_class(config).from_pretrained(
+            folder,
+            dtype=model.dtype,
+            trust_remote_code=_holds_only_our_code(folder, config),
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise ReloadError(f"{str(folder)!r} does not load back: {error}") from error
+    problems = {name: sorted(map(str, keys)) for name, keys in report.items() if keys}
+    if problems:
+        raise ReloadError(f"{str(folder)!r} loads with wrong keys: {problems}")
+    again.eval().to(model.device)
+    found = again(**batch).logits.float().cpu()
+    model.train(was_training)
+    difference = float((found - expected).abs().max())
+    if not difference <= 1e-3 * max(float(expected.abs().max()), 1.0):
+        raise ReloadError(f"{str(folder)!r} loads back to other logits (difference {difference})")
+
+
+def _holds_only_our_code(folder: str | Path, config: PreTrainedConfig) -> bool:
+    """Whether a folder is of the uneven format and its Python file is the one of this package."""
+    ours = Path(modeling_pruned.__file__)
+    copied = Path(folder) / ours.name
+    return (
+        is_uneven(config)
+        and getattr(config, "auto_map", None) == auto_map_of(config)
+        and copied.is_file()
+        and copied.read_bytes() == ours.read_bytes()
+    )
+
+
+def probe(model: PreTrainedModel, processor: Any) -> dict[str, Tensor]:
+    """A small input for comparing two copies of a model: a picture and a question if it sees."""
+    if processor is not None and getattr(processor, "chat_template", None) is not None:
+        sees = chat.can_see(processor)
+        parts = [{"type": "image"}] * sees + [{"type": "text", "text": "What is shown here?"}]
+        messages = (
+            {"role": "user", "content": parts},
+            {"role": "assistant", "content": [{"type": "text", "text": "A field of colours."}]},
+        )
+        picture = Image.linear_gradient("L").resize((96, 96)).convert("RGB")
+        inputs = chat.encode_samples(processor, [Sample("probe", messages, (picture,) * sees)])
+        inputs.pop("labels")
+        return inputs
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    ids = torch.randint(3, max(vocabulary // 2, 4), (1, 16), generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -1,0 +1,1 @@
+"""Whole runs: compress, studies, reports, advice."""

@@ -1,0 +1,285 @@
+"""Which recipe for a model and a budget, what it should keep and what it costs: `advise`.
+
+Nothing is run and no weights are read. Rules and measured numbers come from ``recipes.yaml``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+import torch
+
+from slimvlm.core.errors import ConfigError
+from slimvlm.core.options import CompressConfig, RecoverConfig, compress_command
+from slimvlm.models.anatomy import Anatomy
+from slimvlm.models.cost import params_for_memory, parse_bytes, parse_count, weight_bytes
+from slimvlm.models.load import anatomy as anatomy_of
+from slimvlm.planning.make import ratio_for_params
+from slimvlm.runs.estimate import Cost, Seen, estimate_cost, model_sizes
+from slimvlm.runs.recipes import (
+    Measured,
+    Recipe,
+    expected,
+    fraction_for,
+    latencies,
+    recipe_for,
+    rules,
+    subject_of,
+)
+
+_STEP = 0.005
+"""How finely ratios are tried for a latency."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expectation:
+    """What was measured for the recipe at this ratio.
+
+    Attributes:
+        model: The model that was measured.
+        percent: AVG-%.
+        source: Where the number stands.
+        same: Whether it is the model in question.
+    """
+
+    model: str
+    percent: float
+    source: str
+    same: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """What `advise` says.
+
+    Attributes:
+        model: Folder, hub id or ``demo``.
+        ratio: Share of the backbone to remove.
+        recipe: Where to prune, what to train.
+        expected: Measurements of this recipe at this ratio, those of the same model first.
+        latency: Time to read a question as a share of the original's, None if not measured.
+        params: Parameters of the whole model before and after.
+        weight_bytes: Bytes of its weights before and after.
+        fraction: Share of the data to train on.
+        cost: Memory and time.
+        notes: Why, and what to beware of.
+        command: What to run.
+    """
+
+    model: str
+    ratio: float
+    recipe: Recipe
+    expected: tuple[Expectation, ...]
+    latency: float | None
+    params: tuple[int, int]
+    weight_bytes: tuple[int, int]
+    fraction: float
+    cost: Cost
+    notes: tuple[str, ...]
+    command: str
+
+
+def advise(
+    model: str,
+    *,
+    ratio: float | None = None,
+    target_params: str | None = None,
+    target_memory: str | None = None,
+    target_latency: float | None = None,
+    data: bool = True,
+    gpu: bool | None = None,
+    samples: int | None = None,
+    dtype: str = "bfloat16",
+) -> Advice:
+    """Choose a recipe for a model and a budget.
+
+    Args:
+        model: Folder, hub id or ``demo``; only its configuration is read.
+        ratio: Share of the backbone's parameters to remove.
+        target_params: Instead: parameters of the whole smaller model, such as ``5B``.
+        target_memory: Instead: memory of its weights, such as ``8GiB``.
+        target_latency: Instead: time to read a question as a share of the original's.
+        data: Whether there are conversations to train on.
+        gpu: Whether there is a GPU; by default, whether this machine has one.
+        samples: How many conversations there are; by default as many as the study had.
+        dtype: Data type that weights are held in.
+
+    Raises:
+        ConfigError: If not exactly one budget is given, or it cannot be met.
+    """
+    budget = Budget(
+        ratio=ratio,
+        target_params=target_params,
+        target_memory=target_memory,
+        target_latency=target_latency,
+    )
+    means = Means(data=data, gpu=gpu, samples=samples)
+    return advice_for(model, budget, means, dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How small or fast the model must become; exactly one of these.
+
+    Raises:
+        ConfigError: If none or several are given.
+    """
+
+    ratio: float | None = None
+    """Share of the backbone's parameters to remove."""
+    target_params: str | None = None
+    """Instead: parameters of the whole smaller model, such as 5B or 90M."""
+    target_memory: str | None = None
+    """Instead: memory of its weights, such as 8GiB."""
+    target_latency: float | None = None
+    """Instead: time to read a question, as a share of the original's."""
+
+    def __post_init__(self) -> None:
+        if sum(value is not None for value in vars(self).values()) != 1:
+            names = [f"--{name.replace('_', '-')}" for name in vars(self)]
+            raise ConfigError(f"advise needs exactly one of {', '.join(names)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Means:
+    """What is at hand.
+
+    Attributes:
+        data: Conversations to train on.
+        gpu: A GPU; None looks at this machine.
+        samples: How many conversations; None for as many as the study had.
+    """
+
+    data: bool = True
+    gpu: bool | None = None
+    samples: int | None = None
+
+    @property
+    def has_gpu(self) -> bool:
+        """Whether training runs on a GPU."""
+        return torch.cuda.is_available() if self.gpu is None else self.gpu
+
+
+def advice_for(model: str, budget: Budget, means: Means, dtype: str = "bfloat16") -> Advice:
+    """What `advise` does, with its arguments in groups."""
+    shape = anatomy_of(model)
+    subject = subject_of({**vars(shape), "num_layers": shape.num_layers})
+    ratio = _ratio(shape, subject, budget, means.data, dtype)
+    fraction, why = _fraction(ratio, means.samples)
+    whole = rules()["data"]["full_set"] if means.samples is None else means.samples
+    tokens = model_sizes(model, False)[2] + rules()["cost"]["text_tokens"]
+    seen = Seen(samples=round(fraction * whole), tokens=tokens)
+    recipe, cost, notes = _affordable(shape, ratio, means.data, means.has_gpu, seen, dtype)
+    after = shape.total_params - round(ratio * shape.backbone_params)
+    size = weight_bytes(shape, dtype)
+    return Advice(
+        model=model,
+        ratio=ratio,
+        recipe=recipe,
+        expected=_expectations(recipe, ratio, subject),
+        latency=_latency(recipe.axis, ratio, subject),
+        params=(shape.total_params, after),
+        weight_bytes=(size, round(size * after / shape.total_params)),
+        fraction=fraction if recipe.train else 1.0,
+        cost=cost,
+        notes=(*notes, *([why] if recipe.train else [])),
+        command=_command(model, ratio, recipe, fraction, means.data),
+    )
+
+
+def _affordable(
+    shape: Anatomy, ratio: float, data: bool, has_gpu: bool, seen: Seen, dtype: str
+) -> tuple[Recipe, Cost, list[str]]:
+    """The recipe, unless its training would take too long here."""
+    recipe = recipe_for(ratio, data)
+    cost = estimate_cost(shape, ratio, recipe, has_gpu, seen, dtype)
+    limit = rules()["cost"]["max_hours_without_gpu"]
+    notes = []
+    if not has_gpu and cost.training_hours > limit:
+        notes = [
+            f"without a GPU the training would take about {cost.training_hours:,.0f} h, more than "
+            f"{limit} h: not trained"
+        ]
+        recipe = recipe_for(ratio, False)
+        cost = estimate_cost(shape, ratio, recipe, has_gpu, seen, dtype)
+    return recipe, cost, [*notes, f"{recipe.why} ({recipe.source})"]
+
+
+def _ratio(shape: Anatomy, subject: str | None, budget: Budget, data: bool, dtype: str) -> float:
+    """The ratio that meets a budget."""
+    if budget.ratio is not None:
+        return budget.ratio
+    if budget.target_latency is not None:
+        return _ratio_for_latency(subject, budget.target_latency, data)
+    if budget.target_params is not None:
+        return ratio_for_params(shape, parse_count(budget.target_params))
+    assert budget.target_memory is not None
+    return ratio_for_params(shape, params_for_memory(parse_bytes(budget.target_memory), dtype))
+
+
+def _ratio_for_latency(subject: str | None, share: float, data: bool) -> float:
+    """The smallest ratio whose recipe was measured to be as fast as that."""
+    if not 0 < share <= 1:
+        raise ConfigError(f"target_latency {share} must be above 0 and at most 1")
+    fastest = 1.0
+    for step in range(round(1 / _STEP)):
+        ratio = round(step * _STEP, 4)
+        found = _latency(recipe_for(ratio, data).axis, ratio, subject)
+        if found is None:
+            break
+        fastest = min(fastest, found)
+        if found <= share:
+            return ratio
+    raise ConfigError(f"target_latency {share}: the fastest that was measured is {fastest:.2f}")
+
+
+def _latency(axis: str, ratio: float, subject: str | None) -> float | None:
+    """Share of the time to read a question: of the model itself, else of the study's models.
+
+    Of these the curves count that reach farthest, the same ones at every ratio.
+    """
+    curves = [_from_1(row) for row in latencies() if row.axis == axis]
+    own = [row for row in curves if row.model == subject]
+    others = [row for row in curves if not row.ours]
+    farthest = max(max(row.values) for row in others)
+    shown = own or [row for row in others if max(row.values) == farthest]
+    values = [value for row in shown if (value := row.at(ratio)) is not None]
+    return fmean(values) if values else None
+
+
+def _from_1(row: Measured) -> Measured:
+    """A curve that begins with the unpruned model."""
+    return replace(row, values={0.0: 1.0, **row.values})
+
+
+def _expectations(recipe: Recipe, ratio: float, subject: str | None) -> tuple[Expectation, ...]:
+    found = expected(recipe.axis, recipe.train, recipe.loss, ratio)
+    if recipe.train == "lora":  # what learns more than LoRA was measured on the demo model
+        found += [f for f in expected(recipe.axis, "full", recipe.loss, ratio) if f[0].ours]
+    rows = [
+        Expectation(model=row.model, percent=value, source=row.source, same=row.model == subject)
+        for row, value in found
+        if not row.ours or row.model == subject
+    ]
+    return tuple(sorted(rows, key=lambda row: not row.same))
+
+
+def _fraction(ratio: float, samples: int | None) -> tuple[float, str]:
+    """The share of the data to train on: of few samples all."""
+    fraction, why = fraction_for(ratio)
+    needed = round(fraction * rules()["data"]["full_set"])
+    if samples is None:
+        return fraction, why
+    if samples <= needed:
+        return 1.0, f"train on all {samples:,} conversations: the study trained on {needed:,}"
+    return round(needed / samples, 4), why
+
+
+def _command(model: str, ratio: float, recipe: Recipe, fraction: float, data: bool) -> str:
+    source = ("demo" if model == "demo" else "DATA.json") if data else None
+    recover = None
+    if recipe.train is not None:
+        recover = RecoverConfig(train=recipe.train, loss=recipe.loss, fraction=fraction)
+    config = CompressConfig(ratio=round(ratio, 4), axis=recipe.axis, data=source, recover=recover)
+    return compress_command(model, config, "run")

@@ -1,0 +1,221 @@
+"""Studies: a grid of compressions, each piece of work done once, in one results table."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+
+from slimvlm.core.errors import ConfigError, SlimError
+from slimvlm.core.files import explained, held, write_text
+from slimvlm.core.options import PruneConfig
+from slimvlm.evaluation.lmms import check_names, split_names
+from slimvlm.evaluation.tasks import find_tasks
+from slimvlm.models.load import anatomy, load_config
+from slimvlm.runs.stages import check_options, rehearse_request
+from slimvlm.runs.study.cache import Cache, Outcome
+from slimvlm.runs.study.cells import Cell, expand
+from slimvlm.runs.study.config import StudyConfig, read_study
+from slimvlm.runs.study.display import Progress, shown
+from slimvlm.runs.study.engines import ENGINES, run_local, run_ray
+from slimvlm.runs.study.estimate import Estimator
+from slimvlm.runs.study.schedule import Schedule, make_schedule
+from slimvlm.runs.study.stages import KINDS, Stage
+from slimvlm.runs.study.table import STUDY, results_table, write_table
+from slimvlm.runs.study.work import notes_on, samples_of
+
+Say = Callable[[str], None]
+_PATIENCE = 600.0
+"""Seconds to wait for another worker that writes the table."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a start would do.
+
+    Attributes:
+        cells: Label of each cell, and which of its stages are still to do.
+        stages: Number of stages to do and already done, by kind.
+        seconds: Estimated time of what is to do, one stage after another.
+        basis: For each kind to do: ``measured`` if the cache has such stages, else ``rough``.
+    """
+
+    cells: Mapping[str, tuple[str, ...]]
+    stages: Mapping[str, tuple[int, int]]
+    seconds: float
+    basis: Mapping[str, str]
+
+
+def run_study(
+    study: StudyConfig | str | Path,
+    out: str | Path,
+    engine: str = "local",
+    workers: int | None = None,
+    address: str | None = None,
+    console: Console | None = None,
+) -> pd.DataFrame:
+    """Measure every cell of a study.
+
+    The folder can be given again, with the same study or a larger one: only what is new is done. A
+    stopped start loses at most the stages that were running. Several processes may work on one
+    folder with the same file at the same time. What fails is written down and tried again at the
+    next start.
+
+    Args:
+        study: A study, or its YAML file.
+        out: The folder: ``results.parquet``, ``results.csv``, ``claims.md``, ``cache/``.
+        engine: ``local``, one stage after another in this process, or ``ray``.
+        workers: Stages at once, for a Ray that is started here.
+        address: A running Ray cluster.
+        console: Where progress is shown; by default stderr.
+
+    Returns:
+        The results table; see `slimvlm.runs.study.table.results_table`.
+
+    Raises:
+        SlimError: For anything that the user can mend; found before any work is done.
+    """
+    if engine not in ENGINES:
+        raise ConfigError(f"engine {engine!r} must be one of: {', '.join(ENGINES)}")
+    if workers is not None and (engine != "ray" or workers < 1):
+        raise ConfigError(f"workers {workers} needs engine 'ray' and must be at least 1")
+    if address is not None and engine != "ray":
+        raise ConfigError(f"address {address!r} needs engine 'ray'")
+    console = console or Console(stderr=True)
+    if Path(out).exists() and not Path(out).is_dir():
+        raise ConfigError(f"output {str(out)!r} is a file, and a study needs a folder")
+    config, schedule = prepared(study, console.print)
+    cache = Cache(out)
+    with held(cache.root, _PATIENCE), explained(out):
+        cache.root.mkdir(parents=True, exist_ok=True)
+        write_text(cache.root / "study.json", json.dumps(asdict(config), indent=1) + "\n")
+        if isinstance(study, str | Path):
+            write_text(cache.root / STUDY, Path(study).read_text(encoding="utf-8"))
+    missing = schedule.missing(cache)
+    progress = Progress(schedule, missing, Estimator.from_cache(cache), console)
+    recorder = _Recorder(progress, partial(_written_table, config, schedule, cache))
+    try:
+        with shown(progress):
+            if engine == "local":
+                run_local(schedule, missing, cache, recorder)
+            else:
+                run_ray(schedule, missing, cache, recorder, config.resources, workers, address)
+    finally:
+        table = recorder.write()
+    return table
+
+
+def _written_table(config: StudyConfig, schedule: Schedule, cache: Cache) -> pd.DataFrame:
+    """What is measured so far, and what it says on the claims, as files too."""
+    from slimvlm_tools.claims import claims_of, claims_text
+
+    with held(cache.root, _PATIENCE):
+        table = results_table(config, schedule, cache)
+        write_table(table, cache.root)
+        write_text(cache.root / "claims.md", claims_text(claims_of(table)))
+    return table
+
+
+@dataclass(frozen=True)
+class _Recorder:
+    """Shows progress, and writes the table whenever another model was measured."""
+
+    progress: Progress
+    write: Callable[[], pd.DataFrame]
+
+    def started(self, stage: Stage) -> None:
+        self.progress.started(stage)
+
+    def finished(self, stage: Stage, outcome: Outcome) -> None:
+        self.progress.finished(stage, outcome)
+        if stage.kind == "evaluate":
+            self.write()
+
+
+def forecast(study: StudyConfig | str | Path, out: str | Path) -> Forecast:
+    """Find out what `run_study` would do, and how long it would take.
+
+    Raises:
+        SlimError: As `run_study`.
+    """
+    _, schedule = prepared(study, _to_stderr)
+    cache = Cache(out)
+    missing = schedule.missing(cache)
+    names = {stage.name for stage in missing}
+    cells = {
+        cell.cell.label: tuple(s.kind for s in list(cell.all())[1:] if s.name in names)
+        for cell in schedule.ordered
+    }
+    everything = schedule.stages()
+    counts: dict[str, tuple[int, int]] = {}
+    for kind in KINDS:
+        to_do = sum(stage.kind == kind for stage in missing)
+        done = [s for s in everything if s.kind == kind and s.name not in names]
+        counts[kind] = (to_do, sum(cache.is_done(stage) for stage in done))
+    work = [(stage.kind, schedule.flops[stage.name]) for stage in missing]
+    seconds, basis = Estimator.from_cache(cache).total(work)
+    return Forecast(cells, counts, seconds, basis)
+
+
+def prepared(study: StudyConfig | str | Path, say: Say) -> tuple[StudyConfig, Schedule]:
+    """A study and its schedule, after everything that can be checked without weights was."""
+    config = study if isinstance(study, StudyConfig) else read_study(study)
+    cells = expand(config)
+    _check_tasks(config)
+    for model in dict.fromkeys(cell.model for cell in cells):
+        _check_model(model, [cell for cell in cells if cell.model == model])
+    schedule = make_schedule(config, cells)
+    if config.data is not None:
+        request = schedule.cells[0].prune.request
+        for line in notes_on(request):
+            say(line)
+        found = len(samples_of(request))
+        wanted = max(cell.prune.samples for cell in cells)
+        if found <= wanted:
+            say(f"data {config.data!r} has {found} samples: training sees those of calibration")
+    return config, schedule
+
+
+def _check_tasks(study: StudyConfig) -> None:
+    own, theirs = split_names(study.tasks)
+    if theirs:
+        check_names(theirs, study.limit, study.task_folder)
+    if own or not theirs:
+        tasks = find_tasks(own)
+        if not theirs and not any(task.in_average for task in tasks):
+            raise ConfigError(f"tasks {study.tasks!r}: none counts in AVG, which a study compares")
+
+
+def _check_model(model: str, cells: list[Cell]) -> None:
+    """Rehearse every plan of a model; its configuration is read once."""
+    load_config(model, cells[0].prune.trust_remote_code)
+    shape = anatomy(model)
+    checked: set[PruneConfig] = set()
+    for cell in cells:
+        if cell.prune in checked:
+            continue
+        checked.add(cell.prune)
+        try:
+            check_options(cell.prune)
+            rehearse_request(shape, cell.prune)
+        except SlimError as error:
+            raise ConfigError(f"cell ({cell.label}): {error}") from error
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def as_json(table: pd.DataFrame) -> dict[str, Any]:
+    """The table and what it says on the study's claims, as plain values."""
+    from slimvlm_tools.claims import claims_of
+
+    rows = json.loads(table.to_json(orient="records"))
+    return {"rows": rows, "claims": [asdict(claim) for claim in claims_of(table)]}

@@ -1,0 +1,193 @@
+"""The results table: one row for each cell, and what a published table says beside it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from slimvlm.core.files import write_text
+from slimvlm.evaluation.metrics import average
+from slimvlm.evaluation.results import PERPLEXITY, Result, TaskResult
+from slimvlm.evaluation.tasks import find_tasks
+from slimvlm.runs.study.cache import Cache
+from slimvlm.runs.study.config import StudyConfig
+from slimvlm.runs.study.estimate import optimizer_steps
+from slimvlm.runs.study.schedule import Schedule
+from slimvlm.runs.study.stages import KINDS, CellStages, Stage
+from slimvlm.runs.study.work import HISTORY, PLAN, RESULT, SCORES
+
+CHOICE_METRICS = ("letter", "yes_no")
+"""Metrics of answers that are chosen from a few; all others are of free answers."""
+CHOICE_BENCHMARKS = (
+    *("pope", "scienceqa_img", "mmmu_val", "ai2d", "mme_cognition", "mme_perception"),
+)
+"""Published benchmarks whose answers are chosen from a few (arXiv:2604.24380, Fig. 2)."""
+TABLE, STUDY = "results.parquet", "study.yaml"
+"""Files of a study's folder: what it has measured, and what it was asked."""
+OPEN, DONE, FAILED = "open", "done", "failed"
+ORIGINAL = "original"
+VOLATILE = ("prefill_ms", "decode_ms", *(f"seconds_{kind}" for kind in KINDS))
+"""Columns that differ between two runs of the same study."""
+
+
+def results_table(study: StudyConfig, schedule: Schedule, cache: Cache) -> pd.DataFrame:
+    """All that a study has measured so far.
+
+    A row for the original of each model (``axis`` and ``recovery`` say original), then one for
+    each cell: what it asks for, the achieved ratio, AVG, AVG-% with its interval, the
+    floor-corrected retention with its interval, a column ``score:TASK`` for each task, averages
+    over groups of tasks (``avg_free``, ``avg_choice``, ``avg_pictures``, ``avg_text``), perplexity,
+    parameters, latency, paths of the files behind it, seconds by stage, status (done, failed, open)
+    and the error.
+    """
+    sighted = _tasks_with_pictures(study.tasks)
+    originals = {cell.original.name: cell for cell in schedule.cells}.values()
+    rows = [_original_row(cell, cache, sighted) for cell in originals]
+    rows += [_row(study, cell, cache, sighted) for cell in schedule.cells]
+    return pd.DataFrame(rows)
+
+
+def write_table(table: pd.DataFrame, folder: Path) -> None:
+    """Write ``results.parquet`` and ``results.csv``, each whole."""
+    write_text(folder / "results.csv", table.to_csv(index=False))
+    partial = folder / ".results.parquet.partial"
+    table.to_parquet(partial, index=False)
+    partial.replace(folder / TABLE)
+
+
+def _original_row(cell: CellStages, cache: Cache, sighted: frozenset[str]) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        **dict.fromkeys(cell.cell.values(), None),
+        **{"model": cell.cell.model, "axis": ORIGINAL, "recovery": ORIGINAL},
+        **{"ratio": 0.0, "achieved_ratio": 0.0, "fraction": 1.0, "seed": 0},
+    }
+    row |= _state([cell.original], cache)
+    if row["status"] == DONE:
+        row |= {"avg_percent": 100.0, **_scores(_full_path(cache, cell.original), sighted)}
+        row["result"] = _path(cache, cell.original, RESULT)
+    return row | _seconds([cell.original], cache)
+
+
+def _row(
+    study: StudyConfig, cell: CellStages, cache: Cache, sighted: frozenset[str]
+) -> dict[str, Any]:
+    stages = list(cell.all())
+    values = cell.cell.values()
+    row: dict[str, Any] = {**values, "achieved_ratio": None, "steps": 0}
+    row |= _state(stages, cache)
+    if cache.is_done(cell.plan):
+        row["achieved_ratio"] = _plan_ratio(cache.folder(cell.plan) / PLAN)
+    if cell.recover is not None and cache.is_done(cell.recover):
+        history = json.loads((cache.folder(cell.recover) / HISTORY).read_text())
+        assert cell.cell.recover is not None
+        row["steps"] = optimizer_steps(cell.cell.recover, history["num_samples"])
+    if row["status"] == DONE:
+        row |= _retention(cache, cell) | dict(_scores(_full_path(cache, cell.evaluate), sighted))
+        row |= _files(cell, cache)
+    found = study.reference.row_for(values) if study.reference else None
+    if study.reference is not None:
+        row["reference"] = found.retention if found else None
+        sources = (study.reference.source, found.source) if found else ()
+        row["reference_source"] = ", ".join(filter(None, sources)) or None
+    return row | _seconds(stages[1:], cache)
+
+
+def _files(cell: CellStages, cache: Cache) -> dict[str, str | None]:
+    """Where a cell's result, plan, scores and history are, from the study's folder on."""
+    return {
+        "result": _path(cache, cell.evaluate, RESULT),
+        "plan": _path(cache, cell.plan, PLAN),
+        "scores": " ".join(_path(cache, stage, SCORES) for stage in cell.calibrations),
+        "history": None if cell.recover is None else _path(cache, cell.recover, HISTORY),
+    }
+
+
+def _path(cache: Cache, stage: Stage, name: str) -> str:
+    return str((cache.folder(stage) / name).relative_to(cache.root))
+
+
+def _state(stages: Iterable[Stage], cache: Cache) -> dict[str, Any]:
+    """Status, and the first error in the order of the work."""
+    stages = list(stages)
+    done = all(cache.is_done(stage) for stage in (stages[0], stages[-1]))
+    errors = [f"{s.kind}: {e}" for s in stages if (e := cache.error_of(s))]
+    if done:
+        return {"status": DONE, "failed": None}
+    return {"status": FAILED if errors else OPEN, "failed": errors[0] if errors else None}
+
+
+def _retention(cache: Cache, cell: CellStages) -> dict[str, float]:
+    return dict(_retention_of(*(_full_path(cache, s) for s in (cell.evaluate, cell.original))))
+
+
+@lru_cache(maxsize=4096)
+def _retention_of(result: str, original: str) -> Mapping[str, float]:
+    """Retention of two result files; bootstraps take long enough not to be repeated."""
+    kept = Result.load(result).retention(Result.load(original))
+    return {
+        **{"avg_percent": kept.percent, "avg_percent_low": kept.low},
+        **{"avg_percent_high": kept.high, "above_floor": kept.above_floor},
+        "above_floor_low": kept.above_floor_low,
+        "above_floor_high": kept.above_floor_high,
+    }
+
+
+@lru_cache(maxsize=4096)
+def _scores(path: str, sighted: frozenset[str]) -> Mapping[str, Any]:
+    """Columns with what a result file says."""
+    result = Result.load(path)
+    counted = {name: task for name, task in result.tasks.items() if task.in_average}
+    perplexities = [t.score for t in result.tasks.values() if t.metric == PERPLEXITY]
+    groups = {
+        "avg_free": {n: t.score for n, t in counted.items() if not _is_choice(n, t)},
+        "avg_choice": {n: t.score for n, t in counted.items() if _is_choice(n, t)},
+        "avg_pictures": {n: t.score for n, t in counted.items() if n in sighted},
+        "avg_text": {n: t.score for n, t in counted.items() if n not in sighted},
+    }
+    return {
+        "avg": None if math.isnan(result.average) else result.average,
+        **{name: average(scores) if scores else None for name, scores in groups.items()},
+        **{f"score:{name}": task.score for name, task in result.tasks.items()},
+        "perplexity": perplexities[0] if perplexities else None,
+        "backbone_params": result.backbone_params,
+        "total_params": result.total_params,
+        "prefill_ms": result.prefill_ms,
+        "decode_ms": result.decode_ms,
+    }
+
+
+def _is_choice(name: str, task: TaskResult) -> bool:
+    return task.metric in CHOICE_METRICS or name in CHOICE_BENCHMARKS
+
+
+def _seconds(stages: Iterable[Stage], cache: Cache) -> dict[str, float]:
+    """Seconds by kind of stage; those that cells share count in every one of them."""
+    spent = dict.fromkeys((f"seconds_{kind}" for kind in KINDS), 0.0)
+    for stage in stages:
+        if cache.is_done(stage):
+            spent[f"seconds_{stage.kind}"] += float(cache.about(stage)["seconds"])
+    return spent
+
+
+@lru_cache(maxsize=64)
+def _tasks_with_pictures(tasks: str) -> frozenset[str]:
+    """Names of the tasks whose questions show pictures; all of lmms-eval's do."""
+    from slimvlm.evaluation.lmms import LMMS_TASKS, split_names
+
+    own, _ = split_names(tasks)
+    seeing = {t.name for t in (find_tasks(own) if own else []) if t.load(1)[0].images}
+    return frozenset(seeing | set(LMMS_TASKS))
+
+
+def _plan_ratio(path: Path) -> float:
+    return float(json.loads(path.read_text())["ratio"])
+
+
+def _full_path(cache: Cache, stage: Stage) -> str:
+    return str(cache.folder(stage) / RESULT)

@@ -1,0 +1,1 @@
+"""Run calibration batches through a model and score its units."""

@@ -1,0 +1,258 @@
+"""What captures read: batches on the model's device, and what each of their tokens counts.
+
+B batch, T token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from slimvlm.core.errors import DataError, NumericalError
+from slimvlm.data.roles import IGNORE, role_masks, valid_tokens
+from slimvlm.data.roles import token_weights as weights_by_role
+from slimvlm.models import losses
+from slimvlm.models.hidden import head_of, hidden_states
+from slimvlm.models.losses import Head, Hidden
+from slimvlm.scoring.statistics import Statistics
+
+Batch = dict[str, Any]
+TokenWeights = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The tokens whose predictions count.
+
+    Attributes:
+        labels: The token at each position; ``IGNORE`` where its prediction does not count.
+        weights: What the prediction of each token counts, from the second token on.
+    """
+
+    labels: Int[Tensor, "B T"]
+    weights: Float[Tensor, "B T-1"]
+
+    @property
+    def totals(self) -> Float[Tensor, " B"]:
+        """The sum of the weights of each sample."""
+        return self.weights.sum(1)
+
+    @property
+    def num_tokens(self) -> int:
+        """How many predictions count at all."""
+        return int((self.weights > 0).sum())
+
+    def sample_losses(self, hidden: losses.Hidden, head: losses.Head) -> Float[Tensor, " B"]:
+        """The weighted mean cross-entropy of each sample, from its final hidden states."""
+        token_losses = predicted_cross_entropy(hidden, head, self.labels)
+        weights = self.weights.to(token_losses)
+        means = (token_losses * weights).sum(1) / weights.sum(1)
+        require_finite(means, "the calibration loss")
+        return means
+
+
+class BackbonePass:
+    """One pass of everything but the head over all batches.
+
+    Hooks read what the batch in flight weighs; afterwards the totals are there.
+
+    Attributes:
+        weights: ``[B, T]`` weight of each token of the batch in flight; padding weighs 0.
+        mask: ``[B, T]`` which of them are valid.
+        num_samples: Samples seen.
+        num_tokens: Valid tokens seen.
+        weight: Sum of all weights seen.
+    """
+
+    weights: Tensor
+    mask: Tensor
+
+    def __init__(self) -> None:
+        self.num_samples = self.num_tokens = 0
+        self.weight = torch.zeros((), dtype=torch.float64)
+
+    def run(
+        self,
+        model: Any,
+        batches: Iterable[Batch],
+        token_weights: TokenWeights | None,
+        after_batch: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Run all batches.
+
+        Raises:
+            DataError: If there is no batch, or no token with a weight above 0.
+        """
+        for batch in _all_on_device(model, batches):
+            self.mask = valid_tokens(batch)
+            self.weights = weights_by_role(model.config, batch, token_weights)
+            forward_backbone(model, _without_labels(batch))
+            after_batch()
+            self.num_samples += len(self.mask)
+            self.num_tokens += int(self.mask.sum())
+            self.weight += self.weights.sum(dtype=torch.float64).cpu()
+        if not bool(self.weight):
+            raise DataError("no calibration token has a token weight above 0")
+
+    def row_weights(self, x: Tensor) -> Tensor:
+        """``[B * T, 1]``: the weight of each row of ``x``, flattened to tokens."""
+        return self.weights.flatten()[:, None].to(x.device)
+
+    def statistics(self, kind: str, tensors: Mapping[str, Tensor]) -> Statistics:
+        """Sums of this pass, with the ``weight`` that they were summed with."""
+        named = {**tensors, "weight": self.weight}
+        return Statistics(kind, named, self.num_samples, self.num_tokens)
+
+
+def batches_with_targets(
+    model: Any, batches: Iterable[Batch], token_weights: TokenWeights | None
+) -> Iterator[tuple[Batch, Targets]]:
+    """Model inputs without labels, and the tokens whose predictions count.
+
+    Args:
+        model: The model.
+        batches: Model inputs.
+        token_weights: None: the labelled tokens count 1 each; without labels all valid tokens.
+            Otherwise the prediction of a prompt or answer token counts the weight of its role,
+            whether it is labelled or not; tokens of pictures are never predicted.
+
+    Raises:
+        DataError: If there is no batch, or a sample in which nothing counts.
+    """
+    for batch in _all_on_device(model, batches):
+        targets = _targets(model.config, batch, token_weights)
+        if not bool(targets.totals.all()):
+            why = "labelled token" if token_weights is None else "text token of a weight above 0"
+            raise DataError(f"a calibration sample has no {why}: nothing to take a loss of")
+        yield _without_labels(batch), targets
+
+
+def forward_backbone(model: Any, batch: Batch) -> None:
+    """Run everything but the head."""
+    model.base_model(**batch, use_cache=False)
+
+
+def sample_losses(model: Any, batch: Batch, targets: Targets) -> Float[Tensor, " B"]:
+    """The loss of each sample of a batch, with a graph.
+
+    A model that is only a part of one (`slimvlm.streaming`) has a method of this name, which gives
+    something with the same gradients.
+    """
+    if hasattr(model, "sample_losses"):
+        own: Tensor = model.sample_losses(**batch)
+        return own
+    (hidden,) = hidden_states(model, batch)
+    return targets.sample_losses(hidden, head_of(model))
+
+
+def require_finite(values: Tensor, what: str) -> None:
+    """Raise `NumericalError` where calibration meets NaN or infinity."""
+    if not torch.isfinite(values).all():
+        raise NumericalError(f"NaN or infinity in {what} during calibration")
+
+
+def on_device(model: nn.Module, batch: Mapping[str, Any]) -> Batch:
+    """A batch where the model's inputs go."""
+    device = _device_of(model)
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def _all_on_device(model: nn.Module, batches: Iterable[Batch]) -> Iterator[Batch]:
+    empty = True
+    for batch in batches:
+        empty = False
+        yield on_device(model, batch)
+    if empty:
+        raise DataError("no calibration batch was given")
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    """Where inputs go: with the first weights that accelerate has not put aside."""
+    devices = (p.device for p in model.parameters() if not p.is_meta)
+    return next(devices, torch.device("cpu"))
+
+
+def _without_labels(batch: Batch) -> Batch:
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def _targets(config: Any, batch: Batch, token_weights: TokenWeights | None) -> Targets:
+    if token_weights is None:
+        labels = _labels(batch)
+        return Targets(labels, (labels[:, 1:] != IGNORE).float())
+    if "input_ids" not in batch:
+        raise DataError("token_weights need batches with input_ids for this criterion")
+    masks = role_masks(config, batch)
+    ids = batch["input_ids"]
+    labels = torch.where(masks["answer"], batch["labels"], ids) if "labels" in batch else ids
+    weights = weights_by_role(config, batch, token_weights).masked_fill(masks["image"], 0.0)
+    return Targets(labels.masked_fill(weights == 0, IGNORE), weights[:, 1:])
+
+
+def _labels(batch: Batch) -> Tensor:
+    """Given labels or the whole text, never padding."""
+    labels: Tensor | None = batch.get("labels")
+    if labels is None:
+        if "input_ids" not in batch:
+            raise DataError("a batch of inputs_embeds needs labels for this criterion")
+        labels = batch["input_ids"]
+    mask = batch.get("attention_mask")
+    return labels if mask is None else labels.masked_fill(mask == 0, IGNORE)
+
+
+_CHUNK = 256
+
+
+def predicted_cross_entropy(
+    hidden: Hidden, head: Head, labels: Int[Tensor, "B T"]
+) -> Float[Tensor, "B T-1"]:
+    """Cross-entropy of each next token in float32; 0 where it does not count.
+
+    Only positions that count go through the head, a chunk at a time. The gradient is taken along
+    with the loss, so that nothing is computed twice and no logits are kept. Parameters of the head
+    get none.
+
+    Args:
+        hidden: Final hidden states.
+        head: The language-model head; it treats every position alone.
+        labels: Tokens to predict.
+    """
+    targets = labels[:, 1:].to(hidden.device)
+    counted = targets != IGNORE
+    losses = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
+    rows = hidden[:, :-1][counted]
+    if not len(rows):
+        return losses
+    found: Tensor = _RowLosses.apply(rows, targets[counted], head)  # type: ignore[no-untyped-call]
+    return losses.masked_scatter(counted, found)
+
+
+class _RowLosses(torch.autograd.Function):
+    """One loss for each row; a row's loss depends on no other row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Float[Tensor, "N D"], wanted: Int[Tensor, " N"], head: Head
+    ) -> Float[Tensor, " N"]:
+        losses, gradients = [], []
+        for part, tokens in zip(rows.split(_CHUNK), wanted.split(_CHUNK), strict=True):
+            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+                leaf = part.detach().requires_grad_(ctx.needs_input_grad[0])
+                loss = F.cross_entropy(head(leaf).float(), tokens, reduction="none")
+                if ctx.needs_input_grad[0]:
+                    gradients += torch.autograd.grad(loss.sum(), leaf)
+            losses.append(loss.detach())
+        if gradients:
+            ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (gradients,) = ctx.saved_tensors
+        return (gradients * grad_outputs[0][:, None]).to(gradients.dtype), None, None

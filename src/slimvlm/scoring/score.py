@@ -1,0 +1,200 @@
+"""Score a model's units on calibration data: model + batches → `Scores`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from slimvlm.core.errors import ConfigError, DataError, NumericalError
+from slimvlm.core.progress import progress
+from slimvlm.data.chat import encode_samples
+from slimvlm.data.roles import ROLES
+from slimvlm.data.samples import Sample
+from slimvlm.models.anatomy import Anatomy, read_anatomy
+from slimvlm.models.classes import require_full_precision
+from slimvlm.models.cost import BYTES
+from slimvlm.scoring.batches import Batch
+from slimvlm.scoring.captures import CAPTURES
+from slimvlm.scoring.criteria import criterion_named
+from slimvlm.scoring.finite import Watched
+from slimvlm.scoring.scores import Scores
+from slimvlm.scoring.statistics import Statistics
+
+DEFAULT_CRITERIA: dict[str, tuple[str, ...]] = {
+    "depth": ("block_influence",),
+    "width": ("obs",),
+    "both": ("block_influence", "obs"),
+}
+"""Chosen by measurement; see "What stays without training" in ``docs/results.md``."""
+
+GRAM_BYTES = 2 * 2**30
+"""Gram matrices that `score` holds at a time."""
+
+
+def collect(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    criterion: str,
+    token_weights: Mapping[str, float] | None = None,
+    **options: Any,
+) -> Statistics:
+    """Run the capture that a criterion needs.
+
+    Args:
+        model: The model; its parameters and their flags are unchanged afterwards.
+        batches: Model inputs (``input_ids`` or ``inputs_embeds``, ``attention_mask``, ``labels``,
+            ``pixel_values``, ...). Read once, in order. Without ``labels`` the whole text counts.
+        criterion: A name from ``CRITERIA``.
+        token_weights: Weight of each token by role (``image``, ``prompt``, ``answer``; roles that
+            are not named weigh 1), for any criterion that needs data. None: sums run over all
+            valid tokens, losses over the labelled ones. Given: sums and losses are weighted;
+            losses are those of prompt and answer tokens, since tokens of pictures are never
+            predicted.
+        **options: The criterion's options.
+
+    Raises:
+        ConfigError: If the criterion, an option or a role is unknown, or a weight cannot be used.
+        DataError: If data is needed and none is given.
+        NumericalError: If NaN or infinity appears; the message says where.
+    """
+    return _collected(model, batches, criterion, token_weights, options)
+
+
+def score(
+    model: nn.Module,
+    batches: Iterable[Batch] = (),
+    criterion: str = "taylor",
+    token_weights: Mapping[str, float] | None = None,
+    **options: Any,
+) -> Scores:
+    """Score the units that a criterion is about; higher means keep.
+
+    Arguments and errors as in `collect`. See ``slimvlm.CRITERIA`` for the criteria and their
+    options. A criterion that needs Gram matrices reads the batches several times if those of all
+    layers take more than 2 GiB (``GRAM_BYTES``), for so many layers at a time.
+
+    Returns:
+        Float32 scores on the CPU.
+    """
+    if criterion_named(criterion, options).capture == "grams":
+        return _scored_in_parts(model, batches, criterion, token_weights, **options)
+    statistics = collect(model, batches, criterion, token_weights, **options)
+    return scores_from(statistics, model, criterion, token_weights, **options)
+
+
+def _scored_in_parts(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    criterion: str,
+    token_weights: Mapping[str, float] | None,
+    **options: Any,
+) -> Scores:
+    """Scores by a criterion that looks at each layer's Gram matrices alone, part by part."""
+    parts = _layers_with_grams_of(read_anatomy(model), GRAM_BYTES)
+    given = batches if len(parts) == 1 else list(batches)
+    rows: dict[str, list[Tensor]] = {"kv_group": [], "neuron": []}
+    for layers in parts:
+        statistics = _collected(model, given, criterion, token_weights, options, layers=layers)
+        scores = scores_from(statistics, model, criterion, token_weights, **options)
+        for unit, found in rows.items():
+            found += [scores.of(unit)[index] for index in layers]
+    return replace(scores, kv_group=rows["kv_group"], neuron=rows["neuron"])
+
+
+def _layers_with_grams_of(anatomy: Anatomy, limit: int) -> list[list[int]]:
+    """Runs of layers whose Gram matrices take at most so many bytes, one layer at least."""
+    parts: list[list[int]] = []
+    room = 0
+    for index, shape in enumerate(anatomy.layers):
+        channels = (shape.num_heads * shape.head_dim, shape.intermediate_size)
+        size = sum(count**2 for count in channels) * BYTES["float32"]
+        if not parts or size > room:
+            parts.append([])
+            room = limit
+        parts[-1].append(index)
+        room -= size
+    return parts
+
+
+def _collected(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    criterion: str,
+    token_weights: Mapping[str, float] | None,
+    options: Mapping[str, Any],
+    **part: Any,
+) -> Statistics:
+    """What `collect` does; ``part`` says which part of its statistics a capture collects."""
+    config: Any = model.config
+    require_full_precision(config, "scored")
+    row = criterion_named(criterion, options)
+    given = {name: value for name, value in options.items() if name in row.capture_options}
+    if token_weights is not None:
+        check_token_weights(criterion, token_weights)
+        given["token_weights"] = token_weights
+    was_training = model.training
+    model.eval()
+    watched = Watched(batches)
+    try:
+        return CAPTURES[row.capture](model, watched, **row.fixed, **given, **part)
+    except NumericalError as error:
+        raise NumericalError(f"{error}{watched.place(model)}") from error
+    finally:
+        model.train(was_training)
+
+
+def scores_from(
+    statistics: Statistics,
+    model: nn.Module,
+    criterion: str,
+    token_weights: Mapping[str, float] | None = None,
+    **options: Any,
+) -> Scores:
+    """Turn collected statistics into scores; ``token_weights`` is only written down."""
+    row = criterion_named(criterion, options)
+    given = {name: value for name, value in options.items() if name in row.options}
+    result = row.function(statistics, read_anatomy(model), **given)
+    about = {"samples": statistics.num_samples, "tokens": statistics.num_tokens, **options}
+    if token_weights is not None:
+        about["token_weights"] = dict(token_weights)
+    return Scores(
+        criterion=criterion,
+        layer=result.layer,
+        kv_group=result.kv_group,
+        neuron=result.neuron,
+        layer_runs=result.layer_runs,
+        options=about,
+    )
+
+
+def check_token_weights(criterion: str, token_weights: Mapping[str, float]) -> None:
+    """Refuse token weights that mean nothing.
+
+    Raises:
+        ConfigError: If the criterion needs no data, a role is unknown, or a weight is not a
+            finite number of at least 0, one of them above.
+    """
+    if not criterion_named(criterion, {}).needs_data:
+        raise ConfigError(f"token_weights: criterion {criterion!r} reads no data to weigh")
+    for role, weight in token_weights.items():
+        if role not in ROLES or not 0 <= weight < float("inf"):
+            raise ConfigError(
+                f"token_weights {role}={weight} must be one of {', '.join(ROLES)} with a weight of "
+                "0 or more"
+            )
+    if not any(token_weights.get(role, 1.0) for role in ROLES):
+        raise ConfigError(f"token_weights {dict(token_weights)}: one role needs a weight above 0")
+
+
+def calibration_batches(
+    processor: Any, samples: Sequence[Sample], batch_size: int = 1, description: str = "calibrate"
+) -> Iterable[dict[str, Tensor]]:
+    """Encode samples batch by batch, with a progress bar on stderr."""
+    if not samples:
+        raise DataError("no calibration sample was given")
+    starts = range(0, len(samples), batch_size)
+    for start in progress(starts, description):
+        yield encode_samples(processor, samples[start : start + batch_size])

@@ -1,0 +1,119 @@
+"""`Scores`: one number per unit, and how they are stored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from slimvlm.core.errors import ConfigError
+from slimvlm.core.files import new_file, write_text
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One number per unit; higher means keep.
+
+    Attributes:
+        criterion: Name of the criterion.
+        layer: ``[L]`` scores of decoder layers.
+        kv_group: L tensors ``[G_l]``.
+        neuron: L tensors ``[I_l]``.
+        layer_runs: ``[L, L]``: entry ``[n - 1, i]`` is the score of the run of ``n`` layers that
+            begins at layer ``i`` (infinite where it does not fit). Only contiguous criteria fill
+            it.
+        options: Options that the scores were computed with.
+    """
+
+    criterion: str
+    layer: Float[Tensor, " layer"] | None = None
+    kv_group: Sequence[Float[Tensor, " _"]] | None = None
+    neuron: Sequence[Float[Tensor, " _"]] | None = None
+    layer_runs: Float[Tensor, "length layer"] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def of(self, unit: str) -> Any:
+        """The scores of ``"layer"``, ``"kv_group"`` or ``"neuron"``; None if not scored."""
+        return {"layer": self.layer, "kv_group": self.kv_group, "neuron": self.neuron}[unit]
+
+    def save(self, path: str | Path) -> None:
+        """Write ``<path>.safetensors`` and ``<path>.json`` (criterion, options, units)."""
+        tensors: dict[str, Tensor] = {}
+        if self.layer is not None:
+            tensors["layer"] = self.layer
+        if self.layer_runs is not None:
+            tensors["layer_runs"] = self.layer_runs
+        for unit in ("kv_group", "neuron"):
+            for index, values in enumerate(self.of(unit) or ()):
+                tensors[f"{unit}.{index}"] = values
+        path = Path(path)
+        about = {"criterion": self.criterion, "options": dict(self.options)}
+        metadata = {"about": json.dumps(about)}  # so that a kill cannot pair the two wrongly
+        with new_file(suffixed(path, ".safetensors")) as file:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, file, metadata)
+        write_text(Path(suffixed(path, ".json")), json.dumps(about, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Scores:
+        """Read what `save` wrote.
+
+        Raises:
+            ConfigError: If a file is missing or is not a score file.
+        """
+        path = Path(path)
+        try:
+            about = json.loads(Path(suffixed(path, ".json")).read_text())
+            tensors, metadata = _read(suffixed(path, ".safetensors"))
+            criterion, options = about["criterion"], about["options"]
+            if json.loads(metadata["about"]) != about:
+                raise ValueError("its two files are of different runs")
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise ConfigError(f"scores {str(path)!r}: cannot be read ({error})") from error
+        return cls(
+            criterion=criterion,
+            layer=tensors.get("layer"),
+            kv_group=_numbered(tensors, "kv_group"),
+            neuron=_numbered(tensors, "neuron"),
+            layer_runs=tensors.get("layer_runs"),
+            options=options,
+        )
+
+
+def _read(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def suffixed(path: Path, suffix: str) -> str:
+    """The path with a suffix; a known one is replaced, any other dot is part of the name."""
+    stem = path.with_suffix("") if path.suffix in (".json", ".safetensors") else path
+    return f"{stem}{suffix}"
+
+
+def _numbered(tensors: Mapping[str, Tensor], unit: str) -> list[Tensor] | None:
+    count = sum(name.startswith(f"{unit}.") for name in tensors)
+    return [tensors[f"{unit}.{index}"] for index in range(count)] or None
+
+
+def strictly_increasing(costs: Float[Tensor, " unit"]) -> Float[Tensor, " unit"]:
+    """The smallest float32 numbers that rise from unit to unit and never lie below the costs.
+
+    Greedy removal may find a unit cheaper than one that went before it. Its score must not be
+    lower, or a plan would take it first: it becomes the next larger float32 number.
+
+    Args:
+        costs: What each unit cost when it went, in order of removal; at least 0.
+    """
+    steps = torch.arange(len(costs), device=costs.device)
+    bits = costs.float().contiguous().view(torch.int32).long()  # ordered as the numbers are
+    raised = (bits - steps).cummax(0).values + steps
+    return raised.int().view(torch.float32)

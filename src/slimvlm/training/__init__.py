@@ -1,0 +1,1 @@
+"""Train what is left towards the original model."""

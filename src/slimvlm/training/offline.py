@@ -1,0 +1,339 @@
+"""What a teacher says about some data, on disk: training then needs no teacher in memory.
+
+A cache is a folder. ``index.json`` holds the request: teacher, data, positions. Each shard of
+samples is one safetensors file. Finished shards stay, so that a stopped run goes on behind them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from slimvlm.core.errors import ConfigError
+from slimvlm.core.files import new_file, write_text
+from slimvlm.core.options import RecoverConfig
+from slimvlm.core.progress import progress
+from slimvlm.data.chat import encode_samples
+from slimvlm.data.images import encoded
+from slimvlm.data.samples import Sample
+from slimvlm.models.anatomy import family_of, text_config_of
+from slimvlm.models.hidden import compared_positions, head_of, hidden_states
+from slimvlm.models.load import fingerprint
+from slimvlm.models.sharding import is_sharded
+
+What = Literal["hidden", "top-k"]
+KdOn = Literal["answer", "text", "all"]
+
+INDEX_FILE = "index.json"
+FORMAT = "slimvlm-teacher/1"
+SHARD_SAMPLES = 64
+
+_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Index:
+    """What a cache holds.
+
+    Attributes:
+        teacher: Fingerprint of the teacher.
+        head: Fingerprint of its head alone.
+        what: ``hidden``: final hidden states in bfloat16. ``top-k``: the largest logits.
+        k: How many logits; None for hidden states.
+        kd_on: The positions: ``answer``, ``text`` or ``all``.
+        hidden_size: Width of the teacher's hidden states.
+        samples: Names of the samples, in order.
+        contents: A hash of each sample's conversation and pictures.
+        format: Version of the folder's layout.
+    """
+
+    teacher: str
+    head: str
+    what: str
+    k: int | None
+    kd_on: str
+    hidden_size: int
+    samples: tuple[str, ...]
+    contents: tuple[str, ...]
+    format: str = FORMAT
+
+
+def is_cache(folder: str | Path) -> bool:
+    """Whether a folder is a teacher's cache rather than a model."""
+    return (Path(folder) / INDEX_FILE).is_file()
+
+
+def write_cache(
+    model: PreTrainedModel,
+    processor: Any,
+    samples: Sequence[Sample],
+    out: str | Path,
+    what: What = "hidden",
+    k: int = 64,
+    kd_on: KdOn = "answer",
+    batch_size: int = 8,
+    force: bool = False,
+) -> int:
+    """Run a teacher over some data and keep what distillation compares.
+
+    If the folder holds a part of the same cache, only the rest is done.
+
+    Args:
+        model: The teacher.
+        processor: Its processor or tokenizer.
+        samples: The conversations.
+        out: The folder.
+        what: Final hidden states (for the losses hidden and cosine, and for kl, rkl and jsd as
+            long as the student's head does not learn) or the largest logits (for kl, rkl, jsd).
+        k: How many logits.
+        kd_on: Positions that will be compared.
+        batch_size: Samples that run at once.
+        force: Remove what else the folder holds.
+
+    Returns:
+        Shards that were written now.
+
+    Raises:
+        ConfigError: If the folder holds something else.
+    """
+    head = _head(model)
+    index = Index(
+        teacher=fingerprint(model),
+        head=fingerprint(head),
+        what=what,
+        k=k if what == "top-k" else None,
+        kd_on=kd_on,
+        hidden_size=int(text_config_of(model.config).hidden_size),
+        samples=tuple(sample.id for sample in samples),
+        contents=tuple(map(content_hash, samples)),
+    )
+    folder = Path(out)
+    if force and folder.exists() and not _is_of(folder, index):
+        shutil.rmtree(folder)
+    _claim(folder, index)
+    missing = [n for n in range(num_shards(index)) if not shard_path(folder, n).exists()]
+    for number in progress(missing, "teacher"):
+        start = number * SHARD_SAMPLES
+        chosen = samples[start : start + SHARD_SAMPLES]
+        batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
+        parts = [_said(model, processor, batch, index) for batch in batches]
+        tensors = {name: torch.cat([part[0][name] for part in parts]) for name in parts[0][0]}
+        encoded = [code for part in parts for code in part[1]]
+        _write_shard(shard_path(folder, number), tensors, encoded)
+    return len(missing)
+
+
+class OfflineTeacher:
+    """A finished cache.
+
+    Args:
+        folder: From `write_cache`.
+
+    Raises:
+        ConfigError: If it is not a cache, or not finished.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.index = _read_index(self.folder)
+        count = num_shards(self.index)
+        done = sum(shard_path(self.folder, number).exists() for number in range(count))
+        if done < count:
+            raise ConfigError(
+                f"teacher {str(folder)!r}: {done} of {count} shards are there. Give the "
+                "cache-teacher command again to finish it"
+            )
+        self._places = {code: place for place, code in enumerate(self.index.contents)}
+
+    def require_fit(
+        self, model: PreTrainedModel, samples: Sequence[Sample], config: RecoverConfig
+    ) -> None:
+        """Check that the cache answers everything that a training will ask.
+
+        Raises:
+            ConfigError: If data, positions or losses do not match; the message names the first.
+        """
+        where, index = f"teacher {str(self.folder)!r}", self.index
+        if config.kd_on != index.kd_on:
+            raise ConfigError(f"{where} holds kd_on {index.kd_on!r}, not {config.kd_on!r}")
+        if config.paper_exact:
+            raise ConfigError(f"{where} lacks positions that paper_exact compares")
+        if config.hidden_layers != "final":
+            raise ConfigError(f"{where} holds final hidden states, not hidden_layers 'mapped'")
+        logit_losses = config.loss_weights.keys() & {"kl", "rkl", "jsd"}
+        if index.what == "top-k":
+            self._require_top_k(where, config)
+        elif logit_losses and not self._has_head_of(model, config):
+            raise ConfigError(
+                f"{where} holds hidden states. {sorted(logit_losses)[0]!r} from them needs a model "
+                "with the teacher's head, undivided, and train 'lora' or 'projector'"
+            )
+        width = int(text_config_of(model.config).hidden_size)
+        if {"hidden", "cosine"} & config.loss_weights.keys() and width != index.hidden_size:
+            raise ConfigError(
+                f"{where}: hidden_size is {index.hidden_size}, the model's is {width}"
+            )
+        missing = [s.id for s in samples if content_hash(s) not in self._places]
+        if missing:
+            known = "with other content " if missing[0] in self.index.samples else ""
+            more = f" and {len(missing) - 1} more samples" * (len(missing) > 1)
+            raise ConfigError(f"{where} lacks sample {missing[0]!r} {known}of the data{more}")
+
+    def _has_head_of(self, model: PreTrainedModel, config: RecoverConfig) -> bool:
+        """Whether a model has the teacher's head and keeps it; not known of a divided one."""
+        if config.train == "full" or is_sharded(model):
+            return False
+        return fingerprint(_head(model)) == self.index.head
+
+    def targets(
+        self, samples: Sequence[Sample], inputs: dict[str, Tensor], positions: Bool[Tensor, "B T"]
+    ) -> dict[str, Tensor]:
+        """What the teacher says at the positions of a batch, in their order.
+
+        Returns:
+            ``hidden`` (N, D), or ``values`` and ``tokens`` (N, K).
+
+        Raises:
+            ConfigError: If a sample has other tokens or positions than when the cache was made.
+        """
+        codes = encoding_hashes(inputs, positions)
+        rows = [self._of(sample, code) for sample, code in zip(samples, codes, strict=True)]
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+    def _of(self, sample: Sample, code: str) -> dict[str, Tensor]:
+        number, place = divmod(self._places[content_hash(sample)], SHARD_SAMPLES)
+        with safe_open(shard_path(self.folder, number), framework="pt") as shard:
+            if json.loads(shard.metadata()["encoded"])[place] != code:
+                raise ConfigError(
+                    f"teacher {str(self.folder)!r}: sample {sample.id!r} had other tokens or "
+                    "positions when the cache was made"
+                )
+            counts = shard.get_tensor("counts")
+            stop = int(counts[: place + 1].sum())
+            start = stop - int(counts[place])
+            names = [name for name in shard.keys() if name != "counts"]  # noqa: SIM118
+            return {name: shard.get_slice(name)[start:stop] for name in names}
+
+    def _require_top_k(self, where: str, config: RecoverConfig) -> None:
+        unanswered = config.loss_weights.keys() & {"hidden", "cosine"}
+        if unanswered:
+            raise ConfigError(f"{where} holds logits; loss {min(unanswered)!r} needs hidden states")
+        assert self.index.k is not None
+        if config.top_k is None or config.top_k > self.index.k:
+            raise ConfigError(
+                f"{where} holds the {self.index.k} largest logits: top_k {config.top_k} must be at "
+                "most that"
+            )
+
+
+def content_hash(sample: Sample) -> str:
+    """A hash of a sample's conversation and pictures.
+
+    A picture in a file counts by its name and size, so that data can be moved and need not be read.
+    """
+    digest = hashlib.sha256(json.dumps([sample.id, sample.messages], sort_keys=True).encode())
+    for image in sample.images:
+        if isinstance(image, Path):
+            digest.update(f"{image.name} {image.stat().st_size}".encode())
+        else:
+            content = encoded(image)
+            digest.update(f"{image.mode} {image.size}".encode() + (content or image.tobytes()))
+    return digest.hexdigest()[:24]
+
+
+def encoding_hashes(inputs: dict[str, Tensor], positions: Bool[Tensor, "B T"]) -> list[str]:
+    """A hash of each sequence's tokens and compared positions; padding does not matter."""
+    codes = []
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    for ids, where, length in zip(inputs["input_ids"], positions, lengths, strict=True):
+        both = torch.stack([ids[:length], where[:length].to(ids)]).cpu()
+        codes.append(hashlib.sha256(both.numpy().tobytes()).hexdigest()[:16])
+    return codes
+
+
+def num_shards(index: Index) -> int:
+    """Files that a finished cache has."""
+    return -(-len(index.samples) // SHARD_SAMPLES)
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """Where a shard lies."""
+    return folder / f"shard-{number:05}.safetensors"
+
+
+@torch.no_grad()
+def _said(
+    model: PreTrainedModel, processor: Any, samples: Sequence[Sample], index: Index
+) -> tuple[dict[str, Tensor], list[str]]:
+    """A teacher's hidden states or logits for a batch, and the hashes of its sequences."""
+    inputs = encode_samples(processor, samples)
+    labels = inputs.pop("labels")
+    positions = compared_positions(model.config, inputs, labels, index.kd_on)
+    on_device = {name: value.to(model.device) for name, value in inputs.items()}
+    (hidden,) = hidden_states(model, on_device)
+    rows = hidden[positions.to(hidden.device)]
+    said = {"counts": positions.sum(1)}
+    if index.k is None:
+        said["hidden"] = rows.bfloat16().cpu()
+    else:
+        head = head_of(model)
+        best = [head(part).float().topk(index.k) for part in rows.split(_CHUNK)]
+        said["values"] = torch.cat([top.values for top in best]).cpu()
+        said["tokens"] = torch.cat([top.indices for top in best]).int().cpu()
+    return said, encoding_hashes(inputs, positions)
+
+
+def _write_shard(path: Path, tensors: dict[str, Tensor], encoded: list[str]) -> None:
+    with new_file(path) as partial:
+        save_file(tensors, partial, {"encoded": json.dumps(encoded)})
+
+
+def _claim(folder: Path, index: Index) -> None:
+    """Make the folder this cache's, or find that it is already."""
+    if not folder.exists() or not any(folder.iterdir()):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / INDEX_FILE, json.dumps(asdict(index)) + "\n")
+        return
+    found = _read_index(folder)
+    differing = [name for name, value in asdict(index).items() if getattr(found, name) != value]
+    if differing:
+        raise ConfigError(
+            f"output {str(folder)!r} is a cache with other {' and '.join(differing)}. Choose "
+            "another folder, or use --force to replace it"
+        )
+
+
+def _is_of(folder: Path, index: Index) -> bool:
+    """Whether a folder is a cache of this request."""
+    try:
+        return _read_index(folder) == index
+    except ConfigError:
+        return False
+
+
+def _read_index(folder: Path) -> Index:
+    try:
+        values = json.loads((folder / INDEX_FILE).read_text())
+        names = ("samples", "contents")
+        index = Index(**{**values, **{name: tuple(values[name]) for name in names}})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{str(folder)!r} is not a teacher's cache ({error!r})") from error
+    if index.format != FORMAT:
+        raise ConfigError(f"teacher {str(folder)!r}: format must be {FORMAT!r}")
+    return index
+
+
+def _head(model: PreTrainedModel) -> nn.Module:
+    return model.get_submodule(family_of(model.config.model_type).head)

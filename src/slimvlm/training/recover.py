@@ -1,0 +1,374 @@
+"""Train a pruned model back towards its teacher: one loop, the loss a weighted sum."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainingArguments
+
+from slimvlm.core.errors import ConfigError
+from slimvlm.core.files import explained
+from slimvlm.core.options import RecoverConfig
+from slimvlm.core.processes import is_first_rank, num_ranks
+from slimvlm.data.read import estimated_length, hold_out, subset
+from slimvlm.data.samples import Sample
+from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.classes import require_full_precision
+from slimvlm.models.load import computes_bfloat16, load_processor
+from slimvlm.models.losses import layer_map
+from slimvlm.models.sharding import is_sharded
+from slimvlm.planning.plan import Plan
+from slimvlm.training.offline import OfflineTeacher
+from slimvlm.training.resume import is_finished, last_complete_checkpoint, require_same_request
+from slimvlm.training.teacher import seeing_once, share_, why_not_shared
+from slimvlm.training.trainable import (
+    hold_in_,
+    keep_learning_in_float32_,
+    merge,
+    plain_model,
+    prepare_training,
+    projector_in_every_graph,
+    require_adapter_holds_all,
+    save_adapter,
+)
+from slimvlm.training.trainer import (
+    Bar,
+    Collator,
+    DistillationTrainer,
+    LastLog,
+    fast_attention,
+    kept_use_cache,
+    without_autocast,
+)
+
+ADAPTER_FOLDER = "adapter"
+TRACKER_FOLDER = "runs"
+"""Where the Trainer lets TensorBoard write."""
+
+
+@dataclass(frozen=True)
+class History:
+    """What happened in training.
+
+    Attributes:
+        steps: Log rows: step, loss, its components, learning rate.
+        num_samples: Samples that were learnt from.
+        sample_ids: Their names, in order.
+        trained_params: Parameters that learned.
+        evaluations: Rows of the held-out loss and its components, if samples were held out.
+        held_out_ids: Names of the held-out samples.
+        teacher: Where the teacher's answers came from, and how much memory it shared.
+    """
+
+    steps: tuple[dict[str, float], ...]
+    num_samples: int
+    sample_ids: tuple[str, ...]
+    trained_params: int
+    evaluations: tuple[dict[str, float], ...] = ()
+    held_out_ids: tuple[str, ...] = ()
+    teacher: str = "none"
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One training, with everything checked."""
+
+    model: PreTrainedModel
+    teacher: PreTrainedModel | None
+    offline: OfflineTeacher | None
+    plan: Plan | None
+    learnt: list[Sample]
+    held_out: list[Sample]
+    config: RecoverConfig
+    processor: Any
+    folder: Path
+    resumable: bool
+
+
+def recover(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | OfflineTeacher | None,
+    dataset: Sequence[Sample],
+    config: RecoverConfig,
+    processor: Any = None,
+    work: str | Path | None = None,
+    plan: Plan | None = None,
+) -> History:
+    """Train a model in place; LoRA is merged into its weights at the end.
+
+    With the plan that pruned the model, the teacher costs only what was pruned: it reads the
+    model's own weights wherever these are frozen and equal (`training.teacher.share_`). Such a
+    teacher is used up: its weights are gone when training ends.
+
+    Args:
+        model: The pruned model.
+        teacher: The original model, or what it said about the data; not needed if the loss is
+            ``sft`` alone. It may lie on the CPU while the model is on a GPU.
+        dataset: Conversations to learn from.
+        config: What learns, from which loss, on which share of the data.
+        processor: The model's processor or tokenizer; by default the one in its folder.
+        work: Folder for resumable checkpoints. If it holds some, training goes on from the last
+            one, and the result equals an uninterrupted run's. With ``keep_adapter`` its folder
+            ``adapter`` holds the adapter afterwards, and ``runs`` what TensorBoard wrote.
+        plan: The plan that pruned the model, for sharing weights with the teacher and for
+            comparing inner layers.
+
+    Raises:
+        ConfigError: If the loss needs a teacher and there is none, or the teacher does not fit.
+        NumericalError: If the loss becomes NaN or infinite; the message names the step, its samples
+            and the first layer that is not finite.
+    """
+    require_full_precision(model.config, "trained")
+    processor = processor or load_processor(model.config._name_or_path, model.config)
+    if processor is None:
+        raise ConfigError("recover needs the model's processor or tokenizer")
+    if not config.needs_teacher:
+        teacher = None
+    _check(model, teacher, config, work)
+    if is_sharded(model):
+        _require_alike(dataset)
+    rest, held_out = hold_out(list(dataset), config.eval_fraction, config.seed)
+    learnt = subset(rest, config.fraction, config.seed)
+    offline = teacher if isinstance(teacher, OfflineTeacher) else None
+    live = teacher if isinstance(teacher, PreTrainedModel) else None
+    if offline is not None:
+        offline.require_fit(model, [*learnt, *held_out], config)
+    if live is not None:
+        _require_same_width(model, live, config)
+        plan = _usable_plan(model, live, plan, config)
+    with ExitStack() as stack:
+        temporary = stack.enter_context(TemporaryDirectory())
+        folder = Path(work) if work is not None else Path(temporary)
+        require_same_request(folder, model, teacher, config, learnt)
+        stack.enter_context(kept_use_cache(model))
+        resumable = work is not None and not is_sharded(model)
+        return _train(
+            _Job(model, live, offline, plan, learnt, held_out, config, processor, folder, resumable)
+        )
+
+
+def _train(job: _Job) -> History:
+    """Run the Trainer and hand the plain model back."""
+    model, config = job.model, job.config
+    torch.manual_seed(config.seed)
+    bf16 = computes_bfloat16(model.device) if config.bf16 is None else config.bf16
+    arguments = _training_arguments(job, bf16)
+    sharded, dtype = is_sharded(model), model.dtype
+    if not sharded:
+        model.to(arguments.device)  # type: ignore[arg-type]
+    if not bf16 and not sharded:  # half precision needs autocast to learn small steps
+        hold_in_(model, torch.float32)
+        if job.teacher is not None:
+            hold_in_(job.teacher, torch.float32)
+    trained = prepare_training(model, config)
+    if bf16 and not sharded:
+        keep_learning_in_float32_(trained)
+    num_trained = sum(p.numel() for p in trained.parameters() if p.requires_grad)
+    with (
+        fast_attention(model, job.teacher, bf16),
+        projector_in_every_graph(plain_model(trained)),
+        _ready(job, trained) as about_teacher,
+    ):
+        trainer = DistillationTrainer(
+            model=trained,
+            teacher=job.teacher,
+            config=config,
+            layer_pairs=_layer_pairs(job),
+            lengths=list(map(estimated_length, job.learnt)) if config.group_by_length else None,
+            args=arguments,
+            train_dataset=job.learnt,
+            eval_dataset=job.held_out or None,
+            data_collator=Collator(job.processor, model.config, config.kd_on, job.offline),
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(Bar)
+        trainer.add_callback(LastLog)
+        with explained(job.folder):
+            checkpoint = last_complete_checkpoint(job.folder)
+            if checkpoint is not None and is_finished(checkpoint):
+                trainer.restore(checkpoint)
+            else:
+                trainer.train(resume_from_checkpoint=checkpoint)
+    plain = without_autocast(trainer)
+    if config.keep_adapter and is_first_rank():
+        save_adapter(plain, job.folder / ADAPTER_FOLDER, dtype)
+    merged = merge(plain, dtype)
+    assert merged is model, "merging must give back the model that was handed in"
+    if not bf16 and not sharded:
+        hold_in_(model, dtype)
+    model.eval()
+    rows = trainer.state.log_history
+    return History(
+        steps=tuple(row for row in rows if "loss" in row),
+        num_samples=len(job.learnt),
+        sample_ids=tuple(sample.id for sample in job.learnt),
+        trained_params=num_trained,
+        evaluations=tuple(row for row in rows if "eval_loss" in row),
+        held_out_ids=tuple(sample.id for sample in job.held_out),
+        teacher=about_teacher,
+    )
+
+
+@contextmanager
+def _ready(job: _Job, trained: Any) -> Iterator[str]:
+    """Inside, the teacher is frozen, in its place, and shares what it can; yields a line on it."""
+    teacher, config = job.teacher, job.config
+    if teacher is None:
+        yield "none" if job.offline is None else f"offline ({job.offline.folder})"
+        return
+    teacher.requires_grad_(False)
+    teacher.eval()
+    with ExitStack() as stack:
+        if is_sharded(job.model):
+            yield "separate, sharded"
+            return
+        if job.plan is None or config.teacher_weights == "separate":
+            line = "separate"
+        else:
+            sharing = share_(teacher, trained, job.plan)
+            line = sharing.line()
+            stack.callback(nn.Module.to, teacher, "meta")
+            if config.teacher_weights == "shared" and sharing.differing:
+                raise ConfigError(f"teacher_weights 'shared' is not possible: {line}")
+        teacher.to(job.model.device)  # type: ignore[arg-type]
+        stack.enter_context(seeing_once(job.model, teacher, config.student_projector_in_teacher))
+        yield line
+
+
+def _require_same_width(
+    model: PreTrainedModel, teacher: PreTrainedModel, config: RecoverConfig
+) -> None:
+    """Vocabularies must agree; hidden states only where the loss or the teacher reads ours."""
+    ours, theirs = read_anatomy(model), read_anatomy(teacher)
+    compares = {"hidden", "cosine"} & config.loss_weights.keys()
+    meets_ours = compares or config.student_projector_in_teacher
+    for name in ("hidden_size", "vocab_size") if meets_ours else ("vocab_size",):
+        if getattr(ours, name) != getattr(theirs, name):
+            raise ConfigError(
+                f"teacher: {name} is {getattr(theirs, name)}, the model's is {getattr(ours, name)}"
+                + "; their distributions can be compared, by kl, rkl or jsd"
+                * (name == "hidden_size")
+            )
+
+
+def _usable_plan(
+    model: PreTrainedModel, teacher: PreTrainedModel, plan: Plan | None, config: RecoverConfig
+) -> Plan | None:
+    """The plan if it says how the model came from the teacher; it must where options need it."""
+    why = "there is no plan" if plan is None else why_not_shared(model, teacher, plan)
+    if why is None:
+        return plan
+    for name, asked in (("teacher_weights", "shared"), ("hidden_layers", "mapped")):
+        if getattr(config, name) == asked:
+            raise ConfigError(f"{name} {asked!r} needs the plan that made the model: {why}")
+    return None
+
+
+def _check(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | OfflineTeacher | None,
+    config: RecoverConfig,
+    work: str | Path | None,
+) -> None:
+    """Refuse options that do not work with this model, teacher or folder."""
+    if teacher is None and config.needs_teacher:
+        raise ConfigError(f"loss {config.loss!r} needs a teacher (--teacher)")
+    if config.keep_adapter:
+        require_adapter_holds_all(model)
+    needs_folder = {
+        "keep_adapter": config.keep_adapter,
+        "load_best": config.load_best and num_ranks() > 1,  # all of them read it there
+    }
+    for name, needed in needs_folder.items():
+        if needed and work is None:
+            raise ConfigError(f"{name} True needs a work folder to write to")
+    _require_trackers(config.report_to)
+    if is_sharded(model):
+        _require_shardable(teacher, config)
+
+
+def _require_trackers(names: str) -> None:
+    from transformers.integrations import integration_utils
+
+    known = [*integration_utils.get_available_reporting_integrations(), "none"]
+    for name in names.split(","):
+        if name not in known:
+            raise ConfigError(f"report_to {name!r} is not installed. It can be: {', '.join(known)}")
+
+
+def _require_shardable(
+    teacher: PreTrainedModel | OfflineTeacher | None, config: RecoverConfig
+) -> None:
+    """Refuse what a model divided among processes cannot do."""
+    if isinstance(teacher, PreTrainedModel) and not is_sharded(teacher):
+        raise ConfigError("teacher: load it with shard, as the model was")
+    for name, value in (
+        *(("keep_adapter", True), ("load_best", True), ("student_projector_in_teacher", True)),
+        ("teacher_weights", "shared"),
+    ):
+        if getattr(config, name) == value:
+            raise ConfigError(f"{name} {value!r} is not possible with a sharded model")
+
+
+def _require_alike(samples: Sequence[Sample]) -> None:
+    """Processes of a divided model run its tower together: all see pictures in a step, or none."""
+    blind = [sample for sample in samples if not sample.images]
+    if blind and len(blind) < len(samples):
+        raise ConfigError(
+            f"data: sample {blind[0].id!r} has no picture and others have. A model that --shard "
+            "divides needs pictures in all samples or in none"
+        )
+
+
+def _layer_pairs(job: _Job) -> list[tuple[int, int]]:
+    if job.config.hidden_layers != "mapped" or job.plan is None:
+        return []
+    theirs = layer_map(job.plan.layers, job.plan.before.num_layers)
+    return list(enumerate(theirs))
+
+
+def _training_arguments(job: _Job, bf16: bool) -> TrainingArguments:
+    config, device = job.config, job.model.device
+    measured = config.eval_steps or config.save_steps
+    arguments = TrainingArguments(
+        output_dir=str(job.folder),
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.scheduler,
+        warmup_steps=config.warmup_ratio,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        bf16=bf16,
+        use_cpu=device.type == "cpu",
+        eval_strategy="steps" if job.held_out else "no",
+        eval_steps=measured,
+        save_strategy="steps" if job.resumable or config.load_best else "no",
+        save_steps=measured if config.load_best else config.save_steps,
+        save_total_limit=1,
+        load_best_model_at_end=config.load_best,
+        metric_for_best_model="eval_loss" if config.load_best else None,
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,
+        report_to=config.report_to.split(","),
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=device.type == "cuda",
+        seed=config.seed,
+        data_seed=config.seed,
+        disable_tqdm=False,
+        gradient_checkpointing=config.gradient_checkpointing or None,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # more GPUs are torchrun's, not DataParallel's
+    return arguments

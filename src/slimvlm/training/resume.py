@@ -1,0 +1,95 @@
+"""A training's folder of checkpoints: whose it is, and where to go on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from transformers import PreTrainedModel, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
+from slimvlm.core.errors import ConfigError
+from slimvlm.core.files import write_text
+from slimvlm.core.options import RecoverConfig
+from slimvlm.core.processes import is_first_rank, num_ranks
+from slimvlm.data.samples import Sample
+from slimvlm.models.load import fingerprint
+from slimvlm.models.sharding import is_sharded
+from slimvlm.training.offline import OfflineTeacher
+from slimvlm.training.trainer import TRAINED_FILE
+
+REQUEST_FILE = "request.json"
+
+
+def require_same_request(
+    folder: Path,
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | OfflineTeacher | None,
+    config: RecoverConfig,
+    samples: list[Sample],
+) -> None:
+    """Write a request into its folder of checkpoints; another one must not go on there.
+
+    Args:
+        folder: Where checkpoints go; made if it is not there.
+        model: The model before training.
+        teacher: What it is trained against.
+        config: How it is trained.
+        samples: What it learns from, in order.
+
+    Raises:
+        ConfigError: If the folder belongs to another request.
+    """
+    spoken = json.dumps([sample.messages for sample in samples], sort_keys=True)
+    request = {
+        "config": asdict(config),
+        "processes": num_ranks(),
+        "model": None if is_sharded(model) else fingerprint(model),
+        "teacher": _identity(teacher),
+        "samples": [sample.id for sample in samples],
+        "conversations": hashlib.sha256(spoken.encode()).hexdigest(),
+    }
+    written = json.dumps(request, indent=1)
+    path = folder / REQUEST_FILE
+    if path.exists() and path.read_text() != written:
+        raise ConfigError(
+            f"training folder {str(folder)!r} belongs to a run with other options or data. Remove "
+            "it, or give those options again"
+        )
+    if is_first_rank():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, written)
+
+
+def _identity(teacher: PreTrainedModel | OfflineTeacher | None) -> str | None:
+    if isinstance(teacher, OfflineTeacher):
+        return hashlib.sha256(json.dumps(asdict(teacher.index)).encode()).hexdigest()
+    return None if teacher is None or is_sharded(teacher) else fingerprint(teacher)
+
+
+def last_complete_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint whose writing was not cut short; None if there is none."""
+    found = [
+        path
+        for path in folder.glob("checkpoint-*")
+        if (path / TRAINED_FILE).is_file() and _is_json(path / TRAINER_STATE_NAME)
+    ]
+    newest = max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return str(newest) if newest is not None else None
+
+
+def is_finished(checkpoint: str) -> bool:
+    """Whether a checkpoint is that of a training's last step."""
+    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    return bool(state.global_step >= state.max_steps)
+
+
+def _is_json(path: Path) -> bool:
+    """Whether a file was written to its end: the Trainer writes its state last."""
+    try:
+        json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return True

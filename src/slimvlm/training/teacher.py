@@ -1,0 +1,365 @@
+"""A teacher that costs only what was pruned: the rest of its weights are the student's own.
+
+A pruned student is its teacher with layers and units missing. So the teacher can read the
+student's frozen weights and needs memory for the missing ones alone. Adapters stand beside the
+student's weights, and the teacher never sees them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from slimvlm.models.anatomy import LayerShape, family_of, projections, read_anatomy
+from slimvlm.models.families import INPUT_COLUMNS, OUTPUT_ROWS, Projection
+from slimvlm.models.units import channels_of, segments, unit_of
+from slimvlm.planning.plan import Plan
+from slimvlm.training.trainable import plain_model
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How much of a teacher is the student's memory.
+
+    Attributes:
+        shared_params: Parameters that the teacher reads from the student.
+        own_params: Parameters that only the teacher has: what was pruned, what learns in the
+            student, and what differs.
+        differing: Names of the teacher's tensors whose counterpart in the student is frozen, but
+            has other values.
+    """
+
+    shared_params: int
+    own_params: int
+    differing: tuple[str, ...] = ()
+
+    def line(self) -> str:
+        """One line for people."""
+        total = self.shared_params + self.own_params
+        shares = f"the teacher shares {self.shared_params / total:.0%} of its weights"
+        if not self.differing:
+            return f"{shares} with the model"
+        more = f" and {len(self.differing) - 1} more" * (len(self.differing) > 1)
+        return f"{shares} with the model; copied are {self.differing[0]!r}{more}, which differ"
+
+
+class JoinedRows(nn.Module):
+    """A projection into units, in two parts: rows that the student kept, and rows that it lost.
+
+    Outputs stand in the order kept, removed within each segment. The teacher's units are merely
+    permuted by that, since the matrix that reads them (`JoinedColumns`) has the same order.
+
+    Args:
+        kept: The student's weight.
+        kept_bias: Its bias, if any.
+        removed: The teacher's other rows.
+        removed_bias: Likewise.
+        sizes: For each segment the channels that are kept and removed.
+    """
+
+    def __init__(
+        self,
+        kept: Float[Tensor, "K D"],
+        kept_bias: Float[Tensor, " K"] | None,
+        removed: Float[Tensor, "R D"],
+        removed_bias: Float[Tensor, " R"] | None,
+        sizes: list[tuple[int, int]],
+    ) -> None:
+        super().__init__()
+        self.kept, self.removed = _frozen(kept), _frozen(removed)
+        self.kept_bias = None if kept_bias is None else _frozen(kept_bias)
+        self.removed_bias = None if removed_bias is None else _frozen(removed_bias)
+        self._kept_sizes, self._removed_sizes = map(list, zip(*sizes, strict=True))
+
+    def forward(self, inputs: Float[Tensor, "*B D"]) -> Float[Tensor, "*B U"]:
+        """``inputs`` times both parts, joined segment by segment."""
+        kept = F.linear(inputs, self.kept, self.kept_bias).split(self._kept_sizes, -1)
+        removed = F.linear(inputs, self.removed, self.removed_bias).split(self._removed_sizes, -1)
+        return torch.cat([part for pair in zip(kept, removed, strict=True) for part in pair], -1)
+
+
+class JoinedColumns(nn.Module):
+    """A projection out of units, in two parts: ``y = W_kept x_kept + W_removed x_removed + b``.
+
+    Args:
+        kept: The student's weight.
+        removed: The teacher's other columns.
+        bias: The bias, if any.
+    """
+
+    def __init__(
+        self,
+        kept: Float[Tensor, "D K"],
+        removed: Float[Tensor, "D R"],
+        bias: Float[Tensor, " D"] | None,
+    ) -> None:
+        super().__init__()
+        self.kept, self.removed = _frozen(kept), _frozen(removed)
+        self.bias = None if bias is None else _frozen(bias)
+
+    def forward(self, inputs: Float[Tensor, "*B U"]) -> Float[Tensor, "*B D"]:
+        """The sum of both parts."""
+        sizes = [self.kept.shape[1], self.removed.shape[1]]
+        kept, removed = inputs.split(sizes, -1)
+        return F.linear(kept, self.kept, self.bias) + F.linear(removed, self.removed)
+
+
+def why_not_shared(model: PreTrainedModel, teacher: PreTrainedModel, plan: Plan) -> str | None:
+    """Why a plan does not say how a model came from a teacher; None if it does."""
+    for name, whole, expected in (("teacher", teacher, plan.before), ("model", model, plan.after)):
+        found = read_anatomy(whole)
+        if (found.hidden_size, found.layers) != (expected.hidden_size, expected.layers):
+            return f"the model's plan is for another {name}"
+    return None
+
+
+@torch.no_grad()
+def share_(teacher: PreTrainedModel, trained: Any, plan: Plan) -> Sharing:
+    """Make a teacher read the student's weights wherever these are frozen and equal to its own.
+
+    Every tensor is compared with its counterpart, value by value. What differs, for example a
+    repaired matrix, stays the teacher's own, so that the teacher computes what it did before but
+    for rounding. This goes tensor by tensor, and what is shared is freed at once. The teacher may
+    lie on another device (the CPU, to spare a GPU) and ends on the student's.
+
+    Args:
+        teacher: The original model, changed in place: its units stand in another order, and a
+            later change of the student's frozen weights, such as merging LoRA, is its change too.
+        trained: The pruned model as `slimvlm.training.trainable.prepare_training` returned it.
+        plan: The plan that pruned it.
+    """
+    student = plain_model(trained)
+    as_read = {parameter.data_ptr() for parameter in teacher.parameters()}
+    ours = _frozen_tensors(student, plan)
+    differing = [
+        *_share_cut_matrices(teacher, plan, ours),
+        *_share_whole_tensors(teacher, ours),
+    ]
+    teacher.requires_grad_(False).to(student.device)  # type: ignore[arg-type]
+    memory = {parameter.data_ptr() for parameter in student.parameters()}
+    own = [p for p in teacher.parameters() if p.data_ptr() not in memory]
+    for parameter in own:
+        if parameter.data_ptr() in as_read:  # one tensor of a mapped file would keep all its pages
+            parameter.data = parameter.data.clone()
+    own_params = sum(parameter.numel() for parameter in own)
+    total = sum(parameter.numel() for parameter in teacher.parameters())
+    return Sharing(total - own_params, own_params, tuple(differing))
+
+
+@contextmanager
+def seeing_once(
+    model: PreTrainedModel, teacher: PreTrainedModel, through_students_projector: bool = False
+) -> Iterator[None]:
+    """Inside, the vision tower runs for the student alone, and the teacher gets its outputs.
+
+    Each forward pass of the teacher must follow one of the student on the same batch. Where the
+    towers differ, both run.
+
+    Args:
+        model: The student.
+        teacher: The teacher.
+        through_students_projector: Let the teacher use the student's projector, as the study's
+            LLaVA and Bunny trainers do; otherwise it has its own.
+    """
+    family = family_of(model.config.model_type)
+    with ExitStack() as stack:
+        if family.vision is not None and _same_tower(model, teacher):
+            for source, target in _tower_pairs(model, teacher):
+                stack.enter_context(_replayed(model, source, target))
+        for path in family.projector if through_students_projector else ():
+            stack.enter_context(_lent(model, teacher, path))
+        yield
+
+
+def _frozen_tensors(student: PreTrainedModel, plan: Plan) -> dict[str, Tensor]:
+    """The student's frozen weights under the names that they have in the teacher."""
+    prefix = f"{family_of(student.config.model_type).backbone}.layers."
+    found = {}
+    for name, parameter in student.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad:
+            continue
+        name = name.replace(".base_layer.", ".")
+        if name.startswith(prefix):
+            index, _, rest = name.removeprefix(prefix).partition(".")
+            name = f"{prefix}{plan.layers[int(index)]}.{rest}"
+        found[name] = parameter.data
+    return found
+
+
+def _share_cut_matrices(
+    teacher: PreTrainedModel, plan: Plan, ours: dict[str, Tensor]
+) -> Iterator[str]:
+    """Divide the matrices that lost units; takes them out of ``ours``, yields those that differ."""
+    prefix = f"{family_of(teacher.config.model_type).backbone}.layers."
+    for index, projection, linear in list(projections(teacher)):
+        shape = plan.before.layers[index]
+        kept = (plan.kv_groups if unit_of(projection) == "kv_group" else plan.neurons)[index]
+        keep = channels_of(projection, shape, kept)
+        if index not in plan.layers or len(keep) == linear.weight.shape[projection.dim]:
+            continue
+        path = f"{prefix}{index}.{projection.path}"
+        weight = ours.pop(f"{path}.weight", None)
+        bias = ours.pop(f"{path}.bias", None) if projection.dim == OUTPUT_ROWS else None
+        if _is_part(linear, projection.dim, keep, weight, bias):
+            assert weight is not None
+            divided = _divided(linear, projection, shape, keep, weight, bias)
+            teacher.set_submodule(path, divided)
+            continue
+        _reorder(linear, projection, shape, keep)
+        if weight is not None:
+            yield path
+
+
+def _share_whole_tensors(teacher: PreTrainedModel, ours: dict[str, Tensor]) -> Iterator[str]:
+    for name, parameter in teacher.named_parameters():
+        if name not in ours:
+            continue
+        if _equal(parameter, ours[name]):
+            parameter.data = ours[name]
+        else:
+            yield name
+
+
+def _is_part(
+    linear: nn.Linear, dim: int, keep: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> bool:
+    """Whether a student's frozen weight and bias are the kept channels of the teacher's."""
+    if weight is None or not _equal(linear.weight.index_select(dim, keep), weight):
+        return False
+    if dim == INPUT_COLUMNS or linear.bias is None:
+        return bias is None
+    return bias is not None and _equal(linear.bias[keep], bias)
+
+
+def _divided(
+    linear: nn.Linear,
+    projection: Projection,
+    shape: LayerShape,
+    keep: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> nn.Module:
+    """A teacher's matrix as the student's part and a copy of the rest."""
+    rest = torch.ones(linear.weight.shape[projection.dim], dtype=torch.bool)
+    rest[keep] = False
+    lost = rest.nonzero().flatten()
+    removed = linear.weight.index_select(projection.dim, lost).to(weight.device)
+    if projection.dim == INPUT_COLUMNS:
+        return JoinedColumns(weight, removed, linear.bias)
+    removed_bias = None if linear.bias is None else linear.bias[lost].to(weight.device)
+    sizes = [
+        (count, units * width - count)
+        for _, offset, units, width in segments(projection, shape)
+        for count in [int(((keep >= offset) & (keep < offset + units * width)).sum())]
+    ]
+    return JoinedRows(weight, bias, removed, removed_bias, sizes)
+
+
+def _reorder(linear: nn.Linear, projection: Projection, shape: LayerShape, keep: Tensor) -> None:
+    """Put kept channels first within each segment, as the divided matrices have them."""
+    is_kept = torch.zeros(linear.weight.shape[projection.dim], dtype=torch.bool)
+    is_kept[keep] = True
+    order = torch.cat(
+        [
+            offset + torch.cat([inside.nonzero(), (~inside).nonzero()]).flatten()
+            for _, offset, units, width in segments(projection, shape)
+            for inside in [is_kept[offset : offset + units * width]]
+        ]
+    )
+    linear.weight.data = linear.weight.index_select(projection.dim, order)
+    if projection.dim == OUTPUT_ROWS and linear.bias is not None:
+        linear.bias.data = linear.bias[order]
+
+
+def _equal(theirs: Tensor, ours: Tensor) -> bool:
+    same_kind = theirs.shape == ours.shape and theirs.dtype == ours.dtype
+    return same_kind and torch.equal(theirs.to(ours.device), ours)
+
+
+def _same_tower(model: PreTrainedModel, teacher: PreTrainedModel) -> bool:
+    """Whether both vision towers, but for projectors inside them, hold the same frozen values."""
+    family = family_of(model.config.model_type)
+    towers = [
+        {
+            name: parameter
+            for name, parameter in whole.named_parameters()
+            if name.startswith(f"{family.vision}.") and not name.startswith(family.projector)
+        }
+        for whole in (model, teacher)
+    ]
+    ours, theirs = towers
+    return list(ours) == list(theirs) and all(
+        not ours[name].requires_grad and _equal(theirs[name], ours[name]) for name in ours
+    )
+
+
+def _tower_pairs(
+    model: PreTrainedModel, teacher: PreTrainedModel
+) -> Iterator[tuple[nn.Module | None, nn.Module]]:
+    """What the teacher need not compute: (the student's module, the teacher's in its place).
+
+    The whole tower. If a projector sits inside it, the tower's blocks: the last one and those with
+    a deepstack projector have a counterpart, the outputs of the others are never read.
+    """
+    family = family_of(model.config.model_type)
+    assert family.vision is not None
+    ours, theirs = model.get_submodule(family.vision), teacher.get_submodule(family.vision)
+    if not family.projector[0].startswith(f"{family.vision}."):
+        yield ours, theirs
+        return
+    if not hasattr(ours, "blocks"):
+        return
+    blocks: Any = ours.get_submodule("blocks")
+    read = {len(blocks) - 1, *getattr(model.config.vision_config, "deepstack_visual_indexes", ())}
+    for index, block in enumerate(theirs.get_submodule("blocks").children()):
+        yield (blocks[index] if index in read else None), block
+
+
+@contextmanager
+def _replayed(
+    model: PreTrainedModel, source: nn.Module | None, target: nn.Module
+) -> Iterator[None]:
+    """Inside, ``target`` gives the outputs of ``source``, call by call, or else its input."""
+    if source is None:
+        target.forward = lambda hidden, *args, **kwargs: hidden
+        handles = []
+    else:
+        outputs: deque[Any] = deque()
+        target.forward = lambda *args, **kwargs: outputs.popleft()
+        handles = [
+            source.register_forward_hook(lambda *call: outputs.append(call[2])),
+            # the backward pass may have run the source again, for gradient checkpointing
+            model.base_model.register_forward_pre_hook(lambda *call: outputs.clear()),
+        ]
+    try:
+        yield
+    finally:
+        del target.forward
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _lent(model: PreTrainedModel, teacher: PreTrainedModel, path: str) -> Iterator[None]:
+    """Inside, a part of the student, a module or a parameter, stands in the teacher's place."""
+    parent, _, name = path.rpartition(".")
+    owner = teacher.get_submodule(parent)
+    theirs = getattr(owner, name, None)
+    try:
+        setattr(owner, name, getattr(model.get_submodule(parent), name, None))
+        yield
+    finally:
+        setattr(owner, name, theirs)
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach(), requires_grad=False)
