@@ -15,6 +15,12 @@ from slimvlm.models.classes import UNEVEN_FIELD, WIDTHS, empty_model, with_text_
 from slimvlm.planning.plan import Plan
 
 
+_FROM_PYTHON = (
+    "from Python any number by prune_(model, plan, allow_uneven=True), whose files need "
+    "trust_remote_code=True"
+)
+
+
 def smaller_text_config(
     config: PreTrainedConfig, plan: Plan, uneven: bool = False
 ) -> PreTrainedConfig:
@@ -133,12 +139,10 @@ def _require_legal_neurons(plan: Plan) -> None:
         if neurons in legal:
             continue
         nearest = sorted(sorted(legal, key=lambda count: abs(count - neurons))[:2])
-        even = ", or any number with allow_uneven, whose files need trust_remote_code=True"
         raise ImpossiblePlanError(
             f"plan: {plan.before.model_type!r} cannot be configured with {neurons} neurons in a "
             f"layer; the nearest that it can have: {', '.join(map(str, nearest))}"
-            + even
-            * plan.before.backbone.can_be_uneven
+            + f", or {_FROM_PYTHON}" * plan.before.backbone.can_be_uneven
         )
 
 
@@ -158,6 +162,5 @@ def _refusal(plan: Plan, why: str) -> str:
     counts = [shape[0] for shape in plan.after.attention_shapes] or [0]
     return (
         f"plan: {plan.before.text_type!r} cannot be configured with {counts[0]} KV groups "
-        f"({why}). KV groups that it can have: {', '.join(map(str, legal))}, or any count with "
-        "allow_uneven, whose files need trust_remote_code=True"
+        f"({why}). KV groups that it can have: {', '.join(map(str, legal))}, or {_FROM_PYTHON}"
     )

@@ -99,19 +99,6 @@ def write_beside_weights(
     write_card(folder, model, plan, facts)
 
 
-def require_writable(shape: Anatomy) -> None:
-    """Check that a plain configuration can write a shape down.
-
-    Raises:
-        ConfigError: If the layers have different widths.
-    """
-    if not shape.is_uniform:
-        raise ConfigError(
-            "plan: layers of different widths cannot be written as a plain checkpoint. Plan "
-            "without protect, or with axis 'depth'"
-        )
-
-
 @torch.no_grad()
 def check_reload(model: PreTrainedModel, processor: Any, folder: str | Path) -> None:
     """Load a written folder with the plain Auto class and compare it with the live model.
