@@ -14,7 +14,6 @@ from slimvlm.models.anatomy import Anatomy, LayerShape, read_anatomy, text_confi
 from slimvlm.models.classes import UNEVEN_FIELD, WIDTHS, empty_model, with_text_config
 from slimvlm.planning.plan import Plan
 
-
 _FROM_PYTHON = (
     "from Python any number by prune_(model, plan, allow_uneven=True), whose files need "
     "trust_remote_code=True"
@@ -142,7 +141,8 @@ def _require_legal_neurons(plan: Plan) -> None:
         raise ImpossiblePlanError(
             f"plan: {plan.before.model_type!r} cannot be configured with {neurons} neurons in a "
             f"layer; the nearest that it can have: {', '.join(map(str, nearest))}"
-            + f", or {_FROM_PYTHON}" * plan.before.backbone.can_be_uneven
+            + f", or {_FROM_PYTHON}"
+            * plan.before.backbone.can_be_uneven
         )
 
 

@@ -12,12 +12,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from slimvlm.core.errors import ConfigError, ReloadError
+from slimvlm.core.errors import ReloadError
 from slimvlm.core.files import new_folder
 from slimvlm.data import chat
 from slimvlm.data.samples import Sample
 from slimvlm.models import modeling_pruned
-from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.classes import (
     auto_class,
     auto_map_of,
