@@ -47,7 +47,7 @@ def _seeded() -> None:
 @pytest.fixture(scope="module")
 def unhurried() -> Iterator[None]:
     """Times are not measured, which takes longer than the tiny models' answers."""
-    from slimvlm.evaluation.ask import ask as evaluation
+    from slimvlm.evaluation import ask as evaluation
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "latency", lambda *_: (2.0, 1.0))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from slimvlm.core.errors import ConfigError, SlimError
 from slimvlm.core.options import CompressConfig, RecoverConfig
-from slimvlm.evaluation.ask import ask as evaluation
+from slimvlm.evaluation import ask as evaluation
 from slimvlm.evaluation.results import Result
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.load import load
