@@ -240,7 +240,7 @@ import resource, sys
 from pathlib import Path
 from slimvlm.core.errors import OutputError
 from slimvlm.core.files import new_folder
-from tests.unit.test_outputs import WRITERS
+from tests.core.test_files import WRITERS
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 for write in WRITERS:
     try:

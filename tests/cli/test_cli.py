@@ -26,7 +26,7 @@ from slimvlm.evaluation.results import Result
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.planning.plan import Plan
 from tests import tiny_folder as folders
-from tests.unit.test_outputs import HOLDS
+from tests.core.test_files import HOLDS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 

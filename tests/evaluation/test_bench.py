@@ -11,8 +11,8 @@ from torch import nn
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import Workload
-from slimvlm.evaluation.ask import bench as speed
-from slimvlm.evaluation.ask import timing
+from slimvlm.evaluation import bench as speed
+from slimvlm.evaluation import timing
 from slimvlm.evaluation.bench import bench, bench_rows
 from slimvlm.evaluation.memory import PeakMemory, stored_bytes
 from slimvlm.evaluation.timing import Run, timed_run, timed_runs

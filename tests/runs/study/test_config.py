@@ -14,9 +14,9 @@ from slimvlm.runs.study.cells import expand
 from slimvlm.runs.study.config import StudyConfig, read_study
 from slimvlm.runs.study.reading import built
 from tests import tiny_folder as folders
-from tests.study.study_files import study
+from tests.runs.study.study_files import study
 
-SHIPPED = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
+SHIPPED = sorted((Path(__file__).parents[3] / "studies").glob("*.yaml"))
 PAPER = ("llava-1.5-7b", "bunny-3b", "mini-internvl-4b")
 
 

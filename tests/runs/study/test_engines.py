@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from tests import tiny_folder as folders
-from tests.study.study_files import RECOVER, RECOVERIES, stable
+from tests.runs.study.study_files import RECOVER, RECOVERIES, stable
 
 pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("SLIMVLM_KILLS", "3"))

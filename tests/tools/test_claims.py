@@ -11,7 +11,7 @@ import pytest
 from slimvlm.runs.study.cells import expand
 from slimvlm.runs.study.config import read_study
 from slimvlm_tools.claims import CLAIMS, Claim, claims_of, claims_text
-from tests.study.test_config import SHIPPED
+from tests.runs.study.test_config import SHIPPED
 
 RATIOS = (0.15, 0.30, 0.45, 0.60)
 ORIGINAL = {

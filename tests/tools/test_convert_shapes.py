@@ -1,4 +1,4 @@
-"""Originals of many shapes keep their outputs; what they are is computed in `tests.originals`."""
+"""Originals of many shapes keep their outputs; what they are is computed in `originals`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import transformers as hf
 from torch import Tensor
 
 from slimvlm_tools.convert import convert
-from tests.originals import IMAGE, Original, random_original, save_original
 from tests.tolerances import FORWARD, assert_close
+from tests.tools.originals import IMAGE, Original, random_original, save_original
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "convert"
 IMAGE_ID = {"llava": 384, "bunny": 403, "internvl": 397}

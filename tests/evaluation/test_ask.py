@@ -14,8 +14,8 @@ import torch
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.data.samples import Question, Task
-from slimvlm.evaluation.ask import answer, evaluate, latency, with_other_pictures
 from slimvlm.evaluation import ask as evaluation
+from slimvlm.evaluation.ask import answer, evaluate, latency, with_other_pictures
 from slimvlm.evaluation.results import Result, read_baseline
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models import losses

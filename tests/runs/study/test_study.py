@@ -21,7 +21,7 @@ from slimvlm.runs.study.config import StudyConfig
 from slimvlm.runs.study.schedule import Schedule
 from slimvlm.runs.study.stages import Stage
 from tests import tiny_folder as folders
-from tests.study.study_files import count_work, stable, study
+from tests.runs.study.study_files import count_work, stable, study
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),

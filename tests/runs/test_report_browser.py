@@ -15,7 +15,7 @@ from slimvlm.evaluation.tasks import builtin_tasks
 from slimvlm.models.load import anatomy
 from slimvlm.runs.report import read_record, report_html
 from tests import tiny
-from tests.unit.test_report import write_run
+from tests.runs.test_report import write_run
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs slimvlm[test]: selenium")
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")

@@ -15,7 +15,8 @@ from PIL import ImageFile
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.data.samples import Question
-from slimvlm.evaluation.ask import answer, choose, evaluate, lmms, lmms_adapter
+from slimvlm.evaluation import lmms, lmms_adapter
+from slimvlm.evaluation.ask import answer, choose, evaluate
 from slimvlm.evaluation.lmms import LMMS_TASKS, evaluate_with_lmms, result_with_lmms, split_names
 from slimvlm.evaluation.metrics import MME_FULL_SCORES
 from slimvlm.evaluation.results import Result, TaskResult

@@ -425,8 +425,8 @@ def test_a_stop_while_a_checkpoint_is_written_costs_no_more_than_it(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from slimvlm import recovery
-from tests.stages import test_recovery as here
+from slimvlm.training import recover as recovery
+from tests.training import test_recover as here
 honest = recovery.DistillationTrainer.training_step
 def dies(self, *args, **kwargs):
     if self.state.global_step == 5:
