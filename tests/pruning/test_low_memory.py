@@ -357,7 +357,7 @@ def test_a_plan_that_needs_a_retype_loads_in_plain_transformers(
 def test_large_checkpoints_are_written_in_several_files(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("slimvlm.pruning.low_memory.cut.SHARD_SIZE", "60KB")
+    monkeypatch.setattr("slimvlm.pruning.low_memory.cut.SHARD_BYTES", 60_000)
     plan = Plan.everything(sv.anatomy(folders["llama"]))
     prune_checkpoint(folders["llama"], plan, tmp_path / "out")
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import random
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,9 +24,9 @@ from slimvlm.pruning.card import CardFacts
 from slimvlm.pruning.cut import kept_slices, prune_
 from slimvlm.pruning.low_memory.opened import OpenCheckpoint, open_checkpoint
 from slimvlm.pruning.manifest import write_manifest
-from slimvlm.pruning.save import write_beside_weights
+from slimvlm.pruning.save import write_beside_weights, write_weights
 
-SHARD_SIZE = "1GB"
+SHARD_BYTES = 10**9
 """Largest weight file: what is in memory while it is written."""
 _COMPARED = 24
 
@@ -70,7 +67,7 @@ def prune_checkpoint(
     smaller = _smaller(opened, plan, allow_uneven)
     kept = _KeptWeights(opened, smaller, plan)
     with new_folder(out, force) as folder:
-        _save(smaller, kept, folder)
+        write_weights(smaller, kept, folder, SHARD_BYTES)
         facts = CardFacts(base=opened.model.config._name_or_path, name=Path(out).name)
         write_beside_weights(folder, smaller, processor, plan, facts)
         _check(folder, dtype, kept)
@@ -132,15 +129,6 @@ def _cuts(model: PreTrainedModel, plan: Plan) -> dict[str, tuple[int, Tensor]]:
         keep = kept_slices(plan, module.weight.shape[stack.dim])
         cuts[f"{names[id(module)]}.weight"] = (stack.dim, keep)
     return cuts
-
-
-def _save(smaller: Any, kept: _KeptWeights, folder: Path) -> None:
-    """Let transformers write a model that it takes for one whose weights lie on a disk."""
-    smaller.hf_device_map = {"": "disk"}
-    smaller._hf_hook = SimpleNamespace(weights_map=kept)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*offloaded modules.*")
-        smaller.save_pretrained(folder, max_shard_size=SHARD_SIZE)
 
 
 def _check(folder: Path, dtype: str, kept: _KeptWeights) -> None:
