@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.table import Table
 
-from slimvlm.evaluation.metrics import Retention, paired_difference
-from slimvlm.evaluation.results import PERPLEXITY, Result, TaskResult
-from slimvlm.models.anatomy import Anatomy
+from slimvlm.evaluation.metrics import Difference, Retention, paired_difference
+from slimvlm.evaluation.results import PERPLEXITY, Result
+from slimvlm.models.anatomy import Anatomy, LayerShape
 from slimvlm.models.cost import BYTES, kv_cache_bytes_per_token, weight_bytes
 
 GIB = 1024**3
@@ -18,6 +19,13 @@ MIB = 1024**2
 MARK = " *"
 LEGEND = "* The 95 % interval of the difference excludes 0 (paired bootstrap over questions)."
 """What `as_table` and `as_markdown` write below a table with a marked cell."""
+FLOORS = ("chance", "majority", "blind")
+"""What a model reaches without doing a task: luck, the best constant answer, other pictures."""
+_PLAIN = (
+    *("total_params", "backbone_params", "weight_bytes", "prefill_ms", "decode_ms"),
+    *("blind", "limit", "batch_size", "dtype"),
+)
+"""Figures of a result that `result_json` repeats as they are."""
 
 
 def size(num_bytes: float) -> str:
@@ -31,49 +39,40 @@ def result_rows(results: Mapping[str, Result]) -> tuple[list[str], list[list[str
     Columns of floors: luck, the best constant answer (majority), the baseline without its pictures
     (blind; only where it was measured). `MARK` follows a score that differs from the baseline's.
     """
-    names, models = list(results), list(results.values())
-    baseline = models[0]
-    tasks = list(dict.fromkeys(task for result in models for task in result.tasks))
-    floors = {task: _floor_cells(task, results) for task in tasks}
-    shown = [0, *(i for i in (1, 2) if any(cells[i] for cells in floors.values()))]
-    pad = [""] * len(shown)
-    rows = []
-    for task in tasks:
-        metric = next(r.tasks[task].metric for r in models if task in r.tasks)
-        label = f"{task} (lower is better)" if metric == PERPLEXITY else task
-        scores = [_score(task, result, baseline) for result in models]
-        rows.append([label, *(floors[task][i] for i in shown), *scores])
-    rows.append(["AVG", *pad, *(_average(result, baseline) for result in models)])
-    if len(models) > 1 and not math.isnan(baseline.average):
-        kept = [result.retention(baseline) for result in models[1:]]
-        whole = [*pad, "100.0"]
-        intervals = [f"{k.percent:.1f} [{k.low:.1f}, {k.high:.1f}]" for k in kept]
-        rows.append(["AVG-% [95 % interval]", *whole, *intervals])
-        rows.append(["AVG-% above chance", *whole, *(f"{k.above_chance:.1f}" for k in kept)])
-        if len(shown) > 1:
-            above = [_above_floor(k) for k in kept]
-            rows.append(["AVG-% above floor [95 % interval]", *whole, *above])
-    costs = {
-        "backbone parameters": [f"{r.backbone_params / 1e6:.1f} M" for r in models],
-        "all parameters": [f"{r.total_params / 1e6:.1f} M" for r in models],
-        "weights MiB": [_mebibytes(r.weight_bytes) for r in models],
-        "prefill ms (batch 1)": [f"{r.prefill_ms:.1f}" for r in models],
-        "decode ms a token": [f"{r.decode_ms:.1f}" for r in models],
-    }
-    rows += [[label, *pad, *cells] for label, cells in costs.items()]
-    header = [("chance", "majority", "blind")[i] for i in shown]
-    return ["task", *header, *names], rows
+    models = _beside_the_first(results)
+    tasks = list(dict.fromkeys(task for model in models for task in model.result.tasks))
+    floors = {task: _floor_cells(task, models) for task in tasks}
+    shown = [f for f in FLOORS if f == "chance" or any(cells[f] for cells in floors.values())]
+    rows = [
+        [
+            _task_label(task, models),
+            *(floors[task][floor] for floor in shown),
+            *(_score_cell(task, model) for model in models),
+        ]
+        for task in tasks
+    ]
+    figures = [
+        ["AVG", *map(_average_cell, models)],
+        *_retention_rows(models, above_floor=len(shown) > 1),
+        *_cost_rows(models),
+    ]
+    rows += [[label, *[""] * len(shown), *cells] for label, *cells in figures]
+    return ["task", *shown, *results], rows
+
+
+def result_json(results: Mapping[str, Result]) -> dict[str, Any]:
+    """The figures of `result_rows` as plain values."""
+    models = _beside_the_first(results)
+    return {name: _model_json(model) for name, model in zip(results, models, strict=True)}
 
 
 def anatomy_rows(anatomy: Anatomy) -> list[list[str]]:
-    """What `inspect` prints."""
-    shape = anatomy.layers[0]
-    legal = anatomy.legal_kv_heads()
-    retyped = [
-        n
-        for n in legal
-        if anatomy.retypable and anatomy.hidden_size % (n * shape.queries_per_group)
-    ]
+    """What `inspect` prints: a name and a value in each row.
+
+    Where layers differ (attention beside convolution, experts beside a dense MLP), a fact has a row
+    for each value, which names the layers that it holds for.
+    """
+    layers = anatomy.layers
     rows = [
         ["model type", f"{anatomy.model_type} ({anatomy.text_type} backbone)"],
         ["all parameters", f"{anatomy.total_params:,}"],
@@ -81,22 +80,21 @@ def anatomy_rows(anatomy: Anatomy) -> list[list[str]]:
         ["  projector", f"{anatomy.projector_params:,}"],
         ["  backbone", f"{anatomy.backbone_params:,}"],
         ["    embeddings and head", f"{anatomy.embedding_params + anatomy.head_params:,}"],
-        ["    one layer", f"{shape.params:,}"],
-        ["    one KV group", f"{shape.kv_group_params:,}"],
-        ["    one neuron", f"{shape.neuron_params:,}"],
+        *_by_layer("    one layer", [f"{shape.params:,}" for shape in layers]),
+        *_by_layer(
+            "    one KV group",
+            [f"{s.kv_group_params:,}" if s.num_kv_heads else "none" for s in layers],
+        ),
+        *_by_layer(
+            "    one neuron",
+            [f"{s.neuron_params:,}" if s.intermediate_size else "none" for s in layers],
+        ),
         ["layers", f"{anatomy.num_layers}" + _pinned(anatomy)],
-        [
-            "KV groups in a layer",
-            f"{shape.num_kv_heads} ({shape.queries_per_group} query heads each, "
-            f"head_dim {shape.head_dim})",
-        ],
-        ["neurons in a layer", f"{shape.intermediate_size}"],
-        ["legal KV groups", ", ".join(map(str, legal))],
-        ["legal neurons", f"1 to {shape.intermediate_size}"],
+        *_by_layer("KV groups in a layer", list(map(_heads, layers))),
+        *_by_layer("neurons in a layer", [_neurons(anatomy, shape) for shape in layers]),
+        *_legal_rows(anatomy),
         ["hidden size", f"{anatomy.hidden_size}"],
     ]
-    if retyped:
-        rows.insert(13, ["  as " + str(anatomy.backbone.retype), ", ".join(map(str, retyped))])
     for dtype in BYTES:
         memory = size(weight_bytes(anatomy, dtype))
         cache = size(1024 * kv_cache_bytes_per_token(anatomy, dtype))
@@ -123,78 +121,121 @@ def as_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def result_json(results: Mapping[str, Result]) -> dict[str, Any]:
-    """The figures of `result_rows` as plain values."""
-    names = list(results)
-    baseline = results[names[0]]
-    values: dict[str, Any] = {}
-    for name, result in results.items():
-        tasks = {
-            task: {
-                **{"score": r.score, "n": len(r.ids), "metric": r.metric},
-                **{"chance": r.chance, "majority": r.majority, "blind": r.blind},
-                **r.details,
-                **_difference_json(task, result, baseline),
-            }
-            for task, r in result.tasks.items()
-        }
-        values[name] = {
-            "model": result.model,
-            "tasks": tasks,
-            "average": None if math.isnan(result.average) else result.average,
-            "total_params": result.total_params,
-            "backbone_params": result.backbone_params,
-            "weight_bytes": result.weight_bytes,
-            "prefill_ms": result.prefill_ms,
-            "decode_ms": result.decode_ms,
-            "blind": result.blind,
-            "limit": result.limit,
-            "batch_size": result.batch_size,
-            "dtype": result.dtype,
-        }
-        if name != names[0] and not math.isnan(baseline.average):
-            kept = vars(result.retention(baseline))
-            values[name]["retention"] = {k: None if math.isnan(v) else v for k, v in kept.items()}
-            difference = result.difference(baseline)
-            values[name]["average_difference"] = vars(difference)
-            values[name]["average_significant"] = difference.significant
+@dataclass(frozen=True)
+class _Beside:
+    """A model's result beside that of the first model, which is beside nothing.
+
+    Attributes:
+        result: The model's own.
+        differences: How far each task is from the first model's, where both had the same questions.
+        retention: What it kept of the first model's average; None if there is none to keep.
+        average_difference: How far its average is from the first one's, likewise.
+    """
+
+    result: Result
+    differences: Mapping[str, Difference] = field(default_factory=dict)
+    retention: Retention | None = None
+    average_difference: Difference | None = None
+
+
+def _beside_the_first(results: Mapping[str, Result]) -> list[_Beside]:
+    baseline, *others = results.values()
+    return [_Beside(baseline), *(_beside(result, baseline) for result in others)]
+
+
+def _beside(result: Result, baseline: Result) -> _Beside:
+    pairs = [(task, baseline.tasks.get(task), ours) for task, ours in result.tasks.items()]
+    differences = {
+        task: paired_difference(theirs.scores, ours.scores)
+        for task, theirs, ours in pairs
+        if theirs is not None and theirs.ids == ours.ids
+    }
+    if math.isnan(baseline.average):
+        return _Beside(result, differences)
+    return _Beside(result, differences, result.retention(baseline), result.difference(baseline))
+
+
+def _task_label(task: str, models: Sequence[_Beside]) -> str:
+    metric = next(m.result.tasks[task].metric for m in models if task in m.result.tasks)
+    return f"{task} (lower is better)" if metric == PERPLEXITY else task
+
+
+def _floor_cells(task: str, models: Sequence[_Beside]) -> dict[str, str]:
+    """Each of `FLOORS` for a task; empty where there is none."""
+    found = [model.result.tasks[task] for model in models if task in model.result.tasks]
+    if found[0].metric == PERPLEXITY:
+        return dict.fromkeys(FLOORS, "")
+    majority = next((t.majority for t in found if t.majority is not None), None)
+    first = models[0].result.tasks.get(task)
+    blind = None if first is None else first.blind
+    values = (f"{found[0].chance:.0f}", _number(majority, ""), _number(blind, ""))
+    return dict(zip(FLOORS, values, strict=True))
+
+
+def _score_cell(task: str, model: _Beside) -> str:
+    if task not in model.result.tasks:
+        return "-"
+    return _marked(f"{model.result.tasks[task].score:.1f}", model.differences.get(task))
+
+
+def _average_cell(model: _Beside) -> str:
+    return _marked(_number(model.result.average), model.average_difference)
+
+
+def _retention_rows(models: Sequence[_Beside], above_floor: bool) -> list[list[str]]:
+    """AVG-% and what is left of it above the floors; no rows if there is nothing to keep."""
+    kept = [model.retention for model in models if model.retention is not None]
+    if not kept:
+        return []
+    rows = [
+        ["AVG-% [95 % interval]", *(f"{k.percent:.1f} [{k.low:.1f}, {k.high:.1f}]" for k in kept)],
+        ["AVG-% above chance", *(f"{k.above_chance:.1f}" for k in kept)],
+    ]
+    if above_floor:
+        rows.append(["AVG-% above floor [95 % interval]", *map(_above_floor, kept)])
+    return [[label, "100.0", *cells] for label, *cells in rows]
+
+
+def _cost_rows(models: Sequence[_Beside]) -> list[list[str]]:
+    results = [model.result for model in models]
+    mebibytes = [None if r.weight_bytes is None else r.weight_bytes / MIB for r in results]
+    return [
+        ["backbone parameters", *(f"{r.backbone_params / 1e6:.1f} M" for r in results)],
+        ["all parameters", *(f"{r.total_params / 1e6:.1f} M" for r in results)],
+        ["weights MiB", *map(_number, mebibytes)],
+        ["prefill ms (batch 1)", *(f"{r.prefill_ms:.1f}" for r in results)],
+        ["decode ms a token", *(f"{r.decode_ms:.1f}" for r in results)],
+    ]
+
+
+def _model_json(model: _Beside) -> dict[str, Any]:
+    result = model.result
+    values = {
+        "model": result.model,
+        "tasks": {task: _task_json(task, model) for task in result.tasks},
+        "average": _or_none(result.average),
+        **{name: getattr(result, name) for name in _PLAIN},
+    }
+    if model.retention is not None:
+        values["retention"] = {k: _or_none(v) for k, v in vars(model.retention).items()}
+    if model.average_difference is not None:
+        values["average_difference"] = vars(model.average_difference)
+        values["average_significant"] = model.average_difference.significant
     return values
 
 
-def _floor_cells(task: str, results: Mapping[str, Result]) -> tuple[str, str, str]:
-    """Chance, majority and blind floor of a task; empty where there is none."""
-    found = [result.tasks[task] for result in results.values() if task in result.tasks]
-    if found[0].metric == PERPLEXITY:
-        return "", "", ""
-    majority = next((t.majority for t in found if t.majority is not None), None)
-    first = next(iter(results.values())).tasks.get(task)
-    return (
-        f"{found[0].chance:.0f}",
-        "" if majority is None else f"{majority:.1f}",
-        "" if first is None or first.blind is None else f"{first.blind:.1f}",
-    )
-
-
-def _pair(task: str, result: Result, baseline: Result) -> tuple[TaskResult, TaskResult] | None:
-    """A task's results of the baseline and of another model, if both answered the same."""
-    ours, theirs = result.tasks.get(task), baseline.tasks.get(task)
-    if ours is None or theirs is None or result is baseline or ours.ids != theirs.ids:
-        return None
-    return theirs, ours
-
-
-def _score(task: str, result: Result, baseline: Result) -> str:
-    if task not in result.tasks:
-        return "-"
-    pair = _pair(task, result, baseline)
-    differs = pair and paired_difference(pair[0].scores, pair[1].scores).significant
-    return f"{result.tasks[task].score:.1f}{MARK if differs else ''}"
-
-
-def _average(result: Result, baseline: Result) -> str:
-    has_both = not math.isnan(result.average) and not math.isnan(baseline.average)
-    differs = result is not baseline and has_both and result.difference(baseline).significant
-    return _number(result.average) + (MARK if differs else "")
+def _task_json(task: str, model: _Beside) -> dict[str, Any]:
+    """A task's figures; perplexity has no points to differ by."""
+    found = model.result.tasks[task]
+    values = {
+        **{"score": found.score, "n": len(found.ids), "metric": found.metric},
+        **{"chance": found.chance, "majority": found.majority, "blind": found.blind},
+        **found.details,
+    }
+    difference = model.differences.get(task)
+    if difference is not None and found.metric != PERPLEXITY:
+        values |= {"difference": vars(difference), "significant": difference.significant}
+    return values
 
 
 def _above_floor(kept: Retention) -> str:
@@ -205,17 +246,73 @@ def _above_floor(kept: Retention) -> str:
     return f"{kept.above_floor:.1f} [{bounds}]"
 
 
-def _difference_json(task: str, result: Result, baseline: Result) -> dict[str, Any]:
-    """How far a task is from the baseline, in points; not for perplexity, which has no points."""
-    pair = _pair(task, result, baseline)
-    if pair is None or pair[0].metric == PERPLEXITY:
-        return {}
-    found = paired_difference(pair[0].scores, pair[1].scores)
-    return {"difference": vars(found), "significant": found.significant}
+def _marked(cell: str, difference: Difference | None) -> str:
+    return cell + (MARK if difference is not None and difference.significant else "")
 
 
 def _is_marked(rows: Sequence[Sequence[str]]) -> bool:
     return any(cell.endswith(MARK) for row in rows for cell in row)
+
+
+def _by_layer(label: str, texts: Sequence[str]) -> list[list[str]]:
+    """One row if every layer says the same, else one for each text, with its layers."""
+    if len(set(texts)) == 1:
+        return [[label, texts[0]]]
+    rows: list[list[str]] = []
+    for text in dict.fromkeys(texts):
+        where = [index for index, said in enumerate(texts) if said == text]
+        rows.append(["" if rows else label, f"{_layers(where)}: {text}"])
+    return rows
+
+
+def _layers(indices: Sequence[int]) -> str:
+    """``layers 0, 1, 3 to 9``: neighbours from three on become a range."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    words = [f"{r[0]} to {r[-1]}" if len(r) > 2 else ", ".join(map(str, r)) for r in runs]
+    return f"layer{'s' if len(indices) > 1 else ''} {', '.join(words)}"
+
+
+def _heads(shape: LayerShape) -> str:
+    if not shape.num_kv_heads:
+        return "none"
+    return (
+        f"{shape.num_kv_heads} ({shape.queries_per_group} query heads each, "
+        f"head_dim {shape.head_dim})"
+    )
+
+
+def _neurons(anatomy: Anatomy, shape: LayerShape) -> str:
+    """How many; a neuron of experts is a channel of every one of them."""
+    if not shape.intermediate_size:
+        return "none that can go"
+    has_experts = any(".experts." in matrix.path for matrix in anatomy.backbone.mlp)
+    return f"{shape.intermediate_size}" + (" in every expert" if has_experts else "")
+
+
+def _legal_rows(anatomy: Anatomy) -> list[list[str]]:
+    """The widths that a configuration can write down; apart, those that take a freer type."""
+    heads, neurons = anatomy.legal_kv_heads(), anatomy.legal_neurons()
+    rows = [["legal KV groups", ", ".join(map(str, heads)) or "none"]]
+    if anatomy.retypable and heads:
+        queries = anatomy.attention_shapes[-1][1]
+        retyped = [n for n in heads if anatomy.hidden_size % (n * queries)]
+        if retyped:
+            rows.append([f"  as {anatomy.backbone.retype}", ", ".join(map(str, retyped))])
+    return [*rows, ["legal neurons", _widths(neurons, anatomy.backbone.neuron_multiple)]]
+
+
+def _widths(legal: Sequence[int], step: int) -> str:
+    """Widths at equal steps in words; the last one, today's, may stand apart from the others."""
+    if len(legal) < 4:
+        return ", ".join(map(str, legal)) or "none"
+    regular = [width for width in legal if width % step == 0]
+    words = f"{regular[0]} to {regular[-1]}" + (f" in steps of {step}" if step > 1 else "")
+    return words + ("" if regular[-1] == legal[-1] else f", and {legal[-1]}")
 
 
 def _pinned(anatomy: Anatomy) -> str:
@@ -223,9 +320,9 @@ def _pinned(anatomy: Anatomy) -> str:
     return f" ({pinned} must stay)" if pinned else ""
 
 
-def _mebibytes(num_bytes: int | None) -> str:
-    return "-" if num_bytes is None else f"{num_bytes / MIB:.1f}"
+def _number(value: float | None, nothing: str = "-") -> str:
+    return nothing if value is None or math.isnan(value) else f"{value:.1f}"
 
 
-def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.1f}"
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value

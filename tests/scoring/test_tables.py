@@ -1,0 +1,99 @@
+"""What `inspect` prints: every group of layers, and the widths that are legal."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from slimvlm.models.anatomy import Anatomy
+from slimvlm.models.load import anatomy
+from slimvlm.runs.tables import anatomy_rows
+from tests import tiny
+
+
+def printed(shape: Anatomy) -> dict[str, list[str]]:
+    """The values of each name; rows without a name belong to the one above."""
+    found: dict[str, list[str]] = {}
+    for name, value in anatomy_rows(shape):
+        if name:
+            found[name.strip()] = []
+        found[list(found)[-1]].append(value)
+    return found
+
+
+def shape_of(name: str) -> Anatomy:
+    return anatomy(tiny.CONFIGS[name]())
+
+
+def test_layers_of_one_kind_have_one_row() -> None:
+    shape = shape_of("llava-llama")
+    rows = printed(shape)
+    assert all(len(values) == 1 for values in rows.values())
+    layer = shape.layers[0]
+    assert rows["one layer"] == [f"{layer.params:,}"]
+    assert rows["KV groups in a layer"] == [
+        f"{layer.num_kv_heads} ({layer.queries_per_group} query heads each, "
+        f"head_dim {layer.head_dim})"
+    ]
+    assert rows["neurons in a layer"] == [f"{layer.intermediate_size}"]
+    assert rows["legal neurons"] == [f"1 to {layer.intermediate_size}"]
+
+
+def test_convolution_and_attention_are_told_apart() -> None:
+    shape = shape_of("lfm2_vl")
+    rows = printed(shape)
+    without, with_groups = shape.layers[0], shape.layers[1]
+    assert rows["one layer"] == [
+        f"layers 0, 2: {without.params:,}",
+        f"layers 1, 3: {with_groups.params:,}",
+    ]
+    assert rows["one KV group"] == [
+        "layers 0, 2: none",
+        f"layers 1, 3: {with_groups.kv_group_params:,}",
+    ]
+    assert rows["KV groups in a layer"] == [
+        "layers 0, 2: none",
+        "layers 1, 3: 4 (2 query heads each, head_dim 8)",
+    ]
+    assert rows["one neuron"] == [f"{without.neuron_params:,}"]
+    assert rows["legal KV groups"] == ["1, 2, 3, 4"]
+
+
+def test_neurons_of_experts_are_legal_in_steps() -> None:
+    shape = shape_of("qwen3_vl_moe")
+    assert shape.legal_neurons() == [8, 16, 24, 32]
+    rows = printed(shape)
+    assert rows["neurons in a layer"] == ["32 in every expert"]
+    assert rows["legal neurons"] == ["8 to 32 in steps of 8"]
+    odd = shape.with_layers([replace(s, intermediate_size=36) for s in shape.layers])
+    assert odd.legal_neurons() == [8, 16, 24, 32, 36]
+    assert printed(odd)["legal neurons"] == ["8 to 32 in steps of 8, and 36"]
+
+
+def test_a_dense_layer_between_experts_has_no_neurons_to_give() -> None:
+    rows = printed(shape_of("llama4"))
+    assert rows["neurons in a layer"] == [
+        "layers 0, 2: none that can go",
+        "layers 1, 3: 32 in every expert",
+    ]
+
+
+def test_a_fixed_width_is_the_only_legal_one() -> None:
+    shape = shape_of("idefics2")
+    assert printed(shape)["legal neurons"] == [str(width) for width in shape.legal_neurons()]
+
+
+@pytest.mark.parametrize("retypable", [False, True])
+def test_a_model_without_kv_groups_says_so(retypable: bool) -> None:
+    shape = shape_of("lfm2_vl")
+    bare = replace(
+        shape.with_layers([shape.layers[0]] * 12 + [shape.layers[1]]), retypable=retypable
+    )
+    assert printed(bare)["KV groups in a layer"] == [
+        "layers 0 to 11: none",
+        "layer 12: 4 (2 query heads each, head_dim 8)",
+    ]
+    none = shape.with_layers([shape.layers[0]] * 3)
+    assert printed(none)["KV groups in a layer"] == ["none"]
+    assert printed(none)["legal KV groups"] == ["none"]
