@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -115,17 +115,38 @@ def _counts_for_budget(
     mlp = shape.intermediate_size * shape.neuron_params if multiple else 0
     share = min(budget / (attention + mlp), 1.0) if attention + mlp else 0.0
 
-    def choice(groups: int) -> tuple[float, float, int, int]:
+    def candidate(groups: int) -> _Candidate:
         rest = budget - (shape.num_kv_heads - groups) * shape.kv_group_params
         neurons = shape.intermediate_size
         if multiple:
             neurons = _rounded(neurons - rest / shape.neuron_params, multiple, neurons)
         removed = (shape.intermediate_size - neurons) * shape.neuron_params
-        beyond_a_step = max(abs(rest - removed) - (multiple or 0) * shape.neuron_params, 0.0)
-        return beyond_a_step, abs(groups - shape.num_kv_heads * (1 - share)), groups, neurons
+        return _Candidate(
+            off_budget=max(abs(rest - removed) - (multiple or 0) * shape.neuron_params, 0.0),
+            off_share=abs(groups - shape.num_kv_heads * (1 - share)),
+            groups=groups,
+            neurons=neurons,
+        )
 
-    *_, groups, neurons = min(choice(groups) for groups in legal)
-    return groups, neurons
+    best = min(candidate(groups) for groups in legal)
+    return best.groups, best.neurons
+
+
+@dataclass(frozen=True, order=True)
+class _Candidate:
+    """Widths that every layer could keep, ordered by what decides between them.
+
+    Attributes:
+        off_budget: Parameters by which they miss the budget, beyond one step of neurons.
+        off_share: KV groups by which they miss the share that both kinds of unit should give.
+        groups: KV groups to keep.
+        neurons: Neurons to keep.
+    """
+
+    off_budget: float
+    off_share: float
+    groups: int
+    neurons: int
 
 
 def _rounded(value: float, multiple: int, most: int) -> int:
