@@ -120,7 +120,7 @@ def matrices_of(layer: nn.Module, wanted: Sequence[Projection]) -> list[Matrix]:
     if present and len(present) < len(found):
         missing = wanted[found.index(None)].path
         raise UnsupportedModelError(
-            f"{type(layer).__name__} has no {missing!r}, which its row of backbones.py names"
+            f"{type(layer).__name__} has no {missing!r}, which its row of families.py names"
         )
     return present
 
