@@ -68,7 +68,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "global": {"allocation": "global"},
     "search": {"allocation": "search", "search_passes": 60},
     "3 steps": {"steps": 3},
-    "hidden size 512": {"hidden_size": 512},
+    "hidden size 504": {"hidden_size": 504},
     "image 0.1": {"token_weights": "image=0.1"},
     "image 0": {"token_weights": "image=0"},
     "answer 3": {"token_weights": "image=0.3,prompt=0.3,answer=1"},
