@@ -18,7 +18,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from slimvlm.core.errors import ConfigError, DataError
-from slimvlm.data.images import open_image
+from slimvlm.data.images import find_image, identifying_bytes, open_image
 from slimvlm.data.read import estimated_length, hold_out, load_samples, subset
 from slimvlm.data.samples import Sample
 from tests.tiny_folder import picture, processor, turn
@@ -596,3 +596,24 @@ def test_a_subset_is_never_empty_and_the_whole_is_the_whole() -> None:
     samples = numbered(5)
     assert len(subset(samples, 0.001, seed=0)) == 1
     assert subset(samples, 1.0, seed=3) == samples
+
+
+def test_a_picture_in_memory_is_told_apart_without_being_decoded(home: Path) -> None:
+    """Decoded in place, the pixels of every picture of a benchmark would stay in memory."""
+    contents = [{"bytes": (home / name).read_bytes()} for name in ("a.png", "deep/b.png", "a.png")]
+    first, other, same = (find_image(content, "x", home) for content in contents)
+    assert identifying_bytes(first) == identifying_bytes(same) != identifying_bytes(other)
+    assert isinstance(first, Image.Image)
+    assert isinstance(first.fp, io.BytesIO)  # type: ignore[attr-defined]
+    wide, high = (Image.new("L", size) for size in ((4, 2), (2, 4)))
+    assert identifying_bytes(wide) != identifying_bytes(high)
+
+
+def test_a_file_may_move_only_where_that_is_asked_for(home: Path) -> None:
+    moved = home / "deep" / "a.png"
+    moved.write_bytes((home / "a.png").read_bytes())
+    assert identifying_bytes(moved) != identifying_bytes(home / "a.png")
+    movable = [identifying_bytes(path, may_move=True) for path in (moved, home / "a.png")]
+    assert movable[0] == movable[1]
+    moved.write_bytes(moved.read_bytes() + b" ")
+    assert identifying_bytes(moved, may_move=True) != movable[0]

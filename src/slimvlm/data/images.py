@@ -31,13 +31,27 @@ def open_image(image: Image.Image | Path) -> Image.Image:
     try:
         if isinstance(image, Path):
             return _decoded(image)
-        content = encoded(image)
+        content = _file_of(image)
         return image.convert("RGB") if content is None else _decoded(io.BytesIO(content))
     except Exception as error:  # decoders raise almost anything when a file is broken
         raise DataError(f"image {str(image)!r}: cannot be read ({error})") from error
 
 
-def encoded(image: Image.Image) -> bytes | None:
+def identifying_bytes(image: Image.Image | Path, may_move: bool = False) -> bytes:
+    """What tells a picture apart from others: its content, or where its file is and how large.
+
+    Args:
+        image: A picture or the path of one, which is not read.
+        may_move: Whether a file counts as the same in another folder and with another date.
+    """
+    if isinstance(image, Path):
+        stat = image.stat()
+        place = image.name if may_move else f"{image} {stat.st_mtime_ns}"
+        return f"{place} {stat.st_size}".encode()
+    return f"{image.mode} {image.size}".encode() + (_file_of(image) or image.tobytes())
+
+
+def _file_of(image: Image.Image) -> bytes | None:
     """The file of a picture that `find_image` has from memory; None for a decoded one.
 
     Such a picture is never decoded in place, where its pixels would stay.

@@ -196,7 +196,7 @@ def identity_of_data(data: str) -> str:
 
 
 def read_rows(data: str | Path) -> Iterator[Any]:
-    """The rows of a data source as plain values; a row that is not JSON is a `BrokenRow`.
+    """The rows of a data source as plain values, and a `DataError` for each that is not JSON.
 
     Raises:
         ConfigError: If the source does not exist or is not understood.
@@ -229,8 +229,8 @@ def _rows_of_file(path: Path) -> Iterator[Any]:
                     yield _parsed(line, f"line {number}")
     elif path.suffix == ".json":
         rows = _parsed(path.read_text(encoding="utf-8", errors="replace"), "the file")
-        if isinstance(rows, BrokenRow):
-            raise DataError(f"data {str(path)!r}: {rows.why}")
+        if isinstance(rows, DataError):
+            raise DataError(f"data {str(path)!r}: {rows}")
         if not isinstance(rows, list):
             raise DataError(f"data {str(path)!r}: must be a list of conversations")
         yield from rows
@@ -261,23 +261,16 @@ def _plain_rows(table: Any) -> Iterator[Any]:
         yield from part.to_pylist()
 
 
-class BrokenRow:
-    """Stands for a row that could not be parsed, so that it can be counted and named."""
-
-    def __init__(self, why: str) -> None:
-        self.why = why
-
-
 def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        return BrokenRow(f"{where} is not JSON ({error})")
+        return DataError(f"{where} is not JSON ({error})")
 
 
 def _sample(row: Any, index: int, root: Path) -> Sample:
-    if isinstance(row, BrokenRow):
-        raise DataError(row.why)
+    if isinstance(row, DataError):
+        raise row
     if not isinstance(row, dict):
         raise DataError(f"row {index} is not an object")
     name = str(row.get("id", index))[:100]

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from slimvlm.core.files import explained
+from slimvlm.data.images import identifying_bytes
 from slimvlm.data.samples import Question, Task
 
 
@@ -21,7 +20,7 @@ def key_of(model_fingerprint: str, task: Task, questions: Sequence[Question], **
     for question in questions:
         digest.update(json.dumps([question.id, question.prompt, question.answers]).encode())
         for image in question.images:
-            digest.update(_image_bytes(image))
+            digest.update(identifying_bytes(image))
     return digest.hexdigest()[:24]
 
 
@@ -71,10 +70,3 @@ def _parsed(line: str) -> dict[str, str] | None:
     except json.JSONDecodeError:
         return None
     return row
-
-
-def _image_bytes(image: Image.Image | Path) -> bytes:
-    if isinstance(image, Path):
-        stat = image.stat()
-        return f"{image} {stat.st_size} {stat.st_mtime_ns}".encode()
-    return image.tobytes()

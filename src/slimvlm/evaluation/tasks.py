@@ -13,7 +13,7 @@ import yaml
 
 from slimvlm.core.errors import ConfigError, DataError
 from slimvlm.data.images import find_image
-from slimvlm.data.read import BrokenRow, read_rows
+from slimvlm.data.read import read_rows
 from slimvlm.data.samples import Question, Task
 from slimvlm.evaluation.metrics import METRICS
 
@@ -128,8 +128,8 @@ def _load(row: TaskRow, folder: Path, limit: int | None) -> Sequence[Question]:
 
 
 def _question(row: TaskRow, folder: Path, index: int, values: Any) -> Question:
-    if isinstance(values, BrokenRow):
-        raise DataError(f"task {row.name!r}: {values.why}")
+    if isinstance(values, DataError):
+        raise DataError(f"task {row.name!r}: {values}")
     name = str(values.get("id", index))
     try:
         prompt = row.prompt.format(**values)

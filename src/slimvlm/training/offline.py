@@ -26,7 +26,7 @@ from slimvlm.core.files import new_file, write_text
 from slimvlm.core.options import RecoverConfig
 from slimvlm.core.progress import progress
 from slimvlm.data.chat import encode_samples
-from slimvlm.data.images import encoded
+from slimvlm.data.images import identifying_bytes
 from slimvlm.data.samples import Sample
 from slimvlm.models.anatomy import family_of, text_config_of
 from slimvlm.models.hidden import compared_positions, head_of, hidden_states
@@ -245,11 +245,7 @@ def content_hash(sample: Sample) -> str:
     """
     digest = hashlib.sha256(json.dumps([sample.id, sample.messages], sort_keys=True).encode())
     for image in sample.images:
-        if isinstance(image, Path):
-            digest.update(f"{image.name} {image.stat().st_size}".encode())
-        else:
-            content = encoded(image)
-            digest.update(f"{image.mode} {image.size}".encode() + (content or image.tobytes()))
+        digest.update(identifying_bytes(image, may_move=True))
     return digest.hexdigest()[:24]
 
 
