@@ -10,8 +10,7 @@ import pandas as pd
 import pytest
 
 from slimvlm.runs.study import engines
-from slimvlm.runs.study.config import StudyConfig
-from slimvlm.runs.study.reading import built
+from slimvlm.runs.study.config import StudyConfig, built
 from slimvlm.runs.study.table import VOLATILE
 from tests import tiny_folder as folders
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from itertools import product
 from typing import Any
@@ -9,15 +10,15 @@ from typing import Any
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import PruneConfig, RecoverConfig
 from slimvlm.runs.stages import criteria_of
-from slimvlm.runs.study.config import DEFAULT, GRID_AXES, NONE, Grid, StudyConfig
-from slimvlm.runs.study.reading import built
+from slimvlm.runs.study.config import DEFAULT, NONE, Grid, StudyConfig, built
 
-_OWN_PRUNE = {"data", "images"}
-"""Options of `PruneConfig` that are keys of the study."""
+_SWEPT = tuple(f.name for f in fields(Grid) if f.name != "prune")
+"""The keys of a grid that are multiplied."""
+_PRUNE_KEYS = {"ratio", "axis", "criterion", "allocation", "repair", "data", "images"}
+_RECOVER_KEYS = {"fraction", "seed"}
+"""Options that are keys of the grid or of the study."""
 _WITHOUT_EFFECT = {"pad", "compat"}
 """Options of `PruneConfig` that change how a checkpoint is written, and no result."""
-_OWN_RECOVER = {"fraction", "seed"}
-"""Options of `RecoverConfig` that are keys of a grid."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,44 +85,39 @@ def expand(study: StudyConfig) -> list[Cell]:
     """
     cells: dict[Cell, None] = {}
     for grid in study.grids:
-        for values in product(*(getattr(grid, name) for name in GRID_AXES)):
-            cell = _cell(study, grid, dict(zip(GRID_AXES, values, strict=True)))
-            cells.setdefault(cell)
-    _check_reference(study, list(cells))
+        for values in product(*(getattr(grid, name) for name in _SWEPT)):
+            cells.setdefault(_cell(study, grid, dict(zip(_SWEPT, values, strict=True))))
+    _check_reference(study, cells)
     return list(cells)
 
 
 def _cell(study: StudyConfig, grid: Grid, chosen: dict[str, Any]) -> Cell:
-    where = ", ".join(f"{name} {value}" for name, value in chosen.items())
+    usual = {f.name: f.default for f in fields(PruneConfig)} | dict(study.prune)
+    own = [f"{k} {v}" for k, v in grid.prune.items() if v != usual.get(k)]
     try:
         return Cell(
             model=chosen["model"],
             seed=chosen["seed"],
-            prune=_prune_config(study, grid, chosen),
+            prune=_prune_config(study, {**study.prune, **grid.prune}, chosen),
             recovery=chosen["recovery"],
             recover=_recover_config(study, chosen),
-            options=_own_options(study, grid),
+            options=" ".join(own),
         )
     except ConfigError as error:
+        where = ", ".join(f"{name} {value}" for name, value in chosen.items())
         raise ConfigError(f"cell ({where}): {error}") from error
 
 
-def _own_options(study: StudyConfig, grid: Grid) -> str:
-    usual = {f.name: f.default for f in fields(PruneConfig)} | dict(study.prune)
-    return " ".join(f"{k} {v}" for k, v in grid.prune.items() if v != usual.get(k))
-
-
-def _prune_config(study: StudyConfig, grid: Grid, chosen: dict[str, Any]) -> PruneConfig:
-    axes = {f.name for f in fields(PruneConfig)} & set(GRID_AXES)
-    options = {**study.prune, **grid.prune}
+def _prune_config(
+    study: StudyConfig, options: dict[str, Any], chosen: dict[str, Any]
+) -> PruneConfig:
     for name in _WITHOUT_EFFECT & options.keys():
         raise ConfigError(f"prune: {name!r} changes no result, and a study keeps only results")
-    _check_home("prune", options, axes | _OWN_PRUNE)
-    criterion = chosen["criterion"]
-    named = {} if criterion == DEFAULT else {"criterion": criterion.split("+")}
+    _check_home("prune", options, _PRUNE_KEYS)
     own = {name: chosen[name] for name in ("ratio", "axis", "allocation", "repair")}
-    source = {"data": study.data, "images": study.images}
-    return built(PruneConfig, {**options, **own, **named, **source})
+    if chosen["criterion"] != DEFAULT:
+        own["criterion"] = chosen["criterion"].split("+")
+    return built(PruneConfig, {**options, **own, "data": study.data, "images": study.images})
 
 
 def _recover_config(study: StudyConfig, chosen: dict[str, Any]) -> RecoverConfig | None:
@@ -133,12 +129,12 @@ def _recover_config(study: StudyConfig, chosen: dict[str, Any]) -> RecoverConfig
         raise ConfigError(f"recovery {name!r} must be one of the study's recoveries: {known}")
     if study.data is None:
         raise ConfigError(f"recovery {name!r} needs the study's key 'data'")
-    options = {**study.recover, **study.recoveries[name]}
-    _check_home(f"recovery {name!r}", options, _OWN_RECOVER)
+    where, options = f"recovery {name!r}", {**study.recover, **study.recoveries[name]}
+    _check_home(where, options, _RECOVER_KEYS)
     if options.get("keep_adapter"):
         raise ConfigError("keep_adapter True: a study keeps results, not adapters")
     own = {"fraction": chosen["fraction"], "seed": chosen["seed"]}
-    return built(RecoverConfig, {**options, **own}, f"recovery {name!r}")
+    return built(RecoverConfig, {**options, **own}, where)
 
 
 def _check_home(where: str, options: dict[str, Any], elsewhere: set[str]) -> None:
@@ -148,11 +144,9 @@ def _check_home(where: str, options: dict[str, Any], elsewhere: set[str]) -> Non
             raise ConfigError(f"{where}: {name!r} is a key of the grid or of the study")
 
 
-def _check_reference(study: StudyConfig, cells: list[Cell]) -> None:
+def _check_reference(study: StudyConfig, cells: Iterable[Cell]) -> None:
     """A published number that stands beside no cell is a slip of the pen."""
-    if study.reference is None:
-        return
     columns = [cell.values() for cell in cells]
-    for row in study.reference.rows:
+    for row in study.reference.rows if study.reference else ():
         if not any(row.matches(values) for values in columns):
             raise ConfigError(f"reference: {row} matches no cell of the grids")

@@ -1,51 +1,58 @@
-"""A study as written in YAML: strict dataclasses that refuse an unknown key by its name."""
+"""A study as written in YAML, read strictly: what may not stand there is named in one line."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import yaml
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from slimvlm.core.errors import ConfigError
-from slimvlm.runs.study.reading import built
 
+T = TypeVar("T")
 NONE = "none"
 """The recovery that trains nothing."""
 DEFAULT = "default"
 """The criterion that is chosen for the axis, by `slimvlm.runs.stages.criteria_of`."""
 
 
+def _listed(value: Any) -> tuple[Any, ...]:
+    """Where a list is wanted, one value needs none."""
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+Listed = Annotated[tuple[T, ...], BeforeValidator(_listed), Field(min_length=1)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Grid:
     """Cells: every combination of the values listed here. In YAML one value needs no list."""
 
-    ratio: tuple[float, ...]
+    ratio: Listed[float]
     """Shares of the backbone's parameters to remove."""
-    model: tuple[str, ...] = ("demo",)
+    model: Listed[str] = ("demo",)
     """Folders, hub ids, or demo."""
-    axis: tuple[str, ...] = ("depth", "width")
+    axis: Listed[str] = ("depth", "width")
     """depth, width or both."""
-    criterion: tuple[str, ...] = (DEFAULT,)
+    criterion: Listed[str] = (DEFAULT,)
     """Criteria; of several kinds of unit joined by +. default chooses for the axis."""
-    allocation: tuple[str, ...] = ("balanced",)
+    allocation: Listed[str] = ("balanced",)
     """How widths share the ratio."""
-    repair: tuple[str, ...] = ("none",)
+    repair: Listed[str] = ("none",)
     """Repairs in closed form."""
-    recovery: tuple[str, ...] = (NONE,)
+    recovery: Listed[str] = (NONE,)
     """Names from the study's recoveries, or none."""
-    fraction: tuple[float, ...] = (1.0,)
+    fraction: Listed[float] = (1.0,)
     """Shares of the training data."""
-    seed: tuple[int, ...] = (0,)
+    seed: Listed[int] = (0,)
     """Each draws other calibration and training samples and seeds the training."""
     prune: Mapping[str, Any] = field(default_factory=dict)
     """Further options of `slimvlm.PruneConfig` for these cells."""
-
-
-GRID_AXES = tuple(f.name for f in fields(Grid) if f.name != "prune")
-"""The keys of a grid that are multiplied."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +83,7 @@ class Reference:
 
     source: str
     """The publication."""
-    rows: tuple[ReferenceRow, ...] = ()
+    rows: Listed[ReferenceRow] = ()
 
     def row_for(self, cell: Mapping[str, Any]) -> ReferenceRow | None:
         """The first row that matches a cell."""
@@ -106,7 +113,7 @@ class StudyConfig:
         ConfigError: If a key is unknown or a value is not allowed; the message names it.
     """
 
-    grids: tuple[Grid, ...]
+    grids: Listed[Grid]
     """Cells; those that stand in two grids are measured once."""
     recoveries: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Options of `slimvlm.RecoverConfig` by a name that grids use."""
@@ -159,3 +166,76 @@ def read_study(path: str | Path) -> StudyConfig:
         return built(StudyConfig, values)
     except ConfigError as error:
         raise ConfigError(f"study {str(path)!r}: {error}") from error
+
+
+def built(kind: type[T], values: Any, where: str = "") -> T:
+    """A dataclass from plain values, as YAML gives them: types must fit, and no key be unknown.
+
+    Args:
+        kind: The dataclass, of this file or of `slimvlm.core.options`.
+        values: A mapping of its fields. Where a tuple is wanted, one value needs no list.
+        where: What the mapping is, for messages.
+
+    Raises:
+        ConfigError: If anything does not fit; the message names the key, the value and what is
+            allowed.
+    """
+    if isinstance(values, Mapping):
+        tuples = {f.name for f in fields(kind) if isinstance(f.default, tuple)}  # type: ignore[arg-type]
+        values = {k: _listed(v) if k in tuples else v for k, v in values.items()}
+    try:
+        text = json.dumps(values, default=str)
+    except TypeError as error:
+        raise ConfigError(f"{where or 'the file'}: {error}") from error
+    try:
+        return TypeAdapter(kind).validate_json(text, strict=True, extra="forbid")
+    except ValidationError as error:
+        raise ConfigError(_first_mistake(kind, error, where)) from error
+
+
+_MISTAKES = {
+    "unexpected_keyword_argument": "{within}key {key!r} is unknown. Allowed: {allowed}",
+    "missing": "{within}key {key!r} is missing",
+    "dataclass_type": "{place} must map keys to values, not {value!r}",
+    "dict_type": "{place} must map names to values, not {value!r}",
+    "too_short": "{place}: give at least one value",
+    "too_long": "{place} {value!r} must be {count} values",
+    "literal_error": "{place} {value!r} must be one of: {choices}",
+    "int_type": "{place} {value!r} must be a whole number",
+    "float_type": "{place} {value!r} must be a number",
+    "string_type": "{place} {value!r} must be text",
+    "bool_type": "{place} {value!r} must be true or false",
+}
+"""What is said for pydantic's types of errors."""
+
+
+def _first_mistake(kind: type, error: ValidationError, where: str) -> str:
+    """One line; an unknown key comes before all else, which often follows from it."""
+    mistake = min(error.errors(), key=lambda found: found["type"] != "unexpected_keyword_argument")
+    sort, steps, context = mistake["type"], mistake["loc"], mistake.get("ctx", {})
+    if sort == "value_error":  # what options say of their own values
+        return str(context["error"])
+    if sort == "missing" and isinstance(steps[-1], int):
+        sort = "too_long"  # or too short
+    keys = [step for step in steps if isinstance(step, str)]
+    place, around = (": ".join(filter(None, [where, *some])) for some in (keys, keys[:-1]))
+    owner = _kind_at(kind, keys[:-1])
+    default = getattr(owner, keys[-1], None) if keys else None
+    return _MISTAKES.get(sort, "{place} {value!r}: {words}").format(
+        words=mistake["msg"],
+        place=place or "the file",
+        within=f"{around}: " if around else "",
+        key=keys[-1] if keys else "",
+        value=mistake["input"],
+        allowed=", ".join(f.name for f in fields(owner)) if owner else "",
+        choices=", ".join(re.findall(r"'(.*?)'", str(context.get("expected")))),
+        count=len(default) if isinstance(default, tuple) else 0,
+    )
+
+
+def _kind_at(kind: Any, keys: Sequence[str]) -> Any:
+    """The dataclass that stands behind some keys; None where names of the user's stand."""
+    for key in keys:
+        hint = get_type_hints(kind)[key]
+        kind = next((one for one in (hint, *get_args(hint)) if is_dataclass(one)), None)
+    return kind
