@@ -31,6 +31,7 @@ from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
 from tests import tiny
 from tests.helpers import assert_untouched, logits, plan_by_hand, random_scores, snapshot
+from tests.tiers import tiered
 from tests.tolerances import FORWARD, assert_close
 
 FAMILIES = list(tiny.CONFIGS)
@@ -59,8 +60,8 @@ CASES = [
 ]
 TEXT_TOKENS = 24  # longer than the sliding windows of the tiny models
 
-every_family = pytest.mark.parametrize("name", FAMILIES)
-every_case = pytest.mark.parametrize(("name", "axis"), CASES)
+every_family = pytest.mark.parametrize("name", tiered(FAMILIES))
+every_case = pytest.mark.parametrize(("name", "axis"), tiered(CASES))
 
 
 @dataclass
@@ -293,7 +294,7 @@ def test_layers_of_different_widths_run(name: str) -> None:
 # same function without that rule.
 
 
-@pytest.mark.parametrize("name", LLAMA_INSIDE)
+@pytest.mark.parametrize("name", tiered(LLAMA_INSIDE))
 def test_retyping_changes_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, stays_llama = tiny.build(name), tiny.build(name)
     plan = plan_by_hand(read_anatomy(model), kv_groups=[0, 2, 3], neurons=range(7, 77))
@@ -321,7 +322,7 @@ def test_a_retyped_model_is_saved_as_its_new_type(name: str, tmp_path: Path) -> 
     assert {**loaded.config.to_dict(), **place} == {**model.config.to_dict(), **place}
 
 
-@pytest.mark.parametrize("name", LLAMA_INSIDE)
+@pytest.mark.parametrize("name", tiered(LLAMA_INSIDE))
 def test_nothing_is_retyped_without_need(name: str) -> None:
     model = tiny.build(name)
     plan = plan_by_hand(read_anatomy(model), kv_groups=[0, 2], neurons=range(50))

@@ -29,13 +29,14 @@ from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.save import check_reload, save
 from tests import tiny
 from tests.helpers import assert_untouched, logits, plan_by_hand, snapshot
+from tests.tiers import tiered
 from tests.tolerances import FORWARD, assert_close
 
 FAMILIES = [name for name in tiny.CONFIGS if backbone_of(tiny.CONFIGS[name]()).can_be_uneven]
 EVEN_ONLY = sorted(set(tiny.CONFIGS) - set(FAMILIES))
 FIXED_HEADS = ["qwen2_vl", "qwen2_5_vl", "mllama", "glm4v"]
 TEXT_TOKENS = 24  # longer than the sliding windows of the tiny models
-every_family = pytest.mark.parametrize("name", FAMILIES)
+every_family = pytest.mark.parametrize("name", tiered(FAMILIES))
 
 READ_BACK = """
 import json, sys
@@ -135,10 +136,13 @@ def _code_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="module")
-def read_back(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
-    """Every family, cut and saved, and what a process without slimvlm found in the folders."""
+def read_back(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Path, Any]]:
+    """Every family asked for, cut and saved, and what a process without slimvlm found there."""
     works, requests = {}, []
-    for name in FAMILIES:
+    asked = [item for item in request.session.items if "read_back" in item.fixturenames]
+    for name in dict.fromkeys(item.callspec.params["name"] for item in asked):
         case, works[name] = case_of(name), tmp_path_factory.mktemp(name)
         save(case.model, None, works[name] / "out", case.plan)
         save(case.model, None, works[name] / "padded", case.plan, pad=True)
@@ -149,7 +153,7 @@ def read_back(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path,
         [sys.executable, "-W", "ignore", "-c", READ_BACK, json.dumps(requests)],
         capture_output=True,
         text=True,
-        cwd=works["llama"],
+        cwd=tmp_path_factory.mktemp("elsewhere"),
         check=False,
     )
     assert run.returncode == 0, run.stderr
