@@ -3,6 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo
+JOBS ?= logical
+PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --maxprocesses 8 --dist worksteal
 
 .PHONY: demo demo-short test test-slow lint format docs bench clean
 
@@ -13,10 +15,11 @@ demo-short: $(VENV)/.ready
 	$(BIN)/slimvlm demo run --short --out $(OUT) --force
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
+# every test that needs no GPU, with the shapes and types of every call checked
 test-slow: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(PYTEST) -m "not gpu" --jaxtyping-packages=slimvlm,tests.typecheck
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .

@@ -59,13 +59,12 @@ def traits(name: str) -> frozenset[str]:
 
 def _set_fields(row: Backbone | Family) -> Iterable[str]:
     for field in fields(row):
-        value = getattr(row, field.name)
+        value, makes = getattr(row, field.name), field.default_factory
+        unset = field.default if makes is MISSING else makes()
         if field.name in BY_VALUE:
             values = (value,) if isinstance(value, str) else value
             yield from (f"{field.name}: {item}" for item in values)
-        elif (field.default is not MISSING and value != field.default) or (
-            field.default_factory is not MISSING and value != field.default_factory()
-        ):
+        elif unset is not MISSING and value != unset:
             yield field.name
 
 

@@ -18,6 +18,7 @@ from slimvlm.scoring.score import score
 from slimvlm.scoring.scores import Scores
 from tests import tiny
 from tests.helpers import Batch, assert_untouched, joined, logits, padded, snapshot
+from tests.tiers import tiered
 from tests.tolerances import FORWARD, assert_close, assert_scores_close
 
 UNITS = ("layer", "kv_group", "neuron")
@@ -85,7 +86,7 @@ def assert_same_scores(actual: Scores, expected: Scores) -> None:
         assert_scores_close(ours[name], theirs[name])
 
 
-@pytest.mark.parametrize("model_name", MODELS)
+@pytest.mark.parametrize("model_name", tiered(MODELS))
 @every_case
 def test_shapes_types_and_names(criterion: str, options: dict[str, Any], model_name: str) -> None:
     model = tiny.build(model_name)
@@ -167,7 +168,7 @@ def test_a_failing_batch_leaves_the_model_as_it_was(
 
 
 @every_case_with_data
-@pytest.mark.parametrize("model_name", ["llama", "llava-phi3"])
+@pytest.mark.parametrize("model_name", tiered(["llama", "llava-phi3"]))
 def test_how_samples_are_batched_does_not_matter(
     criterion: str, options: dict[str, Any], model_name: str
 ) -> None:
@@ -191,7 +192,7 @@ def test_the_data_matters(criterion: str, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
-@pytest.mark.parametrize("model_name", ["llama", "phi", "llava-phi3"])
+@pytest.mark.parametrize("model_name", tiered(["llama", "phi", "llava-phi3"]))
 @every_case_with_data
 def test_padding_does_not_count(
     criterion: str, options: dict[str, Any], model_name: str, left: bool
@@ -341,7 +342,7 @@ def permute_units(layer: nn.Module, groups: Tensor, neurons: Tensor, queries: in
     columns(mlp.down_proj, len(neurons), neurons)
 
 
-@pytest.mark.parametrize("model_name", ["llama", "llava-llama"])
+@pytest.mark.parametrize("model_name", tiered(["llama", "llava-llama"]))
 @pytest.mark.parametrize(
     ("criterion", "options"), [c for c in CASES if c.values[0] not in ("random", "spacing")]
 )

@@ -34,6 +34,7 @@ from slimvlm.scoring.score import score
 from slimvlm.scoring.scores import Scores
 from tests import tiny, tiny_folder
 from tests.helpers import logits, random_scores
+from tests.tiers import tiered
 
 MODELS = ("llama", "phi", "llava-phi3", "qwen2_5_vl", "internvl-qwen2", "smolvlm")
 ODD = ("gemma2", "qwen3_vl", "gemma3")  # capped logits, deepstack features, two kinds of masks
@@ -87,7 +88,7 @@ def assert_same(actual: Scores, expected: Scores) -> None:
         assert (ours[name] - values).abs().max() <= 1e-5 * values.abs().max(), name
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", tiered(MODELS))
 @pytest.mark.parametrize("case", CASES)
 def test_scores_are_those_of_the_model_in_memory(
     name: str, case: str, folders: dict[str, Path]
@@ -317,7 +318,9 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", [*MODELS, "gemma2", "qwen3_vl", "llava-llama", "internvl-phi3"])
+@pytest.mark.parametrize(
+    "name", tiered([*MODELS, "gemma2", "qwen3_vl", "llava-llama", "internvl-phi3"])
+)
 @pytest.mark.parametrize(("axis", "allocation"), [("both", "uniform"), ("width", "global")])
 def test_the_pruned_checkpoint_is_the_one_that_save_writes(
     name: str, axis: str, allocation: str, folders: dict[str, Path], tmp_path: Path

@@ -15,8 +15,14 @@ from slimvlm.scoring.greedy import capture_greedy
 from slimvlm.scoring.score import score
 from tests import tiny
 from tests.helpers import Batch, joined, logits, padded, plan_by_hand
+from tests.tiers import ARCHETYPES, tiered
 
 FAMILIES = ("llama", "phi", "llava-llama", "llava-phi3", "gemma3", "idefics3", "qwen3_vl")
+
+
+def runs_by_default(name: str) -> bool:
+    """Archetypes, and what layer by layer is special: two kinds of masks, deepstack features."""
+    return name in ARCHETYPES or name in ("gemma3", "qwen3_vl")
 
 
 def samples(model: PreTrainedModel) -> list[Batch]:
@@ -53,7 +59,7 @@ def divergence(
     return total / count
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", tiered(FAMILIES, runs_by_default))
 @pytest.mark.parametrize("weights", [None, {"prompt": 0.5, "answer": 2.0}], ids=["plain", "roles"])
 def test_one_round_is_every_layer_tried_alone(name: str, weights: dict[str, float] | None) -> None:
     model = tiny.build(name)
@@ -65,7 +71,7 @@ def test_one_round_is_every_layer_tried_alone(name: str, weights: dict[str, floa
         assert float(found[index]) == pytest.approx(expected, rel=2e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "llava-phi3"])
+@pytest.mark.parametrize("name", tiered(["llama", "llava-phi3"]))
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_rounds_are_greedy(name: str, at_once: int) -> None:
     model = tiny.build(name)

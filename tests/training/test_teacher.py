@@ -32,6 +32,7 @@ from slimvlm.training.trainable import plain_model, prepare_training
 from tests import tiny, tiny_rare
 from tests import tiny_folder as folders
 from tests.helpers import logits, plan_by_hand
+from tests.tiers import tiered
 from tests.tiny_folder import KINDS, SEEING, short_samples
 from tests.tolerances import FORWARD, Tolerance, assert_close
 
@@ -105,10 +106,12 @@ def storages(*models: nn.Module) -> int:
 
 @pytest.mark.parametrize(
     ("name", "axis"),
-    [
-        *((name, "depth" if name in ONLY_LAYERS else "both") for name in tiny.CONFIGS),
-        *((name, axis) for name in ("llama", "phi", "phi3") for axis in ("depth", "width")),
-    ],
+    tiered(
+        [
+            *((name, "depth" if name in ONLY_LAYERS else "both") for name in tiny.CONFIGS),
+            *((name, axis) for name in ("llama", "phi", "phi3") for axis in ("depth", "width")),
+        ]
+    ),
 )
 def test_sharing_changes_nothing_that_a_teacher_says(name: str, axis: str) -> None:
     student, teacher, plan = pruned(name, axis)
@@ -185,6 +188,11 @@ SEEING_FAMILIES = [
 ]
 
 
+def sees_by_default(name: str) -> bool:
+    """One for each way into the text: a projector, its line breaks, a merger, a connector."""
+    return name in ("llava-llama", "llava_next", "qwen2_5_vl", "idefics3")
+
+
 def moved_projector(student: Any) -> None:
     """A projector that has learned something."""
     for path in read_anatomy(student).family.projector:
@@ -207,7 +215,7 @@ def tower_calls(model: Any) -> list[str]:
     return calls
 
 
-@pytest.mark.parametrize("name", SEEING_FAMILIES)
+@pytest.mark.parametrize("name", tiered(SEEING_FAMILIES, sees_by_default))
 def test_a_picture_is_looked_at_once(name: str) -> None:
     """Twice in a row, so that nothing old is left; each side through its own projector."""
     student, teacher, _ = pruned(name, "depth")
@@ -231,7 +239,7 @@ def test_a_picture_is_looked_at_once(name: str) -> None:
     assert torch.equal(again, expected)
 
 
-@pytest.mark.parametrize("name", SEEING_FAMILIES)
+@pytest.mark.parametrize("name", tiered(SEEING_FAMILIES, sees_by_default))
 def test_the_teacher_can_see_through_the_student_s_projector(name: str) -> None:
     """As the study's trainers do it: equal to a teacher that has the student's projector."""
     student, teacher, _ = pruned(name, "depth")
@@ -317,7 +325,11 @@ ALL_LOSSES = "sft+hidden+cosine+kl+rkl+jsd"
 
 
 @pytest.mark.parametrize(
-    ("kind", "axis"), [*((kind, "both") for kind in KINDS), ("llava", "depth"), ("llava", "width")]
+    ("kind", "axis"),
+    tiered(
+        [*((kind, "both") for kind in KINDS), ("llava", "depth"), ("llava", "width")],
+        lambda kind, axis: (kind, axis) in (("llava", "both"), ("text", "both")),
+    ),
 )
 def test_training_with_a_shared_teacher_is_training_with_a_separate_one(
     kind: str, axis: str
@@ -332,7 +344,7 @@ def test_training_with_a_shared_teacher_is_training_with_a_separate_one(
         assert_close(ours[name], theirs[name], TRAINED)
 
 
-@pytest.mark.parametrize("train", ["projector", "full"])
+@pytest.mark.parametrize("train", tiered(["projector", "full"], lambda train: train == "full"))
 def test_sharing_follows_what_learns(train: str) -> None:
     """Full training leaves the tower alone to share; the projector's leaves all but itself."""
     ours, shared, _ = run("llava", "width", train=train)
@@ -424,7 +436,7 @@ def offline_run(offline: Any, **changes: Any) -> History:
     return recover(student, teacher, SAMPLES, options, processor, plan=plan)
 
 
-@pytest.mark.parametrize("kd_on", ["answer", "all"])
+@pytest.mark.parametrize("kd_on", tiered(["answer", "all"], lambda kd_on: kd_on == "answer"))
 def test_stored_hidden_states_are_the_teacher(tmp_path: Path, kd_on: str) -> None:
     """Up to bfloat16; samples are found again in another order, and in a part of the data."""
     changes = {"loss": ALL_LOSSES, "kd_on": kd_on}
