@@ -28,6 +28,7 @@ from slimvlm.data.samples import Sample
 from slimvlm.models import losses
 from slimvlm.models.anatomy import decoder_layers, read_anatomy
 from slimvlm.models.load import load
+from slimvlm.models.sharding import placement_of
 from slimvlm.pruning.cut import prune_
 from slimvlm.training import recover as recovery
 from slimvlm.training import trainable
@@ -501,8 +502,8 @@ def test_the_last_step_of_an_epoch_may_have_fewer_batches() -> None:
 @pytest.mark.parametrize("train", lora_by_default)
 def test_half_precision_learns_in_full_and_comes_back_as_it_was(train: str, bf16: bool) -> None:
     student, teacher, processor = models()
-    trainable.hold_in_(student, torch.bfloat16)
-    trainable.hold_in_(teacher, torch.bfloat16)
+    placement_of(student).hold_in_(torch.bfloat16)
+    placement_of(teacher).hold_in_(torch.bfloat16)
     before, buffers = weights(student), [value.clone() for value in student.buffers()]
     history = recover(student, teacher, SAMPLES, config(train=train, bf16=bf16), processor)
     assert {value.dtype for value in weights(student).values()} == {torch.bfloat16}

@@ -17,7 +17,9 @@ from transformers import PreTrainedModel
 from slimvlm.data.roles import IGNORE, role_masks
 from slimvlm.models.anatomy import decoder_layers, family_of, final_norm, text_config_of
 from slimvlm.models.losses import Head
-from slimvlm.models.sharding import apply_head, is_sharded
+from slimvlm.models.sharding import placement_of
+
+_CHUNK = 512
 
 
 def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -48,9 +50,6 @@ def layer_output(output: Any) -> Tensor:
     """The hidden states in what a decoder layer returns: alone, or first in a tuple."""
     hidden: Tensor = output if isinstance(output, Tensor) else output[0]
     return hidden
-
-
-_CHUNK = 512
 
 
 def hidden_states(
@@ -88,18 +87,15 @@ def hidden_states(
             stack.callback(handle.remove)
         if isinstance(runner, DistributedDataParallel):
             runner(**inputs, use_cache=False, logits_to_keep=1)
-        elif is_sharded(model):  # its own forward pass gathers the weights
-            model(**inputs, use_cache=False, logits_to_keep=1)
-        else:  # the head would only be in the way
-            model.base_model(**inputs, use_cache=False)
+        else:
+            placement_of(model).run(inputs)
     return [newest[0], *(caught[layer] for layer in layers)]
 
 
 def head_of(model: PreTrainedModel) -> Head:
     """The language-model head as a function, with the cap that Gemma 2 puts on logits."""
     family = family_of(model.config.model_type)
-    module = model.get_submodule(family.head)
-    head: Head = partial(apply_head, module) if is_sharded(model) else module
+    head: Head = placement_of(model).head(model.get_submodule(family.head))
     cap = getattr(text_config_of(model.config), "final_logit_softcapping", None)
     return (
         head

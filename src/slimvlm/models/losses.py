@@ -37,6 +37,10 @@ Head = Callable[[Tensor], Tensor]
 _CHUNK = 512
 
 
+def _as_is(logits: Tensor) -> Tensor:
+    return logits
+
+
 def label_counts(labels: Int[Tensor, "B T"]) -> Int[Tensor, " B"]:
     """How many tokens of each sample are predicted."""
     return (labels[:, 1:] != IGNORE).sum(1)
@@ -116,8 +120,14 @@ def kl(
     Reference:
         Huang et al. 2025, arXiv:2507.20749, Eq. 7.
     """
-    return divergence(
-        student_logits, teacher_logits, mask, "kl", temperature, reduction=reduction, top_k=top_k
+    return chunked_divergence(
+        student_logits,
+        teacher_logits,
+        mask=mask,
+        kind="kl",
+        temperature=temperature,
+        reduction=reduction,
+        top_k=top_k,
     )
 
 
@@ -134,8 +144,14 @@ def reverse_kl(
     Reference:
         Huang et al. 2025, arXiv:2507.20749, Eq. 8.
     """
-    return divergence(
-        student_logits, teacher_logits, mask, "rkl", temperature, reduction=reduction, top_k=top_k
+    return chunked_divergence(
+        student_logits,
+        teacher_logits,
+        mask=mask,
+        kind="rkl",
+        temperature=temperature,
+        reduction=reduction,
+        top_k=top_k,
     )
 
 
@@ -167,24 +183,12 @@ def jsd(
     Reference:
         Agarwal et al. 2024, arXiv:2306.13649, Eq. 1.
     """
-    return divergence(
-        student_logits, teacher_logits, mask, "jsd", temperature, beta, reduction, top_k
-    )
-
-
-def divergence(
-    student_logits: Logits,
-    teacher_logits: Logits,
-    mask: Mask | None = None,
-    kind: Divergence = "kl",
-    temperature: float = 2.0,
-    beta: float = 0.5,
-    reduction: Reduction = "token_mean",
-    top_k: int | None = None,
-) -> Float[Tensor, ""]:
-    """`kl`, `reverse_kl` or `jsd` of logits, by name. Arguments as there."""
     return chunked_divergence(
-        *(student_logits, teacher_logits, _as_is, _as_is, mask, kind, temperature),
+        student_logits,
+        teacher_logits,
+        mask=mask,
+        kind="jsd",
+        temperature=temperature,
         beta=beta,
         reduction=reduction,
         top_k=top_k,
@@ -194,8 +198,8 @@ def divergence(
 def chunked_divergence(
     student_hidden: Hidden,
     teacher_hidden: Float[Tensor, "B T E"],
-    head: Head,
-    teacher_head: Head,
+    head: Head = _as_is,
+    teacher_head: Head = _as_is,
     mask: Mask | None = None,
     kind: Divergence = "kl",
     temperature: float = 2.0,
@@ -208,7 +212,8 @@ def chunked_divergence(
     Args:
         student_hidden: The student's final hidden states.
         teacher_hidden: The teacher's; no gradient flows into them or the teacher's head.
-        head: The student's head; it runs over the positions that count only.
+        head: The student's head; it runs over the positions that count only. By default hidden
+            states are logits already.
         teacher_head: The teacher's head; it may be the same one.
         mask: Positions that count; all if None.
         kind: Which divergence.
@@ -299,10 +304,6 @@ def layer_map(kept_layers: Sequence[int], num_original_layers: int) -> tuple[int
         For each kept layer an index in the original model.
     """
     return tuple(following - 1 for following in (*kept_layers[1:], num_original_layers))
-
-
-def _as_is(logits: Tensor) -> Tensor:
-    return logits
 
 
 def _fits_liger(head: Head, rows: Tensor) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -37,34 +39,103 @@ def is_sharded(model: nn.Module) -> bool:
     return bool(is_fsdp_managed_module(model))
 
 
-def apply_head(head: Any, inputs: Tensor) -> Tensor:
-    """A sharded model's head, once more after its forward pass, which left the weights gathered.
-
-    The module's own hooks would take this for another forward pass of the model's last part.
-    """
-    return F.linear(inputs, head.weight, head.bias)
+def placement_of(model: PreTrainedModel) -> Placement:
+    """How to run and change a model, by where its weights lie."""
+    return Sharded(model) if is_sharded(model) else Whole(model)
 
 
-@torch.no_grad()
-def merge_sharded(trained: Any) -> PreTrainedModel:
-    """Add LoRA to the weights of a sharded model, each process to its part, and drop PEFT.
+class Placement(Protocol):
+    """How a model is run and changed, wherever its weights lie."""
 
-    Every process holds all of LoRA, and the product of its matrices is added in the place of the
-    shards.
-    """
-    from peft.tuners.lora import Linear as LoraLinear
-    from torch.distributed.tensor import distribute_tensor
+    def run(self, inputs: Mapping[str, Any]) -> None:
+        """Run all decoder layers and the last norm on a batch."""
 
-    _reshard(trained)
-    for module in trained.modules():
-        if isinstance(module, LoraLinear):
-            weight: Any = module.get_base_layer().weight
-            for name in module.active_adapters:
-                change = module.get_delta_weight(name).to(weight.dtype)
-                shards = distribute_tensor(change, weight.device_mesh, weight.placements)
-                weight.data.add_(shards)
-    plain: PreTrainedModel = trained.unload()
-    return plain
+    def head(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The language-model head as a function, for use after `run`."""
+
+    def move_(self, device: torch.device) -> None:
+        """Put the weights on a device."""
+
+    def hold_in_(self, dtype: torch.dtype, learning_only: bool = False) -> None:
+        """Hold parameters in a data type; buffers such as rotary frequencies stay exact."""
+
+    def merge_lora(self, trained: Any) -> PreTrainedModel:
+        """Add LoRA to the weights and drop PEFT's wrapper ``trained`` around the model."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A model that lies in one piece in this process's memory."""
+
+    model: PreTrainedModel
+
+    def run(self, inputs: Mapping[str, Any]) -> None:
+        """Run all but the head, which would only be in the way."""
+        self.model.base_model(**inputs, use_cache=False)
+
+    def head(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The module itself."""
+        return module
+
+    def move_(self, device: torch.device) -> None:
+        """Put the weights on a device."""
+        self.model.to(device)  # type: ignore[arg-type]
+
+    def hold_in_(self, dtype: torch.dtype, learning_only: bool = False) -> None:
+        """Hold parameters in a data type; buffers such as rotary frequencies stay exact."""
+        for parameter in self.model.parameters():
+            if parameter.requires_grad or not learning_only:
+                parameter.data = parameter.data.to(dtype)
+
+    def merge_lora(self, trained: Any) -> PreTrainedModel:
+        """As PEFT does."""
+        plain: PreTrainedModel = trained.merge_and_unload()
+        return plain
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """A model whose weights are divided among processes: they stay where and what they are."""
+
+    model: PreTrainedModel
+
+    def run(self, inputs: Mapping[str, Any]) -> None:
+        """Run the model's own forward pass, which gathers the weights, with one row of logits."""
+        self.model(**inputs, use_cache=False, logits_to_keep=1)
+
+    def head(self, module: Any) -> Callable[[Tensor], Tensor]:
+        """The head once more after the forward pass, which left its weights gathered.
+
+        The module's own hooks would take this for another forward pass of the model's last part.
+        """
+        return lambda inputs: F.linear(inputs, module.weight, module.bias)
+
+    def move_(self, device: torch.device) -> None:
+        """Nothing: shards lie where they belong."""
+
+    def hold_in_(self, dtype: torch.dtype, learning_only: bool = False) -> None:
+        """Nothing: shards keep the data type that they were read in."""
+
+    @torch.no_grad()
+    def merge_lora(self, trained: Any) -> PreTrainedModel:
+        """Each process adds LoRA to its part.
+
+        Every process holds all of LoRA, and the product of its matrices is added in the place of
+        the shards.
+        """
+        from peft.tuners.lora import Linear as LoraLinear
+        from torch.distributed.tensor import distribute_tensor
+
+        _reshard(trained)
+        for module in trained.modules():
+            if isinstance(module, LoraLinear):
+                weight: Any = module.get_base_layer().weight
+                for name in module.active_adapters:
+                    change = module.get_delta_weight(name).to(weight.dtype)
+                    shards = distribute_tensor(change, weight.device_mesh, weight.placements)
+                    weight.data.add_(shards)
+        plain: PreTrainedModel = trained.unload()
+        return plain
 
 
 def gathered_weights(sharded: PreTrainedModel) -> dict[str, Tensor]:

@@ -42,12 +42,18 @@ def channels_of(
         shape: The layer's geometry before pruning.
         units: Sorted indices of KV groups or neurons.
     """
+    return torch.cat(channels_by_segment(projection, shape, units))
+
+
+def channels_by_segment(
+    projection: Projection, shape: LayerShape, units: Sequence[int]
+) -> list[Int[Tensor, " channel"]]:
+    """`channels_of`, one tensor for each segment."""
     index = torch.tensor(units, dtype=torch.long)
-    parts = [
+    return [
         (offset + index[:, None] * width + torch.arange(width)).flatten()
         for _, offset, _, width in segments(projection, shape)
     ]
-    return torch.cat(parts)
 
 
 def fold(

@@ -109,10 +109,15 @@ def _shape_line(anatomy: Anatomy) -> str:
     )
 
 
+def kept_units(plan: Plan, index: int, projection: Projection) -> tuple[int, ...]:
+    """The units of a matrix of layer ``index`` that a plan keeps."""
+    return (plan.kv_groups if unit_of(projection) == "kv_group" else plan.neurons)[index]
+
+
 def kept_channels(plan: Plan, index: int, projection: Projection) -> Tensor:
     """The channels of a matrix of layer ``index`` that a plan keeps along its divided dimension."""
-    kept = plan.kv_groups if unit_of(projection) == "kv_group" else plan.neurons
-    return channels_of(projection, plan.before.layers[index], kept[index])
+    units = kept_units(plan, index, projection)
+    return channels_of(projection, plan.before.layers[index], units)
 
 
 def _masked_weight(plan: Plan, index: int, matrix: Matrix) -> Tensor:

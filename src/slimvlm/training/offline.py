@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -135,6 +135,29 @@ def write_cache(
     return len(missing)
 
 
+@dataclass(frozen=True)
+class TeacherOutput:
+    """What a teacher says at N positions: final hidden states, or its largest logits.
+
+    Attributes:
+        hidden: ``[N, D]`` final hidden states; None in a cache of logits.
+        values: ``[N, K]`` the largest logits; None in a cache of hidden states.
+        tokens: ``[N, K]`` whose logits these are; None likewise.
+    """
+
+    hidden: Tensor | None = None
+    values: Tensor | None = None
+    tokens: Tensor | None = None
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> TeacherOutput:
+        """The same on a device."""
+        parts = {name: value for name, value in vars(self).items() if value is not None}
+        return replace(
+            self,
+            **{name: part.to(device, non_blocking=non_blocking) for name, part in parts.items()},
+        )
+
+
 class OfflineTeacher:
     """A finished cache.
 
@@ -199,18 +222,15 @@ class OfflineTeacher:
 
     def targets(
         self, samples: Sequence[Sample], inputs: dict[str, Tensor], positions: Bool[Tensor, "B T"]
-    ) -> dict[str, Tensor]:
+    ) -> TeacherOutput:
         """What the teacher says at the positions of a batch, in their order.
-
-        Returns:
-            ``hidden`` (N, D), or ``values`` and ``tokens`` (N, K).
 
         Raises:
             ConfigError: If a sample has other tokens or positions than when the cache was made.
         """
         codes = encoding_hashes(inputs, positions)
         rows = [self._of(sample, code) for sample, code in zip(samples, codes, strict=True)]
-        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        return TeacherOutput(**{name: torch.cat([row[name] for row in rows]) for name in rows[0]})
 
     def _of(self, sample: Sample, code: str) -> dict[str, Tensor]:
         number, place = divmod(self._places[content_hash(sample)], SHARD_SAMPLES)

@@ -21,32 +21,23 @@ from slimvlm.data.read import estimated_length, hold_out, subset
 from slimvlm.data.samples import Sample
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.classes import require_full_precision
-from slimvlm.models.load import computes_bfloat16, load_processor
+from slimvlm.models.load import load_processor
 from slimvlm.models.losses import layer_map
 from slimvlm.models.sharding import is_sharded
 from slimvlm.planning.plan import Plan
 from slimvlm.training.offline import OfflineTeacher
+from slimvlm.training.precision import Precision, without_autocast
 from slimvlm.training.resume import is_finished, last_complete_checkpoint, require_same_request
+from slimvlm.training.supervision import Collator
 from slimvlm.training.teacher import seeing_once, share_, why_not_shared
 from slimvlm.training.trainable import (
-    hold_in_,
-    keep_learning_in_float32_,
     merge,
-    plain_model,
     prepare_training,
     projector_in_every_graph,
     require_adapter_holds_all,
     save_adapter,
 )
-from slimvlm.training.trainer import (
-    Bar,
-    Collator,
-    DistillationTrainer,
-    LastLog,
-    fast_attention,
-    kept_use_cache,
-    without_autocast,
-)
+from slimvlm.training.trainer import Bar, DistillationTrainer, LastLog
 
 ADAPTER_FOLDER = "adapter"
 TRACKER_FOLDER = "runs"
@@ -147,7 +138,6 @@ def recover(
         temporary = stack.enter_context(TemporaryDirectory())
         folder = Path(work) if work is not None else Path(temporary)
         require_same_request(folder, model, teacher, config, learnt)
-        stack.enter_context(kept_use_cache(model))
         resumable = work is not None and not is_sharded(model)
         return _train(
             _Job(model, live, offline, plan, learnt, held_out, config, processor, folder, resumable)
@@ -158,63 +148,62 @@ def _train(job: _Job) -> History:
     """Run the Trainer and hand the plain model back."""
     model, config = job.model, job.config
     torch.manual_seed(config.seed)
-    bf16 = computes_bfloat16(model.device) if config.bf16 is None else config.bf16
-    arguments = _training_arguments(job, bf16)
-    sharded, dtype = is_sharded(model), model.dtype
-    if not sharded:
-        model.to(arguments.device)  # type: ignore[arg-type]
-    if not bf16 and not sharded:  # half precision needs autocast to learn small steps
-        hold_in_(model, torch.float32)
-        if job.teacher is not None:
-            hold_in_(job.teacher, torch.float32)
-    trained = prepare_training(model, config)
-    if bf16 and not sharded:
-        keep_learning_in_float32_(trained)
-    num_trained = sum(p.numel() for p in trained.parameters() if p.requires_grad)
-    with (
-        fast_attention(model, job.teacher, bf16),
-        projector_in_every_graph(plain_model(trained)),
-        _ready(job, trained) as about_teacher,
-    ):
-        trainer = DistillationTrainer(
-            model=trained,
-            teacher=job.teacher,
-            config=config,
-            layer_pairs=_layer_pairs(job),
-            lengths=list(map(estimated_length, job.learnt)) if config.group_by_length else None,
-            args=arguments,
-            train_dataset=job.learnt,
-            eval_dataset=job.held_out or None,
-            data_collator=Collator(job.processor, model.config, config.kd_on, job.offline),
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(Bar)
-        trainer.add_callback(LastLog)
-        with explained(job.folder):
-            checkpoint = last_complete_checkpoint(job.folder)
-            if checkpoint is not None and is_finished(checkpoint):
-                trainer.restore(checkpoint)
-            else:
-                trainer.train(resume_from_checkpoint=checkpoint)
-    plain = without_autocast(trainer)
-    if config.keep_adapter and is_first_rank():
-        save_adapter(plain, job.folder / ADAPTER_FOLDER, dtype)
-    merged = merge(plain, dtype)
-    assert merged is model, "merging must give back the model that was handed in"
-    if not bf16 and not sharded:
-        hold_in_(model, dtype)
+    precision = Precision.of(model, config.bf16)
+    arguments = _training_arguments(job, precision.autocast)
+    with precision.held(model, job.teacher, arguments.device):
+        trained = prepare_training(model, config)
+        precision.hold_learning_(model)
+        trained_params = sum(p.numel() for p in trained.parameters() if p.requires_grad)
+        with projector_in_every_graph(model), _ready(job, trained) as about_teacher:
+            trainer = _trainer(job, trained, arguments)
+            _run_or_go_on(trainer, job.folder)
+        plain = without_autocast(trainer)
+        if config.keep_adapter and is_first_rank():
+            save_adapter(plain, job.folder / ADAPTER_FOLDER, precision.dtype)
+        merged = merge(plain, precision.dtype)
+        assert merged is model, "merging must give back the model that was handed in"
     model.eval()
     rows = trainer.state.log_history
     return History(
         steps=tuple(row for row in rows if "loss" in row),
         num_samples=len(job.learnt),
         sample_ids=tuple(sample.id for sample in job.learnt),
-        trained_params=num_trained,
+        trained_params=trained_params,
         evaluations=tuple(row for row in rows if "eval_loss" in row),
         held_out_ids=tuple(sample.id for sample in job.held_out),
         teacher=about_teacher,
     )
+
+
+def _trainer(job: _Job, trained: Any, arguments: TrainingArguments) -> DistillationTrainer:
+    """The Trainer of a job, with our progress bar in place of its own."""
+    config = job.config
+    trainer = DistillationTrainer(
+        model=trained,
+        teacher=job.teacher,
+        config=config,
+        layer_pairs=_layer_pairs(job),
+        lengths=list(map(estimated_length, job.learnt)) if config.group_by_length else None,
+        args=arguments,
+        train_dataset=job.learnt,
+        eval_dataset=job.held_out or None,
+        data_collator=Collator(job.processor, job.model.config, config.kd_on, job.offline),
+    )
+    for theirs in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(theirs)
+    for ours in (Bar, LastLog):
+        trainer.add_callback(ours)
+    return trainer
+
+
+def _run_or_go_on(trainer: DistillationTrainer, folder: Path) -> None:
+    """Train, from the last checkpoint in the folder on; a finished training is only read."""
+    with explained(folder):
+        checkpoint = last_complete_checkpoint(folder)
+        if checkpoint is not None and is_finished(checkpoint):
+            trainer.restore(checkpoint)
+        else:
+            trainer.train(resume_from_checkpoint=checkpoint)
 
 
 @contextmanager

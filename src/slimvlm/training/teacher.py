@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from slimvlm.models.anatomy import LayerShape, family_of, projections, read_anatomy
+from slimvlm.models.anatomy import family_of, projections, read_anatomy
 from slimvlm.models.families import INPUT_COLUMNS, OUTPUT_ROWS, Projection
-from slimvlm.models.units import channels_of, segments, unit_of
+from slimvlm.models.units import channels_by_segment
+from slimvlm.planning.mask import kept_units
 from slimvlm.planning.plan import Plan
 from slimvlm.training.trainable import plain_model
 
@@ -195,26 +196,55 @@ def _frozen_tensors(student: PreTrainedModel, plan: Plan) -> dict[str, Tensor]:
     return found
 
 
+@dataclass(frozen=True)
+class _Division:
+    """The channels of one matrix of the teacher, segment by segment: those kept, those removed."""
+
+    kept: list[Tensor]
+    removed: list[Tensor]
+
+    @classmethod
+    def of(cls, plan: Plan, index: int, projection: Projection) -> _Division:
+        """As a plan divides a matrix of layer ``index``."""
+        shape = plan.before.layers[index]
+        units, _ = shape.block(projection.segments[0])
+        kept = kept_units(plan, index, projection)
+        removed = sorted({*range(units)} - {*kept})
+        return cls(*(channels_by_segment(projection, shape, some) for some in (kept, removed)))
+
+    @property
+    def order(self) -> Tensor:
+        """The permutation that puts kept channels first within each segment."""
+        pairs = zip(self.kept, self.removed, strict=True)
+        return torch.cat([part for pair in pairs for part in pair])
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """How many channels of each segment are kept and removed."""
+        return [(len(kept), len(lost)) for kept, lost in zip(self.kept, self.removed, strict=True)]
+
+
 def _share_cut_matrices(
     teacher: PreTrainedModel, plan: Plan, ours: dict[str, Tensor]
 ) -> Iterator[str]:
-    """Divide the matrices that lost units; takes them out of ``ours``, yields those that differ."""
-    prefix = f"{family_of(teacher.config.model_type).backbone}.layers."
+    """Divide or reorder what the plan cuts; yields frozen matrices of the student that differ."""
+    prefix = f"{plan.before.family.backbone}.layers."
     for index, projection, linear in list(projections(teacher)):
-        shape = plan.before.layers[index]
-        kept = (plan.kv_groups if unit_of(projection) == "kv_group" else plan.neurons)[index]
-        keep = channels_of(projection, shape, kept)
-        if index not in plan.layers or len(keep) == linear.weight.shape[projection.dim]:
+        if index not in plan.layers:
+            continue
+        division = _Division.of(plan, index, projection)
+        if not any(lost for _, lost in division.sizes):
             continue
         path = f"{prefix}{index}.{projection.path}"
         weight = ours.pop(f"{path}.weight", None)
         bias = ours.pop(f"{path}.bias", None) if projection.dim == OUTPUT_ROWS else None
-        if _is_part(linear, projection.dim, keep, weight, bias):
+        if _is_kept_part(linear, projection.dim, torch.cat(division.kept), weight, bias):
             assert weight is not None
-            divided = _divided(linear, projection, shape, keep, weight, bias)
-            teacher.set_submodule(path, divided)
+            teacher.set_submodule(path, _joined(linear, projection.dim, division, weight, bias))
             continue
-        _reorder(linear, projection, shape, keep)
+        linear.weight.data = linear.weight.index_select(projection.dim, division.order)
+        if projection.dim == OUTPUT_ROWS and linear.bias is not None:
+            linear.bias.data = linear.bias[division.order]
         if weight is not None:
             yield path
 
@@ -229,7 +259,7 @@ def _share_whole_tensors(teacher: PreTrainedModel, ours: dict[str, Tensor]) -> I
             yield name
 
 
-def _is_part(
+def _is_kept_part(
     linear: nn.Linear, dim: int, keep: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> bool:
     """Whether a student's frozen weight and bias are the kept channels of the teacher's."""
@@ -240,44 +270,16 @@ def _is_part(
     return bias is not None and _equal(linear.bias[keep], bias)
 
 
-def _divided(
-    linear: nn.Linear,
-    projection: Projection,
-    shape: LayerShape,
-    keep: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+def _joined(
+    linear: nn.Linear, dim: int, division: _Division, weight: Tensor, bias: Tensor | None
 ) -> nn.Module:
     """A teacher's matrix as the student's part and a copy of the rest."""
-    rest = torch.ones(linear.weight.shape[projection.dim], dtype=torch.bool)
-    rest[keep] = False
-    lost = rest.nonzero().flatten()
-    removed = linear.weight.index_select(projection.dim, lost).to(weight.device)
-    if projection.dim == INPUT_COLUMNS:
+    lost = torch.cat(division.removed)
+    removed = linear.weight.index_select(dim, lost).to(weight.device)
+    if dim == INPUT_COLUMNS:
         return JoinedColumns(weight, removed, linear.bias)
     removed_bias = None if linear.bias is None else linear.bias[lost].to(weight.device)
-    sizes = [
-        (count, units * width - count)
-        for _, offset, units, width in segments(projection, shape)
-        for count in [int(((keep >= offset) & (keep < offset + units * width)).sum())]
-    ]
-    return JoinedRows(weight, bias, removed, removed_bias, sizes)
-
-
-def _reorder(linear: nn.Linear, projection: Projection, shape: LayerShape, keep: Tensor) -> None:
-    """Put kept channels first within each segment, as the divided matrices have them."""
-    is_kept = torch.zeros(linear.weight.shape[projection.dim], dtype=torch.bool)
-    is_kept[keep] = True
-    order = torch.cat(
-        [
-            offset + torch.cat([inside.nonzero(), (~inside).nonzero()]).flatten()
-            for _, offset, units, width in segments(projection, shape)
-            for inside in [is_kept[offset : offset + units * width]]
-        ]
-    )
-    linear.weight.data = linear.weight.index_select(projection.dim, order)
-    if projection.dim == OUTPUT_ROWS and linear.bias is not None:
-        linear.bias.data = linear.bias[order]
+    return JoinedRows(weight, bias, removed, removed_bias, division.sizes)
 
 
 def _equal(theirs: Tensor, ours: Tensor) -> bool:

@@ -18,7 +18,7 @@ from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import write_text
 from slimvlm.core.options import RecoverConfig
 from slimvlm.models.anatomy import backbone_of, family_of
-from slimvlm.models.sharding import is_sharded, merge_sharded
+from slimvlm.models.sharding import is_sharded, placement_of
 
 
 def prepare_training(model: PreTrainedModel, config: RecoverConfig) -> Any:
@@ -50,22 +50,6 @@ def prepare_training(model: PreTrainedModel, config: RecoverConfig) -> Any:
     for path in family.projector:
         _require_grad(model, path)
     return trained
-
-
-def hold_in_(model: nn.Module, dtype: torch.dtype) -> None:
-    """Hold a model's parameters in a data type; buffers such as rotary frequencies stay exact."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-
-
-def keep_learning_in_float32_(trained: Any) -> None:
-    """Hold what learns in float32, since small steps vanish in half precision.
-
-    Needs autocast in training, because the rest of the model stays as it is.
-    """
-    for parameter in trained.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
 
 
 @contextmanager
@@ -106,18 +90,9 @@ def merge(trained: Any, dtype: torch.dtype) -> PreTrainedModel:
         trained: From `prepare_training`.
         dtype: Data type that the model had before; what learned in float32 goes back to it.
     """
-    plain: PreTrainedModel = trained
-    if _is_peft(trained):
-        plain = (
-            merge_sharded(trained)
-            if is_sharded(plain_model(trained))
-            else trained.merge_and_unload()
-        )
-    if is_sharded(plain):
-        return plain.requires_grad_(True)  # in the data type that it was read in
-    for parameter in plain.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
+    placement = placement_of(plain_model(trained))
+    plain: PreTrainedModel = placement.merge_lora(trained) if _is_peft(trained) else trained
+    placement.hold_in_(dtype, learning_only=True)
     return plain.requires_grad_(True)
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,46 +23,14 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from slimvlm.core.errors import NumericalError
 from slimvlm.core.options import RecoverConfig
-from slimvlm.data.chat import encode_samples
-from slimvlm.data.samples import Sample
 from slimvlm.models import losses
-from slimvlm.models.anatomy import text_config_of
-from slimvlm.models.hidden import compared_positions, head_of, hidden_states, logits_at
+from slimvlm.models.hidden import head_of, hidden_states, logits_at
 from slimvlm.models.sharding import is_sharded
 from slimvlm.scoring.finite import first_spoilt_layer
-from slimvlm.training.offline import OfflineTeacher
+from slimvlm.training.supervision import SUPERVISION, Supervision
 from slimvlm.training.trainable import plain_model
 
 TRAINED_FILE = "trained.safetensors"
-SAMPLE_IDS = "sample_ids"
-_SAID = "teacher_"
-
-
-@dataclass(frozen=True)
-class Collator:
-    """Samples → a batch with their ids, and with what an offline teacher says about them.
-
-    Attributes:
-        processor: The model's processor or tokenizer.
-        model_config: The model's configuration.
-        kd_on: Positions that distillation compares.
-        offline: The cache, if there is one.
-    """
-
-    processor: Any
-    model_config: Any
-    kd_on: str
-    offline: OfflineTeacher | None = None
-
-    def __call__(self, samples: list[Sample]) -> dict[str, Any]:
-        """The batch; entries of the cache have ``teacher_`` before their names."""
-        inputs = encode_samples(self.processor, samples)
-        ids = {SAMPLE_IDS: [sample.id for sample in samples]}
-        if self.offline is None:
-            return {**inputs, **ids}
-        positions = compared_positions(self.model_config, inputs, inputs["labels"], self.kd_on)
-        said = self.offline.targets(samples, inputs, positions)
-        return {**inputs, **ids, **{f"{_SAID}{name}": value for name, value in said.items()}}
 
 
 class DistillationTrainer(Trainer):
@@ -105,25 +72,34 @@ class DistillationTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], *unused: Any, **kwargs: Any
     ) -> Tensor:
         """Weighted sum of the configured losses; each is kept for the log."""
-        ids: list[str] = inputs.pop(SAMPLE_IDS)
-        said = {name: inputs.pop(name) for name in list(inputs) if name.startswith(_SAID)}
-        labels = inputs.pop("labels")
+        wanted: Supervision = inputs.pop(SUPERVISION)
         student = plain_model(self.model)
         with self.accelerator.autocast():
             hidden = hidden_states(student, inputs, self._our_layers, runner=model)
-            parts = self._parts(student, hidden, inputs, labels, said)
-        for name, value in parts.items():
-            if not torch.isfinite(value):
-                where = f"step {self.state.global_step + 1} (samples {', '.join(ids)})"
-                origin = self._origin_of_nan(student, inputs)
-                raise NumericalError(f"loss {name!r} is {value.item()} at {where}{origin}")
-        parts = self._as_shares(parts, inputs, labels)
-        weight = 1 if student.training else len(ids)  # as the Trainer's own mean of held-out losses
+            parts = self._parts(student, hidden, inputs, wanted)
+        self._require_finite(parts, student, inputs, wanted)
+        parts = self._as_shares(parts, wanted)
+        # the Trainer takes the mean of held-out losses over samples
+        weight = 1 if student.training else len(wanted.ids)
         for name, value in parts.items():
             self._sums[name] = self._sums.get(name, 0.0) + weight * value.detach().float()
         self._weight += weight
         weights = self._recovery.loss_weights
         return torch.stack([weights[name] * value for name, value in parts.items()]).sum()
+
+    def _require_finite(
+        self,
+        parts: dict[str, Tensor],
+        student: PreTrainedModel,
+        inputs: dict[str, Tensor],
+        wanted: Supervision,
+    ) -> None:
+        """Stop at a loss that is not, and say at which step, in which samples and from where."""
+        for name, value in parts.items():
+            if not torch.isfinite(value):
+                where = f"step {self.state.global_step + 1} (samples {', '.join(wanted.ids)})"
+                origin = self._origin_of_nan(student, inputs)
+                raise NumericalError(f"loss {name!r} is {value.item()} at {where}{origin}")
 
     def _origin_of_nan(self, student: PreTrainedModel, inputs: dict[str, Tensor]) -> str:
         """The first decoder layer that spoils a batch, as the end of a message."""
@@ -141,38 +117,39 @@ class DistillationTrainer(Trainer):
         student: PreTrainedModel,
         hidden: list[Tensor],
         inputs: dict[str, Tensor],
-        labels: Tensor,
-        said: dict[str, Tensor],
+        wanted: Supervision,
     ) -> dict[str, Tensor]:
         """Each loss by name."""
         config, parts = self._recovery, {}
         if "sft" in config.loss_weights:
-            parts["sft"] = losses.chunked_cross_entropy(hidden[0], head_of(student), labels)
-        if self._teacher is None and not said:
+            parts["sft"] = losses.chunked_cross_entropy(hidden[0], head_of(student), wanted.labels)
+        if self._teacher is None and wanted.offline is None:
             return parts
-        mask = compared_positions(student.config, inputs, labels, config.kd_on)
-        ours = self._compared(hidden, mask)
-        theirs = [value[None] for name, value in said.items() if name == f"{_SAID}hidden"]
-        if self._teacher is not None:
-            with torch.no_grad():
-                target = hidden_states(self._teacher, inputs, self._their_layers)
-            theirs = self._compared(target, mask)
+        ours, theirs = self._compared(hidden, wanted), self._of_teacher(inputs, wanted)
         for name, distance in (("hidden", losses.hidden_l2), ("cosine", losses.hidden_cosine)):
             if name in config.loss_weights:
                 parts[name] = losses.mean_over_layers(
                     distance, ours, theirs, reduction=self._reduction
                 )
-        kinds: tuple[losses.Divergence, ...] = ("kl", "rkl", "jsd")
-        for kind in kinds:
+        for kind in get_args(losses.Divergence):
             if kind in config.loss_weights:
-                parts[kind] = self._divergence(kind, student, ours[0], theirs, said)
+                parts[kind] = self._divergence(kind, student, ours[0], theirs, wanted)
         return parts
 
-    def _compared(self, hidden: list[Tensor], mask: Tensor) -> list[Tensor]:
+    def _compared(self, hidden: list[Tensor], wanted: Supervision) -> list[Tensor]:
         """The positions that count, as one long sequence; the study's trainer counts all."""
         if self._recovery.paper_exact:
             return hidden
-        return [states[mask][None] for states in hidden]
+        return [states[wanted.compared][None] for states in hidden]
+
+    def _of_teacher(self, inputs: dict[str, Tensor], wanted: Supervision) -> list[Tensor]:
+        """The teacher's hidden states to compare with; none if it has left logits alone."""
+        if self._teacher is not None:
+            with torch.no_grad():
+                hidden = hidden_states(self._teacher, inputs, self._their_layers)
+            return self._compared(hidden, wanted)
+        assert wanted.offline is not None
+        return [] if wanted.offline.hidden is None else [wanted.offline.hidden[None]]
 
     def _divergence(
         self,
@@ -180,27 +157,27 @@ class DistillationTrainer(Trainer):
         student: PreTrainedModel,
         ours: Tensor,
         theirs: list[Tensor],
-        said: dict[str, Tensor],
+        wanted: Supervision,
     ) -> Tensor:
         """A divergence from a teacher in memory, stored hidden states, or stored logits."""
-        config = self._recovery
-        options: dict[str, Any] = {
-            "kind": kind,
-            "temperature": config.temperature,
-            "beta": config.jsd_beta,
-            "reduction": self._reduction,
-        }
-        head = head_of(student)
+        config, head = self._recovery, head_of(student)
+        diverge = partial(
+            losses.chunked_divergence,
+            kind=kind,
+            temperature=config.temperature,
+            beta=config.jsd_beta,
+            reduction=self._reduction,
+        )
         if theirs:
             teacher_head = head if self._teacher is None else head_of(self._teacher)
             target = theirs[0].to(ours.dtype)
-            return losses.chunked_divergence(
-                ours, target, head, teacher_head, top_k=config.top_k, **options
-            )
-        values = said[f"{_SAID}values"][:, : config.top_k]
-        tokens = said[f"{_SAID}tokens"][:, : config.top_k].long()
-        logits = logits_at(head, ours[0], tokens)[None]
-        return losses.divergence(logits, values[None], **options)
+            return diverge(ours, target, head, teacher_head, top_k=config.top_k)
+        said = wanted.offline
+        assert said is not None
+        assert said.values is not None
+        assert said.tokens is not None
+        logits = logits_at(head, ours[0], said.tokens[:, : config.top_k].long())
+        return diverge(logits[None], said.values[None, :, : config.top_k])
 
     @property
     def _reduction(self) -> losses.Reduction:
@@ -213,25 +190,16 @@ class DistillationTrainer(Trainer):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._step_counts = None
         if batches and (len(batches) > 1 or self.accelerator.num_processes > 1):
-            counts = torch.stack([self._counts(b, b["labels"]) for b in batches]).sum(0)
+            counts = torch.stack([batch[SUPERVISION].counts for batch in batches]).sum(0)
             self._step_counts = self.accelerator.reduce(counts.to(self.args.device), "sum")
         return batches, num_items
 
-    def _counts(self, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
-        """Positions of a batch that count for sft, and for the other losses."""
-        compared = compared_positions(
-            plain_model(self.model).config, inputs, labels, self._recovery.kd_on
-        )
-        return torch.stack([losses.label_counts(labels).sum(), compared.sum()]).float()
-
-    def _as_shares(
-        self, parts: dict[str, Tensor], inputs: dict[str, Tensor], labels: Tensor
-    ) -> dict[str, Tensor]:
+    def _as_shares(self, parts: dict[str, Tensor], wanted: Supervision) -> dict[str, Tensor]:
         """Each mean over a batch, scaled so that the mean over batches is one over tokens."""
         if self._step_counts is None or not plain_model(self.model).training:
             return parts
         num_means = self.accelerator.num_processes * self.current_gradient_accumulation_steps
-        scale = self._counts(inputs, labels) / self._step_counts.clamp_min(1) * num_means
+        scale = wanted.counts / self._step_counts.clamp_min(1) * num_means
         of_teacher = torch.ones_like(scale[1]) if self._recovery.paper_exact else scale[1]
         return {
             name: value * (scale[0] if name == "sft" else of_teacher)
@@ -340,43 +308,3 @@ class _ByLength(Sampler[int]):
             self._lengths, self._group, generator=generator
         )
         return iter(order)
-
-
-@contextmanager
-def kept_use_cache(model: PreTrainedModel) -> Iterator[None]:
-    """The Trainer turns the cache off in the configuration; generation wants it back."""
-    configs = (model.config, text_config_of(model.config))
-    before = [vars(config).get("use_cache") for config in configs]
-    try:
-        yield
-    finally:
-        for config, value in zip(configs, before, strict=True):
-            vars(config).pop("use_cache", None)
-            if value is not None:
-                config.use_cache = value
-
-
-@contextmanager
-def fast_attention(
-    model: PreTrainedModel, teacher: PreTrainedModel | None, bf16: bool
-) -> Iterator[None]:
-    """Plain attention on a CPU in bfloat16, where it took two thirds of SDPA's time."""
-    if model.device.type != "cpu" or not bf16:
-        yield
-        return
-    models = [m for m in (model, teacher) if m is not None]
-    before = [m.config._attn_implementation for m in models]
-    try:
-        for m in models:
-            m.set_attn_implementation("eager")
-        yield
-    finally:
-        for m, implementation in zip(models, before, strict=True):
-            m.set_attn_implementation(implementation)
-
-
-def without_autocast(trainer: Trainer) -> Any:
-    """The trained model with its own forward again, which Accelerate had wrapped in autocast."""
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    vars(model).pop("forward", None)
-    return model

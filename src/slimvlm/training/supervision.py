@@ -1,0 +1,80 @@
+"""What the losses of a batch are measured against, gathered where the batch is put together.
+
+B sample, T token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from slimvlm.data.chat import encode_samples
+from slimvlm.data.samples import Sample
+from slimvlm.models.hidden import compared_positions
+from slimvlm.models.losses import label_counts
+from slimvlm.training.offline import OfflineTeacher, TeacherOutput
+
+SUPERVISION = "supervision"
+"""Its key in a batch, beside the model's inputs."""
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """What the losses of a batch are measured against.
+
+    Attributes:
+        ids: Names of the samples.
+        labels: Tokens to predict.
+        compared: Positions at which the student is compared with its teacher.
+        offline: What an offline teacher says at these positions, in their order; None if there is
+            no such teacher.
+    """
+
+    ids: tuple[str, ...]
+    labels: Int[Tensor, "B T"]
+    compared: Bool[Tensor, "B T"]
+    offline: TeacherOutput | None = None
+
+    @property
+    def counts(self) -> Float[Tensor, 2]:
+        """How many positions count for sft, and for the other losses."""
+        return torch.stack([label_counts(self.labels).sum(), self.compared.sum()]).float()
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Supervision:
+        """The same on a device; Accelerate calls this as it does for tensors."""
+        return Supervision(
+            self.ids,
+            self.labels.to(device, non_blocking=non_blocking),
+            self.compared.to(device, non_blocking=non_blocking),
+            None if self.offline is None else self.offline.to(device, non_blocking),
+        )
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Samples → a batch: the model's inputs and their `Supervision`.
+
+    Attributes:
+        processor: The model's processor or tokenizer.
+        model_config: The model's configuration.
+        kd_on: Positions that distillation compares.
+        offline: The cache of an offline teacher, if there is one.
+    """
+
+    processor: Any
+    model_config: Any
+    kd_on: str
+    offline: OfflineTeacher | None = None
+
+    def __call__(self, samples: list[Sample]) -> dict[str, Any]:
+        """The batch."""
+        inputs = encode_samples(self.processor, samples)
+        labels = inputs.pop("labels")
+        compared = compared_positions(self.model_config, inputs, labels, self.kd_on)
+        said = None if self.offline is None else self.offline.targets(samples, inputs, compared)
+        ids = tuple(sample.id for sample in samples)
+        return {**inputs, SUPERVISION: Supervision(ids, labels, compared, said)}
