@@ -429,8 +429,8 @@ def read_anatomy(model: nn.Module) -> Anatomy:
     embedding = _by_id(text_model.get_submodule("embed_tokens").parameters())
     head = _by_id(model.get_submodule(family.head).parameters())
     norm = _by_id(final_norm(model).parameters())
-    projector = _by_id(p for path in family.projector for p in _parameters(model, path))
-    towers = _by_id(p for path in family.towers for p in _parameters(model, path))
+    projector = _by_id(p for path in family.projector for p in parameters_below(model, path))
+    towers = _by_id(p for path in family.towers for p in parameters_below(model, path))
     stacked = _by_id(p for _, module in stacks(model) for p in module.parameters())
     inside = _by_id(decoder_layers(model).parameters())
     listed = embedding | head | norm | projector | towers | stacked | inside
@@ -456,6 +456,21 @@ def read_anatomy(model: nn.Module) -> Anatomy:
     )
 
 
+def part_at(model: nn.Module, path: str) -> nn.Parameter | nn.Module | None:
+    """A module or parameter by its path; None where a model lacks it."""
+    parent, _, name = path.rpartition(".")
+    part = getattr(model.get_submodule(parent), name, None)
+    return part if isinstance(part, nn.Parameter | nn.Module) else None
+
+
+def parameters_below(model: nn.Module, path: str) -> list[nn.Parameter]:
+    """Parameters below a path, which may itself be a parameter or absent in this model."""
+    part = part_at(model, path)
+    if isinstance(part, nn.Parameter):
+        return [part]
+    return [] if part is None else list(part.parameters())
+
+
 def _config(model: nn.Module) -> Any:
     return model.config
 
@@ -466,15 +481,6 @@ def _by_id(parameters: Iterable[nn.Parameter]) -> dict[int, nn.Parameter]:
 
 def _count(parameters: dict[int, nn.Parameter], without: Container[int] = ()) -> int:
     return sum(p.numel() for name, p in parameters.items() if name not in without)
-
-
-def _parameters(model: nn.Module, path: str) -> list[nn.Parameter]:
-    """Parameters below a path, which may itself be a parameter or absent in this model."""
-    parent, _, name = path.rpartition(".")
-    part = getattr(model.get_submodule(parent), name, None)
-    if isinstance(part, nn.Parameter):
-        return [part]
-    return list(part.parameters()) if isinstance(part, nn.Module) else []
 
 
 def _pinned_layers(config: Any, family: Family, backbone: Backbone) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,30 +37,6 @@ def is_sharded(model: nn.Module) -> bool:
     from transformers.distributed.fsdp import is_fsdp_managed_module
 
     return bool(is_fsdp_managed_module(model))
-
-
-def placement_of(model: PreTrainedModel) -> Placement:
-    """How to run and change a model, by where its weights lie."""
-    return Sharded(model) if is_sharded(model) else Whole(model)
-
-
-class Placement(Protocol):
-    """How a model is run and changed, wherever its weights lie."""
-
-    def run(self, inputs: Mapping[str, Any]) -> None:
-        """Run all decoder layers and the last norm on a batch."""
-
-    def head(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
-        """The language-model head as a function, for use after `run`."""
-
-    def move_(self, device: torch.device) -> None:
-        """Put the weights on a device."""
-
-    def hold_in_(self, dtype: torch.dtype, learning_only: bool = False) -> None:
-        """Hold parameters in a data type; buffers such as rotary frequencies stay exact."""
-
-    def merge_lora(self, trained: Any) -> PreTrainedModel:
-        """Add LoRA to the weights and drop PEFT's wrapper ``trained`` around the model."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +112,11 @@ class Sharded:
                     weight.data.add_(shards)
         plain: PreTrainedModel = trained.unload()
         return plain
+
+
+def placement_of(model: PreTrainedModel) -> Whole | Sharded:
+    """How to run and change a model, by where its weights lie."""
+    return Sharded(model) if is_sharded(model) else Whole(model)
 
 
 def gathered_weights(sharded: PreTrainedModel) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import write_text
 from slimvlm.core.options import RecoverConfig
-from slimvlm.models.anatomy import backbone_of, family_of
+from slimvlm.models.anatomy import backbone_of, family_of, parameters_below, part_at
 from slimvlm.models.sharding import is_sharded, placement_of
 
 
@@ -48,7 +48,8 @@ def prepare_training(model: PreTrainedModel, config: RecoverConfig) -> Any:
         for path in family.towers:  # some lie inside the backbone
             model.get_submodule(path).requires_grad_(False)
     for path in family.projector:
-        _require_grad(model, path)
+        for parameter in parameters_below(model, path):
+            parameter.requires_grad_(True)
     return trained
 
 
@@ -68,8 +69,8 @@ def projector_in_every_graph(model: PreTrainedModel) -> Iterator[None]:
         return
 
     def add_nothing(module: nn.Module, args: Any, embeddings: Tensor) -> Tensor:
-        for part in (_part(model, path) for path in paths):
-            for parameter in [part] if isinstance(part, nn.Parameter) else _parameters(part):
+        for path in paths:
+            for parameter in parameters_below(model, path):
                 embeddings = embeddings + (0.0 * parameter.sum()).to(embeddings.dtype)
         return embeddings
 
@@ -103,7 +104,7 @@ def require_adapter_holds_all(model: PreTrainedModel) -> None:
         ConfigError: If the projector has a parameter outside any module of its own.
     """
     for path in family_of(model.config.model_type).projector:
-        if isinstance(_part(model, path), nn.Parameter):
+        if isinstance(part_at(model, path), nn.Parameter):
             raise ConfigError(f"keep_adapter: an adapter cannot hold the parameter {path!r}")
 
 
@@ -124,7 +125,7 @@ def save_adapter(trained: Any, folder: str | Path, dtype: torch.dtype) -> None:
     model = plain_model(trained)
     weights, whole = load_file(folder / SAFETENSORS_WEIGHTS_NAME), []
     for path in family_of(model.config.model_type).projector:
-        part = _part(model, path)
+        part = part_at(model, path)
         if not isinstance(part, nn.Module):
             continue
         whole += [f"{path}.{n}" for n, _ in part.named_children()] * isinstance(part, nn.ModuleList)
@@ -171,23 +172,6 @@ def _with_lora(model: PreTrainedModel, config: RecoverConfig) -> Any:
         target_modules=lora_targets(model, config.lora_targets),
     )
     return peft.get_peft_model(model, lora)
-
-
-def _require_grad(model: nn.Module, path: str) -> None:
-    part = _part(model, path)
-    if part is not None:
-        part.requires_grad_(True)
-
-
-def _part(model: nn.Module, path: str) -> nn.Parameter | nn.Module | None:
-    """A module or parameter by path; some models lack it."""
-    parent, _, name = path.rpartition(".")
-    part = getattr(model.get_submodule(parent), name, None)
-    return part if isinstance(part, nn.Parameter | nn.Module) else None
-
-
-def _parameters(module: nn.Module | None) -> list[nn.Parameter]:
-    return [] if module is None else list(module.parameters())
 
 
 def _is_peft(model: Any) -> bool:
