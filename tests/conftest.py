@@ -3,6 +3,7 @@
 # ruff: noqa: E402  (the environment must be set before these libraries are imported)
 from __future__ import annotations
 
+import gc
 import os
 
 for variable, value in {
@@ -37,6 +38,12 @@ settings.load_profile("default")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite tables in docs/")
+
+
+def pytest_collection_finish() -> None:
+    """Imports and collected tests are no garbage: whoever frees memory need not look at them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
