@@ -285,7 +285,9 @@ CASES: dict[str, tuple[list[str], list[float], float]] = {
 def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Returns a function that puts data on disk under a task that lmms-eval ships."""
     monkeypatch.setenv("OPENAI_API_KEY", "none")
-    monkeypatch.setattr(lmms_adapter, "_batches", lambda r, _n: iter([list(range(len(r)))]))
+    monkeypatch.setattr(
+        lmms_adapter, "batches_by_length", lambda r, _n: iter([list(range(len(r)))])
+    )
 
     def put(task: str) -> Path:
         column = IMAGE_COLUMNS.get(task, "image")
@@ -376,7 +378,7 @@ def test_half_of_mme_that_is_not_there(
 def test_missing_data_is_one_clear_line(
     loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with lmms._contained():
+    with lmms.contained():
         from lmms_eval.api.task import ConfigurableTask
         from tenacity import wait_none
 

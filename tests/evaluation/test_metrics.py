@@ -64,7 +64,7 @@ def test_every_metric_is_a_share(metric: str, reply: str, answer: str) -> None:
 @given(st.text("ab", max_size=8), st.text("ab", max_size=8), st.text("ab", max_size=8))
 def test_edit_distance_is_a_metric(a: str, b: str, c: str) -> None:
     def distance(x: str, y: str) -> float:
-        return (1 - metrics._similarity(x, y)) * max(len(x), len(y))
+        return (1 - metrics.similarity(x, y)) * max(len(x), len(y))
 
     assert distance(a, a) == 0
     assert distance(a, b) == pytest.approx(distance(b, a))

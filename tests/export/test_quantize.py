@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 import transformers as hf
@@ -171,9 +172,12 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["original"]
 
 
-def test_an_unknown_type_is_refused() -> None:
+def test_an_unknown_type_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for a user
+    pruned("llama").save_pretrained(tmp_path / "original")
+    unknown: Any = "int3"
     with pytest.raises(ConfigError, match="to 'int3' with backend 'torchao' must be one of: int4"):
-        quantization._backend_for("int3", "torchao", torch.device("cpu"))
+        quantize(tmp_path / "original", tmp_path / "small", unknown, "torchao", "cpu")
 
 
 @pytest.mark.gpu

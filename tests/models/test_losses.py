@@ -333,7 +333,7 @@ def test_removed_layers_that_did_nothing_leave_no_distance() -> None:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(losses, "_CHUNK", 4)
+    monkeypatch.setattr(losses, "CHUNK", 4)
     return 4
 
 

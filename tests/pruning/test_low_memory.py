@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import namedtuple
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import slimvlm as sv
@@ -24,7 +25,6 @@ from slimvlm.models.load import load
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
-from slimvlm.pruning.low_memory import score as scoring
 from slimvlm.pruning.low_memory.cut import prune_checkpoint
 from slimvlm.pruning.low_memory.opened import open_checkpoint
 from slimvlm.pruning.low_memory.passes import Passes
@@ -118,6 +118,11 @@ def test_half_precision_weights_have_float32_statistics(tmp_path: Path) -> None:
         assert all(values.dtype == torch.float32 for values in flat(found).values())
 
 
+def in_memory(module: nn.Module) -> int:
+    """How many of its numbers are there."""
+    return sum(p.numel() for p in module.parameters() if not p.is_meta)
+
+
 @pytest.mark.parametrize("case", BACKWARD)
 def test_one_layer_is_in_memory_at_a_time(
     case: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
@@ -125,14 +130,17 @@ def test_one_layer_is_in_memory_at_a_time(
     model = tiny.build("llama")
     layer = sum(p.numel() for p in model.model.layers[0].parameters())
     seen: list[int] = []
-    original = Passes._call
+    layers = Passes.layer
 
-    def watched(self: Passes, *args: Any) -> Tensor:
-        seen.append(sum(p.numel() for p in self.model.parameters() if not p.is_meta))
-        seen.append(sum(p.numel() for p in args[0].parameters() if not p.is_meta))
-        return original(self, *args)
+    @contextmanager
+    def watched(self: Passes, index: int) -> Iterator[Any]:
+        with layers(self, index) as view:
+            (loaded,) = view.layers
+            for module in (self.model, loaded):
+                loaded.register_forward_pre_hook(lambda *_, m=module: seen.append(in_memory(m)))
+            yield view
 
-    monkeypatch.setattr(Passes, "_call", watched)
+    monkeypatch.setattr(Passes, "layer", watched)
     score_checkpoint(folders["llama"], batches(model), **CASES[case])
     assert set(seen) == {layer}
 
@@ -178,7 +186,7 @@ def test_other_data_do_not_reuse_old_work(
     model = tiny.build("llama")
 
     with monkeypatch.context() as patched:
-        patched.setattr(scoring._Run, "backward", stop)
+        patched.setattr(Passes, "start_gradients", stop)
         with pytest.raises(KeyboardInterrupt):
             score_checkpoint(folders["llama"], batches(model), scratch=tmp_path)
     others = [tiny.batch(model, 9, 5)]
@@ -194,8 +202,8 @@ def test_another_model_does_not_reuse_old_work(
     model = tiny.build("llama")
 
     with monkeypatch.context() as patched:
-        steps = {"embedded": "forward", "forward": "backward", "done": "result"}
-        patched.setattr(scoring._Run, steps[step], stop)
+        places = {"embedded": (Passes, "layer"), "forward": (Passes, "start_gradients")}
+        patched.setattr(*places.get(step, (Scores, "load")), stop)
         with pytest.raises(KeyboardInterrupt):
             score_checkpoint(folders["llama"], batches(model), scratch=tmp_path / "work")
     with torch.no_grad():

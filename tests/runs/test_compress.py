@@ -156,8 +156,8 @@ def stops(*args: Any, **kwargs: Any) -> Any:
         ("cut_", True),
         ("save", True),
         ("recover", True),
-        ("_finish", False),
-        ("_finish", True),
+        ("finish", False),
+        ("finish", True),
     ],
 )
 def test_a_stopped_run_goes_on_to_the_same_end(
@@ -180,7 +180,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(
         patch.setattr(compression, stage, stops)
         with pytest.raises(Stopped):
             compress(*request_for(data), out, say=silent)
-    if stage == "_finish" and after:
+    if stage == "finish" and after:
         with pytest.raises(ConfigError, match="exists"):
             compress(*request_for(data), out, say=silent)
         return
@@ -297,7 +297,7 @@ def test_what_force_replaces_stays_until_the_new_run_is_whole(
     compress(*pruning(), out, say=silent)
     before = contents(out)
     request = request_for(data, ratio=0.2, tasks=None)
-    for stage in ("cut_", "recover", "_finish"):
+    for stage in ("cut_", "recover", "finish"):
         with monkeypatch.context() as patch:
             patch.setattr(compression, stage, stops)
             with pytest.raises(Stopped):

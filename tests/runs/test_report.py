@@ -173,7 +173,7 @@ def test_charts_mix_neither_shares_of_the_data_nor_other_options(
     assert titles == [f"untrained, {full}", f"tuned, {full}", f"tuned, {part}"]
     little = by_ratio(record.entries)[-1]
     assert [line.look for line in little.lines] == ["depth", "width"]
-    shown = {e.fraction: study._published(e) for e in record.entries if e.recovery == "tuned"}
+    shown = {e.fraction: study.published_beside(e) for e in record.entries if e.recovery == "tuned"}
     assert shown[0.05] == ""
     assert shown[1.0] != ""
 

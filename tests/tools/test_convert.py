@@ -492,14 +492,14 @@ def test_a_lost_tensor_is_noticed_after_writing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
     monkeypatch.setattr(write, "FORWARD_BYTES", limit)
-    real = write._shards
+    real = write.shards
 
     def lossy(*arguments: Any) -> Any:
         for shard in real(*arguments):
             del shard["language_model.model.norm.weight"]
             yield shard
 
-    monkeypatch.setattr(write, "_shards", lossy)
+    monkeypatch.setattr(write, "shards", lossy)
     with pytest.raises(ReloadError, match=r"norm\.weight"):
         CASES["internvl"].convert(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -528,7 +528,8 @@ def test_a_cache_is_replaced_when_the_new_one_is_whole(
     command = ["cache-teacher", folder, "--data", str(data), "--out", str(tmp_path / "cache")]
     main(command)
     before = {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
-    renewed, honest = [*command, "--what", "top-k", "--k", "3", "--force"], offline_teacher._said
+    renewed = [*command, "--what", "top-k", "--k", "3", "--force"]
+    honest = offline_teacher.encode_samples
     calls: list[int] = []
 
     def stops(*args: Any) -> Any:
@@ -537,7 +538,7 @@ def test_a_cache_is_replaced_when_the_new_one_is_whole(
             raise KeyboardInterrupt
         return honest(*args)
 
-    monkeypatch.setattr(offline_teacher, "_said", stops)
+    monkeypatch.setattr(offline_teacher, "encode_samples", stops)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         main(renewed)
     assert {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()} == before

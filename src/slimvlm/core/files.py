@@ -270,7 +270,8 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-_NUM_BLOCKS, _BLOCK_BYTES = 64, 2**20
+NUM_BLOCKS, BLOCK_BYTES = 64, 2**20
+"""What `identity_of` reads of a file that is larger than all of these blocks."""
 
 
 def identity_of(name: str, source: str) -> str:
@@ -299,9 +300,9 @@ def _blocks(file: Path) -> Iterator[bytes]:
     """A file's content; of a large one blocks from its beginning to its end."""
     size = file.stat().st_size
     with file.open("rb") as handle:
-        if size <= _NUM_BLOCKS * _BLOCK_BYTES:
+        if size <= NUM_BLOCKS * BLOCK_BYTES:
             yield handle.read()
             return
-        for number in range(_NUM_BLOCKS):
-            handle.seek((size - _BLOCK_BYTES) * number // (_NUM_BLOCKS - 1))
-            yield handle.read(_BLOCK_BYTES)
+        for number in range(NUM_BLOCKS):
+            handle.seek((size - BLOCK_BYTES) * number // (NUM_BLOCKS - 1))
+            yield handle.read(BLOCK_BYTES)

@@ -261,7 +261,7 @@ def _own_tasks(include_path: str | Path | None) -> Any:
         return None
     if not Path(include_path).is_dir():
         raise ConfigError(f"include_path {str(include_path)!r} is not a folder")
-    with _contained():
+    with contained():
         from lmms_eval.tasks import TaskManager
 
         return TaskManager(include_path=str(include_path), include_defaults=False)
@@ -283,7 +283,7 @@ def _load_task(name: str, own: Any) -> Any:
     """
     from tenacity import RetryError
 
-    with _contained():
+    with contained():
         is_own = own is not None and name in own.all_subtasks
         manager = own if is_own else _shipped_tasks()
         try:
@@ -302,7 +302,7 @@ def _run(
 ) -> tuple[dict[str, Any], dict[int, str]]:
     """What lmms-eval's runner returns for one task, and the replies by index of the question."""
     replies: dict[int, str] = {}
-    with _contained():
+    with contained():
         from lmms_eval.evaluator import simple_evaluate
         from lmms_eval.tasks import TaskManager
 
@@ -321,7 +321,7 @@ def _run(
 
 
 @contextlib.contextmanager
-def _contained() -> Iterator[None]:
+def contained() -> Iterator[None]:
     """What importing and running lmms-eval changes for the whole process stays in this block.
 
     No log lines; what its tasks print goes to stderr. It reads cut-off pictures as if they were

@@ -61,7 +61,7 @@ def _generate(
     options = requests[0].args[1]
     longest = min(int(options.get("max_new_tokens", LONGEST_REPLY)), LONGEST_REPLY)
     replies = [""] * len(requests)
-    for batch in _batches(requests, batch_size):
+    for batch in batches_by_length(requests, batch_size):
         questions = [_question(requests[i].args, documents) for i in batch]
         texts = answer(model, processor, questions, longest)
         for index, text in zip(batch, texts, strict=True):
@@ -79,7 +79,7 @@ def _likelihoods(
 ) -> list[tuple[float, bool]]:
     """Log-probability of each continuation as a whole answer turn; whether greed would say it."""
     found = [(0.0, False)] * len(requests)
-    for batch in _batches(requests, batch_size):
+    for batch in batches_by_length(requests, batch_size):
         asked = [requests[i].args for i in batch]
         samples = [
             chat.answered_sample(_question(a, documents), _continuation(a, documents))
@@ -106,7 +106,7 @@ def _likeliest(requests: Sequence[Any], values: Sequence[float]) -> dict[int, st
     return {index: text for index, (_, text) in best.items()}
 
 
-def _batches(requests: Sequence[Any], batch_size: int) -> Iterator[list[int]]:
+def batches_by_length(requests: Sequence[Any], batch_size: int) -> Iterator[list[int]]:
     """Batches of indices whose prompts have similar lengths, longest first; a progress bar."""
     order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].args[0]), i))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

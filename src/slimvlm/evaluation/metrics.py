@@ -60,7 +60,7 @@ def anls(reply: str, question: Question) -> float:
     Reference:
         Biten et al. 2019, Scene Text Visual Question Answering, arXiv:1905.13648, Eq. 1.
     """
-    best = max(_similarity(normalise(reply), normalise(answer)) for answer in question.answers)
+    best = max(similarity(normalise(reply), normalise(answer)) for answer in question.answers)
     return best if best >= 0.5 else 0.0
 
 
@@ -231,7 +231,7 @@ def _items(text: str) -> set[str]:
     return {normalise(item) for item in re.split(r",|\band\b", text) if item.strip()}
 
 
-def _similarity(a: str, b: str) -> float:
+def similarity(a: str, b: str) -> float:
     """One minus the edit distance over the longer length."""
     if not a and not b:
         return 1.0

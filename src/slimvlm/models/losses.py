@@ -34,7 +34,8 @@ Divergence = Literal["kl", "rkl", "jsd"]
 Head = Callable[[Tensor], Tensor]
 """Hidden states → logits, position by position; the same values whenever it is called."""
 
-_CHUNK = 512
+CHUNK = 512
+"""Positions whose logits exist at one time."""
 
 
 def _as_is(logits: Tensor) -> Tensor:
@@ -53,8 +54,8 @@ def token_cross_entropy(logits: Logits, labels: Int[Tensor, "B T"]) -> Float[Ten
     counted = targets != IGNORE
     picked, wanted = logits[:, :-1][counted], targets[counted]
     parts = [
-        F.cross_entropy(picked[i : i + _CHUNK].float(), wanted[i : i + _CHUNK], reduction="none")
-        for i in range(0, len(wanted), _CHUNK)
+        F.cross_entropy(picked[i : i + CHUNK].float(), wanted[i : i + CHUNK], reduction="none")
+        for i in range(0, len(wanted), CHUNK)
     ]
     return losses.masked_scatter(counted, torch.cat(parts)) if parts else losses
 
@@ -384,9 +385,9 @@ def _chunked_sum(part: Callable[..., Tensor], *rows: Tensor) -> Float[Tensor, ""
     """
     total = rows[0][:0].float().sum()  # 0, but the gradient flows
     again = partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
-    for start in range(0, len(rows[0]), _CHUNK):
-        piece = [row[start : start + _CHUNK] for row in rows]
-        is_last = start + _CHUNK >= len(rows[0])
+    for start in range(0, len(rows[0]), CHUNK):
+        piece = [row[start : start + CHUNK] for row in rows]
+        is_last = start + CHUNK >= len(rows[0])
         total = total + (part(*piece) if is_last else again(*piece))
     return total
 

@@ -136,10 +136,10 @@ def _apply_config(model: PreTrainedModel, text_config: PreTrainedConfig, plan: P
             set_counts_(attention, text_config, shape.num_heads, shape.num_kv_heads)
     set_class_(model)
     if plan.needs_retype:
-        _retype_modules(model, old, text_config)
+        retype_modules_(model, old, text_config)
 
 
-def _retype_modules(model: PreTrainedModel, old: PreTrainedConfig, new: PreTrainedConfig) -> None:
+def retype_modules_(model: PreTrainedModel, old: PreTrainedConfig, new: PreTrainedConfig) -> None:
     """Give the language model's modules the classes of the new type; they compute the same."""
     source = importlib.import_module(
         f".models.{old.model_type}.modeling_{old.model_type}", "transformers"

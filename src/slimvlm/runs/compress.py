@@ -139,7 +139,7 @@ def _go(run: Run, samples: list[Sample], force: bool) -> None:
     del original, calibration  # before two models are read for recovery
     if trains:
         _recovered(run, plan, samples)
-    _finish(run, plan)
+    finish(run, plan)
 
 
 def _require_startable(run: Run, force: bool) -> None:
@@ -261,7 +261,7 @@ def _card_facts(run: Run, training: str) -> CardFacts:
     )
 
 
-def _finish(run: Run, plan: Plan) -> None:
+def finish(run: Run, plan: Plan) -> None:
     """Read the results back, write the summary, remove what only a restart needs."""
     run.results.update(read_results(run.folder))
     lines = [f"# {run.model} at {plan.ratio:.1%}", "", plan.summary(), ""]

@@ -15,7 +15,7 @@ from rich.console import Console
 from slimvlm.core import files as identity
 from slimvlm.core.errors import ConfigError, NumericalError
 from slimvlm.data.read import identity_of_data
-from slimvlm.runs.study import engines, forecast, prepared, run_study, stages
+from slimvlm.runs.study import engines, forecast, prepared, run_study
 from slimvlm.runs.study.cache import Cache, Outcome
 from slimvlm.runs.study.config import StudyConfig
 from slimvlm.runs.study.schedule import Schedule
@@ -141,7 +141,6 @@ def test_other_samples_or_other_files_are_other_work(data: Path, tmp_path: Path)
     assert len(names(study(data, {"model": str(model), "seed": 1})) & first) == 1  # the original
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
-    stages._identity.cache_clear()
     assert not names(study(data, {"model": str(model)})) & first
 
 
@@ -153,8 +152,6 @@ def test_other_questions_are_other_work(data: Path, tmp_path: Path) -> None:
     for answer in ("that", "that", "those"):
         rows[1]["answer"] = answer
         (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        stages._identity.cache_clear()
-        stages._identity_of_task.cache_clear()
         config = study(data, tasks=str(tmp_path / "mine.yaml"))
         found = prepared(config, print)[1].stages()
         names.append({stage.name for stage in found if stage.kind == "evaluate"})
@@ -167,7 +164,7 @@ def test_other_questions_are_other_work(data: Path, tmp_path: Path) -> None:
 def test_a_change_anywhere_in_a_folder_is_noticed(
     size: int, place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(identity, "_BLOCK_BYTES", 16)  # a large file has more than 64 of them
+    monkeypatch.setattr(identity, "BLOCK_BYTES", 16)  # a large file has more than 64 of them
     file = tmp_path / "train" / "rows.arrow"
     file.parent.mkdir()
     file.write_bytes(bytes(size))
@@ -311,7 +308,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (folder / "checkpoint").mkdir()
 
     monkeypatch.setattr(engines, "work", quick)
-    monkeypatch.setattr(engines, "_PAUSE_S", 0.01)
+    monkeypatch.setattr(engines, "PAUSE_S", 0.01)
     return done
 
 

@@ -109,7 +109,7 @@ def _write_weights(layout: Layout, folder: Path, dtype: torch.dtype | None) -> N
     )
     parts: list[list[str]] = []
     total = 0
-    for shard in _shards(layout, order, dtype):
+    for shard in shards(layout, order, dtype):
         parts.append(list(shard))
         total += sum(tensor.nbytes for tensor in shard.values())
         part = folder / f"part-{len(parts)}"
@@ -129,7 +129,7 @@ def _write_weights(layout: Layout, folder: Path, dtype: torch.dtype | None) -> N
     (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
-def _shards(
+def shards(
     layout: Layout, order: list[str], dtype: torch.dtype | None
 ) -> Iterator[dict[str, Tensor]]:
     """Written name to tensor, as many as fit into a shard at a time."""

@@ -177,7 +177,7 @@ def _cell_table(entries: Sequence[Entry]) -> Table:
             f"{entry.average:.1f}",
             f"{entry.interval}{MARK if entry.differs else ''}",
             *(entry.columns.get(name, "") for name in extra),
-            _published(entry),
+            published_beside(entry),
             f"{entry.total_params / 1e6:.1f} M",
             f"{entry.prefill_ms:.1f}",
             f"{entry.decode_ms:.1f}",
@@ -193,7 +193,8 @@ def _cell_table(entries: Sequence[Entry]) -> Table:
     return Table("All cells", header, rows, note, ids=[entry.link for entry in entries])
 
 
-def _published(entry: Entry) -> str:
+def published_beside(entry: Entry) -> str:
+    """The paper's numbers for a cell; none for one that learned from a part of the data."""
     if entry.is_original or entry.fraction < 1:
         return ""
     found = published(entry.axis, entry.train, entry.loss, entry.ratio)

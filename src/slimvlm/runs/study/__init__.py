@@ -27,7 +27,7 @@ from slimvlm.runs.study.display import Progress, shown
 from slimvlm.runs.study.engines import ENGINES, run_local, run_ray
 from slimvlm.runs.study.estimate import Estimator
 from slimvlm.runs.study.schedule import Schedule, make_schedule
-from slimvlm.runs.study.stages import KINDS, Stage
+from slimvlm.runs.study.stages import KINDS, Stage, forget_files
 from slimvlm.runs.study.table import STUDY, results_table, write_table
 from slimvlm.runs.study.work import notes_on, samples_of
 
@@ -171,6 +171,7 @@ def prepared(study: StudyConfig | str | Path, say: Say) -> tuple[StudyConfig, Sc
     _check_tasks(config)
     for model in dict.fromkeys(cell.model for cell in cells):
         _check_model(model, [cell for cell in cells if cell.model == model])
+    forget_files()
     schedule = make_schedule(config, cells)
     if config.data is not None:
         request = schedule.cells[0].prune.request

@@ -17,7 +17,7 @@ from slimvlm.runs.study.stages import Stage
 from slimvlm.runs.study.work import work
 
 ENGINES = ("local", "ray")
-_PAUSE_S = 0.5
+PAUSE_S = 0.5
 """Seconds between looks at stages that other workers are at."""
 
 
@@ -43,7 +43,7 @@ def run_local(schedule: Schedule, missing: Sequence[Stage], cache: Cache, watche
     while open_stages:
         stage, outcome = _next_done(open_stages, failed, schedule, cache, watcher)
         if stage is None:
-            time.sleep(_PAUSE_S)
+            time.sleep(PAUSE_S)
             continue
         open_stages.remove(stage)
         if outcome.error:

@@ -37,6 +37,12 @@ _identity_of_data = lru_cache(maxsize=64)(identity_of_data)
 """Files are read once for all cells of a study."""
 
 
+def forget_files() -> None:
+    """Read files again from now on: another study may find others in the same place."""
+    for remembered in (_identity, _identity_of_data, _identity_of_task):
+        remembered.cache_clear()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Asked:
     """What a model is asked.
