@@ -17,8 +17,8 @@ from slimvlm.models.anatomy import decoder_layers, final_norm, read_anatomy
 from slimvlm.models.classes import auto_class
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
+from slimvlm.pruning.layer_calls import record_calls
 from slimvlm.pruning.repair import answer_loss, prune_and_repair_, repair_
-from slimvlm.pruning.walk import recorded
 from slimvlm.scoring.captures import CAPTURES
 from slimvlm.scoring.statistics import Statistics
 from tests import tiny
@@ -86,18 +86,38 @@ def test_repair_comes_nearer_and_stays_a_standard_checkpoint(name: str, tmp_path
     assert torch.equal(logits(again, data[0]), logits(student, data[0]))
 
 
+def blind(batch: Batch) -> Batch:
+    """A batch without its picture."""
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+
+
+@torch.no_grad()
+def assert_layer_by_layer_is_the_model(model: PreTrainedModel, data: Sequence[Batch]) -> None:
+    seen: list[Tensor] = []
+    handle = final_norm(model).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    final_hidden(model, data)
+    handle.remove()
+    calls_of_batches, _ = record_calls(model, data, None)
+    for calls, expected in zip(calls_of_batches, seen, strict=True):
+        hidden = calls.hidden
+        for index, layer in enumerate(decoder_layers(model)):
+            hidden = calls.through(layer, index, hidden)
+        assert_close(hidden, expected, SOLVE)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_walking_layer_by_layer_is_the_model(name: str) -> None:
     model = build(name)
-    data = batches(model, 2)
-    seen: list[Tensor] = []
-    final_norm(model).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    with torch.no_grad():
-        for number, record in enumerate(recorded(model, data, None)):
-            hidden = record.hidden
-            for index, layer in enumerate(decoder_layers(model)):
-                hidden = record.through(layer, index, hidden)
-            assert_close(hidden, seen[number], SOLVE)
+    assert_layer_by_layer_is_the_model(model, batches(model, 2))
+
+
+def test_layers_that_batches_without_pictures_skip_stay_as_they_are() -> None:
+    """Mllama's cross-attention layers: 1 and 3."""
+    model = build("mllama")
+    data = list(map(blind, batches(model)))
+    assert_layer_by_layer_is_the_model(model, data)
+    report = prune_and_repair_(model, plan_by_hand(read_anatomy(model), range(4)), data, "depth")
+    assert "no calibration batch runs layer 1, 3" in report.summary()
 
 
 @pytest.mark.parametrize("form", ["none", "width", "depth", "both", "auto"])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -50,6 +50,19 @@ def layer_output(output: Any) -> Tensor:
     """The hidden states in what a decoder layer returns: alone, or first in a tuple."""
     hidden: Tensor = output if isinstance(output, Tensor) else output[0]
     return hidden
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside, a module computes something else; its hooks run as before."""
+    own = vars(module).get("forward")  # where accelerate or another replacement has put one
+    try:
+        setattr(module, "forward", forward)  # noqa: B010
+        yield
+    finally:
+        delattr(module, "forward")
+        if own is not None:
+            setattr(module, "forward", own)  # noqa: B010
 
 
 def hidden_states(

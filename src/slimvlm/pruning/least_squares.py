@@ -139,7 +139,7 @@ class Moments:
 
 
 @dataclass(frozen=True)
-class Fit:
+class Refit:
     """New weights for the kept channels, in float64, and how far they are from the target.
 
     Attributes:
@@ -162,7 +162,7 @@ def refit(
     moments: Moments,
     keep: Int[Tensor, " K"],
     ridge: float,
-) -> Fit:
+) -> Refit:
     """The best weights on the kept channels, near the sliced ones.
 
     Minimises, over ``W'`` and, where the matrix has a bias, ``b'``,
@@ -206,14 +206,14 @@ def refit(
     repaired = sliced - float((lost * change).sum() + penalty * change.square().sum())
     new_weight = weight[:, keep] + change
     if bias is None:
-        return Fit(new_weight, None, _share(sliced, whole), _share(repaired, whole))
+        return Refit(new_weight, None, _share(sliced, whole), _share(repaired, whole))
     shift = removed_weight @ moments.total[remove]
     if moments.missing is not None:
         shift += moments.missing
     shift /= moments.count
     sliced += float(moments.count * shift.square().sum())
     new_bias = bias.double() + shift - change @ moments.total[keep] / moments.count
-    return Fit(new_weight, new_bias, _share(sliced, whole), _share(repaired, whole))
+    return Refit(new_weight, new_bias, _share(sliced, whole), _share(repaired, whole))
 
 
 def _solve(

@@ -22,18 +22,15 @@ from slimvlm.planning.mask import masked
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.least_squares import Moments, refit
-from slimvlm.pruning.matrices import (
+from slimvlm.pruning.sequential import (
     ATTENTION,
     MLP,
     SEAM,
-    Fitted,
-    assign_,
-    kept_channels,
-    kind_of,
+    MatrixRepair,
+    SequentialRepair,
     kinds_of,
     writers,
 )
-from slimvlm.pruning.walk import Walk
 from slimvlm.scoring.batches import Batch, TokenWeights, on_device
 from slimvlm.scoring.statistics import Statistics
 
@@ -110,9 +107,9 @@ def repair_(
         raise ConfigError(f"statistics of kind {statistics.kind!r} cannot repair; use 'grams'")
     if read_anatomy(model).layers != plan.after.layers:
         raise ConfigError("model: does not have the shape that the plan leaves; prune it first")
-    fitted: dict[str, Fitted] = {}
-    for name, index, projection, linear in writers(model, plan.layers):
-        keep = kept_channels(plan, index, projection)
+    repairs: dict[str, MatrixRepair] = {}
+    for writer in writers(model, plan.layers):
+        name, linear, keep = writer.name, writer.linear, writer.kept_channels(plan)
         try:
             names = (f"{name}.weight", f"{name}.gram", f"{name}.sum", "weight")
             sums = [statistics.tensors[name].to(linear.weight.device) for name in names]
@@ -121,12 +118,13 @@ def repair_(
         weight, gram, total, count = sums
         if len(keep) < len(total):
             moments = Moments(gram, total.double(), count.double())
-            fit = refit(weight, linear.bias, moments, keep.to(weight.device), ridge)
-            fitted[name] = Fitted(kind_of(projection), fit)
-    for name, _, _, linear in writers(model, plan.layers):
-        if name in fitted:
-            assign_(name, linear, fitted[name].fit.weight, fitted[name].fit.bias)
-    return RepairReport("one-shot", _errors(fitted), dict.fromkeys(kinds_of(fitted), 1.0))
+            found = refit(weight, linear.bias, moments, keep, ridge)
+            repairs[name] = MatrixRepair(writer.kind, found)
+    for writer in writers(model, plan.layers):
+        if writer.name in repairs:
+            found = repairs[writer.name].refit
+            writer.assign_(found.weight, found.bias)
+    return RepairReport("one-shot", _errors(repairs), dict.fromkeys(kinds_of(repairs), 1.0))
 
 
 @torch.no_grad()
@@ -180,25 +178,25 @@ def prune_and_repair_(
     try:
         with masked(model, plan):
             loss_sliced = answer_loss(model, judges) if judges else None
-        walk = Walk(model, plan, ridge)
+        fitting = SequentialRepair(model, plan, ridge)
         if REPAIRS[repair]:
-            walk.run(given, REPAIRS[repair], token_weights)
+            fitting.run(given, REPAIRS[repair], token_weights)
         prune_(model, plan)
-        choice = Choice(model, plan, walk.fitted)
+        blend = Blend(model, plan, fitting.repairs)
         loss: float | None
         if repair == "auto" and loss_sliced is not None:
-            loss = choice.best_(judges, loss_sliced)
+            loss = blend.set_best_(judges, loss_sliced)
         else:
-            choice.apply_(dict.fromkeys(choice.kinds, 1.0))
+            blend.set_(dict.fromkeys(blend.kinds, 1.0))
             loss = answer_loss(model, judges) if judges else None
     finally:
         model.train(was_training)
-    errors = _errors(walk.fitted)
-    return RepairReport("sequential", errors, choice.factors, loss_sliced, loss, tuple(walk.notes))
+    errors, notes = _errors(fitting.repairs), tuple(fitting.notes)
+    return RepairReport("sequential", errors, blend.factors, loss_sliced, loss, notes)
 
 
-def _errors(fitted: Mapping[str, Fitted]) -> dict[str, tuple[float, float]]:
-    return {n: (f.fit.sliced_error, f.fit.repaired_error) for n, f in fitted.items()}
+def _errors(repairs: Mapping[str, MatrixRepair]) -> dict[str, tuple[float, float]]:
+    return {n: (r.refit.sliced_error, r.refit.repaired_error) for n, r in repairs.items()}
 
 
 def _check_ridge(ridge: float) -> None:
@@ -238,46 +236,53 @@ def answer_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
     return total / count
 
 
-class Choice:
-    """A pruned model that can be set to any blend of its sliced and its repaired weights."""
+class Blend:
+    """A pruned model that can be set to any blend of its sliced and its repaired weights.
 
-    def __init__(self, model: PreTrainedModel, plan: Plan, fitted: Mapping[str, Fitted]) -> None:
-        rows = [row for row in writers(model, plan.layers) if row[0] in fitted]
-        self.model, self.fitted = model, fitted
-        self.linears = {name: linear for name, _, _, linear in rows}
-        self.kinds = kinds_of(fitted)
+    Args:
+        model: The model, with its sliced weights.
+        plan: What it was pruned by.
+        repairs: What was fitted, by the matrix's name.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, plan: Plan, repairs: Mapping[str, MatrixRepair]
+    ) -> None:
+        self.kinds = kinds_of(repairs)
         self.factors = dict.fromkeys(self.kinds, 0.0)
-        self.sliced = {
-            name: (linear.weight.clone(), None if linear.bias is None else linear.bias.clone())
-            for name, linear in self.linears.items()
-        }
+        self._model, self._repairs = model, repairs
+        self._writers = [w for w in writers(model, plan.layers) if w.name in repairs]
+        self._sliced = [
+            (w.linear.weight.clone(), None if w.linear.bias is None else w.linear.bias.clone())
+            for w in self._writers
+        ]
 
-    def apply_(self, factors: Mapping[str, float]) -> None:
+    def set_(self, factors: Mapping[str, float]) -> None:
         """Set the weights to ``sliced + factor · (repaired - sliced)``, by kind."""
-        for name, linear in self.linears.items():
-            kind, fit = self.fitted[name].kind, self.fitted[name].fit
-            if factors[kind] == self.factors[kind]:
+        for writer, (weight, bias) in zip(self._writers, self._sliced, strict=True):
+            repair = self._repairs[writer.name]
+            factor, found = factors[repair.kind], repair.refit
+            if factor == self.factors[repair.kind]:
                 continue
-            weight, bias = self.sliced[name]
-            if factors[kind]:
-                weight = torch.lerp(weight.double(), fit.weight, factors[kind])
-                bias = bias if fit.bias is None else bias.double().lerp(fit.bias, factors[kind])
-            assign_(name, linear, weight, bias)
+            if factor:
+                weight = torch.lerp(weight.double(), found.weight, factor)
+                bias = bias if found.bias is None else bias.double().lerp(found.bias, factor)
+            writer.assign_(weight, bias)
         self.factors = dict(factors)
 
-    def best_(self, batches: Sequence[Batch], loss_sliced: float) -> float:
+    def set_best_(self, batches: Sequence[Batch], loss_sliced: float) -> float:
         """Find the factors with the lowest loss, kind by kind from the full repair; set them."""
         losses_of = {tuple(self.factors.values()): loss_sliced}
 
         def loss(factors: dict[str, float]) -> float:
             key = tuple(factors.values())
             if key not in losses_of:
-                self.apply_(factors)
-                losses_of[key] = answer_loss(self.model, batches)
+                self.set_(factors)
+                losses_of[key] = answer_loss(self._model, batches)
             return losses_of[key]
 
         best = min((dict.fromkeys(self.kinds, f) for f in (1.0, 0.0)), key=loss)
         for kind in self.kinds:
             best = min(({**best, kind: factor} for factor in _FACTORS), key=loss)
-        self.apply_(best)
+        self.set_(best)
         return loss(best)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from slimvlm.core.errors import UnsupportedModelError
 from slimvlm.core.progress import progress
 from slimvlm.models.anatomy import decoder_layers, read_anatomy
-from slimvlm.models.hidden import layer_input, with_layer_input
+from slimvlm.models.hidden import layer_input, replaced_forward, with_layer_input
 from slimvlm.scoring.batches import (
     Batch,
     Targets,
@@ -210,11 +210,7 @@ def _passing_on(layers: Iterable[nn.Module]) -> Iterator[None]:
 
     with ExitStack() as stack:
         for layer in layers:
-            if "forward" in vars(layer):
-                stack.callback(setattr, layer, "forward", layer.forward)
-            else:
-                stack.callback(delattr, layer, "forward")
-            setattr(layer, "forward", pass_on)  # noqa: B010
+            stack.enter_context(replaced_forward(layer, pass_on))
         yield
 
 

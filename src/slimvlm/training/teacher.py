@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from slimvlm.models.anatomy import family_of, projections, read_anatomy
 from slimvlm.models.families import INPUT_COLUMNS, OUTPUT_ROWS, Projection
+from slimvlm.models.hidden import replaced_forward
 from slimvlm.models.units import channels_by_segment
 from slimvlm.planning.mask import kept_units
 from slimvlm.planning.plan import Plan
@@ -332,20 +333,19 @@ def _replayed(
 ) -> Iterator[None]:
     """Inside, ``target`` gives the outputs of ``source``, call by call, or else its input."""
     if source is None:
-        target.forward = lambda hidden, *args, **kwargs: hidden
-        handles = []
-    else:
-        outputs: deque[Any] = deque()
-        target.forward = lambda *args, **kwargs: outputs.popleft()
-        handles = [
-            source.register_forward_hook(lambda *call: outputs.append(call[2])),
-            # the backward pass may have run the source again, for gradient checkpointing
-            model.base_model.register_forward_pre_hook(lambda *call: outputs.clear()),
-        ]
+        with replaced_forward(target, lambda hidden, *args, **kwargs: hidden):
+            yield
+        return
+    outputs: deque[Any] = deque()
+    handles = [
+        source.register_forward_hook(lambda *call: outputs.append(call[2])),
+        # the backward pass may have run the source again, for gradient checkpointing
+        model.base_model.register_forward_pre_hook(lambda *call: outputs.clear()),
+    ]
     try:
-        yield
+        with replaced_forward(target, lambda *args, **kwargs: outputs.popleft()):
+            yield
     finally:
-        del target.forward
         for handle in handles:
             handle.remove()
 

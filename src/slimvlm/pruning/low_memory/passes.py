@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 from slimvlm.core.errors import DataError
 from slimvlm.data.roles import valid_tokens
 from slimvlm.models.anatomy import decoder_layers, family_of, final_norm
-from slimvlm.models.hidden import head_of, layer_output
+from slimvlm.models.hidden import head_of
+from slimvlm.pruning.layer_calls import LayerCalls, noted_calls
 from slimvlm.pruning.low_memory.opened import OpenCheckpoint
 from slimvlm.pruning.low_memory.scratch import Scratch, packed, unpacked
 from slimvlm.scoring.batches import Batch, batches_with_targets, forward_backbone, require_finite
@@ -135,26 +136,23 @@ class Passes:
 
     def _embed_one(self, place: int, batch: Batch, digest: str) -> None:
         on_device = {k: v.to(self.device) for k, v in batch.items() if isinstance(v, Tensor)}
-        with _noted_calls(self.model) as calls:
+        with noted_calls(self.model) as take:
             inputs = {name: value for name, value in on_device.items() if name != "labels"}
             forward_backbone(self.model, inputs)
+            calls = take()
         tensors = {f"batch.{name}": on_device[name] for name in _KEPT if name in on_device}
         tensors["batch.attention_mask"] = valid_tokens(on_device)
-        tree = [packed(given, tensors) for _, given in calls]
-        for index, (added, _) in enumerate(calls):
-            if index == 0 or bool(added.any()):
-                tensors[f"added.{index}"] = added
+        tree = {str(index): packed(given, tensors) for index, given in calls.arguments.items()}
+        tensors["hidden"] = calls.hidden
+        tensors |= {f"added.{index}": value for index, value in calls.added.items()}
         self.scratch.write("batches", place, tensors, {"digest": digest, "calls": tree})
 
     def input_of(self, index: int, place: int) -> Tensor:
         """What enters a layer; after the last one, what enters the final norm."""
-        stored = self.scratch.read("batches", place, self.device)
-        added = stored.get(f"added.{index}")
-        if index == 0:
-            assert added is not None
-            return added
-        hidden = self.output_of(index - 1, place)
-        return hidden if added is None else hidden + added
+        calls = self._calls(place)
+        return (
+            calls.hidden if index == 0 else calls.after(index - 1, self.output_of(index - 1, place))
+        )
 
     def output_of(self, index: int, place: int) -> Tensor:
         """What leaves a layer."""
@@ -202,13 +200,23 @@ class Passes:
                 self._write_gradient(last, batch["place"], hidden.grad)
         self.scratch.finish(f"gradient-{last}")
 
-    def _call(self, layer: nn.Module, index: int, place: int, hidden: Tensor) -> Tensor:
-        calls = self.scratch.about("batches", place)["calls"]
-        args, kwargs = unpacked(calls[index], self.scratch.read("batches", place, self.device))
-        return layer_output(layer(hidden, *args, **kwargs))
+    def _run_layer(self, layer: nn.Module, index: int, place: int, hidden: Tensor) -> Tensor:
+        """What leaves a layer that reads ``hidden``, called as for the batch at a place."""
+        return self._calls(place).run(layer, index, hidden)
+
+    def _calls(self, place: int) -> LayerCalls:
+        stored = self.scratch.read("batches", place, self.device)
+        tree = self.scratch.about("batches", place)["calls"]
+        added = {
+            int(name.removeprefix("added.")): value
+            for name, value in stored.items()
+            if name.startswith("added.")
+        }
+        arguments = {int(index): unpacked(given, stored) for index, given in tree.items()}
+        return LayerCalls(stored["hidden"], arguments, added)
 
     def _forward_layer(self, layer: nn.Module, index: int, place: int) -> None:
-        output = self._call(layer, index, place, self.input_of(index, place))
+        output = self._run_layer(layer, index, place, self.input_of(index, place))
         self._require_finite(output, f"the output of layer {index}", place)
         if not self.scratch.has(f"hidden-{index + 1}"):
             self.scratch.write(f"hidden-{index + 1}", place, {"hidden": output})
@@ -218,7 +226,7 @@ class Passes:
         hidden = self.input_of(index, place).requires_grad_()
         if not self.scratch.has(f"gradient-{index}"):
             hidden.register_hook(partial(self._write_gradient, index, place))
-        output = self._call(layer, index, place, hidden)
+        output = self._run_layer(layer, index, place, hidden)
         gradient = self.scratch.read(f"gradient-{index + 1}", place, self.device)["gradient"]
         return (output.float() * gradient.float()).flatten(1).sum(1)
 
@@ -257,31 +265,6 @@ def _only(model: PreTrainedModel, layers: Iterable[nn.Module]) -> Iterator[None]
         yield
     finally:
         text_model.layers = before
-
-
-Calls = list[tuple[Tensor, tuple[tuple[Any, ...], dict[str, Any]]]]
-
-
-@contextmanager
-def _noted_calls(model: PreTrainedModel) -> Iterator[Calls]:
-    """Decoder layers compute nothing: they note their arguments and answer with zeros.
-
-    What enters a layer after the first is then what is added between the two (deepstack features).
-    """
-    calls: Calls = []
-
-    def note(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        calls.append((hidden_states, (args, kwargs)))
-        return torch.zeros_like(hidden_states)
-
-    layers = list(decoder_layers(model))
-    try:
-        for layer in layers:
-            layer.forward = note
-        yield calls
-    finally:
-        for layer in layers:
-            del layer.forward
 
 
 def _digest(batch: Batch) -> str:

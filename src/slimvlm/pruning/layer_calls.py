@@ -1,0 +1,98 @@
+"""How a model calls its decoder layers, so that they can be run one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from slimvlm.core.progress import progress
+from slimvlm.models.anatomy import decoder_layers
+from slimvlm.models.hidden import layer_output, replaced_forward
+from slimvlm.scoring.batches import BackbonePass, Batch, TokenWeights
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and named arguments of a layer without its hidden states."""
+
+
+@dataclass(frozen=True)
+class LayerCalls:
+    """What it takes to run one batch through the decoder layer by layer.
+
+    Attributes:
+        hidden: Input of the first layer.
+        arguments: Other arguments of each layer, by its number; a layer that the batch skips (one
+            of Mllama's that read pictures, in a batch without) has none.
+        added: What the model adds to the hidden states before a layer reads them (deepstack
+            features), by that layer's number.
+    """
+
+    hidden: Tensor
+    arguments: dict[int, Arguments]
+    added: dict[int, Tensor]
+
+    def run(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
+        """What leaves one layer."""
+        if index not in self.arguments:
+            return hidden
+        args, kwargs = self.arguments[index]
+        return layer_output(layer(hidden, *args, **kwargs))
+
+    def after(self, index: int, output: Tensor) -> Tensor:
+        """What the layer behind one reads, or the final norm, given what leaves that one."""
+        return output + self.added[index + 1] if index + 1 in self.added else output
+
+    def through(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
+        """Run one layer; what comes out is what the next one reads."""
+        return self.after(index, self.run(layer, index, hidden))
+
+
+@contextmanager
+def noted_calls(model: PreTrainedModel) -> Iterator[Callable[[], LayerCalls]]:
+    """Inside, decoder layers compute nothing: they note their arguments and answer with zeros.
+
+    What enters a layer after the first is then what the model adds between the two.
+
+    Yields:
+        A function that hands over the calls of the batch that has just run.
+    """
+    noted: list[tuple[int, Tensor, Arguments]] = []
+
+    def note(index: int, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        noted.append((index, hidden_states, (args, kwargs)))
+        return torch.zeros_like(hidden_states)
+
+    def take() -> LayerCalls:
+        (_, hidden, _), *later = noted
+        arguments = {index: given for index, _, given in noted}
+        added = {index: entering for index, entering, _ in later if bool(entering.any())}
+        noted.clear()
+        return LayerCalls(hidden, arguments, added)
+
+    with ExitStack() as stack:
+        for index, layer in enumerate(decoder_layers(model)):
+            stack.enter_context(replaced_forward(layer, partial(note, index)))
+        yield take
+
+
+def record_calls(
+    model: PreTrainedModel, batches: Sequence[Batch], token_weights: TokenWeights | None
+) -> tuple[list[LayerCalls], list[Tensor]]:
+    """How a model calls its layers for each batch, and what each of the batch's tokens weighs."""
+    calls: list[LayerCalls] = []
+    weights: list[Tensor] = []
+    seen = BackbonePass()
+    with noted_calls(model) as take:
+
+        def keep() -> None:
+            calls.append(take())
+            weights.append(seen.weights)
+
+        seen.run(model, progress(batches, "calibrate"), token_weights, keep)
+    return calls, weights
