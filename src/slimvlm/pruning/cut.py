@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
@@ -12,13 +11,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from slimvlm.models.anatomy import (
     Matrix,
     decoder_layers,
-    family_of,
     matrices,
     stacks,
     text_config_of,
 )
 from slimvlm.models.classes import require_full_precision, set_class_, with_text_config
 from slimvlm.models.families import OUTPUT_ROWS
+from slimvlm.models.internals import retype_modules_
 from slimvlm.models.modeling_pruned import set_counts_
 from slimvlm.planning.mask import kept_channels, require_match
 from slimvlm.planning.plan import Plan
@@ -137,25 +136,3 @@ def _apply_config(model: PreTrainedModel, text_config: PreTrainedConfig, plan: P
     set_class_(model)
     if plan.needs_retype:
         retype_modules_(model, old, text_config)
-
-
-def retype_modules_(model: PreTrainedModel, old: PreTrainedConfig, new: PreTrainedConfig) -> None:
-    """Give the language model's modules the classes of the new type; they compute the same."""
-    source = importlib.import_module(
-        f".models.{old.model_type}.modeling_{old.model_type}", "transformers"
-    )
-    target = importlib.import_module(
-        f".models.{new.model_type}.modeling_{new.model_type}", "transformers"
-    )
-    old_prefix = type(old).__name__.removesuffix("Config")
-    new_prefix = type(new).__name__.removesuffix("Config")
-    is_text_model = family_of(model.config.model_type).text_config is None
-    root = model if is_text_model else model.get_submodule(_backbone_path(model))
-    for module in root.modules():
-        name = type(module).__name__
-        if getattr(source, name, None) is type(module) and name.startswith(old_prefix):
-            module.__class__ = getattr(target, new_prefix + name.removeprefix(old_prefix))
-
-
-def _backbone_path(model: PreTrainedModel) -> str:
-    return family_of(model.config.model_type).backbone

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -98,26 +96,6 @@ def write_beside_weights(
     if plan is not None:
         plan.save(folder / PLAN_FILE)
     write_card(folder, model, plan, facts)
-
-
-def write_weights(
-    model: Any, weights: Mapping[str, Tensor], folder: Path, shard_bytes: int
-) -> None:
-    """Write a model that has no storage; each tensor is asked for when its file is written.
-
-    transformers takes it for one whose weights lie on a disk, and holds one file in memory.
-
-    Args:
-        model: As `models.classes.empty_model` makes it, with its configuration.
-        weights: Its parameters by name.
-        folder: An existing folder.
-        shard_bytes: Largest weight file.
-    """
-    model.hf_device_map = {"": "disk"}
-    model._hf_hook = SimpleNamespace(weights_map=weights)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*offloaded modules.*")
-        model.save_pretrained(folder, max_shard_size=shard_bytes)
 
 
 @torch.no_grad()

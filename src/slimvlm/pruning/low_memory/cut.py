@@ -17,6 +17,7 @@ from slimvlm.core.files import new_folder, require_free
 from slimvlm.models.anatomy import matrices, read_anatomy, stacks
 from slimvlm.models.classes import empty_model
 from slimvlm.models.families import OUTPUT_ROWS
+from slimvlm.models.internals import write_weights
 from slimvlm.models.load import load_processor
 from slimvlm.planning.mask import kept_channels
 from slimvlm.planning.plan import Plan
@@ -24,7 +25,7 @@ from slimvlm.pruning.card import CardFacts
 from slimvlm.pruning.cut import kept_slices, prune_
 from slimvlm.pruning.low_memory.opened import OpenCheckpoint, open_checkpoint
 from slimvlm.pruning.manifest import write_manifest
-from slimvlm.pruning.save import write_beside_weights, write_weights
+from slimvlm.pruning.save import write_beside_weights
 
 SHARD_BYTES = 10**9
 """Largest weight file: what is in memory while it is written."""

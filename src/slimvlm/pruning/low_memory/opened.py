@@ -8,20 +8,18 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.utils import OffloadedWeightsLoader, set_module_tensor_to_device
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from slimvlm.core.errors import ConfigError, UnsupportedModelError
+from slimvlm.core.errors import ConfigError
 from slimvlm.models.anatomy import backbone_of, family_of
 from slimvlm.models.classes import empty_model, require_full_precision
+from slimvlm.models.internals import names_in_files
 from slimvlm.models.load import load_config, resolve
 
 _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -106,7 +104,7 @@ def open_checkpoint(
     shapes, stored = _headers(model, places)
     kind = getattr(torch, stored if dtype == "auto" else dtype)
     skeleton = empty_model(config, kind, with_buffers=True).requires_grad_(False).eval()
-    sources = _sources(skeleton, places)
+    sources = names_in_files(skeleton, places)
     _check(model, skeleton, sources, shapes)
     index = {
         target: {
@@ -159,22 +157,6 @@ def _headers(model: str | Path, places: dict[str, Path]) -> tuple[dict[str, list
     if most not in _DTYPES:
         raise ConfigError(f"model {str(model)!r}: weights of type {most} cannot be computed with")
     return shapes, _DTYPES[most]
-
-
-def _sources(skeleton: Any, places: Iterable[str]) -> dict[str, str]:
-    """The name in the files of every parameter, by its name in the model."""
-    conversions = get_model_conversion_mapping(skeleton)
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    if len(renamings) != len(conversions):
-        kind = skeleton.config.model_type
-        raise UnsupportedModelError(f"model_type {kind!r} cannot be read with low memory")
-    state, prefix = skeleton.state_dict(), skeleton.base_model_prefix
-    named = {rename_source_key(key, renamings, [], prefix, state)[0]: key for key in places}
-    skeleton._weight_conversions = [entry for entry in renamings if entry._was_used]
-    for target, source in getattr(skeleton, "all_tied_weights_keys", {}).items():
-        if source in named:
-            named.setdefault(target, named[source])
-    return {target: source for target, source in named.items() if target in state}
 
 
 def _check(
