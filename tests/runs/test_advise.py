@@ -19,7 +19,7 @@ from slimvlm.runs import advise as module
 from slimvlm.runs import estimate
 from slimvlm.runs.advise import Advice, advise
 from slimvlm.runs.estimate import learning_params
-from slimvlm.runs.recipes import Recipe, latencies, recipe_for, retentions
+from slimvlm.runs.recipes import Recipe, recipe_for, rules
 from slimvlm.training.trainable import prepare_training
 from tests import tiny
 
@@ -63,7 +63,7 @@ def test_expected_values_are_those_of_the_table(
     assert (first.model, first.same, first.percent) == ("LLaVA-1.5-7B", True, 96.38)
     assert first.source == "arXiv:2604.24380, Table 5"
     assert not any(row.same for row in found.expected[1:])
-    row = next(r for r in latencies() if r.model == "LLaVA-1.5-7B" and r.axis == "depth")
+    row = next(r for r in rules().latency if r.model == "LLaVA-1.5-7B" and r.axis == "depth")
     assert found.latency == row.values[0.3]
 
 
@@ -176,7 +176,7 @@ def test_a_command_gives_the_configuration_back(
 
 def test_recipes_of_the_chart_have_expected_values(model: str) -> None:
     """Where the chart sends people, numbers exist."""
-    assert retentions()
+    assert rules().retention
     for ratio in (0.15, 0.3, 0.45, 0.6):
         for data in (True, False):
             found = advise(model, ratio=ratio, data=data, gpu=True)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import RecoverConfig
+from slimvlm.runs import recipes
 from slimvlm.runs.recipes import (
-    Measured,
+    Curve,
     expected,
     fraction_for,
-    latencies,
     published,
     recipe_for,
-    retentions,
     rules,
     subject_of,
 )
@@ -55,21 +56,34 @@ def test_the_chart_is_the_studys(ratio: float, axis: str, train: str, loss: str)
 
 
 def test_curves_are_sound_and_about_known_models() -> None:
-    assert len(retentions()) > 20
-    for row in retentions():
+    assert len(rules().retention) > 20
+    for row in rules().retention:
         assert row.source
-        assert row.model in rules()["subjects"]
+        assert row.model in rules().subjects
         assert all(0 < ratio < 1 and 0 < value <= 101 for ratio, value in row.values.items())
         if row.train is not None:
             RecoverConfig(train=row.train, loss=row.loss)
-    for row in latencies():
+    for row in rules().latency:
         assert row.source
-        assert row.model in rules()["subjects"]
+        assert row.model in rules().subjects
         assert all(0 < share <= 1 for share in row.values.values())
 
 
+def test_a_row_of_another_form_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = recipes.RULES.read_text(encoding="utf-8")
+    monkeypatch.setattr(recipes, "RULES", tmp_path / "recipes.yaml")
+    for right, wrong in (("up_to: 0.15", "upto: 0.15"), ("axis: depth", "axis: deep")):
+        recipes.RULES.write_text(text.replace(right, wrong, 1), encoding="utf-8")
+        rules.cache_clear()
+        with pytest.raises(ValueError, match=wrong.partition(": ")[2] + "|upto"):
+            rules()
+    monkeypatch.undo()
+    rules.cache_clear()
+    assert rules().retention
+
+
 def test_a_curve_is_straight_between_and_silent_outside() -> None:
-    row = Measured(model="m", axis="width", values={0.2: 80.0, 0.4: 60.0}, source="s")
+    row = Curve(model="m", axis="width", values={0.2: 80.0, 0.4: 60.0}, source="s")
     assert row.at(0.2) == 80
     assert row.at(0.3) == pytest.approx(70)
     assert row.at(0.42) == 60

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import pandas as pd
 
-    from slimvlm.runs.study import Forecast
+    from slimvlm.runs.study.display import Forecast
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING

@@ -5,8 +5,10 @@ Nothing is run and no weights are read. Rules and measured numbers come from ``r
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 import torch
 
@@ -16,17 +18,8 @@ from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import params_for_memory, parse_bytes, parse_count, weight_bytes
 from slimvlm.models.load import anatomy as anatomy_of
 from slimvlm.planning.make import ratio_for_params
-from slimvlm.runs.estimate import Cost, Seen, estimate_cost, model_sizes
-from slimvlm.runs.recipes import (
-    Measured,
-    Recipe,
-    expected,
-    fraction_for,
-    latencies,
-    recipe_for,
-    rules,
-    subject_of,
-)
+from slimvlm.runs.estimate import Cost, Sizes, estimate_cost, image_tokens
+from slimvlm.runs.recipes import Recipe, expected, fraction_for, recipe_for, rules, subject_of
 
 _STEP = 0.005
 """How finely ratios are tried for a latency."""
@@ -108,69 +101,19 @@ def advise(
     Raises:
         ConfigError: If not exactly one budget is given, or it cannot be met.
     """
-    budget = Budget(
-        ratio=ratio,
-        target_params=target_params,
-        target_memory=target_memory,
-        target_latency=target_latency,
-    )
-    means = Means(data=data, gpu=gpu, samples=samples)
-    return advice_for(model, budget, means, dtype)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """How small or fast the model must become; exactly one of these.
-
-    Raises:
-        ConfigError: If none or several are given.
-    """
-
-    ratio: float | None = None
-    """Share of the backbone's parameters to remove."""
-    target_params: str | None = None
-    """Instead: parameters of the whole smaller model, such as 5B or 90M."""
-    target_memory: str | None = None
-    """Instead: memory of its weights, such as 8GiB."""
-    target_latency: float | None = None
-    """Instead: time to read a question, as a share of the original's."""
-
-    def __post_init__(self) -> None:
-        if sum(value is not None for value in vars(self).values()) != 1:
-            names = [f"--{name.replace('_', '-')}" for name in vars(self)]
-            raise ConfigError(f"advise needs exactly one of {', '.join(names)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Means:
-    """What is at hand.
-
-    Attributes:
-        data: Conversations to train on.
-        gpu: A GPU; None looks at this machine.
-        samples: How many conversations; None for as many as the study had.
-    """
-
-    data: bool = True
-    gpu: bool | None = None
-    samples: int | None = None
-
-    @property
-    def has_gpu(self) -> bool:
-        """Whether training runs on a GPU."""
-        return torch.cuda.is_available() if self.gpu is None else self.gpu
-
-
-def advice_for(model: str, budget: Budget, means: Means, dtype: str = "bfloat16") -> Advice:
-    """What `advise` does, with its arguments in groups."""
     shape = anatomy_of(model)
     subject = subject_of({**vars(shape), "num_layers": shape.num_layers})
-    ratio = _ratio(shape, subject, budget, means.data, dtype)
-    fraction, why = _fraction(ratio, means.samples)
-    whole = rules()["data"]["full_set"] if means.samples is None else means.samples
-    tokens = model_sizes(model, False)[2] + rules()["cost"]["text_tokens"]
-    seen = Seen(samples=round(fraction * whole), tokens=tokens)
-    recipe, cost, notes = _affordable(shape, ratio, means.data, means.has_gpu, seen, dtype)
+    budget = {
+        **{"ratio": ratio, "target_params": target_params},
+        **{"target_memory": target_memory, "target_latency": target_latency},
+    }
+    ratio = _ratio(shape, subject, budget, data, dtype)
+    fraction, why = _fraction(ratio, samples)
+    seen = round(fraction * (rules().full_set if samples is None else samples))
+    tokens = float(image_tokens(model) + rules().costs.text_tokens)
+    sizes = Sizes(shape=shape, tokens=tokens, samples=seen)
+    has_gpu = torch.cuda.is_available() if gpu is None else gpu
+    recipe, cost, notes = _affordable(sizes, ratio, data, has_gpu, dtype)
     after = shape.total_params - round(ratio * shape.backbone_params)
     size = weight_bytes(shape, dtype)
     return Advice(
@@ -184,17 +127,17 @@ def advice_for(model: str, budget: Budget, means: Means, dtype: str = "bfloat16"
         fraction=fraction if recipe.train else 1.0,
         cost=cost,
         notes=(*notes, *([why] if recipe.train else [])),
-        command=_command(model, ratio, recipe, fraction, means.data),
+        command=_command(model, ratio, recipe, fraction, data),
     )
 
 
 def _affordable(
-    shape: Anatomy, ratio: float, data: bool, has_gpu: bool, seen: Seen, dtype: str
+    sizes: Sizes, ratio: float, data: bool, has_gpu: bool, dtype: str
 ) -> tuple[Recipe, Cost, list[str]]:
     """The recipe, unless its training would take too long here."""
     recipe = recipe_for(ratio, data)
-    cost = estimate_cost(shape, ratio, recipe, has_gpu, seen, dtype)
-    limit = rules()["cost"]["max_hours_without_gpu"]
+    cost = estimate_cost(sizes, ratio, recipe, has_gpu, dtype)
+    limit = rules().costs.max_hours_without_gpu
     notes = []
     if not has_gpu and cost.training_hours > limit:
         notes = [
@@ -202,20 +145,28 @@ def _affordable(
             f"{limit} h: not trained"
         ]
         recipe = recipe_for(ratio, False)
-        cost = estimate_cost(shape, ratio, recipe, has_gpu, seen, dtype)
+        cost = estimate_cost(sizes, ratio, recipe, has_gpu, dtype)
     return recipe, cost, [*notes, f"{recipe.why} ({recipe.source})"]
 
 
-def _ratio(shape: Anatomy, subject: str | None, budget: Budget, data: bool, dtype: str) -> float:
-    """The ratio that meets a budget."""
-    if budget.ratio is not None:
-        return budget.ratio
-    if budget.target_latency is not None:
-        return _ratio_for_latency(subject, budget.target_latency, data)
-    if budget.target_params is not None:
-        return ratio_for_params(shape, parse_count(budget.target_params))
-    assert budget.target_memory is not None
-    return ratio_for_params(shape, params_for_memory(parse_bytes(budget.target_memory), dtype))
+def _ratio(
+    shape: Anatomy, subject: str | None, budget: Mapping[str, Any], data: bool, dtype: str
+) -> float:
+    """The ratio that meets the one budget that is given."""
+    given = [(name, value) for name, value in budget.items() if value is not None]
+    if len(given) != 1:
+        names = [f"--{name.replace('_', '-')}" for name in budget]
+        raise ConfigError(f"advise needs exactly one of {', '.join(names)}")
+    ((name, value),) = given
+    match name:
+        case "target_params":
+            return ratio_for_params(shape, parse_count(value))
+        case "target_memory":
+            return ratio_for_params(shape, params_for_memory(parse_bytes(value), dtype))
+        case "target_latency":
+            return _ratio_for_latency(subject, value, data)
+    wanted: float = value
+    return wanted
 
 
 def _ratio_for_latency(subject: str | None, share: float, data: bool) -> float:
@@ -239,18 +190,13 @@ def _latency(axis: str, ratio: float, subject: str | None) -> float | None:
 
     Of these the curves count that reach farthest, the same ones at every ratio.
     """
-    curves = [_from_1(row) for row in latencies() if row.axis == axis]
+    curves = [row for row in rules().latency if row.axis == axis]
     own = [row for row in curves if row.model == subject]
     others = [row for row in curves if not row.ours]
     farthest = max(max(row.values) for row in others)
     shown = own or [row for row in others if max(row.values) == farthest]
     values = [value for row in shown if (value := row.at(ratio)) is not None]
     return fmean(values) if values else None
-
-
-def _from_1(row: Measured) -> Measured:
-    """A curve that begins with the unpruned model."""
-    return replace(row, values={0.0: 1.0, **row.values})
 
 
 def _expectations(recipe: Recipe, ratio: float, subject: str | None) -> tuple[Expectation, ...]:
@@ -268,7 +214,7 @@ def _expectations(recipe: Recipe, ratio: float, subject: str | None) -> tuple[Ex
 def _fraction(ratio: float, samples: int | None) -> tuple[float, str]:
     """The share of the data to train on: of few samples all."""
     fraction, why = fraction_for(ratio)
-    needed = round(fraction * rules()["data"]["full_set"])
+    needed = round(fraction * rules().full_set)
     if samples is None:
         return fraction, why
     if samples <= needed:

@@ -1,26 +1,55 @@
-"""What pruning and recovering a model needs in memory and time, before anything is run."""
+"""What pruning and recovering a model needs in memory, work and time, before anything is run.
+
+Work is counted in FLOP: two for each weight of the backbone that multiplies, and for each token.
+The vision tower is not counted. The constants stand in ``recipes.yaml``, each with its source.
+"""
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 
 from slimvlm.core.options import RecoverConfig, Train
 from slimvlm.models.anatomy import Anatomy, LayerShape
 from slimvlm.models.cost import weight_bytes
-from slimvlm.models.load import anatomy, computes_bfloat16, default_device, load_config
+from slimvlm.models.load import computes_bfloat16, default_device, load_config
 from slimvlm.runs.recipes import Recipe, rules
 
-EFFICIENCY = 0.3
-"""Share of a plain matrix product's speed that whole stages are taken to reach."""
-DEFAULT_IMAGE_TOKENS = 256
-"""Tokens of a picture where a configuration does not say."""
-_LEARNING_BYTES = 16
-"""For each weight that learns: float32 weight and gradient, two float32 moments of AdamW."""
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What estimates need to know of a model and its data.
+
+    Attributes:
+        shape: The unpruned model.
+        tokens: Mean tokens of a conversation, those of its pictures included.
+        samples: Conversations to train on.
+    """
+
+    shape: Anatomy
+    tokens: float
+    samples: int
+
+    @property
+    def pass_flops(self) -> float:
+        """Work of reading a conversation. Embeddings look up, they do not multiply."""
+        looked_up = self.shape.embedding_params if self.shape.head_params else 0
+        return 2 * (self.shape.backbone_params - looked_up) * self.tokens
+
+    def training_flops(self, config: RecoverConfig, kept: float, seen: float) -> float:
+        """Work of a training: forward and backward, and the forward pass of a teacher.
+
+        Args:
+            config: What learns, from which loss.
+            kept: Share of the backbone that the student has.
+            seen: Conversations, each as often as it is seen.
+        """
+        passes = kept * (2 if config.train == "projector" else 3) + config.needs_teacher
+        return self.pass_flops * passes * seen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,71 +71,52 @@ class Cost:
     rests_on: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Seen:
-    """What training sees: conversations, and the tokens of one."""
-
-    samples: int
-    tokens: int
-
-
-def estimate_cost(
-    shape: Anatomy, ratio: float, recipe: Recipe, has_gpu: bool, seen: Seen, dtype: str
-) -> Cost:
-    """What a recipe needs, from counts of the anatomy and the constants of ``recipes.yaml``.
+def estimate_cost(sizes: Sizes, ratio: float, recipe: Recipe, has_gpu: bool, dtype: str) -> Cost:
+    """What a recipe needs.
 
     Args:
-        shape: The unpruned model.
+        sizes: The unpruned model and the data.
         ratio: Share of its backbone that goes.
         recipe: What is pruned and trained.
         has_gpu: Whether training runs on a GPU.
-        seen: The data.
         dtype: Data type of the weights.
     """
-    peak = rules()["cost"]["calibration_peak"]
-    size = weight_bytes(shape, dtype)
-    about = f"scoring: {peak[recipe.axis]:g} x the weights ({peak['source']})"
+    costs = rules().costs
+    peak, held = costs.calibration_peak[recipe.axis], weight_bytes(sizes.shape, dtype)
+    about = [f"scoring: {peak:g} x the weights ({costs.calibration_source})"]
     if recipe.train is None:
-        return Cost(calibration_bytes=peak[recipe.axis] * size, rests_on=(about,))
-    hours, about_time = _hours(shape, ratio, recipe, has_gpu, seen)
-    activations = rules()["cost"]["activation_bytes"]
-    about_memory = (
-        f"training memory: the weights once, {_LEARNING_BYTES} bytes for each weight that learns, "
-        f"{activations['factor']} bytes for each token, layer and channel "
-        f"({activations['source']}), batches of {RecoverConfig().batch_size}"
-    )
-    return Cost(
-        calibration_bytes=peak[recipe.axis] * size,
-        training_bytes=_training_bytes(shape, ratio, recipe, size, seen.tokens),
-        training_hours=hours,
-        samples=seen.samples,
-        rests_on=(about, about_memory, about_time),
-    )
-
-
-def _hours(
-    shape: Anatomy, ratio: float, recipe: Recipe, has_gpu: bool, seen: Seen
-) -> tuple[float, str]:
-    """Time of training, and what that rests on. Embeddings look up, they do not multiply."""
-    assert recipe.train is not None
+        return Cost(calibration_bytes=peak * held, rests_on=tuple(about))
     config = RecoverConfig(train=recipe.train, loss=recipe.loss)
-    multiplied = shape.backbone_params - (shape.embedding_params if shape.head_params else 0)
-    flops = 2 * multiplied * seen.samples * seen.tokens * training_passes(config, 1 - ratio)
+    flops = sizes.training_flops(config, 1 - ratio, sizes.samples)
     speed, device = _speed(has_gpu)
-    about = f"time: {device}, {EFFICIENCY:.0%} of it used; {seen.tokens} tokens a conversation"
-    return flops / (EFFICIENCY * speed) / 3600, f"{about}; the vision tower is not counted"
+    about += [
+        f"training memory: the weights once, {costs.learning_bytes} bytes for each weight that "
+        f"learns, {costs.activation_bytes} bytes for each token, layer and channel "
+        f"({costs.activation_source}), batches of {config.batch_size}",
+        f"time: {device}, {costs.efficiency:.0%} of it used; {sizes.tokens:.0f} tokens a "
+        "conversation; the vision tower is not counted",
+    ]
+    return Cost(
+        calibration_bytes=peak * held,
+        training_bytes=held + _bytes_beside_weights(sizes, ratio, recipe, config),
+        training_hours=flops / (costs.efficiency * speed) / 3600,
+        samples=sizes.samples,
+        rests_on=tuple(about),
+    )
 
 
-def _training_bytes(shape: Anatomy, ratio: float, recipe: Recipe, size: int, tokens: int) -> float:
-    """Weights, what learns, activations. A teacher shares the frozen weights of the student."""
-    config = RecoverConfig()
-    learning = learning_params(shape, ratio, recipe.train, config.lora_rank)
+def _bytes_beside_weights(
+    sizes: Sizes, ratio: float, recipe: Recipe, config: RecoverConfig
+) -> float:
+    """What learns, and activations. A teacher shares the frozen weights of the student."""
+    shape, costs = sizes.shape, rules().costs
+    learning = learning_params(shape, ratio, config.train, config.lora_rank)
     kept_layers = shape.num_layers * (1 - ratio) if recipe.axis == "depth" else shape.num_layers
-    activations: float = rules()["cost"]["activation_bytes"]["factor"] * tokens * config.batch_size
-    return size + _LEARNING_BYTES * learning + activations * shape.hidden_size * kept_layers
+    channels = sizes.tokens * config.batch_size * shape.hidden_size * kept_layers
+    return costs.learning_bytes * learning + costs.activation_bytes * channels
 
 
-def learning_params(shape: Anatomy, ratio: float, train: Train | None, rank: int) -> int:
+def learning_params(shape: Anatomy, ratio: float, train: Train, rank: int) -> int:
     """Parameters that learn: the projector, LoRA matrices besides, or all but the vision tower.
 
     Args:
@@ -130,41 +140,37 @@ def _lora_channels(layer: LayerShape, hidden: int) -> int:
     )
 
 
-def _speed(has_gpu: bool) -> tuple[float, str]:
-    """Floating-point operations a second, and where that number comes from."""
-    if has_gpu and not torch.cuda.is_available():
-        assumed = rules()["cost"]["gpu"]
-        return assumed["flops"], f"{assumed['name']} ({assumed['source']})"
-    device = default_device() if has_gpu else torch.device("cpu")
-    flops = device_flops(device)
-    return flops, f"this {device.type} at {flops / 1e9:,.0f} GFLOP/s, timed just now"
+def optimizer_steps(config: RecoverConfig, samples: int) -> int:
+    """Steps that training on so many samples takes."""
+    if config.max_steps > 0:
+        return config.max_steps
+    batches = -(-samples // config.batch_size)
+    return math.ceil(config.epochs * -(-batches // config.gradient_accumulation))
 
 
-@lru_cache(maxsize=32)
-def model_sizes(model: str, trust_remote_code: bool) -> tuple[int, int, int]:
-    """Parameters of the backbone and of all, and tokens of a picture."""
-    found = anatomy(model)
-    config = load_config(model, trust_remote_code)
-    return found.backbone_params, found.total_params, _image_tokens(config)
-
-
-def _image_tokens(config: Any) -> int:
+def image_tokens(model: str, trust_remote_code: bool = False) -> int:
     """Tokens of a picture: patches of the tower, or fewer where a configuration says so."""
+    config = load_config(model, trust_remote_code)
     vision = getattr(config, "vision_config", None)
     size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
     side, step = (value[0] if isinstance(value, list | tuple) else value for value in (size, patch))
-    patches = (side // step) ** 2 if side and step else DEFAULT_IMAGE_TOKENS
+    patches = (side // step) ** 2 if side and step else rules().costs.image_tokens
     return min(patches, getattr(config, "image_seq_length", None) or patches)
 
 
-def training_passes(config: RecoverConfig, kept: float) -> float:
-    """Forward passes of the original that one step of training is worth.
+def seconds_of(flops: float) -> float:
+    """Rough time of so much work on this machine."""
+    return flops / (rules().costs.efficiency * device_flops(default_device()))
 
-    Args:
-        config: What learns, from which loss.
-        kept: Share of the backbone that the student has.
-    """
-    return kept * (2 if config.train == "projector" else 3) + config.needs_teacher
+
+def _speed(has_gpu: bool) -> tuple[float, str]:
+    """Floating-point operations a second, and where that number comes from."""
+    if has_gpu and not torch.cuda.is_available():
+        costs = rules().costs
+        return costs.gpu_flops, f"{costs.gpu} ({costs.gpu_source})"
+    device = default_device() if has_gpu else torch.device("cpu")
+    flops = device_flops(device)
+    return flops, f"this {device.type} at {flops / 1e9:,.0f} GFLOP/s, timed just now"
 
 
 @lru_cache(maxsize=2)

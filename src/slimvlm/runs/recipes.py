@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+from pydantic import TypeAdapter
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import Axis, Train
@@ -45,8 +46,8 @@ class Recipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """A measured curve over the ratio.
+class Curve:
+    """What was measured of one model over the ratio.
 
     Attributes:
         model: The model that was measured.
@@ -68,16 +69,75 @@ class Measured:
 
     def at(self, ratio: float) -> float | None:
         """The value at a ratio, on a straight line between measured ones; None too far outside."""
-        known = sorted(self.values.items())
-        (low, first), (high, last) = known[0], known[-1]
-        if not low - NEAR <= ratio <= high + NEAR:
+        ratios = sorted(self.values)
+        if not ratios[0] - NEAR <= ratio <= ratios[-1] + NEAR:
             return None
-        if ratio <= low:
-            return first
-        for (a, before), (b, after) in pairwise(known):
-            if ratio <= b:
-                return before + (after - before) * (ratio - a) / (b - a)
-        return last
+        return float(np.interp(ratio, ratios, [self.values[known] for known in ratios]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fraction:
+    """The share of the study's training data that suffices up to some ratio."""
+
+    up_to: float
+    fraction: float
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """What estimates rest on; ``recipes.yaml`` says of each number what it is."""
+
+    text_tokens: int
+    image_tokens: int
+    calibration_peak: Mapping[Axis, float]
+    calibration_source: str
+    activation_bytes: int
+    activation_source: str
+    learning_bytes: int
+    efficiency: float
+    gpu: str
+    gpu_flops: float
+    gpu_source: str
+    max_hours_without_gpu: int
+    disk_flops: float
+    reply_passes: float
+    benchmark_questions: int
+    own_questions: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """The whole file.
+
+    Attributes:
+        with_training: Recipes, in the order of their ratios, where there is data.
+        without_training: The same where there is none.
+        full_set: Conversations that the study trained on.
+        fractions: The share of these that suffices, in the order of the ratios.
+        fractions_source: Where that stands.
+        subjects: Values of the anatomy of each measured model.
+        retention: Everything that is known of AVG-%; where two curves fit, the first one counts.
+        latency: Time to read a question as a share of the unpruned model's.
+        costs: What estimates rest on.
+    """
+
+    with_training: tuple[Recipe, ...]
+    without_training: tuple[Recipe, ...]
+    full_set: int
+    fractions: tuple[Fraction, ...]
+    fractions_source: str
+    subjects: Mapping[str, Mapping[str, str | int]]
+    retention: tuple[Curve, ...]
+    latency: tuple[Curve, ...]
+    costs: Costs
+
+
+@cache
+def rules() -> Rules:
+    """``recipes.yaml``, which pydantic checks against `Rules`."""
+    values = yaml.safe_load(RULES.read_text(encoding="utf-8"))
+    return TypeAdapter(Rules).validate_python(values, extra="forbid")
 
 
 def recipe_for(ratio: float, has_data: bool) -> Recipe:
@@ -91,8 +151,8 @@ def recipe_for(ratio: float, has_data: bool) -> Recipe:
         ConfigError: If the ratio is not in [0, 1).
     """
     _require_share(ratio)
-    rows = rules()["recipes"]["with_training" if has_data else "without_training"]
-    return next(Recipe(**row) for row in rows if ratio <= row["up_to"])
+    rows = rules().with_training if has_data else rules().without_training
+    return next(row for row in rows if ratio <= row.up_to)
 
 
 def fraction_for(ratio: float) -> tuple[float, str]:
@@ -102,24 +162,11 @@ def fraction_for(ratio: float) -> tuple[float, str]:
         ConfigError: If the ratio is not in [0, 1).
     """
     _require_share(ratio)
-    data = rules()["data"]
-    row = next(row for row in data["fractions"] if ratio <= row["up_to"])
-    return row["fraction"], f"{row['why']} ({data['source']})"
+    row = next(row for row in rules().fractions if ratio <= row.up_to)
+    return row.fraction, f"{row.why} ({rules().fractions_source})"
 
 
-def retentions() -> list[Measured]:
-    """Everything that is known of AVG-%; where two curves fit, the first one counts."""
-    return [_measured(row, "percent") for row in rules()["retention"]]
-
-
-def latencies() -> list[Measured]:
-    """Time to read a question as a share of the unpruned model's."""
-    return [_measured(row, "share") for row in rules()["latency"]]
-
-
-def published(
-    axis: str, train: str | None, loss: str, ratio: float
-) -> list[tuple[Measured, float]]:
+def published(axis: str, train: str | None, loss: str, ratio: float) -> list[tuple[Curve, float]]:
     """AVG-% that the study gives for an axis, a recovery and a ratio, one value for each model.
 
     Training all weights stands beside the study's LoRA.
@@ -127,12 +174,13 @@ def published(
     return [found for found in expected(axis, train, loss, ratio) if not found[0].ours]
 
 
-def expected(axis: str, train: str | None, loss: str, ratio: float) -> list[tuple[Measured, float]]:
+def expected(axis: str, train: str | None, loss: str, ratio: float) -> list[tuple[Curve, float]]:
     """AVG-% that was measured for an axis, a recovery and a ratio, one value for each model."""
-    found: dict[str, tuple[Measured, float]] = {}
-    for row in retentions():
-        value = row.at(ratio)
-        if value is not None and _fits(row, axis, train, loss):
+    learns = {train, "lora"} if train == "full" else {train}
+    found: dict[str, tuple[Curve, float]] = {}
+    for row in rules().retention:
+        fits = row.axis == axis and row.train in learns and (train is None or row.loss == loss)
+        if fits and (value := row.at(ratio)) is not None:
             found.setdefault(row.model, (row, value))
     return list(found.values())
 
@@ -143,28 +191,12 @@ def subject_of(shape: Mapping[str, Any]) -> str | None:
     Args:
         shape: Values of the anatomy by name, such as ``hidden_size``.
     """
-    for name, wanted in rules()["subjects"].items():
+    for name, wanted in rules().subjects.items():
         if all(shape[key] == value for key, value in wanted.items()):
-            return str(name)
+            return name
     return None
-
-
-@cache
-def rules() -> dict[str, Any]:
-    """The whole file."""
-    values: dict[str, Any] = yaml.safe_load(RULES.read_text(encoding="utf-8"))
-    return values
 
 
 def _require_share(ratio: float) -> None:
     if not 0 <= ratio < 1:
         raise ConfigError(f"ratio {ratio} must be at least 0 and below 1")
-
-
-def _fits(row: Measured, axis: str, train: str | None, loss: str) -> bool:
-    learns = {train, "lora"} if train == "full" else {train}
-    return row.axis == axis and row.train in learns and (train is None or row.loss == loss)
-
-
-def _measured(row: Mapping[str, Any], name: str) -> Measured:
-    return Measured(values=row[name], **{key: value for key, value in row.items() if key != name})

@@ -403,6 +403,41 @@ def test_a_removed_input_is_said(
     assert outcomes[evaluations[0].name].error == "prune was removed meanwhile"
 
 
+@pytest.mark.parametrize("recovery", ["sft+hidden", ["none", "sft+hidden"]])
+def test_other_questions_make_removed_models_again(
+    recovery: str | list[str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = pretend(monkeypatch)
+    cache = Cache(tmp_path)
+    for limit in (2, 1):
+        config = study(data, {"axis": "depth", "recovery": recovery}, limit=limit)
+        _, schedule = prepared(config, print)
+        missing = schedule.missing(cache)
+        done.clear()
+        engines.run_local(schedule, missing, cache, Silent())
+        assert sorted(done) == sorted(stage.name for stage in missing)
+        assert [stage.kind for stage in missing if stage.kind == "recover"] == ["recover"]
+        models = [
+            p for k in ("prune", "recover") for p in (tmp_path / "cache" / k).glob("*/check*")
+        ]
+        assert models == []
+        assert schedule.missing(cache) == []
+
+
+def test_ray_s_tasks_say_what_became_of_their_inputs(
+    schedule: Schedule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch)
+    plan = next(stage for stage in schedule.stages() if stage.kind == "plan")
+    failed = Outcome(plan.inputs[0].name, error="it was too large")
+    assert engines.done_by_ray(plan, str(tmp_path), 1.0, failed).error == "calibrate failed"
+    lost = engines.done_by_ray(plan, str(tmp_path), 1.0)
+    assert lost.error == "calibrate was removed meanwhile"
+    assert not engines.done_by_ray(plan.inputs[0], str(tmp_path), 1.0).error
+    assert engines.done_by_ray(plan, str(tmp_path), 1.0).seconds > 0
+    assert engines.done_by_ray(plan, str(tmp_path), 1.0).seconds == 0
+
+
 def test_what_another_worker_finishes_between_two_looks_is_no_failure(
     schedule: Schedule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,37 +20,19 @@ from slimvlm.evaluation.lmms import check_names, split_names
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models.load import anatomy, load_config
 from slimvlm.runs.stages import check_options, rehearse_request
-from slimvlm.runs.study.cache import Cache, Outcome
+from slimvlm.runs.study.cache import Cache
 from slimvlm.runs.study.cells import Cell, expand
 from slimvlm.runs.study.config import StudyConfig, read_study
-from slimvlm.runs.study.display import Progress, shown
+from slimvlm.runs.study.display import Clock, Forecast, Progress, forecast_of, shown
 from slimvlm.runs.study.engines import ENGINES, run_local, run_ray
-from slimvlm.runs.study.estimate import Estimator
-from slimvlm.runs.study.schedule import Schedule, make_schedule
-from slimvlm.runs.study.stages import KINDS, Stage, forget_files
+from slimvlm.runs.study.schedule import Schedule
+from slimvlm.runs.study.stages import forget_files, stages_of
 from slimvlm.runs.study.table import STUDY, results_table, write_table
 from slimvlm.runs.study.work import notes_on, samples_of
 
 Say = Callable[[str], None]
 _PATIENCE = 600.0
 """Seconds to wait for another worker that writes the table."""
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What a start would do.
-
-    Attributes:
-        cells: Label of each cell, and which of its stages are still to do.
-        stages: Number of stages to do and already done, by kind.
-        seconds: Estimated time of what is to do, one stage after another.
-        basis: For each kind to do: ``measured`` if the cache has such stages, else ``rough``.
-    """
-
-    cells: Mapping[str, tuple[str, ...]]
-    stages: Mapping[str, tuple[int, int]]
-    seconds: float
-    basis: Mapping[str, str]
 
 
 def run_study(
@@ -99,16 +81,16 @@ def run_study(
         if isinstance(study, str | Path):
             write_text(cache.root / STUDY, Path(study).read_text(encoding="utf-8"))
     missing = schedule.missing(cache)
-    progress = Progress(schedule, missing, Estimator.from_cache(cache), console)
-    recorder = _Recorder(progress, partial(_written_table, config, schedule, cache))
+    write = partial(_written_table, config, schedule, cache)
+    progress = Progress(missing, Clock.from_cache(schedule.flops, cache), console, write)
     try:
         with shown(progress):
             if engine == "local":
-                run_local(schedule, missing, cache, recorder)
+                run_local(schedule, missing, cache, progress)
             else:
-                run_ray(schedule, missing, cache, recorder, config.resources, workers, address)
+                run_ray(schedule, missing, cache, progress, config.resources, workers, address)
     finally:
-        table = recorder.write()
+        table = write()
     return table
 
 
@@ -123,45 +105,14 @@ def _written_table(config: StudyConfig, schedule: Schedule, cache: Cache) -> pd.
     return table
 
 
-@dataclass(frozen=True)
-class _Recorder:
-    """Shows progress, and writes the table whenever another model was measured."""
-
-    progress: Progress
-    write: Callable[[], pd.DataFrame]
-
-    def started(self, stage: Stage) -> None:
-        self.progress.started(stage)
-
-    def finished(self, stage: Stage, outcome: Outcome) -> None:
-        self.progress.finished(stage, outcome)
-        if stage.kind == "evaluate":
-            self.write()
-
-
 def forecast(study: StudyConfig | str | Path, out: str | Path) -> Forecast:
     """Find out what `run_study` would do, and how long it would take.
 
     Raises:
         SlimError: As `run_study`.
     """
-    _, schedule = prepared(study, _to_stderr)
-    cache = Cache(out)
-    missing = schedule.missing(cache)
-    names = {stage.name for stage in missing}
-    cells = {
-        cell.cell.label: tuple(s.kind for s in list(cell.all())[1:] if s.name in names)
-        for cell in schedule.ordered
-    }
-    everything = schedule.stages()
-    counts: dict[str, tuple[int, int]] = {}
-    for kind in KINDS:
-        to_do = sum(stage.kind == kind for stage in missing)
-        done = [s for s in everything if s.kind == kind and s.name not in names]
-        counts[kind] = (to_do, sum(cache.is_done(stage) for stage in done))
-    work = [(stage.kind, schedule.flops[stage.name]) for stage in missing]
-    seconds, basis = Estimator.from_cache(cache).total(work)
-    return Forecast(cells, counts, seconds, basis)
+    _, schedule = prepared(study, partial(print, file=sys.stderr))
+    return forecast_of(schedule, Cache(out))
 
 
 def prepared(study: StudyConfig | str | Path, say: Say) -> tuple[StudyConfig, Schedule]:
@@ -172,7 +123,7 @@ def prepared(study: StudyConfig | str | Path, say: Say) -> tuple[StudyConfig, Sc
     for model in dict.fromkeys(cell.model for cell in cells):
         _check_model(model, [cell for cell in cells if cell.model == model])
     forget_files()
-    schedule = make_schedule(config, cells)
+    schedule = Schedule([stages_of(config, cell) for cell in cells], config.keep_checkpoints)
     if config.data is not None:
         request = schedule.cells[0].prune.request
         for line in notes_on(request):
@@ -208,10 +159,6 @@ def _check_model(model: str, cells: list[Cell]) -> None:
             rehearse_request(shape, cell.prune)
         except SlimError as error:
             raise ConfigError(f"cell ({cell.label}): {error}") from error
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 def as_json(table: pd.DataFrame) -> dict[str, Any]:

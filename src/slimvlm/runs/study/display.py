@@ -1,19 +1,20 @@
-"""How far a study is: a live table on a terminal, plain lines elsewhere."""
+"""How far a study is and how long the rest takes: in advance, as a live table, as plain lines."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 from slimvlm.core.progress import without_bars
-from slimvlm.runs.study.cache import Outcome
-from slimvlm.runs.study.estimate import Estimator
+from slimvlm.runs.estimate import seconds_of
+from slimvlm.runs.study.cache import Cache, Outcome
 from slimvlm.runs.study.schedule import Schedule
 from slimvlm.runs.study.stages import KINDS, Stage
 
@@ -26,24 +27,107 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+Basis = Literal["measured", "rough"]
+
+
+@dataclass
+class Clock:
+    """Seconds that stages will take: as those of their kind that are done, else by their work.
+
+    Attributes:
+        flops: Estimated work by stage name.
+        spent: Seconds and FLOP of stages that are done, by kind.
+    """
+
+    flops: Mapping[str, float]
+    spent: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    @classmethod
+    def from_cache(cls, flops: Mapping[str, float], cache: Cache) -> Clock:
+        """With what the stages in a cache have measured."""
+        clock = cls(flops)
+        for kind in KINDS:
+            for record in cache.records(kind):
+                clock.learn(kind, record["seconds"], record["flops"])
+        return clock
+
+    def learn(self, kind: str, seconds: float, flops: float) -> None:
+        """Count a stage that was done."""
+        before = self.spent.get(kind, (0.0, 0.0))
+        self.spent[kind] = (before[0] + seconds, before[1] + flops)
+
+    def basis(self, kind: str) -> Basis:
+        """What expected seconds of a kind rest on."""
+        return "measured" if self.spent.get(kind, (0.0, 0.0))[1] else "rough"
+
+    def seconds(self, stages: Iterable[Stage]) -> float:
+        """Expected seconds of stages, one after another."""
+        total = 0.0
+        for stage in stages:
+            flops = self.flops[stage.name]
+            if self.basis(stage.kind) == "measured":
+                seconds, done = self.spent[stage.kind]
+                total += flops * seconds / done
+            else:
+                total += seconds_of(flops)
+        return total
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a start would do.
+
+    Attributes:
+        cells: Label of each cell, and which of its stages are still to do.
+        stages: Number of stages to do and already done, by kind.
+        seconds: Estimated time of what is to do, one stage after another.
+        basis: For each kind to do: ``measured`` if the cache has such stages, else ``rough``.
+    """
+
+    cells: Mapping[str, tuple[str, ...]]
+    stages: Mapping[str, tuple[int, int]]
+    seconds: float
+    basis: Mapping[str, Basis]
+
+
+def forecast_of(schedule: Schedule, cache: Cache) -> Forecast:
+    """What is to do of a schedule, and how long that takes."""
+    missing = schedule.missing(cache)
+    names = {stage.name for stage in missing}
+    clock = Clock.from_cache(schedule.flops, cache)
+    done = [s for s in schedule.stages() if s.name not in names and cache.is_done(s)]
+    return Forecast(
+        cells={
+            cell.cell.label: tuple(s.kind for s in list(cell.all())[1:] if s.name in names)
+            for cell in schedule.ordered
+        },
+        stages={
+            kind: (sum(s.kind == kind for s in missing), sum(s.kind == kind for s in done))
+            for kind in KINDS
+        },
+        seconds=clock.seconds(missing),
+        basis={stage.kind: clock.basis(stage.kind) for stage in missing},
+    )
+
+
 @dataclass
 class Progress:
     """Counts what is done and tells how long the rest takes.
 
     Attributes:
-        schedule: All stages.
         missing: Stages to do.
-        estimator: Times by kind.
+        clock: Times by kind.
         console: Where lines go.
+        measured: Is called whenever another model was measured.
         ended: Outcomes so far, by name.
         running: Labels of what is being done.
         busy: Seconds of all work done.
     """
 
-    schedule: Schedule
     missing: Sequence[Stage]
-    estimator: Estimator
+    clock: Clock
     console: Console
+    measured: Callable[[], object] = lambda: None
     ended: dict[str, Outcome] = field(default_factory=dict)
     running: dict[str, str] = field(default_factory=dict)
     busy: float = 0.0
@@ -59,19 +143,16 @@ class Progress:
         self.running.pop(stage.name, None)
         self.busy += outcome.seconds
         if not outcome.error and outcome.seconds:
-            flops = self.schedule.flops[stage.name]
-            self.estimator.learn(stage.kind, outcome.seconds, flops)
+            self.clock.learn(stage.kind, outcome.seconds, self.clock.flops[stage.name])
         if not self.console.is_terminal or outcome.error:
             self.console.print(self._line(stage, outcome), highlight=False, soft_wrap=True)
+        if stage.kind == "evaluate":
+            self.measured()
 
     def seconds_left(self) -> float:
         """Expected wall time of what is left, at as many stages at once as so far."""
-        left = [
-            (stage.kind, self.schedule.flops[stage.name])
-            for stage in self.missing
-            if stage.name not in self.ended
-        ]
-        seconds, _ = self.estimator.total(left)
+        left = [stage for stage in self.missing if stage.name not in self.ended]
+        seconds = self.clock.seconds(left)
         elapsed = time.monotonic() - self.start
         return seconds / max(self.busy / elapsed, 1.0) if elapsed else seconds
 

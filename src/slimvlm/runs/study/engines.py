@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
 from functools import partial
 from importlib.util import find_spec
 from typing import Any, Protocol, runtime_checkable
@@ -32,53 +34,101 @@ class Watcher(Protocol):
         """A stage has ended."""
 
 
+class State(Enum):
+    """How a stage stands, as a worker sees it."""
+
+    WAITING = "this or another worker is to make its inputs"
+    READY = "its inputs are there"
+    DONE = "its outcome is there, and nobody needs more of it"
+    BLOCKED = "an input failed"
+    LOST = "an input was removed, and nobody is to make it again"
+
+
+@dataclass
+class Worker:
+    """One of those who work on a study's folder: looks how a stage stands, and does it.
+
+    Attributes:
+        cache: The folder.
+        left: Stages that this worker has still to bring to an end, by name, inputs first.
+        failed: Names of those that it saw fail.
+        is_needed: Whether anybody still reads a stage's model.
+        started: Is told of every stage that it begins.
+    """
+
+    cache: Cache
+    left: dict[str, Stage] = field(default_factory=dict)
+    failed: set[str] = field(default_factory=set)
+    is_needed: Callable[[Stage], bool] = lambda stage: True
+    started: Callable[[Stage], None] = lambda stage: None
+
+    def state(self, stage: Stage) -> State:
+        """How a stage stands; other workers may change that at any moment."""
+        if self.cache.is_done(stage) and not self.is_needed(stage):
+            return State.DONE
+        absent = {source.name for source in stage.inputs if not self.cache.is_ready(source)}
+        if not absent:
+            return State.READY
+        if absent & self.failed:
+            return State.BLOCKED
+        if absent & self.left.keys() or self.cache.is_done(stage):
+            return State.WAITING  # if done, then since the first look, and the next one sees it
+        return State.LOST
+
+    def end(self, stage: Stage, flops: float, wait: bool) -> Outcome | None:
+        """Bring a stage to its end.
+
+        Args:
+            stage: The stage.
+            flops: Estimated size of the work.
+            wait: Whether to wait for another worker that is at it.
+
+        Returns:
+            How it ended; None if that cannot be said now.
+        """
+        match self.state(stage):
+            case State.WAITING:
+                return None
+            case State.READY:
+                self.started(stage)
+                return self.cache.run(stage, work, flops, wait, partial(self.is_needed, stage))
+            case State.DONE:
+                return Outcome(stage.name)  # by another worker, who needs it no more either
+            case State.BLOCKED:
+                return Outcome(stage.name, error=f"{stage.inputs[0].kind} failed")
+            case State.LOST:
+                return Outcome(stage.name, error=f"{stage.inputs[0].kind} was removed meanwhile")
+
+    def next_end(self, flops: Mapping[str, float]) -> tuple[Stage, Outcome] | None:
+        """Bring the first stage that can be done to its end; None if all must be waited for."""
+        for stage in self.left.values():
+            outcome = self.end(stage, flops[stage.name], wait=False)
+            if outcome is not None:
+                del self.left[stage.name]
+                self.failed |= {stage.name} if outcome.error else set()
+                return stage, outcome
+        return None
+
+
 def run_local(schedule: Schedule, missing: Sequence[Stage], cache: Cache, watcher: Watcher) -> None:
     """Do stages one after another in this process.
 
     Stages that another worker on the same folder is at are left to it; this worker goes on with
     the next one that it can do.
     """
-    open_stages = list(missing)
-    failed: set[str] = set()
-    while open_stages:
-        stage, outcome = _next_done(open_stages, failed, schedule, cache, watcher)
-        if stage is None:
+    worker = Worker(
+        cache,
+        {stage.name: stage for stage in missing},
+        is_needed=lambda stage: schedule.is_needed(stage, cache),
+        started=watcher.started,
+    )
+    while worker.left:
+        ended = worker.next_end(schedule.flops)
+        if ended is None:
             time.sleep(PAUSE_S)
             continue
-        open_stages.remove(stage)
-        if outcome.error:
-            failed.add(stage.name)
-        clear_checkpoints(schedule, stage, cache)
-        watcher.finished(stage, outcome)
-
-
-def _next_done(
-    stages: Sequence[Stage],
-    failed: set[str],
-    schedule: Schedule,
-    cache: Cache,
-    watcher: Watcher,
-) -> tuple[Stage | None, Outcome]:
-    """Do the first stage whose inputs are there and that nobody else is at."""
-    names = {stage.name for stage in stages}
-    for stage in stages:
-        if cache.is_done(stage) and not schedule.is_needed(stage, cache):
-            return stage, Outcome(stage.name)  # by another worker, who needs it no more either
-        absent = [source for source in stage.inputs if not cache.is_ready(source)]
-        if any(source.name in failed for source in absent):
-            return stage, Outcome(stage.name, error=f"{absent[0].kind} failed")
-        if absent:
-            if names.isdisjoint(source.name for source in absent):
-                if cache.is_done(stage):  # since the look above: its inputs are needed no more
-                    continue
-                return stage, Outcome(stage.name, error=f"{absent[0].kind} was removed meanwhile")
-            continue
-        watcher.started(stage)
-        needed = partial(schedule.is_needed, stage, cache)
-        outcome = cache.run(stage, work, schedule.flops[stage.name], False, needed)
-        if outcome is not None:
-            return stage, outcome
-    return None, Outcome("")
+        clear_checkpoints(schedule, ended[0], cache)
+        watcher.finished(*ended)
 
 
 def run_ray(
@@ -105,14 +155,13 @@ def run_ray(
         ConfigError: If Ray is not installed or the cluster cannot be reached.
     """
     ray = _connected(resources, workers, address)
-    task = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=3)(_do)
-    stages: dict[Any, Stage] = {}
+    task = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=3)(done_by_ray)
     references: dict[str, Any] = {}
     for stage in missing:
         inputs = [references[s.name] for s in stage.inputs if s.name in references]
-        reference = task.remote(stage, str(cache.root), schedule.flops[stage.name], *inputs)
-        references[stage.name] = reference
-        stages[reference] = stage
+        flops = schedule.flops[stage.name]
+        references[stage.name] = task.remote(stage, str(cache.root), flops, *inputs)
+    stages = {references[stage.name]: stage for stage in missing}
     waiting = list(stages)
     try:
         while waiting:
@@ -128,15 +177,10 @@ def run_ray(
         ray.shutdown()
 
 
-def _do(stage: Stage, root: str, flops: float, *inputs: Outcome) -> Outcome:
-    """A Ray task; Ray starts it when the outcomes of its inputs are there."""
-    kinds = {source.name: source.kind for source in stage.inputs}
-    for done in inputs:
-        if done.error:
-            return Outcome(stage.name, error=f"{kinds[done.name]} failed")
-    outcome = Cache(root).run(stage, work, flops, wait=True)
-    assert outcome is not None
-    return outcome
+def done_by_ray(stage: Stage, root: str, flops: float, *inputs: Outcome) -> Outcome:
+    """A task of Ray, which starts it when the outcomes of the stage's inputs are there."""
+    worker = Worker(Cache(root), failed={done.name for done in inputs if done.error})
+    return worker.end(stage, flops, wait=True) or Outcome(stage.name)
 
 
 def _connected(resources: Resources, workers: int | None, address: str | None) -> Any:

@@ -1,42 +1,79 @@
-"""Which stages of a study are still to do, and in which order."""
+"""Which stages of a study are still to do, in which order, and how much work each of them is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean
 
+from slimvlm.data.read import estimated_length
+from slimvlm.evaluation.tasks import builtin_tasks
+from slimvlm.models.anatomy import Anatomy
+from slimvlm.models.load import anatomy
+from slimvlm.runs.estimate import Sizes, image_tokens, optimizer_steps
+from slimvlm.runs.recipes import rules
 from slimvlm.runs.study.cache import Cache
-from slimvlm.runs.study.cells import Cell
-from slimvlm.runs.study.config import StudyConfig
-from slimvlm.runs.study.estimate import flops_of, sizes_of
-from slimvlm.runs.study.stages import CellStages, Stage, stages_of
+from slimvlm.runs.study.stages import CellStages, Request, Stage
+from slimvlm.runs.study.work import samples_of
+from slimvlm.scoring.criteria import CRITERIA
 
 
-@dataclass
+@dataclass(frozen=True)
 class Schedule:
     """All stages of a study.
 
     Attributes:
         cells: The stages of each cell, in the order of the file.
-        ordered: The same in the order in which they are done.
-        flops: Estimated work by stage name.
-        readers: Stages that read an outcome, by its name.
         keeps_checkpoints: Whether models stay that no open stage needs.
     """
 
-    cells: list[CellStages]
-    ordered: list[CellStages] = field(default_factory=list)
-    flops: dict[str, float] = field(default_factory=dict)
-    readers: dict[str, list[Stage]] = field(default_factory=dict)
+    cells: Sequence[CellStages]
     keeps_checkpoints: bool = False
 
     def stages(self) -> list[Stage]:
         """Every stage once, inputs before their readers."""
-        found: dict[str, Stage] = {}
+        return list({stage.name: stage for cell in self.cells for stage in cell.all()}.values())
+
+    @cached_property
+    def flops(self) -> dict[str, float]:
+        """A rough count of each stage's work, by its name."""
+        counted: dict[str, float] = {}
+        trusted = {cell.cell.model: cell.cell.prune.trust_remote_code for cell in self.cells}
+        models = {
+            name: (anatomy(name), image_tokens(name, trust)) for name, trust in trusted.items()
+        }
         for cell in self.cells:
+            sizes = _sizes_of((cell.recover or cell.prune).request, *models[cell.cell.model])
+            smaller = 1 - (cell.cell.prune.ratio or 0.0)
             for stage in cell.all():
-                found.setdefault(stage.name, stage)
-        return list(found.values())
+                kept = smaller if stage in (cell.recover, cell.evaluate) else 1.0
+                counted[stage.name] = _flops_of(stage, kept, sizes)
+        return counted
+
+    @cached_property
+    def ordered(self) -> list[CellStages]:
+        """The cells in the order in which they are done: those of one pruned model together.
+
+        Cheap ones come first, so at most one pruned and one trained checkpoint of each worker are
+        on disk at a time, and the cells without training answer first among those that share a
+        plan.
+        """
+        models = list(dict.fromkeys(cell.cell.model for cell in self.cells))
+        shared: dict[str, float] = {}
+        for cell in self.cells:
+            shared[cell.prune.name] = shared.get(cell.prune.name, 0.0) + self._own(cell)
+
+        def place(cell: CellStages) -> tuple[int, float, str, float, str]:
+            plan = cell.prune.name
+            model = models.index(cell.cell.model)
+            return model, shared[plan], plan, self._own(cell), cell.evaluate.name
+
+        return sorted(self.cells, key=place)
+
+    def _own(self, cell: CellStages) -> float:
+        """Work of what a cell shares with few others."""
+        return sum(self.flops[s.name] for s in (cell.evaluate, cell.recover) if s is not None)
 
     def missing(self, cache: Cache) -> list[Stage]:
         """Stages to do, in order: those that lead to an evaluation that is not there."""
@@ -55,54 +92,76 @@ class Schedule:
         return list(wanted.values())
 
     def is_needed(self, stage: Stage, cache: Cache) -> bool:
-        """Whether a stage that is not done reads this one's checkpoint."""
-        return any(not cache.is_done(reader) for reader in self.readers.get(stage.name, ()))
+        """Whether a stage that is still to do, or to do again, reads this one's checkpoint."""
+        readers = [r for r in self._readers.get(stage.name, ()) if not cache.is_ready(r)]
+        return any(not cache.is_done(r) or self.is_needed(r, cache) for r in readers)
+
+    @cached_property
+    def _readers(self) -> dict[str, list[Stage]]:
+        """Stages that read an outcome, by its name."""
+        readers: dict[str, list[Stage]] = {}
+        for stage in self.stages():
+            for source in stage.inputs:
+                readers.setdefault(source.name, []).append(stage)
+        return readers
 
 
-def make_schedule(study: StudyConfig, cells: Iterable[Cell]) -> Schedule:
-    """Order the cells: those of one pruned model together, cheap ones first.
-
-    So at most one pruned and one trained checkpoint of each worker are on disk at a time, and the
-    cells without training answer first among those that share a plan.
-    """
-    found = [stages_of(study, cell) for cell in cells]
-    schedule = Schedule(found, keeps_checkpoints=study.keep_checkpoints)
-    for cell in found:
-        _count(cell, schedule.flops)
-    for stage in schedule.stages():
-        for source in stage.inputs:
-            schedule.readers.setdefault(source.name, []).append(stage)
-    group: dict[str, float] = {}
-    for cell in found:
-        group[cell.prune.name] = group.get(cell.prune.name, 0.0) + _own(cell, schedule)
-    models = list(dict.fromkeys(cell.cell.model for cell in found))
-    schedule.ordered = sorted(
-        found,
-        key=lambda c: (
-            models.index(c.cell.model),
-            group[c.prune.name],
-            c.prune.name,
-            _own(c, schedule),
-            c.evaluate.name,
-        ),
+def _sizes_of(request: Request, shape: Anatomy, image: int) -> Sizes:
+    """Sizes for a request to a model whose pictures have so many tokens."""
+    samples = samples_of(request)
+    shown = samples[: request.prune.samples]
+    training = len(samples) - len(shown) or len(samples)
+    return Sizes(
+        shape=shape,
+        tokens=fmean([estimated_length(s, image) for s in shown] or [rules().costs.image_tokens]),
+        samples=min(training, request.training_samples or training),
     )
-    return schedule
 
 
-def _count(cell: CellStages, flops: dict[str, float]) -> None:
-    """Estimate the work of a cell's stages."""
-    sizes = sizes_of(cell.prune.request)
-    kept = 1 - (cell.cell.prune.ratio or 0.0)
-    if cell.recover is not None:
-        trained = sizes_of(cell.recover.request)
-        flops[cell.recover.name] = flops_of(cell.recover, kept, trained)
-    flops[cell.original.name] = flops_of(cell.original, 1.0, sizes)
-    flops[cell.evaluate.name] = flops_of(cell.evaluate, kept, sizes)
-    for stage in (*cell.calibrations, cell.plan, cell.prune):
-        flops[stage.name] = flops_of(stage, 1.0, sizes)
+def _flops_of(stage: Stage, kept: float, sizes: Sizes) -> float:
+    """A rough count of a stage's work, reading and writing of models included.
+
+    Args:
+        stage: The stage.
+        kept: Share of the backbone that the model it works on has.
+        sizes: Of the model and its data.
+    """
+    request, costs = stage.request, rules().costs
+    prune, recover = request.prune, request.recover
+    disk = costs.disk_flops * 2 * sizes.shape.total_params / 1e9
+    shown = sizes.pass_flops * prune.samples
+    match stage.kind:
+        case "calibrate":
+            row = CRITERIA[prune.criterion[0]]
+            return disk + shown * (3 if row.capture == "gradients" else 1) * row.needs_data
+        case "plan":
+            return disk + shown * _plan_passes(stage)
+        case "prune":
+            return 3 * disk + shown * 3 * (prune.repair != "none")
+        case "recover":
+            assert recover is not None
+            learnt = max(round(sizes.samples * recover.fraction), 1)
+            batches = optimizer_steps(recover, learnt) * recover.gradient_accumulation
+            seen = batches * min(recover.batch_size, learnt)
+            return 3 * disk + sizes.training_flops(recover, kept, seen)
+    return disk + sizes.pass_flops * kept * _questions(stage) * costs.reply_passes
 
 
-def _own(cell: CellStages, schedule: Schedule) -> float:
-    """Work of what a cell shares with few others."""
-    stages = [cell.evaluate, *([cell.recover] if cell.recover else [])]
-    return sum(schedule.flops[stage.name] for stage in stages)
+def _plan_passes(stage: Stage) -> float:
+    """Passes over all calibration samples; a quarter of them judges the plans of a search."""
+    prune = stage.request.prune
+    if prune.axis == "depth" or prune.allocation not in ("balanced", "search"):
+        return prune.steps - 1
+    return (prune.search_passes if prune.allocation == "search" else 8) / 4
+
+
+def _questions(stage: Stage) -> int:
+    """Questions that a model is asked, those without their pictures included."""
+    asked, costs, own = stage.request.asked, rules().costs, builtin_tasks()
+    assert asked is not None
+    total = 0
+    for name in (part.strip() for part in asked.tasks.split(",")):
+        ours = name == "demo" or name in own
+        each = asked.limit or (costs.own_questions if ours else costs.benchmark_questions)
+        total += each * (len(own) if name == "demo" else 1)
+    return total * (2 if asked.floors else 1)

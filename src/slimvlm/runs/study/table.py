@@ -15,9 +15,9 @@ from slimvlm.core.files import write_text
 from slimvlm.evaluation.metrics import average
 from slimvlm.evaluation.results import PERPLEXITY, Result, TaskResult
 from slimvlm.evaluation.tasks import find_tasks
+from slimvlm.runs.estimate import optimizer_steps
 from slimvlm.runs.study.cache import Cache
 from slimvlm.runs.study.config import StudyConfig
-from slimvlm.runs.study.estimate import optimizer_steps
 from slimvlm.runs.study.schedule import Schedule
 from slimvlm.runs.study.stages import KINDS, CellStages, Stage
 from slimvlm.runs.study.work import HISTORY, PLAN, RESULT, SCORES
