@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,7 +11,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimvlm.models.anatomy import (
-    Matrix,
     decoder_layers,
     matrices,
     stacks,
@@ -53,31 +54,55 @@ def prune_(model: PreTrainedModel, plan: Plan, allow_uneven: bool = False) -> No
     uneven = not plan.after.is_uniform or (allow_uneven and plan.file_format == "uneven")
     text_config = smaller_text_config(model.config, plan, uneven)
     validate(model.config, text_config, plan)
-    _slice_weights(model, plan)
+    _cut_weights(model, plan)
     _drop_layers(model, plan)
     _apply_config(model, text_config, plan)
 
 
-def _slice_weights(model: nn.Module, plan: Plan) -> None:
-    kept_layers = set(plan.layers)
-    for index, matrix in list(matrices(model)):
-        if index not in kept_layers:
+@dataclass(frozen=True)
+class Cut:
+    """What a plan keeps of one parameter.
+
+    Attributes:
+        owner: The module that holds it.
+        name: Its name there.
+        dim: The dimension that loses channels.
+        keep: The channels that stay.
+        units: Neurons that stay, where the module holds experts and repeats their number.
+    """
+
+    owner: nn.Module
+    name: str
+    dim: int
+    keep: Tensor
+    units: int | None = None
+
+
+def cuts_of(model: nn.Module, plan: Plan) -> Iterator[Cut]:
+    """Everything that a plan cuts: parameters of kept layers, and weights with a slice for each."""
+    for index, matrix in matrices(model):
+        projection = matrix.projection
+        if index not in plan.layers:
             continue
-        keep = kept_channels(plan, index, matrix.projection)
-        if len(keep) < matrix.width:
-            _slice_matrix(matrix, keep)
+        keep = kept_channels(plan, index, projection)
+        if len(keep) == matrix.width:
+            continue
+        is_expert = not isinstance(matrix.owner, nn.Linear)
+        units = len(keep) // len(projection.segments) if is_expert else None
+        yield Cut(matrix.owner, matrix.name, projection.axis, keep, units)
+        if projection.dim == OUTPUT_ROWS and matrix.bias is not None:
+            yield Cut(matrix.owner, "bias", 0, keep)
+    for stack, holder in stacks(model):
+        slices = torch.arange(holder.weight.shape[stack.dim]).view(plan.before.num_layers, -1)
+        yield Cut(holder, "weight", stack.dim, slices[list(plan.layers)].flatten())
 
 
-def _slice_matrix(matrix: Matrix, keep: Tensor) -> None:
-    owner = matrix.owner
-    keep_channels_(owner, matrix.name, matrix.projection.axis, keep)
-    if isinstance(owner, nn.Linear):
-        if matrix.projection.dim == OUTPUT_ROWS and owner.bias is not None:
-            keep_channels_(owner, "bias", 0, keep)
-        return
-    for name in ("intermediate_dim", "intermediate_size", "expert_dim"):
-        if name in vars(owner):
-            setattr(owner, name, len(keep) // len(matrix.projection.segments))
+def _cut_weights(model: nn.Module, plan: Plan) -> None:
+    for cut in list(cuts_of(model, plan)):
+        keep_channels_(cut.owner, cut.name, cut.dim, cut.keep)
+        for name in ("intermediate_dim", "intermediate_size", "expert_dim"):
+            if cut.units is not None and name in vars(cut.owner):
+                setattr(cut.owner, name, cut.units)
 
 
 def keep_channels_(owner: Any, name: str, dim: int, keep: Tensor) -> None:
@@ -98,9 +123,6 @@ def _drop_layers(model: nn.Module, plan: Plan) -> None:
     layers = decoder_layers(model)
     kept = [layers[i] for i in plan.layers]
     parent: Any = model.get_submodule(plan.before.family.backbone)
-    for stack, holder in stacks(model):
-        keep = kept_slices(plan, holder.weight.shape[stack.dim])
-        keep_channels_(holder, "weight", stack.dim, keep)
     parent.layers = nn.ModuleList(kept)
     for name in plan.before.backbone.live_lists:
         setattr(parent, name, [getattr(parent, name)[i] for i in plan.layers])
@@ -108,11 +130,6 @@ def _drop_layers(model: nn.Module, plan: Plan) -> None:
         for module in layer.modules():
             if "layer_idx" in vars(module):
                 module.layer_idx = index  # type: ignore[assignment]
-
-
-def kept_slices(plan: Plan, width: int) -> Tensor:
-    """The channels of a weight with a slice for each layer that belong to kept layers."""
-    return torch.arange(width).view(plan.before.num_layers, -1)[list(plan.layers)].flatten()
 
 
 def _apply_config(model: PreTrainedModel, text_config: PreTrainedConfig, plan: Plan) -> None:

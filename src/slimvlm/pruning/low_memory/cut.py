@@ -14,15 +14,13 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from slimvlm.core.errors import ReloadError
 from slimvlm.core.files import new_folder, require_free
-from slimvlm.models.anatomy import matrices, read_anatomy, stacks
+from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.classes import empty_model
-from slimvlm.models.families import OUTPUT_ROWS
 from slimvlm.models.internals import write_weights
 from slimvlm.models.load import load_processor
-from slimvlm.planning.mask import kept_channels
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.card import CardFacts
-from slimvlm.pruning.cut import kept_slices, prune_
+from slimvlm.pruning.cut import cuts_of, prune_
 from slimvlm.pruning.low_memory.opened import OpenCheckpoint, open_checkpoint
 from slimvlm.pruning.manifest import write_manifest
 from slimvlm.pruning.save import write_beside_weights
@@ -91,7 +89,9 @@ class _KeptWeights(Mapping[str, Tensor]):
     def __init__(self, opened: OpenCheckpoint, smaller: PreTrainedModel, plan: Plan) -> None:
         self.opened, self.plan = opened, plan
         self.names = list(smaller.state_dict())
-        self.cuts = _cuts(opened.model, plan)
+        names = {id(module): name for name, module in opened.model.named_modules()}
+        cuts = cuts_of(opened.model, plan)
+        self.cuts = {f"{names[id(cut.owner)]}.{cut.name}": cut for cut in cuts}
         self.layers = f"{plan.before.family.backbone}.layers"
 
     def __getitem__(self, name: str) -> Tensor:
@@ -109,27 +109,8 @@ class _KeptWeights(Mapping[str, Tensor]):
 
     def _cut(self, original: str) -> Tensor:
         tensor: Tensor = self.opened.weights[original]
-        if original not in self.cuts:
-            return tensor
-        dim, keep = self.cuts[original]
-        return tensor if len(keep) == tensor.shape[dim] else tensor.index_select(dim, keep)
-
-
-def _cuts(model: PreTrainedModel, plan: Plan) -> dict[str, tuple[int, Tensor]]:
-    """Along which dimension the parameters of kept layers, and of stacks, lose what."""
-    names = {id(module): name for name, module in model.named_modules()}
-    cuts = {}
-    for index, matrix in matrices(model):
-        if index not in plan.layers:
-            continue
-        keep, owner = kept_channels(plan, index, matrix.projection), names[id(matrix.owner)]
-        cuts[f"{owner}.{matrix.name}"] = (matrix.projection.axis, keep)
-        if matrix.projection.dim == OUTPUT_ROWS and matrix.bias is not None:
-            cuts[f"{owner}.bias"] = (0, keep)
-    for stack, module in stacks(model):
-        keep = kept_slices(plan, module.weight.shape[stack.dim])
-        cuts[f"{names[id(module)]}.weight"] = (stack.dim, keep)
-    return cuts
+        cut = self.cuts.get(original)
+        return tensor if cut is None else tensor.index_select(cut.dim, cut.keep)
 
 
 def _check(folder: Path, dtype: str, kept: _KeptWeights) -> None:
