@@ -12,10 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.models import modeling_pruned
-from slimvlm.models.anatomy import (
-    family_of,
-    text_config_of,
-)
+from slimvlm.models.anatomy import family_of, text_config_of
 from slimvlm.models.modeling_pruned import PREFIX, cut_layers_
 
 UNEVEN_FIELD = "pruned_layers"
@@ -127,11 +124,6 @@ def with_text_config(config: PreTrainedConfig, text_config: PreTrainedConfig) ->
     return config
 
 
-def _uneven(auto: Any, config: PreTrainedConfig) -> Any:
-    native = auto._model_mapping[type(config)]
-    return getattr(modeling_pruned, f"{modeling_pruned.PREFIX}{native.__name__}")
-
-
 def set_class_(model: PreTrainedModel) -> None:
     """Be the native class, or its subclass for layers of different widths, as the config says.
 
@@ -145,3 +137,8 @@ def set_class_(model: PreTrainedModel) -> None:
     elif type(model).__name__.startswith(PREFIX):
         model.__class__ = type(model).__bases__[0]
         vars(config).pop("auto_map", None)
+
+
+def _uneven(auto: Any, config: PreTrainedConfig) -> Any:
+    native = auto._model_mapping[type(config)]
+    return getattr(modeling_pruned, f"{PREFIX}{native.__name__}")

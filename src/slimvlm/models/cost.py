@@ -76,6 +76,18 @@ def decode_flops(anatomy: Anatomy, context: int, batch_size: int = 1) -> int:
     return batch_size * (layers + _head_flops(anatomy))
 
 
+def slow_widths(anatomy: Anatomy) -> list[str]:
+    """What hardware is slow with, one line for people for each; none if all is well."""
+    widths = sorted({layer.intermediate_size for layer in anatomy.layers})
+    neurons = f"{', '.join(map(str, widths))} neurons"
+    if any(width % ROW_MULTIPLE for width in widths):
+        return [f"{neurons}: {OFF_ROWS_ADVICE}"]
+    if any(width % TILE_MULTIPLE for width in widths):
+        tile = f"no multiple of {TILE_MULTIPLE}, the tile of matrix kernels"
+        return [f"{neurons}: {tile}: plan with --round-to {WIDTH_MULTIPLE}"]
+    return []
+
+
 def params_for_memory(memory_bytes: int, dtype: str = "bfloat16") -> int:
     """Largest number of weights that fit into some bytes."""
     return memory_bytes // BYTES[dtype]
@@ -119,15 +131,3 @@ def _attention_flops(shape: LayerShape, tokens: int, context: int) -> int:
 
 def _head_flops(anatomy: Anatomy) -> int:
     return 2 * anatomy.hidden_size * anatomy.vocab_size
-
-
-def slow_widths(anatomy: Anatomy) -> list[str]:
-    """What hardware is slow with, one line for people for each; none if all is well."""
-    widths = sorted({layer.intermediate_size for layer in anatomy.layers})
-    neurons = f"{', '.join(map(str, widths))} neurons"
-    if any(width % ROW_MULTIPLE for width in widths):
-        return [f"{neurons}: {OFF_ROWS_ADVICE}"]
-    if any(width % TILE_MULTIPLE for width in widths):
-        tile = f"no multiple of {TILE_MULTIPLE}, the tile of matrix kernels"
-        return [f"{neurons}: {tile}: plan with --round-to {WIDTH_MULTIPLE}"]
-    return []

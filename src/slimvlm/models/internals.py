@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.utils.hub import cached_file
 
 from slimvlm.core.errors import UnsupportedModelError
 from slimvlm.models.anatomy import family_of
@@ -74,6 +75,18 @@ def names_in_files(model: Any, keys: Iterable[str]) -> dict[str, str]:
         if source in named:
             named.setdefault(target, named[source])
     return {target: source for target, source in named.items() if target in state}
+
+
+def file_if_reachable(model: str, name: str) -> str | None:
+    """The path of a file of a hub repository, from the cache or the hub; None if neither has it.
+
+    Relies on: ``cached_file`` has switches for each error that it can raise. Tried with
+    transformers 5.24.
+    """
+    errors = ("gated_repo", "missing_entries", "connection_errors")
+    quiet: dict[str, Any] = {f"_raise_exceptions_for_{error}": False for error in errors}
+    path: str | None = cached_file(model, name, **quiet)
+    return path
 
 
 def write_weights(

@@ -11,15 +11,13 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 from transformers import PreTrainedModel
-from transformers.utils.hub import cached_file
 
 from slimvlm.models.anatomy import family_of
 from slimvlm.models.classes import auto_class, is_uneven
+from slimvlm.models.internals import file_if_reachable
 from slimvlm.planning.plan import Plan
 
 CARD_FILE = "README.md"
-
-
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 _TAGS = ["slimvlm", "pruned", "model-compression"]
 
@@ -90,9 +88,7 @@ def base_card(model: str) -> dict[str, Any]:
         return {}
     path: str | Path | None = Path(model) / CARD_FILE
     if is_hub_id(model):
-        quiet = dict.fromkeys(("gated_repo", "missing_entries", "connection_errors"), False)
-        options = {f"_raise_exceptions_for_{name}": value for name, value in quiet.items()}
-        path = cached_file(model, CARD_FILE, **options)
+        path = file_if_reachable(model, CARD_FILE)
     if path is None or not Path(path).is_file():
         return {}
     if not Path(path).read_text(encoding="utf-8").startswith("---"):

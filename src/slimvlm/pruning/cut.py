@@ -10,12 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from slimvlm.models.anatomy import (
-    decoder_layers,
-    matrices,
-    stacks,
-    text_config_of,
-)
+from slimvlm.models.anatomy import decoder_layers, matrices, stacks, text_config_of
 from slimvlm.models.classes import require_full_precision, set_class_, with_text_config
 from slimvlm.models.families import OUTPUT_ROWS
 from slimvlm.models.internals import retype_modules_

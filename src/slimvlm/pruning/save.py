@@ -17,12 +17,7 @@ from slimvlm.core.files import new_folder
 from slimvlm.data import chat
 from slimvlm.data.samples import Sample
 from slimvlm.models import modeling_pruned
-from slimvlm.models.classes import (
-    auto_class,
-    auto_map_of,
-    is_uneven,
-    set_class_,
-)
+from slimvlm.models.classes import auto_class, auto_map_of, is_uneven, set_class_
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.card import CardFacts, write_card
 from slimvlm.pruning.compat import require_known, rewrite_for_older

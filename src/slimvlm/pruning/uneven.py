@@ -9,10 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slimvlm.models.anatomy import Anatomy, LayerShape, projections, read_anatomy, text_config_of
-from slimvlm.models.classes import (
-    empty_model,
-    with_text_config,
-)
+from slimvlm.models.classes import empty_model, with_text_config
 from slimvlm.models.families import OUTPUT_ROWS, Projection
 from slimvlm.models.units import channels_of, segments, unit_of
 from slimvlm.planning.plan import Plan
