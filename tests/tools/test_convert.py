@@ -9,15 +9,20 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import transformers as hf
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from torch import Tensor
 
 import slimvlm as sv
@@ -29,6 +34,7 @@ from slimvlm.models.load import load
 from slimvlm.pruning.manifest import verify
 from slimvlm_tools.convert import convert, write
 from slimvlm_tools.convert import source as source_files
+from slimvlm_tools.convert.tokens import TokenizerFiles, llama_tokenizer
 from tests.tolerances import FORWARD, assert_close
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "convert"
@@ -267,6 +273,74 @@ def test_legacy_tokenizers_keep_their_spaces(tmp_path: Path, legacy: bool | None
         assert [IMAGE if i == processor.image_token_id else i for i in found] == expected, name
 
 
+SPELLED = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+
+
+def sentencepiece_model(folder: Path, **options: Any) -> Path:
+    """A small ``tokenizer.model``, trained on this file."""
+    source = copy_of("llava", folder)
+    SentencePieceTrainer.train(
+        input=__file__,
+        model_prefix=str(folder / "tokenizer"),
+        minloglevel=2,
+        **{"vocab_size": 320, "model_type": "bpe", "byte_fallback": True, **SPELLED, **options},
+    )
+    return source
+
+
+@pytest.mark.parametrize("adds_prefix", [True, False])
+@given(text=st.text() | st.text("ab \n▁tesl.'"))
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_text_is_split_as_sentencepiece_splits_it(
+    tmp_path_factory: pytest.TempPathFactory, adds_prefix: bool, text: str
+) -> None:
+    folder, expected = splitters(tmp_path_factory.getbasetemp() / "pieces", adds_prefix)
+    if text:
+        assert folder(text, add_special_tokens=False).input_ids == expected.encode(text)
+
+
+@cache
+def splitters(folder: Path, adds_prefix: bool) -> tuple[Any, Any]:
+    """The tokenizer of an original that was made for this, and SentencePiece's own."""
+    source = sentencepiece_model(folder / str(adds_prefix), add_dummy_prefix=adds_prefix)
+    edit_json(source / "tokenizer_config.json", lambda c: c.pop("added_tokens_decoder", None))
+    model = SentencePieceProcessor(model_file=str(source / "tokenizer.model"))
+    return llama_tokenizer(TokenizerFiles(source)), model
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model_type": "unigram"}, "only SentencePiece BPE"),
+        ({"model_type": "word", "vocab_size": 500, "byte_fallback": False}, "only SentencePiece"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "normalizes text"),
+        ({"normalization_rule_name": "nfkc_cf"}, "normalizes text"),
+        ({"remove_extra_whitespaces": True}, "removes whitespace"),
+    ],
+)
+def test_other_kinds_of_sentencepiece_are_refused(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    source = sentencepiece_model(tmp_path / "source", **options)
+    with pytest.raises(UnsupportedModelError, match=message):
+        convert(source, tmp_path / "out", FIXTURES / "llava" / "vision_tower")
+
+
+def test_a_broken_tokenizer_and_a_missing_library_are_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = copy_of("llava", tmp_path / "source")
+    (source / "tokenizer.model").write_bytes(b"no model")
+    tower = FIXTURES / "llava" / "vision_tower"
+    with pytest.raises(ConfigError, match="is not a SentencePiece model"):
+        convert(source, tmp_path / "out", tower)
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(ConfigError, match=r"pip install 'slimvlm\[convert\]'") as caught:
+        convert(source, tmp_path / "out", tower)
+    assert "\n" not in str(caught.value)
+    CASES["bunny"].convert(tmp_path / "bunny")  # its tokenizer is of another kind
+
+
 def original_names(native: dict[str, Tensor], family: str) -> dict[str, Tensor]:
     """Tensors of a native model under the names of the original layout."""
     rules = {
@@ -492,14 +566,13 @@ def test_a_lost_tensor_is_noticed_after_writing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
     monkeypatch.setattr(write, "FORWARD_BYTES", limit)
-    real = write.shards
+    real = write.write_weights
 
-    def lossy(*arguments: Any) -> Any:
-        for shard in real(*arguments):
-            del shard["language_model.model.norm.weight"]
-            yield shard
+    def lossy(model: Any, read: Any, folder: Path, shard_bytes: int) -> None:
+        real(model, read, folder, shard_bytes)
+        edit_weights(folder, _drop("language_model.model.norm.weight"))
 
-    monkeypatch.setattr(write, "shards", lossy)
+    monkeypatch.setattr(write, "write_weights", lossy)
     with pytest.raises(ReloadError, match=r"norm\.weight"):
         CASES["internvl"].convert(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -6,16 +6,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from slimvlm.core.errors import ConfigError, UnsupportedModelError
 from slimvlm.core.files import new_folder, require_free
 from slimvlm.pruning.manifest import write_manifest
-from slimvlm_tools.convert.internvl import internvl_layout, refuse_internvl
-from slimvlm_tools.convert.layout import NATIVE, Layout, check_complete
-from slimvlm_tools.convert.llava import bunny_layout, llava_layout, refuse_bunny, refuse_llava
-from slimvlm_tools.convert.source import Weights, find_folder, read_json
-from slimvlm_tools.convert.write import check_written, write_checkpoint
+from slimvlm_tools.convert.internvl import plan_internvl
+from slimvlm_tools.convert.llava import plan_bunny, plan_llava
+from slimvlm_tools.convert.pieces import Conversion
+from slimvlm_tools.convert.source import find_folder, read_json
+from slimvlm_tools.convert.write import check_written, native_model, write_checkpoint
 
 DTYPES = ("float32", "bfloat16", "float16")
+NATIVE = ("LlavaForConditionalGeneration", "InternVLForConditionalGeneration")
+"""The classes that originals become."""
 
 
 class Original(NamedTuple):
@@ -23,23 +27,19 @@ class Original(NamedTuple):
 
     Attributes:
         fields: What its configuration must have, and a native one has not.
-        refuse: Raises if the configuration shows something without native counterpart.
-        layout: Plans the conversion.
+        plan: From folder, configuration and vision tower to what becomes of them. Raises
+            UnsupportedModelError for what has no native counterpart, before a weight is read where
+            the configuration shows it, and ConfigError where files are missing or wrong.
     """
 
     fields: tuple[str, ...]
-    refuse: Callable[[Mapping[str, Any]], None]
-    layout: Callable[[Weights, Mapping[str, Any], str | Path | None], Layout]
+    plan: Callable[[Path, Mapping[str, Any], str | Path | None], Conversion]
 
 
 ORIGINALS = {
-    "LlavaLlamaForCausalLM": Original(
-        ("mm_vision_tower", "vocab_size"), refuse_llava, llava_layout
-    ),
-    "BunnyPhiForCausalLM": Original(("mm_vision_tower", "vocab_size"), refuse_bunny, bunny_layout),
-    "InternVLChatModel": Original(
-        ("llm_config", "vision_config"), refuse_internvl, internvl_layout
-    ),
+    "LlavaLlamaForCausalLM": Original(("mm_vision_tower", "vocab_size"), plan_llava),
+    "BunnyPhiForCausalLM": Original(("mm_vision_tower", "vocab_size"), plan_bunny),
+    "InternVLChatModel": Original(("llm_config", "vision_config"), plan_internvl),
 }
 """By the class that an original's configuration names."""
 MODEL_TYPES = {
@@ -89,16 +89,17 @@ def convert(
     folder = find_folder(source, "source")
     config = read_json(folder / "config.json")
     original = original_of(config)
-    original.refuse(config)
     if (folder / "adapter_config.json").is_file():
         raise UnsupportedModelError(
             f"source {str(source)!r} is a LoRA adapter. Merge it into its model first"
         )
-    layout = original.layout(Weights(folder), config, vision_tower)
-    check_complete(layout)
+    conversion = original.plan(folder, config, vision_tower)
+    wanted = None if dtype is None else getattr(torch, dtype)
+    model = native_model(conversion, wanted)
+    generation = read_json(folder / "generation_config.json")
     with new_folder(out, force) as partial:
-        write_checkpoint(layout, read_json(folder / "generation_config.json"), partial, dtype)
-        check_written(layout, partial)
+        write_checkpoint(conversion, model, generation, partial, wanted)
+        check_written(partial)
         write_manifest(partial)
     return out
 
@@ -113,7 +114,7 @@ def original_of(config: Mapping[str, Any]) -> Original:
     named = config.get("architectures") or [MODEL_TYPES.get(model_type, "")]
     name = str(named[0])
     original = ORIGINALS.get(name)
-    if name in NATIVE.values():
+    if name in NATIVE:
         raise UnsupportedModelError(
             f"config.json: {name!r} is a native class already. There is nothing to convert"
         )

@@ -18,8 +18,8 @@ from transformers import (
 
 from slimvlm.core.errors import UnsupportedModelError
 from slimvlm_tools.convert.dialogue import phi3_template
-from slimvlm_tools.convert.layout import Layout, Rule, apply_rules, keep, pick, require
-from slimvlm_tools.convert.source import Weights
+from slimvlm_tools.convert.pieces import HEAD, Conversion, Rules, place
+from slimvlm_tools.convert.source import Allowed, Weights, pick, require
 from slimvlm_tools.convert.tokens import TokenizerFiles, llama_tokenizer, token_id
 
 START, END, CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
@@ -47,74 +47,58 @@ INTERNVIT_DEFAULTS = {
 }
 """Values of the original vision configuration where the native class has others."""
 
-_LAYER = r"vision_model\.encoder\.layers\.(\d+)\."
-_TO_LAYER = r"model.vision_tower.encoder.layer.\1."
-_EMBEDDINGS = r"vision_model\.embeddings\."
-_TO_EMBEDDINGS = r"model.vision_tower.embeddings."
-RULES = [
-    Rule(_EMBEDDINGS + "class_embedding", (_TO_EMBEDDINGS + "cls_token",)),
-    Rule(_EMBEDDINGS + "position_embedding", (_TO_EMBEDDINGS + "position_embeddings",)),
-    Rule(
-        _EMBEDDINGS + r"patch_embedding\.(weight|bias)",
-        (_TO_EMBEDDINGS + r"patch_embeddings.projection.\1",),
-    ),
-    Rule(
-        _LAYER + r"attn\.qkv\.(weight|bias)",
-        tuple(_TO_LAYER + rf"attention.{part}_proj.\2" for part in "qkv"),
-    ),
-    Rule(_LAYER + r"attn\.proj\.(weight|bias)", (_TO_LAYER + r"attention.projection_layer.\2",)),
-    Rule(_LAYER + r"attn\.([qk])_norm\.weight", (_TO_LAYER + r"attention.\2_norm.weight",)),
-    Rule(_LAYER + r"norm1\.(weight|bias)", (_TO_LAYER + r"layernorm_before.\2",)),
-    Rule(_LAYER + r"norm2\.(weight|bias)", (_TO_LAYER + r"layernorm_after.\2",)),
-    Rule(_LAYER + r"ls([12])", (_TO_LAYER + r"lambda_\2",)),
-    Rule(_LAYER + r"mlp\.(fc[12]\..*)", (_TO_LAYER + r"mlp.\2",)),
-    Rule(r"mlp1\.0\.(weight|bias)", (r"model.multi_modal_projector.layer_norm.\1",)),
-    Rule(r"mlp1\.1\.(weight|bias)", (r"model.multi_modal_projector.linear_1.\1",)),
-    Rule(r"mlp1\.3\.(weight|bias)", (r"model.multi_modal_projector.linear_2.\1",)),
-    Rule(r"language_model\..*rotary_emb\.inv_freq", reason="computed from the configuration"),
-    keep("language_model.model.", "model.language_model."),
-]
+_LAYER, _TO_LAYER = (
+    r"vision_model\.encoder\.layers\.(\d+)\.",
+    r"model.vision_tower.encoder.layer.\1.",
+)
+_EMBEDDINGS, _TO_EMBEDDINGS = r"vision_model\.embeddings\.", r"model.vision_tower.embeddings."
+RULES: Rules = {
+    _EMBEDDINGS + "class_embedding": (_TO_EMBEDDINGS + "cls_token",),
+    _EMBEDDINGS + "position_embedding": (_TO_EMBEDDINGS + "position_embeddings",),
+    _EMBEDDINGS + r"patch_embedding\.(.*)": (_TO_EMBEDDINGS + r"patch_embeddings.projection.\1",),
+    _LAYER + r"attn\.qkv\.(.*)": tuple(_TO_LAYER + rf"attention.{p}_proj.\2" for p in "qkv"),
+    _LAYER + r"attn\.proj\.(.*)": (_TO_LAYER + r"attention.projection_layer.\2",),
+    _LAYER + r"attn\.([qk]_norm\.weight)": (_TO_LAYER + r"attention.\2",),
+    _LAYER + r"norm1\.(.*)": (_TO_LAYER + r"layernorm_before.\2",),
+    _LAYER + r"norm2\.(.*)": (_TO_LAYER + r"layernorm_after.\2",),
+    _LAYER + r"ls([12])": (_TO_LAYER + r"lambda_\2",),
+    _LAYER + r"(mlp\.fc[12]\..*)": (_TO_LAYER + r"\2",),
+    r"mlp1\.0\.(.*)": (r"model.multi_modal_projector.layer_norm.\1",),
+    r"mlp1\.1\.(.*)": (r"model.multi_modal_projector.linear_1.\1",),
+    r"mlp1\.3\.(.*)": (r"model.multi_modal_projector.linear_2.\1",),
+    r"language_model\..*rotary_emb\.inv_freq": (),  # computed from the configuration
+    r"language_model\.model\.(.*)": (r"model.language_model.\1",),
+    r"language_model\.lm_head\.weight": (HEAD,),
+}
 
 
-def refuse_internvl(config: Mapping[str, Any]) -> None:
-    """Refuse what the configuration shows to have no native counterpart.
-
-    Raises:
-        UnsupportedModelError: With the field, its value and what can be converted.
-    """
-    require(config, "ps_version", ("v2",), "v1")
-    require(config, "pad2square", (False,), False)
-    require(config, "template", ("phi3-chat",), None)
-    for name in ("use_backbone_lora", "use_llm_lora"):
-        require(config, name, (0, False, None), 0)
-    dynamic = require(config, "dynamic_image_size", (True, False), False)
-    if dynamic:
-        require(config, "use_thumbnail", (True,), False)
-    text = config["llm_config"]
-    by_type = ["Phi3ForCausalLM"] if text.get("model_type") == "phi3" else None
-    require(text, "architectures", (["Phi3ForCausalLM"],), by_type)
-    _text_config(config["llm_config"])
-    _vision_config(config["vision_config"])
+ALLOWED: Allowed = {
+    "ps_version": (("v2",), "v1"),
+    "pad2square": ((False,), False),
+    "template": (("phi3-chat",), None),
+    "use_backbone_lora": ((0, False, None), 0),
+    "use_llm_lora": ((0, False, None), 0),
+    "dynamic_image_size": ((True, False), False),
+}
 
 
-def internvl_layout(
-    source: Weights, config: Mapping[str, Any], vision_tower: str | Path | None
-) -> Layout:
-    """How an original checkpoint becomes the native class.
-
-    Raises:
-        UnsupportedModelError: If something in it has no native counterpart.
-        ConfigError: If files are missing.
-    """
+def plan_internvl(
+    folder: Path, config: Mapping[str, Any], vision_tower: str | Path | None
+) -> Conversion:
+    """How a Mini-InternVL-Chat becomes the native class."""
+    require(config, ALLOWED)
+    if config.get("dynamic_image_size"):
+        require(config, {"use_thumbnail": ((True,), False)})
+    text = _text_config(config["llm_config"])
+    vision = _vision_config(config["vision_config"])
     if vision_tower is not None:
         raise UnsupportedModelError(
             "vision_tower: InternVL checkpoints hold their own tower; none can be given"
         )
-    text = _text_config(config["llm_config"])
-    vision: Any = _vision_config(config["vision_config"])
+    source = Weights(folder)
     side = int(config.get("force_image_size") or vision.image_size[0])
     ratio = float(config.get("downsample_ratio", 0.5))
-    files = TokenizerFiles(source.folder)
+    files = TokenizerFiles(folder)
     tokenizer = llama_tokenizer(files, _named_tokens(files))
     native = InternVLConfig(
         text_config=text,
@@ -127,40 +111,33 @@ def internvl_layout(
         vision_feature_select_strategy="default",
         tie_word_embeddings=text.tie_word_embeddings,
     )
-    head = (
-        Rule(r"language_model\.lm_head\.weight", reason="tied to the embeddings")
-        if text.tie_word_embeddings
-        else keep("language_model.lm_head.weight", "lm_head.weight")
-    )
-    pieces, unused = apply_rules(source, [head, *RULES])
     end = token_id(tokenizer, "<|end|>")
     stops = [end] + [i for i in (text.eos_token_id,) if isinstance(i, int) and i != end]
-    generation = {"eos_token_id": stops, "pad_token_id": text.pad_token_id}
-    return Layout(
+    return Conversion(
         native,
-        pieces,
-        generation,
-        lambda: _processor(config, files, tokenizer, side, native.image_seq_length),
-        unused,
+        place(source, source.shapes, RULES),
+        {"eos_token_id": stops, "pad_token_id": text.pad_token_id},
+        _processor(config, files, tokenizer, side, native.image_seq_length),
     )
 
 
 def _text_config(config: Mapping[str, Any]) -> Phi3Config:
-    most = int(config.get("max_position_embeddings", 4096))
-    original = int(config.get("original_max_position_embeddings", 4096))
+    by_type = ["Phi3ForCausalLM"] if config.get("model_type") == "phi3" else None
+    require(config, {"architectures": ((["Phi3ForCausalLM"],), by_type)})
     rope: dict[str, Any] = {
         "rope_type": "default",
         "rope_theta": float(config.get("rope_theta") or 10000.0),
     }
     scaling = config.get("rope_scaling")
     if scaling:
-        require(scaling, "type", ("su", "longrope"), scaling.get("rope_type"))
+        require(scaling, {"type": (("su", "longrope"), scaling.get("rope_type"))})
+        original = int(config.get("original_max_position_embeddings", 4096))
         rope |= {
             "rope_type": "longrope",
             "short_factor": list(scaling["short_factor"]),
             "long_factor": list(scaling["long_factor"]),
             "original_max_position_embeddings": original,
-            "factor": most / original,
+            "factor": int(config.get("max_position_embeddings", 4096)) / original,
         }
     return Phi3Config(
         **pick(config, TEXT_FIELDS),
@@ -169,15 +146,13 @@ def _text_config(config: Mapping[str, Any]) -> Phi3Config:
     )
 
 
-def _vision_config(config: Mapping[str, Any]) -> InternVLVisionConfig:
-    values = {**INTERNVIT_DEFAULTS, **pick(config, VISION_FIELDS)}
+def _vision_config(config: Mapping[str, Any]) -> Any:
     normalized = bool(config.get("qk_normalization", True))
-    if normalized:
-        # the native norms of queries and keys have a fixed epsilon
-        require(config, "layer_norm_eps", (1e-6,), 1e-6)
+    if normalized:  # the native norms of queries and keys have a fixed epsilon
+        require(config, {"layer_norm_eps": ((1e-6,), 1e-6)})
     dropout = float(config.get("dropout", 0.0))
     return InternVLVisionConfig(
-        **values,
+        **{**INTERNVIT_DEFAULTS, **pick(config, VISION_FIELDS)},
         image_size=int(config.get("image_size", 224)),
         patch_size=int(config.get("patch_size", 14)),
         attention_bias=bool(config.get("qkv_bias", False)),
@@ -203,7 +178,7 @@ def _processor(
         "image_std": IMAGENET_STD,
         "resample": 3,
     }
-    dynamic = bool(config.get("dynamic_image_size", False))
+    dynamic = bool(config.get("dynamic_image_size"))
     # The slow tokenizer in its newer mode puts a lone space before a first token that is not
     # among its special ones.
     lonely = not files.legacy and files.prefix and "<|system|>" not in files.special
@@ -227,13 +202,13 @@ def _named_tokens(files: TokenizerFiles) -> dict[str, str]:
 
     The originals have none for videos, which gets one that no conversation uses.
     """
-    special = {str(token) for token in files.named_tokens().values()}
-    free = [t.content for t in files.added.values() if t.content not in USED | special]
+    taken = USED | {str(token) for token in files.named.values()}
+    free = [token.content for token in files.added.values() if token.content not in taken]
     placeholders = [token for token in free if "placeholder" in token]
-    chosen = [t for t in free if t == "<video>"] + placeholders[-1:] + free[-1:] + ["<unk>"]
+    video = [t for t in free if t == "<video>"] + placeholders[-1:] + free[-1:] + ["<unk>"]
     return {
         "start_image_token": START,
         "end_image_token": END,
         "context_image_token": CONTEXT,
-        "video_token": chosen[0],
+        "video_token": video[0],
     }

@@ -9,23 +9,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers import (
-    CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaProcessor,
     PhiConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
-    SiglipVisionConfig,
 )
 
 from slimvlm.core.errors import UnsupportedModelError
 from slimvlm_tools.convert.dialogue import vicuna_template
-from slimvlm_tools.convert.layout import Layout, Rule, apply_rules, keep, pick, require
-from slimvlm_tools.convert.source import Weights
+from slimvlm_tools.convert.pieces import EMBEDDINGS, HEAD, Conversion, Rules, place
+from slimvlm_tools.convert.source import Allowed, Weights, pick, require
 from slimvlm_tools.convert.tokens import (
     TokenizerFiles,
     add_new_tokens,
@@ -33,10 +31,11 @@ from slimvlm_tools.convert.tokens import (
     llama_tokenizer,
     token_id,
 )
-from slimvlm_tools.convert.towers import CLIP, SIGLIP, Tower, find_tower, image_processor
+from slimvlm_tools.convert.towers import CLIP, INSIDE, SIGLIP, Tower, find_tower, image_processor
 
 IMAGE, PAD = "<image>", "<pad>"
-EMBEDDINGS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
+STRATEGIES = {"patch": "default", "cls_patch": "full"}
+"""What the originals and what the native class call the choice of visual tokens."""
 LANGUAGE_FIELDS = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range"),
@@ -44,232 +43,173 @@ LANGUAGE_FIELDS = (
 )
 LLAMA_FIELDS = (*LANGUAGE_FIELDS, "rms_norm_eps", "attention_bias", "mlp_bias", "head_dim")
 PHI_FIELDS = (*LANGUAGE_FIELDS, "layer_norm_eps", "resid_pdrop", "embd_pdrop", "qk_layernorm")
-PROJECTOR = [
-    keep("model.mm_projector.0.", "model.multi_modal_projector.linear_1."),
-    keep("model.mm_projector.2.", "model.multi_modal_projector.linear_2."),
-]
-ROTARY = Rule(r"model\..*rotary_emb\.inv_freq", reason="computed from the configuration")
-TIED = Rule(r"lm_head\.weight", reason="tied to the embeddings")
 
+SHARED_ALLOWED: Allowed = {
+    "mm_projector_type": (("mlp2x_gelu",), "linear"),
+    "image_aspect_ratio": (("pad", "square", None), None),
+    "quantization_config": ((None,), None),
+    "mm_resampler_type": ((None,), None),
+    "s2": ((False, None), False),
+    "use_s2": ((False, None), False),
+}
+LLAVA_ALLOWED: Allowed = {
+    **SHARED_ALLOWED,
+    "mm_use_im_start_end": ((False,), False),
+    "mm_use_im_patch_token": ((False,), False),
+    "mm_patch_merge_type": (("flat", None), "flat"),
+    "mm_vision_select_feature": (tuple(STRATEGIES), "patch"),
+}
+BUNNY_ALLOWED: Allowed = {**SHARED_ALLOWED, "mm_vision_select_layer": ((-2, None), -2)}
 
-STRATEGIES: dict[str, Literal["default", "full"]] = {"patch": "default", "cls_patch": "full"}
-"""What the originals and what the native class call the choice of visual tokens."""
+SHARED_RULES: Rules = {
+    r"model\..*rotary_emb\.inv_freq": (),  # computed from the configuration
+    r"model\.mm_projector\.0\.(.*)": (r"model.multi_modal_projector.linear_1.\1",),
+    r"model\.mm_projector\.2\.(.*)": (r"model.multi_modal_projector.linear_2.\1",),
+    r"model\.((?:embed_tokens|layers)\..*)": (r"model.language_model.\1",),
+    r"lm_head\.weight": (HEAD,),
+}
+LLAVA_RULES: Rules = {
+    **SHARED_RULES,
+    r"model\.(norm\..*)": (r"model.language_model.\1",),
+    r"model\.image_newline": (),  # LLaVA-1.6 only; this picture mode never reads it
+}
+BUNNY_RULES: Rules = {
+    **SHARED_RULES,
+    r"model\.(final_layernorm\..*)": (r"model.language_model.\1",),
+    r"lm_head\.bias": (),  # all zeros, or refused
+}
 
 
 @dataclass(frozen=True)
 class _Tokens:
-    """A tokenizer with a picture token, and the vocabulary that the model then has."""
+    """A tokenizer with a picture token, and the rows of the original model's embeddings."""
 
     tokenizer: PreTrainedTokenizerFast
-    image_id: int
     pad_id: int
-    vocab_size: int
-    new_rows: int
+    num_rows: int
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the native embeddings. Those that no token uses are taken first."""
+        return max(self.num_rows, len(self.tokenizer))
 
     @property
     def new_ids(self) -> list[int]:
         """Ids that the original model does not have, and so never says."""
-        return list(range(self.vocab_size - self.new_rows, self.vocab_size))
+        return list(range(self.num_rows, self.vocab_size))
 
 
-def refuse_llava(config: Mapping[str, Any]) -> None:
-    """Refuse what the configuration of a LLaVA-1.5 shows to have no native counterpart.
-
-    Raises:
-        UnsupportedModelError: With the field, its value and what can be converted.
-    """
-    _refuse_common(config)
-    for name in ("mm_use_im_start_end", "mm_use_im_patch_token"):
-        require(config, name, (False,), False)
-    require(config, "mm_patch_merge_type", ("flat", None), "flat")
-    require(config, "mm_vision_select_feature", tuple(STRATEGIES), "patch")
-
-
-def refuse_bunny(config: Mapping[str, Any]) -> None:
-    """Refuse what the configuration of a Bunny-v1.0 shows to have no native counterpart.
-
-    Raises:
-        UnsupportedModelError: With the field, its value and what can be converted.
-    """
-    _refuse_common(config)
-    require(config, "mm_vision_select_layer", (-2, None), -2)
-
-
-def llava_layout(
-    source: Weights, config: Mapping[str, Any], vision_tower: str | Path | None
-) -> Layout:
-    """LLaVA-1.5: how an original checkpoint becomes the native class.
-
-    Raises:
-        UnsupportedModelError: If something in it has no native counterpart.
-        ConfigError: If files are missing.
-    """
-    feature = config.get("mm_vision_select_feature", "patch")
+def plan_llava(
+    folder: Path, config: Mapping[str, Any], vision_tower: str | Path | None
+) -> Conversion:
+    """How a LLaVA-1.5 becomes the native class."""
+    require(config, LLAVA_ALLOWED)
+    rope = _rope(config)
+    source = Weights(folder)
     tower = find_tower(source, config, CLIP, vision_tower)
-    tokens = _tokens(llama_tokenizer(TokenizerFiles(source.folder)), config, PAD)
-    text = LlamaConfig(
-        **pick(config, LLAMA_FIELDS),
-        **_shared_text_values(config, tokens),
-        rope_parameters=_rope(config),
-    )
     layer = int(config.get("mm_vision_select_layer", -2))
-    native = _native_config(config, tower, CLIPVisionConfig(**tower.fields), text, tokens)
-    native.vision_feature_layer = _checked_layer(layer, tower.num_layers)
-    native.vision_feature_select_strategy = STRATEGIES[feature]
-    native.image_seq_length = tower.num_patches + (feature == "cls_patch")
-    rules = [
-        Rule(r"model\.image_newline", reason="LLaVA-1.6 only; this picture mode never reads it"),
-        *_language_rules(config, "model.norm."),
-    ]
-    return _layout(
-        source, config, native, tower, tower.num_layers, tokens, rules,
-        template=vicuna_template("</s>", _picture_text(tokens.tokenizer)),
-        center_crop=True, extra_tokens=1,
-    )  # fmt: skip
+    if not -tower.num_layers - 1 <= layer <= tower.num_layers:  # hidden state 0: the embeddings
+        raise UnsupportedModelError(
+            f"config.json: mm_vision_select_layer {layer}, but the tower has {tower.num_layers} "
+            "layers"
+        )
+    tokens = _tokens(llama_tokenizer(TokenizerFiles(folder)), config, PAD)
+    text = LlamaConfig(
+        **pick(config, LLAMA_FIELDS), **_text_values(config, tokens), rope_parameters=rope
+    )
+    strategy = STRATEGIES[config.get("mm_vision_select_feature", "patch")]
+    native = _native_config(config, tower, tokens, text, layer, strategy)
+    return _plan(source, config, tower, tokens, native, LLAVA_RULES, end="</s>")
 
 
-def bunny_layout(
-    source: Weights, config: Mapping[str, Any], vision_tower: str | Path | None
-) -> Layout:
-    """Bunny-v1.0 with Phi-2: how an original checkpoint becomes the native class.
+def plan_bunny(
+    folder: Path, config: Mapping[str, Any], vision_tower: str | Path | None
+) -> Conversion:
+    """How a Bunny-v1.0 with Phi-2 becomes the native class.
 
     The original reads the last but one layer of SigLIP. Its published checkpoint has no last
     layer, and a tower folder's last layer is left out here.
-
-    Raises:
-        UnsupportedModelError: If something in it has no native counterpart.
-        ConfigError: If files are missing.
     """
-    if "lm_head.bias" in source.shapes:
-        _refuse_head_bias(source)
+    require(config, BUNNY_ALLOWED)
+    rope = _rope(config)
+    source = Weights(folder)
+    if "lm_head.bias" in source.shapes and source.read("lm_head.bias").any():
+        raise UnsupportedModelError(
+            "weights: 'lm_head.bias' is not zero, and the native class has no bias there"
+        )
     tower = find_tower(source, config, SIGLIP, vision_tower)
-    tokens = _tokens(byte_level_tokenizer(TokenizerFiles(source.folder)), config)
-    text = PhiConfig(
-        **pick(config, PHI_FIELDS),
-        **_shared_text_values(config, tokens),
-        rope_parameters={
-            **_rope(config),
-            "partial_rotary_factor": float(config.get("partial_rotary_factor", 0.5)),
-        },
-    )
-    whole = int(tower.fields.get("num_hidden_layers", 12))
+    whole = tower.config.num_hidden_layers
     if tower.num_layers not in (whole, whole - 1):
         raise UnsupportedModelError(
             f"vision_tower: {tower.num_layers} layers in the weights, where {whole} or {whole - 1} "
             "are expected"
         )
-    fields = {**tower.fields, "num_hidden_layers": whole - 1, "vision_use_head": False}
-    fields.pop("projection_dim", None)
-    native = _native_config(config, tower, SiglipVisionConfig(**fields), text, tokens)
-    native.vision_feature_layer = -1
-    native.vision_feature_select_strategy = "full"
-    native.image_seq_length = tower.num_patches
-    unused_bias = Rule(r"lm_head\.bias", reason="all zeros")
-    rules = [unused_bias, *_language_rules(config, "model.final_layernorm.")]
-    return _layout(
-        source, config, native, tower, whole - 1, tokens, rules,
-        template=vicuna_template("<|endoftext|>", _picture_text(tokens.tokenizer)),
-        center_crop=False, extra_tokens=0,
-    )  # fmt: skip
+    tower = tower.first_layers(whole - 1)
+    tower.config.vision_use_head = False
+    tokens = _tokens(byte_level_tokenizer(TokenizerFiles(folder)), config)
+    rope["partial_rotary_factor"] = float(config.get("partial_rotary_factor", 0.5))
+    text = PhiConfig(
+        **pick(config, PHI_FIELDS), **_text_values(config, tokens), rope_parameters=rope
+    )
+    native = _native_config(config, tower, tokens, text, -1, "full")
+    return _plan(source, config, tower, tokens, native, BUNNY_RULES, end="<|endoftext|>")
 
 
-def _layout(
+def _plan(
     source: Weights,
     config: Mapping[str, Any],
-    native: LlavaConfig,
     tower: Tower,
-    tower_layers: int,
     tokens: _Tokens,
-    rules: list[Rule],
-    template: str,
-    center_crop: bool,
-    extra_tokens: int,
-) -> Layout:
-    pieces, unused = tower.place(tower_layers)
-    names = [n for n in source.shapes if not (tower.inside and n.startswith("model.vision_tower."))]
-    language_pieces, language_unused = apply_rules(source, rules, names)
-    pieces |= language_pieces
-    for name in EMBEDDINGS:
-        if name in pieces and tokens.new_rows:
-            pieces[name] = replace(pieces[name], new_rows=tokens.new_rows)
-    picture = image_processor(tower, config.get("image_aspect_ratio"), center_crop)
-
-    def make_processor() -> LlavaProcessor:
-        return LlavaProcessor(
-            image_processor=picture,
-            tokenizer=tokens.tokenizer,
-            patch_size=int(tower.fields["patch_size"]),
-            vision_feature_select_strategy=native.vision_feature_select_strategy,
-            chat_template=template,
-            image_token=IMAGE,
-            num_additional_image_tokens=extra_tokens,
-        )
-
-    generation: dict[str, Any] = {"pad_token_id": tokens.pad_id}
-    if tokens.new_ids:
-        generation |= {"suppress_tokens": tokens.new_ids}
-    return Layout(native, pieces, generation, make_processor, unused | language_unused)
-
-
-def _refuse_common(config: Mapping[str, Any]) -> None:
-    require(config, "mm_projector_type", ("mlp2x_gelu",), "linear")
-    require(config, "image_aspect_ratio", ("pad", "square", None), None)
-    for name in ("quantization_config", "mm_resampler_type"):
-        require(config, name, (None,), None)
-    for name in ("s2", "use_s2"):
-        require(config, name, (False, None), False)
-    _rope(config)
-
-
-def _refuse_head_bias(source: Weights) -> None:
-    """A bias of the head that is not all zeros changes logits and has no native place."""
-    if source.read("lm_head.bias").any():
-        raise UnsupportedModelError(
-            "weights: 'lm_head.bias' is not zero, and the native class has no bias there"
-        )
-
-
-def _language_rules(config: Mapping[str, Any], final_norm: str) -> list[Rule]:
-    tied = [TIED] if config.get("tie_word_embeddings") else []
-    return [
-        ROTARY,
-        *PROJECTOR,
-        *tied,
-        keep("model.embed_tokens.", "model.language_model.embed_tokens."),
-        keep("model.layers.", "model.language_model.layers."),
-        keep(final_norm, "model.language_model." + final_norm.removeprefix("model.")),
-        keep("lm_head.weight", "lm_head.weight"),
-    ]
+    native: LlavaConfig,
+    rules: Rules,
+    end: str,
+) -> Conversion:
+    names = [name for name in source.shapes if not name.startswith(INSIDE)]
+    pieces = {**place(source, names, rules), **tower.pieces}
+    for name in {EMBEDDINGS, HEAD} & pieces.keys():
+        pieces[name] = replace(pieces[name], new_rows=len(tokens.new_ids))
+    processor = LlavaProcessor(
+        image_processor=image_processor(tower, config.get("image_aspect_ratio")),
+        tokenizer=tokens.tokenizer,
+        patch_size=tower.config.patch_size,
+        vision_feature_select_strategy=native.vision_feature_select_strategy,
+        chat_template=vicuna_template(end, _picture_text(tokens.tokenizer)),
+        image_token=IMAGE,
+        num_additional_image_tokens=int(tower.kind == CLIP),  # its class token
+    )
+    suppressed = {"suppress_tokens": tokens.new_ids} if tokens.new_ids else {}
+    return Conversion(native, pieces, {"pad_token_id": tokens.pad_id, **suppressed}, processor)
 
 
 def _native_config(
     config: Mapping[str, Any],
     tower: Tower,
-    vision: PreTrainedConfig,
-    text: PreTrainedConfig,
     tokens: _Tokens,
+    text: PreTrainedConfig,
+    layer: int,
+    strategy: str,
 ) -> LlavaConfig:
-    if "mm_hidden_size" in config and config["mm_hidden_size"] != vision.hidden_size:
+    width = tower.config.hidden_size
+    if config.get("mm_hidden_size", width) != width:
         raise UnsupportedModelError(
             f"config.json: mm_hidden_size {config['mm_hidden_size']} is not the tower's "
-            f"hidden_size {vision.hidden_size}"
+            f"hidden_size {width}"
         )
-    named: dict[str, Any] = {
+    values: dict[str, Any] = {
+        "image_token_index": token_id(tokens.tokenizer, IMAGE),
+        "image_seq_length": tower.num_patches + (tower.kind == CLIP and strategy == "full"),
+        "vision_feature_layer": layer,
+        "vision_feature_select_strategy": strategy,
+        "projector_hidden_act": "gelu",
+        "tie_word_embeddings": text.tie_word_embeddings,
         "pad_token_id": tokens.pad_id,
         "bos_token_id": config.get("bos_token_id"),
         "eos_token_id": config.get("eos_token_id"),
     }
-    return LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=tokens.image_id,
-        projector_hidden_act="gelu",
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        **named,
-    )
+    return LlavaConfig(vision_config=tower.config, text_config=text, **values)
 
 
-def _shared_text_values(config: Mapping[str, Any], tokens: _Tokens) -> dict[str, Any]:
+def _text_values(config: Mapping[str, Any], tokens: _Tokens) -> dict[str, Any]:
     return {
         "vocab_size": tokens.vocab_size,
         "pad_token_id": tokens.pad_id,
@@ -287,19 +227,8 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
             f"config.json: rope_scaling {kind!r} has no native counterpart. Can be converted: "
             "none, 'linear'"
         )
-    rope["rope_type"] = kind
-    if kind == "linear":
-        rope["factor"] = float(scaling["factor"])
-    return rope
-
-
-def _checked_layer(layer: int, num_layers: int) -> int:
-    """The tower has hidden states 0 (embeddings) to ``num_layers``."""
-    if not -num_layers - 1 <= layer <= num_layers:
-        raise UnsupportedModelError(
-            f"config.json: mm_vision_select_layer {layer}, but the tower has {num_layers} layers"
-        )
-    return layer
+    factor = {"factor": float(scaling["factor"])} if kind == "linear" else {}
+    return {**rope, "rope_type": kind, **factor}
 
 
 def _picture_text(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -322,23 +251,12 @@ def _picture_text(tokenizer: PreTrainedTokenizerFast) -> str:
 def _tokens(
     tokenizer: PreTrainedTokenizerFast, config: Mapping[str, Any], pad: str | None = None
 ) -> _Tokens:
-    """Add the picture token (and a padding token of its own, if asked) behind the vocabulary.
-
-    Rows of the embeddings that no token uses are taken first.
-    """
+    """Add the picture token, and a padding token of its own if asked, behind the vocabulary."""
     add_new_tokens(tokenizer, [IMAGE] + ([pad] if pad else []))
     if pad:
         tokenizer.pad_token = pad
     if config.get("tokenizer_model_max_length"):
         tokenizer.model_max_length = int(config["tokenizer_model_max_length"])
-    rows = int(config["vocab_size"])
-    image_id = token_id(tokenizer, IMAGE)
-    pad_id = tokenizer.pad_token_id
-    vocab_size = max(rows, len(tokenizer))
-    return _Tokens(
-        tokenizer,
-        image_id,
-        int(config.get("pad_token_id") or 0) if pad_id is None else int(pad_id),
-        vocab_size,
-        vocab_size - rows,
-    )
+    known = tokenizer.pad_token_id
+    pad_id = int(config.get("pad_token_id") or 0) if known is None else int(known)
+    return _Tokens(tokenizer, pad_id, int(config["vocab_size"]))

@@ -9,25 +9,30 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
 
-from slimvlm.core.errors import ConfigError
+from slimvlm.core.errors import ConfigError, UnsupportedModelError
 
 PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"]
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 """Where weights may stand, in the order in which transformers looks."""
+Allowed = Mapping[str, tuple[Sequence[Any], Any]]
+"""Fields of a source configuration, the values that can be mapped, and what one unset means."""
 MAPPED_BYTES = 256 * 2**20
 """Bytes read from a mapped file before it is closed and opened again: pages that were read count
 as the process's memory until then."""
@@ -78,69 +83,67 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def require(values: Mapping[str, Any], allowed: Allowed) -> None:
+    """Check fields of a source configuration that must have values that can be mapped.
+
+    Raises:
+        UnsupportedModelError: If one has another value.
+    """
+    for name, (choices, default) in allowed.items():
+        if (value := values.get(name, default)) not in choices:
+            raise UnsupportedModelError(
+                f"config.json: {name} {value!r} has no native counterpart. Can be converted: "
+                + ", ".join(map(repr, choices))
+            )
+
+
+def pick(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Those of the named fields that a source configuration sets."""
+    return {name: values[name] for name in names if values.get(name) is not None}
+
+
 class Weights:
     """The tensors of a checkpoint folder by name, ``.safetensors`` or ``.bin``, sharded or not.
 
     Attributes:
         folder: The folder.
-        shapes: Shape of every tensor, known without reading it.
-        files: The file of every tensor.
+        shapes: Shape of every tensor.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Read names and shapes only.
+        """Find names and shapes; values stay unread.
 
         Raises:
             ConfigError: If the folder has no weights, or they do not agree with their index.
         """
         self.folder = folder
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.files: dict[str, Path] = {}
-        self._opened: tuple[Path, Any] | None = None
+        self.shapes: dict[str, torch.Size] = {}
+        self._files: dict[str, Path] = {}
+        self._opened: tuple[Path, dict[str, Tensor]] | None = None
         self._bytes_read = 0
         files, promised = _weight_files(folder)
         for file in files:
-            for name, shape in self._read_shapes(file).items():
-                if name in self.files:
+            for name, tensor in self._open(file).items():
+                if name in self.shapes:
                     raise ConfigError(f"weights: {name!r} stands twice in {str(folder)!r}")
-                self.shapes[name], self.files[name] = shape, file
-        if lost := sorted(promised - set(self.shapes)):
+                self.shapes[name], self._files[name] = tensor.shape, file
+        if lost := sorted(promised - self.shapes.keys()):
             raise ConfigError(f"weights: the index of {str(folder)!r} names {lost[0]!r}, no file")
 
     def read(self, name: str, block: int = 0, blocks: int = 1) -> Tensor:
         """One tensor, or one of several equal blocks of its rows, as its own memory."""
-        rows = slice(None)
+        tensor = self._open(self._files[name])[name]
         if blocks > 1:
-            size = self.shapes[name][0] // blocks
-            rows = slice(block * size, (block + 1) * size)
-        opened = self._open(self.files[name])
-        if isinstance(opened, dict):
-            tensor: Tensor = opened[name]
-            part = tensor[rows].detach().clone() if tensor.dim() else tensor.detach().clone()
-        elif self.shapes[name]:
-            part = opened.get_slice(name)[rows].clone(memory_format=torch.contiguous_format)
-        else:
-            part = opened.get_tensor(name).clone()
-        self._bytes_read += part.nbytes
-        return part
+            tensor = tensor.chunk(blocks)[block]
+        self._bytes_read += tensor.nbytes
+        return tensor.clone(memory_format=torch.contiguous_format)
 
     def dtype(self, name: str) -> torch.dtype:
         """The data type that a tensor is stored in."""
-        opened = self._open(self.files[name])
-        if isinstance(opened, dict):
-            stored: torch.dtype = opened[name].dtype
-            return stored
-        head: Tensor = opened.get_slice(name)[:1]
-        return head.dtype
+        return self._open(self._files[name])[name].dtype
 
-    def _read_shapes(self, file: Path) -> dict[str, tuple[int, ...]]:
-        opened = self._open(file)
-        if isinstance(opened, dict):
-            return {name: tuple(tensor.shape) for name, tensor in opened.items()}
-        return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-
-    def _open(self, file: Path) -> Any:
-        """An open safetensors file, or the state dict of a ``.bin``. The last one stays open."""
+    def _open(self, file: Path) -> dict[str, Tensor]:
+        """The tensors of a file, mapped where it can be. The last file stays open."""
         is_stale = self._bytes_read > MAPPED_BYTES and _is_mapped(file)
         if self._opened is None or self._opened[0] != file or is_stale:
             self._opened, self._bytes_read = None, 0
@@ -149,8 +152,8 @@ class Weights:
 
 
 def _weight_files(folder: Path) -> tuple[list[Path], set[str]]:
-    for name in WEIGHT_FILES:
-        path = folder / name
+    """The files that hold weights, and the names that their index promises."""
+    for path in (folder / name for name in WEIGHT_FILES):
         if not path.is_file():
             continue
         if path.suffix != ".json":
@@ -168,12 +171,11 @@ def _is_mapped(file: Path) -> bool:
     return file.suffix == ".safetensors" or zipfile.is_zipfile(file)
 
 
-def _open_weights(file: Path) -> Any:
+def _open_weights(file: Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
-            return safe_open(file, framework="pt")
-        mapped = _is_mapped(file)
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+            return load_file(file)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_mapped(file))
     except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"weights: {str(file)!r} cannot be read ({reason})") from error

@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from slimvlm.core.errors import ConfigError, UnsupportedModelError
-from slimvlm_tools.convert.sentencepiece import build_tokenizer, read_pieces
-from slimvlm_tools.convert.source import read_json
+from slimvlm_tools.convert.source import pick, read_json
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
 
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 COPIED = ("model_max_length", "padding_side", "clean_up_tokenization_spaces")
+SPACE = "▁"
+PROBE = "The zyzzyva's  naïve ﬁnal  ½ hexameters, Ａ\u00a0猫 (42)!\n unforgettably "
+"""Text that other kinds of SentencePiece models split otherwise, or write anew before that."""
 
 
 class TokenizerFiles:
@@ -26,6 +31,8 @@ class TokenizerFiles:
         folder: The folder.
         settings: ``tokenizer_config.json``, with ``special_tokens_map.json`` over it where the
             original reads that file.
+        named: The named tokens (beginning, end, unknown, padding) that the folder sets.
+        special: What the original counts as special: named tokens and the additional ones.
         added: Added tokens by id, with their flags.
         legacy: Whether every stretch of text between special tokens gets a leading space, as the
             slow Llama tokenizer does unless ``legacy`` is false.
@@ -36,39 +43,20 @@ class TokenizerFiles:
         """Read the small files; the vocabulary stays unread."""
         self.folder = folder
         self.settings = read_json(folder / "tokenizer_config.json")
-        if "added_tokens_decoder" not in self.settings:
+        stated = self.settings.get("added_tokens_decoder")
+        if stated is None:
             self.settings |= read_json(folder / "special_tokens_map.json")
-        self.added = self._added_tokens()
+        named = {name: _content(value) for name, value in pick(self.settings, NAMED).items()}
+        more = self.settings.get("additional_special_tokens") or ()
+        self.special = {*named.values(), *map(_content, more)}
+        if not stated:
+            plain = read_json(folder / "added_tokens.json")
+            stated = {i: {"content": t, "special": t in self.special} for t, i in plain.items()}
+        self.added = {int(i): _token(**stated[i]) for i in sorted(stated, key=int)}
+        by_content = {token.content: token for token in self.added.values()}
+        self.named = {n: by_content.get(t) or _token(t, special=True) for n, t in named.items()}
         self.legacy = self.settings.get("legacy") is not False
         self.prefix = self.settings.get("add_prefix_space") is not False
-
-    @property
-    def special(self) -> set[str]:
-        """Tokens that the original counts as special: the named ones and the additional ones."""
-        more = self.settings.get("additional_special_tokens") or []
-        values = [self.settings.get(name) for name in NAMED] + list(more)
-        return {_content(value) for value in values if value is not None}
-
-    def named_tokens(self) -> dict[str, AddedToken]:
-        """The named tokens (beginning, end, unknown, padding) that the folder sets."""
-        found = {}
-        for name in NAMED:
-            if self.settings.get(name) is not None:
-                content = _content(self.settings[name])
-                flags = next((t for t in self.added.values() if t.content == content), None)
-                found[name] = flags or AddedToken(content, special=True, normalized=False)
-        return found
-
-    def _added_tokens(self) -> dict[int, AddedToken]:
-        stated: Mapping[str, Any] = self.settings.get("added_tokens_decoder", {})
-        if stated:
-            return {int(i): _token(value) for i, value in sorted(stated.items(), key=_by_number)}
-        plain = read_json(self.folder / "added_tokens.json")
-        special = self.special
-        return {
-            int(i): AddedToken(content, normalized=False, special=content in special)
-            for content, i in sorted(plain.items(), key=lambda item: int(item[1]))
-        }
 
 
 def llama_tokenizer(
@@ -86,13 +74,10 @@ def llama_tokenizer(
     """
     path = files.folder / "tokenizer.model"
     if not path.is_file():
-        return _from_json(files, attributes)
-    pieces = read_pieces(path)
-    named = files.named_tokens()
-    unknown = named["unk_token"].content if "unk_token" in named else "<unk>"
-    prefix = pieces.adds_prefix if files.legacy else files.prefix
-    tokenizer = build_tokenizer(pieces, unknown, files.legacy, prefix)
-    _add_tokens(tokenizer, files)
+        return _wrap(files, _from_json(files.folder), attributes)
+    unknown = files.named.get("unk_token", "<unk>")
+    tokenizer, adds_prefix = _read_pieces(path, str(unknown))
+    _write_spaces_(tokenizer, files.legacy, adds_prefix if files.legacy else files.prefix)
     return _wrap(
         files,
         tokenizer,
@@ -108,22 +93,22 @@ def byte_level_tokenizer(files: TokenizerFiles) -> PreTrainedTokenizerFast:
 
     Raises:
         ConfigError: If the folder has no tokenizer files, or they cannot be read.
+        UnsupportedModelError: If added tokens cannot keep their ids.
     """
     vocab, merges = files.folder / "vocab.json", files.folder / "merges.txt"
     spaced = bool(files.settings.get("add_prefix_space", False))
     if (files.folder / "tokenizer.json").is_file() or not (vocab.is_file() and merges.is_file()):
-        return _from_json(files, spaced=spaced)
+        return _wrap(files, _from_json(files.folder, spaced))
     tokenizer = Tokenizer(BPE.from_file(str(vocab), str(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=spaced)
     tokenizer.decoder = decoders.ByteLevel()
-    _add_tokens(tokenizer, files)
     return _wrap(files, tokenizer)
 
 
 def add_new_tokens(tokenizer: PreTrainedTokenizerFast, names: list[str]) -> None:
     """Add special tokens at the end of the vocabulary; those that exist keep their ids."""
     known = tokenizer.get_vocab()
-    new = [AddedToken(n, special=True, normalized=False) for n in names if n not in known]
+    new = [_token(name, special=True) for name in names if name not in known]
     tokenizer.add_tokens(new, special_tokens=True)
 
 
@@ -139,39 +124,114 @@ def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
     return int(found)
 
 
-def _from_json(
-    files: TokenizerFiles,
-    attributes: Mapping[str, str] | None = None,
-    spaced: bool | None = None,
-) -> PreTrainedTokenizerFast:
+def _read_pieces(path: Path, unknown: str) -> tuple[Tokenizer, bool]:
+    """A SentencePiece BPE model as a `tokenizers` model without a word on spaces.
+
+    Pairs whose union is a piece are merged in the order of its score: BPE by rank does what BPE by
+    score does. The result is compared with SentencePiece's own on a sentence.
+
+    Args:
+        path: A ``tokenizer.model``.
+        unknown: The unknown token.
+
+    Returns:
+        The tokenizer, and whether the model puts a ``▁`` before a text.
+
+    Raises:
+        ConfigError: If the file is no such model, or ``sentencepiece`` is not installed.
+        UnsupportedModelError: If the model is not BPE, or rewrites text before it is split.
+    """
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ImportError as error:
+        raise ConfigError(
+            f"{str(path)!r}: to read it takes `pip install 'slimvlm[convert]'`"
+        ) from error
+    try:
+        model = SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"{str(path)!r} is not a SentencePiece model") from error
+    tokenizer = _merging(model, unknown)
+    adds_prefix = model.normalize("a") == f"{SPACE}a"
+    plain = model.normalize(PROBE)
+    if plain != SPACE * adds_prefix + PROBE.replace(" ", SPACE):
+        raise UnsupportedModelError(
+            f"{str(path)!r}: it normalizes text or removes whitespace, which the LLaVA and Phi-3 "
+            "tokenizers do not"
+        )
+    if _weighs_splits(model) or tokenizer.encode(plain).ids != model.encode(PROBE):
+        raise UnsupportedModelError(f"{str(path)!r}: only SentencePiece BPE can be converted")
+    return tokenizer, adds_prefix
+
+
+def _merging(model: SentencePieceProcessor, unknown: str) -> Tokenizer:
+    """BPE by rank does what BPE by score does: merge pairs whose union is a piece, best first."""
+    ids = list(range(model.get_piece_size()))
+    names, scores, is_byte = model.id_to_piece(ids), model.get_score(ids), model.is_byte(ids)
+    is_special = model.is_unknown(ids), model.is_control(ids), model.is_unused(ids), is_byte
+    legal = {names[i]: i for i in ids if not any(kind[i] for kind in is_special)}
+    merges = sorted(
+        (-scores[i], i, legal[name[:cut]], legal[name[cut:]])
+        for name, i in legal.items()
+        for cut in range(1, len(name))
+        if name[:cut] in legal and name[cut:] in legal
+    )
+    return Tokenizer(
+        BPE(
+            vocab={name: i for i, name in enumerate(names)},
+            merges=[(names[left], names[right]) for _, _, left, right in merges],
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=any(is_byte),
+        )
+    )
+
+
+def _weighs_splits(model: SentencePieceProcessor) -> bool:
+    """Whether a model ranks all splits of a text, as unigram models do and BPE does not."""
+    try:
+        model.nbest_encode("a", nbest_size=1)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _write_spaces_(tokenizer: Tokenizer, legacy: bool, prefix: bool) -> None:
+    """Let ``▁`` stand for spaces.
+
+    Args:
+        tokenizer: What `_read_pieces` gives.
+        legacy: Whether every stretch of text between special tokens gets a leading ``▁``. Without,
+            only the start of the whole text does.
+        prefix: Whether there is a leading ``▁`` at all.
+    """
+    if legacy:
+        steps: list[normalizers.Normalizer] = [normalizers.Prepend(SPACE)] if prefix else []
+        tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+    else:
+        scheme = "first" if prefix else "never"
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, scheme, split=False)
+    steps_back = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if prefix:
+        steps_back.append(decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(steps_back)
+
+
+def _from_json(folder: Path, spaced: bool | None = None) -> Tokenizer:
     """A fast tokenizer as it is; ``spaced`` overrides its switch for a leading space."""
-    path = files.folder / "tokenizer.json"
+    path = folder / "tokenizer.json"
     if not path.is_file():
         raise ConfigError(
-            f"{str(files.folder)!r} has no tokenizer.model, tokenizer.json, or vocab.json with "
-            "merges.txt"
+            f"{str(folder)!r} has no tokenizer.model, tokenizer.json, or vocab.json with merges.txt"
         )
     try:
         content = read_json(path)
         splitter = content.get("pre_tokenizer") or {}
         if spaced is not None and splitter.get("type") == "ByteLevel":
             splitter["add_prefix_space"] = spaced
-        tokenizer = Tokenizer.from_str(json.dumps(content))
+        return Tokenizer.from_str(json.dumps(content))
     except Exception as error:  # the bindings raise plain Exception
         raise ConfigError(f"{str(path)!r} cannot be read ({error})") from error
-    _add_tokens(tokenizer, files)
-    return _wrap(files, tokenizer, attributes)
-
-
-def _add_tokens(tokenizer: Tokenizer, files: TokenizerFiles) -> None:
-    known = tokenizer.get_vocab()
-    fixed = [token for token in files.named_tokens().values() if token.content in known]
-    tokenizer.add_tokens([*fixed, *files.added.values()])
-    for i, token in files.added.items():
-        if (found := tokenizer.token_to_id(token.content)) != i:
-            raise UnsupportedModelError(
-                f"tokenizer: the added token {token.content!r} has id {i}, and would get {found}"
-            )
 
 
 def _wrap(
@@ -181,31 +241,33 @@ def _wrap(
     defaults: Mapping[str, str] | None = None,
     **switches: Any,
 ) -> PreTrainedTokenizerFast:
-    names: dict[str, Any] = dict(defaults or {}) | files.named_tokens()
-    wanted = [str(token) for token in (*names.values(), *(attributes or {}).values())]
-    if missing := [token for token in wanted if tokenizer.token_to_id(token) is None]:
-        raise ConfigError(f"tokenizer: the token {missing[0]!r} is not in its vocabulary")
-    copied = {name: files.settings[name] for name in COPIED if files.settings.get(name) is not None}
+    """The native tokenizer, with the folder's added tokens under their ids."""
+    known, attributes = tokenizer.get_vocab(), dict(attributes or {})
+    fixed = [token for token in files.named.values() if token.content in known]
+    tokenizer.add_tokens([*fixed, *files.added.values()])
+    for i, token in files.added.items():
+        if (found := tokenizer.token_to_id(token.content)) != i:
+            raise UnsupportedModelError(
+                f"tokenizer: the added token {token.content!r} has id {i}, and would get {found}"
+            )
+    names: dict[str, Any] = {**(defaults or {}), **files.named}
+    for wanted in map(str, (*names.values(), *attributes.values())):
+        if tokenizer.token_to_id(wanted) is None:
+            raise ConfigError(f"tokenizer: the token {wanted!r} is not in its vocabulary")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        extra_special_tokens=dict(attributes or {}),
-        **copied,
+        extra_special_tokens=attributes,
+        **pick(files.settings, COPIED),
         **names,
         **switches,
     )
 
 
-def _token(value: Mapping[str, Any]) -> AddedToken:
+def _token(content: str, special: bool = False, **flags: Any) -> AddedToken:
     """An added token with its flags. The slow tokenizer finds it in raw text: never normalized."""
-    flags = {name: bool(value.get(name, False)) for name in ("lstrip", "rstrip", "single_word")}
-    return AddedToken(
-        value["content"], special=bool(value.get("special", False)), normalized=False, **flags
-    )
+    kept = {name: bool(flags.get(name)) for name in ("lstrip", "rstrip", "single_word")}
+    return AddedToken(content, special=special, normalized=False, **kept)
 
 
 def _content(value: Any) -> str:
     return str(value["content"] if isinstance(value, dict) else value)
-
-
-def _by_number(item: tuple[str, Any]) -> int:
-    return int(item[0])

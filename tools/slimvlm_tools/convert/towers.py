@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from transformers import CLIPVisionConfig, SiglipVisionConfig
+from transformers.image_processing_utils import get_size_dict
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from slimvlm.core.errors import ConfigError, UnsupportedModelError
-from slimvlm_tools.convert.layout import Piece, Rule, apply_rules
-from slimvlm_tools.convert.source import Weights, find_folder, read_json
+from slimvlm_tools.convert.pieces import Piece, Rules, place
+from slimvlm_tools.convert.source import Weights, find_folder, pick, read_json
 
 INSIDE = "model.vision_tower."
-INSIDE_PATTERN = r"model\.vision_tower\.(?:vision_tower\.)?(?:vision_model\.)?"
+_PREFIX = r"(?:model\.vision_tower\.)?(?:vision_tower\.)?(?:vision_model\.)?"
+_PARTS = r"(?:embeddings|encoder|pre_layrnorm|post_layernorm)"
+RULES: Rules = {
+    _PREFIX + r"embeddings\.position_ids": (),  # counts up from 0
+    # the language model reads hidden states, and none of these
+    _PREFIX + r"head\..*": (),
+    r"(?:text_model|visual_projection|text_projection|logit_scale|logit_bias)(?:\..*)?": (),
+    _PREFIX + rf"({_PARTS}\..*)": (r"model.vision_tower.\1",),
+}
+PATCHES = "model.vision_tower.embeddings.patch_embedding.weight"
+LAYER = re.compile(r"model\.vision_tower\.encoder\.layers\.(\d+)\..*")
 CLIP, SIGLIP = "clip", "siglip"
+CONFIGS: dict[str, type[CLIPVisionConfig | SiglipVisionConfig]] = {
+    CLIP: CLIPVisionConfig,
+    SIGLIP: SiglipVisionConfig,
+}
 FIELDS = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_channels", "image_size", "patch_size", "hidden_act", "layer_norm_eps"),
@@ -30,88 +48,57 @@ _CLIP_LARGE = {
     "patch_size": 14,
     "projection_dim": 768,
 }
+_SIGLIP_SO400M = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+}
 KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
     "clip-vit-large-patch14-336": (CLIP, {**_CLIP_LARGE, "image_size": 336}),
     "clip-vit-large-patch14": (CLIP, {**_CLIP_LARGE, "image_size": 224}),
-    "siglip-so400m-patch14-384": (
-        SIGLIP,
-        {
-            "hidden_size": 1152,
-            "intermediate_size": 4304,
-            "num_hidden_layers": 27,
-            "num_attention_heads": 16,
-            "image_size": 384,
-            "patch_size": 14,
-        },
-    ),
+    "siglip-so400m-patch14-384": (SIGLIP, {**_SIGLIP_SO400M, "image_size": 384}),
 }
 """Published towers, for checkpoints that hold the tower's weights but not its configuration."""
 MEAN_STD = {
-    CLIP: (
-        (0.48145466, 0.4578275, 0.40821073),
-        (0.26862954, 0.26130258, 0.27577711),
-    ),
+    CLIP: ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     SIGLIP: ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
-_NOT_USED = "the language model reads the vision tower's hidden states only"
-_OTHER_PARTS = Rule(
-    r"(?:text_model|visual_projection|text_projection|logit_scale|logit_bias)(?:\..*)?",
-    reason=_NOT_USED,
-)
 
 
 @dataclass(frozen=True)
 class Tower:
-    """A vision tower: its configuration as plain values, and where its weights are.
+    """A vision tower: its configuration, and where its weights are.
 
     Attributes:
         kind: ``clip`` or ``siglip``.
-        fields: Values of the native vision configuration; its layer count is the original tower's.
-        num_layers: Layers found in the weights.
-        weights: The folder that holds them.
-        inside: Whether that is the checkpoint itself.
+        config: The native vision configuration; it may say more layers than there are weights.
+        pieces: Its tensors by native name.
         preprocessor: ``preprocessor_config.json`` of the tower's folder, or nothing.
     """
 
     kind: str
-    fields: Mapping[str, Any]
-    num_layers: int
-    weights: Weights
-    inside: bool
+    config: Any
+    pieces: Mapping[str, Piece]
     preprocessor: Mapping[str, Any]
-
-    @property
-    def image_size(self) -> int:
-        """Height and width of the pictures that it takes, in pixels."""
-        return int(self.fields["image_size"])
 
     @property
     def num_patches(self) -> int:
         """Patches of one picture. A last, incomplete patch does not count."""
-        return int((self.image_size // int(self.fields["patch_size"])) ** 2)
+        return int((self.config.image_size // self.config.patch_size) ** 2)
 
-    def rules(self) -> list[Rule]:
-        """Where its tensors go."""
-        prefix = INSIDE_PATTERN if self.inside else r"(?:vision_model\.)?"
-        extra = [] if self.inside else [_OTHER_PARTS]
-        return [
-            *extra,
-            Rule(prefix + r"embeddings\.position_ids", reason="counts up from 0"),
-            Rule(prefix + r"head\..*", reason=_NOT_USED),
-            Rule(
-                prefix + r"((?:embeddings|encoder|pre_layrnorm|post_layernorm)\..*)",
-                (r"model.vision_tower.\1",),
-            ),
-        ]
+    @property
+    def num_layers(self) -> int:
+        """Layers found in the weights."""
+        return max((_layer_of(name) for name in self.pieces), default=-1) + 1
 
-    def place(self, num_layers: int) -> tuple[dict[str, Piece], dict[str, str]]:
-        """Native names of its tensors, for a tower that keeps its first layers only."""
-        names = [n for n in self.weights.shapes if n.startswith(INSIDE) or not self.inside]
-        pieces, unused = apply_rules(self.weights, self.rules(), names)
-        for index in range(num_layers, self.num_layers):
-            for name in [n for n in pieces if f".encoder.layers.{index}." in n]:
-                unused[pieces.pop(name).name] = "behind the layer that the language model reads"
-        return pieces, unused
+    def first_layers(self, count: int) -> Tower:
+        """The tower without the layers behind the one that the language model reads."""
+        config = copy.deepcopy(self.config)
+        config.num_hidden_layers = count
+        pieces = {name: piece for name, piece in self.pieces.items() if _layer_of(name) < count}
+        return Tower(self.kind, config, pieces, self.preprocessor)
 
 
 def find_tower(
@@ -134,7 +121,7 @@ def find_tower(
         UnsupportedModelError: If the tower is of another kind, or not what its folder says.
     """
     named = str(config.get("mm_vision_tower") or config.get("vision_tower") or "")
-    inside = any(name.startswith(INSIDE) for name in source.shapes)
+    inside = [name for name in source.shapes if name.startswith(INSIDE)]
     folder = _tower_folder(named, vision_tower)
     if folder is None and not inside:
         raise ConfigError(
@@ -145,31 +132,31 @@ def find_tower(
         raise ConfigError(
             f"config.json: {trained[0]} is true, but the checkpoint holds no vision tower"
         )
-    fields, preprocessor = _describe(folder, kind, named, config.get("vision_config"))
+    fields = _described(folder, kind, named, config.get("vision_config"))
     weights = Weights(folder) if folder is not None and not inside else source
-    tower = Tower(kind, fields, _count_layers(weights, inside), weights, inside, preprocessor)
+    pieces = place(weights, inside or weights.shapes, RULES)
+    preprocessor = {} if folder is None else read_json(folder / "preprocessor_config.json")
+    tower = Tower(kind, CONFIGS[kind](**pick(fields, FIELDS)), pieces, preprocessor)
     _check_width(tower, named)
     return tower
 
 
-def image_processor(tower: Tower, aspect_ratio: str | None, center_crop: bool) -> Any:
+def image_processor(tower: Tower, aspect_ratio: str | None) -> LlavaImageProcessorPil:
     """The native counterpart of the original pictures' way: pad to a square or not, then resize.
 
-    Padding has the colour ``int(255 * mean)``. Settings come from the tower's
-    ``preprocessor_config.json`` where it has them.
+    CLIP's are cropped from their shorter side, SigLIP's squeezed. Padding has the colour
+    ``int(255 * mean)``. Settings come from the tower's ``preprocessor_config.json`` where it has
+    them.
 
     Raises:
         UnsupportedModelError: If it makes pictures of another size than the tower takes.
     """
-    given, side = tower.preprocessor, tower.image_size
+    given, side, crops = tower.preprocessor, tower.config.image_size, tower.kind == CLIP
     mean, std = MEAN_STD[tower.kind]
-    square = {"height": side, "width": side}
-    size = given.get("size", {"shortest_edge": side} if center_crop else square)
-    crop = given.get("crop_size", square) if center_crop else square
-    size = size if isinstance(size, dict) else {"shortest_edge": size} if center_crop else square
-    crop = crop if isinstance(crop, dict) else {"height": crop, "width": crop}
-    do_crop = center_crop and bool(given.get("do_center_crop", True))
-    made = crop if do_crop else size
+    size = get_size_dict(given.get("size", side), default_to_square=not crops)
+    crop = get_size_dict(given.get("crop_size", side) if crops else side)
+    crops = crops and bool(given.get("do_center_crop", True))
+    made = crop if crops else size
     if set(made.values()) != {side}:
         raise UnsupportedModelError(
             f"vision_tower: its preprocessor makes pictures of {dict(made)}, the tower takes {side}"
@@ -180,7 +167,7 @@ def image_processor(tower: Tower, aspect_ratio: str | None, center_crop: bool) -
     return LlavaImageProcessorPil(
         do_pad=aspect_ratio == "pad",
         size=size,
-        do_center_crop=do_crop,
+        do_center_crop=crops,
         crop_size=crop,
         resample=given.get("resample", 3),
         rescale_factor=given.get("rescale_factor", 1 / 255),
@@ -188,6 +175,12 @@ def image_processor(tower: Tower, aspect_ratio: str | None, center_crop: bool) -
         image_std=list(given.get("image_std", std)),
         **switches,
     )
+
+
+def _layer_of(name: str) -> int:
+    """The layer that a native tensor of the tower belongs to; -1 for one outside the layers."""
+    match = LAYER.fullmatch(name)
+    return int(match[1]) if match else -1
 
 
 def _tower_folder(named: str, vision_tower: str | Path | None) -> Path | None:
@@ -199,64 +192,36 @@ def _tower_folder(named: str, vision_tower: str | Path | None) -> Path | None:
         return None
 
 
-def _describe(
+def _described(
     folder: Path | None, kind: str, named: str, stated: Mapping[str, Any] | None
-) -> tuple[dict[str, Any], Mapping[str, Any]]:
-    """Values of the vision configuration, and ``preprocessor_config.json``."""
-    if folder is None and stated:
-        return {name: stated[name] for name in FIELDS if stated.get(name) is not None}, {}
+) -> Mapping[str, Any]:
+    """What is said of a tower: by its folder, by the checkpoint, or by its name."""
     if folder is None:
         known, fields = KNOWN.get(PurePosixPath(named).name, ("", {}))
-        if known != kind:
+        if not stated and known != kind:
             raise ConfigError(
                 f"vision_tower: the configuration of {named!r} is not known. Give its folder"
             )
-        return dict(fields), {}
-    config = read_json(folder / "config.json")
-    found = str(config.get("model_type", ""))
+        return stated or fields
+    values = read_json(folder / "config.json")
+    found = str(values.get("model_type", ""))
     if found.removesuffix("_vision_model") != kind:
         raise UnsupportedModelError(
             f"vision_tower {str(folder)!r}: model_type {found!r} cannot be converted here. Can be: "
             f"{kind}, {kind}_vision_model"
         )
-    values = config
     if found == kind:  # the whole two-tower model; old files say its vision part twice
-        values = {**config.get("vision_config", {}), **(config.get("vision_config_dict") or {})}
-    fields = {name: values[name] for name in FIELDS if values.get(name) is not None}
-    if "image_size" not in fields or "patch_size" not in fields:
-        fields = {"image_size": 224, "patch_size": 32 if kind == CLIP else 16, **fields}
-    return fields, read_json(folder / "preprocessor_config.json")
-
-
-def _count_layers(weights: Weights, inside: bool) -> int:
-    prefix = INSIDE if inside else ""
-    found = [
-        int(name.split(".encoder.layers.")[1].split(".")[0])
-        for name in weights.shapes
-        if name.startswith(prefix) and ".encoder.layers." in name and "text_model." not in name
-    ]
-    found += [
-        int(name.split(".")[2]) for name in weights.shapes if name.startswith("encoder.layers.")
-    ]
-    return max(found, default=-1) + 1
+        return {**values.get("vision_config", {}), **(values.get("vision_config_dict") or {})}
+    return values
 
 
 def _check_width(tower: Tower, named: str) -> None:
-    ends = "embeddings.patch_embedding.weight"
-    prefix = INSIDE if tower.inside else ""
-    shapes = [
-        shape
-        for name, shape in tower.weights.shapes.items()
-        if name.startswith(prefix) and name.endswith(ends)
-    ]
-    width = tower.fields.get("hidden_size", 768)
-    if not shapes or shapes[0][0] != width or math.prod(shapes[0][2:]) != _patch_area(tower):
-        found = list(shapes[0]) if shapes else "no patch embedding"
+    """Check that the first weights are of the tower that is described."""
+    patches = tower.pieces.get(PATCHES)
+    width, side = tower.config.hidden_size, tower.config.patch_size
+    shape = list(patches.shape) if patches else "no patch embedding"
+    if patches is None or patches.shape[0] != width or math.prod(patches.shape[2:]) != side**2:
         raise ConfigError(
-            f"vision_tower: the weights ({found}) are not those of {named!r} (hidden_size {width}, "
-            f"patch_size {tower.fields.get('patch_size')}). Give the folder that describes them"
+            f"vision_tower: the weights ({shape}) are not those of {named!r} (hidden_size {width}, "
+            f"patch_size {side}). Give the folder that describes them"
         )
-
-
-def _patch_area(tower: Tower) -> int:
-    return int(tower.fields["patch_size"]) ** 2
