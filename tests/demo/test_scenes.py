@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from slimvlm.demo import scenes as s
+from slimvlm_tools.demo_training.patches import patch_classes, patch_coverage, patch_labels
 
 KINDS: tuple[s.Kind, ...] = ("single", "multi", "count", "digits", "shapes")
 
@@ -51,7 +52,7 @@ def test_every_object_stands_in_its_own_cell(kind: s.Kind) -> None:
     rng = np.random.default_rng(1)
     for _ in range(50):
         scene = s.make_scene(kind, rng)
-        _, cover = s.render_with_coverage(scene)
+        cover = patch_coverage(scene)
         cells = [o.cell for o in scene.objects]
         assert cells == sorted(set(cells))
         for item, share in zip(scene.objects, cover, strict=True):
@@ -63,9 +64,8 @@ def test_every_object_stands_in_its_own_cell(kind: s.Kind) -> None:
 
 def test_patch_labels_name_what_covers_the_patch() -> None:
     scene = s.make_scene("multi", np.random.default_rng(5), names=["cat", "bus"])
-    _, cover = s.render_with_coverage(scene)
-    labels = s.patch_labels(scene, cover)
-    shown = {s.patch_classes()[i] for i in labels if i > 0}
+    labels = patch_labels(scene)
+    shown = {patch_classes()[i] for i in labels if i > 0}
     assert shown == {"cat", "bus"}
     assert labels.shape == (16,)
 

@@ -35,6 +35,8 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DELTA = ASSETS / "delta.safetensors"
 MARKER = "slimvlm_demo.json"
 FORMAT_VERSION = "1"
+SCALE = 2.0
+"""What the delta's low-rank products are multiplied with."""
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -252,12 +254,8 @@ def _under(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tenso
     return {k.removeprefix(prefix): v.float() for k, v in state.items() if k.startswith(prefix)}
 
 
-RANK = 32
-SCALE = 2.0
-
-
 def merge_lora_(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Adds low-rank tensors from `lora_state` to the plain linear weights of `model`."""
+    """Adds the delta's ``<layer>.lora_b`` times ``<layer>.lora_a`` to the linear layers."""
     for name, module in model.named_modules():
         if f"{name}.lora_a" in state and isinstance(module, nn.Linear):
             update = state[f"{name}.lora_b"].float() @ state[f"{name}.lora_a"].float()

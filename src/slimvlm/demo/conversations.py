@@ -10,9 +10,9 @@ from __future__ import annotations
 import ast
 import inspect
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -55,59 +55,44 @@ class Conversation:
     turns: tuple[tuple[str, str], ...]
 
 
-def _turns_single(scene: Scene, rng: np.random.Generator) -> list[q.Asked]:
-    return [
-        q.ask_name(scene, rng),
-        q.ask_kind(scene, rng),
-        q.ask_category_letter(scene, rng),
-        q.ask_category_letter(scene, rng),
-        q.ask_object_letter(scene, rng),
-        q.ask_object_letter(scene, rng),
-        q.ask_presence(scene, rng),
-    ]
+def _ask_absent(scene: Scene, rng: np.random.Generator) -> q.Asked:
+    return q.ask_presence(scene, rng, q.pick(rng, ("random", "adversarial")))
 
 
-def _turns_multi(scene: Scene, rng: np.random.Generator) -> list[q.Asked]:
-    asked = [
-        q.ask_locate(scene, rng),
-        q.ask_locate(scene, rng),
-        q.ask_position(scene, rng),
-        q.ask_list(scene, rng),
-        q.ask_presence(scene, rng, "positive"),
-        q.ask_presence(scene, rng, q.pick(rng, ("random", "adversarial"))),
-    ]
-    if q.neighbours(scene):
-        asked += [q.ask_relation(scene, rng), q.ask_relation(scene, rng)]
-    return asked
+def _ask_relation_if_any(scene: Scene, rng: np.random.Generator) -> q.Asked | None:
+    return q.ask_relation(scene, rng) if q.neighbours(scene) else None
 
 
-def _turns_count(scene: Scene, rng: np.random.Generator) -> list[q.Asked]:
-    asked = [q.ask_count(scene, rng), q.ask_locate(scene, rng), q.ask_list(scene, rng)]
-    if rng.integers(3) == 0:
-        asked.append(q.ask_count(scene, rng, q.pick(rng, scene.names)))
-    return [*asked, q.ask_presence(scene, rng)]
+def _ask_other_count_at_times(scene: Scene, rng: np.random.Generator) -> q.Asked | None:
+    return q.ask_count(scene, rng, q.pick(rng, scene.names)) if rng.integers(3) == 0 else None
 
 
-def _turns_digits(scene: Scene, rng: np.random.Generator) -> list[q.Asked]:
-    return [q.ask_digits(scene, rng), q.ask_locate(scene, rng)]
-
-
-def _turns_shapes(scene: Scene, rng: np.random.Generator) -> list[q.Asked]:
-    return [
-        *(q.ask_shape_open(scene, rng) for _ in range(3)),
-        *(q.ask_shape_yesno(scene, rng) for _ in range(3)),
-        q.ask_locate(scene, rng),
-        q.ask_list(scene, rng),
-    ]
-
-
-_TURNS = {
-    "single": _turns_single,
-    "multi": _turns_multi,
-    "count": _turns_count,
-    "digits": _turns_digits,
-    "shapes": _turns_shapes,
+TURNS: dict[Kind, tuple[Callable[[Scene, np.random.Generator], q.Asked | None], ...]] = {
+    "single": (
+        q.ask_name,
+        q.ask_kind,
+        *(q.ask_category_letter,) * 2,
+        *(q.ask_object_letter,) * 2,
+        q.ask_presence,
+    ),
+    "multi": (
+        *(q.ask_locate,) * 2,
+        q.ask_position,
+        q.ask_list,
+        partial(q.ask_presence, group="positive"),
+        _ask_absent,
+        *(_ask_relation_if_any,) * 2,
+    ),
+    "count": (q.ask_count, q.ask_locate, q.ask_list, _ask_other_count_at_times, q.ask_presence),
+    "digits": (q.ask_digits, q.ask_locate),
+    "shapes": (
+        *(q.ask_shape_open,) * 3,
+        *(q.ask_shape_yesno,) * 3,
+        q.ask_locate,
+        q.ask_list,
+    ),
 }
+"""The questions about a picture of each kind. Some are asked only where, or when, they can be."""
 
 
 def _docstrings(path: Path, module: str) -> Iterator[tuple[str, str]]:
@@ -141,11 +126,9 @@ def _text_conversation(rng: np.random.Generator) -> Conversation:
     if passages and rng.random() < PASSAGE_SHARE:
         return Conversation(None, (passages[int(rng.integers(len(passages)))],))
     asked = [q.ask_text(task, rng, "train") for task in q.TEXT_ASKERS]
-    asked += [ask(rng) for ask in q.TOLD_ASKERS]
-    return Conversation(
-        None,
-        tuple((asked[int(i)].prompt, asked[int(i)].answer) for i in rng.permutation(len(asked))),
-    )
+    asked += [q.ask_told(kind, ask, rng) for kind, ask in q.TOLD_ASKERS]
+    turns = [(a.prompt, a.answer) for a in asked]
+    return Conversation(None, tuple(turns[int(i)] for i in rng.permutation(len(turns))))
 
 
 def make_conversation(seed: int, index: int) -> Conversation:
@@ -155,8 +138,8 @@ def make_conversation(seed: int, index: int) -> Conversation:
         return _text_conversation(rng)
     kind = KINDS[int(rng.choice(len(KINDS), p=KIND_SHARES))]
     scene = make_scene(kind, rng)
-    asked = _TURNS[kind](scene, rng)
-    unique = list(dict.fromkeys((a.prompt, a.answer) for a in asked))
+    asked = [ask(scene, rng) for ask in TURNS[kind]]
+    unique = list(dict.fromkeys((a.prompt, a.answer) for a in asked if a is not None))
     return Conversation(scene, tuple(unique[int(i)] for i in rng.permutation(len(unique))))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from slimvlm.demo.scenes import GRID, PATCH, SIDE
@@ -64,14 +63,3 @@ def make_model() -> Any:
     """Returns the demo model with random weights, in single precision."""
     model: Any = LlavaForConditionalGeneration(make_config())
     return model.float()
-
-
-def normalise_pixels(pixels: torch.Tensor) -> torch.Tensor:
-    """Turns uint8 pictures (batch, 64, 64, 3) into what the tower expects (batch, 3, 64, 64)."""
-    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def encode_patches(model: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """Returns the tower's patch features (batch, 16, width), as LLaVA selects them."""
-    hidden: torch.Tensor = model.model.vision_tower(pixels).last_hidden_state
-    return hidden[:, 1:]

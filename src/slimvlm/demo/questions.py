@@ -8,7 +8,7 @@ of the same questions.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +36,9 @@ class Asked:
     answer: str
     choices: tuple[str, ...] = ()
     group: str = ""
+
+
+Asker = Callable[[Scene, np.random.Generator], Asked]
 
 
 def pick(rng: np.random.Generator, items: Sequence[str]) -> str:
@@ -178,6 +181,12 @@ def ask_shape_yesno(scene: Scene, rng: np.random.Generator) -> Asked:
     return Asked(f"is the {shape} {wrong}?", "no", ("yes", "no"))
 
 
+def ask_shape(scene: Scene, rng: np.random.Generator) -> Asked:
+    """One of the two questions about shapes."""
+    ask = ask_shape_open if rng.integers(2) else ask_shape_yesno
+    return ask(scene, rng)
+
+
 def ask_odd(rng: np.random.Generator) -> Asked:
     """Text only: which of four words is not of a category."""
     art = load_art()
@@ -200,45 +209,14 @@ def ask_sum(rng: np.random.Generator) -> Asked:
     return Asked(f"what is {a} + {b}?", str(a + b))
 
 
-def _tell(asked: Asked, told: str) -> Asked:
+def ask_told(kind: Kind, ask: Asker, rng: np.random.Generator) -> Asked:
+    """Text only, for training: a question about a picture whose contents are told in words."""
+    scene = make_scene(kind, rng, "train")
+    while ask is ask_relation and not neighbours(scene):
+        scene = make_scene(kind, rng, "train")
+    asked = ask(scene, rng)
+    told = f"this is a {scene.names[0]}." if kind == "single" else _describe(scene)
     return Asked(f"{told} {asked.prompt}", asked.answer, asked.choices)
-
-
-def _imagine(rng: np.random.Generator, kind: Kind) -> Scene:
-    return make_scene(kind, rng, "train")
-
-
-def ask_told_object(rng: np.random.Generator) -> Asked:
-    """Text only, for training: the object-by-letter question with the object told."""
-    scene = _imagine(rng, "single")
-    return _tell(ask_object_letter(scene, rng), f"this is a {scene.names[0]}.")
-
-
-def ask_told_category(rng: np.random.Generator) -> Asked:
-    """Text only, for training: the category-by-letter question with the object told."""
-    scene = _imagine(rng, "single")
-    return _tell(ask_category_letter(scene, rng), f"this is a {scene.names[0]}.")
-
-
-def ask_told_relation(rng: np.random.Generator) -> Asked:
-    """Text only, for training: the relation question with the positions told."""
-    scene = _imagine(rng, "multi")
-    while not neighbours(scene):
-        scene = _imagine(rng, "multi")
-    return _tell(ask_relation(scene, rng), _describe(scene))
-
-
-def ask_told_count(rng: np.random.Generator) -> Asked:
-    """Text only, for training: the counting question with the objects told."""
-    scene = _imagine(rng, "count")
-    return _tell(ask_count(scene, rng), _describe(scene))
-
-
-def ask_told_shape(rng: np.random.Generator) -> Asked:
-    """Text only, for training: a question about coloured shapes with the shapes told."""
-    scene = _imagine(rng, "shapes")
-    ask = ask_shape_open if rng.integers(2) else ask_shape_yesno
-    return _tell(ask(scene, rng), _describe(scene))
 
 
 def _describe(scene: Scene) -> str:
@@ -247,12 +225,12 @@ def _describe(scene: Scene) -> str:
 
 TEXT_ASKERS = {"text_odd": ask_odd, "text_sort": ask_sort, "text_sum": ask_sum}
 """The text-only benchmarks."""
-TOLD_ASKERS = (
-    ask_told_object,
-    ask_told_category,
-    ask_told_relation,
-    ask_told_count,
-    ask_told_shape,
+TOLD_ASKERS: tuple[tuple[Kind, Asker], ...] = (
+    ("single", ask_object_letter),
+    ("single", ask_category_letter),
+    ("multi", ask_relation),
+    ("count", ask_count),
+    ("shapes", ask_shape),
 )
 """Questions about pictures with the needed facts in words: they teach letters and sides sooner."""
 

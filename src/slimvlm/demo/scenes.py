@@ -9,7 +9,7 @@ disjoint halves of the handwritten images besides.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -276,73 +276,35 @@ def _digit_sprite(source: int, ink: NDArray[np.float32]) -> NDArray[np.float32]:
     return sprite
 
 
-def _draw_object(
-    scene: Scene, item: Placed, rng: np.random.Generator, ink: NDArray[np.float32]
-) -> tuple[NDArray[np.float32], int, int]:
-    """Returns the RGBA sprite of one object and its top and left pixel."""
-    if scene.kind == "digits":
-        sprite = _digit_sprite(item.source, ink)
-    elif scene.kind == "shapes":
-        sprite = _shape_sprite(item.name, int(rng.integers(20, 31)))
-    else:
-        low, high = (48, 65) if item.cell < 0 else (27, 33)
-        sprite = _sprite(item.style, item.source, int(rng.integers(low, high)))
-        if rng.integers(2):
-            sprite = sprite[:, ::-1]
-    room = (SIDE if item.cell < 0 else CELL) - sprite.shape[0]
-    top, left = (int(v) for v in rng.integers(0, room + 1, size=2))
-    cell = max(item.cell, 0)
-    return sprite, top + CELL * (cell // 2), left + CELL * (cell % 2)
+def draw_objects(scene: Scene) -> Iterator[tuple[NDArray[np.float32], int, int]]:
+    """Draws the objects of a scene one by one.
 
-
-def render_with_coverage(scene: Scene) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Draws a scene.
-
-    Returns:
-        The picture (64, 64, 3) and, per object and patch, the share of the patch that the object
-        covers (object, 4, 4).
+    Yields:
+        The RGBA sprite (height, width, 4) of an object, in 0 to 1, and its top and left pixel.
     """
     rng = np.random.default_rng(scene.pose)
-    ground = np.asarray(BACKGROUNDS[scene.background], np.float32) / 255
     ink = rng.uniform(0, 0.35, size=3).astype(np.float32)
-    canvas = np.empty((SIDE, SIDE, 3), np.float32)
-    canvas[:] = ground
-    cover = np.zeros((len(scene.objects), GRID, GRID), np.float32)
-    for i, item in enumerate(scene.objects):
-        sprite, top, left = _draw_object(scene, item, rng, ink)
-        height, width = sprite.shape[:2]
-        alpha = sprite[..., 3:]
-        window = canvas[top : top + height, left : left + width]
-        window += alpha * (sprite[..., :3] - window)
-        mask = np.zeros((SIDE, SIDE), np.float32)
-        mask[top : top + height, left : left + width] = alpha[..., 0]
-        cover[i] = mask.reshape(GRID, PATCH, GRID, PATCH).mean(axis=(1, 3))
-    return (canvas * 255).clip(0, 255).astype(np.uint8), cover
+    for item in scene.objects:
+        if scene.kind == "digits":
+            sprite = _digit_sprite(item.source, ink)
+        elif scene.kind == "shapes":
+            sprite = _shape_sprite(item.name, int(rng.integers(20, 31)))
+        else:
+            low, high = (48, 65) if item.cell < 0 else (27, 33)
+            sprite = _sprite(item.style, item.source, int(rng.integers(low, high)))
+            if rng.integers(2):
+                sprite = sprite[:, ::-1]
+        room = (SIDE if item.cell < 0 else CELL) - sprite.shape[0]
+        top, left = (int(v) for v in rng.integers(0, room + 1, size=2))
+        row, column = divmod(max(item.cell, 0), 2)
+        yield sprite, top + CELL * row, left + CELL * column
 
 
 def render(scene: Scene) -> Image.Image:
     """Draws a scene as an RGB picture of 64x64 pixels."""
-    return Image.fromarray(render_with_coverage(scene)[0])
-
-
-@cache
-def patch_classes() -> tuple[str, ...]:
-    """All names that a patch can show; the first is the empty background."""
-    shapes = [f"{c} {s}" for c in COLORS for s in SHAPES]
-    return ("background", *load_art().names, *(str(d) for d in range(10)), *shapes)
-
-
-@cache
-def _class_index() -> dict[str, int]:
-    return {name: i for i, name in enumerate(patch_classes())}
-
-
-def patch_labels(scene: Scene, cover: NDArray[np.float32]) -> NDArray[np.int64]:
-    """Labels the 16 patches of a scene: 0 empty, -100 hardly touched, else the object's class."""
-    best = cover.argmax(axis=0)
-    share = cover.max(axis=0)
-    index = _class_index()
-    classes = np.array([index[o.name] for o in scene.objects])
-    low = 0.08 if scene.kind == "digits" else 0.15
-    labels = np.where(share > low, classes[best], np.where(share > 0.01, -100, 0))
-    return labels.reshape(-1).astype(np.int64)
+    canvas = np.empty((SIDE, SIDE, 3), np.float32)
+    canvas[:] = np.asarray(BACKGROUNDS[scene.background], np.float32) / 255
+    for sprite, top, left in draw_objects(scene):
+        window = canvas[top : top + sprite.shape[0], left : left + sprite.shape[1]]
+        window += sprite[..., 3:] * (sprite[..., :3] - window)
+    return Image.fromarray((canvas * 255).clip(0, 255).astype(np.uint8))

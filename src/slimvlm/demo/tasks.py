@@ -6,7 +6,7 @@ digits, unseen text questions), always in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -18,8 +18,6 @@ from slimvlm.demo.scenes import SEEN_STYLES, UNSEEN_STYLE, Kind, Scene, load_art
 NUM_QUESTIONS = 320
 _TEST_SEED = 20240
 _PASSAGE_CHARS = 600
-
-Asker = Callable[[Scene, np.random.Generator], q.Asked]
 
 
 def _rng(task: str, index: int) -> np.random.Generator:
@@ -39,7 +37,7 @@ def _to_question(task: str, index: int, asked: q.Asked, scene: Scene | None) -> 
 
 
 def make_item(
-    task: str, kind: Kind, ask: Asker, styles: Sequence[str], index: int
+    task: str, kind: Kind, ask: q.Asker, styles: Sequence[str], index: int
 ) -> tuple[Scene, q.Asked]:
     """Returns the scene and the question with this number of a picture benchmark."""
     rng = _rng(task, index)
@@ -64,7 +62,7 @@ def _shuffled_index(index: int) -> int:
 
 
 def _load_scenes(
-    task: str, kind: Kind, ask: Asker, styles: Sequence[str], limit: int | None
+    task: str, kind: Kind, ask: q.Asker, styles: Sequence[str], limit: int | None
 ) -> Sequence[Question]:
     count = NUM_QUESTIONS if limit is None else min(limit, NUM_QUESTIONS)
     items = (make_item(task, kind, ask, styles, i) for i in range(count))
@@ -106,7 +104,7 @@ def make_task_scene(task: Task, index: int) -> Scene | None:
 def _picture_task(
     name: str,
     kind: Kind,
-    ask: Asker,
+    ask: q.Asker,
     metric: str,
     chance: float,
     like: str,

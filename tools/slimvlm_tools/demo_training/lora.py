@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from slimvlm.demo.build import RANK, SCALE
+from slimvlm.demo.build import SCALE
+
+RANK = 32
 
 
 class LoraLinear(nn.Module):

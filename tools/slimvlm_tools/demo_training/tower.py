@@ -16,16 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from slimvlm.demo.model import encode_patches, normalise_pixels
-from slimvlm.demo.scenes import (
-    CELLS,
-    GRID,
-    Kind,
-    make_scene,
-    patch_classes,
-    patch_labels,
-    render_with_coverage,
-)
+from slimvlm.demo.scenes import CELLS, GRID, Kind, make_scene, render
+from slimvlm_tools.demo_training.patches import patch_classes, patch_labels
 
 KINDS: tuple[Kind, ...] = ("single", "multi", "count", "digits", "shapes")
 KIND_SHARES = (0.2, 0.4, 0.08, 0.24, 0.08)
@@ -39,11 +31,21 @@ def patch_batches(seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         pictures, labels = [], []
         for kind_index in rng.choice(len(KINDS), size=BATCH_SIZE, p=KIND_SHARES):
             scene = make_scene(KINDS[int(kind_index)], rng)
-            picture, cover = render_with_coverage(scene)
             gain = rng.uniform(0.85, 1.1, size=3)
-            pictures.append((picture * gain).clip(0, 255).astype(np.uint8))
-            labels.append(patch_labels(scene, cover))
+            pictures.append((np.asarray(render(scene)) * gain).clip(0, 255).astype(np.uint8))
+            labels.append(patch_labels(scene))
         yield torch.from_numpy(np.stack(pictures)), torch.from_numpy(np.stack(labels))
+
+
+def normalise_pixels(pixels: torch.Tensor) -> torch.Tensor:
+    """Turns uint8 pictures (batch, 64, 64, 3) into what the tower expects (batch, 3, 64, 64)."""
+    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def encode_patches(model: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Returns the tower's patch features (batch, 16, width), as LLaVA selects them."""
+    hidden: torch.Tensor = model.model.vision_tower(pixels).last_hidden_state
+    return hidden[:, 1:]
 
 
 def decayed(progress: float, warmup: float = 0.03) -> float:

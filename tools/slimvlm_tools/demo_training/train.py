@@ -3,8 +3,7 @@
 ``python -m slimvlm_tools.demo_training.train --out DIR --seed 0`` takes about 80 minutes on one
 core with bf16 matrix units. It can be killed and started again with the same arguments. Three
 stages: the tower learns to label patches, the projector to land on name embeddings (:mod:`.tower`),
-then tower,
- projector and LoRA on every linear layer of the language model learn to answer.
+then tower, projector and LoRA on every linear layer of the language model learn to answer.
 """
 
 from __future__ import annotations
@@ -25,11 +24,17 @@ from torch.nn import functional
 from slimvlm.core.files import new_file
 from slimvlm.demo.build import default_cache_dir, make_base
 from slimvlm.demo.conversations import Conversation
-from slimvlm.demo.model import IMAGE_TOKEN_ID, encode_patches, normalise_pixels
+from slimvlm.demo.model import IMAGE_TOKEN_ID
 from slimvlm.demo.tasks import TASKS, make_task_scene
 from slimvlm_tools.demo_training.batches import Batch, Encoder, collate, training_batches
 from slimvlm_tools.demo_training.lora import add_lora_, load_lora_, lora_state
-from slimvlm_tools.demo_training.tower import align_projector, decayed, train_tower
+from slimvlm_tools.demo_training.tower import (
+    align_projector,
+    decayed,
+    encode_patches,
+    normalise_pixels,
+    train_tower,
+)
 
 QUICK_QUESTIONS = 48
 
