@@ -7,7 +7,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 from slimvlm.core.errors import ConfigError
-from slimvlm.runs.report import drawings
 from slimvlm.runs.report.gallery import MAX_BYTES, gallery_of
 from slimvlm.runs.report.page import render
 from slimvlm.runs.report.record import Record
@@ -42,17 +41,19 @@ def report_html(record: Record) -> str:
     Everything that models and files say is escaped, and the page's content security policy lets it
     load nothing. Pictures are left out once the file would exceed 4.9 MB.
     """
+    from slimvlm.runs.report import charts  # matplotlib: only where something is drawn
+
     values = {
         "record": record,
         "version": version("slimvlm"),
-        "legend_items": drawings.legend(record.entries),
+        "legend_items": charts.legend(record.entries),
         "config": json.dumps(record.config, indent=2),
-        "charts": drawings.overview(record.entries),
+        "charts": charts.overview(record.entries),
         "prunings": [
-            (pruning, drawings.allocation(pruning.plan), drawings.score_maps(pruning))
+            (pruning.title, [charts.allocation(pruning.plan), *charts.score_maps(pruning)])
             for pruning in record.prunings
         ],
-        "trainings": [(t, drawings.loss_curves(t)) for t in record.trainings if t.steps],
+        "trainings": [(t, charts.loss_curves(t)) for t in record.trainings if t.steps],
     }
     bare = render("report.html.jinja", gallery=None, **values)
     if record.comparison is None:
