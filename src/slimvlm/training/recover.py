@@ -122,9 +122,7 @@ def recover(
         raise ConfigError("recover needs the model's processor or tokenizer")
     if not config.needs_teacher:
         teacher = None
-    _check(model, teacher, config, work)
-    if is_sharded(model):
-        _require_alike(dataset)
+    _check(model, teacher, dataset, config, work)
     rest, held_out = hold_out(list(dataset), config.eval_fraction, config.seed)
     learnt = subset(rest, config.fraction, config.seed)
     offline = teacher if isinstance(teacher, OfflineTeacher) else None
@@ -134,8 +132,7 @@ def recover(
     if live is not None:
         _require_same_width(model, live, config)
         plan = _usable_plan(model, live, plan, config)
-    with ExitStack() as stack:
-        temporary = stack.enter_context(TemporaryDirectory())
+    with TemporaryDirectory() as temporary:
         folder = Path(work) if work is not None else Path(temporary)
         require_same_request(folder, model, teacher, config, learnt)
         resumable = work is not None and not is_sharded(model)
@@ -264,10 +261,11 @@ def _usable_plan(
 def _check(
     model: PreTrainedModel,
     teacher: PreTrainedModel | OfflineTeacher | None,
+    dataset: Sequence[Sample],
     config: RecoverConfig,
     work: str | Path | None,
 ) -> None:
-    """Refuse options that do not work with this model, teacher or folder."""
+    """Refuse options that do not work with this model, teacher, data or folder."""
     if teacher is None and config.needs_teacher:
         raise ConfigError(f"loss {config.loss!r} needs a teacher (--teacher)")
     if config.keep_adapter:
@@ -282,6 +280,7 @@ def _check(
     _require_trackers(config.report_to)
     if is_sharded(model):
         _require_shardable(teacher, config)
+        _require_alike(dataset)
 
 
 def _require_trackers(names: str) -> None:
