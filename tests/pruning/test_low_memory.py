@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import namedtuple
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import slimvlm as sv
 from slimvlm.cli import main
-from slimvlm.core.errors import ConfigError, DataError, NumericalError
+from slimvlm.core.errors import ConfigError, DataError, InUseError, NumericalError
+from slimvlm.core.files import held
 from slimvlm.models.classes import auto_class
 from slimvlm.models.load import load
 from slimvlm.planning.make import make_plan
@@ -242,6 +244,17 @@ def test_a_place_that_cannot_be_removed_costs_no_scores(
     model = tiny.build("llama")
     found = score_checkpoint(folders["llama"], batches(model), scratch=".")
     assert_same(found, score(model, batches(model)))
+
+
+def test_two_runs_do_not_share_a_scratch_folder(folders: dict[str, Path], tmp_path: Path) -> None:
+    model = tiny.build("llama")
+    with ThreadPoolExecutor(1) as elsewhere, held(tmp_path / "slimvlm-scratch"):
+        second = elsewhere.submit(
+            score_checkpoint, folders["llama"], batches(model), scratch=tmp_path
+        )
+        with pytest.raises(InUseError, match="slimvlm-scratch' is in use by another run"):
+            second.result()
+    score_checkpoint(folders["llama"], batches(model), scratch=tmp_path)
 
 
 def test_the_scratch_folder_is_announced_and_other_files_in_it_stay(

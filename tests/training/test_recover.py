@@ -538,13 +538,15 @@ def test_a_training_goes_on_only_from_its_own_start(
     for model in shifted[:2]:
         for parameter in model.parameters():
             parameter.data.add_(1e-3)
-    for start in (
-        (models()[0], teacher, others),
-        (shifted[0], teacher, SAMPLES),
-        (models()[0], shifted[1], SAMPLES),
+    for what, *start in (
+        ("conversations", models()[0], teacher, others),
+        ("model", shifted[0], teacher, SAMPLES),
+        ("teacher", models()[0], shifted[1], SAMPLES),
     ):
-        with pytest.raises(ConfigError, match="other options or data"):
+        with pytest.raises(ConfigError, match=rf"belongs to a run with other {what}\."):
             recover(*start, config(**LONG), processor, tmp_path)
+    with pytest.raises(ConfigError, match=r"a run with other config\.seed\."):
+        recover(models()[0], teacher, SAMPLES, config(**{**LONG, "seed": 7}), processor, tmp_path)
 
 
 def test_every_loss_reaches_the_tracker(monkeypatch: pytest.MonkeyPatch) -> None:

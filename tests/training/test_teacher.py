@@ -25,7 +25,7 @@ from slimvlm.models.load import load
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.training import offline as offline_teacher
-from slimvlm.training.offline import OfflineTeacher, content_hash, write_cache
+from slimvlm.training.offline import OfflineTeacher, digest_of_sample, write_cache
 from slimvlm.training.recover import History, recover
 from slimvlm.training.teacher import seeing_once, share_, why_not_shared
 from slimvlm.training.trainable import plain_model, prepare_training
@@ -514,7 +514,7 @@ def test_a_cache_of_other_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="lacks sample 's2' with other content"):
         recover(student, offline, changed, config(), processor, plan=plan)
     blank = Sample("s3", SAMPLES[3].messages, (folders.picture(99),))
-    assert content_hash(blank) != content_hash(SAMPLES[3])
+    assert digest_of_sample(blank) != digest_of_sample(SAMPLES[3])
     processor.chat_template = processor.chat_template.replace("'<image>\n'", "'<image>'")
     with pytest.raises(ConfigError, match="had other tokens or positions"):
         recover(student, offline, SAMPLES, config(), processor, plan=plan)

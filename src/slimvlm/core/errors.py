@@ -35,5 +35,9 @@ class OutputError(SlimError):
     """An output that cannot be written: the disk is full or read-only, or another run is there."""
 
 
+class InUseError(OutputError):
+    """An output that another run is writing."""
+
+
 class DamagedError(SlimError):
     """A checkpoint whose files are not those that were written."""

@@ -7,7 +7,6 @@ at a time writes in a place; the lock goes with its process.
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import re
 import shutil
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from slimvlm.core.errors import ConfigError, OutputError
+from slimvlm.core.errors import ConfigError, InUseError, OutputError
 from slimvlm.core.processes import is_first_rank
 
 _REASONS = {
@@ -55,11 +54,11 @@ def held(path: str | Path, wait: float = 0.0) -> Iterator[None]:
 
     Args:
         path: The output.
-        wait: Seconds to wait for another run to end.
+        wait: Seconds to wait for another run to end; -1 is as long as it takes.
 
     Raises:
         ConfigError: If the place cannot be written.
-        OutputError: If another run holds it.
+        InUseError: If another run holds it.
     """
     path = Path(path)
     if not is_first_rank():
@@ -126,8 +125,12 @@ def discard_replacement(path: str | Path) -> None:
 
 
 @contextmanager
-def new_file(path: str | Path) -> Iterator[Path]:
+def new_file(path: str | Path, outlives_power_cut: bool = True) -> Iterator[Path]:
     """A file to write that takes its name, in place of an old one, when the block ends well.
+
+    Args:
+        path: The file.
+        outlives_power_cut: Whether to wait until it is on the disk itself.
 
     Raises:
         OutputError: If the disk is full or read-only.
@@ -137,9 +140,11 @@ def new_file(path: str | Path) -> Iterator[Path]:
     with explained(path):
         try:
             yield partial
-            _sync(partial)
+            if outlives_power_cut:
+                _sync(partial)
             partial.replace(path)
-            _sync(path.parent)
+            if outlives_power_cut:
+                _sync(path.parent)
         finally:
             partial.unlink(missing_ok=True)
 
@@ -203,7 +208,7 @@ def _locked(path: Path, wait: float) -> Iterator[None]:
     try:
         lock.acquire(timeout=wait)
     except Timeout as error:
-        raise OutputError(
+        raise InUseError(
             f"output {str(path)!r} is in use by another run ({_holder(file)}). Wait for its "
             "end, or choose another place"
         ) from error
@@ -268,41 +273,3 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-NUM_BLOCKS, BLOCK_BYTES = 64, 2**20
-"""What `identity_of` reads of a file that is larger than all of these blocks."""
-
-
-def identity_of(name: str, source: str) -> str:
-    """What tells a model or data source apart from another one that takes its place.
-
-    Names, sizes and content of its files; of one over 64 MiB 64 blocks of 1 MiB, evenly spaced. A
-    hub id stands for itself.
-
-    Args:
-        name: What the user calls it.
-        source: The folder or file.
-    """
-    path = Path(source)
-    if not path.exists():
-        return name
-    digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            digest.update(f"{file.relative_to(path)} {file.stat().st_size}".encode())
-            for block in _blocks(file):
-                digest.update(block)
-    return f"{name} {digest.hexdigest()[:16]}"
-
-
-def _blocks(file: Path) -> Iterator[bytes]:
-    """A file's content; of a large one blocks from its beginning to its end."""
-    size = file.stat().st_size
-    with file.open("rb") as handle:
-        if size <= NUM_BLOCKS * BLOCK_BYTES:
-            yield handle.read()
-            return
-        for number in range(NUM_BLOCKS):
-            handle.seek((size - BLOCK_BYTES) * number // (NUM_BLOCKS - 1))
-            yield handle.read(BLOCK_BYTES)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slimvlm.core.errors import ConfigError, DataError
-from slimvlm.core.files import identity_of
+from slimvlm.core.requests import identity_of_files
 from slimvlm.data.chat import require_readable
 from slimvlm.data.images import find_image
 from slimvlm.data.samples import Message, Sample
@@ -192,7 +192,7 @@ def _stratum(sample: Sample) -> tuple[int, str]:
 
 def identity_of_data(data: str) -> str:
     """What tells a source apart from another one under its name, as `slimvlm.core.files` has it."""
-    return data if data == "demo" else identity_of(data, data)
+    return data if data == "demo" else identity_of_files(data, data)
 
 
 def read_rows(data: str | Path) -> Iterator[Any]:

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from slimvlm.core.files import explained
+from slimvlm.core.requests import digest
 from slimvlm.data.images import identifying_bytes
 from slimvlm.data.samples import Question, Task
 
 
-def key_of(model_fingerprint: str, task: Task, questions: Sequence[Question], **how: Any) -> str:
-    """A hash of everything that a task's replies depend on: model, questions, pictures, options."""
-    digest = hashlib.sha256(model_fingerprint.encode())
-    digest.update(json.dumps([task.name, task.max_new_tokens, how], default=str).encode())
-    for question in questions:
-        digest.update(json.dumps([question.id, question.prompt, question.answers]).encode())
-        for image in question.images:
-            digest.update(identifying_bytes(image))
-    return digest.hexdigest()[:24]
+def digest_of_questions(weights: str, task: Task, questions: Sequence[Question], **how: Any) -> str:
+    """A hash of everything that a task's replies depend on: model, questions, pictures, options.
+
+    Args:
+        weights: From `slimvlm.models.load.digest_of_weights`.
+        task: The task.
+        questions: Those that are asked.
+        how: Options of asking.
+    """
+
+    def parts() -> Iterator[Any]:
+        yield weights.encode()
+        yield [task.name, task.max_new_tokens, how]
+        for question in questions:
+            yield [question.id, question.prompt, question.answers]
+            yield from map(identifying_bytes, question.images)
+
+    return digest(parts())[:24]
 
 
 class AnswerLog:
@@ -30,7 +39,7 @@ class AnswerLog:
     Args:
         folder: Where logs lie; None keeps nothing.
         task: Name of the task.
-        key: From `key_of`; another key is another file.
+        key: From `digest_of_questions`; another key is another file.
     """
 
     def __init__(self, folder: Path | None, task: str, key: str) -> None:

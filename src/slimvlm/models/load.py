@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,12 +10,13 @@ import torch
 import transformers
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import Dtype
 from slimvlm.core.processes import local_rank
+from slimvlm.core.requests import digest
 from slimvlm.models.anatomy import Anatomy, backbone_of, family_of, read_anatomy
 from slimvlm.models.classes import (
     auto_class,
@@ -185,16 +186,31 @@ def computes_bfloat16(device: torch.device) -> bool:
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
-def fingerprint(model: nn.Module) -> str:
+def digest_of_weights(model: nn.Module) -> str:
     """A hash of a model's shapes, data types and a sample of every weight.
 
     Training and repair change every weight that they touch, so up to 64 evenly spaced values of
     each tensor tell models apart without reading gigabytes.
     """
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        flat = tensor.detach().flatten()
-        picked = flat[:: max(len(flat) // _SAMPLED, 1)].float().cpu()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(picked.numpy().tobytes())
-    return digest.hexdigest()
+
+    def parts() -> Iterator[bytes]:
+        for name, tensor in model.state_dict().items():
+            flat = tensor.detach().flatten()
+            picked = flat[:: max(len(flat) // _SAMPLED, 1)].float().cpu()
+            yield f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode()
+            yield picked.numpy().tobytes()
+
+    return digest(parts())
+
+
+def digest_of_tensors(values: Mapping[str, Any]) -> str:
+    """A hash of everything in the tensors among some named values, such as a batch."""
+
+    def parts() -> Iterator[bytes | memoryview]:
+        for name, value in sorted(values.items()):
+            if isinstance(value, Tensor):
+                yield f"{name} {value.dtype} {list(value.shape)}".encode()
+                flat = value.detach().cpu().contiguous().flatten()
+                yield flat.view(torch.uint8).numpy().data
+
+    return digest(parts())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError, DataError
 from slimvlm.core.files import write_text
+from slimvlm.core.requests import digest, require_same_request
 from slimvlm.data.roles import IGNORE
 from slimvlm.models import losses
 from slimvlm.planning.mask import masked
@@ -123,7 +123,7 @@ class Log:
         divergence: Measures a plan.
         passes: How many plans may be measured.
         path: The state file, if any.
-        request: Fingerprint of the search.
+        request: The search.
         known: Divergences by plan, also those of an earlier start.
         trials: What this start has asked for, by plan.
         best: The smallest divergence and its plan.
@@ -132,7 +132,7 @@ class Log:
     divergence: Divergence
     passes: int
     path: Path | None
-    request: str
+    request: dict[str, Any]
     known: dict[str, float] = field(default_factory=dict)
     trials: dict[str, Trial] = field(default_factory=dict)
     best: tuple[float, Plan] | None = None
@@ -147,13 +147,11 @@ class Log:
             return
         try:
             values = json.loads(self.path.read_text())
-            request, known = values["request"], dict(values["divergence"])
+            noted, known = dict(values["request"]), dict(values["divergence"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"state_file {str(self.path)!r}: cannot be read ({error})") from error
-        if request != self.request:
-            raise ConfigError(
-                f"state_file {str(self.path)!r} is of another search. Delete it or name another"
-            )
+        what = f"state_file {str(self.path)!r} is of a search"
+        require_same_request(noted, self.request, what, "Delete it or name another")
         self.known = known
 
     @property
@@ -186,5 +184,4 @@ class Log:
 
 
 def _key(plan: Plan) -> str:
-    kept = json.dumps([plan.layers, plan.kv_groups, plan.neurons])
-    return hashlib.sha256(kept.encode()).hexdigest()[:24]
+    return digest([[plan.layers, plan.kv_groups, plan.neurons]])[:24]

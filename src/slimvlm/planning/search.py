@@ -6,21 +6,19 @@ positions, measured under a mask: no weight is touched, nothing is trained.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError
 from slimvlm.core.progress import progress
+from slimvlm.core.requests import digest
 from slimvlm.models.anatomy import Anatomy, read_anatomy
+from slimvlm.models.load import digest_of_tensors
 from slimvlm.planning.budget import WIDTH_UNITS, Budget
 from slimvlm.planning.divergence import Batch, Divergence, Found, Log
 from slimvlm.planning.make import make_plan
@@ -82,12 +80,11 @@ def search_plan(
     given = [scores] if isinstance(scores, Scores) else list(scores)
     request = Request(anatomy, given, ratio, axis, options)
     splits = request.splits()
-    asked = {"level": level, "seed": seed}
     log = Log(
         divergence=Divergence(model, batches),
         passes=passes,
         path=None if state_file is None else Path(state_file),
-        request=fingerprint(request, asked, batches),
+        request={**request.noted(batches), "level": level, "seed": seed},
     )
     log.load()
     _measure_splits(log, splits)
@@ -312,21 +309,17 @@ class Request:
                 continue
         return plans or [("uniform", self.plan())]
 
-
-def fingerprint(request: Request, asked: Mapping[str, Any], batches: Sequence[Batch]) -> str:
-    """A short name for everything that a search depends on, but for the model's weights."""
-    digest = hashlib.sha256()
-    about = [request.anatomy.to_dict(), request.ratio, request.axis, dict(request.options), asked]
-    digest.update(json.dumps(about, default=list).encode())
-    tensors = [
-        values
-        for scores in request.scores
-        for values in (scores.layer, *(scores.kv_group or ()), *(scores.neuron or ()))
-    ]
-    tensors += [value for batch in batches for value in batch.values()]
-    for tensor in tensors:
-        if isinstance(tensor, Tensor):
-            digest.update(
-                tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-            )
-    return digest.hexdigest()
+    def noted(self, batches: Sequence[Batch]) -> dict[str, Any]:
+        """What divergences depend on, but for the model's weights, as plain values."""
+        ranked = [
+            {"layer": scores.layer}
+            | {f"kv_group.{i}": row for i, row in enumerate(scores.kv_group or ())}
+            | {f"neuron.{i}": row for i, row in enumerate(scores.neuron or ())}
+            for scores in self.scores
+        ]
+        return {
+            **{"ratio": self.ratio, "axis": self.axis, **self.options},
+            "anatomy": digest([self.anatomy.to_dict()]),
+            "scores": [digest_of_tensors(values) for values in ranked],
+            "batches": [digest_of_tensors(batch) for batch in batches],
+        }

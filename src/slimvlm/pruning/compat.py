@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from slimvlm.core.errors import ConfigError
-from slimvlm.core.files import write_text
+from slimvlm.core.files import new_file, write_text
 
 VERSIONS = ("4.57", "5.0")
 """Versions of transformers that can read the files besides the newest; tested in both."""
@@ -118,9 +118,8 @@ def _rename_weights(folder: Path, rename: Callable[[str], str]) -> None:
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
             tensors = {rename(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        written = path.with_name(path.name + ".new")
-        save_file(tensors, written, metadata)
-        written.replace(path)
+        with new_file(path) as written:
+            save_file(tensors, written, metadata)
     index = folder / "model.safetensors.index.json"
     if index.exists():
         values = json.loads(index.read_text())

@@ -21,12 +21,12 @@ from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import (
     discard_replacement,
     held,
-    identity_of,
     replacement,
     require_free,
     write_text,
 )
 from slimvlm.core.options import CompressConfig, compress_command
+from slimvlm.core.requests import identity_of_files, is_begun_for, note_request
 from slimvlm.data.read import identity_of_data
 from slimvlm.data.samples import Sample
 from slimvlm.evaluation.ask import evaluate
@@ -62,11 +62,9 @@ class Run:
     def about(self) -> dict[str, Any]:
         """The request, and what its model and data are made of: their files are read once."""
         data = self.config.data
-        made_from = [identity_of(self.model, resolve(self.model))]
+        made_from = [identity_of_files(self.model, resolve(self.model))]
         made_from += [] if data is None else [identity_of_data(data)]
-        about = {"model": self.model, **asdict(self.config), "made_from": made_from}
-        values: dict[str, Any] = json.loads(json.dumps(about))
-        return values
+        return {"model": self.model, **asdict(self.config), "made_from": made_from}
 
     def path(self, name: str) -> Path:
         """A file or folder inside the run folder."""
@@ -144,17 +142,11 @@ def _go(run: Run, samples: list[Sample], force: bool) -> None:
 
 def _require_startable(run: Run, force: bool) -> None:
     """The folder must be free, or hold the same run unfinished; with ``force`` it is cleared."""
-    goes_on = _is_same_run(run) and (force or not run.path("summary.md").exists())
+    is_open = force or not run.path("summary.md").exists()
+    goes_on = is_open and is_begun_for(run.path("config.json"), run.about)
     require_free(run.folder, force or goes_on)
     if goes_on:
         run.say(f"going on with the unfinished run in {run.folder}")
-
-
-def _is_same_run(run: Run) -> bool:
-    try:
-        return bool(json.loads(run.path("config.json").read_text()) == run.about)
-    except (OSError, ValueError):
-        return False
 
 
 def _samples_to_read(config: CompressConfig) -> int | None:
@@ -168,11 +160,11 @@ def _open_folder(run: Run, force: bool) -> None:
     """Begin the run folder, or go on in it: the request was found good."""
     if not force:
         discard_replacement(run.folder)
-    elif not _is_same_run(run):
+    elif not is_begun_for(run.path("config.json"), run.about):
         shutil.rmtree(run.folder, ignore_errors=True)
     run.path("scores").mkdir(parents=True, exist_ok=True)
     run.path("results").mkdir(exist_ok=True)
-    write_text(run.path("config.json"), json.dumps(run.about, indent=2) + "\n")
+    note_request(run.path("config.json"), run.about)
 
 
 def _planned(run: Run, model: PreTrainedModel, calibration: Calibration) -> Plan:

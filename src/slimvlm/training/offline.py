@@ -6,7 +6,6 @@ samples is one safetensors file. Finished shards stay, so that a stopped run goe
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -22,15 +21,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError
-from slimvlm.core.files import new_file, write_text
+from slimvlm.core.files import new_file
 from slimvlm.core.options import RecoverConfig
 from slimvlm.core.progress import progress
+from slimvlm.core.requests import digest, is_begun_for, note_request, require_same_request
 from slimvlm.data.chat import encode_samples
 from slimvlm.data.images import identifying_bytes
 from slimvlm.data.samples import Sample
 from slimvlm.models.anatomy import family_of, text_config_of
 from slimvlm.models.hidden import compared_positions, head_of, hidden_states
-from slimvlm.models.load import fingerprint
+from slimvlm.models.load import digest_of_weights
 from slimvlm.models.sharding import is_sharded
 
 What = Literal["hidden", "top-k"]
@@ -110,17 +110,17 @@ def write_cache(
     """
     head = _head(model)
     index = Index(
-        teacher=fingerprint(model),
-        head=fingerprint(head),
+        teacher=digest_of_weights(model),
+        head=digest_of_weights(head),
         what=what,
         k=k if what == "top-k" else None,
         kd_on=kd_on,
         hidden_size=int(text_config_of(model.config).hidden_size),
         samples=tuple(sample.id for sample in samples),
-        contents=tuple(map(content_hash, samples)),
+        contents=tuple(map(digest_of_sample, samples)),
     )
     folder = Path(out)
-    if force and folder.exists() and not _is_of(folder, index):
+    if force and folder.exists() and not is_begun_for(folder / INDEX_FILE, asdict(index)):
         shutil.rmtree(folder)
     _claim(folder, index)
     missing = [n for n in range(num_shards(index)) if not shard_path(folder, n).exists()]
@@ -208,7 +208,7 @@ class OfflineTeacher:
             raise ConfigError(
                 f"{where}: hidden_size is {index.hidden_size}, the model's is {width}"
             )
-        missing = [s.id for s in samples if content_hash(s) not in self._places]
+        missing = [s.id for s in samples if digest_of_sample(s) not in self._places]
         if missing:
             known = "with other content " if missing[0] in self.index.samples else ""
             more = f" and {len(missing) - 1} more samples" * (len(missing) > 1)
@@ -218,7 +218,7 @@ class OfflineTeacher:
         """Whether a model has the teacher's head and keeps it; not known of a divided one."""
         if config.train == "full" or is_sharded(model):
             return False
-        return fingerprint(_head(model)) == self.index.head
+        return digest_of_weights(_head(model)) == self.index.head
 
     def targets(
         self, samples: Sequence[Sample], inputs: dict[str, Tensor], positions: Bool[Tensor, "B T"]
@@ -228,12 +228,12 @@ class OfflineTeacher:
         Raises:
             ConfigError: If a sample has other tokens or positions than when the cache was made.
         """
-        codes = encoding_hashes(inputs, positions)
+        codes = digests_of_encodings(inputs, positions)
         rows = [self._of(sample, code) for sample, code in zip(samples, codes, strict=True)]
         return TeacherOutput(**{name: torch.cat([row[name] for row in rows]) for name in rows[0]})
 
     def _of(self, sample: Sample, code: str) -> dict[str, Tensor]:
-        number, place = divmod(self._places[content_hash(sample)], SHARD_SAMPLES)
+        number, place = divmod(self._places[digest_of_sample(sample)], SHARD_SAMPLES)
         with safe_open(shard_path(self.folder, number), framework="pt") as shard:
             if json.loads(shard.metadata()["encoded"])[place] != code:
                 raise ConfigError(
@@ -258,24 +258,22 @@ class OfflineTeacher:
             )
 
 
-def content_hash(sample: Sample) -> str:
+def digest_of_sample(sample: Sample) -> str:
     """A hash of a sample's conversation and pictures.
 
     A picture in a file counts by its name and size, so that data can be moved and need not be read.
     """
-    digest = hashlib.sha256(json.dumps([sample.id, sample.messages], sort_keys=True).encode())
-    for image in sample.images:
-        digest.update(identifying_bytes(image, may_move=True))
-    return digest.hexdigest()[:24]
+    pictures = (identifying_bytes(image, may_move=True) for image in sample.images)
+    return digest([[sample.id, sample.messages], *pictures])[:24]
 
 
-def encoding_hashes(inputs: dict[str, Tensor], positions: Bool[Tensor, "B T"]) -> list[str]:
+def digests_of_encodings(inputs: dict[str, Tensor], positions: Bool[Tensor, "B T"]) -> list[str]:
     """A hash of each sequence's tokens and compared positions; padding does not matter."""
     codes = []
     lengths = inputs["attention_mask"].sum(1).tolist()
     for ids, where, length in zip(inputs["input_ids"], positions, lengths, strict=True):
         both = torch.stack([ids[:length], where[:length].to(ids)]).cpu()
-        codes.append(hashlib.sha256(both.numpy().tobytes()).hexdigest()[:16])
+        codes.append(digest([both.numpy().tobytes()])[:16])
     return codes
 
 
@@ -308,7 +306,7 @@ def _said(
         best = [head(part).float().topk(index.k) for part in rows.split(_CHUNK)]
         said["values"] = torch.cat([top.values for top in best]).cpu()
         said["tokens"] = torch.cat([top.indices for top in best]).int().cpu()
-    return said, encoding_hashes(inputs, positions)
+    return said, digests_of_encodings(inputs, positions)
 
 
 def _write_shard(path: Path, tensors: dict[str, Tensor], encoded: list[str]) -> None:
@@ -320,23 +318,11 @@ def _claim(folder: Path, index: Index) -> None:
     """Make the folder this cache's, or find that it is already."""
     if not folder.exists() or not any(folder.iterdir()):
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / INDEX_FILE, json.dumps(asdict(index)) + "\n")
+        note_request(folder / INDEX_FILE, asdict(index))
         return
-    found = _read_index(folder)
-    differing = [name for name, value in asdict(index).items() if getattr(found, name) != value]
-    if differing:
-        raise ConfigError(
-            f"output {str(folder)!r} is a cache with other {' and '.join(differing)}. Choose "
-            "another folder, or use --force to replace it"
-        )
-
-
-def _is_of(folder: Path, index: Index) -> bool:
-    """Whether a folder is a cache of this request."""
-    try:
-        return _read_index(folder) == index
-    except ConfigError:
-        return False
+    what = f"output {str(folder)!r} is a cache"
+    cure = "Choose another folder, or use --force to replace it"
+    require_same_request(asdict(_read_index(folder)), asdict(index), what, cure)
 
 
 def _read_index(folder: Path) -> Index:

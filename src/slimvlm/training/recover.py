@@ -27,7 +27,7 @@ from slimvlm.models.sharding import is_sharded
 from slimvlm.planning.plan import Plan
 from slimvlm.training.offline import OfflineTeacher
 from slimvlm.training.precision import Precision, without_autocast
-from slimvlm.training.resume import is_finished, last_complete_checkpoint, require_same_request
+from slimvlm.training.resume import claim_training, is_finished, last_complete_checkpoint
 from slimvlm.training.supervision import Collator
 from slimvlm.training.teacher import seeing_once, share_, why_not_shared
 from slimvlm.training.trainable import (
@@ -134,7 +134,7 @@ def recover(
         plan = _usable_plan(model, live, plan, config)
     with TemporaryDirectory() as temporary:
         folder = Path(work) if work is not None else Path(temporary)
-        require_same_request(folder, model, teacher, config, learnt)
+        claim_training(folder, model, teacher, config, learnt)
         resumable = work is not None and not is_sharded(model)
         return _train(
             _Job(model, live, offline, plan, learnt, held_out, config, processor, folder, resumable)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -10,12 +9,11 @@ from pathlib import Path
 from transformers import PreTrainedModel, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from slimvlm.core.errors import ConfigError
-from slimvlm.core.files import write_text
 from slimvlm.core.options import RecoverConfig
 from slimvlm.core.processes import is_first_rank, num_ranks
+from slimvlm.core.requests import digest, note_request, noted_request, require_same_request
 from slimvlm.data.samples import Sample
-from slimvlm.models.load import fingerprint
+from slimvlm.models.load import digest_of_weights
 from slimvlm.models.sharding import is_sharded
 from slimvlm.training.offline import OfflineTeacher
 from slimvlm.training.trainer import TRAINED_FILE
@@ -23,14 +21,14 @@ from slimvlm.training.trainer import TRAINED_FILE
 REQUEST_FILE = "request.json"
 
 
-def require_same_request(
+def claim_training(
     folder: Path,
     model: PreTrainedModel,
     teacher: PreTrainedModel | OfflineTeacher | None,
     config: RecoverConfig,
     samples: list[Sample],
 ) -> None:
-    """Write a request into its folder of checkpoints; another one must not go on there.
+    """Write a training's request into its folder of checkpoints; no other may go on there.
 
     Args:
         folder: Where checkpoints go; made if it is not there.
@@ -42,31 +40,27 @@ def require_same_request(
     Raises:
         ConfigError: If the folder belongs to another request.
     """
-    spoken = json.dumps([sample.messages for sample in samples], sort_keys=True)
     request = {
         "config": asdict(config),
         "processes": num_ranks(),
-        "model": None if is_sharded(model) else fingerprint(model),
+        "model": None if is_sharded(model) else digest_of_weights(model),
         "teacher": _identity(teacher),
         "samples": [sample.id for sample in samples],
-        "conversations": hashlib.sha256(spoken.encode()).hexdigest(),
+        "conversations": digest([[sample.messages for sample in samples]]),
     }
-    written = json.dumps(request, indent=1)
-    path = folder / REQUEST_FILE
-    if path.exists() and path.read_text() != written:
-        raise ConfigError(
-            f"training folder {str(folder)!r} belongs to a run with other options or data. Remove "
-            "it, or give those options again"
-        )
+    file = folder / REQUEST_FILE
+    what = f"training folder {str(folder)!r} belongs to a run"
+    cure = "Remove it, or give those options and data again"
+    require_same_request(noted_request(file), request, what, cure)
     if is_first_rank():
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, written)
+        note_request(file, request)
 
 
 def _identity(teacher: PreTrainedModel | OfflineTeacher | None) -> str | None:
     if isinstance(teacher, OfflineTeacher):
-        return hashlib.sha256(json.dumps(asdict(teacher.index)).encode()).hexdigest()
-    return None if teacher is None or is_sharded(teacher) else fingerprint(teacher)
+        return digest([asdict(teacher.index)])
+    return None if teacher is None or is_sharded(teacher) else digest_of_weights(teacher)
 
 
 def last_complete_checkpoint(folder: Path) -> str | None:

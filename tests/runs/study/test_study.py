@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from slimvlm.core import files as identity
+from slimvlm.core import requests
 from slimvlm.core.errors import ConfigError, NumericalError
 from slimvlm.data.read import identity_of_data
 from slimvlm.runs.study import engines, forecast, prepared, run_study
@@ -164,13 +164,13 @@ def test_other_questions_are_other_work(data: Path, tmp_path: Path) -> None:
 def test_a_change_anywhere_in_a_folder_is_noticed(
     size: int, place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(identity, "BLOCK_BYTES", 16)  # a large file has more than 64 of them
+    monkeypatch.setattr(requests, "BLOCK_BYTES", 16)  # a large file has more than 64 of them
     file = tmp_path / "train" / "rows.arrow"
     file.parent.mkdir()
     file.write_bytes(bytes(size))
 
     def found() -> str:
-        return identity.identity_of("data", str(tmp_path))
+        return requests.identity_of_files("data", str(tmp_path))
 
     before = found()
     assert found() == before

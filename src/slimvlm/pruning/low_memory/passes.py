@@ -7,7 +7,6 @@ and runs stored inputs through it. So they are the same functions that score a m
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,9 +18,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimvlm.core.errors import DataError
+from slimvlm.core.requests import digest
 from slimvlm.data.roles import valid_tokens
 from slimvlm.models.anatomy import decoder_layers, family_of, final_norm
 from slimvlm.models.hidden import head_of
+from slimvlm.models.load import digest_of_tensors
 from slimvlm.pruning.layer_calls import LayerCalls, noted_calls
 from slimvlm.pruning.low_memory.opened import OpenCheckpoint
 from slimvlm.pruning.low_memory.scratch import Scratch, packed, unpacked
@@ -123,7 +124,7 @@ class Passes:
         digests: list[str] = []
         with self.checkpoint.loaded(self.checkpoint.names_before_layers(), self.device):
             for place, batch in enumerate(batches):
-                digests.append(_digest(batch))
+                digests.append(digest_of_tensors(batch))
                 stored = self.scratch.about("batches", place)
                 if stored is None or stored["digest"] != digests[-1]:
                     self._embed_one(place, batch, digests[-1])
@@ -132,9 +133,9 @@ class Passes:
         for place in range(len(digests), self.scratch.count("batches")):
             self.scratch.drop_file("batches", place)
         self.scratch.finish("batches")
-        return hashlib.sha256("".join(digests).encode()).hexdigest()
+        return digest(digests)
 
-    def _embed_one(self, place: int, batch: Batch, digest: str) -> None:
+    def _embed_one(self, place: int, batch: Batch, code: str) -> None:
         on_device = {k: v.to(self.device) for k, v in batch.items() if isinstance(v, Tensor)}
         with noted_calls(self.model) as take:
             inputs = {name: value for name, value in on_device.items() if name != "labels"}
@@ -145,7 +146,7 @@ class Passes:
         tree = {str(index): packed(given, tensors) for index, given in calls.arguments.items()}
         tensors["hidden"] = calls.hidden
         tensors |= {f"added.{index}": value for index, value in calls.added.items()}
-        self.scratch.write("batches", place, tensors, {"digest": digest, "calls": tree})
+        self.scratch.write("batches", place, tensors, {"digest": code, "calls": tree})
 
     def input_of(self, index: int, place: int) -> Tensor:
         """What enters a layer; after the last one, what enters the final norm."""
@@ -265,15 +266,3 @@ def _only(model: PreTrainedModel, layers: Iterable[nn.Module]) -> Iterator[None]
         yield
     finally:
         text_model.layers = before
-
-
-def _digest(batch: Batch) -> str:
-    """What a batch holds, as a hash."""
-    digest = hashlib.sha256()
-    for name, value in sorted(batch.items()):
-        if isinstance(value, Tensor):
-            digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-            digest.update(
-                value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-            )
-    return digest.hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -12,11 +11,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from slimvlm.core.errors import ConfigError, NumericalError, UnsupportedModelError
-from slimvlm.core.files import explained, write_text
+from slimvlm.core.files import explained, held, new_folder
 from slimvlm.core.progress import progress
+from slimvlm.core.requests import is_begun_for, note_request
 from slimvlm.models.anatomy import backbone_of, decoder_layers, text_config_of
 from slimvlm.models.load import default_device
 from slimvlm.pruning.low_memory.opened import OpenCheckpoint, open_checkpoint
@@ -141,12 +140,14 @@ class _Run:
 
     def begin(self, batches: Iterable[Batch], say: Say) -> None:
         """Embed the batches; keep earlier work only if everything is as it was then."""
-        model = self.passes.model
-        self._keep_if_same("model.json", _state(self.passes.checkpoint), str(model.dtype))
+        self._keep_if_same("model.json", _noted(self.passes.checkpoint))
         digest = self.passes.embed(batches) if self._needs_hidden else None
-        requests = [[r.criterion, dict(r.options)] for r in self.requests]
-        weights = self.token_weights and dict(self.token_weights)
-        self._keep_if_same("run.json", digest, weights, requests, spared="batches")
+        request = {
+            "batches": digest,
+            "criteria": [[r.criterion, dict(r.options)] for r in self.requests],
+            "token_weights": self.token_weights and dict(self.token_weights),
+        }
+        self._keep_if_same("run.json", request, spared="batches")
         if not self._needs_hidden:
             return
         needed = self._size()
@@ -155,12 +156,12 @@ class _Run:
         )
         self.passes.scratch.require_space(needed)
 
-    def _keep_if_same(self, file: str, *about: Any, spared: str | None = None) -> None:
-        """Drop earlier work, but for one folder, unless it was noted to be about the same."""
-        note, written = self.passes.scratch.folder / file, json.dumps(about)
-        if not note.is_file() or note.read_text() != written:
+    def _keep_if_same(self, file: str, request: dict[str, Any], spared: str | None = None) -> None:
+        """Drop earlier work, but for one folder, unless it was begun for the same request."""
+        note = self.passes.scratch.folder / file
+        if not is_begun_for(note, request):
             self.passes.scratch.drop_all_but(spared)
-            write_text(note, written)
+            note_request(note, request)
 
     def forward(self) -> None:
         """All layers in order, with the captures that need no gradient."""
@@ -221,8 +222,8 @@ class _Run:
             found = score(view, data, request.criterion, weights, **request.options)
         except NumericalError as error:
             raise NumericalError(f"decoder layer {index}, called 0 here: {error}") from error
-        found.save(scratch.new(name) / "scores")
-        scratch.finish(name)
+        with new_folder(scratch.folder / name) as folder:
+            found.save(folder / "scores")
 
     @torch.no_grad()
     def _finish_hidden(self, index: int, view: View) -> None:
@@ -271,11 +272,14 @@ def _joined(parts: Sequence[Scores]) -> Scores:
     return Scores(parts[0].criterion, options=parts[0].options, **joined)
 
 
-def _state(checkpoint: OpenCheckpoint) -> list[Any]:
-    """The configuration; path, size and time of each weight file."""
+def _noted(checkpoint: OpenCheckpoint) -> dict[str, Any]:
+    """The configuration; path, size and time of each weight file, which are too large to read."""
     files = sorted(checkpoint.folder.resolve().glob("*.safetensors"))
-    weights = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
-    return [checkpoint.model.config.to_json_string(), weights]
+    return {
+        "config": checkpoint.model.config.to_json_string(),
+        "dtype": str(checkpoint.model.dtype),
+        "weights": [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files],
+    }
 
 
 @contextmanager
@@ -286,13 +290,9 @@ def _folder(scratch: str | Path | None) -> Iterator[Path]:
             yield Path(made)
         return
     folder = Path(scratch).absolute() / "slimvlm-scratch"
-    try:
-        with explained(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder / "lock", timeout=0):
-                yield folder
-    except Timeout as error:
-        raise ConfigError(f"scratch {str(folder)!r}: another run is using it") from error
-    shutil.rmtree(folder)
+    with held(folder), explained(folder):
+        folder.mkdir(exist_ok=True)
+        yield folder
+        shutil.rmtree(folder)
     with suppress(OSError):  # not empty, or not ours to remove
         folder.parent.rmdir()

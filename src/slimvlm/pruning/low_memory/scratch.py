@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from slimvlm.core.errors import ConfigError, UnsupportedModelError
+from slimvlm.core.files import new_file
 
 
 class Scratch:
@@ -35,12 +36,6 @@ class Scratch:
     def has(self, name: str) -> bool:
         """Whether a folder is there with all its files."""
         return (self.folder / name).is_dir()
-
-    def new(self, name: str) -> Path:
-        """An empty folder to fill before `finish` gives it its name."""
-        self.drop(name)
-        self._folder(name).mkdir()
-        return self._folder(name)
 
     def finish(self, name: str) -> None:
         """All files of a folder are there."""
@@ -70,11 +65,9 @@ class Scratch:
     ) -> None:
         """Write a file of a folder, in place of an older one."""
         self._folder(name).mkdir(exist_ok=True)
-        path = self._path(name, place)
-        partial = path.with_suffix(".partial")
         stored = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
-        save_file(stored, partial, {"about": json.dumps(about)})
-        partial.rename(path)
+        with new_file(self._path(name, place), outlives_power_cut=False) as partial:
+            save_file(stored, partial, {"about": json.dumps(about)})
 
     def read(self, name: str, place: int, device: torch.device) -> dict[str, Tensor]:
         """The tensors of a file, mapped on a CPU."""

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from filelock import FileLock, Timeout
-
-from slimvlm.core.files import new_folder, write_text
+from slimvlm.core.errors import InUseError
+from slimvlm.core.files import held, new_folder, write_text
 from slimvlm.runs.study.stages import Stage
 
 ABOUT = "stage.json"
@@ -44,7 +43,7 @@ class Cache:
     """The folder of a study.
 
     ``cache/KIND/NAME/`` holds what a stage made, ``work/`` what a restart of a stopped one needs,
-    ``failed/`` the last error of stages that failed, ``locks/`` who works on what.
+    ``failed/`` the last error of stages that failed. Who works on a stage holds its folder.
 
     Args:
         root: The folder, on storage that all workers share.
@@ -103,16 +102,14 @@ class Cache:
         Returns:
             The outcome; None if another worker is at it and this one does not wait.
         """
-        lock = self.root / "locks" / f"{stage.kind}-{stage.name}"
-        lock.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with FileLock(lock, timeout=-1 if wait else 0):
+            with held(self.folder(stage), wait=-1 if wait else 0):
                 if self.is_ready(stage) or (self.is_done(stage) and not is_needed()):
                     return Outcome(stage.name)
                 if error := self._error_since_opened(stage):
                     return Outcome(stage.name, error=error)
                 return self._done_now(stage, work, flops)
-        except Timeout:
+        except InUseError:
             return None
 
     def drop_checkpoint(self, stage: Stage) -> None:

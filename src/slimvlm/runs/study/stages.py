@@ -8,17 +8,15 @@ piece of work get the same one.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any, Literal
 
-from slimvlm.core.files import identity_of
 from slimvlm.core.options import PruneConfig, RecoverConfig
+from slimvlm.core.requests import digest, identity_of_files
 from slimvlm.data.read import identity_of_data
-from slimvlm.evaluation.answers import key_of
+from slimvlm.evaluation.answers import digest_of_questions
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models.load import resolve
 from slimvlm.runs.stages import criteria_of
@@ -32,7 +30,7 @@ FORMAT = 1
 """Raised when a stage's outcome changes for the same request."""
 
 
-_identity = lru_cache(maxsize=64)(identity_of)
+_identity = lru_cache(maxsize=64)(identity_of_files)
 _identity_of_data = lru_cache(maxsize=64)(identity_of_data)
 """Files are read once for all cells of a study."""
 
@@ -108,8 +106,7 @@ class Stage:
             **{"format": FORMAT, "kind": self.kind, "request": asdict(self.request)},
             "inputs": [stage.name for stage in self.inputs],
         }
-        written = json.dumps(values, sort_keys=True)
-        return hashlib.sha256(written.encode()).hexdigest()[:20]
+        return digest([values])[:20]
 
     @property
     def makes_checkpoint(self) -> bool:
@@ -239,7 +236,7 @@ def _identities_of_tasks(study: StudyConfig) -> list[str]:
 @lru_cache(maxsize=64)
 def _identity_of_task(path: str, limit: int | None) -> str:
     (task,) = find_tasks(path)
-    return f"{_identity(path, path)} {key_of('', task, task.load(limit))}"
+    return f"{_identity(path, path)} {digest_of_questions('', task, task.load(limit))}"
 
 
 def _short(model: str) -> str:

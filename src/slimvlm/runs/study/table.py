@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from slimvlm.core.files import write_text
+from slimvlm.core.files import new_file, write_text
 from slimvlm.evaluation.metrics import average
 from slimvlm.evaluation.results import PERPLEXITY, Result, TaskResult
 from slimvlm.evaluation.tasks import find_tasks
@@ -56,9 +56,8 @@ def results_table(study: StudyConfig, schedule: Schedule, cache: Cache) -> pd.Da
 def write_table(table: pd.DataFrame, folder: Path) -> None:
     """Write ``results.parquet`` and ``results.csv``, each whole."""
     write_text(folder / "results.csv", table.to_csv(index=False))
-    partial = folder / ".results.parquet.partial"
-    table.to_parquet(partial, index=False)
-    partial.replace(folder / TABLE)
+    with new_file(folder / TABLE) as partial:
+        table.to_parquet(partial, index=False)
 
 
 def _original_row(cell: CellStages, cache: Cache, sighted: frozenset[str]) -> dict[str, Any]:

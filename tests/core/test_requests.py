@@ -1,0 +1,101 @@
+"""Work goes on for the very request that began it, and for no other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from slimvlm.core.errors import ConfigError
+from slimvlm.core.requests import (
+    digest,
+    is_begun_for,
+    note_request,
+    noted_request,
+    require_same_request,
+)
+
+NAMES = st.text("abcdefgh_", min_size=1, max_size=6)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.tuples(inner, inner)
+        | st.dictionaries(NAMES, inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+REQUESTS = st.dictionaries(NAMES, VALUES, min_size=1, max_size=4)
+
+
+def refusal_of(noted: dict[str, Any] | None, request: dict[str, Any]) -> str | None:
+    try:
+        require_same_request(noted, request, "work in 'here' belongs to a run", "Go away")
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("work") / "request.json"
+
+
+@given(request=REQUESTS)
+def test_the_same_request_goes_on(request: dict[str, Any], file: Path) -> None:
+    note_request(file, request)
+    assert is_begun_for(file, request)
+    assert refusal_of(noted_request(file), request) is None
+    assert json.loads(file.read_text()) == json.loads(json.dumps(request))
+
+
+@given(request=REQUESTS, data=st.data())
+def test_another_request_is_refused_and_told_what_differs(
+    request: dict[str, Any], data: st.DataObject, file: Path
+) -> None:
+    note_request(file, request)
+    name = data.draw(st.sampled_from(sorted(request)) | NAMES)
+    value = data.draw(VALUES)
+    before, after = (json.loads(json.dumps(v)) for v in (request.get(name, ()), value))
+    assume(before != after)
+    assume(not (isinstance(before, dict) and isinstance(after, dict)))
+    other = {**request, name: value}
+    assert not is_begun_for(file, other)
+    told = refusal_of(noted_request(file), other)
+    assert told == f"work in 'here' belongs to a run with other {name}. Go away"
+
+
+def test_values_inside_others_are_named_by_their_place(file: Path) -> None:
+    note_request(file, {"config": {"steps": 3, "seed": 0}, "model": "a", "gone": 1})
+    told = refusal_of(noted_request(file), {"config": {"steps": 4, "seed": 0}, "model": "b"})
+    assert told is not None
+    assert "with other config.steps and model and gone. Go away" in told
+
+
+@given(request=REQUESTS, data=st.data())
+def test_a_half_written_request_counts_as_none(
+    request: dict[str, Any], data: st.DataObject, file: Path
+) -> None:
+    note_request(file, request)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 2))])  # the last is a line end
+    assert noted_request(file) is None
+    assert not is_begun_for(file, request)
+    assert refusal_of(noted_request(file), request) is None
+
+
+def test_nothing_noted_is_nobody_s_work(tmp_path: Path) -> None:
+    assert noted_request(tmp_path / "request.json") is None
+    assert not is_begun_for(tmp_path / "request.json", {})
+
+
+@given(first=VALUES, second=VALUES)
+def test_a_digest_tells_values_apart_and_not_their_order(first: Any, second: Any) -> None:
+    one, other = (json.dumps(v, sort_keys=True) for v in (first, second))
+    assert (digest([first]) == digest([second])) == (one == other)
+    assert digest([{"a": first, "b": second}]) == digest([{"b": second, "a": first}])
+    assert digest([b"raw", first]) == digest(iter([memoryview(b"raw"), first]))
