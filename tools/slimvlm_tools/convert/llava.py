@@ -133,7 +133,7 @@ def plan_bunny(
     require(config, BUNNY_ALLOWED)
     rope = _rope(config)
     source = Weights(folder)
-    if "lm_head.bias" in source.shapes and source.read("lm_head.bias").any():
+    if "lm_head.bias" in source.tensors and source.read("lm_head.bias").any():
         raise UnsupportedModelError(
             "weights: 'lm_head.bias' is not zero, and the native class has no bias there"
         )
@@ -164,7 +164,7 @@ def _plan(
     rules: Rules,
     end: str,
 ) -> Conversion:
-    names = [name for name in source.shapes if not name.startswith(INSIDE)]
+    names = [name for name in source.tensors if not name.startswith(INSIDE)]
     pieces = {**place(source, names, rules), **tower.pieces}
     for name in {EMBEDDINGS, HEAD} & pieces.keys():
         pieces[name] = replace(pieces[name], new_rows=len(tokens.new_ids))

@@ -35,15 +35,10 @@ class Piece:
     @property
     def shape(self) -> torch.Size:
         """Shape of the native tensor."""
-        shape = self.weights.shapes[self.name]
+        shape = self.weights.tensors[self.name].shape
         if not shape:
             return shape
         return torch.Size([-(-shape[0] // self.blocks) + self.new_rows, *shape[1:]])
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Data type as stored."""
-        return self.weights.dtype(self.name)
 
     def read(self) -> Tensor:
         """The native tensor. New rows are the mean row, so that their logit is the mean logit."""

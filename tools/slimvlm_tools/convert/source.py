@@ -107,7 +107,7 @@ class Weights:
 
     Attributes:
         folder: The folder.
-        shapes: Shape of every tensor.
+        tensors: Shape and data type of every tensor, without its values.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -117,17 +117,17 @@ class Weights:
             ConfigError: If the folder has no weights, or they do not agree with their index.
         """
         self.folder = folder
-        self.shapes: dict[str, torch.Size] = {}
+        self.tensors: dict[str, Tensor] = {}
         self._files: dict[str, Path] = {}
         self._opened: tuple[Path, dict[str, Tensor]] | None = None
         self._bytes_read = 0
         files, promised = _weight_files(folder)
         for file in files:
             for name, tensor in self._open(file).items():
-                if name in self.shapes:
+                if name in self.tensors:
                     raise ConfigError(f"weights: {name!r} stands twice in {str(folder)!r}")
-                self.shapes[name], self._files[name] = tensor.shape, file
-        if lost := sorted(promised - self.shapes.keys()):
+                self.tensors[name], self._files[name] = tensor.to("meta"), file
+        if lost := sorted(promised - self.tensors.keys()):
             raise ConfigError(f"weights: the index of {str(folder)!r} names {lost[0]!r}, no file")
 
     def read(self, name: str, block: int = 0, blocks: int = 1) -> Tensor:
@@ -137,10 +137,6 @@ class Weights:
             tensor = tensor.chunk(blocks)[block]
         self._bytes_read += tensor.nbytes
         return tensor.clone(memory_format=torch.contiguous_format)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The data type that a tensor is stored in."""
-        return self._open(self._files[name])[name].dtype
 
     def _open(self, file: Path) -> dict[str, Tensor]:
         """The tensors of a file, mapped where it can be. The last file stays open."""

@@ -121,7 +121,7 @@ def find_tower(
         UnsupportedModelError: If the tower is of another kind, or not what its folder says.
     """
     named = str(config.get("mm_vision_tower") or config.get("vision_tower") or "")
-    inside = [name for name in source.shapes if name.startswith(INSIDE)]
+    inside = [name for name in source.tensors if name.startswith(INSIDE)]
     folder = _tower_folder(named, vision_tower)
     if folder is None and not inside:
         raise ConfigError(
@@ -134,7 +134,7 @@ def find_tower(
         )
     fields = _described(folder, kind, named, config.get("vision_config"))
     weights = Weights(folder) if folder is not None and not inside else source
-    pieces = place(weights, inside or weights.shapes, RULES)
+    pieces = place(weights, inside or weights.tensors, RULES)
     preprocessor = {} if folder is None else read_json(folder / "preprocessor_config.json")
     tower = Tower(kind, CONFIGS[kind](**pick(fields, FIELDS)), pieces, preprocessor)
     _check_width(tower, named)

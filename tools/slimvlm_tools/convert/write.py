@@ -53,7 +53,8 @@ def native_model(conversion: Conversion, dtype: torch.dtype | None = None) -> Pr
     """
     model: Any = empty_model(conversion.config)
     check_complete(model, conversion.pieces)
-    dtype = dtype or conversion.pieces[EMBEDDINGS].dtype
+    embeddings = conversion.pieces[EMBEDDINGS]
+    dtype = dtype or embeddings.weights.tensors[embeddings.name].dtype
     for config in (model.config, model.config.text_config, model.config.vision_config):
         config.dtype = dtype
     native: PreTrainedModel = model.to(dtype)

@@ -8,13 +8,13 @@ then tower, projector and LoRA on every linear layer of the language model learn
 
 from __future__ import annotations
 
-import argparse
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import tyro
 from rich.console import Console
 from rich.progress import Progress
 from safetensors.torch import save_file
@@ -268,21 +268,5 @@ def train_demo(config: TrainConfig) -> Path:
     return config.out / "delta.safetensors"
 
 
-def _parse() -> TrainConfig:
-    parser = argparse.ArgumentParser(
-        prog="python -m slimvlm_tools.demo_training.train", description=__doc__
-    )
-    parser.add_argument("--out", type=Path, required=True)
-    for name, default in (
-        ("seed", 0),
-        ("tower_steps", 2600),
-        ("align_steps", 300),
-        ("steps", 1080),
-        ("batch_size", 8),
-    ):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
-    return TrainConfig(**vars(parser.parse_args()))
-
-
 if __name__ == "__main__":
-    print(train_demo(_parse()))
+    print(train_demo(tyro.cli(TrainConfig, prog=f"python -m {__spec__.name}", description=__doc__)))
