@@ -38,7 +38,7 @@ from slimvlm.evaluation.results import Result
 from slimvlm.models.load import computes_bfloat16, default_device
 from slimvlm.runs.stages import Calibration, choose_plan, criteria_of, cut_, narrow_first_, score_by
 from slimvlm.runs.tables import as_markdown
-from slimvlm.scoring.scores import Scores
+from slimvlm.scoring.unit_scores import Scores
 
 BASELINES = ("ShortGPT", "LLM-Pruner")
 RECIPES: dict[str, dict[str, Any]] = {

@@ -33,7 +33,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 import slimvlm as sv
 from slimvlm.models.classes import empty_model
-from slimvlm.scoring.scores import Scores
+from slimvlm.scoring.unit_scores import Scores
 
 IMAGE_TOKEN, PICTURE_TOKENS, TEXT_TOKENS, ANSWER_TOKENS = 32000, 576, 64, 32
 RATIO = 0.3

@@ -28,7 +28,7 @@ from slimvlm.models.anatomy import read_anatomy
 from slimvlm.planning.make import make_plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.runs.tables import as_markdown
-from slimvlm.scoring.score import score
+from slimvlm.scoring.score_model import score
 
 MEASURED = ("135m", "1b")
 AXES: tuple[Axis, ...] = ("depth", "width")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.planning.plan import Plan
-from slimvlm.scoring.scores import Scores
+from slimvlm.scoring.unit_scores import Scores
 
 Batch = dict[str, Tensor]
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from slimvlm.core.errors import ConfigError, DataError, NumericalError
 from slimvlm.models.anatomy import decoder_layers, projections, read_anatomy
 from slimvlm.scoring.criteria import CRITERIA, criteria_table
-from slimvlm.scoring.score import score
-from slimvlm.scoring.scores import Scores
+from slimvlm.scoring.score_model import score
+from slimvlm.scoring.unit_scores import Scores
 from tests import tiny
 from tests.helpers import Batch, assert_untouched, joined, logits, padded, snapshot
 from tests.tiers import tiered
@@ -29,8 +29,7 @@ def _cases() -> list[Any]:
     """Every criterion with every combination of its options' values; counts at their default."""
     cases = []
     for name, row in CRITERIA.items():
-        known = {**row.options, **row.capture_options}
-        choices = {k: v for k, v in known.items() if isinstance(v, tuple)}
+        choices = {k: v for k, v in row.options.items() if isinstance(v, tuple)}
         for values in itertools.product(*choices.values()):
             options = dict(zip(choices, values, strict=True))
             label = "-".join([name, *map(str, values)])
@@ -40,11 +39,10 @@ def _cases() -> list[Any]:
 
 CASES = _cases()
 WITH_DATA = [case for case in CASES if CRITERIA[case.values[0]].needs_data]
-LOSSES = ("gradients", "gates", "greedy")
-WITH_LABELS = [c for c in CASES if CRITERIA[c.values[0]].capture in LOSSES]
+WITH_LABELS = [c for c in CASES if CRITERIA[c.values[0]].capture.reads_labels]
 OVER_TOKENS = [c for c in WITH_DATA if c not in WITH_LABELS and c.values[0] != "angular"]
-COUNTS = [(n, o) for n, c in CRITERIA.items() for o, allowed in
-          {**c.options, **c.capture_options}.items() if isinstance(allowed, range)]  # fmt: skip
+COUNTS = [(name, option) for name, row in CRITERIA.items()
+          for option, allowed in row.options.items() if isinstance(allowed, range)]  # fmt: skip
 WIDTH = [c for c in CASES if "neuron" in CRITERIA[c.values[0]].units and c.values[0] != "random"]
 
 every_case = pytest.mark.parametrize(("criterion", "options"), CASES)
@@ -236,7 +234,7 @@ def test_weights_of_one_are_no_weights(criterion: str, options: dict[str, Any]) 
     """Losses then count prompts, too: they are as before where only answers weigh."""
     model = tiny.build("llava-llama")
     data = samples(model)
-    losses = CRITERIA[criterion].capture in LOSSES
+    losses = CRITERIA[criterion].capture.reads_labels
     weights = {"image": 1.0, "prompt": 0.0 if losses else 1.0, "answer": 1.0}
     plain = score(model, data, criterion, **options)
     weighted = score(model, data, criterion, token_weights=weights, **options)
@@ -456,7 +454,7 @@ def test_an_unknown_criterion_is_refused_with_the_choices() -> None:
 def test_an_unknown_option_is_refused_with_the_choices(
     criterion: str, options: dict[str, Any]
 ) -> None:
-    known = {**CRITERIA[criterion].options, **CRITERIA[criterion].capture_options}
+    known = CRITERIA[criterion].options
     expected = f"'{criterion}' has no option 'colour'. It has: {', '.join(known) or 'none'}"
     with pytest.raises(ConfigError) as refusal:
         score(tiny.build("llama"), [], criterion, colour="red", **options)

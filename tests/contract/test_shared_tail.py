@@ -15,7 +15,7 @@ from slimvlm.planning.make import make_plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.low_memory.cut import prune_checkpoint
 from slimvlm.pruning.low_memory.score import score_checkpoint
-from slimvlm.scoring.score import score
+from slimvlm.scoring.score_model import score
 from tests import tiny, tiny_rare
 from tests.helpers import logits, plan_by_hand, random_scores
 from tests.tiers import tiered

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from slimvlm.core.errors import ConfigError, OutputError
 from slimvlm.core.files import held, new_file, new_folder, require_free, write_text
-from slimvlm.scoring.scores import Scores
+from slimvlm.scoring.unit_scores import Scores
 
 
 def contents(folder: Path) -> dict[str, str]:

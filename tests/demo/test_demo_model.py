@@ -51,11 +51,11 @@ def test_plain_transformers_says_the_same(tmp_path: Path) -> None:
     from slimvlm.pruning.cut import prune_
     from slimvlm.pruning.save import save
     from slimvlm.scoring.statistics import Statistics
-    from slimvlm.scoring.widths import score_random
+    from slimvlm.scoring.without_data import score_random
 
     model, processor = load("demo", "float32")
     anatomy = read_anatomy(model)
-    plan = make_plan(anatomy, score_random(Statistics("nothing", {}), anatomy), 0.1, "both")
+    plan = make_plan(anatomy, score_random(Statistics(), anatomy), 0.1, "both")
     prune_(model, plan)
     save(model, processor, tmp_path / "small", plan)
     picture = tmp_path / "picture.png"

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from slimvlm.models.hidden import head_of, hidden_states
 from slimvlm.models.losses import token_cross_entropy
 from slimvlm.scoring.batches import predicted_cross_entropy
-from slimvlm.scoring.score import score
+from slimvlm.scoring.score_model import score
 from tests import tiny
 from tests.tolerances import LOSS, assert_close, assert_scores_close
 

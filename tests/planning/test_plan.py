@@ -22,7 +22,7 @@ from slimvlm.models.anatomy import Anatomy, LayerShape, read_anatomy
 from slimvlm.planning.budget import channels_to_remove, default_multiple
 from slimvlm.planning.make import make_plan, ratio_for_params
 from slimvlm.planning.plan import Plan
-from slimvlm.scoring.scores import Scores
+from slimvlm.scoring.unit_scores import Scores
 from tests import tiny
 from tests.helpers import plan_by_hand, random_scores
 

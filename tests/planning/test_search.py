@@ -21,7 +21,7 @@ from slimvlm.planning.plan import Plan
 from slimvlm.planning.search import search_plan
 from slimvlm.planning.steps import plan_in_steps, removed_last, silenced
 from slimvlm.pruning.cut import prune_
-from slimvlm.scoring.score import score
+from slimvlm.scoring.score_model import score
 from tests import tiny
 from tests.helpers import assert_untouched, logits, random_scores, snapshot
 

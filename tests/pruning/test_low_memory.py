@@ -32,8 +32,8 @@ from slimvlm.pruning.low_memory.opened import open_checkpoint
 from slimvlm.pruning.low_memory.passes import Passes
 from slimvlm.pruning.low_memory.score import score_checkpoint
 from slimvlm.pruning.save import PLAN_FILE, save
-from slimvlm.scoring.score import score
-from slimvlm.scoring.scores import Scores
+from slimvlm.scoring.score_model import score
+from slimvlm.scoring.unit_scores import Scores
 from tests import tiny, tiny_folder
 from tests.helpers import logits, random_scores
 from tests.tiers import tiered

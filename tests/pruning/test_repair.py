@@ -19,8 +19,8 @@ from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.layer_calls import record_calls
 from slimvlm.pruning.repair import answer_loss, prune_and_repair_, repair_
-from slimvlm.scoring.captures import CAPTURES
-from slimvlm.scoring.statistics import Statistics
+from slimvlm.scoring.inputs import capture_grams
+from slimvlm.scoring.statistics import Grams, Weights
 from tests import tiny
 from tests.helpers import assert_untouched, logits, padded, plan_by_hand, snapshot
 from tests.tolerances import SOLVE, assert_close
@@ -150,7 +150,7 @@ def test_neurons_that_others_determine_are_replaced_exactly(name: str) -> None:
     assert not torch.allclose(logits(sliced(model, plan), data[0]), expected, atol=1e-2)
     student = repaired(model, plan, data, "width", ridge=0.0)
     torch.testing.assert_close(logits(student, data[0]), expected, atol=1e-6, rtol=1e-6)
-    statistics = CAPTURES["grams"](model, data)
+    statistics = capture_grams(model, data)
     student = sliced(model, plan)
     repair_(student, plan, statistics, ridge=0.0)
     torch.testing.assert_close(logits(student, data[0]), expected, atol=1e-6, rtol=1e-6)
@@ -162,7 +162,7 @@ def test_one_shot_and_sequential_agree_where_their_inputs_do(name: str) -> None:
     data, plan = batches(model), narrow(model)
     weights = {"image": 0.5, "prompt": 1.0, "answer": 2.0}
     one_shot = sliced(model, plan)
-    report = repair_(one_shot, plan, CAPTURES["grams"](model, data, weights), ridge=1e-2)
+    report = repair_(one_shot, plan, capture_grams(model, data, weights), ridge=1e-2)
     sequential = repaired(model, plan, data, "width", token_weights=weights, ridge=1e-2)
     path = "self_attn.dense" if "phi" in name else "self_attn.o_proj"
     first, later = (
@@ -268,13 +268,13 @@ def test_one_shot_refuses_what_does_not_fit() -> None:
     model = tiny.build("llama")
     plan, data = narrow(model), [tiny.batch(model)]
     with pytest.raises(ConfigError, match="'weights'"):
-        repair_(model, plan, Statistics("weights", {}))
-    statistics = CAPTURES["grams"](model, data)
+        repair_(model, plan, Weights(parts={}))
+    statistics = capture_grams(model, data)
     with pytest.raises(ConfigError, match="prune it first"):
         repair_(model, plan, statistics)
     prune_(model, plan)
     with pytest.raises(ConfigError, match="o_proj"):
-        repair_(model, plan, Statistics("grams", {}))
+        repair_(model, plan, Grams(parts={}, weight=torch.zeros((), dtype=torch.float64)))
 
 
 def test_half_precision_stays() -> None:

@@ -23,7 +23,7 @@ from slimvlm.planning.plan import Plan
 from slimvlm.runs import compress as compression
 from slimvlm.runs.compress import compress
 from slimvlm.runs.stages import axis_of
-from slimvlm.scoring.scores import Scores
+from slimvlm.scoring.unit_scores import Scores
 from tests import tiny_folder as folders
 
 pytestmark = [

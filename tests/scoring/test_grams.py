@@ -8,7 +8,7 @@ from torch import Tensor
 
 from slimvlm.models.anatomy import projections, read_anatomy
 from slimvlm.pruning.cut import prune_
-from slimvlm.scoring.captures import CAPTURES, capture_grams
+from slimvlm.scoring.inputs import capture_grams
 from slimvlm.scoring.statistics import Statistics
 from tests import tiny
 from tests.helpers import Batch, joined, padded, plan_by_hand
@@ -27,21 +27,22 @@ def double(batches: list[Batch]) -> list[Batch]:
 
 
 def assert_same(ours: Statistics, theirs: Statistics, tolerance: Tolerance = SOLVE) -> None:
-    assert ours.tensors.keys() == theirs.tensors.keys()
-    for name in ours.tensors:
-        assert_close(ours.tensors[name], theirs.tensors[name], tolerance)
+    expected = theirs.tensors()
+    assert ours.tensors().keys() == expected.keys()
+    for name, tensor in ours.tensors().items():
+        assert_close(tensor, expected[name], tolerance)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_they_are_the_products_of_what_enters_the_matrices(name: str) -> None:
     model = tiny.build(name).double()
     data = double(samples(name))
-    seen: dict[str, list[Tensor]] = {}
-    matrices: dict[str, Tensor] = {}
+    seen: dict[tuple[int, str], list[Tensor]] = {}
+    matrices: dict[tuple[int, str], Tensor] = {}
     hooks = []
     for index, projection, linear in projections(model):
         if projection.path.rpartition(".")[2] in ("o_proj", "dense", "down_proj", "fc2"):
-            key = f"{index}.{projection.path}"
+            key = (index, projection.path)
             matrices[key] = linear.weight
             hooks.append(
                 linear.register_forward_pre_hook(
@@ -52,15 +53,16 @@ def test_they_are_the_products_of_what_enters_the_matrices(name: str) -> None:
     for hook in hooks:
         hook.remove()
     assert len(matrices) == 2 * read_anatomy(model).num_layers
-    assert len(statistics.tensors) == 3 * len(matrices) + 1
+    assert len(statistics.tensors()) == 3 * len(matrices) + 1
     for key, matrix in matrices.items():
         x = torch.cat([one.detach().flatten(0, 1) for one in seen[key]])
-        assert_close(statistics.tensors[f"{key}.gram"], x.T @ x, SOLVE)
-        assert_close(statistics.tensors[f"{key}.sum"], x.sum(0), SOLVE)
-        weight = statistics.tensors[f"{key}.weight"]
+        part = statistics.parts[key]
+        assert_close(part.gram, x.T @ x, SOLVE)
+        assert_close(part.sum, x.sum(0), SOLVE)
+        weight = part.weight
         assert weight.data_ptr() == matrix.data_ptr()
         assert not weight.requires_grad
-    assert float(statistics.tensors["weight"]) == statistics.num_tokens == len(x)
+    assert float(statistics.weight) == statistics.num_tokens == len(x)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -82,11 +84,11 @@ def test_padding_is_nothing(name: str, left: bool) -> None:
 
 def test_roles_add_up_and_a_weight_is_a_factor() -> None:
     model, data = tiny.build("llava-llama").double(), double(samples("llava-llama"))
-    whole = capture_grams(model, data).tensors
+    whole = capture_grams(model, data).tensors()
     none = {"image": 0.0, "prompt": 0.0, "answer": 0.0}
-    parts = [capture_grams(model, data, {**none, role: 1.0}).tensors for role in none]
+    parts = [capture_grams(model, data, {**none, role: 1.0}).tensors() for role in none]
     assert [float(part["weight"]) for part in parts] == [3 * 16, 3 * 6, 3 * 6]
-    scaled = capture_grams(model, data, {"image": 0.25, "prompt": 3.0}).tensors
+    scaled = capture_grams(model, data, {"image": 0.25, "prompt": 3.0}).tensors()
     for key in whole:
         if key.endswith(".weight"):
             continue
@@ -109,14 +111,15 @@ def test_precision_follows_the_model() -> None:
         (torch.bfloat16, torch.float32),
         (torch.float64, torch.float64),
     ):
-        statistics = CAPTURES["grams"](tiny.build("llama").to(dtype), data)
-        assert statistics.tensors["0.mlp.down_proj.gram"].dtype == expected
-        assert statistics.tensors["0.mlp.down_proj.weight"].dtype == dtype
+        statistics = capture_grams(tiny.build("llama").to(dtype), data)
+        part = statistics.parts[0, "mlp.down_proj"]
+        assert part.gram.dtype == expected
+        assert part.weight.dtype == dtype
 
 
 def test_the_matrices_outlive_pruning() -> None:
     model = tiny.build("llama")
     statistics = capture_grams(model, samples("llama"))
-    before = {k: v.clone() for k, v in statistics.tensors.items()}
+    before = {k: v.clone() for k, v in statistics.tensors().items()}
     prune_(model, plan_by_hand(read_anatomy(model), kv_groups=[0, 2], neurons=range(0, 96, 2)))
-    assert all(torch.equal(statistics.tensors[key], before[key]) for key in before)
+    assert all(torch.equal(statistics.tensors()[key], before[key]) for key in before)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from slimvlm.models.anatomy import decoder_layers, read_anatomy
 from slimvlm.planning.mask import masked
 from slimvlm.scoring.greedy import capture_greedy
-from slimvlm.scoring.score import score
+from slimvlm.scoring.score_model import score
 from tests import tiny
 from tests.helpers import Batch, joined, logits, padded, plan_by_hand
 from tests.tiers import ARCHETYPES, tiered
@@ -83,7 +83,7 @@ def test_rounds_are_greedy(name: str, at_once: int) -> None:
         costs.update(tried)
         gone.append(min(tried, key=lambda i: tried[i]))
     others = sorted((i for i in range(4) if i not in gone), key=lambda i: costs[i])
-    statistics = capture_greedy(model, data, rounds=2, at_once=at_once).tensors
+    statistics = capture_greedy(model, data, rounds=2, at_once=at_once).tensors()
     assert statistics["order"].tolist() == [*gone, *others]
     expected = torch.tensor([costs[i] for i in range(4)], dtype=torch.float64)
     torch.testing.assert_close(statistics["divergence"], expected, rtol=2e-4, atol=0)
@@ -93,13 +93,14 @@ def test_scores_rank_as_layers_go_at_any_number_of_rounds() -> None:
     model = tiny.build("llama")
     data = samples(model)
     for rounds in (1, 2, 3, 9):
-        order = capture_greedy(model, data, rounds=rounds).tensors["order"]
+        order = capture_greedy(model, data, rounds=rounds).tensors()["order"]
         layer = score(model, data, "kl_greedy", rounds=rounds).layer
         assert layer is not None
         assert layer.argsort().tolist() == order.tolist()
-    default = capture_greedy(model, data).tensors
+    default = capture_greedy(model, data).tensors()
     assert all(
-        torch.equal(default[k], v) for k, v in capture_greedy(model, data, rounds=2).tensors.items()
+        torch.equal(default[k], v)
+        for k, v in capture_greedy(model, data, rounds=2).tensors().items()
     )
 
 
@@ -114,10 +115,10 @@ def test_pinned_layers_are_never_tried() -> None:
 def test_how_many_at_once_and_how_batched_changes_nothing() -> None:
     model = tiny.build("llava-llama")
     data = samples(model)
-    expected = capture_greedy(model, data, rounds=3, at_once=1).tensors
+    expected = capture_greedy(model, data, rounds=3, at_once=1).tensors()
     others: list[tuple[list[Batch], int]] = [(data, 4), ([joined(data)], 3), ([padded(data)], 2)]
     for batches, at_once in others:
-        found = capture_greedy(model, iter(batches), rounds=3, at_once=at_once).tensors
+        found = capture_greedy(model, iter(batches), rounds=3, at_once=at_once).tensors()
         assert torch.equal(found["order"], expected["order"])
         torch.testing.assert_close(
             found["divergence"], expected["divergence"], rtol=2e-4, atol=1e-6

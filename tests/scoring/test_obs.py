@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from slimvlm.models.anatomy import decoder_layers, read_anatomy
-from slimvlm.scoring import score as calibrate
+from slimvlm.scoring import score_model
 from slimvlm.scoring.obs import removal_order
-from slimvlm.scoring.score import collect, score
-from slimvlm.scoring.scores import strictly_increasing
+from slimvlm.scoring.score_model import collect, score
+from slimvlm.scoring.statistics import Grams
+from slimvlm.scoring.unit_scores import strictly_increasing
 from tests import tiny
 from tests.tolerances import SOLVE, assert_close
 
@@ -131,13 +132,13 @@ def test_keeping_the_best_scores_is_stopping_early() -> None:
     data = [tiny.batch(model, 20, seed) for seed in range(3)]
     statistics = collect(model, data, "obs")
     scores = score(model, data, "obs")
-    weight = statistics.tensors["weight"]
+    assert isinstance(statistics, Grams)
     for index in range(read_anatomy(model).num_layers):
         for unit, path in (("kv_group", "self_attn.o_proj"), ("neuron", "mlp.down_proj")):
             values = scores.of(unit)[index]
             order, costs = removal_order(
                 decoder_layers(model)[index].get_submodule(path).weight.detach(),
-                statistics.tensors[f"{index}.{path}.gram"] / weight,
+                statistics.parts[index, path].gram / statistics.weight,
                 len(values),
                 max(len(values) // 32, 1),
             )
@@ -151,7 +152,7 @@ def test_parts_of_the_layers_score_as_all_at_once(monkeypatch: pytest.MonkeyPatc
     whole = score(model, iter(batches), "obs")
     passes = []
     decoder_layers(model)[0].register_forward_pre_hook(lambda *call: passes.append(1))
-    monkeypatch.setattr(calibrate, "GRAM_BYTES", 1)
+    monkeypatch.setattr(score_model, "PART_BYTES", 1)
     parts = score(model, iter(batches), "obs")
     assert len(passes) == len(batches) * read_anatomy(model).num_layers
     for unit in ("kv_group", "neuron"):

@@ -11,9 +11,9 @@ import torch
 
 from slimvlm.core.errors import ConfigError, NumericalError
 from slimvlm.models.anatomy import decoder_layers
-from slimvlm.scoring.score import score
-from slimvlm.scoring.scores import Scores
-from slimvlm.scoring.statistics import Statistics
+from slimvlm.scoring.score_model import score
+from slimvlm.scoring.statistics import Gates, Gradients
+from slimvlm.scoring.unit_scores import Scores
 from tests import tiny
 
 CRITERIA = ("block_influence", "angular", "taylor", "magnitude")
@@ -41,9 +41,8 @@ def test_scores_survive_their_files(criterion: str, name: str, tmp_path: Path) -
 def test_two_versions_of_a_name_are_two_files(tmp_path: Path) -> None:
     for version in (1, 2):
         Scores("by-hand", layer=torch.full((2,), float(version))).save(tmp_path / f"run.v{version}")
-        Statistics("gates", {"x": torch.full((2,), float(version))}).save(
-            tmp_path / f"stats.v{version}"
-        )
+        sums = torch.full((2,), float(version), dtype=torch.float64)
+        Gates(parts={(0, "neuron"): sums}).save(tmp_path / f"stats.v{version}")
     assert Scores.load(tmp_path / "run.v1").layer.tolist() == [1, 1]  # type: ignore[union-attr]
     assert len(list(tmp_path.glob("stats*"))) == 2
 
@@ -61,7 +60,12 @@ def test_broken_score_files_are_refused(broken: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_statistics_refuse_what_is_not_finite(value: float) -> None:
     with pytest.raises(NumericalError, match=r"'gradients'.*'3.mlp'"):
-        Statistics("gradients", {"2.mlp": torch.ones(2), "3.mlp": torch.tensor([1.0, value])})
+        Gradients(
+            parts={
+                (2, "mlp"): torch.ones(2, dtype=torch.float64),
+                (3, "mlp"): torch.tensor([1.0, value], dtype=torch.float64),
+            }
+        )
 
 
 @pytest.mark.parametrize("criterion", ["taylor", "block_influence", "activation", "gate"])

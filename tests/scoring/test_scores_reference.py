@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from slimvlm.scoring.layers import angular_distance, block_influence
-from slimvlm.scoring.score import score
+from slimvlm.scoring.hidden_states import angular_distance, block_influence
+from slimvlm.scoring.score_model import score
 from tests import tiny
 from tests.helpers import Batch, joined
 from tests.tolerances import LOSS, assert_close, assert_scores_close

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from slimvlm.data.samples import Sample
     from slimvlm.planning.plan import Plan
     from slimvlm.pruning.low_memory.score import Request
-    from slimvlm.scoring.scores import Scores
+    from slimvlm.scoring.unit_scores import Scores
 
 
 def score(
@@ -44,10 +44,15 @@ def score(
     from slimvlm.data.roles import parse_token_weights
     from slimvlm.pruning.low_memory.score import Request
     from slimvlm.scoring.criteria import criterion_named
-    from slimvlm.scoring.score import calibration_batches, check_token_weights, collect, scores_from
+    from slimvlm.scoring.score_model import (
+        calibration_batches,
+        check_token_weights,
+        collect,
+        scores_from,
+    )
 
-    given: dict[str, Any] = {"gradient": calibration.gradient} if criterion == "taylor" else {}
-    row = criterion_named(criterion, given)
+    row = criterion_named(criterion, {})
+    given = row.requested(calibration)
     if low_memory:
         Request(criterion, given)
     asked = calibration.token_weights
@@ -87,7 +92,7 @@ def _low_memory_scores(
     from slimvlm.models.load import load_processor
     from slimvlm.pruning.low_memory.opened import open_checkpoint
     from slimvlm.pruning.low_memory.score import score_opened
-    from slimvlm.scoring.score import calibration_batches
+    from slimvlm.scoring.score_model import calibration_batches
 
     asked, trusted = calibration.token_weights, calibration.trust_remote_code
     opened = open_checkpoint(model, calibration.dtype, trusted)
@@ -173,8 +178,8 @@ def plan(
     from slimvlm.models.load import anatomy, load
     from slimvlm.planning.make import make_plan, make_plan_for_params, ratio_for_params
     from slimvlm.runs.stages import rehearse
-    from slimvlm.scoring.score import score as score_model
-    from slimvlm.scoring.scores import Scores
+    from slimvlm.scoring.score_model import score as score_model
+    from slimvlm.scoring.unit_scores import Scores
 
     require_free(out, force)
     shape = anatomy(model)

@@ -192,7 +192,7 @@ def narrow(
     from slimvlm.pruning.card import CardFacts
     from slimvlm.pruning.narrowing import narrow_to_, narrowing_ratio
     from slimvlm.pruning.save import save
-    from slimvlm.scoring.score import calibration_batches
+    from slimvlm.scoring.score_model import calibration_batches
 
     require_free(out, force)
     narrowing_ratio(load_config(model, calibration.trust_remote_code), hidden_size)

@@ -12,7 +12,7 @@ from slimvlm.core.errors import ConfigError, NumericalError
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import TILE_MULTIPLE, WIDTH_MULTIPLE
 from slimvlm.planning.plan import AXES
-from slimvlm.scoring.scores import Scores
+from slimvlm.scoring.unit_scores import Scores
 
 ALLOCATIONS = ("uniform", "protect", "global")
 COUNTINGS = ("parameters", "per_layer")

@@ -11,7 +11,7 @@ from torch import Tensor
 from slimvlm.core.errors import ImpossiblePlanError
 from slimvlm.planning.budget import Budget, channels_to_remove
 from slimvlm.planning.plan import Plan
-from slimvlm.scoring.scores import Scores
+from slimvlm.scoring.unit_scores import Scores
 
 
 def without_layers(plan: Plan, scores: Scores, budget: Budget) -> Plan:

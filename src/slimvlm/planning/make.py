@@ -17,7 +17,7 @@ from slimvlm.planning.depth import without_layers
 from slimvlm.planning.plan import Plan
 from slimvlm.planning.ranking import globally_ranked_widths
 from slimvlm.planning.widths import uniform_widths, with_widths
-from slimvlm.scoring.scores import Scores
+from slimvlm.scoring.unit_scores import Scores
 
 
 def make_plan(

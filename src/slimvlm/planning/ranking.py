@@ -12,9 +12,8 @@ from torch import Tensor
 from slimvlm.planning.budget import WIDTH_UNITS, Budget
 from slimvlm.planning.plan import Plan
 from slimvlm.planning.widths import Widths
-from slimvlm.scoring.scores import Scores
-
-_IN_UNITS_OF_THE_LOSS = ("taylor", "taylor_second", "taylor_mix", "gate", "obs")
+from slimvlm.scoring.criteria import layers_compare
+from slimvlm.scoring.unit_scores import Scores
 
 
 @dataclass(frozen=True, order=True)
@@ -78,11 +77,6 @@ def globally_ranked_widths(plan: Plan, scored: Mapping[str, Scores], budget: Bud
         count += 1 if is_short and count < len(allowed) else -1
         widths = _widths_after(allowed[:count], layers, budget)
     return widths
-
-
-def layers_compare(scores: Scores) -> bool:
-    """Whether scores of one kind of unit compare over layers: those in units of the loss do."""
-    return scores.criterion in _IN_UNITS_OF_THE_LOSS
 
 
 def _densities(

@@ -25,7 +25,7 @@ from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
 from slimvlm.planning.ranking import can_be_written
 from slimvlm.planning.widths import with_widths
-from slimvlm.scoring.scores import Scores
+from slimvlm.scoring.unit_scores import Scores
 
 LEVELS = ("uniform", "layer")
 

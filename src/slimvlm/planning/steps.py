@@ -17,8 +17,8 @@ from slimvlm.models.families import INPUT_COLUMNS
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.mask import masked
 from slimvlm.planning.plan import Kept, Plan
-from slimvlm.scoring.score import score
-from slimvlm.scoring.scores import Scores
+from slimvlm.scoring.score_model import score
+from slimvlm.scoring.unit_scores import Scores
 
 
 def plan_in_steps(

@@ -12,7 +12,7 @@ from slimvlm.core.errors import ConfigError
 from slimvlm.models.anatomy import Anatomy, LayerShape
 from slimvlm.planning.budget import Budget, channels_to_remove
 from slimvlm.planning.plan import Kept, Plan
-from slimvlm.scoring.scores import Scores
+from slimvlm.scoring.unit_scores import Scores
 
 Widths = Mapping[int, tuple[int, int]]
 """KV groups and neurons that a layer keeps, by the layer's index."""

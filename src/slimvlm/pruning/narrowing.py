@@ -38,9 +38,10 @@ from slimvlm.models.anatomy import (
 from slimvlm.models.classes import empty_model, require_full_precision
 from slimvlm.models.families import BACKBONES, FAMILIES, INPUT_COLUMNS, Family
 from slimvlm.pruning.cut import keep_channels_
-from slimvlm.scoring.batches import BackbonePass, Batch, TokenWeights, require_finite
+from slimvlm.scoring.batches import BackbonePass, Batch, TokenWeights
+from slimvlm.scoring.statistics import require_finite
 
-CRITERIA = ("activation", "magnitude", "random")
+CHANNEL_CRITERIA = ("activation", "magnitude", "random")
 """How channels can be scored."""
 
 NARROWING_FILE = "slimvlm_narrowing.json"
@@ -88,7 +89,7 @@ def score_channels(
     Args:
         model: The model.
         batches: Model inputs, for ``activation``.
-        criterion: One of `CRITERIA`.
+        criterion: One of `CHANNEL_CRITERIA`.
         token_weights: Weight of each token by its role, as for `slimvlm.score`.
         seed: For ``random``.
 
@@ -101,8 +102,8 @@ def score_channels(
         Muralidharan et al. 2024, Compact Language Models via Pruning and Knowledge Distillation
         (Minitron), arXiv:2407.14679, Sec. 2.2, with the mean absolute value over all tokens.
     """
-    if criterion not in CRITERIA:
-        raise ConfigError(f"criterion {criterion!r} must be one of: {', '.join(CRITERIA)}")
+    if criterion not in CHANNEL_CRITERIA:
+        raise ConfigError(f"criterion {criterion!r} must be one of: {', '.join(CHANNEL_CRITERIA)}")
     width = text_config_of(model.config).hidden_size
     if criterion == "random":
         return torch.rand(width, generator=torch.Generator().manual_seed(seed))
@@ -204,7 +205,7 @@ def narrow_to_(
         model: A transformers model.
         hidden_size: Channels to keep.
         batches: As for `score_channels`, like the other arguments.
-        criterion: One of `CRITERIA`.
+        criterion: One of `CHANNEL_CRITERIA`.
         token_weights: Weight of each token by its role.
         seed: For ``random``.
 

@@ -32,7 +32,7 @@ from slimvlm.pruning.sequential import (
     writers,
 )
 from slimvlm.scoring.batches import Batch, TokenWeights, on_device
-from slimvlm.scoring.statistics import Statistics
+from slimvlm.scoring.statistics import Grams, Statistics
 
 REPAIRS: dict[str, tuple[str, ...]] = {
     "none": (),
@@ -103,21 +103,20 @@ def repair_(
         NumericalError: If a new weight is not finite.
     """
     _check_ridge(ridge)
-    if statistics.kind != "grams":
+    if not isinstance(statistics, Grams):
         raise ConfigError(f"statistics of kind {statistics.kind!r} cannot repair; use 'grams'")
     if read_anatomy(model).layers != plan.after.layers:
         raise ConfigError("model: does not have the shape that the plan leaves; prune it first")
     repairs: dict[str, MatrixRepair] = {}
     for writer in writers(model, plan.layers):
         name, linear, keep = writer.name, writer.linear, writer.kept_channels(plan)
-        try:
-            names = (f"{name}.weight", f"{name}.gram", f"{name}.sum", "weight")
-            sums = [statistics.tensors[name].to(linear.weight.device) for name in names]
-        except KeyError as error:
-            raise ConfigError(f"statistics 'grams': no {error} in them") from error
-        weight, gram, total, count = sums
-        if len(keep) < len(total):
-            moments = Moments(gram, total.double(), count.double())
+        place, device = (writer.index, writer.projection.path), linear.weight.device
+        if place not in statistics.parts:
+            raise ConfigError(f"statistics 'grams': no {name!r} in them")
+        part = statistics.parts[place]
+        if len(keep) < len(part.sum):
+            weight, count = part.weight.to(device), statistics.weight.to(device)
+            moments = Moments(part.gram.to(device), part.sum.to(device).double(), count)
             found = refit(weight, linear.bias, moments, keep, ridge)
             repairs[name] = MatrixRepair(writer.kind, found)
     for writer in writers(model, plan.layers):

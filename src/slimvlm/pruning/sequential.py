@@ -20,7 +20,7 @@ from slimvlm.planning.plan import Plan
 from slimvlm.pruning.layer_calls import LayerCalls, record_calls
 from slimvlm.pruning.least_squares import Moments, Refit, refit
 from slimvlm.scoring.batches import Batch, TokenWeights
-from slimvlm.scoring.hooks import consumers
+from slimvlm.scoring.inputs import consumers
 
 ATTENTION, MLP, SEAM = "attention", "mlp", "seam"
 """Kinds of repair: of attention outputs, of MLP outputs, of seams of removed layers."""

@@ -29,11 +29,11 @@ from slimvlm.pruning.low_memory.score import Request, score_opened
 from slimvlm.pruning.narrowing import Narrowing, narrow_to_
 from slimvlm.pruning.repair import RepairReport, prune_and_repair_
 from slimvlm.runs.recipes import recipe_for
-from slimvlm.scoring.criteria import CRITERIA, criterion_named
-from slimvlm.scoring.score import DEFAULT_CRITERIA, calibration_batches, score
-from slimvlm.scoring.scores import Scores
+from slimvlm.scoring.criteria import CRITERIA, DEFAULT_CRITERIA, criterion_named
+from slimvlm.scoring.score_model import calibration_batches, score
 from slimvlm.scoring.statistics import Statistics
-from slimvlm.scoring.widths import score_random
+from slimvlm.scoring.unit_scores import Scores
+from slimvlm.scoring.without_data import score_random
 
 HELD_OUT_EVERY = 4
 """Every so manyth calibration sample judges plans and repairs instead of making them."""
@@ -161,7 +161,7 @@ def rehearse(
     Raises:
         SlimError: What `make_plan` would raise after the weights were read and scored.
     """
-    pretended = score_random(Statistics("nothing", {}), anatomy)
+    pretended = score_random(Statistics(), anatomy)
     units = {unit for name in criteria for unit in CRITERIA[name].units}
     scores = Scores(", ".join(criteria), **{unit: pretended.of(unit) for unit in units})
     make_plan(anatomy, scores, ratio, axis, **options)
@@ -321,7 +321,7 @@ def _scores(
 
 
 def _criterion_options(config: PruneConfig, criterion: str) -> dict[str, Any]:
-    options: dict[str, Any] = {"gradient": config.gradient} if criterion == "taylor" else {}
+    options = CRITERIA[criterion].requested(config)
     if CRITERIA[criterion].needs_data and config.token_weights is not None:
         options["token_weights"] = _token_weights(config)
     return options

@@ -6,7 +6,9 @@ B batch, T token.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,13 +16,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from slimvlm.core.errors import DataError, NumericalError
+from slimvlm.core.errors import DataError
 from slimvlm.data.roles import IGNORE, role_masks, valid_tokens
 from slimvlm.data.roles import token_weights as weights_by_role
-from slimvlm.models import losses
-from slimvlm.models.hidden import head_of, hidden_states
+from slimvlm.models.anatomy import decoder_layers
+from slimvlm.models.hidden import head_of, hidden_states, layer_output
 from slimvlm.models.losses import Head, Hidden
-from slimvlm.scoring.statistics import Statistics
+from slimvlm.scoring.statistics import require_finite
 
 Batch = dict[str, Any]
 TokenWeights = Mapping[str, float]
@@ -48,7 +50,7 @@ class Targets:
         """How many predictions count at all."""
         return int((self.weights > 0).sum())
 
-    def sample_losses(self, hidden: losses.Hidden, head: losses.Head) -> Float[Tensor, " B"]:
+    def sample_losses(self, hidden: Hidden, head: Head) -> Float[Tensor, " B"]:
         """The weighted mean cross-entropy of each sample, from its final hidden states."""
         token_losses = predicted_cross_entropy(hidden, head, self.labels)
         weights = self.weights.to(token_losses)
@@ -104,10 +106,47 @@ class BackbonePass:
         """``[B * T, 1]``: the weight of each row of ``x``, flattened to tokens."""
         return self.weights.flatten()[:, None].to(x.device)
 
-    def statistics(self, kind: str, tensors: Mapping[str, Tensor]) -> Statistics:
-        """Sums of this pass, with the ``weight`` that they were summed with."""
-        named = {**tensors, "weight": self.weight}
-        return Statistics(kind, named, self.num_samples, self.num_tokens)
+    @property
+    def totals(self) -> dict[str, Any]:
+        """What statistics of this pass say of it."""
+        return {n: getattr(self, n) for n in ("weight", "num_samples", "num_tokens")}
+
+
+class LossPass:
+    """One pass of every sample's loss, forward and backward. Samples do not mix.
+
+    Hooks read what the predictions of the batch in flight count; afterwards the totals are there.
+
+    Attributes:
+        targets: Of the batch in flight.
+        num_samples: Samples seen.
+        num_tokens: Predictions seen that count.
+        weight: Sum of all their weights.
+    """
+
+    targets: Targets
+
+    def __init__(self) -> None:
+        self.num_samples, self.num_tokens, self.weight = 0, 0, 0.0
+
+    def run(
+        self,
+        model: nn.Module,
+        data: Iterable[tuple[Batch, Targets]],
+        after_batch: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Run all batches, as `batches_with_targets` gives them."""
+        for batch, self.targets in data:
+            sample_losses(model, batch, self.targets).sum().backward()
+            after_batch()
+            self.num_samples += len(self.targets.labels)
+            self.num_tokens += self.targets.num_tokens
+            self.weight += float(self.targets.totals.sum())
+
+    @property
+    def totals(self) -> dict[str, Any]:
+        """What statistics of this pass say of it."""
+        return {"num_samples": self.num_samples, "num_tokens": self.num_tokens}
 
 
 def batches_with_targets(
@@ -149,12 +188,6 @@ def sample_losses(model: Any, batch: Batch, targets: Targets) -> Float[Tensor, "
         return own
     (hidden,) = hidden_states(model, batch)
     return targets.sample_losses(hidden, head_of(model))
-
-
-def require_finite(values: Tensor, what: str) -> None:
-    """Raise `NumericalError` where calibration meets NaN or infinity."""
-    if not torch.isfinite(values).all():
-        raise NumericalError(f"NaN or infinity in {what} during calibration")
 
 
 def on_device(model: nn.Module, batch: Mapping[str, Any]) -> Batch:
@@ -256,3 +289,50 @@ class _RowLosses(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         (gradients,) = ctx.saved_tensors
         return (gradients * grad_outputs[0][:, None]).to(gradients.dtype), None, None
+
+
+class Watched:
+    """Batches that remember which of them is in flight; some captures read one ahead."""
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self._batches = batches
+        self._last: list[tuple[int, Batch]] = []
+
+    def __iter__(self) -> Iterator[Batch]:
+        first = 1
+        for batch in self._batches:
+            self._last = [*self._last[-1:], (first, batch)]
+            yield batch
+            first += _num_samples(batch)
+
+    def place(self, model: nn.Module) -> str:
+        """The samples in flight by their number, and the first layer whose output is not finite."""
+        for first, batch in self._last:
+            layer = first_spoilt_layer(model, batch)
+            if layer is not None:
+                last = first + _num_samples(batch) - 1
+                told = f"sample {last}" if last == first else f"samples {first} to {last}"
+                return f" (calibration {told}, from layer {layer} on)"
+        return ""
+
+
+def _num_samples(batch: Batch) -> int:
+    return len(valid_tokens(batch))
+
+
+@torch.no_grad()
+def first_spoilt_layer(model: nn.Module, batch: Batch) -> int | None:
+    """The first decoder layer that makes NaN or infinity of a batch; None if none does."""
+    spoilt: list[int] = []
+
+    def look(index: int, module: nn.Module, args: Any, output: Any) -> None:
+        if not bool(torch.isfinite(layer_output(output)).all()):
+            spoilt.append(index)
+
+    inputs = on_device(model, batch)
+    inputs.pop("labels", None)
+    with ExitStack() as stack:
+        for index, layer in enumerate(decoder_layers(model)):
+            stack.callback(layer.register_forward_hook(partial(look, index)).remove)
+        forward_backbone(model, inputs)
+    return min(spoilt, default=None)

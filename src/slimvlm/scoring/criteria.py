@@ -10,53 +10,102 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from slimvlm.core.errors import ConfigError
-from slimvlm.scoring.layers import (
+from slimvlm.models.anatomy import LayerShape
+from slimvlm.scoring.gradients import capture_gradients, score_taylor, score_taylor_widths
+from slimvlm.scoring.greedy import capture_greedy, score_kl_greedy
+from slimvlm.scoring.hidden_states import (
+    capture_hidden_states,
     score_angular,
     score_block_influence,
-    score_kl_greedy,
-    score_spacing,
 )
-from slimvlm.scoring.obs import score_obs
-from slimvlm.scoring.scores import Scores
-from slimvlm.scoring.widths import (
+from slimvlm.scoring.inputs import (
+    capture_activations,
+    capture_gates,
+    capture_grams,
+    capture_moments,
+    gram_bytes,
     score_activation,
     score_flap,
     score_gate,
+    score_wanda,
+)
+from slimvlm.scoring.obs import score_obs
+from slimvlm.scoring.statistics import Statistics
+from slimvlm.scoring.unit_scores import WIDTH_UNITS, Scores
+from slimvlm.scoring.without_data import (
+    capture_nothing,
+    capture_weights,
     score_magnitude,
     score_random,
-    score_taylor,
-    score_wanda,
-    summed,
+    score_spacing,
 )
 
-Capture = Literal[
-    "nothing",
-    "weights",
-    "hidden_states",
-    "activations",
-    "moments",
-    "grams",
-    "gradients",
-    "gates",
-    "greedy",
-]
 Allowed = tuple[Any, ...] | range | None
 
 
 @dataclass(frozen=True, kw_only=True)
+class Capture:
+    """How statistics are collected, and what that takes.
+
+    Attributes:
+        function: ``(model, batches, token_weights, **options) -> Statistics``; where no data is
+            read, without ``token_weights``.
+        options: Names of a criterion's options that this function takes.
+        passes: What a sample costs, in forward passes of the model; 0 if no data is read.
+        reads_labels: Whether it takes the loss of the predictions that labels mark.
+        sees: What it has to see at a time, which says how low memory collects it: one ``layer``
+            (its weights and what goes through it), the ``hidden_states`` between all layers, the
+            whole ``model``, which low memory cannot show, or ``nothing`` but the shape.
+        backward: Whether it needs the gradient of what leaves a layer.
+        layer_bytes: Where statistics are so large that they are collected for a few layers at a
+            time: what those of one layer take. Its function then has an option ``layers``.
+    """
+
+    function: Callable[..., Statistics]
+    options: tuple[str, ...] = ()
+    passes: int = 1
+    reads_labels: bool = False
+    sees: Literal["nothing", "layer", "hidden_states", "model"] = "layer"
+    backward: bool = False
+    layer_bytes: Callable[[LayerShape], int] | None = None
+
+
+NOTHING = Capture(function=capture_nothing, sees="nothing", passes=0)
+WEIGHTS = Capture(function=capture_weights, options=("p",), passes=0)
+HIDDEN_STATES = Capture(function=capture_hidden_states, sees="hidden_states")
+ACTIVATIONS = Capture(function=capture_activations)
+MOMENTS = Capture(function=capture_moments)
+GRAMS = Capture(function=capture_grams, layer_bytes=gram_bytes)
+GATES = Capture(function=capture_gates, reads_labels=True, backward=True)
+GRADIENTS = Capture(
+    function=capture_gradients,
+    options=("order", "gradient"),
+    passes=3,
+    reads_labels=True,
+    backward=True,
+)
+GREEDY = Capture(
+    function=capture_greedy, options=("rounds", "at_once"), reads_labels=True, sees="model"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Criterion:
-    """One way to score units.
+    """One way to score units: all that there is to know of it.
 
     Attributes:
         units: The units that it scores.
-        capture: The statistics that it needs.
+        capture: How the statistics that it needs are collected.
         function: ``(statistics, anatomy, **options) -> Scores``.
         paper: Title and arXiv id.
         about: One line for tables.
-        options: Options of the function and their allowed values: some values, whole numbers
-            from a least one on (a range), or any (None).
-        capture_options: Options of the capture and their allowed values, likewise.
-        fixed: Capture options that the criterion sets itself.
+        options: Its options and their allowed values: some values, whole numbers from a least one
+            on (a range), or any (None). The capture takes those that it names, the function the
+            others.
+        fixed: Options of the capture that the criterion sets itself.
+        from_request: Options that are those of `CalibrationConfig` of the same name.
+        compares_layers: Whether scores of one kind of unit compare over layers, as those in units
+            of the loss do.
     """
 
     units: tuple[str, ...]
@@ -65,23 +114,27 @@ class Criterion:
     paper: str
     about: str
     options: Mapping[str, Allowed] = field(default_factory=dict)
-    capture_options: Mapping[str, Allowed] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    from_request: tuple[str, ...] = ()
+    compares_layers: bool = False
 
     @property
     def needs_data(self) -> bool:
         """Whether calibration batches are needed."""
-        return self.capture not in ("nothing", "weights")
+        return self.capture.passes > 0
+
+    def requested(self, request: Any) -> dict[str, Any]:
+        """The options that a request, such as a `CalibrationConfig`, sets for this criterion."""
+        return {name: getattr(request, name) for name in self.from_request}
 
 
-_WIDTH = ("kv_group", "neuron")
 _COUNT = range(1, 2**31)
 _LLM_PRUNER = "LLM-Pruner, arXiv:2305.11627"
 
 CRITERIA: dict[str, Criterion] = {
     "block_influence": Criterion(
         units=("layer",),
-        capture="hidden_states",
+        capture=HIDDEN_STATES,
         function=score_block_influence,
         paper="ShortGPT, arXiv:2403.03853",
         about="1 - mean cosine between a layer's input and output",
@@ -89,7 +142,7 @@ CRITERIA: dict[str, Criterion] = {
     ),
     "angular": Criterion(
         units=("layer",),
-        capture="hidden_states",
+        capture=HIDDEN_STATES,
         function=score_angular,
         paper="Gromov et al., arXiv:2403.17887",
         about="the run of layers whose input and output are closest in angle",
@@ -97,98 +150,110 @@ CRITERIA: dict[str, Criterion] = {
     ),
     "spacing": Criterion(
         units=("layer",),
-        capture="nothing",
+        capture=NOTHING,
         function=score_spacing,
         paper="compared in arXiv:2603.20275",
         about="removed layers as far apart as possible",
     ),
     "kl_greedy": Criterion(
         units=("layer",),
-        capture="greedy",
+        capture=GREEDY,
         function=score_kl_greedy,
         paper="after SLEB, arXiv:2402.09025",
         about="divergence from the original's answers when the layer goes, one after another",
-        capture_options={"rounds": _COUNT, "at_once": _COUNT},
+        options={"rounds": _COUNT, "at_once": _COUNT},
     ),
     "taylor": Criterion(
-        units=("layer", *_WIDTH),
-        capture="gradients",
+        units=("layer", *WIDTH_UNITS),
+        capture=GRADIENTS,
         function=score_taylor,
         paper=_LLM_PRUNER,
         about="first order: |weight x gradient| summed over the unit",
-        capture_options={"gradient": ("batch", "per_sample")},
+        options={"gradient": ("batch", "per_sample")},
         fixed={"order": "first"},
+        from_request=("gradient",),
+        compares_layers=True,
     ),
     "taylor_second": Criterion(
-        units=_WIDTH,
-        capture="gradients",
-        function=summed("taylor_second"),
+        units=WIDTH_UNITS,
+        capture=GRADIENTS,
+        function=score_taylor_widths,
         paper=_LLM_PRUNER,
         about="second order: weight² x mean squared gradient",
         fixed={"order": "second"},
+        compares_layers=True,
     ),
     "taylor_mix": Criterion(
-        units=_WIDTH,
-        capture="gradients",
-        function=summed("taylor_mix"),
+        units=WIDTH_UNITS,
+        capture=GRADIENTS,
+        function=score_taylor_widths,
         paper=_LLM_PRUNER,
         about="first and second order together",
         fixed={"order": "mix"},
+        compares_layers=True,
     ),
     "gate": Criterion(
-        units=_WIDTH,
-        capture="gates",
+        units=WIDTH_UNITS,
+        capture=GATES,
         function=score_gate,
         paper="Michel et al., arXiv:1905.10650",
         about="gradient of a switch on each unit; no weight gradients",
+        compares_layers=True,
     ),
     "activation": Criterion(
-        units=_WIDTH,
-        capture="activations",
+        units=WIDTH_UNITS,
+        capture=ACTIVATIONS,
         function=score_activation,
         paper="Minitron, arXiv:2407.14679",
         about="mean size of a unit's output",
     ),
     "wanda": Criterion(
-        units=_WIDTH,
-        capture="moments",
+        units=WIDTH_UNITS,
+        capture=MOMENTS,
         function=score_wanda,
         paper="Wanda, arXiv:2306.11695",
         about="|weight| x size of its input, over the columns that read the unit",
     ),
     "flap": Criterion(
-        units=_WIDTH,
-        capture="moments",
+        units=WIDTH_UNITS,
+        capture=MOMENTS,
         function=score_flap,
         paper="FLAP, arXiv:2312.11983",
         about="variance of the unit's output x squared weights that read it",
     ),
     "obs": Criterion(
-        units=_WIDTH,
-        capture="grams",
+        units=WIDTH_UNITS,
+        capture=GRAMS,
         function=score_obs,
         paper="after SlimGPT, arXiv:2412.18110 and OSSCAR, arXiv:2403.12983",
         about="squared error when the unit goes and the others are refitted, one after another",
         options={"group": _COUNT},
+        compares_layers=True,
     ),
     "magnitude": Criterion(
-        units=("layer", *_WIDTH),
-        capture="weights",
+        units=("layer", *WIDTH_UNITS),
+        capture=WEIGHTS,
         function=score_magnitude,
         paper=_LLM_PRUNER,
         about="size of the weights, l1 or l2",
-        options={"reduction": ("mean", "sum")},
-        capture_options={"p": (1, 2)},
+        options={"reduction": ("mean", "sum"), "p": (1, 2)},
     ),
     "random": Criterion(
-        units=("layer", *_WIDTH),
-        capture="nothing",
+        units=("layer", *WIDTH_UNITS),
+        capture=NOTHING,
         function=score_random,
         paper="baseline",
         about="chance",
         options={"seed": None},
     ),
 }
+
+DEFAULT_CRITERIA: dict[str, tuple[str, ...]] = {
+    "depth": ("block_influence",),
+    "width": ("obs",),
+    "both": ("block_influence", "obs"),
+}
+"""Chosen by measurement; see "What stays without training" in ``docs/results.md``."""
 
 
 def criterion_named(name: str, options: Mapping[str, Any]) -> Criterion:
@@ -199,8 +264,7 @@ def criterion_named(name: str, options: Mapping[str, Any]) -> Criterion:
     """
     if name not in CRITERIA:
         raise ConfigError(f"criterion {name!r} is not known. Choose from: {', '.join(CRITERIA)}")
-    criterion = CRITERIA[name]
-    known = {**criterion.options, **criterion.capture_options}
+    known = CRITERIA[name].options
     for option, value in options.items():
         if option not in known:
             raise ConfigError(
@@ -215,7 +279,13 @@ def criterion_named(name: str, options: Mapping[str, Any]) -> Criterion:
         if isinstance(allowed, tuple) and value not in allowed:
             choices = ", ".join(map(str, allowed))
             raise ConfigError(f"criterion {name!r}: {option}={value!r} must be one of: {choices}")
-    return criterion
+    return CRITERIA[name]
+
+
+def layers_compare(scores: Scores) -> bool:
+    """Whether scores of one kind of unit compare over layers; not if the criterion is unknown."""
+    row = CRITERIA.get(scores.criterion)
+    return row is not None and row.compares_layers
 
 
 def criteria_table() -> str:

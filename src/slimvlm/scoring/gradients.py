@@ -8,25 +8,32 @@ several batches before the absolute value is taken has to be kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from slimvlm.models.anatomy import projections
+from slimvlm.models.anatomy import Anatomy, decoder_layers, projections
 from slimvlm.models.families import OUTPUT_ROWS
+from slimvlm.models.hidden import layer_input, with_layer_input
 from slimvlm.scoring.batches import (
     Batch,
+    LossPass,
     Targets,
     TokenWeights,
     batches_with_targets,
-    sample_losses,
 )
-from slimvlm.scoring.hooks import Product, on_products, weight_of
-from slimvlm.scoring.statistics import Statistics
-from slimvlm.scoring.widths import taylor, taylor_mix, taylor_second
+from slimvlm.scoring.inputs import frozen, hookable, weight_of
+from slimvlm.scoring.statistics import Gradients, Place
+from slimvlm.scoring.unit_scores import Scores
 
 Data = Iterator[tuple[Batch, Targets]]
 Terms = Callable[..., Tensor]
+Weight = Float[Tensor, "O I"]
 
 _BLOCK = 2**19
 """Numbers of a block on a CPU: small enough for its cache. Other devices take whole matrices."""
@@ -38,7 +45,7 @@ def capture_gradients(
     token_weights: TokenWeights | None = None,
     order: str = "first",
     gradient: str = "batch",
-) -> Statistics:
+) -> Gradients:
     """Sums over each channel of the Taylor terms of the model's answer loss.
 
     Args:
@@ -66,112 +73,123 @@ def capture_gradients(
     return _batch_gradient(model, data)
 
 
-class _ChannelSums:
+def taylor(weight: Weight, gradient: Weight) -> Weight:
+    """First order: ``|w g|``, the change of the loss when a weight becomes zero.
+
+    Reference:
+        Ma et al. 2023, LLM-Pruner, arXiv:2305.11627, Eq. 5; Huang et al. 2025,
+        arXiv:2507.20749, Eq. 3-5.
+    """
+    return (weight * gradient).abs()
+
+
+def taylor_second(weight: Weight, squared_gradient: Weight) -> Weight:
+    """Second order with the Fisher diagonal: ``w² mean_j(g_j²)``.
+
+    Reference:
+        Ma et al. 2023, LLM-Pruner, arXiv:2305.11627, Eq. 5 (second term; its code omits the ½).
+    """
+    return weight * squared_gradient * weight
+
+
+def taylor_mix(weight: Weight, gradient: Weight, squared_gradient: Weight) -> Weight:
+    """Both orders: ``|w g - ½ w² mean_j(g_j²)|``.
+
+    Reference:
+        Ma et al. 2023, LLM-Pruner, arXiv:2305.11627, Eq. 5.
+    """
+    return (weight * gradient - 0.5 * weight * squared_gradient * weight).abs()
+
+
+class _Sums:
     """Sums over the channels of every matrix, added block by block."""
 
     def __init__(self) -> None:
-        self.tensors: dict[str, Tensor] = {}
+        self.parts: dict[Place, Tensor] = {}
 
-    def add(self, name: str, dim: int, weight: Tensor, rows: slice, terms: Tensor) -> None:
+    def add(self, place: Place, dim: int, weight: Tensor, rows: slice, terms: Tensor) -> None:
         """Add the terms of some rows of a matrix."""
-        if name not in self.tensors:
+        if place not in self.parts:
             zero = torch.zeros(weight.shape[dim], dtype=torch.float64, device=terms.device)
-            self.tensors[name] = zero
-        total = self.tensors[name]
+            self.parts[place] = zero
+        total = self.parts[place]
         (total[rows] if dim == OUTPUT_ROWS else total).add_(terms.sum(1 - dim))
 
-    def divided(self, count: float) -> dict[str, Tensor]:
-        return {name: (total / count).cpu() for name, total in self.tensors.items()}
+    def over(self, count: float, seen: LossPass) -> Gradients:
+        """The sums divided by what they run over."""
+        parts = {place: (total / count).cpu() for place, total in self.parts.items()}
+        return Gradients(parts=parts, **seen.totals)
 
 
-def _per_sample(model: nn.Module, data: Data, terms_of: Terms) -> Statistics:
+def _per_sample(model: nn.Module, data: Data, terms_of: Terms) -> Gradients:
     """Means over samples of ``terms_of(w, gradient of the sample's loss)``."""
-    sums = _ChannelSums()
+    sums, seen = _Sums(), LossPass()
 
-    def on_product(product: Product, targets: Targets) -> None:
+    def on_product(product: Product) -> None:
         for rows in _row_blocks(product.weight):
             weight = product.weight[rows].float()
             for x, dy in zip(product.x, product.dy, strict=True):
                 terms = terms_of(weight, (dy[:, rows].mT @ x).float())
-                sums.add(product.name, product.dim, product.weight, rows, terms)
+                sums.add(product.place, product.dim, product.weight, rows, terms)
 
-    samples, tokens, _ = _run(model, data, on_product)
-    return Statistics("gradients", sums.divided(samples), samples, tokens)
+    with on_products(model, on_product):
+        seen.run(model, data)
+    return sums.over(seen.num_samples, seen)
 
 
-def _batch_gradient(model: nn.Module, data: Data) -> Statistics:
+def _batch_gradient(model: nn.Module, data: Data) -> Gradients:
     """``|w g|`` for the gradient ``g`` of the weighted mean over all batches."""
-    sums = _ChannelSums()
-    gradients: dict[str, Tensor] = {}
-    batches = _Lookahead(data)
+    sums, seen, batches = _Sums(), LossPass(), _Lookahead(data)
+    gradients: dict[Place, Tensor] = {}
 
-    def on_product(product: Product, targets: Targets) -> None:
-        name, weighted = product.name, product.dy * _for_rows(targets.totals, product.dy)
-        dy, x = weighted.flatten(0, 1), product.x.flatten(0, 1)
-        if not batches.at_last and name not in gradients:
-            gradients[name] = torch.zeros_like(product.weight, dtype=torch.float32)
+    def on_product(product: Product) -> None:
+        place, totals = product.place, seen.targets.totals.to(product.dy)
+        dy, x = (product.dy * totals[:, None, None]).flatten(0, 1), product.x.flatten(0, 1)
+        if not batches.at_last and place not in gradients:
+            gradients[place] = torch.zeros_like(product.weight, dtype=torch.float32)
         for rows in _row_blocks(product.weight):
             gradient = (dy[:, rows].mT @ x).float()
-            if name in gradients:
-                gradient = gradients[name][rows].add_(gradient)
+            if place in gradients:
+                gradient = gradients[place][rows].add_(gradient)
             if batches.at_last:
                 terms = taylor(product.weight[rows].float(), gradient)
-                sums.add(name, product.dim, product.weight, rows, terms)
+                sums.add(place, product.dim, product.weight, rows, terms)
         if batches.at_last:
-            gradients.pop(name, None)
+            gradients.pop(place, None)
 
-    samples, tokens, weight = _run(model, batches, on_product)
-    return Statistics("gradients", sums.divided(weight), samples, tokens)
+    with on_products(model, on_product):
+        seen.run(model, batches)
+    return sums.over(seen.weight, seen)
 
 
-def _mixed(model: nn.Module, data: Data) -> Statistics:
+def _mixed(model: nn.Module, data: Data) -> Gradients:
     """Second-order terms with the first-order gradient, gathered in the same pass."""
-    gradients: dict[str, Tensor] = {}
-    squares: dict[str, Tensor] = {}
+    sums, seen = _Sums(), LossPass()
+    gradients: dict[Place, Tensor] = {}
+    squares: dict[Place, Tensor] = {}
 
-    def on_product(product: Product, targets: Targets) -> None:
+    def on_product(product: Product) -> None:
         for kept in (gradients, squares):
-            if product.name not in kept:
-                kept[product.name] = torch.zeros_like(product.weight, dtype=torch.float32)
-        total, square = gradients[product.name], squares[product.name]
-        weights = targets.totals.tolist()
+            if product.place not in kept:
+                kept[product.place] = torch.zeros_like(product.weight, dtype=torch.float32)
+        total, square = gradients[product.place], squares[product.place]
+        weights = seen.targets.totals.tolist()
         for rows in _row_blocks(product.weight):
             for x, dy, weight in zip(product.x, product.dy, weights, strict=True):
                 g = (dy[:, rows].mT @ x).float()
                 total[rows].add_(g, alpha=weight)
                 square[rows].addcmul_(g, g)
 
-    samples, tokens, total_weight = _run(model, data, on_product)
-    sums = _ChannelSums()
+    with on_products(model, on_product):
+        seen.run(model, data)
     for index, projection, linear in projections(model):
-        name, matrix = f"{index}.{projection.path}", weight_of(linear)
-        gradient, square = gradients.pop(name), squares.pop(name)
+        place, matrix = (index, projection.path), weight_of(linear)
+        gradient, square = gradients.pop(place), squares.pop(place)
         for rows in _row_blocks(matrix):
-            means = (gradient[rows] / total_weight, square[rows] / samples)
+            means = (gradient[rows] / seen.weight, square[rows] / seen.num_samples)
             terms = taylor_mix(matrix[rows].float(), *means)
-            sums.add(name, projection.dim, matrix, rows, terms)
-    return Statistics("gradients", sums.divided(1), samples, tokens)
-
-
-def _run(
-    model: nn.Module,
-    data: Iterable[tuple[Batch, Targets]],
-    call: Callable[[Product, Targets], None],
-) -> tuple[int, int, float]:
-    """Go backward through every sample's loss; how many samples, tokens and what they weigh.
-
-    Samples do not mix: a row of ``dy`` holds the gradient of its own sample's loss only.
-    """
-    in_flight: list[Targets] = []
-    samples, tokens, weight = 0, 0, 0.0
-    with on_products(model, lambda product: call(product, in_flight[0])):
-        for batch, targets in data:
-            in_flight[:] = [targets]
-            sample_losses(model, batch, targets).sum().backward()
-            samples += len(targets.labels)
-            tokens += targets.num_tokens
-            weight += float(targets.totals.sum())
-    return samples, tokens, weight
+            sums.add(place, projection.dim, matrix, rows, terms)
+    return sums.over(1, seen)
 
 
 def _row_blocks(weight: Tensor) -> Iterator[slice]:
@@ -180,11 +198,6 @@ def _row_blocks(weight: Tensor) -> Iterator[slice]:
     step = max(_BLOCK // columns, 1) if weight.device.type == "cpu" else rows
     for start in range(0, rows, step):
         yield slice(start, start + step)
-
-
-def _for_rows(values: Tensor, like: Tensor) -> Tensor:
-    """A value for each sample, to multiply with ``[B, T, ...]``."""
-    return values.to(like)[:, None, None]
 
 
 class _Lookahead:
@@ -201,3 +214,70 @@ class _Lookahead:
             current = following
         self.at_last = True
         yield current
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix that units own a part of, in a backward pass.
+
+    The gradient of sample ``j`` is ``dy[j]ᵀ x[j]``. It is left to the receiver to compute it, whole
+    or in parts.
+
+    Attributes:
+        place: Layer index and path of the matrix.
+        dim: The dimension that units divide.
+        weight: ``[O, I]``.
+        x: ``[B, T, I]`` its input.
+        dy: ``[B, T, O]`` gradient of its output.
+    """
+
+    place: Place
+    dim: int
+    weight: Tensor
+    x: Tensor
+    dy: Tensor
+
+
+@contextmanager
+def on_products(model: nn.Module, call: Callable[[Product], None]) -> Iterator[None]:
+    """Hand over every matrix that units own as soon as the backward pass has come to it.
+
+    No parameter needs or gets a gradient: they are flags that are put back afterwards.
+    """
+    inputs: dict[Place, Tensor] = {}
+
+    def start(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        hidden = layer_input(args, kwargs)
+        if hidden.requires_grad:
+            return None
+        return with_layer_input(args, kwargs, hidden.detach().requires_grad_())
+
+    def after(place: Place, dim: int, module: nn.Linear, args: Any, output: Tensor) -> None:
+        inputs[place] = args[0].detach()
+
+        def on_gradient(dy: Tensor) -> None:
+            call(Product(place, dim, weight_of(module), inputs.pop(place), dy))
+
+        if output.requires_grad:
+            output.register_hook(on_gradient)
+
+    with ExitStack() as stack:
+        stack.enter_context(frozen(model))
+        first = decoder_layers(model)[0].register_forward_pre_hook(start, with_kwargs=True)
+        stack.callback(first.remove)
+        for index, projection, linear in hookable(model):
+            after_this = partial(after, (index, projection.path), projection.dim)
+            hook = linear.register_forward_hook(after_this)
+            stack.callback(hook.remove)
+        yield
+
+
+def score_taylor(statistics: Gradients, anatomy: Anatomy) -> Scores:
+    """``|w g|`` added over each unit; for layers over all matrices that units own, each once."""
+    found, layer = statistics.per_unit(anatomy), statistics.per_layer(anatomy)
+    return Scores.of_units("taylor", anatomy.num_layers, found, layer)
+
+
+def score_taylor_widths(statistics: Gradients, anatomy: Anatomy) -> Scores:
+    """Taylor terms of any order added over each unit."""
+    return Scores.of_units("taylor", anatomy.num_layers, statistics.per_unit(anatomy))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from slimvlm.core.errors import UnsupportedModelError
 from slimvlm.core.progress import progress
-from slimvlm.models.anatomy import decoder_layers, read_anatomy
+from slimvlm.models.anatomy import Anatomy, decoder_layers, read_anatomy
 from slimvlm.models.hidden import layer_input, replaced_forward, with_layer_input
 from slimvlm.scoring.batches import (
     Batch,
@@ -25,9 +25,9 @@ from slimvlm.scoring.batches import (
     TokenWeights,
     batches_with_targets,
     forward_backbone,
-    require_finite,
 )
-from slimvlm.scoring.statistics import Statistics
+from slimvlm.scoring.statistics import Removals, require_finite
+from slimvlm.scoring.unit_scores import Scores, strictly_increasing
 
 _CHUNK = 256
 
@@ -39,7 +39,7 @@ def capture_greedy(
     token_weights: TokenWeights | None = None,
     rounds: int | None = None,
     at_once: int = 4,
-) -> Statistics:
+) -> Removals:
     """Order layers by greedy removal: drop the one that costs least, measure the rest again.
 
     The cost of a layer is the mean of ``KL(original ‖ without it and those before it)`` over the
@@ -56,11 +56,6 @@ def capture_greedy(
             answer token counts the weight of its role.
         rounds: Layers to remove at most; default half of them.
         at_once: Candidates in one forward pass. More need more memory and use a GPU better.
-
-    Returns:
-        ``order`` ``[L]``: layers in order of removal, then the others by what their removal would
-        have cost in the last round, then pinned ones. ``divergence`` ``[L]``: the cost of each
-        layer when it was last measured (pinned layers have the largest of all).
 
     Raises:
         UnsupportedModelError: If layers read keys and values of earlier ones.
@@ -86,12 +81,34 @@ def capture_greedy(
     others = [index for index in free if index not in removed]
     others.sort(key=lambda index: float(divergence[index]))
     divergence[pinned] = divergence.max()
-    return Statistics(
-        "greedy",
-        {"order": torch.tensor([*removed, *others, *pinned]), "divergence": divergence},
+    return Removals(
+        order=torch.tensor([*removed, *others, *pinned]),
+        divergence=divergence,
         num_samples=sum(len(reference.counted) for reference in references),
         num_tokens=sum(len(reference.weights) for reference in references),
     )
+
+
+def score_kl_greedy(statistics: Removals, anatomy: Anatomy) -> Scores:
+    """Greedy order of removal by divergence from the original; the first to go scores least.
+
+    A removed layer's score is the divergence, in nats for each token, of the model without it and
+    the layers before it in the order. A layer that was never removed has the divergence that its
+    removal would have made when it was last tried, pinned layers (never tried) the highest of all.
+    Where this would break the order of removal, a score is raised to just above the one before.
+
+    Args:
+        statistics: The order of removal.
+        anatomy: The model's.
+
+    Reference:
+        Song et al. 2024, SLEB, arXiv:2402.09025 (greedy removal, third metric). There the
+        likelihood of text is measured; here it is the divergence from the original's own
+        predictions, at the answers.
+    """
+    scores = torch.empty(anatomy.num_layers)
+    scores[statistics.order] = strictly_increasing(statistics.divergence[statistics.order])
+    return Scores("kl_greedy", layer=scores)
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.units import segments, unit_of
-from slimvlm.scoring.scores import Scores, strictly_increasing
-from slimvlm.scoring.statistics import Statistics
-from slimvlm.scoring.widths import consumers
+from slimvlm.scoring.inputs import with_shapes
+from slimvlm.scoring.statistics import Grams, UnitValues
+from slimvlm.scoring.unit_scores import Scores, strictly_increasing
 
 DAMPING = 0.01
 UPDATES = 32
 
 
-def score_obs(statistics: Statistics, anatomy: Anatomy, group: int | None = None) -> Scores:
+def score_obs(statistics: Grams, anatomy: Anatomy, group: int | None = None) -> Scores:
     """The error of removing each unit with the others refitted, in order of removal.
 
     ``W_B ([G⁻¹]_BB)⁻¹ W_Bᵀ`` summed over its diagonal, where ``W_B`` are the columns of ``o_proj``
@@ -34,7 +34,7 @@ def score_obs(statistics: Statistics, anatomy: Anatomy, group: int | None = None
     highest scores is stopping the greedy removal early, whatever their number.
 
     Args:
-        statistics: From the ``grams`` capture. Layers that are not in it get no scores.
+        statistics: Gram matrices. Layers that are not in them get no scores.
         anatomy: The model's.
         group: Units that may go between two refits of a whole layer, as in `removal_order`.
             Default: 1/32 of the layer's width, at least 1.
@@ -45,24 +45,17 @@ def score_obs(statistics: Statistics, anatomy: Anatomy, group: int | None = None
         chooses and refits weights in one go; here it only orders units, layer by layer, with the
         inputs of the whole model.
     """
-    empty = [torch.zeros(0)] * anatomy.num_layers
-    scores: dict[str, list[Tensor]] = {"kv_group": list(empty), "neuron": list(empty)}
-    weight = float(statistics.tensors["weight"])
-    for index, shape, projection in consumers(anatomy):
-        name = f"{index}.{projection.path}"
-        if f"{name}.gram" not in statistics.tensors:
-            continue
-        _, _, units, _ = next(segments(projection, shape))
-        order, costs = removal_order(
-            statistics.tensors[f"{name}.weight"],
-            statistics.tensors[f"{name}.gram"] / weight,
-            units,
-            group or max(units // UPDATES, 1),
-        )
-        values = torch.empty(units)
-        values[order.cpu()] = strictly_increasing(costs).cpu()
-        scores[unit_of(projection)][index] = values
-    return Scores("obs", kv_group=scores["kv_group"], neuron=scores["neuron"])
+
+    def found() -> UnitValues:
+        for index, shape, matrix, part in with_shapes(statistics.parts, anatomy):
+            _, _, units, _ = next(segments(matrix, shape))
+            gram, step = part.gram / float(statistics.weight), group or max(units // UPDATES, 1)
+            order, costs = removal_order(part.weight, gram, units, step)
+            values = torch.empty(units)
+            values[order.cpu()] = strictly_increasing(costs).cpu()
+            yield index, unit_of(matrix), values
+
+    return Scores.of_units("obs", anatomy.num_layers, found())
 
 
 def removal_order(

@@ -26,7 +26,7 @@ from slimvlm.core.options import RecoverConfig
 from slimvlm.models import losses
 from slimvlm.models.hidden import head_of, hidden_states, logits_at
 from slimvlm.models.sharding import is_sharded
-from slimvlm.scoring.finite import first_spoilt_layer
+from slimvlm.scoring.batches import first_spoilt_layer
 from slimvlm.training.supervision import SUPERVISION, Supervision
 from slimvlm.training.trainable import plain_model
 

@@ -26,7 +26,8 @@ from slimvlm.models.load import digest_of_tensors
 from slimvlm.pruning.layer_calls import LayerCalls, noted_calls
 from slimvlm.pruning.low_memory.opened import OpenCheckpoint
 from slimvlm.pruning.low_memory.scratch import Scratch, packed, unpacked
-from slimvlm.scoring.batches import Batch, batches_with_targets, forward_backbone, require_finite
+from slimvlm.scoring.batches import Batch, batches_with_targets, forward_backbone
+from slimvlm.scoring.statistics import require_finite
 
 _KEPT = ("input_ids", "labels")
 

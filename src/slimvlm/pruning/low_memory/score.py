@@ -22,15 +22,11 @@ from slimvlm.pruning.low_memory.opened import OpenCheckpoint, open_checkpoint
 from slimvlm.pruning.low_memory.passes import Passes, View
 from slimvlm.pruning.low_memory.scratch import Scratch
 from slimvlm.scoring.batches import Batch
-from slimvlm.scoring.criteria import CRITERIA, criterion_named
-from slimvlm.scoring.score import check_token_weights, collect, score, scores_from
-from slimvlm.scoring.scores import Scores
+from slimvlm.scoring.criteria import CRITERIA, Capture, criterion_named
+from slimvlm.scoring.score_model import check_token_weights, collect, score, scores_from
+from slimvlm.scoring.unit_scores import Scores
 
 Say = Callable[[str], None]
-_BACKWARD = ("gradients", "gates")
-_FROM_HIDDEN = ("hidden_states",)
-_LAYERWISE = ("weights", "activations", "moments", "grams")
-_WHOLE = ("nothing",)
 
 
 @dataclass(frozen=True)
@@ -45,17 +41,21 @@ class Request:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        criterion_named(self.criterion, self.options)
-        if self.capture not in (*_BACKWARD, *_FROM_HIDDEN, *_LAYERWISE, *_WHOLE):
+        if criterion_named(self.criterion, self.options).capture.sees == "model":
             raise ConfigError(
                 f"criterion {self.criterion!r} runs the whole model again and again, which low "
                 "memory cannot do"
             )
 
     @property
-    def capture(self) -> str:
-        """The statistics that it needs."""
+    def capture(self) -> Capture:
+        """How the statistics that it needs are collected."""
         return CRITERIA[self.criterion].capture
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether batches go through the layers for it."""
+        return CRITERIA[self.criterion].needs_data
 
 
 def score_checkpoint(
@@ -165,7 +165,7 @@ class _Run:
 
     def forward(self) -> None:
         """All layers in order, with the captures that need no gradient."""
-        layerwise, scratch = self._with(_LAYERWISE), self.passes.scratch
+        layerwise, scratch = self._layerwise(backward=False), self.passes.scratch
         if not layerwise and not self._needs_hidden:
             return
         furthest = max((i for i in range(self._depth + 1) if scratch.has(f"hidden-{i}")), default=0)
@@ -182,7 +182,7 @@ class _Run:
 
     def backward(self) -> None:
         """All layers from the last to the first, with the captures that need gradients."""
-        chosen, scratch = self._with(_BACKWARD), self.passes.scratch
+        chosen, scratch = self._layerwise(backward=True), self.passes.scratch
         if not chosen:
             return
         self.passes.start_gradients(self.token_weights)
@@ -198,9 +198,9 @@ class _Run:
     def result(self, place: int) -> Scores:
         """The scores of a request, once the passes are done."""
         request, model = self.requests[place], self.passes.model
-        if request.capture in _WHOLE:
+        if request.capture.sees == "nothing":
             return score(model, (), request.criterion, **request.options)
-        if request.capture in _FROM_HIDDEN:
+        if request.capture.sees == "hidden_states":
             given = (request.criterion, self.token_weights)
             with self.passes.replayed() as view:
                 statistics = collect(view, self.passes.batches(), *given, **request.options)
@@ -216,7 +216,7 @@ class _Run:
             return
         data: Any = ()
         weights = None
-        if CRITERIA[request.criterion].needs_data:
+        if request.needs_data:
             data, weights = self.passes.batches(), self.token_weights
         try:
             found = score(view, data, request.criterion, weights, **request.options)
@@ -234,14 +234,21 @@ class _Run:
                 view(**batch)
         scratch.finish(f"hidden-{index + 1}")
 
-    def _with(self, captures: tuple[str, ...]) -> list[tuple[int, Request]]:
-        return [(i, r) for i, r in enumerate(self.requests) if r.capture in captures]
+    def _layerwise(self, backward: bool) -> list[tuple[int, Request]]:
+        """The requests, with their places, that are scored layer by layer in one direction."""
+        return [
+            (place, request)
+            for place, request in enumerate(self.requests)
+            if request.capture.sees == "layer" and request.capture.backward == backward
+        ]
 
     def _size(self) -> int:
         """Bytes of the hidden states and gradients that lie on disk at one time at most."""
         tokens = sum(batch["attention_mask"].numel() for batch in self.passes.batches())
         width = text_config_of(self.passes.model.config).hidden_size
-        copies = (self._depth if self._keeps_hidden else 2) + 2 * bool(self._with(_BACKWARD))
+        copies = (self._depth if self._keeps_hidden else 2) + 2 * bool(
+            self._layerwise(backward=True)
+        )
         return int(copies * tokens * width * self.passes.model.dtype.itemsize)
 
     @property
@@ -250,11 +257,12 @@ class _Run:
 
     @property
     def _needs_hidden(self) -> bool:
-        return any(CRITERIA[request.criterion].needs_data for request in self.requests)
+        return any(request.needs_data for request in self.requests)
 
     @property
     def _keeps_hidden(self) -> bool:
-        return bool(self._with((*_BACKWARD, *_FROM_HIDDEN)))
+        captures = [request.capture for request in self.requests]
+        return any(each.backward or each.sees == "hidden_states" for each in captures)
 
 
 def _scores_of(place: int, index: int) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from slimvlm.evaluation.compare import Comparison
 from slimvlm.planning.plan import Plan
-from slimvlm.scoring.scores import Scores
+from slimvlm.scoring.unit_scores import Scores
 
 
 @dataclass(frozen=True)

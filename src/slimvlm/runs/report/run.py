@@ -19,7 +19,7 @@ from slimvlm.runs.compress import read_results
 from slimvlm.runs.recipes import published
 from slimvlm.runs.report.record import Entry, Pruning, Record, Table, Training
 from slimvlm.runs.tables import LEGEND, result_rows
-from slimvlm.scoring.scores import Scores
+from slimvlm.scoring.unit_scores import Scores
 
 
 def is_run(folder: Path) -> bool:

@@ -21,7 +21,7 @@ from slimvlm.runs.report.record import Entry, Pruning, Record, Table, Training
 from slimvlm.runs.report.run import read_training
 from slimvlm.runs.study.table import DONE, FAILED, ORIGINAL, STUDY, TABLE
 from slimvlm.runs.tables import MARK
-from slimvlm.scoring.scores import Scores
+from slimvlm.scoring.unit_scores import Scores
 
 SHOWN_RATIO = 0.3
 """Answers are shown of the best model at the measured ratio that is nearest to this one."""

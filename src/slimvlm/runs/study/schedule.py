@@ -133,7 +133,7 @@ def _flops_of(stage: Stage, kept: float, sizes: Sizes) -> float:
     match stage.kind:
         case "calibrate":
             row = CRITERIA[prune.criterion[0]]
-            return disk + shown * (3 if row.capture == "gradients" else 1) * row.needs_data
+            return disk + shown * row.capture.passes
         case "plan":
             return disk + shown * _plan_passes(stage)
         case "prune":

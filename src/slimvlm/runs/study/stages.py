@@ -189,7 +189,7 @@ def _calibration(base: Request, criterion: str) -> Stage:
     wanted = replace(
         _reading(config),
         criterion=(criterion,),
-        gradient=config.gradient if criterion == "taylor" else "per_sample",
+        **CRITERIA[criterion].requested(config),
         token_weights=config.token_weights,
         allocation="balanced" if config.needs_held_out else "uniform",
     )

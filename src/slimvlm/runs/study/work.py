@@ -22,7 +22,7 @@ from slimvlm.pruning.save import save
 from slimvlm.runs.stages import Calibration, choose_plan, cut_, samples_for, score_by
 from slimvlm.runs.study.cache import CHECKPOINT, Work
 from slimvlm.runs.study.stages import Request, Stage
-from slimvlm.scoring.scores import Scores
+from slimvlm.scoring.unit_scores import Scores
 from slimvlm.training.recover import recover
 
 PLAN = "plan.json"

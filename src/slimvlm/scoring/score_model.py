@@ -13,25 +13,15 @@ from slimvlm.core.progress import progress
 from slimvlm.data.chat import encode_samples
 from slimvlm.data.roles import ROLES
 from slimvlm.data.samples import Sample
-from slimvlm.models.anatomy import Anatomy, read_anatomy
+from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.classes import require_full_precision
-from slimvlm.models.cost import BYTES
-from slimvlm.scoring.batches import Batch
-from slimvlm.scoring.captures import CAPTURES
+from slimvlm.scoring.batches import Batch, Watched
 from slimvlm.scoring.criteria import criterion_named
-from slimvlm.scoring.finite import Watched
-from slimvlm.scoring.scores import Scores
 from slimvlm.scoring.statistics import Statistics
+from slimvlm.scoring.unit_scores import WIDTH_UNITS, Scores
 
-DEFAULT_CRITERIA: dict[str, tuple[str, ...]] = {
-    "depth": ("block_influence",),
-    "width": ("obs",),
-    "both": ("block_influence", "obs"),
-}
-"""Chosen by measurement; see "What stays without training" in ``docs/results.md``."""
-
-GRAM_BYTES = 2 * 2**30
-"""Gram matrices that `score` holds at a time."""
+PART_BYTES = 2 * 2**30
+"""Statistics that `score` holds at a time, where those of all layers would be large."""
 
 
 def collect(
@@ -74,28 +64,18 @@ def score(
 
     Arguments and errors as in `collect`. See ``slimvlm.CRITERIA`` for the criteria and their
     options. A criterion that needs Gram matrices reads the batches several times if those of all
-    layers take more than 2 GiB (``GRAM_BYTES``), for so many layers at a time.
+    layers take more than 2 GiB (``PART_BYTES``), for so many layers at a time.
 
     Returns:
         Float32 scores on the CPU.
     """
-    if criterion_named(criterion, options).capture == "grams":
-        return _scored_in_parts(model, batches, criterion, token_weights, **options)
-    statistics = collect(model, batches, criterion, token_weights, **options)
-    return scores_from(statistics, model, criterion, token_weights, **options)
-
-
-def _scored_in_parts(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    criterion: str,
-    token_weights: Mapping[str, float] | None,
-    **options: Any,
-) -> Scores:
-    """Scores by a criterion that looks at each layer's Gram matrices alone, part by part."""
-    parts = _layers_with_grams_of(read_anatomy(model), GRAM_BYTES)
+    layer_bytes = criterion_named(criterion, options).capture.layer_bytes
+    if layer_bytes is None:
+        statistics = collect(model, batches, criterion, token_weights, **options)
+        return scores_from(statistics, model, criterion, token_weights, **options)
+    parts = _in_parts([layer_bytes(shape) for shape in read_anatomy(model).layers], PART_BYTES)
     given = batches if len(parts) == 1 else list(batches)
-    rows: dict[str, list[Tensor]] = {"kv_group": [], "neuron": []}
+    rows: dict[str, list[Tensor]] = {unit: [] for unit in WIDTH_UNITS}
     for layers in parts:
         statistics = _collected(model, given, criterion, token_weights, options, layers=layers)
         scores = scores_from(statistics, model, criterion, token_weights, **options)
@@ -104,13 +84,11 @@ def _scored_in_parts(
     return replace(scores, kv_group=rows["kv_group"], neuron=rows["neuron"])
 
 
-def _layers_with_grams_of(anatomy: Anatomy, limit: int) -> list[list[int]]:
-    """Runs of layers whose Gram matrices take at most so many bytes, one layer at least."""
+def _in_parts(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Runs of layers whose sizes add up to a limit at most, one layer at least."""
     parts: list[list[int]] = []
     room = 0
-    for index, shape in enumerate(anatomy.layers):
-        channels = (shape.num_heads * shape.head_dim, shape.intermediate_size)
-        size = sum(count**2 for count in channels) * BYTES["float32"]
+    for index, size in enumerate(sizes):
         if not parts or size > room:
             parts.append([])
             room = limit
@@ -131,7 +109,7 @@ def _collected(
     config: Any = model.config
     require_full_precision(config, "scored")
     row = criterion_named(criterion, options)
-    given = {name: value for name, value in options.items() if name in row.capture_options}
+    given = {name: value for name, value in options.items() if name in row.capture.options}
     if token_weights is not None:
         check_token_weights(criterion, token_weights)
         given["token_weights"] = token_weights
@@ -139,7 +117,7 @@ def _collected(
     model.eval()
     watched = Watched(batches)
     try:
-        return CAPTURES[row.capture](model, watched, **row.fixed, **given, **part)
+        return row.capture.function(model, watched, **row.fixed, **given, **part)
     except NumericalError as error:
         raise NumericalError(f"{error}{watched.place(model)}") from error
     finally:
@@ -155,19 +133,12 @@ def scores_from(
 ) -> Scores:
     """Turn collected statistics into scores; ``token_weights`` is only written down."""
     row = criterion_named(criterion, options)
-    given = {name: value for name, value in options.items() if name in row.options}
-    result = row.function(statistics, read_anatomy(model), **given)
+    given = {name: value for name, value in options.items() if name not in row.capture.options}
     about = {"samples": statistics.num_samples, "tokens": statistics.num_tokens, **options}
     if token_weights is not None:
         about["token_weights"] = dict(token_weights)
-    return Scores(
-        criterion=criterion,
-        layer=result.layer,
-        kv_group=result.kv_group,
-        neuron=result.neuron,
-        layer_runs=result.layer_runs,
-        options=about,
-    )
+    result = row.function(statistics, read_anatomy(model), **given)
+    return replace(result, criterion=criterion, options=about)
 
 
 def check_token_weights(criterion: str, token_weights: Mapping[str, float]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,9 @@ from torch import Tensor
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import new_file, write_text
+
+WIDTH_UNITS = ("kv_group", "neuron")
+"""The kinds of unit that a layer has several of."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,28 @@ class Scores:
     layer_runs: Float[Tensor, "length layer"] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def of_units(
+        cls,
+        criterion: str,
+        num_layers: int,
+        found: Iterable[tuple[int, str, Float[Tensor, " _"]]],
+        layer: Float[Tensor, " layer"] | None = None,
+    ) -> Scores:
+        """Scores of KV groups and neurons; empty where nothing was found.
+
+        Args:
+            criterion: Name of the criterion.
+            num_layers: Layers of the model.
+            found: Layer, kind of unit, and the score of each unit.
+            layer: Scores of decoder layers.
+        """
+        rows = {unit: [torch.zeros(0)] * num_layers for unit in WIDTH_UNITS}
+        for index, unit, values in found:
+            rows[unit][index] = values.float()
+        layer = None if layer is None else layer.float()
+        return cls(criterion, layer, kv_group=rows["kv_group"], neuron=rows["neuron"])
+
     def of(self, unit: str) -> Any:
         """The scores of ``"layer"``, ``"kv_group"`` or ``"neuron"``; None if not scored."""
         return {"layer": self.layer, "kv_group": self.kv_group, "neuron": self.neuron}[unit]
@@ -51,7 +76,7 @@ class Scores:
             tensors["layer"] = self.layer
         if self.layer_runs is not None:
             tensors["layer_runs"] = self.layer_runs
-        for unit in ("kv_group", "neuron"):
+        for unit in WIDTH_UNITS:
             for index, values in enumerate(self.of(unit) or ()):
                 tensors[f"{unit}.{index}"] = values
         path = Path(path)
@@ -71,7 +96,7 @@ class Scores:
         path = Path(path)
         try:
             about = json.loads(Path(suffixed(path, ".json")).read_text())
-            tensors, metadata = _read(suffixed(path, ".safetensors"))
+            tensors, metadata = read_tensors(suffixed(path, ".safetensors"))
             criterion, options = about["criterion"], about["options"]
             if json.loads(metadata["about"]) != about:
                 raise ValueError("its two files are of different runs")
@@ -87,7 +112,7 @@ class Scores:
         )
 
 
-def _read(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a safetensors file."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118

@@ -1,0 +1,189 @@
+"""Layers scored by what they do to the hidden states that pass through.
+
+B batch, T token, D hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from slimvlm.models.anatomy import Anatomy, decoder_layers, final_norm
+from slimvlm.models.hidden import layer_input, layer_output, main_stream
+from slimvlm.scoring.batches import BackbonePass, Batch, TokenWeights
+from slimvlm.scoring.statistics import HiddenStates, require_finite
+from slimvlm.scoring.unit_scores import Scores
+
+
+def block_influence(
+    hidden_in: Float[Tensor, "B T D"],
+    hidden_out: Float[Tensor, "B T D"],
+    mask: Int[Tensor, "B T"] | Bool[Tensor, "B T"] | None = None,
+) -> Float[Tensor, "B T"]:
+    """How much a layer turns each token: ``1 - cos(hidden_in, hidden_out)``, in float32.
+
+    Computed row by row and in float32, so that large activations in half precision neither
+    overflow nor cost a T × T product.
+
+    Args:
+        hidden_in: The layer's input.
+        hidden_out: The layer's output.
+        mask: Valid tokens. Others get 0.
+
+    Reference:
+        Men et al. 2024, ShortGPT, arXiv:2403.03853, Eq. 1 (there a mean over tokens).
+    """
+    x, y = hidden_in.float(), hidden_out.float()
+    norms = (x.square().sum(-1) * y.square().sum(-1)).sqrt()
+    influence = 1 - (x * y).sum(-1) / norms.clamp_min(torch.finfo(torch.float32).tiny)
+    return influence if mask is None else influence.masked_fill(mask == 0, 0.0)
+
+
+def angular_distance(
+    hidden_in: Float[Tensor, "*batch D"], hidden_out: Float[Tensor, "*batch D"]
+) -> Float[Tensor, "*batch"]:
+    """``arccos(cos(hidden_in, hidden_out)) / pi`` in [0, 1]; cosines are clamped first.
+
+    Reference:
+        Gromov et al. 2024, The Unreasonable Ineffectiveness of the Deeper Layers,
+        arXiv:2403.17887, Eq. 6.
+    """
+    cosine = torch.nn.functional.cosine_similarity(
+        hidden_in.double(), hidden_out.double(), dim=-1, eps=torch.finfo(torch.float64).tiny
+    )
+    return (torch.arccos(cosine.clamp(-1.0, 1.0)) / math.pi).float()
+
+
+class _Comparison:
+    """Compares the hidden states of a pass layer by layer, as they appear."""
+
+    final: Tensor
+    last_input: Tensor
+
+    def __init__(self, seen: BackbonePass, num_layers: int) -> None:
+        self.seen, self.num_layers = seen, num_layers
+        self.influence = torch.zeros(num_layers, dtype=torch.float64)
+        self.influence_postnorm = torch.zeros((), dtype=torch.float64)
+        self.angular = torch.zeros(num_layers, num_layers, dtype=torch.float64)
+        self.angular_postnorm = torch.zeros(num_layers, dtype=torch.float64)
+        self.last_tokens: list[Tensor] = []
+
+    def on_layer(self, index: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        hidden_in = main_stream(layer_input(args, kwargs))
+        hidden_out = main_stream(layer_output(output))
+        require_finite(hidden_out, f"the output of layer {index}")
+        self.influence[index] += self._influence(hidden_in, hidden_out)
+        self.last_tokens.append(_at_last_token(hidden_in, self.seen.mask))
+        if index == self.num_layers - 1:
+            self.last_input = hidden_in
+            self.last_tokens.append(_at_last_token(hidden_out, self.seen.mask))
+
+    def on_norm(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.influence_postnorm += self._influence(self.last_input, output)
+        self.final = _at_last_token(output, self.seen.mask)
+
+    def after_batch(self) -> None:
+        """Compare the last tokens at both ends of every run of layers."""
+        for length in range(1, self.num_layers + 1):
+            for start in range(self.num_layers - length + 1):
+                distance = angular_distance(
+                    self.last_tokens[start], self.last_tokens[start + length]
+                )
+                self.angular[length - 1, start] += distance.sum(dtype=torch.float64)
+            to_final = angular_distance(self.last_tokens[self.num_layers - length], self.final)
+            self.angular_postnorm[length - 1] += to_final.sum(dtype=torch.float64)
+        self.last_tokens.clear()
+
+    def _influence(self, hidden_in: Tensor, hidden_out: Tensor) -> Tensor:
+        values = block_influence(hidden_in, hidden_out, self.seen.mask) * self.seen.weights
+        return values.sum(dtype=torch.float64).cpu()
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        with ExitStack() as stack:
+            for index, layer in enumerate(decoder_layers(model)):
+                hook = layer.register_forward_hook(partial(self.on_layer, index), with_kwargs=True)
+                stack.callback(hook.remove)
+            stack.callback(final_norm(model).register_forward_hook(self.on_norm).remove)
+            yield
+
+
+@torch.no_grad()
+def capture_hidden_states(
+    model: nn.Module, batches: Iterable[Batch], token_weights: TokenWeights | None = None
+) -> HiddenStates:
+    """Block influence and angular distances, compared layer by layer as they appear.
+
+    At any time only one layer's input and, for the angular distance, one vector for each sample
+    and layer are held.
+
+    Block influence is summed over tokens by weight. Angular distances look at the last token of a
+    sample only, so that token weights do not touch them.
+    """
+    seen = BackbonePass()
+    comparison = _Comparison(seen, len(decoder_layers(model)))
+    with comparison.watching(model):
+        seen.run(model, batches, token_weights, comparison.after_batch)
+    return HiddenStates(
+        influence_sum=comparison.influence,
+        influence_sum_postnorm=comparison.influence_postnorm,
+        angular_sum=comparison.angular,
+        angular_sum_postnorm=comparison.angular_postnorm,
+        **seen.totals,
+    )
+
+
+def _at_last_token(hidden: Tensor, mask: Tensor) -> Tensor:
+    """The hidden state of each sample's last valid token."""
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    last = (mask * positions).argmax(1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), last].cpu()
+
+
+def score_block_influence(
+    statistics: HiddenStates,
+    anatomy: Anatomy,
+    reduction: str = "mean",
+    last_layer: str = "prenorm",
+) -> Scores:
+    """Block influence of each layer; the least influential layers go first.
+
+    Args:
+        statistics: Influences, summed by weight.
+        anatomy: The model's.
+        reduction: ``mean`` over valid tokens by weight, or their ``sum`` as in the reference code
+            (same order; long samples weigh more in both).
+        last_layer: ``prenorm`` takes the last layer's own output; ``postnorm`` takes it after the
+            final norm, as the reference code does.
+    """
+    values = statistics.influence_sum.clone()
+    if last_layer == "postnorm":
+        values[-1] = statistics.influence_sum_postnorm
+    if reduction == "mean":
+        values = values / statistics.weight
+    return Scores("block_influence", layer=values.float())
+
+
+def score_angular(
+    statistics: HiddenStates, anatomy: Anatomy, last_layer: str = "prenorm"
+) -> Scores:
+    """Angular distance over runs of layers at the last valid token; the nearest run goes.
+
+    `Scores.layer` holds the distances of single layers, `Scores.layer_runs` those of all runs.
+    Only one token of a sample is looked at, so that token weights change nothing.
+    """
+    totals = statistics.angular_sum.clone()
+    if last_layer == "postnorm":  # only runs that end with the last layer differ
+        lengths = torch.arange(anatomy.num_layers)
+        totals[lengths, anatomy.num_layers - 1 - lengths] = statistics.angular_sum_postnorm
+    mean = (totals / max(statistics.num_samples, 1)).float()
+    fits = torch.arange(1, anatomy.num_layers + 1)[:, None] + torch.arange(anatomy.num_layers)
+    runs = mean.masked_fill(fits > anatomy.num_layers, math.inf)
+    return Scores("angular", layer=runs[0].clone(), layer_runs=runs)

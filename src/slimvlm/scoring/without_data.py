@@ -1,0 +1,94 @@
+"""Units scored without data: by their weights, their places, or chance.
+
+E expert, O output row, I input column of a weight matrix, L layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor, nn
+
+from slimvlm.models.anatomy import Anatomy, matrices
+from slimvlm.scoring.batches import Batch
+from slimvlm.scoring.inputs import weight_of
+from slimvlm.scoring.statistics import Statistics, Weights
+from slimvlm.scoring.unit_scores import Scores
+
+Weight = Float[Tensor, "*E O I"]
+
+
+def channel_sums(values: Weight, axis: int) -> Float64[Tensor, " channel"]:
+    """What a matrix's values add up to for each channel, over all experts if there are any.
+
+    Args:
+        values: One for each weight.
+        axis: The channels' axis, counted from the end.
+    """
+    others = [dim for dim in range(-values.ndim, 0) if dim != axis]
+    return values.sum(others, dtype=torch.float64).cpu()
+
+
+def magnitude(weight: Weight, p: int = 1) -> Weight:
+    """``|w|^p``. There is no p-th root, as in LLM-Pruner."""
+    return weight.abs().pow(p)
+
+
+def capture_nothing(model: nn.Module, batches: Iterable[Batch]) -> Statistics:
+    """Statistics for criteria that look at neither weights nor data."""
+    return Statistics()
+
+
+def capture_weights(model: nn.Module, batches: Iterable[Batch], p: int = 1) -> Weights:
+    """Sums of ``|w|^p`` for each channel of each matrix."""
+    parts = {
+        (index, matrix.projection.path): channel_sums(
+            magnitude(weight_of(matrix.owner, matrix.name).float(), p), matrix.projection.axis
+        )
+        for index, matrix in matrices(model)
+    }
+    return Weights(parts=parts)
+
+
+def score_magnitude(statistics: Weights, anatomy: Anatomy, reduction: str = "mean") -> Scores:
+    """Size of the weights of each unit; layers by the mean over their matrices' weights.
+
+    Args:
+        statistics: Sums of ``|w|^p``.
+        anatomy: The model's.
+        reduction: ``mean`` over the unit's matrices as LLM-Pruner's scripts have it, or ``sum``.
+    """
+    counts = [max(shape.params - shape.fixed_params, 1) for shape in anatomy.layers]
+    layer = statistics.per_layer(anatomy) / torch.tensor(counts, dtype=torch.float64)
+    found = statistics.per_unit(anatomy, reduction)
+    return Scores.of_units("magnitude", anatomy.num_layers, found, layer)
+
+
+def score_spacing(statistics: Statistics, anatomy: Anatomy) -> Scores:
+    """Removed layers lie as far apart as possible, whatever their number; no data needed.
+
+    Layers are taken in farthest-point order: the next to go is the one farthest from all gone so
+    far and from both ends. Ties go to the later layer.
+    """
+    L = anatomy.num_layers
+    distance = torch.minimum(torch.arange(L) + 1, L - torch.arange(L)).double()
+    scores = torch.zeros(L)
+    for rank in range(L):
+        chosen = L - 1 - int(distance.flip(0).argmax())
+        scores[chosen] = rank
+        distance = torch.minimum(distance, (torch.arange(L) - chosen).abs().double())
+        distance[chosen] = -1
+    return Scores("spacing", layer=scores)
+
+
+def score_random(statistics: Statistics, anatomy: Anatomy, seed: int = 0) -> Scores:
+    """Uniform random scores: the floor that every other criterion has to beat."""
+    generator = torch.Generator().manual_seed(seed)
+    return Scores(
+        "random",
+        layer=torch.rand(anatomy.num_layers, generator=generator),
+        kv_group=[torch.rand(s.num_kv_heads, generator=generator) for s in anatomy.layers],
+        neuron=[torch.rand(s.intermediate_size, generator=generator) for s in anatomy.layers],
+    )
