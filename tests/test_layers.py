@@ -109,7 +109,10 @@ def test_the_rule_can_fail(package: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("package", "source"),
     [
-        ("pruning", "from slimvlm.scoring.gradients import taylor\nfrom slimvlm.pruning import cut"),
+        (
+            "pruning",
+            "from slimvlm.scoring.obs import UPDATES\nfrom slimvlm.pruning import cut",
+        ),
         ("cli", "def f():\n    from slimvlm.demo.build import build_demo"),
         ("cli", "def f():\n    from slimvlm_tools.convert import convert"),
         ("demo", "from slimvlm.runs.compress import compress\nimport torch"),
