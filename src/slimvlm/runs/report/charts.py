@@ -17,7 +17,7 @@ from slimvlm.planning.plan import Plan
 from slimvlm.runs.recipes import published
 from slimvlm.runs.report.record import Entry, Pruning, Training
 from slimvlm.runs.report.svg import COLOURS, STYLE, Chart, Marks, blank
-from slimvlm.scoring.scores import Scores
+from slimvlm.scoring.unit_scores import Scores
 
 TRAINED = {
     None: ("o", "○", "not trained"),
