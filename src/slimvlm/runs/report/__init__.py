@@ -4,35 +4,16 @@ from __future__ import annotations
 
 import json
 from importlib.metadata import version
-from pathlib import Path
 
-from slimvlm.core.errors import ConfigError
 from slimvlm.runs.report.gallery import MAX_BYTES, gallery_of
 from slimvlm.runs.report.page import render
+from slimvlm.runs.report.read import read_record
 from slimvlm.runs.report.record import Record
-from slimvlm.runs.report.run import is_run, read_run
-from slimvlm.runs.report.study import is_study, read_study_folder
-from slimvlm.runs.study.table import TABLE
+
+__all__ = ["read_record", "report_html"]
 
 _ROOM = 4_900_000
 """Bytes of the whole file at most."""
-
-
-def read_record(folder: str | Path) -> Record:
-    """Read a run folder of `compress` or the folder of a study.
-
-    Raises:
-        ConfigError: If it is neither, or a file in it cannot be read.
-    """
-    path = Path(folder)
-    if is_run(path):
-        return read_run(path)
-    if is_study(path):
-        return read_study_folder(path)
-    raise ConfigError(
-        f"report {str(folder)!r}: neither a run folder (config.json and plan.json) nor a study "
-        f"({TABLE} and study.json)"
-    )
 
 
 def report_html(record: Record) -> str:

@@ -1,4 +1,4 @@
-"""What a report is about, read from a run or a study: `Record`."""
+"""What a report shows, whether of a run or of a study: `Record`."""
 
 from __future__ import annotations
 
@@ -24,9 +24,7 @@ class Entry:
         percent: AVG-%, 100 for an original; None if there is none.
         low: Lower end of its 95 % interval.
         high: Upper end.
-        differs: Whether AVG differs significantly from the original's.
         total_params: Parameters of the whole model.
-        backbone_params: Parameters of its backbone.
         prefill_ms: Time to read a question.
         decode_ms: Time to write a token.
         train: What learned: ``projector``, ``lora``, ``full`` or None.
@@ -47,9 +45,7 @@ class Entry:
     percent: float | None
     low: float | None
     high: float | None
-    differs: bool
     total_params: int
-    backbone_params: int
     prefill_ms: float
     decode_ms: float
     train: str | None = None
@@ -64,6 +60,11 @@ class Entry:
     def is_original(self) -> bool:
         """Whether nothing was removed."""
         return not self.axis
+
+    @property
+    def differs(self) -> bool:
+        """Whether the interval excludes what the original keeps: all."""
+        return self.low is not None and self.high is not None and not self.low <= 100 <= self.high
 
     @property
     def interval(self) -> str:
