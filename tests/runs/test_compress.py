@@ -14,16 +14,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from slimvlm.core.errors import ConfigError, SlimError
-from slimvlm.core.options import CompressConfig, RecoverConfig
-from slimvlm.evaluation import ask as evaluation
+from slimvlm.core.options import CompressConfig, PruneConfig, RecoverConfig
 from slimvlm.evaluation.results import Result
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.load import load
 from slimvlm.planning.plan import Plan
 from slimvlm.runs import compress as compression
+from slimvlm.runs import request as requests
+from slimvlm.runs import stages
 from slimvlm.runs.compress import compress
-from slimvlm.runs.stages import axis_of
-from slimvlm.scoring.unit_scores import Scores
+from slimvlm.scoring.scores import Scores
 from tests import tiny_folder as folders
 
 pytestmark = [
@@ -48,14 +48,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folders.write_llava_data(tmp_path_factory.mktemp("data"))
 
 
-class Request(NamedTuple):
+class Asked(NamedTuple):
     """What `compress` is asked."""
 
     model: str
     config: CompressConfig
 
 
-def request_for(data: Path | None, **changes: Any) -> Request:
+def request_for(data: Path | None, **changes: Any) -> Asked:
     values: dict[str, Any] = {
         "ratio": 0.3,
         "axis": "both",
@@ -68,7 +68,7 @@ def request_for(data: Path | None, **changes: Any) -> Request:
         "limit": 2,
     }
     model = changes.pop("model", str(folders.folder("llava")))
-    return Request(model, CompressConfig(**{**values, **changes}))
+    return Asked(model, CompressConfig(**{**values, **changes}))
 
 
 def silent(line: str) -> None:
@@ -152,10 +152,10 @@ def stops(*args: Any, **kwargs: Any) -> Any:
 @pytest.mark.parametrize(
     ("stage", "after"),
     [
-        ("choose_plan", True),
-        ("cut_", True),
+        ("plan", True),
+        ("prune_", True),
         ("save", True),
-        ("recover", True),
+        ("recover_", True),
         ("finish", False),
         ("finish", True),
     ],
@@ -168,7 +168,8 @@ def test_a_stopped_run_goes_on_to_the_same_end(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    honest = getattr(compression, stage)
+    home = stages if hasattr(stages, stage) else compression
+    honest = getattr(home, stage)
 
     def stops(*args: Any, **kwargs: Any) -> Any:
         if after:
@@ -177,7 +178,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(
 
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(compression, stage, stops)
+        patch.setattr(home, stage, stops)
         with pytest.raises(Stopped):
             compress(*request_for(data), out, say=silent)
     if stage == "finish" and after:
@@ -198,11 +199,11 @@ def test_a_stopped_run_repeats_no_finished_stage(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(compression, "recover", stops)
+        patch.setattr(stages, "recover_", stops)
         with pytest.raises(Stopped):
             compress(*request_for(data), tmp_path / "run", say=silent)
-    monkeypatch.setattr(compression, "choose_plan", stops)
-    monkeypatch.setattr(compression, "cut_", stops)
+    monkeypatch.setattr(stages, "plan", stops)
+    monkeypatch.setattr(stages, "prune_", stops)
     compress(*request_for(data), tmp_path / "run", say=silent)
 
 
@@ -215,7 +216,7 @@ def test_a_finished_run_is_refused(finished: Path, data: Path) -> None:
 
 def unfinished(data: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with monkeypatch.context() as patch:
-        patch.setattr(compression, "cut_", stops)
+        patch.setattr(stages, "prune_", stops)
         with pytest.raises(Stopped):
             compress(*request_for(data, tasks=None), out, say=silent)
     return out
@@ -241,7 +242,7 @@ def test_a_folder_that_is_no_run_is_refused(text: str, data: Path, tmp_path: Pat
     assert contents(out) == {"config.json": text.encode()}
 
 
-def pruning(data: Path | None = None, **changes: Any) -> Request:
+def pruning(data: Path | None = None, **changes: Any) -> Asked:
     """The shortest request: nothing is trained or asked."""
     return request_for(
         data, **{"criterion": (), "axis": None, "recover": None, "tasks": None, **changes}
@@ -265,7 +266,7 @@ def test_what_a_stopped_force_left_goes_with_a_run_without_it(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(compression, "cut_", stops)
+        patch.setattr(stages, "prune_", stops)
         with pytest.raises(Stopped):
             compress(*pruning(), tmp_path / "run", force=True, say=silent)
     assert [path.name for path in tmp_path.iterdir()] == [".run.partial"]
@@ -277,7 +278,9 @@ def test_what_a_stopped_force_left_goes_with_a_run_without_it(
 def test_the_axis_depends_on_whether_anything_is_trained(
     recover: RecoverConfig | None, axis: str
 ) -> None:
-    assert axis_of(CompressConfig(ratio=0.15, data="demo", recover=recover)) == axis
+    prune = PruneConfig(ratio=0.15, data="demo")
+    request = requests.Request(model="demo", prune=prune, recover=recover)
+    assert requests.axis_of(request) == axis
 
 
 def test_force_replaces_a_run(finished: Path, data: Path, tmp_path: Path) -> None:
@@ -297,15 +300,19 @@ def test_what_force_replaces_stays_until_the_new_run_is_whole(
     compress(*pruning(), out, say=silent)
     before = contents(out)
     request = request_for(data, ratio=0.2, tasks=None)
-    for stage in ("cut_", "recover", "finish"):
+    for home, stage in (
+        (stages, "prune_"),
+        (stages, "recover_"),
+        (compression, "finish"),
+    ):
         with monkeypatch.context() as patch:
-            patch.setattr(compression, stage, stops)
+            patch.setattr(home, stage, stops)
             with pytest.raises(Stopped):
                 compress(*request, out, force=True, say=silent)
         assert contents(out) == before
     said: list[str] = []
     with monkeypatch.context() as patch:
-        patch.setattr(compression, "cut_", stops)  # done already
+        patch.setattr(stages, "prune_", stops)  # done already
         compress(*request, out, force=True, say=said.append)
     assert any(line.startswith("going on") for line in said)
     assert json.loads((out / "config.json").read_text())["ratio"] == 0.2
@@ -392,13 +399,13 @@ def test_a_baseline_saves_asking_again(
     finished: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    honest = evaluation.evaluate
+    honest = stages.evaluate
 
     def counts(*args: Any, **kwargs: Any) -> Result:
-        asked.append(kwargs["name"])
+        asked.append(args[3])
         return honest(*args, **kwargs)
 
-    monkeypatch.setattr(compression, "evaluate", counts)
+    monkeypatch.setattr(stages, "evaluate", counts)
     baseline = finished / "results" / "original.json"
     config = request_for(data, recover=None, baseline=str(baseline))
     results = compress(*config, tmp_path / "run", say=silent)

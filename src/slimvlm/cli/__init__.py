@@ -13,13 +13,13 @@ from typing import Any
 
 import tyro
 
-from slimvlm.cli import evaluate, export, inspection, plan, prune, recover, run
+from slimvlm.cli import models, runs, stages
 from slimvlm.core.errors import ConfigError, SlimError
 from slimvlm.core.files import held
 from slimvlm.core.processes import num_ranks
 
 Verb = Callable[..., None]
-SHARING_OUTPUT: tuple[Verb, ...] = (run.study,)
+SHARING_OUTPUT: tuple[Verb, ...] = (runs.study,)
 """Verbs whose runs work in one folder at a time and agree on who does what."""
 
 
@@ -43,27 +43,27 @@ def _holding_output(verb: Verb) -> Verb:
 VERBS: dict[str, Verb] = {
     verb.__name__.replace("_", "-"): _holding_output(verb)
     for verb in (
-        inspection.inspect,
-        inspection.verify,
-        plan.score,
-        plan.plan,
-        prune.prune,
-        prune.narrow,
-        recover.recover,
-        recover.cache_teacher,
-        evaluate.evaluate,
-        evaluate.compare,
-        export.quantize,
-        export.export,
-        export.bench,
-        run.compress,
-        run.study,
-        run.report,
-        run.advise,
-        export.push,
-        evaluate.chat,
-        run.demo,
-        export.convert,
+        models.inspect,
+        models.verify,
+        stages.score,
+        stages.plan,
+        stages.prune,
+        stages.narrow,
+        stages.recover,
+        stages.cache_teacher,
+        stages.evaluate,
+        models.compare,
+        models.quantize,
+        models.export,
+        models.bench,
+        stages.compress,
+        runs.study,
+        runs.report,
+        runs.advise,
+        models.push,
+        models.chat,
+        runs.demo,
+        models.convert,
     )
 }
 """Every verb of the command line."""

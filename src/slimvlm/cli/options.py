@@ -1,19 +1,20 @@
-"""Options that several verbs share, each explained once."""
+"""How groups of options stand on the command line, and the few that are the command line's own."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
 
 import tyro
 
-from slimvlm.cli.printing import note
-from slimvlm.core.options import CalibrationConfig, DataConfig, LoadConfig
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from slimvlm.data.samples import Sample
+from slimvlm.core.options import (
+    TASK_BATCH_SIZE,
+    QuestionOptions,
+    Questions,
+    TargetOptions,
+    TrainingConfig,
+)
 
 INLINE = tyro.conf.arg(name="")
 """For a dataclass among a verb's parameters: its fields are options like all others."""
@@ -21,47 +22,43 @@ Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingData(DataConfig):
-    """What is learnt from, and how models are read."""
+class Asked(Questions):
+    """What models are asked, and how."""
 
-    data: str = field()  # the base class has a default, which must go
-    """Conversations: demo, LLaVA-format .json, or .jsonl/.parquet/datasets folder with messages."""
-    samples: int | None = None
-    """Read only the first so many samples."""
-
-
-def read_samples(source: TrainingData | CalibrationConfig, model: str) -> list[Sample]:
-    """The conversations that options name, if they do; says which rows were skipped.
-
-    Args:
-        source: The options.
-        model: What is to read them: rows that its processor refuses are broken.
-    """
-    from slimvlm.runs.stages import samples_for
-
-    return samples_for(model, source, source.samples, note)
+    blind: bool = False
+    """Show the pictures of other questions: the floor of a model that cannot see."""
+    log: Path | None = None
+    """Folder that keeps replies as they come; a stopped evaluation goes on there."""
 
 
-def check_model(model: str, options: LoadConfig) -> None:
-    """Refuse a model that slimvlm does not know, before any weight is read."""
-    from slimvlm.models.load import load_config
+@dataclass(frozen=True, kw_only=True)
+class RunTasks(QuestionOptions):
+    """What models are asked before, between and after."""
 
-    load_config(model, options.trust_remote_code)
-
-
-def check_compat(model: str, options: LoadConfig) -> None:
-    """Refuse a model that no older transformers is known to read; says which versions do."""
-    from slimvlm.models.load import load_config
-    from slimvlm.pruning.compat import require_known
-
-    versions = require_known(load_config(model, options.trust_remote_code))
-    note(f"compat: also for transformers {' and '.join(versions)}")
+    tasks: str | None = None
+    """Evaluate on these tasks before, between and after; demo for the built-in ones."""
+    batch_size: Annotated[int, tyro.conf.arg(name=TASK_BATCH_SIZE)] = 16
+    """Questions answered at once."""
+    baseline: str | None = None
+    """Result file of the original model, to save asking it again."""
 
 
-def load_model(
-    model: str, options: LoadConfig, device: str | None = None, shard: bool = False
-) -> tuple[PreTrainedModel, Any]:
-    """A model and its processor, read as the options say."""
-    from slimvlm.models.load import load
+@dataclass(frozen=True, kw_only=True)
+class RunTraining(TrainingConfig):
+    """How to train; the study's decision chart fills in what is not said."""
 
-    return load(model, options.dtype, device, options.trust_remote_code, shard)
+    training_samples: int | None = None
+    """Use only so many further samples for training."""
+    train: Literal["projector", "lora", "full", "none"] | None = None
+    """What learns; none skips training."""
+    loss: str | None = None
+    """Weighted sum of sft, hidden, cosine, kl, rkl, jsd."""
+    seed: tyro.conf.Suppress[tyro.conf.Fixed[int]] = 0  # a run has one, among those of pruning
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target(TargetOptions):
+    """How small or fast the model must become."""
+
+    target_latency: float | None = None
+    """Instead: time to read a question, as a share of the original's."""

@@ -1,15 +1,30 @@
-"""How verbs talk: results on stdout, remarks on stderr."""
+"""How verbs talk: results on stdout, as a table or as JSON; remarks on stderr."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from slimvlm.core.processes import is_first_rank
 
 if TYPE_CHECKING:
+    import pandas as pd
     from rich.console import Console
+
+    from slimvlm.evaluation.bench import Bench
+    from slimvlm.evaluation.compare import Comparison
+    from slimvlm.evaluation.results import Result
+    from slimvlm.planning.plan import Plan
+    from slimvlm.runs.advise import Advice
+    from slimvlm.runs.study.display import Forecast
+
+_OF_A_CELL = (
+    *("model", "axis", "ratio", "recovery", "fraction"),
+    *("seed", "avg", "avg_percent", "status"),
+)
 
 
 def console() -> Console:
@@ -29,3 +44,150 @@ def note(line: str) -> None:
 def print_json(values: Any) -> None:
     """Print a result for programs."""
     print(json.dumps(values, indent=2))
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
+    """Print a result for people."""
+    from slimvlm.runs.tables import as_table
+
+    console().print(as_table(header, rows, title=title))
+
+
+def print_results(results: Mapping[str, Result], as_json: bool, title: str = "") -> None:
+    """Print what models scored; nothing for people if nothing was asked."""
+    from slimvlm.runs.tables import result_json, result_rows
+
+    if as_json:
+        print_json(result_json(results) if results else {})
+    elif results:
+        print_table(*result_rows(results), title=title)
+
+
+def print_plan(made: Plan, as_json: bool) -> None:
+    """Print what a plan keeps."""
+    if not as_json:
+        print(made.summary())
+        return
+    print_json(
+        {
+            "ratio": made.ratio,
+            "asked_ratio": made.asked_ratio,
+            "backbone_params": made.after.backbone_params,
+            "total_params": made.after.total_params,
+            "summary": made.summary(),
+        }
+    )
+
+
+def print_comparison(found: Comparison, as_json: bool) -> None:
+    """Print what one model lost and gained over another."""
+    from slimvlm.evaluation.compare import comparison_json, comparison_rows
+
+    if as_json:
+        print_json(comparison_json(found))
+        return
+    print_table(*comparison_rows(found), title=f"A: {found.name_a}   B: {found.name_b}")
+    if found.note:
+        note(found.note)
+    for name, why in found.left_out.items():
+        note(f"{name} is not compared: {why}")
+
+
+def print_bench(found: Bench, as_json: bool) -> None:
+    """Print times, and on stderr what makes them doubtful."""
+    from slimvlm.evaluation.bench import bench_rows
+
+    if as_json:
+        print_json(found.to_dict())
+        return
+    title = f"{found.dtype} on {found.device}, {found.threads} CPU threads"
+    print_table(*bench_rows(found), title=title)
+    for measured in filter(None, (found.baseline, found.model)):
+        for line in measured.warnings:
+            note(f"{measured.model}: {line}")
+
+
+def print_forecast(found: Forecast, as_json: bool) -> None:
+    """Print what a study would do."""
+    from slimvlm.runs.study.display import duration
+
+    if as_json:
+        print_json(asdict(found))
+        return
+    cells = [[label, ", ".join(stages) or "nothing"] for label, stages in found.cells.items()]
+    print_table(["cell", "to do"], cells, title=f"{len(cells)} cells")
+    counts = [
+        [kind, str(to_do), str(done), found.basis.get(kind, "")]
+        for kind, (to_do, done) in found.stages.items()
+    ]
+    print_table(["stage", "to do", "in the cache", "time is"], counts)
+    print(f"about {duration(found.seconds)}, one stage after another")
+
+
+def print_study(table: pd.DataFrame, as_json: bool) -> None:
+    """Print the cells of a study and what they say on the claims."""
+    from slimvlm.runs.study import as_json as study_json
+    from slimvlm_tools.claims import claims_of
+
+    if as_json:
+        print_json(study_json(table))
+        return
+    print_table(_OF_A_CELL, [[_cell(row[n]) for n in _OF_A_CELL] for _, row in table.iterrows()])
+    claims = [[claim.name, claim.statement, claim.verdict] for claim in claims_of(table)]
+    print_table(["claim", "says", "here"], claims)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return "" if value != value else f"{value:.4g}"
+    return "" if value is None else str(value)
+
+
+def print_advice(advice: Advice, as_json: bool) -> None:
+    """Print a recipe, what it should keep and cost, and its command."""
+    if as_json:
+        print_json(asdict(advice))
+        return
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    for row in _advice_rows(advice):
+        table.add_row(*row)
+    console().print(table)
+    print(f"\n{advice.command}")
+
+
+def _advice_rows(advice: Advice) -> list[list[str]]:
+    """A name and its value in every row."""
+    from slimvlm.runs.tables import size
+
+    recipe, cost = advice.recipe, advice.cost
+    before, after = advice.params
+    held, smaller = advice.weight_bytes
+    learns = f"{recipe.train}, loss {recipe.loss}" if recipe.train else "nothing"
+    kept = [
+        f"{row.percent:.1f} % ({row.model}{', this model' if row.same else ''}; {row.source})"
+        for row in advice.expected
+    ]
+    rows = [
+        ["remove", f"{advice.ratio:.1%} of the backbone, along {recipe.axis}"],
+        ["train", learns],
+        ["parameters", f"{after / 1e9:.3g} B of {before / 1e9:.3g} B"],
+        ["weights", f"{size(smaller)} of {size(held)}"],
+        *_under("expected AVG-%", kept or ["not measured for this recipe at this ratio"]),
+    ]
+    if advice.latency is not None:
+        rows.append(["time to read a question", f"{advice.latency:.0%} of the original's"])
+    rows.append(["memory of scoring", f"about {size(cost.calibration_bytes)}"])
+    if recipe.train:
+        rows += [
+            ["training data", f"{cost.samples:,} conversations"],
+            ["memory of training", f"about {size(cost.training_bytes)}"],
+            ["time of training", f"about {cost.training_hours:.2g} h"],
+        ]
+    return [*rows, *_under("why", advice.notes), *_under("estimates rest on", cost.rests_on)]
+
+
+def _under(name: str, lines: Sequence[str]) -> list[list[str]]:
+    """Several lines of which the first one has the name."""
+    return [[name if i == 0 else "", line] for i, line in enumerate(lines)]

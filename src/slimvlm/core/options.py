@@ -1,4 +1,9 @@
-"""The options of every stage, each with its meaning and its allowed values in one place."""
+"""Every option of every stage, declared once: name, type, default, allowed values, meaning.
+
+The command line, Python, studies and recipes read these classes. Options come in groups; a
+configuration is made of groups, so that an option means the same wherever it appears. A field's
+type says which values are allowed, the text below it is the help of the command line.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +11,11 @@ import math
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from slimvlm.core.errors import ConfigError
 
@@ -19,42 +26,85 @@ Gradient = Literal["batch", "per_sample"]
 Repair = Literal["none", "width", "depth", "both", "auto"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Train = Literal["projector", "lora", "full"]
+KdOn = Literal["answer", "text", "all"]
 HiddenLayers = Literal["final", "mapped"]
 TeacherWeights = Literal["auto", "shared", "separate"]
 Scheduler = Literal[
     "cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
 ]
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that an option may be; stands in its type.
+
+    Attributes:
+        holds: Whether a number is allowed.
+        meaning: The same in words, after "must be".
+    """
+
+    holds: Callable[[float], bool]
+    meaning: str
+
+
+ABOVE_0 = Range(lambda value: 0 < value < math.inf, "above 0")
+AT_LEAST_0 = Range(lambda value: 0 <= value < math.inf, "at least 0")
+AT_LEAST_1 = Range(lambda value: value >= 1, "at least 1")
+SHARE = Range(lambda value: 0 <= value < 1, "at least 0 and below 1")
+FRACTION = Range(lambda value: 0 < value <= 1, "above 0 and at most 1")
+INSIDE = Range(lambda value: 0 < value < 1, "above 0 and below 1")
+STEPS = Range(lambda value: value == -1 or value > 0, "above 0, or -1 for no limit")
+SEED = Range(lambda value: 0 <= value < 2**32, "at least 0 and below 2**32")
+
+
+class Options:
+    """A group of options whose values are checked against their types.
+
+    Raises:
+        ConfigError: If a value is not allowed; the message names option, value and what is allowed.
+    """
+
+    def __post_init__(self) -> None:
+        kind: Any = type(self)
+        for name, (choices, ranges) in _allowed(kind).items():
+            value = getattr(self, name)
+            if choices and value not in choices:
+                names = ", ".join(choice for choice in choices if choice is not None)
+                raise ConfigError(f"{name} {value!r} must be one of: {names}")
+            for row in ranges:
+                if value is not None and not row.holds(value):
+                    raise ConfigError(f"{name} {value} must be {row.meaning}")
+
+
+@cache
+def _allowed(kind: Any) -> Mapping[str, tuple[tuple[str | None, ...], tuple[Range, ...]]]:
+    """For each option that has them: its choices, and the ranges of its numbers."""
+    hints = get_type_hints(kind, include_extras=True)
+    found = {}
+    for row in fields(kind):
+        hint, ranges = hints[row.name], tuple[Range, ...]()
+        if get_origin(hint) is Annotated:
+            ranges = tuple(extra for extra in hint.__metadata__ if isinstance(extra, Range))
+            hint = hint.__origin__
+        parts = get_args(hint) if get_origin(hint) in (UnionType, Union) else (hint,)
+        choices = [name for p in parts if get_origin(p) is Literal for name in get_args(p)]
+        if choices and type(None) in parts:
+            choices.append(None)
+        if choices or ranges:
+            found[row.name] = (tuple(choices), ranges)
+    return found
+
+
+T = TypeVar("T")
+
+
+def part_of(config: Any, kind: type[T]) -> T:
+    """The options of one group or smaller configuration, out of one that has more."""
+    names = [row.name for row in fields(kind)]  # type: ignore[arg-type]
+    return kind(**{name: getattr(config, name) for name in names})
+
+
 LOSS_NAMES = ("sft", "hidden", "cosine", "kl", "rkl", "jsd")
-_CHOICES = {
-    "kd_on": ("answer", "text", "all"),
-    "hidden_layers": get_args(HiddenLayers),
-    "teacher_weights": get_args(TeacherWeights),
-    "scheduler": get_args(Scheduler),
-}
-_PRUNE_CHOICES = {
-    "axis": (None, *get_args(Axis)),
-    "allocation": get_args(Allocation),
-    "repair": get_args(Repair),
-}
-_Range = tuple[Callable[[float], bool], str]
-_ABOVE_0: _Range = (lambda value: 0 < value < math.inf, "above 0")
-_SHARE: _Range = (lambda value: 0 <= value < 1, "at least 0 and below 1")
-_RANGES: dict[str, _Range] = {
-    "fraction": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
-    "max_steps": (lambda value: value == -1 or value > 0, "above 0, or -1 for no limit"),
-    "jsd_beta": (lambda value: 0 < value < 1, "above 0 and below 1"),
-    "max_grad_norm": (lambda value: 0 <= value < math.inf, "at least 0"),
-    "seed": (lambda value: 0 <= value < 2**32, "at least 0 and below 2**32"),
-    **dict.fromkeys(("warmup_ratio", "weight_decay", "lora_dropout", "eval_fraction"), _SHARE),
-    **dict.fromkeys(
-        (
-            *("epochs", "learning_rate", "batch_size", "gradient_accumulation"),
-            *("lora_rank", "lora_alpha", "temperature", "top_k"),
-            *("eval_steps", "save_steps", "logging_steps"),
-        ),
-        _ABOVE_0,
-    ),
-}
 
 
 def parse_loss(expression: str) -> dict[str, float]:
@@ -88,48 +138,48 @@ def parse_loss(expression: str) -> dict[str, float]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
+class TrainingConfig(Options):
     """How to train, whatever learns and from which loss.
 
     Raises:
         ConfigError: If a value is out of range; the message names the field.
     """
 
-    fraction: float = 1.0
+    fraction: Annotated[float, FRACTION] = 1.0
     """Share of the data to use: a seeded subset, recorded with the run."""
-    epochs: float = 1.0
+    epochs: Annotated[float, ABOVE_0] = 1.0
     """Passes over that share."""
-    max_steps: int = -1
+    max_steps: Annotated[int, STEPS] = -1
     """Stop after so many optimizer steps; -1 for no limit."""
-    learning_rate: float = 2e-4
+    learning_rate: Annotated[float, ABOVE_0] = 2e-4
     """Peak learning rate of AdamW."""
     scheduler: Scheduler = "cosine"
     """How the learning rate falls after the warm-up."""
-    warmup_ratio: float = 0.03
+    warmup_ratio: Annotated[float, SHARE] = 0.03
     """Share of the steps in which the learning rate rises."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, SHARE] = 0.0
     """AdamW weight decay."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[float, AT_LEAST_0] = 1.0
     """Gradients are scaled down to this norm; 0 leaves them."""
-    batch_size: int = 8
+    batch_size: Annotated[int, ABOVE_0] = 8
     """Samples in a step on each device."""
-    gradient_accumulation: int = 1
+    gradient_accumulation: Annotated[int, ABOVE_0] = 1
     """Steps whose gradients are added before the optimizer moves."""
     group_by_length: bool = False
     """Put samples of similar length into a batch, for less padding."""
-    lora_rank: int = 64
+    lora_rank: Annotated[int, ABOVE_0] = 64
     """Rank of the LoRA matrices."""
-    lora_alpha: int = 128
+    lora_alpha: Annotated[int, ABOVE_0] = 128
     """LoRA scale is alpha / rank."""
-    lora_dropout: float = 0.05
+    lora_dropout: Annotated[float, SHARE] = 0.05
     """Dropout before the LoRA matrices."""
     lora_targets: str = ".*"
     """Matrices of a decoder layer that get LoRA: a regular expression, such as self_attn.*"""
-    temperature: float = 2.0
+    temperature: Annotated[float, ABOVE_0] = 2.0
     """Temperature of kl, rkl and jsd."""
-    jsd_beta: float = 0.5
+    jsd_beta: Annotated[float, INSIDE] = 0.5
     """Weight of the teacher in jsd's mixture; towards 0 it acts like kl, towards 1 like rkl."""
-    top_k: int | None = None
+    top_k: Annotated[int | None, ABOVE_0] = None
     """Compare only the teacher's so many likeliest tokens in kl, rkl and jsd; by default all."""
     hidden_layers: HiddenLayers = "final"
     """Where hidden and cosine compare: after the last norm, or also after every kept layer."""
@@ -137,7 +187,7 @@ class TrainingConfig:
     """Teacher and student in one set of weights, or in two; auto shares where that is exact."""
     student_projector_in_teacher: bool = False
     """Feed the teacher through the student's projector, as the study does; else through its own."""
-    kd_on: Literal["answer", "text", "all"] = "answer"
+    kd_on: KdOn = "answer"
     """Positions that distillation compares: answers, all text, or images too; never padding."""
     paper_exact: bool = False
     """Reduce all losses but sft as the study's trainer does: over every position."""
@@ -145,31 +195,27 @@ class TrainingConfig:
     """bfloat16 autocast; by default where the device computes it natively."""
     gradient_checkpointing: bool = False
     """Trade time for activation memory."""
-    eval_fraction: float = 0.0
+    eval_fraction: Annotated[float, SHARE] = 0.0
     """Share of the data that is held out to measure the loss on, the same for every fraction."""
-    eval_steps: int | None = None
+    eval_steps: Annotated[int | None, ABOVE_0] = None
     """Steps between measurements of the held-out loss; by default save_steps."""
     load_best: bool = False
     """End with the checkpoint whose held-out loss was lowest, not with the last one."""
-    save_steps: int = 200
+    save_steps: Annotated[int, ABOVE_0] = 200
     """Steps between resumable checkpoints; with load_best there is one at each measurement."""
-    logging_steps: int = 10
+    logging_steps: Annotated[int, ABOVE_0] = 10
     """Steps between log lines."""
     report_to: str = "none"
     """Where the Trainer logs to, comma-separated: wandb, tensorboard, trackio, ... or none."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Seed of the data order, the subset and LoRA's initial values."""
 
     def __post_init__(self) -> None:
-        _check_choices(self, _CHOICES)
+        super().__post_init__()
         try:
             re.compile(self.lora_targets)
         except re.error as error:
             raise ConfigError(f"lora_targets {self.lora_targets!r}: {error}") from error
-        for name, (is_legal, meaning) in _RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not is_legal(value):
-                raise ConfigError(f"{name} {value} must be {meaning}")
         for name in ("load_best", "eval_steps"):
             if getattr(self, name) and not self.eval_fraction:
                 raise ConfigError(f"{name} {getattr(self, name)} needs an eval_fraction above 0")
@@ -192,7 +238,6 @@ class RecoverConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         parse_loss(self.loss)
-        _check_choices(self, {"train": get_args(Train)})
         super().__post_init__()
         if self.keep_adapter and self.train != "lora":
             raise ConfigError(f"keep_adapter True needs train 'lora', not {self.train!r}")
@@ -213,22 +258,8 @@ class RecoverConfig(TrainingConfig):
         return set(self.loss_weights) != {"sft"}
 
 
-def _check_choices(config: object, choices: Mapping[str, tuple[str | None, ...]]) -> None:
-    for name, allowed in choices.items():
-        value = getattr(config, name)
-        if value not in allowed:
-            names = ", ".join(choice for choice in allowed if choice is not None)
-            raise ConfigError(f"{name} {value!r} must be one of: {names}")
-
-
-def _require_at_least_1(config: object, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name} {getattr(config, name)} must be at least 1")
-
-
 @dataclass(frozen=True, kw_only=True)
-class LoadConfig:
+class LoadConfig(Options):
     """How models are read."""
 
     dtype: Dtype = "auto"
@@ -238,8 +269,8 @@ class LoadConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig(LoadConfig):
-    """Which conversations are read, and with which model."""
+class DataOptions(Options):
+    """Which conversations are read."""
 
     data: str | None = None
     """Conversations: demo, LLaVA-format .json, or .jsonl/.parquet/datasets folder with messages."""
@@ -250,145 +281,216 @@ class DataConfig(LoadConfig):
     max_length: int | None = None
     """Tokens of a sample at most, those of pictures included; longer ones are broken rows."""
 
-    @property
-    def reading(self) -> dict[str, Any]:
-        """These options alone, without those of a configuration that has more."""
-        return {field.name: getattr(self, field.name) for field in fields(DataConfig)}
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(DataOptions, LoadConfig):
+    """Which conversations are read, and with which model."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrationConfig(DataConfig):
-    """What is shown to a model that is to be scored.
+class TrainingData(DataConfig):
+    """What is learnt from, and how models are read."""
 
-    Raises:
-        ConfigError: If a value is out of range; the message names the field.
-    """
+    data: str = field()  # the group has a default, which must go
+    """Conversations: demo, LLaVA-format .json, or .jsonl/.parquet/datasets folder with messages."""
+    samples: Annotated[int | None, AT_LEAST_1] = None
+    """Read only the first so many samples."""
 
-    samples: int = 64
-    """Calibration samples, the first ones of the data."""
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions(Options):
+    """Which of the conversations a model is shown that is to be scored, and what counts."""
+
+    samples: Annotated[int, AT_LEAST_1] = 64
+    """Calibration samples, the first ones of the data in the order of the seed."""
+    seed: Annotated[int, SEED] = 0
+    """Order of the data: 0 is that of the file, any other number shuffles it. Training takes what
+    comes after the calibration samples."""
     gradient: Gradient = "per_sample"
     """For taylor: one gradient over all samples, or one for each."""
     token_weights: str | None = None
     """Weight of tokens in calibration by role, such as image=0.1,prompt=1,answer=1."""
 
-    def __post_init__(self) -> None:
-        _check_choices(self, {"gradient": get_args(Gradient), "dtype": get_args(Dtype)})
-        _require_at_least_1(self, "samples")
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationConfig(SampleOptions, DataOptions, LoadConfig):
+    """What is shown to a model that is to be scored."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneConfig(CalibrationConfig):
+class RatioOptions(Options):
+    """How small a model becomes."""
+
+    ratio: float | None = None
+    """Share of the backbone's parameters to remove."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetOptions(RatioOptions):
+    """How small a model becomes, said in one of three ways."""
+
+    target_params: str | None = None
+    """Instead: parameters of the whole smaller model, such as 5B or 90M."""
+    target_memory: str | None = None
+    """Instead: memory of its weights, such as 8GiB, in --dtype (bfloat16 for auto)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WidthOptions(Options):
+    """What may go.
+
+    Raises:
+        ConfigError: If a value is not allowed; the message names it.
+    """
+
+    units: tuple[Unit, ...] = ("kv_group", "neuron")
+    """What width may remove."""
+    protect: tuple[int, int] = (0, 0)
+    """First and last layers to leave whole."""
+    round_to: int | None = None
+    """Multiple for the number of neurons; default 128, smaller for small models."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.units or set(self.units) - set(get_args(Unit)):
+            raise ConfigError(f"units {self.units} must be of: {', '.join(get_args(Unit))}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(WidthOptions, TargetOptions):
+    """How much may go and what, where scores are given."""
+
+    dtype: Dtype = "auto"
+    """Data type that --target-memory is counted in."""
+    axis: Axis = "width"
+    """Remove layers, KV groups and neurons, or both."""
+    allocation: Literal["uniform", "protect", "global"] = "uniform"
+    """The same widths in every layer; first and last layers whole; or one ranking of the units of
+    all layers. The last two write files with code."""
+    kv_heads: int | None = None
+    """KV groups to keep in every layer; neurons give the rest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileOptions(Options):
+    """How a checkpoint is written."""
+
+    compat: bool = False
+    """Write files that transformers 4.57 and 5.0 load right, too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig(FileOptions, WidthOptions, RatioOptions, SampleOptions, DataOptions, LoadConfig):
     """What to remove, and how to choose and to mend.
 
     Raises:
         ConfigError: If a value is out of range; the message names the field.
     """
 
-    ratio: float | None = None
-    """Share of the backbone's parameters to remove."""
     axis: Axis | None = None
     """Remove layers, KV groups and neurons, or both."""
     criterion: tuple[str, ...] = ()
     """How to score, one criterion for each kind of unit; by default what measured best."""
-    allocation: Allocation = "balanced"
+    allocation: Allocation | None = None
     """How widths share the ratio: the same in every layer, with KV groups and neurons in
     proportion (uniform) or as measured (balanced); first and last layers whole (protect); by one
-    ranking (global) or a search over layers. The last two give files with code."""
-    units: tuple[Unit, ...] = ("kv_group", "neuron")
-    """What width may remove."""
-    protect: tuple[int, int] = (0, 0)
-    """First and last layers to leave whole."""
-    steps: int = 1
+    ranking (global) or a search over layers. The last two give files with code. By default
+    balanced, or uniform where nothing can be measured."""
+    steps: Annotated[int, AT_LEAST_1] = 1
     """Score, remove a part, and repeat so many times."""
-    search_passes: int = 200
+    search_passes: Annotated[int, AT_LEAST_1] = 200
     """Plans that a search measures at most; each is one pass over held-out samples."""
-    repair: Repair = "none"
-    """Fit the remaining weights in closed form: widths, seams of removed layers, both, or auto,
-    which keeps what helps on held-out answers."""
-    pad: bool = False
-    """Fill layers of different widths up with zeros: loads without code, as large as the widest."""
-    compat: bool = False
-    """Write files that transformers 4.57 and 5.0 load right, too."""
-    round_to: int | None = None
-    """Multiple for the number of neurons; default 128, smaller for small models."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_choices(self, _PRUNE_CHOICES)
-        _require_at_least_1(self, "steps", "search_passes")
-        if not self.units or set(self.units) - set(get_args(Unit)):
-            raise ConfigError(f"units {self.units} must be of: {', '.join(get_args(Unit))}")
-        if self.steps > 1 and self.allocation == "search":
-            raise ConfigError(f"steps {self.steps} cannot be combined with allocation 'search'")
-
-    @property
-    def trains(self) -> bool:
-        """Whether training is to follow: pruning alone leaves that open where there is data."""
-        return self.data is not None
-
-    @property
-    def needs_held_out(self) -> bool:
-        """Whether some calibration samples are set aside to judge plans and repairs on."""
-        return self.allocation in ("balanced", "search") or self.repair == "auto"
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompressConfig(PruneConfig):
-    """Everything a run depends on; written into the run folder and compared when it goes on."""
-
     repair: Repair = "auto"
     """Fit the remaining weights in closed form: widths, seams of removed layers, both, or auto,
     which keeps what helps on held-out answers and does nothing without data."""
-    training_samples: int | None = None
+    pad: bool = False
+    """Fill layers of different widths up with zeros: loads without code, as large as the widest."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps > 1 and self.allocation == "search":
+            raise ConfigError(f"steps {self.steps} cannot be combined with allocation 'search'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionOptions(Options):
+    """How much models are asked, and from where."""
+
+    task_folder: str | None = None
+    """Folder with local copies of the benchmarks' task files."""
+    limit: Annotated[int | None, AT_LEAST_1] = None
+    """Only the first so many questions of each task."""
+    batch_size: Annotated[int, AT_LEAST_1] = 16
+    """Questions answered at once."""
+    floors: bool = False
+    """Ask the original model a second time, blind, so that tables show each task's blind floor and
+    retention above the floors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Questions(QuestionOptions):
+    """What models are asked."""
+
+    tasks: str = "demo"
+    """Comma-separated names: built-in tasks (demo for all), YAML files of your own, or the study's
+    benchmarks mme, pope, gqa, scienceqa_img, mmmu_val, ai2d, mathvista, docvqa (needs
+    slimvlm[eval])."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressConfig(QuestionOptions, PruneConfig):
+    """Everything a run depends on; written into the run folder and compared when it goes on.
+
+    Raises:
+        ConfigError: If a value is out of range; the message names the field.
+    """
+
+    training_samples: Annotated[int | None, AT_LEAST_1] = None
     """Use only so many further samples of the data for recovery."""
     recover: RecoverConfig | None = None
-    """Recovery options; None for no recovery."""
-
+    """Recovery options; None for no recovery. Its seed is the run's."""
     tasks: str | None = None
-    """Tasks to evaluate on, comma-separated; none if not given."""
-    limit: int | None = None
-    """Only the first so many questions of each task."""
+    """Evaluate on these tasks before, between and after, named as for ``evaluate``."""
     baseline: str | None = None
     """Result file of the original model, to save asking it again."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.recover is not None and self.recover.keep_adapter:
+        if self.recover is None:
+            return
+        if self.recover.keep_adapter:
             raise ConfigError(
                 "keep_adapter True: compress writes merged weights alone; use recover"
             )
-
-    @property
-    def trains(self) -> bool:
-        """Whether training follows."""
-        return self.data is not None and self.recover is not None
+        if self.recover.seed not in (0, self.seed):
+            raise ConfigError(
+                f"seed {self.seed}: a run has one, and recover has {self.recover.seed}"
+            )
 
 
 MIN_NEW_TOKENS = 3
+ENOUGH_TOKENS = Range(lambda value: value >= MIN_NEW_TOKENS, f"at least {MIN_NEW_TOKENS}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Workload:
+class Workload(Options):
     """What is timed.
 
     Raises:
         ConfigError: If a value is out of range; the message names the field.
     """
 
-    prompt_tokens: int = 512
+    prompt_tokens: Annotated[int, AT_LEAST_1] = 512
     """Length of every prompt; a picture counts with the tokens that it takes."""
-    new_tokens: int = 32
+    new_tokens: Annotated[int, ENOUGH_TOKENS] = 32
     """Length of every answer."""
     batch_sizes: tuple[int, ...] = (1, 16)
     """Prompts that are answered at once; each number is timed."""
-    repeats: int = 5
+    repeats: Annotated[int, AT_LEAST_1] = 5
     """Measured runs of each model at each batch size, after one to warm up."""
 
     def __post_init__(self) -> None:
-        lowest = {"prompt_tokens": 1, "new_tokens": MIN_NEW_TOKENS, "repeats": 1}
-        for name, least in lowest.items():
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} {getattr(self, name)} must be at least {least}")
+        super().__post_init__()
         if not self.batch_sizes or min(self.batch_sizes) < 1:
             raise ConfigError(f"batch_sizes {self.batch_sizes} must be numbers of at least 1")
 
@@ -404,9 +506,9 @@ def compress_command(model: str, config: CompressConfig, out: str | Path) -> str
         config: The run's configuration.
         out: Its folder.
     """
-    words = ["slimvlm", "compress", model, *_options(config, RECIPE)]
+    words = ["slimvlm", "compress", model, *_given(config, {"batch_size": TASK_BATCH_SIZE})]
     if config.recover is not None:
-        words += _options(config.recover, RECIPE)
+        words += _given(config.recover, {"seed": None})
     elif config.data is not None:
         words += ["--train", "none"]
     return shlex.join([*words, "--out", str(out)])
@@ -414,17 +516,17 @@ def compress_command(model: str, config: CompressConfig, out: str | Path) -> str
 
 RECIPE = ("axis", "train", "loss")
 """Options that a recipe chooses when they are not given."""
+TASK_BATCH_SIZE = "task_batch_size"
+"""What `Questions.batch_size` is called where training has a batch size, too."""
 
 
-def _options(config: Any, always: tuple[str, ...]) -> Iterator[str]:
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if value is None or isinstance(value, RecoverConfig):
+def _given(config: Any, names: Mapping[str, str | None]) -> Iterator[str]:
+    """The options of a command; some have another name there, or none."""
+    for row in fields(config):
+        name, value = names.get(row.name, row.name), getattr(config, row.name)
+        usual = value is None or (value == row.default and row.name not in RECIPE)
+        if usual or name is None or isinstance(value, RecoverConfig):
             continue
-        if value == field.default and field.name not in always:
-            continue
-        yield f"--{field.name.replace('_', '-')}"
-        if value is True and field.default is False:
-            continue
-        values = value if isinstance(value, tuple) else (value,)
-        yield from map(str, values)
+        yield f"--{name.replace('_', '-')}"
+        if value is not True or row.default is not False:
+            yield from map(str, value if isinstance(value, tuple) else (value,))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from slimvlm.core.errors import ConfigError
-from slimvlm.core.options import Dtype
+from slimvlm.core.options import Dtype, LoadConfig
 from slimvlm.core.processes import local_rank
 from slimvlm.core.requests import digest
 from slimvlm.models.anatomy import Anatomy, backbone_of, family_of, read_anatomy
@@ -133,6 +133,23 @@ def load(
     if not shard:  # shards lie where they belong
         loaded = loaded.to(torch.device(device) if device is not None else default_device())
     return loaded.eval(), load_processor(name, config, trust_remote_code)
+
+
+def load_as(
+    options: LoadConfig, model: str | Path, device: str | torch.device | None = None
+) -> tuple[PreTrainedModel, Any]:
+    """`load` a model the way options say."""
+    return load(model, options.dtype, device, options.trust_remote_code)
+
+
+def check_models(options: LoadConfig, *models: str) -> None:
+    """Refuse models that cannot be read or are not known, before any weight is read.
+
+    Raises:
+        SlimError: As `load_config` does.
+    """
+    for model in models:
+        load_config(model, options.trust_remote_code)
 
 
 def _require_safetensors(folder: Path) -> None:

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import (
     discard_replacement,
     held,
@@ -25,23 +23,41 @@ from slimvlm.core.files import (
     require_free,
     write_text,
 )
-from slimvlm.core.options import CompressConfig, compress_command
+from slimvlm.core.options import CompressConfig, PruneConfig, Questions, compress_command, part_of
 from slimvlm.core.requests import identity_of_files, is_begun_for, note_request
 from slimvlm.data.read import identity_of_data
-from slimvlm.data.samples import Sample
-from slimvlm.evaluation.ask import evaluate
-from slimvlm.evaluation.results import Result
-from slimvlm.evaluation.tasks import find_tasks
-from slimvlm.models.load import load, resolve
+from slimvlm.evaluation.results import Result, read_baseline
+from slimvlm.models.load import anatomy, load, resolve
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.card import CardFacts
 from slimvlm.pruning.save import save
+from slimvlm.runs import stages
 from slimvlm.runs import tables as summary
 from slimvlm.runs.recipes import recipe_for
-from slimvlm.runs.stages import Calibration, check_request, choose_plan, cut_, ratio_of, samples_for
-from slimvlm.training.recover import TRACKER_FOLDER, recover
+from slimvlm.runs.request import (
+    Request,
+    Say,
+    check_options,
+    check_questions,
+    ratio_of,
+    rehearse_request,
+    resolved,
+)
+from slimvlm.runs.stages import Calibration, Split
+from slimvlm.training.recover import TRACKER_FOLDER
 
 STAGES = ("original", "pruned", "recovered")
+
+
+def request_of(model: str, config: CompressConfig) -> Request:
+    """What a run asks of the stages."""
+    return Request(
+        model=model,
+        prune=part_of(config, PruneConfig),
+        recover=config.recover,
+        training_samples=config.training_samples,
+        questions=part_of(config, Questions) if config.tasks else None,
+    )
 
 
 @dataclass
@@ -55,7 +71,7 @@ class Run:
     folder: Path
     name: str
     config: CompressConfig
-    say: Callable[[str], None]
+    say: Say
     results: dict[str, Result] = field(default_factory=dict)
 
     @cached_property
@@ -65,6 +81,11 @@ class Run:
         made_from = [identity_of_files(self.model, resolve(self.model))]
         made_from += [] if data is None else [identity_of_data(data)]
         return {"model": self.model, **asdict(self.config), "made_from": made_from}
+
+    @cached_property
+    def request(self) -> Request:
+        """The request, with nothing left open."""
+        return resolved(request_of(self.model, self.config), self.say)
 
     def path(self, name: str) -> Path:
         """A file or folder inside the run folder."""
@@ -76,7 +97,7 @@ def compress(
     config: CompressConfig,
     out: str | Path,
     force: bool = False,
-    say: Callable[[str], None] = print,
+    say: Say = print,
 ) -> dict[str, Result]:
     """Make a smaller model in one run folder.
 
@@ -103,36 +124,37 @@ def compress(
     return run.results
 
 
-def _checked_samples(run: Run, force: bool) -> list[Sample]:
+def _checked_samples(run: Run, force: bool) -> Split:
     """The data, after every mistake in the request that can be found without weights."""
-    config, say = run.config, run.say
     _require_startable(run, force)
-    if config.tasks:
-        find_tasks(config.tasks)
-    if config.baseline:
-        Result.load(config.baseline)
-    if config.limit is not None and config.limit < 1:
-        raise ConfigError(f"limit {config.limit} must be at least 1")
-    check_request(run.model, config, say)
-    samples = samples_for(run.model, config, _samples_to_read(config), say)
-    if config.axis is None:
-        chart = recipe_for(ratio_of(config), config.trains)
-        say(f"axis {chart.axis}: {chart.why} ({chart.source})")
+    given = request_of(run.model, run.config)
+    if given.questions is not None:
+        check_questions(given.questions)
+    if run.config.baseline:
+        read_baseline(run.config.baseline, floors=run.config.floors)
+    config = run.request.prune
+    check_options(config)
+    rehearse_request(anatomy(run.model), config)
+    if config.data is None:
+        run.say(f"no data: scoring by {' and '.join(config.criterion)}")
+    samples = stages.read_split(run.request, run.say)
+    if run.config.axis is None:
+        chart = recipe_for(ratio_of(config), run.request.trains)
+        run.say(f"axis {chart.axis}: {chart.why} ({chart.source})")
     return samples
 
 
-def _go(run: Run, samples: list[Sample], force: bool) -> None:
+def _go(run: Run, samples: Split, force: bool) -> None:
     """All stages that are not done yet."""
-    config, say = run.config, run.say
     _open_folder(run, force)
-    original, processor = load(run.model, config.dtype, trust_remote_code=config.trust_remote_code)
+    original, processor = stages.load_original(run.request)
     _evaluated(run, "original", original, processor)
-    calibration = Calibration(config, processor, samples)
+    calibration = Calibration(processor, samples.calibration, run.request.hold_out)
     plan = _planned(run, original, calibration)
-    say(plan.summary())
+    run.say(plan.summary())
     if plan.needs_retype:
-        say(f"language model is written as {plan.after.text_type!r}, which computes the same")
-    trains = config.recover is not None and bool(samples)
+        run.say(f"language model is written as {plan.after.text_type!r}, which computes the same")
+    trains = run.request.trains and bool(samples.training)
     _pruned(run, original, plan, calibration, "pruned" if trains else "checkpoint")
     del original, calibration  # before two models are read for recovery
     if trains:
@@ -149,11 +171,6 @@ def _require_startable(run: Run, force: bool) -> None:
         run.say(f"going on with the unfinished run in {run.folder}")
 
 
-def _samples_to_read(config: CompressConfig) -> int | None:
-    """Calibration samples and training samples, None for all."""
-    if config.training_samples is None:
-        return None
-    return config.samples + config.training_samples
 
 
 def _open_folder(run: Run, force: bool) -> None:
@@ -170,7 +187,12 @@ def _open_folder(run: Run, force: bool) -> None:
 def _planned(run: Run, model: PreTrainedModel, calibration: Calibration) -> Plan:
     if run.path("plan.json").exists():
         return Plan.load(run.path("plan.json"))
-    plan = choose_plan(run.config, model, calibration, run.say, run.path("scores"))
+    state = run.path("scores")
+    scores = stages.calibrate(run.request, model, calibration)
+    for name, found in scores.items():
+        found.save(state / name)
+    given = list(scores.values())
+    plan = stages.plan(run.request, model, calibration, given, run.say, state / "search.json")
     plan.save(run.path("plan.json"))
     return plan
 
@@ -181,56 +203,58 @@ def _pruned(
     """Cut the model and write it, unless a later stage has been reached already."""
     if run.path(folder).exists() or run.path("checkpoint").exists():
         return
-    report = cut_(run.config, model, plan, calibration)
+    report = stages.prune_(run.request, model, plan, calibration)
     if report is not None:
         run.say(report.summary())
         write_text(run.path("repair.json"), json.dumps(asdict(report), indent=1) + "\n")
     _evaluated(run, "pruned", model, calibration.processor)
-    pad, compat = (
-        wanted and folder == "checkpoint" for wanted in (run.config.pad, run.config.compat)
-    )
-    facts, place = _card_facts(run, ""), run.path(folder)
-    save(model, calibration.processor, place, plan, pad=pad, facts=facts, compat=compat)
+    _save(run, model, calibration.processor, plan, folder)
 
 
-def _recovered(run: Run, plan: Plan, samples: list[Sample]) -> None:
-    config = run.config
+def _recovered(run: Run, plan: Plan, samples: Split) -> None:
     if run.path("checkpoint").exists():
         return
-    assert config.recover is not None
-    model, processor = load(run.path("pruned"), config.dtype)
-    teacher = None
-    if config.recover.needs_teacher:
-        # what it shares with the model never goes to a GPU
-        teacher, _ = load(run.model, config.dtype, "cpu", config.trust_remote_code)
-    fresh = samples[config.samples :] or samples
-    history = recover(model, teacher, fresh, config.recover, processor, run.path("training"), plan)
+    model, processor = load(run.path("pruned"), run.config.dtype)
+    history = stages.recover_(
+        run.request, model, processor, plan, samples.training, run.path("training")
+    )
     write_text(run.path("history.json"), json.dumps(asdict(history), indent=1) + "\n")
     _evaluated(run, "recovered", model, processor)
-    facts = _card_facts(
-        run,
-        f"Then {config.recover.train} was trained from {config.recover.loss} on "
-        f"{history.num_samples} conversations.",
+    assert run.config.recover is not None
+    about = (
+        f"Then {run.config.recover.train} was trained from {run.config.recover.loss} on "
+        f"{history.num_samples} conversations."
     )
-    place, pad, compat = run.path("checkpoint"), config.pad, config.compat
-    save(model, processor, place, plan, pad=pad, facts=facts, compat=compat)
+    _save(run, model, processor, plan, "checkpoint", about)
+
+
+def _save(
+    run: Run, model: PreTrainedModel, processor: Any, plan: Plan, folder: str, training: str = ""
+) -> None:
+    """Write a model; only the last one is written the way the user asked for."""
+    config, is_last = run.config, folder == "checkpoint"
+    save(
+        model,
+        processor,
+        run.path(folder),
+        plan,
+        pad=config.pad and is_last,
+        facts=_card_facts(run, training),
+        compat=config.compat and is_last,
+    )
 
 
 def _evaluated(run: Run, stage: str, model: PreTrainedModel, processor: Any) -> None:
-    config = run.config
-    if not config.tasks:
+    request, path = run.request, run.path("results") / f"{stage}.json"
+    if request.questions is None or path.exists():
         return
-    path = run.path("results") / f"{stage}.json"
-    if not path.exists():
-        if stage == "original" and config.baseline:
-            Result.load(config.baseline).save(path)
-        else:
-            run.say(f"evaluate the {stage} model")
-            tasks = find_tasks(config.tasks)
-            result = evaluate(
-                model, processor, tasks, config.limit, name=stage, log_folder=run.path("answers")
-            )
-            result.save(path)
+    if stage == "original" and run.config.baseline:
+        Result.load(run.config.baseline).save(path)
+        return
+    run.say(f"evaluate the {stage} model")
+    if stage != "original":  # floors are the original's
+        request = replace(request, questions=replace(request.questions, floors=False))
+    stages.evaluate(request, model, processor, stage, run.path("answers")).save(path)
 
 
 def read_results(folder: Path) -> dict[str, Result]:

@@ -1,342 +1,111 @@
-"""From a request to a plan, and from a plan to a smaller model."""
+"""The five stages as functions of one request: calibrate, plan, prune, recover, evaluate.
+
+`compress`, studies and the verbs of the command line are made of these functions. A driver makes a
+`Request`, resolves and checks it once, and then calls the stages in turn; it says where outcomes
+are kept, they say how each comes about.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from slimvlm.core.errors import ConfigError
-from slimvlm.core.options import Axis, DataConfig, PruneConfig
+from slimvlm.core.options import DataConfig, part_of
 from slimvlm.core.progress import progress
 from slimvlm.data.read import load_samples
-from slimvlm.data.roles import parse_token_weights
 from slimvlm.data.samples import Sample
-from slimvlm.models.anatomy import Anatomy, read_anatomy
-from slimvlm.models.load import anatomy as anatomy_of
-from slimvlm.models.load import load_config, load_processor, resolve
-from slimvlm.planning.make import make_plan
+from slimvlm.evaluation.lmms import evaluate_all
+from slimvlm.evaluation.results import Result
+from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.load import load_as, load_config, load_processor, resolve
 from slimvlm.planning.plan import Plan
 from slimvlm.planning.search import search_plan
 from slimvlm.planning.steps import plan_in_steps
-from slimvlm.pruning.cut import prune_
-from slimvlm.pruning.low_memory.opened import open_checkpoint
-from slimvlm.pruning.low_memory.score import Request, score_opened
-from slimvlm.pruning.narrowing import Narrowing, narrow_to_
+from slimvlm.pruning.cut import prune_ as cut_
 from slimvlm.pruning.repair import RepairReport, prune_and_repair_
-from slimvlm.runs.recipes import recipe_for
-from slimvlm.scoring.criteria import CRITERIA, DEFAULT_CRITERIA, criterion_named
-from slimvlm.scoring.score_model import calibration_batches, score
-from slimvlm.scoring.statistics import Statistics
-from slimvlm.scoring.unit_scores import Scores
-from slimvlm.scoring.without_data import score_random
+from slimvlm.runs.request import (
+    MEASURED,
+    Request,
+    Say,
+    criterion_options,
+    plan_options,
+    ranked_allocation,
+    ranked_plan,
+    ratio_of,
+    silent,
+    token_weights_of,
+)
+from slimvlm.scoring.criteria import CRITERIA
+from slimvlm.scoring.score import calibration_batches, score
+from slimvlm.scoring.scores import Scores
+from slimvlm.training.recover import History
+from slimvlm.training.recover import recover as train
 
 HELD_OUT_EVERY = 4
 """Every so manyth calibration sample judges plans and repairs instead of making them."""
 
 _BATCH = 4
-_LEVELS = {"balanced": "uniform", "search": "layer"}
-
-Say = Callable[[str], None]
 
 
-@dataclass
-class Calibration:
-    """The calibration samples of a request as model inputs, encoded when first needed."""
-
-    config: PruneConfig
-    processor: Any
-    samples: Sequence[Sample]
-
-    @cached_property
-    def fitted(self) -> list[dict[str, Any]]:
-        """Batches that scores and repairs come from."""
-        samples = self._shown
-        if self.config.needs_held_out and len(samples) >= HELD_OUT_EVERY:
-            samples = [s for i, s in enumerate(samples, 1) if i % HELD_OUT_EVERY]
-        return list(calibration_batches(self.processor, samples, _BATCH, "encode"))
-
-    @cached_property
-    def held_out(self) -> list[dict[str, Any]]:
-        """Batches that judge; of fewer than four samples all."""
-        samples = self._shown
-        if len(samples) >= HELD_OUT_EVERY:
-            samples = samples[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
-        return list(calibration_batches(self.processor, samples, _BATCH, "encode held-out"))
-
-    @property
-    def _shown(self) -> list[Sample]:
-        return list(self.samples[: self.config.samples])
+# The samples: one order for each seed, calibration first, training after it.
 
 
-def axis_of(config: PruneConfig) -> Axis:
-    """The axis, by the study's chart if none was given."""
-    return config.axis or recipe_for(ratio_of(config), config.trains).axis
+@dataclass(frozen=True)
+class Split:
+    """The samples of a request.
 
-
-def ratio_of(config: PruneConfig) -> float:
-    """The ratio.
-
-    Raises:
-        ConfigError: If there is none.
+    Attributes:
+        calibration: Those to score, choose and repair with.
+        training: Those to learn from.
     """
-    if config.ratio is None:
-        raise ConfigError("ratio: say which share of the backbone to remove")
-    return config.ratio
+
+    calibration: Sequence[Sample]
+    training: Sequence[Sample]
 
 
-def criteria_of(config: PruneConfig) -> tuple[str, ...]:
-    """The criteria; without data, ones that need none."""
-    if config.criterion:
-        return config.criterion
-    if config.data is None:
-        return ("spacing", "magnitude")
-    return DEFAULT_CRITERIA[axis_of(config)]
+def split(samples: Sequence[Sample], request: Request) -> Split:
+    """Which samples calibrate and which train.
 
-
-def check_request(model: str | PreTrainedConfig, config: PruneConfig, say: Say) -> None:
-    """Find every mistake that can be found without weights and data.
+    The data has one order for each seed: that of the file for 0, a shuffled one for any other.
+    Calibration takes the first ones, training what comes after, or all if nothing is left.
 
     Args:
-        model: Folder, hub id, ``demo`` or a configuration.
-        config: The request.
-        say: Receives notes.
-
-    Raises:
-        SlimError: If an option or the ratio cannot work for this model.
+        samples: In the order of the file: all, or for seed 0 as many as `rows_to_read` says.
+        request: The request.
     """
-    check_options(config)
-    rehearse_request(anatomy_of(model), config)
-    if config.data is None:
-        say(f"no data: scoring by {' and '.join(criteria_of(config))}")
+    config = request.prune
+    if config.seed:
+        samples = random.Random(config.seed).sample(samples, len(samples))
+    shown, rest = samples[: config.samples], samples[config.samples :]
+    return Split(shown, (rest or shown)[: request.training_samples])
 
 
-def check_options(config: PruneConfig) -> None:
-    """Find every mistake that neither a model nor data is needed for.
-
-    Raises:
-        ConfigError: If an option is unknown or needs data that is not given.
-    """
-    rows = {name: criterion_named(name, {}) for name in criteria_of(config)}
-    data_bound = [name for name, row in rows.items() if row.needs_data]
-    if data_bound and config.data is None:
-        raise ConfigError(f"criterion {data_bound[0]!r} needs --data")
-    if config.token_weights is not None:
-        parse_token_weights(config.token_weights)
-        if not data_bound:
-            raise ConfigError(f"token_weights {config.token_weights!r}: no criterion reads data")
-    if config.data is None:
-        for name, free in (("repair", ("none", "auto")), ("steps", (1,))):
-            if getattr(config, name) not in free:
-                raise ConfigError(f"{name} {getattr(config, name)!r} needs --data")
-        if config.allocation == "search":
-            raise ConfigError("allocation 'search' needs --data")
-
-
-def rehearse_request(anatomy: Anatomy, config: PruneConfig) -> None:
-    """Find out whether a model of this shape can be pruned as asked.
-
-    Raises:
-        SlimError: What `make_plan` would raise after the weights were read and scored.
-    """
-    rehearse(
-        anatomy,
-        criteria_of(config),
-        ratio_of(config),
-        axis_of(config),
-        allocation=config.allocation if config.allocation not in _LEVELS else "uniform",
-        **_plan_options(config),
-    )
-
-
-def rehearse(
-    anatomy: Anatomy, criteria: Iterable[str], ratio: float, axis: str, **options: Any
-) -> None:
-    """Find out whether a plan is possible, with random scores in place of real ones.
-
-    Raises:
-        SlimError: What `make_plan` would raise after the weights were read and scored.
-    """
-    pretended = score_random(Statistics(), anatomy)
-    units = {unit for name in criteria for unit in CRITERIA[name].units}
-    scores = Scores(", ".join(criteria), **{unit: pretended.of(unit) for unit in units})
-    make_plan(anatomy, scores, ratio, axis, **options)
-
-
-def choose_plan(
-    config: PruneConfig,
-    model: PreTrainedModel,
-    calibration: Calibration,
-    say: Say,
-    folder: Path | None = None,
-    given: Sequence[Scores] | None = None,
-) -> Plan:
-    """Score a loaded model and make the plan.
-
-    Args:
-        config: The request.
-        model: The model.
-        calibration: Its calibration data.
-        say: Receives what a search found.
-        folder: Where to keep the scores and the state of a search, if anywhere.
-        given: Scores by the request's criteria, if they are known already.
-    """
-    ratio, axis = ratio_of(config), axis_of(config)
-    options = _plan_options(config)
-    allocation = config.allocation
-    if allocation == "balanced" and (axis == "depth" or config.data is None):
-        allocation = "uniform"
-    if config.steps > 1:
-        criteria = {name: _criterion_options(config, name) for name in criteria_of(config)}
-        options["allocation"] = "uniform" if allocation in _LEVELS else allocation
-        return plan_in_steps(
-            model, calibration.fitted, criteria, ratio, axis, config.steps, **options
-        )
-    given = given or _scores(config, model, calibration, folder)
-    if allocation not in _LEVELS:
-        return make_plan(read_anatomy(model), given, ratio, axis, allocation, **options)
-    found = search_plan(
-        model,
-        given,
-        calibration.held_out,
-        ratio,
-        axis,
-        level=_LEVELS[allocation],
-        passes=config.search_passes,
-        state_file=None if folder is None else folder / "search.json",
-        **options,
-    )
-    say(f"search: {len(found.trials)} plans measured, least divergence {found.divergence:.4f}")
-    return found.plan
-
-
-def check_low_memory(config: PruneConfig) -> None:
-    """Refuse what needs the whole model in memory.
-
-    Raises:
-        ConfigError: If the request does.
-    """
-    free: dict[str, tuple[object, ...]] = {
-        "repair": ("none",),
-        "steps": (1,),
-        "pad": (False,),
-        "compat": (False,),
-        "allocation": ("uniform", "balanced", "protect", "global"),
-    }
-    for name, allowed in free.items():
-        if getattr(config, name) not in allowed:
-            choices = " or ".join(str(value) for value in allowed)
-            raise ConfigError(f"{name} {getattr(config, name)!r}: low_memory can only do {choices}")
-    for name in criteria_of(config) if config.ratio is not None else ():
-        Request(name)
-
-
-def plan_with_low_memory(
-    config: PruneConfig, model: str, samples: Sequence[Sample], scratch: Path, say: Say
-) -> Plan:
-    """Score a checkpoint that does not fit in memory and make the plan.
-
-    Widths are the same in every layer unless ``protect`` or ``global`` is asked for: measuring
-    plans, as ``balanced`` does, needs the whole model.
-
-    Args:
-        config: The request, checked by `check_low_memory`.
-        model: Folder, hub id or ``demo``.
-        samples: The calibration samples.
-        scratch: Folder for activations between layers.
-        say: Receives the size of that folder.
-    """
-    opened = open_checkpoint(model, config.dtype, config.trust_remote_code)
-    processor = load_processor(str(opened.folder), opened.model.config, config.trust_remote_code)
-    requests = []
-    for name in criteria_of(config):
-        options = _criterion_options(config, name)
-        options.pop("token_weights", None)
-        requests.append(Request(name, options))
-    batches: Iterable[Any] = ()
-    if any(CRITERIA[request.criterion].needs_data for request in requests):
-        batches = calibration_batches(processor, samples, description="embed")
-    scores = score_opened(opened, batches, requests, _token_weights(config), scratch, say)
-    allocation = "uniform" if config.allocation in _LEVELS else config.allocation
-    return make_plan(
-        read_anatomy(opened.model),
-        scores,
-        ratio_of(config),
-        axis_of(config),
-        allocation,
-        **_plan_options(config),
-    )
-
-
-def cut_(
-    config: PruneConfig, model: PreTrainedModel, plan: Plan, calibration: Calibration
-) -> RepairReport | None:
-    """Prune a model in place, with the repair that the request asks for; none without data."""
-    if config.repair == "none" or config.data is None:
-        prune_(model, plan)
+def rows_to_read(request: Request) -> int | None:
+    """How many samples of the file a request needs; None for all."""
+    config = request.prune
+    if config.seed or (request.trains and request.training_samples is None):
         return None
-    return prune_and_repair_(
-        model,
-        plan,
-        calibration.fitted,
-        config.repair,
-        token_weights=_token_weights(config),
-        held_out=calibration.held_out if config.repair == "auto" else None,
-    )
+    return config.samples + (request.training_samples or 0) * request.trains
 
 
-def narrow_first_(model: PreTrainedModel, hidden_size: int, calibration: Calibration) -> Narrowing:
-    """Narrow a model's residual stream in place, by its weights if the request has no data."""
-    config = calibration.config
-    if config.data is None:
-        return narrow_to_(model, hidden_size, criterion="magnitude")
-    weights = _token_weights(config)
-    return narrow_to_(model, hidden_size, calibration.fitted, token_weights=weights)
+def read_split(request: Request, say: Say) -> Split:
+    """Read the samples of a request, as many as it needs.
 
-
-def score_by(
-    config: PruneConfig, model: PreTrainedModel, calibration: Calibration, criterion: str
-) -> Scores:
-    """Scores by one of the request's criteria."""
-    batches: Any = ()
-    if CRITERIA[criterion].needs_data:
-        batches = progress(calibration.fitted, criterion)
-    return score(model, batches, criterion, **_criterion_options(config, criterion))
-
-
-def _scores(
-    config: PruneConfig, model: PreTrainedModel, calibration: Calibration, folder: Path | None
-) -> list[Scores]:
-    given = []
-    for name in criteria_of(config):
-        scores = score_by(config, model, calibration, name)
-        if folder is not None:
-            scores.save(folder / name)
-        given.append(scores)
-    return given
-
-
-def _criterion_options(config: PruneConfig, criterion: str) -> dict[str, Any]:
-    options = CRITERIA[criterion].requested(config)
-    if CRITERIA[criterion].needs_data and config.token_weights is not None:
-        options["token_weights"] = _token_weights(config)
-    return options
-
-
-def _token_weights(config: PruneConfig) -> dict[str, float] | None:
-    return None if config.token_weights is None else parse_token_weights(config.token_weights)
-
-
-def _plan_options(config: PruneConfig) -> dict[str, Any]:
-    return {"protect": config.protect, "round_to": config.round_to, "units": config.units}
+    Raises:
+        SlimError: As `samples_for` does.
+    """
+    source = part_of(request.prune, DataConfig)
+    return split(samples_for(request.model, source, rows_to_read(request), say), request)
 
 
 def samples_for(
-    model: str | Path, source: DataConfig, limit: int | None, warn: Callable[[str], None]
+    model: str | Path, source: DataConfig, limit: int | None, warn: Say
 ) -> list[Sample]:
     """The conversations that options name, as far as a model can read them.
 
@@ -355,4 +124,162 @@ def samples_for(
     processor = load_processor(resolve(model), load_config(model, trusted), trusted)
     return load_samples(
         source.data, source.images, limit, source.max_bad, warn, processor, source.max_length
+    )
+
+
+@dataclass
+class Calibration:
+    """Calibration samples as model inputs, encoded when first needed.
+
+    Attributes:
+        processor: The model's.
+        samples: The samples.
+        hold_out: Whether every fourth one is kept out of what is fitted.
+    """
+
+    processor: Any
+    samples: Sequence[Sample]
+    hold_out: bool
+
+    @cached_property
+    def fitted(self) -> list[dict[str, Any]]:
+        """Batches that scores and repairs come from."""
+        samples = self.samples
+        if self.hold_out and len(samples) >= HELD_OUT_EVERY:
+            samples = [s for i, s in enumerate(samples, 1) if i % HELD_OUT_EVERY]
+        return list(calibration_batches(self.processor, samples, _BATCH, "encode"))
+
+    @cached_property
+    def held_out(self) -> list[dict[str, Any]]:
+        """Batches that judge; of fewer than four samples all."""
+        samples = self.samples
+        if len(samples) >= HELD_OUT_EVERY:
+            samples = samples[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
+        return list(calibration_batches(self.processor, samples, _BATCH, "encode held-out"))
+
+
+# The stages. They take a resolved request and live objects, and return values.
+
+
+def load_original(request: Request, device: str | None = None) -> tuple[PreTrainedModel, Any]:
+    """The unpruned model and its processor."""
+    return load_as(request.prune, request.model, device)
+
+
+def calibrate(
+    request: Request, model: PreTrainedModel, calibration: Calibration
+) -> dict[str, Scores]:
+    """Score a model by each criterion of the request; not at all if planning does, in steps."""
+    found: dict[str, Scores] = {}
+    if request.prune.steps > 1:
+        return found
+    for name in request.prune.criterion:
+        batches: Any = ()
+        if CRITERIA[name].needs_data:
+            batches = progress(calibration.fitted, name)
+        found[name] = score(model, batches, name, **criterion_options(request.prune, name))
+    return found
+
+
+def plan(
+    request: Request,
+    model: PreTrainedModel,
+    calibration: Calibration,
+    scores: Sequence[Scores],
+    say: Say = silent,
+    state_file: Path | None = None,
+) -> Plan:
+    """Choose what stays.
+
+    Args:
+        request: The request.
+        model: The original; its weights are not changed.
+        calibration: Its calibration data.
+        scores: Those of `calibrate`; with several steps none, as every step scores what is left.
+        say: Receives what a search found.
+        state_file: Where a search keeps what it measured, to go on after a stop.
+    """
+    config, options = request.prune, plan_options(request.prune)
+    ratio, axis = ratio_of(config), config.axis or "width"
+    if config.steps > 1:
+        criteria = {name: criterion_options(config, name) for name in config.criterion}
+        options["allocation"] = ranked_allocation(config)
+        return plan_in_steps(
+            model, calibration.fitted, criteria, ratio, axis, config.steps, **options
+        )
+    if config.allocation not in MEASURED:
+        return ranked_plan(config, read_anatomy(model), scores)
+    found = search_plan(
+        model,
+        scores,
+        calibration.held_out,
+        ratio,
+        axis,
+        level=MEASURED[config.allocation],
+        passes=config.search_passes,
+        state_file=state_file,
+        **options,
+    )
+    say(f"search: {len(found.trials)} plans measured, least divergence {found.divergence:.4f}")
+    return found.plan
+
+
+def prune_(
+    request: Request, model: PreTrainedModel, plan: Plan, calibration: Calibration
+) -> RepairReport | None:
+    """Cut a model in place, with the repair that the request asks for."""
+    config = request.prune
+    if config.repair == "none":
+        cut_(model, plan)
+        return None
+    return prune_and_repair_(
+        model,
+        plan,
+        calibration.fitted,
+        config.repair,
+        token_weights=token_weights_of(config),
+        held_out=calibration.held_out if config.repair == "auto" else None,
+    )
+
+
+def recover_(
+    request: Request,
+    model: PreTrainedModel,
+    processor: Any,
+    plan: Plan,
+    samples: Sequence[Sample],
+    folder: Path,
+) -> History:
+    """Train a pruned model in place, towards the original where the loss compares with it.
+
+    Args:
+        request: The request.
+        model: The pruned model.
+        processor: Its processor.
+        plan: What was kept of the original.
+        samples: What to learn from.
+        folder: Keeps what a restart goes on from.
+    """
+    assert request.recover is not None
+    teacher = None
+    if request.recover.needs_teacher:
+        teacher, _ = load_original(request, "cpu")  # what it shares with the model stays there
+    return train(model, teacher, list(samples), request.recover, processor, folder, plan)
+
+
+def evaluate(
+    request: Request, model: PreTrainedModel, processor: Any, name: str, log_folder: Path | None
+) -> Result:
+    """Ask a model the request's questions.
+
+    Args:
+        request: The request.
+        model: The model.
+        processor: Its processor.
+        name: What the result calls it.
+        log_folder: Keeps replies as they come.
+    """
+    assert request.questions is not None
+    return evaluate_all(
+        model, processor, **vars(request.questions), name=name, log_folder=log_folder
     )

@@ -19,7 +19,7 @@ from slimvlm.core.options import PruneConfig
 from slimvlm.evaluation.lmms import check_names, split_names
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models.load import anatomy, load_config
-from slimvlm.runs.stages import check_options, rehearse_request
+from slimvlm.runs.request import check_options, rehearse_request
 from slimvlm.runs.study.cache import Cache
 from slimvlm.runs.study.cells import Cell, expand
 from slimvlm.runs.study.config import StudyConfig, read_study

@@ -9,12 +9,15 @@ from typing import Any
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import PruneConfig, RecoverConfig
-from slimvlm.runs.stages import criteria_of
+from slimvlm.runs.request import criteria_of
 from slimvlm.runs.study.config import DEFAULT, NONE, Grid, StudyConfig, built
 
 _SWEPT = tuple(f.name for f in fields(Grid) if f.name != "prune")
 """The keys of a grid that are multiplied."""
-_PRUNE_KEYS = {"ratio", "axis", "criterion", "allocation", "repair", "data", "images"}
+_PRUNE_KEYS = {
+    *("ratio", "axis", "criterion", "allocation", "repair"),
+    *("seed", "data", "images"),
+}
 _RECOVER_KEYS = {"fraction", "seed"}
 """Options that are keys of the grid or of the study."""
 _WITHOUT_EFFECT = {"pad", "compat"}
@@ -114,7 +117,7 @@ def _prune_config(
     for name in _WITHOUT_EFFECT & options.keys():
         raise ConfigError(f"prune: {name!r} changes no result, and a study keeps only results")
     _check_home("prune", options, _PRUNE_KEYS)
-    own = {name: chosen[name] for name in ("ratio", "axis", "allocation", "repair")}
+    own = {name: chosen[name] for name in ("ratio", "axis", "allocation", "repair", "seed")}
     if chosen["criterion"] != DEFAULT:
         own["criterion"] = chosen["criterion"].split("+")
     return built(PruneConfig, {**options, **own, "data": study.data, "images": study.images})

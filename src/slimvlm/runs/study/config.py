@@ -18,7 +18,7 @@ T = TypeVar("T")
 NONE = "none"
 """The recovery that trains nothing."""
 DEFAULT = "default"
-"""The criterion that is chosen for the axis, by `slimvlm.runs.stages.criteria_of`."""
+"""The criterion that is chosen for the axis, by `slimvlm.runs.request.criteria_of`."""
 
 
 def _listed(value: Any) -> tuple[Any, ...]:
@@ -43,8 +43,8 @@ class Grid:
     """Criteria; of several kinds of unit joined by +. default chooses for the axis."""
     allocation: Listed[str] = ("balanced",)
     """How widths share the ratio."""
-    repair: Listed[str] = ("none",)
-    """Repairs in closed form."""
+    repair: Listed[str] = ("auto",)
+    """Repairs in closed form; none for the bare cut, as in the paper."""
     recovery: Listed[str] = (NONE,)
     """Names from the study's recoveries, or none."""
     fraction: Listed[float] = (1.0,)

@@ -14,7 +14,8 @@ from slimvlm.models.load import anatomy
 from slimvlm.runs.estimate import Sizes, image_tokens, optimizer_steps
 from slimvlm.runs.recipes import rules
 from slimvlm.runs.study.cache import Cache
-from slimvlm.runs.study.stages import CellStages, Request, Stage
+from slimvlm.runs.request import Request
+from slimvlm.runs.study.stages import CellStages, Stage
 from slimvlm.runs.study.work import samples_of
 from slimvlm.scoring.criteria import CRITERIA
 
@@ -157,7 +158,7 @@ def _plan_passes(stage: Stage) -> float:
 
 def _questions(stage: Stage) -> int:
     """Questions that a model is asked, those without their pictures included."""
-    asked, costs, own = stage.request.asked, rules().costs, builtin_tasks()
+    asked, costs, own = stage.request.questions, rules().costs, builtin_tasks()
     assert asked is not None
     total = 0
     for name in (part.strip() for part in asked.tasks.split(",")):

@@ -13,20 +13,20 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any, Literal
 
-from slimvlm.core.options import PruneConfig, RecoverConfig
+from slimvlm.core.options import DataConfig, LoadConfig, PruneConfig, Questions, part_of
 from slimvlm.core.requests import digest, identity_of_files
 from slimvlm.data.read import identity_of_data
 from slimvlm.evaluation.answers import digest_of_questions
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models.load import resolve
-from slimvlm.runs.stages import criteria_of
+from slimvlm.runs.request import Request, criterion_options, resolved
 from slimvlm.runs.study.cells import Cell
 from slimvlm.runs.study.config import StudyConfig
 from slimvlm.scoring.criteria import CRITERIA
 
 Kind = Literal["calibrate", "plan", "prune", "recover", "evaluate"]
 KINDS: tuple[Kind, ...] = ("calibrate", "plan", "prune", "recover", "evaluate")
-FORMAT = 1
+FORMAT = 2
 """Raised when a stage's outcome changes for the same request."""
 
 
@@ -39,48 +39,6 @@ def forget_files() -> None:
     """Read files again from now on: another study may find others in the same place."""
     for remembered in (_identity, _identity_of_data, _identity_of_task):
         remembered.cache_clear()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What a model is asked.
-
-    Attributes:
-        tasks: Names, separated by commas.
-        task_folder: Folder with local task files.
-        limit: Questions of each task.
-        batch_size: Questions at once.
-        floors: Whether to ask blind as well.
-    """
-
-    tasks: str
-    task_folder: str | None
-    limit: int | None
-    batch_size: int
-    floors: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """Everything that determines what a stage makes of its inputs.
-
-    Attributes:
-        model: The original.
-        identity: What the model and the data are made of, so that exchanged files are noticed.
-        prune: The options of pruning that matter to the stage; the others have their defaults.
-        seed: Seed of the samples; 0 where none are read.
-        recover: Options of the training.
-        training_samples: Samples to train on at most.
-        asked: What the model is asked.
-    """
-
-    model: str
-    identity: tuple[str, ...]
-    prune: PruneConfig
-    seed: int = 0
-    recover: RecoverConfig | None = None
-    training_samples: int | None = None
-    asked: Asked | None = None
 
 
 @dataclass(frozen=True)
@@ -148,26 +106,29 @@ class CellStages:
 
 def stages_of(study: StudyConfig, cell: Cell) -> CellStages:
     """The stages of a cell, with everything taken out that does not change their outcome."""
-    config = cell.prune
     name = _short(cell.model)
-    shape = f"{name} {config.axis} {config.ratio:.0%}"
-    data = [_identity_of_data(config.data)] if config.data else []
-    identity = (_identity_of_model(cell.model), *data)
-    base = Request(model=cell.model, identity=identity, prune=config, seed=cell.seed)
-    calibrations: tuple[Stage, ...] = ()
-    if config.steps == 1:
-        calibrations = tuple(_calibration(base, criterion) for criterion in criteria_of(config))
-    planned = replace(config, repair=_repair_for_plan(config))
-    plan = Stage("plan", replace(base, prune=planned), calibrations, shape)
-    prune = Stage("prune", base, (plan,), shape)
-    recover = None
-    if cell.recover is not None:
-        request = replace(
-            base,
-            prune=_reading(config),
+    shape = f"{name} {cell.prune.axis} {cell.prune.ratio:.0%}"
+    data = [_identity_of_data(cell.prune.data)] if cell.prune.data else []
+    whole = resolved(
+        Request(
+            model=cell.model,
+            prune=cell.prune,
             recover=cell.recover,
             training_samples=study.training_samples,
+            made_from=(_identity_of_model(cell.model), *data),
         )
+    )
+    base = replace(whole, recover=None, training_samples=None)
+    config = base.prune
+    calibrations: tuple[Stage, ...] = ()
+    if config.steps == 1:
+        calibrations = tuple(_calibration(base, criterion) for criterion in config.criterion)
+    planned = replace(base, prune=replace(config, repair="none"))
+    plan = Stage("plan", planned, calibrations, shape)
+    prune = Stage("prune", base, (plan,), shape)
+    recover = None
+    if whole.recover is not None:
+        request = replace(whole, prune=_reading(config), hold_out=False)
         recover = Stage("recover", request, (prune,), cell.label)
     original = _evaluation(study, cell, None, f"{name} original")
     evaluate = _evaluation(study, cell, recover or prune, cell.label)
@@ -175,52 +136,42 @@ def stages_of(study: StudyConfig, cell: Cell) -> CellStages:
 
 
 def _calibration(base: Request, criterion: str) -> Stage:
-    """Scores by one criterion, which know nothing of ratio and allocation."""
-    config = base.prune
+    """Scores by one criterion, which know nothing of ratio, allocation and repair."""
+    config, row = base.prune, CRITERIA[criterion]
     label = f"{_short(base.model)} {criterion}"
-    if not CRITERIA[criterion].needs_data:
-        reads = PruneConfig(dtype=config.dtype, trust_remote_code=config.trust_remote_code)
-        request = Request(
-            model=base.model,
-            identity=base.identity[:1],
-            prune=replace(reads, criterion=(criterion,)),
-        )
+    options = criterion_options(config, criterion)
+    known = {name: getattr(config, name) for name in options}
+    if not row.needs_data:
+        wanted = PruneConfig(criterion=(criterion,), **known, **_loading(config))
+        request = replace(base, prune=wanted, hold_out=False, made_from=base.made_from[:1])
         return Stage("calibrate", request, (), label)
-    wanted = replace(
-        _reading(config),
-        criterion=(criterion,),
-        **CRITERIA[criterion].requested(config),
-        token_weights=config.token_weights,
-        allocation="balanced" if config.needs_held_out else "uniform",
-    )
-    return Stage("calibrate", replace(base, prune=wanted), (), f"{label} seed {base.seed}")
+    wanted = replace(_reading(config), criterion=(criterion,), **known)
+    return Stage("calibrate", replace(base, prune=wanted), (), f"{label} seed {config.seed}")
 
 
-def _repair_for_plan(config: PruneConfig) -> Any:
-    """No repair, but where it is what sets samples aside."""
-    without = replace(config, repair="none")
-    return "none" if without.needs_held_out or not config.needs_held_out else "auto"
+def _loading(config: PruneConfig) -> dict[str, Any]:
+    return vars(part_of(config, LoadConfig))
 
 
 def _reading(config: PruneConfig) -> PruneConfig:
-    """Only the options that say what is read."""
-    return PruneConfig(allocation="uniform", samples=config.samples, **config.reading)
+    """Only the options that say what is read, and in which order."""
+    source = vars(part_of(config, DataConfig))
+    return PruneConfig(samples=config.samples, seed=config.seed, **source)
 
 
 def _evaluation(study: StudyConfig, cell: Cell, of: Stage | None, label: str) -> Stage:
-    asked = Asked(
+    questions = Questions(
         tasks=study.tasks,
         task_folder=study.task_folder,
         limit=study.limit,
         batch_size=study.batch_size,
         floors=study.floors and of is None,
     )
-    config = cell.prune
     request = Request(
         model=cell.model,
-        identity=(_identity_of_model(cell.model), *_identities_of_tasks(study)),
-        prune=PruneConfig(dtype=config.dtype, trust_remote_code=config.trust_remote_code),
-        asked=asked,
+        prune=PruneConfig(**_loading(cell.prune)),
+        questions=questions,
+        made_from=(_identity_of_model(cell.model), *_identities_of_tasks(study)),
     )
     return Stage("evaluate", request, () if of is None else (of,), label)
 

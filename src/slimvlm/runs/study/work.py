@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import random
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import lru_cache
@@ -13,17 +12,17 @@ from typing import Any
 
 import torch
 
-from slimvlm.core.options import DataConfig
+from slimvlm.core.options import DataConfig, part_of
 from slimvlm.data.samples import Sample
-from slimvlm.evaluation.lmms import evaluate_all
 from slimvlm.models.load import load
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.save import save
-from slimvlm.runs.stages import Calibration, choose_plan, cut_, samples_for, score_by
+from slimvlm.runs import stages
+from slimvlm.runs.request import Request
+from slimvlm.runs.stages import Calibration, samples_for, split
 from slimvlm.runs.study.cache import CHECKPOINT, Work
-from slimvlm.runs.study.stages import Request, Stage
-from slimvlm.scoring.unit_scores import Scores
-from slimvlm.training.recover import recover
+from slimvlm.runs.study.stages import Stage
+from slimvlm.scoring.scores import Scores
 
 PLAN = "plan.json"
 SCORES = "scores"
@@ -49,18 +48,6 @@ def work(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) -> N
             torch.cuda.empty_cache()
 
 
-def split_samples(request: Request) -> tuple[list[Sample], list[Sample]]:
-    """The samples of a request in the order that its seed gives: to calibrate on, to train on.
-
-    Where the data has no more than the calibration samples, training uses them as well.
-    """
-    samples, count = samples_of(request), request.prune.samples
-    order = random.Random(request.seed).sample(range(len(samples)), len(samples))
-    shown, rest = order[:count], order[count:]
-    training = (rest or shown)[: request.training_samples]
-    return [samples[i] for i in shown], [samples[i] for i in training]
-
-
 def samples_of(request: Request) -> list[Sample]:
     """All samples of a request's data, in the order of the file."""
     return [] if request.prune.data is None else _rows_of(request)[0]
@@ -72,87 +59,67 @@ def notes_on(request: Request) -> list[str]:
 
 
 def _rows_of(request: Request) -> tuple[list[Sample], list[str]]:
-    return _all_rows(request.model, DataConfig(**request.prune.reading), request.identity)
+    return _all_rows(request.model, part_of(request.prune, DataConfig), request.made_from)
 
 
 @lru_cache(maxsize=1)
 def _all_rows(
-    model: str, source: DataConfig, identity: tuple[str, ...]
+    model: str, source: DataConfig, made_from: tuple[str, ...]
 ) -> tuple[list[Sample], list[str]]:
-    """All rows of the data; ``identity`` only tells exchanged files apart."""
+    """All rows of the data; ``made_from`` only tells exchanged files apart."""
     notes: list[str] = []
     return samples_for(model, source, None, notes.append), notes
 
 
-def _ignore(line: str) -> None:
-    """A stage's own words, which the study's progress takes the place of."""
-
-
 def _original(request: Request) -> tuple[Any, Calibration]:
     """The unpruned model and its calibration data."""
-    config = request.prune
-    model, processor = load(request.model, config.dtype, trust_remote_code=config.trust_remote_code)
-    return model, Calibration(config, processor, split_samples(request)[0])
+    model, processor = stages.load_original(request)
+    shown = split(samples_of(request), request).calibration
+    return model, Calibration(processor, shown, request.hold_out)
 
 
 def _calibrate(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) -> None:
-    model, calibration = _original(stage.request)
-    (criterion,) = stage.request.prune.criterion
-    score_by(stage.request.prune, model, calibration, criterion).save(folder / SCORES)
+    (scores,) = stages.calibrate(stage.request, *_original(stage.request)).values()
+    scores.save(folder / SCORES)
 
 
 def _plan(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) -> None:
     model, calibration = _original(stage.request)
     given = [Scores.load(path / SCORES) for path in inputs]
-    config = stage.request.prune
-    choose_plan(config, model, calibration, _ignore, scratch, given).save(folder / PLAN)
+    plan = stages.plan(stage.request, model, calibration, given, state_file=scratch / "search.json")
+    plan.save(folder / PLAN)
 
 
 def _prune(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) -> None:
     model, calibration = _original(stage.request)
     plan = Plan.load(inputs[0] / PLAN)
-    config = stage.request.prune
-    report = cut_(config, model, plan, calibration)
+    report = stages.prune_(stage.request, model, plan, calibration)
     if report is not None:
         (folder / REPAIR).write_text(json.dumps(asdict(report), indent=1) + "\n")
-    save(model, calibration.processor, folder / CHECKPOINT, plan, pad=config.pad)
-    plan.save(folder / PLAN)
+    _save(model, calibration.processor, plan, folder)
 
 
 def _recover(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) -> None:
-    request, config = stage.request, stage.request.recover
-    assert config is not None
-    dtype, trusted = request.prune.dtype, request.prune.trust_remote_code
-    model, processor = load(inputs[0] / CHECKPOINT, dtype)
-    teacher = None
-    if config.needs_teacher:
-        teacher, _ = load(request.model, dtype, "cpu", trusted)  # what it shares stays there
-    plan = Plan.load(inputs[0] / PLAN)
-    _, training = split_samples(request)
-    history = recover(model, teacher, training, config, processor, scratch, plan)
+    request, plan = stage.request, Plan.load(inputs[0] / PLAN)
+    model, processor = load(inputs[0] / CHECKPOINT, request.prune.dtype)
+    training = split(samples_of(request), request).training
+    history = stages.recover_(request, model, processor, plan, training, scratch)
     (folder / HISTORY).write_text(json.dumps(asdict(history), indent=1) + "\n")
+    _save(model, processor, plan, folder)
+
+
+def _save(model: Any, processor: Any, plan: Plan, folder: Path) -> None:
     save(model, processor, folder / CHECKPOINT, plan)
     plan.save(folder / PLAN)
 
 
 def _evaluate(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) -> None:
-    request, asked = stage.request, stage.request.asked
-    assert asked is not None
-    source = inputs[0] / CHECKPOINT if inputs else request.model
-    trusted = request.prune.trust_remote_code and not inputs
-    model, processor = load(source, request.prune.dtype, trust_remote_code=trusted)
-    result = evaluate_all(
-        model,
-        processor,
-        asked.tasks,
-        limit=asked.limit,
-        batch_size=asked.batch_size,
-        name=stage.label,
-        log_folder=scratch,
-        floors=asked.floors,
-        task_folder=asked.task_folder,
-    )
-    result.save(folder / RESULT)
+    request = stage.request
+    if inputs:
+        model, processor = load(inputs[0] / CHECKPOINT, request.prune.dtype)
+    else:
+        model, processor = stages.load_original(request)
+    stages.evaluate(request, model, processor, stage.label, scratch).save(folder / RESULT)
 
 
 _WORK: dict[str, Work] = {

@@ -1,0 +1,278 @@
+"""What is done with one model or two: inspect, verify, compare, chat, bench, export, quantize."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from slimvlm.cli.options import INLINE, Model
+from slimvlm.cli.printing import note, print_bench, print_comparison, print_json, print_table
+from slimvlm.core.errors import ConfigError
+from slimvlm.core.options import LoadConfig, Workload
+
+
+def inspect(model: Model, json: bool = False) -> None:
+    """Show what a model is made of: parts, parameters, units, legal widths, memory.
+
+    Reads the configuration only, never the weights.
+
+    Args:
+        model: Folder, hub id, or demo.
+        json: Print JSON.
+    """
+    from slimvlm.models.load import anatomy
+    from slimvlm.runs.tables import anatomy_rows
+
+    found = anatomy(model)
+    if json:
+        extra = ("backbone_params", "total_params")
+        values = {**found.to_dict(), **{name: getattr(found, name) for name in extra}}
+        print_json({**values, "legal_kv_heads": found.legal_kv_heads()})
+    else:
+        print_table(["", model], anatomy_rows(found))
+
+
+def verify(folder: Annotated[Path, tyro.conf.Positional], json: bool = False) -> None:
+    """Check every file of a checkpoint against the list that was written with it.
+
+    Names each missing, changed or extra file, and then ends with exit code 2.
+
+    Args:
+        folder: A checkpoint that slimvlm wrote, or a run folder.
+        json: Print JSON.
+    """
+    from slimvlm.pruning.manifest import verify as check
+
+    found = check(folder)
+    if json:
+        print_json(asdict(found))
+    found.require_whole()
+    if not json:
+        print(f"{found.folder}: {found.num_files} files are as they were written")
+
+
+def compare(
+    a: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A")],
+    b: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="B")],
+    tasks: str = "demo",
+    limit: int | None = None,
+    out: Path | None = None,
+    loading: Annotated[LoadConfig, INLINE] = LoadConfig(),
+    force: bool = False,
+    json: bool = False,
+) -> None:
+    """Set two models side by side, answer by answer: both right, lost, gained, both wrong.
+
+    Args:
+        a: The original: a result file of evaluate --out, or a model.
+        b: The other one, likewise.
+        tasks: Tasks that models are asked; those of result files are in the files.
+        limit: Only the first so many questions of each task, for models.
+        out: One HTML file with every lost answer and its picture.
+        loading: How models are read.
+        force: Replace an existing file.
+        json: Print JSON.
+    """
+    from slimvlm.core.files import require_free, write_text
+    from slimvlm.runs.evaluate import side_by_side
+    from slimvlm.runs.report.gallery import comparison_html
+
+    if out is not None:
+        require_free(out, force)
+    found = side_by_side(a, b, tasks, limit, loading)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(out, comparison_html(found, f"What {found.name_b} lost and gained"))
+    print_comparison(found, json)
+
+
+def chat(
+    model: Model,
+    question: Annotated[str, tyro.conf.Positional],
+    image: tyro.conf.UseAppendAction[tuple[Path, ...]] = (),
+    other: str | None = None,
+    max_new_tokens: int = 64,
+    loading: Annotated[LoadConfig, INLINE] = LoadConfig(),
+    json: bool = False,
+) -> None:
+    """Ask one model, or two side by side.
+
+    Args:
+        model: Folder, hub id, or demo.
+        question: What to ask.
+        image: A picture to show; give it again for more.
+        other: A second model to ask the same.
+        max_new_tokens: Longest answer.
+        loading: How models are read.
+        json: Print JSON.
+    """
+    from slimvlm.data.samples import Question
+    from slimvlm.evaluation.ask import answer
+    from slimvlm.models.load import check_models, load_as
+
+    if missing := [str(path) for path in image if not path.is_file()]:
+        raise ConfigError(f"image {missing[0]!r}: no such file")
+    names = [model, *([other] if other is not None else [])]
+    check_models(loading, *names)
+    asked = [Question("chat", question, ("",), tuple(image))]
+    replies = {name: answer(*load_as(loading, name), asked, max_new_tokens)[0] for name in names}
+    if json:
+        print_json(replies)
+    else:
+        for name, reply in replies.items():
+            print(f"{name}: {reply}" if other is not None else reply)
+
+
+def bench(
+    model: Model,
+    baseline: str | None = None,
+    workload: Annotated[Workload, INLINE] = Workload(),
+    loading: Annotated[LoadConfig, INLINE] = LoadConfig(),
+    device: str | None = None,
+    json: bool = False,
+) -> None:
+    """Time reading and writing, count FLOPs and memory; with a baseline, against the ideal.
+
+    Prompts are random tokens, so the vision tower is not timed. Model and baseline run in turn in
+    one process, and speed-ups are medians of neighbouring runs.
+
+    Args:
+        model: Folder, hub id, or demo.
+        baseline: The model before pruning.
+        workload: What to time.
+        loading: How models are read.
+        device: Where to run, such as cpu or cuda:1; default the first GPU, else the CPU.
+        json: Print JSON.
+    """
+    from slimvlm.evaluation.bench import bench as run
+    from slimvlm.models.load import check_models, load_as
+
+    names = (model, *((baseline,) if baseline is not None else ()))
+    check_models(loading, *names)
+    small, *large = (load_as(loading, name, device)[0] for name in names)
+    print_bench(run(small, large[0] if large else None, workload, names), json)
+
+
+def export(
+    model: Model,
+    format: Literal["gguf"] = "gguf",
+    out: Path | None = None,
+    outtype: Literal["f32", "f16", "bf16", "q8_0"] = "bf16",
+    check: tuple[str, ...] = (),
+    force: bool = False,
+    json: bool = False,
+) -> None:
+    """Write the language backbone for llama.cpp, or check where the model can be served.
+
+    Args:
+        model: Folder, hub id, or demo.
+        format: Format of the file: gguf (needs slimvlm[gguf]).
+        out: The new file.
+        outtype: How the file stores weights.
+        check: Instead of a file: report what vllm, sglang, gguf or tp=N (N GPUs that share every
+            layer) make of the shape. Reads the configuration only.
+        force: Replace an existing file.
+        json: Print JSON.
+    """
+    if bool(check) == (out is not None):
+        raise ConfigError("export needs either --out or --check")
+    if out is not None:
+        from slimvlm.export.gguf import export_gguf
+
+        for line in export_gguf(model, out, outtype, force):
+            note(line)
+        print(f"language backbone: {out}")
+        return
+    from slimvlm.export import serving
+    from slimvlm.models.anatomy import read_anatomy
+    from slimvlm.models.classes import empty_model, is_quantized
+    from slimvlm.models.load import load_config
+
+    config = load_config(model)
+    found = serving.check(read_anatomy(empty_model(config)), check, is_quantized(config))
+    if json:
+        print_json([asdict(finding) for finding in found])
+    else:
+        rows = [[f.target, f.level, f.rule, f.what, f.advice] for f in found]
+        print_table(["target", "", "about", "found", "what to do"], rows)
+
+
+def quantize(
+    model: Model,
+    out: Path,
+    to: Literal["int8", "int4"] = "int8",
+    backend: Literal["auto", "torchao", "bitsandbytes"] = "auto",
+    device: str | None = None,
+    force: bool = False,
+    json: bool = False,
+) -> None:
+    """Write a checkpoint whose decoder layers have weights of 8 or 4 bits.
+
+    Tower, projector, embeddings and head stay as they are. Quantise last: the result cannot be
+    pruned or trained.
+
+    Args:
+        model: Folder, hub id, or demo.
+        out: The new checkpoint folder.
+        to: Type of the weights.
+        backend: Library; auto is torchao, but for int4 on a CPU, which needs bitsandbytes.
+        device: Where to quantise, such as cpu or cuda:1; default the first GPU, else the CPU.
+        force: Replace an existing folder.
+        json: Print JSON.
+    """
+    from slimvlm.export.quantize import quantize as run
+    from slimvlm.runs.tables import size
+
+    done = run(model, out, to, backend, device, force)
+    if json:
+        print_json({**asdict(done), "saved": done.saved})
+        return
+    before, after = size(done.bytes_before), size(done.bytes_after)
+    print(f"{done.to} by {done.backend}: weights {before} -> {after} ({done.saved:.1%} less)")
+    print(f"checkpoint: {out}; loading it needs {done.backend}")
+
+
+def convert(
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")],
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
+    vision_tower: str | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    force: bool = False,
+) -> None:
+    """Write an original LLaVA-1.5, Bunny-v1.0 or Mini-InternVL-Chat as a native checkpoint.
+
+    Logits, token ids and pixels stay those of the original code, which is neither needed nor run.
+
+    Args:
+        source: Folder or hub id of the original.
+        out: The new checkpoint folder.
+        vision_tower: Folder or hub id of the vision tower, for LLaVA and Bunny. Its weights are
+            read where the original does not hold them, its description always.
+        dtype: Data type of the new files; by default every tensor stays as it is stored.
+        force: Replace an existing folder.
+    """
+    from slimvlm_tools.convert import convert as write_native
+
+    print(f"checkpoint: {write_native(source, out, vision_tower, force, dtype)}")
+
+
+def push(
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")],
+    repo_id: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="REPO_ID")],
+    private: bool = False,
+) -> None:
+    """Upload a checkpoint and its card to the Hugging Face hub.
+
+    Needs a token: hf auth login, or HF_TOKEN.
+
+    Args:
+        folder: A checkpoint, or a run folder of compress.
+        repo_id: owner/name; made if it does not exist.
+        private: Make a new repository private.
+    """
+    from slimvlm.export.hub import push as upload
+
+    print(upload(folder, repo_id, private))

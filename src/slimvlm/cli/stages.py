@@ -1,0 +1,292 @@
+"""The stages one by one, and all in one run: score, plan, prune, recover, evaluate, compress."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from slimvlm.cli.options import INLINE, Asked, Model, RunTasks, RunTraining
+from slimvlm.cli.printing import note, print_plan, print_results
+from slimvlm.core.errors import ConfigError
+from slimvlm.core.options import (
+    CalibrationConfig,
+    CompressConfig,
+    KdOn,
+    LoadConfig,
+    PlanConfig,
+    PruneConfig,
+    Questions,
+    RecoverConfig,
+    TrainingConfig,
+    TrainingData,
+    part_of,
+)
+
+
+def score(
+    model: Model,
+    out: Path,
+    criterion: str = "obs",
+    calibration: Annotated[CalibrationConfig, INLINE] = CalibrationConfig(),
+    low_memory: bool = False,
+    scratch: Path | None = None,
+    force: bool = False,
+) -> None:
+    """Calibrate once: save scores (and the statistics behind them) for later plans.
+
+    Args:
+        model: Folder, hub id, or demo.
+        out: Scores are written as OUT.json and OUT.safetensors, statistics as
+            OUT.statistics.safetensors (not those of obs, which are larger than the model, and not
+            with --low-memory).
+        criterion: How to score; see the table in the README.
+        calibration: What the model is shown.
+        low_memory: For models larger than the memory: one layer is read at a time and activations
+            lie on disk. A stopped run goes on where it was when the same command is given again.
+        scratch: Folder for these activations; by default beside OUT.
+        force: Replace existing files.
+    """
+    from slimvlm.runs.score import score as run
+
+    run(model, calibration, criterion, out, low_memory, scratch, force, note)
+
+
+def plan(
+    model: Model,
+    out: Path,
+    config: Annotated[PlanConfig, INLINE] = PlanConfig(),
+    scores: tuple[Path, ...] = (),
+    force: bool = False,
+    json: bool = False,
+) -> None:
+    """Choose what to keep, from saved scores and a budget. Nothing is pruned.
+
+    Args:
+        model: Folder, hub id, or demo.
+        out: The plan, a JSON file that can be edited by hand.
+        config: How small the model has to become, and what may go.
+        scores: Score files of the units to prune. Without any: spacing for layers; magnitude, which
+            reads the weights, for widths.
+        force: Replace an existing file.
+        json: Print JSON.
+    """
+    from slimvlm.runs.score import plan as run
+
+    print_plan(run(model, config, out, scores, force=force, say=note), json)
+
+
+def prune(
+    model: Model,
+    out: Path,
+    plan: Path | None = None,
+    pruning: Annotated[PruneConfig, INLINE] = PruneConfig(),
+    hidden_size: int | None = None,
+    low_memory: bool = False,
+    scratch: Path | None = None,
+    force: bool = False,
+) -> None:
+    """Write a smaller checkpoint, from a plan or from a ratio, criterion and data.
+
+    Args:
+        model: Folder, hub id, or demo.
+        out: The new checkpoint folder.
+        plan: A plan file instead of ratio, axis, criterion and allocation.
+        pruning: What to remove, and how.
+        hidden_size: Narrow the residual stream to so many channels first, as the verb narrow does;
+            the ratio then counts both.
+        low_memory: For models larger than the memory: one layer is read at a time, activations lie
+            on disk, and the checkpoint is written piece by piece.
+        scratch: Folder for these activations; by default beside OUT.
+        force: Replace an existing folder.
+    """
+    from slimvlm.runs.prune import prune as run
+
+    done = run(
+        model,
+        pruning,
+        out,
+        plan_file=plan,
+        hidden_size=hidden_size,
+        low_memory=low_memory,
+        scratch=scratch,
+        force=force,
+        say=note,
+    )
+    print(f"{done.summary()}\ncheckpoint: {out}")
+
+
+def narrow(
+    model: Model,
+    out: Path,
+    hidden_size: int,
+    calibration: Annotated[CalibrationConfig, INLINE] = CalibrationConfig(),
+    criterion: Literal["activation", "magnitude", "random"] = "activation",
+    force: bool = False,
+) -> None:
+    """Write a checkpoint whose hidden states have fewer channels; prune and recover it afterwards.
+
+    Norms divide by the mean over channels, so even an unused channel is missed: recover what comes
+    out.
+
+    Args:
+        model: Folder, hub id, or demo.
+        out: The new checkpoint folder.
+        hidden_size: Channels to keep; multiples of 128 run fastest.
+        calibration: What activation reads.
+        criterion: What keeps a channel: its size after the norms, the size of its weights, chance.
+        force: Replace an existing folder.
+    """
+    from slimvlm.runs.prune import narrow as run
+
+    done = run(model, calibration, out, hidden_size, criterion, force=force, say=note)
+    print(f"{done.summary()}\ncheckpoint: {out}")
+
+
+def recover(
+    model: Model,
+    source: Annotated[TrainingData, INLINE],
+    out: Path,
+    teacher: str | None = None,
+    training: Annotated[RecoverConfig, INLINE] = RecoverConfig(),
+    shard: bool = False,
+    force: bool = False,
+    compat: bool = False,
+) -> None:
+    """Train a pruned checkpoint back towards the original model.
+
+    Stopped runs go on where they were when the same command is given again. With torchrun, several
+    processes share the batches.
+
+    Args:
+        model: The pruned checkpoint.
+        source: What to learn from.
+        out: The recovered checkpoint folder.
+        teacher: The original model, or a folder that cache-teacher wrote; not needed for --loss
+            sft.
+        training: How to train.
+        shard: Divide the weights of model and teacher among the processes of torchrun (FSDP2); such
+            a run cannot go on after a stop.
+        force: Replace an existing folder.
+        compat: Write files that transformers 4.57 and 5.0 load right, too.
+    """
+    from slimvlm.runs.recover import recover as run
+
+    how = {"shard": shard, "compat": compat, "force": force}
+    history = run(model, source, training, out, teacher=teacher, **how, say=note)
+    note(f"teacher: {history.teacher}")
+    note(f"trained on {history.num_samples} samples; checkpoint in {out}")
+
+
+def cache_teacher(
+    model: Model,
+    source: Annotated[TrainingData, INLINE],
+    out: Path,
+    what: Literal["hidden", "top-k"] = "hidden",
+    k: int = 64,
+    kd_on: KdOn = "answer",
+    batch_size: int = 8,
+    force: bool = False,
+) -> None:
+    """Write down what a teacher says about some data, for recover without a teacher in memory.
+
+    Stopped runs go on where they were when the same command is given again.
+
+    Args:
+        model: The original model.
+        source: What recover will learn from.
+        out: The folder to write; recover takes it as --teacher.
+        what: Final hidden states (bfloat16), or the largest logits.
+        k: How many logits for each position.
+        kd_on: Positions that recover will compare.
+        batch_size: Samples that run at once.
+        force: Replace an existing folder; it stays until the new one is whole.
+    """
+    from slimvlm.runs.recover import cache_teacher as run
+
+    run(model, source, out, what, k, kd_on, batch_size, force=force, say=note)
+
+
+def evaluate(
+    model: Model,
+    questions: Annotated[Asked, INLINE] = Asked(),
+    baseline: str | None = None,
+    out: Path | None = None,
+    loading: Annotated[LoadConfig, INLINE] = LoadConfig(),
+    force: bool = False,
+    json: bool = False,
+) -> None:
+    """Ask a benchmark's questions and score the answers.
+
+    Args:
+        model: Folder, hub id, or demo.
+        questions: What models are asked.
+        baseline: The original model, or a result file of it: adds retention with an interval.
+        out: Result file (JSON), answers included.
+        loading: How models are read.
+        force: Replace an existing result file.
+        json: Print JSON.
+    """
+    from slimvlm.runs.evaluate import evaluate as run
+
+    results = run(
+        model,
+        part_of(questions, Questions),
+        loading,
+        baseline=baseline,
+        blind=questions.blind,
+        log_folder=questions.log,
+        out=out,
+        force=force,
+    )
+    print_results(results, json)
+
+
+def compress(
+    model: Model,
+    out: Path,
+    pruning: Annotated[PruneConfig, INLINE] = PruneConfig(),
+    training: Annotated[RunTraining, INLINE] = RunTraining(),
+    asked: Annotated[RunTasks, INLINE] = RunTasks(),
+    force: bool = False,
+    json: bool = False,
+) -> None:
+    """Make a smaller model, start to end, in one run folder.
+
+    The recipe follows the study's decision chart unless options say otherwise. A stopped run goes
+    on when the same command is given again.
+
+    Args:
+        model: Folder, hub id, or demo.
+        out: The run folder: config, plan, scores, checkpoint, results, summary.md.
+        pruning: What to remove, and how. Without data, nothing is trained.
+        training: How to train.
+        asked: What models are asked.
+        force: Replace an existing run folder.
+        json: Print JSON.
+    """
+    from slimvlm.runs.compress import compress as run
+
+    config = CompressConfig(
+        **vars(pruning),
+        **vars(asked),
+        training_samples=training.training_samples,
+        recover=_recovery(pruning, training),
+    )
+    print_results(run(model, config, out, force, note), json, str(out))
+    note(f"run folder: {out}; checkpoint: {out / 'checkpoint'}")
+
+
+def _recovery(pruning: PruneConfig, training: RunTraining) -> RecoverConfig | None:
+    """How to train; the chart fills in what is not said. None for no training."""
+    from slimvlm.runs.recipes import recipe_for
+    from slimvlm.runs.request import ratio_of
+
+    has_data = pruning.data is not None
+    if not has_data and training.train not in (None, "none"):
+        raise ConfigError(f"train {training.train!r} needs --data")
+    chart = recipe_for(ratio_of(pruning), has_data and training.train != "none")
+    learns = training.train or chart.train or "none"
+    if learns == "none":
+        return None
+    how = {**vars(part_of(training, TrainingConfig)), "seed": pruning.seed}
+    return RecoverConfig(train=learns, loss=training.loss or chart.loss, **how)

@@ -1,0 +1,87 @@
+"""Ask models, named by their folders, a benchmark's questions: alone, or two side by side."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from slimvlm.core.files import require_free
+from slimvlm.core.options import LoadConfig, Questions
+from slimvlm.evaluation.ask import evaluate as ask
+from slimvlm.evaluation.compare import Comparison, compare
+from slimvlm.evaluation.lmms import evaluate_all
+from slimvlm.evaluation.results import Result, read_baseline
+from slimvlm.evaluation.tasks import builtin_tasks, find_tasks
+from slimvlm.models.load import check_models, load_as
+from slimvlm.runs.request import check_questions
+
+
+def evaluate(
+    model: str,
+    questions: Questions,
+    loading: LoadConfig,
+    *,
+    baseline: str | None = None,
+    blind: bool = False,
+    log_folder: Path | None = None,
+    out: Path | None = None,
+    force: bool = False,
+) -> dict[str, Result]:
+    """Ask a model, and the original if there is one, the same questions.
+
+    Args:
+        model: Folder, hub id or ``demo``.
+        questions: What both are asked; blind floors are the original's, or without one this
+            model's.
+        loading: How models are read.
+        baseline: The original model, or a result file of it.
+        blind: Whether to show the pictures of other questions.
+        log_folder: Keeps replies as they come.
+        out: Result file of the model.
+        force: Whether an existing file may be replaced.
+
+    Returns:
+        Results: ``baseline`` if there is one, and ``model``.
+    """
+
+    def asked(name: str, floors: bool) -> Result:
+        loaded = load_as(loading, name)
+        how = vars(replace(questions, floors=floors))
+        title = f"{name} (blind)" if blind else name
+        return evaluate_all(*loaded, **how, name=title, log_folder=log_folder, blind=blind)
+
+    check_questions(questions, blind, log_folder is not None)
+    if out is not None:
+        require_free(out, force)
+    check_models(loading, model)
+    results: dict[str, Result] = {}
+    if baseline is not None and Path(baseline).is_file():
+        results["baseline"] = read_baseline(baseline, blind, questions.floors)
+    elif baseline is not None:
+        check_models(loading, baseline)
+        results["baseline"] = asked(baseline, questions.floors)
+    results["model"] = asked(model, questions.floors and baseline is None)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        results["model"].save(out)
+    return results
+
+
+def side_by_side(a: str, b: str, tasks: str, limit: int | None, loading: LoadConfig) -> Comparison:
+    """Compare two models, answer by answer.
+
+    Args:
+        a: The original: a result file, or a model that is asked now.
+        b: The other one, likewise.
+        tasks: What models are asked; those of result files are in the files.
+        limit: Only the first so many questions of each task, for models.
+        loading: How models are read.
+    """
+    chosen = find_tasks(tasks)
+    results = {name: Result.load(name) for name in (a, b) if name.endswith(".json")}
+    models = [name for name in dict.fromkeys((a, b)) if name not in results]
+    check_models(loading, *models)
+    for name in models:
+        results[name] = ask(*load_as(loading, name), chosen, limit, name=name)
+    known = {**builtin_tasks(), **{task.name: task for task in chosen}}
+    return compare(results[a], results[b], known)

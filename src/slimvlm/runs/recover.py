@@ -1,0 +1,157 @@
+"""Train a smaller checkpoint back, with its teacher in memory or on disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedModel
+
+from slimvlm.core.errors import ConfigError
+from slimvlm.core.files import held, replacement, require_free, write_text
+from slimvlm.core.options import KdOn, LoadConfig, RecoverConfig, TrainingData
+from slimvlm.core.processes import is_first_rank, num_ranks
+from slimvlm.models.load import check_models, load, load_as, resolve
+from slimvlm.models.sharding import fill_, gathered_weights
+from slimvlm.planning.plan import Plan
+from slimvlm.pruning.save import PLAN_FILE, save
+from slimvlm.runs.prune import check_compat
+from slimvlm.runs.request import Say
+from slimvlm.runs.stages import samples_for
+from slimvlm.training.offline import OfflineTeacher, is_cache, write_cache
+from slimvlm.training.recover import ADAPTER_FOLDER, TRACKER_FOLDER, History
+from slimvlm.training.recover import recover as train
+
+
+def recover(
+    model: str,
+    source: TrainingData,
+    config: RecoverConfig,
+    out: Path,
+    *,
+    teacher: str | None = None,
+    shard: bool = False,
+    compat: bool = False,
+    force: bool = False,
+    say: Say = print,
+) -> History:
+    """Train a pruned checkpoint back towards the original model and write it.
+
+    Args:
+        model: The pruned checkpoint.
+        source: What to learn from.
+        config: How to train.
+        out: The recovered checkpoint folder.
+        teacher: The original model, or a folder that ``cache-teacher`` wrote.
+        shard: Divide the weights among the processes of torchrun.
+        compat: Write files that older versions of transformers load right, too.
+        force: Whether an existing folder may be replaced.
+        say: Receives notes.
+
+    Raises:
+        SlimError: For anything that the user can mend; checked before weights are read.
+    """
+    require_free(out, force)
+    if not config.needs_teacher:
+        teacher = None
+    elif teacher is None:
+        raise ConfigError(f"loss {config.loss!r} needs --teacher")
+    if shard and num_ranks() < 2:
+        raise ConfigError("--shard needs several processes: start slimvlm with torchrun")
+    check_models(source, model)
+    if compat:
+        check_compat(model, source, say)
+    said = OfflineTeacher(teacher) if teacher is not None and is_cache(teacher) else None
+    original = teacher if said is None else None
+    if original is not None:
+        check_models(source, original)
+    chosen = samples_for(model, source, source.samples, say)
+    student, processor = _for_training(model, source, shard)
+    teaching = said if original is None else _for_training(original, source, shard, "cpu")[0]
+    plan_file = Path(resolve(model)) / PLAN_FILE
+    plan = Plan.load(plan_file) if plan_file.exists() else None
+    work = out.with_name(f".{out.name}.training")
+    history = train(student, teaching, chosen, config, processor, work, plan)
+    if shard:
+        student = _gathered(student, model, source)
+    if is_first_rank():
+        also = _Beside(history, work)
+        save(student, processor, out, plan, force, also=also.save, compat=compat)
+        shutil.rmtree(work, ignore_errors=True)
+    return history
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """What stands beside recovered weights: the history, an adapter and a tracker's files."""
+
+    history: History
+    work: Path
+
+    def save(self, folder: Path) -> None:
+        text = json.dumps(asdict(self.history), indent=1) + "\n"
+        write_text(folder / "slimvlm_history.json", text)
+        for name in (ADAPTER_FOLDER, TRACKER_FOLDER):
+            if (self.work / name).exists():
+                shutil.copytree(self.work / name, folder / name)
+
+
+def _for_training(
+    model: str, source: LoadConfig, shard: bool, device: str | None = None
+) -> tuple[PreTrainedModel, Any]:
+    """Shards learn in float32. What a whole teacher shares with its student never goes to a GPU."""
+    if shard:
+        return load(model, "float32", None, source.trust_remote_code, shard=True)
+    return load_as(source, model, device)
+
+
+def _gathered(sharded: PreTrainedModel, model: str, source: LoadConfig) -> PreTrainedModel:
+    """A sharded model as a whole one in its file's data type, in the first process."""
+    weights = gathered_weights(sharded)
+    if not is_first_rank():
+        return sharded
+    whole, _ = load_as(source, model, "cpu")
+    fill_(whole, weights)
+    return whole
+
+
+def cache_teacher(
+    model: str,
+    source: TrainingData,
+    out: Path,
+    what: Literal["hidden", "top-k"] = "hidden",
+    k: int = 64,
+    kd_on: KdOn = "answer",
+    batch_size: int = 8,
+    *,
+    force: bool = False,
+    say: Say = print,
+) -> None:
+    """Write down what a teacher says about some data, for `recover`.
+
+    Args:
+        model: The original model.
+        source: What will be learnt from.
+        out: The folder to write.
+        what: Final hidden states, or the largest logits.
+        k: How many logits for each position.
+        kd_on: Positions that will be compared.
+        batch_size: Samples that run at once.
+        force: Whether an existing folder may be replaced; it stays until the new one is whole.
+        say: Receives notes.
+    """
+    if not is_cache(out):
+        require_free(out, force)
+    for name, value in (("k", k), ("batch_size", batch_size)):
+        if value < 1:
+            raise ConfigError(f"{name} {value} must be at least 1")
+    check_models(source, model)
+    chosen = samples_for(model, source, source.samples, say)
+    loaded, processor = load_as(source, model)
+    with held(out), replacement(out) if force else nullcontext(out) as folder:
+        count = write_cache(loaded, processor, chosen, folder, what, k, kd_on, batch_size, force)
+    say(f"{what} of {len(chosen)} samples in {out}; shards written now: {count}")

@@ -1,0 +1,255 @@
+"""What is asked of the five stages: a `Request`, resolved and checked once, before any work.
+
+`compress`, studies and the verbs of the command line all make one, so that the same options mean
+the same everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from slimvlm.core.errors import ConfigError
+from slimvlm.core.options import (
+    Allocation,
+    Axis,
+    PruneConfig,
+    Questions,
+    RecoverConfig,
+    WidthOptions,
+    part_of,
+)
+from slimvlm.data.roles import parse_token_weights
+from slimvlm.evaluation.lmms import check_names, split_names
+from slimvlm.evaluation.tasks import find_tasks
+from slimvlm.models.anatomy import Anatomy
+from slimvlm.planning.make import make_plan
+from slimvlm.planning.plan import Plan
+from slimvlm.runs.recipes import recipe_for
+from slimvlm.scoring.criteria import CRITERIA, criterion_named
+from slimvlm.scoring.score import DEFAULT_CRITERIA
+from slimvlm.scoring.scores import Scores
+from slimvlm.scoring.statistics import Statistics
+from slimvlm.scoring.widths import score_random
+
+MEASURED: dict[Allocation, str] = {"balanced": "uniform", "search": "layer"}
+"""Allocations that compare plans on held-out samples, and the level of the search."""
+
+Say = Callable[[str], None]
+
+
+def silent(line: str) -> None:
+    """Say nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked of the stages; everything but files that determines what they make.
+
+    Attributes:
+        model: Folder, hub id or ``demo``: the original.
+        prune: What to remove, how to choose and to mend, from which samples.
+        hold_out: Whether every fourth calibration sample is set aside to judge on; `resolved` finds
+            out.
+        recover: How to train afterwards, None for no recovery.
+        training_samples: Samples to train on at most.
+        questions: What models are asked.
+        made_from: What the model and its data are made of, so that exchanged files are noticed.
+    """
+
+    model: str
+    prune: PruneConfig
+    hold_out: bool = False
+    recover: RecoverConfig | None = None
+    training_samples: int | None = None
+    questions: Questions | None = None
+    made_from: tuple[str, ...] = ()
+
+    @property
+    def trains(self) -> bool:
+        """Whether training follows."""
+        return self.recover is not None and self.prune.data is not None
+
+
+def resolved(request: Request, say: Say = silent, low_memory: bool = False) -> Request:
+    """A request with nothing left open: axis, criteria, allocation, repair, training.
+
+    Args:
+        request: As it was given. Without a ratio only repair is decided, for a plan that exists.
+        say: Receives a line where something that was given cannot be done.
+        low_memory: Whether plans and repairs cannot be measured, as the model is never whole in
+            memory.
+
+    Raises:
+        ConfigError: If the ratio is not in [0, 1).
+    """
+    config = request.prune
+    if config.ratio is not None:
+        config = replace(config, axis=axis_of(request))
+        config = replace(
+            config,
+            criterion=criteria_of(config),
+            allocation=_resolved_allocation(config, say, low_memory),
+        )
+    if config.repair == "auto" and (config.data is None or low_memory):
+        config = replace(config, repair="none")
+    recover = request.recover if request.trains else None
+    return replace(
+        request,
+        prune=config,
+        hold_out=config.repair == "auto" or config.allocation in MEASURED,
+        recover=None if recover is None else replace(recover, seed=config.seed),
+    )
+
+
+def _resolved_allocation(config: PruneConfig, say: Say, low_memory: bool) -> Allocation:
+    """The allocation; ``balanced`` where it can be measured, else ``uniform``."""
+    if config.allocation not in (None, "balanced"):
+        return config.allocation
+    reasons = {
+        "axis depth removes no widths": config.axis == "depth",
+        "there is no data to measure on": config.data is None,
+        "low_memory cannot measure plans": low_memory,
+        "steps choose the widths": config.steps > 1,
+    }
+    reason = next((why for why, holds in reasons.items() if holds), None)
+    if reason is None:
+        return "balanced"
+    if config.allocation is not None:
+        say(f"allocation 'balanced' becomes 'uniform': {reason}")
+    return "uniform"
+
+
+def axis_of(request: Request) -> Axis:
+    """The axis, by the study's chart if none was given."""
+    config = request.prune
+    return config.axis or recipe_for(ratio_of(config), request.trains).axis
+
+
+def ratio_of(config: PruneConfig) -> float:
+    """The ratio.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    if config.ratio is None:
+        raise ConfigError("ratio: say which share of the backbone to remove")
+    return config.ratio
+
+
+def criteria_of(config: PruneConfig) -> tuple[str, ...]:
+    """The criteria for the axis; without data, ones that need none."""
+    if config.criterion:
+        return config.criterion
+    if config.data is None:
+        return ("spacing", "magnitude")
+    return DEFAULT_CRITERIA[config.axis or "width"]
+
+
+def check_options(config: PruneConfig) -> None:
+    """Find every mistake that neither a model nor data is needed for.
+
+    Raises:
+        ConfigError: If an option is unknown or needs data that is not given.
+    """
+    rows = {name: criterion_named(name, {}) for name in criteria_of(config)}
+    data_bound = [name for name, row in rows.items() if row.needs_data]
+    if data_bound and config.data is None:
+        raise ConfigError(f"criterion {data_bound[0]!r} needs --data")
+    if config.token_weights is not None:
+        parse_token_weights(config.token_weights)
+        if not data_bound:
+            raise ConfigError(f"token_weights {config.token_weights!r}: no criterion reads data")
+    if config.data is None:
+        for name, free in (("repair", ("none", "auto")), ("steps", (1,))):
+            if getattr(config, name) not in free:
+                raise ConfigError(f"{name} {getattr(config, name)!r} needs --data")
+        if config.allocation == "search":
+            raise ConfigError("allocation 'search' needs --data")
+
+
+def rehearse_request(anatomy: Anatomy, config: PruneConfig) -> None:
+    """Find out whether a model of this shape can be pruned as asked.
+
+    Raises:
+        SlimError: What `make_plan` would raise after the weights were read and scored.
+    """
+    rehearse(
+        anatomy,
+        criteria_of(config),
+        ratio_of(config),
+        config.axis or "width",
+        allocation=ranked_allocation(config),
+        **plan_options(config),
+    )
+
+
+def rehearse(
+    anatomy: Anatomy, criteria: Iterable[str], ratio: float, axis: str, **options: Any
+) -> None:
+    """Find out whether a plan is possible, with random scores in place of real ones.
+
+    Raises:
+        SlimError: What `make_plan` would raise after the weights were read and scored.
+    """
+    pretended = score_random(Statistics("nothing", {}), anatomy)
+    units = {unit for name in criteria for unit in CRITERIA[name].units}
+    scores = Scores(", ".join(criteria), **{unit: pretended.of(unit) for unit in units})
+    make_plan(anatomy, scores, ratio, axis, **options)
+
+
+def check_questions(questions: Questions, blind: bool = False, log: bool = False) -> None:
+    """Find every mistake in what models are asked, before one is loaded.
+
+    Args:
+        questions: What they are asked.
+        blind: Whether with the pictures of other questions.
+        log: Whether replies must be kept as they come.
+
+    Raises:
+        ConfigError: If something is unknown, or not possible together.
+    """
+    own, theirs = split_names(questions.tasks)
+    if own or not theirs:
+        find_tasks(own)
+    if theirs:
+        check_names(theirs, questions.limit, questions.task_folder)
+        if blind or questions.floors or log:
+            raise ConfigError(f"--blind, --floors and --log do not work with {theirs[0]!r}")
+    if blind and questions.floors:
+        raise ConfigError("--floors: a --blind result is the floor; leave out one of them")
+
+
+def criterion_options(config: PruneConfig, criterion: str) -> dict[str, Any]:
+    """Those options of a request that a criterion has."""
+    row = CRITERIA[criterion]
+    known = {**row.options, **row.capture_options}
+    options: dict[str, Any] = {"gradient": config.gradient, "seed": config.seed}
+    options = {name: value for name, value in options.items() if name in known}
+    if row.needs_data and config.token_weights is not None:
+        options["token_weights"] = token_weights_of(config)
+    return options
+
+
+def token_weights_of(config: PruneConfig) -> dict[str, float] | None:
+    """Weights of tokens by role, None where all count alike."""
+    return None if config.token_weights is None else parse_token_weights(config.token_weights)
+
+
+def ranked_allocation(config: PruneConfig) -> Allocation:
+    """The allocation that scores alone can make: a measured one begins with ``uniform``."""
+    given = config.allocation
+    return "uniform" if given is None or given in MEASURED else given
+
+
+def plan_options(config: PruneConfig) -> dict[str, Any]:
+    """Those options of a request that every plan has."""
+    return dict(vars(part_of(config, WidthOptions)))
+
+
+def ranked_plan(config: PruneConfig, anatomy: Anatomy, scores: Iterable[Scores]) -> Plan:
+    """The plan that scores alone give."""
+    axis, allocation = config.axis or "width", ranked_allocation(config)
+    options = plan_options(config)
+    return make_plan(anatomy, list(scores), ratio_of(config), axis, allocation, **options)

@@ -1,0 +1,183 @@
+"""Score a model, or plan from scores: one stage alone, from a model's folder to files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from slimvlm.core.errors import ConfigError
+from slimvlm.core.files import require_free
+from slimvlm.core.options import CalibrationConfig, PlanConfig, PruneConfig, WidthOptions, part_of
+from slimvlm.data.samples import Sample
+from slimvlm.models.anatomy import Anatomy, read_anatomy
+from slimvlm.models.cost import params_for_memory, parse_bytes, parse_count
+from slimvlm.models.load import anatomy, check_models, load, load_processor
+from slimvlm.planning.make import make_plan, make_plan_for_params, ratio_for_params
+from slimvlm.planning.plan import Plan
+from slimvlm.pruning.low_memory import score as on_disk
+from slimvlm.pruning.low_memory.opened import open_checkpoint
+from slimvlm.runs.request import (
+    Request,
+    Say,
+    check_options,
+    criterion_options,
+    rehearse,
+    token_weights_of,
+)
+from slimvlm.runs.stages import Calibration, calibrate, load_original, read_split
+from slimvlm.scoring.criteria import CRITERIA
+from slimvlm.scoring.score import calibration_batches, check_token_weights, collect, scores_from
+from slimvlm.scoring.score import score as score_model
+from slimvlm.scoring.scores import Scores
+
+
+def score(
+    model: str,
+    config: CalibrationConfig,
+    criterion: str,
+    out: Path,
+    low_memory: bool = False,
+    scratch: Path | None = None,
+    force: bool = False,
+    say: Say = print,
+) -> Scores:
+    """Score a model by one criterion and save what comes out.
+
+    Args:
+        model: Folder, hub id or ``demo``.
+        config: What the model is shown.
+        criterion: How to score.
+        out: Scores are written as ``out.json`` and ``out.safetensors``. The statistics behind them
+            go to ``out.statistics.safetensors``, but for Gram matrices, which can be larger than
+            the model, and with low memory.
+        low_memory: Read one layer at a time and keep activations on disk.
+        scratch: Folder for these activations; by default beside ``out``.
+        force: Whether existing files may be replaced.
+        say: Receives notes.
+    """
+    request = Request(model=model, prune=PruneConfig(criterion=(criterion,), **vars(config)))
+    check_options(request.prune)
+    row, stem = CRITERIA[criterion], _stem(out)
+    if low_memory:
+        on_disk.Request(criterion)
+    if (weights := token_weights_of(request.prune)) is not None:
+        check_token_weights(criterion, weights)
+    keeps = not low_memory and row.capture != "grams"
+    for suffix in ("json", "safetensors", *(["statistics.safetensors"] if keeps else [])):
+        require_free(Path(f"{stem}.{suffix}"), force)
+    check_models(config, model)
+    samples = read_split(request, say).calibration
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    if low_memory:
+        folder = scratch or stem.with_name(f".{stem.name}.scratch")
+        (scores,) = scores_on_disk(request, samples, folder, say)[1]
+    else:
+        loaded, processor = load_original(request)
+        calibration = Calibration(processor, samples, hold_out=False)
+        if keeps:
+            scores = _scored_with_statistics(request, loaded, calibration, stem)
+        else:
+            scores = calibrate(request, loaded, calibration)[criterion]
+    scores.save(stem)
+    say(f"{criterion} scores of {', '.join(row.units)} written to {stem}.json")
+    return scores
+
+
+def _stem(out: Path) -> Path:
+    return out.with_suffix("") if out.suffix in (".json", ".safetensors") else out
+
+
+def _scored_with_statistics(
+    request: Request, model: Any, calibration: Calibration, stem: Path
+) -> Scores:
+    (criterion,) = request.prune.criterion
+    batches = calibration.fitted if CRITERIA[criterion].needs_data else ()
+    options = criterion_options(request.prune, criterion)
+    statistics = collect(model, batches, criterion, **options)
+    statistics.save(f"{stem}.statistics.safetensors")
+    return scores_from(statistics, model, criterion, **options)
+
+
+def scores_on_disk(
+    request: Request, samples: Sequence[Sample], scratch: Path, say: Say
+) -> tuple[Anatomy, list[Scores]]:
+    """Scores by the request's criteria, with one layer in memory at a time."""
+    config = request.prune
+    opened = open_checkpoint(request.model, config.dtype, config.trust_remote_code)
+    processor = load_processor(str(opened.folder), opened.model.config, config.trust_remote_code)
+    asked = []
+    for name in config.criterion:
+        options = criterion_options(config, name)
+        options.pop("token_weights", None)
+        asked.append(on_disk.Request(name, options))
+    batches: Iterable[Any] = ()
+    if any(CRITERIA[name].needs_data for name in config.criterion):
+        batches = calibration_batches(processor, samples, description="embed")
+    weights = token_weights_of(config)
+    scores = on_disk.score_opened(opened, batches, asked, weights, scratch, say)
+    return read_anatomy(opened.model), scores
+
+
+def plan(
+    model: str,
+    config: PlanConfig,
+    out: Path,
+    scores: Sequence[Path] = (),
+    *,
+    force: bool = False,
+    say: Say = print,
+) -> Plan:
+    """Make a plan from scores that are there already, and write it.
+
+    Args:
+        model: Folder, hub id or ``demo``. Its weights are only read if no scores are given.
+        config: How much may go, and what.
+        out: The plan's file.
+        scores: Score files of the units to prune; by default spacing for layers, magnitude for
+            widths.
+        force: Whether an existing file may be replaced.
+        say: Receives notes.
+
+    Raises:
+        SlimError: If the target cannot be met.
+    """
+    require_free(out, force)
+    shape, target = anatomy(model), _target_params(config)
+    given = [Scores.load(path) for path in scores]
+    options = {
+        **vars(part_of(config, WidthOptions)),
+        **{"allocation": config.allocation, "kv_heads": config.kv_heads},
+    }
+    if not given:
+        criterion = "spacing" if config.axis == "depth" else "magnitude"
+        wanted = config.ratio if target is None else ratio_for_params(shape, target)
+        assert wanted is not None
+        rehearse(shape, [criterion], wanted, config.axis, **options)
+        say(f"no --scores: using {criterion}")
+        given = [score_model(load(model)[0], (), criterion)]
+    if target is not None:
+        made = make_plan_for_params(shape, given, target, config.axis, **options)
+    else:
+        assert config.ratio is not None
+        made = make_plan(shape, given, config.ratio, config.axis, **options)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    made.save(out)
+    return made
+
+
+def _target_params(config: PlanConfig) -> int | None:
+    """Parameters of the whole smaller model; None if a ratio was given instead.
+
+    Raises:
+        ConfigError: Unless exactly one of the three is given.
+    """
+    given = (config.ratio, config.target_params, config.target_memory)
+    if sum(value is not None for value in given) != 1:
+        raise ConfigError("plan needs exactly one of --ratio, --target-params, --target-memory")
+    if config.target_params is not None:
+        return parse_count(config.target_params)
+    if config.target_memory is not None:
+        counted_in = "bfloat16" if config.dtype == "auto" else config.dtype
+        return params_for_memory(parse_bytes(config.target_memory), counted_in)
+    return None
