@@ -36,7 +36,10 @@ from slimvlm.core.errors import ImpossiblePlanError
 from slimvlm.core.files import write_text
 from slimvlm.evaluation.results import Result
 from slimvlm.models.load import computes_bfloat16, default_device
-from slimvlm.runs.stages import Calibration, choose_plan, criteria_of, cut_, narrow_first_, score_by
+from slimvlm.runs import stages
+from slimvlm.runs.prune import narrow_
+from slimvlm.runs.request import Request, resolved
+from slimvlm.runs.stages import Calibration
 from slimvlm.runs.tables import as_markdown
 from slimvlm.scoring.unit_scores import Scores
 
@@ -95,12 +98,12 @@ class TextCalibration(Calibration):
     @property
     def fitted(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """All but every fourth passage."""
-        return [encode(self.processor, s) for i, s in enumerate(self._shown, 1) if i % 4]
+        return [encode(self.processor, s) for i, s in enumerate(self.samples, 1) if i % 4]
 
     @property
     def held_out(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """Every fourth passage."""
-        return [encode(self.processor, s) for s in self._shown[3::4]]
+        return [encode(self.processor, s) for s in self.samples[3::4]]
 
 
 def encode(tokenizer: Any, passage: Any) -> dict[str, Any]:
@@ -146,20 +149,22 @@ class Sitting:
         hidden_size = asked.pop("hidden_size", None)
         config = sv.PruneConfig(ratio=ratio, data="demo", samples=options.samples, **asked)
         kind = TextCalibration if subject.tasks == "text_ppl" else Calibration
-        calibration = kind(config, subject.processor, self._shown)
+        request = resolved(Request(model=options.model, prune=config))
+        calibration = kind(subject.processor, self._shown, request.hold_out)
         model = copy.deepcopy(subject.model)
         if hidden_size is None:
-            scores = self._scored(config, calibration)
+            scores = self._scored(request, calibration)
         else:
-            gone = narrow_first_(model, hidden_size, calibration).ratio
+            gone = narrow_(request, model, hidden_size, calibration).ratio
             config = dataclasses.replace(config, ratio=1 - (1 - ratio) / (1 - gone))
-            scores = None
+            request = resolved(Request(model=options.model, prune=config))
+            scores = list(stages.calibrate(request, model, calibration).values())
         try:
-            plan = choose_plan(config, model, calibration, print, given=scores)
+            plan = stages.plan(request, model, calibration, scores, print)
         except ImpossiblePlanError as error:
             print(f"{name}: {error}")
             return None
-        report = cut_(config, model, plan, calibration)
+        report = stages.prune_(request, model, plan, calibration)
         result = sv.evaluate(model, subject.processor, subject.tasks, options.limit, name=name)
         print(f"{name}: {plan.summary()}{'' if report is None else '; ' + report.summary()}")
         print(
@@ -169,13 +174,12 @@ class Sitting:
         result.save(path)
         return result
 
-    def _scored(self, config: sv.PruneConfig, calibration: Calibration) -> list[Scores]:
-        key = (config.criterion, config.gradient, config.token_weights)
+    def _scored(self, request: Request, calibration: Calibration) -> list[Scores]:
+        config = request.prune
+        key = (config.criterion, config.gradient, config.token_weights, request.hold_out)
         if key not in self._scores:
-            self._scores[key] = [
-                score_by(config, self._subject.model, calibration, name)
-                for name in criteria_of(config)
-            ]
+            found = stages.calibrate(request, self._subject.model, calibration)
+            self._scores[key] = list(found.values())
         return self._scores[key]
 
 

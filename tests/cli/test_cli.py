@@ -157,7 +157,7 @@ def bad_requests() -> dict[str, tuple[list[str], str]]:
         made[f"{verb} taken"] = (changed(verb, out=taken), r"taken(\.json)?' exists.*--force")
     made["score taken stem"] = (changed("score", out="taken"), r"taken\.json' exists")
     made |= {
-        "score no data given": (["score", "MODEL", "--out", "out"], "'taylor' needs --data"),
+        "score no data given": (["score", "MODEL", "--out", "out"], "'obs' needs --data"),
         "prune nothing": (["prune", "MODEL", "--out", "out"], "--ratio or --plan"),
         "prune both": (changed("prune", plan="taken.json"), "--ratio or --plan"),
         "prune plan": (["prune", "MODEL", "--out", "out", "--plan", "taken.json"], "taken.json"),
@@ -403,6 +403,7 @@ def test_score_plan_prune_is_prune(run: Run, home: Path, llava: Path, data: Path
     assert made["ratio"] == pytest.approx(Plan.load("plan.json").ratio)
     assert run("prune", llava, "--plan", "plan.json", "--out", "steps").code == 0
     same = ["--criterion", "block_influence", "taylor", "--allocation", "uniform"]
+    same += ["--repair", "none"]
     assert run("prune", llava, *budget, *same, *given, "--out", "once").code == 0
     first, second = tensors(home / "steps"), tensors(home / "once")
     assert list(first) == list(second)

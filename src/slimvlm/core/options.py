@@ -304,8 +304,8 @@ class SampleOptions(Options):
     samples: Annotated[int, AT_LEAST_1] = 64
     """Calibration samples, the first ones of the data in the order of the seed."""
     seed: Annotated[int, SEED] = 0
-    """Order of the data: 0 is that of the file, any other number shuffles it. Training takes what
-    comes after the calibration samples."""
+    """Order of the data: 0 is that of the file, any other number shuffles it; training takes what
+    comes after the calibration samples. Also seeds whatever is drawn, in scores and in training."""
     gradient: Gradient = "per_sample"
     """For taylor: one gradient over all samples, or one for each."""
     token_weights: str | None = None
@@ -423,8 +423,8 @@ class QuestionOptions(Options):
     batch_size: Annotated[int, AT_LEAST_1] = 16
     """Questions answered at once."""
     floors: bool = False
-    """Ask the original model a second time, blind, so that tables show each task's blind floor and
-    retention above the floors."""
+    """Ask the original model (without --baseline, this one) a second time, blind, so that tables
+    show each task's blind floor and retention above the floors."""
 
 
 @dataclass(frozen=True, kw_only=True)

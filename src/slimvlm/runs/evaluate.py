@@ -27,21 +27,13 @@ def evaluate(
     out: Path | None = None,
     force: bool = False,
 ) -> dict[str, Result]:
-    """Ask a model, and the original if there is one, the same questions.
-
-    Args:
-        model: Folder, hub id or ``demo``.
-        questions: What both are asked; blind floors are the original's, or without one this
-            model's.
-        loading: How models are read.
-        baseline: The original model, or a result file of it.
-        blind: Whether to show the pictures of other questions.
-        log_folder: Keeps replies as they come.
-        out: Result file of the model.
-        force: Whether an existing file may be replaced.
+    """Ask a model, and the original if there is one, as the verb ``evaluate`` does.
 
     Returns:
         Results: ``baseline`` if there is one, and ``model``.
+
+    Raises:
+        SlimError: For anything that the user can mend; found before weights are read.
     """
 
     def asked(name: str, floors: bool) -> Result:
@@ -68,14 +60,10 @@ def evaluate(
 
 
 def side_by_side(a: str, b: str, tasks: str, limit: int | None, loading: LoadConfig) -> Comparison:
-    """Compare two models, answer by answer.
+    """Compare two models or result files, answer by answer, as the verb ``compare`` does.
 
-    Args:
-        a: The original: a result file, or a model that is asked now.
-        b: The other one, likewise.
-        tasks: What models are asked; those of result files are in the files.
-        limit: Only the first so many questions of each task, for models.
-        loading: How models are read.
+    Raises:
+        SlimError: For anything that the user can mend; found before weights are read.
     """
     chosen = find_tasks(tasks)
     results = {name: Result.load(name) for name in (a, b) if name.endswith(".json")}

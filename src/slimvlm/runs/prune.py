@@ -92,21 +92,10 @@ def prune(
     force: bool = False,
     say: Say = print,
 ) -> Pruned:
-    """Write a smaller checkpoint, from a plan or from a ratio, criterion and data.
-
-    Args:
-        model: Folder, hub id or ``demo``.
-        config: What to remove, and how.
-        out: The new checkpoint folder.
-        plan_file: A plan instead of ratio, axis, criterion and allocation.
-        hidden_size: Narrow the residual stream to so many channels first; the ratio counts both.
-        low_memory: Read one layer at a time, keep activations on disk, and write piece by piece.
-        scratch: Folder for these activations; by default beside ``out``.
-        force: Whether an existing folder may be replaced.
-        say: Receives notes.
+    """Write a smaller checkpoint, as the verb ``prune`` does.
 
     Raises:
-        SlimError: For anything that the user can mend; checked before weights are read.
+        SlimError: For anything that the user can mend; found before weights are read.
     """
     require_free(out, force)
     if (plan_file is None) == (config.ratio is None):
@@ -199,16 +188,10 @@ def narrow(
     force: bool = False,
     say: Say = print,
 ) -> Narrowing:
-    """Write a checkpoint whose hidden states have fewer channels.
+    """Write a checkpoint whose hidden states have fewer channels, as the verb ``narrow`` does.
 
-    Args:
-        model: Folder, hub id or ``demo``.
-        config: What ``activation`` reads; its seed is for ``random``.
-        out: The new checkpoint folder.
-        hidden_size: Channels to keep.
-        criterion: What keeps a channel.
-        force: Whether an existing folder may be replaced.
-        say: Receives notes.
+    Raises:
+        SlimError: For anything that the user can mend; found before weights are read.
     """
     require_free(out, force)
     narrowing_ratio(load_config(model, config.trust_remote_code), hidden_size)

@@ -39,21 +39,10 @@ def recover(
     force: bool = False,
     say: Say = print,
 ) -> History:
-    """Train a pruned checkpoint back towards the original model and write it.
-
-    Args:
-        model: The pruned checkpoint.
-        source: What to learn from.
-        config: How to train.
-        out: The recovered checkpoint folder.
-        teacher: The original model, or a folder that ``cache-teacher`` wrote.
-        shard: Divide the weights among the processes of torchrun.
-        compat: Write files that older versions of transformers load right, too.
-        force: Whether an existing folder may be replaced.
-        say: Receives notes.
+    """Train a pruned checkpoint towards the original and write it, as the verb ``recover`` does.
 
     Raises:
-        SlimError: For anything that the user can mend; checked before weights are read.
+        SlimError: For anything that the user can mend; found before weights are read.
     """
     require_free(out, force)
     if not config.needs_teacher:
@@ -131,18 +120,10 @@ def cache_teacher(
     force: bool = False,
     say: Say = print,
 ) -> None:
-    """Write down what a teacher says about some data, for `recover`.
+    """Write down what a teacher says about some data, as the verb ``cache-teacher`` does.
 
-    Args:
-        model: The original model.
-        source: What will be learnt from.
-        out: The folder to write.
-        what: Final hidden states, or the largest logits.
-        k: How many logits for each position.
-        kd_on: Positions that will be compared.
-        batch_size: Samples that run at once.
-        force: Whether an existing folder may be replaced; it stays until the new one is whole.
-        say: Receives notes.
+    Raises:
+        SlimError: For anything that the user can mend; found before weights are read.
     """
     if not is_cache(out):
         require_free(out, force)

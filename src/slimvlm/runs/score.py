@@ -42,19 +42,12 @@ def score(
     force: bool = False,
     say: Say = print,
 ) -> Scores:
-    """Score a model by one criterion and save what comes out.
+    """Score a model by one criterion and save what comes out, as the verb ``score`` does.
 
-    Args:
-        model: Folder, hub id or ``demo``.
-        config: What the model is shown.
-        criterion: How to score.
-        out: Scores are written as ``out.json`` and ``out.safetensors``. The statistics behind them
-            go to ``out.statistics.safetensors``, but for Gram matrices, which can be larger than
-            the model, and with low memory.
-        low_memory: Read one layer at a time and keep activations on disk.
-        scratch: Folder for these activations; by default beside ``out``.
-        force: Whether existing files may be replaced.
-        say: Receives notes.
+    Gram matrices can be larger than the model: they are no statistics to keep.
+
+    Raises:
+        SlimError: For anything that the user can mend; found before weights are read.
     """
     request = Request(model=model, prune=PruneConfig(criterion=(criterion,), **vars(config)))
     check_options(request.prune)
@@ -128,19 +121,10 @@ def plan(
     force: bool = False,
     say: Say = print,
 ) -> Plan:
-    """Make a plan from scores that are there already, and write it.
-
-    Args:
-        model: Folder, hub id or ``demo``. Its weights are only read if no scores are given.
-        config: How much may go, and what.
-        out: The plan's file.
-        scores: Score files of the units to prune; by default spacing for layers, magnitude for
-            widths.
-        force: Whether an existing file may be replaced.
-        say: Receives notes.
+    """Make a plan from scores that are there already and write it, as the verb ``plan`` does.
 
     Raises:
-        SlimError: If the target cannot be met.
+        SlimError: For anything that the user can mend, such as a target that cannot be met.
     """
     require_free(out, force)
     shape, target = anatomy(model), _target_params(config)

@@ -1,0 +1,201 @@
+"""A request means the same to every driver: what is left open, which samples, which tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slimvlm.core.errors import ConfigError
+from slimvlm.core.options import CompressConfig, PruneConfig, Questions, RecoverConfig
+from slimvlm.data.samples import Sample
+from slimvlm.evaluation.tasks import find_tasks
+from slimvlm.runs import request as requests
+from slimvlm.runs.compress import request_of
+from slimvlm.runs.request import Request, check_questions, resolved
+from slimvlm.runs.stages import Split, rows_to_read, split
+from slimvlm.runs.study.cells import expand
+from slimvlm.runs.study.stages import stages_of
+from slimvlm.scoring.score import DEFAULT_CRITERIA
+from tests import tiny_folder as folders
+from tests.runs.study.study_files import study
+
+
+def asked(**changes: Any) -> Request:
+    """A request as a user gives it: with data, along width."""
+    recover, training_samples = changes.pop("recover", None), changes.pop("training_samples", None)
+    values = {"ratio": 0.3, "axis": "width", "data": "demo", **changes}
+    return Request(
+        model="demo",
+        prune=PruneConfig(**values),
+        recover=recover,
+        training_samples=training_samples,
+    )
+
+
+def decided(request: Request, **how: Any) -> tuple[Request, list[str]]:
+    """What becomes of a request, and what is said."""
+    said: list[str] = []
+    return resolved(request, said.append, **how), said
+
+
+# What is left open.
+
+
+def test_with_data_the_measured_recipe_is_the_default() -> None:
+    found, said = decided(asked())
+    assert found.prune.criterion == DEFAULT_CRITERIA["width"] == ("obs",)
+    assert (found.prune.allocation, found.prune.repair) == ("balanced", "auto")
+    assert found.hold_out
+    assert said == []
+
+
+def test_without_data_weights_decide_and_nothing_is_repaired() -> None:
+    found, said = decided(asked(data=None, recover=RecoverConfig()))
+    assert found.prune.criterion == ("spacing", "magnitude")
+    assert (found.prune.allocation, found.prune.repair) == ("uniform", "none")
+    assert not found.hold_out
+    assert found.recover is None
+    assert said == []
+
+
+UNMEASURABLE = {
+    "depth": ({"axis": "depth"}, {}, "axis depth removes no widths"),
+    "no data": ({"data": None}, {}, "there is no data to measure on"),
+    "low memory": ({}, {"low_memory": True}, "low_memory cannot measure plans"),
+    "steps": ({"steps": 2}, {}, "steps choose the widths"),
+}
+
+
+@pytest.mark.parametrize("case", UNMEASURABLE)
+def test_only_what_was_given_is_missed(case: str) -> None:
+    """A default that cannot be had is no news; a wish that cannot be met is said once."""
+    changes, how, reason = UNMEASURABLE[case]
+    found, said = decided(asked(**changes), **how)
+    assert (found.prune.allocation, said) == ("uniform", [])
+    found, said = decided(asked(**changes, allocation="balanced"), **how)
+    assert found.prune.allocation == "uniform"
+    assert said == [f"allocation 'balanced' becomes 'uniform': {reason}"]
+
+
+def test_a_decided_request_stays_as_it_is() -> None:
+    for changes in ({}, {"axis": "depth"}, {"data": None}, {"repair": "width"}):
+        once, _ = decided(asked(**changes))
+        assert decided(once) == (once, [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "hold_out"),
+    [
+        ({"allocation": "uniform", "repair": "none"}, False),
+        ({"allocation": "uniform", "repair": "width"}, False),
+        ({"allocation": "uniform"}, True),
+        ({"repair": "none"}, True),
+        ({"allocation": "search", "repair": "none"}, True),
+        ({"axis": "depth", "repair": "none"}, False),
+    ],
+)
+def test_samples_are_held_out_where_something_is_judged(
+    changes: dict[str, Any], hold_out: bool
+) -> None:
+    assert decided(asked(**changes))[0].hold_out == hold_out
+
+
+def test_a_run_has_one_seed() -> None:
+    config = CompressConfig(ratio=0.3, data="demo", seed=3, recover=RecoverConfig())
+    found = resolved(request_of("demo", config))
+    assert found.recover is not None
+    assert found.recover.seed == found.prune.seed == 3
+    with pytest.raises(ConfigError, match="seed 3: a run has one, and recover has 5"):
+        CompressConfig(seed=3, recover=RecoverConfig(seed=5))
+
+
+# Which samples.
+
+
+def samples(count: int) -> list[Sample]:
+    return [Sample(id=f"s{i}", messages=()) for i in range(count)]
+
+
+def names(found: Split) -> tuple[list[str], list[str]]:
+    calibration, training = found.calibration, found.training
+    return [sample.id for sample in calibration], [sample.id for sample in training]
+
+
+def test_seed_0_is_the_order_of_the_file_and_any_other_shuffles_it() -> None:
+    rows = samples(10)
+    first, rest = names(split(rows, asked(samples=4, recover=RecoverConfig())))
+    assert first + rest == [f"s{i}" for i in range(10)]
+    other, more = names(split(rows, asked(samples=4, seed=1, recover=RecoverConfig())))
+    assert sorted(other + more) == sorted(first + rest)
+    assert other != first
+    assert names(split(rows, asked(samples=4, seed=1)))[0] == other
+
+
+def test_few_samples_serve_both() -> None:
+    first, rest = names(split(samples(3), asked(samples=4)))
+    assert first == rest == ["s0", "s1", "s2"]
+    assert names(split(samples(3), asked(samples=4, training_samples=2)))[1] == ["s0", "s1"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "count"),
+    [
+        ({}, 4),
+        ({"recover": RecoverConfig()}, None),
+        ({"training_samples": 5, "recover": RecoverConfig()}, 9),
+        ({"training_samples": 5}, 4),
+        ({"seed": 1}, None),
+        ({"seed": 1, "training_samples": 5, "recover": RecoverConfig()}, None),
+    ],
+)
+def test_no_more_rows_are_read_than_needed(changes: dict[str, Any], count: int | None) -> None:
+    request = asked(samples=4, **changes)
+    assert rows_to_read(request) == count
+    if count is not None:
+        assert names(split(samples(count), request)) == names(split(samples(20)[:count], request))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_study_s_cell_is_a_run(seed: int, tmp_path: Path) -> None:
+    """One cell asks its stages for what `compress` asks of them."""
+    data = folders.write_llava_data(tmp_path / "data", pictures=False)
+    cells = expand(study(data, {"recovery": "sft", "axis": "width", "seed": seed}))
+    stages = stages_of(study(data), cells[0])
+    config = CompressConfig(
+        **vars(cells[0].prune), recover=cells[0].recover, tasks="text_odd", floors=False
+    )
+    run = resolved(request_of(cells[0].model, config))
+    assert stages.prune.request.prune == run.prune
+    assert stages.prune.request.hold_out == run.hold_out
+    assert stages.recover is not None
+    rows = samples(10)
+    assert names(split(rows, stages.recover.request))[1] == names(split(rows, run))[1]
+    assert names(split(rows, stages.prune.request))[0] == names(split(rows, run))[0]
+    assert stages.recover.request.recover == run.recover
+
+
+# Which tasks.
+
+
+def test_a_run_is_asked_what_evaluate_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(requests, "check_names", lambda *given: seen.append(given))
+    config = CompressConfig(ratio=0.3, tasks="presence,pope", task_folder="mine", limit=6)
+    questions = request_of("demo", config).questions
+    assert questions == Questions(tasks="presence,pope", task_folder="mine", limit=6)
+    check_questions(questions)
+    assert seen == [(["pope"], 6, "mine")]
+    assert [task.name for task in find_tasks("presence")] == ["presence"]
+    assert request_of("demo", CompressConfig(ratio=0.3)).questions is None
+
+
+@pytest.mark.parametrize("how", [{"floors": True}, {"blind": True}, {"log": True}])
+def test_published_benchmarks_are_not_asked_blind(
+    how: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requests, "check_names", lambda *given: None)
+    questions = Questions(tasks="pope", floors=how.pop("floors", False))
+    with pytest.raises(ConfigError, match="--blind, --floors and --log do not work with 'pope'"):
+        check_questions(questions, **how)
