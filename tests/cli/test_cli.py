@@ -412,6 +412,20 @@ def test_score_plan_prune_is_prune(run: Run, home: Path, llava: Path, data: Path
     assert sv.anatomy(home / "once").total_params == made["total_params"]
 
 
+def test_with_data_a_plan_s_weights_are_repaired(
+    run: Run, home: Path, llava: Path, data: Path
+) -> None:
+    assert run("plan", llava, "--ratio", "0.3", "--out", "plan.json").code == 0
+    bare = run("prune", llava, "--plan", "plan.json", "--out", "bare")
+    assert "held-out loss" not in bare.out
+    mended = run("prune", llava, "--plan", "plan.json", "--data", data, "--out", "mended")
+    assert mended.code == 0, mended.err
+    assert "held-out loss" in mended.out
+    for name in ("none", "width"):
+        arguments = ["prune", llava, "--plan", "plan.json", "--repair", name, "--out", name]
+        assert run(*arguments).code == (0 if name == "none" else 2)
+
+
 def test_prune_with_force_replaces(run: Run, home: Path, llava: Path) -> None:
     arguments = ["prune", llava, "--ratio", "0.3", "--criterion", "magnitude"]
     assert run(*arguments, "--out", "taken", "--force").code == 0
@@ -548,6 +562,13 @@ def test_compress_prints_nothing_but_json(run: Run, home: Path, llava: Path, dat
     )
     stored = json.loads((home / "out" / "config.json").read_text())
     assert stored["recover"]["train"] == "projector"  # the chart's choice up to 15 %
+
+
+def test_the_criterion_of_score_is_the_one_of_widths(run: Run) -> None:
+    from slimvlm.scoring.score import DEFAULT_CRITERIA
+
+    default = inspect.signature(cli.VERBS["score"]).parameters["criterion"].default
+    assert (default,) == DEFAULT_CRITERIA["width"]
 
 
 # Two real processes.
