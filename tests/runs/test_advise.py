@@ -155,6 +155,11 @@ COMMANDS = [
         recover=RecoverConfig(train="lora", loss="sft+hidden", fraction=0.05, report_to="wandb"),
     ),
     CompressConfig(ratio=0.5, axis="depth", data="demo", units=("neuron",)),
+    CompressConfig(
+        **{"ratio": 0.5, "axis": "depth", "data": "demo", "seed": 3, "allocation": "balanced"},
+        **{"tasks": "name,pope", "task_folder": "mine", "batch_size": 4, "floors": True},
+        recover=RecoverConfig(train="full", loss="sft", batch_size=2, seed=3),
+    ),
 ]
 
 

@@ -171,8 +171,6 @@ def _require_startable(run: Run, force: bool) -> None:
         run.say(f"going on with the unfinished run in {run.folder}")
 
 
-
-
 def _open_folder(run: Run, force: bool) -> None:
     """Begin the run folder, or go on in it: the request was found good."""
     if not force:

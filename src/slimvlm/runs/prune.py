@@ -108,11 +108,10 @@ def prune(
     source: str | PreTrainedConfig = model
     if hidden_size is not None:
         source, config = _rest_after_narrowing(model, config, hidden_size, say)
-    check_options(config)
     request = resolved(Request(model=model, prune=config), say, low_memory)
     config = request.prune
+    check_options(config)
     if given is None:
-        check_options(config)
         rehearse_request(anatomy(source), config)
         if config.data is None:
             say(f"no data: scoring by {' and '.join(config.criterion)}")
