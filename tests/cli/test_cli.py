@@ -565,7 +565,7 @@ def test_compress_prints_nothing_but_json(run: Run, home: Path, llava: Path, dat
 
 
 def test_the_criterion_of_score_is_the_one_of_widths(run: Run) -> None:
-    from slimvlm.scoring.score import DEFAULT_CRITERIA
+    from slimvlm.scoring.criteria import DEFAULT_CRITERIA
 
     default = inspect.signature(cli.VERBS["score"]).parameters["criterion"].default
     assert (default,) == DEFAULT_CRITERIA["width"]

@@ -23,7 +23,7 @@ from slimvlm.runs import compress as compression
 from slimvlm.runs import request as requests
 from slimvlm.runs import stages
 from slimvlm.runs.compress import compress
-from slimvlm.scoring.scores import Scores
+from slimvlm.scoring.unit_scores import Scores
 from tests import tiny_folder as folders
 
 pytestmark = [

@@ -17,7 +17,7 @@ from slimvlm.runs.request import Request, check_questions, resolved
 from slimvlm.runs.stages import Split, rows_to_read, split
 from slimvlm.runs.study.cells import expand
 from slimvlm.runs.study.stages import stages_of
-from slimvlm.scoring.score import DEFAULT_CRITERIA
+from slimvlm.scoring.criteria import DEFAULT_CRITERIA
 from tests import tiny_folder as folders
 from tests.runs.study.study_files import study
 

@@ -36,7 +36,7 @@ from slimvlm.runs.request import (
 )
 from slimvlm.runs.score import scores_on_disk
 from slimvlm.runs.stages import Calibration, read_split
-from slimvlm.scoring.score import calibration_batches
+from slimvlm.scoring.score_model import calibration_batches
 
 _NEEDS_WHOLE_MODEL: dict[str, tuple[object, ...]] = {
     "repair": ("none", "auto"),

@@ -27,11 +27,10 @@ from slimvlm.models.anatomy import Anatomy
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
 from slimvlm.runs.recipes import recipe_for
-from slimvlm.scoring.criteria import CRITERIA, criterion_named
-from slimvlm.scoring.score import DEFAULT_CRITERIA
-from slimvlm.scoring.scores import Scores
+from slimvlm.scoring.criteria import CRITERIA, DEFAULT_CRITERIA, criterion_named
 from slimvlm.scoring.statistics import Statistics
-from slimvlm.scoring.widths import score_random
+from slimvlm.scoring.unit_scores import Scores
+from slimvlm.scoring.without_data import score_random
 
 MEASURED: dict[Allocation, str] = {"balanced": "uniform", "search": "layer"}
 """Allocations that compare plans on held-out samples, and the level of the search."""
@@ -193,7 +192,7 @@ def rehearse(
     Raises:
         SlimError: What `make_plan` would raise after the weights were read and scored.
     """
-    pretended = score_random(Statistics("nothing", {}), anatomy)
+    pretended = score_random(Statistics(), anatomy)
     units = {unit for name in criteria for unit in CRITERIA[name].units}
     scores = Scores(", ".join(criteria), **{unit: pretended.of(unit) for unit in units})
     make_plan(anatomy, scores, ratio, axis, **options)
@@ -224,9 +223,7 @@ def check_questions(questions: Questions, blind: bool = False, log: bool = False
 def criterion_options(config: PruneConfig, criterion: str) -> dict[str, Any]:
     """Those options of a request that a criterion has."""
     row = CRITERIA[criterion]
-    known = {**row.options, **row.capture_options}
-    options: dict[str, Any] = {"gradient": config.gradient, "seed": config.seed}
-    options = {name: value for name, value in options.items() if name in known}
+    options = row.requested(config)
     if row.needs_data and config.token_weights is not None:
         options["token_weights"] = token_weights_of(config)
     return options

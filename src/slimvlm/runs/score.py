@@ -27,9 +27,14 @@ from slimvlm.runs.request import (
 )
 from slimvlm.runs.stages import Calibration, calibrate, load_original, read_split
 from slimvlm.scoring.criteria import CRITERIA
-from slimvlm.scoring.score import calibration_batches, check_token_weights, collect, scores_from
-from slimvlm.scoring.score import score as score_model
-from slimvlm.scoring.scores import Scores
+from slimvlm.scoring.score_model import (
+    calibration_batches,
+    check_token_weights,
+    collect,
+    scores_from,
+)
+from slimvlm.scoring.score_model import score as score_model
+from slimvlm.scoring.unit_scores import Scores
 
 
 def score(
@@ -56,7 +61,7 @@ def score(
         on_disk.Request(criterion)
     if (weights := token_weights_of(request.prune)) is not None:
         check_token_weights(criterion, weights)
-    keeps = not low_memory and row.capture != "grams"
+    keeps = not low_memory and row.capture.layer_bytes is None
     for suffix in ("json", "safetensors", *(["statistics.safetensors"] if keeps else [])):
         require_free(Path(f"{stem}.{suffix}"), force)
     check_models(config, model)

@@ -42,8 +42,8 @@ from slimvlm.runs.request import (
     token_weights_of,
 )
 from slimvlm.scoring.criteria import CRITERIA
-from slimvlm.scoring.score import calibration_batches, score
-from slimvlm.scoring.scores import Scores
+from slimvlm.scoring.score_model import calibration_batches, score
+from slimvlm.scoring.unit_scores import Scores
 from slimvlm.training.recover import History
 from slimvlm.training.recover import recover as train
 

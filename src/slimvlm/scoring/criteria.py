@@ -245,6 +245,7 @@ CRITERIA: dict[str, Criterion] = {
         paper="baseline",
         about="chance",
         options={"seed": None},
+        from_request=("seed",),
     ),
 }
 

@@ -22,7 +22,7 @@ from slimvlm.runs.request import Request
 from slimvlm.runs.stages import Calibration, samples_for, split
 from slimvlm.runs.study.cache import CHECKPOINT, Work
 from slimvlm.runs.study.stages import Stage
-from slimvlm.scoring.scores import Scores
+from slimvlm.scoring.unit_scores import Scores
 
 PLAN = "plan.json"
 SCORES = "scores"
