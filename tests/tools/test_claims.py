@@ -157,6 +157,12 @@ def test_a_model_without_eyes_has_no_picture_claim() -> None:
     assert claims["T1"].verdict == "agrees"
 
 
+def test_before_the_first_cell_nothing_is_measured() -> None:
+    original = {name: ORIGINAL[name] for name in ("model", "axis", "recovery", "status")}
+    for rows in ([original], [{**original, "status": "open"}]):
+        assert {claim.verdict for claim in claims_of(pd.DataFrame(rows))} == {"not measured"}
+
+
 def test_claims_are_written_as_markdown() -> None:
     text = claims_text(claims_of(pd.DataFrame([ORIGINAL, *AGREES["T1"]])))
     assert "| T1 | without recovery" in text
