@@ -228,6 +228,10 @@ def test_the_files_are_those_that_transformers_writes(converted: Converted, tmp_
         )
 
 
+def test_whoever_may_read_the_configuration_may_read_the_weights(converted: Converted) -> None:
+    assert len({file.stat().st_mode for file in converted.folder.iterdir()}) == 1
+
+
 def test_the_folder_can_be_verified(converted: Converted) -> None:
     found = verify(converted.folder)
     assert found.is_whole

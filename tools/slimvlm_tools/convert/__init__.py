@@ -15,9 +15,9 @@ from slimvlm_tools.convert.internvl import plan_internvl
 from slimvlm_tools.convert.llava import plan_bunny, plan_llava
 from slimvlm_tools.convert.pieces import Conversion
 from slimvlm_tools.convert.source import find_folder, read_json
-from slimvlm_tools.convert.write import check_written, native_model, write_checkpoint
+from slimvlm_tools.convert.write import check_written, write_checkpoint
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NATIVE = ("LlavaForConditionalGeneration", "InternVLForConditionalGeneration")
 """The classes that originals become."""
 
@@ -94,11 +94,9 @@ def convert(
             f"source {str(source)!r} is a LoRA adapter. Merge it into its model first"
         )
     conversion = original.plan(folder, config, vision_tower)
-    wanted = None if dtype is None else getattr(torch, dtype)
-    model = native_model(conversion, wanted)
     generation = read_json(folder / "generation_config.json")
     with new_folder(out, force) as partial:
-        write_checkpoint(conversion, model, generation, partial, wanted)
+        write_checkpoint(conversion, generation, partial, DTYPES[dtype] if dtype else None)
         check_written(partial)
         write_manifest(partial)
     return out

@@ -7,7 +7,7 @@ Both write a vision tower, a two-layer projector and a language model side by si
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,25 +80,6 @@ BUNNY_RULES: Rules = {
 }
 
 
-@dataclass(frozen=True)
-class _Tokens:
-    """A tokenizer with a picture token, and the rows of the original model's embeddings."""
-
-    tokenizer: PreTrainedTokenizerFast
-    pad_id: int
-    num_rows: int
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the native embeddings. Those that no token uses are taken first."""
-        return max(self.num_rows, len(self.tokenizer))
-
-    @property
-    def new_ids(self) -> list[int]:
-        """Ids that the original model does not have, and so never says."""
-        return list(range(self.num_rows, self.vocab_size))
-
-
 def plan_llava(
     folder: Path, config: Mapping[str, Any], vision_tower: str | Path | None
 ) -> Conversion:
@@ -113,13 +94,15 @@ def plan_llava(
             f"config.json: mm_vision_select_layer {layer}, but the tower has {tower.num_layers} "
             "layers"
         )
-    tokens = _tokens(llama_tokenizer(TokenizerFiles(folder)), config, PAD)
+    tokenizer = llama_tokenizer(TokenizerFiles(folder))
+    add_new_tokens(tokenizer, [IMAGE, PAD])
+    tokenizer.pad_token = PAD
     text = LlamaConfig(
-        **pick(config, LLAMA_FIELDS), **_text_values(config, tokens), rope_parameters=rope
+        **pick(config, LLAMA_FIELDS), **_text_values(config, tokenizer), rope_parameters=rope
     )
     strategy = STRATEGIES[config.get("mm_vision_select_feature", "patch")]
-    native = _native_config(config, tower, tokens, text, layer, strategy)
-    return _plan(source, config, tower, tokens, native, LLAVA_RULES, end="</s>")
+    native = _native_config(config, tower, tokenizer, text, layer, strategy)
+    return _plan(source, config, tower, tokenizer, native, LLAVA_RULES, end="</s>")
 
 
 def plan_bunny(
@@ -146,45 +129,53 @@ def plan_bunny(
         )
     tower = tower.first_layers(whole - 1)
     tower.config.vision_use_head = False
-    tokens = _tokens(byte_level_tokenizer(TokenizerFiles(folder)), config)
+    tokenizer = byte_level_tokenizer(TokenizerFiles(folder))
+    add_new_tokens(tokenizer, [IMAGE])
     rope["partial_rotary_factor"] = float(config.get("partial_rotary_factor", 0.5))
     text = PhiConfig(
-        **pick(config, PHI_FIELDS), **_text_values(config, tokens), rope_parameters=rope
+        **pick(config, PHI_FIELDS), **_text_values(config, tokenizer), rope_parameters=rope
     )
-    native = _native_config(config, tower, tokens, text, -1, "full")
-    return _plan(source, config, tower, tokens, native, BUNNY_RULES, end="<|endoftext|>")
+    native = _native_config(config, tower, tokenizer, text, -1, "full")
+    return _plan(source, config, tower, tokenizer, native, BUNNY_RULES, end="<|endoftext|>")
 
 
 def _plan(
     source: Weights,
     config: Mapping[str, Any],
     tower: Tower,
-    tokens: _Tokens,
+    tokenizer: PreTrainedTokenizerFast,
     native: LlavaConfig,
     rules: Rules,
     end: str,
 ) -> Conversion:
     names = [name for name in source.tensors if not name.startswith(INSIDE)]
     pieces = {**place(source, names, rules), **tower.pieces}
+    text = native.get_text_config()
+    # ids that the original model does not have, and so never says
+    new_ids = list(range(config["vocab_size"], text.vocab_size))
     for name in {EMBEDDINGS, HEAD} & pieces.keys():
-        pieces[name] = replace(pieces[name], new_rows=len(tokens.new_ids))
+        pieces[name] = replace(pieces[name], new_rows=len(new_ids))
+    generation: dict[str, Any] = {"pad_token_id": text.pad_token_id}
+    if new_ids:
+        generation["suppress_tokens"] = new_ids
+    if config.get("tokenizer_model_max_length"):
+        tokenizer.model_max_length = int(config["tokenizer_model_max_length"])
     processor = LlavaProcessor(
         image_processor=image_processor(tower, config.get("image_aspect_ratio")),
-        tokenizer=tokens.tokenizer,
+        tokenizer=tokenizer,
         patch_size=tower.config.patch_size,
         vision_feature_select_strategy=native.vision_feature_select_strategy,
-        chat_template=vicuna_template(end, _picture_text(tokens.tokenizer)),
+        chat_template=vicuna_template(end, _picture_text(tokenizer)),
         image_token=IMAGE,
         num_additional_image_tokens=int(tower.kind == CLIP),  # its class token
     )
-    suppressed = {"suppress_tokens": tokens.new_ids} if tokens.new_ids else {}
-    return Conversion(native, pieces, {"pad_token_id": tokens.pad_id, **suppressed}, processor)
+    return Conversion(native, pieces, generation, processor)
 
 
 def _native_config(
     config: Mapping[str, Any],
     tower: Tower,
-    tokens: _Tokens,
+    tokenizer: PreTrainedTokenizerFast,
     text: PreTrainedConfig,
     layer: int,
     strategy: str,
@@ -196,23 +187,25 @@ def _native_config(
             f"hidden_size {width}"
         )
     values: dict[str, Any] = {
-        "image_token_index": token_id(tokens.tokenizer, IMAGE),
+        "image_token_index": token_id(tokenizer, IMAGE),
         "image_seq_length": tower.num_patches + (tower.kind == CLIP and strategy == "full"),
         "vision_feature_layer": layer,
         "vision_feature_select_strategy": strategy,
         "projector_hidden_act": "gelu",
         "tie_word_embeddings": text.tie_word_embeddings,
-        "pad_token_id": tokens.pad_id,
+        "pad_token_id": text.pad_token_id,
         "bos_token_id": config.get("bos_token_id"),
         "eos_token_id": config.get("eos_token_id"),
     }
     return LlavaConfig(vision_config=tower.config, text_config=text, **values)
 
 
-def _text_values(config: Mapping[str, Any], tokens: _Tokens) -> dict[str, Any]:
+def _text_values(config: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """New tokens take rows of the embeddings that no token uses first."""
+    pad_id = tokenizer.pad_token_id
     return {
-        "vocab_size": tokens.vocab_size,
-        "pad_token_id": tokens.pad_id,
+        "vocab_size": max(int(config["vocab_size"]), len(tokenizer)),
+        "pad_token_id": int(config.get("pad_token_id") or 0) if pad_id is None else pad_id,
         "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
     }
 
@@ -246,17 +239,3 @@ def _picture_text(tokenizer: PreTrainedTokenizerFast) -> str:
         if joined[1:] == apart:
             return f"{IMAGE}{space}\\n"
     raise UnsupportedModelError("tokenizer: no text gives the original ids after a picture")
-
-
-def _tokens(
-    tokenizer: PreTrainedTokenizerFast, config: Mapping[str, Any], pad: str | None = None
-) -> _Tokens:
-    """Add the picture token, and a padding token of its own if asked, behind the vocabulary."""
-    add_new_tokens(tokenizer, [IMAGE] + ([pad] if pad else []))
-    if pad:
-        tokenizer.pad_token = pad
-    if config.get("tokenizer_model_max_length"):
-        tokenizer.model_max_length = int(config["tokenizer_model_max_length"])
-    known = tokenizer.pad_token_id
-    pad_id = int(config.get("pad_token_id") or 0) if known is None else int(known)
-    return _Tokens(tokenizer, pad_id, int(config["vocab_size"]))

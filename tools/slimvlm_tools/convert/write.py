@@ -41,29 +41,8 @@ class _Tensors(Mapping[str, Tensor]):
         return len(self.pieces)
 
 
-def native_model(conversion: Conversion, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The native model without storage; there is a piece for each of its tensors.
-
-    Args:
-        conversion: The conversion.
-        dtype: Its data type; by default that of the stored embeddings.
-
-    Raises:
-        UnsupportedModelError: If a tensor is missing, left over or of another shape.
-    """
-    model: Any = empty_model(conversion.config)
-    check_complete(model, conversion.pieces)
-    embeddings = conversion.pieces[EMBEDDINGS]
-    dtype = dtype or embeddings.weights.tensors[embeddings.name].dtype
-    for config in (model.config, model.config.text_config, model.config.vision_config):
-        config.dtype = dtype
-    native: PreTrainedModel = model.to(dtype)
-    return native
-
-
 def write_checkpoint(
     conversion: Conversion,
-    model: PreTrainedModel,
     generation: Mapping[str, Any],
     folder: Path,
     dtype: torch.dtype | None = None,
@@ -72,16 +51,24 @@ def write_checkpoint(
 
     Args:
         conversion: The conversion.
-        model: Its `native_model`.
         generation: The source's ``generation_config.json``.
         folder: An existing folder.
         dtype: What floating-point tensors become; None leaves each as it is stored.
 
     Raises:
+        UnsupportedModelError: If a tensor is missing, left over or of another shape.
         ConfigError: If the generation settings contradict each other.
     """
+    model: Any = empty_model(conversion.config)
+    check_complete(model, conversion.pieces)
+    embeddings = conversion.pieces[EMBEDDINGS]
+    written = dtype or embeddings.weights.tensors[embeddings.name].dtype
+    for config in (model.config, model.config.text_config, model.config.vision_config):
+        config.dtype = written
     model.generation_config = _generation_config(model, generation, conversion.generation)
-    write_weights(model, _Tensors(conversion.pieces, dtype), folder, SHARD_BYTES)
+    write_weights(model.to(written), _Tensors(conversion.pieces, dtype), folder, SHARD_BYTES)
+    for file in folder.glob("*.safetensors"):  # safetensors makes them their owner's alone
+        file.chmod((folder / "config.json").stat().st_mode)
     conversion.processor.save_pretrained(folder)
 
 
