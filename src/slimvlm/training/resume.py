@@ -43,7 +43,7 @@ def claim_training(
     request = {
         "config": asdict(config),
         "processes": num_ranks(),
-        "model": None if is_sharded(model) else digest_of_weights(model),
+        "model": _identity(model),
         "teacher": _identity(teacher),
         "samples": [sample.id for sample in samples],
         "conversations": digest([[sample.messages for sample in samples]]),
@@ -57,10 +57,11 @@ def claim_training(
         note_request(file, request)
 
 
-def _identity(teacher: PreTrainedModel | OfflineTeacher | None) -> str | None:
-    if isinstance(teacher, OfflineTeacher):
-        return digest([asdict(teacher.index)])
-    return None if teacher is None or is_sharded(teacher) else digest_of_weights(teacher)
+def _identity(source: PreTrainedModel | OfflineTeacher | None) -> str | None:
+    """What a model or a teacher's cache is known by; None of a divided model, whole nowhere."""
+    if isinstance(source, OfflineTeacher):
+        return digest([asdict(source.index)])
+    return None if source is None or is_sharded(source) else digest_of_weights(source)
 
 
 def last_complete_checkpoint(folder: Path) -> str | None:
