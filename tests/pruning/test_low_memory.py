@@ -27,9 +27,9 @@ from slimvlm.models.load import load
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
+from slimvlm.pruning.low_memory.checkpoint import open_checkpoint
 from slimvlm.pruning.low_memory.cut import prune_checkpoint
-from slimvlm.pruning.low_memory.opened import open_checkpoint
-from slimvlm.pruning.low_memory.passes import Passes
+from slimvlm.pruning.low_memory.layerwise import LayerwiseModel
 from slimvlm.pruning.low_memory.score import score_checkpoint
 from slimvlm.pruning.save import PLAN_FILE, save
 from slimvlm.scoring.score_model import score
@@ -132,17 +132,17 @@ def test_one_layer_is_in_memory_at_a_time(
     model = tiny.build("llama")
     layer = sum(p.numel() for p in model.model.layers[0].parameters())
     seen: list[int] = []
-    layers = Passes.layer
+    layers = LayerwiseModel.layer
 
     @contextmanager
-    def watched(self: Passes, index: int) -> Iterator[Any]:
+    def watched(self: LayerwiseModel, index: int) -> Iterator[Any]:
         with layers(self, index) as view:
             (loaded,) = view.layers
             for module in (self.model, loaded):
                 loaded.register_forward_pre_hook(lambda *_, m=module: seen.append(in_memory(m)))
             yield view
 
-    monkeypatch.setattr(Passes, "layer", watched)
+    monkeypatch.setattr(LayerwiseModel, "layer", watched)
     score_checkpoint(folders["llama"], batches(model), **CASES[case])
     assert set(seen) == {layer}
 
@@ -152,16 +152,16 @@ def test_a_stopped_run_goes_on_after_the_last_whole_layer(
     case: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny.build("llama")
-    layers = Passes.layer
+    layers = LayerwiseModel.layer
     loads: list[int] = []
 
-    def killed(self: Passes, index: int) -> Any:
+    def killed(self: LayerwiseModel, index: int) -> Any:
         loads.append(index)
         if len(loads) == stop_at:
             raise KeyboardInterrupt
         return layers(self, index)
 
-    monkeypatch.setattr(Passes, "layer", killed)
+    monkeypatch.setattr(LayerwiseModel, "layer", killed)
     stop_at = -1
     asked = {**CASES[case], "scratch": tmp_path / "work"}
     expected = score_checkpoint(folders["llama"], batches(model), **asked)
@@ -188,7 +188,7 @@ def test_other_data_do_not_reuse_old_work(
     model = tiny.build("llama")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Passes, "start_gradients", stop)
+        patched.setattr(LayerwiseModel, "start_gradients", stop)
         with pytest.raises(KeyboardInterrupt):
             score_checkpoint(folders["llama"], batches(model), scratch=tmp_path)
     others = [tiny.batch(model, 9, 5)]
@@ -204,7 +204,10 @@ def test_another_model_does_not_reuse_old_work(
     model = tiny.build("llama")
 
     with monkeypatch.context() as patched:
-        places = {"embedded": (Passes, "layer"), "forward": (Passes, "start_gradients")}
+        places = {
+            "embedded": (LayerwiseModel, "layer"),
+            "forward": (LayerwiseModel, "start_gradients"),
+        }
         patched.setattr(*places.get(step, (Scores, "load")), stop)
         with pytest.raises(KeyboardInterrupt):
             score_checkpoint(folders["llama"], batches(model), scratch=tmp_path / "work")
@@ -221,15 +224,15 @@ def test_a_criterion_without_data_trusts_no_other_s_work(
     case: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny.build("llama")
-    honest = Passes.layer
+    honest = LayerwiseModel.layer
 
-    def stops(self: Passes, index: int) -> Any:
+    def stops(self: LayerwiseModel, index: int) -> Any:
         if index == 2:
             raise KeyboardInterrupt
         return honest(self, index)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Passes, "layer", stops)
+        patched.setattr(LayerwiseModel, "layer", stops)
         with pytest.raises(KeyboardInterrupt):
             score_checkpoint(folders["llama"], batches(model), scratch=tmp_path, **CASES[case])
     found = score_checkpoint(folders["llama"], (), "magnitude", scratch=tmp_path)
@@ -276,7 +279,7 @@ def test_a_full_disk_is_found_before_layers_run(
     model = tiny.build("llama")
     usage = namedtuple("usage", "total used free")(10, 10, 0)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(Passes, "layer", None)
+    monkeypatch.setattr(LayerwiseModel, "layer", None)
     with pytest.raises(ConfigError, match=r"scratch .* GiB needed, .* 0.0 GiB free"):
         score_checkpoint(folders["llama"], batches(model), scratch=tmp_path)
 

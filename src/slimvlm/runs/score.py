@@ -16,7 +16,7 @@ from slimvlm.models.load import anatomy, check_models, load, load_processor
 from slimvlm.planning.make import make_plan, make_plan_for_params, ratio_for_params
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.low_memory import score as on_disk
-from slimvlm.pruning.low_memory.opened import open_checkpoint
+from slimvlm.pruning.low_memory.checkpoint import open_checkpoint
 from slimvlm.runs.request import (
     Request,
     Say,
@@ -113,7 +113,7 @@ def scores_on_disk(
     if any(CRITERIA[name].needs_data for name in config.criterion):
         batches = calibration_batches(processor, samples, description="embed")
     weights = token_weights_of(config)
-    scores = on_disk.score_opened(opened, batches, asked, weights, scratch, say)
+    scores = on_disk.score_requests(opened, batches, asked, weights, scratch, say)
     return read_anatomy(opened.model), scores
 
 

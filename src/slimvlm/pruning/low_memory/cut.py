@@ -21,7 +21,7 @@ from slimvlm.models.load import load_processor
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.card import CardFacts
 from slimvlm.pruning.cut import cuts_of, prune_
-from slimvlm.pruning.low_memory.opened import OpenCheckpoint, open_checkpoint
+from slimvlm.pruning.low_memory.checkpoint import LazyCheckpoint, open_checkpoint
 from slimvlm.pruning.manifest import write_manifest
 from slimvlm.pruning.save import write_beside_weights
 
@@ -61,24 +61,24 @@ def prune_checkpoint(
         ReloadError: If what was written does not read back.
     """
     require_free(out, force)
-    opened = open_checkpoint(model, dtype, trust_remote_code)
-    processor = load_processor(str(opened.folder), opened.model.config, trust_remote_code)
-    smaller = _smaller(opened, plan, allow_uneven)
-    kept = _KeptWeights(opened, smaller, plan)
+    checkpoint = open_checkpoint(model, dtype, trust_remote_code)
+    processor = load_processor(str(checkpoint.folder), checkpoint.model.config, trust_remote_code)
+    smaller = _smaller(checkpoint, plan, allow_uneven)
+    kept = _KeptWeights(checkpoint, smaller, plan)
     with new_folder(out, force) as folder:
         write_weights(smaller, kept, folder, SHARD_BYTES)
-        facts = CardFacts(base=opened.model.config._name_or_path, name=Path(out).name)
+        facts = CardFacts(base=checkpoint.model.config._name_or_path, name=Path(out).name)
         write_beside_weights(folder, smaller, processor, plan, facts)
         _check(folder, dtype, kept)
         write_manifest(folder)
 
 
-def _smaller(opened: OpenCheckpoint, plan: Plan, allow_uneven: bool) -> PreTrainedModel:
+def _smaller(checkpoint: LazyCheckpoint, plan: Plan, allow_uneven: bool) -> PreTrainedModel:
     """The pruned model without weights, as `prune_` makes it."""
-    model = empty_model(opened.model.config, opened.model.dtype)
-    model._weight_conversions = opened.model._weight_conversions
-    if (opened.folder / GENERATION_CONFIG_NAME).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(opened.folder)
+    model = empty_model(checkpoint.model.config, checkpoint.model.dtype)
+    model._weight_conversions = checkpoint.model._weight_conversions
+    if (checkpoint.folder / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
     prune_(model, plan, allow_uneven)
     return model
 
@@ -86,11 +86,11 @@ def _smaller(opened: OpenCheckpoint, plan: Plan, allow_uneven: bool) -> PreTrain
 class _KeptWeights(Mapping[str, Tensor]):
     """The pruned model's parameters by name, cut when asked for."""
 
-    def __init__(self, opened: OpenCheckpoint, smaller: PreTrainedModel, plan: Plan) -> None:
-        self.opened, self.plan = opened, plan
+    def __init__(self, checkpoint: LazyCheckpoint, smaller: PreTrainedModel, plan: Plan) -> None:
+        self.checkpoint, self.plan = checkpoint, plan
         self.names = list(smaller.state_dict())
-        names = {id(module): name for name, module in opened.model.named_modules()}
-        cuts = cuts_of(opened.model, plan)
+        names = {id(module): name for name, module in checkpoint.model.named_modules()}
+        cuts = cuts_of(checkpoint.model, plan)
         self.cuts = {f"{names[id(cut.owner)]}.{cut.name}": cut for cut in cuts}
         self.layers = f"{plan.before.family.backbone}.layers"
 
@@ -108,7 +108,7 @@ class _KeptWeights(Mapping[str, Tensor]):
         return len(self.names)
 
     def _cut(self, original: str) -> Tensor:
-        tensor: Tensor = self.opened.weights[original]
+        tensor: Tensor = self.checkpoint.weights[original]
         cut = self.cuts.get(original)
         return tensor if cut is None else tensor.index_select(cut.dim, cut.keep)
 

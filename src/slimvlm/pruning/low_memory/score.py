@@ -18,8 +18,8 @@ from slimvlm.core.progress import progress
 from slimvlm.core.requests import is_begun_for, note_request
 from slimvlm.models.anatomy import backbone_of, decoder_layers, text_config_of
 from slimvlm.models.load import default_device
-from slimvlm.pruning.low_memory.opened import OpenCheckpoint, open_checkpoint
-from slimvlm.pruning.low_memory.passes import Passes, View
+from slimvlm.pruning.low_memory.checkpoint import LazyCheckpoint, open_checkpoint
+from slimvlm.pruning.low_memory.layerwise import LayerView, LayerwiseModel
 from slimvlm.pruning.low_memory.scratch import Scratch
 from slimvlm.scoring.batches import Batch
 from slimvlm.scoring.criteria import CRITERIA, Capture, criterion_named
@@ -103,12 +103,12 @@ def score_checkpoint(
     request = Request(criterion, options)
     if token_weights is not None:
         check_token_weights(criterion, token_weights)
-    opened = open_checkpoint(model, dtype, trust_remote_code)
-    return score_opened(opened, batches, [request], token_weights, scratch, say)[0]
+    checkpoint = open_checkpoint(model, dtype, trust_remote_code)
+    return score_requests(checkpoint, batches, [request], token_weights, scratch, say)[0]
 
 
-def score_opened(
-    checkpoint: OpenCheckpoint,
+def score_requests(
+    checkpoint: LazyCheckpoint,
     batches: Iterable[Batch],
     requests: Sequence[Request],
     token_weights: Mapping[str, float] | None = None,
@@ -122,8 +122,8 @@ def score_opened(
             "its last layers read keys and values of earlier ones"
         )
     with _folder(scratch) as folder:
-        passes = Passes(checkpoint, Scratch(folder), default_device())
-        run = _Run(passes, requests, token_weights)
+        layerwise = LayerwiseModel(checkpoint, Scratch(folder), default_device())
+        run = _Run(layerwise, requests, token_weights)
         run.begin(batches, say)
         run.forward()
         run.backward()
@@ -134,14 +134,14 @@ def score_opened(
 class _Run:
     """What several requests need of the passes over a checkpoint."""
 
-    passes: Passes
+    layerwise: LayerwiseModel
     requests: Sequence[Request]
     token_weights: Mapping[str, float] | None
 
     def begin(self, batches: Iterable[Batch], say: Say) -> None:
         """Embed the batches; keep earlier work only if everything is as it was then."""
-        self._keep_if_same("model.json", _noted(self.passes.checkpoint))
-        digest = self.passes.embed(batches) if self._needs_hidden else None
+        self._keep_if_same("model.json", _noted(self.layerwise.checkpoint))
+        digest = self.layerwise.embed(batches) if self._needs_hidden else None
         request = {
             "batches": digest,
             "criteria": [[r.criterion, dict(r.options)] for r in self.requests],
@@ -151,29 +151,28 @@ class _Run:
         if not self._needs_hidden:
             return
         needed = self._size()
-        say(
-            f"scratch: {needed / 2**30:.2f} GiB in {self.passes.scratch.folder}, removed at the end"
-        )
-        self.passes.scratch.require_space(needed)
+        scratch = self.layerwise.scratch
+        say(f"scratch: {needed / 2**30:.2f} GiB in {scratch.folder}, removed at the end")
+        scratch.require_space(needed)
 
     def _keep_if_same(self, file: str, request: dict[str, Any], spared: str | None = None) -> None:
         """Drop earlier work, but for one folder, unless it was begun for the same request."""
-        note = self.passes.scratch.folder / file
+        note = self.layerwise.scratch.folder / file
         if not is_begun_for(note, request):
-            self.passes.scratch.drop_all_but(spared)
+            self.layerwise.scratch.drop_all_but(spared)
             note_request(note, request)
 
     def forward(self) -> None:
         """All layers in order, with the captures that need no gradient."""
-        layerwise, scratch = self._layerwise(backward=False), self.passes.scratch
-        if not layerwise and not self._needs_hidden:
+        chosen, scratch = self._by_layer(backward=False), self.layerwise.scratch
+        if not chosen and not self._needs_hidden:
             return
         furthest = max((i for i in range(self._depth + 1) if scratch.has(f"hidden-{i}")), default=0)
         for index in progress(range(self._depth), "layers forward"):
             if index < furthest:
                 continue
-            with self.passes.layer(index) as view:
-                for place, request in layerwise:
+            with self.layerwise.layer(index) as view:
+                for place, request in chosen:
                     self._score_layer(place, request, index, view)
                 if self._needs_hidden:
                     self._finish_hidden(index, view)
@@ -182,14 +181,14 @@ class _Run:
 
     def backward(self) -> None:
         """All layers from the last to the first, with the captures that need gradients."""
-        chosen, scratch = self._layerwise(backward=True), self.passes.scratch
+        chosen, scratch = self._by_layer(backward=True), self.layerwise.scratch
         if not chosen:
             return
-        self.passes.start_gradients(self.token_weights)
+        self.layerwise.start_gradients(self.token_weights)
         for index in progress(range(self._depth)[::-1], "layers backward"):
             if any(scratch.has(f"gradient-{i}") for i in range(index + 1)):
                 continue
-            with self.passes.layer(index) as view:
+            with self.layerwise.layer(index) as view:
                 for place, request in chosen:
                     self._score_layer(place, request, index, view)
             scratch.finish(f"gradient-{index}")
@@ -197,27 +196,27 @@ class _Run:
 
     def result(self, place: int) -> Scores:
         """The scores of a request, once the passes are done."""
-        request, model = self.requests[place], self.passes.model
+        request, model = self.requests[place], self.layerwise.model
         if request.capture.sees == "nothing":
             return score(model, (), request.criterion, **request.options)
         if request.capture.sees == "hidden_states":
             given = (request.criterion, self.token_weights)
-            with self.passes.replayed() as view:
-                statistics = collect(view, self.passes.batches(), *given, **request.options)
+            with self.layerwise.replayed() as view:
+                statistics = collect(view, self.layerwise.batches(), *given, **request.options)
             return scores_from(statistics, model, *given, **request.options)
-        folder = self.passes.scratch.folder
+        folder = self.layerwise.scratch.folder
         parts = (folder / _scores_of(place, index) / "scores" for index in range(self._depth))
         return _joined([Scores.load(part) for part in parts])
 
-    def _score_layer(self, place: int, request: Request, index: int, view: View) -> None:
+    def _score_layer(self, place: int, request: Request, index: int, view: LayerView) -> None:
         """Score one layer as if the model had no other, unless that was done before."""
-        name, scratch = _scores_of(place, index), self.passes.scratch
+        name, scratch = _scores_of(place, index), self.layerwise.scratch
         if scratch.has(name):
             return
         data: Any = ()
         weights = None
         if request.needs_data:
-            data, weights = self.passes.batches(), self.token_weights
+            data, weights = self.layerwise.batches(), self.token_weights
         try:
             found = score(view, data, request.criterion, weights, **request.options)
         except NumericalError as error:
@@ -226,15 +225,15 @@ class _Run:
             found.save(folder / "scores")
 
     @torch.no_grad()
-    def _finish_hidden(self, index: int, view: View) -> None:
+    def _finish_hidden(self, index: int, view: LayerView) -> None:
         """Store what leaves a layer, unless a capture's pass has done so."""
-        scratch = self.passes.scratch
-        for batch in self.passes.batches():
+        scratch = self.layerwise.scratch
+        for batch in self.layerwise.batches():
             if scratch.about(f"hidden-{index + 1}", batch["place"]) is None:
                 view(**batch)
         scratch.finish(f"hidden-{index + 1}")
 
-    def _layerwise(self, backward: bool) -> list[tuple[int, Request]]:
+    def _by_layer(self, backward: bool) -> list[tuple[int, Request]]:
         """The requests, with their places, that are scored layer by layer in one direction."""
         return [
             (place, request)
@@ -244,16 +243,16 @@ class _Run:
 
     def _size(self) -> int:
         """Bytes of the hidden states and gradients that lie on disk at one time at most."""
-        tokens = sum(batch["attention_mask"].numel() for batch in self.passes.batches())
-        width = text_config_of(self.passes.model.config).hidden_size
+        tokens = sum(batch["attention_mask"].numel() for batch in self.layerwise.batches())
+        width = text_config_of(self.layerwise.model.config).hidden_size
         copies = (self._depth if self._keeps_hidden else 2) + 2 * bool(
-            self._layerwise(backward=True)
+            self._by_layer(backward=True)
         )
-        return int(copies * tokens * width * self.passes.model.dtype.itemsize)
+        return int(copies * tokens * width * self.layerwise.model.dtype.itemsize)
 
     @property
     def _depth(self) -> int:
-        return len(decoder_layers(self.passes.model))
+        return len(decoder_layers(self.layerwise.model))
 
     @property
     def _needs_hidden(self) -> bool:
@@ -280,7 +279,7 @@ def _joined(parts: Sequence[Scores]) -> Scores:
     return Scores(parts[0].criterion, options=parts[0].options, **joined)
 
 
-def _noted(checkpoint: OpenCheckpoint) -> dict[str, Any]:
+def _noted(checkpoint: LazyCheckpoint) -> dict[str, Any]:
     """The configuration; path, size and time of each weight file, which are too large to read."""
     files = sorted(checkpoint.folder.resolve().glob("*.safetensors"))
     return {

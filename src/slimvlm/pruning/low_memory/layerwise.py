@@ -1,8 +1,8 @@
 """Forward and backward passes with one decoder layer in memory, and captures along the way.
 
 The text model is run once for each batch with layers that only note what they are called with;
-then every layer takes all batches in turn. Captures see a `View`: a model that has this layer only
-and runs stored inputs through it. So they are the same functions that score a model in memory.
+then every layer takes all batches in turn. Captures see a `LayerView`: a model that has this layer
+only and runs stored inputs through it. So they are the same functions that score a model in memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from slimvlm.models.anatomy import decoder_layers, family_of, final_norm
 from slimvlm.models.hidden import head_of
 from slimvlm.models.load import digest_of_tensors
 from slimvlm.pruning.layer_calls import LayerCalls, noted_calls
-from slimvlm.pruning.low_memory.opened import OpenCheckpoint
+from slimvlm.pruning.low_memory.checkpoint import LazyCheckpoint
 from slimvlm.pruning.low_memory.scratch import Scratch, packed, unpacked
 from slimvlm.scoring.batches import Batch, batches_with_targets, forward_backbone
 from slimvlm.scoring.statistics import require_finite
@@ -32,7 +32,7 @@ from slimvlm.scoring.statistics import require_finite
 _KEPT = ("input_ids", "labels")
 
 
-class View(nn.Module):
+class LayerView(nn.Module):
     """What captures see of a model: some of its layers, and stored batches for inputs.
 
     Args:
@@ -78,8 +78,8 @@ class View(nn.Module):
 
 
 @dataclass(frozen=True)
-class Passes:
-    """The passes over one checkpoint and one set of batches.
+class LayerwiseModel:
+    """A model that runs one layer at a time, over one set of batches that lie on disk between.
 
     Attributes:
         checkpoint: The model.
@@ -87,7 +87,7 @@ class Passes:
         device: Where layers run.
     """
 
-    checkpoint: OpenCheckpoint
+    checkpoint: LazyCheckpoint
     scratch: Scratch
     device: torch.device
 
@@ -161,17 +161,17 @@ class Passes:
         return self.scratch.read(f"hidden-{index + 1}", place, self.device)["hidden"]
 
     @contextmanager
-    def layer(self, index: int) -> Iterator[View]:
+    def layer(self, index: int) -> Iterator[LayerView]:
         """One layer alone, with its weights."""
         layer = decoder_layers(self.model)[index]
         losses = partial(self._layer_losses, layer, index)
-        view = View(self.model, [layer], partial(self._forward_layer, layer, index), losses)
+        view = LayerView(self.model, [layer], partial(self._forward_layer, layer, index), losses)
         names = self.checkpoint.names_of_layer(index)
         with self.checkpoint.loaded(names, self.device), _only(self.model, [layer]):
             yield view
 
     @contextmanager
-    def replayed(self) -> Iterator[View]:
+    def replayed(self) -> Iterator[LayerView]:
         """All layers, each of them answering with what it gave before, and the final norm."""
         layers = [_Replayed() for _ in decoder_layers(self.model)]
 
@@ -186,7 +186,7 @@ class Passes:
 
         names = self.checkpoint.names_after_layers()
         with self.checkpoint.loaded(names, self.device), _only(self.model, layers):
-            yield View(self.model, layers, run, no_losses)
+            yield LayerView(self.model, layers, run, no_losses)
 
     def start_gradients(self, token_weights: Mapping[str, float] | None) -> None:
         """Run norm, head and loss, and store the gradient of what leaves the last layer."""

@@ -26,7 +26,7 @@ _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float
 
 
 @dataclass(frozen=True)
-class OpenCheckpoint:
+class LazyCheckpoint:
     """A model without weights, and where each of them lies.
 
     Attributes:
@@ -83,7 +83,7 @@ class OpenCheckpoint:
 
 def open_checkpoint(
     model: str | Path, dtype: str = "auto", trust_remote_code: bool = False
-) -> OpenCheckpoint:
+) -> LazyCheckpoint:
     """Find every weight of a checkpoint without reading any.
 
     Args:
@@ -115,7 +115,7 @@ def open_checkpoint(
         for target, source in sources.items()
     }
     unused = tuple(sorted(places.keys() - set(sources.values())))
-    found = OpenCheckpoint(folder, skeleton, OffloadedWeightsLoader(index=index), unused)
+    found = LazyCheckpoint(folder, skeleton, OffloadedWeightsLoader(index=index), unused)
     for buffer in [n for n, _ in skeleton.named_buffers() if n in sources]:
         set_module_tensor_to_device(skeleton, buffer, "cpu", found.weights[buffer])
     return found
