@@ -24,7 +24,7 @@ import torch
 import transformers
 
 import slimvlm as sv
-from slimvlm.demo.build import default_cache_dir, make_base
+from slimvlm.demo.build import make_base
 from slimvlm.evaluation.results import PERPLEXITY, Result, TaskResult
 from slimvlm.models.load import computes_bfloat16, default_device
 from slimvlm.runs.tables import as_markdown
@@ -70,7 +70,7 @@ def untouched_model(source: str, dtype: str) -> tuple[Any, Any]:
     """The language model before the demo's training, and its tokenizer."""
     if source != "build":
         return sv.load(source, dtype)
-    model, tokenizer = make_base(default_cache_dir())
+    model, tokenizer = make_base()
     return model.to(default_device(), getattr(torch, dtype)).eval(), tokenizer
 
 

@@ -117,10 +117,10 @@ def demo_subject(name: str, dtype: str) -> Subject:
 
 
 def text_subject(dtype: str) -> Subject:
-    from slimvlm.demo.build import default_cache_dir, make_base
+    from slimvlm.demo.build import make_base
     from slimvlm.demo.conversations import load_passages
 
-    model, tokenizer = make_base(default_cache_dir())
+    model, tokenizer = make_base()
     passages: list[Any] = [text for _, text in load_passages() if len(text) > 200]
     model = model.to(default_device(), getattr(torch, dtype)).eval()
     return Subject(model, tokenizer, "text_ppl", passages)

