@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from slimvlm.models.anatomy import Anatomy, projections, read_anatomy
+from slimvlm.models.anatomy import Anatomy, read_anatomy
 from slimvlm.models.families import INPUT_COLUMNS, Backbone, Family, Projection
+from slimvlm.models.parts import projections
 from tests import tiny
 
 ARCHETYPES: dict[str, tuple[str, ...]] = {

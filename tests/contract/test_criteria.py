@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from slimvlm.core.errors import ConfigError, DataError, NumericalError
-from slimvlm.models.anatomy import decoder_layers, projections, read_anatomy
+from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.parts import decoder_layers, projections
 from slimvlm.scoring.criteria import CRITERIA, criteria_table
 from slimvlm.scoring.score_model import score
 from slimvlm.scoring.unit_scores import Scores

@@ -15,16 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError, SlimError
-from slimvlm.models.anatomy import (
-    Anatomy,
-    decoder_layers,
-    projections,
-    read_anatomy,
-    text_config_of,
-)
+from slimvlm.models.anatomy import Anatomy, read_anatomy
 from slimvlm.models.classes import auto_class
 from slimvlm.models.families import BACKBONES
 from slimvlm.models.families import FAMILIES as ROWS
+from slimvlm.models.parts import decoder_layers, projections, text_config_of
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.mask import mask_, masked
 from slimvlm.planning.plan import Plan

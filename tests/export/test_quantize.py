@@ -17,7 +17,8 @@ from slimvlm.core.errors import ConfigError, SlimError
 from slimvlm.evaluation.memory import stored_bytes
 from slimvlm.export import quantize as quantization
 from slimvlm.export.quantize import quantize
-from slimvlm.models.anatomy import projections, read_anatomy
+from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.parts import projections
 from slimvlm.pruning.cut import prune_
 from tests import tiny
 from tests.helpers import Batch, logits, plan_by_hand

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slimvlm.models.anatomy import LayerShape, projections, read_anatomy
+from slimvlm.models.anatomy import LayerShape, read_anatomy
 from slimvlm.models.families import BACKBONES, Projection
+from slimvlm.models.parts import projections
 from slimvlm.models.units import channels_of, fold, segments, spread, unit_of
 from tests import tiny
 

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError, DataError
 from slimvlm.models import losses
-from slimvlm.models.anatomy import projections, read_anatomy
+from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.parts import projections
 from slimvlm.planning.divergence import Divergence, Found
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.mask import masked

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 
 from slimvlm import cli
 from slimvlm.core.errors import ConfigError, DataError, ImpossiblePlanError
-from slimvlm.models.anatomy import family_of, read_anatomy, text_config_of
+from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.classes import auto_class, empty_model
 from slimvlm.models.families import BACKBONES
+from slimvlm.models.parts import family_of, text_config_of
 from slimvlm.planning.make import make_plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.narrowing import (

@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError, DataError, NumericalError
-from slimvlm.models.anatomy import decoder_layers, final_norm, read_anatomy
+from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.classes import auto_class
+from slimvlm.models.parts import decoder_layers, final_norm
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.layer_calls import record_calls

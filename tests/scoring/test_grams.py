@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from slimvlm.models.anatomy import projections, read_anatomy
+from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.parts import projections
 from slimvlm.pruning.cut import prune_
 from slimvlm.scoring.inputs import capture_grams
 from slimvlm.scoring.statistics import Statistics

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimvlm.models.anatomy import decoder_layers, read_anatomy
+from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.parts import decoder_layers
 from slimvlm.planning.mask import masked
 from slimvlm.scoring.greedy import capture_greedy
 from slimvlm.scoring.score_model import score

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from slimvlm.models.anatomy import decoder_layers, read_anatomy
+from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.parts import decoder_layers
 from slimvlm.scoring import score_model
 from slimvlm.scoring.obs import removal_order
 from slimvlm.scoring.score_model import collect, score

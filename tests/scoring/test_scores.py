@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from slimvlm.core.errors import ConfigError, NumericalError
-from slimvlm.models.anatomy import decoder_layers
+from slimvlm.models.parts import decoder_layers
 from slimvlm.scoring.score_model import score
 from slimvlm.scoring.statistics import Gates, Gradients
 from slimvlm.scoring.unit_scores import Scores

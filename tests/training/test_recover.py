@@ -26,8 +26,9 @@ from slimvlm.data import chat
 from slimvlm.data.read import subset
 from slimvlm.data.samples import Sample
 from slimvlm.models import losses
-from slimvlm.models.anatomy import decoder_layers, read_anatomy
+from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.load import load
+from slimvlm.models.parts import decoder_layers
 from slimvlm.models.sharding import placement_of
 from slimvlm.pruning.cut import prune_
 from slimvlm.training import recover as recovery

@@ -19,9 +19,10 @@ from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import RecoverConfig
 from slimvlm.data.samples import Sample
 from slimvlm.models import losses
-from slimvlm.models.anatomy import projections, read_anatomy
+from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.hidden import head_of, hidden_states
 from slimvlm.models.load import load
+from slimvlm.models.parts import projections
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.training import offline as offline_teacher

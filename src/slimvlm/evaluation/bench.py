@@ -16,9 +16,10 @@ from slimvlm.core.options import MIN_NEW_TOKENS, Workload
 from slimvlm.core.progress import progress
 from slimvlm.evaluation.memory import PeakMemory, stored_bytes
 from slimvlm.evaluation.timing import Run, timed_run, timed_runs
-from slimvlm.models.anatomy import Anatomy, decoder_layers, final_norm
+from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import decode_flops, kv_cache_bytes_per_token, prefill_flops, slow_widths
 from slimvlm.models.load import anatomy as anatomy_of
+from slimvlm.models.parts import decoder_layers, final_norm
 
 
 @dataclass(frozen=True)

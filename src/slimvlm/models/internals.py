@@ -21,7 +21,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils.hub import cached_file
 
 from slimvlm.core.errors import UnsupportedModelError
-from slimvlm.models.anatomy import family_of
+from slimvlm.models.parts import family_of
 
 
 def retype_modules_(model: PreTrainedModel, old: PreTrainedConfig, new: PreTrainedConfig) -> None:

@@ -17,7 +17,7 @@ from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import Dtype, LoadConfig
 from slimvlm.core.processes import local_rank
 from slimvlm.core.requests import digest
-from slimvlm.models.anatomy import Anatomy, backbone_of, family_of, read_anatomy
+from slimvlm.models.anatomy import Anatomy, read_anatomy
 from slimvlm.models.classes import (
     auto_class,
     check_widths,
@@ -26,6 +26,7 @@ from slimvlm.models.classes import (
     set_class_,
     uneven_class,
 )
+from slimvlm.models.parts import backbone_of, family_of
 from slimvlm.models.sharding import shard_config
 
 _SAMPLED = 64

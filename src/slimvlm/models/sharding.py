@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.processes import is_first_rank, num_ranks
-from slimvlm.models.anatomy import family_of
+from slimvlm.models.parts import family_of
 
 
 def shard_config(config: PreTrainedConfig) -> Any:

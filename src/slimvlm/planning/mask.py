@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError
-from slimvlm.models.anatomy import Anatomy, Matrix, decoder_layers, matrices, read_anatomy
+from slimvlm.models.anatomy import Anatomy, read_anatomy
 from slimvlm.models.families import INPUT_COLUMNS, Projection
 from slimvlm.models.hidden import layer_input
+from slimvlm.models.parts import Matrix, decoder_layers, matrices
 from slimvlm.models.units import channels_of, unit_of
 from slimvlm.planning.plan import Plan
 

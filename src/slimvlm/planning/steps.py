@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError
-from slimvlm.models.anatomy import projections, read_anatomy
+from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.families import INPUT_COLUMNS
+from slimvlm.models.parts import projections
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.mask import masked
 from slimvlm.planning.plan import Kept, Plan

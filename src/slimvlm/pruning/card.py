@@ -12,9 +12,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 from transformers import PreTrainedModel
 
-from slimvlm.models.anatomy import family_of
 from slimvlm.models.classes import auto_class, is_uneven
 from slimvlm.models.internals import file_if_reachable
+from slimvlm.models.parts import family_of
 from slimvlm.planning.plan import Plan
 
 CARD_FILE = "README.md"

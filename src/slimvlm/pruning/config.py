@@ -10,8 +10,9 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from slimvlm.core.errors import ImpossiblePlanError
-from slimvlm.models.anatomy import Anatomy, LayerShape, read_anatomy, text_config_of
+from slimvlm.models.anatomy import Anatomy, LayerShape, read_anatomy
 from slimvlm.models.classes import UNEVEN_FIELD, WIDTHS, empty_model, with_text_config
+from slimvlm.models.parts import text_config_of
 from slimvlm.planning.plan import Plan
 
 _FROM_PYTHON = (

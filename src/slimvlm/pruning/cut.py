@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from slimvlm.models.anatomy import decoder_layers, matrices, stacks, text_config_of
 from slimvlm.models.classes import require_full_precision, set_class_, with_text_config
 from slimvlm.models.families import OUTPUT_ROWS
 from slimvlm.models.internals import retype_modules_
 from slimvlm.models.modeling_pruned import set_counts_
+from slimvlm.models.parts import decoder_layers, matrices, stacks, text_config_of
 from slimvlm.planning.mask import kept_channels, require_match
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.config import smaller_text_config, validate

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimvlm.core.progress import progress
-from slimvlm.models.anatomy import decoder_layers
 from slimvlm.models.hidden import layer_output, replaced_forward
+from slimvlm.models.parts import decoder_layers
 from slimvlm.scoring.batches import BackbonePass, Batch, TokenWeights
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]

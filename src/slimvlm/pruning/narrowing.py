@@ -26,17 +26,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError
 from slimvlm.core.files import write_text
-from slimvlm.models.anatomy import (
+from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.classes import empty_model, require_full_precision
+from slimvlm.models.families import BACKBONES, FAMILIES, INPUT_COLUMNS, Family
+from slimvlm.models.parts import (
     backbone_of,
     decoder_layers,
     family_of,
     final_norm,
     matrices,
-    read_anatomy,
     text_config_of,
 )
-from slimvlm.models.classes import empty_model, require_full_precision
-from slimvlm.models.families import BACKBONES, FAMILIES, INPUT_COLUMNS, Family
 from slimvlm.pruning.cut import keep_channels_
 from slimvlm.scoring.batches import BackbonePass, Batch, TokenWeights
 from slimvlm.scoring.statistics import require_finite

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from slimvlm.core.errors import NumericalError
 from slimvlm.core.progress import progress
-from slimvlm.models.anatomy import decoder_layers
 from slimvlm.models.families import INPUT_COLUMNS, Projection
+from slimvlm.models.parts import decoder_layers
 from slimvlm.models.units import unit_of
 from slimvlm.planning.mask import kept_channels
 from slimvlm.planning.plan import Plan

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from slimvlm.core.errors import DataError
 from slimvlm.data.roles import IGNORE, role_masks, valid_tokens
 from slimvlm.data.roles import token_weights as weights_by_role
-from slimvlm.models.anatomy import decoder_layers
 from slimvlm.models.hidden import head_of, hidden_states, layer_output
 from slimvlm.models.losses import Head, Hidden
+from slimvlm.models.parts import decoder_layers
 from slimvlm.scoring.statistics import require_finite
 
 Batch = dict[str, Any]

@@ -17,9 +17,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from slimvlm.models.anatomy import Anatomy, decoder_layers, projections
+from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.families import OUTPUT_ROWS
 from slimvlm.models.hidden import layer_input, with_layer_input
+from slimvlm.models.parts import decoder_layers, projections
 from slimvlm.scoring.batches import (
     Batch,
     LossPass,

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from slimvlm.core.errors import UnsupportedModelError
 from slimvlm.core.progress import progress
-from slimvlm.models.anatomy import Anatomy, decoder_layers, read_anatomy
+from slimvlm.models.anatomy import Anatomy, read_anatomy
 from slimvlm.models.hidden import layer_input, replaced_forward, with_layer_input
+from slimvlm.models.parts import decoder_layers
 from slimvlm.scoring.batches import (
     Batch,
     Targets,

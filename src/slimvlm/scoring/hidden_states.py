@@ -15,8 +15,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from slimvlm.models.anatomy import Anatomy, decoder_layers, final_norm
+from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.hidden import layer_input, layer_output, main_stream
+from slimvlm.models.parts import decoder_layers, final_norm
 from slimvlm.scoring.batches import BackbonePass, Batch, TokenWeights
 from slimvlm.scoring.statistics import HiddenStates, require_finite
 from slimvlm.scoring.unit_scores import Scores

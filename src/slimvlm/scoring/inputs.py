@@ -15,9 +15,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from slimvlm.core.errors import UnsupportedModelError
-from slimvlm.models.anatomy import Anatomy, LayerShape, matrices, read_anatomy
+from slimvlm.models.anatomy import Anatomy, LayerShape, read_anatomy
 from slimvlm.models.cost import BYTES
 from slimvlm.models.families import INPUT_COLUMNS, Projection
+from slimvlm.models.parts import matrices
 from slimvlm.models.units import fold, spread, unit_of
 from slimvlm.scoring.batches import (
     BackbonePass,

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
-from slimvlm.models.anatomy import Anatomy, matrices
+from slimvlm.models.anatomy import Anatomy
+from slimvlm.models.parts import matrices
 from slimvlm.scoring.batches import Batch
 from slimvlm.scoring.inputs import weight_of
 from slimvlm.scoring.statistics import Statistics, Weights

@@ -28,9 +28,9 @@ from slimvlm.core.requests import digest, is_begun_for, note_request, require_sa
 from slimvlm.data.chat import encode_samples
 from slimvlm.data.images import identifying_bytes
 from slimvlm.data.samples import Sample
-from slimvlm.models.anatomy import family_of, text_config_of
 from slimvlm.models.hidden import compared_positions, head_of, hidden_states
 from slimvlm.models.load import digest_of_weights
+from slimvlm.models.parts import family_of, text_config_of
 from slimvlm.models.sharding import is_sharded
 
 What = Literal["hidden", "top-k"]

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, Trainer
 
-from slimvlm.models.anatomy import text_config_of
 from slimvlm.models.load import computes_bfloat16
+from slimvlm.models.parts import text_config_of
 from slimvlm.models.sharding import placement_of
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import write_text
 from slimvlm.core.options import RecoverConfig
-from slimvlm.models.anatomy import backbone_of, family_of, parameters_below, part_at
+from slimvlm.models.parts import backbone_of, family_of, parameters_below, part_at
 from slimvlm.models.sharding import is_sharded, placement_of
 
 

@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from slimvlm.core.errors import ConfigError
-from slimvlm.models.anatomy import backbone_of, family_of
 from slimvlm.models.classes import empty_model, require_full_precision
 from slimvlm.models.internals import names_in_files
 from slimvlm.models.load import load_config, resolve
+from slimvlm.models.parts import backbone_of, family_of
 
 _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 from slimvlm.core.errors import DataError
 from slimvlm.core.requests import digest
 from slimvlm.data.roles import valid_tokens
-from slimvlm.models.anatomy import decoder_layers, family_of, final_norm
 from slimvlm.models.hidden import head_of
 from slimvlm.models.load import digest_of_tensors
+from slimvlm.models.parts import decoder_layers, family_of, final_norm
 from slimvlm.pruning.layer_calls import LayerCalls, noted_calls
 from slimvlm.pruning.low_memory.checkpoint import LazyCheckpoint
 from slimvlm.pruning.low_memory.scratch import Scratch, packed, unpacked

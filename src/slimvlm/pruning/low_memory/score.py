@@ -16,8 +16,8 @@ from slimvlm.core.errors import ConfigError, NumericalError, UnsupportedModelErr
 from slimvlm.core.files import explained, held, new_folder
 from slimvlm.core.progress import progress
 from slimvlm.core.requests import is_begun_for, note_request
-from slimvlm.models.anatomy import backbone_of, decoder_layers, text_config_of
 from slimvlm.models.load import default_device
+from slimvlm.models.parts import backbone_of, decoder_layers, text_config_of
 from slimvlm.pruning.low_memory.checkpoint import LazyCheckpoint, open_checkpoint
 from slimvlm.pruning.low_memory.layerwise import LayerView, LayerwiseModel
 from slimvlm.pruning.low_memory.scratch import Scratch
