@@ -304,8 +304,7 @@ def test_bars_are_as_high_as_what_is_kept(shape: Anatomy) -> None:
     plan = make_plan(shape, random_scores(shape), ratio=0.3, axis="both", round_to=1)
     chart = allocation(plan)
     bars = [patch for patch in chart.axes.patches if isinstance(patch, Rectangle)]
-    count = shape.num_layers
-    mlp, attention, wholes = bars[:count], bars[count : 2 * count], bars[2 * count :]
+    mlp, attention, wholes = bars[::3], bars[1::3], bars[2::3]
     for index, layer in enumerate(shape.layers):
         whole = wholes[index].get_height()
         kept = mlp[index].get_height() + attention[index].get_height()

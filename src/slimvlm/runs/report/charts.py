@@ -147,36 +147,28 @@ def allocation(plan: Plan) -> Chart:
     """What every layer keeps of its parameters, attention and MLP apart."""
     shapes = plan.before.layers
     largest = max(shape.params for shape in shapes)
-    kept = [
-        (len(groups), len(neurons))
-        for groups, neurons in zip(plan.kv_groups, plan.neurons, strict=True)
-    ]
-    attention = [n * s.kv_group_params / largest for (n, _), s in zip(kept, shapes, strict=True)]
-    mlp = [n * s.neuron_params / largest for (_, n), s in zip(kept, shapes, strict=True)]
-    whole = [shape.params / largest for shape in shapes]
-    texts = [
-        f"layer {index}: {groups} of {shape.num_kv_heads} KV groups, "
-        f"{neurons} of {shape.intermediate_size} neurons"
-        if index in plan.layers
-        else f"layer {index}: removed"
-        for index, ((groups, neurons), shape) in enumerate(zip(kept, shapes, strict=True))
-    ]
     caption = "Height: parameters. Outline: before pruning. Layers that are gone are crossed."
     chart = _by_layer("What each layer keeps", caption, len(shapes), 1.0, _BAR)
     chart.axes.set_ylim(0, 1)
-    bars = (
-        ("mlp", mlp, 0.0, {"color": COLOURS["depth"]}),
-        ("attention", attention, mlp, {"color": COLOURS["width"]}),
-        ("whole", whole, 0.0, {"fill": False, "edgecolor": COLOURS["soft"], "linewidth": 0.8}),
-    )
-    for look, heights, bottom, colours in bars:
-        places = [index + 0.5 for index in range(len(shapes))]
-        for bar, text in zip(
-            chart.axes.bar(places, heights, 0.84, bottom, **colours), texts, strict=True
-        ):
-            chart.say(bar, Marks(look, [text]))
-    gone = [(i + 0.5, whole[i] / 2) for i in range(len(shapes)) if i not in plan.layers]
-    return _crossed(chart, gone)
+    for index, shape in enumerate(shapes):
+        groups, neurons = len(plan.kv_groups[index]), len(plan.neurons[index])
+        mlp, attention = neurons * shape.neuron_params, groups * shape.kv_group_params
+        units = (
+            f"{groups} of {shape.num_kv_heads} KV groups, "
+            f"{neurons} of {shape.intermediate_size} neurons"
+        )
+        text = f"layer {index}: {units if index in plan.layers else 'removed'}"
+        bars: tuple[tuple[str, int, int, dict[str, Any]], ...] = (
+            ("mlp", 0, mlp, {"color": COLOURS["depth"]}),
+            ("attention", mlp, attention, {"color": COLOURS["width"]}),
+            ("whole", 0, shape.params, {"fill": False, "edgecolor": COLOURS["soft"]}),
+        )
+        for look, bottom, height, colours in bars:
+            place = (index + 0.08, bottom / largest)
+            bar = Rectangle(place, 0.84, height / largest, linewidth=0.8, **colours)
+            chart.say(chart.axes.add_patch(bar), Marks(look, [text]))
+    gone = [i for i in range(len(shapes)) if i not in plan.layers]
+    return _crossed(chart, [(i + 0.5, shapes[i].params / largest / 2) for i in gone])
 
 
 @rc_context(STYLE)
@@ -186,8 +178,8 @@ def score_maps(pruning: Pruning) -> list[Chart]:
     for scores in pruning.scores:
         if scores.layer is not None:
             units = [values.reshape(1) for values in scores.layer]
-            stays = [range(layer in pruning.plan.layers) for layer in range(len(units))]
-            maps.append(_unit_map("Layers", "", scores, units, stays))
+            stay = [[0] if layer in pruning.plan.layers else [] for layer in range(len(units))]
+            maps.append(_unit_map("Layers", "", scores, units, stay))
         if scores.kv_group is not None:
             groups, kept = scores.kv_group, pruning.plan.kv_groups
             maps.append(_unit_map("KV groups", ", KV group {}", scores, groups, kept))
