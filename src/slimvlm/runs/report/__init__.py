@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from importlib.metadata import version
 
+from slimvlm.core.progress import progress
 from slimvlm.runs.report.gallery import MAX_BYTES, gallery_of
 from slimvlm.runs.report.page import render
 from slimvlm.runs.report.read import read_record
@@ -32,9 +33,13 @@ def report_html(record: Record) -> str:
         "charts": charts.overview(record.entries),
         "prunings": [
             (pruning.title, [charts.allocation(pruning.plan), *charts.score_maps(pruning)])
-            for pruning in record.prunings
+            for pruning in progress(record.prunings, "drawing plans")
         ],
-        "trainings": [(t, charts.loss_curves(t)) for t in record.trainings if t.steps],
+        "trainings": [
+            (training, charts.loss_curves(training))
+            for training in progress(record.trainings, "drawing losses")
+            if training.steps
+        ],
     }
     bare = render("report.html.jinja", gallery=None, **values)
     if record.comparison is None:
