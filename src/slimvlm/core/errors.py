@@ -41,3 +41,9 @@ class InUseError(OutputError):
 
 class DamagedError(SlimError):
     """A checkpoint whose files are not those that were written."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its class where it says nothing."""
+    said = str(error).strip()
+    return said.splitlines()[0] if said else type(error).__name__

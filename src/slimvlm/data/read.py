@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from slimvlm.core.errors import ConfigError, DataError
+from slimvlm.core.errors import ConfigError, DataError, first_line
 from slimvlm.core.requests import identity_of_files
 from slimvlm.data.chat import require_readable
 from slimvlm.data.images import find_image
@@ -251,8 +251,8 @@ def _rows_of_dataset(source: Path | str) -> Iterable[Any]:
             return _plain_rows(datasets.load_from_disk(str(source))["train"])
         return _plain_rows(datasets.load_dataset(str(source), split="train"))
     except (OSError, ValueError, KeyError, RuntimeError, DatasetGenerationError) as error:
-        first_line = str(error.__cause__ or error).strip().splitlines()[0]
-        raise ConfigError(f"data {str(source)!r}: cannot be loaded ({first_line})") from error
+        reason = first_line(error.__cause__ or error)
+        raise ConfigError(f"data {str(source)!r}: cannot be loaded ({reason})") from error
 
 
 def _plain_rows(table: Any) -> Iterator[Any]:

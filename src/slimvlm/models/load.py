@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from slimvlm.core.errors import ConfigError
+from slimvlm.core.errors import ConfigError, first_line
 from slimvlm.core.options import Dtype, LoadConfig
 from slimvlm.core.processes import local_rank
 from slimvlm.core.requests import digest
@@ -69,10 +69,9 @@ def load_config(model: str | Path, trust_remote_code: bool = False) -> PreTraine
             name, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, KeyError, HFValidationError, HfHubHTTPError) as error:
-        reason = str(error).strip().splitlines()[0]
         where = "" if Path(name).is_dir() else "no such folder, and not found on the hub; "
         raise ConfigError(
-            f"model {str(model)!r}: {where}config cannot be read ({reason})"
+            f"model {str(model)!r}: {where}config cannot be read ({first_line(error)})"
         ) from error
     family_of(config.model_type)
     backbone_of(config)
@@ -122,8 +121,9 @@ def load(
             **divided,
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model {str(model)!r}: weights cannot be read ({reason})") from error
+        raise ConfigError(
+            f"model {str(model)!r}: weights cannot be read ({first_line(error)})"
+        ) from error
     if report["missing_keys"]:
         first, *rest = sorted(report["missing_keys"])
         raise ConfigError(

@@ -26,7 +26,7 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
-from slimvlm.core.errors import ConfigError, UnsupportedModelError
+from slimvlm.core.errors import ConfigError, UnsupportedModelError, first_line
 
 PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"]
 WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
@@ -173,8 +173,7 @@ def _open_weights(file: Path) -> dict[str, Tensor]:
             return load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_mapped(file))
     except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"weights: {str(file)!r} cannot be read ({reason})") from error
+        raise ConfigError(f"weights: {str(file)!r} cannot be read ({first_line(error)})") from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ConfigError(f"weights: {str(file)!r} is not a plain dictionary of tensors")
     return state

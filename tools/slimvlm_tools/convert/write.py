@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoProcessor, GenerationConfig, PreTrainedModel
 
-from slimvlm.core.errors import ConfigError, NumericalError, ReloadError, SlimError
+from slimvlm.core.errors import ConfigError, NumericalError, ReloadError, SlimError, first_line
 from slimvlm.models.classes import empty_model
 from slimvlm.models.internals import write_weights
 from slimvlm.models.load import load
@@ -90,8 +90,7 @@ def check_written(folder: Path) -> None:
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         logits = _probe_logits(folder, processor) if is_small else torch.zeros(0)
     except (OSError, LookupError, RuntimeError, ValueError, TypeError, SlimError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ReloadError(f"{str(folder)!r} does not load back: {reason}") from error
+        raise ReloadError(f"{str(folder)!r} does not load back: {first_line(error)}") from error
     if not bool(logits.isfinite().all()):
         raise NumericalError("convert: the logits of the converted model are not finite")
 
@@ -119,6 +118,5 @@ def _generation_config(
         config = GenerationConfig(**{**values, **ours})
         config.validate(strict=True)
     except (ValueError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"generation_config.json: {reason}") from error
+        raise ConfigError(f"generation_config.json: {first_line(error)}") from error
     return config
