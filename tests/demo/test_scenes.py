@@ -8,10 +8,8 @@ import pytest
 from slimvlm.demo import scenes as s
 from slimvlm_tools.demo_training.patches import patch_classes, patch_coverage, patch_labels
 
-KINDS: tuple[s.Kind, ...] = ("single", "multi", "count", "digits", "shapes")
 
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", s.KINDS)
 def test_same_seed_same_picture(kind: s.Kind) -> None:
     first = s.make_scene(kind, np.random.default_rng(3))
     second = s.make_scene(kind, np.random.default_rng(3))
@@ -21,7 +19,7 @@ def test_same_seed_same_picture(kind: s.Kind) -> None:
     assert s.render(first).mode == "RGB"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", s.KINDS)
 def test_sides_share_no_composition(kind: s.Kind) -> None:
     rng = np.random.default_rng(0)
     train = {s.make_scene(kind, rng, "train").key for _ in range(300)}

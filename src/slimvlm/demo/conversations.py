@@ -19,10 +19,10 @@ import numpy as np
 
 from slimvlm.data.samples import Message, Sample
 from slimvlm.demo import questions as q
-from slimvlm.demo.scenes import Kind, Scene, make_scene, render
+from slimvlm.demo.scenes import KINDS, Kind, Scene, make_scene, render
 
-KINDS: tuple[Kind, ...] = ("single", "multi", "count", "digits", "shapes")
 KIND_SHARES = (0.20, 0.32, 0.14, 0.16, 0.18)
+"""How often a picture is of each of `KINDS`."""
 TEXT_SHARE = 0.16
 """Share of conversations without a picture."""
 PASSAGE_SHARE = 0.35

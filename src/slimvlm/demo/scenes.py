@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw
 
 Split = Literal["train", "test"]
 Kind = Literal["single", "multi", "count", "digits", "shapes"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 ASSETS = Path(__file__).parent / "assets"
 

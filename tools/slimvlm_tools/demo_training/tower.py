@@ -16,10 +16,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from slimvlm.demo.scenes import CELLS, GRID, Kind, make_scene, render
+from slimvlm.demo.scenes import CELLS, GRID, KINDS, make_scene, render
 from slimvlm_tools.demo_training.patches import patch_classes, patch_labels
 
-KINDS: tuple[Kind, ...] = ("single", "multi", "count", "digits", "shapes")
 KIND_SHARES = (0.2, 0.4, 0.08, 0.24, 0.08)
 BATCH_SIZE = 64
 
