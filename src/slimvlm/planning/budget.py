@@ -12,11 +12,10 @@ from slimvlm.core.errors import ConfigError, NumericalError
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import TILE_MULTIPLE, WIDTH_MULTIPLE
 from slimvlm.planning.plan import AXES
-from slimvlm.scoring.unit_scores import Scores
+from slimvlm.scoring.unit_scores import WIDTH_UNITS, Scores
 
 ALLOCATIONS = ("uniform", "protect", "global")
 COUNTINGS = ("parameters", "per_layer")
-WIDTH_UNITS = ("kv_group", "neuron")
 SCALES = ("layer", "kind", "nothing")
 
 _PROTECTED_OF_32 = (4, 2)

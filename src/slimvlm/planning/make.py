@@ -9,7 +9,6 @@ from typing import Any
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.planning.budget import (
-    WIDTH_UNITS,
     Budget,
     scores_for,
 )
@@ -17,7 +16,7 @@ from slimvlm.planning.depth import without_layers
 from slimvlm.planning.plan import Plan
 from slimvlm.planning.ranking import globally_ranked_widths
 from slimvlm.planning.widths import uniform_widths, with_widths
-from slimvlm.scoring.unit_scores import Scores
+from slimvlm.scoring.unit_scores import WIDTH_UNITS, Scores
 
 
 def make_plan(

@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from slimvlm.planning.budget import WIDTH_UNITS, Budget
+from slimvlm.planning.budget import Budget
 from slimvlm.planning.plan import Plan
 from slimvlm.planning.widths import Widths
 from slimvlm.scoring.criteria import layers_compare
-from slimvlm.scoring.unit_scores import Scores
+from slimvlm.scoring.unit_scores import WIDTH_UNITS, Scores
 
 
 @dataclass(frozen=True, order=True)

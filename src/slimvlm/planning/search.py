@@ -19,13 +19,13 @@ from slimvlm.core.progress import progress
 from slimvlm.core.requests import digest
 from slimvlm.models.anatomy import Anatomy, read_anatomy
 from slimvlm.models.load import digest_of_tensors
-from slimvlm.planning.budget import WIDTH_UNITS, Budget
+from slimvlm.planning.budget import Budget
 from slimvlm.planning.divergence import Batch, Divergence, Found, Log
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
 from slimvlm.planning.ranking import can_be_written
 from slimvlm.planning.widths import with_widths
-from slimvlm.scoring.unit_scores import Scores
+from slimvlm.scoring.unit_scores import WIDTH_UNITS, Scores
 
 LEVELS = ("uniform", "layer")
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from slimvlm.core.errors import ConfigError, DataError
 from slimvlm.models import losses
 from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.units import segments
 from slimvlm.planning.mask import masked
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
@@ -94,7 +95,9 @@ def repair_(
     Args:
         model: After ``prune_(model, plan)``.
         plan: What was removed.
-        statistics: Of kind ``grams``, of the original model.
+        statistics: Of kind ``grams``, of the original model: those of criterion ``obs``, as
+            `slimvlm.collect` gives them and `slimvlm.Statistics.load` reads them from the file
+            that ``slimvlm score --criterion obs`` writes.
         ridge: See `slimvlm.pruning.least_squares.refit`.
 
     Raises:
@@ -114,6 +117,10 @@ def repair_(
         if place not in statistics.parts:
             raise ConfigError(f"statistics 'grams': no {name!r} in them")
         part = statistics.parts[place]
+        whole = segments(writer.projection, plan.before.layers[writer.index])
+        channels = sum(units * width for _, _, units, width in whole)
+        if part.weight.shape != (linear.out_features, channels):
+            raise ConfigError(f"statistics 'grams': {name!r} is of another model")
         if len(keep) < len(part.sum):
             weight, count = part.weight.to(device), statistics.weight.to(device)
             moments = Moments(part.gram.to(device), part.sum.to(device).double(), count)

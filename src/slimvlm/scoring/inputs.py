@@ -5,10 +5,10 @@ C input channel of such a matrix, T token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,7 +19,7 @@ from slimvlm.models.anatomy import Anatomy, LayerShape, read_anatomy
 from slimvlm.models.cost import BYTES
 from slimvlm.models.families import INPUT_COLUMNS, Projection
 from slimvlm.models.parts import matrices
-from slimvlm.models.units import fold, spread, unit_of
+from slimvlm.models.units import spread, unit_of
 from slimvlm.scoring.batches import (
     BackbonePass,
     Batch,
@@ -35,12 +35,9 @@ from slimvlm.scoring.statistics import (
     Grams,
     InputMoments,
     Place,
-    UnitValues,
     require_finite,
 )
 from slimvlm.scoring.unit_scores import Scores
-
-Part = TypeVar("Part")
 
 
 def hookable(model: nn.Module) -> Iterator[tuple[int, Projection, nn.Linear]]:
@@ -279,7 +276,7 @@ def score_wanda(statistics: ChannelMoments, anatomy: Anatomy) -> Scores:
     def channels(part: InputMoments) -> Tensor:
         return wanda(part.column_l1, part.square / statistics.weight)
 
-    return _summed("wanda", statistics, anatomy, channels)
+    return Scores.of_units("wanda", anatomy.num_layers, statistics.per_unit(anatomy, channels))
 
 
 def score_flap(statistics: ChannelMoments, anatomy: Anatomy) -> Scores:
@@ -293,30 +290,4 @@ def score_flap(statistics: ChannelMoments, anatomy: Anatomy) -> Scores:
         mean, square = part.sum / statistics.weight, part.square / statistics.weight
         return fluctuation(part.column_square, mean, square)
 
-    return _summed("flap", statistics, anatomy, channels)
-
-
-def _summed(
-    criterion: str,
-    statistics: ChannelMoments,
-    anatomy: Anatomy,
-    channels: Callable[[InputMoments], Tensor],
-) -> Scores:
-    """``channels(moments of a matrix's inputs)`` added over each unit's channels."""
-
-    def found() -> UnitValues:
-        for index, shape, matrix, part in with_shapes(statistics.parts, anatomy):
-            (total,) = fold(matrix, shape, channels(part))
-            yield index, unit_of(matrix), total
-
-    return Scores.of_units(criterion, anatomy.num_layers, found())
-
-
-def with_shapes(
-    parts: Mapping[Place, Part], anatomy: Anatomy
-) -> Iterator[tuple[int, LayerShape, Projection, Part]]:
-    """Parts of statistics with (layer index, the layer, the matrix) that they belong to."""
-    for index, shape in enumerate(anatomy.layers):
-        for matrix in anatomy.matrices(index):
-            if (index, matrix.path) in parts:
-                yield index, shape, matrix, parts[index, matrix.path]
+    return Scores.of_units("flap", anatomy.num_layers, statistics.per_unit(anatomy, channels))

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.units import segments, unit_of
-from slimvlm.scoring.inputs import with_shapes
-from slimvlm.scoring.statistics import Grams, UnitValues
+from slimvlm.scoring.statistics import Grams, UnitValues, with_shapes
 from slimvlm.scoring.unit_scores import Scores, strictly_increasing
 
 DAMPING = 0.01

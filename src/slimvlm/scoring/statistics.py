@@ -6,10 +6,10 @@ made of, and it can be stored. C input channel, O output of a matrix, L layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float, Float64, Int
@@ -19,12 +19,15 @@ from torch import Tensor
 
 from slimvlm.core.errors import ConfigError, NumericalError
 from slimvlm.core.files import new_file
-from slimvlm.models.anatomy import Anatomy
+from slimvlm.models.anatomy import Anatomy, LayerShape
+from slimvlm.models.families import Projection
 from slimvlm.models.units import fold, unit_of
 from slimvlm.scoring.unit_scores import read_tensors, suffixed
 
 Place = tuple[int, str]
 """A layer's index, and the path of one of its matrices or the name of one of its kinds of unit."""
+
+Part = TypeVar("Part")
 
 UnitValues = Iterator[tuple[int, str, Float[Tensor, " _"]]]
 """Layer, kind of unit, and a value for each unit."""
@@ -134,6 +137,16 @@ def require_finite(values: Tensor, what: str) -> None:
     """Raise `NumericalError` where calibration meets NaN or infinity."""
     if not torch.isfinite(values).all():
         raise NumericalError(f"NaN or infinity in {what} during calibration")
+
+
+def with_shapes(
+    parts: Mapping[Place, Part], anatomy: Anatomy
+) -> Iterator[tuple[int, LayerShape, Projection, Part]]:
+    """Parts that belong to matrices, in order: (layer index, the layer, the matrix, the part)."""
+    for index, shape in enumerate(anatomy.layers):
+        for matrix in anatomy.matrices(index):
+            if (index, matrix.path) in parts:
+                yield index, shape, matrix, parts[index, matrix.path]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,6 +272,12 @@ class ChannelMoments(Statistics, kind="moments", part=InputMoments):
 
     parts: Mapping[Place, InputMoments]
     weight: Float64[Tensor, ""]
+
+    def per_unit(self, anatomy: Anatomy, channels: Callable[[InputMoments], Tensor]) -> UnitValues:
+        """The sum of ``channels(moments of a matrix's inputs)`` over each unit's channels."""
+        for index, shape, matrix, part in with_shapes(self.parts, anatomy):
+            (total,) = fold(matrix, shape, channels(part))
+            yield index, unit_of(matrix), total
 
 
 @dataclass
