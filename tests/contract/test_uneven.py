@@ -142,7 +142,8 @@ def read_back(
 ) -> dict[str, tuple[Path, Any]]:
     """Every family asked for, cut and saved, and what a process without slimvlm found there."""
     works, requests = {}, []
-    asked = [item for item in request.session.items if "read_back" in item.fixturenames]
+    here = [item for item in request.session.items if item.path == request.path]
+    asked = [item for item in here if "read_back" in item.fixturenames]
     for name in dict.fromkeys(item.callspec.params["name"] for item in asked):
         case, works[name] = case_of(name), tmp_path_factory.mktemp(name)
         save(case.model, None, works[name] / "out", case.plan)
