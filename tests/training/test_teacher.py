@@ -28,7 +28,8 @@ from slimvlm.pruning.cut import prune_
 from slimvlm.training import offline as offline_teacher
 from slimvlm.training.offline import OfflineTeacher, digest_of_sample, write_cache
 from slimvlm.training.recover import History, recover
-from slimvlm.training.teacher import seeing_once, share_, why_not_shared
+from slimvlm.training.shared_vision import seeing_once
+from slimvlm.training.teacher import share_, why_not_shared
 from slimvlm.training.trainable import plain_model, prepare_training
 from tests import tiny, tiny_rare
 from tests import tiny_folder as folders

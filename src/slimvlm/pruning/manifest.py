@@ -95,8 +95,8 @@ def _read(folder: Path) -> dict[str, dict[str, Any]]:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["format"] != FORMAT:
             raise ValueError(f"format must be {FORMAT!r}")
-        return {str(name): {"size": f["size"], "sha256": f["sha256"]}
-                for name, f in values["files"].items()}  # fmt: skip
+        listed = values["files"].items()
+        return {str(name): {"size": f["size"], "sha256": f["sha256"]} for name, f in listed}
     except FileNotFoundError as error:
         raise ConfigError(f"checkpoint {str(folder)!r} has no {MANIFEST_FILE}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

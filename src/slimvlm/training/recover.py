@@ -28,8 +28,9 @@ from slimvlm.planning.plan import Plan
 from slimvlm.training.offline import OfflineTeacher
 from slimvlm.training.precision import Precision, without_autocast
 from slimvlm.training.resume import claim_training, is_finished, last_complete_checkpoint
+from slimvlm.training.shared_vision import seeing_once
 from slimvlm.training.supervision import Collator
-from slimvlm.training.teacher import seeing_once, share_, why_not_shared
+from slimvlm.training.teacher import share_, why_not_shared
 from slimvlm.training.trainable import (
     merge,
     prepare_training,

@@ -7,9 +7,7 @@ student's weights, and the teacher never sees them.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +19,6 @@ from transformers import PreTrainedModel
 
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.families import INPUT_COLUMNS, OUTPUT_ROWS, Projection
-from slimvlm.models.hidden import replaced_forward
 from slimvlm.models.parts import family_of, projections
 from slimvlm.models.units import channels_by_segment
 from slimvlm.planning.mask import kept_units
@@ -158,31 +155,6 @@ def share_(teacher: PreTrainedModel, trained: Any, plan: Plan) -> Sharing:
     return Sharing(total - own_params, own_params, tuple(differing))
 
 
-@contextmanager
-def seeing_once(
-    model: PreTrainedModel, teacher: PreTrainedModel, through_students_projector: bool = False
-) -> Iterator[None]:
-    """Inside, the vision tower runs for the student alone, and the teacher gets its outputs.
-
-    Each forward pass of the teacher must follow one of the student on the same batch. Where the
-    towers differ, both run.
-
-    Args:
-        model: The student.
-        teacher: The teacher.
-        through_students_projector: Let the teacher use the student's projector, as the study's
-            LLaVA and Bunny trainers do; otherwise it has its own.
-    """
-    family = family_of(model.config.model_type)
-    with ExitStack() as stack:
-        if family.vision is not None and _same_tower(model, teacher):
-            for source, target in _tower_pairs(model, teacher):
-                stack.enter_context(_replayed(model, source, target))
-        for path in family.projector if through_students_projector else ():
-            stack.enter_context(_lent(model, teacher, path))
-        yield
-
-
 def _frozen_tensors(student: PreTrainedModel, plan: Plan) -> dict[str, Tensor]:
     """The student's frozen weights under the names that they have in the teacher."""
     prefix = f"{family_of(student.config.model_type).backbone}.layers."
@@ -255,7 +227,7 @@ def _share_whole_tensors(teacher: PreTrainedModel, ours: dict[str, Tensor]) -> I
     for name, parameter in teacher.named_parameters():
         if name not in ours:
             continue
-        if _equal(parameter, ours[name]):
+        if equal_tensors(parameter, ours[name]):
             parameter.data = ours[name]
         else:
             yield name
@@ -265,11 +237,11 @@ def _is_kept_part(
     linear: nn.Linear, dim: int, keep: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> bool:
     """Whether a student's frozen weight and bias are the kept channels of the teacher's."""
-    if weight is None or not _equal(linear.weight.index_select(dim, keep), weight):
+    if weight is None or not equal_tensors(linear.weight.index_select(dim, keep), weight):
         return False
     if dim == INPUT_COLUMNS or linear.bias is None:
         return bias is None
-    return bias is not None and _equal(linear.bias[keep], bias)
+    return bias is not None and equal_tensors(linear.bias[keep], bias)
 
 
 def _joined(
@@ -284,84 +256,10 @@ def _joined(
     return JoinedRows(weight, bias, removed, removed_bias, division.sizes)
 
 
-def _equal(theirs: Tensor, ours: Tensor) -> bool:
+def equal_tensors(theirs: Tensor, ours: Tensor) -> bool:
+    """Whether two tensors have the same shape, data type and values; they may lie apart."""
     same_kind = theirs.shape == ours.shape and theirs.dtype == ours.dtype
     return same_kind and torch.equal(theirs.to(ours.device), ours)
-
-
-def _same_tower(model: PreTrainedModel, teacher: PreTrainedModel) -> bool:
-    """Whether both vision towers, but for projectors inside them, hold the same frozen values."""
-    family = family_of(model.config.model_type)
-    towers = [
-        {
-            name: parameter
-            for name, parameter in whole.named_parameters()
-            if name.startswith(f"{family.vision}.") and not name.startswith(family.projector)
-        }
-        for whole in (model, teacher)
-    ]
-    ours, theirs = towers
-    return list(ours) == list(theirs) and all(
-        not ours[name].requires_grad and _equal(theirs[name], ours[name]) for name in ours
-    )
-
-
-def _tower_pairs(
-    model: PreTrainedModel, teacher: PreTrainedModel
-) -> Iterator[tuple[nn.Module | None, nn.Module]]:
-    """What the teacher need not compute: (the student's module, the teacher's in its place).
-
-    The whole tower. If a projector sits inside it, the tower's blocks: the last one and those with
-    a deepstack projector have a counterpart, the outputs of the others are never read.
-    """
-    family = family_of(model.config.model_type)
-    assert family.vision is not None
-    ours, theirs = model.get_submodule(family.vision), teacher.get_submodule(family.vision)
-    if not family.projector[0].startswith(f"{family.vision}."):
-        yield ours, theirs
-        return
-    if not hasattr(ours, "blocks"):
-        return
-    blocks: Any = ours.get_submodule("blocks")
-    read = {len(blocks) - 1, *getattr(model.config.vision_config, "deepstack_visual_indexes", ())}
-    for index, block in enumerate(theirs.get_submodule("blocks").children()):
-        yield (blocks[index] if index in read else None), block
-
-
-@contextmanager
-def _replayed(
-    model: PreTrainedModel, source: nn.Module | None, target: nn.Module
-) -> Iterator[None]:
-    """Inside, ``target`` gives the outputs of ``source``, call by call, or else its input."""
-    if source is None:
-        with replaced_forward(target, lambda hidden, *args, **kwargs: hidden):
-            yield
-        return
-    outputs: deque[Any] = deque()
-    handles = [
-        source.register_forward_hook(lambda *call: outputs.append(call[2])),
-        # the backward pass may have run the source again, for gradient checkpointing
-        model.base_model.register_forward_pre_hook(lambda *call: outputs.clear()),
-    ]
-    try:
-        with replaced_forward(target, lambda *args, **kwargs: outputs.popleft()):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _lent(model: PreTrainedModel, teacher: PreTrainedModel, path: str) -> Iterator[None]:
-    """Inside, a part of the student, a module or a parameter, stands in the teacher's place."""
-    parent, _, name = path.rpartition(".")
-    owner = teacher.get_submodule(parent)
-    theirs = getattr(owner, name, None)
-    try:
-        setattr(owner, name, getattr(model.get_submodule(parent), name, None))
-        yield
-    finally:
-        setattr(owner, name, theirs)
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
