@@ -190,10 +190,10 @@ def test_other_data_do_not_reuse_old_work(
     with monkeypatch.context() as patched:
         patched.setattr(LayerwiseModel, "start_gradients", stop)
         with pytest.raises(KeyboardInterrupt):
-            score_checkpoint(folders["llama"], batches(model), scratch=tmp_path)
+            score_checkpoint(folders["llama"], batches(model), "taylor", scratch=tmp_path)
     others = [tiny.batch(model, 9, 5)]
-    found = score_checkpoint(folders["llama"], others, scratch=tmp_path)
-    assert_same(found, score(model, others))
+    found = score_checkpoint(folders["llama"], others, "taylor", scratch=tmp_path)
+    assert_same(found, score(model, others, "taylor"))
 
 
 @pytest.mark.parametrize("step", ["embedded", "forward", "done"])
@@ -210,13 +210,15 @@ def test_another_model_does_not_reuse_old_work(
         }
         patched.setattr(*places.get(step, (Scores, "load")), stop)
         with pytest.raises(KeyboardInterrupt):
-            score_checkpoint(folders["llama"], batches(model), scratch=tmp_path / "work")
+            score_checkpoint(folders["llama"], batches(model), "taylor", scratch=tmp_path / "work")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.1)
     model.save_pretrained(tmp_path / "other")
-    found = score_checkpoint(tmp_path / "other", batches(model), scratch=tmp_path / "work")
-    assert_same(found, score(model, batches(model)))
+    found = score_checkpoint(
+        tmp_path / "other", batches(model), "taylor", scratch=tmp_path / "work"
+    )
+    assert_same(found, score(model, batches(model), "taylor"))
 
 
 @pytest.mark.parametrize("case", ["flap", "activation", "per_sample"])

@@ -23,7 +23,7 @@ from slimvlm.models.parts import family_of, text_config_of
 from slimvlm.planning.make import make_plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.narrowing import (
-    CRITERIA,
+    CHANNEL_CRITERIA,
     best_channels,
     narrow_,
     narrowable,
@@ -228,7 +228,7 @@ def test_magnitude_is_the_norm_of_all_weights_of_a_channel() -> None:
     assert_close(score_channels(model, criterion="magnitude"), total.sqrt(), SUMS)
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", CHANNEL_CRITERIA)
 def test_the_best_channels_stay(criterion: str) -> None:
     model = tiny.build("llava-llama")
     scores = score_channels(model, [tiny.batch(model)], criterion)

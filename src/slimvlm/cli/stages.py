@@ -13,6 +13,7 @@ from slimvlm.core.options import (
     CompressConfig,
     KdOn,
     LoadConfig,
+    MemoryOptions,
     PlanConfig,
     PruneConfig,
     Questions,
@@ -28,8 +29,7 @@ def score(
     out: Path,
     criterion: str = "obs",
     calibration: Annotated[CalibrationConfig, INLINE] = CalibrationConfig(),
-    low_memory: bool = False,
-    scratch: Path | None = None,
+    memory: Annotated[MemoryOptions, INLINE] = MemoryOptions(),
     force: bool = False,
 ) -> None:
     """Calibrate once: save scores (and the statistics behind them) for later plans.
@@ -41,14 +41,12 @@ def score(
             with --low-memory).
         criterion: How to score; see the table in the README.
         calibration: What the model is shown.
-        low_memory: For models larger than the memory: one layer is read at a time and activations
-            lie on disk. A stopped run goes on where it was when the same command is given again.
-        scratch: Folder for these activations; by default beside OUT.
+        memory: How much of the model is in memory.
         force: Replace existing files.
     """
     from slimvlm.runs.score import score as run
 
-    run(model, calibration, criterion, out, low_memory, scratch, force, note)
+    run(model, calibration, criterion, out, memory, force, note)
 
 
 def plan(
@@ -81,8 +79,7 @@ def prune(
     plan: Path | None = None,
     pruning: Annotated[PruneConfig, INLINE] = PruneConfig(),
     hidden_size: int | None = None,
-    low_memory: bool = False,
-    scratch: Path | None = None,
+    memory: Annotated[MemoryOptions, INLINE] = MemoryOptions(),
     force: bool = False,
 ) -> None:
     """Write a smaller checkpoint, from a plan or from a ratio, criterion and data.
@@ -94,9 +91,7 @@ def prune(
         pruning: What to remove, and how.
         hidden_size: Narrow the residual stream to so many channels first, as the verb narrow does;
             the ratio then counts both.
-        low_memory: For models larger than the memory: one layer is read at a time, activations lie
-            on disk, and the checkpoint is written piece by piece.
-        scratch: Folder for these activations; by default beside OUT.
+        memory: How much of the model is in memory.
         force: Replace an existing folder.
     """
     from slimvlm.runs.prune import prune as run
@@ -107,8 +102,7 @@ def prune(
         out,
         plan_file=plan,
         hidden_size=hidden_size,
-        low_memory=low_memory,
-        scratch=scratch,
+        memory=memory,
         force=force,
         say=note,
     )

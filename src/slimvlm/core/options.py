@@ -372,6 +372,22 @@ class PlanConfig(WidthOptions, TargetOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemoryOptions(Options):
+    """How much of a model is in memory."""
+
+    low_memory: bool = False
+    """For models larger than the memory: one layer is read at a time, activations lie on disk, and
+    a checkpoint is written piece by piece. A stopped run goes on where it was when the same command
+    is given again."""
+    scratch: Path | None = None
+    """Folder for these activations; by default beside OUT."""
+
+    def scratch_beside(self, out: Path) -> Path:
+        """The folder for activations."""
+        return self.scratch or out.with_name(f".{out.name}.scratch")
+
+
+@dataclass(frozen=True, kw_only=True)
 class FileOptions(Options):
     """How a checkpoint is written."""
 

@@ -37,10 +37,9 @@ from slimvlm.runs.recipes import recipe_for
 from slimvlm.runs.request import (
     Request,
     Say,
-    check_options,
     check_questions,
+    check_request,
     ratio_of,
-    rehearse_request,
     resolved,
 )
 from slimvlm.runs.stages import Calibration, Split
@@ -132,14 +131,10 @@ def _checked_samples(run: Run, force: bool) -> Split:
         check_questions(given.questions)
     if run.config.baseline:
         read_baseline(run.config.baseline, floors=run.config.floors)
-    config = run.request.prune
-    check_options(config)
-    rehearse_request(anatomy(run.model), config)
-    if config.data is None:
-        run.say(f"no data: scoring by {' and '.join(config.criterion)}")
+    check_request(run.request, anatomy(run.model), run.say)
     samples = stages.read_split(run.request, run.say)
     if run.config.axis is None:
-        chart = recipe_for(ratio_of(config), run.request.trains)
+        chart = recipe_for(ratio_of(run.config), run.request.trains)
         run.say(f"axis {chart.axis}: {chart.why} ({chart.source})")
     return samples
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import require_free
-from slimvlm.core.options import CalibrationConfig, LoadConfig, PruneConfig
+from slimvlm.core.options import CalibrationConfig, LoadConfig, MemoryOptions, PruneConfig
 from slimvlm.data.samples import Sample
 from slimvlm.models.cost import WIDTH_MULTIPLE
 from slimvlm.models.load import anatomy, check_models, load_config
@@ -27,10 +27,10 @@ from slimvlm.runs.request import (
     Request,
     Say,
     check_options,
+    check_request,
     criteria_of,
     ranked_plan,
     ratio_of,
-    rehearse_request,
     resolved,
     token_weights_of,
 )
@@ -87,8 +87,7 @@ def prune(
     *,
     plan_file: Path | None = None,
     hidden_size: int | None = None,
-    low_memory: bool = False,
-    scratch: Path | None = None,
+    memory: MemoryOptions = MemoryOptions(),
     force: bool = False,
     say: Say = print,
 ) -> Pruned:
@@ -100,28 +99,27 @@ def prune(
     require_free(out, force)
     if (plan_file is None) == (config.ratio is None):
         raise ConfigError("prune needs either --ratio or --plan")
-    if hidden_size is not None and (plan_file is not None or low_memory):
+    if hidden_size is not None and (plan_file is not None or memory.low_memory):
         raise ConfigError(f"hidden_size {hidden_size} needs --ratio, and cannot have low_memory")
-    if low_memory:
+    if memory.low_memory:
         check_low_memory(config)
     given = None if plan_file is None else Plan.load(plan_file)
     source: str | PreTrainedConfig = model
     if hidden_size is not None:
         source, config = _rest_after_narrowing(model, config, hidden_size, say)
-    request = resolved(Request(model=model, prune=config), say, low_memory)
+    request = resolved(Request(model=model, prune=config), say, memory.low_memory)
     config = request.prune
-    check_options(config)
     if given is None:
-        rehearse_request(anatomy(source), config)
-        if config.data is None:
-            say(f"no data: scoring by {' and '.join(config.criterion)}")
+        check_request(request, anatomy(source), say)
+    else:
+        check_options(config)
     check_models(config, model)
     reads = given is None or config.repair != "none"
     samples = read_split(request, say).calibration if reads else ()
     if config.compat:
         check_compat(model, config, say)
-    if low_memory:
-        folder = scratch or out.with_name(f".{out.name}.scratch")
+    if memory.low_memory:
+        folder = memory.scratch_beside(out)
         chosen = given or _planned_on_disk(request, samples, folder, say)
         trusted = config.trust_remote_code
         prune_checkpoint(model, chosen, out, config.dtype, force, trust_remote_code=trusted)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,25 +69,19 @@ def recover(
     if shard:
         student = _gathered(student, model, source)
     if is_first_rank():
-        also = _Beside(history, work)
-        save(student, processor, out, plan, force, also=also.save, compat=compat)
+        also = partial(_write_beside, history, work)
+        save(student, processor, out, plan, force, also=also, compat=compat)
         shutil.rmtree(work, ignore_errors=True)
     return history
 
 
-@dataclass(frozen=True)
-class _Beside:
+def _write_beside(history: History, work: Path, folder: Path) -> None:
     """What stands beside recovered weights: the history, an adapter and a tracker's files."""
-
-    history: History
-    work: Path
-
-    def save(self, folder: Path) -> None:
-        text = json.dumps(asdict(self.history), indent=1) + "\n"
-        write_text(folder / "slimvlm_history.json", text)
-        for name in (ADAPTER_FOLDER, TRACKER_FOLDER):
-            if (self.work / name).exists():
-                shutil.copytree(self.work / name, folder / name)
+    text = json.dumps(asdict(history), indent=1) + "\n"
+    write_text(folder / "slimvlm_history.json", text)
+    for name in (ADAPTER_FOLDER, TRACKER_FOLDER):
+        if (work / name).exists():
+            shutil.copytree(work / name, folder / name)
 
 
 def _for_training(

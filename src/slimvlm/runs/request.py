@@ -6,7 +6,7 @@ the same everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -168,34 +168,37 @@ def check_options(config: PruneConfig) -> None:
             raise ConfigError("allocation 'search' needs --data")
 
 
-def rehearse_request(anatomy: Anatomy, config: PruneConfig) -> None:
+def check_request(request: Request, anatomy: Anatomy, say: Say) -> None:
+    """Find every mistake that can be found without weights and data.
+
+    Args:
+        request: A resolved request.
+        anatomy: The shape of what is pruned.
+        say: Receives what the scores come from where no data is given.
+
+    Raises:
+        SlimError: If an option or the ratio cannot work for this model.
+    """
+    check_options(request.prune)
+    rehearse(request.prune, anatomy)
+    if request.prune.data is None:
+        say(f"no data: scoring by {' and '.join(request.prune.criterion)}")
+
+
+def rehearse(config: PruneConfig, anatomy: Anatomy) -> None:
     """Find out whether a model of this shape can be pruned as asked.
 
     Raises:
         SlimError: What `make_plan` would raise after the weights were read and scored.
     """
-    rehearse(
-        anatomy,
-        criteria_of(config),
-        ratio_of(config),
-        config.axis or "width",
-        allocation=ranked_allocation(config),
-        **plan_options(config),
-    )
+    ranked_plan(config, anatomy, [pretended_scores(anatomy, criteria_of(config))])
 
 
-def rehearse(
-    anatomy: Anatomy, criteria: Iterable[str], ratio: float, axis: str, **options: Any
-) -> None:
-    """Find out whether a plan is possible, with random scores in place of real ones.
-
-    Raises:
-        SlimError: What `make_plan` would raise after the weights were read and scored.
-    """
+def pretended_scores(anatomy: Anatomy, criteria: Sequence[str]) -> Scores:
+    """Random scores of what criteria are about, to find out whether a plan is possible."""
     pretended = score_random(Statistics(), anatomy)
     units = {unit for name in criteria for unit in CRITERIA[name].units}
-    scores = Scores(", ".join(criteria), **{unit: pretended.of(unit) for unit in units})
-    make_plan(anatomy, scores, ratio, axis, **options)
+    return Scores(", ".join(criteria), **{unit: pretended.of(unit) for unit in units})
 
 
 def check_questions(questions: Questions, blind: bool = False, log: bool = False) -> None:
@@ -240,13 +243,9 @@ def ranked_allocation(config: PruneConfig) -> Allocation:
     return "uniform" if given is None or given in MEASURED else given
 
 
-def plan_options(config: PruneConfig) -> dict[str, Any]:
-    """Those options of a request that every plan has."""
-    return dict(vars(part_of(config, WidthOptions)))
-
-
-def ranked_plan(config: PruneConfig, anatomy: Anatomy, scores: Iterable[Scores]) -> Plan:
+def ranked_plan(config: PruneConfig, anatomy: Anatomy, scores: Sequence[Scores]) -> Plan:
     """The plan that scores alone give."""
     axis, allocation = config.axis or "width", ranked_allocation(config)
-    options = plan_options(config)
-    return make_plan(anatomy, list(scores), ratio_of(config), axis, allocation, **options)
+    return make_plan(
+        anatomy, scores, ratio_of(config), axis, allocation, **vars(part_of(config, WidthOptions))
+    )

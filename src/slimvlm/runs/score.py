@@ -8,12 +8,19 @@ from typing import Any
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import require_free
-from slimvlm.core.options import CalibrationConfig, PlanConfig, PruneConfig, WidthOptions, part_of
+from slimvlm.core.options import (
+    CalibrationConfig,
+    MemoryOptions,
+    PlanConfig,
+    PruneConfig,
+    WidthOptions,
+    part_of,
+)
 from slimvlm.data.samples import Sample
 from slimvlm.models.anatomy import Anatomy, read_anatomy
 from slimvlm.models.cost import params_for_memory, parse_bytes, parse_count
 from slimvlm.models.load import anatomy, check_models, load, load_processor
-from slimvlm.planning.make import make_plan, make_plan_for_params, ratio_for_params
+from slimvlm.planning.make import make_plan, make_plan_for_params
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.low_memory import score as on_disk
 from slimvlm.pruning.low_memory.checkpoint import open_checkpoint
@@ -22,7 +29,7 @@ from slimvlm.runs.request import (
     Say,
     check_options,
     criterion_options,
-    rehearse,
+    pretended_scores,
     token_weights_of,
 )
 from slimvlm.runs.stages import Calibration, calibrate, load_original, read_split
@@ -42,8 +49,7 @@ def score(
     config: CalibrationConfig,
     criterion: str,
     out: Path,
-    low_memory: bool = False,
-    scratch: Path | None = None,
+    memory: MemoryOptions = MemoryOptions(),
     force: bool = False,
     say: Say = print,
 ) -> Scores:
@@ -57,19 +63,18 @@ def score(
     request = Request(model=model, prune=PruneConfig(criterion=(criterion,), **vars(config)))
     check_options(request.prune)
     row, stem = CRITERIA[criterion], _stem(out)
-    if low_memory:
+    if memory.low_memory:
         on_disk.Request(criterion)
     if (weights := token_weights_of(request.prune)) is not None:
         check_token_weights(criterion, weights)
-    keeps = not low_memory and row.capture.layer_bytes is None
+    keeps = not memory.low_memory and row.capture.layer_bytes is None
     for suffix in ("json", "safetensors", *(["statistics.safetensors"] if keeps else [])):
         require_free(Path(f"{stem}.{suffix}"), force)
     check_models(config, model)
     samples = read_split(request, say).calibration
     stem.parent.mkdir(parents=True, exist_ok=True)
-    if low_memory:
-        folder = scratch or stem.with_name(f".{stem.name}.scratch")
-        (scores,) = scores_on_disk(request, samples, folder, say)[1]
+    if memory.low_memory:
+        (scores,) = scores_on_disk(request, samples, memory.scratch_beside(stem), say)[1]
     else:
         loaded, processor = load_original(request)
         calibration = Calibration(processor, samples, hold_out=False)
@@ -136,20 +141,20 @@ def plan(
     given = [Scores.load(path) for path in scores]
     options = {
         **vars(part_of(config, WidthOptions)),
-        **{"allocation": config.allocation, "kv_heads": config.kv_heads},
+        **{"axis": config.axis, "allocation": config.allocation, "kv_heads": config.kv_heads},
     }
+
+    def planned(scores: Sequence[Scores]) -> Plan:
+        if target is not None:
+            return make_plan_for_params(shape, scores, target, **options)
+        return make_plan(shape, scores, config.ratio or 0.0, **options)
+
     if not given:
         criterion = "spacing" if config.axis == "depth" else "magnitude"
-        wanted = config.ratio if target is None else ratio_for_params(shape, target)
-        assert wanted is not None
-        rehearse(shape, [criterion], wanted, config.axis, **options)
+        planned([pretended_scores(shape, [criterion])])
         say(f"no --scores: using {criterion}")
         given = [score_model(load(model)[0], (), criterion)]
-    if target is not None:
-        made = make_plan_for_params(shape, given, target, config.axis, **options)
-    else:
-        assert config.ratio is not None
-        made = make_plan(shape, given, config.ratio, config.axis, **options)
+    made = planned(given)
     out.parent.mkdir(parents=True, exist_ok=True)
     made.save(out)
     return made

@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from slimvlm.core.options import DataConfig, part_of
+from slimvlm.core.options import DataConfig, WidthOptions, part_of
 from slimvlm.core.progress import progress
 from slimvlm.data.read import load_samples
 from slimvlm.data.samples import Sample
@@ -34,7 +34,6 @@ from slimvlm.runs.request import (
     Request,
     Say,
     criterion_options,
-    plan_options,
     ranked_allocation,
     ranked_plan,
     ratio_of,
@@ -199,11 +198,12 @@ def plan(
         say: Receives what a search found.
         state_file: Where a search keeps what it measured, to go on after a stop.
     """
-    config, options = request.prune, plan_options(request.prune)
+    config = request.prune
+    options = vars(part_of(config, WidthOptions))
     ratio, axis = ratio_of(config), config.axis or "width"
     if config.steps > 1:
         criteria = {name: criterion_options(config, name) for name in config.criterion}
-        options["allocation"] = ranked_allocation(config)
+        options = {**options, "allocation": ranked_allocation(config)}
         return plan_in_steps(
             model, calibration.fitted, criteria, ratio, axis, config.steps, **options
         )

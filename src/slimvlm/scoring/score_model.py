@@ -16,7 +16,7 @@ from slimvlm.data.samples import Sample
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.classes import require_full_precision
 from slimvlm.scoring.batches import Batch, Watched
-from slimvlm.scoring.criteria import criterion_named
+from slimvlm.scoring.criteria import DEFAULT_CRITERIA, criterion_named
 from slimvlm.scoring.statistics import Statistics
 from slimvlm.scoring.unit_scores import WIDTH_UNITS, Scores
 
@@ -56,7 +56,7 @@ def collect(
 def score(
     model: nn.Module,
     batches: Iterable[Batch] = (),
-    criterion: str = "taylor",
+    criterion: str = DEFAULT_CRITERIA["width"][0],
     token_weights: Mapping[str, float] | None = None,
     **options: Any,
 ) -> Scores:

@@ -22,7 +22,7 @@ from slimvlm.pruning.low_memory.checkpoint import LazyCheckpoint, open_checkpoin
 from slimvlm.pruning.low_memory.layerwise import LayerView, LayerwiseModel
 from slimvlm.pruning.low_memory.scratch import Scratch
 from slimvlm.scoring.batches import Batch
-from slimvlm.scoring.criteria import CRITERIA, Capture, criterion_named
+from slimvlm.scoring.criteria import CRITERIA, DEFAULT_CRITERIA, Capture, criterion_named
 from slimvlm.scoring.score_model import check_token_weights, collect, score, scores_from
 from slimvlm.scoring.unit_scores import Scores
 
@@ -61,7 +61,7 @@ class Request:
 def score_checkpoint(
     model: str | Path,
     batches: Iterable[Batch] = (),
-    criterion: str = "taylor",
+    criterion: str = DEFAULT_CRITERIA["width"][0],
     token_weights: Mapping[str, float] | None = None,
     dtype: str = "auto",
     scratch: str | Path | None = None,

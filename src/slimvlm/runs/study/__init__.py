@@ -19,7 +19,7 @@ from slimvlm.core.options import PruneConfig
 from slimvlm.evaluation.lmms import check_names, split_names
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models.load import anatomy, load_config
-from slimvlm.runs.request import check_options, rehearse_request
+from slimvlm.runs.request import check_options, rehearse
 from slimvlm.runs.study.cache import Cache
 from slimvlm.runs.study.cells import Cell, expand
 from slimvlm.runs.study.config import StudyConfig, read_study
@@ -156,7 +156,7 @@ def _check_model(model: str, cells: list[Cell]) -> None:
         checked.add(cell.prune)
         try:
             check_options(cell.prune)
-            rehearse_request(shape, cell.prune)
+            rehearse(cell.prune, shape)
         except SlimError as error:
             raise ConfigError(f"cell ({cell.label}): {error}") from error
 
