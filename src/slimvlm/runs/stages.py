@@ -90,7 +90,8 @@ def rows_to_read(request: Request) -> int | None:
     config = request.prune
     if config.seed or (request.trains and request.training_samples is None):
         return None
-    return config.samples + (request.training_samples or 0) * request.trains
+    training = request.training_samples if request.trains else None
+    return config.samples + (training or 0)
 
 
 def read_split(request: Request, say: Say) -> Split:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from rich.console import Console
 
 from slimvlm.core.errors import ConfigError, SlimError
 from slimvlm.core.files import explained, held, write_text
-from slimvlm.core.options import PruneConfig
-from slimvlm.evaluation.lmms import check_names, split_names
+from slimvlm.core.options import PruneConfig, Questions, part_of
+from slimvlm.evaluation.lmms import split_names
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models.load import anatomy, load_config
-from slimvlm.runs.request import check_options, rehearse
+from slimvlm.runs.request import check_options, check_questions, rehearse
 from slimvlm.runs.study.cache import Cache
 from slimvlm.runs.study.cells import Cell, expand
 from slimvlm.runs.study.config import StudyConfig, read_study
@@ -136,13 +136,10 @@ def prepared(study: StudyConfig | str | Path, say: Say) -> tuple[StudyConfig, Sc
 
 
 def _check_tasks(study: StudyConfig) -> None:
+    check_questions(replace(part_of(study, Questions), floors=False))  # floors where possible
     own, theirs = split_names(study.tasks)
-    if theirs:
-        check_names(theirs, study.limit, study.task_folder)
-    if own or not theirs:
-        tasks = find_tasks(own)
-        if not theirs and not any(task.in_average for task in tasks):
-            raise ConfigError(f"tasks {study.tasks!r}: none counts in AVG, which a study compares")
+    if not theirs and not any(task.in_average for task in find_tasks(own)):
+        raise ConfigError(f"tasks {study.tasks!r}: none counts in AVG, which a study compares")
 
 
 def _check_model(model: str, cells: list[Cell]) -> None:

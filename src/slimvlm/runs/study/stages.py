@@ -160,17 +160,11 @@ def _reading(config: PruneConfig) -> PruneConfig:
 
 
 def _evaluation(study: StudyConfig, cell: Cell, of: Stage | None, label: str) -> Stage:
-    questions = Questions(
-        tasks=study.tasks,
-        task_folder=study.task_folder,
-        limit=study.limit,
-        batch_size=study.batch_size,
-        floors=study.floors and of is None,
-    )
+    asked = part_of(study, Questions)
     request = Request(
         model=cell.model,
         prune=PruneConfig(**_loading(cell.prune)),
-        questions=questions,
+        questions=replace(asked, floors=asked.floors and of is None),
         made_from=(_identity_of_model(cell.model), *_identities_of_tasks(study)),
     )
     return Stage("evaluate", request, () if of is None else (of,), label)
