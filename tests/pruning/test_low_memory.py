@@ -414,6 +414,7 @@ def test_the_verbs_score_and_prune_alike(tmp_path: Path) -> None:
         out = tmp_path / name
         main(["score", model, "--out", str(out), *shown, *flags])
         asked = ["--ratio", "0.3", "--criterion", "activation", "--allocation", "uniform"]
+        asked += ["--repair", "none"]
         main(["prune", model, "--out", f"{out}-pruned", *asked, *shown, *flags])
     assert_same(Scores.load(tmp_path / "disk"), Scores.load(tmp_path / "memory"))
     ours, theirs = tensors_of(tmp_path / "disk-pruned"), tensors_of(tmp_path / "memory-pruned")
