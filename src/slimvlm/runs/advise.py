@@ -110,7 +110,7 @@ def advise(
     ratio = _ratio(shape, subject, budget, data, dtype)
     fraction, why = _fraction(ratio, samples)
     seen = round(fraction * (rules().full_set if samples is None else samples))
-    tokens = float(image_tokens(model) + rules().costs.text_tokens)
+    tokens = float(image_tokens(model) + rules().constants.text_tokens)
     sizes = Sizes(shape=shape, tokens=tokens, samples=seen)
     has_gpu = torch.cuda.is_available() if gpu is None else gpu
     recipe, cost, notes = _affordable(sizes, ratio, data, has_gpu, dtype)
@@ -137,7 +137,7 @@ def _affordable(
     """The recipe, unless its training would take too long here."""
     recipe = recipe_for(ratio, data)
     cost = estimate_cost(sizes, ratio, recipe, has_gpu, dtype)
-    limit = rules().costs.max_hours_without_gpu
+    limit = rules().constants.max_hours_without_gpu
     notes = []
     if not has_gpu and cost.training_hours > limit:
         notes = [

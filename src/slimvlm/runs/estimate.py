@@ -81,25 +81,25 @@ def estimate_cost(sizes: Sizes, ratio: float, recipe: Recipe, has_gpu: bool, dty
         has_gpu: Whether training runs on a GPU.
         dtype: Data type of the weights.
     """
-    costs = rules().costs
-    peak, held = costs.calibration_peak[recipe.axis], weight_bytes(sizes.shape, dtype)
-    about = [f"scoring: {peak:g} x the weights ({costs.calibration_source})"]
+    constants = rules().constants
+    peak, held = constants.calibration_peak[recipe.axis], weight_bytes(sizes.shape, dtype)
+    about = [f"scoring: {peak:g} x the weights ({constants.calibration_source})"]
     if recipe.train is None:
         return Cost(calibration_bytes=peak * held, rests_on=tuple(about))
     config = RecoverConfig(train=recipe.train, loss=recipe.loss)
     flops = sizes.training_flops(config, 1 - ratio, sizes.samples)
     speed, device = _speed(has_gpu)
     about += [
-        f"training memory: the weights once, {costs.learning_bytes} bytes for each weight that "
-        f"learns, {costs.activation_bytes} bytes for each token, layer and channel "
-        f"({costs.activation_source}), batches of {config.batch_size}",
-        f"time: {device}, {costs.efficiency:.0%} of it used; {sizes.tokens:.0f} tokens a "
+        f"training memory: the weights once, {constants.learning_bytes} bytes for each weight that "
+        f"learns, {constants.activation_bytes} bytes for each token, layer and channel "
+        f"({constants.activation_source}), batches of {config.batch_size}",
+        f"time: {device}, {constants.efficiency:.0%} of it used; {sizes.tokens:.0f} tokens a "
         "conversation; the vision tower is not counted",
     ]
     return Cost(
         calibration_bytes=peak * held,
         training_bytes=held + _bytes_beside_weights(sizes, ratio, recipe, config),
-        training_hours=flops / (costs.efficiency * speed) / 3600,
+        training_hours=flops / (constants.efficiency * speed) / 3600,
         samples=sizes.samples,
         rests_on=tuple(about),
     )
@@ -109,11 +109,11 @@ def _bytes_beside_weights(
     sizes: Sizes, ratio: float, recipe: Recipe, config: RecoverConfig
 ) -> float:
     """What learns, and activations. A teacher shares the frozen weights of the student."""
-    shape, costs = sizes.shape, rules().costs
+    shape, constants = sizes.shape, rules().constants
     learning = learning_params(shape, ratio, config.train, config.lora_rank)
     kept_layers = shape.num_layers * (1 - ratio) if recipe.axis == "depth" else shape.num_layers
     channels = sizes.tokens * config.batch_size * shape.hidden_size * kept_layers
-    return costs.learning_bytes * learning + costs.activation_bytes * channels
+    return constants.learning_bytes * learning + constants.activation_bytes * channels
 
 
 def learning_params(shape: Anatomy, ratio: float, train: Train, rank: int) -> int:
@@ -154,20 +154,20 @@ def image_tokens(model: str, trust_remote_code: bool = False) -> int:
     vision = getattr(config, "vision_config", None)
     size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
     side, step = (value[0] if isinstance(value, list | tuple) else value for value in (size, patch))
-    patches = (side // step) ** 2 if side and step else rules().costs.image_tokens
+    patches = (side // step) ** 2 if side and step else rules().constants.image_tokens
     return min(patches, getattr(config, "image_seq_length", None) or patches)
 
 
 def seconds_of(flops: float) -> float:
     """Rough time of so much work on this machine."""
-    return flops / (rules().costs.efficiency * device_flops(default_device()))
+    return flops / (rules().constants.efficiency * device_flops(default_device()))
 
 
 def _speed(has_gpu: bool) -> tuple[float, str]:
     """Floating-point operations a second, and where that number comes from."""
     if has_gpu and not torch.cuda.is_available():
-        costs = rules().costs
-        return costs.gpu_flops, f"{costs.gpu} ({costs.gpu_source})"
+        constants = rules().constants
+        return constants.gpu_flops, f"{constants.gpu} ({constants.gpu_source})"
     device = default_device() if has_gpu else torch.device("cpu")
     flops = device_flops(device)
     return flops, f"this {device.type} at {flops / 1e9:,.0f} GFLOP/s, timed just now"

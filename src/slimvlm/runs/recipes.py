@@ -85,7 +85,7 @@ class Fraction:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Costs:
+class Constants:
     """What estimates rest on; ``recipes.yaml`` says of each number what it is."""
 
     text_tokens: int
@@ -119,7 +119,7 @@ class Rules:
         subjects: Values of the anatomy of each measured model.
         retention: Everything that is known of AVG-%; where two curves fit, the first one counts.
         latency: Time to read a question as a share of the unpruned model's.
-        costs: What estimates rest on.
+        constants: What estimates rest on.
     """
 
     with_training: tuple[Recipe, ...]
@@ -130,7 +130,7 @@ class Rules:
     subjects: Mapping[str, Mapping[str, str | int]]
     retention: tuple[Curve, ...]
     latency: tuple[Curve, ...]
-    costs: Costs
+    constants: Constants
 
 
 @cache

@@ -57,6 +57,10 @@ class Cache:
         """Where a stage's outcome is."""
         return self.root / "cache" / stage.kind / stage.name
 
+    def path(self, stage: Stage, name: str) -> Path:
+        """Where something that a stage made is."""
+        return self.folder(stage) / name
+
     def is_done(self, stage: Stage) -> bool:
         """Whether a stage has an outcome; its checkpoint may have been removed since."""
         return (self.folder(stage) / ABOUT).is_file()

@@ -120,7 +120,7 @@ class Progress:
         console: Where lines go.
         measured: Is called whenever another model was measured.
         ended: Outcomes so far, by name.
-        running: Labels of what is being done.
+        now: The stage that was begun last and has not ended.
         busy: Seconds of all work done.
     """
 
@@ -129,18 +129,18 @@ class Progress:
     console: Console
     measured: Callable[[], object] = lambda: None
     ended: dict[str, Outcome] = field(default_factory=dict)
-    running: dict[str, str] = field(default_factory=dict)
+    now: Stage | None = None
     busy: float = 0.0
     start: float = field(default_factory=time.monotonic)
 
     def started(self, stage: Stage) -> None:
         """A stage begins, or another worker is at it."""
-        self.running = {stage.name: f"{stage.kind} {stage.label}"}
+        self.now = stage
 
     def finished(self, stage: Stage, outcome: Outcome) -> None:
         """A stage has ended."""
         self.ended[stage.name] = outcome
-        self.running.pop(stage.name, None)
+        self.now = None
         self.busy += outcome.seconds
         if not outcome.error and outcome.seconds:
             self.clock.learn(stage.kind, outcome.seconds, self.clock.flops[stage.name])
@@ -166,9 +166,9 @@ class Progress:
             mine = [stage for stage in self.missing if stage.kind == kind]
             ends = [self.ended[s.name] for s in mine if s.name in self.ended]
             bad = sum(bool(outcome.error) for outcome in ends)
-            now = [label for label in self.running.values() if label.startswith(kind)]
             counts = (len(mine) - len(ends), len(ends) - bad, bad)
-            table.add_row(kind, *map(str, counts), ", ".join(now).removeprefix(f"{kind} "))
+            now = self.now.label if self.now is not None and self.now.kind == kind else ""
+            table.add_row(kind, *map(str, counts), now)
         return table
 
     def _line(self, stage: Stage, outcome: Outcome) -> str:

@@ -114,7 +114,9 @@ def _sizes_of(request: Request, shape: Anatomy, image: int) -> Sizes:
     training = len(samples) - len(shown) or len(samples)
     return Sizes(
         shape=shape,
-        tokens=fmean([estimated_length(s, image) for s in shown] or [rules().costs.image_tokens]),
+        tokens=fmean(
+            [estimated_length(s, image) for s in shown] or [rules().constants.image_tokens]
+        ),
         samples=min(training, request.training_samples or training),
     )
 
@@ -127,9 +129,9 @@ def _flops_of(stage: Stage, kept: float, sizes: Sizes) -> float:
         kept: Share of the backbone that the model it works on has.
         sizes: Of the model and its data.
     """
-    request, costs = stage.request, rules().costs
+    request, constants = stage.request, rules().constants
     prune, recover = request.prune, request.recover
-    disk = costs.disk_flops * 2 * sizes.shape.total_params / 1e9
+    disk = constants.disk_flops * 2 * sizes.shape.total_params / 1e9
     shown = sizes.pass_flops * prune.samples
     match stage.kind:
         case "calibrate":
@@ -145,7 +147,7 @@ def _flops_of(stage: Stage, kept: float, sizes: Sizes) -> float:
             batches = optimizer_steps(recover, learnt) * recover.gradient_accumulation
             seen = batches * min(recover.batch_size, learnt)
             return 3 * disk + sizes.training_flops(recover, kept, seen)
-    return disk + sizes.pass_flops * kept * _questions(stage) * costs.reply_passes
+    return disk + sizes.pass_flops * kept * _questions(stage) * constants.reply_passes
 
 
 def _plan_passes(stage: Stage) -> float:
@@ -158,11 +160,11 @@ def _plan_passes(stage: Stage) -> float:
 
 def _questions(stage: Stage) -> int:
     """Questions that a model is asked, those without their pictures included."""
-    asked, costs, own = stage.request.questions, rules().costs, builtin_tasks()
+    asked, constants, own = stage.request.questions, rules().constants, builtin_tasks()
     assert asked is not None
     total = 0
     for name in (part.strip() for part in asked.tasks.split(",")):
         ours = name == "demo" or name in own
-        each = asked.limit or (costs.own_questions if ours else costs.benchmark_questions)
+        each = asked.limit or (constants.own_questions if ours else constants.benchmark_questions)
         total += each * (len(own) if name == "demo" else 1)
     return total * (2 if asked.floors else 1)

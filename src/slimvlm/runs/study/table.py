@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -61,15 +61,15 @@ def write_table(table: pd.DataFrame, folder: Path) -> None:
 
 
 def _original_row(cell: CellStages, cache: Cache, sighted: frozenset[str]) -> dict[str, Any]:
-    row: dict[str, Any] = {
+    row = {
         **dict.fromkeys(cell.cell.values(), None),
         **{"model": cell.cell.model, "axis": ORIGINAL, "recovery": ORIGINAL},
         **{"ratio": 0.0, "achieved_ratio": 0.0, "fraction": 1.0, "seed": 0},
+        **_state([cell.original], cache),
     }
-    row |= _state([cell.original], cache)
     if row["status"] == DONE:
-        row |= {"avg_percent": 100.0, **_scores(_full_path(cache, cell.original), sighted)}
-        row["result"] = _path(cache, cell.original, RESULT)
+        row |= {"avg_percent": 100.0, **_scores(cache.path(cell.original, RESULT), sighted)}
+        row["result"] = _place(cache, cell.original, RESULT)
     return row | _seconds([cell.original], cache)
 
 
@@ -77,22 +77,20 @@ def _row(
     study: StudyConfig, cell: CellStages, cache: Cache, sighted: frozenset[str]
 ) -> dict[str, Any]:
     stages = list(cell.all())
-    values = cell.cell.values()
-    row: dict[str, Any] = {**values, "achieved_ratio": None, "steps": 0}
-    row |= _state(stages, cache)
+    asked = cell.cell.values()
+    row = {**asked, "achieved_ratio": None, "steps": 0, **_state(stages, cache)}
     if cache.is_done(cell.plan):
-        row["achieved_ratio"] = _plan_ratio(cache.folder(cell.plan) / PLAN)
-    if cell.recover is not None and cache.is_done(cell.recover):
-        history = json.loads((cache.folder(cell.recover) / HISTORY).read_text())
-        assert cell.cell.recover is not None
-        row["steps"] = optimizer_steps(cell.cell.recover, history["num_samples"])
+        row["achieved_ratio"] = float(_json(cache.path(cell.plan, PLAN))["ratio"])
+    if cell.cell.recover and cell.recover and cache.is_done(cell.recover):
+        samples = _json(cache.path(cell.recover, HISTORY))["num_samples"]
+        row["steps"] = optimizer_steps(cell.cell.recover, samples)
     if row["status"] == DONE:
-        row |= _retention(cache, cell) | dict(_scores(_full_path(cache, cell.evaluate), sighted))
-        row |= _files(cell, cache)
-    found = study.reference.row_for(values) if study.reference else None
+        result, original = (cache.path(s, RESULT) for s in (cell.evaluate, cell.original))
+        row |= {**_retention(result, original), **_scores(result, sighted), **_files(cell, cache)}
     if study.reference is not None:
-        row["reference"] = found.retention if found else None
+        found = study.reference.row_for(asked)
         sources = (study.reference.source, found.source) if found else ()
+        row["reference"] = found.retention if found else None
         row["reference_source"] = ", ".join(filter(None, sources)) or None
     return row | _seconds(stages[1:], cache)
 
@@ -100,64 +98,65 @@ def _row(
 def _files(cell: CellStages, cache: Cache) -> dict[str, str | None]:
     """Where a cell's result, plan, scores and history are, from the study's folder on."""
     return {
-        "result": _path(cache, cell.evaluate, RESULT),
-        "plan": _path(cache, cell.plan, PLAN),
-        "scores": " ".join(_path(cache, stage, SCORES) for stage in cell.calibrations),
-        "history": None if cell.recover is None else _path(cache, cell.recover, HISTORY),
+        "result": _place(cache, cell.evaluate, RESULT),
+        "plan": _place(cache, cell.plan, PLAN),
+        "scores": " ".join(_place(cache, stage, SCORES) for stage in cell.calibrations),
+        "history": None if cell.recover is None else _place(cache, cell.recover, HISTORY),
     }
 
 
-def _path(cache: Cache, stage: Stage, name: str) -> str:
-    return str((cache.folder(stage) / name).relative_to(cache.root))
+def _place(cache: Cache, stage: Stage, name: str) -> str:
+    return str(cache.path(stage, name).relative_to(cache.root))
 
 
-def _state(stages: Iterable[Stage], cache: Cache) -> dict[str, Any]:
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def _state(stages: Sequence[Stage], cache: Cache) -> dict[str, Any]:
     """Status, and the first error in the order of the work."""
-    stages = list(stages)
-    done = all(cache.is_done(stage) for stage in (stages[0], stages[-1]))
-    errors = [f"{s.kind}: {e}" for s in stages if (e := cache.error_of(s))]
-    if done:
+    if cache.is_done(stages[0]) and cache.is_done(stages[-1]):
         return {"status": DONE, "failed": None}
+    errors = [f"{s.kind}: {e}" for s in stages if (e := cache.error_of(s))]
     return {"status": FAILED if errors else OPEN, "failed": errors[0] if errors else None}
 
 
-def _retention(cache: Cache, cell: CellStages) -> dict[str, float]:
-    return dict(_retention_of(*(_full_path(cache, s) for s in (cell.evaluate, cell.original))))
-
-
 @lru_cache(maxsize=4096)
-def _retention_of(result: str, original: str) -> Mapping[str, float]:
+def _retention(result: Path, original: Path) -> Mapping[str, float]:
     """Retention of two result files; bootstraps take long enough not to be repeated."""
     kept = Result.load(result).retention(Result.load(original))
     return {
-        **{"avg_percent": kept.percent, "avg_percent_low": kept.low},
-        **{"avg_percent_high": kept.high, "above_floor": kept.above_floor},
+        "avg_percent": kept.percent,
+        "avg_percent_low": kept.low,
+        "avg_percent_high": kept.high,
+        "above_floor": kept.above_floor,
         "above_floor_low": kept.above_floor_low,
         "above_floor_high": kept.above_floor_high,
     }
 
 
 @lru_cache(maxsize=4096)
-def _scores(path: str, sighted: frozenset[str]) -> Mapping[str, Any]:
+def _scores(path: Path, sighted: frozenset[str]) -> Mapping[str, Any]:
     """Columns with what a result file says."""
     result = Result.load(path)
     counted = {name: task for name, task in result.tasks.items() if task.in_average}
     perplexities = [t.score for t in result.tasks.values() if t.metric == PERPLEXITY]
     groups = {
-        "avg_free": {n: t.score for n, t in counted.items() if not _is_choice(n, t)},
-        "avg_choice": {n: t.score for n, t in counted.items() if _is_choice(n, t)},
-        "avg_pictures": {n: t.score for n, t in counted.items() if n in sighted},
-        "avg_text": {n: t.score for n, t in counted.items() if n not in sighted},
+        "avg_free": [n for n, t in counted.items() if not _is_choice(n, t)],
+        "avg_choice": [n for n, t in counted.items() if _is_choice(n, t)],
+        "avg_pictures": [n for n in counted if n in sighted],
+        "avg_text": [n for n in counted if n not in sighted],
     }
     return {
         "avg": None if math.isnan(result.average) else result.average,
-        **{name: average(scores) if scores else None for name, scores in groups.items()},
+        **{
+            group: average({name: counted[name].score for name in names}) if names else None
+            for group, names in groups.items()
+        },
         **{f"score:{name}": task.score for name, task in result.tasks.items()},
         "perplexity": perplexities[0] if perplexities else None,
-        "backbone_params": result.backbone_params,
-        "total_params": result.total_params,
-        "prefill_ms": result.prefill_ms,
-        "decode_ms": result.decode_ms,
+        **{name: getattr(result, name) for name in ("backbone_params", "total_params")},
+        **{name: getattr(result, name) for name in ("prefill_ms", "decode_ms")},
     }
 
 
@@ -182,11 +181,3 @@ def _tasks_with_pictures(tasks: str) -> frozenset[str]:
     own, _ = split_names(tasks)
     seeing = {t.name for t in (find_tasks(own) if own else []) if t.load(1)[0].images}
     return frozenset(seeing | set(LMMS_TASKS))
-
-
-def _plan_ratio(path: Path) -> float:
-    return float(json.loads(path.read_text())["ratio"])
-
-
-def _full_path(cache: Cache, stage: Stage) -> str:
-    return str(cache.folder(stage) / RESULT)
