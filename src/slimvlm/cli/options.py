@@ -10,8 +10,8 @@ import tyro
 
 from slimvlm.core.options import (
     TASK_BATCH_SIZE,
-    QuestionOptions,
     Questions,
+    RunOptions,
     TargetOptions,
     TrainingConfig,
 )
@@ -32,23 +32,17 @@ class Asked(Questions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunTasks(QuestionOptions):
-    """What models are asked before, between and after."""
+class RunFlags(RunOptions):
+    """The options of a run, by names that those of training leave free."""
 
-    tasks: str | None = None
-    """Evaluate on these tasks before, between and after; demo for the built-in ones."""
     batch_size: Annotated[int, tyro.conf.arg(name=TASK_BATCH_SIZE)] = 16
     """Questions answered at once."""
-    baseline: str | None = None
-    """Result file of the original model, to save asking it again."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunTraining(TrainingConfig):
     """How to train; the study's decision chart fills in what is not said."""
 
-    training_samples: int | None = None
-    """Use only so many further samples for training."""
     train: Literal["projector", "lora", "full", "none"] | None = None
     """What learns; none skips training."""
     loss: str | None = None

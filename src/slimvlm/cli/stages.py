@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from slimvlm.cli.options import INLINE, Asked, Model, RunTasks, RunTraining
+from slimvlm.cli.options import INLINE, Asked, Model, RunFlags, RunTraining
 from slimvlm.cli.printing import note, print_plan, print_results
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import (
     CalibrationConfig,
     CompressConfig,
+    FileOptions,
     KdOn,
     LoadConfig,
     MemoryOptions,
@@ -144,7 +145,7 @@ def recover(
     training: Annotated[RecoverConfig, INLINE] = RecoverConfig(),
     shard: bool = False,
     force: bool = False,
-    compat: bool = False,
+    files: Annotated[FileOptions, INLINE] = FileOptions(),
 ) -> None:
     """Train a pruned checkpoint back towards the original model.
 
@@ -161,11 +162,11 @@ def recover(
         shard: Divide the weights of model and teacher among the processes of torchrun (FSDP2); such
             a run cannot go on after a stop.
         force: Replace an existing folder.
-        compat: Write files that transformers 4.57 and 5.0 load right, too.
+        files: How the checkpoint is written.
     """
     from slimvlm.runs.recover import recover as run
 
-    how = {"shard": shard, "compat": compat, "force": force}
+    how = {"shard": shard, "compat": files.compat, "force": force}
     history = run(model, source, training, out, teacher=teacher, **how, say=note)
     note(f"teacher: {history.teacher}")
     note(f"trained on {history.num_samples} samples; checkpoint in {out}")
@@ -240,7 +241,7 @@ def compress(
     out: Path,
     pruning: Annotated[PruneConfig, INLINE] = PruneConfig(),
     training: Annotated[RunTraining, INLINE] = RunTraining(),
-    asked: Annotated[RunTasks, INLINE] = RunTasks(),
+    options: Annotated[RunFlags, INLINE] = RunFlags(),
     force: bool = False,
     json: bool = False,
 ) -> None:
@@ -254,18 +255,14 @@ def compress(
         out: The run folder: config, plan, scores, checkpoint, results, summary.md.
         pruning: What to remove, and how. Without data, nothing is trained.
         training: How to train.
-        asked: What models are asked.
+        options: What models are asked, and how much is trained on.
         force: Replace an existing run folder.
         json: Print JSON.
     """
     from slimvlm.runs.compress import compress as run
 
-    config = CompressConfig(
-        **vars(pruning),
-        **vars(asked),
-        training_samples=training.training_samples,
-        recover=_recovery(pruning, training),
-    )
+    recover = _recovery(pruning, training)
+    config = CompressConfig(**vars(pruning), **vars(options), recover=recover)
     print_results(run(model, config, out, force, note), json, str(out))
     note(f"run folder: {out}; checkpoint: {out / 'checkpoint'}")
 

@@ -454,21 +454,27 @@ class Questions(QuestionOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressConfig(QuestionOptions, PruneConfig):
+class RunOptions(QuestionOptions):
+    """What a run does beside pruning and training."""
+
+    training_samples: Annotated[int | None, AT_LEAST_1] = None
+    """Use only so many further samples for training."""
+    tasks: str | None = None
+    """Evaluate on these tasks before, between and after; demo for the built-in ones."""
+    baseline: str | None = None
+    """Result file of the original model, to save asking it again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressConfig(RunOptions, PruneConfig):
     """Everything a run depends on; written into the run folder and compared when it goes on.
 
     Raises:
         ConfigError: If a value is out of range; the message names the field.
     """
 
-    training_samples: Annotated[int | None, AT_LEAST_1] = None
-    """Use only so many further samples of the data for recovery."""
     recover: RecoverConfig | None = None
     """Recovery options; None for no recovery. Its seed is the run's."""
-    tasks: str | None = None
-    """Evaluate on these tasks before, between and after, named as for ``evaluate``."""
-    baseline: str | None = None
-    """Result file of the original model, to save asking it again."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
