@@ -18,7 +18,7 @@ test: $(VENV)/.ready
 	$(PYTEST) -m "not slow and not gpu"
 
 # every test that needs no GPU, with the shapes and types of every call checked
-test-slow: $(VENV)/.ready
+test-slow: $(VENV)/.engines
 	$(PYTEST) -m "not gpu" --jaxtyping-packages=slimvlm,tests.typecheck
 
 lint: $(VENV)/.ready
@@ -41,6 +41,11 @@ $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[demo,dev]'
+	touch $@
+
+# programs that slow tests compare with: llama.cpp, Ray, quantisers
+$(VENV)/.engines: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --editable '.[engines]'
 	touch $@
 
 clean:
