@@ -159,13 +159,13 @@ def allocation(plan: Plan) -> Chart:
         )
         text = f"layer {index}: {units if index in plan.layers else 'removed'}"
         bars: tuple[tuple[str, int, int, dict[str, Any]], ...] = (
-            ("mlp", 0, mlp, {"color": COLOURS["depth"]}),
-            ("attention", mlp, attention, {"color": COLOURS["width"]}),
+            ("mlp", 0, mlp, {"facecolor": COLOURS["depth"]}),
+            ("attention", mlp, attention, {"facecolor": COLOURS["width"]}),
             ("whole", 0, shape.params, {"fill": False, "edgecolor": COLOURS["soft"]}),
         )
         for look, bottom, height, colours in bars:
             place = (index + 0.08, bottom / largest)
-            bar = Rectangle(place, 0.84, height / largest, linewidth=0.8, **colours)
+            bar = Rectangle(place, 0.84, height / largest, **colours)
             chart.say(chart.axes.add_patch(bar), Marks(look, [text]))
     gone = [i for i in range(len(shapes)) if i not in plan.layers]
     return _crossed(chart, [(i + 0.5, shapes[i].params / largest / 2) for i in gone])
@@ -378,7 +378,7 @@ def _crossed(chart: Chart, places: Sequence[tuple[float, float]]) -> Chart:
     """Crosses at what is gone."""
     if places:
         xs, ys = zip(*places, strict=True)
-        crosses = chart.axes.scatter(xs, ys, s=40, color=COLOURS["lost"], marker="x", zorder=3)
+        crosses = chart.axes.scatter(xs, ys, s=60, color=COLOURS["lost"], marker="x", zorder=3)
         chart.say(crosses, Marks("gone", ["removed"] * len(places)))
     return chart
 
