@@ -12,10 +12,9 @@ from torch import nn
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import Workload
 from slimvlm.evaluation import bench as speed
-from slimvlm.evaluation import timing
+from slimvlm.evaluation import measure
 from slimvlm.evaluation.bench import bench, bench_rows
-from slimvlm.evaluation.memory import PeakMemory, stored_bytes
-from slimvlm.evaluation.timing import Run, timed_run, timed_runs
+from slimvlm.evaluation.measure import PeakMemory, Timing, stored_bytes, timed_run, timed_runs
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.cost import weight_bytes
 from slimvlm.pruning.cut import prune_
@@ -47,11 +46,11 @@ def test_models_take_turns_forwards_and_backwards(
 ) -> None:
     order = []
 
-    def record(model: Any, inputs: Any, new_tokens: int) -> Run:
+    def record(model: Any, inputs: Any, new_tokens: int) -> Timing:
         order.append((models.index(model), new_tokens))
-        return Run(1.0, (1.0,))
+        return Timing(1.0, (1.0,))
 
-    monkeypatch.setattr(timing, "timed_run", record)
+    monkeypatch.setattr(measure, "timed_run", record)
     runs = timed_runs(models, [{}, {}], 7, 3)
     assert order == [(0, 2), (1, 2), *((index, 7) for index in (0, 1, 1, 0, 0, 1))]
     assert [len(its) for its in runs] == [3, 3]
@@ -61,8 +60,12 @@ def test_a_speed_up_is_the_median_of_neighbouring_ratios(
     models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow_minute = 50.0
-    fast = [Run(10.0, (2.0,)), Run(10.0 * slow_minute, (2.0 * slow_minute,)), Run(10.0, (2.0,))]
-    slow = [Run(r.prefill_ms * 3, (r.decode_ms * 2,)) for r in fast]
+    fast = [
+        Timing(10.0, (2.0,)),
+        Timing(10.0 * slow_minute, (2.0 * slow_minute,)),
+        Timing(10.0, (2.0,)),
+    ]
+    slow = [Timing(r.prefill_ms * 3, (r.decode_ms * 2,)) for r in fast]
     monkeypatch.setattr(speed, "timed_runs", lambda *_: [fast, slow])
     found = bench(*models, SMALL).speed_ups
     assert [s.batch_size for s in found] == [1, 2]
@@ -126,7 +129,7 @@ class TestMemory:
 
     def test_weights_are_not_activations(self) -> None:
         model = nn.Linear(10, 10)
-        with PeakMemory().without(model) as memory, torch.no_grad():
+        with PeakMemory(model) as memory, torch.no_grad():
             model.weight.view(100)
         assert memory.peak_bytes == 0
 

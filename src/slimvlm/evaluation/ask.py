@@ -20,10 +20,9 @@ from slimvlm.data import chat
 from slimvlm.data.samples import Question, Task
 from slimvlm.evaluation import metrics
 from slimvlm.evaluation.answers import AnswerLog, digest_of_questions
-from slimvlm.evaluation.memory import stored_bytes
+from slimvlm.evaluation.measure import stored_bytes, timed_runs
 from slimvlm.evaluation.results import PERPLEXITY, Result, TaskResult
 from slimvlm.evaluation.tasks import find_tasks
-from slimvlm.evaluation.timing import timed_runs
 from slimvlm.models import losses
 from slimvlm.models.load import anatomy, digest_of_weights
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from statistics import median
 from typing import Any
 
@@ -14,8 +15,7 @@ from transformers import PreTrainedModel
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import MIN_NEW_TOKENS, Workload
 from slimvlm.core.progress import progress
-from slimvlm.evaluation.memory import PeakMemory, stored_bytes
-from slimvlm.evaluation.timing import Run, timed_run, timed_runs
+from slimvlm.evaluation.measure import PeakMemory, Timing, stored_bytes, timed_run, timed_runs
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import decode_flops, kv_cache_bytes_per_token, prefill_flops, slow_widths
 from slimvlm.models.load import anatomy as anatomy_of
@@ -42,7 +42,7 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Footprint:
     """What one model takes.
 
     Attributes:
@@ -117,8 +117,8 @@ class Bench:
     device: str
     dtype: str
     threads: int
-    model: Measured
-    baseline: Measured | None = None
+    model: Footprint
+    baseline: Footprint | None = None
     speed_ups: tuple[SpeedUp, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -156,34 +156,29 @@ def bench(
     models = [model] if baseline is None else [model, baseline]
     if len({one.device for one in models}) > 1:
         raise ConfigError(f"baseline is on {models[1].device}, the model on {model.device}")
-    shapes = [anatomy_of(one.config) for one in models]
-    batches = {
-        size: [_prompts(shape, workload, size, model.device) for shape in shapes]
-        for size in dict.fromkeys(workload.batch_sizes)
-    }
-    peaks = {size: _peaks(models, batches[size], workload) for size in batches}
+    sides = [_Side(n, one, workload) for n, one in zip(names, models, strict=False)]
+    sizes = list(dict.fromkeys(workload.batch_sizes))
+    peaks = {size: [side.peak_bytes(size) for side in sides] for size in sizes}
     runs = {
-        size: timed_runs(models, batches[size], workload.new_tokens, workload.repeats)
-        for size in progress(list(batches), "bench")
+        size: timed_runs(
+            models, [s.prompts(size) for s in sides], workload.new_tokens, workload.repeats
+        )
+        for size in progress(sizes, "bench")
     }
-    speeds = [
-        tuple(_speed(size, workload, runs[size][i], peaks[size][i]) for size in runs)
-        for i in range(len(models))
-    ]
     measured = [
-        _measured(name, one, shape, workload, its)
-        for name, one, shape, its in zip(names, models, shapes, speeds, strict=False)
+        side.footprint(tuple(side.speed(size, runs[size][i], peaks[size][i]) for size in sizes))
+        for i, side in enumerate(sides)
     ]
     return Bench(
         workload=workload,
         device=_device_name(model.device),
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=_dtype_name(model),
         threads=torch.get_num_threads(),
         model=measured[0],
         baseline=measured[1] if baseline is not None else None,
         speed_ups=tuple(
-            _speed_up(models, shapes, size, runs[size], workload)
-            for size in (runs if baseline is not None else ())
+            _speed_up(sides, size, list(zip(*runs[size], strict=True)))
+            for size in (sizes if baseline is not None else ())
         ),
     )
 
@@ -219,89 +214,93 @@ def _gain_cells(found: float, ideal: float) -> list[str]:
     return [f"{found:.2f}x", f"{ideal:.2f}x", f"{found / ideal:.2f}"]
 
 
-def _prompts(
-    shape: Anatomy, workload: Workload, batch_size: int, device: torch.device
-) -> dict[str, Tensor]:
-    """Random ordinary tokens: special ones stand at the ends of a vocabulary."""
-    generator = torch.Generator().manual_seed(0)
-    size = (batch_size, workload.prompt_tokens)
-    ids = torch.randint(shape.vocab_size // 4, shape.vocab_size // 2, size, generator=generator)
-    return {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
+@dataclass(frozen=True)
+class _Side:
+    """One of the models, and what it shall do."""
 
+    name: str
+    model: PreTrainedModel
+    workload: Workload
 
-def _peaks(
-    models: Sequence[PreTrainedModel], batches: Sequence[Mapping[str, Tensor]], workload: Workload
-) -> list[int]:
-    """Weights and the most that other tensors took at once, for each model."""
-    peaks = []
-    for model, batch in zip(models, batches, strict=True):
-        with PeakMemory().without(model) as memory:
-            timed_run(model, batch, min(workload.new_tokens, MIN_NEW_TOKENS))
-        peaks.append(stored_bytes(model) + memory.peak_bytes)
-    return peaks
+    @cached_property
+    def shape(self) -> Anatomy:
+        """Of the configuration: quantised weights are packed."""
+        return anatomy_of(self.model.config)
 
+    def prompts(self, batch_size: int) -> dict[str, Tensor]:
+        """Random ordinary tokens: special ones stand at the ends of a vocabulary."""
+        generator = torch.Generator().manual_seed(0)
+        low, high = self.shape.vocab_size // 4, self.shape.vocab_size // 2
+        size = (batch_size, self.workload.prompt_tokens)
+        ids = torch.randint(low, high, size, generator=generator).to(self.model.device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
-def _speed(batch_size: int, workload: Workload, runs: Sequence[Run], peak_bytes: int) -> Speed:
-    new_tokens = batch_size * workload.new_tokens
-    return Speed(
-        batch_size=batch_size,
-        prefill_ms=median(run.prefill_ms for run in runs),
-        decode_ms=median(run.decode_ms for run in runs),
-        tokens_per_second=median(1e3 * new_tokens / run.total_ms for run in runs),
-        peak_bytes=peak_bytes,
-    )
+    def peak_bytes(self, batch_size: int) -> int:
+        """Weights and the most that other tensors took at once."""
+        prompts, new_tokens = (
+            self.prompts(batch_size),
+            min(self.workload.new_tokens, MIN_NEW_TOKENS),
+        )
+        with PeakMemory(self.model) as memory:
+            timed_run(self.model, prompts, new_tokens)
+        peak: int = memory.peak_bytes
+        return stored_bytes(self.model) + peak
 
+    def speed(self, batch_size: int, runs: Sequence[Timing], peak_bytes: int) -> Speed:
+        """Medians over the runs."""
+        new_tokens = batch_size * self.workload.new_tokens
+        return Speed(
+            batch_size=batch_size,
+            prefill_ms=median(run.prefill_ms for run in runs),
+            decode_ms=median(run.decode_ms for run in runs),
+            tokens_per_second=median(1e3 * new_tokens / run.total_ms for run in runs),
+            peak_bytes=peak_bytes,
+        )
 
-def _measured(
-    name: str, model: PreTrainedModel, shape: Anatomy, workload: Workload, speeds: tuple[Speed, ...]
-) -> Measured:
-    return Measured(
-        model=name,
-        total_params=shape.total_params,
-        backbone_params=shape.backbone_params,
-        weight_bytes=stored_bytes(model),
-        prefill_flops=prefill_flops(shape, workload.prompt_tokens),
-        decode_flops=decode_flops(shape, _mean_context(workload)),
-        speeds=speeds,
-        warnings=tuple(slow_widths(shape)),
-    )
+    def footprint(self, speeds: tuple[Speed, ...]) -> Footprint:
+        """What the model takes for one prompt."""
+        return Footprint(
+            model=self.name,
+            total_params=self.shape.total_params,
+            backbone_params=self.shape.backbone_params,
+            weight_bytes=stored_bytes(self.model),
+            prefill_flops=prefill_flops(self.shape, self.workload.prompt_tokens),
+            decode_flops=decode_flops(self.shape, self.mean_context),
+            speeds=speeds,
+            warnings=tuple(slow_widths(self.shape)),
+        )
+
+    @property
+    def mean_context(self) -> int:
+        """Tokens that a new one attends to, halfway through the answer."""
+        return self.workload.prompt_tokens + self.workload.new_tokens // 2
+
+    def bytes_read(self, batch_size: int) -> int:
+        """Bytes that one further token of every answer reads from memory."""
+        head: Any = self.model.get_output_embeddings()
+        weights = stored_bytes(decoder_layers(self.model), final_norm(self.model), head)
+        cached = kv_cache_bytes_per_token(self.shape, _dtype_name(self.model))
+        return weights + batch_size * self.mean_context * cached
 
 
 def _speed_up(
-    models: Sequence[PreTrainedModel],
-    shapes: Sequence[Anatomy],
-    batch_size: int,
-    runs: Sequence[Sequence[Run]],
-    workload: Workload,
+    sides: Sequence[_Side], batch_size: int, runs: Sequence[tuple[Timing, ...]]
 ) -> SpeedUp:
-    pairs = list(zip(*runs, strict=True))
-    read = [prefill_flops(shape, workload.prompt_tokens, batch_size) for shape in shapes]
-    context = _mean_context(workload)
-    written = [
-        _bytes_read(model, shape, context, batch_size)
-        for model, shape in zip(models, shapes, strict=True)
-    ]
+    """What neighbouring runs of the model and of the baseline say."""
+    read = [prefill_flops(s.shape, s.workload.prompt_tokens, batch_size) for s in sides]
+    written = [side.bytes_read(batch_size) for side in sides]
     return SpeedUp(
         batch_size=batch_size,
-        prefill=median(slow.prefill_ms / fast.prefill_ms for fast, slow in pairs),
+        prefill=median(slow.prefill_ms / fast.prefill_ms for fast, slow in runs),
         prefill_ideal=read[1] / read[0],
-        decode=median(slow.decode_ms / fast.decode_ms for fast, slow in pairs),
+        decode=median(slow.decode_ms / fast.decode_ms for fast, slow in runs),
         decode_ideal=written[1] / written[0],
     )
 
 
-def _mean_context(workload: Workload) -> int:
-    """Tokens that a new one attends to, halfway through the answer."""
-    return workload.prompt_tokens + workload.new_tokens // 2
-
-
-def _bytes_read(model: PreTrainedModel, shape: Anatomy, context: int, batch_size: int) -> int:
-    """Bytes that one further token of every answer reads from memory."""
-    head: Any = model.get_output_embeddings()
-    weights = stored_bytes(decoder_layers(model), final_norm(model), head)
-    dtype = str(model.dtype).removeprefix("torch.")
-    return weights + batch_size * context * kv_cache_bytes_per_token(shape, dtype)
-
-
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def _dtype_name(model: PreTrainedModel) -> str:
+    return str(model.dtype).removeprefix("torch.")

@@ -19,7 +19,7 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, 
 
 from slimvlm.core.errors import ConfigError, ReloadError
 from slimvlm.core.files import new_folder, require_free
-from slimvlm.evaluation.memory import stored_bytes
+from slimvlm.evaluation.measure import stored_bytes
 from slimvlm.models.classes import auto_class, empty_model, is_quantized, is_uneven, uneven_class
 from slimvlm.models.load import default_device, load_config, load_processor, resolve
 from slimvlm.models.parts import family_of, projections
