@@ -286,7 +286,7 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Returns a function that puts data on disk under a task that lmms-eval ships."""
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     monkeypatch.setattr(
-        lmms_adapter, "batches_by_length", lambda r, _n: iter([list(range(len(r)))])
+        lmms_adapter, "batches_by_length", lambda p, _n, _task: iter([list(range(len(p)))])
     )
 
     def put(task: str) -> Path:

@@ -15,11 +15,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError, DataError
+from slimvlm.core.files import explained
 from slimvlm.core.progress import progress
+from slimvlm.core.requests import digest
 from slimvlm.data import chat
+from slimvlm.data.images import identifying_bytes
+from slimvlm.data.roles import IGNORE
 from slimvlm.data.samples import Question, Task
 from slimvlm.evaluation import metrics
-from slimvlm.evaluation.answers import AnswerLog, digest_of_questions
 from slimvlm.evaluation.measure import stored_bytes, timed_runs
 from slimvlm.evaluation.results import PERPLEXITY, Result, TaskResult
 from slimvlm.evaluation.tasks import find_tasks
@@ -137,7 +140,7 @@ def answer(
     model: PreTrainedModel, processor: Any, questions: Sequence[Question], max_new_tokens: int
 ) -> list[str]:
     """Greedy replies to a batch of questions."""
-    inputs = on_device(model, chat.encode_questions(processor, questions))
+    inputs = as_inputs(model, chat.encode_questions(processor, questions))
     tokenizer = chat.tokenizer_of(processor)
     with torch.no_grad():
         output = _generator(model).generate(
@@ -152,26 +155,38 @@ def answer(
     return [reply.strip() for reply in replies]
 
 
-@torch.no_grad()
 def choose(
     model: PreTrainedModel, processor: Any, questions: Sequence[Question], max_new_tokens: int = 0
 ) -> list[str]:
     """The likeliest choice of each question: highest log-probability of the whole answer turn."""
     replies = []
     for question in questions:
-        samples = [chat.answered_sample(question, choice) for choice in question.choices]
-        inputs = on_device(model, chat.encode_samples(processor, samples))
-        labels = inputs.pop("labels")
-        loss = losses.token_cross_entropy(model(**inputs).logits, labels).sum(1)
-        replies.append(question.choices[int(loss.argmin())])
+        found = likelihoods(model, processor, [(question, choice) for choice in question.choices])
+        values = [value for value, _ in found]
+        replies.append(question.choices[values.index(max(values))])
     return replies
+
+
+@torch.no_grad()
+def likelihoods(
+    model: PreTrainedModel, processor: Any, answered: Sequence[tuple[Question, str]]
+) -> list[tuple[float, bool]]:
+    """Log-probability of each answer as a whole turn, and whether greed would say it."""
+    samples = [chat.answered_sample(question, text) for question, text in answered]
+    inputs = as_inputs(model, chat.encode_samples(processor, samples))
+    labels = inputs.pop("labels")
+    logits = model(**inputs).logits
+    sums = -losses.token_cross_entropy(logits, labels).sum(1)
+    wanted = labels[:, 1:]
+    is_greedy = ((logits[:, :-1].argmax(-1) == wanted) | (wanted == IGNORE)).all(1)
+    return list(zip(sums.tolist(), is_greedy.tolist(), strict=True))
 
 
 def latency(
     model: PreTrainedModel, processor: Any, question: Question, repeats: int = 5, tokens: int = 8
 ) -> tuple[float, float]:
     """Median milliseconds to read one question, and to write one further token, at batch 1."""
-    inputs = on_device(model, chat.encode_questions(processor, [question]))
+    inputs = as_inputs(model, chat.encode_questions(processor, [question]))
     runs = timed_runs([model], [inputs], 1 + tokens, repeats)[0]
     return median(run.prefill_ms for run in runs), median(run.decode_ms for run in runs)
 
@@ -234,7 +249,8 @@ def _ask(
     log: AnswerLog,
 ) -> None:
     """Ask what the log has not got; batches are the same whether or not some are in it."""
-    for batch in _by_length(questions, batch_size, task.name):
+    prompts = [question.prompt for question in questions]
+    for batch in batches_by_length(prompts, batch_size, task.name):
         picked = [questions[i] for i in batch]
         if any(question.id not in log.replies for question in picked):
             reply = choose if task.by_likelihood else answer
@@ -259,9 +275,9 @@ def _scored(task: Task, questions: Sequence[Question], log: AnswerLog) -> TaskRe
     )
 
 
-def _by_length(questions: Sequence[Question], batch_size: int, name: str) -> Iterator[list[int]]:
-    """Batches of indices whose prompts have similar lengths, longest first; a progress bar."""
-    order = sorted(range(len(questions)), key=lambda i: (-len(questions[i].prompt), i))
+def batches_by_length(prompts: Sequence[str], batch_size: int, name: str) -> Iterator[list[int]]:
+    """Batches of indices of prompts with similar lengths, longest first; a progress bar."""
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     yield from progress(batches, name)
 
@@ -282,7 +298,7 @@ def _perplexity(
     for question in progress(questions, task.name):
         if question.id in log.replies:
             continue
-        inputs = on_device(model, dict(tokenizer(question.answers[0], return_tensors="pt")))
+        inputs = as_inputs(model, dict(tokenizer(question.answers[0], return_tensors="pt")))
         labels = inputs["input_ids"]
         mean = float(losses.cross_entropy(model(**inputs).logits, labels))
         log.add([question], [json.dumps([mean, int(losses.label_counts(labels).sum())])])
@@ -299,7 +315,7 @@ def _perplexity(
     )
 
 
-def on_device(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def as_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The tensors among inputs where the model is; pictures in its data type."""
     moved = {}
     for name, value in inputs.items():
@@ -307,3 +323,71 @@ def on_device(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, An
             floating = value.is_floating_point()
             moved[name] = value.to(model.device, model.dtype if floating else None)
     return moved
+
+
+def digest_of_questions(weights: str, task: Task, questions: Sequence[Question], **how: Any) -> str:
+    """A hash of everything that a task's replies depend on: model, questions, pictures, options.
+
+    Args:
+        weights: From `slimvlm.models.load.digest_of_weights`.
+        task: The task.
+        questions: Those that are asked.
+        how: Options of asking.
+    """
+
+    def parts() -> Iterator[Any]:
+        yield weights.encode()
+        yield [task.name, task.max_new_tokens, how]
+        for question in questions:
+            yield [question.id, question.prompt, question.answers]
+            yield from map(identifying_bytes, question.images)
+
+    return digest(parts())[:24]
+
+
+class AnswerLog:
+    """One JSON line for each question, appended batch by batch.
+
+    Args:
+        folder: Where logs lie; None keeps nothing.
+        task: Name of the task.
+        key: From `digest_of_questions`; another key is another file.
+    """
+
+    def __init__(self, folder: Path | None, task: str, key: str) -> None:
+        self._path = folder / f"{task}-{key}.jsonl" if folder is not None else None
+        self._cut_short = False
+        self.replies: dict[str, str] = {}
+        if self._path is not None and self._path.is_file():
+            text = self._path.read_text()
+            self._cut_short = bool(text) and not text.endswith("\n")
+            for line in text.splitlines():
+                row = _parsed(line)
+                if row is not None:
+                    self.replies[row["id"]] = row["reply"]
+
+    def add(self, questions: Sequence[Question], replies: Sequence[str]) -> None:
+        """Append a batch."""
+        for question, reply in zip(questions, replies, strict=True):
+            self.replies[question.id] = reply
+        if self._path is None:
+            return
+        rows = [
+            {"id": q.id, "prompt": q.prompt, "answers": q.answers, "reply": reply}
+            for q, reply in zip(questions, replies, strict=True)
+        ]
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with explained(self._path), self._path.open("a") as log:
+            if self._cut_short:
+                log.write("\n")
+                self._cut_short = False
+            log.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _parsed(line: str) -> dict[str, str] | None:
+    """A row, or None for a line that a kill cut short."""
+    try:
+        row: dict[str, str] = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from slimvlm.core.options import DataConfig, LoadConfig, PruneConfig, Questions, part_of
 from slimvlm.core.requests import digest, identity_of_files
 from slimvlm.data.read import identity_of_data
-from slimvlm.evaluation.answers import digest_of_questions
+from slimvlm.evaluation.ask import digest_of_questions
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models.load import resolve
 from slimvlm.runs.request import Request, criterion_options, resolved
