@@ -285,11 +285,7 @@ def paired_difference(
     """
     if len(a) != len(b) or not len(a):
         raise ValueError(f"scores must be of the same questions: {len(a)} and {len(b)} were given")
-    gaps = 100 * (np.asarray(b, float) - np.asarray(a, float))
-    generator = np.random.default_rng(seed)
-    means = [gaps[generator.integers(0, len(gaps), len(gaps))].mean() for _ in range(resamples)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Difference(points=float(gaps.mean()), low=float(low), high=float(high))
+    return average_difference({"": a}, {"": b}, resamples, seed)
 
 
 def signed(value: float) -> str:

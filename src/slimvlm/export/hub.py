@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils._validators import validate_repo_id
+from huggingface_hub.utils import validate_repo_id
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.models.load import resolve
@@ -39,15 +39,12 @@ def push(folder: str | Path, repo_id: str, private: bool = False) -> str:
         raise ConfigError(f"push {str(path)!r}: there is no {CARD_FILE}; `slimvlm` writes one")
     try:
         validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ConfigError(f"repo_id {repo_id!r}: {error}") from error
-    try:
         api = HfApi()
         api.create_repo(repo_id, private=private or None, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repo_id, folder_path=path, commit_message="Upload a model made with slimvlm"
         )
-    except (_HTTP_ERROR, OSError) as error:
+    except (HFValidationError, _HTTP_ERROR, OSError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"push to {repo_id!r}: {reason}") from error
+        raise ConfigError(f"push to repo_id {repo_id!r}: {reason}") from error
     return str(commit.commit_url)
