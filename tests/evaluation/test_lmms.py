@@ -17,7 +17,7 @@ from slimvlm.core.errors import ConfigError
 from slimvlm.data.samples import Question
 from slimvlm.evaluation import lmms, lmms_adapter
 from slimvlm.evaluation.ask import answer, choose, evaluate
-from slimvlm.evaluation.lmms import LMMS_TASKS, evaluate_with_lmms, result_with_lmms, split_names
+from slimvlm.evaluation.lmms import LMMS_TASKS, evaluate_all, evaluate_with_lmms, split_names
 from slimvlm.evaluation.metrics import MME_FULL_SCORES
 from slimvlm.evaluation.results import Result, TaskResult
 from slimvlm.evaluation.tasks import read_task
@@ -140,7 +140,7 @@ def same(theirs: TaskResult, own: TaskResult) -> None:
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_both_sources_agree(loaded: tuple[Any, Any], place: Place, batch_size: int) -> None:
     theirs = evaluate_with_lmms(
-        *loaded, ["colours"], batch_size=batch_size, include_path=place.folder
+        *loaded, ["colours"], batch_size=batch_size, task_folder=place.folder
     )["colours"]
     own = evaluate(*loaded, [ours(place)], batch_size=batch_size).tasks["ours"]
     same(theirs, own)
@@ -158,7 +158,7 @@ def test_every_family_answers(kind: str, place: Place) -> None:
 
 
 def test_likelihood_agrees(loaded: tuple[Any, Any], place: Place) -> None:
-    theirs = evaluate_with_lmms(*loaded, ["likely"], batch_size=3, include_path=place.folder)
+    theirs = evaluate_with_lmms(*loaded, ["likely"], batch_size=3, task_folder=place.folder)
     task = ours(place, answer="likely", choices="choices", by_likelihood=True)
     own = evaluate(*loaded, [task]).tasks["ours"]
     same(theirs["likely"], own)
@@ -167,7 +167,7 @@ def test_likelihood_agrees(loaded: tuple[Any, Any], place: Place) -> None:
 
 def test_limit_and_repeatability(loaded: tuple[Any, Any], place: Place) -> None:
     whole, first, again = (
-        evaluate_with_lmms(*loaded, ["colours"], limit, include_path=place.folder)["colours"]
+        evaluate_with_lmms(*loaded, ["colours"], limit, task_folder=place.folder)["colours"]
         for limit in (None, 3, 3)
     )
     assert first == again
@@ -181,7 +181,7 @@ def test_nothing_else_changes(loaded: tuple[Any, Any], place: Place) -> None:
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
     random_state = torch.get_rng_state()
     model.train()
-    evaluate_with_lmms(model, processor, ["colours"], 1, include_path=place.folder)
+    evaluate_with_lmms(model, processor, ["colours"], 1, task_folder=place.folder)
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
     assert torch.equal(random_state, torch.get_rng_state())
     assert model.training
@@ -327,7 +327,7 @@ def test_benchmarks_score_as_shipped(
     replies, scores, score = CASES[name]
     folder = shipped(LMMS_TASKS[name].task)
     scripted(monkeypatch, replies)
-    found = evaluate_with_lmms(*loaded, [name], include_path=folder)
+    found = evaluate_with_lmms(*loaded, [name], task_folder=folder)
     assert list(found) == [name]
     assert found[name].replies == tuple(replies)
     assert found[name].scores == pytest.approx(scores)
@@ -339,7 +339,7 @@ def test_pope_reports_f1(
     loaded: tuple[Any, Any], shipped: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scripted(monkeypatch, CASES["pope"][0])
-    found = evaluate_with_lmms(*loaded, ["pope"], include_path=shipped("pope"))["pope"]
+    found = evaluate_with_lmms(*loaded, ["pope"], task_folder=shipped("pope"))["pope"]
     assert found.details == {"f1": pytest.approx(50)}
 
 
@@ -348,7 +348,7 @@ def test_mme_comes_in_halves_on_their_own_scales(
 ) -> None:
     says = ["Yes", "No", "Yes", "Yes", "No", "No", "Yes", "No", "Yes", "no"]
     scripted(monkeypatch, says)
-    found = evaluate_with_lmms(*loaded, ["mme"], include_path=shipped("mme"))
+    found = evaluate_with_lmms(*loaded, ["mme"], task_folder=shipped("mme"))
     assert set(found) == set(MME_FULL_SCORES)
     # existence: 3 of 4 right, 1 of 2 pairs; count: all; code: 3 of 4 right, 1 of 2 pairs
     assert found["mme_perception"].score == pytest.approx(75 + 50 + 200)
@@ -368,11 +368,11 @@ def test_half_of_mme_that_is_not_there(
     loaded: tuple[Any, Any], shipped: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scripted(monkeypatch, ["Yes", "No"] * 2)
-    found = evaluate_with_lmms(*loaded, ["mme"], limit=4, include_path=shipped("mme"))
+    found = evaluate_with_lmms(*loaded, ["mme"], limit=4, task_folder=shipped("mme"))
     assert list(found) == ["mme_perception"]
     scripted(monkeypatch, ["Yes", "No"] * 2)
     with pytest.raises(ConfigError, match="gave no mme_cognition_score"):
-        evaluate_with_lmms(*loaded, ["mme_cognition"], limit=4, include_path=shipped("mme"))
+        evaluate_with_lmms(*loaded, ["mme_cognition"], limit=4, task_folder=shipped("mme"))
 
 
 def test_missing_data_is_one_clear_line(
@@ -385,17 +385,17 @@ def test_missing_data_is_one_clear_line(
     monkeypatch.setattr(ConfigurableTask.download.retry, "wait", wait_none())
     write_task(tmp_path, "away", dataset_path="nobody/nothing", dataset_kwargs=None)
     with pytest.raises(ConfigError, match=r"'away'.*cannot be loaded.*nobody/nothing") as caught:
-        evaluate_with_lmms(*loaded, ["away"], include_path=tmp_path)
+        evaluate_with_lmms(*loaded, ["away"], task_folder=tmp_path)
     assert "\n" not in str(caught.value)
 
 
 def test_unknown_name_and_limit(loaded: tuple[Any, Any], place: Place) -> None:
     with pytest.raises(ConfigError, match=r"'mine' is not known.*mme.*docvqa.*colours"):
-        evaluate_with_lmms(*loaded, ["mine"], include_path=place.folder)
+        evaluate_with_lmms(*loaded, ["mine"], task_folder=place.folder)
     with pytest.raises(ConfigError, match="limit 0"):
-        evaluate_with_lmms(*loaded, ["colours"], 0, include_path=place.folder)
+        evaluate_with_lmms(*loaded, ["colours"], 0, task_folder=place.folder)
     with pytest.raises(ConfigError, match="not a folder"):
-        evaluate_with_lmms(*loaded, ["colours"], include_path=place.folder / "none")
+        evaluate_with_lmms(*loaded, ["colours"], task_folder=place.folder / "none")
 
 
 def test_missing_lmms_eval_is_said(
@@ -419,8 +419,12 @@ def test_names_are_split() -> None:
     assert theirs == ["mme", "docvqa_val"]
 
 
-def test_a_whole_result_can_be_saved(loaded: tuple[Any, Any], place: Place, tmp_path: Path) -> None:
-    result = result_with_lmms(*loaded, ["colours"], 2, name="tiny", include_path=place.folder)
+def test_a_whole_result_can_be_saved(
+    loaded: tuple[Any, Any], shipped: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, CASES["pope"][0])
+    result = evaluate_all(*loaded, "pope", name="tiny", task_folder=shipped("pope"))
+    assert result.model == "tiny"
     result.save(tmp_path / "result.json")
     again = Result.load(tmp_path / "result.json")
     assert again == result

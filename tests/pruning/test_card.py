@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalTokenNotFoundError
+from huggingface_hub.utils import validate_hf_hub_args
 
 from slimvlm import cli
 from slimvlm.models.load import anatomy
@@ -114,11 +115,12 @@ def test_only_hub_ids_are_named_in_metadata(name: str, expected: bool) -> None:
 
 
 class FakeHub:
-    """Notes what would be uploaded; fails if told so."""
+    """Notes what would be uploaded; refuses names as the real one does, fails if told so."""
 
     calls: tuple[Any, ...] = ()
     error: Exception | None = None
 
+    @validate_hf_hub_args
     def create_repo(self, repo_id: str, private: bool | None, exist_ok: bool) -> None:
         if self.error is not None:
             raise self.error

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -71,7 +72,8 @@ def evaluate(
     tasks = find_tasks(tasks) if isinstance(tasks, str) else tasks
     was_training = model.training
     model.eval()
-    ask = _asker(model, processor, batch_size, log_folder)
+    folder = None if log_folder is None else Path(log_folder)
+    asker = _Asker(model, processor, batch_size, folder)
     first: list[Question] = []
     results = {}
     try:
@@ -80,7 +82,7 @@ def evaluate(
             if not questions:
                 raise DataError(f"task {task.name!r} has no questions")
             first.append(questions[0])
-            results[task.name] = _evaluated(ask, task, questions, blind, floors)
+            results[task.name] = asker.asked(task, questions, blind, floors)
         how = {"blind": blind, "limit": limit, "batch_size": batch_size}
         return with_costs(model, processor, results, first[0], name, **how)
     finally:
@@ -205,61 +207,75 @@ def _other_images(question: Question, others: Sequence[Question]) -> tuple[Image
     )
 
 
-def _evaluated(
-    ask: Callable[[Task, Sequence[Question]], TaskResult],
-    task: Task,
-    questions: Sequence[Question],
-    blind: bool,
-    floors: bool,
-) -> TaskResult:
-    """One task asked as it is, blind, or both ways."""
-    shows = task.metric != PERPLEXITY and any(question.images for question in questions)
-    if not shows or not (blind or floors):
-        return ask(task, questions)
-    floor = ask(task, with_other_pictures(questions))
-    result = floor if blind else ask(task, questions)
-    return replace(result, blind_scores=floor.scores)
+@dataclass(frozen=True)
+class _Asker:
+    """Asks a model what its log has not got, and scores all of it."""
+
+    model: PreTrainedModel
+    processor: Any
+    batch_size: int
+    folder: Path | None
+
+    @cached_property
+    def weights(self) -> str:
+        """Whose the replies in the folder are."""
+        return digest_of_weights(self.model) if self.folder is not None else ""
+
+    def asked(
+        self, task: Task, questions: Sequence[Question], blind: bool, floors: bool
+    ) -> TaskResult:
+        """One task asked as it is, blind, or both ways."""
+        ask = self.perplexity if task.metric == PERPLEXITY else self.answered
+        shows = task.metric != PERPLEXITY and any(question.images for question in questions)
+        if not shows or not (blind or floors):
+            return ask(task, questions)
+        floor = ask(task, with_other_pictures(questions))
+        result = floor if blind else ask(task, questions)
+        return replace(result, blind_scores=floor.scores)
+
+    def answered(self, task: Task, questions: Sequence[Question]) -> TaskResult:
+        """One task; batches are the same whether or not some of it is in the log."""
+        key = digest_of_questions(self.weights, task, questions, batch_size=self.batch_size)
+        log = AnswerLog(self.folder, task.name, key)
+        reply = choose if task.by_likelihood else answer
+        prompts = [question.prompt for question in questions]
+        for batch in batches_by_length(prompts, self.batch_size, task.name):
+            picked = [questions[i] for i in batch]
+            if any(question.id not in log.replies for question in picked):
+                log.add(picked, reply(self.model, self.processor, picked, task.max_new_tokens))
+        return _scored(task, questions, [log.replies[question.id] for question in questions])
+
+    @torch.no_grad()
+    def perplexity(self, task: Task, questions: Sequence[Question]) -> TaskResult:
+        """Token-weighted perplexity of plain passages (``answers[0]``), no chat template.
+
+        The log keeps mean loss and number of tokens of each passage.
+        """
+        log = AnswerLog(self.folder, task.name, digest_of_questions(self.weights, task, questions))
+        tokenizer = chat.tokenizer_of(self.processor)
+        for question in progress(questions, task.name):
+            if question.id in log.replies:
+                continue
+            encoded = dict(tokenizer(question.answers[0], return_tensors="pt"))
+            inputs = as_inputs(self.model, encoded)
+            labels = inputs["input_ids"]
+            mean = float(losses.cross_entropy(self.model(**inputs).logits, labels))
+            log.add([question], [json.dumps([mean, int(losses.label_counts(labels).sum())])])
+        means, counts = zip(*(json.loads(log.replies[q.id]) for q in questions), strict=True)
+        total = sum(mean * count for mean, count in zip(means, counts, strict=True))
+        return TaskResult(
+            metric=PERPLEXITY,
+            score=float(torch.tensor(total / max(sum(counts), 1)).exp()),
+            chance=task.chance,
+            in_average=False,
+            ids=tuple(question.id for question in questions),
+            replies=("",) * len(questions),
+            scores=means,
+        )
 
 
-def _asker(
-    model: PreTrainedModel, processor: Any, batch_size: int, log_folder: str | Path | None
-) -> Callable[[Task, Sequence[Question]], TaskResult]:
-    """A function that asks what the log has not got, and scores all of it."""
-    folder = Path(log_folder) if log_folder is not None else None
-    mark = digest_of_weights(model) if folder is not None else ""
-
-    def ask(task: Task, questions: Sequence[Question]) -> TaskResult:
-        if task.metric == PERPLEXITY:
-            log = AnswerLog(folder, task.name, digest_of_questions(mark, task, questions))
-            return _perplexity(model, processor, task, questions, log)
-        key = digest_of_questions(mark, task, questions, batch_size=batch_size)
-        log = AnswerLog(folder, task.name, key)
-        _ask(model, processor, task, questions, batch_size, log)
-        return _scored(task, questions, log)
-
-    return ask
-
-
-def _ask(
-    model: PreTrainedModel,
-    processor: Any,
-    task: Task,
-    questions: Sequence[Question],
-    batch_size: int,
-    log: AnswerLog,
-) -> None:
-    """Ask what the log has not got; batches are the same whether or not some are in it."""
-    prompts = [question.prompt for question in questions]
-    for batch in batches_by_length(prompts, batch_size, task.name):
-        picked = [questions[i] for i in batch]
-        if any(question.id not in log.replies for question in picked):
-            reply = choose if task.by_likelihood else answer
-            log.add(picked, reply(model, processor, picked, task.max_new_tokens))
-
-
-def _scored(task: Task, questions: Sequence[Question], log: AnswerLog) -> TaskResult:
+def _scored(task: Task, questions: Sequence[Question], replies: Sequence[str]) -> TaskResult:
     score = metrics.METRICS[task.metric]
-    replies = [log.replies[question.id] for question in questions]
     scores = [score(reply, question) for reply, question in zip(replies, questions, strict=True)]
     is_yes_no = task.metric == "yes_no"
     return TaskResult(
@@ -280,39 +296,6 @@ def batches_by_length(prompts: Sequence[str], batch_size: int, name: str) -> Ite
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     yield from progress(batches, name)
-
-
-@torch.no_grad()
-def _perplexity(
-    model: PreTrainedModel,
-    processor: Any,
-    task: Task,
-    questions: Sequence[Question],
-    log: AnswerLog,
-) -> TaskResult:
-    """Token-weighted perplexity of plain passages (``answers[0]``), no chat template.
-
-    The log keeps mean loss and number of tokens of each passage.
-    """
-    tokenizer = chat.tokenizer_of(processor)
-    for question in progress(questions, task.name):
-        if question.id in log.replies:
-            continue
-        inputs = as_inputs(model, dict(tokenizer(question.answers[0], return_tensors="pt")))
-        labels = inputs["input_ids"]
-        mean = float(losses.cross_entropy(model(**inputs).logits, labels))
-        log.add([question], [json.dumps([mean, int(losses.label_counts(labels).sum())])])
-    means, counts = zip(*(json.loads(log.replies[q.id]) for q in questions), strict=True)
-    total = sum(mean * count for mean, count in zip(means, counts, strict=True))
-    return TaskResult(
-        metric=PERPLEXITY,
-        score=float(torch.tensor(total / max(sum(counts), 1)).exp()),
-        chance=task.chance,
-        in_average=False,
-        ids=tuple(question.id for question in questions),
-        replies=("",) * len(questions),
-        scores=means,
-    )
 
 
 def as_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -122,7 +122,7 @@ def split_names(names: str) -> tuple[str, list[str]]:
 
 
 def check_names(
-    names: Sequence[str], limit: int | None = None, include_path: str | Path | None = None
+    names: Sequence[str], limit: int | None = None, task_folder: str | Path | None = None
 ) -> dict[str, LmmsRow]:
     """Rows of these benchmarks; refuses what would fail later, before a model is loaded.
 
@@ -131,7 +131,7 @@ def check_names(
     """
     if find_spec("lmms_eval") is None:
         raise ConfigError("lmms-eval is not installed: pip install 'slimvlm[eval]'")
-    own = _own_tasks(include_path)
+    own = _own_tasks(task_folder)
     rows = {key: row for name in names for key, row in _find_rows(name, own).items()}
     _check(rows, limit)
     return rows
@@ -143,17 +143,17 @@ def evaluate_with_lmms(
     names: Sequence[str],
     limit: int | None = None,
     batch_size: int = 1,
-    include_path: str | Path | None = None,
+    task_folder: str | Path | None = None,
 ) -> dict[str, TaskResult]:
     """Run benchmarks in lmms-eval's own runner; greedy replies through our chat code.
 
     Args:
         model: A chat-capable model.
         processor: Its processor or tokenizer.
-        names: Keys of `LMMS_TASKS`, lmms-eval's own names of them, or tasks in ``include_path``.
+        names: Keys of `LMMS_TASKS`, lmms-eval's own names of them, or tasks in ``task_folder``.
         limit: Only the first so many questions of each task.
         batch_size: Questions answered at once.
-        include_path: Folder with task files in lmms-eval's format. They come before the ones of
+        task_folder: Folder with task files in lmms-eval's format. They come before the ones of
             the same name that lmms-eval ships, so data on disk can take the hub's place.
 
     Returns:
@@ -164,8 +164,8 @@ def evaluate_with_lmms(
     Raises:
         ConfigError: If lmms-eval is missing, a name is unknown, or data cannot be loaded.
     """
-    rows = check_names(names, limit, include_path)
-    own = _own_tasks(include_path)
+    rows = check_names(names, limit, task_folder)
+    own = _own_tasks(task_folder)
     tasks = {row.task: _load_task(row.task, own) for row in rows.values()}
     was_training = model.training
     model.eval()
@@ -176,23 +176,6 @@ def evaluate_with_lmms(
         results |= _results(asked, name, task, output, replies)
     model.train(was_training)
     return {key: results[key] for key in rows if key in results}
-
-
-def result_with_lmms(
-    model: PreTrainedModel,
-    processor: Any,
-    names: Sequence[str],
-    limit: int | None = None,
-    batch_size: int = 1,
-    name: str = "",
-    include_path: str | Path | None = None,
-) -> Result:
-    """`evaluate_with_lmms` as a whole `Result`, latencies included (one plain grey picture)."""
-    tasks = evaluate_with_lmms(model, processor, names, limit, batch_size, include_path)
-    shown = (Image.new("RGB", (336, 336), "grey"),) if chat.can_see(processor) else ()
-    question = Question("latency", "What is shown here?", ("",), shown)
-    how = {"limit": limit, "batch_size": batch_size}
-    return with_costs(model, processor, tasks, question, name, **how)
 
 
 def evaluate_all(
@@ -210,16 +193,20 @@ def evaluate_all(
     """One result from our own tasks and from lmms-eval's.
 
     Arguments as for `slimvlm.evaluate` and `evaluate_with_lmms`; ``log_folder``, ``floors`` and
-    ``blind`` are for our own tasks.
+    ``blind`` are for our own tasks. Without any of those, times are measured on a grey picture.
     """
     own, theirs = split_names(tasks)
-    if not own:
-        return result_with_lmms(model, processor, theirs, limit, batch_size, name, task_folder)
-    result = evaluate(model, processor, own, limit, batch_size, name, blind, log_folder, floors)
-    if not theirs:
-        return result
-    more = evaluate_with_lmms(model, processor, theirs, limit, batch_size, task_folder)
-    return replace(result, tasks={**result.tasks, **more})
+    if own or not theirs:
+        result = evaluate(model, processor, own, limit, batch_size, name, blind, log_folder, floors)
+        if not theirs:
+            return result
+        more = evaluate_with_lmms(model, processor, theirs, limit, batch_size, task_folder)
+        return replace(result, tasks={**result.tasks, **more})
+    found = evaluate_with_lmms(model, processor, theirs, limit, batch_size, task_folder)
+    shown = (Image.new("RGB", (336, 336), "grey"),) if chat.can_see(processor) else ()
+    question = Question("latency", "What is shown here?", ("",), shown)
+    how = {"limit": limit, "batch_size": batch_size}
+    return with_costs(model, processor, found, question, name, **how)
 
 
 def _rows_named(name: str) -> dict[str, LmmsRow]:
@@ -255,16 +242,16 @@ def _check(rows: Mapping[str, LmmsRow], limit: int | None) -> None:
             )
 
 
-def _own_tasks(include_path: str | Path | None) -> Any:
+def _own_tasks(task_folder: str | Path | None) -> Any:
     """lmms-eval's index of a folder, or None."""
-    if include_path is None:
+    if task_folder is None:
         return None
-    if not Path(include_path).is_dir():
-        raise ConfigError(f"include_path {str(include_path)!r} is not a folder")
+    if not Path(task_folder).is_dir():
+        raise ConfigError(f"task_folder {str(task_folder)!r} is not a folder")
     with contained():
         from lmms_eval.tasks import TaskManager
 
-        return TaskManager(include_path=str(include_path), include_defaults=False)
+        return TaskManager(include_path=str(task_folder), include_defaults=False)
 
 
 @cache

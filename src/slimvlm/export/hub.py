@@ -6,7 +6,6 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.models.load import resolve
@@ -38,7 +37,6 @@ def push(folder: str | Path, repo_id: str, private: bool = False) -> str:
     if not (path / CARD_FILE).is_file():
         raise ConfigError(f"push {str(path)!r}: there is no {CARD_FILE}; `slimvlm` writes one")
     try:
-        validate_repo_id(repo_id)
         api = HfApi()
         api.create_repo(repo_id, private=private or None, exist_ok=True)
         commit = api.upload_folder(
