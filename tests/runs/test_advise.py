@@ -12,12 +12,13 @@ import pytest
 
 from slimvlm import cli
 from slimvlm.core.errors import ConfigError
-from slimvlm.core.options import CompressConfig, RecoverConfig, compress_command
+from slimvlm.core.options import CompressConfig, RecoverConfig
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.load import anatomy, load_config
 from slimvlm.runs import advise as module
 from slimvlm.runs import estimate
 from slimvlm.runs.advise import Advice, advise
+from slimvlm.runs.command import compress_command
 from slimvlm.runs.estimate import learning_params
 from slimvlm.runs.recipes import Recipe, recipe_for, rules
 from slimvlm.training.trainable import prepare_training

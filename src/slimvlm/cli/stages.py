@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from slimvlm.cli.options import INLINE, Asked, Model, RunFlags, RunTraining
 from slimvlm.cli.printing import note, print_plan, print_results
+from slimvlm.core.checked import part_of
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import (
     CalibrationConfig,
@@ -21,7 +22,6 @@ from slimvlm.core.options import (
     RecoverConfig,
     TrainingConfig,
     TrainingData,
-    part_of,
 )
 
 

@@ -7,16 +7,23 @@ type says which values are allowed, the text below it is the help of the command
 
 from __future__ import annotations
 
-import math
 import re
-import shlex
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
-from functools import cache
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, get_args
 
+from slimvlm.core.checked import (
+    ABOVE_0,
+    AT_LEAST_0,
+    AT_LEAST_1,
+    FRACTION,
+    INSIDE,
+    SEED,
+    SHARE,
+    STEPS,
+    Options,
+    Range,
+)
 from slimvlm.core.errors import ConfigError
 
 Axis = Literal["depth", "width", "both"]
@@ -32,76 +39,6 @@ TeacherWeights = Literal["auto", "shared", "separate"]
 Scheduler = Literal[
     "cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
 ]
-
-
-@dataclass(frozen=True)
-class Range:
-    """The numbers that an option may be; stands in its type.
-
-    Attributes:
-        holds: Whether a number is allowed.
-        meaning: The same in words, after "must be".
-    """
-
-    holds: Callable[[float], bool]
-    meaning: str
-
-
-ABOVE_0 = Range(lambda value: 0 < value < math.inf, "above 0")
-AT_LEAST_0 = Range(lambda value: 0 <= value < math.inf, "at least 0")
-AT_LEAST_1 = Range(lambda value: value >= 1, "at least 1")
-SHARE = Range(lambda value: 0 <= value < 1, "at least 0 and below 1")
-FRACTION = Range(lambda value: 0 < value <= 1, "above 0 and at most 1")
-INSIDE = Range(lambda value: 0 < value < 1, "above 0 and below 1")
-STEPS = Range(lambda value: value == -1 or value > 0, "above 0, or -1 for no limit")
-SEED = Range(lambda value: 0 <= value < 2**32, "at least 0 and below 2**32")
-
-
-class Options:
-    """A group of options whose values are checked against their types.
-
-    Raises:
-        ConfigError: If a value is not allowed; the message names option, value and what is allowed.
-    """
-
-    def __post_init__(self) -> None:
-        kind: Any = type(self)
-        for name, (choices, ranges) in _allowed(kind).items():
-            value = getattr(self, name)
-            if choices and value not in choices:
-                names = ", ".join(choice for choice in choices if choice is not None)
-                raise ConfigError(f"{name} {value!r} must be one of: {names}")
-            for row in ranges:
-                if value is not None and not row.holds(value):
-                    raise ConfigError(f"{name} {value} must be {row.meaning}")
-
-
-@cache
-def _allowed(kind: Any) -> Mapping[str, tuple[tuple[str | None, ...], tuple[Range, ...]]]:
-    """For each option that has them: its choices, and the ranges of its numbers."""
-    hints = get_type_hints(kind, include_extras=True)
-    found = {}
-    for row in fields(kind):
-        hint, ranges = hints[row.name], tuple[Range, ...]()
-        if get_origin(hint) is Annotated:
-            ranges = tuple(extra for extra in hint.__metadata__ if isinstance(extra, Range))
-            hint = hint.__origin__
-        parts = get_args(hint) if get_origin(hint) in (UnionType, Union) else (hint,)
-        choices = [name for p in parts if get_origin(p) is Literal for name in get_args(p)]
-        if choices and type(None) in parts:
-            choices.append(None)
-        if choices or ranges:
-            found[row.name] = (tuple(choices), ranges)
-    return found
-
-
-T = TypeVar("T")
-
-
-def part_of(config: Any, kind: type[T]) -> T:
-    """The options of one group or smaller configuration, out of one that has more."""
-    names = [row.name for row in fields(kind)]  # type: ignore[arg-type]
-    return kind(**{name: getattr(config, name) for name in names})
 
 
 LOSS_NAMES = ("sft", "hidden", "cosine", "kl", "rkl", "jsd")
@@ -443,6 +380,10 @@ class QuestionOptions(Options):
     show each task's blind floor and retention above the floors."""
 
 
+TASK_BATCH_SIZE = "task_batch_size"
+"""What `Questions.batch_size` is called where training has a batch size, too."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Questions(QuestionOptions):
     """What models are asked."""
@@ -515,40 +456,3 @@ class Workload(Options):
         super().__post_init__()
         if not self.batch_sizes or min(self.batch_sizes) < 1:
             raise ConfigError(f"batch_sizes {self.batch_sizes} must be numbers of at least 1")
-
-
-def compress_command(model: str, config: CompressConfig, out: str | Path) -> str:
-    """The ``slimvlm compress`` command for a run.
-
-    Options with their default values are left out, but for those that the recipe of the ratio
-    chooses: a later recipe must not change what the command does.
-
-    Args:
-        model: Folder, hub id or ``demo``.
-        config: The run's configuration.
-        out: Its folder.
-    """
-    words = ["slimvlm", "compress", model, *_given(config, {"batch_size": TASK_BATCH_SIZE})]
-    if config.recover is not None:
-        words += _given(config.recover, {"seed": None})
-    elif config.data is not None:
-        words += ["--train", "none"]
-    return shlex.join([*words, "--out", str(out)])
-
-
-RECIPE = ("axis", "train", "loss")
-"""Options that a recipe chooses when they are not given."""
-TASK_BATCH_SIZE = "task_batch_size"
-"""What `Questions.batch_size` is called where training has a batch size, too."""
-
-
-def _given(config: Any, names: Mapping[str, str | None]) -> Iterator[str]:
-    """The options of a command; some have another name there, or none."""
-    for row in fields(config):
-        name, value = names.get(row.name, row.name), getattr(config, row.name)
-        usual = value is None or (value == row.default and row.name not in RECIPE)
-        if usual or name is None or isinstance(value, RecoverConfig):
-            continue
-        yield f"--{name.replace('_', '-')}"
-        if value is not True or row.default is not False:
-            yield from map(str, value if isinstance(value, tuple) else (value,))

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from slimvlm.core.errors import ConfigError
-from slimvlm.core.options import CompressConfig, RecoverConfig, compress_command
+from slimvlm.core.options import CompressConfig, RecoverConfig
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import params_for_memory, parse_bytes, parse_count, weight_bytes
 from slimvlm.models.load import anatomy as anatomy_of
 from slimvlm.planning.make import ratio_for_params
+from slimvlm.runs.command import compress_command
 from slimvlm.runs.estimate import Cost, Sizes, estimate_cost, image_tokens
 from slimvlm.runs.recipes import Recipe, expected, fraction_for, recipe_for, rules, subject_of
 

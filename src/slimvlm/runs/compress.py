@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from slimvlm.core.checked import part_of
 from slimvlm.core.files import (
     discard_replacement,
     held,
@@ -23,7 +24,7 @@ from slimvlm.core.files import (
     require_free,
     write_text,
 )
-from slimvlm.core.options import CompressConfig, PruneConfig, Questions, compress_command, part_of
+from slimvlm.core.options import CompressConfig, PruneConfig, Questions
 from slimvlm.core.requests import identity_of_files, is_begun_for, note_request
 from slimvlm.data.read import identity_of_data
 from slimvlm.evaluation.results import Result, read_baseline
@@ -33,6 +34,7 @@ from slimvlm.pruning.card import CardFacts
 from slimvlm.pruning.save import save
 from slimvlm.runs import stages
 from slimvlm.runs import tables as summary
+from slimvlm.runs.command import compress_command
 from slimvlm.runs.recipes import recipe_for
 from slimvlm.runs.request import (
     Request,

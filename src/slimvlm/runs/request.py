@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from slimvlm.core.checked import part_of
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import (
     Allocation,
@@ -18,7 +19,6 @@ from slimvlm.core.options import (
     Questions,
     RecoverConfig,
     WidthOptions,
-    part_of,
 )
 from slimvlm.data.roles import parse_token_weights
 from slimvlm.evaluation.lmms import check_names, split_names

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from slimvlm.core.checked import part_of
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import require_free
 from slimvlm.core.options import (
@@ -14,7 +15,6 @@ from slimvlm.core.options import (
     PlanConfig,
     PruneConfig,
     WidthOptions,
-    part_of,
 )
 from slimvlm.data.samples import Sample
 from slimvlm.models.anatomy import Anatomy, read_anatomy

@@ -16,7 +16,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from slimvlm.core.options import DataConfig, WidthOptions, part_of
+from slimvlm.core.checked import part_of
+from slimvlm.core.options import DataConfig, WidthOptions
 from slimvlm.core.progress import progress
 from slimvlm.data.read import load_samples
 from slimvlm.data.samples import Sample

@@ -13,11 +13,12 @@ from typing import Any
 import pandas as pd
 
 from slimvlm.core.errors import ConfigError
-from slimvlm.core.options import CompressConfig, RecoverConfig, compress_command
+from slimvlm.core.options import CompressConfig, RecoverConfig
 from slimvlm.evaluation.compare import Comparison, compare
 from slimvlm.evaluation.results import Result
 from slimvlm.evaluation.tasks import builtin_tasks, find_tasks
 from slimvlm.planning.plan import Plan
+from slimvlm.runs.command import compress_command
 from slimvlm.runs.compress import read_results
 from slimvlm.runs.recipes import published
 from slimvlm.runs.report.record import Entry, Pruning, Record, Table, Training

@@ -13,9 +13,10 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
+from slimvlm.core.checked import part_of
 from slimvlm.core.errors import ConfigError, SlimError
 from slimvlm.core.files import explained, held, write_text
-from slimvlm.core.options import PruneConfig, Questions, part_of
+from slimvlm.core.options import PruneConfig, Questions
 from slimvlm.evaluation.lmms import split_names
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models.load import anatomy, load_config

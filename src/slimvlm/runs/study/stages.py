@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any, Literal
 
-from slimvlm.core.options import DataConfig, LoadConfig, PruneConfig, Questions, part_of
+from slimvlm.core.checked import part_of
+from slimvlm.core.options import DataConfig, LoadConfig, PruneConfig, Questions
 from slimvlm.core.requests import digest, identity_of_files
 from slimvlm.data.read import identity_of_data
 from slimvlm.evaluation.ask import digest_of_questions

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from slimvlm.core.options import DataConfig, part_of
+from slimvlm.core.checked import part_of
+from slimvlm.core.options import DataConfig
 from slimvlm.data.samples import Sample
 from slimvlm.models.load import load
 from slimvlm.planning.plan import Plan
