@@ -14,11 +14,8 @@ from slimvlm.runs.study.config import DEFAULT, NONE, Grid, StudyConfig, built
 
 _SWEPT = tuple(f.name for f in fields(Grid) if f.name != "prune")
 """The keys of a grid that are multiplied."""
-_PRUNE_KEYS = {
-    *("ratio", "axis", "criterion", "allocation", "repair"),
-    *("seed", "data", "images"),
-}
-_RECOVER_KEYS = {"fraction", "seed"}
+_PRUNE_KEYS = {f.name for f in fields(PruneConfig)} & {*_SWEPT, "data", "images"}
+_RECOVER_KEYS = {f.name for f in fields(RecoverConfig)} & {*_SWEPT}
 """Options that are keys of the grid or of the study."""
 _WITHOUT_EFFECT = {"pad", "compat"}
 """Options of `PruneConfig` that change how a checkpoint is written, and no result."""
@@ -117,8 +114,8 @@ def _prune_config(
     for name in _WITHOUT_EFFECT & options.keys():
         raise ConfigError(f"prune: {name!r} changes no result, and a study keeps only results")
     _check_home("prune", options, _PRUNE_KEYS)
-    own = {name: chosen[name] for name in ("ratio", "axis", "allocation", "repair", "seed")}
-    if chosen["criterion"] != DEFAULT:
+    own = {name: chosen[name] for name in _PRUNE_KEYS & chosen.keys()}
+    if own.pop("criterion") != DEFAULT:
         own["criterion"] = chosen["criterion"].split("+")
     return built(PruneConfig, {**options, **own, "data": study.data, "images": study.images})
 
@@ -136,7 +133,7 @@ def _recover_config(study: StudyConfig, chosen: dict[str, Any]) -> RecoverConfig
     _check_home(where, options, _RECOVER_KEYS)
     if options.get("keep_adapter"):
         raise ConfigError("keep_adapter True: a study keeps results, not adapters")
-    own = {"fraction": chosen["fraction"], "seed": chosen["seed"]}
+    own = {name: chosen[name] for name in _RECOVER_KEYS}
     return built(RecoverConfig, {**options, **own}, where)
 
 

@@ -36,11 +36,13 @@ class Clock:
 
     Attributes:
         flops: Estimated work by stage name.
-        spent: Seconds and FLOP of stages that are done, by kind.
+        seconds: Time of the stages that are done, by kind.
+        done: Their estimated work.
     """
 
     flops: Mapping[str, float]
-    spent: dict[str, tuple[float, float]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
+    done: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
 
     @classmethod
     def from_cache(cls, flops: Mapping[str, float], cache: Cache) -> Clock:
@@ -53,23 +55,19 @@ class Clock:
 
     def learn(self, kind: str, seconds: float, flops: float) -> None:
         """Count a stage that was done."""
-        before = self.spent.get(kind, (0.0, 0.0))
-        self.spent[kind] = (before[0] + seconds, before[1] + flops)
+        self.seconds[kind] += seconds
+        self.done[kind] += flops
 
     def basis(self, kind: str) -> Basis:
         """What expected seconds of a kind rest on."""
-        return "measured" if self.spent.get(kind, (0.0, 0.0))[1] else "rough"
+        return "measured" if self.done[kind] else "rough"
 
-    def seconds(self, stages: Iterable[Stage]) -> float:
-        """Expected seconds of stages, one after another."""
+    def expected(self, stages: Iterable[Stage]) -> float:
+        """Seconds of stages, one after another."""
         total = 0.0
         for stage in stages:
-            flops = self.flops[stage.name]
-            if self.basis(stage.kind) == "measured":
-                seconds, done = self.spent[stage.kind]
-                total += flops * seconds / done
-            else:
-                total += seconds_of(flops)
+            flops, done = self.flops[stage.name], self.done[stage.kind]
+            total += flops * self.seconds[stage.kind] / done if done else seconds_of(flops)
         return total
 
 
@@ -105,7 +103,7 @@ def forecast_of(schedule: Schedule, cache: Cache) -> Forecast:
             kind: (sum(s.kind == kind for s in missing), sum(s.kind == kind for s in done))
             for kind in KINDS
         },
-        seconds=clock.seconds(missing),
+        seconds=clock.expected(missing),
         basis={stage.kind: clock.basis(stage.kind) for stage in missing},
     )
 
@@ -152,7 +150,7 @@ class Progress:
     def seconds_left(self) -> float:
         """Expected wall time of what is left, at as many stages at once as so far."""
         left = [stage for stage in self.missing if stage.name not in self.ended]
-        seconds = self.clock.seconds(left)
+        seconds = self.clock.expected(left)
         elapsed = time.monotonic() - self.start
         return seconds / max(self.busy / elapsed, 1.0) if elapsed else seconds
 
