@@ -29,6 +29,7 @@ from slimvlm.pruning.sequential import (
     SEAM,
     MatrixRepair,
     SequentialRepair,
+    Writer,
     kinds_of,
     writers,
 )
@@ -110,27 +111,37 @@ def repair_(
         raise ConfigError(f"statistics of kind {statistics.kind!r} cannot repair; use 'grams'")
     if read_anatomy(model).layers != plan.after.layers:
         raise ConfigError("model: does not have the shape that the plan leaves; prune it first")
-    repairs: dict[str, MatrixRepair] = {}
-    for writer in writers(model, plan.layers):
-        name, linear, keep = writer.name, writer.linear, writer.kept_channels(plan)
-        place, device = (writer.index, writer.projection.path), linear.weight.device
-        if place not in statistics.parts:
-            raise ConfigError(f"statistics 'grams': no {name!r} in them")
-        part = statistics.parts[place]
-        whole = segments(writer.projection, plan.before.layers[writer.index])
-        channels = sum(units * width for _, _, units, width in whole)
-        if part.weight.shape != (linear.out_features, channels):
-            raise ConfigError(f"statistics 'grams': {name!r} is of another model")
-        if len(keep) < len(part.sum):
-            weight, count = part.weight.to(device), statistics.weight.to(device)
-            moments = Moments(part.gram.to(device), part.sum.to(device).double(), count)
-            found = refit(weight, linear.bias, moments, keep, ridge)
-            repairs[name] = MatrixRepair(writer.kind, found)
-    for writer in writers(model, plan.layers):
+    fitted = {w: _fitted_alone(w, plan, statistics, ridge) for w in writers(model, plan.layers)}
+    repairs = {w.name: repair for w, repair in fitted.items() if repair is not None}
+    for writer in fitted:
         if writer.name in repairs:
             found = repairs[writer.name].refit
             writer.assign_(found.weight, found.bias)
     return RepairReport("one-shot", _errors(repairs), dict.fromkeys(kinds_of(repairs), 1.0))
+
+
+def _fitted_alone(
+    writer: Writer, plan: Plan, statistics: Grams, ridge: float
+) -> MatrixRepair | None:
+    """A matrix fitted as if only it had been pruned; None if it has lost no channel.
+
+    Raises:
+        ConfigError: If the statistics lack the matrix, or it had another shape there.
+    """
+    name, linear, device = writer.name, writer.linear, writer.linear.weight.device
+    part = statistics.parts.get((writer.index, writer.projection.path))
+    if part is None:
+        raise ConfigError(f"statistics 'grams': no {name!r} in them")
+    whole = segments(writer.projection, plan.before.layers[writer.index])
+    channels = sum(units * width for _, _, units, width in whole)
+    if part.weight.shape != (linear.out_features, channels):
+        raise ConfigError(f"statistics 'grams': {name!r} is of another model")
+    keep = writer.kept_channels(plan)
+    if len(keep) == channels:
+        return None
+    weight, count = part.weight.to(device), statistics.weight.to(device)
+    moments = Moments(part.gram.to(device), part.sum.to(device).double(), count)
+    return MatrixRepair(writer.kind, refit(weight, linear.bias, moments, keep, ridge))
 
 
 @torch.no_grad()
