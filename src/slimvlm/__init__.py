@@ -34,6 +34,7 @@ _HOME = {
     "Workload": "core.options",
     "advise": "runs.advise",
     "anatomy": "models.load",
+    "balanced_plan": "planning.balance",
     "bench": "evaluation.bench",
     "best_channels": "pruning.narrowing",
     "block_influence": "scoring.hidden_states",
@@ -66,7 +67,6 @@ _HOME = {
     "score": "scoring.score_model",
     "score_channels": "pruning.narrowing",
     "score_checkpoint": "pruning.low_memory.score",
-    "search_plan": "planning.search",
     "verify": "pruning.manifest",
 }
 

@@ -347,7 +347,7 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     "name", tiered([*MODELS, "gemma2", "qwen3_vl", "llava-llama", "internvl-phi3"])
 )
-@pytest.mark.parametrize(("axis", "allocation"), [("both", "uniform"), ("width", "global")])
+@pytest.mark.parametrize(("axis", "allocation"), [("both", "uniform"), ("width", "protect")])
 def test_the_pruned_checkpoint_is_the_one_that_save_writes(
     name: str, axis: str, allocation: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:

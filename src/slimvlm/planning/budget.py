@@ -14,9 +14,8 @@ from slimvlm.models.cost import TILE_MULTIPLE, WIDTH_MULTIPLE
 from slimvlm.planning.plan import AXES
 from slimvlm.scoring.unit_scores import WIDTH_UNITS, Scores
 
-ALLOCATIONS = ("uniform", "protect", "global")
+ALLOCATIONS = ("uniform", "protect")
 COUNTINGS = ("parameters", "per_layer")
-SCALES = ("layer", "kind", "nothing")
 
 _PROTECTED_OF_32 = (4, 2)
 """First and last layers that the study's code leaves whole."""
@@ -40,8 +39,6 @@ class Budget:
     allocation: str = "uniform"
     units: tuple[str, ...] = WIDTH_UNITS
     kv_heads: int | None = None
-    max_layer_ratio: float | None = None
-    relative_to: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio < 1:
@@ -62,9 +59,6 @@ class Budget:
         if not 0 <= self.depth_share <= 1:
             raise ConfigError(f"depth_share {self.depth_share} must be between 0 and 1")
         self._check_units()
-        if self.allocation == "global" and self.counting == "per_layer":
-            raise ConfigError("counting 'per_layer' needs allocation 'uniform' or 'protect'")
-        self._check_ranking()
 
     def _check_units(self) -> None:
         if not self.units or not set(self.units) <= set(WIDTH_UNITS):
@@ -74,27 +68,10 @@ class Budget:
         legal = self.anatomy.legal_kv_heads()
         if self.kv_heads not in legal:
             raise ConfigError(f"kv_heads {self.kv_heads} must be one of: {legal}")
-        if self.allocation == "global" or self.counting == "per_layer":
-            raise ConfigError(
-                f"kv_heads {self.kv_heads} needs allocation 'uniform' or 'protect' and counting "
-                "'parameters'"
-            )
+        if self.counting == "per_layer":
+            raise ConfigError(f"kv_heads {self.kv_heads} needs counting 'parameters'")
         if "kv_group" not in self.units and self.kv_heads != legal[-1]:
             raise ConfigError(f"kv_heads {self.kv_heads} needs 'kv_group' among units")
-
-    def _check_ranking(self) -> None:
-        for name in ("max_layer_ratio", "relative_to"):
-            value = getattr(self, name)
-            if value is not None and self.allocation != "global":
-                raise ConfigError(f"{name} {value!r} needs allocation 'global'")
-        if self.relative_to not in (None, *SCALES):
-            raise ConfigError(
-                f"relative_to {self.relative_to!r} must be one of: {', '.join(SCALES)}"
-            )
-        if self.max_layer_ratio is not None and not 0 < self.max_layer_ratio <= 1:
-            raise ConfigError(
-                f"max_layer_ratio {self.max_layer_ratio} must be above 0 and at most 1"
-            )
 
     @property
     def params(self) -> float:
@@ -109,9 +86,7 @@ class Budget:
 
     def can_shrink(self, unit: str) -> bool:
         """Whether units of a kind may become fewer where all layers stay equally wide."""
-        if unit == "kv_group" or self.allocation == "global":
-            return True
-        return len(self.anatomy.legal_neurons()) > 1
+        return unit == "kv_group" or len(self.anatomy.legal_neurons()) > 1
 
     @property
     def protected(self) -> tuple[int, int]:

@@ -14,7 +14,6 @@ from slimvlm.planning.budget import (
 )
 from slimvlm.planning.depth import without_layers
 from slimvlm.planning.plan import Plan
-from slimvlm.planning.ranking import globally_ranked_widths
 from slimvlm.planning.widths import uniform_widths, with_widths
 from slimvlm.scoring.unit_scores import WIDTH_UNITS, Scores
 
@@ -32,8 +31,6 @@ def make_plan(
     *,
     units: Sequence[str] = WIDTH_UNITS,
     kv_heads: int | None = None,
-    max_layer_ratio: float | None = None,
-    relative_to: str | None = None,
 ) -> Plan:
     """Choose the units to keep.
 
@@ -48,8 +45,6 @@ def make_plan(
         allocation: How widths share the budget. ``uniform``: the same widths in every unprotected
             layer. ``protect``: the same, with the first 4 and last 2 of 32 layers left whole
             (scaled to the model's depth, one at least) unless ``protect`` says otherwise.
-            ``global``: one ranking of the units of all layers, so that layers become unequally
-            wide; see `globally_ranked_widths`.
         protect: How many first and last layers are left whole.
         counting: ``parameters`` is exact. ``per_layer`` counts as LLM-Pruner does:
             ``n = C - floor(C (1 - ratio))`` of a projection's ``C`` channels, whole heads only.
@@ -59,16 +54,10 @@ def make_plan(
         units: Which of ``kv_group`` and ``neuron`` may become fewer.
         kv_heads: KV groups to keep in every unprotected layer; neurons give the rest. By default
             both kinds give the same share where whole groups allow it.
-        max_layer_ratio: With ``global``, the largest share that any layer may lose.
-        relative_to: With ``global``, what makes scores comparable before they are ranked by
-            parameter: ``layer`` divides them by the mean of their layer and kind of unit, ``kind``
-            by the mean of their kind over all layers, ``nothing`` takes them as they are. None:
-            ``kind`` for criteria whose layers compare (Taylor, gate), else ``layer``.
 
     Returns:
         A plan whose achieved ratio is as near as whole units allow: within a layer for ``depth``,
-        within one multiple of neurons in all layers for equal widths, within half of the largest
-        single step (a KV group, or one multiple of neurons) for ``global``.
+        within one multiple of neurons in all layers for widths.
 
     Raises:
         ConfigError: If an argument is out of range or scores for the axis are missing.
@@ -89,8 +78,6 @@ def make_plan(
         allocation,
         tuple(units),
         kv_heads,
-        max_layer_ratio,
-        relative_to,
     )
     given = [scores] if isinstance(scores, Scores) else list(scores)
     plan = replace(Plan.everything(anatomy), axis=axis, asked_ratio=ratio)
@@ -165,8 +152,7 @@ def _narrowed(plan: Plan, given: list[Scores], budget: Budget) -> Plan:
         scores_for(budget.units[-1], given, budget)
     if not any(budget.is_open(i) for i in plan.layers):
         return plan
-    allocate = globally_ranked_widths if budget.allocation == "global" else uniform_widths
-    return with_widths(plan, scored, allocate(plan, scored, budget))
+    return with_widths(plan, scored, uniform_widths(plan, scored, budget))
 
 
 def _check_reached(plan: Plan, budget: Budget) -> None:
@@ -174,16 +160,6 @@ def _check_reached(plan: Plan, budget: Budget) -> None:
     shapes = budget.anatomy.layers
     if plan.axis == "depth":
         step = min(shape.params for shape in shapes)
-    elif budget.allocation == "global":
-        step = max(
-            size
-            for shape in shapes
-            for unit, size in (
-                ("kv_group", shape.kv_group_params),
-                ("neuron", budget.multiple * shape.neuron_params),
-            )
-            if unit in plan.criteria
-        )
     elif "neuron" in plan.criteria:
         step = budget.multiple * sum(shape.neuron_params for shape in shapes)
     elif "kv_group" in plan.criteria and len(budget.anatomy.legal_kv_heads()) > 1:
