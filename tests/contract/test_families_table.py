@@ -8,7 +8,6 @@ import pytest
 
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.load import anatomy
-from slimvlm.pruning.narrowing import narrowable
 from slimvlm.runs.tables import as_markdown
 from tests import tiny, tiny_rare
 from tests.contract.test_families import FAMILIES, has_experts
@@ -22,7 +21,6 @@ HEADER = (
     "layers",
     "KV groups",
     "neurons",
-    "hidden size",
     "uneven",
     "reload",
     "input",
@@ -44,7 +42,6 @@ def row(name: str, shape: Anatomy) -> list[str]:
         f"all but {pinned} of {shape.num_layers}" if pinned else "any",
         _groups(shape),
         _neurons(shape),
-        _hidden_size(shape),
         "yes" if shape.backbone.can_be_uneven else "no",
         "1e-5" if has_experts(shape) else "bit-equal",
         "picture and text" if sees else "text",
@@ -69,12 +66,6 @@ def _neurons(shape: Anatomy) -> str:
         return "fixed"
     multiple = shape.backbone.neuron_multiple
     return "any" if multiple == 1 else f"multiples of {multiple}"
-
-
-def _hidden_size(shape: Anatomy) -> str:
-    if not (shape.backbone.can_narrow and shape.model_type in narrowable()):
-        return "fixed"
-    return "any" if shape.backbone.head_rule == "any" else "multiples of the heads"
 
 
 def test_the_page_has_the_table_of_the_battery(pytestconfig: pytest.Config) -> None:

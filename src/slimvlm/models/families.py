@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 Segment = Literal["query", "query_and_gate", "key_value", "neuron"]
 HeadRule = Literal["any", "divides_hidden_size", "fixed"]
@@ -90,8 +90,6 @@ class Backbone:
         neuron_multiple: Neurons must be a multiple of this.
         width_fields: Fields that must have these values for `neuron_field` to be taken literally.
         whole_mlp_if: Dotted attribute of a layer; where it is true, all its neurons must stay.
-        can_narrow: Whether a plain configuration can write another hidden size that means the same
-            but for its width; a multiple of the heads if `head_rule` says so.
         can_be_uneven: Whether `modeling_pruned.py` can cut its layers to different widths.
     """
 
@@ -112,7 +110,6 @@ class Backbone:
     neuron_multiple: int = 1
     width_fields: Mapping[str, object] = field(default_factory=dict)
     whole_mlp_if: str | None = None
-    can_narrow: bool = False
     can_be_uneven: bool = True
 
 
@@ -173,7 +170,7 @@ _PER_LAYER_EMBEDDINGS = (
 )
 
 _WITH_LAYER_TYPES = Backbone(
-    attention=_SPLIT_ATTENTION, mlp=_GATED_MLP, layer_lists=("layer_types",), can_narrow=True
+    attention=_SPLIT_ATTENTION, mlp=_GATED_MLP, layer_lists=("layer_types",)
 )
 _WITH_DIVIDING_HEADS = Backbone(
     attention=_SPLIT_ATTENTION,
@@ -191,18 +188,16 @@ BACKBONES: dict[str, Backbone] = {
         retype="mistral",
         retype_fields={"sliding_window": None},
         retype_requires={"attention_bias": False, "mlp_bias": False},
-        can_narrow=True,
     ),
-    "mistral": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP, can_narrow=True),
+    "mistral": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP),
     "qwen2": _WITH_LAYER_TYPES,
     "qwen3": _WITH_LAYER_TYPES,
     "phi": Backbone(
         attention=_PHI_ATTENTION,
         mlp=_PLAIN_MLP,
         final_norm="final_layernorm",
-        can_narrow=True,
     ),
-    "phi3": Backbone(attention=_FUSED_ATTENTION, mlp=_FUSED_GATED_MLP, can_narrow=True),
+    "phi3": Backbone(attention=_FUSED_ATTENTION, mlp=_FUSED_GATED_MLP),
     "gemma": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP),
     "gemma2": _WITH_DIVIDING_HEADS,
     "gemma3_text": _WITH_DIVIDING_HEADS,
@@ -227,7 +222,7 @@ BACKBONES: dict[str, Backbone] = {
     ),
     "qwen2_vl_text": _WITH_FIXED_HEADS,
     "qwen2_5_vl_text": _WITH_FIXED_HEADS,
-    "qwen3_vl_text": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP, can_narrow=True),
+    "qwen3_vl_text": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP),
     "qwen3_vl_moe_text": Backbone(
         attention=_SPLIT_ATTENTION,
         mlp=_EXPERTS,
@@ -295,12 +290,6 @@ class Family:
         caps_logits: Whether the model obeys the text configuration's ``final_logit_softcapping``.
         fixed_neurons: Whether the text configuration's MLP width also sizes a part outside the
             backbone, so that a plain configuration cannot change it.
-        residual_writers: Patterns of the names of parameters outside the backbone whose first
-            dimension is the text model's hidden size; none if another hidden size is not known to
-            work.
-        inner_projector: Paths of two linear modules whose common width is configured as the text
-            model's hidden size.
-        hidden_fields: Dotted configuration paths that repeat the text model's hidden size.
     """
 
     backbone: str
@@ -312,9 +301,6 @@ class Family:
     pinned_layers: str | None = None
     caps_logits: bool = False
     fixed_neurons: bool = False
-    residual_writers: tuple[str, ...] = ()
-    inner_projector: tuple[str, str] | None = None
-    hidden_fields: tuple[str, ...] = ()
 
     @property
     def towers(self) -> tuple[str, ...]:
@@ -328,13 +314,6 @@ _ONLY_INSIDE = (
 )
 """Types of language models that transformers offers as a part of another model only."""
 
-_TWO_LINEARS: dict[str, Any] = {
-    "residual_writers": ("model.multi_modal_projector.linear_2.*", "model.image_newline"),
-    "inner_projector": (
-        "model.multi_modal_projector.linear_1",
-        "model.multi_modal_projector.linear_2",
-    ),
-}
 _LLAVA = Family(
     backbone="model.language_model",
     vision="model.vision_tower",
@@ -344,7 +323,6 @@ _IDEFICS = Family(
     backbone="model.text_model",
     vision="model.vision_model",
     projector=("model.connector",),
-    residual_writers=("model.connector.modality_projection.proj.weight",),
 )
 _QWEN_VL = Family(
     backbone="model.language_model",
@@ -356,11 +334,6 @@ _QWEN3_VL = Family(
     vision="model.visual",
     projector=("model.visual.merger", "model.visual.deepstack_merger_list"),
     pinned_layers="vision_config.deepstack_visual_indexes",
-    residual_writers=(
-        "model.visual.merger.linear_fc2.*",
-        "model.visual.deepstack_merger_list.*.linear_fc2.*",
-    ),
-    hidden_fields=("vision_config.out_hidden_size",),
 )
 _GEMMA = Family(
     backbone="model.language_model",
@@ -373,16 +346,15 @@ _ANYRES = Family(
     backbone="model.language_model",
     vision="model.vision_tower",
     projector=("model.multi_modal_projector", "model.image_newline"),
-    **_TWO_LINEARS,
 )
 
 FAMILIES: dict[str, Family] = {
-    "llava": replace(_LLAVA, **_TWO_LINEARS),
+    "llava": _LLAVA,
     "llava_next": _ANYRES,
     "llava_onevision": _ANYRES,
-    "vipllava": replace(_LLAVA, **_TWO_LINEARS),
-    "internvl": replace(_LLAVA, **_TWO_LINEARS),
-    "mistral3": replace(_LLAVA, **_TWO_LINEARS),
+    "vipllava": _LLAVA,
+    "internvl": _LLAVA,
+    "mistral3": _LLAVA,
     "paligemma": replace(_LLAVA, caps_logits=True),
     "gemma3": _LLAVA,
     "gemma3n": _GEMMA,
@@ -392,15 +364,15 @@ FAMILIES: dict[str, Family] = {
     "qwen2_vl": _QWEN_VL,
     "qwen2_5_vl": _QWEN_VL,
     "qwen3_vl": _QWEN3_VL,
-    "qwen3_vl_moe": replace(_QWEN3_VL, residual_writers=()),
+    "qwen3_vl_moe": _QWEN3_VL,
     "qwen3_5": _QWEN_VL,
     "glm4v": _QWEN_VL,
     "minicpmv4_6": Family(
         backbone="model.language_model", vision="model.vision_tower", projector=("model.merger",)
     ),
     "aya_vision": _LLAVA,
-    "cohere2_vision": replace(_LLAVA, residual_writers=_TWO_LINEARS["residual_writers"]),
-    "perception_lm": replace(_LLAVA, **_TWO_LINEARS),
+    "cohere2_vision": _LLAVA,
+    "perception_lm": _LLAVA,
     "lfm2_vl": _LLAVA,
     "molmo2": _LLAVA,
     "idefics2": Family(
@@ -413,15 +385,11 @@ FAMILIES: dict[str, Family] = {
         backbone="model.language_model",
         vision="model.vision_model",
         projector=("model.aligner",),
-        residual_writers=("model.aligner.linear2.*",),
-        inner_projector=("model.aligner.linear1", "model.aligner.linear2"),
     ),
     "video_llama_3": Family(
         backbone="model.language_model",
         vision="model.vision_model",
         projector=("model.projector",),
-        residual_writers=("model.projector.readout.2.*",),
-        inner_projector=("model.projector.readout.0", "model.projector.readout.2"),
     ),
     "ovis2": Family(
         backbone="model.language_model",

@@ -104,8 +104,6 @@ class Criterion:
             others.
         fixed: Options of the capture that the criterion sets itself.
         from_request: Options that are those of `CalibrationConfig` of the same name.
-        compares_layers: Whether scores of one kind of unit compare over layers, as those in units
-            of the loss do.
     """
 
     units: tuple[str, ...]
@@ -116,7 +114,6 @@ class Criterion:
     options: Mapping[str, Allowed] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     from_request: tuple[str, ...] = ()
-    compares_layers: bool = False
 
     @property
     def needs_data(self) -> bool:
@@ -172,7 +169,6 @@ CRITERIA: dict[str, Criterion] = {
         options={"gradient": ("batch", "per_sample")},
         fixed={"order": "first"},
         from_request=("gradient",),
-        compares_layers=True,
     ),
     "taylor_second": Criterion(
         units=WIDTH_UNITS,
@@ -181,7 +177,6 @@ CRITERIA: dict[str, Criterion] = {
         paper=_LLM_PRUNER,
         about="second order: weight² x mean squared gradient",
         fixed={"order": "second"},
-        compares_layers=True,
     ),
     "taylor_mix": Criterion(
         units=WIDTH_UNITS,
@@ -190,7 +185,6 @@ CRITERIA: dict[str, Criterion] = {
         paper=_LLM_PRUNER,
         about="first and second order together",
         fixed={"order": "mix"},
-        compares_layers=True,
     ),
     "gate": Criterion(
         units=WIDTH_UNITS,
@@ -198,7 +192,6 @@ CRITERIA: dict[str, Criterion] = {
         function=score_gate,
         paper="Michel et al., arXiv:1905.10650",
         about="gradient of a switch on each unit; no weight gradients",
-        compares_layers=True,
     ),
     "activation": Criterion(
         units=WIDTH_UNITS,
@@ -228,7 +221,6 @@ CRITERIA: dict[str, Criterion] = {
         paper="after SlimGPT, arXiv:2412.18110 and OSSCAR, arXiv:2403.12983",
         about="squared error when the unit goes and the others are refitted, one after another",
         options={"group": _COUNT},
-        compares_layers=True,
     ),
     "magnitude": Criterion(
         units=("layer", *WIDTH_UNITS),
@@ -281,12 +273,6 @@ def criterion_named(name: str, options: Mapping[str, Any]) -> Criterion:
             choices = ", ".join(map(str, allowed))
             raise ConfigError(f"criterion {name!r}: {option}={value!r} must be one of: {choices}")
     return CRITERIA[name]
-
-
-def layers_compare(scores: Scores) -> bool:
-    """Whether scores of one kind of unit compare over layers; not if the criterion is unknown."""
-    row = CRITERIA.get(scores.criterion)
-    return row is not None and row.compares_layers
 
 
 def criteria_table() -> str:
