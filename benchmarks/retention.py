@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import json
 import math
 import random
@@ -37,7 +36,6 @@ from slimvlm.core.files import write_text
 from slimvlm.evaluation.results import Result
 from slimvlm.models.load import computes_bfloat16, default_device
 from slimvlm.runs import stages
-from slimvlm.runs.prune import narrow_
 from slimvlm.runs.request import Request, resolved
 from slimvlm.runs.stages import Calibration
 from slimvlm.runs.tables import as_markdown
@@ -68,10 +66,6 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "wanda": {"criterion": ("wanda",)},
     "flap": {"criterion": ("flap",)},
     "uniform": {"allocation": "uniform"},
-    "global": {"allocation": "global"},
-    "search": {"allocation": "search", "search_passes": 60},
-    "3 steps": {"steps": 3},
-    "hidden size 504": {"hidden_size": 504},
     "image 0.1": {"token_weights": "image=0.1"},
     "image 0": {"token_weights": "image=0"},
     "answer 3": {"token_weights": "image=0.3,prompt=0.3,answer=1"},
@@ -145,20 +139,14 @@ class Sitting:
         path = options.out / Path(options.model).name / f"{name.replace(' ', '_')}.json"
         if path.exists():
             return Result.load(path)
-        asked = dict(RECIPES[recipe])
-        hidden_size = asked.pop("hidden_size", None)
-        config = sv.PruneConfig(ratio=ratio, data="demo", samples=options.samples, **asked)
+        config = sv.PruneConfig(
+            ratio=ratio, data="demo", samples=options.samples, **RECIPES[recipe]
+        )
         kind = TextCalibration if subject.tasks == "text_ppl" else Calibration
         request = resolved(Request(model=options.model, prune=config))
         calibration = kind(subject.processor, self._shown, request.hold_out)
         model = copy.deepcopy(subject.model)
-        if hidden_size is None:
-            scores = self._scored(request, calibration)
-        else:
-            gone = narrow_(request, model, hidden_size, calibration).ratio
-            config = dataclasses.replace(config, ratio=1 - (1 - ratio) / (1 - gone))
-            request = resolved(Request(model=options.model, prune=config))
-            scores = list(stages.calibrate(request, model, calibration).values())
+        scores = self._scored(request, calibration)
         try:
             plan = stages.plan(request, model, calibration, scores, print)
         except ImpossiblePlanError as error:

@@ -136,8 +136,6 @@ def test_a_bad_recovery_option_is_named(
         ("repair", "all"),
         ("dtype", "int3"),
         ("samples", 0),
-        ("steps", 0),
-        ("search_passes", 0),
         ("units", ()),
         ("units", ("layer",)),
     ],

@@ -422,9 +422,7 @@ def test_the_verbs_score_and_prune_alike(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*.scratch"))
 
 
-@pytest.mark.parametrize(
-    "flags", [["--repair", "width"], ["--steps", "2"], ["--allocation", "search"], ["--pad"]]
-)
+@pytest.mark.parametrize("flags", [["--repair", "width"], ["--compat"], ["--pad"]])
 def test_what_low_memory_cannot_do_is_said_at_once(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

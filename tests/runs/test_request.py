@@ -64,7 +64,6 @@ UNMEASURABLE = {
     "depth": ({"axis": "depth"}, {}, "axis depth removes no widths"),
     "no data": ({"data": None}, {}, "there is no data to measure on"),
     "low memory": ({}, {"low_memory": True}, "low_memory cannot measure plans"),
-    "steps": ({"steps": 2}, {}, "steps choose the widths"),
 }
 
 
@@ -92,7 +91,7 @@ def test_a_decided_request_stays_as_it_is() -> None:
         ({"allocation": "uniform", "repair": "width"}, False),
         ({"allocation": "uniform"}, True),
         ({"repair": "none"}, True),
-        ({"allocation": "search", "repair": "none"}, True),
+        ({"allocation": "balanced", "repair": "none"}, True),
         ({"axis": "depth", "repair": "none"}, False),
     ],
 )

@@ -48,7 +48,6 @@ VERBS: dict[str, Verb] = {
         stages.score,
         stages.plan,
         stages.prune,
-        stages.narrow,
         stages.recover,
         stages.cache_teacher,
         stages.evaluate,

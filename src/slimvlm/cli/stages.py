@@ -79,7 +79,6 @@ def prune(
     out: Path,
     plan: Path | None = None,
     pruning: Annotated[PruneConfig, INLINE] = PruneConfig(),
-    hidden_size: int | None = None,
     memory: Annotated[MemoryOptions, INLINE] = MemoryOptions(),
     force: bool = False,
 ) -> None:
@@ -90,8 +89,6 @@ def prune(
         out: The new checkpoint folder.
         plan: A plan file instead of ratio, axis, criterion and allocation.
         pruning: What to remove, and how.
-        hidden_size: Narrow the residual stream to so many channels first, as the verb narrow does;
-            the ratio then counts both.
         memory: How much of the model is in memory.
         force: Replace an existing folder.
     """
@@ -102,38 +99,10 @@ def prune(
         pruning,
         out,
         plan_file=plan,
-        hidden_size=hidden_size,
         memory=memory,
         force=force,
         say=note,
     )
-    print(f"{done.summary()}\ncheckpoint: {out}")
-
-
-def narrow(
-    model: Model,
-    out: Path,
-    hidden_size: int,
-    calibration: Annotated[CalibrationConfig, INLINE] = CalibrationConfig(),
-    criterion: Literal["activation", "magnitude", "random"] = "activation",
-    force: bool = False,
-) -> None:
-    """Write a checkpoint whose hidden states have fewer channels; prune and recover it afterwards.
-
-    Norms divide by the mean over channels, so even an unused channel is missed: recover what comes
-    out.
-
-    Args:
-        model: Folder, hub id, or demo.
-        out: The new checkpoint folder.
-        hidden_size: Channels to keep; multiples of 128 run fastest.
-        calibration: What activation reads.
-        criterion: What keeps a channel: its size after the norms, the size of its weights, chance.
-        force: Replace an existing folder.
-    """
-    from slimvlm.runs.prune import narrow as run
-
-    done = run(model, calibration, out, hidden_size, criterion, force=force, say=note)
     print(f"{done.summary()}\ncheckpoint: {out}")
 
 

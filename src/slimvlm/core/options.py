@@ -28,7 +28,7 @@ from slimvlm.core.errors import ConfigError
 
 Axis = Literal["depth", "width", "both"]
 Unit = Literal["kv_group", "neuron"]
-Allocation = Literal["uniform", "balanced", "protect", "global", "search"]
+Allocation = Literal["uniform", "balanced", "protect"]
 Gradient = Literal["batch", "per_sample"]
 Repair = Literal["none", "width", "depth", "both", "auto"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -301,9 +301,9 @@ class PlanConfig(WidthOptions, TargetOptions):
     """Data type that --target-memory is counted in."""
     axis: Axis = "width"
     """Remove layers, KV groups and neurons, or both."""
-    allocation: Literal["uniform", "protect", "global"] = "uniform"
-    """The same widths in every layer; first and last layers whole; or one ranking of the units of
-    all layers. The last two write files with code."""
+    allocation: Literal["uniform", "protect"] = "uniform"
+    """The same widths in every layer, or first and last layers whole, which writes files with
+    code."""
     kv_heads: int | None = None
     """KV groups to keep in every layer; neurons give the rest."""
 
@@ -346,23 +346,13 @@ class PruneConfig(FileOptions, WidthOptions, RatioOptions, SampleOptions, DataOp
     """How to score, one criterion for each kind of unit; by default what measured best."""
     allocation: Allocation | None = None
     """How widths share the ratio: the same in every layer, with KV groups and neurons in
-    proportion (uniform) or as measured (balanced); first and last layers whole (protect); by one
-    ranking (global) or a search over layers. The last two give files with code. By default
-    balanced, or uniform where nothing can be measured."""
-    steps: Annotated[int, AT_LEAST_1] = 1
-    """Score, remove a part, and repeat so many times."""
-    search_passes: Annotated[int, AT_LEAST_1] = 200
-    """Plans that a search measures at most; each is one pass over held-out samples."""
+    proportion (uniform) or as measured (balanced); or first and last layers whole (protect),
+    which gives files with code. By default balanced, or uniform where nothing can be measured."""
     repair: Repair = "auto"
     """Fit the remaining weights in closed form: widths, seams of removed layers, both, or auto,
     which keeps what helps on held-out answers and does nothing without data."""
     pad: bool = False
     """Fill layers of different widths up with zeros: loads without code, as large as the widest."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.steps > 1 and self.allocation == "search":
-            raise ConfigError(f"steps {self.steps} cannot be combined with allocation 'search'")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -187,7 +187,7 @@ def _planned(run: Run, model: PreTrainedModel, calibration: Calibration) -> Plan
     for name, found in scores.items():
         found.save(state / name)
     given = list(scores.values())
-    plan = stages.plan(run.request, model, calibration, given, run.say, state / "search.json")
+    plan = stages.plan(run.request, model, calibration, given, run.say)
     plan.save(run.path("plan.json"))
     return plan
 

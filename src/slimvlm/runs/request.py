@@ -32,9 +32,6 @@ from slimvlm.scoring.statistics import Statistics
 from slimvlm.scoring.unit_scores import Scores
 from slimvlm.scoring.without_data import score_random
 
-MEASURED: dict[Allocation, str] = {"balanced": "uniform", "search": "layer"}
-"""Allocations that compare plans on held-out samples, and the level of the search."""
-
 Say = Callable[[str], None]
 
 
@@ -97,7 +94,7 @@ def resolved(request: Request, say: Say = silent, low_memory: bool = False) -> R
     return replace(
         request,
         prune=config,
-        hold_out=config.repair == "auto" or config.allocation in MEASURED,
+        hold_out=config.repair == "auto" or config.allocation == "balanced",
         recover=None if recover is None else replace(recover, seed=config.seed),
     )
 
@@ -110,7 +107,6 @@ def _resolved_allocation(config: PruneConfig, say: Say, low_memory: bool) -> All
         "axis depth removes no widths": config.axis == "depth",
         "there is no data to measure on": config.data is None,
         "low_memory cannot measure plans": low_memory,
-        "steps choose the widths": config.steps > 1,
     }
     reason = next((why for why, holds in reasons.items() if holds), None)
     if reason is None:
@@ -160,12 +156,8 @@ def check_options(config: PruneConfig) -> None:
         parse_token_weights(config.token_weights)
         if not data_bound:
             raise ConfigError(f"token_weights {config.token_weights!r}: no criterion reads data")
-    if config.data is None:
-        for name, free in (("repair", ("none", "auto")), ("steps", (1,))):
-            if getattr(config, name) not in free:
-                raise ConfigError(f"{name} {getattr(config, name)!r} needs --data")
-        if config.allocation == "search":
-            raise ConfigError("allocation 'search' needs --data")
+    if config.data is None and config.repair not in ("none", "auto"):
+        raise ConfigError(f"repair {config.repair!r} needs --data")
 
 
 def check_request(request: Request, anatomy: Anatomy, say: Say) -> None:
@@ -237,15 +229,10 @@ def token_weights_of(config: PruneConfig) -> dict[str, float] | None:
     return None if config.token_weights is None else parse_token_weights(config.token_weights)
 
 
-def ranked_allocation(config: PruneConfig) -> Allocation:
-    """The allocation that scores alone can make: a measured one begins with ``uniform``."""
-    given = config.allocation
-    return "uniform" if given is None or given in MEASURED else given
-
-
 def ranked_plan(config: PruneConfig, anatomy: Anatomy, scores: Sequence[Scores]) -> Plan:
-    """The plan that scores alone give."""
-    axis, allocation = config.axis or "width", ranked_allocation(config)
+    """The plan that scores alone give: what is ``balanced`` by measurement begins ``uniform``."""
+    axis = config.axis or "width"
+    allocation = "protect" if config.allocation == "protect" else "uniform"
     return make_plan(
         anatomy, scores, ratio_of(config), axis, allocation, **vars(part_of(config, WidthOptions))
     )

@@ -25,17 +25,14 @@ from slimvlm.evaluation.lmms import evaluate_all
 from slimvlm.evaluation.results import Result
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.load import load_as, load_config, load_processor, resolve
+from slimvlm.planning.balance import balanced_plan
 from slimvlm.planning.plan import Plan
-from slimvlm.planning.search import search_plan
-from slimvlm.planning.steps import plan_in_steps
 from slimvlm.pruning.cut import prune_ as cut_
 from slimvlm.pruning.repair import RepairReport, prune_and_repair_
 from slimvlm.runs.request import (
-    MEASURED,
     Request,
     Say,
     criterion_options,
-    ranked_allocation,
     ranked_plan,
     ratio_of,
     silent,
@@ -170,10 +167,8 @@ def load_original(request: Request, device: str | None = None) -> tuple[PreTrain
 def calibrate(
     request: Request, model: PreTrainedModel, calibration: Calibration
 ) -> dict[str, Scores]:
-    """Score a model by each criterion of the request; not at all if planning does, in steps."""
+    """Score a model by each criterion of the request."""
     found: dict[str, Scores] = {}
-    if request.prune.steps > 1:
-        return found
     for name in request.prune.criterion:
         batches: Any = ()
         if CRITERIA[name].needs_data:
@@ -188,7 +183,6 @@ def plan(
     calibration: Calibration,
     scores: Sequence[Scores],
     say: Say = silent,
-    state_file: Path | None = None,
 ) -> Plan:
     """Choose what stays.
 
@@ -196,33 +190,16 @@ def plan(
         request: The request.
         model: The original; its weights are not changed.
         calibration: Its calibration data.
-        scores: Those of `calibrate`; with several steps none, as every step scores what is left.
-        say: Receives what a search found.
-        state_file: Where a search keeps what it measured, to go on after a stop.
+        scores: Those of `calibrate`.
+        say: Receives what measuring candidates found.
     """
     config = request.prune
-    options = vars(part_of(config, WidthOptions))
-    ratio, axis = ratio_of(config), config.axis or "width"
-    if config.steps > 1:
-        criteria = {name: criterion_options(config, name) for name in config.criterion}
-        options = {**options, "allocation": ranked_allocation(config)}
-        return plan_in_steps(
-            model, calibration.fitted, criteria, ratio, axis, config.steps, **options
-        )
-    if config.allocation not in MEASURED:
+    if config.allocation != "balanced":
         return ranked_plan(config, read_anatomy(model), scores)
-    found = search_plan(
-        model,
-        scores,
-        calibration.held_out,
-        ratio,
-        axis,
-        level=MEASURED[config.allocation],
-        passes=config.search_passes,
-        state_file=state_file,
-        **options,
-    )
-    say(f"search: {len(found.trials)} plans measured, least divergence {found.divergence:.4f}")
+    ratio, axis = ratio_of(config), config.axis or "width"
+    options = vars(part_of(config, WidthOptions))
+    found = balanced_plan(model, scores, calibration.held_out, ratio, axis, **options)
+    say(f"balanced: {len(found.trials)} plans measured, least divergence {found.divergence:.4f}")
     return found.plan
 
 

@@ -19,6 +19,9 @@ from slimvlm.runs.study.stages import CellStages, Stage
 from slimvlm.runs.study.work import samples_of
 from slimvlm.scoring.criteria import CRITERIA
 
+_BALANCE_PASSES = 8 / 4
+"""Passes over all calibration samples: a quarter of them judges some eight candidates."""
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -138,7 +141,7 @@ def _flops_of(stage: Stage, kept: float, sizes: Sizes) -> float:
             row = CRITERIA[prune.criterion[0]]
             return disk + shown * row.capture.passes
         case "plan":
-            return disk + shown * _plan_passes(stage)
+            return disk + shown * _BALANCE_PASSES * (prune.allocation == "balanced")
         case "prune":
             return 3 * disk + shown * 3 * (prune.repair != "none")
         case "recover":
@@ -148,14 +151,6 @@ def _flops_of(stage: Stage, kept: float, sizes: Sizes) -> float:
             seen = batches * min(recover.batch_size, learnt)
             return 3 * disk + sizes.training_flops(recover, kept, seen)
     return disk + sizes.pass_flops * kept * _questions(stage) * constants.reply_passes
-
-
-def _plan_passes(stage: Stage) -> float:
-    """Passes over all calibration samples; a quarter of them judges the plans of a search."""
-    prune = stage.request.prune
-    if prune.axis == "depth" or prune.allocation not in ("balanced", "search"):
-        return prune.steps - 1
-    return (prune.search_passes if prune.allocation == "search" else 8) / 4
 
 
 def _questions(stage: Stage) -> int:

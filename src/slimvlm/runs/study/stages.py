@@ -121,9 +121,7 @@ def stages_of(study: StudyConfig, cell: Cell) -> CellStages:
     )
     base = replace(whole, recover=None, training_samples=None)
     config = base.prune
-    calibrations: tuple[Stage, ...] = ()
-    if config.steps == 1:
-        calibrations = tuple(_calibration(base, criterion) for criterion in config.criterion)
+    calibrations = tuple(_calibration(base, criterion) for criterion in config.criterion)
     planned = replace(base, prune=replace(config, repair="none"))
     plan = Stage("plan", planned, calibrations, shape)
     prune = Stage("prune", base, (plan,), shape)

@@ -87,7 +87,7 @@ def _calibrate(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path
 def _plan(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) -> None:
     model, calibration = _original(stage.request)
     given = [Scores.load(path / SCORES) for path in inputs]
-    plan = stages.plan(stage.request, model, calibration, given, state_file=scratch / "search.json")
+    plan = stages.plan(stage.request, model, calibration, given)
     plan.save(folder / PLAN)
 
 
