@@ -27,7 +27,10 @@ SECTIONS = {
     "Large models": ("low-memory", "scale-out"),
     "Reference": ("cli", "python", "security"),
     "Measured": ("results", "log", "changelog"),
-    "Take part": ("contributing", "add-a-criterion", "add-a-family"),
+    "Take part": (
+        *("contributing", "add-a-criterion", "add-a-family"),
+        *("journey-compress", "journey-batch-to-slice", "journey-sample-to-loss"),
+    ),
 }
 MADE = {"index", "cli", "contributing", "changelog"}
 
