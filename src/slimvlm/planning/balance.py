@@ -15,11 +15,10 @@ from transformers import PreTrainedModel
 from slimvlm.core.errors import ImpossiblePlanError
 from slimvlm.core.progress import progress
 from slimvlm.models.anatomy import Anatomy, read_anatomy
-from slimvlm.scoring.unit_scores import WIDTH_UNITS
 from slimvlm.planning.divergence import Batch, Divergence
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
-from slimvlm.scoring.unit_scores import Scores
+from slimvlm.scoring.unit_scores import WIDTH_UNITS, Scores
 
 _FIRST_TRIALS = 8
 """Where more numbers of KV groups are legal, so many come first, and then those near the best."""
