@@ -58,7 +58,7 @@ def write_manifest(folder: Path) -> None:
     Raises:
         OutputError: If the disk is full.
     """
-    files = {name: _described(folder / name) for name in _file_names(folder)}
+    files = {name: _described(folder / name) for name in sorted(_file_names(folder))}
     text = json.dumps({"format": FORMAT, "files": files}, indent=1)
     write_text(folder / MANIFEST_FILE, text + "\n")
 

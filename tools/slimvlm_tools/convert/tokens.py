@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from slimvlm.core.errors import ConfigError, UnsupportedModelError
 from slimvlm_tools.convert.source import pick, read_json
-
-if TYPE_CHECKING:
-    from sentencepiece import SentencePieceProcessor
 
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 COPIED = ("model_max_length", "padding_side", "clean_up_tokenization_spaces")
@@ -138,15 +136,9 @@ def _read_pieces(path: Path, unknown: str) -> tuple[Tokenizer, bool]:
         The tokenizer, and whether the model puts a ``▁`` before a text.
 
     Raises:
-        ConfigError: If the file is no such model, or ``sentencepiece`` is not installed.
+        ConfigError: If the file is no such model.
         UnsupportedModelError: If the model is not BPE, or rewrites text before it is split.
     """
-    try:
-        from sentencepiece import SentencePieceProcessor
-    except ImportError as error:
-        raise ConfigError(
-            f"{str(path)!r}: to read it takes `pip install 'slimvlm[convert]'`"
-        ) from error
     try:
         model = SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
