@@ -47,3 +47,8 @@ def first_line(error: BaseException) -> str:
     """What an error says, in one line; its class where it says nothing."""
     said = str(error).strip()
     return said.splitlines()[0] if said else type(error).__name__
+
+
+def one_line(error: BaseException) -> str:
+    """All that an error says, as one line; its class where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

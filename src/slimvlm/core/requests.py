@@ -15,12 +15,13 @@ from typing import Any
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import write_text
 
-Request = Mapping[str, Any]
-"""What was asked for, by name; values that JSON can hold."""
 
-
-def note_request(file: Path, request: Request) -> None:
+def note_request(file: Path, request: Mapping[str, Any]) -> None:
     """Write down whose the work beside a file is, in place of an older note.
+
+    Args:
+        file: Where.
+        request: What was asked for, by name; values that JSON can hold.
 
     Raises:
         OutputError: If the file cannot be written.
@@ -37,12 +38,14 @@ def noted_request(file: Path) -> dict[str, Any] | None:
     return noted if isinstance(noted, dict) else None
 
 
-def is_begun_for(file: Path, request: Request) -> bool:
+def is_begun_for(file: Path, request: Mapping[str, Any]) -> bool:
     """Whether the work beside a file was begun for this very request."""
     return noted_request(file) == _plain(request)
 
 
-def require_same_request(noted: Request | None, request: Request, what: str, cure: str) -> None:
+def require_same_request(
+    noted: Mapping[str, Any] | None, request: Mapping[str, Any], what: str, cure: str
+) -> None:
     """Refuse to go on with another request's work.
 
     Args:
@@ -59,7 +62,9 @@ def require_same_request(noted: Request | None, request: Request, what: str, cur
         raise ConfigError(f"{what} with other {' and '.join(differing)}. {cure}")
 
 
-def _differing(noted: Request, request: Request, prefix: str = "") -> Iterator[str]:
+def _differing(
+    noted: Mapping[str, Any], request: Mapping[str, Any], prefix: str = ""
+) -> Iterator[str]:
     """Names of the values that are not the same; inside dictionaries those of their values."""
     for name in dict.fromkeys([*request, *noted]):
         ours, theirs = request.get(name), noted.get(name)
@@ -69,7 +74,7 @@ def _differing(noted: Request, request: Request, prefix: str = "") -> Iterator[s
             yield prefix + name
 
 
-def _plain(request: Request) -> dict[str, Any]:
+def _plain(request: Mapping[str, Any]) -> dict[str, Any]:
     """A request as it comes back from JSON: tuples are lists, keys are words."""
     values: dict[str, Any] = json.loads(json.dumps(request))
     return values

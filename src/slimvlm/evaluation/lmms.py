@@ -20,7 +20,7 @@ from typing import Any
 from PIL import Image, ImageFile
 from transformers import PreTrainedModel
 
-from slimvlm.core.errors import ConfigError
+from slimvlm.core.errors import ConfigError, one_line
 from slimvlm.data import chat
 from slimvlm.data.samples import Question
 from slimvlm.evaluation.ask import evaluate, with_costs
@@ -277,10 +277,10 @@ def _load_task(name: str, own: Any) -> Any:
             return manager.load_task_or_group(name)[name]
         except (RetryError, ImportError, OSError, ValueError) as error:
             inner = error.last_attempt.exception() if isinstance(error, RetryError) else error
-            reason = " ".join(str(inner).split()) or type(inner).__name__
+            assert inner is not None
             raise ConfigError(
                 f"task {name!r}: its data cannot be loaded. lmms-eval takes it from the Hugging "
-                f"Face hub or its cache; offline, download it first ({reason})"
+                f"Face hub or its cache; offline, download it first ({one_line(inner)})"
             ) from error
 
 

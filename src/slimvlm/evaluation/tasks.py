@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from slimvlm.core.errors import ConfigError, DataError
+from slimvlm.core.errors import ConfigError, DataError, one_line
 from slimvlm.data.images import find_image
 from slimvlm.data.read import read_rows
 from slimvlm.data.samples import Question, Task
@@ -102,8 +102,7 @@ def read_task(path: str | Path) -> Task:
     except ConfigError:
         raise
     except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"task {str(path)!r}: cannot be read ({reason})") from error
+        raise ConfigError(f"task {str(path)!r}: cannot be read ({one_line(error)})") from error
     return Task(
         name=row.name,
         metric=row.metric,

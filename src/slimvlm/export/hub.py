@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from slimvlm.core.errors import ConfigError
+from slimvlm.core.errors import ConfigError, one_line
 from slimvlm.models.load import resolve
 from slimvlm.pruning.card import CARD_FILE
 
@@ -43,6 +43,5 @@ def push(folder: str | Path, repo_id: str, private: bool = False) -> str:
             repo_id=repo_id, folder_path=path, commit_message="Upload a model made with slimvlm"
         )
     except (HFValidationError, _HTTP_ERROR, OSError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"push to repo_id {repo_id!r}: {reason}") from error
+        raise ConfigError(f"push to repo_id {repo_id!r}: {one_line(error)}") from error
     return str(commit.commit_url)

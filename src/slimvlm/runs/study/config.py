@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 import yaml
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
-from slimvlm.core.errors import ConfigError
+from slimvlm.core.errors import ConfigError, one_line
 
 T = TypeVar("T")
 NONE = "none"
@@ -160,8 +160,7 @@ def read_study(path: str | Path) -> StudyConfig:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"study {str(path)!r}: cannot be read ({reason})") from error
+        raise ConfigError(f"study {str(path)!r}: cannot be read ({one_line(error)})") from error
     try:
         return built(StudyConfig, values)
     except ConfigError as error:
