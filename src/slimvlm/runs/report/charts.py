@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -17,7 +17,6 @@ from slimvlm.planning.plan import Plan
 from slimvlm.runs.recipes import published
 from slimvlm.runs.report.record import Entry, Pruning, Training
 from slimvlm.runs.report.svg import COLOURS, STYLE, Chart, Marks, blank
-from slimvlm.scoring.unit_scores import Scores
 
 TRAINED = {
     None: ("o", "○", "not trained"),
@@ -179,50 +178,43 @@ def score_maps(pruning: Pruning) -> list[Chart]:
         if scores.layer is not None:
             units = [values.reshape(1) for values in scores.layer]
             stay = [[0] if layer in pruning.plan.layers else [] for layer in range(len(units))]
-            maps.append(_unit_map("Layers", "", scores, units, stay))
+            maps.append(_unit_map(f"Layers by {scores.criterion}", "", units, stay))
         if scores.kv_group is not None:
-            groups, kept = scores.kv_group, pruning.plan.kv_groups
-            maps.append(_unit_map("KV groups", ", KV group {}", scores, groups, kept))
+            title, kept = f"KV groups by {scores.criterion}", pruning.plan.kv_groups
+            maps.append(_unit_map(title, ", KV group {}", scores.kv_group, kept))
         if scores.neuron is not None:
-            maps.append(_neuron_map(scores, scores.neuron, pruning.plan))
+            title = f"Neurons by {scores.criterion}"
+            maps.append(_neuron_map(title, scores.neuron, pruning.plan))
     return maps
 
 
 def _unit_map(
-    title: str,
-    name: str,
-    scores: Scores,
-    values: Sequence[Tensor],
-    kept: Sequence[Sequence[int]],
+    title: str, name: str, values: Sequence[Tensor], kept: Sequence[Sequence[int]]
 ) -> Chart:
     """A cell for each unit; those that are gone are crossed."""
-    places = [(layer, unit) for layer, of in enumerate(values) for unit in range(len(of))]
-    words = [
-        f"layer {layer}{name.format(unit)}: {float(values[layer][unit]):.3g}, "
+    cells = {
+        (layer, unit): f"layer {layer}{name.format(unit)}: {value:.3g}, "
         f"{'kept' if unit in kept[layer] else 'removed'}"
-        for layer, unit in places
-    ]
-    rows = max(map(len, values))
-    chart = _heatmap(title, scores, len(values), rows, _CELL, "Crossed: removed.")
-    _cells(chart, places, _strengths(torch.cat(list(values))), words)
-    return _crossed(chart, [(x + 0.5, y + 0.5) for x, y in places if y not in kept[x]])
+        for layer, of in enumerate(values)
+        for unit, value in enumerate(of.tolist())
+    }
+    strengths = torch.cat(list(values))
+    chart = _heatmap(title, len(values), cells, strengths, _CELL, "Crossed: removed.")
+    return _crossed(chart, [(x + 0.5, y + 0.5) for x, y in cells if y not in kept[x]])
 
 
-def _neuron_map(scores: Scores, values: Sequence[Tensor], plan: Plan) -> Chart:
+def _neuron_map(title: str, values: Sequence[Tensor], plan: Plan) -> Chart:
     """Shares of each layer's neurons, best first, and a line at how many were kept."""
     bins = torch.stack([torch.stack(_binned(of)) for of in values])
-    shares = [
-        len(n) / len(of) if len(of) else 0.0 for n, of in zip(plan.neurons, values, strict=True)
-    ]
-    places = [(layer, row) for layer in range(len(values)) for row in range(NEURON_ROWS)]
-    words = [
-        f"layer {layer}, best {row / NEURON_ROWS:.0%} to {(row + 1) / NEURON_ROWS:.0%}: "
-        f"about {10 ** float(bins[layer, row]):.3g}; {shares[layer]:.0%} kept"
-        for layer, row in places
-    ]
+    shares = [len(kept) / max(len(of), 1) for kept, of in zip(plan.neurons, values, strict=True)]
+    cells = {
+        (layer, row): f"layer {layer}, best {row / NEURON_ROWS:.0%} to "
+        f"{(row + 1) / NEURON_ROWS:.0%}: about {10**value:.3g}; {shares[layer]:.0%} kept"
+        for layer, column in enumerate(bins.tolist())
+        for row, value in enumerate(column)
+    }
     caption = "Each layer's neurons, best on top. Line: so many were kept."
-    chart = _heatmap("Neurons", scores, len(values), NEURON_ROWS, _CELL / 2, caption)
-    _cells(chart, places, _strengths(bins), words)
+    chart = _heatmap(title, len(values), cells, bins, _CELL / 2, caption)
     heights = [NEURON_ROWS * share for share in shares]
     starts, ends = range(len(values)), range(1, len(values) + 1)
     cuts = chart.axes.hlines(heights, starts, ends, COLOURS["lost"], linewidth=2.5)
@@ -351,27 +343,26 @@ def _by_layer(title: str, caption: str, count: int, rows: float, height: float) 
 
 
 def _heatmap(
-    title: str, scores: Scores, count: int, rows: int, height: float, caption: str
+    title: str,
+    layers: int,
+    cells: Mapping[tuple[int, int], str],
+    values: Tensor,
+    height: float,
+    caption: str,
 ) -> Chart:
+    """A cell at each layer and row, with what it says; the higher its value, the stronger."""
+    rows = 1 + max(row for _, row in cells)
     whole = f"Strong colour: high score, kept first. {caption}"
-    return _by_layer(f"{title} by {scores.criterion}", whole, count, rows, rows * height)
-
-
-def _cells(
-    chart: Chart,
-    places: Sequence[tuple[int, int]],
-    strengths: Sequence[float],
-    words: Sequence[str],
-) -> None:
-    """A square for each place, whose opacity is its strength in [0, 1]."""
-    cells = PatchCollection(
-        [Rectangle(place, 1, 1) for place in places],
-        facecolors=[to_rgba(COLOURS["heat"], 0.06 + 0.94 * strength) for strength in strengths],
+    chart = _by_layer(title, whole, layers, rows, rows * height)
+    drawn = PatchCollection(
+        [Rectangle(place, 1, 1) for place in cells],
+        facecolors=[to_rgba(COLOURS["heat"], 0.06 + 0.94 * s) for s in _strengths(values)],
         edgecolors=COLOURS["paper"],
         linewidths=1.2,
     )
-    chart.axes.add_collection(cells)
-    chart.say(cells, Marks("heat", words))
+    chart.axes.add_collection(drawn)
+    chart.say(drawn, Marks("heat", list(cells.values())))
+    return chart
 
 
 def _crossed(chart: Chart, places: Sequence[tuple[float, float]]) -> Chart:
