@@ -333,6 +333,6 @@ def first_spoilt_layer(model: nn.Module, batch: Batch) -> int | None:
     inputs.pop("labels", None)
     with ExitStack() as stack:
         for index, layer in enumerate(decoder_layers(model)):
-            stack.callback(layer.register_forward_hook(partial(look, index)).remove)
+            stack.enter_context(layer.register_forward_hook(partial(look, index)))
         forward_backbone(model, inputs)
     return min(spoilt, default=None)

@@ -264,12 +264,11 @@ def on_products(model: nn.Module, call: Callable[[Product], None]) -> Iterator[N
 
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
-        first = decoder_layers(model)[0].register_forward_pre_hook(start, with_kwargs=True)
-        stack.callback(first.remove)
+        first = decoder_layers(model)[0]
+        stack.enter_context(first.register_forward_pre_hook(start, with_kwargs=True))
         for index, projection, linear in hookable(model):
-            after_this = partial(after, (index, projection.path), projection.dim)
-            hook = linear.register_forward_hook(after_this)
-            stack.callback(hook.remove)
+            hook = partial(after, (index, projection.path), projection.dim)
+            stack.enter_context(linear.register_forward_hook(hook))
         yield
 
 

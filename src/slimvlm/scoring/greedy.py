@@ -184,8 +184,7 @@ class _Removal:
 
         with ExitStack() as stack:
             for layer in self.layers:
-                hook = layer.register_forward_pre_hook(keep, with_kwargs=True)
-                stack.callback(hook.remove)
+                stack.enter_context(layer.register_forward_pre_hook(keep, with_kwargs=True))
             forward_backbone(self.model, batch)
         return inputs
 
@@ -210,12 +209,13 @@ class _Removal:
         unused = {*range(tried[0]), *removed}
         with ExitStack() as stack:
             stack.enter_context(_passing_on(self.layers[index] for index in sorted(unused)))
-            first = self.layers[tried[0]].register_forward_pre_hook(enter, with_kwargs=True)
-            stack.callback(first.remove)
+            first = self.layers[tried[0]]
+            stack.enter_context(first.register_forward_pre_hook(enter, with_kwargs=True))
             for copy, index in enumerate(tried):
-                layer = self.layers[index]
-                hook = layer.register_forward_hook(partial(skip, copy), with_kwargs=True)
-                stack.callback(hook.remove)
+                hook = partial(skip, copy)
+                stack.enter_context(
+                    self.layers[index].register_forward_hook(hook, with_kwargs=True)
+                )
             yield
 
 

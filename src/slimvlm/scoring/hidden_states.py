@@ -110,9 +110,9 @@ class _Comparison:
     def watching(self, model: nn.Module) -> Iterator[None]:
         with ExitStack() as stack:
             for index, layer in enumerate(decoder_layers(model)):
-                hook = layer.register_forward_hook(partial(self.on_layer, index), with_kwargs=True)
-                stack.callback(hook.remove)
-            stack.callback(final_norm(model).register_forward_hook(self.on_norm).remove)
+                hook = partial(self.on_layer, index)
+                stack.enter_context(layer.register_forward_hook(hook, with_kwargs=True))
+            stack.enter_context(final_norm(model).register_forward_hook(self.on_norm))
             yield
 
 

@@ -81,8 +81,8 @@ def on_consumers(
 
     with ExitStack() as stack:
         for index, projection, linear in consumers(model):
-            hook = linear.register_forward_pre_hook(partial(before, index, projection))
-            stack.callback(hook.remove)
+            hook = partial(before, index, projection)
+            stack.enter_context(linear.register_forward_pre_hook(hook))
         yield
 
 
