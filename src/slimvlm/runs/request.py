@@ -27,7 +27,12 @@ from slimvlm.models.anatomy import Anatomy
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
 from slimvlm.runs.recipes import recipe_for
-from slimvlm.scoring.criteria import CRITERIA, DEFAULT_CRITERIA, criterion_named
+from slimvlm.scoring.criteria import (
+    CRITERIA,
+    CRITERIA_WITHOUT_DATA,
+    DEFAULT_CRITERIA,
+    criterion_named,
+)
 from slimvlm.scoring.statistics import Statistics
 from slimvlm.scoring.unit_scores import Scores
 from slimvlm.scoring.without_data import score_random
@@ -138,7 +143,7 @@ def criteria_of(config: PruneConfig) -> tuple[str, ...]:
     if config.criterion:
         return config.criterion
     if config.data is None:
-        return ("spacing", "magnitude")
+        return CRITERIA_WITHOUT_DATA
     return DEFAULT_CRITERIA[config.axis or "width"]
 
 

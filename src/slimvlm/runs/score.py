@@ -33,7 +33,7 @@ from slimvlm.runs.request import (
     token_weights_of,
 )
 from slimvlm.runs.stages import Calibration, calibrate, load_original, read_split
-from slimvlm.scoring.criteria import CRITERIA
+from slimvlm.scoring.criteria import CRITERIA, CRITERIA_WITHOUT_DATA
 from slimvlm.scoring.score_model import (
     calibration_batches,
     check_token_weights,
@@ -150,7 +150,8 @@ def plan(
         return make_plan(shape, scores, config.ratio or 0.0, **options)
 
     if not given:
-        criterion = "spacing" if config.axis == "depth" else "magnitude"
+        of_layers, of_widths = CRITERIA_WITHOUT_DATA
+        criterion = of_layers if config.axis == "depth" else of_widths
         planned([pretended_scores(shape, [criterion])])
         say(f"no --scores: using {criterion}")
         given = [score_model(load(model)[0], (), criterion)]

@@ -248,6 +248,9 @@ DEFAULT_CRITERIA: dict[str, tuple[str, ...]] = {
 }
 """Chosen by measurement; see "What stays without training" in ``docs/results.md``."""
 
+CRITERIA_WITHOUT_DATA = ("spacing", "magnitude")
+"""The defaults for layers and for widths where there is no data."""
+
 
 def criterion_named(name: str, options: Mapping[str, Any]) -> Criterion:
     """Look a criterion up and check its options.
