@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,10 @@ def test_options_of_a_grid_tell_its_cells_apart(tmp_path: Path) -> None:
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
-    "key": ({"taks": "presence"}, "key 'taks' is unknown. Allowed: grids, recoveries"),
+    "key": (
+        {"taks": "presence"},
+        f"key 'taks' is unknown. Allowed: {', '.join(f.name for f in fields(StudyConfig))}",
+    ),
     "grid key": ({"grids": [{"ratio": 0.2, "axes": "width"}]}, "grids: key 'axes' is unknown"),
     "no grids": ({"grids": None}, "grids must map keys to values"),
     "empty list": ({"grids": []}, "grids: give at least one value"),
@@ -115,6 +119,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "recover option": (
         {"grids": [{"ratio": 0.2, "recovery": "x"}], "recoveries": {"x": {"lr": 1}}},
         "recovery 'x': key 'lr' is unknown",
+    ),
+    "range of an option": (
+        {"grids": [{"ratio": 0.2, "recovery": "x"}], "recoveries": {"x": {"lora_rank": 0}}},
+        "recovery 'x': lora_rank 0 must be above 0",
     ),
     "fraction twice": (
         {"grids": [{"ratio": 0.2, "recovery": "x"}], "recoveries": {"x": {"fraction": 0.5}}},

@@ -12,7 +12,9 @@ from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 import yaml
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
+from slimvlm.core.checked import AT_LEAST_0, AT_LEAST_1, Options
 from slimvlm.core.errors import ConfigError, one_line
+from slimvlm.core.options import Questions
 
 T = TypeVar("T")
 NONE = "none"
@@ -91,23 +93,18 @@ class Reference:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Resources:
+class Resources(Options):
     """What one stage needs where an engine shares out a machine or a cluster."""
 
-    cpus: float = 1.0
+    cpus: Annotated[float, AT_LEAST_0] = 1.0
     """CPU cores."""
-    gpus: float = 0.0
+    gpus: Annotated[float, AT_LEAST_0] = 0.0
     """GPUs, or a share of one: 0.5 lets two stages share it."""
-
-    def __post_init__(self) -> None:
-        for name in ("cpus", "gpus"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"resources: {name} {getattr(self, name)} must be at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyConfig:
-    """A study: grids of cells and what they share.
+class StudyConfig(Questions):
+    """A study: grids of cells, and what they share: questions among others.
 
     Raises:
         ConfigError: If a key is unknown or a value is not allowed; the message names it.
@@ -121,20 +118,12 @@ class StudyConfig:
     """Conversations for calibration and training, as for ``slimvlm compress``."""
     images: str | None = None
     """Folder that image paths in the data start from."""
-    training_samples: int | None = None
+    training_samples: Annotated[int | None, AT_LEAST_1] = None
     """Samples to train on at most, beside those for calibration; by default all."""
     prune: Mapping[str, Any] = field(default_factory=dict)
     """Options of `slimvlm.PruneConfig` for every cell."""
     recover: Mapping[str, Any] = field(default_factory=dict)
     """Options of `slimvlm.RecoverConfig` for every recovery."""
-    tasks: str = "demo"
-    """What every model is asked, as for ``slimvlm evaluate``."""
-    task_folder: str | None = None
-    """Folder with local copies of the benchmarks' task files."""
-    limit: int | None = None
-    """Only the first so many questions of each task."""
-    batch_size: int = 16
-    """Questions answered at once."""
     floors: bool = True
     """Ask the original a second time with the wrong pictures, for floor-corrected retention."""
     resources: Resources = field(default_factory=Resources)
@@ -143,12 +132,6 @@ class StudyConfig:
     """Keep the models of all cells; else a model goes when no open cell needs it any more."""
     reference: Reference | None = None
     """Published numbers to stand beside ours."""
-
-    def __post_init__(self) -> None:
-        for name in ("training_samples", "limit", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} {value} must be at least 1")
 
 
 def read_study(path: str | Path) -> StudyConfig:
@@ -212,12 +195,12 @@ def _first_mistake(kind: type, error: ValidationError, where: str) -> str:
     """One line; an unknown key comes before all else, which often follows from it."""
     mistake = min(error.errors(), key=lambda found: found["type"] != "unexpected_keyword_argument")
     sort, steps, context = mistake["type"], mistake["loc"], mistake.get("ctx", {})
-    if sort == "value_error":  # what options say of their own values
-        return str(context["error"])
     if sort == "missing" and isinstance(steps[-1], int):
         sort = "too_long"  # or too short
     keys = [step for step in steps if isinstance(step, str)]
     place, around = (": ".join(filter(None, [where, *some])) for some in (keys, keys[:-1]))
+    if sort == "value_error":  # what options say of their own values
+        return f"{place}: {context['error']}".removeprefix(": ")
     owner = _kind_at(kind, keys[:-1])
     default = getattr(owner, keys[-1], None) if keys else None
     return _MISTAKES.get(sort, "{place} {value!r}: {words}").format(
