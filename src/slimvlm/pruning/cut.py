@@ -93,24 +93,19 @@ def cuts_of(model: nn.Module, plan: Plan) -> Iterator[Cut]:
 
 
 def _cut_weights(model: nn.Module, plan: Plan) -> None:
+    """Cut parameters, and let their modules say so."""
     for cut in list(cuts_of(model, plan)):
-        keep_channels_(cut.owner, cut.name, cut.dim, cut.keep)
+        owner: Any = cut.owner
+        parameter = getattr(owner, cut.name)
+        kept = parameter.detach().index_select(cut.dim, cut.keep.to(parameter.device))
+        setattr(owner, cut.name, nn.Parameter(kept, parameter.requires_grad))
+        if isinstance(owner, nn.Linear):
+            owner.out_features, owner.in_features = owner.weight.shape
+        elif isinstance(owner, nn.Embedding):
+            owner.num_embeddings, owner.embedding_dim = owner.weight.shape
         for name in ("intermediate_dim", "intermediate_size", "expert_dim"):
-            if cut.units is not None and name in vars(cut.owner):
-                setattr(cut.owner, name, cut.units)
-
-
-def keep_channels_(owner: Any, name: str, dim: int, keep: Tensor) -> None:
-    """Keep some channels of a parameter, and let its module say so."""
-    parameter = getattr(owner, name)
-    cut = parameter.detach().index_select(dim, keep.to(parameter.device))
-    setattr(owner, name, nn.Parameter(cut, parameter.requires_grad))
-    if isinstance(owner, nn.Linear):
-        owner.out_features, owner.in_features = owner.weight.shape
-    elif isinstance(owner, nn.Embedding):
-        owner.num_embeddings, owner.embedding_dim = owner.weight.shape
-    elif isinstance(owner, nn.LayerNorm):
-        owner.normalized_shape = tuple(cut.shape)
+            if cut.units is not None and name in vars(owner):
+                setattr(owner, name, cut.units)
 
 
 def _drop_layers(model: nn.Module, plan: Plan) -> None:
