@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedModel
 from slimvlm.core.errors import ConfigError, DataError
 from slimvlm.models import losses
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.planning.balance import Balance, balanced_plan
-from slimvlm.planning.divergence import Divergence
+from slimvlm.planning.balance import Balance, Divergence, balanced_plan
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_

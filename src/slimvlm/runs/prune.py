@@ -113,7 +113,7 @@ def check_low_memory(config: PruneConfig) -> None:
             choices = " or ".join(str(value) for value in allowed if value is not None)
             raise ConfigError(f"{name} {getattr(config, name)!r}: low_memory can only do {choices}")
     for name in criteria_of(config) if config.ratio is not None else ():
-        on_disk.Request(name)
+        on_disk.CriterionRequest(name)
 
 
 def _planned_on_disk(request: Request, samples: Sequence[Sample], scratch: Path, say: Say) -> Plan:

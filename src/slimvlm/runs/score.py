@@ -64,7 +64,7 @@ def score(
     check_options(request.prune)
     row, stem = CRITERIA[criterion], _stem(out)
     if memory.low_memory:
-        on_disk.Request(criterion)
+        on_disk.CriterionRequest(criterion)
     if (weights := token_weights_of(request.prune)) is not None:
         check_token_weights(criterion, weights)
     keeps = not memory.low_memory and row.capture.layer_bytes is None
@@ -113,7 +113,7 @@ def scores_on_disk(
     for name in config.criterion:
         options = criterion_options(config, name)
         options.pop("token_weights", None)
-        asked.append(on_disk.Request(name, options))
+        asked.append(on_disk.CriterionRequest(name, options))
     batches: Iterable[Any] = ()
     if any(CRITERIA[name].needs_data for name in config.criterion):
         batches = calibration_batches(processor, samples, description="embed")

@@ -30,7 +30,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Request:
+class CriterionRequest:
     """A criterion and its options.
 
     Raises:
@@ -100,7 +100,7 @@ def score_checkpoint(
         NumericalError: If NaN or infinity appears; the message says where.
         UnsupportedModelError: If layers read keys and values of earlier ones.
     """
-    request = Request(criterion, options)
+    request = CriterionRequest(criterion, options)
     if token_weights is not None:
         check_token_weights(criterion, token_weights)
     checkpoint = open_checkpoint(model, dtype, trust_remote_code)
@@ -110,7 +110,7 @@ def score_checkpoint(
 def score_requests(
     checkpoint: LazyCheckpoint,
     batches: Iterable[Batch],
-    requests: Sequence[Request],
+    requests: Sequence[CriterionRequest],
     token_weights: Mapping[str, float] | None = None,
     scratch: str | Path | None = None,
     say: Say = lambda line: None,
@@ -135,7 +135,7 @@ class _Run:
     """What several requests need of the passes over a checkpoint."""
 
     layerwise: LayerwiseModel
-    requests: Sequence[Request]
+    requests: Sequence[CriterionRequest]
     token_weights: Mapping[str, float] | None
 
     def begin(self, batches: Iterable[Batch], say: Say) -> None:
@@ -208,7 +208,9 @@ class _Run:
         parts = (folder / _scores_of(place, index) / "scores" for index in range(self._depth))
         return _joined([Scores.load(part) for part in parts])
 
-    def _score_layer(self, place: int, request: Request, index: int, view: LayerView) -> None:
+    def _score_layer(
+        self, place: int, request: CriterionRequest, index: int, view: LayerView
+    ) -> None:
         """Score one layer as if the model had no other, unless that was done before."""
         name, scratch = _scores_of(place, index), self.layerwise.scratch
         if scratch.has(name):
@@ -233,7 +235,7 @@ class _Run:
                 view(**batch)
         scratch.finish(f"hidden-{index + 1}")
 
-    def _by_layer(self, backward: bool) -> list[tuple[int, Request]]:
+    def _by_layer(self, backward: bool) -> list[tuple[int, CriterionRequest]]:
         """The requests, with their places, that are scored layer by layer in one direction."""
         return [
             (place, request)
