@@ -86,6 +86,13 @@ def token_weights(
     return torch.stack([masks[r].float() * weights.get(r, 1.0) for r in ROLES]).sum(0)
 
 
+def predicts_label(labels: Tensor) -> Bool[Tensor, "B T"]:
+    """Positions whose next token counts: where it is predicted."""
+    predicts = torch.zeros_like(labels, dtype=torch.bool)
+    predicts[:, :-1] = labels[:, 1:] != IGNORE
+    return predicts
+
+
 def valid_tokens(batch: Mapping[str, Any]) -> Tensor:
     """Which tokens are not padding: the attention mask, or all."""
     mask: Tensor | None = batch.get("attention_mask")

@@ -28,6 +28,7 @@ from slimvlm.evaluation.measure import stored_bytes, timed_runs
 from slimvlm.evaluation.results import PERPLEXITY, Result, TaskResult
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models import losses
+from slimvlm.models.hidden import evaluating
 from slimvlm.models.load import anatomy, digest_of_weights
 
 
@@ -70,13 +71,11 @@ def evaluate(
     if blind and floors:
         raise ConfigError("floors: a blind result is the floor; leave out one of blind and floors")
     tasks = find_tasks(tasks) if isinstance(tasks, str) else tasks
-    was_training = model.training
-    model.eval()
     folder = None if log_folder is None else Path(log_folder)
     asker = _Asker(model, processor, batch_size, folder)
     first: list[Question] = []
     results = {}
-    try:
+    with evaluating(model):
         for task in tasks:
             questions = list(task.load(limit))
             if not questions:
@@ -85,8 +84,6 @@ def evaluate(
             results[task.name] = asker.asked(task, questions, blind, floors)
         how = {"blind": blind, "limit": limit, "batch_size": batch_size}
         return with_costs(model, processor, results, first[0], name, **how)
-    finally:
-        model.train(was_training)
 
 
 def with_costs(

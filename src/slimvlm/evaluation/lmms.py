@@ -27,6 +27,7 @@ from slimvlm.evaluation.ask import evaluate, with_costs
 from slimvlm.evaluation.lmms_adapter import adapter
 from slimvlm.evaluation.metrics import MME_FULL_SCORES
 from slimvlm.evaluation.results import Result, TaskResult
+from slimvlm.models.hidden import evaluating
 
 Values = Sequence[Any]
 """What a task keeps of each question for one metric: numbers, or dictionaries of its own."""
@@ -167,14 +168,12 @@ def evaluate_with_lmms(
     rows = check_names(names, limit, task_folder)
     own = _own_tasks(task_folder)
     tasks = {row.task: _load_task(row.task, own) for row in rows.values()}
-    was_training = model.training
-    model.eval()
     results: dict[str, TaskResult] = {}
-    for name, task in tasks.items():
-        output, replies = _run(model, processor, task, limit, batch_size)
-        asked = {key: row for key, row in rows.items() if row.task == name}
-        results |= _results(asked, name, task, output, replies)
-    model.train(was_training)
+    with evaluating(model):
+        for name, task in tasks.items():
+            output, replies = _run(model, processor, task, limit, batch_size)
+            asked = {key: row for key, row in rows.items() if row.task == name}
+            results |= _results(asked, name, task, output, replies)
     return {key: results[key] for key in rows if key in results}
 
 

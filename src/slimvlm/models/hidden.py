@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from slimvlm.data.roles import IGNORE, role_masks
+from slimvlm.data.roles import predicts_label, role_masks
 from slimvlm.models.losses import Head
 from slimvlm.models.parts import decoder_layers, family_of, final_norm, text_config_of
 from slimvlm.models.sharding import placement_of
@@ -50,6 +50,17 @@ def layer_output(output: Any) -> Tensor:
     """The hidden states in what a decoder layer returns: alone, or first in a tuple."""
     hidden: Tensor = output if isinstance(output, Tensor) else output[0]
     return hidden
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, a model is in evaluation mode; afterwards in the one that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 @contextmanager
@@ -144,9 +155,7 @@ def compared_positions(
         kd_on: ``answer``, ``text`` or ``all``, as in `slimvlm.core.options.RecoverConfig`.
     """
     if kd_on == "answer":
-        predicts = torch.zeros_like(labels, dtype=torch.bool)
-        predicts[:, :-1] = labels[:, 1:] != IGNORE
-        return predicts
+        return predicts_label(labels)
     roles = role_masks(config, {**inputs, "labels": labels})
     text = roles["prompt"] | roles["answer"]
     return text if kd_on == "text" else text | roles["image"]

@@ -73,7 +73,6 @@ def load_config(model: str | Path, trust_remote_code: bool = False) -> PreTraine
         raise ConfigError(
             f"model {str(model)!r}: {where}config cannot be read ({first_line(error)})"
         ) from error
-    family_of(config.model_type)
     backbone_of(config)
     check_widths(config)
     return config
@@ -190,7 +189,6 @@ def anatomy(model: PreTrainedModel | PreTrainedConfig | str | Path) -> Anatomy:
     if isinstance(model, nn.Module):
         return read_anatomy(model)
     config = model if isinstance(model, PreTrainedConfig) else load_config(model)
-    family_of(config.model_type)
     backbone_of(config)
     check_widths(config)
     return read_anatomy(empty_model(config))

@@ -6,7 +6,7 @@ positions, measured under a mask: no weight is touched, nothing is trained.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,16 +16,15 @@ from transformers import PreTrainedModel
 
 from slimvlm.core.errors import DataError, ImpossiblePlanError
 from slimvlm.core.progress import progress
-from slimvlm.data.roles import IGNORE
+from slimvlm.data.roles import predicts_label
 from slimvlm.models import losses
 from slimvlm.models.anatomy import Anatomy, read_anatomy
+from slimvlm.models.hidden import evaluating
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.mask import masked
 from slimvlm.planning.plan import Plan
-from slimvlm.scoring.batches import on_device
+from slimvlm.scoring.batches import Batch, labels_of, on_device, without_labels
 from slimvlm.scoring.unit_scores import WIDTH_UNITS, Scores
-
-Batch = Mapping[str, Any]
 
 _FIRST_TRIALS = 8
 """Where more numbers of KV groups are legal, so many come first, and then those near the best."""
@@ -141,7 +140,7 @@ class Divergence:
     def __init__(self, model: PreTrainedModel, batches: Sequence[Batch]) -> None:
         self._model = model
         self._batches = [on_device(model, batch) for batch in batches]
-        self._counted = [_predicts_label(batch) for batch in self._batches]
+        self._counted = [predicts_label(labels_of(batch)) for batch in self._batches]
         if not any(bool(counted.any()) for counted in self._counted):
             raise DataError("no labelled token in the batches to measure on")
         self._original: list[Tensor] = []
@@ -162,21 +161,6 @@ class Divergence:
     @torch.no_grad()
     def _logits(self) -> Iterator[Tensor]:
         """Logits of each batch at the counted positions."""
-        was_training = self._model.training
-        self._model.eval()
-        try:
+        with evaluating(self._model):
             for batch, counted in zip(self._batches, self._counted, strict=True):
-                inputs = {name: value for name, value in batch.items() if name != "labels"}
-                yield self._model(**inputs, use_cache=False).logits[counted]
-        finally:
-            self._model.train(was_training)
-
-
-def _predicts_label(batch: Batch) -> Tensor:
-    """Positions whose next token is labelled and no padding."""
-    labels: Tensor = batch["labels"] if "labels" in batch else batch["input_ids"]
-    counted = torch.zeros(labels.shape, dtype=torch.bool, device=labels.device)
-    counted[:, :-1] = labels[:, 1:] != IGNORE
-    if "attention_mask" in batch:
-        counted[:, :-1] &= batch["attention_mask"][:, 1:].bool()
-    return counted
+                yield self._model(**without_labels(batch), use_cache=False).logits[counted]

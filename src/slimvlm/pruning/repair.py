@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from slimvlm.core.errors import ConfigError, DataError
 from slimvlm.models import losses
 from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.hidden import evaluating
 from slimvlm.models.units import segments
 from slimvlm.planning.mask import masked
 from slimvlm.planning.plan import Plan
@@ -190,9 +191,7 @@ def prune_and_repair_(
     if repair not in REPAIRS:
         raise ConfigError(f"repair {repair!r} must be one of: {', '.join(REPAIRS)}")
     given, judges = _split(list(batches), held_out, repair == "auto")
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         with masked(model, plan):
             loss_sliced = answer_loss(model, judges) if judges else None
         fitting = SequentialRepair(model, plan, ridge)
@@ -206,8 +205,6 @@ def prune_and_repair_(
         else:
             blend.set_(dict.fromkeys(blend.kinds, 1.0))
             loss = answer_loss(model, judges) if judges else None
-    finally:
-        model.train(was_training)
     errors, notes = _errors(fitting.repairs), tuple(fitting.notes)
     return RepairReport("sequential", errors, blend.factors, loss_sliced, loss, notes)
 

@@ -18,6 +18,7 @@ from slimvlm.data import chat
 from slimvlm.data.samples import Sample
 from slimvlm.models import modeling_pruned
 from slimvlm.models.classes import auto_class, auto_map_of, is_uneven, set_class_
+from slimvlm.models.hidden import evaluating
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.card import CardFacts, write_card
 from slimvlm.pruning.compat import require_known, rewrite_for_older
@@ -102,10 +103,9 @@ def check_reload(model: PreTrainedModel, processor: Any, folder: str | Path) -> 
     Raises:
         ReloadError: If keys are missing or left over, or logits differ by more than rounding.
     """
-    was_training = model.training
-    model.eval()
     batch = {k: v.to(model.device) for k, v in probe(model, processor).items()}
-    expected = model(**batch).logits.float().cpu()
+    with evaluating(model):
+        expected = model(**batch).logits.float().cpu()
     try:
         config = AutoConfig.from_pretrained(folder)
         again, report = auto_class(config).from_pretrained(
@@ -121,7 +121,6 @@ def check_reload(model: PreTrainedModel, processor: Any, folder: str | Path) -> 
         raise ReloadError(f"{str(folder)!r} loads with wrong keys: {problems}")
     again.eval().to(model.device)
     found = again(**batch).logits.float().cpu()
-    model.train(was_training)
     difference = float((found - expected).abs().max())
     if not difference <= 1e-3 * max(float(expected.abs().max()), 1.0):
         raise ReloadError(f"{str(folder)!r} loads back to other logits (difference {difference})")

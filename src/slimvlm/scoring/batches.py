@@ -94,7 +94,7 @@ class BackbonePass:
         for batch in _all_on_device(model, batches):
             self.mask = valid_tokens(batch)
             self.weights = weights_by_role(model.config, batch, token_weights)
-            forward_backbone(model, _without_labels(batch))
+            forward_backbone(model, without_labels(batch))
             after_batch()
             self.num_samples += len(self.mask)
             self.num_tokens += int(self.mask.sum())
@@ -169,7 +169,7 @@ def batches_with_targets(
         if not bool(targets.totals.all()):
             why = "labelled token" if token_weights is None else "text token of a weight above 0"
             raise DataError(f"a calibration sample has no {why}: nothing to take a loss of")
-        yield _without_labels(batch), targets
+        yield without_labels(batch), targets
 
 
 def forward_backbone(model: Any, batch: Batch) -> None:
@@ -180,8 +180,8 @@ def forward_backbone(model: Any, batch: Batch) -> None:
 def sample_losses(model: Any, batch: Batch, targets: Targets) -> Float[Tensor, " B"]:
     """The loss of each sample of a batch, with a graph.
 
-    A model that is only a part of one (`slimvlm.streaming`) has a method of this name, which gives
-    something with the same gradients.
+    A model that is only a part of one (`slimvlm.pruning.low_memory.layerwise`) has a method of this
+    name, which gives something with the same gradients.
     """
     if hasattr(model, "sample_losses"):
         own: Tensor = model.sample_losses(**batch)
@@ -211,13 +211,14 @@ def _device_of(model: nn.Module) -> torch.device:
     return next(devices, torch.device("cpu"))
 
 
-def _without_labels(batch: Batch) -> Batch:
+def without_labels(batch: Batch) -> Batch:
+    """What the model itself reads."""
     return {name: value for name, value in batch.items() if name != "labels"}
 
 
 def _targets(config: Any, batch: Batch, token_weights: TokenWeights | None) -> Targets:
     if token_weights is None:
-        labels = _labels(batch)
+        labels = labels_of(batch)
         return Targets(labels, (labels[:, 1:] != IGNORE).float())
     if "input_ids" not in batch:
         raise DataError("token_weights need batches with input_ids for this criterion")
@@ -228,7 +229,7 @@ def _targets(config: Any, batch: Batch, token_weights: TokenWeights | None) -> T
     return Targets(labels.masked_fill(weights == 0, IGNORE), weights[:, 1:])
 
 
-def _labels(batch: Batch) -> Tensor:
+def labels_of(batch: Batch) -> Tensor:
     """Given labels or the whole text, never padding."""
     labels: Tensor | None = batch.get("labels")
     if labels is None:

@@ -15,6 +15,7 @@ from slimvlm.data.roles import ROLES
 from slimvlm.data.samples import Sample
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.classes import require_full_precision
+from slimvlm.models.hidden import evaluating
 from slimvlm.scoring.batches import Batch, Watched
 from slimvlm.scoring.criteria import DEFAULT_CRITERIA, criterion_named
 from slimvlm.scoring.statistics import Statistics
@@ -113,15 +114,12 @@ def _collected(
     if token_weights is not None:
         check_token_weights(criterion, token_weights)
         given["token_weights"] = token_weights
-    was_training = model.training
-    model.eval()
     watched = Watched(batches)
-    try:
-        return row.capture.function(model, watched, **row.fixed, **given, **part)
-    except NumericalError as error:
-        raise NumericalError(f"{error}{watched.place(model)}") from error
-    finally:
-        model.train(was_training)
+    with evaluating(model):
+        try:
+            return row.capture.function(model, watched, **row.fixed, **given, **part)
+        except NumericalError as error:
+            raise NumericalError(f"{error}{watched.place(model)}") from error
 
 
 def scores_from(

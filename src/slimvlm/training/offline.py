@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import new_file
-from slimvlm.core.options import RecoverConfig
+from slimvlm.core.options import KdOn, RecoverConfig
 from slimvlm.core.progress import progress
 from slimvlm.core.requests import digest, is_begun_for, note_request, require_same_request
 from slimvlm.data.chat import encode_samples
@@ -34,7 +34,6 @@ from slimvlm.models.parts import family_of, text_config_of
 from slimvlm.models.sharding import is_sharded
 
 What = Literal["hidden", "top-k"]
-KdOn = Literal["answer", "text", "all"]
 
 INDEX_FILE = "index.json"
 FORMAT = "slimvlm-teacher/1"

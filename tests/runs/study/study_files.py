@@ -11,9 +11,11 @@ import pytest
 
 from slimvlm.runs.study import engines
 from slimvlm.runs.study.config import StudyConfig, built
-from slimvlm.runs.study.table import VOLATILE
+from slimvlm.runs.study.stages import KINDS
 from tests import tiny_folder as folders
 
+VOLATILE = ("prefill_ms", "decode_ms", *(f"seconds_{kind}" for kind in KINDS))
+"""Columns of a results table that differ between two runs of the same study."""
 RECOVER = {
     **{"max_steps": 2, "batch_size": 2, "lora_rank": 4, "lora_alpha": 8},
     **{"learning_rate": 5e-3, "bf16": False, "save_steps": 1},

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from slimvlm.core.errors import ConfigError
+from slimvlm.demo.scenes import SIDE
 
-SIDE = 64
 NOTO = "emoji-datasource-google@16.0.0"
 TWEMOJI = "emoji-datasource-twitter@16.0.0"
 FLUENT = "@iconify-json/fluent-emoji-flat@1.2.6"

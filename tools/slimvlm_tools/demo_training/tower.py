@@ -21,6 +21,7 @@ from slimvlm_tools.demo_training.patches import patch_classes, patch_labels
 
 KIND_SHARES = (0.2, 0.4, 0.08, 0.24, 0.08)
 BATCH_SIZE = 64
+WARMUP = 0.03
 
 
 def patch_batches(seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -47,11 +48,11 @@ def encode_patches(model: Any, pixels: torch.Tensor) -> torch.Tensor:
     return hidden[:, 1:]
 
 
-def decayed(progress: float, warmup: float = 0.03) -> float:
+def decayed(progress: float) -> float:
     """Learning-rate factor: linear warm-up, then a cosine to zero. `progress` runs from 0 to 1."""
-    if progress < warmup:
-        return progress / warmup
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup))))
+    if progress < WARMUP:
+        return progress / WARMUP
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - WARMUP) / (1 - WARMUP))))
 
 
 def train_tower(model: Any, steps: int, seed: int) -> float:

@@ -112,16 +112,14 @@ def batch_loss(model: Any, batch: Batch) -> torch.Tensor:
 
 
 @torch.no_grad()
-def quick_scores(model: Any, encoder: Encoder, count: int, blind: bool = False) -> dict[str, float]:
+def quick_scores(model: Any, encoder: Encoder) -> dict[str, float]:
     """Returns, per benchmark, how often the whole reply is the greedy one, in percent."""
     scores: dict[str, float] = {}
     for name, task in TASKS.items():
         if task.metric == "perplexity":
             continue
-        questions = task.load(count)
+        questions = task.load(QUICK_QUESTIONS)
         scenes = [make_task_scene(task, i) for i in range(len(questions))]
-        if blind:
-            scenes = [*scenes[7:], *scenes[:7]]
         items = [
             encoder.encode(Conversation(scene, ((asked.prompt, asked.answers[0]),)), chat=False)
             for scene, asked in zip(scenes, questions, strict=True)
@@ -246,7 +244,7 @@ def train_joint(model: Any, tokenizer: Any, config: TrainConfig) -> None:
                 _save(config.out / "checkpoint.pt", saved)
                 export_delta(state, config.out / "delta.safetensors")
             if done % config.eval_every == 0:
-                scores = quick_scores(model, encoder, QUICK_QUESTIONS)
+                scores = quick_scores(model, encoder)
                 console.print("quick " + " ".join(f"{k} {v:.0f}" for k, v in scores.items()))
 
 

@@ -32,8 +32,6 @@ TABLE, STUDY = "results.parquet", "study.yaml"
 """Files of a study's folder: what it has measured, and what it was asked."""
 OPEN, DONE, FAILED = "open", "done", "failed"
 ORIGINAL = "original"
-VOLATILE = ("prefill_ms", "decode_ms", *(f"seconds_{kind}" for kind in KINDS))
-"""Columns that differ between two runs of the same study."""
 
 
 def results_table(study: StudyConfig, schedule: Schedule, cache: Cache) -> pd.DataFrame:
