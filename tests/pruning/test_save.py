@@ -207,9 +207,11 @@ def test_the_reload_check_catches_a_spoilt_config(
         file.write_text(json.dumps(values))
 
     monkeypatch.setattr(hf.PreTrainedModel, "save_pretrained", spoils)
+    model.train()
     with pytest.raises(ReloadError):
         save(model, processor, tmp_path / "out", plan)
     assert list(tmp_path.iterdir()) == []
+    assert model.training
 
 
 def test_the_reload_check_leaves_the_model_as_it_was(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from slimvlm.core.options import PruneConfig, Questions
 from slimvlm.evaluation.lmms import split_names
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models.load import anatomy, load_config
-from slimvlm.runs.request import check_options, check_questions, rehearse
+from slimvlm.runs.request import Say, check_options, check_questions, rehearse
 from slimvlm.runs.study.cache import Cache
 from slimvlm.runs.study.cells import Cell, expand
 from slimvlm.runs.study.config import StudyConfig, read_study
@@ -31,7 +30,6 @@ from slimvlm.runs.study.stages import forget_files, stages_of
 from slimvlm.runs.study.table import STUDY, results_table, write_table
 from slimvlm.runs.study.work import notes_on, samples_of
 
-Say = Callable[[str], None]
 _PATIENCE = 600.0
 """Seconds to wait for another worker that writes the table."""
 
