@@ -121,15 +121,8 @@ def kl(
     Reference:
         Huang et al. 2025, arXiv:2507.20749, Eq. 7.
     """
-    return chunked_divergence(
-        student_logits,
-        teacher_logits,
-        mask=mask,
-        kind="kl",
-        temperature=temperature,
-        reduction=reduction,
-        top_k=top_k,
-    )
+    part = partial(_divergence_sum, "kl", _as_is, _as_is, temperature, 0.5, top_k)
+    return _reduced(part, mask, reduction, student_logits, teacher_logits.detach())
 
 
 def reverse_kl(
@@ -145,15 +138,8 @@ def reverse_kl(
     Reference:
         Huang et al. 2025, arXiv:2507.20749, Eq. 8.
     """
-    return chunked_divergence(
-        student_logits,
-        teacher_logits,
-        mask=mask,
-        kind="rkl",
-        temperature=temperature,
-        reduction=reduction,
-        top_k=top_k,
-    )
+    part = partial(_divergence_sum, "rkl", _as_is, _as_is, temperature, 0.5, top_k)
+    return _reduced(part, mask, reduction, student_logits, teacher_logits.detach())
 
 
 def jsd(
@@ -184,16 +170,8 @@ def jsd(
     Reference:
         Agarwal et al. 2024, arXiv:2306.13649, Eq. 1.
     """
-    return chunked_divergence(
-        student_logits,
-        teacher_logits,
-        mask=mask,
-        kind="jsd",
-        temperature=temperature,
-        beta=beta,
-        reduction=reduction,
-        top_k=top_k,
-    )
+    part = partial(_divergence_sum, "jsd", _as_is, _as_is, temperature, beta, top_k)
+    return _reduced(part, mask, reduction, student_logits, teacher_logits.detach())
 
 
 def chunked_divergence(
@@ -331,7 +309,7 @@ def _divergence_sum(
     student: Tensor,
     teacher: Tensor,
 ) -> Tensor:
-    """Sum of a divergence over a chunk of positions."""
+    """Sum of a divergence over a chunk of positions; only that of ``jsd`` depends on beta."""
     student_logits = head(student)
     with torch.no_grad():
         teacher_logits = teacher_head(teacher)
