@@ -98,8 +98,8 @@ def repair_(
         model: After ``prune_(model, plan)``.
         plan: What was removed.
         statistics: Of kind ``grams``, of the original model: those of criterion ``obs``, as
-            `slimvlm.collect` gives them and `slimvlm.Statistics.load` reads them from the file
-            that ``slimvlm score --criterion obs`` writes.
+            `slimvlm.collect` gives them, or `slimvlm.Statistics.load` from a file that their
+            ``save`` wrote.
         ridge: See `slimvlm.pruning.least_squares.refit`.
 
     Raises:
