@@ -96,7 +96,10 @@ def _python_blocks() -> list[tuple[str, str]]:
     ]
 
 
-@pytest.mark.parametrize(("page", "block"), _python_blocks())
+PYTHON = _python_blocks()
+
+
+@pytest.mark.parametrize(("page", "block"), PYTHON)
 def test_python_in_the_documents_compiles(page: str, block: str) -> None:
     text = textwrap.dedent(block)  # in a list, blocks are indented
     is_table_row = text.startswith('"')

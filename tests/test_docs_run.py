@@ -16,7 +16,7 @@ import pytest
 
 from slimvlm import cli
 from tests import tiny_folder
-from tests.test_docs import COMMANDS
+from tests.test_docs import COMMANDS, PYTHON
 
 pytestmark = pytest.mark.slow
 
@@ -120,6 +120,23 @@ def test_a_page_runs_from_top_to_bottom(
     monkeypatch.chdir(after_readme)
     for command in commands_of(page):
         run(command, monkeypatch)
+
+
+def test_the_readmes_python_runs(
+    workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (block,) = [block for page, block in PYTHON if page == "README.md"]
+    model, data = str(workshop / "MODEL"), str(workshop / "data.json")
+    small = {
+        'sv.load("demo")': f"sv.load({model!r})",
+        'load_samples("demo", limit=16)': f"load_samples({data!r}, limit=12)",
+    }
+    for text, replacement in small.items():
+        assert text in block
+        block = block.replace(text, replacement)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    assert (tmp_path / "small" / "model.safetensors").exists()
 
 
 def test_commands_that_are_run_elsewhere_are_still_in_the_documents() -> None:
