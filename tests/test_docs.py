@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -118,6 +119,39 @@ def test_the_site_has_every_verb_and_no_warning(tmp_path: Path) -> None:
     page = (tmp_path / "cli.html").read_text()
     assert [verb for verb in cli.VERBS if f'<h2 id="{verb}">' not in page] == []
     assert "--token-weights" in page
+
+
+def test_files_that_pages_name_are_there() -> None:
+    source = ROOT / "src" / "slimvlm"
+    packages = "|".join(sorted(folder.name for folder in source.iterdir() if folder.is_dir()))
+    whole = r"`((?:src|tests|tools|benchmarks|studies|docs)/[\w/.-]+)[`:]"
+    inside = rf"`(?!runs/demo)((?:{packages})/[\w/]+(?:\.\w+)?)`"
+    missing, found = [], 0
+    for page in PAGES:
+        text = page.read_text()
+        named = [ROOT / name for name in re.findall(whole, text)]
+        named += [source / name for name in re.findall(inside, text)]
+        found += len(named)
+        missing += [
+            f"{page.name}: {path}"
+            for path in named
+            if not path.exists() and not path.with_suffix(".py").exists()
+        ]
+    assert found > 50
+    assert missing == []
+
+
+def test_names_that_pages_give_with_their_module_are_there() -> None:
+    missing = []
+    for page in PAGES:
+        for name in re.findall(
+            r"`((?:slimvlm|slimvlm_tools)(?:\.\w+)+)(?:\(\))?`", page.read_text()
+        ):
+            try:
+                pkgutil.resolve_name(name)
+            except (ImportError, AttributeError):
+                missing.append(f"{page.name}: {name}")
+    assert missing == []
 
 
 def test_links_between_pages_work() -> None:
