@@ -347,12 +347,21 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     "name", tiered([*MODELS, "gemma2", "qwen3_vl", "llava-llama", "internvl-phi3"])
 )
-@pytest.mark.parametrize(("axis", "allocation"), [("both", "uniform"), ("width", "protect")])
+@pytest.mark.parametrize(
+    ("axis", "allocation", "ratio"), [("both", "uniform", 0.3), ("width", "protect", 0.15)]
+)
 def test_the_pruned_checkpoint_is_the_one_that_save_writes(
-    name: str, axis: str, allocation: str, folders: dict[str, Path], tmp_path: Path
+    name: str,
+    axis: str,
+    allocation: str,
+    ratio: float,
+    folders: dict[str, Path],
+    tmp_path: Path,
 ) -> None:
     anatomy = sv.anatomy(folders[name])
-    plan = make_plan(anatomy, random_scores(anatomy), 0.3, axis, allocation=allocation, round_to=1)
+    scores = random_scores(anatomy)
+    plan = make_plan(anatomy, scores, ratio, axis, allocation=allocation, round_to=1)
+    assert plan.after.is_uniform == (allocation == "uniform")
     prune_checkpoint(folders[name], plan, tmp_path / "ours", allow_uneven=True)
     model, processor = load(folders[name])
     prune_(model, plan, allow_uneven=True)
