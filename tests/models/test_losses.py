@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from slimvlm.core.options import Divergence
 from slimvlm.data.roles import IGNORE
 from slimvlm.models import losses
 from tests.tolerances import HALF, LOSS, Tolerance, assert_close
@@ -352,7 +353,7 @@ def gradients_of(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("top_k", [None, 3])
 @pytest.mark.parametrize("kind", ["kl", "rkl", "jsd"])
 def test_a_divergence_of_hidden_states_is_that_of_their_logits(
-    kind: losses.Divergence, top_k: int | None, reduction: losses.Reduction, small_chunks: int
+    kind: Divergence, top_k: int | None, reduction: losses.Reduction, small_chunks: int
 ) -> None:
     student, teacher, head, teacher_head = heads()
     student.requires_grad_()

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedModel
 from slimvlm.core.errors import ConfigError, DataError
 from slimvlm.models import losses
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.planning.balance import Balance, Divergence, balanced_plan
+from slimvlm.planning.balance import Balance, PlanDivergence, balanced_plan
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
@@ -52,7 +52,7 @@ def test_the_divergence_is_the_kl_of_the_pruned_model_at_answer_positions(
         own, other = logits(model, batch)[:, counted], logits(pruned, batch)[:, counted]
         total += float(losses.kl(other, own, temperature=1.0)) * len(counted)
         count += len(counted)
-    measured = Divergence(model, batches).of(plan)
+    measured = PlanDivergence(model, batches).of(plan)
     assert measured == pytest.approx(total / count, rel=1e-4)
     assert measured > 0
 
@@ -61,13 +61,13 @@ def test_the_original_does_not_diverge_and_padding_does_not_count(
     model: PreTrainedModel, batches: list[dict[str, Any]]
 ) -> None:
     everything = Plan.everything(read_anatomy(model))
-    assert Divergence(model, batches).of(everything) == 0
+    assert PlanDivergence(model, batches).of(everything) == 0
     batch = batches[0]
     fills = {"input_ids": 7, "attention_mask": 0, "labels": 7}
     longer = {name: F.pad(batch[name], (0, 3), value=fill) for name, fill in fills.items()}
     plan = make_plan(read_anatomy(model), random_scores(read_anatomy(model)), 0.3)
-    padded = Divergence(model, [{**batch, **longer}]).of(plan)
-    assert padded == pytest.approx(Divergence(model, [batch]).of(plan), rel=1e-4)
+    padded = PlanDivergence(model, [{**batch, **longer}]).of(plan)
+    assert padded == pytest.approx(PlanDivergence(model, [batch]).of(plan), rel=1e-4)
 
 
 # The choice
@@ -80,7 +80,7 @@ def test_every_number_of_kv_groups_is_tried(
     assert [trial.name for trial in found.trials] == ["2 KV groups", "3 KV groups", "4 KV groups"]
     assert found.divergence == min(trial.divergence for trial in found.trials)
     assert found.plan.after.is_uniform
-    assert Divergence(model, batches).of(found.plan) == found.divergence
+    assert PlanDivergence(model, batches).of(found.plan) == found.divergence
 
 
 def test_many_numbers_of_kv_groups_come_coarsely_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,11 +100,11 @@ def test_many_numbers_of_kv_groups_come_coarsely_first(monkeypatch: pytest.Monke
     assert len(legal) == 32
     asked: list[int] = []
 
-    def valley(self: Divergence, plan: Plan) -> float:
+    def valley(self: PlanDivergence, plan: Plan) -> float:
         asked.append(len(plan.kv_groups[0]))
         return abs(len(plan.kv_groups[0]) - 21.0)
 
-    monkeypatch.setattr(Divergence, "of", valley)
+    monkeypatch.setattr(PlanDivergence, "of", valley)
     found = balanced_plan(
         model, random_scores(anatomy), [{"input_ids": torch.ones(1, 4, dtype=torch.long)}], 0.25
     )

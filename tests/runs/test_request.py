@@ -14,7 +14,7 @@ from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.runs import request as requests
 from slimvlm.runs.compress import request_of
 from slimvlm.runs.request import Request, check_questions, resolved
-from slimvlm.runs.stages import Split, rows_to_read, split
+from slimvlm.runs.stages import SampleSplit, rows_to_read, split
 from slimvlm.runs.study.cells import expand
 from slimvlm.runs.study.stages import stages_of
 from slimvlm.scoring.criteria import DEFAULT_CRITERIA
@@ -117,7 +117,7 @@ def samples(count: int) -> list[Sample]:
     return [Sample(id=f"s{i}", messages=()) for i in range(count)]
 
 
-def names(found: Split) -> tuple[list[str], list[str]]:
+def names(found: SampleSplit) -> tuple[list[str], list[str]]:
     calibration, training = found.calibration, found.training
     return [sample.id for sample in calibration], [sample.id for sample in training]
 

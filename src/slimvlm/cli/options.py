@@ -22,7 +22,7 @@ Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked(Questions):
+class QuestionFlags(Questions):
     """What models are asked, and how."""
 
     blind: bool = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from slimvlm.cli.options import INLINE, Asked, Model, RunFlags, RunTraining
+from slimvlm.cli.options import INLINE, Model, QuestionFlags, RunFlags, RunTraining
 from slimvlm.cli.printing import note, print_plan, print_results
 from slimvlm.core.checked import part_of
 from slimvlm.core.errors import ConfigError
@@ -172,7 +172,7 @@ def cache_teacher(
 
 def evaluate(
     model: Model,
-    questions: Annotated[Asked, INLINE] = Asked(),
+    questions: Annotated[QuestionFlags, INLINE] = QuestionFlags(),
     baseline: str | None = None,
     out: Path | None = None,
     loading: Annotated[LoadConfig, INLINE] = LoadConfig(),

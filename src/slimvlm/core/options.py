@@ -41,7 +41,12 @@ Scheduler = Literal[
 ]
 
 
-LOSS_NAMES = ("sft", "hidden", "cosine", "kl", "rkl", "jsd")
+Divergence = Literal["kl", "rkl", "jsd"]
+DIVERGENCES = get_args(Divergence)
+"""Losses between next-token distributions."""
+HIDDEN_LOSSES = ("hidden", "cosine")
+"""Losses between hidden states."""
+LOSS_NAMES = ("sft", *HIDDEN_LOSSES, *DIVERGENCES)
 
 
 def parse_loss(expression: str) -> dict[str, float]:
@@ -182,7 +187,7 @@ class RecoverConfig(TrainingConfig):
     @property
     def reads_logits(self) -> bool:
         """Whether the loss looks at what the head says."""
-        return bool(self.loss_weights.keys() - {"hidden", "cosine"})
+        return bool(self.loss_weights.keys() - set(HIDDEN_LOSSES))
 
     @property
     def loss_weights(self) -> dict[str, float]:

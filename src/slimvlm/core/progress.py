@@ -1,8 +1,8 @@
-"""Progress bars on stderr, silent where nobody watches."""
+"""How far something is: lines for whoever is told, bars on stderr where somebody watches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypeVar
@@ -12,6 +12,13 @@ from rich.progress import track
 
 T = TypeVar("T")
 _HIDDEN = ContextVar("hidden", default=False)
+
+Say = Callable[[str], None]
+"""Who is told how far something is, in one line."""
+
+
+def silent(line: str) -> None:
+    """Say nothing."""
 
 
 def progress(items: Sequence[T], description: str) -> Iterable[T]:

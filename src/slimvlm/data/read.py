@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from slimvlm.core.errors import ConfigError, DataError, first_line
+from slimvlm.core.progress import Say
 from slimvlm.core.requests import identity_of_files
 from slimvlm.data.chat import require_readable
 from slimvlm.data.images import find_image
@@ -26,7 +27,7 @@ def load_samples(
     images: str | Path | None = None,
     limit: int | None = None,
     max_bad: int = 0,
-    warn: Callable[[str], None] = print,
+    warn: Say = print,
     processor: Any = None,
     max_length: int | None = None,
 ) -> list[Sample]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from slimvlm.core.files import write_text
 from slimvlm.core.options import Axis, CompressConfig, Dtype, RecoverConfig
+from slimvlm.core.progress import Say
 from slimvlm.evaluation.results import Result
 from slimvlm.models.load import computes_bfloat16, default_device
 from slimvlm.runs.compress import compress
@@ -28,7 +28,7 @@ Two minutes of training add little to a repair, and larger steps harm it (``docs
 
 
 def run_demo(
-    out: Path, short: bool, force: bool, say: Callable[[str], None], model: str = "demo"
+    out: Path, short: bool, force: bool, say: Say, model: str = "demo"
 ) -> dict[str, Result]:
     """Prune, recover and evaluate the demo model along both axes.
 

@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from slimvlm.core.options import Divergence
 from slimvlm.data.roles import IGNORE
 
 Logits = Float[Tensor, "B T V"]
@@ -30,7 +31,6 @@ Hidden = Float[Tensor, "B T D"]
 Rows = Float[Tensor, "N V"]
 Mask = Int[Tensor, "B T"] | Bool[Tensor, "B T"]
 Reduction = Literal["token_mean", "paper"]
-Divergence = Literal["kl", "rkl", "jsd"]
 Head = Callable[[Tensor], Tensor]
 """Hidden states → logits, position by position; the same values whenever it is called."""
 

@@ -37,7 +37,7 @@ class Trial:
     Attributes:
         name: How many KV groups its layers keep.
         ratio: Its achieved ratio.
-        divergence: Its `Divergence`, in nats for each position.
+        divergence: Its `PlanDivergence`, in nats for each position.
     """
 
     name: str
@@ -89,7 +89,7 @@ def balanced_plan(
     """
     given = [scores] if isinstance(scores, Scores) else list(scores)
     candidates = _candidates(read_anatomy(model), given, ratio, axis, options)
-    divergence = Divergence(model, batches)
+    divergence = PlanDivergence(model, batches)
     trials: dict[int, Trial] = {}
     last, stride = len(candidates) - 1, 1
     while len(candidates) / stride > _FIRST_TRIALS:
@@ -123,7 +123,7 @@ def _candidates(
     return plans or [("uniform", make_plan(anatomy, scores, ratio, axis, **options))]
 
 
-class Divergence:
+class PlanDivergence:
     """Mean KL(original ‖ candidate) over the positions that predict labelled tokens.
 
     The original's logits there are computed once and kept in the model's data type: positions

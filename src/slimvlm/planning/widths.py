@@ -1,4 +1,4 @@
-"""How wide each layer stays, equal widths first, and the plan that has these widths."""
+"""How many KV groups and neurons each layer keeps, and the plan that keeps the best of them."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def uniform_widths(plan: Plan, scored: Mapping[str, Scores], budget: Budget) -> 
         legal = budget.anatomy.legal_kv_heads() if "kv_group" in scored else []
         if budget.kv_heads is not None and "kv_group" in scored:
             legal = [budget.kv_heads]
-        counts = _counts_for_budget(
+        counts = _counts_for_params(
             shape,
             rest,
             legal or [shape.num_kv_heads],
@@ -97,26 +97,26 @@ def _counts_per_layer(shape: LayerShape, ratio: float) -> tuple[int, int]:
     return max(shape.num_kv_heads - groups, 1), max(shape.intermediate_size - neurons, 1)
 
 
-def _counts_for_budget(
-    shape: LayerShape, budget: float, legal: list[int], multiple: int | None
+def _counts_for_params(
+    shape: LayerShape, params: float, legal: list[int], multiple: int | None
 ) -> tuple[int, int]:
-    """KV groups and neurons to keep in each layer so that about ``budget`` parameters go in all.
+    """KV groups and neurons to keep in each layer so that about ``params`` parameters go in all.
 
     Both kinds of unit give the same share where whole groups allow it; neurons, which are fine
     grained, make up the difference.
 
     Args:
         shape: The layers; what a unit weighs is its weight in all of them.
-        budget: Parameters to remove.
+        params: Parameters to remove.
         legal: KV-group counts to choose from; one if it is given.
         multiple: Of kept neurons; None if neurons stay.
     """
     attention = shape.num_kv_heads * shape.kv_group_params if len(legal) > 1 else 0
     mlp = shape.intermediate_size * shape.neuron_params if multiple else 0
-    share = min(budget / (attention + mlp), 1.0) if attention + mlp else 0.0
+    share = min(params / (attention + mlp), 1.0) if attention + mlp else 0.0
 
     def candidate(groups: int) -> _Candidate:
-        rest = budget - (shape.num_kv_heads - groups) * shape.kv_group_params
+        rest = params - (shape.num_kv_heads - groups) * shape.kv_group_params
         neurons = shape.intermediate_size
         if multiple:
             neurons = _rounded(neurons - rest / shape.neuron_params, multiple, neurons)

@@ -20,7 +20,7 @@ from slimvlm.planning.plan import Plan
 from slimvlm.pruning.layer_calls import LayerCalls, record_calls
 from slimvlm.pruning.least_squares import Moments, Refit, refit
 from slimvlm.scoring.batches import Batch, TokenWeights
-from slimvlm.scoring.inputs import consumers
+from slimvlm.scoring.inputs import writing_matrices
 
 ATTENTION, MLP, SEAM = "attention", "mlp", "seam"
 """Kinds of repair: of attention outputs, of MLP outputs, of seams of removed layers."""
@@ -91,7 +91,7 @@ def writers(model: nn.Module, layers: Sequence[int]) -> Iterator[Writer]:
         model: The model.
         layers: The original numbers of its layers.
     """
-    for position, projection, linear in consumers(model):
+    for position, projection, linear in writing_matrices(model):
         yield Writer(layers[position], projection, linear)
 
 

@@ -1,1 +1,1 @@
-"""Whole runs: compress, studies, reports, advice."""
+"""From folders to folders: each stage alone, compress, studies, reports, advice."""

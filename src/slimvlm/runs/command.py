@@ -1,4 +1,4 @@
-"""The command line of a run, from its configuration."""
+"""A run's configuration → the ``slimvlm compress`` command that asks for it."""
 
 from __future__ import annotations
 

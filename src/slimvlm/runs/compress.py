@@ -25,6 +25,7 @@ from slimvlm.core.files import (
     write_text,
 )
 from slimvlm.core.options import CompressConfig, PruneConfig, Questions
+from slimvlm.core.progress import Say
 from slimvlm.core.requests import identity_of_files, is_begun_for, note_request
 from slimvlm.data.read import identity_of_data
 from slimvlm.evaluation.results import Result, read_baseline
@@ -32,19 +33,17 @@ from slimvlm.models.load import anatomy, load, resolve
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.card import CardFacts
 from slimvlm.pruning.save import save
-from slimvlm.runs import stages
-from slimvlm.runs import tables as summary
+from slimvlm.runs import stages, tables
 from slimvlm.runs.command import compress_command
 from slimvlm.runs.recipes import recipe_for
 from slimvlm.runs.request import (
     Request,
-    Say,
     check_questions,
     check_request,
     ratio_of,
     resolved,
 )
-from slimvlm.runs.stages import Calibration, Split
+from slimvlm.runs.stages import Calibration, SampleSplit
 from slimvlm.training.recover import TRACKER_FOLDER
 
 STAGES = ("original", "pruned", "recovered")
@@ -125,7 +124,7 @@ def compress(
     return run.results
 
 
-def _checked_samples(run: Run, force: bool) -> Split:
+def _checked_samples(run: Run, force: bool) -> SampleSplit:
     """The data, after every mistake in the request that can be found without weights."""
     _require_startable(run, force)
     given = request_of(run.model, run.config)
@@ -141,7 +140,7 @@ def _checked_samples(run: Run, force: bool) -> Split:
     return samples
 
 
-def _go(run: Run, samples: Split, force: bool) -> None:
+def _go(run: Run, samples: SampleSplit, force: bool) -> None:
     """All stages that are not done yet."""
     _open_folder(run, force)
     original, processor = stages.load_original(run.request)
@@ -206,7 +205,7 @@ def _pruned(
     _save(run, model, calibration.processor, plan, folder)
 
 
-def _recovered(run: Run, plan: Plan, samples: Split) -> None:
+def _recovered(run: Run, plan: Plan, samples: SampleSplit) -> None:
     if run.path("checkpoint").exists():
         return
     model, processor = load(run.path("pruned"), run.config.dtype)
@@ -266,7 +265,7 @@ def _card_facts(run: Run, training: str) -> CardFacts:
         base=resolve(run.model),
         name=run.name,
         command=compress_command(run.model, run.config, run.name),
-        results=summary.as_markdown(*summary.result_rows(results)) if results else "",
+        results=tables.as_markdown(*tables.result_rows(results)) if results else "",
         scores={name: (task.metric, task.score) for name, task in measured.items()},
         training=training,
     )
@@ -277,7 +276,7 @@ def finish(run: Run, plan: Plan) -> None:
     run.results.update(read_results(run.folder))
     lines = [f"# {run.model} at {plan.ratio:.1%}", "", plan.summary(), ""]
     if run.results:
-        lines.append(summary.as_markdown(*summary.result_rows(run.results)))
+        lines.append(tables.as_markdown(*tables.result_rows(run.results)))
     lines.append("The checkpoint is in `checkpoint/`; plain `from_pretrained` loads it.")
     write_text(run.path("summary.md"), "\n".join(lines) + "\n")
     if (logs := run.path("training") / TRACKER_FOLDER).exists():

@@ -9,6 +9,7 @@ from pathlib import Path
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import require_free
 from slimvlm.core.options import LoadConfig, MemoryOptions, PruneConfig
+from slimvlm.core.progress import Say
 from slimvlm.data.samples import Sample
 from slimvlm.models.load import anatomy, check_models, load_config
 from slimvlm.planning.plan import Plan
@@ -20,7 +21,6 @@ from slimvlm.pruning.save import save
 from slimvlm.runs import stages
 from slimvlm.runs.request import (
     Request,
-    Say,
     check_options,
     check_request,
     criteria_of,

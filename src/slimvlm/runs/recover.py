@@ -16,12 +16,12 @@ from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import held, replacement, require_free, write_text
 from slimvlm.core.options import KdOn, LoadConfig, RecoverConfig, TrainingData
 from slimvlm.core.processes import is_first_rank, num_ranks
+from slimvlm.core.progress import Say
 from slimvlm.models.load import check_models, load, load_as, resolve
 from slimvlm.models.sharding import fill_, gathered_weights
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.save import PLAN_FILE, save
 from slimvlm.runs.prune import check_compat
-from slimvlm.runs.request import Say
 from slimvlm.runs.stages import samples_for
 from slimvlm.training.offline import OfflineTeacher, is_cache, write_cache
 from slimvlm.training.recover import ADAPTER_FOLDER, TRACKER_FOLDER, History

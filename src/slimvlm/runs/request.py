@@ -6,7 +6,7 @@ the same everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from slimvlm.core.options import (
     RecoverConfig,
     WidthOptions,
 )
+from slimvlm.core.progress import Say, silent
 from slimvlm.data.roles import parse_token_weights
 from slimvlm.evaluation.lmms import check_names, split_names
 from slimvlm.evaluation.tasks import find_tasks
@@ -36,12 +37,6 @@ from slimvlm.scoring.criteria import (
 from slimvlm.scoring.statistics import Statistics
 from slimvlm.scoring.unit_scores import Scores
 from slimvlm.scoring.without_data import score_random
-
-Say = Callable[[str], None]
-
-
-def silent(line: str) -> None:
-    """Say nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from slimvlm.core.options import (
     PruneConfig,
     WidthOptions,
 )
+from slimvlm.core.progress import Say
 from slimvlm.data.samples import Sample
 from slimvlm.models.anatomy import Anatomy, read_anatomy
 from slimvlm.models.cost import params_for_memory, parse_bytes, parse_count
@@ -26,7 +27,6 @@ from slimvlm.pruning.low_memory import score as on_disk
 from slimvlm.pruning.low_memory.checkpoint import open_checkpoint
 from slimvlm.runs.request import (
     Request,
-    Say,
     check_options,
     criterion_options,
     pretended_scores,

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from slimvlm.core.checked import part_of
 from slimvlm.core.options import DataConfig, WidthOptions
-from slimvlm.core.progress import progress
+from slimvlm.core.progress import Say, progress, silent
 from slimvlm.data.read import load_samples
 from slimvlm.data.samples import Sample
 from slimvlm.evaluation.lmms import evaluate_all
@@ -31,11 +31,9 @@ from slimvlm.pruning.cut import prune_ as cut_
 from slimvlm.pruning.repair import RepairReport, prune_and_repair_
 from slimvlm.runs.request import (
     Request,
-    Say,
     criterion_options,
     ranked_plan,
     ratio_of,
-    silent,
     token_weights_of,
 )
 from slimvlm.scoring.criteria import CRITERIA
@@ -54,7 +52,7 @@ _BATCH = 4
 
 
 @dataclass(frozen=True)
-class Split:
+class SampleSplit:
     """The samples of a request.
 
     Attributes:
@@ -66,7 +64,7 @@ class Split:
     training: Sequence[Sample]
 
 
-def split(samples: Sequence[Sample], request: Request) -> Split:
+def split(samples: Sequence[Sample], request: Request) -> SampleSplit:
     """Which samples calibrate and which train.
 
     The data has one order for each seed: that of the file for 0, a shuffled one for any other.
@@ -80,7 +78,7 @@ def split(samples: Sequence[Sample], request: Request) -> Split:
     if config.seed:
         samples = random.Random(config.seed).sample(samples, len(samples))
     shown, rest = samples[: config.samples], samples[config.samples :]
-    return Split(shown, (rest or shown)[: request.training_samples])
+    return SampleSplit(shown, (rest or shown)[: request.training_samples])
 
 
 def rows_to_read(request: Request) -> int | None:
@@ -92,7 +90,7 @@ def rows_to_read(request: Request) -> int | None:
     return config.samples + (training or 0)
 
 
-def read_split(request: Request, say: Say) -> Split:
+def read_split(request: Request, say: Say) -> SampleSplit:
     """Read the samples of a request, as many as it needs.
 
     Raises:

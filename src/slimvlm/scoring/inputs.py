@@ -55,7 +55,7 @@ def hookable(model: nn.Module) -> Iterator[tuple[int, Projection, nn.Linear]]:
         yield index, matrix.projection, matrix.owner
 
 
-def consumers(model: nn.Module) -> Iterator[tuple[int, Projection, nn.Linear]]:
+def writing_matrices(model: nn.Module) -> Iterator[tuple[int, Projection, nn.Linear]]:
     """Every matrix that writes to the residual stream: its input columns belong to units.
 
     Raises:
@@ -67,7 +67,7 @@ def consumers(model: nn.Module) -> Iterator[tuple[int, Projection, nn.Linear]]:
 
 
 @contextmanager
-def on_consumers(
+def on_writing_matrices(
     model: nn.Module, call: Callable[[int, Projection, Tensor], Tensor | None]
 ) -> Iterator[None]:
     """Hook the input of every matrix that writes to the residual stream.
@@ -80,7 +80,7 @@ def on_consumers(
         return None if changed is None else (changed,)
 
     with ExitStack() as stack:
-        for index, projection, linear in consumers(model):
+        for index, projection, linear in writing_matrices(model):
             hook = partial(before, index, projection)
             stack.enter_context(linear.register_forward_pre_hook(hook))
         yield
@@ -113,7 +113,7 @@ def capture_activations(
     sums: dict[Place, Tensor] = {}
     seen = BackbonePass()
 
-    def on_consumer(index: int, projection: Projection, x: Tensor) -> None:
+    def on_matrix(index: int, projection: Projection, x: Tensor) -> None:
         unit, weights = unit_of(projection), seen.row_weights(x)
         squares = x.float().square().flatten(0, -2) * (weights > 0)
         require_finite(squares, f"the input of layer {index} {projection.path}")
@@ -122,7 +122,7 @@ def capture_activations(
         total = (squares.sqrt() * weights).sum(0, dtype=torch.float64)
         sums[index, unit] = sums.get((index, unit), 0) + total.cpu()
 
-    with on_consumers(model, on_consumer):
+    with on_writing_matrices(model, on_matrix):
         seen.run(model, batches, token_weights)
     return Activations(parts=sums, **seen.totals)
 
@@ -132,15 +132,15 @@ def capture_moments(
     model: nn.Module, batches: Iterable[Batch], token_weights: TokenWeights | None = None
 ) -> ChannelMoments:
     """First and second moments of each input channel of ``o_proj`` and ``down_proj``."""
-    parts = {(i, row.path): InputMoments.of(weight_of(o)) for i, row, o in consumers(model)}
+    parts = {(i, row.path): InputMoments.of(weight_of(o)) for i, row, o in writing_matrices(model)}
     seen = BackbonePass()
 
-    def on_consumer(index: int, projection: Projection, x: Tensor) -> None:
+    def on_matrix(index: int, projection: Projection, x: Tensor) -> None:
         values = x.float().flatten(0, -2)
         require_finite(values, f"the input of layer {index} {projection.path}")
         parts[index, projection.path].add(values, seen.row_weights(x))
 
-    with on_consumers(model, on_consumer):
+    with on_writing_matrices(model, on_matrix):
         seen.run(model, batches, token_weights)
     return ChannelMoments(parts=parts, **seen.totals)
 
@@ -160,18 +160,18 @@ def capture_grams(
     """
     parts = {
         (index, projection.path): Gram.of(weight_of(linear))
-        for index, projection, linear in consumers(model)
+        for index, projection, linear in writing_matrices(model)
         if layers is None or index in layers
     }
     seen = BackbonePass()
 
-    def on_consumer(index: int, projection: Projection, x: Tensor) -> None:
+    def on_matrix(index: int, projection: Projection, x: Tensor) -> None:
         part = parts.get((index, projection.path))
         if part is not None:
             part.add(x.flatten(0, -2), seen.row_weights(x))
             require_finite(part.sum, f"the input of layer {index} {projection.path}")
 
-    with on_consumers(model, on_consumer):
+    with on_writing_matrices(model, on_matrix):
         seen.run(model, batches, token_weights)
     return Grams(parts=parts, **seen.totals)
 
@@ -200,7 +200,7 @@ def capture_gates(
     gates: dict[Place, Tensor] = {}
     seen = LossPass()
 
-    def on_consumer(index: int, projection: Projection, x: Tensor) -> Tensor:
+    def on_matrix(index: int, projection: Projection, x: Tensor) -> Tensor:
         shape = anatomy.layers[index]
         units = shape.block(projection.segments[0])[0]
         gate = torch.ones(len(x), 1, units, device=x.device, requires_grad=True)
@@ -215,7 +215,7 @@ def capture_gates(
             sums[index, unit] = sums.get((index, unit), 0) + total
         gates.clear()
 
-    with frozen(model), on_consumers(model, on_consumer):
+    with frozen(model), on_writing_matrices(model, on_matrix):
         seen.run(model, batches_with_targets(model, batches, token_weights), after_batch)
     return Gates(parts=sums, **seen.totals)
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import new_file
-from slimvlm.core.options import KdOn, RecoverConfig
+from slimvlm.core.options import DIVERGENCES, HIDDEN_LOSSES, KdOn, RecoverConfig
 from slimvlm.core.progress import progress
 from slimvlm.core.requests import digest, is_begun_for, note_request, require_same_request
 from slimvlm.data.chat import encode_samples
@@ -194,7 +194,7 @@ class OfflineTeacher:
             raise ConfigError(f"{where} lacks positions that paper_exact compares")
         if config.hidden_layers != "final":
             raise ConfigError(f"{where} holds final hidden states, not hidden_layers 'mapped'")
-        logit_losses = config.loss_weights.keys() & {"kl", "rkl", "jsd"}
+        logit_losses = config.loss_weights.keys() & set(DIVERGENCES)
         if index.what == "top-k":
             self._require_top_k(where, config)
         elif logit_losses and not self._has_head_of(model, config):
@@ -203,7 +203,7 @@ class OfflineTeacher:
                 "with the teacher's head, undivided, and train 'lora' or 'projector'"
             )
         width = int(text_config_of(model.config).hidden_size)
-        if {"hidden", "cosine"} & config.loss_weights.keys() and width != index.hidden_size:
+        if set(HIDDEN_LOSSES) & config.loss_weights.keys() and width != index.hidden_size:
             raise ConfigError(
                 f"{where}: hidden_size is {index.hidden_size}, the model's is {width}"
             )
@@ -246,7 +246,7 @@ class OfflineTeacher:
             return {name: shard.get_slice(name)[start:stop] for name in names}
 
     def _require_top_k(self, where: str, config: RecoverConfig) -> None:
-        unanswered = config.loss_weights.keys() & {"hidden", "cosine"}
+        unanswered = config.loss_weights.keys() & set(HIDDEN_LOSSES)
         if unanswered:
             raise ConfigError(f"{where} holds logits; loss {min(unanswered)!r} needs hidden states")
         assert self.index.k is not None

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Tra
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import explained
-from slimvlm.core.options import RecoverConfig
+from slimvlm.core.options import HIDDEN_LOSSES, RecoverConfig
 from slimvlm.core.processes import is_first_rank, num_ranks
 from slimvlm.data.read import estimated_length, hold_out, subset
 from slimvlm.data.samples import Sample
@@ -235,7 +235,7 @@ def _require_same_width(
 ) -> None:
     """Vocabularies must agree; hidden states only where the loss or the teacher reads ours."""
     ours, theirs = read_anatomy(model), read_anatomy(teacher)
-    compares = {"hidden", "cosine"} & config.loss_weights.keys()
+    compares = set(HIDDEN_LOSSES) & config.loss_weights.keys()
     meets_ours = compares or config.student_projector_in_teacher
     for name in ("hidden_size", "vocab_size") if meets_ours else ("vocab_size",):
         if getattr(ours, name) != getattr(theirs, name):

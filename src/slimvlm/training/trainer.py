@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,7 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from slimvlm.core.errors import NumericalError
-from slimvlm.core.options import RecoverConfig
+from slimvlm.core.options import DIVERGENCES, Divergence, RecoverConfig
 from slimvlm.models import losses
 from slimvlm.models.hidden import head_of, hidden_states, logits_at
 from slimvlm.models.sharding import is_sharded
@@ -131,7 +131,7 @@ class DistillationTrainer(Trainer):
                 parts[name] = losses.mean_over_layers(
                     distance, ours, theirs, reduction=self._reduction
                 )
-        for kind in get_args(losses.Divergence):
+        for kind in DIVERGENCES:
             if kind in config.loss_weights:
                 parts[kind] = self._divergence(kind, student, ours[0], theirs, wanted)
         return parts
@@ -153,7 +153,7 @@ class DistillationTrainer(Trainer):
 
     def _divergence(
         self,
-        kind: losses.Divergence,
+        kind: Divergence,
         student: PreTrainedModel,
         ours: Tensor,
         theirs: list[Tensor],

@@ -19,7 +19,7 @@ from transformers import (
 from slimvlm.core.errors import UnsupportedModelError
 from slimvlm_tools.convert.dialogue import phi3_template
 from slimvlm_tools.convert.pieces import HEAD, Conversion, Rules, place
-from slimvlm_tools.convert.source import Allowed, Weights, pick, require
+from slimvlm_tools.convert.source import Allowed, OriginalWeights, pick, require
 from slimvlm_tools.convert.tokens import TokenizerFiles, llama_tokenizer, token_id
 
 START, END, CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
@@ -95,7 +95,7 @@ def plan_internvl(
         raise UnsupportedModelError(
             "vision_tower: InternVL checkpoints hold their own tower; none can be given"
         )
-    source = Weights(folder)
+    source = OriginalWeights(folder)
     side = int(config.get("force_image_size") or vision.image_size[0])
     ratio = float(config.get("downsample_ratio", 0.5))
     files = TokenizerFiles(folder)

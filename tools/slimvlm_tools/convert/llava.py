@@ -23,7 +23,7 @@ from transformers import (
 from slimvlm.core.errors import UnsupportedModelError
 from slimvlm_tools.convert.dialogue import vicuna_template
 from slimvlm_tools.convert.pieces import EMBEDDINGS, HEAD, Conversion, Rules, place
-from slimvlm_tools.convert.source import Allowed, Weights, pick, require
+from slimvlm_tools.convert.source import Allowed, OriginalWeights, pick, require
 from slimvlm_tools.convert.tokens import (
     TokenizerFiles,
     add_new_tokens,
@@ -86,7 +86,7 @@ def plan_llava(
     """How a LLaVA-1.5 becomes the native class."""
     require(config, LLAVA_ALLOWED)
     rope = _rope(config)
-    source = Weights(folder)
+    source = OriginalWeights(folder)
     tower = find_tower(source, config, CLIP, vision_tower)
     layer = int(config.get("mm_vision_select_layer", -2))
     if not -tower.num_layers - 1 <= layer <= tower.num_layers:  # hidden state 0: the embeddings
@@ -115,7 +115,7 @@ def plan_bunny(
     """
     require(config, BUNNY_ALLOWED)
     rope = _rope(config)
-    source = Weights(folder)
+    source = OriginalWeights(folder)
     if "lm_head.bias" in source.tensors and source.read("lm_head.bias").any():
         raise UnsupportedModelError(
             "weights: 'lm_head.bias' is not zero, and the native class has no bias there"
@@ -140,7 +140,7 @@ def plan_bunny(
 
 
 def _plan(
-    source: Weights,
+    source: OriginalWeights,
     config: Mapping[str, Any],
     tower: Tower,
     tokenizer: PreTrainedTokenizerFast,

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimvlm.core.errors import UnsupportedModelError
-from slimvlm_tools.convert.source import Weights
+from slimvlm_tools.convert.source import OriginalWeights
 
 EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 
@@ -26,7 +26,7 @@ expression that matches decides."""
 class Piece:
     """One native tensor: a source tensor, one of its equal blocks of rows, or it with new rows."""
 
-    weights: Weights
+    weights: OriginalWeights
     name: str
     block: int = 0
     blocks: int = 1
@@ -69,7 +69,7 @@ class Conversion:
     processor: Any
 
 
-def place(weights: Weights, names: Iterable[str], rules: Rules) -> dict[str, Piece]:
+def place(weights: OriginalWeights, names: Iterable[str], rules: Rules) -> dict[str, Piece]:
     """Find the native place of source tensors.
 
     Raises:

@@ -102,7 +102,7 @@ def pick(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     return {name: values[name] for name in names if values.get(name) is not None}
 
 
-class Weights:
+class OriginalWeights:
     """The tensors of a checkpoint folder by name, ``.safetensors`` or ``.bin``, sharded or not.
 
     Attributes:

@@ -16,7 +16,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from slimvlm.core.errors import ConfigError, UnsupportedModelError
 from slimvlm_tools.convert.pieces import Piece, Rules, place
-from slimvlm_tools.convert.source import Weights, find_folder, pick, read_json
+from slimvlm_tools.convert.source import OriginalWeights, find_folder, pick, read_json
 
 INSIDE = "model.vision_tower."
 _PREFIX = r"(?:model\.vision_tower\.)?(?:vision_tower\.)?(?:vision_model\.)?"
@@ -102,7 +102,7 @@ class Tower:
 
 
 def find_tower(
-    source: Weights, config: Mapping[str, Any], kind: str, vision_tower: str | Path | None
+    source: OriginalWeights, config: Mapping[str, Any], kind: str, vision_tower: str | Path | None
 ) -> Tower:
     """Find a tower's weights and configuration.
 
@@ -133,7 +133,7 @@ def find_tower(
             f"config.json: {trained[0]} is true, but the checkpoint holds no vision tower"
         )
     fields = _described(folder, kind, named, config.get("vision_config"))
-    weights = Weights(folder) if folder is not None and not inside else source
+    weights = OriginalWeights(folder) if folder is not None and not inside else source
     pieces = place(weights, inside or weights.tensors, RULES)
     preprocessor = {} if folder is None else read_json(folder / "preprocessor_config.json")
     tower = Tower(kind, CONFIGS[kind](**pick(fields, FIELDS)), pieces, preprocessor)

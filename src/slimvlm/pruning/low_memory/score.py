@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 
 from slimvlm.core.errors import ConfigError, NumericalError, UnsupportedModelError
 from slimvlm.core.files import explained, held, new_folder
-from slimvlm.core.progress import progress
+from slimvlm.core.progress import Say, progress
 from slimvlm.core.requests import is_begun_for, note_request
 from slimvlm.models.load import default_device
 from slimvlm.models.parts import backbone_of, decoder_layers, text_config_of
@@ -25,8 +25,6 @@ from slimvlm.scoring.batches import Batch
 from slimvlm.scoring.criteria import CRITERIA, DEFAULT_CRITERIA, Capture, criterion_named
 from slimvlm.scoring.score_model import check_token_weights, collect, score, scores_from
 from slimvlm.scoring.unit_scores import Scores
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ from slimvlm.core.checked import part_of
 from slimvlm.core.errors import ConfigError, SlimError
 from slimvlm.core.files import explained, held, write_text
 from slimvlm.core.options import PruneConfig, Questions
+from slimvlm.core.progress import Say
 from slimvlm.evaluation.lmms import split_names
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models.load import anatomy, load_config
-from slimvlm.runs.request import Say, check_options, check_questions, rehearse
+from slimvlm.runs.request import check_options, check_questions, rehearse
 from slimvlm.runs.study.cache import Cache
 from slimvlm.runs.study.cells import Cell, expand
 from slimvlm.runs.study.config import StudyConfig, read_study
