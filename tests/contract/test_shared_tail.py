@@ -16,6 +16,7 @@ from slimvlm.planning.make import make_plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.low_memory.cut import prune_checkpoint
 from slimvlm.pruning.low_memory.score import score_checkpoint
+from slimvlm.pruning.repair import prune_and_repair_
 from slimvlm.scoring.score_model import score
 from tests import tiny, tiny_rare
 from tests.helpers import logits, plan_by_hand, random_scores
@@ -88,6 +89,22 @@ def test_a_checkpoint_is_cut_on_disk_as_in_memory(name: str, tmp_path: Path) -> 
     loaded = auto_class(model.config).from_pretrained(tmp_path / "cut")
     batch = tiny.batch(model, 24)
     assert torch.equal(logits(loaded, batch), logits(model, batch))
+
+
+@pytest.mark.parametrize("kind", [hf.Gemma3nTextConfig, hf.Gemma4TextConfig])
+def test_a_seam_in_the_tail_is_looked_at_when_what_it_reads_is_there(kind: type) -> None:
+    layers = {"num_hidden_layers": 8, "num_kv_shared_layers": 4}
+    kinds = ["sliding_attention", "full_attention"] * 4
+    config = kind(**{**tiny_rare.GEMMA_TEXT, **layers, "layer_types": kinds})
+    if kind is hf.Gemma3nTextConfig:
+        config.activation_sparsity_pattern = [0.0] * 8
+    model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    data = [tiny.batch(model, seed=seed) for seed in range(3)]
+    plan = plan_by_hand(read_anatomy(model), [0, 1, 2, 3, 4, 5, 7], neurons=range(64))
+    report = prune_and_repair_(model, plan, data, "both")
+    assert report.notes == ("layer 5 has a norm after its MLP: its seam stays",)
+    assert report.errors
+    assert read_anatomy(model).layers == plan.after.layers
 
 
 def test_doubled_mlps_stay_whole(tmp_path: Path) -> None:

@@ -131,8 +131,10 @@ class SequentialRepair:
         for writer in writers(self._model, range(len(self._layers))):
             in_layer.setdefault(writer.index, []).append(writer)
         for index in progress(self._plan.layers, "repair"):
-            if index in seams:
+            if index in seams and self._adds_plainly(index):
                 self._advance_original(seams[index])
+            else:
+                seams.pop(index, None)
             with _put_back(writer.linear for writer in in_layer[index]):
                 for writer in in_layer[index]:
                     kind = SEAM if index in seams and writer.kind == MLP else writer.kind
@@ -151,13 +153,16 @@ class SequentialRepair:
         seams = {a: b for a, b in zip(kept, ends, strict=True) if b > a + 1 and a not in idle}
         if kept[0] > 0:
             self.notes.append("the first layers are gone: no layer before them could be repaired")
-        for index in list(seams):
-            batches = zip(self._calls, self._hidden, strict=True)
-            calls, hidden = next(pair for pair in batches if index in pair[0].arguments)
-            if not adds_plainly(calls, self._layers[index], index, hidden, self._mlp(index)):
-                self.notes.append(f"layer {index} has a norm after its MLP: its seam stays")
-                del seams[index]
         return seams
+
+    def _adds_plainly(self, index: int) -> bool:
+        """Whether a seam can be repaired in a layer; the layers that it reads from have run."""
+        batches = zip(self._calls, self._hidden, strict=True)
+        calls, hidden = next(pair for pair in batches if index in pair[0].arguments)
+        if adds_plainly(calls, self._layers[index], index, hidden, self._mlp(index)):
+            return True
+        self.notes.append(f"layer {index} has a norm after its MLP: its seam stays")
+        return False
 
     def _mlp(self, index: int) -> nn.Module:
         """The matrix with which the MLP of a layer ends."""
