@@ -87,14 +87,14 @@ def ours(criterion: str, **options: str) -> Callable[..., None]:
 
 
 def prune_by_magnitude(model: LlamaForCausalLM, data: Batches) -> None:
-    """Ours: scores, plan and surgery."""
+    """Ours: scores, plan and cut."""
     scores = sv.score(model, (), "magnitude", p=2)
     plan = sv.make_plan(sv.anatomy(model), scores, RATIO, "width", allocation="uniform")
     sv.prune_(model, plan)
 
 
 def torch_pruning(model: LlamaForCausalLM, data: Batches) -> None:
-    """Torch-Pruning: graph, group magnitudes and surgery; it cuts the hidden size as well."""
+    """Torch-Pruning: graph, group magnitudes and cut; it cuts the hidden size as well."""
     import torch_pruning as tp
 
     config = model.config

@@ -9,8 +9,8 @@ from slimvlm.demo import scenes as s
 from slimvlm_tools.demo_training.patches import patch_classes, patch_coverage, patch_labels
 
 
-@pytest.mark.parametrize("kind", s.KINDS)
-def test_same_seed_same_picture(kind: s.Kind) -> None:
+@pytest.mark.parametrize("kind", s.SCENE_KINDS)
+def test_same_seed_same_picture(kind: s.SceneKind) -> None:
     first = s.make_scene(kind, np.random.default_rng(3))
     second = s.make_scene(kind, np.random.default_rng(3))
     assert first == second
@@ -19,8 +19,8 @@ def test_same_seed_same_picture(kind: s.Kind) -> None:
     assert s.render(first).mode == "RGB"
 
 
-@pytest.mark.parametrize("kind", s.KINDS)
-def test_sides_share_no_composition(kind: s.Kind) -> None:
+@pytest.mark.parametrize("kind", s.SCENE_KINDS)
+def test_sides_share_no_composition(kind: s.SceneKind) -> None:
     rng = np.random.default_rng(0)
     train = {s.make_scene(kind, rng, "train").key for _ in range(300)}
     test = {s.make_scene(kind, rng, "test").key for _ in range(300)}
@@ -46,7 +46,7 @@ def test_art_is_complete_and_without_sharealike_style() -> None:
 
 
 @pytest.mark.parametrize("kind", ["multi", "count", "digits", "shapes"])
-def test_every_object_stands_in_its_own_cell(kind: s.Kind) -> None:
+def test_every_object_stands_in_its_own_cell(kind: s.SceneKind) -> None:
     rng = np.random.default_rng(1)
     for _ in range(50):
         scene = s.make_scene(kind, rng)

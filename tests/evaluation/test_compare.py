@@ -17,7 +17,13 @@ from PIL import Image
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.data.samples import Question, Task
-from slimvlm.evaluation.compare import KINDS, Comparison, compare, comparison_json, comparison_rows
+from slimvlm.evaluation.compare import (
+    CHANGES,
+    Comparison,
+    compare,
+    comparison_json,
+    comparison_rows,
+)
 from slimvlm.evaluation.metrics import METRICS, paired_difference
 from slimvlm.evaluation.results import Result, TaskResult
 from slimvlm.runs.report.gallery import MAX_CARDS, comparison_html
@@ -213,7 +219,7 @@ def test_graded_answers_are_right_from_one_half() -> None:
 def test_rows_mark_what_is_significant() -> None:
     header, rows = comparison_rows(two("1" * 40, "1" * 20 + "0" * 20)[0])
     assert header[0] == "task"
-    assert header[-4:] == list(KINDS)
+    assert header[-4:] == list(CHANGES)
     assert [row[0] for row in rows] == ["pets", "all"]
     assert all(len(row) == len(header) for row in rows)
     assert rows[0][1:3] == ["100.0", "50.0"]

@@ -1,4 +1,4 @@
-"""Scores and statistics: what is stored is what was there, and NaN never gets in."""
+"""Scores: what is stored is what was there, and NaN never gets in."""
 
 from __future__ import annotations
 

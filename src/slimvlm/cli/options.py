@@ -40,7 +40,7 @@ class RunFlags(RunOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunTraining(TrainingConfig):
+class TrainingFlags(TrainingConfig):
     """How to train; the study's decision chart fills in what is not said."""
 
     train: Literal["projector", "lora", "full", "none"] | None = None
@@ -51,7 +51,7 @@ class RunTraining(TrainingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target(TargetOptions):
+class TargetFlags(TargetOptions):
     """How small or fast the model must become."""
 
     target_latency: float | None = None

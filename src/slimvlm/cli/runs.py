@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from slimvlm.cli.options import INLINE, Model, Target
+from slimvlm.cli.options import INLINE, Model, TargetFlags
 from slimvlm.cli.printing import note, print_advice, print_forecast, print_results, print_study
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import Dtype
@@ -75,7 +75,7 @@ def report(
 
 def advise(
     model: Model,
-    target: Annotated[Target, INLINE] = Target(),
+    target: Annotated[TargetFlags, INLINE] = TargetFlags(),
     data: bool = False,
     no_data: bool = False,
     gpu: bool = False,

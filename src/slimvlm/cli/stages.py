@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from slimvlm.cli.options import INLINE, Model, QuestionFlags, RunFlags, RunTraining
+from slimvlm.cli.options import INLINE, Model, QuestionFlags, RunFlags, TrainingFlags
 from slimvlm.cli.printing import note, print_plan, print_results
 from slimvlm.core.checked import part_of
 from slimvlm.core.errors import ConfigError
@@ -209,7 +209,7 @@ def compress(
     model: Model,
     out: Path,
     pruning: Annotated[PruneConfig, INLINE] = PruneConfig(),
-    training: Annotated[RunTraining, INLINE] = RunTraining(),
+    training: Annotated[TrainingFlags, INLINE] = TrainingFlags(),
     options: Annotated[RunFlags, INLINE] = RunFlags(),
     force: bool = False,
     json: bool = False,
@@ -236,7 +236,7 @@ def compress(
     note(f"run folder: {out}; checkpoint: {out / 'checkpoint'}")
 
 
-def _recovery(pruning: PruneConfig, training: RunTraining) -> RecoverConfig | None:
+def _recovery(pruning: PruneConfig, training: TrainingFlags) -> RecoverConfig | None:
     """How to train; the chart fills in what is not said. None for no training."""
     from slimvlm.runs.recipes import recipe_for
     from slimvlm.runs.request import ratio_of

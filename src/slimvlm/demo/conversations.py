@@ -19,10 +19,10 @@ import numpy as np
 
 from slimvlm.data.samples import Message, Sample
 from slimvlm.demo import questions as q
-from slimvlm.demo.scenes import KINDS, Kind, Scene, make_scene, render
+from slimvlm.demo.scenes import SCENE_KINDS, Scene, SceneKind, make_scene, render
 
 KIND_SHARES = (0.20, 0.32, 0.14, 0.16, 0.18)
-"""How often a picture is of each of `KINDS`."""
+"""How often a picture is of each of `SCENE_KINDS`."""
 TEXT_SHARE = 0.16
 """Share of conversations without a picture."""
 PASSAGE_SHARE = 0.35
@@ -67,7 +67,7 @@ def _ask_other_count_at_times(scene: Scene, rng: np.random.Generator) -> q.Asked
     return q.ask_count(scene, rng, q.pick(rng, scene.names)) if rng.integers(3) == 0 else None
 
 
-TURNS: dict[Kind, tuple[Callable[[Scene, np.random.Generator], q.Asked | None], ...]] = {
+TURNS: dict[SceneKind, tuple[Callable[[Scene, np.random.Generator], q.Asked | None], ...]] = {
     "single": (
         q.ask_name,
         q.ask_kind,
@@ -136,7 +136,7 @@ def make_conversation(seed: int, index: int) -> Conversation:
     rng = np.random.default_rng([seed, 7, index])
     if rng.random() < TEXT_SHARE:
         return _text_conversation(rng)
-    kind = KINDS[int(rng.choice(len(KINDS), p=KIND_SHARES))]
+    kind = SCENE_KINDS[int(rng.choice(len(SCENE_KINDS), p=KIND_SHARES))]
     scene = make_scene(kind, rng)
     asked = [ask(scene, rng) for ask in TURNS[kind]]
     unique = list(dict.fromkeys((a.prompt, a.answer) for a in asked if a is not None))

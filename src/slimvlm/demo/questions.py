@@ -13,7 +13,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from slimvlm.demo.scenes import CELLS, COLORS, TEST_SHARE, Kind, Scene, Split, load_art, make_scene
+from slimvlm.demo.scenes import (
+    CELLS,
+    COLORS,
+    TEST_SHARE,
+    Scene,
+    SceneKind,
+    Split,
+    load_art,
+    make_scene,
+)
 
 LETTERS = ("a", "b", "c", "d")
 SIDES = ("left", "right", "above", "below")
@@ -209,7 +218,7 @@ def ask_sum(rng: np.random.Generator) -> Asked:
     return Asked(f"what is {a} + {b}?", str(a + b))
 
 
-def ask_told(kind: Kind, ask: Asker, rng: np.random.Generator) -> Asked:
+def ask_told(kind: SceneKind, ask: Asker, rng: np.random.Generator) -> Asked:
     """Text only, for training: a question about a picture whose contents are told in words."""
     scene = make_scene(kind, rng, "train")
     while ask is ask_relation and not neighbours(scene):
@@ -225,7 +234,7 @@ def _describe(scene: Scene) -> str:
 
 TEXT_ASKERS = {"text_odd": ask_odd, "text_sort": ask_sort, "text_sum": ask_sum}
 """The text-only benchmarks."""
-TOLD_ASKERS: tuple[tuple[Kind, Asker], ...] = (
+TOLD_ASKERS: tuple[tuple[SceneKind, Asker], ...] = (
     ("single", ask_object_letter),
     ("single", ask_category_letter),
     ("multi", ask_relation),

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 Split = Literal["train", "test"]
-Kind = Literal["single", "multi", "count", "digits", "shapes"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+SceneKind = Literal["single", "multi", "count", "digits", "shapes"]
+SCENE_KINDS: tuple[SceneKind, ...] = get_args(SceneKind)
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -107,7 +107,7 @@ class Scene:
         pose: Seed of sizes, offsets, mirror images and ink.
     """
 
-    kind: Kind
+    kind: SceneKind
     objects: tuple[Placed, ...]
     background: int
     pose: int
@@ -159,7 +159,7 @@ def split_of(scene: Scene) -> Split:
 
 
 def make_scene(
-    kind: Kind,
+    kind: SceneKind,
     rng: np.random.Generator,
     split: Split = "train",
     styles: Sequence[str] = SEEN_STYLES,
@@ -191,7 +191,7 @@ def make_scene(
             return scene
 
 
-def _pick_names(kind: Kind, rng: np.random.Generator) -> list[str]:
+def _pick_names(kind: SceneKind, rng: np.random.Generator) -> list[str]:
     names = load_art().names
     if kind == "single":
         return [names[int(rng.integers(len(names)))]]
@@ -205,7 +205,7 @@ def _pick_names(kind: Kind, rng: np.random.Generator) -> list[str]:
 
 
 def _emoji_objects(
-    kind: Kind, rng: np.random.Generator, styles: Sequence[str], chosen: Sequence[str]
+    kind: SceneKind, rng: np.random.Generator, styles: Sequence[str], chosen: Sequence[str]
 ) -> list[Placed]:
     names = load_art().names
     cells = [-1] if kind == "single" else [int(c) for c in rng.permutation(4)[: len(chosen)]]

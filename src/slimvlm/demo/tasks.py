@@ -13,7 +13,15 @@ import numpy as np
 
 from slimvlm.data.samples import Question, Task
 from slimvlm.demo import questions as q
-from slimvlm.demo.scenes import SEEN_STYLES, UNSEEN_STYLE, Kind, Scene, load_art, make_scene, render
+from slimvlm.demo.scenes import (
+    SEEN_STYLES,
+    UNSEEN_STYLE,
+    Scene,
+    SceneKind,
+    load_art,
+    make_scene,
+    render,
+)
 
 NUM_QUESTIONS = 320
 _TEST_SEED = 20240
@@ -37,7 +45,7 @@ def _to_question(task: str, index: int, asked: q.Asked, scene: Scene | None) -> 
 
 
 def make_item(
-    task: str, kind: Kind, ask: q.Asker, styles: Sequence[str], index: int
+    task: str, kind: SceneKind, ask: q.Asker, styles: Sequence[str], index: int
 ) -> tuple[Scene, q.Asked]:
     """Returns the scene and the question with this number of a picture benchmark."""
     rng = _rng(task, index)
@@ -62,7 +70,7 @@ def _shuffled_index(index: int) -> int:
 
 
 def _load_scenes(
-    task: str, kind: Kind, ask: q.Asker, styles: Sequence[str], limit: int | None
+    task: str, kind: SceneKind, ask: q.Asker, styles: Sequence[str], limit: int | None
 ) -> Sequence[Question]:
     count = NUM_QUESTIONS if limit is None else min(limit, NUM_QUESTIONS)
     items = (make_item(task, kind, ask, styles, i) for i in range(count))
@@ -103,7 +111,7 @@ def make_task_scene(task: Task, index: int) -> Scene | None:
 
 def _picture_task(
     name: str,
-    kind: Kind,
+    kind: SceneKind,
     ask: q.Asker,
     metric: str,
     chance: float,

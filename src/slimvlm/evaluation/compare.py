@@ -13,8 +13,8 @@ from slimvlm.evaluation.ask import with_other_pictures
 from slimvlm.evaluation.metrics import METRICS, Difference, paired_difference, signed
 from slimvlm.evaluation.results import PERPLEXITY, Result, TaskResult
 
-Kind = Literal["lost", "gained", "both wrong", "both right"]
-KINDS: tuple[Kind, ...] = ("lost", "gained", "both wrong", "both right")
+Change = Literal["lost", "gained", "both wrong", "both right"]
+CHANGES: tuple[Change, ...] = ("lost", "gained", "both wrong", "both right")
 """What can become of an answer, the most telling first."""
 RIGHT = 0.5
 """A score from here on counts as right; only graded metrics have scores between 0 and 1."""
@@ -39,7 +39,7 @@ class Pair:
     score_b: float
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> Change:
         """What became of the answer."""
         if self.score_a >= RIGHT:
             return "both right" if self.score_b >= RIGHT else "lost"
@@ -69,7 +69,7 @@ class TaskComparison:
     note: str = ""
 
     @property
-    def counts(self) -> dict[Kind, int]:
+    def counts(self) -> dict[Change, int]:
         """Questions of each kind; together they are all questions."""
         return _counts(self.pairs)
 
@@ -99,7 +99,7 @@ class Comparison:
     note: str = ""
 
     @property
-    def counts(self) -> dict[Kind, int]:
+    def counts(self) -> dict[Change, int]:
         """Questions of each kind over all tasks."""
         return _counts(tuple(chain(*(task.pairs for task in self.tasks.values()))))
 
@@ -160,7 +160,7 @@ def comparison_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]
         for task in comparison.tasks.values()
     ]
     total = ["all", "", "", _interval(comparison.difference), *_count_cells(comparison.counts)]
-    return ["task", "A", "B", "B - A [95 % interval]", *KINDS], [*rows, total]
+    return ["task", "A", "B", "B - A [95 % interval]", *CHANGES], [*rows, total]
 
 
 def comparison_json(comparison: Comparison) -> dict[str, Any]:
@@ -188,9 +188,9 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _counts(pairs: Sequence[Pair]) -> dict[Kind, int]:
+def _counts(pairs: Sequence[Pair]) -> dict[Change, int]:
     kinds = [pair.kind for pair in pairs]
-    return {kind: kinds.count(kind) for kind in KINDS}
+    return {kind: kinds.count(kind) for kind in CHANGES}
 
 
 def _reason_to_leave_out(name: str, a: TaskResult | None, b: TaskResult | None) -> str:
@@ -268,8 +268,8 @@ def _interval(difference: Difference) -> str:
     return f"{signed(difference.points)} [{low}, {high}] {mark}"
 
 
-def _count_cells(counts: Mapping[Kind, int]) -> list[str]:
-    return [str(counts[kind]) for kind in KINDS]
+def _count_cells(counts: Mapping[Change, int]) -> list[str]:
+    return [str(counts[kind]) for kind in CHANGES]
 
 
 def _difference_json(difference: Difference) -> dict[str, Any]:

@@ -11,10 +11,10 @@ import pytest
 
 from slimvlm.runs.study import engines
 from slimvlm.runs.study.config import StudyConfig, built
-from slimvlm.runs.study.stages import KINDS
+from slimvlm.runs.study.stages import STAGE_KINDS
 from tests import tiny_folder as folders
 
-VOLATILE = ("prefill_ms", "decode_ms", *(f"seconds_{kind}" for kind in KINDS))
+VOLATILE = ("prefill_ms", "decode_ms", *(f"seconds_{kind}" for kind in STAGE_KINDS))
 """Columns of a results table that differ between two runs of the same study."""
 RECOVER = {
     **{"max_steps": 2, "batch_size": 2, "lora_rank": 4, "lora_alpha": 8},

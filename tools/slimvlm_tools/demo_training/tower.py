@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from slimvlm.demo.scenes import CELLS, GRID, KINDS, make_scene, render
+from slimvlm.demo.scenes import CELLS, GRID, SCENE_KINDS, make_scene, render
 from slimvlm_tools.demo_training.patches import patch_classes, patch_labels
 
 KIND_SHARES = (0.2, 0.4, 0.08, 0.24, 0.08)
@@ -29,8 +29,8 @@ def patch_batches(seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     rng = np.random.default_rng([seed, 1])
     while True:
         pictures, labels = [], []
-        for kind_index in rng.choice(len(KINDS), size=BATCH_SIZE, p=KIND_SHARES):
-            scene = make_scene(KINDS[int(kind_index)], rng)
+        for kind_index in rng.choice(len(SCENE_KINDS), size=BATCH_SIZE, p=KIND_SHARES):
+            scene = make_scene(SCENE_KINDS[int(kind_index)], rng)
             gain = rng.uniform(0.85, 1.1, size=3)
             pictures.append((np.asarray(render(scene)) * gain).clip(0, 255).astype(np.uint8))
             labels.append(patch_labels(scene))

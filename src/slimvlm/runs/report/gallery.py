@@ -12,13 +12,13 @@ from markupsafe import escape
 from PIL import Image
 
 from slimvlm.data.images import open_image
-from slimvlm.evaluation.compare import KINDS, RIGHT, Comparison, Kind, Pair, TaskComparison
+from slimvlm.evaluation.compare import CHANGES, RIGHT, Change, Comparison, Pair, TaskComparison
 from slimvlm.evaluation.metrics import Difference
 from slimvlm.runs.report.page import render
 
 MAX_BYTES = 4_700_000
 """How large a page may grow before it leaves out pictures."""
-MAX_CARDS: Mapping[Kind, int] = {"both wrong": 40, "both right": 12}
+MAX_CARDS: Mapping[Change, int] = {"both wrong": 40, "both right": 12}
 """Cards of one task at most. Answers that were lost or gained are always shown."""
 CARD_BYTES = 850
 """Markup of a card without its words and pictures, rounded up."""
@@ -66,11 +66,11 @@ class Gallery:
 
     comparison: Comparison
     cards: Mapping[str, Sequence[Card]]
-    hidden: Mapping[str, Mapping[Kind, int]]
+    hidden: Mapping[str, Mapping[Change, int]]
     pictures_left_out: int
     graded: bool
     place: Callable[[float], float]
-    kinds: tuple[Kind, ...] = KINDS
+    kinds: tuple[Change, ...] = CHANGES
     right: float = RIGHT
 
 
@@ -113,7 +113,7 @@ def _places(drawn: Sequence[Difference]) -> Callable[[float], float]:
     return lambda value: round(50 + 48 * value / reach, 1)
 
 
-def _shown(task: TaskComparison, kind: Kind) -> list[Pair]:
+def _shown(task: TaskComparison, kind: Change) -> list[Pair]:
     """Pairs of one kind that get a card; replies that differ most come first."""
     pairs = [pair for pair in task.pairs if pair.kind == kind]
     if kind not in MAX_CARDS:
@@ -122,7 +122,7 @@ def _shown(task: TaskComparison, kind: Kind) -> list[Pair]:
     return pairs[: MAX_CARDS[kind]]
 
 
-def _hidden(task: TaskComparison) -> dict[Kind, int]:
+def _hidden(task: TaskComparison) -> dict[Change, int]:
     left = {kind: n - len(_shown(task, kind)) for kind, n in task.counts.items()}
     return {kind: n for kind, n in left.items() if n}
 
@@ -131,7 +131,7 @@ def _cards(comparison: Comparison, room: int) -> tuple[dict[str, list[Card]], in
     """Cards by task, and how many of them had to go without their pictures."""
     queue = [
         (rank, turn, task.name, pair)
-        for rank, kind in enumerate(KINDS)
+        for rank, kind in enumerate(CHANGES)
         for task in comparison.tasks.values()
         for turn, pair in enumerate(_shown(task, kind))
     ]

@@ -16,7 +16,7 @@ from slimvlm.core.progress import without_bars
 from slimvlm.runs.estimate import seconds_of
 from slimvlm.runs.study.cache import Cache, Outcome
 from slimvlm.runs.study.schedule import Schedule
-from slimvlm.runs.study.stages import KINDS, Stage
+from slimvlm.runs.study.stages import STAGE_KINDS, Stage
 
 
 def duration(seconds: float) -> str:
@@ -41,14 +41,14 @@ class Clock:
     """
 
     flops: Mapping[str, float]
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
-    done: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGE_KINDS, 0.0))
+    done: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGE_KINDS, 0.0))
 
     @classmethod
     def from_cache(cls, flops: Mapping[str, float], cache: Cache) -> Clock:
         """With what the stages in a cache have measured."""
         clock = cls(flops)
-        for kind in KINDS:
+        for kind in STAGE_KINDS:
             for record in cache.records(kind):
                 clock.learn(kind, record["seconds"], record["flops"])
         return clock
@@ -101,7 +101,7 @@ def forecast_of(schedule: Schedule, cache: Cache) -> Forecast:
         },
         stages={
             kind: (sum(s.kind == kind for s in missing), sum(s.kind == kind for s in done))
-            for kind in KINDS
+            for kind in STAGE_KINDS
         },
         seconds=clock.expected(missing),
         basis={stage.kind: clock.basis(stage.kind) for stage in missing},
@@ -160,7 +160,7 @@ class Progress:
         table = Table(title=f"{elapsed} gone, about {left} left", title_justify="left")
         for name in ("stage", "to do", "done", "failed", "now"):
             table.add_column(name, justify="left" if name in ("stage", "now") else "right")
-        for kind in KINDS:
+        for kind in STAGE_KINDS:
             mine = [stage for stage in self.missing if stage.kind == kind]
             ends = [self.ended[s.name] for s in mine if s.name in self.ended]
             bad = sum(bool(outcome.error) for outcome in ends)

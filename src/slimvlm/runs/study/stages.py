@@ -25,8 +25,8 @@ from slimvlm.runs.study.cells import Cell
 from slimvlm.runs.study.config import StudyConfig
 from slimvlm.scoring.criteria import CRITERIA
 
-Kind = Literal["calibrate", "plan", "prune", "recover", "evaluate"]
-KINDS: tuple[Kind, ...] = ("calibrate", "plan", "prune", "recover", "evaluate")
+StageKind = Literal["calibrate", "plan", "prune", "recover", "evaluate"]
+STAGE_KINDS: tuple[StageKind, ...] = ("calibrate", "plan", "prune", "recover", "evaluate")
 FORMAT = 2
 """Raised when a stage's outcome changes for the same request."""
 
@@ -53,7 +53,7 @@ class Stage:
         label: A few words for people.
     """
 
-    kind: Kind
+    kind: StageKind
     request: Request
     inputs: tuple[Stage, ...] = ()
     label: str = field(default="", compare=False)

@@ -19,7 +19,7 @@ from slimvlm.runs.estimate import optimizer_steps
 from slimvlm.runs.study.cache import Cache
 from slimvlm.runs.study.config import StudyConfig
 from slimvlm.runs.study.schedule import Schedule
-from slimvlm.runs.study.stages import KINDS, CellStages, Stage
+from slimvlm.runs.study.stages import STAGE_KINDS, CellStages, Stage
 from slimvlm.runs.study.work import HISTORY, PLAN, RESULT, SCORES
 
 CHOICE_METRICS = ("letter", "yes_no")
@@ -164,7 +164,7 @@ def _is_choice(name: str, task: TaskResult) -> bool:
 
 def _seconds(stages: Iterable[Stage], cache: Cache) -> dict[str, float]:
     """Seconds by kind of stage; those that cells share count in every one of them."""
-    spent = dict.fromkeys((f"seconds_{kind}" for kind in KINDS), 0.0)
+    spent = dict.fromkeys((f"seconds_{kind}" for kind in STAGE_KINDS), 0.0)
     for stage in stages:
         if cache.is_done(stage):
             spent[f"seconds_{stage.kind}"] += float(cache.about(stage)["seconds"])
