@@ -104,7 +104,6 @@ def test_terms_without_weight_share_one(names: list[str]) -> None:
         ("max_grad_norm", float("nan")),
         ("jsd_beta", 0.0),
         ("jsd_beta", 1.0),
-        ("top_k", 0),
         ("hidden_layers", "all"),
         ("teacher_weights", "both"),
         ("eval_fraction", 1.0),

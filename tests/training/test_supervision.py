@@ -24,7 +24,7 @@ def test_it_goes_where_accelerate_sends_the_batch(tmp_path: Path) -> None:
     assert "labels" not in batch
     sent = send_to_device(batch, torch.device("meta"), non_blocking=True)[SUPERVISION]
     assert sent.ids == batch[SUPERVISION].ids
-    for tensor in (sent.labels, sent.compared, sent.offline.hidden, sent.counts):
+    for tensor in (sent.labels, sent.compared, sent.offline, sent.counts):
         assert tensor.is_meta
     assert batch[SUPERVISION].counts.tolist() == [
         int((batch[SUPERVISION].labels[:, 1:] != -100).sum()),

@@ -451,12 +451,6 @@ def test_stored_hidden_states_are_the_teacher(tmp_path: Path, kd_on: str) -> Non
     assert found.steps[0]["loss_sft"] == expected.steps[0]["loss_sft"]
 
 
-def test_stored_logits_are_the_teacher(tmp_path: Path) -> None:
-    changes = {"loss": "sft+kl+rkl+jsd", "top_k": 5}
-    found = offline_run(cached(tmp_path / "cache", what="top-k", k=8), **changes)
-    assert_same_training(found, offline_run(None, **changes))
-
-
 def test_a_stopped_cache_goes_on_and_only_a_whole_one_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -471,8 +465,8 @@ def test_a_stopped_cache_goes_on_and_only_a_whole_one_is_used(
     teacher, processor = load(folders.folder("llava"))
     assert write_cache(teacher, processor, SAMPLES, out, batch_size=3) == 1
     assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
-    with pytest.raises(ConfigError, match="a cache with other what and k"):
-        write_cache(teacher, processor, SAMPLES, out, what="top-k")
+    with pytest.raises(ConfigError, match="a cache with other kd_on"):
+        write_cache(teacher, processor, SAMPLES, out, kd_on="all")
     with torch.no_grad():
         teacher.lm_head.weight[0] += 1
     with pytest.raises(ConfigError, match="a cache with other teacher and head"):
@@ -493,15 +487,6 @@ def test_a_cache_refuses_what_it_cannot_answer(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         offline_run(cached(tmp_path / "cache"), **changes)
-
-
-def test_a_cache_of_logits_refuses_hidden_losses_and_larger_k(tmp_path: Path) -> None:
-    offline = cached(tmp_path / "cache", what="top-k", k=4)
-    with pytest.raises(ConfigError, match="loss 'hidden' needs hidden states"):
-        offline_run(offline)
-    for top_k in (None, 5):
-        with pytest.raises(ConfigError, match=f"top_k {top_k} must be at most"):
-            offline_run(offline, loss="kl", top_k=top_k)
 
 
 def test_a_cache_of_other_data_is_refused(tmp_path: Path) -> None:
@@ -530,7 +515,7 @@ def test_a_cache_is_replaced_when_the_new_one_is_whole(
     command = ["cache-teacher", folder, "--data", str(data), "--out", str(tmp_path / "cache")]
     main(command)
     before = {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
-    renewed = [*command, "--what", "top-k", "--k", "3", "--force"]
+    renewed = [*command, "--kd-on", "all", "--force"]
     honest = offline_teacher.encode_samples
     calls: list[int] = []
 
@@ -546,7 +531,7 @@ def test_a_cache_is_replaced_when_the_new_one_is_whole(
     assert {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()} == before
     main(renewed)
     assert len(calls) == 3  # the first shard was kept
-    assert OfflineTeacher(tmp_path / "cache").index.what == "top-k"
+    assert OfflineTeacher(tmp_path / "cache").index.kd_on == "all"
     assert list(tmp_path.glob(".*")) == []
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from slimvlm.cli.options import INLINE, Model, QuestionFlags, RunFlags, TrainingFlags
 from slimvlm.cli.printing import note, print_plan, print_results
@@ -145,13 +145,11 @@ def cache_teacher(
     model: Model,
     source: Annotated[TrainingData, INLINE],
     out: Path,
-    what: Literal["hidden", "top-k"] = "hidden",
-    k: int = 64,
     kd_on: KdOn = "answer",
     batch_size: int = 8,
     force: bool = False,
 ) -> None:
-    """Write down what a teacher says about some data, for recover without a teacher in memory.
+    """Write down a teacher's hidden states on some data, for recover without a teacher in memory.
 
     Stopped runs go on where they were when the same command is given again.
 
@@ -159,15 +157,13 @@ def cache_teacher(
         model: The original model.
         source: What recover will learn from.
         out: The folder to write; recover takes it as --teacher.
-        what: Final hidden states (bfloat16), or the largest logits.
-        k: How many logits for each position.
         kd_on: Positions that recover will compare.
         batch_size: Samples that run at once.
         force: Replace an existing folder; it stays until the new one is whole.
     """
     from slimvlm.runs.recover import cache_teacher as run
 
-    run(model, source, out, what, k, kd_on, batch_size, force=force, say=note)
+    run(model, source, out, kd_on, batch_size, force=force, say=note)
 
 
 def evaluate(

@@ -121,8 +121,6 @@ class TrainingConfig(Options):
     """Temperature of kl, rkl and jsd."""
     jsd_beta: Annotated[float, INSIDE] = 0.5
     """Weight of the teacher in jsd's mixture; towards 0 it acts like kl, towards 1 like rkl."""
-    top_k: Annotated[int | None, ABOVE_0] = None
-    """Compare only the teacher's so many likeliest tokens in kl, rkl and jsd; by default all."""
     hidden_layers: HiddenLayers = "final"
     """Where hidden and cosine compare: after the last norm, or also after every kept layer."""
     teacher_weights: TeacherWeights = "auto"

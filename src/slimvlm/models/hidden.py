@@ -8,10 +8,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from slimvlm.data.roles import predicts_label, role_masks
@@ -126,21 +125,6 @@ def head_of(model: PreTrainedModel) -> Head:
         if cap is None or not family.caps_logits
         else lambda hidden: cap * torch.tanh(head(hidden) / cap)
     )
-
-
-def logits_at(
-    head: Head, hidden: Float[Tensor, "N D"], tokens: Int[Tensor, "N K"]
-) -> Float[Tensor, "N K"]:
-    """Logits of some tokens at each position, in chunks that the backward pass computes again."""
-
-    def picked(rows: Tensor, wanted: Tensor) -> Tensor:
-        return head(rows).gather(-1, wanted)
-
-    parts = [
-        checkpoint(picked, rows, wanted, use_reentrant=False, preserve_rng_state=False)
-        for rows, wanted in zip(hidden.split(_CHUNK), tokens.split(_CHUNK), strict=True)
-    ]
-    return torch.cat(parts)
 
 
 def compared_positions(

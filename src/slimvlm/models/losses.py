@@ -103,7 +103,6 @@ def kl(
     mask: Mask | None = None,
     temperature: float = 2.0,
     reduction: Reduction = "token_mean",
-    top_k: int | None = None,
 ) -> Float[Tensor, ""]:
     """``temperature² · KL(teacher ‖ student)`` of the softened next-token distributions.
 
@@ -114,14 +113,11 @@ def kl(
         temperature: Softens both sides.
         reduction: ``token_mean`` averages over the positions that count. ``paper`` is what the
             study's trainer computes: the sum over *all* positions, divided by the batch size.
-        top_k: Compare only the teacher's so many likeliest tokens at each position. Both sides
-            are renormalised over them, so the loss is the divergence *given* that the next token
-            is one of these, and says nothing about what the student gives to the others.
 
     Reference:
         Huang et al. 2025, arXiv:2507.20749, Eq. 7.
     """
-    part = partial(_divergence_sum, "kl", _as_is, _as_is, temperature, 0.5, top_k)
+    part = partial(_divergence_sum, "kl", _as_is, _as_is, temperature, 0.5)
     return _reduced(part, mask, reduction, student_logits, teacher_logits.detach())
 
 
@@ -131,14 +127,13 @@ def reverse_kl(
     mask: Mask | None = None,
     temperature: float = 2.0,
     reduction: Reduction = "token_mean",
-    top_k: int | None = None,
 ) -> Float[Tensor, ""]:
     """``temperature² · KL(student ‖ teacher)``; arguments as in `kl`.
 
     Reference:
         Huang et al. 2025, arXiv:2507.20749, Eq. 8.
     """
-    part = partial(_divergence_sum, "rkl", _as_is, _as_is, temperature, 0.5, top_k)
+    part = partial(_divergence_sum, "rkl", _as_is, _as_is, temperature, 0.5)
     return _reduced(part, mask, reduction, student_logits, teacher_logits.detach())
 
 
@@ -149,7 +144,6 @@ def jsd(
     beta: float = 0.5,
     temperature: float = 2.0,
     reduction: Reduction = "token_mean",
-    top_k: int | None = None,
 ) -> Float[Tensor, ""]:
     """Generalised Jensen-Shannon divergence of the softened next-token distributions.
 
@@ -165,12 +159,11 @@ def jsd(
         beta: The teacher's weight, between 0 and 1.
         temperature: Softens both sides. The paper has no factor of temperature².
         reduction: As in `kl`.
-        top_k: As in `kl`.
 
     Reference:
         Agarwal et al. 2024, arXiv:2306.13649, Eq. 1.
     """
-    part = partial(_divergence_sum, "jsd", _as_is, _as_is, temperature, beta, top_k)
+    part = partial(_divergence_sum, "jsd", _as_is, _as_is, temperature, beta)
     return _reduced(part, mask, reduction, student_logits, teacher_logits.detach())
 
 
@@ -184,7 +177,6 @@ def chunked_divergence(
     temperature: float = 2.0,
     beta: float = 0.5,
     reduction: Reduction = "token_mean",
-    top_k: int | None = None,
 ) -> Float[Tensor, ""]:
     """`kl`, `reverse_kl` or `jsd` of two models, without logits of more than one chunk.
 
@@ -199,9 +191,8 @@ def chunked_divergence(
         temperature: As in `kl`.
         beta: As in `jsd`.
         reduction: As in `kl`.
-        top_k: As in `kl`.
     """
-    part = partial(_divergence_sum, kind, head, teacher_head, temperature, beta, top_k)
+    part = partial(_divergence_sum, kind, head, teacher_head, temperature, beta)
     return _reduced(part, mask, reduction, student_hidden, teacher_hidden.detach())
 
 
@@ -305,7 +296,6 @@ def _divergence_sum(
     teacher_head: Head,
     temperature: float,
     beta: float,
-    top_k: int | None,
     student: Tensor,
     teacher: Tensor,
 ) -> Tensor:
@@ -313,9 +303,6 @@ def _divergence_sum(
     student_logits = head(student)
     with torch.no_grad():
         teacher_logits = teacher_head(teacher)
-    if top_k is not None:
-        teacher_logits, tokens = teacher_logits.topk(min(top_k, teacher_logits.shape[-1]))
-        student_logits = student_logits.gather(-1, tokens)
     return _row_divergence(student_logits, teacher_logits, kind, temperature, beta).sum()
 
 

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -107,8 +107,6 @@ def cache_teacher(
     model: str,
     source: TrainingData,
     out: Path,
-    what: Literal["hidden", "top-k"] = "hidden",
-    k: int = 64,
     kd_on: KdOn = "answer",
     batch_size: int = 8,
     *,
@@ -122,12 +120,11 @@ def cache_teacher(
     """
     if not is_cache(out):
         require_free(out, force)
-    for name, value in (("k", k), ("batch_size", batch_size)):
-        if value < 1:
-            raise ConfigError(f"{name} {value} must be at least 1")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size {batch_size} must be at least 1")
     check_models(source, model)
     chosen = samples_for(model, source, source.samples, say)
     loaded, processor = load_as(source, model)
     with held(out), replacement(out) if force else nullcontext(out) as folder:
-        count = write_cache(loaded, processor, chosen, folder, what, k, kd_on, batch_size, force)
-    say(f"{what} of {len(chosen)} samples in {out}; shards written now: {count}")
+        count = write_cache(loaded, processor, chosen, folder, kd_on, batch_size, force)
+    say(f"hidden states of {len(chosen)} samples in {out}; shards written now: {count}")

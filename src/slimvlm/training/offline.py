@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -28,18 +28,14 @@ from slimvlm.core.requests import digest, is_begun_for, note_request, require_sa
 from slimvlm.data.chat import encode_samples
 from slimvlm.data.images import identifying_bytes
 from slimvlm.data.samples import Sample
-from slimvlm.models.hidden import compared_positions, head_of, hidden_states
+from slimvlm.models.hidden import compared_positions, hidden_states
 from slimvlm.models.load import digest_of_weights
 from slimvlm.models.parts import family_of, text_config_of
 from slimvlm.models.sharding import is_sharded
 
-What = Literal["hidden", "top-k"]
-
 INDEX_FILE = "index.json"
-FORMAT = "slimvlm-teacher/1"
+FORMAT = "slimvlm-teacher/2"
 SHARD_SAMPLES = 64
-
-_CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -49,8 +45,6 @@ class Index:
     Attributes:
         teacher: Fingerprint of the teacher.
         head: Fingerprint of its head alone.
-        what: ``hidden``: final hidden states in bfloat16. ``top-k``: the largest logits.
-        k: How many logits; None for hidden states.
         kd_on: The positions: ``answer``, ``text`` or ``all``.
         hidden_size: Width of the teacher's hidden states.
         samples: Names of the samples, in order.
@@ -60,8 +54,6 @@ class Index:
 
     teacher: str
     head: str
-    what: str
-    k: int | None
     kd_on: str
     hidden_size: int
     samples: tuple[str, ...]
@@ -79,13 +71,14 @@ def write_cache(
     processor: Any,
     samples: Sequence[Sample],
     out: str | Path,
-    what: What = "hidden",
-    k: int = 64,
     kd_on: KdOn = "answer",
     batch_size: int = 8,
     force: bool = False,
 ) -> int:
-    """Run a teacher over some data and keep what distillation compares.
+    """Run a teacher over some data and keep its final hidden states, in bfloat16.
+
+    The losses hidden and cosine compare with them, and kl, rkl and jsd as long as the student's
+    head does not learn.
 
     If the folder holds a part of the same cache, only the rest is done.
 
@@ -94,9 +87,6 @@ def write_cache(
         processor: Its processor or tokenizer.
         samples: The conversations.
         out: The folder.
-        what: Final hidden states (for the losses hidden and cosine, and for kl, rkl and jsd as
-            long as the student's head does not learn) or the largest logits (for kl, rkl, jsd).
-        k: How many logits.
         kd_on: Positions that will be compared.
         batch_size: Samples that run at once.
         force: Remove what else the folder holds.
@@ -111,8 +101,6 @@ def write_cache(
     index = Index(
         teacher=digest_of_weights(model),
         head=digest_of_weights(head),
-        what=what,
-        k=k if what == "top-k" else None,
         kd_on=kd_on,
         hidden_size=int(text_config_of(model.config).hidden_size),
         samples=tuple(sample.id for sample in samples),
@@ -132,29 +120,6 @@ def write_cache(
         encoded = [code for part in parts for code in part[1]]
         _write_shard(shard_path(folder, number), tensors, encoded)
     return len(missing)
-
-
-@dataclass(frozen=True)
-class TeacherOutput:
-    """What a teacher says at N positions: final hidden states, or its largest logits.
-
-    Attributes:
-        hidden: ``[N, D]`` final hidden states; None in a cache of logits.
-        values: ``[N, K]`` the largest logits; None in a cache of hidden states.
-        tokens: ``[N, K]`` whose logits these are; None likewise.
-    """
-
-    hidden: Tensor | None = None
-    values: Tensor | None = None
-    tokens: Tensor | None = None
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> TeacherOutput:
-        """The same on a device."""
-        parts = {name: value for name, value in vars(self).items() if value is not None}
-        return replace(
-            self,
-            **{name: part.to(device, non_blocking=non_blocking) for name, part in parts.items()},
-        )
 
 
 class OfflineTeacher:
@@ -195,9 +160,7 @@ class OfflineTeacher:
         if config.hidden_layers != "final":
             raise ConfigError(f"{where} holds final hidden states, not hidden_layers 'mapped'")
         logit_losses = config.loss_weights.keys() & set(DIVERGENCES)
-        if index.what == "top-k":
-            self._require_top_k(where, config)
-        elif logit_losses and not self._has_head_of(model, config):
+        if logit_losses and not self._has_head_of(model, config):
             raise ConfigError(
                 f"{where} holds hidden states. {sorted(logit_losses)[0]!r} from them needs a model "
                 "with the teacher's head, undivided, and train 'lora' or 'projector'"
@@ -221,17 +184,17 @@ class OfflineTeacher:
 
     def targets(
         self, samples: Sequence[Sample], inputs: dict[str, Tensor], positions: Bool[Tensor, "B T"]
-    ) -> TeacherOutput:
-        """What the teacher says at the positions of a batch, in their order.
+    ) -> Float[Tensor, "N D"]:
+        """The teacher's final hidden states at the positions of a batch, in their order.
 
         Raises:
             ConfigError: If a sample has other tokens or positions than when the cache was made.
         """
         codes = digests_of_encodings(inputs, positions)
         rows = [self._of(sample, code) for sample, code in zip(samples, codes, strict=True)]
-        return TeacherOutput(**{name: torch.cat([row[name] for row in rows]) for name in rows[0]})
+        return torch.cat(rows)
 
-    def _of(self, sample: Sample, code: str) -> dict[str, Tensor]:
+    def _of(self, sample: Sample, code: str) -> Float[Tensor, "N D"]:
         number, place = divmod(self._places[digest_of_sample(sample)], SHARD_SAMPLES)
         with safe_open(shard_path(self.folder, number), framework="pt") as shard:
             if json.loads(shard.metadata()["encoded"])[place] != code:
@@ -242,19 +205,8 @@ class OfflineTeacher:
             counts = shard.get_tensor("counts")
             stop = int(counts[: place + 1].sum())
             start = stop - int(counts[place])
-            names = [name for name in shard.keys() if name != "counts"]  # noqa: SIM118
-            return {name: shard.get_slice(name)[start:stop] for name in names}
-
-    def _require_top_k(self, where: str, config: RecoverConfig) -> None:
-        unanswered = config.loss_weights.keys() & set(HIDDEN_LOSSES)
-        if unanswered:
-            raise ConfigError(f"{where} holds logits; loss {min(unanswered)!r} needs hidden states")
-        assert self.index.k is not None
-        if config.top_k is None or config.top_k > self.index.k:
-            raise ConfigError(
-                f"{where} holds the {self.index.k} largest logits: top_k {config.top_k} must be at "
-                "most that"
-            )
+            states: Tensor = shard.get_slice("hidden")[start:stop]
+            return states
 
 
 def digest_of_sample(sample: Sample) -> str:
@@ -290,21 +242,14 @@ def shard_path(folder: Path, number: int) -> Path:
 def _said(
     model: PreTrainedModel, processor: Any, samples: Sequence[Sample], index: Index
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """A teacher's hidden states or logits for a batch, and the hashes of its sequences."""
+    """A teacher's hidden states for a batch, and the hashes of its sequences."""
     inputs = encode_samples(processor, samples)
     labels = inputs.pop("labels")
     positions = compared_positions(model.config, inputs, labels, index.kd_on)
     on_device = {name: value.to(model.device) for name, value in inputs.items()}
     (hidden,) = hidden_states(model, on_device)
     rows = hidden[positions.to(hidden.device)]
-    said = {"counts": positions.sum(1)}
-    if index.k is None:
-        said["hidden"] = rows.bfloat16().cpu()
-    else:
-        head = head_of(model)
-        best = [head(part).float().topk(index.k) for part in rows.split(_CHUNK)]
-        said["values"] = torch.cat([top.values for top in best]).cpu()
-        said["tokens"] = torch.cat([top.indices for top in best]).int().cpu()
+    said = {"counts": positions.sum(1), "hidden": rows.bfloat16().cpu()}
     return said, digests_of_encodings(inputs, positions)
 
 

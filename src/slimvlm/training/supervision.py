@@ -16,7 +16,7 @@ from slimvlm.data.chat import encode_samples
 from slimvlm.data.samples import Sample
 from slimvlm.models.hidden import compared_positions
 from slimvlm.models.losses import label_counts
-from slimvlm.training.offline import OfflineTeacher, TeacherOutput
+from slimvlm.training.offline import OfflineTeacher
 
 SUPERVISION = "supervision"
 """Its key in a batch, beside the model's inputs."""
@@ -30,14 +30,14 @@ class Supervision:
         ids: Names of the samples.
         labels: Tokens to predict.
         compared: Positions at which the student is compared with its teacher.
-        offline: What an offline teacher says at these positions, in their order; None if there is
-            no such teacher.
+        offline: An offline teacher's final hidden states at these positions, in their order; None
+            if there is no such teacher.
     """
 
     ids: tuple[str, ...]
     labels: Int[Tensor, "B T"]
     compared: Bool[Tensor, "B T"]
-    offline: TeacherOutput | None = None
+    offline: Float[Tensor, "N D"] | None = None
 
     @property
     def counts(self) -> Float[Tensor, 2]:
@@ -50,7 +50,7 @@ class Supervision:
             self.ids,
             self.labels.to(device, non_blocking=non_blocking),
             self.compared.to(device, non_blocking=non_blocking),
-            None if self.offline is None else self.offline.to(device, non_blocking),
+            None if self.offline is None else self.offline.to(device, non_blocking=non_blocking),
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from slimvlm.core.errors import NumericalError
 from slimvlm.core.options import DIVERGENCES, Divergence, RecoverConfig
 from slimvlm.models import losses
-from slimvlm.models.hidden import head_of, hidden_states, logits_at
+from slimvlm.models.hidden import head_of, hidden_states
 from slimvlm.models.sharding import is_sharded
 from slimvlm.scoring.batches import first_spoilt_layer
 from slimvlm.training.supervision import SUPERVISION, Supervision
@@ -133,7 +132,7 @@ class DistillationTrainer(Trainer):
                 )
         for kind in DIVERGENCES:
             if kind in config.loss_weights:
-                parts[kind] = self._divergence(kind, student, ours[0], theirs, wanted)
+                parts[kind] = self._divergence(kind, student, ours[0], theirs)
         return parts
 
     def _compared(self, hidden: list[Tensor], wanted: Supervision) -> list[Tensor]:
@@ -143,13 +142,13 @@ class DistillationTrainer(Trainer):
         return [states[wanted.compared][None] for states in hidden]
 
     def _of_teacher(self, inputs: dict[str, Tensor], wanted: Supervision) -> list[Tensor]:
-        """The teacher's hidden states to compare with; none if it has left logits alone."""
+        """The teacher's hidden states to compare with."""
         if self._teacher is not None:
             with torch.no_grad():
                 hidden = hidden_states(self._teacher, inputs, self._their_layers)
             return self._compared(hidden, wanted)
         assert wanted.offline is not None
-        return [] if wanted.offline.hidden is None else [wanted.offline.hidden[None]]
+        return [wanted.offline[None]]
 
     def _divergence(
         self,
@@ -157,27 +156,19 @@ class DistillationTrainer(Trainer):
         student: PreTrainedModel,
         ours: Tensor,
         theirs: list[Tensor],
-        wanted: Supervision,
     ) -> Tensor:
-        """A divergence from a teacher in memory, stored hidden states, or stored logits."""
+        """A divergence from a teacher in memory, or from stored hidden states."""
         config, head = self._recovery, head_of(student)
-        diverge = partial(
-            losses.chunked_divergence,
+        return losses.chunked_divergence(
+            ours,
+            theirs[0].to(ours.dtype),
+            head,
+            head if self._teacher is None else head_of(self._teacher),
             kind=kind,
             temperature=config.temperature,
             beta=config.jsd_beta,
             reduction=self._reduction,
         )
-        if theirs:
-            teacher_head = head if self._teacher is None else head_of(self._teacher)
-            target = theirs[0].to(ours.dtype)
-            return diverge(ours, target, head, teacher_head, top_k=config.top_k)
-        said = wanted.offline
-        assert said is not None
-        assert said.values is not None
-        assert said.tokens is not None
-        logits = logits_at(head, ours[0], said.tokens[:, : config.top_k].long())
-        return diverge(logits[None], said.values[None, :, : config.top_k])
 
     @property
     def _reduction(self) -> losses.Reduction:
