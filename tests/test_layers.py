@@ -80,6 +80,11 @@ def test_the_packages_are_these_and_no_others() -> None:
     assert files == {"__init__.py", "__main__.py"}
 
 
+def test_types_reach_users() -> None:
+    """A type checker reads the annotations of an installed package only if it holds this file."""
+    assert (SOURCE / "py.typed").exists()
+
+
 @pytest.mark.parametrize("package", ROWS)
 def test_a_package_imports_only_what_stands_above_it(package: str) -> None:
     complaints = {
