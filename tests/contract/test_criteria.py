@@ -18,7 +18,7 @@ from slimvlm.scoring.criteria import CRITERIA, criteria_table
 from slimvlm.scoring.score_model import score
 from slimvlm.scoring.unit_scores import Scores
 from tests import tiny
-from tests.helpers import Batch, assert_untouched, joined, logits, padded, snapshot
+from tests.handmade import Batch, assert_untouched, joined, logits, padded, snapshot
 from tests.tiers import tiered
 from tests.tolerances import FORWARD, assert_close, assert_scores_close
 

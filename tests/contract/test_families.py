@@ -25,7 +25,7 @@ from slimvlm.planning.mask import mask_, masked
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
 from tests import tiny
-from tests.helpers import assert_untouched, logits, plan_by_hand, random_scores, snapshot
+from tests.handmade import assert_untouched, logits, plan_by_hand, random_scores, snapshot
 from tests.tiers import tiered
 from tests.tolerances import FORWARD, assert_close
 

@@ -19,7 +19,7 @@ from slimvlm.pruning.low_memory.score import score_checkpoint
 from slimvlm.pruning.repair import prune_and_repair_
 from slimvlm.scoring.score_model import score
 from tests import tiny, tiny_rare
-from tests.helpers import logits, plan_by_hand, random_scores
+from tests.handmade import logits, plan_by_hand, random_scores
 from tests.tiers import tiered
 
 GEMMAS = ["gemma3n_text", "gemma4_text"]

@@ -29,7 +29,7 @@ from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.save import check_reload, save
 from tests import tiny
-from tests.helpers import assert_untouched, logits, plan_by_hand, snapshot
+from tests.handmade import assert_untouched, logits, plan_by_hand, snapshot
 from tests.tiers import tiered
 from tests.tolerances import FORWARD, assert_close
 

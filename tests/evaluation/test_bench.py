@@ -19,7 +19,7 @@ from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.cost import weight_bytes
 from slimvlm.pruning.cut import prune_
 from tests import tiny
-from tests.helpers import plan_by_hand
+from tests.handmade import plan_by_hand
 
 SMALL = Workload(prompt_tokens=8, new_tokens=3, batch_sizes=(1, 2), repeats=2)
 

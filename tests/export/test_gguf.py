@@ -15,7 +15,7 @@ from slimvlm.export.gguf import backbone_alone, export_gguf
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.pruning.cut import prune_
 from tests import tiny
-from tests.helpers import logits, plan_by_hand
+from tests.handmade import logits, plan_by_hand
 
 PROMPT = "The capital of France is"
 TOKENS = 12

@@ -21,7 +21,7 @@ from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.parts import projections
 from slimvlm.pruning.cut import prune_
 from tests import tiny
-from tests.helpers import Batch, logits, plan_by_hand
+from tests.handmade import Batch, logits, plan_by_hand
 
 pytest.importorskip("torchao")
 pytest.importorskip("bitsandbytes")

@@ -13,7 +13,7 @@ from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.cost import decode_flops, prefill_flops
 from slimvlm.pruning.cut import prune_
 from tests import tiny
-from tests.helpers import plan_by_hand
+from tests.handmade import plan_by_hand
 
 TOKENS = 20
 FAMILIES = ("llama", "qwen2", "phi", "phi3", "gemma2", "llava-qwen3", "qwen2_5_vl")

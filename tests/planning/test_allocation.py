@@ -13,7 +13,7 @@ from slimvlm.models.anatomy import Anatomy, LayerShape
 from slimvlm.planning.budget import Budget, default_multiple
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
-from tests.helpers import random_scores
+from tests.handmade import random_scores
 
 FEW = settings(max_examples=20)
 

@@ -17,7 +17,7 @@ from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
 from tests import tiny
-from tests.helpers import assert_untouched, logits, random_scores, snapshot
+from tests.handmade import assert_untouched, logits, random_scores, snapshot
 
 AXES = ("depth", "width", "both")
 

@@ -24,7 +24,7 @@ from slimvlm.planning.make import make_plan, ratio_for_params
 from slimvlm.planning.plan import Plan
 from slimvlm.scoring.unit_scores import Scores
 from tests import tiny
-from tests.helpers import plan_by_hand, random_scores
+from tests.handmade import plan_by_hand, random_scores
 
 
 def synthetic(

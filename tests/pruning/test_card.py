@@ -17,7 +17,7 @@ from slimvlm.pruning.card import CARD_FILE, CardFacts, is_hub_id
 from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.save import save
 from tests import tiny
-from tests.helpers import plan_by_hand
+from tests.handmade import plan_by_hand
 
 BASE = "---\nlicense: llama2\nbase_model: some/original\ntags: [x]\n---\n# Original\n"
 

@@ -20,7 +20,7 @@ from slimvlm.planning.make import make_plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.save import save
 from tests import tiny
-from tests.helpers import logits, random_scores
+from tests.handmade import logits, random_scores
 
 FAMILIES = (
     *("llava-llama", "llava-phi", "llava-phi3", "llava_next", "llava_onevision", "vipllava"),

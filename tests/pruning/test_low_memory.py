@@ -35,7 +35,7 @@ from slimvlm.pruning.save import PLAN_FILE, save
 from slimvlm.scoring.score_model import score
 from slimvlm.scoring.unit_scores import Scores
 from tests import tiny, tiny_folder
-from tests.helpers import logits, random_scores
+from tests.handmade import logits, random_scores
 from tests.tiers import tiered
 
 MODELS = ("llama", "phi", "llava-phi3", "qwen2_5_vl", "internvl-qwen2", "smolvlm")

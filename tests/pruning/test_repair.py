@@ -23,7 +23,7 @@ from slimvlm.pruning.repair import answer_loss, prune_and_repair_, repair_
 from slimvlm.scoring.inputs import capture_grams
 from slimvlm.scoring.statistics import Grams, Weights
 from tests import tiny
-from tests.helpers import assert_untouched, logits, padded, plan_by_hand, snapshot
+from tests.handmade import assert_untouched, logits, padded, plan_by_hand, snapshot
 from tests.tolerances import SOLVE, assert_close
 
 FAMILIES = ["llama", "mistral", "phi", "phi3", "gemma3", "qwen2_5_vl", "qwen3_vl", "llava-phi"]

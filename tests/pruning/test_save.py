@@ -25,7 +25,7 @@ from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.save import PLAN_FILE, save
 from tests import tiny_folder as folders
-from tests.helpers import logits, plan_by_hand, random_scores
+from tests.handmade import logits, plan_by_hand, random_scores
 from tests.tiny_folder import KINDS, SEEING, picture
 
 READ_BACK = """

@@ -36,7 +36,7 @@ from slimvlm.runs.report.charts import (
 from slimvlm.runs.report.record import Training
 from slimvlm.runs.report.svg import Chart
 from tests import tiny
-from tests.helpers import random_scores
+from tests.handmade import random_scores
 
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
 TASKS = ("name", "count")

@@ -12,7 +12,7 @@ from slimvlm.pruning.cut import prune_
 from slimvlm.scoring.inputs import capture_grams
 from slimvlm.scoring.statistics import Statistics
 from tests import tiny
-from tests.helpers import Batch, joined, padded, plan_by_hand
+from tests.handmade import Batch, joined, padded, plan_by_hand
 from tests.tolerances import FORWARD, SOLVE, Tolerance, assert_close
 
 FAMILIES = ("llama", "phi", "llava-phi3", "gemma3")

@@ -15,7 +15,7 @@ from slimvlm.planning.mask import masked
 from slimvlm.scoring.greedy import capture_greedy
 from slimvlm.scoring.score_model import score
 from tests import tiny
-from tests.helpers import Batch, joined, logits, padded, plan_by_hand
+from tests.handmade import Batch, joined, logits, padded, plan_by_hand
 from tests.tiers import ARCHETYPES, tiered
 
 FAMILIES = ("llama", "phi", "llava-llama", "llava-phi3", "gemma3", "idefics3", "qwen3_vl")

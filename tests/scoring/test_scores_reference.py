@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from slimvlm.scoring.hidden_states import angular_distance, block_influence
 from slimvlm.scoring.score_model import score
 from tests import tiny
-from tests.helpers import Batch, joined
+from tests.handmade import Batch, joined
 from tests.tolerances import LOSS, assert_close, assert_scores_close
 
 HEAD_DIM = 8

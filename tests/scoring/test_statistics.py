@@ -13,7 +13,7 @@ from slimvlm.core.errors import ConfigError
 from slimvlm.scoring.criteria import CRITERIA
 from slimvlm.scoring.statistics import Gates, Grams
 from tests import tiny
-from tests.helpers import plan_by_hand
+from tests.handmade import plan_by_hand
 
 
 def labelled(model: Any) -> list[dict[str, torch.Tensor]]:

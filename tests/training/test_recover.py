@@ -36,7 +36,7 @@ from slimvlm.training import trainable
 from slimvlm.training.recover import recover
 from tests import tiny
 from tests import tiny_folder as folders
-from tests.helpers import logits, plan_by_hand
+from tests.handmade import logits, plan_by_hand
 from tests.tiers import tiered
 from tests.tiny_folder import KINDS, SEEING, short_samples
 from tests.tolerances import FORWARD, LOSS, Tolerance, assert_close

@@ -33,7 +33,7 @@ from slimvlm.training.teacher import share_, why_not_shared
 from slimvlm.training.trainable import plain_model, prepare_training
 from tests import tiny, tiny_rare
 from tests import tiny_folder as folders
-from tests.helpers import logits, plan_by_hand
+from tests.handmade import logits, plan_by_hand
 from tests.tiers import tiered
 from tests.tiny_folder import KINDS, SEEING, short_samples
 from tests.tolerances import FORWARD, Tolerance, assert_close

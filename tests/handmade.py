@@ -1,4 +1,4 @@
-"""Small things that several test files need. None of them is under test."""
+"""Scores, plans and batches made by hand, and what a tiny model says and holds."""
 
 from __future__ import annotations
 
