@@ -11,7 +11,7 @@ import pytest
 
 from slimvlm.runs.study import engines
 from slimvlm.runs.study.config import StudyConfig, built
-from slimvlm.runs.study.stages import STAGE_KINDS
+from slimvlm.runs.study.graph import STAGE_KINDS
 from tests import tiny_folder as folders
 
 VOLATILE = ("prefill_ms", "decode_ms", *(f"seconds_{kind}" for kind in STAGE_KINDS))

@@ -18,8 +18,8 @@ from slimvlm.data.read import identity_of_data
 from slimvlm.runs.study import engines, forecast, prepared, run_study
 from slimvlm.runs.study.cache import Cache, Outcome
 from slimvlm.runs.study.config import StudyConfig
+from slimvlm.runs.study.graph import Stage
 from slimvlm.runs.study.schedule import Schedule
-from slimvlm.runs.study.stages import Stage
 from tests import tiny_folder as folders
 from tests.runs.study.study_files import count_work, stable, study
 

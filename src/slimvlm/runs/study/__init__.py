@@ -26,8 +26,8 @@ from slimvlm.runs.study.cells import Cell, expand
 from slimvlm.runs.study.config import StudyConfig, read_study
 from slimvlm.runs.study.display import Clock, Forecast, Progress, forecast_of, shown
 from slimvlm.runs.study.engines import ENGINES, run_local, run_ray
+from slimvlm.runs.study.graph import forget_files, stages_of
 from slimvlm.runs.study.schedule import Schedule
-from slimvlm.runs.study.stages import forget_files, stages_of
 from slimvlm.runs.study.table import STUDY, results_table, write_table
 from slimvlm.runs.study.work import notes_on, samples_of
 

@@ -14,7 +14,7 @@ from uuid import uuid4
 
 from slimvlm.core.errors import InUseError
 from slimvlm.core.files import held, new_folder, write_text
-from slimvlm.runs.study.stages import Stage
+from slimvlm.runs.study.graph import Stage
 
 ABOUT = "stage.json"
 CHECKPOINT = "checkpoint"

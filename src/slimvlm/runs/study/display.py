@@ -15,8 +15,8 @@ from rich.table import Table
 from slimvlm.core.progress import without_bars
 from slimvlm.runs.estimate import seconds_of
 from slimvlm.runs.study.cache import Cache, Outcome
+from slimvlm.runs.study.graph import STAGE_KINDS, Stage
 from slimvlm.runs.study.schedule import Schedule
-from slimvlm.runs.study.stages import STAGE_KINDS, Stage
 
 
 def duration(seconds: float) -> str:

@@ -14,8 +14,8 @@ from typing import Any, Protocol, runtime_checkable
 from slimvlm.core.errors import ConfigError
 from slimvlm.runs.study.cache import Cache, Outcome
 from slimvlm.runs.study.config import Resources
+from slimvlm.runs.study.graph import Stage
 from slimvlm.runs.study.schedule import Schedule
-from slimvlm.runs.study.stages import Stage
 from slimvlm.runs.study.work import work
 
 ENGINES = ("local", "ray")

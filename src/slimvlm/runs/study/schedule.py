@@ -15,7 +15,7 @@ from slimvlm.runs.estimate import Sizes, image_tokens, optimizer_steps
 from slimvlm.runs.recipes import rules
 from slimvlm.runs.request import Request
 from slimvlm.runs.study.cache import Cache
-from slimvlm.runs.study.stages import CellStages, Stage
+from slimvlm.runs.study.graph import CellStages, Stage
 from slimvlm.runs.study.work import samples_of
 from slimvlm.scoring.criteria import CRITERIA
 

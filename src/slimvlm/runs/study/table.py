@@ -18,8 +18,8 @@ from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.runs.estimate import optimizer_steps
 from slimvlm.runs.study.cache import Cache
 from slimvlm.runs.study.config import StudyConfig
+from slimvlm.runs.study.graph import STAGE_KINDS, CellStages, Stage
 from slimvlm.runs.study.schedule import Schedule
-from slimvlm.runs.study.stages import STAGE_KINDS, CellStages, Stage
 from slimvlm.runs.study.work import HISTORY, PLAN, RESULT, SCORES
 
 CHOICE_METRICS = ("letter", "yes_no")

@@ -22,7 +22,7 @@ from slimvlm.runs import stages
 from slimvlm.runs.request import Request
 from slimvlm.runs.stages import Calibration, samples_for, split
 from slimvlm.runs.study.cache import CHECKPOINT, Work
-from slimvlm.runs.study.stages import Stage
+from slimvlm.runs.study.graph import Stage
 from slimvlm.scoring.unit_scores import Scores
 
 PLAN = "plan.json"

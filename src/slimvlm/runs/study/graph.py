@@ -1,4 +1,4 @@
-"""Cells → stages: the work that cells share, each piece named by what determines its outcome.
+"""The graph of a study: cells → stages, each piece of work named by what determines its outcome.
 
     calibrate -> plan -> prune -> recover -> evaluate
 
