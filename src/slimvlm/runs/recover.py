@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import distributed
 from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError
@@ -72,7 +73,18 @@ def recover(
         also = partial(_write_beside, history, work)
         save(student, processor, out, plan, force, also=also, compat=compat)
         shutil.rmtree(work, ignore_errors=True)
+    _leave_processes()
     return history
+
+
+def _leave_processes() -> None:
+    """End the talk with the other processes of torchrun.
+
+    Threads that still listen when the interpreter ends can abort a process, and then torchrun ends
+    all of them, whatever they have done.
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _write_beside(history: History, work: Path, folder: Path) -> None:
