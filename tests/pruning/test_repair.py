@@ -19,7 +19,8 @@ from slimvlm.models.parts import decoder_layers, final_norm
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.layer_calls import record_calls
-from slimvlm.pruning.repair import answer_loss, prune_and_repair_, repair_
+from slimvlm.pruning.repair import prune_and_repair_, repair_
+from slimvlm.scoring.batches import answer_loss
 from slimvlm.scoring.inputs import capture_grams
 from slimvlm.scoring.statistics import Grams, Weights
 from tests import tiny

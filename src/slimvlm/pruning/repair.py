@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from statistics import fmean
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError, DataError
-from slimvlm.models import losses
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.hidden import evaluating
 from slimvlm.models.units import segments
@@ -34,7 +32,7 @@ from slimvlm.pruning.sequential import (
     kinds_of,
     writers,
 )
-from slimvlm.scoring.batches import Batch, TokenWeights, on_device
+from slimvlm.scoring.batches import Batch, TokenWeights, answer_loss
 from slimvlm.scoring.statistics import Grams, Statistics
 
 REPAIRS: dict[str, tuple[str, ...]] = {
@@ -233,21 +231,6 @@ def _split(
 
 
 _FACTORS = (1.0, 0.5, 0.0)
-
-
-@torch.no_grad()
-def answer_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
-    """Mean cross-entropy over all labelled tokens of some batches."""
-    total, count = 0.0, 0
-    for raw in batches:
-        inputs = on_device(model, raw)
-        labels = inputs.pop("labels")
-        logits = model(**inputs, use_cache=False).logits
-        total += float(losses.token_cross_entropy(logits, labels).sum(dtype=torch.float64))
-        count += int(losses.label_counts(labels).sum())
-    if not count:
-        raise DataError("held-out batches have no labelled token: nothing to judge a repair on")
-    return total / count
 
 
 class Blend:

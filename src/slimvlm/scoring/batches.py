@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from slimvlm.core.errors import DataError
 from slimvlm.data.roles import IGNORE, role_masks, valid_tokens
 from slimvlm.data.roles import token_weights as weights_by_role
 from slimvlm.models.hidden import head_of, hidden_states, layer_output
-from slimvlm.models.losses import Head, Hidden
+from slimvlm.models.losses import Head, Hidden, label_counts
 from slimvlm.models.parts import decoder_layers
 from slimvlm.scoring.statistics import require_finite
 
@@ -188,6 +189,26 @@ def sample_losses(model: Any, batch: Batch, targets: Targets) -> Float[Tensor, "
         return own
     (hidden,) = hidden_states(model, batch)
     return targets.sample_losses(hidden, head_of(model))
+
+
+@torch.no_grad()
+def answer_loss(model: PreTrainedModel, batches: Iterable[Batch]) -> float:
+    """Mean cross-entropy over all labelled tokens of some batches.
+
+    Raises:
+        DataError: If no token is labelled.
+    """
+    total, count = 0.0, 0
+    for raw in batches:
+        inputs = on_device(model, raw)
+        labels = inputs.pop("labels")
+        (hidden,) = hidden_states(model, inputs)
+        found = predicted_cross_entropy(hidden, head_of(model), labels)
+        total += float(found.sum(dtype=torch.float64))
+        count += int(label_counts(labels).sum())
+    if not count:
+        raise DataError("held-out batches have no labelled token: nothing to judge a repair on")
+    return total / count
 
 
 def on_device(model: nn.Module, batch: Mapping[str, Any]) -> Batch:
