@@ -287,7 +287,8 @@ class Family:
         text_config: Attribute that holds the text configuration, None if it is the whole one.
         pinned_layers: Dotted configuration path of a list; as many first layers as it has entries
             must stay, because features are added to layers by position.
-        caps_logits: Whether the model obeys the text configuration's ``final_logit_softcapping``.
+        caps_logits: Whether the model obeys the text configuration's ``final_logit_softcapping``
+            and ``logit_scale``.
         fixed_neurons: Whether the text configuration's MLP width also sizes a part outside the
             backbone, so that a plain configuration cannot change it.
     """

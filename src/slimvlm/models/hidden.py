@@ -18,8 +18,6 @@ from slimvlm.models.losses import Head
 from slimvlm.models.parts import decoder_layers, family_of, final_norm, text_config_of
 from slimvlm.models.sharding import placement_of
 
-_CHUNK = 512
-
 
 def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """The hidden states among the arguments that a decoder layer is called with."""
@@ -116,15 +114,19 @@ def hidden_states(
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The language-model head as a function, with the cap that Gemma 2 puts on logits."""
-    family = family_of(model.config.model_type)
+    """The language-model head as a function, with Cohere 2's scale and Gemma 2's cap on logits."""
+    family, config = family_of(model.config.model_type), text_config_of(model.config)
     head: Head = placement_of(model).head(model.get_submodule(family.head))
-    cap = getattr(text_config_of(model.config), "final_logit_softcapping", None)
-    return (
-        head
-        if cap is None or not family.caps_logits
-        else lambda hidden: cap * torch.tanh(head(hidden) / cap)
-    )
+    scale = getattr(config, "logit_scale", 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    if not family.caps_logits or (scale == 1 and cap is None):
+        return head
+
+    def bent(hidden: Tensor) -> Tensor:
+        logits = head(hidden) * scale
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    return bent
 
 
 def compared_positions(
