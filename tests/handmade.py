@@ -84,7 +84,7 @@ def padded(batches: Iterable[Batch], left: bool = False) -> Batch:
     """One batch of several, padded at their end (or beginning) with a token that looks real."""
     parts = list(batches)
     longest = max(part["input_ids"].shape[1] for part in parts)
-    fill = {"input_ids": 77, "attention_mask": 0, "labels": -100}
+    fill = {"input_ids": 77, "attention_mask": 0, "labels": -100, "token_type_ids": 0}
 
     def widened(name: str, value: Tensor) -> Tensor:
         if name not in fill:

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from slimvlm.models.hidden import head_of, hidden_states
 from slimvlm.models.losses import token_cross_entropy
-from slimvlm.scoring.batches import predicted_cross_entropy
 from slimvlm.scoring.score_model import score
 from tests import tiny
 from tests.tolerances import LOSS, assert_close, assert_scores_close
@@ -54,13 +55,17 @@ def test_the_loss_without_logits_is_that_of_the_models_logits(name: str) -> None
     labels = batch.pop("labels")
     (hidden,) = hidden_states(model, batch)
     leaves = [hidden.detach().requires_grad_() for _ in range(2)]
-    ours = predicted_cross_entropy(leaves[0], head_of(model), labels)
-    theirs = token_cross_entropy(head_of(model)(leaves[1]), labels)
+    ours = token_cross_entropy(leaves[0], head_of(model), labels)
+    theirs = of_logits(head_of(model)(leaves[1]), labels)
     assert_close(ours, theirs, LOSS)
-    of_model = token_cross_entropy(model(**batch).logits, labels)
-    assert_close(ours, of_model, LOSS)
+    assert_close(ours, of_logits(model(**batch).logits, labels), LOSS)
     weights = torch.rand(ours.shape, generator=torch.Generator().manual_seed(0))
     for losses in (ours, theirs):
         (losses * weights).sum().backward()
     gradients = [leaf.grad for leaf in leaves]
     assert_close(*gradients, LOSS)  # type: ignore[arg-type]
+
+
+def of_logits(logits: Tensor, labels: Tensor) -> Tensor:
+    """The cross-entropy of each next token, from logits that all exist at once."""
+    return F.cross_entropy(logits[:, :-1].mT, labels[:, 1:], reduction="none")

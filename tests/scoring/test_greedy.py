@@ -18,12 +18,12 @@ from tests import tiny
 from tests.handmade import Batch, joined, logits, padded, plan_by_hand
 from tests.tiers import ARCHETYPES, tiered
 
-FAMILIES = ("llama", "phi", "llava-llama", "llava-phi3", "gemma3", "idefics3", "qwen3_vl")
+FAMILIES = ("llama", "gemma2", "phi", "llava-llama", "llava-phi3", "gemma3", "idefics3", "qwen3_vl")
 
 
 def runs_by_default(name: str) -> bool:
-    """Archetypes, and what layer by layer is special: two kinds of masks, deepstack features."""
-    return name in ARCHETYPES or name in ("gemma3", "qwen3_vl")
+    """Archetypes, and what layer by layer is special: kinds of masks, capped logits, deepstack."""
+    return name in ARCHETYPES or name in ("gemma2", "gemma3", "qwen3_vl")
 
 
 def samples(model: PreTrainedModel) -> list[Batch]:

@@ -177,7 +177,7 @@ def loss_and_gradient(
         loss = {"hidden": losses.hidden_l2, "cosine": losses.hidden_cosine}[name](ours, theirs)
     else:
         heads = head_of(plain_model(trained)), head_of(teacher)
-        loss = losses.chunked_divergence(ours, theirs, *heads, kind=cast(Divergence, name))
+        loss = losses.divergence(ours, theirs, *heads, kind=cast(Divergence, name))
     loss.backward()
     gradients = [p.grad.flatten() for n, p in trained.named_parameters() if "lora_" in n]
     return loss.detach(), torch.cat(gradients)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -21,14 +22,13 @@ from slimvlm.core.progress import progress
 from slimvlm.core.requests import digest
 from slimvlm.data import chat
 from slimvlm.data.images import identifying_bytes
-from slimvlm.data.roles import IGNORE
 from slimvlm.data.samples import Question, Task
 from slimvlm.evaluation import metrics
 from slimvlm.evaluation.measure import stored_bytes, timed_runs
 from slimvlm.evaluation.results import PERPLEXITY, Result, TaskResult
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models import losses
-from slimvlm.models.hidden import evaluating
+from slimvlm.models.hidden import evaluating, head_of, hidden_states
 from slimvlm.models.load import anatomy, digest_of_weights
 
 
@@ -174,11 +174,11 @@ def likelihoods(
     samples = [chat.answered_sample(question, text) for question, text in answered]
     inputs = as_inputs(model, chat.encode_samples(processor, samples))
     labels = inputs.pop("labels")
-    logits = model(**inputs).logits
-    sums = -losses.token_cross_entropy(logits, labels).sum(1)
-    wanted = labels[:, 1:]
-    is_greedy = ((logits[:, :-1].argmax(-1) == wanted) | (wanted == IGNORE)).all(1)
-    return list(zip(sums.tolist(), is_greedy.tolist(), strict=True))
+    (hidden,) = hidden_states(model, inputs)
+    rows, wanted, counted = losses.predictions(hidden, labels)
+    found = torch.zeros(*counted.shape, 2, device=hidden.device)
+    found[counted] = losses.by_chunks(partial(_loss_and_miss, head_of(model)), rows, wanted)
+    return [(-loss, not misses) for loss, misses in found.sum(1).tolist()]
 
 
 def latency(
@@ -188,6 +188,13 @@ def latency(
     inputs = as_inputs(model, chat.encode_questions(processor, [question]))
     runs = timed_runs([model], [inputs], 1 + tokens, repeats)[0]
     return median(run.prefill_ms for run in runs), median(run.decode_ms for run in runs)
+
+
+def _loss_and_miss(head: losses.Head, rows: Tensor, wanted: Tensor) -> Tensor:
+    """``[N, 2]``: the cross-entropy of each wanted token, and 1 if another one is likelier."""
+    logits = head(rows).float()
+    loss = F.cross_entropy(logits, wanted, reduction="none")
+    return torch.stack([loss, (logits.argmax(-1) != wanted).float()], dim=-1)
 
 
 def _generator(model: PreTrainedModel) -> Any:
@@ -256,8 +263,10 @@ class _Asker:
             encoded = dict(tokenizer(question.answers[0], return_tensors="pt"))
             inputs = as_inputs(self.model, encoded)
             labels = inputs["input_ids"]
-            mean = float(losses.cross_entropy(self.model(**inputs).logits, labels))
-            log.add([question], [json.dumps([mean, int(losses.label_counts(labels).sum())])])
+            (hidden,) = hidden_states(self.model, inputs)
+            found = losses.token_cross_entropy(hidden, head_of(self.model), labels)
+            count = int(losses.label_counts(labels).sum())
+            log.add([question], [json.dumps([float(found.sum()) / max(count, 1), count])])
         means, counts = zip(*(json.loads(log.replies[q.id]) for q in questions), strict=True)
         total = sum(mean * count for mean, count in zip(means, counts, strict=True))
         return TaskResult(

@@ -4,9 +4,9 @@ B batch, T token, V vocabulary, D hidden, N counted positions, K likeliest token
 the token at position t; the prediction at position t - 1 is scored against it, as in transformers.
 -100 marks positions that do not count.
 
-Logits are large: 4,096 positions of 150,000 tokens are 2.5 GB in float32. So the divergences run
-over chunks of positions that are computed again in the backward pass, and the ``chunked_``
-functions take hidden states and the head instead of logits.
+Logits are large: 4,096 positions of 150,000 tokens are 2.5 GB in float32. So nothing here takes or
+makes those of a batch: losses take hidden states and the head, which runs over the positions that
+count, a chunk at a time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,6 @@ from torch.utils.checkpoint import checkpoint
 from slimvlm.core.options import Divergence
 from slimvlm.data.roles import IGNORE
 
-Logits = Float[Tensor, "B T V"]
 Hidden = Float[Tensor, "B T D"]
 Rows = Float[Tensor, "N V"]
 Mask = Int[Tensor, "B T"] | Bool[Tensor, "B T"]
@@ -34,8 +33,8 @@ Reduction = Literal["token_mean", "paper"]
 Head = Callable[[Tensor], Tensor]
 """Hidden states → logits, position by position; the same values whenever it is called."""
 
-CHUNK = 512
-"""Positions whose logits exist at one time."""
+CHUNK = 128
+"""Positions whose logits exist at one time: 134 MB in float32 with 262,144 tokens."""
 
 
 def _as_is(logits: Tensor) -> Tensor:
@@ -47,33 +46,36 @@ def label_counts(labels: Int[Tensor, "B T"]) -> Int[Tensor, " B"]:
     return (labels[:, 1:] != IGNORE).sum(1)
 
 
-def token_cross_entropy(logits: Logits, labels: Int[Tensor, "B T"]) -> Float[Tensor, "B T-1"]:
-    """Cross-entropy of each next token in float32; 0 where it does not count."""
-    targets = labels[:, 1:].to(logits.device)
-    losses = torch.zeros(targets.shape, dtype=torch.float32, device=logits.device)
+def predictions(
+    hidden: Hidden, labels: Int[Tensor, "B T"]
+) -> tuple[Float[Tensor, "N D"], Int[Tensor, " N"], Bool[Tensor, "B T-1"]]:
+    """The hidden states that predict tokens that count, these tokens, and where they are."""
+    targets = labels[:, 1:].to(hidden.device)
     counted = targets != IGNORE
-    picked, wanted = logits[:, :-1][counted], targets[counted]
-    parts = [
-        F.cross_entropy(picked[i : i + CHUNK].float(), wanted[i : i + CHUNK], reduction="none")
-        for i in range(0, len(wanted), CHUNK)
-    ]
-    return losses.masked_scatter(counted, torch.cat(parts)) if parts else losses
+    return hidden[:, :-1][counted], targets[counted], counted
 
 
-def cross_entropy(logits: Logits, labels: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
-    """Mean cross-entropy over the tokens that count (SFT loss).
-
-    Reference:
-        Huang et al. 2025, arXiv:2507.20749, Eq. 6.
-    """
-    count = label_counts(labels).sum().clamp_min(1)
-    return token_cross_entropy(logits, labels).sum() / count
-
-
-def chunked_cross_entropy(
+def token_cross_entropy(
     hidden: Hidden, head: Head, labels: Int[Tensor, "B T"]
-) -> Float[Tensor, ""]:
-    """`cross_entropy` of ``head(hidden)``, without logits of more than one chunk of positions.
+) -> Float[Tensor, "B T-1"]:
+    """Cross-entropy of each next token in float32; 0 where it does not count.
+
+    The gradient is taken along with the loss, so that nothing is computed twice and no logits are
+    kept. Parameters of the head get none; in `cross_entropy` they do.
+
+    Args:
+        hidden: Final hidden states.
+        head: The language-model head, with any soft cap in it.
+        labels: Tokens to predict.
+    """
+    rows, wanted, counted = predictions(hidden, labels)
+    losses = torch.zeros(counted.shape, dtype=torch.float32, device=hidden.device)
+    found: Tensor = _RowLosses.apply(rows, wanted, head)  # type: ignore[no-untyped-call]
+    return losses.masked_scatter(counted, found)
+
+
+def cross_entropy(hidden: Hidden, head: Head, labels: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
+    """Mean cross-entropy over the tokens that count (SFT loss); the head learns, too.
 
     A head that is an ``nn.Linear`` in the data type of the hidden states goes through Liger's
     fused kernel on a CUDA device, where that package is installed.
@@ -84,92 +86,21 @@ def chunked_cross_entropy(
         labels: Tokens to predict.
 
     Reference:
-        Hsu et al. 2024, arXiv:2410.10989, for the fused kernel.
+        Huang et al. 2025, arXiv:2507.20749, Eq. 6. Hsu et al. 2024, arXiv:2410.10989, for the
+        fused kernel.
     """
-    targets = labels[:, 1:].to(hidden.device)
-    counted = targets != IGNORE
-    rows, wanted = hidden[:, :-1][counted], targets[counted]
+    rows, wanted, _ = predictions(hidden, labels)
     if len(rows) and _fits_liger(head, rows):
         assert isinstance(head, nn.Linear)
         fused = import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
         loss: Tensor = fused(head.weight, rows, wanted, head.bias)
         return loss.float()
-    return _chunked_sum(partial(_cross_entropy_sum, head), rows, wanted) / max(len(rows), 1)
+    return by_chunks(partial(_cross_entropies, head), rows, wanted).sum() / max(len(rows), 1)
 
 
-def kl(
-    student_logits: Logits,
-    teacher_logits: Logits,
-    mask: Mask | None = None,
-    temperature: float = 2.0,
-    reduction: Reduction = "token_mean",
-) -> Float[Tensor, ""]:
-    """``temperature² · KL(teacher ‖ student)`` of the softened next-token distributions.
-
-    Args:
-        student_logits: The student's.
-        teacher_logits: The teacher's; no gradient flows into them.
-        mask: Positions that count; all if None.
-        temperature: Softens both sides.
-        reduction: ``token_mean`` averages over the positions that count. ``paper`` is what the
-            study's trainer computes: the sum over *all* positions, divided by the batch size.
-
-    Reference:
-        Huang et al. 2025, arXiv:2507.20749, Eq. 7.
-    """
-    part = partial(_divergence_sum, "kl", _as_is, _as_is, temperature, 0.5)
-    return _reduced(part, mask, reduction, student_logits, teacher_logits.detach())
-
-
-def reverse_kl(
-    student_logits: Logits,
-    teacher_logits: Logits,
-    mask: Mask | None = None,
-    temperature: float = 2.0,
-    reduction: Reduction = "token_mean",
-) -> Float[Tensor, ""]:
-    """``temperature² · KL(student ‖ teacher)``; arguments as in `kl`.
-
-    Reference:
-        Huang et al. 2025, arXiv:2507.20749, Eq. 8.
-    """
-    part = partial(_divergence_sum, "rkl", _as_is, _as_is, temperature, 0.5)
-    return _reduced(part, mask, reduction, student_logits, teacher_logits.detach())
-
-
-def jsd(
-    student_logits: Logits,
-    teacher_logits: Logits,
-    mask: Mask | None = None,
-    beta: float = 0.5,
-    temperature: float = 2.0,
-    reduction: Reduction = "token_mean",
-) -> Float[Tensor, ""]:
-    """Generalised Jensen-Shannon divergence of the softened next-token distributions.
-
-    ``temperature² · (β KL(teacher ‖ M) + (1-β) KL(student ‖ M))`` with the mixture
-    ``M = β teacher + (1-β) student``. Divided by β it tends to `kl` as β → 0; divided by 1-β it
-    tends to `reverse_kl` as β → 1. At 0.5 it is symmetric. Unlike those two it is bounded, by
-    ``temperature² · log 2``.
-
-    Args:
-        student_logits: The student's.
-        teacher_logits: The teacher's; no gradient flows into them.
-        mask: Positions that count; all if None.
-        beta: The teacher's weight, between 0 and 1.
-        temperature: Softens both sides. The paper has no factor of temperature².
-        reduction: As in `kl`.
-
-    Reference:
-        Agarwal et al. 2024, arXiv:2306.13649, Eq. 1.
-    """
-    part = partial(_divergence_sum, "jsd", _as_is, _as_is, temperature, beta)
-    return _reduced(part, mask, reduction, student_logits, teacher_logits.detach())
-
-
-def chunked_divergence(
-    student_hidden: Hidden,
-    teacher_hidden: Float[Tensor, "B T E"],
+def divergence(
+    student: Hidden,
+    teacher: Float[Tensor, "B T E"],
     head: Head = _as_is,
     teacher_head: Head = _as_is,
     mask: Mask | None = None,
@@ -178,22 +109,60 @@ def chunked_divergence(
     beta: float = 0.5,
     reduction: Reduction = "token_mean",
 ) -> Float[Tensor, ""]:
-    """`kl`, `reverse_kl` or `jsd` of two models, without logits of more than one chunk.
+    """A divergence of the softened next-token distributions of two models.
+
+    - ``kl``: ``temperature² · KL(teacher ‖ student)``.
+    - ``rkl``: ``temperature² · KL(student ‖ teacher)``.
+    - ``jsd``, the generalised Jensen-Shannon divergence: ``temperature² · (β KL(teacher ‖ M) +
+      (1-β) KL(student ‖ M))`` with the mixture ``M = β teacher + (1-β) student``. Divided by β it
+      tends to ``kl`` as β → 0; divided by 1-β it tends to ``rkl`` as β → 1. At 0.5 it is symmetric.
+      Unlike those two it is bounded, by ``temperature² · log 2``.
 
     Args:
-        student_hidden: The student's final hidden states.
-        teacher_hidden: The teacher's; no gradient flows into them or the teacher's head.
-        head: The student's head; it runs over the positions that count only. By default hidden
-            states are logits already.
+        student: The student's final hidden states.
+        teacher: The teacher's; no gradient flows into them or the teacher's head.
+        head: The student's head. By default hidden states are logits already.
         teacher_head: The teacher's head; it may be the same one.
         mask: Positions that count; all if None.
         kind: Which divergence.
-        temperature: As in `kl`.
-        beta: As in `jsd`.
-        reduction: As in `kl`.
+        temperature: Softens both sides. The paper of ``jsd`` has no factor of temperature².
+        beta: The teacher's weight in ``jsd``, between 0 and 1; others don't read it.
+        reduction: ``token_mean`` averages over the positions that count. ``paper`` is what the
+            study's trainer computes: the sum over *all* positions, divided by the batch size.
+
+    Reference:
+        Huang et al. 2025, arXiv:2507.20749, Eqs. 7 and 8; Agarwal et al. 2024, arXiv:2306.13649,
+        Eq. 1 (``jsd``).
     """
-    part = partial(_divergence_sum, kind, head, teacher_head, temperature, beta)
-    return _reduced(part, mask, reduction, student_hidden, teacher_hidden.detach())
+    ours, theirs = _counted(mask, reduction, student, teacher.detach())
+    divisor = len(student) if reduction == "paper" else max(len(ours), 1)
+    found = row_divergences(ours, theirs, head, teacher_head, kind, temperature, beta)
+    return found.sum() / divisor
+
+
+def row_divergences(
+    student: Float[Tensor, "N D"],
+    teacher: Float[Tensor, "N E"],
+    head: Head = _as_is,
+    teacher_head: Head = _as_is,
+    kind: Divergence = "kl",
+    temperature: float = 1.0,
+    beta: float = 0.5,
+) -> Float[Tensor, " N"]:
+    """The `divergence` of each position."""
+    part = partial(_divergences, kind, head, teacher_head, temperature, beta)
+    return by_chunks(part, student, teacher)
+
+
+def by_chunks(part: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+    """``part(*rows)``, something for each row, a chunk at a time; again in the backward pass.
+
+    The last chunk is not computed again: its backward pass comes first, before any other chunk
+    exists again.
+    """
+    *earlier, last = zip(*(row.split(CHUNK) for row in rows), strict=True)
+    again = partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([*(again(*piece) for piece in earlier), part(*last)])
 
 
 def hidden_l2(
@@ -286,32 +255,50 @@ def _fits_liger(head: Head, rows: Tensor) -> bool:
     )
 
 
-def _cross_entropy_sum(head: Head, rows: Tensor, wanted: Tensor) -> Tensor:
-    return F.cross_entropy(head(rows).float(), wanted, reduction="sum")
+class _RowLosses(torch.autograd.Function):
+    """One loss for each row; a row's loss depends on no other row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Float[Tensor, "N D"], wanted: Int[Tensor, " N"], head: Head
+    ) -> Float[Tensor, " N"]:
+        losses, gradients = [], []
+        for part, tokens in zip(rows.split(CHUNK), wanted.split(CHUNK), strict=True):
+            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+                leaf = part.detach().requires_grad_(ctx.needs_input_grad[0])
+                loss = _cross_entropies(head, leaf, tokens)
+                if ctx.needs_input_grad[0]:
+                    gradients += torch.autograd.grad(loss.sum(), leaf)
+            losses.append(loss.detach())
+        if gradients:
+            ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (gradients,) = ctx.saved_tensors
+        return (gradients * grad_outputs[0][:, None]).to(gradients.dtype), None, None
 
 
-def _divergence_sum(
+def _cross_entropies(
+    head: Head, rows: Float[Tensor, "N D"], wanted: Int[Tensor, " N"]
+) -> Float[Tensor, " N"]:
+    return F.cross_entropy(head(rows).float(), wanted, reduction="none")
+
+
+def _divergences(
     kind: Divergence,
     head: Head,
     teacher_head: Head,
     temperature: float,
     beta: float,
-    student: Tensor,
-    teacher: Tensor,
-) -> Tensor:
-    """Sum of a divergence over a chunk of positions; only that of ``jsd`` depends on beta."""
-    student_logits = head(student)
-    with torch.no_grad():
-        teacher_logits = teacher_head(teacher)
-    return _row_divergence(student_logits, teacher_logits, kind, temperature, beta).sum()
-
-
-def _row_divergence(
-    student_logits: Rows, teacher_logits: Rows, kind: Divergence, temperature: float, beta: float
+    student_rows: Float[Tensor, "N D"],
+    teacher_rows: Float[Tensor, "N E"],
 ) -> Float[Tensor, " N"]:
-    """``temperature²`` times the divergence of each row."""
-    student = F.log_softmax(student_logits.float() / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
+    """``temperature²`` times the divergence of each row; only that of ``jsd`` depends on beta."""
+    student = F.log_softmax(head(student_rows).float() / temperature, dim=-1)
+    with torch.no_grad():
+        teacher = F.log_softmax(teacher_head(teacher_rows).float() / temperature, dim=-1)
     if kind == "kl":
         rows = _row_kl(teacher, student)
     elif kind == "rkl":
@@ -332,29 +319,6 @@ def _counted(mask: Mask | None, reduction: Reduction, *values: Tensor) -> list[T
     if mask is None or reduction == "paper":
         return [value.flatten(0, 1) for value in values]
     return [value[mask.bool()] for value in values]
-
-
-def _reduced(
-    part: Callable[..., Tensor], mask: Mask | None, reduction: Reduction, *values: Tensor
-) -> Float[Tensor, ""]:
-    """A sum over the positions that count, divided as the reduction says."""
-    rows = _counted(mask, reduction, *values)
-    divisor = values[0].shape[0] if reduction == "paper" else max(len(rows[0]), 1)
-    return _chunked_sum(part, *rows) / divisor
-
-
-def _chunked_sum(part: Callable[..., Tensor], *rows: Tensor) -> Float[Tensor, ""]:
-    """``part(*rows)`` as a sum over chunks, computed again in the backward pass.
-
-    The last one is not: its backward pass comes first, before any other chunk exists again.
-    """
-    total = rows[0][:0].float().sum()  # 0, but the gradient flows
-    again = partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
-    for start in range(0, len(rows[0]), CHUNK):
-        piece = [row[start : start + CHUNK] for row in rows]
-        is_last = start + CHUNK >= len(rows[0])
-        total = total + (part(*piece) if is_last else again(*piece))
-    return total
 
 
 def _mean(values: Float[Tensor, " N"]) -> Float[Tensor, ""]:

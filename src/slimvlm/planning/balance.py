@@ -19,7 +19,7 @@ from slimvlm.core.progress import progress
 from slimvlm.data.roles import predicts_label
 from slimvlm.models import losses
 from slimvlm.models.anatomy import Anatomy, read_anatomy
-from slimvlm.models.hidden import evaluating
+from slimvlm.models.hidden import evaluating, head_of, hidden_states
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.mask import masked
 from slimvlm.planning.plan import Plan
@@ -126,8 +126,8 @@ def _candidates(
 class PlanDivergence:
     """Mean KL(original ‖ candidate) over the positions that predict labelled tokens.
 
-    The original's logits there are computed once and kept in the model's data type: positions
-    times vocabulary, about 100 kB for a position in bfloat16 with 50,000 tokens.
+    The original's final hidden states there are computed once and kept. The head runs over them
+    and over the candidate's, a chunk at a time.
 
     Args:
         model: The original; it stays as it is.
@@ -148,19 +148,19 @@ class PlanDivergence:
     @torch.no_grad()
     def of(self, plan: Plan) -> float:
         """The divergence of what a plan leaves, in nats for each position."""
-        self._original = self._original or list(self._logits())
-        total, positions = 0.0, 0
+        self._original = self._original or list(self._hidden())
+        head, total, positions = head_of(self._model), 0.0, 0
         with masked(self._model, plan):
-            for original, candidate in zip(self._original, self._logits(), strict=True):
-                if len(original):
-                    mean = losses.kl(candidate[None], original[None], temperature=1.0)
-                    total += float(mean) * len(original)
-                    positions += len(original)
+            for original, candidate in zip(self._original, self._hidden(), strict=True):
+                found = losses.row_divergences(candidate, original, head, head)
+                total += float(found.sum(dtype=torch.float64))
+                positions += len(original)
         return total / positions
 
     @torch.no_grad()
-    def _logits(self) -> Iterator[Tensor]:
-        """Logits of each batch at the counted positions."""
+    def _hidden(self) -> Iterator[Tensor]:
+        """Final hidden states of each batch at the counted positions."""
         with evaluating(self._model):
             for batch, counted in zip(self._batches, self._counted, strict=True):
-                yield self._model(**without_labels(batch), use_cache=False).logits[counted]
+                (hidden,) = hidden_states(self._model, without_labels(batch))
+                yield hidden[counted.to(hidden.device)]

@@ -19,6 +19,7 @@ from slimvlm.data.samples import Sample
 from slimvlm.models import modeling_pruned
 from slimvlm.models.classes import auto_class, auto_map_of, is_uneven, set_class_
 from slimvlm.models.hidden import evaluating
+from slimvlm.models.losses import CHUNK
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.card import CardFacts, write_card
 from slimvlm.pruning.compat import require_known, rewrite_for_older
@@ -98,14 +99,15 @@ def write_beside_weights(
 def check_reload(model: PreTrainedModel, processor: Any, folder: str | Path) -> None:
     """Load a written folder with the plain Auto class and compare it with the live model.
 
-    The only code that it may hold, and that runs here, is slimvlm's own.
+    The logits of the last positions are compared: in them is everything that stands before. The
+    only code that the folder may hold, and that runs here, is slimvlm's own.
 
     Raises:
         ReloadError: If keys are missing or left over, or logits differ by more than rounding.
     """
     batch = {k: v.to(model.device) for k, v in probe(model, processor).items()}
     with evaluating(model):
-        expected = model(**batch).logits.float().cpu()
+        expected = _last_logits(model, batch)
     try:
         config = AutoConfig.from_pretrained(folder)
         again, report = auto_class(config).from_pretrained(
@@ -120,10 +122,16 @@ def check_reload(model: PreTrainedModel, processor: Any, folder: str | Path) -> 
     if problems:
         raise ReloadError(f"{str(folder)!r} loads with wrong keys: {problems}")
     again.eval().to(model.device)
-    found = again(**batch).logits.float().cpu()
+    found = _last_logits(again, batch)
     difference = float((found - expected).abs().max())
     if not difference <= 1e-3 * max(float(expected.abs().max()), 1.0):
         raise ReloadError(f"{str(folder)!r} loads back to other logits (difference {difference})")
+
+
+def _last_logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """What the model's own forward pass says at the last positions."""
+    logits: Tensor = model(**batch, logits_to_keep=CHUNK).logits
+    return logits.float().cpu()
 
 
 def _holds_only_our_code(folder: str | Path, config: PreTrainedConfig) -> bool:

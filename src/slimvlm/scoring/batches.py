@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -21,7 +20,7 @@ from slimvlm.core.errors import DataError
 from slimvlm.data.roles import IGNORE, role_masks, valid_tokens
 from slimvlm.data.roles import token_weights as weights_by_role
 from slimvlm.models.hidden import head_of, hidden_states, layer_output
-from slimvlm.models.losses import Head, Hidden, label_counts
+from slimvlm.models.losses import Head, Hidden, label_counts, token_cross_entropy
 from slimvlm.models.parts import decoder_layers
 from slimvlm.scoring.statistics import require_finite
 
@@ -53,7 +52,7 @@ class Targets:
 
     def sample_losses(self, hidden: Hidden, head: Head) -> Float[Tensor, " B"]:
         """The weighted mean cross-entropy of each sample, from its final hidden states."""
-        token_losses = predicted_cross_entropy(hidden, head, self.labels)
+        token_losses = token_cross_entropy(hidden, head, self.labels)
         weights = self.weights.to(token_losses)
         means = (token_losses * weights).sum(1) / weights.sum(1)
         require_finite(means, "the calibration loss")
@@ -203,7 +202,7 @@ def answer_loss(model: PreTrainedModel, batches: Iterable[Batch]) -> float:
         inputs = on_device(model, raw)
         labels = inputs.pop("labels")
         (hidden,) = hidden_states(model, inputs)
-        found = predicted_cross_entropy(hidden, head_of(model), labels)
+        found = token_cross_entropy(hidden, head_of(model), labels)
         total += float(found.sum(dtype=torch.float64))
         count += int(label_counts(labels).sum())
     if not count:
@@ -259,58 +258,6 @@ def labels_of(batch: Batch) -> Tensor:
         labels = batch["input_ids"]
     mask = batch.get("attention_mask")
     return labels if mask is None else labels.masked_fill(mask == 0, IGNORE)
-
-
-_CHUNK = 256
-
-
-def predicted_cross_entropy(
-    hidden: Hidden, head: Head, labels: Int[Tensor, "B T"]
-) -> Float[Tensor, "B T-1"]:
-    """Cross-entropy of each next token in float32; 0 where it does not count.
-
-    Only positions that count go through the head, a chunk at a time. The gradient is taken along
-    with the loss, so that nothing is computed twice and no logits are kept. Parameters of the head
-    get none.
-
-    Args:
-        hidden: Final hidden states.
-        head: The language-model head; it treats every position alone.
-        labels: Tokens to predict.
-    """
-    targets = labels[:, 1:].to(hidden.device)
-    counted = targets != IGNORE
-    losses = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
-    rows = hidden[:, :-1][counted]
-    if not len(rows):
-        return losses
-    found: Tensor = _RowLosses.apply(rows, targets[counted], head)  # type: ignore[no-untyped-call]
-    return losses.masked_scatter(counted, found)
-
-
-class _RowLosses(torch.autograd.Function):
-    """One loss for each row; a row's loss depends on no other row."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, rows: Float[Tensor, "N D"], wanted: Int[Tensor, " N"], head: Head
-    ) -> Float[Tensor, " N"]:
-        losses, gradients = [], []
-        for part, tokens in zip(rows.split(_CHUNK), wanted.split(_CHUNK), strict=True):
-            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
-                leaf = part.detach().requires_grad_(ctx.needs_input_grad[0])
-                loss = F.cross_entropy(head(leaf).float(), tokens, reduction="none")
-                if ctx.needs_input_grad[0]:
-                    gradients += torch.autograd.grad(loss.sum(), leaf)
-            losses.append(loss.detach())
-        if gradients:
-            ctx.save_for_backward(torch.cat(gradients))
-        return torch.cat(losses)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        (gradients,) = ctx.saved_tensors
-        return (gradients * grad_outputs[0][:, None]).to(gradients.dtype), None, None
 
 
 class Watched:

@@ -1,6 +1,6 @@
 """Remove layers one after another, each time the one whose absence changes predictions least.
 
-B batch, T token, K candidates, N counted predictions, V vocabulary.
+B batch, T token, D hidden, K candidates, N counted predictions.
 """
 
 from __future__ import annotations
@@ -12,13 +12,19 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimvlm.core.errors import UnsupportedModelError
 from slimvlm.core.progress import progress
 from slimvlm.models.anatomy import Anatomy, read_anatomy
-from slimvlm.models.hidden import layer_input, replaced_forward, with_layer_input
+from slimvlm.models.hidden import (
+    head_of,
+    hidden_states,
+    layer_input,
+    replaced_forward,
+    with_layer_input,
+)
+from slimvlm.models.losses import row_divergences
 from slimvlm.models.parts import decoder_layers
 from slimvlm.scoring.batches import (
     Batch,
@@ -29,8 +35,6 @@ from slimvlm.scoring.batches import (
 )
 from slimvlm.scoring.statistics import Removals, require_finite
 from slimvlm.scoring.unit_scores import Scores, strictly_increasing
-
-_CHUNK = 256
 
 
 @torch.no_grad()
@@ -52,7 +56,7 @@ def capture_greedy(
     Args:
         model: The model.
         batches: Model inputs. They are kept and read once a round, and beside them the original's
-            logits at the predictions that count.
+            final hidden states at the predictions that count.
         token_weights: None: all labelled tokens count 1. Otherwise the prediction of a prompt or
             answer token counts the weight of its role.
         rounds: Layers to remove at most; default half of them.
@@ -118,39 +122,33 @@ class _Reference:
 
     Attributes:
         batch: Model inputs.
-        positions: ``[P]`` positions at which some sample's prediction counts.
-        counted: ``[B, P]`` whose.
+        counted: ``[B, T-1]`` whether the prediction of each next token counts.
         weights: ``[N]`` what each of these predictions counts.
-        logits: ``[N, V]`` the original's.
+        hidden: ``[N, D]`` the original's final hidden states there.
     """
 
     batch: Batch
-    positions: Tensor
     counted: Tensor
     weights: Tensor
-    logits: Tensor
+    hidden: Tensor
 
     @classmethod
-    def of(cls, model: nn.Module, batch: Batch, targets: Targets) -> _Reference:
-        positions = (targets.weights > 0).any(0).nonzero()[:, 0]
-        weights = targets.weights[:, positions]
-        counted = weights > 0
-        logits = _logits(model, batch, positions)
-        logits = logits[counted.to(logits.device)]
-        require_finite(logits, "the predictions")
-        return cls(batch, positions, counted, weights[counted].double(), logits)
+    def of(cls, model: Any, batch: Batch, targets: Targets) -> _Reference:
+        counted = targets.weights > 0
+        (hidden,) = hidden_states(model, batch)
+        hidden = hidden[:, :-1][counted.to(hidden.device)]
+        require_finite(hidden, "the predictions")
+        return cls(batch, counted, targets.weights[counted].double(), hidden)
 
-    def divergences(self, model: nn.Module, copies: int) -> Tensor:
+    def divergences(self, model: Any, copies: int) -> Tensor:
         """``[K]`` weighted sums of the divergence from the original, for each copy of the batch."""
-        logits = _logits(model, _repeated(self.batch, copies), self.positions)
-        logits = logits.unflatten(0, (copies, -1))[:, self.counted.to(logits.device)]
-        total = torch.zeros(copies, dtype=torch.float64, device=logits.device)
-        for start in range(0, len(self.logits), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            log_p = F.log_softmax(self.logits[part].float(), dim=-1)
-            log_q = F.log_softmax(logits[:, part].float(), dim=-1)
-            kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-            total += (kl.double() * self.weights[part].to(kl.device)).sum(1)
+        (hidden,) = hidden_states(model, _repeated(self.batch, copies))
+        counted, head = self.counted.to(hidden.device), head_of(model)
+        found = [
+            row_divergences(copy[:, :-1][counted], self.hidden, head, head).double()
+            for copy in hidden.chunk(copies)
+        ]
+        total = torch.stack(found) @ self.weights.to(hidden.device)
         require_finite(total, "the predictions without a layer")
         return total.cpu()
 
@@ -230,11 +228,6 @@ def _passing_on(layers: Iterable[nn.Module]) -> Iterator[None]:
         for layer in layers:
             stack.enter_context(replaced_forward(layer, pass_on))
         yield
-
-
-def _logits(model: nn.Module, batch: Batch, positions: Tensor) -> Tensor:
-    logits: Tensor = model(**batch, use_cache=False, logits_to_keep=positions).logits
-    return logits
 
 
 def _repeated(batch: Batch, copies: int) -> Batch:

@@ -121,7 +121,7 @@ class DistillationTrainer(Trainer):
         """Each loss by name."""
         config, parts = self._recovery, {}
         if "sft" in config.loss_weights:
-            parts["sft"] = losses.chunked_cross_entropy(hidden[0], head_of(student), wanted.labels)
+            parts["sft"] = losses.cross_entropy(hidden[0], head_of(student), wanted.labels)
         if self._teacher is None and wanted.offline is None:
             return parts
         ours, theirs = self._compared(hidden, wanted), self._of_teacher(inputs, wanted)
@@ -159,7 +159,7 @@ class DistillationTrainer(Trainer):
     ) -> Tensor:
         """A divergence from a teacher in memory, or from stored hidden states."""
         config, head = self._recovery, head_of(student)
-        return losses.chunked_divergence(
+        return losses.divergence(
             ours,
             theirs[0].to(ours.dtype),
             head,

@@ -1,0 +1,197 @@
+"""Nothing in a compression holds the logits of all tokens: only those of a chunk of positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+from slimvlm.core.options import RecoverConfig
+from slimvlm.data.roles import IGNORE, predicts_label
+from slimvlm.data.samples import Question, Sample, Task
+from slimvlm.evaluation.ask import answer, evaluate, likelihoods
+from slimvlm.models import losses
+from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.load import load
+from slimvlm.models.losses import CHUNK
+from slimvlm.planning.balance import PlanDivergence
+from slimvlm.planning.make import make_plan
+from slimvlm.planning.mask import masked
+from slimvlm.pruning import save
+from slimvlm.pruning.repair import prune_and_repair_
+from slimvlm.scoring.batches import answer_loss
+from slimvlm.scoring.score_model import score
+from slimvlm.training.recover import recover
+from tests import tiny
+from tests import tiny_folder as folders
+from tests.handmade import Batch, logits, padded, random_scores
+
+pytestmark = pytest.mark.usefixtures("unhurried")
+LONG = "It is red. There is a blue circle in the picture. " * 6
+QUESTION = Question("q", LONG, (LONG,), choices=("yes", LONG))
+
+
+class MostRows(TorchDispatchMode):
+    """The most rows over a whole vocabulary in one tensor that an operation made.
+
+    What shares memory with an argument is not made: the transposed weights of a head, for one.
+    """
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.rows, self._vocabulary = 0, vocabulary
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        given = {memory(value) for value in tensors((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        for value in tensors(result):
+            if value.shape[-1:] == (self._vocabulary,) and memory(value) not in given:
+                self.rows = max(self.rows, value.numel() // self._vocabulary)
+        return result
+
+
+def tensors(values: Any) -> list[Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+
+
+def memory(value: Tensor) -> int:
+    return value.untyped_storage().data_ptr()
+
+
+def most_rows(vocabulary: int, run: Callable[[], object]) -> int:
+    """The most rows of logits at one time while something runs."""
+    with MostRows(vocabulary) as seen:
+        run()
+    return seen.rows
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return tiny.build("gemma2")
+
+
+@pytest.fixture(scope="module")
+def batches(model: PreTrainedModel) -> list[Batch]:
+    """Batches in which more positions count than fit in a chunk."""
+    made = [tiny.batch(model, CHUNK + 40, seed) for seed in range(2)]
+    return [{**batch, "labels": batch["input_ids"]} for batch in made]
+
+
+def test_a_plain_forward_pass_is_seen(model: PreTrainedModel, batches: list[Batch]) -> None:
+    assert most_rows(tiny.VOCAB, lambda: logits(model, batches[0])) == CHUNK + 40
+
+
+@pytest.mark.parametrize("criterion", ["kl_greedy", "taylor"])
+def test_scores(criterion: str, model: PreTrainedModel, batches: list[Batch]) -> None:
+    assert most_rows(tiny.VOCAB, lambda: score(model, batches, criterion)) == CHUNK
+
+
+def test_the_divergence_of_a_plan(model: PreTrainedModel, batches: list[Batch]) -> None:
+    anatomy = read_anatomy(model)
+    plan = make_plan(anatomy, random_scores(anatomy), 0.3)
+    assert most_rows(tiny.VOCAB, lambda: PlanDivergence(model, batches).of(plan)) == CHUNK
+
+
+def test_the_answer_loss_and_repair(model: PreTrainedModel, batches: list[Batch]) -> None:
+    assert most_rows(tiny.VOCAB, lambda: answer_loss(model, batches)) == CHUNK
+    pruned = tiny.build("gemma2")
+    anatomy = read_anatomy(pruned)
+    plan = make_plan(anatomy, random_scores(anatomy), 0.3, "both")
+    rows = most_rows(tiny.VOCAB, lambda: prune_and_repair_(pruned, plan, batches, held_out=batches))
+    assert rows == CHUNK
+
+
+@pytest.mark.parametrize("loss", ["sft", "0.5*sft+0.5*kl"])
+def test_training(loss: str) -> None:
+    teacher, processor = load(folders.folder("text"))
+    student, _ = load(folders.folder("text"))
+    turns = [folders.turn(role, LONG) for role in ("user", "assistant")]
+    samples = [Sample(str(i), tuple(turns)) for i in range(2)]
+    config = RecoverConfig(train="full", loss=loss, max_steps=1, batch_size=2, bf16=False)
+    rows = most_rows(folders.VOCAB, lambda: recover(student, teacher, samples, config, processor))
+    assert rows == CHUNK
+
+
+def test_evaluation() -> None:
+    seeing = load(folders.folder("text"))
+    task = Task("passages", "perplexity", 0.0, lambda limit: [QUESTION], in_average=False)
+    assert most_rows(folders.VOCAB, lambda: evaluate(*seeing, [task])) == CHUNK
+    answered = [(QUESTION, LONG)] * 2
+    assert most_rows(folders.VOCAB, lambda: likelihoods(*seeing, answered)) == CHUNK
+    assert most_rows(folders.VOCAB, lambda: answer(*seeing, [QUESTION] * 2, 4)) == 2
+
+
+def test_reading_back_what_was_written(
+    model: PreTrainedModel,
+    batches: list[Batch],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As with a picture of many tokens in the probe."""
+    inputs = {name: value for name, value in batches[0].items() if name != "labels"}
+    monkeypatch.setattr(save, "probe", lambda *_: inputs)
+    model.save_pretrained(tmp_path)
+    assert most_rows(tiny.VOCAB, lambda: save.check_reload(model, None, tmp_path)) == CHUNK
+
+
+def bent(name: str) -> PreTrainedModel:
+    """A tiny model whose family's cap on logits, or scale, is far from doing nothing."""
+    model = tiny.build(name)
+    config = model.config.get_text_config()
+    if hasattr(config, "final_logit_softcapping"):
+        config.final_logit_softcapping = 0.5
+    if hasattr(model, "logit_scale"):
+        config.logit_scale = model.logit_scale = 0.25
+    return model
+
+
+BENT = ("llama", "gemma2", "llava-gemma2", "paligemma", "gemma3", "cohere2")
+
+
+@pytest.mark.parametrize("name", BENT)
+def test_chunks_of_positions_and_padding_change_no_loss(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = bent(name)
+    data = [tiny.batch(model, 9 + 4 * seed, seed) for seed in range(2)]
+    wanted = [batch["labels"][:, 1:] for batch in data]
+    whole = [logits(model, batch)[:, :-1].mT for batch in data]
+    total = sum(F.cross_entropy(x, y, reduction="sum") for x, y in zip(whole, wanted, strict=True))
+    expected = float(total) / sum(int((y != IGNORE).sum()) for y in wanted)
+    monkeypatch.setattr(losses, "CHUNK", 3)
+    assert answer_loss(model, data) == pytest.approx(expected, rel=1e-5)
+    assert answer_loss(model, [padded(data)]) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", BENT)
+def test_chunks_of_positions_and_padding_change_no_divergence(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = bent(name)
+    data = [tiny.batch(model, 9 + 4 * seed, seed) for seed in range(2)]
+    plan = make_plan(read_anatomy(model), random_scores(read_anatomy(model)), 0.3)
+    whole = []
+    for batch in data:
+        counted = predicts_label(batch["labels"])
+        original = logits(model, batch)[counted].log_softmax(-1)
+        with masked(model, plan):
+            candidate = logits(model, batch)[counted].log_softmax(-1)
+        whole.append((original.exp() * (original - candidate)).sum(-1))
+    monkeypatch.setattr(losses, "CHUNK", 3)
+    expected = float(torch.cat(whole).mean())
+    for batches in (data, [padded(data)]):
+        assert PlanDivergence(model, batches).of(plan) == pytest.approx(expected, rel=1e-4)
