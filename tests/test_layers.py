@@ -116,7 +116,7 @@ def test_the_rule_can_fail(package: str, source: str) -> None:
     [
         (
             "pruning",
-            "from slimvlm.scoring.obs import UPDATES\nfrom slimvlm.pruning import cut",
+            "from slimvlm.scoring.obs import removal_order\nfrom slimvlm.pruning import cut",
         ),
         ("cli", "def f():\n    from slimvlm.demo.build import build_demo"),
         ("cli", "def f():\n    from slimvlm_tools.convert import convert"),

@@ -220,7 +220,6 @@ CRITERIA: dict[str, Criterion] = {
         function=score_obs,
         paper="after SlimGPT, arXiv:2412.18110 and OSSCAR, arXiv:2403.12983",
         about="squared error when the unit goes and the others are refitted, one after another",
-        options={"group": _COUNT},
     ),
     "magnitude": Criterion(
         units=("layer", *WIDTH_UNITS),

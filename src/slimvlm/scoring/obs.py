@@ -1,27 +1,38 @@
 """Optimal Brain Surgeon for units: what the output loses if the others are refitted.
 
 O output, C input channel of a matrix that writes to the residual stream, U unit, W channels of a
-unit.
+unit, N units of several that are looked at.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
+from slimvlm.core.errors import NumericalError
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.units import segments, unit_of
 from slimvlm.scoring.statistics import Grams, UnitValues, with_shapes
+from slimvlm.scoring.symmetric import add_product_, invert_, mirror_
 from slimvlm.scoring.unit_scores import Scores, strictly_increasing
 
 DAMPING = 0.01
-UPDATES = 32
+
+INFLATION = 1e4
+"""Up to which ``max H_jj [H⁻¹]_jj`` float32 is enough. It bounds the digits that the inverse has
+lost, and those that the removals will lose."""
+
+BLOCK = 128
+"""Channels whose rows are prepared at once: many make for fast products, few for little in vain."""
+
+TIE = 1e-5
+"""Prices that differ by less than this share are equal, and the first unit goes."""
 
 
-def score_obs(statistics: Grams, anatomy: Anatomy, group: int | None = None) -> Scores:
+def score_obs(statistics: Grams, anatomy: Anatomy) -> Scores:
     """The error of removing each unit with the others refitted, in order of removal.
 
     ``W_B ([G⁻¹]_BB)⁻¹ W_Bᵀ`` summed over its diagonal, where ``W_B`` are the columns of ``o_proj``
@@ -35,8 +46,6 @@ def score_obs(statistics: Grams, anatomy: Anatomy, group: int | None = None) -> 
     Args:
         statistics: Gram matrices. Layers that are not in them get no scores.
         anatomy: The model's.
-        group: Units that may go between two refits of a whole layer, as in `removal_order`.
-            Default: 1/32 of the layer's width, at least 1.
 
     Reference:
         Hassibi & Stork 1992, Optimal Brain Surgeon, Eq. 5, for blocks of columns as in Ling et al.
@@ -48,136 +57,252 @@ def score_obs(statistics: Grams, anatomy: Anatomy, group: int | None = None) -> 
     def found() -> UnitValues:
         for index, shape, matrix, part in with_shapes(statistics.parts, anatomy):
             _, _, units, _ = next(segments(matrix, shape))
-            gram, step = part.gram / float(statistics.weight), group or max(units // UPDATES, 1)
-            order, costs = removal_order(part.weight, gram, units, step)
+            gone = removal_order(part.weight, part.gram / float(statistics.weight), units)
             values = torch.empty(units)
-            values[order.cpu()] = strictly_increasing(costs).cpu()
+            values[gone.order.cpu()] = strictly_increasing(gone.costs).cpu()
             yield index, unit_of(matrix), values
 
     return Scores.of_units("obs", anatomy.num_layers, found())
+
+
+@dataclass(frozen=True)
+class Elimination:
+    """What a greedy removal of units found.
+
+    Attributes:
+        order: Those that went, in order.
+        costs: The squared error that each of them added when it went.
+        left: Those that stay, sorted.
+        prices: What each of these would have cost next.
+    """
+
+    order: Int64[Tensor, " _"]
+    costs: Float64[Tensor, " _"]
+    left: Int64[Tensor, " _"]
+    prices: Float64[Tensor, " _"]
 
 
 def removal_order(
     matrix: Float[Tensor, "O C"],
     gram: Float[Tensor, "C C"],
     units: int,
-    group: int = 1,
+    stop: int | None = None,
     damping: float = DAMPING,
-) -> tuple[Int[Tensor, " U"], Float[Tensor, " U"]]:
-    """Remove all units of a matrix, cheapest first, refitting what is left.
+) -> Elimination:
+    """Remove units of a matrix, cheapest first, refitting what is left after each.
 
     With ``H = gram + damping · mean diag(gram) · I``, removing the channels ``B`` changes ``W`` to
     ``W - W_B R`` and ``H⁻¹`` to ``H⁻¹ - [H⁻¹]_:B R``, with ``R = ([H⁻¹]_BB)⁻¹ [H⁻¹]_B:``, both
-    exact. Only ``Wᵀ W`` is needed of ``W``.
+    exact, and adds ``tr(W_B ([H⁻¹]_BB)⁻¹ W_Bᵀ)`` to the squared error of the output: the unit's
+    price. Only ``P = Wᵀ W`` is needed of ``W``.
 
-    Time is cubic in the channels, memory a few times ``C²``; all is float64.
+    Removing ``K`` channels takes about ``C² (C + 3 K)`` operations, almost all in matrix products,
+    and memory for three matrices like ``gram``. They are float32 as long as this keeps the order
+    but for ties, and float64 beyond (see `INFLATION`) and where ``gram`` is.
 
     Args:
         matrix: The weights that read the channels.
         gram: Second moments of the channels.
         units: How many units the channels make up, equally many consecutive ones each.
-        group: Units that may go between two refits of the whole matrix. Those that are cheapest
-            then go one by one, each refitting the other candidates, until the next one would cost
-            more than a unit outside the group. 1 is the exact greedy order.
+        stop: How many units to remove; None for all.
         damping: Share of the mean diagonal that is added to it. A channel that is always zero
             thus costs a little instead of nothing.
 
-    Returns:
-        The units in order of removal, and the squared error that each added when it went.
+    Raises:
+        NumericalError: If ``H`` is not positive definite.
+
+    Reference:
+        As in a Cholesky factorisation with pivots by blocks (LAPACK's ``pstrf``), what the last
+        removals change is applied to the diagonal at once and to the rest in one product.
     """
-    width = len(gram) // units
-    weights = matrix.double()
-    state = _State(weights.mT @ weights, _damped_inverse(gram, damping), width)
-    left = torch.arange(units, device=gram.device)
-    order: list[Tensor] = []
-    costs: list[Tensor] = []
-    while len(left):
-        prices = state.prices()
-        ranked = prices.argsort(stable=True)
-        candidates = ranked[:group].sort().values
-        limit = prices[ranked[group]] if group < len(left) else prices.new_tensor(torch.inf)
-        gone, paid = _one_by_one(state.only(candidates), limit)
-        order.append(left[candidates[gone]])
-        costs.append(paid)
-        stays = torch.ones(len(left), dtype=torch.bool, device=left.device)
-        stays[candidates[gone]] = False
-        state, left = state.without(stays), left[stays]
-    return torch.cat(order), torch.cat(costs)
+    for dtype in dict.fromkeys((gram.dtype, torch.float64)):
+        state = _State.of(matrix, gram, units, damping, dtype)
+        if state is not None:
+            return state.remove_(units if stop is None else stop)
+    raise NumericalError(f"the Gram matrix is not positive definite with damping {damping}")
 
 
-@dataclass(frozen=True)
 class _State:
-    """What is left of a layer: ``product = Wᵀ W`` refitted and ``inverse = H⁻¹``, both ``[C, C]``.
+    """``W`` and ``H⁻¹`` of the units that are left, and what removals change in them.
 
-    Units are numbered from 0 among those that are left; each has ``width`` channels.
+    With ``B`` the channels of a unit that goes and ``L Lᵀ = [H⁻¹]_BB``, ``H⁻¹`` loses ``Uᵀ U`` and
+    ``P`` loses ``Uᵀ V + Vᵀ U``, where ``U = L⁻¹ [H⁻¹]_B:``, ``V = L⁻¹ P_B: - ½ S U`` and
+    ``S = L⁻¹ P_BB L⁻ᵀ``, whose trace is the price.
+
+    At each removal, only the units' blocks on the diagonal, of which all prices are made, and the
+    rows of the unit that goes are made current. Rows are prepared for the cheapest units at once,
+    in matrix products; when another unit becomes the cheapest, they are prepared anew.
+
+    Attributes:
+        inverse: ``H⁻¹`` when the units ``left`` stood; of these, some are ``gone`` now.
+        u: All ``U`` since, ``count`` rows of it.
+        weights: ``W`` when rows were last prepared.
     """
 
-    product: Tensor
-    inverse: Tensor
-    width: int
+    def __init__(self, inverse: Tensor, weights: Tensor, width: int) -> None:
+        units = len(inverse) // width
+        self.inverse, self.weights, self.width = inverse, weights, width
+        self.left = torch.arange(units, device=inverse.device)
+        self.gone = torch.zeros_like(self.left, dtype=torch.bool)
+        blocks = inverse.view(units, width, units, width).diagonal(dim1=0, dim2=2)
+        self.inverse_blocks = blocks.permute(2, 0, 1).contiguous()
+        parts = weights.view(len(weights), units, width).transpose(0, 1)
+        self.product_blocks = parts.mT @ parts
+        self.one = torch.eye(width, dtype=inverse.dtype, device=inverse.device)
 
-    def prices(self) -> Tensor:
-        """``tr(W_B ([H⁻¹]_BB)⁻¹ W_Bᵀ)`` of every unit ``B`` that is left."""
+    @classmethod
+    def of(
+        cls, matrix: Tensor, gram: Tensor, units: int, damping: float, dtype: torch.dtype
+    ) -> _State | None:
+        """Before anything has gone; None if more digits are lost than the type has to give."""
+        damped = gram.to(dtype, copy=True)
+        mean = damped.diagonal().mean()
+        damped.diagonal().add_(torch.where(mean > 0, damping * mean, 1))
+        diagonal = damped.diagonal().clone()
+        if not invert_(damped):
+            return None
+        if dtype != torch.float64 and (diagonal * damped.diagonal()).max() > INFLATION:
+            return None
+        return cls(damped, matrix.to(dtype, copy=True), len(gram) // units)
+
+    def remove_(self, stop: int) -> Elimination:
+        """Remove the cheapest unit again and again."""
+        order: list[int] = []
+        costs: list[float] = []
+        self._reserve_(stop)
+        while len(order) < stop:
+            rows = self._rows_of_cheapest()
+            while len(order) < stop and (unit := self._cheapest()) in rows.places:
+                costs.append(self._remove_one_(unit, rows))
+                order.append(int(self.left[unit]))
+            self._refit_(rows)
+            self._shrink_(stop - len(order))
+        device = self.left.device
+        return Elimination(
+            torch.tensor(order, dtype=torch.int64, device=device),
+            torch.tensor(costs, dtype=torch.float64, device=device),
+            self.left[~self.gone],
+            self._prices()[~self.gone].double(),
+        )
+
+    def _prices(self) -> Tensor:
+        """``tr S`` of every unit, infinite for those that have gone."""
         if self.width == 1:
-            return self.product.diagonal().clamp_min(0) / self.inverse.diagonal()
-        factors = torch.linalg.cholesky(self._blocks(self.inverse))
-        solved = torch.cholesky_solve(self._blocks(self.product), factors)
-        return solved.diagonal(dim1=1, dim2=2).sum(1).clamp_min(0)
+            prices = (self.product_blocks / self.inverse_blocks)[:, 0, 0]
+        else:
+            root = self._inverse_root(self.inverse_blocks)
+            prices = (root @ self.product_blocks * root).sum((1, 2))
+        return prices.clamp_min_(0).masked_fill_(self.gone, torch.inf)
 
-    def only(self, units: Tensor) -> _State:
-        """The part of some units; what it says of them stays exact when one of them goes."""
-        channels = self._channels(units)
-        return _State(
-            self.product[channels][:, channels], self.inverse[channels][:, channels], self.width
+    def _cheapest(self) -> int:
+        return int(_tied(self._prices()).byte().argmax())
+
+    def _rows_of_cheapest(self) -> _Rows:
+        prices = self._prices()
+        ranked = torch.where(_tied(prices), -1, prices).argsort(stable=True)
+        units = ranked[: min(max(BLOCK // self.width, 1), int((~self.gone).sum()))]
+        channels, u = self._channels(units), self.u[: self.count]
+        inverse = torch.addmm(self.inverse[channels], u[:, channels].mT, u, alpha=-1)
+        product = self.weights[:, channels].mT @ self.weights
+        places = {unit: place * self.width for place, unit in enumerate(units.tolist())}
+        room = self.u[self.count : self.count + len(channels)]
+        return _Rows(inverse, product, places, room, torch.empty_like(room))
+
+    def _remove_one_(self, unit: int, rows: _Rows) -> float:
+        """Remove a unit and refit the others; what it cost."""
+        channels = slice(unit * self.width, (unit + 1) * self.width)
+        inverse, product = rows.now(unit, channels)
+        root = self._inverse_root(inverse[:, channels])
+        u, v = root @ inverse, root @ product
+        square = v[:, channels] @ root.mT
+        v.addmm_(square, u, alpha=-0.5)
+        rows.add_(unit, u, v)
+        u, v = (each.view(self.width, -1, self.width).transpose(0, 1) for each in (u, v))
+        self.inverse_blocks.baddbmm_(u.mT, u, alpha=-1)
+        self.product_blocks.baddbmm_(u.mT, v, alpha=-1).baddbmm_(v.mT, u, alpha=-1)
+        self.inverse_blocks[unit] = self.one
+        self.gone[unit] = True
+        return float(square.trace())
+
+    def _refit_(self, rows: _Rows) -> None:
+        """``W - Y U`` with the ``Y`` that leaves nothing of the columns that have gone."""
+        channels = self._channels(torch.tensor(rows.gone, device=self.left.device))
+        u = rows.u[: len(channels)]
+        y = torch.linalg.solve_triangular(
+            u[:, channels], self.weights[:, channels], upper=True, left=False
         )
+        self.weights.addmm_(y, u, alpha=-1)
+        self.count += len(channels)
 
-    def without(self, stays: Tensor) -> _State:
-        """Remove the units that do not stay and refit the others."""
-        units = torch.arange(len(stays), device=stays.device)
-        kept, gone = self._channels(units[stays]), self._channels(units[~stays])
-        across = self.inverse[gone][:, kept]
-        factor = torch.linalg.cholesky(self.inverse[gone][:, gone])
-        refit = torch.cholesky_solve(across, factor)
-        half = self.product[gone][:, kept] - 0.5 * self.product[gone][:, gone] @ refit
-        change = refit.mT @ half
-        rest = self.only(units[stays])
-        return _State(
-            rest.product.sub_(change).sub_(change.mT),
-            rest.inverse.sub_(across.mT @ refit),
-            self.width,
-        )
+    def _shrink_(self, stop: int) -> None:
+        """Apply ``u`` and forget what has gone, if so many removals follow that this pays."""
+        size = len(self.inverse)
+        if self.count * 8 < size or stop * self.width * 3 < size:
+            return
+        u, stays = self.u[: self.count], ~self.gone
+        add_product_(self.inverse, u, u, -1)
+        mirror_(self.inverse)
+        channels = self._channels(stays.nonzero()[:, 0])
+        self.inverse = self.inverse[channels[:, None], channels]
+        self.weights = self.weights[:, channels]
+        self.inverse_blocks = self.inverse_blocks[stays]
+        self.product_blocks = self.product_blocks[stays]
+        self.left, self.gone = self.left[stays], self.gone[stays]
+        self._reserve_(stop)
 
-    def _channels(self, units: Tensor) -> Tensor:
+    def _reserve_(self, stop: int) -> None:
+        """Room for the removals until `_shrink_` applies them: never more than half of all."""
+        size = len(self.inverse)
+        most = min(stop * self.width, size // 2) + max(BLOCK, self.width)
+        self.u, self.count = self.inverse.new_empty(most, size), 0
+
+    def _channels(self, units: Int64[Tensor, " N"]) -> Int64[Tensor, " _"]:
         offsets = torch.arange(self.width, device=units.device)
         return (units[:, None] * self.width + offsets).flatten()
 
-    def _blocks(self, matrix: Tensor) -> Tensor:
-        """The diagonal blocks of the units, ``[U, W, W]``."""
-        units = len(matrix) // self.width
-        blocks = matrix.view(units, self.width, units, self.width)
-        return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    def _inverse_root(self, blocks: Float[Tensor, "*N W W"]) -> Float[Tensor, "*N W W"]:
+        """``L⁻¹`` with ``L Lᵀ`` the block."""
+        lower: Tensor = torch.linalg.cholesky(blocks)
+        root: Tensor = torch.linalg.solve_triangular(lower, self.one, upper=False)
+        return root
 
 
-def _one_by_one(state: _State, limit: Tensor) -> tuple[Tensor, Tensor]:
-    """Remove units one by one, cheapest first, until none costs at most the limit."""
-    left = torch.arange(len(state.inverse) // state.width, device=limit.device)
-    order: list[Tensor] = []
-    costs: list[Tensor] = []
-    while len(left):
-        prices = state.prices()
-        cheapest = int(prices.argmin())
-        if order and prices[cheapest] > limit:
-            break
-        order.append(left[cheapest])
-        costs.append(prices[cheapest])
-        stays = torch.ones(len(left), dtype=torch.bool, device=left.device)
-        stays[cheapest] = False
-        state, left = state.without(stays), left[stays]
-    return torch.stack(order), torch.stack(costs)
+@dataclass
+class _Rows:
+    """Rows of ``H⁻¹`` and ``P`` of some units, and what removals since have changed in them.
+
+    Attributes:
+        places: The first row of each unit.
+        u: Room for the ``U`` of these removals.
+        gone: Units that were removed.
+    """
+
+    inverse: Tensor
+    product: Tensor
+    places: dict[int, int]
+    u: Tensor
+    v: Tensor
+    gone: list[int] = field(default_factory=list)
+    count: int = 0
+
+    def now(self, unit: int, channels: slice) -> tuple[Tensor, Tensor]:
+        """The rows of a unit as they are now."""
+        width = channels.stop - channels.start
+        place = slice(self.places[unit], self.places[unit] + width)
+        u, v = self.u[: self.count], self.v[: self.count]
+        u_now, v_now = u[:, channels].mT, v[:, channels].mT
+        inverse = self.inverse[place].addmm_(u_now, u, alpha=-1)
+        product = self.product[place].addmm_(u_now, v, alpha=-1).addmm_(v_now, u, alpha=-1)
+        return inverse, product
+
+    def add_(self, unit: int, u: Tensor, v: Tensor) -> None:
+        """Note what the removal of a unit takes off."""
+        end = self.count + len(u)
+        self.u[self.count : end], self.v[self.count : end] = u, v
+        self.gone.append(unit)
+        self.count = end
 
 
-def _damped_inverse(gram: Float[Tensor, "C C"], damping: float) -> Float[Tensor, "C C"]:
-    mean = gram.diagonal().double().mean()
-    ridge = damping * mean if mean > 0 else torch.ones_like(mean)
-    damped = gram.double() + ridge * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
-    return torch.cholesky_inverse(torch.linalg.cholesky(damped))
+def _tied(prices: Float[Tensor, " U"]) -> Bool[Tensor, " U"]:
+    """Which are as cheap as the cheapest, up to rounding."""
+    return prices <= prices.min() * (1 + TIE)
