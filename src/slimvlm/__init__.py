@@ -52,7 +52,7 @@ _HOME = {
     "mask_": "planning.mask",
     "prune_": "pruning.cut",
     "prune_and_repair_": "pruning.repair",
-    "prune_checkpoint": "pruning.low_memory.cut",
+    "prune_checkpoint": "pruning.layerwise.write",
     "push": "export.hub",
     "quantize": "export.quantize",
     "ratio_for_params": "planning.make",
@@ -62,7 +62,7 @@ _HOME = {
     "run_study": "runs.study",
     "save": "pruning.save",
     "score": "scoring.score_model",
-    "score_checkpoint": "pruning.low_memory.score",
+    "score_checkpoint": "pruning.layerwise.score",
     "verify": "pruning.manifest",
 }
 

@@ -14,8 +14,8 @@ from slimvlm.models.classes import auto_class, empty_model
 from slimvlm.models.parts import text_config_of
 from slimvlm.planning.make import make_plan
 from slimvlm.pruning.cut import prune_
-from slimvlm.pruning.low_memory.cut import prune_checkpoint
-from slimvlm.pruning.low_memory.score import score_checkpoint
+from slimvlm.pruning.layerwise.score import score_checkpoint
+from slimvlm.pruning.layerwise.write import prune_checkpoint
 from slimvlm.pruning.repair import prune_and_repair_
 from slimvlm.scoring.score_model import score
 from tests import tiny, tiny_rare

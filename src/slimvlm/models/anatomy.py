@@ -74,6 +74,10 @@ class LayerShape:
             + self.intermediate_size * self.neuron_params
         )
 
+    def units(self, unit: str) -> int:
+        """How many units of a kind (``kv_group`` or ``neuron``) there are."""
+        return self.num_kv_heads if unit == "kv_group" else self.intermediate_size
+
     def block(self, segment: Segment) -> tuple[int, int]:
         """Number of units along a segment and the channels that each takes there."""
         if segment == "neuron":

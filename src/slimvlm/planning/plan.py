@@ -79,6 +79,15 @@ class Plan:
             asked_ratio=0.0,
         )
 
+    def with_units(self, index: int, **kept: Kept) -> Plan:
+        """The same plan with other ``kv_groups`` or ``neurons`` kept of an original layer."""
+        changed = {}
+        for name, units in kept.items():
+            rows = list(getattr(self, name))
+            rows[index] = tuple(units)
+            changed[name] = tuple(rows)
+        return replace(self, **changed)
+
     @property
     def after(self) -> Anatomy:
         """The smaller model's anatomy."""

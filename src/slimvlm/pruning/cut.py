@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +15,11 @@ from slimvlm.models.classes import require_full_precision, set_class_, with_text
 from slimvlm.models.families import OUTPUT_ROWS
 from slimvlm.models.internals import retype_modules_
 from slimvlm.models.modeling_pruned import set_counts_
-from slimvlm.models.parts import decoder_layers, matrices, stacks, text_config_of
+from slimvlm.models.parts import decoder_layers, stacks, text_config_of, unit_matrices
+from slimvlm.models.units import unit_of
 from slimvlm.planning.mask import kept_channels, require_match
 from slimvlm.planning.plan import Plan
+from slimvlm.scoring.unit_scores import WIDTH_UNITS
 from slimvlm.pruning.config import smaller_text_config, validate
 
 
@@ -44,14 +47,28 @@ def prune_(model: PreTrainedModel, plan: Plan, allow_uneven: bool = False) -> No
         ConfigError: If the plan is for another model.
         ImpossiblePlanError: If the configuration class cannot express the shape.
     """
+    text_config = require_expressible(model, plan, allow_uneven)
+    for cut in list(cuts_of(model, plan)):
+        _cut_(cut)
+    _drop_layers(model, plan)
+    _apply_config(model, text_config, plan)
+
+
+def require_expressible(
+    model: PreTrainedModel, plan: Plan, allow_uneven: bool = False
+) -> PreTrainedConfig:
+    """The configuration of the smaller language model; refuses what `prune_` cannot do.
+
+    Raises:
+        ConfigError: If the plan is for another model.
+        ImpossiblePlanError: If the configuration class cannot express the shape.
+    """
     require_full_precision(model.config, "pruned")
     require_match(model, plan)
     uneven = not plan.after.is_uniform or (allow_uneven and plan.file_format == "uneven")
     text_config = smaller_text_config(model.config, plan, uneven)
     validate(model.config, text_config, plan)
-    _cut_weights(model, plan)
-    _drop_layers(model, plan)
-    _apply_config(model, text_config, plan)
+    return text_config
 
 
 @dataclass(frozen=True)
@@ -63,49 +80,79 @@ class Cut:
         name: Its name there.
         dim: The dimension that loses channels.
         keep: The channels that stay.
-        units: Neurons that stay, where the module holds experts and repeats their number.
+        neurons: Neurons that stay, where the module holds experts and repeats their number.
     """
 
     owner: nn.Module
     name: str
     dim: int
     keep: Tensor
-    units: int | None = None
+    neurons: int | None = None
 
 
 def cuts_of(model: nn.Module, plan: Plan) -> Iterator[Cut]:
     """Everything that a plan cuts: parameters of kept layers, and weights with a slice for each."""
-    for index, matrix in matrices(model):
-        projection = matrix.projection
-        if index not in plan.layers:
-            continue
-        keep = kept_channels(plan, index, projection)
-        if len(keep) == matrix.width:
-            continue
-        is_expert = not isinstance(matrix.owner, nn.Linear)
-        units = len(keep) // len(projection.segments) if is_expert else None
-        yield Cut(matrix.owner, matrix.name, projection.axis, keep, units)
-        if projection.dim == OUTPUT_ROWS and matrix.bias is not None:
-            yield Cut(matrix.owner, "bias", 0, keep)
+    for index in plan.layers:
+        yield from cuts_of_layer(model, plan, index)
     for stack, holder in stacks(model):
         slices = torch.arange(holder.weight.shape[stack.dim]).view(plan.before.num_layers, -1)
         yield Cut(holder, "weight", stack.dim, slices[list(plan.layers)].flatten())
 
 
-def _cut_weights(model: nn.Module, plan: Plan) -> None:
-    """Cut parameters, and let their modules say so."""
-    for cut in list(cuts_of(model, plan)):
-        owner: Any = cut.owner
-        parameter = getattr(owner, cut.name)
-        kept = parameter.detach().index_select(cut.dim, cut.keep.to(parameter.device))
-        setattr(owner, cut.name, nn.Parameter(kept, parameter.requires_grad))
-        if isinstance(owner, nn.Linear):
-            owner.out_features, owner.in_features = owner.weight.shape
-        elif isinstance(owner, nn.Embedding):
-            owner.num_embeddings, owner.embedding_dim = owner.weight.shape
-        for name in ("intermediate_dim", "intermediate_size", "expert_dim"):
-            if cut.units is not None and name in vars(owner):
-                setattr(owner, name, cut.units)
+def cuts_of_layer(
+    model: nn.Module, plan: Plan, index: int, units: Collection[str] = WIDTH_UNITS
+) -> Iterator[Cut]:
+    """What a plan cuts of one layer that it keeps; what has its size already is left out."""
+    of_units = unit_matrices(decoder_layers(model)[index], plan.before.backbone)
+    for matrix in (matrix for of_unit in of_units for matrix in of_unit):
+        projection = matrix.projection
+        keep = kept_channels(plan, index, projection)
+        if len(keep) == matrix.width or unit_of(projection) not in units:
+            continue
+        is_expert = not isinstance(matrix.owner, nn.Linear)
+        neurons = len(keep) // len(projection.segments) if is_expert else None
+        yield Cut(matrix.owner, matrix.name, projection.axis, keep, neurons)
+        if projection.dim == OUTPUT_ROWS and matrix.bias is not None:
+            yield Cut(matrix.owner, "bias", 0, keep)
+
+
+def cut_layer_(
+    model: nn.Module, plan: Plan, index: int, units: Collection[str] = WIDTH_UNITS
+) -> None:
+    """Cut one layer of the original down to a plan, in place; the others stay as they are.
+
+    The model runs only layer by layer until all of it is cut.
+
+    Args:
+        model: The original, of which parts may be cut already.
+        plan: What to keep.
+        index: The layer.
+        units: Kinds of unit to cut.
+    """
+    for cut in list(cuts_of_layer(model, plan, index, units)):
+        _cut_(cut)
+    shape, groups = plan.before.layers[index], len(plan.kv_groups[index])
+    if groups < shape.num_kv_heads and "kv_group" in units:
+        attention: Any = decoder_layers(model)[index].get_submodule("self_attn")
+        heads = shape.num_heads // shape.num_kv_heads * groups
+        config = copy.copy(attention.config)
+        config.num_attention_heads, config.num_key_value_heads = heads, groups
+        set_counts_(attention, config, heads, groups)
+
+
+def _cut_(cut: Cut) -> None:
+    """Cut a parameter, and let its module say so."""
+    owner: Any = cut.owner
+    parameter = getattr(owner, cut.name)
+    kept = parameter.detach().index_select(cut.dim, cut.keep.to(parameter.device))
+    setattr(owner, cut.name, nn.Parameter(kept, parameter.requires_grad))
+    if isinstance(owner, nn.Linear):
+        owner.out_features, owner.in_features = owner.weight.shape
+    elif isinstance(owner, nn.Embedding):
+        owner.num_embeddings, owner.embedding_dim = owner.weight.shape
+    for name in ("intermediate_dim", "intermediate_size", "expert_dim"):
+        if cut.neurons is not None and name in vars(owner):
+            setattr(owner, name, cut.neurons)
 
 
 def _drop_layers(model: nn.Module, plan: Plan) -> None:

@@ -155,6 +155,60 @@ class Refit:
     sliced_error: float
     repaired_error: float
 
+    def blended(
+        self, sliced: Float[Tensor, "O K"], bias: Float[Tensor, " O"] | None, share: float
+    ) -> tuple[Float[Tensor, "O K"], Float[Tensor, " O"] | None]:
+        """Weight and bias a part of the way from the sliced ones to these."""
+        weight = torch.lerp(sliced.to(self.weight), self.weight, share)
+        if self.bias is None or bias is None:
+            return weight, bias
+        return weight, torch.lerp(bias.to(self.bias), self.bias, share)
+
+
+def confirmed(
+    found: Refit,
+    weight: Float[Tensor, "O C"],
+    bias: Float[Tensor, " O"] | None,
+    moments: Moments,
+    keep: Int[Tensor, " K"],
+) -> tuple[float, float, float]:
+    """How far towards new weights other tokens want to go.
+
+    Along ``W_K + s (W' - W_K)``, and the bias likewise, the squared error is a parabola in the
+    share ``s``; its lowest point between 0 and 1 is taken.
+
+    Args:
+        found: The new weights.
+        weight: The matrix before anything was removed.
+        bias: Its bias, if it has one.
+        moments: Of other tokens than those that the new weights were fitted to.
+        keep: Sorted channels that stay.
+
+    Returns:
+        The share; the error of the sliced weights and that at the share, relative to the sum of
+        squares of the target.
+    """
+    dtype = moments.gram.dtype
+    whole, gone = weight.detach().to(dtype).clone(), weight.detach().to(dtype).clone()
+    gone[:, keep] = 0
+    change = torch.zeros_like(whole)
+    change[:, keep] = (found.weight - weight[:, keep].to(found.weight)).to(dtype)
+    shift = whole.new_zeros(len(whole)) if found.bias is None else (found.bias - bias).to(dtype)
+    count, total = moments.count.to(dtype), moments.total.to(dtype)
+    pull = change @ moments.gram  # sum over tokens of what changes, times the inputs
+    lacking, lack = gone @ total, (pull * gone).sum()
+    if moments.cross is not None and moments.missing is not None:
+        lacking, lack = lacking + moments.missing.to(dtype), lack + (change * moments.cross).sum()
+    toward = lack + (lacking * shift).sum()
+    square = (pull * change).sum() + 2 * (change @ total * shift).sum()
+    square += count * shift.square().sum()
+    everything = torch.arange(weight.shape[1], device=keep.device)
+    target = moments.square(whole, everything, centred=False)
+    sliced = moments.square(gone, everything, centred=False)
+    share = float((toward / square).clamp(0, 1)) if float(square) > 0 else 0.0
+    error = sliced - 2 * share * float(toward) + share**2 * float(square)
+    return share, _share(sliced, target), _share(error, target)
+
 
 def refit(
     weight: Float[Tensor, "O C"],

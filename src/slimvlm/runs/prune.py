@@ -14,8 +14,8 @@ from slimvlm.data.samples import Sample
 from slimvlm.models.load import anatomy, check_models, load_config
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.compat import require_known
-from slimvlm.pruning.low_memory import score as on_disk
-from slimvlm.pruning.low_memory.cut import prune_checkpoint
+from slimvlm.pruning.layerwise import score as on_disk
+from slimvlm.pruning.layerwise.write import prune_checkpoint
 from slimvlm.pruning.repair import RepairReport
 from slimvlm.pruning.save import save
 from slimvlm.runs import stages

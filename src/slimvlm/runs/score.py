@@ -23,8 +23,8 @@ from slimvlm.models.cost import params_for_memory, parse_bytes, parse_count
 from slimvlm.models.load import anatomy, check_models, load, load_processor
 from slimvlm.planning.make import make_plan, make_plan_for_params
 from slimvlm.planning.plan import Plan
-from slimvlm.pruning.low_memory import score as on_disk
-from slimvlm.pruning.low_memory.checkpoint import open_checkpoint
+from slimvlm.pruning.layerwise import score as on_disk
+from slimvlm.pruning.layerwise.checkpoint import open_checkpoint
 from slimvlm.runs.request import (
     Request,
     check_options,

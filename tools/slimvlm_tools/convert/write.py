@@ -14,7 +14,7 @@ from slimvlm.core.errors import ConfigError, NumericalError, ReloadError, SlimEr
 from slimvlm.models.classes import empty_model
 from slimvlm.models.internals import write_weights
 from slimvlm.models.load import load
-from slimvlm.pruning.low_memory.checkpoint import open_checkpoint
+from slimvlm.pruning.layerwise.checkpoint import open_checkpoint
 from slimvlm.pruning.save import probe
 from slimvlm_tools.convert.pieces import EMBEDDINGS, Conversion, Piece, check_complete
 

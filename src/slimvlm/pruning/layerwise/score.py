@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from slimvlm.core.errors import ConfigError, NumericalError, UnsupportedModelError
-from slimvlm.core.files import explained, held, new_folder
+from slimvlm.core.files import new_folder
 from slimvlm.core.progress import Say, progress
-from slimvlm.core.requests import is_begun_for, note_request
 from slimvlm.models.load import default_device
 from slimvlm.models.parts import backbone_of, decoder_layers, text_config_of
-from slimvlm.pruning.low_memory.checkpoint import LazyCheckpoint, open_checkpoint
-from slimvlm.pruning.low_memory.layerwise import LayerView, LayerwiseModel
-from slimvlm.pruning.low_memory.scratch import Scratch
+from slimvlm.pruning.layerwise.checkpoint import LazyCheckpoint, open_checkpoint
+from slimvlm.pruning.layerwise.runner import LayerView, LayerwiseModel
+from slimvlm.pruning.layerwise.stores import Scratch, scratch_folder
 from slimvlm.scoring.batches import Batch
 from slimvlm.scoring.criteria import CRITERIA, DEFAULT_CRITERIA, Capture, criterion_named
 from slimvlm.scoring.score_model import check_token_weights, collect, score, scores_from
@@ -119,9 +115,10 @@ def score_requests(
             f"model_type {checkpoint.model.config.model_type!r} cannot be scored with low memory: "
             "its last layers read keys and values of earlier ones"
         )
-    with _folder(scratch) as folder:
-        layerwise = LayerwiseModel(checkpoint, Scratch(folder), default_device())
-        run = _Run(layerwise, requests, token_weights)
+    with scratch_folder(scratch) as folder:
+        store = Scratch(folder)
+        layerwise = LayerwiseModel(checkpoint, store, default_device())
+        run = _Run(checkpoint, layerwise, store, requests, token_weights)
         run.begin(batches, say)
         run.forward()
         run.backward()
@@ -132,37 +129,30 @@ def score_requests(
 class _Run:
     """What several requests need of the passes over a checkpoint."""
 
+    checkpoint: LazyCheckpoint
     layerwise: LayerwiseModel
+    scratch: Scratch
     requests: Sequence[CriterionRequest]
     token_weights: Mapping[str, float] | None
 
     def begin(self, batches: Iterable[Batch], say: Say) -> None:
         """Embed the batches; keep earlier work only if everything is as it was then."""
-        self._keep_if_same("model.json", _noted(self.layerwise.checkpoint))
+        self.scratch.keep_if_same("model.json", self.checkpoint.identity)
         digest = self.layerwise.embed(batches) if self._needs_hidden else None
         request = {
             "batches": digest,
             "criteria": [[r.criterion, dict(r.options)] for r in self.requests],
             "token_weights": self.token_weights and dict(self.token_weights),
         }
-        self._keep_if_same("run.json", request, spared="batches")
+        self.scratch.keep_if_same("run.json", request, spared="batches")
         if not self._needs_hidden:
             return
         needed = self._size()
-        scratch = self.layerwise.scratch
-        say(f"scratch: {needed / 2**30:.2f} GiB in {scratch.folder}, removed at the end")
-        scratch.require_space(needed)
-
-    def _keep_if_same(self, file: str, request: dict[str, Any], spared: str | None = None) -> None:
-        """Drop earlier work, but for one folder, unless it was begun for the same request."""
-        note = self.layerwise.scratch.folder / file
-        if not is_begun_for(note, request):
-            self.layerwise.scratch.drop_all_but(spared)
-            note_request(note, request)
+        self.scratch.announce(needed, say)
 
     def forward(self) -> None:
         """All layers in order, with the captures that need no gradient."""
-        chosen, scratch = self._by_layer(backward=False), self.layerwise.scratch
+        chosen, scratch = self._by_layer(backward=False), self.scratch
         if not chosen and not self._needs_hidden:
             return
         furthest = max((i for i in range(self._depth + 1) if scratch.has(f"hidden-{i}")), default=0)
@@ -179,7 +169,7 @@ class _Run:
 
     def backward(self) -> None:
         """All layers from the last to the first, with the captures that need gradients."""
-        chosen, scratch = self._by_layer(backward=True), self.layerwise.scratch
+        chosen, scratch = self._by_layer(backward=True), self.scratch
         if not chosen:
             return
         self.layerwise.start_gradients(self.token_weights)
@@ -202,7 +192,7 @@ class _Run:
             with self.layerwise.replayed() as view:
                 statistics = collect(view, self.layerwise.batches(), *given, **request.options)
             return scores_from(statistics, model, *given, **request.options)
-        folder = self.layerwise.scratch.folder
+        folder = self.scratch.folder
         parts = (folder / _scores_of(place, index) / "scores" for index in range(self._depth))
         return _joined([Scores.load(part) for part in parts])
 
@@ -210,7 +200,7 @@ class _Run:
         self, place: int, request: CriterionRequest, index: int, view: LayerView
     ) -> None:
         """Score one layer as if the model had no other, unless that was done before."""
-        name, scratch = _scores_of(place, index), self.layerwise.scratch
+        name, scratch = _scores_of(place, index), self.scratch
         if scratch.has(name):
             return
         data: Any = ()
@@ -227,7 +217,7 @@ class _Run:
     @torch.no_grad()
     def _finish_hidden(self, index: int, view: LayerView) -> None:
         """Store what leaves a layer, unless a capture's pass has done so."""
-        scratch = self.layerwise.scratch
+        scratch = self.scratch
         for batch in self.layerwise.batches():
             if scratch.about(f"hidden-{index + 1}", batch["place"]) is None:
                 view(**batch)
@@ -277,29 +267,3 @@ def _joined(parts: Sequence[Scores]) -> Scores:
     if parts[0].layer is not None:
         joined["layer"] = torch.cat([part.layer for part in parts if part.layer is not None])
     return Scores(parts[0].criterion, options=parts[0].options, **joined)
-
-
-def _noted(checkpoint: LazyCheckpoint) -> dict[str, Any]:
-    """The configuration; path, size and time of each weight file, which are too large to read."""
-    files = sorted(checkpoint.folder.resolve().glob("*.safetensors"))
-    return {
-        "config": checkpoint.model.config.to_json_string(),
-        "dtype": str(checkpoint.model.dtype),
-        "weights": [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files],
-    }
-
-
-@contextmanager
-def _folder(scratch: str | Path | None) -> Iterator[Path]:
-    """A folder of its own, removed at the end; if a place was given, only when all went well."""
-    if scratch is None:
-        with TemporaryDirectory(prefix="slimvlm-scratch-") as made:
-            yield Path(made)
-        return
-    folder = Path(scratch).absolute() / "slimvlm-scratch"
-    with held(folder), explained(folder):
-        folder.mkdir(exist_ok=True)
-        yield folder
-        shutil.rmtree(folder)
-    with suppress(OSError):  # not empty, or not ours to remove
-        folder.parent.rmdir()

@@ -1,4 +1,4 @@
-"""Forward and backward passes with one decoder layer in memory, and captures along the way.
+"""Forward and backward passes one decoder layer at a time, whether layers are in memory or files.
 
 The text model is run once for each batch with layers that only note what they are called with;
 then every layer takes all batches in turn. Captures see a `LayerView`: a model that has this layer
@@ -8,10 +8,10 @@ only and runs stored inputs through it. So they are the same functions that scor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +23,52 @@ from slimvlm.data.roles import valid_tokens
 from slimvlm.models.hidden import head_of
 from slimvlm.models.load import digest_of_tensors
 from slimvlm.models.parts import decoder_layers, family_of, final_norm
-from slimvlm.pruning.layer_calls import LayerCalls, noted_calls
-from slimvlm.pruning.low_memory.checkpoint import LazyCheckpoint
-from slimvlm.pruning.low_memory.scratch import Scratch, packed, unpacked
+from slimvlm.pruning.layerwise.calls import LayerCalls, noted_calls
+from slimvlm.pruning.layerwise.stores import Store, unpacked
 from slimvlm.scoring.batches import Batch, batches_with_targets, forward_backbone
 from slimvlm.scoring.statistics import require_finite
 
 _KEPT = ("input_ids", "labels")
+
+
+class Source(Protocol):
+    """A model whose parts are there with their weights when they are asked for."""
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model; parts that were not asked for may lack weights."""
+
+    def before_layers(self, device: torch.device) -> AbstractContextManager[None]:
+        """Inside, all that runs before the decoder layers has its weights."""
+
+    def layer(self, index: int, device: torch.device) -> AbstractContextManager[None]:
+        """Inside, a decoder layer has its weights."""
+
+    def after_layers(self, device: torch.device) -> AbstractContextManager[None]:
+        """Inside, the final norm and the head have their weights."""
+
+
+@dataclass(frozen=True)
+class Live:
+    """A model that is in memory, with all its weights.
+
+    Attributes:
+        model: The model.
+    """
+
+    model: PreTrainedModel
+
+    def before_layers(self, device: torch.device) -> AbstractContextManager[None]:
+        """See `Source`."""
+        return nullcontext()
+
+    def layer(self, index: int, device: torch.device) -> AbstractContextManager[None]:
+        """See `Source`."""
+        return nullcontext()
+
+    def after_layers(self, device: torch.device) -> AbstractContextManager[None]:
+        """See `Source`."""
+        return nullcontext()
 
 
 class LayerView(nn.Module):
@@ -79,32 +118,32 @@ class LayerView(nn.Module):
 
 @dataclass(frozen=True)
 class LayerwiseModel:
-    """A model that runs one layer at a time, over one set of batches that lie on disk between.
+    """A model that runs one layer at a time, over one set of batches that are stored between.
 
     Attributes:
-        checkpoint: The model.
-        scratch: Where activations lie between the layers.
+        source: The model.
+        store: Where activations are between the layers.
         device: Where layers run.
     """
 
-    checkpoint: LazyCheckpoint
-    scratch: Scratch
+    source: Source
+    store: Store
     device: torch.device
 
     @property
     def model(self) -> PreTrainedModel:
-        """The model without weights."""
-        return self.checkpoint.model
+        """The model; on a source of files, without weights."""
+        return self.source.model
 
     @property
     def places(self) -> range:
         """Numbers of the stored batches."""
-        return range(self.scratch.count("batches"))
+        return range(self.store.count("batches"))
 
     def batches(self) -> Iterator[Batch]:
         """What captures read of each batch: its place, tokens, labels and padding."""
         for place in self.places:
-            stored = self.scratch.read("batches", place, self.device)
+            stored = self.store.read("batches", place, self.device)
             named = {
                 name.removeprefix("batch."): value
                 for name, value in stored.items()
@@ -123,17 +162,17 @@ class LayerwiseModel:
             DataError: If there is no batch.
         """
         digests: list[str] = []
-        with self.checkpoint.loaded(self.checkpoint.names_before_layers(), self.device):
+        with self.source.before_layers(self.device):
             for place, batch in enumerate(batches):
                 digests.append(digest_of_tensors(batch))
-                stored = self.scratch.about("batches", place)
+                stored = self.store.about("batches", place)
                 if stored is None or stored["digest"] != digests[-1]:
                     self._embed_one(place, batch, digests[-1])
         if not digests:
             raise DataError("no calibration batch was given")
-        for place in range(len(digests), self.scratch.count("batches")):
-            self.scratch.drop_file("batches", place)
-        self.scratch.finish("batches")
+        for place in range(len(digests), self.store.count("batches")):
+            self.store.drop_entry("batches", place)
+        self.store.finish("batches")
         return digest(digests)
 
     def _embed_one(self, place: int, batch: Batch, code: str) -> None:
@@ -144,21 +183,24 @@ class LayerwiseModel:
             calls = take()
         tensors = {f"batch.{name}": on_device[name] for name in _KEPT if name in on_device}
         tensors["batch.attention_mask"] = valid_tokens(on_device)
-        tree = {str(index): packed(given, tensors) for index, given in calls.arguments.items()}
+        tree = {
+            str(index): self.store.packed(given, tensors)
+            for index, given in calls.arguments.items()
+        }
         tensors["hidden"] = calls.hidden
         tensors |= {f"added.{index}": value for index, value in calls.added.items()}
-        self.scratch.write("batches", place, tensors, {"digest": code, "calls": tree})
+        self.store.write("batches", place, tensors, {"digest": code, "calls": tree})
 
     def input_of(self, index: int, place: int) -> Tensor:
         """What enters a layer; after the last one, what enters the final norm."""
-        calls = self._calls(place)
+        calls = self.calls(place)
         return (
             calls.hidden if index == 0 else calls.after(index - 1, self.output_of(index - 1, place))
         )
 
     def output_of(self, index: int, place: int) -> Tensor:
         """What leaves a layer."""
-        return self.scratch.read(f"hidden-{index + 1}", place, self.device)["hidden"]
+        return self.store.read(f"hidden-{index + 1}", place, self.device)["hidden"]
 
     @contextmanager
     def layer(self, index: int) -> Iterator[LayerView]:
@@ -166,8 +208,7 @@ class LayerwiseModel:
         layer = decoder_layers(self.model)[index]
         losses = partial(self._layer_losses, layer, index)
         view = LayerView(self.model, [layer], partial(self._forward_layer, layer, index), losses)
-        names = self.checkpoint.names_of_layer(index)
-        with self.checkpoint.loaded(names, self.device), _only(self.model, [layer]):
+        with self.source.layer(index, self.device), _only(self.model, [layer]):
             yield view
 
     @contextmanager
@@ -184,31 +225,31 @@ class LayerwiseModel:
         def no_losses(place: int) -> Tensor:
             raise NotImplementedError("stored hidden states have no losses")
 
-        names = self.checkpoint.names_after_layers()
-        with self.checkpoint.loaded(names, self.device), _only(self.model, layers):
+        with self.source.after_layers(self.device), _only(self.model, layers):
             yield LayerView(self.model, layers, run, no_losses)
 
     def start_gradients(self, token_weights: Mapping[str, float] | None) -> None:
         """Run norm, head and loss, and store the gradient of what leaves the last layer."""
         last = len(decoder_layers(self.model))
-        if self.scratch.has(f"gradient-{last}"):
+        if self.store.has(f"gradient-{last}"):
             return
-        with self.checkpoint.loaded(self.checkpoint.names_after_layers(), self.device):
+        with self.source.after_layers(self.device):
             data = batches_with_targets(self.model, self.batches(), token_weights)
             for batch, targets in data:
                 hidden = self.input_of(last, batch["place"]).requires_grad_()
                 final = final_norm(self.model)(hidden)
                 targets.sample_losses(final, head_of(self.model)).sum().backward()
                 self._write_gradient(last, batch["place"], hidden.grad)
-        self.scratch.finish(f"gradient-{last}")
+        self.store.finish(f"gradient-{last}")
 
     def _run_layer(self, layer: nn.Module, index: int, place: int, hidden: Tensor) -> Tensor:
         """What leaves a layer that reads ``hidden``, called as for the batch at a place."""
-        return self._calls(place).run(layer, index, hidden)
+        return self.calls(place).run(layer, index, hidden)
 
-    def _calls(self, place: int) -> LayerCalls:
-        stored = self.scratch.read("batches", place, self.device)
-        tree = self.scratch.about("batches", place)["calls"]
+    def calls(self, place: int) -> LayerCalls:
+        """How the batch at a place goes through the layers."""
+        stored = self.store.read("batches", place, self.device)
+        tree = self.store.about("batches", place)["calls"]
         added = {
             int(name.removeprefix("added.")): value
             for name, value in stored.items()
@@ -220,23 +261,23 @@ class LayerwiseModel:
     def _forward_layer(self, layer: nn.Module, index: int, place: int) -> None:
         output = self._run_layer(layer, index, place, self.input_of(index, place))
         self._require_finite(output, f"the output of layer {index}", place)
-        if not self.scratch.has(f"hidden-{index + 1}"):
-            self.scratch.write(f"hidden-{index + 1}", place, {"hidden": output})
+        if not self.store.has(f"hidden-{index + 1}"):
+            self.store.write(f"hidden-{index + 1}", place, {"hidden": output})
 
     def _layer_losses(self, layer: nn.Module, index: int, place: int) -> Tensor:
         """Numbers whose gradients are those of the samples' losses: ``<output, its gradient>``."""
         hidden = self.input_of(index, place).requires_grad_()
-        if not self.scratch.has(f"gradient-{index}"):
+        if not self.store.has(f"gradient-{index}"):
             hidden.register_hook(partial(self._write_gradient, index, place))
         output = self._run_layer(layer, index, place, hidden)
-        gradient = self.scratch.read(f"gradient-{index + 1}", place, self.device)["gradient"]
+        gradient = self.store.read(f"gradient-{index + 1}", place, self.device)["gradient"]
         return (output.float() * gradient.float()).flatten(1).sum(1)
 
     def _require_finite(self, values: Tensor, what: str, place: int) -> None:
         """Stop at NaN or infinity, and name the samples of the batch that have it, by number."""
         if bool(torch.isfinite(values).all()):
             return
-        earlier = (self.scratch.read("batches", p, self.device) for p in range(place))
+        earlier = (self.store.read("batches", p, self.device) for p in range(place))
         first = 1 + sum(len(stored["batch.attention_mask"]) for stored in earlier)
         spoilt = (~torch.isfinite(values).flatten(1).all(1)).nonzero().flatten() + first
         samples = ", ".join(map(str, spoilt.tolist()))
@@ -245,7 +286,7 @@ class LayerwiseModel:
     def _write_gradient(self, index: int, place: int, gradient: Tensor | None) -> None:
         assert gradient is not None
         self._require_finite(gradient, f"the gradient of the input of layer {index}", place)
-        self.scratch.write(f"gradient-{index}", place, {"gradient": gradient})
+        self.store.write(f"gradient-{index}", place, {"gradient": gradient})
 
 
 class _Replayed(nn.Module):

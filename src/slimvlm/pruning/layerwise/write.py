@@ -21,7 +21,7 @@ from slimvlm.models.load import load_processor
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.card import CardFacts
 from slimvlm.pruning.cut import cuts_of, prune_
-from slimvlm.pruning.low_memory.checkpoint import LazyCheckpoint, open_checkpoint
+from slimvlm.pruning.layerwise.checkpoint import LazyCheckpoint, open_checkpoint
 from slimvlm.pruning.manifest import write_manifest
 from slimvlm.pruning.save import write_beside_weights
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import OffloadedWeightsLoader, set_module_tensor_to_device
@@ -42,6 +43,16 @@ class LazyCheckpoint:
     weights: OffloadedWeightsLoader
     unused: tuple[str, ...]
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Configuration; path, size and time of each weight file, which are too large to read."""
+        files = sorted(self.folder.resolve().glob("*.safetensors"))
+        return {
+            "config": self.model.config.to_json_string(),
+            "dtype": str(self.model.dtype),
+            "weights": [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files],
+        }
+
     @contextmanager
     def loaded(self, names: Iterable[str], device: torch.device) -> Iterator[None]:
         """These parameters have their values inside, mapped from the files on a CPU."""
@@ -54,19 +65,22 @@ class LazyCheckpoint:
             for name in chosen:
                 set_module_tensor_to_device(self.model, name, "meta")
 
-    def names_of_layer(self, index: int) -> list[str]:
-        """The parameters of a decoder layer."""
-        return [n for n in self._parameters() if n.startswith(f"{self._layers}{index}.")]
+    def layer(self, index: int, device: torch.device) -> AbstractContextManager[None]:
+        """Inside, a decoder layer has its weights."""
+        prefix = f"{self._layers}{index}."
+        return self.loaded([n for n in self._parameters() if n.startswith(prefix)], device)
 
-    def names_before_layers(self) -> list[str]:
-        """What runs before the decoder layers: towers, projector, embeddings (and the norm)."""
-        return [n for n in self._parameters() if not n.startswith((self._layers, self._head))]
+    def before_layers(self, device: torch.device) -> AbstractContextManager[None]:
+        """Inside, towers, projector and embeddings (and the norm) have their weights."""
+        others = (self._layers, self._head)
+        return self.loaded([n for n in self._parameters() if not n.startswith(others)], device)
 
-    def names_after_layers(self) -> list[str]:
-        """The final norm and the head."""
+    def after_layers(self, device: torch.device) -> AbstractContextManager[None]:
+        """Inside, the final norm and the head have their weights."""
         backbone = backbone_of(self.model.config)
         norm = self._layers.removesuffix("layers.") + backbone.final_norm
-        return [n for n in self._parameters() if n.startswith((f"{norm}.", self._head))]
+        these = (f"{norm}.", self._head)
+        return self.loaded([n for n in self._parameters() if n.startswith(these)], device)
 
     @property
     def _layers(self) -> str:

@@ -1,0 +1,267 @@
+"""Activations between layers: in memory, or in a folder that is read through memory maps.
+
+On disk every file appears whole, and a folder of files takes its name when all of them are there,
+so that a run that was killed goes on after the last whole layer.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from slimvlm.core.errors import ConfigError, UnsupportedModelError
+from slimvlm.core.files import explained, held, new_file
+from slimvlm.core.progress import Say
+from slimvlm.core.requests import is_begun_for, note_request
+
+
+class Store(Protocol):
+    """Named sets of tensors, one entry for each batch.
+
+    Sets: ``batches`` (what is read of a batch, and what the text model calls its layers with),
+    ``<stream>-<i>`` (what leaves layer ``i - 1`` in one of the streams of hidden states),
+    ``gradient-<i>`` (the loss's gradient of what enters layer ``i``), and whatever results are
+    kept for a restart.
+    """
+
+    def has(self, name: str) -> bool:
+        """Whether a set is there with all its entries."""
+
+    def finish(self, name: str) -> None:
+        """All entries of a set are there."""
+
+    def count(self, name: str) -> int:
+        """How many entries a set has."""
+
+    def drop(self, name: str) -> None:
+        """Remove a set, whole or not."""
+
+    def drop_entry(self, name: str, place: int) -> None:
+        """Remove one entry."""
+
+    def drop_all_but(self, name: str | None) -> None:
+        """Remove every set but one, or all."""
+
+    def write(
+        self, name: str, place: int, tensors: Mapping[str, Tensor], about: Any = None
+    ) -> None:
+        """Write an entry, in place of an older one."""
+
+    def read(self, name: str, place: int, device: torch.device) -> dict[str, Tensor]:
+        """The tensors of an entry."""
+
+    def about(self, name: str, place: int) -> Any:
+        """What was noted beside the tensors of an entry; None if there is no such entry."""
+
+    def packed(self, value: Any, tensors: dict[str, Tensor]) -> Any:
+        """A layer's arguments as a note; tensors go into ``tensors``, the same one once."""
+
+
+class Memory:
+    """A store that ends with its process."""
+
+    def __init__(self) -> None:
+        self._sets: dict[str, dict[int, tuple[dict[str, Tensor], Any]]] = {}
+        self._whole: set[str] = set()
+
+    def has(self, name: str) -> bool:
+        """See `Store`."""
+        return name in self._whole
+
+    def finish(self, name: str) -> None:
+        """See `Store`."""
+        self._whole.add(name)
+
+    def count(self, name: str) -> int:
+        """See `Store`."""
+        return len(self._sets.get(name, {}))
+
+    def drop(self, name: str) -> None:
+        """See `Store`."""
+        self._sets.pop(name, None)
+        self._whole.discard(name)
+
+    def drop_entry(self, name: str, place: int) -> None:
+        """See `Store`."""
+        del self._sets[name][place]
+
+    def drop_all_but(self, name: str | None) -> None:
+        """See `Store`."""
+        for other in set(self._sets) - {name}:
+            self.drop(other)
+
+    def write(
+        self, name: str, place: int, tensors: Mapping[str, Tensor], about: Any = None
+    ) -> None:
+        """See `Store`."""
+        stored = {key: value.detach() for key, value in tensors.items()}
+        self._sets.setdefault(name, {})[place] = stored, about
+
+    def read(self, name: str, place: int, device: torch.device) -> dict[str, Tensor]:
+        """See `Store`."""
+        tensors, _ = self._sets[name][place]
+        return {key: value.to(device) for key, value in tensors.items()}
+
+    def about(self, name: str, place: int) -> Any:
+        """See `Store`."""
+        entry = self._sets.get(name, {}).get(place)
+        return None if entry is None else entry[1]
+
+    def packed(self, value: Any, tensors: dict[str, Tensor]) -> Any:
+        """See `Store`. Here any object can be kept as it is."""
+        return {"object": value}
+
+
+class Scratch:
+    """A store that lies in a folder of folders of files, one file for each entry."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def has(self, name: str) -> bool:
+        """Whether a folder is there with all its files."""
+        return (self.folder / name).is_dir()
+
+    def finish(self, name: str) -> None:
+        """All files of a folder are there."""
+        self._folder(name).rename(self.folder / name)
+
+    def count(self, name: str) -> int:
+        """How many files a folder has."""
+        return len(list(self._folder(name).glob("*.safetensors")))
+
+    def drop(self, name: str) -> None:
+        """Remove a folder, whole or not."""
+        for path in (self.folder / name, self.folder / f".{name}.partial"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def drop_all_but(self, name: str | None) -> None:
+        """Remove every folder but one, or all."""
+        for path in self.folder.iterdir():
+            if path.is_dir() and path.name not in (name, f".{name}.partial"):
+                shutil.rmtree(path)
+
+    def drop_entry(self, name: str, place: int) -> None:
+        """Remove one file."""
+        self._path(name, place).unlink()
+
+    def write(
+        self, name: str, place: int, tensors: Mapping[str, Tensor], about: Any = None
+    ) -> None:
+        """Write a file of a folder, in place of an older one."""
+        self._folder(name).mkdir(exist_ok=True)
+        stored = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
+        with new_file(self._path(name, place), outlives_power_cut=False) as partial:
+            save_file(stored, partial, {"about": json.dumps(about)})
+
+    def read(self, name: str, place: int, device: torch.device) -> dict[str, Tensor]:
+        """The tensors of a file, mapped on a CPU."""
+        with safe_open(self._path(name, place), framework="pt", device=str(device)) as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+    def about(self, name: str, place: int) -> Any:
+        """What was noted beside the tensors of a file; None if there is no such file."""
+        path = self._path(name, place)
+        if not path.is_file():
+            return None
+        with safe_open(path, framework="pt") as file:
+            return json.loads(file.metadata()["about"])
+
+    def keep_if_same(self, file: str, request: dict[str, Any], spared: str | None = None) -> None:
+        """Drop earlier work, but for one set, unless it was begun for the same request.
+
+        Args:
+            file: Where the request is noted.
+            request: What the work is for.
+            spared: The set that stays all the same.
+        """
+        note = self.folder / file
+        if not is_begun_for(note, request):
+            self.drop_all_but(spared)
+            note_request(note, request)
+
+    def announce(self, needed: int, say: Say) -> None:
+        """Say how large the folder becomes; refuse to begin what the disk cannot hold.
+
+        Raises:
+            ConfigError: If there is too little room.
+        """
+        say(f"scratch: {needed / 2**30:.2f} GiB in {self.folder}, removed at the end")
+        free = shutil.disk_usage(self.folder).free
+        stored = [path.stat().st_size for path in self.folder.rglob("*.safetensors")]
+        if needed - sum(stored) > free:
+            raise ConfigError(
+                f"scratch {str(self.folder)!r}: {needed / 2**30:.1f} GiB needed, "
+                f"{sum(stored) / 2**30:.1f} GiB there already, "
+                f"{free / 2**30:.1f} GiB free"
+            )
+
+    def packed(self, value: Any, tensors: dict[str, Tensor]) -> Any:
+        """See `Store`; a note is JSON.
+
+        Raises:
+            UnsupportedModelError: If an argument is of a kind that no known model uses.
+        """
+        if isinstance(value, Tensor):
+            for name, known in tensors.items():
+                if known is value:
+                    return {"tensor": name}
+            tensors[f"call.{len(tensors)}"] = value
+            return {"tensor": f"call.{len(tensors) - 1}"}
+        if isinstance(value, tuple | list):
+            return {"tuple": [self.packed(item, tensors) for item in value]}
+        if isinstance(value, dict):
+            return {"dict": {key: self.packed(item, tensors) for key, item in value.items()}}
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        raise UnsupportedModelError(
+            f"low memory: decoder layers are called with a {type(value).__name__}, which cannot be kept"
+        )
+
+    def _folder(self, name: str) -> Path:
+        """The folder, or the one that is filled before `finish` gives it its name."""
+        whole = self.folder / name
+        return whole if whole.is_dir() else self.folder / f".{name}.partial"
+
+    def _path(self, name: str, place: int) -> Path:
+        return self._folder(name) / f"{place:06}.safetensors"
+
+
+def unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of `Store.packed`."""
+    if not isinstance(value, dict):
+        return value
+    if "object" in value:
+        return value["object"]
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    if "tuple" in value:
+        return tuple(unpacked(item, tensors) for item in value["tuple"])
+    return {key: unpacked(item, tensors) for key, item in value["dict"].items()}
+
+
+@contextmanager
+def scratch_folder(scratch: str | Path | None) -> Iterator[Path]:
+    """A folder of its own, removed at the end; if a place was given, only when all went well."""
+    if scratch is None:
+        with TemporaryDirectory(prefix="slimvlm-scratch-") as made:
+            yield Path(made)
+        return
+    folder = Path(scratch).absolute() / "slimvlm-scratch"
+    with held(folder), explained(folder):
+        folder.mkdir(exist_ok=True)
+        yield folder
+        shutil.rmtree(folder)
+    with suppress(OSError):  # not empty, or not ours to remove
+        folder.parent.rmdir()

@@ -1,1 +1,0 @@
-"""Checkpoints that do not fit in memory: scored and pruned with one layer at a time."""

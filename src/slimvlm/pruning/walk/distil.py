@@ -1,0 +1,153 @@
+"""Local distillation: a few optimizer steps on one layer towards what the original gives there.
+
+B batch, T token, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from slimvlm.core.checked import ABOVE_0, AT_LEAST_0, Options
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalSteps(Options):
+    """How layers are distilled.
+
+    Raises:
+        ConfigError: If a value is out of range.
+    """
+
+    count: Annotated[int, AT_LEAST_0] = 0
+    """Optimizer steps on each layer."""
+    learning_rate: Annotated[float, ABOVE_0] = 1e-3
+    """Peak rate of Adam."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a layer learns from one batch.
+
+    Attributes:
+        run: Runs the layer on what its prefix gives.
+        target: Fetches what the original's next layer reads.
+        weights: What each token weighs, ``[B * T]``.
+    """
+
+    run: Callable[[], Float[Tensor, "B T D"]]
+    target: Callable[[], Float[Tensor, "B T D"]]
+    weights: Float[Tensor, " BT"]
+
+    def error(self) -> Float[Tensor, ""]:
+        """`relative_error` of what the layer gives now."""
+        return relative_error(self.run(), self.target(), self.weights)
+
+
+def relative_error(
+    output: Float[Tensor, "B T D"], target: Float[Tensor, "B T D"], weights: Float[Tensor, " BT"]
+) -> Float[Tensor, ""]:
+    """``Σ_t w_t ‖y_t - y'_t‖² / ‖y_t‖²`` over ``Σ_t w_t``.
+
+    Relative to each token's size, so that the few tokens whose activations are a thousand times
+    larger than the others' do not rule.
+    """
+    wanted, given = target.flatten(0, -2).float(), output.flatten(0, -2).float()
+    shares = (wanted - given).square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-12)
+    return (weights * shares).sum() / weights.sum()
+
+
+def distil_(
+    layer: nn.Module, lessons: Sequence[Lesson], exams: Sequence[Lesson], steps: LocalSteps
+) -> tuple[float, float]:
+    """Train one layer alone, in place; it ends as what held-out tokens confirm.
+
+    All its weights learn, in float32 whatever the model's data type, one batch a step, by Adam with
+    a rate that rises and falls once. Afterwards held-out tokens choose among the trained layer, the
+    one halfway to it and the one before, so that their error is never larger than it was.
+
+    Args:
+        layer: The layer.
+        lessons: What it learns from, in turn.
+        exams: What decides; without any the trained layer stays.
+        steps: How long and how fast.
+
+    Returns:
+        The error on the held-out lessons before and after, as `relative_error` says.
+    """
+    half_precision = {p.dtype for p in layer.parameters()} & {torch.bfloat16, torch.float16}
+    judges = exams or lessons
+    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    old = _mean_error(judges)
+    with _trainable(layer) as parameters, _mixed(bool(half_precision), parameters[0].device):
+        _train_(parameters, lessons, steps)
+    after = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    errors = {0.0: old}
+    for share in (1.0, 0.5) if exams else (1.0,):
+        _blend_(layer, before, after, share)
+        errors[share] = _mean_error(judges)
+    best = min(errors, key=lambda share: errors[share])
+    _blend_(layer, before, after, best)
+    return old, errors[best]
+
+
+def _train_(
+    parameters: Sequence[nn.Parameter], lessons: Sequence[Lesson], steps: LocalSteps
+) -> None:
+    optimizer = torch.optim.Adam(parameters, lr=steps.learning_rate, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, steps.learning_rate, total_steps=max(steps.count, 2), pct_start=0.1
+    )
+    for step in range(steps.count):
+        lesson = lessons[step % len(lessons)]
+        with torch.enable_grad():
+            loss = lesson.error()
+            loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def _mean_error(lessons: Sequence[Lesson]) -> float:
+    totals = [float(lesson.weights.sum()) for lesson in lessons]
+    errors = [float(lesson.error()) * n for lesson, n in zip(lessons, totals, strict=True)]
+    return sum(errors) / sum(totals)
+
+
+@torch.no_grad()
+def _blend_(
+    layer: nn.Module, before: dict[str, Tensor], after: dict[str, Tensor], share: float
+) -> None:
+    for name, parameter in layer.named_parameters():
+        parameter.copy_(before[name].lerp(after[name], share) if share else before[name])
+
+
+@contextmanager
+def _trainable(layer: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """Parameters learn in float32 or better inside, and come back in their own data type."""
+    flags = {name: (p.dtype, p.requires_grad) for name, p in layer.named_parameters()}
+    parameters = list(layer.parameters())
+    for parameter in parameters:
+        if parameter.dtype.itemsize < 4:
+            parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    try:
+        yield parameters
+    finally:
+        for name, parameter in layer.named_parameters():
+            dtype, flag = flags[name]
+            parameter.grad = None
+            parameter.requires_grad_(flag)
+            parameter.data = parameter.data.to(dtype)
+
+
+def _mixed(is_half: bool, device: torch.device) -> AbstractContextManager[object]:
+    """Products of a half-precision layer in bfloat16, all else in float32."""
+    return torch.autocast(device.type, torch.bfloat16) if is_half else nullcontext()

@@ -1,0 +1,180 @@
+"""One pass through the decoder layers, of a model in memory or in files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimvlm.core.progress import progress
+from slimvlm.models.parts import decoder_layers
+from slimvlm.planning.plan import Plan
+from slimvlm.pruning.walk.layer import LayerOutcome, LayerWalk, Steps
+from slimvlm.pruning.walk.result import (
+    LayerReport,
+    MatrixReport,
+    StoredWeights,
+    Walked,
+    WalkReport,
+    entry_of,
+)
+from slimvlm.pruning.walk.streams import PREFIX, SLICED, Streams
+from slimvlm.pruning.walk.trial import cheapest_plan
+from slimvlm.pruning.writers import SEAM
+from slimvlm.scoring.unit_scores import WIDTH_UNITS, Scores
+
+_TRIAL = "trial-plan"
+
+
+@dataclass
+class Walk:
+    """A walk over stored batches. What is done is stored with them, so that it can go on.
+
+    Attributes:
+        streams: The original's layers and the states between them.
+        plans: What stays; with ``chooses`` how much does, one or more plans to choose from.
+        chooses: Whether the units of layers that lose some are to be chosen.
+        steps: What is done in a layer.
+    """
+
+    streams: Streams
+    plans: Sequence[Plan]
+    chooses: bool
+    steps: Steps
+
+    @torch.no_grad()
+    def run(self) -> Walked:
+        """Walk all layers that are not walked yet.
+
+        Raises:
+            NumericalError: If NaN or infinity appears; the message says in which layer.
+        """
+        plan = self._settled()
+        outcomes: list[LayerOutcome] = []
+        for index in progress(plan.layers, "walk"):
+            if not self._store.has(entry_of(index)):
+                self._walk(plan, index)
+            outcomes.append(self._recall(index))
+            plan = plan.with_units(index, **outcomes[-1].kept)
+        notes = [*self._notes(plan), *(note for each in outcomes for note in each.notes)]
+        report = WalkReport([each.report for each in outcomes], notes=notes)
+        walked = Walked(
+            plan, report, StoredWeights(self._store, plan.layers), _scores(plan, outcomes)
+        )
+        return self._judgement(walked) if self._is_judged else walked
+
+    @property
+    def _store(self) -> Any:
+        return self.streams.runner.store
+
+    @property
+    def _is_judged(self) -> bool:
+        """Whether held-out answers decide between what was walked and plain slices."""
+        can_tell = not self.streams.has_several
+        return self.steps.repair == "auto" and len(self.streams.held_out) > 0 and can_tell
+
+    @cached_property
+    def _depth(self) -> int:
+        return len(decoder_layers(self.streams.runner.model))
+
+    def _settled(self) -> Plan:
+        """The one plan that is walked."""
+        if not self._store.has(_TRIAL):
+            chosen = cheapest_plan(self.streams, self.plans)
+            self._store.write(_TRIAL, 0, {}, self.plans.index(chosen))
+            self._store.finish(_TRIAL)
+        return self.plans[self._store.about(_TRIAL, 0)]
+
+    def _notes(self, plan: Plan) -> Iterator[str]:
+        if idle := sorted(set(plan.layers) - self.streams.layers_run):
+            numbers = ", ".join(map(str, idle))
+            yield f"no calibration batch runs layer {numbers}: it stays as it is"
+        if SEAM in self.steps.kinds and plan.layers[0] > 0:
+            yield "the first layers are gone: no layer before them could be repaired"
+
+    def _walk(self, plan: Plan, index: int) -> None:
+        """Walk one layer, and store what came of it."""
+        place = plan.layers.index(index)
+        end = (*plan.layers, self._depth)[place + 1]
+        if self._needs_original(plan):
+            self.streams.advance_original(index, end)
+        layer, runner = decoder_layers(self.streams.runner.model)[index], self.streams.runner
+        with runner.source.layer(index, runner.device), unchanged(layer):
+            outcome = LayerWalk(
+                self.streams,
+                plan,
+                index,
+                end,
+                chooses=self.chooses,
+                steps=self.steps,
+                judged=self._is_judged,
+            ).go()
+            scores = {f"scores.{unit}": values for unit, values in outcome.scores.items()}
+            about = asdict(replace(outcome, scores={}, weights={}))
+            about["weights"] = list(outcome.weights)
+            self._store.write(entry_of(index), 0, {**outcome.weights, **scores}, about)
+            self._store.finish(entry_of(index))
+        self.streams.forget(index, end)
+
+    def _needs_original(self, plan: Plan) -> bool:
+        """Whether the original's own states are aimed at."""
+        return self.steps.local.count > 0 or (
+            SEAM in self.steps.kinds and len(plan.layers) < self._depth
+        )
+
+    def _recall(self, index: int) -> LayerOutcome:
+        """What came of a walked layer; its new weights stay in the store."""
+        about = self._store.about(entry_of(index), 0)
+        stored = self._store.read(entry_of(index), 0, torch.device("cpu"))
+        report, distilled = about["report"], about["report"]["distilled"]
+        refits = {path: MatrixReport(**row) for path, row in report["refits"].items()}
+        return LayerOutcome(
+            LayerReport(index, refits, None if distilled is None else tuple(distilled)),
+            {name: tuple(units) for name, units in about["kept"].items()},
+            {unit: stored[f"scores.{unit}"] for unit in WIDTH_UNITS if f"scores.{unit}" in stored},
+            {},
+            about["notes"],
+        )
+
+    def _judgement(self, walked: Walked) -> Walked:
+        """What held-out answers leave of the new weights: all, or none."""
+        sliced, loss = (self.streams.answer_loss(s, self._depth) for s in (SLICED, PREFIX))
+        report = replace(walked.report, loss_sliced=sliced, loss=min(sliced, loss))
+        if loss <= sliced:
+            return replace(walked, report=report)
+        note = f"held-out loss {loss:.4f} with new weights: they were dropped"
+        report = replace(report, layers=(), notes=(*report.notes, note))
+        return replace(walked, report=report, weights={})
+
+
+def _scores(plan: Plan, outcomes: Sequence[LayerOutcome]) -> Scores | None:
+    """What units were chosen by; layers without a choice have zeros."""
+    found: dict[str, list[Tensor]] = {}
+    for unit in WIDTH_UNITS:
+        if not any(unit in outcome.scores for outcome in outcomes):
+            continue
+        found[unit] = [torch.zeros(shape.units(unit)) for shape in plan.before.layers]
+        for outcome in outcomes:
+            if unit in outcome.scores:
+                found[unit][outcome.report.index] = outcome.scores[unit]
+    return Scores("obs", kv_group=found.get("kv_group"), neuron=found.get("neuron")) if found else None
+
+
+@contextmanager
+def unchanged(layer: nn.Module) -> Iterator[None]:
+    """Parameters and attributes of a layer come back, whatever is done to it inside."""
+    before = [
+        (module, {**vars(module), "_parameters": dict(module._parameters)})
+        for module in layer.modules()
+    ]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)

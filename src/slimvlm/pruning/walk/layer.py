@@ -1,0 +1,252 @@
+"""What a walk does to one layer: choose its units, cut it, refit it, distil it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from slimvlm.core.errors import ConfigError, NumericalError, UnsupportedModelError
+from slimvlm.models.parts import decoder_layers
+from slimvlm.planning.plan import Kept, Plan
+from slimvlm.pruning.cut import cut_layer_
+from slimvlm.pruning.least_squares import Moments, confirmed, refit
+from slimvlm.pruning.walk.distil import Lesson, LocalSteps, distil_
+from slimvlm.pruning.walk.result import LayerReport, MatrixReport
+from slimvlm.pruning.walk.streams import ORIGINAL, PREFIX, SLICED, Streams
+from slimvlm.pruning.writers import MLP, REPAIRS, RIDGE, SEAM, Writer, writers_of_layer
+from slimvlm.scoring.obs import removal_order
+from slimvlm.scoring.unit_scores import WIDTH_UNITS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """What a walk does in a layer.
+
+    Attributes:
+        repair: One of `REPAIRS`. With ``auto`` the walk is judged by the answers of held-out
+            batches at its end, and its new weights are dropped if plain slices do better.
+        ridge: See `slimvlm.pruning.least_squares.refit`.
+        local: Local distillation.
+
+    Raises:
+        ConfigError: If a value is not allowed.
+    """
+
+    repair: str = "auto"
+    ridge: float = RIDGE
+    local: LocalSteps = LocalSteps()
+
+    def __post_init__(self) -> None:
+        if self.repair not in REPAIRS:
+            raise ConfigError(f"repair {self.repair!r} must be one of: {', '.join(REPAIRS)}")
+        if not 0 <= self.ridge < float("inf"):
+            raise ConfigError(f"ridge {self.ridge} must be a finite number of 0 or more")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What may be repaired."""
+        return REPAIRS[self.repair]
+
+
+@dataclass(frozen=True)
+class LayerOutcome:
+    """What came of a layer.
+
+    Attributes:
+        report: What was done.
+        kept: The units that stay, by kind, where the walk chose them.
+        scores: What they were chosen by.
+        weights: The layer's parameters, by path, that are no plain slices of the original's.
+        notes: What was left alone, and why.
+    """
+
+    report: LayerReport
+    kept: Mapping[str, Kept]
+    scores: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor]
+    notes: Sequence[str]
+
+
+class LayerWalk:
+    """Works on one layer, whose weights are there; afterwards it is smaller.
+
+    Args:
+        streams: The states that enter it.
+        plan: What stays of it; with ``chooses`` only how much.
+        index: Its original number.
+        end: The layer whose input it has to make; more than one further at a seam.
+        chooses: Whether its units are to be chosen.
+        steps: What to do.
+        judged: Whether held-out states also pass through plain slices, to be compared with.
+    """
+
+    def __init__(
+        self,
+        streams: Streams,
+        plan: Plan,
+        index: int,
+        end: int,
+        *,
+        chooses: bool,
+        steps: Steps,
+        judged: bool,
+    ) -> None:
+        self.plan = plan
+        self._streams, self._index, self._end = streams, index, end
+        self._chooses, self._steps, self._judged = chooses, steps, judged
+        self._model = streams.runner.model
+        self._layer = decoder_layers(self._model)[index]
+        self._is_idle = index not in streams.layers_run
+        self._kept: dict[str, Kept] = {}
+        self._scores: dict[str, Tensor] = {}
+        self._refits: dict[str, MatrixReport] = {}
+        self._notes: list[str] = []
+        self._sliced: list[tuple[Writer, Tensor, Tensor | None]] = []
+
+    def go(self) -> LayerOutcome:
+        """Choose, cut, refit, distil, and pass the states on."""
+        writers = self._writers()
+        is_seam = self._is_seam(writers)
+        for writer in writers:
+            kind = SEAM if is_seam and writer.kind == MLP else writer.kind
+            self._work_on(writer, kind if kind in self._steps.kinds and not self._is_idle else None)
+        cut_layer_(self._model, self.plan, self._index)
+        if self._judged:
+            with self._only_cut():
+                self._streams.pass_on(SLICED, self._index, self._end, self._streams.held_out)
+        distilled = None
+        if self._steps.local.count and not self._is_idle:
+            distilled = self._distilled()
+        self._streams.pass_on(PREFIX, self._index, self._end, self._streams.places)
+        return LayerOutcome(
+            LayerReport(self._index, self._refits, distilled),
+            self._kept,
+            self._scores,
+            self._changed(everything=distilled is not None),
+            self._notes,
+        )
+
+    def _writers(self) -> list[Writer]:
+        """The matrices that write to the residual stream, in the order in which they run.
+
+        Raises:
+            UnsupportedModelError: If units are to be chosen by the inputs of experts.
+        """
+        row = self.plan.before.backbone
+        found = list(writers_of_layer(self._layer, self._index, row))
+        for unit in {*WIDTH_UNITS} - {writer.unit for writer in found}:
+            if self._must_choose(unit):
+                raise UnsupportedModelError(
+                    f"layer {self._index} has experts, whose inputs no hook sees: score width by "
+                    "magnitude or random, or prune depth"
+                )
+        return found
+
+    def _must_choose(self, unit: str) -> bool:
+        return self._chooses and self._count(unit) < self._total(unit)
+
+    def _count(self, unit: str) -> int:
+        """How many units of a kind stay."""
+        kept = self.plan.kv_groups if unit == "kv_group" else self.plan.neurons
+        return len(kept[self._index])
+
+    def _total(self, unit: str) -> int:
+        return self.plan.before.layers[self._index].units(unit)
+
+    def _work_on(self, writer: Writer, kind: str | None) -> None:
+        """Choose what a matrix reads, cut it, and refit it if a kind of repair is named."""
+        unit, linear = writer.unit, writer.linear
+        if self._count(unit) == self._total(unit) and kind != SEAM:
+            return
+        weight, bias = linear.weight, linear.bias
+        moments = None
+        if kind is not None or self._must_choose(unit):
+            moments = self._moments(writer, kind, self._streams.fitted)
+        if self._must_choose(unit):
+            assert moments is not None
+            self._choose(writer, moments)
+        keep = writer.kept_channels(self.plan)
+        held_out = None
+        if kind is not None and self._streams.held_out:
+            held_out = self._moments(writer, kind, self._streams.held_out)
+        cut_layer_(self._model, self.plan, self._index, [unit])
+        self._sliced.append((writer, linear.weight, linear.bias))
+        if kind is None or moments is None:
+            return
+        found = refit(weight, bias, moments, keep, self._steps.ridge)
+        share, errors = 1.0, (found.sliced_error, found.repaired_error)
+        if held_out is not None:
+            share, *errors = confirmed(found, weight, bias, held_out, keep)
+        self._refits[writer.projection.path] = MatrixReport(kind, *errors, share)
+        if share:
+            writer.assign_(*found.blended(weight[:, keep], bias, share))
+
+    def _choose(self, writer: Writer, moments: Moments) -> None:
+        """Keep the units whose removal, with the others refitted, costs most."""
+        unit = writer.unit
+        total, count = self._total(unit), self._count(unit)
+        gram = moments.gram / moments.count.clamp_min(1e-12)
+        found = removal_order(writer.linear.weight, gram, total, stop=total - count)
+        self._scores[unit] = found.scores()
+        gone = set(found.order.tolist())
+        self._kept[unit] = tuple(i for i in range(total) if i not in gone)
+        self.plan = self.plan.with_units(self._index, **{f"{unit}s": self._kept[unit]})
+
+    def _moments(self, writer: Writer, kind: str | None, places: range) -> Moments:
+        """Sums of a matrix's full input and, at a seam, of what the layer's output lacks."""
+        end = self._end if kind == SEAM else None
+        return self._streams.moments(PREFIX, writer, places, end)
+
+    def _is_seam(self, writers: Sequence[Writer]) -> bool:
+        """Whether layers are gone behind this one and its last matrix can do a part of their work.
+
+        It can if what it gives is added to the hidden states as it is.
+        """
+        is_last = self._end == self._index + 1
+        mlp = [writer.linear for writer in writers if writer.kind == MLP]
+        if is_last or self._is_idle or SEAM not in self._steps.kinds or not mlp:
+            return False
+        if self._streams.adds_plainly(PREFIX, self._index, mlp[-1]):
+            return True
+        self._notes.append(f"layer {self._index} has a norm after its MLP: its seam stays")
+        return False
+
+    @contextmanager
+    def _only_cut(self) -> Iterator[None]:
+        """Inside, the refitted matrices are plain slices."""
+        walked = [(writer.linear, w.linear.weight, w.linear.bias) for w, _, _ in self._sliced]
+        try:
+            for writer, weight, bias in self._sliced:
+                writer.linear.weight, writer.linear.bias = weight, bias
+            yield
+        finally:
+            for linear, weight, bias in walked:
+                linear.weight, linear.bias = weight, bias
+
+    def _distilled(self) -> tuple[float, float]:
+        """Train the layer; its held-out error before and after."""
+        lessons = [self._lesson(place) for place in self._streams.places]
+        fitted = len(self._streams.fitted)
+        return distil_(self._layer, lessons[:fitted], lessons[fitted:], self._steps.local)
+
+    def _lesson(self, place: int) -> Lesson:
+        streams = self._streams
+        return Lesson(
+            partial(streams.output, PREFIX, self._index, place),
+            partial(streams.state, ORIGINAL, self._end, place),
+            streams.weights[place],
+        )
+
+    def _changed(self, everything: bool) -> dict[str, Tensor]:
+        """The parameters that are no plain slices, by their paths."""
+        refitted = tuple(f"{path}." for path, row in self._refits.items() if row.share)
+        return {
+            name: parameter.detach().clone()
+            for name, parameter in self._layer.named_parameters()
+            if everything or name.startswith(refitted)
+        }

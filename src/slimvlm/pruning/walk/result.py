@@ -1,0 +1,166 @@
+"""What a walk gives: a plan, a report of every layer, new weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from slimvlm.models.parts import decoder_layers
+from slimvlm.planning.plan import Plan
+from slimvlm.pruning.cut import prune_
+from slimvlm.pruning.layerwise.stores import Store
+from slimvlm.scoring.unit_scores import Scores
+
+Weights = Mapping[tuple[int, str], Tensor]
+"""Parameters by the original number of their layer and their path in it."""
+
+
+@dataclass(frozen=True)
+class MatrixReport:
+    """How a matrix was refitted.
+
+    Attributes:
+        kind: The kind of repair.
+        sliced: Squared error of its output as a share of what it should give, if only cut; on
+            held-out tokens where there are some, else on those that it was fitted to.
+        repaired: The same of what is kept of the refit.
+        share: How much of the refit is kept: 1 all, 0 none.
+    """
+
+    kind: str
+    sliced: float
+    repaired: float
+    share: float
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What a walk did to one layer.
+
+    Attributes:
+        index: The original number of the layer.
+        refits: Its matrices that were refitted, by path.
+        distilled: The held-out error of the layer's output before and after its local steps, as
+            `slimvlm.pruning.walk.distil` measures it; None without them.
+    """
+
+    index: int
+    refits: Mapping[str, MatrixReport] = field(default_factory=dict)
+    distilled: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class WalkReport:
+    """What a walk did.
+
+    Attributes:
+        layers: Layer by layer.
+        loss_sliced: Mean answer loss on the held-out batches if the plan were only cut; None if
+            not measured.
+        loss: The same of what the walk leaves.
+        notes: What was left alone, and why.
+    """
+
+    layers: Sequence[LayerReport] = ()
+    loss_sliced: float | None = None
+    loss: float | None = None
+    notes: Sequence[str] = ()
+
+    @property
+    def refits(self) -> dict[str, MatrixReport]:
+        """All refitted matrices, named ``<original layer>.<path>``."""
+        return {f"{r.index}.{path}": row for r in self.layers for path, row in r.refits.items()}
+
+    @property
+    def kept(self) -> dict[str, float]:
+        """How much of each kind of repair is kept, on average over its matrices."""
+        shares: dict[str, list[float]] = {}
+        for row in self.refits.values():
+            shares.setdefault(row.kind, []).append(row.share)
+        return {kind: fmean(of_kind) for kind, of_kind in shares.items()}
+
+    def summary(self) -> str:
+        """One line: what was repaired and what it gained."""
+        parts = [f"{kind} {share:.2g}" for kind, share in self.kept.items() if share]
+        line = f"repair: {', '.join(parts) or 'nothing kept'}"
+        if refits := self.refits.values():
+            sliced, repaired = fmean(r.sliced for r in refits), fmean(r.repaired for r in refits)
+            line += f"; mean output error {sliced:.2%} -> {repaired:.2%}"
+        distilled = [report.distilled for report in self.layers if report.distilled is not None]
+        if distilled:
+            before, after = (fmean(pair[i] for pair in distilled) for i in (0, 1))
+            line += f"; local distillation {before:.2%} -> {after:.2%}"
+        if self.loss_sliced is not None and self.loss is not None:
+            line += f"; held-out loss {self.loss_sliced:.4f} -> {self.loss:.4f}"
+        return "; ".join([line, *self.notes])
+
+
+@dataclass(frozen=True)
+class Walked:
+    """The outcome of a walk; nothing is changed until it is applied.
+
+    Attributes:
+        plan: What stays.
+        report: What was done, layer by layer.
+        weights: Parameters that are not plain slices of the original's; cut already.
+        scores: What choosing units found; None if they were given.
+    """
+
+    plan: Plan
+    report: WalkReport
+    weights: Weights = field(default_factory=dict)
+    scores: Scores | None = None
+
+    def apply_(self, model: PreTrainedModel) -> None:
+        """Cut the original down to the plan, in place, and give it the new weights.
+
+        Raises:
+            SlimError: As `slimvlm.prune_`, before any weight is touched.
+        """
+        prune_(model, self.plan)
+        layers = decoder_layers(model)
+        with torch.no_grad():
+            for (index, path), value in self.weights.items():
+                layer = layers[self.plan.layers.index(index)]
+                parent, _, name = path.rpartition(".")
+                owner = layer.get_submodule(parent)
+                old = getattr(owner, name)
+                setattr(owner, name, nn.Parameter(value.to(old.device), old.requires_grad))
+
+
+class StoredWeights(Weights):
+    """The new weights of walked layers, read from a store when asked for.
+
+    Args:
+        store: The store.
+        layers: The layers that were walked.
+    """
+
+    def __init__(self, store: Store, layers: Sequence[int]) -> None:
+        self._store = store
+        self._names = [
+            (index, path) for index in layers for path in store.about(entry_of(index), 0)["weights"]
+        ]
+
+    def __getitem__(self, key: tuple[int, str]) -> Tensor:
+        index, path = key
+        return self._store.read(entry_of(index), 0, torch.device("cpu"))[path]
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._names
+
+
+def entry_of(index: int) -> str:
+    """Where a store keeps what came of a layer."""
+    return f"walked-{index}"

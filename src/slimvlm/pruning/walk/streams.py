@@ -1,0 +1,216 @@
+"""Hidden states of the calibration batches on their ways through the layers.
+
+B batch, T token, C input channel of a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from slimvlm.core.errors import DataError, NumericalError
+from slimvlm.data.roles import token_weights as weights_by_role
+from slimvlm.models.hidden import head_of
+from slimvlm.models.losses import label_counts
+from slimvlm.models.parts import decoder_layers, final_norm
+from slimvlm.pruning.layerwise.runner import LayerwiseModel
+from slimvlm.pruning.least_squares import Moments
+from slimvlm.pruning.writers import Writer
+from slimvlm.scoring.batches import TokenWeights, labels_of, predicted_cross_entropy
+from slimvlm.scoring.statistics import require_finite
+
+PREFIX, ORIGINAL, SLICED = "prefix", "original", "sliced"
+"""Streams: behind walked layers, behind the original's, behind layers that were only cut."""
+
+ROWS = 2048
+"""Tokens whose moments are added at once."""
+
+
+class _Reached(Exception):
+    """What was to be seen of a layer has been seen."""
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The states of stored batches; all streams begin with the embeddings.
+
+    Attributes:
+        runner: The model and its batches.
+        fitted: Places of the batches that choices and fits come from.
+        held_out: Places of those that confirm and judge.
+        token_weights: Weight of tokens by role; None: all weigh 1.
+    """
+
+    runner: LayerwiseModel
+    fitted: range
+    held_out: range
+    token_weights: TokenWeights | None
+
+    @property
+    def places(self) -> range:
+        """All places."""
+        return range(len(self.fitted) + len(self.held_out))
+
+    @cached_property
+    def weights(self) -> list[Tensor]:
+        """What each token of each batch weighs, ``[B * T]``."""
+        config, given = self.runner.model.config, self.token_weights
+        return [weights_by_role(config, b, given).flatten() for b in self.runner.batches()]
+
+    @property
+    def has_several(self) -> bool:
+        """Whether states hold several residual streams, which only the model brings together."""
+        return self.runner.calls(0).hidden.ndim == 4
+
+    @cached_property
+    def layers_run(self) -> set[int]:
+        """The layers that some fitted batch runs."""
+        return {i for place in self.fitted for i in self.runner.calls(place).arguments}
+
+    def state(self, stream: str, index: int, place: int) -> Tensor:
+        """What enters a layer, or the final norm."""
+        name = f"{stream}-{index}"
+        if self.runner.store.has(name):
+            return self.runner.store.read(name, place, self.runner.device)["hidden"]
+        return self.runner.calls(place).hidden
+
+    def output(self, stream: str, index: int, place: int) -> Tensor:
+        """What the next layer reads after a layer that reads a stream."""
+        layer, hidden = decoder_layers(self.runner.model)[index], self.state(stream, index, place)
+        return self.runner.calls(place).through(layer, index, hidden)
+
+    def pass_on(self, stream: str, index: int, end: int, places: Sequence[int]) -> None:
+        """Run batches through a layer; what comes out is what layer ``end`` reads.
+
+        Raises:
+            NumericalError: If it is not finite.
+        """
+        store, name = self.runner.store, f"{stream}-{end}"
+        for place in places:
+            output = self.output(stream, index, place)
+            require_finite(output, f"the output of layer {index}")
+            store.write(name, place, {"hidden": output})
+        if places and not store.has(name):
+            store.finish(name)
+
+    def advance_original(self, index: int, end: int) -> None:
+        """Bring the original's states from the input of one layer to that of another."""
+        for i in range(index, end):
+            if not self.runner.store.has(f"{ORIGINAL}-{i + 1}"):
+                with self.runner.source.layer(i, self.runner.device):
+                    self.pass_on(ORIGINAL, i, i + 1, self.places)
+
+    def forget(self, index: int, end: int) -> None:
+        """Drop the states that layers from one up to another have read."""
+        for i in range(index, end):
+            for stream in (PREFIX, ORIGINAL, SLICED):
+                self.runner.store.drop(f"{stream}-{i}")
+
+    def moments(
+        self, stream: str, writer: Writer, places: Sequence[int], end: int | None = None
+    ) -> Moments:
+        """Sums of what a matrix reads and, if asked, of what the layer's output lacks.
+
+        Args:
+            stream: What the layer reads.
+            writer: The matrix; nothing after it is run unless the output is needed.
+            places: Batches.
+            end: The layer whose input in the original the output should be.
+
+        Raises:
+            NumericalError: If they are not finite.
+        """
+        linear = writer.linear
+        dtype = torch.promote_types(linear.weight.dtype, torch.float32)
+        outputs = None if end is None else linear.out_features
+        moments = Moments.zero(linear.in_features, outputs, dtype, linear.weight.device)
+        for rows in _in_chunks(self._rows(stream, writer, places, end)):
+            moments.add(*rows)
+        sums = [moments.gram] if moments.cross is None else [moments.gram, moments.cross]
+        if not all(bool(torch.isfinite(values).all()) for values in sums):
+            raise NumericalError(f"NaN or infinity in layer {writer.name} during the walk")
+        return moments
+
+    def _rows(
+        self, stream: str, writer: Writer, places: Sequence[int], end: int | None
+    ) -> Iterator[list[Tensor]]:
+        """Inputs of a matrix, weights of their tokens, and what the output lacks, by batch."""
+        seen: list[Tensor] = []
+        index = writer.index
+
+        def catch(module: nn.Module, args: tuple[Tensor]) -> None:
+            seen.append(args[0].flatten(0, -2))
+            if end is None:
+                raise _Reached
+
+        hook = writer.linear.register_forward_pre_hook(catch)
+        try:
+            for place in places:
+                if index not in self.runner.calls(place).arguments:
+                    continue
+                try:
+                    output = self.output(stream, index, place).flatten(0, -2)
+                except _Reached:
+                    yield [seen.pop(), self.weights[place]]
+                else:
+                    assert end is not None
+                    target = self.state(ORIGINAL, end, place).flatten(0, -2)
+                    dtype = torch.promote_types(target.dtype, torch.float32)
+                    yield [seen.pop(), self.weights[place], target.to(dtype) - output.to(dtype)]
+        finally:
+            hook.remove()
+
+    def adds_plainly(self, stream: str, index: int, linear: nn.Linear) -> bool:
+        """Whether what a layer's last matrix gives is added to the hidden states as it is."""
+        seen: list[Tensor] = []
+
+        def twice(module: nn.Module, args: object, output: Tensor) -> Tensor:
+            seen.append(output)
+            return 2 * output
+
+        place = next(p for p in self.fitted if index in self.runner.calls(p).arguments)
+        once = self.output(stream, index, place)
+        hook = linear.register_forward_hook(twice)
+        try:
+            change = (self.output(stream, index, place) - once).double()
+        finally:
+            hook.remove()
+        share = (change * seen[0]).sum() / seen[0].double().square().sum()
+        return bool((share - 1).abs() < 0.25)
+
+    def answer_loss(self, stream: str, end: int) -> float:
+        """Mean cross-entropy over the labelled tokens of the held-out batches.
+
+        Args:
+            stream: Behind which layers.
+            end: How many layers the model has.
+        """
+        total, count, model = 0.0, 0, self.runner.model
+        with self.runner.source.after_layers(self.runner.device):
+            for batch in self.runner.batches():
+                if batch["place"] in self.held_out:
+                    hidden, labels = self.state(stream, end, batch["place"]), labels_of(batch)
+                    losses = predicted_cross_entropy(
+                        final_norm(model)(hidden), head_of(model), labels
+                    )
+                    total += float(losses.sum(dtype=torch.float64))
+                    count += int(label_counts(labels).sum())
+        if not count:
+            raise DataError("held-out batches have no labelled token: nothing to judge by")
+        return total / count
+
+
+def _in_chunks(rows: Iterable[list[Tensor]]) -> Iterator[list[Tensor]]:
+    """Rows of several batches together, so that products of them are worth their overhead."""
+    waiting: list[list[Tensor]] = []
+    for parts in rows:
+        waiting.append(parts)
+        if sum(len(each[0]) for each in waiting) >= ROWS:
+            yield [torch.cat(column) for column in zip(*waiting, strict=True)]
+            waiting.clear()
+    if waiting:
+        yield [torch.cat(column) for column in zip(*waiting, strict=True)]

@@ -1,0 +1,187 @@
+"""`walk_`: prune a model in one pass. Choose, cut, refit and distil it layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from slimvlm.core.errors import ConfigError, DataError
+from slimvlm.models.anatomy import Anatomy, read_anatomy
+from slimvlm.models.classes import require_full_precision
+from slimvlm.models.hidden import evaluating
+from slimvlm.planning.candidates import width_candidates
+from slimvlm.planning.make import make_plan
+from slimvlm.planning.mask import require_match
+from slimvlm.planning.plan import Plan
+from slimvlm.pruning.cut import require_expressible
+from slimvlm.pruning.layerwise.runner import LayerwiseModel, Live
+from slimvlm.pruning.layerwise.stores import Memory
+from slimvlm.pruning.walk.distil import LocalSteps
+from slimvlm.pruning.walk.engine import Walk
+from slimvlm.pruning.walk.layer import Steps
+from slimvlm.pruning.walk.result import Walked
+from slimvlm.pruning.walk.streams import Streams
+from slimvlm.pruning.writers import RIDGE
+from slimvlm.scoring.batches import Batch, TokenWeights
+from slimvlm.scoring.criteria import DEFAULT_CRITERIA
+from slimvlm.scoring.score_model import score
+from slimvlm.scoring.unit_scores import WIDTH_UNITS, Scores
+
+WALKING = "obs"
+"""The criterion by which a walk chooses."""
+
+
+def walk_(
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    ratio: float | None = None,
+    axis: str = "width",
+    *,
+    plan: Plan | None = None,
+    scores: Scores | Sequence[Scores] = (),
+    allocation: str = "balanced",
+    repair: str = "auto",
+    held_out: Iterable[Batch] | None = None,
+    local_steps: int = 0,
+    token_weights: TokenWeights | None = None,
+    ridge: float = RIDGE,
+    **options: Any,
+) -> Walked:
+    """Prune a model in one pass through its layers, in place.
+
+    The decoder is gone through once. Each layer reads what the already smaller layers before it
+    give. Units of attention are chosen by what their removal costs there when the others are
+    refitted (criterion ``obs``), cut, and what is left of ``o_proj`` is refitted by least squares;
+    then those of the MLP behind it, likewise. In the layer before removed ones, the MLP's output is
+    fitted to what brings the hidden states to where the original has them after the removed layers.
+    With ``local_steps``, the layer then learns alone from what the original gives there.
+
+    Needs, beyond the model: the new weights, the hidden states of all batches between two layers
+    (twice where the original's are aimed at), and one layer's sums.
+
+    Args:
+        model: The original model.
+        batches: Calibration data: model inputs with ``labels``.
+        ratio: Share of the backbone to remove, as for `make_plan`.
+        axis: ``depth``, ``width`` or ``both``.
+        plan: What to remove, instead of a ratio and an axis: nothing is chosen then.
+        scores: Scores of layers, for ``depth`` and ``both``; by default those of
+            `DEFAULT_CRITERIA`. If they score widths, too, nothing is chosen.
+        allocation: As for `make_plan`, or ``balanced``: as many KV groups in each layer as costs a
+            few layers least when they are tried, and neurons for the rest.
+        repair: ``none``, ``width`` (attention and MLP outputs), ``depth`` (seams), ``both``, or
+            ``auto``: both, as far as held-out tokens confirm, and judged at the end by held-out
+            answers: the result is never worse there than without repair.
+        held_out: Batches that confirm and judge. For ``auto`` and ``local_steps`` without any,
+            every fifth batch is set aside.
+        local_steps: Optimizer steps on each layer; see `slimvlm.pruning.walk.distil`.
+        token_weights: Weight of ``image``, ``prompt`` and ``answer`` tokens in choice and fit; all
+            1 if None.
+        ridge: See `slimvlm.pruning.least_squares.refit`.
+        **options: Further arguments of `make_plan`.
+
+    Returns:
+        The plan, a report of every layer, and the weights that are no slices of the original's.
+
+    Raises:
+        ConfigError: If an argument is unknown or the plan is for another model.
+        DataError: If there are no batches, or too few to set some aside.
+        NumericalError: If NaN or infinity appears; the message says in which layer. The model is
+            not changed then.
+    """
+    steps = Steps(repair=repair, ridge=ridge, local=LocalSteps(count=local_steps))
+    fitted, judges = split_batches(list(batches), held_out, steps)
+    given = [scores] if isinstance(scores, Scores) else list(scores)
+    anatomy = read_anatomy(model)
+    require_full_precision(model.config, "pruned")
+    if plan is None:
+        if ratio is None:
+            raise ConfigError("walk_ needs a ratio or a plan")
+        if axis != "width" and not any(each.layer is not None for each in given):
+            given.append(score(model, fitted, DEFAULT_CRITERIA["depth"][0], token_weights))
+        plans, chooses = plans_for(anatomy, given, ratio, axis, allocation, **options)
+    else:
+        require_match(model, plan)
+        plans, chooses = [plan], False
+    with evaluating(model):
+        runner = LayerwiseModel(Live(model), Memory(), model.device)
+        walked = walk_batches(runner, plans, chooses, fitted, judges, steps, token_weights)
+    walked.apply_(model)
+    return walked
+
+
+def split_batches(
+    batches: list[Batch], held_out: Iterable[Batch] | None, steps: Steps
+) -> tuple[list[Batch], list[Batch]]:
+    """Batches to fit to, and those to judge by.
+
+    Raises:
+        DataError: If there are none, or too few to set some aside.
+    """
+    judges = list(held_out) if held_out is not None else []
+    if (steps.repair == "auto" or steps.local.count) and not judges:
+        batches, judges = [b for i, b in enumerate(batches) if i % 5 != 4], batches[4::5]
+        if not judges:
+            raise DataError("the walk needs held_out batches, or 5 calibration batches")
+    if not batches:
+        raise DataError("no calibration batch was given")
+    return batches, judges
+
+
+def plans_for(
+    anatomy: Anatomy,
+    scores: Sequence[Scores],
+    ratio: float,
+    axis: str,
+    allocation: str,
+    **options: Any,
+) -> tuple[list[Plan], bool]:
+    """The plans that a walk may follow, and whether it chooses the units itself.
+
+    Args:
+        anatomy: The model's.
+        scores: Of layers; if they are of widths, too, they decide.
+        ratio: As for `make_plan`.
+        axis: As for `make_plan`.
+        allocation: As for `walk_`.
+        **options: Further arguments of `make_plan`.
+    """
+    has_widths = any(given.of(unit) is not None for given in scores for unit in WIDTH_UNITS)
+    if axis == "depth" or has_widths:
+        even = "uniform" if allocation == "balanced" else allocation
+        return [make_plan(anatomy, scores, ratio, axis, even, **options)], False
+    return width_candidates(anatomy, scores, ratio, axis, WALKING, allocation, **options), True
+
+
+def walk_batches(
+    runner: LayerwiseModel,
+    plans: Sequence[Plan],
+    chooses: bool,
+    batches: Sequence[Batch],
+    held_out: Sequence[Batch],
+    steps: Steps,
+    token_weights: TokenWeights | None,
+) -> Walked:
+    """Walk a model that is run layer by layer; it is the same afterwards.
+
+    Args:
+        runner: The original; its store keeps what is done, so that a stopped walk goes on.
+        plans: From `plans_for`, or a plan that is there already.
+        chooses: Whether the walk chooses the units.
+        batches: What choices and fits come from.
+        held_out: What confirms and judges.
+        steps: What to do in a layer.
+        token_weights: As for `walk_`.
+
+    Raises:
+        ImpossiblePlanError: If the configuration class cannot express the shape; nothing was run.
+    """
+    for plan in plans:
+        require_expressible(runner.model, plan)
+    runner.embed(chain(batches, held_out))
+    count = len(batches)
+    places = range(count), range(count, count + len(held_out))
+    return Walk(Streams(runner, *places, token_weights), plans, chooses, steps).run()

@@ -1,0 +1,110 @@
+"""The matrices that write to the residual stream: what repair can change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from slimvlm.core.errors import NumericalError
+from slimvlm.models.families import INPUT_COLUMNS, Backbone, Projection
+from slimvlm.models.parts import unit_matrices
+from slimvlm.models.units import unit_of
+from slimvlm.planning.mask import kept_channels
+from slimvlm.planning.plan import Plan
+from slimvlm.scoring.inputs import writing_matrices
+
+ATTENTION, MLP, SEAM = "attention", "mlp", "seam"
+"""Kinds of repair: of attention outputs, of MLP outputs, of seams of removed layers."""
+
+REPAIRS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "width": (ATTENTION, MLP),
+    "depth": (SEAM,),
+    "both": (ATTENTION, MLP, SEAM),
+    "auto": (ATTENTION, MLP, SEAM),
+}
+"""What each form of repair may change: attention outputs, MLP outputs, seams of removed layers."""
+
+RIDGE = 1e-2
+"""Ridge as a share of the mean diagonal of the Gram matrix; see ``docs/results.md``."""
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A matrix that writes to the residual stream.
+
+    Attributes:
+        index: The number of its layer in the original model.
+        projection: Its row of data.
+        linear: The module.
+    """
+
+    index: int
+    projection: Projection
+    linear: nn.Linear
+
+    @property
+    def name(self) -> str:
+        """``<original layer>.<path>``."""
+        return f"{self.index}.{self.projection.path}"
+
+    @property
+    def unit(self) -> str:
+        """The kind of unit that owns its input channels."""
+        return unit_of(self.projection)
+
+    @property
+    def kind(self) -> str:
+        """The kind of its repair where it is not at a seam."""
+        return ATTENTION if self.unit == "kv_group" else MLP
+
+    def kept_channels(self, plan: Plan) -> Tensor:
+        """The input channels that a plan keeps, on the module's device."""
+        keep = kept_channels(plan, self.index, self.projection)
+        return keep.to(self.linear.weight.device)
+
+    def assign_(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Give the module new parameters of its own data type.
+
+        Raises:
+            NumericalError: If a value is not finite in it.
+        """
+        for part, value in (("weight", weight), ("bias", bias)):
+            if value is None:
+                continue
+            old = getattr(self.linear, part)
+            new = value.to(old.dtype)
+            if not torch.isfinite(new).all():
+                raise NumericalError(f"NaN or infinity in the repaired {part} of layer {self.name}")
+            setattr(self.linear, part, nn.Parameter(new, old.requires_grad))
+
+
+def writers(model: nn.Module, layers: Sequence[int]) -> Iterator[Writer]:
+    """All matrices that write to the residual stream.
+
+    Args:
+        model: The model.
+        layers: The original numbers of its layers.
+
+    Raises:
+        UnsupportedModelError: If one belongs to experts.
+    """
+    for position, projection, linear in writing_matrices(model):
+        yield Writer(layers[position], projection, linear)
+
+
+def writers_of_layer(layer: nn.Module, index: int, row: Backbone) -> Iterator[Writer]:
+    """Those of one layer, in the order in which they run; experts, which are no modules, are none.
+
+    Args:
+        layer: The layer.
+        index: Its number.
+        row: The backbone's row of data.
+    """
+    for of_unit in unit_matrices(layer, row):
+        for matrix in of_unit:
+            if matrix.projection.dim == INPUT_COLUMNS and isinstance(matrix.owner, nn.Linear):
+                yield Writer(index, matrix.projection, matrix.owner)
