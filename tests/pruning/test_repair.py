@@ -18,14 +18,8 @@ from slimvlm.models.classes import auto_class
 from slimvlm.models.parts import decoder_layers, final_norm
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
-<<<<<<< HEAD
-from slimvlm.pruning.layer_calls import record_calls
-from slimvlm.pruning.repair import prune_and_repair_, repair_
-from slimvlm.scoring.batches import answer_loss
-=======
 from slimvlm.pruning.layerwise.calls import record_calls
 from slimvlm.pruning.repair import answer_loss, prune_and_repair_, repair_
->>>>>>> 1c47e53 (A walk: one pass through the layers that chooses, cuts, refits and distils each, from memory or files)
 from slimvlm.scoring.inputs import capture_grams
 from slimvlm.scoring.statistics import Grams, Weights
 from tests import tiny

@@ -349,11 +349,13 @@ class PruneConfig(FileOptions, WidthOptions, RatioOptions, SampleOptions, DataOp
     """How to score, one criterion for each kind of unit; by default what measured best."""
     allocation: Allocation | None = None
     """How widths share the ratio: the same in every layer, with KV groups and neurons in
-    proportion (uniform) or as measured (balanced); or first and last layers whole (protect),
-    which gives files with code. By default balanced, or uniform where nothing can be measured."""
+    proportion (uniform) or as costs a few layers least (balanced); or first and last layers whole
+    (protect), which gives files with code. By default balanced where obs chooses, else uniform."""
     repair: Repair = "auto"
     """Fit the remaining weights in closed form: widths, seams of removed layers, both, or auto,
     which keeps what helps on held-out answers and does nothing without data."""
+    local_steps: Annotated[int | None, AT_LEAST_0] = None
+    """Optimizer steps on each layer alone, towards what the original gives there."""
     pad: bool = False
     """Fill layers of different widths up with zeros: loads without code, as large as the widest."""
 

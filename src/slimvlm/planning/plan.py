@@ -79,14 +79,17 @@ class Plan:
             asked_ratio=0.0,
         )
 
-    def with_units(self, index: int, **kept: Kept) -> Plan:
-        """The same plan with other ``kv_groups`` or ``neurons`` kept of an original layer."""
-        changed = {}
-        for name, units in kept.items():
-            rows = list(getattr(self, name))
-            rows[index] = tuple(units)
-            changed[name] = tuple(rows)
-        return replace(self, **changed)
+    def with_units(self, index: int, kept: Mapping[str, Kept]) -> Plan:
+        """The same plan with other units kept of a layer.
+
+        Args:
+            index: The layer's original number.
+            kept: Its kept ``kv_group`` and ``neuron`` units; a kind that is not named stays.
+        """
+        rows = {"kv_group": list(self.kv_groups), "neuron": list(self.neurons)}
+        for unit, units in kept.items():
+            rows[unit][index] = units
+        return replace(self, kv_groups=tuple(rows["kv_group"]), neurons=tuple(rows["neuron"]))
 
     @property
     def after(self) -> Anatomy:

@@ -19,8 +19,8 @@ from slimvlm.models.parts import decoder_layers, stacks, text_config_of, unit_ma
 from slimvlm.models.units import unit_of
 from slimvlm.planning.mask import kept_channels, require_match
 from slimvlm.planning.plan import Plan
-from slimvlm.scoring.unit_scores import WIDTH_UNITS
 from slimvlm.pruning.config import smaller_text_config, validate
+from slimvlm.scoring.unit_scores import WIDTH_UNITS
 
 
 def prune_(model: PreTrainedModel, plan: Plan, allow_uneven: bool = False) -> None:

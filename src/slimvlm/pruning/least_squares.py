@@ -193,7 +193,9 @@ def confirmed(
     gone[:, keep] = 0
     change = torch.zeros_like(whole)
     change[:, keep] = (found.weight - weight[:, keep].to(found.weight)).to(dtype)
-    shift = whole.new_zeros(len(whole)) if found.bias is None else (found.bias - bias).to(dtype)
+    shift = whole.new_zeros(len(whole))
+    if found.bias is not None and bias is not None:
+        shift = (found.bias - bias).to(dtype)
     count, total = moments.count.to(dtype), moments.total.to(dtype)
     pull = change @ moments.gram  # sum over tokens of what changes, times the inputs
     lacking, lack = gone @ total, (pull * gone).sum()

@@ -42,8 +42,10 @@ from slimvlm.runs.request import (
     check_request,
     ratio_of,
     resolved,
+    scored_by,
 )
 from slimvlm.runs.stages import Calibration, SampleSplit
+from slimvlm.scoring.unit_scores import Scores
 from slimvlm.training.recover import TRACKER_FOLDER
 
 STAGES = ("original", "pruned", "recovered")
@@ -146,12 +148,8 @@ def _go(run: Run, samples: SampleSplit, force: bool) -> None:
     original, processor = stages.load_original(run.request)
     _evaluated(run, "original", original, processor)
     calibration = Calibration(processor, samples.calibration, run.request.hold_out)
-    plan = _planned(run, original, calibration)
-    run.say(plan.summary())
-    if plan.needs_retype:
-        run.say(f"language model is written as {plan.after.text_type!r}, which computes the same")
     trains = run.request.trains and bool(samples.training)
-    _pruned(run, original, plan, calibration, "pruned" if trains else "checkpoint")
+    plan = _pruned(run, original, calibration, "pruned" if trains else "checkpoint")
     del original, calibration  # before two models are read for recovery
     if trains:
         _recovered(run, plan, samples)
@@ -178,31 +176,30 @@ def _open_folder(run: Run, force: bool) -> None:
     note_request(run.path("config.json"), run.about)
 
 
-def _planned(run: Run, model: PreTrainedModel, calibration: Calibration) -> Plan:
-    if run.path("plan.json").exists():
-        return Plan.load(run.path("plan.json"))
-    state = run.path("scores")
-    scores = stages.calibrate(run.request, model, calibration)
-    for name, found in scores.items():
-        found.save(state / name)
-    given = list(scores.values())
-    plan = stages.plan(run.request, model, calibration, given, run.say)
-    plan.save(run.path("plan.json"))
-    return plan
+def _scored(run: Run, model: PreTrainedModel, calibration: Calibration) -> list[Scores]:
+    """The scores that there are before the walk; those of a stopped run are read back."""
+    folder, names = run.path("scores"), scored_by(run.request.prune)
+    if not all((folder / f"{name}.json").exists() for name in names):
+        for name, found in stages.calibrate(run.request, model, calibration).items():
+            found.save(folder / name)
+    return [Scores.load(folder / name) for name in names]
 
 
-def _pruned(
-    run: Run, model: PreTrainedModel, plan: Plan, calibration: Calibration, folder: str
-) -> None:
-    """Cut the model and write it, unless a later stage has been reached already."""
+def _pruned(run: Run, model: PreTrainedModel, calibration: Calibration, folder: str) -> Plan:
+    """Walk the model and write it, unless a later stage has been reached already."""
     if run.path(folder).exists() or run.path("checkpoint").exists():
-        return
-    report = stages.prune_(run.request, model, plan, calibration)
-    if report is not None:
-        run.say(report.summary())
-        write_text(run.path("repair.json"), json.dumps(asdict(report), indent=1) + "\n")
+        return Plan.load(run.path("plan.json"))
+    scores = _scored(run, model, calibration)
+    walked = stages.prune_(run.request, model, calibration, scores, scratch=run.path("walk"))
+    run.say(walked.summary())
+    if walked.scores is not None:
+        walked.scores.save(run.path("scores") / walked.scores.criterion)
+    write_text(run.path("walk.json"), json.dumps(asdict(walked.report), indent=1) + "\n")
+    walked.plan.save(run.path("plan.json"))
     _evaluated(run, "pruned", model, calibration.processor)
-    _save(run, model, calibration.processor, plan, folder)
+    _save(run, model, calibration.processor, walked.plan, folder)
+    shutil.rmtree(run.path("walk"), ignore_errors=True)
+    return walked.plan
 
 
 def _recovered(run: Run, plan: Plan, samples: SampleSplit) -> None:
@@ -281,5 +278,5 @@ def finish(run: Run, plan: Plan) -> None:
     write_text(run.path("summary.md"), "\n".join(lines) + "\n")
     if (logs := run.path("training") / TRACKER_FOLDER).exists():
         logs.replace(run.path(TRACKER_FOLDER))
-    for name in ("pruned", "training"):
+    for name in ("pruned", "training", "walk"):
         shutil.rmtree(run.path(name), ignore_errors=True)

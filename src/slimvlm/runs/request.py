@@ -27,6 +27,7 @@ from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
+from slimvlm.pruning.walk.walk import WALKING
 from slimvlm.runs.recipes import recipe_for
 from slimvlm.scoring.criteria import (
     CRITERIA,
@@ -68,14 +69,12 @@ class Request:
         return self.recover is not None and self.prune.data is not None
 
 
-def resolved(request: Request, say: Say = silent, low_memory: bool = False) -> Request:
+def resolved(request: Request, say: Say = silent) -> Request:
     """A request with nothing left open: axis, criteria, allocation, repair, training.
 
     Args:
         request: As it was given. Without a ratio only repair is decided, for a plan that exists.
         say: Receives a line where something that was given cannot be done.
-        low_memory: Whether plans and repairs cannot be measured, as the model is never whole in
-            memory.
 
     Raises:
         ConfigError: If the ratio is not in [0, 1).
@@ -86,27 +85,29 @@ def resolved(request: Request, say: Say = silent, low_memory: bool = False) -> R
         config = replace(
             config,
             criterion=criteria_of(config),
-            allocation=_resolved_allocation(config, say, low_memory),
+            allocation=_resolved_allocation(config, say),
         )
-    if config.repair == "auto" and (config.data is None or low_memory):
-        config = replace(config, repair="none")
+    if config.data is None:
+        config = replace(config, repair="none" if config.repair == "auto" else config.repair)
+    if config.local_steps is None:
+        config = replace(config, local_steps=0)
     recover = request.recover if request.trains else None
     return replace(
         request,
         prune=config,
-        hold_out=config.repair == "auto" or config.allocation == "balanced",
+        hold_out=config.repair == "auto" or bool(config.local_steps),
         recover=None if recover is None else replace(recover, seed=config.seed),
     )
 
 
-def _resolved_allocation(config: PruneConfig, say: Say, low_memory: bool) -> Allocation:
-    """The allocation; ``balanced`` where it can be measured, else ``uniform``."""
+def _resolved_allocation(config: PruneConfig, say: Say) -> Allocation:
+    """The allocation; ``balanced`` where the walk chooses, else ``uniform``."""
     if config.allocation not in (None, "balanced"):
         return config.allocation
     reasons = {
         "axis depth removes no widths": config.axis == "depth",
-        "there is no data to measure on": config.data is None,
-        "low_memory cannot measure plans": low_memory,
+        "there is no data to try it on": config.data is None,
+        f"only the walk's own choice, by {WALKING!r}, tries it": WALKING not in criteria_of(config),
     }
     reason = next((why for why, holds in reasons.items() if holds), None)
     if reason is None:
@@ -142,6 +143,13 @@ def criteria_of(config: PruneConfig) -> tuple[str, ...]:
     return DEFAULT_CRITERIA[config.axis or "width"]
 
 
+def scored_by(config: PruneConfig) -> tuple[str, ...]:
+    """The criteria of a resolved request that score before the walk, which may choose by one."""
+    if config.ratio is None or config.data is None or config.axis == "depth":
+        return config.criterion
+    return tuple(name for name in config.criterion if name != WALKING)
+
+
 def check_options(config: PruneConfig) -> None:
     """Find every mistake that neither a model nor data is needed for.
 
@@ -158,6 +166,8 @@ def check_options(config: PruneConfig) -> None:
             raise ConfigError(f"token_weights {config.token_weights!r}: no criterion reads data")
     if config.data is None and config.repair not in ("none", "auto"):
         raise ConfigError(f"repair {config.repair!r} needs --data")
+    if config.data is None and config.local_steps:
+        raise ConfigError(f"local_steps {config.local_steps} needs --data")
 
 
 def check_request(request: Request, anatomy: Anatomy, say: Say) -> None:

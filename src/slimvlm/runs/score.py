@@ -24,12 +24,13 @@ from slimvlm.models.load import anatomy, check_models, load, load_processor
 from slimvlm.planning.make import make_plan, make_plan_for_params
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.layerwise import score as on_disk
-from slimvlm.pruning.layerwise.checkpoint import open_checkpoint
+from slimvlm.pruning.layerwise.checkpoint import LazyCheckpoint, open_checkpoint
 from slimvlm.runs.request import (
     Request,
     check_options,
     criterion_options,
     pretended_scores,
+    scored_by,
     token_weights_of,
 )
 from slimvlm.runs.stages import Calibration, calibrate, load_original, read_split
@@ -74,7 +75,11 @@ def score(
     samples = read_split(request, say).calibration
     stem.parent.mkdir(parents=True, exist_ok=True)
     if memory.low_memory:
-        (scores,) = scores_on_disk(request, samples, memory.scratch_beside(stem), say)[1]
+        opened = open_checkpoint(model, config.dtype, config.trust_remote_code)
+        processor = load_processor(str(opened.folder), opened.model.config)
+        calibration = Calibration(processor, samples, hold_out=False)
+        folder = memory.scratch_beside(stem)
+        (scores,) = scores_on_disk(request, opened, calibration, folder, say)
     else:
         loaded, processor = load_original(request)
         calibration = Calibration(processor, samples, hold_out=False)
@@ -103,23 +108,19 @@ def _scored_with_statistics(
 
 
 def scores_on_disk(
-    request: Request, samples: Sequence[Sample], scratch: Path, say: Say
-) -> tuple[Anatomy, list[Scores]]:
-    """Scores by the request's criteria, with one layer in memory at a time."""
+    request: Request, opened: LazyCheckpoint, calibration: Calibration, scratch: Path, say: Say
+) -> list[Scores]:
+    """`slimvlm.runs.stages.calibrate` with one layer in memory at a time."""
     config = request.prune
-    opened = open_checkpoint(request.model, config.dtype, config.trust_remote_code)
-    processor = load_processor(str(opened.folder), opened.model.config, config.trust_remote_code)
     asked = []
-    for name in config.criterion:
+    for name in scored_by(config):
         options = criterion_options(config, name)
         options.pop("token_weights", None)
         asked.append(on_disk.CriterionRequest(name, options))
-    batches: Iterable[Any] = ()
-    if any(CRITERIA[name].needs_data for name in config.criterion):
-        batches = calibration_batches(processor, samples, description="embed")
-    weights = token_weights_of(config)
-    scores = on_disk.score_requests(opened, batches, asked, weights, scratch, say)
-    return read_anatomy(opened.model), scores
+    if not asked:
+        return []
+    batches = calibration.fitted if any(each.needs_data for each in asked) else ()
+    return on_disk.score_requests(opened, batches, asked, token_weights_of(config), scratch, say)
 
 
 def plan(

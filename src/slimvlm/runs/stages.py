@@ -1,4 +1,4 @@
-"""The five stages as functions of one request: calibrate, plan, prune, recover, evaluate.
+"""The stages as functions of one request: calibrate, prune, recover, evaluate.
 
 `compress`, studies and the verbs of the command line are made of these functions. A driver makes a
 `Request`, resolves and checks it once, and then calls the stages in turn; it says where outcomes
@@ -14,26 +14,32 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from slimvlm.core.checked import part_of
 from slimvlm.core.options import DataConfig, WidthOptions
-from slimvlm.core.progress import Say, progress, silent
+from slimvlm.core.progress import Say, progress
 from slimvlm.data.read import load_samples
 from slimvlm.data.samples import Sample
 from slimvlm.evaluation.lmms import evaluate_all
 from slimvlm.evaluation.results import Result
 from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.hidden import evaluating
 from slimvlm.models.load import load_as, load_config, load_processor, resolve
-from slimvlm.planning.balance import balanced_plan
 from slimvlm.planning.plan import Plan
-from slimvlm.pruning.cut import prune_ as cut_
-from slimvlm.pruning.repair import RepairReport, prune_and_repair_
+from slimvlm.pruning.layerwise.runner import LayerwiseModel, Live, Source
+from slimvlm.pruning.layerwise.stores import Memory, Scratch, Store
+from slimvlm.pruning.walk.distil import LocalSteps
+from slimvlm.pruning.walk.layer import Steps
+from slimvlm.pruning.walk.result import Walked
+from slimvlm.pruning.walk.walk import plans_for, walk_batches
 from slimvlm.runs.request import (
     Request,
     criterion_options,
     ranked_plan,
     ratio_of,
+    scored_by,
     token_weights_of,
 )
 from slimvlm.scoring.criteria import CRITERIA
@@ -165,9 +171,9 @@ def load_original(request: Request, device: str | None = None) -> tuple[PreTrain
 def calibrate(
     request: Request, model: PreTrainedModel, calibration: Calibration
 ) -> dict[str, Scores]:
-    """Score a model by each criterion of the request."""
+    """Score a model by each criterion of the request but the one that the walk chooses by."""
     found: dict[str, Scores] = {}
-    for name in request.prune.criterion:
+    for name in scored_by(request.prune):
         batches: Any = ()
         if CRITERIA[name].needs_data:
             batches = progress(calibration.fitted, name)
@@ -175,48 +181,72 @@ def calibrate(
     return found
 
 
-def plan(
+def walk(
     request: Request,
-    model: PreTrainedModel,
+    source: Source,
+    store: Store,
+    device: torch.device,
     calibration: Calibration,
-    scores: Sequence[Scores],
-    say: Say = silent,
-) -> Plan:
-    """Choose what stays.
+    scores: Sequence[Scores] = (),
+    plan: Plan | None = None,
+) -> Walked:
+    """Choose what stays and what the remaining weights become. Nothing is changed yet.
 
     Args:
         request: The request.
-        model: The original; its weights are not changed.
+        source: The original, in memory or in files.
+        store: Keeps what is done, so that a stopped walk goes on.
+        device: Where layers run.
         calibration: Its calibration data.
         scores: Those of `calibrate`.
-        say: Receives what measuring candidates found.
+        plan: What stays, if that is decided already.
     """
-    config = request.prune
-    if config.allocation != "balanced":
-        return ranked_plan(config, read_anatomy(model), scores)
-    ratio, axis = ratio_of(config), config.axis or "width"
-    options = vars(part_of(config, WidthOptions))
-    found = balanced_plan(model, scores, calibration.held_out, ratio, axis, **options)
-    say(f"balanced: {len(found.trials)} plans measured, least divergence {found.divergence:.4f}")
-    return found.plan
+    config, chooses = request.prune, False
+    if plan is not None:
+        plans = [plan]
+    elif scored_by(config) == config.criterion:
+        plans = [ranked_plan(config, read_anatomy(source.model), scores)]
+    else:
+        plans, chooses = plans_for(
+            read_anatomy(source.model),
+            scores,
+            ratio_of(config),
+            config.axis or "width",
+            config.allocation or "uniform",
+            **vars(part_of(config, WidthOptions)),
+        )
+    steps = Steps(repair=config.repair, local=LocalSteps(count=config.local_steps or 0))
+    if not chooses and not steps.kinds and not steps.local.count:
+        return Walked(plans[0])
+    held_out = calibration.held_out if request.hold_out else []
+    runner = LayerwiseModel(source, store, device)
+    weights = token_weights_of(config)
+    return walk_batches(runner, plans, chooses, calibration.fitted, held_out, steps, weights)
 
 
 def prune_(
-    request: Request, model: PreTrainedModel, plan: Plan, calibration: Calibration
-) -> RepairReport | None:
-    """Cut a model in place, with the repair that the request asks for."""
-    config = request.prune
-    if config.repair == "none":
-        cut_(model, plan)
-        return None
-    return prune_and_repair_(
-        model,
-        plan,
-        calibration.fitted,
-        config.repair,
-        token_weights=token_weights_of(config),
-        held_out=calibration.held_out if config.repair == "auto" else None,
-    )
+    request: Request,
+    model: PreTrainedModel,
+    calibration: Calibration,
+    scores: Sequence[Scores] = (),
+    plan: Plan | None = None,
+    scratch: Path | None = None,
+) -> Walked:
+    """Make a model smaller, in place.
+
+    Args:
+        request: The request.
+        model: The original.
+        calibration: Its calibration data.
+        scores: Those of `calibrate`.
+        plan: What stays, if that is decided already.
+        scratch: Folder that keeps what is done, for a restart; by default nothing is kept.
+    """
+    store: Store = Memory() if scratch is None else Scratch(scratch)
+    with evaluating(model):
+        walked = walk(request, Live(model), store, model.device, calibration, scores, plan)
+    walked.apply_(model)
+    return walked
 
 
 def recover_(

@@ -226,7 +226,8 @@ class Scratch:
         if value is None or isinstance(value, bool | int | float | str):
             return value
         raise UnsupportedModelError(
-            f"low memory: decoder layers are called with a {type(value).__name__}, which cannot be kept"
+            f"low memory: decoder layers are called with a {type(value).__name__}, which cannot be "
+            "kept"
         )
 
     def _folder(self, name: str) -> Path:

@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from slimvlm.pruning.cut import cuts_of, prune_
 from slimvlm.pruning.layerwise.checkpoint import LazyCheckpoint, open_checkpoint
 from slimvlm.pruning.manifest import write_manifest
 from slimvlm.pruning.save import write_beside_weights
+from slimvlm.pruning.walk.result import Weights
 
 SHARD_BYTES = 10**9
 """Largest weight file: what is in memory while it is written."""
@@ -38,6 +40,7 @@ def prune_checkpoint(
     force: bool = False,
     allow_uneven: bool = False,
     trust_remote_code: bool = False,
+    weights: Weights = MappingProxyType({}),
 ) -> None:
     """`slimvlm.prune_` and `slimvlm.save` for a checkpoint that does not fit in memory.
 
@@ -54,6 +57,7 @@ def prune_checkpoint(
         force: Whether an existing folder may be replaced.
         allow_uneven: As for `slimvlm.prune_`.
         trust_remote_code: Run code that lies in the checkpoint.
+        weights: Parameters that are no slices of the original's, as a walk gives them.
 
     Raises:
         ConfigError: If the folder exists, the plan is for another model, or files cannot be read.
@@ -64,7 +68,7 @@ def prune_checkpoint(
     checkpoint = open_checkpoint(model, dtype, trust_remote_code)
     processor = load_processor(str(checkpoint.folder), checkpoint.model.config, trust_remote_code)
     smaller = _smaller(checkpoint, plan, allow_uneven)
-    kept = _KeptWeights(checkpoint, smaller, plan)
+    kept = _KeptWeights(checkpoint, smaller, plan, weights)
     with new_folder(out, force) as folder:
         write_weights(smaller, kept, folder, SHARD_BYTES)
         facts = CardFacts(base=checkpoint.model.config._name_or_path, name=Path(out).name)
@@ -86,8 +90,10 @@ def _smaller(checkpoint: LazyCheckpoint, plan: Plan, allow_uneven: bool) -> PreT
 class _KeptWeights(Mapping[str, Tensor]):
     """The pruned model's parameters by name, cut when asked for."""
 
-    def __init__(self, checkpoint: LazyCheckpoint, smaller: PreTrainedModel, plan: Plan) -> None:
-        self.checkpoint, self.plan = checkpoint, plan
+    def __init__(
+        self, checkpoint: LazyCheckpoint, smaller: PreTrainedModel, plan: Plan, weights: Weights
+    ) -> None:
+        self.checkpoint, self.plan, self.weights = checkpoint, plan, weights
         self.names = list(smaller.state_dict())
         names = {id(module): name for name, module in checkpoint.model.named_modules()}
         cuts = cuts_of(checkpoint.model, plan)
@@ -98,8 +104,10 @@ class _KeptWeights(Mapping[str, Tensor]):
         match = re.fullmatch(rf"{re.escape(self.layers)}\.(\d+)\.(.+)", name)
         if match is None:
             return self._cut(name)
-        original = f"{self.layers}.{self.plan.layers[int(match[1])]}.{match[2]}"
-        return self._cut(original)
+        place = self.plan.layers[int(match[1])], match[2]
+        if place in self.weights:
+            return self.weights[place].to(self.checkpoint.model.dtype)
+        return self._cut(f"{self.layers}.{place[0]}.{place[1]}")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)

@@ -31,6 +31,9 @@ class LocalSteps(Options):
     """Peak rate of Adam."""
 
 
+NO_LOCAL_STEPS = LocalSteps()
+
+
 @dataclass(frozen=True)
 class Lesson:
     """What a layer learns from one batch.

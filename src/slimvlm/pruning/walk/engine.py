@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from slimvlm.core.progress import progress
 from slimvlm.models.parts import decoder_layers
 from slimvlm.planning.plan import Plan
+from slimvlm.pruning.layerwise.stores import Store
 from slimvlm.pruning.walk.layer import LayerOutcome, LayerWalk, Steps
 from slimvlm.pruning.walk.result import (
     LayerReport,
@@ -60,7 +60,7 @@ class Walk:
             if not self._store.has(entry_of(index)):
                 self._walk(plan, index)
             outcomes.append(self._recall(index))
-            plan = plan.with_units(index, **outcomes[-1].kept)
+            plan = plan.with_units(index, outcomes[-1].kept)
         notes = [*self._notes(plan), *(note for each in outcomes for note in each.notes)]
         report = WalkReport([each.report for each in outcomes], notes=notes)
         walked = Walked(
@@ -69,7 +69,7 @@ class Walk:
         return self._judgement(walked) if self._is_judged else walked
 
     @property
-    def _store(self) -> Any:
+    def _store(self) -> Store:
         return self.streams.runner.store
 
     @property
@@ -88,7 +88,8 @@ class Walk:
             chosen = cheapest_plan(self.streams, self.plans)
             self._store.write(_TRIAL, 0, {}, self.plans.index(chosen))
             self._store.finish(_TRIAL)
-        return self.plans[self._store.about(_TRIAL, 0)]
+        place: int = self._store.about(_TRIAL, 0)
+        return self.plans[place]
 
     def _notes(self, plan: Plan) -> Iterator[str]:
         if idle := sorted(set(plan.layers) - self.streams.layers_run):
@@ -154,15 +155,16 @@ class Walk:
 
 def _scores(plan: Plan, outcomes: Sequence[LayerOutcome]) -> Scores | None:
     """What units were chosen by; layers without a choice have zeros."""
-    found: dict[str, list[Tensor]] = {}
+    found: dict[str, list[Tensor] | None] = {}
     for unit in WIDTH_UNITS:
         if not any(unit in outcome.scores for outcome in outcomes):
             continue
-        found[unit] = [torch.zeros(shape.units(unit)) for shape in plan.before.layers]
-        for outcome in outcomes:
-            if unit in outcome.scores:
-                found[unit][outcome.report.index] = outcome.scores[unit]
-    return Scores("obs", kv_group=found.get("kv_group"), neuron=found.get("neuron")) if found else None
+        values = {each.report.index: each.scores.get(unit) for each in outcomes}
+        found[unit] = [
+            torch.zeros(shape.units(unit)) if values.get(index) is None else values[index]
+            for index, shape in enumerate(plan.before.layers)
+        ]
+    return Scores("obs", **found) if found else None
 
 
 @contextmanager

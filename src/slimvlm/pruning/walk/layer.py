@@ -7,15 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
-from slimvlm.core.errors import ConfigError, NumericalError, UnsupportedModelError
+from slimvlm.core.errors import ConfigError, UnsupportedModelError
 from slimvlm.models.parts import decoder_layers
 from slimvlm.planning.plan import Kept, Plan
 from slimvlm.pruning.cut import cut_layer_
 from slimvlm.pruning.least_squares import Moments, confirmed, refit
-from slimvlm.pruning.walk.distil import Lesson, LocalSteps, distil_
+from slimvlm.pruning.walk.distil import NO_LOCAL_STEPS, Lesson, LocalSteps, distil_
 from slimvlm.pruning.walk.result import LayerReport, MatrixReport
 from slimvlm.pruning.walk.streams import ORIGINAL, PREFIX, SLICED, Streams
 from slimvlm.pruning.writers import MLP, REPAIRS, RIDGE, SEAM, Writer, writers_of_layer
@@ -39,7 +38,7 @@ class Steps:
 
     repair: str = "auto"
     ridge: float = RIDGE
-    local: LocalSteps = LocalSteps()
+    local: LocalSteps = NO_LOCAL_STEPS
 
     def __post_init__(self) -> None:
         if self.repair not in REPAIRS:
@@ -106,7 +105,7 @@ class LayerWalk:
         self._scores: dict[str, Tensor] = {}
         self._refits: dict[str, MatrixReport] = {}
         self._notes: list[str] = []
-        self._sliced: list[tuple[Writer, Tensor, Tensor | None]] = []
+        self._sliced: list[tuple[nn.Linear, dict[str, nn.Parameter | None]]] = []
 
     def go(self) -> LayerOutcome:
         """Choose, cut, refit, distil, and pass the states on."""
@@ -175,16 +174,17 @@ class LayerWalk:
         if kind is not None and self._streams.held_out:
             held_out = self._moments(writer, kind, self._streams.held_out)
         cut_layer_(self._model, self.plan, self._index, [unit])
-        self._sliced.append((writer, linear.weight, linear.bias))
+        self._sliced.append((linear, dict(linear._parameters)))
         if kind is None or moments is None:
             return
         found = refit(weight, bias, moments, keep, self._steps.ridge)
-        share, errors = 1.0, (found.sliced_error, found.repaired_error)
+        row = MatrixReport(kind, found.sliced_error, found.repaired_error, 1.0)
         if held_out is not None:
-            share, *errors = confirmed(found, weight, bias, held_out, keep)
-        self._refits[writer.projection.path] = MatrixReport(kind, *errors, share)
-        if share:
-            writer.assign_(*found.blended(weight[:, keep], bias, share))
+            share, sliced, repaired = confirmed(found, weight, bias, held_out, keep)
+            row = MatrixReport(kind, sliced, repaired, share)
+        self._refits[writer.projection.path] = row
+        if row.share:
+            writer.assign_(*found.blended(weight[:, keep], bias, row.share))
 
     def _choose(self, writer: Writer, moments: Moments) -> None:
         """Keep the units whose removal, with the others refitted, costs most."""
@@ -192,10 +192,9 @@ class LayerWalk:
         total, count = self._total(unit), self._count(unit)
         gram = moments.gram / moments.count.clamp_min(1e-12)
         found = removal_order(writer.linear.weight, gram, total, stop=total - count)
-        self._scores[unit] = found.scores()
-        gone = set(found.order.tolist())
-        self._kept[unit] = tuple(i for i in range(total) if i not in gone)
-        self.plan = self.plan.with_units(self._index, **{f"{unit}s": self._kept[unit]})
+        self._scores[unit] = found.scores().cpu()
+        self._kept[unit] = tuple(found.left.tolist())
+        self.plan = self.plan.with_units(self._index, {unit: self._kept[unit]})
 
     def _moments(self, writer: Writer, kind: str | None, places: range) -> Moments:
         """Sums of a matrix's full input and, at a seam, of what the layer's output lacks."""
@@ -219,14 +218,15 @@ class LayerWalk:
     @contextmanager
     def _only_cut(self) -> Iterator[None]:
         """Inside, the refitted matrices are plain slices."""
-        walked = [(writer.linear, w.linear.weight, w.linear.bias) for w, _, _ in self._sliced]
+        linears = [linear for linear, _ in self._sliced]
+        walked = [dict(linear._parameters) for linear in linears]
         try:
-            for writer, weight, bias in self._sliced:
-                writer.linear.weight, writer.linear.bias = weight, bias
+            for linear, sliced in self._sliced:
+                linear._parameters.update(sliced)
             yield
         finally:
-            for linear, weight, bias in walked:
-                linear.weight, linear.bias = weight, bias
+            for linear, parameters in zip(linears, walked, strict=True):
+                linear._parameters.update(parameters)
 
     def _distilled(self) -> tuple[float, float]:
         """Train the layer; its held-out error before and after."""

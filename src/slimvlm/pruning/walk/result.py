@@ -112,9 +112,19 @@ class Walked:
     """
 
     plan: Plan
-    report: WalkReport
+    report: WalkReport = field(default_factory=WalkReport)
     weights: Weights = field(default_factory=dict)
     scores: Scores | None = None
+
+    def summary(self) -> str:
+        """A line for each part."""
+        lines = [self.plan.summary()]
+        if self.plan.needs_retype:
+            kind = self.plan.after.text_type
+            lines.append(f"language model written as {kind!r}, which computes the same")
+        if self.report.layers:
+            lines.append(self.report.summary())
+        return "\n".join(lines)
 
     def apply_(self, model: PreTrainedModel) -> None:
         """Cut the original down to the plan, in place, and give it the new weights.

@@ -30,7 +30,7 @@ ROWS = 2048
 """Tokens whose moments are added at once."""
 
 
-class _Reached(Exception):
+class _ReachedError(Exception):
     """What was to be seen of a layer has been seen."""
 
 
@@ -145,7 +145,7 @@ class Streams:
         def catch(module: nn.Module, args: tuple[Tensor]) -> None:
             seen.append(args[0].flatten(0, -2))
             if end is None:
-                raise _Reached
+                raise _ReachedError
 
         hook = writer.linear.register_forward_pre_hook(catch)
         try:
@@ -154,7 +154,7 @@ class Streams:
                     continue
                 try:
                     output = self.output(stream, index, place).flatten(0, -2)
-                except _Reached:
+                except _ReachedError:
                     yield [seen.pop(), self.weights[place]]
                 else:
                     assert end is not None

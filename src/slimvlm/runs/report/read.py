@@ -71,7 +71,7 @@ def _read_run(folder: Path) -> Record:
         entries=entries,
         prunings=[Pruning("", plan, scores)],
         trainings=_training(folder / "history.json", learns),
-        tables=[*_score_table(results), *_repair_table(folder), *_beside_the_study(entries)],
+        tables=[*_score_table(results), *_walk_tables(folder), *_beside_the_study(entries)],
         comparison=comparison,
     )
 
@@ -124,20 +124,37 @@ def _score_table(results: Mapping[str, Result]) -> list[Table]:
     return [Table("Scores in percent", *result_rows(results), LEGEND)] if results else []
 
 
-def _repair_table(folder: Path) -> list[Table]:
-    path = folder / "repair.json"
-    if not path.is_file():
-        return []
-    report = _read_json(path)
-    rows = [
-        [name, f"{sliced:.2%}", f"{repaired:.2%}"]
-        for name, (sliced, repaired) in report["errors"].items()
+def _walk_tables(folder: Path) -> list[Table]:
+    """What the walk did to each matrix and layer."""
+    path = folder / "walk.json"
+    report = _read_json(path) if path.is_file() else {"layers": []}
+    refits = [
+        [f"{layer['index']}.{name}", f"{row['sliced']:.2%}", f"{row['repaired']:.2%}"]
+        for layer in report["layers"]
+        for name, row in layer["refits"].items()
     ]
-    header = ["matrix", "error when sliced", "error when repaired"]
-    kept = ", ".join(f"{kind} {share:g}" for kind, share in report["kept"].items()) or "nothing"
-    note = "; ".join([f"{report['form']}; kept: {kept}", *report["notes"]])
-    caption = "Closed-form repair, squared output error"
-    return [Table(caption, header, rows, note, folded=True)] if rows else []
+    distilled = [
+        [str(layer["index"]), *(f"{error:.2%}" for error in layer["distilled"])]
+        for layer in report["layers"]
+        if layer["distilled"] is not None
+    ]
+    note = "; ".join(report.get("notes", ()))
+    tables = [
+        Table(
+            "Closed-form repair, squared output error",
+            ["matrix", "error when sliced", "error when repaired"],
+            refits,
+            note,
+            folded=True,
+        ),
+        Table(
+            "Local distillation, error of the layer's output on held-out tokens",
+            ["layer", "before", "after"],
+            distilled,
+            folded=True,
+        ),
+    ]
+    return [table for table in tables if table.rows]
 
 
 def _beside_the_study(entries: Sequence[Entry]) -> list[Table]:

@@ -1,6 +1,6 @@
 """The graph of a study: cells → stages, each piece of work named by what determines its outcome.
 
-    calibrate -> plan -> prune -> recover -> evaluate
+    calibrate -> prune -> recover -> evaluate
 
 A stage's name is a hash of its request and of its inputs' names, so two cells that ask for the same
 piece of work get the same one.
@@ -20,14 +20,14 @@ from slimvlm.data.read import identity_of_data
 from slimvlm.evaluation.ask import digest_of_questions
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models.load import resolve
-from slimvlm.runs.request import Request, criterion_options, resolved
+from slimvlm.runs.request import Request, criterion_options, resolved, scored_by
 from slimvlm.runs.study.cells import Cell
 from slimvlm.runs.study.config import StudyConfig
 from slimvlm.scoring.criteria import CRITERIA
 
-StageKind = Literal["calibrate", "plan", "prune", "recover", "evaluate"]
-STAGE_KINDS: tuple[StageKind, ...] = ("calibrate", "plan", "prune", "recover", "evaluate")
-FORMAT = 2
+StageKind = Literal["calibrate", "prune", "recover", "evaluate"]
+STAGE_KINDS: tuple[StageKind, ...] = ("calibrate", "prune", "recover", "evaluate")
+FORMAT = 3
 """Raised when a stage's outcome changes for the same request."""
 
 
@@ -80,9 +80,8 @@ class CellStages:
     Attributes:
         cell: The cell.
         original: Evaluation of the original.
-        calibrations: One for each criterion; none where scoring is part of planning.
-        plan: The plan.
-        prune: The smaller model.
+        calibrations: One for each criterion that scores before the walk.
+        prune: The plan and the smaller model.
         recover: The trained one, if anything is trained.
         evaluate: Its evaluation.
     """
@@ -90,7 +89,6 @@ class CellStages:
     cell: Cell
     original: Stage
     calibrations: tuple[Stage, ...]
-    plan: Stage
     prune: Stage
     recover: Stage | None
     evaluate: Stage
@@ -99,7 +97,7 @@ class CellStages:
         """Every stage, inputs first."""
         yield self.original
         yield from self.calibrations
-        yield from (self.plan, self.prune)
+        yield self.prune
         if self.recover is not None:
             yield self.recover
         yield self.evaluate
@@ -121,17 +119,15 @@ def stages_of(study: StudyConfig, cell: Cell) -> CellStages:
     )
     base = replace(whole, recover=None, training_samples=None)
     config = base.prune
-    calibrations = tuple(_calibration(base, criterion) for criterion in config.criterion)
-    planned = replace(base, prune=replace(config, repair="none"))
-    plan = Stage("plan", planned, calibrations, shape)
-    prune = Stage("prune", base, (plan,), shape)
+    calibrations = tuple(_calibration(base, criterion) for criterion in scored_by(config))
+    prune = Stage("prune", base, calibrations, shape)
     recover = None
     if whole.recover is not None:
         request = replace(whole, prune=_reading(config), hold_out=False)
         recover = Stage("recover", request, (prune,), cell.label)
     original = _evaluation(study, cell, None, f"{name} original")
     evaluate = _evaluation(study, cell, recover or prune, cell.label)
-    return CellStages(cell, original, calibrations, plan, prune, recover, evaluate)
+    return CellStages(cell, original, calibrations, prune, recover, evaluate)
 
 
 def _calibration(base: Request, criterion: str) -> Stage:

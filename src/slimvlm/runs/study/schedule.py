@@ -19,8 +19,8 @@ from slimvlm.runs.study.graph import CellStages, Stage
 from slimvlm.runs.study.work import samples_of
 from slimvlm.scoring.criteria import CRITERIA
 
-_BALANCE_PASSES = 8 / 4
-"""Passes over all calibration samples: a quarter of them judges some eight candidates."""
+_WALK_PASSES = 5
+"""What a walk over the calibration samples takes, in forward passes; see docs/results.md."""
 
 
 @dataclass(frozen=True)
@@ -140,10 +140,8 @@ def _flops_of(stage: Stage, kept: float, sizes: Sizes) -> float:
         case "calibrate":
             row = CRITERIA[prune.criterion[0]]
             return disk + shown * row.capture.passes
-        case "plan":
-            return disk + shown * _BALANCE_PASSES * (prune.allocation == "balanced")
         case "prune":
-            return 3 * disk + shown * 3 * (prune.repair != "none")
+            return 3 * disk + shown * _WALK_PASSES * (prune.data is not None)
         case "recover":
             assert recover is not None
             learnt = max(round(sizes.samples * recover.fraction), 1)

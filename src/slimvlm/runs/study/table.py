@@ -77,8 +77,8 @@ def _row(
     stages = list(cell.all())
     asked = cell.cell.values()
     row = {**asked, "achieved_ratio": None, "steps": 0, **_state(stages, cache)}
-    if cache.is_done(cell.plan):
-        row["achieved_ratio"] = float(_json(cache.path(cell.plan, PLAN))["ratio"])
+    if cache.is_done(cell.prune):
+        row["achieved_ratio"] = float(_json(cache.path(cell.prune, PLAN))["ratio"])
     if cell.cell.recover and cell.recover and cache.is_done(cell.recover):
         samples = _json(cache.path(cell.recover, HISTORY))["num_samples"]
         row["steps"] = optimizer_steps(cell.cell.recover, samples)
@@ -97,8 +97,12 @@ def _files(cell: CellStages, cache: Cache) -> dict[str, str | None]:
     """Where a cell's result, plan, scores and history are, from the study's folder on."""
     return {
         "result": _place(cache, cell.evaluate, RESULT),
-        "plan": _place(cache, cell.plan, PLAN),
-        "scores": " ".join(_place(cache, stage, SCORES) for stage in cell.calibrations),
+        "plan": _place(cache, cell.prune, PLAN),
+        "scores": " ".join(
+            _place(cache, stage, SCORES)
+            for stage in (*cell.calibrations, cell.prune)
+            if cache.path(stage, f"{SCORES}.json").exists()
+        ),
         "history": None if cell.recover is None else _place(cache, cell.recover, HISTORY),
     }
 

@@ -29,7 +29,7 @@ PLAN = "plan.json"
 SCORES = "scores"
 RESULT = "result.json"
 HISTORY = "history.json"
-REPAIR = "repair.json"
+WALK = "walk.json"
 
 
 def work(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) -> None:
@@ -84,20 +84,14 @@ def _calibrate(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path
     scores.save(folder / SCORES)
 
 
-def _plan(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) -> None:
-    model, calibration = _original(stage.request)
-    given = [Scores.load(path / SCORES) for path in inputs]
-    plan = stages.plan(stage.request, model, calibration, given)
-    plan.save(folder / PLAN)
-
-
 def _prune(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) -> None:
     model, calibration = _original(stage.request)
-    plan = Plan.load(inputs[0] / PLAN)
-    report = stages.prune_(stage.request, model, plan, calibration)
-    if report is not None:
-        (folder / REPAIR).write_text(json.dumps(asdict(report), indent=1) + "\n")
-    _save(model, calibration.processor, plan, folder)
+    given = [Scores.load(path / SCORES) for path in inputs]
+    walked = stages.prune_(stage.request, model, calibration, given, scratch=scratch / "walk")
+    if walked.scores is not None:
+        walked.scores.save(folder / SCORES)
+    (folder / WALK).write_text(json.dumps(asdict(walked.report), indent=1) + "\n")
+    _save(model, calibration.processor, walked.plan, folder)
 
 
 def _recover(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) -> None:
@@ -125,7 +119,6 @@ def _evaluate(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path)
 
 _WORK: dict[str, Work] = {
     "calibrate": _calibrate,
-    "plan": _plan,
     "prune": _prune,
     "recover": _recover,
     "evaluate": _evaluate,
