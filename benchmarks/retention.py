@@ -35,8 +35,11 @@ from slimvlm.core.errors import ImpossiblePlanError
 from slimvlm.core.files import write_text
 from slimvlm.evaluation.results import Result
 from slimvlm.models.load import computes_bfloat16, default_device
+from slimvlm.pruning.layerwise.runner import Live
+from slimvlm.pruning.layerwise.stores import Memory
+from slimvlm.pruning.walk.result import Walked
 from slimvlm.runs import stages
-from slimvlm.runs.request import Request, resolved
+from slimvlm.runs.request import Request, resolved, scored_by
 from slimvlm.runs.stages import Calibration
 from slimvlm.runs.tables import as_markdown
 from slimvlm.scoring.unit_scores import Scores
@@ -58,6 +61,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 their defaults."""
 MAIN = list(RECIPES)
 _CHANGES: dict[str, dict[str, Any]] = {
+    "one-shot": {},
+    "local steps": {"local_steps": 100},
     "no repair": {"repair": "none"},
     "no repair, activation": {"repair": "none", "criterion": ("activation",)},
     "no repair, taylor": {"repair": "none", "criterion": ("taylor",)},
@@ -70,6 +75,8 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "image 0": {"token_weights": "image=0"},
     "answer 3": {"token_weights": "image=0.3,prompt=0.3,answer=1"},
 }
+ONE_SHOT = ("width, one-shot",)
+"""Units chosen on what the original gives, for the widths that the walk settles on."""
 RECIPES |= {f"width, {name}": {**RECIPES["width"], **new} for name, new in _CHANGES.items()}
 TASKS = "name,object_letter,presence,locate,relation,read_digits,list_objects,text_odd,text_ppl"
 POOL = 4000
@@ -146,15 +153,14 @@ class Sitting:
         request = resolved(Request(model=options.model, prune=config))
         calibration = kind(subject.processor, self._shown, request.hold_out)
         model = copy.deepcopy(subject.model)
-        scores = self._scored(request, calibration)
         try:
-            plan = stages.plan(request, model, calibration, scores, print)
+            walked = self._walked(recipe, request, model, calibration)
         except ImpossiblePlanError as error:
             print(f"{name}: {error}")
             return None
-        report = stages.prune_(request, model, plan, calibration)
+        walked.apply_(model)
         result = sv.evaluate(model, subject.processor, subject.tasks, options.limit, name=name)
-        print(f"{name}: {plan.summary()}{'' if report is None else '; ' + report.summary()}")
+        print(f"{name}: {walked.summary()}")
         print(
             f"    {json.dumps({k: round(t.score, 1) for k, t in result.tasks.items()})}", flush=True
         )
@@ -162,9 +168,25 @@ class Sitting:
         result.save(path)
         return result
 
+    def _walked(self, recipe: str, request: Request, model: Any, calibration: Any) -> Walked:
+        scores = self._scored(request, calibration)
+        given = (request, Live(model), Memory(), model.device, calibration)
+        walked = stages.walk(*given, scores)
+        if recipe not in ONE_SHOT:
+            return walked
+        config = request.prune
+        key = ("one-shot", request.hold_out)
+        if key not in self._scores:
+            self._scores[key] = [sv.score(self._subject.model, calibration.fitted, "obs")]
+        kv_heads = len(walked.plan.kv_groups[walked.plan.layers[0]])
+        plan = sv.make_plan(
+            sv.anatomy(model), self._scores[key], config.ratio or 0.0, "width", kv_heads=kv_heads
+        )
+        return stages.walk(*given, plan=plan)
+
     def _scored(self, request: Request, calibration: Calibration) -> list[Scores]:
         config = request.prune
-        key = (config.criterion, config.gradient, config.token_weights, request.hold_out)
+        key = (scored_by(config), config.gradient, config.token_weights, request.hold_out)
         if key not in self._scores:
             found = stages.calibrate(request, self._subject.model, calibration)
             self._scores[key] = list(found.values())

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from slimvlm.planning.balance import PlanDivergence
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,7 +23,6 @@ from slimvlm.models import losses
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.load import load
 from slimvlm.models.losses import CHUNK
-from slimvlm.planning.balance import PlanDivergence
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.mask import masked
 from slimvlm.pruning import save

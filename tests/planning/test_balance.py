@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from slimvlm.planning.balance import Balance, PlanDivergence, balanced_plan
 from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedModel
 
 from slimvlm.core.errors import ConfigError, DataError
 from slimvlm.models import losses
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.planning.balance import Balance, PlanDivergence, balanced_plan
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_

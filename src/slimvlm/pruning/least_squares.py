@@ -205,8 +205,8 @@ def confirmed(
     square = (pull * change).sum() + 2 * (change @ total * shift).sum()
     square += count * shift.square().sum()
     everything = torch.arange(weight.shape[1], device=keep.device)
-    target = moments.square(whole, everything, centred=False)
-    sliced = moments.square(gone, everything, centred=False)
+    target = moments.square(whole.double(), everything, centred=False)
+    sliced = moments.square(gone.double(), everything, centred=False)
     share = float((toward / square).clamp(0, 1)) if float(square) > 0 else 0.0
     error = sliced - 2 * share * float(toward) + share**2 * float(square)
     return share, _share(sliced, target), _share(error, target)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,6 @@ from slimvlm.core.options import (
     WidthOptions,
 )
 from slimvlm.core.progress import Say
-from slimvlm.data.samples import Sample
-from slimvlm.models.anatomy import Anatomy, read_anatomy
 from slimvlm.models.cost import params_for_memory, parse_bytes, parse_count
 from slimvlm.models.load import anatomy, check_models, load, load_processor
 from slimvlm.planning.make import make_plan, make_plan_for_params
@@ -36,7 +34,6 @@ from slimvlm.runs.request import (
 from slimvlm.runs.stages import Calibration, calibrate, load_original, read_split
 from slimvlm.scoring.criteria import CRITERIA, CRITERIA_WITHOUT_DATA
 from slimvlm.scoring.score_model import (
-    calibration_batches,
     check_token_weights,
     collect,
     scores_from,

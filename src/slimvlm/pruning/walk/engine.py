@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from slimvlm.core.progress import progress
 from slimvlm.models.parts import decoder_layers
@@ -155,13 +156,13 @@ class Walk:
 
 def _scores(plan: Plan, outcomes: Sequence[LayerOutcome]) -> Scores | None:
     """What units were chosen by; layers without a choice have zeros."""
-    found: dict[str, list[Tensor] | None] = {}
+    found: dict[str, Any] = {}
     for unit in WIDTH_UNITS:
         if not any(unit in outcome.scores for outcome in outcomes):
             continue
-        values = {each.report.index: each.scores.get(unit) for each in outcomes}
+        values = {each.report.index: each.scores[unit] for each in outcomes if unit in each.scores}
         found[unit] = [
-            torch.zeros(shape.units(unit)) if values.get(index) is None else values[index]
+            values.get(index, torch.zeros(shape.units(unit)))
             for index, shape in enumerate(plan.before.layers)
         ]
     return Scores("obs", **found) if found else None

@@ -122,7 +122,7 @@ class Walked:
         if self.plan.needs_retype:
             kind = self.plan.after.text_type
             lines.append(f"language model written as {kind!r}, which computes the same")
-        if self.report.layers:
+        if self.report.layers or self.report.notes:
             lines.append(self.report.summary())
         return "\n".join(lines)
 

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from slimvlm.core.errors import DataError, NumericalError
 from slimvlm.data.roles import token_weights as weights_by_role
 from slimvlm.models.hidden import head_of
-from slimvlm.models.losses import label_counts
+from slimvlm.models.losses import label_counts, token_cross_entropy
 from slimvlm.models.parts import decoder_layers, final_norm
 from slimvlm.pruning.layerwise.runner import LayerwiseModel
 from slimvlm.pruning.least_squares import Moments
 from slimvlm.pruning.writers import Writer
-from slimvlm.scoring.batches import TokenWeights, labels_of, predicted_cross_entropy
+from slimvlm.scoring.batches import TokenWeights, labels_of
 from slimvlm.scoring.statistics import require_finite
 
 PREFIX, ORIGINAL, SLICED = "prefix", "original", "sliced"
@@ -194,9 +194,7 @@ class Streams:
             for batch in self.runner.batches():
                 if batch["place"] in self.held_out:
                     hidden, labels = self.state(stream, end, batch["place"]), labels_of(batch)
-                    losses = predicted_cross_entropy(
-                        final_norm(model)(hidden), head_of(model), labels
-                    )
+                    losses = token_cross_entropy(final_norm(model)(hidden), head_of(model), labels)
                     total += float(losses.sum(dtype=torch.float64))
                     count += int(label_counts(labels).sum())
         if not count:

@@ -66,7 +66,7 @@ def _costs(streams: Streams, plans: Sequence[Plan], index: int) -> list[float]:
     for writer in writers_of_layer(layer, index, plans[0].before.backbone):
         moments, weight = streams.moments(TRIAL, writer, streams.fitted), writer.linear.weight
         channels = torch.arange(weight.shape[1], device=weight.device)
-        written += moments.square(weight.to(moments.gram.dtype), channels, centred=False)
+        written += moments.square(weight.double(), channels, centred=False)
         counts = [_removed(plan, index, writer.unit) for plan in plans]
         units = plans[0].before.layers[index].units(writer.unit)
         costs = removal_order(weight, moments.gram, units, stop=max(counts)).costs
