@@ -51,6 +51,7 @@ _HOME = {
     "mask_": "planning.mask",
     "prune_": "pruning.cut",
     "walk_": "pruning.walk.walk",
+    "walk_checkpoint": "pruning.walk.checkpoint",
     "prune_checkpoint": "pruning.layerwise.write",
     "push": "export.hub",
     "quantize": "export.quantize",

@@ -10,6 +10,7 @@ from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import new_folder, require_free
 from slimvlm.core.options import LoadConfig, MemoryOptions, PruneConfig
 from slimvlm.core.progress import Say
+from slimvlm.data.read import identity_of_data
 from slimvlm.data.samples import Sample
 from slimvlm.models.load import (
     anatomy,
@@ -109,7 +110,9 @@ def _on_disk(
     opened = open_checkpoint(request.model, config.dtype, config.trust_remote_code)
     processor = load_processor(str(opened.folder), opened.model.config, config.trust_remote_code)
     calibration = Calibration(processor, samples, request.hold_out)
-    Scratch(scratch).keep_if_same("request.json", {"asked": asdict(request), **opened.identity})
+    data = [] if config.data is None else [identity_of_data(config.data)]
+    noted = {"asked": asdict(request), "data": data, **opened.identity}
+    Scratch(scratch).keep_if_same("request.json", noted)
     scores = [] if given else _scores_on_disk(request, opened, calibration, scratch, say)
     store = Scratch(scratch / "walk")
     walked = stages.walk(request, opened, store, default_device(), calibration, scores, given)

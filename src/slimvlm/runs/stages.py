@@ -242,7 +242,8 @@ def prune_(
         plan: What stays, if that is decided already.
         scratch: Folder that keeps what is done, for a restart; by default nothing is kept.
     """
-    store: Store = Memory() if scratch is None else Scratch(scratch)
+    hands_on = read_anatomy(model).backbone.shared_tail is not None
+    store: Store = Memory() if scratch is None or hands_on else Scratch(scratch)
     with evaluating(model):
         walked = walk(request, Live(model), store, model.device, calibration, scores, plan)
     walked.apply_(model)

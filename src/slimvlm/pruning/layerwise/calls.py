@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -36,6 +36,19 @@ class LayerCalls:
     hidden: Tensor
     arguments: dict[int, Arguments]
     added: dict[int, Tensor]
+
+    def with_own_dictionaries(self) -> LayerCalls:
+        """The same calls, with copies of what layers hand on to each other in dictionaries."""
+        own: dict[int, dict[Any, Any]] = {}
+
+        def copied(value: Any) -> Any:
+            return own.setdefault(id(value), dict(value)) if type(value) is dict else value
+
+        arguments = {
+            index: (args, {name: copied(value) for name, value in kwargs.items()})
+            for index, (args, kwargs) in self.arguments.items()
+        }
+        return replace(self, arguments=arguments)
 
     def run(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
         """What leaves one layer."""

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slimvlm.core.errors import DataError
+from slimvlm.core.errors import DataError, UnsupportedModelError
 from slimvlm.core.requests import digest
 from slimvlm.data.roles import valid_tokens
 from slimvlm.models.hidden import head_of
 from slimvlm.models.load import digest_of_tensors
-from slimvlm.models.parts import decoder_layers, family_of, final_norm
+from slimvlm.models.parts import backbone_of, decoder_layers, family_of, final_norm
 from slimvlm.pruning.layerwise.calls import LayerCalls, noted_calls
 from slimvlm.pruning.layerwise.stores import Store, unpacked
 from slimvlm.scoring.batches import Batch, batches_with_targets, forward_backbone
@@ -160,7 +160,15 @@ class LayerwiseModel:
 
         Raises:
             DataError: If there is no batch.
+            UnsupportedModelError: If layers read keys and values of earlier ones, and the store
+                cannot hand these on.
         """
+        config = self.model.config
+        if backbone_of(config).shared_tail is not None and not self.store.keeps_objects:
+            raise UnsupportedModelError(
+                f"model_type {config.model_type!r} cannot be run with low memory: its last layers "
+                "read keys and values of earlier ones"
+            )
         digests: list[str] = []
         with self.source.before_layers(self.device):
             for place, batch in enumerate(batches):

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from slimvlm.core.errors import ConfigError, NumericalError, UnsupportedModelError
+from slimvlm.core.errors import ConfigError, NumericalError
 from slimvlm.core.files import new_folder
 from slimvlm.core.progress import Say, progress
 from slimvlm.models.load import default_device
-from slimvlm.models.parts import backbone_of, decoder_layers, text_config_of
+from slimvlm.models.parts import decoder_layers, text_config_of
 from slimvlm.pruning.layerwise.checkpoint import LazyCheckpoint, open_checkpoint
 from slimvlm.pruning.layerwise.runner import LayerView, LayerwiseModel
 from slimvlm.pruning.layerwise.stores import Scratch, scratch_folder
@@ -110,11 +110,6 @@ def score_requests(
     say: Say = lambda line: None,
 ) -> list[Scores]:
     """Scores by several criteria, whose passes share what they can. As `score_checkpoint`."""
-    if backbone_of(checkpoint.model.config).shared_tail is not None:
-        raise UnsupportedModelError(
-            f"model_type {checkpoint.model.config.model_type!r} cannot be scored with low memory: "
-            "its last layers read keys and values of earlier ones"
-        )
     with scratch_folder(scratch) as folder:
         store = Scratch(folder)
         layerwise = LayerwiseModel(checkpoint, store, default_device())

@@ -34,6 +34,9 @@ class Store(Protocol):
     kept for a restart.
     """
 
+    keeps_objects: bool
+    """Whether what a layer changes among its arguments is there for later layers."""
+
     def has(self, name: str) -> bool:
         """Whether a set is there with all its entries."""
 
@@ -69,6 +72,8 @@ class Store(Protocol):
 
 class Memory:
     """A store that ends with its process."""
+
+    keeps_objects = True
 
     def __init__(self) -> None:
         self._sets: dict[str, dict[int, tuple[dict[str, Tensor], Any]]] = {}
@@ -124,6 +129,8 @@ class Memory:
 
 class Scratch:
     """A store that lies in a folder of folders of files, one file for each entry."""
+
+    keeps_objects = False
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

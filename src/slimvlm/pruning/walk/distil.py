@@ -54,14 +54,17 @@ class Lesson:
 
 
 def relative_error(
-    output: Float[Tensor, "B T D"], target: Float[Tensor, "B T D"], weights: Float[Tensor, " BT"]
+    output: Float[Tensor, "*S B T D"],
+    target: Float[Tensor, "*S B T D"],
+    weights: Float[Tensor, " BT"],
 ) -> Float[Tensor, ""]:
     """``Σ_t w_t ‖y_t - y'_t‖² / ‖y_t‖²`` over ``Σ_t w_t``.
 
     Relative to each token's size, so that the few tokens whose activations are a thousand times
-    larger than the others' do not rule.
+    larger than the others' do not rule. Several residual streams count alike.
     """
     wanted, given = target.flatten(0, -2).float(), output.flatten(0, -2).float()
+    weights = weights.repeat(len(wanted) // len(weights))
     shares = (wanted - given).square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-12)
     return (weights * shares).sum() / weights.sum()
 

@@ -17,6 +17,7 @@ from slimvlm.data.roles import token_weights as weights_by_role
 from slimvlm.models.hidden import head_of
 from slimvlm.models.losses import label_counts, token_cross_entropy
 from slimvlm.models.parts import decoder_layers, final_norm
+from slimvlm.pruning.layerwise.calls import LayerCalls
 from slimvlm.pruning.layerwise.runner import LayerwiseModel
 from slimvlm.pruning.least_squares import Moments
 from slimvlm.pruning.writers import Writer
@@ -55,6 +56,22 @@ class Streams:
         """All places."""
         return range(len(self.fitted) + len(self.held_out))
 
+    def calls(self, stream: str, place: int) -> LayerCalls:
+        """How a batch goes through the layers; what they hand on to each other stays in a stream.
+
+        Layers of Gemma 3n and Gemma 4 put keys and values into a dictionary for later ones.
+        """
+        if not self.runner.store.keeps_objects:
+            return self.runner.calls(place)
+        known = self._own_calls
+        if (stream, place) not in known:
+            known[stream, place] = self.runner.calls(place).with_own_dictionaries()
+        return known[stream, place]
+
+    @cached_property
+    def _own_calls(self) -> dict[tuple[str, int], LayerCalls]:
+        return {}
+
     @cached_property
     def weights(self) -> list[Tensor]:
         """What each token of each batch weighs, ``[B * T]``."""
@@ -81,7 +98,7 @@ class Streams:
     def output(self, stream: str, index: int, place: int) -> Tensor:
         """What the next layer reads after a layer that reads a stream."""
         layer, hidden = decoder_layers(self.runner.model)[index], self.state(stream, index, place)
-        return self.runner.calls(place).through(layer, index, hidden)
+        return self.calls(stream, place).through(layer, index, hidden)
 
     def pass_on(self, stream: str, index: int, end: int, places: Sequence[int]) -> None:
         """Run batches through a layer; what comes out is what layer ``end`` reads.
