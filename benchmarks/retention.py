@@ -170,8 +170,8 @@ class Sitting:
 
     def _walked(self, recipe: str, request: Request, model: Any, calibration: Any) -> Walked:
         scores = self._scored(request, calibration)
-        given = (request, Live(model), Memory(), model.device, calibration)
-        walked = stages.walk(*given, scores)
+        source = Live(model)
+        walked = stages.walk(request, source, Memory(), model.device, calibration, scores)
         if recipe not in ONE_SHOT:
             return walked
         config = request.prune
@@ -182,7 +182,7 @@ class Sitting:
         plan = sv.make_plan(
             sv.anatomy(model), self._scores[key], config.ratio or 0.0, "width", kv_heads=kv_heads
         )
-        return stages.walk(*given, plan=plan)
+        return stages.walk(request, source, Memory(), model.device, calibration, plan=plan)
 
     def _scored(self, request: Request, calibration: Calibration) -> list[Scores]:
         config = request.prune
