@@ -58,9 +58,7 @@ def score_obs(statistics: Grams, anatomy: Anatomy) -> Scores:
         for index, shape, matrix, part in with_shapes(statistics.parts, anatomy):
             _, _, units, _ = next(segments(matrix, shape))
             gone = removal_order(part.weight, part.gram / float(statistics.weight), units)
-            values = torch.empty(units)
-            values[gone.order.cpu()] = strictly_increasing(gone.costs).cpu()
-            yield index, unit_of(matrix), values
+            yield index, unit_of(matrix), gone.scores()
 
     return Scores.of_units("obs", anatomy.num_layers, found())
 
@@ -80,6 +78,14 @@ class Elimination:
     costs: Float64[Tensor, " _"]
     left: Int64[Tensor, " _"]
     prices: Float64[Tensor, " _"]
+
+    def scores(self) -> Float[Tensor, " unit"]:
+        """Costs in order of removal, then prices: the first to go has the lowest score."""
+        ranked = self.prices.argsort(stable=True)
+        order = torch.cat([self.order, self.left[ranked]])
+        values = torch.empty(len(order), device=order.device)
+        values[order] = strictly_increasing(torch.cat([self.costs, self.prices[ranked]]))
+        return values.cpu()
 
 
 def removal_order(
