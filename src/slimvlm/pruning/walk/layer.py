@@ -15,6 +15,7 @@ from slimvlm.planning.plan import Kept, Plan
 from slimvlm.pruning.cut import cut_layer_
 from slimvlm.pruning.least_squares import Moments, confirmed, refit
 from slimvlm.pruning.walk.distil import NO_LOCAL_STEPS, Lesson, LocalSteps, distil_
+from slimvlm.pruning.walk.kept_inputs import KeptInputs
 from slimvlm.pruning.walk.result import LayerReport, MatrixReport
 from slimvlm.pruning.walk.streams import ORIGINAL, PREFIX, SLICED, Streams
 from slimvlm.pruning.writers import MLP, REPAIRS, RIDGE, SEAM, Writer, writers_of_layer
@@ -105,6 +106,7 @@ class LayerWalk:
         self._scores: dict[str, Tensor] = {}
         self._refits: dict[str, MatrixReport] = {}
         self._notes: list[str] = []
+        self._inputs: list[KeptInputs] = []
         self._sliced: list[tuple[nn.Linear, dict[str, nn.Parameter | None]]] = []
 
     def go(self) -> LayerOutcome:
@@ -121,7 +123,9 @@ class LayerWalk:
         distilled = None
         if self._steps.local.count and not self._is_idle:
             distilled = self._distilled()
-        self._streams.pass_on(PREFIX, self._index, self._end, self._streams.places)
+            self._inputs.clear()
+        places = self._streams.places
+        self._streams.pass_on(PREFIX, self._index, self._end, places, self._inputs)
         return LayerOutcome(
             LayerReport(self._index, self._refits, distilled),
             self._kept,
@@ -165,6 +169,8 @@ class LayerWalk:
         weight, bias = linear.weight, linear.bias
         moments = None
         if kind is not None or self._must_choose(unit):
+            inputs = self._streams.keep_inputs(PREFIX, writer, self._inputs)
+            self._inputs += [] if inputs is None else [inputs]
             moments = self._moments(writer, kind, self._streams.fitted)
         if self._must_choose(unit):
             assert moments is not None
@@ -174,6 +180,9 @@ class LayerWalk:
         if kind is not None and self._streams.held_out:
             held_out = self._moments(writer, kind, self._streams.held_out)
         cut_layer_(self._model, self.plan, self._index, [unit])
+        for inputs in self._inputs:
+            if inputs.linear is linear:
+                inputs.cut_(keep)
         self._sliced.append((linear, dict(linear._parameters)))
         if kind is None or moments is None:
             return
@@ -199,7 +208,7 @@ class LayerWalk:
     def _moments(self, writer: Writer, kind: str | None, places: range) -> Moments:
         """Sums of a matrix's full input and, at a seam, of what the layer's output lacks."""
         end = self._end if kind == SEAM else None
-        return self._streams.moments(PREFIX, writer, places, end)
+        return self._streams.moments(PREFIX, writer, places, end, self._inputs)
 
     def _is_seam(self, writers: Sequence[Writer]) -> bool:
         """Whether layers are gone behind this one and its last matrix can do a part of their work.

@@ -6,8 +6,9 @@ B batch, T token, C input channel of a matrix.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,11 @@ from slimvlm.core.errors import DataError, NumericalError
 from slimvlm.data.roles import token_weights as weights_by_role
 from slimvlm.models.hidden import head_of
 from slimvlm.models.losses import label_counts, token_cross_entropy
-from slimvlm.models.parts import decoder_layers, final_norm
+from slimvlm.models.parts import backbone_of, decoder_layers, final_norm
 from slimvlm.pruning.layerwise.calls import LayerCalls
 from slimvlm.pruning.layerwise.runner import LayerwiseModel
 from slimvlm.pruning.least_squares import Moments
+from slimvlm.pruning.walk.kept_inputs import MOST_BYTES, KeptInputs, things_beside
 from slimvlm.pruning.writers import Writer
 from slimvlm.scoring.batches import TokenWeights, labels_of
 from slimvlm.scoring.statistics import require_finite
@@ -95,12 +97,31 @@ class Streams:
             return self.runner.store.read(name, place, self.runner.device)["hidden"]
         return self.runner.calls(place).hidden
 
-    def output(self, stream: str, index: int, place: int) -> Tensor:
-        """What the next layer reads after a layer that reads a stream."""
-        layer, hidden = decoder_layers(self.runner.model)[index], self.state(stream, index, place)
-        return self.calls(stream, place).through(layer, index, hidden)
+    def output(
+        self, stream: str, index: int, place: int, kept: Sequence[KeptInputs] = ()
+    ) -> Tensor:
+        """What the next layer reads after a layer that reads a stream.
 
-    def pass_on(self, stream: str, index: int, end: int, places: Sequence[int]) -> None:
+        Args:
+            stream: What the layer reads.
+            index: The layer.
+            place: The batch.
+            kept: Blocks of the layer whose last inputs are known.
+        """
+        layer, hidden = decoder_layers(self.runner.model)[index], self.state(stream, index, place)
+        with ExitStack() as stack:
+            for inputs in kept:
+                stack.enter_context(inputs.replayed(place))
+            return self.calls(stream, place).through(layer, index, hidden)
+
+    def pass_on(
+        self,
+        stream: str,
+        index: int,
+        end: int,
+        places: Sequence[int],
+        kept: Sequence[KeptInputs] = (),
+    ) -> None:
         """Run batches through a layer; what comes out is what layer ``end`` reads.
 
         Raises:
@@ -108,7 +129,7 @@ class Streams:
         """
         store, name = self.runner.store, f"{stream}-{end}"
         for place in places:
-            output = self.output(stream, index, place)
+            output = self.output(stream, index, place, kept)
             require_finite(output, f"the output of layer {index}")
             store.write(name, place, {"hidden": output})
         if places and not store.has(name):
@@ -127,8 +148,47 @@ class Streams:
             for stream in (PREFIX, ORIGINAL, SLICED):
                 self.runner.store.drop(f"{stream}-{i}")
 
+    def inputs(
+        self, stream: str, writer: Writer, places: Sequence[int], kept: Sequence[KeptInputs] = ()
+    ) -> Iterator[tuple[int, Tensor]]:
+        """What a matrix reads of each batch, ``[B, T, C]``; nothing after it is run."""
+        seen: list[Tensor] = []
+
+        def catch(module: nn.Module, args: tuple[Tensor]) -> None:
+            seen.append(args[0])
+            raise _ReachedError
+
+        with writer.linear.register_forward_pre_hook(catch):
+            for place in self._running(writer.index, places):
+                with suppress(_ReachedError):
+                    self.output(stream, writer.index, place, kept)
+                yield place, seen.pop()
+
+    def keep_inputs(
+        self, stream: str, writer: Writer, kept: Sequence[KeptInputs] = ()
+    ) -> KeptInputs | None:
+        """What a matrix reads of all batches; None if it is much, or its block ends otherwise."""
+        layer = decoder_layers(self.runner.model)[writer.index]
+        block = layer.get_submodule(writer.projection.path.rpartition(".")[0])
+        rows = sum(len(weights) for weights in self.weights)
+        size = rows * writer.linear.in_features * writer.linear.weight.element_size()
+        first = next(self._running(writer.index, self.places), None)
+        if first is None or size > MOST_BYTES or backbone_of(self.runner.model.config).shared_tail:
+            return None
+        run = partial(self.output, stream, writer.index, first, kept)
+        beside = things_beside(block, writer.linear, run)
+        if beside is None:
+            return None
+        values = dict(self.inputs(stream, writer, self.places, kept))
+        return KeptInputs(block, writer.linear, beside, values)
+
     def moments(
-        self, stream: str, writer: Writer, places: Sequence[int], end: int | None = None
+        self,
+        stream: str,
+        writer: Writer,
+        places: Sequence[int],
+        end: int | None = None,
+        kept: Sequence[KeptInputs] = (),
     ) -> Moments:
         """Sums of what a matrix reads and, if asked, of what the layer's output lacks.
 
@@ -137,6 +197,7 @@ class Streams:
             writer: The matrix; nothing after it is run unless the output is needed.
             places: Batches.
             end: The layer whose input in the original the output should be.
+            kept: Blocks of the layer whose last inputs are known; that of the matrix may be one.
 
         Raises:
             NumericalError: If they are not finite.
@@ -145,7 +206,7 @@ class Streams:
         dtype = torch.promote_types(linear.weight.dtype, torch.float32)
         outputs = None if end is None else linear.out_features
         moments = Moments.zero(linear.in_features, outputs, dtype, linear.weight.device)
-        for rows in _in_chunks(self._rows(stream, writer, places, end)):
+        for rows in _in_chunks(self._rows(stream, writer, places, end, kept)):
             moments.add(*rows)
         sums = [moments.gram] if moments.cross is None else [moments.gram, moments.cross]
         if not all(bool(torch.isfinite(values).all()) for values in sums):
@@ -153,33 +214,28 @@ class Streams:
         return moments
 
     def _rows(
-        self, stream: str, writer: Writer, places: Sequence[int], end: int | None
+        self,
+        stream: str,
+        writer: Writer,
+        places: Sequence[int],
+        end: int | None,
+        kept: Sequence[KeptInputs],
     ) -> Iterator[list[Tensor]]:
         """Inputs of a matrix, weights of their tokens, and what the output lacks, by batch."""
-        seen: list[Tensor] = []
-        index = writer.index
+        own = next((inputs for inputs in kept if inputs.linear is writer.linear), None)
+        known = None if own is None else ((p, own.values[p]) for p in places if p in own.values)
+        for place, x in known or self.inputs(stream, writer, places, kept):
+            rows = [x.flatten(0, -2), self.weights[place]]
+            if end is not None:
+                output = self.output(stream, writer.index, place, kept)
+                target = self.state(ORIGINAL, end, place)
+                dtype = torch.promote_types(target.dtype, torch.float32)
+                rows.append((target.to(dtype) - output.to(dtype)).flatten(0, -2))
+            yield rows
 
-        def catch(module: nn.Module, args: tuple[Tensor]) -> None:
-            seen.append(args[0].flatten(0, -2))
-            if end is None:
-                raise _ReachedError
-
-        hook = writer.linear.register_forward_pre_hook(catch)
-        try:
-            for place in places:
-                if index not in self.runner.calls(place).arguments:
-                    continue
-                try:
-                    output = self.output(stream, index, place).flatten(0, -2)
-                except _ReachedError:
-                    yield [seen.pop(), self.weights[place]]
-                else:
-                    assert end is not None
-                    target = self.state(ORIGINAL, end, place).flatten(0, -2)
-                    dtype = torch.promote_types(target.dtype, torch.float32)
-                    yield [seen.pop(), self.weights[place], target.to(dtype) - output.to(dtype)]
-        finally:
-            hook.remove()
+    def _running(self, index: int, places: Iterable[int]) -> Iterator[int]:
+        """The batches that a layer takes part in."""
+        return (place for place in places if index in self.runner.calls(place).arguments)
 
     def adds_plainly(self, stream: str, index: int, linear: nn.Linear) -> bool:
         """Whether what a layer's last matrix gives is added to the hidden states as it is."""

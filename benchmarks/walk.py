@@ -1,0 +1,304 @@
+"""What the default recipe costs: `compress --train none` against one plain forward pass.
+
+Command:  .venv/bin/python benchmarks/walk.py [--shapes qwen2 gemma3 demo] [--local-steps N]
+Expect:   about eight minutes on two cores with bfloat16 units.
+
+For each shape (random bfloat16 weights but for the demo) and 64 conversations of 180 tokens, three
+fresh processes: one plain forward pass of the model over the batches, one of its backbone alone,
+and `slimvlm.compress` at 20 % width without training, reload check included. Times are wall clock
+without imports, peaks are ru_maxrss of the process (Python and torch included; mapped file pages
+count). The parts of the walk are timed by wrapping its functions; beside each stands what its
+arithmetic takes at the rate of matrix products measured in the same process, in the data type that
+the part computes in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, Gemma3TextConfig, Qwen2Config
+
+import slimvlm as sv
+from slimvlm.core.options import CompressConfig
+from slimvlm.models.classes import auto_class
+from slimvlm.models.load import resolve
+from slimvlm.runs.tables import as_markdown
+
+SHAPES: dict[str, Any] = {
+    "qwen2": Qwen2Config(
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        vocab_size=151_936,
+        tie_word_embeddings=True,
+    ),
+    "gemma3": Gemma3TextConfig(
+        hidden_size=640,
+        intermediate_size=2048,
+        num_hidden_layers=18,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=256,
+        vocab_size=262_144,
+        tie_word_embeddings=True,
+    ),
+}
+CONVERSATIONS, TOKENS, RATIO, BATCH = 64, 180, 0.2, 4
+
+
+def write(shape: str, folder: Path) -> Path:
+    """A checkpoint of random weights with the demo's tokenizer; the demo is there already."""
+    out = folder / shape
+    if shape == "demo":
+        return Path(resolve("demo"))
+    if not out.exists():
+        torch.manual_seed(0)
+        config = SHAPES[shape]
+        model = auto_class(config).from_config(config, dtype=torch.bfloat16)
+        model.save_pretrained(out)
+        AutoTokenizer.from_pretrained(resolve("demo")).save_pretrained(out)
+    return out
+
+
+def write_data(model: Path, folder: Path) -> Path:
+    """Conversations of so many tokens, of words that the tokenizer has."""
+    path = folder / f"{model.name}.jsonl"
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    draw = random.Random(0)
+    words = [
+        "the",
+        "of",
+        "and",
+        "to",
+        "in",
+        "is",
+        "for",
+        "on",
+        "that",
+        "by",
+        "this",
+        "with",
+        "you",
+        "it",
+        "not",
+        "or",
+        "be",
+        "are",
+    ]
+    rows = []
+    for _ in range(CONVERSATIONS):
+        text = " ".join(draw.choices(words, k=TOKENS))
+        half = len(text) // 2
+        turns = [{"role": "user", "content": text[:half]}]
+        turns.append({"role": "assistant", "content": text[half:]})
+        ids = tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
+        surplus = max(len(ids) - TOKENS, 0)
+        turns[0]["content"] = " ".join(turns[0]["content"].split(" ")[surplus:])
+        rows.append({"messages": turns})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def rates() -> dict[str, float]:
+    """Operations a second of a product, by data type."""
+    found = {}
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
+        best = 0.0
+        for _ in range(4):
+            start = time.perf_counter()
+            for _ in range(3):
+                a @ b
+            best = max(best, 3 * 2 * 2048**3 / (time.perf_counter() - start))
+        found[str(dtype).removeprefix("torch.")] = best
+    return found
+
+
+def forward(model: Path, data: Path, backbone: bool) -> dict[str, Any]:
+    """One pass over all conversations, with the logits or without."""
+    loaded, processor = sv.load(model)
+    samples = sv.load_samples(str(data))
+    batches = list(sv.calibration_batches(processor, samples, BATCH))
+    runs = loaded.base_model if backbone else loaded
+    tokens = sum(batch["attention_mask"].sum().item() for batch in batches)
+    start = time.perf_counter()
+    with torch.no_grad():
+        for batch in batches:
+            runs(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False)
+    return {"seconds": time.perf_counter() - start, "tokens": tokens}
+
+
+PARTS = {
+    "moments": ("slimvlm.pruning.walk.streams", "Streams", "moments"),
+    "states": ("slimvlm.pruning.walk.streams", "Streams", "pass_on"),
+    "choice": ("slimvlm.pruning.walk.layer", "removal_order"),
+    "refit": ("slimvlm.pruning.walk.layer", "refit"),
+    "confirmation": ("slimvlm.pruning.walk.layer", "confirmed"),
+    "trial": ("slimvlm.pruning.walk.engine", "cheapest_plan"),
+    "local distillation": ("slimvlm.pruning.walk.layer", "distil_"),
+    "writing": ("slimvlm.runs.compress", "save"),
+    "loading": ("slimvlm.runs.stages", "load_original"),
+}
+"""What is timed: functions by module and name."""
+
+
+def watch(spent: dict[str, float]) -> None:
+    """Add up what the parts take; a part within another counts there only."""
+    running: list[str] = []
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if running:
+                return function(*args, **kwargs)
+            running.append(name)
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                running.pop()
+                spent[name] += time.perf_counter() - start
+
+        return run
+
+    for name, (module, *path) in PARTS.items():
+        owner: Any = import_module(module)
+        for step in path[:-1]:
+            owner = getattr(owner, step)
+        setattr(owner, path[-1], timed(name, getattr(owner, path[-1])))
+
+
+def arithmetic(model: Path, tokens: int, kept: dict[str, int]) -> dict[str, tuple[str, float]]:
+    """Data type and operations of the parts that are made of matrix products."""
+    anatomy = sv.anatomy(model)
+    gram = choice = solve = confirm = 0.0
+    hidden = anatomy.hidden_size
+    for shape in anatomy.layers:
+        for channels, units, left in (
+            (shape.num_heads * shape.head_dim, shape.num_kv_heads, kept["kv_group"]),
+            (shape.intermediate_size, shape.intermediate_size, kept["neuron"]),
+        ):
+            if left == units:
+                continue
+            stays = channels * left // units
+            gone = channels - stays
+            gram += tokens * channels**2  # half of the symmetric product, a multiply and an add
+            choice += channels**2 * (channels + 3 * gone)
+            solve += stays**3 / 3 + 2 * hidden * stays * (gone + stays)
+            confirm += 2 * hidden * channels**2
+    layers = 2 * tokens * sum(shape.params for shape in anatomy.layers)
+    return {
+        "moments": ("bfloat16", gram + layers),
+        "states": ("bfloat16", layers * (1 - RATIO)),
+        "choice": ("float32", choice),
+        "refit": ("float64", solve),
+        "confirmation": ("float32", confirm),
+    }
+
+
+def compress(model: Path, data: Path, out: Path, local_steps: int) -> dict[str, Any]:
+    """The default recipe without training."""
+    spent: dict[str, float] = defaultdict(float)
+    watch(spent)
+    config = CompressConfig(
+        ratio=RATIO, data=str(data), axis="width", samples=CONVERSATIONS, local_steps=local_steps
+    )
+    start = time.perf_counter()
+    sv.compress(str(model), config, out, force=True, say=lambda line: None)
+    seconds = time.perf_counter() - start
+    plan = sv.Plan.load(out / "plan.json")
+    kept = {"kv_group": len(plan.kv_groups[0]), "neuron": len(plan.neurons[0])}
+    return {"seconds": seconds, "parts": dict(spent), "kept": kept, "rates": rates()}
+
+
+def step(options: argparse.Namespace) -> dict[str, Any]:
+    """One measurement, in a process of its own."""
+    (shape,), folder = options.shapes, options.folder
+    model = write(shape, folder)
+    data = write_data(model, folder)
+    if options.step == "compress":
+        found = compress(model, data, folder / f"{shape}-run", options.local_steps)
+    elif options.step in ("forward", "backbone"):
+        found = forward(model, data, options.step == "backbone")
+    else:
+        found = {"gib": sum(f.stat().st_size for f in model.glob("*.safetensors")) / 2**30}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {**found, "peak_gib": peak, "threads": torch.get_num_threads()}
+
+
+def measure(shape: str, options: argparse.Namespace) -> dict[str, Any]:
+    """All measurements of a shape."""
+    found = {}
+    for name in ("write", "backbone", "forward", "compress"):
+        command = [sys.executable, __file__, "--shapes", shape, "--folder", str(options.folder)]
+        command += ["--step", name, "--local-steps", str(options.local_steps)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        found[name] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def report(shape: str, found: dict[str, Any], options: argparse.Namespace) -> str:
+    """The figures of a shape as text."""
+    weights, run = found["write"]["gib"], found["compress"]
+    ratio = run["seconds"] / found["forward"]["seconds"]
+    limit = 1.5 * weights + 1.5
+    lines = [
+        f"## {shape}: {weights:.2f} GiB of weights, {run['threads']} threads, kept {run['kept']}",
+        "",
+        f"compress {run['seconds']:.1f} s, forward pass {found['forward']['seconds']:.1f} s "
+        f"(backbone alone {found['backbone']['seconds']:.1f} s): **{ratio:.1f} x**; "
+        f"peak {run['peak_gib']:.2f} GiB (goal {limit:.2f}; forward pass "
+        f"{found['forward']['peak_gib']:.2f})",
+        "",
+    ]
+    model = write(shape, options.folder)
+    needs = arithmetic(model, found["forward"]["tokens"], run["kept"])
+    rows = []
+    rest = run["seconds"] - sum(run["parts"].values())
+    for name, seconds in sorted({**run["parts"], "rest": rest}.items(), key=lambda p: -p[1]):
+        row = [name, f"{seconds:.1f}", f"{seconds / run['seconds']:.0%}", "", ""]
+        if name in needs:
+            dtype, operations = needs[name]
+            ideal = operations / run["rates"][dtype]
+            row[3:] = [f"{ideal:.1f} ({dtype})", f"{ideal / seconds:.0%}"]
+        rows.append(row)
+    header = ["part", "seconds", "share", "its arithmetic, s", "of the matmul rate"]
+    return "\n".join([*lines, as_markdown(header, rows)])
+
+
+def main() -> None:
+    """Measure one step, or all shapes."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shapes", nargs="+", default=[*SHAPES, "demo"])
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "walk")
+    parser.add_argument("--local-steps", type=int, default=0)
+    parser.add_argument("--step", choices=["write", "backbone", "forward", "compress"])
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    if options.step:
+        print(json.dumps(step(options)))
+        return
+    for shape in options.shapes:
+        print(report(shape, measure(shape, options), options), flush=True)
+
+
+if __name__ == "__main__":
+    main()

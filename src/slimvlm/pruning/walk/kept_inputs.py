@@ -1,0 +1,75 @@
+"""What a matrix reads, kept so that what comes before it need not be computed again.
+
+B batch, T token, C input channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from slimvlm.models.hidden import replaced_forward
+
+MOST_BYTES = 2**29
+"""Inputs of a matrix that are kept at most; more are computed again."""
+
+
+@dataclass(frozen=True)
+class KeptInputs:
+    """The inputs of the matrix that a block, attention or MLP, ends with.
+
+    Attributes:
+        block: The block; what it returns is what the matrix gives.
+        linear: The matrix, as it is when it is asked.
+        beside: How many things the block returns beside that, all of them None.
+        values: What the matrix reads, by batch.
+    """
+
+    block: nn.Module
+    linear: nn.Linear
+    beside: int
+    values: dict[int, Float[Tensor, "B T C"]]
+
+    @contextmanager
+    def replayed(self, place: int) -> Iterator[None]:
+        """Inside, the block computes only its last matrix, for one batch."""
+
+        def answer(*args: Any, **kwargs: Any) -> Any:
+            output = self.linear(self.values[place])
+            return (output, *[None] * self.beside) if self.beside else output
+
+        with replaced_forward(self.block, answer):
+            yield
+
+    def cut_(self, keep: Int[Tensor, " K"]) -> None:
+        """Keep some channels only."""
+        for place, value in self.values.items():
+            self.values[place] = value[..., keep]
+
+
+def things_beside(block: nn.Module, linear: nn.Linear, run: Callable[[], Any]) -> int | None:
+    """How many things a block returns beside what a matrix gives; None if it is not that.
+
+    Args:
+        block: A module.
+        linear: A matrix in it.
+        run: Runs both.
+    """
+    given: list[Any] = []
+    with ExitStack() as stack:
+        for module in (linear, block):
+            stack.enter_context(
+                module.register_forward_hook(lambda module, args, output: given.append(output))
+            )
+        run()
+    of_linear, of_block = given[0], given[-1]
+    if len(given) > 2:
+        return None
+    first, *others = of_block if isinstance(of_block, tuple) else (of_block,)
+    is_that = first is of_linear and all(other is None for other in others)
+    return len(others) if is_that else None
