@@ -60,6 +60,29 @@ SHAPES: dict[str, Any] = {
     ),
 }
 CONVERSATIONS, TOKENS, RATIO, BATCH = 64, 180, 0.2, 4
+WORDS = [
+    "the",
+    "of",
+    "and",
+    "to",
+    "in",
+    "is",
+    "for",
+    "on",
+    "that",
+    "by",
+    "this",
+    "with",
+    "you",
+    "it",
+    "not",
+    "or",
+    "be",
+    "are",
+]
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+)
 
 
 def write(shape: str, folder: Path) -> Path:
@@ -72,46 +95,21 @@ def write(shape: str, folder: Path) -> Path:
         config = SHAPES[shape]
         model = auto_class(config).from_config(config, dtype=torch.bfloat16)
         model.save_pretrained(out)
-        AutoTokenizer.from_pretrained(resolve("demo")).save_pretrained(out)
+        tokenizer = AutoTokenizer.from_pretrained(resolve("demo"))
+        tokenizer.chat_template = TEMPLATE
+        tokenizer.save_pretrained(out)
     return out
 
 
 def write_data(model: Path, folder: Path) -> Path:
-    """Conversations of so many tokens, of words that the tokenizer has."""
-    path = folder / f"{model.name}.jsonl"
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    draw = random.Random(0)
-    words = [
-        "the",
-        "of",
-        "and",
-        "to",
-        "in",
-        "is",
-        "for",
-        "on",
-        "that",
-        "by",
-        "this",
-        "with",
-        "you",
-        "it",
-        "not",
-        "or",
-        "be",
-        "are",
-    ]
+    """Conversations of about so many tokens: common words, which are a token each."""
+    path, draw = folder / f"{model.name}.jsonl", random.Random(0)
     rows = []
     for _ in range(CONVERSATIONS):
-        text = " ".join(draw.choices(words, k=TOKENS))
-        half = len(text) // 2
-        turns = [{"role": "user", "content": text[:half]}]
-        turns.append({"role": "assistant", "content": text[half:]})
-        ids = tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
-        surplus = max(len(ids) - TOKENS, 0)
-        turns[0]["content"] = " ".join(turns[0]["content"].split(" ")[surplus:])
-        rows.append({"messages": turns})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        question, answer = (" ".join(draw.choices(WORDS, k=TOKENS // 2 - 6)) for _ in range(2))
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        rows.append(json.dumps({"messages": turns}) + "\n")
+    path.write_text("".join(rows))
     return path
 
 

@@ -5,6 +5,7 @@ B batch, T token, D hidden.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -27,8 +28,8 @@ class LocalSteps(Options):
 
     count: Annotated[int, AT_LEAST_0] = 0
     """Optimizer steps on each layer."""
-    learning_rate: Annotated[float, ABOVE_0] = 1e-3
-    """Peak rate of Adam."""
+    learning_rate: Annotated[float, ABOVE_0] = 3e-3
+    """Peak rate of Adam; it rises for a third of the steps and falls for the rest."""
 
 
 NO_LOCAL_STEPS = LocalSteps()
@@ -74,9 +75,10 @@ def distil_(
 ) -> tuple[float, float]:
     """Train one layer alone, in place; it ends as what held-out tokens confirm.
 
-    All its weights learn, in float32 whatever the model's data type, one batch a step, by Adam with
-    a rate that rises and falls once. Afterwards held-out tokens choose among the trained layer, the
-    one halfway to it and the one before, so that their error is never larger than it was.
+    All its weights learn, one batch a step, by Adam with a rate that rises and falls once (one
+    cycle). A layer in half precision learns in float32, and multiplies in bfloat16. Afterwards
+    held-out tokens choose among the trained layer, the one halfway to it and the one before, so
+    that their error is never larger than it was.
 
     Args:
         layer: The layer.
@@ -106,18 +108,18 @@ def distil_(
 def _train_(
     parameters: Sequence[nn.Parameter], lessons: Sequence[Lesson], steps: LocalSteps
 ) -> None:
-    optimizer = torch.optim.Adam(parameters, lr=steps.learning_rate, betas=(0.9, 0.95))
+    optimizer = torch.optim.Adam(parameters, lr=steps.learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, steps.learning_rate, total_steps=max(steps.count, 2), pct_start=0.1
+        optimizer, steps.learning_rate, total_steps=steps.count + 1, cycle_momentum=False
     )
-    for step in range(steps.count):
-        lesson = lessons[step % len(lessons)]
+    draw, waiting = random.Random(0), list[Lesson]()
+    for _ in range(steps.count):
+        waiting = waiting or draw.sample(lessons, len(lessons))
         with torch.enable_grad():
-            loss = lesson.error()
-            loss.backward()
+            waiting.pop().error().backward()
         optimizer.step()
         schedule.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
 
 @torch.no_grad()
