@@ -34,6 +34,7 @@ from slimvlm.pruning.sequential import (
 )
 from slimvlm.scoring.batches import Batch, TokenWeights, answer_loss
 from slimvlm.scoring.statistics import Grams, Statistics
+from slimvlm.scoring.symmetric import SymmetricSum
 
 REPAIRS: dict[str, tuple[str, ...]] = {
     "none": (),
@@ -139,7 +140,8 @@ def _fitted_alone(
     if len(keep) == channels:
         return None
     weight, count = part.weight.to(device), statistics.weight.to(device)
-    moments = Moments(part.gram.to(device), part.sum.to(device).double(), count)
+    pairs = SymmetricSum(part.gram.to(device))
+    moments = Moments(pairs, part.sum.to(device).double(), count)
     return MatrixRepair(writer.kind, refit(weight, linear.bias, moments, keep, ridge))
 
 
