@@ -109,7 +109,7 @@ def print_bench(found: Bench, as_json: bool) -> None:
 
 def print_forecast(found: Forecast, as_json: bool) -> None:
     """Print what a study would do."""
-    from slimvlm.runs.study.display import duration
+    from slimvlm.core.progress import duration
 
     if as_json:
         print_json(asdict(found))

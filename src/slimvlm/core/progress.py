@@ -1,17 +1,29 @@
-"""How far something is: lines for whoever is told, bars on stderr where somebody watches."""
+"""How far something is: lines for whoever is told, bars on stderr where somebody watches.
+
+Where nobody does, stderr is a log: it gets a line when a stage begins, one when it ends and at most
+one every half minute between.
+"""
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import track
 
+from slimvlm.core.processes import is_first_rank
+
 T = TypeVar("T")
 _HIDDEN = ContextVar("hidden", default=False)
+
+LOG_EVERY = 30.0
+"""Seconds between two lines of a log on the same stage, at least."""
 
 Say = Callable[[str], None]
 """Who is told how far something is, in one line."""
@@ -21,16 +33,98 @@ def silent(line: str) -> None:
     """Say nothing."""
 
 
-def progress(items: Sequence[T], description: str) -> Iterable[T]:
-    """Go through items with a bar that shows the time left and disappears at the end."""
+def to_log(line: str) -> None:
+    """Write a line to stderr, unless it is hidden; of several processes the first one does."""
+    if is_first_rank() and not _HIDDEN.get():
+        print(line, file=sys.stderr, flush=True)
+
+
+def is_watched() -> bool:
+    """Whether stderr is a terminal, where bars can move."""
+    return Console(stderr=True).is_terminal
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 42 s, 7 min, 3 h 05 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+@dataclass
+class LoggedStage:
+    """A stage in a log: how far it is when it begins, every half minute, and when it ends.
+
+    A stage that is left early has no last line.
+
+    Attributes:
+        what: Its name.
+        total: How many steps it has.
+        done: How many are done.
+        say: Receives the lines.
+        clock: Seconds from any time on.
+    """
+
+    what: str
+    total: int
+    done: int = 0
+    say: Say = to_log
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
+        self._first, self._start = self.done, self.clock()
+        self._told = self._start
+        self._tell("")
+
+    def reached(self, done: int, more: str = "") -> None:
+        """So many steps are done; ``more`` is said behind it."""
+        self.done, now = done, self.clock()
+        if now - self._told >= LOG_EVERY and self._first < done < self.total:
+            self._told = now
+            left = (now - self._start) / (done - self._first) * (self.total - done)
+            self._tell(f", {duration(left)} left{more}")
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+        self._tell(f" in {duration(self.clock() - self._start)}")
+
+    def _tell(self, more: str) -> None:
+        self.say(f"{self.what}: {self.done} of {self.total}{more}")
+
+
+def progress(
+    items: Sequence[T],
+    description: str,
+    say: Say = to_log,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterable[T]:
+    """Go through items and show how far that is and how long the rest takes.
+
+    In a terminal this is a bar that disappears at the end, elsewhere a `LoggedStage`.
+
+    Args:
+        items: What to go through.
+        description: What is done with them, in a word or two.
+        say: Receives the lines of a log.
+        clock: Seconds, for these lines.
+    """
+    if not is_watched():
+        return _logged(items, description, say, clock)
     console = Console(stderr=True)
     return track(
-        items,
-        description=description,
-        transient=True,
-        console=console,
-        disable=_HIDDEN.get() or not console.is_terminal,
+        items, description=description, transient=True, console=console, disable=_HIDDEN.get()
     )
+
+
+def _logged(items: Sequence[T], what: str, say: Say, clock: Callable[[], float]) -> Iterator[T]:
+    if not items:
+        return
+    stage = LoggedStage(what, len(items), say=say, clock=clock)
+    for done, item in enumerate(items, 1):
+        yield item
+        stage.reached(done)
+    stage.end()
 
 
 @contextmanager

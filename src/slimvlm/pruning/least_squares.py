@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from slimvlm.scoring.symmetric import SymmetricSum
+
 BLOCK = 1024
 """Columns of a product, or rows of the right-hand side, that are worked on at once."""
 
@@ -27,7 +29,7 @@ class Moments:
     the original output itself.
 
     Attributes:
-        gram: ``Σ_t w_t x_t x_tᵀ``.
+        pairs: ``Σ_t w_t x_t x_tᵀ``, read as ``gram``.
         total: ``Σ_t w_t x_t``.
         count: ``Σ_t w_t``.
         cross: ``Σ_t w_t e_t x_tᵀ``; None if the target is the original output.
@@ -35,7 +37,7 @@ class Moments:
         missing_square: ``Σ_t w_t ‖e_t‖²``.
     """
 
-    gram: Float[Tensor, "C C"]
+    pairs: SymmetricSum
     total: Float[Tensor, " C"]
     count: Float[Tensor, ""]
     cross: Float[Tensor, "O C"] | None = None
@@ -62,7 +64,8 @@ class Moments:
         def zeros(*shape: int, of: torch.dtype = torch.float64) -> Tensor:
             return torch.zeros(shape, dtype=of, device=device)
 
-        moments = cls(zeros(channels, channels, of=dtype), zeros(channels), zeros())
+        pairs = SymmetricSum(zeros(channels, channels, of=dtype))
+        moments = cls(pairs, zeros(channels), zeros())
         if outputs is not None:
             moments.cross = zeros(outputs, channels, of=dtype)
             moments.missing, moments.missing_square = zeros(outputs), zeros()
@@ -81,22 +84,27 @@ class Moments:
             weights: At least 0.
             residuals: What its output lacks; given if and only if `zero` was told ``outputs``.
         """
-        counted = weights > 0
-        roots = weights[counted].to(self.gram.dtype).sqrt()[:, None]
-        x = inputs[counted].to(self.gram.dtype) * roots
-        self.gram.addmm_(x.T, x)
-        self.total += (x * roots).sum(0, dtype=torch.float64)
-        self.count += roots.square().sum(dtype=torch.float64)
+        counted, dtype = weights > 0, self.pairs.dtype
+        inputs, weights = inputs[counted], weights[counted].to(dtype)
+        self.pairs.add_(inputs, weights)
+        weighted = inputs.to(dtype) * weights[:, None]
+        self.total += weighted.sum(0, dtype=torch.float64)
+        self.count += weights.sum(dtype=torch.float64)
         if residuals is None:
             assert self.cross is None
             return
         assert self.cross is not None
         assert self.missing is not None
         assert self.missing_square is not None
-        e = residuals[counted].to(self.gram.dtype) * roots
-        self.cross.addmm_(e.T, x)
-        self.missing += (e * roots).sum(0, dtype=torch.float64)
-        self.missing_square += e.square().sum(dtype=torch.float64)
+        e = residuals[counted].to(dtype)
+        self.cross.addmm_(e.T, weighted)
+        self.missing += (e * weights[:, None]).sum(0, dtype=torch.float64)
+        self.missing_square += (e.square() * weights[:, None]).sum(dtype=torch.float64)
+
+    @property
+    def gram(self) -> Float[Tensor, "C C"]:
+        """``Σ_t w_t x_t x_tᵀ``."""
+        return self.pairs.value()
 
     def block(
         self, rows: Int[Tensor, " R"], columns: Int[Tensor, " K"], centred: bool
@@ -123,7 +131,7 @@ class Moments:
     ) -> float:
         """``Σ_t w_t ‖V x_t[channels] + e_t‖²`` for a matrix ``V``, around its mean if centred."""
         square, mean = self.total.new_zeros(()), weight @ self.total[channels]
-        single = weight.to(self.gram.dtype)
+        single = weight.to(self.pairs.dtype)
         for start in range(0, len(channels), BLOCK):
             part = channels[start : start + BLOCK]
             products = single @ self.gram[channels[:, None], part]
@@ -283,7 +291,7 @@ def _solve(
     change = torch.zeros_like(lost)
     if not lost.any():
         return change, 0.0
-    ridge = max(ridge, 10 * torch.finfo(moments.gram.dtype).eps)
+    ridge = max(ridge, 10 * torch.finfo(moments.pairs.dtype).eps)
     for _ in range(_MOST_TRIES):
         system = moments.block(keep, keep, centred).T
         penalty = ridge * float(system.diagonal().mean())

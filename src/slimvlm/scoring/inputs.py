@@ -31,8 +31,8 @@ from slimvlm.scoring.statistics import (
     Activations,
     ChannelMoments,
     Gates,
-    Gram,
     Grams,
+    GramSums,
     InputMoments,
     Place,
     require_finite,
@@ -159,7 +159,7 @@ def capture_grams(
     float64. No activation outlives its hook. With ``layers``, only these layers' matrices.
     """
     parts = {
-        (index, projection.path): Gram.of(weight_of(linear))
+        (index, projection.path): GramSums(weight_of(linear))
         for index, projection, linear in writing_matrices(model)
         if layers is None or index in layers
     }
@@ -168,12 +168,13 @@ def capture_grams(
     def on_matrix(index: int, projection: Projection, x: Tensor) -> None:
         part = parts.get((index, projection.path))
         if part is not None:
-            part.add(x.flatten(0, -2), seen.row_weights(x))
-            require_finite(part.sum, f"the input of layer {index} {projection.path}")
+            require_finite(x, f"the input of layer {index} {projection.path}")
+            part.add_(x.flatten(0, -2), seen.row_weights(x))
 
     with on_writing_matrices(model, on_matrix):
         seen.run(model, batches, token_weights)
-    return Grams(parts=parts, **seen.totals)
+    found = {place: part.value() for place, part in parts.items()}
+    return Grams(parts=found, **seen.totals)
 
 
 def gram_bytes(shape: LayerShape) -> int:

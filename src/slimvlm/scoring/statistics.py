@@ -22,6 +22,7 @@ from slimvlm.core.files import new_file
 from slimvlm.models.anatomy import Anatomy, LayerShape
 from slimvlm.models.families import Projection
 from slimvlm.models.units import fold, unit_of
+from slimvlm.scoring.symmetric import SymmetricSum
 from slimvlm.scoring.unit_scores import read_tensors, suffixed
 
 Place = tuple[int, str]
@@ -280,7 +281,7 @@ class ChannelMoments(Statistics, kind="moments", part=InputMoments):
             yield index, unit_of(matrix), total
 
 
-@dataclass
+@dataclass(frozen=True)
 class Gram:
     """All of the inputs ``x`` of a matrix ``W`` that a refit needs, where ``W`` is.
 
@@ -294,19 +295,24 @@ class Gram:
     sum: Float[Tensor, " C"]
     weight: Float[Tensor, "O C"]
 
-    @classmethod
-    def of(cls, weight: Float[Tensor, "O C"]) -> Gram:
-        """Of no tokens yet."""
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        zeros = weight.new_zeros(weight.shape[1], dtype=dtype)
-        return cls(zeros.new_zeros(len(zeros), len(zeros)), zeros, weight)
 
-    def add(self, inputs: Float[Tensor, "T C"], weights: Float[Tensor, "T 1"]) -> None:
+class GramSums:
+    """Adds up what a `Gram` holds; of no tokens yet."""
+
+    def __init__(self, weight: Float[Tensor, "O C"]) -> None:
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        channels = weight.shape[1]
+        self._weight, self._sum = weight, weight.new_zeros(channels, dtype=dtype)
+        self._pairs = SymmetricSum(weight.new_zeros(channels, channels, dtype=dtype))
+
+    def add_(self, inputs: Float[Tensor, "T C"], weights: Float[Tensor, "T 1"]) -> None:
         """Add tokens."""
-        values = inputs.to(self.gram.dtype)
-        weighted = values * weights
-        self.gram.addmm_(weighted.mT, values)
-        self.sum += weighted.sum(0)
+        self._pairs.add_(inputs, weights[:, 0])
+        self._sum += (inputs.to(self._sum.dtype) * weights).sum(0)
+
+    def value(self) -> Gram:
+        """The sums so far."""
+        return Gram(self._pairs.value(), self._sum, self._weight)
 
 
 @dataclass(frozen=True, kw_only=True)

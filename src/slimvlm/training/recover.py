@@ -17,6 +17,7 @@ from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import explained
 from slimvlm.core.options import HIDDEN_LOSSES, RecoverConfig
 from slimvlm.core.processes import is_first_rank, num_ranks
+from slimvlm.core.progress import is_watched
 from slimvlm.data.read import estimated_length, hold_out, subset
 from slimvlm.data.samples import Sample
 from slimvlm.models.anatomy import read_anatomy
@@ -38,7 +39,7 @@ from slimvlm.training.trainable import (
     require_adapter_holds_all,
     save_adapter,
 )
-from slimvlm.training.trainer import Bar, DistillationTrainer, LastLog
+from slimvlm.training.trainer import Bar, DistillationTrainer, LastLog, LoggedTraining
 
 ADAPTER_FOLDER = "adapter"
 TRACKER_FOLDER = "runs"
@@ -174,7 +175,7 @@ def _train(job: _Job) -> History:
 
 
 def _trainer(job: _Job, trained: Any, arguments: TrainingArguments) -> DistillationTrainer:
-    """The Trainer of a job, with our progress bar in place of its own."""
+    """The Trainer of a job, with our progress bar or lines in place of its own."""
     config = job.config
     trainer = DistillationTrainer(
         model=trained,
@@ -189,7 +190,7 @@ def _trainer(job: _Job, trained: Any, arguments: TrainingArguments) -> Distillat
     )
     for theirs in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(theirs)
-    for ours in (Bar, LastLog):
+    for ours in (Bar if is_watched() else LoggedTraining, LastLog):
         trainer.add_callback(ours)
     return trainer
 

@@ -22,6 +22,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from slimvlm.core.errors import NumericalError
 from slimvlm.core.options import DIVERGENCES, Divergence, RecoverConfig
+from slimvlm.core.progress import LoggedStage
 from slimvlm.models import losses
 from slimvlm.models.hidden import head_of, hidden_states
 from slimvlm.models.sharding import is_sharded
@@ -259,12 +260,36 @@ class DistillationTrainer(Trainer):
 
 
 class Bar(ProgressCallback):
-    """A progress bar on stderr with the current loss; the original prints logs on stdout."""
+    """A progress bar in a terminal with the current loss; the original prints logs on stdout."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Show the loss at the bar's end."""
         if self.training_bar is not None and logs and "loss" in logs:
             self.training_bar.set_postfix(loss=logs["loss"])
+
+
+class LoggedTraining(TrainerCallback):
+    """The same for a log: a line at the beginning, now and then, and at the end."""
+
+    def __init__(self) -> None:
+        self._loss = ""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The first step, or the first one after those of an earlier run."""
+        self._stage = LoggedStage("train", state.max_steps, state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Remember the loss."""
+        if logs and "loss" in logs:
+            self._loss = f", loss {float(logs['loss']):.4f}"
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say how far the training is, if that is due."""
+        self._stage.reached(state.global_step, self._loss)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """All steps are done."""
+        self._stage.end()
 
 
 class LastLog(TrainerCallback):

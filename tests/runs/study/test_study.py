@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +96,21 @@ def test_a_finished_study_does_nothing(
 
 
 def test_one_more_ratio_does_only_what_is_new(
-    again: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+    again: Path,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    done = count_work(monkeypatch)
-    table = run_study(study(data, {"ratio": [0.4, 0.2]}), again, console=QUIET)
+    """A log has a line where a stage begins and one where it ends, and none of what is inside."""
+    done, log = count_work(monkeypatch), StringIO()
+    table = run_study(study(data, {"ratio": [0.4, 0.2]}), again, console=Console(file=log))
     assert done == {"plan": 2, "prune": 2, "recover": 2, "evaluate": 4}
     assert len(table) == 1 + 8
+    ends = [line for line in log.getvalue().splitlines() if line.endswith(" left")]
+    begins = [line for line in log.getvalue().splitlines() if line not in ends]
+    assert len(ends) == len(begins) == 10
+    assert all(end.startswith(f"{begin}: ") for begin, end in zip(begins, ends, strict=True))
+    assert " of " not in capsys.readouterr().err
 
 
 def test_one_more_recovery_prunes_again_but_scores_nothing(

@@ -12,20 +12,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from slimvlm.core.progress import without_bars
+from slimvlm.core.progress import duration
 from slimvlm.runs.estimate import seconds_of
 from slimvlm.runs.study.cache import Cache, Outcome
 from slimvlm.runs.study.graph import STAGE_KINDS, Stage
 from slimvlm.runs.study.schedule import Schedule
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: 42 s, 7 min, 3 h 05 min."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
-
 
 Basis = Literal["measured", "rough"]
 
@@ -119,6 +110,7 @@ class Progress:
         measured: Is called whenever another model was measured.
         ended: Outcomes so far, by name.
         now: The stage that was begun last and has not ended.
+        begun: Names of all that were begun.
         busy: Seconds of all work done.
     """
 
@@ -128,12 +120,16 @@ class Progress:
     measured: Callable[[], object] = lambda: None
     ended: dict[str, Outcome] = field(default_factory=dict)
     now: Stage | None = None
+    begun: set[str] = field(default_factory=set)
     busy: float = 0.0
     start: float = field(default_factory=time.monotonic)
 
     def started(self, stage: Stage) -> None:
         """A stage begins, or another worker is at it."""
         self.now = stage
+        if not self.console.is_terminal and stage.name not in self.begun:
+            self._print(self._position(stage, len(self.ended) + 1))
+        self.begun.add(stage.name)
 
     def finished(self, stage: Stage, outcome: Outcome) -> None:
         """A stage has ended."""
@@ -143,7 +139,7 @@ class Progress:
         if not outcome.error and outcome.seconds:
             self.clock.learn(stage.kind, outcome.seconds, self.clock.flops[stage.name])
         if not self.console.is_terminal or outcome.error:
-            self.console.print(self._line(stage, outcome), highlight=False, soft_wrap=True)
+            self._print(self._line(stage, outcome))
         if stage.kind == "evaluate":
             self.measured()
 
@@ -170,18 +166,24 @@ class Progress:
         return table
 
     def _line(self, stage: Stage, outcome: Outcome) -> str:
-        position = f"[{len(self.ended)}/{len(self.missing)}] {stage.kind} {stage.label}:"
+        position = self._position(stage, len(self.ended))
         if outcome.error:
-            return f"{position} failed ({outcome.error})"
+            return f"{position}: failed ({outcome.error})"
         took = duration(outcome.seconds) if outcome.seconds else "done by another worker"
-        return f"{position} {took}; about {duration(self.seconds_left())} left"
+        return f"{position}: {took}; about {duration(self.seconds_left())} left"
+
+    def _position(self, stage: Stage, number: int) -> str:
+        return f"[{number}/{len(self.missing)}] {stage.kind} {stage.label}"
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 @contextmanager
 def shown(progress: Progress) -> Iterator[Progress]:
-    """Inside, a terminal shows the table; elsewhere lines come as stages end."""
+    """Inside, a terminal shows the table; elsewhere lines come as stages begin and end."""
     if not progress.console.is_terminal:
         yield progress
         return
-    with without_bars(), Live(progress, console=progress.console, refresh_per_second=2):
+    with Live(progress, console=progress.console, refresh_per_second=2):
         yield progress

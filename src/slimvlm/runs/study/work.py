@@ -14,6 +14,7 @@ import torch
 
 from slimvlm.core.checked import part_of
 from slimvlm.core.options import DataConfig
+from slimvlm.core.progress import without_bars
 from slimvlm.data.samples import Sample
 from slimvlm.models.load import load
 from slimvlm.planning.plan import Plan
@@ -33,7 +34,7 @@ WALK = "walk.json"
 
 
 def work(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) -> None:
-    """Do a stage; its models are let go of afterwards.
+    """Do a stage, in silence: the study shows how far it is. Its models are let go of afterwards.
 
     Args:
         stage: What to do.
@@ -42,7 +43,8 @@ def work(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) -> N
         scratch: Folder that outlives a kill, for what a restart goes on from.
     """
     try:
-        _WORK[stage.kind](stage, inputs, folder, scratch)
+        with without_bars():
+            _WORK[stage.kind](stage, inputs, folder, scratch)
     finally:
         gc.collect()
         if torch.cuda.is_available():
