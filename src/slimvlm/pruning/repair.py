@@ -14,6 +14,7 @@ from slimvlm.pruning.walk.layer import Steps
 from slimvlm.pruning.walk.result import LayerReport, MatrixReport, WalkReport
 from slimvlm.pruning.writers import RIDGE, Writer, writers
 from slimvlm.scoring.statistics import Grams, Statistics
+from slimvlm.scoring.symmetric import SymmetricSum
 
 
 @torch.no_grad()
@@ -76,5 +77,6 @@ def _fitted_alone(writer: Writer, plan: Plan, statistics: Grams, ridge: float) -
     if len(keep) == channels:
         return None
     weight, count = part.weight.to(device), statistics.weight.to(device)
-    moments = Moments(part.gram.to(device), part.sum.to(device).double(), count)
+    pairs = SymmetricSum(part.gram.to(device))
+    moments = Moments(pairs, part.sum.to(device).double(), count)
     return refit(weight, linear.bias, moments, keep, ridge)
