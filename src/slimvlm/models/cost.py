@@ -14,6 +14,10 @@ position.
 from __future__ import annotations
 
 import re
+import sys
+from importlib import import_module
+
+import torch
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.models.anatomy import Anatomy, LayerShape
@@ -131,3 +135,14 @@ def _attention_flops(shape: LayerShape, tokens: int, context: int) -> int:
 
 def _head_flops(anatomy: Anatomy) -> int:
     return 2 * anatomy.hidden_size * anatomy.vocab_size
+
+
+def peak_memory() -> str:
+    """The most memory that this process has held so far, and that on its GPU, for people."""
+    resource = import_module("resource")  # not on every system
+    unit = 1 if sys.platform == "darwin" else 1024
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    text = f"{held / 2**30:.1f} GiB"
+    if torch.cuda.is_available() and (on_gpu := torch.cuda.max_memory_allocated()):
+        text += f", {on_gpu / 2**30:.1f} GiB on the GPU"
+    return text

@@ -29,6 +29,7 @@ from slimvlm.core.progress import Say
 from slimvlm.core.requests import identity_of_files, is_begun_for, note_request
 from slimvlm.data.read import identity_of_data
 from slimvlm.evaluation.results import Result, read_baseline
+from slimvlm.models.cost import peak_memory
 from slimvlm.models.load import anatomy, load, resolve
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.card import CardFacts
@@ -274,6 +275,7 @@ def finish(run: Run, plan: Plan) -> None:
     lines = [f"# {run.model} at {plan.ratio:.1%}", "", plan.summary(), ""]
     if run.results:
         lines.append(tables.as_markdown(*tables.result_rows(run.results)))
+    lines += [f"Peak memory: {peak_memory()}.", ""]
     lines.append("The checkpoint is in `checkpoint/`; plain `from_pretrained` loads it.")
     write_text(run.path("summary.md"), "\n".join(lines) + "\n")
     if (logs := run.path("training") / TRACKER_FOLDER).exists():
