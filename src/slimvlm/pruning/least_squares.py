@@ -6,6 +6,7 @@ them, `refit` solves for the new weights. Nothing that grows with the number of 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -173,51 +174,64 @@ class Refit:
         return weight, torch.lerp(bias.to(self.bias), self.bias, share)
 
 
+@dataclass(frozen=True)
+class Confirmation:
+    """What other tokens say of new weights.
+
+    Attributes:
+        share: How far towards them they want to go, from 0 to 1.
+        sliced: Squared error of the sliced weights, as a share of the target's sum of squares.
+        error: The same at the share.
+    """
+
+    share: float
+    sliced: float
+    error: float
+
+
 def confirmed(
     found: Refit,
     weight: Float[Tensor, "O C"],
     bias: Float[Tensor, " O"] | None,
-    moments: Moments,
+    rows: Iterable[Sequence[Tensor]],
     keep: Int[Tensor, " K"],
-) -> tuple[float, float, float]:
+) -> Confirmation:
     """How far towards new weights other tokens want to go.
 
     Along ``W_K + s (W' - W_K)``, and the bias likewise, the squared error is a parabola in the
-    share ``s``; its lowest point between 0 and 1 is taken.
+    share ``s``: with ``r`` what the sliced weights lack and ``c`` what the new ones add, its lowest
+    point is ``Σ_t w_t r_t·c_t / Σ_t w_t ‖c_t‖²``.
 
     Args:
         found: The new weights.
         weight: The matrix before anything was removed.
         bias: Its bias, if it has one.
-        moments: Of other tokens than those that the new weights were fitted to.
+        rows: For some tokens, other than those that the new weights were fitted to: inputs
+            ``[T, C]``, weights ``[T]`` and, where there are residuals, these ``[T, O]``.
         keep: Sorted channels that stay.
-
-    Returns:
-        The share; the error of the sliced weights and that at the share, relative to the sum of
-        squares of the target.
     """
-    dtype = moments.gram.dtype
-    whole, gone = weight.detach().to(dtype).clone(), weight.detach().to(dtype).clone()
+    whole, gone = weight.detach().clone(), weight.detach().clone()
     gone[:, keep] = 0
     change = torch.zeros_like(whole)
-    change[:, keep] = (found.weight - weight[:, keep].to(found.weight)).to(dtype)
-    shift = whole.new_zeros(len(whole))
+    change[:, keep] = (found.weight - weight[:, keep].to(found.weight)).to(change)
+    dtype = torch.promote_types(whole.dtype, torch.float32)
+    shift = whole.new_zeros((), dtype=dtype)
     if found.bias is not None and bias is not None:
         shift = (found.bias - bias).to(dtype)
-    count, total = moments.count.to(dtype), moments.total.to(dtype)
-    pull = change @ moments.gram  # sum over tokens of what changes, times the inputs
-    lacking, lack = gone @ total, (pull * gone).sum()
-    if moments.cross is not None and moments.missing is not None:
-        lacking, lack = lacking + moments.missing.to(dtype), lack + (change * moments.cross).sum()
-    toward = lack + (lacking * shift).sum()
-    square = (pull * change).sum() + 2 * (change @ total * shift).sum()
-    square += count * shift.square().sum()
-    everything = torch.arange(weight.shape[1], device=keep.device)
-    target = moments.square(whole.double(), everything, centred=False)
-    sliced = moments.square(gone.double(), everything, centred=False)
+    toward = square = sliced = target = whole.new_zeros((), dtype=torch.float64)
+    for inputs, weights, *residuals in rows:
+        lacking, added, wanted = (inputs @ matrix.T for matrix in (gone, change, whole))
+        lacking, added, wanted = lacking.to(dtype), added.to(dtype) + shift, wanted.to(dtype)
+        for residual in residuals:
+            lacking, wanted = lacking + residual, wanted + residual
+        heavy = weights[:, None].to(dtype)
+        toward = toward + (heavy * lacking * added).sum(dtype=torch.float64)
+        square = square + (heavy * added.square()).sum(dtype=torch.float64)
+        sliced = sliced + (heavy * lacking.square()).sum(dtype=torch.float64)
+        target = target + (heavy * wanted.square()).sum(dtype=torch.float64)
     share = float((toward / square).clamp(0, 1)) if float(square) > 0 else 0.0
-    error = sliced - 2 * share * float(toward) + share**2 * float(square)
-    return share, _share(sliced, target), _share(error, target)
+    error = float(sliced) - 2 * share * float(toward) + share**2 * float(square)
+    return Confirmation(share, _share(float(sliced), float(target)), _share(error, float(target)))
 
 
 def refit(

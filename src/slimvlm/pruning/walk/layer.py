@@ -166,34 +166,43 @@ class LayerWalk:
         unit, linear = writer.unit, writer.linear
         if self._count(unit) == self._total(unit) and kind != SEAM:
             return
-        weight, bias = linear.weight, linear.bias
         moments = None
         if kind is not None or self._must_choose(unit):
             inputs = self._streams.keep_inputs(PREFIX, writer, self._inputs)
             self._inputs += [] if inputs is None else [inputs]
-            moments = self._moments(writer, kind, self._streams.fitted)
-        if self._must_choose(unit):
-            assert moments is not None
+            end = self._end if kind == SEAM else None
+            places = self._streams.fitted
+            moments = self._streams.moments(PREFIX, writer, places, end, self._inputs)
+        if moments is not None and self._must_choose(unit):
             self._choose(writer, moments)
+        fitted = None
+        if moments is not None and kind is not None:
+            fitted = self._fitted(writer, kind, moments)
         keep = writer.kept_channels(self.plan)
-        held_out = None
-        if kind is not None and self._streams.held_out:
-            held_out = self._moments(writer, kind, self._streams.held_out)
         cut_layer_(self._model, self.plan, self._index, [unit])
         for inputs in self._inputs:
             if inputs.linear is linear:
                 inputs.cut_(keep)
         self._sliced.append((linear, dict(linear._parameters)))
-        if kind is None or moments is None:
-            return
+        if fitted is not None:
+            writer.assign_(*fitted)
+
+    def _fitted(
+        self, writer: Writer, kind: str, moments: Moments
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """New weight and bias of a matrix as far as held-out tokens confirm; None if not."""
+        weight, bias = writer.linear.weight, writer.linear.bias
+        keep = writer.kept_channels(self.plan)
         found = refit(weight, bias, moments, keep, self._steps.ridge)
         row = MatrixReport(kind, found.sliced_error, found.repaired_error, 1.0)
-        if held_out is not None:
-            share, sliced, repaired = confirmed(found, weight, bias, held_out, keep)
-            row = MatrixReport(kind, sliced, repaired, share)
+        if self._streams.held_out:
+            end = self._end if kind == SEAM else None
+            places = self._streams.held_out
+            rows = self._streams.rows(PREFIX, writer, places, end, self._inputs)
+            told = confirmed(found, weight, bias, rows, keep)
+            row = MatrixReport(kind, told.sliced, told.error, told.share)
         self._refits[writer.projection.path] = row
-        if row.share:
-            writer.assign_(*found.blended(weight[:, keep], bias, row.share))
+        return found.blended(weight[:, keep], bias, row.share) if row.share else None
 
     def _choose(self, writer: Writer, moments: Moments) -> None:
         """Keep the units whose removal, with the others refitted, costs most."""
@@ -204,11 +213,6 @@ class LayerWalk:
         self._scores[unit] = found.scores().cpu()
         self._kept[unit] = tuple(found.left.tolist())
         self.plan = self.plan.with_units(self._index, {unit: self._kept[unit]})
-
-    def _moments(self, writer: Writer, kind: str | None, places: range) -> Moments:
-        """Sums of a matrix's full input and, at a seam, of what the layer's output lacks."""
-        end = self._end if kind == SEAM else None
-        return self._streams.moments(PREFIX, writer, places, end, self._inputs)
 
     def _is_seam(self, writers: Sequence[Writer]) -> bool:
         """Whether layers are gone behind this one and its last matrix can do a part of their work.

@@ -206,14 +206,35 @@ class Streams:
         dtype = torch.promote_types(linear.weight.dtype, torch.float32)
         outputs = None if end is None else linear.out_features
         moments = Moments.zero(linear.in_features, outputs, dtype, linear.weight.device)
-        for rows in _in_chunks(self._rows(stream, writer, places, end, kept)):
+        for rows in self.rows(stream, writer, places, end, kept):
             moments.add(*rows)
         sums = [moments.gram] if moments.cross is None else [moments.gram, moments.cross]
         if not all(bool(torch.isfinite(values).all()) for values in sums):
             raise NumericalError(f"NaN or infinity in layer {writer.name} during the walk")
         return moments
 
-    def _rows(
+    def rows(
+        self,
+        stream: str,
+        writer: Writer,
+        places: Sequence[int],
+        end: int | None = None,
+        kept: Sequence[KeptInputs] = (),
+    ) -> Iterator[list[Tensor]]:
+        """What `moments` sums up: inputs, weights of their tokens, and what the output lacks.
+
+        Those of several batches come together, so that products of them are worth their overhead.
+        """
+        waiting: list[list[Tensor]] = []
+        for parts in self._rows_of_batches(stream, writer, places, end, kept):
+            waiting.append(parts)
+            if sum(len(each[0]) for each in waiting) >= ROWS:
+                yield [torch.cat(column) for column in zip(*waiting, strict=True)]
+                waiting.clear()
+        if waiting:
+            yield [torch.cat(column) for column in zip(*waiting, strict=True)]
+
+    def _rows_of_batches(
         self,
         stream: str,
         writer: Writer,
@@ -221,7 +242,6 @@ class Streams:
         end: int | None,
         kept: Sequence[KeptInputs],
     ) -> Iterator[list[Tensor]]:
-        """Inputs of a matrix, weights of their tokens, and what the output lacks, by batch."""
         own = next((inputs for inputs in kept if inputs.linear is writer.linear), None)
         known = None if own is None else ((p, own.values[p]) for p in places if p in own.values)
         for place, x in known or self.inputs(stream, writer, places, kept):
@@ -273,15 +293,3 @@ class Streams:
         if not count:
             raise DataError("held-out batches have no labelled token: nothing to judge by")
         return total / count
-
-
-def _in_chunks(rows: Iterable[list[Tensor]]) -> Iterator[list[Tensor]]:
-    """Rows of several batches together, so that products of them are worth their overhead."""
-    waiting: list[list[Tensor]] = []
-    for parts in rows:
-        waiting.append(parts)
-        if sum(len(each[0]) for each in waiting) >= ROWS:
-            yield [torch.cat(column) for column in zip(*waiting, strict=True)]
-            waiting.clear()
-    if waiting:
-        yield [torch.cat(column) for column in zip(*waiting, strict=True)]
