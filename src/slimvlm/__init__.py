@@ -3,10 +3,8 @@
     import slimvlm as sv
 
     model, processor = sv.load("llava-hf/llava-1.5-7b-hf", dtype="bfloat16")
-    scores = sv.score(model, batches, criterion="obs")
-    plan = sv.make_plan(sv.anatomy(model), scores, ratio=0.3, axis="width")
-    sv.prune_and_repair_(model, plan, batches)
-    sv.save(model, processor, "out", plan)
+    walked = sv.walk_(model, batches, ratio=0.3)
+    sv.save(model, processor, "out", walked.plan)
 
 Names are loaded when first used, so that the command line starts quickly.
 """
