@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import pairwise
 
 import pytest
@@ -70,7 +71,10 @@ def test_nothing_to_do_is_nothing_to_say() -> None:
     assert told == []
 
 
-def test_a_log_goes_to_stderr_as_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_goes_to_stderr_as_plain_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as some builders of software do
     assert list(progress("ab", "work")) == ["a", "b"]
     out, err = capsys.readouterr()
     assert out == ""
@@ -81,8 +85,7 @@ def test_a_log_goes_to_stderr_as_plain_lines(capsys: pytest.CaptureFixture[str])
 def test_nothing_is_shown_inside_something_larger(
     is_terminal: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    if is_terminal:
-        monkeypatch.setenv("FORCE_COLOR", "1")  # to rich, a terminal
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
     with without_bars():
         assert list(progress([1, 2], "work")) == [1, 2]
     assert capfd.readouterr() == ("", "")
@@ -99,7 +102,7 @@ def test_only_the_first_of_several_processes_writes(
 def test_a_terminal_shows_a_bar(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert list(progress([1, 2], "work")) == [1, 2]
     out, err = capfd.readouterr()
     assert out == ""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from slimvlm.pruning import least_squares
 from slimvlm.pruning.least_squares import Moments, refit
 from tests.tolerances import SOLVE, assert_close
 
@@ -68,8 +69,9 @@ def test_the_objective_has_no_slope_at_the_solution(
 @pytest.mark.parametrize("ridge", RIDGES)
 @pytest.mark.parametrize(("bias", "residuals"), CASES)
 def test_errors_are_the_true_ones_and_never_above_slicing(
-    bias: Tensor | None, residuals: Tensor | None, ridge: float
+    bias: Tensor | None, residuals: Tensor | None, ridge: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(least_squares, "BLOCK", 5)
     rest = () if residuals is None else (residuals,)
     fit = refit(WEIGHT, bias, gathered(INPUTS, WEIGHTS, *rest), KEEP, ridge)
     target = whole(bias, residuals)
@@ -142,3 +144,31 @@ def test_sums_in_float32_give_nearly_the_same_weights() -> None:
     fit = refit(WEIGHT, BIAS, single, KEEP, ridge=1e-3)
     expected = refit(WEIGHT, BIAS, gathered(), KEEP, ridge=1e-3)
     torch.testing.assert_close(fit.weight, expected.weight, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ridge", [1e-3, 1e-2])
+@pytest.mark.parametrize(("bias", "residuals"), CASES)
+def test_weights_in_half_precision_become_what_float64_gives(
+    bias: Tensor | None, residuals: Tensor | None, ridge: float, dtype: torch.dtype
+) -> None:
+    rest = () if residuals is None else (residuals,)
+    weight, moments = WEIGHT.to(dtype), gathered(INPUTS, WEIGHTS, *rest)
+    fit = refit(weight, bias, moments, KEEP, ridge)
+    expected = refit(weight.double(), bias, moments, KEEP, ridge)
+    assert not torch.equal(fit.weight, expected.weight)
+    size = torch.finfo(dtype).eps * expected.weight.abs()
+    assert bool(((fit.weight - expected.weight).abs() <= size / 2 + 1e-5).all())
+    assert (fit.weight.to(dtype) == expected.weight.to(dtype)).float().mean() > 0.9
+    assert fit.sliced_error == pytest.approx(expected.sliced_error, rel=1e-4)
+    assert fit.repaired_error == pytest.approx(expected.repaired_error, rel=1e-3)
+
+
+def test_float64_solves_what_float32_cannot() -> None:
+    inputs = INPUTS.clone()
+    inputs[:, KEEP[1]] = inputs[:, KEEP[0]]
+    weight, moments = WEIGHT.bfloat16(), gathered(inputs)
+    fit = refit(weight, None, moments, KEEP, ridge=1e-12)
+    expected = refit(weight.double(), None, moments, KEEP, ridge=1e-12)
+    assert torch.equal(fit.weight, expected.weight)
+    assert fit.repaired_error == expected.repaired_error

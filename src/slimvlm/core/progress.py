@@ -41,7 +41,7 @@ def to_log(line: str) -> None:
 
 def is_watched() -> bool:
     """Whether stderr is a terminal, where bars can move."""
-    return Console(stderr=True).is_terminal
+    return sys.stderr.isatty()
 
 
 def duration(seconds: float) -> str:

@@ -6,6 +6,7 @@ them, `refit` solves for the new weights. Nothing that grows with the number of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,9 @@ BLOCK = 1024
 """Columns of a product, or rows of the right-hand side, that are worked on at once."""
 
 _MOST_TRIES = 20
+
+_PROBES = 8
+"""Random combinations of outputs by which a solution in float32 is checked."""
 
 
 @dataclass
@@ -108,37 +112,54 @@ class Moments:
         return self.pairs.value()
 
     def block(
-        self, rows: Int[Tensor, " R"], columns: Int[Tensor, " K"], centred: bool
+        self, rows: Int[Tensor, " R"], columns: Int[Tensor, " K"], centred: bool, dtype: torch.dtype
     ) -> Float[Tensor, "R K"]:
-        """A part of the Gram matrix in float64, of the inputs minus their means if centred."""
-        part = self.gram[rows[:, None], columns].double()
+        """A part of the Gram matrix, of the inputs minus their means if centred."""
+        part = self.gram[rows].index_select(1, columns).to(dtype)
         if centred:
-            part.addr_(self.total[rows], self.total[columns] / self.count, alpha=-1)
+            means = self.total[columns] / self.count
+            part.addr_(self.total[rows].to(dtype), means.to(dtype), alpha=-1)
         return part
 
     def cross_block(
-        self, columns: Int[Tensor, " K"], centred: bool
+        self, columns: Int[Tensor, " K"], centred: bool, dtype: torch.dtype
     ) -> Float[Tensor, "O K"] | Float[Tensor, ""]:
-        """Columns of the cross moments in float64; a plain 0 if there are no residuals."""
+        """Columns of the cross moments; a plain 0 if there are no residuals."""
         if self.cross is None or self.missing is None:
-            return self.total.new_zeros(())
-        part = self.cross[:, columns].double()
+            return self.total.new_zeros((), dtype=dtype)
+        part = self.cross[:, columns].to(dtype)
         if centred:
-            part.addr_(self.missing, self.total[columns] / self.count, alpha=-1)
+            means = self.total[columns] / self.count
+            part.addr_(self.missing.to(dtype), means.to(dtype), alpha=-1)
         return part
+
+    def image(
+        self, rows: Float[Tensor, "N K"], keep: Int[Tensor, " K"], centred: bool
+    ) -> Float[Tensor, "N K"]:
+        """A few rows times the `block` of the kept channels, which is not made for it."""
+        whole = rows.new_zeros(len(rows), len(self.gram), dtype=self.pairs.dtype)
+        whole[:, keep] = rows.to(whole.dtype)
+        product = (whole @ self.gram)[:, keep].to(rows.dtype)
+        if centred:
+            total = self.total[keep].to(rows.dtype)
+            product.addr_(rows @ total, total / float(self.count), alpha=-1)
+        return product
 
     def square(
         self, weight: Float[Tensor, "O K"], channels: Int[Tensor, " K"], centred: bool
     ) -> float:
         """``Σ_t w_t ‖V x_t[channels] + e_t‖²`` for a matrix ``V``, around its mean if centred."""
-        square, mean = self.total.new_zeros(()), weight @ self.total[channels]
+        square, mean = self.total.new_zeros(()), weight.double() @ self.total[channels]
         single = weight.to(self.pairs.dtype)
+        is_whole = len(channels) == len(self.gram)
+        gram = self.gram if is_whole else self.gram[channels].index_select(1, channels)
         for start in range(0, len(channels), BLOCK):
-            part = channels[start : start + BLOCK]
-            products = single @ self.gram[channels[:, None], part]
+            part, below = slice(start, start + BLOCK), slice(start + BLOCK, None)
+            products = single[:, part] @ gram[part, part]
+            products.addmm_(single[:, below], gram[below, part], alpha=2)
             if self.cross is not None:
-                products += 2 * self.cross[:, part]
-            products *= single[:, start : start + BLOCK]
+                products += 2 * self.cross[:, channels[part]]
+            products *= single[:, part]
             square += products.sum(dtype=torch.float64)
         if self.missing is not None and self.missing_square is not None:
             square, mean = square + self.missing_square, mean + self.missing
@@ -259,6 +280,9 @@ def refit(
     tokens is never above that of the sliced weights, whatever the ridge, and where nothing is
     removed and nothing is missing the weights stay as they are, bit for bit.
 
+    The system is solved in float64. For weights in half precision it is float32 if that solves it
+    to better than what they can hold.
+
     Args:
         weight: The matrix before anything was removed.
         bias: Its bias, if it has one.
@@ -271,26 +295,48 @@ def refit(
         Least squares on the matrix that reads the pruned channels: Meng et al. 2024, OSSCAR,
         arXiv:2403.12983. The ridge towards the sliced weights and the centring are ours.
     """
-    weight, centred = weight.double(), bias is not None
+    if weight.element_size() < 4:
+        tolerance = torch.finfo(weight.dtype).eps / 8
+        found = _refit(weight.float(), bias, moments, keep, ridge, tolerance)
+        if found is not None:
+            return found
+    found = _refit(weight.double(), bias, moments, keep, ridge, math.inf)
+    assert found is not None
+    return found
+
+
+def _refit(
+    weight: Float[Tensor, "O C"],
+    bias: Float[Tensor, " O"] | None,
+    moments: Moments,
+    keep: Int[Tensor, " K"],
+    ridge: float,
+    tolerance: float,
+) -> Refit | None:
+    """`refit` in the precision of the weight; None if that has too few digits."""
+    centred, dtype = bias is not None, weight.dtype
     is_kept = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
     is_kept[keep] = True
     everything, remove = torch.arange(len(is_kept), device=keep.device), (~is_kept).nonzero()[:, 0]
     removed_weight = weight[:, remove]
+    lost = removed_weight @ moments.block(remove, keep, centred, dtype)
+    lost += moments.cross_block(keep, centred, dtype)
+    solution = _solve(moments, keep, lost, ridge, centred, tolerance)
+    if solution is None:
+        return None
+    change, penalty = solution
     whole = moments.square(weight, everything, centred)
     sliced = moments.square(removed_weight, remove, centred)
-    lost = removed_weight @ moments.block(remove, keep, centred)
-    lost += moments.cross_block(keep, centred)
-    change, penalty = _solve(moments, keep, lost, ridge, centred)
     repaired = sliced - float((lost * change).sum() + penalty * change.square().sum())
-    new_weight = weight[:, keep] + change
+    new_weight = (weight[:, keep] + change).double()
     if bias is None:
         return Refit(new_weight, None, _share(sliced, whole), _share(repaired, whole))
-    shift = removed_weight @ moments.total[remove]
+    shift = removed_weight.double() @ moments.total[remove]
     if moments.missing is not None:
         shift += moments.missing
     shift /= moments.count
     sliced += float(moments.count * shift.square().sum())
-    new_bias = bias.double() + shift - change @ moments.total[keep] / moments.count
+    new_bias = bias.double() + shift - change.double() @ moments.total[keep] / moments.count
     return Refit(new_weight, new_bias, _share(sliced, whole), _share(repaired, whole))
 
 
@@ -300,24 +346,37 @@ def _solve(
     lost: Float[Tensor, "O K"],
     ridge: float,
     centred: bool,
-) -> tuple[Float[Tensor, "O K"], float]:
-    """``lost (G_KK + λ I)⁻¹`` and the ``λ`` that it took, by Cholesky in place."""
+    tolerance: float,
+) -> tuple[Float[Tensor, "O K"], float] | None:
+    """``lost (G_KK + λ I)⁻¹`` and the ``λ`` that it took, by Cholesky in place.
+
+    None if rounding changes the solution by more than the tolerance, as a share of its size.
+    """
     change = torch.zeros_like(lost)
     if not lost.any():
         return change, 0.0
     ridge = max(ridge, 10 * torch.finfo(moments.pairs.dtype).eps)
     for _ in range(_MOST_TRIES):
-        system = moments.block(keep, keep, centred).T
+        system = moments.block(keep, keep, centred, lost.dtype).T
         penalty = ridge * float(system.diagonal().mean())
         system.diagonal().add_(penalty)
         info = torch.empty((), dtype=torch.int32, device=system.device)
         torch.linalg.cholesky_ex(system, out=(system, info))
         if int(info) == 0:
             break
+        if tolerance < math.inf:
+            return None
         ridge *= 10
     for start in range(0, len(lost), BLOCK):
         rows = slice(start, start + BLOCK)
         change[rows] = torch.cholesky_solve(lost[rows].T, system).T
+    if tolerance < math.inf:
+        drawn = torch.randn(_PROBES, len(lost), generator=torch.Generator().manual_seed(0))
+        drawn = drawn.to(lost)
+        solved = drawn @ change
+        rest = drawn @ lost - moments.image(solved, keep, centred) - penalty * solved
+        if torch.cholesky_solve(rest.T, system).norm() > tolerance * solved.norm():
+            return None
     return change, penalty
 
 
