@@ -73,12 +73,12 @@ def relative_error(
 def distil_(
     layer: nn.Module, lessons: Sequence[Lesson], exams: Sequence[Lesson], steps: LocalSteps
 ) -> tuple[float, float]:
-    """Train one layer alone, in place; it ends as what held-out tokens confirm.
+    """Train one layer alone; it ends as what held-out tokens confirm.
 
-    All its weights learn, one batch a step, by Adam with a rate that rises and falls once (one
-    cycle). A layer in half precision learns in float32, and multiplies in bfloat16. Afterwards
-    held-out tokens choose among the trained layer, the one halfway to it and the one before, so
-    that their error is never larger than it was.
+    It gets new parameters; the old ones stay as they are. All of them learn, one batch a step, by
+    Adam with a rate that rises and falls once (one cycle). A layer in half precision learns in
+    float32, and multiplies in bfloat16. Afterwards held-out tokens choose among the trained layer,
+    the one halfway to it and the one before, so that their error is never larger than it was.
 
     Args:
         layer: The layer.
@@ -91,7 +91,8 @@ def distil_(
     """
     half_precision = {p.dtype for p in layer.parameters()} & {torch.bfloat16, torch.float16}
     judges = exams or lessons
-    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    before = {name: p.detach() for name, p in layer.named_parameters()}
+    _renew_(layer)
     old = _mean_error(judges)
     with _trainable(layer) as parameters, _mixed(bool(half_precision), parameters[0].device):
         _train_(parameters, lessons, steps)
@@ -103,6 +104,14 @@ def distil_(
     best = min(errors, key=lambda share: errors[share])
     _blend_(layer, before, after, best)
     return old, errors[best]
+
+
+def _renew_(layer: nn.Module) -> None:
+    """Give a layer copies of its parameters."""
+    for module in layer.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            copied = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            setattr(module, name, copied)
 
 
 def _train_(

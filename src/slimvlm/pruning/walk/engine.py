@@ -102,9 +102,10 @@ class Walk:
     def _walk(self, plan: Plan, index: int) -> None:
         """Walk one layer, and store what came of it."""
         place = plan.layers.index(index)
+        begin = index if place else 0  # the original runs the layers that go before it, too
         end = (*plan.layers, self._depth)[place + 1]
         if self._needs_original(plan):
-            self.streams.advance_original(index, end)
+            self.streams.advance_original(begin, end)
         layer, runner = decoder_layers(self.streams.runner.model)[index], self.streams.runner
         with runner.source.layer(index, runner.device), unchanged(layer):
             outcome = LayerWalk(
@@ -121,7 +122,7 @@ class Walk:
             about["weights"] = list(outcome.weights)
             self._store.write(entry_of(index), 0, {**outcome.weights, **scores}, about)
             self._store.finish(entry_of(index))
-        self.streams.forget(index, end)
+        self.streams.forget(begin, end)
 
     def _needs_original(self, plan: Plan) -> bool:
         """Whether the original's own states are aimed at."""

@@ -121,7 +121,7 @@ class LayerWalk:
             with self._only_cut():
                 self._streams.pass_on(SLICED, self._index, self._end, self._streams.held_out)
         distilled = None
-        if self._steps.local.count and not self._is_idle:
+        if self._steps.local.count:
             distilled = self._distilled()
             self._inputs.clear()
         places = self._streams.places
@@ -241,19 +241,24 @@ class LayerWalk:
             for linear, parameters in zip(linears, walked, strict=True):
                 linear._parameters.update(parameters)
 
-    def _distilled(self) -> tuple[float, float]:
-        """Train the layer; its held-out error before and after."""
-        lessons = [self._lesson(place) for place in self._streams.places]
-        fitted = len(self._streams.fitted)
-        return distil_(self._layer, lessons[:fitted], lessons[fitted:], self._steps.local)
-
-    def _lesson(self, place: int) -> Lesson:
-        streams = self._streams
-        return Lesson(
-            partial(streams.output, PREFIX, self._index, place),
-            partial(streams.state, ORIGINAL, self._end, place),
-            streams.weights[place],
+    def _distilled(self) -> tuple[float, float] | None:
+        """Train the layer; its held-out error before and after, None if nothing teaches it."""
+        lessons, exams = (
+            list(self._lessons(places)) for places in (self._streams.fitted, self._streams.held_out)
         )
+        return distil_(self._layer, lessons, exams, self._steps.local) if lessons else None
+
+    def _lessons(self, places: Sequence[int]) -> Iterator[Lesson]:
+        """Of batches that run the layer and have a token that counts."""
+        streams = self._streams
+        for place in places:
+            weights = streams.weights[place]
+            if self._index in streams.calls(PREFIX, place).arguments and weights.any():
+                yield Lesson(
+                    partial(streams.output, PREFIX, self._index, place),
+                    partial(streams.state, ORIGINAL, self._end, place),
+                    weights,
+                )
 
     def _changed(self, everything: bool) -> dict[str, Tensor]:
         """The parameters that are no plain slices, by their paths."""
