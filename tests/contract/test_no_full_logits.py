@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from slimvlm.planning.balance import PlanDivergence
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,16 +22,15 @@ from slimvlm.models import losses
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.load import load
 from slimvlm.models.losses import CHUNK
-from slimvlm.planning.make import make_plan
 from slimvlm.planning.mask import masked
 from slimvlm.pruning import save
-from slimvlm.pruning.repair import prune_and_repair_
+from slimvlm.pruning.walk.walk import walk_
 from slimvlm.scoring.batches import answer_loss
 from slimvlm.scoring.score_model import score
 from slimvlm.training.recover import recover
 from tests import tiny
 from tests import tiny_folder as folders
-from tests.handmade import Batch, logits, padded, random_scores
+from tests.handmade import Batch, logits, padded, plan_by_hand
 
 pytestmark = pytest.mark.usefixtures("unhurried")
 LONG = "It is red. There is a blue circle in the picture. " * 6
@@ -100,18 +98,10 @@ def test_scores(criterion: str, model: PreTrainedModel, batches: list[Batch]) ->
     assert most_rows(tiny.VOCAB, lambda: score(model, batches, criterion)) == CHUNK
 
 
-def test_the_divergence_of_a_plan(model: PreTrainedModel, batches: list[Batch]) -> None:
-    anatomy = read_anatomy(model)
-    plan = make_plan(anatomy, random_scores(anatomy), 0.3)
-    assert most_rows(tiny.VOCAB, lambda: PlanDivergence(model, batches).of(plan)) == CHUNK
-
-
-def test_the_answer_loss_and_repair(model: PreTrainedModel, batches: list[Batch]) -> None:
+def test_the_answer_loss_and_the_walk(model: PreTrainedModel, batches: list[Batch]) -> None:
     assert most_rows(tiny.VOCAB, lambda: answer_loss(model, batches)) == CHUNK
-    pruned = tiny.build("gemma2")
-    anatomy = read_anatomy(pruned)
-    plan = make_plan(anatomy, random_scores(anatomy), 0.3, "both")
-    rows = most_rows(tiny.VOCAB, lambda: prune_and_repair_(pruned, plan, batches, held_out=batches))
+    whole, options = tiny.build("gemma2"), {"axis": "both", "local_steps": 1}
+    rows = most_rows(tiny.VOCAB, lambda: walk_(whole, batches, 0.3, held_out=batches, **options))
     assert rows == CHUNK
 
 
@@ -183,7 +173,7 @@ def test_chunks_of_positions_and_padding_change_no_divergence(
 ) -> None:
     model = bent(name)
     data = [tiny.batch(model, 9 + 4 * seed, seed) for seed in range(2)]
-    plan = make_plan(read_anatomy(model), random_scores(read_anatomy(model)), 0.3)
+    plan = plan_by_hand(read_anatomy(model), [0, 2, 3])
     whole = []
     for batch in data:
         counted = predicts_label(batch["labels"])
@@ -194,4 +184,6 @@ def test_chunks_of_positions_and_padding_change_no_divergence(
     monkeypatch.setattr(losses, "CHUNK", 3)
     expected = float(torch.cat(whole).mean())
     for batches in (data, [padded(data)]):
-        assert PlanDivergence(model, batches).of(plan) == pytest.approx(expected, rel=1e-4)
+        found = score(model, batches, "kl_greedy", rounds=1).layer
+        assert found is not None
+        assert float(found[1]) == pytest.approx(expected, rel=1e-4)

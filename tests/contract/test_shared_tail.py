@@ -16,7 +16,7 @@ from slimvlm.planning.make import make_plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.layerwise.score import score_checkpoint
 from slimvlm.pruning.layerwise.write import prune_checkpoint
-from slimvlm.pruning.repair import prune_and_repair_
+from slimvlm.pruning.walk.walk import walk_
 from slimvlm.scoring.score_model import score
 from tests import tiny, tiny_rare
 from tests.handmade import logits, plan_by_hand, random_scores
@@ -101,9 +101,9 @@ def test_a_seam_in_the_tail_is_looked_at_when_what_it_reads_is_there(kind: type)
     model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     data = [tiny.batch(model, seed=seed) for seed in range(3)]
     plan = plan_by_hand(read_anatomy(model), [0, 1, 2, 3, 4, 5, 7], neurons=range(64))
-    report = prune_and_repair_(model, plan, data, "both")
-    assert report.notes == ("layer 5 has a norm after its MLP: its seam stays",)
-    assert report.errors
+    report = walk_(model, data, plan=plan, repair="both").report
+    assert report.notes == ["layer 5 has a norm after its MLP: its seam stays"]
+    assert report.refits
     assert read_anatomy(model).layers == plan.after.layers
 
 

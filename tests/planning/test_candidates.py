@@ -1,158 +1,95 @@
-"""KV groups against neurons: every number tried, the least divergent kept, no weight touched."""
+"""Plans that share a ratio and differ in how many KV groups go for how many neurons."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-import torch
-import torch.nn.functional as F
-from slimvlm.planning.balance import Balance, PlanDivergence, balanced_plan
-from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedModel
 
-from slimvlm.core.errors import ConfigError, DataError
-from slimvlm.models import losses
-from slimvlm.models.anatomy import read_anatomy
+from slimvlm.core.errors import ConfigError, ImpossiblePlanError
+from slimvlm.models.anatomy import Anatomy, read_anatomy
+from slimvlm.planning.candidates import width_candidates
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
-from slimvlm.pruning.cut import prune_
+from slimvlm.scoring.unit_scores import Scores
 from tests import tiny
-from tests.handmade import assert_untouched, logits, random_scores, snapshot
-
-AXES = ("depth", "width", "both")
+from tests.handmade import random_scores
 
 
 @pytest.fixture(scope="module")
-def model() -> PreTrainedModel:
-    return tiny.build("llava-llama")
+def anatomy() -> Anatomy:
+    return read_anatomy(tiny.build("llava-llama"))
 
 
-@pytest.fixture(scope="module")
-def batches(model: PreTrainedModel) -> list[dict[str, Any]]:
-    return [tiny.batch(model, text_tokens=8 + 4 * i, seed=i) for i in range(2)]
+def candidates(anatomy: Anatomy, axis: str = "width", **options: Any) -> list[Plan]:
+    layers = Scores("by-hand", layer=random_scores(anatomy).layer)
+    return width_candidates(anatomy, [layers], 0.25, axis, "obs", **options)
 
 
-def balanced(model: PreTrainedModel, batches: Any, axis: str = "width", **options: Any) -> Balance:
-    scores = random_scores(read_anatomy(model))
-    return balanced_plan(model, scores, batches, 0.25, axis, **options)
+def groups(plans: list[Plan]) -> list[set[int]]:
+    """How many KV groups the kept layers of each plan keep."""
+    return [{len(plan.kv_groups[i]) for i in plan.layers} for plan in plans]
 
 
-# What is measured
-
-
-def test_the_divergence_is_the_kl_of_the_pruned_model_at_answer_positions(
-    model: PreTrainedModel, batches: list[dict[str, Any]]
+@pytest.mark.parametrize("axis", ["width", "both"])
+def test_every_number_of_kv_groups_that_meets_the_ratio_is_there(
+    anatomy: Anatomy, axis: str
 ) -> None:
-    plan = make_plan(read_anatomy(model), random_scores(read_anatomy(model)), 0.3, "both")
-    pruned = tiny.build("llava-llama")
-    prune_(pruned, plan)
-    total, count = 0.0, 0
-    for batch in batches:
-        counted = (batch["labels"][:, 1:] != -100).nonzero()[:, 1]
-        own, other = logits(model, batch)[:, counted], logits(pruned, batch)[:, counted]
-        total += float(losses.divergence(other, own, temperature=1.0)) * len(counted)
-        count += len(counted)
-    measured = PlanDivergence(model, batches).of(plan)
-    assert measured == pytest.approx(total / count, rel=1e-4)
-    assert measured > 0
+    found = candidates(anatomy, axis)
+    assert groups(found) == ([{2}, {3}, {4}] if axis == "width" else groups(found))
+    for plan in found:
+        assert plan.after.is_uniform
+        assert plan.ratio == pytest.approx(0.25, abs=0.05)
+        assert plan.layers == found[0].layers
+    neurons = [len(plan.neurons[plan.layers[0]]) for plan in found]
+    assert neurons == sorted(neurons, reverse=True)
+    assert len({*neurons}) == len(found)
 
 
-def test_the_original_does_not_diverge_and_padding_does_not_count(
-    model: PreTrainedModel, batches: list[dict[str, Any]]
-) -> None:
-    everything = Plan.everything(read_anatomy(model))
-    assert PlanDivergence(model, batches).of(everything) == 0
-    batch = batches[0]
-    fills = {"input_ids": 7, "attention_mask": 0, "labels": 7}
-    longer = {name: F.pad(batch[name], (0, 3), value=fill) for name, fill in fills.items()}
-    plan = make_plan(read_anatomy(model), random_scores(read_anatomy(model)), 0.3)
-    padded = PlanDivergence(model, [{**batch, **longer}]).of(plan)
-    assert padded == pytest.approx(PlanDivergence(model, [batch]).of(plan), rel=1e-4)
+def test_numbers_are_those_of_make_plan(anatomy: Anatomy) -> None:
+    scores = random_scores(anatomy)
+    for plan, kv_heads in zip(candidates(anatomy), (2, 3, 4), strict=True):
+        expected = make_plan(anatomy, scores, 0.25, "width", kv_heads=kv_heads)
+        assert plan.after.layers == expected.after.layers
+        assert set(plan.criteria.values()) == {"obs"}
 
 
-# The choice
+def test_other_allocations_leave_one_plan(anatomy: Anatomy) -> None:
+    scores = random_scores(anatomy)
+    for allocation in ("uniform", "protect"):
+        (plan,) = candidates(anatomy, allocation=allocation)
+        expected = make_plan(anatomy, scores, 0.25, "width", allocation)
+        assert plan.after.layers == expected.after.layers
 
 
-def test_every_number_of_kv_groups_is_tried(
-    model: PreTrainedModel, batches: list[dict[str, Any]]
-) -> None:
-    found = balanced(model, batches)
-    assert [trial.name for trial in found.trials] == ["2 KV groups", "3 KV groups", "4 KV groups"]
-    assert found.divergence == min(trial.divergence for trial in found.trials)
-    assert found.plan.after.is_uniform
-    assert PlanDivergence(model, batches).of(found.plan) == found.divergence
-
-
-def test_many_numbers_of_kv_groups_come_coarsely_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The best of a valley is found without a pass for every number."""
-    config = MistralConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        head_dim=4,
-    )
-    model = AutoModelForCausalLM.from_config(config)
-    anatomy = read_anatomy(model)
-    legal = anatomy.legal_kv_heads()
-    assert len(legal) == 32
-    asked: list[int] = []
-
-    def valley(self: PlanDivergence, plan: Plan) -> float:
-        asked.append(len(plan.kv_groups[0]))
-        return abs(len(plan.kv_groups[0]) - 21.0)
-
-    monkeypatch.setattr(PlanDivergence, "of", valley)
-    found = balanced_plan(
-        model, random_scores(anatomy), [{"input_ids": torch.ones(1, 4, dtype=torch.long)}], 0.25
-    )
-    assert {len(kept) for kept in found.plan.kv_groups} == {21}
-    assert len(asked) == len(set(asked)) == len(found.trials) < len(legal)
-
-
-@pytest.mark.parametrize("axis", AXES)
-def test_no_weight_is_touched_and_the_ratio_is_met(
-    model: PreTrainedModel, batches: list[dict[str, Any]], axis: str
-) -> None:
-    before = snapshot(model)
-    found = balanced(model, batches, axis)
-    step = 0.25 if axis == "depth" else 0.05
-    assert abs(found.plan.ratio - 0.25) <= step
-    assert len(found.trials) == {"depth": 1, "width": 3, "both": 1}[axis]
-    assert balanced(model, batches, axis) == found
-    assert_untouched(model, before)
-
-
-def test_protected_layers_and_kinds_are_left_alone(
-    model: PreTrainedModel, batches: list[dict[str, Any]]
-) -> None:
-    found = balanced(model, batches, protect=(1, 0), units=("neuron",), round_to=2)
-    assert {len(kept) for kept in found.plan.kv_groups} == {4}
-    widths = [len(kept) for kept in found.plan.neurons]
+def test_protected_layers_and_kinds_are_left_alone(anatomy: Anatomy) -> None:
+    (plan,) = candidates(anatomy, protect=(1, 0), units=("neuron",), round_to=2)
+    assert {len(kept) for kept in plan.kv_groups} == {4}
+    widths = [len(kept) for kept in plan.neurons]
     assert widths[0] == 96
     assert all(width % 2 == 0 for width in widths)
+
+
+def test_groups_alone_leave_one_number(anatomy: Anatomy) -> None:
+    found = candidates(anatomy, units=("kv_group",))
+    assert {len(kept) for plan in found for kept in plan.neurons} == {96}
+    assert max(plan.ratio for plan in found) == pytest.approx(0.25, abs=0.1)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"allocation": "search"}, "allocation 'search' must be one of: uniform, protect"),
+        ({"allocation": "search"}, "allocation 'search' must be one of"),
         ({"units": ("head",)}, "units"),
     ],
 )
-def test_wrong_requests_are_refused_before_a_pass(
-    model: PreTrainedModel, options: dict[str, Any], message: str
+def test_wrong_requests_are_refused(
+    anatomy: Anatomy, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        balanced(model, [], **options)
+        candidates(anatomy, **options)
 
 
-def test_batches_without_labelled_tokens_are_refused(
-    model: PreTrainedModel, batches: list[dict[str, Any]]
-) -> None:
-    nothing = {**batches[0], "labels": torch.full_like(batches[0]["labels"], -100)}
-    for given in ([], [nothing]):
-        with pytest.raises(DataError, match="no labelled token"):
-            balanced(model, given)
+def test_a_ratio_that_no_shape_meets_is_refused(anatomy: Anatomy) -> None:
+    with pytest.raises(ImpossiblePlanError):
+        width_candidates(anatomy, [], 0.99, "width", "obs")

@@ -1,0 +1,516 @@
+"""The walk: exact where it can be, never worse where it is fitted or judged."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from slimvlm.core.errors import ConfigError, DataError, NumericalError
+from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.classes import auto_class
+from slimvlm.models.parts import decoder_layers, final_norm
+from slimvlm.planning.candidates import width_candidates
+from slimvlm.planning.make import make_plan
+from slimvlm.planning.plan import Plan
+from slimvlm.pruning.layerwise.calls import record_calls
+from slimvlm.pruning.layerwise.runner import LayerwiseModel, Live
+from slimvlm.pruning.layerwise.stores import Memory
+from slimvlm.pruning.walk.distil import LocalSteps
+from slimvlm.pruning.walk.layer import Steps
+from slimvlm.pruning.walk.result import Walked
+from slimvlm.pruning.walk.streams import PREFIX, Streams
+from slimvlm.pruning.walk.walk import walk_, walk_batches
+from slimvlm.scoring.batches import answer_loss
+from slimvlm.scoring.inputs import capture_grams
+from slimvlm.scoring.obs import DAMPING
+from slimvlm.scoring.score_model import score
+from tests import tiny, tiny_parts
+from tests.handmade import (
+    Batch,
+    assert_untouched,
+    logits,
+    padded,
+    plan_by_hand,
+    random_scores,
+    snapshot,
+)
+from tests.pruning.pruned import batches, build, doubled, narrow, sliced, with_determined_neurons_
+from tests.tolerances import FORWARD, SOLVE, assert_close
+
+FAMILIES = ["llama", "mistral", "phi", "phi3", "gemma3", "qwen2_5_vl", "qwen3_vl", "llava-phi"]
+
+
+@torch.no_grad()
+def final_hidden(model: Any, data: Sequence[Batch]) -> Tensor:
+    inputs = [{k: v for k, v in batch.items() if k != "labels"} for batch in data]
+    outputs = [model.base_model(**x, use_cache=False).last_hidden_state for x in inputs]
+    return torch.cat([output.flatten(0, 1) for output in outputs])
+
+
+def walked(model: PreTrainedModel, *args: Any, **options: Any) -> tuple[PreTrainedModel, Walked]:
+    """A copy of the model after a walk, and what the walk says."""
+    student = copy.deepcopy(model)
+    return student, walk_(student, *args, **options)
+
+
+def outcome(
+    model: PreTrainedModel, plan: Plan, data: Sequence[Batch], judges: Sequence[Batch], steps: Steps
+) -> Walked:
+    """What a walk finds; the model is not changed."""
+    runner = LayerwiseModel(Live(model), Memory(), model.device)
+    return walk_batches(runner, [plan], False, data, judges, steps, None)
+
+
+# Repair
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_repair_comes_nearer_and_stays_a_standard_checkpoint(name: str, tmp_path: Path) -> None:
+    model = build(name)
+    data = batches(model)
+    goal = final_hidden(model, data)
+    plan = narrow(model, [0, 1, 3])
+    student, found = walked(model, data, plan=plan, repair="both", ridge=1e-3)
+    error = (final_hidden(student, data) - goal).square().sum()
+    assert error < 0.75 * (final_hidden(sliced(model, plan), data) - goal).square().sum()
+    assert found.plan == plan
+    assert all(row.repaired < row.sliced for row in found.report.refits.values())
+    assert "\n" not in found.report.summary()
+    student.save_pretrained(tmp_path)
+    again = auto_class(student.config).from_pretrained(tmp_path, dtype=torch.float64).eval()
+    assert torch.equal(logits(again, data[0]), logits(student, data[0]))
+
+
+def blind(batch: Batch) -> Batch:
+    """A batch without its picture."""
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+
+
+@torch.no_grad()
+def assert_layer_by_layer_is_the_model(model: PreTrainedModel, data: Sequence[Batch]) -> None:
+    seen: list[Tensor] = []
+    handle = final_norm(model).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    final_hidden(model, data)
+    handle.remove()
+    calls_of_batches, _ = record_calls(model, data, None)
+    for calls, expected in zip(calls_of_batches, seen, strict=True):
+        hidden = calls.hidden
+        for index, layer in enumerate(decoder_layers(model)):
+            hidden = calls.through(layer, index, hidden)
+        assert_close(hidden, expected, SOLVE)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_walking_layer_by_layer_is_the_model(name: str) -> None:
+    model = build(name)
+    assert_layer_by_layer_is_the_model(model, batches(model, 2))
+
+
+def test_layers_that_batches_without_pictures_skip_stay_as_they_are() -> None:
+    """Mllama's cross-attention layers: 1 and 3."""
+    model = build("mllama")
+    data = list(map(blind, batches(model)))
+    assert_layer_by_layer_is_the_model(model, data)
+    before = snapshot(model)
+    plan = plan_by_hand(read_anatomy(model), neurons=range(64))
+    _, found = walked(model, data, plan=plan, repair="both", local_steps=1, held_out=data[:1])
+    assert "no calibration batch runs layer 1, 3" in found.report.summary()
+    touched = {index for index, _ in found.weights}
+    assert touched == {0, 2, 4}
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("form", ["none", "width", "depth", "both", "auto"])
+def test_nothing_removed_changes_no_bit(form: str) -> None:
+    model = tiny.build("llava-phi")
+    data = [tiny.batch(model, 24, seed) for seed in range(6)]
+    before = snapshot(model)
+    everything = Plan.everything(read_anatomy(model))
+    found = walk_(model, data, plan=everything, repair=form, local_steps=0)
+    assert (found.plan, dict(found.weights)) == (everything, {})
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi", "phi3", "qwen3_vl"])
+def test_neurons_that_others_determine_are_replaced_exactly(name: str) -> None:
+    """Copies of other neurons and, where there are biases, constant ones."""
+    model = build(name)
+    with_determined_neurons_(model)
+    data = batches(model, 8)
+    plan = plan_by_hand(read_anatomy(model), neurons=range(64))
+    expected = logits(model, data[0])
+    assert not torch.allclose(logits(sliced(model, plan), data[0]), expected, atol=1e-2)
+    student, _ = walked(model, data, plan=plan, repair="width", ridge=0.0)
+    torch.testing.assert_close(logits(student, data[0]), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_a_choice_finds_neurons_that_others_determine() -> None:
+    """One of each pair goes, whichever it is, and nothing is lost."""
+    model = build("llama")
+    with_determined_neurons_(model)
+    data = batches(model, 8)
+    anatomy = read_anatomy(model)
+    expected = logits(model, data[0])
+    ratio = 4 * 32 * 3 * 64 / anatomy.backbone_params
+    options = {"allocation": "uniform", "units": ("neuron",), "round_to": 1}
+    student, found = walked(model, data, ratio, repair="width", ridge=0.0, **options)
+    for kept in found.plan.neurons:
+        assert len(kept) == 64
+        assert {unit if unit < 64 else unit - 64 for unit in kept} == set(range(64))
+    torch.testing.assert_close(logits(student, data[0]), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_padding_and_tokens_of_weight_zero_change_nothing() -> None:
+    model = build("llava-llama")
+    plan = narrow(model, [0, 1, 3])
+    data = [doubled(tiny.batch(model, tokens, seed)) for seed, tokens in enumerate((24, 16, 20))]
+    weights = {"answer": 0.0}
+
+    def after(data: Sequence[Batch], token_weights: Any = None) -> dict[str, Tensor]:
+        options = {"plan": plan, "repair": "both", "token_weights": token_weights}
+        return walked(model, data, **options)[0].state_dict()
+
+    expected = after(data, weights)
+    other = copy.deepcopy(data)
+    for batch in other:  # answers come last: nothing before can see them
+        answers = batch["labels"] != -100
+        batch["input_ids"][answers] = 99
+    for changed in (other, [padded(data)]):
+        for name, value in after(changed, weights).items():
+            torch.testing.assert_close(value, expected[name], atol=1e-8, rtol=1e-8)
+    unweighted = after(data)
+    assert any(not torch.allclose(unweighted[k], v, atol=1e-3) for k, v in expected.items())
+
+
+@pytest.mark.parametrize("layers", [None, [0, 1], [1, 2, 3]])
+def test_auto_is_never_worse_than_slicing_on_held_out_answers(layers: list[int] | None) -> None:
+    model = build("llama")
+    data, judges = batches(model, 4), batches(model, 8)[4:]
+    plan = narrow(model, layers)
+    student, found = walked(model, data, plan=plan, held_out=judges)
+    report = found.report
+    assert report.loss_sliced is not None
+    assert report.loss is not None
+    assert report.loss == pytest.approx(answer_loss(student, judges), rel=1e-6)
+    assert report.loss_sliced == pytest.approx(answer_loss(sliced(model, plan), judges), rel=1e-6)
+    assert report.loss <= report.loss_sliced
+    assert all(row.repaired <= row.sliced for row in report.refits.values())
+    assert all(0 <= row.share <= 1 for row in report.refits.values())
+    gone = "the first layers are gone: no layer before them could be repaired"
+    assert (gone in report.notes) == (layers == [1, 2, 3])
+
+
+def test_auto_refuses_a_repair_that_hurts() -> None:
+    """Fitted on too few tokens, a repair helps there and nowhere else."""
+    model = build("llama")
+    data, judges = batches(model, 1, 8), batches(model, 8)[4:]
+    plan = narrow(model)
+    spoilt, _ = walked(model, data, plan=plan, repair="both", ridge=0.0)
+    student, found = walked(model, data, plan=plan, repair="auto", ridge=0.0, held_out=judges)
+    assert all(row.share < 1 for row in found.report.refits.values())
+    goal = final_hidden(model, judges)
+    errors = [(final_hidden(m, judges) - goal).square().sum() for m in (student, spoilt)]
+    assert errors[0] < errors[1]
+
+
+def test_auto_drops_everything_if_answers_do_not_gain() -> None:
+    """The right answers are what the sliced model says."""
+    model = build("llama")
+    data, judges = batches(model, 4), batches(model, 8)[4:]
+    plan = narrow(model)
+    plain = sliced(model, plan)
+    for batch in judges:
+        batch["labels"][:, 1:] = logits(plain, batch)[:, :-1].argmax(-1)
+    student, found = walked(model, data, plan=plan, held_out=judges)
+    assert dict(found.weights) == {}
+    assert found.report.loss == found.report.loss_sliced
+    assert "they were dropped" in found.report.summary()
+    assert_untouched(student, snapshot(plain))
+
+
+def test_a_norm_behind_the_mlp_keeps_its_seam() -> None:
+    model = build("gemma3")
+    data, plan = batches(model), plan_by_hand(read_anatomy(model), [0, 1, 3])
+    student, found = walked(model, data, plan=plan, repair="depth")
+    assert len(found.report.notes) == 1
+    assert "layer 1" in found.report.notes[0]
+    before = sliced(model, plan).state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"plan": None}, ConfigError, "needs a ratio or a plan"),
+        ({"local_steps": -1}, ConfigError, "count -1"),
+        ({"repair": "all"}, ConfigError, "repair 'all'"),
+        ({"ridge": -1.0}, ConfigError, "ridge -1.0"),
+        ({"token_weights": {"sky": 1.0}}, ConfigError, "'sky'"),
+        ({"batches": []}, DataError, "5 calibration batches"),
+        ({"batches": [], "repair": "width"}, DataError, "no calibration batch"),
+    ],
+)
+def test_mistakes_leave_the_model_alone(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    model = tiny.build("llama")
+    before, plan = snapshot(model), narrow(model)
+    data = [tiny.batch(model, 12, seed) for seed in range(5)]
+    with pytest.raises(error, match=message):
+        walk_(model, **{"batches": data, "plan": plan, **options})
+    assert_untouched(model, before)
+
+
+def test_infinity_is_named_with_its_layer_and_the_model_stays() -> None:
+    model = tiny.build("llama")
+    data, plan = [tiny.batch(model, 12, seed) for seed in range(3)], narrow(model)
+    decoder_layers(model)[2].mlp.up_proj.weight.data[5] = torch.inf
+    before = snapshot(model)
+    with pytest.raises(NumericalError, match=r"2\.mlp\.down_proj"):
+        walk_(model, data, plan=plan, repair="width")
+    assert_untouched(model, before)
+
+
+def test_half_precision_stays() -> None:
+    model = tiny.build("llama").bfloat16()
+    data = [tiny.batch(model, 24, seed) for seed in range(6)]
+    plan = narrow(model, [0, 1, 3])
+    goal = final_hidden(model, data).float()
+    student, _ = walked(model, data, plan=plan, repair="both")
+    assert {p.dtype for p in student.parameters()} == {torch.bfloat16}
+    errors = [
+        (final_hidden(m, data).float() - goal).square().sum()
+        for m in (student, sliced(model, plan))
+    ]
+    assert errors[0] < 0.75 * errors[1]
+
+
+# What the walk chooses
+
+
+def test_kept_units_are_those_of_a_plan_or_of_scores() -> None:
+    model = tiny.build("llama")
+    anatomy = read_anatomy(model)
+    data = [tiny.batch(model, 12, seed) for seed in range(5)]
+    scores = random_scores(anatomy)
+    expected = make_plan(anatomy, scores, 0.3, "both")
+    for given in ({"plan": expected}, {"ratio": 0.3, "axis": "both", "scores": scores}):
+        student, found = walked(model, data, **given)
+        assert found.plan == expected
+        assert found.scores is None
+        assert read_anatomy(student).layers == expected.after.layers
+
+
+def test_chosen_units_are_those_with_the_highest_scores() -> None:
+    model = tiny.build("llava-llama")
+    data = [tiny.batch(model, 12, seed) for seed in range(5)]
+    _, found = walked(model, data, 0.5, "both", allocation="uniform", kv_heads=2)
+    assert found.scores is not None
+    assert found.scores.criterion == "obs"
+    for unit, kept in (("kv_group", found.plan.kv_groups), ("neuron", found.plan.neurons)):
+        for index, values in enumerate(found.scores.of(unit)):
+            assert len(values) == found.plan.before.layers[index].units(unit)
+            if index not in found.plan.layers:
+                assert not values.any()
+                continue
+            is_kept = torch.zeros(len(values), dtype=torch.bool)
+            is_kept[list(kept[index])] = True
+            assert 0 < is_kept.sum() < len(values)
+            assert values[is_kept].min() > values[~is_kept].max()
+
+
+def test_the_choice_is_that_of_the_criterion_where_the_inputs_are_the_same() -> None:
+    """In the first layer: KV groups of the original's, neurons behind what is left of them."""
+    model = tiny.build("llama")
+    data = [tiny.batch(model, 24, seed) for seed in range(4)]
+    options = {"allocation": "uniform", "kv_heads": 2, "repair": "none"}
+    student, found = walked(model, data, 0.3, **options)
+    scores = score(model, data, "obs")
+    kept = found.plan.kv_groups[0]
+    assert kept == tuple(sorted(scores.kv_group[0].topk(len(kept)).indices.tolist()))
+    half = plan_by_hand(found.plan.before, kv_groups=kept)
+    behind = score(sliced(model, half), data, "obs").neuron[0]
+    kept = found.plan.neurons[0]
+    assert kept == tuple(sorted(behind.topk(len(kept)).indices.tolist()))
+    assert_untouched(student, snapshot(sliced(model, found.plan)))
+
+
+@torch.no_grad()
+def without_use_(model: PreTrainedModel, unit: str) -> None:
+    """Make half of the units of a kind write nothing."""
+    for layer in decoder_layers(model):
+        if unit == "kv_group":
+            layer.self_attn.o_proj.weight.unflatten(1, (4, -1))[:, 1::2] = 0
+        else:
+            layer.mlp.down_proj.weight[:, 1::2] = 0
+
+
+@pytest.mark.parametrize(("unit", "groups"), [("kv_group", 2), ("neuron", 4)])
+def test_balanced_takes_what_costs_nothing(unit: str, groups: int) -> None:
+    model = tiny.build("llama")
+    without_use_(model, unit)
+    data = [tiny.batch(model, 24, seed) for seed in range(5)]
+    two_groups = 4 * 2 * 6 * 8 * 64  # of q, k, v and o, in four layers
+    student, found = walked(model, data, two_groups / read_anatomy(model).backbone_params)
+    assert {len(kept) for kept in found.plan.kv_groups} == {groups}
+    assert_close(logits(student, data[0]), logits(model, data[0]), FORWARD)
+
+
+def greedy_costs(weight: Tensor, gram: Tensor, units: int) -> list[float]:
+    """What is lost when 0, 1, ... units are gone, the cheapest first, by trying all of them."""
+    weight, gram = weight.double(), gram.double()
+    damped = gram + DAMPING * gram.diagonal().mean() * torch.eye(len(gram))
+    inverse, width = torch.linalg.inv(damped), len(gram) // units
+
+    def lost(gone: Sequence[int]) -> float:
+        channels = torch.cat([torch.arange(u * width, (u + 1) * width) for u in gone])
+        block = torch.linalg.inv(inverse[channels[:, None], channels])
+        return float((weight[:, channels] @ block * weight[:, channels]).sum())
+
+    gone: list[int] = []
+    costs = [0.0]
+    for _ in range(units):
+        left = [unit for unit in range(units) if unit not in gone]
+        prices = [lost([*gone, unit]) for unit in left]
+        costs.append(min(prices))
+        gone.append(left[prices.index(min(prices))])
+    return costs
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.4])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_balanced_is_the_cheapest_of_all_plans(ratio: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    config = tiny_parts.llama(intermediate_size=48, num_hidden_layers=2)
+    model = auto_class(config).from_config(config, dtype=torch.float32).eval()
+    data = [tiny.batch(model, 24, seed) for seed in range(4)]
+    plans = width_candidates(read_anatomy(model), [], ratio, "width", "obs", round_to=1)
+    assert len(plans) > 1
+    totals = [0.0] * len(plans)
+    parts = capture_grams(model, data).parts
+    for index in range(2):
+        attention, mlp = (parts[index, f"{p}_proj"] for p in ("self_attn.o", "mlp.down"))
+        written = sum(float((p.weight @ p.gram * p.weight).sum()) for p in (attention, mlp))
+        of_groups = greedy_costs(attention.weight, attention.gram, 4)
+        of_neurons = greedy_costs(mlp.weight, mlp.gram, 48)
+        for place, plan in enumerate(plans):
+            gone = 4 - len(plan.kv_groups[index]), 48 - len(plan.neurons[index])
+            totals[place] += (of_groups[gone[0]] + of_neurons[gone[1]]) / written
+    _, found = walked(model, data, ratio, repair="none", round_to=1)
+    cheapest = plans[totals.index(min(totals))]
+    assert found.plan.after.layers == cheapest.after.layers
+
+
+# Local distillation
+
+
+def test_no_local_steps_change_nothing() -> None:
+    model = tiny.build("llama")
+    data = [tiny.batch(model, 24, seed) for seed in range(5)]
+    plan = narrow(model, [0, 1, 3])
+    student, found = walked(model, data, plan=plan, repair="none", local_steps=0)
+    assert_untouched(student, snapshot(sliced(model, plan)))
+    assert {layer.distilled for layer in found.report.layers} == {None}
+
+
+@torch.no_grad()
+def first_error(student: PreTrainedModel, model: PreTrainedModel, end: int, data: Any) -> float:
+    """Mean over tokens of how far the first layer's output is from what a later one reads."""
+    shares = []
+    for batch in data:
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        given, wanted = (
+            m(**inputs, output_hidden_states=True).hidden_states[i]
+            for m, i in ((student, 1), (model, end))
+        )
+        shares.append((given - wanted).square().sum(-1) / wanted.square().sum(-1))
+    return float(torch.cat(shares, 1).mean())
+
+
+@pytest.mark.parametrize("repair", ["none", "both"])
+@pytest.mark.parametrize("layers", [[0, 2, 3], [1, 2, 3]])
+def test_a_distilled_layer_is_nearer_to_the_original_on_held_out_states(
+    repair: str, layers: list[int]
+) -> None:
+    model = tiny.build("llama")
+    data = [tiny.batch(model, 24, seed) for seed in range(6)]
+    judges = [tiny.batch(model, 20, seed) for seed in range(6, 9)]
+    options = {"plan": narrow(model, layers), "repair": repair, "held_out": judges}
+    student, found = walked(model, data, local_steps=12, **options)
+    before, _ = walked(model, data, **options)
+    pairs = [layer.distilled for layer in found.report.layers]
+    assert all(pair is not None and pair[1] <= pair[0] for pair in pairs)
+    assert pairs[0][1] < pairs[0][0]
+    for pruned, error in zip((before, student), pairs[0], strict=True):
+        assert first_error(pruned, model, layers[1], judges) == pytest.approx(error, rel=1e-4)
+    assert {index for index, _ in found.weights} == {*layers}
+
+
+def test_steps_that_spoil_a_layer_are_not_kept() -> None:
+    model = tiny.build("llama")
+    data, judges = ([tiny.batch(model, 8, seed) for seed in seeds] for seeds in ([0], [1, 2, 3]))
+    plan = narrow(model)
+    steps = Steps(repair="none", local=LocalSteps(count=3, learning_rate=10.0))
+    found = outcome(model, plan, data, judges, steps)
+    pairs = [layer.distilled for layer in found.report.layers]
+    assert all(pair is not None and pair[0] == pair[1] for pair in pairs)
+    expected = snapshot(sliced(model, plan))
+    found.apply_(model)
+    assert_untouched(model, expected)
+
+
+def test_batches_that_teach_a_layer_nothing_are_passed_over() -> None:
+    """Without pictures Mllama skips layers; tokens of weight zero have no error."""
+    model = tiny.build("mllama")
+    data = [tiny.batch(model, 12, seed) for seed in range(4)]
+    data[1] = blind(data[1])
+    data[2]["labels"][:] = -100
+    plan = plan_by_hand(read_anatomy(model), neurons=range(64))
+    options: dict[str, Any] = {"token_weights": {"image": 0.0, "prompt": 0.0}, "repair": "none"}
+    student, found = walked(model, data[:3], plan=plan, local_steps=3, held_out=data[3:], **options)
+    assert all(layer.distilled is not None for layer in found.report.layers)
+    assert all(value.isfinite().all() for value in student.state_dict().values())
+
+
+# What stays as it was
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_a_walk_that_stops_leaves_the_model_alone(
+    index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the layer is cut, refitted and trained."""
+    model = tiny.build("llama")
+    data = [tiny.batch(model, 12, seed) for seed in range(5)]
+    before, said = snapshot(model), logits(model, data[0])
+    honest = Streams.pass_on
+
+    def stops(self: Streams, stream: str, at: int, *args: Any) -> None:
+        if (stream, at) == (PREFIX, index):
+            raise KeyboardInterrupt
+        honest(self, stream, at, *args)
+
+    monkeypatch.setattr(Streams, "pass_on", stops)
+    with pytest.raises(KeyboardInterrupt):
+        walk_(model, data, 0.4, local_steps=1, round_to=1)
+    assert_untouched(model, before)
+    assert torch.equal(logits(model, data[0]), said)
+
+
+def test_a_walk_that_is_not_applied_leaves_the_model_alone() -> None:
+    model = tiny.build("phi")
+    data = [tiny.batch(model, 12, seed) for seed in range(5)]
+    before, said = snapshot(model), logits(model, data[0])
+    steps = Steps(repair="both", local=LocalSteps(count=2))
+    found = outcome(model, narrow(model, [0, 1, 3]), data[:4], data[4:], steps)
+    assert_untouched(model, before)
+    assert torch.equal(logits(model, data[0]), said)
+    found.apply_(model)
+    assert not torch.equal(logits(model, data[0]), said)

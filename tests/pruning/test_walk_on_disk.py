@@ -1,0 +1,279 @@
+"""The walk from files is the walk in memory, and one that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from slimvlm.core.errors import UnsupportedModelError
+from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.classes import auto_class
+from slimvlm.models.load import load
+from slimvlm.planning.plan import Plan
+from slimvlm.pruning.layerwise import stores
+from slimvlm.pruning.layerwise.checkpoint import LazyCheckpoint, open_checkpoint
+from slimvlm.pruning.layerwise.runner import LayerwiseModel, Live, Source
+from slimvlm.pruning.layerwise.stores import Memory, Scratch, Store
+from slimvlm.pruning.layerwise.write import prune_checkpoint
+from slimvlm.pruning.save import save
+from slimvlm.pruning.walk.checkpoint import walk_checkpoint
+from slimvlm.pruning.walk.distil import LocalSteps
+from slimvlm.pruning.walk.layer import LayerWalk, Steps
+from slimvlm.pruning.walk.result import Walked
+from slimvlm.pruning.walk.walk import plans_for, walk_, walk_batches
+from slimvlm.scoring.unit_scores import WIDTH_UNITS, Scores
+from tests import tiny, tiny_parts
+from tests.handmade import Batch, assert_untouched, random_scores, snapshot
+from tests.tiers import tiered
+
+REFUSED = {
+    **dict.fromkeys(("gemma3n_text", "gemma3n", "gemma4_text", "gemma4"), "read keys and values"),
+    **dict.fromkeys(("qwen3_vl_moe", "molmo2"), "cannot be read with low memory"),
+}
+EVERYTHING = Steps(repair="both", local=LocalSteps(count=2))
+CPU = torch.device("cpu")
+BY_DEFAULT = ("phi", "lfm2", "qwen3_vl")
+"""Parallel blocks with biases, layers without attention, features added between layers."""
+
+
+def by_default(name: str) -> bool:
+    return name in BY_DEFAULT
+
+
+def batches(model: PreTrainedModel, count: int = 4) -> list[Batch]:
+    return [tiny.batch(model, 12 + seed, seed) for seed in range(count)]
+
+
+def plans(model: PreTrainedModel) -> tuple[list[Plan], bool]:
+    """Of layers and widths; units are chosen by the walk where it can see what they give."""
+    anatomy = read_anatomy(model)
+    scores = random_scores(anatomy)
+    ratio = 0.3 if anatomy.mlp_widths else 0.2
+    return plans_for(anatomy, [Scores("by-hand", layer=scores.layer)], ratio, "both", "balanced")
+
+
+def walked(
+    source: Source,
+    store: Store,
+    data: Sequence[Batch],
+    chosen: tuple[list[Plan], bool],
+    steps: Steps = EVERYTHING,
+) -> Walked:
+    """A walk with one held-out batch."""
+    runner = LayerwiseModel(source, store, CPU)
+    return walk_batches(runner, *chosen, data[:-1], data[-1:], steps, None)
+
+
+def assert_same(actual: Walked, expected: Walked) -> None:
+    """Plans, reports, scores and weights agree, bit for bit."""
+    assert actual.plan == expected.plan
+    assert actual.report == expected.report
+    assert list(actual.weights) == list(expected.weights)
+    for place, value in expected.weights.items():
+        assert torch.equal(actual.weights[place], value), place
+    assert (actual.scores is None) == (expected.scores is None)
+    if actual.scores is not None and expected.scores is not None:
+        for unit in WIDTH_UNITS:
+            ours, theirs = actual.scores.of(unit) or (), expected.scores.of(unit) or ()
+            assert all(map(torch.equal, ours, theirs)), unit
+
+
+@pytest.mark.parametrize("name", tiered([n for n in tiny.CONFIGS if n not in REFUSED], by_default))
+def test_the_walk_from_files_is_the_one_in_memory(name: str, tmp_path: Path) -> None:
+    tiny.build(name).save_pretrained(tmp_path / "model", max_shard_size="100KB")
+    model, processor = load(tmp_path / "model")
+    data, chosen = batches(model), plans(model)
+    checkpoint, store = open_checkpoint(tmp_path / "model"), Scratch(tmp_path / "scratch")
+    found = walked(checkpoint, store, data, chosen)
+    assert found.weights
+    assert_same(found, walked(Live(model), Memory(), data, chosen))
+    assert all(parameter.is_meta for parameter in checkpoint.model.parameters())
+    prune_checkpoint(tmp_path / "model", found.plan, tmp_path / "ours", weights=found.weights)
+    found.apply_(model)
+    save(model, processor, tmp_path / "theirs", found.plan)
+    ours, theirs = (tensors_of(tmp_path / side) for side in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
+
+
+@pytest.mark.parametrize("name", tiered(REFUSED))
+def test_what_cannot_walk_from_files_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    model = tiny.build(name)
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(
+        UnsupportedModelError, match=f"'{model.config.model_type}'.*{REFUSED[name]}"
+    ):
+        walk_checkpoint(tmp_path / "model", batches(model), tmp_path / "out", 0.3, repair="none")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", tiered(["llama4", "qwen3_vl_moe"]))
+def test_units_of_experts_are_not_chosen(name: str) -> None:
+    model = tiny.build(name)
+    before = snapshot(model)
+    with pytest.raises(UnsupportedModelError, match="layer 0 has experts"):
+        walk_(model, batches(model, 5), 0.3)
+    assert_untouched(model, before)
+
+
+# Going on
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of four small layers."""
+    place = tmp_path_factory.mktemp("small") / "model"
+    config = tiny_parts.qwen3(hidden_size=16, intermediate_size=24, head_dim=4)
+    torch.manual_seed(0)
+    auto_class(config).from_config(config, dtype=torch.float32).save_pretrained(place)
+    return place
+
+
+class Clock:
+    """Counts calls of functions, and kills the process at one of them."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self._patch, self.calls, self.stop_at = patch, 0, -1
+
+    def watch(self, owner: Any, name: str, before: Callable[..., object] = lambda *_: None) -> None:
+        """Count a function's calls; ``before`` is done instead of the one that is killed."""
+        honest = getattr(owner, name)
+
+        def watched(*args: Any, **options: Any) -> Any:
+            self.calls += 1
+            if self.calls == self.stop_at:
+                before(*args, **options)
+                raise KeyboardInterrupt
+            return honest(*args, **options)
+
+        self._patch.setattr(owner, name, watched)
+
+
+def walk_of(folder: Path, scratch: Path, steps: Steps = EVERYTHING) -> Walked:
+    checkpoint = open_checkpoint(folder)
+    model = checkpoint.model
+    return walked(checkpoint, Scratch(scratch), batches(model, 3), plans(model), steps)
+
+
+@pytest.mark.parametrize("repair", ["auto", "both"])
+def test_a_walk_killed_at_any_layer_goes_on_behind_the_last_whole_one(
+    repair: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = replace(EVERYTHING, repair=repair)
+    expected = walk_of(folder, tmp_path / "whole", steps)
+    clock = Clock(monkeypatch)
+    clock.watch(LayerWalk, "go")
+    for done in range(len(expected.plan.layers)):
+        scratch = tmp_path / f"killed-{done}"
+        clock.calls, clock.stop_at = 0, done + 1
+        with pytest.raises(KeyboardInterrupt):
+            walk_of(folder, scratch, steps)
+        clock.calls, clock.stop_at = 0, -1
+        assert_same(walk_of(folder, scratch, steps), expected)
+        assert clock.calls == len(expected.plan.layers) - done
+        assert_same(walk_of(folder, scratch, steps), expected)
+
+
+def half_written(tensors: object, file: Path, about: object) -> None:
+    """What a killed process leaves of a file."""
+    file.write_bytes(b"\x40\x00\x00")
+
+
+@pytest.mark.parametrize(
+    "stride", [pytest.param(1, marks=pytest.mark.slow, id="everywhere"), pytest.param(9, id="9")]
+)
+def test_a_walk_killed_anywhere_gives_the_same_bits(
+    stride: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When layers are read, and when files and folders are written, named and removed."""
+    clock = Clock(monkeypatch)
+    for name in ("before_layers", "layer", "after_layers"):
+        clock.watch(LazyCheckpoint, name)
+    for name in ("finish", "drop"):
+        clock.watch(Scratch, name)
+    clock.watch(stores, "save_file", half_written)
+    steps = replace(EVERYTHING, repair="auto")
+    expected = walk_of(folder, tmp_path / "whole", steps)
+    count = clock.calls
+    assert count > 60
+    for stop_at in range(1, count + 1, stride):
+        scratch = tmp_path / f"killed-{stop_at}"
+        clock.calls, clock.stop_at = 0, stop_at
+        with pytest.raises(KeyboardInterrupt):
+            walk_of(folder, scratch, steps)
+        clock.stop_at = -1
+        assert_same(walk_of(folder, scratch, steps), expected)
+        shutil.rmtree(scratch)
+
+
+def test_walk_checkpoint_goes_on_and_leaves_what_save_writes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a depth score of its own, as `walk_`."""
+    model, processor = load(folder)
+    data = batches(model, 5)
+    options: dict[str, Any] = {"ratio": 0.4, "axis": "both", "local_steps": 1}
+    clock = Clock(monkeypatch)
+    clock.watch(LayerWalk, "go")
+    clock.stop_at = 2
+    place = {"out": tmp_path / "ours", "scratch": tmp_path / "scratch"}
+    with pytest.raises(KeyboardInterrupt):
+        walk_checkpoint(folder, data, **place, **options)
+    found = walk_checkpoint(folder, data, **place, **options)
+    assert clock.calls == 1 + len(found.plan.layers)
+    assert not (tmp_path / "scratch").exists()
+    expected = walk_(model, data, **options)
+    assert (found.plan, found.report) == (expected.plan, expected.report)
+    save(model, processor, tmp_path / "theirs", expected.plan)
+    ours, theirs = (tensors_of(tmp_path / side) for side in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"local_steps": 2},
+        {"ratio": 0.5},
+        {"repair": "width"},
+        {"token_weights": {"answer": 2.0}},
+        {"scores": 1},
+        {"data": 1},
+    ],
+    ids=lambda change: "".join(change),
+)
+def test_another_request_does_not_reuse_old_work(
+    change: dict[str, Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = load(folder)
+    asked: dict[str, Any] = {"ratio": 0.4, "axis": "both", "scores": 0, "data": 0}
+
+    def walk(scratch: Path, out: Path, data: int, scores: int, **options: Any) -> Walked:
+        given = random_scores(read_anatomy(model), scores)
+        shown = [tiny.batch(model, 12, 5 * data + seed) for seed in range(5)]
+        layers = Scores("by-hand", layer=given.layer)
+        return walk_checkpoint(folder, shown, out, scores=layers, scratch=scratch, **options)
+
+    with monkeypatch.context() as patch:
+        clock = Clock(patch)
+        clock.watch(LayerWalk, "go")
+        clock.stop_at = 3
+        with pytest.raises(KeyboardInterrupt):
+            walk(tmp_path / "old", tmp_path / "out", **asked)
+    found = walk(tmp_path / "old", tmp_path / "one", **{**asked, **change})
+    expected = walk(tmp_path / "new", tmp_path / "two", **{**asked, **change})
+    assert (found.plan, found.report) == (expected.plan, expected.report)
+    ours, theirs = (tensors_of(tmp_path / side) for side in ("one", "two"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
