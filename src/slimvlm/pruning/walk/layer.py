@@ -9,7 +9,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from slimvlm.core.errors import ConfigError, UnsupportedModelError
+from slimvlm.core.errors import ConfigError
 from slimvlm.models.parts import decoder_layers
 from slimvlm.planning.plan import Kept, Plan
 from slimvlm.pruning.cut import cut_layer_
@@ -20,7 +20,6 @@ from slimvlm.pruning.walk.result import LayerReport, MatrixReport
 from slimvlm.pruning.walk.streams import ORIGINAL, PREFIX, SLICED, Streams
 from slimvlm.pruning.writers import MLP, REPAIRS, RIDGE, SEAM, Writer, writers_of_layer
 from slimvlm.scoring.obs import removal_order
-from slimvlm.scoring.unit_scores import WIDTH_UNITS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +110,8 @@ class LayerWalk:
 
     def go(self) -> LayerOutcome:
         """Choose, cut, refit, distil, and pass the states on."""
-        writers = self._writers()
+        row = self.plan.before.backbone
+        writers = list(writers_of_layer(self._layer, self._index, row))
         is_seam = self._is_seam(writers)
         for writer in writers:
             kind = SEAM if is_seam and writer.kind == MLP else writer.kind
@@ -133,22 +133,6 @@ class LayerWalk:
             self._changed(everything=distilled is not None),
             self._notes,
         )
-
-    def _writers(self) -> list[Writer]:
-        """The matrices that write to the residual stream, in the order in which they run.
-
-        Raises:
-            UnsupportedModelError: If units are to be chosen by the inputs of experts.
-        """
-        row = self.plan.before.backbone
-        found = list(writers_of_layer(self._layer, self._index, row))
-        for unit in {*WIDTH_UNITS} - {writer.unit for writer in found}:
-            if self._must_choose(unit):
-                raise UnsupportedModelError(
-                    f"layer {self._index} has experts, whose inputs no hook sees: score width by "
-                    "magnitude or random, or prune depth"
-                )
-        return found
 
     def _must_choose(self, unit: str) -> bool:
         return self._chooses and self._count(unit) < self._total(unit)

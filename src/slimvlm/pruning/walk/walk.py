@@ -6,12 +6,14 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
-from slimvlm.core.errors import ConfigError, DataError
+from slimvlm.core.errors import ConfigError, DataError, UnsupportedModelError
 from slimvlm.models.anatomy import Anatomy, read_anatomy
 from slimvlm.models.classes import require_full_precision
 from slimvlm.models.hidden import evaluating
+from slimvlm.models.parts import decoder_layers, unit_matrices
 from slimvlm.planning.candidates import width_candidates
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.mask import require_match
@@ -178,10 +180,25 @@ def walk_batches(
 
     Raises:
         ImpossiblePlanError: If the configuration class cannot express the shape; nothing was run.
+        UnsupportedModelError: If neurons of experts are to be chosen; likewise.
     """
     for plan in plans:
         require_expressible(runner.model, plan)
+        if chooses:
+            _require_choosable(runner.model, plan)
     runner.embed(chain(batches, held_out))
     count = len(batches)
     places = range(count), range(count, count + len(held_out))
     return Walk(Streams(runner, *places, token_weights), plans, chooses, steps).run()
+
+
+def _require_choosable(model: PreTrainedModel, plan: Plan) -> None:
+    """Refuse to choose neurons by inputs that no hook sees."""
+    for index in plan.layers:
+        loses = len(plan.neurons[index]) < plan.before.layers[index].intermediate_size
+        matrices = chain(*unit_matrices(decoder_layers(model)[index], plan.before.backbone))
+        if loses and not all(isinstance(matrix.owner, nn.Linear) for matrix in matrices):
+            raise UnsupportedModelError(
+                f"layer {index} has experts, whose inputs no hook sees: score width by magnitude "
+                "or random, or prune depth"
+            )
