@@ -56,7 +56,7 @@ def plans(model: PreTrainedModel) -> tuple[list[Plan], bool]:
     """Of layers and widths; units are chosen by the walk where it can see what they give."""
     anatomy = read_anatomy(model)
     scores = random_scores(anatomy)
-    ratio = 0.3 if anatomy.mlp_widths else 0.2
+    ratio = 0.3 if anatomy.mlp_widths else 0.25
     return plans_for(anatomy, [Scores("by-hand", layer=scores.layer)], ratio, "both", "balanced")
 
 
@@ -123,7 +123,7 @@ def test_what_cannot_walk_from_files_is_refused_by_name(name: str, tmp_path: Pat
 def test_units_of_experts_are_not_chosen(name: str) -> None:
     model = tiny.build(name)
     before = snapshot(model)
-    with pytest.raises(UnsupportedModelError, match="layer 0 has experts"):
+    with pytest.raises(UnsupportedModelError, match=r"layer [01] has experts"):
         walk_(model, batches(model, 5), 0.3)
     assert_untouched(model, before)
 
@@ -192,7 +192,7 @@ def half_written(tensors: object, file: Path, about: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "stride", [pytest.param(1, marks=pytest.mark.slow, id="everywhere"), pytest.param(9, id="9")]
+    "stride", [pytest.param(1, marks=pytest.mark.slow, id="everywhere"), pytest.param(29, id="29")]
 )
 def test_a_walk_killed_anywhere_gives_the_same_bits(
     stride: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
