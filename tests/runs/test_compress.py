@@ -152,7 +152,7 @@ def stops(*args: Any, **kwargs: Any) -> Any:
 @pytest.mark.parametrize(
     ("stage", "after"),
     [
-        ("plan", True),
+        ("walk", True),
         ("prune_", True),
         ("save", True),
         ("recover_", True),
@@ -202,7 +202,7 @@ def test_a_stopped_run_repeats_no_finished_stage(
         patch.setattr(stages, "recover_", stops)
         with pytest.raises(Stopped):
             compress(*request_for(data), tmp_path / "run", say=silent)
-    monkeypatch.setattr(stages, "plan", stops)
+    monkeypatch.setattr(stages, "walk", stops)
     monkeypatch.setattr(stages, "prune_", stops)
     compress(*request_for(data), tmp_path / "run", say=silent)
 

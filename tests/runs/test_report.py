@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html import unescape
 from html.parser import HTMLParser
 from itertools import pairwise, product
@@ -23,6 +23,7 @@ from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.load import anatomy
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
+from slimvlm.pruning.walk.result import LayerReport, MatrixReport, WalkReport
 from slimvlm.runs.report import read_record, report_html
 from slimvlm.runs.report.charts import (
     allocation,
@@ -63,7 +64,8 @@ def write_run(folder: Path, shape: Anatomy, axis: str = "width", model: str = "t
     config = {"model": model, "ratio": 0.3, "axis": axis, "tasks": "name", "recover": recover}
     steps = [{"step": i, "loss": 2 / i, "loss_sft": 1 / i, "loss_hidden": 1 / i} for i in (1, 2, 4)]
     history = {"steps": steps, "num_samples": 7, "trained_params": 5, "teacher": "separate"}
-    repair = {"form": "one-shot", "errors": {"0.mlp.down_proj": [0.5, 0.25]}, "kept": {"mlp": 1}}
+    row = MatrixReport("mlp", sliced=0.5, repaired=0.25, share=1.0)
+    walk = WalkReport([LayerReport(0, {"mlp.down_proj": row}, (0.4, 0.3)), LayerReport(1)])
     (folder / "scores").mkdir(parents=True)
     (folder / "results").mkdir()
     plan.save(folder / "plan.json")
@@ -73,7 +75,7 @@ def write_run(folder: Path, shape: Anatomy, axis: str = "width", model: str = "t
     for name, values in (
         ("config", config),
         ("history", history),
-        ("repair", {**repair, "notes": []}),
+        ("walk", asdict(walk)),
     ):
         (folder / f"{name}.json").write_text(json.dumps(values))
     return plan
@@ -254,7 +256,7 @@ def test_published_numbers_stand_beside_ours(tmp_path: Path, shape: Anatomy) -> 
     assert float(bunny["recovered"][3]) == pytest.approx(95.6, abs=0.5)
 
 
-@pytest.mark.parametrize("missing", ["scores", "results", "history.json", "repair.json"])
+@pytest.mark.parametrize("missing", ["scores", "results", "history.json", "walk.json"])
 def test_an_unfinished_run_has_a_report_too(tmp_path: Path, shape: Anatomy, missing: str) -> None:
     folder = tmp_path / "run"
     write_run(folder, shape)
@@ -263,6 +265,8 @@ def test_an_unfinished_run_has_a_report_too(tmp_path: Path, shape: Anatomy, miss
     assert "Configuration" in html
     assert ("Answers side by side" in html) is (missing != "results")
     assert ('id="training"' in html) is (missing != "history.json")
+    told = ("50.00%", "25.00%", "40.00%", "30.00%")
+    assert all(error in html for error in told) is (missing != "walk.json")
 
 
 def test_another_folder_is_refused(tmp_path: Path) -> None:

@@ -104,11 +104,11 @@ def test_one_more_ratio_does_only_what_is_new(
     """A log has a line where a stage begins and one where it ends, and none of what is inside."""
     done, log = count_work(monkeypatch), StringIO()
     table = run_study(study(data, {"ratio": [0.4, 0.2]}), again, console=Console(file=log))
-    assert done == {"plan": 2, "prune": 2, "recover": 2, "evaluate": 4}
+    assert done == {"prune": 2, "recover": 2, "evaluate": 4}
     assert len(table) == 1 + 8
     ends = [line for line in log.getvalue().splitlines() if line.endswith(" left")]
     begins = [line for line in log.getvalue().splitlines() if line not in ends]
-    assert len(ends) == len(begins) == 10
+    assert len(ends) == len(begins) == 8
     assert all(end.startswith(f"{begin}: ") for begin, end in zip(begins, ends, strict=True))
     assert " of " not in capsys.readouterr().err
 
@@ -126,16 +126,16 @@ def test_a_dry_run_counts_and_leaves_nothing(again: Path, data: Path, tmp_path: 
     fresh = forecast(study(data), tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
     assert dict(fresh.stages) == {
-        **{"calibrate": (2, 0), "plan": (2, 0), "prune": (2, 0)},
+        **{"calibrate": (2, 0), "prune": (2, 0)},
         **{"recover": (2, 0), "evaluate": (5, 0)},
     }
     assert set(fresh.basis.values()) == {"rough"}
     more = forecast(study(data, {"ratio": [0.4, 0.2]}), again)
     assert dict(more.stages) == {
-        **{"calibrate": (0, 2), "plan": (2, 2), "prune": (2, 2)},
+        **{"calibrate": (0, 2), "prune": (2, 2)},
         **{"recover": (2, 2), "evaluate": (4, 5)},
     }
-    assert dict(more.basis) == dict.fromkeys(("plan", "prune", "recover", "evaluate"), "measured")
+    assert dict(more.basis) == dict.fromkeys(("prune", "recover", "evaluate"), "measured")
     nothing = forecast(study(data), again)
     assert nothing.seconds == 0
     assert not any(nothing.cells.values())
@@ -322,7 +322,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return done
 
 
-@pytest.mark.parametrize("kind", ["calibrate", "plan", "prune", "recover", "evaluate"])
+@pytest.mark.parametrize("kind", ["calibrate", "prune", "recover", "evaluate"])
 def test_a_stop_costs_one_stage(
     kind: str, schedule: Schedule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -438,14 +438,14 @@ def test_ray_s_tasks_say_what_became_of_their_inputs(
     schedule: Schedule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend(monkeypatch)
-    plan = next(stage for stage in schedule.stages() if stage.kind == "plan")
-    failed = Outcome(plan.inputs[0].name, error="it was too large")
-    assert engines.done_by_ray(plan, str(tmp_path), 1.0, failed).error == "calibrate failed"
-    lost = engines.done_by_ray(plan, str(tmp_path), 1.0)
+    prune = next(stage for stage in schedule.stages() if stage.kind == "prune" and stage.inputs)
+    failed = Outcome(prune.inputs[0].name, error="it was too large")
+    assert engines.done_by_ray(prune, str(tmp_path), 1.0, failed).error == "calibrate failed"
+    lost = engines.done_by_ray(prune, str(tmp_path), 1.0)
     assert lost.error == "calibrate was removed meanwhile"
-    assert not engines.done_by_ray(plan.inputs[0], str(tmp_path), 1.0).error
-    assert engines.done_by_ray(plan, str(tmp_path), 1.0).seconds > 0
-    assert engines.done_by_ray(plan, str(tmp_path), 1.0).seconds == 0
+    assert not engines.done_by_ray(prune.inputs[0], str(tmp_path), 1.0).error
+    assert engines.done_by_ray(prune, str(tmp_path), 1.0).seconds > 0
+    assert engines.done_by_ray(prune, str(tmp_path), 1.0).seconds == 0
 
 
 def test_what_another_worker_finishes_between_two_looks_is_no_failure(
