@@ -39,6 +39,9 @@ from slimvlm.scoring.statistics import Statistics
 from slimvlm.scoring.unit_scores import Scores
 from slimvlm.scoring.without_data import score_random
 
+LOCAL_STEPS = 100
+"""Steps of local distillation where there are data; see ``docs/results.md``."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -90,7 +93,7 @@ def resolved(request: Request, say: Say = silent) -> Request:
     if config.data is None:
         config = replace(config, repair="none" if config.repair == "auto" else config.repair)
     if config.local_steps is None:
-        config = replace(config, local_steps=0)
+        config = replace(config, local_steps=0 if config.data is None else LOCAL_STEPS)
     recover = request.recover if request.trains else None
     return replace(
         request,

@@ -28,7 +28,7 @@ class LocalSteps(Options):
 
     count: Annotated[int, AT_LEAST_0] = 0
     """Optimizer steps on each layer."""
-    learning_rate: Annotated[float, ABOVE_0] = 3e-3
+    learning_rate: Annotated[float, ABOVE_0] = 2e-3
     """Peak rate of Adam; it rises for a third of the steps and falls for the rest."""
 
 
@@ -59,15 +59,17 @@ def relative_error(
     target: Float[Tensor, "*S B T D"],
     weights: Float[Tensor, " BT"],
 ) -> Float[Tensor, ""]:
-    """``Σ_t w_t ‖y_t - y'_t‖² / ‖y_t‖²`` over ``Σ_t w_t``.
+    """``Σ_t w_t h(‖y_t - y'_t‖ / ‖y_t‖)`` over ``Σ_t w_t``, ``h(r) = r²`` up to 1, then ``2 r - 1``.
 
-    Relative to each token's size, so that the few tokens whose activations are a thousand times
-    larger than the others' do not rule. Several residual streams count alike.
+    Relative to each token's size, and linear in large errors, so that the few tokens whose
+    activations are a thousand times larger than the others' do not rule, nor those that the
+    original makes small again. Several residual streams count alike.
     """
     wanted, given = target.flatten(0, -2).float(), output.flatten(0, -2).float()
     weights = weights.repeat(len(wanted) // len(weights))
-    shares = (wanted - given).square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-12)
-    return (weights * shares).sum() / weights.sum()
+    squares = (wanted - given).square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-12)
+    bounded = torch.where(squares <= 1, squares, 2 * squares.clamp_min(1).sqrt() - 1)
+    return (weights * bounded).sum() / weights.sum()
 
 
 def distil_(
@@ -166,5 +168,10 @@ def _trainable(layer: nn.Module) -> Iterator[list[nn.Parameter]]:
 
 
 def _mixed(is_half: bool, device: torch.device) -> AbstractContextManager[object]:
-    """Products of a half-precision layer in bfloat16, all else in float32."""
-    return torch.autocast(device.type, torch.bfloat16) if is_half else nullcontext()
+    """Products of a half-precision layer in bfloat16, all else in float32.
+
+    Without a cache: the weights change from step to step.
+    """
+    if not is_half:
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)

@@ -13,7 +13,7 @@ from slimvlm.pruning.writers import writers_of_layer
 from slimvlm.scoring.obs import removal_order
 from slimvlm.scoring.unit_scores import WIDTH_UNITS
 
-TRIED = 3
+TRIED = 2
 """Layers that are tried, spread evenly over those that lose units."""
 TRIAL = "trial"
 """The stream of the trial: behind whole layers."""
