@@ -47,7 +47,7 @@ def main() -> None:
         count = int(share * units)
         clock, cpu = least(partial(removal_order, matrix, gram, units, stop=count), options.runs)
         gone = count * options.channels // units
-        needed = gone * options.channels * (4 * options.outputs + gone)
+        needed = operations(options.channels, options.outputs, gone)
         found.append(("elimination", count, (clock - start[0], cpu - start[1]), needed))
     rate = max(rate, 2 * SIDE**3 / least(product, 10)[1])
     for what, count, (clock, cpu), needed in found:
@@ -74,6 +74,12 @@ def drawn(outputs: int, channels: int) -> tuple[Tensor, Tensor]:
     mix = torch.randn(channels, channels) * channels**-0.5
     x = torch.randn(2 * channels, channels) @ mix * torch.rand(channels)
     return torch.randn(outputs, channels), x.T @ x / len(x)
+
+
+def operations(channels: int, outputs: int, gone: int) -> int:
+    """What removals need: of the channels left, a row of both matrices and a refit for each."""
+    rows = 4 * outputs * (channels * gone - gone**2 // 2)
+    return rows + channels * gone**2 - 2 * gone**3 // 3
 
 
 def least(run: Callable[[], object], runs: int) -> tuple[float, float]:

@@ -96,10 +96,10 @@ def removal_order(
     exact, and adds ``tr(W_B ([H⁻¹]_BB)⁻¹ W_Bᵀ)`` to the squared error of the output: the unit's
     price. Only ``P = Wᵀ W`` is needed of ``W``.
 
-    The inverse takes ``C³`` operations, removing ``K`` channels of it about ``K C (4 O + K)`` where
-    these are few and ``C³`` where they are all, almost all in matrix products. Memory is three
-    matrices like ``gram``. They are float32 as long as this keeps the order but for near ties, and
-    float64 beyond (see `INFLATION`) and where ``gram`` is.
+    The inverse takes ``C³`` operations, removing ``K`` channels at most ``K C (4 O + K)``, most of
+    them in matrix products. Memory is three matrices like ``gram``. They are float32 as long as
+    this keeps the order but for near ties, and float64 beyond (see `INFLATION`) and where ``gram``
+    is.
 
     Args:
         matrix: The weights that read the channels.
@@ -221,7 +221,7 @@ class _State:
         u, v = (each.view(self.width, -1, self.width).transpose(0, 1) for each in (u, v))
         self.inverse_blocks.baddbmm_(u.mT, u, alpha=-1)
         self.product_blocks.baddbmm_(u.mT, v, alpha=-1).baddbmm_(v.mT, u, alpha=-1)
-        self.inverse_blocks[unit] = self.one
+        self.inverse_blocks[unit] = inverse[:, channels]  # nothing is left, which has no root
         self.gone[unit] = True
         return float(square.trace())
 
