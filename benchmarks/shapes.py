@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transformers import LlamaConfig
+from transformers import Gemma3TextConfig, LlamaConfig
 
 from slimvlm.demo.model import make_text_config
 
@@ -26,3 +26,15 @@ SHAPES = {
     ),
 }
 """135m is SmolLM2-135M; 1b has 953 M parameters."""
+
+GEMMA = Gemma3TextConfig(
+    hidden_size=640,
+    intermediate_size=2048,
+    num_hidden_layers=18,
+    num_attention_heads=4,
+    num_key_value_heads=1,
+    head_dim=256,
+    vocab_size=262144,
+    sliding_window=512,
+)
+"""Gemma-3-270M: two thirds of its parameters are embeddings."""

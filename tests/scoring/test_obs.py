@@ -199,6 +199,17 @@ def test_float32_chooses_as_well_as_float64(case: str, width: int) -> None:
         )
 
 
+@pytest.mark.parametrize("scale", [1e-18, 1e18])
+@pytest.mark.parametrize("width", [1, 6])
+def test_the_order_knows_no_unit_of_measurement(width: int, scale: float) -> None:
+    matrix, x = toy(300, tokens=400, outputs=40)
+    gram = (x.T @ x).float()
+    found = removal_order(matrix.float(), gram, 300 // width)
+    scaled = removal_order(matrix.float(), gram * scale, 300 // width)
+    assert scaled.order.tolist() == found.order.tolist()
+    torch.testing.assert_close(scaled.costs / scale, found.costs, rtol=1e-3, atol=0)
+
+
 def test_float64_is_used_where_float32_has_too_few_digits() -> None:
     x = inputs("copies", 300)
     matrix, gram = toy(300, outputs=40)[0].float(), (x.T @ x).float()
