@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from slimvlm.planning.balance import PlanDivergence
 from transformers import AutoModelForCausalLM
 
 from shapes import GEMMA, SHAPES
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.planning.balance import PlanDivergence
 from slimvlm.planning.plan import Plan
 from slimvlm.scoring.batches import answer_loss
 

@@ -59,7 +59,7 @@ def relative_error(
     target: Float[Tensor, "*S B T D"],
     weights: Float[Tensor, " BT"],
 ) -> Float[Tensor, ""]:
-    """``Σ_t w_t h(‖y_t - y'_t‖ / ‖y_t‖)`` over ``Σ_t w_t``, ``h(r) = r²`` up to 1, then ``2 r - 1``.
+    """``Σ_t w_t h(‖y_t - y'_t‖ / ‖y_t‖)`` over ``Σ_t w_t``; ``h(r) = r²``, from 1 on ``2 r - 1``.
 
     Relative to each token's size, and linear in large errors, so that the few tokens whose
     activations are a thousand times larger than the others' do not rule, nor those that the
