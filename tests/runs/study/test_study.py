@@ -126,13 +126,13 @@ def test_a_dry_run_counts_and_leaves_nothing(again: Path, data: Path, tmp_path: 
     fresh = forecast(study(data), tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
     assert dict(fresh.stages) == {
-        **{"calibrate": (2, 0), "prune": (2, 0)},
+        **{"calibrate": (1, 0), "prune": (2, 0)},
         **{"recover": (2, 0), "evaluate": (5, 0)},
     }
     assert set(fresh.basis.values()) == {"rough"}
     more = forecast(study(data, {"ratio": [0.4, 0.2]}), again)
     assert dict(more.stages) == {
-        **{"calibrate": (0, 2), "prune": (2, 2)},
+        **{"calibrate": (0, 1), "prune": (2, 2)},
         **{"recover": (2, 2), "evaluate": (4, 5)},
     }
     assert dict(more.basis) == dict.fromkeys(("prune", "recover", "evaluate"), "measured")
