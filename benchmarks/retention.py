@@ -54,15 +54,15 @@ RECIPES: dict[str, dict[str, Any]] = {
         "allocation": "protect",
         "repair": "none",
     },
-    "depth, repaired": {"axis": "depth", "criterion": ("block_influence",), "repair": "auto"},
+    "depth": {"axis": "depth", "criterion": ("block_influence",), "repair": "auto"},
     "width": {"axis": "width", "criterion": ("obs",), "repair": "auto"},
 }
 """The baselines and what `slimvlm compress` does along each axis; options that are not named have
 their defaults."""
 MAIN = list(RECIPES)
 _CHANGES: dict[str, dict[str, Any]] = {
-    "one-shot": {},
-    "local steps": {"local_steps": 100},
+    "one-shot": {"local_steps": 0},
+    "no local steps": {"local_steps": 0},
     "no repair": {"repair": "none"},
     "no repair, activation": {"repair": "none", "criterion": ("activation",)},
     "no repair, taylor": {"repair": "none", "criterion": ("taylor",)},

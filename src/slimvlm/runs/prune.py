@@ -68,7 +68,7 @@ def prune(
     else:
         check_options(config)
     check_models(config, model)
-    reads = given is None or config.repair != "none" or config.local_steps
+    reads = given is None or config.repair != "none" or config.local_steps != 0
     samples = read_split(request, say).calibration if reads else ()
     if config.compat:
         check_compat(model, config, say)

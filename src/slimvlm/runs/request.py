@@ -39,9 +39,6 @@ from slimvlm.scoring.statistics import Statistics
 from slimvlm.scoring.unit_scores import Scores
 from slimvlm.scoring.without_data import score_random
 
-LOCAL_STEPS = 100
-"""Steps of local distillation where there are data; see ``docs/results.md``."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -92,13 +89,13 @@ def resolved(request: Request, say: Say = silent) -> Request:
         )
     if config.data is None:
         config = replace(config, repair="none" if config.repair == "auto" else config.repair)
-    if config.local_steps is None:
-        config = replace(config, local_steps=0 if config.data is None else LOCAL_STEPS)
+    if config.local_steps is None and config.repair != "auto":
+        config = replace(config, local_steps=0)
     recover = request.recover if request.trains else None
     return replace(
         request,
         prune=config,
-        hold_out=config.repair == "auto" or bool(config.local_steps),
+        hold_out=config.repair == "auto" or config.local_steps != 0,
         recover=None if recover is None else replace(recover, seed=config.seed),
     )
 

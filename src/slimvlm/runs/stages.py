@@ -51,6 +51,9 @@ from slimvlm.training.recover import recover as train
 HELD_OUT_EVERY = 4
 """Every so manyth calibration sample judges plans and repairs instead of making them."""
 
+LOCAL_PASSES = 8
+"""How often a layer sees the calibration samples when it is distilled; see ``docs/results.md``."""
+
 _BATCH = 4
 
 
@@ -215,7 +218,10 @@ def walk(
             config.allocation or "uniform",
             **vars(part_of(config, WidthOptions)),
         )
-    steps = Steps(repair=config.repair, local=LocalSteps(count=config.local_steps or 0))
+    count = config.local_steps
+    if count is None:
+        count = LOCAL_PASSES * len(calibration.fitted)
+    steps = Steps(repair=config.repair, local=LocalSteps(count=count))
     if not chooses and not steps.kinds and not steps.local.count:
         return Walked(plans[0])
     held_out = calibration.held_out if request.hold_out else []
