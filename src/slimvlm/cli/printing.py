@@ -178,7 +178,7 @@ def _advice_rows(advice: Advice) -> list[list[str]]:
     ]
     if advice.latency is not None:
         rows.append(["time to read a question", f"{advice.latency:.0%} of the original's"])
-    rows.append(["memory of scoring", f"about {size(cost.calibration_bytes)}"])
+    rows.append(["memory of pruning", f"about {size(cost.calibration_bytes)}"])
     if recipe.train:
         rows += [
             ["training data", f"{cost.samples:,} conversations"],

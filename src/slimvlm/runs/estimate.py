@@ -13,10 +13,11 @@ from functools import lru_cache
 
 import torch
 
-from slimvlm.core.options import RecoverConfig, Train
+from slimvlm.core.options import CalibrationConfig, RecoverConfig, Train
 from slimvlm.models.anatomy import Anatomy, LayerShape
-from slimvlm.models.cost import weight_bytes
+from slimvlm.models.cost import BYTES, weight_bytes
 from slimvlm.models.load import computes_bfloat16, default_device, load_config
+from slimvlm.pruning.walk.kept_inputs import MOST_BYTES
 from slimvlm.runs.recipes import Recipe, rules
 
 
@@ -57,7 +58,7 @@ class Cost:
     """What a run needs, estimated.
 
     Attributes:
-        calibration_bytes: Peak memory of scoring.
+        calibration_bytes: Peak memory of choosing, cutting and repairing.
         training_bytes: Peak memory of recovery, 0 without.
         training_hours: Time of recovery, 0 without.
         samples: Conversations to train on.
@@ -82,10 +83,14 @@ def estimate_cost(sizes: Sizes, ratio: float, recipe: Recipe, has_gpu: bool, dty
         dtype: Data type of the weights.
     """
     constants = rules().constants
-    peak, held = constants.calibration_peak[recipe.axis], weight_bytes(sizes.shape, dtype)
-    about = [f"scoring: {peak:g} x the weights ({constants.calibration_source})"]
+    held = weight_bytes(sizes.shape, dtype)
+    walked = held + _walk_bytes(sizes, ratio, dtype)
+    about = [
+        f"walk: the process, the weights, the new weights, {constants.gram_copies} Gram matrices, "
+        f"inputs of a layer's matrices, and what a layer learns with ({constants.walk_source})"
+    ]
     if recipe.train is None:
-        return Cost(calibration_bytes=peak * held, rests_on=tuple(about))
+        return Cost(calibration_bytes=walked, rests_on=tuple(about))
     config = RecoverConfig(train=recipe.train, loss=recipe.loss)
     flops = sizes.training_flops(config, 1 - ratio, sizes.samples)
     speed, device = _speed(has_gpu)
@@ -97,12 +102,25 @@ def estimate_cost(sizes: Sizes, ratio: float, recipe: Recipe, has_gpu: bool, dty
         "conversation; the vision tower is not counted",
     ]
     return Cost(
-        calibration_bytes=peak * held,
+        calibration_bytes=walked,
         training_bytes=held + _bytes_beside_weights(sizes, ratio, recipe, config),
         training_hours=flops / (constants.efficiency * speed) / 3600,
         samples=sizes.samples,
         rests_on=tuple(about),
     )
+
+
+def _walk_bytes(sizes: Sizes, ratio: float, dtype: str) -> float:
+    """What a walk with local steps holds beside the original's weights."""
+    shape, constants = sizes.shape, rules().constants
+    tokens = sizes.tokens * CalibrationConfig().samples
+    largest = max(shape.layers, key=lambda layer: layer.params)
+    channels = (largest.num_heads * largest.head_dim, largest.intermediate_size)
+    new = (1 - ratio) * sum(layer.params for layer in shape.layers) * BYTES[dtype]
+    grams = constants.gram_copies * BYTES["float32"] * max(channels) ** 2
+    inputs = sum(min(MOST_BYTES, tokens * count * BYTES[dtype]) for count in channels)
+    learning = constants.learning_bytes * (1 - ratio) * largest.params
+    return constants.process_bytes + new + max(grams + inputs, learning)
 
 
 def _bytes_beside_weights(

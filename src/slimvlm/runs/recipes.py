@@ -90,8 +90,9 @@ class Constants:
 
     text_tokens: int
     image_tokens: int
-    calibration_peak: Mapping[Axis, float]
-    calibration_source: str
+    process_bytes: float
+    gram_copies: int
+    walk_source: str
     activation_bytes: int
     activation_source: str
     learning_bytes: int
