@@ -5,6 +5,7 @@ B batch, T token, D hidden.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -103,7 +104,7 @@ def distil_(
     for share in (1.0, 0.5) if exams else (1.0,):
         _blend_(layer, before, after, share)
         errors[share] = _mean_error(judges)
-    best = min(errors, key=lambda share: errors[share])
+    best = min((share for share in errors if math.isfinite(errors[share])), key=errors.__getitem__)
     _blend_(layer, before, after, best)
     return old, errors[best]
 

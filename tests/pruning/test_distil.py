@@ -1,0 +1,76 @@
+"""Local distillation of one layer."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from slimvlm.pruning.walk.distil import Lesson, LocalSteps, distil_, relative_error
+
+
+def lessons(layer: nn.Module, target: nn.Module, seeds: range) -> list[Lesson]:
+    """A layer is to give what another one gives."""
+    found = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        dtype = next(layer.parameters()).dtype
+        x = torch.randn(2, 8, 16, generator=generator).to(dtype)
+        with torch.no_grad():
+            goal = target(x)
+        found.append(Lesson(partial(layer, x), partial(Tensor.clone, goal), torch.ones(16)))
+    return found
+
+
+def pair(dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(16, 32), nn.SiLU(), nn.Linear(32, 16)).to(dtype)
+    target = copy.deepcopy(layer)
+    with torch.no_grad():
+        layer[2].weight.mul_(0.5)
+    return layer, target
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_learns_in_any_precision_and_keeps_its_own(dtype: torch.dtype) -> None:
+    layer, target = pair(dtype)
+    before = [parameter.detach().clone() for parameter in layer.parameters()]
+    known = list(layer.parameters())
+    old, new = distil_(
+        layer,
+        lessons(layer, target, range(4)),
+        lessons(layer, target, range(4, 6)),
+        LocalSteps(count=60, learning_rate=1e-2),
+    )
+    assert new < 0.3 * old
+    assert {parameter.dtype for parameter in layer.parameters()} == {dtype}
+    assert all(torch.equal(a, b) for a, b in zip(known, before, strict=True))
+
+
+def test_held_out_tokens_refuse_what_does_not_help_them() -> None:
+    layer, target = pair(torch.float32)
+    before = copy.deepcopy(layer.state_dict())
+    exams = lessons(layer, layer, range(4, 6))  # nothing to learn: any change is for the worse
+    steps = LocalSteps(count=20, learning_rate=1e-2)
+    old, new = distil_(layer, lessons(layer, target, range(4)), exams, steps)
+    assert old == new == 0
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+def test_a_rate_that_destroys_a_layer_leaves_it_as_it_was() -> None:
+    layer, target = pair(torch.float32)
+    before = copy.deepcopy(layer.state_dict())
+    data = lessons(layer, target, range(4))
+    distil_(layer, data, data, LocalSteps(count=20, learning_rate=1e30))
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+def test_errors_count_relative_to_each_token_and_linearly_where_they_are_large() -> None:
+    target = torch.tensor([[[1.0, 0.0], [0.0, 1000.0], [0.0, 1.0]]])
+    output = torch.tensor([[[0.5, 0.0], [0.0, 500.0], [0.0, 11.0]]])
+    weights = torch.tensor([1.0, 1.0, 0.0])
+    assert float(relative_error(output, target, weights)) == pytest.approx(0.25)
+    assert float(relative_error(output, target, torch.tensor([0.0, 0.0, 1.0]))) == pytest.approx(19)
