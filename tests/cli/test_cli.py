@@ -403,7 +403,7 @@ def test_score_plan_prune_is_prune(run: Run, home: Path, llava: Path, data: Path
     assert made["ratio"] == pytest.approx(Plan.load("plan.json").ratio)
     assert run("prune", llava, "--plan", "plan.json", "--out", "steps").code == 0
     same = ["--criterion", "block_influence", "taylor", "--allocation", "uniform"]
-    same += ["--repair", "none"]
+    same += ["--repair", "none", "--local-steps", "0"]
     assert run("prune", llava, *budget, *same, *given, "--out", "once").code == 0
     first, second = tensors(home / "steps"), tensors(home / "once")
     assert list(first) == list(second)

@@ -430,7 +430,8 @@ def first_error(student: PreTrainedModel, model: PreTrainedModel, end: int, data
             m(**inputs, output_hidden_states=True).hidden_states[i]
             for m, i in ((student, 1), (model, end))
         )
-        shares.append((given - wanted).square().sum(-1) / wanted.square().sum(-1))
+        share = (given - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+        shares.append(torch.where(share <= 1, share.square(), 2 * share - 1))
     return float(torch.cat(shares, 1).mean())
 
 

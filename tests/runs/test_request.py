@@ -47,6 +47,7 @@ def test_with_data_the_measured_recipe_is_the_default() -> None:
     found, said = decided(asked())
     assert found.prune.criterion == DEFAULT_CRITERIA["width"] == ("obs",)
     assert (found.prune.allocation, found.prune.repair) == ("balanced", "auto")
+    assert found.prune.local_steps == requests.LOCAL_STEPS
     assert found.hold_out
     assert said == []
 
@@ -55,6 +56,7 @@ def test_without_data_weights_decide_and_nothing_is_repaired() -> None:
     found, said = decided(asked(data=None, recover=RecoverConfig()))
     assert found.prune.criterion == ("spacing", "magnitude")
     assert (found.prune.allocation, found.prune.repair) == ("uniform", "none")
+    assert found.prune.local_steps == 0
     assert not found.hold_out
     assert found.recover is None
     assert said == []
@@ -99,7 +101,7 @@ def test_a_decided_request_stays_as_it_is() -> None:
 def test_samples_are_held_out_where_something_is_judged(
     changes: dict[str, Any], hold_out: bool
 ) -> None:
-    assert decided(asked(**changes))[0].hold_out == hold_out
+    assert decided(asked(**{"local_steps": 0, **changes}))[0].hold_out == hold_out
 
 
 def test_a_run_has_one_seed() -> None:
