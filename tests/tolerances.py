@@ -27,8 +27,9 @@ LOSS = Tolerance(torch.float32, 1e-6, 1e-5)
 """Losses and block influence."""
 HALF = Tolerance(torch.bfloat16, 2e-2, 2e-2)
 """Anything in half precision."""
-SCORE_SHARE_OF_MAXIMUM = 2e-5
-"""Scores of one layer, as a share of its largest: gradients sum in another order."""
+SCORE_SHARE_OF_MAXIMUM = 1e-4
+"""Scores of one layer, as a share of its largest: gradients sum in another order, and greedy
+elimination adds up rounding errors of float32."""
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: Tolerance) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import require_free
@@ -26,7 +28,7 @@ from slimvlm.pruning.walk.walk import plans_for, split_batches, walk_batches
 from slimvlm.pruning.writers import RIDGE
 from slimvlm.scoring.batches import Batch, TokenWeights
 from slimvlm.scoring.criteria import DEFAULT_CRITERIA
-from slimvlm.scoring.unit_scores import Scores
+from slimvlm.scoring.unit_scores import WIDTH_UNITS, Scores
 
 
 def walk_checkpoint(
@@ -93,7 +95,8 @@ def walk_checkpoint(
         noted = {
             **opened.identity,
             "batches": digest([digest_of_tensors(batch) for batch in (*fitted, *judges)]),
-            "asked": repr((ratio, axis, plan, given, allocation, token_weights, options)),
+            "asked": repr((ratio, axis, plan, allocation, token_weights, options)),
+            "scores": [digest_of_tensors(dict(_tensors_of(scores))) for scores in given],
             "steps": asdict(steps),
         }
         Scratch(folder).keep_if_same("request.json", noted)
@@ -122,3 +125,12 @@ def walk_checkpoint(
             weights=walked.weights,
         )
     return walked
+
+
+def _tensors_of(scores: Scores) -> Iterator[tuple[str, Tensor]]:
+    """All numbers of some scores, by name."""
+    if scores.layer is not None:
+        yield "layer", scores.layer
+    for unit in WIDTH_UNITS:
+        for index, values in enumerate(scores.of(unit) or ()):
+            yield f"{unit}.{index}", values
