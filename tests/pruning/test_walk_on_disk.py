@@ -57,7 +57,8 @@ def plans(model: PreTrainedModel) -> tuple[list[Plan], bool]:
     anatomy = read_anatomy(model)
     scores = random_scores(anatomy)
     ratio = 0.3 if anatomy.mlp_widths else 0.25
-    return plans_for(anatomy, [Scores("by-hand", layer=scores.layer)], ratio, "both", "balanced")
+    axis = "depth" if model.config.model_type == "kosmos-2.5" else "both"  # its widths stay
+    return plans_for(anatomy, [Scores("by-hand", layer=scores.layer)], ratio, axis, "balanced")
 
 
 def walked(

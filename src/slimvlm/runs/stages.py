@@ -25,7 +25,6 @@ from slimvlm.data.samples import Sample
 from slimvlm.evaluation.lmms import evaluate_all
 from slimvlm.evaluation.results import Result
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.hidden import evaluating
 from slimvlm.models.load import load_as, load_config, load_processor, resolve
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.layerwise.runner import LayerwiseModel, Live, Source
@@ -250,8 +249,7 @@ def prune_(
     """
     hands_on = read_anatomy(model).backbone.shared_tail is not None
     store: Store = Memory() if scratch is None or hands_on else Scratch(scratch)
-    with evaluating(model):
-        walked = walk(request, Live(model), store, model.device, calibration, scores, plan)
+    walked = walk(request, Live(model), store, model.device, calibration, scores, plan)
     walked.apply_(model)
     return walked
 

@@ -29,6 +29,7 @@ from slimvlm.pruning.walk.streams import Streams
 from slimvlm.pruning.writers import RIDGE
 from slimvlm.scoring.batches import Batch, TokenWeights
 from slimvlm.scoring.criteria import DEFAULT_CRITERIA
+from slimvlm.scoring.inputs import frozen
 from slimvlm.scoring.score_model import score
 from slimvlm.scoring.unit_scores import WIDTH_UNITS, Scores
 
@@ -108,9 +109,8 @@ def walk_(
     else:
         require_match(model, plan)
         plans, chooses = [plan], False
-    with evaluating(model):
-        runner = LayerwiseModel(Live(model), Memory(), model.device)
-        walked = walk_batches(runner, plans, chooses, fitted, judges, steps, token_weights)
+    runner = LayerwiseModel(Live(model), Memory(), model.device)
+    walked = walk_batches(runner, plans, chooses, fitted, judges, steps, token_weights)
     walked.apply_(model)
     return walked
 
@@ -186,10 +186,11 @@ def walk_batches(
         require_expressible(runner.model, plan)
         if chooses:
             _require_choosable(runner.model, plan)
-    runner.embed(chain(batches, held_out))
-    count = len(batches)
-    places = range(count), range(count, count + len(held_out))
-    return Walk(Streams(runner, *places, token_weights), plans, chooses, steps).run()
+    with evaluating(runner.model), frozen(runner.model):
+        runner.embed(chain(batches, held_out))
+        count = len(batches)
+        places = range(count), range(count, count + len(held_out))
+        return Walk(Streams(runner, *places, token_weights), plans, chooses, steps).run()
 
 
 def _require_choosable(model: PreTrainedModel, plan: Plan) -> None:
