@@ -185,15 +185,6 @@ class Refit:
     sliced_error: float
     repaired_error: float
 
-    def blended(
-        self, sliced: Float[Tensor, "O K"], bias: Float[Tensor, " O"] | None, share: float
-    ) -> tuple[Float[Tensor, "O K"], Float[Tensor, " O"] | None]:
-        """Weight and bias a part of the way from the sliced ones to these."""
-        weight = torch.lerp(sliced.to(self.weight), self.weight, share)
-        if self.bias is None or bias is None:
-            return weight, bias
-        return weight, torch.lerp(bias.to(self.bias), self.bias, share)
-
 
 @dataclass(frozen=True)
 class Confirmation:
@@ -210,8 +201,15 @@ class Confirmation:
     error: float
 
 
+def blended(
+    sliced: Float[Tensor, "*_"], new: Float[Tensor, "*_"], share: float
+) -> Float[Tensor, "*_"]:
+    """A part of the way from sliced to new weights, in the precision of the new ones."""
+    return torch.lerp(sliced.to(new), new, share)
+
+
 def confirmed(
-    found: Refit,
+    new: tuple[Float[Tensor, "O K"], Float[Tensor, " O"] | None],
     weight: Float[Tensor, "O C"],
     bias: Float[Tensor, " O"] | None,
     rows: Iterable[Sequence[Tensor]],
@@ -224,7 +222,7 @@ def confirmed(
     point is ``Σ_t w_t r_t·c_t / Σ_t w_t ‖c_t‖²``.
 
     Args:
-        found: The new weights.
+        new: The new weight and bias.
         weight: The matrix before anything was removed.
         bias: Its bias, if it has one.
         rows: For some tokens, other than those that the new weights were fitted to: inputs
@@ -234,11 +232,11 @@ def confirmed(
     whole, gone = weight.detach().clone(), weight.detach().clone()
     gone[:, keep] = 0
     change = torch.zeros_like(whole)
-    change[:, keep] = (found.weight - weight[:, keep].to(found.weight)).to(change)
+    change[:, keep] = (new[0] - weight[:, keep].to(new[0])).to(change)
     dtype = torch.promote_types(whole.dtype, torch.float32)
     shift = whole.new_zeros((), dtype=dtype)
-    if found.bias is not None and bias is not None:
-        shift = (found.bias - bias).to(dtype)
+    if new[1] is not None and bias is not None:
+        shift = (new[1] - bias).to(dtype)
     toward = square = sliced = target = whole.new_zeros((), dtype=torch.float64)
     for inputs, weights, *residuals in rows:
         lacking, added, wanted = (inputs @ matrix.T for matrix in (gone, change, whole))

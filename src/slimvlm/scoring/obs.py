@@ -72,12 +72,15 @@ class Elimination:
         costs: The squared error that each of them added when it went.
         left: Those that stay, sorted.
         prices: What each of these would have cost next.
+        weights: The columns of the matrix that read them, refitted: the least squares solution with
+            a ridge of ``damping · mean diag(gram)`` towards the columns as they were.
     """
 
     order: Int64[Tensor, " _"]
     costs: Float64[Tensor, " _"]
     left: Int64[Tensor, " _"]
     prices: Float64[Tensor, " _"]
+    weights: Float[Tensor, "O _"]
 
     def scores(self) -> Float[Tensor, " unit"]:
         """Costs in order of removal, then prices: the first to go has the lowest score."""
@@ -190,6 +193,7 @@ class _State:
             torch.tensor(costs, dtype=torch.float64, device=device),
             self.left[~self.gone],
             self._prices()[~self.gone].double(),
+            self.weights[:, self._channels((~self.gone).nonzero()[:, 0])],
         )
 
     def _prices(self) -> Tensor:

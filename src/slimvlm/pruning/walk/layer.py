@@ -13,13 +13,13 @@ from slimvlm.core.errors import ConfigError
 from slimvlm.models.parts import decoder_layers
 from slimvlm.planning.plan import Kept, Plan
 from slimvlm.pruning.cut import cut_layer_
-from slimvlm.pruning.least_squares import Moments, confirmed, refit
+from slimvlm.pruning.least_squares import Moments, blended, confirmed, refit
 from slimvlm.pruning.walk.distil import NO_LOCAL_STEPS, Lesson, LocalSteps, distil_
 from slimvlm.pruning.walk.kept_inputs import KeptInputs
 from slimvlm.pruning.walk.result import LayerReport, MatrixReport
 from slimvlm.pruning.walk.streams import ORIGINAL, PREFIX, SLICED, Streams
 from slimvlm.pruning.writers import MLP, REPAIRS, RIDGE, SEAM, Writer, writers_of_layer
-from slimvlm.scoring.obs import removal_order
+from slimvlm.scoring.obs import DAMPING, removal_order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,11 +157,12 @@ class LayerWalk:
             end = self._end if kind == SEAM else None
             places = self._streams.fitted
             moments = self._streams.moments(PREFIX, writer, places, end, self._inputs)
+        refitted = None
         if moments is not None and self._must_choose(unit):
-            self._choose(writer, moments)
+            refitted = self._choose(writer, moments)
         fitted = None
         if moments is not None and kind is not None:
-            fitted = self._fitted(writer, kind, moments)
+            fitted = self._fitted(writer, kind, moments, refitted)
         keep = writer.kept_channels(self.plan)
         cut_layer_(self._model, self.plan, self._index, [unit])
         for inputs in self._inputs:
@@ -171,32 +172,53 @@ class LayerWalk:
         if fitted is not None:
             writer.assign_(*fitted)
 
-    def _fitted(
-        self, writer: Writer, kind: str, moments: Moments
-    ) -> tuple[Tensor, Tensor | None] | None:
-        """New weight and bias of a matrix as far as held-out tokens confirm; None if not."""
-        weight, bias = writer.linear.weight, writer.linear.bias
-        keep = writer.kept_channels(self.plan)
-        found = refit(weight, bias, moments, keep, self._steps.ridge)
-        row = MatrixReport(kind, found.sliced_error, found.repaired_error, 1.0)
-        if self._streams.held_out:
-            end = self._end if kind == SEAM else None
-            places = self._streams.held_out
-            rows = self._streams.rows(PREFIX, writer, places, end, self._inputs)
-            told = confirmed(found, weight, bias, rows, keep)
-            row = MatrixReport(kind, told.sliced, told.error, told.share)
-        self._refits[writer.projection.path] = row
-        return found.blended(weight[:, keep], bias, row.share) if row.share else None
+    def _choose(self, writer: Writer, moments: Moments) -> Tensor:
+        """Keep the units whose removal, with the others refitted, costs most.
 
-    def _choose(self, writer: Writer, moments: Moments) -> None:
-        """Keep the units whose removal, with the others refitted, costs most."""
+        Returns:
+            The columns that read them, refitted, as if the matrix had no bias.
+        """
         unit = writer.unit
         total, count = self._total(unit), self._count(unit)
         gram = moments.gram / moments.count.clamp_min(1e-12)
-        found = removal_order(writer.linear.weight, gram, total, stop=total - count)
-        self._scores[unit] = found.scores().cpu()
+        damping = self._steps.ridge or DAMPING
+        found = removal_order(writer.linear.weight, gram, total, total - count, damping)
+        self._scores[unit] = found.scores()
         self._kept[unit] = tuple(found.left.tolist())
         self.plan = self.plan.with_units(self._index, {unit: self._kept[unit]})
+        return found.weights
+
+    def _fitted(
+        self, writer: Writer, kind: str, moments: Moments, refitted: Tensor | None
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """New weight and bias of a matrix as far as held-out tokens confirm; None if not.
+
+        Args:
+            writer: The matrix.
+            kind: The kind of its repair.
+            moments: Of its inputs.
+            refitted: What choosing its units made of it.
+        """
+        weight, bias = writer.linear.weight, writer.linear.bias
+        keep = writer.kept_channels(self.plan)
+        places, end = self._streams.held_out, self._end if kind == SEAM else None
+        new: tuple[Tensor, Tensor | None]
+        is_done = bias is None and kind != SEAM and self._steps.ridge > 0
+        if refitted is not None and is_done and places:
+            new = refitted, None
+        else:
+            found = refit(weight, bias, moments, keep, self._steps.ridge)
+            new = found.weight, found.bias
+            row = MatrixReport(kind, found.sliced_error, found.repaired_error, 1.0)
+        if places:
+            rows = self._streams.rows(PREFIX, writer, places, end, self._inputs)
+            told = confirmed(new, weight, bias, rows, keep)
+            row = MatrixReport(kind, told.sliced, told.error, told.share)
+        self._refits[writer.projection.path] = row
+        if not row.share:
+            return None
+        new_bias = None if new[1] is None else blended(bias, new[1], row.share)
+        return blended(weight[:, keep], new[0], row.share), new_bias
 
     def _is_seam(self, writers: Sequence[Writer]) -> bool:
         """Whether layers are gone behind this one and its last matrix can do a part of their work.
