@@ -114,16 +114,17 @@ def write_data(model: Path, folder: Path) -> Path:
 
 
 def rates() -> dict[str, float]:
-    """Operations a second of a product, by data type."""
+    """The most operations a second of products of several shapes, by data type."""
     found = {}
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
         best = 0.0
-        for _ in range(4):
-            start = time.perf_counter()
-            for _ in range(3):
+        for rows, inner, columns in ((2048, 2048, 2048), (4096, 896, 4864), (4864, 2048, 4864)):
+            a, b = torch.ones(rows, inner, dtype=dtype), torch.ones(inner, columns, dtype=dtype)
+            for _ in range(5):
+                start = time.perf_counter()
                 a @ b
-            best = max(best, 3 * 2 * 2048**3 / (time.perf_counter() - start))
+                seconds = time.perf_counter() - start
+                best = max(best, 2 * rows * inner * columns / seconds)
         found[str(dtype).removeprefix("torch.")] = best
     return found
 
@@ -183,30 +184,40 @@ def watch(spent: dict[str, float]) -> None:
 
 
 def arithmetic(model: Path, tokens: int, kept: dict[str, int]) -> dict[str, tuple[str, float]]:
-    """Data type and operations of the parts that are made of matrix products."""
+    """Data type and operations of the parts that are made of matrix products.
+
+    A layer runs once, and its last matrices a second time on the inputs that were kept; a block
+    that loses nothing runs again. Every fourth conversation is held out.
+    """
     anatomy = sv.anatomy(model)
-    gram = choice = solve = confirm = 0.0
-    hidden = anatomy.hidden_size
+    moments = states = choice = confirmation = 0.0
+    hidden, held_out = anatomy.hidden_size, tokens / 4
     for shape in anatomy.layers:
-        for channels, units, left in (
-            (shape.num_heads * shape.head_dim, shape.num_kv_heads, kept["kv_group"]),
-            (shape.intermediate_size, shape.intermediate_size, kept["neuron"]),
+        for channels, units, unit_params, left in (
+            (
+                shape.num_heads * shape.head_dim,
+                shape.num_kv_heads,
+                shape.kv_group_params,
+                kept["kv_group"],
+            ),
+            (shape.intermediate_size, shape.intermediate_size, shape.neuron_params, kept["neuron"]),
         ):
-            if left == units:
-                continue
             stays = channels * left // units
-            gone = channels - stays
-            gram += tokens * channels**2  # half of the symmetric product, a multiply and an add
-            choice += channels**2 * (channels + 3 * gone)
-            solve += stays**3 / 3 + 2 * hidden * stays * (gone + stays)
-            confirm += 2 * hidden * channels**2
-    layers = 2 * tokens * sum(shape.params for shape in anatomy.layers)
+            gone, block, writer = channels - stays, units * unit_params, channels * hidden
+            states += 2 * held_out * block * left / units  # through plain slices
+            if not gone:
+                moments += 2 * tokens * block
+                states += 2 * tokens * block
+                continue
+            moments += 2 * tokens * (block - writer) + (tokens - held_out) * channels**2
+            states += 2 * tokens * writer * left / units
+            choice += channels**3 + gone * channels * (4 * hidden + gone)
+            confirmation += 3 * 2 * held_out * writer
     return {
-        "moments": ("bfloat16", gram + layers),
-        "states": ("bfloat16", layers * (1 - RATIO)),
+        "moments": ("bfloat16", moments),
+        "states": ("bfloat16", states),
         "choice": ("float32", choice),
-        "refit": ("float64", solve),
-        "confirmation": ("float32", confirm),
+        "confirmation": ("bfloat16", confirmation),
     }
 
 
@@ -258,6 +269,8 @@ def report(shape: str, found: dict[str, Any], options: argparse.Namespace) -> st
     limit = 1.5 * weights + 1.5
     lines = [
         f"## {shape}: {weights:.2f} GiB of weights, {run['threads']} threads, kept {run['kept']}",
+        "",
+        ", ".join(f"{kind} {rate / 1e9:.0f} GFLOP/s" for kind, rate in run["rates"].items()),
         "",
         f"compress {run['seconds']:.1f} s, forward pass {found['forward']['seconds']:.1f} s "
         f"(backbone alone {found['backbone']['seconds']:.1f} s): **{ratio:.1f} x**; "

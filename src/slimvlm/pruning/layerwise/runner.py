@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from slimvlm.scoring.statistics import require_finite
 _KEPT = ("input_ids", "labels")
 
 
+@runtime_checkable
 class Source(Protocol):
     """A model whose parts are there with their weights when they are asked for."""
 

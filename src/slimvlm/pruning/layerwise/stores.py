@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import safe_open
@@ -25,6 +25,7 @@ from slimvlm.core.progress import Say
 from slimvlm.core.requests import is_begun_for, note_request
 
 
+@runtime_checkable
 class Store(Protocol):
     """Named sets of tensors, one entry for each batch.
 
