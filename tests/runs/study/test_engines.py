@@ -23,7 +23,7 @@ from tests.runs.study.study_files import RECOVER, RECOVERIES, stable
 pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("SLIMVLM_KILLS", "3"))
 """Kills at random moments; SLIMVLM_KILLS=10 for the long form."""
-NUM_STAGES = 13
+NUM_STAGES = 10
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """What a matrix reads, kept so that what comes before it need not be computed again.
 
-B batch, T token, C input channel.
+C input channel.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class KeptInputs:
     block: nn.Module
     linear: nn.Linear
     beside: int
-    values: dict[int, Float[Tensor, "B T C"]]
+    values: dict[int, Float[Tensor, "... C"]]
 
     @contextmanager
     def replayed(self, place: int) -> Iterator[None]:
