@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transformers import Gemma3TextConfig, LlamaConfig
+from transformers import Gemma3TextConfig, LlamaConfig, Qwen2Config
 
 from slimvlm.demo.model import make_text_config
 
@@ -38,3 +38,14 @@ GEMMA = Gemma3TextConfig(
     sliding_window=512,
 )
 """Gemma-3-270M: two thirds of its parameters are embeddings."""
+
+QWEN = Qwen2Config(
+    hidden_size=896,
+    intermediate_size=4864,
+    num_hidden_layers=24,
+    num_attention_heads=14,
+    num_key_value_heads=2,
+    vocab_size=151936,
+    tie_word_embeddings=True,
+)
+"""Qwen2.5-0.5B."""

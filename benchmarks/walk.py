@@ -30,35 +30,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, Gemma3TextConfig, Qwen2Config
+from transformers import AutoTokenizer
 
 import slimvlm as sv
+from shapes import GEMMA, QWEN
 from slimvlm.core.options import CompressConfig
 from slimvlm.models.classes import auto_class
 from slimvlm.models.load import resolve
 from slimvlm.runs.tables import as_markdown
 
-SHAPES: dict[str, Any] = {
-    "qwen2": Qwen2Config(
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        vocab_size=151_936,
-        tie_word_embeddings=True,
-    ),
-    "gemma3": Gemma3TextConfig(
-        hidden_size=640,
-        intermediate_size=2048,
-        num_hidden_layers=18,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        head_dim=256,
-        vocab_size=262_144,
-        tie_word_embeddings=True,
-    ),
-}
+SHAPES = {"qwen2": QWEN, "gemma3": GEMMA}
 CONVERSATIONS, TOKENS, RATIO, BATCH = 64, 180, 0.2, 4
 WORDS = [
     "the",

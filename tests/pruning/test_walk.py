@@ -19,7 +19,6 @@ from slimvlm.models.parts import decoder_layers, final_norm
 from slimvlm.planning.candidates import width_candidates
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
-from slimvlm.pruning.layerwise.calls import record_calls
 from slimvlm.pruning.layerwise.runner import LayerwiseModel, Live
 from slimvlm.pruning.layerwise.stores import Memory
 from slimvlm.pruning.walk.distil import LocalSteps
@@ -27,13 +26,13 @@ from slimvlm.pruning.walk.layer import Steps
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.pruning.walk.streams import PREFIX, Streams
 from slimvlm.pruning.walk.walk import walk_, walk_batches
-from slimvlm.scoring.batches import answer_loss
 from slimvlm.scoring.inputs import capture_grams
 from slimvlm.scoring.obs import DAMPING
 from slimvlm.scoring.score_model import score
 from tests import tiny, tiny_parts
 from tests.handmade import (
     Batch,
+    answer_loss,
     assert_untouched,
     logits,
     padded,
@@ -99,8 +98,9 @@ def assert_layer_by_layer_is_the_model(model: PreTrainedModel, data: Sequence[Ba
     handle = final_norm(model).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     final_hidden(model, data)
     handle.remove()
-    calls_of_batches, _ = record_calls(model, data, None)
-    for calls, expected in zip(calls_of_batches, seen, strict=True):
+    runner = LayerwiseModel(Live(model), Memory(), model.device)
+    runner.embed(data)
+    for calls, expected in zip(map(runner.calls, runner.places), seen, strict=True):
         hidden = calls.hidden
         for index, layer in enumerate(decoder_layers(model)):
             hidden = calls.through(layer, index, hidden)

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from slimvlm.core.errors import DataError
 from slimvlm.data.roles import IGNORE, role_masks, valid_tokens
@@ -191,22 +190,22 @@ def sample_losses(model: Any, batch: Batch, targets: Targets) -> Float[Tensor, "
 
 
 @torch.no_grad()
-def answer_loss(model: PreTrainedModel, batches: Iterable[Batch]) -> float:
+def mean_answer_loss(states: Iterable[tuple[Hidden, Tensor]], head: Head) -> float:
     """Mean cross-entropy over all labelled tokens of some batches.
+
+    Args:
+        states: Final hidden states and labels, by batch.
+        head: The language-model head.
 
     Raises:
         DataError: If no token is labelled.
     """
     total, count = 0.0, 0
-    for raw in batches:
-        inputs = on_device(model, raw)
-        labels = inputs.pop("labels")
-        (hidden,) = hidden_states(model, inputs)
-        found = token_cross_entropy(hidden, head_of(model), labels)
-        total += float(found.sum(dtype=torch.float64))
+    for hidden, labels in states:
+        total += float(token_cross_entropy(hidden, head, labels).sum(dtype=torch.float64))
         count += int(label_counts(labels).sum())
     if not count:
-        raise DataError("held-out batches have no labelled token: nothing to judge a repair on")
+        raise DataError("held-out batches have no labelled token: nothing to judge by")
     return total / count
 
 

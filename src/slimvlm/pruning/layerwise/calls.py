@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,10 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slimvlm.core.progress import progress
 from slimvlm.models.hidden import layer_output, replaced_forward
 from slimvlm.models.parts import decoder_layers
-from slimvlm.scoring.batches import BackbonePass, Batch, TokenWeights
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and named arguments of a layer without its hidden states."""
@@ -92,20 +90,3 @@ def noted_calls(model: PreTrainedModel) -> Iterator[Callable[[], LayerCalls]]:
         for index, layer in enumerate(decoder_layers(model)):
             stack.enter_context(replaced_forward(layer, partial(note, index)))
         yield take
-
-
-def record_calls(
-    model: PreTrainedModel, batches: Sequence[Batch], token_weights: TokenWeights | None
-) -> tuple[list[LayerCalls], list[Tensor]]:
-    """How a model calls its layers for each batch, and what each of the batch's tokens weighs."""
-    calls: list[LayerCalls] = []
-    weights: list[Tensor] = []
-    seen = BackbonePass()
-    with noted_calls(model) as take:
-
-        def keep() -> None:
-            calls.append(take())
-            weights.append(seen.weights)
-
-        seen.run(model, progress(batches, "calibrate"), token_weights, keep)
-    return calls, weights

@@ -61,8 +61,10 @@ class Store(Protocol):
     ) -> None:
         """Write an entry, in place of an older one."""
 
-    def read(self, name: str, place: int, device: torch.device) -> dict[str, Tensor]:
-        """The tensors of an entry."""
+    def read(
+        self, name: str, place: int, device: torch.device, only: str | None = None
+    ) -> dict[str, Tensor]:
+        """The tensors of an entry, or one of them."""
 
     def about(self, name: str, place: int) -> Any:
         """What was noted beside the tensors of an entry; None if there is no such entry."""
@@ -113,10 +115,12 @@ class Memory:
         stored = {key: value.detach() for key, value in tensors.items()}
         self._sets.setdefault(name, {})[place] = stored, about
 
-    def read(self, name: str, place: int, device: torch.device) -> dict[str, Tensor]:
+    def read(
+        self, name: str, place: int, device: torch.device, only: str | None = None
+    ) -> dict[str, Tensor]:
         """See `Store`."""
         tensors, _ = self._sets[name][place]
-        return {key: value.to(device) for key, value in tensors.items()}
+        return {k: v.to(device) for k, v in tensors.items() if only in (None, k)}
 
     def about(self, name: str, place: int) -> Any:
         """See `Store`."""
@@ -173,10 +177,13 @@ class Scratch:
         with new_file(self._path(name, place), outlives_power_cut=False) as partial:
             save_file(stored, partial, {"about": json.dumps(about)})
 
-    def read(self, name: str, place: int, device: torch.device) -> dict[str, Tensor]:
-        """The tensors of a file, mapped on a CPU."""
+    def read(
+        self, name: str, place: int, device: torch.device, only: str | None = None
+    ) -> dict[str, Tensor]:
+        """See `Store`; mapped on a CPU."""
         with safe_open(self._path(name, place), framework="pt", device=str(device)) as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            names = file.keys() if only is None else [only]
+            return {key: file.get_tensor(key) for key in names}
 
     def about(self, name: str, place: int) -> Any:
         """What was noted beside the tensors of a file; None if there is no such file."""

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import require_free
 from slimvlm.core.progress import Say, silent
 from slimvlm.core.requests import digest
@@ -102,17 +101,17 @@ def walk_checkpoint(
         Scratch(folder).keep_if_same("request.json", noted)
         if plan is not None:
             plans, chooses = [plan], False
-        elif ratio is None:
-            raise ConfigError("walk_checkpoint needs a ratio or a plan")
         else:
-            if axis != "width" and not any(each.layer is not None for each in given):
+
+            def score_layers() -> list[Scores]:
                 asked = [CriterionRequest(DEFAULT_CRITERIA["depth"][0])]
-                scratch_of_scores = folder / "scoring"
-                given += score_requests(
-                    opened, fitted, asked, token_weights, scratch_of_scores, say
-                )
-            anatomy = read_anatomy(opened.model)
-            plans, chooses = plans_for(anatomy, given, ratio, axis, allocation, **options)
+                place = folder / "scoring"
+                return score_requests(opened, fitted, asked, token_weights, place, say)
+
+            shape = read_anatomy(opened.model)
+            plans, chooses = plans_for(
+                shape, given, ratio, axis, allocation, score_layers, **options
+            )
         runner = LayerwiseModel(opened, Scratch(folder / "walk"), default_device())
         walked = walk_batches(runner, plans, chooses, fitted, judges, steps, token_weights)
         prune_checkpoint(

@@ -159,7 +159,7 @@ class StoredWeights(Weights):
 
     def __getitem__(self, key: tuple[int, str]) -> Tensor:
         index, path = key
-        return self._store.read(entry_of(index), 0, torch.device("cpu"))[path]
+        return self._store.read(entry_of(index), 0, torch.device("cpu"), path)[path]
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         return iter(self._names)

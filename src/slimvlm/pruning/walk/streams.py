@@ -13,17 +13,16 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor, nn
 
-from slimvlm.core.errors import DataError, NumericalError
+from slimvlm.core.errors import NumericalError
 from slimvlm.data.roles import token_weights as weights_by_role
 from slimvlm.models.hidden import head_of
-from slimvlm.models.losses import label_counts, token_cross_entropy
 from slimvlm.models.parts import backbone_of, decoder_layers, final_norm
 from slimvlm.pruning.layerwise.calls import LayerCalls
 from slimvlm.pruning.layerwise.runner import LayerwiseModel
 from slimvlm.pruning.least_squares import Moments
 from slimvlm.pruning.walk.kept_inputs import MOST_BYTES, KeptInputs, things_beside
 from slimvlm.pruning.writers import Writer
-from slimvlm.scoring.batches import TokenWeights, labels_of
+from slimvlm.scoring.batches import TokenWeights, labels_of, mean_answer_loss
 from slimvlm.scoring.statistics import require_finite
 
 PREFIX, ORIGINAL, SLICED = "prefix", "original", "sliced"
@@ -282,14 +281,11 @@ class Streams:
             stream: Behind which layers.
             end: How many layers the model has.
         """
-        total, count, model = 0.0, 0, self.runner.model
+        model = self.runner.model
         with self.runner.source.after_layers(self.runner.device):
-            for batch in self.runner.batches():
-                if batch["place"] in self.held_out:
-                    hidden, labels = self.state(stream, end, batch["place"]), labels_of(batch)
-                    losses = token_cross_entropy(final_norm(model)(hidden), head_of(model), labels)
-                    total += float(losses.sum(dtype=torch.float64))
-                    count += int(label_counts(labels).sum())
-        if not count:
-            raise DataError("held-out batches have no labelled token: nothing to judge by")
-        return total / count
+            states = (
+                (final_norm(model)(self.state(stream, end, batch["place"])), labels_of(batch))
+                for batch in self.runner.batches()
+                if batch["place"] in self.held_out
+            )
+            return mean_answer_loss(states, head_of(model))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -98,14 +98,14 @@ def walk_(
     steps = Steps(repair=repair, ridge=ridge, local=LocalSteps(count=local_steps))
     fitted, judges = split_batches(list(batches), held_out, steps)
     given = [scores] if isinstance(scores, Scores) else list(scores)
-    anatomy = read_anatomy(model)
     require_full_precision(model.config, "pruned")
     if plan is None:
-        if ratio is None:
-            raise ConfigError("walk_ needs a ratio or a plan")
-        if axis != "width" and not any(each.layer is not None for each in given):
-            given.append(score(model, fitted, DEFAULT_CRITERIA["depth"][0], token_weights))
-        plans, chooses = plans_for(anatomy, given, ratio, axis, allocation, **options)
+
+        def score_layers() -> list[Scores]:
+            return [score(model, fitted, DEFAULT_CRITERIA["depth"][0], token_weights)]
+
+        shape = read_anatomy(model)
+        plans, chooses = plans_for(shape, given, ratio, axis, allocation, score_layers, **options)
     else:
         require_match(model, plan)
         plans, chooses = [plan], False
@@ -136,9 +136,10 @@ def split_batches(
 def plans_for(
     anatomy: Anatomy,
     scores: Sequence[Scores],
-    ratio: float,
+    ratio: float | None,
     axis: str,
     allocation: str,
+    score_layers: Callable[[], list[Scores]] = list,
     **options: Any,
 ) -> tuple[list[Plan], bool]:
     """The plans that a walk may follow, and whether it chooses the units itself.
@@ -149,8 +150,16 @@ def plans_for(
         ratio: As for `make_plan`.
         axis: As for `make_plan`.
         allocation: As for `walk_`.
+        score_layers: Scores layers, where some are to go and nothing says which.
         **options: Further arguments of `make_plan`.
+
+    Raises:
+        ConfigError: If there is no ratio; nothing is scored then.
     """
+    if ratio is None:
+        raise ConfigError("a walk needs a ratio or a plan")
+    if axis != "width" and not any(each.layer is not None for each in scores):
+        scores = [*scores, *score_layers()]
     has_widths = any(given.of(unit) is not None for given in scores for unit in WIDTH_UNITS)
     if axis == "depth" or has_widths:
         even = "uniform" if allocation == "balanced" else allocation
