@@ -95,6 +95,14 @@ def test_a_finished_study_does_nothing(
     pd.testing.assert_frame_equal(table, before, check_dtype=False)
 
 
+def test_a_kill_between_outcome_and_tidying_leaves_nothing(again: Path, data: Path) -> None:
+    outcome = files_named(again, "result.json")[0].parent
+    left = again / "work" / f"{outcome.parent.name}-{outcome.name}"
+    left.mkdir()
+    run_study(study(data), again, console=QUIET)
+    assert list(left.parent.iterdir()) == []
+
+
 def test_one_more_ratio_does_only_what_is_new(
     again: Path,
     data: Path,

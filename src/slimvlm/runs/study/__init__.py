@@ -80,6 +80,7 @@ def run_study(
         write_text(cache.root / "study.json", json.dumps(asdict(config), indent=1) + "\n")
         if isinstance(study, str | Path):
             write_text(cache.root / STUDY, Path(study).read_text(encoding="utf-8"))
+    cache.sweep(schedule.stages())
     missing = schedule.missing(cache)
     write = partial(_written_table, config, schedule, cache)
     progress = Progress(missing, Clock.from_cache(schedule.flops, cache), console, write)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -125,9 +125,16 @@ class Cache:
         for left in path.parent.glob(f".{CHECKPOINT}.gone.*"):  # also by a worker that was killed
             shutil.rmtree(left, ignore_errors=True)
 
+    def sweep(self, stages: Iterable[Stage]) -> None:
+        """Remove what restarts of stages need that were killed when their outcome was there."""
+        for stage in stages:
+            if self._scratch(stage).is_dir() and self.is_ready(stage):
+                with suppress(InUseError), held(self.folder(stage)):
+                    shutil.rmtree(self._scratch(stage), ignore_errors=True)
+
     def _done_now(self, stage: Stage, work: Work, flops: float) -> Outcome:
         inputs = [self.folder(i) for i in stage.inputs]
-        scratch = self.root / "work" / f"{stage.kind}-{stage.name}"
+        scratch = self._scratch(stage)
         scratch.mkdir(parents=True, exist_ok=True)
         self._failure(stage).unlink(missing_ok=True)
         start = time.perf_counter()
@@ -157,6 +164,9 @@ class Cache:
         path = self._failure(stage)
         tried = path.is_file() and path.stat().st_mtime > self._opened
         return self.error_of(stage) if tried else ""
+
+    def _scratch(self, stage: Stage) -> Path:
+        return self.root / "work" / f"{stage.kind}-{stage.name}"
 
     def _failure(self, stage: Stage) -> Path:
         return self.root / "failed" / f"{stage.kind}-{stage.name}.json"
