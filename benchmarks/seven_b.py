@@ -27,12 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 import slimvlm as sv
+from random_weights import write_random
 from slimvlm.models.classes import empty_model
 
 IMAGE_TOKEN, PICTURE_TOKENS, TEXT_TOKENS, ANSWER_TOKENS = 32000, 576, 64, 32
@@ -61,38 +60,17 @@ def config(layers: int) -> LlavaConfig:
         rms_norm_eps=1e-5,
     )
     return LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN, dtype="bfloat16"
+        vision_config=vision,
+        text_config=text,
+        image_token_index=IMAGE_TOKEN,
+        architectures=["LlavaForConditionalGeneration"],
+        dtype="bfloat16",
     )
 
 
 def write(folder: Path, layers: int, samples: int) -> dict[str, Any]:
     """Random weights, a shard at a time; shards that are there stay."""
-    shape = config(layers)
-    shape.architectures = ["LlavaForConditionalGeneration"]
-    model = empty_model(shape, torch.bfloat16)
-    state = model.state_dict()
-    split = split_torch_state_dict_into_shards(state, max_shard_size="1GB")
-    out = folder / "original"
-    out.mkdir(exist_ok=True)
-    for number, (file, names) in enumerate(split.filename_to_tensors.items()):
-        if (out / file).exists():
-            continue
-        generator = torch.Generator().manual_seed(number)
-        tensors = {name: random_weight(state[name], generator) for name in names}
-        save_file(tensors, out / f"{file}.partial", {"format": "pt"})
-        (out / f"{file}.partial").rename(out / file)
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (out / "model.safetensors.index.json").write_text(json.dumps(index))
-    shape.save_pretrained(out)
-    return {"gib": sum(t.numel() * t.element_size() for t in state.values()) / 2**30}
-
-
-def random_weight(like: Tensor, generator: torch.Generator) -> Tensor:
-    """A matrix around 0; vectors (norms, biases) around 1 or 0 do not matter here."""
-    if like.ndim == 1:
-        return torch.ones(like.shape, dtype=torch.bfloat16)
-    return torch.empty(like.shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+    return {"gib": write_random(config(layers), folder / "original") / 2**30}
 
 
 def inspect(folder: Path, layers: int, samples: int) -> dict[str, Any]:
@@ -238,9 +216,7 @@ def first_layers(folder: Path, count: int) -> None:
         if not (out / file).exists():
             (out / file).symlink_to((source / file).resolve())
     (out / "model.safetensors.index.json").write_text(json.dumps(index))
-    shape = config(count)
-    shape.architectures = ["LlavaForConditionalGeneration"]
-    shape.save_pretrained(out)
+    config(count).save_pretrained(out)
 
 
 def walk_first(folder: Path, layers: int, samples: int) -> dict[str, Any]:
