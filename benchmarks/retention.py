@@ -35,13 +35,13 @@ from slimvlm.core.errors import ImpossiblePlanError
 from slimvlm.core.files import write_text
 from slimvlm.evaluation.results import Result
 from slimvlm.models.load import computes_bfloat16, default_device
-from slimvlm.pruning.layerwise.runner import Live
-from slimvlm.pruning.layerwise.stores import Memory
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.runs import stages
 from slimvlm.runs.request import Request, resolved, scored_by
 from slimvlm.runs.stages import Calibration
 from slimvlm.runs.tables import as_markdown
+from slimvlm.scoring.layerwise.runner import Live
+from slimvlm.scoring.layerwise.stores import Memory
 from slimvlm.scoring.unit_scores import Scores
 
 BASELINES = ("ShortGPT", "LLM-Pruner")

@@ -50,7 +50,7 @@ _HOME = {
     "prune_": "pruning.cut",
     "walk_": "pruning.walk.walk",
     "walk_checkpoint": "pruning.walk.checkpoint",
-    "prune_checkpoint": "pruning.layerwise.write",
+    "prune_checkpoint": "pruning.write_checkpoint",
     "push": "export.hub",
     "quantize": "export.quantize",
     "ratio_for_params": "planning.make",
@@ -60,7 +60,7 @@ _HOME = {
     "run_study": "runs.study",
     "save": "pruning.save",
     "score": "scoring.score_model",
-    "score_checkpoint": "pruning.layerwise.score",
+    "score_checkpoint": "scoring.layerwise.score",
     "verify": "pruning.manifest",
 }
 

@@ -27,11 +27,11 @@ from slimvlm.models.load import load
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
-from slimvlm.pruning.layerwise.checkpoint import open_checkpoint
-from slimvlm.pruning.layerwise.runner import LayerwiseModel
-from slimvlm.pruning.layerwise.score import score_checkpoint
-from slimvlm.pruning.layerwise.write import prune_checkpoint
 from slimvlm.pruning.save import PLAN_FILE, save
+from slimvlm.pruning.write_checkpoint import prune_checkpoint
+from slimvlm.scoring.layerwise.checkpoint import open_checkpoint
+from slimvlm.scoring.layerwise.runner import LayerwiseModel
+from slimvlm.scoring.layerwise.score import score_checkpoint
 from slimvlm.scoring.score_model import score
 from slimvlm.scoring.unit_scores import Scores
 from tests import tiny, tiny_folder
@@ -395,7 +395,7 @@ def test_a_plan_that_needs_a_retype_loads_in_plain_transformers(
 def test_large_checkpoints_are_written_in_several_files(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("slimvlm.pruning.layerwise.write.SHARD_BYTES", 60_000)
+    monkeypatch.setattr("slimvlm.pruning.write_checkpoint.SHARD_BYTES", 60_000)
     plan = Plan.everything(sv.anatomy(folders["llama"]))
     prune_checkpoint(folders["llama"], plan, tmp_path / "out")
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2

@@ -19,14 +19,14 @@ from slimvlm.models.parts import decoder_layers, final_norm
 from slimvlm.planning.candidates import width_candidates
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
-from slimvlm.pruning.layerwise.runner import LayerwiseModel, Live
-from slimvlm.pruning.layerwise.stores import Memory
 from slimvlm.pruning.walk.distil import LocalSteps
 from slimvlm.pruning.walk.layer import Steps
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.pruning.walk.streams import PREFIX, Streams
 from slimvlm.pruning.walk.walk import walk_, walk_batches
 from slimvlm.scoring.inputs import capture_grams
+from slimvlm.scoring.layerwise.runner import LayerwiseModel, Live
+from slimvlm.scoring.layerwise.stores import Memory
 from slimvlm.scoring.obs import DAMPING
 from slimvlm.scoring.score_model import score
 from tests import tiny, tiny_parts

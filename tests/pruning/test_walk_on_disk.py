@@ -18,17 +18,17 @@ from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.classes import auto_class
 from slimvlm.models.load import load
 from slimvlm.planning.plan import Plan
-from slimvlm.pruning.layerwise import stores
-from slimvlm.pruning.layerwise.checkpoint import LazyCheckpoint, open_checkpoint
-from slimvlm.pruning.layerwise.runner import LayerwiseModel, Live, Source
-from slimvlm.pruning.layerwise.stores import Memory, Scratch, Store
-from slimvlm.pruning.layerwise.write import prune_checkpoint
 from slimvlm.pruning.save import save
 from slimvlm.pruning.walk.checkpoint import walk_checkpoint
 from slimvlm.pruning.walk.distil import LocalSteps
 from slimvlm.pruning.walk.layer import LayerWalk, Steps
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.pruning.walk.walk import plans_for, walk_, walk_batches
+from slimvlm.pruning.write_checkpoint import prune_checkpoint
+from slimvlm.scoring.layerwise import stores
+from slimvlm.scoring.layerwise.checkpoint import LazyCheckpoint, open_checkpoint
+from slimvlm.scoring.layerwise.runner import LayerwiseModel, Live, Source
+from slimvlm.scoring.layerwise.stores import Memory, Scratch, Store
 from slimvlm.scoring.unit_scores import WIDTH_UNITS, Scores
 from tests import tiny, tiny_parts
 from tests.handmade import Batch, assert_untouched, random_scores, snapshot

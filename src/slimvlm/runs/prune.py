@@ -21,12 +21,9 @@ from slimvlm.models.load import (
 )
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.compat import require_known
-from slimvlm.pruning.layerwise import score as on_disk
-from slimvlm.pruning.layerwise.checkpoint import LazyCheckpoint, open_checkpoint
-from slimvlm.pruning.layerwise.stores import Scratch, scratch_folder
-from slimvlm.pruning.layerwise.write import prune_checkpoint
 from slimvlm.pruning.save import save
 from slimvlm.pruning.walk.result import Walked
+from slimvlm.pruning.write_checkpoint import prune_checkpoint
 from slimvlm.runs import stages
 from slimvlm.runs.request import (
     Request,
@@ -37,6 +34,9 @@ from slimvlm.runs.request import (
 )
 from slimvlm.runs.score import scores_on_disk
 from slimvlm.runs.stages import Calibration, read_split
+from slimvlm.scoring.layerwise import score as on_disk
+from slimvlm.scoring.layerwise.checkpoint import LazyCheckpoint, open_checkpoint
+from slimvlm.scoring.layerwise.stores import Scratch, scratch_folder
 from slimvlm.scoring.unit_scores import Scores
 
 

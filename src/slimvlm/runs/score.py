@@ -21,8 +21,6 @@ from slimvlm.models.cost import params_for_memory, parse_bytes, parse_count
 from slimvlm.models.load import anatomy, check_models, load, load_processor
 from slimvlm.planning.make import make_plan, make_plan_for_params
 from slimvlm.planning.plan import Plan
-from slimvlm.pruning.layerwise import score as on_disk
-from slimvlm.pruning.layerwise.checkpoint import LazyCheckpoint, open_checkpoint
 from slimvlm.runs.request import (
     Request,
     check_options,
@@ -33,6 +31,8 @@ from slimvlm.runs.request import (
 )
 from slimvlm.runs.stages import Calibration, calibrate, load_original, read_split
 from slimvlm.scoring.criteria import CRITERIA, CRITERIA_WITHOUT_DATA
+from slimvlm.scoring.layerwise import score as on_disk
+from slimvlm.scoring.layerwise.checkpoint import LazyCheckpoint, open_checkpoint
 from slimvlm.scoring.score_model import (
     check_token_weights,
     collect,

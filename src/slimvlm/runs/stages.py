@@ -27,8 +27,6 @@ from slimvlm.evaluation.results import Result
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.load import load_as, load_config, load_processor, resolve
 from slimvlm.planning.plan import Plan
-from slimvlm.pruning.layerwise.runner import LayerwiseModel, Live, Source
-from slimvlm.pruning.layerwise.stores import Memory, Scratch, Store
 from slimvlm.pruning.walk.distil import LocalSteps
 from slimvlm.pruning.walk.layer import Steps
 from slimvlm.pruning.walk.result import Walked
@@ -42,6 +40,8 @@ from slimvlm.runs.request import (
     token_weights_of,
 )
 from slimvlm.scoring.criteria import CRITERIA
+from slimvlm.scoring.layerwise.runner import LayerwiseModel, Live, Source
+from slimvlm.scoring.layerwise.stores import Memory, Scratch, Store
 from slimvlm.scoring.score_model import calibration_batches, score
 from slimvlm.scoring.unit_scores import Scores
 from slimvlm.training.recover import History

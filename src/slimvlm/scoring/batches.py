@@ -179,7 +179,7 @@ def forward_backbone(model: Any, batch: Batch) -> None:
 def sample_losses(model: Any, batch: Batch, targets: Targets) -> Float[Tensor, " B"]:
     """The loss of each sample of a batch, with a graph.
 
-    A model that is only a part of one (`slimvlm.pruning.layerwise.runner`) has a method of this
+    A model that is only a part of one (`slimvlm.scoring.layerwise.runner`) has a method of this
     name, which gives something with the same gradients.
     """
     if hasattr(model, "sample_losses"):

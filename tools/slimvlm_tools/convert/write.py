@@ -14,8 +14,8 @@ from slimvlm.core.errors import ConfigError, NumericalError, ReloadError, SlimEr
 from slimvlm.models.classes import empty_model
 from slimvlm.models.internals import write_weights
 from slimvlm.models.load import load
-from slimvlm.pruning.layerwise.checkpoint import open_checkpoint
 from slimvlm.pruning.save import probe
+from slimvlm.scoring.layerwise.checkpoint import open_checkpoint
 from slimvlm_tools.convert.pieces import EMBEDDINGS, Conversion, Piece, check_complete
 
 SHARD_BYTES = 2**30

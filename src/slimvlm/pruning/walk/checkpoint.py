@@ -15,18 +15,18 @@ from slimvlm.core.requests import digest
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.load import default_device, digest_of_tensors
 from slimvlm.planning.plan import Plan
-from slimvlm.pruning.layerwise.checkpoint import open_checkpoint
-from slimvlm.pruning.layerwise.runner import LayerwiseModel
-from slimvlm.pruning.layerwise.score import CriterionRequest, score_requests
-from slimvlm.pruning.layerwise.stores import Scratch, scratch_folder
-from slimvlm.pruning.layerwise.write import prune_checkpoint
 from slimvlm.pruning.walk.distil import LocalSteps
 from slimvlm.pruning.walk.layer import Steps
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.pruning.walk.walk import plans_for, split_batches, walk_batches
+from slimvlm.pruning.write_checkpoint import prune_checkpoint
 from slimvlm.pruning.writers import RIDGE
 from slimvlm.scoring.batches import Batch, TokenWeights
 from slimvlm.scoring.criteria import DEFAULT_CRITERIA
+from slimvlm.scoring.layerwise.checkpoint import open_checkpoint
+from slimvlm.scoring.layerwise.runner import LayerwiseModel
+from slimvlm.scoring.layerwise.score import CriterionRequest, score_requests
+from slimvlm.scoring.layerwise.stores import Scratch, scratch_folder
 from slimvlm.scoring.unit_scores import WIDTH_UNITS, Scores
 
 

@@ -14,7 +14,6 @@ from torch import nn
 from slimvlm.core.progress import progress
 from slimvlm.models.parts import decoder_layers
 from slimvlm.planning.plan import Plan
-from slimvlm.pruning.layerwise.stores import Store
 from slimvlm.pruning.walk.layer import LayerOutcome, LayerWalk, Steps
 from slimvlm.pruning.walk.result import (
     LayerReport,
@@ -27,6 +26,7 @@ from slimvlm.pruning.walk.result import (
 from slimvlm.pruning.walk.streams import PREFIX, SLICED, Streams
 from slimvlm.pruning.walk.trial import cheapest_plan
 from slimvlm.pruning.writers import SEAM
+from slimvlm.scoring.layerwise.stores import Store
 from slimvlm.scoring.unit_scores import WIDTH_UNITS, Scores
 
 _TRIAL = "trial-plan"

@@ -17,12 +17,12 @@ from slimvlm.core.errors import NumericalError
 from slimvlm.data.roles import token_weights as weights_by_role
 from slimvlm.models.hidden import head_of
 from slimvlm.models.parts import backbone_of, decoder_layers, final_norm
-from slimvlm.pruning.layerwise.calls import LayerCalls
-from slimvlm.pruning.layerwise.runner import LayerwiseModel
 from slimvlm.pruning.least_squares import Moments
 from slimvlm.pruning.walk.kept_inputs import MOST_BYTES, KeptInputs, things_beside
 from slimvlm.pruning.writers import Writer
 from slimvlm.scoring.batches import TokenWeights, labels_of, mean_answer_loss
+from slimvlm.scoring.layerwise.calls import LayerCalls
+from slimvlm.scoring.layerwise.runner import LayerwiseModel
 from slimvlm.scoring.statistics import require_finite
 
 PREFIX, ORIGINAL, SLICED = "prefix", "original", "sliced"

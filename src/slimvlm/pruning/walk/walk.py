@@ -19,8 +19,6 @@ from slimvlm.planning.make import make_plan
 from slimvlm.planning.mask import require_match
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import require_expressible
-from slimvlm.pruning.layerwise.runner import LayerwiseModel, Live
-from slimvlm.pruning.layerwise.stores import Memory
 from slimvlm.pruning.walk.distil import LocalSteps
 from slimvlm.pruning.walk.engine import Walk
 from slimvlm.pruning.walk.layer import Steps
@@ -30,6 +28,8 @@ from slimvlm.pruning.writers import RIDGE
 from slimvlm.scoring.batches import Batch, TokenWeights
 from slimvlm.scoring.criteria import DEFAULT_CRITERIA
 from slimvlm.scoring.inputs import frozen
+from slimvlm.scoring.layerwise.runner import LayerwiseModel, Live
+from slimvlm.scoring.layerwise.stores import Memory
 from slimvlm.scoring.score_model import score
 from slimvlm.scoring.unit_scores import WIDTH_UNITS, Scores
 

@@ -14,11 +14,11 @@ from slimvlm.core.files import new_folder
 from slimvlm.core.progress import Say, progress
 from slimvlm.models.load import default_device
 from slimvlm.models.parts import decoder_layers, text_config_of
-from slimvlm.pruning.layerwise.checkpoint import LazyCheckpoint, open_checkpoint
-from slimvlm.pruning.layerwise.runner import LayerView, LayerwiseModel
-from slimvlm.pruning.layerwise.stores import Scratch, scratch_folder
 from slimvlm.scoring.batches import Batch
 from slimvlm.scoring.criteria import CRITERIA, DEFAULT_CRITERIA, Capture, criterion_named
+from slimvlm.scoring.layerwise.checkpoint import LazyCheckpoint, open_checkpoint
+from slimvlm.scoring.layerwise.runner import LayerView, LayerwiseModel
+from slimvlm.scoring.layerwise.stores import Scratch, scratch_folder
 from slimvlm.scoring.score_model import check_token_weights, collect, score, scores_from
 from slimvlm.scoring.unit_scores import Scores
 

@@ -22,10 +22,10 @@ from slimvlm.models.load import load_processor
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.card import CardFacts
 from slimvlm.pruning.cut import cuts_of, prune_
-from slimvlm.pruning.layerwise.checkpoint import LazyCheckpoint, open_checkpoint
 from slimvlm.pruning.manifest import write_manifest
 from slimvlm.pruning.save import write_beside_weights
 from slimvlm.pruning.walk.result import Weights
+from slimvlm.scoring.layerwise.checkpoint import LazyCheckpoint, open_checkpoint
 
 SHARD_BYTES = 10**9
 """Largest weight file: what is in memory while it is written."""

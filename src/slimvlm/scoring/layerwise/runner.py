@@ -23,9 +23,9 @@ from slimvlm.data.roles import valid_tokens
 from slimvlm.models.hidden import head_of
 from slimvlm.models.load import digest_of_tensors
 from slimvlm.models.parts import backbone_of, decoder_layers, family_of, final_norm
-from slimvlm.pruning.layerwise.calls import LayerCalls, noted_calls
-from slimvlm.pruning.layerwise.stores import Store, unpacked
 from slimvlm.scoring.batches import Batch, batches_with_targets, forward_backbone
+from slimvlm.scoring.layerwise.calls import LayerCalls, noted_calls
+from slimvlm.scoring.layerwise.stores import Store, unpacked
 from slimvlm.scoring.statistics import require_finite
 
 _KEPT = ("input_ids", "labels")
