@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from slimvlm.core.checked import part_of
 from slimvlm.core.options import DataConfig, WidthOptions
 from slimvlm.core.progress import Say, progress
-from slimvlm.data.read import load_samples
+from slimvlm.data.read import estimated_length, load_samples
 from slimvlm.data.samples import Sample
 from slimvlm.evaluation.lmms import evaluate_all
 from slimvlm.evaluation.results import Result
@@ -151,7 +151,7 @@ class Calibration:
         samples = self.samples
         if self.hold_out and len(samples) >= HELD_OUT_EVERY:
             samples = [s for i, s in enumerate(samples, 1) if i % HELD_OUT_EVERY]
-        return list(calibration_batches(self.processor, samples, _BATCH, "encode"))
+        return self._encoded(samples, "encode")
 
     @cached_property
     def held_out(self) -> list[dict[str, Any]]:
@@ -159,7 +159,12 @@ class Calibration:
         samples = self.samples
         if len(samples) >= HELD_OUT_EVERY:
             samples = samples[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
-        return list(calibration_batches(self.processor, samples, _BATCH, "encode held-out"))
+        return self._encoded(samples, "encode held-out")
+
+    def _encoded(self, samples: Sequence[Sample], description: str) -> list[dict[str, Any]]:
+        """Batches of samples with equally many pictures and similar length: less padding."""
+        alike = sorted(samples, key=lambda s: (len(s.images), estimated_length(s, 0)))
+        return list(calibration_batches(self.processor, alike, _BATCH, description))
 
 
 # The stages. They take a resolved request and live objects, and return values.
