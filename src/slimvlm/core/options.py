@@ -241,7 +241,7 @@ class TrainingData(DataConfig):
 class SampleOptions(Options):
     """Which of the conversations a model is shown that is to be scored, and what counts."""
 
-    samples: Annotated[int, AT_LEAST_1] = 64
+    samples: Annotated[int, AT_LEAST_1] = 192
     """Calibration samples, the first ones of the data in the order of the seed."""
     seed: Annotated[int, SEED] = 0
     """Order of the data: 0 is that of the file, any other number shuffles it; training takes what
