@@ -1,7 +1,8 @@
 """What stays without any training: our recipes against LLM-Pruner's and ShortGPT's.
 
 Command:  .venv/bin/python benchmarks/retention.py --out runs/retention
-Expect:   about an hour on 2 cores with bfloat16 units; a stopped run goes on.
+Expect:   two and a half hours on 2 cores with bfloat16 units; a stopped run goes on, and two that
+          name other recipes, ratios or seeds may share a folder.
 
 Every recipe prunes the demo model at each ratio with each calibration seed (other conversations),
 then answers the same questions. --model text prunes the untouched SmolLM2-135M instead, calibrated
@@ -250,7 +251,7 @@ def main() -> None:
     )
     parser.add_argument("--model", default="demo", help="demo, text, or another demo's folder")
     parser.add_argument("--limit", type=int, default=24)
-    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=192)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.15, 0.3, 0.45, 0.6])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--recipes", nargs="+", default=MAIN, choices=RECIPES)

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import copy
+import math
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from slimvlm.pruning.walk.distil import Lesson, LocalSteps, distil_, relative_error
+from slimvlm.models.anatomy import read_anatomy
+from slimvlm.planning.make import make_plan
+from slimvlm.planning.plan import Plan
+from slimvlm.pruning.walk.distil import (
+    PASSES,
+    RATE,
+    Lesson,
+    LocalSteps,
+    distil_,
+    relative_error,
+)
+from slimvlm.scoring.score_model import score
+from tests import tiny
 
 
 def lessons(layer: nn.Module, target: nn.Module, seeds: range) -> list[Lesson]:
@@ -43,7 +56,8 @@ def test_a_layer_learns_in_any_precision_and_keeps_its_own(dtype: torch.dtype) -
         layer,
         lessons(layer, target, range(4)),
         lessons(layer, target, range(4, 6)),
-        LocalSteps(count=60, learning_rate=1e-2),
+        count=60,
+        learning_rate=1e-2,
     )
     assert new < 0.3 * old
     assert {parameter.dtype for parameter in layer.parameters()} == {dtype}
@@ -54,8 +68,7 @@ def test_held_out_tokens_refuse_what_does_not_help_them() -> None:
     layer, target = pair(torch.float32)
     before = copy.deepcopy(layer.state_dict())
     exams = lessons(layer, layer, range(4, 6))  # nothing to learn: any change is for the worse
-    steps = LocalSteps(count=20, learning_rate=1e-2)
-    old, new = distil_(layer, lessons(layer, target, range(4)), exams, steps)
+    old, new = distil_(layer, lessons(layer, target, range(4)), exams, 20, 1e-2)
     assert old == new == 0
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
 
@@ -64,7 +77,7 @@ def test_a_rate_that_destroys_a_layer_leaves_it_as_it_was() -> None:
     layer, target = pair(torch.float32)
     before = copy.deepcopy(layer.state_dict())
     data = lessons(layer, target, range(4))
-    distil_(layer, data, data, LocalSteps(count=20, learning_rate=1e30))
+    distil_(layer, data, data, 20, 1e30)
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
 
 
@@ -74,3 +87,20 @@ def test_errors_count_relative_to_each_token_and_linearly_where_they_are_large()
     weights = torch.tensor([1.0, 1.0, 0.0])
     assert float(relative_error(output, target, weights)) == pytest.approx(0.25)
     assert float(relative_error(output, target, torch.tensor([0.0, 0.0, 1.0]))) == pytest.approx(19)
+
+
+def test_more_steps_and_larger_ones_the_more_goes() -> None:
+    model = tiny.build("llama")
+    anatomy = read_anatomy(model)
+    scores = score(model, (), "spacing")
+    plans = [make_plan(anatomy, [scores], ratio, "depth") for ratio in (0.1, 0.3)]
+    decoder = sum(shape.params for shape in anatomy.layers)
+    for plan in plans:
+        kept = sum(shape.params for shape in plan.after.layers)
+        assert plan.decoder_ratio == pytest.approx(1 - kept / decoder)
+        steps = LocalSteps.for_plan(plan, batches=100)
+        assert steps.count == math.ceil(100 * PASSES * plan.decoder_ratio)
+        assert steps.rate(plan) == RATE * plan.decoder_ratio
+        assert LocalSteps(count=1, learning_rate=0.5).rate(plan) == 0.5
+    assert plans[0].decoder_ratio < plans[1].decoder_ratio
+    assert LocalSteps.for_plan(Plan.everything(anatomy), batches=100).count == 0

@@ -48,7 +48,9 @@ def test_samples_that_are_alike_share_a_batch() -> None:
 def test_held_out_samples_are_every_fourth_of_the_data() -> None:
     processor, given = folders.processor("llava"), samples()
     calibration = Calibration(processor, given, hold_out=True)
-    apart = [encode_samples(processor, [each]) for each in given[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]]
+    apart = [
+        encode_samples(processor, [each]) for each in given[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
+    ]
     assert tokens(calibration.held_out) == tokens(apart)
     both = [*calibration.fitted, *calibration.held_out]
     assert tokens(both) == tokens([encode_samples(processor, [each]) for each in given])

@@ -355,8 +355,9 @@ class PruneConfig(FileOptions, WidthOptions, RatioOptions, SampleOptions, DataOp
     """Fit the remaining weights in closed form: widths, seams of removed layers, both, or auto,
     which keeps what helps on held-out answers and does nothing without data."""
     local_steps: Annotated[int | None, AT_LEAST_0] = None
-    """Optimizer steps on each layer alone, towards what the original gives there. By default 8
-    passes over the calibration samples, with repair auto; 0 is faster and keeps less."""
+    """Optimizer steps on each layer alone, towards what the original gives there. By default, with
+    repair auto, a pass over the calibration samples for each tenth of the decoder that goes; 0 is
+    faster and keeps less."""
     pad: bool = False
     """Fill layers of different widths up with zeros: loads without code, as large as the widest."""
 

@@ -112,6 +112,12 @@ class Plan:
         return removed / self.before.backbone_params
 
     @property
+    def decoder_ratio(self) -> float:
+        """Share of the decoder layers' parameters that the plan removes: without embeddings."""
+        decoder = sum(shape.params for shape in self.before.layers)
+        return self.ratio * self.before.backbone_params / decoder
+
+    @property
     def needs_retype(self) -> bool:
         """Whether the head count needs the freer configuration type of the backbone's row."""
         after = self.before.with_layers(self._shapes())

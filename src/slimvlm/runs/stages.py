@@ -50,9 +50,6 @@ from slimvlm.training.recover import recover as train
 HELD_OUT_EVERY = 4
 """Every so manyth calibration sample judges plans and repairs instead of making them."""
 
-LOCAL_PASSES = 8
-"""How often a layer sees the calibration samples when it is distilled; see ``docs/results.md``."""
-
 _BATCH = 4
 
 
@@ -222,10 +219,11 @@ def walk(
             config.allocation or "uniform",
             **vars(part_of(config, WidthOptions)),
         )
-    count = config.local_steps
-    if count is None:
-        count = LOCAL_PASSES * len(calibration.fitted)
-    steps = Steps(repair=config.repair, local=LocalSteps(count=count))
+    if config.local_steps is None:
+        local = LocalSteps.for_plan(plans[0], len(calibration.fitted))
+    else:
+        local = LocalSteps(count=config.local_steps)
+    steps = Steps(repair=config.repair, local=local)
     if not chooses and not steps.kinds and not steps.local.count:
         return Walked(plans[0])
     held_out = calibration.held_out if request.hold_out else []

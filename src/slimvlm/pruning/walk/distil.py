@@ -17,6 +17,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from slimvlm.core.checked import ABOVE_0, AT_LEAST_0, Options
+from slimvlm.planning.plan import Plan
+
+PASSES, RATE = 10.0, 4e-3
+"""Passes over the data and peak rate if all of the decoder went: both grow with the share that
+goes. Measured in ``docs/results.md``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +34,18 @@ class LocalSteps(Options):
 
     count: Annotated[int, AT_LEAST_0] = 0
     """Optimizer steps on each layer."""
-    learning_rate: Annotated[float, ABOVE_0] = 2e-3
-    """Peak rate of Adam; it rises for a third of the steps and falls for the rest."""
+    learning_rate: Annotated[float | None, ABOVE_0] = None
+    """Peak rate of Adam; it rises for a third of the steps and falls for the rest. By default 0.004
+    times the share of the decoder that a plan removes."""
+
+    @classmethod
+    def for_plan(cls, plan: Plan, batches: int) -> LocalSteps:
+        """As many as a plan needs: ten passes over the batches, times the share that it removes."""
+        return cls(count=math.ceil(PASSES * plan.decoder_ratio * batches))
+
+    def rate(self, plan: Plan) -> float:
+        """The peak rate for a plan."""
+        return self.learning_rate or RATE * plan.decoder_ratio
 
 
 NO_LOCAL_STEPS = LocalSteps()
@@ -74,7 +89,11 @@ def relative_error(
 
 
 def distil_(
-    layer: nn.Module, lessons: Sequence[Lesson], exams: Sequence[Lesson], steps: LocalSteps
+    layer: nn.Module,
+    lessons: Sequence[Lesson],
+    exams: Sequence[Lesson],
+    count: int,
+    learning_rate: float,
 ) -> tuple[float, float]:
     """Train one layer alone; it ends as what held-out tokens confirm.
 
@@ -87,7 +106,8 @@ def distil_(
         layer: The layer.
         lessons: What it learns from, in turn.
         exams: What decides; without any the trained layer stays.
-        steps: How long and how fast.
+        count: Optimizer steps.
+        learning_rate: Peak rate.
 
     Returns:
         The error on the held-out lessons before and after, as `relative_error` says.
@@ -98,7 +118,7 @@ def distil_(
     _renew_(layer)
     old = _mean_error(judges)
     with _trainable(layer) as parameters, _mixed(bool(half_precision), parameters[0].device):
-        _train_(parameters, lessons, steps)
+        _train_(parameters, lessons, count, learning_rate)
     after = {name: p.detach().clone() for name, p in layer.named_parameters()}
     errors = {0.0: old}
     for share in (1.0, 0.5) if exams else (1.0,):
@@ -118,14 +138,14 @@ def _renew_(layer: nn.Module) -> None:
 
 
 def _train_(
-    parameters: Sequence[nn.Parameter], lessons: Sequence[Lesson], steps: LocalSteps
+    parameters: Sequence[nn.Parameter], lessons: Sequence[Lesson], count: int, rate: float
 ) -> None:
-    optimizer = torch.optim.Adam(parameters, lr=steps.learning_rate)
+    optimizer = torch.optim.Adam(parameters, lr=rate, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, steps.learning_rate, total_steps=steps.count + 1, cycle_momentum=False
+        optimizer, rate, total_steps=count + 1, cycle_momentum=False
     )
     draw, waiting = random.Random(0), list[Lesson]()
-    for _ in range(steps.count):
+    for _ in range(count):
         waiting = waiting or draw.sample(lessons, len(lessons))
         with torch.enable_grad():
             waiting.pop().error().backward()

@@ -252,7 +252,10 @@ class LayerWalk:
         lessons, exams = (
             list(self._lessons(places)) for places in (self._streams.fitted, self._streams.held_out)
         )
-        return distil_(self._layer, lessons, exams, self._steps.local) if lessons else None
+        local = self._steps.local
+        if not lessons:
+            return None
+        return distil_(self._layer, lessons, exams, local.count, local.rate(self.plan))
 
     def _lessons(self, places: Sequence[int]) -> Iterator[Lesson]:
         """Of batches that run the layer and have a token that counts."""
