@@ -77,6 +77,8 @@ def test_what_runs_layers_alone_is_refused(name: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match=r"low memory.*read keys"):
         score_checkpoint(tmp_path, [tiny.batch(model)], "taylor")
+    with pytest.raises(UnsupportedModelError, match=r"low memory.*read keys"):
+        score_checkpoint(tmp_path, [tiny.batch(model)], "kl_greedy")
 
 
 @every_gemma

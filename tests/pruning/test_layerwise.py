@@ -29,7 +29,7 @@ from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.save import PLAN_FILE, save
 from slimvlm.pruning.write_checkpoint import prune_checkpoint
-from slimvlm.scoring.layerwise.checkpoint import open_checkpoint
+from slimvlm.scoring.layerwise.checkpoint import LazyCheckpoint, open_checkpoint
 from slimvlm.scoring.layerwise.runner import LayerwiseModel
 from slimvlm.scoring.layerwise.score import score_checkpoint
 from slimvlm.scoring.score_model import score
@@ -53,6 +53,7 @@ CASES: dict[str, dict[str, Any]] = {
     "taylor_mix": {"criterion": "taylor_mix"},
     "taylor_second": {"criterion": "taylor_second"},
     "gate": {"criterion": "gate", "token_weights": {"answer": 2.0}},
+    "kl_greedy": {"criterion": "kl_greedy", "rounds": 2, "token_weights": {"prompt": 0.3}},
 }
 BACKWARD = ("per_sample", "gate")
 
@@ -101,7 +102,7 @@ def test_scores_are_those_of_the_model_in_memory(
 
 
 @pytest.mark.parametrize("name", ODD)
-@pytest.mark.parametrize("case", ["block_influence", "activation", *BACKWARD])
+@pytest.mark.parametrize("case", ["block_influence", "activation", "kl_greedy", *BACKWARD])
 def test_what_lies_between_layers_is_not_lost(
     name: str, case: str, folders: dict[str, Path]
 ) -> None:
@@ -175,6 +176,41 @@ def test_a_stopped_run_goes_on_after_the_last_whole_layer(
         done, stop_at = stop_at - 1, -1
         assert_same(score_checkpoint(folders["llama"], batches(model), **asked), expected)
         assert len(loads) == count - done
+    assert not (tmp_path / "work").exists()
+
+
+def test_kl_greedy_reads_each_layer_once_a_round_and_goes_on_at_a_round(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.build("llama")
+    layers = LazyCheckpoint.layer
+    loads: list[int] = []
+
+    @contextmanager
+    def killed(self: LazyCheckpoint, index: int, device: torch.device) -> Iterator[None]:
+        loads.append(index)
+        if len(loads) == stop_at:
+            raise KeyboardInterrupt
+        with layers(self, index, device):
+            there = [in_memory(layer) > 0 for layer in self.model.model.layers]
+            assert there == [i == index for i in range(4)]
+            yield
+
+    monkeypatch.setattr(LazyCheckpoint, "layer", killed)
+    stop_at = -1
+    asked = {**CASES["kl_greedy"], "scratch": tmp_path / "work"}
+    expected = score_checkpoint(folders["llama"], batches(model), **asked)
+    rounds = [4, 3]
+    assert loads[:4] == [0, 1, 2, 3]
+    assert len(loads) == sum(rounds)
+    for stop_at in range(1, len(loads) + 1):
+        loads.clear()
+        with pytest.raises(KeyboardInterrupt):
+            score_checkpoint(folders["llama"], batches(model), **asked)
+        whole, stop_at = stop_at > rounds[0], -1
+        loads.clear()
+        assert_same(score_checkpoint(folders["llama"], batches(model), **asked), expected)
+        assert len(loads) == sum(rounds[whole:])
     assert not (tmp_path / "work").exists()
 
 
@@ -286,11 +322,10 @@ def test_a_full_disk_is_found_before_layers_run(
         score_checkpoint(folders["llama"], batches(model), scratch=tmp_path)
 
 
-def test_what_needs_the_whole_model_is_refused(folders: dict[str, Path]) -> None:
-    with pytest.raises(ConfigError, match="kl_greedy"):
-        score_checkpoint(folders["llama"], [], "kl_greedy")
+@pytest.mark.parametrize("criterion", ["kl_greedy", "taylor"])
+def test_no_data_is_refused(criterion: str, folders: dict[str, Path]) -> None:
     with pytest.raises(DataError, match="no calibration batch"):
-        score_checkpoint(folders["llama"], [], "taylor")
+        score_checkpoint(folders["llama"], [], criterion)
 
 
 def test_nan_stops_with_the_layers_number(tmp_path: Path) -> None:
@@ -298,7 +333,7 @@ def test_nan_stops_with_the_layers_number(tmp_path: Path) -> None:
     with torch.no_grad():
         model.model.layers[2].mlp.down_proj.weight[0, 0] = float("nan")
     model.save_pretrained(tmp_path / "nan")
-    for case in ("activation", "block_influence", "per_sample"):
+    for case in ("activation", "block_influence", "per_sample", "kl_greedy"):
         with pytest.raises(NumericalError, match="layer 2"):
             score_checkpoint(tmp_path / "nan", batches(model), **CASES[case])
 
@@ -316,7 +351,7 @@ def test_nan_stops_with_the_samples_number(folders: dict[str, Path]) -> None:
     shutil.rmtree(folders["llama"].parent / "spoilt", ignore_errors=True)
     model.save_pretrained(folders["llama"].parent / "spoilt")
     told = f"calibration sample {first + len(given[-1]['input_ids'])}"
-    for case in ("activation", "block_influence", "per_sample"):
+    for case in ("activation", "block_influence", "per_sample", "kl_greedy"):
         with pytest.raises(NumericalError, match=told):
             score_checkpoint(folders["llama"].parent / "spoilt", given, **CASES[case])
 
@@ -415,15 +450,16 @@ def test_a_plan_for_another_model_leaves_nothing(folders: dict[str, Path], tmp_p
 # The command line
 
 
-def test_the_verbs_score_and_prune_alike(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("criterion", "axis"), [("activation", "width"), ("kl_greedy", "depth")])
+def test_the_verbs_score_and_prune_alike(criterion: str, axis: str, tmp_path: Path) -> None:
     data = tiny_folder.write_llava_data(tmp_path / "data", 3)
     model = str(tiny_folder.folder("llava"))
     shown = ["--data", str(data), "--images", str(data.parent)]
     for name, flags in (("memory", []), ("disk", ["--low-memory"])):
         out = tmp_path / name
-        main(["score", model, "--out", str(out), *shown, *flags])
-        asked = ["--ratio", "0.3", "--criterion", "activation", "--allocation", "uniform"]
-        asked += ["--repair", "none"]
+        main(["score", model, "--criterion", criterion, "--out", str(out), *shown, *flags])
+        asked = ["--ratio", "0.3", "--criterion", criterion, "--axis", axis]
+        asked += ["--allocation", "uniform", "--repair", "none"]
         main(["prune", model, "--out", f"{out}-pruned", *asked, *shown, *flags])
     assert_same(Scores.load(tmp_path / "disk"), Scores.load(tmp_path / "memory"))
     ours, theirs = tensors_of(tmp_path / "disk-pruned"), tensors_of(tmp_path / "memory-pruned")

@@ -1,7 +1,9 @@
-"""Greedy depth: against removing layers one at a time with plain hooks."""
+"""Greedy depth: against pruning one layer after another and comparing what models say."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -11,9 +13,8 @@ from transformers import PreTrainedModel
 
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.parts import decoder_layers
-from slimvlm.planning.mask import masked
-from slimvlm.scoring.greedy import capture_greedy
-from slimvlm.scoring.score_model import score
+from slimvlm.pruning.cut import prune_
+from slimvlm.scoring.score_model import collect, score
 from tests import tiny
 from tests.handmade import Batch, joined, logits, padded, plan_by_hand
 from tests.tiers import ARCHETYPES, tiered
@@ -35,9 +36,14 @@ def samples(model: PreTrainedModel) -> list[Batch]:
 
 def without(model: PreTrainedModel, gone: list[int], batch: Batch) -> Tensor:
     anatomy = read_anatomy(model)
-    kept = [i for i in range(anatomy.num_layers) if i not in gone]
-    with masked(model, plan_by_hand(anatomy, layers=kept)):
-        return logits(model, batch).double().log_softmax(-1)
+    smaller = deepcopy(model)
+    prune_(smaller, plan_by_hand(anatomy, [i for i in range(anatomy.num_layers) if i not in gone]))
+    return logits(smaller, batch).double().log_softmax(-1)
+
+
+def removals(model: PreTrainedModel, data: Iterable[Batch], **options: Any) -> dict[str, Tensor]:
+    """The order of removal, and what each layer cost."""
+    return collect(model, data, "kl_greedy", **options).tensors()
 
 
 def divergence(
@@ -73,8 +79,7 @@ def test_one_round_is_every_layer_tried_alone(name: str, weights: dict[str, floa
 
 
 @pytest.mark.parametrize("name", tiered(["llama", "llava-phi3"]))
-@pytest.mark.parametrize("at_once", [1, 3])
-def test_rounds_are_greedy(name: str, at_once: int) -> None:
+def test_rounds_are_greedy(name: str) -> None:
     model = tiny.build(name)
     data = samples(model)
     gone: list[int] = []
@@ -84,25 +89,22 @@ def test_rounds_are_greedy(name: str, at_once: int) -> None:
         costs.update(tried)
         gone.append(min(tried, key=lambda i: tried[i]))
     others = sorted((i for i in range(4) if i not in gone), key=lambda i: costs[i])
-    statistics = capture_greedy(model, data, rounds=2, at_once=at_once).tensors()
-    assert statistics["order"].tolist() == [*gone, *others]
+    found = removals(model, data, rounds=2)
+    assert found["order"].tolist() == [*gone, *others]
     expected = torch.tensor([costs[i] for i in range(4)], dtype=torch.float64)
-    torch.testing.assert_close(statistics["divergence"], expected, rtol=2e-4, atol=0)
+    torch.testing.assert_close(found["divergence"], expected, rtol=2e-4, atol=0)
 
 
 def test_scores_rank_as_layers_go_at_any_number_of_rounds() -> None:
     model = tiny.build("llama")
     data = samples(model)
     for rounds in (1, 2, 3, 9):
-        order = capture_greedy(model, data, rounds=rounds).tensors()["order"]
+        order = removals(model, data, rounds=rounds)["order"]
         layer = score(model, data, "kl_greedy", rounds=rounds).layer
         assert layer is not None
         assert layer.argsort().tolist() == order.tolist()
-    default = capture_greedy(model, data).tensors()
-    assert all(
-        torch.equal(default[k], v)
-        for k, v in capture_greedy(model, data, rounds=2).tensors().items()
-    )
+    default = removals(model, data)
+    assert all(torch.equal(default[k], v) for k, v in removals(model, data, rounds=2).items())
 
 
 def test_pinned_layers_are_never_tried() -> None:
@@ -113,20 +115,19 @@ def test_pinned_layers_are_never_tried() -> None:
     assert int(layer.argmax()) == 0
 
 
-def test_how_many_at_once_and_how_batched_changes_nothing() -> None:
+def test_how_batched_changes_nothing() -> None:
     model = tiny.build("llava-llama")
     data = samples(model)
-    expected = capture_greedy(model, data, rounds=3, at_once=1).tensors()
-    others: list[tuple[list[Batch], int]] = [(data, 4), ([joined(data)], 3), ([padded(data)], 2)]
-    for batches, at_once in others:
-        found = capture_greedy(model, iter(batches), rounds=3, at_once=at_once).tensors()
+    expected = removals(model, data, rounds=3)
+    for batches in ([joined(data)], [padded(data)]):
+        found = removals(model, iter(batches), rounds=3)
         assert torch.equal(found["order"], expected["order"])
         torch.testing.assert_close(
             found["divergence"], expected["divergence"], rtol=2e-4, atol=1e-6
         )
 
 
-def test_layers_that_are_not_needed_are_not_computed() -> None:
+def test_a_layer_runs_for_the_shared_prefix_and_for_each_candidate_before_it() -> None:
     model = tiny.build("llama")
     calls = [0, 0, 0, 0]
 
@@ -138,8 +139,10 @@ def test_layers_that_are_not_needed_are_not_computed() -> None:
 
     for index, layer in enumerate(decoder_layers(model)):
         layer.self_attn.register_forward_pre_hook(counter(index), with_kwargs=False)
-        assert "forward" not in vars(layer)
-    capture_greedy(model, samples(model)[:1], rounds=1, at_once=1)
-    # once for the original's predictions, once for the layers' inputs, then from each candidate on
-    assert calls == [3, 4, 5, 6]
-    assert all("forward" not in vars(layer) for layer in decoder_layers(model))
+    (first, *_) = removals(model, samples(model)[:1], rounds=1)["order"].tolist()
+    assert calls == [1, 2, 3, 4]
+    calls[:] = [0, 0, 0, 0]
+    removals(model, samples(model)[:1], rounds=2)
+    second = iter([1, 2, 3])
+    again = [0 if index == first else next(second) for index in range(4)]
+    assert calls == [before + now for before, now in zip([1, 2, 3, 4], again, strict=True)]

@@ -211,7 +211,7 @@ def mean_answer_loss(states: Iterable[tuple[Hidden, Tensor]], head: Head) -> flo
 
 def on_device(model: nn.Module, batch: Mapping[str, Any]) -> Batch:
     """A batch where the model's inputs go."""
-    device = _device_of(model)
+    device = device_of(model)
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
@@ -224,7 +224,7 @@ def _all_on_device(model: nn.Module, batches: Iterable[Batch]) -> Iterator[Batch
         raise DataError("no calibration batch was given")
 
 
-def _device_of(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
     """Where inputs go: with the first weights that accelerate has not put aside."""
     devices = (p.device for p in model.parameters() if not p.is_meta)
     return next(devices, torch.device("cpu"))

@@ -49,13 +49,13 @@ class Capture:
 
     Attributes:
         function: ``(model, batches, token_weights, **options) -> Statistics``; where no data is
-            read, without ``token_weights``.
+            read, without ``token_weights``; where it sees ``rounds``, with a `LayerwiseModel`.
         options: Names of a criterion's options that this function takes.
         passes: What a sample costs, in forward passes of the model; 0 if no data is read.
         reads_labels: Whether it takes the loss of the predictions that labels mark.
         sees: What it has to see at a time, which says how low memory collects it: one ``layer``
-            (its weights and what goes through it), the ``hidden_states`` between all layers, the
-            whole ``model``, which low memory cannot show, or ``nothing`` but the shape.
+            (its weights and what goes through it), the ``hidden_states`` between all layers,
+            ``rounds`` of all layers in order, or ``nothing`` but the shape.
         backward: Whether it needs the gradient of what leaves a layer.
         layer_bytes: Where statistics are so large that they are collected for a few layers at a
             time: what those of one layer take. Its function then has an option ``layers``.
@@ -65,7 +65,7 @@ class Capture:
     options: tuple[str, ...] = ()
     passes: int = 1
     reads_labels: bool = False
-    sees: Literal["nothing", "layer", "hidden_states", "model"] = "layer"
+    sees: Literal["nothing", "layer", "hidden_states", "rounds"] = "layer"
     backward: bool = False
     layer_bytes: Callable[[LayerShape], int] | None = None
 
@@ -84,9 +84,7 @@ GRADIENTS = Capture(
     reads_labels=True,
     backward=True,
 )
-GREEDY = Capture(
-    function=capture_greedy, options=("rounds", "at_once"), reads_labels=True, sees="model"
-)
+GREEDY = Capture(function=capture_greedy, options=("rounds",), reads_labels=True, sees="rounds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +117,10 @@ class Criterion:
     def needs_data(self) -> bool:
         """Whether calibration batches are needed."""
         return self.capture.passes > 0
+
+    def captured(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """What the capture's function is given, if these are the criterion's options."""
+        return {**self.fixed, **{k: v for k, v in options.items() if k in self.capture.options}}
 
     def requested(self, request: Any) -> dict[str, Any]:
         """The options that a request, such as a `CalibrationConfig`, sets for this criterion."""
@@ -158,7 +160,7 @@ CRITERIA: dict[str, Criterion] = {
         function=score_kl_greedy,
         paper="after SLEB, arXiv:2402.09025",
         about="divergence from the original's answers when the layer goes, one after another",
-        options={"rounds": _COUNT, "at_once": _COUNT},
+        options={"rounds": _COUNT},
     ),
     "taylor": Criterion(
         units=("layer", *WIDTH_UNITS),

@@ -1,87 +1,81 @@
 """Remove layers one after another, each time the one whose absence changes predictions least.
 
-B batch, T token, D hidden, K candidates, N counted predictions.
+D hidden, K candidates, N counted predictions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from jaxtyping import Float, Float64
+from torch import Tensor
 
 from slimvlm.core.errors import UnsupportedModelError
 from slimvlm.core.progress import progress
 from slimvlm.models.anatomy import Anatomy, read_anatomy
-from slimvlm.models.hidden import (
-    head_of,
-    hidden_states,
-    layer_input,
-    replaced_forward,
-    with_layer_input,
-)
+from slimvlm.models.hidden import head_of
 from slimvlm.models.losses import row_divergences
-from slimvlm.models.parts import decoder_layers
-from slimvlm.scoring.batches import (
-    Batch,
-    Targets,
-    TokenWeights,
-    batches_with_targets,
-    forward_backbone,
-)
+from slimvlm.models.parts import decoder_layers, final_norm
+from slimvlm.scoring.batches import Batch, Targets, TokenWeights, batches_with_targets
+from slimvlm.scoring.layerwise.runner import LayerwiseModel, Live
 from slimvlm.scoring.statistics import Removals, require_finite
 from slimvlm.scoring.unit_scores import Scores, strictly_increasing
+
+_PREFIX, _ORIGINAL = "prefix", "original"
 
 
 @torch.no_grad()
 def capture_greedy(
-    model: nn.Module,
+    runner: LayerwiseModel,
     batches: Iterable[Batch],
     token_weights: TokenWeights | None = None,
     rounds: int | None = None,
-    at_once: int = 4,
 ) -> Removals:
     """Order layers by greedy removal: drop the one that costs least, measure the rest again.
 
     The cost of a layer is the mean of ``KL(original ‖ without it and those before it)`` over the
     predictions of the labelled tokens (of all text without labels), in nats. Pinned layers stay.
 
-    Each candidate is one forward pass from its own layer on: layers before it and removed ones are
-    not computed, and the vision tower runs for every pass.
+    In a round all layers pass once, in order. One stream of hidden states misses the removed layers
+    only. At each candidate another branches off it that misses the candidate, too, so that it costs
+    the layers behind the candidate.
+
+    Streams are dropped when a round ends. Its costs stay in the store, beside the original's final
+    hidden states at the predictions that count, so that a stopped run begins its last round anew.
 
     Args:
-        model: The model.
-        batches: Model inputs. They are kept and read once a round, and beside them the original's
-            final hidden states at the predictions that count.
+        runner: The model. Streams of one batch at a time are in its store if it is in memory;
+            otherwise those of all, and each layer is read once a round.
+        batches: Model inputs; not read if the runner has embedded some.
         token_weights: None: all labelled tokens count 1. Otherwise the prediction of a prompt or
             answer token counts the weight of its role.
         rounds: Layers to remove at most; default half of them.
-        at_once: Candidates in one forward pass. More need more memory and use a GPU better.
 
     Raises:
+        NumericalError: If NaN or infinity appears; the message says where.
         UnsupportedModelError: If layers read keys and values of earlier ones.
     """
-    anatomy = read_anatomy(model)
+    anatomy = read_anatomy(runner.model)
     if anatomy.backbone.shared_tail is not None:
         raise UnsupportedModelError(
-            "criterion 'kl_greedy' skips the layers before the one that it tries, but later layers "
-            f"of {anatomy.model_type!r} read their keys and values. Use 'block_influence'"
+            "criterion 'kl_greedy' runs layers apart from those before them, but later layers of "
+            f"{anatomy.model_type!r} read their keys and values. Use 'block_influence'"
         )
+    if not runner.store.has("batches"):
+        runner.embed(batches)
     pinned = list(anatomy.pinned_layers)
     free = [index for index in range(anatomy.num_layers) if index not in pinned]
-    data = batches_with_targets(model, batches, token_weights)
-    references = [_Reference.of(model, batch, targets) for batch, targets in data]
-    removal = _Removal(model, references)
+    data = batches_with_targets(runner.model, runner.batches(), token_weights)
+    removal = _Removal(runner, [targets for _, targets in data])
     turns = min(rounds or max(len(free) // 2, 1), len(free), anatomy.num_layers - 1)
     divergence = torch.zeros(anatomy.num_layers, dtype=torch.float64)
     removed: list[int] = []
     for _ in progress(range(turns), "remove layers"):
         candidates = [index for index in free if index not in removed]
-        divergence[candidates] = removal.divergences(removed, candidates, at_once)
+        divergence[candidates] = removal.costs(removed, candidates)
         removed.append(min(candidates, key=lambda index: float(divergence[index])))
     others = [index for index in free if index not in removed]
     others.sort(key=lambda index: float(divergence[index]))
@@ -89,8 +83,8 @@ def capture_greedy(
     return Removals(
         order=torch.tensor([*removed, *others, *pinned]),
         divergence=divergence,
-        num_samples=sum(len(reference.counted) for reference in references),
-        num_tokens=sum(len(reference.weights) for reference in references),
+        num_samples=sum(len(targets.labels) for targets in removal.targets),
+        num_tokens=sum(targets.num_tokens for targets in removal.targets),
     )
 
 
@@ -117,121 +111,87 @@ def score_kl_greedy(statistics: Removals, anatomy: Anatomy) -> Scores:
 
 
 @dataclass(frozen=True)
-class _Reference:
-    """A batch and what the original predicts where it counts.
+class _Removal:
+    """Measures what the removal of layers does to a model's predictions.
 
     Attributes:
-        batch: Model inputs.
-        counted: ``[B, T-1]`` whether the prediction of each next token counts.
-        weights: ``[N]`` what each of these predictions counts.
-        hidden: ``[N, D]`` the original's final hidden states there.
+        runner: The model and its batches.
+        targets: What counts of each batch.
     """
 
-    batch: Batch
-    counted: Tensor
-    weights: Tensor
-    hidden: Tensor
+    runner: LayerwiseModel
+    targets: Sequence[Targets]
 
-    @classmethod
-    def of(cls, model: Any, batch: Batch, targets: Targets) -> _Reference:
-        counted = targets.weights > 0
-        (hidden,) = hidden_states(model, batch)
-        hidden = hidden[:, :-1][counted.to(hidden.device)]
-        require_finite(hidden, "the predictions")
-        return cls(batch, counted, targets.weights[counted].double(), hidden)
-
-    def divergences(self, model: Any, copies: int) -> Tensor:
-        """``[K]`` weighted sums of the divergence from the original, for each copy of the batch."""
-        (hidden,) = hidden_states(model, _repeated(self.batch, copies))
-        counted, head = self.counted.to(hidden.device), head_of(model)
-        found = [
-            row_divergences(copy[:, :-1][counted], self.hidden, head, head).double()
-            for copy in hidden.chunk(copies)
-        ]
-        total = torch.stack(found) @ self.weights.to(hidden.device)
-        require_finite(total, "the predictions without a layer")
-        return total.cpu()
-
-
-class _Removal:
-    """Measures what the removal of layers does to a model's predictions."""
-
-    def __init__(self, model: nn.Module, references: Sequence[_Reference]) -> None:
-        self.model, self.references = model, references
-        self.layers = list(decoder_layers(model))
-
-    def divergences(self, removed: list[int], candidates: list[int], at_once: int) -> Tensor:
+    def costs(self, removed: Sequence[int], candidates: Sequence[int]) -> Float64[Tensor, " K"]:
         """The mean divergence when one candidate goes beside the removed layers, for each."""
+        store, places = self.runner.store, self.runner.places
+        name = f"round-{len(removed)}"
+        if not store.has(name):
+            is_live = isinstance(self.runner.source, Live)
+            total = torch.zeros(len(candidates), dtype=torch.float64)
+            for group in ([place] for place in places) if is_live else [places]:
+                self._run_layers(group, removed, candidates)
+                total += self._divergences(group, candidates, is_first=not removed)
+                for stream in (_PREFIX, *map(_without, candidates)):
+                    store.drop(stream)
+            weight = sum(float(targets.totals.sum()) for targets in self.targets)
+            store.write(name, 0, {"costs": total / weight})
+            store.finish(name)
+        return store.read(name, 0, torch.device("cpu"))["costs"]
+
+    def _run_layers(
+        self, places: Sequence[int], removed: Sequence[int], candidates: Sequence[int]
+    ) -> None:
+        """Bring the stream without the removed layers, and those of the candidates, to the end."""
+        runner, streams = self.runner, [_PREFIX]
+        for place in places:
+            self._write(_PREFIX, place, runner.input_of(0, place))
+        for index, layer in enumerate(decoder_layers(runner.model)):
+            is_gone = index in removed
+            with nullcontext() if is_gone else runner.source.layer(index, runner.device):
+                for place in places:
+                    calls = runner.calls(place)
+                    if index in candidates:
+                        skipped = calls.after(index, self._state(_PREFIX, place))
+                        self._write(_without(index), place, skipped)
+                    for stream in streams:
+                        hidden = self._state(stream, place)
+                        output = hidden if is_gone else calls.run(layer, index, hidden)
+                        runner.require_finite(output, f"the output of layer {index}", place)
+                        self._write(stream, place, calls.after(index, output))
+            if index in candidates:
+                streams.append(_without(index))
+
+    def _divergences(
+        self, places: Sequence[int], candidates: Sequence[int], is_first: bool
+    ) -> Float64[Tensor, " K"]:
+        """Weighted sums of the divergence from the original, for each candidate's stream."""
         total = torch.zeros(len(candidates), dtype=torch.float64)
-        groups = list(torch.arange(len(candidates)).split(at_once))
-        for reference in self.references:
-            with _passing_on(self.layers[index] for index in removed):
-                inputs = self._layer_inputs(reference.batch)
-            for group in groups:
-                tried = [candidates[i] for i in group]
-                with self._without(tried, removed, inputs[tried[0]]):
-                    total[group] += reference.divergences(self.model, len(tried))
-        return total / sum(float(reference.weights.sum()) for reference in self.references)
+        with self.runner.source.after_layers(self.runner.device):
+            head = head_of(self.runner.model)
+            for place in places:
+                if is_first:
+                    self._write(_ORIGINAL, place, self._final(_PREFIX, place))
+                original, weights = self._state(_ORIGINAL, place), self.targets[place].weights
+                for row, index in enumerate(candidates):
+                    hidden = self._final(_without(index), place)
+                    found = row_divergences(hidden, original.to(hidden.device), head, head)
+                    total[row] += found.double().cpu() @ weights[weights > 0].double().cpu()
+        require_finite(total, "the predictions without a layer")
+        return total
 
-    def _layer_inputs(self, batch: Batch) -> list[Tensor]:
-        """The hidden states that enter each layer."""
-        inputs: list[Tensor] = []
+    def _final(self, stream: str, place: int) -> Float[Tensor, "N D"]:
+        """The final hidden states of a stream at the predictions that count."""
+        hidden: Tensor = final_norm(self.runner.model)(self._state(stream, place))[:, :-1]
+        return hidden[(self.targets[place].weights > 0).to(hidden.device)]
 
-        def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
-            inputs.append(layer_input(args, kwargs))
+    def _state(self, stream: str, place: int) -> Tensor:
+        return self.runner.store.read(stream, place, self.runner.device)["hidden"]
 
-        with ExitStack() as stack:
-            for layer in self.layers:
-                stack.enter_context(layer.register_forward_pre_hook(keep, with_kwargs=True))
-            forward_backbone(self.model, batch)
-        return inputs
-
-    @contextmanager
-    def _without(self, tried: list[int], removed: list[int], hidden: Tensor) -> Iterator[None]:
-        """Each copy of a batch misses one of the tried layers, and all miss the removed ones.
-
-        Nothing is computed before the first tried layer; ``hidden`` enters it instead.
-        """
-        copies = len(tried)
-
-        def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            given = torch.cat([hidden] * copies)
-            return with_layer_input(args, kwargs, given)
-
-        def skip(copy: int, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-            rows = slice(copy * len(hidden), (copy + 1) * len(hidden))
-            changed = output.clone()
-            changed[rows] = layer_input(args, kwargs)[rows]
-            return changed
-
-        unused = {*range(tried[0]), *removed}
-        with ExitStack() as stack:
-            stack.enter_context(_passing_on(self.layers[index] for index in sorted(unused)))
-            first = self.layers[tried[0]]
-            stack.enter_context(first.register_forward_pre_hook(enter, with_kwargs=True))
-            for copy, index in enumerate(tried):
-                hook = partial(skip, copy)
-                stack.enter_context(
-                    self.layers[index].register_forward_hook(hook, with_kwargs=True)
-                )
-            yield
+    def _write(self, stream: str, place: int, hidden: Tensor) -> None:
+        self.runner.store.write(stream, place, {"hidden": hidden})
 
 
-@contextmanager
-def _passing_on(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """These layers pass their input on and compute nothing."""
-
-    def pass_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_states
-
-    with ExitStack() as stack:
-        for layer in layers:
-            stack.enter_context(replaced_forward(layer, pass_on))
-        yield
-
-
-def _repeated(batch: Batch, copies: int) -> Batch:
-    return {
-        name: torch.cat([value] * copies) if isinstance(value, Tensor) else value
-        for name, value in batch.items()
-    }
+def _without(index: int) -> str:
+    """The stream that misses a layer that is tried."""
+    return f"without-{index}"

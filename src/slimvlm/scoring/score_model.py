@@ -16,8 +16,10 @@ from slimvlm.data.samples import Sample
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.classes import require_full_precision
 from slimvlm.models.hidden import evaluating
-from slimvlm.scoring.batches import Batch, Watched
+from slimvlm.scoring.batches import Batch, Watched, device_of
 from slimvlm.scoring.criteria import DEFAULT_CRITERIA, criterion_named
+from slimvlm.scoring.layerwise.runner import LayerwiseModel, Live
+from slimvlm.scoring.layerwise.stores import Memory
 from slimvlm.scoring.statistics import Statistics
 from slimvlm.scoring.unit_scores import WIDTH_UNITS, Scores
 
@@ -107,17 +109,19 @@ def _collected(
     **part: Any,
 ) -> Statistics:
     """What `collect` does; ``part`` says which part of its statistics a capture collects."""
-    config: Any = model.config
-    require_full_precision(config, "scored")
+    seen: Any = model
+    require_full_precision(seen.config, "scored")
     row = criterion_named(criterion, options)
-    given = {name: value for name, value in options.items() if name in row.capture.options}
+    given = row.captured(options)
     if token_weights is not None:
         check_token_weights(criterion, token_weights)
         given["token_weights"] = token_weights
+    if row.capture.sees == "rounds":
+        seen = LayerwiseModel(Live(seen), Memory(), device_of(model))
     watched = Watched(batches)
     with evaluating(model):
         try:
-            return row.capture.function(model, watched, **row.fixed, **given, **part)
+            return row.capture.function(seen, watched, **given, **part)
         except NumericalError as error:
             raise NumericalError(f"{error}{watched.place(model)}") from error
 

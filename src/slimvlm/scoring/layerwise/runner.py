@@ -269,7 +269,7 @@ class LayerwiseModel:
 
     def _forward_layer(self, layer: nn.Module, index: int, place: int) -> None:
         output = self._run_layer(layer, index, place, self.input_of(index, place))
-        self._require_finite(output, f"the output of layer {index}", place)
+        self.require_finite(output, f"the output of layer {index}", place)
         if not self.store.has(f"hidden-{index + 1}"):
             self.store.write(f"hidden-{index + 1}", place, {"hidden": output})
 
@@ -282,7 +282,7 @@ class LayerwiseModel:
         gradient = self.store.read(f"gradient-{index + 1}", place, self.device)["gradient"]
         return (output.float() * gradient.float()).flatten(1).sum(1)
 
-    def _require_finite(self, values: Tensor, what: str, place: int) -> None:
+    def require_finite(self, values: Tensor, what: str, place: int) -> None:
         """Stop at NaN or infinity, and name the samples of the batch that have it, by number."""
         if bool(torch.isfinite(values).all()):
             return
@@ -294,7 +294,7 @@ class LayerwiseModel:
 
     def _write_gradient(self, index: int, place: int, gradient: Tensor | None) -> None:
         assert gradient is not None
-        self._require_finite(gradient, f"the gradient of the input of layer {index}", place)
+        self.require_finite(gradient, f"the gradient of the input of layer {index}", place)
         self.store.write(f"gradient-{index}", place, {"gradient": gradient})
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from slimvlm.core.errors import ConfigError, NumericalError
+from slimvlm.core.errors import NumericalError
 from slimvlm.core.files import new_folder
 from slimvlm.core.progress import Say, progress
 from slimvlm.models.load import default_device
@@ -28,18 +28,14 @@ class CriterionRequest:
     """A criterion and its options.
 
     Raises:
-        ConfigError: If it is unknown, or needs the whole model at once.
+        ConfigError: If one of them is unknown.
     """
 
     criterion: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if criterion_named(self.criterion, self.options).capture.sees == "model":
-            raise ConfigError(
-                f"criterion {self.criterion!r} runs the whole model again and again, which low "
-                "memory cannot do"
-            )
+        criterion_named(self.criterion, self.options)
 
     @property
     def capture(self) -> Capture:
@@ -69,15 +65,16 @@ def score_checkpoint(
     through it before the next one comes; what they leave behind lies in a scratch folder. For
     criteria with gradients, layers then come in reverse order, and each runs forward again from
     its stored input. Vision tower, projector and embeddings run first, alone; the head runs over
-    chunks of positions that count.
+    chunks of positions that count. For ``kl_greedy``, layers come in order once for each that goes.
 
-    A run that was killed goes on after the last whole layer when it is started again with the same
-    ``scratch``. The folder is removed when all is done.
+    A run that was killed goes on after the last whole layer (of ``kl_greedy``: the last whole
+    round) when it is started again with the same ``scratch``. The folder is removed when all is
+    done.
 
     Args:
         model: Folder, hub id or ``demo``; weights as safetensors.
         batches: Model inputs, as for `slimvlm.score`. Read once, in order.
-        criterion: Any but ``kl_greedy``.
+        criterion: As for `slimvlm.score`.
         token_weights: As for `slimvlm.score`.
         dtype: Data type of the weights; statistics are float32 or better.
         scratch: Folder for activations; by default a temporary one, which cannot be resumed.
@@ -133,17 +130,16 @@ class _Run:
     def begin(self, batches: Iterable[Batch], say: Say) -> None:
         """Embed the batches; keep earlier work only if everything is as it was then."""
         self.scratch.keep_if_same("model.json", self.checkpoint.identity)
-        digest = self.layerwise.embed(batches) if self._needs_hidden else None
+        needs_data = any(request.needs_data for request in self.requests)
+        digest = self.layerwise.embed(batches) if needs_data else None
         request = {
             "batches": digest,
             "criteria": [[r.criterion, dict(r.options)] for r in self.requests],
             "token_weights": self.token_weights and dict(self.token_weights),
         }
         self.scratch.keep_if_same("run.json", request, spared="batches")
-        if not self._needs_hidden:
-            return
-        needed = self._size()
-        self.scratch.announce(needed, say)
+        if needs_data:
+            self.scratch.announce(self._size(), say)
 
     def forward(self) -> None:
         """All layers in order, with the captures that need no gradient."""
@@ -182,8 +178,12 @@ class _Run:
         request, model = self.requests[place], self.layerwise.model
         if request.capture.sees == "nothing":
             return score(model, (), request.criterion, **request.options)
+        given = (request.criterion, self.token_weights)
+        if request.capture.sees == "rounds":
+            taken = CRITERIA[request.criterion].captured(request.options)
+            statistics = request.capture.function(self.layerwise, (), self.token_weights, **taken)
+            return scores_from(statistics, model, *given, **request.options)
         if request.capture.sees == "hidden_states":
-            given = (request.criterion, self.token_weights)
             with self.layerwise.replayed() as view:
                 statistics = collect(view, self.layerwise.batches(), *given, **request.options)
             return scores_from(statistics, model, *given, **request.options)
@@ -230,9 +230,9 @@ class _Run:
         """Bytes of the hidden states and gradients that lie on disk at one time at most."""
         tokens = sum(batch["attention_mask"].numel() for batch in self.layerwise.batches())
         width = text_config_of(self.layerwise.model.config).hidden_size
-        copies = (self._depth if self._keeps_hidden else 2) + 2 * bool(
-            self._by_layer(backward=True)
-        )
+        copies = self._depth if self._keeps_hidden else 2 * self._needs_hidden
+        copies += 2 * bool(self._by_layer(backward=True))
+        copies += (self._depth + 1) * any(r.capture.sees == "rounds" for r in self.requests)
         return int(copies * tokens * width * self.layerwise.model.dtype.itemsize)
 
     @property
@@ -241,7 +241,7 @@ class _Run:
 
     @property
     def _needs_hidden(self) -> bool:
-        return any(request.needs_data for request in self.requests)
+        return any(r.needs_data and r.capture.sees != "rounds" for r in self.requests)
 
     @property
     def _keeps_hidden(self) -> bool:
