@@ -34,7 +34,6 @@ from slimvlm.runs.request import (
 )
 from slimvlm.runs.score import scores_on_disk
 from slimvlm.runs.stages import Calibration, read_split
-from slimvlm.scoring.layerwise import score as on_disk
 from slimvlm.scoring.layerwise.checkpoint import LazyCheckpoint, open_checkpoint
 from slimvlm.scoring.layerwise.stores import Scratch, scratch_folder
 from slimvlm.scoring.unit_scores import Scores
@@ -92,8 +91,6 @@ def check_low_memory(config: PruneConfig) -> None:
     for name in ("pad", "compat"):
         if getattr(config, name):
             raise ConfigError(f"{name} True: low_memory can only do False")
-    for name in scored_by(config) if config.ratio is not None else ():
-        on_disk.CriterionRequest(name)
 
 
 def _on_disk(

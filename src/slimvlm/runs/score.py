@@ -61,8 +61,6 @@ def score(
     request = Request(model=model, prune=PruneConfig(criterion=(criterion,), **vars(config)))
     check_options(request.prune)
     row, stem = CRITERIA[criterion], _stem(out)
-    if memory.low_memory:
-        on_disk.CriterionRequest(criterion)
     if (weights := token_weights_of(request.prune)) is not None:
         check_token_weights(criterion, weights)
     keeps = not memory.low_memory and row.capture.layer_bytes is None
