@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -38,42 +35,6 @@ def mask_(model: PreTrainedModel, plan: Plan) -> None:
         for index, matrix in matrices(model):
             if matrix.projection.dim == INPUT_COLUMNS and index in kept_layers:
                 matrix.weight.copy_(_masked_weight(plan, index, matrix))
-
-
-@contextmanager
-def masked(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
-    """Inside, the model computes what a plan leaves; its weights are never touched.
-
-    The same meaning as `mask_`, by hooks: the inputs of ``o_proj`` and ``down_proj`` are zero
-    where units are gone, and a removed layer passes its input on. Experts, which are no modules of
-    their own, read a masked copy of their weights meanwhile.
-    """
-    require_match(model, plan)
-    kept_layers = set(plan.layers)
-
-    def hide(keep: Tensor, module: nn.Module, args: Any) -> Any:
-        return (args[0] * keep.to(args[0]), *args[1:])
-
-    with ExitStack() as stack:
-        for index, layer in enumerate(decoder_layers(model)):
-            if index not in kept_layers:
-                handle = layer.register_forward_hook(_pass_on, with_kwargs=True)
-                stack.callback(handle.remove)
-        for index, matrix in matrices(model):
-            if matrix.projection.dim != INPUT_COLUMNS or index not in kept_layers:
-                continue
-            keep = torch.zeros(matrix.width)
-            keep[kept_channels(plan, index, matrix.projection)] = 1
-            if bool(keep.all()):
-                continue
-            if isinstance(matrix.owner, nn.Linear):
-                handle = matrix.owner.register_forward_pre_hook(partial(hide, keep))
-                stack.callback(handle.remove)
-            else:
-                stack.callback(setattr, matrix.owner, matrix.name, matrix.weight)
-                weight = nn.Parameter(_masked_weight(plan, index, matrix), False)
-                setattr(matrix.owner, matrix.name, weight)
-        yield
 
 
 def _pass_on(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
