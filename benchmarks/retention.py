@@ -23,7 +23,7 @@ import math
 import random
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -34,6 +34,7 @@ import torch
 import slimvlm as sv
 from slimvlm.core.errors import ImpossiblePlanError
 from slimvlm.core.files import write_text
+from slimvlm.data.roles import IGNORE
 from slimvlm.evaluation.results import Result
 from slimvlm.models.load import computes_bfloat16, default_device
 from slimvlm.pruning.walk.result import Walked
@@ -100,17 +101,23 @@ class TextCalibration(Calibration):
     @property
     def fitted(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """All but every fourth passage."""
-        return [encode(self.processor, s) for i, s in enumerate(self.samples, 1) if i % 4]
+        return encode(self.processor, [s for i, s in enumerate(self.samples, 1) if i % 4])
 
     @property
     def held_out(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """Every fourth passage."""
-        return [encode(self.processor, s) for s in self.samples[3::4]]
+        return encode(self.processor, self.samples[3::4])
 
 
-def encode(tokenizer: Any, passage: Any) -> dict[str, Any]:
-    inputs = dict(tokenizer(passage, return_tensors="pt"))
-    return {**inputs, "labels": inputs["input_ids"].clone()}
+def encode(tokenizer: Any, passages: Sequence[Any]) -> list[dict[str, Any]]:
+    """Batches of four passages of similar length; every token but padding is labelled."""
+    alike = sorted(passages, key=len)
+    found = []
+    for start in range(0, len(alike), 4):
+        inputs = dict(tokenizer(alike[start : start + 4], return_tensors="pt", padding=True))
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORE)
+        found.append({**inputs, "labels": labels})
+    return found
 
 
 def demo_subject(name: str, dtype: str) -> Subject:
@@ -123,6 +130,7 @@ def text_subject(dtype: str) -> Subject:
     from slimvlm.demo.conversations import load_passages
 
     model, tokenizer = make_base()
+    tokenizer.padding_side = "right"
     passages: list[Any] = [text for _, text in load_passages() if len(text) > 200]
     model = model.to(default_device(), getattr(torch, dtype)).eval()
     return Subject(model, tokenizer, "text_ppl", passages)
