@@ -52,3 +52,18 @@ def first_line(error: BaseException) -> str:
 def one_line(error: BaseException) -> str:
     """All that an error says, as one line; its class where it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+LONGEST = 200
+"""Characters that a message shows of something from outside."""
+
+
+def shortened(value: object) -> str:
+    """A value as messages show it: its ``repr``, cut off where it goes on and on."""
+    told = repr(value)
+    return told if len(told) <= LONGEST else f"{told[:LONGEST]}..."
+
+
+def printable(text: str) -> str:
+    """A text whose control characters are written out, so that no terminal obeys them."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)

@@ -14,14 +14,15 @@ from itertools import count, takewhile
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
+from jinja2 import TemplateSyntaxError
 from PIL import Image
 from torch import Tensor
 
-from slimvlm.core.errors import ConfigError, DataError
+from slimvlm.core.errors import ConfigError, DataError, SlimError, one_line
 from slimvlm.data.images import open_image
 from slimvlm.data.roles import IGNORE
 from slimvlm.data.samples import Message, Question, Sample
+from slimvlm.data.templates import limited
 
 _MARK = "\ue000{}\ue001"
 """Stands for a text, between two characters that Unicode leaves to private use."""
@@ -58,17 +59,25 @@ def render(processor: Any, messages: Sequence[Message], generate: bool = False) 
     Raises:
         DataError: If there are pictures and the model cannot see, or the template refuses the
             turns (Gemma's takes no system turn, for example).
+        ConfigError: If the template is malformed or passes a limit of `slimvlm.data.templates`.
     """
     chat = list(messages) if can_see(processor) else [_text_only(m) for m in messages]
     if getattr(processor, "chat_template", None) is None:
         turns = [str(_text_only(message)["content"]) for message in messages]
         return "\n".join(turns) + ("\n" if generate else "")
     try:
-        text: str = processor.apply_chat_template(
-            chat, tokenize=False, add_generation_prompt=generate
-        )
-    except TemplateError as error:
-        raise DataError(f"the chat template refuses the conversation ({error})") from error
+        with limited():
+            text: str = processor.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=generate
+            )
+    except TemplateSyntaxError as error:
+        raise ConfigError(f"model: its chat template is malformed ({one_line(error)})") from error
+    except SlimError:
+        raise
+    except Exception as error:  # a template is a program
+        raise DataError(
+            f"the chat template refuses the conversation ({one_line(error)})"
+        ) from error
     return text
 
 

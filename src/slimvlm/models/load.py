@@ -8,12 +8,10 @@ from typing import Any, get_args
 
 import torch
 import transformers
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from slimvlm.core.errors import ConfigError, first_line
+from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import Dtype, LoadConfig
 from slimvlm.core.processes import local_rank
 from slimvlm.core.requests import digest
@@ -26,11 +24,16 @@ from slimvlm.models.classes import (
     set_class_,
     uneven_class,
 )
+from slimvlm.models.files import check_folder, require_stored, unreadable
 from slimvlm.models.parts import backbone_of, family_of
 from slimvlm.models.sharding import shard_config
 
 _SAMPLED = 64
-PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_WORDS = {
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt"),
+    *("preprocessor_config.json", "processor_config.json"),
+}
+"""Files of which every processor and tokenizer has one."""
 
 
 def resolve(model: str | Path) -> str:
@@ -64,17 +67,14 @@ def load_config(model: str | Path, trust_remote_code: bool = False) -> PreTraine
         UnsupportedModelError: If no family row matches.
     """
     name = resolve(model)
-    try:
+    where = "" if Path(name).is_dir() else "no such folder, and not found on the hub; "
+    with unreadable(model, f"{where}config"):
+        check_folder(name)
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             name, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError, HFValidationError, HfHubHTTPError) as error:
-        where = "" if Path(name).is_dir() else "no such folder, and not found on the hub; "
-        raise ConfigError(
-            f"model {str(model)!r}: {where}config cannot be read ({first_line(error)})"
-        ) from error
-    backbone_of(config)
-    check_widths(config)
+        backbone_of(config)
+        check_widths(config)
     return config
 
 
@@ -107,10 +107,12 @@ def load(
         raise ConfigError(f"dtype {dtype!r} must be one of: {', '.join(get_args(Dtype))}")
     config = load_config(model, trust_remote_code)
     name = resolve(model)
-    _require_safetensors(Path(name))
     source: Any = uneven_class(config) if is_uneven(config) else auto_class(config)
     divided = {"distributed_config": shard_config(config)} if shard else {}
-    try:
+    with unreadable(model, "config"):
+        described = sum(p.numel() for p in empty_model(config).parameters())
+    require_stored(name, described)
+    with unreadable(model, "weights"):
         loaded, report = source.from_pretrained(
             name,
             dtype=dtype,
@@ -119,10 +121,6 @@ def load(
             output_loading_info=True,
             **divided,
         )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise ConfigError(
-            f"model {str(model)!r}: weights cannot be read ({first_line(error)})"
-        ) from error
     if report["missing_keys"]:
         first, *rest = sorted(report["missing_keys"])
         raise ConfigError(
@@ -152,16 +150,6 @@ def check_models(options: LoadConfig, *models: str) -> None:
         load_config(model, options.trust_remote_code)
 
 
-def _require_safetensors(folder: Path) -> None:
-    """Pickled weights run code when they are read: only ``convert`` does that, and safely."""
-    pickled = [file for end in PICKLED for file in folder.glob(f"*{end}")]
-    if pickled and not any(folder.glob("*.safetensors")):
-        raise ConfigError(
-            f"model {str(folder)!r}: {min(pickled).name!r} is a pickle, and only safetensors are "
-            "read. Use slimvlm convert for checkpoints in an original format"
-        )
-
-
 def default_device() -> torch.device:
     """This process's GPU if there is one, else the CPU."""
     if not torch.cuda.is_available():
@@ -170,13 +158,17 @@ def default_device() -> torch.device:
 
 
 def load_processor(name: str, config: PreTrainedConfig, trust_remote_code: bool = False) -> Any:
-    """The processor of a model that sees, the tokenizer of one that does not; None if absent."""
+    """The processor of a model that sees, the tokenizer of one that does not; None if absent.
+
+    Raises:
+        ConfigError: If there is one that cannot be read.
+    """
     sees = family_of(config.model_type).vision is not None
     auto = transformers.AutoProcessor if sees else transformers.AutoTokenizer
-    try:
-        return auto.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError):
+    if Path(name).is_dir() and not (_WORDS & {path.name for path in Path(name).iterdir()}):
         return None
+    with unreadable(name, "processor" if sees else "tokenizer"):
+        return auto.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
 def anatomy(model: PreTrainedModel | PreTrainedConfig | str | Path) -> Anatomy:
@@ -191,7 +183,8 @@ def anatomy(model: PreTrainedModel | PreTrainedConfig | str | Path) -> Anatomy:
     config = model if isinstance(model, PreTrainedConfig) else load_config(model)
     backbone_of(config)
     check_widths(config)
-    return read_anatomy(empty_model(config))
+    with unreadable(config._name_or_path, "config"):
+        return read_anatomy(empty_model(config))
 
 
 def computes_bfloat16(device: torch.device) -> bool:

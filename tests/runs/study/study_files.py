@@ -9,8 +9,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from slimvlm.core.documents import built
 from slimvlm.runs.study import engines
-from slimvlm.runs.study.config import StudyConfig, built
+from slimvlm.runs.study.config import StudyConfig
 from slimvlm.runs.study.graph import STAGE_KINDS
 from tests import tiny_folder as folders
 

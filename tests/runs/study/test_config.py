@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
+from slimvlm.core.documents import built
 from slimvlm.core.errors import ConfigError, SlimError
 from slimvlm.runs.study import prepared
 from slimvlm.runs.study.cells import expand
-from slimvlm.runs.study.config import StudyConfig, built, read_study
+from slimvlm.runs.study.config import StudyConfig, read_study
 from tests import tiny_folder as folders
 from tests.runs.study.study_files import study
 

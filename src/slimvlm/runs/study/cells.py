@@ -7,10 +7,11 @@ from dataclasses import dataclass, fields
 from itertools import product
 from typing import Any
 
+from slimvlm.core.documents import built
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import PruneConfig, RecoverConfig
 from slimvlm.runs.request import criteria_of
-from slimvlm.runs.study.config import DEFAULT, NONE, Grid, StudyConfig, built
+from slimvlm.runs.study.config import DEFAULT, NONE, Grid, StudyConfig
 
 _SWEPT = tuple(f.name for f in fields(Grid) if f.name != "prune")
 """The keys of a grid that are multiplied."""

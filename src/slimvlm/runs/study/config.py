@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
-
-import yaml
-from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+from typing import Annotated, Any
 
 from slimvlm.core.checked import AT_LEAST_0, AT_LEAST_1, Options
-from slimvlm.core.errors import ConfigError, one_line
+from slimvlm.core.documents import Listed, built, read_yaml
+from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import Questions
 
-T = TypeVar("T")
 NONE = "none"
 """The recovery that trains nothing."""
 DEFAULT = "default"
 """The criterion that is chosen for the axis, by `slimvlm.runs.request.criteria_of`."""
-
-
-def _listed(value: Any) -> tuple[Any, ...]:
-    """Where a list is wanted, one value needs none."""
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
-
-
-Listed = Annotated[tuple[T, ...], BeforeValidator(_listed), Field(min_length=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,84 +127,8 @@ def read_study(path: str | Path) -> StudyConfig:
     Raises:
         ConfigError: If the file cannot be read or anything in it is unknown or not allowed.
     """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"study {str(path)!r}: cannot be read ({one_line(error)})") from error
+    values = read_yaml(path, "study")
     try:
         return built(StudyConfig, values)
     except ConfigError as error:
         raise ConfigError(f"study {str(path)!r}: {error}") from error
-
-
-def built(kind: type[T], values: Any, where: str = "") -> T:
-    """A dataclass from plain values, as YAML gives them: types must fit, and no key be unknown.
-
-    Args:
-        kind: The dataclass, of this file or of `slimvlm.core.options`.
-        values: A mapping of its fields. Where a tuple is wanted, one value needs no list.
-        where: What the mapping is, for messages.
-
-    Raises:
-        ConfigError: If anything does not fit; the message names the key, the value and what is
-            allowed.
-    """
-    if isinstance(values, Mapping):
-        tuples = {f.name for f in fields(kind) if isinstance(f.default, tuple)}  # type: ignore[arg-type]
-        values = {k: _listed(v) if k in tuples else v for k, v in values.items()}
-    try:
-        text = json.dumps(values, default=str)
-    except TypeError as error:
-        raise ConfigError(f"{where or 'the file'}: {error}") from error
-    try:
-        return TypeAdapter(kind).validate_json(text, strict=True, extra="forbid")
-    except ValidationError as error:
-        raise ConfigError(_first_mistake(kind, error, where)) from error
-
-
-_MISTAKES = {
-    "unexpected_keyword_argument": "{within}key {key!r} is unknown. Allowed: {allowed}",
-    "missing": "{within}key {key!r} is missing",
-    "dataclass_type": "{place} must map keys to values, not {value!r}",
-    "dict_type": "{place} must map names to values, not {value!r}",
-    "too_short": "{place}: give at least one value",
-    "too_long": "{place} {value!r} must be {count} values",
-    "literal_error": "{place} {value!r} must be one of: {choices}",
-    "int_type": "{place} {value!r} must be a whole number",
-    "float_type": "{place} {value!r} must be a number",
-    "string_type": "{place} {value!r} must be text",
-    "bool_type": "{place} {value!r} must be true or false",
-}
-"""What is said for pydantic's types of errors."""
-
-
-def _first_mistake(kind: type, error: ValidationError, where: str) -> str:
-    """One line; an unknown key comes before all else, which often follows from it."""
-    mistake = min(error.errors(), key=lambda found: found["type"] != "unexpected_keyword_argument")
-    sort, steps, context = mistake["type"], mistake["loc"], mistake.get("ctx", {})
-    if sort == "missing" and isinstance(steps[-1], int):
-        sort = "too_long"  # or too short
-    keys = [step for step in steps if isinstance(step, str)]
-    place, around = (": ".join(filter(None, [where, *some])) for some in (keys, keys[:-1]))
-    if sort == "value_error":  # what options say of their own values
-        return f"{place}: {context['error']}".removeprefix(": ")
-    owner = _kind_at(kind, keys[:-1])
-    default = getattr(owner, keys[-1], None) if keys else None
-    return _MISTAKES.get(sort, "{place} {value!r}: {words}").format(
-        words=mistake["msg"],
-        place=place or "the file",
-        within=f"{around}: " if around else "",
-        key=keys[-1] if keys else "",
-        value=mistake["input"],
-        allowed=", ".join(f.name for f in fields(owner)) if owner else "",
-        choices=", ".join(re.findall(r"'(.*?)'", str(context.get("expected")))),
-        count=len(default) if isinstance(default, tuple) else 0,
-    )
-
-
-def _kind_at(kind: Any, keys: Sequence[str]) -> Any:
-    """The dataclass that stands behind some keys; None where names of the user's stand."""
-    for key in keys:
-        hint = get_type_hints(kind)[key]
-        kind = next((one for one in (hint, *get_args(hint)) if is_dataclass(one)), None)
-    return kind

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -13,12 +12,12 @@ from typing import Any
 import torch
 from accelerate.utils import OffloadedWeightsLoader, set_module_tensor_to_device
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.models.classes import empty_model, require_full_precision
+from slimvlm.models.files import unreadable, weight_files
 from slimvlm.models.internals import names_in_files
 from slimvlm.models.load import load_config, resolve
 from slimvlm.models.parts import backbone_of, family_of
@@ -114,10 +113,11 @@ def open_checkpoint(
     require_full_precision(config, "scored or pruned with low memory")
     name = resolve(model)
     folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(name))
-    places = _places(model, folder)
+    places = weight_files(folder)
     shapes, stored = _headers(model, places)
     kind = getattr(torch, stored if dtype == "auto" else dtype)
-    skeleton = empty_model(config, kind, with_buffers=True).requires_grad_(False).eval()
+    with unreadable(model, "config"):
+        skeleton = empty_model(config, kind, with_buffers=True).requires_grad_(False).eval()
     sources = names_in_files(skeleton, places)
     _check(model, skeleton, sources, shapes)
     index = {
@@ -135,22 +135,6 @@ def open_checkpoint(
     return found
 
 
-def _places(model: str | Path, folder: Path) -> dict[str, Path]:
-    """The file of each tensor, by its name in the files."""
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    try:
-        if index.is_file():
-            rows = json.loads(index.read_text())["weight_map"]
-            return {key: folder / Path(file).name for key, file in rows.items()}
-        single = folder / SAFE_WEIGHTS_NAME
-        with safe_open(single, framework="pt") as file:
-            return dict.fromkeys(file.keys(), single)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ConfigError(
-            f"model {str(model)!r}: low memory needs weights as safetensors ({error})"
-        ) from error
-
-
 def _headers(model: str | Path, places: dict[str, Path]) -> tuple[dict[str, list[int]], str]:
     """The shape of each tensor, and the data type that most numbers have."""
     keys_of: dict[Path, list[str]] = defaultdict(list)
@@ -158,15 +142,13 @@ def _headers(model: str | Path, places: dict[str, Path]) -> tuple[dict[str, list
         keys_of[place].append(key)
     shapes: dict[str, list[int]] = {}
     numbers: dict[str, int] = defaultdict(int)
-    try:
+    with unreadable(model, "weights"):
         for place, keys in keys_of.items():
             with safe_open(place, framework="pt") as file:
                 for key in keys:
                     part = file.get_slice(key)
                     shapes[key] = part.get_shape()
                     numbers[part.get_dtype()] += torch.Size(shapes[key]).numel()
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"model {str(model)!r}: weights cannot be read ({error})") from error
     most = max(numbers, key=lambda kind: numbers[kind])
     if most not in _DTYPES:
         raise ConfigError(f"model {str(model)!r}: weights of type {most} cannot be computed with")

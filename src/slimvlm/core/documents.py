@@ -1,0 +1,227 @@
+"""JSON and YAML files: read under limits, and against the types of what they should hold.
+
+Whatever a file holds, reading it ends with values or with one line that names the file, the field,
+its value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+
+import yaml
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+
+from slimvlm.core.errors import LONGEST, ConfigError, one_line, shortened
+
+T = TypeVar("T")
+
+MAX_BYTES = 512 * 2**20
+"""Largest JSON file that is read: results hold every answer."""
+MAX_YAML_BYTES = 2**20
+"""Largest YAML file; people write these."""
+MAX_DEPTH = 64
+"""Lists and mappings inside one another."""
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML without aliases, of which a few lines can stand for terabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not read")
+        return super().compose_node(parent, index)
+
+
+def read_text(path: str | Path, what: str, most: int = MAX_BYTES) -> str:
+    """The text of a file.
+
+    Args:
+        path: The file.
+        what: What it should be, the first word of messages: ``plan``.
+        most: Most bytes.
+
+    Raises:
+        ConfigError: If it is no file, cannot be read, is too large or is no UTF-8.
+    """
+    file = Path(path)
+    try:
+        if not file.is_file():
+            raise ValueError("no such file")
+        if (size := file.stat().st_size) > most:
+            raise ValueError(f"it has {size:,} bytes; at most {most:,} are read")
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise _unreadable(what, path, error) from error
+
+
+def read_json(path: str | Path, what: str, most: int = MAX_BYTES) -> Any:
+    """The values of a JSON file.
+
+    Args:
+        path: The file.
+        what: What it should be, the first word of messages: ``plan``.
+        most: Most bytes.
+
+    Raises:
+        ConfigError: If it cannot be read, is no JSON, or is too large or too deep.
+    """
+    text = read_text(path, what, most)
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise _unreadable(what, path, error) from error
+
+
+def read_object(path: str | Path, what: str, most: int = MAX_BYTES) -> dict[str, Any]:
+    """The values of a JSON file that must hold names and values.
+
+    Raises:
+        ConfigError: As `read_json`, and if it holds anything else.
+    """
+    values = read_json(path, what, most)
+    if not isinstance(values, dict):
+        raise _unreadable(what, path, f"it must map names to values, not {shortened(values)}")
+    return values
+
+
+def parse_json(text: str) -> Any:
+    """The values of a JSON text.
+
+    Raises:
+        ValueError: If it is no JSON or too deep.
+    """
+    try:
+        values = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"more than {MAX_DEPTH} levels inside one another") from error
+    _require_shallow(values)
+    return values
+
+
+def read_yaml(path: str | Path, what: str) -> Any:
+    """The values of a YAML file, which may have no aliases.
+
+    Args:
+        path: The file.
+        what: What it should be, the first word of messages: ``study``.
+
+    Raises:
+        ConfigError: If it cannot be read, is no YAML, or is too large or too deep.
+    """
+    text = read_text(path, what, MAX_YAML_BYTES)
+    try:
+        values = yaml.load(text, _Loader)
+        _require_shallow(values)
+    except Exception as error:  # its constructors raise almost anything for a wrong value
+        raise _unreadable(what, path, one_line(error)) from error
+    return values
+
+
+def _unreadable(what: str, path: str | Path, reason: object) -> ConfigError:
+    told = str(getattr(reason, "strerror", None) or reason)
+    return ConfigError(f"{what} {str(path)!r}: cannot be read ({told[:LONGEST]})")
+
+
+def _require_shallow(values: Any) -> None:
+    level = [values]
+    for _ in range(MAX_DEPTH + 1):
+        holders = [v.values() if isinstance(v, dict) else v for v in level if _holds(v)]
+        level = [inner for holder in holders for inner in holder]
+        if not level:
+            return
+    raise ValueError(f"more than {MAX_DEPTH} levels inside one another")
+
+
+def _holds(value: Any) -> bool:
+    return isinstance(value, dict | list)
+
+
+def listed(value: Any) -> tuple[Any, ...]:
+    """Where a list is wanted, one value needs none."""
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+Listed = Annotated[tuple[T, ...], BeforeValidator(listed), Field(min_length=1)]
+"""A field with one value or several."""
+Count = Annotated[int, Field(ge=0, le=2**50)]
+"""A field with a whole number that something real can have so many of."""
+
+
+def built(kind: type[T], values: Any, where: str = "") -> T:
+    """A dataclass from plain values, as YAML and JSON give them: types must fit, no key be unknown.
+
+    Args:
+        kind: The dataclass.
+        values: A mapping of its fields. Where a tuple is wanted, one value needs no list.
+        where: What the mapping is, for messages.
+
+    Raises:
+        ConfigError: If anything does not fit; the message names the key, the value and what is
+            allowed.
+    """
+    if isinstance(values, Mapping):
+        tuples = {f.name for f in fields(kind) if isinstance(f.default, tuple)}  # type: ignore[arg-type]
+        values = {k: listed(v) if k in tuples else v for k, v in values.items()}
+    try:
+        text = json.dumps(values, default=str)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{where or 'the file'}: {one_line(error)}") from error
+    try:
+        return TypeAdapter(kind).validate_json(text, strict=True, extra="forbid")
+    except ValidationError as error:
+        raise ConfigError(_first_mistake(kind, error, where)) from error
+
+
+_MISTAKES = {
+    "unexpected_keyword_argument": "{within}key {key!r} is unknown. Allowed: {allowed}",
+    "missing": "{within}key {key!r} is missing",
+    "dataclass_type": "{place} must map keys to values, not {value}",
+    "dict_type": "{place} must map names to values, not {value}",
+    "too_short": "{place}: give at least one value",
+    "too_long": "{place} {value} must be {count} values",
+    "literal_error": "{place} {value} must be one of: {choices}",
+    "int_type": "{place} {value} must be a whole number",
+    "float_type": "{place} {value} must be a number",
+    "string_type": "{place} {value} must be text",
+    "bool_type": "{place} {value} must be true or false",
+}
+"""What is said for pydantic's types of errors."""
+
+
+def _first_mistake(kind: type, error: ValidationError, where: str) -> str:
+    """One line; an unknown key comes before all else, which often follows from it."""
+    found = error.errors(include_url=False)
+    mistake = min(found, key=lambda each: each["type"] != "unexpected_keyword_argument")
+    sort, steps, context = mistake["type"], mistake["loc"], mistake.get("ctx", {})
+    if sort == "missing" and isinstance(steps[-1], int):
+        sort = "too_long"  # or too short
+    keys = [step for step in steps if isinstance(step, str)]
+    place, around = (": ".join(filter(None, [where, *some])) for some in (keys, keys[:-1]))
+    if sort == "value_error":  # what options say of their own values
+        return f"{place}: {context['error']}".removeprefix(": ")
+    owner = _kind_at(kind, keys[:-1])
+    default = getattr(owner, keys[-1], None) if keys else None
+    return _MISTAKES.get(sort, "{place} {value}: {words}").format(
+        words=mistake["msg"],
+        place=place or "the file",
+        within=f"{around}: " if around else "",
+        key=keys[-1] if keys else "",
+        value=shortened(mistake["input"]),
+        allowed=", ".join(f.name for f in fields(owner)) if owner else "",
+        choices=", ".join(re.findall(r"'(.*?)'", str(context.get("expected")))),
+        count=len(default) if isinstance(default, tuple) else 0,
+    )
+
+
+def _kind_at(kind: Any, keys: Sequence[str]) -> Any:
+    """The dataclass that stands behind some keys; None where names of the user's stand."""
+    for key in keys:
+        hint = get_type_hints(kind).get(key) if is_dataclass(kind) else None
+        if hint is not None:
+            kind = next((one for one in (hint, *get_args(hint)) if is_dataclass(one)), None)
+    return kind

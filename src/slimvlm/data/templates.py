@@ -1,0 +1,203 @@
+"""Chat templates of strangers, under limits: transformers' own sandbox, with a clock and a scale.
+
+A template is a program that came with a model. The sandbox keeps it from Python's insides. What is
+added here ends loops that go on and on, and refuses texts and numbers that would fill the memory.
+
+Relies on: transformers compiles every template with `_compile_jinja_template`. Tried with 5.24.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import BuiltinMethodType
+from typing import Any
+
+from jinja2 import nodes
+from jinja2.sandbox import SandboxedEnvironment
+from jinja2.visitor import NodeTransformer
+from transformers.utils import chat_template_utils
+
+from slimvlm.core.errors import ConfigError
+
+MAX_SECONDS = 10.0
+"""Time of one rendering; an honest one takes a millisecond."""
+MAX_LENGTH = 2**26
+"""Characters of a text, items of a list, bits of a number."""
+_MAX_ARGUMENT = 2**20
+"""Largest number that a function is given, such as a width."""
+_WIDE = re.compile(r"\d{5,}|%[^%a-z]*\*", re.IGNORECASE)
+"""In a format: a request for many characters."""
+
+
+@contextmanager
+def limited() -> Iterator[None]:
+    """Inside, transformers renders chat templates under limits.
+
+    Raises:
+        ConfigError: If a template passes them.
+    """
+    module: Any = chat_template_utils
+    plain = module._compile_jinja_template
+    _environment(plain).deadline = time.monotonic() + MAX_SECONDS
+    module._compile_jinja_template = functools.partial(_compiled, plain)
+    try:
+        yield
+    finally:
+        module._compile_jinja_template = plain
+
+
+@functools.cache
+def _environment(compile_plain: Callable[[str], Any]) -> Any:
+    """Transformers' environment, with its filters and globals, under limits."""
+    environment = compile_plain("").environment
+    kind = type(environment)
+    environment.__class__ = type(kind.__name__, (_Limits, kind), {})
+    environment.globals.pop("lipsum", None)
+    for name, function in environment.filters.items():
+        environment.filters[name] = _measured(function)
+    return environment
+
+
+@functools.lru_cache(64)
+def _compiled(compile_plain: Callable[[str], Any], template: str) -> Any:
+    return _environment(compile_plain).from_string(template)
+
+
+class _Limits(SandboxedEnvironment):
+    """What is added to the class of transformers' environment."""
+
+    intercepted_binops = frozenset(("*", "**", "+", "%"))
+    deadline = 0.0
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        """The template, with a look at the clock in every round of a loop."""
+        tree: nodes.Template = _Watched().visit(super()._parse(source, name, filename))
+        return tree
+
+    def look_at_clock(self) -> str:
+        """Nothing, as long as there is time."""
+        if time.monotonic() > self.deadline:
+            raise _refusal(f"takes more than {MAX_SECONDS:g} seconds")
+        return ""
+
+    def concat(self, pieces: Iterable[str]) -> str:
+        """One text from pieces that may never end."""
+        return "".join(_counted(pieces))
+
+    def joined(self, *values: Any) -> str:
+        """What ``~`` makes."""
+        return self.concat(map(str, values))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """An operation whose result fits."""
+        if operator == "%" and isinstance(left, str):
+            _require_narrow(left)
+        elif operator == "**":
+            _require_length(_size(left) * abs(right))
+        elif operator == "*" and not (isinstance(left, int) and isinstance(right, int)):
+            _require_length(_times(left) * _times(right))
+        elif operator in "*+":
+            _require_length(_size(left) + _size(right))
+        return super().call_binop(context, operator, left, right)
+
+    def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """A call with arguments and a result that fit."""
+        self.look_at_clock()
+        owner = function.__self__ if isinstance(function, BuiltinMethodType) else None
+        _require_affordable(owner, [*args, *kwargs.values()])
+        result = super().call(context, function, *args, **kwargs)
+        _require_length(_size(result))
+        return result
+
+    def wrap_str_format(self, value: Any) -> Any:
+        """``str.format`` of a text that asks for no endless width."""
+        wrapped = super().wrap_str_format(value)
+        if wrapped is not None:
+            _require_narrow(value.__self__)
+        return wrapped
+
+
+class _Watched(NodeTransformer):
+    """Loops look at the clock, and texts are joined by a function that counts."""
+
+    def visit_For(self, node: nodes.For) -> nodes.For:  # noqa: N802  (Jinja's name)
+        self.generic_visit(node)
+        look = nodes.Output([_asked("look_at_clock", [], node)])
+        node.body.insert(0, look.set_lineno(node.lineno))
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        return _asked("joined", node.nodes, node)
+
+
+def _asked(name: str, arguments: list[nodes.Expr], at: nodes.Node) -> nodes.Call:
+    """A call of one of the environment's own functions."""
+    function = nodes.EnvironmentAttribute(name)
+    call = nodes.Call(function, arguments, [], None, None).set_lineno(at.lineno)
+    assert isinstance(call, nodes.Call)
+    return call
+
+
+def _measured(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter whose arguments and result fit."""
+
+    @functools.wraps(function)
+    def inner(*args: Any, **kwargs: Any) -> Any:
+        texts = [a for a in args if isinstance(a, str)]
+        _require_affordable(texts[0] if texts else None, [*args, *kwargs.values()])
+        if texts:
+            _require_narrow(texts[0]) if function.__name__ == "do_format" else None
+        counted = (_counted(a) if isinstance(a, Iterator) else a for a in args)
+        result = function(*counted, **kwargs)
+        _require_length(_size(result))
+        return result
+
+    return inner
+
+
+def _counted(pieces: Iterable[Any]) -> Iterator[Any]:
+    length = 0
+    for piece in pieces:
+        length += _size(piece)
+        _require_length(length)
+        yield piece
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, int):
+        return value.bit_length()
+    return len(value) if isinstance(value, str | bytes | list | tuple | dict) else 1
+
+
+def _times(value: Any) -> int:
+    return abs(value) if isinstance(value, int) else _size(value)
+
+
+def _require_affordable(text: object, arguments: list[Any]) -> None:
+    """No argument asks for much: no large number, no list of long texts, no text in each other."""
+    for value in arguments:
+        if isinstance(value, int) and abs(value) > _MAX_ARGUMENT:
+            raise _refusal(f"gives a function a number beyond {_MAX_ARGUMENT:,}")
+        if isinstance(value, list | tuple):
+            _require_length(sum(map(_size, value)))
+        if isinstance(text, str) and value is not text:
+            _require_length(len(text) * _times(value) // 16)
+
+
+def _require_length(length: float) -> None:
+    if length > MAX_LENGTH:
+        raise _refusal(f"makes something of more than {MAX_LENGTH:,} characters")
+
+
+def _require_narrow(text: str) -> None:
+    if _WIDE.search(text):
+        raise _refusal("formats something to an endless width")
+
+
+def _refusal(what: str) -> ConfigError:
+    return ConfigError(f"model: its chat template {what}")

@@ -1,0 +1,147 @@
+"""A model folder that was tampered with: one line that names the file, and nothing is run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slimvlm.core.errors import SlimError
+from slimvlm.models.load import anatomy, load
+from slimvlm.scoring.layerwise.checkpoint import open_checkpoint
+from tests import tiny_folder as folders
+from tests.trust.spoiled import INDEX, WEIGHTS, change, divide, renamed_part, write_pickle
+
+
+def _set(**fields: Any) -> Callable[[Path], None]:
+    return lambda folder: change(folder / "config.json", lambda v: v.update(fields))
+
+
+def _pickled_part(folder: Path) -> None:
+    renamed_part(folder, "part.bin")
+    write_pickle(folder / "part.bin", folder.parent / "marked")
+
+
+def _parent_part(folder: Path) -> None:
+    renamed_part(folder, "../a.safetensors")
+    shutil.move(folder / "a.safetensors", folder.parent / "a.safetensors")
+
+
+def _absolute_part(folder: Path) -> None:
+    renamed_part(folder, str(folder.parent / "a.safetensors"))
+    shutil.move(folder / "a.safetensors", folder.parent / "a.safetensors")
+
+
+def _linked_out(name: str) -> Callable[[Path], None]:
+    def link(folder: Path) -> None:
+        shutil.move(folder / name, folder.parent / name)
+        (folder / name).symlink_to(folder.parent / name)
+
+    return link
+
+
+def _index(text: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        divide(folder, "a.safetensors", "b.safetensors")
+        (folder / INDEX).write_text(text)
+
+    return write
+
+
+def _text(name: str, text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(text) and None
+
+
+def _adapter(folder: Path) -> None:
+    shutil.copytree(folder, folder.parent / "base")
+    row = {"base_model_name_or_path": str(folder.parent / "base"), "peft_type": "LORA"}
+    (folder / "adapter_config.json").write_text(json.dumps(row))
+
+
+SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a part is a pickle": (_pickled_part, "part.bin"),
+    "a part lies above": (_parent_part, r"\.\./a\.safetensors"),
+    "a part has an absolute path": (_absolute_part, "a.safetensors"),
+    "weights are linked out": (_linked_out(WEIGHTS), WEIGHTS),
+    "the configuration is linked out": (_linked_out("config.json"), "config.json"),
+    "it is an adapter": (_adapter, "adapter_config.json"),
+    "the index is no JSON": (_index("{"), INDEX),
+    "the index is a list": (_index("[]"), INDEX),
+    "the index names no file": (_index('{"weight_map": {"a": 3}}'), INDEX),
+    "the index lacks its map": (_index("{}"), INDEX),
+    "the index is deep": (_index("[" * 5000), INDEX),
+    "config.json is no JSON": (_text("config.json", '{"model_type":'), "config.json"),
+    "config.json is a list": (_text("config.json", "[]"), "config.json"),
+    "config.json is deep": (_text("config.json", '{"a":' * 3000 + "1" + "}" * 3000), "config.json"),
+    "config.json is a number": (_text("config.json", "3"), "config.json"),
+    "no bytes at all": (_text("config.json", ""), "config.json"),
+    "absurd width": (_set(hidden_size=10**12), "hidden_size"),
+    "absurd depth": (_set(num_hidden_layers=10**9), "num_hidden_layers"),
+    "absurd vocabulary": (_set(vocab_size=10**15), "vocab_size"),
+    "a negative width": (_set(intermediate_size=-4), "intermediate_size"),
+    "a width of zero": (_set(hidden_size=0), "hidden_size"),
+    "a width in words": (_set(hidden_size="wide"), "hidden_size"),
+    "a width that is a list": (_set(hidden_size=[1]), "hidden_size"),
+    "no heads": (_set(num_attention_heads=0), "num_attention_heads"),
+    "no KV heads": (_set(num_key_value_heads=0), "num_key_value_heads"),
+    "an unknown activation": (_set(hidden_act="evil"), "evil"),
+    "rope is a word": (_set(rope_parameters="fast"), "config|rope"),
+    "code for attention": (_set(_attn_implementation="evil/kernel"), "_attn_implementation"),
+    "code for attention 2": (_set(attn_implementation="evil/kernel"), "attn_implementation"),
+    "larger than its files": (_set(intermediate_size=2**18), "intermediate_size|weights"),
+    "generation is no JSON": (_text("generation_config.json", "{"), "generation_config.json"),
+    "generation is a list": (_text("generation_config.json", "[]"), "generation_config.json"),
+    "the tokenizer is no JSON": (_text("tokenizer.json", "{"), "tokenizer"),
+    "the tokenizer is empty": (_text("tokenizer.json", "{}"), "tokenizer"),
+    "its settings are a list": (_text("tokenizer_config.json", "[]"), "tokenizer_config.json"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_a_spoiled_folder_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    spoil, named = SPOILED[name]
+    folder = folders.copied("text", tmp_path / "model")
+    spoil(folder)
+    with pytest.raises(SlimError, match=named) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+    assert not (tmp_path / "marked").exists()
+
+
+@pytest.mark.parametrize("name", ["a part is a pickle", "a part lies above", "absurd depth"])
+def test_low_memory_and_inspection_refuse_it_too(name: str, tmp_path: Path) -> None:
+    spoil, named = SPOILED[name]
+    folder = folders.copied("text", tmp_path / "model")
+    spoil(folder)
+    for read in (open_checkpoint, anatomy):
+        with pytest.raises(SlimError, match=named):
+            read(folder)
+
+
+def test_the_layout_of_the_hub_s_cache_is_read(tmp_path: Path) -> None:
+    """Its snapshots are links to files that lie beside them, under ``blobs``."""
+    repo = tmp_path / "models--own--tiny"
+    snapshot, blobs = repo / "snapshots" / "main", repo / "blobs"
+    folders.copied("text", snapshot)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(snapshot.iterdir())):
+        shutil.move(file, blobs / str(number))
+        file.symlink_to(Path("..") / ".." / "blobs" / str(number))
+    model, words = load(snapshot)
+    assert words is not None
+    assert anatomy(model) == anatomy(folders.folder("text"))
+
+
+def test_divided_weights_and_links_inside_are_read(tmp_path: Path) -> None:
+    folder = folders.copied("text", tmp_path / "model")
+    divide(folder, "a.safetensors", "b.safetensors")
+    (folder / "c.safetensors").symlink_to("a.safetensors")
+    load(folder)
+    linked = tmp_path / "link"
+    linked.symlink_to(folder)
+    load(linked)

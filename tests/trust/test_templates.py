@@ -1,0 +1,97 @@
+"""Chat templates that would fill the memory or never end are refused; honest ones say the same."""
+
+from __future__ import annotations
+
+import copy
+import time
+
+import pytest
+
+from slimvlm.core.errors import ConfigError, SlimError
+from slimvlm.data import templates
+from slimvlm.data.chat import render
+from tests import tiny_folder as folders
+
+MESSAGES = [{"role": "user", "content": "Hi"}]
+HOSTILE = {
+    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "filtered loops": (
+        "{% for a in range(9999) %}{% for b in range(99999) if b < 0 %}{% endfor %}{% endfor %}"
+    ),
+    "repeated": "{{ 'a' * 10000000000 }}",
+    "repeated list": "{{ [1] * 10000000000 }}",
+    "power": "{{ 9 ** (9 ** 9) }}",
+    "doubling": "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}"
+    "{% endfor %}",
+    "joining": "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}"
+    "{% endfor %}",
+    "multiplying": "{% set n = namespace(x=3) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}"
+    "{% endfor %}",
+    "centred": "{{ 'a'|center(9999999999) }}",
+    "justified": "{{ 'a'.ljust(9999999999) }}",
+    "format": "{{ '{:9999999999}'.format(1) }}",
+    "percent": "{{ '%9999999999d' % 1 }}",
+    "format filter": "{{ '%9999999999d'|format(1) }}",
+    "width from outside": "{{ '%*d' % (9999999999, 1) }}",
+    "replaced": "{{ ('a' * 100000).replace('a', 'b' * 100000) }}",
+    "replace filter": "{{ ('a' * 100000)|replace('a', 'b' * 100000) }}",
+    "joined": "{{ (['a' * 1000000] * 1000)|join }}",
+    "joined lazily": "{{ (['a' * 1000000] * 1000)|map('upper')|join }}",
+    "written": "{% for i in range(99999) %}{{ 'a' * 60000 }}{% endfor %}",
+    "caught": "{% set x %}{% for i in range(99999) %}{{ 'a' * 60000 }}{% endfor %}{% endset %}",
+}
+ESCAPES = {
+    "class": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "globals": "{{ raise_exception.__globals__['os'] }}",
+    "environment": "{{ namespace.__init__.__globals__ }}",
+    "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "division": "{{ 1 / 0 }}",
+    "types": "{{ 1 + 'a' }}",
+    "unclosed": "{% for",
+    "unknown tag": "{% evil %}",
+    "unknown filter": "{{ 'a'|evil }}",
+}
+
+
+def rendered(template: str) -> str:
+    words = copy.copy(folders.processor("text"))
+    words.chat_template = template
+    return render(words, MESSAGES)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_would_go_on_or_fill_the_memory_is_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(templates, "MAX_SECONDS", 0.3)
+    start = time.monotonic()
+    with pytest.raises(ConfigError, match="its chat template") as caught:
+        rendered(HOSTILE[name])
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - start < 3
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+def test_a_template_gets_nowhere_and_fails_in_one_line(name: str) -> None:
+    with pytest.raises(SlimError, match="chat template") as caught:
+        rendered(ESCAPES[name])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", folders.KINDS)
+def test_honest_templates_say_what_transformers_alone_has_them_say(kind: str) -> None:
+    words = folders.processor(kind)
+    parts: list[dict[str, str]] = [{"type": "text", "text": "Hi <b> {x} %d"}]
+    content = parts if kind != "text" else parts[0]["text"]
+    said = [{"role": "user", "content": content}, {"role": "assistant", "content": content}]
+    plain = words.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    assert render(words, said, generate=True) == plain
+
+
+def test_filters_and_joins_work_as_ever() -> None:
+    template = (
+        "{{ 'a' ~ 1 ~ messages|length }} {{ messages|map(attribute='role')|join(', ') }} "
+        "{{ '%s-%d' % ('x', 3) }} {{ '{}'.format(2) }} {{ messages|tojson }} {{ 2 ** 3 * 'ab' }}"
+    )
+    expected = 'a11 user x-3 2 [{"role": "user", "content": "Hi"}] abababababababab'
+    assert rendered(template) == expected
