@@ -260,7 +260,7 @@ def test_long_samples_are_named_before_weights_are_read(
     (home / "model").mkdir()
     for file in llava.iterdir():
         if file.suffix != ".safetensors":
-            (home / "model" / file.name).symlink_to(file)
+            (home / "model" / file.name).write_bytes(file.read_bytes())
     arguments = ["--data", data, "--out", "out", "--max-length", "9"]
     for verb in (["score", "model"], ["prune", "model", "--ratio", "0.3"]):
         result = run(*verb, *arguments)
@@ -428,9 +428,14 @@ def test_with_data_a_plan_s_weights_are_repaired(
 
 def test_prune_with_force_replaces(run: Run, home: Path, llava: Path) -> None:
     arguments = ["prune", llava, "--ratio", "0.3", "--criterion", "magnitude"]
-    assert run(*arguments, "--out", "taken", "--force").code == 0
-    assert not (home / "taken" / "mine").exists()
-    assert (home / "taken" / "config.json").exists()
+    refused = run(*arguments, "--out", "taken", "--force")
+    assert (refused.code, "a folder that slimvlm did not write" in refused.err) == (2, True)
+    assert (home / "taken" / "mine").read_text() == "mine"
+    assert run(*arguments, "--out", "own").code == 0
+    (home / "own" / "mine").write_text("mine")
+    assert run(*arguments, "--out", "own", "--force").code == 0
+    assert not (home / "own" / "mine").exists()
+    assert (home / "own" / "config.json").exists()
 
 
 def test_a_plan_for_another_model_is_refused(run: Run, home: Path, llava: Path) -> None:

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from slimvlm.core.errors import ConfigError, OutputError
-from slimvlm.core.files import held, new_file, new_folder, require_free, write_text
+from slimvlm.core.errors import ConfigError, OutputError, SlimError
+from slimvlm.core.files import file_name, held, new_file, new_folder, require_free, write_text
 from slimvlm.scoring.unit_scores import Scores
 
 
@@ -48,19 +50,23 @@ def test_nothing_appears_when_the_block_raises(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+OURS = '{"request": {}}'
+"""What makes a folder one that slimvlm wrote."""
+
+
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
     out = tmp_path / "out"
     out.mkdir()
     (out / "file").write_text("old")
-    (out / "only-old").write_text("old")
+    (out / "stage.json").write_text(OURS)
     return out
 
 
 def test_an_existing_folder_is_not_overwritten(old: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"out' exists.*--force"), new_folder(old):
         raise AssertionError("the block must not run")
-    assert contents(tmp_path) == {"out/file": "old", "out/only-old": "old"}
+    assert contents(tmp_path) == {"out/file": "old", "out/stage.json": OURS}
 
 
 def test_force_replaces_the_whole_folder(old: Path, tmp_path: Path) -> None:
@@ -79,7 +85,7 @@ def test_force_that_fails_leaves_the_old_folder(old: Path, tmp_path: Path) -> No
 
     with pytest.raises(OSError, match="disk full"):
         fails()
-    assert contents(tmp_path) == {"out/file": "old", "out/only-old": "old"}
+    assert contents(tmp_path) == {"out/file": "old", "out/stage.json": OURS}
 
 
 def test_force_replaces_a_file(tmp_path: Path) -> None:
@@ -103,7 +109,7 @@ def test_a_failing_rename_leaves_the_old_folder(
     monkeypatch.setattr(Path, "rename", refuses)
     with pytest.raises(OSError, match="rename failed"), new_folder(old, force=True) as folder:
         (folder / "file").write_text("new")
-    assert contents(old) == {"file": "old", "only-old": "old"}
+    assert contents(old) == {"file": "old", "stage.json": OURS}
 
 
 KILLED = """
@@ -151,7 +157,7 @@ def test_a_kill_between_the_renames_loses_nothing(old: Path, tmp_path: Path) -> 
     assert "old" in contents(tmp_path).values()
     with pytest.raises(KeyError), new_folder(old, force=True):
         raise KeyError
-    assert contents(old) == {"file": "old", "only-old": "old"}, "the old folder is not back"
+    assert contents(old) == {"file": "old", "stage.json": OURS}, "the old folder is not back"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -219,11 +225,11 @@ def test_a_full_disk_is_told_and_leaves_the_old_folder(
     write: Callable[[Path], None], small_disk: Path
 ) -> None:
     (small_disk / "out").mkdir()
-    (small_disk / "out" / "file").write_text("old")
+    (small_disk / "out" / "stage.json").write_text(OURS)
     told = re.escape(f"{small_disk / 'out'}") + ".*cannot be written: the disk is (probably )?full"
     with pytest.raises(OutputError, match=told), new_folder(small_disk / "out", True) as folder:
         write(folder)
-    assert contents(small_disk) == {"out/file": "old"}
+    assert contents(small_disk) == {"out/stage.json": OURS}
     assert [path.name for path in small_disk.iterdir()] == ["out"]
 
 
@@ -259,7 +265,7 @@ def test_a_file_that_may_not_grow_is_told(old: Path, tmp_path: Path) -> None:
     told = ran.stdout.splitlines()
     assert [line.split()[0] for line in told] == [write.__name__ for write in WRITERS]
     assert all("cannot be written" in line and "unchanged" in line for line in told)
-    assert contents(tmp_path) == {"out/file": "old", "out/only-old": "old"}
+    assert contents(tmp_path) == {"out/file": "old", "out/stage.json": OURS}
 
 
 @pytest.mark.parametrize(
@@ -283,7 +289,7 @@ def test_what_the_system_refuses_is_told(
     with pytest.raises(OutputError, match=reason), new_folder(old, force=True):
         pass
     monkeypatch.undo()
-    assert contents(old) == {"file": "old", "only-old": "old"}
+    assert contents(old) == {"file": "old", "stage.json": OURS}
     assert [path.name for path in old.parent.iterdir()] == ["out"]
 
 
@@ -387,3 +393,62 @@ def test_holding_leaves_nothing_behind(tmp_path: Path) -> None:
     with held(tmp_path / "a" / "deep" / "out"):
         assert [path.name for path in (tmp_path / "a" / "deep").iterdir()] == [".out.lock"]
     assert list(tmp_path.iterdir()) == []
+
+
+# Names and links that lead elsewhere.
+
+
+@pytest.mark.parametrize("name", ["/", "..", "a/..", "x" * 201, f"{'y' * 300}/out", "deep/" * 2000])
+def test_what_is_no_name_is_refused_in_one_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for use in (require_free, lambda path: new_folder(path, True).__enter__(), held_once):
+        with pytest.raises(SlimError) as caught:
+            use(name)
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 10_500
+    assert list(tmp_path.iterdir()) == []
+
+
+def held_once(path: str) -> None:
+    with held(path):
+        pass
+
+
+@pytest.mark.parametrize("what", ["lock", "partial"])
+def test_a_link_where_we_work_is_refused(what: str, tmp_path: Path) -> None:
+    target = tmp_path / "precious"
+    target.mkdir() if what == "partial" else target.write_text("precious")
+    (tmp_path / f".out.{what}").symlink_to(target)
+    with (
+        pytest.raises(ConfigError, match=rf"'\.out\.{what}' is a link"),
+        new_folder(tmp_path / "out"),
+    ):
+        raise AssertionError("the block must not run")
+    if what == "partial":
+        with pytest.raises(ConfigError, match="is a link"):
+            write_text(tmp_path / "out", "new")
+    assert target.is_dir() or target.read_text() == "precious"
+
+
+def test_force_replaces_only_what_slimvlm_wrote(tmp_path: Path) -> None:
+    out = tmp_path / "home"
+    out.mkdir()
+    require_free(out, force=True)  # empty, nobody's
+    (out / "config.json").write_text('{"model_type": "llama"}')
+    for use in (require_free, lambda path, force: new_folder(path, force).__enter__()):
+        with pytest.raises(ConfigError, match="slimvlm did not write"):
+            use(out, True)
+    assert contents(out) == {"config.json": '{"model_type": "llama"}'}
+
+
+@given(names=st.lists(st.text(max_size=300), min_size=2, max_size=2, unique=True))
+def test_a_name_of_any_kind_gives_a_file_of_its_own(names: list[str]) -> None:
+    files = [file_name(name) for name in names]
+    assert files[0] != files[1]
+    for name, file in zip(names, files, strict=True):
+        assert Path(file).name == file
+        assert file not in ("", ".", "..")
+        assert len(file) < 120
+        assert (file == name) == bool(re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", name))

@@ -6,7 +6,6 @@ import functools
 import inspect
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import tyro
 
 from slimvlm.cli import models, runs, stages
-from slimvlm.core.errors import ConfigError, SlimError
+from slimvlm.core.errors import ConfigError, SlimError, one_line, printable
 from slimvlm.core.files import held
 from slimvlm.core.processes import num_ranks
 
@@ -66,18 +65,21 @@ VERBS: dict[str, Verb] = {
     )
 }
 """Every verb of the command line."""
+GOING_ON = ("recover", "cache-teacher", "compress", "study", "evaluate")
+"""Verbs that go on where a stopped one was."""
 TOGETHER = ("recover",)
 """Verbs that several processes of ``torchrun`` do together."""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a verb. Exit code 0: fine; 2: the user's mistake, in one line; 1: ours."""
+    """Run a verb. Exit code 0: fine; 2: the user's mistake, in one line; 130: Ctrl-C; 1: ours."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries, before their import
     for name in ("torchao", "torch.utils._pytree"):  # torchao complains of a machine without GPU
         logging.getLogger(name).setLevel(logging.ERROR)
+    verb = next(iter(sys.argv[1:] if arguments is None else arguments), "")
     try:
-        _require_one_process(sys.argv[1:] if arguments is None else arguments)
+        _require_one_process(verb)
         tyro.extras.subcommand_cli_from_dict(
             VERBS,
             prog="slimvlm",
@@ -86,16 +88,23 @@ def main(arguments: list[str] | None = None) -> None:
             config=(tyro.conf.FlagCreatePairsOff,),
         )
     except SlimError as error:
-        message = re.sub(r"\s+", " ", str(error))
-        print(f"slimvlm: {message}", file=sys.stderr)
+        print(f"slimvlm: {printable(one_line(error))}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"slimvlm: stopped. {_how_to_go_on(verb)}", file=sys.stderr)
+        raise SystemExit(130) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
 
 
-def _require_one_process(arguments: list[str]) -> None:
+def _how_to_go_on(verb: str) -> str:
+    if verb in GOING_ON:
+        return f"Give the same command again to go on{' (with --log)' * (verb == 'evaluate')}"
+    return "What was there before is unchanged"
+
+
+def _require_one_process(verb: str) -> None:
     """Most verbs write from one process; several would do the same work over each other."""
-    verb = next(iter(arguments), "")
     if num_ranks() > 1 and verb in VERBS and verb not in TOGETHER:
         raise ConfigError(f"{verb} runs in one process: torchrun is for {' and '.join(TOGETHER)}")

@@ -10,7 +10,7 @@ import tyro
 
 from slimvlm.cli.options import INLINE, Model
 from slimvlm.cli.printing import note, print_bench, print_comparison, print_json, print_table
-from slimvlm.core.errors import ConfigError
+from slimvlm.core.errors import ConfigError, printable
 from slimvlm.core.options import LoadConfig, Workload
 
 
@@ -123,7 +123,7 @@ def chat(
         print_json(replies)
     else:
         for name, reply in replies.items():
-            print(f"{name}: {reply}" if other is not None else reply)
+            print(printable(f"{name}: {reply}" if other is not None else reply))
 
 
 def bench(

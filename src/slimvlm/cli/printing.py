@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from slimvlm.core.errors import printable
 from slimvlm.core.processes import is_first_rank
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def console() -> Console:
 def note(line: str) -> None:
     """Say something that is not the result; of several processes the first one says it."""
     if is_first_rank():
-        print(line, file=sys.stderr)
+        print(printable(line), file=sys.stderr)
 
 
 def print_json(values: Any) -> None:
@@ -149,10 +150,11 @@ def print_advice(advice: Advice, as_json: bool) -> None:
         print_json(asdict(advice))
         return
     from rich.table import Table
+    from rich.text import Text
 
     table = Table.grid(padding=(0, 2))
     for row in _advice_rows(advice):
-        table.add_row(*row)
+        table.add_row(*(Text(printable(cell)) for cell in row))
     console().print(table)
     print(f"\n{advice.command}")
 

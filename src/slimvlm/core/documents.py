@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
@@ -115,11 +115,31 @@ def read_yaml(path: str | Path, what: str) -> Any:
     """
     text = read_text(path, what, MAX_YAML_BYTES)
     try:
+        return parse_yaml(text)
+    except ValueError as error:
+        raise _unreadable(what, path, error) from error
+
+
+def parse_yaml(text: str) -> Any:
+    """The values of a YAML text, which may have no aliases.
+
+    Raises:
+        ValueError: If it is no YAML or too deep.
+    """
+    try:
         values = yaml.load(text, _Loader)
         _require_shallow(values)
     except Exception as error:  # its constructors raise almost anything for a wrong value
-        raise _unreadable(what, path, one_line(error)) from error
+        raise ValueError(one_line(error)) from error
     return values
+
+
+def texts_in(values: Any) -> Iterator[str]:
+    """Every text among values as JSON and YAML give them, keys left out."""
+    if isinstance(values, str):
+        yield values
+    for inner in values.values() if isinstance(values, dict) else values if _holds(values) else ():
+        yield from texts_in(inner)
 
 
 def _unreadable(what: str, path: str | Path, reason: object) -> ConfigError:
@@ -149,7 +169,9 @@ def listed(value: Any) -> tuple[Any, ...]:
 Listed = Annotated[tuple[T, ...], BeforeValidator(listed), Field(min_length=1)]
 """A field with one value or several."""
 Count = Annotated[int, Field(ge=0, le=2**50)]
-"""A field with a whole number that something real can have so many of."""
+"""A field that counts parameters or bytes."""
+Width = Annotated[int, Field(ge=0, le=2**20)]
+"""A field that counts what a layer has: heads, channels, neurons."""
 
 
 def built(kind: type[T], values: Any, where: str = "") -> T:

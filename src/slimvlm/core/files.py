@@ -7,6 +7,7 @@ at a time writes in a place; the lock goes with its process.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from slimvlm.core.errors import ConfigError, InUseError, OutputError
+from slimvlm.core.errors import ConfigError, InUseError, OutputError, shortened
 from slimvlm.core.processes import is_first_rank
 
 _REASONS = {
@@ -28,20 +29,69 @@ _REASONS = {
     errno.EACCES: "there is no permission to write",
     errno.EPERM: "there is no permission to write",
     errno.EIO: "the disk reports an error",
+    errno.EISDIR: "a folder is in the way",
+    errno.EEXIST: "something is in the way",
+    errno.ENOTDIR: "a file is where a folder should be",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.ELOOP: "links lead in a circle",
 }
+
+LONGEST_NAME = 200
+"""Bytes of a name that still leave room for what stands beside it (``.NAME.partial``)."""
+
+MARKS = {
+    "slimvlm_manifest.json": "slimvlm-manifest",
+    "config.json": '"made_from"',
+    "index.json": "slimvlm-teacher",
+    "stage.json": '"request"',
+    "slimvlm_demo.json": '"stamp"',
+}
+"""What makes a folder ours: a file that every checkpoint, run, teacher's cache, stage of a study or
+demo model has, and words that stand in it."""
 
 
 def require_free(path: str | Path, force: bool = False) -> Path:
     """Check that an output may be written, before any work is done.
 
     Raises:
-        ConfigError: If it exists and ``force`` is not given, or its parent cannot be written.
+        ConfigError: If it exists and ``force`` is not given, it is a folder that slimvlm did not
+            write, or its parent cannot be written.
     """
     path = Path(path)
+    _require_place(path)
     if path.exists() and not force:
         raise ConfigError(f"output {str(path)!r} exists. Use --force to replace it")
-    _require_place(path)
+    require_ours(path)
     return path
+
+
+def require_ours(path: Path) -> None:
+    """Refuse to replace a folder that slimvlm did not write; an empty one belongs to nobody.
+
+    Raises:
+        ConfigError: If none of `MARKS` is in it.
+    """
+    if (
+        path.is_dir()
+        and any(path.iterdir())
+        and not any(_has_mark(path / n, MARKS[n]) for n in MARKS)
+    ):
+        raise ConfigError(
+            f"output {str(path)!r} is a folder that slimvlm did not write: --force replaces "
+            "only its own. Remove it, or choose another place"
+        )
+
+
+def file_name(name: str) -> str:
+    """A file name for any name: of a task, a model or a log. It never leads to another folder.
+
+    What is not a letter, digit, dot, ``-`` or ``_`` of ASCII becomes ``_``; a name that had to be
+    changed ends with eight digits of its hash, so that two names never share a file.
+    """
+    safe = re.sub(r"[^A-Za-z0-9._-]", "_", name).lstrip(".")[:100]
+    if safe == name and safe:
+        return name
+    return f"{safe}-{hashlib.sha256(name.encode('utf-8', 'replace')).hexdigest()[:8]}"
 
 
 @contextmanager
@@ -61,10 +111,10 @@ def held(path: str | Path, wait: float = 0.0) -> Iterator[None]:
         InUseError: If another run holds it.
     """
     path = Path(path)
+    _require_place(path)
     if not is_first_rank():
         yield
         return
-    _require_place(path)
     with ExitStack() as stack:
         for parent in reversed(path.absolute().parents):
             if not parent.exists():
@@ -88,9 +138,9 @@ def new_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
         OutputError: If another run writes there, or the disk is full or read-only.
     """
     path = Path(path)
-    partial = _beside(path, "partial")
     with held(path), explained(path):
         require_free(path, force)
+        partial = _beside(path, "partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
@@ -109,9 +159,12 @@ def replacement(path: str | Path) -> Iterator[Path]:
     Whoever fills it holds the place (`held`).
 
     Raises:
+        ConfigError: If it would replace a folder that slimvlm did not write.
         OutputError: If the disk is full or read-only.
     """
     path = Path(path)
+    _require_place(path)
+    require_ours(path)
     partial = _beside(path, "partial")
     yield partial
     with explained(path):
@@ -189,16 +242,36 @@ def _reason(error: Exception) -> str | None:
 
 
 def _require_place(path: Path) -> None:
-    parent = path.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ConfigError(f"output {str(path)!r}: {str(parent)!r} cannot be written")
+    """An output has a name that a file can have, and a parent that can be written."""
+    place = path.absolute()
+    if place.name in ("", "..") or any(len(os.fsencode(p)) > LONGEST_NAME for p in place.parts):
+        shown = shortened(str(path))
+        raise ConfigError(f"output {shown} must end in a name of at most {LONGEST_NAME} bytes")
+    parent = place.parent
+    with explained(path):
+        while not parent.exists():
+            parent = parent.parent
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise ConfigError(f"output {str(path)!r}: {str(parent)!r} cannot be written")
 
 
 def _beside(path: Path, what: str) -> Path:
+    """A place beside an output, which no link may lead away from.
+
+    Raises:
+        ConfigError: If a link is there.
+    """
     path = path.absolute()
-    return path.with_name(f".{path.name}.{what}")
+    beside = path.with_name(f".{path.name}.{what}")
+    if beside.is_symlink():
+        raise ConfigError(f"output {str(path)!r}: {beside.name!r} is a link; remove it")
+    return beside
+
+
+def _has_mark(file: Path, mark: str) -> bool:
+    with suppress(OSError), file.open(encoding="utf-8", errors="replace") as opened:
+        return mark in opened.read(2**22)
+    return False
 
 
 @contextmanager

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 
+from slimvlm.core.errors import printable
 from slimvlm.core.processes import is_first_rank
 
 T = TypeVar("T")
@@ -36,7 +38,7 @@ def silent(line: str) -> None:
 def to_log(line: str) -> None:
     """Write a line to stderr, unless it is hidden; of several processes the first one does."""
     if is_first_rank() and not _HIDDEN.get():
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 def is_watched() -> bool:
@@ -112,8 +114,9 @@ def progress(
     if not is_watched():
         return _logged(items, description, say, clock)
     console = Console(stderr=True)
+    described = escape(printable(description))
     return track(
-        items, description=description, transient=True, console=console, disable=_HIDDEN.get()
+        items, description=described, transient=True, console=console, disable=_HIDDEN.get()
     )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from slimvlm.core.documents import read_object
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import write_text
 
@@ -32,10 +33,9 @@ def note_request(file: Path, request: Mapping[str, Any]) -> None:
 def noted_request(file: Path) -> dict[str, Any] | None:
     """The request that `note_request` wrote; None if there is none, or only a part of it."""
     try:
-        noted = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(file, "request")
+    except ConfigError:
         return None
-    return noted if isinstance(noted, dict) else None
 
 
 def is_begun_for(file: Path, request: Mapping[str, Any]) -> bool:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from slimvlm.core.errors import ConfigError, DataError, first_line
+from slimvlm.core.documents import (
+    MAX_YAML_BYTES,
+    parse_json,
+    parse_yaml,
+    read_object,
+    read_text,
+    texts_in,
+)
+from slimvlm.core.errors import LONGEST, ConfigError, DataError, one_line, shortened
 from slimvlm.core.progress import Say
 from slimvlm.core.requests import identity_of_files
 from slimvlm.data.chat import require_readable
@@ -20,6 +27,8 @@ from slimvlm.data.samples import Message, Sample
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _AT_ONCE = 256
+MAX_LINE_BYTES = 64 * 2**20
+"""Longest line of a ``.jsonl`` file."""
 
 
 def load_samples(
@@ -224,10 +233,12 @@ def _rows_of_file(path: Path) -> Iterator[Any]:
             raise DataError(f"data {str(path)!r}: is not a parquet file ({error})") from error
         yield from _plain_rows(table)
     elif path.suffix == ".jsonl":
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _parsed(line, f"line {number}")
+        with path.open("rb") as lines:
+            for number, line in enumerate(_lines(lines), 1):
+                if isinstance(line, DataError):
+                    yield DataError(f"line {number} {line}")
+                elif line.strip():
+                    yield _parsed(line.decode("utf-8", "replace"), f"line {number}")
     elif path.suffix == ".json":
         rows = _parsed(path.read_text(encoding="utf-8", errors="replace"), "the file")
         if isinstance(rows, DataError):
@@ -243,17 +254,47 @@ def _rows_of_file(path: Path) -> Iterator[Any]:
 
 def _rows_of_dataset(source: Path | str) -> Iterable[Any]:
     import datasets
-    from datasets.exceptions import DatasetGenerationError
 
+    if isinstance(source, Path):
+        _require_own_files(source)
     try:
         if isinstance(source, Path) and (source / "state.json").exists():
             return _plain_rows(datasets.load_from_disk(str(source)))
         if isinstance(source, Path) and (source / "dataset_dict.json").exists():
             return _plain_rows(datasets.load_from_disk(str(source))["train"])
         return _plain_rows(datasets.load_dataset(str(source), split="train"))
-    except (OSError, ValueError, KeyError, RuntimeError, DatasetGenerationError) as error:
-        reason = first_line(error.__cause__ or error)
+    except Exception as error:  # broken files make datasets and pyarrow raise almost anything
+        reason = one_line(error.__cause__ or error)[:LONGEST]
         raise ConfigError(f"data {str(source)!r}: cannot be loaded ({reason})") from error
+
+
+def _require_own_files(folder: Path) -> None:
+    """Refuse a folder that reads elsewhere: by a link, or by a path in one of its descriptions."""
+    where, inside = f"data {str(folder)!r}", folder.resolve()
+    for path in folder.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(inside):
+            raise ConfigError(f"{where}: {path.name!r} is a link that leads out of it")
+        for named in texts_in(_files_named_by(path)):
+            if "://" in named or ".." in named or named.startswith(("/", "~")):
+                raise ConfigError(
+                    f"{where}: {path.name} names {shortened(named)}, but its files must lie in it"
+                )
+
+
+def _files_named_by(path: Path) -> Any:
+    """What a description by which ``datasets`` finds files says of their places."""
+    if path.name in ("state.json", "dataset_dict.json") and path.is_file():
+        values = read_object(path, "data")
+        return [values.get("_data_files"), values.get("splits")]
+    if path.name in ("README.md", ".huggingface.yaml") and path.is_file():
+        text = read_text(path, "data", MAX_YAML_BYTES)
+        head = text.split("---")[1] if text.startswith("---") else text * (path.suffix == ".yaml")
+        try:
+            values = parse_yaml(head)
+        except ValueError as error:
+            raise ConfigError(f"data {str(path)!r}: cannot be read ({error})") from error
+        return values.get("configs") if isinstance(values, dict) else None
+    return None
 
 
 def _plain_rows(table: Any) -> Iterator[Any]:
@@ -262,10 +303,21 @@ def _plain_rows(table: Any) -> Iterator[Any]:
         yield from part.to_pylist()
 
 
+def _lines(file: BinaryIO) -> Iterator[bytes | DataError]:
+    """The lines of a file; of one that is too long no more than the limit is in memory."""
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        if len(line) <= MAX_LINE_BYTES or line.endswith(b"\n"):
+            yield line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = file.readline(MAX_LINE_BYTES)
+        yield DataError(f"has more than {MAX_LINE_BYTES:,} bytes")
+
+
 def _parsed(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         return DataError(f"{where} is not JSON ({error})")
 
 

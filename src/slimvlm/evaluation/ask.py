@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LogitsProcessor, PreTrainedModel
 
-from slimvlm.core.errors import ConfigError, DataError
-from slimvlm.core.files import explained
+from slimvlm.core.documents import parse_json, read_text
+from slimvlm.core.errors import LONGEST, ConfigError, DataError, one_line, shortened
+from slimvlm.core.files import explained, file_name
 from slimvlm.core.progress import progress
 from slimvlm.core.requests import digest
 from slimvlm.data import chat
@@ -28,8 +31,16 @@ from slimvlm.evaluation.measure import stored_bytes, timed_runs
 from slimvlm.evaluation.results import PERPLEXITY, Result, TaskResult
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models import losses
-from slimvlm.models.hidden import evaluating, head_of, hidden_states
+from slimvlm.models.hidden import (
+    evaluating,
+    head_of,
+    hidden_states,
+    require_finite_values,
+)
 from slimvlm.models.load import anatomy, digest_of_weights
+
+_LARGEST_LOSS = 700.0
+"""Above it a perplexity is no number of double precision."""
 
 
 def evaluate(
@@ -141,14 +152,22 @@ def answer(
     """Greedy replies to a batch of questions."""
     inputs = as_inputs(model, chat.encode_questions(processor, questions))
     tokenizer = chat.tokenizer_of(processor)
-    with torch.no_grad():
-        output = _generator(model).generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    names = ", ".join(question.id for question in questions[:3])
+    where = f"what the model says to question {shortened(names)}"
+    try:
+        with torch.no_grad():
+            output = _generator(model).generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=tokenizer.pad_token_id,
+                logits_processor=[_Finite(where)],
+            )
+    except (ValueError, TypeError, LookupError) as error:
+        raise ConfigError(
+            f"model: cannot answer as its generation_config.json says ({one_line(error)[:LONGEST]})"
+        ) from error
     new_tokens = output[:, inputs["input_ids"].shape[1] :]
     replies: list[str] = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
     return [reply.strip() for reply in replies]
@@ -178,6 +197,7 @@ def likelihoods(
     rows, wanted, counted = losses.predictions(hidden, labels)
     found = torch.zeros(*counted.shape, 2, device=hidden.device)
     found[counted] = losses.by_chunks(partial(_loss_and_miss, head_of(model)), rows, wanted)
+    require_finite_values(found, f"the likelihood of answers to question {answered[0][0].id!r}")
     return [(-loss, not misses) for loss, misses in found.sum(1).tolist()]
 
 
@@ -195,6 +215,27 @@ def _loss_and_miss(head: losses.Head, rows: Tensor, wanted: Tensor) -> Tensor:
     logits = head(rows).float()
     loss = F.cross_entropy(logits, wanted, reduction="none")
     return torch.stack([loss, (logits.argmax(-1) != wanted).float()], dim=-1)
+
+
+class _Finite(LogitsProcessor):
+    """Looks at what a model says before a token is chosen: the largest of NaN is a token, too."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The scores as they are. Minus infinity is a token that must not be said."""
+        require_finite_values(scores.amax(-1), self.where)
+        return scores
+
+
+def _loss_and_count(reply: str) -> tuple[float, int] | None:
+    """What the log keeps of a passage; None where it keeps anything else."""
+    with suppress(ValueError):
+        found = parse_json(reply)
+        if isinstance(found, list) and [type(v) for v in found] == [float, int]:
+            return (found[0], found[1]) if math.isfinite(found[0]) and found[1] >= 0 else None
+    return None
 
 
 def _generator(model: PreTrainedModel) -> Any:
@@ -258,20 +299,21 @@ class _Asker:
         log = AnswerLog(self.folder, task.name, digest_of_questions(self.weights, task, questions))
         tokenizer = chat.tokenizer_of(self.processor)
         for question in progress(questions, task.name):
-            if question.id in log.replies:
+            if _loss_and_count(log.replies.get(question.id, "")) is not None:
                 continue
             encoded = dict(tokenizer(question.answers[0], return_tensors="pt"))
             inputs = as_inputs(self.model, encoded)
             labels = inputs["input_ids"]
             (hidden,) = hidden_states(self.model, inputs)
             found = losses.token_cross_entropy(hidden, head_of(self.model), labels)
+            require_finite_values(found, f"the loss of passage {question.id!r} of {task.name!r}")
             count = int(losses.label_counts(labels).sum())
             log.add([question], [json.dumps([float(found.sum()) / max(count, 1), count])])
-        means, counts = zip(*(json.loads(log.replies[q.id]) for q in questions), strict=True)
+        means, counts = zip(*(_loss_and_count(log.replies[q.id]) for q in questions), strict=True)
         total = sum(mean * count for mean, count in zip(means, counts, strict=True))
         return TaskResult(
             metric=PERPLEXITY,
-            score=float(torch.tensor(total / max(sum(counts), 1)).exp()),
+            score=math.exp(min(total / max(sum(counts), 1), _LARGEST_LOSS)),
             chance=task.chance,
             in_average=False,
             ids=tuple(question.id for question in questions),
@@ -344,11 +386,11 @@ class AnswerLog:
     """
 
     def __init__(self, folder: Path | None, task: str, key: str) -> None:
-        self._path = folder / f"{task}-{key}.jsonl" if folder is not None else None
+        self._path = folder / f"{file_name(task)}-{key}.jsonl" if folder is not None else None
         self._cut_short = False
         self.replies: dict[str, str] = {}
         if self._path is not None and self._path.is_file():
-            text = self._path.read_text()
+            text = read_text(self._path, "log")
             self._cut_short = bool(text) and not text.endswith("\n")
             for line in text.splitlines():
                 row = _parsed(line)
@@ -374,9 +416,10 @@ class AnswerLog:
 
 
 def _parsed(line: str) -> dict[str, str] | None:
-    """A row, or None for a line that a kill cut short."""
+    """A row, or None for a line that a kill cut short or an edit broke."""
     try:
-        row: dict[str, str] = json.loads(line)
-    except json.JSONDecodeError:
+        row = parse_json(line)
+    except ValueError:
         return None
-    return row
+    is_row = isinstance(row, dict) and all(isinstance(row.get(k), str) for k in ("id", "reply"))
+    return row if is_row else None

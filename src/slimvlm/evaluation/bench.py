@@ -18,6 +18,7 @@ from slimvlm.core.progress import progress
 from slimvlm.evaluation.measure import PeakMemory, Timing, stored_bytes, timed_run, timed_runs
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import decode_flops, kv_cache_bytes_per_token, prefill_flops, slow_widths
+from slimvlm.models.hidden import hidden_states, require_finite_values
 from slimvlm.models.load import anatomy as anatomy_of
 from slimvlm.models.parts import decoder_layers, final_norm
 
@@ -151,12 +152,16 @@ def bench(
 
     Raises:
         ConfigError: If the workload is out of range or the two are on different devices.
+        NumericalError: If a model computes NaN or infinity.
     """
     workload = workload or Workload()
     models = [model] if baseline is None else [model, baseline]
     if len({one.device for one in models}) > 1:
         raise ConfigError(f"baseline is on {models[1].device}, the model on {model.device}")
     sides = [_Side(n, one, workload) for n, one in zip(names, models, strict=False)]
+    for side in sides:
+        (hidden,) = hidden_states(side.model, side.prompts(1))
+        require_finite_values(hidden, f"the hidden states of {side.name!r}")
     sizes = list(dict.fromkeys(workload.batch_sizes))
     peaks = {size: [side.peak_bytes(size) for side in sides] for size in sizes}
     runs = {

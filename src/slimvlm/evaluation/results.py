@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Annotated
 
-from slimvlm.core.errors import ConfigError
+from pydantic import Field
+
+from slimvlm.core.documents import built, read_object
+from slimvlm.core.errors import ConfigError, NumericalError, SlimError, shortened
 from slimvlm.core.files import write_text
 from slimvlm.evaluation import metrics
 
@@ -40,12 +44,20 @@ class TaskResult:
     score: float
     chance: float
     in_average: bool
-    ids: tuple[str, ...]
+    ids: Annotated[tuple[str, ...], Field(min_length=1)]
     replies: tuple[str, ...]
     scores: tuple[float, ...]
     details: Mapping[str, float] = field(default_factory=dict)
     majority: float | None = None
     blind_scores: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        numbers = (self.score, *self.scores, *self.blind_scores, *self.details.values())
+        if not all(map(math.isfinite, numbers)):
+            raise NumericalError(
+                f"NaN or infinity in a score of {self.metric!r}: the model's weights or the metric "
+                "gave no number"
+            )
 
     @property
     def blind(self) -> float | None:
@@ -170,13 +182,19 @@ class Result:
         Raises:
             ConfigError: If the file is missing or is not a result.
         """
+        where, values = f"result {str(path)!r}", read_object(path, "result")
+        values.pop("average", None)
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-            values.pop("average")
-            tasks = {name: _task_result(task) for name, task in values.pop("tasks").items()}
-            return cls(tasks=tasks, **values)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"result {str(path)!r}: cannot be read ({error})") from error
+            result = built(cls, values)
+        except SlimError as error:
+            raise ConfigError(f"{where}: cannot be read ({error})") from error
+        for name, task in result.tasks.items():
+            counts = {len(task.ids), len(task.replies), len(task.scores)}
+            if len(counts) > 1 or (task.blind_scores and len(task.blind_scores) not in counts):
+                raise ConfigError(
+                    f"{where}: task {shortened(name)} must have as many ids as replies and scores"
+                )
+        return result
 
 
 def require_same_sight(result: Result, baseline: Result) -> None:
@@ -213,12 +231,6 @@ def read_baseline(path: str | Path, blind: bool = False, floors: bool = False) -
             f"baseline {str(path)!r}: it has no blind floors; evaluate that model with --floors"
         )
     return baseline
-
-
-def _task_result(values: dict[str, Any]) -> TaskResult:
-    """A task's result from JSON, where tuples have become lists."""
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    return TaskResult(**values)
 
 
 def _floor(name: str, task: TaskResult, baseline: TaskResult) -> float | tuple[float, ...]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import yaml
+from pydantic import Field
 
-from slimvlm.core.errors import ConfigError, DataError, one_line
+from slimvlm.core.documents import built, read_yaml
+from slimvlm.core.errors import ConfigError, DataError, shortened
 from slimvlm.data.images import find_image
 from slimvlm.data.read import read_rows
 from slimvlm.data.samples import Question, Task
@@ -29,7 +31,7 @@ class TaskRow:
         ConfigError: If a field has a value that is not allowed.
     """
 
-    name: str
+    name: Annotated[str, Field(min_length=1, max_length=100)]
     """Unique name."""
     data: str
     """A .json, .jsonl, .parquet, a datasets folder or a hub id; relative to the YAML file."""
@@ -47,9 +49,9 @@ class TaskRow:
     """Column with the list of choices."""
     by_likelihood: bool = False
     """Take the likeliest choice instead of generating."""
-    chance: float = 0.0
+    chance: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.0
     """Score of guessing, in percent."""
-    max_new_tokens: int = 16
+    max_new_tokens: Annotated[int, Field(ge=1, le=2**15)] = 16
     """Longest answer."""
     like: str = ""
     """The published benchmark that it stands for."""
@@ -61,6 +63,29 @@ class TaskRow:
             )
         if self.by_likelihood and not self.choices:
             raise ConfigError(f"task {self.name!r}: by_likelihood needs choices")
+        if "{" in (rest := re.sub(_COLUMN, "", self.prompt)) or "}" in rest:
+            raise ConfigError(
+                f"task {self.name!r}: prompt {shortened(self.prompt)} has a brace without its "
+                "other one; {{ and }} stand for braces themselves"
+            )
+
+    def asked(self, values: Mapping[str, Any]) -> str:
+        """The prompt for a row: every ``{column}`` is the text of that column, and nothing more.
+
+        What stands between braces is a name, never an expression: no attribute of a value, no
+        index, no format.
+
+        Raises:
+            KeyError: If there is no such column.
+        """
+        return re.sub(_COLUMN, lambda found: _text_of(found, values), self.prompt)
+
+
+_COLUMN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
+
+
+def _text_of(found: re.Match[str], values: Mapping[str, Any]) -> str:
+    return found[0][0] if found[1] is None else str(values[found[1]])
 
 
 def builtin_tasks() -> dict[str, Task]:
@@ -97,12 +122,7 @@ def read_task(path: str | Path) -> Task:
     Raises:
         ConfigError: If the file cannot be read or a field is unknown, missing or wrong.
     """
-    try:
-        row = TaskRow(**yaml.safe_load(Path(path).read_text()))
-    except ConfigError:
-        raise
-    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"task {str(path)!r}: cannot be read ({one_line(error)})") from error
+    row = built(TaskRow, read_yaml(path, "task"), f"task {str(path)!r}")
     return Task(
         name=row.name,
         metric=row.metric,
@@ -129,13 +149,21 @@ def _load(row: TaskRow, folder: Path, limit: int | None) -> Sequence[Question]:
 def _question(row: TaskRow, folder: Path, index: int, values: Any) -> Question:
     if isinstance(values, DataError):
         raise DataError(f"task {row.name!r}: {values}")
+    if not isinstance(values, dict):
+        raise DataError(f"task {row.name!r}: row {index} is not an object")
     name = str(values.get("id", index))
     try:
-        prompt = row.prompt.format(**values)
+        prompt = row.asked(values)
         answer = values[row.answer]
         choices = values[row.choices] if row.choices else ()
-    except (KeyError, IndexError) as error:
+    except KeyError as error:
         raise DataError(f"task {row.name!r}: row {name!r} has no column {error}") from error
+    if row.choices and not (isinstance(choices, list) and choices):
+        raise DataError(
+            f"task {row.name!r}: row {name!r}: {row.choices!r} must be a list of choices"
+        )
+    if isinstance(answer, list) and not answer:
+        raise DataError(f"task {row.name!r}: row {name!r} has no answer")
     shown = values.get(row.image)
     pictures = [] if shown is None else shown if isinstance(shown, list) else [shown]
     return Question(

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from torch import nn
 
+from slimvlm.core.documents import Count, Width
 from slimvlm.models.families import (
     BACKBONES,
     FAMILIES,
@@ -52,13 +54,13 @@ class LayerShape:
             weights that stand outside the layers).
     """
 
-    num_kv_heads: int
-    queries_per_group: int
-    head_dim: int
-    intermediate_size: int
-    kv_group_params: int
-    neuron_params: int
-    fixed_params: int
+    num_kv_heads: Width
+    queries_per_group: Width
+    head_dim: Width
+    intermediate_size: Width
+    kv_group_params: Count
+    neuron_params: Count
+    fixed_params: Count
 
     @property
     def num_heads(self) -> int:
@@ -158,18 +160,18 @@ class Anatomy:
 
     model_type: str
     text_type: str
-    hidden_size: int
-    vocab_size: int
+    hidden_size: Width
+    vocab_size: Count
     layers: tuple[LayerShape, ...]
-    embedding_params: int
-    head_params: int
-    final_norm_params: int
-    vision_params: int
-    projector_params: int
-    pinned_layers: tuple[int, ...] = ()
+    embedding_params: Annotated[Count, Field(ge=1)]
+    head_params: Count
+    final_norm_params: Count
+    vision_params: Count
+    projector_params: Count
+    pinned_layers: tuple[Width, ...] = ()
     retypable: bool = False
-    fixed_neurons: int | None = None
-    other_params: int = 0
+    fixed_neurons: Width | None = None
+    other_params: Count = 0
 
     @property
     def num_layers(self) -> int:
@@ -274,15 +276,6 @@ class Anatomy:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Anatomy:
-        """The inverse of `to_dict`."""
-        layers = tuple(LayerShape(**shape) for shape in values["layers"])
-        pinned = values["pinned_layers"]
-        if isinstance(pinned, int):  # older plans say how many first layers
-            pinned = range(pinned)
-        return cls(**{**values, "layers": layers, "pinned_layers": tuple(pinned)})
 
 
 def read_anatomy(model: nn.Module) -> Anatomy:

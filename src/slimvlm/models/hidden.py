@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
+from slimvlm.core.errors import NumericalError
 from slimvlm.data.roles import predicts_label, role_masks
 from slimvlm.models.losses import Head
 from slimvlm.models.parts import decoder_layers, family_of, final_norm, text_config_of
@@ -71,6 +72,20 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
         delattr(module, "forward")
         if own is not None:
             setattr(module, "forward", own)  # noqa: B010
+
+
+def require_finite_values(values: Tensor, where: str) -> None:
+    """Stop where a model computes what is no number.
+
+    Args:
+        values: Anything that it computed.
+        where: What that is, for the message.
+
+    Raises:
+        NumericalError: If NaN or infinity is among them.
+    """
+    if not bool(torch.isfinite(values).all()):
+        raise NumericalError(f"NaN or infinity in {where}")
 
 
 def hidden_states(

@@ -6,8 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
+
+from slimvlm.core.documents import built, read_object
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError
 from slimvlm.core.files import write_text
 from slimvlm.models.anatomy import Anatomy, LayerShape
@@ -195,29 +198,41 @@ class Plan:
         Raises:
             ConfigError: If the file is missing, is not a plan, or names units that do not exist.
         """
-        try:
-            values = json.loads(Path(path).read_text())
-            if values["format"] != FORMAT:
-                raise ConfigError(f"plan {str(path)!r}: format must be {FORMAT!r}")
-            before = Anatomy.from_dict(values["before"])
-            if before.model_type not in FAMILIES or before.text_type not in BACKBONES:
-                raise ConfigError(
-                    f"plan {str(path)!r}: before names the unknown model types "
-                    f"{before.model_type!r} and {before.text_type!r}"
-                )
-            return cls(
-                before=before,
-                layers=tuple(values["layers"]),
-                kv_groups=tuple(map(tuple, values["kv_groups"])),
-                neurons=tuple(map(tuple, values["neurons"])),
-                axis=values["axis"],
-                asked_ratio=values["asked_ratio"],
-                criteria=values["criteria"],
+        where = f"plan {str(path)!r}"
+        file = built(_PlanFile, read_object(path, "plan"), where)
+        before = file.before
+        if before.model_type not in FAMILIES or before.text_type not in BACKBONES:
+            raise ConfigError(
+                f"{where}: before names the unknown model types "
+                f"{before.model_type!r} and {before.text_type!r}"
             )
-        except ConfigError:
-            raise
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-            raise ConfigError(f"plan {str(path)!r}: cannot be read ({error!r})") from error
+        without_heads = [s for s in before.layers if s.num_kv_heads and not s.queries_per_group]
+        if without_heads or (before.retypable and before.backbone.retype is None):
+            raise ConfigError(f"{where}: before describes no {before.model_type!r} that there is")
+        return cls(
+            before=before,
+            layers=file.layers,
+            kv_groups=file.kv_groups,
+            neurons=file.neurons,
+            axis=file.axis,
+            asked_ratio=file.asked_ratio,
+            criteria=file.criteria,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PlanFile:
+    """What `Plan.save` writes."""
+
+    format: Literal["slimvlm-plan/1"]
+    axis: Literal["depth", "width", "both"]
+    asked_ratio: Annotated[float, Field(ge=0, lt=1)] | None
+    ratio: float
+    criteria: Mapping[str, str]
+    layers: Kept
+    kv_groups: tuple[Kept, ...]
+    neurons: tuple[Kept, ...]
+    before: Anatomy
 
 
 def _check_indices(name: str, kept: Sequence[Any], count: int, right_emptiness: bool) -> None:

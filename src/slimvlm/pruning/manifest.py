@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from slimvlm.core.documents import Count, built, read_object
 from slimvlm.core.errors import ConfigError, DamagedError
 from slimvlm.core.files import write_text
 
@@ -52,6 +54,22 @@ class Verification:
             )
 
 
+@dataclass(frozen=True)
+class _Listed:
+    """What a manifest says of a file."""
+
+    size: Count
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """What `write_manifest` writes."""
+
+    format: Literal["slimvlm-manifest/1"]
+    files: Mapping[str, _Listed]
+
+
 def write_manifest(folder: Path) -> None:
     """List every file of a finished checkpoint folder in ``slimvlm_manifest.json``.
 
@@ -91,16 +109,10 @@ def verify(folder: str | Path) -> Verification:
 
 def _read(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / MANIFEST_FILE
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if values["format"] != FORMAT:
-            raise ValueError(f"format must be {FORMAT!r}")
-        listed = values["files"].items()
-        return {str(name): {"size": f["size"], "sha256": f["sha256"]} for name, f in listed}
-    except FileNotFoundError as error:
-        raise ConfigError(f"checkpoint {str(folder)!r} has no {MANIFEST_FILE}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"manifest {str(path)!r}: cannot be read ({error!r})") from error
+    if not path.exists():
+        raise ConfigError(f"checkpoint {str(folder)!r} has no {MANIFEST_FILE}")
+    found = built(_Manifest, read_object(path, "manifest"), f"manifest {str(path)!r}")
+    return {name: asdict(file) for name, file in found.files.items()}
 
 
 def _file_names(folder: Path) -> set[str]:

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
+from slimvlm.core.errors import printable
 from slimvlm.evaluation.metrics import Difference, Retention, paired_difference
 from slimvlm.evaluation.results import PERPLEXITY, Result
 from slimvlm.models.anatomy import Anatomy, LayerShape
@@ -103,12 +105,13 @@ def anatomy_rows(anatomy: Anatomy) -> list[list[str]]:
 
 
 def as_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> Table:
-    """A table for the terminal."""
-    table = Table(title=title or None, caption=LEGEND if _is_marked(rows) else None)
+    """A table for the terminal: text as it is, no markup and no control sequence in it obeyed."""
+    caption = LEGEND if _is_marked(rows) else None
+    table = Table(title=Text(printable(title)) if title else None, caption=caption)
     for position, name in enumerate(header):
-        table.add_column(name, justify="left" if position == 0 else "right")
+        table.add_column(Text(printable(name)), justify="left" if position == 0 else "right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(printable(cell)) for cell in row))
     return table
 
 

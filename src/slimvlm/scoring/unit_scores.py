@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from slimvlm.core.documents import parse_json, read_object
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import new_file, write_text
 
@@ -95,11 +96,15 @@ class Scores:
         """
         path = Path(path)
         try:
-            about = json.loads(Path(suffixed(path, ".json")).read_text())
+            about = read_object(suffixed(path, ".json"), "scores")
             tensors, metadata = read_tensors(suffixed(path, ".safetensors"))
             criterion, options = about["criterion"], about["options"]
-            if json.loads(metadata["about"]) != about:
+            if parse_json(metadata["about"]) != about:
                 raise ValueError("its two files are of different runs")
+            if not isinstance(criterion, str) or not isinstance(options, dict):
+                raise ValueError("criterion must be text, and options map names to values")
+        except ConfigError:
+            raise
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ConfigError(f"scores {str(path)!r}: cannot be read ({error})") from error
         return cls(

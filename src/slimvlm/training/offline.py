@@ -20,15 +20,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from slimvlm.core.documents import built, read_object
 from slimvlm.core.errors import ConfigError
-from slimvlm.core.files import new_file
+from slimvlm.core.files import new_file, require_ours
 from slimvlm.core.options import DIVERGENCES, HIDDEN_LOSSES, KdOn, RecoverConfig
 from slimvlm.core.progress import progress
 from slimvlm.core.requests import digest, is_begun_for, note_request, require_same_request
 from slimvlm.data.chat import encode_samples
 from slimvlm.data.images import identifying_bytes
 from slimvlm.data.samples import Sample
-from slimvlm.models.hidden import compared_positions, hidden_states
+from slimvlm.models.hidden import compared_positions, hidden_states, require_finite_values
 from slimvlm.models.load import digest_of_weights
 from slimvlm.models.parts import family_of, text_config_of
 from slimvlm.models.sharding import is_sharded
@@ -108,6 +109,7 @@ def write_cache(
     )
     folder = Path(out)
     if force and folder.exists() and not is_begun_for(folder / INDEX_FILE, asdict(index)):
+        require_ours(folder)
         shutil.rmtree(folder)
     _claim(folder, index)
     missing = [n for n in range(num_shards(index)) if not shard_path(folder, n).exists()]
@@ -249,6 +251,7 @@ def _said(
     on_device = {name: value.to(model.device) for name, value in inputs.items()}
     (hidden,) = hidden_states(model, on_device)
     rows = hidden[positions.to(hidden.device)]
+    require_finite_values(rows, f"the teacher's hidden states of sample {samples[0].id!r}")
     said = {"counts": positions.sum(1), "hidden": rows.bfloat16().cpu()}
     return said, digests_of_encodings(inputs, positions)
 
@@ -270,12 +273,8 @@ def _claim(folder: Path, index: Index) -> None:
 
 
 def _read_index(folder: Path) -> Index:
-    try:
-        values = json.loads((folder / INDEX_FILE).read_text())
-        names = ("samples", "contents")
-        index = Index(**{**values, **{name: tuple(values[name]) for name in names}})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{str(folder)!r} is not a teacher's cache ({error!r})") from error
+    values = read_object(folder / INDEX_FILE, "teacher's cache")
+    index = built(Index, values, f"teacher's cache {str(folder)!r}")
     if index.format != FORMAT:
         raise ConfigError(f"teacher {str(folder)!r}: format must be {FORMAT!r}")
     return index

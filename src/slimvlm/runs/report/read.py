@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +11,8 @@ from typing import Any
 
 import pandas as pd
 
-from slimvlm.core.errors import ConfigError
+from slimvlm.core.documents import read_object
+from slimvlm.core.errors import LONGEST, ConfigError, one_line
 from slimvlm.core.options import CompressConfig, RecoverConfig
 from slimvlm.evaluation.compare import Comparison, compare
 from slimvlm.evaluation.results import Result
@@ -39,10 +39,18 @@ def read_record(folder: str | Path) -> Record:
         ConfigError: If it is neither, or a file in it cannot be read.
     """
     path = Path(folder)
-    if (path / "config.json").is_file() and (path / "plan.json").is_file():
-        return _read_run(path)
-    if (path / TABLE).is_file() and (path / "study.json").is_file():
-        return _read_study(path)
+    try:
+        if (path / "config.json").is_file() and (path / "plan.json").is_file():
+            return _read_run(path)
+        if (path / TABLE).is_file() and (path / "study.json").is_file():
+            return _read_study(path)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        told = f"{type(error).__name__}: {one_line(error)[:LONGEST]}"
+        raise ConfigError(
+            f"report {str(folder)!r}: a file in it is not as slimvlm wrote it ({told})"
+        ) from error
     raise ConfigError(
         f"report {str(folder)!r}: neither a run folder (config.json and plan.json) nor a study "
         f"({TABLE} and study.json)"
@@ -417,8 +425,4 @@ def _number(value: Any) -> float | None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"report: {str(path)!r} cannot be read ({error})") from error
-    return values
+    return read_object(path, "report:")

@@ -73,7 +73,7 @@ def run_study(
     console = console or Console(stderr=True)
     if Path(out).exists() and not Path(out).is_dir():
         raise ConfigError(f"output {str(out)!r} is a file, and a study needs a folder")
-    config, schedule = prepared(study, console.print)
+    config, schedule = prepared(study, partial(console.print, markup=False, highlight=False))
     cache = Cache(out)
     with held(cache.root, _PATIENCE), explained(out):
         cache.root.mkdir(parents=True, exist_ok=True)

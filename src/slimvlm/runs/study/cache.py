@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from slimvlm.core.documents import read_object
 from slimvlm.core.errors import InUseError
 from slimvlm.core.files import held, new_folder, write_text
 from slimvlm.runs.study.graph import Stage
@@ -73,18 +74,17 @@ class Cache:
 
     def about(self, stage: Stage) -> Mapping[str, Any]:
         """What was written beside an outcome: request, seconds, work."""
-        values: Mapping[str, Any] = json.loads((self.folder(stage) / ABOUT).read_text())
-        return values
+        return read_object(self.folder(stage) / ABOUT, "stage")
 
     def records(self, kind: str) -> list[Mapping[str, Any]]:
         """What was written beside all outcomes of a kind."""
         found = sorted((self.root / "cache" / kind).glob(f"[!.]*/{ABOUT}"))
-        return [json.loads(path.read_text()) for path in found]
+        return [read_object(path, "stage") for path in found]
 
     def error_of(self, stage: Stage) -> str:
         """The error that a stage's last attempt ended with; empty if there is none."""
         path = self._failure(stage)
-        return str(json.loads(path.read_text())["error"]) if path.is_file() else ""
+        return str(read_object(path, "stage").get("error")) if path.is_file() else ""
 
     def run(
         self,

@@ -11,7 +11,9 @@ from typing import Literal
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
+from slimvlm.core.errors import printable
 from slimvlm.core.progress import duration
 from slimvlm.runs.estimate import seconds_of
 from slimvlm.runs.study.cache import Cache, Outcome
@@ -162,7 +164,7 @@ class Progress:
             bad = sum(bool(outcome.error) for outcome in ends)
             counts = (len(mine) - len(ends), len(ends) - bad, bad)
             now = self.now.label if self.now is not None and self.now.kind == kind else ""
-            table.add_row(kind, *map(str, counts), now)
+            table.add_row(kind, *map(str, counts), Text(printable(now)))
         return table
 
     def _line(self, stage: Stage, outcome: Outcome) -> str:
@@ -176,7 +178,7 @@ class Progress:
         return f"[{number}/{len(self.missing)}] {stage.kind} {stage.label}"
 
     def _print(self, line: str) -> None:
-        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+        self.console.print(printable(line), highlight=False, soft_wrap=True, markup=False)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -11,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from slimvlm.core.documents import read_object
 from slimvlm.core.files import new_file, write_text
 from slimvlm.evaluation.metrics import average
 from slimvlm.evaluation.results import PERPLEXITY, Result, TaskResult
@@ -112,7 +112,7 @@ def _place(cache: Cache, stage: Stage, name: str) -> str:
 
 
 def _json(path: Path) -> Any:
-    return json.loads(path.read_text())
+    return read_object(path, "stage")
 
 
 def _state(stages: Sequence[Stage], cache: Cache) -> dict[str, Any]:

@@ -1,0 +1,103 @@
+"""NaN and infinity stop everything that reads a model, with the place in one line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from slimvlm.core.errors import ConfigError, NumericalError
+from slimvlm.core.options import Workload
+from slimvlm.data.samples import Question, Task
+from slimvlm.evaluation.ask import answer, evaluate
+from slimvlm.evaluation.bench import bench
+from slimvlm.evaluation.metrics import METRICS
+from slimvlm.evaluation.results import PERPLEXITY, Result, TaskResult
+from slimvlm.models.load import anatomy, load
+from slimvlm.planning.plan import Plan
+from slimvlm.pruning.write_checkpoint import prune_checkpoint
+from slimvlm.training.offline import write_cache
+from tests import tiny_folder as folders
+
+QUESTION = Question("q1", "Which colour?", ("red",), choices=("red", "blue"))
+SHORT = Workload(prompt_tokens=8, new_tokens=4, batch_sizes=(1,), repeats=1)
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+def spoilt(out: Path, name: str, value: float, dtype: torch.dtype | None = None) -> Path:
+    """A text model with one wrong weight."""
+    folder = folders.copied("text", out)
+    weights = load_file(folder / "model.safetensors")
+    weights[name].flatten()[0] = value
+    held = {key: tensor.to(dtype or tensor.dtype) for key, tensor in weights.items()}
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def task(**how: Any) -> Task:
+    return Task(
+        name="own", **{"metric": "exact_match", "chance": 0, **how}, load=lambda _: [QUESTION]
+    )
+
+
+USES: dict[str, Callable[[Any, Any, Path], object]] = {
+    "chat": lambda model, words, _: answer(model, words, [QUESTION], 4),
+    "evaluate": lambda model, words, _: evaluate(model, words, [task()]),
+    "likelihood": lambda model, words, _: evaluate(model, words, [task(by_likelihood=True)]),
+    "perplexity": lambda model, words, _: evaluate(model, words, [task(metric=PERPLEXITY)]),
+    "bench": lambda model, _, __: bench(model, workload=SHORT),
+    "cache-teacher": lambda model, words, folder: write_cache(
+        model, words, folders.short_samples(2, sees=False), folder / "cache"
+    ),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_model_that_computes_no_number_is_refused(use: str, value: float, tmp_path: Path) -> None:
+    model, words = load(spoilt(tmp_path / "model", NORM, value))
+    with pytest.raises(NumericalError, match="NaN or infinity in") as caught:
+        USES[use](model, words, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(math.nan, "auto"), (math.inf, "auto"), (1e6, "float16")]
+)
+def test_low_memory_writes_no_weight_that_is_no_number(
+    value: float, dtype: str, tmp_path: Path
+) -> None:
+    folder = spoilt(tmp_path / "model", "model.embed_tokens.weight", value)
+    plan = Plan.everything(anatomy(folder))
+    with pytest.raises(NumericalError, match=r"NaN or infinity in weight 'model\.embed_tokens"):
+        prune_checkpoint(folder, plan, tmp_path / "out", dtype)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("field", ["score", "scores", "blind_scores", "details"])
+def test_a_score_that_is_no_number_is_no_score(field: str, tmp_path: Path) -> None:
+    good = TaskResult(
+        "exact_match", 100.0, 0.0, True, ("q",), ("r",), (1.0,), {"f1": 1.0}, 0.0, (0.5,)
+    )
+    bad = {"score": math.nan, "details": {"f1": math.inf}}.get(field, (math.nan,))
+    with pytest.raises(NumericalError, match="NaN or infinity in a score"):
+        replace(good, **{field: bad})
+    path = tmp_path / "result.json"
+    Result("m", 1, 1, {"own": good}, 1.0, 1.0).save(path)
+    assert Result.load(path).tasks["own"] == good
+    path.write_text(path.read_text().replace("0.5", "NaN").replace("100.0", "Infinity"))
+    with pytest.raises(ConfigError, match=r"result '.*result\.json'.*NaN or infinity"):
+        Result.load(path)
+
+
+def test_a_metric_that_gives_no_number_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METRICS, "exact_match", lambda *_: math.nan)
+    model, words = load(folders.folder("text"))
+    with pytest.raises(NumericalError, match="exact_match"):
+        evaluate(model, words, [task()])

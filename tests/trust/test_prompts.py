@@ -1,0 +1,196 @@
+"""A task's prompt names columns and does nothing else; its name and files lead nowhere."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import yaml
+
+from slimvlm.core.errors import ConfigError, DataError, SlimError
+from slimvlm.data.read import load_samples, read_rows
+from slimvlm.data.samples import Question
+from slimvlm.evaluation.ask import AnswerLog
+from slimvlm.evaluation.tasks import TaskRow, read_task
+
+TASK = {"name": "own", "data": "rows.jsonl", "prompt": "{q}?", "answer": "a"}
+
+
+def asked(prompt: str, **columns: Any) -> str:
+    return TaskRow(name="own", data="", prompt=prompt, answer="").asked(columns)
+
+
+def test_columns_are_filled_in_as_text() -> None:
+    row = {"q": "What {is} it", "n": 3, "two words": None, "a.b": "dot"}
+    prompt = "{q} {n} {two words} {a.b} {{kept}} }}{{"
+    assert asked(prompt, **row) == "What {is} it 3 None dot {kept} }{"
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        "t.ceil.__globals__[sys].modules[os].environ",
+        "t.__class__",
+        "t[0]",
+        "t!r",
+        "t:>9999999999",
+        "0",
+        "",
+        "t.year",
+    ],
+)
+def test_no_attribute_index_or_format_is_read(inside: str) -> None:
+    with pytest.raises(KeyError):
+        asked("{" + inside + "}", t=datetime.datetime(2020, 1, 1))
+
+
+@pytest.mark.parametrize("prompt", ["{", "}", "{q", "q}", "{{}", "{a{b}}", "{q}}"])
+def test_a_lone_brace_is_refused(prompt: str) -> None:
+    with pytest.raises(ConfigError, match="brace"):
+        asked(prompt, q="x", b="y")
+
+
+def task_file(folder: Path, **changes: Any) -> Path:
+    (folder / "rows.jsonl").write_text(json.dumps({"q": "Why", "a": "so"}) + "\n")
+    path = folder / "task.yaml"
+    path.write_text(yaml.safe_dump(TASK | changes))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"name": ""}, "name"),
+        ({"name": 3}, "name: 3|name 3"),
+        ({"name": "x" * 101}, "name"),
+        ({"prompt": ["{q}"]}, "prompt"),
+        ({"chance": float("nan")}, "chance"),
+        ({"chance": 101}, "chance"),
+        ({"chance": "25"}, "chance"),
+        ({"max_new_tokens": 10**12}, "max_new_tokens"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"max_new_tokens": True}, "max_new_tokens"),
+        ({"evil": 1}, "evil"),
+        ({"image": {}}, "image"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_file(
+    changes: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=f"task '.*task.yaml': .*({named})") as caught:
+        read_task(task_file(tmp_path, **changes))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a [1]\nb: *a",
+        "[" * 500,
+        "!!python/object/apply:os.system [exit 3]",
+        "",
+        "3",
+        "? [a]\n: b",
+        "!!int ''",
+        "!!timestamp x",
+        "a: 2020-99-99",
+        "\x00",
+        "\xff",
+    ],
+)
+def test_yaml_that_is_no_task_ends_in_one_line(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "task.yaml"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(ConfigError, match=r"task '.*task\.yaml'") as caught:
+        read_task(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/evil", "a/b", "..", "x" * 100, "ö\x1b[2J"])
+def test_a_log_lies_in_its_folder_whatever_the_task_is_called(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "logs"
+    task = read_task(task_file(tmp_path, name=name))
+    log = AnswerLog(folder, task.name, "key")
+    log.add([Question("1", "q", ("a",))], ["reply"])
+    assert [path.parent for path in tmp_path.rglob("*.jsonl") if path.name != "rows.jsonl"] == [
+        folder
+    ]
+    assert AnswerLog(folder, task.name, "key").replies == {"1": "reply"}
+
+
+@pytest.mark.parametrize(
+    "line", ["[]", "3", "null", "{", '{"id": 1, "reply": "x"}', '{"id": "1"}', "[" * 5000]
+)
+def test_a_line_of_a_log_that_is_none_is_asked_again(line: str, tmp_path: Path) -> None:
+    log = AnswerLog(tmp_path, "own", "key")
+    log.add([Question("1", "q", ("a",))], ["reply"])
+    (file,) = tmp_path.iterdir()
+    file.write_text(line + "\n" + file.read_text())
+    assert AnswerLog(tmp_path, "own", "key").replies == {"1": "reply"}
+
+
+def test_rows_that_are_no_objects_and_columns_of_other_kinds_are_named(tmp_path: Path) -> None:
+    path = task_file(tmp_path, choices="c")
+    for row in ([1], 3, {"q": 1, "a": "x", "c": "letters"}, {"q": 1, "a": [], "c": ["x"]}):
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+        with pytest.raises(DataError, match="task 'own': row"):
+            read_task(path).load(None)
+
+
+def saved(folder: Path) -> Path:
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    datasets.Dataset.from_list(rows).save_to_disk(str(folder))
+    return folder
+
+
+def test_a_datasets_folder_reads_its_own_files_only(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "data")
+    assert len(load_samples(folder)) == 1
+    saved(tmp_path / "other")
+    name = "data-00000-of-00001.arrow"
+    state = json.loads((folder / "state.json").read_text())
+    for outside in (f"../other/{name}", str(tmp_path / "other" / name)):
+        state["_data_files"] = [{"filename": outside}]
+        (folder / "state.json").write_text(json.dumps(state))
+        with pytest.raises(ConfigError, match="must lie in it"):
+            list(read_rows(folder))
+
+
+@pytest.mark.parametrize(
+    "pattern", ["../secret.jsonl", "/etc/passwd", "https://x.y/z.csv", "a/../../b"]
+)
+def test_a_readme_leads_nowhere(pattern: str, tmp_path: Path) -> None:
+    (tmp_path / "secret.jsonl").write_text('{"a": 1}\n')
+    folder = tmp_path / "data"
+    folder.mkdir()
+    files = yaml.safe_dump({"configs": [{"config_name": "default", "data_files": [pattern]}]})
+    (folder / "README.md").write_text(f"---\n{files}---\n# Data\n")
+    with pytest.raises(ConfigError, match="must lie in it"):
+        list(read_rows(folder))
+
+
+def test_a_link_in_a_datasets_folder_leads_nowhere(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "data")
+    (tmp_path / "secret.jsonl").write_text('{"a": 1}\n')
+    (folder / "x.jsonl").symlink_to(tmp_path / "secret.jsonl")
+    with pytest.raises(ConfigError, match="link that leads out"):
+        list(read_rows(folder))
+
+
+def test_a_line_above_the_limit_is_a_broken_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slimvlm.data.read.MAX_LINE_BYTES", 300)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    good, path = json.dumps({"messages": turns}), tmp_path / "data.jsonl"
+    long = json.dumps({"messages": turns, "note": "x" * 1000})
+    path.write_text(f"{good}\n{long}\n{good}\n{long}")
+    said: list[str] = []
+    assert len(load_samples(path, max_bad=2, warn=said.append)) == 2
+    assert [line for line in said if "line 2 has more than 300 bytes" in line]
+    with pytest.raises(SlimError, match="line 2"):
+        load_samples(path)
