@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 import slimvlm as sv
 from slimvlm import cli
+from slimvlm.cli.printing import note, print_table
 from slimvlm.data.samples import Question
 from slimvlm.evaluation.ask import answer
 from slimvlm.evaluation.results import Result
@@ -164,7 +165,7 @@ def bad_requests() -> dict[str, tuple[list[str], str]]:
         "prune no plan": (["prune", "MODEL", "--out", "out", "--plan", "none.json"], "none.json"),
         "plan nothing": (["plan", "MODEL", "--out", "out.json"], "exactly one of --ratio"),
         "plan two": (changed("plan", target_params="1M"), "exactly one of --ratio"),
-        "plan scores": (changed("plan", scores="none"), "scores 'none'"),
+        "plan scores": (changed("plan", scores="none"), "scores 'none.json'"),
         "plan protect": ([*changed("plan", protect="3"), "3"], "protect"),
         "plan round_to": (changed("plan", round_to="0"), "round_to 0"),
         "plan params": (
@@ -603,3 +604,28 @@ def test_a_process_refuses_in_one_line(home: Path) -> None:
     assert re.fullmatch(r"slimvlm: .*'bert' is not known.*", last), result.err
     assert "Traceback" not in result.err
     assert not (home / "out").exists()
+
+
+@pytest.mark.parametrize(("verb", "told"), [("compress", "to go on"), ("export", "is unchanged")])
+def test_ctrl_c_ends_in_one_line(
+    verb: str, told: str, run: Run, llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("slimvlm.runs.compress.compress", stopped)
+    monkeypatch.setattr("slimvlm.export.gguf.export_gguf", stopped)
+    options = ["--ratio", "0.3"] if verb == "compress" else []
+    result = run(verb, llava, "--out", "out", *options)
+    assert result.code == 130
+    assert re.fullmatch(rf"slimvlm: stopped\. [^\n]*{told}[^\n]*\n", result.err)
+
+
+def test_text_from_outside_is_printed_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    hostile = "[bold]x[/nonsense] \x1b[2J\x07"
+    print_table(["task", hostile], [[hostile, "1"]], title=hostile)
+    note(hostile)
+    shown = capsys.readouterr()
+    for text in shown:
+        assert "\x1b[2J" not in text
+        assert "[bold]x[/nonsense] \\x1b[2J\\x07" in text

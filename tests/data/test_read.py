@@ -617,3 +617,24 @@ def test_a_file_may_move_only_where_that_is_asked_for(home: Path) -> None:
     assert movable[0] == movable[1]
     moved.write_bytes(moved.read_bytes() + b" ")
     assert identifying_bytes(moved, may_move=True) != movable[0]
+
+
+def test_pictures_given_both_ways_keep_their_order(tmp_path: Path) -> None:
+    """Beside the turns for placeholders without a picture, and inside a turn."""
+    for name in "abcd":
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    parts = [
+        {"type": "image"},
+        {"type": "image", "image": "b.png"},
+        {"type": "text", "text": "and <image> then?"},
+        {"type": "image", "path": "d.png"},
+    ]
+    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": "yes"}]
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"messages": turns, "images": ["a.png", "c.png"]}) + "\n")
+    (found,) = load_samples(path)
+    assert [Path(str(image)).stem for image in found.images] == ["a", "b", "c", "d"]
+    assert all("source" not in part for part in found.messages[0]["content"])
+    path.write_text(json.dumps({"messages": turns, "images": ["a.png", None]}) + "\n")
+    with pytest.raises(DataError):
+        load_samples(path)

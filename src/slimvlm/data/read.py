@@ -27,6 +27,7 @@ from slimvlm.data.samples import Message, Sample
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _AT_ONCE = 256
+_MISSING = object()
 MAX_LINE_BYTES = 64 * 2**20
 """Longest line of a ``.jsonl`` file."""
 
@@ -332,8 +333,11 @@ def _sample(row: Any, index: int, root: Path) -> Sample:
         raise DataError(f"sample {name!r} has no messages or conversations")
     stated = row.get("images") if row.get("images") is not None else row.get("image")
     given = [] if stated is None else stated if isinstance(stated, list) else [stated]
-    messages, inline = _messages(turns, name)
-    pictures = [find_image(image, name, root) for image in (*given, *inline)]
+    messages, sources = _messages(turns, name)
+    listed = iter(given)
+    shown = [next(listed, _MISSING) if source is None else source for source in sources]
+    named = [image for image in (*shown, *listed) if image is not _MISSING]
+    pictures = [find_image(image, name, root) for image in named]
     messages = _with_placeholders(messages, len(pictures), name)
     return Sample(id=name, messages=tuple(messages), images=tuple(pictures))
 
@@ -347,9 +351,9 @@ def _require_unicode(messages: list[Message], name: str) -> None:
 
 
 def _messages(turns: list[Any], name: str) -> tuple[list[Message], list[Any]]:
-    """Turns in chat form, and the pictures that stand inside them."""
+    """Turns in chat form, and for each placeholder the picture that stands there; None if none."""
     messages: list[Message] = []
-    inline: list[Any] = []
+    sources: list[Any] = []
     for turn in turns:
         if not isinstance(turn, dict):
             raise DataError(f"sample {name!r}: a turn is not an object")
@@ -368,15 +372,14 @@ def _messages(turns: list[Any], name: str) -> tuple[list[Message], list[Any]]:
                 parts += _split_placeholders(part["text"])
                 continue
             source = next((part[k] for k in ("image", "path", "url") if part.get(k)), None)
-            parts.append({"type": "image"})
-            if source is not None:
-                inline.append(source)
+            parts.append({"type": "image", "source": source})
+        sources += [part.pop("source", None) for part in parts if part["type"] == "image"]
         messages.append({"role": role, "content": parts})
     answers = [m for m in messages if m["role"] == "assistant"]
     if not answers or not all(_has_text(m) for m in answers):
         raise DataError(f"sample {name!r} has no answer, or an empty one")
     _require_unicode(messages, name)
-    return messages, inline
+    return messages, sources
 
 
 def _has_text(message: Message) -> bool:

@@ -8,6 +8,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from slimvlm.core.errors import ConfigError, one_line
+from slimvlm.models.files import check_folder
 from slimvlm.models.load import resolve
 from slimvlm.pruning.card import CARD_FILE
 
@@ -30,10 +31,11 @@ def push(folder: str | Path, repo_id: str, private: bool = False) -> str:
         Address of the commit.
 
     Raises:
-        ConfigError: If the folder is no checkpoint with a card, the name is not allowed, or the
-            hub refuses.
+        ConfigError: If the folder is no checkpoint with a card or has links that lead out of it,
+            the name is not allowed, or the hub refuses.
     """
     path = Path(resolve(folder))
+    check_folder(path)
     if not (path / CARD_FILE).is_file():
         raise ConfigError(f"push {str(path)!r}: there is no {CARD_FILE}; `slimvlm` writes one")
     try:

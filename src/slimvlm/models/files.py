@@ -88,8 +88,8 @@ def check_folder(model: str | Path) -> None:
             return
         folder = Path(found[0]).parent
     where = f"model {str(model)!r}"
-    for path in folder.iterdir():
-        _require_inside(path, where)
+    for path in folder.rglob("*"):
+        _require_inside(path, folder, where)
     if (folder / _ADAPTER).exists():
         raise ConfigError(f"{where}: {_ADAPTER} makes it an adapter; merge it first")
     for name in (CONFIG_NAME, GENERATION_CONFIG_NAME, *_SETTINGS):
@@ -160,12 +160,12 @@ def require_stored(model: str | Path, described: int) -> None:
         )
 
 
-def _require_inside(path: Path, where: str) -> None:
+def _require_inside(path: Path, folder: Path, where: str) -> None:
     """A file is no link, or one to a file of the same folder or of the hub's cache."""
     if not path.is_symlink():
         return
-    with unreadable(path.parent, path.name):  # a link to itself
-        target, folder = path.resolve(), path.parent.resolve()
+    with unreadable(folder, path.name):  # a link to itself
+        target, folder = path.resolve(), folder.resolve()
     snapshots = folder.parent
     blobs = snapshots.parent / "blobs"
     in_cache = snapshots.name == "snapshots" and target.is_relative_to(blobs)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
 from transformers import PreTrainedModel, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
+from slimvlm.core.documents import read_object
+from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import RecoverConfig
 from slimvlm.core.processes import is_first_rank, num_ranks
 from slimvlm.core.requests import digest, note_request, noted_request, require_same_request
@@ -69,7 +70,9 @@ def last_complete_checkpoint(folder: Path) -> str | None:
     found = [
         path
         for path in folder.glob("checkpoint-*")
-        if (path / TRAINED_FILE).is_file() and _is_json(path / TRAINER_STATE_NAME)
+        if path.name.rpartition("-")[2].isdecimal()
+        and (path / TRAINED_FILE).is_file()
+        and _is_json(path / TRAINER_STATE_NAME)
     ]
     newest = max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
     return str(newest) if newest is not None else None
@@ -84,7 +87,7 @@ def is_finished(checkpoint: str) -> bool:
 def _is_json(path: Path) -> bool:
     """Whether a file was written to its end: the Trainer writes its state last."""
     try:
-        json.loads(path.read_text())
-    except (OSError, ValueError):
+        read_object(path, "training state")
+    except ConfigError:
         return False
     return True

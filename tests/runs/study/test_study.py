@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from slimvlm.cli.printing import print_study
 from slimvlm.core import requests
 from slimvlm.core.errors import ConfigError, NumericalError
 from slimvlm.data.read import identity_of_data
@@ -283,6 +284,19 @@ def test_what_fails_is_said_and_stops_nothing_else(
     assert set(table["status"]) == {"done"}
     assert table["failed"].isna().all()
     assert done == {"prune": 1, "evaluate": 1}
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_study_of_which_nothing_could_be_measured_is_reported(
+    as_json: bool, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One question has no other one to take pictures from, so its floor cannot be measured."""
+    config = study(data, {"recovery": "none", "axis": "depth"}, limit=1)
+    table = run_study(config, tmp_path / "out", console=QUIET)
+    assert set(table["status"]) == {"failed"}
+    print_study(table, as_json)
+    assert "other pictures" in str(table["failed"][0])
+    assert "failed" in capsys.readouterr().out
 
 
 def test_a_stopped_study_goes_on_to_the_same_table(

@@ -6,7 +6,6 @@ original ``"model_type": "llava"`` for the native class and fill it with default
 
 from __future__ import annotations
 
-import json
 import pickle
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +25,7 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
+from slimvlm.core.documents import read_object
 from slimvlm.core.errors import ConfigError, UnsupportedModelError, first_line
 
 PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"]
@@ -72,15 +72,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: If the file is no JSON object.
     """
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{str(path)!r} is not JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{str(path)!r} must hold a JSON object")
-    return values
+    return read_object(path, "file") if path.is_file() else {}
 
 
 def require(values: Mapping[str, Any], allowed: Allowed) -> None:
@@ -155,7 +147,10 @@ def _weight_files(folder: Path) -> tuple[list[Path], set[str]]:
         if path.suffix != ".json":
             return [path], set()
         weight_map = read_json(path).get("weight_map", {})
-        files = [folder / file for file in sorted(set(weight_map.values()))]
+        names = {str(file) for file in weight_map.values()}
+        if outside := [name for name in names if Path(name).name != name]:
+            raise ConfigError(f"weights: {path.name} names {outside[0]!r}, outside {str(folder)!r}")
+        files = [folder / name for name in sorted(names)]
         if lost := [file.name for file in files if not file.is_file()]:
             raise ConfigError(f"weights: {str(folder)!r} lacks {lost[0]!r}, which its index names")
         return files, set(weight_map)

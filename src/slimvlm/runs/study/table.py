@@ -30,6 +30,14 @@ CHOICE_BENCHMARKS = (
 """Published benchmarks whose answers are chosen from a few (arXiv:2604.24380, Fig. 2)."""
 TABLE, STUDY = "results.parquet", "study.yaml"
 """Files of a study's folder: what it has measured, and what it was asked."""
+_MEASURED = (
+    *("avg", "avg_free", "avg_choice", "avg_pictures", "avg_text", "perplexity"),
+    *("avg_percent", "avg_percent_low", "avg_percent_high"),
+    *("above_floor", "above_floor_low", "above_floor_high"),
+    *("backbone_params", "total_params", "prefill_ms", "decode_ms"),
+    *("result", "plan", "scores", "history"),
+)
+"""Columns that a table has even where no cell is done."""
 OPEN, DONE, FAILED = "open", "done", "failed"
 ORIGINAL = "original"
 
@@ -48,7 +56,8 @@ def results_table(study: StudyConfig, schedule: Schedule, cache: Cache) -> pd.Da
     originals = {cell.original.name: cell for cell in schedule.cells}.values()
     rows = [_original_row(cell, cache, sighted) for cell in originals]
     rows += [_row(study, cell, cache, sighted) for cell in schedule.cells]
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    return table.assign(**{name: None for name in _MEASURED if name not in table})
 
 
 def write_table(table: pd.DataFrame, folder: Path) -> None:

@@ -1,0 +1,306 @@
+"""Thousands of spoiled files: each is read as it is or refused in one line, and does nothing else.
+
+What is spoiled: checkpoints, configurations, indices, tokenizers, templates, plans, studies, tasks,
+results, scores, logs and manifests. Everything runs in this process.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import shutil
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from slimvlm.core.errors import SlimError
+from slimvlm.data.samples import Question
+from slimvlm.evaluation.ask import AnswerLog, answer
+from slimvlm.evaluation.compare import compare, comparison_rows
+from slimvlm.evaluation.results import Result, TaskResult
+from slimvlm.evaluation.tasks import read_task
+from slimvlm.models.load import anatomy, load
+from slimvlm.planning.plan import Plan
+from slimvlm.pruning.manifest import verify, write_manifest
+from slimvlm.runs.study.cells import expand
+from slimvlm.runs.study.config import read_study
+from slimvlm.runs.tables import as_table, result_rows
+from slimvlm.scoring.layerwise.checkpoint import open_checkpoint
+from slimvlm.scoring.unit_scores import Scores
+from tests import tiny_folder as folders
+from tests.trust.spoiled import INDEX, WEIGHTS, divide, write_pickle
+
+pytestmark = pytest.mark.slow
+
+MAX_SECONDS, MAX_BYTES = 60, 2 * 2**30
+DEEP: Any = 1
+for _ in range(80):
+    DEEP = [DEEP]
+NASTY: tuple[Any, ...] = (
+    *(None, True, False, -1, 0, 1, 3, 1.5, 1e308, float("nan"), float("inf"), -float("inf")),
+    *(10**6, 10**9, 10**12, 10**30, -(10**12), 2**31, 2**63),
+    *("", "x", "auto", "../../evil", "/etc/passwd", "marked.bin", "evil/kernel", "~", "\x1b[2J"),
+    *("a" * 10_000, "{t.__class__}", "{% for x in range(9) %}", "[bold]", "\u202e", "__class__"),
+    *([], {}, [[]], [None], ["x", 3], {"a": 1}, {"model_type": "llama"}, DEEP),
+)
+
+
+def places(values: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The way to every value inside some values."""
+    for key in values if isinstance(values, dict) else range(len(values)):
+        yield (*at, key)
+        if isinstance(values[key], dict | list):
+            yield from places(values[key], (*at, key))
+
+
+def mutated(values: Any, draw: random.Random) -> Any:
+    """The values with something in them replaced, removed, added or moved."""
+    values = json.loads(json.dumps(values))
+    *way, key = draw.choice(list(places(values)))
+    holder = values
+    for step in way:
+        holder = holder[step]
+    kind = draw.randrange(8)
+    if kind == 0:
+        del holder[key]
+    elif kind == 1 and isinstance(holder, dict):
+        holder[draw.choice(("evil", "auto_map", "_attn_implementation", "__class__", ""))] = holder[
+            key
+        ]
+    elif kind == 2 and isinstance(holder, dict):
+        holder[key] = draw.choice(list(holder.values()))
+    elif kind == 3 and isinstance(holder[key], int | float):
+        holder[key] = holder[key] * draw.choice((-1, 0, 2, 10**3, 10**7, 10**15))
+    elif kind == 4:
+        holder[key] = [holder[key]]
+    else:
+        holder[key] = draw.choice(NASTY)
+    return values
+
+
+def torn(content: bytes, draw: random.Random) -> bytes:
+    """A file cut short, with other bytes in it, or with some twice."""
+    place = draw.randrange(max(len(content), 1))
+    junk = draw.choice(
+        (b"\0", b"\xff\xfe", b"[" * 3000, b"{", b'"', b"&a [*a, *a]", b"!!python/x ")
+    )
+    return draw.choice(
+        (
+            content[:place],
+            content[:place] + junk + content[place:],
+            content[:place] + junk + content[place + len(junk) :],
+            content[:place] * 2,
+            b"",
+        )
+    )
+
+
+def spoil(file: Path, draw: random.Random) -> None:
+    """Change a file: its values if it is JSON or YAML, or its bytes."""
+    content = file.read_bytes()
+    if file.suffix not in (".json", ".yaml") or draw.random() < 0.15:
+        file.write_bytes(torn(content, draw))
+    elif file.suffix == ".json":
+        file.write_text(json.dumps(mutated(json.loads(content), draw)))
+    else:
+        file.write_text(yaml.safe_dump(mutated(yaml.safe_load(content), draw)))
+
+
+def use_model(folder: Path) -> None:
+    load(folder)
+    open_checkpoint(folder)
+
+
+def use_words(folder: Path) -> None:
+    model, words = load(folder)
+    answer(model, words, [Question("q", "Which colour?", ("red",))], 2)
+
+
+def make_divided(folder: Path) -> None:
+    make_model(folder)
+    divide(folder, "a.safetensors", "b.safetensors")
+
+
+def make_model(folder: Path) -> None:
+    shutil.copytree(folders.folder("text"), folder, dirs_exist_ok=True)
+    write_pickle(folder / "marked.bin", folder.parent / "marked")
+
+
+def make_template(folder: Path) -> None:
+    make_model(folder)
+    template = folder / "chat_template.jinja"
+    if not template.exists():
+        template.write_text(folders.TEXT_CHAT)
+
+
+def make_plan(folder: Path) -> None:
+    Plan.everything(anatomy(folders.folder("text"))).save(folder / "plan.json")
+
+
+def use_plan(folder: Path) -> None:
+    plan = Plan.load(folder / "plan.json")
+    _ = plan.summary(), plan.after, plan.ratio, plan.file_format, plan.after.total_params
+
+
+def make_study(folder: Path) -> None:
+    values = {
+        "grids": [{"ratio": [0.2, 0.4], "axis": "depth", "prune": {"samples": 8}, "seed": [0, 1]}],
+        "recoveries": {"short": {"train": "lora", "loss": "sft", "max_steps": 3}},
+        "data": "data.json",
+        "tasks": "demo",
+        "limit": 4,
+        "resources": {"cpus": 1, "gpus": 0.5},
+        "reference": {"source": "a paper", "rows": [{"retention": 90.0, "ratio": 0.2}]},
+    }
+    (folder / "study.yaml").write_text(yaml.safe_dump(values))
+
+
+def make_task(folder: Path) -> None:
+    (folder / "rows.jsonl").write_text(
+        '{"id": "a", "q": "Why?", "a": "so", "c": ["so", "no"]}\n' * 1
+    )
+    values = {"name": "own", "data": "rows.jsonl", "prompt": "{q} {{x}}", "answer": "a"}
+    more = {"choices": "c", "by_likelihood": True, "chance": 50, "metric": "exact_match"}
+    (folder / "task.yaml").write_text(yaml.safe_dump(values | more))
+
+
+def use_task(folder: Path) -> None:
+    task = read_task(folder / "task.yaml")
+    questions = task.load(None)
+    AnswerLog(folder / "logs", task.name, "key").add(questions, ["reply"] * len(questions))
+
+
+RESULT = Result(
+    "model",
+    1000,
+    800,
+    {
+        name: TaskResult(
+            "exact_match", 50.0, 25.0, True, ("a", "b"), ("r", "s"), (1.0, 0.0), {"f1": 1.0}, 50.0
+        )
+        for name in ("one", "two")
+    },
+    1.0,
+    2.0,
+)
+
+
+def use_result(folder: Path) -> None:
+    result = Result.load(folder / "result.json")
+    results = {"baseline": RESULT, "model": result}
+    as_table(*result_rows(results), title=result.model)
+    result.retention(RESULT)
+    comparison_rows(compare(RESULT, result, {}))
+
+
+def make_scores(folder: Path) -> None:
+    units = [torch.rand(2), torch.rand(2)]
+    Scores("magnitude", torch.rand(2), units, units).save(folder / "scores")
+
+
+def make_log(folder: Path) -> None:
+    questions = [Question(str(i), "Why?", ("so",)) for i in range(3)]
+    AnswerLog(folder, "own", "key").add(questions, ["reply"] * 3)
+
+
+def make_manifest(folder: Path) -> None:
+    (folder / "file").write_text("content")
+    write_manifest(folder)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A folder with a file to spoil, and what reads it."""
+
+    make: Callable[[Path], None]
+    file: str
+    use: Callable[[Path], Any]
+    count: int
+
+
+TARGETS: dict[str, Target] = {
+    "config": Target(make_model, "config.json", use_model, 500),
+    "index": Target(make_divided, INDEX, use_model, 200),
+    "weights": Target(make_model, WEIGHTS, use_model, 150),
+    "generation": Target(make_model, "generation_config.json", use_words, 150),
+    "tokenizer": Target(make_model, "tokenizer.json", use_words, 80),
+    "tokenizer settings": Target(make_model, "tokenizer_config.json", use_words, 120),
+    "template": Target(make_template, "chat_template.jinja", use_words, 80),
+    "plan": Target(make_plan, "plan.json", use_plan, 300),
+    "study": Target(make_study, "study.yaml", lambda f: expand(read_study(f / "study.yaml")), 300),
+    "task": Target(make_task, "task.yaml", use_task, 300),
+    "result": Target(lambda f: RESULT.save(f / "result.json"), "result.json", use_result, 250),
+    "scores": Target(make_scores, "scores.json", lambda f: Scores.load(f / "scores"), 100),
+    "log": Target(make_log, "own-key.jsonl", lambda f: AnswerLog(f, "own", "key"), 60),
+    "manifest": Target(make_manifest, "slimvlm_manifest.json", verify, 60),
+}
+
+
+def test_there_are_two_thousand() -> None:
+    assert sum(target.count for target in TARGETS.values()) >= 2000
+
+
+@contextmanager
+def limited() -> Iterator[None]:
+    """Inside, nothing takes longer than a minute."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"more than {MAX_SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(MAX_SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def outcome(use: Callable[[Path], Any], folder: Path) -> str:
+    """What is wrong with how it ended; nothing if it worked or was refused in one line."""
+    try:
+        with limited():
+            use(folder)
+    except SlimError as error:
+        told = str(error)
+        return "" if "\n" not in told and len(told) < 2000 else f"not one line: {told[:300]}"
+    except Exception as error:  # any other is what is looked for
+        return f"{type(error).__name__}: {error}"[:300]
+    return ""
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_spoiled_file_is_read_or_refused(name: str, tmp_path: Path) -> None:
+    target = TARGETS[name]
+    good, place = tmp_path / "good", tmp_path / "work" / "model"
+    good.mkdir()
+    target.make(good)
+    place.mkdir(parents=True)
+    shutil.copytree(good, place, dirs_exist_ok=True)
+    assert outcome(target.use, place) == ""
+    content, wrong, slowest = (good / target.file).read_bytes(), [], 0.0
+    for seed in range(target.count):
+        (place / target.file).write_bytes(content)
+        spoil(place / target.file, random.Random(f"{name} {seed}"))
+        start = time.monotonic()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            said = outcome(target.use, place)
+        slowest = max(slowest, time.monotonic() - start)
+        wrong += [f"{seed}: {said}"] if said else []
+        assert not list(tmp_path.rglob("marked")), f"{name} {seed} ran code"
+        assert {p.name for p in tmp_path.iterdir()} == {"good", "work"}, f"{name} {seed}"
+        assert {p.name for p in place.parent.iterdir()} == {"model"}, f"{name} {seed}"
+    assert not wrong, f"{len(wrong)} of {target.count}: " + "\n".join(wrong[:20])
+    assert slowest < MAX_SECONDS
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < MAX_BYTES
