@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers as hf
 
 from slimvlm.core.errors import SlimError
+from slimvlm.models.families import BACKBONES, FAMILIES
+from slimvlm.models.files import check_folder
 from slimvlm.models.load import anatomy, load
 from slimvlm.scoring.layerwise.checkpoint import open_checkpoint
 from tests import tiny_folder as folders
@@ -145,3 +148,30 @@ def test_divided_weights_and_links_inside_are_read(tmp_path: Path) -> None:
     linked = tmp_path / "link"
     linked.symlink_to(folder)
     load(linked)
+
+
+@pytest.mark.parametrize("kind", sorted({*FAMILIES, *BACKBONES}))
+def test_real_sizes_pass(kind: str, tmp_path: Path) -> None:
+    """The default configuration of every class describes the model that the class was made for."""
+    config = hf.CONFIG_MAPPING[kind]()
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config.to_dict(), default=str))
+    processor = hf.IMAGE_PROCESSOR_MAPPING.get(type(config), None)
+    for made in processor.values() if isinstance(processor, dict) else ():
+        pictures = json.loads(made().to_json_string())
+        (folder / "preprocessor_config.json").write_text(json.dumps(pictures))
+        check_folder(folder)
+    check_folder(folder)
+
+
+@pytest.mark.parametrize(
+    "size", [{"shortest_edge": 3136, "longest_edge": 12845056}, {"height": 980}]
+)
+def test_real_sizes_of_pictures_pass(size: dict[str, int], tmp_path: Path) -> None:
+    folder = folders.copied("text", tmp_path / "model")
+    values = {"size": size, "min_pixels": 3136, "max_pixels": 12845056, "max_patches": 12}
+    (folder / "preprocessor_config.json").write_text(json.dumps(values))
+    values["model_max_length"] = 1000000000000000019884624838656
+    (folder / "tokenizer_config.json").write_text(json.dumps(values))
+    check_folder(folder)

@@ -24,12 +24,13 @@ import torch
 import yaml
 
 from slimvlm.core.errors import SlimError
+from slimvlm.data.chat import encode_samples
 from slimvlm.data.samples import Question
 from slimvlm.evaluation.ask import AnswerLog, answer
 from slimvlm.evaluation.compare import compare, comparison_rows
 from slimvlm.evaluation.results import Result, TaskResult
 from slimvlm.evaluation.tasks import read_task
-from slimvlm.models.load import anatomy, load
+from slimvlm.models.load import anatomy, load, load_config, load_processor
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.manifest import verify, write_manifest
 from slimvlm.runs.study.cells import expand
@@ -136,6 +137,16 @@ def make_model(folder: Path) -> None:
     write_pickle(folder / "marked.bin", folder.parent / "marked")
 
 
+def make_seeing(folder: Path) -> None:
+    shutil.copytree(folders.folder("llava"), folder, dirs_exist_ok=True)
+
+
+def use_pictures(folder: Path) -> None:
+    anatomy(folder)
+    words = load_processor(str(folder), load_config(folder))
+    encode_samples(words, folders.short_samples(1))
+
+
 def make_template(folder: Path) -> None:
     make_model(folder)
     template = folder / "chat_template.jinja"
@@ -166,9 +177,7 @@ def make_study(folder: Path) -> None:
 
 
 def make_task(folder: Path) -> None:
-    (folder / "rows.jsonl").write_text(
-        '{"id": "a", "q": "Why?", "a": "so", "c": ["so", "no"]}\n' * 1
-    )
+    (folder / "rows.jsonl").write_text('{"id": "a", "q": "Why?", "a": "so", "c": ["so", "no"]}\n')
     values = {"name": "own", "data": "rows.jsonl", "prompt": "{q} {{x}}", "answer": "a"}
     more = {"choices": "c", "by_likelihood": True, "chance": 50, "metric": "exact_match"}
     (folder / "task.yaml").write_text(yaml.safe_dump(values | more))
@@ -204,8 +213,8 @@ def use_result(folder: Path) -> None:
 
 
 def make_scores(folder: Path) -> None:
-    units = [torch.rand(2), torch.rand(2)]
-    Scores("magnitude", torch.rand(2), units, units).save(folder / "scores")
+    groups, neurons = ([torch.rand(2), torch.rand(3)] for _ in range(2))
+    Scores("magnitude", torch.rand(2), groups, neurons).save(folder / "scores")
 
 
 def make_log(folder: Path) -> None:
@@ -235,6 +244,8 @@ TARGETS: dict[str, Target] = {
     "generation": Target(make_model, "generation_config.json", use_words, 150),
     "tokenizer": Target(make_model, "tokenizer.json", use_words, 80),
     "tokenizer settings": Target(make_model, "tokenizer_config.json", use_words, 120),
+    "seeing": Target(make_seeing, "config.json", use_pictures, 120),
+    "pictures": Target(make_seeing, "processor_config.json", use_pictures, 120),
     "template": Target(make_template, "chat_template.jinja", use_words, 80),
     "plan": Target(make_plan, "plan.json", use_plan, 300),
     "study": Target(make_study, "study.yaml", lambda f: expand(read_study(f / "study.yaml")), 300),

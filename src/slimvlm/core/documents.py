@@ -222,7 +222,7 @@ def _first_mistake(kind: type, error: ValidationError, where: str) -> str:
     sort, steps, context = mistake["type"], mistake["loc"], mistake.get("ctx", {})
     if sort == "missing" and isinstance(steps[-1], int):
         sort = "too_long"  # or too short
-    keys = [step for step in steps if isinstance(step, str)]
+    keys = [step[:LONGEST] for step in steps if isinstance(step, str)]
     place, around = (": ".join(filter(None, [where, *some])) for some in (keys, keys[:-1]))
     if sort == "value_error":  # what options say of their own values
         return f"{place}: {context['error']}".removeprefix(": ")

@@ -18,7 +18,7 @@ from jinja2 import TemplateSyntaxError
 from PIL import Image
 from torch import Tensor
 
-from slimvlm.core.errors import ConfigError, DataError, SlimError, one_line
+from slimvlm.core.errors import LONGEST, ConfigError, DataError, SlimError, one_line
 from slimvlm.data.images import open_image
 from slimvlm.data.roles import IGNORE
 from slimvlm.data.samples import Message, Question, Sample
@@ -185,12 +185,15 @@ def process(
         "padding_side": padding_side,  # some processors have a default that beats the tokenizer's
         "add_special_tokens": _adds_special_tokens(tokenizer, texts[0]),
     }
-    if not any(images):
-        return dict(tokenizer(texts, **options))
     try:
+        if not any(images):
+            return dict(tokenizer(texts, **options))
         return dict(processor(text=texts, images=images, **options))
-    except ValueError as error:  # such as a text that holds the model's own token for pictures
-        raise DataError(f"the processor refuses the conversation ({error})") from error
+    except (
+        Exception
+    ) as error:  # a text that holds the model's own token for pictures, wrong settings
+        told = one_line(error)[:LONGEST]
+        raise DataError(f"the processor refuses the conversation ({told})") from error
 
 
 def _adds_special_tokens(tokenizer: Any, text: str) -> bool:

@@ -386,9 +386,9 @@ def _has_text(message: Message) -> bool:
     return any(part.get("text", "").strip() for part in message["content"])
 
 
-def _split_placeholders(text: str) -> list[dict[str, str]]:
+def _split_placeholders(text: str) -> list[dict[str, Any]]:
     """``<image>`` and what follows → an image part and a text part."""
-    parts: list[dict[str, str]] = []
+    parts: list[dict[str, Any]] = []
     for position, piece in enumerate(text.split("<image>")):
         if position:
             parts.append({"type": "image"})

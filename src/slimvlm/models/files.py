@@ -40,7 +40,10 @@ _LIMITS: tuple[tuple[str, int, int], ...] = (
     (r"(num|n|max|encoder|decoder)(_\w+)?_layers?|n_layers?|layers|depth", 0, 2**10),
     (r"hidden_size|head_dim|num_(attention|key_value)_heads|patch_size|n_heads?", 1, 2**20),
     (r"intermediate_size|\w+_intermediate_size|num_\w*experts\w*|\w+_dim|\w+_heads", 0, 2**20),
-    (r"image_size|height|width|crop_size|\w+_channels|depths", 0, 2**14),
+    (r"image_size|height|width|crop_size|(shortest|longest)_edge|\w+_channels|depths", 0, 2**12),
+    (r"(shortest|longest)_edge area|\w+_pixels", 1, 2**27),
+    (r"image_seq_len\w*|num_\w*_tokens|(min|max)_(patches|\w*tiles)", 0, 2**14),
+    (r"\w*_token_(id|ids|index)", -1, 2**31),
     (r"\w+_(size|rank|positions|embeddings|tokens|beams|sequences)", -1, 2**27),
 )
 """Names of numbers and what they may be: far beyond every model that there is, but what is built
@@ -176,14 +179,17 @@ def _require_inside(path: Path, folder: Path, where: str) -> None:
 def _require_plausible(values: Any, where: str, name: str = "") -> None:
     """Look at every number and at every name of code, however deep."""
     if isinstance(values, dict):
+        longest = values.get("longest_edge")
+        are_areas = isinstance(longest, int) and longest > 2**12  # of Qwen's processors
         for key, value in values.items():
-            _require_plausible(value, where, key)
+            _require_plausible(value, where, key + " area" * (are_areas and "_edge" in key))
     elif isinstance(values, list):
         for value in values:
             _require_plausible(value, where, name)
     elif isinstance(values, int | float) and not isinstance(values, bool):
         row = next((row for row in _LIMITS if re.fullmatch(row[0], name)), None)
         if row is not None and not row[1] <= values <= row[2]:
-            raise ConfigError(f"{where} {name} {values:.6g} must be {row[1]} to {row[2]:,}")
+            limits = f"{row[1]} to {row[2]:,}"
+            raise ConfigError(f"{where} {name} {shortened(values)} must be {limits}")
     elif isinstance(values, str) and name.endswith("_implementation") and "/" in values:
         raise ConfigError(f"{where} {name} {shortened(values)} names code, which is not run")

@@ -15,6 +15,7 @@ from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import Dtype, LoadConfig
 from slimvlm.core.processes import local_rank
 from slimvlm.core.requests import digest
+from slimvlm.data.chat import tokenizer_of
 from slimvlm.models.anatomy import Anatomy, read_anatomy
 from slimvlm.models.classes import (
     auto_class,
@@ -168,7 +169,9 @@ def load_processor(name: str, config: PreTrainedConfig, trust_remote_code: bool 
     if Path(name).is_dir() and not (_WORDS & {path.name for path in Path(name).iterdir()}):
         return None
     with unreadable(name, "processor" if sees else "tokenizer"):
-        return auto.from_pretrained(name, trust_remote_code=trust_remote_code)
+        words = auto.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer_of(words)("a")  # some settings fail at the first word
+    return words
 
 
 def anatomy(model: PreTrainedModel | PreTrainedConfig | str | Path) -> Anatomy:
