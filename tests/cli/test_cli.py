@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 import slimvlm as sv
 from slimvlm import cli
 from slimvlm.cli.printing import note, print_table
+from slimvlm.core.documents import built
 from slimvlm.data.samples import Question
 from slimvlm.evaluation.ask import answer
 from slimvlm.evaluation.results import Result
@@ -373,7 +374,7 @@ def test_inspect_agrees_with_the_library(kind: str, run: Run) -> None:
         "legal_kv_heads": shape.legal_kv_heads(),
     }
     assert {name: values.pop(name) for name in extra} == extra
-    assert Anatomy.from_dict(values) == shape
+    assert built(Anatomy, values) == shape
 
 
 def test_inspect_needs_no_weights(run: Run, llava: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import transformers as hf
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from slimvlm.core.documents import built
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError, SlimError
 from slimvlm.models.anatomy import Anatomy, read_anatomy
 from slimvlm.models.classes import auto_class
@@ -480,4 +481,4 @@ def test_an_unknown_family_is_named() -> None:
 def test_an_anatomy_survives_json() -> None:
     for name in ("llava-llama", "qwen3_vl"):
         anatomy = read_anatomy(tiny.build(name))
-        assert Anatomy.from_dict(anatomy.to_dict()) == anatomy
+        assert built(Anatomy, anatomy.to_dict()) == anatomy

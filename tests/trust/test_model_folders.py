@@ -12,6 +12,7 @@ import pytest
 import transformers as hf
 
 from slimvlm.core.errors import SlimError
+from slimvlm.export.quantize import quantize
 from slimvlm.models.families import BACKBONES, FAMILIES
 from slimvlm.models.files import check_folder
 from slimvlm.models.load import anatomy, load
@@ -148,6 +149,15 @@ def test_divided_weights_and_links_inside_are_read(tmp_path: Path) -> None:
     linked = tmp_path / "link"
     linked.symlink_to(folder)
     load(linked)
+
+
+def test_quantize_reads_no_pickle_either(tmp_path: Path) -> None:
+    folder = folders.copied("text", tmp_path / "model")
+    (folder / WEIGHTS).unlink()
+    write_pickle(folder / "pytorch_model.bin", tmp_path / "marked")
+    with pytest.raises(SlimError, match="is a pickle"):
+        quantize(folder, tmp_path / "out")
+    assert not (tmp_path / "marked").exists()
 
 
 @pytest.mark.parametrize("kind", sorted({*FAMILIES, *BACKBONES}))

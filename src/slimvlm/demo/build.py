@@ -101,6 +101,7 @@ def build_from_delta(delta: Path, out: Path, force: bool = False) -> Path:
         raise ConfigError(f"delta {str(delta)!r}: no such file")
     with new_folder(out, force) as folder:
         _write(delta, folder)
+        (folder / MARKER).write_text(json.dumps({"stamp": delta.name}))
     return out
 
 

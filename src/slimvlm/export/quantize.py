@@ -21,8 +21,16 @@ from slimvlm.core.errors import ConfigError, ReloadError
 from slimvlm.core.files import new_folder, require_free
 from slimvlm.evaluation.measure import stored_bytes
 from slimvlm.models.classes import auto_class, empty_model, is_quantized, is_uneven, uneven_class
-from slimvlm.models.load import default_device, load_config, load_processor, resolve
+from slimvlm.models.files import unreadable
+from slimvlm.models.load import (
+    default_device,
+    load_config,
+    load_processor,
+    require_buildable,
+    resolve,
+)
 from slimvlm.models.parts import family_of, projections
+from slimvlm.pruning.manifest import write_manifest
 from slimvlm.pruning.save import PLAN_FILE, check_reload
 
 Bits = Literal["int8", "int4"]
@@ -130,6 +138,7 @@ def quantize(
     """
     require_free(out, force)
     config = load_config(model)
+    require_buildable(resolve(model), config)
     target = torch.device(device) if device is not None else default_device()
     chosen = _backend_for(to, backend, target)
     _check(config, to, chosen)
@@ -147,6 +156,7 @@ def quantize(
             shutil.copy(Path(name) / PLAN_FILE, folder / PLAN_FILE)
         after = stored_bytes(small)
         check_reload(small, processor, folder)
+        write_manifest(folder)
     before = sum(p.numel() for p in empty_model(config).parameters()) * dtype.itemsize
     return Quantized(to, chosen, before, after)
 
@@ -211,9 +221,10 @@ def _load(
 ) -> PreTrainedModel:
     source: Any = uneven_class(config) if is_uneven(config) else auto_class(config)
     place = {"device_map": {"": str(device)}} if device.type == "cuda" else {}
-    model: PreTrainedModel = source.from_pretrained(
-        name, dtype="auto", quantization_config=quantization, **place
-    )
+    with unreadable(name, "weights"):
+        model: PreTrainedModel = source.from_pretrained(
+            name, dtype="auto", use_safetensors=True, quantization_config=quantization, **place
+        )
     model.eval()
     return model
 

@@ -110,9 +110,7 @@ def load(
     name = resolve(model)
     source: Any = uneven_class(config) if is_uneven(config) else auto_class(config)
     divided = {"distributed_config": shard_config(config)} if shard else {}
-    with unreadable(model, "config"):
-        described = sum(p.numel() for p in empty_model(config).parameters())
-    require_stored(name, described)
+    require_buildable(name, config)
     with unreadable(model, "weights"):
         loaded, report = source.from_pretrained(
             name,
@@ -132,6 +130,21 @@ def load(
     if not shard:  # shards lie where they belong
         loaded = loaded.to(torch.device(device) if device is not None else default_device())
     return loaded.eval(), load_processor(name, config, trust_remote_code)
+
+
+def require_buildable(name: str, config: PreTrainedConfig) -> None:
+    """Refuse a model that cannot be read as its configuration says, before it is built.
+
+    Args:
+        name: A folder or hub id, from `resolve`.
+        config: Its configuration.
+
+    Raises:
+        ConfigError: If its weights are pickled, missing or malformed, or far fewer than described.
+    """
+    with unreadable(name, "config"):
+        described = sum(p.numel() for p in empty_model(config).parameters())
+    require_stored(name, described)
 
 
 def load_as(
@@ -166,7 +179,8 @@ def load_processor(name: str, config: PreTrainedConfig, trust_remote_code: bool 
     """
     sees = family_of(config.model_type).vision is not None
     auto = transformers.AutoProcessor if sees else transformers.AutoTokenizer
-    if Path(name).is_dir() and not (_WORDS & {path.name for path in Path(name).iterdir()}):
+    here = {path.name for path in Path(name).iterdir()} if Path(name).is_dir() else _WORDS
+    if not name or not here & _WORDS:
         return None
     with unreadable(name, "processor" if sees else "tokenizer"):
         words = auto.from_pretrained(name, trust_remote_code=trust_remote_code)

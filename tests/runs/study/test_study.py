@@ -288,14 +288,26 @@ def test_what_fails_is_said_and_stops_nothing_else(
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_study_of_which_nothing_could_be_measured_is_reported(
-    as_json: bool, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    as_json: bool,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One question has no other one to take pictures from, so its floor cannot be measured."""
+    """As with one question, which has no other one to take pictures from for its floor."""
+    honest = engines.work
+
+    def fails(stage: Stage, *rest: Any) -> None:
+        if stage.kind == "evaluate":
+            raise ConfigError("blind: question 'a' finds no other pictures")
+        honest(stage, *rest)
+
+    monkeypatch.setattr(engines, "work", fails)
     config = study(data, {"recovery": "none", "axis": "depth"}, limit=1)
     table = run_study(config, tmp_path / "out", console=QUIET)
     assert set(table["status"]) == {"failed"}
-    print_study(table, as_json)
     assert "other pictures" in str(table["failed"][0])
+    print_study(table, as_json)
     assert "failed" in capsys.readouterr().out
 
 
