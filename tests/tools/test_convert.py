@@ -587,6 +587,11 @@ def test_existing_folders_are_replaced_only_when_asked(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine").write_text("kept")
+    with pytest.raises(ConfigError, match="slimvlm did not write"):
+        CASES["llava"].convert(out, force=True)
+    (out / "mine").unlink()
+    CASES["llava"].convert(out, force=True)  # an empty folder is nobody's
+    (out / "mine").write_text("kept")
     with pytest.raises(ConfigError, match="exists"):
         CASES["llava"].convert(out)
     with pytest.raises(ConfigError, match="vision_tower"):
