@@ -11,6 +11,7 @@ from slimvlm.data.read import estimated_length
 from slimvlm.evaluation.tasks import builtin_tasks
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.load import anatomy
+from slimvlm.pruning.walk.distil import PASSES
 from slimvlm.runs.estimate import Sizes, image_tokens, optimizer_steps
 from slimvlm.runs.recipes import rules
 from slimvlm.runs.request import Request
@@ -19,8 +20,9 @@ from slimvlm.runs.study.graph import CellStages, Stage
 from slimvlm.runs.study.work import samples_of
 from slimvlm.scoring.criteria import CRITERIA
 
-_WALK_PASSES = 5
-"""What a walk over the calibration samples takes, in forward passes; see docs/results.md."""
+_WALK_PASSES = 3
+"""What a walk without local steps takes, in forward passes over its samples; see
+docs/results.md."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,10 @@ def _flops_of(stage: Stage, kept: float, sizes: Sizes) -> float:
             row = CRITERIA[prune.criterion[0]]
             return disk + shown * row.capture.passes
         case "prune":
-            return 3 * disk + shown * _WALK_PASSES * (prune.data is not None)
+            if prune.data is None:
+                return 3 * disk
+            learnt = PASSES * (prune.ratio or 0.0) if prune.local_steps is None else 0.0
+            return 3 * disk + shown * (_WALK_PASSES + 3 * learnt)
         case "recover":
             assert recover is not None
             learnt = max(round(sizes.samples * recover.fraction), 1)
