@@ -52,7 +52,7 @@ def run_demo(
             axis=axis,
             data="demo",
             dtype=dtype,
-            samples=16 if short else 48,
+            samples=16 if short else 128,
             training_samples=32 if short else 96,
             recover=RECOVERY,
             tasks="demo",
