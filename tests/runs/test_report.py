@@ -63,7 +63,8 @@ def write_run(folder: Path, shape: Anatomy, axis: str = "width", model: str = "t
     recover = {"train": "lora", "loss": "sft+hidden"}
     config = {"model": model, "ratio": 0.3, "axis": axis, "tasks": "name", "recover": recover}
     steps = [{"step": i, "loss": 2 / i, "loss_sft": 1 / i, "loss_hidden": 1 / i} for i in (1, 2, 4)]
-    history = {"steps": steps, "num_samples": 7, "trained_params": 5, "teacher": "separate"}
+    history = {"steps": steps, "num_samples": 7, "trained_params": 5}
+    history |= {"sample_ids": [], "teacher": "separate"}
     row = MatrixReport("mlp", sliced=0.5, repaired=0.25, share=1.0)
     walk = WalkReport([LayerReport(0, {"mlp.down_proj": row}, (0.4, 0.3)), LayerReport(1)])
     (folder / "scores").mkdir(parents=True)

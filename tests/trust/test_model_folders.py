@@ -185,3 +185,18 @@ def test_real_sizes_of_pictures_pass(size: dict[str, int], tmp_path: Path) -> No
     values["model_max_length"] = 1000000000000000019884624838656
     (folder / "tokenizer_config.json").write_text(json.dumps(values))
     check_folder(folder)
+
+
+def test_the_small_files_of_a_hub_repository_are_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folders.copied("text", tmp_path / "snapshots" / "main")
+    _pickled_part(folder)
+
+    def in_cache(model: str, name: str) -> str | None:
+        assert model == "own/tiny"
+        return str(folder / name) if (folder / name).exists() else None
+
+    monkeypatch.setattr("slimvlm.models.files.file_if_reachable", in_cache)
+    with pytest.raises(SlimError, match=r"part\.bin"):
+        load("own/tiny")

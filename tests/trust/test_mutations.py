@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from slimvlm.runs.study.config import read_study
 from slimvlm.runs.tables import as_table, result_rows
 from slimvlm.scoring.layerwise.checkpoint import open_checkpoint
 from slimvlm.scoring.unit_scores import Scores
+from slimvlm.training.recover import History
 from tests import tiny_folder as folders
 from tests.trust.spoiled import INDEX, WEIGHTS, divide, write_pickle
 
@@ -217,6 +218,12 @@ def make_scores(folder: Path) -> None:
     Scores("magnitude", torch.rand(2), groups, neurons).save(folder / "scores")
 
 
+def make_history(folder: Path) -> None:
+    rows = ({"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.0})
+    history = History(steps=rows, num_samples=4, sample_ids=("a", "b"), trained_params=10)
+    (folder / "history.json").write_text(json.dumps(asdict(history)))
+
+
 def make_log(folder: Path) -> None:
     questions = [Question(str(i), "Why?", ("so",)) for i in range(3)]
     AnswerLog(folder, "own", "key").add(questions, ["reply"] * 3)
@@ -238,20 +245,21 @@ class Target:
 
 
 TARGETS: dict[str, Target] = {
-    "config": Target(make_model, "config.json", use_model, 500),
-    "index": Target(make_divided, INDEX, use_model, 200),
+    "config": Target(make_model, "config.json", use_model, 350),
+    "index": Target(make_divided, INDEX, use_model, 150),
     "weights": Target(make_model, WEIGHTS, use_model, 150),
-    "generation": Target(make_model, "generation_config.json", use_words, 150),
-    "tokenizer": Target(make_model, "tokenizer.json", use_words, 80),
-    "tokenizer settings": Target(make_model, "tokenizer_config.json", use_words, 120),
+    "generation": Target(make_model, "generation_config.json", use_words, 100),
+    "tokenizer": Target(make_model, "tokenizer.json", use_words, 60),
+    "tokenizer settings": Target(make_model, "tokenizer_config.json", use_words, 100),
     "seeing": Target(make_seeing, "config.json", use_pictures, 120),
-    "pictures": Target(make_seeing, "processor_config.json", use_pictures, 120),
+    "pictures": Target(make_seeing, "processor_config.json", use_pictures, 100),
     "template": Target(make_template, "chat_template.jinja", use_words, 80),
     "plan": Target(make_plan, "plan.json", use_plan, 300),
     "study": Target(make_study, "study.yaml", lambda f: expand(read_study(f / "study.yaml")), 300),
     "task": Target(make_task, "task.yaml", use_task, 300),
     "result": Target(lambda f: RESULT.save(f / "result.json"), "result.json", use_result, 250),
     "scores": Target(make_scores, "scores.json", lambda f: Scores.load(f / "scores"), 100),
+    "history": Target(make_history, "history.json", lambda f: History.load(f / "history.json"), 60),
     "log": Target(make_log, "own-key.jsonl", lambda f: AnswerLog(f, "own", "key"), 60),
     "manifest": Target(make_manifest, "slimvlm_manifest.json", verify, 60),
 }

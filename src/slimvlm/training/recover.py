@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainingArguments
 
+from slimvlm.core.documents import Count, built, read_object
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import explained
 from slimvlm.core.options import HIDDEN_LOSSES, RecoverConfig
@@ -60,13 +61,22 @@ class History:
         teacher: Where the teacher's answers came from, and how much memory it shared.
     """
 
-    steps: tuple[dict[str, float], ...]
-    num_samples: int
+    steps: tuple[Mapping[str, int | float], ...]
+    num_samples: Count
     sample_ids: tuple[str, ...]
-    trained_params: int
-    evaluations: tuple[dict[str, float], ...] = ()
+    trained_params: Count
+    evaluations: tuple[Mapping[str, int | float], ...] = ()
     held_out_ids: tuple[str, ...] = ()
     teacher: str = "none"
+
+    @classmethod
+    def load(cls, path: str | Path) -> History:
+        """Read what a run or a study wrote as ``history.json``.
+
+        Raises:
+            ConfigError: If it cannot be read or is no history.
+        """
+        return built(cls, read_object(path, "history"), f"history {str(path)!r}")
 
 
 @dataclass(frozen=True)

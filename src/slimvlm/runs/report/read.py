@@ -25,6 +25,7 @@ from slimvlm.runs.report.record import Entry, Pruning, Record, Table, Training
 from slimvlm.runs.study.table import DONE, FAILED, ORIGINAL, STUDY, TABLE
 from slimvlm.runs.tables import LEGEND, MARK, result_rows
 from slimvlm.scoring.unit_scores import Scores
+from slimvlm.training.recover import History
 
 SHOWN_RATIO = 0.3
 """Answers are shown of the best model at the measured ratio that is nearest to this one."""
@@ -403,13 +404,13 @@ def _training(path: Path, title: str) -> list[Training]:
     """The history of a recovery, if it has one."""
     if not path.is_file():
         return []
-    history = _read_json(path)
-    millions = history["trained_params"] / 1e6
+    history = History.load(path)
+    millions = history.trained_params / 1e6
     about = (
-        f"{history['num_samples']} conversations; {millions:.1f} M parameters learned; "
-        f"teacher: {history.get('teacher', 'none')}"
+        f"{history.num_samples} conversations; {millions:.1f} M parameters learned; "
+        f"teacher: {history.teacher}"
     )
-    return [Training(title, history["steps"], history.get("evaluations", ()), about)]
+    return [Training(title, history.steps, history.evaluations, about)]
 
 
 def _compared(original: Result, other: Result, config: Mapping[str, Any]) -> Comparison:

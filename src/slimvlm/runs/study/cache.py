@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from uuid import uuid4
 
-from slimvlm.core.documents import read_object
+from pydantic import Field
+
+from slimvlm.core.documents import built, read_object
 from slimvlm.core.errors import InUseError
 from slimvlm.core.files import held, new_folder, write_text
 from slimvlm.runs.study.graph import Stage
@@ -38,6 +40,21 @@ class Outcome:
     name: str
     seconds: float = 0.0
     error: str = ""
+
+
+@dataclass(frozen=True)
+class _About:
+    """What is written beside an outcome."""
+
+    label: str
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    flops: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    request: Mapping[str, Any]
+
+
+def _about(path: Path) -> Mapping[str, Any]:
+    values = read_object(path, "stage")
+    return vars(built(_About, values, f"stage {str(path)!r}"))
 
 
 class Cache:
@@ -74,12 +91,12 @@ class Cache:
 
     def about(self, stage: Stage) -> Mapping[str, Any]:
         """What was written beside an outcome: request, seconds, work."""
-        return read_object(self.folder(stage) / ABOUT, "stage")
+        return _about(self.folder(stage) / ABOUT)
 
     def records(self, kind: str) -> list[Mapping[str, Any]]:
         """What was written beside all outcomes of a kind."""
         found = sorted((self.root / "cache" / kind).glob(f"[!.]*/{ABOUT}"))
-        return [read_object(path, "stage") for path in found]
+        return [_about(path) for path in found]
 
     def error_of(self, stage: Stage) -> str:
         """The error that a stage's last attempt ended with; empty if there is none."""

@@ -10,17 +10,18 @@ from typing import Any
 
 import pandas as pd
 
-from slimvlm.core.documents import read_object
 from slimvlm.core.files import new_file, write_text
 from slimvlm.evaluation.metrics import average
 from slimvlm.evaluation.results import PERPLEXITY, Result, TaskResult
 from slimvlm.evaluation.tasks import find_tasks
+from slimvlm.planning.plan import Plan
 from slimvlm.runs.estimate import optimizer_steps
 from slimvlm.runs.study.cache import Cache
 from slimvlm.runs.study.config import StudyConfig
 from slimvlm.runs.study.graph import STAGE_KINDS, CellStages, Stage
 from slimvlm.runs.study.schedule import Schedule
 from slimvlm.runs.study.work import HISTORY, PLAN, RESULT, SCORES
+from slimvlm.training.recover import History
 
 CHOICE_METRICS = ("letter", "yes_no")
 """Metrics of answers that are chosen from a few; all others are of free answers."""
@@ -87,9 +88,9 @@ def _row(
     asked = cell.cell.values()
     row = {**asked, "achieved_ratio": None, "steps": 0, **_state(stages, cache)}
     if cache.is_done(cell.prune):
-        row["achieved_ratio"] = float(_json(cache.path(cell.prune, PLAN))["ratio"])
+        row["achieved_ratio"] = _ratio(cache.path(cell.prune, PLAN))
     if cell.cell.recover and cell.recover and cache.is_done(cell.recover):
-        samples = _json(cache.path(cell.recover, HISTORY))["num_samples"]
+        samples = History.load(cache.path(cell.recover, HISTORY)).num_samples
         row["steps"] = optimizer_steps(cell.cell.recover, samples)
     if row["status"] == DONE:
         result, original = (cache.path(s, RESULT) for s in (cell.evaluate, cell.original))
@@ -120,8 +121,9 @@ def _place(cache: Cache, stage: Stage, name: str) -> str:
     return str(cache.path(stage, name).relative_to(cache.root))
 
 
-def _json(path: Path) -> Any:
-    return read_object(path, "stage")
+@lru_cache(maxsize=4096)
+def _ratio(plan: Path) -> float:
+    return Plan.load(plan).ratio
 
 
 def _state(stages: Sequence[Stage], cache: Cache) -> dict[str, Any]:
