@@ -21,6 +21,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils.hub import cached_file
 
 from slimvlm.core.errors import UnsupportedModelError
+from slimvlm.models.hidden import require_finite_values
 from slimvlm.models.parts import family_of
 
 
@@ -103,9 +104,25 @@ def write_weights(
         weights: Its parameters by name.
         folder: An existing folder.
         shard_bytes: Largest weight file.
+
+    Raises:
+        NumericalError: If a weight is NaN or infinite.
     """
     model.hf_device_map = {"": "disk"}
-    model._hf_hook = SimpleNamespace(weights_map=weights)
+    model._hf_hook = SimpleNamespace(weights_map=_FiniteWeights(weights))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*offloaded modules.*")
         model.save_pretrained(folder, max_shard_size=shard_bytes)
+
+
+class _FiniteWeights:
+    """Weights by name; one that is no number is not given out."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self.weights = weights
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self.weights[name]
+        if tensor.is_floating_point():
+            require_finite_values(tensor, f"weight {name!r} as {tensor.dtype}")
+        return tensor

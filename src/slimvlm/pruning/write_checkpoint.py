@@ -17,7 +17,6 @@ from slimvlm.core.errors import ReloadError
 from slimvlm.core.files import new_folder, require_free
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.classes import empty_model
-from slimvlm.models.hidden import require_finite_values
 from slimvlm.models.internals import write_weights
 from slimvlm.models.load import load_processor
 from slimvlm.planning.plan import Plan
@@ -64,6 +63,7 @@ def prune_checkpoint(
         ConfigError: If the folder exists, the plan is for another model, or files cannot be read.
         ImpossiblePlanError: If the configuration class cannot express the shape.
         ReloadError: If what was written does not read back.
+        NumericalError: If a weight is NaN or infinite, or becomes so in the data type.
     """
     require_free(out, force)
     checkpoint = open_checkpoint(model, dtype, trust_remote_code)
@@ -102,12 +102,6 @@ class _KeptWeights(Mapping[str, Tensor]):
         self.layers = f"{plan.before.family.backbone}.layers"
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self._kept(name)
-        if tensor.is_floating_point():
-            require_finite_values(tensor, f"weight {name!r} as {tensor.dtype}")
-        return tensor
-
-    def _kept(self, name: str) -> Tensor:
         match = re.fullmatch(rf"{re.escape(self.layers)}\.(\d+)\.(.+)", name)
         if match is None:
             return self._cut(name)
