@@ -7,12 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from slimvlm.models.anatomy import Anatomy
-from slimvlm.models.hidden import head_of, hidden_states
 from slimvlm.planning.plan import Plan
-from slimvlm.scoring.batches import mean_answer_loss
 from slimvlm.scoring.unit_scores import Scores
 
 Batch = dict[str, Tensor]
@@ -59,15 +56,6 @@ def logits(model: nn.Module, batch: Batch) -> Tensor:
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     output: Tensor = model(**inputs, use_cache=False).logits
     return output
-
-
-def answer_loss(model: PreTrainedModel, batches: Iterable[Batch]) -> float:
-    """Mean cross-entropy over the labelled tokens of some batches."""
-    states = (
-        (hidden_states(model, {k: v for k, v in b.items() if k != "labels"})[0], b["labels"])
-        for b in batches
-    )
-    return mean_answer_loss(states, head_of(model))
 
 
 def snapshot(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:

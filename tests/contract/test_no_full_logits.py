@@ -25,11 +25,12 @@ from slimvlm.models.losses import CHUNK
 from slimvlm.planning.mask import mask_
 from slimvlm.pruning import save
 from slimvlm.pruning.walk.walk import walk_
+from slimvlm.scoring.batches import answer_loss
 from slimvlm.scoring.score_model import score
 from slimvlm.training.recover import recover
 from tests import tiny
 from tests import tiny_folder as folders
-from tests.handmade import Batch, answer_loss, logits, padded, plan_by_hand
+from tests.handmade import Batch, logits, padded, plan_by_hand
 
 pytestmark = pytest.mark.usefixtures("unhurried")
 LONG = "It is red. There is a blue circle in the picture. " * 6

@@ -27,6 +27,7 @@ from slimvlm.core.checked import (
 from slimvlm.core.errors import ConfigError
 
 Axis = Literal["depth", "width", "both"]
+AxisChoice = Literal["depth", "width", "both", "auto", "chart"]
 Unit = Literal["kv_group", "neuron"]
 Allocation = Literal["uniform", "balanced", "protect"]
 Gradient = Literal["batch", "per_sample"]
@@ -343,8 +344,9 @@ class PruneConfig(FileOptions, WidthOptions, RatioOptions, SampleOptions, DataOp
         ConfigError: If a value is out of range; the message names the field.
     """
 
-    axis: Axis | None = None
-    """Remove layers, KV groups and neurons, or both."""
+    axis: AxisChoice | None = None
+    """Remove layers, KV groups and neurons, or both; auto tries the three on held-out data, chart
+    follows the study's decision chart. By default compress with data is auto, all else chart."""
     criterion: tuple[str, ...] = ()
     """How to score, one criterion for each kind of unit; by default what measured best."""
     allocation: Allocation | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -28,6 +29,7 @@ from slimvlm.core.options import CompressConfig, PruneConfig, Questions
 from slimvlm.core.progress import Say
 from slimvlm.core.requests import identity_of_files, is_begun_for, note_request
 from slimvlm.data.read import identity_of_data
+from slimvlm.data.samples import Sample
 from slimvlm.evaluation.results import Result, read_baseline
 from slimvlm.models.cost import peak_memory
 from slimvlm.models.load import anatomy, load, resolve
@@ -53,10 +55,13 @@ STAGES = ("original", "pruned", "recovered")
 
 
 def request_of(model: str, config: CompressConfig) -> Request:
-    """What a run asks of the stages."""
+    """What a run asks of the stages; data, where there are some, choose the axis."""
+    prune = part_of(config, PruneConfig)
+    if prune.axis is None and prune.data is not None:
+        prune = replace(prune, axis="auto")
     return Request(
         model=model,
-        prune=part_of(config, PruneConfig),
+        prune=prune,
         recover=config.recover,
         training_samples=config.training_samples,
         questions=part_of(config, Questions) if config.tasks else None,
@@ -137,7 +142,9 @@ def _checked_samples(run: Run, force: bool) -> SampleSplit:
         read_baseline(run.config.baseline, floors=run.config.floors)
     check_request(run.request, anatomy(run.model), run.say)
     samples = stages.read_split(run.request, run.say)
-    if run.config.axis is None:
+    if run.request.prune.axis == "auto":
+        run.say("axis auto: depth, width and both are tried, and held-out answers choose")
+    elif run.config.axis in (None, "chart"):
         chart = recipe_for(ratio_of(run.config), run.request.trains)
         run.say(f"axis {chart.axis}: {chart.why} ({chart.source})")
     return samples
@@ -150,7 +157,7 @@ def _go(run: Run, samples: SampleSplit, force: bool) -> None:
     _evaluated(run, "original", original, processor)
     calibration = Calibration(processor, samples.calibration, run.request.hold_out)
     trains = run.request.trains and bool(samples.training)
-    plan = _pruned(run, original, calibration, "pruned" if trains else "checkpoint")
+    plan = _pruned(run, original, calibration, samples.training if trains else ())
     del original, calibration  # before two models are read for recovery
     if trains:
         _recovered(run, plan, samples)
@@ -186,12 +193,18 @@ def _scored(run: Run, model: PreTrainedModel, calibration: Calibration) -> list[
     return [Scores.load(folder / name) for name in names]
 
 
-def _pruned(run: Run, model: PreTrainedModel, calibration: Calibration, folder: str) -> Plan:
+def _pruned(
+    run: Run, model: PreTrainedModel, calibration: Calibration, training: Sequence[Sample]
+) -> Plan:
     """Walk the model and write it, unless a later stage has been reached already."""
+    folder = "pruned" if training else "checkpoint"
     if run.path(folder).exists() or run.path("checkpoint").exists():
         return Plan.load(run.path("plan.json"))
     scores = _scored(run, model, calibration)
-    walked = stages.prune_(run.request, model, calibration, scores, scratch=run.path("walk"))
+    scratch = run.path("walk")
+    walked = stages.prune_(
+        run.request, model, calibration, scores, scratch=scratch, training=training
+    )
     run.say(walked.summary())
     if walked.scores is not None:
         walked.scores.save(run.path("scores") / walked.scores.criterion)

@@ -91,6 +91,8 @@ def check_low_memory(config: PruneConfig) -> None:
     for name in ("pad", "compat"):
         if getattr(config, name):
             raise ConfigError(f"{name} True: low_memory can only do False")
+    if config.axis == "auto":
+        raise ConfigError("axis 'auto': low_memory can only do depth, width, both or chart")
 
 
 def _on_disk(

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 from slimvlm.core.checked import part_of
-from slimvlm.core.errors import ConfigError
+from slimvlm.core.errors import ConfigError, SlimError
 from slimvlm.core.options import (
     Allocation,
     Axis,
+    AxisChoice,
     PruneConfig,
     Questions,
     RecoverConfig,
@@ -95,7 +96,7 @@ def resolved(request: Request, say: Say = silent) -> Request:
     return replace(
         request,
         prune=config,
-        hold_out=config.repair == "auto" or config.local_steps != 0,
+        hold_out=config.repair == "auto" or config.local_steps != 0 or config.axis == "auto",
         recover=None if recover is None else replace(recover, seed=config.seed),
     )
 
@@ -117,10 +118,41 @@ def _resolved_allocation(config: PruneConfig, say: Say) -> Allocation:
     return "uniform"
 
 
-def axis_of(request: Request) -> Axis:
-    """The axis, by the study's chart if none was given."""
+def axis_of(request: Request) -> AxisChoice:
+    """The axis, by the study's chart if none was given; ``auto`` where data can decide."""
     config = request.prune
-    return config.axis or recipe_for(ratio_of(config), request.trains).axis
+    if config.axis in (None, "chart") or (config.axis == "auto" and config.data is None):
+        return recipe_for(ratio_of(config), request.trains).axis
+    return config.axis
+
+
+def along(request: Request, axis: Axis) -> Request:
+    """A resolved request along one axis. What was left open is decided for it."""
+    return resolved(replace(request, prune=replace(request.prune, axis=axis)))
+
+
+def requests_by_axis(request: Request, anatomy: Anatomy) -> dict[Axis, Request]:
+    """A request whose axis is open, along each axis that removes nearly as much as it asks for.
+
+    That is a tenth more or less, so that what they lose compares; if none does, the nearest.
+
+    Raises:
+        SlimError: If none is possible; what the last one says.
+    """
+    found: dict[Axis, Request] = {}
+    apart: dict[Axis, float] = {}
+    for axis in get_args(Axis):
+        try:
+            candidate = along(request, axis)
+            plan = rehearse(candidate.prune, anatomy)
+        except SlimError as error:
+            failure = error
+            continue
+        found[axis], apart[axis] = candidate, abs(plan.ratio - ratio_of(request.prune))
+    if not found:
+        raise failure
+    near = max(0.1 * ratio_of(request.prune), min(apart.values()))
+    return {axis: candidate for axis, candidate in found.items() if apart[axis] <= near}
 
 
 def ratio_of(config: PruneConfig) -> float:
@@ -140,7 +172,7 @@ def criteria_of(config: PruneConfig) -> tuple[str, ...]:
         return config.criterion
     if config.data is None:
         return CRITERIA_WITHOUT_DATA
-    return DEFAULT_CRITERIA[config.axis or "width"]
+    return DEFAULT_CRITERIA["both" if config.axis == "auto" else config.axis or "width"]
 
 
 def scored_by(config: PruneConfig) -> tuple[str, ...]:
@@ -182,18 +214,24 @@ def check_request(request: Request, anatomy: Anatomy, say: Say) -> None:
         SlimError: If an option or the ratio cannot work for this model.
     """
     check_options(request.prune)
-    rehearse(request.prune, anatomy)
+    if request.prune.axis == "auto":
+        requests_by_axis(request, anatomy)
+    else:
+        rehearse(request.prune, anatomy)
     if request.prune.data is None:
         say(f"no data: scoring by {' and '.join(request.prune.criterion)}")
 
 
-def rehearse(config: PruneConfig, anatomy: Anatomy) -> None:
+def rehearse(config: PruneConfig, anatomy: Anatomy) -> Plan:
     """Find out whether a model of this shape can be pruned as asked.
+
+    Returns:
+        A plan of that size; its units are drawn at random.
 
     Raises:
         SlimError: What `make_plan` would raise after the weights were read and scored.
     """
-    ranked_plan(config, anatomy, [pretended_scores(anatomy, criteria_of(config))])
+    return ranked_plan(config, anatomy, [pretended_scores(anatomy, criteria_of(config))])
 
 
 def pretended_scores(anatomy: Anatomy, criteria: Sequence[str]) -> Scores:

@@ -7,9 +7,10 @@ are kept, they say how each comes about.
 
 from __future__ import annotations
 
+import copy
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,27 +19,32 @@ import torch
 from transformers import PreTrainedModel
 
 from slimvlm.core.checked import part_of
-from slimvlm.core.options import DataConfig, WidthOptions
+from slimvlm.core.options import Axis, DataConfig, WidthOptions
 from slimvlm.core.progress import Say, progress
 from slimvlm.data.read import estimated_length, load_samples
 from slimvlm.data.samples import Sample
 from slimvlm.evaluation.lmms import evaluate_all
 from slimvlm.evaluation.results import Result
 from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.hidden import evaluating
 from slimvlm.models.load import load_as, load_config, load_processor, resolve
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.walk.distil import LocalSteps
 from slimvlm.pruning.walk.layer import Steps
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.pruning.walk.walk import plans_for, walk_batches
+from slimvlm.runs.estimate import optimizer_steps
 from slimvlm.runs.request import (
     Request,
+    along,
     criterion_options,
     ranked_plan,
     ratio_of,
+    requests_by_axis,
     scored_by,
     token_weights_of,
 )
+from slimvlm.scoring.batches import answer_loss
 from slimvlm.scoring.criteria import CRITERIA
 from slimvlm.scoring.layerwise.runner import LayerwiseModel, Live, Source
 from slimvlm.scoring.layerwise.stores import Memory, Scratch, Store
@@ -51,6 +57,7 @@ HELD_OUT_EVERY = 4
 """Every so manyth calibration sample judges plans and repairs instead of making them."""
 
 _BATCH = 4
+_AXIS, _TRIAL_SHARE = "axis", 1 / 6
 
 
 # The samples: one order for each seed, calibration first, training after it.
@@ -239,6 +246,7 @@ def prune_(
     scores: Sequence[Scores] = (),
     plan: Plan | None = None,
     scratch: Path | None = None,
+    training: Sequence[Sample] = (),
 ) -> Walked:
     """Make a model smaller, in place.
 
@@ -249,12 +257,70 @@ def prune_(
         scores: Those of `calibrate`.
         plan: What stays, if that is decided already.
         scratch: Folder that keeps what is done, for a restart; by default nothing is kept.
+        training: What the model will learn from, for an axis that is to be tried.
     """
     hands_on = read_anatomy(model).backbone.shared_tail is not None
     store: Store = Memory() if scratch is None or hands_on else Scratch(scratch)
+    notes: tuple[str, ...] = ()
+    if plan is None and request.prune.axis == "auto":
+        if not store.has(_AXIS):
+            losses = try_axes(request, model, calibration, scores, training)
+            store.write(_AXIS, 0, {}, losses)
+            store.finish(_AXIS)
+        request, note = best_axis(request, store.about(_AXIS, 0))
+        notes = (note,)
     walked = walk(request, Live(model), store, model.device, calibration, scores, plan)
     walked.apply_(model)
-    return walked
+    return replace(walked, report=replace(walked.report, notes=(*notes, *walked.report.notes)))
+
+
+def try_axes(
+    request: Request,
+    model: PreTrainedModel,
+    calibration: Calibration,
+    scores: Sequence[Scores],
+    training: Sequence[Sample] = (),
+) -> dict[Axis, float]:
+    """Mean answer loss on held-out samples after a short try along each axis. Nothing is changed.
+
+    Each removes the same share, in a walk without local steps. With training, a copy of the smaller
+    model then takes a sixth of its steps towards the original.
+
+    Args:
+        request: The request.
+        model: The original.
+        calibration: Its calibration data.
+        scores: Of layers, and of widths if the walk does not choose them.
+        training: What models learn from, if the request trains.
+
+    Raises:
+        SlimError: If no axis can reach the ratio.
+    """
+    losses: dict[Axis, float] = {}
+    for axis, each in requests_by_axis(request, read_anatomy(model)).items():
+        brief = replace(each, prune=replace(each.prune, local_steps=0))
+        walked = walk(brief, Live(model), Memory(), model.device, calibration, scores)
+        student = copy.deepcopy(model)
+        walked.apply_(student)
+        if request.recover is not None and training:
+            steps = optimizer_steps(request.recover, len(training))
+            few = replace(
+                request.recover,
+                max_steps=max(round(steps * _TRIAL_SHARE), 2),
+                teacher_weights="separate",  # a teacher that shares is used up
+            )
+            teacher = model if few.needs_teacher else None
+            train(student, teacher, list(training), few, calibration.processor, plan=walked.plan)
+        with evaluating(student):
+            losses[axis] = answer_loss(student, calibration.held_out)
+    return losses
+
+
+def best_axis(request: Request, losses: Mapping[Axis, float]) -> tuple[Request, str]:
+    """The request along the axis that lost least, and a line on it."""
+    axis = min(losses, key=losses.__getitem__)
+    others = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if name != axis)
+    return along(request, axis), f"axis {axis}: held-out loss {losses[axis]:.4f} ({others})"
 
 
 def recover_(

@@ -209,6 +209,15 @@ def mean_answer_loss(states: Iterable[tuple[Hidden, Tensor]], head: Head) -> flo
     return total / count
 
 
+def answer_loss(model: Any, batches: Iterable[Batch]) -> float:
+    """Mean cross-entropy over the labelled tokens of some batches, as `mean_answer_loss`."""
+    states = (
+        (hidden_states(model, without_labels(batch))[0], labels_of(batch))
+        for batch in _all_on_device(model, batches)
+    )
+    return mean_answer_loss(states, head_of(model))
+
+
 def on_device(model: nn.Module, batch: Mapping[str, Any]) -> Batch:
     """A batch where the model's inputs go."""
     device = device_of(model)

@@ -1,0 +1,149 @@
+"""An open axis: each is tried on the data, and held-out answers choose."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import slimvlm as sv
+from slimvlm.core.errors import ConfigError, ImpossiblePlanError
+from slimvlm.core.options import CompressConfig, PruneConfig, RecoverConfig
+from slimvlm.models.anatomy import read_anatomy
+from slimvlm.planning.plan import Plan
+from slimvlm.runs import stages
+from slimvlm.runs.compress import compress, request_of
+from slimvlm.runs.request import Request, along, axis_of, requests_by_axis, resolved
+from slimvlm.runs.stages import Calibration
+from slimvlm.scoring.batches import answer_loss
+from tests import tiny_folder as folders
+from tests.handmade import assert_untouched, snapshot
+
+AXES = ["depth", "width", "both"]
+RATIO = 0.19
+"""About one of the four layers."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folders.write_llava_data(tmp_path_factory.mktemp("data"))
+
+
+def silent(line: str) -> None:
+    """Nobody listens."""
+
+
+def opened(data: Path, **changes: Any) -> tuple[Request, Any, Calibration]:
+    prune = PruneConfig(ratio=RATIO, axis="auto", data=str(data), samples=8, local_steps=2)
+    recover = changes.pop("recover", None)
+    request = resolved(
+        Request(
+            model=str(folders.folder("llava")), prune=replace(prune, **changes), recover=recover
+        )
+    )
+    model, processor = stages.load_original(request)
+    samples = stages.read_split(request, silent).calibration
+    return request, model, Calibration(processor, samples, request.hold_out)
+
+
+def test_the_axis_whose_smaller_model_answers_best_is_chosen(data: Path) -> None:
+    request, model, calibration = opened(data)
+    before = snapshot(model)
+    scores = list(stages.calibrate(request, model, calibration).values())
+    losses = stages.try_axes(request, model, calibration, scores)
+    assert_untouched(model, before)
+    expected = {}
+    for axis in AXES:
+        student, _ = stages.load_original(request)
+        sv.walk_(
+            student,
+            calibration.fitted,
+            RATIO,
+            axis,
+            scores=scores,
+            held_out=calibration.held_out,
+        )
+        expected[axis] = answer_loss(student, calibration.held_out)
+    assert losses == pytest.approx(expected)
+    walked = stages.prune_(request, model, calibration, scores)
+    assert walked.plan.axis == min(expected, key=expected.__getitem__)
+    assert f"axis {walked.plan.axis}: held-out loss" in walked.report.notes[0]
+    assert all(layer.distilled for layer in walked.report.layers)  # the trial alone is brief
+
+
+def test_where_training_follows_each_axis_is_trained_a_little(data: Path) -> None:
+    recover = RecoverConfig(train="full", learning_rate=1e-3, batch_size=2, loss="sft+kl", epochs=6)
+    request, model, calibration = opened(data, recover=recover)
+    scores = list(stages.calibrate(request, model, calibration).values())
+    before = snapshot(model)
+    untrained = stages.try_axes(request, model, calibration, scores)
+    samples = stages.read_split(request, silent).training
+    trained = stages.try_axes(request, model, calibration, scores, samples)
+    assert_untouched(model, before)
+    assert all(trained[axis] != untrained[axis] for axis in trained)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "axes"), [(RATIO, AXES), (0.05, ["width", "both"]), (0.7, ["both"])]
+)
+def test_only_axes_that_remove_as_much_are_tried(ratio: float, axes: list[str], data: Path) -> None:
+    """Of four layers no twentieth can go, and every layer keeps a group and some neurons."""
+    request, model, _ = opened(data, ratio=ratio)
+    assert list(requests_by_axis(request, read_anatomy(model))) == axes
+
+
+def test_a_ratio_that_no_axis_reaches_is_refused(data: Path) -> None:
+    request, model, _ = opened(data)
+    too_much = replace(request, prune=replace(request.prune, ratio=0.95))
+    with pytest.raises(ImpossiblePlanError, match=r"ratio 0\.95"):
+        requests_by_axis(too_much, read_anatomy(model))
+
+
+def test_a_stopped_run_does_not_try_again(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = CompressConfig(ratio=0.3, data=str(data), samples=8, local_steps=1)
+    assert request_of("demo", config).prune.axis == "auto"
+    model, out = str(folders.folder("llava")), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "best_axis", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compress(model, config, out, say=silent)
+    monkeypatch.setattr(stages, "try_axes", interrupted)
+    said: list[str] = []
+    compress(model, config, out, say=said.append)
+    assert any("depth, width and both are tried" in line for line in said)
+    assert any(f"axis {Plan.load(out / 'plan.json').axis}: held-out loss" in line for line in said)
+
+
+def interrupted(*args: Any, **kwargs: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_without_data_the_chart_decides() -> None:
+    for axis in (None, "chart", "auto"):
+        request = Request(model="demo", prune=PruneConfig(ratio=0.3, axis=axis))
+        assert axis_of(request) == "width"
+    charted = Request(
+        model="demo",
+        prune=PruneConfig(ratio=0.3, axis="chart", data="demo"),
+        recover=RecoverConfig(),
+    )
+    assert axis_of(charted) == "depth"
+    assert along(charted, "both").prune.axis == "both"
+
+
+def test_low_memory_tries_no_axes(data: Path, tmp_path: Path) -> None:
+    from slimvlm.core.options import MemoryOptions
+    from slimvlm.runs.prune import prune
+
+    config = PruneConfig(ratio=0.3, axis="auto", data=str(data), samples=4)
+    with pytest.raises(ConfigError, match="axis 'auto'"):
+        prune(
+            str(folders.folder("llava")),
+            config,
+            tmp_path / "out",
+            memory=MemoryOptions(low_memory=True),
+        )
