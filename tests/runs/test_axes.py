@@ -14,7 +14,7 @@ from slimvlm.core.options import CompressConfig, PruneConfig, RecoverConfig
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.planning.plan import Plan
 from slimvlm.runs import stages
-from slimvlm.runs.compress import compress, request_of
+from slimvlm.runs.compress import compress
 from slimvlm.runs.request import Request, along, axis_of, requests_by_axis, resolved
 from slimvlm.runs.stages import Calibration
 from slimvlm.scoring.batches import answer_loss
@@ -104,8 +104,7 @@ def test_a_ratio_that_no_axis_reaches_is_refused(data: Path) -> None:
 def test_a_stopped_run_does_not_try_again(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = CompressConfig(ratio=0.3, data=str(data), samples=8, local_steps=1)
-    assert request_of("demo", config).prune.axis == "auto"
+    config = CompressConfig(ratio=0.3, axis="auto", data=str(data), samples=8, local_steps=1)
     model, out = str(folders.folder("llava")), tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(stages, "best_axis", interrupted)

@@ -20,6 +20,7 @@ from slimvlm.core.options import (
     PruneConfig,
     Questions,
     RecoverConfig,
+    Said,
     TrainingConfig,
     TrainingData,
 )
@@ -146,24 +147,39 @@ def cache_teacher(
     source: Annotated[TrainingData, INLINE],
     out: Path,
     kd_on: KdOn = "answer",
+    what: Said = "hidden",
+    max_new_tokens: int = 256,
     batch_size: int = 8,
     force: bool = False,
 ) -> None:
     """Write down a teacher's hidden states on some data, for recover without a teacher in memory.
 
+    Or its own answers to the prompts of the data, as conversations for recover to learn from.
     Stopped runs go on where they were when the same command is given again.
 
     Args:
         model: The original model.
         source: What recover will learn from.
-        out: The folder to write; recover takes it as --teacher.
+        out: The folder to write. Recover takes it as --teacher, or its data.jsonl as --data.
         kd_on: Positions that recover will compare.
+        what: Hidden states, or answers.
+        max_new_tokens: Tokens of an answer at most.
         batch_size: Samples that run at once.
         force: Replace an existing folder; it stays until the new one is whole.
     """
     from slimvlm.runs.recover import cache_teacher as run
 
-    run(model, source, out, kd_on, batch_size, force=force, say=note)
+    run(
+        model,
+        source,
+        out,
+        kd_on,
+        batch_size,
+        what=what,
+        max_new_tokens=max_new_tokens,
+        force=force,
+        say=note,
+    )
 
 
 def evaluate(

@@ -35,6 +35,7 @@ Repair = Literal["none", "width", "depth", "both", "auto"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Train = Literal["projector", "lora", "full"]
 KdOn = Literal["answer", "text", "all"]
+Said = Literal["hidden", "answers"]
 HiddenLayers = Literal["final", "mapped"]
 TeacherWeights = Literal["auto", "shared", "separate"]
 Scheduler = Literal[
@@ -345,8 +346,8 @@ class PruneConfig(FileOptions, WidthOptions, RatioOptions, SampleOptions, DataOp
     """
 
     axis: AxisChoice | None = None
-    """Remove layers, KV groups and neurons, or both; auto tries the three on held-out data, chart
-    follows the study's decision chart. By default compress with data is auto, all else chart."""
+    """Remove layers, KV groups and neurons, or both; auto tries the three and lets held-out answers
+    choose; chart, the default, follows the study's decision chart."""
     criterion: tuple[str, ...] = ()
     """How to score, one criterion for each kind of unit; by default what measured best."""
     allocation: Allocation | None = None

@@ -160,9 +160,15 @@ def _processed(
 
 def encode_questions(processor: Any, questions: Sequence[Question]) -> dict[str, Tensor]:
     """Left-padded model inputs, ready for generation."""
+    asked = [Sample(each.id, tuple(question_messages(each)), each.images) for each in questions]
+    return encode_prompts(processor, asked)
+
+
+def encode_prompts(processor: Any, asked: Sequence[Sample]) -> dict[str, Tensor]:
+    """Left-padded model inputs of conversations that end with a user's turn, for generation."""
     _require_words(processor)
-    texts = [render(processor, question_messages(q), generate=True) for q in questions]
-    images = [[open_image(image) for image in question.images] for question in questions]
+    texts = [render(processor, each.messages, generate=True) for each in asked]
+    images = [[open_image(image) for image in each.images] for each in asked]
     return process(processor, texts, images, padding_side="left")
 
 

@@ -26,6 +26,9 @@ from slimvlm.data.images import find_image
 from slimvlm.data.samples import Message, Sample
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+IMAGE_WORD = "<image>"
+"""Stands for a picture in plain text."""
+
 _AT_ONCE = 256
 _MISSING = object()
 MAX_LINE_BYTES = 64 * 2**20
@@ -389,7 +392,7 @@ def _has_text(message: Message) -> bool:
 def _split_placeholders(text: str) -> list[dict[str, Any]]:
     """``<image>`` and what follows → an image part and a text part."""
     parts: list[dict[str, Any]] = []
-    for position, piece in enumerate(text.split("<image>")):
+    for position, piece in enumerate(text.split(IMAGE_WORD)):
         if position:
             parts.append({"type": "image"})
             piece = piece.removeprefix("\n")

@@ -150,10 +150,32 @@ def answer(
     model: PreTrainedModel, processor: Any, questions: Sequence[Question], max_new_tokens: int
 ) -> list[str]:
     """Greedy replies to a batch of questions."""
-    inputs = as_inputs(model, chat.encode_questions(processor, questions))
-    tokenizer = chat.tokenizer_of(processor)
     names = ", ".join(question.id for question in questions[:3])
-    where = f"what the model says to question {shortened(names)}"
+    encoded = chat.encode_questions(processor, questions)
+    return reply_to(model, processor, encoded, max_new_tokens, f"question {shortened(names)}")
+
+
+def reply_to(
+    model: PreTrainedModel,
+    processor: Any,
+    encoded: Mapping[str, Any],
+    max_new_tokens: int,
+    what: str,
+) -> list[str]:
+    """Greedy replies to left-padded model inputs.
+
+    Args:
+        model: The model.
+        processor: Its processor or tokenizer.
+        encoded: What it is asked, from `slimvlm.data.chat`.
+        max_new_tokens: Tokens of a reply at most.
+        what: What that is, for messages.
+
+    Raises:
+        ConfigError: If the model's own settings of generation make no sense.
+        NumericalError: If a logit is NaN.
+    """
+    inputs, tokenizer = as_inputs(model, encoded), chat.tokenizer_of(processor)
     try:
         with torch.no_grad():
             output = _generator(model).generate(
@@ -162,7 +184,7 @@ def answer(
                 do_sample=False,
                 num_beams=1,
                 pad_token_id=tokenizer.pad_token_id,
-                logits_processor=[_Finite(where)],
+                logits_processor=[_Finite(f"what the model says to {what}")],
             )
     except (ValueError, TypeError, LookupError) as error:
         raise ConfigError(

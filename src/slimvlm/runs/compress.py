@@ -55,13 +55,10 @@ STAGES = ("original", "pruned", "recovered")
 
 
 def request_of(model: str, config: CompressConfig) -> Request:
-    """What a run asks of the stages; data, where there are some, choose the axis."""
-    prune = part_of(config, PruneConfig)
-    if prune.axis is None and prune.data is not None:
-        prune = replace(prune, axis="auto")
+    """What a run asks of the stages."""
     return Request(
         model=model,
-        prune=prune,
+        prune=part_of(config, PruneConfig),
         recover=config.recover,
         training_samples=config.training_samples,
         questions=part_of(config, Questions) if config.tasks else None,

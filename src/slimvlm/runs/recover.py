@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import held, replacement, require_free, write_text
-from slimvlm.core.options import KdOn, LoadConfig, RecoverConfig, TrainingData
+from slimvlm.core.options import KdOn, LoadConfig, RecoverConfig, Said, TrainingData
 from slimvlm.core.processes import is_first_rank, num_ranks
 from slimvlm.core.progress import Say
+from slimvlm.evaluation.written import DATA_FILE, is_written, write_answers
 from slimvlm.models.load import check_models, load, load_as, resolve
 from slimvlm.models.sharding import fill_, gathered_weights
 from slimvlm.planning.plan import Plan
@@ -122,6 +123,8 @@ def cache_teacher(
     kd_on: KdOn = "answer",
     batch_size: int = 8,
     *,
+    what: Said = "hidden",
+    max_new_tokens: int = 256,
     force: bool = False,
     say: Say = print,
 ) -> None:
@@ -130,13 +133,19 @@ def cache_teacher(
     Raises:
         SlimError: For anything that the user can mend; found before weights are read.
     """
-    if not is_cache(out):
+    is_begun = is_cache if what == "hidden" else is_written
+    if not is_begun(out):
         require_free(out, force)
-    if batch_size < 1:
-        raise ConfigError(f"batch_size {batch_size} must be at least 1")
+    for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+        if value < 1:
+            raise ConfigError(f"{name} {value} must be at least 1")
     check_models(source, model)
     chosen = samples_for(model, source, source.samples, say)
     loaded, processor = load_as(source, model)
     with held(out), replacement(out) if force else nullcontext(out) as folder:
+        if what == "answers":
+            write_answers(loaded, processor, chosen, folder, max_new_tokens, batch_size)
+            say(f"the teacher's answers to {len(chosen)} conversations: {out / DATA_FILE}")
+            return
         count = write_cache(loaded, processor, chosen, folder, kd_on, batch_size, force)
     say(f"hidden states of {len(chosen)} samples in {out}; shards written now: {count}")
