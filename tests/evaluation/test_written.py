@@ -121,6 +121,8 @@ def test_the_verb_writes_data_that_recover_takes(tmp_path: Path) -> None:
         say=said.append,
     )
     assert str(out / DATA_FILE) in said[-1]
+    again = replace(source, samples=3)
+    cache_teacher(str(folders.folder("llava")), again, out, what="answers", force=True)
     moved = out.rename(tmp_path / "moved")  # its pictures go with it
     assert load_samples(moved / DATA_FILE)
     with pytest.raises(ConfigError, match="max_new_tokens 0"):

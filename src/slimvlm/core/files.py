@@ -43,11 +43,12 @@ MARKS = {
     "slimvlm_manifest.json": "slimvlm-manifest",
     "config.json": '"made_from"',
     "index.json": "slimvlm-teacher",
+    "answers.json": '"max_new_tokens"',
     "stage.json": '"request"',
     "slimvlm_demo.json": '"stamp"',
 }
-"""What makes a folder ours: a file that every checkpoint, run, teacher's cache, stage of a study or
-demo model has, and words that stand in it."""
+"""What makes a folder ours: a file that every checkpoint, run, teacher's cache or answers, stage of
+a study or demo model has, and words that stand in it."""
 
 
 def require_free(path: str | Path, force: bool = False) -> Path:

@@ -94,8 +94,8 @@ def write_answers(
             if not part.exists():
                 chosen = [samples[i] for i in batch]
                 said = _answered(model, processor, chosen, max_new_tokens)
-                rows = {i: list(each.messages) for i, each in zip(batch, said, strict=True)}
-                write_text(part, json.dumps(rows))
+                said_by = {i: list(each.messages) for i, each in zip(batch, said, strict=True)}
+                write_text(part, json.dumps(said_by))
     written: dict[int, list[Message]] = {}
     for number in range(len(batches)):
         rows = read_object(folder / _PARTS / f"{number}.json", "answers")
