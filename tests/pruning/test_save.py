@@ -228,7 +228,12 @@ def test_an_existing_checkpoint_stays(tmp_path: Path) -> None:
     (out / "mine").write_text("")
     with pytest.raises(ConfigError, match="--force"):
         save(model, processor, out, plan)
+    with pytest.raises(ConfigError, match="did not write"):
+        save(model, processor, out, plan, force=True)
     assert [path.name for path in out.iterdir()] == ["mine"]
+    (out / "mine").unlink()
+    save(model, processor, out, plan, force=True)
+    (out / "mine").write_text("")  # beside what slimvlm wrote it goes, too
     save(model, processor, out, plan, force=True)
     assert not (out / "mine").exists()
     assert (out / "config.json").exists()

@@ -24,6 +24,7 @@ from slimvlm.pruning.walk.layer import Steps
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.pruning.walk.streams import PREFIX, Streams
 from slimvlm.pruning.walk.walk import walk_, walk_batches
+from slimvlm.scoring.batches import answer_loss
 from slimvlm.scoring.inputs import capture_grams
 from slimvlm.scoring.layerwise.runner import LayerwiseModel, Live
 from slimvlm.scoring.layerwise.stores import Memory
@@ -32,7 +33,6 @@ from slimvlm.scoring.score_model import score
 from tests import tiny, tiny_parts
 from tests.handmade import (
     Batch,
-    answer_loss,
     assert_untouched,
     logits,
     padded,
