@@ -276,7 +276,7 @@ def _answers(processor: Any, sample: Sample, text: str) -> list[_Answer]:
     end = _end_of_answer(tokenizer_of(processor), around[-1])
     answers, part, images = [], 0, 0
     for message in sample.messages:
-        images += _num_images(message)
+        images += num_images(message)
         parts = range(part, part + len(_texts_of([message])))
         part = parts.stop
         spoken = [i for i in parts if i in places]
@@ -361,6 +361,7 @@ def _end_of_answer(tokenizer: Any, last: str) -> str:
     return last[: at - negative_length]
 
 
-def _num_images(message: Message) -> int:
+def num_images(message: Message) -> int:
+    """How many pictures a turn shows."""
     content = message["content"]
     return 0 if isinstance(content, str) else sum(part["type"] == "image" for part in content)

@@ -142,12 +142,7 @@ def _answered(
 
 def _so_far(sample: Sample, messages: Sequence[Message]) -> Sample:
     """A conversation up to some turn, with the pictures that it has shown."""
-    shown = sum(
-        part["type"] == "image"
-        for message in messages
-        if not isinstance(message["content"], str)
-        for part in message["content"]
-    )
+    shown = sum(map(chat.num_images, messages))
     return replace(sample, messages=tuple(messages), images=sample.images[:shown])
 
 
