@@ -12,7 +12,6 @@ from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import (
     CalibrationConfig,
     CompressConfig,
-    FileOptions,
     KdOn,
     LoadConfig,
     MemoryOptions,
@@ -115,7 +114,6 @@ def recover(
     training: Annotated[RecoverConfig, INLINE] = RecoverConfig(),
     shard: bool = False,
     force: bool = False,
-    files: Annotated[FileOptions, INLINE] = FileOptions(),
 ) -> None:
     """Train a pruned checkpoint back towards the original model.
 
@@ -132,11 +130,10 @@ def recover(
         shard: Divide the weights of model and teacher among the processes of torchrun (FSDP2); such
             a run cannot go on after a stop.
         force: Replace an existing folder.
-        files: How the checkpoint is written.
     """
     from slimvlm.runs.recover import recover as run
 
-    how = {"shard": shard, "compat": files.compat, "force": force}
+    how = {"shard": shard, "force": force}
     history = run(model, source, training, out, teacher=teacher, **how, say=note)
     note(f"teacher: {history.teacher}")
     note(f"trained on {history.num_samples} samples; checkpoint in {out}")

@@ -330,15 +330,7 @@ class MemoryOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FileOptions(Options):
-    """How a checkpoint is written."""
-
-    compat: bool = False
-    """Write files that transformers 4.57 and 5.0 load right, too."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PruneConfig(FileOptions, WidthOptions, RatioOptions, SampleOptions, DataOptions, LoadConfig):
+class PruneConfig(WidthOptions, RatioOptions, SampleOptions, DataOptions, LoadConfig):
     """What to remove, and how to choose and to mend.
 
     Raises:

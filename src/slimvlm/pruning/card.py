@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
@@ -16,6 +17,7 @@ from slimvlm.models.classes import auto_class, is_uneven
 from slimvlm.models.internals import file_if_reachable
 from slimvlm.models.parts import family_of
 from slimvlm.planning.plan import Plan
+from slimvlm.pruning.layout import layout_of
 
 CARD_FILE = "README.md"
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -78,6 +80,8 @@ def write_card(folder: Path, model: PreTrainedModel, plan: Plan | None, facts: C
         auto_class=auto_class(model.config).__name__,
         processor="AutoProcessor" if sees else "AutoTokenizer",
         needs_code=is_uneven(model.config),
+        layout=layout_of(model.config),
+        transformers=transformers.__version__,
     )
     card.save(folder / CARD_FILE)
 

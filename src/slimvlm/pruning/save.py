@@ -22,7 +22,7 @@ from slimvlm.models.hidden import evaluating
 from slimvlm.models.losses import CHUNK
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.card import CardFacts, write_card
-from slimvlm.pruning.compat import require_known, rewrite_for_older
+from slimvlm.pruning.layout import layout_of, rewrite
 from slimvlm.pruning.manifest import write_manifest
 from slimvlm.pruning.uneven import padded
 
@@ -38,13 +38,15 @@ def save(
     pad: bool = False,
     also: Callable[[Path], None] | None = None,
     facts: CardFacts | None = None,
-    compat: bool = False,
 ) -> None:
     """Write a checkpoint that plain ``from_pretrained`` loads, and prove it.
 
     If the layers have different widths, ``from_pretrained`` needs ``trust_remote_code=True``: the
     folder then holds ``modeling_pruned.py``, which cuts the native class to these widths. Or they
     are padded.
+
+    Where a layout is known that older transformers and engines read, too, the files have it
+    (`slimvlm.pruning.layout`).
 
     The folder is written beside its place and read back; logits on a probe (with a picture, if
     the model sees) must agree before it is renamed. ``slimvlm_manifest.json`` lists its files, for
@@ -61,21 +63,16 @@ def save(
         also: Writes what else belongs into the folder.
         facts: What the model card, ``README.md``, says beside what was removed; by default the
             original is what the model was loaded from.
-        compat: Whether transformers 4.57 and 5.0 must read the files, too; see `pruning.compat`.
 
     Raises:
-        ConfigError: If the folder exists, or ``compat`` is not known to work for this model.
+        ConfigError: If the folder exists.
         OutputError: If another run writes there, or the disk is full or read-only.
         ReloadError: If what was written does not load back to the same model.
     """
     set_class_(model)
     written = padded(model) if pad and is_uneven(model.config) else model
-    if compat:
-        require_known(written.config)
     with new_folder(out, force) as folder:
         written.save_pretrained(folder)
-        if compat:
-            rewrite_for_older(folder)
         known = facts or CardFacts(base=model.config._name_or_path, name=Path(out).name)
         write_beside_weights(folder, written, processor, plan, known)
         check_reload(model, processor, folder)
@@ -87,7 +84,10 @@ def save(
 def write_beside_weights(
     folder: Path, model: PreTrainedModel, processor: Any, plan: Plan | None, facts: CardFacts
 ) -> None:
-    """What a checkpoint folder holds beside weights, configuration and code."""
+    """What a checkpoint folder holds beside weights and code; the layout that everybody reads."""
+    layout = layout_of(model.config)
+    if layout is not None:
+        rewrite(folder, layout)
     if processor is not None:
         processor.save_pretrained(folder)
     if plan is not None:

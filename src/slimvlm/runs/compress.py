@@ -242,7 +242,6 @@ def _save(
         plan,
         pad=config.pad and is_last,
         facts=_card_facts(run, training),
-        compat=config.compat and is_last,
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import new_folder, require_free
-from slimvlm.core.options import LoadConfig, MemoryOptions, PruneConfig
+from slimvlm.core.options import MemoryOptions, PruneConfig
 from slimvlm.core.progress import Say
 from slimvlm.data.read import identity_of_data
 from slimvlm.data.samples import Sample
@@ -16,11 +16,9 @@ from slimvlm.models.load import (
     anatomy,
     check_models,
     default_device,
-    load_config,
     load_processor,
 )
 from slimvlm.planning.plan import Plan
-from slimvlm.pruning.compat import require_known
 from slimvlm.pruning.save import save
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.pruning.write_checkpoint import prune_checkpoint
@@ -69,8 +67,6 @@ def prune(
     check_models(config, model)
     reads = given is None or config.repair != "none" or config.local_steps != 0
     samples = read_split(request, say).calibration if reads else ()
-    if config.compat:
-        check_compat(model, config, say)
     if memory.low_memory:
         with scratch_folder(memory.scratch_beside(out)) as folder:
             return _on_disk(request, given, samples, out, folder, force, say)
@@ -78,7 +74,7 @@ def prune(
     calibration = Calibration(processor, samples, request.hold_out)
     scores = [] if given else list(stages.calibrate(request, loaded, calibration).values())
     walked = stages.prune_(request, loaded, calibration, scores, given)
-    save(loaded, processor, out, walked.plan, force, config.pad, compat=config.compat)
+    save(loaded, processor, out, walked.plan, force, config.pad)
     return walked
 
 
@@ -88,9 +84,8 @@ def check_low_memory(config: PruneConfig) -> None:
     Raises:
         ConfigError: If the request does.
     """
-    for name in ("pad", "compat"):
-        if getattr(config, name):
-            raise ConfigError(f"{name} True: low_memory can only do False")
+    if config.pad:
+        raise ConfigError("pad True: low_memory can only do False")
     if config.axis == "auto":
         raise ConfigError("axis 'auto': low_memory can only do depth, width, both or chart")
 
@@ -139,9 +134,3 @@ def _scores_on_disk(
             for scores in found:
                 scores.save(folder / scores.criterion)
     return [Scores.load(scored / name) for name in scored_by(request.prune)]
-
-
-def check_compat(model: str, options: LoadConfig, say: Say) -> None:
-    """Refuse a model that no older transformers is known to read; says which versions do."""
-    versions = require_known(load_config(model, options.trust_remote_code))
-    say(f"compat: also for transformers {' and '.join(versions)}")

@@ -23,7 +23,6 @@ from slimvlm.models.load import check_models, load, load_as, resolve
 from slimvlm.models.sharding import fill_, gathered_weights
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.save import PLAN_FILE, save
-from slimvlm.runs.prune import check_compat
 from slimvlm.runs.stages import samples_for
 from slimvlm.training.offline import OfflineTeacher, is_cache, write_cache
 from slimvlm.training.recover import ADAPTER_FOLDER, TRACKER_FOLDER, History
@@ -38,7 +37,6 @@ def recover(
     *,
     teacher: str | None = None,
     shard: bool = False,
-    compat: bool = False,
     force: bool = False,
     say: Say = print,
 ) -> History:
@@ -55,8 +53,6 @@ def recover(
     if shard and num_ranks() < 2:
         raise ConfigError("--shard needs several processes: start slimvlm with torchrun")
     check_models(source, model)
-    if compat:
-        check_compat(model, source, say)
     said = OfflineTeacher(teacher) if teacher is not None and is_cache(teacher) else None
     original = teacher if said is None else None
     if original is not None:
@@ -72,7 +68,7 @@ def recover(
         student = _gathered(student, model, source)
     if is_first_rank():
         also = partial(_write_beside, history, work)
-        save(student, processor, out, plan, force, also=also, compat=compat)
+        save(student, processor, out, plan, force, also=also)
         shutil.rmtree(work, ignore_errors=True)
     _leave_processes()
     return history

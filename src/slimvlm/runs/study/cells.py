@@ -18,7 +18,7 @@ _SWEPT = tuple(f.name for f in fields(Grid) if f.name != "prune")
 _PRUNE_KEYS = {f.name for f in fields(PruneConfig)} & {*_SWEPT, "data", "images"}
 _RECOVER_KEYS = {f.name for f in fields(RecoverConfig)} & {*_SWEPT}
 """Options that are keys of the grid or of the study."""
-_WITHOUT_EFFECT = {"pad", "compat"}
+_WITHOUT_EFFECT = {"pad"}
 """Options of `PruneConfig` that change how a checkpoint is written, and no result."""
 
 

@@ -1,0 +1,167 @@
+"""The layout of a checkpoint's files that every reader knows: older transformers, engines, newest.
+
+transformers 5 moved rotary settings into ``rope_parameters``, renamed ``torch_dtype`` and took a
+level out of the names of CLIP and SigLIP towers. Older versions load such a folder without an
+exception, but with a random tower and another rotary base; vLLM refuses it. So checkpoints get the
+old fields beside the new ones and the old names in place of the new ones, wherever the newest
+transformers reads both and older ones were seen to compute the same.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slimvlm.core.files import new_file, write_text
+
+OLDEST, FIRST_5 = "4.57", "5.0"
+"""Versions of transformers that the files were read with, besides the one that wrote them."""
+
+Names = tuple[tuple[str, str], ...]
+_TOWER: Names = ((r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),)
+_TOWERS_WITH_A_LEVEL = ("clip_vision_model", "siglip_vision_model")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the files of one model type are written.
+
+    Attributes:
+        since: The oldest transformers that was seen to compute the same from them.
+        names: Patterns of tensor names and what stands there in the files.
+        fields: Names of fields in older versions, and today's.
+    """
+
+    since: str = OLDEST
+    names: Names = ()
+    fields: tuple[tuple[str, str], ...] = ()
+
+
+LAYOUTS = {
+    "aya_vision": Layout(names=_TOWER),
+    "cohere2": Layout(),
+    "gemma2": Layout(),
+    "gemma3": Layout(names=_TOWER),
+    "glm4v": Layout(),
+    "idefics2": Layout(since=FIRST_5),
+    "idefics3": Layout(since=FIRST_5),
+    "internvl": Layout(),
+    "lfm2": Layout(),
+    "llama": Layout(),
+    "llava": Layout(names=_TOWER),
+    "llava_next": Layout(names=_TOWER),
+    "llava_onevision": Layout(names=_TOWER),
+    "mistral": Layout(),
+    "ovis2": Layout(),
+    "paligemma": Layout(names=_TOWER),
+    "perception_lm": Layout(),
+    "phi": Layout(),
+    "phi3": Layout(),
+    "phi4_multimodal": Layout(),
+    "qwen2": Layout(),
+    "qwen2_5_vl": Layout(),
+    "qwen2_vl": Layout(),
+    "qwen3": Layout(),
+    "qwen3_vl": Layout(),
+    "smolvlm": Layout(since=FIRST_5),
+    "stablelm": Layout(),
+    "video_llama_3": Layout(since=FIRST_5),
+    "vipllava": Layout(names=_TOWER, fields=(("vision_feature_layers", "vision_feature_layer"),)),
+}
+"""Model types whose files older versions read; each row is tested in all the versions it names.
+
+Idefics2, Idefics3 and SmolVLM compute other logits in 4.57, which numbers a picture's patches
+otherwise.
+"""
+_OTHER_BACKBONES = {"llava": ("gemma2",)}
+"""Language models inside a model type with which older versions compute something else."""
+
+
+def layout_of(config: Any) -> Layout | None:
+    """The layout that everybody reads, for a model; None where none is known to work.
+
+    Args:
+        config: The model's configuration. Layers of different widths have files of their own kind.
+    """
+    row = LAYOUTS.get(config.model_type)
+    if row is None or getattr(config, "auto_map", None):
+        return None
+    tower = getattr(getattr(config, "vision_config", None), "model_type", None)
+    if row.names and tower not in _TOWERS_WITH_A_LEVEL:
+        return None
+    text = getattr(getattr(config, "text_config", None), "model_type", None)
+    return None if text in _OTHER_BACKBONES.get(config.model_type, ()) else row
+
+
+def rewrite(folder: Path, layout: Layout) -> None:
+    """Give a folder that ``save_pretrained`` has just written this layout, in place.
+
+    Args:
+        folder: With ``config.json`` and safetensors files.
+        layout: That of its model.
+    """
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for part in _parts(config):
+        part |= _older_fields(part)
+    config |= {old: config[new] for old, new in layout.fields if new in config}
+    write_text(path, json.dumps(config, indent=2) + "\n")
+    if layout.names:
+        _rename_weights(folder, lambda name: _renamed(name, layout.names))
+
+
+def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A configuration and those inside it."""
+    yield config
+    for value in config.values():
+        if isinstance(value, dict) and "model_type" in value:
+            yield from _parts(value)
+
+
+def _older_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """What older versions call the fields of one configuration."""
+    fields = {"torch_dtype": config["dtype"]} if "dtype" in config else {}
+    rope: dict[str, Any] = config.get("rope_parameters") or {}
+    if "sliding_attention" in rope:
+        local = rope["sliding_attention"]
+        fields["rope_local_base_freq"] = local.get("rope_theta", 10000.0)
+        rope = rope.get("full_attention", local)
+    if "rope_type" not in rope:
+        return fields
+    scaling = dict(rope)
+    fields["rope_theta"] = scaling.pop("rope_theta", 10000.0)
+    if "partial_rotary_factor" in scaling:
+        fields["partial_rotary_factor"] = scaling.pop("partial_rotary_factor")
+    is_plain = scaling == {"rope_type": "default"}
+    fields["rope_scaling"] = None if is_plain else {**scaling, "type": scaling["rope_type"]}
+    return fields
+
+
+def _renamed(name: str, rules: Names) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _rename_weights(folder: Path, rename: Callable[[str], str]) -> None:
+    """Give the tensors of every file other names; their bytes are copied and never held."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as source, new_file(path) as written:
+            (length,) = struct.unpack("<Q", source.read(8))
+            header = json.loads(source.read(length))
+            renamed = json.dumps({rename(k): v for k, v in header.items()}).encode()
+            renamed += b" " * (-len(renamed) % 8)
+            with written.open("wb") as target:
+                target.write(struct.pack("<Q", len(renamed)) + renamed)
+                shutil.copyfileobj(source, target, 2**24)
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        values = json.loads(index.read_text())
+        values["weight_map"] = {rename(k): v for k, v in values["weight_map"].items()}
+        write_text(index, json.dumps(values, indent=2) + "\n")
