@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.planning.plan import Plan
@@ -93,3 +95,13 @@ def padded(batches: Iterable[Batch], left: bool = False) -> Batch:
         return nn.functional.pad(value, (missing, 0) if left else (0, missing), value=fill[name])
 
     return joined({name: widened(name, value) for name, value in p.items()} for p in parts)
+
+
+def changed_copy(model: PreTrainedModel, size: float = 0.05, seed: int = 1) -> PreTrainedModel:
+    """The model with noise on its weights."""
+    copied = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+    return copied

@@ -8,6 +8,7 @@ many tokens a picture becomes.
 from __future__ import annotations
 
 import atexit
+import copy
 import json
 import shutil
 import tempfile
@@ -312,3 +313,37 @@ def write_llava_data(out: Path, count: int = 12, pictures: bool = True) -> Path:
     path = out / "data.json"
     path.write_text(json.dumps(rows))
     return path
+
+
+def with_turned_vocabulary(
+    model: PreTrainedModel, words: hf.PreTrainedTokenizerFast
+) -> tuple[PreTrainedModel, hf.PreTrainedTokenizerFast]:
+    """A text model that says the same in a vocabulary whose plain tokens are numbered backwards."""
+    raw = json.loads(words.backend_tokenizer.to_str())
+    vocab = raw["model"]["vocab"]
+    plain = sorted(vocab.values())[len(raw["added_tokens"]) :]
+    new = dict(zip(plain, reversed(plain), strict=True))
+    raw["model"]["vocab"] = {word: new.get(number, number) for word, number in vocab.items()}
+    order = torch.tensor([new.get(number, number) for number in range(VOCAB)])
+    turned = copy.deepcopy(model)
+    with torch.no_grad():
+        for part in (turned.get_input_embeddings(), turned.get_output_embeddings()):
+            part.weight.copy_(part.weight[order].clone())
+    return turned, _with_backend(words, raw)
+
+
+def without_merges(words: hf.PreTrainedTokenizerFast) -> hf.PreTrainedTokenizerFast:
+    """A tokenizer with the same tokens that only ever uses single bytes."""
+    raw = json.loads(words.backend_tokenizer.to_str())
+    raw["model"]["merges"] = []
+    return _with_backend(words, raw)
+
+
+def _with_backend(words: hf.PreTrainedTokenizerFast, raw: Any) -> hf.PreTrainedTokenizerFast:
+    named = {"pad_token": PAD, "bos_token": words.bos_token, "eos_token": EOS}
+    backend = Tokenizer.from_str(json.dumps(raw))
+    made = hf.PreTrainedTokenizerFast(
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, **named
+    )
+    made.chat_template = words.chat_template
+    return made

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -130,18 +132,62 @@ def hidden_states(
 
 def head_of(model: PreTrainedModel) -> Head:
     """The language-model head as a function, with Cohere 2's scale and Gemma 2's cap on logits."""
-    family, config = family_of(model.config.model_type), text_config_of(model.config)
-    head: Head = placement_of(model).head(model.get_submodule(family.head))
-    scale = getattr(config, "logit_scale", 1.0)
-    cap = getattr(config, "final_logit_softcapping", None)
-    if not family.caps_logits or (scale == 1 and cap is None):
+    module = model.get_submodule(family_of(model.config.model_type).head)
+    head: Head = placement_of(model).head(module)
+    scale, cap = _bends(model)
+    if scale == 1 and cap is None:
         return head
+    return lambda hidden: _bent(head(hidden), scale, cap)
 
-    def bent(hidden: Tensor) -> Tensor:
-        logits = head(hidden) * scale
-        return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    return bent
+@dataclass(frozen=True)
+class HeadWeights:
+    """A head that is kept without its model: the function that `head_of` gives, and its values.
+
+    Attributes:
+        weight: The matrix.
+        bias: Its bias, if it has one.
+        scale: What logits are multiplied with.
+        cap: Gemma 2's soft cap on them.
+    """
+
+    weight: Float[Tensor, "V D"]
+    bias: Float[Tensor, " V"] | None = None
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states."""
+        return _bent(F.linear(hidden, self.weight, self.bias), self.scale, self.cap)
+
+    def to(self, device: torch.device) -> HeadWeights:
+        """The same on a device."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return replace(self, weight=self.weight.to(device), bias=bias)
+
+
+def head_weights_of(model: PreTrainedModel) -> HeadWeights:
+    """The head of a model that is whole and in memory. Its tensors are the model's own."""
+    module: Any = model.get_submodule(family_of(model.config.model_type).head)
+    bias: Tensor | None = module.bias
+    return HeadWeights(
+        module.weight.detach(), None if bias is None else bias.detach(), *_bends(model)
+    )
+
+
+def _bends(model: PreTrainedModel) -> tuple[float, float | None]:
+    """The factor of logits, and the soft cap on them."""
+    config = text_config_of(model.config)
+    if not family_of(model.config.model_type).caps_logits:
+        return 1.0, None
+    cap = getattr(config, "final_logit_softcapping", None)
+    return getattr(config, "logit_scale", 1.0), cap
+
+
+def _bent(logits: Tensor, scale: float, cap: float | None) -> Tensor:
+    if scale != 1:
+        logits = logits * scale
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def compared_positions(

@@ -1,0 +1,191 @@
+"""Numbers on samples of the user's own: what they are, and what may not change them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+import slimvlm as sv
+from slimvlm.core.errors import ConfigError, DataError, NumericalError
+from slimvlm.data.chat import encode_samples
+from slimvlm.data.samples import Sample
+from slimvlm.evaluation.data_result import DataResult
+from slimvlm.evaluation.on_data import evaluate_data, said_by
+from slimvlm.evaluation.said import Said
+from slimvlm.models.hidden import head_weights_of
+from slimvlm.models.load import load
+from tests import tiny_folder as folders
+from tests.handmade import changed_copy
+
+TEXTS = ["It is red and blue.", "Which colour is the left part?", "one two three four five"]
+
+
+@pytest.fixture(scope="module", params=["llava", "text"])
+def pair(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, PreTrainedModel, Any]:
+    """A model, another one with other weights, and the processor of both."""
+    model, processor = load(folders.folder(request.param))
+    return model, changed_copy(model), processor
+
+
+def samples_for(processor: Any, count: int = 7) -> list[Sample]:
+    return folders.short_samples(count, sees=hasattr(processor, "image_processor"))
+
+
+@torch.no_grad()
+def by_hand(
+    model: PreTrainedModel, other: PreTrainedModel, processor: Any, samples: Sequence[Sample]
+) -> tuple[float, float, float, float]:
+    """Loss of both models, share of same tokens and KL, from whole logits, sample by sample."""
+    rows = []
+    for sample in samples:
+        inputs = encode_samples(processor, [sample])
+        labels = inputs.pop("labels")[0, 1:]
+        where = labels != -100
+        ours, theirs = (m(**inputs).logits[0, :-1][where].double() for m in (model, other))
+        p, q = theirs.softmax(-1), ours.softmax(-1)
+        rows.append(
+            torch.stack(
+                [
+                    F.cross_entropy(ours, labels[where], reduction="none"),
+                    F.cross_entropy(theirs, labels[where], reduction="none"),
+                    (ours.argmax(-1) == theirs.argmax(-1)).double(),
+                    (p * (p / q).log()).sum(-1),
+                ]
+            )
+        )
+    first, second, same, divergence = torch.cat(rows, dim=1).mean(1).tolist()
+    return first, second, same, divergence
+
+
+def test_figures_are_those_of_whole_logits_and_of_no_batch(pair: Any) -> None:
+    model, other, processor = pair
+    samples = samples_for(processor)
+    loss, theirs, same, divergence = by_hand(model, other, processor, samples)
+    for batch_size in (1, 3, 8):
+        found = evaluate_data(model, processor, samples, other, batch_size=batch_size)
+        figures = found.figures
+        assert figures.loss.value == pytest.approx(loss, abs=1e-5)
+        assert figures.perplexity.value == pytest.approx(torch.tensor(loss).exp().item(), rel=1e-5)
+        assert figures.increase is not None
+        assert figures.increase.value == pytest.approx(loss - theirs, abs=1e-5)
+        assert figures.agreement is not None
+        assert figures.agreement.value == pytest.approx(100 * same, abs=1e-6)
+        assert figures.divergence is not None
+        assert figures.divergence.value == pytest.approx(divergence, abs=1e-5)
+        assert [each.id for each in found.samples] == [sample.id for sample in samples]
+
+
+def test_a_model_differs_in_nothing_from_itself(pair: Any) -> None:
+    model, _, processor = pair
+    samples = samples_for(processor)
+    figures = evaluate_data(model, processor, samples, model).figures
+    assert figures.increase is not None
+    assert figures.agreement is not None
+    assert figures.divergence is not None
+    assert (figures.increase.value, figures.increase.low, figures.increase.high) == (0, 0, 0)
+    assert (figures.agreement.value, figures.agreement.low) == (100, 100)
+    assert figures.divergence.value == 0
+
+
+def test_what_a_model_said_can_be_kept_in_a_file(pair: Any, tmp_path: Path) -> None:
+    model, other, processor = pair
+    samples = samples_for(processor)
+    said = said_by(other, processor, samples, head=head_weights_of(other), name="other")
+    said.save(tmp_path / "said.safetensors")
+    kept = Said.load(tmp_path / "said.safetensors")
+    live, read = (evaluate_data(model, processor, samples, base) for base in (other, kept))
+    assert read.baseline == "other"
+    assert read.samples == live.samples
+
+
+def test_of_plain_text_every_token_counts() -> None:
+    model, tokenizer = load(folders.folder("text"))
+    found = evaluate_data(model, tokenizer, TEXTS, batch_size=2)
+    counts = [len(tokenizer(text)["input_ids"]) - 1 for text in TEXTS]
+    assert [each.tokens for each in found.samples] == counts
+    with torch.no_grad():
+        ids = tokenizer(TEXTS[0], return_tensors="pt")["input_ids"]
+        loss = model(input_ids=ids, labels=ids).loss
+    assert found.samples[0].loss == pytest.approx(float(loss), abs=1e-5)
+
+
+def test_intervals_are_around_the_figures_and_the_same_for_a_seed(pair: Any) -> None:
+    model, other, processor = pair
+    samples = samples_for(processor)
+    found = evaluate_data(model, processor, samples, other)
+    for estimate in vars(found.figures).values():
+        assert estimate.low <= estimate.value <= estimate.high
+    assert found.figures.loss.low < found.figures.loss.high
+    again = evaluate_data(model, processor, samples, other)
+    assert again.figures == found.figures
+    assert evaluate_data(model, processor, samples, other, seed=1).figures != found.figures
+    alone = evaluate_data(model, processor, samples[:1]).figures
+    assert (alone.loss.low, alone.loss.high) == (None, None)
+
+
+def test_a_result_survives_its_file(pair: Any, tmp_path: Path) -> None:
+    model, other, processor = pair
+    found = evaluate_data(model, processor, samples_for(processor), other, name="ours")
+    found.save(tmp_path / "result.json")
+    assert DataResult.load(tmp_path / "result.json") == found
+    (tmp_path / "broken.json").write_text('{"model": "x", "samples": []}')
+    with pytest.raises(ConfigError, match="broken"):
+        DataResult.load(tmp_path / "broken.json")
+
+
+def test_another_vocabulary_is_compared_as_far_as_it_goes() -> None:
+    """The baseline's tokens stand in another order, and it has one more, which no answer needs."""
+    model, words = load(folders.folder("text"))
+    samples = folders.short_samples(6, sees=False)
+    turned, theirs = folders.with_turned_vocabulary(model, words)
+    found = evaluate_data(model, words, samples, turned, baseline_processor=theirs)
+    assert found.figures.increase is not None
+    assert found.figures.increase.value == pytest.approx(0, abs=1e-6)
+    assert found.figures.agreement is not None
+    assert found.figures.agreement.value == 100
+    assert any("vocabularies differ" in note for note in found.notes)
+
+
+def test_answers_that_become_other_tokens_are_not_compared() -> None:
+    model, words = load(folders.folder("text"))
+    samples = folders.short_samples(6, sees=False)
+    coarse = folders.without_merges(words)
+    found = evaluate_data(model, words, samples, model, baseline_processor=coarse)
+    assert found.figures.agreement is None
+    assert any("6 of 6 samples" in note for note in found.notes)
+    assert found.figures.loss == evaluate_data(model, words, samples).figures.loss
+
+
+def test_what_cannot_be_evaluated_is_said(pair: Any) -> None:
+    model, other, processor = pair
+    samples = samples_for(processor)
+    with pytest.raises(DataError, match="no sample"):
+        evaluate_data(model, processor, [])
+    with pytest.raises(ConfigError, match="batch_size 0"):
+        evaluate_data(model, processor, samples, batch_size=0)
+    with pytest.raises(ConfigError, match="not both"):
+        evaluate_data(model, processor, [*samples, "text"])
+    with pytest.raises(ConfigError, match="3 samples"):
+        evaluate_data(model, processor, samples, said_by(other, processor, samples[:3]))
+
+
+def test_what_is_no_number_stops_it(pair: Any) -> None:
+    model, other, processor = pair
+    spoilt = changed_copy(model)
+    with torch.no_grad():
+        next(iter(spoilt.parameters()))[:] = float("nan")
+        spoilt.get_output_embeddings().weight[0] = float("nan")
+    with pytest.raises(NumericalError, match="NaN"):
+        evaluate_data(spoilt, processor, samples_for(processor))
+    with pytest.raises(NumericalError, match="NaN"):
+        evaluate_data(other, processor, samples_for(processor), spoilt)
+
+
+def test_it_is_a_public_name() -> None:
+    assert sv.evaluate_data is evaluate_data
