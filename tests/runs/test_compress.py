@@ -15,6 +15,7 @@ from torch import Tensor
 
 from slimvlm.core.errors import ConfigError, SlimError
 from slimvlm.core.options import CompressConfig, PruneConfig, RecoverConfig
+from slimvlm.evaluation.data_result import DataResult
 from slimvlm.evaluation.results import Result
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.load import load
@@ -82,7 +83,8 @@ def weights_in(folder: Path) -> dict[str, Tensor]:
 def answers_in(folder: Path) -> dict[str, Any]:
     """What the models said and scored; times differ from run to run."""
     files = sorted((folder / "results").iterdir())
-    return {file.name: Result.load(file).tasks for file in files}
+    on_data = {f.name: DataResult.load(f).samples for f in files if f.name.startswith("data-")}
+    return on_data | {f.name: Result.load(f).tasks for f in files if f.name not in on_data}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -112,7 +114,8 @@ def test_a_run_leaves_what_repeats_and_explains_it(finished: Path, data: Path) -
     assert stored["ratio"] == 0.3
     assert stored["data"] == str(data)
     assert stored["recover"]["lora_rank"] == 4
-    assert set(answers_in(finished)) == {"original.json", "pruned.json", "recovered.json"}
+    files = [f"{stage}.json" for stage in ("original", "pruned", "recovered")]
+    assert set(answers_in(finished)) == {*files, *(f"data-{name}" for name in files)}
     for name in ("block_influence", "taylor"):
         assert Scores.load(finished / "scores" / name).criterion == name
     summary = (finished / "summary.md").read_text()
@@ -138,7 +141,9 @@ def test_the_run_folder_can_be_loaded_as_a_model(finished: Path) -> None:
 
 def test_recovery_learns_from_other_samples_than_calibration(finished: Path) -> None:
     history = json.loads((finished / "history.json").read_text())
-    assert history["sample_ids"] == [f"s{i}" for i in range(4, 12)]
+    assert history["sample_ids"] == [f"s{i}" for i in range(4, 10)]
+    report = DataResult.load(finished / "results" / "data-recovered.json")
+    assert [each.id for each in report.samples] == ["s10", "s11"]
 
 
 class Stopped(Exception):

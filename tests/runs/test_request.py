@@ -166,7 +166,11 @@ def test_a_study_s_cell_is_a_run(seed: int, tmp_path: Path) -> None:
     cells = expand(study(data, {"recovery": "sft", "axis": "width", "seed": seed}))
     stages = stages_of(study(data), cells[0])
     config = CompressConfig(
-        **vars(cells[0].prune), recover=cells[0].recover, tasks="text_odd", floors=False
+        **vars(cells[0].prune),
+        recover=cells[0].recover,
+        tasks="text_odd",
+        floors=False,
+        report_samples=0,
     )
     run = resolved(request_of(cells[0].model, config))
     assert stages.prune.request.prune == run.prune

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from slimvlm.evaluation.bench import Bench
     from slimvlm.evaluation.compare import Comparison
+    from slimvlm.evaluation.data_result import DataResult
     from slimvlm.evaluation.results import Result
     from slimvlm.planning.plan import Plan
     from slimvlm.runs.advise import Advice
@@ -62,6 +63,31 @@ def print_results(results: Mapping[str, Result], as_json: bool, title: str = "")
         print_json(result_json(results) if results else {})
     elif results:
         print_table(*result_rows(results), title=title)
+
+
+def print_held_out(results: Mapping[str, DataResult]) -> None:
+    """Print what was kept on held-out samples, for people; nothing if nothing was measured."""
+    from slimvlm.runs.tables import held_out_notes, held_out_rows
+
+    if results:
+        print_table(*held_out_rows(results), title="what was kept on unseen samples")
+        for line in held_out_notes(results):
+            print(printable(line))
+
+
+def print_run(
+    results: Mapping[str, Result], held_out: Mapping[str, DataResult], as_json: bool, title: str
+) -> None:
+    """Print what the models of a run scored, and what was kept on held-out samples."""
+    from slimvlm.runs.held_out import held_out_json
+    from slimvlm.runs.tables import result_json
+
+    if as_json:
+        scored = result_json(results) if results else {}
+        print_json({**scored, "held_out": held_out_json(held_out)})
+        return
+    print_results(results, False, title)
+    print_held_out(held_out)
 
 
 def print_plan(made: Plan, as_json: bool) -> None:

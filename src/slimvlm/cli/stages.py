@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from slimvlm.cli.options import INLINE, Model, QuestionFlags, RunFlags, TrainingFlags
-from slimvlm.cli.printing import note, print_plan, print_results
+from slimvlm.cli.printing import note, print_held_out, print_plan, print_results, print_run
 from slimvlm.core.checked import part_of
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import (
@@ -19,6 +19,7 @@ from slimvlm.core.options import (
     PruneConfig,
     Questions,
     RecoverConfig,
+    ReportOptions,
     Said,
     TrainingConfig,
     TrainingData,
@@ -80,9 +81,12 @@ def prune(
     plan: Path | None = None,
     pruning: Annotated[PruneConfig, INLINE] = PruneConfig(),
     memory: Annotated[MemoryOptions, INLINE] = MemoryOptions(),
+    report: Annotated[ReportOptions, INLINE] = ReportOptions(),
     force: bool = False,
 ) -> None:
     """Write a smaller checkpoint, from a plan or from a ratio, criterion and data.
+
+    With data, it ends with what was kept on samples that nothing was fitted to.
 
     Args:
         model: Folder, hub id, or demo.
@@ -90,6 +94,7 @@ def prune(
         plan: A plan file instead of ratio, axis, criterion and allocation.
         pruning: What to remove, and how.
         memory: How much of the model is in memory.
+        report: What the end says of the data.
         force: Replace an existing folder.
     """
     from slimvlm.runs.prune import prune as run
@@ -100,10 +105,12 @@ def prune(
         out,
         plan_file=plan,
         memory=memory,
+        report=report,
         force=force,
         say=note,
     )
-    print(f"{done.summary()}\ncheckpoint: {out}")
+    print(f"{done.walked.summary()}\ncheckpoint: {out}")
+    print_held_out(done.held_out)
 
 
 def recover(
@@ -237,11 +244,14 @@ def compress(
         force: Replace an existing run folder.
         json: Print JSON.
     """
+    from slimvlm.runs.compress import STAGES
     from slimvlm.runs.compress import compress as run
+    from slimvlm.runs.held_out import read_held_out
 
     recover = _recovery(pruning, training)
     config = CompressConfig(**vars(pruning), **vars(options), recover=recover)
-    print_results(run(model, config, out, force, note), json, str(out))
+    results = run(model, config, out, force, note)
+    print_run(results, read_held_out(out, STAGES), json, str(out))
     note(f"run folder: {out}; checkpoint: {out / 'checkpoint'}")
 
 

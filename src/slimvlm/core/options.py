@@ -387,7 +387,16 @@ class Questions(QuestionOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions(QuestionOptions):
+class ReportOptions(Options):
+    """What the end says of the data."""
+
+    report_samples: Annotated[int, AT_LEAST_0] = 64
+    """Samples, the last ones that are read, from which nothing is learnt: on them the end says what
+    was kept. At most a fifth of the data; 0 for none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(ReportOptions, QuestionOptions):
     """What a run does beside pruning and training."""
 
     training_samples: Annotated[int | None, AT_LEAST_1] = None

@@ -37,7 +37,6 @@ from slimvlm.models.hidden import (
 from slimvlm.models.losses import Head, Hidden, by_chunks, predictions
 from slimvlm.scoring.batches import on_device
 
-
 Given = Sample | str
 """A conversation, or plain text."""
 
@@ -130,6 +129,16 @@ def kept(model: str, states: Iterable[States], head: Head, words: Mapping[str, i
         found |= dict(zip(places, pieces, strict=True))
     ordered = [found[place] for place in sorted(found)]
     return Said(model, tuple(s for s, _ in ordered), tuple(w for _, w in ordered), head, words)
+
+
+@torch.no_grad()
+def alone(said: Said, names: Sequence[str]) -> DataResult:
+    """The result of a model from what it said, beside no other."""
+    samples: list[OnSample] = []
+    for name, rows, wanted in zip(names, said.states, said.wanted, strict=True):
+        spoken = _Spoken([name], [len(wanted)], rows, wanted)
+        samples += spoken.summed(by_chunks(partial(_losses, said.head), rows, wanted), [False])
+    return DataResult(said.model, tuple(samples))
 
 
 @torch.no_grad()

@@ -35,6 +35,7 @@ class CardFacts:
         results: A Markdown table.
         scores: Score of each task and its metric, in percent; they become the ``model-index``.
         training: A sentence on the recovery.
+        held_out: A Markdown table of what was kept on samples that nothing was fitted to.
     """
 
     base: str
@@ -43,6 +44,7 @@ class CardFacts:
     results: str = ""
     scores: Mapping[str, tuple[str, float]] = field(default_factory=dict)
     training: str = ""
+    held_out: str = ""
 
 
 def write_card(folder: Path, model: PreTrainedModel, plan: Plan | None, facts: CardFacts) -> None:

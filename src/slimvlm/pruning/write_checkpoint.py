@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -41,6 +41,7 @@ def prune_checkpoint(
     allow_uneven: bool = False,
     trust_remote_code: bool = False,
     weights: Weights = MappingProxyType({}),
+    describe: Callable[[Path], str] | None = None,
 ) -> None:
     """`slimvlm.prune_` and `slimvlm.save` for a checkpoint that does not fit in memory.
 
@@ -58,6 +59,7 @@ def prune_checkpoint(
         allow_uneven: As for `slimvlm.prune_`.
         trust_remote_code: Run code that lies in the checkpoint.
         weights: Parameters that are no slices of the original's, as a walk gives them.
+        describe: Looks at the written files, and returns what the model card says was kept.
 
     Raises:
         ConfigError: If the folder exists, the plan is for another model, or files cannot be read.
@@ -72,9 +74,13 @@ def prune_checkpoint(
     kept = _KeptWeights(checkpoint, smaller, plan, weights)
     with new_folder(out, force) as folder:
         write_weights(smaller, kept, folder, SHARD_BYTES)
-        facts = CardFacts(base=checkpoint.model.config._name_or_path, name=Path(out).name)
-        write_beside_weights(folder, smaller, processor, plan, facts)
         _check(folder, dtype, kept)
+        facts = CardFacts(
+            base=checkpoint.model.config._name_or_path,
+            name=Path(out).name,
+            held_out="" if describe is None else describe(folder),
+        )
+        write_beside_weights(folder, smaller, processor, plan, facts)
         write_manifest(folder)
 
 

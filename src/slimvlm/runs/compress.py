@@ -30,13 +30,15 @@ from slimvlm.core.progress import Say
 from slimvlm.core.requests import identity_of_files, is_begun_for, note_request
 from slimvlm.data.read import identity_of_data
 from slimvlm.data.samples import Sample
+from slimvlm.evaluation.on_data import evaluate_data
 from slimvlm.evaluation.results import Result, read_baseline
+from slimvlm.evaluation.said import Said
 from slimvlm.models.cost import peak_memory
 from slimvlm.models.load import anatomy, load, resolve
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.card import CardFacts
 from slimvlm.pruning.save import save
-from slimvlm.runs import stages, tables
+from slimvlm.runs import held_out, stages, tables
 from slimvlm.runs.command import compress_command
 from slimvlm.runs.recipes import recipe_for
 from slimvlm.runs.request import (
@@ -52,6 +54,8 @@ from slimvlm.scoring.unit_scores import Scores
 from slimvlm.training.recover import TRACKER_FOLDER
 
 STAGES = ("original", "pruned", "recovered")
+_SAID = "said.safetensors"
+"""What the original says about samples that stay unseen, for later stages."""
 
 
 def request_of(model: str, config: CompressConfig) -> Request:
@@ -61,6 +65,7 @@ def request_of(model: str, config: CompressConfig) -> Request:
         prune=part_of(config, PruneConfig),
         recover=config.recover,
         training_samples=config.training_samples,
+        report_samples=config.report_samples,
         questions=part_of(config, Questions) if config.tasks else None,
     )
 
@@ -152,9 +157,10 @@ def _go(run: Run, samples: SampleSplit, force: bool) -> None:
     _open_folder(run, force)
     original, processor = stages.load_original(run.request)
     _evaluated(run, "original", original, processor)
+    _asked_on_data(run, "original", original, processor, samples.report)
     calibration = Calibration(processor, samples.calibration, run.request.hold_out)
     trains = run.request.trains and bool(samples.training)
-    plan = _pruned(run, original, calibration, samples.training if trains else ())
+    plan = _pruned(run, original, calibration, samples, trains)
     del original, calibration  # before two models are read for recovery
     if trains:
         _recovered(run, plan, samples)
@@ -191,10 +197,15 @@ def _scored(run: Run, model: PreTrainedModel, calibration: Calibration) -> list[
 
 
 def _pruned(
-    run: Run, model: PreTrainedModel, calibration: Calibration, training: Sequence[Sample]
+    run: Run,
+    model: PreTrainedModel,
+    calibration: Calibration,
+    samples: SampleSplit,
+    trains: bool,
 ) -> Plan:
     """Walk the model and write it, unless a later stage has been reached already."""
-    folder = "pruned" if training else "checkpoint"
+    folder = "pruned" if trains else "checkpoint"
+    training = samples.training if trains else ()
     if run.path(folder).exists() or run.path("checkpoint").exists():
         return Plan.load(run.path("plan.json"))
     scores = _scored(run, model, calibration)
@@ -208,6 +219,7 @@ def _pruned(
     write_text(run.path("walk.json"), json.dumps(asdict(walked.report), indent=1) + "\n")
     walked.plan.save(run.path("plan.json"))
     _evaluated(run, "pruned", model, calibration.processor)
+    _asked_on_data(run, "pruned", model, calibration.processor, samples.report)
     _save(run, model, calibration.processor, walked.plan, folder)
     shutil.rmtree(run.path("walk"), ignore_errors=True)
     return walked.plan
@@ -222,6 +234,7 @@ def _recovered(run: Run, plan: Plan, samples: SampleSplit) -> None:
     )
     write_text(run.path("history.json"), json.dumps(asdict(history), indent=1) + "\n")
     _evaluated(run, "recovered", model, processor)
+    _asked_on_data(run, "recovered", model, processor, samples.report)
     assert run.config.recover is not None
     about = (
         f"Then {run.config.recover.train} was trained from {run.config.recover.loss} on "
@@ -258,6 +271,23 @@ def _evaluated(run: Run, stage: str, model: PreTrainedModel, processor: Any) -> 
     stages.evaluate(request, model, processor, stage, run.path("answers")).save(path)
 
 
+def _asked_on_data(
+    run: Run, stage: str, model: PreTrainedModel, processor: Any, samples: Sequence[Sample]
+) -> None:
+    """What a stage says about samples that nothing was fitted to, beside the original."""
+    path, original = run.path("results") / held_out.FILE.format(stage), run.path(_SAID)
+    if not samples or path.exists():
+        return
+    run.say(f"ask the {stage} model on {len(samples)} samples that stay unseen")
+    if stage == "original":
+        said = held_out.said_by_original(model, processor, samples)
+        said.save(original)
+        held_out.result_of(said, samples).save(path)
+    else:
+        said = Said.load(original)
+        evaluate_data(model, processor, samples, said, name=stage).save(path)
+
+
 def read_results(folder: Path) -> dict[str, Result]:
     """What a run has measured so far, by stage, the original first."""
     paths = {stage: folder / "results" / f"{stage}.json" for stage in STAGES}
@@ -275,6 +305,7 @@ def _card_facts(run: Run, training: str) -> CardFacts:
         results=tables.as_markdown(*tables.result_rows(results)) if results else "",
         scores={name: (task.metric, task.score) for name, task in measured.items()},
         training=training,
+        held_out=tables.held_out_text(held_out.read_held_out(run.folder, STAGES)),
     )
 
 
@@ -284,10 +315,12 @@ def finish(run: Run, plan: Plan) -> None:
     lines = [f"# {run.model} at {plan.ratio:.1%}", "", plan.summary(), ""]
     if run.results:
         lines.append(tables.as_markdown(*tables.result_rows(run.results)))
+    lines.append(tables.held_out_text(held_out.read_held_out(run.folder, STAGES)))
     lines += [f"Peak memory: {peak_memory()}.", ""]
     lines.append("The checkpoint is in `checkpoint/`; plain `from_pretrained` loads it.")
     write_text(run.path("summary.md"), "\n".join(lines) + "\n")
     if (logs := run.path("training") / TRACKER_FOLDER).exists():
         logs.replace(run.path(TRACKER_FOLDER))
+    run.path(_SAID).unlink(missing_ok=True)
     for name in ("pruned", "training", "walk"):
         shutil.rmtree(run.path(name), ignore_errors=True)

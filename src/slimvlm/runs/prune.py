@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import new_folder, require_free
-from slimvlm.core.options import MemoryOptions, PruneConfig
+from slimvlm.core.options import MemoryOptions, PruneConfig, ReportOptions
 from slimvlm.core.progress import Say
 from slimvlm.data.read import identity_of_data
 from slimvlm.data.samples import Sample
+from slimvlm.evaluation.data_result import DataResult
+from slimvlm.evaluation.on_data import evaluate_data
+from slimvlm.evaluation.said import Said
 from slimvlm.models.load import (
     anatomy,
     check_models,
@@ -19,10 +25,19 @@ from slimvlm.models.load import (
     load_processor,
 )
 from slimvlm.planning.plan import Plan
+from slimvlm.pruning.card import CardFacts
 from slimvlm.pruning.save import save
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.pruning.write_checkpoint import prune_checkpoint
 from slimvlm.runs import stages
+from slimvlm.runs.held_out import (
+    ORIGINAL,
+    PRUNED,
+    compared_from_files,
+    result_of,
+    said_by_original,
+    said_from_files,
+)
 from slimvlm.runs.request import (
     Request,
     check_options,
@@ -31,10 +46,27 @@ from slimvlm.runs.request import (
     scored_by,
 )
 from slimvlm.runs.score import scores_on_disk
-from slimvlm.runs.stages import Calibration, read_split
+from slimvlm.runs.stages import Calibration, SampleSplit, read_split
+from slimvlm.runs.tables import held_out_text
 from slimvlm.scoring.layerwise.checkpoint import LazyCheckpoint, open_checkpoint
 from slimvlm.scoring.layerwise.stores import Scratch, scratch_folder
 from slimvlm.scoring.unit_scores import Scores
+
+HELD_OUT_FILE = "slimvlm_held_out.json"
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A smaller checkpoint that was written.
+
+    Attributes:
+        walked: What was cut, and how.
+        held_out: What was kept on samples that nothing was fitted to: of the original and of the
+            smaller model; empty if none were kept apart.
+    """
+
+    walked: Walked
+    held_out: Mapping[str, DataResult] = field(default_factory=dict)
 
 
 def prune(
@@ -44,9 +76,10 @@ def prune(
     *,
     plan_file: Path | None = None,
     memory: MemoryOptions = MemoryOptions(),
+    report: ReportOptions = ReportOptions(),
     force: bool = False,
     say: Say = print,
-) -> Walked:
+) -> Pruned:
     """Write a smaller checkpoint, as the verb ``prune`` does.
 
     Raises:
@@ -56,7 +89,8 @@ def prune(
     if (plan_file is None) == (config.ratio is None):
         raise ConfigError("prune needs either --ratio or --plan")
     given = None if plan_file is None else Plan.load(plan_file)
-    request = resolved(Request(model=model, prune=config), say)
+    asked = Request(model=model, prune=config, report_samples=report.report_samples)
+    request = resolved(asked, say)
     config = request.prune
     if memory.low_memory:
         check_low_memory(config)
@@ -65,17 +99,39 @@ def prune(
     else:
         check_options(config)
     check_models(config, model)
-    reads = given is None or config.repair != "none" or config.local_steps != 0
-    samples = read_split(request, say).calibration if reads else ()
+    samples = read_split(request, say)
     if memory.low_memory:
         with scratch_folder(memory.scratch_beside(out)) as folder:
             return _on_disk(request, given, samples, out, folder, force, say)
     loaded, processor = stages.load_original(request)
-    calibration = Calibration(processor, samples, request.hold_out)
+    held_out: dict[str, DataResult] = {}
+    if unseen := samples.report:
+        said = said_by_original(loaded, processor, unseen)
+        held_out[ORIGINAL] = result_of(said, unseen)
+    calibration = Calibration(processor, samples.calibration, request.hold_out)
     scores = [] if given else list(stages.calibrate(request, loaded, calibration).values())
     walked = stages.prune_(request, loaded, calibration, scores, given)
-    save(loaded, processor, out, walked.plan, force, config.pad)
-    return walked
+    if unseen:
+        held_out[PRUNED] = evaluate_data(loaded, processor, unseen, said, name=PRUNED)
+    facts = CardFacts(
+        base=loaded.config._name_or_path, name=out.name, held_out=held_out_text(held_out)
+    )
+    save(
+        loaded,
+        processor,
+        out,
+        walked.plan,
+        force,
+        pad=config.pad,
+        also=partial(_write_held_out, held_out),
+        facts=facts,
+    )
+    return Pruned(walked, held_out)
+
+
+def _write_held_out(held_out: Mapping[str, DataResult], folder: Path) -> None:
+    if PRUNED in held_out:
+        held_out[PRUNED].save(folder / HELD_OUT_FILE)
 
 
 def check_low_memory(config: PruneConfig) -> None:
@@ -93,21 +149,34 @@ def check_low_memory(config: PruneConfig) -> None:
 def _on_disk(
     request: Request,
     given: Plan | None,
-    samples: Sequence[Sample],
+    samples: SampleSplit,
     out: Path,
     scratch: Path,
     force: bool,
     say: Say,
-) -> Walked:
+) -> Pruned:
     """The same with one layer in memory at a time."""
     config = request.prune
     opened = open_checkpoint(request.model, config.dtype, config.trust_remote_code)
     processor = load_processor(str(opened.folder), opened.model.config, config.trust_remote_code)
-    calibration = Calibration(processor, samples, request.hold_out)
+    calibration = Calibration(processor, samples.calibration, request.hold_out)
     data = [] if config.data is None else [identity_of_data(config.data)]
     noted = {"asked": asdict(request), "data": data, **opened.identity}
     Scratch(scratch).keep_if_same("request.json", noted)
     scores = [] if given else _scores_on_disk(request, opened, calibration, scratch, say)
+    held_out: dict[str, DataResult] = {}
+    if unseen := samples.report:
+        said = _said_on_disk(opened, processor, unseen, scratch)
+        held_out[ORIGINAL] = result_of(said, unseen)
+
+    def measured(folder: Path) -> str:
+        if unseen:
+            smaller, at = open_checkpoint(folder, config.dtype), Scratch(scratch / "unseen")
+            how = (smaller, at, default_device(), processor, unseen, said)
+            held_out[PRUNED] = compared_from_files(*how)
+            _write_held_out(held_out, folder)
+        return held_out_text(held_out)
+
     store = Scratch(scratch / "walk")
     walked = stages.walk(request, opened, store, default_device(), calibration, scores, given)
     trusted = config.trust_remote_code
@@ -119,8 +188,22 @@ def _on_disk(
         force,
         trust_remote_code=trusted,
         weights=walked.weights,
+        describe=measured,
     )
-    return walked
+    return Pruned(walked, held_out)
+
+
+def _said_on_disk(
+    opened: LazyCheckpoint, processor: Any, samples: Sequence[Sample], scratch: Path
+) -> Said:
+    """What the original says, which a restart does not ask again."""
+    path = scratch / "said.safetensors"
+    if not path.exists():
+        store = Scratch(scratch / "unseen")
+        said = said_from_files(opened, store, default_device(), processor, samples)
+        said.save(path)
+        shutil.rmtree(scratch / "unseen", ignore_errors=True)
+    return Said.load(path)
 
 
 def _scores_on_disk(

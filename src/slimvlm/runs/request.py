@@ -52,6 +52,7 @@ class Request:
             out.
         recover: How to train afterwards, None for no recovery.
         training_samples: Samples to train on at most.
+        report_samples: Samples to keep for the end at most, which says on them what was kept.
         questions: What models are asked.
         made_from: What the model and its data are made of, so that exchanged files are noticed.
     """
@@ -61,6 +62,7 @@ class Request:
     hold_out: bool = False
     recover: RecoverConfig | None = None
     training_samples: int | None = None
+    report_samples: int = 0
     questions: Questions | None = None
     made_from: tuple[str, ...] = ()
 

@@ -21,6 +21,8 @@ from transformers import PreTrainedModel
 from slimvlm.core.checked import part_of
 from slimvlm.core.options import Axis, DataConfig, WidthOptions
 from slimvlm.core.progress import Say, progress
+from slimvlm.core.requests import digest
+from slimvlm.data.images import identifying_bytes
 from slimvlm.data.read import estimated_length, load_samples
 from slimvlm.data.samples import Sample
 from slimvlm.evaluation.lmms import evaluate_all
@@ -56,11 +58,16 @@ from slimvlm.training.recover import recover as train
 HELD_OUT_EVERY = 4
 """Every so manyth calibration sample judges plans and repairs instead of making them."""
 
+UNSEEN_SHARE = 5
+"""One of so many samples at most stays unseen."""
+FEWEST_UNSEEN = 2
+"""Fewer samples have no interval."""
+
 _BATCH = 4
 _AXIS, _TRIAL_SHARE = "axis", 1 / 6
 
 
-# The samples: one order for each seed, calibration first, training after it.
+# The samples: one order for each seed, calibration first, training after it, the end's report last.
 
 
 @dataclass(frozen=True)
@@ -70,17 +77,20 @@ class SampleSplit:
     Attributes:
         calibration: Those to score, choose and repair with.
         training: Those to learn from.
+        report: Those that the end says on what was kept; none of them is among the others.
     """
 
     calibration: Sequence[Sample]
     training: Sequence[Sample]
+    report: Sequence[Sample] = ()
 
 
 def split(samples: Sequence[Sample], request: Request) -> SampleSplit:
-    """Which samples calibrate and which train.
+    """Which samples calibrate, which train and which stay unseen.
 
-    The data has one order for each seed: that of the file for 0, a shuffled one for any other.
-    Calibration takes the first ones, training what comes after, or all if nothing is left.
+    The data has one order for each seed: that of the file for 0, a shuffled one for any other. The
+    last ones, at most a fifth, stay unseen. Of the others calibration takes the first, and training
+    what comes after, or all if nothing is left.
 
     Args:
         samples: In the order of the file: all, or for seed 0 as many as `rows_to_read` says.
@@ -89,8 +99,28 @@ def split(samples: Sequence[Sample], request: Request) -> SampleSplit:
     config = request.prune
     if config.seed:
         samples = random.Random(config.seed).sample(samples, len(samples))
-    shown, rest = samples[: config.samples], samples[config.samples :]
-    return SampleSplit(shown, (rest or shown)[: request.training_samples])
+    unseen = min(request.report_samples, len(samples) // UNSEEN_SHARE)
+    unseen = 0 if unseen < FEWEST_UNSEEN else unseen
+    used, last = samples[: len(samples) - unseen], samples[len(samples) - unseen :]
+    shown, rest = used[: config.samples], used[config.samples :]
+    training = (rest or shown)[: request.training_samples]
+    return SampleSplit(shown, training, not_among(last, used) if unseen else ())
+
+
+def not_among(samples: Sequence[Sample], others: Sequence[Sample]) -> list[Sample]:
+    """The samples that do not stand among others, word for word and with the same pictures."""
+    said = {_words_of(sample) for sample in samples}
+    seen = {_content_of(other) for other in others if _words_of(other) in said}
+    return [sample for sample in samples if _content_of(sample) not in seen]
+
+
+def _words_of(sample: Sample) -> str:
+    return repr(sample.messages)
+
+
+def _content_of(sample: Sample) -> tuple[str, ...]:
+    pictures = (identifying_bytes(image, may_move=True) for image in sample.images)
+    return (_words_of(sample), *(digest([picture]) for picture in pictures))
 
 
 def rows_to_read(request: Request) -> int | None:
@@ -99,7 +129,7 @@ def rows_to_read(request: Request) -> int | None:
     if config.seed or (request.trains and request.training_samples is None):
         return None
     training = request.training_samples if request.trains else None
-    return config.samples + (training or 0)
+    return config.samples + (training or 0) + request.report_samples
 
 
 def read_split(request: Request, say: Say) -> SampleSplit:
@@ -109,7 +139,15 @@ def read_split(request: Request, say: Say) -> SampleSplit:
         SlimError: As `samples_for` does.
     """
     source = part_of(request.prune, DataConfig)
-    return split(samples_for(request.model, source, rows_to_read(request), say), request)
+    samples = samples_for(request.model, source, rows_to_read(request), say)
+    found = split(samples, request)
+    if samples and request.report_samples and not found.report:
+        enough = FEWEST_UNSEEN * UNSEEN_SHARE
+        say(
+            f"data: {len(samples)} samples are too few to keep some unseen, so the end cannot say "
+            f"what was kept on them ({enough} different ones would do)"
+        )
+    return found
 
 
 def samples_for(

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from slimvlm.core.errors import printable
+from slimvlm.evaluation.data_result import DataResult, Estimate
 from slimvlm.evaluation.metrics import Difference, Retention, paired_difference
 from slimvlm.evaluation.results import PERPLEXITY, Result
 from slimvlm.models.anatomy import Anatomy, LayerShape
@@ -23,6 +24,17 @@ LEGEND = "* The 95 % interval of the difference excludes 0 (paired bootstrap ove
 """What `as_table` and `as_markdown` write below a table with a marked cell."""
 FLOORS = ("chance", "majority", "blind")
 """What a model reaches without doing a task: luck, the best constant answer, other pictures."""
+HELD_OUT_LEGEND = (
+    "On samples of the data that neither calibrated nor trained. In brackets: 95 % intervals "
+    "(bootstrap over samples)."
+)
+_HELD_OUT = {
+    "loss": ("loss of an answer token (nats)", 3),
+    "perplexity": ("perplexity", 2),
+    "increase": ("loss above the original's", 3),
+    "agreement": ("same next token as the original (%)", 1),
+    "divergence": ("KL divergence from the original (nats)", 3),
+}
 _PLAIN = (
     *("total_params", "backbone_params", "weight_bytes", "prefill_ms", "decode_ms"),
     *("blind", "limit", "batch_size", "dtype"),
@@ -60,6 +72,32 @@ def result_rows(results: Mapping[str, Result]) -> tuple[list[str], list[list[str
     ]
     rows += [[label, *[""] * len(shown), *cells] for label, *cells in figures]
     return ["task", *shown, *results], rows
+
+
+def held_out_rows(results: Mapping[str, DataResult]) -> tuple[list[str], list[list[str]]]:
+    """A row for each figure of held-out samples, a column for each stage; the original first."""
+    first = next(iter(results.values()))
+    figures = [vars(result.figures) for result in results.values()]
+    rows = [
+        [label, *(_estimate_cell(each[name], digits) for each in figures)]
+        for name, (label, digits) in _HELD_OUT.items()
+        if any(each[name] is not None for each in figures)
+    ]
+    return [f"{len(first.samples)} samples, {first.tokens:,} answer tokens", *results], rows
+
+
+def held_out_text(results: Mapping[str, DataResult]) -> str:
+    """The same as Markdown, with its notes; nothing if nothing was measured."""
+    if not results:
+        return ""
+    notes = "\n".join(held_out_notes(results))
+    return f"{as_markdown(*held_out_rows(results))}\n{notes}\n"
+
+
+def held_out_notes(results: Mapping[str, DataResult]) -> list[str]:
+    """What could not be compared, and what intervals are."""
+    notes = [f"{stage}: {note}" for stage, each in results.items() for note in each.notes]
+    return [*notes, HELD_OUT_LEGEND]
 
 
 def result_json(results: Mapping[str, Result]) -> dict[str, Any]:
@@ -239,6 +277,13 @@ def _task_json(task: str, model: _Beside) -> dict[str, Any]:
     if difference is not None and found.metric != PERPLEXITY:
         values |= {"difference": vars(difference), "significant": difference.significant}
     return values
+
+
+def _estimate_cell(figure: Estimate | None, digits: int) -> str:
+    if figure is None:
+        return ""
+    bounds = "" if figure.low is None else f" [{figure.low:.{digits}f}, {figure.high:.{digits}f}]"
+    return f"{figure.value:.{digits}f}{bounds}"
 
 
 def _above_floor(kept: Retention) -> str:

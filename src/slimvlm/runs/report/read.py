@@ -15,15 +15,17 @@ from slimvlm.core.documents import read_object
 from slimvlm.core.errors import LONGEST, ConfigError, one_line
 from slimvlm.core.options import CompressConfig, RecoverConfig
 from slimvlm.evaluation.compare import Comparison, compare
+from slimvlm.evaluation.data_result import DataResult
 from slimvlm.evaluation.results import Result
 from slimvlm.evaluation.tasks import builtin_tasks, find_tasks
 from slimvlm.planning.plan import Plan
 from slimvlm.runs.command import compress_command
-from slimvlm.runs.compress import read_results
+from slimvlm.runs.compress import STAGES, read_results
+from slimvlm.runs.held_out import read_held_out
 from slimvlm.runs.recipes import published
 from slimvlm.runs.report.record import Entry, Pruning, Record, Table, Training
 from slimvlm.runs.study.table import DONE, FAILED, ORIGINAL, STUDY, TABLE
-from slimvlm.runs.tables import LEGEND, MARK, result_rows
+from slimvlm.runs.tables import LEGEND, MARK, held_out_notes, held_out_rows, result_rows
 from slimvlm.scoring.unit_scores import Scores
 from slimvlm.training.recover import History
 
@@ -64,6 +66,7 @@ def read_record(folder: str | Path) -> Record:
 def _read_run(folder: Path) -> Record:
     config = _read_json(folder / "config.json")
     plan, results = Plan.load(folder / "plan.json"), read_results(folder)
+    on_data = read_held_out(folder, STAGES)
     recover = config.get("recover") or {}
     entries = [_entry(row, str(row["stage"])) for row in _stages(results, plan, recover)]
     scores = [Scores.load(path) for path in sorted((folder / "scores").glob("*.safetensors"))]
@@ -74,13 +77,18 @@ def _read_run(folder: Path) -> Record:
     return Record(
         title=f"{Path(config['model']).name} at {plan.ratio:.0%}",
         lead=f"This run {plan.summary()}.",
-        cards=_run_cards(plan, entries),
+        cards=[*_run_cards(plan, entries), *_held_out_cards(on_data)],
         command=_run_command(config, folder),
         config=config,
         entries=entries,
         prunings=[Pruning("", plan, scores)],
         trainings=_training(folder / "history.json", learns),
-        tables=[*_score_table(results), *_walk_tables(folder), *_beside_the_study(entries)],
+        tables=[
+            *_score_table(results),
+            *_held_out_table(on_data),
+            *_walk_tables(folder),
+            *_beside_the_study(entries),
+        ],
         comparison=comparison,
     )
 
@@ -131,6 +139,22 @@ def _run_cards(plan: Plan, entries: Sequence[Entry]) -> list[tuple[str, str, str
 
 def _score_table(results: Mapping[str, Result]) -> list[Table]:
     return [Table("Scores in percent", *result_rows(results), LEGEND)] if results else []
+
+
+def _held_out_table(results: Mapping[str, DataResult]) -> list[Table]:
+    if not results:
+        return []
+    title, note = "What was kept on unseen samples", " ".join(held_out_notes(results))
+    return [Table(title, *held_out_rows(results), note)]
+
+
+def _held_out_cards(results: Mapping[str, DataResult]) -> list[tuple[str, str, str]]:
+    """How often the last model says the same next token as the original."""
+    same = list(results.values())[-1].figures.agreement if results else None
+    if same is None or same.low is None or same.high is None:
+        return []
+    interval = f"on unseen samples, 95 % interval {same.low:.1f} to {same.high:.1f}"
+    return [("Same next token", f"{same.value:.1f} %", interval)]
 
 
 def _walk_tables(folder: Path) -> list[Table]:
