@@ -193,3 +193,45 @@ def test_json_has_the_figures(
     assert found["original"]["agreement"] is None
     assert found["pruned"]["samples"] == 4
     assert 0 <= found["pruned"]["agreement"]["value"] <= 100
+
+
+def shown_by(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    main(words)
+    return capsys.readouterr().out
+
+
+def test_a_model_is_evaluated_on_data_without_a_task(
+    data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["evaluate", str(finished), "--data", str(data), "--limit", "8"]
+    beside = [*words, "--baseline", MODEL]
+    found = json.loads(shown_by([*beside, "--json", "--out", str(tmp_path / "r.json")], capsys))
+    samples = load_samples(data)[:8]
+    expected = evaluate_data(*load(finished), samples, load(MODEL)[0]).figures
+    assert expected.agreement is not None
+    assert found["model"]["agreement"]["value"] == pytest.approx(expected.agreement.value)
+    assert found["model"]["loss"]["value"] == pytest.approx(expected.loss.value, abs=1e-5)
+    assert found["baseline"]["samples"] == 8
+    assert DataResult.load(tmp_path / "r.json").baseline == MODEL
+    assert "perplexity" in shown_by(words, capsys)
+    assert "agreement" not in shown_by(words, capsys)
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--tasks", "presence"], "--tasks is for tasks"),
+        (["--floors"], "--floors is for tasks"),
+        (["--baseline", "RESULT"], "must be a model"),
+        (["--limit", "0"], "limit 0"),
+    ],
+)
+def test_what_data_cannot_be_asked_is_refused(
+    more: list[str], told: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "result.json").write_text("{}")
+    more = [str(tmp_path / "result.json") if word == "RESULT" else word for word in more]
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", MODEL, "--data", str(data), *more])
+    assert stop.value.code == 2
+    assert told in capsys.readouterr().err

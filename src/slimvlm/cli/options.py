@@ -10,7 +10,7 @@ import tyro
 
 from slimvlm.core.options import (
     TASK_BATCH_SIZE,
-    Questions,
+    QuestionOptions,
     RunOptions,
     TargetOptions,
     TrainingConfig,
@@ -22,9 +22,13 @@ Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuestionFlags(Questions):
+class QuestionFlags(QuestionOptions):
     """What models are asked, and how."""
 
+    tasks: str | None = None
+    """Comma-separated names: built-in tasks (demo for all, the default without --data), YAML files
+    of your own, or the study's benchmarks mme, pope, gqa, scienceqa_img, mmmu_val, ai2d, mathvista,
+    docvqa (needs slimvlm[eval])."""
     blind: bool = False
     """Show the pictures of other questions: the floor of a model that cannot see."""
     log: Path | None = None

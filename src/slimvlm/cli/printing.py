@@ -75,6 +75,19 @@ def print_held_out(results: Mapping[str, DataResult]) -> None:
             print(printable(line))
 
 
+def print_on_data(results: Mapping[str, DataResult], as_json: bool) -> None:
+    """Print what models make of data."""
+    from slimvlm.runs.held_out import held_out_json
+    from slimvlm.runs.tables import held_out_notes, held_out_rows
+
+    if as_json:
+        print_json(held_out_json(results))
+        return
+    print_table(*held_out_rows(results))
+    for line in held_out_notes(results):
+        note(line)
+
+
 def print_run(
     results: Mapping[str, Result], held_out: Mapping[str, DataResult], as_json: bool, title: str
 ) -> None:

@@ -6,14 +6,21 @@ from pathlib import Path
 from typing import Annotated
 
 from slimvlm.cli.options import INLINE, Model, QuestionFlags, RunFlags, TrainingFlags
-from slimvlm.cli.printing import note, print_held_out, print_plan, print_results, print_run
+from slimvlm.cli.printing import (
+    note,
+    print_held_out,
+    print_on_data,
+    print_plan,
+    print_results,
+    print_run,
+)
 from slimvlm.core.checked import part_of
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import (
     CalibrationConfig,
     CompressConfig,
+    DataConfig,
     KdOn,
-    LoadConfig,
     MemoryOptions,
     PlanConfig,
     PruneConfig,
@@ -191,27 +198,46 @@ def evaluate(
     questions: Annotated[QuestionFlags, INLINE] = QuestionFlags(),
     baseline: str | None = None,
     out: Path | None = None,
-    loading: Annotated[LoadConfig, INLINE] = LoadConfig(),
+    source: Annotated[DataConfig, INLINE] = DataConfig(),
     force: bool = False,
     json: bool = False,
 ) -> None:
-    """Ask a benchmark's questions and score the answers.
+    """Ask a benchmark's questions and score the answers, or measure the loss on your own data.
+
+    With --data no task is needed: loss and perplexity of the answers in it, and beside a baseline
+    how often both models say the same next token, and how far their predictions are apart.
 
     Args:
         model: Folder, hub id, or demo.
         questions: What models are asked.
-        baseline: The original model, or a result file of it: adds retention with an interval.
+        baseline: The original model, or for tasks a result file of it: adds what was kept.
         out: Result file (JSON), answers included.
-        loading: How models are read.
+        source: The data, and how models are read.
         force: Replace an existing result file.
         json: Print JSON.
     """
     from slimvlm.runs.evaluate import evaluate as run
+    from slimvlm.runs.evaluate import evaluate_on_data
 
+    if source.data is not None:
+        _require_no_tasks(questions)
+        found = evaluate_on_data(
+            model,
+            source,
+            baseline=baseline,
+            limit=questions.limit,
+            batch_size=questions.batch_size,
+            out=out,
+            force=force,
+            say=note,
+        )
+        print_on_data(found, json)
+        return
+    given = {**vars(questions), "tasks": questions.tasks or Questions.tasks}
     results = run(
         model,
-        part_of(questions, Questions),
-        loading,
+        Questions(**{name: given[name] for name in vars(Questions())}),
+        source,
         baseline=baseline,
         blind=questions.blind,
         log_folder=questions.log,
@@ -219,6 +245,14 @@ def evaluate(
         force=force,
     )
     print_results(results, json)
+
+
+def _require_no_tasks(questions: QuestionFlags) -> None:
+    """Data is not asked: what only tasks have must not be given with it."""
+    for name in ("tasks", "task_folder", "floors", "blind", "log"):
+        if value := getattr(questions, name):
+            flag = name.replace("_", "-")
+            raise ConfigError(f"{name} {str(value)!r}: --{flag} is for tasks, not for --data")
 
 
 def compress(

@@ -315,7 +315,8 @@ def finish(run: Run, plan: Plan) -> None:
     lines = [f"# {run.model} at {plan.ratio:.1%}", "", plan.summary(), ""]
     if run.results:
         lines.append(tables.as_markdown(*tables.result_rows(run.results)))
-    lines.append(tables.held_out_text(held_out.read_held_out(run.folder, STAGES)))
+    if kept := held_out.read_held_out(run.folder, STAGES):
+        lines += ["## What was kept", "", tables.held_out_text(kept)]
     lines += [f"Peak memory: {peak_memory()}.", ""]
     lines.append("The checkpoint is in `checkpoint/`; plain `from_pretrained` loads it.")
     write_text(run.path("summary.md"), "\n".join(lines) + "\n")

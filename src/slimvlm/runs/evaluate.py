@@ -5,15 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import require_free
-from slimvlm.core.options import LoadConfig, Questions
+from slimvlm.core.options import DataConfig, LoadConfig, Questions
+from slimvlm.core.progress import Say
 from slimvlm.evaluation.ask import evaluate as ask
 from slimvlm.evaluation.compare import Comparison, compare
+from slimvlm.evaluation.data_result import DataResult
 from slimvlm.evaluation.lmms import evaluate_all
+from slimvlm.evaluation.on_data import alone, evaluate_data, names_of, said_by
 from slimvlm.evaluation.results import Result, read_baseline
 from slimvlm.evaluation.tasks import builtin_tasks, find_tasks
+from slimvlm.models.hidden import head_weights_of
 from slimvlm.models.load import check_models, load_as
 from slimvlm.runs.request import check_questions
+from slimvlm.runs.stages import samples_for
 
 
 def evaluate(
@@ -57,6 +63,58 @@ def evaluate(
         out.parent.mkdir(parents=True, exist_ok=True)
         results["model"].save(out)
     return results
+
+
+def evaluate_on_data(
+    model: str,
+    source: DataConfig,
+    *,
+    baseline: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 16,
+    out: Path | None = None,
+    force: bool = False,
+    say: Say = print,
+) -> dict[str, DataResult]:
+    """Say what a model makes of data, and the original if there is one; no task is needed.
+
+    One model is in memory at a time; of the original, what it says is kept.
+
+    Args:
+        model: Folder, hub id or ``demo``.
+        source: The data, and how models are read.
+        baseline: The original model.
+        limit: Only the first so many samples.
+        batch_size: Samples that run at once.
+        out: Result file of the model.
+        force: Replace an existing result file.
+        say: Receives one line for each row that was skipped.
+
+    Returns:
+        Results: ``baseline`` if there is one, and ``model``.
+
+    Raises:
+        SlimError: For anything that the user can mend; found before weights are read.
+    """
+    if out is not None:
+        require_free(out, force)
+    if baseline is not None and Path(baseline).is_file():
+        raise ConfigError(f"baseline {baseline!r}: with --data it must be a model, not a file")
+    check_models(source, model, *([baseline] if baseline is not None else []))
+    samples = samples_for(model, source, limit, say)
+    results: dict[str, DataResult] = {}
+    said = None
+    if baseline is not None:
+        original, processor = load_as(source, baseline)
+        head = head_weights_of(original)
+        said = said_by(original, processor, samples, batch_size, baseline, head)
+        results["baseline"] = alone(said, names_of(samples))
+        del original
+    found = evaluate_data(*load_as(source, model), samples, said, batch_size=batch_size, name=model)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        found.save(out)
+    return {**results, "model": found}
 
 
 def side_by_side(a: str, b: str, tasks: str, limit: int | None, loading: LoadConfig) -> Comparison:

@@ -129,7 +129,8 @@ def rows_to_read(request: Request) -> int | None:
     if config.seed or (request.trains and request.training_samples is None):
         return None
     training = request.training_samples if request.trains else None
-    return config.samples + (training or 0) + request.report_samples
+    needed = config.samples + (training or 0) + request.report_samples
+    return max(needed, request.report_samples * UNSEEN_SHARE)
 
 
 def read_split(request: Request, say: Say) -> SampleSplit:

@@ -24,10 +24,8 @@ LEGEND = "* The 95 % interval of the difference excludes 0 (paired bootstrap ove
 """What `as_table` and `as_markdown` write below a table with a marked cell."""
 FLOORS = ("chance", "majority", "blind")
 """What a model reaches without doing a task: luck, the best constant answer, other pictures."""
-HELD_OUT_LEGEND = (
-    "On samples of the data that neither calibrated nor trained. In brackets: 95 % intervals "
-    "(bootstrap over samples)."
-)
+INTERVALS = "In brackets: 95 % intervals (bootstrap over samples)."
+UNSEEN = "On samples of the data that neither calibrated nor trained."
 _HELD_OUT = {
     "loss": ("loss of an answer token (nats)", 3),
     "perplexity": ("perplexity", 2),
@@ -90,14 +88,14 @@ def held_out_text(results: Mapping[str, DataResult]) -> str:
     """The same as Markdown, with its notes; nothing if nothing was measured."""
     if not results:
         return ""
-    notes = "\n".join(held_out_notes(results))
+    notes = "\n".join([UNSEEN, *held_out_notes(results)])
     return f"{as_markdown(*held_out_rows(results))}\n{notes}\n"
 
 
 def held_out_notes(results: Mapping[str, DataResult]) -> list[str]:
     """What could not be compared, and what intervals are."""
     notes = [f"{stage}: {note}" for stage, each in results.items() for note in each.notes]
-    return [*notes, HELD_OUT_LEGEND]
+    return [*notes, INTERVALS]
 
 
 def result_json(results: Mapping[str, Result]) -> dict[str, Any]:
