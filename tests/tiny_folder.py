@@ -220,7 +220,7 @@ SEEING = [name for name, kind in KINDS.items() if kind.image_token is not None]
 
 
 @cache
-def _root() -> Path:
+def root() -> Path:
     root = Path(tempfile.mkdtemp(prefix="slimvlm-tiny-"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     return root
@@ -247,7 +247,7 @@ def folder(name: str) -> Path:
     specials = getattr(words, "tokenizer", words).all_special_ids
     model.generation_config.suppress_tokens = specials  # random models would say them
     model.generation_config.pad_token_id = 0
-    path = _root() / name
+    path = root() / name
     model.save_pretrained(path)
     words.save_pretrained(path)
     return path

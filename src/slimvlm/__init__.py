@@ -35,6 +35,7 @@ _HOME = {
     "anatomy": "models.load",
     "bench": "evaluation.bench",
     "block_influence": "scoring.hidden_states",
+    "choose_tokens": "data.vocabulary",
     "calibration_batches": "scoring.score_model",
     "collect": "scoring.score_model",
     "compress": "runs.compress",
@@ -63,6 +64,7 @@ _HOME = {
     "save": "pruning.save",
     "score": "scoring.score_model",
     "score_checkpoint": "scoring.layerwise.score",
+    "trim_tokenizer_": "pruning.tokens",
     "verify": "pruning.manifest",
 }
 

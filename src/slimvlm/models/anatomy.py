@@ -228,6 +228,25 @@ class Anatomy:
             return f"image features are added to the first {len(self.pinned_layers)} layers"
         return "later layers read their keys and values, or they are the last"
 
+    @property
+    def token_params(self) -> int:
+        """Parameters of one token: its row of the embedding, and of the head if that has its own.
+
+        A bias of the head counts.
+        """
+        return (self.embedding_params + self.head_params) // self.vocab_size
+
+    @property
+    def why_tokens_stay(self) -> str | None:
+        """Why no token can go; None if some can."""
+        rows = self.vocab_size
+        of_head = (0, rows, rows * self.hidden_size, rows * (self.hidden_size + 1))
+        if self.backbone.layer_stacks:
+            return "its layers have embeddings of their own"
+        if self.embedding_params != rows * self.hidden_size or self.head_params not in of_head:
+            return "its embedding or head has other rows than its vocabulary has tokens"
+        return None
+
     def legal_kv_heads(self) -> list[int]:
         """KV-head counts that the configuration class can write down, ascending.
 
@@ -260,6 +279,15 @@ class Anatomy:
         return (
             *(row.attention if shape.num_kv_heads else ()),
             *(row.mlp if shape.intermediate_size else ()),
+        )
+
+    def with_tokens(self, count: int) -> Anatomy:
+        """The same model with so many tokens."""
+        return replace(
+            self,
+            vocab_size=count,
+            embedding_params=self.embedding_params // self.vocab_size * count,
+            head_params=self.head_params // self.vocab_size * count,
         )
 
     def with_layers(self, layers: Sequence[LayerShape]) -> Anatomy:

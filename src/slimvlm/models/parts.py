@@ -96,6 +96,16 @@ def final_norm(model: nn.Module) -> nn.Module:
     return text_model.get_submodule(backbone_of(config).final_norm)
 
 
+def token_matrices(model: nn.Module) -> tuple[nn.Embedding, nn.Linear]:
+    """The embedding and the head, which have a row for each token; tied ones share their weight."""
+    family = family_of(_config(model).model_type)
+    embedding = model.get_submodule(family.backbone).get_submodule("embed_tokens")
+    head = model.get_submodule(family.head)
+    assert isinstance(embedding, nn.Embedding)
+    assert isinstance(head, nn.Linear)
+    return embedding, head
+
+
 def matrices(model: nn.Module) -> Iterator[tuple[int, Matrix]]:
     """Every weight matrix that units own parts of, experts' too, with its layer's index."""
     row = backbone_of(_config(model))

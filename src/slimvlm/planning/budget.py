@@ -11,7 +11,7 @@ import torch
 from slimvlm.core.errors import ConfigError, NumericalError
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import TILE_MULTIPLE, WIDTH_MULTIPLE
-from slimvlm.planning.plan import AXES
+from slimvlm.planning.plan import AXES, Plan
 from slimvlm.scoring.unit_scores import WIDTH_UNITS, Scores
 
 ALLOCATIONS = ("uniform", "protect")
@@ -77,6 +77,10 @@ class Budget:
     def params(self) -> float:
         """Parameters to remove."""
         return self.ratio * self.anatomy.backbone_params
+
+    def left(self, plan: Plan) -> float:
+        """Parameters to remove beside those that a plan removes already."""
+        return self.params - plan.ratio * self.anatomy.backbone_params
 
     @property
     def multiple(self) -> int:

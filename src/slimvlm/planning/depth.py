@@ -16,7 +16,7 @@ from slimvlm.scoring.unit_scores import Scores
 
 def without_layers(plan: Plan, scores: Scores, budget: Budget) -> Plan:
     """Drop the layers that matter least, or the run that does."""
-    candidates, count = budget.removable_layers, _num_layers_to_remove(budget)
+    candidates, count = budget.removable_layers, _num_layers_to_remove(plan, budget)
     if scores.layer_runs is not None and count:
         removed = _lowest_run(candidates, scores.layer_runs[count - 1], count)
     else:
@@ -45,11 +45,11 @@ def _lowest_run(candidates: Sequence[int], costs: Tensor, count: int) -> set[int
     return set(cheapest)
 
 
-def _num_layers_to_remove(budget: Budget) -> int:
+def _num_layers_to_remove(plan: Plan, budget: Budget) -> int:
     shapes, candidates = budget.anatomy.layers, budget.removable_layers
     most = min(len(candidates), len(shapes) - 1)
     if budget.counting == "per_layer":
         return min(channels_to_remove(len(candidates), budget.ratio), most)
     share = budget.depth_share if budget.axis == "both" else 1.0
     mean_params = sum(shapes[i].params for i in candidates) / max(len(candidates), 1)
-    return min(round(budget.params * share / mean_params) if mean_params else 0, most)
+    return min(round(budget.left(plan) * share / mean_params) if mean_params else 0, most)

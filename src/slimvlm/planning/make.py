@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +31,7 @@ def make_plan(
     *,
     units: Sequence[str] = WIDTH_UNITS,
     kv_heads: int | None = None,
+    tokens: Collection[int] | None = None,
 ) -> Plan:
     """Choose the units to keep.
 
@@ -54,6 +55,9 @@ def make_plan(
         units: Which of ``kv_group`` and ``neuron`` may become fewer.
         kv_heads: KV groups to keep in every unprotected layer; neurons give the rest. By default
             both kinds give the same share where whole groups allow it.
+        tokens: Ids of the tokens to keep, as `slimvlm.choose_tokens` finds them; None for all. What
+            their rows weigh is part of the ratio: the axis gives the rest, and nothing where they
+            alone reach it.
 
     Returns:
         A plan whose achieved ratio is as near as whole units allow: within a layer for ``depth``,
@@ -80,7 +84,10 @@ def make_plan(
         kv_heads,
     )
     given = [scores] if isinstance(scores, Scores) else list(scores)
-    plan = replace(Plan.everything(anatomy), axis=axis, asked_ratio=ratio)
+    kept = None if tokens is None else tuple(sorted(set(tokens)))
+    plan = replace(Plan.everything(anatomy), axis=axis, asked_ratio=ratio, tokens=kept)
+    if kept is not None and counting == "parameters" and plan.ratio >= ratio:
+        return plan
     if axis in ("depth", "both"):
         plan = without_layers(plan, scores_for("layer", given, budget), budget)
     if axis in ("width", "both"):

@@ -12,16 +12,17 @@ from slimvlm.core.errors import ConfigError
 from slimvlm.models.anatomy import Anatomy, read_anatomy
 from slimvlm.models.families import INPUT_COLUMNS, Projection
 from slimvlm.models.hidden import layer_input
-from slimvlm.models.parts import Matrix, decoder_layers, matrices
+from slimvlm.models.parts import Matrix, decoder_layers, matrices, token_matrices
 from slimvlm.models.units import channels_of, unit_of
-from slimvlm.planning.plan import Plan
+from slimvlm.planning.plan import Kept, Plan
 
 
 def mask_(model: PreTrainedModel, plan: Plan) -> None:
     """Switch off what a plan removes without changing any shape, in place.
 
     The columns of ``o_proj`` and ``down_proj`` that read removed units become zero. Removed layers
-    become zero altogether, and a hook passes their input on. This is the slow and obvious
+    become zero altogether, and a hook passes their input on. Removed tokens are zero in the
+    embedding, and a hook makes them impossible answers. This is the slow and obvious
     meaning of a plan, against which `prune_` is tested.
     """
     require_match(model, plan)
@@ -35,6 +36,20 @@ def mask_(model: PreTrainedModel, plan: Plan) -> None:
         for index, matrix in matrices(model):
             if matrix.projection.dim == INPUT_COLUMNS and index in kept_layers:
                 matrix.weight.copy_(_masked_weight(plan, index, matrix))
+        if plan.tokens is not None:
+            _mask_tokens(model, plan.tokens)
+
+
+def _mask_tokens(model: PreTrainedModel, tokens: Kept) -> None:
+    embedding, head = token_matrices(model)
+    removed = torch.ones(len(embedding.weight), dtype=torch.bool, device=embedding.weight.device)
+    removed[list(tokens)] = False
+    embedding.weight[removed] = 0
+
+    def forbid(module: nn.Module, args: Any, logits: Tensor) -> Tensor:
+        return logits.masked_fill(removed.to(logits.device), -torch.inf)
+
+    head.register_forward_hook(forbid)
 
 
 def _pass_on(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -53,6 +68,11 @@ def require_match(model: nn.Module, plan: Plan) -> None:
     if anatomy.layers != plan.before.layers or anatomy.model_type != plan.before.model_type:
         raise ConfigError(
             f"plan: made for {_shape_line(plan.before)}, but the model is {_shape_line(anatomy)}"
+        )
+    if plan.tokens is not None and anatomy.vocab_size != plan.before.vocab_size:
+        raise ConfigError(
+            f"plan: made for {plan.before.vocab_size:,} tokens, but the model has "
+            f"{anatomy.vocab_size:,}"
         )
 
 

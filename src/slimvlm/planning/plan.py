@@ -35,6 +35,7 @@ class Plan:
         axis: ``depth``, ``width`` or ``both``.
         asked_ratio: The ratio that was asked for, None for a plan made by hand.
         criteria: Criterion used for each unit.
+        tokens: Ids of the kept tokens; None for all.
     """
 
     before: Anatomy
@@ -44,6 +45,7 @@ class Plan:
     axis: str
     asked_ratio: float | None = None
     criteria: Mapping[str, str] = field(default_factory=dict)
+    tokens: Kept | None = None
 
     def __post_init__(self) -> None:
         if self.axis not in AXES:
@@ -63,6 +65,8 @@ class Plan:
             ):
                 has_some = is_kept and count > 0
                 _check_indices(f"{name}[{index}]", kept, count, has_some == bool(kept))
+        if self.tokens is not None:
+            _check_tokens(self.tokens, self.before)
         missing = sorted(set(self.before.pinned_layers) - set(self.layers))
         if missing:
             raise ImpossiblePlanError(
@@ -99,11 +103,28 @@ class Plan:
         """The smaller model's anatomy."""
         pinned = tuple(self.layers.index(i) for i in self.before.pinned_layers)
         after = replace(self.before.with_layers(self._shapes()), pinned_layers=pinned)
+        if self.tokens is not None:
+            after = after.with_tokens(len(self.tokens))
         return after.retyped() if self.needs_retype else after
 
     @property
     def ratio(self) -> float:
         """Share of the backbone's parameters that the plan removes."""
+        return (self._lost_in_layers + self._lost_in_tokens) / self.before.backbone_params
+
+    @property
+    def decoder_ratio(self) -> float:
+        """Share of the decoder layers' parameters that the plan removes: without embeddings."""
+        return self._lost_in_layers / sum(shape.params for shape in self.before.layers)
+
+    @property
+    def _lost_in_tokens(self) -> int:
+        if self.tokens is None:
+            return 0
+        return (self.before.vocab_size - len(self.tokens)) * self.before.token_params
+
+    @property
+    def _lost_in_layers(self) -> int:
         kept = sum(
             shape.fixed_params
             + len(self.kv_groups[i]) * shape.kv_group_params
@@ -111,14 +132,7 @@ class Plan:
             for i, shape in enumerate(self.before.layers)
             if i in self.layers
         )
-        removed = sum(shape.params for shape in self.before.layers) - kept
-        return removed / self.before.backbone_params
-
-    @property
-    def decoder_ratio(self) -> float:
-        """Share of the decoder layers' parameters that the plan removes: without embeddings."""
-        decoder = sum(shape.params for shape in self.before.layers)
-        return self.ratio * self.before.backbone_params / decoder
+        return sum(shape.params for shape in self.before.layers) - kept
 
     @property
     def needs_retype(self) -> bool:
@@ -168,12 +182,15 @@ class Plan:
         neurons = sorted({len(self.neurons[i]) for i in self.layers} - {0})
         asked = "" if self.asked_ratio is None else f" (asked {self.asked_ratio:.2%})"
         needs = "; layers of different widths: needs trust_remote_code=True"
+        tokens = ""
+        if self.tokens is not None:
+            tokens = f", {len(self.tokens):,} of {self.before.vocab_size:,} tokens"
         return (
             f"removes {self.ratio:.2%} of the backbone{asked}: "
             f"{len(self.layers)} of {self.before.num_layers} layers, "
             f"{_span(groups)} KV groups, {_span(neurons)} neurons a layer"
-            + needs
-            * (self.file_format == "uneven")
+            + tokens
+            + needs * (self.file_format == "uneven")
         )
 
     def save(self, path: str | Path) -> None:
@@ -187,6 +204,7 @@ class Plan:
             "layers": self.layers,
             "kv_groups": self.kv_groups,
             "neurons": self.neurons,
+            "tokens": self.tokens,
             "before": self.before.to_dict(),
         }
         write_text(Path(path), json.dumps(values) + "\n")
@@ -217,6 +235,7 @@ class Plan:
             axis=file.axis,
             asked_ratio=file.asked_ratio,
             criteria=file.criteria,
+            tokens=file.tokens,
         )
 
 
@@ -233,6 +252,19 @@ class _PlanFile:
     kv_groups: tuple[Kept, ...]
     neurons: tuple[Kept, ...]
     before: Anatomy
+    tokens: Kept | None = None
+
+
+def _check_tokens(tokens: Kept, anatomy: Anatomy) -> None:
+    if anatomy.why_tokens_stay is not None:
+        raise ImpossiblePlanError(
+            f"plan: tokens of {anatomy.model_type!r} cannot go, since {anatomy.why_tokens_stay}"
+        )
+    in_range = all(isinstance(i, int) and 0 <= i < anatomy.vocab_size for i in tokens)
+    if not tokens or not in_range or list(tokens) != sorted(set(tokens)):
+        raise ConfigError(
+            f"plan: tokens must be at least one, sorted, unique and below {anatomy.vocab_size}"
+        )
 
 
 def _check_indices(name: str, kept: Sequence[Any], count: int, right_emptiness: bool) -> None:

@@ -55,7 +55,7 @@ def uniform_widths(plan: Plan, scored: Mapping[str, Scores], budget: Budget) -> 
     if budget.counting == "per_layer":
         counts = _counts_per_layer(shape, budget.ratio)
     else:
-        rest = budget.params - plan.ratio * budget.anatomy.backbone_params
+        rest = budget.left(plan)
         legal = budget.anatomy.legal_kv_heads() if "kv_group" in scored else []
         if budget.kv_heads is not None and "kv_group" in scored:
             legal = [budget.kv_heads]

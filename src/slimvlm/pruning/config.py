@@ -14,6 +14,7 @@ from slimvlm.models.anatomy import Anatomy, LayerShape, read_anatomy
 from slimvlm.models.classes import UNEVEN_FIELD, WIDTHS, empty_model, with_text_config
 from slimvlm.models.parts import text_config_of
 from slimvlm.planning.plan import Plan
+from slimvlm.pruning.tokens import renumber_config_
 
 _FROM_PYTHON = (
     "from Python any number by prune_(model, plan, allow_uneven=True), whose files need "
@@ -40,6 +41,7 @@ def smaller_text_config(
         new = _retyped(new, after.text_type, plan.before.backbone.retype_fields)
     for name, value in _of_kept_layers(old, plan).items():
         setattr(new, name, value)
+    renumber_config_(new, plan)
     if uneven:
         setattr(new, UNEVEN_FIELD, [_widths(old, shape) for shape in after.layers])
         return new
@@ -68,15 +70,29 @@ def validate(config: PreTrainedConfig, text_config: PreTrainedConfig, plan: Plan
         )
     try:
         checked = type(text_config).from_dict(text_config.to_dict())
-        whole = with_text_config(copy.deepcopy(config), checked)
+        whole = with_renumbered(copy.deepcopy(config), checked, plan)
         found = read_anatomy(empty_model(whole))
     except (StrictDataclassError, ValueError, RuntimeError, ZeroDivisionError) as error:
         first_line = str(error).strip().splitlines()[-1]
         raise ImpossiblePlanError(_refusal(plan, first_line)) from error
-    if found.layers != plan.after.layers:
+    if (found.layers, found.backbone_params) != (plan.after.layers, plan.after.backbone_params):
         raise ImpossiblePlanError(
             _refusal(plan, "a model built from the new configuration has other shapes")
         )
+
+
+def with_renumbered(
+    config: PreTrainedConfig, text_config: PreTrainedConfig, plan: Plan
+) -> PreTrainedConfig:
+    """The whole configuration of the pruned model.
+
+    Args:
+        config: The original's, which is changed.
+        text_config: What `smaller_text_config` made.
+        plan: The plan.
+    """
+    renumber_config_(config, plan)
+    return with_text_config(config, text_config)
 
 
 def _lists(text_config: Any, names: Sequence[str]) -> list[str]:

@@ -11,15 +11,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from slimvlm.models.classes import require_full_precision, set_class_, with_text_config
+from slimvlm.models.classes import require_full_precision, set_class_
 from slimvlm.models.families import OUTPUT_ROWS
 from slimvlm.models.internals import retype_modules_
 from slimvlm.models.modeling_pruned import set_counts_
-from slimvlm.models.parts import decoder_layers, stacks, text_config_of, unit_matrices
+from slimvlm.models.parts import (
+    decoder_layers,
+    stacks,
+    text_config_of,
+    token_matrices,
+    unit_matrices,
+)
 from slimvlm.models.units import unit_of
 from slimvlm.planning.mask import kept_channels, require_match
 from slimvlm.planning.plan import Plan
-from slimvlm.pruning.config import smaller_text_config, validate
+from slimvlm.pruning.config import smaller_text_config, validate, with_renumbered
+from slimvlm.pruning.tokens import renumber_modules_, require_named_tokens
 from slimvlm.scoring.unit_scores import WIDTH_UNITS
 
 
@@ -48,8 +55,12 @@ def prune_(model: PreTrainedModel, plan: Plan, allow_uneven: bool = False) -> No
         ImpossiblePlanError: If the configuration class cannot express the shape.
     """
     text_config = require_expressible(model, plan, allow_uneven)
+    embedding, head = token_matrices(model)
+    is_tied = head.weight is embedding.weight
     for cut in list(cuts_of(model, plan)):
         _cut_(cut)
+    if is_tied:
+        head.weight = embedding.weight
     _drop_layers(model, plan)
     _apply_config(model, text_config, plan)
 
@@ -65,6 +76,7 @@ def require_expressible(
     """
     require_full_precision(model.config, "pruned")
     require_match(model, plan)
+    require_named_tokens(model, plan)
     uneven = not plan.after.is_uniform or (allow_uneven and plan.file_format == "uneven")
     text_config = smaller_text_config(model.config, plan, uneven)
     validate(model.config, text_config, plan)
@@ -91,7 +103,13 @@ class Cut:
 
 
 def cuts_of(model: nn.Module, plan: Plan) -> Iterator[Cut]:
-    """Everything that a plan cuts: parameters of kept layers, and weights with a slice for each."""
+    """Everything that a plan cuts: rows of tokens, kept layers, weights with a slice for each."""
+    if plan.tokens is not None:
+        keep = torch.tensor(plan.tokens)
+        for module in token_matrices(model):
+            yield Cut(module, "weight", 0, keep)
+            if getattr(module, "bias", None) is not None:
+                yield Cut(module, "bias", 0, keep)
     for index in plan.layers:
         yield from cuts_of_layer(model, plan, index)
     for stack, holder in stacks(model):
@@ -172,10 +190,12 @@ def _drop_layers(model: nn.Module, plan: Plan) -> None:
 def _apply_config(model: PreTrainedModel, text_config: PreTrainedConfig, plan: Plan) -> None:
     """Make every module see the new configuration; copies of counts follow."""
     old = text_config_of(model.config)
+    whole = with_renumbered(model.config, text_config, plan)
     for module in model.modules():
         if vars(module).get("config") is old:
             module.config = text_config  # type: ignore[assignment]
-    model.config = with_text_config(model.config, text_config)
+    model.config = whole
+    renumber_modules_(model, plan)
     text_model: Any = model.get_submodule(plan.before.family.backbone)
     for name in plan.before.backbone.layer_indices:
         if hasattr(text_model, name):

@@ -15,18 +15,22 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from slimvlm.core.errors import ReloadError
 from slimvlm.core.files import new_folder
 from slimvlm.data import chat
-from slimvlm.data.samples import Sample
+from slimvlm.data.chat import tokenizer_of
+from slimvlm.data.samples import Message, Sample
 from slimvlm.models import modeling_pruned
 from slimvlm.models.classes import auto_class, auto_map_of, is_uneven, set_class_
 from slimvlm.models.hidden import evaluating
+from slimvlm.models.load import load_processor
 from slimvlm.models.losses import CHUNK
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.card import CardFacts, write_card
 from slimvlm.pruning.layout import layout_of, rewrite
 from slimvlm.pruning.manifest import write_manifest
+from slimvlm.pruning.tokens import trimmed_processor
 from slimvlm.pruning.uneven import padded
 
 PLAN_FILE = "slimvlm_plan.json"
+_PROBE = " Plain words, žluťoučký kůň,\n\t日本語, ελληνικά, 🙂 and  1234567890"
 
 
 def save(
@@ -56,7 +60,8 @@ def save(
         model: The model.
         processor: Its processor or tokenizer; None writes none.
         out: The new folder.
-        plan: The plan that made the model; stored as ``slimvlm_plan.json``.
+        plan: The plan that made the model; stored as ``slimvlm_plan.json``. If it removed tokens,
+            the processor is written without them; one that still has them stays as it is.
         force: Whether an existing folder may be replaced.
         pad: Whether layers of different widths are filled up with zeros to the widest, which
             loads everywhere without code but is as large and slow as the widest layer.
@@ -70,6 +75,7 @@ def save(
         ReloadError: If what was written does not load back to the same model.
     """
     set_class_(model)
+    processor = trimmed_processor(processor, plan)
     written = padded(model) if pad and is_uneven(model.config) else model
     with new_folder(out, force) as folder:
         written.save_pretrained(folder)
@@ -84,15 +90,31 @@ def save(
 def write_beside_weights(
     folder: Path, model: PreTrainedModel, processor: Any, plan: Plan | None, facts: CardFacts
 ) -> None:
-    """What a checkpoint folder holds beside weights and code; the layout that everybody reads."""
+    """What a checkpoint folder holds beside weights and code; the layout that everybody reads.
+
+    Raises:
+        ReloadError: If a tokenizer that lost tokens reads back as another one.
+    """
     layout = layout_of(model.config)
     if layout is not None:
         rewrite(folder, layout)
     if processor is not None:
         processor.save_pretrained(folder)
+        if plan is not None and plan.tokens is not None:
+            _check_tokenizer(folder, model, processor, len(plan.tokens))
     if plan is not None:
         plan.save(folder / PLAN_FILE)
     write_card(folder, model, plan, facts)
+
+
+def _check_tokenizer(folder: Path, model: PreTrainedModel, processor: Any, count: int) -> None:
+    again = tokenizer_of(load_processor(str(folder), model.config))
+    ours = tokenizer_of(processor)
+    if again.get_vocab() != ours.get_vocab() or len(again) != count:
+        raise ReloadError(f"{str(folder)!r}: the tokenizer reads back with other tokens")
+    for text in (_PROBE, chat.render(processor, probe_messages(processor))):
+        if again(text)["input_ids"] != ours(text)["input_ids"]:
+            raise ReloadError(f"{str(folder)!r}: the tokenizer reads back as another one")
 
 
 @torch.no_grad()
@@ -150,16 +172,22 @@ def probe(model: PreTrainedModel, processor: Any) -> dict[str, Tensor]:
     """A small input for comparing two copies of a model: a picture and a question if it sees."""
     if processor is not None and getattr(processor, "chat_template", None) is not None:
         sees = chat.can_see(processor)
-        parts = [{"type": "image"}] * sees + [{"type": "text", "text": "What is shown here?"}]
-        messages = (
-            {"role": "user", "content": parts},
-            {"role": "assistant", "content": [{"type": "text", "text": "A field of colours."}]},
-        )
         picture = Image.linear_gradient("L").resize((96, 96)).convert("RGB")
-        inputs = chat.encode_samples(processor, [Sample("probe", messages, (picture,) * sees)])
+        inputs = chat.encode_samples(
+            processor, [Sample("probe", probe_messages(processor), (picture,) * sees)]
+        )
         inputs.pop("labels")
         return inputs
     generator = torch.Generator().manual_seed(0)
     vocabulary = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     ids = torch.randint(3, max(vocabulary // 2, 4), (1, 16), generator=generator)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def probe_messages(processor: Any) -> tuple[Message, ...]:
+    """A question and its answer, with a picture for a processor that takes some."""
+    parts = [{"type": "image"}] * chat.can_see(processor)
+    return (
+        {"role": "user", "content": [*parts, {"type": "text", "text": "What is shown here?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "A field of colours."}]},
+    )

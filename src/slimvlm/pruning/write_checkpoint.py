@@ -24,6 +24,7 @@ from slimvlm.pruning.card import CardFacts
 from slimvlm.pruning.cut import cuts_of, prune_
 from slimvlm.pruning.manifest import write_manifest
 from slimvlm.pruning.save import write_beside_weights
+from slimvlm.pruning.tokens import trimmed_processor
 from slimvlm.pruning.walk.result import Weights
 from slimvlm.scoring.layerwise.checkpoint import LazyCheckpoint, open_checkpoint
 
@@ -70,6 +71,7 @@ def prune_checkpoint(
     require_free(out, force)
     checkpoint = open_checkpoint(model, dtype, trust_remote_code)
     processor = load_processor(str(checkpoint.folder), checkpoint.model.config, trust_remote_code)
+    processor = trimmed_processor(processor, plan)
     smaller = _smaller(checkpoint, plan, allow_uneven)
     kept = _KeptWeights(checkpoint, smaller, plan, weights)
     with new_folder(out, force) as folder:
@@ -137,8 +139,9 @@ def _check(folder: Path, dtype: str, kept: _KeptWeights) -> None:
     again = open_checkpoint(folder, dtype)
     if again.unused:
         raise ReloadError(f"{str(folder)!r} holds weights that nothing reads: {again.unused[:3]}")
-    if read_anatomy(again.model).layers != kept.plan.after.layers:
-        raise ReloadError(f"{str(folder)!r} has other layers than the plan says")
+    found, planned = read_anatomy(again.model), kept.plan.after
+    if (found.layers, found.backbone_params) != (planned.layers, planned.backbone_params):
+        raise ReloadError(f"{str(folder)!r} has other shapes than the plan says")
     chosen = random.Random(0).sample(kept.names, min(_COMPARED, len(kept.names)))
     for name in chosen:
         if not torch.equal(again.weights[name], kept[name]):

@@ -63,6 +63,7 @@ class LazyCheckpoint:
         finally:
             for name in chosen:
                 set_module_tensor_to_device(self.model, name, "meta")
+            self.model.tie_weights()
 
     def layer(self, index: int, device: torch.device) -> AbstractContextManager[None]:
         """Inside, a decoder layer has its weights."""
@@ -118,6 +119,7 @@ def open_checkpoint(
     kind = getattr(torch, stored if dtype == "auto" else dtype)
     with unreadable(model, "config"):
         skeleton = empty_model(config, kind, with_buffers=True).requires_grad_(False).eval()
+        skeleton.tie_weights()  # parameters without storage are made one by one
     sources = names_in_files(skeleton, places)
     _check(model, skeleton, sources, shapes)
     index = {

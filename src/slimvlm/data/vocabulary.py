@@ -1,0 +1,205 @@
+"""Which tokens a model needs for some data: counted there, with the model's own ranks as a prior.
+
+Beside what is seen in the data, all special tokens, bytes and single characters stay, so that
+every text can still be written, and with each token those that it is made of.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from slimvlm.core.documents import read_text
+from slimvlm.core.errors import ConfigError, DataError
+from slimvlm.data.chat import render, tokenizer_of
+from slimvlm.data.samples import Sample
+from slimvlm.data.tokenizer_file import TokenizerFile
+
+HELD_OUT_EVERY = 4
+"""Every so manyth text is counted apart, to tell what unseen ones need."""
+ENOUGH = 0.99
+"""Share of the tokens of unseen texts that ``auto`` keeps."""
+
+_AT_ONCE = 256
+_CHARACTERS = 4096
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Tokens that stay.
+
+    Attributes:
+        tokens: Their ids, sorted.
+        total: Tokens that the tokenizer has.
+        seen: Different tokens in the texts.
+        coverage: Share of the tokens of a held-out quarter of the texts that a choice of this size
+            from the other three quarters keeps; None with fewer than four texts.
+    """
+
+    tokens: tuple[int, ...]
+    total: int
+    seen: int
+    coverage: float | None
+
+    def line(self) -> str:
+        """One line for people."""
+        known = "" if self.coverage is None else f"; they cover {self.coverage:.2%} of unseen text"
+        return (
+            f"vocabulary: {len(self.tokens):,} of {self.total:,} tokens stay; the data has "
+            f"{self.seen:,} different ones{known}"
+        )
+
+
+def choose_tokens(
+    processor: Any,
+    samples: Sequence[Sample] = (),
+    size: int | None = None,
+    texts: Iterable[str | Path] = (),
+    keep: Iterable[int] = (),
+) -> tuple[int, ...]:
+    """The tokens to keep for some data.
+
+    Args:
+        processor: The model's processor or tokenizer.
+        samples: Conversations; they are counted as the chat template writes them.
+        size: How many; None for as many as the data needs: all that it has, and so many more, in
+            the order of the model's own ranks, that 99 % of the tokens of unseen texts stay (as a
+            quarter of the data tells that is not counted for it).
+        texts: Further texts, or paths of text files and of folders of them.
+        keep: Ids that must stay beside special tokens, bytes and single characters.
+
+    Returns:
+        Ids, sorted.
+
+    Raises:
+        ConfigError: If ``size`` is smaller than what must stay, or a path cannot be read.
+        UnsupportedModelError: If the tokenizer is of a kind that cannot lose tokens.
+    """
+    return choose_vocabulary(processor, samples, size, texts, keep).tokens
+
+
+def choose_vocabulary(
+    processor: Any,
+    samples: Sequence[Sample] = (),
+    size: int | None = None,
+    texts: Iterable[str | Path] = (),
+    keep: Iterable[int] = (),
+) -> Vocabulary:
+    """`choose_tokens`, and how well they fit."""
+    file = TokenizerFile.of(processor)
+    must = file.with_parts({*file.needed, *(i for i in keep if i in file.texts)})
+    written = (render(processor, sample.messages) for sample in samples)
+    counts = list(_counted(tokenizer_of(processor), _chain(written, texts)))
+    shown = sum((c for n, c in enumerate(counts, 1) if n % HELD_OUT_EVERY), Counter[int]())
+    unseen = sum(counts[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY], Counter[int]())
+    everything = shown + unseen
+    if size is None:
+        if not everything:
+            raise ConfigError("vocab_size 'auto' needs texts: give --data or --vocab-text")
+        size = max(
+            len(file.with_parts({*must, *everything})),
+            _size_for(file, must, shown, unseen) if unseen else 0,
+        )
+    if len(must) > size:
+        raise ConfigError(
+            f"vocab_size {size} must be at least {len(must)}: special tokens, bytes and single "
+            "characters stay"
+        )
+    chosen = set(islice(_in_order(file, must, everything, size), size))
+    tried = set(islice(_in_order(file, must, shown, size), size))
+    kept = sum(count for token, count in unseen.items() if token in tried)
+    coverage = kept / unseen.total() if unseen else None
+    return Vocabulary(tuple(sorted(chosen)), len(file.texts), len(everything), coverage)
+
+
+def read_texts(path: str | Path) -> Iterator[str]:
+    """The text of a file, or of all files in a folder that are UTF-8, some lines at a time.
+
+    Raises:
+        ConfigError: If there is no such file or folder, or no text in it.
+    """
+    place = Path(path)
+    if not place.is_dir():
+        yield from _pieces(read_text(place, "vocab_text"))
+        return
+    found = False
+    for file in sorted(place.rglob("*")):
+        if file.is_file() and not file.is_symlink() and (text := _text_or_none(file)) is not None:
+            found = True
+            yield from _pieces(text)
+    if not found:
+        raise ConfigError(f"vocab_text {str(path)!r}: no UTF-8 text file in this folder")
+
+
+def _text_or_none(file: Path) -> str | None:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return None
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A text in pieces that end with a line."""
+    lines: list[str] = []
+    length = 0
+    for line in text.splitlines(keepends=True):
+        lines.append(line)
+        length += len(line)
+        if length >= _CHARACTERS:
+            yield "".join(lines)
+            lines, length = [], 0
+    if lines:
+        yield "".join(lines)
+
+
+def _chain(written: Iterable[str], texts: Iterable[str | Path]) -> Iterator[str]:
+    yield from written
+    for text in texts:
+        yield from read_texts(text) if isinstance(text, Path) else [text]
+
+
+def _counted(tokenizer: Any, texts: Iterable[str]) -> Iterator[Counter[int]]:
+    """How often each token is in each text."""
+    remaining = iter(texts)
+    while some := list(islice(remaining, _AT_ONCE)):
+        try:
+            rows = tokenizer(some, add_special_tokens=False)["input_ids"]
+        except Exception as error:  # settings of tokenizers fail in many ways
+            raise DataError(f"vocabulary: the tokenizer refuses a text ({error})") from error
+        yield from (Counter(row) for row in rows)
+
+
+def _in_order(
+    file: TokenizerFile, must: Iterable[int], counts: Counter[int], size: int
+) -> Iterator[int]:
+    """Tokens, the most needed first, none before what it is made of.
+
+    What must stay comes first, then by count, then by the model's own rank. A token that does not
+    fit with its parts is left out.
+    """
+    kept = set(must)
+    yield from sorted(kept)
+    for token in sorted(file.by_rank, key=lambda token: -counts[token]):
+        if token in kept:
+            continue
+        new = file.with_parts([token]) - kept
+        if len(kept) + len(new) <= size:
+            kept |= new
+            yield from sorted(new - {token})
+            yield token
+
+
+def _size_for(
+    file: TokenizerFile, must: Iterable[int], shown: Counter[int], unseen: Counter[int]
+) -> int:
+    """The fewest tokens, chosen by what was shown, that cover enough of what was not."""
+    wanted, covered = ENOUGH * unseen.total(), 0
+    for number, token in enumerate(_in_order(file, must, shown, len(file.texts)), 1):
+        covered += unseen[token]
+        if covered >= wanted:
+            return number
+    return len(file.texts)

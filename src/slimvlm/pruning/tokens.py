@@ -1,0 +1,179 @@
+"""A plan's tokens beside the weights: the tokenizer, and every place that names a token by number.
+
+Kept tokens are numbered anew in their old order. Numbers beyond the vocabulary, as some
+configurations have for pictures or by default, stay as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from slimvlm.core.errors import ConfigError, UnsupportedModelError, shortened
+from slimvlm.data.chat import tokenizer_of
+from slimvlm.data.tokenizer_file import TokenizerFile
+from slimvlm.models.parts import text_config_of
+from slimvlm.planning.plan import Plan
+
+_FIELD = re.compile(
+    r"\w*token_(id|ids|index)|image_patch_id|(begin_)?suppress_tokens|(bad|force)_words_ids"
+)
+_OF_PROCESSOR = re.compile(r"\w*_(id|ids|index)")
+_MAY_GO = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
+"""Fields that forbid tokens; what is gone needs no ban."""
+_UNKNOWN = ("sequence_bias", "forced_decoder_ids")
+"""Fields that name tokens in forms that are not renumbered."""
+
+
+def new_numbers(plan: Plan) -> dict[int, int]:
+    """The number that each kept token gets, by its old one."""
+    return {old: new for new, old in enumerate(plan.tokens or ())}
+
+
+def trim_tokenizer_(processor: Any, plan: Plan) -> None:
+    """Take the tokens that a plan removes out of a processor or tokenizer, in place.
+
+    Vocabulary, merges, added tokens, the template of special tokens and padding change together. A
+    text whose tokens all stay gets the same ones, by their new numbers; any other text gets more,
+    shorter tokens, and decodes to itself as before. A tokenizer that is trimmed already stays.
+
+    Args:
+        processor: The original model's processor or tokenizer.
+        plan: The plan; without ``tokens`` nothing happens.
+
+    Raises:
+        ConfigError: If the plan has tokens that the tokenizer lacks, or removes one that it needs.
+        UnsupportedModelError: If the tokenizer is of a kind that cannot lose tokens.
+    """
+    if plan.tokens is None:
+        return
+    file = TokenizerFile.of(processor)
+    if file.texts.keys() == set(range(len(plan.tokens))):
+        return
+    tokenizer = tokenizer_of(processor)
+    trimmed = Tokenizer.from_str(file.trimmed(plan.tokens))
+    if trimmed.get_vocab(with_added_tokens=True) != file.numbered(plan.tokens):
+        raise UnsupportedModelError(f"tokens: {file.name} cannot be numbered anew")
+    trimmed.encode_special_tokens = tokenizer.backend_tokenizer.encode_special_tokens
+    tokenizer._tokenizer = trimmed
+    if processor is not tokenizer:
+        new = new_numbers(plan)
+        for name, value in list(vars(processor).items()):
+            if _OF_PROCESSOR.fullmatch(name):
+                setattr(processor, name, _renumbered(value, new, name))
+
+
+def trimmed_processor(processor: Any, plan: Plan | None) -> Any:
+    """A processor with a plan's tokens: itself if nothing is to change, else a copy."""
+    if processor is None or plan is None or plan.tokens is None:
+        return processor
+    changed = copy.deepcopy(processor)
+    trim_tokenizer_(changed, plan)
+    return changed
+
+
+def token_ids_of(*configs: Any) -> set[int]:
+    """The tokens that configurations name, such as those for pictures and for the end of a text."""
+    return {
+        number
+        for config in configs
+        for _, _, name, value in _fields(config, "")
+        if name not in _MAY_GO
+        for number in _numbers(value)
+        if number >= 0
+    }
+
+
+def require_named_tokens(model: PreTrainedModel, plan: Plan) -> None:
+    """Refuse a plan without a token that the model's configuration names.
+
+    Raises:
+        ConfigError: If so; the message names the field.
+    """
+    if plan.tokens is None:
+        return
+    rows, kept = plan.before.vocab_size, set(plan.tokens)
+    for config in (model.config, model.generation_config):
+        for name in _UNKNOWN:
+            if getattr(config, name, None) is not None:
+                raise ConfigError(
+                    f"plan: {type(config).__name__} has a {name}, whose tokens cannot be numbered "
+                    "anew; remove it first"
+                )
+        for _, where, name, value in _fields(config, ""):
+            lost = [n for n in _numbers(value) if 0 <= n < rows and n not in kept]
+            if lost and name not in _MAY_GO:
+                raise ConfigError(
+                    f"plan: tokens must hold {lost[0]}, which is the model's {where} "
+                    f"{shortened(value)}"
+                )
+
+
+def renumber_config_(config: PreTrainedConfig, plan: Plan) -> None:
+    """Make a configuration, with all its parts, name tokens by their new numbers.
+
+    Args:
+        config: The original's, or a part of it.
+        plan: The plan; without ``tokens`` nothing happens.
+    """
+    if plan.tokens is None:
+        return
+    new = new_numbers(plan)
+    for owner, _, name, value in list(_fields(config, "")):
+        setattr(owner, name, _renumbered(value, new, name))
+    is_whole = config.model_type == plan.before.model_type
+    for part in (config, text_config_of(config)) if is_whole else (config,):
+        if getattr(part, "vocab_size", None) == plan.before.vocab_size:
+            part.vocab_size = len(plan.tokens)
+
+
+def renumber_modules_(model: PreTrainedModel, plan: Plan) -> None:
+    """The same for what modules and the generation configuration repeat of it."""
+    if plan.tokens is None:
+        return
+    new = new_numbers(plan)
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if _FIELD.fullmatch(name):
+                setattr(module, name, _renumbered(value, new, name))
+        if vars(module).get("vocab_size") == plan.before.vocab_size:
+            module.vocab_size = len(plan.tokens)  # type: ignore[assignment]
+    text_model = model.get_submodule(plan.before.family.backbone)
+    for owner in (text_model, text_model.get_submodule("embed_tokens")):
+        if vars(owner).get("padding_idx") is not None:
+            owner.padding_idx = new[owner.padding_idx]  # type: ignore[index,assignment]
+    for owner, _, name, value in list(_fields(model.generation_config, "")):
+        setattr(owner, name, _renumbered(value, new, name))
+
+
+def _fields(config: Any, prefix: str) -> Iterator[tuple[Any, str, str, Any]]:
+    """Every field that names tokens: its owner, its path, its name and its value."""
+    for name, value in vars(config).items() if config is not None else ():
+        if isinstance(value, PreTrainedConfig):
+            yield from _fields(value, f"{prefix}{name}.")
+        elif _FIELD.fullmatch(name) and value is not None:
+            yield config, f"{prefix}{name}", name, value
+
+
+def _numbers(value: Any) -> Iterator[int]:
+    if isinstance(value, list | tuple):
+        for each in value:
+            yield from _numbers(each)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        yield value
+
+
+def _renumbered(value: Any, new: Mapping[int, int], name: str) -> Any:
+    """A field's value by new numbers; forbidden tokens that are gone are left out."""
+    if isinstance(value, list | tuple):
+        if name in _MAY_GO:
+            value = [each for each in value if all(n in new for n in _numbers(each))]
+        return type(value)(_renumbered(each, new, name) for each in value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return new.get(value, value)
+    return value

@@ -1,0 +1,273 @@
+"""Which tokens stay, and what a tokenizer without the others makes of texts."""
+
+from __future__ import annotations
+
+import json
+import random
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import slimvlm as sv
+from slimvlm.data.tokenizer_file import TokenizerFile
+from slimvlm.data.vocabulary import choose_vocabulary
+from tests import tiny_folder, tiny_words
+
+KINDS = list(tiny_words.KINDS)
+SHARES = (0.0, 0.03, 0.3, 0.8)
+"""How many of the tokens that could go stay, drawn at random, beside those they are made of."""
+
+words = st.lists(st.one_of(st.sampled_from(tiny_words.WORDS), st.text(max_size=4)), max_size=8)
+texts = st.one_of(words.map("".join), words.map(" ".join), st.text())
+
+
+@cache
+def pair(kind: str, share: float) -> tuple[Any, Tokenizer, tuple[int, ...]]:
+    """A tokenizer, the same with fewer tokens, and what these were."""
+    whole = tiny_words.KINDS[kind]()
+    file = TokenizerFile("tiny", json.loads(whole.to_str()))
+    others = sorted(file.texts.keys() - file.needed)
+    drawn = random.Random(0).sample(others, round(share * len(others)))
+    kept = tuple(sorted(file.with_parts({*file.needed, *drawn})))
+    return whole, Tokenizer.from_str(file.trimmed(kept)), kept
+
+
+def ids_of(raw: Tokenizer, text: str) -> list[int]:
+    ids: list[int] = raw.encode(text).ids
+    return ids
+
+
+def writable(text: str) -> bool:
+    """Whether it is Unicode: hypothesis makes no lone surrogates unless told."""
+    return not any(0xD800 <= ord(c) <= 0xDFFF for c in text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("share", SHARES)
+@given(text=texts.filter(writable))
+def test_a_text_decodes_to_what_it_did_before(kind: str, share: float, text: str) -> None:
+    whole, small, _ = pair(kind, share)
+    before = whole.decode(ids_of(whole, text), skip_special_tokens=False)
+    assert small.decode(ids_of(small, text), skip_special_tokens=False) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("share", SHARES)
+@given(text=texts.filter(writable))
+def test_a_text_of_kept_tokens_has_the_same_ones(kind: str, share: float, text: str) -> None:
+    whole, small, kept = pair(kind, share)
+    before = ids_of(whole, text)
+    if set(before) <= set(kept):
+        assert ids_of(small, text) == [kept.index(token) for token in before]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_texts_are_of_kept_tokens_and_many_are_not(kind: str) -> None:
+    """The property above is about something."""
+    whole, _, kept = pair(kind, 0.3)
+    told = [set(ids_of(whole, word)) <= set(kept) for word in tiny_words.WORDS]
+    assert sum(told) > 20
+    assert told.count(False) > 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kept_token_keeps_its_text_and_its_place(kind: str) -> None:
+    whole, small, kept = pair(kind, 0.3)
+    assert [small.id_to_token(n) for n in range(len(kept))] == [whole.id_to_token(i) for i in kept]
+    assert small.get_vocab_size() == len(kept)
+    added = {i: token.content for i, token in whole.get_added_tokens_decoder().items()}
+    now = {kept[i]: token.content for i, token in small.get_added_tokens_decoder().items()}
+    assert now == added
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_frame_of_a_text_has_its_new_numbers(kind: str) -> None:
+    whole, small, kept = pair(kind, 0.0)
+    assert ids_of(small, "") == [kept.index(token) for token in ids_of(whole, "")]
+    assert ids_of(small, ""), "a frame without tokens shows nothing"
+    if whole.padding is not None:
+        assert small.padding["pad_id"] == kept.index(whole.padding["pad_id"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_needed_token_nothing_is_written(kind: str) -> None:
+    file = TokenizerFile.of(tiny_words.tokenizer(kind))
+    lost = max(file.needed)
+    with pytest.raises(sv.SlimError, match=rf"tokens: {lost} .* must stay"):
+        file.trimmed(file.texts.keys() - {lost})
+
+
+def test_bytes_single_characters_and_added_tokens_are_needed() -> None:
+    file = TokenizerFile.of(tiny_words.tokenizer("sentencepiece"))
+    needed = {file.texts[token] for token in file.needed}
+    assert {f"<0x{byte:02X}>" for byte in range(256)} <= needed
+    assert {"<s>", "</s>", "<unk>", "<image>", "▁", "世", "ž", "a"} <= needed
+    byte_level = TokenizerFile.of(tiny_words.tokenizer("byte_level"))
+    letters = set(pre_tokenizers.ByteLevel.alphabet())
+    assert letters <= {byte_level.texts[token] for token in byte_level.needed}
+    assert "<tool_call>" in {byte_level.texts[token] for token in byte_level.needed}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_chosen_token_has_all_that_it_is_made_of(kind: str) -> None:
+    whole = tiny_words.tokenizer(kind)
+    file = TokenizerFile.of(whole)
+    for size in range(len(file.needed), len(file.texts), 17):
+        kept = set(sv.choose_tokens(whole, size=size, texts=tiny_words.CORPUS[:3]))
+        assert file.with_parts(kept) == kept
+
+
+def test_tokens_that_the_data_has_come_first() -> None:
+    whole = tiny_words.tokenizer("byte_level")
+    least = len(TokenizerFile.of(whole).needed)
+    for said in ("kouzelník žluťoučký", "return height"):
+        kept = set(sv.choose_tokens(whole, size=least + 12, texts=[said] * 5))
+        other = set(sv.choose_tokens(whole, size=least + 12, texts=["1234567890"] * 5))
+        seen = set(whole(said, add_special_tokens=False)["input_ids"])
+        assert len(seen & kept) > len(seen & other)
+
+
+def test_conversations_count_as_the_template_writes_them() -> None:
+    whole = tiny_folder.processor("text")
+    samples = tiny_folder.short_samples(4, sees=False)
+    kept = set(sv.choose_tokens(whole, samples))
+    for sample in samples:
+        rendered = whole.apply_chat_template(
+            [
+                {"role": m["role"], "content": "".join(p["text"] for p in m["content"])}
+                for m in sample.messages
+            ],
+            tokenize=False,
+        )
+        assert set(whole(rendered)["input_ids"]) <= kept
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_size_is_what_was_asked_for(kind: str) -> None:
+    whole = tiny_words.tokenizer(kind)
+    file = TokenizerFile.of(whole)
+    middle = (len(file.needed) + len(file.texts)) // 2
+    assert len(sv.choose_tokens(whole, size=middle, texts=tiny_words.CORPUS)) == middle
+    assert len(sv.choose_tokens(whole, size=10**6)) == len(file.texts)
+
+
+def test_auto_keeps_all_that_was_seen_and_says_what_it_covers() -> None:
+    whole = tiny_words.tokenizer("byte_level")
+    found = choose_vocabulary(whole, texts=tiny_words.CORPUS * 4)
+    seen = {i for t in tiny_words.CORPUS for i in whole(t, add_special_tokens=False)["input_ids"]}
+    assert seen <= set(found.tokens)
+    assert found.seen == len(seen)
+    assert found.coverage is not None
+    assert found.coverage >= 0.99
+    assert f"{len(found.tokens):,} of {found.total:,} tokens" in found.line()
+
+
+def test_auto_takes_more_where_unseen_texts_need_more() -> None:
+    """Texts that have nothing in common: what the others lack is made up by rank."""
+    whole = tiny_words.tokenizer("byte_level")
+    alike = sv.choose_tokens(whole, texts=["1234567890"] * 8)
+    unlike = sv.choose_tokens(whole, texts=["1234567890"] * 7 + ["žluťoučký kůň úpěl"])
+    assert len(unlike) > len(alike) + 20
+
+
+def test_texts_come_from_files_and_folders(tmp_path: Path) -> None:
+    whole = tiny_words.tokenizer("byte_level")
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "a.txt").write_text("height " * 2000)
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\xff\xfe")
+    in_file = sv.choose_tokens(whole, texts=[tmp_path / "inner" / "a.txt"])
+    assert in_file == sv.choose_tokens(whole, texts=[tmp_path])
+    assert set(whole(" height", add_special_tokens=False)["input_ids"]) <= set(in_file)
+
+
+def test_a_token_can_be_asked_for() -> None:
+    whole = tiny_words.tokenizer("byte_level")
+    file = TokenizerFile.of(whole)
+    wanted = next(i for i in file.by_rank[::-1] if i not in file.needed)
+    assert wanted in sv.choose_tokens(whole, size=len(file.needed) + 20, keep=[wanted])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"size": 5}, r"vocab_size 5 must be at least \d+"),
+        ({}, "vocab_size 'auto' needs texts"),
+        ({"texts": [Path("/nowhere/at/all")]}, "'/nowhere/at/all'.*no such file"),
+    ],
+)
+def test_what_cannot_be_chosen_is_said(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(sv.SlimError, match=message):
+        sv.choose_tokens(tiny_words.tokenizer("byte_level"), **arguments)
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(sv.SlimError, match="no UTF-8 text file"):
+        sv.choose_tokens(tiny_words.tokenizer("byte_level"), texts=[tmp_path])
+
+
+def changed(**model: Any) -> PreTrainedTokenizerFast:
+    values = json.loads(tiny_words.tokenizer("sentencepiece").backend_tokenizer.to_str())
+    values["model"] |= model
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(values)))
+
+
+def word_piece() -> PreTrainedTokenizerFast:
+    raw = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    return PreTrainedTokenizerFast(tokenizer_object=raw)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        (word_piece, "type 'WordPiece', and only BPE, Unigram"),
+        (lambda: changed(dropout=0.1), "dropout 0.1"),
+        (lambda: object(), "object is no fast tokenizer"),
+    ],
+)
+def test_what_cannot_lose_tokens_is_refused_by_name(tokenizer: Any, message: str) -> None:
+    with pytest.raises(sv.SlimError, match=message):
+        sv.choose_tokens(tokenizer(), size=300)
+
+
+def small_bpe(merges: list[tuple[str, str]]) -> Tokenizer:
+    pieces = ["a", "b", "c", *("".join(pair) for pair in merges)]
+    vocab = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
+    return Tokenizer(models.BPE(vocab, merges))
+
+
+@pytest.mark.parametrize(
+    ("merges", "inner"),
+    [
+        ([("b", "c"), ("a", "bc"), ("a", "b"), ("ab", "c")], "bc"),
+        ([("b", "c"), ("a", "b"), ("ab", "c"), ("a", "bc")], "bc"),
+        ([("a", "b"), ("b", "c"), ("a", "bc"), ("ab", "c")], "ab"),
+        ([("a", "b"), ("ab", "c"), ("b", "c"), ("a", "bc")], "ab"),
+    ],
+)
+def test_a_token_keeps_the_parts_that_it_is_really_made_of(
+    merges: list[tuple[str, str]], inner: str
+) -> None:
+    raw = small_bpe(merges)
+    file = TokenizerFile("tiny", json.loads(raw.to_str()))
+    whole, part = raw.token_to_id("abc"), raw.token_to_id(inner)
+    kept = file.with_parts([*file.needed, whole])
+    assert kept == {*range(3), whole, part}
+    small = Tokenizer.from_str(file.trimmed(kept))
+    assert small.encode("abc").tokens == raw.encode("abc").tokens == ["abc"]
+
+
+def test_a_character_without_a_token_keeps_the_tokens_that_hold_it() -> None:
+    """And the rarest token stays: an unknown character counts as a little rarer than it."""
+    pieces = [("<unk>", 0.0), ("a", -15.0), ("b", -1.0), ("ab", -2.0)]
+    odd = [("xy", -25.0), ("ya", -1.5), ("bb", -30.0), ("ba", -3.0)]
+    raw = Tokenizer(models.Unigram([*pieces, *odd], unk_id=0))
+    file = TokenizerFile("tiny", json.loads(raw.to_str()))
+    assert {file.texts[token] for token in file.needed} == {"<unk>", "a", "b", "xy", "ya", "bb"}
+    small = Tokenizer.from_str(file.trimmed(file.needed))
+    assert small.encode("xya").tokens == raw.encode("xya").tokens == ["xy", "a"]

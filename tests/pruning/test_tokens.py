@@ -1,0 +1,297 @@
+"""A plan's tokens in models of every family and in complete folders with tokenizers."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import slimvlm as sv
+from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.parts import token_matrices
+from slimvlm.planning.plan import Plan
+from slimvlm.pruning.tokens import new_numbers, token_ids_of, trimmed_processor
+from slimvlm.scoring.layerwise.checkpoint import open_checkpoint
+from tests import tiny, tiny_folder, tiny_words
+from tests.handmade import assert_untouched, logits, random_scores, snapshot
+from tests.tiers import tiered
+from tests.tolerances import FORWARD, assert_close
+
+STAY = {
+    "gemma3n_text": "layers have embeddings",
+    "gemma3n": "layers have embeddings",
+    "gemma4_text": "layers have embeddings",
+    "gemma4": "layers have embeddings",
+    "mllama": "other rows",
+    "molmo2": "other rows",
+}
+"""Tiny models that cannot lose tokens, and why."""
+CAN = [name for name in tiny.CONFIGS if name not in STAY]
+MIXED = ("llama", "qwen2", "llava-llama", "qwen3_vl", "phi", "gemma3")
+
+
+def plan_for(model: PreTrainedModel) -> Plan:
+    """Every third token goes, but for those that the model names."""
+    anatomy = read_anatomy(model)
+    named = token_ids_of(model.config, model.generation_config)
+    forbidden = set(model.generation_config.suppress_tokens[::2])
+    kept = [i for i in range(anatomy.vocab_size) if (i % 3 and i not in forbidden) or i in named]
+    return replace(Plan.everything(anatomy), tokens=tuple(kept))
+
+
+def kept_batch(model: PreTrainedModel, plan: Plan) -> dict[str, Tensor]:
+    """A batch with kept tokens only."""
+    batch = tiny.batch(model, 24)
+    del batch["labels"]
+    is_kept = torch.isin(batch["input_ids"], torch.tensor(plan.tokens))
+    return {**batch, "input_ids": torch.where(is_kept, batch["input_ids"], 4)}
+
+
+def renumbered(batch: dict[str, Tensor], plan: Plan) -> dict[str, Tensor]:
+    """The same batch by the tokens' new numbers."""
+    new = new_numbers(plan)
+    ids = [[new[token] for token in row] for row in batch["input_ids"].tolist()]
+    return {**batch, "input_ids": torch.tensor(ids)}
+
+
+@pytest.mark.parametrize("name", tiered(CAN))
+def test_what_is_left_says_the_same(name: str, tmp_path: Path) -> None:
+    model = tiny.build(name)
+    plan = plan_for(model)
+    batch = kept_batch(model, plan)
+    expected = logits(model, batch)[..., list(plan.tokens or ())]
+    tied = token_matrices(model)[0].weight is token_matrices(model)[1].weight
+    sv.prune_(model, plan)
+    assert torch.equal(logits(model, renumbered(batch, plan)), expected)
+    embedding, head = token_matrices(model)
+    assert (embedding.weight is head.weight) == tied
+    assert read_anatomy(model) == plan.after
+    sv.save(model, None, tmp_path / "out", plan)
+    again, _ = sv.load(tmp_path / "out", device="cpu")
+    assert_close(logits(again, renumbered(batch, plan)), expected, FORWARD)
+    assert sv.anatomy(tmp_path / "out") == plan.after
+
+
+@pytest.mark.parametrize("name", tiered(CAN))
+def test_a_masked_model_is_the_sliced_one(name: str) -> None:
+    masked, sliced = tiny.build(name), tiny.build(name)
+    plan = plan_for(masked)
+    kept = kept_batch(masked, plan)
+    sv.mask_(masked, plan)
+    sv.prune_(sliced, plan)
+    said = logits(masked, kept)
+    assert torch.equal(said[..., list(plan.tokens or ())], logits(sliced, renumbered(kept, plan)))
+    gone = sorted({*range(plan.before.vocab_size)} - {*(plan.tokens or ())})
+    assert said[..., gone].max() < said[..., list(plan.tokens or ())].min()
+    assert not token_matrices(masked)[0].weight[gone].any()
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_tokens_go_with_layers_and_widths_in_one_plan(name: str, tmp_path: Path) -> None:
+    model = tiny.build(name)
+    anatomy = read_anatomy(model)
+    tokens = plan_for(model).tokens
+    plan = sv.make_plan(
+        anatomy, random_scores(anatomy), 0.5, "both", depth_share=0.4, tokens=tokens
+    )
+    assert len(plan.layers) < anatomy.num_layers
+    assert len(plan.neurons[plan.layers[0]]) < anatomy.layers[0].intermediate_size
+    before = read_anatomy(model).backbone_params
+    batch, masked = kept_batch(model, plan), copy.deepcopy(model)
+    sv.mask_(masked, plan)
+    sv.prune_(model, plan)
+    said = logits(masked, batch)[..., list(tokens or ())]
+    assert_close(logits(model, renumbered(batch, plan)), said, FORWARD)
+    assert plan.ratio == pytest.approx(1 - read_anatomy(model).backbone_params / before)
+    assert plan.ratio == pytest.approx(0.5, abs=0.05)
+    sv.save(model, None, tmp_path / "out", plan)
+    assert sv.Plan.load(tmp_path / "out" / "slimvlm_plan.json") == plan
+
+
+@pytest.mark.parametrize(("name", "why"), STAY.items())
+def test_tokens_that_cannot_go_are_refused_by_name(name: str, why: str) -> None:
+    anatomy = read_anatomy(tiny.build(name))
+    with pytest.raises(sv.SlimError, match=f"tokens of '{anatomy.model_type}' cannot go.*{why}"):
+        sv.make_plan(anatomy, [], 0.0, tokens=range(4, 60))
+
+
+@pytest.mark.parametrize("name", ["llama", "llava-llama", "phi"])
+def test_where_tokens_alone_reach_the_ratio_nothing_else_goes(name: str) -> None:
+    anatomy = read_anatomy(tiny.build(name))
+    tokens = range(16, 40)
+    alone = sv.make_plan(anatomy, [], 0.0, tokens=tokens)
+    reached = sv.make_plan(anatomy, random_scores(anatomy), alone.ratio - 1e-4, tokens=tokens)
+    assert reached.ratio == alone.ratio
+    left = alone.after.backbone_params / anatomy.backbone_params
+    assert alone.ratio == pytest.approx(1 - left)
+    assert reached.kv_groups == Plan.everything(anatomy).kv_groups
+    assert reached.layers == tuple(range(anatomy.num_layers))
+    more = sv.make_plan(anatomy, random_scores(anatomy), alone.ratio + 0.2, "width", tokens=tokens)
+    assert more.tokens == tuple(tokens)
+    assert more.ratio == pytest.approx(alone.ratio + 0.2, abs=0.02)
+    deeper = sv.make_plan(
+        anatomy, random_scores(anatomy), alone.ratio + 0.2, "depth", tokens=tokens
+    )
+    assert deeper.ratio == pytest.approx(alone.ratio + 0.2, abs=0.12)
+    assert len(deeper.layers) < anatomy.num_layers
+
+
+def test_a_plan_without_tokens_still_loads(tmp_path: Path) -> None:
+    plan = Plan.everything(read_anatomy(tiny.build("llama")))
+    plan.save(tmp_path / "new.json")
+    text = (tmp_path / "new.json").read_text()
+    assert '"tokens": null' in text
+    (tmp_path / "old.json").write_text(text.replace('"tokens": null, ', ""))
+    assert Plan.load(tmp_path / "old.json") == plan
+
+
+@pytest.mark.parametrize("tokens", [[], [3, 128], [-1, 3]])
+def test_tokens_that_do_not_exist_are_refused(tokens: list[int]) -> None:
+    anatomy = read_anatomy(tiny.build("llama"))
+    with pytest.raises(sv.SlimError, match=r"tokens must be at least one, sorted.*below 128"):
+        sv.make_plan(anatomy, [], 0.0, tokens=tokens)
+
+
+@pytest.mark.parametrize(
+    ("field", "lost"), [("image_token_index", 120), ("text_config.eos_token_id", 2)]
+)
+def test_a_token_that_the_model_names_must_stay(field: str, lost: int) -> None:
+    model = tiny.build("llava-llama")
+    before = snapshot(model)
+    plan = sv.make_plan(read_anatomy(model), [], 0.0, tokens=set(range(128)) - {lost})
+    with pytest.raises(sv.SlimError, match=f"tokens must hold {lost}, .* {field} {lost}"):
+        sv.prune_(model, plan)
+    assert_untouched(model, before)
+
+
+# Complete folders, with tokenizers whose special tokens have high numbers.
+
+KINDS = list(tiny_words.FOLDERS)
+
+
+def samples(kind: str) -> list[sv.Sample]:
+    return tiny_folder.short_samples(8, sees=kind == "llava")
+
+
+@cache
+def trimmed(kind: str) -> tuple[Path, Path, Plan]:
+    """The folder of a kind, the same with fewer tokens, and the plan."""
+    whole = tiny_words.folder(kind)
+    model, processor = sv.load(whole, device="cpu")
+    named = token_ids_of(model.config, model.generation_config)
+    tokens = sv.choose_tokens(processor, samples(kind), texts=tiny_words.CORPUS[:2], keep=named)
+    plan = sv.make_plan(read_anatomy(model), [], 0.0, tokens=tokens)
+    sv.prune_(model, plan)
+    out = tiny_folder.root() / f"trimmed-{kind}"
+    sv.save(model, processor, out, plan)
+    return whole, out, plan
+
+
+def read(folder: Path) -> tuple[Any, Any]:
+    """A tokenizer and a processor (the same, for text) as anyone reads them."""
+    sees = (folder / "processor_config.json").exists()
+    processor = (hf.AutoProcessor if sees else hf.AutoTokenizer).from_pretrained(folder)
+    return hf.AutoTokenizer.from_pretrained(folder), processor
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_tokenizer_is_the_old_one_with_fewer_tokens(kind: str) -> None:
+    whole, small, plan = trimmed(kind)
+    (before, _), (after, _) = read(whole), read(small)
+    tokens = plan.tokens or ()
+    assert len(after) == len(tokens) < len(before)
+    assert after.convert_ids_to_tokens(range(len(after))) == before.convert_ids_to_tokens(tokens)
+    assert after.special_tokens_map == before.special_tokens_map
+    same = 0
+    for text in (*tiny_words.CORPUS, *tiny_words.WORDS, "žluť 世界 γρά 🚀 <image>x</s>"):
+        old, new = before(text)["input_ids"], after(text)["input_ids"]
+        assert after.decode(new) == before.decode(old)
+        if set(old) <= set(tokens):
+            same += 1
+            assert [tokens[i] for i in new] == old
+    assert same > 20
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_number_in_every_file_is_the_new_one(kind: str) -> None:
+    whole, small, plan = trimmed(kind)
+    (before, _), (after, _) = read(whole), read(small)
+    configs = []
+    for folder, words in ((whole, before), (small, after)):
+        config = json.loads((folder / "config.json").read_text())
+        generation = json.loads((folder / "generation_config.json").read_text())
+        text = config.get("text_config", config)
+        assert text["bos_token_id"] == words.bos_token_id
+        assert text["eos_token_id"] == words.eos_token_id
+        assert text["pad_token_id"] == words.pad_token_id
+        if kind == "llava":
+            assert config["image_token_index"] == words.convert_tokens_to_ids("<image>")
+        configs.append((text, generation))
+    (old, old_generation), (new, new_generation) = configs
+    numbers = new_numbers(plan)
+    assert new["vocab_size"] == len(numbers) == len(after)
+    assert new_generation["eos_token_id"] == [numbers[i] for i in old_generation["eos_token_id"]]
+    assert old["eos_token_id"] != new["eos_token_id"] or kind == "llava"
+    forbidden = [numbers[i] for i in old_generation["suppress_tokens"] if i in numbers]
+    assert new_generation["suppress_tokens"] == forbidden
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_read_back_model_says_the_same(kind: str) -> None:
+    whole, small, plan = trimmed(kind)
+    model, processor = sv.load(whole, device="cpu")
+    less, its_processor = sv.load(small, device="cpu")
+    (batch,) = sv.calibration_batches(processor, samples(kind)[:1])
+    (fewer,) = sv.calibration_batches(its_processor, samples(kind)[:1])
+    if set(batch["input_ids"].flatten().tolist()) <= set(plan.tokens or ()):
+        assert renumbered(batch, plan)["input_ids"].equal(fewer["input_ids"])
+    original_ids = torch.tensor(plan.tokens)[fewer["input_ids"]]
+    said = logits(model, {**fewer, "input_ids": original_ids})[..., list(plan.tokens or ())]
+    assert_close(logits(less, fewer), said, FORWARD)
+    length = {"max_new_tokens": 6, "do_sample": False}
+    inputs = {k: v for k, v in fewer.items() if k != "labels"}
+    assert less.generate(**inputs, **length).shape[1] > fewer["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_piece_by_piece_the_same_folder_is_written(kind: str, tmp_path: Path) -> None:
+    whole, small, plan = trimmed(kind)
+    assert read_anatomy(open_checkpoint(whole).model) == plan.before
+    sv.prune_checkpoint(whole, plan, tmp_path / "out")
+    for name in ("tokenizer.json", "config.json", "generation_config.json"):
+        assert (tmp_path / "out" / name).read_text() == (small / name).read_text()
+    at_once, by_piece = (sv.load(f, device="cpu")[0] for f in (small, tmp_path / "out"))
+    ours, theirs = at_once.state_dict(), by_piece.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_tokenizer_is_trimmed_in_place_and_once() -> None:
+    whole, _, plan = trimmed("llava")
+    _, processor = read(whole)
+    untouched = copy.deepcopy(processor)
+    copied = trimmed_processor(processor, plan)
+    assert processor.tokenizer.get_vocab() == untouched.tokenizer.get_vocab()
+    sv.trim_tokenizer_(processor, plan)
+    assert processor.tokenizer.get_vocab() == copied.tokenizer.get_vocab()
+    assert len(processor.tokenizer) == len(plan.tokens or ())
+    assert processor.image_token_id == processor.tokenizer.convert_tokens_to_ids("<image>")
+    once = processor.tokenizer.get_vocab()
+    sv.trim_tokenizer_(processor, plan)
+    assert processor.tokenizer.get_vocab() == once
+
+
+def test_a_plan_of_another_tokenizer_is_refused() -> None:
+    _, _, plan = trimmed("text")
+    _, processor = read(tiny_folder.folder("text"))
+    with pytest.raises(sv.SlimError, match="tokens: TokenizersBackend has no token"):
+        sv.trim_tokenizer_(processor, plan)
