@@ -46,11 +46,11 @@ class Options:
         kind: Any = type(self)
         for name, (choices, ranges) in _allowed(kind).items():
             value = getattr(self, name)
-            if choices and value not in choices:
+            if choices and value not in choices and not (ranges and isinstance(value, int)):
                 names = ", ".join(choice for choice in choices if choice is not None)
                 raise ConfigError(f"{name} {value!r} must be one of: {names}")
             for row in ranges:
-                if value is not None and not row.holds(value):
+                if not isinstance(value, str | None) and not row.holds(value):
                     raise ConfigError(f"{name} {value} must be {row.meaning}")
 
 

@@ -278,6 +278,27 @@ class TargetOptions(RatioOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenOptions(Options):
+    """Which tokens may go.
+
+    Raises:
+        ConfigError: If a value is not allowed; the message names it.
+    """
+
+    vocab_size: Annotated[int | Literal["auto"] | None, AT_LEAST_1] = None
+    """Tokens to keep: those that the data has most, then by the model's own ranks; special ones,
+    bytes and single characters stay. auto keeps as many as the data needs. The ratio counts their
+    rows, and the axis gives the rest. By default all tokens stay."""
+    vocab_text: str | None = None
+    """A text file, or a folder of them, whose tokens count beside those of the data."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.vocab_text is not None and self.vocab_size is None:
+            raise ConfigError(f"vocab_text {self.vocab_text!r} needs vocab_size")
+
+
+@dataclass(frozen=True, kw_only=True)
 class WidthOptions(Options):
     """What may go.
 
@@ -299,7 +320,7 @@ class WidthOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig(WidthOptions, TargetOptions):
+class PlanConfig(TokenOptions, WidthOptions, TargetOptions):
     """How much may go and what, where scores are given."""
 
     dtype: Dtype = "auto"
@@ -330,7 +351,7 @@ class MemoryOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneConfig(WidthOptions, RatioOptions, SampleOptions, DataOptions, LoadConfig):
+class PruneConfig(TokenOptions, WidthOptions, RatioOptions, SampleOptions, DataOptions, LoadConfig):
     """What to remove, and how to choose and to mend.
 
     Raises:

@@ -118,6 +118,11 @@ class Plan:
         return self._lost_in_layers / sum(shape.params for shape in self.before.layers)
 
     @property
+    def cuts_layers(self) -> bool:
+        """Whether anything of the decoder layers goes."""
+        return self._lost_in_layers > 0
+
+    @property
     def _lost_in_tokens(self) -> int:
         if self.tokens is None:
             return 0

@@ -26,18 +26,20 @@ from slimvlm.core.files import (
     write_text,
 )
 from slimvlm.core.options import CompressConfig, PruneConfig, Questions
-from slimvlm.core.progress import Say
+from slimvlm.core.progress import Say, silent
 from slimvlm.core.requests import identity_of_files, is_begun_for, note_request
 from slimvlm.data.read import identity_of_data
 from slimvlm.data.samples import Sample
 from slimvlm.evaluation.on_data import evaluate_data
 from slimvlm.evaluation.results import Result, read_baseline
 from slimvlm.evaluation.said import Said
+from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.cost import peak_memory
 from slimvlm.models.load import anatomy, load, resolve
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.card import CardFacts
 from slimvlm.pruning.save import save
+from slimvlm.pruning.tokens import trimmed_processor
 from slimvlm.runs import held_out, stages, tables
 from slimvlm.runs.command import compress_command
 from slimvlm.runs.recipes import recipe_for
@@ -50,6 +52,7 @@ from slimvlm.runs.request import (
     scored_by,
 )
 from slimvlm.runs.stages import Calibration, SampleSplit
+from slimvlm.runs.tokens import tokens_alone, with_tokens
 from slimvlm.scoring.unit_scores import Scores
 from slimvlm.training.recover import TRACKER_FOLDER
 
@@ -94,7 +97,7 @@ class Run:
 
     @cached_property
     def request(self) -> Request:
-        """The request, with nothing left open."""
+        """The request, with nothing left open; tokens are chosen once samples are read."""
         return resolved(request_of(self.model, self.config), self.say)
 
     def path(self, name: str) -> Path:
@@ -142,8 +145,15 @@ def _checked_samples(run: Run, force: bool) -> SampleSplit:
         check_questions(given.questions)
     if run.config.baseline:
         read_baseline(run.config.baseline, floors=run.config.floors)
-    check_request(run.request, anatomy(run.model), run.say)
+    later = run.config.vocab_size is not None
+    check_request(run.request, anatomy(run.model), silent if later else run.say)
     samples = stages.read_split(run.request, run.say)
+    run.request = with_tokens(run.request, samples.calibration, run.say)
+    if tokens_alone(run.request, anatomy(run.model)) is not None:
+        run.say("the tokens alone give the ratio: nothing else goes")
+        return samples
+    if later:
+        check_request(run.request, anatomy(run.model), run.say)
     if run.request.prune.axis == "auto":
         run.say("axis auto: depth, width and both are tried, and held-out answers choose")
     elif run.config.axis in (None, "chart"):
@@ -208,19 +218,19 @@ def _pruned(
     training = samples.training if trains else ()
     if run.path(folder).exists() or run.path("checkpoint").exists():
         return Plan.load(run.path("plan.json"))
-    scores = _scored(run, model, calibration)
+    given = tokens_alone(run.request, read_anatomy(model))
+    scores = [] if given else _scored(run, model, calibration)
     scratch = run.path("walk")
-    walked = stages.prune_(
-        run.request, model, calibration, scores, scratch=scratch, training=training
-    )
+    walked = stages.prune_(run.request, model, calibration, scores, given, scratch, training)
     run.say(walked.summary())
     if walked.scores is not None:
         walked.scores.save(run.path("scores") / walked.scores.criterion)
     write_text(run.path("walk.json"), json.dumps(asdict(walked.report), indent=1) + "\n")
     walked.plan.save(run.path("plan.json"))
-    _evaluated(run, "pruned", model, calibration.processor)
-    _asked_on_data(run, "pruned", model, calibration.processor, samples.report)
-    _save(run, model, calibration.processor, walked.plan, folder)
+    processor = trimmed_processor(calibration.processor, walked.plan)
+    _evaluated(run, "pruned", model, processor)
+    _asked_on_data(run, "pruned", model, processor, samples.report)
+    _save(run, model, processor, walked.plan, folder)
     shutil.rmtree(run.path("walk"), ignore_errors=True)
     return walked.plan
 

@@ -12,7 +12,7 @@ from typing import Any
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import new_folder, require_free
 from slimvlm.core.options import MemoryOptions, PruneConfig, ReportOptions
-from slimvlm.core.progress import Say
+from slimvlm.core.progress import Say, silent
 from slimvlm.data.read import identity_of_data
 from slimvlm.data.samples import Sample
 from slimvlm.evaluation.data_result import DataResult
@@ -27,6 +27,7 @@ from slimvlm.models.load import (
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.card import CardFacts
 from slimvlm.pruning.save import save
+from slimvlm.pruning.tokens import trimmed_processor
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.pruning.write_checkpoint import prune_checkpoint
 from slimvlm.runs import stages
@@ -48,6 +49,7 @@ from slimvlm.runs.request import (
 from slimvlm.runs.score import scores_on_disk
 from slimvlm.runs.stages import Calibration, SampleSplit, read_split
 from slimvlm.runs.tables import held_out_text
+from slimvlm.runs.tokens import tokens_alone, with_tokens
 from slimvlm.scoring.layerwise.checkpoint import LazyCheckpoint, open_checkpoint
 from slimvlm.scoring.layerwise.stores import Scratch, scratch_folder
 from slimvlm.scoring.unit_scores import Scores
@@ -86,20 +88,26 @@ def prune(
         SlimError: For anything that the user can mend; found before weights are read.
     """
     require_free(out, force)
-    if (plan_file is None) == (config.ratio is None):
-        raise ConfigError("prune needs either --ratio or --plan")
+    is_asked = config.ratio is not None or config.vocab_size is not None
+    if (plan_file is None) != is_asked:
+        raise ConfigError("prune needs either --ratio or --plan, or --vocab-size alone")
     given = None if plan_file is None else Plan.load(plan_file)
-    asked = Request(model=model, prune=config, report_samples=report.report_samples)
-    request = resolved(asked, say)
+    request = Request(model=model, prune=config, report_samples=report.report_samples)
+    request = resolved(request, say)
     config = request.prune
     if memory.low_memory:
         check_low_memory(config)
     if given is None:
-        check_request(request, anatomy(model), say)
+        check_request(request, anatomy(model), say if config.vocab_size is None else silent)
     else:
         check_options(config)
     check_models(config, model)
     samples = read_split(request, say)
+    if given is None and config.vocab_size is not None:
+        request = with_tokens(request, samples.calibration, say)
+        given = tokens_alone(request, anatomy(model))
+        if given is None:
+            check_request(request, anatomy(model), say)
     if memory.low_memory:
         with scratch_folder(memory.scratch_beside(out)) as folder:
             return _on_disk(request, given, samples, out, folder, force, say)
@@ -111,6 +119,7 @@ def prune(
     calibration = Calibration(processor, samples.calibration, request.hold_out)
     scores = [] if given else list(stages.calibrate(request, loaded, calibration).values())
     walked = stages.prune_(request, loaded, calibration, scores, given)
+    processor = trimmed_processor(processor, walked.plan)
     if unseen:
         held_out[PRUNED] = evaluate_data(loaded, processor, unseen, said, name=PRUNED)
     facts = CardFacts(
@@ -172,7 +181,8 @@ def _on_disk(
     def measured(folder: Path) -> str:
         if unseen:
             smaller, at = open_checkpoint(folder, config.dtype), Scratch(scratch / "unseen")
-            how = (smaller, at, default_device(), processor, unseen, said)
+            words = trimmed_processor(processor, walked.plan)
+            how = (smaller, at, default_device(), words, unseen, said)
             held_out[PRUNED] = compared_from_files(*how)
             _write_held_out(held_out, folder)
         return held_out_text(held_out)

@@ -55,6 +55,7 @@ class Request:
         report_samples: Samples to keep for the end at most, which says on them what was kept.
         questions: What models are asked.
         made_from: What the model and its data are made of, so that exchanged files are noticed.
+        tokens: Ids of the tokens to keep, once they are chosen; see `slimvlm.runs.tokens`.
     """
 
     model: str
@@ -65,6 +66,7 @@ class Request:
     report_samples: int = 0
     questions: Questions | None = None
     made_from: tuple[str, ...] = ()
+    tokens: tuple[int, ...] | None = None
 
     @property
     def trains(self) -> bool:
@@ -83,6 +85,9 @@ def resolved(request: Request, say: Say = silent) -> Request:
         ConfigError: If the ratio is not in [0, 1).
     """
     config = request.prune
+    if config.ratio is None and config.vocab_size is not None:
+        config = replace(config, ratio=0.0)
+        request = replace(request, prune=config)
     if config.ratio is not None:
         config = replace(config, axis=axis_of(request))
         config = replace(
@@ -146,7 +151,7 @@ def requests_by_axis(request: Request, anatomy: Anatomy) -> dict[Axis, Request]:
     for axis in get_args(Axis):
         try:
             candidate = along(request, axis)
-            plan = rehearse(candidate.prune, anatomy)
+            plan = rehearse(candidate.prune, anatomy, request.tokens)
         except SlimError as error:
             failure = error
             continue
@@ -158,11 +163,13 @@ def requests_by_axis(request: Request, anatomy: Anatomy) -> dict[Axis, Request]:
 
 
 def ratio_of(config: PruneConfig) -> float:
-    """The ratio.
+    """The ratio; 0 where tokens are all that is to go.
 
     Raises:
         ConfigError: If there is none.
     """
+    if config.ratio is None and config.vocab_size is not None:
+        return 0.0
     if config.ratio is None:
         raise ConfigError("ratio: say which share of the backbone to remove")
     return config.ratio
@@ -200,6 +207,8 @@ def check_options(config: PruneConfig) -> None:
             raise ConfigError(f"token_weights {config.token_weights!r}: no criterion reads data")
     if config.data is None and config.repair not in ("none", "auto"):
         raise ConfigError(f"repair {config.repair!r} needs --data")
+    if config.vocab_size == "auto" and config.data is None and config.vocab_text is None:
+        raise ConfigError("vocab_size 'auto' needs --data or --vocab-text")
     if config.data is None and config.local_steps:
         raise ConfigError(f"local_steps {config.local_steps} needs --data")
 
@@ -219,13 +228,19 @@ def check_request(request: Request, anatomy: Anatomy, say: Say) -> None:
     if request.prune.axis == "auto":
         requests_by_axis(request, anatomy)
     else:
-        rehearse(request.prune, anatomy)
+        rehearse(request.prune, anatomy, request.tokens)
     if request.prune.data is None:
         say(f"no data: scoring by {' and '.join(request.prune.criterion)}")
 
 
-def rehearse(config: PruneConfig, anatomy: Anatomy) -> Plan:
+def rehearse(config: PruneConfig, anatomy: Anatomy, tokens: tuple[int, ...] | None = None) -> Plan:
     """Find out whether a model of this shape can be pruned as asked.
+
+    Args:
+        config: What is asked.
+        anatomy: The model's.
+        tokens: Those that stay. If they are not chosen yet, any so many stand for them; for
+            ``auto``, a third of all.
 
     Returns:
         A plan of that size; its units are drawn at random.
@@ -233,7 +248,10 @@ def rehearse(config: PruneConfig, anatomy: Anatomy) -> Plan:
     Raises:
         SlimError: What `make_plan` would raise after the weights were read and scored.
     """
-    return ranked_plan(config, anatomy, [pretended_scores(anatomy, criteria_of(config))])
+    if tokens is None and config.vocab_size is not None:
+        count = anatomy.vocab_size // 3 if config.vocab_size == "auto" else config.vocab_size
+        tokens = tuple(range(min(count, anatomy.vocab_size)))
+    return ranked_plan(config, anatomy, [pretended_scores(anatomy, criteria_of(config))], tokens)
 
 
 def pretended_scores(anatomy: Anatomy, criteria: Sequence[str]) -> Scores:
@@ -279,10 +297,14 @@ def token_weights_of(config: PruneConfig) -> dict[str, float] | None:
     return None if config.token_weights is None else parse_token_weights(config.token_weights)
 
 
-def ranked_plan(config: PruneConfig, anatomy: Anatomy, scores: Sequence[Scores]) -> Plan:
+def ranked_plan(
+    config: PruneConfig,
+    anatomy: Anatomy,
+    scores: Sequence[Scores],
+    tokens: tuple[int, ...] | None = None,
+) -> Plan:
     """The plan that scores alone give: what is ``balanced`` by measurement begins ``uniform``."""
     axis = config.axis or "width"
     allocation = "protect" if config.allocation == "protect" else "uniform"
-    return make_plan(
-        anatomy, scores, ratio_of(config), axis, allocation, **vars(part_of(config, WidthOptions))
-    )
+    options = vars(part_of(config, WidthOptions))
+    return make_plan(anatomy, scores, ratio_of(config), axis, allocation, **options, tokens=tokens)

@@ -30,6 +30,7 @@ from slimvlm.runs.request import (
     token_weights_of,
 )
 from slimvlm.runs.stages import Calibration, calibrate, load_original, read_split
+from slimvlm.runs.tokens import vocabulary_for
 from slimvlm.scoring.criteria import CRITERIA, CRITERIA_WITHOUT_DATA
 from slimvlm.scoring.layerwise import score as on_disk
 from slimvlm.scoring.layerwise.checkpoint import LazyCheckpoint, open_checkpoint
@@ -139,6 +140,10 @@ def plan(
         **vars(part_of(config, WidthOptions)),
         **{"axis": config.axis, "allocation": config.allocation, "kv_heads": config.kv_heads},
     }
+    if config.vocab_size is not None:
+        chosen = vocabulary_for(model, config, ())
+        say(chosen.line())
+        options["tokens"] = chosen.tokens
 
     def planned(scores: Sequence[Scores]) -> Plan:
         if target is not None:
@@ -148,9 +153,10 @@ def plan(
     if not given:
         of_layers, of_widths = CRITERIA_WITHOUT_DATA
         criterion = of_layers if config.axis == "depth" else of_widths
-        planned([pretended_scores(shape, [criterion])])
-        say(f"no --scores: using {criterion}")
-        given = [score_model(load(model)[0], (), criterion)]
+        rehearsed = planned([pretended_scores(shape, [criterion])])
+        if config.vocab_size is None or rehearsed.cuts_layers:
+            say(f"no --scores: using {criterion}")
+            given = [score_model(load(model)[0], (), criterion)]
     made = planned(given)
     out.parent.mkdir(parents=True, exist_ok=True)
     made.save(out)
@@ -164,6 +170,8 @@ def _target_params(config: PlanConfig) -> int | None:
         ConfigError: Unless exactly one of the three is given.
     """
     given = (config.ratio, config.target_params, config.target_memory)
+    if config.vocab_size is not None and not any(value is not None for value in given):
+        return None
     if sum(value is not None for value in given) != 1:
         raise ConfigError("plan needs exactly one of --ratio, --target-params, --target-memory")
     if config.target_params is not None:

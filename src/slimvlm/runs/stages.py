@@ -46,6 +46,7 @@ from slimvlm.runs.request import (
     scored_by,
     token_weights_of,
 )
+from slimvlm.runs.tokens import tokens_alone, with_tokens
 from slimvlm.scoring.batches import answer_loss
 from slimvlm.scoring.criteria import CRITERIA
 from slimvlm.scoring.layerwise.runner import LayerwiseModel, Live, Source
@@ -255,7 +256,7 @@ def walk(
     if plan is not None:
         plans = [plan]
     elif scored_by(config) == config.criterion:
-        plans = [ranked_plan(config, read_anatomy(source.model), scores)]
+        plans = [ranked_plan(config, read_anatomy(source.model), scores, request.tokens)]
     else:
         plans, chooses = plans_for(
             read_anatomy(source.model),
@@ -264,7 +265,10 @@ def walk(
             config.axis or "width",
             config.allocation or "uniform",
             **vars(part_of(config, WidthOptions)),
+            tokens=request.tokens,
         )
+    if not any(each.cuts_layers for each in plans):
+        return Walked(plans[0])
     if config.local_steps is None:
         local = LocalSteps.for_plan(plans[0], len(calibration.fitted))
     else:
@@ -301,6 +305,9 @@ def prune_(
     hands_on = read_anatomy(model).backbone.shared_tail is not None
     store: Store = Memory() if scratch is None or hands_on else Scratch(scratch)
     notes: tuple[str, ...] = ()
+    if plan is None:
+        request = with_tokens(request, calibration.samples)
+        plan = tokens_alone(request, read_anatomy(model))
     if plan is None and request.prune.axis == "auto":
         if not store.has(_AXIS):
             losses = try_axes(request, model, calibration, scores, training)
@@ -322,8 +329,8 @@ def try_axes(
 ) -> dict[Axis, float]:
     """Mean answer loss on held-out samples after a short try along each axis. Nothing is changed.
 
-    Each removes the same share, in a walk without local steps. With training, a copy of the smaller
-    model then takes a sixth of its steps towards the original.
+    Each removes the same share, in a walk without local steps; all tokens stay. With training, a
+    copy of the smaller model then takes a sixth of its steps towards the original.
 
     Args:
         request: The request.
@@ -339,6 +346,7 @@ def try_axes(
     for axis, each in requests_by_axis(request, read_anatomy(model)).items():
         brief = replace(each, prune=replace(each.prune, local_steps=0))
         walked = walk(brief, Live(model), Memory(), model.device, calibration, scores)
+        walked = replace(walked, plan=replace(walked.plan, tokens=None))
         student = copy.deepcopy(model)
         walked.apply_(student)
         if request.recover is not None and training:

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainingArguments
 
 from slimvlm.core.documents import Count, built, read_object
@@ -93,6 +93,7 @@ class _Job:
     processor: Any
     folder: Path
     resumable: bool
+    tokens: Tensor | None
 
 
 def recover(
@@ -120,8 +121,8 @@ def recover(
         work: Folder for resumable checkpoints. If it holds some, training goes on from the last
             one, and the result equals an uninterrupted run's. With ``keep_adapter`` its folder
             ``adapter`` holds the adapter afterwards, and ``runs`` what TensorBoard wrote.
-        plan: The plan that pruned the model, for sharing weights with the teacher and for
-            comparing inner layers.
+        plan: The plan that pruned the model, for sharing weights with the teacher, for comparing
+            inner layers, and for telling a teacher the numbers of tokens where the model has fewer.
 
     Raises:
         ConfigError: If the loss needs a teacher and there is none, or the teacher does not fit.
@@ -139,18 +140,18 @@ def recover(
     learnt = subset(rest, config.fraction, config.seed)
     offline = teacher if isinstance(teacher, OfflineTeacher) else None
     live = teacher if isinstance(teacher, PreTrainedModel) else None
+    tokens = _kept_tokens(model, live, plan)
     if offline is not None:
         offline.require_fit(model, [*learnt, *held_out], config)
     if live is not None:
-        _require_same_width(model, live, config)
+        _require_same_width(model, live, config, tokens is not None)
         plan = _usable_plan(model, live, plan, config)
     with TemporaryDirectory() as temporary:
         folder = Path(work) if work is not None else Path(temporary)
         claim_training(folder, model, teacher, config, learnt)
         resumable = work is not None and not is_sharded(model)
-        return _train(
-            _Job(model, live, offline, plan, learnt, held_out, config, processor, folder, resumable)
-        )
+        who, what = (model, live, offline, plan), (learnt, held_out, config, processor)
+        return _train(_Job(*who, *what, folder, resumable, tokens))
 
 
 def _train(job: _Job) -> History:
@@ -193,10 +194,13 @@ def _trainer(job: _Job, trained: Any, arguments: TrainingArguments) -> Distillat
         config=config,
         layer_pairs=_layer_pairs(job),
         lengths=list(map(estimated_length, job.learnt)) if config.group_by_length else None,
+        tokens=job.tokens,
         args=arguments,
         train_dataset=job.learnt,
         eval_dataset=job.held_out or None,
-        data_collator=Collator(job.processor, job.model.config, config.kd_on, job.offline),
+        data_collator=Collator(
+            job.processor, job.model.config, config.kd_on, job.offline, job.tokens
+        ),
     )
     for theirs in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(theirs)
@@ -241,14 +245,30 @@ def _ready(job: _Job, trained: Any) -> Iterator[str]:
         yield line
 
 
+def _kept_tokens(
+    model: PreTrainedModel, teacher: PreTrainedModel | None, plan: Plan | None
+) -> Tensor | None:
+    """The teacher's number of each token, where a plan says which of them the model has."""
+    if plan is None or plan.tokens is None:
+        return None
+    counts = [(model, len(plan.tokens))]
+    counts += [] if teacher is None else [(teacher, plan.before.vocab_size)]
+    fits = all(read_anatomy(whole).vocab_size == count for whole, count in counts)
+    return torch.tensor(plan.tokens) if fits else None
+
+
 def _require_same_width(
-    model: PreTrainedModel, teacher: PreTrainedModel, config: RecoverConfig
+    model: PreTrainedModel, teacher: PreTrainedModel, config: RecoverConfig, has_tokens: bool
 ) -> None:
-    """Vocabularies must agree; hidden states only where the loss or the teacher reads ours."""
+    """Vocabularies must agree, or a plan say how they are related.
+
+    Hidden states must where the loss or the teacher reads ours.
+    """
     ours, theirs = read_anatomy(model), read_anatomy(teacher)
     compares = set(HIDDEN_LOSSES) & config.loss_weights.keys()
     meets_ours = compares or config.student_projector_in_teacher
-    for name in ("hidden_size", "vocab_size") if meets_ours else ("vocab_size",):
+    checked = ["hidden_size"] * bool(meets_ours) + ["vocab_size"] * (not has_tokens)
+    for name in checked:
         if getattr(ours, name) != getattr(theirs, name):
             raise ConfigError(
                 f"teacher: {name} is {getattr(theirs, name)}, the model's is {getattr(ours, name)}"

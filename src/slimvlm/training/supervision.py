@@ -63,18 +63,30 @@ class Collator:
         model_config: The model's configuration.
         kd_on: Positions that distillation compares.
         offline: The cache of an offline teacher, if there is one.
+        tokens: The teacher's number of each of the student's tokens, if that has fewer.
     """
 
     processor: Any
     model_config: Any
     kd_on: str
     offline: OfflineTeacher | None = None
+    tokens: Int[Tensor, " V"] | None = None
 
     def __call__(self, samples: list[Sample]) -> dict[str, Any]:
         """The batch."""
         inputs = encode_samples(self.processor, samples)
         labels = inputs.pop("labels")
         compared = compared_positions(self.model_config, inputs, labels, self.kd_on)
-        said = None if self.offline is None else self.offline.targets(samples, inputs, compared)
+        said = None
+        if self.offline is not None:
+            said = self.offline.targets(samples, with_tokens(inputs, self.tokens), compared)
         ids = tuple(sample.id for sample in samples)
         return {**inputs, SUPERVISION: Supervision(ids, labels, compared, said)}
+
+
+def with_tokens(inputs: dict[str, Tensor], tokens: Int[Tensor, " V"] | None) -> dict[str, Tensor]:
+    """A batch as the teacher reads it: its own numbers for the student's tokens."""
+    if tokens is None:
+        return inputs
+    ids = inputs["input_ids"]
+    return {**inputs, "input_ids": tokens.to(ids.device)[ids]}

@@ -142,7 +142,7 @@ def share_(teacher: PreTrainedModel, trained: Any, plan: Plan) -> Sharing:
     ours = _frozen_tensors(student, plan)
     differing = [
         *_share_cut_matrices(teacher, plan, ours),
-        *_share_whole_tensors(teacher, ours),
+        *_share_whole_tensors(teacher, ours, plan),
     ]
     teacher.requires_grad_(False).to(student.device)  # type: ignore[arg-type]
     memory = {parameter.data_ptr() for parameter in student.parameters()}
@@ -223,9 +223,14 @@ def _share_cut_matrices(
             yield path
 
 
-def _share_whole_tensors(teacher: PreTrainedModel, ours: dict[str, Tensor]) -> Iterator[str]:
+def _share_whole_tensors(
+    teacher: PreTrainedModel, ours: dict[str, Tensor], plan: Plan
+) -> Iterator[str]:
+    """Rows of tokens stay the teacher's own where the student has fewer of them."""
+    family = plan.before.family
+    apart = () if plan.tokens is None else (f"{family.backbone}.embed_tokens.", f"{family.head}.")
     for name, parameter in teacher.named_parameters():
-        if name not in ours:
+        if name not in ours or name.startswith(apart):
             continue
         if equal_tensors(parameter, ours[name]):
             parameter.data = ours[name]

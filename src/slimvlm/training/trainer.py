@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
@@ -27,7 +29,7 @@ from slimvlm.models import losses
 from slimvlm.models.hidden import head_of, hidden_states
 from slimvlm.models.sharding import is_sharded
 from slimvlm.scoring.batches import first_spoilt_layer
-from slimvlm.training.supervision import SUPERVISION, Supervision
+from slimvlm.training.supervision import SUPERVISION, Supervision, with_tokens
 from slimvlm.training.trainable import plain_model
 
 TRAINED_FILE = "trained.safetensors"
@@ -45,6 +47,9 @@ class DistillationTrainer(Trainer):
         config: Losses, their weights and options.
         layer_pairs: Decoder layers to compare, as (student's, teacher's), besides the end.
         lengths: A length for each training sample, to group by; None for random batches.
+        tokens: The teacher's number of each of the student's tokens, if that has fewer. A text of
+            the student's is one of the teacher's, too, in longer pieces perhaps; logits are
+            compared over the tokens that both have.
         arguments: The Trainer's own.
     """
 
@@ -55,6 +60,7 @@ class DistillationTrainer(Trainer):
         config: RecoverConfig,
         layer_pairs: Sequence[tuple[int, int]] = (),
         lengths: Sequence[int] | None = None,
+        tokens: Int[Tensor, " V"] | None = None,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
@@ -64,6 +70,7 @@ class DistillationTrainer(Trainer):
         self._our_layers = [ours for ours, _ in layer_pairs]
         self._their_layers = [theirs for _, theirs in layer_pairs]
         self._lengths = lengths
+        self._tokens = tokens
         self._sums: dict[str, Tensor] = {}
         self._weight = 0
         self._step_counts: Tensor | None = None
@@ -106,8 +113,9 @@ class DistillationTrainer(Trainer):
         for whose, model in (("", student), (" of the teacher", self._teacher)):
             if model is None or is_sharded(model):  # a pass of one process would wait for others
                 continue
+            read = inputs if model is student else with_tokens(inputs, self._tokens)
             with self.accelerator.autocast():
-                layer = first_spoilt_layer(model, inputs)
+                layer = first_spoilt_layer(model, read)
             if layer is not None:
                 return f", from layer {layer}{whose} on"
         return ""
@@ -145,8 +153,9 @@ class DistillationTrainer(Trainer):
     def _of_teacher(self, inputs: dict[str, Tensor], wanted: Supervision) -> list[Tensor]:
         """The teacher's hidden states to compare with."""
         if self._teacher is not None:
+            read = with_tokens(inputs, self._tokens)
             with torch.no_grad():
-                hidden = hidden_states(self._teacher, inputs, self._their_layers)
+                hidden = hidden_states(self._teacher, read, self._their_layers)
             return self._compared(hidden, wanted)
         assert wanted.offline is not None
         return [wanted.offline[None]]
@@ -160,11 +169,14 @@ class DistillationTrainer(Trainer):
     ) -> Tensor:
         """A divergence from a teacher in memory, or from stored hidden states."""
         config, head = self._recovery, head_of(student)
+        theirs_too = head if self._teacher is None else head_of(self._teacher)
+        if self._teacher is not None and self._tokens is not None:
+            theirs_too = partial(_some_logits, theirs_too, self._tokens.to(ours.device))
         return losses.divergence(
             ours,
             theirs[0].to(ours.dtype),
             head,
-            head if self._teacher is None else head_of(self._teacher),
+            theirs_too,
             kind=kind,
             temperature=config.temperature,
             beta=config.jsd_beta,
@@ -257,6 +269,11 @@ class DistillationTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+def _some_logits(head: losses.Head, tokens: Int[Tensor, " V"], hidden: Tensor) -> Tensor:
+    """What a head says to some tokens; a softmax over them is the one that they share."""
+    return head(hidden)[..., tokens]
 
 
 class Bar(ProgressCallback):

@@ -1,0 +1,79 @@
+"""Which tokens a run keeps: chosen before anything else, from the data and further texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from slimvlm.core.errors import ConfigError
+from slimvlm.core.options import TokenOptions
+from slimvlm.core.progress import Say, silent
+from slimvlm.data.samples import Sample
+from slimvlm.data.vocabulary import Vocabulary, choose_vocabulary
+from slimvlm.models.anatomy import Anatomy
+from slimvlm.models.internals import file_if_reachable
+from slimvlm.models.load import load_config, load_processor, resolve
+from slimvlm.planning.make import make_plan
+from slimvlm.planning.plan import Plan
+from slimvlm.pruning.tokens import token_ids_of
+from slimvlm.runs.request import Request, ratio_of
+
+
+def vocabulary_for(
+    model: str, options: TokenOptions, samples: Sequence[Sample], trust_remote_code: bool = False
+) -> Vocabulary:
+    """The tokens to keep of a model. Its weights are not read.
+
+    Args:
+        model: Folder, hub id or ``demo``.
+        options: How many, and further texts.
+        samples: Conversations that count.
+        trust_remote_code: Run code that lies in the checkpoint.
+
+    Raises:
+        SlimError: As `choose_tokens`, and if the model has no tokenizer.
+    """
+    config, name = load_config(model, trust_remote_code), resolve(model)
+    processor = load_processor(name, config, trust_remote_code)
+    if processor is None:
+        raise ConfigError(f"vocab_size {options.vocab_size}: the model has no tokenizer")
+    path: str | Path | None = Path(name) / GENERATION_CONFIG_NAME
+    if not Path(name).is_dir():
+        path = file_if_reachable(name, GENERATION_CONFIG_NAME)
+    has_one = path is not None and Path(path).is_file()
+    generation = GenerationConfig.from_pretrained(name) if has_one else None
+    size = None if options.vocab_size == "auto" else options.vocab_size
+    texts = [] if options.vocab_text is None else [Path(options.vocab_text)]
+    return choose_vocabulary(processor, samples, size, texts, token_ids_of(config, generation))
+
+
+def with_tokens(request: Request, samples: Sequence[Sample], say: Say = silent) -> Request:
+    """A request with its tokens chosen; one that keeps all, or has them already, stays.
+
+    Args:
+        request: The request.
+        samples: Its calibration samples.
+        say: Receives a line on what was chosen.
+
+    Raises:
+        SlimError: As `vocabulary_for`.
+    """
+    config = request.prune
+    if config.vocab_size is None or request.tokens is not None:
+        return request
+    chosen = vocabulary_for(request.model, config, samples, config.trust_remote_code)
+    say(chosen.line())
+    return replace(request, tokens=chosen.tokens)
+
+
+def tokens_alone(request: Request, anatomy: Anatomy) -> Plan | None:
+    """The plan where a request's tokens alone remove what it asks for; None if more must go."""
+    if request.tokens is None:
+        return None
+    plan = make_plan(anatomy, [], 0.0, tokens=request.tokens)
+    asked = ratio_of(request.prune)
+    return replace(plan, asked_ratio=asked) if plan.ratio >= asked else None

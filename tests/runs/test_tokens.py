@@ -1,0 +1,163 @@
+"""Fewer tokens from the verbs: prune, plan and compress, in memory and layer by layer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import slimvlm as sv
+from slimvlm.core.options import MemoryOptions, PlanConfig, PruneConfig
+from slimvlm.models.load import anatomy
+from slimvlm.runs.prune import prune
+from slimvlm.runs.score import plan as write_plan
+from tests import tiny_words
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.usefixtures("unhurried"),
+]
+FEW = 420
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("data") / "data.jsonl"
+    rows = [
+        [
+            {"role": "user", "content": f"How wide are {n} stones?"},
+            {"role": "assistant", "content": f"They are {n * n} wide."},
+        ]
+        for n in range(60)
+    ]
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("text") / "some.txt"
+    path.write_text("\n".join(tiny_words.CORPUS))
+    return str(path)
+
+
+def model() -> str:
+    return str(tiny_words.folder("text"))
+
+
+def pruned(out: Path, heard: list[str] | None = None, **options: Any) -> sv.Plan:
+    low = options.pop("low_memory", False)
+    say = (heard if heard is not None else []).append
+    config = PruneConfig(**options)
+    prune(model(), config, out, memory=MemoryOptions(low_memory=low), say=say)
+    return sv.Plan.load(out / "slimvlm_plan.json")
+
+
+def test_tokens_alone_need_neither_a_ratio_nor_data(tmp_path: Path, text: str) -> None:
+    heard: list[str] = []
+    plan = pruned(tmp_path / "out", heard, vocab_size=FEW, vocab_text=text)
+    assert plan.tokens is not None
+    assert len(plan.tokens) == FEW
+    assert not plan.cuts_layers
+    assert f"{FEW} of 533 tokens stay" in "\n".join(heard)
+    smaller, words = sv.load(tmp_path / "out", device="cpu")
+    assert smaller.config.vocab_size == len(words) == FEW
+
+
+def test_the_axis_gives_what_tokens_leave_of_the_ratio(
+    tmp_path: Path, data: str, text: str
+) -> None:
+    shape = anatomy(model())
+    options = {"data": data, "vocab_size": FEW, "vocab_text": text, "local_steps": 0, "samples": 8}
+    plan = pruned(tmp_path / "out", ratio=0.4, axis="width", **options)
+    assert plan.tokens is not None
+    assert plan.cuts_layers
+    smaller = anatomy(tmp_path / "out")
+    assert smaller == plan.after
+    assert 1 - smaller.backbone_params / shape.backbone_params == pytest.approx(0.4, abs=0.02)
+    held_out = json.loads((tmp_path / "out" / "slimvlm_held_out.json").read_text())
+    assert held_out
+    little = pruned(tmp_path / "little", ratio=0.05, axis="auto", **options)
+    assert little.tokens == plan.tokens
+    assert not little.cuts_layers
+
+
+def test_layer_by_layer_the_same_is_written(tmp_path: Path, data: str, text: str) -> None:
+    options = {
+        "data": data,
+        "vocab_size": FEW,
+        "vocab_text": text,
+        "ratio": 0.4,
+        "axis": "width",
+        "local_steps": 0,
+        "samples": 8,
+    }
+    plan = pruned(tmp_path / "at once", **options)
+    assert pruned(tmp_path / "by layer", low_memory=True, **options) == plan
+    whole, pieces = (sv.load(tmp_path / n, device="cpu")[0] for n in ("at once", "by layer"))
+    ours, theirs = whole.state_dict(), pieces.state_dict()
+    for name, value in ours.items():
+        torch.testing.assert_close(theirs[name], value, atol=1e-5, rtol=1e-4)
+    for name in ("tokenizer.json", "generation_config.json"):
+        one, other = ((tmp_path / n / name).read_text() for n in ("at once", "by layer"))
+        assert one == other
+
+
+def test_a_written_plan_has_its_tokens_and_is_applied(tmp_path: Path, text: str) -> None:
+    config = PlanConfig(vocab_size="auto", vocab_text=text)
+    made = write_plan(model(), config, tmp_path / "plan.json", say=[].append)
+    assert made.tokens is not None
+    assert not made.cuts_layers
+    prune(model(), PruneConfig(), tmp_path / "out", plan_file=tmp_path / "plan.json", say=[].append)
+    assert anatomy(tmp_path / "out") == made.after
+
+
+@pytest.mark.parametrize("loss", ["sft+hidden+kl"])
+def test_a_run_trains_and_asks_with_fewer_tokens(
+    tmp_path: Path, data: str, text: str, loss: str
+) -> None:
+    recover = sv.RecoverConfig(
+        train="lora", loss=loss, max_steps=2, batch_size=2, lora_rank=2, lora_alpha=4, bf16=False
+    )
+    config = sv.CompressConfig(
+        data=data,
+        samples=8,
+        ratio=0.35,
+        axis="width",
+        vocab_size=FEW,
+        vocab_text=text,
+        local_steps=0,
+        recover=recover,
+        report_samples=3,
+    )
+    heard: list[str] = []
+    sv.compress(model(), config, tmp_path / "run", say=heard.append)
+    assert f"{FEW} of 533 tokens stay" in "".join(heard)
+    smaller, words = sv.load(tmp_path / "run", device="cpu")
+    assert smaller.config.vocab_size == len(words) == FEW
+    recovered = json.loads((tmp_path / "run" / "results" / "data-recovered.json").read_text())
+    assert recovered["baseline"] == "original"
+    assert f"{FEW} of" in (tmp_path / "run" / "summary.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vocab_size": 3}, r"vocab_size 3 must be at least \d+"),
+        ({"vocab_size": 0}, "vocab_size 0 must be at least 1"),
+        ({"vocab_size": "few"}, "vocab_size 'few' must be one of: auto"),
+        ({"vocab_size": "auto"}, "vocab_size 'auto' needs --data or --vocab-text"),
+        ({"vocab_text": "a.txt", "ratio": 0.1}, "vocab_text 'a.txt' needs vocab_size"),
+        ({"vocab_size": 400, "vocab_text": "nowhere.txt"}, "'nowhere.txt'.*no such file"),
+        ({}, "either --ratio or --plan, or --vocab-size alone"),
+    ],
+)
+def test_what_cannot_be_is_said_before_weights_are_read(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(sv.SlimError, match=message):
+        pruned(tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
