@@ -25,7 +25,7 @@ import transformers
 
 import slimvlm as sv
 from slimvlm.demo.build import make_base
-from slimvlm.evaluation.results import PERPLEXITY, Result, TaskResult
+from slimvlm.evaluation.results import Result, TaskResult
 from slimvlm.models.load import computes_bfloat16, default_device
 from slimvlm.runs.tables import as_markdown
 
@@ -48,7 +48,7 @@ def floor_of(task: TaskResult) -> float:
 def row_of(name: str, task: TaskResult) -> list[str]:
     """A row of the table."""
     count = str(len(task.ids))
-    if task.metric == PERPLEXITY:
+    if task.metric == "perplexity":
         return [name, count, f"{task.score:.2f}", "", "", "", "", ""]
     low = wilson_low(task.score, len(task.ids))
     blind = "" if task.blind is None else f"{task.blind:.1f}"
@@ -76,7 +76,7 @@ def untouched_model(source: str, dtype: str) -> tuple[Any, Any]:
 
 def compare_perplexity(result: Result, source: str, options: argparse.Namespace, dtype: str) -> str:
     """Lines that set each perplexity against the untouched language model's."""
-    names = [name for name, task in result.tasks.items() if task.metric == PERPLEXITY]
+    names = [name for name, task in result.tasks.items() if task.metric == "perplexity"]
     model, tokenizer = untouched_model(source, dtype)
     log = options.out / "answers"
     found = sv.evaluate(

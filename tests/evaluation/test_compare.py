@@ -219,12 +219,12 @@ def test_graded_answers_are_right_from_one_half() -> None:
 def test_rows_mark_what_is_significant() -> None:
     header, rows = comparison_rows(two("1" * 40, "1" * 20 + "0" * 20)[0])
     assert header[0] == "task"
-    assert header[-4:] == list(CHANGES)
+    assert header[-5:] == ["flips", *CHANGES]
     assert [row[0] for row in rows] == ["pets", "all"]
     assert all(len(row) == len(header) for row in rows)
     assert rows[0][1:3] == ["100.0", "50.0"]
     assert re.fullmatch(r"-50\.0 \[-\d+\.\d, -\d+\.\d\] \*", rows[0][3])
-    assert rows[0][-4:] == ["20", "0", "0", "20"]
+    assert rows[0][-5:] == ["20", "20", "0", "0", "20"]
     _, rows = comparison_rows(two("1010", "1010")[0])
     assert rows[0][3].strip() == "0.0 [0.0, 0.0]"
 
@@ -234,6 +234,7 @@ def test_json_names_what_was_lost_and_gained() -> None:
     pets = values["tasks"]["pets"]
     assert pets["lost"] == ["pets-1", "pets-3"]
     assert pets["gained"] == ["pets-2"]
+    assert pets["flips"] == 3
     assert pets["points"] == -25
     assert pets["significant"] is False
     assert values["all"]["counts"] == pets["counts"]

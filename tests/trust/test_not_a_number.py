@@ -18,7 +18,7 @@ from slimvlm.data.samples import Question, Task
 from slimvlm.evaluation.ask import answer, evaluate
 from slimvlm.evaluation.bench import bench
 from slimvlm.evaluation.metrics import METRICS
-from slimvlm.evaluation.results import PERPLEXITY, Result, TaskResult
+from slimvlm.evaluation.results import Result, TaskResult
 from slimvlm.models.load import anatomy, load
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.write_checkpoint import prune_checkpoint
@@ -50,7 +50,7 @@ USES: dict[str, Callable[[Any, Any, Path], object]] = {
     "chat": lambda model, words, _: answer(model, words, [QUESTION], 4),
     "evaluate": lambda model, words, _: evaluate(model, words, [task()]),
     "likelihood": lambda model, words, _: evaluate(model, words, [task(by_likelihood=True)]),
-    "perplexity": lambda model, words, _: evaluate(model, words, [task(metric=PERPLEXITY)]),
+    "perplexity": lambda model, words, _: evaluate(model, words, [task(metric="perplexity")]),
     "bench": lambda model, _, __: bench(model, workload=SHORT),
     "cache-teacher": lambda model, words, folder: write_cache(
         model, words, folders.short_samples(2, sees=False), folder / "cache"

@@ -62,7 +62,8 @@ class Task:
 
     Attributes:
         name: Unique name, used on the command line.
-        metric: Key of `slimvlm.evaluation.metrics.METRICS`.
+        metric: What `slimvlm.evaluation.metrics.metric_named` knows; or ``perplexity`` or ``loss``
+            of the first answer.
         chance: Score of guessing, in percent.
         load: Returns the first ``limit`` questions (all if None), always in the same order.
         max_new_tokens: Longest answer.

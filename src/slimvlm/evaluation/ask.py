@@ -28,7 +28,7 @@ from slimvlm.data.images import identifying_bytes
 from slimvlm.data.samples import Question, Task
 from slimvlm.evaluation import metrics
 from slimvlm.evaluation.measure import stored_bytes, timed_runs
-from slimvlm.evaluation.results import PERPLEXITY, Result, TaskResult
+from slimvlm.evaluation.results import Result, TaskResult
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models import losses
 from slimvlm.models.hidden import (
@@ -292,8 +292,9 @@ class _Asker:
         self, task: Task, questions: Sequence[Question], blind: bool, floors: bool
     ) -> TaskResult:
         """One task asked as it is, blind, or both ways."""
-        ask = self.perplexity if task.metric == PERPLEXITY else self.answered
-        shows = task.metric != PERPLEXITY and any(question.images for question in questions)
+        is_read = task.metric in metrics.LIKELIHOODS
+        ask = self.read if is_read else self.answered
+        shows = not is_read and any(question.images for question in questions)
         if not shows or not (blind or floors):
             return ask(task, questions)
         floor = ask(task, with_other_pictures(questions))
@@ -313,19 +314,18 @@ class _Asker:
         return _scored(task, questions, [log.replies[question.id] for question in questions])
 
     @torch.no_grad()
-    def perplexity(self, task: Task, questions: Sequence[Question]) -> TaskResult:
-        """Token-weighted perplexity of plain passages (``answers[0]``), no chat template.
+    def read(self, task: Task, questions: Sequence[Question]) -> TaskResult:
+        """Loss or perplexity of the given answers (``answers[0]``), every token counted once.
 
-        The log keeps mean loss and number of tokens of each passage.
+        Without a prompt and pictures an answer is a plain passage, and no chat template is used.
+        The log keeps mean loss and number of tokens of each answer.
         """
         log = AnswerLog(self.folder, task.name, digest_of_questions(self.weights, task, questions))
-        tokenizer = chat.tokenizer_of(self.processor)
         for question in progress(questions, task.name):
             if _loss_and_count(log.replies.get(question.id, "")) is not None:
                 continue
-            encoded = dict(tokenizer(question.answers[0], return_tensors="pt"))
-            inputs = as_inputs(self.model, encoded)
-            labels = inputs["input_ids"]
+            inputs = as_inputs(self.model, self._reading(question))
+            labels = inputs.pop("labels")
             (hidden,) = hidden_states(self.model, inputs)
             found = losses.token_cross_entropy(hidden, head_of(self.model), labels)
             require_finite_values(found, f"the loss of passage {question.id!r} of {task.name!r}")
@@ -333,9 +333,10 @@ class _Asker:
             log.add([question], [json.dumps([float(found.sum()) / max(count, 1), count])])
         means, counts = zip(*(_loss_and_count(log.replies[q.id]) for q in questions), strict=True)
         total = sum(mean * count for mean, count in zip(means, counts, strict=True))
+        loss = total / max(sum(counts), 1)
         return TaskResult(
-            metric=PERPLEXITY,
-            score=math.exp(min(total / max(sum(counts), 1), _LARGEST_LOSS)),
+            metric=task.metric,
+            score=loss if task.metric == "loss" else math.exp(min(loss, _LARGEST_LOSS)),
             chance=task.chance,
             in_average=False,
             ids=tuple(question.id for question in questions),
@@ -343,9 +344,18 @@ class _Asker:
             scores=means,
         )
 
+    def _reading(self, question: Question) -> dict[str, Any]:
+        """Model inputs of a question with its answer; labels are where the answer is."""
+        text = question.answers[0]
+        if question.prompt or question.images:
+            answered = chat.answered_sample(question, text)
+            return dict(chat.encode_samples(self.processor, [answered]))
+        encoded = dict(chat.tokenizer_of(self.processor)(text, return_tensors="pt"))
+        return {**encoded, "labels": encoded["input_ids"]}
+
 
 def _scored(task: Task, questions: Sequence[Question], replies: Sequence[str]) -> TaskResult:
-    score = metrics.METRICS[task.metric]
+    score = metrics.metric_named(task.metric)
     scores = [score(reply, question) for reply, question in zip(replies, questions, strict=True)]
     is_yes_no = task.metric == "yes_no"
     return TaskResult(

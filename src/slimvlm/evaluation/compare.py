@@ -10,8 +10,15 @@ from typing import Any, Literal
 from slimvlm.core.errors import ConfigError
 from slimvlm.data.samples import Question, Task
 from slimvlm.evaluation.ask import with_other_pictures
-from slimvlm.evaluation.metrics import METRICS, Difference, paired_difference, signed
-from slimvlm.evaluation.results import PERPLEXITY, Result, TaskResult
+from slimvlm.evaluation.metrics import (
+    LIKELIHOODS,
+    Difference,
+    metric_named,
+    normalise,
+    paired_difference,
+    signed,
+)
+from slimvlm.evaluation.results import Result, TaskResult
 
 Change = Literal["lost", "gained", "both wrong", "both right"]
 CHANGES: tuple[Change, ...] = ("lost", "gained", "both wrong", "both right")
@@ -45,6 +52,11 @@ class Pair:
             return "both right" if self.score_b >= RIGHT else "lost"
         return "gained" if self.score_b >= RIGHT else "both wrong"
 
+    @property
+    def is_flip(self) -> bool:
+        """Whether the second model says something else, right or wrong."""
+        return normalise(self.reply_a) != normalise(self.reply_b)
+
 
 @dataclass(frozen=True)
 class TaskComparison:
@@ -72,6 +84,11 @@ class TaskComparison:
     def counts(self) -> dict[Change, int]:
         """Questions of each kind; together they are all questions."""
         return _counts(self.pairs)
+
+    @property
+    def flips(self) -> int:
+        """Answers that differ."""
+        return sum(pair.is_flip for pair in self.pairs)
 
 
 @dataclass(frozen=True)
@@ -102,6 +119,11 @@ class Comparison:
     def counts(self) -> dict[Change, int]:
         """Questions of each kind over all tasks."""
         return _counts(tuple(chain(*(task.pairs for task in self.tasks.values()))))
+
+    @property
+    def flips(self) -> int:
+        """Answers that differ, over all tasks."""
+        return sum(task.flips for task in self.tasks.values())
 
 
 def compare(a: Result, b: Result, tasks: Mapping[str, Task]) -> Comparison:
@@ -155,12 +177,14 @@ def comparison_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]
             f"{task.score_a:.1f}",
             f"{task.score_b:.1f}",
             _interval(task.difference),
+            str(task.flips),
             *_count_cells(task.counts),
         ]
         for task in comparison.tasks.values()
     ]
-    total = ["all", "", "", _interval(comparison.difference), *_count_cells(comparison.counts)]
-    return ["task", "A", "B", "B - A [95 % interval]", *CHANGES], [*rows, total]
+    both = [str(comparison.flips), *_count_cells(comparison.counts)]
+    total = ["all", "", "", _interval(comparison.difference), *both]
+    return ["task", "A", "B", "B - A [95 % interval]", "flips", *CHANGES], [*rows, total]
 
 
 def comparison_json(comparison: Comparison) -> dict[str, Any]:
@@ -172,6 +196,7 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
             "a": task.score_a,
             "b": task.score_b,
             **_difference_json(task.difference),
+            "flips": task.flips,
             "counts": task.counts,
             "lost": [pair.question.id for pair in task.pairs if pair.kind == "lost"],
             "gained": [pair.question.id for pair in task.pairs if pair.kind == "gained"],
@@ -182,7 +207,11 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
         "a": comparison.name_a,
         "b": comparison.name_b,
         "tasks": tasks,
-        "all": {**_difference_json(comparison.difference), "counts": comparison.counts},
+        "all": {
+            **_difference_json(comparison.difference),
+            "flips": comparison.flips,
+            "counts": comparison.counts,
+        },
         "left_out": dict(comparison.left_out),
         "note": comparison.note,
     }
@@ -198,8 +227,8 @@ def _reason_to_leave_out(name: str, a: TaskResult | None, b: TaskResult | None) 
     if a is None or b is None:
         return "only B answered it" if a is None else "only A answered it"
     _require_same(name, a, b)
-    if a.metric == PERPLEXITY:
-        return f"perplexity {a.score:.2f} of A, {b.score:.2f} of B (lower is better)"
+    if a.metric in LIKELIHOODS:
+        return f"{a.metric} {a.score:.2f} of A, {b.score:.2f} of B (lower is better)"
     return "" if a.ids else "it has no questions"
 
 
@@ -253,8 +282,11 @@ def _questions(task: Task | None, result: TaskResult) -> tuple[dict[str, Questio
     if task is None:
         return {}, "questions and pictures are not shown: the task is not known here"
     questions = {question.id: question for question in task.load(len(result.ids))}
-    score = METRICS.get(result.metric)
-    same = score is not None and all(
+    try:
+        score = metric_named(result.metric)
+    except ConfigError:
+        return {}, f"questions and pictures are not shown: {result.metric!r} is not at hand"
+    same = all(
         key in questions and abs(score(reply, questions[key]) - noted) < 1e-6
         for key, reply, noted in zip(result.ids, result.replies, result.scores, strict=True)
     )

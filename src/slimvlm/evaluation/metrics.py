@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from slimvlm.core.errors import ConfigError, one_line, shortened
 from slimvlm.data.samples import Question
 
 MME_FULL_SCORES = {"mme_cognition": 800.0, "mme_perception": 2000.0}
@@ -64,14 +71,99 @@ def anls(reply: str, question: Question) -> float:
     return best if best >= 0.5 else 0.0
 
 
-METRICS: dict[str, Callable[[str, Question], float]] = {
+def f1(reply: str, question: Question) -> float:
+    """F1 between the words of the reply and of the best answer, in any order.
+
+    Reference:
+        Rajpurkar et al. 2016, SQuAD, arXiv:1606.05250, Sec. 6.1; articles count here.
+    """
+    said = Counter(_words(reply))
+    return max(_overlap(said, Counter(_words(answer))) for answer in question.answers)
+
+
+def rouge_l(reply: str, question: Question) -> float:
+    """ROUGE-L F1 with the best answer, by the rouge-score package (no stemming).
+
+    Reference:
+        Lin 2004, ROUGE: A Package for Automatic Evaluation of Summaries.
+    """
+    scorer = import_module("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
+    scores = scorer.score_multi(list(question.answers), reply)
+    return float(scores["rougeL"].fmeasure)
+
+
+Metric = Callable[[str, Question], float]
+"""Reply and question → a score in [0, 1]."""
+
+METRICS: dict[str, Metric] = {
     "exact_match": exact_match,
     "letter": letter,
     "yes_no": yes_no,
     "set_f1": set_f1,
     "anls": anls,
+    "f1": f1,
+    "rouge_l": rouge_l,
 }
-"""Metrics of a generated reply, each in [0, 1]. Perplexity is computed without generation."""
+"""Metrics of a generated reply, each in [0, 1]."""
+LIKELIHOODS = ("perplexity", "loss")
+"""What is measured of the given answer, without a reply; lower is better."""
+
+
+def metric_named(name: str) -> Metric:
+    """A metric of replies: one of `METRICS`, or a function of the user's own.
+
+    Args:
+        name: Its name; or ``package.module:function``, which is imported, called with the reply and
+            the `slimvlm.Question`, and returns a score in [0, 1].
+
+    Raises:
+        ConfigError: If it is not known, its package is not installed, or it is not such a function.
+    """
+    if ":" in name:
+        return partial(_checked, name, _function(name))
+    if name not in METRICS:
+        known = ", ".join((*METRICS, *LIKELIHOODS))
+        raise ConfigError(
+            f"metric {shortened(name)} must be one of: {known}; or a function, package:name"
+        )
+    if name == "rouge_l" and find_spec("rouge_score") is None:
+        raise ConfigError("metric 'rouge_l' needs rouge-score: pip install 'slimvlm[rouge]'")
+    return METRICS[name]
+
+
+def _function(name: str) -> Callable[..., Any]:
+    """A plain function of two arguments, from a module that is not Python's own.
+
+    A task file says which one: so it can name nothing that acts on a text, such as a program.
+    """
+    module, _, attribute = name.partition(":")
+    where = f"metric {shortened(name)}"
+    if module.partition(".")[0] in sys.stdlib_module_names:
+        raise ConfigError(f"{where}: must be a function of your own, not of Python's library")
+    try:
+        found = getattr(import_module(module), attribute, None)
+    except Exception as error:  # whatever runs when it is imported
+        raise ConfigError(f"{where}: cannot be imported ({one_line(error)})") from error
+    if not inspect.isfunction(found) or found.__module__ != module:
+        raise ConfigError(f"{where}: {module} defines no function {attribute!r}")
+    if len(inspect.signature(found).parameters) != 2:
+        raise ConfigError(f"{where}: must take two arguments, the reply and the question")
+    return found
+
+
+def _checked(name: str, function: Callable[..., Any], reply: str, question: Question) -> float:
+    """What a user's function says, if it is a score."""
+    try:
+        score = function(reply, question)
+    except Exception as error:
+        told = f"failed on question {question.id!r} ({one_line(error)})"
+        raise ConfigError(f"metric {name!r}: {told}") from error
+    if not isinstance(score, bool | int | float) or not 0 <= score <= 1:
+        raise ConfigError(
+            f"metric {name!r}: gave {shortened(repr(score))} for question {question.id!r}, must "
+            "give a number from 0 to 1"
+        )
+    return float(score)
 
 
 def yes_no_details(replies: Sequence[str], questions: Sequence[Question]) -> dict[str, float]:
@@ -99,7 +191,7 @@ def majority_score(metric: str, questions: Sequence[Question]) -> float:
     items. For metrics that are right or wrong this is the best constant there is.
 
     Args:
-        metric: Key of `METRICS`.
+        metric: As for `metric_named`.
         questions: The questions that were asked.
     """
     accepted = Counter(a for q in questions for a in {normalise(answer) for answer in q.answers})
@@ -109,7 +201,7 @@ def majority_score(metric: str, questions: Sequence[Question]) -> float:
         items = Counter(item for q in questions for item in _items(q.answers[0]))
         common = [item for item, _ in items.most_common(_CONSTANTS)]
         candidates += [", ".join(common[:count]) for count in range(1, len(common) + 1)]
-    score = METRICS[metric]
+    score = metric_named(metric)
     means = [float(np.mean([score(answer, q) for q in questions])) for answer in candidates]
     return 100 * max(means, default=0.0)
 
@@ -225,6 +317,15 @@ def _floor_scores(name: str, floor: float | Sequence[float], count: int) -> Sequ
 
 def _percent_above(floor: float, mean: float, base: float) -> float:
     return 100 * (mean - floor) / (base - floor) if base > floor else float("nan")
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def _overlap(said: Counter[str], wanted: Counter[str]) -> float:
+    hits = (said & wanted).total()
+    return 2 * hits / (said.total() + wanted.total()) if hits else 0.0
 
 
 def _items(text: str) -> set[str]:

@@ -17,8 +17,6 @@ from slimvlm.core.errors import ConfigError, NumericalError, SlimError, shortene
 from slimvlm.core.files import write_text
 from slimvlm.evaluation import metrics
 
-PERPLEXITY = "perplexity"
-
 
 @dataclass(frozen=True)
 class TaskResult:
@@ -26,16 +24,17 @@ class TaskResult:
 
     Attributes:
         metric: Name of the metric.
-        score: Mean in percent; for perplexity the perplexity itself (lower is better).
+        score: Mean in percent; of `slimvlm.evaluation.metrics.LIKELIHOODS` perplexity or loss
+            itself (lower is better).
         chance: Score of guessing, in percent.
         in_average: Whether the task counts in AVG.
         ids: Question ids.
         replies: What the model said.
         scores: One score for each question, in [0, 1] but for MME, whose full score is above 100
-            (for perplexity: its mean loss).
+            (of likelihoods: the mean loss of its answer).
         details: Further numbers of the metric, in percent.
         majority: Score of the best constant answer to these very questions, in percent; None for
-            perplexity, and where the scoring is not ours.
+            likelihoods, and where the scoring is not ours.
         blind_scores: The scores that the same model gets for the same questions when it is shown
             the pictures of other ones; empty where that was not measured or nothing is shown.
     """

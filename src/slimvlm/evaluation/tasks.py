@@ -17,7 +17,7 @@ from slimvlm.core.errors import ConfigError, DataError, shortened
 from slimvlm.data.images import find_image
 from slimvlm.data.read import read_rows
 from slimvlm.data.samples import Question, Task
-from slimvlm.evaluation.metrics import METRICS
+from slimvlm.evaluation.metrics import LIKELIHOODS, metric_named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +36,14 @@ class TaskRow:
     data: str
     """A .json, .jsonl, .parquet, a datasets folder or a hub id; relative to the YAML file."""
     prompt: str
-    """The user's text, with columns in braces: ``{question} Answer with one word.``"""
+    """The user's text, with columns in braces: ``{question} Answer with one word.`` May be empty
+    for a loss of plain text."""
     answer: str
     """Column with the answer, or a list of accepted ones."""
     metric: str = "exact_match"
-    """A key of `slimvlm.evaluation.metrics.METRICS`."""
+    """exact_match, letter, yes_no, set_f1, anls, f1 (of words) or rouge_l of the reply; perplexity
+    or loss of the answer itself; or a function of your own, ``mypackage:score``, which takes reply
+    and `slimvlm.Question` and returns a number from 0 to 1."""
     image: str = "image"
     """Column with the picture, its path, or a list of them; rows without it are text."""
     images: str = "."
@@ -57,10 +60,13 @@ class TaskRow:
     """The published benchmark that it stands for."""
 
     def __post_init__(self) -> None:
-        if self.metric not in METRICS:
-            raise ConfigError(
-                f"task {self.name!r}: metric {self.metric!r} must be one of: {', '.join(METRICS)}"
-            )
+        if self.metric not in LIKELIHOODS:
+            try:
+                metric_named(self.metric)
+            except ConfigError as error:
+                raise ConfigError(f"task {self.name!r}: {error}") from error
+        elif self.by_likelihood:
+            raise ConfigError(f"task {self.name!r}: {self.metric} chooses nothing by_likelihood")
         if self.by_likelihood and not self.choices:
             raise ConfigError(f"task {self.name!r}: by_likelihood needs choices")
         if "{" in (rest := re.sub(_COLUMN, "", self.prompt)) or "}" in rest:
@@ -131,6 +137,7 @@ def read_task(path: str | Path) -> Task:
         max_new_tokens=row.max_new_tokens,
         like=row.like,
         by_likelihood=row.by_likelihood,
+        in_average=row.metric not in LIKELIHOODS,
     )
 
 

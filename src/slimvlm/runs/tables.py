@@ -12,8 +12,8 @@ from rich.text import Text
 
 from slimvlm.core.errors import printable
 from slimvlm.evaluation.data_result import DataResult, Estimate
-from slimvlm.evaluation.metrics import Difference, Retention, paired_difference
-from slimvlm.evaluation.results import PERPLEXITY, Result
+from slimvlm.evaluation.metrics import LIKELIHOODS, Difference, Retention, paired_difference
+from slimvlm.evaluation.results import Result
 from slimvlm.models.anatomy import Anatomy, LayerShape
 from slimvlm.models.cost import BYTES, kv_cache_bytes_per_token, weight_bytes
 
@@ -196,13 +196,13 @@ def _beside(result: Result, baseline: Result) -> _Beside:
 
 def _task_label(task: str, models: Sequence[_Beside]) -> str:
     metric = next(m.result.tasks[task].metric for m in models if task in m.result.tasks)
-    return f"{task} (lower is better)" if metric == PERPLEXITY else task
+    return f"{task} (lower is better)" if metric in LIKELIHOODS else task
 
 
 def _floor_cells(task: str, models: Sequence[_Beside]) -> dict[str, str]:
     """Each of `FLOORS` for a task; empty where there is none."""
     found = [model.result.tasks[task] for model in models if task in model.result.tasks]
-    if found[0].metric == PERPLEXITY:
+    if found[0].metric in LIKELIHOODS:
         return dict.fromkeys(FLOORS, "")
     majority = next((t.majority for t in found if t.majority is not None), None)
     first = models[0].result.tasks.get(task)
@@ -214,7 +214,9 @@ def _floor_cells(task: str, models: Sequence[_Beside]) -> dict[str, str]:
 def _score_cell(task: str, model: _Beside) -> str:
     if task not in model.result.tasks:
         return "-"
-    return _marked(f"{model.result.tasks[task].score:.1f}", model.differences.get(task))
+    found = model.result.tasks[task]
+    digits = 3 if found.metric == "loss" else 1
+    return _marked(f"{found.score:.{digits}f}", model.differences.get(task))
 
 
 def _average_cell(model: _Beside) -> str:
@@ -264,7 +266,7 @@ def _model_json(model: _Beside) -> dict[str, Any]:
 
 
 def _task_json(task: str, model: _Beside) -> dict[str, Any]:
-    """A task's figures; perplexity has no points to differ by."""
+    """A task's figures; likelihoods have no points to differ by."""
     found = model.result.tasks[task]
     values = {
         **{"score": found.score, "n": len(found.ids), "metric": found.metric},
@@ -272,7 +274,7 @@ def _task_json(task: str, model: _Beside) -> dict[str, Any]:
         **found.details,
     }
     difference = model.differences.get(task)
-    if difference is not None and found.metric != PERPLEXITY:
+    if difference is not None and found.metric not in LIKELIHOODS:
         values |= {"difference": vars(difference), "significant": difference.significant}
     return values
 

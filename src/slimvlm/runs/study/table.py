@@ -12,7 +12,7 @@ import pandas as pd
 
 from slimvlm.core.files import new_file, write_text
 from slimvlm.evaluation.metrics import average
-from slimvlm.evaluation.results import PERPLEXITY, Result, TaskResult
+from slimvlm.evaluation.results import Result, TaskResult
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.planning.plan import Plan
 from slimvlm.runs.estimate import optimizer_steps
@@ -153,7 +153,7 @@ def _scores(path: Path, sighted: frozenset[str]) -> Mapping[str, Any]:
     """Columns with what a result file says."""
     result = Result.load(path)
     counted = {name: task for name, task in result.tasks.items() if task.in_average}
-    perplexities = [t.score for t in result.tasks.values() if t.metric == PERPLEXITY]
+    perplexities = [t.score for t in result.tasks.values() if t.metric == "perplexity"]
     groups = {
         "avg_free": [n for n, t in counted.items() if not _is_choice(n, t)],
         "avg_choice": [n for n, t in counted.items() if _is_choice(n, t)],
