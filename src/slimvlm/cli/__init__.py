@@ -80,6 +80,10 @@ def main(arguments: list[str] | None = None) -> None:
     verb = next(iter(sys.argv[1:] if arguments is None else arguments), "")
     try:
         _require_one_process(verb)
+        if verb == "compress":
+            from slimvlm.runs.command import with_config
+
+            arguments = with_config(sys.argv[1:] if arguments is None else arguments)
         tyro.extras.subcommand_cli_from_dict(
             VERBS,
             prog="slimvlm",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from slimvlm.evaluation.results import Result
     from slimvlm.planning.plan import Plan
     from slimvlm.runs.advise import Advice
+    from slimvlm.runs.dry_run import Foreseen
     from slimvlm.runs.study.display import Forecast
 
 _OF_A_CELL = (
@@ -188,18 +189,36 @@ def print_advice(advice: Advice, as_json: bool) -> None:
     if as_json:
         print_json(asdict(advice))
         return
+    _print_grid(_advice_rows(advice))
+    print(f"\n{advice.command}")
+
+
+def print_foreseen(found: Foreseen, as_json: bool) -> None:
+    """Print what a compression would do and need."""
+    from slimvlm.runs.dry_run import foreseen_rows
+
+    if as_json:
+        values = {name: value for name, value in vars(found).items() if name != "plan"}
+        plan = {"ratio": found.plan.ratio, "total_params": found.plan.after.total_params}
+        print_json({**values, **plan, "cost": asdict(found.cost)})
+        return
+    _print_grid(foreseen_rows(found))
+
+
+def _print_grid(rows: Sequence[Sequence[str]]) -> None:
+    """Print names and values without lines."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table.grid(padding=(0, 2))
-    for row in _advice_rows(advice):
+    for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
     console().print(table)
-    print(f"\n{advice.command}")
 
 
 def _advice_rows(advice: Advice) -> list[list[str]]:
     """A name and its value in every row."""
+    from slimvlm.core.progress import duration
     from slimvlm.runs.tables import size
 
     recipe, cost = advice.recipe, advice.cost
@@ -211,20 +230,27 @@ def _advice_rows(advice: Advice) -> list[list[str]]:
         for row in advice.expected
     ]
     rows = [
-        ["remove", f"{advice.ratio:.1%} of the backbone, along {recipe.axis}"],
+        [
+            "remove",
+            f"{advice.ratio:.1%} of the backbone, {advice.decoder_ratio:.1%} of its layers, along "
+            f"{recipe.axis}",
+        ],
         ["train", learns],
         ["parameters", f"{after / 1e9:.3g} B of {before / 1e9:.3g} B"],
         ["weights", f"{size(smaller)} of {size(held)}"],
-        *_under("expected AVG-%", kept or ["not measured for this recipe at this ratio"]),
+        *_under("expected AVG-%", kept or ["not measured for this recipe and so many layers"]),
     ]
     if advice.latency is not None:
         rows.append(["time to read a question", f"{advice.latency:.0%} of the original's"])
-    rows.append(["memory of pruning", f"about {size(cost.calibration_bytes)}"])
+    rows += [
+        ["memory of pruning", f"about {size(cost.calibration_bytes)}"],
+        ["time of pruning", f"about {duration(3600 * cost.pruning_hours)}"],
+    ]
     if recipe.train:
         rows += [
             ["training data", f"{cost.samples:,} conversations"],
             ["memory of training", f"about {size(cost.training_bytes)}"],
-            ["time of training", f"about {cost.training_hours:.2g} h"],
+            ["time of training", f"about {duration(3600 * cost.training_hours)}"],
         ]
     return [*rows, *_under("why", advice.notes), *_under("estimates rest on", cost.rests_on)]
 

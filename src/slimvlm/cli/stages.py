@@ -8,6 +8,7 @@ from typing import Annotated
 from slimvlm.cli.options import INLINE, Model, QuestionFlags, RunFlags, TrainingFlags
 from slimvlm.cli.printing import (
     note,
+    print_foreseen,
     print_held_out,
     print_on_data,
     print_plan,
@@ -261,6 +262,8 @@ def compress(
     pruning: Annotated[PruneConfig, INLINE] = PruneConfig(),
     training: Annotated[TrainingFlags, INLINE] = TrainingFlags(),
     options: Annotated[RunFlags, INLINE] = RunFlags(),
+    config: Path | None = None,
+    dry_run: bool = False,
     force: bool = False,
     json: bool = False,
 ) -> None:
@@ -275,16 +278,26 @@ def compress(
         pruning: What to remove, and how. Without data, nothing is trained.
         training: How to train.
         options: What models are asked, and how much is trained on.
+        config: Options from a YAML file, such as the run.yaml of another run, model included; those
+            of the command line come on top.
+        dry_run: Only say what would be done and what it needs. Reads the configuration and the
+            data, no weights, and writes nothing.
         force: Replace an existing run folder.
         json: Print JSON.
     """
     from slimvlm.runs.compress import STAGES
     from slimvlm.runs.compress import compress as run
+    from slimvlm.runs.dry_run import foresee
     from slimvlm.runs.held_out import read_held_out
 
     recover = _recovery(pruning, training)
-    config = CompressConfig(**vars(pruning), **vars(options), recover=recover)
-    results = run(model, config, out, force, note)
+    whole = CompressConfig(**vars(pruning), **vars(options), recover=recover)
+    if config is not None:
+        note(f"options of {config}, and those of the command line")
+    if dry_run:
+        print_foreseen(foresee(model, whole, note), json)
+        return
+    results = run(model, whole, out, force, note)
     print_run(results, read_held_out(out, STAGES), json, str(out))
     note(f"run folder: {out}; checkpoint: {out / 'checkpoint'}")
 

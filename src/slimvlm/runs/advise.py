@@ -5,7 +5,7 @@ Nothing is run and no weights are read. Rules and measured numbers come from ``r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -13,22 +13,41 @@ from typing import Any
 import torch
 
 from slimvlm.core.errors import ConfigError
-from slimvlm.core.options import CompressConfig, RecoverConfig
+from slimvlm.core.options import CalibrationConfig, CompressConfig, RecoverConfig
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import params_for_memory, parse_bytes, parse_count, weight_bytes
 from slimvlm.models.load import anatomy as anatomy_of
+from slimvlm.models.load import load_config
 from slimvlm.planning.make import ratio_for_params
 from slimvlm.runs.command import compress_command
-from slimvlm.runs.estimate import Cost, Sizes, estimate_cost, image_tokens
-from slimvlm.runs.recipes import Recipe, expected, fraction_for, recipe_for, rules, subject_of
+from slimvlm.runs.compress import request_of
+from slimvlm.runs.estimate import (
+    Cost,
+    Sizes,
+    decoder_share,
+    estimate_cost,
+    image_tokens,
+    kept_bytes,
+)
+from slimvlm.runs.recipes import (
+    Recipe,
+    expected_of_layers,
+    fraction_for,
+    recipe_for,
+    rules,
+    subject_of,
+)
+from slimvlm.runs.request import resolved
 
 _STEP = 0.005
 """How finely ratios are tried for a latency."""
+_MANY_EMBEDDINGS = 0.3
+"""Share of embeddings and head in the backbone from which on it is said."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Expectation:
-    """What was measured for the recipe at this ratio.
+    """What was measured for the recipe where as large a share of the decoder layers went.
 
     Attributes:
         model: The model that was measured.
@@ -51,7 +70,9 @@ class Advice:
         model: Folder, hub id or ``demo``.
         ratio: Share of the backbone to remove.
         recipe: Where to prune, what to train.
-        expected: Measurements of this recipe at this ratio, those of the same model first.
+        decoder_ratio: Share of the decoder layers that this is.
+        expected: Measurements of this recipe where such a share of the layers went, those of the
+            same model first.
         latency: Time to read a question as a share of the original's, None if not measured.
         params: Parameters of the whole model before and after.
         weight_bytes: Bytes of its weights before and after.
@@ -63,6 +84,7 @@ class Advice:
 
     model: str
     ratio: float
+    decoder_ratio: float
     recipe: Recipe
     expected: tuple[Expectation, ...]
     latency: float | None
@@ -103,6 +125,8 @@ def advise(
         ConfigError: If not exactly one budget is given, or it cannot be met.
     """
     shape = anatomy_of(model)
+    if samples is not None and samples < 1:
+        raise ConfigError(f"samples {samples} must be at least 1")
     subject = subject_of({**vars(shape), "num_layers": shape.num_layers})
     budget = {
         **{"ratio": ratio, "target_params": target_params},
@@ -110,34 +134,56 @@ def advise(
     }
     ratio = _ratio(shape, subject, budget, data, dtype)
     fraction, why = _fraction(ratio, samples)
-    seen = round(fraction * (rules().full_set if samples is None else samples))
-    tokens = float(image_tokens(model) + rules().constants.text_tokens)
-    sizes = Sizes(shape=shape, tokens=tokens, samples=seen)
+    given = rules().full_set if samples is None else samples
+    seen = max(round(fraction * given), 1)
+    sees = image_tokens(model) if shape.vision_params else 0
+    sizes = Sizes(
+        shape=shape,
+        tokens=float(sees + rules().constants.text_tokens),
+        samples=seen,
+        calibration=min(CalibrationConfig().samples, given),
+        token_bytes=kept_bytes(load_config(model), dtype),
+    )
     has_gpu = torch.cuda.is_available() if gpu is None else gpu
-    recipe, cost, notes = _affordable(sizes, ratio, data, has_gpu, dtype)
+
+    def asked(recipe: Recipe) -> CompressConfig:
+        return _config(model, ratio, recipe, fraction, data)
+
+    recipe, cost, notes = _affordable(sizes, ratio, data, has_gpu, dtype, asked)
+    share = decoder_share(shape, ratio)
     after = shape.total_params - round(ratio * shape.backbone_params)
     size = weight_bytes(shape, dtype)
     return Advice(
         model=model,
         ratio=ratio,
+        decoder_ratio=share,
         recipe=recipe,
-        expected=_expectations(recipe, ratio, subject),
+        expected=_expectations(recipe, share, subject),
         latency=_latency(recipe.axis, ratio, subject),
         params=(shape.total_params, after),
         weight_bytes=(size, round(size * after / shape.total_params)),
         fraction=fraction if recipe.train else 1.0,
         cost=cost,
-        notes=(*notes, *([why] if recipe.train else [])),
-        command=_command(model, ratio, recipe, fraction, data),
+        notes=(*notes, *([why] if recipe.train else []), *_on_embeddings(shape, ratio)),
+        command=compress_command(model, asked(recipe), "run"),
     )
 
 
 def _affordable(
-    sizes: Sizes, ratio: float, data: bool, has_gpu: bool, dtype: str
+    sizes: Sizes,
+    ratio: float,
+    data: bool,
+    has_gpu: bool,
+    dtype: str,
+    asked: Callable[[Recipe], CompressConfig],
 ) -> tuple[Recipe, Cost, list[str]]:
     """The recipe, unless its training would take too long here."""
+
+    def cost_of(recipe: Recipe) -> Cost:
+        return estimate_cost(sizes, resolved(request_of("", asked(recipe))), has_gpu, dtype)
+
     recipe = recipe_for(ratio, data)
-    cost = estimate_cost(sizes, ratio, recipe, has_gpu, dtype)
+    cost = cost_of(recipe)
     limit = rules().constants.max_hours_without_gpu
     notes = []
     if not has_gpu and cost.training_hours > limit:
@@ -146,7 +192,7 @@ def _affordable(
             f"{limit} h: not trained"
         ]
         recipe = recipe_for(ratio, False)
-        cost = estimate_cost(sizes, ratio, recipe, has_gpu, dtype)
+        cost = cost_of(recipe)
     return recipe, cost, [*notes, f"{recipe.why} ({recipe.source})"]
 
 
@@ -200,10 +246,22 @@ def _latency(axis: str, ratio: float, subject: str | None) -> float | None:
     return fmean(values) if values else None
 
 
-def _expectations(recipe: Recipe, ratio: float, subject: str | None) -> tuple[Expectation, ...]:
-    found = expected(recipe.axis, recipe.train, recipe.loss, ratio)
+def _on_embeddings(shape: Anatomy, ratio: float) -> list[str]:
+    """A warning where much of the backbone is no layer."""
+    outside = 1 - sum(layer.params for layer in shape.layers) / shape.backbone_params
+    if outside < _MANY_EMBEDDINGS:
+        return []
+    return [
+        f"{outside:.0%} of the backbone are embeddings and head, which stay: {ratio:.0%} of the "
+        f"backbone is {decoder_share(shape, ratio):.0%} of its layers"
+    ]
+
+
+def _expectations(recipe: Recipe, share: float, subject: str | None) -> tuple[Expectation, ...]:
+    found = expected_of_layers(recipe.axis, recipe.train, recipe.loss, share)
     if recipe.train == "lora":  # what learns more than LoRA was measured on the demo model
-        found += [f for f in expected(recipe.axis, "full", recipe.loss, ratio) if f[0].ours]
+        more = expected_of_layers(recipe.axis, "full", recipe.loss, share)
+        found += [f for f in more if f[0].ours]
     rows = [
         Expectation(model=row.model, percent=value, source=row.source, same=row.model == subject)
         for row, value in found
@@ -223,10 +281,11 @@ def _fraction(ratio: float, samples: int | None) -> tuple[float, str]:
     return round(needed / samples, 4), why
 
 
-def _command(model: str, ratio: float, recipe: Recipe, fraction: float, data: bool) -> str:
+def _config(
+    model: str, ratio: float, recipe: Recipe, fraction: float, data: bool
+) -> CompressConfig:
     source = ("demo" if model == "demo" else "DATA.json") if data else None
     recover = None
     if recipe.train is not None:
         recover = RecoverConfig(train=recipe.train, loss=recipe.loss, fraction=fraction)
-    config = CompressConfig(ratio=round(ratio, 4), axis=recipe.axis, data=source, recover=recover)
-    return compress_command(model, config, "run")
+    return CompressConfig(ratio=round(ratio, 4), axis=recipe.axis, data=source, recover=recover)

@@ -1,15 +1,20 @@
-"""A run's configuration → the ``slimvlm compress`` command that asks for it."""
+"""A run's configuration as the ``slimvlm compress`` command that asks for it, and as YAML."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from slimvlm.core.documents import built, read_yaml
+from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import TASK_BATCH_SIZE, CompressConfig, RecoverConfig
 
+NOT_TRAINED = "none"
 RECIPE = ("axis", "train", "loss")
 """Options that a recipe chooses when they are not given."""
 
@@ -29,8 +34,78 @@ def compress_command(model: str, config: CompressConfig, out: str | Path) -> str
     if config.recover is not None:
         words += _given(config.recover, {"seed": None})
     elif config.data is not None:
-        words += ["--train", "none"]
+        words += ["--train", NOT_TRAINED]
     return shlex.join([*words, "--out", str(out)])
+
+
+def config_text(model: str, config: CompressConfig) -> str:
+    """A run's configuration as YAML: the model, and every option that is not the usual one."""
+    trained = NOT_TRAINED if config.recover is None else _unusual(config.recover)
+    values = {"model": model, **_unusual(config), "recover": trained}
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def read_config(path: str | Path) -> tuple[str, CompressConfig, bool]:
+    """The model and the configuration in a YAML file, or in the ``config.json`` of a run.
+
+    Returns:
+        Both, and whether the file says how to train; else the chart does.
+
+    Raises:
+        ConfigError: If the file cannot be read, or an option is unknown, missing or not allowed.
+    """
+    where, values = f"config {str(path)!r}", read_yaml(path, "config")
+    if not isinstance(values, dict) or not isinstance(values.get("model"), str):
+        raise ConfigError(f"{where}: must name a model, and options")
+    options = {name: v for name, v in values.items() if name not in ("model", "made_from")}
+    if options.get("recover") == NOT_TRAINED:
+        options["recover"] = None
+    return values["model"], built(CompressConfig, options, where), "recover" in options
+
+
+def with_config(arguments: Sequence[str]) -> list[str]:
+    """The words of ``compress``, with those that a file of ``--config`` stands for before them.
+
+    Args:
+        arguments: The command line behind ``slimvlm``.
+
+    Raises:
+        ConfigError: As `read_config`.
+    """
+    words = list(arguments)
+    path = _config_of(words)
+    if words[:1] != ["compress"] or path is None:
+        return words
+    model, config, says_training = read_config(path)
+    rest = words[1:]
+    if rest and not rest[0].startswith("-"):
+        model, *rest = rest
+    *command, _, _ = shlex.split(compress_command(model, config, ""))[1:]  # without its --out
+    if not says_training and command[-2:] == ["--train", NOT_TRAINED]:
+        command = command[:-2]
+    return [*command, *rest]
+
+
+def _config_of(words: Sequence[str]) -> str | None:
+    for word, following in zip(words, [*words[1:], None], strict=True):
+        if word == "--config":
+            return following
+        if word.startswith("--config="):
+            return word.removeprefix("--config=")
+    return None
+
+
+def _unusual(config: Any) -> dict[str, Any]:
+    """Options of a configuration that have another value than usual, or that a recipe chooses."""
+    found = {}
+    for row in fields(config):
+        value = getattr(config, row.name)
+        if value is None or isinstance(value, RecoverConfig):
+            continue
+        if value != row.default or row.name in RECIPE:
+            found[row.name] = list(value) if isinstance(value, tuple) else value
+    return found
 
 
 def _given(config: Any, names: Mapping[str, str | None]) -> Iterator[str]:

@@ -41,7 +41,7 @@ from slimvlm.pruning.card import CardFacts
 from slimvlm.pruning.save import save
 from slimvlm.pruning.tokens import trimmed_processor
 from slimvlm.runs import held_out, stages, tables
-from slimvlm.runs.command import compress_command
+from slimvlm.runs.command import compress_command, config_text
 from slimvlm.runs.recipes import recipe_for
 from slimvlm.runs.request import (
     Request,
@@ -114,8 +114,8 @@ def compress(
 ) -> dict[str, Result]:
     """Make a smaller model in one run folder.
 
-    The folder holds ``config.json``, ``plan.json``, ``scores/``, ``results/``, ``checkpoint/``
-    and ``summary.md``.
+    The folder holds ``config.json``, ``run.yaml`` (which ``--config`` takes), ``plan.json``,
+    ``scores/``, ``results/``, ``checkpoint/`` and ``summary.md``.
 
     Args:
         model: Folder, hub id or ``demo``.
@@ -195,6 +195,7 @@ def _open_folder(run: Run, force: bool) -> None:
     run.path("scores").mkdir(parents=True, exist_ok=True)
     run.path("results").mkdir(exist_ok=True)
     note_request(run.path("config.json"), run.about)
+    write_text(run.path("run.yaml"), config_text(run.model, run.config))
 
 
 def _scored(run: Run, model: PreTrainedModel, calibration: Calibration) -> list[Scores]:

@@ -8,17 +8,31 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
 
-from slimvlm.core.options import CalibrationConfig, RecoverConfig, Train
-from slimvlm.models.anatomy import Anatomy, LayerShape
+from slimvlm.core.options import CalibrationConfig, PruneConfig, RecoverConfig, Train
+from slimvlm.models.anatomy import Anatomy, LayerShape, read_anatomy
+from slimvlm.models.classes import empty_model
 from slimvlm.models.cost import BYTES, weight_bytes
 from slimvlm.models.load import computes_bfloat16, default_device, load_config
+from slimvlm.models.losses import CHUNK
+from slimvlm.models.parts import family_of, text_config_of
+from slimvlm.pruning.walk.distil import PASSES
 from slimvlm.pruning.walk.kept_inputs import MOST_BYTES
-from slimvlm.runs.recipes import Recipe, rules
+from slimvlm.pruning.walk.walk import WALKING
+from slimvlm.runs.recipes import rules
+from slimvlm.runs.request import Request, ratio_of
+from slimvlm.scoring.criteria import CRITERIA
+
+CALIBRATION_BATCH = 4
+"""Calibration samples that run at once."""
+LOGITS_COPIES = 5
+"""Tensors of the size of a chunk's logits that a loss and its gradient hold at one time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +43,16 @@ class Sizes:
         shape: The unpruned model.
         tokens: Mean tokens of a conversation, those of its pictures included.
         samples: Conversations to train on.
+        calibration: Conversations to calibrate on.
+        token_bytes: What the backward pass keeps of a token, all layers together; see
+            `kept_bytes`.
     """
 
     shape: Anatomy
     tokens: float
     samples: int
+    calibration: int = CalibrationConfig().samples
+    token_bytes: float = 0.0
 
     @property
     def pass_flops(self) -> float:
@@ -58,7 +77,8 @@ class Cost:
     """What a run needs, estimated.
 
     Attributes:
-        calibration_bytes: Peak memory of choosing, cutting and repairing.
+        calibration_bytes: Peak memory of choosing, cutting, repairing and writing.
+        pruning_hours: Time of that.
         training_bytes: Peak memory of recovery, 0 without.
         training_hours: Time of recovery, 0 without.
         samples: Conversations to train on.
@@ -66,72 +86,182 @@ class Cost:
     """
 
     calibration_bytes: float
+    pruning_hours: float = 0.0
     training_bytes: float = 0.0
     training_hours: float = 0.0
     samples: int = 0
     rests_on: tuple[str, ...] = ()
 
 
-def estimate_cost(sizes: Sizes, ratio: float, recipe: Recipe, has_gpu: bool, dtype: str) -> Cost:
-    """What a recipe needs.
+def estimate_cost(sizes: Sizes, request: Request, has_gpu: bool, dtype: str) -> Cost:
+    """What a request needs.
 
     Args:
         sizes: The unpruned model and the data.
-        ratio: Share of its backbone that goes.
-        recipe: What is pruned and trained.
+        request: What is asked, from `slimvlm.runs.request.resolved`.
         has_gpu: Whether training runs on a GPU.
         dtype: Data type of the weights.
     """
     constants = rules().constants
-    held = weight_bytes(sizes.shape, dtype)
-    walked = held + _walk_bytes(sizes, ratio, dtype)
-    about = [
-        f"walk: the process, the weights, the new weights, {constants.gram_copies} Gram matrices, "
-        f"inputs of a layer's matrices, and what a layer learns with ({constants.walk_source})"
-    ]
-    if recipe.train is None:
-        return Cost(calibration_bytes=walked, rests_on=tuple(about))
-    config = RecoverConfig(train=recipe.train, loss=recipe.loss)
-    flops = sizes.training_flops(config, 1 - ratio, sizes.samples)
     speed, device = _speed(has_gpu)
-    about += [
-        f"training memory: the weights once, {constants.learning_bytes} bytes for each weight that "
-        f"learns, {constants.activation_bytes} bytes for each token, layer and channel "
-        f"({constants.activation_source}), batches of {config.batch_size}",
+    usable = 3600 * constants.efficiency * speed
+    about = [
+        f"pruning: the process, the weights, the new weights, {constants.gram_copies} Gram matrices"
+        ", inputs of a layer's matrices, what a layer learns with, activations where a criterion "
+        f"reads gradients; or both models while the smaller one is read back "
+        f"({constants.walk_source})",
         f"time: {device}, {constants.efficiency:.0%} of it used; {sizes.tokens:.0f} tokens a "
         "conversation; the vision tower is not counted",
     ]
-    return Cost(
-        calibration_bytes=walked,
-        training_bytes=held + _bytes_beside_weights(sizes, ratio, recipe, config),
-        training_hours=flops / (constants.efficiency * speed) / 3600,
+    pruning = Cost(
+        calibration_bytes=_pruning_bytes(sizes, request, dtype),
+        pruning_hours=_pruning_flops(sizes, request) / usable,
+        rests_on=tuple(about),
+    )
+    if request.recover is None:
+        return pruning
+    config, ratio = request.recover, ratio_of(request.prune)
+    about.append(
+        f"training memory: the weights, {constants.learning_bytes} bytes for each weight that "
+        f"learns, {sizes.token_bytes / 1000:.0f} kB kept of each token "
+        f"({constants.activation_source}), batches of {config.batch_size}"
+    )
+    flops = sizes.training_flops(config, 1 - ratio, config.epochs * sizes.samples)
+    return replace(
+        pruning,
+        training_bytes=_training_bytes(sizes, ratio, config, dtype),
+        training_hours=flops / usable,
         samples=sizes.samples,
         rests_on=tuple(about),
     )
 
 
-def _walk_bytes(sizes: Sizes, ratio: float, dtype: str) -> float:
-    """What a walk with local steps holds beside the original's weights."""
-    shape, constants = sizes.shape, rules().constants
-    tokens = sizes.tokens * CalibrationConfig().samples
+def kept_bytes(config: PreTrainedConfig, dtype: str) -> float:
+    """What the backward pass keeps of a token in all decoder layers, without attention scores.
+
+    The layers run once on tensors that have shapes and no values, and what they save is counted.
+    Where a family's code looks at values, its widths give an estimate.
+    """
+    kind = getattr(torch, dtype)
+    model = empty_model(config, kind)
+    weights = {parameter.untyped_storage() for parameter in model.parameters()}
+    kept: dict[torch.UntypedStorage, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if (storage := tensor.untyped_storage()) not in weights:
+            kept[storage] = storage.nbytes()
+        return tensor
+
+    count = _COUNTED_TOKENS
+    hidden = text_config_of(config).hidden_size
+    inputs = torch.empty(1, count, hidden, dtype=kind, device="meta", requires_grad=True)
+    mask = torch.empty(1, 1, count, count, dtype=torch.bool, device="meta")
+    layers = model.get_submodule(family_of(config.model_type).backbone)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            layers(inputs_embeds=inputs, attention_mask=mask, use_cache=False)
+    except (RuntimeError, NotImplementedError):
+        return _kept_by_widths(read_anatomy(model), BYTES[dtype])
+    return sum(kept.values()) / count
+
+
+_COUNTED_TOKENS = 2
+
+
+def _kept_by_widths(shape: Anatomy, size: int) -> float:
+    """Twelve values a channel and four a neuron, as Llama and Qwen2 have it."""
+    return float(
+        sum(12 * shape.hidden_size + 4 * layer.intermediate_size for layer in shape.layers) * size
+    )
+
+
+def _pruning_bytes(sizes: Sizes, request: Request, dtype: str) -> float:
+    """Peak of all that happens up to a written smaller model."""
+    shape, config = sizes.shape, request.prune
+    process, held = rules().constants.process_bytes, weight_bytes(shape, dtype)
+    smaller = held * (1 - ratio_of(config) * shape.backbone_params / shape.total_params)
+    stages = [held, 2 * smaller]
+    if WALKING in config.criterion or config.repair != "none" or config.local_steps != 0:
+        stages.append(held + _walk_bytes(sizes, config, dtype))
+    if any(CRITERIA[name].capture.backward for name in config.criterion):
+        batch = CALIBRATION_BATCH * sizes.tokens * sizes.token_bytes
+        largest = max(layer.params for layer in shape.layers) * BYTES[dtype]
+        stages.append(held + batch + largest + _logits_bytes(shape))
+    return process + max(stages)
+
+
+def _walk_bytes(sizes: Sizes, config: PruneConfig, dtype: str) -> float:
+    """What a walk holds beside the original's weights."""
+    shape, constants, ratio = sizes.shape, rules().constants, ratio_of(config)
+    tokens = sizes.tokens * sizes.calibration
     largest = max(shape.layers, key=lambda layer: layer.params)
     channels = (largest.num_heads * largest.head_dim, largest.intermediate_size)
-    new = (1 - ratio) * sum(layer.params for layer in shape.layers) * BYTES[dtype]
-    grams = constants.gram_copies * BYTES["float32"] * max(channels) ** 2
+    new = (1 - decoder_share(shape, ratio)) * _decoder_params(shape) * BYTES[dtype]
+    grams = 0.0
+    if WALKING in config.criterion:
+        grams = constants.gram_copies * BYTES["float32"] * max(channels) ** 2
     inputs = sum(min(MOST_BYTES, tokens * count * BYTES[dtype]) for count in channels)
-    learning = constants.learning_bytes * (1 - ratio) * largest.params
-    return constants.process_bytes + new + max(grams + inputs, learning)
+    learning = 0.0
+    if config.local_steps != 0:
+        of_layer = sizes.token_bytes / shape.num_layers
+        learning = constants.learning_bytes * (1 - ratio) * largest.params
+        learning += CALIBRATION_BATCH * sizes.tokens * of_layer
+    return new + max(grams + inputs, learning)
 
 
-def _bytes_beside_weights(
-    sizes: Sizes, ratio: float, recipe: Recipe, config: RecoverConfig
-) -> float:
-    """What learns, and activations. A teacher shares the frozen weights of the student."""
+def _training_bytes(sizes: Sizes, ratio: float, config: RecoverConfig, dtype: str) -> float:
+    """The weights, what learns, and activations. A teacher shares what stays frozen."""
     shape, constants = sizes.shape, rules().constants
+    held = weight_bytes(shape, dtype)
+    smaller = held * (1 - ratio * shape.backbone_params / shape.total_params)
+    if not config.needs_teacher:
+        models = smaller
+    else:
+        models = held if config.train != "full" else held + smaller
     learning = learning_params(shape, ratio, config.train, config.lora_rank)
-    kept_layers = shape.num_layers * (1 - ratio) if recipe.axis == "depth" else shape.num_layers
-    channels = sizes.tokens * config.batch_size * shape.hidden_size * kept_layers
-    return constants.learning_bytes * learning + constants.activation_bytes * channels
+    kept = 1 - decoder_share(shape, ratio)
+    activations = config.batch_size * sizes.tokens * sizes.token_bytes * kept
+    beside = constants.learning_bytes * learning + activations + _logits_bytes(shape)
+    return constants.process_bytes + models + beside
+
+
+def _logits_bytes(shape: Anatomy) -> float:
+    """The logits of a chunk of positions, and what becomes of them on the way to a loss."""
+    return LOGITS_COPIES * BYTES["float32"] * CHUNK * shape.vocab_size
+
+
+def _pruning_flops(sizes: Sizes, request: Request) -> float:
+    """Passes over the calibration samples, and the elimination of units."""
+    config, constants = request.prune, rules().constants
+    ratio = ratio_of(config)
+    if config.data is None:
+        return 0.0
+    passes = 3.0 * sum(CRITERIA[name].capture.backward for name in config.criterion)
+    if WALKING in config.criterion or config.repair != "none":
+        passes += constants.walk_passes
+    share = decoder_share(sizes.shape, ratio)
+    if config.local_steps is None:
+        passes += 3 * PASSES * share
+    elif config.local_steps:
+        batches = max(sizes.calibration / CALIBRATION_BATCH, 1)
+        passes += 3 * config.local_steps / batches
+    passes += (2 - ratio) * request.report_samples / max(sizes.calibration, 1)
+    flops = passes * sizes.pass_flops * sizes.calibration
+    if WALKING in config.criterion:
+        width = [layer.intermediate_size for layer in sizes.shape.layers]
+        flops += sum(
+            n**3 + share * n * n * (4 * sizes.shape.hidden_size + share * n) for n in width
+        )
+    return flops
+
+
+def _decoder_params(shape: Anatomy) -> int:
+    return sum(layer.params for layer in shape.layers)
+
+
+def decoder_share(shape: Anatomy, ratio: float) -> float:
+    """The share of the decoder layers that goes with a share of the backbone."""
+    return min(ratio * shape.backbone_params / _decoder_params(shape), 1.0)
 
 
 def learning_params(shape: Anatomy, ratio: float, train: Train, rank: int) -> int:

@@ -93,7 +93,7 @@ class Constants:
     process_bytes: float
     gram_copies: int
     walk_source: str
-    activation_bytes: int
+    walk_passes: float
     activation_source: str
     learning_bytes: int
     efficiency: float
@@ -118,6 +118,7 @@ class Rules:
         fractions: The share of these that suffices, in the order of the ratios.
         fractions_source: Where that stands.
         subjects: Values of the anatomy of each measured model.
+        decoder_shares: Share of each one's backbone that its decoder layers are.
         retention: Everything that is known of AVG-%; where two curves fit, the first one counts.
         latency: Time to read a question as a share of the unpruned model's.
         constants: What estimates rest on.
@@ -129,6 +130,7 @@ class Rules:
     fractions: tuple[Fraction, ...]
     fractions_source: str
     subjects: Mapping[str, Mapping[str, str | int]]
+    decoder_shares: Mapping[str, float]
     retention: tuple[Curve, ...]
     latency: tuple[Curve, ...]
     constants: Constants
@@ -183,6 +185,22 @@ def expected(axis: str, train: str | None, loss: str, ratio: float) -> list[tupl
         fits = row.axis == axis and row.train in learns and (train is None or row.loss == loss)
         if fits and (value := row.at(ratio)) is not None:
             found.setdefault(row.model, (row, value))
+    return list(found.values())
+
+
+def expected_of_layers(
+    axis: str, train: str | None, loss: str, share: float
+) -> list[tuple[Curve, float]]:
+    """AVG-% that was measured where such a share of the decoder layers went.
+
+    Ratios count embeddings, too, of which some models have many: the same ratio takes more of their
+    layers.
+    """
+    found: dict[str, tuple[Curve, float]] = {}
+    for name, layers in rules().decoder_shares.items():
+        for row, value in expected(axis, train, loss, share * layers):
+            if row.model == name:
+                found[name] = row, value
     return list(found.values())
 
 

@@ -35,7 +35,7 @@ from slimvlm.pruning.walk.distil import LocalSteps
 from slimvlm.pruning.walk.layer import Steps
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.pruning.walk.walk import plans_for, walk_batches
-from slimvlm.runs.estimate import optimizer_steps
+from slimvlm.runs.estimate import CALIBRATION_BATCH, optimizer_steps
 from slimvlm.runs.request import (
     Request,
     along,
@@ -64,7 +64,6 @@ UNSEEN_SHARE = 5
 FEWEST_UNSEEN = 2
 """Fewer samples have no interval."""
 
-_BATCH = 4
 _AXIS, _TRIAL_SHARE = "axis", 1 / 6
 
 
@@ -208,7 +207,7 @@ class Calibration:
     def _encoded(self, samples: Sequence[Sample], description: str) -> list[dict[str, Any]]:
         """Batches of samples with equally many pictures and similar length: less padding."""
         alike = sorted(samples, key=lambda s: (len(s.images), estimated_length(s, 0)))
-        return list(calibration_batches(self.processor, alike, _BATCH, description))
+        return list(calibration_batches(self.processor, alike, CALIBRATION_BATCH, description))
 
 
 # The stages. They take a resolved request and live objects, and return values.

@@ -1,0 +1,97 @@
+"""What `advise` says of memory, against what `compress` takes.
+
+Command:  .venv/bin/python benchmarks/advise.py [--shapes qwen2 gemma3 demo]
+Expect:   about ten minutes on two cores with bfloat16 units.
+
+For each shape of benchmarks/walk.py and its 64 conversations of 180 tokens, `compress` at 20 % width by
+a recipe, in a fresh process: the walk by obs, with two local steps; taylor; and a short LoRA training
+with the default loss. Peaks are ru_maxrss. Trainings take three steps: longer ones take no more memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import slimvlm as sv
+from slimvlm.core.options import CompressConfig, RecoverConfig
+from slimvlm.models.load import load_config
+from slimvlm.runs.compress import request_of
+from slimvlm.runs.estimate import Sizes, estimate_cost, kept_bytes
+from slimvlm.runs.request import resolved
+from slimvlm.runs.tables import as_markdown
+from walk import CONVERSATIONS, RATIO, SHAPES, TOKENS, write, write_data
+
+LORA = RecoverConfig(train="lora", loss="sft+hidden", max_steps=3)
+RECIPES = {
+    "obs": {"local_steps": 2},
+    "taylor": {"criterion": ("taylor",), "repair": "none"},
+    "training": {"criterion": ("magnitude",), "repair": "none", "recover": LORA},
+}
+"""Options of `compress` by name; each is about one part of a run."""
+
+
+def config_of(recipe: str, data: Path) -> CompressConfig:
+    """What is measured."""
+    options = {"ratio": RATIO, "axis": "width", "data": str(data), "samples": CONVERSATIONS // 2}
+    return CompressConfig(**options, report_samples=8, **RECIPES[recipe])
+
+
+def said(model: Path, config: CompressConfig) -> float:
+    """What the estimate is, in GiB."""
+    sizes = Sizes(
+        shape=sv.anatomy(model),
+        tokens=float(TOKENS),
+        samples=CONVERSATIONS // 2,
+        calibration=config.samples,
+        token_bytes=kept_bytes(load_config(model), "bfloat16"),
+    )
+    cost = estimate_cost(sizes, resolved(request_of(str(model), config)), False, "bfloat16")
+    return max(cost.calibration_bytes, cost.training_bytes) / 2**30
+
+
+def run(shape: str, recipe: str, folder: Path) -> float:
+    """What it takes, in GiB; in a process of its own."""
+    model = write(shape, folder)
+    config = config_of(recipe, write_data(model, folder))
+    sv.compress(str(model), config, folder / "run", force=True, say=lambda line: None)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def main() -> None:
+    """Measure one recipe, or all of all shapes."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shapes", nargs="+", default=[*SHAPES, "demo"])
+    parser.add_argument("--recipes", nargs="+", default=[*RECIPES])
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "walk")
+    parser.add_argument("--one", action="store_true")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    if options.one:
+        print(json.dumps(run(options.shapes[0], options.recipes[0], options.folder)))
+        return
+    rows = []
+    for shape in options.shapes:
+        for recipe in options.recipes:
+            command = [sys.executable, __file__, "--one", "--folder", str(options.folder)]
+            command += ["--shapes", shape, "--recipes", recipe]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            taken = json.loads(done.stdout.splitlines()[-1])
+            model = write(shape, options.folder)
+            estimate = said(model, config_of(recipe, write_data(model, options.folder)))
+            rows.append(
+                [shape, recipe, f"{estimate:.2f}", f"{taken:.2f}", f"{estimate / taken - 1:+.0%}"]
+            )
+            print(" ".join(rows[-1]), flush=True)
+    print(as_markdown(["shape", "recipe", "said, GiB", "taken, GiB", "difference"], rows))
+
+
+if __name__ == "__main__":
+    main()

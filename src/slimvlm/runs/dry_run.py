@@ -1,0 +1,139 @@
+"""What a compression would do and need, found without touching weights: ``compress --dry-run``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+import torch
+
+from slimvlm.core.options import CompressConfig
+from slimvlm.core.progress import Say, duration
+from slimvlm.data.read import estimated_length
+from slimvlm.models.anatomy import Anatomy
+from slimvlm.models.cost import BYTES, weight_bytes
+from slimvlm.models.load import anatomy, load_config
+from slimvlm.planning.plan import Plan
+from slimvlm.runs.compress import request_of
+from slimvlm.runs.estimate import Cost, Sizes, estimate_cost, image_tokens, kept_bytes
+from slimvlm.runs.request import (
+    Request,
+    check_questions,
+    check_request,
+    rehearse,
+    requests_by_axis,
+    resolved,
+)
+from slimvlm.runs.stages import read_split
+from slimvlm.runs.tables import size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foreseen:
+    """What a compression would do and need.
+
+    Attributes:
+        plan: How much of which units stays; which ones is drawn at random here.
+        axes: The axes that would be tried; one if it is decided.
+        calibration: Samples to calibrate on.
+        training: Samples to train on; 0 without training.
+        report: Samples that stay unseen, for the end.
+        tokens: About so many tokens a sample.
+        dtype: Data type of the weights.
+        cost: Memory and time.
+    """
+
+    plan: Plan
+    axes: tuple[str, ...]
+    calibration: int
+    training: int
+    report: int
+    tokens: float
+    dtype: str
+    cost: Cost
+
+
+def foresee(model: str, config: CompressConfig, say: Say = print) -> Foreseen:
+    """Check a compression and say what it would do; reads the configuration and the data.
+
+    Args:
+        model: Folder, hub id or ``demo``.
+        config: What would be done.
+        say: Receives a line for each thing that is worth one.
+
+    Raises:
+        SlimError: For anything that `slimvlm.compress` would refuse before it reads weights.
+    """
+    shape = anatomy(model)
+    request = resolved(request_of(model, config), say)
+    if request.questions is not None:
+        check_questions(request.questions)
+    check_request(request, shape, say)
+    tried = _by_axis(request, shape)
+    first = next(iter(tried.values()))
+    samples = read_split(request, say)
+    used = [*samples.calibration, *samples.training]
+    per_image = image_tokens(model, config.trust_remote_code)
+    tokens = fmean(estimated_length(s, per_image) for s in used) if used else 0.0
+    described = load_config(model, config.trust_remote_code)
+    dtype = _dtype_of(config.dtype, described.dtype)
+    training = len(samples.training) if request.trains else 0
+    sizes = Sizes(
+        shape=shape,
+        tokens=tokens,
+        samples=training,
+        calibration=len(samples.calibration),
+        token_bytes=kept_bytes(described, dtype),
+    )
+    request = replace(first, report_samples=len(samples.report))
+    return Foreseen(
+        plan=rehearse(first.prune, shape),
+        axes=tuple(tried),
+        calibration=len(samples.calibration),
+        training=training,
+        report=len(samples.report),
+        tokens=tokens,
+        dtype=dtype,
+        cost=estimate_cost(sizes, request, torch.cuda.is_available(), dtype),
+    )
+
+
+def foreseen_rows(found: Foreseen) -> list[list[str]]:
+    """A name and its value in every row."""
+    before, after = found.plan.before, found.plan.after
+    held, cost = weight_bytes(before, found.dtype), found.cost
+    smaller = weight_bytes(after, found.dtype)
+    counts = [(found.calibration, "calibrate"), (found.training, "train")]
+    counts.append((found.report, "stay unseen"))
+    told = ", ".join(f"{count:,} {what}" for count, what in counts if count) or "none"
+    rows = [
+        ["plan", found.plan.summary()],
+        ["parameters", f"{after.total_params:,} of {before.total_params:,}"],
+        ["weights", f"{size(smaller)} of {size(held)} in {found.dtype}"],
+        ["samples", f"{told}; about {found.tokens:.0f} tokens each" if found.tokens else told],
+        ["memory of pruning", f"about {size(cost.calibration_bytes)}"],
+        ["time of pruning", f"about {duration(3600 * cost.pruning_hours)}"],
+    ]
+    if len(found.axes) > 1:
+        rows.insert(1, ["axes", f"{', '.join(found.axes)} are tried; the plan is of the first"])
+    if found.training:
+        rows += [
+            ["memory of training", f"about {size(cost.training_bytes)}"],
+            ["time of training", f"about {duration(3600 * cost.training_hours)}"],
+        ]
+    names = ["estimates rest on", *[""] * len(cost.rests_on)]
+    return [*rows, *([name, why] for name, why in zip(names, cost.rests_on, strict=False))]
+
+
+def _by_axis(request: Request, shape: Anatomy) -> dict[str, Request]:
+    if request.prune.axis == "auto":
+        return {str(axis): each for axis, each in requests_by_axis(request, shape).items()}
+    return {str(request.prune.axis): request}
+
+
+def _dtype_of(asked: str, stored: object) -> str:
+    """The data type that weights are held in, bfloat16 if the configuration does not say."""
+    if asked != "auto":
+        return asked
+    name = str(stored).removeprefix("torch.")
+    return name if name in BYTES else "bfloat16"
