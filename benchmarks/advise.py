@@ -1,11 +1,12 @@
-"""What `advise` says of memory, against what `compress` takes.
+"""What `advise` and `compress --dry-run` say of memory, against what `compress` takes.
 
 Command:  .venv/bin/python benchmarks/advise.py [--shapes qwen2 gemma3 demo]
 Expect:   about ten minutes on two cores with bfloat16 units.
 
-For each shape of benchmarks/walk.py and its 64 conversations of 180 tokens, `compress` at 20 % width by
-a recipe, in a fresh process: the walk by obs, with two local steps; taylor; and a short LoRA training
-with the default loss. Peaks are ru_maxrss. Trainings take three steps: longer ones take no more memory.
+For each shape of benchmarks/walk.py and its 64 conversations of 180 tokens, `compress` at 20 %
+width by a recipe, in a fresh process: the walk by obs, with two local steps; taylor; and a short
+LoRA training with the default loss. Peaks are ru_maxrss. Trainings take three steps: longer ones
+take no more memory.
 """
 
 from __future__ import annotations
@@ -20,12 +21,9 @@ from pathlib import Path
 
 import slimvlm as sv
 from slimvlm.core.options import CompressConfig, RecoverConfig
-from slimvlm.models.load import load_config
-from slimvlm.runs.compress import request_of
-from slimvlm.runs.estimate import Sizes, estimate_cost, kept_bytes
-from slimvlm.runs.request import resolved
+from slimvlm.runs.dry_run import foresee
 from slimvlm.runs.tables import as_markdown
-from walk import CONVERSATIONS, RATIO, SHAPES, TOKENS, write, write_data
+from walk import CONVERSATIONS, RATIO, SHAPES, write, write_data
 
 LORA = RecoverConfig(train="lora", loss="sft+hidden", max_steps=3)
 RECIPES = {
@@ -44,14 +42,7 @@ def config_of(recipe: str, data: Path) -> CompressConfig:
 
 def said(model: Path, config: CompressConfig) -> float:
     """What the estimate is, in GiB."""
-    sizes = Sizes(
-        shape=sv.anatomy(model),
-        tokens=float(TOKENS),
-        samples=CONVERSATIONS // 2,
-        calibration=config.samples,
-        token_bytes=kept_bytes(load_config(model), "bfloat16"),
-    )
-    cost = estimate_cost(sizes, resolved(request_of(str(model), config)), False, "bfloat16")
+    cost = foresee(str(model), config, say=lambda line: None).cost
     return max(cost.calibration_bytes, cost.training_bytes) / 2**30
 
 

@@ -41,8 +41,15 @@ def test_documents_show_commands() -> None:
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
-def test_command_is_accepted(page: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_is_accepted(
+    page: str, command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     called = []
+    monkeypatch.chdir(tmp_path)
+    if named := re.search(r"--config (\S+)", command):
+        path = tmp_path / named[1]
+        path.parent.mkdir(parents=True)
+        path.write_text("model: MODEL")
 
     def stub(verb: str) -> None:
         original = cli.VERBS[verb]

@@ -17,6 +17,7 @@ import pytest
 from slimvlm import cli
 from tests import tiny_folder
 from tests.test_docs import COMMANDS, PYTHON
+from tests.test_first_hour import write_rows
 
 pytestmark = pytest.mark.slow
 
@@ -65,6 +66,8 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_folder.write_llava_data(root)
     tiny_folder.write_llava_data(root / "coco")
     shutil.copy(root / "data.json", root / "mix.json")
+    write_rows(root / "mine.jsonl", 30)
+    write_rows(root / "unseen.jsonl", 6, first=30)
     tiny_folder.picture().save(root / "cat.png")
     (root / "studies").symlink_to(Path(__file__).parent.parent / "studies")
     return root

@@ -144,10 +144,10 @@ def read_split(request: Request, say: Say) -> SampleSplit:
     found = split(samples, request)
     if samples and request.report_samples and not found.report:
         enough = FEWEST_UNSEEN * UNSEEN_SHARE
-        say(
-            f"data: {len(samples)} samples are too few to keep some unseen, so the end cannot say "
-            f"what was kept on them ({enough} different ones would do)"
-        )
+        why = "the last ones also stand among the others"
+        if len(samples) < enough:
+            why = f"{len(samples)} samples are too few, {enough} would do"
+        say(f"data: no sample stays unseen, so the end cannot say what was kept: {why}")
     return found
 
 
