@@ -137,6 +137,14 @@ def test_a_dry_run_says_what_would_be_done_and_reads_no_weight(
     assert {path.name for path in tmp_path.iterdir()} == {"data", "model"}
 
 
+def test_a_dry_run_chooses_tokens(data: Path) -> None:
+    found = foresee(MODEL, config_for(data, vocab_size=300), silent)
+    assert found.plan.after.vocab_size == 300
+    alone = foresee(MODEL, config_for(data, ratio=None, vocab_size=300), silent)
+    assert alone.plan.layers == tuple(range(4))
+    assert not alone.plan.cuts_layers
+
+
 def test_a_dry_run_refuses_what_the_run_would_refuse(data: Path) -> None:
     with pytest.raises(ConfigError, match="task 'nothing'"):
         foresee(MODEL, config_for(data, tasks="nothing"), silent)

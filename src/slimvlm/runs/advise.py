@@ -252,8 +252,9 @@ def _on_embeddings(shape: Anatomy, ratio: float) -> list[str]:
     if outside < _MANY_EMBEDDINGS:
         return []
     return [
-        f"{outside:.0%} of the backbone are embeddings and head, which stay: {ratio:.0%} of the "
-        f"backbone is {decoder_share(shape, ratio):.0%} of its layers"
+        f"{outside:.0%} of the backbone are embeddings and head: {ratio:.0%} of the "
+        f"backbone is {decoder_share(shape, ratio):.0%} of its layers. Take tokens first: "
+        "--vocab-size auto removes those that your data does not need"
     ]
 
 

@@ -26,6 +26,7 @@ from slimvlm.runs.request import (
 )
 from slimvlm.runs.stages import read_split
 from slimvlm.runs.tables import size
+from slimvlm.runs.tokens import tokens_alone, with_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +87,9 @@ def foresee(model: str, config: CompressConfig, say: Say = print) -> Foreseen:
         token_bytes=kept_bytes(described, dtype),
     )
     request = replace(first, report_samples=len(samples.report))
+    request = with_tokens(request, samples.calibration, say)
     return Foreseen(
-        plan=rehearse(first.prune, shape),
+        plan=tokens_alone(request, shape) or rehearse(request.prune, shape, request.tokens),
         axes=tuple(tried),
         calibration=len(samples.calibration),
         training=training,
