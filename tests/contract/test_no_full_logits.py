@@ -15,9 +15,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from slimvlm.core.options import RecoverConfig
+from slimvlm.data.chat import answered_sample
 from slimvlm.data.roles import IGNORE, predicts_label
 from slimvlm.data.samples import Question, Sample, Task
 from slimvlm.evaluation.ask import answer, evaluate, likelihoods
+from slimvlm.evaluation.on_data import evaluate_data
 from slimvlm.models import losses
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.load import load
@@ -122,6 +124,10 @@ def test_evaluation() -> None:
     assert most_rows(folders.VOCAB, lambda: evaluate(*seeing, [task])) == CHUNK
     answered = [(QUESTION, LONG)] * 2
     assert most_rows(folders.VOCAB, lambda: likelihoods(*seeing, answered)) == CHUNK
+    samples = [answered_sample(*pair) for pair in answered]
+    for baseline in (None, seeing[0]):
+        found = most_rows(folders.VOCAB, lambda b=baseline: evaluate_data(*seeing, samples, b))
+        assert found == 16  # two models' at one time
     assert most_rows(folders.VOCAB, lambda: answer(*seeing, [QUESTION] * 2, 4)) == 2
 
 

@@ -8,7 +8,7 @@ B batch, T token, N counted position, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -34,8 +34,11 @@ from slimvlm.models.hidden import (
     hidden_states,
     require_finite_values,
 )
-from slimvlm.models.losses import Head, Hidden, by_chunks, predictions
+from slimvlm.models.losses import Head, Hidden, predictions
 from slimvlm.scoring.batches import on_device
+
+_AT_ONCE = 16
+"""Positions whose logits exist at one time: 17 MB in float32 with 262,144 tokens, seven times."""
 
 Given = Sample | str
 """A conversation, or plain text."""
@@ -137,7 +140,7 @@ def alone(said: Said, names: Sequence[str]) -> DataResult:
     samples: list[OnSample] = []
     for name, rows, wanted in zip(names, said.states, said.wanted, strict=True):
         spoken = _Spoken([name], [len(wanted)], rows, wanted)
-        samples += spoken.summed(by_chunks(partial(_losses, said.head), rows, wanted), [False])
+        samples += spoken.summed(_by_pieces(partial(_losses, said.head), rows, wanted), [False])
     return DataResult(said.model, tuple(samples))
 
 
@@ -171,7 +174,7 @@ def compared(
     for places, hidden, labels in states:
         spoken = _Spoken.of(hidden, labels, [names[place] for place in places])
         if baseline is None:
-            numbers = by_chunks(partial(_losses, head), spoken.rows, spoken.wanted)
+            numbers = _by_pieces(partial(_losses, head), spoken.rows, spoken.wanted)
             found |= zip(places, spoken.summed(numbers, [False] * len(places)), strict=True)
         else:
             beside = _Beside(head, baseline, shared)
@@ -327,7 +330,7 @@ class _Beside:
         numbers = torch.zeros(len(spoken.rows), 4, device=device)
         if not all(which):
             left = spoken.rows[~both], spoken.wanted[~both]
-            numbers[~both, :1] = by_chunks(partial(_losses, self.head), *left)
+            numbers[~both, :1] = _by_pieces(partial(_losses, self.head), *left)
         if any(which):
             picked = [
                 place for place, is_compared in zip(places, which, strict=True) if is_compared
@@ -337,7 +340,7 @@ class _Beside:
             head = self.baseline.head
             head = head.to(device) if isinstance(head, HeadWeights) else head
             part = partial(_both, self.head, head, self.shared)
-            numbers[both] = by_chunks(part, spoken.rows[both], spoken.wanted[both], *theirs)
+            numbers[both] = _by_pieces(part, spoken.rows[both], spoken.wanted[both], *theirs)
         return spoken.summed(numbers, which)
 
     def _same_tokens(self, ours: Tensor, theirs: Tensor) -> bool:
@@ -345,6 +348,12 @@ class _Beside:
         if self.shared is not None:
             numbers = [self.shared.as_theirs.get(number, IGNORE) for number in numbers]
         return bool(numbers == theirs.tolist())
+
+
+def _by_pieces(part: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+    """``part(*rows)``, a few rows at a time: logits of two models, and what becomes of them."""
+    pieces = zip(*(row.split(_AT_ONCE) for row in rows), strict=True)
+    return torch.cat([part(*piece) for piece in pieces])
 
 
 def _losses(

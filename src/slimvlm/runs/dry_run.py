@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import Any
 
 import torch
 
 from slimvlm.core.options import CompressConfig
 from slimvlm.core.progress import Say, duration
-from slimvlm.data.read import estimated_length
+from slimvlm.data.chat import encode_samples
+from slimvlm.data.samples import Sample
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import BYTES, weight_bytes
-from slimvlm.models.load import anatomy, load_config
+from slimvlm.models.load import anatomy, load_config, load_processor, resolve
 from slimvlm.planning.plan import Plan
 from slimvlm.runs.compress import request_of
-from slimvlm.runs.estimate import Cost, Sizes, estimate_cost, image_tokens, kept_bytes
+from slimvlm.runs.estimate import Cost, Sizes, estimate_cost, kept_bytes
 from slimvlm.runs.request import (
     Request,
     check_questions,
@@ -27,6 +30,9 @@ from slimvlm.runs.request import (
 from slimvlm.runs.stages import read_split
 from slimvlm.runs.tables import size
 from slimvlm.runs.tokens import tokens_alone, with_tokens
+
+_LOOKED_AT = 16
+"""Samples that are encoded at most, to learn how long they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +79,9 @@ def foresee(model: str, config: CompressConfig, say: Say = print) -> Foreseen:
     tried = _by_axis(request, shape)
     first = next(iter(tried.values()))
     samples = read_split(request, say)
-    used = [*samples.calibration, *samples.training]
-    per_image = image_tokens(model, config.trust_remote_code)
-    tokens = fmean(estimated_length(s, per_image) for s in used) if used else 0.0
     described = load_config(model, config.trust_remote_code)
+    processor = load_processor(resolve(model), described, config.trust_remote_code)
+    tokens = _mean_tokens(processor, [*samples.calibration, *samples.training])
     dtype = _dtype_of(config.dtype, described.dtype)
     training = len(samples.training) if request.trains else 0
     sizes = Sizes(
@@ -131,6 +136,13 @@ def _by_axis(request: Request, shape: Anatomy) -> dict[str, Request]:
     if request.prune.axis == "auto":
         return {str(axis): each for axis, each in requests_by_axis(request, shape).items()}
     return {str(request.prune.axis): request}
+
+
+def _mean_tokens(processor: Any, samples: Sequence[Sample]) -> float:
+    """Mean length of some of the samples, pictures included; 0 without any."""
+    looked_at = samples[:: -(-len(samples) // _LOOKED_AT)] if samples else []
+    lengths = [encode_samples(processor, [s])["input_ids"].shape[1] for s in looked_at]
+    return fmean(lengths) if lengths else 0.0
 
 
 def _dtype_of(asked: str, stored: object) -> str:

@@ -220,9 +220,19 @@ def _training_bytes(sizes: Sizes, ratio: float, config: RecoverConfig, dtype: st
         models = held if config.train != "full" else held + smaller
     learning = learning_params(shape, ratio, config.train, config.lora_rank)
     kept = 1 - decoder_share(shape, ratio)
-    activations = config.batch_size * sizes.tokens * sizes.token_bytes * kept
+    of_token = sizes.token_bytes + (_lora_kept(shape) if config.train == "lora" else 0)
+    activations = config.batch_size * sizes.tokens * of_token * kept
     beside = constants.learning_bytes * learning + activations + _logits_bytes(shape)
     return constants.process_bytes + models + beside
+
+
+def _lora_kept(shape: Anatomy) -> float:
+    """What LoRA keeps of a token: its inputs after dropout, in float32, and where these fell."""
+    inputs = [
+        5 * shape.hidden_size + layer.num_heads * layer.head_dim + layer.intermediate_size
+        for layer in shape.layers
+    ]
+    return (BYTES["float32"] + 1.0) * sum(inputs)
 
 
 def _logits_bytes(shape: Anatomy) -> float:
