@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 import slimvlm as sv
 from slimvlm import cli
+from slimvlm.cli.help import ORDER, SHOWN
 from slimvlm.cli.printing import note, print_table
 from slimvlm.core.documents import built
 from slimvlm.data.samples import Question
@@ -327,10 +328,12 @@ def options_of(verb: str) -> list[str]:
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_explains_every_option(verb: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    result = run(verb, "--help")
+    result = run(verb, "--help-all")
     assert result.code == 0
+    short = run(verb, "--help").out
     for name in options_of(verb):
         assert re.search(rf"--{name.replace('_', '-')}\b", result.out), name
+        assert re.search(rf"--{name.replace('_', '-')}\b", short), name
     about = inspect.getdoc(cli.VERBS[verb])
     assert about is not None
     words = re.sub(r"[\s│|]+", " ", result.out)
@@ -340,6 +343,25 @@ def test_help_explains_every_option(verb: str, run: Run, monkeypatch: pytest.Mon
         assert meaning, f"{name} is not explained"
         if name not in groups_of(verb):
             assert " ".join(meaning[1].split()[:4]) in words, name
+
+
+def test_help_has_groups_and_explains_ten_options_first(run: Run) -> None:
+    short, whole = run("compress", "--help").out, run("compress", "--help-all").out
+    explained = re.findall(r"^  (--[\w-]+)", short, re.MULTILINE)
+    assert len(explained) == SHOWN == 10
+    assert {"--ratio", "--data", "--out", "--dry-run"} <= set(explained)
+    rest = short.split("--help-all explains them:")[1]
+    named = re.findall(r"--[\w-]+", rest)
+    assert len(named) == len(set(named))
+    assert not set(named) & set(explained)
+    for group in ORDER:
+        if group != "What is timed":
+            assert f"  {group}  " in rest
+            assert f"\n{group}:\n" in whole
+    training = whole.split("\nTraining:\n")[1].split("\nEvaluation:\n")[0]
+    assert "--lora-rank INT" in training
+    assert "(default: 64)" in training
+    assert "--seed" not in training  # a run has one
 
 
 @pytest.mark.parametrize("verb", sorted(WITH_MODEL))

@@ -7,12 +7,13 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tyro
 
 from slimvlm.cli import models, runs, stages
+from slimvlm.cli.help import help_text
 from slimvlm.core.errors import ConfigError, SlimError, one_line, printable
 from slimvlm.core.files import held
 from slimvlm.core.processes import num_ranks
@@ -79,6 +80,9 @@ def main(arguments: list[str] | None = None) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     verb = next(iter(sys.argv[1:] if arguments is None else arguments), "")
     try:
+        if (shown := _asked_for_help(sys.argv[1:] if arguments is None else arguments)) is not None:
+            print(shown)
+            return
         _require_one_process(verb)
         if verb == "compress":
             from slimvlm.runs.command import with_config
@@ -100,6 +104,14 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+
+
+def _asked_for_help(words: Sequence[str]) -> str | None:
+    """The help of a verb, if that is what is asked for; tyro has that of all verbs."""
+    everything = "--help-all" in words
+    if words[:1] == [] or words[0] not in VERBS or not (everything or {"-h", "--help"} & {*words}):
+        return None
+    return help_text(words[0], VERBS[words[0]], everything)
 
 
 def _how_to_go_on(verb: str) -> str:

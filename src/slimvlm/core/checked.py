@@ -7,7 +7,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from slimvlm.core.errors import ConfigError
 
@@ -41,6 +51,9 @@ class Options:
     Raises:
         ConfigError: If a value is not allowed; the message names option, value and what is allowed.
     """
+
+    title: ClassVar[str] = "Options"
+    """What the options of a group are about, as a heading."""
 
     def __post_init__(self) -> None:
         kind: Any = type(self)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 from slimvlm.core.checked import (
     ABOVE_0,
@@ -88,6 +88,8 @@ class TrainingConfig(Options):
     Raises:
         ConfigError: If a value is out of range; the message names the field.
     """
+
+    title: ClassVar[str] = "Training"
 
     fraction: Annotated[float, FRACTION] = 1.0
     """Share of the data to use: a seeded subset, recorded with the run."""
@@ -204,6 +206,8 @@ class RecoverConfig(TrainingConfig):
 class LoadConfig(Options):
     """How models are read."""
 
+    title: ClassVar[str] = "Models and files"
+
     dtype: Dtype = "auto"
     """Data type of the weights."""
     trust_remote_code: bool = False
@@ -213,6 +217,8 @@ class LoadConfig(Options):
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(Options):
     """Which conversations are read."""
+
+    title: ClassVar[str] = "Data"
 
     data: str | None = None
     """Conversations: demo, LLaVA-format .json, or .jsonl/.parquet/datasets folder with messages."""
@@ -243,6 +249,8 @@ class TrainingData(DataConfig):
 class SampleOptions(Options):
     """Which of the conversations a model is shown that is to be scored, and what counts."""
 
+    title: ClassVar[str] = "How to score"
+
     samples: Annotated[int, AT_LEAST_1] = 192
     """Calibration samples, the first ones of the data in the order of the seed."""
     seed: Annotated[int, SEED] = 0
@@ -262,6 +270,8 @@ class CalibrationConfig(SampleOptions, DataOptions, LoadConfig):
 @dataclass(frozen=True, kw_only=True)
 class RatioOptions(Options):
     """How small a model becomes."""
+
+    title: ClassVar[str] = "What to remove"
 
     ratio: float | None = None
     """Share of the backbone's parameters to remove."""
@@ -285,6 +295,8 @@ class TokenOptions(Options):
         ConfigError: If a value is not allowed; the message names it.
     """
 
+    title: ClassVar[str] = "What to remove"
+
     vocab_size: Annotated[int | Literal["auto"] | None, AT_LEAST_1] = None
     """Tokens to keep: those that the data has most, then by the model's own ranks; special ones,
     bytes and single characters stay. auto keeps as many as the data needs. The ratio counts their
@@ -306,6 +318,8 @@ class WidthOptions(Options):
         ConfigError: If a value is not allowed; the message names it.
     """
 
+    title: ClassVar[str] = "What to remove"
+
     units: tuple[Unit, ...] = ("kv_group", "neuron")
     """What width may remove."""
     protect: tuple[int, int] = (0, 0)
@@ -323,6 +337,8 @@ class WidthOptions(Options):
 class PlanConfig(TokenOptions, WidthOptions, TargetOptions):
     """How much may go and what, where scores are given."""
 
+    title: ClassVar[str] = "What to remove"
+
     dtype: Dtype = "auto"
     """Data type that --target-memory is counted in."""
     axis: Axis = "width"
@@ -338,6 +354,8 @@ class PlanConfig(TokenOptions, WidthOptions, TargetOptions):
 class MemoryOptions(Options):
     """How much of a model is in memory."""
 
+    title: ClassVar[str] = "Models and files"
+
     low_memory: bool = False
     """For models larger than the memory: one layer is read at a time, activations lie on disk, and
     a checkpoint is written piece by piece. A stopped run goes on where it was when the same command
@@ -351,22 +369,38 @@ class MemoryOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneConfig(TokenOptions, WidthOptions, RatioOptions, SampleOptions, DataOptions, LoadConfig):
-    """What to remove, and how to choose and to mend.
+class ShapeOptions(Options):
+    """What the smaller model looks like."""
 
-    Raises:
-        ConfigError: If a value is out of range; the message names the field.
-    """
+    title: ClassVar[str] = "What to remove"
 
     axis: AxisChoice | None = None
     """Remove layers, KV groups and neurons, or both; auto tries the three and lets held-out answers
     choose; chart, the default, follows the study's decision chart."""
-    criterion: tuple[str, ...] = ()
-    """How to score, one criterion for each kind of unit; by default what measured best."""
     allocation: Allocation | None = None
     """How widths share the ratio: the same in every layer, with KV groups and neurons in
     proportion (uniform) or as costs a few layers least (balanced); or first and last layers whole
     (protect), which gives files with code. By default balanced where obs chooses, else uniform."""
+    pad: bool = False
+    """Fill layers of different widths up with zeros: loads without code, as large as the widest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriterionOptions(Options):
+    """How units are chosen."""
+
+    title: ClassVar[str] = "How to score"
+
+    criterion: tuple[str, ...] = ()
+    """How to score, one criterion for each kind of unit; by default what measured best."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MendingOptions(Options):
+    """What becomes of the weights that stay."""
+
+    title: ClassVar[str] = "How to mend"
+
     repair: Repair = "auto"
     """Fit the remaining weights in closed form: widths, seams of removed layers, both, or auto,
     which keeps what helps on held-out answers and does nothing without data."""
@@ -374,13 +408,32 @@ class PruneConfig(TokenOptions, WidthOptions, RatioOptions, SampleOptions, DataO
     """Optimizer steps on each layer alone, towards what the original gives there. By default, with
     repair auto, a pass over the calibration samples for each tenth of the decoder that goes; 0 is
     faster and keeps less."""
-    pad: bool = False
-    """Fill layers of different widths up with zeros: loads without code, as large as the widest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig(
+    MendingOptions,
+    SampleOptions,
+    CriterionOptions,
+    TokenOptions,
+    WidthOptions,
+    ShapeOptions,
+    RatioOptions,
+    DataOptions,
+    LoadConfig,
+):
+    """What to remove, and how to choose and to mend.
+
+    Raises:
+        ConfigError: If a value is out of range; the message names the field.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionOptions(Options):
     """How much models are asked, and from where."""
+
+    title: ClassVar[str] = "Evaluation"
 
     task_folder: str | None = None
     """Folder with local copies of the benchmarks' task files."""
@@ -411,17 +464,27 @@ class Questions(QuestionOptions):
 class ReportOptions(Options):
     """What the end says of the data."""
 
+    title: ClassVar[str] = "Evaluation"
+
     report_samples: Annotated[int, AT_LEAST_0] = 64
     """Samples, the last ones that are read, from which nothing is learnt: on them the end says what
     was kept. At most a fifth of the data; 0 for none."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions(ReportOptions, QuestionOptions):
-    """What a run does beside pruning and training."""
+class TrainingShare(Options):
+    """How much a run trains on."""
+
+    title: ClassVar[str] = "Training"
 
     training_samples: Annotated[int | None, AT_LEAST_1] = None
     """Use only so many further samples for training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(ReportOptions, QuestionOptions, TrainingShare):
+    """What a run does beside pruning and training."""
+
     tasks: str | None = None
     """Evaluate on these tasks before, between and after; demo for the built-in ones."""
     baseline: str | None = None
@@ -464,6 +527,8 @@ class Workload(Options):
     Raises:
         ConfigError: If a value is out of range; the message names the field.
     """
+
+    title: ClassVar[str] = "What is timed"
 
     prompt_tokens: Annotated[int, AT_LEAST_1] = 512
     """Length of every prompt; a picture counts with the tokens that it takes."""
