@@ -23,7 +23,7 @@ PAGES = {
 
 SECTIONS = {
     "Start": ("index", "quickstart", "how-pruning-works", "demo-model", "faq"),
-    "Use": ("families", "convert", "recovery", "report", "studies", "serving"),
+    "Use": ("families", "convert", "tokens", "recovery", "report", "studies", "serving"),
     "Large models": ("low-memory", "scale-out"),
     "Reference": ("cli", "python", "security"),
     "Measured": ("results", "log", "changelog"),

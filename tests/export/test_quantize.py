@@ -29,11 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
-pytest.importorskip("compressed_tensors")
-CASES = [
-    *(("int8", "torchao"), ("int8", "bitsandbytes"), ("int4", "bitsandbytes")),
-    *(("int8", "compressed-tensors"), ("int4", "compressed-tensors")),
-]
+CASES = [("int8", "torchao"), ("int8", "bitsandbytes"), ("int4", "bitsandbytes")]
 MOST_OFF = {"int8": 0.06, "int4": 0.5}
 """Largest difference of logits, relative to the largest logit."""
 

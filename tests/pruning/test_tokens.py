@@ -117,6 +117,21 @@ def test_tokens_go_with_layers_and_widths_in_one_plan(name: str, tmp_path: Path)
     assert sv.Plan.load(tmp_path / "out" / "slimvlm_plan.json") == plan
 
 
+@pytest.mark.parametrize("name", ["llama", "llava-llama"])
+def test_a_walk_takes_tokens_along(name: str) -> None:
+    model = tiny.build(name)
+    tokens = plan_for(model).tokens
+    batches = [tiny.batch(model, 24, seed) for seed in range(5)]
+    alone = sv.walk_(copy.deepcopy(model), batches, 0.01, tokens=tokens)
+    assert alone.plan.tokens == tokens
+    assert not alone.plan.cuts_layers
+    assert not alone.weights
+    walked = sv.walk_(model, batches, 0.4, tokens=tokens)
+    assert walked.plan.cuts_layers
+    assert read_anatomy(model) == walked.plan.after
+    assert walked.plan.ratio == pytest.approx(0.4, abs=0.03)
+
+
 @pytest.mark.parametrize(("name", "why"), STAY.items())
 def test_tokens_that_cannot_go_are_refused_by_name(name: str, why: str) -> None:
     anatomy = read_anatomy(tiny.build(name))

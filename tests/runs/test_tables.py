@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -97,3 +98,12 @@ def test_a_model_without_kv_groups_says_so(retypable: bool) -> None:
     none = shape.with_layers([shape.layers[0]] * 3)
     assert printed(none)["KV groups in a layer"] == ["none"]
     assert printed(none)["legal KV groups"] == ["none"]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("llava-llama", r"128; all 128 are \d+% of the backbone"), ("gemma4", "all stay: its layers")],
+)
+def test_what_tokens_weigh_is_said(name: str, told: str) -> None:
+    (found,) = printed(shape_of(name))["one token"]
+    assert re.match(told, found)

@@ -12,7 +12,9 @@ import torch
 import slimvlm as sv
 from slimvlm.core.options import MemoryOptions, PlanConfig, PruneConfig
 from slimvlm.models.load import anatomy
+from slimvlm.runs import stages
 from slimvlm.runs.prune import prune
+from slimvlm.runs.request import Request, resolved
 from slimvlm.runs.score import plan as write_plan
 from tests import tiny_words
 
@@ -141,6 +143,24 @@ def test_a_run_trains_and_asks_with_fewer_tokens(
     recovered = json.loads((tmp_path / "run" / "results" / "data-recovered.json").read_text())
     assert recovered["baseline"] == "original"
     assert f"{FEW} of" in (tmp_path / "run" / "summary.md").read_text()
+
+
+def test_a_stage_of_a_study_chooses_from_its_own_samples(data: str) -> None:
+    config = PruneConfig(ratio=0.3, axis="depth", vocab_size=FEW, data=data, repair="none")
+    request = resolved(Request(model=model(), prune=config))
+    loaded, processor = stages.load_original(request, "cpu")
+    samples = sv.load_samples(data, limit=12)
+    calibration = stages.Calibration(processor, samples, hold_out=False)
+    scores = list(stages.calibrate(request, loaded, calibration).values())
+    plan = stages.prune_(request, loaded, calibration, scores).plan
+    assert plan.tokens is not None
+    assert len(plan.tokens) == loaded.config.vocab_size == FEW
+    assert plan.cuts_layers
+    assert all(
+        set(processor(m["content"][0]["text"])["input_ids"]) <= set(plan.tokens)
+        for sample in samples
+        for m in sample.messages
+    )
 
 
 @pytest.mark.parametrize(

@@ -14,18 +14,25 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from slimvlm.core.errors import ConfigError, ReloadError
 from slimvlm.core.files import new_file, require_free
+from slimvlm.export import convert_trimmed
 from slimvlm.export.serving import check
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.classes import empty_model, is_quantized
 from slimvlm.models.load import load, load_config, resolve
 from slimvlm.models.parts import family_of, text_config_of
+from slimvlm.planning.plan import Plan
+from slimvlm.pruning.save import PLAN_FILE
 
 CONVERTER = "convert_hf_to_gguf"
 OutType = Literal["f32", "f16", "bf16", "q8_0"]
 
 
 def export_gguf(
-    model: str | Path, out: str | Path, outtype: OutType = "bf16", force: bool = False
+    model: str | Path,
+    out: str | Path,
+    outtype: OutType = "bf16",
+    force: bool = False,
+    original: str | Path | None = None,
 ) -> list[str]:
     """Write the language backbone, with its tokenizer and chat template, as one GGUF file.
 
@@ -37,12 +44,14 @@ def export_gguf(
         out: The new file.
         outtype: How weights are stored; llama.cpp's ``llama-quantize`` makes smaller ones of it.
         force: Whether an existing file may be replaced.
+        original: The original of a model that lost tokens: llama.cpp knows its tokenizer.
 
     Returns:
         What works with a loss, for people: see `slimvlm.export.serving`.
 
     Raises:
-        ConfigError: If llama.cpp cannot run this shape, or the converter is not installed.
+        ConfigError: If llama.cpp cannot run this shape, the converter is not installed, or the
+            model lost tokens and ``original`` is not given.
         ReloadError: If the converter fails.
     """
     out = require_free(out, force)
@@ -53,6 +62,12 @@ def export_gguf(
             raise ConfigError(f"gguf: {finding.rule}: {finding.what}. {finding.advice}")
     if find_spec(CONVERTER) is None:
         raise ConfigError("gguf: the converter is not installed: pip install 'slimvlm[gguf]'")
+    if original is None and _lost_tokens(Path(resolve(model))):
+        raise ConfigError(
+            f"gguf: {str(model)!r} has fewer tokens than its original, which tells llama.cpp how "
+            "to divide a text: give --original MODEL"
+        )
+    words = None if original is None else resolve(original)
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
         new_file(out) as partial,
@@ -62,7 +77,7 @@ def export_gguf(
         if family_of(config.model_type).text_config is not None and _has_text_class(config):
             source = Path(folder) / "text"
             write_backbone(model, source)
-        _convert(source, partial, outtype)
+        _convert(source, partial, outtype, words)
     return [f"{f.what}: {f.advice}" for f in findings if f.level == "warn"]
 
 
@@ -105,9 +120,16 @@ def _has_text_class(config: Any) -> bool:
     return text_config_of(config).model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
-def _convert(source: Path, out: Path, outtype: str) -> None:
+def _lost_tokens(folder: Path) -> bool:
+    """Whether the plan beside a model says so."""
+    plan = folder / PLAN_FILE
+    return plan.is_file() and Plan.load(plan).tokens is not None
+
+
+def _convert(source: Path, out: Path, outtype: str, words: str | None) -> None:
     """Run llama.cpp's converter, a program of its own."""
-    command = [sys.executable, "-m", CONVERTER, str(source), "--outfile", str(out)]
+    program = [CONVERTER] if words is None else [convert_trimmed.__name__, words]
+    command = [sys.executable, "-m", *program, str(source), "--outfile", str(out)]
     done = subprocess.run(
         [*command, "--outtype", outtype], capture_output=True, text=True, check=False
     )

@@ -148,7 +148,7 @@ def _checked_samples(run: Run, force: bool) -> SampleSplit:
     later = run.config.vocab_size is not None
     check_request(run.request, anatomy(run.model), silent if later else run.say)
     samples = stages.read_split(run.request, run.say)
-    run.request = with_tokens(run.request, samples.calibration, run.say)
+    run.request = with_tokens(run.request, samples.known, run.say)
     if tokens_alone(run.request, anatomy(run.model)) is not None:
         run.say("the tokens alone give the ratio: nothing else goes")
         return samples

@@ -92,7 +92,7 @@ def foresee(model: str, config: CompressConfig, say: Say = print) -> Foreseen:
         token_bytes=kept_bytes(described, dtype),
     )
     request = replace(first, report_samples=len(samples.report))
-    request = with_tokens(request, samples.calibration, say)
+    request = with_tokens(request, samples.known, say)
     return Foreseen(
         plan=tokens_alone(request, shape) or rehearse(request.prune, shape, request.tokens),
         axes=tuple(tried),

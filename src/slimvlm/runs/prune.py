@@ -104,7 +104,7 @@ def prune(
     check_models(config, model)
     samples = read_split(request, say)
     if given is None and config.vocab_size is not None:
-        request = with_tokens(request, samples.calibration, say)
+        request = with_tokens(request, samples.known, say)
         given = tokens_alone(request, anatomy(model))
         if given is None:
             check_request(request, anatomy(model), say)

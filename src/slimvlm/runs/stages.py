@@ -84,6 +84,11 @@ class SampleSplit:
     training: Sequence[Sample]
     report: Sequence[Sample] = ()
 
+    @property
+    def known(self) -> list[Sample]:
+        """Those that calibrate or train, each once."""
+        return list({id(sample): sample for sample in (*self.calibration, *self.training)}.values())
+
 
 def split(samples: Sequence[Sample], request: Request) -> SampleSplit:
     """Which samples calibrate, which train and which stay unseen.

@@ -118,6 +118,7 @@ def anatomy_rows(anatomy: Anatomy) -> list[list[str]]:
         ["  projector", f"{anatomy.projector_params:,}"],
         ["  backbone", f"{anatomy.backbone_params:,}"],
         ["    embeddings and head", f"{anatomy.embedding_params + anatomy.head_params:,}"],
+        ["    one token", _token(anatomy)],
         *_by_layer("    one layer", [f"{shape.params:,}" for shape in layers]),
         *_by_layer(
             "    one KV group",
@@ -138,6 +139,17 @@ def anatomy_rows(anatomy: Anatomy) -> list[list[str]]:
         cache = size(1024 * kv_cache_bytes_per_token(anatomy, dtype))
         rows.append([f"memory in {dtype}", f"{memory} weights, {cache} cache for 1024 tokens"])
     return rows
+
+
+def _token(anatomy: Anatomy) -> str:
+    """What a token weighs, or why none can go."""
+    if anatomy.why_tokens_stay is not None:
+        return f"all stay: {anatomy.why_tokens_stay}"
+    share = anatomy.vocab_size * anatomy.token_params / anatomy.backbone_params
+    return (
+        f"{anatomy.token_params:,}; all {anatomy.vocab_size:,} are {share:.0%} of the backbone "
+        "(--vocab-size)"
+    )
 
 
 def as_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> Table:

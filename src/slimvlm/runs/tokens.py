@@ -56,7 +56,7 @@ def with_tokens(request: Request, samples: Sequence[Sample], say: Say = silent) 
 
     Args:
         request: The request.
-        samples: Its calibration samples.
+        samples: Those that are counted.
         say: Receives a line on what was chosen.
 
     Raises:

@@ -79,12 +79,14 @@ class Collator:
         compared = compared_positions(self.model_config, inputs, labels, self.kd_on)
         said = None
         if self.offline is not None:
-            said = self.offline.targets(samples, with_tokens(inputs, self.tokens), compared)
+            said = self.offline.targets(samples, as_teacher_reads(inputs, self.tokens), compared)
         ids = tuple(sample.id for sample in samples)
         return {**inputs, SUPERVISION: Supervision(ids, labels, compared, said)}
 
 
-def with_tokens(inputs: dict[str, Tensor], tokens: Int[Tensor, " V"] | None) -> dict[str, Tensor]:
+def as_teacher_reads(
+    inputs: dict[str, Tensor], tokens: Int[Tensor, " V"] | None
+) -> dict[str, Tensor]:
     """A batch as the teacher reads it: its own numbers for the student's tokens."""
     if tokens is None:
         return inputs

@@ -29,7 +29,7 @@ from slimvlm.models import losses
 from slimvlm.models.hidden import head_of, hidden_states
 from slimvlm.models.sharding import is_sharded
 from slimvlm.scoring.batches import first_spoilt_layer
-from slimvlm.training.supervision import SUPERVISION, Supervision, with_tokens
+from slimvlm.training.supervision import SUPERVISION, Supervision, as_teacher_reads
 from slimvlm.training.trainable import plain_model
 
 TRAINED_FILE = "trained.safetensors"
@@ -113,7 +113,7 @@ class DistillationTrainer(Trainer):
         for whose, model in (("", student), (" of the teacher", self._teacher)):
             if model is None or is_sharded(model):  # a pass of one process would wait for others
                 continue
-            read = inputs if model is student else with_tokens(inputs, self._tokens)
+            read = inputs if model is student else as_teacher_reads(inputs, self._tokens)
             with self.accelerator.autocast():
                 layer = first_spoilt_layer(model, read)
             if layer is not None:
@@ -153,7 +153,7 @@ class DistillationTrainer(Trainer):
     def _of_teacher(self, inputs: dict[str, Tensor], wanted: Supervision) -> list[Tensor]:
         """The teacher's hidden states to compare with."""
         if self._teacher is not None:
-            read = with_tokens(inputs, self._tokens)
+            read = as_teacher_reads(inputs, self._tokens)
             with torch.no_grad():
                 hidden = hidden_states(self._teacher, read, self._their_layers)
             return self._compared(hidden, wanted)

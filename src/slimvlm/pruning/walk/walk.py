@@ -191,6 +191,8 @@ def walk_batches(
         ImpossiblePlanError: If the configuration class cannot express the shape; nothing was run.
         UnsupportedModelError: If neurons of experts are to be chosen; likewise.
     """
+    if all(plan.tokens is not None and not plan.cuts_layers for plan in plans):
+        return Walked(plans[0])
     for plan in plans:
         require_expressible(runner.model, plan)
         if chooses:
