@@ -6,7 +6,7 @@ OUT ?= runs/demo
 JOBS ?= logical
 PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --maxprocesses 8 --dist worksteal
 
-.PHONY: demo demo-short test test-slow lint format docs bench clean
+.PHONY: demo demo-short test test-slow test-engines lint format docs bench clean
 
 demo: $(VENV)/.ready
 	$(BIN)/slimvlm demo run --out $(OUT) --force
@@ -20,6 +20,10 @@ test: $(VENV)/.ready
 # every test that needs no GPU, with the shapes and types of every call checked
 test-slow: $(VENV)/.engines
 	$(PYTEST) -m "not gpu" --jaxtyping-packages=slimvlm,tests.typecheck
+
+# engines that serve checkpoints; vLLM gets an environment of its own (3.4 GB)
+test-engines: $(VENV)/.engines
+	$(BIN)/python -m pytest tests/export/test_engines.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .

@@ -29,7 +29,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
-CASES = [("int8", "torchao"), ("int8", "bitsandbytes"), ("int4", "bitsandbytes")]
+pytest.importorskip("compressed_tensors")
+CASES = [
+    *(("int8", "torchao"), ("int8", "bitsandbytes"), ("int4", "bitsandbytes")),
+    *(("int8", "compressed-tensors"), ("int4", "compressed-tensors")),
+]
 MOST_OFF = {"int8": 0.06, "int4": 0.5}
 """Largest difference of logits, relative to the largest logit."""
 

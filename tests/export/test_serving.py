@@ -33,10 +33,14 @@ def broken(shape: Anatomy, target: str, is_quantized: bool = False) -> dict[str,
     return {f.rule: f.level for f in found if f.level != "ok"}
 
 
-@pytest.mark.parametrize("target", [*ENGINES, "tp=2"])
-def test_a_plain_even_llama_runs_everywhere(target: str) -> None:
-    assert broken(shaped(hidden=256), target).keys() <= {"K formats"}
-    assert all(not f.advice for f in check(shaped(hidden=256), [target]) if f.level == "ok")
+def test_a_plain_even_llama_is_ok_where_it_was_run() -> None:
+    assert broken(shaped(hidden=256), "vllm") == {}
+    assert all(not f.advice and f.seen for f in check(shaped(hidden=256), ["vllm"]))
+
+
+@pytest.mark.parametrize("target", ["sglang", "tp=2"])
+def test_where_nothing_was_run_nothing_is_ok(target: str) -> None:
+    assert set(broken(shaped(hidden=256), target).values()) == {"unknown"}
 
 
 @pytest.mark.parametrize(
@@ -66,7 +70,7 @@ def test_a_shape_that_breaks_a_rule_is_told(
     shape: Anatomy, target: str, rule: str, level: str
 ) -> None:
     assert broken(shape, target).get(rule) == level
-    assert all(f.advice for f in check(shape, [target]) if f.level != "ok")
+    assert all(f.advice for f in check(shape, [target]) if f.level in ("warn", "fail"))
 
 
 @pytest.mark.parametrize(
@@ -80,7 +84,7 @@ def test_a_shape_that_breaks_a_rule_is_told(
     ],
 )
 def test_a_rule_does_not_hit_who_it_is_not_about(shape: Anatomy, target: str, rule: str) -> None:
-    assert rule not in broken(shape, target)
+    assert broken(shape, target).get(rule) in (None, "unknown")
 
 
 def test_quantised_weights() -> None:

@@ -163,6 +163,7 @@ def export(
     outtype: Literal["f32", "f16", "bf16", "q8_0"] = "bf16",
     original: str | None = None,
     check: tuple[str, ...] = (),
+    run: bool = False,
     force: bool = False,
     json: bool = False,
 ) -> None:
@@ -175,7 +176,9 @@ def export(
         outtype: How the file stores weights.
         original: The original of a model that lost tokens: llama.cpp knows its tokenizer.
         check: Instead of a file: report what vllm, sglang, gguf or tp=N (N GPUs that share every
-            layer) make of the shape. Reads the configuration only.
+            layer) make of the shape. Reads the configuration only, unless --run is given.
+        run: With --check: also start the engines (vllm, gguf) and compare their greedy replies with
+            those of transformers. An engine may be installed here, or its program be on PATH.
         force: Replace an existing file.
         json: Print JSON.
     """
@@ -189,24 +192,31 @@ def export(
         print(f"language backbone: {out}")
         return
     from slimvlm.export import serving
+    from slimvlm.export.engines.compare import ENGINES, compare
     from slimvlm.models.anatomy import read_anatomy
     from slimvlm.models.classes import empty_model, is_quantized
     from slimvlm.models.load import load_config
 
     config = load_config(model)
     found = serving.check(read_anatomy(empty_model(config)), check, is_quantized(config))
+    named = [name for name in check if run and name in ENGINES]
+    compared = [each for name in named for each in compare([model], name)]
     if json:
-        print_json([asdict(finding) for finding in found])
-    else:
-        rows = [[f.target, f.level, f.rule, f.what, f.advice] for f in found]
-        print_table(["target", "", "about", "found", "what to do"], rows)
+        rules = [asdict(finding) for finding in found]
+        ran = [{**asdict(each), "same": each.same} for each in compared]
+        print_json({"rules": rules, "runs": ran} if run else rules)
+        return
+    rows = [[f.target, f.level, f.rule, f.what, f.seen or "source", f.advice] for f in found]
+    print_table(["target", "", "about", "found", "known from", "what to do"], rows)
+    for each in compared:
+        print(printable(each.summary()))
 
 
 def quantize(
     model: Model,
     out: Path,
     to: Literal["int8", "int4"] = "int8",
-    backend: Literal["auto", "torchao", "bitsandbytes"] = "auto",
+    backend: Literal["auto", "torchao", "bitsandbytes", "compressed-tensors"] = "auto",
     device: str | None = None,
     force: bool = False,
     json: bool = False,
@@ -220,7 +230,8 @@ def quantize(
         model: Folder, hub id, or demo.
         out: The new checkpoint folder.
         to: Type of the weights.
-        backend: Library; auto is torchao, but for int4 on a CPU, which needs bitsandbytes.
+        backend: Library; auto is torchao, but for int4 on a CPU, which needs bitsandbytes. What
+            compressed-tensors writes is what vLLM reads best.
         device: Where to quantise, such as cpu or cuda:1; default the first GPU, else the CPU.
         force: Replace an existing folder.
         json: Print JSON.

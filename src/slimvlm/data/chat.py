@@ -202,6 +202,15 @@ def process(
         raise DataError(f"the processor refuses the conversation ({told})") from error
 
 
+def unexpanded_ids(processor: Any, text: str) -> list[int]:
+    """Token ids of a rendered conversation with one placeholder for each picture."""
+    tokenizer = tokenizer_of(processor)
+    ids: list[int] = tokenizer(
+        text, add_special_tokens=_adds_special_tokens(tokenizer, text)
+    ).input_ids
+    return ids
+
+
 def _adds_special_tokens(tokenizer: Any, text: str) -> bool:
     """Whether the tokenizer must add its first token: not if the template already did."""
     return tokenizer.bos_token is None or not text.startswith(tokenizer.bos_token)

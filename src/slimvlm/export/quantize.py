@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, 
 from slimvlm.core.errors import ConfigError, ReloadError
 from slimvlm.core.files import new_folder, require_free
 from slimvlm.evaluation.measure import stored_bytes
+from slimvlm.export.compressed import compressed
 from slimvlm.models.classes import auto_class, empty_model, is_quantized, is_uneven, uneven_class
 from slimvlm.models.files import unreadable
 from slimvlm.models.load import (
@@ -34,7 +36,7 @@ from slimvlm.pruning.manifest import write_manifest
 from slimvlm.pruning.save import PLAN_FILE, check_reload
 
 Bits = Literal["int8", "int4"]
-Backend = Literal["auto", "torchao", "bitsandbytes"]
+Backend = Literal["auto", "torchao", "bitsandbytes", "compressed-tensors"]
 GROUP = 64
 """Weights of a row that share a scale in int4."""
 
@@ -63,11 +65,11 @@ class Quantized:
 
 @dataclass(frozen=True)
 class _Method:
-    """One way to quantise: what it needs, and what transformers is told."""
+    """One way to quantise: what it needs, and what transformers is told, if it does it."""
 
     needs_gpu: bool
     row_multiple: int
-    config: Callable[[list[str], torch.dtype], Any]
+    config: Callable[[list[str], torch.dtype], Any] | None = None
 
 
 def _torchao_int8(skipped: list[str], dtype: torch.dtype) -> Any:
@@ -103,6 +105,8 @@ METHODS: dict[tuple[str, str], _Method] = {
     ("int4", "bitsandbytes"): _Method(
         needs_gpu=False, row_multiple=GROUP, config=_bitsandbytes_int4
     ),
+    ("int8", "compressed-tensors"): _Method(needs_gpu=False, row_multiple=1),
+    ("int4", "compressed-tensors"): _Method(needs_gpu=False, row_multiple=GROUP),
 }
 """By type and library. torchao packs int4 for a GPU only; bitsandbytes' nf4 also runs on a CPU."""
 
@@ -117,14 +121,16 @@ def quantize(
 ) -> Quantized:
     """Write a checkpoint whose decoder layers have fewer bits, and read it back.
 
-    int8 has one scale for each row (torchao), or LLM.int8 with outliers in 16 bit (bitsandbytes).
-    int4 has one scale for each 64 weights of a row: affine (torchao) or nf4 (bitsandbytes).
+    int8 has one scale for each row (torchao; compressed-tensors, which also rounds activations to 8
+    bit), or LLM.int8 with outliers in 16 bit (bitsandbytes). int4 has one scale for each 64 weights
+    of a row: affine (torchao), symmetric (compressed-tensors) or nf4 (bitsandbytes).
 
     Args:
         model: Folder or hub id.
         out: The new folder.
         to: ``int8`` or ``int4``.
-        backend: ``torchao``, ``bitsandbytes``, or ``auto``: torchao, but for int4 on a CPU.
+        backend: ``torchao``, ``bitsandbytes``, ``compressed-tensors`` (which vLLM reads), or
+            ``auto``: torchao, but for int4 on a CPU.
         device: Where to quantise; the first GPU if there is one, else the CPU.
         force: Whether an existing folder may be replaced.
 
@@ -145,16 +151,20 @@ def quantize(
     name = resolve(model)
     skipped = _skipped(config)
     dtype = getattr(config, "dtype", None) or torch.bfloat16
-    small = _load(name, config, METHODS[to, chosen].config(skipped, dtype), target)
-    _check_what_was_quantized(small)
+    asked = METHODS[to, chosen].config
+    small = _load(name, config, asked and asked(skipped, dtype), target)
     processor = load_processor(name, config)
     with new_folder(out, force) as folder:
-        small.save_pretrained(folder)
+        with nullcontext() if asked else compressed(small, to, skipped, GROUP) as settings:
+            if settings is not None:
+                small.config.quantization_config = settings
+            _check_what_was_quantized(small)
+            small.save_pretrained(folder)
+            after = stored_bytes(small)
         if processor is not None:
             processor.save_pretrained(folder)
         if (Path(name) / PLAN_FILE).exists():
             shutil.copy(Path(name) / PLAN_FILE, folder / PLAN_FILE)
-        after = stored_bytes(small)
         check_reload(small, processor, folder)
         write_manifest(folder)
     before = sum(p.numel() for p in empty_model(config).parameters()) * dtype.itemsize
@@ -173,7 +183,7 @@ def _backend_for(to: str, backend: str, device: torch.device) -> str:
     if (to, backend) not in METHODS:
         known = ", ".join(sorted(f"{bits} with {library}" for bits, library in METHODS))
         raise ConfigError(f"to {to!r} with backend {backend!r} must be one of: {known}")
-    if find_spec(backend) is None:
+    if find_spec(backend.replace("-", "_")) is None:
         raise ConfigError(f"backend {backend!r} is not installed: pip install 'slimvlm[quant]'")
     if METHODS[to, backend].needs_gpu and not on_gpu:
         raise ConfigError(
@@ -238,7 +248,8 @@ def _check_what_was_quantized(model: PreTrainedModel) -> None:
     owned = {id(linear) for _, _, linear in projections(model)}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            changed = type(module.weight) is not nn.Parameter
+            weight = getattr(module, "weight", None)  # packed ones have another name
+            changed = type(weight) is not nn.Parameter or not weight.is_floating_point()
             if changed != (id(module) in owned):
                 what = "was not quantised" if id(module) in owned else "was quantised"
                 raise ReloadError(f"{name!r} {what}")

@@ -1,7 +1,8 @@
 """What serving engines want of a model's shape, as one table of rules.
 
-The rules for vLLM 0.33 and SGLang 0.5.23 were read in their source; those for llama.cpp in its
-converter, and its conversions were run. See ``docs/serving.md``.
+Most rules were read in an engine's source (vLLM 0.33, SGLang 0.5.23, llama.cpp's converter), and
+what was read makes no model ``ok``. That takes a model of the same kind that was run in the engine
+and answered as in transformers (`RAN`); everything else is ``unknown``. See ``docs/serving.md``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from slimvlm.core.errors import ConfigError
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import OFF_ROWS_ADVICE, ROW_MULTIPLE, WIDTH_MULTIPLE
 
-Level = Literal["ok", "warn", "fail"]
+Level = Literal["ok", "warn", "fail", "unknown"]
 ENGINES = ("vllm", "sglang", "gguf")
 TENSOR_PARALLEL = "tp"
 
@@ -33,6 +34,42 @@ GGUF_PICTURES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "i
 
 
 @dataclass(frozen=True)
+class Ran:
+    """What was run in an engine: original, pruned in depth, pruned in width.
+
+    Attributes:
+        version: The engine's.
+        kinds: Kinds of model (`Case.kind`) whose greedy replies were those of transformers.
+    """
+
+    version: str
+    kinds: tuple[str, ...]
+
+
+RAN = {
+    "vllm": Ran(
+        "vLLM 0.32.0",
+        (
+            "llama",
+            "mistral",
+            "qwen2",
+            "qwen3",
+            "phi",
+            "phi3",
+            "llava/llama",
+            "llava/mistral",
+            "llava/qwen2",
+            "qwen2_5_vl/qwen2_5_vl_text",
+            "idefics3/llama",
+            "internvl/qwen2",
+        ),
+    ),
+    "gguf": Ran("llama.cpp in xllamacpp 2026.10", ("llava/llama", "llava/mistral")),
+}
+"""By target; every entry is what ``tests/export/test_engines.py`` compares."""
+
+
+@dataclass(frozen=True)
 class Case:
     """What rules look at.
 
@@ -45,6 +82,12 @@ class Case:
     shape: Anatomy
     tp: int = 1
     is_quantized: bool = False
+
+    @property
+    def kind(self) -> str:
+        """Type of the model, and of the language model inside where that is another."""
+        types = self.shape.model_type, self.shape.text_type
+        return types[0] if types[0] == types[1] else "/".join(types)
 
     @property
     def has_own_head_dim(self) -> bool:
@@ -81,6 +124,7 @@ class Rule:
         breaks: Whether it does not hold.
         what: What was found, for people.
         advice: What to do if it does not hold.
+        seen: The engine that was seen to fail there; empty if that was only read.
     """
 
     name: str
@@ -89,6 +133,7 @@ class Rule:
     breaks: Callable[[Case], bool]
     what: Callable[[Case], str]
     advice: str
+    seen: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,9 +143,11 @@ class Finding:
     Attributes:
         target: Who wants it.
         rule: Name of the rule.
-        level: ``ok``, ``warn`` (works, with a loss) or ``fail``.
+        level: ``ok``, ``warn`` (works, with a loss), ``fail``, or ``unknown``: nothing speaks
+            against it, and no engine has confirmed it.
         what: What was found.
-        advice: What to do; empty if it is ok.
+        advice: What to do; empty if there is nothing to do.
+        seen: The engine that showed it; empty if it was only read in its source.
     """
 
     target: str
@@ -108,6 +155,7 @@ class Finding:
     level: Level
     what: str
     advice: str = ""
+    seen: str = ""
 
 
 def _head_dim(case: Case) -> str:
@@ -131,7 +179,21 @@ def _rows(case: Case) -> str:
     return f"rows of {case.shape.hidden_size} (hidden), {inner} (heads), {case.neurons} (neurons)"
 
 
+def _answers(target: str, ran: Ran) -> Rule:
+    """Whether a model of the same kind was run in an engine."""
+    return Rule(
+        "answers",
+        (target,),
+        "unknown",
+        lambda case: case.kind not in ran.kinds,
+        lambda case: f"a {case.kind!r} model",
+        "no model of this kind was run there: try it with --run",
+        ran.version,
+    )
+
+
 RULES: tuple[Rule, ...] = (
+    *(_answers(target, ran) for target, ran in RAN.items()),
     Rule("even layers", ENGINES, "fail",
          lambda c: not c.shape.is_uniform,
          lambda c: "layers have different widths" if not c.shape.is_uniform else "all layers alike",
@@ -148,7 +210,8 @@ RULES: tuple[Rule, ...] = (
          lambda c: c.has_own_head_dim
          and c.shape.text_type in ("qwen2", "qwen2_vl_text", "qwen2_5_vl_text"),
          _head_dim,
-         "vLLM takes hidden size / heads here: prune neurons or layers and leave the heads"),
+         "vLLM takes hidden size / heads here: prune neurons or layers and leave the heads",
+         seen=RAN["vllm"].version),
     Rule("head_dim", ("sglang",), "fail",
          lambda c: c.has_own_head_dim and c.shape.text_type == "phi",
          _head_dim,
@@ -242,8 +305,11 @@ def check(shape: Anatomy, targets: Sequence[str], is_quantized: bool = False) ->
 
 def _finding(target: str, rule: Rule, case: Case) -> Finding:
     if rule.breaks(case):
-        return Finding(target, rule.name, rule.level, rule.what(case), rule.advice)
-    return Finding(target, rule.name, "ok", rule.what(case))
+        return Finding(target, rule.name, rule.level, rule.what(case), rule.advice, rule.seen)
+    ran = RAN.get(target)
+    if ran is None or case.kind not in ran.kinds:
+        return Finding(target, rule.name, "unknown", rule.what(case))
+    return Finding(target, rule.name, "ok", rule.what(case), seen=ran.version)
 
 
 def _parse_target(target: str) -> tuple[str, int]:

@@ -1,0 +1,1 @@
+"""Engines that serve checkpoints, asked by their own interpreters, beside transformers."""

