@@ -1,7 +1,7 @@
 """A LLaVA-1.5-7B-shaped checkpoint on a small machine: inspected, walked, scored.
 
 Command:  .venv/bin/python benchmarks/seven_b.py [--folder DIR] [--layers 32] [--samples 16]
-Expect:   half an hour on two cores with bfloat16 units; 35 GB of disk for 32 layers.
+Expect:   two hours on one core with bfloat16 units; 35 GB of disk for 32 layers.
 
 Random bfloat16 weights are written once, shard by shard. Then one fresh process for each step, all
 from the files with one layer in memory: inspect; the whole default recipe without local steps at
@@ -206,7 +206,7 @@ def arithmetic(plan: sv.Plan, samples: int, local_steps: int) -> dict[str, float
 
 
 def first_layers(folder: Path, count: int) -> None:
-    """A checkpoint of the first layers alone, whose files are those of the whole one."""
+    """A checkpoint of the first layers alone, whose files are those of the whole one (hard links)."""
     source, out = folder / "original", folder / "first" / "original"
     out.mkdir(parents=True, exist_ok=True)
     index = json.loads((source / "model.safetensors.index.json").read_text())
@@ -214,7 +214,7 @@ def first_layers(folder: Path, count: int) -> None:
     index["weight_map"] = {k: v for k, v in index["weight_map"].items() if k in names}
     for file in set(index["weight_map"].values()):
         if not (out / file).exists():
-            (out / file).symlink_to((source / file).resolve())
+            (out / file).hardlink_to(source / file)
     (out / "model.safetensors.index.json").write_text(json.dumps(index))
     config(count).save_pretrained(out)
 
