@@ -12,6 +12,7 @@ from torch import Tensor
 
 from slimvlm.core.errors import ConfigError, DataError
 from slimvlm.data import chat
+from slimvlm.data.lengths import Limit, fitted
 from slimvlm.data.roles import IGNORE
 from slimvlm.data.samples import Question, Sample
 from tests import tiny_folder as folders
@@ -324,11 +325,12 @@ def test_a_sample_may_have_as_many_tokens_as_it_is_encoded_to(kind: str, name: s
     words, item = folders.processor(kind), samples_of(kind)[name]
     length = chat.encode_samples(words, [item])["input_ids"].shape[1]
     chat.require_readable(words, item)
-    chat.require_readable(words, item, length)
+    assert chat.length_of(words, item) == length
+    assert fitted(words, item, Limit(length)) is item
     with pytest.raises(
-        DataError, match=rf"'{name}' has {length} tokens, --max-length {length - 1}"
+        DataError, match=rf"'{name}' has {length} tokens, --max-length is {length - 1}"
     ):
-        chat.require_readable(words, item, length - 1)
+        fitted(words, item, Limit(length - 1))
 
 
 def test_a_text_with_a_token_for_pictures_is_the_sample_s_fault() -> None:
@@ -336,7 +338,7 @@ def test_a_text_with_a_token_for_pictures_is_the_sample_s_fault() -> None:
     words = folders.processor("llava")
     for read in (
         lambda: chat.encode_samples(words, [item]),
-        lambda: chat.require_readable(words, item, 1000),
+        lambda: fitted(words, item, Limit(1000)),
     ):
         with pytest.raises(DataError, match=r"sample 'odd': the processor refuses .*<image>"):
             read()

@@ -472,7 +472,7 @@ def test_what_a_model_cannot_read_is_broken(home: Path) -> None:
     samples = load_samples(path, None, 1, 2, told.append, words, max_length=60)
     assert [sample.id for sample in samples] == ["good"]
     assert [line.partition("sample ")[2][:6] for line in told[:2]] == ["'long'", "'seen'"]
-    assert "tokens, --max-length 60" in told[0]
+    assert "tokens, --max-length is 60" in told[0]
     with pytest.raises(ConfigError, match="max_length 60 needs a processor"):
         load_samples(path, warn=silent, max_length=60)
     with pytest.raises(ConfigError, match="max_length 0 must be at least 1"):

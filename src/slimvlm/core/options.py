@@ -35,6 +35,7 @@ Repair = Literal["none", "width", "depth", "both", "auto"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Train = Literal["projector", "lora", "full"]
 KdOn = Literal["answer", "text", "all"]
+TooLong = Literal["refuse", "cut"]
 Said = Literal["hidden", "answers"]
 HiddenLayers = Literal["final", "mapped"]
 TeacherWeights = Literal["auto", "shared", "separate"]
@@ -227,7 +228,11 @@ class DataOptions(Options):
     max_bad: int = 0
     """Broken data rows to skip at most."""
     max_length: int | None = None
-    """Tokens of a sample at most, those of pictures included; longer ones are broken rows."""
+    """Tokens of a sample at most, those of pictures included; by default as many as the model
+    reads."""
+    too_long: TooLong = "refuse"
+    """What becomes of longer samples: refuse, which makes them broken rows; or cut, which takes
+    turns from the end, and the end of an answer, and says of how many."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -102,7 +102,7 @@ def encode_samples(processor: Any, samples: Sequence[Sample]) -> dict[str, Tenso
             its answers are, or a sample has no answer tokens.
     """
     _require_words(processor)
-    texts = [_text_of(processor, sample) for sample in samples]
+    texts = [rendered(processor, sample) for sample in samples]
     images = [[open_image(image) for image in sample.images] for sample in samples]
     inputs = _processed(processor, samples, texts, images)
     labels = torch.full_like(inputs["input_ids"], IGNORE)
@@ -116,31 +116,37 @@ def encode_samples(processor: Any, samples: Sequence[Sample]) -> dict[str, Tenso
     return {**inputs, "labels": labels}
 
 
-def require_readable(processor: Any, sample: Sample, max_length: int | None = None) -> None:
-    """Refuse a sample that `encode_samples` would refuse, or that is too long.
-
-    Its pictures are looked at only if there is a limit.
+def require_readable(processor: Any, sample: Sample) -> None:
+    """Refuse a sample that `encode_samples` would refuse. Its pictures are not looked at.
 
     Args:
         processor: The model's processor, or its tokenizer.
         sample: A conversation.
-        max_length: Most tokens, those of pictures included; None for any number.
 
     Raises:
-        DataError: If the template refuses the conversation or hides where its answers are, the
-            model cannot see its pictures, or it has more tokens.
+        DataError: If the template refuses the conversation or hides where its answers are, or the
+            model cannot see its pictures.
     """
-    text = _text_of(processor, sample)
-    _answers(processor, sample, text)
-    if max_length is None:
-        return
+    _answers(processor, sample, rendered(processor, sample))
+
+
+def length_of(processor: Any, sample: Sample) -> int:
+    """Tokens of a sample, those of its pictures included.
+
+    Raises:
+        DataError: If the template or the processor refuses it.
+    """
     images = [[open_image(image) for image in sample.images]]
-    length = _processed(processor, [sample], [text], images)["input_ids"].shape[1]
-    if length > max_length:
-        raise DataError(f"sample {sample.id!r} has {length} tokens, --max-length {max_length}")
+    inputs = _processed(processor, [sample], [rendered(processor, sample)], images)
+    return int(inputs["input_ids"].shape[1])
 
 
-def _text_of(processor: Any, sample: Sample) -> str:
+def rendered(processor: Any, sample: Sample) -> str:
+    """The text of a sample as the model sees it.
+
+    Raises:
+        DataError: If the template refuses it; the message names it.
+    """
     try:
         return render(processor, sample.messages)
     except DataError as error:

@@ -19,10 +19,12 @@ from slimvlm.core.documents import (
     texts_in,
 )
 from slimvlm.core.errors import LONGEST, ConfigError, DataError, one_line, shortened
+from slimvlm.core.options import TooLong
 from slimvlm.core.progress import Say
 from slimvlm.core.requests import identity_of_files
 from slimvlm.data.chat import require_readable
 from slimvlm.data.images import find_image
+from slimvlm.data.lengths import Limit, fitted
 from slimvlm.data.samples import Message, Sample
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -43,6 +45,8 @@ def load_samples(
     warn: Say = print,
     processor: Any = None,
     max_length: int | None = None,
+    context: int | None = None,
+    too_long: TooLong = "refuse",
 ) -> list[Sample]:
     """Read conversations from any supported source.
 
@@ -55,7 +59,10 @@ def load_samples(
         warn: Receives one line for each row that was skipped.
         processor: A model's processor or tokenizer. Rows that it cannot read are broken, too: those
             that its chat template refuses, and pictures where it takes none.
-        max_length: Rows with more tokens, counted by the processor, are broken, too.
+        max_length: Rows with more tokens, counted by the processor, are too long.
+        context: Tokens that the model reads at most; rows with more are too long, too.
+        too_long: Whether rows that are too long are broken, too (``refuse``), or ``cut``; how many
+            were cut is said.
 
     Raises:
         ConfigError: If the source does not exist or is not understood.
@@ -63,15 +70,13 @@ def load_samples(
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"samples {limit} must be at least 1")
-    if max_length is not None and max_length < 1:
-        raise ConfigError(f"max_length {max_length} must be at least 1")
-    if max_length is not None and processor is None:
-        raise ConfigError(f"max_length {max_length} needs a processor to count tokens with")
+    longest = _longest(processor, max_length, context, too_long)
     samples: list[Sample] = []
-    bad = 0
+    bad = cut = 0
     for found in _found(data, images, limit):
         try:
-            samples.append(_readable(found, processor, max_length))
+            samples.append(_readable(found, processor, longest))
+            cut += samples[-1] is not found
         except DataError as error:
             bad += 1
             if bad > max_bad:
@@ -81,6 +86,8 @@ def load_samples(
             break
     if bad:
         warn(f"data {str(data)!r}: {bad} broken rows skipped, {len(samples)} samples read")
+    if cut and longest is not None:
+        warn(f"data {str(data)!r}: {cut} samples were cut to {longest.tokens} tokens")
     if not samples:
         raise DataError(f"data {str(data)!r}: no usable sample")
     return samples
@@ -100,13 +107,24 @@ def _found(
     return _read_in_order(read_rows(data), root.absolute(), min(limit or _AT_ONCE, _AT_ONCE))
 
 
-def _readable(found: Sample | DataError, processor: Any, max_length: int | None) -> Sample:
-    """A sample that the processor can read."""
+def _longest(
+    processor: Any, max_length: int | None, context: int | None, too_long: TooLong
+) -> Limit | None:
+    if max_length is not None and max_length < 1:
+        raise ConfigError(f"max_length {max_length} must be at least 1")
+    if max_length is not None and processor is None:
+        raise ConfigError(f"max_length {max_length} needs a processor to count tokens with")
+    return Limit.of(max_length, context, too_long == "cut")
+
+
+def _readable(found: Sample | DataError, processor: Any, longest: Limit | None) -> Sample:
+    """A sample that the processor can read, short enough for the model."""
     if isinstance(found, DataError):
         raise found
-    if processor is not None:
-        require_readable(processor, found, max_length)
-    return found
+    if processor is None:
+        return found
+    require_readable(processor, found)
+    return found if longest is None else fitted(processor, found, longest)
 
 
 def _read_in_order(rows: Iterable[Any], root: Path, at_once: int) -> Iterator[Sample | DataError]:

@@ -184,3 +184,9 @@ def unit_matrices(layer: nn.Module, row: Backbone) -> tuple[list[Matrix], list[M
 
 def _config(model: nn.Module) -> Any:
     return model.config
+
+
+def context_of(config: Any) -> int | None:
+    """Tokens that a model reads at most; None where its configuration does not say."""
+    found = getattr(text_config_of(config), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None

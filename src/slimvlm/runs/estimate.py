@@ -31,7 +31,7 @@ from slimvlm.scoring.criteria import CRITERIA
 
 CALIBRATION_BATCH = 4
 """Calibration samples that run at once."""
-LOGITS_COPIES = 5
+LOGITS_COPIES = 3
 """Tensors of the size of a chunk's logits that a loss and its gradient hold at one time."""
 
 

@@ -30,6 +30,7 @@ from slimvlm.evaluation.results import Result
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.hidden import evaluating
 from slimvlm.models.load import load_as, load_config, load_processor, resolve
+from slimvlm.models.parts import context_of
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.walk.distil import LocalSteps
 from slimvlm.pruning.walk.layer import Steps
@@ -173,9 +174,17 @@ def samples_for(
     if source.data is None:
         return []
     trusted = source.trust_remote_code
-    processor = load_processor(resolve(model), load_config(model, trusted), trusted)
+    config = load_config(model, trusted)
     return load_samples(
-        source.data, source.images, limit, source.max_bad, warn, processor, source.max_length
+        source.data,
+        source.images,
+        limit,
+        source.max_bad,
+        warn,
+        load_processor(resolve(model), config, trusted),
+        source.max_length,
+        context_of(config),
+        source.too_long,
     )
 
 
