@@ -268,7 +268,10 @@ def test_long_samples_are_named_before_weights_are_read(
     for verb in (["score", "model"], ["prune", "model", "--ratio", "0.3"]):
         result = run(*verb, *arguments)
         assert result.code == 2
-        assert re.search(r"^slimvlm: data .* tokens, --max-length 9 \(--max-bad 0\)$", result.err)
+        assert re.search(
+            r"^slimvlm: data .* tokens, --max-length is 9 \(--too-long cut shortens it\) \(--max-bad 0\)$",
+            result.err,
+        )
     result = run("recover", "model", "--loss", "sft", *arguments)
     assert result.code == 2
     assert "--max-length 9" in result.err
