@@ -243,7 +243,9 @@ def test_json_names_what_was_lost_and_gained() -> None:
 def test_html_has_every_lost_and_gained_question() -> None:
     a, b = "1" * 100 + "0" * 100, "0" * 100 + "1" * 100
     found, asked = two(a, b)
-    shown = cards(comparison_html(found, "t"))
+    page = comparison_html(found, "t")
+    assert "200 questions, 200 flips" in page
+    shown = cards(page)
     assert len(shown) == 200
     for question, kind in zip(asked, ["lost"] * 100 + ["gained"] * 100, strict=True):
         ours = [card for card in shown if f">{question.id}<" in card]
