@@ -206,7 +206,7 @@ def arithmetic(plan: sv.Plan, samples: int, local_steps: int) -> dict[str, float
 
 
 def first_layers(folder: Path, count: int) -> None:
-    """A checkpoint of the first layers alone, whose files are those of the whole one (hard links)."""
+    """A checkpoint of the first layers alone; its files are hard links to those of the whole."""
     source, out = folder / "original", folder / "first" / "original"
     out.mkdir(parents=True, exist_ok=True)
     index = json.loads((source / "model.safetensors.index.json").read_text())

@@ -6,6 +6,7 @@ import os
 import subprocess
 import venv
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -116,13 +117,16 @@ def demo_questions() -> list[Question]:
 
 
 def pruned_demo(axis: str, out: Path) -> Path:
-    """The demo model with whole layers, heads and neurons cut away."""
+    """The demo model with whole layers, heads and neurons, or tokens cut away."""
     model, processor = sv.load("demo", dtype="float32", device="cpu")
     shape = read_anatomy(model)
     every = range(shape.num_layers)
-    layers = every if axis == "width" else [*every[:12], *every[14:]]
-    narrower = {"kv_groups": (0, 2), "neurons": range(1280)} if axis != "depth" else {}
+    layers = [*every[:12], *every[14:]] if axis in ("depth", "both") else every
+    narrower = {"kv_groups": (0, 2), "neurons": range(1280)} if axis in ("width", "both") else {}
     plan = plan_by_hand(shape, layers=layers, **narrower)
+    if axis == "tokens":
+        samples = sv.load_samples("demo", limit=32)
+        plan = replace(plan, tokens=sv.choose_tokens(processor, samples, size=12000))
     prune_(model, plan)
     sv.save(model, processor, out / axis, plan)
     return out / axis
@@ -130,7 +134,7 @@ def pruned_demo(axis: str, out: Path) -> Path:
 
 @pytest.mark.slow
 def test_vllm_answers_as_the_pruned_demo_model_does(vllm: str, tmp_path: Path) -> None:
-    folders = [pruned_demo(axis, tmp_path) for axis in ("depth", "width", "both")]
+    folders = [pruned_demo(axis, tmp_path) for axis in ("depth", "width", "both", "tokens")]
     found = compare(folders, vllm, demo_questions(), max_new_tokens=TOKENS)
     assert differing(found) == []
     assert all(len(each.found) >= 18 for each in found)
