@@ -58,7 +58,7 @@ def build(kind: str) -> tuple[PreTrainedModel, Any]:
         text.layer_types = text.layer_types[:1] * SHAPE["num_hidden_layers"]
     if config.model_type == "qwen2_5_vl":
         config.vision_config.out_hidden_size = SHAPE["hidden_size"]
-        text.rope_parameters["mrope_section"] = [4, 6, 6]
+        text.rope_parameters = {**text.rope_parameters, "mrope_section": [4, 6, 6]}
     torch.manual_seed(0)
     model: PreTrainedModel = auto_class(config).from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():

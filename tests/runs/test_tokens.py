@@ -168,7 +168,6 @@ def test_a_stage_of_a_study_chooses_from_its_own_samples(data: str) -> None:
     [
         ({"vocab_size": 3}, r"vocab_size 3 must be at least \d+"),
         ({"vocab_size": 0}, "vocab_size 0 must be at least 1"),
-        ({"vocab_size": "few"}, "vocab_size 'few' must be one of: auto"),
         ({"vocab_size": "auto"}, "vocab_size 'auto' needs --data or --vocab-text"),
         ({"vocab_text": "a.txt", "ratio": 0.1}, "vocab_text 'a.txt' needs vocab_size"),
         ({"vocab_size": 400, "vocab_text": "nowhere.txt"}, "'nowhere.txt'.*no such file"),

@@ -35,8 +35,8 @@ class Said:
     """
 
     model: str
-    states: tuple[Float[Tensor, "N D"], ...]
-    wanted: tuple[Int[Tensor, " N"], ...]
+    states: tuple[Float[Tensor, "_ D"], ...]
+    wanted: tuple[Int[Tensor, " _"], ...]
     head: Head
     words: Mapping[str, int] = field(repr=False)
 
