@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import venv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,11 +50,12 @@ def environment(name: str, config: pytest.Config) -> Path:
 
 
 @pytest.fixture
-def vllm(pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> str:
-    """vLLM, on PATH."""
-    path = f"{environment('vllm', pytestconfig)}{os.pathsep}{os.environ['PATH']}"
-    monkeypatch.setenv("PATH", path)
-    return "vllm"
+def vllm(pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """vLLM, on PATH; one test at a time, since it takes all cores and much memory."""
+    programs = environment("vllm", pytestconfig)
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    with FileLock(f"{programs.parent}.running"):
+        yield "vllm"
 
 
 @pytest.fixture
