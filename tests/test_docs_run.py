@@ -41,10 +41,18 @@ SMALLER = {
 """Options that change how long a command takes and nothing else."""
 TINY_MEMORY = "0.3MB"
 """A target for the tiny model where documents have one for 7B."""
+TRIMMED = (
+    "slimvlm compress MODEL --ratio 0.3 --vocab-size 16384 --vocab-text texts/ --data mix.json "
+    "--images coco/ --out run"
+)
 ELSEWHERE = {
     "slimvlm demo run --short --out runs/demo": "a minute or more; .ci/run runs it",
     "slimvlm study studies/demo.yaml --out runs/demo-study": "an hour",
     "slimvlm export recovered --out recovered.gguf": "llama.cpp does not know a tiny tokenizer",
+    TRIMMED: "a tiny model has 336 tokens; see test_tokens",
+    "slimvlm plan MODEL --vocab-size 16384 --vocab-text texts/ --out plan.json": "likewise",
+    "slimvlm export fewer --original MODEL --out fewer.gguf": "likewise; see test_gguf",
+    "slimvlm export recovered --check vllm --run": "vLLM has no such head size; see test_engines",
     "slimvlm export recovered --out recovered.gguf --outtype f16": "likewise; see test_gguf_export",
     "slimvlm study studies/llava-1.5-7b.yaml --out runs/llava --engine ray": "days",
 }
