@@ -99,13 +99,19 @@ def layout_of(config: Any) -> Layout | None:
     return None if text in _OTHER_BACKBONES.get(config.model_type, ()) else row
 
 
-def rewrite(folder: Path, layout: Layout) -> None:
-    """Give a folder that ``save_pretrained`` has just written this layout, in place.
+def lay_out(folder: Path, config: Any) -> None:
+    """Give a folder that ``save_pretrained`` has just written the layout of its model, in place.
 
     Args:
-        folder: With ``config.json`` and safetensors files.
-        layout: That of its model.
+        folder: With ``config.json`` and safetensors files; it stays where no layout is known.
+        config: The model's configuration.
     """
+    layout = layout_of(config)
+    if layout is not None:
+        _rewrite(folder, layout)
+
+
+def _rewrite(folder: Path, layout: Layout) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text())
     for part in _parts(config):

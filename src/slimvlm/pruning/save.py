@@ -24,7 +24,7 @@ from slimvlm.models.load import load_processor
 from slimvlm.models.losses import CHUNK
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.card import CardFacts, write_card
-from slimvlm.pruning.layout import layout_of, rewrite
+from slimvlm.pruning.layout import lay_out
 from slimvlm.pruning.manifest import write_manifest
 from slimvlm.pruning.tokens import trimmed_processor
 from slimvlm.pruning.uneven import padded
@@ -79,6 +79,7 @@ def save(
     written = padded(model) if pad and is_uneven(model.config) else model
     with new_folder(out, force) as folder:
         written.save_pretrained(folder)
+        lay_out(folder, written.config)
         known = facts or CardFacts(base=model.config._name_or_path, name=Path(out).name)
         write_beside_weights(folder, written, processor, plan, known)
         check_reload(model, processor, folder)
@@ -90,14 +91,11 @@ def save(
 def write_beside_weights(
     folder: Path, model: PreTrainedModel, processor: Any, plan: Plan | None, facts: CardFacts
 ) -> None:
-    """What a checkpoint folder holds beside weights and code; the layout that everybody reads.
+    """What a checkpoint folder holds beside weights, configuration and code.
 
     Raises:
         ReloadError: If a tokenizer that lost tokens reads back as another one.
     """
-    layout = layout_of(model.config)
-    if layout is not None:
-        rewrite(folder, layout)
     if processor is not None:
         processor.save_pretrained(folder)
         if plan is not None and plan.tokens is not None:

@@ -22,6 +22,7 @@ from slimvlm.models.load import load_processor
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.card import CardFacts
 from slimvlm.pruning.cut import cuts_of, prune_
+from slimvlm.pruning.layout import lay_out
 from slimvlm.pruning.manifest import write_manifest
 from slimvlm.pruning.save import write_beside_weights
 from slimvlm.pruning.tokens import trimmed_processor
@@ -76,6 +77,7 @@ def prune_checkpoint(
     kept = _KeptWeights(checkpoint, smaller, plan, weights)
     with new_folder(out, force) as folder:
         write_weights(smaller, kept, folder, SHARD_BYTES)
+        lay_out(folder, smaller.config)
         _check(folder, dtype, kept)
         facts = CardFacts(
             base=checkpoint.model.config._name_or_path,
