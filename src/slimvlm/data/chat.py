@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, takewhile
 from typing import Any
 
@@ -380,3 +380,9 @@ def num_images(message: Message) -> int:
     """How many pictures a turn shows."""
     content = message["content"]
     return 0 if isinstance(content, str) else sum(part["type"] == "image" for part in content)
+
+
+def begun(sample: Sample, messages: Sequence[Message]) -> Sample:
+    """A conversation up to some turn, with the pictures that it has shown."""
+    shown = sum(map(num_images, messages))
+    return replace(sample, messages=tuple(messages), images=sample.images[:shown])

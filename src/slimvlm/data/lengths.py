@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from slimvlm.core.errors import DataError
-from slimvlm.data.chat import length_of, num_images, rendered
+from slimvlm.data.chat import begun, length_of, rendered
 from slimvlm.data.samples import Message, Sample
 
 LARGE_PICTURE = 2048
@@ -62,7 +62,7 @@ def fitted(processor: Any, sample: Sample, limit: Limit) -> Sample:
             "shortens it)"
         )
     for count in _ends(sample.messages):
-        shorter = _begun(sample, sample.messages[:count])
+        shorter = begun(sample, sample.messages[:count])
         if length_of(processor, shorter) <= limit.tokens:
             return shorter
     first = shorter
@@ -89,12 +89,6 @@ def _ends(messages: Sequence[Message]) -> list[int]:
     """Numbers of turns that end with an answer, the most first."""
     spoken = [i for i, message in enumerate(messages, 1) if message["role"] == "assistant"]
     return spoken[::-1]
-
-
-def _begun(sample: Sample, messages: Sequence[Message]) -> Sample:
-    """A conversation up to some turn, with the pictures that it has shown."""
-    shown = sum(map(num_images, messages))
-    return replace(sample, messages=tuple(messages), images=sample.images[:shown])
 
 
 def _answer(sample: Sample) -> str:

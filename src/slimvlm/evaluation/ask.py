@@ -39,9 +39,6 @@ from slimvlm.models.hidden import (
 )
 from slimvlm.models.load import anatomy, digest_of_weights
 
-_LARGEST_LOSS = 700.0
-"""Above it a perplexity is no number of double precision."""
-
 
 def evaluate(
     model: PreTrainedModel,
@@ -336,7 +333,7 @@ class _Asker:
         loss = total / max(sum(counts), 1)
         return TaskResult(
             metric=task.metric,
-            score=loss if task.metric == "loss" else math.exp(min(loss, _LARGEST_LOSS)),
+            score=loss if task.metric == "loss" else metrics.perplexity(loss),
             chance=task.chance,
             in_average=False,
             ids=tuple(question.id for question in questions),

@@ -15,11 +15,10 @@ from pydantic import Field
 from slimvlm.core.documents import built, read_object
 from slimvlm.core.errors import ConfigError, NumericalError, SlimError
 from slimvlm.core.files import write_text
+from slimvlm.evaluation.metrics import perplexity
 
 RESAMPLES = 1000
 """Bootstrap draws behind an interval."""
-_LARGEST_LOSS = 700.0
-"""Above it a perplexity is no number of double precision."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +35,11 @@ class Estimate:
     low: float | None = None
     high: float | None = None
 
-    def exp(self) -> Estimate:
-        """The estimate of its exponential; the interval goes along."""
+    def perplexity(self) -> Estimate:
+        """The estimate of the perplexity that belongs to a loss; the interval goes along."""
         return Estimate(
-            _exp(self.value), *(_exp(v) for v in (self.low, self.high) if v is not None)
+            perplexity(self.value),
+            *(perplexity(v) for v in (self.low, self.high) if v is not None),
         )
 
 
@@ -117,15 +117,15 @@ class DataResult:
         """Loss, perplexity and the comparison, each with an interval."""
         tokens = np.array([s.tokens for s in self.samples], float)
         loss = _ratio([s.loss for s in self.samples] * tokens, tokens, self.seed)
-        perplexity = loss.exp()
+        as_perplexity = loss.perplexity()
         both = [s for s in self.samples if s.baseline_loss is not None]
         if not both:
-            return Figures(loss, perplexity)
+            return Figures(loss, as_perplexity)
         rows = [[s.tokens, s.loss, s.baseline_loss, s.same, s.divergence] for s in both]
         tokens, ours, theirs, same, divergence = np.array(rows, float).T
         return Figures(
             loss,
-            perplexity,
+            as_perplexity,
             increase=_ratio((ours - theirs) * tokens, tokens, self.seed),
             agreement=_ratio(100 * same, tokens, self.seed),
             divergence=_ratio(divergence * tokens, tokens, self.seed),
@@ -160,7 +160,3 @@ def _ratio(numbers: Any, tokens: Any, seed: int) -> Estimate:
     draws = (generator.integers(0, len(tokens), len(tokens)) for _ in range(RESAMPLES))
     low, high = np.percentile([numbers[d].sum() / tokens[d].sum() for d in draws], [2.5, 97.5])
     return Estimate(value, float(low), float(high))
-
-
-def _exp(loss: float) -> float:
-    return math.exp(min(loss, _LARGEST_LOSS))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import sys
 from collections import Counter
@@ -107,6 +108,15 @@ METRICS: dict[str, Metric] = {
 """Metrics of a generated reply, each in [0, 1]."""
 LIKELIHOODS = ("perplexity", "loss")
 """What is measured of the given answer, without a reply; lower is better."""
+
+
+_LARGEST_LOSS = 700.0
+"""Above it a perplexity is no number of double precision."""
+
+
+def perplexity(loss: float) -> float:
+    """The exponential of a mean loss, at most that of 700 nats, which is still a number."""
+    return math.exp(min(loss, _LARGEST_LOSS))
 
 
 def metric_named(name: str) -> Metric:

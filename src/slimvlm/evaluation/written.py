@@ -129,7 +129,7 @@ def _answered(
             else:
                 said[number].append(sample.messages[place])
         if waiting:
-            asked = [_so_far(samples[number], said[number]) for number in waiting]
+            asked = [chat.begun(samples[number], said[number]) for number in waiting]
             encoded = chat.encode_prompts(processor, asked)
             names = ", ".join(each.id for each in asked[:3])
             what = f"sample {shortened(names)}"
@@ -138,12 +138,6 @@ def _answered(
                 content = [{"type": "text", "text": reply}]
                 said[number].append({"role": "assistant", "content": content})
     return [replace(s, messages=tuple(each)) for s, each in zip(samples, said, strict=True)]
-
-
-def _so_far(sample: Sample, messages: Sequence[Message]) -> Sample:
-    """A conversation up to some turn, with the pictures that it has shown."""
-    shown = sum(map(chat.num_images, messages))
-    return replace(sample, messages=tuple(messages), images=sample.images[:shown])
 
 
 def _says_something(messages: Sequence[Message]) -> bool:

@@ -26,7 +26,7 @@ from slimvlm.evaluation.ask import answer
 from slimvlm.export.gguf import export_gguf
 from slimvlm.models.classes import is_quantized
 from slimvlm.models.load import load, load_config, resolve
-from slimvlm.models.parts import text_config_of
+from slimvlm.models.parts import context_of
 
 MAX_LENGTH = 2048
 """Tokens of a prompt and its reply that an engine makes room for, if the model can take as many."""
@@ -186,8 +186,8 @@ def compare(
         ConfigError: If the engine is not there.
         ReloadError: If it ends before it has answered; with its own last words.
     """
-    engine, python = ENGINES.get(name), interpreter_of(name)
-    assert engine is not None
+    python = interpreter_of(name)
+    engine = ENGINES[name]
     with tempfile.TemporaryDirectory(prefix="slimvlm-engine-") as folder:
         works = [Path(folder) / str(number) for number in range(len(models))]
         tokenizers, asked = [], []
@@ -226,7 +226,7 @@ def _write_request(
     if engine.reads_gguf:
         checkpoint = work / "model.gguf"
         export_gguf(model, checkpoint, "f32")
-    longest = getattr(text_config_of(loaded.config), "max_position_embeddings", MAX_LENGTH)
+    longest = context_of(loaded.config) or MAX_LENGTH
     request = {
         "checkpoint": str(checkpoint),
         "dtype": str(loaded.dtype).removeprefix("torch."),
