@@ -120,10 +120,15 @@ def _llava() -> tuple[hf.PreTrainedConfig, Any]:
     words = tokenizer(["<image>"], extra_special_tokens={"image_token": "<image>"})
     config = tiny.llava(tiny.llama(vocab_size=VOCAB))
     config.image_token_index = words.convert_tokens_to_ids("<image>")
+    return config, llava_processor(words)
+
+
+def llava_processor(words: Any) -> hf.LlavaProcessor:
+    """The processor of a tiny LLaVA, around a tokenizer that has ``<image>``."""
     pictures = hf.CLIPImageProcessor(
         size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
     )
-    processor = hf.LlavaProcessor(
+    return hf.LlavaProcessor(
         pictures,
         words,
         patch_size=8,
@@ -131,7 +136,6 @@ def _llava() -> tuple[hf.PreTrainedConfig, Any]:
         num_additional_image_tokens=1,
         chat_template=LLAVA_CHAT,
     )
-    return config, processor
 
 
 def _text() -> tuple[hf.PreTrainedConfig, Any]:

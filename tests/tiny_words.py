@@ -186,18 +186,7 @@ def _llava() -> tuple[Any, Any]:
     config = tiny.llava(tiny.llama(vocab_size=len(words) + 1))
     config.image_token_index = words.convert_tokens_to_ids("<image>")
     words.image_token = "<image>"
-    pictures = hf.CLIPImageProcessor(
-        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
-    )
-    processor = hf.LlavaProcessor(
-        pictures,
-        words,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=tiny_folder.LLAVA_CHAT,
-    )
-    return config, processor
+    return config, tiny_folder.llava_processor(words)
 
 
 FOLDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
