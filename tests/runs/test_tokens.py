@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 
@@ -168,6 +169,7 @@ def test_a_stage_of_a_study_chooses_from_its_own_samples(data: str) -> None:
     [
         ({"vocab_size": 3}, r"vocab_size 3 must be at least \d+"),
         ({"vocab_size": 0}, "vocab_size 0 must be at least 1"),
+        ({"vocab_size": "few"}, "vocab_size 'few' must be one of: auto"),
         ({"vocab_size": "auto"}, "vocab_size 'auto' needs --data or --vocab-text"),
         ({"vocab_text": "a.txt", "ratio": 0.1}, "vocab_text 'a.txt' needs vocab_size"),
         ({"vocab_size": 400, "vocab_text": "nowhere.txt"}, "'nowhere.txt'.*no such file"),
@@ -175,8 +177,9 @@ def test_a_stage_of_a_study_chooses_from_its_own_samples(data: str) -> None:
     ],
 )
 def test_what_cannot_be_is_said_before_weights_are_read(
-    tmp_path: Path, options: dict[str, Any], message: str
+    tmp_path: Path, options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for a user
     with pytest.raises(sv.SlimError, match=message):
         pruned(tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
