@@ -31,6 +31,8 @@ from slimvlm.models.parts import context_of
 MAX_LENGTH = 2048
 """Tokens of a prompt and its reply that an engine makes room for, if the model can take as many."""
 BATCH = 8
+_SCRIPT = Path(__file__).with_name("ask.py")
+"""The program that asks an engine; it needs nothing of slimvlm."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,6 @@ class Engine:
     packages: tuple[str, ...]
     without: tuple[str, ...] = ()
     reads_gguf: bool = False
-
-    @property
-    def script(self) -> Path:
-        """The program that asks it; it needs nothing of slimvlm."""
-        return Path(__file__).with_name(f"ask_{self.module}.py")
 
 
 ENGINES = {
@@ -245,7 +242,7 @@ def _run(python: Path, engine: Engine, works: Sequence[Path]) -> None:
         ReloadError: If it ends early.
     """
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    command = [str(python), str(engine.script), *map(str, works)]
+    command = [str(python), str(_SCRIPT), engine.module, *map(str, works)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
