@@ -13,17 +13,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.classes import auto_class
 from slimvlm.models.parts import text_config_of
 from slimvlm.planning.make import make_plan
 from slimvlm.pruning.cut import prune_
-from slimvlm.pruning.layout import LAYOUTS, layout_of
+from slimvlm.pruning.layout import LAYOUTS, layout_of, write_processor
 from slimvlm.pruning.save import save
 from slimvlm.pruning.write_checkpoint import prune_checkpoint
-from tests import tiny
+from tests import tiny, tiny_folder, tiny_words
 from tests.handmade import logits, random_scores
 
 FAMILIES = [
@@ -60,6 +60,32 @@ for work in sys.argv[2:]:
         read(work)
     except Exception as error:
         print(work, str(error)[-300:])
+"""
+
+SAY = """
+import json, sys, warnings, transformers
+from PIL import Image
+warnings.simplefilter("ignore")
+transformers.utils.logging.set_verbosity_error()
+TEXTS = ["What is <image> shown here?", " žluťoučký 你好 <|im_end|>\\n\\tx  ", "<s>a</s> <pad>"]
+def said(folder):
+    words = transformers.AutoTokenizer.from_pretrained(folder)
+    found = {"ids": [sorted(words(text).items()) for text in TEXTS]}
+    found["vocabulary"] = words.get_vocab()
+    found["special"] = sorted(words.all_special_tokens)
+    found["named"] = {name: getattr(words, name, None) for name in (
+        "bos_token", "eos_token", "pad_token", "image_token", "video_token", "context_image_token")}
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    if hasattr(processor, "image_processor"):
+        parts = [{"type": "image"}, {"type": "text", "text": "What is shown here?"}]
+        text = processor.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
+        picture = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
+        inputs = processor(text=[text], images=[[picture]], return_tensors="pt")
+        found["picture"] = inputs["input_ids"].tolist()
+    return found
+
+if __name__ == "__main__":
+    print("SAID" + json.dumps([transformers.__version__, [said(f) for f in sys.argv[1:]]]))
 """
 
 
@@ -151,6 +177,52 @@ def test_what_4_57_is_not_named_for_it_does_not_read(
 ) -> None:
     found = differences("4.57.6", {name: works[name] for name in ONLY_5}, pytestconfig)
     assert {name: value for name, value in found.items() if not value > 1e-3} == {}
+
+
+def said_by(folders: list[str], path: Path | None = None) -> list[Any]:
+    """A version of transformers, and what tokenizers and processors give there."""
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SAY, *folders],
+        env={**os.environ, "PYTHONPATH": str(path or "")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    found: list[Any] = json.loads(run.stdout.partition("SAID")[2])
+    return found
+
+
+@pytest.mark.slow
+def test_older_transformers_reads_the_same_tokens(
+    tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    made = {kind: tiny_folder.processor(kind) for kind in tiny_folder.KINDS}
+    made |= {f"words-{n}": tiny_words.tokenizer(kind) for n, kind in enumerate(tiny_words.KINDS)}
+    for name, processor in made.items():
+        model = tiny_folder.KINDS.get(name, tiny_folder.KINDS["text"]).make()[0]
+        model.save_pretrained(tmp_path / name)
+        write_processor(processor, tmp_path / name)
+    folders = [str(tmp_path / name) for name in made]
+    _, expected = said_by(folders)
+    for version in VERSIONS:
+        found = said_by(folders, packages(version, pytestconfig))
+        assert found == [version, expected]
+
+
+@pytest.mark.parametrize("kind", tiny_folder.KINDS)
+def test_the_newest_reads_tokenizers_as_if_it_had_written_them(kind: str, tmp_path: Path) -> None:
+    processor = tiny_folder.processor(kind)
+    for name in ("ours", "theirs"):
+        tiny_folder.KINDS[kind].make()[0].save_pretrained(tmp_path / name)
+    write_processor(processor, tmp_path / "ours")
+    processor.save_pretrained(tmp_path / "theirs")
+    read = [AutoTokenizer.from_pretrained(tmp_path / name) for name in ("ours", "theirs")]
+    assert type(read[0]) is type(read[1])
+    assert read[0].backend_tokenizer.to_str() == read[1].backend_tokenizer.to_str()
+    where = ("_tokenizer", "init_kwargs", "name_or_path")
+    ours, theirs = ({k: v for k, v in vars(words).items() if k not in where} for words in read)
+    assert ours == theirs
 
 
 def test_every_row_is_tested() -> None:

@@ -32,6 +32,7 @@ from slimvlm.models.load import (
     resolve,
 )
 from slimvlm.models.parts import family_of, projections
+from slimvlm.pruning.layout import write_processor
 from slimvlm.pruning.manifest import write_manifest
 from slimvlm.pruning.save import PLAN_FILE, check_reload
 
@@ -162,7 +163,7 @@ def quantize(
             small.save_pretrained(folder)
             after = stored_bytes(small)
         if processor is not None:
-            processor.save_pretrained(folder)
+            write_processor(processor, folder)
         if (Path(name) / PLAN_FILE).exists():
             shutil.copy(Path(name) / PLAN_FILE, folder / PLAN_FILE)
         check_reload(small, processor, folder)

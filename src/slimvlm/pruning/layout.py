@@ -4,7 +4,8 @@ transformers 5 moved rotary settings into ``rope_parameters``, renamed ``torch_d
 level out of the names of CLIP and SigLIP towers. Older versions load such a folder without an
 exception, but with a random tower and another rotary base; vLLM refuses it. So checkpoints get the
 old fields beside the new ones and the old names in place of the new ones, wherever the newest
-transformers reads both and older ones were seen to compute the same.
+transformers reads both and older ones were seen to compute the same. Tokenizers get the class and
+the fields that both know, whatever the model.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from slimvlm.core.files import new_file, write_text
+from slimvlm.data.chat import tokenizer_of
 
 OLDEST, FIRST_5 = "4.57", "5.0"
 """Versions of transformers that the files were read with, besides the one that wrote them."""
@@ -26,6 +30,8 @@ OLDEST, FIRST_5 = "4.57", "5.0"
 Names = tuple[tuple[str, str], ...]
 _TOWER: Names = ((r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),)
 _TOWERS_WITH_A_LEVEL = ("clip_vision_model", "siglip_vision_model")
+_GENERIC, _GENERIC_BEFORE = "TokenizersBackend", "PreTrainedTokenizerFast"
+"""Two names of the class that does what ``tokenizer.json`` says; the newest knows both."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,35 @@ def lay_out(folder: Path, config: Any) -> None:
     layout = layout_of(config)
     if layout is not None:
         _rewrite(folder, layout)
+
+
+def write_processor(processor: Any, folder: Path) -> None:
+    """Write a processor or tokenizer as older versions read it, too.
+
+    The newest reads the same from it: vocabulary, special tokens and their names.
+
+    Args:
+        processor: Of any model.
+        folder: An existing folder.
+    """
+    processor.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    if not path.exists():
+        return
+    tokenizer = tokenizer_of(processor)
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == _GENERIC:
+        config["tokenizer_class"] = _GENERIC_BEFORE
+        config.setdefault("model_input_names", tokenizer.model_input_names)
+    others = config.get("extra_special_tokens") or []
+    if isinstance(others, list):
+        config["additional_special_tokens"] = others
+        config["extra_special_tokens"] = {
+            name: config[name]
+            for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES
+            if name in config and name not in PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES
+        }
+    write_text(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def _rewrite(folder: Path, layout: Layout) -> None:

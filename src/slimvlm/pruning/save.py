@@ -24,7 +24,7 @@ from slimvlm.models.load import load_processor
 from slimvlm.models.losses import CHUNK
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.card import CardFacts, write_card
-from slimvlm.pruning.layout import lay_out
+from slimvlm.pruning.layout import lay_out, write_processor
 from slimvlm.pruning.manifest import write_manifest
 from slimvlm.pruning.tokens import trimmed_processor
 from slimvlm.pruning.uneven import padded
@@ -97,7 +97,7 @@ def write_beside_weights(
         ReloadError: If a tokenizer that lost tokens reads back as another one.
     """
     if processor is not None:
-        processor.save_pretrained(folder)
+        write_processor(processor, folder)
         if plan is not None and plan.tokens is not None:
             _check_tokenizer(folder, model, processor, len(plan.tokens))
     if plan is not None:

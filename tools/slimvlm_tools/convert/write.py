@@ -14,6 +14,7 @@ from slimvlm.core.errors import ConfigError, NumericalError, ReloadError, SlimEr
 from slimvlm.models.classes import empty_model
 from slimvlm.models.internals import write_weights
 from slimvlm.models.load import load
+from slimvlm.pruning.layout import write_processor
 from slimvlm.pruning.save import probe
 from slimvlm.scoring.layerwise.checkpoint import open_checkpoint
 from slimvlm_tools.convert.pieces import EMBEDDINGS, Conversion, Piece, check_complete
@@ -69,7 +70,7 @@ def write_checkpoint(
     write_weights(model.to(written), _Tensors(conversion.pieces, dtype), folder, SHARD_BYTES)
     for file in folder.glob("*.safetensors"):  # safetensors makes them their owner's alone
         file.chmod((folder / "config.json").stat().st_mode)
-    conversion.processor.save_pretrained(folder)
+    write_processor(conversion.processor, folder)
 
 
 def check_written(folder: Path) -> None:
