@@ -14,9 +14,12 @@ from filelock import FileLock
 
 import slimvlm as sv
 from slimvlm.core.errors import ConfigError
+from slimvlm.core.options import Workload
 from slimvlm.data.samples import Question
+from slimvlm.evaluation.bench import Bench
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.export.engines.compare import ENGINES, Compared, compare, interpreter_of
+from slimvlm.export.engines.speed import bench_engine
 from slimvlm.export.quantize import Bits, quantize
 from slimvlm.export.serving import RAN, check
 from slimvlm.models.anatomy import read_anatomy
@@ -28,6 +31,7 @@ from tests.export import served
 from tests.handmade import plan_by_hand, random_scores
 
 TOKENS = 8
+SHORT = Workload(prompt_tokens=16, new_tokens=4, batch_sizes=(1, 3), repeats=1)
 
 
 def environment(name: str, config: pytest.Config) -> Path:
@@ -156,6 +160,27 @@ def test_vllm_reads_what_quantize_writes(to: Bits, vllm: str, tmp_path: Path) ->
 def test_llama_cpp_continues_the_pruned_demo_model_alike(gguf: str, tmp_path: Path) -> None:
     folders = [pruned_demo(axis, tmp_path) for axis in ("depth", "width", "both")]
     assert differing(compare(folders, gguf)) == []
+
+
+@pytest.mark.slow
+def test_llama_cpp_is_timed(gguf: str, tmp_path: Path) -> None:
+    assert_timed(bench_engine(gguf, str(pruned_demo("depth", tmp_path)), "demo", SHORT))
+
+
+@pytest.mark.slow
+def test_vllm_is_timed(vllm: str, tmp_path: Path) -> None:
+    whole, small, _ = map(str, pruned("llama", tmp_path))
+    assert_timed(bench_engine(vllm, small, whole, SHORT))
+
+
+def assert_timed(found: Bench) -> None:
+    """Times, and the memory of a process that holds at least the weights."""
+    for measured in (found.model, found.baseline):
+        assert measured is not None
+        for speed in measured.speeds:
+            assert speed.prefill_ms > 0
+            assert speed.decode_ms > 0
+            assert speed.peak_bytes > measured.weight_bytes
 
 
 def test_an_engine_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

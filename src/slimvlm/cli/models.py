@@ -132,12 +132,13 @@ def bench(
     workload: Annotated[Workload, INLINE] = Workload(),
     loading: Annotated[LoadConfig, INLINE] = LoadConfig(),
     device: str | None = None,
+    engine: Literal["transformers", "vllm", "llama.cpp"] = "transformers",
     json: bool = False,
 ) -> None:
     """Time reading and writing, count FLOPs and memory; with a baseline, against the ideal.
 
     Prompts are random tokens, so the vision tower is not timed. Model and baseline run in turn in
-    one process, and speed-ups are medians of neighbouring runs.
+    one process, or each in one of an engine, and speed-ups are medians of neighbouring runs.
 
     Args:
         model: Folder, hub id, or demo.
@@ -145,11 +146,21 @@ def bench(
         workload: What to time.
         loading: How models are read.
         device: Where to run, such as cpu or cuda:1; default the first GPU, else the CPU.
+        engine: What to time: transformers, or an engine that is installed here or whose program is
+            on PATH, and runs where it wants to. A batch is then so many prompts at a time.
         json: Print JSON.
     """
     from slimvlm.evaluation.bench import bench as run
     from slimvlm.models.load import check_models, load_as
 
+    if engine != "transformers":
+        from slimvlm.export.engines.speed import bench_engine
+
+        if device is not None:
+            raise ConfigError(f"device {device!r}: {engine} chooses where it runs")
+        target = {"llama.cpp": "gguf"}.get(engine, engine)
+        print_bench(bench_engine(target, model, baseline, workload, loading.dtype), json)
+        return
     names = (model, *((baseline,) if baseline is not None else ()))
     check_models(loading, *names)
     small, *large = (load_as(loading, name, device)[0] for name in names)

@@ -548,3 +548,13 @@ class Workload(Options):
         super().__post_init__()
         if not self.batch_sizes or min(self.batch_sizes) < 1:
             raise ConfigError(f"batch_sizes {self.batch_sizes} must be numbers of at least 1")
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The batch sizes, each once."""
+        return tuple(dict.fromkeys(self.batch_sizes))
+
+    @property
+    def mean_context(self) -> int:
+        """Tokens that a new one attends to, halfway through the answer."""
+        return self.prompt_tokens + self.new_tokens // 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from statistics import median
@@ -158,32 +158,62 @@ def bench(
     models = [model] if baseline is None else [model, baseline]
     if len({one.device for one in models}) > 1:
         raise ConfigError(f"baseline is on {models[1].device}, the model on {model.device}")
-    sides = [_Side(n, one, workload) for n, one in zip(names, models, strict=False)]
+    sides = [_Loaded(n, one, workload) for n, one in zip(names, models, strict=False)]
     for side in sides:
         (hidden,) = hidden_states(side.model, side.prompts(1))
         require_finite_values(hidden, f"the hidden states of {side.name!r}")
-    sizes = list(dict.fromkeys(workload.batch_sizes))
-    peaks = {size: [side.peak_bytes(size) for side in sides] for size in sizes}
+    peaks = {size: [side.peak_bytes(size) for side in sides] for size in workload.sizes}
     runs = {
         size: timed_runs(
             models, [s.prompts(size) for s in sides], workload.new_tokens, workload.repeats
         )
-        for size in progress(sizes, "bench")
+        for size in progress(workload.sizes, "bench")
     }
+    return summarised(
+        [side.facts() for side in sides],
+        workload,
+        runs,
+        peaks,
+        device=_device_name(model.device),
+        dtype=_dtype_name(model),
+    )
+
+
+def summarised(
+    sides: Sequence[Side],
+    workload: Workload,
+    runs: Mapping[int, Sequence[Sequence[Timing]]],
+    peaks: Mapping[int, Sequence[int]],
+    device: str,
+    dtype: str,
+) -> Bench:
+    """What runs of a model, and of its baseline if there is one, say.
+
+    Args:
+        sides: The model, and its baseline.
+        workload: What was timed.
+        runs: For each batch size the runs of each side, in the order of their rounds.
+        peaks: For each batch size the peak bytes of each side.
+        device: Where.
+        dtype: Data type of the weights.
+    """
     measured = [
-        side.footprint(tuple(side.speed(size, runs[size][i], peaks[size][i]) for size in sizes))
+        side.footprint(
+            workload,
+            tuple(_speed(workload, size, its[i], peaks[size][i]) for size, its in runs.items()),
+        )
         for i, side in enumerate(sides)
     ]
     return Bench(
         workload=workload,
-        device=_device_name(model.device),
-        dtype=_dtype_name(model),
+        device=device,
+        dtype=dtype,
         threads=torch.get_num_threads(),
         model=measured[0],
-        baseline=measured[1] if baseline is not None else None,
+        baseline=measured[1] if len(sides) > 1 else None,
         speed_ups=tuple(
-            _speed_up(sides, size, list(zip(*runs[size], strict=True)))
-            for size in (sizes if baseline is not None else ())
+            _speed_up(sides, workload, size, list(zip(*its, strict=True)))
+            for size, its in (runs.items() if len(sides) > 1 else ())
         ),
     )
 
@@ -220,8 +250,53 @@ def _gain_cells(found: float, ideal: float) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Side:
-    """One of the models, and what it shall do."""
+class Side:
+    """What is known of one of the models before it is timed.
+
+    Attributes:
+        name: Name or path.
+        shape: Of the configuration: quantised weights are packed.
+        dtype: Data type of keys and values.
+        weight_bytes: Bytes of all weights.
+        read_bytes: Bytes of the weights that every new token reads: layers, final norm and head.
+    """
+
+    name: str
+    shape: Anatomy
+    dtype: str
+    weight_bytes: int
+    read_bytes: int
+
+    def footprint(self, workload: Workload, speeds: tuple[Speed, ...]) -> Footprint:
+        """What the model takes for one prompt."""
+        return Footprint(
+            model=self.name,
+            total_params=self.shape.total_params,
+            backbone_params=self.shape.backbone_params,
+            weight_bytes=self.weight_bytes,
+            prefill_flops=prefill_flops(self.shape, workload.prompt_tokens),
+            decode_flops=decode_flops(self.shape, workload.mean_context),
+            speeds=speeds,
+            warnings=tuple(slow_widths(self.shape)),
+        )
+
+    def bytes_read(self, workload: Workload, batch_size: int) -> int:
+        """Bytes that one further token of every answer reads from memory."""
+        cached = kv_cache_bytes_per_token(self.shape, self.dtype)
+        return self.read_bytes + batch_size * workload.mean_context * cached
+
+
+def random_prompts(shape: Anatomy, workload: Workload, batch_size: int) -> Tensor:
+    """``[B, T]``: random ordinary tokens. Special ones stand at the ends of a vocabulary."""
+    generator = torch.Generator().manual_seed(0)
+    low, high = shape.vocab_size // 4, shape.vocab_size // 2
+    size = (batch_size, workload.prompt_tokens)
+    return torch.randint(low, high, size, generator=generator)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A model in this process, and what it shall do."""
 
     name: str
     model: PreTrainedModel
@@ -232,12 +307,15 @@ class _Side:
         """Of the configuration: quantised weights are packed."""
         return anatomy_of(self.model.config)
 
+    def facts(self) -> Side:
+        """What is known of it without a run."""
+        head: Any = self.model.get_output_embeddings()
+        read = stored_bytes(decoder_layers(self.model), final_norm(self.model), head)
+        return Side(self.name, self.shape, _dtype_name(self.model), stored_bytes(self.model), read)
+
     def prompts(self, batch_size: int) -> dict[str, Tensor]:
-        """Random ordinary tokens: special ones stand at the ends of a vocabulary."""
-        generator = torch.Generator().manual_seed(0)
-        low, high = self.shape.vocab_size // 4, self.shape.vocab_size // 2
-        size = (batch_size, self.workload.prompt_tokens)
-        ids = torch.randint(low, high, size, generator=generator).to(self.model.device)
+        """A batch on the model's device."""
+        ids = random_prompts(self.shape, self.workload, batch_size).to(self.model.device)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def peak_bytes(self, batch_size: int) -> int:
@@ -251,49 +329,25 @@ class _Side:
         peak: int = memory.peak_bytes
         return stored_bytes(self.model) + peak
 
-    def speed(self, batch_size: int, runs: Sequence[Timing], peak_bytes: int) -> Speed:
-        """Medians over the runs."""
-        new_tokens = batch_size * self.workload.new_tokens
-        return Speed(
-            batch_size=batch_size,
-            prefill_ms=median(run.prefill_ms for run in runs),
-            decode_ms=median(run.decode_ms for run in runs),
-            tokens_per_second=median(1e3 * new_tokens / run.total_ms for run in runs),
-            peak_bytes=peak_bytes,
-        )
 
-    def footprint(self, speeds: tuple[Speed, ...]) -> Footprint:
-        """What the model takes for one prompt."""
-        return Footprint(
-            model=self.name,
-            total_params=self.shape.total_params,
-            backbone_params=self.shape.backbone_params,
-            weight_bytes=stored_bytes(self.model),
-            prefill_flops=prefill_flops(self.shape, self.workload.prompt_tokens),
-            decode_flops=decode_flops(self.shape, self.mean_context),
-            speeds=speeds,
-            warnings=tuple(slow_widths(self.shape)),
-        )
-
-    @property
-    def mean_context(self) -> int:
-        """Tokens that a new one attends to, halfway through the answer."""
-        return self.workload.prompt_tokens + self.workload.new_tokens // 2
-
-    def bytes_read(self, batch_size: int) -> int:
-        """Bytes that one further token of every answer reads from memory."""
-        head: Any = self.model.get_output_embeddings()
-        weights = stored_bytes(decoder_layers(self.model), final_norm(self.model), head)
-        cached = kv_cache_bytes_per_token(self.shape, _dtype_name(self.model))
-        return weights + batch_size * self.mean_context * cached
+def _speed(workload: Workload, batch_size: int, runs: Sequence[Timing], peak_bytes: int) -> Speed:
+    """Medians over the runs."""
+    new_tokens = batch_size * workload.new_tokens
+    return Speed(
+        batch_size=batch_size,
+        prefill_ms=median(run.prefill_ms for run in runs),
+        decode_ms=median(run.decode_ms for run in runs),
+        tokens_per_second=median(1e3 * new_tokens / run.total_ms for run in runs),
+        peak_bytes=peak_bytes,
+    )
 
 
 def _speed_up(
-    sides: Sequence[_Side], batch_size: int, runs: Sequence[tuple[Timing, ...]]
+    sides: Sequence[Side], workload: Workload, batch_size: int, runs: Sequence[tuple[Timing, ...]]
 ) -> SpeedUp:
     """What neighbouring runs of the model and of the baseline say."""
-    read = [prefill_flops(s.shape, s.workload.prompt_tokens, batch_size) for s in sides]
-    written = [side.bytes_read(batch_size) for side in sides]
+    read = [prefill_flops(s.shape, workload.prompt_tokens, batch_size) for s in sides]
+    written = [side.bytes_read(workload, batch_size) for side in sides]
     return SpeedUp(
         batch_size=batch_size,
         prefill=median(slow.prefill_ms / fast.prefill_ms for fast, slow in runs),

@@ -6,6 +6,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -102,12 +103,19 @@ def timed_runs(
     pairs = list(zip(models, inputs, strict=True))
     for model, batch in pairs:
         timed_run(model, batch, 2)
-    runs: list[list[Timing]] = [[] for _ in pairs]
+    return in_turn(
+        [partial(timed_run, model, batch, new_tokens) for model, batch in pairs], repeats
+    )
+
+
+def in_turn(runs: Sequence[Callable[[], Timing]], repeats: int) -> list[list[Timing]]:
+    """Repeat some runs, forwards and backwards by turns; the times of each, by round."""
+    found: list[list[Timing]] = [[] for _ in runs]
     for repeat in range(repeats):
-        order = range(len(pairs)) if repeat % 2 == 0 else reversed(range(len(pairs)))
+        order = range(len(runs)) if repeat % 2 == 0 else reversed(range(len(runs)))
         for index in order:
-            runs[index].append(timed_run(*pairs[index], new_tokens))
-    return runs
+            found[index].append(runs[index]())
+    return found
 
 
 def stored_bytes(*modules: nn.Module) -> int:

