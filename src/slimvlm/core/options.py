@@ -380,8 +380,9 @@ class ShapeOptions(Options):
     title: ClassVar[str] = "What to remove"
 
     axis: AxisChoice | None = None
-    """Remove layers, KV groups and neurons, or both; auto tries the three and lets held-out answers
-    choose; chart, the default, follows the study's decision chart."""
+    """Remove layers, KV groups and neurons, or both; auto, what compress does where there is data,
+    tries the three and lets held-out answers choose; chart, the default elsewhere, follows the
+    study's decision chart."""
     allocation: Allocation | None = None
     """How widths share the ratio: the same in every layer, with KV groups and neurons in
     proportion (uniform) or as costs a few layers least (balanced); or first and last layers whole
@@ -484,6 +485,9 @@ class TrainingShare(Options):
 
     training_samples: Annotated[int | None, AT_LEAST_1] = None
     """Use only so many further samples for training."""
+    stages: tuple[float, ...] = ()
+    """Ratios on the way, such as 0.3 0.6: prune to the first, train on a part of the samples, prune
+    to the next, train on the next part. The last one is the ratio."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -509,6 +513,7 @@ class CompressConfig(RunOptions, PruneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._end_at_last_stage()
         if self.recover is None:
             return
         if self.recover.keep_adapter:
@@ -519,6 +524,19 @@ class CompressConfig(RunOptions, PruneConfig):
             raise ConfigError(
                 f"seed {self.seed}: a run has one, and recover has {self.recover.seed}"
             )
+
+
+    def _end_at_last_stage(self) -> None:
+        """The last stage is the ratio."""
+        if not self.stages:
+            return
+        if sorted({*self.stages}) != list(self.stages) or self.stages[0] <= 0:
+            raise ConfigError(f"stages {self.stages}: ratios must rise, from above 0")
+        if self.recover is None or self.data is None:
+            raise ConfigError(f"stages {self.stages} need training and data")
+        if self.ratio not in (None, self.stages[-1]):
+            raise ConfigError(f"stages {self.stages} must end at the ratio, {self.ratio}")
+        object.__setattr__(self, "ratio", self.stages[-1])
 
 
 MIN_NEW_TOKENS = 3

@@ -98,6 +98,39 @@ class Plan:
             rows[unit][index] = units
         return replace(self, kv_groups=tuple(rows["kv_group"]), neurons=tuple(rows["neuron"]))
 
+    def then(self, later: Plan) -> Plan:
+        """One plan for both: this one, then another of the model that it leaves.
+
+        Raises:
+            ConfigError: If the other plan is for a model of another shape.
+        """
+        if (later.before.layers, later.before.vocab_size) != (
+            self.after.layers,
+            self.after.vocab_size,
+        ):
+            raise ConfigError("plan: the later one is not for the model that the first one leaves")
+        places = {self.layers[place]: place for place in later.layers}
+
+        def both(mine: Sequence[Kept], theirs: Sequence[Kept]) -> tuple[Kept, ...]:
+            return tuple(
+                tuple(kept[unit] for unit in theirs[places[index]]) if index in places else ()
+                for index, kept in enumerate(mine)
+            )
+
+        tokens = later.tokens
+        if self.tokens is not None:
+            tokens = self.tokens if tokens is None else tuple(self.tokens[i] for i in tokens)
+        return replace(
+            self,
+            layers=tuple(places),
+            kv_groups=both(self.kv_groups, later.kv_groups),
+            neurons=both(self.neurons, later.neurons),
+            axis=self.axis if self.axis == later.axis else "both",
+            asked_ratio=None,
+            criteria={**self.criteria, **later.criteria},
+            tokens=tokens,
+        )
+
     @property
     def after(self) -> Anatomy:
         """The smaller model's anatomy."""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +58,20 @@ from slimvlm.scoring.unit_scores import Scores
 from slimvlm.training.recover import TRACKER_FOLDER
 
 STAGES = ("original", "pruned", "recovered")
+_STAGE = "stage-{}"
+"""Where one of the first of several ratios is worked at."""
 _SAID = "said.safetensors"
 """What the original says about samples that stay unseen, for later stages."""
 
 
 def request_of(model: str, config: CompressConfig) -> Request:
-    """What a run asks of the stages."""
+    """What a run asks of the stages. With data, an axis that is not named is open."""
+    prune = part_of(config, PruneConfig)
+    if prune.axis is None and prune.data is not None:
+        prune = replace(prune, axis="auto")
     return Request(
         model=model,
-        prune=part_of(config, PruneConfig),
+        prune=prune,
         recover=config.recover,
         training_samples=config.training_samples,
         report_samples=config.report_samples,
@@ -154,9 +160,11 @@ def _checked_samples(run: Run, force: bool) -> SampleSplit:
         return samples
     if later:
         check_request(run.request, anatomy(run.model), run.say)
+    for ratio in run.config.stages:
+        check_request(_at(run.request, ratio), anatomy(run.model), silent)
     if run.request.prune.axis == "auto":
         run.say("axis auto: depth, width and both are tried, and held-out answers choose")
-    elif run.config.axis in (None, "chart"):
+    elif run.request.prune.axis != run.config.axis:
         chart = recipe_for(ratio_of(run.config), run.request.trains)
         run.say(f"axis {chart.axis}: {chart.why} ({chart.source})")
     return samples
@@ -168,13 +176,71 @@ def _go(run: Run, samples: SampleSplit, force: bool) -> None:
     original, processor = stages.load_original(run.request)
     _evaluated(run, "original", original, processor)
     _asked_on_data(run, "original", original, processor, samples.report)
-    calibration = Calibration(processor, samples.calibration, run.request.hold_out)
     trains = run.request.trains and bool(samples.training)
-    plan = _pruned(run, original, calibration, samples, trains)
-    del original, calibration  # before two models are read for recovery
+    base = Base(original, processor)
+    del original  # before two models are read for recovery
+    *early, last = _divided(samples, max(len(run.config.stages), 1))
+    for number, part in enumerate(early, 1):
+        base = _on_the_way(run, number, base, part)
+    plan = _pruned(run, base, last, trains)
+    del base
     if trains:
-        _recovered(run, plan, samples)
+        _recovered(run, plan, last)
     finish(run, plan)
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a stage prunes: the original, or what earlier ratios made of it.
+
+    Attributes:
+        model: The model, which is pruned in place.
+        processor: Its processor.
+        plan: What earlier ratios kept of the original.
+    """
+
+    model: PreTrainedModel
+    processor: Any
+    plan: Plan | None = None
+
+    def asked(self, request: Request) -> Request:
+        """The request for what still has to go; tokens went first."""
+        if self.plan is None:
+            return request
+        size = self.plan.before.backbone_params
+        left = (1 - ratio_of(request.prune)) * size / read_anatomy(self.model).backbone_params
+        prune = replace(request.prune, ratio=1 - left, vocab_size=None, vocab_text=None)
+        return replace(request, prune=prune, tokens=None)
+
+    def whole(self, plan: Plan, ratio: float) -> Plan:
+        """A plan of this model as one of the original, of which a share was to go."""
+        return plan if self.plan is None else replace(self.plan.then(plan), asked_ratio=ratio)
+
+
+def _divided(samples: SampleSplit, parts: int) -> list[SampleSplit]:
+    """The samples of each ratio: each learns from others, if there are enough."""
+    training = samples.training
+    edges = [len(training) * part // parts for part in range(parts + 1)]
+    shares = [training[start:end] or training for start, end in pairwise(edges)]
+    return [replace(samples, training=share) for share in shares]
+
+
+def _on_the_way(run: Run, number: int, base: Base, samples: SampleSplit) -> Base:
+    """Prune to one of the first ratios and recover, in a folder inside the run's."""
+    ratio = run.config.stages[number - 1]
+    run.say(f"stage {number} of {len(run.config.stages)}: {ratio:.0%}")
+    part = replace(run, folder=run.path(_STAGE.format(number)))
+    part.request = replace(_at(run.request, ratio), questions=None)
+    part.path("scores").mkdir(parents=True, exist_ok=True)
+    unreported = replace(samples, report=())
+    plan = _pruned(part, base, unreported, trains=True)
+    _recovered(part, plan, unreported)
+    model, processor = load(part.path("checkpoint"), run.config.dtype)
+    return Base(model, processor, plan)
+
+
+def _at(request: Request, ratio: float) -> Request:
+    return replace(request, prune=replace(request.prune, ratio=ratio))
 
 
 def _require_startable(run: Run, force: bool) -> None:
@@ -207,33 +273,34 @@ def _scored(run: Run, model: PreTrainedModel, calibration: Calibration) -> list[
     return [Scores.load(folder / name) for name in names]
 
 
-def _pruned(
-    run: Run,
-    model: PreTrainedModel,
-    calibration: Calibration,
-    samples: SampleSplit,
-    trains: bool,
-) -> Plan:
-    """Walk the model and write it, unless a later stage has been reached already."""
+def _pruned(run: Run, base: Base, samples: SampleSplit, trains: bool) -> Plan:
+    """Walk the model and write it, unless a later stage has been reached already.
+
+    Returns:
+        What is kept of the original.
+    """
     folder = "pruned" if trains else "checkpoint"
-    training = samples.training if trains else ()
     if run.path(folder).exists() or run.path("checkpoint").exists():
         return Plan.load(run.path("plan.json"))
-    given = tokens_alone(run.request, read_anatomy(model))
+    request, model = base.asked(run.request), base.model
+    calibration = Calibration(base.processor, samples.calibration, request.hold_out)
+    given = tokens_alone(request, read_anatomy(model))
     scores = [] if given else _scored(run, model, calibration)
+    training = samples.training if trains else ()
     scratch = run.path("walk")
-    walked = stages.prune_(run.request, model, calibration, scores, given, scratch, training)
+    walked = stages.prune_(request, model, calibration, scores, given, scratch, training)
     run.say(walked.summary())
     if walked.scores is not None:
         walked.scores.save(run.path("scores") / walked.scores.criterion)
     write_text(run.path("walk.json"), json.dumps(asdict(walked.report), indent=1) + "\n")
-    walked.plan.save(run.path("plan.json"))
-    processor = trimmed_processor(calibration.processor, walked.plan)
+    plan = base.whole(walked.plan, ratio_of(run.request.prune))
+    plan.save(run.path("plan.json"))
+    processor = trimmed_processor(base.processor, walked.plan)
     _evaluated(run, "pruned", model, processor)
     _asked_on_data(run, "pruned", model, processor, samples.report)
-    _save(run, model, processor, walked.plan, folder)
+    _save(run, model, processor, plan, folder)
     shutil.rmtree(run.path("walk"), ignore_errors=True)
-    return walked.plan
+    return plan
 
 
 def _recovered(run: Run, plan: Plan, samples: SampleSplit) -> None:
@@ -334,5 +401,6 @@ def finish(run: Run, plan: Plan) -> None:
     if (logs := run.path("training") / TRACKER_FOLDER).exists():
         logs.replace(run.path(TRACKER_FOLDER))
     run.path(_SAID).unlink(missing_ok=True)
-    for name in ("pruned", "training", "walk"):
+    on_the_way = [_STAGE.format(number) for number, _ in enumerate(run.config.stages, 1)]
+    for name in ("pruned", "training", "walk", *on_the_way):
         shutil.rmtree(run.path(name), ignore_errors=True)
