@@ -233,7 +233,7 @@ def _advice_rows(advice: Advice) -> list[list[str]]:
         [
             "remove",
             f"{advice.ratio:.1%} of the backbone, {advice.decoder_ratio:.1%} of its layers, along "
-            f"{recipe.axis}",
+            f"{advice.axis}",
         ],
         ["train", learns],
         ["parameters", f"{after / 1e9:.3g} B of {before / 1e9:.3g} B"],

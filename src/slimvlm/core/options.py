@@ -525,7 +525,6 @@ class CompressConfig(RunOptions, PruneConfig):
                 f"seed {self.seed}: a run has one, and recover has {self.recover.seed}"
             )
 
-
     def _end_at_last_stage(self) -> None:
         """The last stage is the ratio."""
         if not self.stages:

@@ -6,14 +6,20 @@ Nothing is run and no weights are read. Rules and measured numbers come from ``r
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from slimvlm.core.errors import ConfigError
-from slimvlm.core.options import CalibrationConfig, CompressConfig, RecoverConfig
+from slimvlm.core.options import (
+    Axis,
+    AxisChoice,
+    CalibrationConfig,
+    CompressConfig,
+    RecoverConfig,
+)
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import params_for_memory, parse_bytes, parse_count, weight_bytes
 from slimvlm.models.load import anatomy as anatomy_of
@@ -69,7 +75,8 @@ class Advice:
     Attributes:
         model: Folder, hub id or ``demo``.
         ratio: Share of the backbone to remove.
-        recipe: Where to prune, what to train.
+        axis: Where to prune: ``auto`` lets the data decide, where there is some.
+        recipe: The study's: where it prunes, what it trains.
         decoder_ratio: Share of the decoder layers that this is.
         expected: Measurements of this recipe where such a share of the layers went, those of the
             same model first.
@@ -84,6 +91,7 @@ class Advice:
 
     model: str
     ratio: float
+    axis: AxisChoice
     decoder_ratio: float
     recipe: Recipe
     expected: tuple[Expectation, ...]
@@ -151,11 +159,13 @@ def advise(
 
     recipe, cost, notes = _affordable(sizes, ratio, data, has_gpu, dtype, asked)
     share = decoder_share(shape, ratio)
+    axis: AxisChoice = "auto" if data else recipe.axis
     after = shape.total_params - round(ratio * shape.backbone_params)
     size = weight_bytes(shape, dtype)
     return Advice(
         model=model,
         ratio=ratio,
+        axis=axis,
         decoder_ratio=share,
         recipe=recipe,
         expected=_expectations(recipe, share, subject),
@@ -165,7 +175,7 @@ def advise(
         fraction=fraction if recipe.train else 1.0,
         cost=cost,
         notes=(*notes, *([why] if recipe.train else []), *_on_embeddings(shape, ratio)),
-        command=compress_command(model, asked(recipe), "run"),
+        command=compress_command(model, replace(asked(recipe), axis=axis), "run"),
     )
 
 
@@ -180,7 +190,8 @@ def _affordable(
     """The recipe, unless its training would take too long here."""
 
     def cost_of(recipe: Recipe) -> Cost:
-        return estimate_cost(sizes, resolved(request_of("", asked(recipe))), has_gpu, dtype)
+        request = resolved(request_of("", asked(recipe)))
+        return estimate_cost(sizes, request, has_gpu, dtype, len(get_args(Axis)) if data else 0)
 
     recipe = recipe_for(ratio, data)
     cost = cost_of(recipe)
@@ -193,7 +204,13 @@ def _affordable(
         ]
         recipe = recipe_for(ratio, False)
         cost = cost_of(recipe)
-    return recipe, cost, [*notes, f"{recipe.why} ({recipe.source})"]
+    notes.append(f"the study's chart says {recipe.axis}: {recipe.why} ({recipe.source})")
+    if data:
+        notes.append(
+            "axis auto: depth, width and both are tried on the data, and held-out answers choose. "
+            "What is expected is said of the chart's axis"
+        )
+    return recipe, cost, notes
 
 
 def _ratio(

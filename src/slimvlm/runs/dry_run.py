@@ -101,7 +101,9 @@ def foresee(model: str, config: CompressConfig, say: Say = print) -> Foreseen:
         report=len(samples.report),
         tokens=tokens,
         dtype=dtype,
-        cost=estimate_cost(sizes, request, torch.cuda.is_available(), dtype),
+        cost=estimate_cost(
+            sizes, request, torch.cuda.is_available(), dtype, len(tried) if len(tried) > 1 else 0
+        ),
     )
 
 

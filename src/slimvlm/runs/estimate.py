@@ -30,6 +30,8 @@ from slimvlm.runs.request import Request, ratio_of
 from slimvlm.scoring.criteria import CRITERIA
 
 CALIBRATION_BATCH = 4
+TRIAL_SHARE = 1 / 6
+"""Share of a training that an axis is tried with."""
 """Calibration samples that run at once."""
 LOGITS_COPIES = 3
 """Tensors of the size of a chunk's logits that a loss and its gradient hold at one time."""
@@ -93,7 +95,9 @@ class Cost:
     rests_on: tuple[str, ...] = ()
 
 
-def estimate_cost(sizes: Sizes, request: Request, has_gpu: bool, dtype: str) -> Cost:
+def estimate_cost(
+    sizes: Sizes, request: Request, has_gpu: bool, dtype: str, tried: int = 0
+) -> Cost:
     """What a request needs.
 
     Args:
@@ -101,6 +105,7 @@ def estimate_cost(sizes: Sizes, request: Request, has_gpu: bool, dtype: str) -> 
         request: What is asked, from `slimvlm.runs.request.resolved`.
         has_gpu: Whether training runs on a GPU.
         dtype: Data type of the weights.
+        tried: Axes that are tried before.
     """
     constants = rules().constants
     speed, device = _speed(has_gpu)
@@ -113,9 +118,11 @@ def estimate_cost(sizes: Sizes, request: Request, has_gpu: bool, dtype: str) -> 
         f"time: {device}, {constants.efficiency:.0%} of it used; {sizes.tokens:.0f} tokens a "
         "conversation; the vision tower is not counted",
     ]
+    brief = replace(request, prune=replace(request.prune, local_steps=0), report_samples=0)
+    trials = tried * _pruning_flops(sizes, brief)
     pruning = Cost(
         calibration_bytes=_pruning_bytes(sizes, request, dtype),
-        pruning_hours=_pruning_flops(sizes, request) / usable,
+        pruning_hours=(_pruning_flops(sizes, request) + trials) / usable,
         rests_on=tuple(about),
     )
     if request.recover is None:
@@ -130,7 +137,7 @@ def estimate_cost(sizes: Sizes, request: Request, has_gpu: bool, dtype: str) -> 
     return replace(
         pruning,
         training_bytes=_training_bytes(sizes, ratio, config, dtype),
-        training_hours=flops / usable,
+        training_hours=(1 + tried * TRIAL_SHARE) * flops / usable,
         samples=sizes.samples,
         rests_on=tuple(about),
     )

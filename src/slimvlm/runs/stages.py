@@ -36,7 +36,7 @@ from slimvlm.pruning.walk.distil import LocalSteps
 from slimvlm.pruning.walk.layer import Steps
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.pruning.walk.walk import plans_for, walk_batches
-from slimvlm.runs.estimate import CALIBRATION_BATCH, optimizer_steps
+from slimvlm.runs.estimate import CALIBRATION_BATCH, TRIAL_SHARE, optimizer_steps
 from slimvlm.runs.request import (
     Request,
     along,
@@ -65,7 +65,7 @@ UNSEEN_SHARE = 5
 FEWEST_UNSEEN = 2
 """Fewer samples have no interval."""
 
-_AXIS, _TRIAL_SHARE = "axis", 1 / 6
+_AXIS = "axis"
 
 
 # The samples: one order for each seed, calibration first, training after it, the end's report last.
@@ -360,13 +360,14 @@ def try_axes(
         brief = replace(each, prune=replace(each.prune, local_steps=0))
         walked = walk(brief, Live(model), Memory(), model.device, calibration, scores)
         walked = replace(walked, plan=replace(walked.plan, tokens=None))
-        student = copy.deepcopy(model)
+        student = _sharing_weights(model)
         walked.apply_(student)
         if request.recover is not None and training:
+            student = copy.deepcopy(student)  # what stays whole is the original's until here
             steps = optimizer_steps(request.recover, len(training))
             few = replace(
                 request.recover,
-                max_steps=max(round(steps * _TRIAL_SHARE), 2),
+                max_steps=max(round(steps * TRIAL_SHARE), 2),
                 teacher_weights="separate",  # a teacher that shares is used up
             )
             teacher = model if few.needs_teacher else None
@@ -374,6 +375,12 @@ def try_axes(
         with evaluating(student):
             losses[axis] = answer_loss(student, calibration.held_out)
     return losses
+
+
+def _sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model, module by module, that holds the very same tensors."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def best_axis(request: Request, losses: Mapping[Axis, float]) -> tuple[Request, str]:
