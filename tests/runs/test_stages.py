@@ -16,6 +16,7 @@ from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.load import load
 from slimvlm.planning.plan import Plan
 from slimvlm.runs import compress as compression
+from slimvlm.runs import stages
 from slimvlm.runs.compress import compress
 from slimvlm.training.recover import History
 from tests import tiny_folder as folders
@@ -95,27 +96,31 @@ def stopped(*args: Any, **kwargs: Any) -> None:
 
 
 def test_a_stopped_run_goes_on(staged: Path, data: Path, tmp_path: Path) -> None:
-    """Killed before each step of the way, it ends with the same bits."""
+    """Each time it is stopped after one more pruning or training, it ends with the same bits."""
     out = tmp_path / "out"
-    for calls in (1, 2):  # the training of the first ratio, the pruning to the second
+    for _ in range(3):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(compression, ("_recovered", "_on_the_way")[calls - 1], stopped)
+            done: list[str] = []
+            for name in ("prune_", "recover_"):
+                patch.setattr(stages, name, only_one(getattr(stages, name), done))
             with pytest.raises(KeyboardInterrupt):
                 run(data, out)
-    with pytest.MonkeyPatch.context() as patch:
-        honest = compression._recovered
-        seen: list[int] = []
-
-        def once(*args: Any) -> None:
-            seen.append(1)
-            return honest(*args) if len(seen) == 1 else stopped()
-
-        patch.setattr(compression, "_recovered", once)
-        with pytest.raises(KeyboardInterrupt):
-            run(data, out)
+            assert len(done) == 1
     run(data, out)
     found, whole = (load_file(f / "checkpoint" / "model.safetensors") for f in (out, staged))
     assert all(torch.equal(found[name], whole[name]) for name in whole)
+
+
+def only_one(honest: Any, done: list[str]) -> Any:
+    """A stage that is done if it is the first one of a run."""
+
+    def stage(*args: Any, **kwargs: Any) -> Any:
+        if done:
+            raise KeyboardInterrupt
+        done.append(honest.__name__)
+        return honest(*args, **kwargs)
+
+    return stage
 
 
 @pytest.mark.parametrize(
