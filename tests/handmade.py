@@ -25,6 +25,7 @@ def random_scores(anatomy: Anatomy, seed: int = 0) -> Scores:
         layer=torch.rand(anatomy.num_layers, generator=generator),
         kv_group=[torch.rand(s.num_kv_heads, generator=generator) for s in anatomy.layers],
         neuron=[torch.rand(s.intermediate_size, generator=generator) for s in anatomy.layers],
+        expert=[torch.rand(s.num_experts, generator=generator) for s in anatomy.layers],
     )
 
 
@@ -87,6 +88,7 @@ def padded(batches: Iterable[Batch], left: bool = False) -> Batch:
     parts = list(batches)
     longest = max(part["input_ids"].shape[1] for part in parts)
     fill = {"input_ids": 77, "attention_mask": 0, "labels": -100, "token_type_ids": 0}
+    fill["mm_token_type_ids"] = 0
 
     def widened(name: str, value: Tensor) -> Tensor:
         if name not in fill:

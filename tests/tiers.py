@@ -23,7 +23,7 @@ ARCHETYPES: dict[str, tuple[str, ...]] = {
     "llava-llama": ("retype", "head_rule: divides_hidden_size"),
     "phi": ("mlp: neuron > neuron", "text alone", "one query head per KV head", "biases"),
     "llava-phi3": ("attention: query+key_value+key_value > query",),
-    "qwen3_vl_moe": ("pinned_layers", "neuron_field", "neuron_multiple"),
+    "qwen3_vl_moe": ("pinned_layers", "neuron_field", "neuron_multiple", "experts"),
     "llama4": ("mlp: transposed", "layer_lists: no_rope_layers", "layer_indices: moe_layers"),
     "lfm2": ("width_fields", "some layers without attention"),
     "qwen3_5_text": ("attention: query_and_gate, key_value, key_value > query",),

@@ -208,7 +208,7 @@ CONFIGS: dict[str, Callable[[], hf.PreTrainedConfig]] = {
 }
 
 QWEN_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-TOKEN_TYPES = (*QWEN_FAMILIES, "qwen3_vl_moe", "qwen3_5", "glm4v")
+TOKEN_TYPES = (*QWEN_FAMILIES, "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v")
 
 
 def is_multimodal(config: hf.PreTrainedConfig) -> bool:

@@ -135,10 +135,27 @@ def phi4_multimodal() -> Config:
     )
 
 
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+def qwen3_moe() -> Config:
+    dense = {"intermediate_size": 96, "mlp_only_layers": [1]}
+    return hf.Qwen3MoeConfig(**{**TEXT, **EXPERTS, **dense, "head_dim": 8})
+
+
+def qwen3_5_moe() -> Config:
+    text = qwen3_5_text().to_dict()
+    shared = {"shared_expert_intermediate_size": 24, "model_type": "qwen3_5_moe_text"}
+    return hf.Qwen3_5MoeConfig(
+        text_config={**text, **EXPERTS, **shared},
+        vision_config={**QWEN_VISION, "num_position_embeddings": 16},
+        **QWEN_IDS,
+    )
+
+
 def qwen3_vl_moe() -> Config:
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     return hf.Qwen3VLMoeConfig(
-        text_config={**TEXT, **experts, "head_dim": 8, "rope_parameters": ROPE_3D},
+        text_config={**TEXT, **EXPERTS, "head_dim": 8, "rope_parameters": ROPE_3D},
         vision_config={
             **QWEN_VISION,
             "num_position_embeddings": 16,
@@ -311,6 +328,12 @@ def gemma4_text() -> Config:
     return hf.Gemma4TextConfig(**GEMMA_TEXT, global_head_dim=16)
 
 
+def gemma4_experts() -> Config:
+    experts = {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 8}
+    wide = {**GEMMA_TEXT, **experts, "enable_moe_block": True}
+    return hf.Gemma4TextConfig(**wide, global_head_dim=16)
+
+
 def gemma4() -> Config:
     return hf.Gemma4Config(
         text_config=gemma4_text().to_dict(),
@@ -343,8 +366,10 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "perception_lm": perception_lm,
     "glm4v": glm4v,
     "phi4_multimodal": phi4_multimodal,
+    "qwen3_moe": qwen3_moe,
     "qwen3_vl_moe": qwen3_vl_moe,
     "qwen3_5": qwen3_5,
+    "qwen3_5_moe": qwen3_5_moe,
     "minicpmv4_6": minicpmv4_6,
     "idefics2": idefics2,
     "mllama": mllama,
@@ -355,6 +380,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "gemma3n_text": gemma3n_text,
     "gemma3n": gemma3n,
     "gemma4_text": gemma4_text,
+    "gemma4-experts": gemma4_experts,
     "gemma4": gemma4,
 }
 
@@ -369,7 +395,7 @@ def image_inputs(config: Config, pixels: torch.Tensor) -> tuple[dict[str, torch.
     kind = config.model_type
     patches = pixels.unfold(2, 8, 8).unfold(3, 8, 8).reshape(3, 16, 64).transpose(0, 1).flatten(1)
     grid = {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, 4, 4]])}
-    if kind in ("glm4v", "qwen3_vl_moe", "qwen3_5"):
+    if kind in ("glm4v", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"):
         return grid, 4
     if kind == "video_llama_3":
         return {**grid, "image_merge_sizes": torch.tensor([2])}, 4

@@ -28,7 +28,7 @@ from tests.tolerances import (
     assert_scores_close,
 )
 
-UNITS = ("layer", "kv_group", "neuron")
+UNITS = ("layer", "kv_group", "neuron", "expert")
 MODELS = ("llama", "llava-llama", "internvl-qwen2", "llava-phi", "llava-phi3", "qwen3_vl")
 
 
@@ -42,6 +42,17 @@ def _cases() -> list[Any]:
             label = "-".join([name, *map(str, values)])
             cases.append(pytest.param(name, options, id=label))
     return cases
+
+
+EXPERTS_ALONE = [name for name, row in CRITERIA.items() if row.units == ("expert",)]
+
+
+def build(criterion: str, name: str) -> PreTrainedModel:
+    """A tiny model; one with experts instead where a criterion is about nothing else."""
+    if criterion in EXPERTS_ALONE:
+        sees = tiny.is_multimodal(tiny.CONFIGS[name]())
+        return tiny.build("qwen3_vl_moe" if sees else "qwen3_moe")
+    return tiny.build(name)
 
 
 CASES = _cases()
@@ -72,15 +83,16 @@ def samples(model: PreTrainedModel) -> list[Batch]:
 
 
 def flat(scores: Scores) -> dict[str, Tensor]:
-    """All tensors of some scores by name; runs that do not fit are left out."""
+    """All tensors of some scores by name, but for runs that do not fit and layers without units."""
     found: dict[str, Tensor] = {}
     if scores.layer is not None:
         found["layer"] = scores.layer
     if scores.layer_runs is not None:
         found["layer_runs"] = scores.layer_runs[scores.layer_runs.isfinite()]
-    for unit in ("kv_group", "neuron"):
+    for unit in ("kv_group", "neuron", "expert"):
         for index, values in enumerate(scores.of(unit) or ()):
-            found[f"{unit}.{index}"] = values
+            if len(values):
+                found[f"{unit}.{index}"] = values
     return found
 
 
@@ -100,7 +112,7 @@ def share_of(criterion: str) -> float:
 @pytest.mark.parametrize("model_name", tiered(MODELS))
 @every_case
 def test_shapes_types_and_names(criterion: str, options: dict[str, Any], model_name: str) -> None:
-    model = tiny.build(model_name)
+    model = build(criterion, model_name)
     anatomy = read_anatomy(model)
     scores = score(model, [sample(model, 0)], criterion, **options)
     assert scores.criterion == criterion
@@ -113,27 +125,27 @@ def test_shapes_types_and_names(criterion: str, options: dict[str, Any], model_n
         assert not values.requires_grad
     if scores.layer is not None:
         assert scores.layer.shape == (anatomy.num_layers,)
-    for unit, count in (("kv_group", "num_kv_heads"), ("neuron", "intermediate_size")):
+    for unit in UNITS[1:]:
         if scores.of(unit) is not None:
-            expected = [(getattr(shape, count),) for shape in anatomy.layers]
+            expected = [(shape.units(unit),) for shape in anatomy.layers]
             assert [tuple(values.shape) for values in scores.of(unit)] == expected
 
 
 @every_case
 def test_units_get_different_scores(criterion: str, options: dict[str, Any]) -> None:
-    model = tiny.build("llava-llama")
+    model = build(criterion, "llava-llama")
     scores = score(model, samples(model), criterion, **options)
     for name, values in flat(scores).items():
-        if name != "layer_runs":
+        if name != "layer_runs" and criterion != "frequency":  # counts may be equal
             assert values.unique().numel() == values.numel(), name
 
 
 @every_case
 def test_the_same_data_gives_the_same_bits(criterion: str, options: dict[str, Any]) -> None:
-    model = tiny.build("llava-llama")
+    model = build(criterion, "llava-llama")
     first = flat(score(model, samples(model), criterion, **options))
     torch.rand(3)  # nor does the state of the global generator matter
-    second = flat(score(tiny.build("llava-llama"), samples(model), criterion, **options))
+    second = flat(score(build(criterion, "llava-llama"), samples(model), criterion, **options))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -144,8 +156,8 @@ def num_hooks(model: PreTrainedModel) -> int:
 
 @every_case
 def test_the_model_is_left_as_it_was(criterion: str, options: dict[str, Any]) -> None:
-    model = tiny.build("llava-llama").train()
-    model.model.vision_tower.requires_grad_(False)
+    model = build(criterion, "llava-llama").train()
+    model.get_submodule(read_anatomy(model).family.vision).requires_grad_(False)
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     before, batch = snapshot(model), sample(model, 0)
     kept = {name: value.clone() for name, value in batch.items()}
@@ -161,11 +173,13 @@ def test_the_model_is_left_as_it_was(criterion: str, options: dict[str, Any]) ->
     assert all(torch.equal(batch[name], kept[name]) for name in kept)
 
 
-@every_case_with_data
+@pytest.mark.parametrize(
+    ("criterion", "options"), [c for c in WITH_DATA if c.values[0] not in EXPERTS_ALONE]
+)
 def test_a_failing_batch_leaves_the_model_as_it_was(
     criterion: str, options: dict[str, Any]
 ) -> None:
-    model = tiny.build("llava-llama")
+    model = build(criterion, "llava-llama")
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     broken = sample(model, 0)
     broken["pixel_values"] = broken["pixel_values"][:, :1]
@@ -183,7 +197,7 @@ def test_a_failing_batch_leaves_the_model_as_it_was(
 def test_how_samples_are_batched_does_not_matter(
     criterion: str, options: dict[str, Any], model_name: str
 ) -> None:
-    model = tiny.build(model_name)
+    model = build(criterion, model_name)
     single = samples(model)
     together = score(model, [joined(single)], criterion, **options)
     one_by_one = score(model, single, criterion, **options)
@@ -195,7 +209,7 @@ def test_how_samples_are_batched_does_not_matter(
 
 @every_case_with_data
 def test_the_data_matters(criterion: str, options: dict[str, Any]) -> None:
-    model = tiny.build("llama")
+    model = build(criterion, "llama")
     first = flat(score(model, samples(model)[:1], criterion, **options))
     second = flat(score(model, samples(model)[1:2], criterion, **options))
     for name, values in first.items():
@@ -208,7 +222,7 @@ def test_the_data_matters(criterion: str, options: dict[str, Any]) -> None:
 def test_padding_does_not_count(
     criterion: str, options: dict[str, Any], model_name: str, left: bool
 ) -> None:
-    model = tiny.build(model_name)
+    model = build(criterion, model_name)
     single = [sample(model, seed, tokens=9 + 4 * (seed % 3), labels=3 + seed) for seed in range(3)]
     alone = score(model, single, criterion, **options)
     together = score(model, [padded(single, left)], criterion, **options)
@@ -217,7 +231,7 @@ def test_padding_does_not_count(
 
 @every_case_with_data
 def test_padding_would_count_without_a_mask(criterion: str, options: dict[str, Any]) -> None:
-    model = tiny.build("llama")
+    model = build(criterion, "llama")
     single = [sample(model, seed, tokens=9 + 4 * seed, labels=4) for seed in range(3)]
     batch = padded(single, left=True)
     batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
@@ -233,7 +247,7 @@ def test_padding_would_count_without_a_mask(criterion: str, options: dict[str, A
 def test_without_labels_the_whole_text_counts_but_not_its_padding(
     criterion: str, options: dict[str, Any]
 ) -> None:
-    model = tiny.build("llama")
+    model = build(criterion, "llama")
     single = [sample(model, seed, tokens=9 + 4 * seed) for seed in range(2)]
     whole = [{**one, "labels": one["input_ids"]} for one in single]
     expected = score(model, whole, criterion, **options)
@@ -245,7 +259,7 @@ def test_without_labels_the_whole_text_counts_but_not_its_padding(
 @every_case_with_data
 def test_weights_of_one_are_no_weights(criterion: str, options: dict[str, Any]) -> None:
     """Losses then count prompts, too: they are as before where only answers weigh."""
-    model = tiny.build("llava-llama")
+    model = build(criterion, "llava-llama")
     data = samples(model)
     losses = CRITERIA[criterion].capture.reads_labels
     weights = {"image": 1.0, "prompt": 0.0 if losses else 1.0, "answer": 1.0}
@@ -259,7 +273,7 @@ def test_weights_of_one_are_no_weights(criterion: str, options: dict[str, Any]) 
 
 @every_case_with_data
 def test_without_labels_all_text_weighs_as_prompt(criterion: str, options: dict[str, Any]) -> None:
-    model = tiny.build("llama")
+    model = build(criterion, "llama")
     data = [{**one, "labels": one["input_ids"]} for one in samples(model)]
     unlabelled = [{k: v for k, v in one.items() if k != "labels"} for one in data]
     expected = score(model, data, criterion, **options)
@@ -274,7 +288,7 @@ def test_a_role_of_weight_zero_is_absent(
     criterion: str, options: dict[str, Any], model_name: str
 ) -> None:
     """Attention is causal, so that cutting the answers off leaves the other tokens as they are."""
-    model = tiny.build(model_name)
+    model = build(criterion, model_name)
     data = [sample(model, seed, labels=2 + 2 * seed) for seed in range(4)]
     cut = []
     for one in data:
@@ -292,7 +306,7 @@ def test_a_role_of_weight_zero_is_absent(
 def test_token_weights_matter(criterion: str, options: dict[str, Any]) -> None:
     if criterion == "angular":  # looks at one token of a sample
         return
-    model = tiny.build("llava-llama")
+    model = build(criterion, "llava-llama")
     data = samples(model)
     one = flat(score(model, data, criterion, token_weights={"prompt": 0.5}, **options))
     two = flat(score(model, data, criterion, token_weights={"prompt": 0.1}, **options))
@@ -320,7 +334,7 @@ def test_bad_token_weights_are_refused() -> None:
 
 @every_case_with_data
 def test_embeddings_may_stand_for_tokens(criterion: str, options: dict[str, Any]) -> None:
-    model = tiny.build("llama")
+    model = build(criterion, "llama")
     batch = sample(model, 0)
     embedded = {name: value for name, value in batch.items() if name != "input_ids"}
     embedded["inputs_embeds"] = model.get_input_embeddings()(batch["input_ids"]).detach()
@@ -355,7 +369,8 @@ def permute_units(layer: nn.Module, groups: Tensor, neurons: Tensor, queries: in
 
 @pytest.mark.parametrize("model_name", tiered(["llama", "llava-llama"]))
 @pytest.mark.parametrize(
-    ("criterion", "options"), [c for c in CASES if c.values[0] not in ("random", "spacing")]
+    ("criterion", "options"),
+    [c for c in CASES if c.values[0] not in ("random", "spacing", *EXPERTS_ALONE)],
 )
 def test_permuted_units_have_permuted_scores(
     criterion: str, options: dict[str, Any], model_name: str
@@ -423,12 +438,12 @@ def test_a_dead_neuron_scores_zero(
 @pytest.mark.parametrize("nothing", [[], iter(())], ids=["list", "iterator"])
 def test_no_data_is_refused(criterion: str, options: dict[str, Any], nothing: Any) -> None:
     with pytest.raises(DataError, match="no calibration batch"):
-        score(tiny.build("llama"), nothing, criterion, **options)
+        score(build(criterion, "llama"), nothing, criterion, **options)
 
 
 @pytest.mark.parametrize(("criterion", "options"), [c for c in CASES if c not in WITH_DATA])
 def test_no_data_is_needed(criterion: str, options: dict[str, Any]) -> None:
-    model = tiny.build("llama")
+    model = build(criterion, "llama")
     without = flat(score(model, [], criterion, **options))
     given = flat(score(model, samples(model), criterion, **options))
     assert without.keys() == given.keys()
@@ -437,7 +452,7 @@ def test_no_data_is_needed(criterion: str, options: dict[str, Any]) -> None:
 
 @every_case_with_labels
 def test_samples_without_labels_are_refused(criterion: str, options: dict[str, Any]) -> None:
-    model = tiny.build("llama")
+    model = build(criterion, "llama")
     batch = joined(samples(model)[:2])
     batch["labels"][1] = -100
     with pytest.raises(DataError, match="no labelled token"):
@@ -451,9 +466,10 @@ def test_samples_without_labels_are_refused(criterion: str, options: dict[str, A
     ("criterion", "options"), [c for c in CASES if c.values[0] not in ("random", "spacing")]
 )
 def test_a_broken_weight_is_named(criterion: str, options: dict[str, Any]) -> None:
-    model = tiny.build("llama")
+    model = build(criterion, "llama")
     with torch.no_grad():
-        decoder_layers(model)[2].get_submodule("mlp.down_proj").weight[3, 5] = math.nan
+        path = "mlp.experts.down_proj" if criterion in EXPERTS_ALONE else "mlp.down_proj.weight"
+        decoder_layers(model)[2].get_parameter(path)[..., 3, 5] = math.nan
     with pytest.raises(NumericalError, match=r"NaN or infinity"):
         score(model, samples(model), criterion, **options)
 
@@ -470,18 +486,18 @@ def test_an_unknown_option_is_refused_with_the_choices(
     known = CRITERIA[criterion].options
     expected = f"'{criterion}' has no option 'colour'. It has: {', '.join(known) or 'none'}"
     with pytest.raises(ConfigError) as refusal:
-        score(tiny.build("llama"), [], criterion, colour="red", **options)
+        score(build(criterion, "llama"), [], criterion, colour="red", **options)
     assert expected in str(refusal.value)
     for option in options:
         with pytest.raises(ConfigError, match=f"{option}='no' must be one of"):
-            score(tiny.build("llama"), [], criterion, **{option: "no"})
+            score(build(criterion, "llama"), [], criterion, **{option: "no"})
 
 
 @pytest.mark.parametrize(("criterion", "option"), COUNTS)
 @pytest.mark.parametrize("value", [0, -1, 1.5, "no"])
 def test_a_count_must_be_a_whole_number(criterion: str, option: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"{option}={value!r} must be a whole number"):
-        score(tiny.build("llama"), [], criterion, **{option: value})
+        score(build(criterion, "llama"), [], criterion, **{option: value})
 
 
 def test_random_scores_follow_their_seed() -> None:

@@ -30,6 +30,7 @@ STAY = {
     "gemma3n_text": "layers have embeddings",
     "gemma3n": "layers have embeddings",
     "gemma4_text": "layers have embeddings",
+    "gemma4-experts": "layers have embeddings",
     "gemma4": "layers have embeddings",
     "mllama": "other rows",
     "molmo2": "other rows",

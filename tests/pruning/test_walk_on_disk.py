@@ -17,6 +17,7 @@ from slimvlm.core.errors import UnsupportedModelError
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.classes import auto_class
 from slimvlm.models.load import load
+from slimvlm.models.units import WIDTH_UNITS
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.save import save
 from slimvlm.pruning.walk.checkpoint import walk_checkpoint
@@ -29,14 +30,16 @@ from slimvlm.scoring.layerwise import stores
 from slimvlm.scoring.layerwise.checkpoint import LazyCheckpoint, open_checkpoint
 from slimvlm.scoring.layerwise.runner import LayerwiseModel, Live, Source
 from slimvlm.scoring.layerwise.stores import Memory, Scratch, Store
-from slimvlm.scoring.unit_scores import WIDTH_UNITS, Scores
+from slimvlm.scoring.unit_scores import Scores
 from tests import tiny, tiny_parts
 from tests.handmade import Batch, assert_untouched, random_scores, snapshot
 from tests.tiers import tiered
 
 REFUSED = {
     **dict.fromkeys(("gemma3n_text", "gemma3n", "gemma4_text", "gemma4"), "read keys and values"),
-    **dict.fromkeys(("qwen3_vl_moe", "molmo2"), "cannot be read with low memory"),
+    **{"gemma4-experts": "read keys and values"},
+    **dict.fromkeys(("qwen3_vl_moe", "qwen3_moe", "molmo2"), "cannot be read with low memory"),
+    **{"qwen3_5_moe": "cannot be read with low memory"},
 }
 EVERYTHING = Steps(repair="both", local=LocalSteps(count=2))
 CPU = torch.device("cpu")

@@ -80,6 +80,19 @@ def test_a_dense_layer_between_experts_has_no_neurons_to_give() -> None:
     ]
 
 
+def test_experts_are_named_with_what_must_stay() -> None:
+    shape = shape_of("llama4")
+    rows = printed(shape)
+    weight = 3 * 64 * 32 + 64  # its matrices and its row of the router
+    assert rows["one expert"] == ["layers 0, 2: none", f"layers 1, 3: {weight:,}"]
+    assert rows["all experts"] == [
+        f"{8 * weight / shape.backbone_params:.0%} of the backbone (--experts)"
+    ]
+    assert rows["experts in a layer"] == ["layers 0, 2: none", "layers 1, 3: 4"]
+    assert rows["legal experts"] == ["1 to 4: each token takes 1"]
+    assert not any("expert" in name for name in printed(shape_of("llama")))
+
+
 def test_a_fixed_width_is_the_only_legal_one() -> None:
     shape = shape_of("idefics2")
     assert printed(shape)["legal neurons"] == [str(width) for width in shape.legal_neurons()]

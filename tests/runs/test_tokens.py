@@ -173,7 +173,7 @@ def test_a_stage_of_a_study_chooses_from_its_own_samples(data: str) -> None:
         ({"vocab_size": "auto"}, "vocab_size 'auto' needs --data or --vocab-text"),
         ({"vocab_text": "a.txt", "ratio": 0.1}, "vocab_text 'a.txt' needs vocab_size"),
         ({"vocab_size": 400, "vocab_text": "nowhere.txt"}, "'nowhere.txt'.*no such file"),
-        ({}, "either --ratio or --plan, or --vocab-size alone"),
+        ({}, "either --ratio or --plan, or --vocab-size or --experts alone"),
     ],
 )
 def test_what_cannot_be_is_said_before_weights_are_read(

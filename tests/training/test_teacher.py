@@ -43,7 +43,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:Futur
 NO_HEADS = ("qwen2_vl", "qwen2_5_vl")  # their head counts are fixed
 ONLY_LAYERS = (
     *("stablelm", "llava-stablelm", "glm4v", "idefics2", "mllama", "kosmos2_5"),
-    *("qwen3_vl_moe", "llama4"),
+    *("qwen3_moe", "qwen3_vl_moe", "qwen3_5_moe", "llama4"),
 )
 """Families that cannot have half of the KV groups or of the neurons in all layers."""
 SAMPLES = short_samples(8)

@@ -119,7 +119,7 @@ class TrainingConfig(Options):
     lora_alpha: Annotated[int, ABOVE_0] = 128
     """LoRA scale is alpha / rank."""
     lora_dropout: Annotated[float, SHARE] = 0.05
-    """Dropout before the LoRA matrices."""
+    """Dropout before the LoRA matrices; none where experts learn."""
     lora_targets: str = ".*"
     """Matrices of a decoder layer that get LoRA: a regular expression, such as self_attn.*"""
     temperature: Annotated[float, ABOVE_0] = 2.0
@@ -316,6 +316,24 @@ class TokenOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FirstOptions(TokenOptions):
+    """What goes before the axis gives the rest of the ratio: tokens and experts.
+
+    Raises:
+        ConfigError: If a value is not allowed; the message names it.
+    """
+
+    experts: Annotated[float, SHARE] = 0.0
+    """Share of the experts of every layer that goes. The ratio counts them, and the axis gives the
+    rest."""
+
+    @property
+    def goes_first(self) -> bool:
+        """Whether something is to go whatever the ratio."""
+        return self.vocab_size is not None or self.experts > 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class WidthOptions(Options):
     """What may go.
 
@@ -339,7 +357,7 @@ class WidthOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig(TokenOptions, WidthOptions, TargetOptions):
+class PlanConfig(FirstOptions, WidthOptions, TargetOptions):
     """How much may go and what, where scores are given."""
 
     title: ClassVar[str] = "What to remove"
@@ -421,7 +439,7 @@ class PruneConfig(
     MendingOptions,
     SampleOptions,
     CriterionOptions,
-    TokenOptions,
+    FirstOptions,
     WidthOptions,
     ShapeOptions,
     RatioOptions,

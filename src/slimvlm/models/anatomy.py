@@ -29,6 +29,7 @@ from slimvlm.models.parts import (
     Matrix,
     backbone_of,
     decoder_layers,
+    expert_entries,
     family_of,
     final_norm,
     parameters_below,
@@ -52,6 +53,11 @@ class LayerShape:
         neuron_params: Parameters of one neuron (gate and up rows and biases, down column).
         fixed_params: Parameters that no unit owns (norms, output biases, the layer's slices of
             weights that stand outside the layers).
+        num_experts: Experts of which each token takes a few; 0 if none of them can go.
+        expert_neuron_params: Parameters of one neuron in one expert, a part of ``neuron_params``; 0
+            if its neurons are not those of experts.
+        expert_fixed_params: Parameters of one expert that no neuron owns (its row of the router;
+            the whole expert where neurons are those of a dense MLP beside it).
     """
 
     num_kv_heads: Width
@@ -61,6 +67,9 @@ class LayerShape:
     kv_group_params: Count
     neuron_params: Count
     fixed_params: Count
+    num_experts: Width = 0
+    expert_neuron_params: Count = 0
+    expert_fixed_params: Count = 0
 
     @property
     def num_heads(self) -> int:
@@ -74,16 +83,38 @@ class LayerShape:
             self.fixed_params
             + self.num_kv_heads * self.kv_group_params
             + self.intermediate_size * self.neuron_params
+            + self.num_experts * self.expert_fixed_params
         )
 
+    @property
+    def expert_params(self) -> int:
+        """Parameters of one expert."""
+        return self.intermediate_size * self.expert_neuron_params + self.expert_fixed_params
+
     def units(self, unit: str) -> int:
-        """How many units of a kind (``kv_group`` or ``neuron``) there are."""
-        return self.num_kv_heads if unit == "kv_group" else self.intermediate_size
+        """How many units of a kind (``kv_group``, ``neuron`` or ``expert``) there are."""
+        counts = {
+            "kv_group": self.num_kv_heads,
+            "neuron": self.intermediate_size,
+            "expert": self.num_experts,
+        }
+        return counts[unit]
+
+    def with_units(self, kv_groups: int, neurons: int, experts: int) -> LayerShape:
+        """The same layer with other numbers of units; a neuron weighs less in fewer experts."""
+        lost = (self.num_experts - experts) * self.expert_neuron_params
+        return replace(
+            self,
+            num_kv_heads=kv_groups,
+            intermediate_size=neurons,
+            num_experts=experts,
+            neuron_params=self.neuron_params - lost,
+        )
 
     def block(self, segment: Segment) -> tuple[int, int]:
         """Number of units along a segment and the channels that each takes there."""
-        if segment == "neuron":
-            return self.intermediate_size, 1
+        if segment in ("neuron", "expert"):
+            return self.units(segment), 1
         heads = {
             "query": self.queries_per_group,
             "query_and_gate": 2 * self.queries_per_group,
@@ -99,21 +130,37 @@ def read_layer(layer: nn.Module, backbone: Backbone) -> LayerShape:
         UnsupportedModelError: If the row of data does not fit.
     """
     attention, mlp = unit_matrices(layer, backbone)
+    entries = expert_entries(layer, backbone)
     kv_heads, queries_per_group, head_dim = 0, 0, 0
     if attention:
         head_dim = int(layer.get_submodule("self_attn").head_dim)  # type: ignore[arg-type]
         kv_heads, queries_per_group = _head_counts(attention, head_dim)
     neurons = next((m.width for m in mlp if m.projection.dim == INPUT_COLUMNS), 0)
-    shape = LayerShape(kv_heads, queries_per_group, head_dim, neurons, 0, 0, 0)
+    experts = entries[0].width if entries else 0
+    shape = LayerShape(kv_heads, queries_per_group, head_dim, neurons, 0, 0, 0, experts)
     kv_group_params = sum(_unit_params(matrix, shape) for matrix in attention)
     neuron_params = sum(_unit_params(matrix, shape) for matrix in mlp)
-    owned = kv_heads * kv_group_params + neurons * neuron_params
+    expert_neuron_params, expert_fixed_params = _expert_params(entries, mlp, shape)
+    owned = kv_heads * kv_group_params + neurons * neuron_params + experts * expert_fixed_params
     return replace(
         shape,
         kv_group_params=kv_group_params,
         neuron_params=neuron_params,
         fixed_params=sum(p.numel() for p in layer.parameters()) - owned,
+        expert_neuron_params=expert_neuron_params,
+        expert_fixed_params=expert_fixed_params,
     )
+
+
+def _expert_params(
+    entries: Sequence[Matrix], mlp: Sequence[Matrix], shape: LayerShape
+) -> tuple[int, int]:
+    """Parameters of one expert: those that each of its neurons owns, and all the others."""
+    if not entries:
+        return 0, 0
+    of_neuron = sum(_unit_params(m, shape) for m in mlp if m.is_of_experts) // shape.num_experts
+    whole = sum(matrix.weight.numel() for matrix in entries) // shape.num_experts
+    return of_neuron, whole - shape.intermediate_size * of_neuron
 
 
 def _head_counts(attention: Sequence[Matrix], head_dim: int) -> tuple[int, int]:
@@ -153,6 +200,7 @@ class Anatomy:
         pinned_layers: Layers that must stay: deepstack features are added to the first ones, or
             later layers read their keys and values.
         other_params: Parameters of the text model that stand beside all of these.
+        experts_per_token: Experts that each token takes, of layers that have some: so many stay.
         retypable: Whether a freer configuration type can stand in for ``text_type``.
         fixed_neurons: MLP width that a plain configuration must keep since it also sizes a part
             outside the backbone; None if the width is free.
@@ -172,6 +220,7 @@ class Anatomy:
     retypable: bool = False
     fixed_neurons: Width | None = None
     other_params: Count = 0
+    experts_per_token: Count = 0
 
     @property
     def num_layers(self) -> int:
@@ -196,9 +245,10 @@ class Anatomy:
     def is_uniform(self) -> bool:
         """Whether a plain configuration can say all widths.
 
-        Layers with KV groups must have equally many, layers with neurons likewise.
+        Layers with KV groups must have equally many; those with neurons or experts likewise.
         """
-        return len(self.attention_shapes) <= 1 and len(self.mlp_widths) <= 1
+        kinds = (self.attention_shapes, self.mlp_widths, self.expert_counts)
+        return all(len(found) <= 1 for found in kinds)
 
     @property
     def attention_shapes(self) -> list[tuple[int, int, int]]:
@@ -210,6 +260,11 @@ class Anatomy:
     def mlp_widths(self) -> list[int]:
         """The different numbers of neurons of layers with neurons, ascending."""
         return sorted({s.intermediate_size for s in self.layers} - {0})
+
+    @property
+    def expert_counts(self) -> list[int]:
+        """The different numbers of experts of layers with experts, ascending."""
+        return sorted({s.num_experts for s in self.layers} - {0})
 
     @property
     def family(self) -> Family:
@@ -343,7 +398,15 @@ def read_anatomy(model: nn.Module) -> Anatomy:
             getattr(text_config, backbone.neuron_field) if family.fixed_neurons else None
         ),
         other_params=_count(_by_id(text_model.parameters()), listed),
+        experts_per_token=_experts_per_token(text_config, backbone, shapes),
     )
+
+
+def _experts_per_token(text_config: Any, backbone: Backbone, shapes: Sequence[LayerShape]) -> int:
+    if backbone.experts is None or not any(shape.num_experts for shape in shapes):
+        return 0
+    taken: int = getattr(text_config, backbone.experts.taken_field)
+    return taken
 
 
 def _by_id(parameters: Iterable[nn.Parameter]) -> dict[int, nn.Parameter]:

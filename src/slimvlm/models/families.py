@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-Segment = Literal["query", "query_and_gate", "key_value", "neuron"]
+Segment = Literal["query", "query_and_gate", "key_value", "neuron", "expert"]
 HeadRule = Literal["any", "divides_hidden_size", "fixed"]
 
 OUTPUT_ROWS = 0
 INPUT_COLUMNS = 1
+ENTRIES = 2
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,12 @@ class Projection:
     Attributes:
         path: Where it sits below the layer: a linear module, or a parameter ``[E, O, C]`` that
             holds a matrix for each of ``E`` experts. A neuron then is a channel of every expert.
-        dim: The dimension that units divide: `OUTPUT_ROWS` or `INPUT_COLUMNS`.
+        dim: The dimension that units divide: `OUTPUT_ROWS` or `INPUT_COLUMNS`; `ENTRIES` for the
+            first one of whatever has an entry for each expert.
         segments: The blocks along that dimension, in order. ``query`` has one block of
             ``head_dim`` for each query head, ``query_and_gate`` two for each (the second switches
             the head's output), ``key_value`` one for each KV head, ``neuron`` one channel for
-            each neuron. Fused matrices have several.
+            each neuron, ``expert`` one for each expert. Fused matrices have several.
         transposed: Whether the matrix is stored with inputs first, ``[E, C, O]``.
     """
 
@@ -40,9 +42,33 @@ class Projection:
 
     @property
     def axis(self) -> int:
-        """The divided dimension of the stored tensor, counted from its end."""
+        """The divided dimension of the stored tensor: counted from its end, or 0 for `ENTRIES`."""
+        if self.dim == ENTRIES:
+            return 0
         is_rows = (self.dim == OUTPUT_ROWS) != self.transposed
         return -2 if is_rows else -1
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a layer, of which a router gives each token a few.
+
+    Attributes:
+        module: Path, below the layer, of the module that runs them.
+        entries: What has an entry for each expert along its first dimension: their weights, the
+            router's rows and scales.
+        count_field: Configuration field with their number.
+        taken_field: Configuration field with the number that each token takes.
+        input_is_scaled: Whether the router's weight scales what an expert reads, and every expert
+            reads all tokens (those that do not take it as zeros); otherwise it scales what experts
+            give, and their module is called with tokens, the experts that they take, and weights.
+    """
+
+    module: str
+    entries: tuple[Projection, ...]
+    count_field: str = "num_experts"
+    taken_field: str = "num_experts_per_tok"
+    input_is_scaled: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,12 +89,14 @@ class Backbone:
     """How the decoder layers of one text model type are built and configured.
 
     A layer has all matrices of ``attention`` or none (linear attention, convolution), and all of
-    ``mlp`` or none (a dense layer between layers of experts). What is not listed stays whole.
+    ``mlp`` or none (a dense layer between layers of experts), and likewise of ``experts``. What is
+    not listed stays whole.
 
     Attributes:
         attention: Matrices of the attention block; the one with `INPUT_COLUMNS` writes to the
             residual stream. Empty if KV groups cannot go.
         mlp: Matrices of the MLP; likewise. Empty if neurons cannot go.
+        experts: Its experts, of which some can go; None if it never has any.
         final_norm: Name of the norm after the last layer.
         head_rule: ``any``: every head count can be configured. ``divides_hidden_size``: the
             configuration insists that heads divide the hidden size. ``fixed``: the class computes
@@ -95,6 +123,7 @@ class Backbone:
 
     attention: tuple[Projection, ...]
     mlp: tuple[Projection, ...]
+    experts: Experts | None = None
     final_norm: str = "norm"
     head_rule: HeadRule = "any"
     retype: str | None = None
@@ -153,16 +182,26 @@ _W123_MLP = (
     Projection("feed_forward.w3", OUTPUT_ROWS, ("neuron",)),
     Projection("feed_forward.w2", INPUT_COLUMNS, ("neuron",)),
 )
-_EXPERTS = (
+_EXPERT_NEURONS = (
     Projection("mlp.experts.gate_up_proj", OUTPUT_ROWS, ("neuron", "neuron")),
     Projection("mlp.experts.down_proj", INPUT_COLUMNS, ("neuron",)),
 )
-_TRANSPOSED_AND_SHARED_EXPERTS = (
+_TRANSPOSED_AND_SHARED_NEURONS = (
     Projection("feed_forward.experts.gate_up_proj", OUTPUT_ROWS, ("neuron", "neuron"), True),
     Projection("feed_forward.experts.down_proj", INPUT_COLUMNS, ("neuron",), True),
     Projection("feed_forward.shared_expert.gate_proj", OUTPUT_ROWS, ("neuron",)),
     Projection("feed_forward.shared_expert.up_proj", OUTPUT_ROWS, ("neuron",)),
     Projection("feed_forward.shared_expert.down_proj", INPUT_COLUMNS, ("neuron",)),
+)
+
+
+def _entries(*paths: str) -> tuple[Projection, ...]:
+    return tuple(Projection(path, ENTRIES, ("expert",)) for path in paths)
+
+
+_MLP_EXPERTS = Experts(
+    module="mlp.experts",
+    entries=_entries("mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
 )
 _PER_LAYER_EMBEDDINGS = (
     Stack("embed_tokens_per_layer", INPUT_COLUMNS),
@@ -177,6 +216,15 @@ _WITH_DIVIDING_HEADS = Backbone(
     mlp=_GATED_MLP,
     head_rule="divides_hidden_size",
     layer_lists=("layer_types",),
+)
+_QWEN3_MOE = Backbone(
+    attention=_SPLIT_ATTENTION,
+    mlp=_EXPERT_NEURONS,
+    experts=_MLP_EXPERTS,
+    layer_indices=("mlp_only_layers",),
+    neuron_field="moe_intermediate_size",
+    neuron_multiple=8,
+    can_be_uneven=False,
 )
 _WITH_FIXED_HEADS = replace(_WITH_DIVIDING_HEADS, head_rule="fixed")
 
@@ -215,6 +263,16 @@ BACKBONES: dict[str, Backbone] = {
         mlp=_GATED_MLP,
         layer_lists=("layer_types",),
         layer_maps=("per_layer_config",),
+        experts=Experts(
+            module="experts",
+            entries=_entries(
+                "router.proj.weight",
+                "router.per_expert_scale",
+                "experts.gate_up_proj",
+                "experts.down_proj",
+            ),
+            taken_field="top_k_experts",
+        ),
         layer_stacks=_PER_LAYER_EMBEDDINGS,
         shared_tail="num_kv_shared_layers",
         whole_mlp_if="config.use_double_wide_mlp",
@@ -223,13 +281,13 @@ BACKBONES: dict[str, Backbone] = {
     "qwen2_vl_text": _WITH_FIXED_HEADS,
     "qwen2_5_vl_text": _WITH_FIXED_HEADS,
     "qwen3_vl_text": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP),
-    "qwen3_vl_moe_text": Backbone(
-        attention=_SPLIT_ATTENTION,
-        mlp=_EXPERTS,
-        layer_indices=("mlp_only_layers",),
-        neuron_field="moe_intermediate_size",
-        neuron_multiple=8,
-        can_be_uneven=False,
+    "qwen3_vl_moe_text": _QWEN3_MOE,
+    "qwen3_moe": _QWEN3_MOE,
+    "qwen3_5_moe_text": replace(
+        _QWEN3_MOE,
+        attention=_GATED_OUTPUT_ATTENTION,
+        layer_lists=("layer_types",),
+        layer_indices=(),
     ),
     "qwen3_5_text": Backbone(
         attention=_GATED_OUTPUT_ATTENTION, mlp=_GATED_MLP, layer_lists=("layer_types",)
@@ -246,7 +304,17 @@ BACKBONES: dict[str, Backbone] = {
     ),
     "llama4_text": Backbone(
         attention=_SPLIT_ATTENTION,
-        mlp=_TRANSPOSED_AND_SHARED_EXPERTS,
+        mlp=_TRANSPOSED_AND_SHARED_NEURONS,
+        experts=Experts(
+            module="feed_forward.experts",
+            entries=_entries(
+                "feed_forward.router.weight",
+                "feed_forward.experts.gate_up_proj",
+                "feed_forward.experts.down_proj",
+            ),
+            count_field="num_local_experts",
+            input_is_scaled=True,
+        ),
         layer_lists=("layer_types", "no_rope_layers"),
         layer_indices=("moe_layers",),
         can_be_uneven=False,
@@ -367,6 +435,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl": _QWEN3_VL,
     "qwen3_vl_moe": _QWEN3_VL,
     "qwen3_5": _QWEN_VL,
+    "qwen3_5_moe": _QWEN_VL,
     "glm4v": _QWEN_VL,
     "minicpmv4_6": Family(
         backbone="model.language_model", vision="model.vision_tower", projector=("model.merger",)

@@ -15,7 +15,7 @@ from slimvlm.models.families import BACKBONES, FAMILIES, Backbone, Family, Proje
 
 @dataclass(frozen=True)
 class Matrix:
-    """Where the weight of a `Projection` lives: in a linear module, or in a module of experts.
+    """Where the weight of a `Projection` lives: in a linear module, or a parameter by itself.
 
     Attributes:
         owner: The module that holds the parameter.
@@ -38,6 +38,11 @@ class Matrix:
     def bias(self) -> nn.Parameter | None:
         """The bias of a linear module, if it has one."""
         return self.owner.bias if isinstance(self.owner, nn.Linear) else None
+
+    @property
+    def is_of_experts(self) -> bool:
+        """Whether it holds a matrix for each expert; one that neurons or KV groups divide."""
+        return not isinstance(self.owner, nn.Linear)
 
     @property
     def width(self) -> int:
@@ -180,6 +185,15 @@ def unit_matrices(layer: nn.Module, row: Backbone) -> tuple[list[Matrix], list[M
     """
     stays_whole = row.whole_mlp_if is not None and attrgetter(row.whole_mlp_if)(layer)
     return matrices_of(layer, row.attention), [] if stays_whole else matrices_of(layer, row.mlp)
+
+
+def expert_entries(layer: nn.Module, row: Backbone) -> list[Matrix]:
+    """Everything in a layer that has an entry for each expert; empty if it has no experts.
+
+    Raises:
+        UnsupportedModelError: If the layer has some of it only.
+    """
+    return [] if row.experts is None else matrices_of(layer, row.experts.entries)
 
 
 def _config(model: nn.Module) -> Any:

@@ -17,10 +17,16 @@ from torch import Tensor
 from slimvlm.models.anatomy import LayerShape
 from slimvlm.models.families import Projection, Segment
 
+WIDTH_UNITS = ("kv_group", "neuron")
+"""The kinds of unit that a width takes away."""
+LAYER_UNITS = (*WIDTH_UNITS, "expert")
+"""The kinds of unit that a layer has several of."""
+
 
 def unit_of(projection: Projection) -> str:
-    """Whether a projection's channels belong to neurons or to KV groups."""
-    return "neuron" if projection.segments[0] == "neuron" else "kv_group"
+    """Whether a projection's channels belong to neurons, to experts or to KV groups."""
+    segment = projection.segments[0]
+    return segment if segment in ("neuron", "expert") else "kv_group"
 
 
 def segments(projection: Projection, shape: LayerShape) -> Iterator[tuple[Segment, int, int, int]]:

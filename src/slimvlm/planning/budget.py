@@ -8,11 +8,12 @@ from fractions import Fraction
 
 import torch
 
-from slimvlm.core.errors import ConfigError, NumericalError
+from slimvlm.core.errors import ConfigError, ImpossiblePlanError, NumericalError
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import TILE_MULTIPLE, WIDTH_MULTIPLE
+from slimvlm.models.units import WIDTH_UNITS
 from slimvlm.planning.plan import AXES, Plan
-from slimvlm.scoring.unit_scores import WIDTH_UNITS, Scores
+from slimvlm.scoring.unit_scores import Scores
 
 ALLOCATIONS = ("uniform", "protect")
 COUNTINGS = ("parameters", "per_layer")
@@ -39,6 +40,7 @@ class Budget:
     allocation: str = "uniform"
     units: tuple[str, ...] = WIDTH_UNITS
     kv_heads: int | None = None
+    experts: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio < 1:
@@ -59,6 +61,7 @@ class Budget:
         if not 0 <= self.depth_share <= 1:
             raise ConfigError(f"depth_share {self.depth_share} must be between 0 and 1")
         self._check_units()
+        self._check_experts()
 
     def _check_units(self) -> None:
         if not self.units or not set(self.units) <= set(WIDTH_UNITS):
@@ -72,6 +75,26 @@ class Budget:
             raise ConfigError(f"kv_heads {self.kv_heads} needs counting 'parameters'")
         if "kv_group" not in self.units and self.kv_heads != legal[-1]:
             raise ConfigError(f"kv_heads {self.kv_heads} needs 'kv_group' among units")
+
+    def _check_experts(self) -> None:
+        if not 0 <= self.experts < 1:
+            raise ConfigError(f"experts {self.experts} must be at least 0 and below 1")
+        if self.experts and not self.anatomy.expert_counts:
+            raise ConfigError(
+                f"experts {self.experts}: {self.anatomy.model_type!r} has none that can go"
+            )
+        taken, left = self.anatomy.experts_per_token, self.left_experts
+        if left < taken:
+            raise ImpossiblePlanError(
+                f"experts {self.experts} leaves {left} in a layer, but each token takes {taken}: "
+                f"at most {1 - taken / self.anatomy.expert_counts[0]:g}"
+            )
+
+    @property
+    def left_experts(self) -> int:
+        """Experts that stay in every layer that has some."""
+        count = max(self.anatomy.expert_counts, default=0)
+        return count - round(count * self.experts)
 
     @property
     def params(self) -> float:
@@ -150,11 +173,7 @@ def scores_for(unit: str, given: list[Scores], budget: Budget) -> Scores:
             continue
         rows = [values] if unit == "layer" else list(values)
         found = [len(row) for row in rows]
-        expected = {
-            "layer": [len(shapes)],
-            "kv_group": [shape.num_kv_heads for shape in shapes],
-            "neuron": [shape.intermediate_size for shape in shapes],
-        }[unit]
+        expected = [len(shapes)] if unit == "layer" else [shape.units(unit) for shape in shapes]
         if found != expected:
             raise ConfigError(
                 f"scores {scores.criterion!r} are for another model: {unit} counts {found[:3]}..., "
@@ -166,4 +185,5 @@ def scores_for(unit: str, given: list[Scores], budget: Budget) -> Scores:
             )
         return scores
     names = ", ".join(repr(scores.criterion) for scores in given) or "none"
-    raise ConfigError(f"axis {budget.axis!r} needs scores of {unit}; given: {names}")
+    asking = f"experts {budget.experts}" if unit == "expert" else f"axis {budget.axis!r}"
+    raise ConfigError(f"{asking} needs scores of {unit}; given: {names}")

@@ -9,9 +9,10 @@ import torch
 
 from slimvlm.core.errors import ImpossiblePlanError
 from slimvlm.models.anatomy import Anatomy
+from slimvlm.models.units import WIDTH_UNITS
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
-from slimvlm.scoring.unit_scores import WIDTH_UNITS, Scores
+from slimvlm.scoring.unit_scores import Scores
 
 
 def width_candidates(
@@ -53,7 +54,8 @@ def width_candidates(
                 )
             except ImpossiblePlanError:
                 continue
-            found.append(plan)
+            if plan not in found:  # where tokens or experts alone reach the ratio
+                found.append(plan)
     return found or [make_plan(anatomy, scores, ratio, axis, allocation, **options)]
 
 

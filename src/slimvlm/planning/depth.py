@@ -23,13 +23,8 @@ def without_layers(plan: Plan, scores: Scores, budget: Budget) -> Plan:
         assert scores.layer is not None
         order = torch.argsort(scores.layer[candidates], stable=True)[:count]
         removed = {candidates[int(i)] for i in order}
-    return replace(
-        plan,
-        layers=tuple(i for i in plan.layers if i not in removed),
-        kv_groups=tuple(() if i in removed else k for i, k in enumerate(plan.kv_groups)),
-        neurons=tuple(() if i in removed else k for i, k in enumerate(plan.neurons)),
-        criteria={**plan.criteria, "layer": scores.criterion},
-    )
+    criteria = {**plan.criteria, "layer": scores.criterion}
+    return replace(plan.without_layers(removed), criteria=criteria)
 
 
 def _lowest_run(candidates: Sequence[int], costs: Tensor, count: int) -> set[int]:
@@ -46,7 +41,7 @@ def _lowest_run(candidates: Sequence[int], costs: Tensor, count: int) -> set[int
 
 
 def _num_layers_to_remove(plan: Plan, budget: Budget) -> int:
-    shapes, candidates = budget.anatomy.layers, budget.removable_layers
+    shapes, candidates = plan.shapes, budget.removable_layers
     most = min(len(candidates), len(shapes) - 1)
     if budget.counting == "per_layer":
         return min(channels_to_remove(len(candidates), budget.ratio), most)

@@ -8,14 +8,15 @@ from typing import Any
 
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError
 from slimvlm.models.anatomy import Anatomy
+from slimvlm.models.units import WIDTH_UNITS
 from slimvlm.planning.budget import (
     Budget,
     scores_for,
 )
 from slimvlm.planning.depth import without_layers
 from slimvlm.planning.plan import Plan
-from slimvlm.planning.widths import uniform_widths, with_widths
-from slimvlm.scoring.unit_scores import WIDTH_UNITS, Scores
+from slimvlm.planning.widths import best_units, uniform_widths, with_widths
+from slimvlm.scoring.unit_scores import Scores
 
 
 def make_plan(
@@ -32,6 +33,7 @@ def make_plan(
     units: Sequence[str] = WIDTH_UNITS,
     kv_heads: int | None = None,
     tokens: Collection[int] | None = None,
+    experts: float = 0.0,
 ) -> Plan:
     """Choose the units to keep.
 
@@ -58,6 +60,9 @@ def make_plan(
         tokens: Ids of the tokens to keep, as `slimvlm.choose_tokens` finds them; None for all. What
             their rows weigh is part of the ratio: the axis gives the rest, and nothing where they
             alone reach it.
+        experts: Share of the experts of every layer that goes, in [0, 1), protected layers too; as
+            near as whole experts allow, and as many must stay as each token takes. Scores must
+            cover ``expert``. What they weigh is part of the ratio, as with tokens.
 
     Returns:
         A plan whose achieved ratio is as near as whole units allow: within a layer for ``depth``,
@@ -82,11 +87,15 @@ def make_plan(
         allocation,
         tuple(units),
         kv_heads,
+        experts,
     )
     given = [scores] if isinstance(scores, Scores) else list(scores)
     kept = None if tokens is None else tuple(sorted(set(tokens)))
     plan = replace(Plan.everything(anatomy), axis=axis, asked_ratio=ratio, tokens=kept)
-    if kept is not None and counting == "parameters" and plan.ratio >= ratio:
+    if experts:
+        plan = _with_fewer_experts(plan, given, budget)
+    comes_first = kept is not None or experts
+    if comes_first and counting == "parameters" and plan.ratio >= ratio:
         return plan
     if axis in ("depth", "both"):
         plan = without_layers(plan, scores_for("layer", given, budget), budget)
@@ -146,6 +155,15 @@ def make_plan_for_params(
         if excess <= 0:
             return plan
         ratio = min(ratio + max(excess / anatomy.backbone_params, 1e-4), 1 - 1e-9)
+
+
+def _with_fewer_experts(plan: Plan, given: list[Scores], budget: Budget) -> Plan:
+    """Keep the best experts of every layer that has some."""
+    scores = scores_for("expert", given, budget)
+    for index, values in enumerate(scores.of("expert")):
+        if len(values):
+            plan = plan.with_units(index, {"expert": best_units(values, budget.left_experts)})
+    return replace(plan, criteria={**plan.criteria, "expert": scores.criterion})
 
 
 def _narrowed(plan: Plan, given: list[Scores], budget: Budget) -> Plan:

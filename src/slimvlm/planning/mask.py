@@ -6,13 +6,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.models.anatomy import Anatomy, read_anatomy
 from slimvlm.models.families import INPUT_COLUMNS, Projection
 from slimvlm.models.hidden import layer_input
-from slimvlm.models.parts import Matrix, decoder_layers, matrices, token_matrices
+from slimvlm.models.parts import (
+    Matrix,
+    decoder_layers,
+    expert_entries,
+    matrices,
+    token_matrices,
+)
 from slimvlm.models.units import channels_of, unit_of
 from slimvlm.planning.plan import Kept, Plan
 
@@ -21,9 +29,9 @@ def mask_(model: PreTrainedModel, plan: Plan) -> None:
     """Switch off what a plan removes without changing any shape, in place.
 
     The columns of ``o_proj`` and ``down_proj`` that read removed units become zero. Removed layers
-    become zero altogether, and a hook passes their input on. Removed tokens are zero in the
-    embedding, and a hook makes them impossible answers. This is the slow and obvious
-    meaning of a plan, against which `prune_` is tested.
+    become zero altogether, and a hook passes their input on. Routers score removed experts with
+    minus infinity. Removed tokens are zero in the embedding, and a hook makes them impossible
+    answers. This is the slow and obvious meaning of a plan, against which `prune_` is tested.
     """
     require_match(model, plan)
     kept_layers = set(plan.layers)
@@ -36,8 +44,45 @@ def mask_(model: PreTrainedModel, plan: Plan) -> None:
         for index, matrix in matrices(model):
             if matrix.projection.dim == INPUT_COLUMNS and index in kept_layers:
                 matrix.weight.copy_(_masked_weight(plan, index, matrix))
+        for index in plan.layers:
+            _mask_experts(decoder_layers(model)[index], plan, index)
         if plan.tokens is not None:
             _mask_tokens(model, plan.tokens)
+
+
+class _WithoutExperts(TorchFunctionMode):
+    """Inside, products with a router's weight are minus infinity for some experts."""
+
+    def __init__(self, weight: Tensor, removed: Tensor) -> None:
+        super().__init__()
+        self._weight, self._removed = weight, removed
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        is_routing = func is F.linear and args[1] is self._weight
+        return result.masked_fill(self._removed, -torch.inf) if is_routing else result
+
+
+def _mask_experts(layer: nn.Module, plan: Plan, index: int) -> None:
+    """Let a layer's router score the experts that a plan removes with minus infinity."""
+    for matrix in expert_entries(layer, plan.before.backbone):
+        if matrix.weight.ndim == 2 and len(plan.experts[index]) < matrix.width:
+            path, _, _ = matrix.projection.path.rpartition(".")
+            _route_without(layer.get_submodule(path), matrix.weight, plan.experts[index])
+
+
+def _route_without(router: Any, weight: Tensor, kept: Kept) -> None:
+    removed = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
+    removed[list(kept)] = False
+    forward = router.forward
+
+    def route(*args: Any, **kwargs: Any) -> Any:
+        with _WithoutExperts(weight, removed):
+            return forward(*args, **kwargs)
+
+    router.forward = route
 
 
 def _mask_tokens(model: PreTrainedModel, tokens: Kept) -> None:
@@ -79,15 +124,16 @@ def require_match(model: nn.Module, plan: Plan) -> None:
 def _shape_line(anatomy: Anatomy) -> str:
     groups = max(shape.num_kv_heads for shape in anatomy.layers)
     neurons = max(shape.intermediate_size for shape in anatomy.layers)
+    experts = "".join(f", {count} experts" for count in anatomy.expert_counts)
     return (
         f"{anatomy.model_type} with {anatomy.num_layers} layers, {groups} KV groups, "
-        f"{neurons} neurons"
+        f"{neurons} neurons{experts}"
     )
 
 
 def kept_units(plan: Plan, index: int, projection: Projection) -> tuple[int, ...]:
     """The units of a matrix of layer ``index`` that a plan keeps."""
-    return (plan.kv_groups if unit_of(projection) == "kv_group" else plan.neurons)[index]
+    return plan.kept(unit_of(projection))[index]
 
 
 def kept_channels(plan: Plan, index: int, projection: Projection) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +15,7 @@ from slimvlm.core.errors import ConfigError, ImpossiblePlanError
 from slimvlm.core.files import write_text
 from slimvlm.models.anatomy import Anatomy, LayerShape
 from slimvlm.models.families import BACKBONES, FAMILIES
+from slimvlm.models.units import LAYER_UNITS
 
 AXES = ("depth", "width", "both")
 FORMAT = "slimvlm-plan/1"
@@ -36,6 +37,8 @@ class Plan:
         asked_ratio: The ratio that was asked for, None for a plan made by hand.
         criteria: Criterion used for each unit.
         tokens: Ids of the kept tokens; None for all.
+        experts: For each original layer its kept experts; empty where the layer is gone or has
+            none. Without any entry, the kept layers keep all.
     """
 
     before: Anatomy
@@ -46,25 +49,29 @@ class Plan:
     asked_ratio: float | None = None
     criteria: Mapping[str, str] = field(default_factory=dict)
     tokens: Kept | None = None
+    experts: tuple[Kept, ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.experts:
+            object.__setattr__(self, "experts", _all_experts(self.before, self.layers))
         if self.axis not in AXES:
             raise ConfigError(f"plan: axis {self.axis!r} must be one of: {', '.join(AXES)}")
-        if not len(self.kv_groups) == len(self.neurons) == self.before.num_layers:
+        if any(len(self.kept(unit)) != self.before.num_layers for unit in LAYER_UNITS):
             raise ConfigError(
-                f"plan: kv_groups and neurons must have {self.before.num_layers} entries, one for "
-                "each original layer"
+                f"plan: kv_groups, neurons and experts must have {self.before.num_layers} entries, "
+                "one for each original layer"
             )
         _check_indices("layers", self.layers, self.before.num_layers, self.layers != ())
         for index, shape in enumerate(self.before.layers):
-            is_kept = index in self.layers
-            groups, neurons = self.kv_groups[index], self.neurons[index]
-            for name, kept, count in (
-                ("kv_groups", groups, shape.num_kv_heads),
-                ("neurons", neurons, shape.intermediate_size),
-            ):
-                has_some = is_kept and count > 0
-                _check_indices(f"{name}[{index}]", kept, count, has_some == bool(kept))
+            for unit in LAYER_UNITS:
+                kept, count = self.kept(unit)[index], shape.units(unit)
+                has_some = index in self.layers and count > 0
+                _check_indices(f"{unit}s[{index}]", kept, count, has_some == bool(kept))
+            if has_some and len(kept) < self.before.experts_per_token:
+                raise ImpossiblePlanError(
+                    f"plan: experts[{index}] keeps {len(kept)}, but each token takes "
+                    f"{self.before.experts_per_token}"
+                )
         if self.tokens is not None:
             _check_tokens(self.tokens, self.before)
         missing = sorted(set(self.before.pinned_layers) - set(self.layers))
@@ -91,12 +98,36 @@ class Plan:
 
         Args:
             index: The layer's original number.
-            kept: Its kept ``kv_group`` and ``neuron`` units; a kind that is not named stays.
+            kept: Its kept units of some of `LAYER_UNITS`; a kind that is not named stays.
         """
-        rows = {"kv_group": list(self.kv_groups), "neuron": list(self.neurons)}
+        rows: dict[str, Any] = {}
         for unit, units in kept.items():
-            rows[unit][index] = units
-        return replace(self, kv_groups=tuple(rows["kv_group"]), neurons=tuple(rows["neuron"]))
+            row = self.kept(unit)
+            rows[f"{unit}s"] = (*row[:index], units, *row[index + 1 :])
+        return replace(self, **rows)
+
+    def without_layers(self, removed: Collection[int]) -> Plan:
+        """The same plan with fewer layers, and none of their units."""
+        rows: dict[str, Any] = {
+            f"{unit}s": tuple(() if i in removed else k for i, k in enumerate(self.kept(unit)))
+            for unit in LAYER_UNITS
+        }
+        return replace(self, layers=tuple(i for i in self.layers if i not in removed), **rows)
+
+    def kept(self, unit: str) -> tuple[Kept, ...]:
+        """For each original layer its kept units of a kind."""
+        rows = {"kv_group": self.kv_groups, "neuron": self.neurons, "expert": self.experts}
+        return rows[unit]
+
+    @property
+    def shapes(self) -> dict[int, LayerShape]:
+        """The kept layers by their original number, with the units that they keep."""
+        return {
+            index: self.before.layers[index].with_units(
+                *(len(self.kept(unit)[index]) for unit in LAYER_UNITS)
+            )
+            for index in self.layers
+        }
 
     def then(self, later: Plan) -> Plan:
         """One plan for both: this one, then another of the model that it leaves.
@@ -135,7 +166,7 @@ class Plan:
     def after(self) -> Anatomy:
         """The smaller model's anatomy."""
         pinned = tuple(self.layers.index(i) for i in self.before.pinned_layers)
-        after = replace(self.before.with_layers(self._shapes()), pinned_layers=pinned)
+        after = replace(self._narrowed, pinned_layers=pinned)
         if self.tokens is not None:
             after = after.with_tokens(len(self.tokens))
         return after.retyped() if self.needs_retype else after
@@ -163,19 +194,18 @@ class Plan:
 
     @property
     def _lost_in_layers(self) -> int:
-        kept = sum(
-            shape.fixed_params
-            + len(self.kv_groups[i]) * shape.kv_group_params
-            + len(self.neurons[i]) * shape.neuron_params
-            for i, shape in enumerate(self.before.layers)
-            if i in self.layers
-        )
+        kept = sum(shape.params for shape in self.shapes.values())
         return sum(shape.params for shape in self.before.layers) - kept
+
+    @property
+    def _narrowed(self) -> Anatomy:
+        """The original with the kept layers and their units."""
+        return self.before.with_layers(list(self.shapes.values()))
 
     @property
     def needs_retype(self) -> bool:
         """Whether the head count needs the freer configuration type of the backbone's row."""
-        after = self.before.with_layers(self._shapes())
+        after = self._narrowed
         if not self.before.retypable or not after.is_uniform:
             return False
         return self.before.hidden_size % after.layers[0].num_heads != 0
@@ -189,7 +219,7 @@ class Plan:
         or the configuration class cannot express their head count; loading it needs
         ``trust_remote_code=True``.
         """
-        after = self.before.with_layers(self._shapes())
+        after = self._narrowed
         if not after.is_uniform:
             return "uneven"
         if after.mlp_widths and after.mlp_widths[0] not in self.before.legal_neurons():
@@ -204,32 +234,30 @@ class Plan:
             return kv_heads * queries_per_group * head_dim == self.before.hidden_size
         return kv_heads in self.before.legal_kv_heads()
 
-    def _shapes(self) -> list[LayerShape]:
-        return [
-            replace(
-                self.before.layers[index],
-                num_kv_heads=len(self.kv_groups[index]),
-                intermediate_size=len(self.neurons[index]),
-            )
-            for index in self.layers
-        ]
-
     def summary(self) -> str:
         """One line: what is kept, which ratio that is, and what loading it needs."""
         groups = sorted({len(self.kv_groups[i]) for i in self.layers} - {0})
         neurons = sorted({len(self.neurons[i]) for i in self.layers} - {0})
         asked = "" if self.asked_ratio is None else f" (asked {self.asked_ratio:.2%})"
         needs = "; layers of different widths: needs trust_remote_code=True"
-        tokens = ""
+        others = ""
+        if fewer := self._fewer_experts:
+            others = f", {_span(fewer)} of {_span(self.before.expert_counts)} experts"
         if self.tokens is not None:
-            tokens = f", {len(self.tokens):,} of {self.before.vocab_size:,} tokens"
+            others += f", {len(self.tokens):,} of {self.before.vocab_size:,} tokens"
         return (
             f"removes {self.ratio:.2%} of the backbone{asked}: "
             f"{len(self.layers)} of {self.before.num_layers} layers, "
             f"{_span(groups)} KV groups, {_span(neurons)} neurons a layer"
-            + tokens
+            + others
             + needs * (self.file_format == "uneven")
         )
+
+    @property
+    def _fewer_experts(self) -> list[int]:
+        """The numbers of experts of kept layers, if one of them loses some."""
+        counts = self._narrowed.expert_counts
+        return counts if counts != self.before.expert_counts else []
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
@@ -242,6 +270,7 @@ class Plan:
             "layers": self.layers,
             "kv_groups": self.kv_groups,
             "neurons": self.neurons,
+            "experts": self.experts,
             "tokens": self.tokens,
             "before": self.before.to_dict(),
         }
@@ -262,8 +291,14 @@ class Plan:
                 f"{where}: before names the unknown model types "
                 f"{before.model_type!r} and {before.text_type!r}"
             )
-        without_heads = [s for s in before.layers if s.num_kv_heads and not s.queries_per_group]
-        if without_heads or (before.retypable and before.backbone.retype is None):
+        impossible = [
+            s
+            for s in before.layers
+            if (s.num_kv_heads and not s.queries_per_group)
+            or s.num_experts * s.expert_neuron_params > s.neuron_params
+            or (s.num_experts and before.backbone.experts is None)
+        ]
+        if impossible or (before.retypable and before.backbone.retype is None):
             raise ConfigError(f"{where}: before describes no {before.model_type!r} that there is")
         return cls(
             before=before,
@@ -274,6 +309,7 @@ class Plan:
             asked_ratio=file.asked_ratio,
             criteria=file.criteria,
             tokens=file.tokens,
+            experts=file.experts,
         )
 
 
@@ -291,6 +327,12 @@ class _PlanFile:
     neurons: tuple[Kept, ...]
     before: Anatomy
     tokens: Kept | None = None
+    experts: tuple[Kept, ...] = ()
+
+
+def _all_experts(before: Anatomy, layers: Kept) -> tuple[Kept, ...]:
+    counts = (s.num_experts if i in layers else 0 for i, s in enumerate(before.layers))
+    return tuple(tuple(range(count)) for count in counts)
 
 
 def _check_tokens(tokens: Kept, anatomy: Anatomy) -> None:

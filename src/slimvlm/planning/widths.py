@@ -30,7 +30,7 @@ def with_widths(plan: Plan, scored: Mapping[str, Scores], widths: Widths) -> Pla
     for unit, scores in scored.items():
         for index, counts in widths.items():
             count = counts[0] if unit == "kv_group" else counts[1]
-            kept[unit][index] = _best(scores.of(unit)[index], count)
+            kept[unit][index] = best_units(scores.of(unit)[index], count)
     return replace(
         plan,
         kv_groups=tuple(kept["kv_group"]),
@@ -45,7 +45,7 @@ def uniform_widths(plan: Plan, scored: Mapping[str, Scores], budget: Budget) -> 
     Raises:
         ConfigError: If the layers are not equally wide to begin with.
     """
-    shapes = {i: budget.anatomy.layers[i] for i in plan.layers if budget.is_open(i)}
+    shapes = {index: shape for index, shape in plan.shapes.items() if budget.is_open(index)}
     equal = budget.anatomy.with_layers(list(shapes.values()))
     if not equal.is_uniform:
         raise ConfigError(
@@ -83,7 +83,7 @@ def _summed_shape(anatomy: Anatomy) -> LayerShape:
     return replace(widest, intermediate_size=neurons, **sums)
 
 
-def _best(values: Tensor, count: int) -> Kept:
+def best_units(values: Tensor, count: int) -> Kept:
     """The indices of the highest scores, ascending; of equal ones the later stay."""
     order = torch.argsort(values, stable=True)
     return tuple(sorted(int(i) for i in order[len(values) - count :]))

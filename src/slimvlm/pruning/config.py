@@ -139,6 +139,10 @@ def _changed_widths(text_config: Any, after: Anatomy) -> dict[str, Any]:
         if any(getattr(text_config, name, count) != count for name, count in heads.items()):
             changed = {**heads, "head_dim": head_dim}
     row = after.backbone
+    if row.experts is not None:
+        for experts in after.expert_counts:
+            if getattr(text_config, row.experts.count_field) != experts:
+                changed[row.experts.count_field] = experts
     if row.neuron_field in row.layer_lists:
         rows = zip(after.layers, getattr(text_config, row.neuron_field), strict=True)
         widths = [shape.intermediate_size or whole for shape, whole in rows]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,17 +18,23 @@ from slimvlm.models.internals import retype_modules_
 from slimvlm.models.modeling_pruned import set_counts_
 from slimvlm.models.parts import (
     decoder_layers,
+    expert_entries,
     stacks,
     text_config_of,
     token_matrices,
     unit_matrices,
 )
-from slimvlm.models.units import unit_of
+from slimvlm.models.units import LAYER_UNITS, unit_of
 from slimvlm.planning.mask import kept_channels, require_match
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.config import smaller_text_config, validate, with_renumbered
 from slimvlm.pruning.tokens import renumber_modules_, require_named_tokens
-from slimvlm.scoring.unit_scores import WIDTH_UNITS
+
+_COUNTS = {
+    "neuron": ("intermediate_dim", "intermediate_size", "expert_dim"),
+    "expert": ("num_experts",),
+}
+"""What modules of experts, and their routers, call the number of a kind of unit."""
 
 
 def prune_(model: PreTrainedModel, plan: Plan, allow_uneven: bool = False) -> None:
@@ -92,14 +99,14 @@ class Cut:
         name: Its name there.
         dim: The dimension that loses channels.
         keep: The channels that stay.
-        neurons: Neurons that stay, where the module holds experts and repeats their number.
+        count: The units that stay, by their kind, where the module repeats their number.
     """
 
     owner: nn.Module
     name: str
     dim: int
     keep: Tensor
-    neurons: int | None = None
+    count: tuple[str, int] | None = None
 
 
 def cuts_of(model: nn.Module, plan: Plan) -> Iterator[Cut]:
@@ -118,24 +125,27 @@ def cuts_of(model: nn.Module, plan: Plan) -> Iterator[Cut]:
 
 
 def cuts_of_layer(
-    model: nn.Module, plan: Plan, index: int, units: Collection[str] = WIDTH_UNITS
+    model: nn.Module, plan: Plan, index: int, units: Collection[str] = LAYER_UNITS
 ) -> Iterator[Cut]:
-    """What a plan cuts of one layer that it keeps; what has its size already is left out."""
-    of_units = unit_matrices(decoder_layers(model)[index], plan.before.backbone)
-    for matrix in (matrix for of_unit in of_units for matrix in of_unit):
+    """What a plan cuts of one layer that it keeps; what has its size already is left out.
+
+    A weight of experts may lose both neurons and experts, in two cuts.
+    """
+    layer, row = decoder_layers(model)[index], plan.before.backbone
+    for matrix in chain(*unit_matrices(layer, row), expert_entries(layer, row)):
         projection = matrix.projection
-        keep = kept_channels(plan, index, projection)
-        if len(keep) == matrix.width or unit_of(projection) not in units:
+        unit, keep = unit_of(projection), kept_channels(plan, index, projection)
+        if len(keep) == matrix.width or unit not in units:
             continue
-        is_expert = not isinstance(matrix.owner, nn.Linear)
-        neurons = len(keep) // len(projection.segments) if is_expert else None
-        yield Cut(matrix.owner, matrix.name, projection.axis, keep, neurons)
+        is_repeated = unit == "expert" or matrix.is_of_experts
+        count = (unit, len(plan.kept(unit)[index])) if is_repeated else None
+        yield Cut(matrix.owner, matrix.name, projection.axis, keep, count)
         if projection.dim == OUTPUT_ROWS and matrix.bias is not None:
             yield Cut(matrix.owner, "bias", 0, keep)
 
 
 def cut_layer_(
-    model: nn.Module, plan: Plan, index: int, units: Collection[str] = WIDTH_UNITS
+    model: nn.Module, plan: Plan, index: int, units: Collection[str] = LAYER_UNITS
 ) -> None:
     """Cut one layer of the original down to a plan, in place; the others stay as they are.
 
@@ -168,9 +178,10 @@ def _cut_(cut: Cut) -> None:
         owner.out_features, owner.in_features = owner.weight.shape
     elif isinstance(owner, nn.Embedding):
         owner.num_embeddings, owner.embedding_dim = owner.weight.shape
-    for name in ("intermediate_dim", "intermediate_size", "expert_dim"):
-        if cut.neurons is not None and name in vars(owner):
-            setattr(owner, name, cut.neurons)
+    if cut.count is not None:
+        unit, count = cut.count
+        for name in set(_COUNTS[unit]) & set(vars(owner)):
+            setattr(owner, name, count)
 
 
 def _drop_layers(model: nn.Module, plan: Plan) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -21,7 +22,7 @@ from slimvlm.models.internals import write_weights
 from slimvlm.models.load import load_processor
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.card import CardFacts
-from slimvlm.pruning.cut import cuts_of, prune_
+from slimvlm.pruning.cut import Cut, cuts_of, prune_
 from slimvlm.pruning.layout import lay_out
 from slimvlm.pruning.manifest import write_manifest
 from slimvlm.pruning.save import write_beside_weights
@@ -107,8 +108,9 @@ class _KeptWeights(Mapping[str, Tensor]):
         self.checkpoint, self.plan, self.weights = checkpoint, plan, weights
         self.names = list(smaller.state_dict())
         names = {id(module): name for name, module in checkpoint.model.named_modules()}
-        cuts = cuts_of(checkpoint.model, plan)
-        self.cuts = {f"{names[id(cut.owner)]}.{cut.name}": cut for cut in cuts}
+        self.cuts: dict[str, list[Cut]] = defaultdict(list)
+        for cut in cuts_of(checkpoint.model, plan):
+            self.cuts[f"{names[id(cut.owner)]}.{cut.name}"].append(cut)
         self.layers = f"{plan.before.family.backbone}.layers"
 
     def __getitem__(self, name: str) -> Tensor:
@@ -128,8 +130,9 @@ class _KeptWeights(Mapping[str, Tensor]):
 
     def _cut(self, original: str) -> Tensor:
         tensor: Tensor = self.checkpoint.weights[original]
-        cut = self.cuts.get(original)
-        return tensor if cut is None else tensor.index_select(cut.dim, cut.keep)
+        for cut in self.cuts.get(original, ()):
+            tensor = tensor.index_select(cut.dim, cut.keep)
+        return tensor
 
 
 def _check(folder: Path, dtype: str, kept: _KeptWeights) -> None:

@@ -88,9 +88,11 @@ def prune(
         SlimError: For anything that the user can mend; found before weights are read.
     """
     require_free(out, force)
-    is_asked = config.ratio is not None or config.vocab_size is not None
+    is_asked = config.ratio is not None or config.goes_first
     if (plan_file is None) != is_asked:
-        raise ConfigError("prune needs either --ratio or --plan, or --vocab-size alone")
+        raise ConfigError(
+            "prune needs either --ratio or --plan, or --vocab-size or --experts alone"
+        )
     given = None if plan_file is None else Plan.load(plan_file)
     request = Request(model=model, prune=config, report_samples=report.report_samples)
     request = resolved(request, say)

@@ -34,6 +34,7 @@ from slimvlm.scoring.criteria import (
     CRITERIA,
     CRITERIA_WITHOUT_DATA,
     DEFAULT_CRITERIA,
+    EXPERT_CRITERION,
     criterion_named,
 )
 from slimvlm.scoring.statistics import Statistics
@@ -85,7 +86,7 @@ def resolved(request: Request, say: Say = silent) -> Request:
         ConfigError: If the ratio is not in [0, 1).
     """
     config = request.prune
-    if config.ratio is None and config.vocab_size is not None:
+    if config.ratio is None and config.goes_first:
         config = replace(config, ratio=0.0)
         request = replace(request, prune=config)
     if config.ratio is not None:
@@ -163,12 +164,12 @@ def requests_by_axis(request: Request, anatomy: Anatomy) -> dict[Axis, Request]:
 
 
 def ratio_of(config: PruneConfig) -> float:
-    """The ratio; 0 where tokens are all that is to go.
+    """The ratio; 0 where tokens and experts are all that is to go.
 
     Raises:
         ConfigError: If there is none.
     """
-    if config.ratio is None and config.vocab_size is not None:
+    if config.ratio is None and config.goes_first:
         return 0.0
     if config.ratio is None:
         raise ConfigError("ratio: say which share of the backbone to remove")
@@ -176,12 +177,16 @@ def ratio_of(config: PruneConfig) -> float:
 
 
 def criteria_of(config: PruneConfig) -> tuple[str, ...]:
-    """The criteria for the axis; without data, ones that need none."""
-    if config.criterion:
-        return config.criterion
+    """The criteria for the axis, and for experts; without data, ones that need none."""
     if config.data is None:
-        return CRITERIA_WITHOUT_DATA
-    return DEFAULT_CRITERIA["both" if config.axis == "auto" else config.axis or "width"]
+        chosen = config.criterion or CRITERIA_WITHOUT_DATA
+    else:
+        axis = "both" if config.axis == "auto" else config.axis or "width"
+        chosen = config.criterion or DEFAULT_CRITERIA[axis]
+    has_experts = any("expert" in CRITERIA[name].units for name in chosen if name in CRITERIA)
+    if not config.experts or has_experts:
+        return chosen
+    return (*chosen, CRITERIA_WITHOUT_DATA[-1] if config.data is None else EXPERT_CRITERION)
 
 
 def scored_by(config: PruneConfig) -> tuple[str, ...]:
@@ -307,4 +312,5 @@ def ranked_plan(
     axis = config.axis or "width"
     allocation = "protect" if config.allocation == "protect" else "uniform"
     options = vars(part_of(config, WidthOptions))
-    return make_plan(anatomy, scores, ratio_of(config), axis, allocation, **options, tokens=tokens)
+    options |= {"tokens": tokens, "experts": config.experts}
+    return make_plan(anatomy, scores, ratio_of(config), axis, allocation, **options)

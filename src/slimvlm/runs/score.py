@@ -139,6 +139,7 @@ def plan(
     options = {
         **vars(part_of(config, WidthOptions)),
         **{"axis": config.axis, "allocation": config.allocation, "kv_heads": config.kv_heads},
+        "experts": config.experts,
     }
     if config.vocab_size is not None:
         chosen = vocabulary_for(model, config, ())
@@ -151,12 +152,15 @@ def plan(
         return make_plan(shape, scores, config.ratio or 0.0, **options)
 
     if not given:
-        of_layers, of_widths = CRITERIA_WITHOUT_DATA
-        criterion = of_layers if config.axis == "depth" else of_widths
-        rehearsed = planned([pretended_scores(shape, [criterion])])
+        of_layers, of_others = CRITERIA_WITHOUT_DATA
+        criteria = [of_layers] if config.axis == "depth" else [of_others]
+        if config.experts and config.axis == "depth":
+            criteria.append(of_others)
+        rehearsed = planned([pretended_scores(shape, [name]) for name in criteria])
         if config.vocab_size is None or rehearsed.cuts_layers:
-            say(f"no --scores: using {criterion}")
-            given = [score_model(load(model)[0], (), criterion)]
+            say(f"no --scores: using {' and '.join(criteria)}")
+            loaded = load(model)[0]
+            given = [score_model(loaded, (), name) for name in criteria]
     made = planned(given)
     out.parent.mkdir(parents=True, exist_ok=True)
     made.save(out)
@@ -170,7 +174,7 @@ def _target_params(config: PlanConfig) -> int | None:
         ConfigError: Unless exactly one of the three is given.
     """
     given = (config.ratio, config.target_params, config.target_memory)
-    if config.vocab_size is not None and not any(value is not None for value in given):
+    if config.goes_first and not any(value is not None for value in given):
         return None
     if sum(value is not None for value in given) != 1:
         raise ConfigError("plan needs exactly one of --ratio, --target-params, --target-memory")

@@ -279,6 +279,7 @@ def walk(
             config.allocation or "uniform",
             **vars(part_of(config, WidthOptions)),
             tokens=request.tokens,
+            experts=config.experts,
         )
     if not any(each.cuts_layers for each in plans):
         return Walked(plans[0])

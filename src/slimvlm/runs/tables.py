@@ -13,7 +13,7 @@ from rich.text import Text
 from slimvlm.core.errors import printable
 from slimvlm.evaluation.data_result import DataResult, Estimate
 from slimvlm.evaluation.metrics import LIKELIHOODS, Difference, Retention, paired_difference
-from slimvlm.evaluation.results import TIMES, Result
+from slimvlm.evaluation.results import Result
 from slimvlm.models.anatomy import Anatomy, LayerShape
 from slimvlm.models.cost import BYTES, kv_cache_bytes_per_token, weight_bytes
 
@@ -34,7 +34,7 @@ _HELD_OUT = {
     "divergence": ("KL divergence from the original (nats)", 3),
 }
 _PLAIN = (
-    *("total_params", "backbone_params", "weight_bytes", *TIMES),
+    *("total_params", "backbone_params", "weight_bytes", "prefill_ms", "decode_ms"),
     *("blind", "limit", "batch_size", "dtype"),
 )
 """Figures of a result that `result_json` repeats as they are."""
@@ -128,9 +128,11 @@ def anatomy_rows(anatomy: Anatomy) -> list[list[str]]:
             "    one neuron",
             [f"{s.neuron_params:,}" if s.intermediate_size else "none" for s in layers],
         ),
+        *_one_expert(anatomy),
         ["layers", f"{anatomy.num_layers}" + _pinned(anatomy)],
         *_by_layer("KV groups in a layer", list(map(_heads, layers))),
         *_by_layer("neurons in a layer", [_neurons(anatomy, shape) for shape in layers]),
+        *_experts(anatomy),
         *_legal_rows(anatomy),
         ["hidden size", f"{anatomy.hidden_size}"],
     ]
@@ -256,14 +258,9 @@ def _cost_rows(models: Sequence[_Beside]) -> list[list[str]]:
         ["backbone parameters", *(f"{r.backbone_params / 1e6:.1f} M" for r in results)],
         ["all parameters", *(f"{r.total_params / 1e6:.1f} M" for r in results)],
         ["weights MiB", *map(_number, mebibytes)],
-        ["prefill ms (batch 1)", *(_time(r.prefill_ms, r.prefill_range_ms) for r in results)],
-        ["decode ms a token", *(_time(r.decode_ms, r.decode_range_ms) for r in results)],
+        ["prefill ms (batch 1)", *(f"{r.prefill_ms:.1f}" for r in results)],
+        ["decode ms a token", *(f"{r.decode_ms:.1f}" for r in results)],
     ]
-
-
-def _time(middle: float, between: tuple[float, float] | None) -> str:
-    """A median and the runs that it lies between."""
-    return f"{middle:.1f}" + ("" if between is None else f" [{between[0]:.1f}, {between[1]:.1f}]")
 
 
 def _model_json(model: _Beside) -> dict[str, Any]:
@@ -355,8 +352,28 @@ def _neurons(anatomy: Anatomy, shape: LayerShape) -> str:
     """How many; a neuron of experts is a channel of every one of them."""
     if not shape.intermediate_size:
         return "none that can go"
-    has_experts = any(".experts." in matrix.path for matrix in anatomy.backbone.mlp)
+    has_experts = shape.expert_neuron_params > 0
     return f"{shape.intermediate_size}" + (" in every expert" if has_experts else "")
+
+
+def _one_expert(anatomy: Anatomy) -> list[list[str]]:
+    """What an expert weighs; no row where there are none."""
+    if not anatomy.expert_counts:
+        return []
+    weights = [f"{s.expert_params:,}" if s.num_experts else "none" for s in anatomy.layers]
+    share = sum(s.num_experts * s.expert_params for s in anatomy.layers) / anatomy.backbone_params
+    rows = _by_layer("    one expert", weights)
+    return [*rows, ["    all experts", f"{share:.0%} of the backbone (--experts)"]]
+
+
+def _experts(anatomy: Anatomy) -> list[list[str]]:
+    """How many a layer has, and how many of them must stay; no row where there are none."""
+    taken = anatomy.experts_per_token
+    words = [f"{s.num_experts}" if s.num_experts else "none" for s in anatomy.layers]
+    if not anatomy.expert_counts:
+        return []
+    legal = f"{taken} to {anatomy.expert_counts[-1]}: each token takes {taken}"
+    return [*_by_layer("experts in a layer", words), ["legal experts", legal]]
 
 
 def _legal_rows(anatomy: Anatomy) -> list[list[str]]:

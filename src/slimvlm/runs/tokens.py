@@ -72,7 +72,7 @@ def with_tokens(request: Request, samples: Sequence[Sample], say: Say = silent) 
 
 def tokens_alone(request: Request, anatomy: Anatomy) -> Plan | None:
     """The plan where a request's tokens alone remove what it asks for; None if more must go."""
-    if request.tokens is None:
+    if request.tokens is None or request.prune.experts:
         return None
     plan = make_plan(anatomy, [], 0.0, tokens=request.tokens)
     asked = ratio_of(request.prune)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.models.anatomy import LayerShape
+from slimvlm.models.units import LAYER_UNITS, WIDTH_UNITS
 from slimvlm.scoring.gradients import capture_gradients, score_taylor, score_taylor_widths
 from slimvlm.scoring.greedy import capture_greedy, score_kl_greedy
 from slimvlm.scoring.hidden_states import (
@@ -30,8 +31,9 @@ from slimvlm.scoring.inputs import (
     score_wanda,
 )
 from slimvlm.scoring.obs import score_obs
+from slimvlm.scoring.routing import capture_routing, score_frequency, score_reap
 from slimvlm.scoring.statistics import Statistics
-from slimvlm.scoring.unit_scores import WIDTH_UNITS, Scores
+from slimvlm.scoring.unit_scores import Scores
 from slimvlm.scoring.without_data import (
     capture_nothing,
     capture_weights,
@@ -84,6 +86,7 @@ GRADIENTS = Capture(
     reads_labels=True,
     backward=True,
 )
+ROUTING = Capture(function=capture_routing, passes=2)
 GREEDY = Capture(function=capture_greedy, options=("rounds",), reads_labels=True, sees="rounds")
 
 
@@ -223,8 +226,22 @@ CRITERIA: dict[str, Criterion] = {
         paper="after SlimGPT, arXiv:2412.18110 and OSSCAR, arXiv:2403.12983",
         about="squared error when the unit goes and the others are refitted, one after another",
     ),
+    "reap": Criterion(
+        units=("expert",),
+        capture=ROUTING,
+        function=score_reap,
+        paper="REAP, arXiv:2510.13999",
+        about="mean size of what the expert adds to the tokens that take it",
+    ),
+    "frequency": Criterion(
+        units=("expert",),
+        capture=ROUTING,
+        function=score_frequency,
+        paper="baseline in REAP, arXiv:2510.13999",
+        about="share of the tokens that take the expert",
+    ),
     "magnitude": Criterion(
-        units=("layer", *WIDTH_UNITS),
+        units=("layer", *LAYER_UNITS),
         capture=WEIGHTS,
         function=score_magnitude,
         paper=_LLM_PRUNER,
@@ -232,7 +249,7 @@ CRITERIA: dict[str, Criterion] = {
         options={"reduction": ("mean", "sum"), "p": (1, 2)},
     ),
     "random": Criterion(
-        units=("layer", *WIDTH_UNITS),
+        units=("layer", *LAYER_UNITS),
         capture=NOTHING,
         function=score_random,
         paper="baseline",
@@ -249,8 +266,11 @@ DEFAULT_CRITERIA: dict[str, tuple[str, ...]] = {
 }
 """Chosen by measurement; see "What stays without training" in ``docs/results.md``."""
 
+EXPERT_CRITERION = "reap"
+"""The default for experts; see "Fewer experts" in ``docs/results.md``."""
+
 CRITERIA_WITHOUT_DATA = ("spacing", "magnitude")
-"""The defaults for layers and for widths where there is no data."""
+"""The defaults for layers and for all other units where there is no data."""
 
 
 def criterion_named(name: str, options: Mapping[str, Any]) -> Criterion:

@@ -16,12 +16,13 @@ from slimvlm.data.samples import Sample
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.classes import require_full_precision
 from slimvlm.models.hidden import evaluating
+from slimvlm.models.units import WIDTH_UNITS
 from slimvlm.scoring.batches import Batch, Watched, device_of
 from slimvlm.scoring.criteria import DEFAULT_CRITERIA, criterion_named
 from slimvlm.scoring.layerwise.runner import LayerwiseModel, Live
 from slimvlm.scoring.layerwise.stores import Memory
 from slimvlm.scoring.statistics import Statistics
-from slimvlm.scoring.unit_scores import WIDTH_UNITS, Scores
+from slimvlm.scoring.unit_scores import Scores
 
 PART_BYTES = 2 * 2**30
 """Statistics that `score` holds at a time, where those of all layers would be large."""

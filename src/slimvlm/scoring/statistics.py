@@ -184,7 +184,17 @@ class ChannelSums(Statistics):
 
 @dataclass(frozen=True, kw_only=True)
 class Weights(ChannelSums, kind="weights"):
-    """Sums of ``|w|^p`` for each channel of each matrix."""
+    """Sums of ``|w|^p`` for each channel of each matrix, and for each expert.
+
+    The place of the latter is the kind of unit, ``expert``.
+    """
+
+    def per_unit(self, anatomy: Anatomy, reduction: str = "sum") -> UnitValues:
+        """As `ChannelSums.per_unit`; experts by their sum."""
+        yield from super().per_unit(anatomy, reduction)
+        for index in range(anatomy.num_layers):
+            if (index, "expert") in self.parts:
+                yield index, "expert", self.parts[index, "expert"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,6 +238,60 @@ class Activations(UnitSums, kind="activations"):
     def count(self) -> float:
         """The weight of all tokens."""
         return float(self.weight)
+
+
+@dataclass
+class Taken:
+    """What the experts of a layer did, by expert; float64 on the CPU.
+
+    Attributes:
+        count: ``sum_t w_t`` over the tokens that take the expert.
+        size: ``sum_t w_t ‖g_t f(x_t)‖`` over them: the expert's output times the router's weight.
+    """
+
+    count: Float64[Tensor, " E"]
+    size: Float64[Tensor, " E"]
+
+    @classmethod
+    def of(cls, experts: int) -> Taken:
+        """Of no tokens yet."""
+        return cls(*torch.zeros(2, experts, dtype=torch.float64))
+
+    def add(
+        self,
+        experts: Int[Tensor, " pair"],
+        sizes: Float[Tensor, " pair"],
+        weights: Float[Tensor, " pair"],
+    ) -> None:
+        """Add pairs of a token and an expert that it takes.
+
+        Args:
+            experts: The expert of each pair.
+            sizes: What it adds to the token.
+            weights: What the token counts.
+        """
+        weights = weights.double()
+        where = experts.cpu()
+        self.count.index_add_(0, where, weights.cpu())
+        self.size.index_add_(0, where, (weights * sizes.double()).cpu())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing(Statistics, kind="routing", part=Taken):
+    """Which experts tokens take, and how much these give them.
+
+    Attributes:
+        parts: By layer, at the place of the kind of unit, ``expert``.
+        weight: ``sum_t w_t`` over all tokens.
+    """
+
+    parts: Mapping[Place, Taken]
+    weight: Float64[Tensor, ""]
+
+    def per_unit(self, value: Callable[[Taken], Tensor]) -> UnitValues:
+        """A value for each expert."""
+        for (index, unit), part in self.parts.items():
+            yield index, unit, value(part)
 
 
 @dataclass

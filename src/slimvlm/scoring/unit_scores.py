@@ -17,9 +17,7 @@ from torch import Tensor
 from slimvlm.core.documents import parse_json, read_object
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import new_file, write_text
-
-WIDTH_UNITS = ("kv_group", "neuron")
-"""The kinds of unit that a layer has several of."""
+from slimvlm.models.units import LAYER_UNITS, WIDTH_UNITS
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,7 @@ class Scores:
             begins at layer ``i`` (infinite where it does not fit). Only contiguous criteria fill
             it.
         options: Options that the scores were computed with.
+        expert: L tensors ``[E_l]``.
     """
 
     criterion: str
@@ -43,6 +42,7 @@ class Scores:
     neuron: Sequence[Float[Tensor, " _"]] | None = None
     layer_runs: Float[Tensor, "length layer"] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    expert: Sequence[Float[Tensor, " _"]] | None = None
 
     @classmethod
     def of_units(
@@ -51,24 +51,26 @@ class Scores:
         num_layers: int,
         found: Iterable[tuple[int, str, Float[Tensor, " _"]]],
         layer: Float[Tensor, " layer"] | None = None,
+        units: Sequence[str] = WIDTH_UNITS,
     ) -> Scores:
-        """Scores of KV groups and neurons; empty where nothing was found.
+        """Scores of units that layers have several of; empty where nothing was found.
 
         Args:
             criterion: Name of the criterion.
             num_layers: Layers of the model.
             found: Layer, kind of unit, and the score of each unit.
             layer: Scores of decoder layers.
+            units: The kinds of unit that are scored.
         """
-        rows = {unit: [torch.zeros(0)] * num_layers for unit in WIDTH_UNITS}
+        rows: dict[str, Any] = {unit: [torch.zeros(0)] * num_layers for unit in units}
         for index, unit, values in found:
             rows[unit][index] = values.float()
         layer = None if layer is None else layer.float()
-        return cls(criterion, layer, kv_group=rows["kv_group"], neuron=rows["neuron"])
+        return cls(criterion, layer, **rows)
 
     def of(self, unit: str) -> Any:
-        """The scores of ``"layer"``, ``"kv_group"`` or ``"neuron"``; None if not scored."""
-        return {"layer": self.layer, "kv_group": self.kv_group, "neuron": self.neuron}[unit]
+        """The scores of ``"layer"`` or one of `LAYER_UNITS`; None if not scored."""
+        return {unit: getattr(self, unit) for unit in ("layer", *LAYER_UNITS)}[unit]
 
     def save(self, path: str | Path) -> None:
         """Write ``<path>.safetensors`` and ``<path>.json`` (criterion, options, units)."""
@@ -77,7 +79,7 @@ class Scores:
             tensors["layer"] = self.layer
         if self.layer_runs is not None:
             tensors["layer_runs"] = self.layer_runs
-        for unit in WIDTH_UNITS:
+        for unit in LAYER_UNITS:
             for index, values in enumerate(self.of(unit) or ()):
                 tensors[f"{unit}.{index}"] = values
         path = Path(path)
@@ -110,8 +112,7 @@ class Scores:
         return cls(
             criterion=criterion,
             layer=tensors.get("layer"),
-            kv_group=_numbered(tensors, "kv_group"),
-            neuron=_numbered(tensors, "neuron"),
+            **{unit: _numbered(tensors, unit) for unit in LAYER_UNITS},
             layer_runs=tensors.get("layer_runs"),
             options=options,
         )

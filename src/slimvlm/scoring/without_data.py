@@ -6,13 +6,15 @@ E expert, O output row, I input column of a weight matrix, L layer.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from slimvlm.models.anatomy import Anatomy
-from slimvlm.models.parts import matrices
+from slimvlm.models.parts import backbone_of, decoder_layers, expert_entries, matrices
+from slimvlm.models.units import LAYER_UNITS, WIDTH_UNITS
 from slimvlm.scoring.batches import Batch
 from slimvlm.scoring.inputs import weight_of
 from slimvlm.scoring.statistics import Statistics, Weights
@@ -32,7 +34,7 @@ def channel_sums(values: Weight, axis: int) -> Float64[Tensor, " channel"]:
     return values.sum(others, dtype=torch.float64).cpu()
 
 
-def magnitude(weight: Weight, p: int = 1) -> Weight:
+def magnitude(weight: Float[Tensor, "*D"], p: int = 1) -> Float[Tensor, "*D"]:
     """``|w|^p``. There is no p-th root, as in LLM-Pruner."""
     return weight.abs().pow(p)
 
@@ -43,28 +45,43 @@ def capture_nothing(model: nn.Module, batches: Iterable[Batch]) -> Statistics:
 
 
 def capture_weights(model: nn.Module, batches: Iterable[Batch], p: int = 1) -> Weights:
-    """Sums of ``|w|^p`` for each channel of each matrix."""
+    """Sums of ``|w|^p`` for each channel of each matrix, and for all that is an expert's."""
     parts = {
         (index, matrix.projection.path): channel_sums(
             magnitude(weight_of(matrix.owner, matrix.name).float(), p), matrix.projection.axis
         )
         for index, matrix in matrices(model)
     }
+    row = backbone_of(model.config)
+    for index, layer in enumerate(decoder_layers(model)):
+        sums = [
+            magnitude(weight_of(entry.owner, entry.name).float(), p)
+            .reshape(entry.width, -1)
+            .sum(1, dtype=torch.float64)
+            for entry in expert_entries(layer, row)
+        ]
+        if sums:
+            parts[index, "expert"] = torch.stack(sums).sum(0).cpu()
     return Weights(parts=parts)
 
 
 def score_magnitude(statistics: Weights, anatomy: Anatomy, reduction: str = "mean") -> Scores:
     """Size of the weights of each unit; layers by the mean over their matrices' weights.
 
+    Experts are compared within a layer, by the sum over all that they own.
+
     Args:
         statistics: Sums of ``|w|^p``.
         anatomy: The model's.
         reduction: ``mean`` over the unit's matrices as LLM-Pruner's scripts have it, or ``sum``.
     """
-    counts = [max(shape.params - shape.fixed_params, 1) for shape in anatomy.layers]
+    counts = [
+        max(sum(s.units(u) * getattr(s, f"{u}_params") for u in WIDTH_UNITS), 1)
+        for s in anatomy.layers
+    ]
     layer = statistics.per_layer(anatomy) / torch.tensor(counts, dtype=torch.float64)
     found = statistics.per_unit(anatomy, reduction)
-    return Scores.of_units("magnitude", anatomy.num_layers, found, layer)
+    return Scores.of_units("magnitude", anatomy.num_layers, found, layer, LAYER_UNITS)
 
 
 def score_spacing(statistics: Statistics, anatomy: Anatomy) -> Scores:
@@ -87,9 +104,9 @@ def score_spacing(statistics: Statistics, anatomy: Anatomy) -> Scores:
 def score_random(statistics: Statistics, anatomy: Anatomy, seed: int = 0) -> Scores:
     """Uniform random scores: the floor that every other criterion has to beat."""
     generator = torch.Generator().manual_seed(seed)
-    return Scores(
-        "random",
-        layer=torch.rand(anatomy.num_layers, generator=generator),
-        kv_group=[torch.rand(s.num_kv_heads, generator=generator) for s in anatomy.layers],
-        neuron=[torch.rand(s.intermediate_size, generator=generator) for s in anatomy.layers],
-    )
+    layer = torch.rand(anatomy.num_layers, generator=generator)
+    rows: dict[str, Any] = {
+        unit: [torch.rand(shape.units(unit), generator=generator) for shape in anatomy.layers]
+        for unit in LAYER_UNITS
+    }
+    return Scores("random", layer, **rows)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import write_text
 from slimvlm.core.options import RecoverConfig
-from slimvlm.models.parts import backbone_of, family_of, parameters_below, part_at
+from slimvlm.models.parts import backbone_of, family_of, matrices, parameters_below, part_at
 from slimvlm.models.sharding import is_sharded, placement_of
 
 
@@ -168,10 +168,16 @@ def _with_lora(model: PreTrainedModel, config: RecoverConfig) -> Any:
     lora = peft.LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
+        lora_dropout=0.0 if _experts_learn(model, config) else config.lora_dropout,
         target_modules=lora_targets(model, config.lora_targets),
     )
     return peft.get_peft_model(model, lora)
+
+
+def _experts_learn(model: PreTrainedModel, config: RecoverConfig) -> bool:
+    """Whether weights of experts get LoRA, before which PEFT has no dropout."""
+    of_experts = [m.projection.path for _, m in matrices(model) if m.is_of_experts]
+    return any(re.fullmatch(config.lora_targets, path) for path in of_experts)
 
 
 def _is_peft(model: Any) -> bool:

@@ -14,6 +14,7 @@ from slimvlm.core.progress import Say, silent
 from slimvlm.core.requests import digest
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.load import default_device, digest_of_tensors
+from slimvlm.models.units import LAYER_UNITS
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.walk.distil import LocalSteps
 from slimvlm.pruning.walk.layer import Steps
@@ -27,7 +28,7 @@ from slimvlm.scoring.layerwise.checkpoint import open_checkpoint
 from slimvlm.scoring.layerwise.runner import LayerwiseModel
 from slimvlm.scoring.layerwise.score import CriterionRequest, score_requests
 from slimvlm.scoring.layerwise.stores import Scratch, scratch_folder
-from slimvlm.scoring.unit_scores import WIDTH_UNITS, Scores
+from slimvlm.scoring.unit_scores import Scores
 
 
 def walk_checkpoint(
@@ -130,6 +131,6 @@ def _tensors_of(scores: Scores) -> Iterator[tuple[str, Tensor]]:
     """All numbers of some scores, by name."""
     if scores.layer is not None:
         yield "layer", scores.layer
-    for unit in WIDTH_UNITS:
+    for unit in LAYER_UNITS:
         for index, values in enumerate(scores.of(unit) or ()):
             yield f"{unit}.{index}", values

@@ -13,6 +13,7 @@ from torch import nn
 
 from slimvlm.core.progress import progress
 from slimvlm.models.parts import decoder_layers
+from slimvlm.models.units import WIDTH_UNITS
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.walk.layer import LayerOutcome, LayerWalk, Steps
 from slimvlm.pruning.walk.result import (
@@ -27,7 +28,7 @@ from slimvlm.pruning.walk.streams import PREFIX, SLICED, Streams
 from slimvlm.pruning.walk.trial import cheapest_plan
 from slimvlm.pruning.writers import SEAM
 from slimvlm.scoring.layerwise.stores import Store
-from slimvlm.scoring.unit_scores import WIDTH_UNITS, Scores
+from slimvlm.scoring.unit_scores import Scores
 
 _TRIAL = "trial-plan"
 

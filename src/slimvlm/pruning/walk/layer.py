@@ -139,8 +139,7 @@ class LayerWalk:
 
     def _count(self, unit: str) -> int:
         """How many units of a kind stay."""
-        kept = self.plan.kv_groups if unit == "kv_group" else self.plan.neurons
-        return len(kept[self._index])
+        return len(self.plan.kept(unit)[self._index])
 
     def _total(self, unit: str) -> int:
         return self.plan.before.layers[self._index].units(unit)

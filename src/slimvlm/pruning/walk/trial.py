@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 
 from slimvlm.models.parts import decoder_layers
+from slimvlm.models.units import WIDTH_UNITS
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.walk.streams import Streams
 from slimvlm.pruning.writers import writers_of_layer
 from slimvlm.scoring.obs import removal_order
-from slimvlm.scoring.unit_scores import WIDTH_UNITS
 
 TRIED = 2
 """Layers that are tried, spread evenly over those that lose units."""
@@ -55,8 +55,7 @@ def _tried(plan: Plan) -> list[int]:
 
 def _removed(plan: Plan, index: int, unit: str) -> int:
     """How many units of a kind a plan removes from a layer."""
-    kept = plan.kv_groups if unit == "kv_group" else plan.neurons
-    return plan.before.layers[index].units(unit) - len(kept[index])
+    return plan.before.layers[index].units(unit) - len(plan.kept(unit)[index])
 
 
 def _costs(streams: Streams, plans: Sequence[Plan], index: int) -> list[float]:

@@ -14,6 +14,7 @@ from slimvlm.models.anatomy import Anatomy, read_anatomy
 from slimvlm.models.classes import require_full_precision
 from slimvlm.models.hidden import evaluating
 from slimvlm.models.parts import decoder_layers, unit_matrices
+from slimvlm.models.units import WIDTH_UNITS
 from slimvlm.planning.candidates import width_candidates
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.mask import require_match
@@ -31,7 +32,7 @@ from slimvlm.scoring.inputs import frozen
 from slimvlm.scoring.layerwise.runner import LayerwiseModel, Live
 from slimvlm.scoring.layerwise.stores import Memory
 from slimvlm.scoring.score_model import score
-from slimvlm.scoring.unit_scores import WIDTH_UNITS, Scores
+from slimvlm.scoring.unit_scores import Scores
 
 WALKING = "obs"
 """The criterion by which a walk chooses."""

@@ -14,6 +14,7 @@ from slimvlm.core.files import new_folder
 from slimvlm.core.progress import Say, progress
 from slimvlm.models.load import default_device
 from slimvlm.models.parts import decoder_layers, text_config_of
+from slimvlm.models.units import LAYER_UNITS
 from slimvlm.scoring.batches import Batch
 from slimvlm.scoring.criteria import CRITERIA, DEFAULT_CRITERIA, Capture, criterion_named
 from slimvlm.scoring.layerwise.checkpoint import LazyCheckpoint, open_checkpoint
@@ -256,7 +257,7 @@ def _scores_of(place: int, index: int) -> str:
 def _joined(parts: Sequence[Scores]) -> Scores:
     """Scores of all layers from those of each."""
     joined: dict[str, Any] = {}
-    for unit in ("kv_group", "neuron"):
+    for unit in LAYER_UNITS:
         if parts[0].of(unit) is not None:
             joined[unit] = [values for part in parts for values in part.of(unit)]
     if parts[0].layer is not None:

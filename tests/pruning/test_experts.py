@@ -1,0 +1,231 @@
+"""Experts as units: what a plan of fewer experts means, and that it is all that happens."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import slimvlm as sv
+from slimvlm.core.errors import ConfigError, ImpossiblePlanError
+from slimvlm.models.classes import auto_class
+from slimvlm.models.parts import decoder_layers, text_config_of
+from tests import tiny
+from tests.handmade import assert_untouched, logits, random_scores, snapshot
+from tests.tiers import tiered
+from tests.tolerances import FORWARD, assert_close
+
+FAMILIES = ["qwen3_vl_moe", "qwen3_moe", "qwen3_5_moe", "llama4", "gemma4-experts"]
+BY_DEFAULT = ("qwen3_vl_moe", "llama4", "gemma4-experts")
+TEXT_TOKENS = 24
+ROUTERS = {
+    "qwen3_vl_moe": ("mlp.gate", 2),
+    "qwen3_moe": ("mlp.gate", 2),
+    "qwen3_5_moe": ("mlp.gate", 2),
+    "gemma4-experts": ("router", 2),
+}
+"""Where routers are, and which of their results are the experts that tokens take."""
+
+every_family = pytest.mark.parametrize("name", tiered(FAMILIES, lambda name: name in BY_DEFAULT))
+
+
+@cache
+def plan_of(name: str, experts: float = 0.25, ratio: float = 0.0, axis: str = "width") -> sv.Plan:
+    anatomy = sv.anatomy(tiny.build(name))
+    return sv.make_plan(anatomy, random_scores(anatomy), ratio, axis, experts=experts)
+
+
+def pruned(name: str, plan: sv.Plan) -> PreTrainedModel:
+    model = tiny.build(name)
+    sv.prune_(model, plan)
+    return model
+
+
+@every_family
+@pytest.mark.parametrize(
+    "asked", [(0.25, 0.0), (0.5, 0.0), (0.25, 0.4)], ids=["one", "half", "and both"]
+)
+def test_slicing_is_masking(name: str, asked: tuple[float, float]) -> None:
+    plan = plan_of(name, *asked, axis="both")
+    if name != "llama4":  # in which half of the layers have experts
+        assert {len(kept) for kept in plan.experts} <= {0, 4 - round(4 * asked[0])}
+    masked, model = tiny.build(name), pruned(name, plan)
+    sv.mask_(masked, plan)
+    batch = tiny.batch(model, TEXT_TOKENS)
+    assert not torch.allclose(logits(masked, batch), logits(tiny.build(name), batch), atol=0.02)
+    assert_close(logits(model, batch), logits(masked, batch), FORWARD)
+
+
+@every_family
+@pytest.mark.parametrize("ratio", [0.0, 0.4], ids=["alone", "and both"])
+def test_parameters_are_counted_exactly(name: str, ratio: float) -> None:
+    plan = plan_of(name, 0.25, ratio, "both")
+    model = pruned(name, plan)
+    counted = sum(p.numel() for p in model.parameters())
+    assert plan.after.total_params == counted
+    assert plan.ratio == (plan.before.total_params - counted) / plan.before.backbone_params
+    assert sv.anatomy(model) == plan.after
+
+
+@every_family
+def test_the_configuration_and_the_modules_say_so(name: str) -> None:
+    model = pruned(name, plan_of(name))
+    row = sv.anatomy(model).backbone.experts
+    assert row is not None
+    assert getattr(text_config_of(model.config), row.count_field) == 3
+    repeated = [
+        module.num_experts
+        for layer in decoder_layers(model)
+        for path in (row.module, *(entry.path.rpartition(".")[0] for entry in row.entries))
+        if (module := dict(layer.named_modules()).get(path)) is not None
+        and "num_experts" in vars(module)
+    ]
+    assert repeated
+    assert set(repeated) == {3}
+
+
+@every_family
+def test_a_saved_model_is_the_model(name: str, tmp_path: Path) -> None:
+    plan = plan_of(name)
+    model = pruned(name, plan)
+    sv.save(model, None, tmp_path / "out", plan)
+    loaded, report = auto_class(model.config).from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert {kind: found for kind, found in report.items() if found} == {}
+    weights, expected = loaded.state_dict(), model.state_dict()
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
+    batch = tiny.batch(model, TEXT_TOKENS)
+    assert_close(logits(loaded.eval(), batch), logits(model, batch), FORWARD)
+
+
+@pytest.mark.parametrize("name", tiered(ROUTERS, lambda name: name in BY_DEFAULT))
+def test_a_router_picks_what_it_would_have(name: str) -> None:
+    """The best of what is left, in the same order, by the weights that these had."""
+    plan = plan_of(name)
+    path, place = ROUTERS[name]
+    hidden = torch.randn(64, 64, generator=torch.Generator().manual_seed(3))
+    whole, small = (decoder_layers(m) for m in (tiny.build(name), pruned(name, plan)))
+    for index, kept in enumerate(plan.experts):
+        if not kept:
+            continue
+        router: Any = whole[index].get_submodule(path)
+        (rows,) = (p for p in router.parameters() if p.shape == (4, 64))
+        weight = rows.detach()
+        given = hidden
+        if name.startswith("gemma4"):
+            given = router.norm(hidden) * router.scale * router.scalar_root_size
+        left = (given @ weight.T)[:, list(kept)]
+        expected = torch.tensor(kept)[left.topk(2).indices]
+        taken: Tensor = small[index].get_submodule(path)(hidden)[place]
+        assert torch.equal(torch.tensor(kept)[taken], expected)
+
+
+def test_llama_4_takes_the_best_of_what_is_left() -> None:
+    plan = plan_of("llama4")
+    whole, small = (decoder_layers(m) for m in (tiny.build("llama4"), pruned("llama4", plan)))
+    hidden = torch.randn(64, 64, generator=torch.Generator().manual_seed(3))
+    for index in (1, 3):
+        kept = list(plan.experts[index])
+        scores = hidden @ whole[index].feed_forward.router.weight.detach().T
+        expected = scores[:, kept].argmax(1)
+        weights, _ = small[index].feed_forward.router(hidden)
+        assert torch.equal(weights.argmax(1), expected)
+
+
+def test_the_best_scores_stay() -> None:
+    anatomy = sv.anatomy(tiny.build("qwen3_vl_moe"))
+    scores = random_scores(anatomy)
+    plan = sv.make_plan(anatomy, scores, 0.0, experts=0.5)
+    assert scores.expert is not None
+    for values, kept in zip(scores.expert, plan.experts, strict=True):
+        assert set(kept) == set(values.topk(2).indices.tolist())
+    assert plan.criteria["expert"] == "by-hand"
+
+
+def test_the_axis_gives_the_rest_of_the_ratio() -> None:
+    alone = plan_of("qwen3_vl_moe", 0.25)
+    for axis in ("depth", "width", "both"):
+        plan = plan_of("qwen3_vl_moe", 0.25, 0.35, axis)
+        assert plan.experts[0] == alone.experts[0]
+        step = max(shape.params for shape in plan.before.layers) if axis == "depth" else 8 * 4 * 768
+        assert abs(plan.ratio - 0.35) * plan.before.backbone_params <= step
+    assert plan_of("qwen3_vl_moe", 0.25, 0.1).experts == alone.experts  # no less than asked
+
+
+def test_a_plan_file_keeps_experts_and_old_ones_keep_all(tmp_path: Path) -> None:
+    plan = plan_of("llama4")
+    plan.save(tmp_path / "plan.json")
+    assert sv.Plan.load(tmp_path / "plan.json") == plan
+    assert "3 of 4 experts" in plan.summary()
+    values = json.loads((tmp_path / "plan.json").read_text())
+    assert values["experts"][0] == []
+    assert len(values["experts"][1]) == 3
+    del values["experts"]
+    (tmp_path / "old.json").write_text(json.dumps(values))
+    old = sv.Plan.load(tmp_path / "old.json")
+    assert old.experts == ((), (0, 1, 2, 3)) * 2
+    assert "experts" not in old.summary()
+
+
+def test_what_cannot_be_is_refused_by_name() -> None:
+    model = tiny.build("qwen3_vl_moe")
+    before, plan = snapshot(model), plan_of("qwen3_vl_moe")
+    anatomy = plan.before
+    with pytest.raises(ImpossiblePlanError, match=r"leaves 1 in a layer.*takes 2: at most 0\.5"):
+        sv.make_plan(anatomy, random_scores(anatomy), 0.0, experts=0.75)
+    with pytest.raises(ImpossiblePlanError, match=r"experts\[1\] keeps 1, but each token takes 2"):
+        plan.with_units(1, {"expert": (3,)})
+    with pytest.raises(ConfigError, match=r"experts\[1\] must be sorted, unique, below 4"):
+        plan.with_units(1, {"expert": (2, 4)})
+    with pytest.raises(ConfigError, match=r"experts 1\.0 must be at least 0 and below 1"):
+        sv.make_plan(anatomy, random_scores(anatomy), 0.0, experts=1.0)
+    with pytest.raises(ConfigError, match=r"experts 0\.5 needs scores of expert; given: 'by-hand'"):
+        sv.make_plan(anatomy, replace(random_scores(anatomy), expert=None), 0.0, experts=0.5)
+    with pytest.raises(ImpossiblePlanError, match="must stay equally wide"):
+        sv.prune_(model, plan.with_units(1, {"expert": (0, 1)}))
+    llama = sv.anatomy(tiny.build("llama"))
+    with pytest.raises(ConfigError, match=r"experts 0\.5: 'llama' has none that can go"):
+        sv.make_plan(llama, random_scores(llama), 0.0, experts=0.5)
+    assert_untouched(model, before)
+
+
+def test_a_pruned_model_can_lose_more_and_no_other_plan_fits() -> None:
+    plan = plan_of("qwen3_vl_moe")
+    model = pruned("qwen3_vl_moe", plan)
+    with pytest.raises(ConfigError, match=r"4 experts, but the model is .* 3 experts"):
+        sv.prune_(model, plan)
+    again = sv.make_plan(plan.after, random_scores(plan.after), 0.0, experts=0.3)
+    sv.prune_(model, again)
+    assert sv.anatomy(model) == again.after
+    assert sv.anatomy(model).expert_counts == [2]
+
+
+def test_from_files_it_is_the_same(tmp_path: Path) -> None:
+    model = tiny.build("llama4")
+    model.save_pretrained(tmp_path / "model")
+    plan = plan_of("llama4", 0.25, 0.3, "both")
+    sv.prune_checkpoint(tmp_path / "model", plan, tmp_path / "ours")
+    sv.prune_(model, plan)
+    sv.save(model, None, tmp_path / "theirs", plan)
+    ours, theirs = (load_file(tmp_path / f / "model.safetensors") for f in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_walk_cuts_experts_and_teaches_the_rest() -> None:
+    model = tiny.build("qwen3_vl_moe")
+    data = [tiny.batch(model, 16, seed) for seed in range(4)]
+    plan = plan_of("qwen3_vl_moe")
+    walked = sv.walk_(model, data[:3], plan=plan, held_out=data[3:], local_steps=2)
+    assert walked.plan.experts == plan.experts
+    assert sv.anatomy(model) == plan.after

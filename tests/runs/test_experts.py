@@ -1,0 +1,150 @@
+"""Fewer experts from the verbs: prune, plan and compress, in memory and layer by layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jaxtyping
+import pytest
+import torch
+import transformers as hf
+
+import slimvlm as sv
+from slimvlm.core.options import MemoryOptions, PlanConfig, PruneConfig
+from slimvlm.models.load import anatomy
+from slimvlm.runs.prune import prune
+from slimvlm.runs.score import plan as write_plan
+from tests import tiny, tiny_folder
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.usefixtures("unhurried"),
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny_folder.write_llava_data(tmp_path_factory.mktemp("data"), pictures=False))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Complete folders of text models with experts, by their type."""
+    found = {}
+    words = tiny_folder.processor("text")
+    llama4 = tiny.CONFIGS["llama4"]().text_config
+    for config in (tiny.CONFIGS["qwen3_moe"](), llama4):
+        config.vocab_size = tiny_folder.VOCAB
+        torch.manual_seed(0)
+        path = tmp_path_factory.mktemp(config.model_type)
+        hf.AutoModelForCausalLM.from_config(config).save_pretrained(path)
+        words.save_pretrained(path)
+        found[config.model_type] = str(path)
+    return found
+
+
+def pruned(model: str, out: Path, low_memory: bool = False, **options: Any) -> sv.Plan:
+    memory = MemoryOptions(low_memory=low_memory)
+    prune(model, PruneConfig(**options), out, memory=memory, say=[].append)
+    return sv.Plan.load(out / "slimvlm_plan.json")
+
+
+def test_experts_alone_need_neither_a_ratio_nor_data(
+    models: dict[str, str], tmp_path: Path
+) -> None:
+    plan = pruned(models["qwen3_moe"], tmp_path / "out", experts=0.25)
+    assert plan.criteria == {"expert": "magnitude"}
+    assert [len(kept) for kept in plan.experts] == [3, 0, 3, 3]
+    assert plan.neurons == sv.Plan.everything(plan.before).neurons
+    smaller, _ = sv.load(tmp_path / "out", device="cpu")
+    assert smaller.config.num_experts == 3
+    assert anatomy(tmp_path / "out") == plan.after
+    assert "3 of 4 experts" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_with_data_they_are_chosen_by_what_they_add(
+    models: dict[str, str], tmp_path: Path, data: str
+) -> None:
+    shown = {"data": data, "samples": 6, "local_steps": 0, "repair": "none"}
+    plan = pruned(models["qwen3_moe"], tmp_path / "out", experts=0.5, **shown)
+    assert plan.criteria == {"expert": "reap"}
+    own = pruned(
+        models["qwen3_moe"], tmp_path / "own", experts=0.5, criterion=("frequency",), **shown
+    )
+    assert own.criteria == {"expert": "frequency"}
+
+
+def test_layers_go_beside_them_and_the_rest_learns(
+    models: dict[str, str], tmp_path: Path, data: str
+) -> None:
+    shown = {"data": data, "samples": 8, "local_steps": 2}
+    asked = {"experts": 0.25, "ratio": 0.4, "axis": "depth"}
+    plan = pruned(models["qwen3_moe"], tmp_path / "out", **asked, **shown)
+    assert plan.criteria == {"layer": "block_influence", "expert": "reap"}
+    assert len(plan.layers) < 4
+    assert anatomy(tmp_path / "out") == plan.after
+
+
+def test_layer_by_layer_the_same_is_written(
+    models: dict[str, str], tmp_path: Path, data: str
+) -> None:
+    options = {"data": data, "samples": 8, "experts": 0.5, "local_steps": 0, "axis": "depth"}
+    plan = pruned(models["llama4_text"], tmp_path / "at once", **options)
+    assert plan.criteria["expert"] == "reap"
+    assert pruned(models["llama4_text"], tmp_path / "by layer", True, **options) == plan
+    whole, pieces = (sv.load(tmp_path / n, device="cpu")[0] for n in ("at once", "by layer"))
+    ours, theirs = whole.state_dict(), pieces.state_dict()
+    assert all(torch.equal(theirs[name], value) for name, value in ours.items())
+
+
+def test_a_written_plan_has_its_experts_and_is_applied(
+    models: dict[str, str], tmp_path: Path
+) -> None:
+    for axis in ("width", "depth"):
+        config = PlanConfig(experts=0.25, axis=axis)
+        made = write_plan(models["qwen3_moe"], config, tmp_path / f"{axis}.json", say=[].append)
+        assert made.criteria == {"expert": "magnitude"}
+    out, file = tmp_path / "out", tmp_path / "width.json"
+    prune(models["qwen3_moe"], PruneConfig(), out, plan_file=file, say=[].append)
+    assert anatomy(out) == made.after
+
+
+@pytest.mark.parametrize("loss", ["sft+hidden+kl"])
+def test_a_run_trains_with_fewer_experts(
+    models: dict[str, str], tmp_path: Path, data: str, loss: str
+) -> None:
+    recover = sv.RecoverConfig(
+        train="lora", loss=loss, max_steps=2, batch_size=2, lora_rank=2, lora_alpha=4, bf16=False
+    )
+    config = sv.CompressConfig(
+        data=data, samples=6, experts=0.25, local_steps=0, recover=recover, report_samples=0
+    )
+    sv.compress(models["qwen3_moe"], config, tmp_path / "run", say=[].append)
+    assert anatomy(tmp_path / "run").expert_counts == [3]
+    assert "3 of 4 experts" in (tmp_path / "run" / "summary.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"experts": 0.75}, r"experts 0.75 leaves 1 in a layer, but each token takes 2"),
+        ({"experts": 1.0}, "experts 1.0 must be at least 0 and below 1"),
+        ({"experts": 0.5, "criterion": ("obs",)}, "criterion 'obs' needs --data"),
+        ({}, "either --ratio or --plan, or --vocab-size or --experts alone"),
+    ],
+)
+def test_what_cannot_be_is_said_before_weights_are_read(
+    models: dict[str, str],
+    tmp_path: Path,
+    options: dict[str, Any],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for a user
+    with pytest.raises(sv.SlimError, match=message):
+        pruned(models["qwen3_moe"], tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+    dense = str(tiny_folder.folder("text"))
+    with pytest.raises(sv.SlimError, match=r"experts 0.5: 'llama' has none that can go"):
+        pruned(dense, tmp_path / "out", experts=0.5)

@@ -1,0 +1,140 @@
+"""Scores of experts against what a token at a time gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import slimvlm as sv
+from slimvlm.core.errors import UnsupportedModelError
+from slimvlm.models.parts import decoder_layers
+from tests import tiny
+from tests.handmade import padded
+from tests.tolerances import FORWARD, SCORE_SHARE_OF_MAXIMUM, assert_close, assert_scores_close
+
+
+def inputs_of(model: Any, path: str, batch: dict[str, Tensor]) -> list[Tensor]:
+    """What enters the module at a path of each layer that has it, token by token."""
+    found: list[Tensor] = []
+    hooks = [
+        layer.get_submodule(path).register_forward_pre_hook(
+            lambda _, args: found.append(args[0].detach().flatten(0, -2))
+        )
+        for layer in decoder_layers(model)
+        if path in dict(layer.named_modules())
+    ]
+    with torch.no_grad():
+        model(**batch)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def by_token(mlp: Any, hidden: Tensor, normalised: bool) -> tuple[Tensor, Tensor]:
+    """For Qwen: how many tokens take each expert, and the mean of weight times output size."""
+    experts, gate = mlp.experts, mlp.gate.weight
+    count, size = torch.zeros(2, len(gate), dtype=torch.float64)
+    for token in hidden:
+        weights, taken = (gate @ token).softmax(0).topk(2)
+        weights = weights / weights.sum() if normalised else weights
+        for weight, expert in zip(weights, taken, strict=True):
+            a, b = (experts.gate_up_proj[expert] @ token).chunk(2)
+            output = experts.down_proj[expert] @ (F.silu(a) * b)
+            count[expert] += 1
+            size[expert] += float(weight * output.norm())
+    return count, size / count.clamp_min(1)
+
+
+@pytest.mark.parametrize(("name", "dense"), [("qwen3_moe", [1]), ("qwen3_vl_moe", [])])
+def test_qwen_scores_are_means_over_the_tokens_of_an_expert(name: str, dense: list[int]) -> None:
+    model = tiny.build(name)
+    batch = tiny.batch(model, 24)
+    frequency, reap = (sv.score(model, [batch], name).expert for name in ("frequency", "reap"))
+    assert frequency is not None
+    assert reap is not None
+    hidden = inputs_of(model, "mlp.experts", batch)
+    assert [i for i, values in enumerate(reap) if not len(values)] == dense
+    sparse = [index for index in range(4) if index not in dense]
+    for index, entered in zip(sparse, hidden, strict=True):
+        mlp: Any = decoder_layers(model)[index].get_submodule("mlp")
+        with torch.no_grad():
+            count, mean = by_token(mlp, entered, normalised=name == "qwen3_vl_moe")
+        assert_close(frequency[index].double(), count / len(entered), FORWARD)
+        assert_scores_close(reap[index], mean.float(), SCORE_SHARE_OF_MAXIMUM)
+
+
+def test_llama_4_scores_are_the_sizes_of_what_experts_add() -> None:
+    model = tiny.build("llama4")
+    batch = tiny.batch(model, 24)
+    frequency, reap = (sv.score(model, [batch], name).expert for name in ("frequency", "reap"))
+    assert frequency is not None
+    assert reap is not None
+    entered = inputs_of(model, "feed_forward.router", batch)
+    for index, hidden in zip((1, 3), entered, strict=True):
+        block: Any = decoder_layers(model)[index].get_submodule("feed_forward")
+        with torch.no_grad():
+            routed = hidden @ block.router.weight.T
+            weights, taken = routed.max(1)
+            sizes = torch.zeros(4, dtype=torch.float64)
+            for token, weight, expert in zip(hidden, weights.sigmoid(), taken, strict=True):
+                a, b = (weight * token @ block.experts.gate_up_proj[expert]).chunk(2)
+                sizes[expert] += float(((F.silu(a) * b) @ block.experts.down_proj[expert]).norm())
+        count = taken.bincount(minlength=4)
+        assert_close(frequency[index].double(), count / len(hidden), FORWARD)
+        assert_scores_close(
+            reap[index], (sizes / count.clamp_min(1)).float(), SCORE_SHARE_OF_MAXIMUM
+        )
+
+
+@pytest.mark.parametrize("criterion", ["reap", "frequency", "magnitude"])
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "llama4", "gemma4-experts"])
+def test_permuted_experts_have_permuted_scores(name: str, criterion: str) -> None:
+    model, permuted = tiny.build(name), tiny.build(name)
+    order = torch.tensor([2, 0, 3, 1])
+    row = sv.anatomy(model).backbone.experts
+    assert row is not None
+    for entry in row.entries:
+        parameter = decoder_layers(permuted)[3].get_parameter(entry.path)
+        parameter.data = parameter.data[order]
+    data = [tiny.batch(model, 16, seed) for seed in range(2)]
+    before, after = (sv.score(m, data, criterion).expert for m in (model, permuted))
+    assert before is not None
+    assert after is not None
+    assert_scores_close(after[3], before[3][order], SCORE_SHARE_OF_MAXIMUM)
+    assert (before[3] - after[3]).abs().max() > 1e-4 * before[3].abs().max()
+
+
+def test_an_expert_that_no_token_takes_goes_first() -> None:
+    model = tiny.build("llama4")
+    with torch.no_grad():
+        router = decoder_layers(model)[1].get_parameter("feed_forward.router.weight")
+        router[2] = -torch.sign(router[0])
+        router[:] = router[:1]  # all alike: the first of equal scores is taken
+    for criterion in ("reap", "frequency"):
+        scores = sv.score(model, [tiny.batch(model, 16)], criterion).expert
+        assert scores is not None
+        assert (scores[1] > 0).sum() == 1
+
+
+def test_padding_and_roles_do_not_count_in_pictures() -> None:
+    model = tiny.build("qwen3_vl_moe")
+    single = [tiny.batch(model, 9 + 4 * seed, seed) for seed in range(2)]
+    alone = sv.score(model, single, "reap").expert
+    together = sv.score(model, [padded(single, left=True)], "reap").expert
+    blind = sv.score(model, single, "reap", token_weights={"image": 0.0}).expert
+    assert alone is not None
+    assert together is not None
+    assert blind is not None
+    for index, values in enumerate(alone):
+        assert_scores_close(together[index], values, SCORE_SHARE_OF_MAXIMUM)
+    assert any((a - b).abs().max() > 1e-3 for a, b in zip(alone, blind, strict=True))
+
+
+def test_a_model_without_experts_is_named() -> None:
+    model = tiny.build("llama")
+    with pytest.raises(UnsupportedModelError, match="'llama' has no experts to score"):
+        sv.score(model, [tiny.batch(model)], "reap")
