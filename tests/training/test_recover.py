@@ -30,6 +30,7 @@ from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.load import load
 from slimvlm.models.parts import decoder_layers
 from slimvlm.models.sharding import placement_of
+from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.training import recover as recovery
 from slimvlm.training import trainable
@@ -689,3 +690,31 @@ def test_an_adapter_needs_a_place_and_holds_modules_alone() -> None:
         recover(student, None, SAMPLES, config(loss="sft", keep_adapter=True), processor)
     with pytest.raises(ConfigError, match=r"hold the parameter 'model\.image_newline'"):
         trainable.require_adapter_holds_all(tiny.build("llava_next"))
+
+
+def test_the_more_was_pruned_the_larger_are_the_steps() -> None:
+    """Of all weights; LoRA's rate is its own, and a given rate is kept."""
+    model, _ = load(folders.folder("llava"))
+    whole = read_anatomy(model)
+    mild, severe = (plan_by_hand(whole, layers, None, None) for layers in ([0, 1, 2], [0]))
+
+    def rate(plan: Plan | None, **changes: Any) -> float:
+        found = recovery.peak_rate(config(learning_rate=None, **changes), model, plan)
+        assert recovery.peak_rate(config(learning_rate=0.5, **changes), model, plan) == 0.5
+        return found
+
+    assert rate(mild, train="lora") == rate(severe, train="lora") == 2e-4
+    assert rate(severe, train="full") == pytest.approx(3 * rate(mild, train="full"))
+    assert rate(mild, train="full") == pytest.approx(4e-4 / 4)
+    assert rate(None, train="full") == rate(mild, train="full")  # a quarter of the decoder
+
+
+def test_a_wider_model_takes_smaller_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = load(folders.folder("llava"))
+    plan = plan_by_hand(read_anatomy(model), [0, 1, 2], None, None)
+    narrow = recovery.peak_rate(config(learning_rate=None, train="full"), model, plan)
+    wide = replace(read_anatomy(model), hidden_size=4 * 576)
+    monkeypatch.setattr(recovery, "read_anatomy", lambda _: wide)
+    assert recovery.peak_rate(
+        config(learning_rate=None, train="full"), model, plan
+    ) == pytest.approx(narrow / 4)

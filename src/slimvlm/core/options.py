@@ -98,8 +98,9 @@ class TrainingConfig(Options):
     """Passes over that share."""
     max_steps: Annotated[int, STEPS] = -1
     """Stop after so many optimizer steps; -1 for no limit."""
-    learning_rate: Annotated[float, ABOVE_0] = 2e-4
-    """Peak learning rate of AdamW."""
+    learning_rate: Annotated[float | None, ABOVE_0] = None
+    """Peak learning rate of AdamW. By default 2e-4; where full trains, 4e-4 times the share of the
+    decoder that went, and less the wider the model is."""
     scheduler: Scheduler = "cosine"
     """How the learning rate falls after the warm-up."""
     warmup_ratio: Annotated[float, SHARE] = 0.03

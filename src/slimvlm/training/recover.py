@@ -42,6 +42,9 @@ from slimvlm.training.trainable import (
 )
 from slimvlm.training.trainer import Bar, DistillationTrainer, LastLog, LoggedTraining
 
+RATE, RATE_OF_ALL = 2e-4, 4e-4
+"""Peak learning rates: of LoRA and the projector; of all weights, if all of the decoder went."""
+UNKNOWN_SHARE, MEASURED_CHANNELS = 0.25, 576
 ADAPTER_FOLDER = "adapter"
 TRACKER_FOLDER = "runs"
 """Where the Trainer lets TensorBoard write."""
@@ -355,6 +358,27 @@ def _layer_pairs(job: _Job) -> list[tuple[int, int]]:
     return list(enumerate(theirs))
 
 
+def peak_rate(config: RecoverConfig, model: PreTrainedModel, plan: Plan | None) -> float:
+    """The learning rate: the one that is given, or one by rule.
+
+    LoRA and the projector take 2e-4. Where all weights learn, it is 4e-4 times the share of the
+    decoder that went, a quarter where no plan says: measured on a model with 576 channels
+    (``docs/results.md``). A model with more of them takes less in proportion, as the hidden
+    matrices of μP do (arXiv:2203.03466, Table 3).
+
+    Args:
+        config: The options.
+        model: What learns.
+        plan: What was kept of the original.
+    """
+    if config.learning_rate is not None:
+        return config.learning_rate
+    if config.train != "full":
+        return RATE
+    gone = UNKNOWN_SHARE if plan is None else plan.decoder_ratio
+    return RATE_OF_ALL * gone * min(MEASURED_CHANNELS / read_anatomy(model).hidden_size, 1.0)
+
+
 def _training_arguments(job: _Job, bf16: bool) -> TrainingArguments:
     config, device = job.config, job.model.device
     measured = config.eval_steps or config.save_steps
@@ -365,7 +389,7 @@ def _training_arguments(job: _Job, bf16: bool) -> TrainingArguments:
         gradient_accumulation_steps=config.gradient_accumulation,
         num_train_epochs=config.epochs,
         max_steps=config.max_steps,
-        learning_rate=config.learning_rate,
+        learning_rate=peak_rate(config, job.model, job.plan),
         lr_scheduler_type=config.scheduler,
         warmup_steps=config.warmup_ratio,
         weight_decay=config.weight_decay,
