@@ -65,7 +65,7 @@ UNSEEN_SHARE = 5
 FEWEST_UNSEEN = 2
 """Fewer samples have no interval."""
 
-_AXIS = "axis"
+_AXIS, _TRIAL_BATCHES = "axis", 12
 
 
 # The samples: one order for each seed, calibration first, training after it, the end's report last.
@@ -210,6 +210,13 @@ class Calibration:
             samples = [s for i, s in enumerate(samples, 1) if i % HELD_OUT_EVERY]
         return self._encoded(samples, "encode")
 
+    def spread(self, batches: int) -> Calibration:
+        """The same with so many of the fitted batches, of all lengths; all if there are fewer."""
+        few = replace(self)
+        few.fitted = self.fitted[:: max(len(self.fitted) // batches, 1)]
+        few.held_out = self.held_out
+        return few
+
     @cached_property
     def held_out(self) -> list[dict[str, Any]]:
         """Batches that judge; of fewer than four samples all."""
@@ -343,8 +350,9 @@ def try_axes(
 ) -> dict[Axis, float]:
     """Mean answer loss on held-out samples after a short try along each axis. Nothing is changed.
 
-    Each removes the same share, in a walk without local steps; all tokens stay. With training, a
-    copy of the smaller model then takes a sixth of its steps towards the original.
+    Each removes the same share, in a walk without local steps over a part of the fitted batches;
+    all tokens stay. With training, a copy of the smaller model then takes a sixth of its steps
+    towards the original.
 
     Args:
         request: The request.
@@ -357,9 +365,10 @@ def try_axes(
         SlimError: If no axis can reach the ratio.
     """
     losses: dict[Axis, float] = {}
+    few_batches = calibration.spread(_TRIAL_BATCHES)
     for axis, each in requests_by_axis(request, read_anatomy(model)).items():
         brief = replace(each, prune=replace(each.prune, local_steps=0))
-        walked = walk(brief, Live(model), Memory(), model.device, calibration, scores)
+        walked = walk(brief, Live(model), Memory(), model.device, few_batches, scores)
         walked = replace(walked, plan=replace(walked.plan, tokens=None))
         student = _sharing_weights(model)
         walked.apply_(student)
