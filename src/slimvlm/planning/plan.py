@@ -142,24 +142,25 @@ class Plan:
             raise ConfigError("plan: the later one is not for the model that the first one leaves")
         places = {self.layers[place]: place for place in later.layers}
 
-        def both(mine: Sequence[Kept], theirs: Sequence[Kept]) -> tuple[Kept, ...]:
+        def both(unit: str) -> tuple[Kept, ...]:
+            theirs = later.kept(unit)
             return tuple(
-                tuple(kept[unit] for unit in theirs[places[index]]) if index in places else ()
-                for index, kept in enumerate(mine)
+                tuple(kept[i] for i in theirs[places[index]]) if index in places else ()
+                for index, kept in enumerate(self.kept(unit))
             )
 
+        rows: dict[str, Any] = {f"{unit}s": both(unit) for unit in LAYER_UNITS}
         tokens = later.tokens
         if self.tokens is not None:
             tokens = self.tokens if tokens is None else tuple(self.tokens[i] for i in tokens)
         return replace(
             self,
             layers=tuple(places),
-            kv_groups=both(self.kv_groups, later.kv_groups),
-            neurons=both(self.neurons, later.neurons),
             axis=self.axis if self.axis == later.axis else "both",
             asked_ratio=None,
             criteria={**self.criteria, **later.criteria},
             tokens=tokens,
+            **rows,
         )
 
     @property

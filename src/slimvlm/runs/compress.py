@@ -26,7 +26,7 @@ from slimvlm.core.files import (
     require_free,
     write_text,
 )
-from slimvlm.core.options import CompressConfig, PruneConfig, Questions
+from slimvlm.core.options import CompressConfig, FirstOptions, PruneConfig, Questions
 from slimvlm.core.progress import Say, silent
 from slimvlm.core.requests import identity_of_files, is_begun_for, note_request
 from slimvlm.data.read import identity_of_data
@@ -204,12 +204,12 @@ class Base:
     plan: Plan | None = None
 
     def asked(self, request: Request) -> Request:
-        """The request for what still has to go; tokens went first."""
+        """The request for what still has to go; tokens and experts went first."""
         if self.plan is None:
             return request
         size = self.plan.before.backbone_params
         left = (1 - ratio_of(request.prune)) * size / read_anatomy(self.model).backbone_params
-        prune = replace(request.prune, ratio=1 - left, vocab_size=None, vocab_text=None)
+        prune = replace(request.prune, ratio=1 - left, **vars(FirstOptions()))
         return replace(request, prune=prune, tokens=None)
 
     def whole(self, plan: Plan, ratio: float) -> Plan:
