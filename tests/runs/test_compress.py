@@ -27,10 +27,7 @@ from slimvlm.runs.compress import compress
 from slimvlm.scoring.unit_scores import Scores
 from tests import tiny_folder as folders
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
-    pytest.mark.usefixtures("unhurried"),
-]
+pytestmark = pytest.mark.usefixtures("unhurried")
 
 RECOVER = RecoverConfig(
     train="lora",

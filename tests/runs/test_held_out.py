@@ -31,10 +31,7 @@ from slimvlm.runs.request import Request
 from slimvlm.runs.stages import not_among, read_split, split
 from tests import tiny_folder as folders
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
-    pytest.mark.usefixtures("unhurried"),
-]
+pytestmark = pytest.mark.usefixtures("unhurried")
 
 TRAINING = RecoverConfig(train="projector", loss="sft", max_steps=2, batch_size=2, bf16=False)
 MODEL = str(folders.folder("llava"))

@@ -19,10 +19,7 @@ from slimvlm.runs.request import Request, resolved
 from slimvlm.runs.score import plan as write_plan
 from tests import tiny_words
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
-    pytest.mark.usefixtures("unhurried"),
-]
+pytestmark = pytest.mark.usefixtures("unhurried")
 FEW = 420
 
 

@@ -17,8 +17,6 @@ from slimvlm.training.offline import OfflineTeacher, write_cache
 from tests import tiny_folder, tiny_words
 from tests.handmade import random_scores
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
-
 LOSSES = ("hidden", "cosine", "kl", "rkl", "jsd")
 
 

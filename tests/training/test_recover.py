@@ -42,10 +42,6 @@ from tests.tiers import tiered
 from tests.tiny_folder import KINDS, SEEING, short_samples
 from tests.tolerances import FORWARD, LOSS, Tolerance, assert_close
 
-pytestmark = pytest.mark.filterwarnings(  # transformers renames what PEFT still reads
-    "ignore:.*gradient_checkpointing.*:FutureWarning"
-)
-
 TRAINED = {
     "projector": r"multi_modal_projector\.",
     "lora": r"multi_modal_projector\.|language_model\.layers\.\d+\.(self_attn|mlp)\..*_proj\.",

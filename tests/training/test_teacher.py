@@ -38,8 +38,6 @@ from tests.tiers import tiered
 from tests.tiny_folder import KINDS, SEEING, short_samples
 from tests.tolerances import FORWARD, Tolerance, assert_close
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
-
 NO_HEADS = ("qwen2_vl", "qwen2_5_vl")  # their head counts are fixed
 ONLY_LAYERS = (
     *("stablelm", "llava-stablelm", "glm4v", "idefics2", "mllama", "kosmos2_5"),

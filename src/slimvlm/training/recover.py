@@ -34,6 +34,7 @@ from slimvlm.training.shared_vision import seeing_once
 from slimvlm.training.supervision import Collator
 from slimvlm.training.teacher import share_, why_not_shared
 from slimvlm.training.trainable import (
+    by_old_names,
     merge,
     prepare_training,
     projector_in_every_graph,
@@ -382,37 +383,38 @@ def peak_rate(config: RecoverConfig, model: PreTrainedModel, plan: Plan | None) 
 def _training_arguments(job: _Job, bf16: bool) -> TrainingArguments:
     config, device = job.config, job.model.device
     measured = config.eval_steps or config.save_steps
-    arguments = TrainingArguments(
-        output_dir=str(job.folder),
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        num_train_epochs=config.epochs,
-        max_steps=config.max_steps,
-        learning_rate=peak_rate(config, job.model, job.plan),
-        lr_scheduler_type=config.scheduler,
-        warmup_steps=config.warmup_ratio,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        bf16=bf16,
-        use_cpu=device.type == "cpu",
-        eval_strategy="steps" if job.held_out else "no",
-        eval_steps=measured,
-        save_strategy="steps" if job.resumable or config.load_best else "no",
-        save_steps=measured if config.load_best else config.save_steps,
-        save_total_limit=1,
-        load_best_model_at_end=config.load_best,
-        metric_for_best_model="eval_loss" if config.load_best else None,
-        logging_steps=config.logging_steps,
-        logging_nan_inf_filter=False,
-        report_to=config.report_to.split(","),
-        remove_unused_columns=False,
-        label_names=["labels"],
-        dataloader_pin_memory=device.type == "cuda",
-        seed=config.seed,
-        data_seed=config.seed,
-        disable_tqdm=False,
-        gradient_checkpointing=config.gradient_checkpointing or None,
-    )
+    with by_old_names():
+        arguments = TrainingArguments(
+            output_dir=str(job.folder),
+            per_device_train_batch_size=config.batch_size,
+            per_device_eval_batch_size=config.batch_size,
+            gradient_accumulation_steps=config.gradient_accumulation,
+            num_train_epochs=config.epochs,
+            max_steps=config.max_steps,
+            learning_rate=peak_rate(config, job.model, job.plan),
+            lr_scheduler_type=config.scheduler,
+            warmup_steps=config.warmup_ratio,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            bf16=bf16,
+            use_cpu=device.type == "cpu",
+            eval_strategy="steps" if job.held_out else "no",
+            eval_steps=measured,
+            save_strategy="steps" if job.resumable or config.load_best else "no",
+            save_steps=measured if config.load_best else config.save_steps,
+            save_total_limit=1,
+            load_best_model_at_end=config.load_best,
+            metric_for_best_model="eval_loss" if config.load_best else None,
+            logging_steps=config.logging_steps,
+            logging_nan_inf_filter=False,
+            report_to=config.report_to.split(","),
+            remove_unused_columns=False,
+            label_names=["labels"],
+            dataloader_pin_memory=device.type == "cuda",
+            seed=config.seed,
+            data_seed=config.seed,
+            disable_tqdm=False,
+            gradient_checkpointing=config.gradient_checkpointing or None,
+        )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # more GPUs are torchrun's, not DataParallel's
     return arguments

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -171,7 +172,16 @@ def _with_lora(model: PreTrainedModel, config: RecoverConfig) -> Any:
         lora_dropout=0.0 if _experts_learn(model, config) else config.lora_dropout,
         target_modules=lora_targets(model, config.lora_targets),
     )
-    return peft.get_peft_model(model, lora)
+    with by_old_names():
+        return peft.get_peft_model(model, lora)
+
+
+@contextmanager
+def by_old_names() -> Iterator[None]:
+    """Inside, checkpointing may have the name that all supported versions of transformers know."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)
+        yield
 
 
 def _experts_learn(model: PreTrainedModel, config: RecoverConfig) -> bool:

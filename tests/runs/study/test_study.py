@@ -25,10 +25,7 @@ from slimvlm.runs.study.schedule import Schedule
 from tests import tiny_folder as folders
 from tests.runs.study.study_files import count_work, stable, study
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
-    pytest.mark.usefixtures("unhurried"),
-]
+pytestmark = pytest.mark.usefixtures("unhurried")
 QUIET = Console(quiet=True)
 
 
