@@ -354,6 +354,19 @@ def test_a_dataset_cannot_open_files_elsewhere(home: Path, tmp_path: Path) -> No
         load_samples(home / "rows.parquet", warn=silent)
 
 
+def test_a_datasets_folder_shows_its_own_pictures_unless_images_says_otherwise(home: Path) -> None:
+    rows = [llava("x", "W?", "Red.", image="shown.png")]
+    datasets.Dataset.from_list(rows).save_to_disk(str(home / "saved"))
+    picture(0).save(home / "shown.png")
+    with pytest.raises(DataError, match=r"'shown\.png' not found in '.*saved'"):
+        load_samples(home / "saved", warn=silent)
+    (sample,) = load_samples(home / "saved", images=home, warn=silent)
+    assert sample.images == (home / "shown.png",)
+    picture(0).save(home / "saved" / "shown.png")
+    (sample,) = load_samples(home / "saved", warn=silent)
+    assert sample.images == (home / "saved" / "shown.png",)
+
+
 def test_a_link_that_leads_outside_is_refused(home: Path, tmp_path: Path) -> None:
     (home / "link.png").symlink_to(tmp_path / "outside.png")
     with pytest.raises(DataError, match="lies outside"):

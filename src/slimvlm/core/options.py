@@ -225,7 +225,7 @@ class DataOptions(Options):
     data: str | None = None
     """Conversations: demo, LLaVA-format .json, or .jsonl/.parquet/datasets folder with messages."""
     images: str | None = None
-    """Folder that image paths in the data start from."""
+    """Folder that image paths in the data start from; by default that of the data."""
     max_bad: int = 0
     """Broken data rows to skip at most."""
     max_length: int | None = None

@@ -53,7 +53,8 @@ def load_samples(
     Args:
         data: ``demo``; a LLaVA-format ``.json``; a ``.jsonl`` or ``.parquet`` with ``messages``
             (or ``conversations``); a folder that ``datasets`` saved; or a hub dataset id.
-        images: Folder that relative image paths start from; by default the data file's own.
+        images: Folder that image paths start from and lie in; by default the data file's own, or
+            the folder that ``datasets`` saved.
         limit: Read only the first so many good samples.
         max_bad: Up to so many broken rows are skipped and named; one more is an error.
         warn: Receives one line for each row that was skipped.
@@ -101,7 +102,8 @@ def _found(
         from slimvlm.demo.conversations import demo_samples
 
         return demo_samples(limit or 1024)
-    root = Path(images) if images is not None else Path(data).parent
+    root = Path(images if images is not None else data)
+    root = root if root.is_dir() or images is not None else root.parent
     if images is not None and not root.is_dir():
         raise ConfigError(f"images {str(images)!r} is not a folder")
     return _read_in_order(read_rows(data), root.absolute(), min(limit or _AT_ONCE, _AT_ONCE))
