@@ -59,7 +59,7 @@ def require_free(path: str | Path, force: bool = False) -> Path:
             write, or its parent cannot be written.
     """
     path = Path(path)
-    _require_place(path)
+    require_place(path)
     if path.exists() and not force:
         raise ConfigError(f"output {str(path)!r} exists. Use --force to replace it")
     require_ours(path)
@@ -112,7 +112,7 @@ def held(path: str | Path, wait: float = 0.0) -> Iterator[None]:
         InUseError: If another run holds it.
     """
     path = Path(path)
-    _require_place(path)
+    require_place(path)
     if not is_first_rank():
         yield
         return
@@ -164,7 +164,7 @@ def replacement(path: str | Path) -> Iterator[Path]:
         OutputError: If the disk is full or read-only.
     """
     path = Path(path)
-    _require_place(path)
+    require_place(path)
     require_ours(path)
     partial = _beside(path, "partial")
     yield partial
@@ -242,10 +242,15 @@ def _reason(error: Exception) -> str | None:
     return _REASONS.get(int(told[1])) if told else None
 
 
-def _require_place(path: Path) -> None:
-    """An output has a name that a file can have, and a parent that can be written."""
+def require_place(path: Path) -> None:
+    """An output has a name that a file can have, and a parent that can be written.
+
+    Raises:
+        ConfigError: If it has not.
+    """
     place = path.absolute()
-    if place.name in ("", "..") or any(len(os.fsencode(p)) > LONGEST_NAME for p in place.parts):
+    too_long = any(len(os.fsencode(part)) > LONGEST_NAME for part in place.parts)
+    if place.name in ("", "..") or too_long or "\0" in str(place):
         shown = shortened(str(path))
         raise ConfigError(f"output {shown} must end in a name of at most {LONGEST_NAME} bytes")
     parent = place.parent

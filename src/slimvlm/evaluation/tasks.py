@@ -148,7 +148,9 @@ def _load(row: TaskRow, folder: Path, limit: int | None) -> Sequence[Question]:
     for index, values in enumerate(islice(rows, limit)):
         question = _question(row, folder, index, values)
         if question.id in questions:
-            raise DataError(f"task {row.name!r}: two questions have the id {question.id!r}")
+            raise DataError(
+                f"task {row.name!r}: two questions have the id {shortened(question.id)}"
+            )
         questions[question.id] = question
     return list(questions.values())
 
@@ -159,18 +161,17 @@ def _question(row: TaskRow, folder: Path, index: int, values: Any) -> Question:
     if not isinstance(values, dict):
         raise DataError(f"task {row.name!r}: row {index} is not an object")
     name = str(values.get("id", index))
+    where = f"task {row.name!r}: row {shortened(name)}"
     try:
         prompt = row.asked(values)
         answer = values[row.answer]
         choices = values[row.choices] if row.choices else ()
     except KeyError as error:
-        raise DataError(f"task {row.name!r}: row {name!r} has no column {error}") from error
+        raise DataError(f"{where} has no column {shortened(error.args[0])}") from error
     if row.choices and not (isinstance(choices, list) and choices):
-        raise DataError(
-            f"task {row.name!r}: row {name!r}: {row.choices!r} must be a list of choices"
-        )
+        raise DataError(f"{where}: {shortened(row.choices)} must be a list of choices")
     if isinstance(answer, list) and not answer:
-        raise DataError(f"task {row.name!r}: row {name!r} has no answer")
+        raise DataError(f"{where} has no answer")
     shown = values.get(row.image)
     pictures = [] if shown is None else shown if isinstance(shown, list) else [shown]
     return Question(

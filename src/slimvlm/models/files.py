@@ -97,10 +97,10 @@ def check_folder(model: str | Path) -> None:
         raise ConfigError(f"{where}: {_ADAPTER} makes it an adapter; merge it first")
     for name in (CONFIG_NAME, GENERATION_CONFIG_NAME, *_SETTINGS):
         if (folder / name).exists() or name == CONFIG_NAME:
-            values = read_object(folder / name, f"{where}:", _MOST_SETTINGS)
+            values = read_object(folder / name, "model", _MOST_SETTINGS)
             _require_plausible(values, f"{where}: {name}:")
     if (folder / _TEMPLATE).exists():
-        read_text(folder / _TEMPLATE, f"{where}:", _MOST_TEMPLATE)
+        read_text(folder / _TEMPLATE, "model", _MOST_TEMPLATE)
     if (folder / SAFE_WEIGHTS_INDEX_NAME).exists():
         weight_files(folder)
 
@@ -123,7 +123,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
             )
         with unreadable(folder, "weights"), safe_open(single, framework="pt") as file:
             return dict.fromkeys(file.keys(), single)
-    rows = read_object(index, f"{where}:", _MOST_SETTINGS).get("weight_map")
+    rows = read_object(index, "model", _MOST_SETTINGS).get("weight_map")
     if not isinstance(rows, dict) or not rows:
         raise ConfigError(f"{where}: {index.name}: weight_map must map weights to files")
     for file in {str(name): name for name in rows.values()}.values():

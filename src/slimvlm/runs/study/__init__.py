@@ -14,7 +14,7 @@ from rich.console import Console
 
 from slimvlm.core.checked import part_of
 from slimvlm.core.errors import ConfigError, SlimError
-from slimvlm.core.files import explained, held, write_text
+from slimvlm.core.files import explained, held, require_place, write_text
 from slimvlm.core.options import PruneConfig, Questions
 from slimvlm.core.progress import Say
 from slimvlm.evaluation.lmms import split_names
@@ -71,6 +71,7 @@ def run_study(
     if address is not None and engine != "ray":
         raise ConfigError(f"address {address!r} needs engine 'ray'")
     console = console or Console(stderr=True)
+    require_place(Path(out))
     if Path(out).exists() and not Path(out).is_dir():
         raise ConfigError(f"output {str(out)!r} is a file, and a study needs a folder")
     config, schedule = prepared(study, partial(console.print, markup=False, highlight=False))

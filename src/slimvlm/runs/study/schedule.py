@@ -12,7 +12,7 @@ from slimvlm.evaluation.tasks import builtin_tasks
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.load import anatomy
 from slimvlm.pruning.walk.distil import PASSES
-from slimvlm.runs.estimate import Sizes, image_tokens, optimizer_steps
+from slimvlm.runs.estimate import Sizes, image_tokens
 from slimvlm.runs.recipes import rules
 from slimvlm.runs.request import Request
 from slimvlm.runs.study.cache import Cache
@@ -149,10 +149,7 @@ def _flops_of(stage: Stage, kept: float, sizes: Sizes) -> float:
             return 3 * disk + shown * (_WALK_PASSES + 3 * learnt)
         case "recover":
             assert recover is not None
-            learnt = max(round(sizes.samples * recover.fraction), 1)
-            batches = optimizer_steps(recover, learnt) * recover.gradient_accumulation
-            seen = batches * min(recover.batch_size, learnt)
-            return 3 * disk + sizes.training_flops(recover, kept, seen)
+            return 3 * disk + sizes.training_flops(recover, kept)
     return disk + sizes.pass_flops * kept * _questions(stage) * constants.reply_passes
 
 
