@@ -31,8 +31,6 @@ from slimvlm.planning.plan import Plan
 from tests import tiny_folder as folders
 from tests.core.test_files import HOLDS
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
-
 
 class Ran(NamedTuple):
     """What a command left behind."""
@@ -144,6 +142,9 @@ def bad_requests() -> dict[str, tuple[list[str], str]]:
             made[f"{verb} {model}"] = (arguments, named)
         if "--out" in usual:
             made[f"{verb} place"] = (changed(verb, out="bert/config.json/out"), "cannot be written")
+            made[f"{verb} endless"] = (changed(verb, out="x" * 300), "at most 200 bytes")
+    made["study endless"] = (["study", "none.yaml", "--out", "x" * 300], "at most 200 bytes")
+    made["prune no name"] = (changed("prune", out="a\0b"), r"output 'a\\x00b' must end in a name")
     made["inspect hub"] = (["inspect", "some-body/some-model"], "some-body/some-model")
     for verb in ("score", "prune", "compress"):
         made[f"{verb} criterion"] = (changed(verb, criterion="tailor"), "'tailor' is not known")
@@ -373,11 +374,16 @@ def test_help_names_the_model(verb: str, run: Run) -> None:
     assert re.search(r"\bMODEL\b", usage), usage
 
 
-def test_help_lists_every_verb(run: Run) -> None:
-    result = run("--help")
-    assert result.code == 0
+@pytest.mark.parametrize("words", [(), ("--help",), ("-h",)])
+def test_help_says_what_every_verb_is_for(words: tuple[str, ...], run: Run) -> None:
+    result = run(*words)
+    shown = result.out if words else result.err
+    assert (result.code, result.out + result.err) == (0 if words else 2, shown)
+    said = " ".join(shown.split())
     for verb in VERBS:
-        assert re.search(rf"\b{verb}\b", result.out)
+        assert len(re.findall(rf"^  {verb} ", shown, re.MULTILINE)) == 1
+        about = (inspect.getdoc(cli.VERBS[verb]) or "").split("\n\n")[0]
+        assert f"{verb} {' '.join(about.split())}" in said
 
 
 # Every verb at work.

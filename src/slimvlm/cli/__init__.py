@@ -13,7 +13,7 @@ from typing import Any
 import tyro
 
 from slimvlm.cli import models, runs, stages
-from slimvlm.cli.help import help_text
+from slimvlm.cli.help import help_text, overview
 from slimvlm.core.errors import ConfigError, SlimError, one_line, printable
 from slimvlm.core.files import held
 from slimvlm.core.processes import num_ranks
@@ -40,32 +40,24 @@ def _holding_output(verb: Verb) -> Verb:
     return holding
 
 
+GROUPS: dict[str, tuple[Verb, ...]] = {
+    "Start to end": (runs.advise, stages.compress, runs.report, runs.study, runs.demo),
+    "Look and measure": (
+        *(models.inspect, models.chat, stages.evaluate, models.compare, models.bench),
+    ),
+    "In single steps": (
+        *(stages.score, stages.plan, stages.prune, stages.recover, stages.cache_teacher),
+    ),
+    "Take away": (models.quantize, models.export, models.push, models.verify, models.convert),
+}
+"""Every verb of the command line, by what it is for."""
 VERBS: dict[str, Verb] = {
     verb.__name__.replace("_", "-"): _holding_output(verb)
-    for verb in (
-        models.inspect,
-        models.verify,
-        stages.score,
-        stages.plan,
-        stages.prune,
-        stages.recover,
-        stages.cache_teacher,
-        stages.evaluate,
-        models.compare,
-        models.quantize,
-        models.export,
-        models.bench,
-        stages.compress,
-        runs.study,
-        runs.report,
-        runs.advise,
-        models.push,
-        models.chat,
-        runs.demo,
-        models.convert,
-    )
+    for verbs in GROUPS.values()
+    for verb in verbs
 }
-"""Every verb of the command line."""
+"""Every verb by its name."""
+ABOUT = "Make multimodal LLMs smaller: prune, recover, measure, save."
 GOING_ON = ("recover", "cache-teacher", "compress", "study", "evaluate")
 """Verbs that go on where a stopped one was."""
 TOGETHER = ("recover",)
@@ -76,12 +68,14 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a verb. Exit code 0: fine; 2: the user's mistake, in one line; 130: Ctrl-C; 1: ours."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries, before their import
-    for name in ("torchao", "torch.utils._pytree"):  # torchao complains of a machine without GPU
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # they miss a GPU, or kernels
         logging.getLogger(name).setLevel(logging.ERROR)
     verb = next(iter(sys.argv[1:] if arguments is None else arguments), "")
     try:
         if (shown := _asked_for_help(sys.argv[1:] if arguments is None else arguments)) is not None:
-            print(shown)
+            print(shown, file=sys.stdout if verb else sys.stderr)
+            if not verb:
+                raise SystemExit(2)
             return
         _require_one_process(verb)
         if verb == "compress":
@@ -91,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
         tyro.extras.subcommand_cli_from_dict(
             VERBS,
             prog="slimvlm",
-            description="Make multimodal LLMs smaller: prune, recover, measure, save.",
+            description=ABOUT,
             args=arguments,
             config=(tyro.conf.FlagCreatePairsOff,),
         )
@@ -107,11 +101,20 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _asked_for_help(words: Sequence[str]) -> str | None:
-    """The help of a verb, if that is what is asked for; tyro has that of all verbs."""
-    everything = "--help-all" in words
-    if words[:1] == [] or words[0] not in VERBS or not (everything or {"-h", "--help"} & {*words}):
+    """The help of a verb, or about all of them, if that is what is asked for."""
+    first = words[0] if words else "--help"
+    if first in _HELP:
+        groups = {
+            title: {verb.__name__.replace("_", "-"): verb for verb in verbs}
+            for title, verbs in GROUPS.items()
+        }
+        return overview(ABOUT, groups)
+    if first not in VERBS or not {*_HELP} & {*words}:
         return None
-    return help_text(words[0], VERBS[words[0]], everything)
+    return help_text(first, VERBS[first], everything="--help-all" in words)
+
+
+_HELP = ("-h", "--help", "--help-all")
 
 
 def _how_to_go_on(verb: str) -> str:

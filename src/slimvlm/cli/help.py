@@ -1,4 +1,4 @@
-"""What ``--help`` and ``--help-all`` of a verb print: its options in groups, with their meaning.
+"""What ``--help`` and ``--help-all`` print: verbs, and a verb's options in groups, with meanings.
 
 Everything is read off the declarations: names, types and defaults of the verb's parameters and of
 the option classes among them, the texts below their fields, and each class's title.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import shutil
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -38,6 +38,7 @@ ORDER = (
 )
 """Groups in the order in which they are shown."""
 _INDENT = 26
+_BESIDE_VERBS = 17
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,28 @@ def help_text(name: str, verb: Callable[..., Any], everything: bool) -> str:
         listed = textwrap.wrap(names, _width() - _INDENT, break_on_hyphens=False)
         lines += _beside(f"  {group}", listed)
     return "\n".join(lines)
+
+
+def overview(about: str, groups: Mapping[str, Mapping[str, Callable[..., Any]]]) -> str:
+    """What there is: every verb in a line, by what it is for.
+
+    Args:
+        about: What all of it is for.
+        groups: Verbs by name, by the title of their group.
+    """
+    lines = ["usage: slimvlm VERB [options]", "", about, ""]
+    for title, verbs in groups.items():
+        lines += [f"{title}:", ""]
+        for name, verb in verbs.items():
+            said = docstring_parser.parse(inspect.getdoc(verb) or "").short_description or ""
+            lines += textwrap.wrap(
+                said,
+                _width(),
+                initial_indent=f"  {name}".ljust(_BESIDE_VERBS),
+                subsequent_indent=" " * _BESIDE_VERBS,
+            )
+        lines.append("")
+    return "\n".join([*lines, "slimvlm VERB --help explains its options."])
 
 
 def options_of(verb: Callable[..., Any]) -> Iterator[Option]:
