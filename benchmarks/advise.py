@@ -1,4 +1,4 @@
-"""What `advise` and `compress --dry-run` say of memory, against what `compress` takes.
+"""What `advise` and `compress --dry-run` say of memory and time, against what `compress` takes.
 
 Command:  .venv/bin/python benchmarks/advise.py [--shapes qwen2 gemma3 demo]
 Expect:   about ten minutes on two cores with bfloat16 units.
@@ -7,6 +7,10 @@ For each shape of benchmarks/walk.py and its 64 conversations of 180 tokens, `co
 width by a recipe, in a fresh process: the walk by obs, with two local steps; taylor; and a short
 LoRA training with the default loss. Peaks are ru_maxrss. Trainings take three steps: longer ones
 take no more memory.
+
+Times are of the processor, of all threads together, which a busy machine hardly changes: with
+OMP_NUM_THREADS=1 they are those of a clock. What is said is work over the speed of a matrix
+product, which is timed in the same way.
 """
 
 from __future__ import annotations
@@ -17,11 +21,16 @@ import resource
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+
+import torch
 
 import slimvlm as sv
 from slimvlm.core.options import CompressConfig, RecoverConfig
+from slimvlm.models.load import computes_bfloat16
 from slimvlm.runs.dry_run import foresee
+from slimvlm.runs.estimate import device_flops
 from slimvlm.runs.tables import as_markdown
 from walk import CONVERSATIONS, RATIO, SHAPES, write, write_data
 
@@ -40,18 +49,35 @@ def config_of(recipe: str, data: Path) -> CompressConfig:
     return CompressConfig(**options, report_samples=8, **RECIPES[recipe])
 
 
-def said(model: Path, config: CompressConfig) -> float:
-    """What the estimate is, in GiB."""
+def speed_of_processor() -> float:
+    """FLOP a second of processor time, in a matrix product."""
+    cpu = torch.device("cpu")
+    kind = torch.bfloat16 if computes_bfloat16(cpu) else torch.float32
+    matrix = torch.ones(1024, 1024, dtype=kind)
+    matrix @ matrix
+    start = time.process_time()
+    for _ in range(20):
+        matrix @ matrix
+    return 20 * 2 * 1024**3 / (time.process_time() - start)
+
+
+def said(model: Path, config: CompressConfig) -> tuple[float, float]:
+    """What the estimate is, in GiB and seconds."""
     cost = foresee(str(model), config, say=lambda line: None).cost
-    return max(cost.calibration_bytes, cost.training_bytes) / 2**30
+    peak = max(cost.calibration_bytes, cost.training_bytes) / 2**30
+    hours = cost.pruning_hours + cost.training_hours
+    timed_just_now = device_flops(torch.device("cpu"))
+    return peak, 3600 * hours * timed_just_now / speed_of_processor()
 
 
-def run(shape: str, recipe: str, folder: Path) -> float:
-    """What it takes, in GiB; in a process of its own."""
+def run(shape: str, recipe: str, folder: Path) -> tuple[float, float]:
+    """What it takes, in GiB and seconds; in a process of its own."""
     model = write(shape, folder)
     config = config_of(recipe, write_data(model, folder))
+    start = time.process_time()
     sv.compress(str(model), config, folder / "run", force=True, say=lambda line: None)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    seconds = time.process_time() - start
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, seconds
 
 
 def main() -> None:
@@ -76,12 +102,15 @@ def main() -> None:
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             taken = json.loads(done.stdout.splitlines()[-1])
             model = write(shape, options.folder)
-            estimate = said(model, config_of(recipe, write_data(model, options.folder)))
-            rows.append(
-                [shape, recipe, f"{estimate:.2f}", f"{taken:.2f}", f"{estimate / taken - 1:+.0%}"]
-            )
+            told = said(model, config_of(recipe, write_data(model, options.folder)))
+            cells = [
+                [f"{a:.{places}f}", f"{b:.{places}f}", f"{a / b - 1:+.0%}"]
+                for a, b, places in zip(told, taken, (2, 0), strict=True)
+            ]
+            rows.append([shape, recipe, *cells[0], *cells[1]])
             print(" ".join(rows[-1]), flush=True)
-    print(as_markdown(["shape", "recipe", "said, GiB", "taken, GiB", "difference"], rows))
+    header = [word for unit in ("GiB", "s") for word in (f"said, {unit}", f"taken, {unit}", "")]
+    print(as_markdown(["shape", "recipe", *header], rows))
 
 
 if __name__ == "__main__":

@@ -20,10 +20,13 @@ from slimvlm.runs import advise as module
 from slimvlm.runs import estimate
 from slimvlm.runs.advise import Advice, advise
 from slimvlm.runs.command import compress_command
-from slimvlm.runs.estimate import learning_params
+from slimvlm.runs.compress import request_of
+from slimvlm.runs.estimate import Sizes, estimate_cost, learning_params
 from slimvlm.runs.recipes import Recipe, recipe_for, rules
+from slimvlm.runs.request import resolved
 from slimvlm.training.trainable import prepare_training
 from tests import tiny
+from tests import tiny_folder as folders
 
 
 @pytest.fixture
@@ -94,6 +97,20 @@ def test_costs_grow_with_what_they_rest_on(model: str, monkeypatch: pytest.Monke
     assert many.training_bytes == few.training_bytes > weights
     # the original's weights and those that stay, a layer that learns
     assert many.calibration_bytes == pytest.approx(1.7 * weights + 0.6e9 + 2.3e9, rel=0.05)
+
+
+def test_a_training_costs_what_it_is_asked_for(model: str) -> None:
+    def hours(**options: Any) -> float:
+        recover = RecoverConfig(train="lora", loss="sft", batch_size=4, **options)
+        config = CompressConfig(ratio=0.4, axis="width", data="demo", recover=recover)
+        sizes = Sizes(shape=anatomy(model), tokens=100.0, samples=80)
+        request = resolved(request_of(model, config))
+        return estimate_cost(sizes, request, False, "float32").training_hours
+
+    whole = hours()
+    assert hours(fraction=0.25) == pytest.approx(whole / 4)
+    assert hours(epochs=3) == pytest.approx(3 * whole)
+    assert hours(max_steps=5) == pytest.approx(whole / 4)
 
 
 @pytest.mark.parametrize("budget", [{"target_params": "120k"}, {"target_memory": "0.24MB"}])
@@ -216,6 +233,59 @@ def test_expected_values_are_of_as_many_layers(model: str, monkeypatch: pytest.M
     values = {row.model: row.percent for row in untrained.expected}
     curve = next(row for row in rules().retention if row.model == "LLaVA-1.5-7B")
     assert values["LLaVA-1.5-7B"] == pytest.approx(curve.at(0.6 * 0.961))
+
+
+def test_tokens_go_first_where_they_are_many() -> None:
+    model = str(folders.folder("text"))
+    shape = anatomy(model)
+    layers = sum(layer.params for layer in shape.layers)
+    assert 1 - layers / shape.backbone_params > rules().tokens_first.from_share
+    found = advise(model, ratio=0.3, gpu=True)
+    assert "--vocab-size auto" in found.command
+    assert rules().tokens_first.source in " ".join(found.notes)
+    gone = found.token_share * shape.backbone_params + found.decoder_ratio * layers
+    assert gone == pytest.approx(0.3 * shape.backbone_params)
+    assert 0 < found.token_share < 0.3
+    for asked in ({"ratio": 0.3, "data": False}, {"target_latency": 0.8}):
+        whole = advise(model, gpu=True, **asked)  # nothing to count; fewer tokens are no faster
+        assert whole.token_share == 0
+        assert "--vocab-size" not in whole.command
+        assert whole.decoder_ratio == pytest.approx(whole.ratio * shape.backbone_params / layers)
+
+
+def test_with_tokens_gone_layers_lose_less_and_cost_less() -> None:
+    model = str(folders.folder("text"))
+    shape = anatomy(model)
+    request = resolved(request_of(model, CompressConfig(ratio=0.4, axis="width", data="demo")))
+    whole = Sizes(shape=shape, tokens=100.0, samples=8)
+    fewer = replace(whole, vocabulary=shape.vocab_size // 3)
+    assert fewer.decoder_share(0.4) < whole.decoder_share(0.4)
+    assert fewer.decoder_share(fewer.token_share) == pytest.approx(0)
+    costs = [estimate_cost(sizes, request, False, "float32") for sizes in (fewer, whole)]
+    assert costs[0].pruning_hours < costs[1].pruning_hours
+
+
+def test_no_token_is_advised_to_go_that_cannot(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not any("token can go" in note for note in advise(model, ratio=0.3, gpu=True).notes)
+    wordy = replace(anatomy(model), vocab_size=2000, embedding_params=2000 * 64)
+    monkeypatch.setattr(module, "anatomy_of", lambda _: wordy)
+    found = advise(model, ratio=0.3, gpu=True)
+    assert any("no token can go: the model has no tokenizer" in note for note in found.notes)
+    assert "--vocab-size" not in found.command
+
+
+def test_only_models_of_about_its_size_say_what_to_expect(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert advise(model, ratio=0.3, gpu=True).expected == ()  # it has 100,000 parameters
+    as_7b(monkeypatch, anatomy(model))
+    named = {row.model for row in advise(model, ratio=0.3, gpu=True, data=False).expected}
+    assert named == {"LLaVA-1.5-7B", "Mini-InternVL-4B", "Bunny-3B"}
+    whole = module.anatomy_of(model)
+    small = replace(whole, hidden_size=1, layers=whole.layers[:2], embedding_params=0)
+    monkeypatch.setattr(module, "anatomy_of", lambda _: replace(small, head_params=0))
+    named = {row.model for row in advise(model, ratio=0.3, gpu=True, data=False).expected}
+    assert named == {"demo"}
 
 
 @pytest.mark.parametrize("name", sorted(tiny.CONFIGS))

@@ -1,19 +1,21 @@
 """Thousands of spoiled files: each is read as it is or refused in one line, and does nothing else.
 
 What is spoiled: checkpoints, configurations, indices, tokenizers, templates, plans, studies, tasks,
-results, scores, logs and manifests. Everything runs in this process.
+results, scores, logs and manifests; most are given to the library, some to the command line.
+Everything runs in this process.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import resource
 import shutil
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ import pytest
 import torch
 import yaml
 
+from slimvlm import cli
 from slimvlm.core.errors import SlimError
 from slimvlm.data.chat import encode_samples
 from slimvlm.data.samples import Question
@@ -165,16 +168,23 @@ def use_plan(folder: Path) -> None:
 
 
 def make_study(folder: Path) -> None:
+    folders.write_llava_data(folder, count=16, pictures=False)
+    grid = {"model": model(), "ratio": [0.2, 0.4], "axis": "depth", "prune": {"samples": 8}}
     values = {
-        "grids": [{"ratio": [0.2, 0.4], "axis": "depth", "prune": {"samples": 8}, "seed": [0, 1]}],
+        "grids": [grid | {"seed": [0, 1]}],
         "recoveries": {"short": {"train": "lora", "loss": "sft", "max_steps": 3}},
-        "data": "data.json",
+        "data": str(folder / "data.json"),
         "tasks": "demo",
         "limit": 4,
         "resources": {"cpus": 1, "gpus": 0.5},
         "reference": {"source": "a paper", "rows": [{"retention": 90.0, "ratio": 0.2}]},
     }
     (folder / "study.yaml").write_text(yaml.safe_dump(values))
+
+
+def model() -> str:
+    """A good one."""
+    return str(folders.folder("text"))
 
 
 def make_task(folder: Path) -> None:
@@ -203,6 +213,11 @@ RESULT = Result(
     1.0,
     2.0,
 )
+
+
+def make_result(folder: Path) -> None:
+    make_task(folder)
+    RESULT.save(folder / "result.json")
 
 
 def use_result(folder: Path) -> None:
@@ -257,7 +272,7 @@ TARGETS: dict[str, Target] = {
     "plan": Target(make_plan, "plan.json", use_plan, 300),
     "study": Target(make_study, "study.yaml", lambda f: expand(read_study(f / "study.yaml")), 300),
     "task": Target(make_task, "task.yaml", use_task, 300),
-    "result": Target(lambda f: RESULT.save(f / "result.json"), "result.json", use_result, 250),
+    "result": Target(make_result, "result.json", use_result, 250),
     "scores": Target(make_scores, "scores.json", lambda f: Scores.load(f / "scores"), 100),
     "history": Target(make_history, "history.json", lambda f: History.load(f / "history.json"), 60),
     "log": Target(make_log, "own-key.jsonl", lambda f: AnswerLog(f, "own", "key"), 60),
@@ -298,28 +313,110 @@ def outcome(use: Callable[[Path], Any], folder: Path) -> str:
     return ""
 
 
-@pytest.mark.parametrize("name", TARGETS)
-def test_a_spoiled_file_is_read_or_refused(name: str, tmp_path: Path) -> None:
-    target = TARGETS[name]
-    good, place = tmp_path / "good", tmp_path / "work" / "model"
-    good.mkdir()
+def spoil_and_try(
+    target: Target, seeds: Sequence[str], home: Path, ended: Callable[[Path], str]
+) -> None:
+    """Spoil a file once for each seed, and see that nothing but its use happens.
+
+    Args:
+        target: What is spoiled.
+        seeds: Of the changes.
+        home: An empty folder, where everything happens.
+        ended: What is wrong with how a use of the folder ended; nothing if it ended well.
+    """
+    good, place, working = home / "good", home / "work" / "model", home / "working"
+    for folder in (good, place, working):
+        folder.mkdir(parents=True)
     target.make(good)
-    place.mkdir(parents=True)
     shutil.copytree(good, place, dirs_exist_ok=True)
-    assert outcome(target.use, place) == ""
+    os.chdir(working)
+    assert ended(place) == ""
     content, wrong, slowest = (good / target.file).read_bytes(), [], 0.0
-    for seed in range(target.count):
+    for seed in seeds:
         (place / target.file).write_bytes(content)
-        spoil(place / target.file, random.Random(f"{name} {seed}"))
+        spoil(place / target.file, random.Random(seed))
         start = time.monotonic()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            said = outcome(target.use, place)
+            said = ended(place)
         slowest = max(slowest, time.monotonic() - start)
         wrong += [f"{seed}: {said}"] if said else []
-        assert not list(tmp_path.rglob("marked")), f"{name} {seed} ran code"
-        assert {p.name for p in tmp_path.iterdir()} == {"good", "work"}, f"{name} {seed}"
-        assert {p.name for p in place.parent.iterdir()} == {"model"}, f"{name} {seed}"
-    assert not wrong, f"{len(wrong)} of {target.count}: " + "\n".join(wrong[:20])
+        assert not list(home.rglob("marked")), f"{seed} ran code"
+        assert {p.name for p in home.iterdir()} == {"good", "work", "working"}, seed
+        assert {p.name for p in place.parent.iterdir()} == {"model"}, seed
+        assert not list(working.iterdir()), seed
+    assert not wrong, f"{len(wrong)} of {len(seeds)}: " + "\n".join(wrong[:20])
     assert slowest < MAX_SECONDS
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < MAX_BYTES
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder; whoever leaves the working folder comes back at the end."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_spoiled_file_is_read_or_refused(name: str, home: Path) -> None:
+    target = TARGETS[name]
+    seeds = [f"{name} {seed}" for seed in range(target.count)]
+    spoil_and_try(target, seeds, home, lambda folder: outcome(target.use, folder))
+
+
+COMMANDS: dict[str, Callable[[Path], list[str]]] = {
+    **dict.fromkeys(
+        ("config", "index", "weights", "generation", "tokenizer", "tokenizer settings", "template"),
+        lambda folder: ["chat", str(folder), "Which colour?", "--max-new-tokens", "2"],
+    ),
+    "seeing": lambda folder: ["inspect", str(folder)],
+    "plan": lambda folder: [
+        *("prune", model(), "--plan", str(folder / "plan.json")),
+        *("--out", str(folder / "out"), "--force"),
+    ],
+    "study": lambda folder: [
+        *("study", str(folder / "study.yaml"), "--out", str(folder / "out"), "--dry-run"),
+    ],
+    "task": lambda folder: [
+        *("evaluate", model(), "--tasks", str(folder / "task.yaml"), "--log", str(folder / "logs")),
+    ],
+    "result": lambda folder: [
+        *("evaluate", model(), "--tasks", str(folder / "task.yaml")),
+        *("--baseline", str(folder / "result.json")),
+    ],
+    "scores": lambda folder: [
+        *("plan", model(), "--scores", str(folder / "scores"), "--ratio", "0.3"),
+        *("--out", str(folder / "plan.json"), "--force"),
+    ],
+    "manifest": lambda folder: ["verify", str(folder)],
+}
+"""A command for each kind of file that has one."""
+OF_A_COMMAND = 15
+
+
+def ended_in(command: list[str], capfd: pytest.CaptureFixture[str]) -> str:
+    """What is wrong with how a command ended."""
+    code: Any = 0
+    try:
+        with limited():
+            cli.main(command)
+    except SystemExit as end:
+        code = end.code
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"[:300]
+    said = capfd.readouterr().err
+    *_, last = said.splitlines() or [""]
+    errors = 0 if code == 0 else 1
+    if code in (0, 2) and said.count("slimvlm: ") == last.startswith("slimvlm: ") == errors:
+        return ""
+    return f"code {code}: {said[-300:]}"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_ends_well_or_in_one_line(
+    name: str, home: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    seeds = [f"command {name} {seed}" for seed in range(OF_A_COMMAND)]
+    spoil_and_try(
+        TARGETS[name], seeds, home, lambda folder: ended_in(COMMANDS[name](folder), capfd)
+    )

@@ -29,6 +29,8 @@ _OF_A_CELL = (
     *("seed", "avg", "avg_percent", "status"),
 )
 
+_NOT_MEASURED = "not measured on models of about this size, by this recipe and so many layers"
+
 
 def console() -> Console:
     """Where tables go; as wide as a table needs if nobody looks at a terminal."""
@@ -219,7 +221,7 @@ def _print_grid(rows: Sequence[Sequence[str]]) -> None:
 def _advice_rows(advice: Advice) -> list[list[str]]:
     """A name and its value in every row."""
     from slimvlm.core.progress import duration
-    from slimvlm.runs.tables import size
+    from slimvlm.runs.tables import millions, size
 
     recipe, cost = advice.recipe, advice.cost
     before, after = advice.params
@@ -230,15 +232,11 @@ def _advice_rows(advice: Advice) -> list[list[str]]:
         for row in advice.expected
     ]
     rows = [
-        [
-            "remove",
-            f"{advice.ratio:.1%} of the backbone, {advice.decoder_ratio:.1%} of its layers, along "
-            f"{advice.axis}",
-        ],
+        ["remove", _what_goes(advice)],
         ["train", learns],
-        ["parameters", f"{after / 1e9:.3g} B of {before / 1e9:.3g} B"],
+        ["parameters", f"{millions(after)} of {millions(before)}"],
         ["weights", f"{size(smaller)} of {size(held)}"],
-        *_under("expected AVG-%", kept or ["not measured for this recipe and so many layers"]),
+        *_under("expected AVG-%", kept or [_NOT_MEASURED]),
     ]
     if advice.latency is not None:
         rows.append(["time to read a question", f"{advice.latency:.0%} of the original's"])
@@ -253,6 +251,15 @@ def _advice_rows(advice: Advice) -> list[list[str]]:
             ["time of training", f"about {duration(3600 * cost.training_hours)}"],
         ]
     return [*rows, *_under("why", advice.notes), *_under("estimates rest on", cost.rests_on)]
+
+
+def _what_goes(advice: Advice) -> str:
+    axis = "the axis that the data chooses" if advice.axis == "auto" else advice.axis
+    layers = f"{advice.decoder_ratio:.1%} of its layers, along {axis}"
+    if not advice.token_share:
+        return f"{advice.ratio:.1%} of the backbone, {layers}"
+    first = f"{advice.ratio:.1%} of the backbone: tokens first, about {advice.token_share:.1%}"
+    return f"{first}; then {layers}" if advice.decoder_ratio else first
 
 
 def _under(name: str, lines: Sequence[str]) -> list[list[str]]:

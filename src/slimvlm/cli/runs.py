@@ -86,7 +86,8 @@ def advise(
 ) -> None:
     """Say which recipe fits a budget, what it should keep, what it costs, and the command.
 
-    Reads the configuration only, and runs nothing. Rules and numbers are those of recipes.yaml.
+    Reads the configuration and the tokenizer, no weights. Rules and numbers are those of
+    recipes.yaml.
 
     Args:
         model: Folder, hub id, or demo.

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import torch
 
-from slimvlm.core.errors import ConfigError
+from slimvlm.core.errors import ConfigError, SlimError
 from slimvlm.core.options import (
     Axis,
     AxisChoice,
@@ -20,35 +20,34 @@ from slimvlm.core.options import (
     CompressConfig,
     RecoverConfig,
 )
+from slimvlm.data.tokenizer_file import TokenizerFile
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import params_for_memory, parse_bytes, parse_count, weight_bytes
 from slimvlm.models.load import anatomy as anatomy_of
-from slimvlm.models.load import load_config
+from slimvlm.models.load import load_config, load_processor, resolve
 from slimvlm.planning.make import ratio_for_params
 from slimvlm.runs.command import compress_command
 from slimvlm.runs.compress import request_of
 from slimvlm.runs.estimate import (
     Cost,
     Sizes,
-    decoder_share,
     estimate_cost,
     image_tokens,
     kept_bytes,
 )
 from slimvlm.runs.recipes import (
     Recipe,
+    are_alike,
     expected_of_layers,
     fraction_for,
     recipe_for,
     rules,
     subject_of,
 )
-from slimvlm.runs.request import resolved
+from slimvlm.runs.request import expected_tokens, resolved
 
 _STEP = 0.005
 """How finely ratios are tried for a latency."""
-_MANY_EMBEDDINGS = 0.3
-"""Share of embeddings and head in the backbone from which on it is said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +76,10 @@ class Advice:
         ratio: Share of the backbone to remove.
         axis: Where to prune: ``auto`` lets the data decide, where there is some.
         recipe: The study's: where it prunes, what it trains.
-        decoder_ratio: Share of the decoder layers that this is.
-        expected: Measurements of this recipe where such a share of the layers went, those of the
-            same model first.
+        token_share: Share of the backbone that goes with tokens, 0 where all of them stay.
+        decoder_ratio: Share of the decoder layers that goes with the rest.
+        expected: Measurements of this recipe where such a share of the layers went: of this model
+            first, then of others of about its size.
         latency: Time to read a question as a share of the original's, None if not measured.
         params: Parameters of the whole model before and after.
         weight_bytes: Bytes of its weights before and after.
@@ -92,6 +92,7 @@ class Advice:
     model: str
     ratio: float
     axis: AxisChoice
+    token_share: float
     decoder_ratio: float
     recipe: Recipe
     expected: tuple[Expectation, ...]
@@ -119,7 +120,7 @@ def advise(
     """Choose a recipe for a model and a budget.
 
     Args:
-        model: Folder, hub id or ``demo``; only its configuration is read.
+        model: Folder, hub id or ``demo``; its configuration and its tokenizer are read.
         ratio: Share of the backbone's parameters to remove.
         target_params: Instead: parameters of the whole smaller model, such as ``5B``.
         target_memory: Instead: memory of its weights, such as ``8GiB``.
@@ -143,22 +144,23 @@ def advise(
     ratio = _ratio(shape, subject, budget, data, dtype)
     fraction, why = _fraction(ratio, samples)
     given = rules().full_set if samples is None else samples
-    seen = max(round(fraction * given), 1)
+    takes_tokens, on_tokens = _tokens_first(model, shape, ratio, data and target_latency is None)
     sees = image_tokens(model) if shape.vision_params else 0
     sizes = Sizes(
         shape=shape,
         tokens=float(sees + rules().constants.text_tokens),
-        samples=seen,
+        samples=given,
         calibration=min(CalibrationConfig().samples, given),
         token_bytes=kept_bytes(load_config(model), dtype),
+        vocabulary=expected_tokens("auto", shape) if takes_tokens else None,
     )
     has_gpu = torch.cuda.is_available() if gpu is None else gpu
 
     def asked(recipe: Recipe) -> CompressConfig:
-        return _config(model, ratio, recipe, fraction, data)
+        return _config(model, ratio, recipe, fraction, data, takes_tokens)
 
     recipe, cost, notes = _affordable(sizes, ratio, data, has_gpu, dtype, asked)
-    share = decoder_share(shape, ratio)
+    share = sizes.decoder_share(ratio)
     axis: AxisChoice = "auto" if data else recipe.axis
     after = shape.total_params - round(ratio * shape.backbone_params)
     size = weight_bytes(shape, dtype)
@@ -166,15 +168,16 @@ def advise(
         model=model,
         ratio=ratio,
         axis=axis,
+        token_share=min(sizes.token_share, ratio),
         decoder_ratio=share,
         recipe=recipe,
-        expected=_expectations(recipe, share, subject),
-        latency=_latency(recipe.axis, ratio, subject),
+        expected=_expectations(recipe, share, subject, shape.backbone_params),
+        latency=_latency(recipe.axis, max(ratio - sizes.token_share, 0.0), subject),
         params=(shape.total_params, after),
         weight_bytes=(size, round(size * after / shape.total_params)),
         fraction=fraction if recipe.train else 1.0,
         cost=cost,
-        notes=(*notes, *([why] if recipe.train else []), *_on_embeddings(shape, ratio)),
+        notes=(*notes, *([why] if recipe.train else []), *on_tokens),
         command=compress_command(model, replace(asked(recipe), axis=axis), "run"),
     )
 
@@ -263,19 +266,47 @@ def _latency(axis: str, ratio: float, subject: str | None) -> float | None:
     return fmean(values) if values else None
 
 
-def _on_embeddings(shape: Anatomy, ratio: float) -> list[str]:
-    """A warning where much of the backbone is no layer."""
-    outside = 1 - sum(layer.params for layer in shape.layers) / shape.backbone_params
-    if outside < _MANY_EMBEDDINGS:
-        return []
-    return [
-        f"{outside:.0%} of the backbone are embeddings and head: {ratio:.0%} of the "
-        f"backbone is {decoder_share(shape, ratio):.0%} of its layers. Take tokens first: "
-        "--vocab-size auto removes those that your data does not need"
-    ]
+def _tokens_first(
+    model: str, shape: Anatomy, ratio: float, is_open: bool
+) -> tuple[bool, list[str]]:
+    """Whether tokens go before layers lose something, and what there is to say about it.
+
+    Args:
+        model: Folder, hub id or ``demo``.
+        shape: Its anatomy.
+        ratio: Share of the backbone that goes.
+        is_open: Whether there is data to count, and a budget that fewer tokens help to meet.
+    """
+    rule, outside = rules().tokens_first, shape.token_params * shape.vocab_size
+    share = outside / shape.backbone_params
+    if share < rule.from_share:
+        return False, []
+    of_layers = min(ratio / (1 - share), 1.0)
+    many = f"{share:.0%} of the backbone are embeddings and head"
+    alone = f"{many}: {ratio:.0%} of the backbone is {of_layers:.0%} of its layers"
+    if (why := _why_tokens_stay(model, shape)) is not None:
+        return False, [f"{alone}; no token can go: {why}"]
+    if not is_open:
+        return False, [f"{alone}; fewer tokens make it smaller: --vocab-size auto"]
+    counted = "a third of them is taken to stay here; compress --dry-run counts those of your data"
+    return True, [f"{many}, and {rule.why} ({rule.source}); {counted}"]
 
 
-def _expectations(recipe: Recipe, share: float, subject: str | None) -> tuple[Expectation, ...]:
+def _why_tokens_stay(model: str, shape: Anatomy) -> str | None:
+    """What keeps tokens from going; None if some can."""
+    try:
+        processor = load_processor(resolve(model), load_config(model))
+        if processor is not None:
+            TokenizerFile.of(processor)
+    except SlimError as error:
+        return str(error)
+    return shape.why_tokens_stay if processor is not None else "the model has no tokenizer"
+
+
+def _expectations(
+    recipe: Recipe, share: float, subject: str | None, backbone_params: int
+) -> tuple[Expectation, ...]:
+    """What was measured where such a share of the layers went, here or on models like this one."""
     found = expected_of_layers(recipe.axis, recipe.train, recipe.loss, share)
     if recipe.train == "lora":  # what learns more than LoRA was measured on the demo model
         more = expected_of_layers(recipe.axis, "full", recipe.loss, share)
@@ -283,7 +314,7 @@ def _expectations(recipe: Recipe, share: float, subject: str | None) -> tuple[Ex
     rows = [
         Expectation(model=row.model, percent=value, source=row.source, same=row.model == subject)
         for row, value in found
-        if not row.ours or row.model == subject
+        if row.model == subject or are_alike(row.model, backbone_params)
     ]
     return tuple(sorted(rows, key=lambda row: not row.same))
 
@@ -300,10 +331,16 @@ def _fraction(ratio: float, samples: int | None) -> tuple[float, str]:
 
 
 def _config(
-    model: str, ratio: float, recipe: Recipe, fraction: float, data: bool
+    model: str, ratio: float, recipe: Recipe, fraction: float, data: bool, takes_tokens: bool
 ) -> CompressConfig:
     source = ("demo" if model == "demo" else "DATA.json") if data else None
     recover = None
     if recipe.train is not None:
         recover = RecoverConfig(train=recipe.train, loss=recipe.loss, fraction=fraction)
-    return CompressConfig(ratio=round(ratio, 4), axis=recipe.axis, data=source, recover=recover)
+    return CompressConfig(
+        ratio=round(ratio, 4),
+        axis=recipe.axis,
+        vocab_size="auto" if takes_tokens else None,
+        data=source,
+        recover=recover,
+    )

@@ -84,15 +84,16 @@ def foresee(model: str, config: CompressConfig, say: Say = print) -> Foreseen:
     tokens = _mean_tokens(processor, [*samples.calibration, *samples.training])
     dtype = _dtype_of(config.dtype, described.dtype)
     training = len(samples.training) if request.trains else 0
+    request = replace(first, report_samples=len(samples.report))
+    request = with_tokens(request, samples.known, say)
     sizes = Sizes(
         shape=shape,
         tokens=tokens,
         samples=training,
         calibration=len(samples.calibration),
         token_bytes=kept_bytes(described, dtype),
+        vocabulary=None if request.tokens is None else len(request.tokens),
     )
-    request = replace(first, report_samples=len(samples.report))
-    request = with_tokens(request, samples.known, say)
     return Foreseen(
         plan=tokens_alone(request, shape) or rehearse(request.prune, shape, request.tokens),
         axes=tuple(tried),

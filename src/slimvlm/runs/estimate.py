@@ -44,10 +44,11 @@ class Sizes:
     Attributes:
         shape: The unpruned model.
         tokens: Mean tokens of a conversation, those of its pictures included.
-        samples: Conversations to train on.
+        samples: Conversations that there are to train on.
         calibration: Conversations to calibrate on.
         token_bytes: What the backward pass keeps of a token, all layers together; see
             `kept_bytes`.
+        vocabulary: Tokens that stay in the smaller model; None for all.
     """
 
     shape: Anatomy
@@ -55,6 +56,7 @@ class Sizes:
     samples: int
     calibration: int = CalibrationConfig().samples
     token_bytes: float = 0.0
+    vocabulary: int | None = None
 
     @property
     def pass_flops(self) -> float:
@@ -62,14 +64,31 @@ class Sizes:
         looked_up = self.shape.embedding_params if self.shape.head_params else 0
         return 2 * (self.shape.backbone_params - looked_up) * self.tokens
 
-    def training_flops(self, config: RecoverConfig, kept: float, seen: float) -> float:
+    @property
+    def token_share(self) -> float:
+        """The share of the backbone that goes with its tokens."""
+        gone = self.shape.vocab_size - (self.vocabulary or self.shape.vocab_size)
+        return gone * self.shape.token_params / self.shape.backbone_params
+
+    def decoder_share(self, ratio: float) -> float:
+        """The share of the decoder layers that goes with a share of the backbone."""
+        rest = max(ratio - self.token_share, 0.0) * self.shape.backbone_params
+        return min(rest / _decoder_params(self.shape), 1.0)
+
+    def learnt(self, config: RecoverConfig) -> int:
+        """Conversations that a training learns from, of those that there are."""
+        return max(round(self.samples * config.fraction), 1)
+
+    def training_flops(self, config: RecoverConfig, kept: float) -> float:
         """Work of a training: forward and backward, and the forward pass of a teacher.
 
         Args:
-            config: What learns, from which loss.
+            config: What learns, from which loss, how long.
             kept: Share of the backbone that the student has.
-            seen: Conversations, each as often as it is seen.
         """
+        learnt = self.learnt(config)
+        batches = optimizer_steps(config, learnt) * config.gradient_accumulation
+        seen = batches * min(config.batch_size, learnt)
         passes = kept * (2 if config.train == "projector" else 3) + config.needs_teacher
         return self.pass_flops * passes * seen
 
@@ -133,12 +152,12 @@ def estimate_cost(
         f"learns, {sizes.token_bytes / 1000:.0f} kB kept of each token "
         f"({constants.activation_source}), batches of {config.batch_size}"
     )
-    flops = sizes.training_flops(config, 1 - ratio, config.epochs * sizes.samples)
+    flops = sizes.training_flops(config, 1 - ratio)
     return replace(
         pruning,
         training_bytes=_training_bytes(sizes, ratio, config, dtype),
         training_hours=(1 + tried * TRIAL_SHARE) * flops / usable,
-        samples=sizes.samples,
+        samples=sizes.learnt(config),
         rests_on=tuple(about),
     )
 
@@ -203,7 +222,7 @@ def _walk_bytes(sizes: Sizes, config: PruneConfig, dtype: str) -> float:
     tokens = sizes.tokens * sizes.calibration
     largest = max(shape.layers, key=lambda layer: layer.params)
     channels = (largest.num_heads * largest.head_dim, largest.intermediate_size)
-    new = (1 - decoder_share(shape, ratio)) * _decoder_params(shape) * BYTES[dtype]
+    new = (1 - sizes.decoder_share(ratio)) * _decoder_params(shape) * BYTES[dtype]
     grams = 0.0
     if WALKING in config.criterion:
         grams = constants.gram_copies * BYTES["float32"] * max(channels) ** 2
@@ -226,7 +245,7 @@ def _training_bytes(sizes: Sizes, ratio: float, config: RecoverConfig, dtype: st
     else:
         models = held if config.train != "full" else held + smaller
     learning = learning_params(shape, ratio, config.train, config.lora_rank)
-    kept = 1 - decoder_share(shape, ratio)
+    kept = 1 - sizes.decoder_share(ratio)
     of_token = sizes.token_bytes + (_lora_kept(shape) if config.train == "lora" else 0)
     activations = config.batch_size * sizes.tokens * of_token * kept
     beside = constants.learning_bytes * learning + activations + _logits_bytes(shape)
@@ -256,7 +275,7 @@ def _pruning_flops(sizes: Sizes, request: Request) -> float:
     passes = 3.0 * sum(CRITERIA[name].capture.backward for name in config.criterion)
     if WALKING in config.criterion or config.repair != "none":
         passes += constants.walk_passes
-    share = decoder_share(sizes.shape, ratio)
+    share = sizes.decoder_share(ratio)
     if config.local_steps is None:
         passes += 3 * PASSES * share
     elif config.local_steps:
@@ -274,11 +293,6 @@ def _pruning_flops(sizes: Sizes, request: Request) -> float:
 
 def _decoder_params(shape: Anatomy) -> int:
     return sum(layer.params for layer in shape.layers)
-
-
-def decoder_share(shape: Anatomy, ratio: float) -> float:
-    """The share of the decoder layers that goes with a share of the backbone."""
-    return min(ratio * shape.backbone_params / _decoder_params(shape), 1.0)
 
 
 def learning_params(shape: Anatomy, ratio: float, train: Train, rank: int) -> int:

@@ -85,6 +85,15 @@ class Fraction:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokensFirst:
+    """From which share of embeddings and head in the backbone on tokens go first, and why."""
+
+    from_share: float
+    why: str
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Constants:
     """What estimates rest on; ``recipes.yaml`` says of each number what it is."""
 
@@ -114,10 +123,13 @@ class Rules:
     Attributes:
         with_training: Recipes, in the order of their ratios, where there is data.
         without_training: The same where there is none.
+        tokens_first: Where tokens go before layers lose something.
         full_set: Conversations that the study trained on.
         fractions: The share of these that suffices, in the order of the ratios.
         fractions_source: Where that stands.
         subjects: Values of the anatomy of each measured model.
+        backbone_params: How large each one's backbone is.
+        alike_within: How many times as large or as small a model like it is at most.
         decoder_shares: Share of each one's backbone that its decoder layers are.
         retention: Everything that is known of AVG-%; where two curves fit, the first one counts.
         latency: Time to read a question as a share of the unpruned model's.
@@ -126,10 +138,13 @@ class Rules:
 
     with_training: tuple[Recipe, ...]
     without_training: tuple[Recipe, ...]
+    tokens_first: TokensFirst
     full_set: int
     fractions: tuple[Fraction, ...]
     fractions_source: str
     subjects: Mapping[str, Mapping[str, str | int]]
+    backbone_params: Mapping[str, float]
+    alike_within: float
     decoder_shares: Mapping[str, float]
     retention: tuple[Curve, ...]
     latency: tuple[Curve, ...]
@@ -214,6 +229,17 @@ def subject_of(shape: Mapping[str, Any]) -> str | None:
         if all(shape[key] == value for key, value in wanted.items()):
             return name
     return None
+
+
+def are_alike(subject: str, backbone_params: int) -> bool:
+    """Whether a measured model is so near in size that its numbers say something of another one.
+
+    Args:
+        subject: The measured model.
+        backbone_params: Parameters of the other one's backbone.
+    """
+    measured, within = rules().backbone_params[subject], rules().alike_within
+    return measured / within <= backbone_params <= measured * within
 
 
 def _require_share(ratio: float) -> None:

@@ -45,6 +45,11 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:.1f} MiB"
 
 
+def millions(params: int) -> str:
+    """Parameters for people."""
+    return f"{params / 1e6:,.1f} M"
+
+
 def result_rows(results: Mapping[str, Result]) -> tuple[list[str], list[list[str]]]:
     """A row for each task and figure, a column for each model; the first one is the baseline.
 
@@ -255,8 +260,8 @@ def _cost_rows(models: Sequence[_Beside]) -> list[list[str]]:
     results = [model.result for model in models]
     mebibytes = [None if r.weight_bytes is None else r.weight_bytes / MIB for r in results]
     return [
-        ["backbone parameters", *(f"{r.backbone_params / 1e6:.1f} M" for r in results)],
-        ["all parameters", *(f"{r.total_params / 1e6:.1f} M" for r in results)],
+        ["backbone parameters", *(millions(r.backbone_params) for r in results)],
+        ["all parameters", *(millions(r.total_params) for r in results)],
         ["weights MiB", *map(_number, mebibytes)],
         ["prefill ms (batch 1)", *(f"{r.prefill_ms:.1f}" for r in results)],
         ["decode ms a token", *(f"{r.decode_ms:.1f}" for r in results)],
