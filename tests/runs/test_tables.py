@@ -1,4 +1,4 @@
-"""What `inspect` prints: every group of layers, and the widths that are legal."""
+"""Tables: every group of layers, and the widths that are legal; and what is no number."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+from slimvlm.evaluation.results import Result, TaskResult
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.load import anatomy
-from slimvlm.runs.tables import anatomy_rows
+from slimvlm.runs.tables import anatomy_rows, result_rows
 from tests import tiny
 
 
@@ -120,3 +121,12 @@ def test_a_model_without_kv_groups_says_so(retypable: bool) -> None:
 def test_what_tokens_weigh_is_said(name: str, told: str) -> None:
     (found,) = printed(shape_of(name))["one token"]
     assert re.match(told, found)
+
+
+def test_a_share_of_nothing_is_a_dash() -> None:
+    wrong = TaskResult("exact_match", 0.0, 0.0, True, ("a", "b"), ("r", "s"), (0.0, 0.0))
+    result = Result("model", 1000, 800, {"own": wrong}, 1.0, 2.0)
+    _, rows = result_rows({"original": result, "pruned": result})
+    cells = {row[0]: row[-1] for row in rows}
+    assert cells["AVG-% above chance"] == "-"
+    assert not any("nan" in cell for row in rows for cell in row)

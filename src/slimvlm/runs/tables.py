@@ -249,7 +249,7 @@ def _retention_rows(models: Sequence[_Beside], above_floor: bool) -> list[list[s
         return []
     rows = [
         ["AVG-% [95 % interval]", *(f"{k.percent:.1f} [{k.low:.1f}, {k.high:.1f}]" for k in kept)],
-        ["AVG-% above chance", *(f"{k.above_chance:.1f}" for k in kept)],
+        ["AVG-% above chance", *(_number(k.above_chance) for k in kept)],
     ]
     if above_floor:
         rows.append(["AVG-% above floor [95 % interval]", *map(_above_floor, kept)])
