@@ -91,7 +91,8 @@ def test_a_large_model_is_not_trained_without_a_gpu(
 
 def test_costs_grow_with_what_they_rest_on(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     as_7b(monkeypatch, anatomy(model))
-    few, many = (advise(model, ratio=0.3, gpu=True, samples=n).cost for n in (160, 1600))  # whole batches
+    whole_batches = (160, 1600)
+    few, many = (advise(model, ratio=0.3, gpu=True, samples=n).cost for n in whole_batches)
     assert many.training_hours == pytest.approx(10 * few.training_hours)
     weights = 2 * 7.06e9
     assert many.training_bytes == few.training_bytes > weights

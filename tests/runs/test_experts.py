@@ -17,10 +17,7 @@ from slimvlm.runs.prune import prune
 from slimvlm.runs.score import plan as write_plan
 from tests import tiny, tiny_folder
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
-    pytest.mark.usefixtures("unhurried"),
-]
+pytestmark = pytest.mark.usefixtures("unhurried")
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,7 @@ from slimvlm.runs.compress import compress
 from slimvlm.training.recover import History
 from tests import tiny_folder as folders
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
-    pytest.mark.usefixtures("unhurried"),
-]
+pytestmark = pytest.mark.usefixtures("unhurried")
 
 CONFIG = CompressConfig(
     stages=(0.15, 0.3),
