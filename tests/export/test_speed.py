@@ -68,7 +68,7 @@ def test_an_engine_is_asked_in_turn_and_compared_run_by_run(
     one = [f"{layers} 1 8 5" for layers in (2, 4, 4, 2, 2, 4)]
     two = [line.replace(" 1 8", " 2 8") for line in one]
     assert log.read_text().splitlines() == ["2 1 8 2", "4 1 8 2", *one, *two]
-    assert found.device == "vllm 0.0"
+    assert found.device == "vLLM 0.0"
     assert found.baseline is not None
     # the machine became slower all the time; neighbouring runs tell nevertheless
     for speed_up in found.speed_ups:

@@ -195,7 +195,7 @@ def process(
         "return_tensors": "pt",
         "padding": True,
         "padding_side": padding_side,  # some processors have a default that beats the tokenizer's
-        "add_special_tokens": _adds_special_tokens(tokenizer, texts[0]),
+        "add_special_tokens": adds_special_tokens(tokenizer, texts[0]),
     }
     try:
         if not any(images):
@@ -212,12 +212,12 @@ def unexpanded_ids(processor: Any, text: str) -> list[int]:
     """Token ids of a rendered conversation with one placeholder for each picture."""
     tokenizer = tokenizer_of(processor)
     ids: list[int] = tokenizer(
-        text, add_special_tokens=_adds_special_tokens(tokenizer, text)
+        text, add_special_tokens=adds_special_tokens(tokenizer, text)
     ).input_ids
     return ids
 
 
-def _adds_special_tokens(tokenizer: Any, text: str) -> bool:
+def adds_special_tokens(tokenizer: Any, text: str) -> bool:
     """Whether the tokenizer must add its first token: not if the template already did."""
     return tokenizer.bos_token is None or not text.startswith(tokenizer.bos_token)
 
@@ -240,7 +240,7 @@ def _answer_spans(
     answer's own tokens are looked for.
     """
     tokenizer = tokenizer_of(processor)
-    adds = _adds_special_tokens(tokenizer, text)
+    adds = adds_special_tokens(tokenizer, text)
     plain = tokenizer(text, return_offsets_mapping=True, add_special_tokens=adds)
     left, right = torch.tensor(plain["offset_mapping"]).reshape(-1, 2).T
     added = {0: 0, len(images): len(ids) - len(left)}  # tokens that so many pictures add

@@ -17,7 +17,7 @@ from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import OFF_ROWS_ADVICE, ROW_MULTIPLE, WIDTH_MULTIPLE
 
 Level = Literal["ok", "warn", "fail", "unknown"]
-ENGINES = ("vllm", "sglang", "gguf")
+ENGINES = ("vllm", "sglang", "gguf", "openvino")
 TENSOR_PARALLEL = "tp"
 
 GGUF_ROW = 32
@@ -64,7 +64,8 @@ RAN = {
             "internvl/qwen2",
         ),
     ),
-    "gguf": Ran("llama.cpp in xllamacpp 2026.10", ("llava/llama", "llava/mistral")),
+    "gguf": Ran("llama.cpp, xllamacpp 2026.10.11549", ("llava/llama", "llava/mistral")),
+    "openvino": Ran("OpenVINO 2026.4.1", ("llava/llama", "llava/mistral")),
 }
 """By target; every entry is what ``tests/export/test_engines.py`` compares."""
 

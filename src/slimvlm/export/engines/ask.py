@@ -2,8 +2,8 @@
 
 Usage: ``python ask.py answer MODULE FOLDER...``, the module being a key of `ENGINES`. Each folder
 has a ``request.json``; ``replies.json`` is written beside it. ``python ask.py time MODULE FOLDER``
-loads the one checkpoint, says so in a line of JSON, and then answers each such line, prompts and a
-number of new tokens, by a line with times.
+loads the one checkpoint, says so in a line of JSON, and then answers each such line, prompts, a
+number of new tokens and a clock, by a line with times.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 Ids = list[int]
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+"""How time passes: for everybody, or while this process computes."""
 
 
 class Vllm:
@@ -55,16 +57,17 @@ class Vllm:
         how = self._sampling(temperature=0, max_tokens=new_tokens)
         return [list(found.outputs[0].token_ids) for found in self._model.generate(given, how)]
 
-    def time(self, prompts: list[Ids], new_tokens: int) -> list[list[float]]:
+    def time(self, prompts: list[Ids], new_tokens: int, clock: str) -> list[list[float]]:
         """When each step of each reply came, in seconds."""
-        engine, start = self._model.llm_engine, time.perf_counter()
+        engine, now = self._model.llm_engine, CLOCKS[clock]
+        start = now()
         for number, ids in enumerate(prompts):
             how = self._sampling(temperature=0, max_tokens=new_tokens, ignore_eos=True)
             engine.add_request(str(number), {"prompt_token_ids": ids}, how)
         came: list[list[float]] = [[] for _ in prompts]
         while engine.has_unfinished_requests():
             for found in engine.step():
-                came[int(found.request_id)].append(time.perf_counter() - start)
+                came[int(found.request_id)].append(now() - start)
         return came
 
     @staticmethod
@@ -99,16 +102,17 @@ class LlamaCpp:
         asked = (self._server.handle_completions({"prompt": p["ids"], **how}) for p in prompts)
         return [reply["choices"][0]["text"] for reply in asked]
 
-    def time(self, prompts: list[Ids], new_tokens: int) -> list[list[float]]:
+    def time(self, prompts: list[Ids], new_tokens: int, clock: str) -> list[list[float]]:
         """When each step of each reply came, in seconds."""
         how = {"n_predict": new_tokens, "temperature": 0.0, "ignore_eos": True}
         how |= {"stream": True, "cache_prompt": False}
         came: list[list[float]] = [[] for _ in prompts]
-        start = time.perf_counter()
+        now = CLOCKS[clock]
+        start = now()
 
         def ask(number: int) -> None:
             def note(_: Any) -> None:
-                came[number].append(time.perf_counter() - start)
+                came[number].append(now() - start)
 
             self._server.handle_completions({"prompt": prompts[number], **how}, note)
 
@@ -125,13 +129,55 @@ class LlamaCpp:
         gc.collect()
 
 
-ENGINES: dict[str, type[Vllm] | type[LlamaCpp]] = {"vllm": Vllm, "xllamacpp": LlamaCpp}
+class OpenVino:
+    """OpenVINO, through optimum-intel, which converts the checkpoint on the way."""
+
+    def __init__(self, asked: dict[str, Any]) -> None:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        from optimum import intel
+        from transformers import AutoProcessor, AutoTokenizer
+
+        sees, folder = asked["sees"], asked["checkpoint"]
+        classes = (intel.OVModelForCausalLM, intel.OVModelForVisualCausalLM)
+        whole = ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION")
+        exact = dict.fromkeys(whole, "f32") | {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+        self._model: Any = classes[sees].from_pretrained(
+            folder, export=True, load_in_8bit=False, ov_config=exact
+        )
+        self._reads: Any = (AutoTokenizer, AutoProcessor)[sees].from_pretrained(folder)
+
+    def answer(self, prompts: list[dict[str, Any]], new_tokens: int) -> list[Ids]:
+        """Token ids of greedy replies."""
+        from PIL import Image
+
+        replies = []
+        for prompt in prompts:
+            shown = [[Image.open(prompt["picture"])]] if prompt["picture"] else None
+            pictures = {"images": shown} if shown else {}
+            inputs = self._reads(
+                text=[prompt["text"]],
+                add_special_tokens=prompt["adds_special_tokens"],
+                return_tensors="pt",
+                **pictures,
+            )
+            found = self._model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+            replies.append(found[0, inputs["input_ids"].shape[1] :].tolist())
+        return replies
+
+    @staticmethod
+    def leave() -> None:
+        """Make room for the next model."""
+        gc.collect()
+
+
+ENGINES: dict[str, Any] = {"vllm": Vllm, "xllamacpp": LlamaCpp, "openvino": OpenVino}
 """By the module that they are imported as."""
 
 
 def version_of(module: str) -> str:
-    """An engine's own version."""
-    return str(getattr(import_module(module), "__version__", None) or version(module))
+    """An engine's own version, without that of its source."""
+    found = getattr(import_module(module), "__version__", None) or version(module)
+    return str(found).partition("-")[0]
 
 
 def message(error: Exception) -> str:

