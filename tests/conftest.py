@@ -57,5 +57,5 @@ def unhurried() -> Iterator[None]:
     from slimvlm.evaluation import ask as evaluation
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "latency", lambda *_: (2.0, 1.0))
+        patch.setattr(evaluation, "latency", lambda *_: ([2.0, 2.5], [1.0, 1.0]))
         yield

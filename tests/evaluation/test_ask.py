@@ -145,14 +145,22 @@ def test_a_result_says_what_was_measured(llava: tuple[Any, Any], result: Result)
         shape.total_params,
         shape.backbone_params,
     )
-    assert (result.prefill_ms, result.decode_ms) == (2.0, 1.0)
+    assert (result.prefill_ms, result.decode_ms) == (2.25, 1.0)
+    assert (result.prefill_range_ms, result.decode_range_ms) == ((2.0, 2.5), (1.0, 1.0))
     assert result.average == result.tasks["colours"].score
 
 
 def test_latency_is_measured(llava: tuple[Any, Any]) -> None:
-    prefill_ms, decode_ms = latency(*llava, questions(1)[0], repeats=3, tokens=4)
-    assert prefill_ms > 0
-    assert decode_ms >= 0
+    for times in latency(*llava, questions(1)[0], repeats=3, tokens=4):
+        assert len(times) == 3
+        assert min(times) > 0
+
+
+def test_models_of_one_shape_have_the_same_times(result: Result) -> None:
+    slow = replace(result, prefill_ms=9.0, prefill_range_ms=(8.0, 10.0))
+    assert result.timed_as(slow) == slow
+    for change in ({"backbone_params": 1}, {"weight_bytes": 1}, {"dtype": "bfloat16"}):
+        assert result.timed_as(replace(slow, **change)) == result
 
 
 def with_scores(result: Result, scores: Sequence[float]) -> Result:

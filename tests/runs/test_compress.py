@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -206,7 +207,12 @@ def test_a_stopped_run_repeats_no_finished_stage(
             compress(*request_for(data), tmp_path / "run", say=silent)
     monkeypatch.setattr(stages, "walk", stops)
     monkeypatch.setattr(stages, "prune_", stops)
-    compress(*request_for(data), tmp_path / "run", say=silent)
+    path = tmp_path / "run" / "results" / "pruned.json"
+    pruned = replace(Result.load(path), prefill_ms=123.0)
+    pruned.save(path)
+    results = compress(*request_for(data), tmp_path / "run", say=silent)
+    # training changes no shape
+    assert [results[stage].prefill_ms for stage in results] == [2.25, 123.0, 123.0]
 
 
 def test_a_finished_run_is_refused(finished: Path, data: Path) -> None:

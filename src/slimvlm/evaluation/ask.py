@@ -119,8 +119,10 @@ def with_costs(
         total_params=shape.total_params,
         backbone_params=shape.backbone_params,
         tasks=tasks,
-        prefill_ms=prefill_ms,
-        decode_ms=decode_ms,
+        prefill_ms=median(prefill_ms),
+        decode_ms=median(decode_ms),
+        prefill_range_ms=(min(prefill_ms), max(prefill_ms)),
+        decode_range_ms=(min(decode_ms), max(decode_ms)),
         dtype=str(model.dtype).removeprefix("torch."),
         weight_bytes=stored_bytes(model),
         **how,
@@ -221,12 +223,12 @@ def likelihoods(
 
 
 def latency(
-    model: PreTrainedModel, processor: Any, question: Question, repeats: int = 5, tokens: int = 8
-) -> tuple[float, float]:
-    """Median milliseconds to read one question, and to write one further token, at batch 1."""
+    model: PreTrainedModel, processor: Any, question: Question, repeats: int = 6, tokens: int = 8
+) -> tuple[list[float], list[float]]:
+    """Milliseconds of each run to read one question, and to write one further token, at batch 1."""
     inputs = as_inputs(model, chat.encode_questions(processor, [question]))
     runs = timed_runs([model], [inputs], 1 + tokens, repeats)[0]
-    return median(run.prefill_ms for run in runs), median(run.decode_ms for run in runs)
+    return [run.prefill_ms for run in runs], [run.decode_ms for run in runs]
 
 
 def _loss_and_miss(head: losses.Head, rows: Tensor, wanted: Tensor) -> Tensor:

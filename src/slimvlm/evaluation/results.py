@@ -64,6 +64,10 @@ class TaskResult:
         return 100 * fmean(self.blind_scores) if self.blind_scores else None
 
 
+TIMES = ("prefill_ms", "decode_ms", "prefill_range_ms", "decode_range_ms")
+"""Fields of a `Result` that are times."""
+
+
 @dataclass(frozen=True)
 class Result:
     """Scores of one model on some tasks.
@@ -80,6 +84,9 @@ class Result:
         batch_size: Questions that were answered at once; None if it is not known.
         dtype: Data type of the weights; empty if it is not known.
         weight_bytes: Bytes of all weights as they are in memory; None if it is not known.
+        prefill_range_ms: Fastest and slowest of the runs behind ``prefill_ms``: of six runs, a 97 %
+            interval of the median. None if it is not known.
+        decode_range_ms: The same behind ``decode_ms``.
     """
 
     model: str
@@ -93,6 +100,8 @@ class Result:
     batch_size: int | None = None
     dtype: str = ""
     weight_bytes: int | None = None
+    prefill_range_ms: tuple[float, float] | None = None
+    decode_range_ms: tuple[float, float] | None = None
 
     @property
     def average(self) -> float:
@@ -156,6 +165,17 @@ class Result:
                 raise ConfigError(f"floors: task {name!r} asked other questions (see --limit)")
             found[name] = replace(task, blind_scores=other.blind_scores)
         return replace(self, tasks=found)
+
+    def timed_as(self, other: Result) -> Result:
+        """This result with the times of one whose model has the same shape.
+
+        Equal shapes take equally long, and a second measurement only adds noise between them. A
+        result of another size or type of weights leaves this one as it is.
+        """
+        facts = ("total_params", "backbone_params", "weight_bytes", "dtype")
+        if any(getattr(self, name) != getattr(other, name) for name in facts):
+            return self
+        return replace(self, **{name: getattr(other, name) for name in TIMES})
 
     def _shared_tasks(self, baseline: Result) -> list[str]:
         """Names of the tasks in AVG that both answered."""

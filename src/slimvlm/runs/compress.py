@@ -346,7 +346,11 @@ def _evaluated(run: Run, stage: str, model: PreTrainedModel, processor: Any) -> 
     run.say(f"evaluate the {stage} model")
     if stage != "original":  # floors are the original's
         request = replace(request, questions=replace(request.questions, floors=False))
-    stages.evaluate(request, model, processor, stage, run.path("answers")).save(path)
+    result = stages.evaluate(request, model, processor, stage, run.path("answers"))
+    pruned = run.path("results") / "pruned.json"
+    if stage == "recovered" and pruned.exists():
+        result = result.timed_as(Result.load(pruned))
+    result.save(path)
 
 
 def _asked_on_data(

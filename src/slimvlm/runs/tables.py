@@ -13,7 +13,7 @@ from rich.text import Text
 from slimvlm.core.errors import printable
 from slimvlm.evaluation.data_result import DataResult, Estimate
 from slimvlm.evaluation.metrics import LIKELIHOODS, Difference, Retention, paired_difference
-from slimvlm.evaluation.results import Result
+from slimvlm.evaluation.results import TIMES, Result
 from slimvlm.models.anatomy import Anatomy, LayerShape
 from slimvlm.models.cost import BYTES, kv_cache_bytes_per_token, weight_bytes
 
@@ -34,7 +34,7 @@ _HELD_OUT = {
     "divergence": ("KL divergence from the original (nats)", 3),
 }
 _PLAIN = (
-    *("total_params", "backbone_params", "weight_bytes", "prefill_ms", "decode_ms"),
+    *("total_params", "backbone_params", "weight_bytes", *TIMES),
     *("blind", "limit", "batch_size", "dtype"),
 )
 """Figures of a result that `result_json` repeats as they are."""
@@ -263,9 +263,14 @@ def _cost_rows(models: Sequence[_Beside]) -> list[list[str]]:
         ["backbone parameters", *(millions(r.backbone_params) for r in results)],
         ["all parameters", *(millions(r.total_params) for r in results)],
         ["weights MiB", *map(_number, mebibytes)],
-        ["prefill ms (batch 1)", *(f"{r.prefill_ms:.1f}" for r in results)],
-        ["decode ms a token", *(f"{r.decode_ms:.1f}" for r in results)],
+        ["prefill ms (batch 1)", *(_time(r.prefill_ms, r.prefill_range_ms) for r in results)],
+        ["decode ms a token", *(_time(r.decode_ms, r.decode_range_ms) for r in results)],
     ]
+
+
+def _time(middle: float, between: tuple[float, float] | None) -> str:
+    """A median and the runs that it lies between."""
+    return f"{middle:.1f}" + ("" if between is None else f" [{between[0]:.1f}, {between[1]:.1f}]")
 
 
 def _model_json(model: _Beside) -> dict[str, Any]:

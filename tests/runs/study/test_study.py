@@ -6,6 +6,7 @@ import json
 import threading
 from dataclasses import replace
 from io import StringIO
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from slimvlm.cli.printing import print_study
 from slimvlm.core import requests
 from slimvlm.core.errors import ConfigError, NumericalError
 from slimvlm.data.read import identity_of_data
+from slimvlm.evaluation import ask
 from slimvlm.runs.study import engines, forecast, prepared, run_study
 from slimvlm.runs.study.cache import Cache, Outcome
 from slimvlm.runs.study.config import StudyConfig
@@ -38,7 +40,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(data: Path, unhurried: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a study that nobody interrupted. Only `copied` ones may be changed."""
     out = tmp_path_factory.mktemp("studies") / "finished"
-    run_study(study(data), out, console=QUIET)
+    calls = count(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ask, "latency", lambda *_: ([float(next(calls))], [1.0]))
+        run_study(study(data), out, console=QUIET)
     return out
 
 
@@ -66,6 +71,8 @@ def test_the_table_has_a_row_for_each_cell_and_the_original(finished: Path) -> N
     assert list(table["steps"][1:]) == [0, 2, 0, 2]
     assert table["perplexity"].nunique() == 5  # random models answer nothing, but differ in this
     assert table["backbone_params"][1:].max() < table["backbone_params"][0]
+    assert table["prefill_ms"].nunique() == 3  # of five measurements, each another number
+    assert table.groupby("backbone_params")["prefill_ms"].nunique().max() == 1
     assert (finished / "results.csv").read_text().count("\n") == 1 + len(table)
     assert "not measured" in (finished / "claims.md").read_text()
 

@@ -58,7 +58,14 @@ def results_table(study: StudyConfig, schedule: Schedule, cache: Cache) -> pd.Da
     rows = [_original_row(cell, cache, sighted) for cell in originals]
     rows += [_row(study, cell, cache, sighted) for cell in schedule.cells]
     table = pd.DataFrame(rows)
-    return table.assign(**{name: None for name in _MEASURED if name not in table})
+    return _with_shared_times(table.assign(**{n: None for n in _MEASURED if n not in table}))
+
+
+def _with_shared_times(table: pd.DataFrame) -> pd.DataFrame:
+    """Models of one shape take equally long: each gets the median of what they took."""
+    shape, times = ["model", "total_params", "backbone_params"], ["prefill_ms", "decode_ms"]
+    shared = table.assign(**table[times].astype(float)).groupby(shape, dropna=False)[times]
+    return table.assign(**shared.transform("median"))
 
 
 def write_table(table: pd.DataFrame, folder: Path) -> None:
