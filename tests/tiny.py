@@ -195,6 +195,7 @@ CONFIGS: dict[str, Callable[[], hf.PreTrainedConfig]] = {
     "llava_onevision": llava_onevision,
     "internvl-qwen2": lambda: internvl(qwen2()),
     "internvl-llama": lambda: internvl(llama()),
+    "internvl-qwen3": lambda: internvl(qwen3()),
     "internvl-phi3": lambda: internvl(phi3()),
     "idefics3": lambda: idefics3(hf.Idefics3Config, hf.Idefics3VisionConfig),
     "smolvlm": lambda: idefics3(hf.SmolVLMConfig, hf.SmolVLMVisionConfig),
@@ -208,7 +209,15 @@ CONFIGS: dict[str, Callable[[], hf.PreTrainedConfig]] = {
 }
 
 QWEN_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-TOKEN_TYPES = (*QWEN_FAMILIES, "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v")
+TOKEN_TYPES = (
+    *QWEN_FAMILIES,
+    "qwen3_vl_moe",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "glm4v",
+    "glm_ocr",
+    "paddleocr_vl",
+)
 
 
 def is_multimodal(config: hf.PreTrainedConfig) -> bool:

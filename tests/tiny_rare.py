@@ -123,6 +123,37 @@ def glm4v() -> Config:
     )
 
 
+def glm_ocr() -> Config:
+    rope = {**ROPE_3D, "partial_rotary_factor": 1.0}
+    vision = {**QWEN_VISION, "image_size": 32, "depth": 2}
+    return hf.GlmOcrConfig(
+        text_config={**TEXT, "rope_parameters": rope},
+        vision_config=vision,
+        image_token_id=IMAGE_TOKEN,
+        video_token_id=123,
+        **{f"{kind}_start_token_id": 124 for kind in ("image", "video")},
+        **{f"{kind}_end_token_id": 125 for kind in ("image", "video")},
+    )
+
+
+def paddleocr_vl() -> Config:
+    return hf.PaddleOCRVLConfig(
+        text_config={**TEXT, "head_dim": 8, "rope_parameters": ROPE_3D},
+        vision_config=VISION,
+        **QWEN_IDS,
+    )
+
+
+def fast_vlm() -> Config:
+    stages = {"embed_dims": [8, 8, 16, 16], "layers": [1, 1, 1, 1]}
+    vision = hf.TimmWrapperConfig(
+        architecture="fastvit_t8", model_args={**stages, "inference_mode": True}, hidden_size=32
+    )
+    return hf.FastVlmConfig(
+        vision_config=vision, text_config=qwen2(), image_token_index=IMAGE_TOKEN
+    )
+
+
 def phi4_multimodal() -> Config:
     return hf.Phi4MultimodalConfig(
         **{**TEXT, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "original_max_position_embeddings": 256},
@@ -365,6 +396,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "video_llama_3": video_llama_3,
     "perception_lm": perception_lm,
     "glm4v": glm4v,
+    "glm_ocr": glm_ocr,
+    "paddleocr_vl": paddleocr_vl,
+    "fast_vlm": fast_vlm,
     "phi4_multimodal": phi4_multimodal,
     "qwen3_moe": qwen3_moe,
     "qwen3_vl_moe": qwen3_vl_moe,
@@ -395,8 +429,12 @@ def image_inputs(config: Config, pixels: torch.Tensor) -> tuple[dict[str, torch.
     kind = config.model_type
     patches = pixels.unfold(2, 8, 8).unfold(3, 8, 8).reshape(3, 16, 64).transpose(0, 1).flatten(1)
     grid = {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, 4, 4]])}
-    if kind in ("glm4v", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"):
+    if kind in ("glm4v", "glm_ocr", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"):
         return grid, 4
+    if kind == "paddleocr_vl":
+        return {**grid, "pixel_values": patches.view(16, 3, 8, 8)}, 4
+    if kind == "fast_vlm":
+        return {"pixel_values": pixels.repeat(1, 1, 2, 2)}, 4
     if kind == "video_llama_3":
         return {**grid, "image_merge_sizes": torch.tensor([2])}, 4
     if kind == "llava" and config.vision_config.model_type == "pixtral":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,23 @@ def test_a_run_trains_with_fewer_experts(
     sv.compress(models["qwen3_moe"], config, tmp_path / "run", say=[].append)
     assert anatomy(tmp_path / "run").expert_counts == [3]
     assert "3 of 4 experts" in (tmp_path / "run" / "summary.md").read_text()
+
+
+def test_heads_that_guess_further_tokens_are_counted_out(tmp_path: Path) -> None:
+    model = tiny.build("qwen3_5_text")
+    model.config.mtp_num_hidden_layers = 1
+    model.save_pretrained(tmp_path / "model")
+    heard: list[str] = []
+    config = PruneConfig(ratio=0.2, axis="depth")
+    prune(str(tmp_path / "model"), config, tmp_path / "out", say=heard.append)
+    assert any("mtp_num_hidden_layers becomes 0" in line for line in heard)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["mtp_num_hidden_layers"] == 0
+    assert "`mtp_num_hidden_layers` is 0" in (tmp_path / "out" / "README.md").read_text()
+    assert model.config.mtp_num_hidden_layers == 1
+    heard.clear()
+    prune(str(tmp_path / "out"), config, tmp_path / "again", say=heard.append)
+    assert not any("mtp" in line for line in heard)
 
 
 @pytest.mark.parametrize(

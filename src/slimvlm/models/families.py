@@ -295,6 +295,8 @@ BACKBONES: dict[str, Backbone] = {
     "stablelm": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP, head_rule="fixed"),
     "cohere2": _WITH_LAYER_TYPES,
     "phi4_multimodal": Backbone(attention=_FUSED_ATTENTION, mlp=_FUSED_GATED_MLP),
+    "glm_ocr_text": Backbone(attention=_SPLIT_ATTENTION, mlp=_FUSED_GATED_MLP),
+    "paddleocr_vl_text": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP),
     "glm4v_text": Backbone(attention=_SPLIT_ATTENTION, mlp=_FUSED_GATED_MLP, head_rule="fixed"),
     "mllama_text_model": Backbone(
         attention=_SPLIT_ATTENTION,
@@ -380,6 +382,7 @@ class Family:
 _ONLY_INSIDE = (
     *("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text", "glm4v_text"),
     *("mllama_text_model", "molmo2_text", "kosmos_2_5_text_model", "phi4_multimodal"),
+    *("glm_ocr_text", "paddleocr_vl_text"),
 )
 """Types of language models that transformers offers as a part of another model only."""
 
@@ -422,6 +425,7 @@ FAMILIES: dict[str, Family] = {
     "llava_next": _ANYRES,
     "llava_onevision": _ANYRES,
     "vipllava": _LLAVA,
+    "fast_vlm": _LLAVA,
     "internvl": _LLAVA,
     "mistral3": _LLAVA,
     "paligemma": replace(_LLAVA, caps_logits=True),
@@ -437,6 +441,10 @@ FAMILIES: dict[str, Family] = {
     "qwen3_5": _QWEN_VL,
     "qwen3_5_moe": _QWEN_VL,
     "glm4v": _QWEN_VL,
+    "glm_ocr": _QWEN_VL,
+    "paddleocr_vl": Family(
+        backbone="model.language_model", vision="model.visual", projector=("model.projector",)
+    ),
     "minicpmv4_6": Family(
         backbone="model.language_model", vision="model.vision_tower", projector=("model.merger",)
     ),

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from slimvlm.models.classes import auto_class, is_uneven
 from slimvlm.models.internals import file_if_reachable
-from slimvlm.models.parts import family_of
+from slimvlm.models.parts import family_of, text_config_of
 from slimvlm.planning.plan import Plan
+from slimvlm.pruning.config import MULTI_TOKEN_FIELDS
 from slimvlm.pruning.layout import layout_of
 
 CARD_FILE = "README.md"
@@ -83,9 +84,17 @@ def write_card(folder: Path, model: PreTrainedModel, plan: Plan | None, facts: C
         processor="AutoProcessor" if sees else "AutoTokenizer",
         needs_code=is_uneven(model.config),
         layout=layout_of(model.config),
+        without_heads=_without_heads(model, plan),
         transformers=transformers.__version__,
     )
     card.save(folder / CARD_FILE)
+
+
+def _without_heads(model: PreTrainedModel, plan: Plan | None) -> str:
+    """The field that says that a pruned model guesses one token at a time; empty without one."""
+    text_config = text_config_of(model.config)
+    found = (n for n in MULTI_TOKEN_FIELDS if plan is not None and hasattr(text_config, n))
+    return next(found, "")
 
 
 def base_card(model: str) -> dict[str, Any]:

@@ -16,6 +16,9 @@ from slimvlm.models.parts import text_config_of
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.tokens import renumber_config_
 
+MULTI_TOKEN_FIELDS = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
+"""Fields with the number of layers that guess further tokens, which transformers does not read."""
+
 _FROM_PYTHON = (
     "from Python any number by prune_(model, plan, allow_uneven=True), whose files need "
     "trust_remote_code=True"
@@ -41,6 +44,8 @@ def smaller_text_config(
         new = _retyped(new, after.text_type, plan.before.backbone.retype_fields)
     for name, value in _of_kept_layers(old, plan).items():
         setattr(new, name, value)
+    for name in multi_token_fields(old):
+        setattr(new, name, 0)
     renumber_config_(new, plan)
     if uneven:
         setattr(new, UNEVEN_FIELD, [_widths(old, shape) for shape in after.layers])
@@ -93,6 +98,22 @@ def with_renumbered(
     """
     renumber_config_(config, plan)
     return with_text_config(config, text_config)
+
+
+def multi_token_fields(text_config: Any) -> list[str]:
+    """The fields of `MULTI_TOKEN_FIELDS` by which a configuration has such layers.
+
+    Engines build them from the configuration. A pruned checkpoint does not hold their weights.
+    """
+    return [name for name in MULTI_TOKEN_FIELDS if getattr(text_config, name, None)]
+
+
+def lost_heads(config: PreTrainedConfig) -> str | None:
+    """A line on the multi-token heads that pruning a model gives up; None if it has none."""
+    fields = multi_token_fields(text_config_of(config))
+    if not fields:
+        return None
+    return f"multi-token heads: transformers does not read them, so {fields[0]} becomes 0"
 
 
 def _lists(text_config: Any, names: Sequence[str]) -> list[str]:

@@ -153,6 +153,7 @@ def _checked_samples(run: Run, force: bool) -> SampleSplit:
         read_baseline(run.config.baseline, floors=run.config.floors)
     later = run.config.vocab_size is not None
     check_request(run.request, anatomy(run.model), silent if later else run.say)
+    stages.tell_lost_heads(run.request, run.say)
     samples = stages.read_split(run.request, run.say)
     run.request = with_tokens(run.request, samples.known, run.say)
     if tokens_alone(run.request, anatomy(run.model)) is not None:

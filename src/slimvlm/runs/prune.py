@@ -104,6 +104,7 @@ def prune(
     else:
         check_options(config)
     check_models(config, model)
+    stages.tell_lost_heads(request, say)
     samples = read_split(request, say)
     if given is None and config.vocab_size is not None:
         request = with_tokens(request, samples.known, say)

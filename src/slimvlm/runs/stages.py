@@ -32,6 +32,7 @@ from slimvlm.models.hidden import evaluating
 from slimvlm.models.load import load_as, load_config, load_processor, resolve
 from slimvlm.models.parts import context_of
 from slimvlm.planning.plan import Plan
+from slimvlm.pruning.config import lost_heads
 from slimvlm.pruning.walk.distil import LocalSteps
 from slimvlm.pruning.walk.layer import Steps
 from slimvlm.pruning.walk.result import Walked
@@ -155,6 +156,13 @@ def read_split(request: Request, say: Say) -> SampleSplit:
             why = f"{len(samples)} samples are too few, {enough} would do"
         say(f"data: no sample stays unseen, so the end cannot say what was kept: {why}")
     return found
+
+
+def tell_lost_heads(request: Request, say: Say) -> None:
+    """Say what a pruned checkpoint will not hold of the original, beside what the plan removes."""
+    line = lost_heads(load_config(request.model, request.prune.trust_remote_code))
+    if line is not None:
+        say(line)
 
 
 def samples_for(
