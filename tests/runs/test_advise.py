@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+import slimvlm as sv
 from slimvlm import cli
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import CompressConfig, RecoverConfig
 from slimvlm.models.anatomy import Anatomy
-from slimvlm.models.load import anatomy, load_config
+from slimvlm.models.load import anatomy, load_config, load_processor
 from slimvlm.runs import advise as module
 from slimvlm.runs import estimate
 from slimvlm.runs.advise import Advice, advise
@@ -242,7 +243,10 @@ def test_tokens_go_first_where_they_are_many() -> None:
     layers = sum(layer.params for layer in shape.layers)
     assert 1 - layers / shape.backbone_params > rules().tokens_first.from_share
     found = advise(model, ratio=0.3, gpu=True)
-    assert "--vocab-size auto" in found.command
+    words = shlex.split(found.command)
+    size = int(words[words.index("--vocab-size") + 1])
+    processor = load_processor(model, load_config(model))
+    assert len(sv.choose_tokens(processor, folders.short_samples(4, sees=False), size)) == size
     assert rules().tokens_first.source in " ".join(found.notes)
     gone = found.token_share * shape.backbone_params + found.decoder_ratio * layers
     assert gone == pytest.approx(0.3 * shape.backbone_params)
@@ -268,7 +272,7 @@ def test_with_tokens_gone_layers_lose_less_and_cost_less() -> None:
 
 def test_no_token_is_advised_to_go_that_cannot(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any("token can go" in note for note in advise(model, ratio=0.3, gpu=True).notes)
-    wordy = replace(anatomy(model), vocab_size=2000, embedding_params=2000 * 64)
+    wordy = replace(anatomy(model), vocab_size=2000, embedding_params=2000 * 64, head_params=0)
     monkeypatch.setattr(module, "anatomy_of", lambda _: wordy)
     found = advise(model, ratio=0.3, gpu=True)
     assert any("no token can go: the model has no tokenizer" in note for note in found.notes)

@@ -44,7 +44,7 @@ from slimvlm.runs.recipes import (
     rules,
     subject_of,
 )
-from slimvlm.runs.request import expected_tokens, resolved
+from slimvlm.runs.request import resolved
 
 _STEP = 0.005
 """How finely ratios are tried for a latency."""
@@ -144,7 +144,7 @@ def advise(
     ratio = _ratio(shape, subject, budget, data, dtype)
     fraction, why = _fraction(ratio, samples)
     given = rules().full_set if samples is None else samples
-    takes_tokens, on_tokens = _tokens_first(model, shape, ratio, data and target_latency is None)
+    tokens, on_tokens = _tokens_first(model, shape, ratio, data and target_latency is None)
     sees = image_tokens(model) if shape.vision_params else 0
     sizes = Sizes(
         shape=shape,
@@ -152,12 +152,12 @@ def advise(
         samples=given,
         calibration=min(CalibrationConfig().samples, given),
         token_bytes=kept_bytes(load_config(model), dtype),
-        vocabulary=expected_tokens("auto", shape) if takes_tokens else None,
+        vocabulary=tokens,
     )
     has_gpu = torch.cuda.is_available() if gpu is None else gpu
 
     def asked(recipe: Recipe) -> CompressConfig:
-        return _config(model, ratio, recipe, fraction, data, takes_tokens)
+        return _config(model, ratio, recipe, fraction, data, tokens)
 
     recipe, cost, notes = _affordable(sizes, ratio, data, has_gpu, dtype, asked)
     share = sizes.decoder_share(ratio)
@@ -268,8 +268,8 @@ def _latency(axis: str, ratio: float, subject: str | None) -> float | None:
 
 def _tokens_first(
     model: str, shape: Anatomy, ratio: float, is_open: bool
-) -> tuple[bool, list[str]]:
-    """Whether tokens go before layers lose something, and what there is to say about it.
+) -> tuple[int | None, list[str]]:
+    """How many tokens stay where some go first, None for all; and what there is to say about it.
 
     Args:
         model: Folder, hub id or ``demo``.
@@ -280,27 +280,32 @@ def _tokens_first(
     rule, outside = rules().tokens_first, shape.token_params * shape.vocab_size
     share = outside / shape.backbone_params
     if share < rule.from_share:
-        return False, []
+        return None, []
     of_layers = min(ratio / (1 - share), 1.0)
     many = f"{share:.0%} of the backbone are embeddings and head"
     alone = f"{many}: {ratio:.0%} of the backbone is {of_layers:.0%} of its layers"
-    if (why := _why_tokens_stay(model, shape)) is not None:
-        return False, [f"{alone}; no token can go: {why}"]
+    needed = _tokens_needed(model, shape)
+    if isinstance(needed, str):
+        return None, [f"{alone}; no token can go: {needed}"]
     if not is_open:
-        return False, [f"{alone}; fewer tokens make it smaller: --vocab-size auto"]
-    counted = "a third of them is taken to stay here; compress --dry-run counts those of your data"
-    return True, [f"{many}, and {rule.why} ({rule.source}); {counted}"]
+        return None, [f"{alone}; fewer tokens make it smaller: --vocab-size auto"]
+    kept = max(round(rule.kept * shape.vocab_size), needed)
+    told = f"{kept:,} stay; --vocab-size auto keeps as many as the data needs"
+    return kept, [f"{many}, and {rule.why} ({rule.source}): {told}"]
 
 
-def _why_tokens_stay(model: str, shape: Anatomy) -> str | None:
-    """What keeps tokens from going; None if some can."""
+def _tokens_needed(model: str, shape: Anatomy) -> int | str:
+    """How many tokens must stay, whatever the data; or why all of them must."""
+    if shape.why_tokens_stay is not None:
+        return shape.why_tokens_stay
     try:
         processor = load_processor(resolve(model), load_config(model))
-        if processor is not None:
-            TokenizerFile.of(processor)
+        if processor is None:
+            return "the model has no tokenizer"
+        file = TokenizerFile.of(processor)
     except SlimError as error:
         return str(error)
-    return shape.why_tokens_stay if processor is not None else "the model has no tokenizer"
+    return len(file.with_parts(file.needed))
 
 
 def _expectations(
@@ -331,7 +336,7 @@ def _fraction(ratio: float, samples: int | None) -> tuple[float, str]:
 
 
 def _config(
-    model: str, ratio: float, recipe: Recipe, fraction: float, data: bool, takes_tokens: bool
+    model: str, ratio: float, recipe: Recipe, fraction: float, data: bool, tokens: int | None
 ) -> CompressConfig:
     source = ("demo" if model == "demo" else "DATA.json") if data else None
     recover = None
@@ -340,7 +345,7 @@ def _config(
     return CompressConfig(
         ratio=round(ratio, 4),
         axis=recipe.axis,
-        vocab_size="auto" if takes_tokens else None,
+        vocab_size=tokens,
         data=source,
         recover=recover,
     )

@@ -86,9 +86,17 @@ class Fraction:
 
 @dataclass(frozen=True, kw_only=True)
 class TokensFirst:
-    """From which share of embeddings and head in the backbone on tokens go first, and why."""
+    """Where tokens go first.
+
+    Attributes:
+        from_share: From which share of embeddings and head in the backbone on.
+        kept: The share of the tokens that stays.
+        why: The finding behind it, for people.
+        source: Where that finding stands.
+    """
 
     from_share: float
+    kept: float
     why: str
     source: str
 

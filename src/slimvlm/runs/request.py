@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from slimvlm.core.checked import part_of
 from slimvlm.core.errors import ConfigError, SlimError
@@ -244,7 +244,8 @@ def rehearse(config: PruneConfig, anatomy: Anatomy, tokens: tuple[int, ...] | No
     Args:
         config: What is asked.
         anatomy: The model's.
-        tokens: Those that stay. If they are not chosen yet, any so many stand for them.
+        tokens: Those that stay. If they are not chosen yet, any so many stand for them; for
+            ``auto``, a third of all.
 
     Returns:
         A plan of that size; its units are drawn at random.
@@ -253,18 +254,9 @@ def rehearse(config: PruneConfig, anatomy: Anatomy, tokens: tuple[int, ...] | No
         SlimError: What `make_plan` would raise after the weights were read and scored.
     """
     if tokens is None and config.vocab_size is not None:
-        tokens = tuple(range(expected_tokens(config.vocab_size, anatomy)))
+        count = anatomy.vocab_size // 3 if config.vocab_size == "auto" else config.vocab_size
+        tokens = tuple(range(min(count, anatomy.vocab_size)))
     return ranked_plan(config, anatomy, [pretended_scores(anatomy, criteria_of(config))], tokens)
-
-
-def expected_tokens(asked: int | Literal["auto"], anatomy: Anatomy) -> int:
-    """How many tokens stay, before data is read: for ``auto``, a third stands for what it needs.
-
-    Args:
-        asked: The option ``vocab_size``.
-        anatomy: The model's.
-    """
-    return anatomy.vocab_size // 3 if asked == "auto" else min(asked, anatomy.vocab_size)
 
 
 def pretended_scores(anatomy: Anatomy, criteria: Sequence[str]) -> Scores:
