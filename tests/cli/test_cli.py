@@ -202,6 +202,10 @@ def bad_requests() -> dict[str, tuple[list[str], str]]:
             changed("evaluate", baseline="not-a-result.json"),
             r"not-a-result\.json': cannot be read",
         ),
+        "advise data": (
+            ["advise", "MODEL", "--ratio", "0.3", "--data", "mine.jsonl"],
+            r"data 'mine\.jsonl': advise reads no data.*--samples",
+        ),
         "evaluate limit": (changed("evaluate", limit="0"), "limit"),
         "evaluate batch_size": (changed("evaluate", batch_size="0"), "batch_size"),
         "score samples": (changed("score", samples="0"), "samples"),

@@ -78,6 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
                 raise SystemExit(2)
             return
         _require_one_process(verb)
+        _require_no_data_file(sys.argv[1:] if arguments is None else arguments)
         if verb == "compress":
             from slimvlm.runs.command import with_config
 
@@ -121,6 +122,16 @@ def _how_to_go_on(verb: str) -> str:
     if verb in GOING_ON:
         return f"Give the same command again to go on{' (with --log)' * (verb == 'evaluate')}"
     return "What was there before is unchanged"
+
+
+def _require_no_data_file(words: Sequence[str]) -> None:
+    """Elsewhere ``--data`` takes a file; ``advise`` is only told whether there is one."""
+    behind = words[words.index("--data") + 1 :] if "--data" in words else []
+    if words[:1] == ["advise"] and behind and not behind[0].startswith("-"):
+        raise ConfigError(
+            f"data {behind[0]!r}: advise reads no data. Say how much there is with --samples, "
+            "or let compress --dry-run count it"
+        )
 
 
 def _require_one_process(verb: str) -> None:

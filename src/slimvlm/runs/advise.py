@@ -289,7 +289,7 @@ def _tokens_first(
         return None, [f"{alone}; no token can go: {needed}"]
     if not is_open:
         return None, [f"{alone}; fewer tokens make it smaller: --vocab-size auto"]
-    kept = max(round(rule.kept * shape.vocab_size), needed)
+    kept = max(shape.vocab_size // rule.one_of, needed)
     told = f"{kept:,} stay; --vocab-size auto keeps as many as the data needs"
     return kept, [f"{many}, and {rule.why} ({rule.source}): {told}"]
 

@@ -90,13 +90,13 @@ class TokensFirst:
 
     Attributes:
         from_share: From which share of embeddings and head in the backbone on.
-        kept: The share of the tokens that stays.
+        one_of: One token of so many stays.
         why: The finding behind it, for people.
         source: Where that finding stands.
     """
 
     from_share: float
-    kept: float
+    one_of: int
     why: str
     source: str
 
