@@ -38,7 +38,7 @@ def test_a_plain_even_llama_is_ok_where_it_was_run() -> None:
     assert all(not f.advice and f.seen for f in check(shaped(hidden=256), ["vllm"]))
 
 
-@pytest.mark.parametrize("target", ["sglang", "tp=2"])
+@pytest.mark.parametrize("target", ["sglang", "mlx", "tp=2"])
 def test_where_nothing_was_run_nothing_is_ok(target: str) -> None:
     assert set(broken(shaped(hidden=256), target).values()) == {"unknown"}
 
@@ -51,6 +51,9 @@ def test_where_nothing_was_run_nothing_is_ok(target: str) -> None:
         (shaped("qwen2", kv_heads=2), "vllm", "head_dim", "fail"),
         (shaped("internvl-qwen2", kv_heads=2), "vllm", "head_dim", "fail"),
         (shaped("phi", kv_heads=4), "sglang", "head_dim", "fail"),
+        (shaped("llava-llama", kv_heads=2), "mlx", "head_dim", "fail"),
+        (shaped("llava_next", kv_heads=2), "mlx", "query heads", "fail"),
+        (shaped("llava-llama"), "mlx", "pictures", "fail"),
         (shaped("phi3", kv_heads=2), "gguf", "head_dim", "fail"),
         (shaped("phi", neurons=128, kv_heads=8), "gguf", "MLP width", "fail"),
         (shaped("phi", kv_heads=8), "vllm", "model class", "warn"),
@@ -107,5 +110,5 @@ def test_every_rule_can_break_and_has_a_known_target() -> None:
 
 @pytest.mark.parametrize("target", ["ollama", "tp", "tp=0", "tp=x"])
 def test_an_unknown_target_is_refused(target: str) -> None:
-    with pytest.raises(ConfigError, match=r"check .* of: vllm, sglang, gguf, openvino, tp=N"):
+    with pytest.raises(ConfigError, match=r"check .* of: vllm, sglang, gguf, openvino, mlx, tp=N"):
         check(shaped(), [target])

@@ -17,7 +17,7 @@ from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import OFF_ROWS_ADVICE, ROW_MULTIPLE, WIDTH_MULTIPLE
 
 Level = Literal["ok", "warn", "fail", "unknown"]
-ENGINES = ("vllm", "sglang", "gguf", "openvino")
+ENGINES = ("vllm", "sglang", "gguf", "openvino", "mlx")
 TENSOR_PARALLEL = "tp"
 
 GGUF_ROW = 32
@@ -25,6 +25,7 @@ GGUF_ROW = 32
 GGUF_K_ROW = 256
 """Block of the K formats (Q4_K_M and its like) along a row."""
 MAX_HEAD_DIM = 256
+MLX = "mlx-vlm 0.7.10"
 GGUF_TYPES = ("llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gemma", "gemma2",
               "gemma3_text", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")  # fmt: skip
 """Language models that llama.cpp's converter knows."""
@@ -221,6 +222,22 @@ RULES: tuple[Rule, ...] = (
          lambda c: c.has_own_head_dim and c.shape.text_type in ("phi", "phi3"),
          _head_dim,
          "the converter takes hidden size / heads here: leave the heads"),
+    Rule("head_dim", ("mlx",), "fail",
+         lambda c: c.has_own_head_dim and c.shape.model_type == "llava",
+         _head_dim,
+         "mlx-vlm takes hidden size / heads here: prune neurons or layers and leave the heads",
+         seen=MLX),
+    Rule("query heads", ("mlx",), "fail",
+         lambda c: c.has_own_head_dim
+         and c.shape.model_type in ("llava_next", "idefics3", "qwen2_5_vl"),
+         _head_dim,
+         "mlx-vlm takes hidden size / heads here: prune neurons or layers and leave the heads"),
+    Rule("pictures", ("mlx",), "fail",
+         lambda c: c.shape.model_type == "llava",
+         _tower,
+         "text only: mlx-vlm hands 'padding' to the image processor, which transformers 5.24 "
+         "refuses",
+         seen=MLX),
     Rule("MLP width", ("gguf",), "fail",
          lambda c: c.shape.text_type == "phi"
          and any(s.intermediate_size != 4 * c.shape.hidden_size for s in c.shape.layers),
