@@ -606,6 +606,20 @@ def test_compress_prints_nothing_but_json(run: Run, home: Path, llava: Path, dat
     assert stored["recover"]["train"] == "projector"  # the chart's choice up to 15 %
 
 
+def test_ratios_have_commas_or_spaces_between_them(
+    run: Run, home: Path, llava: Path, data: Path
+) -> None:
+    """And the last one is the ratio."""
+    asked = ["compress", llava, "--data", data, "--samples", "4", "--train", "full", "--dry-run"]
+    asked += ["--json", "--axis", "width", "--out", home / "run"]
+    ways = (["--stages", "0.15,0.3"], ["--stages", "0.15", "0.3"], ["--ratio", "0.3"])
+    commas, spaces, ratio = (stdout_json(run(*asked, *words))["ratio"] for words in ways)
+    assert commas == spaces == ratio
+    refused = run(*asked, "--stages", "0.3,0.15")
+    assert refused.code == 2
+    assert "ratios must rise" in refused.err
+
+
 def test_the_criterion_of_score_is_the_one_of_widths(run: Run) -> None:
     from slimvlm.scoring.criteria import DEFAULT_CRITERIA
 

@@ -35,12 +35,29 @@ class QuestionFlags(QuestionOptions):
     """Folder that keeps replies as they come; a stopped evaluation goes on there."""
 
 
+def _numbers(words: list[str]) -> tuple[float, ...]:
+    return tuple(float(number) for word in words for number in word.split(","))
+
+
+RATIOS = tyro.constructors.PrimitiveConstructorSpec(
+    nargs="*",
+    metavar="FLOAT,...",
+    instance_from_str=_numbers,
+    is_instance=lambda value: isinstance(value, tuple),
+    str_from_instance=lambda value: [str(number) for number in value],
+)
+"""Numbers with commas or spaces between them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunFlags(RunOptions):
     """The options of a run, by names that those of training leave free."""
 
     batch_size: Annotated[int, tyro.conf.arg(name=TASK_BATCH_SIZE)] = 16
     """Questions answered at once."""
+    stages: Annotated[tuple[float, ...], RATIOS] = ()
+    """Ratios on the way, such as 0.3,0.6: prune to the first, train on a part of the samples, prune
+    to the next, train on the next part. The last one is the ratio."""
 
 
 @dataclass(frozen=True, kw_only=True)

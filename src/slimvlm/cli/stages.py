@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -290,6 +291,8 @@ def compress(
     from slimvlm.runs.dry_run import foresee
     from slimvlm.runs.held_out import read_held_out
 
+    if options.stages and pruning.ratio is None:
+        pruning = replace(pruning, ratio=options.stages[-1])
     recover = _recovery(pruning, training)
     whole = CompressConfig(**vars(pruning), **vars(options), recover=recover)
     if config is not None:
