@@ -61,7 +61,7 @@ def plans(model: PreTrainedModel) -> tuple[list[Plan], bool]:
     scores = random_scores(anatomy)
     ratio = 0.3 if anatomy.mlp_widths else 0.25
     axis = "depth" if model.config.model_type == "kosmos-2.5" else "both"  # its widths stay
-    if model.config.model_type != "llama4":  # whose experts no hook sees
+    if model.config.model_type != "llama4":  # whose neurons no walk chooses
         scores = Scores("by-hand", layer=scores.layer)
     return plans_for(anatomy, [scores], ratio, axis, "balanced")
 

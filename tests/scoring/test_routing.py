@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 import slimvlm as sv
 from slimvlm.core.errors import UnsupportedModelError
-from slimvlm.models.parts import decoder_layers
+from slimvlm.models.parts import decoder_layers, matrices
+from slimvlm.models.units import unit_of
 from tests import tiny
 from tests.handmade import padded
 from tests.tolerances import FORWARD, SCORE_SHARE_OF_MAXIMUM, assert_close, assert_scores_close
@@ -138,3 +139,57 @@ def test_a_model_without_experts_is_named() -> None:
     model = tiny.build("llama")
     with pytest.raises(UnsupportedModelError, match="'llama' has no experts to score"):
         sv.score(model, [tiny.batch(model)], "reap")
+
+
+def sent_on(mlp: Any, hidden: Tensor, expert: int) -> Tensor:
+    """For Qwen: what the neurons of an expert send on for each token; zeros if it is not taken."""
+    weights, taken = (hidden @ mlp.gate.weight.T).softmax(1).topk(2)
+    weights = weights / weights.sum(1, keepdim=True)
+    share = (weights * (taken == expert)).sum(1, keepdim=True)
+    gate, up = (hidden @ mlp.experts.gate_up_proj[expert].T).chunk(2, 1)
+    return F.silu(gate) * up * share
+
+
+def test_neurons_of_experts_are_scored_by_what_reads_them() -> None:
+    model = tiny.build("qwen3_vl_moe")
+    batch = tiny.batch(model, 24)
+    activation, wanda, flap = (
+        sv.score(model, [batch], name).neuron for name in ("activation", "wanda", "flap")
+    )
+    assert activation is not None
+    assert wanda is not None
+    assert flap is not None
+    for index, hidden in enumerate(inputs_of(model, "mlp.experts", batch)):
+        mlp: Any = decoder_layers(model)[index].get_submodule("mlp")
+        sizes, reads, varies = torch.zeros(3, 32)
+        with torch.no_grad():
+            for expert in range(4):
+                sent, weight = sent_on(mlp, hidden, expert), mlp.experts.down_proj[expert]
+                sizes += sent.abs().mean(0)
+                reads += weight.abs().sum(0) * sent.square().mean(0).sqrt()
+                varies += weight.square().sum(0) * sent.var(0, correction=0)
+        assert_scores_close(activation[index], sizes, SCORE_SHARE_OF_MAXIMUM)
+        assert_scores_close(wanda[index], reads, SCORE_SHARE_OF_MAXIMUM)
+        assert_scores_close(flap[index], varies, SCORE_SHARE_OF_MAXIMUM)
+
+
+@pytest.mark.parametrize("criterion", ["activation", "wanda", "flap", "magnitude"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_5_moe", "llama4"])
+def test_a_neuron_that_no_expert_sends_on_scores_zero(name: str, criterion: str) -> None:
+    model = tiny.build(name)
+    with torch.no_grad():
+        for _, matrix in matrices(model):
+            if unit_of(matrix.projection) == "neuron":
+                for block in range(len(matrix.projection.segments)):
+                    matrix.weight.select(matrix.projection.axis, block * 32 + 7).zero_()
+    scores = sv.score(model, [tiny.batch(model, 24, seed) for seed in range(3)], criterion).neuron
+    assert scores is not None
+    for values in scores:
+        assert len(values) == 0 or (values[7] == 0 and (values > 0).sum() == 31)
+
+
+@pytest.mark.parametrize("criterion", ["obs", "gate", "taylor"])
+def test_what_experts_do_not_show_is_said(criterion: str) -> None:
+    model = tiny.build("qwen3_vl_moe")
+    with pytest.raises(UnsupportedModelError, match=r"layer 0 has experts.*activation, wanda"):
+        sv.score(model, [tiny.batch(model)], criterion)

@@ -59,16 +59,14 @@ class Experts:
             router's rows and scales.
         count_field: Configuration field with their number.
         taken_field: Configuration field with the number that each token takes.
-        input_is_scaled: Whether the router's weight scales what an expert reads, and every expert
-            reads all tokens (those that do not take it as zeros); otherwise it scales what experts
-            give, and their module is called with tokens, the experts that they take, and weights.
+        transposed: Whether their matrices are stored with inputs first, ``[E, C, O]``.
     """
 
     module: str
     entries: tuple[Projection, ...]
     count_field: str = "num_experts"
     taken_field: str = "num_experts_per_tok"
-    input_is_scaled: bool = False
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -315,7 +313,7 @@ BACKBONES: dict[str, Backbone] = {
                 "feed_forward.experts.down_proj",
             ),
             count_field="num_local_experts",
-            input_is_scaled=True,
+            transposed=True,
         ),
         layer_lists=("layer_types", "no_rope_layers"),
         layer_indices=("moe_layers",),

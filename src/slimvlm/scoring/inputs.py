@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from slimvlm.core.errors import UnsupportedModelError
 from slimvlm.models.anatomy import Anatomy, LayerShape, read_anatomy
 from slimvlm.models.cost import BYTES
 from slimvlm.models.families import INPUT_COLUMNS, Projection
-from slimvlm.models.parts import matrices
+from slimvlm.models.parts import Matrix, matrices
 from slimvlm.models.units import spread, unit_of
 from slimvlm.scoring.batches import (
     BackbonePass,
@@ -49,8 +51,8 @@ def hookable(model: nn.Module) -> Iterator[tuple[int, Projection, nn.Linear]]:
     for index, matrix in matrices(model):
         if not isinstance(matrix.owner, nn.Linear):
             raise UnsupportedModelError(
-                f"layer {index} has experts ({matrix.projection.path!r}), whose inputs and "
-                "gradients no hook sees: score width by magnitude or random, or prune depth"
+                f"layer {index} has experts ({matrix.projection.path!r}): score width by "
+                "activation, wanda, flap, magnitude or random, or prune depth or experts"
             )
         yield index, matrix.projection, matrix.owner
 
@@ -68,22 +70,78 @@ def writing_matrices(model: nn.Module) -> Iterator[tuple[int, Projection, nn.Lin
 
 @contextmanager
 def on_writing_matrices(
-    model: nn.Module, call: Callable[[int, Projection, Tensor], Tensor | None]
+    model: nn.Module,
+    call: Callable[[int, Projection, Tensor], Tensor | None],
+    on_expert: Callable[[int, Projection, ExpertInput], None] | None = None,
 ) -> Iterator[None]:
     """Hook the input of every matrix that writes to the residual stream.
 
-    ``call(layer index, projection, input)`` may return another input.
+    Args:
+        model: The model.
+        call: ``call(layer index, projection, input)``, which may return another input.
+        on_expert: The same for each expert; without it experts are refused.
+
+    Raises:
+        UnsupportedModelError: If there are experts, and nothing to call for them.
     """
 
     def before(index: int, projection: Projection, module: nn.Module, args: Any) -> Any:
         changed = call(index, projection, args[0])
         return None if changed is None else (changed,)
 
+    def before_experts(index: int, matrix: Matrix, module: nn.Module, args: Any) -> None:
+        assert on_expert is not None
+        for found in inputs_of_experts(module, matrix.projection.transposed, args):
+            on_expert(index, matrix.projection, found)
+
     with ExitStack() as stack:
-        for index, projection, linear in writing_matrices(model):
-            hook = partial(before, index, projection)
-            stack.enter_context(linear.register_forward_pre_hook(hook))
+        if on_expert is None:
+            list(hookable(model))
+        for index, matrix in matrices(model):
+            if matrix.projection.dim == INPUT_COLUMNS:
+                hook = partial(before, index, matrix.projection)
+                if matrix.is_of_experts:
+                    hook = partial(before_experts, index, matrix)
+                stack.enter_context(matrix.owner.register_forward_pre_hook(hook))
         yield
+
+
+@dataclass(frozen=True)
+class ExpertInput:
+    """What an expert's neurons send to its last matrix.
+
+    Attributes:
+        expert: Its number.
+        tokens: The tokens that take it.
+        values: For each of them its neurons, times the weight that the router gives the expert.
+    """
+
+    expert: int
+    tokens: Int[Tensor, " T"]
+    values: Float[Tensor, "T C"]
+
+
+def inputs_of_experts(module: Any, transposed: bool, args: Any) -> Iterator[ExpertInput]:
+    """What the neurons of each expert that a token takes send on, as its module is called.
+
+    All of them compute ``act(gate) * up`` from one matrix. They are called with tokens, the experts
+    that these take and the router's weights, which scale what comes out; or (Llama 4) with all
+    tokens for each expert, scaled already, and zero where they do not take it.
+    """
+    weight = weight_of(module, "gate_up_proj")
+    weight = weight.transpose(1, 2) if transposed else weight
+    hidden, *routed = args
+    for expert, matrix in enumerate(weight):
+        if routed:
+            tokens, place = (routed[0] == expert).nonzero(as_tuple=True)
+            entered, scale = hidden[tokens], routed[1][tokens, place, None]
+        else:
+            all_tokens = hidden.view(len(weight), -1, hidden.shape[-1])[expert]
+            tokens = (all_tokens != 0).any(-1).nonzero()[:, 0]
+            entered, scale = all_tokens[tokens], 1.0
+        gate, up = F.linear(entered, matrix).chunk(2, dim=-1)
+        if len(tokens):
+            yield ExpertInput(expert, tokens, (module.act_fn(gate) * up).float() * scale)
 
 
 @contextmanager
@@ -108,7 +166,10 @@ def weight_of(owner: Any, name: str = "weight") -> Tensor:
 def capture_activations(
     model: nn.Module, batches: Iterable[Batch], token_weights: TokenWeights | None = None
 ) -> Activations:
-    """Weighted sums over tokens of ``|a|`` for neurons and of the L2 norm for KV groups."""
+    """Weighted sums over tokens of ``|a|`` for neurons and of the L2 norm for KV groups.
+
+    A neuron of experts adds up over those that a token takes, by the weights of the router.
+    """
     anatomy = read_anatomy(model)
     sums: dict[Place, Tensor] = {}
     seen = BackbonePass()
@@ -122,7 +183,13 @@ def capture_activations(
         total = (squares.sqrt() * weights).sum(0, dtype=torch.float64)
         sums[index, unit] = sums.get((index, unit), 0) + total.cpu()
 
-    with on_writing_matrices(model, on_matrix):
+    def on_expert(index: int, projection: Projection, found: ExpertInput) -> None:
+        unit, weights = unit_of(projection), seen.row_weights(found.values)[found.tokens]
+        require_finite(found.values, f"the input of layer {index} {projection.path}")
+        total = (found.values.abs() * weights).sum(0, dtype=torch.float64)
+        sums[index, unit] = sums.get((index, unit), 0) + total.cpu()
+
+    with on_writing_matrices(model, on_matrix, on_expert):
         seen.run(model, batches, token_weights)
     return Activations(parts=sums, **seen.totals)
 
@@ -131,8 +198,15 @@ def capture_activations(
 def capture_moments(
     model: nn.Module, batches: Iterable[Batch], token_weights: TokenWeights | None = None
 ) -> ChannelMoments:
-    """First and second moments of each input channel of ``o_proj`` and ``down_proj``."""
-    parts = {(i, row.path): InputMoments.of(weight_of(o)) for i, row, o in writing_matrices(model)}
+    """First and second moments of each input channel of ``o_proj`` and ``down_proj``.
+
+    Those of experts are apart for each expert, with zeros for tokens that do not take it.
+    """
+    parts = {
+        (index, matrix.projection.path): InputMoments.of(_outputs_first(matrix))
+        for index, matrix in matrices(model)
+        if matrix.projection.dim == INPUT_COLUMNS
+    }
     seen = BackbonePass()
 
     def on_matrix(index: int, projection: Projection, x: Tensor) -> None:
@@ -140,9 +214,20 @@ def capture_moments(
         require_finite(values, f"the input of layer {index} {projection.path}")
         parts[index, projection.path].add(values, seen.row_weights(x))
 
-    with on_writing_matrices(model, on_matrix):
+    def on_expert(index: int, projection: Projection, found: ExpertInput) -> None:
+        require_finite(found.values, f"the input of layer {index} {projection.path}")
+        weights = seen.row_weights(found.values)[found.tokens]
+        parts[index, projection.path].of_expert(found.expert).add(found.values, weights)
+
+    with on_writing_matrices(model, on_matrix, on_expert):
         seen.run(model, batches, token_weights)
     return ChannelMoments(parts=parts, **seen.totals)
+
+
+def _outputs_first(matrix: Matrix) -> Tensor:
+    """A weight ``[O, C]``, or ``[E, O, C]`` of experts."""
+    weight = weight_of(matrix.owner, matrix.name)
+    return weight.transpose(-1, -2) if matrix.projection.transposed else weight
 
 
 @torch.no_grad()
@@ -221,7 +306,9 @@ def capture_gates(
     return Gates(parts=sums, **seen.totals)
 
 
-def wanda(column_l1: Float[Tensor, " C"], mean_square: Float[Tensor, " C"]) -> Float[Tensor, " C"]:
+def wanda(
+    column_l1: Float[Tensor, "*E C"], mean_square: Float[Tensor, "*E C"]
+) -> Float[Tensor, "*E C"]:
     """``sum_i |W_ij| · ‖x_j‖``: a channel's weights times the size of its input.
 
     ``‖x_j‖`` is the root mean square over tokens, so that more data does not score higher.
@@ -234,10 +321,10 @@ def wanda(column_l1: Float[Tensor, " C"], mean_square: Float[Tensor, " C"]) -> F
 
 
 def fluctuation(
-    column_square: Float[Tensor, " C"],
-    mean: Float[Tensor, " C"],
-    mean_square: Float[Tensor, " C"],
-) -> Float[Tensor, " C"]:
+    column_square: Float[Tensor, "*E C"],
+    mean: Float[Tensor, "*E C"],
+    mean_square: Float[Tensor, "*E C"],
+) -> Float[Tensor, "*E C"]:
     """``Var(x_j) · ‖W_j‖²``: what removing a channel costs if a bias stands in for its mean.
 
     Reference:

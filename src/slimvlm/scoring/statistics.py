@@ -259,21 +259,20 @@ class Taken:
 
     def add(
         self,
-        experts: Int[Tensor, " pair"],
-        sizes: Float[Tensor, " pair"],
-        weights: Float[Tensor, " pair"],
+        expert: int,
+        sizes: Float[Tensor, " T"],
+        weights: Float[Tensor, " T"],
     ) -> None:
-        """Add pairs of a token and an expert that it takes.
+        """Add the tokens that take an expert.
 
         Args:
-            experts: The expert of each pair.
-            sizes: What it adds to the token.
-            weights: What the token counts.
+            expert: The expert.
+            sizes: Of what it adds to each.
+            weights: What each counts.
         """
         weights = weights.double()
-        where = experts.cpu()
-        self.count.index_add_(0, where, weights.cpu())
-        self.size.index_add_(0, where, (weights * sizes.double()).cpu())
+        self.count[expert] += weights.sum().cpu()
+        self.size[expert] += (weights * sizes.double()).sum().cpu()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,7 +297,7 @@ class Routing(Statistics, kind="routing", part=Taken):
 class InputMoments:
     """Moments of the input channels ``x`` of a matrix ``W``, and the sizes of its columns.
 
-    All are float64 on the CPU.
+    All are float64 on the CPU; of experts there is a row for each.
 
     Attributes:
         sum: ``sum_t w_t x_t``.
@@ -307,17 +306,21 @@ class InputMoments:
         column_square: ``sum_i W_ij²``.
     """
 
-    sum: Float64[Tensor, " C"]
-    square: Float64[Tensor, " C"]
-    column_l1: Float64[Tensor, " C"]
-    column_square: Float64[Tensor, " C"]
+    sum: Float64[Tensor, "*E C"]
+    square: Float64[Tensor, "*E C"]
+    column_l1: Float64[Tensor, "*E C"]
+    column_square: Float64[Tensor, "*E C"]
 
     @classmethod
-    def of(cls, weight: Float[Tensor, "O C"]) -> InputMoments:
+    def of(cls, weight: Float[Tensor, "*E O C"]) -> InputMoments:
         """Of no tokens yet."""
         matrix = weight.double()
-        sizes = matrix.abs().sum(0).cpu(), matrix.square().sum(0).cpu()
+        sizes = matrix.abs().sum(-2).cpu(), matrix.square().sum(-2).cpu()
         return cls(torch.zeros_like(sizes[0]), torch.zeros_like(sizes[0]), *sizes)
+
+    def of_expert(self, expert: int) -> InputMoments:
+        """Those of one expert, in the same memory."""
+        return InputMoments(*(getattr(self, each.name)[expert] for each in fields(self)))
 
     def add(self, inputs: Float[Tensor, "T C"], weights: Float[Tensor, "T 1"]) -> None:
         """Add tokens."""
@@ -339,10 +342,17 @@ class ChannelMoments(Statistics, kind="moments", part=InputMoments):
     weight: Float64[Tensor, ""]
 
     def per_unit(self, anatomy: Anatomy, channels: Callable[[InputMoments], Tensor]) -> UnitValues:
-        """The sum of ``channels(moments of a matrix's inputs)`` over each unit's channels."""
+        """The sum of ``channels(moments of a matrix's inputs)`` over each unit's channels.
+
+        That is over all matrices that read the unit, those of all experts among them.
+        """
+        units: dict[Place, Any] = {}
         for index, shape, matrix, part in with_shapes(self.parts, anatomy):
-            (total,) = fold(matrix, shape, channels(part))
-            yield index, unit_of(matrix), total
+            values = channels(part)
+            (total,) = fold(matrix, shape, values.reshape(-1, values.shape[-1]).sum(0))
+            units[index, unit_of(matrix)] = units.get((index, unit_of(matrix)), 0) + total
+        for (index, unit), total in units.items():
+            yield index, unit, total
 
 
 @dataclass(frozen=True)

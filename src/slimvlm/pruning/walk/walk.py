@@ -206,12 +206,12 @@ def walk_batches(
 
 
 def _require_choosable(model: PreTrainedModel, plan: Plan) -> None:
-    """Refuse to choose neurons by inputs that no hook sees."""
+    """Refuse to choose neurons of experts, which are no modules with an input of their own."""
     for index in plan.layers:
         loses = len(plan.neurons[index]) < plan.before.layers[index].intermediate_size
         matrices = chain(*unit_matrices(decoder_layers(model)[index], plan.before.backbone))
         if loses and not all(isinstance(matrix.owner, nn.Linear) for matrix in matrices):
             raise UnsupportedModelError(
-                f"layer {index} has experts, whose inputs no hook sees: score width by magnitude "
-                "or random, or prune depth"
+                f"layer {index} has experts, whose neurons no walk chooses: score width by "
+                "activation, wanda, flap, magnitude or random, or prune depth or experts"
             )
