@@ -365,6 +365,17 @@ def test_loss_curves_have_a_chart_for_each_component() -> None:
     assert loss_curves(Training("t", steps[:1])) == []
 
 
+def test_a_training_of_one_step_has_no_curve_and_says_so(tmp_path: Path, shape: Anatomy) -> None:
+    write_run(tmp_path / "run", shape)
+    assert "training samples" in report_html(read_record(tmp_path / "run"))
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    history["steps"] = history["steps"][:1]
+    (tmp_path / "run" / "history.json").write_text(json.dumps(history))
+    page = report_html(read_record(tmp_path / "run"))
+    assert "too short for a curve" in page
+    assert "training samples" not in page
+
+
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1))
 def test_nothing_beats_the_frontier(points: list[tuple[int, int]]) -> None:
     found = frontier([(float(a), float(b)) for a, b in points])

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import pytest
 
+from slimvlm.evaluation.data_result import DataResult, OnSample
 from slimvlm.evaluation.results import Result, TaskResult
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.load import anatomy
-from slimvlm.runs.tables import anatomy_rows, result_rows
+from slimvlm.runs.tables import anatomy_rows, held_out_notes, held_out_text, result_rows
 from tests import tiny
 
 
@@ -130,3 +131,14 @@ def test_a_share_of_nothing_is_a_dash() -> None:
     cells = {row[0]: row[-1] for row in rows}
     assert cells["AVG-% above chance"] == "-"
     assert not any("nan" in cell for row in rows for cell in row)
+
+
+def test_what_two_stages_have_to_say_stands_once() -> None:
+    samples = (OnSample("a", 3, 0.5), OnSample("b", 2, 0.25))
+    plain = DataResult("model", samples)
+    results = {
+        "original": plain,
+        **dict.fromkeys(("pruned", "recovered"), replace(plain, notes=("x", "y"))),
+    }
+    assert held_out_notes(results)[:-1] == ["pruned, recovered: x", "pruned, recovered: y"]
+    assert "\n- pruned, recovered: x\n- pruned, recovered: y\n" in held_out_text(results)

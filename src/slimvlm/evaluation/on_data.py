@@ -388,8 +388,8 @@ def _notes(samples: Sequence[OnSample], shared: _Shared | None) -> Iterator[str]
     left_out = sum(sample.baseline_loss is None for sample in samples)
     if left_out:
         yield (
-            f"{left_out} of {len(samples)} samples are other tokens for the baseline and not "
-            "compared"
+            f"{left_out} of {len(samples)} samples have other tokens than the baseline's and are "
+            "not compared"
         )
     if shared is not None and left_out < len(samples):
         yield (

@@ -93,14 +93,17 @@ def held_out_text(results: Mapping[str, DataResult]) -> str:
     """The same as Markdown, with its notes; nothing if nothing was measured."""
     if not results:
         return ""
-    notes = "\n".join([UNSEEN, *held_out_notes(results)])
+    notes = "\n".join(f"- {note}" for note in (UNSEEN, *held_out_notes(results)))
     return f"{as_markdown(*held_out_rows(results))}\n{notes}\n"
 
 
 def held_out_notes(results: Mapping[str, DataResult]) -> list[str]:
     """What could not be compared, and what intervals are."""
-    notes = [f"{stage}: {note}" for stage, each in results.items() for note in each.notes]
-    return [*notes, INTERVALS]
+    stages: dict[str, list[str]] = {}
+    for stage, each in results.items():
+        for note in each.notes:
+            stages.setdefault(note, []).append(stage)
+    return [*(f"{', '.join(names)}: {note}" for note, names in stages.items()), INTERVALS]
 
 
 def result_json(results: Mapping[str, Result]) -> dict[str, Any]:

@@ -144,7 +144,7 @@ def _score_table(results: Mapping[str, Result]) -> list[Table]:
 def _held_out_table(results: Mapping[str, DataResult]) -> list[Table]:
     if not results:
         return []
-    title, note = "What was kept on unseen samples", " ".join(held_out_notes(results))
+    title, note = "What was kept on unseen samples", "\n".join(held_out_notes(results))
     return [Table(title, *held_out_rows(results), note)]
 
 

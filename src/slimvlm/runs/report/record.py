@@ -102,7 +102,7 @@ class Table:
         caption: What it shows.
         header: Names of the columns.
         rows: Cells; those that end with `slimvlm.runs.tables.MARK` are significant.
-        note: What stands beneath.
+        note: What stands beneath, each line by itself.
         folded: Whether it is closed until asked for.
         wraps: Whether cells are words, which break into lines.
         ids: An id for each row, that marks of charts lead to; empty for none.
