@@ -19,7 +19,7 @@ from matplotlib.patches import Rectangle
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.evaluation.results import Result, TaskResult
-from slimvlm.models.anatomy import Anatomy
+from slimvlm.models.anatomy import Anatomy, read_anatomy
 from slimvlm.models.load import anatomy
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
@@ -34,8 +34,9 @@ from slimvlm.runs.report.charts import (
     score_maps,
     trade_offs,
 )
-from slimvlm.runs.report.record import Training
+from slimvlm.runs.report.record import Pruning, Training
 from slimvlm.runs.report.svg import Chart
+from slimvlm.scoring.unit_scores import Scores
 from tests import tiny
 from tests.handmade import random_scores
 
@@ -318,6 +319,20 @@ def test_bars_are_as_high_as_what_is_kept(shape: Anatomy) -> None:
         assert kept / whole == pytest.approx(units / layer.params)
         assert attention[index].get_y() == pytest.approx(mlp[index].get_height())
     assert num_crosses(chart) == shape.num_layers - len(plan.layers)
+
+
+def test_experts_have_bars_and_a_heatmap() -> None:
+    shape = read_anatomy(tiny.build("llama4"))
+    scores = random_scores(shape)
+    plan = make_plan(shape, scores, 0.0, experts=0.5)
+    bars = [patch for patch in allocation(plan).axes.patches if isinstance(patch, Rectangle)]
+    layer, kept = shape.layers[1], plan.shapes[1]
+    mlp = kept.intermediate_size * kept.neuron_params + 2 * layer.expert_fixed_params
+    assert bars[3].get_height() / bars[5].get_height() == pytest.approx(mlp / layer.params)
+    alone = Scores("reap", expert=scores.expert)
+    (chart,) = score_maps(Pruning("pruned", plan, [alone]))
+    assert num_crosses(chart) == 4
+    assert sum(len(marks.texts) for marks in chart.of("heat")) == 8
 
 
 def num_crosses(chart: Chart) -> int:

@@ -150,12 +150,16 @@ def allocation(plan: Plan) -> Chart:
     chart = _by_layer("What each layer keeps", caption, len(shapes), 1.0, _BAR)
     chart.axes.set_ylim(0, 1)
     for index, shape in enumerate(shapes):
-        groups, neurons = len(plan.kv_groups[index]), len(plan.neurons[index])
-        mlp, attention = neurons * shape.neuron_params, groups * shape.kv_group_params
+        kept = plan.shapes.get(index, shape.with_units(0, 0, 0))
+        mlp = kept.intermediate_size * kept.neuron_params
+        mlp += kept.num_experts * kept.expert_fixed_params
+        attention = kept.num_kv_heads * kept.kv_group_params
         units = (
-            f"{groups} of {shape.num_kv_heads} KV groups, "
-            f"{neurons} of {shape.intermediate_size} neurons"
+            f"{kept.num_kv_heads} of {shape.num_kv_heads} KV groups, "
+            f"{kept.intermediate_size} of {shape.intermediate_size} neurons"
         )
+        if shape.num_experts:
+            units += f", {kept.num_experts} of {shape.num_experts} experts"
         text = f"layer {index}: {units if index in plan.layers else 'removed'}"
         bars: tuple[tuple[str, int, int, dict[str, Any]], ...] = (
             ("mlp", 0, mlp, {"facecolor": COLOURS["depth"]}),
@@ -185,6 +189,9 @@ def score_maps(pruning: Pruning) -> list[Chart]:
         if scores.neuron is not None:
             title = f"Neurons by {scores.criterion}"
             maps.append(_neuron_map(title, scores.neuron, pruning.plan))
+        if scores.expert is not None and any(map(len, scores.expert)):
+            title, kept = f"Experts by {scores.criterion}", pruning.plan.experts
+            maps.append(_unit_map(title, ", expert {}", scores.expert, kept))
     return maps
 
 
