@@ -128,14 +128,14 @@ def estimate_cost(
     """
     constants = rules().constants
     speed, device = _speed(has_gpu)
-    usable = 3600 * constants.efficiency * speed
+    usable = 3600 * speed
     about = [
         f"pruning: the process, the weights, the new weights, {constants.gram_copies} Gram matrices"
         ", inputs of a layer's matrices, what a layer learns with, activations where a criterion "
         f"reads gradients; or both models while the smaller one is read back "
         f"({constants.walk_source})",
-        f"time: {device}, {constants.efficiency:.0%} of it used; {sizes.tokens:.0f} tokens a "
-        "conversation; the vision tower is not counted",
+        f"time: {device}; {sizes.tokens:.0f} tokens a conversation; the vision tower is not "
+        "counted",
     ]
     brief = replace(request, prune=replace(request.prune, local_steps=0), report_samples=0)
     trials = tried * _pruning_flops(sizes, brief)
@@ -339,17 +339,29 @@ def image_tokens(model: str, trust_remote_code: bool = False) -> int:
 
 def seconds_of(flops: float) -> float:
     """Rough time of so much work on this machine."""
-    return flops / (rules().constants.efficiency * device_flops(default_device()))
+    return flops / _usable(default_device())
+
+
+def _usable(device: torch.device) -> float:
+    """FLOP/s that whole stages reach on a device."""
+    return _efficiency(device.type) * device_flops(device)
+
+
+def _efficiency(kind: str) -> float:
+    shares = rules().constants.efficiency
+    return shares.get(kind, shares["cuda"])
 
 
 def _speed(has_gpu: bool) -> tuple[float, str]:
-    """Floating-point operations a second, and where that number comes from."""
+    """FLOP/s that whole stages reach, and where that number comes from."""
+    constants = rules().constants
     if has_gpu and not torch.cuda.is_available():
-        constants = rules().constants
-        return constants.gpu_flops, f"{constants.gpu} ({constants.gpu_source})"
+        share = _efficiency("cuda")
+        about = f"{constants.gpu} ({constants.gpu_source})"
+        return share * constants.gpu_flops, f"{about}, {share:.0%} of it used"
     device = default_device() if has_gpu else torch.device("cpu")
-    flops = device_flops(device)
-    return flops, f"this {device.type} at {flops / 1e9:,.0f} GFLOP/s, timed just now"
+    about = f"this {device.type} at {device_flops(device) / 1e9:,.0f} GFLOP/s, timed just now"
+    return _usable(device), f"{about}, {_efficiency(device.type):.0%} of it used"
 
 
 @lru_cache(maxsize=2)

@@ -113,7 +113,7 @@ class Constants:
     walk_passes: float
     activation_source: str
     learning_bytes: int
-    efficiency: float
+    efficiency: Mapping[str, float]
     gpu: str
     gpu_flops: float
     gpu_source: str
