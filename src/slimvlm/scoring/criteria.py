@@ -267,7 +267,10 @@ DEFAULT_CRITERIA: dict[str, tuple[str, ...]] = {
 """Chosen by measurement; see "What stays without training" in ``docs/results.md``."""
 
 EXPERT_CRITERION = "reap"
-"""The default for experts; see "Fewer experts" in ``docs/results.md``."""
+"""The default for experts: best on large mixtures in its paper.
+
+On our tiny one it is not; see "Fewer experts" in ``docs/results.md``.
+"""
 
 CRITERIA_WITHOUT_DATA = ("spacing", "magnitude")
 """The defaults for layers and for all other units where there is no data."""
