@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -618,6 +619,16 @@ def test_ratios_have_commas_or_spaces_between_them(
     refused = run(*asked, "--stages", "0.3,0.15")
     assert refused.code == 2
     assert "ratios must rise" in refused.err
+
+
+def test_compress_says_what_comes_next(run: Run, home: Path, llava: Path, data: Path) -> None:
+    few = ("--axis", "width", "--criterion", "magnitude", "--repair", "none", "--train", "none")
+    words = ("compress", llava, "--ratio", "0.3", "--data", data, *few, "--report-samples", "0")
+    (*_, said) = run(*words, "--out", "my run").err.splitlines()
+    first, second = said.removeprefix("next: ").split("; ")
+    assert run(*shlex.split(first)[1:]).code == 0
+    answered = run(*shlex.split(second)[1:], "--max-new-tokens", "2")
+    assert (answered.code, "my run" in answered.out) == (0, True)
 
 
 def test_the_criterion_of_score_is_the_one_of_widths(run: Run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -304,6 +305,8 @@ def compress(
     results = run(model, whole, out, force, note)
     print_run(results, read_held_out(out, STAGES), json, str(out))
     note(f"run folder: {out}; checkpoint: {out / 'checkpoint'}")
+    talk = ["slimvlm", "chat", str(out), "your question", "--other", model]
+    note(f"next: {shlex.join(['slimvlm', 'report', str(out)])}; {shlex.join(talk)}")
 
 
 def _recovery(pruning: PruneConfig, training: TrainingFlags) -> RecoverConfig | None:
