@@ -49,10 +49,8 @@ def config_of(recipe: str, data: Path) -> CompressConfig:
     return CompressConfig(**options, report_samples=8, **RECIPES[recipe])
 
 
-def speed_of_processor() -> float:
+def speed_of_processor(kind: torch.dtype) -> float:
     """FLOP a second of processor time, in a matrix product."""
-    cpu = torch.device("cpu")
-    kind = torch.bfloat16 if computes_bfloat16(cpu) else torch.float32
     matrix = torch.ones(1024, 1024, dtype=kind)
     matrix @ matrix
     start = time.process_time()
@@ -61,13 +59,21 @@ def speed_of_processor() -> float:
     return 20 * 2 * 1024**3 / (time.process_time() - start)
 
 
+def of_processor(hours: float, kind: torch.dtype) -> float:
+    """Hours by a clock as seconds of the processor."""
+    cpu = torch.device("cpu")
+    if not computes_bfloat16(cpu):
+        kind = torch.float32
+    return 3600 * hours * device_flops(cpu, kind) / speed_of_processor(kind)
+
+
 def said(model: Path, config: CompressConfig) -> tuple[float, float]:
     """What the estimate is, in GiB and seconds."""
-    cost = foresee(str(model), config, say=lambda line: None).cost
+    found = foresee(str(model), config, say=lambda line: None)
+    cost, kind = found.cost, getattr(torch, found.dtype)
     peak = max(cost.calibration_bytes, cost.training_bytes) / 2**30
-    hours = cost.pruning_hours + cost.training_hours
-    timed_just_now = device_flops(torch.device("cpu"))
-    return peak, 3600 * hours * timed_just_now / speed_of_processor()
+    pruning = of_processor(cost.pruning_hours, kind)
+    return peak, pruning + of_processor(cost.training_hours, torch.bfloat16)
 
 
 def run(shape: str, recipe: str, folder: Path) -> tuple[float, float]:

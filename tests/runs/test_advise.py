@@ -34,7 +34,7 @@ from tests import tiny_folder as folders
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A folder with the configuration of a tiny LLaVA and no weights; the machine has a speed."""
     tiny.build("llava-llama").config.save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(estimate, "device_flops", lambda device: 1e11)
+    monkeypatch.setattr(estimate, "device_flops", lambda *_: 1e11)
     return str(tmp_path / "model")
 
 
@@ -99,6 +99,19 @@ def test_costs_grow_with_what_they_rest_on(model: str, monkeypatch: pytest.Monke
     assert many.training_bytes == few.training_bytes > weights
     # the original's weights and those that stay, a layer that learns
     assert many.calibration_bytes == pytest.approx(1.7 * weights + 0.6e9 + 2.3e9, rel=0.05)
+
+
+def test_weights_of_another_type_take_another_time(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speeds = {torch.float32: 1e10, torch.bfloat16: 4e10}
+    monkeypatch.setattr(estimate, "device_flops", lambda device, dtype: speeds[dtype])
+    config = CompressConfig(ratio=0.4, axis="width", data="demo", recover=RecoverConfig())
+    sizes = Sizes(shape=anatomy(model), tokens=100.0, samples=80)
+    request = resolved(request_of(model, config))
+    slow, fast = (estimate_cost(sizes, request, False, kind) for kind in ("float32", "bfloat16"))
+    assert slow.pruning_hours == pytest.approx(4 * fast.pruning_hours)
+    assert slow.training_hours == fast.training_hours  # which computes in bfloat16 in any case
 
 
 def test_a_training_costs_what_it_is_asked_for(model: str) -> None:

@@ -123,7 +123,7 @@ def config_for(data: Path, **changes: Any) -> CompressConfig:
 def test_a_dry_run_says_what_would_be_done_and_reads_no_weight(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(estimate, "device_flops", lambda device: 1e9)
+    monkeypatch.setattr(estimate, "device_flops", lambda *_: 1e9)
     model = folders.copied("llava", tmp_path / "model")
     (model / "model.safetensors").unlink()
     found = foresee(str(model), config_for(data), silent)

@@ -127,7 +127,7 @@ def estimate_cost(
         tried: Axes that are tried before.
     """
     constants = rules().constants
-    speed, device = _speed(has_gpu)
+    speed, device = _speed(has_gpu, dtype)
     usable = 3600 * speed
     about = [
         f"pruning: the process, the weights, the new weights, {constants.gram_copies} Gram matrices"
@@ -153,10 +153,11 @@ def estimate_cost(
         f"({constants.activation_source}), batches of {config.batch_size}"
     )
     flops = sizes.training_flops(config, 1 - ratio)
+    trained = 3600 * _speed(has_gpu, "float32" if config.bf16 is False else "bfloat16")[0]
     return replace(
         pruning,
         training_bytes=_training_bytes(sizes, ratio, config, dtype),
-        training_hours=(1 + tried * TRIAL_SHARE) * flops / usable,
+        training_hours=(1 + tried * TRIAL_SHARE) * flops / trained,
         samples=sizes.learnt(config),
         rests_on=tuple(about),
     )
@@ -339,12 +340,12 @@ def image_tokens(model: str, trust_remote_code: bool = False) -> int:
 
 def seconds_of(flops: float) -> float:
     """Rough time of so much work on this machine."""
-    return flops / _usable(default_device())
+    return flops / _usable(default_device(), torch.bfloat16)
 
 
-def _usable(device: torch.device) -> float:
+def _usable(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s that whole stages reach on a device."""
-    return _efficiency(device.type) * device_flops(device)
+    return _efficiency(device.type) * device_flops(device, dtype)
 
 
 def _efficiency(kind: str) -> float:
@@ -352,25 +353,29 @@ def _efficiency(kind: str) -> float:
     return shares.get(kind, shares["cuda"])
 
 
-def _speed(has_gpu: bool) -> tuple[float, str]:
-    """FLOP/s that whole stages reach, and where that number comes from."""
+def _speed(has_gpu: bool, dtype: str) -> tuple[float, str]:
+    """FLOP/s that whole stages reach in a data type, and where that number comes from."""
     constants = rules().constants
     if has_gpu and not torch.cuda.is_available():
         share = _efficiency("cuda")
         about = f"{constants.gpu} ({constants.gpu_source})"
         return share * constants.gpu_flops, f"{about}, {share:.0%} of it used"
     device = default_device() if has_gpu else torch.device("cpu")
-    about = f"this {device.type} at {device_flops(device) / 1e9:,.0f} GFLOP/s, timed just now"
-    return _usable(device), f"{about}, {_efficiency(device.type):.0%} of it used"
+    kind = getattr(torch, dtype)
+    flops = device_flops(device, kind)
+    about = f"this {device.type} at {flops / 1e9:,.0f} GFLOP/s in {dtype}, timed just now"
+    return _usable(device, kind), f"{about}, {_efficiency(device.type):.0%} of it used"
 
 
-@lru_cache(maxsize=2)
-def device_flops(device: torch.device) -> float:
+@lru_cache(maxsize=4)
+def device_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a matrix product on a device, measured in a moment: the best of some tries.
 
-    What else the machine does at times slows single tries.
+    What else the machine does at times slows single tries. Where a device has no units for
+    bfloat16, that of float32 counts for it.
     """
-    dtype = torch.bfloat16 if computes_bfloat16(device) else torch.float32
+    if dtype != torch.float32 and not computes_bfloat16(device):
+        dtype = torch.float32
     matrix = torch.ones(1024, 1024, device=device, dtype=dtype)
     at_once = 50 if device.type == "cuda" else 1
     return max(_flops_of_products(matrix, at_once) for _ in range(_TRIES))
