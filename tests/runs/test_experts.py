@@ -15,6 +15,7 @@ import slimvlm as sv
 from slimvlm.core.options import MemoryOptions, PlanConfig, PruneConfig
 from slimvlm.models.load import anatomy
 from slimvlm.runs.prune import prune
+from slimvlm.runs.request import Request, requests_by_axis, resolved
 from slimvlm.runs.score import plan as write_plan
 from tests import tiny, tiny_folder
 
@@ -121,6 +122,23 @@ def test_a_run_trains_with_fewer_experts(
     sv.compress(models["qwen3_moe"], config, tmp_path / "run", say=[].append)
     assert anatomy(tmp_path / "run").expert_counts == [3]
     assert "3 of 4 experts" in (tmp_path / "run" / "summary.md").read_text()
+
+
+def test_no_axis_is_tried_where_experts_are_all_that_goes() -> None:
+    for axis in (None, "chart", "auto"):
+        asked = PruneConfig(experts=0.25, data="data.json", axis=axis)
+        found = resolved(Request(model="model", prune=asked)).prune
+        assert (found.axis, found.ratio, found.criterion) == ("width", 0.0, ("obs", "reap"))
+
+
+def test_what_no_walk_chooses_is_said_before_weights_are_read(
+    models: dict[str, str], tmp_path: Path, data: str
+) -> None:
+    with pytest.raises(sv.SlimError, match="has experts, whose neurons no walk chooses"):
+        pruned(models["qwen3_moe"], tmp_path / "out", ratio=0.3, axis="width", data="no file")
+    shape = anatomy(models["qwen3_moe"])
+    request = Request(model="model", prune=PruneConfig(ratio=0.3, axis="auto", data=data))
+    assert list(requests_by_axis(resolved(request), shape)) == ["depth"]
 
 
 def test_heads_that_guess_further_tokens_are_counted_out(tmp_path: Path) -> None:

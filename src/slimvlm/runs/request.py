@@ -28,7 +28,7 @@ from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
-from slimvlm.pruning.walk.walk import WALKING
+from slimvlm.pruning.walk.walk import WALKING, require_choosable
 from slimvlm.runs.recipes import recipe_for
 from slimvlm.scoring.criteria import (
     CRITERIA,
@@ -87,7 +87,8 @@ def resolved(request: Request, say: Say = silent) -> Request:
     """
     config = request.prune
     if config.ratio is None and config.goes_first:
-        config = replace(config, ratio=0.0)
+        is_open = config.axis in (None, "chart", "auto")  # and nothing goes along any axis
+        config = replace(config, ratio=0.0, axis="width" if is_open else config.axis)
         request = replace(request, prune=config)
     if config.ratio is not None:
         config = replace(config, axis=axis_of(request))
@@ -256,7 +257,11 @@ def rehearse(config: PruneConfig, anatomy: Anatomy, tokens: tuple[int, ...] | No
     if tokens is None and config.vocab_size is not None:
         count = anatomy.vocab_size // 3 if config.vocab_size == "auto" else config.vocab_size
         tokens = tuple(range(min(count, anatomy.vocab_size)))
-    return ranked_plan(config, anatomy, [pretended_scores(anatomy, criteria_of(config))], tokens)
+    pretended = pretended_scores(anatomy, criteria_of(config))
+    plan = ranked_plan(config, anatomy, [pretended], tokens)
+    if config.data is not None and WALKING in criteria_of(config):
+        require_choosable(plan)
+    return plan
 
 
 def pretended_scores(anatomy: Anatomy, criteria: Sequence[str]) -> Scores:

@@ -6,14 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError, DataError, UnsupportedModelError
 from slimvlm.models.anatomy import Anatomy, read_anatomy
 from slimvlm.models.classes import require_full_precision
 from slimvlm.models.hidden import evaluating
-from slimvlm.models.parts import decoder_layers, unit_matrices
 from slimvlm.models.units import WIDTH_UNITS
 from slimvlm.planning.candidates import width_candidates
 from slimvlm.planning.make import make_plan
@@ -197,7 +195,7 @@ def walk_batches(
     for plan in plans:
         require_expressible(runner.model, plan)
         if chooses:
-            _require_choosable(runner.model, plan)
+            require_choosable(plan)
     with evaluating(runner.model), frozen(runner.model):
         runner.embed(chain(batches, held_out))
         count = len(batches)
@@ -205,12 +203,15 @@ def walk_batches(
         return Walk(Streams(runner, *places, token_weights), plans, chooses, steps).run()
 
 
-def _require_choosable(model: PreTrainedModel, plan: Plan) -> None:
-    """Refuse to choose neurons of experts, which are no modules with an input of their own."""
+def require_choosable(plan: Plan) -> None:
+    """Refuse to choose neurons of experts, which are no modules with an input of their own.
+
+    Raises:
+        UnsupportedModelError: If the plan removes some.
+    """
     for index in plan.layers:
-        loses = len(plan.neurons[index]) < plan.before.layers[index].intermediate_size
-        matrices = chain(*unit_matrices(decoder_layers(model)[index], plan.before.backbone))
-        if loses and not all(isinstance(matrix.owner, nn.Linear) for matrix in matrices):
+        shape = plan.before.layers[index]
+        if shape.expert_neuron_params and len(plan.neurons[index]) < shape.intermediate_size:
             raise UnsupportedModelError(
                 f"layer {index} has experts, whose neurons no walk chooses: score width by "
                 "activation, wanda, flap, magnitude or random, or prune depth or experts"
