@@ -229,3 +229,11 @@ def test_a_walk_cuts_experts_and_teaches_the_rest() -> None:
     walked = sv.walk_(model, data[:3], plan=plan, held_out=data[3:], local_steps=2)
     assert walked.plan.experts == plan.experts
     assert sv.anatomy(model) == plan.after
+
+
+@pytest.mark.parametrize("ratio", [0.4, 0.5, 0.6])
+def test_layers_weigh_what_their_experts_left(ratio: float) -> None:
+    """Half of the experts go first: the ratio is met within half of a layer without them."""
+    plan = plan_of("qwen3_moe", 0.5, ratio, "depth")
+    smaller = plan.shapes[plan.layers[0]].params
+    assert abs(plan.ratio - ratio) <= smaller / 2 / plan.before.backbone_params
