@@ -36,6 +36,9 @@ from tests.tolerances import FORWARD, assert_close
 FAMILIES = [name for name in tiny.CONFIGS if backbone_of(tiny.CONFIGS[name]()).can_be_uneven]
 EVEN_ONLY = sorted(set(tiny.CONFIGS) - set(FAMILIES))
 FIXED_HEADS = ["qwen2_vl", "qwen2_5_vl", "mllama", "glm4v"]
+CACHE_MATTERS = ["mllama"]
+"""Whole models that say other things with a cache than without: transformers masks the picture of
+a cached step in another way."""
 TEXT_TOKENS = 24  # longer than the sliding windows of the tiny models
 every_family = pytest.mark.parametrize("name", tiered(FAMILIES))
 
@@ -190,7 +193,8 @@ def test_plain_transformers_reads_the_same_model(
     assert torch.equal(found["again"], expected)
     assert torch.equal(found["hidden"], found["expected_hidden"])
     for way in ("dynamic", "static", "uncached"):
-        assert torch.equal(found[way], generated(case, use_cache=False))
+        as_read = way != "uncached" and name in CACHE_MATTERS
+        assert torch.equal(found[way], generated(case, use_cache=as_read))
 
 
 @every_family

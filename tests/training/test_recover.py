@@ -665,6 +665,9 @@ def test_batches_by_length_go_on_bit_for_bit(
     assert_same(trained(work=tmp_path, group_by_length=True, **LONG), expected)
 
 
+@pytest.mark.filterwarnings(  # PEFT reads what transformers renamed
+    "ignore:.*gradient_checkpointing.*:FutureWarning"
+)
 @pytest.mark.parametrize("kind", kinds)
 def test_a_kept_adapter_on_the_pruned_model_is_the_merged_one(kind: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")

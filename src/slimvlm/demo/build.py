@@ -42,7 +42,7 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DELTA = ASSETS / "delta.safetensors"
 MARKER = "slimvlm_demo.json"
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 SCALE = 2.0
 """What the delta's low-rank products are multiplied with."""
 CHAT_TEMPLATE = (
