@@ -14,7 +14,7 @@ from slimvlm.core.options import CompressConfig, PruneConfig, RecoverConfig
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.planning.plan import Plan
 from slimvlm.runs import stages
-from slimvlm.runs.compress import compress
+from slimvlm.runs.compress import compress, request_of
 from slimvlm.runs.request import Request, along, axis_of, requests_by_axis, resolved
 from slimvlm.runs.stages import Calibration
 from slimvlm.scoring.batches import answer_loss
@@ -146,3 +146,11 @@ def test_low_memory_tries_no_axes(data: Path, tmp_path: Path) -> None:
             tmp_path / "out",
             memory=MemoryOptions(low_memory=True),
         )
+
+
+def test_the_data_chooses_before_training_and_width_stays_without(data: Path) -> None:
+    config = CompressConfig(ratio=0.3, data=str(data), recover=RecoverConfig())
+    assert request_of("demo", config).prune.axis == "auto"
+    assert request_of("demo", replace(config, axis="depth")).prune.axis == "depth"
+    untrained = resolved(request_of("demo", replace(config, recover=None)))
+    assert untrained.prune.axis == "width"

@@ -271,9 +271,10 @@ def compress(
 ) -> None:
     """Make a smaller model, start to end, in one run folder.
 
-    Without --axis, depth, width and both are tried on the data and held-out answers choose. What
-    learns, and from which loss, follows the study's decision chart unless options say otherwise. A
-    stopped run goes on when the same command is given again.
+    Without --axis, depth, width and both are tried on the data before training, and held-out
+    answers choose; where nothing is trained, it is width. What learns, and from which loss, follows
+    the study's decision chart unless options say otherwise. A stopped run goes on when the same
+    command is given again.
 
     Args:
         model: Folder, hub id, or demo.

@@ -399,9 +399,9 @@ class ShapeOptions(Options):
     title: ClassVar[str] = "What to remove"
 
     axis: AxisChoice | None = None
-    """Remove layers, KV groups and neurons, or both; auto, what compress does where there is data,
+    """Remove layers, KV groups and neurons, or both; auto, what compress does before training,
     tries the three and lets held-out answers choose; chart, the default elsewhere, follows the
-    study's decision chart."""
+    study's decision chart: width, where nothing is trained."""
     allocation: Allocation | None = None
     """How widths share the ratio: the same in every layer, with KV groups and neurons in
     proportion (uniform) or as costs a few layers least (balanced); or first and last layers whole

@@ -74,7 +74,7 @@ class Advice:
     Attributes:
         model: Folder, hub id or ``demo``.
         ratio: Share of the backbone to remove.
-        axis: Where to prune: ``auto`` lets the data decide, where there is some.
+        axis: Where to prune: ``auto`` lets the data decide, before training.
         recipe: The study's: where it prunes, what it trains.
         token_share: Share of the backbone that goes with tokens, 0 where all of them stay.
         decoder_ratio: Share of the decoder layers that goes with the rest.
@@ -161,7 +161,7 @@ def advise(
 
     recipe, cost, notes = _affordable(sizes, ratio, data, has_gpu, dtype, asked)
     share = sizes.decoder_share(ratio)
-    axis: AxisChoice = "auto" if data else recipe.axis
+    axis: AxisChoice = "auto" if recipe.train else recipe.axis
     after = shape.total_params - round(ratio * shape.backbone_params)
     size = weight_bytes(shape, dtype)
     return Advice(
@@ -194,7 +194,8 @@ def _affordable(
 
     def cost_of(recipe: Recipe) -> Cost:
         request = resolved(request_of("", asked(recipe)))
-        return estimate_cost(sizes, request, has_gpu, dtype, len(get_args(Axis)) if data else 0)
+        tried = len(get_args(Axis)) if recipe.train else 0
+        return estimate_cost(sizes, request, has_gpu, dtype, tried)
 
     recipe = recipe_for(ratio, data)
     cost = cost_of(recipe)
@@ -208,7 +209,7 @@ def _affordable(
         recipe = recipe_for(ratio, False)
         cost = cost_of(recipe)
     notes.append(f"the study's chart says {recipe.axis}: {recipe.why} ({recipe.source})")
-    if data:
+    if recipe.train:
         notes.append(
             "axis auto: depth, width and both are tried on the data, and held-out answers choose. "
             "What is expected is said of the chart's axis"

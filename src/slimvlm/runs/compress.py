@@ -65,9 +65,9 @@ _SAID = "said.safetensors"
 
 
 def request_of(model: str, config: CompressConfig) -> Request:
-    """What a run asks of the stages. With data, an axis that is not named is open."""
+    """What a run asks of the stages. Before training, an axis that is not named is open."""
     prune = part_of(config, PruneConfig)
-    if prune.axis is None and prune.data is not None:
+    if prune.axis is None and prune.data is not None and config.recover is not None:
         prune = replace(prune, axis="auto")
     return Request(
         model=model,
