@@ -45,6 +45,11 @@ TRIMMED = (
     "slimvlm compress MODEL --ratio 0.3 --vocab-size 16384 --vocab-text texts/ --data mix.json "
     "--images coco/ --out run"
 )
+MIXTURE = [
+    "slimvlm prune MODEL --experts 0.25 --data mix.json --images coco/ --out fewer",
+    "slimvlm compress MODEL --ratio 0.4 --experts 0.25 --data mix.json --images coco/ --out run",
+    "slimvlm plan MODEL --experts 0.25 --scores scores/reap --out plan.json",
+]
 ELSEWHERE = {
     "slimvlm demo run --short --out runs/demo": "a minute or more; .ci/run runs it",
     "slimvlm study studies/demo.yaml --out runs/demo-study": "an hour",
@@ -55,6 +60,8 @@ ELSEWHERE = {
     "slimvlm export recovered --check vllm --run": "vLLM has no such head size; see test_engines",
     "slimvlm export recovered --out recovered.gguf --outtype f16": "likewise; see test_gguf_export",
     "slimvlm study studies/llava-1.5-7b.yaml --out runs/llava --engine ray": "days",
+    "slimvlm bench recovered --baseline MODEL --engine vllm --batch-sizes 1 4 16": "as --run",
+    **dict.fromkeys(MIXTURE, "MODEL is no mixture of experts; see runs/test_experts.py"),
 }
 CAN_QUANTIZE = find_spec("torchao") is not None
 """Whether the extra is installed."""
