@@ -27,13 +27,21 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 """How time passes: for everybody, or while this process computes."""
 
 
-class Vllm:
+class Asked:
+    """An engine that has loaded a checkpoint."""
+
+    @staticmethod
+    def leave() -> None:
+        """Make room for the next model."""
+        gc.collect()
+
+
+class Vllm(Asked):
     """vLLM, in this one process."""
 
     def __init__(self, asked: dict[str, Any]) -> None:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(asked.get("cache_gib", 1)))
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
         import vllm
 
         self._model = vllm.LLM(
@@ -77,11 +85,11 @@ class Vllm:
         """Make room for the next model."""
         from vllm.distributed import cleanup_dist_env_and_memory
 
-        gc.collect()
+        Asked.leave()
         cleanup_dist_env_and_memory()
 
 
-class LlamaCpp:
+class LlamaCpp(Asked):
     """llama.cpp, through xllamacpp."""
 
     def __init__(self, asked: dict[str, Any]) -> None:
@@ -125,17 +133,11 @@ class LlamaCpp:
             thread.join()
         return [steps[:new_tokens] for steps in came]  # one more says that it is the end
 
-    @staticmethod
-    def leave() -> None:
-        """Make room for the next model."""
-        gc.collect()
 
-
-class OpenVino:
+class OpenVino(Asked):
     """OpenVINO, through optimum-intel, which converts the checkpoint on the way."""
 
     def __init__(self, asked: dict[str, Any]) -> None:
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
         from optimum import intel
         from transformers import AutoProcessor, AutoTokenizer
 
@@ -166,19 +168,13 @@ class OpenVino:
             replies.append(found[0, inputs["input_ids"].shape[1] :].tolist())
         return replies
 
-    @staticmethod
-    def leave() -> None:
-        """Make room for the next model."""
-        gc.collect()
 
-
-class OnnxRuntime:
+class OnnxRuntime(Asked):
     """ONNX Runtime GenAI, whose model builder converts the checkpoint first."""
 
     def __init__(self, asked: dict[str, Any]) -> None:
         import onnxruntime_genai
 
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
         self._folder = tempfile.TemporaryDirectory()
         builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "fp32"]
         places = ["-e", "cpu", "-i", asked["checkpoint"], "-o", self._folder.name]
@@ -202,11 +198,6 @@ class OnnxRuntime:
                 generator.generate_next_token()
                 replies[-1].append(int(generator.get_next_tokens()[0]))
         return replies
-
-    @staticmethod
-    def leave() -> None:
-        """Make room for the next model."""
-        gc.collect()
 
 
 ENGINES: dict[str, Any] = {
@@ -258,6 +249,7 @@ def serve(module: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if sys.argv[1] == "answer":
         answer(sys.argv[2], sys.argv[3:])
     else:
