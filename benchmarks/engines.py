@@ -18,13 +18,14 @@ import tempfile
 from pathlib import Path
 
 import slimvlm as sv
-from slimvlm.core.options import Axis, Workload
+from slimvlm.core.options import Axis
 from slimvlm.evaluation.bench import SpeedUp
 from slimvlm.export.engines.speed import bench_engine
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.planning.make import make_plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.runs.tables import as_markdown
+from workloads import add_workload, workload_of
 
 AXES: tuple[Axis, ...] = ("depth", "width")
 HEADER = ["engine", "axis", "removed", "at a time", *("prefill", "ideal", "share"),
@@ -57,17 +58,9 @@ def main() -> None:
     parser.add_argument("--engine", choices=("vllm", "gguf"), default="vllm")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--ratio", type=float, default=0.3)
-    parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--new-tokens", type=int, default=16)
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=(1, 4, 16))
-    parser.add_argument("--repeats", type=int, default=3)
+    add_workload(parser, 64, 16, (1, 4, 16), 3)
     options = parser.parse_args()
-    work = Workload(
-        prompt_tokens=options.prompt_tokens,
-        new_tokens=options.new_tokens,
-        batch_sizes=tuple(options.batch_sizes),
-        repeats=options.repeats,
-    )
+    work = workload_of(options)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         whole, _ = written(Path(folder), None, 0.0)

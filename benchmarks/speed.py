@@ -29,6 +29,7 @@ from slimvlm.planning.make import make_plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.runs.tables import as_markdown
 from slimvlm.scoring.score_model import score
+from workloads import add_workload, workload_of
 
 MEASURED = ("135m", "1b")
 AXES: tuple[Axis, ...] = ("depth", "width")
@@ -68,17 +69,9 @@ def main() -> None:
     parser.add_argument("--shape", choices=(*MEASURED, "both"), default="both")
     parser.add_argument("--ratio", type=float, default=0.3)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--prompt-tokens", type=int, default=512)
-    parser.add_argument("--new-tokens", type=int, default=16)
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=(1, 16))
-    parser.add_argument("--repeats", type=int, default=5)
+    add_workload(parser, 512, 16, (1, 16), 5)
     options = parser.parse_args()
-    work = Workload(
-        prompt_tokens=options.prompt_tokens,
-        new_tokens=options.new_tokens,
-        batch_sizes=tuple(options.batch_sizes),
-        repeats=options.repeats,
-    )
+    work = workload_of(options)
     about = {
         "cpu": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
