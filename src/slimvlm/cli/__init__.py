@@ -14,6 +14,7 @@ import tyro
 
 from slimvlm.cli import models, runs, stages
 from slimvlm.cli.help import help_text, overview
+from slimvlm.cli.options import TYPES
 from slimvlm.core.errors import ConfigError, SlimError, one_line, printable
 from slimvlm.core.files import held
 from slimvlm.core.processes import num_ranks
@@ -89,6 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
             description=ABOUT,
             args=arguments,
             config=(tyro.conf.FlagCreatePairsOff,),
+            registry=TYPES,
         )
     except SlimError as error:
         print(f"slimvlm: {printable(one_line(error))}", file=sys.stderr)

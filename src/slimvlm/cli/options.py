@@ -39,14 +39,24 @@ def _numbers(words: list[str]) -> tuple[float, ...]:
     return tuple(float(number) for word in words for number in word.split(","))
 
 
-RATIOS = tyro.constructors.PrimitiveConstructorSpec(
-    nargs="*",
-    metavar="FLOAT,...",
-    instance_from_str=_numbers,
-    is_instance=lambda value: isinstance(value, tuple),
-    str_from_instance=lambda value: [str(number) for number in value],
-)
-"""Numbers with commas or spaces between them."""
+TYPES = tyro.constructors.ConstructorRegistry()
+"""How types of options are read where tyro does it in another way."""
+
+
+@TYPES.primitive_rule
+def numbers(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[tuple[float, ...]] | None:
+    """Any number of numbers, with commas or spaces between them."""
+    if info.type != tuple[float, ...]:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="FLOAT,...",
+        instance_from_str=_numbers,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [str(number) for number in value],
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +65,6 @@ class RunFlags(RunOptions):
 
     batch_size: Annotated[int, tyro.conf.arg(name=TASK_BATCH_SIZE)] = 16
     """Questions answered at once."""
-    stages: Annotated[tuple[float, ...], RATIOS] = ()
-    """Ratios on the way, such as 0.3,0.6: prune to the first, train on a part of the samples, prune
-    to the next, train on the next part. The last one is the ratio."""
 
 
 @dataclass(frozen=True, kw_only=True)
