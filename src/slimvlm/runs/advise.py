@@ -161,7 +161,7 @@ def advise(
 
     recipe, cost, notes = _affordable(sizes, ratio, data, has_gpu, dtype, asked)
     share = sizes.decoder_share(ratio)
-    axis: AxisChoice = "auto" if recipe.train else recipe.axis
+    axis = request_of(model, replace(asked(recipe), axis=None)).prune.axis or recipe.axis
     after = shape.total_params - round(ratio * shape.backbone_params)
     size = weight_bytes(shape, dtype)
     return Advice(

@@ -161,7 +161,7 @@ def _checked_samples(run: Run, force: bool) -> SampleSplit:
         return samples
     if later:
         check_request(run.request, anatomy(run.model), run.say)
-    for ratio in run.config.stages:
+    for ratio in run.config.stages[:-1]:
         check_request(_at(run.request, ratio), anatomy(run.model), silent)
     if run.request.prune.axis == "auto":
         run.say("axis auto: depth, width and both are tried, and held-out answers choose")

@@ -364,7 +364,7 @@ def peak_rate(config: RecoverConfig, model: PreTrainedModel, plan: Plan | None) 
 
     LoRA and the projector take 2e-4. Where all weights learn, it is 4e-4 times the share of the
     decoder that went, a quarter where no plan says: measured on a model with 576 channels
-    (``docs/results.md``). A model with more of them takes less in proportion, as the hidden
+    (``docs/log.md``). A model with more of them takes less in proportion, as the hidden
     matrices of μP do (arXiv:2203.03466, Table 3).
 
     Args:
