@@ -125,6 +125,7 @@ def forward(model: Path, data: Path, backbone: bool) -> dict[str, Any]:
 
 
 PARTS = {
+    "inputs": ("slimvlm.pruning.walk.streams", "Streams", "keep_inputs"),
     "moments": ("slimvlm.pruning.walk.streams", "Streams", "moments"),
     "states": ("slimvlm.pruning.walk.streams", "Streams", "pass_on"),
     "choice": ("slimvlm.pruning.walk.layer", "removal_order"),
@@ -132,6 +133,7 @@ PARTS = {
     "confirmation": ("slimvlm.pruning.walk.layer", "confirmed"),
     "trial": ("slimvlm.pruning.walk.engine", "cheapest_plan"),
     "local distillation": ("slimvlm.pruning.walk.layer", "distil_"),
+    "unseen samples": ("slimvlm.runs.compress", "_asked_on_data"),
     "writing": ("slimvlm.runs.compress", "save"),
     "loading": ("slimvlm.runs.stages", "load_original"),
 }
@@ -171,7 +173,7 @@ def arithmetic(model: Path, tokens: int, kept: dict[str, int]) -> dict[str, tupl
     that loses nothing runs again. Every fourth conversation is held out.
     """
     anatomy = sv.anatomy(model)
-    moments = states = choice = confirmation = 0.0
+    inputs = moments = states = choice = confirmation = 0.0
     hidden, held_out = anatomy.hidden_size, tokens / 4
     for shape in anatomy.layers:
         for channels, units, unit_params, left in (
@@ -187,14 +189,16 @@ def arithmetic(model: Path, tokens: int, kept: dict[str, int]) -> dict[str, tupl
             gone, block, writer = channels - stays, units * unit_params, channels * hidden
             states += 2 * held_out * block * left / units  # through plain slices
             if not gone:
-                moments += 2 * tokens * block
+                inputs += 2 * tokens * block
                 states += 2 * tokens * block
                 continue
-            moments += 2 * tokens * (block - writer) + (tokens - held_out) * channels**2
+            inputs += 2 * tokens * (block - writer)
+            moments += (tokens - held_out) * channels**2
             states += 2 * tokens * writer * left / units
             choice += channels**3 + gone * channels * (4 * hidden + gone)
             confirmation += 3 * 2 * held_out * writer
     return {
+        "inputs": ("bfloat16", inputs),
         "moments": ("bfloat16", moments),
         "states": ("bfloat16", states),
         "choice": ("float32", choice),

@@ -6,11 +6,10 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-import torch
-
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError, NumericalError
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import TILE_MULTIPLE, WIDTH_MULTIPLE
+from slimvlm.models.hidden import all_finite
 from slimvlm.models.units import WIDTH_UNITS
 from slimvlm.planning.plan import AXES, Plan
 from slimvlm.scoring.unit_scores import Scores
@@ -179,7 +178,7 @@ def scores_for(unit: str, given: list[Scores], budget: Budget) -> Scores:
                 f"scores {scores.criterion!r} are for another model: {unit} counts {found[:3]}..., "
                 f"expected {expected[:3]}..."
             )
-        if not all(bool(torch.isfinite(row).all()) for row in rows):
+        if not all(map(all_finite, rows)):
             raise NumericalError(
                 f"scores {scores.criterion!r}: NaN or infinity among {unit} scores"
             )

@@ -90,10 +90,13 @@ class Moments:
             residuals: What its output lacks; given if and only if `zero` was told ``outputs``.
         """
         counted, dtype = weights > 0, self.pairs.dtype
-        inputs, weights = inputs[counted], weights[counted].to(dtype)
+        if not counted.all():
+            inputs, weights = inputs[counted], weights[counted]
+            residuals = None if residuals is None else residuals[counted]
+        weights = weights.to(dtype)
         self.pairs.add_(inputs, weights)
-        weighted = inputs.to(dtype) * weights[:, None]
-        self.total += weighted.sum(0, dtype=torch.float64)
+        values = inputs.to(dtype)
+        self.total += weights @ values
         self.count += weights.sum(dtype=torch.float64)
         if residuals is None:
             assert self.cross is None
@@ -101,10 +104,11 @@ class Moments:
         assert self.cross is not None
         assert self.missing is not None
         assert self.missing_square is not None
-        e = residuals[counted].to(dtype)
-        self.cross.addmm_(e.T, weighted)
-        self.missing += (e * weights[:, None]).sum(0, dtype=torch.float64)
-        self.missing_square += (e.square() * weights[:, None]).sum(dtype=torch.float64)
+        e = residuals.to(dtype)
+        weighted = e * weights[:, None]
+        self.cross.addmm_(weighted.T, values)
+        self.missing += weighted.sum(0, dtype=torch.float64)
+        self.missing_square += (weighted * e).sum(dtype=torch.float64)
 
     @property
     def gram(self) -> Float[Tensor, "C C"]:

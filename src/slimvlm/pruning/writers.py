@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from slimvlm.core.errors import NumericalError
 from slimvlm.models.families import INPUT_COLUMNS, Backbone, Projection
+from slimvlm.models.hidden import all_finite
 from slimvlm.models.parts import unit_matrices
 from slimvlm.models.units import unit_of
 from slimvlm.planning.mask import kept_channels
@@ -77,7 +77,7 @@ class Writer:
                 continue
             old = getattr(self.linear, part)
             new = value.to(old.dtype)
-            if not torch.isfinite(new).all():
+            if not all_finite(new):
                 raise NumericalError(f"NaN or infinity in the repaired {part} of layer {self.name}")
             setattr(self.linear, part, nn.Parameter(new, old.requires_grad))
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from slimvlm.core.errors import DataError
 from slimvlm.data.roles import IGNORE, role_masks, valid_tokens
 from slimvlm.data.roles import token_weights as weights_by_role
-from slimvlm.models.hidden import head_of, hidden_states, layer_output
+from slimvlm.models.hidden import all_finite, head_of, hidden_states, layer_output
 from slimvlm.models.losses import Head, Hidden, label_counts, token_cross_entropy
 from slimvlm.models.parts import decoder_layers
 from slimvlm.scoring.statistics import require_finite
@@ -303,7 +303,7 @@ def first_spoilt_layer(model: nn.Module, batch: Batch) -> int | None:
     spoilt: list[int] = []
 
     def look(index: int, module: nn.Module, args: Any, output: Any) -> None:
-        if not bool(torch.isfinite(layer_output(output)).all()):
+        if not all_finite(layer_output(output)):
             spoilt.append(index)
 
     inputs = on_device(model, batch)

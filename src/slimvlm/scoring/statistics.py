@@ -21,6 +21,7 @@ from slimvlm.core.errors import ConfigError, NumericalError
 from slimvlm.core.files import new_file
 from slimvlm.models.anatomy import Anatomy, LayerShape
 from slimvlm.models.families import Projection
+from slimvlm.models.hidden import all_finite
 from slimvlm.models.units import fold, unit_of
 from slimvlm.scoring.symmetric import SymmetricSum
 from slimvlm.scoring.unit_scores import read_tensors, suffixed
@@ -66,7 +67,7 @@ class Statistics:
 
     def __post_init__(self) -> None:
         for name, tensor in self.tensors().items():
-            if not torch.isfinite(tensor).all():
+            if not all_finite(tensor):
                 raise NumericalError(
                     f"statistics {self.kind!r}: NaN or infinity at {name!r}. Use --dtype float32, "
                     "or look at the calibration data"
@@ -136,7 +137,7 @@ def _fields_from(tensors: Mapping[str, Tensor], part: type | None) -> dict[str, 
 
 def require_finite(values: Tensor, what: str) -> None:
     """Raise `NumericalError` where calibration meets NaN or infinity."""
-    if not torch.isfinite(values).all():
+    if not all_finite(values):
         raise NumericalError(f"NaN or infinity in {what} during calibration")
 
 

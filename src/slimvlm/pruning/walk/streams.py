@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from slimvlm.core.errors import NumericalError
 from slimvlm.data.roles import token_weights as weights_by_role
-from slimvlm.models.hidden import head_of
+from slimvlm.models.hidden import all_finite, head_of
 from slimvlm.models.parts import backbone_of, decoder_layers, final_norm
 from slimvlm.pruning.least_squares import Moments
 from slimvlm.pruning.walk.kept_inputs import MOST_BYTES, KeptInputs, things_beside
@@ -208,7 +208,7 @@ class Streams:
         for rows in self.rows(stream, writer, places, end, kept):
             moments.add(*rows)
         sums = [moments.gram] if moments.cross is None else [moments.gram, moments.cross]
-        if not all(bool(torch.isfinite(values).all()) for values in sums):
+        if not all(map(all_finite, sums)):
             raise NumericalError(f"NaN or infinity in layer {writer.name} during the walk")
         return moments
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from slimvlm.core.errors import DataError, UnsupportedModelError
 from slimvlm.core.requests import digest
 from slimvlm.data.roles import valid_tokens
-from slimvlm.models.hidden import head_of
+from slimvlm.models.hidden import all_finite, head_of
 from slimvlm.models.load import digest_of_tensors
 from slimvlm.models.parts import backbone_of, decoder_layers, family_of, final_norm
 from slimvlm.scoring.batches import Batch, batches_with_targets, forward_backbone
@@ -284,7 +284,7 @@ class LayerwiseModel:
 
     def require_finite(self, values: Tensor, what: str, place: int) -> None:
         """Stop at NaN or infinity, and name the samples of the batch that have it, by number."""
-        if bool(torch.isfinite(values).all()):
+        if all_finite(values):
             return
         earlier = (self.store.read("batches", p, self.device) for p in range(place))
         first = 1 + sum(len(stored["batch.attention_mask"]) for stored in earlier)
