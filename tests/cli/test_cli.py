@@ -214,6 +214,14 @@ def bad_requests() -> dict[str, tuple[list[str], str]]:
         "chat image": (changed("chat", image="none.png"), r"image 'none\.png'"),
         "chat broken image": (changed("chat", image="broken.json"), r"broken\.json"),
         "chat other": (changed("chat", other="nowhere"), "nowhere"),
+        "a word for a number": (changed("compress", ratio="abc"), r"--ratio: .*FLOAT.*'abc'"),
+        "no choice": (changed("compress", axis="sideways"), "'sideways'.*'--axis'.*'width'"),
+        "no option": (
+            ["compress", "MODEL", "--out", "run", "--ratoi", "0.3"],
+            "--ratoi, 0.3; Perhaps you meant: --ratio FLOAT$",
+        ),
+        "nothing said": (["compress"], "Missing from slimvlm compress: MODEL --out PATH$"),
+        "no verb": (["compres", "MODEL"], "compres.*: advise, compress, report"),
     }
     return made
 

@@ -7,7 +7,10 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
+from itertools import groupby, takewhile
 from typing import Any
 
 import tyro
@@ -84,14 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
             from slimvlm.runs.command import with_config
 
             arguments = with_config(sys.argv[1:] if arguments is None else arguments)
-        tyro.extras.subcommand_cli_from_dict(
-            VERBS,
-            prog="slimvlm",
-            description=ABOUT,
-            args=arguments,
-            config=(tyro.conf.FlagCreatePairsOff,),
-            registry=TYPES,
-        )
+        _asked(arguments)()
     except SlimError as error:
         print(f"slimvlm: {printable(one_line(error))}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -101,6 +97,70 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+
+
+def _asked(words: Sequence[str] | None) -> Callable[[], None]:
+    """What the words ask for, ready to be called.
+
+    Raises:
+        ConfigError: If they are no verb with its options.
+    """
+    box = StringIO()
+    try:
+        with redirect_stderr(box), _wide_terminal():
+            call: Callable[[], None] = tyro.extras.subcommand_cli_from_dict(
+                {name: _later(verb) for name, verb in VERBS.items()},
+                prog="slimvlm",
+                description=ABOUT,
+                args=words,
+                config=(tyro.conf.FlagCreatePairsOff,),
+                registry=TYPES,
+            )
+    except SystemExit:
+        raise ConfigError(_out_of(box.getvalue())) from None
+    return call
+
+
+@contextmanager
+def _wide_terminal() -> Iterator[None]:
+    """Inside, nothing that is said is broken into lines."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "10000"
+    try:
+        yield
+    finally:
+        os.environ.pop("COLUMNS")
+        if before is not None:
+            os.environ["COLUMNS"] = before
+
+
+def _later(verb: Verb) -> Callable[..., Callable[[], None]]:
+    """A function with a verb's arguments that only binds them."""
+
+    @functools.wraps(verb)
+    def bound(*args: Any, **kwargs: Any) -> Callable[[], None]:
+        return functools.partial(verb, *args, **kwargs)
+
+    return bound
+
+
+def _out_of(box: str) -> str:
+    """What tyro says in a box, in one line: of each part what comes before its explanations.
+
+    Relies on: parts end at a rule, explanations are indented twice or follow an empty line.
+    """
+    lines = [line.strip("│").rstrip() for line in box.splitlines() if line[:1] not in "╭╰"]
+    parts = [
+        [line.strip() for line in takewhile(str.strip, part) if not line.startswith(" " * 8)]
+        for is_rule, part in groupby(lines, lambda line: "──" in line)
+        if not is_rule
+    ]
+    told = [" ".join(part) for part in parts if part and part[0] not in _EXPLANATIONS]
+    text = "; ".join(each for each in told if not each.startswith("For full helptext"))
+    return text.removeprefix("Error parsing ").replace("{None}|", "")
+
+
+_EXPLANATIONS = ("Argument helptext:",)
 
 
 def _asked_for_help(words: Sequence[str]) -> str | None:
