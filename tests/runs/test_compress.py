@@ -24,7 +24,7 @@ from slimvlm.planning.plan import Plan
 from slimvlm.runs import compress as compression
 from slimvlm.runs import request as requests
 from slimvlm.runs import stages
-from slimvlm.runs.compress import compress
+from slimvlm.runs.compress import compress, results_of
 from slimvlm.scoring.unit_scores import Scores
 from tests import tiny_folder as folders
 
@@ -220,6 +220,18 @@ def test_a_finished_run_is_refused(finished: Path, data: Path) -> None:
     with pytest.raises(ConfigError, match=r"finished' exists.*--force"):
         compress(*request_for(data), finished, say=silent)
     assert contents(finished) == before
+
+
+def test_results_of_a_run_are_those_of_the_same_request_at_its_end(
+    finished: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = results_of(*request_for(data), finished)
+    assert found is not None
+    assert list(found) == ["original", "pruned", "recovered"]
+    assert results_of(*request_for(data, ratio=0.2), finished) is None
+    stopped = unfinished(data, tmp_path / "stopped", monkeypatch)
+    assert results_of(*request_for(data, tasks=None), stopped) is None
+    assert results_of(*request_for(data), tmp_path / "nothing") is None
 
 
 def unfinished(data: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

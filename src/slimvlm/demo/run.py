@@ -9,7 +9,7 @@ from slimvlm.core.options import Axis, CompressConfig, Dtype, RecoverConfig
 from slimvlm.core.progress import Say
 from slimvlm.evaluation.results import Result
 from slimvlm.models.load import computes_bfloat16, default_device
-from slimvlm.runs.compress import compress
+from slimvlm.runs.compress import compress, results_of
 from slimvlm.runs.tables import as_markdown, result_rows
 
 RATIO = 0.3
@@ -34,6 +34,8 @@ def run_demo(
 ) -> dict[str, Result]:
     """Prune, recover and evaluate the demo model along both axes.
 
+    A stopped demo goes on with the axis, and in it the stage, where it was.
+
     Args:
         out: Gets a run folder for each axis and ``summary.md``.
         short: Only a few questions and training samples.
@@ -45,6 +47,9 @@ def run_demo(
         Results of the original, and pruned and recovered for each axis.
     """
     results: dict[str, Result] = {}
+    if force and (out / "summary.md").exists():
+        for folder in (out, *(out / axis for axis in AXES)):
+            (folder / "summary.md").unlink(missing_ok=True)
     device = default_device()
     dtype: Dtype = "bfloat16" if computes_bfloat16(device) else "float32"
     for axis in AXES:
@@ -63,7 +68,12 @@ def run_demo(
             baseline=None if axis == AXES[0] else str(original),
         )
         say(f"--- {axis} ---")
-        for stage, result in compress(model, config, out / axis, force, say).items():
+        found = results_of(model, config, out / axis)
+        if found is None:
+            found = compress(model, config, out / axis, force, say)
+        else:
+            say("done already")
+        for stage, result in found.items():
             results[stage if stage == "original" else f"{axis} {stage}"] = result
     write_text(out / "summary.md", as_markdown(*result_rows(results)))
     return results

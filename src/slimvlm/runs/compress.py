@@ -143,6 +143,13 @@ def compress(
     return run.results
 
 
+def results_of(model: str, config: CompressConfig, out: Path) -> dict[str, Result] | None:
+    """What a finished `compress` with these very arguments has measured; None without one."""
+    run = Run(model, out, out.name, config, silent)
+    is_done = run.path("summary.md").exists() and is_begun_for(run.path("config.json"), run.about)
+    return read_results(out) if is_done else None
+
+
 def _checked_samples(run: Run, force: bool) -> SampleSplit:
     """The data, after every mistake in the request that can be found without weights."""
     _require_startable(run, force)
