@@ -361,7 +361,7 @@ def gemma4_text() -> Config:
 
 def gemma4_experts() -> Config:
     experts = {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 8}
-    wide = {**GEMMA_TEXT, **experts, "enable_moe_block": True}
+    wide = {**GEMMA_TEXT, **experts, "enable_moe_block": True, "num_kv_shared_layers": 0}
     return hf.Gemma4TextConfig(**wide, global_head_dim=16)
 
 

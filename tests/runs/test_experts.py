@@ -85,13 +85,20 @@ def test_layers_go_beside_them_and_the_rest_learns(
     assert anatomy(tmp_path / "out") == plan.after
 
 
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("llama4_text", {"axis": "depth"}),
+        ("qwen3_moe", {"ratio": 0.4, "criterion": ("activation", "reap")}),
+    ],
+)
 def test_layer_by_layer_the_same_is_written(
-    models: dict[str, str], tmp_path: Path, data: str
+    models: dict[str, str], tmp_path: Path, data: str, name: str, asked: dict[str, Any]
 ) -> None:
-    options = {"data": data, "samples": 8, "experts": 0.5, "local_steps": 0, "axis": "depth"}
-    plan = pruned(models["llama4_text"], tmp_path / "at once", **options)
+    options = {"data": data, "samples": 8, "experts": 0.5, "local_steps": 0, **asked}
+    plan = pruned(models[name], tmp_path / "at once", **options)
     assert plan.criteria["expert"] == "reap"
-    assert pruned(models["llama4_text"], tmp_path / "by layer", True, **options) == plan
+    assert pruned(models[name], tmp_path / "by layer", True, **options) == plan
     whole, pieces = (sv.load(tmp_path / n, device="cpu")[0] for n in ("at once", "by layer"))
     ours, theirs = whole.state_dict(), pieces.state_dict()
     assert all(torch.equal(theirs[name], value) for name, value in ours.items())

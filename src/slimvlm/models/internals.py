@@ -7,17 +7,25 @@ for (``__getattr__``; tried with 5.24).
 
 from __future__ import annotations
 
+import copy
 import importlib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 from transformers.utils.hub import cached_file
 
 from slimvlm.core.errors import UnsupportedModelError
@@ -50,32 +58,81 @@ def retype_modules_(model: PreTrainedModel, old: PreTrainedConfig, new: PreTrain
             module.__class__ = getattr(target, new_prefix + name.removeprefix(old_prefix))
 
 
-def names_in_files(model: Any, keys: Iterable[str]) -> dict[str, str]:
-    """The name in a checkpoint's files of every parameter, by its name in the model.
+@dataclass(frozen=True)
+class Origin:
+    """What a parameter is made of.
 
-    Relies on: `get_model_conversion_mapping` lists what ``from_pretrained`` renames, and
-    ``save_pretrained`` undoes the renamings in ``_weight_conversions``, which are set here. Tried
-    with transformers 5.24.
+    Attributes:
+        keys: Names in a checkpoint's files.
+        convert: Makes the parameter of these tensors; None where it is the only one.
+    """
+
+    keys: tuple[str, ...]
+    convert: Callable[[Sequence[Tensor]], Tensor] | None = None
+
+    def made_of(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The parameter, of what stands under its names in the files."""
+        return tensors[0] if self.convert is None else self.convert(tensors)
+
+
+def origins_in_files(model: Any, keys: Iterable[str]) -> dict[str, Origin]:
+    """Where every parameter stands in a checkpoint's files, by its name in the model.
+
+    Relies on: `get_model_conversion_mapping` lists what ``from_pretrained`` renames and computes
+    (it stacks experts that lie in files one by one), and ``save_pretrained`` undoes what stands in
+    ``_weight_conversions``, which is set here. Tried with transformers 5.24.
 
     Args:
         model: A model without weights.
         keys: The names in the files.
 
     Raises:
-        UnsupportedModelError: If weights are not only renamed but computed from others.
+        UnsupportedModelError: If a tensor becomes several parameters.
     """
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    if len(renamings) != len(conversions):
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    if any(len(each.target_patterns) > 1 for each in converters):
         kind = model.config.model_type
         raise UnsupportedModelError(f"model_type {kind!r} cannot be read with low memory")
     state, prefix = model.state_dict(), model.base_model_prefix
-    named = {rename_source_key(key, renamings, [], prefix, state)[0]: key for key in keys}
-    model._weight_conversions = [entry for entry in renamings if entry._was_used]
+    named: dict[str, dict[str, str | None]] = defaultdict(dict)
+    for key in sorted(keys, key=dot_natural_key):  # as they are stacked
+        target, pattern = rename_source_key(key, renamings, converters, prefix, state)
+        named[target][key] = pattern
+    found = {
+        target: _origin(model, target, patterns, converters)
+        for target, patterns in named.items()
+        if target in state
+    }
+    model._weight_conversions = [entry for entry in conversions if entry._was_used]
     for target, source in getattr(model, "all_tied_weights_keys", {}).items():
-        if source in named:
-            named.setdefault(target, named[source])
-    return {target: source for target, source in named.items() if target in state}
+        if source in found:
+            found.setdefault(target, found[source])
+    return found
+
+
+def _origin(
+    model: Any,
+    target: str,
+    patterns: Mapping[str, str | None],
+    converters: Sequence[WeightConverter],
+) -> Origin:
+    """Of a parameter, from the pattern of a converter that each of its names has in the files."""
+    keys = tuple(patterns)
+    used = [each for each in converters if patterns[keys[-1]] in each.source_patterns]
+    if not used:
+        return Origin(keys[-1:])
+
+    def convert(tensors: Sequence[Tensor]) -> Tensor:
+        converter = copy.deepcopy(used[0])
+        for key, tensor in zip(keys, tensors, strict=True):
+            given: Any = tensor  # it takes readers of tensors, too
+            converter.add_tensor(target, key, str(patterns[key]), given)
+        (made,) = converter.convert(target, model=model, config=model.config).values()
+        return cast(Tensor, made[0] if isinstance(made, list) else made)
+
+    return Origin(keys, convert)
 
 
 def file_if_reachable(model: str, name: str) -> str | None:

@@ -204,3 +204,9 @@ def context_of(config: Any) -> int | None:
     """Tokens that a model reads at most; None where its configuration does not say."""
     found = getattr(text_config_of(config), "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else None
+
+
+def hands_on(config: Any) -> bool:
+    """Whether the last layers of a model read keys and values of earlier ones."""
+    field = backbone_of(config).shared_tail
+    return field is not None and getattr(text_config_of(config), field) > 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +13,34 @@ import torch
 from accelerate.utils import OffloadedWeightsLoader, set_module_tensor_to_device
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.models.classes import empty_model, require_full_precision
 from slimvlm.models.files import unreadable, weight_files
-from slimvlm.models.internals import names_in_files
+from slimvlm.models.internals import Origin, origins_in_files
 from slimvlm.models.load import load_config, resolve
 from slimvlm.models.parts import backbone_of, family_of
 
 _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+class _Weights(Mapping[str, Tensor]):
+    """A model's parameters by name, made of what its files hold when they are asked for."""
+
+    def __init__(self, origins: Mapping[str, Origin], files: Mapping[str, Tensor]) -> None:
+        self._origins, self._files = origins, files
+
+    def __getitem__(self, name: str) -> Tensor:
+        origin = self._origins[name]
+        return origin.made_of([self._files[key] for key in origin.keys])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._origins)
+
+    def __len__(self) -> int:
+        return len(self._origins)
 
 
 @dataclass(frozen=True)
@@ -39,7 +57,7 @@ class LazyCheckpoint:
 
     folder: Path
     model: PreTrainedModel
-    weights: OffloadedWeightsLoader
+    weights: Mapping[str, Tensor]
     unused: tuple[str, ...]
 
     @property
@@ -120,19 +138,21 @@ def open_checkpoint(
     with unreadable(model, "config"):
         skeleton = empty_model(config, kind, with_buffers=True).requires_grad_(False).eval()
         skeleton.tie_weights()  # parameters without storage are made one by one
-    sources = names_in_files(skeleton, places)
-    _check(model, skeleton, sources, shapes)
+    origins = origins_in_files(skeleton, places)
+    _check(model, skeleton, origins, shapes)
     index = {
-        target: {
-            "safetensors_file": str(places[source]),
-            "weight_name": source,
+        key: {
+            "safetensors_file": str(places[key]),
+            "weight_name": key,
             "dtype": str(skeleton.get_parameter_or_buffer(target).dtype).removeprefix("torch."),
         }
-        for target, source in sources.items()
+        for target, origin in origins.items()
+        for key in origin.keys
     }
-    unused = tuple(sorted(places.keys() - set(sources.values())))
-    found = LazyCheckpoint(folder, skeleton, OffloadedWeightsLoader(index=index), unused)
-    for buffer in [n for n, _ in skeleton.named_buffers() if n in sources]:
+    unused = tuple(sorted(places.keys() - index.keys()))
+    weights = _Weights(origins, OffloadedWeightsLoader(index=index))
+    found = LazyCheckpoint(folder, skeleton, weights, unused)
+    for buffer in [n for n, _ in skeleton.named_buffers() if n in origins]:
         set_module_tensor_to_device(skeleton, buffer, "cpu", found.weights[buffer])
     return found
 
@@ -160,14 +180,22 @@ def _headers(model: str | Path, places: dict[str, Path]) -> tuple[dict[str, list
 def _check(
     model: str | Path,
     skeleton: PreTrainedModel,
-    sources: dict[str, str],
+    origins: Mapping[str, Origin],
     shapes: dict[str, list[int]],
 ) -> None:
     for name, parameter in skeleton.named_parameters(remove_duplicate=False):
-        if name not in sources:
+        if name not in origins:
             raise ConfigError(f"model {str(model)!r}: weights lack {name!r}")
-        if list(parameter.shape) != shapes[sources[name]]:
+        keys = origins[name].keys
+        parts = [torch.empty(shapes[key], device="meta") for key in keys]
+        try:
+            shape = list(origins[name].made_of(parts).shape)
+        except RuntimeError as error:
             raise ConfigError(
-                f"model {str(model)!r}: {sources[name]!r} has shape {shapes[sources[name]]} but "
-                f"the configuration says {list(parameter.shape)}"
+                f"model {str(model)!r}: {len(keys)} tensors such as {keys[0]!r} do not fit together"
+            ) from error
+        if list(parameter.shape) != shape:
+            raise ConfigError(
+                f"model {str(model)!r}: {keys[0]!r} has shape {shape} but the configuration says "
+                f"{list(parameter.shape)}"
             )

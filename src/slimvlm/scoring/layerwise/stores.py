@@ -236,7 +236,7 @@ class Scratch:
             return {"tensor": f"call.{len(tensors) - 1}"}
         if isinstance(value, tuple | list):
             return {"tuple": [self.packed(item, tensors) for item in value]}
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             return {"dict": {key: self.packed(item, tensors) for key, item in value.items()}}
         if value is None or isinstance(value, bool | int | float | str):
             return value
