@@ -6,9 +6,10 @@ Expect:   a quarter of an hour on one core for each. A stopped run goes on.
 
 ``text`` is the untouched SmolLM2-135M on passages of Python's docstrings, ``demo`` the demo model
 on its conversations. Tokens are chosen, and widths walked (no local steps), on one part of them;
-loss is measured on another. It is counted in nats per character, of all the text or of the answers,
-since a text has other tokens with fewer to choose from. "lost" is how much it rose, and AVG how the
-demo's questions were answered. Nothing is trained.
+loss is measured on another. To choose tokens for ``text``, the docstrings of the whole standard
+library count, too, but for those with a passage that is measured. Loss is in nats per character, of
+all the text or of the answers, since a text has other tokens with fewer to choose from. "lost" is
+how much it rose, and AVG how the demo's questions were answered. Nothing is trained.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import copy
 import json
 import random
+import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,7 +42,9 @@ SHOWN, UNSEEN, LONGEST = 48, 48, 700
 DTYPE = torch.bfloat16 if computes_bfloat16(torch.device("cpu")) else torch.float32
 SIZES = (16384, 8192, 4096)
 RATIOS = (0.15, 0.3)
-SMALL = 8192
+LEFT_OUT, BEGINNING = {"site-packages", "test", "tests", "lib2to3", "idlelib"}, 150
+"""Folders of the standard library that are not counted; characters that tell a passage."""
+SMALL = 12288
 """Tokens that stay where those alone do not reach a ratio."""
 
 
@@ -52,12 +56,13 @@ class Subject:
     processor: Any
     known: Sequence[Any]
     unseen: Sequence[Given]
+    counted: Sequence[str] = ()
 
     def vocabulary(self, size: int | None) -> Vocabulary:
         """The tokens for what is known."""
         named = token_ids_of(self.model.config, self.model.generation_config)
         samples = [each for each in self.known if not isinstance(each, str)]
-        texts = [each for each in self.known if isinstance(each, str)]
+        texts = [*(each for each in self.known if isinstance(each, str)), *self.counted]
         return choose_vocabulary(self.processor, samples, size, texts, named)
 
     def batches(self) -> list[dict[str, Any]]:
@@ -76,12 +81,18 @@ class Subject:
 
 def text_subject() -> Subject:
     from slimvlm.demo.build import make_base
-    from slimvlm.demo.conversations import load_passages
+    from slimvlm.demo.conversations import docstrings, load_passages
 
     model, tokenizer = make_base()
     passages = [text[:LONGEST] for _, text in load_passages() if len(text) > 200]
     random.Random(0).shuffle(passages)
-    return Subject(model.to(DTYPE).eval(), tokenizer, passages[UNSEEN:], passages[:UNSEEN])
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = [p for p in sorted(root.rglob("*.py")) if not LEFT_OUT & {*p.relative_to(root).parts}]
+    texts = [text for path in files for _, text in docstrings(path, path.stem)]
+    begun = [text[:BEGINNING] for text in passages[:UNSEEN]]
+    counted = [text for text in texts if not any(begin in text for begin in begun)]
+    known, unseen = passages[UNSEEN:], passages[:UNSEEN]
+    return Subject(model.to(DTYPE).eval(), tokenizer, known, unseen, counted)
 
 
 def demo_subject() -> Subject:

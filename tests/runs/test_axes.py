@@ -36,7 +36,8 @@ def silent(line: str) -> None:
 
 
 def opened(data: Path, **changes: Any) -> tuple[Request, Any, Calibration]:
-    prune = PruneConfig(ratio=RATIO, axis="auto", data=str(data), samples=8, local_steps=2)
+    whole = PruneConfig(ratio=RATIO, axis="auto", vocab_size="all", data=str(data))
+    prune = replace(whole, samples=8, local_steps=2)
     recover = changes.pop("recover", None)
     request = resolved(
         Request(
@@ -104,7 +105,8 @@ def test_a_ratio_that_no_axis_reaches_is_refused(data: Path) -> None:
 def test_a_stopped_run_does_not_try_again(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = CompressConfig(ratio=0.3, axis="auto", data=str(data), samples=8, local_steps=1)
+    shown = {"data": str(data), "samples": 8, "local_steps": 1}
+    config = CompressConfig(ratio=0.3, axis="auto", vocab_size="all", **shown)
     model, out = str(folders.folder("llava")), tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(stages, "best_axis", interrupted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ import slimvlm as sv
 from slimvlm.core.options import MemoryOptions, PlanConfig, PruneConfig
 from slimvlm.models.load import anatomy
 from slimvlm.runs import stages
+from slimvlm.runs.dry_run import foresee, foreseen_rows
 from slimvlm.runs.prune import prune
 from slimvlm.runs.request import Request, resolved
 from slimvlm.runs.score import plan as write_plan
+from slimvlm.runs.tokens import with_tokens
 from tests import tiny_words
+from tests.handmade import assert_untouched, snapshot
 
 pytestmark = pytest.mark.usefixtures("unhurried")
 FEW = 420
@@ -159,6 +163,96 @@ def test_a_stage_of_a_study_chooses_from_its_own_samples(data: str) -> None:
         for sample in samples
         for m in sample.messages
     )
+
+
+def opened(data: str, where: str = "", **options: Any) -> tuple[Request, list[str]]:
+    """A request whose axis is open, with what is said of its tokens."""
+    heard: list[str] = []
+    asked = {"ratio": 0.4, "axis": "auto", "samples": 16, "local_steps": 0, **options}
+    request = resolved(Request(model=where or model(), prune=PruneConfig(data=data, **asked)))
+    samples = stages.read_split(request, heard.append)
+    return with_tokens(request, samples.counted(request), heard.append), heard
+
+
+def test_where_the_axis_is_open_fewer_tokens_are_tried_on_the_same_answers(
+    data: str, tmp_path: Path
+) -> None:
+    rows = Path(data).read_text().splitlines()
+    for place in range(stages.HELD_OUT_EVERY - 1, len(rows), stages.HELD_OUT_EVERY):
+        rows[place] = rows[place].replace("wide.", "jumps over the lazy dog.")
+    rare = tmp_path / "rare.jsonl"
+    rare.write_text("\n".join(rows))
+    request, heard = opened(str(rare))
+    assert request.tokens is None
+    assert f"{len(request.fewer_tokens or ())} of 533 tokens stay" in heard[-1]
+    loaded, processor = stages.load_original(request, "cpu")
+    before = snapshot(loaded)
+    samples = stages.read_split(request, heard.append).calibration
+    calibration = stages.Calibration(processor, samples, request.hold_out)
+    scores = list(stages.calibrate(request, loaded, calibration).values())
+    losses = stages.try_axes(request, loaded, calibration, scores)
+    assert_untouched(loaded, before)
+    *_, last = losses
+    best = last.removesuffix(stages.BEHIND)
+    assert best != last
+    student, _ = stages.load_original(request, "cpu")
+    held_out = {"held_out": calibration.held_out, "tokens": request.fewer_tokens}
+    walked = sv.walk_(student, calibration.fitted, 0.4, best, scores=scores, **held_out)
+    sv.trim_tokenizer_(processor, walked.plan)
+    judges = samples[stages.HELD_OUT_EVERY - 1 :: stages.HELD_OUT_EVERY]
+    said = sv.evaluate_data(student, processor, judges).samples
+    whole, words = stages.load_original(request, "cpu")
+    read = sum(sample.tokens for sample in sv.evaluate_data(whole, words, judges).samples)
+    assert sum(s.tokens for s in said) > read  # some answers are in shorter pieces now
+    nats = sum(sample.loss * sample.tokens for sample in said)
+    assert losses[last] == pytest.approx(nats / read, rel=1e-4)
+
+
+@pytest.mark.parametrize("lost", [0.5, 2.0])
+def test_a_run_takes_fewer_tokens_where_answers_lose_less_by_it(
+    tmp_path: Path, data: str, lost: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = {"depth": 1.5, "width": 1.0, "width" + stages.BEHIND: lost}
+    monkeypatch.setattr(stages, "try_axes", lambda *_, **__: tried)
+    asked = {"ratio": 0.4, "axis": "auto", "samples": 16, "local_steps": 0, "report_samples": 3}
+    sv.compress(model(), sv.CompressConfig(data=data, **asked), tmp_path / "run", say=[].append)
+    plan = sv.Plan.load(tmp_path / "run" / "plan.json")
+    assert (plan.axis, plan.tokens is not None) == ("width", lost < 1)
+    assert plan.ratio == pytest.approx(0.4, abs=0.02)
+    assert anatomy(tmp_path / "run") == plan.after
+
+
+def test_a_dry_run_says_how_many_tokens_a_run_would_try(data: str) -> None:
+    asked = {"ratio": 0.4, "axis": "auto", "samples": 16, "report_samples": 0}
+    found = foresee(model(), sv.CompressConfig(data=data, **asked), [].append)
+    assert found.fewer_tokens == len(opened(data)[0].fewer_tokens or ())
+    told = dict(row for row in foreseen_rows(found) if row[0])["axes"]
+    assert f"again behind {found.fewer_tokens:,} tokens" in told
+    all_stay = sv.CompressConfig(data=data, vocab_size="all", **asked)
+    assert foresee(model(), all_stay, [].append).fewer_tokens == 0
+
+
+def test_fewer_tokens_never_remove_more_than_the_ratio(data: str) -> None:
+    shape = anatomy(model())
+    request, _ = opened(data, ratio=0.05)
+    gone = shape.vocab_size - len(request.fewer_tokens or ())
+    assert 0 <= gone * shape.token_params - 0.05 * shape.backbone_params < shape.token_params
+
+
+def test_all_tokens_stay_where_that_is_asked_or_nothing_else_is_possible(
+    data: str, tmp_path: Path
+) -> None:
+    for asked in ({"vocab_size": "all"}, {"axis": "width"}):
+        request, heard = opened(data, **asked)
+        assert (request.fewer_tokens, heard) == (None, [])
+    place = tmp_path / "model"
+    shutil.copytree(model(), place)
+    words = json.loads((place / "tokenizer.json").read_text())
+    words["model"]["dropout"] = 0.1
+    (place / "tokenizer.json").write_text(json.dumps(words))
+    request, heard = opened(data, str(place))
+    assert request.fewer_tokens == ()
+    assert "all tokens stay: tokens: " in heard[-1]
 
 
 @pytest.mark.parametrize(

@@ -303,17 +303,23 @@ class TokenOptions(Options):
 
     title: ClassVar[str] = "What to remove"
 
-    vocab_size: Annotated[int | Literal["auto"] | None, AT_LEAST_1] = None
+    vocab_size: Annotated[int | Literal["auto", "all"] | None, AT_LEAST_1] = None
     """Tokens to keep: those that the data has most, then by the model's own ranks; special ones,
     bytes and single characters stay. auto keeps as many as the data needs. The ratio counts their
-    rows, and the axis gives the rest. By default all tokens stay."""
+    rows, and the axis gives the rest. By default all tokens stay, but where axis auto tries things
+    and tokens weigh much, a third of them is tried, too; all forbids that."""
     vocab_text: str | None = None
     """A text file, or a folder of them, whose tokens count beside those of the data."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.vocab_text is not None and self.vocab_size is None:
-            raise ConfigError(f"vocab_text {self.vocab_text!r} needs vocab_size")
+        if self.vocab_text is not None and not self.loses_tokens:
+            raise ConfigError(f"vocab_text {self.vocab_text!r} needs vocab_size, a number or auto")
+
+    @property
+    def loses_tokens(self) -> bool:
+        """Whether tokens are to go, whatever others things lose."""
+        return self.vocab_size not in (None, "all")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,7 +337,7 @@ class FirstOptions(TokenOptions):
     @property
     def goes_first(self) -> bool:
         """Whether something is to go whatever the ratio."""
-        return self.vocab_size is not None or self.experts > 0
+        return self.loses_tokens or self.experts > 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -88,8 +88,9 @@ def choose_vocabulary(
     size: int | None = None,
     texts: Iterable[str | Path] = (),
     keep: Iterable[int] = (),
+    fewest: int = 0,
 ) -> Vocabulary:
-    """`choose_tokens`, and how well they fit."""
+    """`choose_tokens`, and how well they fit; where the number is open, at least ``fewest``."""
     file = TokenizerFile.of(processor)
     must = file.with_parts({*file.needed, *(i for i in keep if i in file.texts)})
     written = (render(processor, sample.messages) for sample in samples)
@@ -103,6 +104,7 @@ def choose_vocabulary(
         size = max(
             len(file.with_parts({*must, *everything})),
             _size_for(file, must, shown, unseen) if unseen else 0,
+            min(fewest, len(file.texts)),
         )
     if len(must) > size:
         raise ConfigError(

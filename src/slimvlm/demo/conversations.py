@@ -95,7 +95,8 @@ TURNS: dict[SceneKind, tuple[Callable[[Scene, np.random.Generator], q.Asked | No
 """The questions about a picture of each kind. Some are asked only where, or when, they can be."""
 
 
-def _docstrings(path: Path, module: str) -> Iterator[tuple[str, str]]:
+def docstrings(path: Path, module: str) -> Iterator[tuple[str, str]]:
+    """The longer docstrings of a file and what they are about, under the name of its module."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
@@ -114,7 +115,7 @@ def load_passages() -> tuple[tuple[str, str], ...]:
         path = root / f"{module}.py"
         if not path.is_file():
             continue
-        for name, text in _docstrings(path, module.replace("/__init__", "").replace("/", ".")):
+        for name, text in docstrings(path, module.replace("/__init__", "").replace("/", ".")):
             if len(text) > PASSAGE_CHARS:
                 text = text[:PASSAGE_CHARS].rsplit(None, 1)[0]
             found.append((f"what does python say about {name}?", text))

@@ -291,7 +291,7 @@ def _tokens_first(
     if not is_open:
         return None, [f"{alone}; fewer tokens make it smaller: --vocab-size auto"]
     kept = max(shape.vocab_size // rule.one_of, needed)
-    told = f"{kept:,} stay; --vocab-size auto keeps as many as the data needs"
+    told = f"{kept:,} stay; --vocab-size auto keeps as many as the data needs, all keeps every one"
     return kept, [f"{many}, and {rule.why} ({rule.source}): {told}"]
 
 

@@ -158,11 +158,11 @@ def _checked_samples(run: Run, force: bool) -> SampleSplit:
         check_questions(given.questions)
     if run.config.baseline:
         read_baseline(run.config.baseline, floors=run.config.floors)
-    later = run.config.vocab_size is not None
+    later = run.config.loses_tokens
     check_request(run.request, anatomy(run.model), silent if later else run.say)
     stages.tell_lost_heads(run.request, run.say)
     samples = stages.read_split(run.request, run.say)
-    run.request = with_tokens(run.request, samples.known, run.say)
+    run.request = with_tokens(run.request, samples.counted(run.request), run.say)
     if tokens_alone(run.request, anatomy(run.model)) is not None:
         run.say("the tokens alone give the ratio: nothing else goes")
         return samples
@@ -217,8 +217,8 @@ class Base:
             return request
         size = self.plan.before.backbone_params
         left = (1 - ratio_of(request.prune)) * size / read_anatomy(self.model).backbone_params
-        prune = replace(request.prune, ratio=1 - left, **vars(FirstOptions()))
-        return replace(request, prune=prune, tokens=None)
+        prune = replace(request.prune, ratio=1 - left, **vars(FirstOptions(vocab_size="all")))
+        return replace(request, prune=prune, tokens=None, fewer_tokens=None)
 
     def whole(self, plan: Plan, ratio: float) -> Plan:
         """A plan of this model as one of the original, of which a share was to go."""

@@ -42,6 +42,7 @@ class Foreseen:
     Attributes:
         plan: How much of which units stays; which ones is drawn at random here.
         axes: The axes that would be tried; one if it is decided.
+        fewer_tokens: How many tokens would stay in a further try of the best axis; 0 without one.
         calibration: Samples to calibrate on.
         training: Samples to train on; 0 without training.
         report: Samples that stay unseen, for the end.
@@ -52,6 +53,7 @@ class Foreseen:
 
     plan: Plan
     axes: tuple[str, ...]
+    fewer_tokens: int
     calibration: int
     training: int
     report: int
@@ -76,16 +78,17 @@ def foresee(model: str, config: CompressConfig, say: Say = print) -> Foreseen:
     if request.questions is not None:
         check_questions(request.questions)
     check_request(request, shape, say)
+    samples = read_split(request, say)
+    request = with_tokens(request, samples.counted(request), say)
     tried = _by_axis(request, shape)
     first = next(iter(tried.values()))
-    samples = read_split(request, say)
     described = load_config(model, config.trust_remote_code)
     processor = load_processor(resolve(model), described, config.trust_remote_code)
     tokens = _mean_tokens(processor, [*samples.calibration, *samples.training])
     dtype = _dtype_of(config.dtype, described.dtype)
     training = len(samples.training) if request.trains else 0
     request = replace(first, report_samples=len(samples.report))
-    request = with_tokens(request, samples.known, say)
+    tries = len(tried) + bool(request.fewer_tokens)
     sizes = Sizes(
         shape=shape,
         tokens=tokens,
@@ -97,13 +100,14 @@ def foresee(model: str, config: CompressConfig, say: Say = print) -> Foreseen:
     return Foreseen(
         plan=tokens_alone(request, shape) or rehearse(request.prune, shape, request.tokens),
         axes=tuple(tried),
+        fewer_tokens=len(request.fewer_tokens or ()),
         calibration=len(samples.calibration),
         training=training,
         report=len(samples.report),
         tokens=tokens,
         dtype=dtype,
         cost=estimate_cost(
-            sizes, request, torch.cuda.is_available(), dtype, len(tried) if len(tried) > 1 else 0
+            sizes, request, torch.cuda.is_available(), dtype, tries if tries > 1 else 0
         ),
     )
 
@@ -124,8 +128,10 @@ def foreseen_rows(found: Foreseen) -> list[list[str]]:
         ["memory of pruning", f"about {size(cost.calibration_bytes)}"],
         ["time of pruning", f"about {duration(3600 * cost.pruning_hours)}"],
     ]
-    if len(found.axes) > 1:
-        rows.insert(1, ["axes", f"{', '.join(found.axes)} are tried; the plan is of the first"])
+    if len(found.axes) > 1 or found.fewer_tokens:
+        tried = f"{', '.join(found.axes)} are tried; the plan is of the first"
+        again = f"; the best is tried again behind {found.fewer_tokens:,} tokens"
+        rows.insert(1, ["axes", tried + again * bool(found.fewer_tokens)])
     if found.training:
         rows += [
             ["memory of training", f"about {size(cost.training_bytes)}"],

@@ -100,16 +100,16 @@ def prune(
     if memory.low_memory:
         check_low_memory(config)
     if given is None:
-        check_request(request, anatomy(model), say if config.vocab_size is None else silent)
+        check_request(request, anatomy(model), silent if config.loses_tokens else say)
     else:
         check_options(config)
     check_models(config, model)
     stages.tell_lost_heads(request, say)
     samples = read_split(request, say)
-    if given is None and config.vocab_size is not None:
-        request = with_tokens(request, samples.known, say)
+    if given is None:
+        request = with_tokens(request, samples.counted(request), say)
         given = tokens_alone(request, anatomy(model))
-        if given is None:
+        if given is None and config.loses_tokens:
             check_request(request, anatomy(model), say)
     if memory.low_memory:
         with scratch_folder(memory.scratch_beside(out)) as folder:

@@ -57,6 +57,7 @@ class Request:
         questions: What models are asked.
         made_from: What the model and its data are made of, so that exchanged files are noticed.
         tokens: Ids of the tokens to keep, once they are chosen; see `slimvlm.runs.tokens`.
+        fewer_tokens: Ids to keep in a further try of an open axis, likewise; empty for no such try.
     """
 
     model: str
@@ -68,11 +69,17 @@ class Request:
     questions: Questions | None = None
     made_from: tuple[str, ...] = ()
     tokens: tuple[int, ...] | None = None
+    fewer_tokens: tuple[int, ...] | None = None
 
     @property
     def trains(self) -> bool:
         """Whether training follows."""
         return self.recover is not None and self.prune.data is not None
+
+    @property
+    def tries_tokens(self) -> bool:
+        """Whether held-out answers decide on fewer tokens, too."""
+        return self.prune.axis == "auto" and self.prune.vocab_size is None
 
 
 def resolved(request: Request, say: Say = silent) -> Request:
@@ -254,8 +261,9 @@ def rehearse(config: PruneConfig, anatomy: Anatomy, tokens: tuple[int, ...] | No
     Raises:
         SlimError: What `make_plan` would raise after the weights were read and scored.
     """
-    if tokens is None and config.vocab_size is not None:
-        count = anatomy.vocab_size // 3 if config.vocab_size == "auto" else config.vocab_size
+    if tokens is None and config.loses_tokens:
+        asked = config.vocab_size
+        count = asked if isinstance(asked, int) else anatomy.vocab_size // 3
         tokens = tuple(range(min(count, anatomy.vocab_size)))
     pretended = pretended_scores(anatomy, criteria_of(config))
     plan = ranked_plan(config, anatomy, [pretended], tokens)

@@ -141,7 +141,7 @@ def plan(
         **{"axis": config.axis, "allocation": config.allocation, "kv_heads": config.kv_heads},
         "experts": config.experts,
     }
-    if config.vocab_size is not None:
+    if config.loses_tokens:
         chosen = vocabulary_for(model, config, ())
         say(chosen.line())
         options["tokens"] = chosen.tokens
@@ -157,7 +157,7 @@ def plan(
         if config.experts and config.axis == "depth":
             criteria.append(of_others)
         rehearsed = planned([pretended_scores(shape, [name]) for name in criteria])
-        if config.vocab_size is None or rehearsed.cuts_layers:
+        if not config.loses_tokens or rehearsed.cuts_layers:
             say(f"no --scores: using {' and '.join(criteria)}")
             loaded = load(model)[0]
             given = [score_model(loaded, (), name) for name in criteria]

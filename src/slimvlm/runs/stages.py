@@ -8,12 +8,13 @@ are kept, they say how each comes about.
 from __future__ import annotations
 
 import copy
+import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -24,15 +25,17 @@ from slimvlm.core.progress import Say, progress
 from slimvlm.core.requests import digest
 from slimvlm.data.images import identifying_bytes
 from slimvlm.data.read import estimated_length, load_samples
+from slimvlm.data.roles import IGNORE
 from slimvlm.data.samples import Sample
 from slimvlm.evaluation.lmms import evaluate_all
 from slimvlm.evaluation.results import Result
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.hidden import evaluating
 from slimvlm.models.load import load_as, load_config, load_processor, resolve
-from slimvlm.models.parts import context_of
+from slimvlm.models.parts import context_of, hands_on
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.config import lost_heads
+from slimvlm.pruning.tokens import trimmed_processor
 from slimvlm.pruning.walk.distil import LocalSteps
 from slimvlm.pruning.walk.layer import Steps
 from slimvlm.pruning.walk.result import Walked
@@ -49,7 +52,7 @@ from slimvlm.runs.request import (
     token_weights_of,
 )
 from slimvlm.runs.tokens import tokens_alone, with_tokens
-from slimvlm.scoring.batches import answer_loss
+from slimvlm.scoring.batches import Batch, answer_loss
 from slimvlm.scoring.criteria import CRITERIA
 from slimvlm.scoring.layerwise.runner import LayerwiseModel, Live, Source
 from slimvlm.scoring.layerwise.stores import Memory, Scratch, Store
@@ -67,6 +70,8 @@ FEWEST_UNSEEN = 2
 """Fewer samples have no interval."""
 
 _AXIS, _TRIAL_BATCHES = "axis", 12
+BEHIND = " behind fewer tokens"
+"""Ends the name of a try along an axis that gives what fewer tokens leave of the ratio."""
 
 
 # The samples: one order for each seed, calibration first, training after it, the end's report last.
@@ -86,10 +91,19 @@ class SampleSplit:
     training: Sequence[Sample]
     report: Sequence[Sample] = ()
 
-    @property
-    def known(self) -> list[Sample]:
-        """Those that calibrate or train, each once."""
-        return list({id(sample): sample for sample in (*self.calibration, *self.training)}.values())
+    def counted(self, request: Request) -> list[Sample]:
+        """Those whose tokens count: all that are known, but for those that judge such a choice."""
+        judges = _judging(self.calibration) if request.tries_tokens else ()
+        known = {id(sample): sample for sample in (*self.calibration, *self.training)}
+        for judge in judges:
+            del known[id(judge)]
+        return list(known.values())
+
+
+def _judging(calibration: Sequence[Sample]) -> Sequence[Sample]:
+    """The calibration samples that judge; of fewer than four all."""
+    few = len(calibration) < HELD_OUT_EVERY
+    return calibration if few else calibration[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
 
 
 def split(samples: Sequence[Sample], request: Request) -> SampleSplit:
@@ -228,10 +242,7 @@ class Calibration:
     @cached_property
     def held_out(self) -> list[dict[str, Any]]:
         """Batches that judge; of fewer than four samples all."""
-        samples = self.samples
-        if len(samples) >= HELD_OUT_EVERY:
-            samples = samples[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
-        return self._encoded(samples, "encode held-out")
+        return self._encoded(_judging(self.samples), "encode held-out")
 
     def _encoded(self, samples: Sequence[Sample], description: str) -> list[dict[str, Any]]:
         """Batches of samples with equally many pictures and similar length: less padding."""
@@ -331,11 +342,11 @@ def prune_(
         scratch: Folder that keeps what is done, for a restart; by default nothing is kept.
         training: What the model will learn from, for an axis that is to be tried.
     """
-    hands_on = read_anatomy(model).backbone.shared_tail is not None
-    store: Store = Memory() if scratch is None or hands_on else Scratch(scratch)
+    shares = hands_on(model.config)
+    store: Store = Memory() if scratch is None or shares else Scratch(scratch)
     notes: tuple[str, ...] = ()
     if plan is None:
-        request = with_tokens(request, calibration.samples)
+        request = with_tokens(request, SampleSplit(calibration.samples, ()).counted(request))
         plan = tokens_alone(request, read_anatomy(model))
     if plan is None and request.prune.axis == "auto":
         if not store.has(_AXIS):
@@ -343,6 +354,7 @@ def prune_(
             store.write(_AXIS, 0, {}, losses)
             store.finish(_AXIS)
         request, note = best_axis(request, store.about(_AXIS, 0))
+        plan = tokens_alone(request, read_anatomy(model))
         notes = (note,)
     walked = walk(request, Live(model), store, model.device, calibration, scores, plan)
     walked.apply_(model)
@@ -355,12 +367,12 @@ def try_axes(
     calibration: Calibration,
     scores: Sequence[Scores],
     training: Sequence[Sample] = (),
-) -> dict[Axis, float]:
-    """Mean answer loss on held-out samples after a short try along each axis. Nothing is changed.
+) -> dict[str, float]:
+    """Held-out loss after a short try along each axis. Nothing is changed.
 
-    Each removes the same share, in a walk without local steps over a part of the fitted batches;
-    all tokens stay. With training, a copy of the smaller model then takes a sixth of its steps
-    towards the original.
+    Each removes the same share, in a walk without local steps over a part of the fitted batches.
+    With training, a copy of the smaller model then takes a sixth of its steps towards the original.
+    The axis that lost least is tried again behind fewer tokens, if the request has such.
 
     Args:
         request: The request.
@@ -369,30 +381,57 @@ def try_axes(
         scores: Of layers, and of widths if the walk does not choose them.
         training: What models learn from, if the request trains.
 
+    Returns:
+        Loss of the held-out answers by axis (and `BEHIND`), in nats for each token that the
+        original reads there: with fewer tokens a text has other pieces.
+
     Raises:
         SlimError: If no axis can reach the ratio.
     """
-    losses: dict[Axis, float] = {}
-    few_batches = calibration.spread(_TRIAL_BATCHES)
-    for axis, each in requests_by_axis(request, read_anatomy(model)).items():
-        brief = replace(each, prune=replace(each.prune, local_steps=0))
-        walked = walk(brief, Live(model), Memory(), model.device, few_batches, scores)
-        walked = replace(walked, plan=replace(walked.plan, tokens=None))
-        student = _sharing_weights(model)
-        walked.apply_(student)
-        if request.recover is not None and training:
-            student = copy.deepcopy(student)  # what stays whole is the original's until here
-            steps = optimizer_steps(request.recover, len(training))
-            few = replace(
-                request.recover,
-                max_steps=max(round(steps * TRIAL_SHARE), 2),
-                teacher_weights="separate",  # a teacher that shares is used up
-            )
-            teacher = model if few.needs_teacher else None
-            train(student, teacher, list(training), few, calibration.processor, plan=walked.plan)
-        with evaluating(student):
-            losses[axis] = answer_loss(student, calibration.held_out)
+    shape, few = read_anatomy(model), calibration.spread(_TRIAL_BATCHES)
+    tried = partial(_loss_of_try, model=model, calibration=few, scores=scores, training=training)
+    whole = requests_by_axis(request, shape)
+    losses: dict[str, float] = {axis: tried(each) for axis, each in whole.items()}
+    if request.fewer_tokens:
+        fewer = requests_by_axis(replace(request, tokens=request.fewer_tokens), shape)
+        best = min(fewer, key=lambda axis: losses.get(axis, math.inf))
+        losses[best + BEHIND] = tried(fewer[best])
     return losses
+
+
+def _loss_of_try(
+    request: Request,
+    model: PreTrainedModel,
+    calibration: Calibration,
+    scores: Sequence[Scores],
+    training: Sequence[Sample],
+) -> float:
+    """Loss of held-out answers for each of the original's tokens, of a model made in haste."""
+    brief = replace(request, prune=replace(request.prune, local_steps=0))
+    alone = tokens_alone(brief, read_anatomy(model))
+    walked = walk(brief, Live(model), Memory(), model.device, calibration, scores, alone)
+    student, read = _sharing_weights(model), calibration.held_out
+    walked.apply_(student)
+    processor = trimmed_processor(calibration.processor, walked.plan)
+    if request.recover is not None and training:
+        student = copy.deepcopy(student)  # what stays whole is the original's until here
+        steps = optimizer_steps(request.recover, len(training))
+        few = replace(
+            request.recover,
+            max_steps=max(round(steps * TRIAL_SHARE), 2),
+            teacher_weights="separate",  # a teacher that shares is used up
+        )
+        teacher = model if few.needs_teacher else None
+        train(student, teacher, list(training), few, processor, plan=walked.plan)
+    if processor is not calibration.processor:
+        read = replace(calibration, processor=processor).held_out
+    with evaluating(student):
+        loss = answer_loss(student, read)
+    return loss * _answer_tokens(read) / _answer_tokens(calibration.held_out)
+
+
+def _answer_tokens(batches: Iterable[Batch]) -> int:
+    return sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
 
 
 def _sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
@@ -401,11 +440,16 @@ def _sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
-def best_axis(request: Request, losses: Mapping[Axis, float]) -> tuple[Request, str]:
-    """The request along the axis that lost least, and a line on it."""
-    axis = min(losses, key=losses.__getitem__)
-    others = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if name != axis)
-    return along(request, axis), f"axis {axis}: held-out loss {losses[axis]:.4f} ({others})"
+def best_axis(request: Request, losses: Mapping[str, float]) -> tuple[Request, str]:
+    """The request along the axis that lost least, behind fewer tokens if that lost less yet."""
+    best = min(losses, key=losses.__getitem__)
+    others = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if name != best)
+    axis, fewer, _ = best.partition(BEHIND)
+    if fewer:
+        request = replace(request, tokens=request.fewer_tokens)
+    return along(
+        request, cast(Axis, axis)
+    ), f"axis {best}: held-out loss {losses[best]:.4f} ({others})"
 
 
 def recover_(

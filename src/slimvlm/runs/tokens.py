@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,22 +10,28 @@ from pathlib import Path
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from slimvlm.core.errors import ConfigError
+from slimvlm.core.errors import ConfigError, SlimError
 from slimvlm.core.options import TokenOptions
 from slimvlm.core.progress import Say, silent
 from slimvlm.data.samples import Sample
 from slimvlm.data.vocabulary import Vocabulary, choose_vocabulary
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.internals import file_if_reachable
+from slimvlm.models.load import anatomy as anatomy_of
 from slimvlm.models.load import load_config, load_processor, resolve
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.tokens import token_ids_of
+from slimvlm.runs.recipes import rules
 from slimvlm.runs.request import Request, ratio_of
 
 
 def vocabulary_for(
-    model: str, options: TokenOptions, samples: Sequence[Sample], trust_remote_code: bool = False
+    model: str,
+    options: TokenOptions,
+    samples: Sequence[Sample],
+    trust_remote_code: bool = False,
+    fewest: int = 0,
 ) -> Vocabulary:
     """The tokens to keep of a model. Its weights are not read.
 
@@ -33,6 +40,7 @@ def vocabulary_for(
         options: How many, and further texts.
         samples: Conversations that count.
         trust_remote_code: Run code that lies in the checkpoint.
+        fewest: Where the number is open, at least so many.
 
     Raises:
         SlimError: As `choose_tokens`, and if the model has no tokenizer.
@@ -46,13 +54,16 @@ def vocabulary_for(
         path = file_if_reachable(name, GENERATION_CONFIG_NAME)
     has_one = path is not None and Path(path).is_file()
     generation = GenerationConfig.from_pretrained(name) if has_one else None
-    size = None if options.vocab_size == "auto" else options.vocab_size
+    size = options.vocab_size if isinstance(options.vocab_size, int) else None
     texts = [] if options.vocab_text is None else [Path(options.vocab_text)]
-    return choose_vocabulary(processor, samples, size, texts, token_ids_of(config, generation))
+    named = token_ids_of(config, generation)
+    return choose_vocabulary(processor, samples, size, texts, named, fewest)
 
 
 def with_tokens(request: Request, samples: Sequence[Sample], say: Say = silent) -> Request:
     """A request with its tokens chosen; one that keeps all, or has them already, stays.
+
+    Where the axis is open and tokens are not spoken of, those of a further try are chosen.
 
     Args:
         request: The request.
@@ -63,11 +74,43 @@ def with_tokens(request: Request, samples: Sequence[Sample], say: Say = silent) 
         SlimError: As `vocabulary_for`.
     """
     config = request.prune
-    if config.vocab_size is None or request.tokens is not None:
+    if request.tries_tokens and request.fewer_tokens is None:
+        return replace(request, fewer_tokens=_fewer(request, samples, say))
+    if not config.loses_tokens or request.tokens is not None:
         return request
     chosen = vocabulary_for(request.model, config, samples, config.trust_remote_code)
     say(chosen.line())
     return replace(request, tokens=chosen.tokens)
+
+
+def tokens_to_try(shape: Anatomy) -> int | None:
+    """How many tokens stay at least where some go unasked; None where they weigh too little."""
+    rule, weigh = rules().tokens_first, shape.token_params * shape.vocab_size
+    is_much = weigh >= rule.from_share * shape.backbone_params
+    return shape.vocab_size // rule.one_of if is_much else None
+
+
+def _fewer(request: Request, samples: Sequence[Sample], say: Say) -> tuple[int, ...]:
+    """The tokens of a further try: all that the data needs, and more, by rank, up to a third.
+
+    They never remove more than the ratio. There is no such try where too little is known of what
+    unseen text needs, or where tokens weigh little or cannot go.
+    """
+    config, shape = request.prune, anatomy_of(request.model)
+    third = tokens_to_try(shape)
+    if third is None or shape.why_tokens_stay is not None:
+        return ()
+    most = math.ceil(ratio_of(config) * shape.backbone_params / shape.token_params)
+    fewest = max(third, shape.vocab_size - most)
+    try:
+        chosen = vocabulary_for(request.model, config, samples, config.trust_remote_code, fewest)
+    except SlimError as error:
+        say(f"all tokens stay: {error}")
+        return ()
+    if chosen.coverage is None or len(chosen.tokens) == chosen.total:
+        return ()
+    say(f"tried, too, and taken if held-out answers lose less by it: {chosen.line()}")
+    return chosen.tokens
 
 
 def tokens_alone(request: Request, anatomy: Anatomy) -> Plan | None:
