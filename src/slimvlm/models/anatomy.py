@@ -267,6 +267,12 @@ class Anatomy:
         return sorted({s.num_experts for s in self.layers} - {0})
 
     @property
+    def expert_share(self) -> float:
+        """Share of the backbone that is experts which can go."""
+        params = sum(s.num_experts * s.expert_params for s in self.layers)
+        return params / self.backbone_params
+
+    @property
     def family(self) -> Family:
         """The row of `FAMILIES` that describes the whole model."""
         return FAMILIES[self.model_type]

@@ -177,7 +177,7 @@ def advise(
         weight_bytes=(size, round(size * after / shape.total_params)),
         fraction=fraction if recipe.train else 1.0,
         cost=cost,
-        notes=(*notes, *([why] if recipe.train else []), *on_tokens),
+        notes=(*notes, *([why] if recipe.train else []), *on_tokens, *_on_experts(shape)),
         command=compress_command(model, replace(asked(recipe), axis=axis), "run"),
     )
 
@@ -293,6 +293,16 @@ def _tokens_first(
     kept = max(shape.vocab_size // rule.one_of, needed)
     told = f"{kept:,} stay; --vocab-size auto keeps as many as the data needs, all keeps every one"
     return kept, [f"{many}, and {rule.why} ({rule.source}): {told}"]
+
+
+def _on_experts(shape: Anatomy) -> list[str]:
+    """What there is to say about experts."""
+    if not shape.expert_counts or shape.expert_counts[0] <= shape.experts_per_token:
+        return []
+    return [
+        f"{shape.expert_share:.0%} of the backbone are experts, of which a token takes "
+        f"{shape.experts_per_token} a layer; some can go whole: --experts 0.25 takes a quarter"
+    ]
 
 
 def _tokens_needed(model: str, shape: Anatomy) -> int | str:

@@ -374,9 +374,8 @@ def _one_expert(anatomy: Anatomy) -> list[list[str]]:
     if not anatomy.expert_counts:
         return []
     weights = [f"{s.expert_params:,}" if s.num_experts else "none" for s in anatomy.layers]
-    share = sum(s.num_experts * s.expert_params for s in anatomy.layers) / anatomy.backbone_params
     rows = _by_layer("    one expert", weights)
-    return [*rows, ["    all experts", f"{share:.0%} of the backbone (--experts)"]]
+    return [*rows, ["    all experts", f"{anatomy.expert_share:.0%} of the backbone (--experts)"]]
 
 
 def _experts(anatomy: Anatomy) -> list[list[str]]:
