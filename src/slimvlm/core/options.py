@@ -318,7 +318,7 @@ class TokenOptions(Options):
 
     @property
     def loses_tokens(self) -> bool:
-        """Whether tokens are to go, whatever others things lose."""
+        """Whether tokens are to go, whatever else goes."""
         return self.vocab_size not in (None, "all")
 
 
