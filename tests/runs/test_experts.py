@@ -74,6 +74,17 @@ def test_with_data_they_are_chosen_by_what_they_add(
     assert own.criteria == {"expert": "frequency"}
 
 
+def test_their_neurons_have_a_criterion_of_their_own(
+    models: dict[str, str], tmp_path: Path, data: str
+) -> None:
+    asked = {"ratio": 0.3, "samples": 6, "local_steps": 0, "data": data}
+    plan = pruned(models["qwen3_moe"], tmp_path / "out", **asked)
+    assert plan.criteria == {"kv_group": "activation", "neuron": "activation"}
+    assert plan.neurons != sv.Plan.everything(plan.before).neurons
+    dense = pruned(str(tiny_folder.folder("text")), tmp_path / "dense", **asked)
+    assert dense.criteria == {"kv_group": "obs", "neuron": "obs"}
+
+
 def test_layers_go_beside_them_and_the_rest_learns(
     models: dict[str, str], tmp_path: Path, data: str
 ) -> None:
@@ -141,8 +152,9 @@ def test_no_axis_is_tried_where_experts_are_all_that_goes() -> None:
 def test_what_no_walk_chooses_is_said_before_weights_are_read(
     models: dict[str, str], tmp_path: Path, data: str
 ) -> None:
+    asked = {"ratio": 0.3, "axis": "width", "criterion": ("obs",), "data": "no file"}
     with pytest.raises(sv.SlimError, match="has experts, whose neurons no walk chooses"):
-        pruned(models["qwen3_moe"], tmp_path / "out", ratio=0.3, axis="width", data="no file")
+        pruned(models["qwen3_moe"], tmp_path / "out", **asked)
     shape = anatomy(models["qwen3_moe"])
     request = Request(model="model", prune=PruneConfig(ratio=0.3, axis="auto", data=data))
     assert list(requests_by_axis(resolved(request), shape)) == ["depth"]

@@ -104,7 +104,7 @@ class Run:
     @cached_property
     def request(self) -> Request:
         """The request, with nothing left open; tokens are chosen once samples are read."""
-        return resolved(request_of(self.model, self.config), self.say)
+        return resolved(request_of(self.model, self.config), self.say, anatomy(self.model))
 
     def path(self, name: str) -> Path:
         """A file or folder inside the run folder."""

@@ -74,7 +74,7 @@ def foresee(model: str, config: CompressConfig, say: Say = print) -> Foreseen:
         SlimError: For anything that `slimvlm.compress` would refuse before it reads weights.
     """
     shape = anatomy(model)
-    request = resolved(request_of(model, config), say)
+    request = resolved(request_of(model, config), say, shape)
     if request.questions is not None:
         check_questions(request.questions)
     check_request(request, shape, say)

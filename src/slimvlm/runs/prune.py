@@ -95,7 +95,7 @@ def prune(
         )
     given = None if plan_file is None else Plan.load(plan_file)
     request = Request(model=model, prune=config, report_samples=report.report_samples)
-    request = resolved(request, say)
+    request = resolved(request, say, None if given else anatomy(model))
     config = request.prune
     if memory.low_memory:
         check_low_memory(config)

@@ -35,6 +35,7 @@ from slimvlm.scoring.criteria import (
     CRITERIA_WITHOUT_DATA,
     DEFAULT_CRITERIA,
     EXPERT_CRITERION,
+    EXPERT_NEURON_CRITERION,
     criterion_named,
 )
 from slimvlm.scoring.statistics import Statistics
@@ -82,12 +83,14 @@ class Request:
         return self.prune.axis == "auto" and self.prune.vocab_size is None
 
 
-def resolved(request: Request, say: Say = silent) -> Request:
+def resolved(request: Request, say: Say = silent, shape: Anatomy | None = None) -> Request:
     """A request with nothing left open: axis, criteria, allocation, repair, training.
 
     Args:
         request: As it was given. Without a ratio only repair is decided, for a plan that exists.
         say: Receives a line where something that was given cannot be done.
+        shape: The model's anatomy, where it is known: neurons of experts have a criterion of their
+            own.
 
     Raises:
         ConfigError: If the ratio is not in [0, 1).
@@ -99,6 +102,8 @@ def resolved(request: Request, say: Say = silent) -> Request:
         request = replace(request, prune=config)
     if config.ratio is not None:
         config = replace(config, axis=axis_of(request))
+        if shape is not None and config.ratio and any(s.expert_neuron_params for s in shape.layers):
+            config = replace(config, criterion=_for_neurons_of_experts(config))
         config = replace(
             config,
             criterion=criteria_of(config),
@@ -115,6 +120,12 @@ def resolved(request: Request, say: Say = silent) -> Request:
         hold_out=config.repair == "auto" or config.local_steps != 0 or config.axis == "auto",
         recover=None if recover is None else replace(recover, seed=config.seed),
     )
+
+
+def _for_neurons_of_experts(config: PruneConfig) -> tuple[str, ...]:
+    """The criteria; by default one that scores neurons of experts, which no walk chooses."""
+    own = {} if config.criterion else {WALKING: EXPERT_NEURON_CRITERION}
+    return tuple(own.get(name, name) for name in criteria_of(config))
 
 
 def _resolved_allocation(config: PruneConfig, say: Say) -> Allocation:

@@ -272,6 +272,9 @@ EXPERT_CRITERION = "reap"
 On our tiny one it is not; see "Fewer experts" in ``docs/results.md``.
 """
 
+EXPERT_NEURON_CRITERION = "activation"
+"""The default for widths of models with experts, whose neurons no walk chooses."""
+
 CRITERIA_WITHOUT_DATA = ("spacing", "magnitude")
 """The defaults for layers and for all other units where there is no data."""
 

@@ -19,7 +19,7 @@ from slimvlm.core.requests import digest, identity_of_files
 from slimvlm.data.read import identity_of_data
 from slimvlm.evaluation.ask import digest_of_questions
 from slimvlm.evaluation.tasks import find_tasks
-from slimvlm.models.load import resolve
+from slimvlm.models.load import anatomy, resolve
 from slimvlm.runs.request import Request, criterion_options, resolved, scored_by
 from slimvlm.runs.study.cells import Cell
 from slimvlm.runs.study.config import StudyConfig
@@ -33,12 +33,13 @@ FORMAT = 3
 
 _identity = lru_cache(maxsize=64)(identity_of_files)
 _identity_of_data = lru_cache(maxsize=64)(identity_of_data)
+_shape_of = lru_cache(maxsize=64)(anatomy)
 """Files are read once for all cells of a study."""
 
 
 def forget_files() -> None:
     """Read files again from now on: another study may find others in the same place."""
-    for remembered in (_identity, _identity_of_data, _identity_of_task):
+    for remembered in (_identity, _identity_of_data, _shape_of, _identity_of_task):
         remembered.cache_clear()
 
 
@@ -115,7 +116,8 @@ def stages_of(study: StudyConfig, cell: Cell) -> CellStages:
             recover=cell.recover,
             training_samples=study.training_samples,
             made_from=(_identity_of_model(cell.model), *data),
-        )
+        ),
+        shape=_shape_of(cell.model),
     )
     base = replace(whole, recover=None, training_samples=None)
     config = base.prune
