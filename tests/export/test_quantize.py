@@ -32,9 +32,9 @@ pytestmark = [
 pytest.importorskip("compressed_tensors")
 CASES = [
     *(("int8", "torchao"), ("int8", "bitsandbytes"), ("int4", "bitsandbytes")),
-    *(("int8", "compressed-tensors"), ("int4", "compressed-tensors")),
+    *((to, "compressed-tensors") for to in ("int8", "int4", "fp8")),
 ]
-MOST_OFF = {"int8": 0.06, "int4": 0.5}
+MOST_OFF = {"int8": 0.06, "int4": 0.5, "fp8": 0.2}
 """Largest difference of logits, relative to the largest logit."""
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from slimvlm.models.parts import projections
 
-SCHEMES = {"int8": "W8A8", "int4": "W4A16"}
+SCHEMES = {"int8": "W8A8", "int4": "W4A16", "fp8": "FP8_DYNAMIC"}
 """Names that the library gives to what it writes: bits of weights, bits of activations."""
 
 
@@ -19,15 +19,15 @@ SCHEMES = {"int8": "W8A8", "int4": "W4A16"}
 def compressed(
     model: PreTrainedModel, to: str, skipped: Sequence[str], group: int
 ) -> Iterator[dict[str, Any]]:
-    """Inside, matrices of decoder layers are whole numbers and scales; afterwards, their products.
+    """Inside, matrices of decoder layers are small numbers and scales; afterwards, their products.
 
-    A scale is the largest absolute weight of a row (int8) or of a group of a row (int4) over the
-    largest number; weights are rounded to nearest, and no data is needed. int8 also rounds
-    activations to 8 bit, token by token, when the model runs.
+    A scale is the largest absolute weight of a row (int8, fp8) or of a group of a row (int4) over
+    the largest number; weights are rounded to nearest, and no data is needed. int8 and fp8 (e4m3)
+    also round activations to 8 bit, token by token, when the model runs.
 
     Args:
         model: The model, in floating point.
-        to: ``int8`` or ``int4``.
+        to: ``int8``, ``int4`` or ``fp8``.
         skipped: Parts whose matrices stay as they are.
         group: Weights of a row that share a scale in int4.
 

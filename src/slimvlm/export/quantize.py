@@ -36,7 +36,7 @@ from slimvlm.pruning.layout import write_processor
 from slimvlm.pruning.manifest import write_manifest
 from slimvlm.pruning.save import PLAN_FILE, check_reload
 
-Bits = Literal["int8", "int4"]
+Bits = Literal["int8", "int4", "fp8"]
 Backend = Literal["auto", "torchao", "bitsandbytes", "compressed-tensors"]
 GROUP = 64
 """Weights of a row that share a scale in int4."""
@@ -108,6 +108,7 @@ METHODS: dict[tuple[str, str], _Method] = {
     ),
     ("int8", "compressed-tensors"): _Method(needs_gpu=False, row_multiple=1),
     ("int4", "compressed-tensors"): _Method(needs_gpu=False, row_multiple=GROUP),
+    ("fp8", "compressed-tensors"): _Method(needs_gpu=False, row_multiple=1),
 }
 """By type and library. torchao packs int4 for a GPU only; bitsandbytes' nf4 also runs on a CPU."""
 
@@ -124,14 +125,15 @@ def quantize(
 
     int8 has one scale for each row (torchao; compressed-tensors, which also rounds activations to 8
     bit), or LLM.int8 with outliers in 16 bit (bitsandbytes). int4 has one scale for each 64 weights
-    of a row: affine (torchao), symmetric (compressed-tensors) or nf4 (bitsandbytes).
+    of a row: affine (torchao), symmetric (compressed-tensors) or nf4 (bitsandbytes). fp8 has one
+    scale for each row, and rounds activations, too.
 
     Args:
         model: Folder or hub id.
         out: The new folder.
-        to: ``int8`` or ``int4``.
+        to: ``int8``, ``int4`` or ``fp8``.
         backend: ``torchao``, ``bitsandbytes``, ``compressed-tensors`` (which vLLM reads), or
-            ``auto``: torchao, but for int4 on a CPU.
+            ``auto``: torchao, but for int4 on a CPU and for fp8.
         device: Where to quantise; the first GPU if there is one, else the CPU.
         force: Whether an existing folder may be replaced.
 
@@ -180,7 +182,8 @@ def _backend_for(to: str, backend: str, device: torch.device) -> str:
     """
     on_gpu = device.type == "cuda"
     if backend == "auto":
-        backend = "bitsandbytes" if to == "int4" and not on_gpu else "torchao"
+        others = {"fp8": "compressed-tensors"} | ({} if on_gpu else {"int4": "bitsandbytes"})
+        backend = others.get(to, "torchao")
     if (to, backend) not in METHODS:
         known = ", ".join(sorted(f"{bits} with {library}" for bits, library in METHODS))
         raise ConfigError(f"to {to!r} with backend {backend!r} must be one of: {known}")
@@ -250,7 +253,7 @@ def _check_what_was_quantized(model: PreTrainedModel) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             weight = getattr(module, "weight", None)  # packed ones have another name
-            changed = type(weight) is not nn.Parameter or not weight.is_floating_point()
+            changed = type(weight) is not nn.Parameter or weight.dtype.itemsize == 1
             if changed != (id(module) in owned):
                 what = "was not quantised" if id(module) in owned else "was quantised"
                 raise ReloadError(f"{name!r} {what}")
