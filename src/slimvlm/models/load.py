@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
@@ -58,6 +59,12 @@ def resolve(model: str | Path) -> str:
     elif looks_local or path.exists():
         raise ConfigError(f"model {str(model)!r}: no such folder")
     return str(model)
+
+
+def folder_of(model: str | Path) -> Path:
+    """The folder of a model; files of a hub id are downloaded."""
+    name = resolve(model)
+    return Path(name) if Path(name).is_dir() else Path(snapshot_download(name))
 
 
 def load_config(model: str | Path, trust_remote_code: bool = False) -> PreTrainedConfig:

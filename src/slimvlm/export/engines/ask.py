@@ -17,14 +17,20 @@ import sys
 import tempfile
 import threading
 import time
+from base64 import b64encode
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 Ids = list[int]
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 """How time passes: for everybody, or while this process computes."""
+
+PICTURE = "<__media__>"
+"""Stands for a picture in a text that llama.cpp is given."""
 
 
 class Asked:
@@ -93,10 +99,12 @@ class LlamaCpp(Asked):
     """llama.cpp, through xllamacpp."""
 
     def __init__(self, asked: dict[str, Any]) -> None:
+        os.environ["LLAMA_MEDIA_MARKER"] = PICTURE
         import xllamacpp
 
         settings = xllamacpp.CommonParams()
         settings.model.path = asked["checkpoint"]
+        settings.mmproj.path = asked.get("pictures", "")
         settings.n_parallel, settings.warmup = asked["at_once"], False
         settings.n_ctx = asked["at_once"] * asked["max_length"]
         cores = len(os.sched_getaffinity(0))
@@ -105,12 +113,31 @@ class LlamaCpp(Asked):
         settings.cache_type_k = settings.cache_type_v = whole
         settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._server = xllamacpp.Server(settings)
+        self._picture_text = asked.get("picture_text")
 
     def answer(self, prompts: list[dict[str, Any]], new_tokens: int) -> list[str]:
         """Texts of greedy replies."""
         how = {"n_predict": new_tokens, "temperature": 0.0, "top_k": 1}
-        asked = (self._server.handle_completions({"prompt": p["ids"], **how}) for p in prompts)
-        return [reply["choices"][0]["text"] for reply in asked]
+        return [self._reply({"prompt": self._given(prompt), **how}) for prompt in prompts]
+
+    def _reply(self, asked: dict[str, Any]) -> str:
+        """What it says; raises with its own words."""
+        place = f"{self._server.listening_address}/completion"
+        body, kind = json.dumps(asked).encode(), {"Content-Type": "application/json"}
+        try:
+            with urlopen(Request(place, body, kind)) as reply:
+                text: str = json.load(reply)["content"]
+        except HTTPError as error:
+            raise RuntimeError(json.load(error)["error"]["message"]) from error
+        return text
+
+    def _given(self, prompt: dict[str, Any]) -> Any:
+        """Token ids, or a text and a picture."""
+        if not prompt["picture"]:
+            return prompt["ids"]
+        picture = b64encode(Path(prompt["picture"]).read_bytes()).decode()
+        text = prompt["text"].replace(self._picture_text, PICTURE)
+        return {"prompt_string": text, "multimodal_data": [picture]}
 
     def time(self, prompts: list[Ids], new_tokens: int, clock: str) -> list[list[float]]:
         """When each step of each reply came, in seconds."""

@@ -24,6 +24,7 @@ from slimvlm.data.images import open_image
 from slimvlm.data.samples import Question
 from slimvlm.evaluation.ask import answer
 from slimvlm.export.gguf import OutType, export_gguf, write_backbone
+from slimvlm.export.serving import GGUF_PICTURES
 from slimvlm.models.classes import is_quantized
 from slimvlm.models.load import load, load_config, resolve
 from slimvlm.models.parts import context_of, family_of
@@ -31,7 +32,7 @@ from slimvlm.models.parts import context_of, family_of
 MAX_LENGTH = 2048
 """Tokens of a prompt and its reply that an engine makes room for, if the model can take as many."""
 BATCH = 8
-GGUF_TYPES: dict[str, OutType] = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+GGUF_DTYPES: dict[str, OutType] = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 """How a GGUF file calls data types."""
 _SCRIPT = Path(__file__).with_name("ask.py")
 """The program that asks an engine; it needs nothing of slimvlm."""
@@ -48,7 +49,8 @@ class Engine:
         without: Packages that are then taken away again, since they break it there.
         title: Its name for people.
         reads: What it is given: the checkpoint; or the language backbone alone, which does not see,
-            as a GGUF file or as a checkpoint of its own.
+            as a checkpoint of its own; or GGUF files, which see if llama.cpp's converter can write
+            the tower.
     """
 
     module: str
@@ -190,6 +192,7 @@ def compare(
     name: str,
     questions: Sequence[Question] | None = None,
     max_new_tokens: int = 16,
+    original: str | Path | None = None,
 ) -> list[Compared]:
     """Start an engine once for some checkpoints; its greedy replies beside transformers'.
 
@@ -200,6 +203,7 @@ def compare(
         name: A key of `ENGINES`.
         questions: What to ask; by default `plain_questions`.
         max_new_tokens: Tokens of a reply.
+        original: The original of models that lost tokens, for llama.cpp.
 
     Raises:
         ConfigError: If the engine is not there.
@@ -214,9 +218,12 @@ def compare(
             work.mkdir()
             dtype = "bfloat16" if is_quantized(load_config(model)) else "float32"
             loaded, processor = load(model, dtype=dtype, device="cpu")
-            sees = chat.can_see(processor) and engine.reads == "checkpoint"
+            request: dict[str, Any] = {**readable_by(engine, model, dtype, work, original)}
+            shows = engine.reads == "checkpoint" or "pictures" in request
+            sees = chat.can_see(processor) and shows
             chosen = list(plain_questions(sees) if questions is None else questions)
-            _write_request(engine, model, loaded, processor, chosen, max_new_tokens, work)
+            request |= _request(engine, loaded, processor, chosen, max_new_tokens, work)
+            (work / "request.json").write_text(json.dumps(request))
             batches = [chosen[i : i + BATCH] for i in range(0, len(chosen), BATCH)]
             replies = [answer(loaded, processor, batch, max_new_tokens) for batch in batches]
             expected = tuple(reply for batch in replies for reply in batch)
@@ -231,39 +238,38 @@ def compare(
     ]
 
 
-def _write_request(
+def _request(
     engine: Engine,
-    model: str | Path,
     loaded: PreTrainedModel,
     processor: Any,
     asked: Sequence[Question],
     max_new_tokens: int,
     work: Path,
-) -> None:
-    """Write down what an engine is to load and to answer."""
-    dtype = str(loaded.dtype).removeprefix("torch.")
-    longest = context_of(loaded.config) or MAX_LENGTH
-    request = {
-        "checkpoint": str(readable_by(engine, model, dtype, work)),
-        "dtype": dtype,
-        "max_length": min(longest, MAX_LENGTH),
+) -> dict[str, Any]:
+    """What an engine is to answer, beside what it is to load."""
+    return {
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "max_length": min(context_of(loaded.config) or MAX_LENGTH, MAX_LENGTH),
         "max_new_tokens": max_new_tokens,
         "at_once": 1 if engine.reads == "gguf" else BATCH,
         "sees": any(question.images for question in asked),
+        "picture_text": GGUF_PICTURES.get(loaded.config.model_type),
         "prompts": [_prompt(processor, question, work) for question in asked],
     }
-    (work / "request.json").write_text(json.dumps(request))
 
 
-def readable_by(engine: Engine, model: str | Path, dtype: str, work: Path) -> Path:
+def readable_by(
+    engine: Engine, model: str | Path, dtype: str, work: Path, original: str | Path | None = None
+) -> dict[str, str]:
     """What an engine loads: the checkpoint, or what is written of it to a folder."""
     if engine.reads == "gguf":
-        export_gguf(model, work / "model.gguf", GGUF_TYPES[dtype])
-        return work / "model.gguf"
+        written = export_gguf(model, work / "model.gguf", GGUF_DTYPES[dtype], original=original)
+        sees = {} if written.pictures is None else {"pictures": str(written.pictures)}
+        return {"checkpoint": str(written.text), **sees}
     if engine.reads == "backbone" and family_of(load_config(model).model_type).text_config:
         write_backbone(model, work / "text")
-        return work / "text"
-    return Path(resolve(model)).resolve()
+        return {"checkpoint": str(work / "text")}
+    return {"checkpoint": str(Path(resolve(model)).resolve())}
 
 
 def command_of(engine: Engine, python: Path, verb: str, *works: Path) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def _write_request(engine: Engine, side: Side, workload: Workload, work: Path) -
     at_once = max(workload.sizes)
     cache = at_once * length * kv_cache_bytes_per_token(side.shape, side.dtype)
     request = {
-        "checkpoint": str(readable_by(engine, side.name, side.dtype, work)),
+        **readable_by(engine, side.name, side.dtype, work),
         "dtype": side.dtype,
         "max_length": length,
         "at_once": at_once,

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import OffloadedWeightsLoader, set_module_tensor_to_device
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -20,7 +19,7 @@ from slimvlm.core.errors import ConfigError
 from slimvlm.models.classes import empty_model, require_full_precision
 from slimvlm.models.files import unreadable, weight_files
 from slimvlm.models.internals import Origin, origins_in_files
-from slimvlm.models.load import load_config, resolve
+from slimvlm.models.load import folder_of, load_config
 from slimvlm.models.parts import backbone_of, family_of
 
 _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -130,8 +129,7 @@ def open_checkpoint(
     """
     config = load_config(model, trust_remote_code)
     require_full_precision(config, "scored or pruned with low memory")
-    name = resolve(model)
-    folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(name))
+    folder = folder_of(model)
     places = weight_files(folder)
     shapes, stored = _headers(model, places)
     kind = getattr(torch, stored if dtype == "auto" else dtype)
