@@ -296,6 +296,7 @@ def test_the_table_takes_what_an_engine_said(
     page = tmp_path / "serving.md"
     page.write_text(PAGE.read_text())
     said = Compared("out", "vllm", "9.9", ("a",), ("b",), ("b",))
+    monkeypatch.delenv(WRITES, raising=False)
     record("small `phi`", {"depth": said}, page)
     assert read(page) == read()
     monkeypatch.setenv(WRITES, "1")
