@@ -127,7 +127,7 @@ def test_evaluation() -> None:
     samples = [answered_sample(*pair) for pair in answered]
     for baseline in (None, seeing[0]):
         found = most_rows(folders.VOCAB, lambda b=baseline: evaluate_data(*seeing, samples, b))
-        assert found == 16  # two models' at one time
+        assert found == 32  # two models' at one time
     assert most_rows(folders.VOCAB, lambda: answer(*seeing, [QUESTION] * 2, 4)) == 2
 
 

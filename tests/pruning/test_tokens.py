@@ -29,15 +29,12 @@ from tests.tolerances import FORWARD, assert_close
 STAY = {
     "gemma3n_text": "layers have embeddings",
     "gemma3n": "layers have embeddings",
-    "gemma4_text": "layers have embeddings",
-    "gemma4-experts": "layers have embeddings",
-    "gemma4": "layers have embeddings",
     "mllama": "other rows",
     "molmo2": "other rows",
 }
 """Tiny models that cannot lose tokens, and why."""
 CAN = [name for name in tiny.CONFIGS if name not in STAY]
-MIXED = ("llama", "qwen2", "llava-llama", "qwen3_vl", "phi", "gemma3")
+MIXED = ("llama", "qwen2", "llava-llama", "qwen3_vl", "phi", "gemma3", "gemma4")
 
 
 def plan_for(model: PreTrainedModel) -> Plan:
@@ -116,9 +113,15 @@ def test_tokens_go_with_layers_and_widths_in_one_plan(name: str, tmp_path: Path)
     assert plan.ratio == pytest.approx(0.5, abs=0.05)
     sv.save(model, None, tmp_path / "out", plan)
     assert sv.Plan.load(tmp_path / "out" / "slimvlm_plan.json") == plan
+    sv.save(tiny.build(name), None, tmp_path / "whole")
+    sv.prune_checkpoint(tmp_path / "whole", plan, tmp_path / "of-files")
+    of_files, _ = sv.load(tmp_path / "of-files", device="cpu")
+    kept = model.state_dict()
+    assert of_files.state_dict().keys() == kept.keys()
+    assert all(torch.equal(values, kept[key]) for key, values in of_files.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["llama", "llava-llama"])
+@pytest.mark.parametrize("name", ["llama", "llava-llama", "gemma4"])
 def test_a_walk_takes_tokens_along(name: str) -> None:
     model = tiny.build(name)
     tokens = plan_for(model).tokens
@@ -140,7 +143,7 @@ def test_tokens_that_cannot_go_are_refused_by_name(name: str, why: str) -> None:
         sv.make_plan(anatomy, [], 0.0, tokens=range(4, 60))
 
 
-@pytest.mark.parametrize("name", ["llama", "llava-llama", "phi"])
+@pytest.mark.parametrize("name", ["llama", "llava-llama", "phi", "gemma4_text"])
 def test_where_tokens_alone_reach_the_ratio_nothing_else_goes(name: str) -> None:
     anatomy = read_anatomy(tiny.build(name))
     tokens = range(16, 40)

@@ -58,6 +58,8 @@ class LayerShape:
             if its neurons are not those of experts.
         expert_fixed_params: Parameters of one expert that no neuron owns (its row of the router;
             the whole expert where neurons are those of a dense MLP beside it).
+        token_params: Parameters of one token in embeddings that layers have for themselves; those
+            of all tokens are among ``fixed_params``.
     """
 
     num_kv_heads: Width
@@ -70,6 +72,7 @@ class LayerShape:
     num_experts: Width = 0
     expert_neuron_params: Count = 0
     expert_fixed_params: Count = 0
+    token_params: Count = 0
 
     @property
     def num_heads(self) -> int:
@@ -293,16 +296,18 @@ class Anatomy:
     def token_params(self) -> int:
         """Parameters of one token: its row of the embedding, and of the head if that has its own.
 
-        A bias of the head counts.
+        A bias of the head counts, and so do rows of embeddings that layers have for themselves.
         """
-        return (self.embedding_params + self.head_params) // self.vocab_size
+        of_layers = sum(shape.token_params for shape in self.layers)
+        return (self.embedding_params + self.head_params) // self.vocab_size + of_layers
 
     @property
     def why_tokens_stay(self) -> str | None:
         """Why no token can go; None if some can."""
         rows = self.vocab_size
         of_head = (0, rows, rows * self.hidden_size, rows * (self.hidden_size + 1))
-        if self.backbone.layer_stacks:
+        stacks = self.backbone.layer_stacks
+        if stacks and not any(stack.rows for stack in stacks):
             return "its layers have embeddings of their own"
         if self.embedding_params != rows * self.hidden_size or self.head_params not in of_head:
             return "its embedding or head has other rows than its vocabulary has tokens"
@@ -344,8 +349,13 @@ class Anatomy:
 
     def with_tokens(self, count: int) -> Anatomy:
         """The same model with so many tokens."""
+        gone = self.vocab_size - count
         return replace(
             self,
+            layers=tuple(
+                replace(shape, fixed_params=shape.fixed_params - gone * shape.token_params)
+                for shape in self.layers
+            ),
             vocab_size=count,
             embedding_params=self.embedding_params // self.vocab_size * count,
             head_params=self.head_params // self.vocab_size * count,
@@ -385,14 +395,20 @@ def read_anatomy(model: nn.Module) -> Anatomy:
     stacked = _by_id(p for _, module in stacks(model) for p in module.parameters())
     inside = _by_id(decoder_layers(model).parameters())
     listed = embedding | head | norm | projector | towers | stacked | inside
-    slices = _count(stacked) // len(decoder_layers(model))
+    count = len(decoder_layers(model))
+    slices = _count(stacked) // count
+    in_layers = sum(
+        module.weight.shape[stack.dim] // count for stack, module in stacks(model) if stack.rows
+    )
     shapes = [read_layer(layer, backbone) for layer in decoder_layers(model)]
     return Anatomy(
         model_type=config.model_type,
         text_type=text_config.model_type,
         hidden_size=text_config.hidden_size,
         vocab_size=text_config.vocab_size,
-        layers=tuple(replace(s, fixed_params=s.fixed_params + slices) for s in shapes),
+        layers=tuple(
+            replace(s, fixed_params=s.fixed_params + slices, token_params=in_layers) for s in shapes
+        ),
         embedding_params=_count(embedding),
         head_params=_count(head, embedding),
         final_norm_params=_count(norm),

@@ -76,10 +76,13 @@ class Stack:
     Attributes:
         path: Where its module sits below the text model. The model need not have it.
         dim: The dimension that layers divide: `OUTPUT_ROWS` or `INPUT_COLUMNS`.
+        rows: The field of the configuration that says how many tokens have a row each; None if
+            they have none, or rows that do not go with those of the embedding.
     """
 
     path: str
     dim: int
+    rows: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +208,10 @@ _PER_LAYER_EMBEDDINGS = (
     Stack("embed_tokens_per_layer", INPUT_COLUMNS),
     Stack("per_layer_model_projection", OUTPUT_ROWS),
 )
+_PER_LAYER_ROWS = (
+    replace(_PER_LAYER_EMBEDDINGS[0], rows="vocab_size_per_layer_input"),
+    _PER_LAYER_EMBEDDINGS[1],
+)
 
 _WITH_LAYER_TYPES = Backbone(
     attention=_SPLIT_ATTENTION, mlp=_GATED_MLP, layer_lists=("layer_types",)
@@ -271,7 +278,7 @@ BACKBONES: dict[str, Backbone] = {
             ),
             taken_field="top_k_experts",
         ),
-        layer_stacks=_PER_LAYER_EMBEDDINGS,
+        layer_stacks=_PER_LAYER_ROWS,
         shared_tail="num_kv_shared_layers",
         whole_mlp_if="config.use_double_wide_mlp",
         can_be_uneven=False,

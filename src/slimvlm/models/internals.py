@@ -11,7 +11,7 @@ import copy
 import importlib
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -158,28 +158,29 @@ def write_weights(
 
     Args:
         model: As `models.classes.empty_model` makes it, with its configuration.
-        weights: Its parameters by name.
+        weights: Its parameters and buffers by name.
         folder: An existing folder.
         shard_bytes: Largest weight file.
 
     Raises:
-        NumericalError: If a weight is NaN or infinite.
+        NumericalError: If a parameter is NaN or infinite.
     """
     model.hf_device_map = {"": "disk"}
-    model._hf_hook = SimpleNamespace(weights_map=_FiniteWeights(weights))
+    learned = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    model._hf_hook = SimpleNamespace(weights_map=_FiniteWeights(weights, learned))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*offloaded modules.*")
         model.save_pretrained(folder, max_shard_size=shard_bytes)
 
 
 class _FiniteWeights:
-    """Weights by name; one that is no number is not given out."""
+    """Weights by name; a parameter that is no number is not given out. Buffers have bounds."""
 
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
-        self.weights = weights
+    def __init__(self, weights: Mapping[str, Tensor], learned: Container[str]) -> None:
+        self.weights, self.learned = weights, learned
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self.weights[name]
-        if tensor.is_floating_point():
+        if name in self.learned and tensor.is_floating_point():
             require_finite_values(tensor, f"weight {name!r} as {tensor.dtype}")
         return tensor

@@ -19,6 +19,7 @@ from slimvlm.models.parts import (
     decoder_layers,
     expert_entries,
     matrices,
+    stacks,
     token_matrices,
 )
 from slimvlm.models.units import channels_of, unit_of
@@ -89,7 +90,8 @@ def _mask_tokens(model: PreTrainedModel, tokens: Kept) -> None:
     embedding, head = token_matrices(model)
     removed = torch.ones(len(embedding.weight), dtype=torch.bool, device=embedding.weight.device)
     removed[list(tokens)] = False
-    embedding.weight[removed] = 0
+    for holder in (embedding, *(holder for stack, holder in stacks(model) if stack.rows)):
+        holder.weight[removed] = 0
 
     def forbid(module: nn.Module, args: Any, logits: Tensor) -> Tensor:
         return logits.masked_fill(removed.to(logits.device), -torch.inf)
@@ -119,6 +121,12 @@ def require_match(model: nn.Module, plan: Plan) -> None:
             f"plan: made for {plan.before.vocab_size:,} tokens, but the model has "
             f"{anatomy.vocab_size:,}"
         )
+    for stack, holder in stacks(model):
+        if plan.tokens is not None and stack.rows and len(holder.weight) != anatomy.vocab_size:
+            raise ConfigError(
+                f"plan: no token can go: {stack.path} has {len(holder.weight):,} rows, the "
+                f"vocabulary {anatomy.vocab_size:,} tokens"
+            )
 
 
 def _shape_line(anatomy: Anatomy) -> str:

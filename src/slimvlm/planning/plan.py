@@ -122,10 +122,9 @@ class Plan:
     @property
     def shapes(self) -> dict[int, LayerShape]:
         """The kept layers by their original number, with the units that they keep."""
+        layers = self._of_kept_tokens.layers
         return {
-            index: self.before.layers[index].with_units(
-                *(len(self.kept(unit)[index]) for unit in LAYER_UNITS)
-            )
+            index: layers[index].with_units(*(len(self.kept(unit)[index]) for unit in LAYER_UNITS))
             for index in self.layers
         }
 
@@ -168,8 +167,6 @@ class Plan:
         """The smaller model's anatomy."""
         pinned = tuple(self.layers.index(i) for i in self.before.pinned_layers)
         after = replace(self._narrowed, pinned_layers=pinned)
-        if self.tokens is not None:
-            after = after.with_tokens(len(self.tokens))
         return after.retyped() if self.needs_retype else after
 
     @property
@@ -180,7 +177,7 @@ class Plan:
     @property
     def decoder_ratio(self) -> float:
         """Share of the decoder layers' parameters that the plan removes: without embeddings."""
-        return self._lost_in_layers / sum(shape.params for shape in self.before.layers)
+        return self._lost_in_layers / sum(shape.params for shape in self._of_kept_tokens.layers)
 
     @property
     def cuts_layers(self) -> bool:
@@ -189,19 +186,22 @@ class Plan:
 
     @property
     def _lost_in_tokens(self) -> int:
-        if self.tokens is None:
-            return 0
-        return (self.before.vocab_size - len(self.tokens)) * self.before.token_params
+        return self.before.backbone_params - self._of_kept_tokens.backbone_params
 
     @property
     def _lost_in_layers(self) -> int:
         kept = sum(shape.params for shape in self.shapes.values())
-        return sum(shape.params for shape in self.before.layers) - kept
+        return sum(shape.params for shape in self._of_kept_tokens.layers) - kept
+
+    @property
+    def _of_kept_tokens(self) -> Anatomy:
+        """The original with the kept tokens."""
+        return self.before if self.tokens is None else self.before.with_tokens(len(self.tokens))
 
     @property
     def _narrowed(self) -> Anatomy:
-        """The original with the kept layers and their units."""
-        return self.before.with_layers(list(self.shapes.values()))
+        """The same with the kept layers and their units."""
+        return self._of_kept_tokens.with_layers(list(self.shapes.values()))
 
     @property
     def needs_retype(self) -> bool:

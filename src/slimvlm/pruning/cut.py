@@ -120,6 +120,8 @@ def cuts_of(model: nn.Module, plan: Plan) -> Iterator[Cut]:
     for index in plan.layers:
         yield from cuts_of_layer(model, plan, index)
     for stack, holder in stacks(model):
+        if stack.rows is not None and plan.tokens is not None:
+            yield Cut(holder, "weight", 0, torch.tensor(plan.tokens))
         slices = torch.arange(holder.weight.shape[stack.dim]).view(plan.before.num_layers, -1)
         yield Cut(holder, "weight", stack.dim, slices[list(plan.layers)].flatten())
 

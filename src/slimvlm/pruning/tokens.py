@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from slimvlm.core.errors import ConfigError, UnsupportedModelError, shortened
 from slimvlm.data.chat import tokenizer_of
 from slimvlm.data.tokenizer_file import TokenizerFile
-from slimvlm.models.parts import text_config_of
+from slimvlm.models.parts import stacks, text_config_of
 from slimvlm.planning.plan import Plan
 
 _FIELD = re.compile(
@@ -128,8 +128,14 @@ def renumber_config_(config: PreTrainedConfig, plan: Plan) -> None:
         setattr(owner, name, _renumbered(value, new, name))
     is_whole = config.model_type == plan.before.model_type
     for part in (config, text_config_of(config)) if is_whole else (config,):
-        if getattr(part, "vocab_size", None) == plan.before.vocab_size:
-            part.vocab_size = len(plan.tokens)
+        for name in _row_fields(plan):
+            if getattr(part, name, None) == plan.before.vocab_size:
+                setattr(part, name, len(plan.tokens))
+
+
+def _row_fields(plan: Plan) -> list[str]:
+    """Fields that say how many tokens there are."""
+    return ["vocab_size", *(s.rows for s in plan.before.backbone.layer_stacks if s.rows)]
 
 
 def renumber_modules_(model: PreTrainedModel, plan: Plan) -> None:
@@ -141,10 +147,12 @@ def renumber_modules_(model: PreTrainedModel, plan: Plan) -> None:
         for name, value in list(vars(module).items()):
             if _FIELD.fullmatch(name):
                 setattr(module, name, _renumbered(value, new, name))
-        if vars(module).get("vocab_size") == plan.before.vocab_size:
-            module.vocab_size = len(plan.tokens)  # type: ignore[assignment]
+        for name in _row_fields(plan):
+            if vars(module).get(name) == plan.before.vocab_size:
+                setattr(module, name, len(plan.tokens))
     text_model = model.get_submodule(plan.before.family.backbone)
-    for owner in (text_model, text_model.get_submodule("embed_tokens")):
+    embeddings = (holder for stack, holder in stacks(model) if stack.rows)
+    for owner in (text_model, text_model.get_submodule("embed_tokens"), *embeddings):
         if vars(owner).get("padding_idx") is not None:
             owner.padding_idx = new[owner.padding_idx]  # type: ignore[index,assignment]
     for owner, _, name, value in list(_fields(model.generation_config, "")):
