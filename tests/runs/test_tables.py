@@ -117,7 +117,10 @@ def test_a_model_without_kv_groups_says_so(retypable: bool) -> None:
 
 @pytest.mark.parametrize(
     ("name", "told"),
-    [("llava-llama", r"128; all 128 are \d+% of the backbone"), ("gemma3n", "all stay: its layers")],
+    [
+        ("llava-llama", r"128; all 128 are \d+% of the backbone"),
+        ("gemma3n", "all stay: its layers"),
+    ],
 )
 def test_what_tokens_weigh_is_said(name: str, told: str) -> None:
     (found,) = printed(shape_of(name))["one token"]
