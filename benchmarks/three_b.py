@@ -1,8 +1,7 @@
 """A Bunny-v1.0-3B-shaped checkpoint the whole way: walked, distilled, trained, written.
 
 Command:  .venv/bin/python benchmarks/three_b.py [--folder DIR] [--layers 32] [--samples 16]
-Expect:   70 minutes of one core; docs/results.md says what was measured before activations were
-          computed twice (--gradient-checkpointing).
+Expect:   100 minutes of one core.
 Goal:     at most 12 GiB of memory.
 
 Random bfloat16 weights (Phi-2 and SigLIP, 729 tokens a picture) with the demo's tokenizer, its
