@@ -116,7 +116,9 @@ def _asked(words: Sequence[str] | None) -> Callable[[], None]:
                 config=(tyro.conf.FlagCreatePairsOff,),
                 registry=TYPES,
             )
-    except SystemExit:
+    except SystemExit as stop:
+        if not stop.code:
+            raise
         raise ConfigError(_out_of(box.getvalue())) from None
     return call
 
@@ -155,12 +157,12 @@ def _out_of(box: str) -> str:
         for is_rule, part in groupby(lines, lambda line: "──" in line)
         if not is_rule
     ]
-    told = [" ".join(part) for part in parts if part and part[0] not in _EXPLANATIONS]
-    text = "; ".join(each for each in told if not each.startswith("For full helptext"))
+    told = (" ".join(part) for part in parts)
+    text = "; ".join(each for each in told if each and not each.startswith(_EXPLANATIONS))
     return text.removeprefix("Error parsing ").replace("{None}|", "")
 
 
-_EXPLANATIONS = ("Argument helptext:",)
+_EXPLANATIONS = ("Argument helptext:", "For full helptext")
 
 
 def _asked_for_help(words: Sequence[str]) -> str | None:

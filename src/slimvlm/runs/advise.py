@@ -45,6 +45,7 @@ from slimvlm.runs.recipes import (
     subject_of,
 )
 from slimvlm.runs.request import resolved
+from slimvlm.runs.tokens import tokens_to_try
 
 _STEP = 0.005
 """How finely ratios are tried for a latency."""
@@ -279,8 +280,8 @@ def _tokens_first(
         is_open: Whether there is data to count, and a budget that fewer tokens help to meet.
     """
     rule, outside = rules().tokens_first, shape.token_params * shape.vocab_size
-    share = outside / shape.backbone_params
-    if share < rule.from_share:
+    share, third = outside / shape.backbone_params, tokens_to_try(shape)
+    if third is None:
         return None, []
     of_layers = min(ratio / (1 - share), 1.0)
     many = f"{share:.0%} of the backbone are embeddings and head"
@@ -290,7 +291,7 @@ def _tokens_first(
         return None, [f"{alone}; no token can go: {needed}"]
     if not is_open:
         return None, [f"{alone}; fewer tokens make it smaller: --vocab-size auto"]
-    kept = max(shape.vocab_size // rule.one_of, needed)
+    kept = max(third, needed)
     told = f"{kept:,} stay; --vocab-size auto keeps as many as the data needs, all keeps every one"
     return kept, [f"{many}, and {rule.why} ({rule.source}): {told}"]
 
