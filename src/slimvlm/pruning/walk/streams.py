@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from slimvlm.core.errors import NumericalError
 from slimvlm.data.roles import token_weights as weights_by_role
 from slimvlm.models.hidden import all_finite, head_of
-from slimvlm.models.parts import backbone_of, decoder_layers, final_norm
+from slimvlm.models.parts import decoder_layers, final_norm, hands_on
 from slimvlm.pruning.least_squares import Moments
 from slimvlm.pruning.walk.kept_inputs import MOST_BYTES, KeptInputs, things_beside
 from slimvlm.pruning.writers import Writer
@@ -172,7 +172,7 @@ class Streams:
         rows = sum(len(weights) for weights in self.weights)
         size = rows * writer.linear.in_features * writer.linear.weight.element_size()
         first = next(self._running(writer.index, self.places), None)
-        if first is None or size > MOST_BYTES or backbone_of(self.runner.model.config).shared_tail:
+        if first is None or size > MOST_BYTES or hands_on(self.runner.model.config):
             return None
         run = partial(self.output, stream, writer.index, first, kept)
         beside = things_beside(block, writer.linear, run)
