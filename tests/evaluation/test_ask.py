@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from slimvlm.core.errors import ConfigError
 from slimvlm.data.samples import Question, Task
 from slimvlm.evaluation import ask as evaluation
-from slimvlm.evaluation.ask import answer, evaluate, latency, with_other_pictures
+from slimvlm.evaluation.ask import answer, evaluate, with_other_pictures
 from slimvlm.evaluation.results import Result, read_baseline
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models.anatomy import read_anatomy
@@ -148,12 +148,6 @@ def test_a_result_says_what_was_measured(llava: tuple[Any, Any], result: Result)
     assert (result.prefill_ms, result.decode_ms) == (2.25, 1.0)
     assert (result.prefill_range_ms, result.decode_range_ms) == ((2.0, 2.5), (1.0, 1.0))
     assert result.average == result.tasks["colours"].score
-
-
-def test_latency_is_measured(llava: tuple[Any, Any]) -> None:
-    for times in latency(*llava, questions(1)[0], repeats=3, tokens=4):
-        assert len(times) == 3
-        assert min(times) > 0
 
 
 def test_models_of_one_shape_have_the_same_times(result: Result) -> None:

@@ -12,16 +12,27 @@ import slimvlm as sv
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError
 from slimvlm.core.options import CompressConfig, PruneConfig, RecoverConfig
 from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.cost import prefill_flops
 from slimvlm.planning.plan import Plan
 from slimvlm.runs import stages
 from slimvlm.runs.compress import compress, request_of
-from slimvlm.runs.request import Request, along, axis_of, requests_by_axis, resolved
+from slimvlm.runs.recipes import rules
+from slimvlm.runs.request import (
+    Request,
+    along,
+    axis_of,
+    ratio_of,
+    rehearse,
+    requests_by_axis,
+    resolved,
+)
 from slimvlm.runs.stages import Calibration
 from slimvlm.scoring.batches import answer_loss
 from tests import tiny_folder as folders
 from tests.handmade import assert_untouched, snapshot
 
 AXES = ["depth", "width", "both"]
+PROMPT = rules().constants.text_tokens + rules().constants.image_tokens
 RATIO = 0.19
 """About one of the four layers."""
 
@@ -100,6 +111,35 @@ def test_a_ratio_that_no_axis_reaches_is_refused(data: Path) -> None:
     too_much = replace(request, prune=replace(request.prune, ratio=0.95))
     with pytest.raises(ImpossiblePlanError, match=r"ratio 0\.95"):
         requests_by_axis(too_much, read_anatomy(model))
+
+
+@pytest.mark.parametrize("share", [0.75, 0.5])
+def test_at_one_latency_every_axis_has_a_ratio_of_its_own(share: float) -> None:
+    shape = sv.anatomy("demo")
+    asked = Request(model="demo", prune=PruneConfig(axis="auto", data="demo"), latency=share)
+    found = requests_by_axis(resolved(asked, shape=shape), shape)
+    assert list(found) == AXES
+    layer = shape.layers[0].params / shape.backbone_params
+    for axis, request in found.items():
+        least = replace(request.prune, ratio=ratio_of(request.prune) - max(layer, 0.02))
+        reads = [rehearse(prune, shape).after for prune in (least, request.prune)]
+        more, left = (prefill_flops(each, PROMPT) / prefill_flops(shape, PROMPT) for each in reads)
+        assert left <= share < more, axis
+    assert len({request.prune.ratio for request in found.values()}) == 3
+
+
+def test_a_run_meets_its_latency(data: Path, tmp_path: Path, unhurried: None) -> None:
+    model, said = str(folders.folder("llava")), []
+    shown: dict[str, Any] = {"data": str(data), "samples": 8, "local_steps": 0, "axis": "auto"}
+    compress(model, CompressConfig(target_latency=0.7, **shown), tmp_path / "run", say=said.append)
+    plan = Plan.load(tmp_path / "run" / "plan.json")
+    left = prefill_flops(plan.after, PROMPT) / prefill_flops(plan.before, PROMPT)
+    assert 0.65 < left < 0.71  # groups and neurons share anew once they are tried
+    assert "target_latency 0.7: here it is 1.00 [1.00, 1.00]" in said  # times are made up
+    with pytest.raises(ConfigError, match=r"target_latency 0\.7: there is a ratio, 0\.3"):
+        CompressConfig(target_latency=0.7, ratio=0.3)
+    with pytest.raises(ImpossiblePlanError, match=r"target_latency 0\.01"):
+        compress(model, CompressConfig(target_latency=0.01, **shown), tmp_path / "no", say=silent)
 
 
 def test_a_stopped_run_does_not_try_again(

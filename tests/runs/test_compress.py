@@ -24,7 +24,7 @@ from slimvlm.planning.plan import Plan
 from slimvlm.runs import compress as compression
 from slimvlm.runs import request as requests
 from slimvlm.runs import stages
-from slimvlm.runs.compress import compress, results_of
+from slimvlm.runs.compress import TIMES_FILE, compress, read_times, results_of
 from slimvlm.scoring.unit_scores import Scores
 from tests import tiny_folder as folders
 
@@ -80,7 +80,7 @@ def weights_in(folder: Path) -> dict[str, Tensor]:
 
 def answers_in(folder: Path) -> dict[str, Any]:
     """What the models said and scored; times differ from run to run."""
-    files = sorted((folder / "results").iterdir())
+    files = [f for f in sorted((folder / "results").iterdir()) if f.name != TIMES_FILE]
     on_data = {f.name: DataResult.load(f).samples for f in files if f.name.startswith("data-")}
     return on_data | {f.name: Result.load(f).tasks for f in files if f.name not in on_data}
 
@@ -196,6 +196,28 @@ def test_a_stopped_run_goes_on_to_the_same_end(
     assert list(found) == list(expected)
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
     assert answers_in(out) == answers_in(finished)
+
+
+def test_a_run_says_how_fast_its_model_is_beside_the_original(finished: Path) -> None:
+    times = read_times(finished)
+    assert times is not None
+    assert str(times) in (finished / "summary.md").read_text()
+    assert str(times) in (finished / "checkpoint" / "README.md").read_text()
+    for stage in ("original", "pruned", "recovered"):
+        result = Result.load(finished / "results" / f"{stage}.json")
+        timed = times.original if stage == "original" else times.pruned
+        assert {name: getattr(result, name) for name in vars(timed)} == vars(timed)
+
+
+def test_times_are_not_paired_where_the_original_does_not_fit_as_well(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(compression, "free_memory", lambda _: 1000)
+    asked = request_for(data, recover=None, ratio=0.1, axis="depth", criterion=())
+    compress(*asked, tmp_path / "run", say=said.append)
+    assert read_times(tmp_path / "run") is None
+    assert any(re.search(r"not paired: .* exceed 0\.0 MiB of memory", line) for line in said)
 
 
 def test_a_stopped_run_repeats_no_finished_stage(

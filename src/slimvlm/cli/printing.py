@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from slimvlm.evaluation.bench import Bench
     from slimvlm.evaluation.compare import Comparison
     from slimvlm.evaluation.data_result import DataResult
+    from slimvlm.evaluation.paired import PairedTimes
     from slimvlm.evaluation.results import Result
     from slimvlm.planning.plan import Plan
     from slimvlm.runs.advise import Advice
@@ -92,18 +93,25 @@ def print_on_data(results: Mapping[str, DataResult], as_json: bool) -> None:
 
 
 def print_run(
-    results: Mapping[str, Result], held_out: Mapping[str, DataResult], as_json: bool, title: str
+    results: Mapping[str, Result],
+    held_out: Mapping[str, DataResult],
+    times: PairedTimes | None,
+    as_json: bool,
+    title: str,
 ) -> None:
-    """Print what the models of a run scored, and what was kept on held-out samples."""
+    """Print what a run's models scored, what was kept on held-out samples, and how fast it is."""
     from slimvlm.runs.held_out import held_out_json
     from slimvlm.runs.tables import result_json
 
     if as_json:
         scored = result_json(results) if results else {}
-        print_json({**scored, "held_out": held_out_json(held_out)})
+        plain = None if times is None else asdict(times)
+        print_json({**scored, "held_out": held_out_json(held_out), "times": plain})
         return
     print_results(results, False, title)
     print_held_out(held_out)
+    if times is not None:
+        print(f"the smaller model {times}")
 
 
 def print_plan(made: Plan, as_json: bool) -> None:

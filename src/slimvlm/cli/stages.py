@@ -289,14 +289,15 @@ def compress(
         force: Replace an existing run folder.
         json: Print JSON.
     """
-    from slimvlm.runs.compress import STAGES
+    from slimvlm.runs.compress import STAGES, read_times
     from slimvlm.runs.compress import compress as run
     from slimvlm.runs.dry_run import foresee
     from slimvlm.runs.held_out import read_held_out
 
     if options.stages and pruning.ratio is None:
         pruning = replace(pruning, ratio=options.stages[-1])
-    recover = _recovery(pruning, training)
+    latency = options.target_latency
+    recover = _recovery(pruning, training, None if latency is None else 1 - latency)
     whole = CompressConfig(**vars(pruning), **vars(options), recover=recover)
     if config is not None:
         note(f"options of {config}, and those of the command line")
@@ -304,21 +305,27 @@ def compress(
         print_foreseen(foresee(model, whole, note), json)
         return
     results = run(model, whole, out, force, note)
-    print_run(results, read_held_out(out, STAGES), json, str(out))
+    print_run(results, read_held_out(out, STAGES), read_times(out), json, str(out))
     note(f"run folder: {out}; checkpoint: {out / 'checkpoint'}")
     talk = ["slimvlm", "chat", str(out), "your question", "--other", model]
     note(f"next: {shlex.join(['slimvlm', 'report', str(out)])}; {shlex.join(talk)}")
 
 
-def _recovery(pruning: PruneConfig, training: TrainingFlags) -> RecoverConfig | None:
-    """How to train; the chart fills in what is not said. None for no training."""
+def _recovery(
+    pruning: PruneConfig, training: TrainingFlags, about: float | None
+) -> RecoverConfig | None:
+    """How to train; the chart fills in what is not said, by the ratio, or by what it is about.
+
+    None for no training.
+    """
     from slimvlm.runs.recipes import recipe_for
     from slimvlm.runs.request import ratio_of
 
     has_data = pruning.data is not None
     if not has_data and training.train not in (None, "none"):
         raise ConfigError(f"train {training.train!r} needs --data")
-    chart = recipe_for(ratio_of(pruning), has_data and training.train != "none")
+    ratio = ratio_of(pruning) if about is None else about
+    chart = recipe_for(ratio, has_data and training.train != "none")
     learns = training.train or chart.train or "none"
     if learns == "none":
         return None

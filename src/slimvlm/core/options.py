@@ -491,15 +491,24 @@ class Questions(QuestionOptions):
     slimvlm[eval])."""
 
 
+_MOST_UNSEEN = 64
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions(Options):
     """What the end says of the data."""
 
     title: ClassVar[str] = "Evaluation"
 
-    report_samples: Annotated[int, AT_LEAST_0] = 64
+    report_samples: Annotated[int | None, AT_LEAST_0] = None
     """Samples, the last ones that are read, from which nothing is learnt: on them the end says what
-    was kept. At most a fifth of the data; 0 for none."""
+    was kept. At most a fifth of the data; 0 for none. By default as many as calibrate, up to 64."""
+
+    def unseen(self, calibration: int) -> int:
+        """Samples that stay unseen at most, where so many calibrate: asking them takes as long."""
+        return (
+            min(calibration, _MOST_UNSEEN) if self.report_samples is None else self.report_samples
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -516,7 +525,19 @@ class TrainingShare(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions(ReportOptions, QuestionOptions, TrainingShare):
+class LatencyOptions(Options):
+    """How fast a model becomes."""
+
+    title: ClassVar[str] = "What to remove"
+
+    target_latency: Annotated[float | None, INSIDE] = None
+    """Instead of a ratio: time to read a question as a share of the original's, counted in the
+    backbone's operations. Each axis that is tried has the ratio that this takes; the end says what
+    the share is on this machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(ReportOptions, QuestionOptions, TrainingShare, LatencyOptions):
     """What a run does beside pruning and training."""
 
     tasks: str | None = None
@@ -539,6 +560,10 @@ class CompressConfig(RunOptions, PruneConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._end_at_last_stage()
+        if self.target_latency is not None and self.ratio is not None:
+            raise ConfigError(
+                f"target_latency {self.target_latency}: there is a ratio, {self.ratio}"
+            )
         if self.recover is None:
             return
         if self.recover.keep_adapter:

@@ -9,7 +9,7 @@ from slimvlm.core.options import Axis, CompressConfig, Dtype, RecoverConfig
 from slimvlm.core.progress import Say
 from slimvlm.evaluation.results import Result
 from slimvlm.models.load import computes_bfloat16, default_device
-from slimvlm.runs.compress import compress, results_of
+from slimvlm.runs.compress import compress, read_times, results_of
 from slimvlm.runs.tables import as_markdown, result_rows
 
 RATIO = 0.3
@@ -47,6 +47,7 @@ def run_demo(
         Results of the original, and pruned and recovered for each axis.
     """
     results: dict[str, Result] = {}
+    speeds: list[str] = []
     if force and (out / "summary.md").exists():
         for folder in (out, *(out / axis for axis in AXES)):
             (folder / "summary.md").unlink(missing_ok=True)
@@ -75,5 +76,8 @@ def run_demo(
             say("done already")
         for stage, result in found.items():
             results[stage if stage == "original" else f"{axis} {stage}"] = result
-    write_text(out / "summary.md", as_markdown(*result_rows(results)))
+        if (times := read_times(out / axis)) is not None:
+            speeds.append(f"{axis}: the smaller model {times}")
+            say(speeds[-1])
+    write_text(out / "summary.md", "\n".join([as_markdown(*result_rows(results)), *speeds, ""]))
     return results

@@ -9,7 +9,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -27,11 +26,13 @@ from slimvlm.data import chat
 from slimvlm.data.images import identifying_bytes
 from slimvlm.data.samples import Question, Task
 from slimvlm.evaluation import metrics
-from slimvlm.evaluation.measure import stored_bytes, timed_runs
+from slimvlm.evaluation.measure import stored_bytes
+from slimvlm.evaluation.paired import times_of
 from slimvlm.evaluation.results import Result, TaskResult
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models import losses
 from slimvlm.models.hidden import (
+    as_inputs,
     evaluating,
     head_of,
     hidden_states,
@@ -113,16 +114,12 @@ def with_costs(
         how: Further fields of `Result`: how the questions were asked.
     """
     shape = anatomy(model.config)  # of the configuration: quantised weights are packed
-    prefill_ms, decode_ms = latency(model, processor, question)
     return Result(
         model=name or str(model.config._name_or_path),
         total_params=shape.total_params,
         backbone_params=shape.backbone_params,
         tasks=tasks,
-        prefill_ms=median(prefill_ms),
-        decode_ms=median(decode_ms),
-        prefill_range_ms=(min(prefill_ms), max(prefill_ms)),
-        decode_range_ms=(min(decode_ms), max(decode_ms)),
+        **vars(times_of(model, processor, question)),
         dtype=str(model.dtype).removeprefix("torch."),
         weight_bytes=stored_bytes(model),
         **how,
@@ -220,15 +217,6 @@ def likelihoods(
     found[counted] = losses.by_chunks(partial(_loss_and_miss, head_of(model)), rows, wanted)
     require_finite_values(found, f"the likelihood of answers to question {answered[0][0].id!r}")
     return [(-loss, not misses) for loss, misses in found.sum(1).tolist()]
-
-
-def latency(
-    model: PreTrainedModel, processor: Any, question: Question, repeats: int = 6, tokens: int = 8
-) -> tuple[list[float], list[float]]:
-    """Milliseconds of each run to read one question, and to write one further token, at batch 1."""
-    inputs = as_inputs(model, chat.encode_questions(processor, [question]))
-    runs = timed_runs([model], [inputs], 1 + tokens, repeats)[0]
-    return [run.prefill_ms for run in runs], [run.decode_ms for run in runs]
 
 
 def _loss_and_miss(head: losses.Head, rows: Tensor, wanted: Tensor) -> Tensor:
@@ -375,16 +363,6 @@ def batches_by_length(prompts: Sequence[str], batch_size: int, name: str) -> Ite
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     yield from progress(batches, name)
-
-
-def as_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors among inputs where the model is; pictures in its data type."""
-    moved = {}
-    for name, value in inputs.items():
-        if isinstance(value, Tensor):
-            floating = value.is_floating_point()
-            moved[name] = value.to(model.device, model.dtype if floating else None)
-    return moved
 
 
 def digest_of_questions(weights: str, task: Task, questions: Sequence[Question], **how: Any) -> str:

@@ -17,15 +17,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageFile
+from PIL import ImageFile
 from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError, one_line
-from slimvlm.data import chat
-from slimvlm.data.samples import Question
 from slimvlm.evaluation.ask import evaluate, with_costs
 from slimvlm.evaluation.lmms_adapter import adapter
 from slimvlm.evaluation.metrics import MME_FULL_SCORES
+from slimvlm.evaluation.paired import plain_question
 from slimvlm.evaluation.results import Result, TaskResult
 from slimvlm.models.hidden import evaluating
 
@@ -202,10 +201,8 @@ def evaluate_all(
         more = evaluate_with_lmms(model, processor, theirs, limit, batch_size, task_folder)
         return replace(result, tasks={**result.tasks, **more})
     found = evaluate_with_lmms(model, processor, theirs, limit, batch_size, task_folder)
-    shown = (Image.new("RGB", (336, 336), "grey"),) if chat.can_see(processor) else ()
-    question = Question("latency", "What is shown here?", ("",), shown)
     how = {"limit": limit, "batch_size": batch_size}
-    return with_costs(model, processor, found, question, name, **how)
+    return with_costs(model, processor, found, plain_question(processor), name, **how)
 
 
 def _rows_named(name: str) -> dict[str, LmmsRow]:

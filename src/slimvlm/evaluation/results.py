@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated
@@ -64,7 +64,25 @@ class TaskResult:
         return 100 * fmean(self.blind_scores) if self.blind_scores else None
 
 
-TIMES = ("prefill_ms", "decode_ms", "prefill_range_ms", "decode_range_ms")
+@dataclass(frozen=True)
+class Times:
+    """What one question takes at batch size 1, in milliseconds.
+
+    Attributes:
+        prefill_ms: Median time to read it.
+        decode_ms: Median time to write one token.
+        prefill_range_ms: Fastest and slowest of the runs behind ``prefill_ms``: of six runs, a 97 %
+            interval of the median.
+        decode_range_ms: The same behind ``decode_ms``.
+    """
+
+    prefill_ms: float
+    decode_ms: float
+    prefill_range_ms: tuple[float, float]
+    decode_range_ms: tuple[float, float]
+
+
+TIMES = tuple(each.name for each in fields(Times))
 """Fields of a `Result` that are times."""
 
 
@@ -77,16 +95,15 @@ class Result:
         total_params: Parameters of the whole model.
         backbone_params: Parameters of its language backbone.
         tasks: Results by task name.
-        prefill_ms: Median time to read one question, in milliseconds.
-        decode_ms: Median time to write one token.
+        prefill_ms: See `Times`; in a run's folder measured beside the original, in turn.
+        decode_ms: Likewise.
         blind: Whether every question was asked with the pictures of another one.
         limit: Only the first so many questions of each task were asked; None for all.
         batch_size: Questions that were answered at once; None if it is not known.
         dtype: Data type of the weights; empty if it is not known.
         weight_bytes: Bytes of all weights as they are in memory; None if it is not known.
-        prefill_range_ms: Fastest and slowest of the runs behind ``prefill_ms``: of six runs, a 97 %
-            interval of the median. None if it is not known.
-        decode_range_ms: The same behind ``decode_ms``.
+        prefill_range_ms: See `Times`; None if it is not known.
+        decode_range_ms: Likewise.
     """
 
     model: str

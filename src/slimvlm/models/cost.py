@@ -16,7 +16,9 @@ from __future__ import annotations
 import re
 import sys
 from importlib import import_module
+from pathlib import Path
 
+import psutil
 import torch
 
 from slimvlm.core.errors import ConfigError
@@ -24,6 +26,15 @@ from slimvlm.models.anatomy import Anatomy, LayerShape
 
 _COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
 _SIZES = {"mib": 2**20, "gib": 2**30, "mb": 10**6, "gb": 10**9}
+
+_CONTAINER = [
+    (Path("/sys/fs/cgroup", limit), Path("/sys/fs/cgroup", used))
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    )
+]
+"""Where Linux says, inside a container, how much memory it may take and has taken."""
 
 ROW_MULTIPLE = 8
 """Weights of a 16-byte row in bfloat16; kernels without it fall back or fail."""
@@ -135,6 +146,18 @@ def _attention_flops(shape: LayerShape, tokens: int, context: int) -> int:
 
 def _head_flops(anatomy: Anatomy) -> int:
     return 2 * anatomy.hidden_size * anatomy.vocab_size
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may still take where a model is; a container's limit counts."""
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    free = psutil.virtual_memory().available
+    for limit, used in _CONTAINER:
+        if limit.is_file() and (most := limit.read_text().strip()).isdecimal():
+            free = min(free, int(most) - int(used.read_text()))
+    return free
 
 
 def peak_memory() -> str:

@@ -63,6 +63,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
+def as_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors among inputs where the model is; pictures in its data type."""
+    moved = {}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            floating = value.is_floating_point()
+            moved[name] = value.to(model.device, model.dtype if floating else None)
+    return moved
+
+
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Inside, a module computes something else; its hooks run as before."""

@@ -19,6 +19,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from slimvlm.core.checked import part_of
+from slimvlm.core.errors import ConfigError, DataError
 from slimvlm.core.files import (
     discard_replacement,
     held,
@@ -32,10 +33,11 @@ from slimvlm.core.requests import identity_of_files, is_begun_for, note_request
 from slimvlm.data.read import identity_of_data
 from slimvlm.data.samples import Sample
 from slimvlm.evaluation.on_data import evaluate_data
+from slimvlm.evaluation.paired import PairedTimes, paired_times
 from slimvlm.evaluation.results import Result, read_baseline
 from slimvlm.evaluation.said import Said
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.cost import peak_memory
+from slimvlm.models.cost import free_memory, peak_memory, weight_bytes
 from slimvlm.models.load import anatomy, load, resolve
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.card import CardFacts
@@ -60,6 +62,8 @@ from slimvlm.training.recover import TRACKER_FOLDER
 STAGES = ("original", "pruned", "recovered")
 _STAGE = "stage-{}"
 """Where one of the first of several ratios is worked at."""
+TIMES_FILE = "times.json"
+"""Among a run's results: how fast the smaller model is beside the original."""
 _SAID = "said.safetensors"
 """What the original says about samples that stay unseen, for later stages."""
 
@@ -74,8 +78,9 @@ def request_of(model: str, config: CompressConfig) -> Request:
         prune=prune,
         recover=config.recover,
         training_samples=config.training_samples,
-        report_samples=config.report_samples,
+        report_samples=config.unseen(config.samples),
         questions=part_of(config, Questions) if config.tasks else None,
+        latency=config.target_latency,
     )
 
 
@@ -173,7 +178,7 @@ def _checked_samples(run: Run, force: bool) -> SampleSplit:
     if run.request.prune.axis == "auto":
         run.say("axis auto: depth, width and both are tried, and held-out answers choose")
     elif run.request.prune.axis != run.config.axis:
-        chart = recipe_for(ratio_of(run.config), run.request.trains)
+        chart = recipe_for(ratio_of(run.request.prune), run.request.trains)
         run.say(f"axis {chart.axis}: {chart.why} ({chart.source})")
     return samples
 
@@ -305,6 +310,7 @@ def _pruned(run: Run, base: Base, samples: SampleSplit, trains: bool) -> Plan:
     plan.save(run.path("plan.json"))
     processor = trimmed_processor(base.processor, walked.plan)
     _evaluated(run, "pruned", model, processor)
+    _timed(run, model, processor, base.processor)
     _asked_on_data(run, "pruned", model, processor, samples.report)
     _save(run, model, processor, plan, folder)
     shutil.rmtree(run.path("walk"), ignore_errors=True)
@@ -361,6 +367,31 @@ def _evaluated(run: Run, stage: str, model: PreTrainedModel, processor: Any) -> 
     result.save(path)
 
 
+def _timed(run: Run, model: PreTrainedModel, processor: Any, whole_processor: Any) -> None:
+    """How fast the smaller model is beside the original, which is read once more."""
+    path = run.path("results") / TIMES_FILE
+    if path.exists() or not path.parent.exists():  # the first of several ratios have no results
+        return
+    needed = weight_bytes(anatomy(run.model), str(model.dtype).removeprefix("torch."))
+    if needed > (free := free_memory(model.device)):
+        size, left = tables.size(needed), tables.size(free)
+        run.say(f"times are not paired: the original's {size} beside it exceed {left} of memory")
+        return
+    run.say("time the original and the pruned model in turn")
+    original, _ = stages.load_original(run.request)
+    try:
+        found = paired_times(model, processor, original, whole_processor)
+    except (ConfigError, DataError) as error:
+        run.say(f"times are not paired: {error}")
+        return
+    for stage, times in (("original", found.original), ("pruned", found.pruned)):
+        if (result := run.path("results") / f"{stage}.json").exists():
+            replace(Result.load(result), **vars(times)).save(result)
+    found.save(path)
+    if run.config.target_latency is not None:
+        run.say(f"target_latency {run.config.target_latency}: here it is {found.prefill}")
+
+
 def _asked_on_data(
     run: Run, stage: str, model: PreTrainedModel, processor: Any, samples: Sequence[Sample]
 ) -> None:
@@ -384,6 +415,19 @@ def read_results(folder: Path) -> dict[str, Result]:
     return {stage: Result.load(path) for stage, path in paths.items() if path.exists()}
 
 
+def read_times(folder: Path) -> PairedTimes | None:
+    """How fast a run's model is beside the original, if that was measured."""
+    path = folder / "results" / TIMES_FILE
+    return PairedTimes.load(path) if path.exists() else None
+
+
+def _kept_text(folder: Path) -> str:
+    """What was kept of what the original says, and what is left of its times."""
+    text = tables.held_out_text(held_out.read_held_out(folder, STAGES))
+    times = read_times(folder)
+    return text if times is None else f"{text}\nThe smaller model {times}.\n"
+
+
 def _card_facts(run: Run, training: str) -> CardFacts:
     """What the model card says; its scores are those of the last stage."""
     results = read_results(run.folder)
@@ -395,7 +439,7 @@ def _card_facts(run: Run, training: str) -> CardFacts:
         results=tables.as_markdown(*tables.result_rows(results)) if results else "",
         scores={name: (task.metric, task.score) for name, task in measured.items()},
         training=training,
-        held_out=tables.held_out_text(held_out.read_held_out(run.folder, STAGES)),
+        held_out=_kept_text(run.folder),
     )
 
 
@@ -405,8 +449,8 @@ def finish(run: Run, plan: Plan) -> None:
     lines = [f"# {run.model} at {plan.ratio:.1%}", "", plan.summary(), ""]
     if run.results:
         lines.append(tables.as_markdown(*tables.result_rows(run.results)))
-    if kept := held_out.read_held_out(run.folder, STAGES):
-        lines += ["## What was kept", "", tables.held_out_text(kept)]
+    if kept := _kept_text(run.folder):
+        lines += ["## What was kept", "", kept]
     lines += [f"Peak memory: {peak_memory()}.", ""]
     lines.append("The checkpoint is in `checkpoint/`; plain `from_pretrained` loads it.")
     write_text(run.path("summary.md"), "\n".join(lines) + "\n")

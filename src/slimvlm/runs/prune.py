@@ -94,7 +94,7 @@ def prune(
             "prune needs either --ratio or --plan, or --vocab-size or --experts alone"
         )
     given = None if plan_file is None else Plan.load(plan_file)
-    request = Request(model=model, prune=config, report_samples=report.report_samples)
+    request = Request(model=model, prune=config, report_samples=report.unseen(config.samples))
     request = resolved(request, say, None if given else anatomy(model))
     config = request.prune
     if memory.low_memory:

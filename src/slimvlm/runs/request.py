@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from slimvlm.core.checked import part_of
-from slimvlm.core.errors import ConfigError, SlimError
+from slimvlm.core.errors import ConfigError, ImpossiblePlanError, SlimError
 from slimvlm.core.options import (
     Allocation,
     Axis,
@@ -26,10 +26,11 @@ from slimvlm.data.roles import parse_token_weights
 from slimvlm.evaluation.lmms import check_names, split_names
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models.anatomy import Anatomy
+from slimvlm.models.cost import prefill_flops
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.walk.walk import WALKING, require_choosable
-from slimvlm.runs.recipes import recipe_for
+from slimvlm.runs.recipes import recipe_for, rules
 from slimvlm.scoring.criteria import (
     CRITERIA,
     CRITERIA_WITHOUT_DATA,
@@ -41,6 +42,9 @@ from slimvlm.scoring.criteria import (
 from slimvlm.scoring.statistics import Statistics
 from slimvlm.scoring.unit_scores import Scores
 from slimvlm.scoring.without_data import score_random
+
+_RATIO_STEP = 1e-3
+"""How much further a ratio goes at least while it is too small."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,8 @@ class Request:
         made_from: What the model and its data are made of, so that exchanged files are noticed.
         tokens: Ids of the tokens to keep, once they are chosen; see `slimvlm.runs.tokens`.
         fewer_tokens: Ids to keep in a further try of an open axis, likewise; empty for no such try.
+        latency: Time to read a question as a share of the original's, which every axis reaches by
+            a ratio of its own; None if the ratio is given.
     """
 
     model: str
@@ -71,6 +77,7 @@ class Request:
     made_from: tuple[str, ...] = ()
     tokens: tuple[int, ...] | None = None
     fewer_tokens: tuple[int, ...] | None = None
+    latency: float | None = None
 
     @property
     def trains(self) -> bool:
@@ -80,7 +87,8 @@ class Request:
     @property
     def tries_tokens(self) -> bool:
         """Whether held-out answers decide on fewer tokens, too."""
-        return self.prune.axis == "auto" and self.prune.vocab_size is None
+        is_open = self.prune.axis == "auto" and self.prune.vocab_size is None
+        return is_open and self.latency is None  # tokens make nothing faster
 
 
 def resolved(request: Request, say: Say = silent, shape: Anatomy | None = None) -> Request:
@@ -90,12 +98,17 @@ def resolved(request: Request, say: Say = silent, shape: Anatomy | None = None) 
         request: As it was given. Without a ratio only repair is decided, for a plan that exists.
         say: Receives a line where something that was given cannot be done.
         shape: The model's anatomy, where it is known: neurons of experts have a criterion of their
-            own.
+            own, and a latency becomes a ratio.
 
     Raises:
         ConfigError: If the ratio is not in [0, 1).
+        ImpossiblePlanError: If no ratio makes the model as fast as asked.
     """
     config = request.prune
+    if request.latency is not None:
+        assert shape is not None
+        config = replace(config, ratio=_ratio_for_latency(request, request.latency, shape))
+        request = replace(request, prune=config)
     if config.ratio is None and config.goes_first:
         is_open = config.axis in (None, "chart", "auto")  # and nothing goes along any axis
         config = replace(config, ratio=0.0, axis="width" if is_open else config.axis)
@@ -153,9 +166,26 @@ def axis_of(request: Request) -> AxisChoice:
     return config.axis
 
 
-def along(request: Request, axis: Axis) -> Request:
+def _ratio_for_latency(request: Request, share: float, shape: Anatomy) -> float:
+    """The least ratio, nearly, whose model reads a question in such a share of the operations."""
+    known, axis = rules().constants, request.prune.axis
+    config = replace(request.prune, axis=axis if axis in get_args(Axis) else "width")
+    prompt = known.text_tokens + (known.image_tokens if shape.vision_params else 0)
+    whole = prefill_flops(shape, prompt)
+    in_layers = sum(layer.params for layer in shape.layers) / shape.backbone_params
+    ratio = 0.9 * (1 - share) * in_layers  # a little less than it takes
+    while ratio < 1:
+        plan = rehearse(replace(config, ratio=ratio), shape, request.tokens)
+        excess = prefill_flops(plan.after, prompt) / whole - share
+        if excess <= 0:
+            return ratio
+        ratio += max(excess * in_layers, _RATIO_STEP)
+    raise ImpossiblePlanError(f"target_latency {share} cannot be reached on axis {config.axis!r}")
+
+
+def along(request: Request, axis: Axis, shape: Anatomy | None = None) -> Request:
     """A resolved request along one axis. What was left open is decided for it."""
-    return resolved(replace(request, prune=replace(request.prune, axis=axis)))
+    return resolved(replace(request, prune=replace(request.prune, axis=axis)), shape=shape)
 
 
 def requests_by_axis(request: Request, anatomy: Anatomy) -> dict[Axis, Request]:
@@ -170,12 +200,12 @@ def requests_by_axis(request: Request, anatomy: Anatomy) -> dict[Axis, Request]:
     apart: dict[Axis, float] = {}
     for axis in get_args(Axis):
         try:
-            candidate = along(request, axis)
+            candidate = along(request, axis, anatomy)
             plan = rehearse(candidate.prune, anatomy, request.tokens)
         except SlimError as error:
             failure = error
             continue
-        found[axis], apart[axis] = candidate, abs(plan.ratio - ratio_of(request.prune))
+        found[axis], apart[axis] = candidate, abs(plan.ratio - ratio_of(candidate.prune))
     if not found:
         raise failure
     near = max(0.1 * ratio_of(request.prune), min(apart.values()))

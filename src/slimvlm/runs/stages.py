@@ -29,7 +29,7 @@ from slimvlm.data.roles import IGNORE
 from slimvlm.data.samples import Sample
 from slimvlm.evaluation.lmms import evaluate_all
 from slimvlm.evaluation.results import Result
-from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.anatomy import Anatomy, read_anatomy
 from slimvlm.models.hidden import evaluating
 from slimvlm.models.load import load_as, load_config, load_processor, resolve
 from slimvlm.models.parts import context_of, hands_on
@@ -353,8 +353,9 @@ def prune_(
             losses = try_axes(request, model, calibration, scores, training)
             store.write(_AXIS, 0, {}, losses)
             store.finish(_AXIS)
-        request, note = best_axis(request, store.about(_AXIS, 0))
-        plan = tokens_alone(request, read_anatomy(model))
+        shape = read_anatomy(model)
+        request, note = best_axis(request, store.about(_AXIS, 0), shape)
+        plan = tokens_alone(request, shape)
         notes = (note,)
     walked = walk(request, Live(model), store, model.device, calibration, scores, plan)
     walked.apply_(model)
@@ -440,7 +441,7 @@ def _sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
-def best_axis(request: Request, losses: Mapping[str, float]) -> tuple[Request, str]:
+def best_axis(request: Request, losses: Mapping[str, float], shape: Anatomy) -> tuple[Request, str]:
     """The request along the axis that lost least, behind fewer tokens if that lost less yet."""
     best = min(losses, key=losses.__getitem__)
     others = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if name != best)
@@ -448,7 +449,7 @@ def best_axis(request: Request, losses: Mapping[str, float]) -> tuple[Request, s
     if fewer:
         request = replace(request, tokens=request.fewer_tokens)
     return along(
-        request, cast(Axis, axis)
+        request, cast(Axis, axis), shape
     ), f"axis {best}: held-out loss {losses[best]:.4f} ({others})"
 
 

@@ -16,11 +16,12 @@ from slimvlm.core.errors import LONGEST, ConfigError, one_line
 from slimvlm.core.options import CompressConfig, RecoverConfig
 from slimvlm.evaluation.compare import Comparison, compare
 from slimvlm.evaluation.data_result import DataResult
+from slimvlm.evaluation.paired import PairedTimes
 from slimvlm.evaluation.results import Result
 from slimvlm.evaluation.tasks import builtin_tasks, find_tasks
 from slimvlm.planning.plan import Plan
 from slimvlm.runs.command import compress_command
-from slimvlm.runs.compress import STAGES, read_results
+from slimvlm.runs.compress import STAGES, read_results, read_times
 from slimvlm.runs.held_out import read_held_out
 from slimvlm.runs.recipes import published
 from slimvlm.runs.report.record import Entry, Pruning, Record, Table, Training
@@ -77,7 +78,11 @@ def _read_run(folder: Path) -> Record:
     return Record(
         title=f"{Path(config['model']).name} at {plan.ratio:.0%}",
         lead=f"This run {plan.summary()}.",
-        cards=[*_run_cards(plan, entries), *_held_out_cards(on_data)],
+        cards=[
+            *_run_cards(plan, entries),
+            *_time_cards(entries, read_times(folder)),
+            *_held_out_cards(on_data),
+        ],
         command=_run_command(config, folder),
         config=config,
         entries=entries,
@@ -126,15 +131,32 @@ def _run_cards(plan: Plan, entries: Sequence[Entry]) -> list[tuple[str, str, str
         ("Parameters", f"{after:,.1f} M", f"of {before:,.1f} M"),
     ]
     if len(entries) > 1 and entries[0].is_original:
-        first, last = entries[0], entries[-1]
+        last = entries[-1]
         if last.percent is not None:
             interval = f"95 % interval {last.low:.1f} to {last.high:.1f}"
             cards.insert(0, ("Kept (AVG-%)", f"{last.percent:.1f}", interval))
-        cards += [
-            ("Prefill", f"{last.prefill_ms:.1f} ms", f"of {first.prefill_ms:.1f} ms"),
-            ("Decode", f"{last.decode_ms:.1f} ms", f"a token, of {first.decode_ms:.1f} ms"),
-        ]
     return cards
+
+
+def _time_cards(entries: Sequence[Entry], times: PairedTimes | None) -> list[tuple[str, str, str]]:
+    """Times beside the original's, in turn; by themselves where there was no room for both."""
+    if times is not None:
+        shares = ("Time to read", times.prefill), ("Time to write", times.decode)
+        return [
+            (
+                title,
+                f"{s.value:.0%}",
+                f"of the original's, {s.low:.0%} to {s.high:.0%} in all rounds",
+            )
+            for title, s in shares
+        ]
+    if len(entries) < 2 or not entries[0].is_original:
+        return []
+    first, last = entries[0], entries[-1]
+    return [
+        ("Prefill", f"{last.prefill_ms:.1f} ms", f"of {first.prefill_ms:.1f} ms"),
+        ("Decode", f"{last.decode_ms:.1f} ms", f"a token, of {first.decode_ms:.1f} ms"),
+    ]
 
 
 def _score_table(results: Mapping[str, Result]) -> list[Table]:

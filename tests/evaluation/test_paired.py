@@ -1,0 +1,84 @@
+"""A smaller model's times beside its original's: in turn, round by round, where both fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slimvlm.core.errors import ConfigError
+from slimvlm.evaluation import measure, paired
+from slimvlm.evaluation.measure import Timing
+from slimvlm.evaluation.paired import PairedTimes, paired_times, plain_question, times_of
+from slimvlm.models import cost
+from slimvlm.models.cost import free_memory
+from slimvlm.models.load import load
+from tests import tiny_folder as folders
+
+
+@pytest.fixture(scope="module")
+def llava() -> tuple[Any, Any]:
+    return load(folders.folder("llava"))
+
+
+def slowing(monkeypatch: pytest.MonkeyPatch, speeds: dict[int, float]) -> list[int]:
+    """A machine on which everything takes half as long again at each run."""
+    order: list[int] = []
+
+    def timed(model: Any, inputs: Any, new_tokens: int) -> Timing:
+        order.append(id(model))
+        slowness = 1.5 ** ((len(order) - 1) // 2)
+        return Timing(slowness * speeds[id(model)], (slowness,))
+
+    monkeypatch.setattr(measure, "timed_run", timed)
+    return order
+
+
+def test_a_machine_that_slows_down_slows_both(
+    llava: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = llava
+    other, _ = load(folders.folder("llava"))
+    slowing(monkeypatch, {id(model): 3.0, id(other): 4.0})
+    found = paired_times(model, processor, other, processor)
+    shares = (found.prefill.value, found.prefill.low, found.prefill.high)
+    assert shares == pytest.approx((0.75, 0.75, 0.75))
+    low, high = found.pruned.prefill_range_ms
+    assert high > 5 * low  # by itself, the model seems to take anything
+    assert found.decode.value == pytest.approx(1)
+
+
+def test_times_by_themselves_lie_within_their_runs(llava: tuple[Any, Any]) -> None:
+    model, processor = llava
+    found = times_of(model, processor, plain_question(processor))
+    low, high = found.prefill_range_ms
+    assert 0 < low <= found.prefill_ms <= high
+    assert plain_question(processor).images
+    assert not plain_question(folders.processor("text")).images
+
+
+def test_times_survive_the_disk(llava: tuple[Any, Any], unhurried: None, tmp_path: Path) -> None:
+    found = paired_times(*llava, *llava)
+    assert found.prefill == paired.Share(1, 1, 1)
+    found.save(tmp_path / "times.json")
+    assert PairedTimes.load(tmp_path / "times.json") == found
+    assert str(found) == (
+        "reads a question in 1.00 [1.00, 1.00] of the original's time (2.2 ms), "
+        "writes a token in 1.00 [1.00, 1.00] (1.0 ms)"
+    )
+    (tmp_path / "times.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"times '.*times\.json'"):
+        PairedTimes.load(tmp_path / "times.json")
+
+
+def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, (limit, used) = torch.device("cpu"), (tmp_path / "most", tmp_path / "taken")
+    monkeypatch.setattr(cost, "_CONTAINER", [(limit, used)])
+    whole = free_memory(here)
+    limit.write_text("1000\n")
+    used.write_text("400\n")
+    assert free_memory(here) == 600
+    limit.write_text("max\n")
+    assert free_memory(here) == pytest.approx(whole, rel=0.5)
