@@ -29,7 +29,7 @@ from slimvlm.export.engines.compare import (
 )
 from slimvlm.export.engines.speed import bench_engine
 from slimvlm.export.quantize import Bits, quantize
-from slimvlm.export.serving import GGUF_PICTURES, RAN, check
+from slimvlm.export.serving import GGUF_PICTURES, OPENVINO_REFUSES, RAN, check
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
@@ -241,6 +241,32 @@ def test_openvino_answers_as_the_pruned_demo_model_does(openvino: str, tmp_path:
 
 
 @pytest.mark.slow
+def test_openvino_answers_as_transformers_for_every_kind_it_is_named_for(
+    openvino: str, tmp_path: Path
+) -> None:
+    kinds = [kind for kind in RAN[openvino].kinds if kind not in DEMO]
+    assert differing(asked_of(openvino, kinds, tmp_path)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "kinds"),
+    [
+        ("openvino", [k for k in (*served.SEEING, "gemma2") if k.split("/")[0] in OPENVINO_REFUSES]),
+        ("onnx", ["phi3"]),
+    ],
+)
+def test_what_a_converter_refuses_is_told_beforehand(
+    engine: str, kinds: list[str], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    engine = request.getfixturevalue(engine)
+    assert all(found.error for found in asked_of(engine, kinds, tmp_path))
+    for kind in kinds:
+        said = check(read_anatomy(served.build(kind)[0]), [engine])
+        assert "converter" in {finding.rule for finding in said if finding.level == "fail"}
+
+
+@pytest.mark.slow
 def test_llama_cpp_is_timed(gguf: str, tmp_path: Path) -> None:
     assert_timed(bench_engine(gguf, str(pruned_demo("depth", tmp_path)), "demo", SHORT))
 
@@ -256,6 +282,14 @@ def test_onnx_runtime_continues_the_pruned_demo_model_alike(onnx: str, tmp_path:
     axes = ("depth", "width")
     found = demo_asked_of(onnx, axes, tmp_path)
     assert differing(found) == []
+
+
+@pytest.mark.slow
+def test_onnx_runtime_answers_as_transformers_for_every_kind_it_is_named_for(
+    onnx: str, tmp_path: Path
+) -> None:
+    kinds = [kind for kind in RAN[onnx].kinds if kind not in DEMO]
+    assert differing(asked_of(onnx, kinds, tmp_path)) == []
 
 
 def assert_timed(found: Bench) -> None:

@@ -40,6 +40,10 @@ GGUF_PICTURES = {
 their chat templates write a picture, which llama.cpp puts there by itself."""
 
 
+OPENVINO_REFUSES = {"gemma2", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl", "internvl"}
+"""Models that its converter was seen to refuse, with transformers 5.5."""
+
+
 @dataclass(frozen=True)
 class Ran:
     """What was run in an engine: original, pruned in depth, pruned in width.
@@ -85,8 +89,33 @@ RAN = {
             "qwen2_5_vl/qwen2_5_vl_text",
         ),
     ),
-    "onnx": Ran("ONNX Runtime GenAI 0.18.0", ("llava/llama", "llava/mistral")),
-    "openvino": Ran("OpenVINO 2026.4.1", ("llava/llama", "llava/mistral")),
+    "onnx": Ran(
+        "ONNX Runtime GenAI 0.18.0",
+        (
+            "llama",
+            "mistral",
+            "qwen2",
+            "qwen3",
+            "phi",
+            "gemma2",
+            "llava/llama",
+            "llava/mistral",
+            "llava/qwen2",
+        ),
+    ),
+    "openvino": Ran(
+        "OpenVINO 2026.4.1",
+        (
+            "llama",
+            "mistral",
+            "qwen2",
+            "qwen3",
+            "phi3",
+            "llava/llama",
+            "llava/mistral",
+            "gemma3/gemma3_text",
+        ),
+    ),
 }
 """By target; every entry is what ``tests/export/test_engines.py`` compares."""
 
@@ -276,6 +305,16 @@ RULES: tuple[Rule, ...] = (
          lambda c: c.shape.model_type == "llava",
          _tower,
          "its model builder knows no LLaVA; the language model alone was run",
+         seen=RAN["onnx"].version),
+    Rule("converter", ("openvino",), "fail",
+         lambda c: bool(OPENVINO_REFUSES & {c.shape.model_type, c.shape.text_type}),
+         lambda c: f"model {c.shape.model_type!r}",
+         "optimum-intel 2.2.0 converts it beside older versions of transformers only, or never",
+         seen=RAN["openvino"].version),
+    Rule("converter", ("onnx",), "fail",
+         lambda c: c.shape.text_type == "phi3",
+         lambda c: f"language model {c.shape.text_type!r}",
+         "its model builder stops with KeyError 'multi_cache'",
          seen=RAN["onnx"].version),
     Rule("model class", ("vllm",), "warn",
          lambda c: c.shape.text_type == "phi",
