@@ -252,7 +252,10 @@ def test_openvino_answers_as_transformers_for_every_kind_it_is_named_for(
 @pytest.mark.parametrize(
     ("engine", "kinds"),
     [
-        ("openvino", [k for k in (*served.SEEING, "gemma2") if k.split("/")[0] in OPENVINO_REFUSES]),
+        (
+            "openvino",
+            [k for k in (*served.SEEING, "gemma2") if k.split("/")[0] in OPENVINO_REFUSES],
+        ),
         ("onnx", ["phi3"]),
     ],
 )
