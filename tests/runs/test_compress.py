@@ -213,11 +213,16 @@ def test_times_are_not_paired_where_the_original_does_not_fit_as_well(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(compression, "free_memory", lambda _: 1000)
-    asked = request_for(data, recover=None, ratio=0.1, axis="depth", criterion=())
-    compress(*asked, tmp_path / "run", say=said.append)
-    assert read_times(tmp_path / "run") is None
+    asked = request_for(data, recover=None, axis="depth", criterion=("block_influence",))
+    with monkeypatch.context() as patch:
+        patch.setattr(compression, "free_memory", lambda _: 1000)
+        compress(*asked, tmp_path / "small", say=said.append)
     assert any(re.search(r"not paired: .* exceed 0\.0 MiB of memory", line) for line in said)
+    monkeypatch.setattr(compression, "paired_times", stops)
+    compress(*asked, tmp_path / "odd", say=said.append)
+    assert "times are not paired: Stopped" in said
+    assert read_times(tmp_path / "small") is None
+    assert read_times(tmp_path / "odd") is None
 
 
 def test_a_stopped_run_repeats_no_finished_stage(

@@ -19,7 +19,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from slimvlm.core.checked import part_of
-from slimvlm.core.errors import ConfigError, DataError
+from slimvlm.core.errors import one_line
 from slimvlm.core.files import (
     discard_replacement,
     held,
@@ -378,11 +378,11 @@ def _timed(run: Run, model: PreTrainedModel, processor: Any, whole_processor: An
         run.say(f"times are not paired: the original's {size} beside it exceed {left} of memory")
         return
     run.say("time the original and the pruned model in turn")
-    original, _ = stages.load_original(run.request)
     try:
+        original, _ = stages.load_original(run.request)
         found = paired_times(model, processor, original, whole_processor)
-    except (ConfigError, DataError) as error:
-        run.say(f"times are not paired: {error}")
+    except Exception as error:  # whatever generation cannot do: the run goes on without times
+        run.say(f"times are not paired: {one_line(error)}")
         return
     for stage, times in (("original", found.original), ("pruned", found.pruned)):
         if (result := run.path("results") / f"{stage}.json").exists():
