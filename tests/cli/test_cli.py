@@ -605,7 +605,9 @@ def test_compress_prints_nothing_but_json(run: Run, home: Path, llava: Path, dat
     arguments = ["compress", llava, "--ratio", "0.1", "--data", data, "--samples", "2", "--json"]
     asked = ["--tasks", "presence", "--limit", "2", "--training-samples", "2", "--batch-size", "2"]
     values = stdout_json(run(*arguments, *asked, "--out", "out"))
-    assert set(values) == {"original", "pruned", "recovered", "held_out"}
+    assert set(values) == {"original", "pruned", "recovered", "held_out", "times"}
+    shares = values["times"]["prefill"]
+    assert 0 < shares["low"] <= shares["value"] <= shares["high"]
     assert values["recovered"]["backbone_params"] < values["original"]["backbone_params"]
     assert (
         sv.anatomy(home / "out" / "checkpoint").total_params

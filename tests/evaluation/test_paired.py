@@ -75,7 +75,7 @@ def test_times_survive_the_disk(llava: tuple[Any, Any], unhurried: None, tmp_pat
 
 def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here, (limit, used) = torch.device("cpu"), (tmp_path / "most", tmp_path / "taken")
-    monkeypatch.setattr(cost, "_CONTAINER", [(limit, used)])
+    monkeypatch.setattr(cost, "CONTAINER_LIMITS", [(limit, used)])
     whole = free_memory(here)
     limit.write_text("1000\n")
     used.write_text("400\n")

@@ -27,7 +27,7 @@ from slimvlm.models.anatomy import Anatomy, LayerShape
 _COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
 _SIZES = {"mib": 2**20, "gib": 2**30, "mb": 10**6, "gb": 10**9}
 
-_CONTAINER = [
+CONTAINER_LIMITS = [
     (Path("/sys/fs/cgroup", limit), Path("/sys/fs/cgroup", used))
     for limit, used in (
         ("memory.max", "memory.current"),
@@ -154,7 +154,7 @@ def free_memory(device: torch.device) -> int:
         free: int = torch.cuda.mem_get_info(device)[0]
         return free
     free = psutil.virtual_memory().available
-    for limit, used in _CONTAINER:
+    for limit, used in CONTAINER_LIMITS:
         if limit.is_file() and (most := limit.read_text().strip()).isdecimal():
             free = min(free, int(most) - int(used.read_text()))
     return free

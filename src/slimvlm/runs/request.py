@@ -7,6 +7,7 @@ the same everywhere.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -167,20 +168,36 @@ def axis_of(request: Request) -> AxisChoice:
 
 
 def _ratio_for_latency(request: Request, share: float, shape: Anatomy) -> float:
-    """The least ratio, nearly, whose model reads a question in such a share of the operations."""
-    known, axis = rules().constants, request.prune.axis
-    config = replace(request.prune, axis=axis if axis in get_args(Axis) else "width")
+    """The least ratio, nearly, whose model reads a question in such a share of the operations.
+
+    While the axis is open, it is that of the first axis that can.
+    """
+    named = [axis for axis in get_args(Axis) if axis == request.prune.axis]
+    axes: list[Axis] = named or ["width", "depth", "both"]
+    for axis in axes:
+        config = replace(request.prune, axis=axis)
+        with suppress(ImpossiblePlanError):
+            return _ratio_along(config, request.tokens, share, shape)
+    raise ImpossiblePlanError(f"target_latency {share} cannot be reached on {' or '.join(axes)}")
+
+
+def _ratio_along(
+    config: PruneConfig, tokens: tuple[int, ...] | None, share: float, shape: Anatomy
+) -> float:
+    """The same along one axis; too large a ratio is impossible at the latest."""
+    known = rules().constants
     prompt = known.text_tokens + (known.image_tokens if shape.vision_params else 0)
     whole = prefill_flops(shape, prompt)
     in_layers = sum(layer.params for layer in shape.layers) / shape.backbone_params
     ratio = 0.9 * (1 - share) * in_layers  # a little less than it takes
-    while ratio < 1:
-        plan = rehearse(replace(config, ratio=ratio), shape, request.tokens)
+    while True:
+        plan = rehearse(replace(config, ratio=min(ratio, 1 - _RATIO_STEP)), shape, tokens)
         excess = prefill_flops(plan.after, prompt) / whole - share
         if excess <= 0:
             return ratio
+        if ratio >= 1:
+            raise ImpossiblePlanError(f"target_latency {share}: nothing more can go")
         ratio += max(excess * in_layers, _RATIO_STEP)
-    raise ImpossiblePlanError(f"target_latency {share} cannot be reached on axis {config.axis!r}")
 
 
 def along(request: Request, axis: Axis, shape: Anatomy | None = None) -> Request:
