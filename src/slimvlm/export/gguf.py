@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from slimvlm.core.errors import ConfigError, ReloadError
 from slimvlm.core.files import new_file, require_free
 from slimvlm.export import convert_trimmed
+from slimvlm.export.gguf_blocks import FORMATS, KType, quantize_file, require_engine
 from slimvlm.export.serving import GGUF_PICTURES, Finding, check
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.classes import empty_model, is_quantized
@@ -27,7 +28,7 @@ from slimvlm.planning.plan import Plan
 from slimvlm.pruning.save import PLAN_FILE
 
 CONVERTER = "convert_hf_to_gguf"
-OutType = Literal["f32", "f16", "bf16", "q8_0"]
+OutType = Literal["f32", "f16", "bf16", "q8_0", "q4_k_m", "q5_k_m", "q6_k"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def export_gguf(
     Args:
         model: Folder or hub id.
         out: The new file.
-        outtype: How weights are stored; llama.cpp's ``llama-quantize`` makes smaller ones of it.
+        outtype: How weights are stored. K formats are for the language model; the tower beside it
+            is stored in bfloat16 then.
         force: Whether existing files may be replaced.
         original: The original of a model that lost tokens: llama.cpp knows its tokenizer.
 
@@ -71,6 +73,10 @@ def export_gguf(
         ReloadError: If the converter fails.
     """
     out = require_free(out, force)
+    converted: str = outtype
+    if outtype in FORMATS:
+        require_engine(outtype)
+        converted = "bf16"
     config = load_config(model)
     shape = read_anatomy(empty_model(config))
     pictures = None
@@ -87,11 +93,15 @@ def export_gguf(
         partial = stack.enter_context(new_file(out))
         if pictures is not None:
             seeing = stack.enter_context(new_file(pictures))
-            _convert(source, seeing, outtype, [CONVERTER, "--mmproj"])
+            _convert(source, seeing, converted, [CONVERTER, "--mmproj"])
         if family_of(config.model_type).text_config is not None and _has_text_class(config):
             text = folder / "text"
             write_backbone(model, text)
-        _convert(text, partial, outtype, known or [CONVERTER])
+        if converted == outtype:
+            _convert(text, partial, converted, known or [CONVERTER])
+        else:
+            _convert(text, folder / "whole.gguf", converted, known or [CONVERTER])
+            quantize_file(folder / "whole.gguf", partial, cast(KType, outtype))
     losses = tuple(f"{f.what}: {f.advice}" for f in findings if f.level == "warn")
     return Exported(out, pictures, losses)
 
