@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -127,15 +128,19 @@ def packages(version: str, pytestconfig: pytest.Config) -> Path:
     """A folder with an older transformers, to stand before the newest; kept between runs."""
     folder = pytestconfig.cache.mkdir(f"transformers-{version}")  # type: ignore[union-attr]
     done = folder / "done"
-    if not done.exists():
-        wanted = (f"transformers=={version}", *VERSIONS[version])
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--upgrade"]
-        run = subprocess.run(
-            [*pip, "--target", str(folder), *wanted], capture_output=True, text=True, check=False
-        )
-        if run.returncode:
-            pytest.skip(f"transformers {version} cannot be installed: {run.stderr[-200:]}")
-        done.touch()
+    with FileLock(str(folder) + ".lock"):  # tests share it, in several processes
+        if not done.exists():
+            wanted = (f"transformers=={version}", *VERSIONS[version])
+            pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--upgrade"]
+            run = subprocess.run(
+                [*pip, "--target", str(folder), *wanted],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if run.returncode:
+                pytest.skip(f"transformers {version} cannot be installed: {run.stderr[-200:]}")
+            done.touch()
     return folder
 
 
