@@ -78,6 +78,7 @@ def on_path(name: str, config: pytest.Config, patch: pytest.MonkeyPatch) -> Iter
 
 @pytest.fixture
 def vllm(pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv("TQDM_DISABLE", "1")  # as without a terminal; vLLM's bars then divide by 0
     with on_path("vllm", pytestconfig, monkeypatch) as name:
         yield name
 

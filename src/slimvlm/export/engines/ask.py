@@ -71,7 +71,10 @@ class Vllm(Asked):
             if prompt["picture"]:
                 given[-1]["multi_modal_data"] = {"image": Image.open(prompt["picture"])}
         how = self._sampling(temperature=0, max_tokens=new_tokens)
-        return [list(found.outputs[0].token_ids) for found in self._model.generate(given, how)]
+        return [
+            list(found.outputs[0].token_ids)
+            for found in self._model.generate(given, how, use_tqdm=False)
+        ]
 
     def time(self, prompts: list[Ids], new_tokens: int, clock: str) -> list[list[float]]:
         """When each step of each reply came, in seconds."""
