@@ -242,11 +242,13 @@ def test_openvino_answers_as_the_pruned_demo_model_does(openvino: str, tmp_path:
 
 
 @pytest.mark.slow
-def test_openvino_answers_as_transformers_for_every_kind_it_is_named_for(
-    openvino: str, tmp_path: Path
+@pytest.mark.parametrize("engine", ["openvino", "onnx"])
+def test_a_converted_model_answers_as_in_transformers_for_every_kind_it_is_named_for(
+    engine: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    kinds = [kind for kind in RAN[openvino].kinds if kind not in DEMO]
-    assert differing(asked_of(openvino, kinds, tmp_path)) == []
+    engine = request.getfixturevalue(engine)
+    kinds = [kind for kind in RAN[engine].kinds if kind not in DEMO]
+    assert differing(asked_of(engine, kinds, tmp_path)) == []
 
 
 @pytest.mark.slow
@@ -286,14 +288,6 @@ def test_onnx_runtime_continues_the_pruned_demo_model_alike(onnx: str, tmp_path:
     axes = ("depth", "width")
     found = demo_asked_of(onnx, axes, tmp_path)
     assert differing(found) == []
-
-
-@pytest.mark.slow
-def test_onnx_runtime_answers_as_transformers_for_every_kind_it_is_named_for(
-    onnx: str, tmp_path: Path
-) -> None:
-    kinds = [kind for kind in RAN[onnx].kinds if kind not in DEMO]
-    assert differing(asked_of(onnx, kinds, tmp_path)) == []
 
 
 def assert_timed(found: Bench) -> None:

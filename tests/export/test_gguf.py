@@ -12,8 +12,9 @@ import transformers as hf
 
 import slimvlm as sv
 from slimvlm.core.errors import ConfigError
+from slimvlm.core.options import OutType
 from slimvlm.export import gguf_blocks
-from slimvlm.export.gguf import OutType, backbone_alone, export_gguf
+from slimvlm.export.gguf import backbone_alone, export_gguf
 from slimvlm.export.gguf_blocks import format_of
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.pruning.cut import prune_

@@ -11,7 +11,7 @@ import tyro
 from slimvlm.cli.options import INLINE, Model
 from slimvlm.cli.printing import note, print_bench, print_comparison, print_json, print_table
 from slimvlm.core.errors import ConfigError, printable
-from slimvlm.core.options import LoadConfig, Workload
+from slimvlm.core.options import LoadConfig, OutType, Workload
 
 
 def inspect(model: Model, json: bool = False) -> None:
@@ -171,7 +171,7 @@ def export(
     model: Model,
     format: Literal["gguf"] = "gguf",
     out: Path | None = None,
-    outtype: Literal["f32", "f16", "bf16", "q8_0", "q4_k_m", "q5_k_m", "q6_k"] = "bf16",
+    outtype: OutType = "bf16",
     original: str | None = None,
     check: tuple[str, ...] = (),
     run: bool = False,

@@ -10,13 +10,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from slimvlm.core.errors import ConfigError, ReloadError
 from slimvlm.core.files import new_file, require_free
+from slimvlm.core.options import OutType
 from slimvlm.export import convert_trimmed
 from slimvlm.export.gguf_blocks import FORMATS, KType, quantize_file, require_engine
 from slimvlm.export.serving import GGUF_PICTURES, Finding, check
@@ -28,7 +29,6 @@ from slimvlm.planning.plan import Plan
 from slimvlm.pruning.save import PLAN_FILE
 
 CONVERTER = "convert_hf_to_gguf"
-OutType = Literal["f32", "f16", "bf16", "q8_0", "q4_k_m", "q5_k_m", "q6_k"]
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,12 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedModel
 
 from slimvlm.core.errors import LONGEST, ConfigError, ReloadError, one_line
+from slimvlm.core.options import OutType
 from slimvlm.data import chat
 from slimvlm.data.images import open_image
 from slimvlm.data.samples import Question
 from slimvlm.evaluation.ask import answer
-from slimvlm.export.gguf import OutType, export_gguf, write_backbone
+from slimvlm.export.gguf import export_gguf, write_backbone
 from slimvlm.export.serving import GGUF_PICTURES
 from slimvlm.models.classes import is_quantized
 from slimvlm.models.load import load, load_config, resolve
