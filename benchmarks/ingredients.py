@@ -80,9 +80,12 @@ RECIPES = {
     "refitted, trained": Recipe(local_steps=0, train={}),
     "width": Recipe(),
     "width, trained": Recipe(train={}),
-    "width, trained without the layer map": Recipe(train={"hidden_layers": "last"}),
+    "width, trained without the layer map": Recipe(train={"hidden_layers": "final"}),
     "width, trained from answers (sft)": Recipe(train={"loss": "sft"}),
     "width, trained with LoRA": Recipe(train={"train": "lora"}),
+    "width, trained as the study's chart says": Recipe(
+        train={"train": "lora", "loss": "sft+hidden", "kd_on": "answer", "hidden_layers": "final"}
+    ),
     "width, trained on the original's answers": Recipe(train={}, answers=True),
     "width, trained in stages": Recipe(train={}, first=0.3),
     "width, trained three times as long": Recipe(train={"epochs": 3}),
@@ -92,7 +95,7 @@ RECIPES = {
     "both, trained": Recipe("both", train={}),
 }
 AUTO = "auto"
-INGREDIENTS = list(RECIPES)[:9]
+INGREDIENTS = list(RECIPES)[:10]
 
 
 class Sitting:
