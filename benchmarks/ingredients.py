@@ -81,6 +81,8 @@ RECIPES = {
     "width": Recipe(),
     "width, trained": Recipe(train={}),
     "width, trained without the layer map": Recipe(train={"hidden_layers": "final"}),
+    "width, trained where answers stand": Recipe(train={"kd_on": "answer"}),
+    "width, trained in batches of 8": Recipe(train={"batch_size": 8}),
     "width, trained from answers (sft)": Recipe(train={"loss": "sft"}),
     "width, trained with LoRA": Recipe(train={"train": "lora"}),
     "width, trained as the study's chart says": Recipe(
@@ -95,7 +97,8 @@ RECIPES = {
     "both, trained": Recipe("both", train={}),
 }
 AUTO = "auto"
-INGREDIENTS = list(RECIPES)[:10]
+AXES = ("depth", "depth, trained", "both", "both, trained")
+INGREDIENTS = [name for name in RECIPES if name not in AXES]
 
 
 class Sitting:

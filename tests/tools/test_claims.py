@@ -182,3 +182,14 @@ def test_the_shipped_grids_answer_what_they_say() -> None:
         measured = {c.name for c in claims_of(table) if c.verdict != "not measured"}
         if path.stem in wanted:
             assert measured == set(wanted[path.stem])
+
+
+def test_repaired_cells_are_asked_beside_bare_ones_and_named() -> None:
+    bare = [row("width", 0.3, 60), row("depth", 0.3, 50)]
+    mended = [row("width", 0.3, 90, repair="auto"), row("depth", 0.3, 92, repair="auto")]
+    found = verdicts([*bare, *mended])["T1"]
+    assert found.verdict == "does not"
+    assert found.numbers == (
+        "m 30%: width 60.0, depth 50.0",
+        "not: m 30%, repaired: width 90.0, depth 92.0",
+    )

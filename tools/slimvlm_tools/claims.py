@@ -46,7 +46,8 @@ class Claim:
 def claims_of(table: pd.DataFrame) -> list[Claim]:
     """Set every claim against the finished cells of a results table.
 
-    Numbers are means over seeds. "At least" allows one standard deviation over seeds where there
+    The study repairs nothing; what a claim says of cells without recovery is asked of repaired ones,
+    too, and the numbers say which these are. Numbers are means over seeds. "At least" allows one standard deviation over seeds where there
     are several, else half of the wider 95 % interval over questions.
     """
     groups, claims = _groups(table[table["status"] == "done"]), []
@@ -113,7 +114,7 @@ def _trained(groups: Groups, *losses: str, train: Sequence[str] = JOINT) -> list
 
 
 def _untrained(groups: Groups) -> list[Group]:
-    return [g for g in groups if g.recovery == g.repair == "none"]
+    return [g for g in groups if g.recovery == "none"]
 
 
 def _pairs(first: Groups, second: Groups, *shared: str) -> list[tuple[Group, Group]]:
@@ -129,7 +130,7 @@ def _axes(groups: Groups) -> list[tuple[Group, Group]]:
 
 
 def _at(group: Group) -> str:
-    return f"{group.model} {group.ratio:.0%}"
+    return f"{group.model} {group.ratio:.0%}" + ", repaired" * (group.repair != "none")
 
 
 def _share(group: Group) -> str:
