@@ -46,9 +46,10 @@ class Claim:
 def claims_of(table: pd.DataFrame) -> list[Claim]:
     """Set every claim against the finished cells of a results table.
 
-    The study repairs nothing; what a claim says of cells without recovery is asked of repaired ones,
-    too, and the numbers say which these are. Numbers are means over seeds. "At least" allows one standard deviation over seeds where there
-    are several, else half of the wider 95 % interval over questions.
+    The study repairs nothing; what a claim says of cells without recovery is asked of repaired
+    ones, too, and the numbers say which these are. They are means over seeds. "At least" allows
+    one standard deviation over seeds where there are several, else half of the wider 95 % interval
+    over questions.
     """
     groups, claims = _groups(table[table["status"] == "done"]), []
     for name, (statement, compare) in CLAIMS.items():
