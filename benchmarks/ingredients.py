@@ -82,6 +82,7 @@ RECIPES = {
     "width, trained": Recipe(train={}),
     "width, trained without the layer map": Recipe(train={"hidden_layers": "final"}),
     "width, trained where answers stand": Recipe(train={"kd_on": "answer"}),
+    "width, trained by length": Recipe(train={"group_by_length": True}),
     "width, trained in batches of 8": Recipe(train={"batch_size": 8}),
     "width, trained from answers (sft)": Recipe(train={"loss": "sft"}),
     "width, trained with LoRA": Recipe(train={"train": "lora"}),

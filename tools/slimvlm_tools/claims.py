@@ -131,7 +131,7 @@ def _axes(groups: Groups) -> list[tuple[Group, Group]]:
 
 
 def _at(group: Group) -> str:
-    return f"{group.model} {group.ratio:.0%}" + ", repaired" * (group.repair != "none")
+    return f"{group.model} {group.ratio:.0%}{'' if group.repair == 'none' else ', repaired'}"
 
 
 def _share(group: Group) -> str:
