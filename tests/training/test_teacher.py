@@ -344,6 +344,22 @@ def test_training_with_a_shared_teacher_is_training_with_a_separate_one(
         assert_close(ours[name], theirs[name], TRAINED)
 
 
+@pytest.mark.parametrize(
+    ("loss", "meaning"),
+    [
+        ("sft+kl+cosine", {"kd_on": "answer", "hidden_layers": "final"}),
+        ("kl+cosine", {"kd_on": "all", "hidden_layers": "mapped"}),
+    ],
+)
+def test_what_is_compared_follows_from_the_loss(loss: str, meaning: dict[str, Any]) -> None:
+    """Answers that are learnt are compared, too; a teacher alone is followed everywhere."""
+    ours, _, _ = run("llava", "both", loss=loss)
+    same, _, _ = run("llava", "both", loss=loss, **meaning)
+    other, _, _ = run("llava", "both", loss=loss, **{**meaning, "kd_on": "text"})
+    assert all(torch.equal(ours[name], same[name]) for name in same)
+    assert not all(torch.equal(ours[name], other[name]) for name in other)
+
+
 @pytest.mark.parametrize("train", tiered(["projector", "full"], lambda train: train == "full"))
 def test_sharing_follows_what_learns(train: str) -> None:
     """Full training leaves the tower alone to share; the projector's leaves all but itself."""
@@ -414,6 +430,8 @@ def test_a_plan_of_another_teacher_is_not_used() -> None:
     assert why_not_shared(student, teacher, other) == "the model's plan is for another teacher"
     history = recover(student, teacher, SAMPLES, config(max_steps=1), processor, plan=other)
     assert history.teacher == "separate"
+    alone = config(max_steps=1, loss="cosine")  # compared at the end, where no plan maps layers
+    recover(student, teacher, SAMPLES, alone, processor, plan=other)
     for name, value in (("teacher_weights", "shared"), ("hidden_layers", "mapped")):
         options = config(**{name: value})
         with pytest.raises(ConfigError, match=f"{name} {value!r} needs the plan"):
@@ -447,6 +465,12 @@ def test_stored_hidden_states_are_the_teacher(tmp_path: Path, kd_on: str) -> Non
         for name in theirs:
             assert ours[name] == pytest.approx(theirs[name], rel=2e-2, abs=1e-3), name
     assert found.steps[0]["loss_sft"] == expected.steps[0]["loss_sft"]
+
+
+def test_a_cache_says_which_positions_are_compared(tmp_path: Path) -> None:
+    offline = cached(tmp_path / "cache", kd_on="text")
+    found = offline_run(offline, loss="cosine")
+    assert found.steps == offline_run(offline, loss="cosine", kd_on="text").steps
 
 
 def test_a_stopped_cache_goes_on_and_only_a_whole_one_is_used(

@@ -36,10 +36,11 @@ OutType = Literal["f32", "f16", "bf16", "q8_0", "q4_k_m", "q5_k_m", "q6_k"]
 Repair = Literal["none", "width", "depth", "both", "auto"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Train = Literal["projector", "lora", "full"]
-KdOn = Literal["answer", "text", "all"]
+Positions = Literal["answer", "text", "all"]
+KdOn = Literal["auto", Positions]
 TooLong = Literal["refuse", "cut"]
 Said = Literal["hidden", "answers"]
-HiddenLayers = Literal["final", "mapped"]
+HiddenLayers = Literal["auto", "final", "mapped"]
 TeacherWeights = Literal["auto", "shared", "separate"]
 Scheduler = Literal[
     "cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
@@ -129,14 +130,17 @@ class TrainingConfig(Options):
     """Temperature of kl, rkl and jsd."""
     jsd_beta: Annotated[float, INSIDE] = 0.5
     """Weight of the teacher in jsd's mixture; towards 0 it acts like kl, towards 1 like rkl."""
-    hidden_layers: HiddenLayers = "final"
-    """Where hidden and cosine compare: after the last norm, or also after every kept layer."""
+    hidden_layers: HiddenLayers = "auto"
+    """Where hidden and cosine compare: after the last norm (final), or also after every kept layer
+    (mapped). auto: mapped where nothing is learnt from the answers of the data (sft), and the
+    teacher is in memory and the plan at hand."""
     teacher_weights: TeacherWeights = "auto"
     """Teacher and student in one set of weights, or in two; auto shares where that is exact."""
     student_projector_in_teacher: bool = False
     """Feed the teacher through the student's projector, as the study does; else through its own."""
-    kd_on: KdOn = "answer"
-    """Positions that distillation compares: answers, all text, or images too; never padding."""
+    kd_on: KdOn = "auto"
+    """Positions that distillation compares: answers, all text, or images too; never padding. auto:
+    those that a teacher on disk holds, else answers beside sft, and all without it."""
     paper_exact: bool = False
     """Reduce all losses but sft as the study's trainer does: over every position."""
     bf16: bool | None = None
@@ -189,6 +193,25 @@ class RecoverConfig(TrainingConfig):
         super().__post_init__()
         if self.keep_adapter and self.train != "lora":
             raise ConfigError(f"keep_adapter True needs train 'lora', not {self.train!r}")
+
+    @property
+    def maps_layers(self) -> bool:
+        """Whether hidden states are compared after every kept layer, where that is possible."""
+        if not self.loss_weights.keys() & set(HIDDEN_LOSSES):
+            return False
+        return self.hidden_layers == "mapped" or (
+            self.hidden_layers == "auto" and "sft" not in self.loss_weights
+        )
+
+    def positions(self, held: Positions | None = None) -> Positions:
+        """The positions that are compared.
+
+        Args:
+            held: Those that a teacher on disk holds, if the teacher is one.
+        """
+        if self.kd_on != "auto":
+            return self.kd_on
+        return held or ("answer" if "sft" in self.loss_weights else "all")
 
     @property
     def reads_logits(self) -> bool:

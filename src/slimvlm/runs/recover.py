@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import held, replacement, require_free, write_text
-from slimvlm.core.options import KdOn, LoadConfig, RecoverConfig, Said, TrainingData
+from slimvlm.core.options import LoadConfig, Positions, RecoverConfig, Said, TrainingData
 from slimvlm.core.processes import is_first_rank, num_ranks
 from slimvlm.core.progress import Say
 from slimvlm.evaluation.written import DATA_FILE, is_written, write_answers
@@ -116,7 +116,7 @@ def cache_teacher(
     model: str,
     source: TrainingData,
     out: Path,
-    kd_on: KdOn = "answer",
+    kd_on: Positions = "answer",
     batch_size: int = 8,
     *,
     what: Said = "hidden",

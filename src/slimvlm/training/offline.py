@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from slimvlm.core.documents import built, read_object
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import new_file, require_ours
-from slimvlm.core.options import DIVERGENCES, HIDDEN_LOSSES, KdOn, RecoverConfig
+from slimvlm.core.options import DIVERGENCES, HIDDEN_LOSSES, Positions, RecoverConfig
 from slimvlm.core.progress import progress
 from slimvlm.core.requests import digest, is_begun_for, note_request, require_same_request
 from slimvlm.data.chat import encode_samples
@@ -55,7 +55,7 @@ class Index:
 
     teacher: str
     head: str
-    kd_on: str
+    kd_on: Positions
     hidden_size: int
     samples: tuple[str, ...]
     contents: tuple[str, ...]
@@ -72,7 +72,7 @@ def write_cache(
     processor: Any,
     samples: Sequence[Sample],
     out: str | Path,
-    kd_on: KdOn = "answer",
+    kd_on: Positions = "answer",
     batch_size: int = 8,
     force: bool = False,
 ) -> int:
@@ -155,11 +155,11 @@ class OfflineTeacher:
             ConfigError: If data, positions or losses do not match; the message names the first.
         """
         where, index = f"teacher {str(self.folder)!r}", self.index
-        if config.kd_on != index.kd_on:
+        if config.kd_on not in ("auto", index.kd_on):
             raise ConfigError(f"{where} holds kd_on {index.kd_on!r}, not {config.kd_on!r}")
         if config.paper_exact:
             raise ConfigError(f"{where} lacks positions that paper_exact compares")
-        if config.hidden_layers != "final":
+        if config.hidden_layers == "mapped":
             raise ConfigError(f"{where} holds final hidden states, not hidden_layers 'mapped'")
         logit_losses = config.loss_weights.keys() & set(DIVERGENCES)
         if logit_losses and not self._has_head_of(model, config):

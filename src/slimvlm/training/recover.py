@@ -192,6 +192,7 @@ def _train(job: _Job) -> History:
 def _trainer(job: _Job, trained: Any, arguments: TrainingArguments) -> DistillationTrainer:
     """The Trainer of a job, with our progress bar or lines in place of its own."""
     config = job.config
+    positions = config.positions(job.offline.index.kd_on if job.offline else None)
     trainer = DistillationTrainer(
         model=trained,
         teacher=job.teacher,
@@ -202,9 +203,7 @@ def _trainer(job: _Job, trained: Any, arguments: TrainingArguments) -> Distillat
         args=arguments,
         train_dataset=job.learnt,
         eval_dataset=job.held_out or None,
-        data_collator=Collator(
-            job.processor, job.model.config, config.kd_on, job.offline, job.tokens
-        ),
+        data_collator=Collator(job.processor, job.model.config, positions, job.offline, job.tokens),
     )
     for theirs in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(theirs)
@@ -353,7 +352,7 @@ def _require_alike(samples: Sequence[Sample]) -> None:
 
 
 def _layer_pairs(job: _Job) -> list[tuple[int, int]]:
-    if job.config.hidden_layers != "mapped" or job.plan is None:
+    if job.plan is None or job.teacher is None or not job.config.maps_layers:
         return []
     theirs = layer_map(job.plan.layers, job.plan.before.num_layers)
     return list(enumerate(theirs))
