@@ -85,6 +85,10 @@ RECIPES = {
     "width, trained by length": Recipe(train={"group_by_length": True}),
     "width, trained in batches of 8": Recipe(train={"batch_size": 8}),
     "width, trained from answers (sft)": Recipe(train={"loss": "sft"}),
+    "width, trained from answers as well": Recipe(train={"loss": "sft+kl+cosine"}),
+    "width, trained with LoRA from answers as well": Recipe(
+        train={"train": "lora", "loss": "sft+kl+cosine"}
+    ),
     "width, trained with LoRA": Recipe(train={"train": "lora"}),
     "width, trained as the study's chart says": Recipe(
         train={"train": "lora", "loss": "sft+hidden", "kd_on": "answer", "hidden_layers": "final"}
