@@ -59,6 +59,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "depth": {"axis": "depth", "criterion": ("block_influence",), "repair": "auto"},
     "width": {"axis": "width", "criterion": ("obs",), "repair": "auto"},
+    "both": {"axis": "both", "criterion": ("block_influence", "obs"), "repair": "auto"},
 }
 """The baselines and what `slimvlm compress` does along each axis; options that are not named have
 their defaults."""
