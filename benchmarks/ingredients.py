@@ -3,8 +3,10 @@
 Command:  .venv/bin/python benchmarks/ingredients.py --out runs/ingredients
           .venv/bin/python benchmarks/ingredients.py --out runs/axes --ratios 0.15 0.3 0.45 0.6
           --recipes "depth" "depth, trained" "both" "both, trained" "width" "width, trained" "auto"
-Expect:   half an hour a seed and ratio of the first on one of two busy cores with bfloat16 units. A
-          stopped run goes on, and two that name other seeds or ratios may share a folder.
+Expect:   4 minutes for most recipes of a seed and ratio, 6 for those that walk first, on one of two
+          busy cores with bfloat16 units. A stopped run goes on, and two that name other seeds or
+          ratios may share a folder. Recipes that differ in training share a walk, whose time is
+          that of the first of them.
 Result:   results.md in the folder.
 
 The demo model is walked on 64 conversations and trained on 96 others; each seed draws its own. Then
