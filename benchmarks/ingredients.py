@@ -55,6 +55,7 @@ BEST: Mapping[str, Any] = {
     "hidden_layers": "mapped",
     "batch_size": 2,
     "warmup_ratio": 0.1,
+    "epochs": 1,
 }
 
 

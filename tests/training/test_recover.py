@@ -32,6 +32,7 @@ from slimvlm.models.parts import decoder_layers
 from slimvlm.models.sharding import placement_of
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
+from slimvlm.runs.estimate import optimizer_steps
 from slimvlm.training import recover as recovery
 from slimvlm.training import trainable
 from slimvlm.training.recover import recover
@@ -706,6 +707,35 @@ def test_the_more_was_pruned_the_larger_are_the_steps() -> None:
     assert rate(severe, train="full") == pytest.approx(3 * rate(mild, train="full"))
     assert rate(mild, train="full") == pytest.approx(4e-4 / 4)
     assert rate(None, train="full") == rate(mild, train="full")  # a quarter of the decoder
+
+
+@pytest.mark.parametrize(
+    ("given", "passes"),
+    [
+        ({}, 4),  # few samples are read again
+        ({"epochs": 2}, 2),
+        ({"loss": "sft+kl"}, 1),
+        ({"train": "lora"}, 1),
+    ],
+)
+def test_few_samples_are_read_again(given: dict[str, Any], passes: int) -> None:
+    """Where all weights follow the teacher alone; and the estimate knows."""
+    teacher, processor = load(folders.folder("llava"))
+    student, _ = load(folders.folder("llava"))
+    plan = plan_by_hand(read_anatomy(student), [0, 1, 2], None, None)
+    prune_(student, plan)
+    options = {"train": "full", "loss": "kl", "epochs": None, "max_steps": -1, **given}
+    asked = config(**options)
+    history = recover(student, teacher, SAMPLES[:4], asked, processor, plan=plan)
+    assert len(history.steps) == 2 * passes
+    assert optimizer_steps(asked, 4, plan.decoder_ratio) == 2 * passes
+
+
+def test_many_samples_are_read_until_they_suffice() -> None:
+    asked = config(train="full", loss="kl", epochs=None)
+    assert asked.passes(100_000, 0.5) == 1
+    assert asked.passes(1_000, 0.5) < asked.passes(1_000, 0.75) < asked.passes(500, 0.75)
+    assert asked.passes(1, 0.75) == asked.passes(100, 0.75)
 
 
 def test_a_wider_model_takes_smaller_steps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,8 @@ DIVERGENCES = get_args(Divergence)
 HIDDEN_LOSSES = ("hidden", "cosine")
 """Losses between hidden states."""
 LOSS_NAMES = ("sft", *HIDDEN_LOSSES, *DIVERGENCES)
+SAMPLES_READ, MAX_PASSES = 2200, 4.0
+"""Samples that a training reads, were all of the decoder gone, and passes over them at most."""
 
 
 def parse_loss(expression: str) -> dict[str, float]:
@@ -97,8 +99,9 @@ class TrainingConfig(Options):
 
     fraction: Annotated[float, FRACTION] = 1.0
     """Share of the data to use: a seeded subset, recorded with the run."""
-    epochs: Annotated[float, ABOVE_0] = 1.0
-    """Passes over that share."""
+    epochs: Annotated[float | None, ABOVE_0] = None
+    """Passes over that share. By default one; where full follows the teacher alone, up to four,
+    until 2,200 samples were read times the share of the decoder that went."""
     max_steps: Annotated[int, STEPS] = -1
     """Stop after so many optimizer steps; -1 for no limit."""
     learning_rate: Annotated[float | None, ABOVE_0] = None
@@ -212,6 +215,19 @@ class RecoverConfig(TrainingConfig):
         if self.kd_on != "auto":
             return self.kd_on
         return held or ("answer" if "sft" in self.loss_weights else "all")
+
+    def passes(self, samples: int, gone: float) -> float:
+        """Passes over the data.
+
+        Args:
+            samples: How many there are.
+            gone: Share of the decoder that went.
+        """
+        if self.epochs is not None:
+            return self.epochs
+        if self.train != "full" or "sft" in self.loss_weights:
+            return 1.0
+        return min(max(SAMPLES_READ * gone / samples, 1.0), MAX_PASSES)
 
     @property
     def reads_logits(self) -> bool:

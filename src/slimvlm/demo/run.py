@@ -22,6 +22,7 @@ RECOVERY = RecoverConfig(
     learning_rate=1e-4,
     warmup_ratio=0.1,
     batch_size=2,
+    epochs=1,
 )
 """Small steps towards the direction of the teacher's hidden states, at every position and layer.
 Two minutes of training add little to a repair, and larger steps harm it (``docs/log.md``)."""

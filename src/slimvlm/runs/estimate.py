@@ -87,7 +87,8 @@ class Sizes:
             kept: Share of the backbone that the student has.
         """
         learnt = self.learnt(config)
-        batches = optimizer_steps(config, learnt) * config.gradient_accumulation
+        steps = optimizer_steps(config, learnt, self.decoder_share(1 - kept))
+        batches = steps * config.gradient_accumulation
         seen = batches * min(config.batch_size, learnt)
         passes = kept * (2 if config.train == "projector" else 3) + config.needs_teacher
         return self.pass_flops * passes * seen
@@ -320,12 +321,13 @@ def _lora_channels(layer: LayerShape, hidden: int) -> int:
     )
 
 
-def optimizer_steps(config: RecoverConfig, samples: int) -> int:
-    """Steps that training on so many samples takes."""
+def optimizer_steps(config: RecoverConfig, samples: int, gone: float) -> int:
+    """Steps that training on so many samples takes, if such a share of the decoder went."""
     if config.max_steps > 0:
         return config.max_steps
     batches = -(-samples // config.batch_size)
-    return math.ceil(config.epochs * -(-batches // config.gradient_accumulation))
+    each = -(-batches // config.gradient_accumulation)
+    return math.ceil(config.passes(samples, gone) * each)
 
 
 def image_tokens(model: str, trust_remote_code: bool = False) -> int:

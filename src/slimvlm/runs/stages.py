@@ -416,7 +416,7 @@ def _loss_of_try(
     processor = trimmed_processor(calibration.processor, walked.plan)
     if request.recover is not None and training:
         student = copy.deepcopy(student)  # what stays whole is the original's until here
-        steps = optimizer_steps(request.recover, len(training))
+        steps = optimizer_steps(request.recover, len(training), walked.plan.decoder_ratio)
         few = replace(
             request.recover,
             max_steps=max(round(steps * TRIAL_SHARE), 2),

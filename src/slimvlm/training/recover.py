@@ -375,8 +375,13 @@ def peak_rate(config: RecoverConfig, model: PreTrainedModel, plan: Plan | None) 
         return config.learning_rate
     if config.train != "full":
         return RATE
-    gone = UNKNOWN_SHARE if plan is None else plan.decoder_ratio
-    return RATE_OF_ALL * gone * min(MEASURED_CHANNELS / read_anatomy(model).hidden_size, 1.0)
+    width = read_anatomy(model).hidden_size
+    return RATE_OF_ALL * _gone(plan) * min(MEASURED_CHANNELS / width, 1.0)
+
+
+def _gone(plan: Plan | None) -> float:
+    """Share of the decoder that went."""
+    return UNKNOWN_SHARE if plan is None else plan.decoder_ratio
 
 
 def _training_arguments(job: _Job, bf16: bool) -> TrainingArguments:
@@ -388,7 +393,7 @@ def _training_arguments(job: _Job, bf16: bool) -> TrainingArguments:
             per_device_train_batch_size=config.batch_size,
             per_device_eval_batch_size=config.batch_size,
             gradient_accumulation_steps=config.gradient_accumulation,
-            num_train_epochs=config.epochs,
+            num_train_epochs=config.passes(len(job.learnt), _gone(job.plan)),
             max_steps=config.max_steps,
             learning_rate=peak_rate(config, job.model, job.plan),
             lr_scheduler_type=config.scheduler,
