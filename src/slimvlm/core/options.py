@@ -100,8 +100,8 @@ class TrainingConfig(Options):
     fraction: Annotated[float, FRACTION] = 1.0
     """Share of the data to use: a seeded subset, recorded with the run."""
     epochs: Annotated[float | None, ABOVE_0] = None
-    """Passes over that share. By default one; where full follows the teacher alone, up to four,
-    until 2,200 samples were read times the share of the decoder that went."""
+    """Passes over that share. By default one; where full follows the teacher alone, as many as read
+    2,200 samples times the share of the decoder that went: one to four."""
     max_steps: Annotated[int, STEPS] = -1
     """Stop after so many optimizer steps; -1 for no limit."""
     learning_rate: Annotated[float | None, ABOVE_0] = None
