@@ -15,7 +15,6 @@ from slimvlm.evaluation.metrics import average
 from slimvlm.evaluation.results import Result, TaskResult
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.planning.plan import Plan
-from slimvlm.runs.estimate import optimizer_steps
 from slimvlm.runs.study.cache import Cache
 from slimvlm.runs.study.config import StudyConfig
 from slimvlm.runs.study.graph import STAGE_KINDS, CellStages, Stage
@@ -95,11 +94,9 @@ def _row(
     asked = cell.cell.values()
     row = {**asked, "achieved_ratio": None, "steps": 0, **_state(stages, cache)}
     if cache.is_done(cell.prune):
-        plan = _plan(cache.path(cell.prune, PLAN))
-        row["achieved_ratio"] = plan.ratio
-        if cell.cell.recover and cell.recover and cache.is_done(cell.recover):
-            samples = History.load(cache.path(cell.recover, HISTORY)).num_samples
-            row["steps"] = optimizer_steps(cell.cell.recover, samples, plan.decoder_ratio)
+        row["achieved_ratio"] = _ratio(cache.path(cell.prune, PLAN))
+    if cell.recover and cache.is_done(cell.recover):
+        row["steps"] = History.load(cache.path(cell.recover, HISTORY)).steps[-1]["step"]
     if row["status"] == DONE:
         result, original = (cache.path(s, RESULT) for s in (cell.evaluate, cell.original))
         row |= {**_retention(result, original), **_scores(result, sighted), **_files(cell, cache)}
@@ -130,8 +127,8 @@ def _place(cache: Cache, stage: Stage, name: str) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _plan(path: Path) -> Plan:
-    return Plan.load(path)
+def _ratio(plan: Path) -> float:
+    return Plan.load(plan).ratio
 
 
 def _state(stages: Sequence[Stage], cache: Cache) -> dict[str, Any]:
