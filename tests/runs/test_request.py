@@ -141,6 +141,18 @@ def test_few_samples_serve_both() -> None:
     assert names(split(samples(3), asked(samples=4, training_samples=2)))[1] == ["s0", "s1"]
 
 
+def test_training_comes_back_to_what_calibrated_only_if_more_are_asked_for() -> None:
+    rows = samples(6)
+    for count, wanted in [
+        (None, ["s4", "s5"]),
+        (1, ["s4"]),
+        (4, ["s4", "s5", "s0", "s1"]),
+        (9, ["s4", "s5", "s0", "s1", "s2", "s3"]),
+    ]:
+        request = asked(samples=4, training_samples=count, recover=RecoverConfig())
+        assert names(split(rows, request)) == (["s0", "s1", "s2", "s3"], wanted)
+
+
 @pytest.mark.parametrize(
     ("changes", "count"),
     [

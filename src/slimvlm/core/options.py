@@ -559,7 +559,7 @@ class TrainingShare(Options):
     title: ClassVar[str] = "Training"
 
     training_samples: Annotated[int | None, AT_LEAST_1] = None
-    """Use only so many further samples for training."""
+    """Samples to train on at most, those first that did not calibrate. By default all of these."""
     stages: tuple[float, ...] = ()
     """Ratios on the way, such as 0.3,0.6: prune to the first, train on a part of the samples, prune
     to the next, train on the next part. The last one is the ratio."""

@@ -58,7 +58,7 @@ class Request:
         hold_out: Whether every fourth calibration sample is set aside to judge on; `resolved` finds
             out.
         recover: How to train afterwards, None for no recovery.
-        training_samples: Samples to train on at most.
+        training_samples: Samples to train on at most; None for all that do not calibrate.
         report_samples: Samples to keep for the end at most, which says on them what was kept.
         questions: What models are asked.
         made_from: What the model and its data are made of, so that exchanged files are noticed.

@@ -111,7 +111,7 @@ def split(samples: Sequence[Sample], request: Request) -> SampleSplit:
 
     The data has one order for each seed: that of the file for 0, a shuffled one for any other. The
     last ones, at most a fifth, stay unseen. Of the others calibration takes the first, and training
-    what comes after, or all if nothing is left.
+    what comes after; where that is nothing, or fewer than `training_samples`, the first ones too.
 
     Args:
         samples: In the order of the file: all, or for seed 0 as many as `rows_to_read` says.
@@ -124,7 +124,7 @@ def split(samples: Sequence[Sample], request: Request) -> SampleSplit:
     unseen = 0 if unseen < FEWEST_UNSEEN else unseen
     used, last = samples[: len(samples) - unseen], samples[len(samples) - unseen :]
     shown, rest = used[: config.samples], used[config.samples :]
-    training = (rest or shown)[: request.training_samples]
+    training = [*rest, *shown][: request.training_samples or len(rest) or None]
     return SampleSplit(shown, training, not_among(last, used) if unseen else ())
 
 

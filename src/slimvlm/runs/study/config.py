@@ -106,7 +106,7 @@ class StudyConfig(Questions):
     images: str | None = None
     """Folder that image paths in the data start from."""
     training_samples: Annotated[int | None, AT_LEAST_1] = None
-    """Samples to train on at most, beside those for calibration; by default all."""
+    """Samples to train on at most, those first that did not calibrate. By default all of these."""
     prune: Mapping[str, Any] = field(default_factory=dict)
     """Options of `slimvlm.PruneConfig` for every cell."""
     recover: Mapping[str, Any] = field(default_factory=dict)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import fmean
 
@@ -15,6 +15,7 @@ from slimvlm.pruning.walk.distil import PASSES
 from slimvlm.runs.estimate import Sizes, image_tokens
 from slimvlm.runs.recipes import rules
 from slimvlm.runs.request import Request
+from slimvlm.runs.stages import split
 from slimvlm.runs.study.cache import Cache
 from slimvlm.runs.study.graph import CellStages, Stage
 from slimvlm.runs.study.work import samples_of
@@ -114,15 +115,15 @@ class Schedule:
 
 def _sizes_of(request: Request, shape: Anatomy, image: int) -> Sizes:
     """Sizes for a request to a model whose pictures have so many tokens."""
-    samples = samples_of(request)
-    shown = samples[: request.prune.samples]
-    training = len(samples) - len(shown) or len(samples)
+    in_order = replace(request, prune=replace(request.prune, seed=0))
+    found = split(samples_of(request), in_order)
     return Sizes(
         shape=shape,
         tokens=fmean(
-            [estimated_length(s, image) for s in shown] or [rules().constants.image_tokens]
+            [estimated_length(s, image) for s in found.calibration]
+            or [rules().constants.image_tokens]
         ),
-        samples=min(training, request.training_samples or training),
+        samples=len(found.training),
     )
 
 
