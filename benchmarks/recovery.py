@@ -27,7 +27,7 @@ FIGURES = [
     ("AVG-%", "avg_percent", "{:.1f}"),
     ("Log perplexity", "log_perplexity", "{:.2f}"),
 ]
-KINDS = ["axis", "repair", "recovery", "fraction"]
+KINDS = ["axis", "repair", "options", "recovery", "fraction"]
 
 
 def rows_of(
