@@ -115,6 +115,7 @@ class Schedule:
 
 def _sizes_of(request: Request, shape: Anatomy, image: int) -> Sizes:
     """Sizes for a request to a model whose pictures have so many tokens."""
+    # The order changes no estimate, and to shuffle a large file for each cell would take a while.
     in_order = replace(request, prune=replace(request.prune, seed=0))
     found = split(samples_of(request), in_order)
     return Sizes(
