@@ -560,6 +560,12 @@ class TrainingShare(Options):
 
     training_samples: Annotated[int | None, AT_LEAST_1] = None
     """Samples to train on at most, those first that did not calibrate. By default all of these."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Staging(TrainingShare):
+    """How much a run trains on, and when."""
+
     stages: tuple[float, ...] = ()
     """Ratios on the way, such as 0.3,0.6: prune to the first, train on a part of the samples, prune
     to the next, train on the next part. The last one is the ratio."""
@@ -578,7 +584,7 @@ class LatencyOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions(ReportOptions, QuestionOptions, TrainingShare, LatencyOptions):
+class RunOptions(ReportOptions, QuestionOptions, Staging, LatencyOptions):
     """What a run does beside pruning and training."""
 
     tasks: str | None = None

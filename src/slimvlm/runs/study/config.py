@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from slimvlm.core.checked import AT_LEAST_0, AT_LEAST_1, Options
+from slimvlm.core.checked import AT_LEAST_0, Options
 from slimvlm.core.documents import Listed, built, read_yaml
 from slimvlm.core.errors import ConfigError
-from slimvlm.core.options import Questions
+from slimvlm.core.options import Questions, TrainingShare
 
 NONE = "none"
 """The recovery that trains nothing."""
@@ -90,7 +90,7 @@ class Resources(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyConfig(Questions):
+class StudyConfig(Questions, TrainingShare):
     """A study: grids of cells, and what they share: questions among others.
 
     Raises:
@@ -105,8 +105,6 @@ class StudyConfig(Questions):
     """Conversations for calibration and training, as for ``slimvlm compress``."""
     images: str | None = None
     """Folder that image paths in the data start from."""
-    training_samples: Annotated[int | None, AT_LEAST_1] = None
-    """Samples to train on at most, those first that did not calibrate. By default all of these."""
     prune: Mapping[str, Any] = field(default_factory=dict)
     """Options of `slimvlm.PruneConfig` for every cell."""
     recover: Mapping[str, Any] = field(default_factory=dict)
