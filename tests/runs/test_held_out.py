@@ -90,6 +90,26 @@ def test_too_few_samples_are_said(data: Path, tmp_path: Path) -> None:
     assert said == []
 
 
+def test_a_file_that_begins_with_one_kind_of_sample_is_told(data: Path, tmp_path: Path) -> None:
+    in_order = folders.write_llava_data(tmp_path, count=20)
+    rows = json.loads(in_order.read_text())
+    for row in rows[10:]:
+        del row["image"]
+        row["conversations"][0]["value"] = row["conversations"][0]["value"].removeprefix(
+            "<image>\n"
+        )
+    in_order.write_text(json.dumps(rows))
+    request = asked(in_order)
+    said: list[str] = []
+    read_split(request, said.append)
+    assert any("all calibration samples have pictures" in line for line in said)
+    said.clear()
+    mixed = read_split(replace(request, prune=replace(request.prune, seed=1)), said.append)
+    read_split(asked(data), said.append)
+    assert {bool(sample.images) for sample in mixed.calibration} == {True, False}
+    assert not any("calibration samples" in line for line in said)
+
+
 @pytest.fixture(scope="module")
 def finished(data: Path, unhurried: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run without a task. Tests must not change it."""
