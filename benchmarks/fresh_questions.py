@@ -22,7 +22,7 @@ from slimvlm.data.samples import Question, Task
 from slimvlm.evaluation.results import Result
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.runs.study.cache import CHECKPOINT, Cache
-from slimvlm.runs.study.cells import Cell, expand
+from slimvlm.runs.study.cells import expand
 from slimvlm.runs.study.config import StudyConfig, read_study
 from slimvlm.runs.study.graph import stages_of
 from slimvlm.runs.tables import as_markdown
@@ -46,11 +46,6 @@ def answered(study: StudyConfig, model: str | Path, dtype: str, out: Path) -> Re
     return Result.load(out)
 
 
-def kind_of(cell: Cell) -> tuple[str, ...]:
-    """What cells that differ in their seeds alone have in common."""
-    return f"{cell.prune.ratio:.0%}", str(cell.prune.axis), cell.options, cell.recovery
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -63,7 +58,7 @@ def main() -> None:
         parser.error("the study asks all questions: there are none after them")
     fresh = options.out / "fresh"
     fresh.mkdir(parents=True, exist_ok=True)
-    found: dict[tuple[str, ...], list[tuple[float, float]]] = {}
+    found: dict[str, list[tuple[float, float]]] = {}
     for cell in expand(study):
         stages = stages_of(study, cell)
         made = stages.recover or stages.prune
@@ -72,17 +67,17 @@ def main() -> None:
             print(f"left out, its model is gone: {cell.label}")
             continue
         original = answered(study, cell.model, dtype, fresh / f"{stages.original.name}.json")
-        result = answered(study, kept, dtype, fresh / f"{made.name}.json")
+        result = answered(study, kept, dtype, fresh / f"{stages.evaluate.name}.json")
         (text,) = (task.score for task in result.tasks.values() if task.metric == "perplexity")
         percent = result.retention(original).percent
-        found.setdefault(kind_of(cell), []).append((percent, math.log(text)))
+        but_seed = cell.label.removesuffix(f" seed {cell.seed}")
+        found.setdefault(but_seed, []).append((percent, math.log(text)))
     rows = []
-    for kind, by_seed in found.items():
+    for label, by_seed in found.items():
         percents, losses = zip(*by_seed, strict=True)
         each = ", ".join(f"{percent:.1f}" for percent in percents)
-        rows.append([*kind, each, spread(percents, "{:.1f}"), spread(losses, "{:.2f}")])
-    header = ["ratio", "axis", "options", "recovery", "AVG-% by seed", "mean", "log perplexity"]
-    print(as_markdown(header, rows))
+        rows.append([label, each, spread(percents, "{:.1f}"), spread(losses, "{:.2f}")])
+    print(as_markdown(["cell", "AVG-% by seed", "mean", "log perplexity"], rows))
 
 
 if __name__ == "__main__":
