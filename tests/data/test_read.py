@@ -223,6 +223,7 @@ BROKEN = {
     ),
     "no turns": ({"id": "bad", "conversations": []}, "no messages or conversations"),
     "turns are text": ({"id": "bad", "messages": "Hello"}, "no messages or conversations"),
+    "turns are a number": ({"id": "bad", "messages": 5}, "no messages or conversations"),
     "turn is text": ({"id": "bad", "messages": ["Hello"]}, "a turn is not an object"),
     "text is a number": (
         {"id": "bad", "messages": [{"role": "user", "content": 5}]},
@@ -230,6 +231,10 @@ BROKEN = {
     ),
     "part is a video": (
         chat_row("bad", [{"type": "video", "video": "a.mp4"}], "Red."),
+        "content parts must be text or image",
+    ),
+    "type of a part is a list": (
+        chat_row("bad", [{"type": ["image"]}], "Red."),
         "content parts must be text or image",
     ),
     "part has no text": (
@@ -448,6 +453,43 @@ def test_limit_counts_good_samples_from_the_start(home: Path) -> None:
     samples = load_samples(path, limit=3, max_bad=1, warn=warnings.append)
     assert [sample.id for sample in samples] == ["s0", "s1", "s2"]
     assert len(warnings) == 2
+
+
+def stored(home: Path, kinds: str, name: str) -> Path:
+    """Rows of which P stands for one with a picture and T for one without."""
+    shown: dict[str, list[Any]] = {"P": [picture(0) if name == "inside" else "a.png"], "T": []}
+    rows = [chat_row(f"r{i}", "q", "a", images=shown[kind]) for i, kind in enumerate(kinds)]
+    if name.startswith("data.json"):
+        return write(home, *rows, name=name)
+    made = datasets.Dataset.from_list(rows)
+    if name == "inside":
+        made = made.cast_column("images", datasets.Sequence(datasets.Image()))
+    made.to_parquet(home / name) if name.endswith("parquet") else made.save_to_disk(home / name)
+    return home / name
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl", "data.parquet", "inside"])
+@pytest.mark.parametrize("kinds", ["P" * 12 + "T" * 18, "T" * 3 + "P" * 20 + "T" * 4])
+def test_kinds_that_stand_apart_are_read_in_step(kinds: str, name: str, home: Path) -> None:
+    path, said = stored(home, kinds, name), list[str]()
+    samples = load_samples(path, home, warn=said.append)
+    shown = [bool(sample.images) for sample in samples]
+    for count in range(len(kinds) + 1):
+        assert abs(sum(shown[:count]) - count * kinds.count("P") / len(kinds)) <= 1
+    for kind in "PT":
+        there = [
+            s.id for s, picture in zip(samples, shown, strict=True) if picture == (kind == "P")
+        ]
+        assert there == [f"r{i}" for i, other in enumerate(kinds) if other == kind]
+    assert f"{kinds.count('P')} rows with pictures and {kinds.count('T')} without" in said[0]
+    assert load_samples(path, home, limit=7, warn=said.append) == samples[:7]
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl", "data.parquet", "folder"])
+@pytest.mark.parametrize("kinds", ["PTTPPTPTTP", "PPPPPP", "TTTTTT", "PPPPTPPPPP", "PT"])
+def test_mixed_data_keep_their_order(kinds: str, name: str, home: Path) -> None:
+    samples = load_samples(stored(home, kinds, name), home, warn=silent)
+    assert [sample.id for sample in samples] == [f"r{i}" for i in range(len(kinds))]
 
 
 def test_a_placeholder_may_stand_in_a_text_part(home: Path) -> None:

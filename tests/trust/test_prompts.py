@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from slimvlm.core.errors import ConfigError, DataError, SlimError
-from slimvlm.data.read import load_samples, read_rows
+from slimvlm.data.read import load_samples
+from slimvlm.data.rows import read_rows
 from slimvlm.data.samples import Question
 from slimvlm.evaluation.ask import AnswerLog
 from slimvlm.evaluation.tasks import TaskRow, read_task
@@ -184,7 +185,7 @@ def test_a_link_in_a_datasets_folder_leads_nowhere(tmp_path: Path) -> None:
 def test_a_line_above_the_limit_is_a_broken_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("slimvlm.data.read.MAX_LINE_BYTES", 300)
+    monkeypatch.setattr("slimvlm.data.rows.MAX_LINE_BYTES", 300)
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     good, path = json.dumps({"messages": turns}), tmp_path / "data.jsonl"
     long = json.dumps({"messages": turns, "note": "x" * 1000})

@@ -301,8 +301,9 @@ class SampleOptions(Options):
     samples: Annotated[int, AT_LEAST_1] = 192
     """Calibration samples, the first ones of the data in the order of the seed."""
     seed: Annotated[int, SEED] = 0
-    """Order of the data: 0 is that of the file, any other number shuffles it; training takes what
-    comes after the calibration samples. Also seeds whatever is drawn, in scores and in training."""
+    """Order of the data: 0 is that of the file, pictures and text in step where they stand apart,
+    any other number shuffles it; training takes what comes after the calibration samples. Also
+    seeds whatever is drawn, in scores and in training."""
     gradient: Gradient = "per_sample"
     """For taylor: one gradient over all samples, or one for each."""
     token_weights: str | None = None

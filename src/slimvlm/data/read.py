@@ -1,4 +1,4 @@
-"""Data files → `Sample`s: LLaVA JSON, chat ``messages`` in JSONL, parquet or ``datasets`` form."""
+"""Rows → `Sample`s: LLaVA's conversations and chat ``messages``, with their pictures."""
 
 from __future__ import annotations
 
@@ -8,23 +8,16 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from slimvlm.core.documents import (
-    MAX_YAML_BYTES,
-    parse_json,
-    parse_yaml,
-    read_object,
-    read_text,
-    texts_in,
-)
-from slimvlm.core.errors import LONGEST, ConfigError, DataError, one_line, shortened
+from slimvlm.core.errors import ConfigError, DataError
 from slimvlm.core.options import TooLong
 from slimvlm.core.progress import Say
 from slimvlm.core.requests import identity_of_files
 from slimvlm.data.chat import require_readable
 from slimvlm.data.images import find_image
 from slimvlm.data.lengths import Limit, fitted
+from slimvlm.data.rows import rows_in_step
 from slimvlm.data.samples import Message, Sample
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -33,8 +26,6 @@ IMAGE_WORD = "<image>"
 
 _AT_ONCE = 256
 _MISSING = object()
-MAX_LINE_BYTES = 64 * 2**20
-"""Longest line of a ``.jsonl`` file."""
 
 
 def load_samples(
@@ -55,7 +46,7 @@ def load_samples(
             (or ``conversations``); a folder that ``datasets`` saved; or a hub dataset id.
         images: Folder that image paths start from and lie in; by default the data file's own, or
             the folder that ``datasets`` saved.
-        limit: Read only the first so many good samples.
+        limit: Read only the first so many good samples, in the order of `rows_in_step`.
         max_bad: Up to so many broken rows are skipped and named; one more is an error.
         warn: Receives one line for each row that was skipped.
         processor: A model's processor or tokenizer. Rows that it cannot read are broken, too: those
@@ -74,7 +65,7 @@ def load_samples(
     longest = _longest(processor, max_length, context, too_long)
     samples: list[Sample] = []
     bad = cut = 0
-    for found in _found(data, images, limit):
+    for found in _found(data, images, limit, warn):
         try:
             samples.append(_readable(found, processor, longest))
             cut += samples[-1] is not found
@@ -95,7 +86,7 @@ def load_samples(
 
 
 def _found(
-    data: str | Path, images: str | Path | None, limit: int | None
+    data: str | Path, images: str | Path | None, limit: int | None, warn: Say
 ) -> Iterable[Sample | DataError]:
     """What each row of a source is: a sample, or why it is none."""
     if str(data) == "demo":
@@ -106,7 +97,9 @@ def _found(
     root = root if root.is_dir() or images is not None else root.parent
     if images is not None and not root.is_dir():
         raise ConfigError(f"images {str(images)!r} is not a folder")
-    return _read_in_order(read_rows(data), root.absolute(), min(limit or _AT_ONCE, _AT_ONCE))
+    return _read_in_order(
+        rows_in_step(data, warn), root.absolute(), min(limit or _AT_ONCE, _AT_ONCE)
+    )
 
 
 def _longest(
@@ -129,17 +122,18 @@ def _readable(found: Sample | DataError, processor: Any, longest: Limit | None) 
     return found if longest is None else fitted(processor, found, longest)
 
 
-def _read_in_order(rows: Iterable[Any], root: Path, at_once: int) -> Iterator[Sample | DataError]:
+def _read_in_order(
+    numbered: Iterator[tuple[int, Any]], root: Path, at_once: int
+) -> Iterator[Sample | DataError]:
     """What each row is: a sample, or why it is none. Several threads decode the pictures."""
 
-    def attempt(numbered: tuple[int, Any]) -> Sample | DataError:
-        index, row = numbered
+    def attempt(row_at: tuple[int, Any]) -> Sample | DataError:
+        index, row = row_at
         try:
             return _sample(row, index, root)
         except DataError as error:
             return error
 
-    numbered = enumerate(rows)
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         while chunk := list(islice(numbered, at_once)):
             yield from pool.map(attempt, chunk)
@@ -227,122 +221,6 @@ def _stratum(sample: Sample) -> tuple[int, str]:
 def identity_of_data(data: str) -> str:
     """What tells a source apart from another one under its name, as `slimvlm.core.files` has it."""
     return data if data == "demo" else identity_of_files(data, data)
-
-
-def read_rows(data: str | Path) -> Iterator[Any]:
-    """The rows of a data source as plain values, and a `DataError` for each that is not JSON.
-
-    Raises:
-        ConfigError: If the source does not exist or is not understood.
-    """
-    path = Path(data)
-    if path.is_file():
-        try:
-            yield from _rows_of_file(path)
-        except OSError as error:
-            raise ConfigError(f"data {str(data)!r}: cannot be read ({error.strerror})") from error
-    elif path.is_dir() or (str(data).count("/") == 1 and not str(data).startswith((".", "/"))):
-        yield from _rows_of_dataset(path if path.is_dir() else str(data))
-    else:
-        raise ConfigError(f"data {str(data)!r}: no such file, folder or dataset")
-
-
-def _rows_of_file(path: Path) -> Iterator[Any]:
-    if path.suffix == ".parquet":
-        import datasets
-
-        try:
-            table = datasets.Dataset.from_parquet(str(path))
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise DataError(f"data {str(path)!r}: is not a parquet file ({error})") from error
-        yield from _plain_rows(table)
-    elif path.suffix == ".jsonl":
-        with path.open("rb") as lines:
-            for number, line in enumerate(_lines(lines), 1):
-                if isinstance(line, DataError):
-                    yield DataError(f"line {number} {line}")
-                elif line.strip():
-                    yield _parsed(line.decode("utf-8", "replace"), f"line {number}")
-    elif path.suffix == ".json":
-        rows = _parsed(path.read_text(encoding="utf-8", errors="replace"), "the file")
-        if isinstance(rows, DataError):
-            raise DataError(f"data {str(path)!r}: {rows}")
-        if not isinstance(rows, list):
-            raise DataError(f"data {str(path)!r}: must be a list of conversations")
-        yield from rows
-    else:
-        raise ConfigError(
-            f"data {str(path)!r}: must end in .json, .jsonl or .parquet, or be a folder"
-        )
-
-
-def _rows_of_dataset(source: Path | str) -> Iterable[Any]:
-    import datasets
-
-    if isinstance(source, Path):
-        _require_own_files(source)
-    try:
-        if isinstance(source, Path) and (source / "state.json").exists():
-            return _plain_rows(datasets.load_from_disk(str(source)))
-        if isinstance(source, Path) and (source / "dataset_dict.json").exists():
-            return _plain_rows(datasets.load_from_disk(str(source))["train"])
-        return _plain_rows(datasets.load_dataset(str(source), split="train"))
-    except Exception as error:  # broken files make datasets and pyarrow raise almost anything
-        reason = one_line(error.__cause__ or error)[:LONGEST]
-        raise ConfigError(f"data {str(source)!r}: cannot be loaded ({reason})") from error
-
-
-def _require_own_files(folder: Path) -> None:
-    """Refuse a folder that reads elsewhere: by a link, or by a path in one of its descriptions."""
-    where, inside = f"data {str(folder)!r}", folder.resolve()
-    for path in folder.rglob("*"):
-        if path.is_symlink() and not path.resolve().is_relative_to(inside):
-            raise ConfigError(f"{where}: {path.name!r} is a link that leads out of it")
-        for named in texts_in(_files_named_by(path)):
-            if "://" in named or ".." in named or named.startswith(("/", "~")):
-                raise ConfigError(
-                    f"{where}: {path.name} names {shortened(named)}, but its files must lie in it"
-                )
-
-
-def _files_named_by(path: Path) -> Any:
-    """What a description by which ``datasets`` finds files says of their places."""
-    if path.name in ("state.json", "dataset_dict.json") and path.is_file():
-        values = read_object(path, "data")
-        return [values.get("_data_files"), values.get("splits")]
-    if path.name in ("README.md", ".huggingface.yaml") and path.is_file():
-        text = read_text(path, "data", MAX_YAML_BYTES)
-        head = text.split("---")[1] if text.startswith("---") else text * (path.suffix == ".yaml")
-        try:
-            values = parse_yaml(head)
-        except ValueError as error:
-            raise ConfigError(f"data {str(path)!r}: cannot be read ({error})") from error
-        return values.get("configs") if isinstance(values, dict) else None
-    return None
-
-
-def _plain_rows(table: Any) -> Iterator[Any]:
-    """Rows with pictures as they are stored, so that no path among them is opened unchecked."""
-    for part in table.with_format("arrow").iter(batch_size=64):
-        yield from part.to_pylist()
-
-
-def _lines(file: BinaryIO) -> Iterator[bytes | DataError]:
-    """The lines of a file; of one that is too long no more than the limit is in memory."""
-    while line := file.readline(MAX_LINE_BYTES + 1):
-        if len(line) <= MAX_LINE_BYTES or line.endswith(b"\n"):
-            yield line
-            continue
-        while line and not line.endswith(b"\n"):
-            line = file.readline(MAX_LINE_BYTES)
-        yield DataError(f"has more than {MAX_LINE_BYTES:,} bytes")
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return parse_json(text)
-    except ValueError as error:
-        return DataError(f"{where} is not JSON ({error})")
 
 
 def _sample(row: Any, index: int, root: Path) -> Sample:

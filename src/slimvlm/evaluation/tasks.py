@@ -15,7 +15,7 @@ from pydantic import Field
 from slimvlm.core.documents import built, read_yaml
 from slimvlm.core.errors import ConfigError, DataError, shortened
 from slimvlm.data.images import find_image
-from slimvlm.data.read import read_rows
+from slimvlm.data.rows import read_rows
 from slimvlm.data.samples import Question, Task
 from slimvlm.evaluation.metrics import LIKELIHOODS, metric_named
 

@@ -169,17 +169,7 @@ def read_split(request: Request, say: Say) -> SampleSplit:
         if len(samples) < enough:
             why = f"{len(samples)} samples are too few, {enough} would do"
         say(f"data: no sample stays unseen, so the end cannot say what was kept: {why}")
-    if not request.prune.seed and (kind := _only_kind(found.calibration, samples)):
-        say(f"data: all calibration samples {kind}, not all later ones: --seed 1 draws from all")
     return found
-
-
-def _only_kind(some: Sequence[Sample], samples: Sequence[Sample]) -> str:
-    """What some samples have in common and not all do, in words; empty if they are mixed."""
-    found = {bool(sample.images) for sample in some}
-    if len(found) != 1 or all(bool(sample.images) in found for sample in samples):
-        return ""
-    return "have pictures" if found == {True} else "are text alone"
 
 
 def tell_lost_heads(request: Request, say: Say) -> None:
