@@ -142,6 +142,23 @@ def test_a_run_meets_its_latency(data: Path, tmp_path: Path, unhurried: None) ->
         compress(model, CompressConfig(target_latency=0.01, **shown), tmp_path / "no", say=silent)
 
 
+@pytest.mark.parametrize(
+    ("losses", "axis"),
+    [
+        ({"depth": 1.5, "width": 1.2, "both": 1.1}, "both"),
+        ({"depth": 1.5, "width": 1.11, "both": 1.1}, "width"),  # as good as even
+        ({"depth": 1.09, "width": 1.12, "both": 1.1}, "depth"),
+    ],
+)
+def test_the_axis_that_lost_least_is_taken_and_width_of_two_that_are_even(
+    losses: dict[str, float], axis: str, data: Path
+) -> None:
+    request, model, _ = opened(data)
+    found, note = stages.best_axis(request, losses, read_anatomy(model))
+    assert found.prune.axis == axis
+    assert note.startswith(f"axis {axis}: held-out loss {losses[axis]:.4f} (")
+
+
 def test_a_stopped_run_does_not_try_again(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
