@@ -17,7 +17,7 @@ from slimvlm.core.requests import identity_of_files
 from slimvlm.data.chat import require_readable
 from slimvlm.data.images import find_image
 from slimvlm.data.lengths import Limit, fitted
-from slimvlm.data.rows import rows_in_step
+from slimvlm.data.rows import interleaved, rows_in_step, stated_pictures, turns_of
 from slimvlm.data.samples import Message, Sample
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -197,19 +197,17 @@ def estimated_length(sample: Sample, image_tokens: int = 576) -> int:
 def _stratified_order(samples: list[Sample], seed: int) -> list[int]:
     """Indices in an order of which every beginning is a stratified sample.
 
-    Within its stratum of n samples, the k-th in random order stands at (k + u) / n, with one random
-    u for each stratum.
+    Each stratum is in random order and has one random offset.
     """
     strata: dict[tuple[int, str], list[int]] = {}
     for index, sample in enumerate(samples):
         strata.setdefault(_stratum(sample), []).append(index)
     draw = random.Random(seed)
-    placed: list[tuple[float, int]] = []
+    groups: list[tuple[float, list[int]]] = []
     for members in strata.values():
         draw.shuffle(members)
-        offset = draw.random()
-        placed += [((k + offset) / len(members), index) for k, index in enumerate(members)]
-    return [index for _, index in sorted(placed)]
+        groups.append((draw.random(), members))
+    return interleaved(groups)
 
 
 def _stratum(sample: Sample) -> tuple[int, str]:
@@ -229,10 +227,10 @@ def _sample(row: Any, index: int, root: Path) -> Sample:
     if not isinstance(row, dict):
         raise DataError(f"row {index} is not an object")
     name = str(row.get("id", index))[:100]
-    turns = row.get("messages") or row.get("conversations")
+    turns = turns_of(row)
     if not isinstance(turns, list) or not turns:
         raise DataError(f"sample {name!r} has no messages or conversations")
-    stated = row.get("images") if row.get("images") is not None else row.get("image")
+    stated = stated_pictures(row)
     given = [] if stated is None else stated if isinstance(stated, list) else [stated]
     messages, sources = _messages(turns, name)
     listed = iter(given)

@@ -55,9 +55,8 @@ def _shows_picture(row: Any) -> bool:
     """Whether a row has a picture, as far as can be told without opening one."""
     if not isinstance(row, dict):
         return False
-    stated = row.get("images") if row.get("images") is not None else row.get("image")
-    turns = row.get("messages") or row.get("conversations")
-    return bool(stated) or any(
+    turns = turns_of(row)
+    return bool(stated_pictures(row)) or any(
         part.get("type") == "image"
         for turn in (turns if isinstance(turns, list) else ())
         if isinstance(turn, dict) and isinstance(turn.get("content"), list)
@@ -66,16 +65,40 @@ def _shows_picture(row: Any) -> bool:
     )
 
 
+def turns_of(row: dict[str, Any]) -> Any:
+    """What a row has where its turns should be."""
+    return row.get("messages") or row.get("conversations")
+
+
+def stated_pictures(row: dict[str, Any]) -> Any:
+    """What a row has where its pictures should be: one, a list of them, or None."""
+    return row.get("images") if row.get("images") is not None else row.get("image")
+
+
 def _stand_apart(kinds: Sequence[bool]) -> bool:
     changes = sum(one != other for one, other in pairwise(kinds))
     return changes * len(kinds) < sum(kinds) * (len(kinds) - sum(kinds))
 
 
-def _in_step(kinds: Sequence[bool]) -> list[bool]:
+def _in_step(kinds: Sequence[bool]) -> list[int]:
     """The kinds in an order of which each beginning has about the shares of the whole."""
-    counts = {kind: kinds.count(kind) for kind in set(kinds)}
-    places = [((i + 0.5) / count, kind) for kind, count in counts.items() for i in range(count)]
-    return [kind for _, kind in sorted(places)]
+    return interleaved((0.5, [kind] * kinds.count(kind)) for kind in (False, True))
+
+
+def interleaved(groups: Iterable[tuple[float, Sequence[int]]]) -> list[int]:
+    """The members of groups, so that each beginning has about every group's share of the whole.
+
+    The k-th of a group's n members stands at (k + u) / n.
+
+    Args:
+        groups: Of each group the offset u, from 0 to 1, and its members in their order.
+    """
+    placed = [
+        ((k + offset) / len(members), member)
+        for offset, members in groups
+        for k, member in enumerate(members)
+    ]
+    return [member for _, member in sorted(placed)]
 
 
 def read_rows(data: str | Path, outlined: bool = False) -> Iterator[Any]:

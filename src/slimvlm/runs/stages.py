@@ -111,12 +111,12 @@ def _judging(calibration: Sequence[Sample]) -> Sequence[Sample]:
 def split(samples: Sequence[Sample], request: Request) -> SampleSplit:
     """Which samples calibrate, which train and which stay unseen.
 
-    The data has one order for each seed: that of the file for 0, a shuffled one for any other. The
+    The data has one order for each seed: that of its rows for 0, a shuffled one for any other. The
     last ones, at most a fifth, stay unseen. Of the others calibration takes the first, and training
     what comes after; where that is nothing, or fewer than `training_samples`, the first ones too.
 
     Args:
-        samples: In the order of the file: all, or for seed 0 as many as `rows_to_read` says.
+        samples: As `load_samples` reads them: all, or for seed 0 as many as `rows_to_read` says.
         request: The request.
     """
     config = request.prune
@@ -450,7 +450,7 @@ def best_axis(request: Request, losses: Mapping[str, float], shape: Anatomy) -> 
     """
     most = (1 + EVEN) * min(losses.values())
     even = {name: loss for name, loss in losses.items() if loss <= most}
-    best = min(even, key=lambda name: (not name.startswith("width"), even[name]))
+    best = min(even, key=lambda name: (name.partition(BEHIND)[0] != "width", even[name]))
     others = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if name != best)
     axis, fewer, _ = best.partition(BEHIND)
     if fewer:

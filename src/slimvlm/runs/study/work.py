@@ -52,7 +52,7 @@ def work(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) -> N
 
 
 def samples_of(request: Request) -> list[Sample]:
-    """All samples of a request's data, in the order of the file."""
+    """All samples of a request's data, as `load_samples` reads them."""
     return [] if request.prune.data is None else _rows_of(request)[0]
 
 
