@@ -1,0 +1,90 @@
+"""The pretended card itself: its values are the CPU's, and it refuses what a card refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tests import pretended_gpu
+
+pytestmark = pytest.mark.skipif(pretended_gpu.REASON is not None, reason=str(pretended_gpu.REASON))
+
+
+def test_values_are_those_of_the_cpu(card: torch.device) -> None:
+    layer, x = nn.Linear(8, 8), torch.randn(5, 8)
+    layer(x).square().sum().backward()
+    assert layer.weight.grad is not None
+    expected = layer.weight.grad.clone()
+    layer.weight.grad = None
+    layer.to(card)
+    layer(x.to(card)).square().sum().backward()
+    assert layer.weight.grad.device == card
+    assert torch.equal(layer.weight.grad.cpu(), expected)
+
+
+def test_two_devices_in_one_operator_are_refused(card: torch.device) -> None:
+    with pytest.raises(RuntimeError, match="same device"):
+        torch.ones(3, device=card) + torch.ones(3)
+    with pytest.raises(RuntimeError, match="same device"):
+        torch.ones(3, 3, device=card).index_select(0, torch.tensor([1]))
+
+
+def test_numbers_and_indices_of_the_cpu_are_taken(card: torch.device) -> None:
+    x = torch.arange(4.0, device=card)
+    assert (x * torch.tensor(2.0)).tolist() == [0, 2, 4, 6]
+    assert x[torch.tensor([3, 0])].tolist() == [3, 0]
+
+
+def test_a_generator_of_the_cpu_is_refused(card: torch.device) -> None:
+    with pytest.raises(RuntimeError, match="generator"):
+        torch.randn(3, device=card, generator=torch.Generator())
+    drawn = torch.randn(3, device=card, generator=torch.Generator(card).manual_seed(3))
+    assert torch.equal(drawn.cpu(), torch.randn(3, generator=torch.Generator().manual_seed(3)))
+
+
+def test_numpy_is_refused(card: torch.device) -> None:
+    with pytest.raises(TypeError, match="numpy"):
+        torch.ones(3, device=card).numpy()
+
+
+def test_bytes_are_counted_and_freed(card: torch.device) -> None:
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    x = torch.empty(1 << 20, dtype=torch.uint8, device=card)
+    assert torch.cuda.memory_allocated() - before == 1 << 20
+    del x
+    assert torch.cuda.memory_allocated() == before
+    assert torch.cuda.max_memory_allocated() - before == 1 << 20
+
+
+def test_a_limit_is_one_out_of_memory(card: torch.device) -> None:
+    with pretended_gpu.limit(1000), pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+        torch.empty(2000, dtype=torch.uint8, device=card)
+    torch.empty(2000, dtype=torch.uint8, device=card)
+
+
+def test_what_waits_for_the_card_is_counted(card: torch.device) -> None:
+    x = torch.ones(4, device=card)
+
+    def waited(run: object) -> int:
+        before = pretended_gpu.waits()
+        run()  # type: ignore[operator]
+        return pretended_gpu.waits() - before
+
+    assert waited(lambda: x + x) == 0
+    assert waited(lambda: x.sum().item()) == 1
+    assert waited(lambda: x.tolist()) == 1
+    assert waited(lambda: x[x > 0]) >= 1
+    assert waited(lambda: x[torch.tensor([1, 2], device=card).long()]) <= 1
+    assert waited(lambda: torch.ones(3).to(card)) == 1
+    pinned = torch.ones(3).pin_memory()
+    assert pinned.is_pinned()
+    assert waited(lambda: pinned.to(card, non_blocking=True)) == 0
+
+
+def test_two_cards_refuse_each_other() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("PRETENDED_GPUS=2 makes two cards")
+    with pytest.raises(RuntimeError, match="same device"):
+        torch.ones(3, device="cuda:0") + torch.ones(3, device="cuda:1")
