@@ -90,6 +90,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ],
     }
     (home / "lost.json").write_text(json.dumps([row]))
+    (home / "study.yaml").write_text("grids: {ratio: 0.3}")
     (home / "taken").mkdir()
     (home / "taken" / "mine").write_text("mine")
     (home / "taken.json").write_text("mine")
@@ -144,6 +145,12 @@ def bad_requests() -> dict[str, tuple[list[str], str]]:
         if "--out" in usual:
             made[f"{verb} place"] = (changed(verb, out="bert/config.json/out"), "cannot be written")
             made[f"{verb} endless"] = (changed(verb, out="x" * 300), "at most 200 bytes")
+        if verb != "inspect":  # which runs no model
+            made[f"{verb} device"] = (changed(verb, device="tpu"), "device 'tpu' must be.*: cpu")
+    made["study device"] = (
+        ["study", "study.yaml", "--out", "out", "--device", "tpu"],
+        "device 'tpu' must be one of: cpu",
+    )
     made["study endless"] = (["study", "none.yaml", "--out", "x" * 300], "at most 200 bytes")
     made["prune no name"] = (changed("prune", out="a\0b"), r"output 'a\\x00b' must end in a name")
     made["inspect hub"] = (["inspect", "some-body/some-model"], "some-body/some-model")

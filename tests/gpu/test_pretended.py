@@ -23,6 +23,27 @@ def test_values_are_those_of_the_cpu(card: torch.device) -> None:
     assert torch.equal(layer.weight.grad.cpu(), expected)
 
 
+def test_views_share_their_memory(card: torch.device) -> None:
+    x = torch.arange(4.0, device=card)
+    x.unfold(0, 2, 2)[0].fill_(7)
+    torch.view_as_complex(x.view(2, 2))[1] = 5j
+    assert x.tolist() == [7, 7, 0, 5]
+    assert x.repeat(2).tolist() == [7, 7, 0, 5] * 2
+
+
+def test_whole_numbers_are_counted(card: torch.device) -> None:
+    x = torch.tensor([0, 2, 2, 3], dtype=torch.int32, device=card)
+    assert torch.histc(x, bins=4, min=0, max=3).tolist() == [1, 0, 2, 1]
+
+
+def test_a_convolution_of_each_channel_alone_is_computed(card: torch.device) -> None:
+    layer, x = nn.Conv1d(4, 4, 3, groups=4), torch.randn(2, 4, 9)
+    expected = layer(x)
+    layer.to(card)(x.to(card)).sum().backward()
+    assert torch.equal(layer(x.to(card)).cpu(), expected)
+    assert layer.weight.grad is not None
+
+
 def test_two_devices_in_one_operator_are_refused(card: torch.device) -> None:
     with pytest.raises(RuntimeError, match="same device"):
         torch.ones(3, device=card) + torch.ones(3)

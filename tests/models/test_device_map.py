@@ -9,14 +9,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from slimvlm.models.hidden import head_of, hidden_states
+from slimvlm.core.errors import ConfigError
+from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.hidden import as_inputs, head_of, hidden_states
 from slimvlm.models.losses import token_cross_entropy
+from slimvlm.planning.mask import mask_
+from slimvlm.pruning.cut import prune_
 from slimvlm.scoring.score_model import score
 from tests import tiny
+from tests.handmade import plan_by_hand
 from tests.tolerances import LOSS, assert_close, assert_scores_close
 
+TOPS = ("embed_tokens", "norm", "rotary_emb")
 CASES: list[dict[str, Any]] = [
     {"criterion": "taylor", "gradient": "per_sample"},
     {"criterion": "taylor_mix"},
@@ -27,24 +33,47 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
+def on_disk(model: PreTrainedModel, folder: Path, **places: str) -> PreTrainedModel:
+    """A copy of a text model with every second layer and the head on a disk."""
+    model.save_pretrained(folder / "model")
+    places = {f"model.{name}": places.get(name, "cpu") for name in TOPS}
+    places |= {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(4)}
+    found: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder / "model",
+        device_map={**places, "lm_head": "disk"},
+        offload_folder=folder / "offload",
+        dtype=torch.float32,
+    )
+    return found
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["criterion"])
 def test_weights_on_disk_give_the_same_scores(case: dict[str, Any], tmp_path: Path) -> None:
     model = tiny.build("llama")
-    model.save_pretrained(tmp_path / "model")
-    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
-    places |= {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(4)}
-    spread = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "model",
-        device_map={**places, "lm_head": "disk"},
-        offload_folder=tmp_path / "offload",
-        dtype=torch.float32,
-    )
+    spread = on_disk(model, tmp_path)
     assert spread.model.layers[1].mlp.up_proj.weight.is_meta
     batches = [tiny.batch(model, 12, 0), tiny.batch(model, 15, 1)]
     expected, found = score(model, batches, **case), score(spread, batches, **case)
     for unit in ("kv_group", "neuron"):
         for ours, theirs in zip(found.of(unit), expected.of(unit), strict=True):
             assert_scores_close(ours, theirs)
+
+
+def test_inputs_go_where_weights_on_disk_are_used(tmp_path: Path) -> None:
+    model = tiny.build("llama")
+    spread = on_disk(model, tmp_path, embed_tokens="disk")
+    batch = tiny.batch(model)
+    del batch["labels"]
+    found, expected = (hidden_states(m, as_inputs(m, batch)) for m in (spread, model))
+    assert_close(found[0], expected[0], LOSS)
+
+
+def test_weights_on_disk_are_not_pruned(tmp_path: Path) -> None:
+    model = tiny.build("llama")
+    spread, plan = on_disk(model, tmp_path), plan_by_hand(read_anatomy(model), (0, 2))
+    for change in (prune_, mask_):
+        with pytest.raises(ConfigError, match=r"^model: its device_map divides it over cpu, disk"):
+            change(spread, plan)
 
 
 @pytest.mark.parametrize("name", ["gemma2", "llava-gemma2", "paligemma", "smolvlm"])

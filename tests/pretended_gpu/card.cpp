@@ -1,9 +1,9 @@
 // A pretended CUDA card for a CPU build of PyTorch, registered with torch's dispatcher.
 //
-// Device memory is host memory and every operator runs the CPU's kernel on a copy of its arguments,
-// so values are the CPU's. What a card refuses is refused: arguments on two devices, and a CPU
-// generator for a device tensor. Bytes that tensors hold are counted for each card, with a peak and
-// an optional limit, and so is everything for which a program would wait for a card.
+// Device memory is host memory and every operator runs the CPU's kernel on it, so values are the
+// CPU's. What a card refuses is refused: arguments on two devices, and a CPU generator for a device
+// tensor. Bytes that tensors hold are counted for each card, with a peak and an optional limit, and
+// so is everything for which a program would wait for a card.
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
@@ -14,6 +14,9 @@
 #include <ATen/ops/_reshape_alias_native.h>
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/set_native.h>
+#include <ATen/ops/unfold_native.h>
+#include <ATen/ops/view_as_complex_native.h>
+#include <ATen/ops/view_as_real_native.h>
 #include <ATen/ops/view_native.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
@@ -129,19 +132,25 @@ class CardMemory final : public c10::DeviceAllocator {
     const DeviceIndex index = active;
     const Device device(kCard, index);
     if (bytes == 0) return {nullptr, nullptr, [](void*) {}, device};
+    count(bytes, index);
+    auto* made = new Allocation{aligned(bytes), bytes, index};
+    return {made->start, made, &release, device};
+  }
+
+  // Takes so many bytes of a card.
+  static void count(size_t bytes, DeviceIndex index) {
     Card& card = cards[index];
     const size_t after = card.held.fetch_add(bytes) + bytes;
     if (const size_t limit = card.limit; limit && after > limit) {
       card.held -= bytes;
+      const size_t before = after - bytes;
       C10_THROW_ERROR(OutOfMemoryError,
                       c10::str("CUDA out of memory. Tried to allocate ", bytes, " bytes. GPU ", int(index),
-                               " has a total capacity of ", limit, " bytes of which ", limit - (after - bytes),
-                               " bytes are free."));
+                               " has a total capacity of ", limit, " bytes of which ",
+                               before < limit ? limit - before : 0, " bytes are free."));
     }
     for (size_t peak = card.peak; after > peak && !card.peak.compare_exchange_weak(peak, after);) {
     }
-    auto* made = new Allocation{aligned(bytes), bytes, index};
-    return {made->start, made, &release, device};
   }
 
   void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
@@ -312,6 +321,13 @@ at::Scalar local_scalar(const Tensor& tensor) {
   return on_host(tensor).item();
 }
 
+// A card counts whole numbers, too, which the CPU's kernel does not.
+Tensor histc(const Tensor& tensor, int64_t bins, const at::Scalar& low, const at::Scalar& high) {
+  const Tensor host = on_host(tensor);
+  const bool is_whole = at::isIntegralType(host.scalar_type(), false);
+  return at::histc(is_whole ? host.to(at::kDouble) : host, bins, low, high).to(tensor.options());
+}
+
 Tensor& set_storage_at(Tensor& tensor, at::Storage storage, int64_t offset, c10::IntArrayRef size,
                        c10::IntArrayRef stride) {
   at::native::checkSetStorage(tensor, std::move(storage), offset, size, stride);
@@ -366,6 +382,76 @@ bool waits_for_values(const std::string& name, const std::vector<const IValue*>&
   return by_mask && starts_with(name, "aten::index");
 }
 
+// A tensor that the CPU computed, as one of the active card: the same memory, counted there.
+Tensor adopted(const Tensor& tensor) {
+  if (!tensor.defined() || !tensor.device().is_cpu()) return tensor;
+  const at::Storage storage = tensor.storage();
+  struct Adopted {
+    at::Storage storage;
+    size_t bytes;
+    DeviceIndex card;
+  };
+  card_memory.count(storage.nbytes(), active);
+  auto* made = new Adopted{storage, storage.nbytes(), active};
+  at::DataPtr pointer(
+      storage.mutable_data(), made,
+      [](void* context) {
+        auto* ended = static_cast<Adopted*>(context);
+        cards[ended->card].held -= ended->bytes;
+        delete ended;
+      },
+      Device(kCard, active));
+  at::Storage on_card(at::Storage::use_byte_size_t{}, storage.nbytes(), std::move(pointer), &card_memory, true);
+  Tensor result = at::detail::make_tensor<at::TensorImpl>(std::move(on_card), DispatchKeySet(c10::DispatchKey::CUDA),
+                                                          tensor.dtype());
+  result.unsafeGetTensorImpl()->set_sizes_and_strides(tensor.sizes(), tensor.strides(), tensor.storage_offset());
+  return result;
+}
+
+// Runs the CPU's kernel on the card's own memory: arguments and results are not copied.
+void run_in_place(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const auto& schema = op.schema();
+  const size_t count = schema.arguments().size();
+  const size_t begin = stack->size() - count;
+  const std::vector<IValue> given(stack->begin() + begin, stack->end());
+  for (size_t i = 0; i < count; ++i) {
+    IValue& value = (*stack)[begin + i];
+    if (value.isTensor() && value.toTensor().defined()) {
+      value = on_host(value.toTensor());
+    } else if (value.isTensorList()) {
+      std::vector<Tensor> all;
+      for (const Tensor& tensor : value.toTensorVector()) all.push_back(tensor.defined() ? on_host(tensor) : tensor);
+      value = IValue(all);
+    } else if (value.isOptionalTensorList()) {
+      c10::List<std::optional<Tensor>> all;
+      for (const std::optional<Tensor>& tensor : value.toOptionalTensorList().vec())
+        all.push_back(tensor && tensor->defined() ? std::optional<Tensor>(on_host(*tensor)) : tensor);
+      value = IValue(all);
+    } else if (value.isDevice()) {
+      value = IValue(Device(at::kCPU));
+    }
+  }
+  op.redispatchBoxed(DispatchKeySet(c10::DispatchKey::CPU), stack);
+
+  const auto& returns = schema.returns();
+  const size_t first = stack->size() - returns.size();
+  for (size_t i = 0; i < returns.size(); ++i) {
+    IValue& value = (*stack)[first + i];
+    if (const auto* alias = returns[i].alias_info(); alias && alias->isWrite()) {  // an argument, changed
+      for (size_t j = 0; j < count; ++j) {
+        const auto* other = schema.arguments()[j].alias_info();
+        if (other && other->beforeSets() == alias->beforeSets()) value = given[j];
+      }
+    } else if (value.isTensor()) {
+      value = adopted(value.toTensor());
+    } else if (value.isTensorList()) {
+      std::vector<Tensor> all;
+      for (const Tensor& tensor : value.toTensorVector()) all.push_back(adopted(tensor));
+      value = IValue(all);
+    }
+  }
+}
+
 void run_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& arguments = op.schema().arguments();
   const std::string& name = op.schema().name();
@@ -405,7 +491,9 @@ void run_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
 
   const OnCard scope(card);
   const InsideOperator quiet;
-  at::native::cpu_fallback(op, stack);
+  for (const auto& argument : arguments)
+    if (argument.is_out()) return at::native::cpu_fallback(op, stack);  // it may be resized
+  run_in_place(op, stack);
 }
 
 }  // namespace
@@ -415,11 +503,17 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   library.impl("empty_strided", &empty_strided);
   library.impl("as_strided", at::native::as_strided_tensorimpl);
   library.impl("view", at::native::view);
+  library.impl("unfold", at::native::unfold);
+  library.impl("view_as_real", at::native::view_as_real);
+  library.impl("view_as_complex", at::native::view_as_complex);
   library.impl("_reshape_alias", at::native::_reshape_alias);
   library.impl("copy_", &copy_);
   library.impl("_copy_from", &copy_from);
   library.impl("_copy_from_and_resize", &copy_from_and_resize);
   library.impl("_local_scalar_dense", &local_scalar);
+  library.impl("histc", &histc);
+  for (const char* name : {"convolution", "convolution_backward"})  // else torch asks for a card's own kernels
+    library.impl(name, torch::CppFunction::makeFromBoxedFunction<&run_on_host>());
   library.impl("set_.source_Storage_storage_offset", &set_storage_at);
   library.impl("set_.source_Storage", &set_storage);
   library.impl("set_.source_Tensor", &set_tensor);

@@ -100,8 +100,8 @@ def assert_layer_by_layer_is_the_model(model: PreTrainedModel, data: Sequence[Ba
     handle.remove()
     runner = LayerwiseModel(Live(model), Memory(), model.device)
     runner.embed(data)
-    for calls, expected in zip(map(runner.calls, runner.places), seen, strict=True):
-        hidden = calls.hidden
+    for place, expected in zip(runner.places, seen, strict=True):
+        calls, hidden = runner.calls(place), runner.input_of(0, place)
         for index, layer in enumerate(decoder_layers(model)):
             hidden = calls.through(layer, index, hidden)
         assert_close(hidden, expected, SOLVE)

@@ -191,6 +191,40 @@ def test_a_walk_killed_at_any_layer_goes_on_behind_the_last_whole_one(
         assert_same(walk_of(folder, scratch, steps), expected)
 
 
+@pytest.mark.parametrize("repair", ["auto", "both"])
+def test_a_walk_whose_states_are_gone_goes_on_without_choosing_again(
+    repair: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """States in memory go with a killed process; what came of each layer stays in files."""
+    steps = replace(EVERYTHING, repair=repair)
+
+    def walk(scratch: Path) -> Walked:
+        checkpoint = open_checkpoint(folder)
+        data = batches(checkpoint.model, 3)
+        runner = LayerwiseModel(checkpoint, Memory(CPU), CPU)
+        chosen = plans(checkpoint.model)
+        return walk_batches(runner, *chosen, data[:-1], data[-1:], steps, None, Scratch(scratch))
+
+    expected = walk_of(folder, tmp_path / "whole", steps)
+    clock = Clock(monkeypatch)
+    clock.watch(LayerWalk, "go")
+    for done in range(len(expected.plan.layers)):
+        scratch = tmp_path / f"killed-{done}"
+        clock.calls, clock.stop_at = 0, done + 1
+        with pytest.raises(KeyboardInterrupt):
+            walk(scratch)
+        clock.calls, clock.stop_at = 0, -1
+        found = walk(scratch)
+        assert clock.calls == len(expected.plan.layers) - done
+        for again in (found, walk(scratch)):
+            assert again.plan == expected.plan
+            assert list(again.weights) == list(expected.weights)
+            for place, value in expected.weights.items():
+                torch.testing.assert_close(again.weights[place], value)
+            if expected.report.loss is not None:
+                assert again.report.loss == pytest.approx(expected.report.loss, rel=1e-5)
+
+
 def half_written(tensors: object, file: Path, about: object) -> None:
     """What a killed process leaves of a file."""
     file.write_bytes(b"\x40\x00\x00")

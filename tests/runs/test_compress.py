@@ -218,11 +218,30 @@ def test_times_are_not_paired_where_the_original_does_not_fit_as_well(
         patch.setattr(compression, "free_memory", lambda _: 1000)
         compress(*asked, tmp_path / "small", say=said.append)
     assert any(re.search(r"not paired: .* exceed 0\.0 MiB of memory", line) for line in said)
-    monkeypatch.setattr(compression, "paired_times", stops)
-    compress(*asked, tmp_path / "odd", say=said.append)
-    assert "times are not paired: Stopped" in said
     assert read_times(tmp_path / "small") is None
-    assert read_times(tmp_path / "odd") is None
+
+
+def test_times_are_not_paired_where_that_cannot_be_done_and_faults_are_not_hidden(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = request_for(data, recover=None, axis="depth", criterion=("block_influence",))
+    for error, told in (
+        (ConfigError("no template"), "times are not paired: no template"),
+        (torch.OutOfMemoryError("2 GiB more"), "both models do not fit on cpu: 2 GiB more"),
+    ):
+        said: list[str] = []
+
+        def fails(*_: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(compression, "paired_times", fails)
+        out = tmp_path / type(error).__name__
+        compress(*asked, out, say=said.append)
+        assert any(told in line for line in said)
+        assert read_times(out) is None
+    monkeypatch.setattr(compression, "paired_times", stops)
+    with pytest.raises(Stopped):
+        compress(*asked, tmp_path / "fault", say=silent)
 
 
 def test_a_stopped_run_repeats_no_finished_stage(

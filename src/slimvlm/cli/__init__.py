@@ -17,6 +17,7 @@ import tyro
 
 from slimvlm.cli import models, runs, stages
 from slimvlm.cli.help import help_text, overview
+from slimvlm.cli.memory import memory_explained
 from slimvlm.cli.options import TYPES
 from slimvlm.core.errors import ConfigError, SlimError, one_line, printable
 from slimvlm.core.files import held
@@ -74,20 +75,22 @@ def main(arguments: list[str] | None = None) -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries, before their import
     for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # they miss a GPU, or kernels
         logging.getLogger(name).setLevel(logging.ERROR)
-    verb = next(iter(sys.argv[1:] if arguments is None else arguments), "")
+    words = sys.argv[1:] if arguments is None else arguments
+    verb = next(iter(words), "")
     try:
-        if (shown := _asked_for_help(sys.argv[1:] if arguments is None else arguments)) is not None:
+        if (shown := _asked_for_help(words)) is not None:
             print(shown, file=sys.stdout if verb else sys.stderr)
             if not verb:
                 raise SystemExit(2)
             return
         _require_one_process(verb)
-        _require_no_data_file(sys.argv[1:] if arguments is None else arguments)
+        _require_no_data_file(words)
         if verb == "compress":
             from slimvlm.runs.command import with_config
 
-            arguments = with_config(sys.argv[1:] if arguments is None else arguments)
-        _asked(arguments)()
+            words = with_config(words)
+        with memory_explained(words):
+            _asked(words)()
     except SlimError as error:
         print(f"slimvlm: {printable(one_line(error))}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -11,7 +11,7 @@ import tyro
 from slimvlm.cli.options import INLINE, Model
 from slimvlm.cli.printing import note, print_bench, print_comparison, print_json, print_table
 from slimvlm.core.errors import ConfigError, printable
-from slimvlm.core.options import LoadConfig, OutType, Workload
+from slimvlm.core.options import DeviceOptions, LoadConfig, OutType, Workload
 
 
 def inspect(model: Model, json: bool = False) -> None:
@@ -131,7 +131,6 @@ def bench(
     baseline: str | None = None,
     workload: Annotated[Workload, INLINE] = Workload(),
     loading: Annotated[LoadConfig, INLINE] = LoadConfig(),
-    device: str | None = None,
     engine: Literal["transformers", "vllm", "llama.cpp"] = "transformers",
     json: bool = False,
 ) -> None:
@@ -145,7 +144,6 @@ def bench(
         baseline: The model before pruning.
         workload: What to time.
         loading: How models are read.
-        device: Where to run, such as cpu or cuda:1; default the first GPU, else the CPU.
         engine: What to time: transformers, or an engine that is installed here or whose program is
             on PATH, and runs where it wants to. A batch is then so many prompts at a time.
         json: Print JSON.
@@ -156,14 +154,14 @@ def bench(
     if engine != "transformers":
         from slimvlm.export.engines.speed import bench_engine
 
-        if device is not None:
-            raise ConfigError(f"device {device!r}: {engine} chooses where it runs")
+        if loading.device is not None:
+            raise ConfigError(f"device {loading.device!r}: {engine} chooses where it runs")
         target = {"llama.cpp": "gguf"}.get(engine, engine)
         print_bench(bench_engine(target, model, baseline, workload, loading.dtype), json)
         return
     names = (model, *((baseline,) if baseline is not None else ()))
     check_models(loading, *names)
-    small, *large = (load_as(loading, name, device)[0] for name in names)
+    small, *large = (load_as(loading, name)[0] for name in names)
     print_bench(run(small, large[0] if large else None, workload, names), json)
 
 
@@ -236,7 +234,7 @@ def quantize(
     out: Path,
     to: Literal["int8", "int4", "fp8"] = "int8",
     backend: Literal["auto", "torchao", "bitsandbytes", "compressed-tensors"] = "auto",
-    device: str | None = None,
+    place: Annotated[DeviceOptions, INLINE] = DeviceOptions(),
     force: bool = False,
     json: bool = False,
 ) -> None:
@@ -251,14 +249,14 @@ def quantize(
         to: Type of the weights.
         backend: Library; auto is torchao, but bitsandbytes for int4 on a CPU and compressed-tensors
             for fp8. What compressed-tensors writes is what vLLM reads best.
-        device: Where to quantise, such as cpu or cuda:1; default the first GPU, else the CPU.
+        place: Where to quantise.
         force: Replace an existing folder.
         json: Print JSON.
     """
     from slimvlm.export.quantize import quantize as run
     from slimvlm.runs.tables import size
 
-    done = run(model, out, to, backend, device, force)
+    done = run(model, out, to, backend, place.device, force)
     if json:
         print_json({**asdict(done), "saved": done.saved})
         return

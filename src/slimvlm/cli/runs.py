@@ -11,7 +11,7 @@ import tyro
 from slimvlm.cli.options import INLINE, Model, TargetFlags
 from slimvlm.cli.printing import note, print_advice, print_forecast, print_results, print_study
 from slimvlm.core.errors import ConfigError
-from slimvlm.core.options import Dtype
+from slimvlm.core.options import DeviceOptions, Dtype
 
 
 def study(
@@ -20,6 +20,7 @@ def study(
     engine: Literal["local", "ray"] = "local",
     workers: int | None = None,
     address: str | None = None,
+    place: Annotated[DeviceOptions, INLINE] = DeviceOptions(),
     dry_run: bool = False,
     json: bool = False,
 ) -> None:
@@ -34,6 +35,7 @@ def study(
         engine: local does one stage after another; ray shares them out over a Ray cluster.
         workers: Stages at once, for a Ray that is started here.
         address: A running Ray cluster; by default the one in RAY_ADDRESS.
+        place: Where models run.
         dry_run: Only show the cells, what is in the cache and how long the rest would take.
         json: Print JSON.
     """
@@ -43,7 +45,7 @@ def study(
     if dry_run:
         print_forecast(forecast(file, out), json)
         return
-    print_study(run_study(file, out, engine, workers, address), json)
+    print_study(run_study(file, out, engine, workers, address, device=place.device), json)
     if not json:
         note(f"results: {out}/results.csv, claims: {out}/claims.md")
 
@@ -122,6 +124,7 @@ def demo(
     model: str = "demo",
     delta: Path | None = None,
     short: bool = False,
+    place: Annotated[DeviceOptions, INLINE] = DeviceOptions(),
     force: bool = False,
 ) -> None:
     """Build the demo model, or take it through the whole pipeline at 30 %.
@@ -133,6 +136,7 @@ def demo(
         delta: For build: what slimvlm_tools.demo_training.train exported, instead of the delta in
             the package.
         short: Fewer questions and training samples: a check that everything works.
+        place: For run: where models run.
         force: Replace what is there already.
     """
     from slimvlm.demo.build import build_demo, build_from_delta
@@ -141,5 +145,5 @@ def demo(
     if what == "build":
         print(build_demo() if delta is None else build_from_delta(delta, out, force))
         return
-    print_results(run_demo(out, short, force, note, model), False, "demo at 30 %")
+    print_results(run_demo(out, short, force, note, model, place.device), False, "demo at 30 %")
     note(f"checkpoints: {out}/depth/checkpoint and {out}/width/checkpoint")

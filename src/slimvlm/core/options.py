@@ -246,10 +246,19 @@ class RecoverConfig(TrainingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadConfig(Options):
-    """How models are read."""
+class DeviceOptions(Options):
+    """Where models run. It decides no result, so configurations that differ in it are equal."""
 
     title: ClassVar[str] = "Models and files"
+
+    device: str | None = field(default=None, compare=False)
+    """Where the model runs, such as cpu, cuda, cuda:1 or mps; by default the accelerator that torch
+    finds, else the CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadConfig(DeviceOptions):
+    """How models are read."""
 
     dtype: Dtype = "auto"
     """Data type of the weights."""
@@ -406,7 +415,7 @@ class WidthOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig(FirstOptions, WidthOptions, TargetOptions):
+class PlanConfig(FirstOptions, WidthOptions, TargetOptions, DeviceOptions):
     """How much may go and what, where scores are given."""
 
     title: ClassVar[str] = "What to remove"

@@ -23,6 +23,7 @@ from slimvlm.core.processes import is_first_rank
 
 T = TypeVar("T")
 _HIDDEN = ContextVar("hidden", default=False)
+_STAGE = ContextVar("stage", default="")
 
 LOG_EVERY = 30.0
 """Seconds between two lines of a log on the same stage, at least."""
@@ -39,6 +40,21 @@ def to_log(line: str) -> None:
     """Write a line to stderr, unless it is hidden; of several processes the first one does."""
     if is_first_rank() and not _HIDDEN.get():
         print(printable(line), file=sys.stderr, flush=True)
+
+
+def current_stage() -> str:
+    """The name of the stage that runs, or that an error came out of; empty between stages."""
+    return _STAGE.get()
+
+
+@contextmanager
+def own_stages() -> Iterator[None]:
+    """Inside, `current_stage` knows only stages that begin there."""
+    token = _STAGE.set("")
+    try:
+        yield
+    finally:
+        _STAGE.reset(token)
 
 
 def is_watched() -> bool:
@@ -77,6 +93,8 @@ class LoggedStage:
     def __post_init__(self) -> None:
         self._first, self._start = self.done, self.clock()
         self._told = self._start
+        self._around = _STAGE.get()
+        _STAGE.set(self.what)
         self._tell("")
 
     def reached(self, done: int, more: str = "") -> None:
@@ -89,6 +107,7 @@ class LoggedStage:
 
     def end(self) -> None:
         """Nothing is left to do."""
+        _STAGE.set(self._around)
         self._tell(f" in {duration(self.clock() - self._start)}")
 
     def _tell(self, more: str) -> None:
@@ -113,11 +132,15 @@ def progress(
     """
     if not is_watched():
         return _logged(items, description, say, clock)
-    console = Console(stderr=True)
-    described = escape(printable(description))
-    return track(
-        items, description=described, transient=True, console=console, disable=_HIDDEN.get()
-    )
+    return _barred(items, description)
+
+
+def _barred(items: Sequence[T], what: str) -> Iterator[T]:
+    around, console = _STAGE.get(), Console(stderr=True)
+    _STAGE.set(what)
+    described, hidden = escape(printable(what)), _HIDDEN.get()
+    yield from track(items, description=described, transient=True, console=console, disable=hidden)
+    _STAGE.set(around)
 
 
 def _logged(items: Sequence[T], what: str, say: Say, clock: Callable[[], float]) -> Iterator[T]:

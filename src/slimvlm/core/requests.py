@@ -9,12 +9,22 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from slimvlm.core.documents import read_object
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import write_text
+
+
+def asked(options: Any) -> dict[str, Any]:
+    """What options ask for, by name, without ``device``: where work runs does not change whose.
+
+    Args:
+        options: A dataclass; those inside it become dictionaries, too.
+    """
+    return asdict(options, dict_factory=lambda pairs: {k: v for k, v in pairs if k != "device"})
 
 
 def note_request(file: Path, request: Mapping[str, Any]) -> None:

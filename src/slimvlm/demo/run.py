@@ -8,7 +8,7 @@ from slimvlm.core.files import write_text
 from slimvlm.core.options import Axis, CompressConfig, Dtype, RecoverConfig
 from slimvlm.core.progress import Say
 from slimvlm.evaluation.results import Result
-from slimvlm.models.load import computes_bfloat16, default_device
+from slimvlm.models.load import computes_bfloat16, device_named
 from slimvlm.runs.compress import compress, read_times, results_of
 from slimvlm.runs.tables import as_markdown, result_rows
 
@@ -29,7 +29,7 @@ Two minutes of training add little to a repair, and larger steps harm it (``docs
 
 
 def run_demo(
-    out: Path, short: bool, force: bool, say: Say, model: str = "demo"
+    out: Path, short: bool, force: bool, say: Say, model: str = "demo", device: str | None = None
 ) -> dict[str, Result]:
     """Prune, recover and evaluate the demo model along both axes.
 
@@ -41,6 +41,7 @@ def run_demo(
         force: Whether runs of an earlier demo may be replaced.
         say: Receives one line for each stage.
         model: The model; another training seed's, for example.
+        device: Where models run.
 
     Returns:
         Results of the original, and pruned and recovered for each axis.
@@ -50,8 +51,7 @@ def run_demo(
     if force and (out / "summary.md").exists():
         for folder in (out, *(out / axis for axis in AXES)):
             (folder / "summary.md").unlink(missing_ok=True)
-    device = default_device()
-    dtype: Dtype = "bfloat16" if computes_bfloat16(device) else "float32"
+    dtype: Dtype = "bfloat16" if computes_bfloat16(device_named(device)) else "float32"
     for axis in AXES:
         original = out / AXES[0] / "results" / "original.json"
         config = CompressConfig(
@@ -60,6 +60,7 @@ def run_demo(
             vocab_size=TOKENS,
             data="demo",
             dtype=dtype,
+            device=device,
             samples=16 if short else 128,
             training_samples=32 if short else 96,
             recover=RECOVERY,

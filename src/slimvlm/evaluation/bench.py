@@ -358,7 +358,8 @@ def _speed_up(
 
 
 def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    name_of = getattr(torch.get_device_module(device), "get_device_name", str)
+    return str(name_of(device))
 
 
 def _dtype_name(model: PreTrainedModel) -> str:

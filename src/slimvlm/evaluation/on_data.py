@@ -8,7 +8,7 @@ B batch, T token, N counted position, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -28,17 +28,17 @@ from slimvlm.data.samples import Sample
 from slimvlm.evaluation.data_result import DataResult, OnSample
 from slimvlm.evaluation.said import Said
 from slimvlm.models.hidden import (
-    HeadWeights,
     evaluating,
     head_of,
+    head_on,
     hidden_states,
     require_finite_values,
 )
-from slimvlm.models.losses import Head, Hidden, predictions
+from slimvlm.models.losses import Head, Hidden, by_chunks, predictions
 from slimvlm.scoring.batches import on_device
 
-_AT_ONCE = 32
-"""Positions whose logits exist at one time: 34 MB in float32 with 262,144 tokens, seven times."""
+_SHARE = 4
+"""Of the positions whose logits may exist at one time: here they exist seven times."""
 
 Given = Sample | str
 """A conversation, or plain text."""
@@ -117,13 +117,15 @@ def said_by(
         SlimError: As `evaluate_data`.
     """
     states = states_of(model, processor, samples, batch_size)
-    head = head_of(model) if head is None else head
+    if head is None:
+        own, home = head_of(model), model.device
+        head = lambda rows: own(rows.to(home)).to(rows.device)  # noqa: E731
     with evaluating(model):
         return kept(name or str(model.config._name_or_path), states, head, words_of(processor))
 
 
 def kept(model: str, states: Iterable[States], head: Head, words: Mapping[str, int]) -> Said:
-    """What a model said, batch by batch, in the order of the samples."""
+    """What a model said, batch by batch, in the order of the samples; all of it on the CPU."""
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for places, hidden, labels in states:
         rows, wanted, counted = predictions(hidden, labels)
@@ -131,16 +133,26 @@ def kept(model: str, states: Iterable[States], head: Head, words: Mapping[str, i
         pieces = zip(rows.cpu().split(counts), wanted.cpu().split(counts), strict=True)
         found |= dict(zip(places, pieces, strict=True))
     ordered = [found[place] for place in sorted(found)]
+    head = head_on(torch.device("cpu"), head)
     return Said(model, tuple(s for s, _ in ordered), tuple(w for _, w in ordered), head, words)
 
 
 @torch.no_grad()
-def alone(said: Said, names: Sequence[str]) -> DataResult:
-    """The result of a model from what it said, beside no other."""
+def alone(said: Said, names: Sequence[str], device: torch.device | None = None) -> DataResult:
+    """The result of a model from what it said, beside no other.
+
+    Args:
+        said: What it said.
+        names: Of the samples.
+        device: Where the head runs; by default the CPU, where everything is kept.
+    """
+    device = device or torch.device("cpu")
+    losses = partial(_losses, head_on(device, said.head))
     samples: list[OnSample] = []
-    for name, rows, wanted in zip(names, said.states, said.wanted, strict=True):
+    for name, *kept_there in zip(names, said.states, said.wanted, strict=True):
+        rows, wanted = (part.to(device) for part in kept_there)
         spoken = _Spoken([name], [len(wanted)], rows, wanted)
-        samples += spoken.summed(_by_pieces(partial(_losses, said.head), rows, wanted), [False])
+        samples += spoken.summed(by_chunks(losses, rows, wanted, share=_SHARE), [False])
     return DataResult(said.model, tuple(samples))
 
 
@@ -170,14 +182,15 @@ def compared(
         count = len(baseline.states)
         raise ConfigError(f"baseline: it spoke about {count} samples, not these {len(names)}")
     shared = None if baseline is None else _shared(words, baseline.words)
+    beside: _Beside | None = None
     found: dict[int, OnSample] = {}
     for places, hidden, labels in states:
         spoken = _Spoken.of(hidden, labels, [names[place] for place in places])
         if baseline is None:
-            numbers = _by_pieces(partial(_losses, head), spoken.rows, spoken.wanted)
+            numbers = by_chunks(partial(_losses, head), spoken.rows, spoken.wanted, share=_SHARE)
             found |= zip(places, spoken.summed(numbers, [False] * len(places)), strict=True)
         else:
-            beside = _Beside(head, baseline, shared)
+            beside = beside or _Beside.on(hidden.device, head, baseline, shared)
             found |= zip(places, beside.of(spoken, places), strict=True)
     samples = tuple(found[place] for place in sorted(found))
     if baseline is None:
@@ -313,34 +326,42 @@ class _Spoken:
 
 @dataclass(frozen=True)
 class _Beside:
-    """Sets what a model says beside what its baseline said."""
+    """Sets what a model says beside what its baseline said, whose head is where the model's is."""
 
     head: Head
     baseline: Said
     shared: _Shared | None
+
+    @classmethod
+    def on(
+        cls, device: torch.device, head: Head, baseline: Said, shared: _Shared | None
+    ) -> _Beside:
+        """With what the baseline needs for every batch on a device."""
+        if shared is not None:
+            shared = _Shared(shared.ours.to(device), shared.theirs.to(device))
+        return cls(head, replace(baseline, head=head_on(device, baseline.head)), shared)
 
     def of(self, spoken: _Spoken, places: Sequence[int]) -> Iterator[OnSample]:
         """Each sample of a batch, as far as its answers are the same tokens for both models."""
         device, counts = spoken.rows.device, list(spoken.counts)
         which = [
             self._same_tokens(ours, self.baseline.wanted[place])
-            for place, ours in zip(places, spoken.wanted.split(counts), strict=True)
+            for place, ours in zip(places, spoken.wanted.cpu().split(counts), strict=True)
         ]
         both = torch.tensor(which).repeat_interleave(torch.tensor(counts)).to(device)
         numbers = torch.zeros(len(spoken.rows), 4, device=device)
         if not all(which):
             left = spoken.rows[~both], spoken.wanted[~both]
-            numbers[~both, :1] = _by_pieces(partial(_losses, self.head), *left)
+            numbers[~both, :1] = by_chunks(partial(_losses, self.head), *left, share=_SHARE)
         if any(which):
             picked = [
                 place for place, is_compared in zip(places, which, strict=True) if is_compared
             ]
             said = (self.baseline.states, self.baseline.wanted)
             theirs = [torch.cat([part[place] for place in picked]).to(device) for part in said]
-            head = self.baseline.head
-            head = head.to(device) if isinstance(head, HeadWeights) else head
-            part = partial(_both, self.head, head, self.shared)
-            numbers[both] = _by_pieces(part, spoken.rows[both], spoken.wanted[both], *theirs)
+            part = partial(_both, self.head, self.baseline.head, self.shared)
+            ours = spoken.rows[both], spoken.wanted[both]
+            numbers[both] = by_chunks(part, *ours, *theirs, share=_SHARE)
         return spoken.summed(numbers, which)
 
     def _same_tokens(self, ours: Tensor, theirs: Tensor) -> bool:
@@ -348,12 +369,6 @@ class _Beside:
         if self.shared is not None:
             numbers = [self.shared.as_theirs.get(number, IGNORE) for number in numbers]
         return bool(numbers == theirs.tolist())
-
-
-def _by_pieces(part: Callable[..., Tensor], *rows: Tensor) -> Tensor:
-    """``part(*rows)``, a few rows at a time: logits of two models, and what becomes of them."""
-    pieces = zip(*(row.split(_AT_ONCE) for row in rows), strict=True)
-    return torch.cat([part(*piece) for piece in pieces])
 
 
 def _losses(
@@ -377,8 +392,7 @@ def _both(
         for logits, tokens in ((ours, wanted), (theirs, their_wanted))
     ]
     if shared is not None:
-        ours = ours[:, shared.ours.to(ours.device)]
-        theirs = theirs[:, shared.theirs.to(theirs.device)]
+        ours, theirs = ours[:, shared.ours], theirs[:, shared.theirs]
     same = (ours.argmax(-1) == theirs.argmax(-1)).float()
     log_p, log_q = F.log_softmax(theirs, dim=-1), F.log_softmax(ours, dim=-1)
     return torch.stack([*losses, same, (log_p.exp() * (log_p - log_q)).sum(-1)], dim=-1)

@@ -30,7 +30,8 @@ class Said:
         model: Its name.
         states: Final hidden states at these positions, by sample, on the CPU.
         wanted: The tokens that follow, likewise.
-        head: Its head.
+        head: Its head: a function that takes states of any device, or kept on the CPU, too
+            (`slimvlm.models.hidden.head_on` moves it).
         words: The number of each token of its tokenizer.
     """
 
@@ -45,9 +46,9 @@ class Said:
         head = self.head
         assert isinstance(head, HeadWeights)
         tensors = {"states": torch.cat(self.states), "wanted": torch.cat(self.wanted)}
-        tensors["weight"] = head.weight.cpu().contiguous()
+        tensors["weight"] = head.weight.contiguous()
         if head.bias is not None:
-            tensors["bias"] = head.bias.cpu().contiguous()
+            tensors["bias"] = head.bias.contiguous()
         about = {
             "model": self.model,
             "counts": [len(wanted) for wanted in self.wanted],

@@ -25,7 +25,7 @@ from slimvlm.export.compressed import compressed
 from slimvlm.models.classes import auto_class, empty_model, is_quantized, is_uneven, uneven_class
 from slimvlm.models.files import unreadable
 from slimvlm.models.load import (
-    default_device,
+    device_named,
     load_config,
     load_processor,
     require_buildable,
@@ -134,7 +134,7 @@ def quantize(
         to: ``int8``, ``int4`` or ``fp8``.
         backend: ``torchao``, ``bitsandbytes``, ``compressed-tensors`` (which vLLM reads), or
             ``auto``: torchao, but for int4 on a CPU and for fp8.
-        device: Where to quantise; the first GPU if there is one, else the CPU.
+        device: Where to quantise; by default the accelerator if there is one, else the CPU.
         force: Whether an existing folder may be replaced.
 
     Raises:
@@ -146,9 +146,9 @@ def quantize(
         arXiv:2305.14314, Section 3.
     """
     require_free(out, force)
+    target = device_named(device)
     config = load_config(model)
     require_buildable(resolve(model), config)
-    target = torch.device(device) if device is not None else default_device()
     chosen = _backend_for(to, backend, target)
     _check(config, to, chosen)
     name = resolve(model)
@@ -234,7 +234,7 @@ def _load(
     name: str, config: PreTrainedConfig, quantization: Any, device: torch.device
 ) -> PreTrainedModel:
     source: Any = uneven_class(config) if is_uneven(config) else auto_class(config)
-    place = {"device_map": {"": str(device)}} if device.type == "cuda" else {}
+    place = {"device_map": {"": str(device)}} if device.type != "cpu" else {}
     with unreadable(name, "weights"):
         model: PreTrainedModel = source.from_pretrained(
             name, dtype="auto", use_safetensors=True, quantization_config=quantization, **place

@@ -56,6 +56,29 @@ def require_full_precision(config: PreTrainedConfig, what: str) -> None:
         )
 
 
+def require_undivided(
+    model: Any, what: str, on_one_device: bool = False, field: str = "model"
+) -> None:
+    """Refuse what cannot be done to a model that accelerate has divided by a ``device_map``.
+
+    Args:
+        model: The model.
+        what: What was to be done, for the message.
+        on_one_device: Whether it must not lie on several devices. Weights that are put aside, on
+            the host or a disk, are refused in any case.
+        field: What users call the model, for the message.
+
+    Raises:
+        ConfigError: If it is divided so.
+    """
+    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    if "disk" in places or (len(places) > 1 and (on_one_device or "cpu" in places)):
+        raise ConfigError(
+            f"{field}: its device_map divides it over {', '.join(sorted(places))}, so it cannot be "
+            f"{what}. Load it without device_map; a CPU will do"
+        )
+
+
 def check_widths(config: PreTrainedConfig) -> None:
     """Check the widths of every layer in a configuration that a file may have brought.
 

@@ -13,6 +13,7 @@ position.
 
 from __future__ import annotations
 
+import gc
 import re
 import sys
 from importlib import import_module
@@ -150,22 +151,34 @@ def _head_flops(anatomy: Anatomy) -> int:
 
 def free_memory(device: torch.device) -> int:
     """Bytes that this process may still take where a model is; a container's limit counts."""
-    if device.type == "cuda":
-        free: int = torch.cuda.mem_get_info(device)[0]
-        return free
-    free = psutil.virtual_memory().available
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    if device.type != "cpu":
+        card = torch.get_device_module(device)
+        spare: int = card.memory_reserved(device) - card.memory_allocated(device)
+        return int(card.mem_get_info(device)[0]) + spare  # what torch keeps is free, too
+    free: int = psutil.virtual_memory().available
     for limit, used in CONTAINER_LIMITS:
         if limit.is_file() and (most := limit.read_text().strip()).isdecimal():
             free = min(free, int(most) - int(used.read_text()))
     return free
 
 
+def release_memory() -> None:
+    """Give back to accelerators what no tensor holds any more."""
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.get_device_module(torch.accelerator.current_accelerator()).empty_cache()
+
+
 def peak_memory() -> str:
-    """The most memory that this process has held so far, and that on its GPU, for people."""
+    """The most memory that this process has held so far, and that on an accelerator, for people."""
     resource = import_module("resource")  # not on every system
     unit = 1 if sys.platform == "darwin" else 1024
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     text = f"{held / 2**30:.1f} GiB"
-    if torch.cuda.is_available() and (on_gpu := torch.cuda.max_memory_allocated()):
-        text += f", {on_gpu / 2**30:.1f} GiB on the GPU"
+    card = torch.get_device_module(torch.accelerator.current_accelerator() or "cpu")
+    peak = getattr(card, "max_memory_allocated", lambda index: 0)  # MPS counts none
+    if on_card := max(map(peak, range(torch.accelerator.device_count())), default=0):
+        text += f", {on_card / 2**30:.1f} GiB on the accelerator"
     return text

@@ -13,6 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from transformers.utils import (
     CONFIG_NAME,
@@ -66,7 +67,7 @@ def unreadable(model: str | Path, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except SlimError:
+    except (SlimError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # broken files make libraries raise almost anything
         told = one_line(error)[:LONGEST]

@@ -63,13 +63,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where inputs go: with the first weights, or where accelerate sends them (``device_map``)."""
+    sent_to = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
+    if sent_to is not None:
+        return torch.device(sent_to)
+    devices = (p.device for p in model.parameters() if not p.is_meta)  # some may lie in files
+    return next(devices, torch.device("cpu"))
+
+
 def as_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors among inputs where the model is; pictures in its data type."""
-    moved = {}
+    """The tensors among inputs where the model takes them; pictures in its data type."""
+    moved, device = {}, device_of(model)
     for name, value in inputs.items():
         if isinstance(value, Tensor):
             floating = value.is_floating_point()
-            moved[name] = value.to(model.device, model.dtype if floating else None)
+            moved[name] = value.to(device, model.dtype if floating else None)
     return moved
 
 
@@ -151,9 +160,10 @@ def head_of(model: PreTrainedModel) -> Head:
     module = model.get_submodule(family_of(model.config.model_type).head)
     head: Head = placement_of(model).head(module)
     scale, cap = _bends(model)
-    if scale == 1 and cap is None:
+    if scale == 1 and cap is None and len(set(getattr(model, "hf_device_map", {}).values())) < 2:
         return head
-    return lambda hidden: _bent(head(hidden), scale, cap)
+    # a head that is the embedding, too, may lie on another device than the final norm
+    return lambda hidden: _bent(head(hidden).to(hidden.device), scale, cap)
 
 
 @dataclass(frozen=True)
@@ -176,10 +186,13 @@ class HeadWeights:
         """Logits of hidden states."""
         return _bent(F.linear(hidden, self.weight, self.bias), self.scale, self.cap)
 
-    def to(self, device: torch.device) -> HeadWeights:
-        """The same on a device."""
-        bias = None if self.bias is None else self.bias.to(device)
-        return replace(self, weight=self.weight.to(device), bias=bias)
+
+def head_on(device: torch.device, head: Head) -> Head:
+    """A head on a device, if it is kept without its model; that of a model lies where this is."""
+    if not isinstance(head, HeadWeights):
+        return head
+    bias = None if head.bias is None else head.bias.to(device)
+    return replace(head, weight=head.weight.to(device), bias=bias)
 
 
 def head_weights_of(model: PreTrainedModel) -> HeadWeights:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import Dtype, LoadConfig
-from slimvlm.core.processes import local_rank
+from slimvlm.core.processes import local_rank, num_ranks
 from slimvlm.core.requests import digest
 from slimvlm.data.chat import tokenizer_of
 from slimvlm.models.anatomy import Anatomy, read_anatomy
@@ -98,7 +98,7 @@ def load(
     Args:
         model: A folder, a hub id, or ``demo``.
         dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
-        device: Where to put it; by default this process's GPU, else the CPU.
+        device: Where to put it; by default this process's accelerator, else the CPU.
         trust_remote_code: Whether code that lies in the checkpoint may run. Layers of different
             widths need none here: slimvlm has that code itself and never runs the folder's copy.
         shard: Divide the weights among the processes that ``torchrun`` started (FSDP2); each reads
@@ -108,11 +108,12 @@ def load(
         The model in evaluation mode, and its processor (its tokenizer, for a text model).
 
     Raises:
-        ConfigError: If it cannot be found or read.
+        ConfigError: If it cannot be found or read, or there is no such device.
         UnsupportedModelError: If slimvlm does not know the family.
     """
     if dtype not in get_args(Dtype):
         raise ConfigError(f"dtype {dtype!r} must be one of: {', '.join(get_args(Dtype))}")
+    place = device_named(device)
     config = load_config(model, trust_remote_code)
     name = resolve(model)
     source: Any = uneven_class(config) if is_uneven(config) else auto_class(config)
@@ -135,7 +136,7 @@ def load(
         )
     set_class_(loaded)
     if not shard:  # shards lie where they belong
-        loaded = loaded.to(torch.device(device) if device is not None else default_device())
+        loaded = loaded.to(place)
     return loaded.eval(), load_processor(name, config, trust_remote_code)
 
 
@@ -157,25 +158,58 @@ def require_buildable(name: str, config: PreTrainedConfig) -> None:
 def load_as(
     options: LoadConfig, model: str | Path, device: str | torch.device | None = None
 ) -> tuple[PreTrainedModel, Any]:
-    """`load` a model the way options say."""
-    return load(model, options.dtype, device, options.trust_remote_code)
+    """`load` a model the way options say; a device that is given here comes before theirs."""
+    return load(model, options.dtype, device or options.device, options.trust_remote_code)
 
 
 def check_models(options: LoadConfig, *models: str) -> None:
-    """Refuse models that cannot be read or are not known, before any weight is read.
+    """Refuse devices that are absent and models that cannot be read, before any weight is read.
 
     Raises:
-        SlimError: As `load_config` does.
+        SlimError: As `device_named` and `load_config` do.
     """
+    device_named(options.device)
     for model in models:
         load_config(model, options.trust_remote_code)
 
 
 def default_device() -> torch.device:
-    """This process's GPU if there is one, else the CPU."""
-    if not torch.cuda.is_available():
+    """This process's accelerator (CUDA, MPS, XPU, ...) if there is one, else the CPU."""
+    found = torch.accelerator.current_accelerator()
+    if found is None or not torch.accelerator.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", local_rank())
+    return torch.device(found.type, local_rank() % torch.accelerator.device_count())
+
+
+def device_named(name: str | torch.device | None) -> torch.device:
+    """The device that a user's name means; by default, and for a kind alone, this process's.
+
+    Raises:
+        ConfigError: If there is none of that name, or several processes would share it.
+    """
+    usual = default_device()
+    if name is None or str(name) == usual.type:
+        return usual
+    cards = [] if usual.type == "cpu" else [usual.type]
+    cards += [f"{usual.type}:{index}" for index in range(torch.accelerator.device_count())]
+    if str(name) not in ("cpu", *cards):
+        raise ConfigError(f"device {str(name)!r} must be one of: {', '.join(['cpu', *cards])}")
+    if num_ranks() > 1 and str(name) in cards:
+        raise ConfigError(
+            f"device {str(name)!r}: each of {num_ranks()} processes takes one of its own. Give cpu "
+            f"or {usual.type}"
+        )
+    return torch.device(name)
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64."""
+    return device.type != "mps"
+
+
+def with_float64(values: Tensor) -> Tensor:
+    """The same values where float64 sums are possible: on their device, or else on the CPU."""
+    return values if has_float64(values.device) else values.cpu()
 
 
 def load_processor(name: str, config: PreTrainedConfig, trust_remote_code: bool = False) -> Any:
@@ -212,11 +246,14 @@ def anatomy(model: PreTrainedModel | PreTrainedConfig | str | Path) -> Anatomy:
 
 
 def computes_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 matrices natively."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    """Whether a device multiplies bfloat16 matrices natively, and does not emulate that."""
+    if device.type == "mps":
+        return False  # float32 is as fast on the first chips, and torch cannot tell which one it is
+    if device.type != "cpu":
+        supported = getattr(torch.get_device_module(device), "is_bf16_supported", None)
+        return supported is not None and bool(supported(including_emulation=False))
+    told: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.8 on
+    return bool(told.get("amx_bf16") or told.get("avx512_bf16"))
 
 
 def digest_of_weights(model: nn.Module) -> str:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.models.anatomy import Anatomy, read_anatomy
+from slimvlm.models.classes import require_undivided
 from slimvlm.models.families import INPUT_COLUMNS, Projection
 from slimvlm.models.hidden import layer_input
 from slimvlm.models.parts import (
@@ -91,7 +92,7 @@ def _mask_tokens(model: PreTrainedModel, tokens: Kept) -> None:
     removed = torch.ones(len(embedding.weight), dtype=torch.bool, device=embedding.weight.device)
     removed[list(tokens)] = False
     for holder in (embedding, *(holder for stack, holder in stacks(model) if stack.rows)):
-        holder.weight[removed] = 0
+        holder.weight[removed.to(holder.weight.device)] = 0
 
     def forbid(module: nn.Module, args: Any, logits: Tensor) -> Tensor:
         return logits.masked_fill(removed.to(logits.device), -torch.inf)
@@ -106,11 +107,12 @@ def _pass_on(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
 
 
 def require_match(model: nn.Module, plan: Plan) -> None:
-    """Refuse a plan that was made for another model.
+    """Refuse a plan that was made for another model, and a model without all its weights in place.
 
     Raises:
         ConfigError: If the shapes differ; the message names both.
     """
+    require_undivided(model, "pruned")
     anatomy = read_anatomy(model)
     if anatomy.layers != plan.before.layers or anatomy.model_type != plan.before.model_type:
         raise ConfigError(

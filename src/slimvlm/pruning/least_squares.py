@@ -21,6 +21,9 @@ BLOCK = 1024
 
 _MOST_TRIES = 20
 
+_NOISE = 100
+"""Roundings of the mean diagonal that the smallest pivot must exceed to be more than rounding."""
+
 _PROBES = 8
 """Random combinations of outputs by which a solution in float32 is checked."""
 
@@ -89,8 +92,8 @@ class Moments:
             weights: At least 0.
             residuals: What its output lacks; given if and only if `zero` was told ``outputs``.
         """
-        counted, dtype = weights > 0, self.pairs.dtype
-        if not counted.all():
+        counted, dtype = weights.nonzero()[:, 0], self.pairs.dtype
+        if len(counted) < len(weights):
             inputs, weights = inputs[counted], weights[counted]
             residuals = None if residuals is None else residuals[counted]
         weights = weights.to(dtype)
@@ -146,7 +149,7 @@ class Moments:
         product = (whole @ self.gram)[:, keep].to(rows.dtype)
         if centred:
             total = self.total[keep].to(rows.dtype)
-            product.addr_(rows @ total, total / float(self.count), alpha=-1)
+            product.addr_(rows @ total, total / self.count, alpha=-1)
         return product
 
     def square(
@@ -252,9 +255,10 @@ def confirmed(
         square = square + (heavy * added.square()).sum(dtype=torch.float64)
         sliced = sliced + (heavy * lacking.square()).sum(dtype=torch.float64)
         target = target + (heavy * wanted.square()).sum(dtype=torch.float64)
-    share = float((toward / square).clamp(0, 1)) if float(square) > 0 else 0.0
-    error = float(sliced) - 2 * share * float(toward) + share**2 * float(square)
-    return Confirmation(share, _share(float(sliced), float(target)), _share(error, float(target)))
+    along, length, before, whole_square = torch.stack([toward, square, sliced, target]).tolist()
+    share = min(max(along / length, 0.0), 1.0) if length > 0 else 0.0
+    error = before - 2 * share * along + share**2 * length
+    return Confirmation(share, _share(before, whole_square), _share(error, whole_square))
 
 
 def refit(
@@ -360,14 +364,17 @@ def _solve(
     ridge = max(ridge, 10 * torch.finfo(moments.pairs.dtype).eps)
     for _ in range(_MOST_TRIES):
         system = moments.block(keep, keep, centred, lost.dtype).T
-        penalty = ridge * float(system.diagonal().mean())
+        mean = float(system.diagonal().mean())
+        penalty = ridge * mean
         system.diagonal().add_(penalty)
         info = torch.empty((), dtype=torch.int32, device=system.device)
         torch.linalg.cholesky_ex(system, out=(system, info))
+        if tolerance < math.inf:
+            rounding = _NOISE * torch.finfo(system.dtype).eps * mean
+            if int(info) != 0 or system.diagonal().square().min() < rounding:
+                return None
         if int(info) == 0:
             break
-        if tolerance < math.inf:
-            return None
         ridge *= 10
     for start in range(0, len(lost), BLOCK):
         rows = slice(start, start + BLOCK)

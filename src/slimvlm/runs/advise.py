@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, get_args
 
-import torch
-
 from slimvlm.core.errors import ConfigError, SlimError
 from slimvlm.core.options import (
     Axis,
@@ -24,7 +22,7 @@ from slimvlm.data.tokenizer_file import TokenizerFile
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import params_for_memory, parse_bytes, parse_count, weight_bytes
 from slimvlm.models.load import anatomy as anatomy_of
-from slimvlm.models.load import load_config, load_processor, resolve
+from slimvlm.models.load import default_device, load_config, load_processor, resolve
 from slimvlm.planning.make import ratio_for_params
 from slimvlm.runs.command import compress_command
 from slimvlm.runs.compress import request_of
@@ -155,7 +153,7 @@ def advise(
         token_bytes=kept_bytes(load_config(model), dtype),
         vocabulary=tokens,
     )
-    has_gpu = torch.cuda.is_available() if gpu is None else gpu
+    has_gpu = default_device().type != "cpu" if gpu is None else gpu
 
     def asked(recipe: Recipe) -> CompressConfig:
         return _config(model, ratio, recipe, fraction, data, tokens)

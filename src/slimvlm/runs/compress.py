@@ -16,10 +16,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from slimvlm.core.checked import part_of
-from slimvlm.core.errors import one_line
+from slimvlm.core.errors import SlimError, one_line
 from slimvlm.core.files import (
     discard_replacement,
     held,
@@ -29,7 +30,7 @@ from slimvlm.core.files import (
 )
 from slimvlm.core.options import CompressConfig, FirstOptions, PruneConfig, Questions
 from slimvlm.core.progress import Say, silent
-from slimvlm.core.requests import identity_of_files, is_begun_for, note_request
+from slimvlm.core.requests import asked, identity_of_files, is_begun_for, note_request
 from slimvlm.data.read import identity_of_data
 from slimvlm.data.samples import Sample
 from slimvlm.evaluation.on_data import evaluate_data
@@ -37,7 +38,7 @@ from slimvlm.evaluation.paired import PairedTimes, paired_times
 from slimvlm.evaluation.results import Result, read_baseline
 from slimvlm.evaluation.said import Said
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.cost import free_memory, peak_memory, weight_bytes
+from slimvlm.models.cost import free_memory, peak_memory, release_memory, weight_bytes
 from slimvlm.models.load import anatomy, load, resolve
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.card import CardFacts
@@ -104,7 +105,7 @@ class Run:
         data = self.config.data
         made_from = [identity_of_files(self.model, resolve(self.model))]
         made_from += [] if data is None else [identity_of_data(data)]
-        return {"model": self.model, **asdict(self.config), "made_from": made_from}
+        return {"model": self.model, **asked(self.config), "made_from": made_from}
 
     @cached_property
     def request(self) -> Request:
@@ -197,6 +198,7 @@ def _go(run: Run, samples: SampleSplit, force: bool) -> None:
         base = _on_the_way(run, number, base, part)
     plan = _pruned(run, base, last, trains)
     del base
+    release_memory()
     if trains:
         _recovered(run, plan, last)
     finish(run, plan)
@@ -248,7 +250,7 @@ def _on_the_way(run: Run, number: int, base: Base, samples: SampleSplit) -> Base
     unreported = replace(samples, report=())
     plan = _pruned(part, base, unreported, trains=True)
     _recovered(part, plan, unreported)
-    model, processor = load(part.path("checkpoint"), run.config.dtype)
+    model, processor = load(part.path("checkpoint"), run.config.dtype, run.config.device)
     return Base(model, processor, plan)
 
 
@@ -301,7 +303,8 @@ def _pruned(run: Run, base: Base, samples: SampleSplit, trains: bool) -> Plan:
     scores = [] if given else _scored(run, model, calibration)
     training = samples.training if trains else ()
     scratch = run.path("walk")
-    walked = stages.prune_(request, model, calibration, scores, given, scratch, training)
+    walked = stages.prune_(request, model, calibration, scores, given, scratch, training, run.say)
+    release_memory()
     run.say(walked.summary())
     if walked.scores is not None:
         walked.scores.save(run.path("scores") / walked.scores.criterion)
@@ -320,7 +323,7 @@ def _pruned(run: Run, base: Base, samples: SampleSplit, trains: bool) -> Plan:
 def _recovered(run: Run, plan: Plan, samples: SampleSplit) -> None:
     if run.path("checkpoint").exists():
         return
-    model, processor = load(run.path("pruned"), run.config.dtype)
+    model, processor = load(run.path("pruned"), run.config.dtype, run.config.device)
     history = stages.recover_(
         run.request, model, processor, plan, samples.training, run.path("training")
     )
@@ -379,11 +382,17 @@ def _timed(run: Run, model: PreTrainedModel, processor: Any, whole_processor: An
         return
     run.say("time the original and the pruned model in turn")
     try:
-        original, _ = stages.load_original(run.request)
-        found = paired_times(model, processor, original, whole_processor)
-    except Exception as error:  # whatever generation cannot do: the run goes on without times
+        found = paired_times(
+            model, processor, stages.load_original(run.request)[0], whole_processor
+        )
+    except torch.OutOfMemoryError as error:
+        run.say(f"times are not paired: both models do not fit on {model.device}: {error}")
+        return
+    except (SlimError, NotImplementedError, ValueError) as error:  # what generation cannot do
         run.say(f"times are not paired: {one_line(error)}")
         return
+    finally:
+        release_memory()  # of the original
     for stage, times in (("original", found.original), ("pruned", found.pruned)):
         if (result := run.path("results") / f"{stage}.json").exists():
             replace(Result.load(result), **vars(times)).save(result)

@@ -7,15 +7,13 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-import torch
-
 from slimvlm.core.options import CompressConfig
 from slimvlm.core.progress import Say, duration
 from slimvlm.data.chat import encode_samples
 from slimvlm.data.samples import Sample
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import BYTES, weight_bytes
-from slimvlm.models.load import anatomy, load_config, load_processor, resolve
+from slimvlm.models.load import anatomy, device_named, load_config, load_processor, resolve
 from slimvlm.planning.plan import Plan
 from slimvlm.runs.compress import request_of
 from slimvlm.runs.estimate import Cost, Sizes, estimate_cost, kept_bytes
@@ -107,7 +105,11 @@ def foresee(model: str, config: CompressConfig, say: Say = print) -> Foreseen:
         tokens=tokens,
         dtype=dtype,
         cost=estimate_cost(
-            sizes, request, torch.cuda.is_available(), dtype, tries if tries > 1 else 0
+            sizes,
+            request,
+            device_named(config.device).type != "cpu",
+            dtype,
+            tries if tries > 1 else 0,
         ),
     )
 

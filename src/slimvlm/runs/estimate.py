@@ -358,11 +358,11 @@ def _efficiency(kind: str) -> float:
 def _speed(has_gpu: bool, dtype: str) -> tuple[float, str]:
     """FLOP/s that whole stages reach in a data type, and where that number comes from."""
     constants = rules().constants
-    if has_gpu and not torch.cuda.is_available():
+    device = default_device() if has_gpu else torch.device("cpu")
+    if has_gpu and device.type == "cpu":
         share = _efficiency("cuda")
         about = f"{constants.gpu} ({constants.gpu_source})"
         return share * constants.gpu_flops, f"{about}, {share:.0%} of it used"
-    device = default_device() if has_gpu else torch.device("cpu")
     kind = getattr(torch, dtype)
     flops = device_flops(device, kind)
     about = f"this {device.type} at {flops / 1e9:,.0f} GFLOP/s in {dtype}, timed just now"
@@ -379,7 +379,7 @@ def device_flops(device: torch.device, dtype: torch.dtype) -> float:
     if dtype != torch.float32 and not computes_bfloat16(device):
         dtype = torch.float32
     matrix = torch.ones(1024, 1024, device=device, dtype=dtype)
-    at_once = 50 if device.type == "cuda" else 1
+    at_once = 1 if device.type == "cpu" else 50
     return max(_flops_of_products(matrix, at_once) for _ in range(_TRIES))
 
 

@@ -40,9 +40,11 @@ def said_by_original(model: PreTrainedModel, processor: Any, samples: Sequence[S
     return said_by(model, processor, samples, _BATCH, ORIGINAL, head)
 
 
-def result_of(said: Said, samples: Sequence[Sample]) -> DataResult:
-    """The original's own result."""
-    return alone(said, names_of(samples))
+def result_of(
+    said: Said, samples: Sequence[Sample], device: torch.device | None = None
+) -> DataResult:
+    """The original's own result; its head runs on the device, by default the CPU."""
+    return alone(said, names_of(samples), device)
 
 
 def said_from_files(

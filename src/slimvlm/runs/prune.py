@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import new_folder, require_free
 from slimvlm.core.options import MemoryOptions, PruneConfig, ReportOptions
 from slimvlm.core.progress import Say, silent
+from slimvlm.core.requests import asked
 from slimvlm.data.read import identity_of_data
 from slimvlm.data.samples import Sample
 from slimvlm.evaluation.data_result import DataResult
@@ -21,7 +24,7 @@ from slimvlm.evaluation.said import Said
 from slimvlm.models.load import (
     anatomy,
     check_models,
-    default_device,
+    device_named,
     load_processor,
 )
 from slimvlm.planning.plan import Plan
@@ -121,7 +124,7 @@ def prune(
         held_out[ORIGINAL] = result_of(said, unseen)
     calibration = Calibration(processor, samples.calibration, request.hold_out)
     scores = [] if given else list(stages.calibrate(request, loaded, calibration).values())
-    walked = stages.prune_(request, loaded, calibration, scores, given)
+    walked = stages.prune_(request, loaded, calibration, scores, given, say=say)
     processor = trimmed_processor(processor, walked.plan)
     if unseen:
         held_out[PRUNED] = evaluate_data(loaded, processor, unseen, said, name=PRUNED)
@@ -169,29 +172,30 @@ def _on_disk(
 ) -> Pruned:
     """The same with one layer in memory at a time."""
     config = request.prune
+    device = device_named(config.device)
     opened = open_checkpoint(request.model, config.dtype, config.trust_remote_code)
     processor = load_processor(str(opened.folder), opened.model.config, config.trust_remote_code)
     calibration = Calibration(processor, samples.calibration, request.hold_out)
     data = [] if config.data is None else [identity_of_data(config.data)]
-    noted = {"asked": asdict(request), "data": data, **opened.identity}
+    noted = {"asked": asked(request), "data": data, **opened.identity}
     Scratch(scratch).keep_if_same("request.json", noted)
     scores = [] if given else _scores_on_disk(request, opened, calibration, scratch, say)
     held_out: dict[str, DataResult] = {}
     if unseen := samples.report:
-        said = _said_on_disk(opened, processor, unseen, scratch)
+        said = _said_on_disk(opened, device, processor, unseen, scratch)
         held_out[ORIGINAL] = result_of(said, unseen)
 
     def measured(folder: Path) -> str:
         if unseen:
             smaller, at = open_checkpoint(folder, config.dtype), Scratch(scratch / "unseen")
             words = trimmed_processor(processor, walked.plan)
-            how = (smaller, at, default_device(), words, unseen, said)
+            how = (smaller, at, device, words, unseen, said)
             held_out[PRUNED] = compared_from_files(*how)
             _write_held_out(held_out, folder)
         return held_out_text(held_out)
 
-    store = Scratch(scratch / "walk")
-    walked = stages.walk(request, opened, store, default_device(), calibration, scores, given)
+    results = Scratch(scratch / "walk")
+    walked = stages.walk(request, opened, results, device, calibration, scores, given, say)
     trusted = config.trust_remote_code
     prune_checkpoint(
         request.model,
@@ -207,13 +211,17 @@ def _on_disk(
 
 
 def _said_on_disk(
-    opened: LazyCheckpoint, processor: Any, samples: Sequence[Sample], scratch: Path
+    opened: LazyCheckpoint,
+    device: torch.device,
+    processor: Any,
+    samples: Sequence[Sample],
+    scratch: Path,
 ) -> Said:
     """What the original says, which a restart does not ask again."""
     path = scratch / "said.safetensors"
     if not path.exists():
         store = Scratch(scratch / "unseen")
-        said = said_from_files(opened, store, default_device(), processor, samples)
+        said = said_from_files(opened, store, device, processor, samples)
         said.save(path)
         shutil.rmtree(scratch / "unseen", ignore_errors=True)
     return Said.load(path)

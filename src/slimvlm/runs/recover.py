@@ -52,6 +52,8 @@ def recover(
         raise ConfigError(f"loss {config.loss!r} needs --teacher")
     if shard and num_ranks() < 2:
         raise ConfigError("--shard needs several processes: start slimvlm with torchrun")
+    if shard and source.device is not None:
+        raise ConfigError(f"device {source.device!r}: with --shard every process has its own")
     check_models(source, model)
     said = OfflineTeacher(teacher) if teacher is not None and is_cache(teacher) else None
     original = teacher if said is None else None

@@ -28,6 +28,7 @@ from slimvlm.evaluation.lmms import check_names, split_names
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import prefill_flops
+from slimvlm.models.load import device_named
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.walk.walk import WALKING, require_choosable
@@ -266,8 +267,10 @@ def check_options(config: PruneConfig) -> None:
     """Find every mistake that neither a model nor data is needed for.
 
     Raises:
-        ConfigError: If an option is unknown or needs data that is not given.
+        ConfigError: If an option is unknown or needs data that is not given, or the device is
+            absent.
     """
+    device_named(config.device)
     rows = {name: criterion_named(name, {}) for name in criteria_of(config)}
     data_bound = [name for name, row in rows.items() if row.needs_data]
     if data_bound and config.data is None:

@@ -18,7 +18,7 @@ from slimvlm.core.options import (
 )
 from slimvlm.core.progress import Say
 from slimvlm.models.cost import params_for_memory, parse_bytes, parse_count
-from slimvlm.models.load import anatomy, check_models, load, load_processor
+from slimvlm.models.load import anatomy, check_models, device_named, load, load_processor
 from slimvlm.planning.make import make_plan, make_plan_for_params
 from slimvlm.planning.plan import Plan
 from slimvlm.runs.request import (
@@ -116,7 +116,8 @@ def scores_on_disk(
     if not asked:
         return []
     batches = calibration.fitted if any(each.needs_data for each in asked) else ()
-    return on_disk.score_requests(opened, batches, asked, token_weights_of(config), scratch, say)
+    weights = token_weights_of(config)
+    return on_disk.score_requests(opened, batches, asked, weights, scratch, say, config.device)
 
 
 def plan(
@@ -134,6 +135,7 @@ def plan(
         SlimError: For anything that the user can mend, such as a target that cannot be met.
     """
     require_free(out, force)
+    device_named(config.device)
     shape, target = anatomy(model), _target_params(config)
     given = [Scores.load(path) for path in scores]
     options = {
@@ -159,7 +161,7 @@ def plan(
         rehearsed = planned([pretended_scores(shape, [name]) for name in criteria])
         if not config.loses_tokens or rehearsed.cuts_layers:
             say(f"no --scores: using {' and '.join(criteria)}")
-            loaded = load(model)[0]
+            loaded = load(model, device=config.device)[0]
             given = [score_model(loaded, (), name) for name in criteria]
     made = planned(given)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from slimvlm.core.checked import part_of
 from slimvlm.core.options import Axis, DataConfig, WidthOptions
-from slimvlm.core.progress import Say, progress
+from slimvlm.core.progress import Say, progress, silent
 from slimvlm.core.requests import digest
 from slimvlm.data.images import identifying_bytes
 from slimvlm.data.read import estimated_length, load_samples
@@ -32,14 +32,14 @@ from slimvlm.evaluation.results import Result
 from slimvlm.models.anatomy import Anatomy, read_anatomy
 from slimvlm.models.hidden import evaluating
 from slimvlm.models.load import load_as, load_config, load_processor, resolve
-from slimvlm.models.parts import context_of, hands_on
+from slimvlm.models.parts import context_of
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.config import lost_heads
 from slimvlm.pruning.tokens import trimmed_processor
 from slimvlm.pruning.walk.distil import LocalSteps
 from slimvlm.pruning.walk.layer import Steps
 from slimvlm.pruning.walk.result import Walked
-from slimvlm.pruning.walk.walk import plans_for, walk_batches
+from slimvlm.pruning.walk.walk import plans_for, runner_for, walk_batches
 from slimvlm.runs.estimate import CALIBRATION_BATCH, TRIAL_SHARE, optimizer_steps
 from slimvlm.runs.request import (
     Request,
@@ -54,7 +54,7 @@ from slimvlm.runs.request import (
 from slimvlm.runs.tokens import tokens_alone, with_tokens
 from slimvlm.scoring.batches import Batch, answer_loss
 from slimvlm.scoring.criteria import CRITERIA
-from slimvlm.scoring.layerwise.runner import LayerwiseModel, Live, Source
+from slimvlm.scoring.layerwise.runner import Live, Source
 from slimvlm.scoring.layerwise.stores import Memory, Scratch, Store
 from slimvlm.scoring.score_model import calibration_batches, score
 from slimvlm.scoring.unit_scores import Scores
@@ -276,22 +276,24 @@ def calibrate(
 def walk(
     request: Request,
     source: Source,
-    store: Store,
+    results: Store,
     device: torch.device,
     calibration: Calibration,
     scores: Sequence[Scores] = (),
     plan: Plan | None = None,
+    say: Say = silent,
 ) -> Walked:
     """Choose what stays and what the remaining weights become. Nothing is changed yet.
 
     Args:
         request: The request.
         source: The original, in memory or in files.
-        store: Keeps what is done, so that a stopped walk goes on.
+        results: Keeps what came of each layer, so that a stopped walk goes on.
         device: Where layers run.
         calibration: Its calibration data.
         scores: Those of `calibrate`.
         plan: What stays, if that is decided already.
+        say: Receives a line on where hidden states are kept.
     """
     config, chooses = request.prune, False
     if plan is not None:
@@ -319,9 +321,10 @@ def walk(
     if not chooses and not steps.kinds and not steps.local.count:
         return Walked(plans[0])
     held_out = calibration.held_out if request.hold_out else []
-    runner = LayerwiseModel(source, store, device)
-    weights = token_weights_of(config)
-    return walk_batches(runner, plans, chooses, calibration.fitted, held_out, steps, weights)
+    fitted, weights = calibration.fitted, token_weights_of(config)
+    folder = results.folder / "states" if isinstance(results, Scratch) else None
+    runner = runner_for(source, device, [*fitted, *held_out], plans, steps, folder, say)
+    return walk_batches(runner, plans, chooses, fitted, held_out, steps, weights, results)
 
 
 def prune_(
@@ -332,6 +335,7 @@ def prune_(
     plan: Plan | None = None,
     scratch: Path | None = None,
     training: Sequence[Sample] = (),
+    say: Say = silent,
 ) -> Walked:
     """Make a model smaller, in place.
 
@@ -343,9 +347,9 @@ def prune_(
         plan: What stays, if that is decided already.
         scratch: Folder that keeps what is done, for a restart; by default nothing is kept.
         training: What the model will learn from, for an axis that is to be tried.
+        say: Receives a line on where hidden states are kept.
     """
-    shares = hands_on(model.config)
-    store: Store = Memory() if scratch is None or shares else Scratch(scratch)
+    store: Store = Memory(torch.device("cpu")) if scratch is None else Scratch(scratch)
     notes: tuple[str, ...] = ()
     if plan is None:
         request = with_tokens(request, SampleSplit(calibration.samples, ()).counted(request))
@@ -359,7 +363,7 @@ def prune_(
         request, note = best_axis(request, store.about(_AXIS, 0), shape)
         plan = tokens_alone(request, shape)
         notes = (note,)
-    walked = walk(request, Live(model), store, model.device, calibration, scores, plan)
+    walked = walk(request, Live(model), store, model.device, calibration, scores, plan, say)
     walked.apply_(model)
     return replace(walked, report=replace(walked.report, notes=(*notes, *walked.report.notes)))
 
@@ -412,7 +416,8 @@ def _loss_of_try(
     """Loss of held-out answers for each of the original's tokens, of a model made in haste."""
     brief = replace(request, prune=replace(request.prune, local_steps=0))
     alone = tokens_alone(brief, read_anatomy(model))
-    walked = walk(brief, Live(model), Memory(), model.device, calibration, scores, alone)
+    results = Memory(torch.device("cpu"))
+    walked = walk(brief, Live(model), results, model.device, calibration, scores, alone)
     student, read = _sharing_weights(model), calibration.held_out
     walked.apply_(student)
     processor = trimmed_processor(calibration.processor, walked.plan)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from slimvlm.core.errors import DataError
 from slimvlm.data.roles import IGNORE, role_masks, valid_tokens
 from slimvlm.data.roles import token_weights as weights_by_role
-from slimvlm.models.hidden import all_finite, head_of, hidden_states, layer_output
+from slimvlm.models.hidden import all_finite, device_of, head_of, hidden_states, layer_output
+from slimvlm.models.load import with_float64
 from slimvlm.models.losses import Head, Hidden, label_counts, token_cross_entropy
 from slimvlm.models.parts import decoder_layers
 from slimvlm.scoring.statistics import require_finite
@@ -97,7 +98,7 @@ class BackbonePass:
             after_batch()
             self.num_samples += len(self.mask)
             self.num_tokens += int(self.mask.sum())
-            self.weight += self.weights.sum(dtype=torch.float64).cpu()
+            self.weight += with_float64(self.weights).sum(dtype=torch.float64).cpu()
         if not bool(self.weight):
             raise DataError("no calibration token has a token weight above 0")
 
@@ -202,7 +203,8 @@ def mean_answer_loss(states: Iterable[tuple[Hidden, Tensor]], head: Head) -> flo
     """
     total, count = 0.0, 0
     for hidden, labels in states:
-        total += float(token_cross_entropy(hidden, head, labels).sum(dtype=torch.float64))
+        found = with_float64(token_cross_entropy(hidden, head, labels))
+        total += float(found.sum(dtype=torch.float64))
         count += int(label_counts(labels).sum())
     if not count:
         raise DataError("held-out batches have no labelled token: nothing to judge by")
@@ -231,12 +233,6 @@ def _all_on_device(model: nn.Module, batches: Iterable[Batch]) -> Iterator[Batch
         yield on_device(model, batch)
     if empty:
         raise DataError("no calibration batch was given")
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where inputs go: with the first weights that accelerate has not put aside."""
-    devices = (p.device for p in model.parameters() if not p.is_meta)
-    return next(devices, torch.device("cpu"))
 
 
 def without_labels(batch: Batch) -> Batch:

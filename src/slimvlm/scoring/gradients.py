@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.families import OUTPUT_ROWS
 from slimvlm.models.hidden import layer_input, with_layer_input
+from slimvlm.models.load import with_float64
 from slimvlm.models.parts import decoder_layers, projections
 from slimvlm.scoring.batches import (
     Batch,
@@ -111,10 +112,10 @@ class _Sums:
     def add(self, place: Place, dim: int, weight: Tensor, rows: slice, terms: Tensor) -> None:
         """Add the terms of some rows of a matrix."""
         if place not in self.parts:
-            zero = torch.zeros(weight.shape[dim], dtype=torch.float64, device=terms.device)
-            self.parts[place] = zero
+            self.parts[place] = with_float64(terms.new_zeros(weight.shape[dim])).double()
         total = self.parts[place]
-        (total[rows] if dim == OUTPUT_ROWS else total).add_(terms.sum(1 - dim))
+        part = terms.sum(1 - dim).to(total.device)
+        (total[rows] if dim == OUTPUT_ROWS else total).add_(part)
 
     def over(self, count: float, seen: LossPass) -> Gradients:
         """The sums divided by what they run over."""

@@ -103,8 +103,9 @@ class _Comparison:
         self.last_tokens.clear()
 
     def _influence(self, hidden_in: Tensor, hidden_out: Tensor) -> Tensor:
-        values = block_influence(hidden_in, hidden_out, self.seen.mask) * self.seen.weights
-        return values.sum(dtype=torch.float64).cpu()
+        device = hidden_out.device  # the input may come from another card
+        values = block_influence(hidden_in.to(device), hidden_out, self.seen.mask.to(device))
+        return (values * self.seen.weights.to(device)).sum(dtype=torch.float64).cpu()
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
@@ -144,7 +145,7 @@ def capture_hidden_states(
 def _at_last_token(hidden: Tensor, mask: Tensor) -> Tensor:
     """The hidden state of each sample's last valid token."""
     positions = torch.arange(mask.shape[1], device=mask.device)
-    last = (mask * positions).argmax(1)
+    last = (mask * positions).argmax(1).to(hidden.device)
     return hidden[torch.arange(len(hidden), device=hidden.device), last].cpu()
 
 

@@ -157,9 +157,11 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def weight_of(owner: Any, name: str = "weight") -> Tensor:
-    """A parameter, also where accelerate has put it aside until its module runs."""
+    """A parameter; one that accelerate has put aside is brought to where its module runs."""
     weight: Tensor = getattr(owner, name).detach()
-    return owner._hf_hook.weights_map[name] if weight.is_meta else weight
+    if weight.is_meta:
+        weight = owner._hf_hook.weights_map[name].to(owner._hf_hook.execution_device)
+    return weight
 
 
 @torch.no_grad()

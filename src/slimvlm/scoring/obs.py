@@ -6,7 +6,7 @@ unit, N units of several that are looked at.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
@@ -127,8 +127,9 @@ def removal_order(
     """
     for dtype in dict.fromkeys((gram.dtype, torch.float64)):
         state = _State.of(matrix, gram, units, damping, dtype)
-        if state is not None:
-            return state.remove_(units if stop is None else stop)
+        found = None if state is None else state.remove_(units if stop is None else stop)
+        if found is not None:
+            return found
     raise NumericalError(f"the Gram matrix is not positive definite with damping {damping}")
 
 
@@ -147,17 +148,21 @@ class _State:
         inverse: ``H⁻¹`` when the units ``left`` stood; of these, some are ``gone`` now.
         u: All ``U`` since, ``count`` rows of it.
         weights: ``W`` when rows were last prepared.
+        standing: How many units have not gone.
+        has_failed: Whether a block had no root, known to the device.
     """
 
     def __init__(self, inverse: Tensor, weights: Tensor, width: int) -> None:
         units = len(inverse) // width
         self.inverse, self.weights, self.width = inverse, weights, width
         self.left = torch.arange(units, device=inverse.device)
-        self.gone = torch.zeros_like(self.left, dtype=torch.bool)
+        self.gone, self.standing = torch.zeros_like(self.left, dtype=torch.bool), units
+        self.has_failed = self.gone.any()
         blocks = inverse.view(units, width, units, width).diagonal(dim1=0, dim2=2)
         self.inverse_blocks = blocks.permute(2, 0, 1).contiguous()
         parts = weights.view(len(weights), units, width).transpose(0, 1)
         self.product_blocks = parts.mT @ parts
+        self.offsets = torch.arange(width, device=inverse.device)
         self.one = torch.eye(width, dtype=inverse.dtype, device=inverse.device)
 
     @classmethod
@@ -175,28 +180,30 @@ class _State:
             return None
         return cls(damped, matrix.to(dtype, copy=True), len(gram) // units)
 
-    def remove_(self, stop: int) -> Elimination:
-        """Remove the cheapest unit again and again."""
-        order: list[int] = []
-        costs: list[float] = []
+    def remove_(self, stop: int) -> Elimination | None:
+        """Remove the cheapest unit again and again; None if too few digits are left for that."""
         self._reserve_(stop)
-        while len(order) < stop:
-            rows = self._rows_of_cheapest()
-            while len(order) < stop and (unit := self._cheapest()) in rows.places:
-                costs.append(self._remove_one_(unit, rows))
-                order.append(int(self.left[unit]))
-            self._refit_(rows)
-            self._shrink_(stop - len(order))
-        device = self.left.device
+        order, costs = [self.left[:0]], [self.inverse.new_empty(0)]
+        while stop:
+            units, prices = self._remove_some_(stop)
+            stop -= len(units)
+            order.append(self.left[units])
+            costs.append(prices)
+            self._refit_(units)
+            self._shrink_(stop)
+        stays = self._standing_places()
+        costs.append(self._prices()[stays])
+        if self.has_failed or not torch.cat(costs).isfinite().all():
+            return None
         return Elimination(
-            torch.tensor(order, dtype=torch.int64, device=device),
-            torch.tensor(costs, dtype=torch.float64, device=device),
-            self.left[~self.gone],
-            self._prices()[~self.gone].double(),
-            self.weights[:, self._channels((~self.gone).nonzero()[:, 0])],
+            torch.cat(order),
+            torch.cat(costs[:-1]).double(),
+            self.left[stays],
+            costs[-1].double(),
+            self.weights[:, self._channels(stays)],
         )
 
-    def _prices(self) -> Tensor:
+    def _prices(self) -> Float[Tensor, " U"]:
         """``tr S`` of every unit, infinite for those that have gone."""
         if self.width == 1:
             prices = (self.product_blocks / self.inverse_blocks)[:, 0, 0]
@@ -205,40 +212,63 @@ class _State:
             prices = (root @ self.product_blocks * root).sum((1, 2))
         return prices.clamp_min_(0).masked_fill_(self.gone, torch.inf)
 
-    def _cheapest(self) -> int:
-        return int(_tied(self._prices()).byte().argmax())
+    def _remove_some_(self, stop: int) -> tuple[Int64[Tensor, " N"], Float[Tensor, " N"]]:
+        """Remove units as long as the cheapest is one whose rows are prepared.
 
-    def _rows_of_cheapest(self) -> _Rows:
+        A device is told once what to do for all these units, and asked at the end how many have
+        gone: after the last one, the other steps change nothing.
+
+        Returns:
+            Those that have gone, at least one, and what they cost.
+        """
         prices = self._prices()
         ranked = torch.where(_tied(prices), -1, prices).argsort(stable=True)
-        units = ranked[: min(max(BLOCK // self.width, 1), int((~self.gone).sum()))]
-        channels, u = self._channels(units), self.u[: self.count]
-        inverse = torch.addmm(self.inverse[channels], u[:, channels].mT, u, alpha=-1)
-        product = self.weights[:, channels].mT @ self.weights
-        places = {unit: place * self.width for place, unit in enumerate(units.tolist())}
+        prepared = ranked[: min(max(BLOCK // self.width, 1), self.standing)]
+        places = torch.full_like(self.left, -1)
+        places[prepared] = torch.arange(len(prepared), device=places.device)
+        channels, u = self._channels(prepared), self.u[: self.count]
+        inverse_rows = torch.addmm(self.inverse[channels], u[:, channels].mT, u, alpha=-1)
+        product_rows = self.weights[:, channels].mT @ self.weights
         room = self.u[self.count : self.count + len(channels)]
-        return _Rows(inverse, product, places, room, torch.empty_like(room))
+        rows = _Rows(inverse_rows, product_rows, room, torch.empty_like(room))
+        goes = torch.ones_like(self.gone[:1])
+        removed: list[tuple[Tensor, Tensor, Tensor]] = []
+        for _ in range(min(len(prepared), stop)):
+            unit = _tied(self._prices()).byte().argmax(keepdim=True)
+            place = places.index_select(0, unit)
+            goes = goes & (place >= 0)
+            if goes.is_cpu and not goes:
+                break
+            cost = self._remove_one_(unit, place.clamp_min(0), goes, rows)
+            removed.append((unit, cost, goes))
+        units, costs, went = (torch.cat(column) for column in zip(*removed, strict=True))
+        count = int(went.sum()) if len(went) > 1 else 1  # the cheapest always goes
+        self.standing -= count
+        return units[:count], costs[:count]
 
-    def _remove_one_(self, unit: int, rows: _Rows) -> float:
-        """Remove a unit and refit the others; what it cost."""
-        channels = slice(unit * self.width, (unit + 1) * self.width)
-        inverse, product = rows.now(unit, channels)
-        root = self._inverse_root(inverse[:, channels])
-        u, v = root @ inverse, root @ product
-        square = v[:, channels] @ root.mT
+    def _remove_one_(self, unit: Tensor, place: Tensor, goes: Tensor, rows: _Rows) -> Tensor:
+        """Remove a unit, if it goes, and refit the others; what it cost."""
+        channels = self._channels(unit)
+        inverse, product = rows.now(self._channels(place), channels)
+        block = torch.where(goes, inverse.index_select(1, channels), self.one)
+        root = self._inverse_root(block) * goes
+        u, v = rows.next(self.width)
+        torch.mm(root, inverse, out=u)
+        torch.mm(root, product, out=v)
+        square = v.index_select(1, channels) @ root.mT
         v.addmm_(square, u, alpha=-0.5)
-        rows.add_(unit, u, v)
+        before = self.inverse_blocks.index_select(0, unit)
         u, v = (each.view(self.width, -1, self.width).transpose(0, 1) for each in (u, v))
         self.inverse_blocks.baddbmm_(u.mT, u, alpha=-1)
         self.product_blocks.baddbmm_(u.mT, v, alpha=-1).baddbmm_(v.mT, u, alpha=-1)
-        self.inverse_blocks[unit] = inverse[:, channels]  # nothing is left, which has no root
-        self.gone[unit] = True
-        return float(square.trace())
+        self.inverse_blocks.index_copy_(0, unit, before)  # nothing is left, which has no root
+        self.gone.index_copy_(0, unit, goes)
+        return square.trace()[None]
 
-    def _refit_(self, rows: _Rows) -> None:
+    def _refit_(self, units: Int64[Tensor, " N"]) -> None:
         """``W - Y U`` with the ``Y`` that leaves nothing of the columns that have gone."""
-        channels = self._channels(torch.tensor(rows.gone, device=self.left.device))
-        u = rows.u[: len(channels)]
+        channels = self._channels(units)
+        u = self.u[self.count : self.count + len(channels)]
         y = torch.linalg.solve_triangular(
             u[:, channels], self.weights[:, channels], upper=True, left=False
         )
@@ -250,10 +280,10 @@ class _State:
         size = len(self.inverse)
         if self.count * 8 < size or stop * self.width * 3 < size:
             return
-        u, stays = self.u[: self.count], ~self.gone
+        u, stays = self.u[: self.count], self._standing_places()
         add_product_(self.inverse, u, u, -1)
         mirror_(self.inverse)
-        channels = self._channels(stays.nonzero()[:, 0])
+        channels = self._channels(stays)
         self.inverse = self.inverse[channels[:, None], channels]
         self.weights = self.weights[:, channels]
         self.inverse_blocks = self.inverse_blocks[stays]
@@ -267,13 +297,19 @@ class _State:
         most = min(stop * self.width, size // 2) + max(BLOCK, self.width)
         self.u, self.count = self.inverse.new_empty(most, size), 0
 
+    def _standing_places(self) -> Int64[Tensor, " N"]:
+        """Where units stand, in order; their number is known, so that no device is asked."""
+        return self.gone.byte().argsort(stable=True)[: self.standing]
+
     def _channels(self, units: Int64[Tensor, " N"]) -> Int64[Tensor, " _"]:
-        offsets = torch.arange(self.width, device=units.device)
-        return (units[:, None] * self.width + offsets).flatten()
+        return (units[:, None] * self.width + self.offsets).flatten()
 
     def _inverse_root(self, blocks: Float[Tensor, "*N W W"]) -> Float[Tensor, "*N W W"]:
         """``L⁻¹`` with ``L Lᵀ`` the block."""
-        lower: Tensor = torch.linalg.cholesky(blocks)
+        if self.width == 1:
+            return blocks.rsqrt()
+        lower, info = torch.linalg.cholesky_ex(blocks)
+        self.has_failed = self.has_failed | info.any()
         root: Tensor = torch.linalg.solve_triangular(lower, self.one, upper=False)
         return root
 
@@ -283,37 +319,31 @@ class _Rows:
     """Rows of ``H⁻¹`` and ``P`` of some units, and what removals since have changed in them.
 
     Attributes:
-        places: The first row of each unit.
-        u: Room for the ``U`` of these removals.
-        gone: Units that were removed.
+        u: Room for the ``U`` of these removals, ``count`` rows of it in use.
+        v: The same for their ``V``.
     """
 
     inverse: Tensor
     product: Tensor
-    places: dict[int, int]
     u: Tensor
     v: Tensor
-    gone: list[int] = field(default_factory=list)
     count: int = 0
 
-    def now(self, unit: int, channels: slice) -> tuple[Tensor, Tensor]:
-        """The rows of a unit as they are now."""
-        width = channels.stop - channels.start
-        place = slice(self.places[unit], self.places[unit] + width)
+    def now(self, places: Tensor, channels: Tensor) -> tuple[Tensor, Tensor]:
+        """Some rows, which are those of some channels, as they are now."""
         u, v = self.u[: self.count], self.v[: self.count]
-        u_now, v_now = u[:, channels].mT, v[:, channels].mT
-        inverse = self.inverse[place].addmm_(u_now, u, alpha=-1)
-        product = self.product[place].addmm_(u_now, v, alpha=-1).addmm_(v_now, u, alpha=-1)
-        return inverse, product
+        u_now, v_now = u.index_select(1, channels).mT, v.index_select(1, channels).mT
+        inverse = self.inverse.index_select(0, places).addmm_(u_now, u, alpha=-1)
+        product = self.product.index_select(0, places).addmm_(u_now, v, alpha=-1)
+        return inverse, product.addmm_(v_now, u, alpha=-1)
 
-    def add_(self, unit: int, u: Tensor, v: Tensor) -> None:
-        """Note what the removal of a unit takes off."""
-        end = self.count + len(u)
-        self.u[self.count : end], self.v[self.count : end] = u, v
-        self.gone.append(unit)
-        self.count = end
+    def next(self, width: int) -> tuple[Tensor, Tensor]:
+        """Room for what the removal of a unit takes off."""
+        rows = slice(self.count, self.count + width)
+        self.count = rows.stop
+        return self.u[rows], self.v[rows]
 
 
 def _tied(prices: Float[Tensor, " U"]) -> Bool[Tensor, " U"]:
     """Which are as cheap as the cheapest, up to rounding."""
-    return prices <= prices.min() * (1 + TIE)
+    return ~(prices > prices.min() * (1 + TIE))  # all of them if one is NaN

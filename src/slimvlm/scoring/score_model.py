@@ -15,9 +15,9 @@ from slimvlm.data.roles import ROLES
 from slimvlm.data.samples import Sample
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.classes import require_full_precision
-from slimvlm.models.hidden import evaluating
+from slimvlm.models.hidden import device_of, evaluating
 from slimvlm.models.units import WIDTH_UNITS
-from slimvlm.scoring.batches import Batch, Watched, device_of
+from slimvlm.scoring.batches import Batch, Watched
 from slimvlm.scoring.criteria import DEFAULT_CRITERIA, criterion_named
 from slimvlm.scoring.layerwise.runner import LayerwiseModel, Live
 from slimvlm.scoring.layerwise.stores import Memory

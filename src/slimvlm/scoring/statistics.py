@@ -22,6 +22,7 @@ from slimvlm.core.files import new_file
 from slimvlm.models.anatomy import Anatomy, LayerShape
 from slimvlm.models.families import Projection
 from slimvlm.models.hidden import all_finite
+from slimvlm.models.load import with_float64
 from slimvlm.models.units import fold, unit_of
 from slimvlm.scoring.symmetric import SymmetricSum
 from slimvlm.scoring.unit_scores import read_tensors, suffixed
@@ -271,9 +272,9 @@ class Taken:
             sizes: Of what it adds to each.
             weights: What each counts.
         """
-        weights = weights.double()
+        weights = with_float64(weights).double()
         self.count[expert] += weights.sum().cpu()
-        self.size[expert] += (weights * sizes.double()).sum().cpu()
+        self.size[expert] += (weights * with_float64(sizes).double()).sum().cpu()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,7 +316,7 @@ class InputMoments:
     @classmethod
     def of(cls, weight: Float[Tensor, "*E O C"]) -> InputMoments:
         """Of no tokens yet."""
-        matrix = weight.double()
+        matrix = with_float64(weight).double()
         sizes = matrix.abs().sum(-2).cpu(), matrix.square().sum(-2).cpu()
         return cls(torch.zeros_like(sizes[0]), torch.zeros_like(sizes[0]), *sizes)
 
@@ -326,8 +327,8 @@ class InputMoments:
     def add(self, inputs: Float[Tensor, "T C"], weights: Float[Tensor, "T 1"]) -> None:
         """Add tokens."""
         weighted = inputs * weights
-        self.sum += weighted.sum(0, dtype=torch.float64).cpu()
-        self.square += (weighted * inputs).sum(0, dtype=torch.float64).cpu()
+        self.sum += with_float64(weighted).sum(0, dtype=torch.float64).cpu()
+        self.square += with_float64(weighted * inputs).sum(0, dtype=torch.float64).cpu()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,11 +41,11 @@ class SymmetricSum:
             rows: ``x_t``, best some 2,000 at a time.
             weights: ``w_t``, at least 0.
         """
-        counted = weights > 0
-        if not counted.all():
+        counted = weights.nonzero()[:, 0]
+        if len(counted) < len(weights):
             rows, weights = rows[counted], weights[counted]
         values = rows.to(self._matrix.dtype)
-        is_plain = bool((weights == 1).all())
+        is_plain = rows.is_cpu and bool((weights == 1).all())
         if not is_plain:
             values = values * weights.to(values.dtype).sqrt()[:, None]
         with _bfloat16_products(is_plain and rows.dtype == torch.bfloat16):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainingArguments
 
 from slimvlm.core.documents import Count, built, read_object
-from slimvlm.core.errors import ConfigError
+from slimvlm.core.errors import ConfigError, SlimError
 from slimvlm.core.files import explained
 from slimvlm.core.options import HIDDEN_LOSSES, RecoverConfig
 from slimvlm.core.processes import is_first_rank, num_ranks
@@ -31,7 +31,7 @@ from slimvlm.training.offline import OfflineTeacher
 from slimvlm.training.precision import Precision, without_autocast
 from slimvlm.training.resume import claim_training, is_finished, last_complete_checkpoint
 from slimvlm.training.shared_vision import seeing_once
-from slimvlm.training.supervision import Collator
+from slimvlm.training.supervision import Collator, num_workers
 from slimvlm.training.teacher import share_, why_not_shared
 from slimvlm.training.trainable import (
     by_old_names,
@@ -218,8 +218,12 @@ def _run_or_go_on(trainer: DistillationTrainer, folder: Path) -> None:
         checkpoint = last_complete_checkpoint(folder)
         if checkpoint is not None and is_finished(checkpoint):
             trainer.restore(checkpoint)
-        else:
+            return
+        try:
             trainer.train(resume_from_checkpoint=checkpoint)
+        except SlimError as error:  # from another process it comes with a traceback before it
+            said = str(error).rpartition(f"{type(error).__name__}: ")[2]
+            raise type(error)(said.strip()) from error
 
 
 @contextmanager
@@ -387,6 +391,7 @@ def _gone(plan: Plan | None) -> float:
 def _training_arguments(job: _Job, bf16: bool) -> TrainingArguments:
     config, device = job.config, job.model.device
     measured = config.eval_steps or config.save_steps
+    is_pinned = device.type not in ("cpu", "mps")  # MPS shares the memory of its host
     with by_old_names():
         arguments = TrainingArguments(
             output_dir=str(job.folder),
@@ -414,7 +419,9 @@ def _training_arguments(job: _Job, bf16: bool) -> TrainingArguments:
             report_to=config.report_to.split(","),
             remove_unused_columns=False,
             label_names=["labels"],
-            dataloader_pin_memory=device.type == "cuda",
+            dataloader_pin_memory=is_pinned,
+            dataloader_num_workers=num_workers(device),
+            accelerator_config={"non_blocking": is_pinned},
             seed=config.seed,
             data_seed=config.seed,
             disable_tqdm=False,

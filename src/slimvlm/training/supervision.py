@@ -5,13 +5,18 @@ B sample, T token.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from slimvlm.core.processes import num_ranks
 from slimvlm.data.chat import encode_samples
 from slimvlm.data.samples import Sample
 from slimvlm.models.hidden import compared_positions
@@ -20,6 +25,8 @@ from slimvlm.training.offline import OfflineTeacher
 
 SUPERVISION = "supervision"
 """Its key in a batch, beside the model's inputs."""
+LEAST_SHARED = 2**30
+"""Bytes of free shared memory that batches from other processes need."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,11 @@ class Supervision:
             None if self.offline is None else self.offline.to(device, non_blocking=non_blocking),
         )
 
+    def pin_memory(self) -> Supervision:
+        """The same in pinned memory; DataLoader calls this as it does for tensors."""
+        offline = None if self.offline is None else self.offline.pin_memory()
+        return Supervision(self.ids, self.labels.pin_memory(), self.compared.pin_memory(), offline)
+
 
 @dataclass(frozen=True)
 class Collator:
@@ -82,6 +94,21 @@ class Collator:
             said = self.offline.targets(samples, as_teacher_reads(inputs, self.tokens), compared)
         ids = tuple(sample.id for sample in samples)
         return {**inputs, SUPERVISION: Supervision(ids, labels, compared, said)}
+
+
+def num_workers(device: torch.device) -> int:
+    """How many processes put batches together while a device trains; 0: the training one does.
+
+    At most four, and none for a CPU, which they would slow down. They are forked: where Python
+    starts processes anew, they would read everything again. Batches come through shared memory,
+    of which a container may have too little.
+    """
+    shared = Path("/dev/shm")
+    if device.type == "cpu" or multiprocessing.get_start_method() != "fork" or not shared.is_dir():
+        return 0
+    if shutil.disk_usage(shared).free < LEAST_SHARED:
+        return 0
+    return max(min(4, len(os.sched_getaffinity(0)) // num_ranks() - 1), 0)
 
 
 def as_teacher_reads(

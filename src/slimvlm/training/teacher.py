@@ -178,13 +178,14 @@ class _Division:
     removed: list[Tensor]
 
     @classmethod
-    def of(cls, plan: Plan, index: int, projection: Projection) -> _Division:
-        """As a plan divides a matrix of layer ``index``."""
+    def of(cls, plan: Plan, index: int, projection: Projection, device: Any) -> _Division:
+        """As a plan divides a matrix of layer ``index``, which is on a device."""
         shape = plan.before.layers[index]
         units, _ = shape.block(projection.segments[0])
         kept = kept_units(plan, index, projection)
         removed = sorted({*range(units)} - {*kept})
-        return cls(*(channels_by_segment(projection, shape, some) for some in (kept, removed)))
+        both = (channels_by_segment(projection, shape, some) for some in (kept, removed))
+        return cls(*([part.to(device) for part in parts] for parts in both))
 
     @property
     def order(self) -> Tensor:
@@ -206,7 +207,7 @@ def _share_cut_matrices(
     for index, projection, linear in list(projections(teacher)):
         if index not in plan.layers:
             continue
-        division = _Division.of(plan, index, projection)
+        division = _Division.of(plan, index, projection, linear.weight.device)
         if not any(lost for _, lost in division.sizes):
             continue
         path = f"{prefix}{index}.{projection.path}"

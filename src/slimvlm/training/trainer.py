@@ -70,7 +70,7 @@ class DistillationTrainer(Trainer):
         self._our_layers = [ours for ours, _ in layer_pairs]
         self._their_layers = [theirs for _, theirs in layer_pairs]
         self._lengths = lengths
-        self._tokens = tokens
+        self._tokens = None if tokens is None else tokens.to(self.args.device)
         self._sums: dict[str, Tensor] = {}
         self._weight = 0
         self._step_counts: Tensor | None = None
@@ -171,7 +171,7 @@ class DistillationTrainer(Trainer):
         config, head = self._recovery, head_of(student)
         theirs_too = head if self._teacher is None else head_of(self._teacher)
         if self._teacher is not None and self._tokens is not None:
-            theirs_too = partial(_some_logits, theirs_too, self._tokens.to(ours.device))
+            theirs_too = partial(_some_logits, theirs_too, self._tokens)
         return losses.divergence(
             ours,
             theirs[0].to(ours.dtype),

@@ -7,25 +7,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from slimvlm.core.files import require_free
 from slimvlm.core.progress import Say, silent
 from slimvlm.core.requests import digest
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.load import default_device, digest_of_tensors
+from slimvlm.models.load import device_named, digest_of_tensors
 from slimvlm.models.units import LAYER_UNITS
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.walk.distil import LocalSteps
 from slimvlm.pruning.walk.layer import Steps
 from slimvlm.pruning.walk.result import Walked
-from slimvlm.pruning.walk.walk import plans_for, split_batches, walk_batches
+from slimvlm.pruning.walk.walk import plans_for, runner_for, split_batches, walk_batches
 from slimvlm.pruning.write_checkpoint import prune_checkpoint
 from slimvlm.pruning.writers import RIDGE
 from slimvlm.scoring.batches import Batch, TokenWeights
 from slimvlm.scoring.criteria import DEFAULT_CRITERIA
 from slimvlm.scoring.layerwise.checkpoint import open_checkpoint
-from slimvlm.scoring.layerwise.runner import LayerwiseModel
 from slimvlm.scoring.layerwise.score import CriterionRequest, score_requests
 from slimvlm.scoring.layerwise.stores import Scratch, scratch_folder
 from slimvlm.scoring.unit_scores import Scores
@@ -51,13 +51,15 @@ def walk_checkpoint(
     force: bool = False,
     trust_remote_code: bool = False,
     say: Say = silent,
+    device: str | torch.device | None = None,
     **options: Any,
 ) -> Walked:
     """`slimvlm.walk_` and `slimvlm.save` for a checkpoint that does not fit in memory.
 
     One decoder layer is in memory at a time, read from the safetensors files; on a GPU, it travels
-    there. States between layers and new weights lie in a scratch folder; a run that was killed goes
-    on after the last whole layer when it is started again with the same ``scratch``.
+    there. Hidden states between layers are kept where they fit (see `walk_`), new weights in a
+    scratch folder; a run that was killed goes on after the last whole layer when it is started
+    again with the same ``scratch``.
 
     Args:
         model: Folder, hub id or ``demo``; weights as safetensors.
@@ -77,7 +79,8 @@ def walk_checkpoint(
         scratch: Folder for states; by default a temporary one, which cannot be resumed.
         force: Whether an existing folder may be replaced.
         trust_remote_code: Run code that lies in the checkpoint.
-        say: Receives the size of the scratch folder.
+        say: Receives a line on where hidden states are kept.
+        device: Where layers run; by default the accelerator if there is one, else the CPU.
         **options: Further arguments of `make_plan`.
 
     Returns:
@@ -87,6 +90,7 @@ def walk_checkpoint(
         SlimError: As `walk_`, `slimvlm.score_checkpoint` and `slimvlm.prune_checkpoint` do.
     """
     require_free(out, force)
+    place = device_named(device)
     steps = Steps(repair=repair, ridge=ridge, local=LocalSteps(count=local_steps))
     fitted, judges = split_batches(list(batches), held_out, steps)
     given = [scores] if isinstance(scores, Scores) else list(scores)
@@ -106,15 +110,17 @@ def walk_checkpoint(
 
             def score_layers() -> list[Scores]:
                 asked = [CriterionRequest(DEFAULT_CRITERIA["depth"][0])]
-                place = folder / "scoring"
-                return score_requests(opened, fitted, asked, token_weights, place, say)
+                at = folder / "scoring"
+                return score_requests(opened, fitted, asked, token_weights, at, say, device)
 
             shape = read_anatomy(opened.model)
             plans, chooses = plans_for(
                 shape, given, ratio, axis, allocation, score_layers, **options
             )
-        runner = LayerwiseModel(opened, Scratch(folder / "walk"), default_device())
-        walked = walk_batches(runner, plans, chooses, fitted, judges, steps, token_weights)
+        states, batches = folder / "states", [*fitted, *judges]
+        runner = runner_for(opened, place, batches, plans, steps, states, say)
+        results = Scratch(folder / "walk")
+        walked = walk_batches(runner, plans, chooses, fitted, judges, steps, token_weights, results)
         prune_checkpoint(
             model,
             walked.plan,

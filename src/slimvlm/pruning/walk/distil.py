@@ -156,9 +156,10 @@ def _train_(
 
 @torch.no_grad()
 def _mean_error(lessons: Sequence[Lesson]) -> float:
-    totals = [float(lesson.weights.sum()) for lesson in lessons]
-    errors = [float(lesson.error()) * n for lesson, n in zip(lessons, totals, strict=True)]
-    return sum(errors) / sum(totals)
+    totals = torch.stack([lesson.weights.sum() for lesson in lessons]).tolist()
+    errors = torch.stack([lesson.error() for lesson in lessons]).tolist()
+    mean: float = sum(e * n for e, n in zip(errors, totals, strict=True)) / sum(totals)
+    return mean
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from slimvlm.core.progress import progress
 from slimvlm.models.parts import decoder_layers
 from slimvlm.models.units import WIDTH_UNITS
 from slimvlm.planning.plan import Plan
+from slimvlm.pruning.cut import cut_layer_
 from slimvlm.pruning.walk.layer import LayerOutcome, LayerWalk, Steps
 from slimvlm.pruning.walk.result import (
     LayerReport,
@@ -22,6 +23,7 @@ from slimvlm.pruning.walk.result import (
     StoredWeights,
     Walked,
     WalkReport,
+    assign_,
     entry_of,
 )
 from slimvlm.pruning.walk.streams import PREFIX, SLICED, Streams
@@ -35,16 +37,19 @@ _TRIAL = "trial-plan"
 
 @dataclass
 class Walk:
-    """A walk over stored batches. What is done is stored with them, so that it can go on.
+    """A walk over stored batches. What is done is stored, so that it can go on.
 
     Attributes:
         streams: The original's layers and the states between them.
+        results: Keeps what came of each layer. Where the states are gone and these are not, the
+            walked layers are run again, without choosing or fitting anything.
         plans: What stays; with ``chooses`` how much does, one or more plans to choose from.
         chooses: Whether the units of layers that lose some are to be chosen.
         steps: What is done in a layer.
     """
 
     streams: Streams
+    results: Store
     plans: Sequence[Plan]
     chooses: bool
     steps: Steps
@@ -59,20 +64,19 @@ class Walk:
         plan = self._settled()
         outcomes: list[LayerOutcome] = []
         for index in progress(plan.layers, "walk"):
-            if not self._store.has(entry_of(index)):
+            if not self.results.has(entry_of(index)):
+                self._replay(plan, outcomes)
                 self._walk(plan, index)
             outcomes.append(self._recall(index))
             plan = plan.with_units(index, outcomes[-1].kept)
+        if self._is_judged:
+            self._replay(plan, outcomes)
         notes = [*self._notes(plan), *(note for each in outcomes for note in each.notes)]
         report = WalkReport([each.report for each in outcomes], notes=notes)
         walked = Walked(
-            plan, report, StoredWeights(self._store, plan.layers), _scores(plan, outcomes)
+            plan, report, StoredWeights(self.results, plan.layers), _scores(plan, outcomes)
         )
         return self._judgement(walked) if self._is_judged else walked
-
-    @property
-    def _store(self) -> Store:
-        return self.streams.runner.store
 
     @property
     def _is_judged(self) -> bool:
@@ -86,11 +90,11 @@ class Walk:
 
     def _settled(self) -> Plan:
         """The one plan that is walked."""
-        if not self._store.has(_TRIAL):
+        if not self.results.has(_TRIAL):
             chosen = cheapest_plan(self.streams, self.plans)
-            self._store.write(_TRIAL, 0, {}, self.plans.index(chosen))
-            self._store.finish(_TRIAL)
-        place: int = self._store.about(_TRIAL, 0)
+            self.results.write(_TRIAL, 0, {}, self.plans.index(chosen))
+            self.results.finish(_TRIAL)
+        place: int = self.results.about(_TRIAL, 0)
         return self.plans[place]
 
     def _notes(self, plan: Plan) -> Iterator[str]:
@@ -100,15 +104,44 @@ class Walk:
         if SEAM in self.steps.kinds and plan.layers[0] > 0:
             yield "the first layers are gone: no layer before them could be repaired"
 
-    def _walk(self, plan: Plan, index: int) -> None:
-        """Walk one layer, and store what came of it."""
+    @contextmanager
+    def _layer(self, plan: Plan, index: int) -> Iterator[tuple[nn.Module, int]]:
+        """Load a layer, with the original's states around it where these are aimed at.
+
+        Yields:
+            The layer, which may be changed, and the number of the next layer that stays. At the
+            end, the states that it has read are dropped.
+        """
         place = plan.layers.index(index)
         begin = index if place else 0  # the original runs the layers that go before it, too
         end = (*plan.layers, self._depth)[place + 1]
-        if self._needs_original(plan):
+        if aims_at_original(self.steps, plan):
             self.streams.advance_original(begin, end)
         layer, runner = decoder_layers(self.streams.runner.model)[index], self.streams.runner
         with runner.source.layer(index, runner.device), unchanged(layer):
+            yield layer, end
+        self.streams.forget(begin, end)
+
+    def _replay(self, plan: Plan, outcomes: Sequence[LayerOutcome]) -> None:
+        """Compute the states behind the walked layers, if a stopped walk has left none."""
+        layers = [outcome.report.index for outcome in outcomes]
+        behind = (*plan.layers, self._depth)[len(layers)]
+        if not layers or self.streams.runner.store.has(f"{PREFIX}-{behind}"):
+            return
+        weights = StoredWeights(self.results, layers)
+        for index in progress(layers, "walked layers"):
+            with self._layer(plan, index) as (layer, end):
+                cut_layer_(self.streams.runner.model, plan, index)
+                if self._is_judged:
+                    self.streams.pass_on(SLICED, index, end, self.streams.held_out)
+                for place, path in weights:
+                    if place == index:
+                        assign_(layer, path, weights[place, path])
+                self.streams.pass_on(PREFIX, index, end, self.streams.places)
+
+    def _walk(self, plan: Plan, index: int) -> None:
+        """Walk one layer, and store what came of it."""
+        with self._layer(plan, index) as (_, end):
             outcome = LayerWalk(
                 self.streams,
                 plan,
@@ -121,20 +154,13 @@ class Walk:
             scores = {f"scores.{unit}": values for unit, values in outcome.scores.items()}
             about = asdict(replace(outcome, scores={}, weights={}))
             about["weights"] = list(outcome.weights)
-            self._store.write(entry_of(index), 0, {**outcome.weights, **scores}, about)
-            self._store.finish(entry_of(index))
-        self.streams.forget(begin, end)
-
-    def _needs_original(self, plan: Plan) -> bool:
-        """Whether the original's own states are aimed at."""
-        return self.steps.local.count > 0 or (
-            SEAM in self.steps.kinds and len(plan.layers) < self._depth
-        )
+            self.results.write(entry_of(index), 0, {**outcome.weights, **scores}, about)
+            self.results.finish(entry_of(index))
 
     def _recall(self, index: int) -> LayerOutcome:
         """What came of a walked layer; its new weights stay in the store."""
-        about = self._store.about(entry_of(index), 0)
-        stored = self._store.read(entry_of(index), 0, torch.device("cpu"))
+        about = self.results.about(entry_of(index), 0)
+        stored = self.results.read(entry_of(index), 0, torch.device("cpu"))
         report, distilled = about["report"], about["report"]["distilled"]
         refits = {path: MatrixReport(**row) for path, row in report["refits"].items()}
         return LayerOutcome(
@@ -154,6 +180,12 @@ class Walk:
         note = f"held-out loss {loss:.4f} with new weights: they were dropped"
         report = replace(report, layers=(), notes=(*report.notes, note))
         return replace(walked, report=report, weights={})
+
+
+def aims_at_original(steps: Steps, plan: Plan) -> bool:
+    """Whether a walk fits layers to the original's own hidden states."""
+    removes_layers = len(plan.layers) < plan.before.num_layers
+    return steps.local.count > 0 or (SEAM in steps.kinds and removes_layers)
 
 
 def _scores(plan: Plan, outcomes: Sequence[LayerOutcome]) -> Scores | None:

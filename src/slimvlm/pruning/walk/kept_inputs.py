@@ -28,19 +28,21 @@ class KeptInputs:
         linear: The matrix, as it is when it is asked.
         beside: How many things the block returns beside that, all of them None.
         values: What the matrix reads, by batch.
+        held: Puts a tensor where the values are kept.
     """
 
     block: nn.Module
     linear: nn.Linear
     beside: int
     values: dict[int, Float[Tensor, "... C"]]
+    held: Callable[[Tensor], Tensor]
 
     @contextmanager
     def replayed(self, place: int) -> Iterator[None]:
         """Inside, the block computes only its last matrix, for one batch."""
 
         def answer(*args: Any, **kwargs: Any) -> Any:
-            output = self.linear(self.values[place])
+            output = self.linear(self.values[place].to(self.linear.weight.device))
             return (output, *[None] * self.beside) if self.beside else output
 
         with replaced_forward(self.block, answer):
@@ -49,7 +51,7 @@ class KeptInputs:
     def cut_(self, keep: Int[Tensor, " K"]) -> None:
         """Keep some channels only."""
         for place, value in self.values.items():
-            self.values[place] = value[..., keep]
+            self.values[place] = self.held(value.to(keep.device)[..., keep])
 
 
 def things_beside(block: nn.Module, linear: nn.Linear, run: Callable[[], Any]) -> int | None:

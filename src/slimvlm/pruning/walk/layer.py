@@ -260,8 +260,8 @@ class LayerWalk:
         """Of batches that run the layer and have a token that counts."""
         streams = self._streams
         for place in places:
-            weights = streams.weights[place]
-            if self._index in streams.calls(PREFIX, place).arguments and weights.any():
+            weights = streams.weights[place].to(streams.runner.devices[self._index])
+            if self._index in streams.runner.layers_of(place) and weights.any():
                 yield Lesson(
                     partial(streams.output, PREFIX, self._index, place),
                     partial(streams.state, ORIGINAL, self._end, place),

@@ -134,13 +134,16 @@ class Walked:
         """
         prune_(model, self.plan)
         layers = decoder_layers(model)
-        with torch.no_grad():
-            for (index, path), value in self.weights.items():
-                layer = layers[self.plan.layers.index(index)]
-                parent, _, name = path.rpartition(".")
-                owner = layer.get_submodule(parent)
-                old = getattr(owner, name)
-                setattr(owner, name, nn.Parameter(value.to(old.device), old.requires_grad))
+        for (index, path), value in self.weights.items():
+            assign_(layers[self.plan.layers.index(index)], path, value)
+
+
+def assign_(layer: nn.Module, path: str, value: Tensor) -> None:
+    """Give a layer a new parameter on the device of the old one; shapes may differ."""
+    parent, _, name = path.rpartition(".")
+    owner = layer.get_submodule(parent)
+    old = getattr(owner, name)
+    setattr(owner, name, nn.Parameter(value.to(old.device), old.requires_grad))
 
 
 class StoredWeights(Weights):

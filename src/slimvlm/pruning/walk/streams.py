@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from slimvlm.core.errors import NumericalError
 from slimvlm.data.roles import token_weights as weights_by_role
+from slimvlm.models.cost import free_memory
 from slimvlm.models.hidden import all_finite, head_of
 from slimvlm.models.parts import decoder_layers, final_norm, hands_on
 from slimvlm.pruning.least_squares import Moments
@@ -62,7 +63,7 @@ class Streams:
 
         Layers of Gemma 3n and Gemma 4 put keys and values into a dictionary for later ones.
         """
-        if not self.runner.store.keeps_objects:
+        if not hands_on(self.runner.model.config):
             return self.runner.calls(place)
         known = self._own_calls
         if (stream, place) not in known:
@@ -82,19 +83,19 @@ class Streams:
     @property
     def has_several(self) -> bool:
         """Whether states hold several residual streams, which only the model brings together."""
-        return self.runner.calls(0).hidden.ndim == 4
+        return self.runner.input_of(0, 0).ndim == 4
 
     @cached_property
     def layers_run(self) -> set[int]:
         """The layers that some fitted batch runs."""
-        return {i for place in self.fitted for i in self.runner.calls(place).arguments}
+        return {i for place in self.fitted for i in self.runner.layers_of(place)}
 
     def state(self, stream: str, index: int, place: int) -> Tensor:
         """What enters a layer, or the final norm."""
         name = f"{stream}-{index}"
         if self.runner.store.has(name):
-            return self.runner.store.read(name, place, self.runner.device)["hidden"]
-        return self.runner.calls(place).hidden
+            return self.runner.store.read(name, place, self.runner.devices[index])["hidden"]
+        return self.runner.input_of(0, place)
 
     def output(
         self, stream: str, index: int, place: int, kept: Sequence[KeptInputs] = ()
@@ -171,15 +172,17 @@ class Streams:
         block = layer.get_submodule(writer.projection.path.rpartition(".")[0])
         rows = sum(len(weights) for weights in self.weights)
         size = rows * writer.linear.in_features * writer.linear.weight.element_size()
+        most = min(MOST_BYTES, free_memory(writer.linear.weight.device) // 8)
         first = next(self._running(writer.index, self.places), None)
-        if first is None or size > MOST_BYTES or hands_on(self.runner.model.config):
+        if first is None or size > most or hands_on(self.runner.model.config):
             return None
         run = partial(self.output, stream, writer.index, first, kept)
         beside = things_beside(block, writer.linear, run)
         if beside is None:
             return None
-        values = dict(self.inputs(stream, writer, self.places, kept))
-        return KeptInputs(block, writer.linear, beside, values)
+        held = self.runner.store.held
+        values = {p: held(x) for p, x in self.inputs(stream, writer, self.places, kept)}
+        return KeptInputs(block, writer.linear, beside, values, held)
 
     def moments(
         self,
@@ -244,17 +247,18 @@ class Streams:
         own = next((inputs for inputs in kept if inputs.linear is writer.linear), None)
         known = None if own is None else ((p, own.values[p]) for p in places if p in own.values)
         for place, x in known or self.inputs(stream, writer, places, kept):
-            rows = [x.flatten(0, -2), self.weights[place]]
+            x = x.to(writer.linear.weight.device, non_blocking=True)
+            rows = [x.flatten(0, -2), self.weights[place].to(x.device)]
             if end is not None:
                 output = self.output(stream, writer.index, place, kept)
-                target = self.state(ORIGINAL, end, place)
+                target = self.state(ORIGINAL, end, place).to(output.device)
                 dtype = torch.promote_types(target.dtype, torch.float32)
                 rows.append((target.to(dtype) - output.to(dtype)).flatten(0, -2))
             yield rows
 
     def _running(self, index: int, places: Iterable[int]) -> Iterator[int]:
         """The batches that a layer takes part in."""
-        return (place for place in places if index in self.runner.calls(place).arguments)
+        return (place for place in places if index in self.runner.layers_of(place))
 
     def adds_plainly(self, stream: str, index: int, linear: nn.Linear) -> bool:
         """Whether what a layer's last matrix gives is added to the hidden states as it is."""
@@ -264,7 +268,7 @@ class Streams:
             seen.append(output)
             return 2 * output
 
-        place = next(p for p in self.fitted if index in self.runner.calls(p).arguments)
+        place = next(p for p in self.fitted if index in self.runner.layers_of(p))
         once = self.output(stream, index, place)
         hook = linear.register_forward_hook(twice)
         try:

@@ -68,7 +68,7 @@ def _costs(streams: Streams, plans: Sequence[Plan], index: int) -> list[float]:
         written += moments.square(weight.double(), channels, centred=False)
         counts = [_removed(plan, index, writer.unit) for plan in plans]
         units = plans[0].before.layers[index].units(writer.unit)
-        costs = removal_order(weight, moments.gram, units, stop=max(counts)).costs
+        costs = removal_order(weight, moments.gram, units, stop=max(counts)).costs.cpu()
         for place, count in enumerate(counts):
             total[place] += float(costs[:count].sum())
     return [cost / written for cost in total]

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimvlm.core.errors import ConfigError, DataError, UnsupportedModelError
+from slimvlm.core.progress import Say, silent
 from slimvlm.models.anatomy import Anatomy, read_anatomy
 from slimvlm.models.classes import require_full_precision
-from slimvlm.models.hidden import evaluating
+from slimvlm.models.hidden import device_of, evaluating
+from slimvlm.models.parts import hands_on, text_config_of
 from slimvlm.models.units import WIDTH_UNITS
 from slimvlm.planning.candidates import width_candidates
 from slimvlm.planning.make import make_plan
@@ -19,7 +23,7 @@ from slimvlm.planning.mask import require_match
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import require_expressible
 from slimvlm.pruning.walk.distil import LocalSteps
-from slimvlm.pruning.walk.engine import Walk
+from slimvlm.pruning.walk.engine import Walk, aims_at_original
 from slimvlm.pruning.walk.layer import Steps
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.pruning.walk.streams import Streams
@@ -27,8 +31,8 @@ from slimvlm.pruning.writers import RIDGE
 from slimvlm.scoring.batches import Batch, TokenWeights
 from slimvlm.scoring.criteria import DEFAULT_CRITERIA
 from slimvlm.scoring.inputs import frozen
-from slimvlm.scoring.layerwise.runner import LayerwiseModel, Live
-from slimvlm.scoring.layerwise.stores import Memory
+from slimvlm.scoring.layerwise.runner import LayerwiseModel, Live, Source
+from slimvlm.scoring.layerwise.stores import Memory, StatesPlace, Store
 from slimvlm.scoring.score_model import score
 from slimvlm.scoring.unit_scores import Scores
 
@@ -61,8 +65,9 @@ def walk_(
     fitted to what brings the hidden states to where the original has them after the removed layers.
     With ``local_steps``, the layer then learns alone from what the original gives there.
 
-    Needs, beyond the model: the new weights, the hidden states of all batches between two layers
-    (twice where the original's are aimed at), and one layer's sums.
+    Needs, beyond the model: the new weights, in host memory; the hidden states of all batches
+    between two layers (twice where the original's are aimed at), on the model's device, in host
+    memory or in files (`slimvlm.scoring.layerwise.stores.StatesPlace`); and one layer's sums.
 
     Args:
         model: The original model.
@@ -108,8 +113,9 @@ def walk_(
     else:
         require_match(model, plan)
         plans, chooses = [plan], False
-    runner = LayerwiseModel(Live(model), Memory(), model.device)
-    walked = walk_batches(runner, plans, chooses, fitted, judges, steps, token_weights)
+    runner = runner_for(Live(model), device_of(model), [*fitted, *judges], plans, steps)
+    results = Memory(torch.device("cpu"))
+    walked = walk_batches(runner, plans, chooses, fitted, judges, steps, token_weights, results)
     walked.apply_(model)
     return walked
 
@@ -166,6 +172,55 @@ def plans_for(
     return width_candidates(anatomy, scores, ratio, axis, WALKING, allocation, **options), True
 
 
+def states_bytes(
+    config: PreTrainedConfig, tokens: float, itemsize: int, plans: Sequence[Plan], steps: Steps
+) -> float:
+    """Bytes of the hidden states that a walk keeps at one time.
+
+    Those that enter the first layer, twice those behind the walked layers, twice the original's
+    where these are aimed at, and those of held-out batches behind plain slices.
+
+    Args:
+        config: The model's.
+        tokens: Tokens of all batches, padding included.
+        itemsize: Bytes of a number.
+        plans: What the walk may follow.
+        steps: What is done in a layer.
+    """
+    sets = 3.5 + 2 * any(aims_at_original(steps, plan) for plan in plans)
+    return sets * tokens * text_config_of(config).hidden_size * itemsize
+
+
+def runner_for(
+    source: Source,
+    device: torch.device,
+    batches: Sequence[Batch],
+    plans: Sequence[Plan],
+    steps: Steps,
+    folder: Path | None = None,
+    say: Say = silent,
+) -> LayerwiseModel:
+    """Run a model layer by layer, with hidden states where they fit.
+
+    Args:
+        source: The original.
+        device: Where layers run.
+        batches: All that will be run.
+        plans: What the walk may follow.
+        steps: What is done in a layer.
+        folder: Where hidden states are kept if they have to be in files.
+        say: Receives one line on where they are.
+    """
+    model = source.model
+    if hands_on(model.config) and isinstance(source, Live):  # layers share objects
+        return LayerwiseModel(source, Memory(), device)
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    needed = states_bytes(model.config, tokens, model.dtype.itemsize, plans, steps)
+    place = StatesPlace.of(needed, device)
+    say(f"hidden states: {place}")
+    return LayerwiseModel(source, place.store(folder), device)
+
+
 def walk_batches(
     runner: LayerwiseModel,
     plans: Sequence[Plan],
@@ -174,17 +229,20 @@ def walk_batches(
     held_out: Sequence[Batch],
     steps: Steps,
     token_weights: TokenWeights | None,
+    results: Store | None = None,
 ) -> Walked:
     """Walk a model that is run layer by layer; it is the same afterwards.
 
     Args:
-        runner: The original; its store keeps what is done, so that a stopped walk goes on.
+        runner: The original; its store keeps the hidden states.
         plans: From `plans_for`, or a plan that is there already.
         chooses: Whether the walk chooses the units.
         batches: What choices and fits come from.
         held_out: What confirms and judges.
         steps: What to do in a layer.
         token_weights: As for `walk_`.
+        results: Keeps what came of each layer, so that a stopped walk goes on; by default the
+            runner's store.
 
     Raises:
         ImpossiblePlanError: If the configuration class cannot express the shape; nothing was run.
@@ -200,7 +258,8 @@ def walk_batches(
         runner.embed(chain(batches, held_out))
         count = len(batches)
         places = range(count), range(count, count + len(held_out))
-        return Walk(Streams(runner, *places, token_weights), plans, chooses, steps).run()
+        streams = Streams(runner, *places, token_weights)
+        return Walk(streams, results or runner.store, plans, chooses, steps).run()
 
 
 def require_choosable(plan: Plan) -> None:

@@ -42,6 +42,7 @@ def run_study(
     workers: int | None = None,
     address: str | None = None,
     console: Console | None = None,
+    device: str | None = None,
 ) -> pd.DataFrame:
     """Measure every cell of a study.
 
@@ -57,6 +58,7 @@ def run_study(
         workers: Stages at once, for a Ray that is started here.
         address: A running Ray cluster.
         console: Where progress is shown; by default stderr.
+        device: Where models run; by default the accelerator if there is one, else the CPU.
 
     Returns:
         The results table; see `slimvlm.runs.study.table.results_table`.
@@ -74,7 +76,8 @@ def run_study(
     require_place(Path(out))
     if Path(out).exists() and not Path(out).is_dir():
         raise ConfigError(f"output {str(out)!r} is a file, and a study needs a folder")
-    config, schedule = prepared(study, partial(console.print, markup=False, highlight=False))
+    say = partial(console.print, markup=False, highlight=False)
+    config, schedule = prepared(study, say, device)
     cache = Cache(out)
     with held(cache.root, _PATIENCE), explained(out):
         cache.root.mkdir(parents=True, exist_ok=True)
@@ -117,10 +120,12 @@ def forecast(study: StudyConfig | str | Path, out: str | Path) -> Forecast:
     return forecast_of(schedule, Cache(out))
 
 
-def prepared(study: StudyConfig | str | Path, say: Say) -> tuple[StudyConfig, Schedule]:
+def prepared(
+    study: StudyConfig | str | Path, say: Say, device: str | None = None
+) -> tuple[StudyConfig, Schedule]:
     """A study and its schedule, after everything that can be checked without weights was."""
     config = study if isinstance(study, StudyConfig) else read_study(study)
-    cells = expand(config)
+    cells = [replace(c, prune=replace(c.prune, device=device)) for c in expand(config)]
     _check_tasks(config)
     for model in dict.fromkeys(cell.model for cell in cells):
         _check_model(model, [cell for cell in cells if cell.model == model])

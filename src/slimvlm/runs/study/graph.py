@@ -9,13 +9,13 @@ piece of work get the same one.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 from slimvlm.core.checked import part_of
 from slimvlm.core.options import DataConfig, LoadConfig, PruneConfig, Questions
-from slimvlm.core.requests import digest, identity_of_files
+from slimvlm.core.requests import asked, digest, identity_of_files
 from slimvlm.data.read import identity_of_data
 from slimvlm.evaluation.ask import digest_of_questions
 from slimvlm.evaluation.tasks import find_tasks
@@ -63,7 +63,7 @@ class Stage:
     def name(self) -> str:
         """The hash that the outcome is kept under."""
         values = {
-            **{"format": FORMAT, "kind": self.kind, "request": asdict(self.request)},
+            **{"format": FORMAT, "kind": self.kind, "request": asked(self.request)},
             "inputs": [stage.name for stage in self.inputs],
         }
         return digest([values])[:20]

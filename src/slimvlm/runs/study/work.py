@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -10,12 +9,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from slimvlm.core.checked import part_of
 from slimvlm.core.options import DataConfig
 from slimvlm.core.progress import without_bars
 from slimvlm.data.samples import Sample
+from slimvlm.models.cost import release_memory
 from slimvlm.models.load import load
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.save import save
@@ -46,9 +44,7 @@ def work(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) -> N
         with without_bars():
             _WORK[stage.kind](stage, inputs, folder, scratch)
     finally:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release_memory()
 
 
 def samples_of(request: Request) -> list[Sample]:
@@ -98,7 +94,7 @@ def _prune(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) ->
 
 def _recover(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) -> None:
     request, plan = stage.request, Plan.load(inputs[0] / PLAN)
-    model, processor = load(inputs[0] / CHECKPOINT, request.prune.dtype)
+    model, processor = load(inputs[0] / CHECKPOINT, request.prune.dtype, request.prune.device)
     training = split(samples_of(request), request).training
     history = stages.recover_(request, model, processor, plan, training, scratch)
     (folder / HISTORY).write_text(json.dumps(asdict(history), indent=1) + "\n")
@@ -113,7 +109,7 @@ def _save(model: Any, processor: Any, plan: Plan, folder: Path) -> None:
 def _evaluate(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) -> None:
     request = stage.request
     if inputs:
-        model, processor = load(inputs[0] / CHECKPOINT, request.prune.dtype)
+        model, processor = load(inputs[0] / CHECKPOINT, request.prune.dtype, request.prune.device)
     else:
         model, processor = stages.load_original(request)
     stages.evaluate(request, model, processor, stage.label, scratch).save(folder / RESULT)

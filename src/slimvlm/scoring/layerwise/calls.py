@@ -24,14 +24,12 @@ class LayerCalls:
     """What it takes to run one batch through the decoder layer by layer.
 
     Attributes:
-        hidden: Input of the first layer.
         arguments: Other arguments of each layer, by its number; a layer that the batch skips (one
             of Mllama's that read pictures, in a batch without) has none.
         added: What the model adds to the hidden states before a layer reads them (deepstack
             features), by that layer's number.
     """
 
-    hidden: Tensor
     arguments: dict[int, Arguments]
     added: dict[int, Tensor]
 
@@ -65,13 +63,13 @@ class LayerCalls:
 
 
 @contextmanager
-def noted_calls(model: PreTrainedModel) -> Iterator[Callable[[], LayerCalls]]:
+def noted_calls(model: PreTrainedModel) -> Iterator[Callable[[], tuple[Tensor, LayerCalls]]]:
     """Inside, decoder layers compute nothing: they note their arguments and answer with zeros.
 
     What enters a layer after the first is then what the model adds between the two.
 
     Yields:
-        A function that hands over the calls of the batch that has just run.
+        A function that gives the input of the first layer and the calls of the batch that ran last.
     """
     noted: list[tuple[int, Tensor, Arguments]] = []
 
@@ -79,12 +77,12 @@ def noted_calls(model: PreTrainedModel) -> Iterator[Callable[[], LayerCalls]]:
         noted.append((index, hidden_states, (args, kwargs)))
         return torch.zeros_like(hidden_states)
 
-    def take() -> LayerCalls:
+    def take() -> tuple[Tensor, LayerCalls]:
         (_, hidden, _), *later = noted
         arguments = {index: given for index, _, given in noted}
         added = {index: entering for index, entering, _ in later if bool(entering.any())}
         noted.clear()
-        return LayerCalls(hidden, arguments, added)
+        return hidden, LayerCalls(arguments, added)
 
     with ExitStack() as stack:
         for index, layer in enumerate(decoder_layers(model)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,34 +70,49 @@ class LazyCheckpoint:
         }
 
     @contextmanager
-    def loaded(self, names: Iterable[str], device: torch.device) -> Iterator[None]:
-        """These parameters have their values inside, mapped from the files on a CPU."""
-        chosen = list(names)
+    def loaded(self, has: Callable[[str], bool], device: torch.device) -> Iterator[None]:
+        """Parameters of these names have their values inside, mapped from the files on a CPU.
+
+        On another device are then also buffers of these names, and those of no layer, which every
+        layer may read.
+        """
+        parameters = self.model.named_parameters(remove_duplicate=False)
+        chosen = [name for name, _ in parameters if has(name)]
+        moved = [
+            name
+            for name, buffer in self.model.named_buffers(remove_duplicate=False)
+            if buffer.device.type != device.type
+            and (has(name) or not name.startswith(self._layers))
+        ]
         try:
+            for name in moved:
+                set_module_tensor_to_device(self.model, name, device)
             for name in chosen:
                 set_module_tensor_to_device(self.model, name, device, self.weights[name])
             yield
         finally:
             for name in chosen:
                 set_module_tensor_to_device(self.model, name, "meta")
+            for name in moved:
+                set_module_tensor_to_device(self.model, name, "cpu")
             self.model.tie_weights()
 
     def layer(self, index: int, device: torch.device) -> AbstractContextManager[None]:
         """Inside, a decoder layer has its weights."""
         prefix = f"{self._layers}{index}."
-        return self.loaded([n for n in self._parameters() if n.startswith(prefix)], device)
+        return self.loaded(lambda name: name.startswith(prefix), device)
 
     def before_layers(self, device: torch.device) -> AbstractContextManager[None]:
         """Inside, towers, projector and embeddings (and the norm) have their weights."""
         others = (self._layers, self._head)
-        return self.loaded([n for n in self._parameters() if not n.startswith(others)], device)
+        return self.loaded(lambda name: not name.startswith(others), device)
 
     def after_layers(self, device: torch.device) -> AbstractContextManager[None]:
         """Inside, the final norm and the head have their weights."""
         backbone = backbone_of(self.model.config)
         norm = self._layers.removesuffix("layers.") + backbone.final_norm
         these = (f"{norm}.", self._head)
-        return self.loaded([n for n in self._parameters() if n.startswith(these)], device)
+        return self.loaded(lambda name: name.startswith(these), device)
 
     @property
     def _layers(self) -> str:
@@ -106,10 +121,6 @@ class LazyCheckpoint:
     @property
     def _head(self) -> str:
         return f"{family_of(self.model.config.model_type).head}."
-
-    def _parameters(self) -> list[str]:
-        named = self.model.named_parameters(remove_duplicate=False)
-        return [name for name, _ in named]
 
 
 def open_checkpoint(

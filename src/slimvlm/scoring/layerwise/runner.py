@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -144,7 +144,7 @@ class LayerwiseModel:
     def batches(self) -> Iterator[Batch]:
         """What captures read of each batch: its place, tokens, labels and padding."""
         for place in self.places:
-            stored = self.store.read("batches", place, self.device)
+            stored = self.store.read("batches", place, self.device, but="hidden")
             named = {
                 name.removeprefix("batch."): value
                 for name, value in stored.items()
@@ -171,6 +171,7 @@ class LayerwiseModel:
                 "read keys and values of earlier ones"
             )
         digests: list[str] = []
+        assert self.devices  # known before a layer stands alone in the model
         with self.source.before_layers(self.device):
             for place, batch in enumerate(batches):
                 digests.append(digest_of_tensors(batch))
@@ -189,27 +190,37 @@ class LayerwiseModel:
         with noted_calls(self.model) as take:
             inputs = {name: value for name, value in on_device.items() if name != "labels"}
             forward_backbone(self.model, inputs)
-            calls = take()
+            hidden, calls = take()
         tensors = {f"batch.{name}": on_device[name] for name in _KEPT if name in on_device}
         tensors["batch.attention_mask"] = valid_tokens(on_device)
         tree = {
             str(index): self.store.packed(given, tensors)
             for index, given in calls.arguments.items()
         }
-        tensors["hidden"] = calls.hidden
+        tensors["hidden"] = hidden
         tensors |= {f"added.{index}": value for index, value in calls.added.items()}
         self.store.write("batches", place, tensors, {"digest": code, "calls": tree})
 
     def input_of(self, index: int, place: int) -> Tensor:
         """What enters a layer; after the last one, what enters the final norm."""
-        calls = self.calls(place)
-        return (
-            calls.hidden if index == 0 else calls.after(index - 1, self.output_of(index - 1, place))
-        )
+        if index == 0:
+            return self.store.read("batches", place, self.devices[0], "hidden")["hidden"]
+        return self.calls(place).after(index - 1, self.output_of(index - 1, place))
 
     def output_of(self, index: int, place: int) -> Tensor:
         """What leaves a layer."""
-        return self.store.read(f"hidden-{index + 1}", place, self.device)["hidden"]
+        return self.store.read(f"hidden-{index + 1}", place, self.devices[index + 1])["hidden"]
+
+    @cached_property
+    def devices(self) -> list[torch.device]:
+        """Where each layer runs, and the final norm; several where a model lies on several."""
+        modules = (*decoder_layers(self.model), final_norm(self.model))
+        own = (next((p.device for p in m.parameters() if not p.is_meta), None) for m in modules)
+        return [device or self.device for device in own]
+
+    def layers_of(self, place: int) -> set[int]:
+        """The layers that the batch at a place runs through."""
+        return set(map(int, self.store.about("batches", place)["calls"]))
 
     @contextmanager
     def layer(self, index: int) -> Iterator[LayerView]:
@@ -257,7 +268,7 @@ class LayerwiseModel:
 
     def calls(self, place: int) -> LayerCalls:
         """How the batch at a place goes through the layers."""
-        stored = self.store.read("batches", place, self.device)
+        stored = self.store.read("batches", place, self.device, but="hidden")
         tree = self.store.about("batches", place)["calls"]
         added = {
             int(name.removeprefix("added.")): value
@@ -265,7 +276,7 @@ class LayerwiseModel:
             if name.startswith("added.")
         }
         arguments = {int(index): unpacked(given, stored) for index, given in tree.items()}
-        return LayerCalls(stored["hidden"], arguments, added)
+        return LayerCalls(arguments, added)
 
     def _forward_layer(self, layer: nn.Module, index: int, place: int) -> None:
         output = self._run_layer(layer, index, place, self.input_of(index, place))
@@ -286,8 +297,9 @@ class LayerwiseModel:
         """Stop at NaN or infinity, and name the samples of the batch that have it, by number."""
         if all_finite(values):
             return
-        earlier = (self.store.read("batches", p, self.device) for p in range(place))
-        first = 1 + sum(len(stored["batch.attention_mask"]) for stored in earlier)
+        mask = "batch.attention_mask"
+        earlier = (self.store.read("batches", p, self.device, mask) for p in range(place))
+        first = 1 + sum(len(stored[mask]) for stored in earlier)
         spoilt = (~torch.isfinite(values).flatten(1).all(1)).nonzero().flatten() + first
         samples = ", ".join(map(str, spoilt.tolist()))
         require_finite(values, f"{what} for calibration sample {samples}")

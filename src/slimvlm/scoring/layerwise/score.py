@@ -12,7 +12,7 @@ import torch
 from slimvlm.core.errors import NumericalError
 from slimvlm.core.files import new_folder
 from slimvlm.core.progress import Say, progress
-from slimvlm.models.load import default_device
+from slimvlm.models.load import device_named
 from slimvlm.models.parts import decoder_layers, text_config_of
 from slimvlm.models.units import LAYER_UNITS
 from slimvlm.scoring.batches import Batch
@@ -58,6 +58,7 @@ def score_checkpoint(
     scratch: str | Path | None = None,
     say: Say = lambda line: None,
     trust_remote_code: bool = False,
+    device: str | torch.device | None = None,
     **options: Any,
 ) -> Scores:
     """`slimvlm.score` of a checkpoint whose weights do not fit in memory.
@@ -81,6 +82,7 @@ def score_checkpoint(
         scratch: Folder for activations; by default a temporary one, which cannot be resumed.
         say: Receives the size of the scratch folder before layers begin.
         trust_remote_code: Run code that lies in the checkpoint.
+        device: Where layers run; by default the accelerator if there is one, else the CPU.
         **options: The criterion's options.
 
     Returns:
@@ -92,11 +94,12 @@ def score_checkpoint(
         NumericalError: If NaN or infinity appears; the message says where.
         UnsupportedModelError: If layers read keys and values of earlier ones.
     """
+    device = device_named(device)
     request = CriterionRequest(criterion, options)
     if token_weights is not None:
         check_token_weights(criterion, token_weights)
     checkpoint = open_checkpoint(model, dtype, trust_remote_code)
-    return score_requests(checkpoint, batches, [request], token_weights, scratch, say)[0]
+    return score_requests(checkpoint, batches, [request], token_weights, scratch, say, device)[0]
 
 
 def score_requests(
@@ -106,11 +109,13 @@ def score_requests(
     token_weights: Mapping[str, float] | None = None,
     scratch: str | Path | None = None,
     say: Say = lambda line: None,
+    device: str | torch.device | None = None,
 ) -> list[Scores]:
     """Scores by several criteria, whose passes share what they can. As `score_checkpoint`."""
+    place = device_named(device)
     with scratch_folder(scratch) as folder:
         store = Scratch(folder)
-        layerwise = LayerwiseModel(checkpoint, store, default_device())
+        layerwise = LayerwiseModel(checkpoint, store, place)
         run = _Run(checkpoint, layerwise, store, requests, token_weights)
         run.begin(batches, say)
         run.forward()

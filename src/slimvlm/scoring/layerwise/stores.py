@@ -1,4 +1,4 @@
-"""Activations between layers: in memory, or in a folder that is read through memory maps.
+"""Activations between layers: on the device, in host memory, or in a folder of mapped files.
 
 On disk every file appears whole, and a folder of files takes its name when all of them are there,
 so that a run that was killed goes on after the last whole layer.
@@ -10,9 +10,10 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from safetensors import safe_open
@@ -23,6 +24,7 @@ from slimvlm.core.errors import ConfigError, UnsupportedModelError
 from slimvlm.core.files import explained, held, new_file
 from slimvlm.core.progress import Say
 from slimvlm.core.requests import is_begun_for, note_request
+from slimvlm.models.cost import free_memory
 
 
 @runtime_checkable
@@ -62,9 +64,17 @@ class Store(Protocol):
         """Write an entry, in place of an older one."""
 
     def read(
-        self, name: str, place: int, device: torch.device, only: str | None = None
+        self,
+        name: str,
+        place: int,
+        device: torch.device,
+        only: str | None = None,
+        but: str | None = None,
     ) -> dict[str, Tensor]:
-        """The tensors of an entry, or one of them."""
+        """The tensors of an entry, one of them, or all but one."""
+
+    def held(self, value: Tensor) -> Tensor:
+        """A tensor where this store can keep it in memory."""
 
     def about(self, name: str, place: int) -> Any:
         """What was noted beside the tensors of an entry; None if there is no such entry."""
@@ -74,11 +84,16 @@ class Store(Protocol):
 
 
 class Memory:
-    """A store that ends with its process."""
+    """A store that ends with its process.
 
-    keeps_objects = True
+    Args:
+        device: Where tensors are kept; by default where they were computed. What an accelerator
+            computed is kept in pinned host memory.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device
+        self.keeps_objects = device is None
         self._sets: dict[str, dict[int, tuple[dict[str, Tensor], Any]]] = {}
         self._whole: set[str] = set()
 
@@ -112,15 +127,32 @@ class Memory:
         self, name: str, place: int, tensors: Mapping[str, Tensor], about: Any = None
     ) -> None:
         """See `Store`."""
-        stored = {key: value.detach() for key, value in tensors.items()}
+        stored = {key: self.held(value) for key, value in tensors.items()}
         self._sets.setdefault(name, {})[place] = stored, about
 
     def read(
-        self, name: str, place: int, device: torch.device, only: str | None = None
+        self,
+        name: str,
+        place: int,
+        device: torch.device,
+        only: str | None = None,
+        but: str | None = None,
     ) -> dict[str, Tensor]:
         """See `Store`."""
         tensors, _ = self._sets[name][place]
-        return {k: v.to(device) for k, v in tensors.items() if only in (None, k)}
+        return {
+            key: value.to(device, non_blocking=True)
+            for key, value in tensors.items()
+            if only in (None, key) and key != but
+        }
+
+    def held(self, value: Tensor) -> Tensor:
+        """See `Store`."""
+        value = value.detach()
+        if self.device is None or value.device == self.device:
+            return value
+        is_pinned = self.device.type == "cpu" and value.device.type in ("cuda", "xpu")
+        return torch.empty_like(value, device=self.device, pin_memory=is_pinned).copy_(value)
 
     def about(self, name: str, place: int) -> Any:
         """See `Store`."""
@@ -128,16 +160,23 @@ class Memory:
         return None if entry is None else entry[1]
 
     def packed(self, value: Any, tensors: dict[str, Tensor]) -> Any:
-        """See `Store`. Here any object can be kept as it is."""
-        return {"object": value}
+        """See `Store`. Where tensors stay on their device, any object can be kept as it is."""
+        return {"object": value} if self.keeps_objects else packed(value, tensors)
 
 
 class Scratch:
-    """A store that lies in a folder of folders of files, one file for each entry."""
+    """A store that lies in a folder of folders of files, one file for each entry.
+
+    Args:
+        folder: The folder; by default a temporary one, which goes with the store.
+    """
 
     keeps_objects = False
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
+        if folder is None:
+            self._temporary = TemporaryDirectory(prefix="slimvlm-scratch-")
+            folder = Path(self._temporary.name)
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -178,12 +217,21 @@ class Scratch:
             save_file(stored, partial, {"about": json.dumps(about)})
 
     def read(
-        self, name: str, place: int, device: torch.device, only: str | None = None
+        self,
+        name: str,
+        place: int,
+        device: torch.device,
+        only: str | None = None,
+        but: str | None = None,
     ) -> dict[str, Tensor]:
         """See `Store`; mapped on a CPU."""
         with safe_open(self._path(name, place), framework="pt", device=str(device)) as file:
-            names = file.keys() if only is None else [only]
+            names = [key for key in file.keys() if key != but] if only is None else [only]
             return {key: file.get_tensor(key) for key in names}
+
+    def held(self, value: Tensor) -> Tensor:
+        """See `Store`; in host memory."""
+        return value.detach().cpu()
 
     def about(self, name: str, place: int) -> Any:
         """What was noted beside the tensors of a file; None if there is no such file."""
@@ -223,27 +271,8 @@ class Scratch:
             )
 
     def packed(self, value: Any, tensors: dict[str, Tensor]) -> Any:
-        """See `Store`; a note is JSON.
-
-        Raises:
-            UnsupportedModelError: If an argument is of a kind that no known model uses.
-        """
-        if isinstance(value, Tensor):
-            for name, known in tensors.items():
-                if known is value:
-                    return {"tensor": name}
-            tensors[f"call.{len(tensors)}"] = value
-            return {"tensor": f"call.{len(tensors) - 1}"}
-        if isinstance(value, tuple | list):
-            return {"tuple": [self.packed(item, tensors) for item in value]}
-        if isinstance(value, Mapping):
-            return {"dict": {key: self.packed(item, tensors) for key, item in value.items()}}
-        if value is None or isinstance(value, bool | int | float | str):
-            return value
-        raise UnsupportedModelError(
-            f"low memory: decoder layers are called with a {type(value).__name__}, which cannot be "
-            "kept"
-        )
+        """See `Store`; a note is JSON."""
+        return packed(value, tensors)
 
     def _folder(self, name: str) -> Path:
         """The folder, or the one that is filled before `finish` gives it its name."""
@@ -252,6 +281,29 @@ class Scratch:
 
     def _path(self, name: str, place: int) -> Path:
         return self._folder(name) / f"{place:06}.safetensors"
+
+
+def packed(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """A layer's arguments as plain values and names of tensors, as `Store.packed` has it.
+
+    Raises:
+        UnsupportedModelError: If an argument is of a kind that no known model uses.
+    """
+    if isinstance(value, Tensor):
+        for name, known in tensors.items():
+            if known is value:
+                return {"tensor": name}
+        tensors[f"call.{len(tensors)}"] = value
+        return {"tensor": f"call.{len(tensors) - 1}"}
+    if isinstance(value, tuple | list):
+        return {"tuple": [packed(item, tensors) for item in value]}
+    if isinstance(value, Mapping):
+        return {"dict": {key: packed(item, tensors) for key, item in value.items()}}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise UnsupportedModelError(
+        f"low memory: decoder layers are called with a {type(value).__name__}, which cannot be kept"
+    )
 
 
 def unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -265,6 +317,46 @@ def unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if "tuple" in value:
         return tuple(unpacked(item, tensors) for item in value["tuple"])
     return {key: unpacked(item, tensors) for key, item in value["dict"].items()}
+
+
+@dataclass(frozen=True)
+class StatesPlace:
+    """Where hidden states between layers are kept, decided from free memory.
+
+    Attributes:
+        needed: Bytes of all that is kept at one time.
+        device: Where layers run.
+        kind: ``device``, ``host`` (pinned memory, where layers run on an accelerator) or ``files``.
+        free: What was free on the device and on the host.
+    """
+
+    needed: float
+    device: torch.device
+    kind: Literal["device", "host", "files"]
+    free: tuple[int, int]
+
+    @classmethod
+    def of(cls, needed: float, device: torch.device) -> StatesPlace:
+        """The device if a quarter of what is free there is enough, else the host if a half is."""
+        free = free_memory(device), free_memory(torch.device("cpu"))
+        if device.type != "cpu" and needed <= free[0] / 4:
+            return cls(needed, device, "device", free)
+        return cls(needed, device, "host" if needed <= free[1] / 2 else "files", free)
+
+    def __str__(self) -> str:
+        """For people: how much is kept, where, and why there."""
+        size, on_device, on_host = (f"{n / 2**30:.1f} GiB" for n in (self.needed, *self.free))
+        why = f"{on_host} free on the host"
+        if self.device.type != "cpu":
+            why = f"{on_device} free on {self.device}, {why}"
+        where = {"device": f"on {self.device}", "host": "in host memory", "files": "in files"}
+        return f"{size} {where[self.kind]} ({why})"
+
+    def store(self, folder: Path | None = None) -> Store:
+        """A new store there; files are in a folder, or in a temporary one."""
+        if self.kind == "files":
+            return Scratch(folder)
+        return Memory() if self.kind == "device" else Memory(torch.device("cpu"))
 
 
 @contextmanager

@@ -1,0 +1,77 @@
+"""What is said when a device has no memory left: where, during what, and which option helps."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from slimvlm.core.errors import SlimError, one_line
+from slimvlm.core.progress import current_stage, own_stages
+
+_LESS_AT_ONCE = "a smaller --batch-size"
+_LAYER_BY_LAYER = "--low-memory keeps one layer on the device at a time"
+_TRAINING = (
+    "a smaller --batch-size with more --gradient-accumulation, --gradient-checkpointing, or "
+    "--train lora"
+)
+_CURES = {
+    "train": _TRAINING,
+    "recover": _TRAINING,
+    "score": _LAYER_BY_LAYER,
+    "prune": _LAYER_BY_LAYER,
+    "compress": "fewer --samples, a smaller --task-batch-size, or prune --low-memory and recover",
+    "evaluate": _LESS_AT_ONCE,
+    "cache-teacher": _LESS_AT_ONCE,
+    "bench": "smaller --batch-sizes or --prompt-tokens",
+}
+"""What makes a stage, or else a verb, fit."""
+_BYTES = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+@contextmanager
+def memory_explained(words: Sequence[str]) -> Iterator[None]:
+    """Inside, say in one line that a device has no memory left, and what to do.
+
+    Args:
+        words: The command line behind ``slimvlm``.
+
+    Raises:
+        SlimError: In place of what torch raises, for CUDA, ROCm, XPU, MPS and the CPU.
+    """
+    with own_stages():
+        try:
+            yield
+        except RuntimeError as error:
+            if (told := _out_of_memory(one_line(error), words)) is None:
+                raise
+            raise SlimError(told) from error
+
+
+def _out_of_memory(told: str, words: Sequence[str]) -> str | None:
+    """What an error says for people; None if it is about anything but memory."""
+    kind = re.search(r"(\w+)(?: backend| error:)? out of memory", told)
+    if kind is None and "allocate memory" not in told and "not enough memory" not in told:
+        return None
+    number = re.search(r"GPU (\d+)", told)
+    name = {"HIP": "cuda"}.get(kind[1], kind[1].lower()) if kind is not None else "cpu"
+    where = f"{name}:{number[1]}" if number is not None else name
+    stage = current_stage() or words[0]
+    needed = re.search(r"tried to allocate ([\d.]+) (\w+)", told, re.IGNORECASE)
+    room = re.search(r"capacity of ([\d.]+) (\w+) of which ([\d.]+) (\w+)", told)
+    facts = [f"{_size(*needed.groups())} more was needed"] if needed is not None else []
+    if room is not None:
+        facts.append(f"{_size(room[3], room[4])} of {_size(room[1], room[2])} was free")
+    cure = _CURES.get(stage) or _CURES.get(words[0])
+    if cure == _LAYER_BY_LAYER and "--low-memory" in words:
+        cure = "fewer --samples"
+    if cure is None:
+        cure = "a smaller model" if name == "cpu" else "--device cpu uses the memory of the host"
+    about = f": {', '.join(facts)}" if facts else ""
+    return f"out of memory on {where} during {stage!r}{about}. What helps: {cure}"
+
+
+def _size(number: str, unit: str) -> str:
+    from slimvlm.runs.tables import size
+
+    return size(float(number) * _BYTES.get(unit.lower(), 1))

@@ -1,0 +1,188 @@
+"""The device is the user's choice, and what a device cannot do is done elsewhere or said."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import slimvlm as sv
+from slimvlm import cli
+from slimvlm.evaluation.bench import bench
+from slimvlm.models.cost import free_memory, peak_memory
+from slimvlm.models.load import computes_bfloat16, default_device
+from tests import pretended_gpu, tiny
+from tests import tiny_folder as folders
+from tests.tolerances import assert_scores_close
+
+PRETENDED = pytest.mark.skipif(
+    pretended_gpu.REASON is not None, reason=f"needs the pretended card: {pretended_gpu.REASON}"
+)
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def llava() -> str:
+    return str(folders.folder("llava"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(folders.write_llava_data(tmp_path_factory.mktemp("data"), count=8))
+
+
+def test_a_model_goes_where_the_user_says(card: torch.device, llava: str) -> None:
+    assert default_device() == card
+    for named, place in ((None, card), (card.type, card), (str(card), card), ("cpu", "cpu")):
+        assert sv.load(llava, device=named)[0].device == torch.device(place)
+
+
+def test_an_absent_card_is_refused_before_anything_is_read(
+    card: torch.device, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent = f"{card.type}:{torch.accelerator.device_count()}"
+    words = {
+        "score": ["score", "nowhere", "--data", "none.json", "--out", "OUT"],
+        "plan": ["plan", "nowhere", "--ratio", "0.3", "--out", "OUT"],
+        "recover": ["recover", "nowhere", "--data", "none.json", "--loss", "sft", "--out", "OUT"],
+        "cache-teacher": ["cache-teacher", "nowhere", "--data", "none.json", "--out", "OUT"],
+        "evaluate": ["evaluate", "nowhere"],
+        "compare": ["compare", "nowhere", "elsewhere"],
+        "chat": ["chat", "nowhere", "What is it?"],
+        "bench": ["bench", "nowhere"],
+        "quantize": ["quantize", "nowhere", "--out", "OUT"],
+        "demo": ["demo", "run", "--out", "OUT"],
+    }
+    out = tmp_path / "out"
+    for verb, arguments in words.items():
+        filled = [str(out) if word == "OUT" else word for word in arguments]
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*filled, "--device", absent])
+        told = capsys.readouterr().err
+        assert ended.value.code == 2, verb
+        assert told.startswith(f"slimvlm: device '{absent}' must be one of: cpu, {card.type}"), told
+        assert told.count("\n") == 1
+        assert not out.exists()
+
+
+@PRETENDED
+def test_bfloat16_that_is_emulated_does_not_count(card: torch.device) -> None:
+    assert computes_bfloat16(card)
+    with pretended_gpu.capability(pretended_gpu.TURING):
+        assert torch.cuda.is_bf16_supported()
+        assert not computes_bfloat16(card)
+
+
+@PRETENDED
+def test_memory_is_the_card_s(card: torch.device) -> None:
+    held = torch.zeros(64 * MIB, dtype=torch.uint8, device=card)
+    with pretended_gpu.limit(100 * MIB):
+        assert free_memory(card) == 100 * MIB
+    assert "GiB on the accelerator" in peak_memory()
+    del held
+
+
+def test_the_card_is_called_by_its_name(card: torch.device) -> None:
+    model = tiny.build("llama").to(card)
+    found = bench(model, workload=sv.Workload(prompt_tokens=4, new_tokens=3, batch_sizes=(1,)))
+    assert found.device == torch.get_device_module(card).get_device_name(card)
+
+
+class WithoutFloat64(TorchDispatchMode):
+    """Inside, nothing in float64 can be made on a device, as on MPS."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.device = device
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor) and value.device.type == self.device.type:
+                assert value.dtype != torch.float64, f"{func} makes float64 on {value.device}"
+        return result
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "taylor_mix", "wanda", "flap", "reap"])
+def test_sums_in_float64_are_made_on_the_cpu_where_a_card_has_none(
+    criterion: str, card: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.build("qwen3_vl_moe" if criterion == "reap" else "llava-llama")
+    model.set_experts_implementation("eager")  # the other one counts integers, as no CPU does
+    batches = [tiny.batch(model, 12, 0), tiny.batch(model, 12, 1)]
+    expected = sv.score(model, batches, criterion)
+    monkeypatch.setattr("slimvlm.models.load.has_float64", lambda device: device.type == "cpu")
+    model.to(card)
+    with WithoutFloat64(card):
+        found = sv.score(model, batches, criterion)
+    for unit in ("expert",) if criterion == "reap" else ("kv_group", "neuron"):
+        for ours, theirs in zip(found.of(unit), expected.of(unit), strict=True):
+            assert_scores_close(ours, theirs)
+
+
+@PRETENDED
+@pytest.mark.parametrize(
+    ("words", "stage", "cure"),
+    [
+        (["prune", "--ratio", "0.3", "--samples", "8"], "", "--low-memory keeps one layer"),
+        (["score", "--criterion", "taylor"], "", "--low-memory keeps one layer"),
+        (["recover", "--loss", "sft", "--train", "full"], "train", "a smaller --batch-size with"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_out_of_memory_is_one_line_that_says_what_helps(
+    words: list[str],
+    stage: str,
+    cure: str,
+    card: torch.device,
+    llava: str,
+    data: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    verb, *rest = words
+    size = sum(p.nbytes for p in sv.load(llava, device="cpu")[0].parameters())
+    with pretended_gpu.limit(size + size // 4), pytest.raises(SystemExit) as ended:
+        cli.main([verb, llava, "--data", data, "--out", str(tmp_path / "out"), *rest])
+    *_, told = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    assert told.startswith(f"slimvlm: out of memory on {card} during '{stage}"), told
+    assert "more was needed" in told
+    assert f"What helps: {cure}" in told
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("first", ["card", "cpu"])
+def test_a_stopped_walk_goes_on_elsewhere(
+    first: str,
+    card: torch.device,
+    llava: str,
+    data: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    given = ["prune", llava, "--ratio", "0.3", "--data", data, "--samples", "8", "--low-memory"]
+    given += ["--out", str(tmp_path / "out"), "--axis", "width", "--report-samples", "0"]
+    monkeypatch.setattr("slimvlm.runs.prune.prune_checkpoint", stop)
+    found = []
+    for device in sorted(["cpu", str(card)], reverse=first == "card"):
+        with pytest.raises(SystemExit):
+            cli.main([*given, "--device", device])
+        files = (tmp_path / ".out.scratch").rglob("walk/*/*")
+        found.append({file: file.stat().st_mtime_ns for file in files})
+    assert found[0]
+    assert found[0] == found[1], "layers are done a second time"

@@ -1,0 +1,110 @@
+"""Models of every archetype score, walk and run from files on the card as on the CPU."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import slimvlm as sv
+from slimvlm.models.parts import hands_on
+from slimvlm.scoring.layerwise.checkpoint import open_checkpoint
+from tests import tiny
+from tests.gpu.alike import assert_close
+from tests.tiers import ARCHETYPES, tiered
+
+FAST = ("llava-llama", "llama4")
+"""By default: one that sees, and one with experts, complex rotations and more to gather."""
+archetypes = pytest.mark.parametrize("name", tiered(ARCHETYPES, lambda name: name in FAST))
+
+
+@cache
+def model_of(name: str) -> PreTrainedModel:
+    """A tiny model on the CPU. Tests must not change it."""
+    return tiny.build(name)
+
+
+def batches_of(name: str) -> list[dict[str, Tensor]]:
+    return [tiny.batch(model_of(name), 12 + 3 * seed, seed) for seed in range(2)]
+
+
+def flat(scores: sv.Scores) -> dict[str, Tensor]:
+    found = {} if scores.layer is None else {"layer": scores.layer}
+    for unit in ("kv_group", "neuron", "expert"):
+        if (values := scores.of(unit)) is not None:
+            found |= {f"{unit} {index}": value for index, value in enumerate(values)}
+    return found
+
+
+def has_experts(name: str) -> bool:
+    return any(shape.num_experts for shape in sv.anatomy(model_of(name)).layers)
+
+
+def criteria_of(name: str) -> tuple[str, str]:
+    """Criteria of a model's widths and of its layers."""
+    return "activation" if has_experts(name) else "taylor", "block_influence"
+
+
+@archetypes
+def test_scores(name: str, card: torch.device) -> None:
+    models = model_of(name), copy.deepcopy(model_of(name)).to(card)
+    for criterion in criteria_of(name):
+        expected, found = (sv.score(model, batches_of(name), criterion) for model in models)
+        assert_close(flat(found), flat(expected))
+
+
+@archetypes
+def test_a_walk(name: str, card: torch.device) -> None:
+    models = [copy.deepcopy(model_of(name)).to(device) for device in ("cpu", card)]
+    how: dict[str, Any] = {"held_out": batches_of(name)[1:]}
+    if has_experts(name):
+        how["scores"] = sv.score(model_of(name), batches_of(name), "activation")
+    if name == "kosmos2_5":
+        how["axis"] = "depth"  # its widths are fixed
+    here, there = (sv.walk_(model, batches_of(name), 0.2, **how) for model in models)
+    assert there.plan == here.plan
+    assert {parameter.device for parameter in models[1].parameters()} == {card}
+    assert_close(models[1].state_dict(), models[0].state_dict())
+
+
+@archetypes
+def test_from_files(name: str, card: torch.device, tmp_path: Path) -> None:
+    """Every tensor that a layer reads is on the card while it runs, buffers without files, too."""
+    model = model_of(name)
+    model.save_pretrained(tmp_path)
+    if hands_on(model.config) or name == "molmo2":
+        with pytest.raises(sv.SlimError, match="low memory"):
+            sv.score_checkpoint(tmp_path, batches_of(name), device=card)
+        return
+    for criterion in criteria_of(name):
+        found = sv.score_checkpoint(tmp_path, batches_of(name), criterion, device=card)
+        assert_close(flat(found), flat(sv.score(model, batches_of(name), criterion)))
+
+
+def test_buffers_are_on_the_card_while_their_part_is_there(
+    card: torch.device, tmp_path: Path
+) -> None:
+    """Rotary frequencies belong to no layer and lie in no file; positions of CLIP run first."""
+    model_of("llava-llama").save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+
+    def places() -> set[torch.device]:
+        return {buffer.device for buffer in checkpoint.model.buffers()}
+
+    expected = {name: value.clone() for name, value in checkpoint.model.named_buffers()}
+    assert any("position_ids" in name for name in expected)
+    for part in (
+        checkpoint.before_layers(card),
+        checkpoint.layer(1, card),
+        checkpoint.after_layers(card),
+    ):
+        with part:
+            assert places() == {card}
+        assert places() == {torch.device("cpu")}
+    assert_close(dict(checkpoint.model.named_buffers()), expected)

@@ -1,0 +1,250 @@
+"""Public functions with a model on the card, and batches there or on the CPU."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+
+import slimvlm as sv
+from slimvlm.evaluation.on_data import alone, names_of, said_by
+from slimvlm.evaluation.said import Said
+from slimvlm.models.hidden import HeadWeights, head_of, head_weights_of, hidden_states
+from slimvlm.models.load import load
+from slimvlm.models.losses import CHUNK, rows_at_once
+from tests import pretended_gpu, tiny
+from tests import tiny_folder as folders
+from tests.gpu.alike import assert_close
+from tests.handmade import changed_copy, plan_by_hand
+
+where = pytest.mark.parametrize("where", ["batches on the card", "batches on the cpu"])
+
+
+@cache
+def original() -> PreTrainedModel:
+    """A tiny model that sees, on the CPU. Tests must not change it."""
+    return tiny.build("llava-llama")
+
+
+def batches(device: Any = "cpu") -> list[dict[str, Tensor]]:
+    made = [tiny.batch(original(), 12 + 3 * seed, seed) for seed in range(2)]
+    return [{name: value.to(device) for name, value in batch.items()} for batch in made]
+
+
+def shown(where: str, card: torch.device) -> list[dict[str, Tensor]]:
+    return batches(card if where == "batches on the card" else "cpu")
+
+
+def copies(card: torch.device) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A copy on the CPU and one on the card."""
+    here, there = copy.deepcopy(original()), copy.deepcopy(original())
+    return here, there.to(card)
+
+
+@where
+def test_score_plan_and_prune(where: str, card: torch.device) -> None:
+    plans = []
+    models = copies(card)
+    for model, given in zip(models, (batches(), shown(where, card)), strict=True):
+        scores = sv.score(model, given, "taylor")
+        plans.append(sv.make_plan(sv.anatomy(model), scores, 0.3, "width"))
+        sv.prune_(model, plans[-1])
+    assert plans[0] == plans[1]
+    assert_close(models[1].state_dict(), models[0].state_dict())
+
+
+@where
+def test_collect_and_repair(where: str, card: torch.device) -> None:
+    plan = plan_by_hand(sv.anatomy(original()), neurons=range(64))
+    models = copies(card)
+    for model, given in zip(models, (batches(), shown(where, card)), strict=True):
+        statistics = sv.collect(model, given, "obs")
+        sv.prune_(model, plan)
+        sv.repair_(model, plan, statistics)
+    assert_close(models[1].state_dict(), models[0].state_dict())
+
+
+@where
+@pytest.mark.parametrize("axis", ["depth", pytest.param("both", marks=pytest.mark.slow)])
+def test_walk(where: str, axis: str, card: torch.device) -> None:
+    models, walked = copies(card), []
+    for model, given in zip(models, (batches(), shown(where, card)), strict=True):
+        walked.append(sv.walk_(model, given, 0.3, axis, held_out=given[1:], local_steps=1))
+    assert walked[0].plan == walked[1].plan
+    assert_close(models[1].state_dict(), models[0].state_dict())
+
+
+def test_a_mask(card: torch.device) -> None:
+    plan = plan_by_hand(sv.anatomy(original()), neurons=range(64))
+    said = []
+    for model in copies(card):
+        sv.mask_(model, plan)
+        given = {k: v.to(model.device) for k, v in batches()[0].items() if k != "labels"}
+        said.append({"hidden": hidden_states(model, given)[0].detach()})
+    assert_close(said[1], said[0])
+
+
+@where
+@pytest.mark.slow
+def test_a_checkpoint(where: str, card: torch.device, tmp_path: Path) -> None:
+    original().save_pretrained(tmp_path / "model")
+    for device, given in (("cpu", batches()), (card, shown(where, card))):
+        out = tmp_path / torch.device(device).type
+        sv.walk_checkpoint(
+            tmp_path / "model", given, out, 0.3, held_out=given[1:], local_steps=1, device=device
+        )
+    found, expected = (load(tmp_path / name, device="cpu")[0] for name in (card.type, "cpu"))
+    assert_close(found.state_dict(), expected.state_dict())
+
+
+@where
+def test_losses(where: str, card: torch.device) -> None:
+    def found(device: Any, given: list[dict[str, Tensor]]) -> list[float]:
+        model, other = (changed_copy(original(), seed=seed).to(device) for seed in (1, 2))
+        values = []
+        for batch in given:
+            inputs = {k: v.to(device) for k, v in batch.items() if k != "labels"}
+            labels, (ours,) = batch["labels"], hidden_states(model, inputs)
+            (theirs,), heads = hidden_states(other, inputs), (head_of(model), head_of(other))
+            mask = (labels != -100).to(device)
+            values += [
+                sv.losses.cross_entropy(ours, heads[0], labels),
+                sv.losses.token_cross_entropy(ours, heads[0], labels).sum(),
+                sv.losses.hidden_l2(ours, theirs, mask),
+                sv.losses.hidden_cosine(ours, theirs),
+                *(
+                    sv.losses.divergence(ours, theirs, *heads, mask, kind=kind)
+                    for kind in ("kl", "rkl", "jsd")
+                ),
+            ]
+        return [value.item() for value in values]
+
+    assert found(card, shown(where, card)) == pytest.approx(found("cpu", batches()), rel=1e-4)
+
+
+def test_block_influence(card: torch.device) -> None:
+    x, y, mask = torch.randn(2, 5, 8), torch.randn(2, 5, 8), torch.ones(2, 5).long()
+    found = sv.block_influence(x.to(card), y.to(card), mask.to(card))
+    torch.testing.assert_close(found.cpu(), sv.block_influence(x, y, mask))
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[PreTrainedModel, PreTrainedModel, Any]:
+    """A model, another one, and the processor of both, on the CPU. Tests must not change them."""
+    model, processor = load(folders.folder("llava"), device="cpu")
+    return model, changed_copy(model), processor
+
+
+def test_evaluate(pair: Any, card: torch.device) -> None:
+    model, _, processor = pair
+    there = copy.deepcopy(model).to(card)
+    tasks = sv.find_tasks("presence,text_ppl")
+    expected, found = (sv.evaluate(each, processor, tasks, limit=2) for each in (model, there))
+    for name, task in expected.tasks.items():
+        assert found.tasks[name].replies == task.replies
+        assert found.tasks[name].scores == pytest.approx(task.scores, rel=1e-4)
+
+
+@pytest.mark.parametrize("baseline", ["card", "cpu", "kept", "kept with its head"])
+def test_evaluate_data(baseline: str, pair: Any, card: torch.device) -> None:
+    """The baseline may be on the card, on the CPU, or gone."""
+    model, other, processor = pair
+    samples = folders.short_samples(5)
+    there, theirs = (copy.deepcopy(each).to(card) for each in (model, other))
+    beside: Any = {"card": theirs, "cpu": other}.get(baseline)
+    if beside is None:
+        head = head_weights_of(theirs) if baseline == "kept with its head" else None
+        beside = said_by(theirs, processor, samples, head=head)
+        assert {each.device.type for each in (*beside.states, *beside.wanted)} == {"cpu"}
+    expected = sv.evaluate_data(model, processor, samples, other, batch_size=2)
+    found = sv.evaluate_data(there, processor, samples, beside, batch_size=2)
+    for ours, same in zip(found.samples, expected.samples, strict=True):
+        assert vars(ours) == {
+            name: pytest.approx(value, rel=1e-4, abs=1e-6) if isinstance(value, float) else value
+            for name, value in vars(same).items()
+        }
+
+
+class _HeadsMoved(TorchDispatchMode):
+    """Counts copies of a tensor of some shape to the card."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and found.shape == self.shape:
+            self.count += found.device.type != args[0].device.type
+        return found
+
+
+def test_what_was_said_lies_on_the_cpu_and_its_head_moves_once(
+    pair: Any, card: torch.device, tmp_path: Path
+) -> None:
+    model, other, processor = pair
+    samples = folders.short_samples(5)
+    there = copy.deepcopy(other).to(card)
+    said = said_by(there, processor, samples, head=head_weights_of(there))
+    assert isinstance(said.head, HeadWeights)
+    assert said.head.weight.device.type == "cpu"
+    said.save(tmp_path / "said")
+    smaller = copy.deepcopy(model).to(card)
+    for kept in (said, Said.load(tmp_path / "said")):
+        with _HeadsMoved(said.head.weight.shape) as seen:
+            sv.evaluate_data(smaller, processor, samples, kept, batch_size=1)
+        assert seen.count == 1
+        expected = sv.evaluate_data(other, processor, samples).samples
+        for device in (None, card):
+            found = alone(kept, names_of(samples), device).samples
+            assert [s.loss for s in found] == pytest.approx([s.loss for s in expected], rel=1e-4)
+
+
+@pytest.mark.skipif(pretended_gpu.REASON is not None, reason=str(pretended_gpu.REASON))
+def test_chunks_grow_with_the_free_memory_of_a_card_and_change_nothing(card: torch.device) -> None:
+    assert rows_at_once(torch.device("cpu")) == CHUNK
+    assert rows_at_once(card) == 4 * CHUNK
+    count = 5 * CHUNK
+    weight, rows = torch.randn(50, 8), torch.randn(1, count, 8)
+    labels = torch.randint(50, (1, count))
+    found = []
+    for size in (2**40, 2**30, 2**20):
+        with pretended_gpu.limit(size):
+            found.append(rows_at_once(card))
+            hidden = rows.to(card).requires_grad_()
+            head = HeadWeights(weight.to(card))
+            loss = sv.losses.cross_entropy(hidden, head, labels)
+            loss.backward()
+            assert hidden.grad is not None
+            same = rows.clone().requires_grad_()
+            expected = sv.losses.cross_entropy(same, HeadWeights(weight), labels)
+            expected.backward()
+            torch.testing.assert_close(loss.cpu(), expected)
+            torch.testing.assert_close(hidden.grad.cpu(), same.grad)
+    assert found == [4 * CHUNK, 64, CHUNK // 4]
+
+
+def test_fewer_tokens(card: torch.device) -> None:
+    model, words = load(folders.folder("text"), device="cpu")
+    keep = sv.choose_tokens(words, folders.short_samples(4, sees=False))
+    assert len(keep) < len(words)
+    plan = replace(plan_by_hand(sv.anatomy(model)), tokens=keep)
+    models = model, copy.deepcopy(model).to(card)
+    for model in models:
+        sv.prune_(model, plan)
+    assert models[1].get_input_embeddings().weight.device == card
+    assert_close(models[1].state_dict(), models[0].state_dict())
+
+
+def test_save_reads_back_a_model_on_the_card(pair: Any, card: torch.device, tmp_path: Path) -> None:
+    model, _, processor = pair
+    sv.save(copy.deepcopy(model).to(card), processor, tmp_path / "out")
+    assert_close(load(tmp_path / "out", device="cpu")[0].state_dict(), model.state_dict())

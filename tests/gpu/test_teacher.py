@@ -1,0 +1,93 @@
+"""A teacher on the card or on the CPU: the student on the card learns what it learns on the CPU."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import slimvlm as sv
+from slimvlm.models.load import load
+from slimvlm.training.teacher import share_
+from slimvlm.training.trainable import prepare_training
+from tests import tiny_folder as folders
+from tests.handmade import plan_by_hand
+
+SAMPLES = folders.short_samples(6)
+
+
+def config(**changes: Any) -> sv.RecoverConfig:
+    values: dict[str, Any] = {
+        **{"train": "lora", "loss": "0.5*sft+0.5*kl", "max_steps": 2, "batch_size": 2},
+        **{"learning_rate": 1e-3, "lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.0},
+        **{"bf16": False},
+    }
+    return sv.RecoverConfig(**{**values, **changes})
+
+
+def pruned(device: Any = "cpu") -> tuple[Any, Any, Any, sv.Plan]:
+    """A student on a device, what it was before it was pruned, their processor, and the plan."""
+    teacher, processor = load(folders.folder("llava"), device="cpu")
+    student = copy.deepcopy(teacher)
+    plan = plan_by_hand(sv.anatomy(student), [0, 1, 3], [0, 2], [*range(0, 64, 2), *range(64, 80)])
+    sv.prune_(student, plan)
+    return student.to(device), teacher, processor, plan
+
+
+def learnt(device: Any, of_teacher: Any, **changes: Any) -> tuple[dict[str, Tensor], str]:
+    """Weights after a short training, and the line on the teacher."""
+    student, teacher, processor, plan = pruned(device)
+    history = sv.recover(
+        student, teacher.to(of_teacher), SAMPLES, config(**changes), processor, plan=plan
+    )
+    assert {parameter.device.type for parameter in student.parameters()} == {
+        torch.device(device).type
+    }
+    weights = {name: value.cpu() for name, value in student.state_dict().items()}
+    return weights, history.teacher
+
+
+@cache
+def on_cpu(loss: str, weights: str) -> tuple[dict[str, Tensor], str]:
+    """What is learnt on the CPU. Tests must not change it."""
+    return learnt("cpu", "cpu", loss=loss, teacher_weights=weights)
+
+
+@pytest.mark.parametrize("where", ["card", "cpu"])
+@pytest.mark.parametrize(
+    ("weights", "loss"),
+    [
+        ("shared", "0.5*sft+0.5*kl"),
+        pytest.param("shared", "hidden+cosine", marks=pytest.mark.slow),
+        pytest.param("separate", "jsd+rkl", marks=pytest.mark.slow),
+    ],
+)
+def test_wherever_the_teacher_was_the_same_is_learnt(
+    where: str, weights: str, loss: str, card: torch.device
+) -> None:
+    of_teacher = card if where == "card" else torch.device("cpu")
+    found, line = learnt(card, of_teacher, loss=loss, teacher_weights=weights)
+    expected, same_line = on_cpu(loss, weights)
+    assert line == same_line
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["card", "cpu"])
+def test_a_sharing_teacher_needs_what_was_pruned_alone(where: str, card: torch.device) -> None:
+    """Nothing of the teacher is left where it was, and the card holds its own part alone."""
+    student, teacher, _, plan = pruned(card)
+    if where == "card":
+        teacher.to(card)
+    trained = prepare_training(student, config())
+    sharing = share_(teacher, trained, plan)
+    assert {parameter.device for parameter in teacher.parameters()} == {card}
+    assert sharing.differing == ()
+    memory = {parameter.data_ptr() for parameter in student.parameters()}
+    own = sum(p.numel() for p in teacher.parameters() if p.data_ptr() not in memory)
+    assert own == sharing.own_params
+    assert own < 0.6 * sum(parameter.numel() for parameter in teacher.parameters())

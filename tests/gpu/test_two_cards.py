@@ -1,0 +1,177 @@
+"""Models that accelerate has divided over two cards, or a card and the host, as on one card."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from accelerate import dispatch_model
+from transformers import PreTrainedModel
+
+import slimvlm as sv
+from slimvlm.core.errors import ConfigError
+from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.parts import token_matrices
+from slimvlm.scoring.criteria import CRITERIA
+from tests import tiny
+from tests import tiny_folder as folders
+from tests.evaluation.test_ask import PERPLEXITY, task
+from tests.handmade import Batch, logits, plan_by_hand
+from tests.tiers import tiered
+from tests.tolerances import FORWARD, LOSS, assert_close, assert_scores_close
+
+pytestmark = pytest.mark.skipif(
+    torch.accelerator.device_count() < 2, reason="needs two cards (PRETENDED_GPUS=2)"
+)
+
+
+def tied() -> PreTrainedModel:
+    """A model whose head is its embedding: it lies on another card than the final norm."""
+    torch.manual_seed(0)
+    config = tiny.llama(tie_word_embeddings=True)
+    model: PreTrainedModel = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model.eval()
+
+
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "tied": tied,
+    **{name: partial(tiny.build, name) for name in ("llava-llama", "qwen3_vl", "qwen3_moe")},
+}
+
+
+def divided(model: PreTrainedModel, last: int | str = 1) -> PreTrainedModel:
+    """A copy on card 0, except its last layers and its norm; a head goes with its weight."""
+    anatomy = read_anatomy(model)
+    text, count = anatomy.family.backbone, anatomy.num_layers
+    embedding, head = token_matrices(model)
+    places: dict[str, int | str] = {
+        **{f"{text}.layers.{i}": 0 if i < count // 2 else last for i in range(count)},
+        f"{text}.norm": last,
+        anatomy.family.head: 0 if head.weight is embedding.weight else last,
+    }
+    for name, _ in model.named_modules():
+        holds_some = not name or any(place.startswith(f"{name}.") for place in places)
+        is_placed = any(f"{name}.".startswith(f"{place}.") for place in places)
+        if not holds_some and not is_placed:
+            places[name] = 0
+    return dispatch_model(copy.deepcopy(model), places)
+
+
+def batches(model: PreTrainedModel) -> list[Batch]:
+    return [tiny.batch(model, 16 + seed, seed) for seed in range(6)]
+
+
+def by_default(name: str, *_: Any) -> bool:
+    return name == "tied"
+
+
+SCORED = [
+    (name, criterion)
+    for name in MODELS
+    for criterion, row in CRITERIA.items()
+    if criterion not in ("spacing", "random") and (row.units == ("expert",)) == ("moe" in name)
+]
+
+
+@pytest.mark.parametrize("last", [1, "cpu"])
+@pytest.mark.parametrize(
+    ("name", "criterion"), tiered(SCORED, lambda name, _: name in ("tied", "qwen3_moe"))
+)
+def test_scores(name: str, criterion: str, last: int | str, card: torch.device) -> None:
+    model = MODELS[name]()
+    if "moe" in name:  # the pretended card cannot run grouped products
+        model.set_experts_implementation("eager")
+    ours = sv.score(divided(model, last), batches(model), criterion)
+    theirs = sv.score(model.to(card), batches(model), criterion)
+    for unit in CRITERIA[criterion].units:
+        for found, expected in zip(ours.of(unit), theirs.of(unit), strict=True):
+            assert found.device.type == "cpu"
+            if expected.numel():
+                assert_scores_close(found, expected)
+
+
+WALKS: list[tuple[str, dict[str, Any]]] = [
+    (name, options)
+    for name in MODELS
+    if "moe" not in name
+    for options in (
+        {"axis": "width"},
+        {"axis": "both", "repair": "both"},
+        {"axis": "depth", "local_steps": 4},
+    )
+]
+
+
+@pytest.mark.parametrize(("name", "options"), tiered(WALKS, by_default), ids=str)
+def test_walk(name: str, options: dict[str, Any], card: torch.device) -> None:
+    model = MODELS[name]()
+    ours, theirs = divided(model), model.to(card)
+    found, expected = (sv.walk_(m, batches(m), 0.25, **options) for m in (ours, theirs))
+    assert found.plan == expected.plan
+    assert [str(p.device) for _, p in ours.named_parameters()].count("cuda:1") > 0
+    inputs = {key: value.to(card) for key, value in tiny.batch(theirs).items()}
+    assert_close(logits(ours, inputs), logits(theirs, inputs), FORWARD)
+
+
+@pytest.mark.parametrize("name", tiered([n for n in MODELS if "moe" not in n], by_default))
+def test_prune_and_save(name: str, card: torch.device, tmp_path: Path) -> None:
+    model = MODELS[name]()
+    plan = plan_by_hand(read_anatomy(model), (0, 2, 3), (0,), range(32))
+    masked, cut, alone = divided(model), divided(model), model.to(card)
+    inputs = {key: value.to(card) for key, value in tiny.batch(alone).items()}
+    sv.mask_(masked, plan)
+    for each in (cut, alone):
+        sv.prune_(each, plan)
+    for each in (masked, cut):
+        assert_close(logits(each, inputs), logits(alone, inputs), FORWARD)
+    sv.save(cut, None, tmp_path / "out", plan)
+
+
+@pytest.mark.parametrize("last", [1, "cpu"])
+@pytest.mark.parametrize("kind", tiered(["text", "llava"], lambda kind: kind == "llava"))
+def test_evaluate(kind: str, last: int | str, card: torch.device, unhurried: None) -> None:
+    model, processor = sv.load(str(folders.folder(kind)), device="cpu")
+    ours, theirs = divided(model, last), model.to(card)
+    samples = folders.short_samples(3, sees=kind == "llava")
+    for pair in ((ours, theirs), (theirs, ours)):
+        result = sv.evaluate_data(pair[0], processor, samples, baseline=pair[1])
+        for sample in result.samples:
+            assert sample.loss == pytest.approx(sample.baseline_loss, rel=LOSS.rtol)
+            assert sample.divergence == pytest.approx(0, abs=LOSS.atol)
+    asked = [task(count=2, sees=kind == "llava"), PERPLEXITY]
+    found, expected = (sv.evaluate(each, processor, asked) for each in (ours, theirs))
+    for name in expected.tasks:
+        assert found.tasks[name].replies == expected.tasks[name].replies
+        assert found.tasks[name].scores == pytest.approx(expected.tasks[name].scores, rel=1e-5)
+
+
+def test_a_model_that_cannot_be_pruned_is_refused_by_name(card: torch.device) -> None:
+    model = divided(tied(), "cpu")
+    plan = plan_by_hand(read_anatomy(model), (0, 2, 3))
+    for prune in (
+        lambda: sv.prune_(model, plan),
+        lambda: sv.mask_(model, plan),
+        lambda: sv.walk_(model, batches(model), 0.25),
+        lambda: sv.walk_(model, batches(model), plan=plan),
+    ):
+        with pytest.raises(ConfigError, match=r"^model: its device_map divides it over 0, cpu"):
+            prune()
+
+
+def test_accelerates_own_division(card: torch.device) -> None:
+    folder = folders.folder("llava")
+    model, processor = sv.load(str(folder), device="cpu")
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    ours = hf.AutoModelForImageTextToText.from_pretrained(
+        folder, device_map="auto", max_memory={0: int(0.7 * size), 1: size}, dtype=torch.float32
+    )
+    assert set(ours.hf_device_map.values()) == {0, 1}
+    data = list(sv.calibration_batches(processor, folders.short_samples(6)))
+    found = [sv.walk_(each, data, 0.25).plan for each in (ours, model.to(card))]
+    assert found[0] == found[1]

@@ -1,0 +1,275 @@
+"""What runs on the card waits for it as seldom as can be, and gives what the CPU gives."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from slimvlm.core.errors import DataError
+from slimvlm.core.options import RecoverConfig
+from slimvlm.data.samples import Sample
+from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.load import load
+from slimvlm.pruning.least_squares import Moments, refit
+from slimvlm.pruning.walk.walk import walk_
+from slimvlm.scoring.obs import removal_order
+from slimvlm.training import recover as recovery
+from slimvlm.training.recover import recover
+from slimvlm.training.supervision import Supervision, num_workers
+from slimvlm.training.trainer import DistillationTrainer
+from tests import pretended_gpu, tiny
+from tests import tiny_folder as folders
+from tests.handmade import plan_by_hand
+from tests.tiny_folder import short_samples
+from tests.tolerances import FORWARD, LOSS, SOLVE, Tolerance, assert_close
+
+counted = pytest.mark.skipif(
+    pretended_gpu.REASON is not None, reason="only the pretended card counts waits"
+)
+ADAM = Tolerance(torch.float32, 1e-4, 1e-3)
+"""Weights after AdamW, whose first steps turn rounding of tiny gradients into real moves."""
+
+
+def waits_of(run: Callable[[], object]) -> int:
+    before = pretended_gpu.waits()
+    run()
+    return pretended_gpu.waits() - before
+
+
+def drawn(channels: int, outputs: int = 20) -> tuple[Tensor, Tensor]:
+    """A matrix and the Gram matrix of correlated inputs, float64."""
+    generator = torch.Generator().manual_seed(3)
+    mix, x = (
+        torch.randn(rows, channels, generator=generator, dtype=torch.float64)
+        for rows in (channels, 3 * channels)
+    )
+    matrix = torch.randn(outputs, channels, generator=generator, dtype=torch.float64)
+    return matrix, (x @ mix).T @ (x @ mix)
+
+
+# Elimination
+
+
+@pytest.mark.parametrize(("units", "width"), [(192, 1), (48, 4), (3, 64)])
+@pytest.mark.parametrize("share", [0.4, 0.9])
+def test_the_card_removes_the_same_units(
+    units: int, width: int, share: float, card: torch.device
+) -> None:
+    matrix, gram = drawn(units * width)
+    stop = int(units * share)
+    expected = removal_order(matrix, gram, units, stop)
+    found = removal_order(matrix.to(card), gram.to(card), units, stop)
+    assert found.order.tolist() == expected.order.tolist()
+    assert found.left.tolist() == expected.left.tolist()
+    for name in ("costs", "prices", "weights"):
+        ours, theirs = getattr(found, name), getattr(expected, name)
+        assert ours.device == card
+        assert_close(ours.cpu() / theirs.abs().max(), theirs / theirs.abs().max(), SOLVE)
+
+
+@counted
+@pytest.mark.parametrize("width", [1, 4])
+def test_units_whose_rows_are_prepared_go_without_a_wait(width: int, card: torch.device) -> None:
+    """Channels that know nothing of each other, so that no removal makes another unit cheapest."""
+    channels, block = 256, 64 // width
+    matrix = torch.randn(20, channels, device=card)
+    gram = torch.diag(torch.rand(channels, device=card) + 1)
+
+    def waits(stop: int) -> int:
+        return waits_of(lambda: removal_order(matrix, gram, channels // width, stop))
+
+    assert waits(block // 4) == waits(block // 2) == waits(block)
+    assert waits(2 * block) == waits(block) + 1
+
+
+@counted
+@pytest.mark.parametrize("width", [1, 4, 64])
+def test_an_elimination_waits_for_blocks_of_units(width: int, card: torch.device) -> None:
+    channels = 256
+    matrix, gram = (each.to(card) for each in drawn(channels))
+    units = channels // width
+    begun = waits_of(lambda: removal_order(matrix, gram, units, stop=0))
+    whole = waits_of(lambda: removal_order(matrix, gram, units))
+    assert begun <= 8
+    assert whole - begun <= channels // 8
+
+
+# Refits
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("has_residuals", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_card_finds_the_same_weights(
+    has_bias: bool, has_residuals: bool, dtype: torch.dtype, card: torch.device
+) -> None:
+    generator = torch.Generator().manual_seed(5)
+    inputs, residuals = (torch.randn(300, n, generator=generator) for n in (24, 10))
+    weights = torch.rand(300, generator=generator).round(decimals=1)
+    weight = torch.randn(10, 24, generator=generator).to(dtype)
+    bias = torch.randn(10, generator=generator).to(dtype) if has_bias else None
+    keep = torch.arange(0, 24, 2)
+
+    def found(device: torch.device) -> Any:
+        moments = Moments.zero(24, 10 if has_residuals else None, device=device)
+        given = [inputs, weights, *([residuals] if has_residuals else [])]
+        moments.add(*(each.to(device) for each in given))
+        its_bias = None if bias is None else bias.to(device)
+        return refit(weight.to(device), its_bias, moments, keep.to(device), ridge=1e-3)
+
+    ours, theirs = found(card), found(torch.device("cpu"))
+    assert ours.weight.device == card
+    assert_close(ours.weight.cpu(), theirs.weight, FORWARD)
+    if has_bias:
+        assert_close(ours.bias.cpu(), theirs.bias, FORWARD)
+    assert ours.sliced_error == pytest.approx(theirs.sliced_error, rel=1e-4)
+    assert ours.repaired_error == pytest.approx(theirs.repaired_error, rel=1e-4)
+
+
+@counted
+def test_a_refit_waits_as_often_for_a_large_matrix_as_for_a_small_one(card: torch.device) -> None:
+    def waits(size: int) -> int:
+        inputs, weight = torch.randn(2 * size, size, device=card), torch.randn(size, size).to(card)
+        moments = Moments.zero(size, device=card)
+        keep = torch.arange(0, size, 2, device=card)
+        weights = torch.ones(2 * size, device=card)
+
+        def run() -> None:
+            moments.add(inputs, weights)
+            refit(weight, None, moments, keep, ridge=1e-3)
+
+        return waits_of(run)
+
+    assert waits(16) == waits(128) <= 16
+
+
+# Local steps
+
+
+@counted
+def test_a_local_step_does_not_wait(card: torch.device) -> None:
+    model: Any = tiny.build("llava-llama")
+    plan = plan_by_hand(read_anatomy(model), [0, 1, 3], [0, 2], range(64))
+    data = [{k: v.to(card) for k, v in tiny.batch(model, 6, seed).items()} for seed in range(3)]
+    model.to(card)
+
+    def waits(steps: int) -> int:
+        student = copy.deepcopy(model)
+        options: dict[str, Any] = {"plan": plan, "repair": "none", "held_out": data[:1]}
+        return waits_of(lambda: walk_(student, data[1:], local_steps=steps, **options))
+
+    waits(1)
+    assert waits(2) == waits(7)
+
+
+# Recovery
+
+SAMPLES = short_samples(8)
+
+
+class StopError(Exception):
+    """The process ends here."""
+
+
+def trained(
+    device: torch.device,
+    workers: int,
+    monkeypatch: pytest.MonkeyPatch,
+    samples: list[Sample] = SAMPLES,
+    work: Path | None = None,
+    stop: int | None = None,
+    dropout: float = 0.1,
+) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses and weights of a student, which so many processes put batches together for."""
+    honest = DistillationTrainer.training_step
+
+    def step(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if self.state.global_step == stop:
+            raise StopError
+        return honest(self, *args, **kwargs)
+
+    monkeypatch.setattr(recovery, "num_workers", lambda device: workers)
+    model: Any
+    model, processor = load(folders.folder("llava"))
+    config = RecoverConfig(
+        train="lora",
+        loss="sft",
+        max_steps=6,
+        batch_size=2,
+        learning_rate=5e-3,
+        lora_dropout=dropout,
+        bf16=False,
+        logging_steps=1,
+        save_steps=2,
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillationTrainer, "training_step", step)
+        history = recover(model.to(device), None, samples, config, processor, work)
+    weights = {name: value.cpu() for name, value in model.state_dict().items()}
+    return [float(row["loss"]) for row in history.steps], weights
+
+
+def test_batches_from_other_processes_are_the_same(
+    card: torch.device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Their order, too; and a training that was stopped in its second epoch goes on the same."""
+    losses, weights = trained(card, 0, monkeypatch)
+    found = trained(card, 2, monkeypatch)
+    assert found[0] == losses
+    assert all(torch.equal(value, weights[name]) for name, value in found[1].items())
+    with pytest.raises(StopError):
+        trained(card, 2, monkeypatch, work=tmp_path, stop=5)
+    resumed = trained(card, 2, monkeypatch, work=tmp_path)
+    assert resumed[0] == losses
+    assert all(torch.equal(value, weights[name]) for name, value in resumed[1].items())
+
+
+def test_training_on_the_card_is_training_on_the_cpu(
+    card: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses, weights = trained(torch.device("cpu"), 0, monkeypatch, dropout=0.0)
+    found = trained(card, 1, monkeypatch, dropout=0.0)
+    assert_close(torch.tensor(found[0]), torch.tensor(losses), LOSS)
+    for name, value in found[1].items():
+        assert_close(value, weights[name], ADAM)
+
+
+def test_what_another_process_refuses_is_said_in_one_line(
+    card: torch.device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    samples = [replace(sample, images=(broken,)) for sample in SAMPLES]
+    with pytest.raises(DataError) as told:
+        trained(card, 2, monkeypatch, samples)
+    with pytest.raises(DataError) as here:
+        trained(card, 0, monkeypatch, samples)
+    assert str(told.value) == str(here.value)
+    assert len(str(told.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_are_pinned_and_sent_without_waiting(
+    workers: int, card: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, seen = Supervision.to, list[tuple[bool, ...]]()
+
+    def sent(self: Supervision, device: torch.device, non_blocking: bool = False) -> Supervision:
+        seen.append((non_blocking, self.labels.is_pinned(), self.compared.is_pinned()))
+        return honest(self, device, non_blocking)
+
+    monkeypatch.setattr(Supervision, "to", sent)
+    trained(card, workers, monkeypatch)
+    assert len(seen) >= 6
+    assert set(seen) == {(True, True, True)}
+
+
+def test_a_cpu_puts_its_batches_together_itself() -> None:
+    assert num_workers(torch.device("cpu")) == 0

@@ -1,0 +1,169 @@
+"""Where models run: any accelerator that torch finds, or the device that a user names."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import slimvlm as sv
+from slimvlm.core.errors import ConfigError
+from slimvlm.core.options import CompressConfig, LoadConfig
+from slimvlm.core.requests import asked
+from slimvlm.models.cost import free_memory
+from slimvlm.models.load import (
+    check_models,
+    computes_bfloat16,
+    default_device,
+    device_named,
+    with_float64,
+)
+from slimvlm.runs.command import compress_command, config_text, read_config
+from slimvlm.runs.study import prepared
+from slimvlm.runs.study.config import Grid, StudyConfig
+from tests import tiny_folder as folders
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def two_of(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    """A machine with two accelerators of a kind."""
+    kind: str = request.param
+    for name, value in {
+        "current_accelerator": torch.device(kind),
+        "is_available": True,
+        "device_count": 2,
+    }.items():
+        monkeypatch.setattr(torch.accelerator, name, lambda value=value: value)
+    return kind
+
+
+@pytest.mark.parametrize("two_of", ["cuda", "xpu", "mps"], indirect=True)
+def test_each_process_has_an_accelerator_of_its_own(
+    two_of: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert default_device() == torch.device(two_of, 0)
+    assert device_named("cpu") == CPU
+    assert device_named(f"{two_of}:1") == torch.device(two_of, 1)
+    for rank in (0, 1, 2):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert device_named(None) == device_named(two_of) == torch.device(two_of, rank % 2)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert device_named("cpu") == CPU
+    with pytest.raises(ConfigError, match=rf"device '{two_of}:1': each of 3 processes"):
+        device_named(f"{two_of}:1")
+
+
+@pytest.mark.parametrize("two_of", ["cuda", "xpu"], indirect=True)
+def test_a_device_that_is_absent_is_refused_with_those_that_are_there(two_of: str) -> None:
+    for name in (f"{two_of}:2", "mps", "gpu", "", "cuda:x"):
+        with pytest.raises(ConfigError, match=f"device '{name}' must be one of: cpu, {two_of}"):
+            device_named(name)
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda:99"])
+def test_a_device_is_checked_before_anything_is_read(name: str, tmp_path: Path) -> None:
+    out, data = tmp_path / "out", {"data": str(tmp_path / "none.json")}
+    config = CompressConfig(ratio=0.3, device=name, **data)
+    allowed = f"device '{name}' must be one of: cpu"
+    with pytest.raises(ConfigError, match=allowed):
+        sv.load(folders.folder("text"), device=name)
+    with pytest.raises(ConfigError, match=allowed):
+        sv.compress(str(folders.folder("text")), config, out, say=lambda line: None)
+    with pytest.raises(ConfigError, match=allowed):
+        sv.score_checkpoint("nowhere", device=name)
+    with pytest.raises(ConfigError, match=allowed):
+        sv.walk_checkpoint("nowhere", (), out, 0.3, device=name)
+    with pytest.raises(ConfigError, match=allowed):
+        sv.quantize("nowhere", out, device=name)
+    with pytest.raises(ConfigError, match=allowed):
+        check_models(LoadConfig(device=name), "nowhere")
+    assert not out.exists()
+
+
+def test_the_device_is_no_part_of_what_is_asked() -> None:
+    here, there = (CompressConfig(ratio=0.3, device=name) for name in (None, "cuda:1"))
+    assert here == there
+    assert asked(here) == asked(there)
+    assert "device" not in asked(there)
+    study = StudyConfig(grids=(Grid(ratio=(0.3,), model=(str(folders.folder("text")),)),))
+    names = []
+    for device in (None, "cpu"):
+        _, schedule = prepared(study, lambda line: None, device)
+        stages = schedule.stages()
+        assert {stage.request.prune.device for stage in stages} == {device}
+        names.append([stage.name for stage in stages])
+    assert names[0] == names[1]
+
+
+def test_a_study_s_file_names_no_device() -> None:
+    study = StudyConfig(grids=(Grid(ratio=(0.3,)),), prune={"device": "cpu"})
+    with pytest.raises(ConfigError, match="'device' changes no result"):
+        prepared(study, lambda line: None)
+
+
+def test_a_run_goes_on_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that began without a device, and was stopped, goes on with one."""
+    model, out = str(folders.folder("text")), tmp_path / "run"
+    config = CompressConfig(ratio=0.3)
+    with monkeypatch.context() as patch:
+        patch.setattr("slimvlm.runs.compress.finish", lambda run, plan: None)
+        sv.compress(model, config, out, say=lambda line: None)
+    said: list[str] = []
+    sv.compress(model, replace(config, device="cpu"), out, say=said.append)
+    assert any("going on" in line for line in said), said
+    found, again, _ = read_config(out / "run.yaml")
+    assert (found, again.device) == (model, "cpu")
+    assert read_config(out / "config.json")[1] == config
+
+
+def test_the_command_of_a_run_names_its_device(tmp_path: Path) -> None:
+    config = CompressConfig(ratio=0.3, device="cuda:1")
+    assert "--device cuda:1" in compress_command("demo", config, "out")
+    (tmp_path / "run.yaml").write_text(config_text("demo", config))
+    assert read_config(tmp_path / "run.yaml")[1].device == "cuda:1"
+
+
+def test_sums_in_float64_are_made_where_there_is_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.zeros(2, device="meta")
+    assert with_float64(values) is values
+    moved: list[str] = []
+    monkeypatch.setattr("slimvlm.models.load.has_float64", lambda device: False)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: moved.append("cpu") or self)
+    with_float64(values)
+    assert moved == ["cpu"]
+
+
+def test_free_memory_of_an_accelerator_counts_what_torch_keeps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    xpu = SimpleNamespace(
+        mem_get_info=lambda device: (100, 1000),
+        memory_reserved=lambda device: 50,
+        memory_allocated=lambda device: 20,
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda device: xpu)
+    assert free_memory(torch.device("xpu", 0)) == 130
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 100)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 30)
+    assert free_memory(torch.device("mps")) == 70
+    assert free_memory(CPU) > 0
+
+
+def test_bfloat16_counts_where_it_is_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    emulating = SimpleNamespace(
+        is_bf16_supported=lambda including_emulation=True: including_emulation
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda device: emulating)
+    assert not computes_bfloat16(torch.device("xpu"))
+    assert not computes_bfloat16(torch.device("mps"))
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace())
+    assert not computes_bfloat16(torch.device("xpu"))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    assert computes_bfloat16(CPU)
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in torch 2.6
+    assert not computes_bfloat16(CPU)
