@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 OUT ?= runs/demo
 JOBS ?= logical
 PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --maxprocesses 8 --dist worksteal
+# tests of what runs on an accelerator: on the machine's own, or on two pretended cards
+PYTEST_GPU := PRETENDED_GPUS=2 $(PYTEST) -p tests.pretended_gpu tests/gpu
 
 .PHONY: demo demo-short test test-slow test-engines lint format docs bench clean
 
@@ -16,10 +18,12 @@ demo-short: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST_GPU) -m "not slow"
 
-# every test that needs no GPU, with the shapes and types of every call checked
+# every test, with the shapes and types of every call checked
 test-slow: $(VENV)/.engines
 	$(PYTEST) -m "not gpu" --jaxtyping-packages=slimvlm,tests.typecheck
+	$(PYTEST_GPU) --jaxtyping-packages=slimvlm,tests.typecheck
 
 # engines that serve checkpoints, each in an environment of its own (5 GB); writes the table in
 # docs/serving.md

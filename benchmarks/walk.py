@@ -1,15 +1,21 @@
 """What the default recipe costs: `compress --train none` against one plain forward pass.
 
 Command:  .venv/bin/python benchmarks/walk.py [--shapes qwen2 gemma3 demo] [--local-steps N]
-Expect:   about eight minutes on two cores with bfloat16 units.
+          .venv/bin/python benchmarks/walk.py --pretend --conversations 8 [--card-gib 2.6]
+Expect:   about ten minutes on two cores with bfloat16 units, and as long on a pretended card.
 
-For each shape (random bfloat16 weights but for the demo) and 64 conversations of 180 tokens, three
+For each shape (random bfloat16 weights but for the demo) and 64 conversations of 180 tokens, four
 fresh processes: one plain forward pass of the model over the batches, one of its backbone alone,
-and `slimvlm.compress` at 20 % width without training, reload check included. Times are wall clock
-without imports, peaks are ru_maxrss of the process (Python and torch included; mapped file pages
-count). The parts of the walk are timed by wrapping its functions; beside each stands what its
-arithmetic takes at the rate of matrix products measured in the same process, in the data type that
-the part computes in.
+`slimvlm.compress` at 20 % width without training, reload check included, and the same by
+`slimvlm prune --low-memory`. Times are wall clock without imports, peaks are ru_maxrss of the
+process (Python and torch included; mapped file pages count), and on an accelerator what tensors
+held there at most. The parts of the walk are timed by wrapping its functions; beside each stands
+what its arithmetic takes at the rate of matrix products measured in the same process, in the data
+type that the part computes in.
+
+With ``--pretend`` the steps run on the card that tests pretend, of 24 GiB or as many as
+``--card-gib`` says: its peaks are counted exactly, its times mean nothing and are not shown. What
+that card holds is memory of the process, too.
 """
 
 from __future__ import annotations
@@ -19,7 +25,6 @@ import functools
 import json
 import random
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,14 +38,17 @@ import torch
 from transformers import AutoTokenizer
 
 import slimvlm as sv
+from own_process import card_peak, measured
 from shapes import GEMMA, QWEN
-from slimvlm.core.options import CompressConfig
+from slimvlm.core.options import CompressConfig, MemoryOptions, PruneConfig
 from slimvlm.models.classes import auto_class
 from slimvlm.models.load import resolve
+from slimvlm.runs.prune import prune
 from slimvlm.runs.tables import as_markdown
 
 SHAPES = {"qwen2": QWEN, "gemma3": GEMMA}
 CONVERSATIONS, TOKENS, RATIO, BATCH = 64, 180, 0.2, 4
+STEPS = ("write", "backbone", "forward", "compress", "low-memory")
 WORDS = [
     "the",
     "of",
@@ -82,11 +90,11 @@ def write(shape: str, folder: Path) -> Path:
     return out
 
 
-def write_data(model: Path, folder: Path) -> Path:
+def write_data(model: Path, folder: Path, conversations: int = CONVERSATIONS) -> Path:
     """Conversations of about so many tokens: common words, which are a token each."""
     path, draw = folder / f"{model.name}.jsonl", random.Random(0)
     rows = []
-    for _ in range(CONVERSATIONS):
+    for _ in range(conversations):
         question, answer = (" ".join(draw.choices(WORDS, k=TOKENS // 2 - 6)) for _ in range(2))
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         rows.append(json.dumps({"messages": turns}) + "\n")
@@ -120,10 +128,12 @@ def forward(model: Path, data: Path, backbone: bool) -> dict[str, Any]:
     start = time.perf_counter()
     with torch.no_grad():
         for batch in batches:
-            runs(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False)
+            inputs = {k: v.to(loaded.device) for k, v in batch.items() if k != "labels"}
+            runs(**inputs, use_cache=False)
     return {"seconds": time.perf_counter() - start, "tokens": tokens}
 
 
+PAIRED = "paired times"
 PARTS = {
     "inputs": ("slimvlm.pruning.walk.streams", "Streams", "keep_inputs"),
     "moments": ("slimvlm.pruning.walk.streams", "Streams", "moments"),
@@ -136,12 +146,13 @@ PARTS = {
     "unseen samples": ("slimvlm.runs.compress", "_asked_on_data"),
     "writing": ("slimvlm.runs.compress", "save"),
     "loading": ("slimvlm.runs.stages", "load_original"),
+    PAIRED: ("slimvlm.runs.compress", "_timed"),
 }
 """What is timed: functions by module and name."""
 
 
-def watch(spent: dict[str, float]) -> None:
-    """Add up what the parts take; a part within another counts there only."""
+def watch(spent: dict[str, float], held: dict[str, float]) -> None:
+    """Add up what the parts take, and note what the card held; a part in another counts there."""
     running: list[str] = []
 
     def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -150,12 +161,14 @@ def watch(spent: dict[str, float]) -> None:
             if running:
                 return function(*args, **kwargs)
             running.append(name)
+            held["rest"] = max(held["rest"], card_peak())
             start = time.perf_counter()
             try:
                 return function(*args, **kwargs)
             finally:
                 running.pop()
                 spent[name] += time.perf_counter() - start
+                held[name] = max(held[name], card_peak())
 
         return run
 
@@ -206,61 +219,105 @@ def arithmetic(model: Path, tokens: int, kept: dict[str, int]) -> dict[str, tupl
     }
 
 
-def compress(model: Path, data: Path, out: Path, local_steps: int) -> dict[str, Any]:
+def compress(model: Path, data: Path, out: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The default recipe without training."""
     spent: dict[str, float] = defaultdict(float)
-    watch(spent)
+    held: dict[str, float] = defaultdict(float)
+    watch(spent, held)
     config = CompressConfig(
-        ratio=RATIO, data=str(data), axis="width", samples=CONVERSATIONS, local_steps=local_steps
+        ratio=RATIO,
+        data=str(data),
+        axis="width",
+        samples=options.conversations,
+        local_steps=options.local_steps,
     )
     start = time.perf_counter()
-    sv.compress(str(model), config, out, force=True, say=lambda line: None)
+    sv.compress(str(model), config, out, force=True, say=tell)
     seconds = time.perf_counter() - start
+    held["rest"] = max(held["rest"], card_peak())
     plan = sv.Plan.load(out / "plan.json")
     kept = {"kv_group": len(plan.kv_groups[0]), "neuron": len(plan.neurons[0])}
-    return {"seconds": seconds, "parts": dict(spent), "kept": kept, "rates": rates()}
+    return {
+        "seconds": seconds,
+        "parts": dict(spent),
+        "card_parts": dict(held),
+        "kept": kept,
+        "rates": {} if options.pretend else rates(),
+    }
+
+
+def low_memory(model: Path, data: Path, out: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """The same layer by layer from files."""
+    config = PruneConfig(
+        ratio=RATIO,
+        data=str(data),
+        axis="width",
+        samples=options.conversations,
+        local_steps=options.local_steps,
+    )
+    start = time.perf_counter()
+    prune(str(model), config, out, memory=MemoryOptions(low_memory=True), force=True, say=tell)
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "card_parts": {"all": card_peak()}}
+
+
+def tell(line: str) -> None:
+    """Show where hidden states are kept."""
+    if line.startswith("hidden states"):
+        print(line, file=sys.stderr, flush=True)
 
 
 def step(options: argparse.Namespace) -> dict[str, Any]:
     """One measurement, in a process of its own."""
     (shape,), folder = options.shapes, options.folder
     model = write(shape, folder)
-    data = write_data(model, folder)
+    data = write_data(model, folder, options.conversations)
     if options.step == "compress":
-        found = compress(model, data, folder / f"{shape}-run", options.local_steps)
+        found = compress(model, data, folder / f"{shape}-run", options)
+    elif options.step == "low-memory":
+        found = low_memory(model, data, folder / f"{shape}-low-memory", options)
     elif options.step in ("forward", "backbone"):
         found = forward(model, data, options.step == "backbone")
     else:
         found = {"gib": sum(f.stat().st_size for f in model.glob("*.safetensors")) / 2**30}
+        found["layer_gib"] = 2 * max(each.params for each in sv.anatomy(model).layers) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {**found, "peak_gib": peak, "threads": torch.get_num_threads()}
 
 
 def measure(shape: str, options: argparse.Namespace) -> dict[str, Any]:
-    """All measurements of a shape."""
+    """All measurements of a shape, on a pretended card only those of memory."""
     found = {}
-    for name in ("write", "backbone", "forward", "compress"):
-        command = [sys.executable, __file__, "--shapes", shape, "--folder", str(options.folder)]
-        command += ["--step", name, "--local-steps", str(options.local_steps)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        found[name] = json.loads(done.stdout.splitlines()[-1])
+    words = ["--shapes", shape, "--folder", str(options.folder)]
+    words += ["--local-steps", str(options.local_steps)]
+    words += ["--conversations", str(options.conversations), *["--pretend"] * options.pretend]
+    for name in STEPS:
+        if not options.pretend or name not in ("backbone", "forward"):
+            asked = [*words, "--step", name]
+            found[name] = measured(__file__, asked, options.pretend, options.card_gib)
     return found
 
 
 def report(shape: str, found: dict[str, Any], options: argparse.Namespace) -> str:
     """The figures of a shape as text."""
     weights, run = found["write"]["gib"], found["compress"]
-    ratio = run["seconds"] / found["forward"]["seconds"]
-    limit = 1.5 * weights + 1.5
     lines = [
-        f"## {shape}: {weights:.2f} GiB of weights, {run['threads']} threads, kept {run['kept']}",
+        f"## {shape}: {weights:.2f} GiB of weights, {options.conversations} conversations, "
+        f"{run['threads']} threads, kept {run['kept']}",
         "",
+        peaks(found),
+    ]
+    if options.pretend:
+        of_parts = sorted(run["card_parts"].items(), key=lambda pair: -pair[1])
+        rows = [[name, f"{gib:.2f}"] for name, gib in of_parts]
+        return "\n".join([*lines, as_markdown(["part of compress", "card, GiB"], rows)])
+    ratio = run["seconds"] / found["forward"]["seconds"]
+    lines += [
         ", ".join(f"{kind} {rate / 1e9:.0f} GFLOP/s" for kind, rate in run["rates"].items()),
         "",
         f"compress {run['seconds']:.1f} s, forward pass {found['forward']['seconds']:.1f} s "
         f"(backbone alone {found['backbone']['seconds']:.1f} s): **{ratio:.1f} x**; "
-        f"peak {run['peak_gib']:.2f} GiB (goal {limit:.2f}; forward pass "
-        f"{found['forward']['peak_gib']:.2f})",
+        f"prune --low-memory {found['low-memory']['seconds']:.1f} s",
         "",
     ]
     model = write(shape, options.folder)
@@ -278,6 +335,29 @@ def report(shape: str, found: dict[str, Any], options: argparse.Namespace) -> st
     return "\n".join([*lines, as_markdown(header, rows)])
 
 
+def peaks(found: dict[str, Any]) -> str:
+    """A table of what each step held at most, beside the aims.
+
+    The paired times of a whole run, with both models on the card, have a row of their own: they are
+    left out where there is no room.
+    """
+    weights, two_layers = found["write"]["gib"], 2 * found["write"]["layer_gib"]
+    aims = {
+        "compress": (1.5 * weights + 1.5, 1.15 * weights + 1.5),
+        "low-memory": (None, 2 + two_layers),
+    }
+    rows = []
+    for name, each in found.items():
+        of_process, of_card = aims.get(name, (None, None))
+        on_card = dict(each.get("card_parts", {}))
+        paired = on_card.pop(PAIRED, 0.0)
+        values = [each["peak_gib"], of_process, max(on_card.values(), default=0.0), of_card]
+        rows.append([name, *(f"{value:.2f}" if value else "" for value in values)])
+        if paired:
+            rows.append([f"{name}, {PAIRED}", "", "", f"{paired:.2f}", ""])
+    return as_markdown(["step", "process, GiB", "aim", "card, GiB", "aim"], rows)
+
+
 def main() -> None:
     """Measure one step, or all shapes."""
     parser = argparse.ArgumentParser(
@@ -286,7 +366,10 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=[*SHAPES, "demo"])
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "walk")
     parser.add_argument("--local-steps", type=int, default=0)
-    parser.add_argument("--step", choices=["write", "backbone", "forward", "compress"])
+    parser.add_argument("--conversations", type=int, default=CONVERSATIONS)
+    parser.add_argument("--pretend", action="store_true", help="on the card that tests pretend")
+    parser.add_argument("--card-gib", type=float, default=0.0, help="how large that card is")
+    parser.add_argument("--step", choices=STEPS)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.step:

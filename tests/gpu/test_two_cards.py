@@ -164,6 +164,17 @@ def test_a_model_that_cannot_be_pruned_is_refused_by_name(card: torch.device) ->
             prune()
 
 
+def test_a_model_that_cannot_be_trained_is_refused_by_name(card: torch.device) -> None:
+    folder = folders.folder("text")
+    model, processor = sv.load(str(folder))
+    apart, samples = divided(model), folders.short_samples(2, sees=False)
+    for student, teacher, field in ((apart, None, "model"), (model, apart, "teacher")):
+        loss = "sft" if teacher is None else "hidden"
+        config = sv.RecoverConfig(train="lora", loss=loss, max_steps=1)
+        with pytest.raises(ConfigError, match=rf"^{field}: its device_map divides it over 0, 1"):
+            sv.recover(student, teacher, samples, config, processor)
+
+
 def test_accelerates_own_division(card: torch.device) -> None:
     folder = folders.folder("llava")
     model, processor = sv.load(str(folder), device="cpu")

@@ -219,7 +219,13 @@ def _install() -> None:
     }.items():
         setattr(torch._C, name, answer)
 
-    # storages know only devices that their build knows: they travel as tensors
+    _let_storages_travel()
+
+
+def _let_storages_travel() -> None:
+    """Copy storages as tensors: by themselves they know only devices of torch's own build."""
+    import torch
+
     storage_to, storage_clone = torch.storage._to, torch.storage._StorageBase.clone  # type: ignore[attr-defined]
 
     def as_bytes(storage: Any) -> Any:

@@ -299,8 +299,9 @@ Tensor on_host(const Tensor& tensor) {
 
 Tensor& copy_(Tensor& to, const Tensor& from, bool non_blocking) {
   const bool to_host = to.device().is_cpu() && !from.device().is_cpu();
-  const bool from_pageable = from.device().is_cpu() && !to.device().is_cpu() && from.dim() > 0 && !from.is_pinned();
-  if ((to_host && !non_blocking) || (from_pageable && !non_blocking)) wait_for_card();
+  const bool to_card = from.device().is_cpu() && !to.device().is_cpu() && from.dim() > 0;
+  const bool can_overlap = non_blocking && (to_host ? to : from).is_pinned();
+  if ((to_host || to_card) && !can_overlap) wait_for_card();
   if (to.numel()) on_host(to).copy_(on_host(from));
   return to;
 }

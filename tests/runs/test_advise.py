@@ -109,7 +109,9 @@ def test_weights_of_another_type_take_another_time(
     config = CompressConfig(ratio=0.4, axis="width", data="demo", recover=RecoverConfig())
     sizes = Sizes(shape=anatomy(model), tokens=100.0, samples=80)
     request = resolved(request_of(model, config))
-    slow, fast = (estimate_cost(sizes, request, False, kind) for kind in ("float32", "bfloat16"))
+    slow, fast = (
+        estimate_cost(sizes, request, torch.device("cpu"), kind) for kind in ("float32", "bfloat16")
+    )
     assert slow.pruning_hours == pytest.approx(4 * fast.pruning_hours)
     assert slow.training_hours == fast.training_hours  # which computes in bfloat16 in any case
 
@@ -120,7 +122,7 @@ def test_a_training_costs_what_it_is_asked_for(model: str) -> None:
         config = CompressConfig(ratio=0.4, axis="width", data="demo", recover=recover)
         sizes = Sizes(shape=anatomy(model), tokens=100.0, samples=80)
         request = resolved(request_of(model, config))
-        return estimate_cost(sizes, request, False, "float32").training_hours
+        return estimate_cost(sizes, request, torch.device("cpu"), "float32").training_hours
 
     whole = hours()
     assert hours(fraction=0.25) == pytest.approx(whole / 4)
@@ -292,7 +294,9 @@ def test_with_tokens_gone_layers_lose_less_and_cost_less() -> None:
     fewer = replace(whole, vocabulary=shape.vocab_size // 3)
     assert fewer.decoder_share(0.4) < whole.decoder_share(0.4)
     assert fewer.decoder_share(fewer.token_share) == pytest.approx(0)
-    costs = [estimate_cost(sizes, request, False, "float32") for sizes in (fewer, whole)]
+    costs = [
+        estimate_cost(sizes, request, torch.device("cpu"), "float32") for sizes in (fewer, whole)
+    ]
     assert costs[0].pruning_hours < costs[1].pruning_hours
 
 

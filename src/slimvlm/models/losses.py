@@ -40,15 +40,20 @@ _LARGEST = 2**20
 """Bytes of one position's logits in float32 with 262,144 tokens."""
 
 
-def rows_at_once(device: torch.device) -> int:
+def rows_at_once(device: torch.device, free: int | None = None) -> int:
     """Positions whose logits exist at one time.
 
     On a CPU `CHUNK`. On an accelerator so many that they take a sixteenth of its free memory, but
     from a quarter of `CHUNK` to four times as many.
+
+    Args:
+        device: Where they are computed.
+        free: Bytes that are free there; by default those that are free now.
     """
     if device.type == "cpu":
         return CHUNK
-    return min(max(free_memory(device) // 16 // _LARGEST, CHUNK // 4), 4 * CHUNK)
+    free = free_memory(device) if free is None else free
+    return min(max(free // 16 // _LARGEST, CHUNK // 4), 4 * CHUNK)
 
 
 def _as_is(logits: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def _fitted_alone(writer: Writer, plan: Plan, statistics: Grams, ridge: float) -
     Raises:
         ConfigError: If the statistics lack the matrix, or it had another shape there.
     """
-    name, linear, device = writer.name, writer.linear, writer.linear.weight.device
+    name, linear, device = writer.name, writer.linear, writer.weight.device
     part = statistics.parts.get((writer.index, writer.projection.path))
     if part is None:
         raise ConfigError(f"statistics 'grams': no {name!r} in them")
@@ -79,4 +79,4 @@ def _fitted_alone(writer: Writer, plan: Plan, statistics: Grams, ridge: float) -
     weight, count = part.weight.to(device), statistics.weight.to(device)
     pairs = SymmetricSum(part.gram.to(device))
     moments = Moments(pairs, part.sum.to(device).double(), count)
-    return refit(weight, linear.bias, moments, keep, ridge)
+    return refit(weight, writer.bias, moments, keep, ridge)

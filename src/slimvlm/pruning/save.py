@@ -19,6 +19,7 @@ from slimvlm.data.chat import tokenizer_of
 from slimvlm.data.samples import Message, Sample
 from slimvlm.models import modeling_pruned
 from slimvlm.models.classes import auto_class, auto_map_of, is_uneven, set_class_
+from slimvlm.models.cost import free_memory
 from slimvlm.models.hidden import evaluating
 from slimvlm.models.load import load_processor
 from slimvlm.models.losses import CHUNK
@@ -142,8 +143,15 @@ def check_reload(model: PreTrainedModel, processor: Any, folder: str | Path) -> 
     problems = {name: sorted(map(str, keys)) for name, keys in report.items() if keys}
     if problems:
         raise ReloadError(f"{str(folder)!r} loads with wrong keys: {problems}")
-    again.eval().to(model.device)
-    found = _last_logits(again, batch)
+    place, waits = model.device, model.get_memory_footprint() > free_memory(model.device)
+    if waits:  # two models do not fit
+        model.to("cpu")  # type: ignore[arg-type]
+    try:
+        found = _last_logits(again.eval().to(place), batch)
+    finally:
+        if waits:
+            again.to("meta")
+            model.to(place)  # type: ignore[arg-type]
     difference = float((found - expected).abs().max())
     if not difference <= 1e-3 * max(float(expected.abs().max()), 1.0):
         raise ReloadError(f"{str(folder)!r} loads back to other logits (difference {difference})")

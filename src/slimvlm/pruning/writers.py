@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from slimvlm.core.errors import NumericalError
 from slimvlm.models.families import INPUT_COLUMNS, Backbone, Projection
 from slimvlm.models.hidden import all_finite
+from slimvlm.models.load import with_float64
 from slimvlm.models.parts import unit_matrices
 from slimvlm.models.units import unit_of
 from slimvlm.planning.mask import kept_channels
@@ -61,10 +62,20 @@ class Writer:
         """The kind of its repair where it is not at a seam."""
         return ATTENTION if self.unit == "kv_group" else MLP
 
+    @property
+    def weight(self) -> Tensor:
+        """The matrix where it is fitted: on its device, or on the CPU if that has no float64."""
+        return with_float64(self.linear.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Its bias in the same place, if it has one."""
+        return None if self.linear.bias is None else with_float64(self.linear.bias)
+
     def kept_channels(self, plan: Plan) -> Tensor:
-        """The input channels that a plan keeps, on the module's device."""
+        """The input channels that a plan keeps, where the matrix is fitted."""
         keep = kept_channels(plan, self.index, self.projection)
-        return keep.to(self.linear.weight.device)
+        return keep.to(self.weight.device)
 
     def assign_(self, weight: Tensor, bias: Tensor | None) -> None:
         """Give the module new parameters of its own data type.
@@ -76,7 +87,7 @@ class Writer:
             if value is None:
                 continue
             old = getattr(self.linear, part)
-            new = value.to(old.dtype)
+            new = value.to(old)
             if not all_finite(new):
                 raise NumericalError(f"NaN or infinity in the repaired {part} of layer {self.name}")
             setattr(self.linear, part, nn.Parameter(new, old.requires_grad))

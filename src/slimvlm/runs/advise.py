@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, get_args
 
+import torch
+
 from slimvlm.core.errors import ConfigError, SlimError
 from slimvlm.core.options import (
     Axis,
@@ -153,12 +155,14 @@ def advise(
         token_bytes=kept_bytes(load_config(model), dtype),
         vocabulary=tokens,
     )
-    has_gpu = default_device().type != "cpu" if gpu is None else gpu
+    device = default_device()
+    if gpu is not None and gpu == (device.type == "cpu"):
+        device = torch.device("cuda" if gpu else "cpu")
 
     def asked(recipe: Recipe) -> CompressConfig:
         return _config(model, ratio, recipe, fraction, data, tokens)
 
-    recipe, cost, notes = _affordable(sizes, ratio, data, has_gpu, dtype, asked)
+    recipe, cost, notes = _affordable(sizes, ratio, data, device, dtype, asked)
     share = sizes.decoder_share(ratio)
     axis = request_of(model, replace(asked(recipe), axis=None)).prune.axis or recipe.axis
     after = shape.total_params - round(ratio * shape.backbone_params)
@@ -185,7 +189,7 @@ def _affordable(
     sizes: Sizes,
     ratio: float,
     data: bool,
-    has_gpu: bool,
+    device: torch.device,
     dtype: str,
     asked: Callable[[Recipe], CompressConfig],
 ) -> tuple[Recipe, Cost, list[str]]:
@@ -194,13 +198,13 @@ def _affordable(
     def cost_of(recipe: Recipe) -> Cost:
         request = resolved(request_of("", asked(recipe)))
         tried = len(get_args(Axis)) if recipe.train else 0
-        return estimate_cost(sizes, request, has_gpu, dtype, tried)
+        return estimate_cost(sizes, request, device, dtype, tried)
 
     recipe = recipe_for(ratio, data)
     cost = cost_of(recipe)
     limit = rules().constants.max_hours_without_gpu
     notes = []
-    if not has_gpu and cost.training_hours > limit:
+    if device.type == "cpu" and cost.training_hours > limit:
         notes = [
             f"without a GPU the training would take about {cost.training_hours:,.0f} h, more than "
             f"{limit} h: not trained"

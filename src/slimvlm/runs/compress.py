@@ -412,7 +412,7 @@ def _asked_on_data(
     if stage == "original":
         said = held_out.said_by_original(model, processor, samples)
         said.save(original)
-        held_out.result_of(said, samples).save(path)
+        held_out.result_of(said, samples, model.device).save(path)
     else:
         said = Said.load(original)
         evaluate_data(model, processor, samples, said, name=stage).save(path)

@@ -12,7 +12,7 @@ from slimvlm.core.progress import Say, duration
 from slimvlm.data.chat import encode_samples
 from slimvlm.data.samples import Sample
 from slimvlm.models.anatomy import Anatomy
-from slimvlm.models.cost import BYTES, weight_bytes
+from slimvlm.models.cost import BYTES, free_memory, weight_bytes
 from slimvlm.models.load import anatomy, device_named, load_config, load_processor, resolve
 from slimvlm.planning.plan import Plan
 from slimvlm.runs.compress import request_of
@@ -29,6 +29,8 @@ from slimvlm.runs.stages import read_split
 from slimvlm.runs.tables import size
 from slimvlm.runs.tokens import tokens_alone, with_tokens
 
+_LESS_TO_PRUNE = "prune --low-memory holds one layer at a time, and recover trains"
+_LESS_TO_TRAIN = "--gradient-checkpointing, a smaller --batch-size or --train lora"
 _LOOKED_AT = 16
 """Samples that are encoded at most, to learn how long they are."""
 
@@ -46,6 +48,8 @@ class Foreseen:
         report: Samples that stay unseen, for the end.
         tokens: About so many tokens a sample.
         dtype: Data type of the weights.
+        device: Where models would be.
+        free_bytes: What is free there now.
         cost: Memory and time.
     """
 
@@ -57,6 +61,8 @@ class Foreseen:
     report: int
     tokens: float
     dtype: str
+    device: str
+    free_bytes: int
     cost: Cost
 
 
@@ -83,6 +89,7 @@ def foresee(model: str, config: CompressConfig, say: Say = print) -> Foreseen:
     described = load_config(model, config.trust_remote_code)
     processor = load_processor(resolve(model), described, config.trust_remote_code)
     tokens = _mean_tokens(processor, [*samples.calibration, *samples.training])
+    device = device_named(config.device)
     dtype = _dtype_of(config.dtype, described.dtype)
     training = len(samples.training) if request.trains else 0
     request = replace(first, report_samples=len(samples.report))
@@ -104,10 +111,12 @@ def foresee(model: str, config: CompressConfig, say: Say = print) -> Foreseen:
         report=len(samples.report),
         tokens=tokens,
         dtype=dtype,
+        device=str(device),
+        free_bytes=free_memory(device),
         cost=estimate_cost(
             sizes,
             request,
-            device_named(config.device).type != "cpu",
+            device,
             dtype,
             tries if tries > 1 else 0,
         ),
@@ -122,21 +131,30 @@ def foreseen_rows(found: Foreseen) -> list[list[str]]:
     counts = [(found.calibration, "calibrate"), (found.training, "train")]
     counts.append((found.report, "stay unseen"))
     told = ", ".join(f"{count:,} {what}" for count, what in counts if count) or "none"
+
+    def memory(needed: float, cure: str) -> str:
+        if needed <= found.free_bytes:
+            return f"about {size(needed)} on {found.device}"
+        free = f"{size(found.free_bytes)} free on {found.device}"
+        return f"about {size(needed)}, more than the {free}: {cure}"
+
     rows = [
         ["plan", found.plan.summary()],
         ["parameters", f"{after.total_params:,} of {before.total_params:,}"],
         ["weights", f"{size(smaller)} of {size(held)} in {found.dtype}"],
         ["samples", f"{told}; about {found.tokens:.0f} tokens each" if found.tokens else told],
-        ["memory of pruning", f"about {size(cost.calibration_bytes)}"],
+        ["memory of pruning", memory(cost.calibration_bytes, _LESS_TO_PRUNE)],
         ["time of pruning", f"about {duration(3600 * cost.pruning_hours)}"],
     ]
+    if cost.hidden_states:
+        rows.append(["hidden states", cost.hidden_states])
     if len(found.axes) > 1 or found.fewer_tokens:
         tried = f"{', '.join(found.axes)} are tried; the plan is of the first"
         again = f"; the best is tried again behind {found.fewer_tokens:,} tokens"
         rows.insert(1, ["axes", tried + again * bool(found.fewer_tokens)])
     if found.training:
         rows += [
-            ["memory of training", f"about {size(cost.training_bytes)}"],
+            ["memory of training", memory(cost.training_bytes, _LESS_TO_TRAIN)],
             ["time of training", f"about {duration(3600 * cost.training_hours)}"],
         ]
     names = ["estimates rest on", *[""] * len(cost.rests_on)]

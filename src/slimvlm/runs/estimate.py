@@ -18,21 +18,23 @@ from transformers import PreTrainedConfig
 from slimvlm.core.options import CalibrationConfig, PruneConfig, RecoverConfig, Train
 from slimvlm.models.anatomy import Anatomy, LayerShape, read_anatomy
 from slimvlm.models.classes import empty_model
-from slimvlm.models.cost import BYTES, weight_bytes
+from slimvlm.models.cost import BYTES, free_memory, weight_bytes
 from slimvlm.models.load import computes_bfloat16, default_device, load_config
-from slimvlm.models.losses import CHUNK
+from slimvlm.models.losses import rows_at_once
 from slimvlm.models.parts import family_of, text_config_of
 from slimvlm.pruning.walk.distil import PASSES
 from slimvlm.pruning.walk.kept_inputs import MOST_BYTES
-from slimvlm.pruning.walk.walk import WALKING
+from slimvlm.pruning.walk.walk import WALKING, states_bytes
+from slimvlm.pruning.writers import REPAIRS, SEAM
 from slimvlm.runs.recipes import rules
 from slimvlm.runs.request import Request, ratio_of
 from slimvlm.scoring.criteria import CRITERIA
+from slimvlm.scoring.layerwise.stores import StatesPlace
 
 CALIBRATION_BATCH = 4
+"""Calibration samples that run at once."""
 TRIAL_SHARE = 1 / 6
 """Share of a training that an axis is tried with."""
-"""Calibration samples that run at once."""
 LOGITS_COPIES = 3
 """Tensors of the size of a chunk's logits that a loss and its gradient hold at one time."""
 
@@ -99,11 +101,13 @@ class Cost:
     """What a run needs, estimated.
 
     Attributes:
-        calibration_bytes: Peak memory of choosing, cutting, repairing and writing.
+        calibration_bytes: Peak memory of choosing, cutting, repairing and writing, on the device.
         pruning_hours: Time of that.
-        training_bytes: Peak memory of recovery, 0 without.
+        training_bytes: Peak memory of recovery on the device, 0 without.
         training_hours: Time of recovery, 0 without.
         samples: Conversations to train on.
+        hidden_states: How much a walk keeps between layers and where; empty without a walk, and
+            where the device is not there.
         rests_on: What the estimates assume and where that comes from.
     """
 
@@ -112,37 +116,40 @@ class Cost:
     training_bytes: float = 0.0
     training_hours: float = 0.0
     samples: int = 0
+    hidden_states: str = ""
     rests_on: tuple[str, ...] = ()
 
 
 def estimate_cost(
-    sizes: Sizes, request: Request, has_gpu: bool, dtype: str, tried: int = 0
+    sizes: Sizes, request: Request, device: torch.device, dtype: str, tried: int = 0
 ) -> Cost:
     """What a request needs.
 
     Args:
         sizes: The unpruned model and the data.
         request: What is asked, from `slimvlm.runs.request.resolved`.
-        has_gpu: Whether training runs on a GPU.
+        device: Where models are and run. A CUDA device that is not there stands for one with room
+            for everything.
         dtype: Data type of the weights.
         tried: Axes that are tried before.
     """
     constants = rules().constants
-    speed, device = _speed(has_gpu, dtype)
+    speed, timed = _speed(device, dtype)
     usable = 3600 * speed
     about = [
-        f"pruning: the process, the weights, the new weights, {constants.gram_copies} Gram matrices"
-        ", inputs of a layer's matrices, what a layer learns with, activations where a criterion "
-        f"reads gradients; or both models while the smaller one is read back "
-        f"({constants.walk_source})",
-        f"time: {device}; {sizes.tokens:.0f} tokens a conversation; the vision tower is not "
-        "counted",
+        f"memory on {device}",
+        f"pruning: the weights, {constants.gram_copies} Gram matrices, hidden states and inputs of "
+        "a layer's matrices, what a layer learns with, activations where a criterion reads "
+        f"gradients; or both models while they are compared ({constants.walk_source})",
+        f"time: {timed}; {sizes.tokens:.0f} tokens a conversation; the vision tower is not counted",
     ]
     brief = replace(request, prune=replace(request.prune, local_steps=0), report_samples=0)
     trials = tried * _pruning_flops(sizes, brief)
+    states = _states(sizes, request.prune, device, dtype)
     pruning = Cost(
-        calibration_bytes=_pruning_bytes(sizes, request, dtype),
+        calibration_bytes=_pruning_bytes(sizes, request, device, dtype, states),
         pruning_hours=(_pruning_flops(sizes, request) + trials) / usable,
+        hidden_states=str(states or "") if _is_there(device) else "",
         rests_on=tuple(about),
     )
     if request.recover is None:
@@ -154,10 +161,10 @@ def estimate_cost(
         f"({constants.activation_source}), batches of {config.batch_size}"
     )
     flops = sizes.training_flops(config, 1 - ratio)
-    trained = 3600 * _speed(has_gpu, "float32" if config.bf16 is False else "bfloat16")[0]
+    trained = 3600 * _speed(device, "float32" if config.bf16 is False else "bfloat16")[0]
     return replace(
         pruning,
-        training_bytes=_training_bytes(sizes, ratio, config, dtype),
+        training_bytes=_training_bytes(sizes, request, config, device, dtype),
         training_hours=(1 + tried * TRIAL_SHARE) * flops / trained,
         samples=sizes.learnt(config),
         rests_on=tuple(about),
@@ -203,55 +210,116 @@ def _kept_by_widths(shape: Anatomy, size: int) -> float:
     )
 
 
-def _pruning_bytes(sizes: Sizes, request: Request, dtype: str) -> float:
+def _is_there(device: torch.device) -> bool:
+    """Whether this machine has a device; advice can be for another machine."""
+    return device.type in ("cpu", default_device().type)
+
+
+def _free(device: torch.device) -> float:
+    """Bytes that are free on a device; one that is not there has room for everything."""
+    return free_memory(device) if _is_there(device) else float(2**50)
+
+
+def _own_bytes(device: torch.device) -> float:
+    """What a process takes where its models are, before it reads one."""
+    return rules().constants.process_bytes if device.type == "cpu" else 0.0
+
+
+def _is_walked(config: PruneConfig) -> bool:
+    return WALKING in config.criterion or config.repair != "none" or config.local_steps != 0
+
+
+def _states(
+    sizes: Sizes, config: PruneConfig, device: torch.device, dtype: str
+) -> StatesPlace | None:
+    """How much a walk keeps between layers, and where; None without a walk.
+
+    A device that is not there has room for them.
+    """
+    if config.data is None or not _is_walked(config):
+        return None
+    aims = config.local_steps != 0 or (config.axis != "width" and SEAM in REPAIRS[config.repair])
+    tokens = sizes.tokens * sizes.calibration
+    needed = states_bytes(sizes.shape.hidden_size, tokens, BYTES[dtype], aims)
+    if not _is_there(device):
+        return StatesPlace(needed, device, "device", (0, 0))
+    return StatesPlace.of(needed, device, weight_bytes(sizes.shape, dtype))
+
+
+def _pruning_bytes(
+    sizes: Sizes, request: Request, device: torch.device, dtype: str, states: StatesPlace | None
+) -> float:
     """Peak of all that happens up to a written smaller model."""
     shape, config = sizes.shape, request.prune
-    process, held = rules().constants.process_bytes, weight_bytes(shape, dtype)
+    held = weight_bytes(shape, dtype)
     smaller = held * (1 - ratio_of(config) * shape.backbone_params / shape.total_params)
-    stages = [held, 2 * smaller]
-    if WALKING in config.criterion or config.repair != "none" or config.local_steps != 0:
-        stages.append(held + _walk_bytes(sizes, config, dtype))
+    on_cpu, free = device.type == "cpu", max(_free(device) - held, 0.0)
+    stages: list[float] = [held]
+    if on_cpu:
+        stages.append(2 * smaller)  # while it is read back
+    elif smaller <= free:
+        stages.append(held + smaller)  # while both are timed
+    if states is not None:
+        are_here = states.kind == "device" or (on_cpu and states.kind == "host")
+        new = (1 - sizes.decoder_share(ratio_of(config))) * _decoder_params(shape) * BYTES[dtype]
+        beside = states.needed * are_here + new * on_cpu
+        inputs = min(MOST_BYTES, free / 8) * (are_here or on_cpu)
+        stages.append(held + beside + _walk_bytes(sizes, config, dtype, inputs))
     if any(CRITERIA[name].capture.backward for name in config.criterion):
         batch = CALIBRATION_BATCH * sizes.tokens * sizes.token_bytes
         largest = max(layer.params for layer in shape.layers) * BYTES[dtype]
-        stages.append(held + batch + largest + _logits_bytes(shape))
-    return process + max(stages)
+        stages.append(held + batch + largest + _logits_bytes(shape, device, free))
+    return _own_bytes(device) + max(stages)
 
 
-def _walk_bytes(sizes: Sizes, config: PruneConfig, dtype: str) -> float:
-    """What a walk holds beside the original's weights."""
+def _walk_bytes(sizes: Sizes, config: PruneConfig, dtype: str, most_inputs: float) -> float:
+    """What a walk holds of one layer beside the original's weights.
+
+    Args:
+        sizes: The model and the data.
+        config: What is done.
+        dtype: Data type of the weights.
+        most_inputs: Bytes of a matrix's inputs that are kept at most.
+    """
     shape, constants, ratio = sizes.shape, rules().constants, ratio_of(config)
     tokens = sizes.tokens * sizes.calibration
     largest = max(shape.layers, key=lambda layer: layer.params)
     channels = (largest.num_heads * largest.head_dim, largest.intermediate_size)
-    new = (1 - sizes.decoder_share(ratio)) * _decoder_params(shape) * BYTES[dtype]
     grams = 0.0
     if WALKING in config.criterion:
         grams = constants.gram_copies * BYTES["float32"] * max(channels) ** 2
-    inputs = sum(min(MOST_BYTES, tokens * count * BYTES[dtype]) for count in channels)
+    read = [tokens * count * BYTES[dtype] for count in channels]
+    inputs = sum(each for each in read if each <= most_inputs)
     learning = 0.0
     if config.local_steps != 0:
         of_layer = sizes.token_bytes / shape.num_layers
         learning = constants.learning_bytes * (1 - ratio) * largest.params
         learning += CALIBRATION_BATCH * sizes.tokens * of_layer
-    return new + max(grams + inputs, learning)
+    return max(grams + inputs, learning)
 
 
-def _training_bytes(sizes: Sizes, ratio: float, config: RecoverConfig, dtype: str) -> float:
+def _training_bytes(
+    sizes: Sizes, request: Request, config: RecoverConfig, device: torch.device, dtype: str
+) -> float:
     """The weights, what learns, and activations. A teacher shares what stays frozen."""
-    shape, constants = sizes.shape, rules().constants
+    shape, constants, ratio = sizes.shape, rules().constants, ratio_of(request.prune)
     held = weight_bytes(shape, dtype)
     smaller = held * (1 - ratio * shape.backbone_params / shape.total_params)
     if not config.needs_teacher:
         models = smaller
     else:
-        models = held if config.train != "full" else held + smaller
+        models = held + smaller * (config.train == "full")
     learning = learning_params(shape, ratio, config.train, config.lora_rank)
+    if config.train == "full":
+        models -= learning * BYTES[dtype]  # they are held among those that learn
     kept = 1 - sizes.decoder_share(ratio)
     of_token = sizes.token_bytes + (_lora_kept(shape) if config.train == "lora" else 0)
+    if config.gradient_checkpointing:
+        of_token = of_token / shape.num_layers + shape.num_layers * shape.hidden_size * BYTES[dtype]
     activations = config.batch_size * sizes.tokens * of_token * kept
-    beside = constants.learning_bytes * learning + activations + _logits_bytes(shape)
-    return constants.process_bytes + models + beside
+    beside = constants.learning_bytes * learning + activations
+    logits = _logits_bytes(shape, device, _free(device) - models)
+    return _own_bytes(device) + models + beside + logits
 
 
 def _lora_kept(shape: Anatomy) -> float:
@@ -263,9 +331,10 @@ def _lora_kept(shape: Anatomy) -> float:
     return (BYTES["float32"] + 1.0) * sum(inputs)
 
 
-def _logits_bytes(shape: Anatomy) -> float:
+def _logits_bytes(shape: Anatomy, device: torch.device, free: float) -> float:
     """The logits of a chunk of positions, and what becomes of them on the way to a loss."""
-    return LOGITS_COPIES * BYTES["float32"] * CHUNK * shape.vocab_size
+    rows = rows_at_once(device, round(free))
+    return LOGITS_COPIES * BYTES["float32"] * rows * shape.vocab_size
 
 
 def _pruning_flops(sizes: Sizes, request: Request) -> float:
@@ -355,11 +424,10 @@ def _efficiency(kind: str) -> float:
     return shares.get(kind, shares["cuda"])
 
 
-def _speed(has_gpu: bool, dtype: str) -> tuple[float, str]:
+def _speed(device: torch.device, dtype: str) -> tuple[float, str]:
     """FLOP/s that whole stages reach in a data type, and where that number comes from."""
     constants = rules().constants
-    device = default_device() if has_gpu else torch.device("cpu")
-    if has_gpu and device.type == "cpu":
+    if not _is_there(device):
         share = _efficiency("cuda")
         about = f"{constants.gpu} ({constants.gpu_source})"
         return share * constants.gpu_flops, f"{about}, {share:.0%} of it used"

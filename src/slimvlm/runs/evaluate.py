@@ -108,7 +108,7 @@ def evaluate_on_data(
         original, processor = load_as(source, baseline)
         head = head_weights_of(original)
         said = said_by(original, processor, samples, batch_size, baseline, head)
-        results["baseline"] = alone(said, names_of(samples))
+        results["baseline"] = alone(said, names_of(samples), original.device)
         del original
     found = evaluate_data(*load_as(source, model), samples, said, batch_size=batch_size, name=model)
     if out is not None:

@@ -121,7 +121,7 @@ def prune(
     held_out: dict[str, DataResult] = {}
     if unseen := samples.report:
         said = said_by_original(loaded, processor, unseen)
-        held_out[ORIGINAL] = result_of(said, unseen)
+        held_out[ORIGINAL] = result_of(said, unseen, loaded.device)
     calibration = Calibration(processor, samples.calibration, request.hold_out)
     scores = [] if given else list(stages.calibrate(request, loaded, calibration).values())
     walked = stages.prune_(request, loaded, calibration, scores, given, say=say)
@@ -183,7 +183,7 @@ def _on_disk(
     held_out: dict[str, DataResult] = {}
     if unseen := samples.report:
         said = _said_on_disk(opened, device, processor, unseen, scratch)
-        held_out[ORIGINAL] = result_of(said, unseen)
+        held_out[ORIGINAL] = result_of(said, unseen, device)
 
     def measured(folder: Path) -> str:
         if unseen:

@@ -302,6 +302,8 @@ class _State:
         return self.gone.byte().argsort(stable=True)[: self.standing]
 
     def _channels(self, units: Int64[Tensor, " N"]) -> Int64[Tensor, " _"]:
+        if self.width == 1:
+            return units
         return (units[:, None] * self.width + self.offsets).flatten()
 
     def _inverse_root(self, blocks: Float[Tensor, "*N W W"]) -> Float[Tensor, "*N W W"]:

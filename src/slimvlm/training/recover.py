@@ -22,7 +22,7 @@ from slimvlm.core.progress import is_watched
 from slimvlm.data.read import estimated_length, hold_out, subset
 from slimvlm.data.samples import Sample
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.classes import require_full_precision
+from slimvlm.models.classes import require_full_precision, require_undivided
 from slimvlm.models.load import load_processor
 from slimvlm.models.losses import layer_map
 from slimvlm.models.sharding import is_sharded
@@ -134,6 +134,8 @@ def recover(
             and the first layer that is not finite.
     """
     require_full_precision(model.config, "trained")
+    require_undivided(model, "trained", on_one_device=True)
+    require_undivided(teacher, "a teacher", on_one_device=True, field="teacher")
     processor = processor or load_processor(model.config._name_or_path, model.config)
     if processor is None:
         raise ConfigError("recover needs the model's processor or tokenizer")
@@ -164,7 +166,8 @@ def _train(job: _Job) -> History:
     torch.manual_seed(config.seed)
     precision = Precision.of(model, config.bf16)
     arguments = _training_arguments(job, precision.autocast)
-    with precision.held(model, job.teacher, arguments.device):
+    device = arguments.device
+    with _as_current(device), precision.held(model, job.teacher, device):
         trained = prepare_training(model, config)
         precision.hold_learning_(model)
         trained_params = sum(p.numel() for p in trained.parameters() if p.requires_grad)
@@ -187,6 +190,16 @@ def _train(job: _Job) -> History:
         held_out_ids=tuple(sample.id for sample in job.held_out),
         teacher=about_teacher,
     )
+
+
+@contextmanager
+def _as_current(device: torch.device) -> Iterator[None]:
+    """Make a card the current one inside, where libraries look for it."""
+    if device.type in ("cpu", "mps"):
+        yield
+    else:
+        with torch.get_device_module(device).device(device):
+            yield
 
 
 def _trainer(job: _Job, trained: Any, arguments: TrainingArguments) -> DistillationTrainer:
@@ -427,5 +440,7 @@ def _training_arguments(job: _Job, bf16: bool) -> TrainingArguments:
             disable_tqdm=False,
             gradient_checkpointing=config.gradient_checkpointing or None,
         )
+    if device.type != "cpu" and num_ranks() == 1:  # else the Trainer takes the first card
+        vars(arguments)["_setup_devices"] = device
     arguments._n_gpu = min(arguments.n_gpu, 1)  # more GPUs are torchrun's, not DataParallel's
     return arguments

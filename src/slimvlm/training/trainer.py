@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -102,11 +103,12 @@ class DistillationTrainer(Trainer):
         wanted: Supervision,
     ) -> None:
         """Stop at a loss that is not, and say at which step, in which samples and from where."""
-        for name, value in parts.items():
-            if not torch.isfinite(value):
+        values = torch.stack([value.detach().float() for value in parts.values()])
+        for name, value in zip(parts, values.tolist(), strict=True):  # read once
+            if not math.isfinite(value):
                 where = f"step {self.state.global_step + 1} (samples {', '.join(wanted.ids)})"
                 origin = self._origin_of_nan(student, inputs)
-                raise NumericalError(f"loss {name!r} is {value.item()} at {where}{origin}")
+                raise NumericalError(f"loss {name!r} is {value} at {where}{origin}")
 
     def _origin_of_nan(self, student: PreTrainedModel, inputs: dict[str, Tensor]) -> str:
         """The first decoder layer that spoils a batch, as the end of a message."""

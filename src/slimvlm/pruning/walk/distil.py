@@ -81,7 +81,8 @@ def relative_error(
     activations are a thousand times larger than the others' do not rule, nor those that the
     original makes small again. Several residual streams count alike.
     """
-    wanted, given = target.flatten(0, -2).float(), output.flatten(0, -2).float()
+    given = output.flatten(0, -2).float()
+    wanted = target.flatten(0, -2).to(given.device).float()
     weights = weights.repeat(len(wanted) // len(weights))
     squares = (wanted - given).square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-12)
     bounded = torch.where(squares <= 1, squares, 2 * squares.clamp_min(1).sqrt() - 1)

@@ -181,7 +181,7 @@ class LayerWalk:
         total, count = self._total(unit), self._count(unit)
         gram = moments.gram / moments.count.clamp_min(1e-12)
         damping = self._steps.ridge or DAMPING
-        found = removal_order(writer.linear.weight, gram, total, total - count, damping)
+        found = removal_order(writer.weight, gram, total, total - count, damping)
         self._scores[unit] = found.scores()
         self._kept[unit] = tuple(found.left.tolist())
         self.plan = self.plan.with_units(self._index, {unit: self._kept[unit]})
@@ -198,7 +198,7 @@ class LayerWalk:
             moments: Of its inputs.
             refitted: What choosing its units made of it.
         """
-        weight, bias = writer.linear.weight, writer.linear.bias
+        weight, bias = writer.weight, writer.bias
         keep = writer.kept_channels(self.plan)
         places, end = self._streams.held_out, self._end if kind == SEAM else None
         new: tuple[Tensor, Tensor | None]
@@ -216,7 +216,7 @@ class LayerWalk:
         self._refits[writer.projection.path] = row
         if not row.share:
             return None
-        new_bias = None if new[1] is None else blended(bias, new[1], row.share)
+        new_bias = None if bias is None or new[1] is None else blended(bias, new[1], row.share)
         return blended(weight[:, keep], new[0], row.share), new_bias
 
     def _is_seam(self, writers: Sequence[Writer]) -> bool:

@@ -17,6 +17,7 @@ from slimvlm.core.errors import NumericalError
 from slimvlm.data.roles import token_weights as weights_by_role
 from slimvlm.models.cost import free_memory
 from slimvlm.models.hidden import all_finite, head_of
+from slimvlm.models.load import with_float64
 from slimvlm.models.parts import decoder_layers, final_norm, hands_on
 from slimvlm.pruning.least_squares import Moments
 from slimvlm.pruning.walk.kept_inputs import MOST_BYTES, KeptInputs, things_beside
@@ -207,7 +208,7 @@ class Streams:
         linear = writer.linear
         dtype = torch.promote_types(linear.weight.dtype, torch.float32)
         outputs = None if end is None else linear.out_features
-        moments = Moments.zero(linear.in_features, outputs, dtype, linear.weight.device)
+        moments = Moments.zero(linear.in_features, outputs, dtype, writer.weight.device)
         for rows in self.rows(stream, writer, places, end, kept):
             moments.add(*rows)
         sums = [moments.gram] if moments.cross is None else [moments.gram, moments.cross]
@@ -247,13 +248,13 @@ class Streams:
         own = next((inputs for inputs in kept if inputs.linear is writer.linear), None)
         known = None if own is None else ((p, own.values[p]) for p in places if p in own.values)
         for place, x in known or self.inputs(stream, writer, places, kept):
-            x = x.to(writer.linear.weight.device, non_blocking=True)
+            x = x.to(writer.weight.device, non_blocking=True)
             rows = [x.flatten(0, -2), self.weights[place].to(x.device)]
             if end is not None:
                 output = self.output(stream, writer.index, place, kept)
                 target = self.state(ORIGINAL, end, place).to(output.device)
                 dtype = torch.promote_types(target.dtype, torch.float32)
-                rows.append((target.to(dtype) - output.to(dtype)).flatten(0, -2))
+                rows.append((target.to(dtype) - output.to(dtype)).flatten(0, -2).to(x.device))
             yield rows
 
     def _running(self, index: int, places: Iterable[int]) -> Iterator[int]:
@@ -272,10 +273,11 @@ class Streams:
         once = self.output(stream, index, place)
         hook = linear.register_forward_hook(twice)
         try:
-            change = (self.output(stream, index, place) - once).double()
+            change = with_float64(self.output(stream, index, place) - once).double()
         finally:
             hook.remove()
-        share = (change * seen[0]).sum() / seen[0].double().square().sum()
+        given = with_float64(seen[0]).double()
+        share = (change * given).sum() / given.square().sum()
         return bool((share - 1).abs() < 0.25)
 
     def answer_loss(self, stream: str, end: int) -> float:

@@ -63,7 +63,7 @@ def _costs(streams: Streams, plans: Sequence[Plan], index: int) -> list[float]:
     total, written = [0.0] * len(plans), 0.0
     layer = decoder_layers(streams.runner.model)[index]
     for writer in writers_of_layer(layer, index, plans[0].before.backbone):
-        moments, weight = streams.moments(TRIAL, writer, streams.fitted), writer.linear.weight
+        moments, weight = streams.moments(TRIAL, writer, streams.fitted), writer.weight
         channels = torch.arange(weight.shape[1], device=weight.device)
         written += moments.square(weight.double(), channels, centred=False)
         counts = [_removed(plan, index, writer.unit) for plan in plans]

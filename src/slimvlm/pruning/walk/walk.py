@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError, DataError, UnsupportedModelError
 from slimvlm.core.progress import Say, silent
 from slimvlm.models.anatomy import Anatomy, read_anatomy
-from slimvlm.models.classes import require_full_precision
+from slimvlm.models.classes import require_full_precision, require_undivided
 from slimvlm.models.hidden import device_of, evaluating
 from slimvlm.models.parts import hands_on, text_config_of
 from slimvlm.models.units import WIDTH_UNITS
@@ -103,6 +103,7 @@ def walk_(
     fitted, judges = split_batches(list(batches), held_out, steps)
     given = [scores] if isinstance(scores, Scores) else list(scores)
     require_full_precision(model.config, "pruned")
+    require_undivided(model, "pruned")
     if plan is None:
 
         def score_layers() -> list[Scores]:
@@ -172,23 +173,19 @@ def plans_for(
     return width_candidates(anatomy, scores, ratio, axis, WALKING, allocation, **options), True
 
 
-def states_bytes(
-    config: PreTrainedConfig, tokens: float, itemsize: int, plans: Sequence[Plan], steps: Steps
-) -> float:
+def states_bytes(hidden_size: int, tokens: float, itemsize: int, aims: bool) -> float:
     """Bytes of the hidden states that a walk keeps at one time.
 
     Those that enter the first layer, twice those behind the walked layers, twice the original's
     where these are aimed at, and those of held-out batches behind plain slices.
 
     Args:
-        config: The model's.
+        hidden_size: Numbers of a token's hidden state.
         tokens: Tokens of all batches, padding included.
         itemsize: Bytes of a number.
-        plans: What the walk may follow.
-        steps: What is done in a layer.
+        aims: Whether layers are fitted to the original's hidden states.
     """
-    sets = 3.5 + 2 * any(aims_at_original(steps, plan) for plan in plans)
-    return sets * tokens * text_config_of(config).hidden_size * itemsize
+    return (3.5 + 2 * aims) * tokens * hidden_size * itemsize
 
 
 def runner_for(
@@ -215,7 +212,9 @@ def runner_for(
     if hands_on(model.config) and isinstance(source, Live):  # layers share objects
         return LayerwiseModel(source, Memory(), device)
     tokens = sum(batch["input_ids"].numel() for batch in batches)
-    needed = states_bytes(model.config, tokens, model.dtype.itemsize, plans, steps)
+    hidden = text_config_of(model.config).hidden_size
+    aims = any(aims_at_original(steps, plan) for plan in plans)
+    needed = states_bytes(hidden, tokens, model.dtype.itemsize, aims)
     place = StatesPlace.of(needed, device)
     say(f"hidden states: {place}")
     return LayerwiseModel(source, place.store(folder), device)

@@ -226,7 +226,7 @@ class Scratch:
     ) -> dict[str, Tensor]:
         """See `Store`; mapped on a CPU."""
         with safe_open(self._path(name, place), framework="pt", device=str(device)) as file:
-            names = [key for key in file.keys() if key != but] if only is None else [only]
+            names = filter(lambda key: key != but, file.keys()) if only is None else [only]
             return {key: file.get_tensor(key) for key in names}
 
     def held(self, value: Tensor) -> Tensor:
@@ -336,16 +336,24 @@ class StatesPlace:
     free: tuple[int, int]
 
     @classmethod
-    def of(cls, needed: float, device: torch.device) -> StatesPlace:
-        """The device if a quarter of what is free there is enough, else the host if a half is."""
-        free = free_memory(device), free_memory(torch.device("cpu"))
+    def of(cls, needed: float, device: torch.device, taken: int = 0) -> StatesPlace:
+        """The device if a quarter of what is free there is enough, else the host if a half is.
+
+        Args:
+            needed: Bytes of all that is kept at one time.
+            device: Where layers run.
+            taken: Bytes on the device that will not be free any more by then.
+        """
+        host = torch.device("cpu")
+        on_device, on_host = free_memory(device) - taken, free_memory(host)
+        free = max(on_device, 0), max(on_device if device == host else on_host, 0)
         if device.type != "cpu" and needed <= free[0] / 4:
             return cls(needed, device, "device", free)
         return cls(needed, device, "host" if needed <= free[1] / 2 else "files", free)
 
     def __str__(self) -> str:
         """For people: how much is kept, where, and why there."""
-        size, on_device, on_host = (f"{n / 2**30:.1f} GiB" for n in (self.needed, *self.free))
+        size, on_device, on_host = (f"{n / 2**30:.2f} GiB" for n in (self.needed, *self.free))
         why = f"{on_host} free on the host"
         if self.device.type != "cpu":
             why = f"{on_device} free on {self.device}, {why}"
