@@ -216,6 +216,7 @@ def _install() -> None:
         "_cuda_maybeExchangeDevice": lambda device: _activate(device),
         "_cuda_synchronize": nothing(),
         "_cuda_getCompiledVersion": lambda: 12080,
+        "_cuda_getCurrentRawStream": lambda device: 0,
     }.items():
         setattr(torch._C, name, answer)
 

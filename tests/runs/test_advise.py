@@ -97,8 +97,11 @@ def test_costs_grow_with_what_they_rest_on(model: str, monkeypatch: pytest.Monke
     assert many.training_hours == pytest.approx(10 * few.training_hours)
     weights = 2 * 7.06e9
     assert many.training_bytes == few.training_bytes > weights
-    # the original's weights and those that stay, a layer that learns
-    assert many.calibration_bytes == pytest.approx(1.7 * weights + 0.6e9 + 2.3e9, rel=0.05)
+    # on a GPU the original and the smaller model, which are timed in turn; on a CPU the original,
+    # new weights, a layer that learns and the process
+    assert many.calibration_bytes == pytest.approx(1.7 * weights, rel=0.05)
+    on_cpu = advise(model, ratio=0.3, gpu=False).cost.calibration_bytes
+    assert on_cpu == pytest.approx(1.7 * weights + 0.65e9 + 2.9e9, rel=0.1)
 
 
 def test_weights_of_another_type_take_another_time(

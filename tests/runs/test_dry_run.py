@@ -16,9 +16,9 @@ from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import CompressConfig, RecoverConfig
 from slimvlm.core.progress import silent
 from slimvlm.models.load import anatomy
-from slimvlm.runs import estimate
+from slimvlm.runs import dry_run, estimate
 from slimvlm.runs.command import compress_command, config_text, read_config, with_config
-from slimvlm.runs.dry_run import foresee
+from slimvlm.runs.dry_run import foresee, foreseen_rows
 from tests import tiny_folder as folders
 
 pytestmark = pytest.mark.usefixtures("unhurried")
@@ -135,6 +135,24 @@ def test_a_dry_run_says_what_would_be_done_and_reads_no_weight(
     more = foresee(str(model), config_for(data, samples=12), silent).cost
     assert more.pruning_hours > found.cost.pruning_hours
     assert {path.name for path in tmp_path.iterdir()} == {"data", "model"}
+
+
+def test_a_dry_run_says_what_memory_has_no_room_for(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for(data, device="cpu")
+
+    def rows() -> dict[str, str]:
+        return {row[0]: row[1] for row in foreseen_rows(foresee(MODEL, config, silent))}
+
+    enough = rows()
+    assert " in host memory (" in enough["hidden states"]
+    assert enough["memory of pruning"].endswith(" on cpu")
+    assert enough["memory of training"].endswith(" on cpu")
+    monkeypatch.setattr(dry_run, "free_memory", lambda device: 2**20)
+    little = rows()
+    assert ", more than the 1.0 MiB free on cpu: prune --low-memory" in little["memory of pruning"]
+    assert ", more than the 1.0 MiB free on cpu: --gradient-ch" in little["memory of training"]
 
 
 def test_a_dry_run_chooses_tokens(data: Path) -> None:

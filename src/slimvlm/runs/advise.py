@@ -33,7 +33,7 @@ from slimvlm.runs.estimate import (
     Sizes,
     estimate_cost,
     image_tokens,
-    kept_bytes,
+    token_bytes,
 )
 from slimvlm.runs.recipes import (
     Recipe,
@@ -152,7 +152,7 @@ def advise(
         tokens=float(sees + rules().constants.text_tokens),
         samples=given,
         calibration=min(CalibrationConfig().samples, given),
-        token_bytes=kept_bytes(load_config(model), dtype),
+        token_bytes=token_bytes(load_config(model), dtype),
         vocabulary=tokens,
     )
     device = default_device()

@@ -16,7 +16,7 @@ from slimvlm.models.cost import BYTES, free_memory, weight_bytes
 from slimvlm.models.load import anatomy, device_named, load_config, load_processor, resolve
 from slimvlm.planning.plan import Plan
 from slimvlm.runs.compress import request_of
-from slimvlm.runs.estimate import Cost, Sizes, estimate_cost, kept_bytes
+from slimvlm.runs.estimate import Cost, Sizes, estimate_cost, token_bytes
 from slimvlm.runs.request import (
     Request,
     check_questions,
@@ -99,7 +99,7 @@ def foresee(model: str, config: CompressConfig, say: Say = print) -> Foreseen:
         tokens=tokens,
         samples=training,
         calibration=len(samples.calibration),
-        token_bytes=kept_bytes(described, dtype),
+        token_bytes=token_bytes(described, dtype),
         vocabulary=None if request.tokens is None else len(request.tokens),
     )
     return Foreseen(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -48,8 +49,8 @@ class Sizes:
         tokens: Mean tokens of a conversation, those of its pictures included.
         samples: Conversations that there are to train on.
         calibration: Conversations to calibrate on.
-        token_bytes: What the backward pass keeps of a token, all layers together; see
-            `kept_bytes`.
+        token_bytes: What the backward pass keeps of a token, all layers together, by the data type
+            that it computes in; see `kept_bytes`.
         vocabulary: Tokens that stay in the smaller model; None for all.
     """
 
@@ -57,7 +58,7 @@ class Sizes:
     tokens: float
     samples: int
     calibration: int = CalibrationConfig().samples
-    token_bytes: float = 0.0
+    token_bytes: Mapping[str, float] = field(default_factory=dict)
     vocabulary: int | None = None
 
     @property
@@ -137,7 +138,7 @@ def estimate_cost(
     speed, timed = _speed(device, dtype)
     usable = 3600 * speed
     about = [
-        f"memory on {device}",
+        f"memory of {device}" + ", the process among it" * (device.type == "cpu"),
         f"pruning: the weights, {constants.gram_copies} Gram matrices, hidden states and inputs of "
         "a layer's matrices, what a layer learns with, activations where a criterion reads "
         f"gradients; or both models while they are compared ({constants.walk_source})",
@@ -157,7 +158,7 @@ def estimate_cost(
     config, ratio = request.recover, ratio_of(request.prune)
     about.append(
         f"training memory: the weights, {constants.learning_bytes} bytes for each weight that "
-        f"learns, {sizes.token_bytes / 1000:.0f} kB kept of each token "
+        f"learns, {sizes.token_bytes.get(dtype, 0.0) / 1000:.0f} kB kept of each token "
         f"({constants.activation_source}), batches of {config.batch_size}"
     )
     flops = sizes.training_flops(config, 1 - ratio)
@@ -169,6 +170,11 @@ def estimate_cost(
         samples=sizes.learnt(config),
         rests_on=tuple(about),
     )
+
+
+def token_bytes(config: PreTrainedConfig, dtype: str) -> dict[str, float]:
+    """`kept_bytes` in the data type of the weights, and in that of autocast."""
+    return {name: kept_bytes(config, name) for name in {dtype, "bfloat16"}}
 
 
 def kept_bytes(config: PreTrainedConfig, dtype: str) -> float:
@@ -266,7 +272,7 @@ def _pruning_bytes(
         inputs = min(MOST_BYTES, free / 8) * (are_here or on_cpu)
         stages.append(held + beside + _walk_bytes(sizes, config, dtype, inputs))
     if any(CRITERIA[name].capture.backward for name in config.criterion):
-        batch = CALIBRATION_BATCH * sizes.tokens * sizes.token_bytes
+        batch = CALIBRATION_BATCH * sizes.tokens * sizes.token_bytes.get(dtype, 0.0)
         largest = max(layer.params for layer in shape.layers) * BYTES[dtype]
         stages.append(held + batch + largest + _logits_bytes(shape, device, free))
     return _own_bytes(device) + max(stages)
@@ -292,7 +298,7 @@ def _walk_bytes(sizes: Sizes, config: PruneConfig, dtype: str, most_inputs: floa
     inputs = sum(each for each in read if each <= most_inputs)
     learning = 0.0
     if config.local_steps != 0:
-        of_layer = sizes.token_bytes / shape.num_layers
+        of_layer = sizes.token_bytes.get(dtype, 0.0) / shape.num_layers
         learning = constants.learning_bytes * (1 - ratio) * largest.params
         learning += CALIBRATION_BATCH * sizes.tokens * of_layer
     return max(grams + inputs, learning)
@@ -301,34 +307,44 @@ def _walk_bytes(sizes: Sizes, config: PruneConfig, dtype: str, most_inputs: floa
 def _training_bytes(
     sizes: Sizes, request: Request, config: RecoverConfig, device: torch.device, dtype: str
 ) -> float:
-    """The weights, what learns, and activations. A teacher shares what stays frozen."""
+    """The weights, what learns, and activations. A teacher shares what stays frozen.
+
+    On a CPU, attention that keeps its scores makes up for activations in bfloat16.
+    """
     shape, constants, ratio = sizes.shape, rules().constants, ratio_of(request.prune)
+    is_bfloat16 = config.bf16
+    if is_bfloat16 is None:
+        is_bfloat16 = not _is_there(device) or computes_bfloat16(device)
+    dtype = dtype if is_bfloat16 else "float32"
+    kept_in = "bfloat16" if is_bfloat16 and device.type != "cpu" else dtype
     held = weight_bytes(shape, dtype)
     smaller = held * (1 - ratio * shape.backbone_params / shape.total_params)
-    if not config.needs_teacher:
-        models = smaller
-    else:
+    models = smaller
+    if config.needs_teacher:
         models = held + smaller * (config.train == "full")
     learning = learning_params(shape, ratio, config.train, config.lora_rank)
     if config.train == "full":
         models -= learning * BYTES[dtype]  # they are held among those that learn
     kept = 1 - sizes.decoder_share(ratio)
-    of_token = sizes.token_bytes + (_lora_kept(shape) if config.train == "lora" else 0)
+    of_token = sizes.token_bytes.get(kept_in, 0.0)
+    if config.train == "lora":
+        of_token += _lora_kept(shape, "float32" if device.type == "cpu" else kept_in)
     if config.gradient_checkpointing:
-        of_token = of_token / shape.num_layers + shape.num_layers * shape.hidden_size * BYTES[dtype]
+        of_token /= shape.num_layers
+        of_token += shape.num_layers * shape.hidden_size * BYTES[dtype]
     activations = config.batch_size * sizes.tokens * of_token * kept
     beside = constants.learning_bytes * learning + activations
     logits = _logits_bytes(shape, device, _free(device) - models)
     return _own_bytes(device) + models + beside + logits
 
 
-def _lora_kept(shape: Anatomy) -> float:
-    """What LoRA keeps of a token: its inputs after dropout, in float32, and where these fell."""
+def _lora_kept(shape: Anatomy, dtype: str) -> float:
+    """What LoRA keeps of a token: its inputs after dropout, and where these fell."""
     inputs = [
         5 * shape.hidden_size + layer.num_heads * layer.head_dim + layer.intermediate_size
         for layer in shape.layers
     ]
-    return (BYTES["float32"] + 1.0) * sum(inputs)
+    return (BYTES[dtype] + 1.0) * sum(inputs)
 
 
 def _logits_bytes(shape: Anatomy, device: torch.device, free: float) -> float:

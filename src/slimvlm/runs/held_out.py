@@ -24,9 +24,9 @@ from slimvlm.evaluation.on_data import (
 )
 from slimvlm.evaluation.said import Said
 from slimvlm.models.hidden import evaluating, head_of, head_weights_of
-from slimvlm.models.parts import decoder_layers, final_norm
+from slimvlm.models.parts import decoder_layers, final_norm, text_config_of
 from slimvlm.scoring.layerwise.runner import LayerwiseModel, Source
-from slimvlm.scoring.layerwise.stores import Store
+from slimvlm.scoring.layerwise.stores import StatesPlace
 
 ORIGINAL, PRUNED = "original", "pruned"
 FILE = "data-{}.json"
@@ -48,41 +48,44 @@ def result_of(
 
 
 def said_from_files(
-    source: Source, store: Store, device: torch.device, processor: Any, samples: Sequence[Sample]
+    source: Source, folder: Path, device: torch.device, processor: Any, samples: Sequence[Sample]
 ) -> Said:
     """As `said_by_original`, with one layer in memory at a time."""
-    with _final_states(source, store, device, processor, samples) as states:
+    with _final_states(source, folder, device, processor, samples) as states:
         return kept(ORIGINAL, states, head_weights_of(source.model), words_of(processor))
 
 
 def compared_from_files(
     source: Source,
-    store: Store,
+    folder: Path,
     device: torch.device,
     processor: Any,
     samples: Sequence[Sample],
     original: Said,
 ) -> DataResult:
     """A smaller model beside the original, with one layer in memory at a time."""
-    with _final_states(source, store, device, processor, samples) as states:
+    with _final_states(source, folder, device, processor, samples) as states:
         words, names = words_of(processor), names_of(samples)
         return compared(PRUNED, states, head_of(source.model), names, words, original)
 
 
 @contextmanager
 def _final_states(
-    source: Source, store: Store, device: torch.device, processor: Any, samples: Sequence[Sample]
+    source: Source, folder: Path, device: torch.device, processor: Any, samples: Sequence[Sample]
 ) -> Iterator[Iterator[States]]:
-    """Final hidden states of samples; the head has its weights inside."""
-    runner, places = LayerwiseModel(source, store, device), []
+    """Compute final hidden states of samples; inside, the head has its weights.
 
-    def inputs() -> Iterator[dict[str, Any]]:
-        for batch_places, batch in batches_of(processor, samples, _BATCH):
-            places.append(batch_places)
-            yield batch
-
+    Hidden states between layers are kept where they fit; ``folder`` is for files, if need be.
+    """
+    found = list(batches_of(processor, samples, _BATCH))
+    places, batches = [each for each, _ in found], [batch for _, batch in found]
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    width = text_config_of(source.model.config).hidden_size
+    needed = 3 * tokens * width * source.model.dtype.itemsize
+    store = StatesPlace.of(needed, device).store(folder)
+    runner = LayerwiseModel(source, store, device)
     with evaluating(runner.model), torch.no_grad():
-        runner.embed(inputs())
+        runner.embed(batches)
         last = len(decoder_layers(runner.model))
         for index in range(last):
             with runner.layer(index) as layer:

@@ -187,10 +187,9 @@ def _on_disk(
 
     def measured(folder: Path) -> str:
         if unseen:
-            smaller, at = open_checkpoint(folder, config.dtype), Scratch(scratch / "unseen")
-            words = trimmed_processor(processor, walked.plan)
-            how = (smaller, at, device, words, unseen, said)
-            held_out[PRUNED] = compared_from_files(*how)
+            smaller = open_checkpoint(folder, config.dtype)
+            words, at = trimmed_processor(processor, walked.plan), scratch / "unseen"
+            held_out[PRUNED] = compared_from_files(smaller, at, device, words, unseen, said)
             _write_held_out(held_out, folder)
         return held_out_text(held_out)
 
@@ -220,8 +219,7 @@ def _said_on_disk(
     """What the original says, which a restart does not ask again."""
     path = scratch / "said.safetensors"
     if not path.exists():
-        store = Scratch(scratch / "unseen")
-        said = said_from_files(opened, store, device, processor, samples)
+        said = said_from_files(opened, scratch / "unseen", device, processor, samples)
         said.save(path)
         shutil.rmtree(scratch / "unseen", ignore_errors=True)
     return Said.load(path)

@@ -161,11 +161,12 @@ class LayerwiseModel:
 
         Raises:
             DataError: If there is no batch.
-            UnsupportedModelError: If layers read keys and values of earlier ones, and the store
-                cannot hand these on.
+            UnsupportedModelError: If layers read keys and values of earlier ones, and the model is
+                in files or the store cannot hand these on.
         """
         config = self.model.config
-        if hands_on(config) and not self.store.keeps_objects:
+        keeps_objects = self.store.keeps_objects and isinstance(self.source, Live)
+        if hands_on(config) and not keeps_objects:
             raise UnsupportedModelError(
                 f"model_type {config.model_type!r} cannot be run with low memory: its last layers "
                 "read keys and values of earlier ones"
