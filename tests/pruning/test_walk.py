@@ -64,7 +64,7 @@ def outcome(
 ) -> Walked:
     """What a walk finds; the model is not changed."""
     runner = LayerwiseModel(Live(model), Memory(), model.device)
-    return walk_batches(runner, [plan], False, data, judges, steps, None)
+    return walk_batches(runner, [plan], False, data, judges, steps, None, Memory())
 
 
 # Repair

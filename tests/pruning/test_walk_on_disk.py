@@ -74,7 +74,7 @@ def walked(
 ) -> Walked:
     """A walk with one held-out batch."""
     runner = LayerwiseModel(source, store, CPU)
-    return walk_batches(runner, *chosen, data[:-1], data[-1:], steps, None)
+    return walk_batches(runner, *chosen, data[:-1], data[-1:], steps, None, store)
 
 
 def assert_same(actual: Walked, expected: Walked) -> None:

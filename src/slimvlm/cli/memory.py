@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from slimvlm.core.errors import SlimError, one_line
+from slimvlm.core.errors import SlimError, is_out_of_memory, one_line
 from slimvlm.core.progress import current_stage, own_stages
 
 _LESS_AT_ONCE = "a smaller --batch-size"
@@ -42,19 +42,20 @@ def memory_explained(words: Sequence[str]) -> Iterator[None]:
     with own_stages():
         try:
             yield
-        except RuntimeError as error:
-            if (told := _out_of_memory(one_line(error), words)) is None:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
                 raise
-            raise SlimError(told) from error
+            raise SlimError(_out_of_memory(one_line(error), words)) from error
 
 
-def _out_of_memory(told: str, words: Sequence[str]) -> str | None:
-    """What an error says for people; None if it is about anything but memory."""
+def _out_of_memory(told: str, words: Sequence[str]) -> str:
+    """What an error says for people."""
     kind = re.search(r"(\w+)(?: backend| error:)? out of memory", told)
-    if kind is None and "allocate memory" not in told and "not enough memory" not in told:
-        return None
+    kind = kind or re.search(r"(CU)\w+_ALLOC_FAILED", told)
     number = re.search(r"GPU (\d+)", told)
-    name = {"HIP": "cuda"}.get(kind[1], kind[1].lower()) if kind is not None else "cpu"
+    name = (
+        {"HIP": "cuda", "CU": "cuda"}.get(kind[1], kind[1].lower()) if kind is not None else "cpu"
+    )
     where = f"{name}:{number[1]}" if number is not None else name
     stage = current_stage() or words[0]
     needed = re.search(r"tried to allocate ([\d.]+) (\w+)", told, re.IGNORECASE)

@@ -43,6 +43,16 @@ class DamagedError(SlimError):
     """A checkpoint whose files are not those that were written."""
 
 
+_NO_MEMORY = ("out of memory", "alloc_failed", "allocate memory", "not enough memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host has no memory left, whatever library says so."""
+    told = str(error).lower()
+    is_theirs = isinstance(error, RuntimeError) and any(words in told for words in _NO_MEMORY)
+    return is_theirs or isinstance(error, MemoryError)
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, in one line; its class where it says nothing."""
     said = str(error).strip()

@@ -48,6 +48,15 @@ def current_stage() -> str:
 
 
 @contextmanager
+def stage(what: str) -> Iterator[None]:
+    """Name the stage that runs inside; the name stays if an error ends it."""
+    around = _STAGE.get()
+    _STAGE.set(what)
+    yield
+    _STAGE.set(around)
+
+
+@contextmanager
 def own_stages() -> Iterator[None]:
     """Inside, `current_stage` knows only stages that begin there."""
     token = _STAGE.set("")

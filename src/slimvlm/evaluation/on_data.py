@@ -312,7 +312,7 @@ class _Spoken:
     def summed(self, numbers: Float[Tensor, "N K"], which: Sequence[bool]) -> Iterator[OnSample]:
         """Each sample from what is known of its tokens; ``which`` are compared."""
         require_finite_values(numbers, f"what is said about sample {self.names[0]!r}")
-        sums = [part.double().sum(0).tolist() for part in numbers.split(self.counts)]
+        sums = [part.double().sum(0).tolist() for part in numbers.cpu().split(self.counts)]
         for name, count, total, is_compared in zip(
             self.names, self.counts, sums, which, strict=True
         ):

@@ -155,8 +155,12 @@ def free_memory(device: torch.device) -> int:
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     if device.type != "cpu":
         card = torch.get_device_module(device)
-        spare: int = card.memory_reserved(device) - card.memory_allocated(device)
-        return int(card.mem_get_info(device)[0]) + spare  # what torch keeps is free, too
+        held: int = card.memory_allocated(device)
+        try:
+            spare: int = card.memory_reserved(device) - held  # what torch keeps is free, too
+            return int(card.mem_get_info(device)[0]) + spare
+        except RuntimeError:  # some Intel GPUs do not say
+            return int(card.get_device_properties(device).total_memory) - held
     free: int = psutil.virtual_memory().available
     for limit, used in CONTAINER_LIMITS:
         if limit.is_file() and (most := limit.read_text().strip()).isdecimal():
@@ -177,8 +181,9 @@ def peak_memory() -> str:
     unit = 1 if sys.platform == "darwin" else 1024
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     text = f"{held / 2**30:.1f} GiB"
-    card = torch.get_device_module(torch.accelerator.current_accelerator() or "cpu")
-    peak = getattr(card, "max_memory_allocated", lambda index: 0)  # MPS counts none
-    if on_card := max(map(peak, range(torch.accelerator.device_count())), default=0):
-        text += f", {on_card / 2**30:.1f} GiB on the accelerator"
+    if torch.accelerator.is_available():
+        card = torch.get_device_module(torch.accelerator.current_accelerator())
+        peak = getattr(card, "max_memory_allocated", lambda index: 0)  # MPS counts none
+        if on_card := max(map(peak, range(torch.accelerator.device_count()))):
+            text += f", {on_card / 2**30:.1f} GiB on the accelerator"
     return text

@@ -13,7 +13,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from transformers.utils import (
     CONFIG_NAME,
@@ -23,7 +22,14 @@ from transformers.utils import (
 )
 
 from slimvlm.core.documents import read_object, read_text
-from slimvlm.core.errors import LONGEST, ConfigError, SlimError, one_line, shortened
+from slimvlm.core.errors import (
+    LONGEST,
+    ConfigError,
+    SlimError,
+    is_out_of_memory,
+    one_line,
+    shortened,
+)
 from slimvlm.models.internals import file_if_reachable
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -67,9 +73,11 @@ def unreadable(model: str | Path, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (SlimError, torch.OutOfMemoryError):
+    except SlimError:
         raise
     except Exception as error:  # broken files make libraries raise almost anything
+        if is_out_of_memory(error):
+            raise
         told = one_line(error)[:LONGEST]
         raise ConfigError(f"model {str(model)!r}: {what} cannot be read ({told})") from error
 

@@ -175,9 +175,9 @@ def check_models(options: LoadConfig, *models: str) -> None:
 
 def default_device() -> torch.device:
     """This process's accelerator (CUDA, MPS, XPU, ...) if there is one, else the CPU."""
-    found = torch.accelerator.current_accelerator()
-    if found is None or not torch.accelerator.is_available():
+    if not torch.accelerator.is_available():
         return torch.device("cpu")
+    found: Any = torch.accelerator.current_accelerator()
     return torch.device(found.type, local_rank() % torch.accelerator.device_count())
 
 
@@ -249,9 +249,12 @@ def computes_bfloat16(device: torch.device) -> bool:
     """Whether a device multiplies bfloat16 matrices natively, and does not emulate that."""
     if device.type == "mps":
         return False  # float32 is as fast on the first chips, and torch cannot tell which one it is
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
         supported = getattr(torch.get_device_module(device), "is_bf16_supported", None)
-        return supported is not None and bool(supported(including_emulation=False))
+        return supported is not None and bool(supported())
     told: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.8 on
     return bool(told.get("amx_bf16") or told.get("avx512_bf16"))
 

@@ -260,9 +260,9 @@ class Plan:
         counts = self._narrowed.expert_counts
         return counts if counts != self.before.expert_counts else []
 
-    def save(self, path: str | Path) -> None:
-        """Write the plan as JSON."""
-        values = {
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
             "format": FORMAT,
             "axis": self.axis,
             "asked_ratio": self.asked_ratio,
@@ -275,7 +275,10 @@ class Plan:
             "tokens": self.tokens,
             "before": self.before.to_dict(),
         }
-        write_text(Path(path), json.dumps(values) + "\n")
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        write_text(Path(path), json.dumps(self.to_dict()) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -284,8 +287,20 @@ class Plan:
         Raises:
             ConfigError: If the file is missing, is not a plan, or names units that do not exist.
         """
-        where = f"plan {str(path)!r}"
-        file = built(_PlanFile, read_object(path, "plan"), where)
+        return cls.from_dict(read_object(path, "plan"), f"plan {str(path)!r}")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "plan") -> Plan:
+        """Make a plan of what `to_dict` gave.
+
+        Args:
+            values: Plain values, as JSON holds them.
+            where: What the message of an error begins with.
+
+        Raises:
+            ConfigError: If it is not a plan, or names units that do not exist.
+        """
+        file = built(_PlanFile, values, where)
         before = file.before
         if before.model_type not in FAMILIES or before.text_type not in BACKBONES:
             raise ConfigError(

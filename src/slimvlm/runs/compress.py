@@ -16,11 +16,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from slimvlm.core.checked import part_of
-from slimvlm.core.errors import SlimError, one_line
+from slimvlm.core.errors import SlimError, is_out_of_memory, one_line
 from slimvlm.core.files import (
     discard_replacement,
     held,
@@ -385,11 +384,12 @@ def _timed(run: Run, model: PreTrainedModel, processor: Any, whole_processor: An
         found = paired_times(
             model, processor, stages.load_original(run.request)[0], whole_processor
         )
-    except torch.OutOfMemoryError as error:
-        run.say(f"times are not paired: both models do not fit on {model.device}: {error}")
-        return
-    except (SlimError, NotImplementedError, ValueError) as error:  # what generation cannot do
-        run.say(f"times are not paired: {one_line(error)}")
+    except Exception as error:  # a run goes on without times, and says why it has none
+        if is_out_of_memory(error):
+            why = f"both models do not fit on {model.device} together ({one_line(error)})"
+        else:
+            why = one_line(error) if isinstance(error, SlimError) else repr(error)
+        run.say(f"times are not paired: {why}")
         return
     finally:
         release_memory()  # of the original

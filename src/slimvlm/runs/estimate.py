@@ -332,7 +332,8 @@ def _training_bytes(
     if config.gradient_checkpointing:
         of_token /= shape.num_layers
         of_token += shape.num_layers * shape.hidden_size * BYTES[dtype]
-    activations = config.batch_size * sizes.tokens * of_token * kept
+    batch = min(config.batch_size, sizes.learnt(config))
+    activations = batch * sizes.tokens * of_token * kept
     beside = constants.learning_bytes * learning + activations
     logits = _logits_bytes(shape, device, _free(device) - models)
     return _own_bytes(device) + models + beside + logits

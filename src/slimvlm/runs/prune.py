@@ -188,7 +188,7 @@ def _on_disk(
     def measured(folder: Path) -> str:
         if unseen:
             smaller = open_checkpoint(folder, config.dtype)
-            words, at = trimmed_processor(processor, walked.plan), scratch / "unseen"
+            words, at = trimmed_processor(processor, walked.plan), scratch / "unseen-pruned"
             held_out[PRUNED] = compared_from_files(smaller, at, device, words, unseen, said)
             _write_held_out(held_out, folder)
         return held_out_text(held_out)

@@ -176,7 +176,7 @@ class _Removal:
                 for row, index in enumerate(candidates):
                     hidden = self._final(_without(index), place)
                     found = row_divergences(hidden, original.to(hidden.device), head, head)
-                    total[row] += found.double().cpu() @ weights[weights > 0].double().cpu()
+                    total[row] += found.cpu().double() @ weights[weights > 0].cpu().double()
         require_finite(total, "the predictions without a layer")
         return total
 

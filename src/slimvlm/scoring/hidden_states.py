@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.hidden import layer_input, layer_output, main_stream
+from slimvlm.models.load import with_float64
 from slimvlm.models.parts import decoder_layers, final_norm
 from slimvlm.scoring.batches import BackbonePass, Batch, TokenWeights
 from slimvlm.scoring.statistics import HiddenStates, require_finite
@@ -56,8 +57,9 @@ def angular_distance(
         Gromov et al. 2024, The Unreasonable Ineffectiveness of the Deeper Layers,
         arXiv:2403.17887, Eq. 6.
     """
+    ours, theirs = (with_float64(hidden).double() for hidden in (hidden_in, hidden_out))
     cosine = torch.nn.functional.cosine_similarity(
-        hidden_in.double(), hidden_out.double(), dim=-1, eps=torch.finfo(torch.float64).tiny
+        ours, theirs, dim=-1, eps=torch.finfo(torch.float64).tiny
     )
     return (torch.arccos(cosine.clamp(-1.0, 1.0)) / math.pi).float()
 
@@ -105,7 +107,8 @@ class _Comparison:
     def _influence(self, hidden_in: Tensor, hidden_out: Tensor) -> Tensor:
         device = hidden_out.device  # the input may come from another card
         values = block_influence(hidden_in.to(device), hidden_out, self.seen.mask.to(device))
-        return (values * self.seen.weights.to(device)).sum(dtype=torch.float64).cpu()
+        weighted = with_float64(values * self.seen.weights.to(device))
+        return weighted.sum(dtype=torch.float64).cpu()
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:

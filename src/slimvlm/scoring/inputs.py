@@ -20,6 +20,7 @@ from slimvlm.core.errors import UnsupportedModelError
 from slimvlm.models.anatomy import Anatomy, LayerShape, read_anatomy
 from slimvlm.models.cost import BYTES
 from slimvlm.models.families import INPUT_COLUMNS, Projection
+from slimvlm.models.load import with_float64
 from slimvlm.models.parts import Matrix, matrices
 from slimvlm.models.units import spread, unit_of
 from slimvlm.scoring.batches import (
@@ -182,13 +183,13 @@ def capture_activations(
         require_finite(squares, f"the input of layer {index} {projection.path}")
         if unit == "kv_group":
             squares = squares.view(len(squares), anatomy.layers[index].num_kv_heads, -1).sum(-1)
-        total = (squares.sqrt() * weights).sum(0, dtype=torch.float64)
+        total = with_float64(squares.sqrt() * weights).sum(0, dtype=torch.float64)
         sums[index, unit] = sums.get((index, unit), 0) + total.cpu()
 
     def on_expert(index: int, projection: Projection, found: ExpertInput) -> None:
         unit, weights = unit_of(projection), seen.row_weights(found.values)[found.tokens]
         require_finite(found.values, f"the input of layer {index} {projection.path}")
-        total = (found.values.abs() * weights).sum(0, dtype=torch.float64)
+        total = with_float64(found.values.abs() * weights).sum(0, dtype=torch.float64)
         sums[index, unit] = sums.get((index, unit), 0) + total.cpu()
 
     with on_writing_matrices(model, on_matrix, on_expert):
@@ -299,7 +300,7 @@ def capture_gates(
         for (index, unit), gate in gates.items():
             assert gate.grad is not None
             require_finite(gate.grad, f"the gate gradient of {index}.{unit}")
-            total = gate.grad.abs().double().sum((0, 1)).cpu()
+            total = with_float64(gate.grad).abs().double().sum((0, 1)).cpu()
             sums[index, unit] = sums.get((index, unit), 0) + total
         gates.clear()
 

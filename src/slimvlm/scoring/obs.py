@@ -14,6 +14,7 @@ from torch import Tensor
 
 from slimvlm.core.errors import NumericalError
 from slimvlm.models.anatomy import Anatomy
+from slimvlm.models.load import with_float64
 from slimvlm.models.units import segments, unit_of
 from slimvlm.scoring.statistics import Grams, UnitValues, with_shapes
 from slimvlm.scoring.symmetric import add_product_, invert_, mirror_
@@ -125,6 +126,7 @@ def removal_order(
         As in a Cholesky factorisation with pivots by blocks (LAPACK's ``pstrf``), what the last
         removals change is applied to the diagonal at once and to the rest in one product.
     """
+    matrix, gram = with_float64(matrix), with_float64(gram)
     for dtype in dict.fromkeys((gram.dtype, torch.float64)):
         state = _State.of(matrix, gram, units, damping, dtype)
         found = None if state is None else state.remove_(units if stop is None else stop)

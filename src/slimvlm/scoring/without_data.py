@@ -13,6 +13,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from slimvlm.models.anatomy import Anatomy
+from slimvlm.models.load import with_float64
 from slimvlm.models.parts import backbone_of, decoder_layers, expert_entries, matrices
 from slimvlm.models.units import LAYER_UNITS, WIDTH_UNITS
 from slimvlm.scoring.batches import Batch
@@ -31,7 +32,7 @@ def channel_sums(values: Weight, axis: int) -> Float64[Tensor, " channel"]:
         axis: The channels' axis, counted from the end.
     """
     others = [dim for dim in range(-values.ndim, 0) if dim != axis]
-    return values.sum(others, dtype=torch.float64).cpu()
+    return with_float64(values).sum(others, dtype=torch.float64).cpu()
 
 
 def magnitude(weight: Float[Tensor, "*D"], p: int = 1) -> Float[Tensor, "*D"]:
@@ -55,7 +56,7 @@ def capture_weights(model: nn.Module, batches: Iterable[Batch], p: int = 1) -> W
     row = backbone_of(model.config)
     for index, layer in enumerate(decoder_layers(model)):
         sums = [
-            magnitude(weight_of(entry.owner, entry.name).float(), p)
+            with_float64(magnitude(weight_of(entry.owner, entry.name).float(), p))
             .reshape(entry.width, -1)
             .sum(1, dtype=torch.float64)
             for entry in expert_entries(layer, row)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,15 +15,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainingArguments
 
 from slimvlm.core.documents import Count, built, read_object
-from slimvlm.core.errors import ConfigError, SlimError
+from slimvlm.core.errors import ConfigError, SlimError, is_out_of_memory
 from slimvlm.core.files import explained
 from slimvlm.core.options import HIDDEN_LOSSES, RecoverConfig
 from slimvlm.core.processes import is_first_rank, num_ranks
-from slimvlm.core.progress import is_watched
+from slimvlm.core.progress import is_watched, stage, to_log
 from slimvlm.data.read import estimated_length, hold_out, subset
 from slimvlm.data.samples import Sample
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.classes import require_full_precision, require_undivided
+from slimvlm.models.cost import release_memory
 from slimvlm.models.load import load_processor
 from slimvlm.models.losses import layer_map
 from slimvlm.models.sharding import is_sharded
@@ -41,7 +43,13 @@ from slimvlm.training.trainable import (
     require_adapter_holds_all,
     save_adapter,
 )
-from slimvlm.training.trainer import Bar, DistillationTrainer, LastLog, LoggedTraining
+from slimvlm.training.trainer import (
+    Bar,
+    DistillationTrainer,
+    LastLog,
+    LoggedTraining,
+    learning_parameters,
+)
 
 RATE, RATE_OF_ALL = 2e-4, 4e-4
 """Peak learning rates: of LoRA and the projector; of all weights, if all of the decoder went."""
@@ -171,9 +179,9 @@ def _train(job: _Job) -> History:
         trained = prepare_training(model, config)
         precision.hold_learning_(model)
         trained_params = sum(p.numel() for p in trained.parameters() if p.requires_grad)
-        with projector_in_every_graph(model), _ready(job, trained) as about_teacher:
-            trainer = _trainer(job, trained, arguments)
-            _run_or_go_on(trainer, job.folder)
+        ready = _ready(job, trained)
+        with projector_in_every_graph(model), ready as about_teacher, stage("train"):
+            trainer = _trained(job, trained, arguments)
         plain = without_autocast(trainer)
         if config.keep_adapter and is_first_rank():
             save_adapter(plain, job.folder / ADAPTER_FOLDER, precision.dtype)
@@ -200,6 +208,46 @@ def _as_current(device: torch.device) -> Iterator[None]:
     else:
         with torch.get_device_module(device).device(device):
             yield
+
+
+def _trained(job: _Job, trained: Any, arguments: TrainingArguments) -> DistillationTrainer:
+    """Train with batches that fit.
+
+    Where an accelerator has no memory left, batches become smaller and more of them are added
+    before the optimizer moves. Losses are means over all of them, so that only rounding changes.
+
+    Returns:
+        The Trainer at the end.
+    """
+    is_alone = arguments.device.type != "cpu" and num_ranks() == 1
+    before = {}
+    if is_alone:
+        before = {name: p.detach().cpu() for name, p in learning_parameters(trained)}
+    while True:
+        trainer = _trainer(job, trained, arguments)
+        try:
+            _run_or_go_on(trainer, job.folder)
+            return trainer
+        except RuntimeError as error:
+            size = arguments.per_device_train_batch_size
+            if not (is_alone and size > 1 and is_out_of_memory(error)):
+                raise
+        parts = next(count for count in range(2, size + 1) if size % count == 0)
+        to_log(
+            f"train: no memory on {arguments.device} for batches of {size}: {parts} batches of "
+            f"{size // parts} are added instead"
+        )
+        without_autocast(trainer)
+        trainer.model.zero_grad()  # type: ignore[union-attr]
+        with torch.no_grad():
+            for name, parameter in learning_parameters(trained):
+                parameter.copy_(before[name])
+        arguments = copy(arguments)
+        arguments.per_device_train_batch_size //= parts
+        arguments.per_device_eval_batch_size = arguments.per_device_train_batch_size
+        arguments.gradient_accumulation_steps *= parts
+        del trainer
+        release_memory()
 
 
 def _trainer(job: _Job, trained: Any, arguments: TrainingArguments) -> DistillationTrainer:

@@ -106,7 +106,7 @@ def num_workers(device: torch.device) -> int:
     shared = Path("/dev/shm")
     if device.type == "cpu" or multiprocessing.get_start_method() != "fork" or not shared.is_dir():
         return 0
-    if shutil.disk_usage(shared).free < LEAST_SHARED:
+    if shutil.disk_usage(shared).free < LEAST_SHARED * num_ranks():
         return 0
     return max(min(4, len(os.sched_getaffinity(0)) // num_ranks() - 1), 0)
 

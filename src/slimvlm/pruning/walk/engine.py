@@ -92,10 +92,9 @@ class Walk:
         """The one plan that is walked."""
         if not self.results.has(_TRIAL):
             chosen = cheapest_plan(self.streams, self.plans)
-            self.results.write(_TRIAL, 0, {}, self.plans.index(chosen))
+            self.results.write(_TRIAL, 0, {}, chosen.to_dict())
             self.results.finish(_TRIAL)
-        place: int = self.results.about(_TRIAL, 0)
-        return self.plans[place]
+        return Plan.from_dict(self.results.about(_TRIAL, 0))
 
     def _notes(self, plan: Plan) -> Iterator[str]:
         if idle := sorted(set(plan.layers) - self.streams.layers_run):

@@ -173,7 +173,8 @@ class Streams:
         block = layer.get_submodule(writer.projection.path.rpartition(".")[0])
         rows = sum(len(weights) for weights in self.weights)
         size = rows * writer.linear.in_features * writer.linear.weight.element_size()
-        most = min(MOST_BYTES, free_memory(writer.linear.weight.device) // 8)
+        held = self.runner.store.held
+        most = min(MOST_BYTES, free_memory(held(writer.linear.weight[:0]).device) // 8)
         first = next(self._running(writer.index, self.places), None)
         if first is None or size > most or hands_on(self.runner.model.config):
             return None
@@ -181,7 +182,6 @@ class Streams:
         beside = things_beside(block, writer.linear, run)
         if beside is None:
             return None
-        held = self.runner.store.held
         values = {p: held(x) for p, x in self.inputs(stream, writer, self.places, kept)}
         return KeptInputs(block, writer.linear, beside, values, held)
 
@@ -248,7 +248,7 @@ class Streams:
         own = next((inputs for inputs in kept if inputs.linear is writer.linear), None)
         known = None if own is None else ((p, own.values[p]) for p in places if p in own.values)
         for place, x in known or self.inputs(stream, writer, places, kept):
-            x = x.to(writer.weight.device, non_blocking=True)
+            x = x.to(writer.weight.device)
             rows = [x.flatten(0, -2), self.weights[place].to(x.device)]
             if end is not None:
                 output = self.output(stream, writer.index, place, kept)

@@ -228,7 +228,7 @@ def walk_batches(
     held_out: Sequence[Batch],
     steps: Steps,
     token_weights: TokenWeights | None,
-    results: Store | None = None,
+    results: Store,
 ) -> Walked:
     """Walk a model that is run layer by layer; it is the same afterwards.
 
@@ -240,8 +240,7 @@ def walk_batches(
         held_out: What confirms and judges.
         steps: What to do in a layer.
         token_weights: As for `walk_`.
-        results: Keeps what came of each layer, so that a stopped walk goes on; by default the
-            runner's store.
+        results: Keeps what came of each layer, so that a stopped walk goes on.
 
     Raises:
         ImpossiblePlanError: If the configuration class cannot express the shape; nothing was run.
@@ -258,7 +257,7 @@ def walk_batches(
         count = len(batches)
         places = range(count), range(count, count + len(held_out))
         streams = Streams(runner, *places, token_weights)
-        return Walk(streams, results or runner.store, plans, chooses, steps).run()
+        return Walk(streams, results, plans, chooses, steps).run()
 
 
 def require_choosable(plan: Plan) -> None:

@@ -55,7 +55,8 @@ class LayerCalls:
 
     def after(self, index: int, output: Tensor) -> Tensor:
         """What the layer behind one reads, or the final norm, given what leaves that one."""
-        return output + self.added[index + 1] if index + 1 in self.added else output
+        added = self.added.get(index + 1)
+        return output if added is None else output + added.to(output.device)
 
     def through(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
         """Run one layer; what comes out is what the next one reads."""

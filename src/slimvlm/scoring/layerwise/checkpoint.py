@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ class LazyCheckpoint:
         On another device are then also buffers of these names, and those of no layer, which every
         layer may read.
         """
+        put = partial(set_module_tensor_to_device, clear_cache=False)  # else it waits each time
         parameters = self.model.named_parameters(remove_duplicate=False)
         chosen = [name for name, _ in parameters if has(name)]
         moved = [
@@ -86,15 +88,15 @@ class LazyCheckpoint:
         ]
         try:
             for name in moved:
-                set_module_tensor_to_device(self.model, name, device)
+                put(self.model, name, device)
             for name in chosen:
-                set_module_tensor_to_device(self.model, name, device, self.weights[name])
+                put(self.model, name, device, self.weights[name])
             yield
         finally:
             for name in chosen:
-                set_module_tensor_to_device(self.model, name, "meta")
+                put(self.model, name, "meta")
             for name in moved:
-                set_module_tensor_to_device(self.model, name, "cpu")
+                put(self.model, name, "cpu")
             self.model.tie_weights()
 
     def layer(self, index: int, device: torch.device) -> AbstractContextManager[None]:

@@ -172,7 +172,7 @@ class LayerwiseModel:
                 "read keys and values of earlier ones"
             )
         digests: list[str] = []
-        assert self.devices  # known before a layer stands alone in the model
+        _ = self.devices  # known before a layer stands alone in the model
         with self.source.before_layers(self.device):
             for place, batch in enumerate(batches):
                 digests.append(digest_of_tensors(batch))

@@ -22,9 +22,12 @@ from torch import Tensor
 
 from slimvlm.core.errors import ConfigError, UnsupportedModelError
 from slimvlm.core.files import explained, held, new_file
-from slimvlm.core.progress import Say
+from slimvlm.core.progress import Say, silent
 from slimvlm.core.requests import is_begun_for, note_request
 from slimvlm.models.cost import free_memory
+
+PINNING = ("cuda", "xpu")
+"""Devices to which copies from pinned host memory need no waiting."""
 
 
 @runtime_checkable
@@ -87,12 +90,13 @@ class Memory:
     """A store that ends with its process.
 
     Args:
-        device: Where tensors are kept; by default where they were computed. What an accelerator
-            computed is kept in pinned host memory.
+        device: Where tensors are kept; by default where they were computed.
+        pinned: Whether what an accelerator computed is kept in pinned host memory, from where it
+            comes back without waiting. torch rounds each block of it up to a power of two.
     """
 
-    def __init__(self, device: torch.device | None = None) -> None:
-        self.device = device
+    def __init__(self, device: torch.device | None = None, pinned: bool = False) -> None:
+        self.device, self.pinned = device, pinned
         self.keeps_objects = device is None
         self._sets: dict[str, dict[int, tuple[dict[str, Tensor], Any]]] = {}
         self._whole: set[str] = set()
@@ -141,7 +145,7 @@ class Memory:
         """See `Store`."""
         tensors, _ = self._sets[name][place]
         return {
-            key: value.to(device, non_blocking=True)
+            key: value.to(device, non_blocking=device.type in PINNING)
             for key, value in tensors.items()
             if only in (None, key) and key != but
         }
@@ -151,8 +155,8 @@ class Memory:
         value = value.detach()
         if self.device is None or value.device == self.device:
             return value
-        is_pinned = self.device.type == "cpu" and value.device.type in ("cuda", "xpu")
-        return torch.empty_like(value, device=self.device, pin_memory=is_pinned).copy_(value)
+        pinned = self.pinned and value.device.type in PINNING
+        return torch.empty_like(value, device=self.device, pin_memory=pinned).copy_(value)
 
     def about(self, name: str, place: int) -> Any:
         """See `Store`."""
@@ -326,7 +330,7 @@ class StatesPlace:
     Attributes:
         needed: Bytes of all that is kept at one time.
         device: Where layers run.
-        kind: ``device``, ``host`` (pinned memory, where layers run on an accelerator) or ``files``.
+        kind: ``device``, ``host`` or ``files``.
         free: What was free on the device and on the host.
     """
 
@@ -361,10 +365,18 @@ class StatesPlace:
         return f"{size} {where[self.kind]} ({why})"
 
     def store(self, folder: Path | None = None) -> Store:
-        """A new store there; files are in a folder, or in a temporary one."""
+        """Make a store there; files are in a folder, or in a temporary one.
+
+        Raises:
+            ConfigError: If the disk has too little room.
+        """
         if self.kind == "files":
-            return Scratch(folder)
-        return Memory() if self.kind == "device" else Memory(torch.device("cpu"))
+            files = Scratch(folder)
+            files.announce(int(self.needed), silent)
+            return files
+        if self.kind == "device":
+            return Memory()
+        return Memory(torch.device("cpu"), pinned=self.needed <= self.free[1] / 4)
 
 
 @contextmanager
