@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from slimvlm import cli
 from slimvlm.evaluation.bench import bench
 from slimvlm.models.cost import free_memory, peak_memory
 from slimvlm.models.load import computes_bfloat16, default_device
+from slimvlm.scoring.criteria import CRITERIA
 from tests import pretended_gpu, tiny
 from tests import tiny_folder as folders
 from tests.tolerances import assert_scores_close
@@ -114,21 +116,64 @@ class WithoutFloat64(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("criterion", ["taylor", "taylor_mix", "wanda", "flap", "reap"])
+OF_EXPERTS = ("reap", "frequency")
+
+
+@pytest.fixture
+def without_float64(card: torch.device, monkeypatch: pytest.MonkeyPatch) -> WithoutFloat64:
+    monkeypatch.setattr("slimvlm.models.load.has_float64", lambda device: device.type == "cpu")
+    return WithoutFloat64(card)
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        pytest.param(name, marks=() if name in ("taylor", "obs", "reap") else pytest.mark.slow)
+        for name in CRITERIA
+    ],
+)
 def test_sums_in_float64_are_made_on_the_cpu_where_a_card_has_none(
-    criterion: str, card: torch.device, monkeypatch: pytest.MonkeyPatch
+    criterion: str, card: torch.device, without_float64: WithoutFloat64
 ) -> None:
-    model = tiny.build("qwen3_vl_moe" if criterion == "reap" else "llava-llama")
-    model.set_experts_implementation("eager")  # the other one counts integers, as no CPU does
+    model = tiny.build("qwen3_vl_moe" if criterion in OF_EXPERTS else "llava-llama")
     batches = [tiny.batch(model, 12, 0), tiny.batch(model, 12, 1)]
     expected = sv.score(model, batches, criterion)
-    monkeypatch.setattr("slimvlm.models.load.has_float64", lambda device: device.type == "cpu")
     model.to(card)
-    with WithoutFloat64(card):
+    with without_float64:
         found = sv.score(model, batches, criterion)
-    for unit in ("expert",) if criterion == "reap" else ("kv_group", "neuron"):
-        for ours, theirs in zip(found.of(unit), expected.of(unit), strict=True):
-            assert_scores_close(ours, theirs)
+    for unit in ("layer", "expert", "kv_group", "neuron"):
+        ours, theirs = found.of(unit), expected.of(unit)
+        assert (ours is None) == (theirs is None)
+        if ours is not None and theirs is not None:
+            for one, other in zip(ours, theirs, strict=True):
+                if other.numel():
+                    assert_scores_close(one, other, 1e-4)
+
+
+@pytest.mark.parametrize("axis", ["width", pytest.param("both", marks=pytest.mark.slow)])
+def test_a_walk_needs_no_float64_on_the_card(
+    axis: str, card: torch.device, without_float64: WithoutFloat64
+) -> None:
+    model = tiny.build("llava-llama")
+    batches = [tiny.batch(model, 12 + seed, seed) for seed in range(5)]
+    expected = sv.walk_(copy.deepcopy(model), batches, 0.3, axis, local_steps=1)
+    model.to(card)
+    with without_float64:
+        found = sv.walk_(model, batches, 0.3, axis, local_steps=1)
+    assert found.plan == expected.plan
+
+
+def test_samples_are_asked_without_float64_on_the_card(
+    card: torch.device, without_float64: WithoutFloat64
+) -> None:
+    model, processor = sv.load(str(folders.folder("llava")), device="cpu")
+    samples = folders.short_samples(3)
+    expected = sv.evaluate_data(model, processor, samples, model)
+    model.to(card)
+    with without_float64:
+        found = sv.evaluate_data(model, processor, samples, model)
+    for one, other in zip(found.samples, expected.samples, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-4)
 
 
 @PRETENDED

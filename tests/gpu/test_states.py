@@ -52,7 +52,7 @@ def test_every_place_gives_the_same_walk(name: str, card: torch.device, tmp_path
 
 
 def test_host_memory_is_pinned_and_comes_back_as_it_was(card: torch.device) -> None:
-    store, value = Memory(CPU), torch.randn(3, 4, device=card)
+    store, value = Memory(CPU, pinned=True), torch.randn(3, 4, device=card)
     kept = store.held(value)
     assert kept.device == CPU
     assert kept.is_pinned()

@@ -19,7 +19,7 @@ from slimvlm.core.files import write_text
 
 
 def asked(options: Any) -> dict[str, Any]:
-    """What options ask for, by name, without ``device``: where work runs does not change whose.
+    """List options by name without ``device``: a run may go on on another device.
 
     Args:
         options: A dataclass; those inside it become dictionaries, too.

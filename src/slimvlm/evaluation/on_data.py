@@ -138,15 +138,14 @@ def kept(model: str, states: Iterable[States], head: Head, words: Mapping[str, i
 
 
 @torch.no_grad()
-def alone(said: Said, names: Sequence[str], device: torch.device | None = None) -> DataResult:
+def alone(said: Said, names: Sequence[str], device: torch.device) -> DataResult:
     """The result of a model from what it said, beside no other.
 
     Args:
         said: What it said.
         names: Of the samples.
-        device: Where the head runs; by default the CPU, where everything is kept.
+        device: Where the head runs.
     """
-    device = device or torch.device("cpu")
     losses = partial(_losses, head_on(device, said.head))
     samples: list[OnSample] = []
     for name, *kept_there in zip(names, said.states, said.wanted, strict=True):
@@ -326,7 +325,13 @@ class _Spoken:
 
 @dataclass(frozen=True)
 class _Beside:
-    """Sets what a model says beside what its baseline said, whose head is where the model's is."""
+    """Compares a model's predictions with its baseline's.
+
+    Attributes:
+        head: The model's head.
+        baseline: The baseline's hidden states, and its head on the model's device.
+        shared: The tokens that both vocabularies have; None if these are the same.
+    """
 
     head: Head
     baseline: Said

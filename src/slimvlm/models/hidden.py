@@ -188,7 +188,7 @@ class HeadWeights:
 
 
 def head_on(device: torch.device, head: Head) -> Head:
-    """A head on a device, if it is kept without its model; that of a model lies where this is."""
+    """Move weights of a head to a device; the head of a model in memory stays where it is."""
     if not isinstance(head, HeadWeights):
         return head
     bias = None if head.bias is None else head.bias.to(device)

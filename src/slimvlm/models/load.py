@@ -158,7 +158,7 @@ def require_buildable(name: str, config: PreTrainedConfig) -> None:
 def load_as(
     options: LoadConfig, model: str | Path, device: str | torch.device | None = None
 ) -> tuple[PreTrainedModel, Any]:
-    """`load` a model the way options say; a device that is given here comes before theirs."""
+    """`load` a model the way options say, on their device unless another one is given."""
     return load(model, options.dtype, device or options.device, options.trust_remote_code)
 
 

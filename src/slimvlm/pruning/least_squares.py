@@ -22,7 +22,7 @@ BLOCK = 1024
 _MOST_TRIES = 20
 
 _NOISE = 100
-"""Roundings of the mean diagonal that the smallest pivot must exceed to be more than rounding."""
+"""Smallest pivot that counts as positive, in machine epsilons times the mean diagonal."""
 
 _PROBES = 8
 """Random combinations of outputs by which a solution in float32 is checked."""

@@ -129,8 +129,8 @@ def estimate_cost(
     Args:
         sizes: The unpruned model and the data.
         request: What is asked, from `slimvlm.runs.request.resolved`.
-        device: Where models are and run. A CUDA device that is not there stands for one with room
-            for everything.
+        device: Where models are and run; for a CUDA device that this machine lacks, memory is
+            taken as unlimited.
         dtype: Data type of the weights.
         tried: Axes that are tried before.
     """

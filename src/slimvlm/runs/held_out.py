@@ -40,10 +40,8 @@ def said_by_original(model: PreTrainedModel, processor: Any, samples: Sequence[S
     return said_by(model, processor, samples, _BATCH, ORIGINAL, head)
 
 
-def result_of(
-    said: Said, samples: Sequence[Sample], device: torch.device | None = None
-) -> DataResult:
-    """The original's own result; its head runs on the device, by default the CPU."""
+def result_of(said: Said, samples: Sequence[Sample], device: torch.device) -> DataResult:
+    """Compute the original's own result; its head runs on the device."""
     return alone(said, names_of(samples), device)
 
 

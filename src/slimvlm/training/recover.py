@@ -282,7 +282,7 @@ def _run_or_go_on(trainer: DistillationTrainer, folder: Path) -> None:
             return
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
-        except SlimError as error:  # from another process it comes with a traceback before it
+        except SlimError as error:  # a DataLoader worker puts its traceback before the message
             said = str(error).rpartition(f"{type(error).__name__}: ")[2]
             raise type(error)(said.strip()) from error
 

@@ -77,6 +77,11 @@ def run_study(
     if Path(out).exists() and not Path(out).is_dir():
         raise ConfigError(f"output {str(out)!r} is a file, and a study needs a folder")
     say = partial(console.print, markup=False, highlight=False)
+    if engine == "ray" and device not in (None, "cpu"):  # which card a stage gets is ray's choice
+        raise ConfigError(
+            f"device {device!r}: with engine 'ray' it must be cpu or left out; resources in the "
+            "study's file say how many gpus a stage takes"
+        )
     config, schedule = prepared(study, say, device)
     cache = Cache(out)
     with held(cache.root, _PATIENCE), explained(out):
