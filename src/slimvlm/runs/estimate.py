@@ -456,24 +456,26 @@ def _speed(device: torch.device, dtype: str) -> tuple[float, str]:
 
 @lru_cache(maxsize=4)
 def device_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a matrix product on a device, measured in a moment: the best of some tries.
+    """Measure the FLOP/s of a matrix product on a device: the best of some tries.
 
-    What else the machine does at times slows single tries. Where a device has no units for
-    bfloat16, that of float32 counts for it.
+    What else the machine does at times slows single tries. Matrices grow until a product takes a
+    millisecond, so that starting it does not count. Where a device has no units for bfloat16, that
+    of float32 counts for it.
     """
     if dtype != torch.float32 and not computes_bfloat16(device):
         dtype = torch.float32
-    matrix = torch.ones(1024, 1024, device=device, dtype=dtype)
-    at_once = 1 if device.type == "cpu" else 50
-    return max(_flops_of_products(matrix, at_once) for _ in range(_TRIES))
+    size, seconds = 512, 0.0
+    while seconds < 1e-3 and size < 8192:
+        size *= 2
+        matrix = torch.ones(size, size, device=device, dtype=dtype)
+        seconds = min(_seconds_of_product(matrix) for _ in range(_TRIES))
+    return 2 * size**3 / seconds
 
 
 _TRIES = 12
 
 
-def _flops_of_products(matrix: Tensor, count: int) -> float:
+def _seconds_of_product(matrix: Tensor) -> float:
     start = time.perf_counter()
-    for _ in range(count):
-        product = matrix @ matrix
-    float(product[0, 0])
-    return count * 2 * len(matrix) ** 3 / (time.perf_counter() - start)
+    float((matrix @ matrix)[0, 0])
+    return time.perf_counter() - start
