@@ -21,6 +21,7 @@ from slimvlm.evaluation.results import Result
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.save import PLAN_FILE
 from slimvlm.runs import estimate
+from slimvlm.runs.compress import read_times
 from slimvlm.scoring.criteria import CRITERIA
 from slimvlm.training import recover as recovery
 from tests import tiny, tiny_words
@@ -117,6 +118,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
     ]
     if losses:
         assert losses[0] == pytest.approx(losses[1], rel=ROUNDING)
+    assert read_times(found) is not None
     measured = sorted(path.name for path in (expected / "results").glob("data-*.json"))
     assert measured
     for name in measured:

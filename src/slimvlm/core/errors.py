@@ -50,7 +50,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device or the host has no memory left, whatever library says so."""
     told = str(error).lower()
     is_theirs = isinstance(error, RuntimeError) and any(words in told for words in _NO_MEMORY)
-    return is_theirs or isinstance(error, MemoryError)
+    return is_theirs or type(error).__name__ in ("OutOfMemoryError", "MemoryError")
 
 
 def first_line(error: BaseException) -> str:

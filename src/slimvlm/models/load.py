@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -249,12 +250,15 @@ def computes_bfloat16(device: torch.device) -> bool:
     """Whether a device multiplies bfloat16 matrices natively, and does not emulate that."""
     if device.type == "mps":
         return False  # float32 is as fast on the first chips, and torch cannot tell which one it is
-    if device.type == "cuda":
+    if device.type == "cuda":  # it answers for the current card
         with torch.cuda.device(device):
             return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
-        supported = getattr(torch.get_device_module(device), "is_bf16_supported", None)
-        return supported is not None and bool(supported())
+        supported: Any = getattr(torch.get_device_module(device), "is_bf16_supported", None)
+        if supported is None:
+            return False
+        knows_emulation = "including_emulation" in inspect.signature(supported).parameters
+        return bool(supported(including_emulation=False) if knows_emulation else supported())
     told: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.8 on
     return bool(told.get("amx_bf16") or told.get("avx512_bf16"))
 
