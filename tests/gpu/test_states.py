@@ -11,8 +11,8 @@ from slimvlm.models.anatomy import read_anatomy
 from slimvlm.pruning.walk.distil import LocalSteps
 from slimvlm.pruning.walk.layer import Steps
 from slimvlm.pruning.walk.result import Walked
-from slimvlm.pruning.walk.walk import plans_for, runner_for, walk_batches
-from slimvlm.scoring.layerwise.runner import LayerwiseModel, Live
+from slimvlm.pruning.walk.walk import plans_for, walk_batches
+from slimvlm.scoring.layerwise.runner import Live
 from slimvlm.scoring.layerwise.stores import Memory, Scratch, StatesPlace, Store
 from slimvlm.scoring.unit_scores import Scores
 from tests import pretended_gpu, tiny
@@ -29,10 +29,10 @@ def walked(name: str, device: torch.device, store: Store) -> tuple[Walked, int]:
     anatomy = read_anatomy(model)
     scores = Scores("by-hand", layer=random_scores(anatomy).layer)
     chosen = plans_for(anatomy, [scores], 0.3, "both", "balanced")
-    runner = LayerwiseModel(Live(model), store, device)
     if device.type != "cpu":
         torch.get_device_module(device).reset_peak_memory_stats()
-    found = walk_batches(runner, *chosen, data[:-2], data[-2:], STEPS, None, Memory(CPU))
+    how = (*chosen, data[:-2], data[-2:], STEPS, None, Memory(CPU), store)
+    found = walk_batches(Live(model), device, *how)
     peak = 0 if device.type == "cpu" else torch.get_device_module(device).max_memory_allocated()
     return found, peak
 
@@ -87,16 +87,13 @@ def test_a_full_card_keeps_states_on_the_host(card: torch.device) -> None:
         pytest.skip(pretended_gpu.REASON)
     model = tiny.build("llama").to(card)
     data = [tiny.batch(model, 40, seed) for seed in range(8)]
-    plans, _ = plans_for(read_anatomy(model), [], 0.3, "width", "uniform")
+    chosen = plans_for(read_anatomy(model), [], 0.3, "width", "uniform")
     said: list[str] = []
-
-    def kept_on(room: int) -> torch.device | None:
+    walks = []
+    for room in (10 << 20, 1 << 20):
         with pretended_gpu.limit(room):
-            store = runner_for(Live(model), card, data, plans, STEPS, say=said.append).store
-        assert isinstance(store, Memory)
-        return store.device
-
-    assert kept_on(10 << 20) is None  # where they are computed
-    assert kept_on(1 << 20) == CPU
+            how = (*chosen, data[:-2], data[-2:], STEPS, None, Memory(CPU))
+            walks.append(walk_batches(Live(model), card, *how, say=said.append))
     assert "on cuda:0 (" in said[0]
     assert "in host memory (" in said[1]
+    assert walks[0].plan == walks[1].plan

@@ -63,8 +63,8 @@ def outcome(
     model: PreTrainedModel, plan: Plan, data: Sequence[Batch], judges: Sequence[Batch], steps: Steps
 ) -> Walked:
     """What a walk finds; the model is not changed."""
-    runner = LayerwiseModel(Live(model), Memory(), model.device)
-    return walk_batches(runner, [plan], False, data, judges, steps, None, Memory())
+    how = ([plan], False, data, judges, steps, None, Memory())
+    return walk_batches(Live(model), model.device, *how)
 
 
 # Repair

@@ -28,7 +28,7 @@ from slimvlm.pruning.walk.walk import plans_for, walk_, walk_batches
 from slimvlm.pruning.write_checkpoint import prune_checkpoint
 from slimvlm.scoring.layerwise import stores
 from slimvlm.scoring.layerwise.checkpoint import LazyCheckpoint, open_checkpoint
-from slimvlm.scoring.layerwise.runner import LayerwiseModel, Live, Source
+from slimvlm.scoring.layerwise.runner import Live, Source
 from slimvlm.scoring.layerwise.stores import Memory, Scratch, Store
 from slimvlm.scoring.unit_scores import Scores
 from tests import tiny, tiny_parts
@@ -73,8 +73,7 @@ def walked(
     steps: Steps = EVERYTHING,
 ) -> Walked:
     """A walk with one held-out batch."""
-    runner = LayerwiseModel(source, store, CPU)
-    return walk_batches(runner, *chosen, data[:-1], data[-1:], steps, None, store)
+    return walk_batches(source, CPU, *chosen, data[:-1], data[-1:], steps, None, store, store)
 
 
 def assert_same(actual: Walked, expected: Walked) -> None:
@@ -201,9 +200,9 @@ def test_a_walk_whose_states_are_gone_goes_on_without_choosing_again(
     def walk(scratch: Path) -> Walked:
         checkpoint = open_checkpoint(folder)
         data = batches(checkpoint.model, 3)
-        runner = LayerwiseModel(checkpoint, Memory(CPU), CPU)
-        chosen = plans(checkpoint.model)
-        return walk_batches(runner, *chosen, data[:-1], data[-1:], steps, None, Scratch(scratch))
+        kept = Scratch(scratch), Memory(CPU)
+        how = (*plans(checkpoint.model), data[:-1], data[-1:], steps, None, *kept)
+        return walk_batches(checkpoint, CPU, *how)
 
     expected = walk_of(folder, tmp_path / "whole", steps)
     clock = Clock(monkeypatch)

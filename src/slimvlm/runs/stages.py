@@ -39,7 +39,7 @@ from slimvlm.pruning.tokens import trimmed_processor
 from slimvlm.pruning.walk.distil import LocalSteps
 from slimvlm.pruning.walk.layer import Steps
 from slimvlm.pruning.walk.result import Walked
-from slimvlm.pruning.walk.walk import plans_for, runner_for, walk_batches
+from slimvlm.pruning.walk.walk import plans_for, walk_batches
 from slimvlm.runs.estimate import CALIBRATION_BATCH, TRIAL_SHARE, optimizer_steps
 from slimvlm.runs.request import (
     Request,
@@ -321,10 +321,8 @@ def walk(
     if not chooses and not steps.kinds and not steps.local.count:
         return Walked(plans[0])
     held_out = calibration.held_out if request.hold_out else []
-    fitted, weights = calibration.fitted, token_weights_of(config)
-    folder = results.folder / "states" if isinstance(results, Scratch) else None
-    runner = runner_for(source, device, [*fitted, *held_out], plans, steps, folder, say)
-    return walk_batches(runner, plans, chooses, fitted, held_out, steps, weights, results)
+    how = (plans, chooses, calibration.fitted, held_out, steps, token_weights_of(config), results)
+    return walk_batches(source, device, *how, say=say)
 
 
 def prune_(

@@ -20,7 +20,7 @@ from slimvlm.planning.plan import Plan
 from slimvlm.pruning.walk.distil import LocalSteps
 from slimvlm.pruning.walk.layer import Steps
 from slimvlm.pruning.walk.result import Walked
-from slimvlm.pruning.walk.walk import plans_for, runner_for, split_batches, walk_batches
+from slimvlm.pruning.walk.walk import plans_for, split_batches, walk_batches
 from slimvlm.pruning.write_checkpoint import prune_checkpoint
 from slimvlm.pruning.writers import RIDGE
 from slimvlm.scoring.batches import Batch, TokenWeights
@@ -117,10 +117,8 @@ def walk_checkpoint(
             plans, chooses = plans_for(
                 shape, given, ratio, axis, allocation, score_layers, **options
             )
-        states, batches = folder / "states", [*fitted, *judges]
-        runner = runner_for(opened, place, batches, plans, steps, states, say)
-        results = Scratch(folder / "walk")
-        walked = walk_batches(runner, plans, chooses, fitted, judges, steps, token_weights, results)
+        how = (plans, chooses, fitted, judges, steps, token_weights, Scratch(folder / "walk"))
+        walked = walk_batches(opened, place, *how, say=say)
         prune_checkpoint(
             model,
             walked.plan,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +30,7 @@ from slimvlm.scoring.batches import Batch, TokenWeights
 from slimvlm.scoring.criteria import DEFAULT_CRITERIA
 from slimvlm.scoring.inputs import frozen
 from slimvlm.scoring.layerwise.runner import LayerwiseModel, Live, Source
-from slimvlm.scoring.layerwise.stores import Memory, StatesPlace, Store
+from slimvlm.scoring.layerwise.stores import Memory, Scratch, StatesPlace, Store
 from slimvlm.scoring.score_model import score
 from slimvlm.scoring.unit_scores import Scores
 
@@ -114,9 +112,8 @@ def walk_(
     else:
         require_match(model, plan)
         plans, chooses = [plan], False
-    runner = runner_for(Live(model), device_of(model), [*fitted, *judges], plans, steps)
-    results = Memory(torch.device("cpu"))
-    walked = walk_batches(runner, plans, chooses, fitted, judges, steps, token_weights, results)
+    how = (plans, chooses, fitted, judges, steps, token_weights, Memory(torch.device("cpu")))
+    walked = walk_batches(Live(model), device_of(model), *how)
     walked.apply_(model)
     return walked
 
@@ -188,40 +185,9 @@ def states_bytes(hidden_size: int, tokens: float, itemsize: int, aims: bool) -> 
     return (3.5 + 2 * aims) * tokens * hidden_size * itemsize
 
 
-def runner_for(
+def walk_batches(
     source: Source,
     device: torch.device,
-    batches: Sequence[Batch],
-    plans: Sequence[Plan],
-    steps: Steps,
-    folder: Path | None = None,
-    say: Say = silent,
-) -> LayerwiseModel:
-    """Run a model layer by layer, with hidden states where they fit.
-
-    Args:
-        source: The original.
-        device: Where layers run.
-        batches: All that will be run.
-        plans: What the walk may follow.
-        steps: What is done in a layer.
-        folder: Where hidden states are kept if they have to be in files.
-        say: Receives one line on where they are.
-    """
-    model = source.model
-    if hands_on(model.config) and isinstance(source, Live):  # layers share objects
-        return LayerwiseModel(source, Memory(), device)
-    tokens = sum(batch["input_ids"].numel() for batch in batches)
-    hidden = text_config_of(model.config).hidden_size
-    aims = any(aims_at_original(steps, plan) for plan in plans)
-    needed = states_bytes(hidden, tokens, model.dtype.itemsize, aims)
-    place = StatesPlace.of(needed, device)
-    say(f"hidden states: {place}")
-    return LayerwiseModel(source, place.store(folder), device)
-
-
-def walk_batches(
-    runner: LayerwiseModel,
     plans: Sequence[Plan],
     chooses: bool,
     batches: Sequence[Batch],
@@ -229,11 +195,14 @@ def walk_batches(
     steps: Steps,
     token_weights: TokenWeights | None,
     results: Store,
+    states: Store | None = None,
+    say: Say = silent,
 ) -> Walked:
     """Walk a model that is run layer by layer; it is the same afterwards.
 
     Args:
-        runner: The original; its store keeps the hidden states.
+        source: The original, in memory or in files.
+        device: Where layers run.
         plans: From `plans_for`, or a plan that is there already.
         chooses: Whether the walk chooses the units.
         batches: What choices and fits come from.
@@ -241,21 +210,36 @@ def walk_batches(
         steps: What to do in a layer.
         token_weights: As for `walk_`.
         results: Keeps what came of each layer, so that a stopped walk goes on.
+        states: Keeps hidden states; by default where they fit, in files beside the results if need
+            be.
+        say: Receives one line on where hidden states are.
 
     Raises:
+        ConfigError: If hidden states have to be in files, and the disk has too little room.
         ImpossiblePlanError: If the configuration class cannot express the shape; nothing was run.
         UnsupportedModelError: If neurons of experts are to be chosen; likewise.
     """
+    model, everything = source.model, [*batches, *held_out]
     if all(plan.tokens is not None and not plan.cuts_layers for plan in plans):
         return Walked(plans[0])
     for plan in plans:
-        require_expressible(runner.model, plan)
+        require_expressible(model, plan)
         if chooses:
             require_choosable(plan)
-    with evaluating(runner.model), frozen(runner.model):
-        runner.embed(chain(batches, held_out))
-        count = len(batches)
-        places = range(count), range(count, count + len(held_out))
+    if states is None and hands_on(model.config) and isinstance(source, Live):
+        states = Memory()  # layers share objects
+    elif states is None:
+        tokens = sum(batch["input_ids"].numel() for batch in everything)
+        hidden = text_config_of(model.config).hidden_size
+        aims = any(aims_at_original(steps, plan) for plan in plans)
+        needed = states_bytes(hidden, tokens, model.dtype.itemsize, aims)
+        place = StatesPlace.of(needed, device)
+        say(f"hidden states: {place}")
+        states = place.store(results.folder / "states" if isinstance(results, Scratch) else None)
+    runner = LayerwiseModel(source, states, device)
+    with evaluating(model), frozen(model):
+        runner.embed(everything)
+        places = range(len(batches)), range(len(batches), len(everything))
         streams = Streams(runner, *places, token_weights)
         return Walk(streams, results, plans, chooses, steps).run()
 
