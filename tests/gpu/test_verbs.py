@@ -55,7 +55,8 @@ def smaller(llava: str, data: str, tmp_path_factory: pytest.TempPathFactory) -> 
     """A pruned checkpoint, written on the CPU."""
     out = str(tmp_path_factory.mktemp("models") / "smaller")
     given = ("--axis", "both", "--ratio", "0.3", "--criterion", "block_influence", "magnitude")
-    cli.main(["prune", llava, "--out", out, *given, *("--data", data, "--samples", "2")])
+    given = (*given, "--data", data, "--samples", "2", "--device", "cpu")
+    cli.main(["prune", llava, "--out", out, *given])
     return out
 
 
@@ -377,3 +378,13 @@ def test_study(tmp_path: Path, twice: Twice, monkeypatch: pytest.MonkeyPatch) ->
 def test_quantize(smaller: str, twice: Twice) -> None:
     pytest.importorskip("torchao")
     assert_close(*map(weights_in, twice("quantize", smaller, "--backend", "torchao")))
+
+
+def test_export_is_the_same_where_there_is_a_card(
+    card: torch.device, smaller: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It runs no model on a device, and must not need one."""
+    before = torch.get_device_module(card).memory_allocated()
+    cli.main(["export", smaller, "--check", "vllm", "gguf", "--json"])
+    assert {row["target"] for row in json.loads(capsys.readouterr().out)} == {"vllm", "gguf"}
+    assert torch.get_device_module(card).memory_allocated() == before
