@@ -6,18 +6,14 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from slimvlm.core.errors import SlimError, is_out_of_memory, one_line
+from slimvlm.core.errors import LESS_TO_TRAIN, SlimError, is_out_of_memory, one_line
 from slimvlm.core.progress import current_stage, own_stages
 
 _LESS_AT_ONCE = "a smaller --batch-size"
 _LAYER_BY_LAYER = "--low-memory keeps one layer on the device at a time"
-_TRAINING = (
-    "a smaller --batch-size with more --gradient-accumulation, --gradient-checkpointing, or "
-    "--train lora"
-)
 _CURES = {
-    "train": _TRAINING,
-    "recover": _TRAINING,
+    "train": LESS_TO_TRAIN,
+    "recover": LESS_TO_TRAIN,
     "score": _LAYER_BY_LAYER,
     "prune": _LAYER_BY_LAYER,
     "compress": "fewer --samples, a smaller --task-batch-size, or prune --low-memory and recover",

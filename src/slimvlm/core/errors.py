@@ -43,6 +43,11 @@ class DamagedError(SlimError):
     """A checkpoint whose files are not those that were written."""
 
 
+LESS_TO_TRAIN = (
+    "a smaller --batch-size with more --gradient-accumulation, --gradient-checkpointing, or "
+    "--train lora"
+)
+"""What makes a training fit into less memory."""
 _NO_MEMORY = ("out of memory", "alloc_failed", "allocate memory", "not enough memory")
 
 

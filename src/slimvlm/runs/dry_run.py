@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
+from slimvlm.core.errors import LESS_TO_TRAIN
 from slimvlm.core.options import CompressConfig
 from slimvlm.core.progress import Say, duration
 from slimvlm.data.chat import encode_samples
@@ -30,7 +31,6 @@ from slimvlm.runs.tables import size
 from slimvlm.runs.tokens import tokens_alone, with_tokens
 
 _LESS_TO_PRUNE = "prune --low-memory holds one layer at a time, and recover trains"
-_LESS_TO_TRAIN = "--gradient-checkpointing, a smaller --batch-size or --train lora"
 _LOOKED_AT = 16
 """Samples that are encoded at most, to learn how long they are."""
 
@@ -154,7 +154,7 @@ def foreseen_rows(found: Foreseen) -> list[list[str]]:
         rows.insert(1, ["axes", tried + again * bool(found.fewer_tokens)])
     if found.training:
         rows += [
-            ["memory of training", memory(cost.training_bytes, _LESS_TO_TRAIN)],
+            ["memory of training", memory(cost.training_bytes, LESS_TO_TRAIN)],
             ["time of training", f"about {duration(3600 * cost.training_hours)}"],
         ]
     names = ["estimates rest on", *[""] * len(cost.rests_on)]
