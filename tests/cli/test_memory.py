@@ -22,16 +22,16 @@ CPU = (
 )
 FREE = "1.20 GiB more was needed, 307.0 MiB of 24.00 GiB was free"
 CASES = {
-    "cuda": (CUDA, "prune", f"out of memory on cuda:1 during 'prune': {FREE}. What helps: --low-m"),
-    "xpu": (CUDA.replace("CUDA", "XPU"), "score", f"on xpu:1 during 'score': {FREE}"),
-    "rocm": (CUDA.replace("CUDA", "HIP"), "recover", f"on cuda:1 during 'recover': {FREE}"),
-    "mps": (MPS, "chat", "on mps during 'chat': 512.0 MiB more was needed. What helps: --device"),
+    "cuda": (CUDA, "prune", f"out of memory on cuda:1 during prune: {FREE}. What helps: --low-m"),
+    "xpu": (CUDA.replace("CUDA", "XPU"), "score", f"on xpu:1 during score: {FREE}"),
+    "rocm": (CUDA.replace("CUDA", "HIP"), "recover", f"on cuda:1 during recover: {FREE}"),
+    "mps": (MPS, "chat", "on mps during chat: 512.0 MiB more was needed. What helps: --device"),
     "cpu": (
         CPU,
         "evaluate",
-        "on cpu during 'evaluate': 4.00 GiB more was needed. What helps: a sm",
+        "on cpu during evaluate: 4.00 GiB more was needed. What helps: a sm",
     ),
-    "driver": ("CUDA error: out of memory", "bench", "on cuda during 'bench'. What helps: smaller"),
+    "driver": ("CUDA error: out of memory", "bench", "on cuda during bench. What helps: smaller"),
 }
 
 
@@ -50,7 +50,10 @@ def test_the_stage_that_ran_is_named() -> None:
                 pass
             raise RuntimeError(CUDA)
 
-    with pytest.raises(SlimError, match="during 'walk'"), memory_explained(["compress", "demo"]):
+    with (
+        pytest.raises(SlimError, match="during compress, stage 'walk'"),
+        memory_explained(["compress", "demo"]),
+    ):
         run()
 
 

@@ -202,7 +202,8 @@ def test_out_of_memory_is_one_line_that_says_what_helps(
         cli.main([verb, llava, "--data", data, "--out", str(tmp_path / "out"), *rest])
     *_, told = capsys.readouterr().err.splitlines()
     assert ended.value.code == 2
-    assert told.startswith(f"slimvlm: out of memory on {card} during '{stage}"), told
+    during = f"{verb}, stage '{stage}" if stage else verb
+    assert told.startswith(f"slimvlm: out of memory on {card} during {during}"), told
     assert "more was needed" in told
     assert f"What helps: {cure}" in told
     assert not (tmp_path / "out").exists()

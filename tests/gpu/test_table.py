@@ -187,8 +187,9 @@ def test_the_table_in_the_docs_is_what_verbs_do(
         if name == "study":
             row.append(failed_cells(words, full))
         else:
-            told = refusal(words, full)  # transformers says it in its own way to quantisers
-            assert name == "quantize" or "out of memory on cuda:0 during" in told
+            told = refusal(words, full)
+            expected = "do not fit into" if name == "quantize" else "out of memory on cuda:0 during"
+            assert expected in told
             row.append(REFUSED)
         rows.append(row)
     header = ["verb", "CPU", "a card", "the second of two cards", "a card without room"]

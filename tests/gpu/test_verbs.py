@@ -388,3 +388,14 @@ def test_export_is_the_same_where_there_is_a_card(
     cli.main(["export", smaller, "--check", "vllm", "gguf", "--json"])
     assert {row["target"] for row in json.loads(capsys.readouterr().out)} == {"vllm", "gguf"}
     assert torch.get_device_module(card).memory_allocated() == before
+
+
+@pytest.mark.slow
+def test_a_quantiser_of_its_own_takes_the_device_that_is_named(
+    card: torch.device, llava: str, data: str, tmp_path: Path
+) -> None:
+    """bitsandbytes takes the current card unless it is told of another device."""
+    pytest.importorskip("bitsandbytes")
+    out = str(tmp_path / "small")
+    on_card(card, "cpu", ["quantize", llava, "--backend", "bitsandbytes", "--out", out])
+    on_card(card, "cpu", ["evaluate", out, "--data", data, "--out", str(tmp_path / "r.json")])

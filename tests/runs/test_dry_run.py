@@ -152,7 +152,10 @@ def test_a_dry_run_says_what_memory_has_no_room_for(
     monkeypatch.setattr(dry_run, "free_memory", lambda device: 2**20)
     little = rows()
     assert ", more than the 1.0 MiB free on cpu: prune --low-memory" in little["memory of pruning"]
-    assert ", more than the 1.0 MiB free on cpu: --gradient-ch" in little["memory of training"]
+    assert (
+        ", more than the 1.0 MiB free on cpu: a smaller --batch-size"
+        in little["memory of training"]
+    )
 
 
 def test_a_dry_run_chooses_tokens(data: Path) -> None:

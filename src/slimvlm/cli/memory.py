@@ -65,7 +65,8 @@ def _out_of_memory(told: str, words: Sequence[str]) -> str:
     if cure is None:
         cure = "a smaller model" if name == "cpu" else "--device cpu uses the memory of the host"
     about = f": {', '.join(facts)}" if facts else ""
-    return f"out of memory on {where} during {stage!r}{about}. What helps: {cure}"
+    doing = words[0] if stage == words[0] else f"{words[0]}, stage {stage!r}"
+    return f"out of memory on {where} during {doing}{about}. What helps: {cure}"
 
 
 def _size(number: str, unit: str) -> str:

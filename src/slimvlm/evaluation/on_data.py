@@ -224,7 +224,7 @@ def batches_of(
     if len({isinstance(sample, str) for sample in samples}) > 1:
         raise ConfigError("samples must be conversations or plain texts, not both")
     order = sorted(range(len(samples)), key=lambda place: _likeness(samples[place]))
-    for start in progress(range(0, len(order), batch_size), "samples"):
+    for start in progress(range(0, len(order), batch_size), "evaluate samples"):
         places = order[start : start + batch_size]
         yield places, _encoded(processor, [samples[place] for place in places])
 

@@ -23,9 +23,11 @@ from slimvlm.core.files import new_folder, require_free
 from slimvlm.evaluation.measure import stored_bytes
 from slimvlm.export.compressed import compressed
 from slimvlm.models.classes import auto_class, empty_model, is_quantized, is_uneven, uneven_class
+from slimvlm.models.cost import free_memory
 from slimvlm.models.files import unreadable
 from slimvlm.models.load import (
     device_named,
+    folder_of,
     load_config,
     load_processor,
     require_buildable,
@@ -234,10 +236,19 @@ def _load(
     name: str, config: PreTrainedConfig, quantization: Any, device: torch.device
 ) -> PreTrainedModel:
     source: Any = uneven_class(config) if is_uneven(config) else auto_class(config)
-    place = {"device_map": {"": str(device)}} if device.type != "cpu" else {}
+    needed = sum(file.stat().st_size for file in folder_of(name).glob("*.safetensors"))
+    if device.type != "cpu" and needed > (free := free_memory(device)):
+        raise ConfigError(
+            f"device {str(device)!r}: {needed / 2**30:.2f} GiB of weights do not fit into "
+            f"{free / 2**30:.2f} GiB that are free. Give cpu, or a device with more"
+        )
     with unreadable(name, "weights"):
         model: PreTrainedModel = source.from_pretrained(
-            name, dtype="auto", use_safetensors=True, quantization_config=quantization, **place
+            name,
+            dtype="auto",
+            use_safetensors=True,
+            quantization_config=quantization,
+            device_map={"": str(device)},
         )
     model.eval()
     return model

@@ -23,6 +23,7 @@ from slimvlm.models.classes import (
     auto_class,
     check_widths,
     empty_model,
+    is_quantized,
     is_uneven,
     set_class_,
     uneven_class,
@@ -118,7 +119,9 @@ def load(
     config = load_config(model, trust_remote_code)
     name = resolve(model)
     source: Any = uneven_class(config) if is_uneven(config) else auto_class(config)
-    divided = {"distributed_config": shard_config(config)} if shard else {}
+    divided: dict[str, Any] = {"distributed_config": shard_config(config)} if shard else {}
+    if is_quantized(config):  # some quantisers take the current card if they are told of none
+        divided["device_map"] = {"": str(place)}
     require_buildable(name, config)
     with unreadable(model, "weights"):
         loaded, report = source.from_pretrained(

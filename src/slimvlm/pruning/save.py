@@ -18,7 +18,13 @@ from slimvlm.data import chat
 from slimvlm.data.chat import tokenizer_of
 from slimvlm.data.samples import Message, Sample
 from slimvlm.models import modeling_pruned
-from slimvlm.models.classes import auto_class, auto_map_of, is_uneven, set_class_
+from slimvlm.models.classes import (
+    auto_class,
+    auto_map_of,
+    is_quantized,
+    is_uneven,
+    set_class_,
+)
 from slimvlm.models.cost import free_memory
 from slimvlm.models.hidden import evaluating
 from slimvlm.models.load import load_processor
@@ -132,11 +138,13 @@ def check_reload(model: PreTrainedModel, processor: Any, folder: str | Path) -> 
         expected = _last_logits(model, batch)
     try:
         config = AutoConfig.from_pretrained(folder)
+        place = {"device_map": {"": str(model.device)}} if is_quantized(config) else {}
         again, report = auto_class(config).from_pretrained(
             folder,
             dtype=model.dtype,
             trust_remote_code=_holds_only_our_code(folder, config),
             output_loading_info=True,
+            **place,
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ReloadError(f"{str(folder)!r} does not load back: {error}") from error

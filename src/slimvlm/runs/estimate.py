@@ -426,9 +426,9 @@ def image_tokens(model: str, trust_remote_code: bool = False) -> int:
     return min(patches, getattr(config, "image_seq_length", None) or patches)
 
 
-def seconds_of(flops: float) -> float:
-    """Rough time of so much work on this machine."""
-    return flops / _usable(default_device(), torch.bfloat16)
+def seconds_of(flops: float, device: torch.device) -> float:
+    """Estimate roughly how long so much work takes on a device."""
+    return flops / _usable(device, torch.bfloat16)
 
 
 def _usable(device: torch.device, dtype: torch.dtype) -> float:

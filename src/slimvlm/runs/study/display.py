@@ -15,6 +15,7 @@ from rich.text import Text
 
 from slimvlm.core.errors import printable
 from slimvlm.core.progress import duration
+from slimvlm.models.load import device_named
 from slimvlm.runs.estimate import seconds_of
 from slimvlm.runs.study.cache import Cache, Outcome
 from slimvlm.runs.study.graph import STAGE_KINDS, Stage
@@ -60,7 +61,10 @@ class Clock:
         total = 0.0
         for stage in stages:
             flops, done = self.flops[stage.name], self.done[stage.kind]
-            total += flops * self.seconds[stage.kind] / done if done else seconds_of(flops)
+            if done:
+                total += flops * self.seconds[stage.kind] / done
+            else:
+                total += seconds_of(flops, device_named(stage.request.prune.device))
         return total
 
 
