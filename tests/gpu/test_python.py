@@ -203,7 +203,7 @@ def test_what_was_said_lies_on_the_cpu_and_its_head_moves_once(
             sv.evaluate_data(smaller, processor, samples, kept, batch_size=1)
         assert seen.count == 1
         expected = sv.evaluate_data(other, processor, samples).samples
-        for device in (None, card):
+        for device in (torch.device("cpu"), card):
             found = alone(kept, names_of(samples), device).samples
             assert [s.loss for s in found] == pytest.approx([s.loss for s in expected], rel=1e-4)
 
