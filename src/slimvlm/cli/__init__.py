@@ -22,6 +22,7 @@ from slimvlm.cli.options import TYPES
 from slimvlm.core.errors import ConfigError, SlimError, one_line, printable
 from slimvlm.core.files import held
 from slimvlm.core.processes import num_ranks
+from slimvlm.core.removed import refuse_removed
 
 Verb = Callable[..., None]
 SHARING_OUTPUT: tuple[Verb, ...] = (runs.study,)
@@ -83,6 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
             if not verb:
                 raise SystemExit(2)
             return
+        refuse_removed(words)
         _require_one_process(verb)
         _require_no_data_file(words)
         if verb == "compress":

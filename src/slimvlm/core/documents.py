@@ -17,6 +17,7 @@ import yaml
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from slimvlm.core.errors import LONGEST, ConfigError, one_line, shortened
+from slimvlm.core.removed import without_removed
 
 T = TypeVar("T")
 
@@ -187,6 +188,8 @@ def built(kind: type[T], values: Any, where: str = "") -> T:
             allowed.
     """
     if isinstance(values, Mapping):
+        names = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+        values = without_removed(values, names)
         tuples = {f.name for f in fields(kind) if isinstance(f.default, tuple)}  # type: ignore[arg-type]
         values = {k: listed(v) if k in tuples else v for k, v in values.items()}
     try:

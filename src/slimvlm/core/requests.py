@@ -16,6 +16,7 @@ from typing import Any
 from slimvlm.core.documents import read_object
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import write_text
+from slimvlm.core.removed import same_without_removed
 
 
 def asked(options: Any) -> dict[str, Any]:
@@ -50,7 +51,7 @@ def noted_request(file: Path) -> dict[str, Any] | None:
 
 def is_begun_for(file: Path, request: Mapping[str, Any]) -> bool:
     """Whether the work beside a file was begun for this very request."""
-    return noted_request(file) == _plain(request)
+    return bool(same_without_removed(noted_request(file)) == same_without_removed(_plain(request)))
 
 
 def require_same_request(
@@ -67,7 +68,8 @@ def require_same_request(
     Raises:
         ConfigError: If they differ; the message names where, such as ``config.max_steps``.
     """
-    differing = [] if noted is None else list(_differing(_plain(noted), _plain(request)))
+    before, now = same_without_removed(_plain(noted or {})), same_without_removed(_plain(request))
+    differing = [] if noted is None else list(_differing(before, now))
     if differing:
         raise ConfigError(f"{what} with other {' and '.join(differing)}. {cure}")
 

@@ -1,0 +1,74 @@
+"""Name options, verbs and Python names of an earlier version, and what to use instead.
+
+Each stays for one release. An old file that holds a removed option at its old default still loads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from slimvlm.core.errors import ConfigError
+
+OPTIONS: dict[str, tuple[Any, str]] = {}
+"""Default of each removed option, and what to use instead."""
+VERBS: dict[str, str] = {}
+NAMES: dict[str, str] = {}
+"""Python names of the package."""
+
+
+def refuse_removed(words: Sequence[str]) -> None:
+    """Refuse a removed verb, or a removed option on the command line.
+
+    Args:
+        words: The command line behind ``slimvlm``.
+
+    Raises:
+        ConfigError: It names the option and what to use instead.
+    """
+    if words and words[0] in VERBS:
+        raise ConfigError(f"{words[0]} was removed: {VERBS[words[0]]}")
+    for word in words[1:]:
+        name = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        if word.startswith("--") and name in OPTIONS:
+            raise ConfigError(f"{word.partition('=')[0]} was removed: {OPTIONS[name][1]}")
+
+
+def without_removed(values: Mapping[str, Any], allowed: Sequence[str]) -> dict[str, Any]:
+    """Drop removed options that have their old default, as old configuration files do.
+
+    Args:
+        values: Options by name; the options of ``recover`` inside them, too.
+        allowed: Names that are options today.
+
+    Raises:
+        ConfigError: If a removed option has another value.
+    """
+    found = {}
+    for name, value in values.items():
+        if name in OPTIONS and name not in allowed:
+            default, instead = OPTIONS[name]
+            if value != default and value != _as_json(default):
+                raise ConfigError(f"{name} {value!r} was removed: {instead}")
+            continue
+        if name == "recover" and isinstance(value, Mapping):
+            value = without_removed(value, [])
+        found[name] = value
+    return found
+
+
+def same_without_removed(values: Any) -> Any:
+    """Drop removed options with their old default at every depth, to compare stored requests."""
+    if isinstance(values, list):
+        return [same_without_removed(value) for value in values]
+    if not isinstance(values, dict):
+        return values
+    return {
+        name: same_without_removed(value)
+        for name, value in values.items()
+        if name not in OPTIONS or value != _as_json(OPTIONS[name][0])
+    }
+
+
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
