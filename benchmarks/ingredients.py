@@ -68,14 +68,12 @@ class Recipe:
         local_steps: Steps on each layer; None for the default, 0 for refitted weights alone.
         train: Changes to `BEST`; None trains nothing.
         answers: Whether the original writes the answers that are learnt from.
-        first: A ratio to prune to and train at before the last one.
     """
 
     axis: str = "width"
     local_steps: int | None = None
     train: Mapping[str, Any] | None = None
     answers: bool = False
-    first: float | None = None
 
 
 RECIPES = {
@@ -97,7 +95,6 @@ RECIPES = {
         train={"train": "lora", "loss": "sft+hidden", "kd_on": "answer", "hidden_layers": "final"}
     ),
     "width, trained on the original's answers": Recipe(train={}, answers=True),
-    "width, trained in stages": Recipe(train={}, first=0.3),
     "width, trained three times as long": Recipe(train={"epochs": 3}),
     "depth": Recipe("depth"),
     "depth, trained": Recipe("depth", train={}),
@@ -136,15 +133,7 @@ class Sitting:
     def _made(self, recipe: Recipe, ratio: float, folder: Path) -> dict[str, Any]:
         started = time.monotonic()
         training = self.training
-        if recipe.first is None:
-            model, processor, plan = self._walked(recipe, ratio, folder)
-        else:
-            half = len(training) // 2
-            model, processor, plan = self._walked(recipe, recipe.first, folder)
-            self._train(model, processor, plan, training[:half], recipe)
-            left = (1 - ratio) / (1 - recipe.first)
-            plan = plan.then(self._walk(model, processor, recipe, 1 - left))
-            training = training[half:]
+        model, processor, plan = self._walked(recipe, ratio, folder)
         if recipe.answers:
             training = self._answered(folder, training)
         if recipe.train is not None:

@@ -624,20 +624,6 @@ def test_compress_prints_nothing_but_json(run: Run, home: Path, llava: Path, dat
     assert stored["recover"]["train"] == "projector"  # the chart's choice up to 15 %
 
 
-def test_ratios_have_commas_or_spaces_between_them(
-    run: Run, home: Path, llava: Path, data: Path
-) -> None:
-    """And the last one is the ratio."""
-    asked = ["compress", llava, "--data", data, "--samples", "4", "--train", "full", "--dry-run"]
-    asked += ["--json", "--axis", "width", "--out", home / "run"]
-    ways = (["--stages", "0.15,0.3"], ["--stages", "0.15", "0.3"], ["--ratio", "0.3"])
-    commas, spaces, ratio = (stdout_json(run(*asked, *words))["ratio"] for words in ways)
-    assert commas == spaces == ratio
-    refused = run(*asked, "--stages", "0.3,0.15")
-    assert refused.code == 2
-    assert "ratios must rise" in refused.err
-
-
 def test_compress_says_what_comes_next(run: Run, home: Path, llava: Path, data: Path) -> None:
     few = ("--axis", "width", "--criterion", "magnitude", "--repair", "none", "--train", "none")
     words = ("compress", llava, "--ratio", "0.3", "--data", data, *few, "--report-samples", "0")

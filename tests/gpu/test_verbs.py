@@ -131,7 +131,6 @@ COMPRESSED = {
     "depth": ("--axis", "depth", "--train", "lora", "--loss", "0.5*sft+0.5*kl"),
     "both": ("--axis", "both", "--train", "full", "--loss", "hidden"),
     "auto": ("--train", "lora", "--loss", "sft+hidden"),
-    "stages": ("--axis", "width", "--train", "lora", "--loss", "sft", "--stages", "0.15", "0.3"),
     "no training": ("--axis", "width", "--train", "none", "--tasks", "presence", "--limit", "2"),
 }
 

@@ -586,26 +586,3 @@ def test_the_summary_tells_what_is_kept() -> None:
     assert "2 of 4 layers" in text
     assert "1 KV groups" in text
     assert "10 neurons" in text
-
-
-@settings(max_examples=25)
-@given(anatomies, axes, axes)
-def test_two_plans_one_after_the_other_are_one(name: str, axis: str, later_axis: str) -> None:
-    """They keep the same units, by the numbers that these have in the first model."""
-    first = make_plan(anatomy_named(name), [scores_named(name)], 0.25, axis)
-    second = make_plan(first.after, [random_scores(first.after)], 0.25, later_axis)
-    whole = first.then(second)
-    assert whole.after.layers == second.after.layers
-    assert counted_ratio(whole) == pytest.approx(1 - (1 - first.ratio) * (1 - second.ratio))
-    for place, index in enumerate(whole.layers):
-        between = second.layers[place]
-        assert index == first.layers[between]
-        for units in ("kv_groups", "neurons"):
-            mine, theirs = getattr(first, units)[index], getattr(second, units)[between]
-            assert getattr(whole, units)[index] == tuple(mine[unit] for unit in theirs)
-
-
-def test_a_later_plan_is_for_what_the_first_one_leaves() -> None:
-    plan = make_plan(anatomy_named("llama"), [scores_named("llama")], 0.25, "width")
-    with pytest.raises(ConfigError, match="not for the model that the first one leaves"):
-        plan.then(plan)

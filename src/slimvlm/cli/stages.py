@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -294,8 +293,6 @@ def compress(
     from slimvlm.runs.dry_run import foresee
     from slimvlm.runs.held_out import read_held_out
 
-    if options.stages and pruning.ratio is None:
-        pruning = replace(pruning, ratio=options.stages[-1])
     latency = options.target_latency
     recover = _recovery(pruning, training, None if latency is None else 1 - latency)
     whole = CompressConfig(**vars(pruning), **vars(options), recover=recover)

@@ -573,15 +573,6 @@ class TrainingShare(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Staging(TrainingShare):
-    """How much a run trains on, and when."""
-
-    stages: tuple[float, ...] = ()
-    """Ratios on the way, such as 0.3,0.6: prune to the first, train on a part of the samples, prune
-    to the next, train on the next part. The last one is the ratio."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class LatencyOptions(Options):
     """How fast a model becomes."""
 
@@ -594,7 +585,7 @@ class LatencyOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions(ReportOptions, QuestionOptions, Staging, LatencyOptions):
+class RunOptions(ReportOptions, QuestionOptions, TrainingShare, LatencyOptions):
     """What a run does beside pruning and training."""
 
     tasks: str | None = None
@@ -616,7 +607,6 @@ class CompressConfig(RunOptions, PruneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._end_at_last_stage()
         if self.target_latency is not None and self.ratio is not None:
             raise ConfigError(
                 f"target_latency {self.target_latency}: there is a ratio, {self.ratio}"
@@ -631,18 +621,6 @@ class CompressConfig(RunOptions, PruneConfig):
             raise ConfigError(
                 f"seed {self.seed}: a run has one, and recover has {self.recover.seed}"
             )
-
-    def _end_at_last_stage(self) -> None:
-        """The last stage is the ratio."""
-        if not self.stages:
-            return
-        if sorted({*self.stages}) != list(self.stages) or self.stages[0] <= 0:
-            raise ConfigError(f"stages {self.stages}: ratios must rise, from above 0")
-        if self.recover is None or self.data is None:
-            raise ConfigError(f"stages {self.stages} need training and data")
-        if self.ratio not in (None, self.stages[-1]):
-            raise ConfigError(f"stages {self.stages} must end at the ratio, {self.ratio}")
-        object.__setattr__(self, "ratio", self.stages[-1])
 
 
 MIN_NEW_TOKENS = 3

@@ -10,7 +10,9 @@ from typing import Any
 
 from slimvlm.core.errors import ConfigError
 
-OPTIONS: dict[str, tuple[Any, str]] = {}
+OPTIONS: dict[str, tuple[Any, str]] = {
+    "stages": ((), "one ratio keeps more than two in turns; give --ratio"),
+}
 """Default of each removed option, and what to use instead."""
 VERBS: dict[str, str] = {}
 NAMES: dict[str, str] = {}

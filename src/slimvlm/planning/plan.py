@@ -128,40 +128,6 @@ class Plan:
             for index in self.layers
         }
 
-    def then(self, later: Plan) -> Plan:
-        """One plan for both: this one, then another of the model that it leaves.
-
-        Raises:
-            ConfigError: If the other plan is for a model of another shape.
-        """
-        if (later.before.layers, later.before.vocab_size) != (
-            self.after.layers,
-            self.after.vocab_size,
-        ):
-            raise ConfigError("plan: the later one is not for the model that the first one leaves")
-        places = {self.layers[place]: place for place in later.layers}
-
-        def both(unit: str) -> tuple[Kept, ...]:
-            theirs = later.kept(unit)
-            return tuple(
-                tuple(kept[i] for i in theirs[places[index]]) if index in places else ()
-                for index, kept in enumerate(self.kept(unit))
-            )
-
-        rows: dict[str, Any] = {f"{unit}s": both(unit) for unit in LAYER_UNITS}
-        tokens = later.tokens
-        if self.tokens is not None:
-            tokens = self.tokens if tokens is None else tuple(self.tokens[i] for i in tokens)
-        return replace(
-            self,
-            layers=tuple(places),
-            axis=self.axis if self.axis == later.axis else "both",
-            asked_ratio=None,
-            criteria={**self.criteria, **later.criteria},
-            tokens=tokens,
-            **rows,
-        )
-
     @property
     def after(self) -> Anatomy:
         """The smaller model's anatomy."""

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from slimvlm.core.files import (
     require_free,
     write_text,
 )
-from slimvlm.core.options import CompressConfig, FirstOptions, PruneConfig, Questions
+from slimvlm.core.options import CompressConfig, PruneConfig, Questions
 from slimvlm.core.progress import Say, silent
 from slimvlm.core.requests import asked, identity_of_files, is_begun_for, note_request
 from slimvlm.data.read import identity_of_data
@@ -60,8 +59,6 @@ from slimvlm.scoring.unit_scores import Scores
 from slimvlm.training.recover import TRACKER_FOLDER
 
 STAGES = ("original", "pruned", "recovered")
-_STAGE = "stage-{}"
-"""Where one of the first of several ratios is worked at."""
 TIMES_FILE = "times.json"
 """Among a run's results: how fast the smaller model is beside the original."""
 _SAID = "said.safetensors"
@@ -173,8 +170,6 @@ def _checked_samples(run: Run, force: bool) -> SampleSplit:
         return samples
     if later:
         check_request(run.request, anatomy(run.model), run.say)
-    for ratio in run.config.stages[:-1]:
-        check_request(_at(run.request, ratio), anatomy(run.model), silent)
     if run.request.prune.axis == "auto":
         run.say("axis auto: depth, width and both are tried, and held-out answers choose")
     elif run.request.prune.axis != run.config.axis:
@@ -190,71 +185,12 @@ def _go(run: Run, samples: SampleSplit, force: bool) -> None:
     _evaluated(run, "original", original, processor)
     _asked_on_data(run, "original", original, processor, samples.report)
     trains = run.request.trains and bool(samples.training)
-    base = Base(original, processor)
+    plan = _pruned(run, original, processor, samples, trains)
     del original  # before two models are read for recovery
-    *early, last = _divided(samples, max(len(run.config.stages), 1))
-    for number, part in enumerate(early, 1):
-        base = _on_the_way(run, number, base, part)
-    plan = _pruned(run, base, last, trains)
-    del base
     release_memory()
     if trains:
-        _recovered(run, plan, last)
+        _recovered(run, plan, samples)
     finish(run, plan)
-
-
-@dataclass(frozen=True)
-class Base:
-    """What a stage prunes: the original, or what earlier ratios made of it.
-
-    Attributes:
-        model: The model, which is pruned in place.
-        processor: Its processor.
-        plan: What earlier ratios kept of the original.
-    """
-
-    model: PreTrainedModel
-    processor: Any
-    plan: Plan | None = None
-
-    def asked(self, request: Request) -> Request:
-        """The request for what still has to go; tokens and experts went first."""
-        if self.plan is None:
-            return request
-        size = self.plan.before.backbone_params
-        left = (1 - ratio_of(request.prune)) * size / read_anatomy(self.model).backbone_params
-        prune = replace(request.prune, ratio=1 - left, **vars(FirstOptions(vocab_size="all")))
-        return replace(request, prune=prune, tokens=None, fewer_tokens=None)
-
-    def whole(self, plan: Plan, ratio: float) -> Plan:
-        """A plan of this model as one of the original, of which a share was to go."""
-        return plan if self.plan is None else replace(self.plan.then(plan), asked_ratio=ratio)
-
-
-def _divided(samples: SampleSplit, parts: int) -> list[SampleSplit]:
-    """The samples of each ratio: each learns from others, if there are enough."""
-    training = samples.training
-    edges = [len(training) * part // parts for part in range(parts + 1)]
-    shares = [training[start:end] or training for start, end in pairwise(edges)]
-    return [replace(samples, training=share) for share in shares]
-
-
-def _on_the_way(run: Run, number: int, base: Base, samples: SampleSplit) -> Base:
-    """Prune to one of the first ratios and recover, in a folder inside the run's."""
-    ratio = run.config.stages[number - 1]
-    run.say(f"stage {number} of {len(run.config.stages)}: {ratio:.0%}")
-    part = replace(run, folder=run.path(_STAGE.format(number)))
-    part.request = replace(_at(run.request, ratio), questions=None)
-    part.path("scores").mkdir(parents=True, exist_ok=True)
-    unreported = replace(samples, report=())
-    plan = _pruned(part, base, unreported, trains=True)
-    _recovered(part, plan, unreported)
-    model, processor = load(part.path("checkpoint"), run.config.dtype, run.config.device)
-    return Base(model, processor, plan)
-
-
-def _at(request: Request, ratio: float) -> Request:
-    return replace(request, prune=replace(request.prune, ratio=ratio))
 
 
 def _require_startable(run: Run, force: bool) -> None:
@@ -287,36 +223,38 @@ def _scored(run: Run, model: PreTrainedModel, calibration: Calibration) -> list[
     return [Scores.load(folder / name) for name in names]
 
 
-def _pruned(run: Run, base: Base, samples: SampleSplit, trains: bool) -> Plan:
+def _pruned(
+    run: Run, model: PreTrainedModel, processor: Any, samples: SampleSplit, trains: bool
+) -> Plan:
     """Walk the model and write it, unless a later stage has been reached already.
 
     Returns:
-        What is kept of the original.
+        The plan, that of a stopped run if it got so far.
     """
     folder = "pruned" if trains else "checkpoint"
     if run.path(folder).exists() or run.path("checkpoint").exists():
         return Plan.load(run.path("plan.json"))
-    request, model = base.asked(run.request), base.model
-    calibration = Calibration(base.processor, samples.calibration, request.hold_out)
-    given = tokens_alone(request, read_anatomy(model))
+    calibration = Calibration(processor, samples.calibration, run.request.hold_out)
+    given = tokens_alone(run.request, read_anatomy(model))
     scores = [] if given else _scored(run, model, calibration)
     training = samples.training if trains else ()
     scratch = run.path("walk")
-    walked = stages.prune_(request, model, calibration, scores, given, scratch, training, run.say)
+    walked = stages.prune_(
+        run.request, model, calibration, scores, given, scratch, training, run.say
+    )
     release_memory()
     run.say(walked.summary())
     if walked.scores is not None:
         walked.scores.save(run.path("scores") / walked.scores.criterion)
     write_text(run.path("walk.json"), json.dumps(asdict(walked.report), indent=1) + "\n")
-    plan = base.whole(walked.plan, ratio_of(run.request.prune))
-    plan.save(run.path("plan.json"))
-    processor = trimmed_processor(base.processor, walked.plan)
-    _evaluated(run, "pruned", model, processor)
-    _timed(run, model, processor, base.processor)
-    _asked_on_data(run, "pruned", model, processor, samples.report)
-    _save(run, model, processor, plan, folder)
+    walked.plan.save(run.path("plan.json"))
+    trimmed = trimmed_processor(processor, walked.plan)
+    _evaluated(run, "pruned", model, trimmed)
+    _timed(run, model, trimmed, processor)
+    _asked_on_data(run, "pruned", model, trimmed, samples.report)
+    _save(run, model, trimmed, walked.plan, folder)
     shutil.rmtree(run.path("walk"), ignore_errors=True)
-    return plan
+    return walked.plan
 
 
 def _recovered(run: Run, plan: Plan, samples: SampleSplit) -> None:
@@ -372,7 +310,7 @@ def _evaluated(run: Run, stage: str, model: PreTrainedModel, processor: Any) -> 
 def _timed(run: Run, model: PreTrainedModel, processor: Any, whole_processor: Any) -> None:
     """How fast the smaller model is beside the original, which is read once more."""
     path = run.path("results") / TIMES_FILE
-    if path.exists() or not path.parent.exists():  # the first of several ratios have no results
+    if path.exists():
         return
     needed = weight_bytes(anatomy(run.model), str(model.dtype).removeprefix("torch."))
     if needed > (free := free_memory(model.device)):
@@ -466,6 +404,5 @@ def finish(run: Run, plan: Plan) -> None:
     if (logs := run.path("training") / TRACKER_FOLDER).exists():
         logs.replace(run.path(TRACKER_FOLDER))
     run.path(_SAID).unlink(missing_ok=True)
-    on_the_way = [_STAGE.format(number) for number, _ in enumerate(run.config.stages, 1)]
-    for name in ("pruned", "training", "walk", *on_the_way):
+    for name in ("pruned", "training", "walk"):
         shutil.rmtree(run.path(name), ignore_errors=True)
