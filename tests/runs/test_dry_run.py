@@ -12,12 +12,13 @@ import pytest
 import yaml
 
 from slimvlm import cli
+from slimvlm.cli import parsed
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import CompressConfig, RecoverConfig
 from slimvlm.core.progress import silent
 from slimvlm.models.load import anatomy
 from slimvlm.runs import dry_run, estimate
-from slimvlm.runs.command import compress_command, config_text, read_config, with_config
+from slimvlm.runs.command import compress_command, config_text, read_config
 from slimvlm.runs.dry_run import foresee, foreseen_rows
 from tests import tiny_folder as folders
 
@@ -96,7 +97,7 @@ def test_a_wrong_file_is_named(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=message) as failure:
-        with_config(["compress", "--config", str(path)])
+        parsed("compress", ["--config", str(path)])
     assert "run.yaml" in str(failure.value)
 
 

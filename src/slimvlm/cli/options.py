@@ -1,13 +1,18 @@
-"""How groups of options stand on the command line, and the few that are the command line's own."""
+"""Tell tyro how to show and read the option classes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import docstring_parser
 import tyro
 
+from slimvlm.core.checked import Options
 from slimvlm.core.options import (
     TASK_BATCH_SIZE,
     QuestionOptions,
@@ -16,9 +21,89 @@ from slimvlm.core.options import (
     TrainingConfig,
 )
 
-INLINE = tyro.conf.arg(name="")
-"""For a dataclass among a verb's parameters: its fields are options like all others."""
+INLINE: Any = tyro.conf.OmitArgPrefixes
+"""For an option class among a verb's parameters: its fields are options of a group."""
 Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+KEYWORD = Parameter.KEYWORD_ONLY
+REGISTRY = tyro.constructors.ConstructorRegistry()
+
+
+def parse(
+    verb: Callable[..., None], words: list[str], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Read the options of a verb.
+
+    Args:
+        verb: The function behind it.
+        words: The command line behind its name.
+        defaults: Values of its parameters where the command line gives none.
+
+    Returns:
+        Its arguments by name.
+    """
+    texts, hints = _texts(verb), get_type_hints(verb, include_extras=True)
+
+    def bind(**arguments: Any) -> dict[str, Any]:
+        return arguments
+
+    parameters = []
+    for name, parameter in signature(verb).parameters.items():
+        default = defaults.get(name, parameter.default)
+        hint = _described(hints[name], texts.get(name, ""), default)
+        parameters.append(parameter.replace(kind=KEYWORD, annotation=hint, default=default))
+    bind.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    bind.__annotations__ = {each.name: each.annotation for each in parameters}
+    arguments: dict[str, Any] = tyro.cli(
+        bind,
+        prog=f"slimvlm {verb.__name__.replace('_', '-')}",
+        description=docstring_parser.parse(verb.__doc__ or "").description,
+        args=words,
+        config=(tyro.conf.FlagCreatePairsOff,),
+        registry=REGISTRY,
+    )
+    return arguments
+
+
+@REGISTRY.struct_rule
+def options(info: Any) -> tyro.constructors.StructConstructorSpec | None:
+    """Show the fields of an option class, each text as one paragraph."""
+    kind = info.type
+    if not (isinstance(kind, type) and issubclass(kind, Options)):
+        return None
+    hints, texts = get_type_hints(kind, include_extras=True), _texts(kind)
+    rows = []
+    for row in fields(kind):  # type: ignore[arg-type]
+        default = getattr(info.default, row.name, row.default)
+        hint = _described(hints[row.name], texts.get(row.name, ""), default)
+        default = tyro.MISSING if default is MISSING else default
+        rows.append(tyro.constructors.StructFieldSpec(row.name, hint, default))
+    return tyro.constructors.StructConstructorSpec(kind, tuple(rows))
+
+
+def _texts(declared: Any) -> dict[str, str]:
+    """Read the help of every parameter or field, each as one paragraph."""
+    texts: dict[str, str] = {}
+    for each in reversed(getattr(declared, "__mro__", (declared,))):
+        params = docstring_parser.parse_from_object(each).params if each is not object else []
+        texts |= {row.arg_name: " ".join((row.description or "").split()) for row in params}
+    return texts
+
+
+def _described(hint: Any, text: str, default: Any) -> Any:
+    """Add help to a type, and the form of its values where tyro's own would name ``None``."""
+    kind = hint
+    while get_origin(kind) is Annotated:
+        kind = kind.__origin__
+    parts = get_args(kind) if get_origin(kind) in (UnionType, Union) else ()
+    form = "|".join(_form(part) for part in parts if part is not type(None)) or None
+    hidden = "" if default is None or default is False or default == () else None
+    return Annotated[hint, tyro.conf.arg(help=text, metavar=form, help_behavior_hint=hidden)]
+
+
+def _form(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "|".join(map(str, get_args(kind)))
+    return {str: "TEXT"}.get(kind, getattr(kind, "__name__", "VALUE").upper())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,30 +118,6 @@ class QuestionFlags(QuestionOptions):
     """Show the pictures of other questions: the floor of a model that cannot see."""
     log: Path | None = None
     """Folder that keeps replies as they come; a stopped evaluation goes on there."""
-
-
-def _numbers(words: list[str]) -> tuple[float, ...]:
-    return tuple(float(number) for word in words for number in word.split(","))
-
-
-TYPES = tyro.constructors.ConstructorRegistry()
-"""How types of options are read where tyro does it in another way."""
-
-
-@TYPES.primitive_rule
-def numbers(
-    info: tyro.constructors.PrimitiveTypeInfo,
-) -> tyro.constructors.PrimitiveConstructorSpec[tuple[float, ...]] | None:
-    """Any number of numbers, with commas or spaces between them."""
-    if info.type != tuple[float, ...]:
-        return None
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="FLOAT,...",
-        instance_from_str=_numbers,
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda value: [str(number) for number in value],
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

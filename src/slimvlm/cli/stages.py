@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from slimvlm.cli.options import INLINE, Model, QuestionFlags, RunFlags, TrainingFlags
 from slimvlm.cli.printing import (
@@ -306,6 +307,30 @@ def compress(
     note(f"run folder: {out}; checkpoint: {out / 'checkpoint'}")
     talk = ["slimvlm", "chat", str(out), "your question", "--other", model]
     note(f"next: {shlex.join(['slimvlm', 'report', str(out)])}; {shlex.join(talk)}")
+
+
+def defaults_from(file: str) -> dict[str, Any]:
+    """Read a configuration file as values of the parameters of `compress`.
+
+    Args:
+        file: A ``run.yaml``, or the ``config.json`` of a run.
+
+    Raises:
+        ConfigError: If it cannot be read, or an option is unknown or not allowed.
+    """
+    from slimvlm.runs.command import read_config
+
+    model, config, says_training = read_config(file)
+    given: dict[str, Any] = {"train": "none" if says_training else None}
+    if config.recover is not None:
+        names = {row.name for row in fields(TrainingFlags)} - {"seed"}
+        given = {name: getattr(config.recover, name) for name in names}
+    return {
+        "model": model,
+        "pruning": part_of(config, PruneConfig),
+        "training": TrainingFlags(**given),
+        "options": part_of(config, RunFlags),
+    }
 
 
 def _recovery(

@@ -11,6 +11,7 @@ from typing import Any
 from slimvlm.core.errors import ConfigError
 
 OPTIONS: dict[str, tuple[Any, str]] = {
+    "help_all": (False, "--help shows every option"),
     "stages": ((), "one ratio keeps more than two in turns; give --ratio"),
 }
 """Default of each removed option, and what to use instead."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -62,38 +62,6 @@ def read_config(path: str | Path) -> tuple[str, CompressConfig, bool]:
     if options.get("recover") == NOT_TRAINED:
         options["recover"] = None
     return values["model"], built(CompressConfig, options, where), "recover" in options
-
-
-def with_config(arguments: Sequence[str]) -> list[str]:
-    """The words of ``compress``, with those that a file of ``--config`` stands for before them.
-
-    Args:
-        arguments: The command line behind ``slimvlm``.
-
-    Raises:
-        ConfigError: As `read_config`.
-    """
-    words = list(arguments)
-    path = _config_of(words)
-    if words[:1] != ["compress"] or path is None:
-        return words
-    model, config, says_training = read_config(path)
-    rest = words[1:]
-    if rest and not rest[0].startswith("-"):
-        model, *rest = rest
-    *command, _, _ = shlex.split(compress_command(model, config, ""))[1:]  # without its --out
-    if not says_training and command[-2:] == ["--train", NOT_TRAINED]:
-        command = command[:-2]
-    return [*command, *rest]
-
-
-def _config_of(words: Sequence[str]) -> str | None:
-    for word, following in zip(words, [*words[1:], None], strict=True):
-        if word == "--config":
-            return following
-        if word.startswith("--config="):
-            return word.removeprefix("--config=")
-    return None
 
 
 def _unusual(config: Any) -> dict[str, Any]:
