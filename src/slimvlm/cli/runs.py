@@ -78,7 +78,7 @@ def report(
 def advise(
     model: Model,
     target: Annotated[TargetFlags, INLINE] = TargetFlags(),
-    data: bool = False,
+    data: tuple[str, ...] | None = None,
     no_data: bool = False,
     gpu: bool = False,
     no_gpu: bool = False,
@@ -104,7 +104,12 @@ def advise(
     """
     from slimvlm.runs.advise import advise as find
 
-    for name, yes, no in (("data", data, no_data), ("gpu", gpu, no_gpu)):
+    if data:
+        raise ConfigError(
+            f"data {data[0]!r}: advise reads no data. Say how much there is with --samples, or let "
+            "compress --dry-run count it"
+        )
+    for name, yes, no in (("data", data is not None, no_data), ("gpu", gpu, no_gpu)):
         if yes and no:
             raise ConfigError(f"--{name} and --no-{name} contradict each other")
     advice = find(
