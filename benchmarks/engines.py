@@ -1,6 +1,6 @@
 """Speed-up over the ideal of pruned models, in engines that serve them.
 
-Command:  .venv/bin/python benchmarks/engines.py [--shape demo|1b] [--engine vllm|gguf]
+Command:  PYTHONPATH=. .venv/bin/python benchmarks/engines.py [--shape demo|1b] [--engine vllm|gguf]
           [--clock wall|cpu]
 Expect:   2 GiB for each of two processes, 5 GiB for 1b; minutes on a quiet machine. vLLM's program
           is on PATH.
@@ -8,7 +8,7 @@ Goal:     a share of the ideal of 0.85 for depth and 0.75 for width, in writing.
 
 What is removed is drawn by chance, and so are the weights of 1b: speed depends on shapes alone.
 Each pruned model runs in turn with the whole one, each in a process of its own; see
-`slimvlm.export.engines.speed`. On a machine whose cores are shared, CPU time of one thread says
+`tests.export.engines.bench_engine`. Where cores are shared, CPU time of one thread says
 more than the wall clock (``OMP_NUM_THREADS=1 taskset -c 0``). Rows are JSON lines, then a Markdown
 table.
 """
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.export.engines import bench_engine
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import slimvlm as sv
@@ -29,7 +30,6 @@ from shapes import SHAPES
 from slimvlm.core.options import Axis
 from slimvlm.data.chat import tokenizer_of
 from slimvlm.evaluation.bench import SpeedUp
-from slimvlm.export.engines.speed import bench_engine
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.planning.make import make_plan
 from slimvlm.pruning.cut import prune_

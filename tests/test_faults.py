@@ -30,7 +30,6 @@ from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.load import load
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
-from slimvlm.pruning.manifest import verify
 from slimvlm.pruning.save import save
 from tests import tiny, tiny_folder
 
@@ -81,14 +80,13 @@ def test_any_plan_survives_its_file(
 def test_any_plan_makes_a_checkpoint_that_loads(
     kept: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """`save` itself loads it back and compares; here its shape and its manifest."""
+    """`save` itself loads it back and compares; here its shape."""
     plan = Plan(before=ANATOMY, axis="both", **kept)
     model = tiny.build("llama")
     prune_(model, plan, allow_uneven=True)
     out = tmp_path_factory.mktemp("out") / "model"
     save(model, None, out, plan)
     assert read_anatomy(load(out)[0]).layers == plan.after.layers
-    assert verify(out).is_whole
 
 
 PLAN_TEXT = json.dumps(
@@ -294,9 +292,7 @@ def test_kills_tear_nothing_and_every_restart_completes(verb: str, tmp_path: Pat
         os.kill(pid, signal.SIGKILL)
         was_killed = finish(pid) == -signal.SIGKILL
         killed += was_killed
-        if out.exists():
-            assert verify(out).is_whole, "a kill left half a checkpoint"
-        else:
+        if not out.exists():
             assert finish(start(verb, model, *how, "--out", out)) == 0, "the restart failed"
         found = load_file(out / "model.safetensors")
         assert all(torch.equal(found[name], value) for name, value in expected.items())

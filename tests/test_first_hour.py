@@ -62,7 +62,7 @@ def test_the_first_hour(
         shown[command] = capfd.readouterr().out
     verbs = [command.split()[1] for command in commands() if command.startswith("slimvlm")]
     assert verbs[0] == "advise"
-    assert set(verbs) >= {"advise", "compress", "chat", "evaluate", "export", "report", "verify"}
+    assert set(verbs) >= {"advise", "compress", "chat", "evaluate", "export", "report"}
     compressed = shown["slimvlm compress MODEL --ratio 0.3 --data mine.jsonl --out small"]
     assert "same next token as the original" in compressed
     summary = shown["cat small/summary.md"]

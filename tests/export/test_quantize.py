@@ -18,6 +18,7 @@ from slimvlm.evaluation.measure import stored_bytes
 from slimvlm.export import quantize as quantization
 from slimvlm.export.quantize import quantize
 from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.hidden import head_of, hidden_states
 from slimvlm.models.parts import projections
 from slimvlm.pruning.cut import prune_
 from tests import tiny
@@ -73,6 +74,9 @@ def test_plain_transformers_loads_it_and_answers_are_close(
     assert done.bytes_before == stored_bytes(model)
     assert done.bytes_after < done.bytes_before
     again = hf.AutoModelForImageTextToText.from_pretrained(tmp_path / "small", dtype="auto").eval()
+    del (inputs := dict(batch))["labels"]
+    (hidden,) = hidden_states(again, inputs)  # without the head, before the whole model is called
+    assert torch.equal(head_of(again)(hidden), logits(small, batch))
     assert torch.equal(logits(again, batch), logits(small, batch))
 
 

@@ -1,16 +1,12 @@
-"""Model cards: what the hub reads, what people read, and that pushing needs nothing else."""
+"""Model cards: what the hub reads, and what people read."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
-from huggingface_hub.errors import LocalTokenNotFoundError
-from huggingface_hub.utils import validate_hf_hub_args
 
-from slimvlm import cli
 from slimvlm.models.load import anatomy
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.card import CARD_FILE, CardFacts, is_hub_id
@@ -112,75 +108,3 @@ def test_the_first_original_is_named_through_a_chain(pruned: Path, tmp_path: Pat
 )
 def test_only_hub_ids_are_named_in_metadata(name: str, expected: bool) -> None:
     assert is_hub_id(name) is expected
-
-
-class FakeHub:
-    """Notes what would be uploaded; refuses names as the real one does, fails if told so."""
-
-    calls: tuple[Any, ...] = ()
-    error: Exception | None = None
-
-    @validate_hf_hub_args
-    def create_repo(self, repo_id: str, private: bool | None, exist_ok: bool) -> None:
-        if self.error is not None:
-            raise self.error
-        type(self).calls = (repo_id, private, exist_ok)
-
-    def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> Any:
-        names = {path.name for path in Path(folder_path).iterdir()}
-        type(self).calls = (*self.calls, repo_id, names)
-        return type("Commit", (), {"commit_url": f"hub/{repo_id}/commit/1"})()
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> type[FakeHub]:
-    fake = type("OneHub", (FakeHub,), {})
-    monkeypatch.setattr("slimvlm.export.hub.HfApi", fake)
-    return fake
-
-
-@pytest.mark.parametrize("private", [True, False])
-def test_push_uploads_the_whole_folder(
-    pruned: Path, hub: type[FakeHub], private: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
-    cli.main(["push", str(pruned), "me/small", *(["--private"] * private)])
-    *made, repo, names = hub.calls
-    assert made == ["me/small", True if private else None, True]
-    assert repo == "me/small"
-    assert names == {path.name for path in pruned.iterdir()}
-    assert {"README.md", "config.json", "model.safetensors", "slimvlm_plan.json"} <= names
-    assert capsys.readouterr().out.strip() == "hub/me/small/commit/1"
-
-
-@pytest.mark.parametrize(
-    "error", [LocalTokenNotFoundError("no token"), ConnectionError("unreachable")]
-)
-def test_what_the_hub_refuses_is_one_line(
-    pruned: Path, hub: type[FakeHub], error: Exception, capsys: pytest.CaptureFixture[str]
-) -> None:
-    hub.error = error
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["push", str(pruned), "me/small"])
-    assert stop.value.code == 2
-    said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1
-    assert str(error) in said[0]
-
-
-@pytest.mark.parametrize(("name", "word"), [("a b", "repo_id 'a b'"), ("x/y/z", "repo_id 'x/y/z'")])
-def test_wrong_names_are_refused(
-    pruned: Path, hub: type[FakeHub], name: str, word: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        cli.main(["push", str(pruned), name])
-    assert word in capsys.readouterr().err
-    assert hub.calls == ()
-
-
-def test_a_folder_without_a_card_is_refused(
-    pruned: Path, tmp_path: Path, hub: type[FakeHub], capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "config.json").write_text((pruned / "config.json").read_text())
-    with pytest.raises(SystemExit):
-        cli.main(["push", str(tmp_path), "me/small"])
-    assert "no README.md" in capsys.readouterr().err

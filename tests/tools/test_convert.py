@@ -29,7 +29,6 @@ from slimvlm.core.errors import ConfigError, ReloadError, SlimError, Unsupported
 from slimvlm.data import chat
 from slimvlm.data.samples import Question
 from slimvlm.models.load import load
-from slimvlm.pruning.manifest import verify
 from slimvlm_tools.convert import convert, write
 from slimvlm_tools.convert import source as source_files
 from slimvlm_tools.convert.tokens import TokenizerFiles, llama_tokenizer
@@ -229,11 +228,6 @@ def test_the_files_are_those_that_transformers_writes(converted: Converted, tmp_
 
 def test_whoever_may_read_the_configuration_may_read_the_weights(converted: Converted) -> None:
     assert len({file.stat().st_mode for file in converted.folder.iterdir()}) == 1
-
-
-def test_the_folder_can_be_verified(converted: Converted) -> None:
-    found = verify(converted.folder)
-    assert found.is_whole
 
 
 # Variations of the originals

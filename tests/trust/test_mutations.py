@@ -1,7 +1,7 @@
 """Thousands of spoiled files: each is read as it is or refused in one line, and does nothing else.
 
 What is spoiled: checkpoints, configurations, indices, tokenizers, templates, plans, studies, tasks,
-results, scores, logs and manifests; most are given to the library, some to the command line.
+results, scores and logs; most are given to the library, some to the command line.
 Everything runs in this process.
 """
 
@@ -35,7 +35,6 @@ from slimvlm.evaluation.results import Result, TaskResult
 from slimvlm.evaluation.tasks import read_task
 from slimvlm.models.load import anatomy, load, load_config, load_processor
 from slimvlm.planning.plan import Plan
-from slimvlm.pruning.manifest import verify, write_manifest
 from slimvlm.runs.study.cells import expand
 from slimvlm.runs.study.config import read_study
 from slimvlm.runs.tables import as_table, result_rows
@@ -244,11 +243,6 @@ def make_log(folder: Path) -> None:
     AnswerLog(folder, "own", "key").add(questions, ["reply"] * 3)
 
 
-def make_manifest(folder: Path) -> None:
-    (folder / "file").write_text("content")
-    write_manifest(folder)
-
-
 @dataclass(frozen=True)
 class Target:
     """A folder with a file to spoil, and what reads it."""
@@ -276,7 +270,6 @@ TARGETS: dict[str, Target] = {
     "scores": Target(make_scores, "scores.json", lambda f: Scores.load(f / "scores"), 100),
     "history": Target(make_history, "history.json", lambda f: History.load(f / "history.json"), 60),
     "log": Target(make_log, "own-key.jsonl", lambda f: AnswerLog(f, "own", "key"), 60),
-    "manifest": Target(make_manifest, "slimvlm_manifest.json", verify, 60),
 }
 
 
@@ -388,7 +381,6 @@ COMMANDS: dict[str, Callable[[Path], list[str]]] = {
         *("plan", model(), "--scores", str(folder / "scores"), "--ratio", "0.3"),
         *("--out", str(folder / "plan.json"), "--force"),
     ],
-    "manifest": lambda folder: ["verify", str(folder)],
 }
 """A command for each kind of file that has one."""
 OF_A_COMMAND = 15

@@ -33,7 +33,7 @@ GROUPS: dict[str, tuple[Verb, ...]] = {
     "In single steps": (
         *(stages.score, stages.plan, stages.prune, stages.recover, stages.cache_teacher),
     ),
-    "Take away": (models.quantize, models.export, models.push, models.verify, models.convert),
+    "Take away": (models.quantize, models.export, models.convert),
 }
 """Every verb of the command line, by what it is for."""
 VERBS: dict[str, Verb] = {

@@ -1,4 +1,4 @@
-"""What is done with one model or two: inspect, verify, compare, chat, bench, export, quantize."""
+"""Verbs of one model or two: inspect, compare, chat, bench, export, quantize."""
 
 from __future__ import annotations
 
@@ -33,25 +33,6 @@ def inspect(model: Model, json: bool = False) -> None:
         print_json({**values, "legal_kv_heads": found.legal_kv_heads()})
     else:
         print_table(["", model], anatomy_rows(found))
-
-
-def verify(folder: Annotated[Path, tyro.conf.Positional], json: bool = False) -> None:
-    """Check every file of a checkpoint against the list that was written with it.
-
-    Names each missing, changed or extra file, and then ends with exit code 2.
-
-    Args:
-        folder: A checkpoint that slimvlm wrote, or a run folder.
-        json: Print JSON.
-    """
-    from slimvlm.pruning.manifest import verify as check
-
-    found = check(folder)
-    if json:
-        print_json(asdict(found))
-    found.require_whole()
-    if not json:
-        print(f"{found.folder}: {found.num_files} files are as they were written")
 
 
 def compare(
@@ -131,34 +112,23 @@ def bench(
     baseline: str | None = None,
     workload: Annotated[Workload, INLINE] = Workload(),
     loading: Annotated[LoadConfig, INLINE] = LoadConfig(),
-    engine: Literal["transformers", "vllm", "llama.cpp"] = "transformers",
     json: bool = False,
 ) -> None:
     """Time reading and writing, count FLOPs and memory; with a baseline, against the ideal.
 
-    Prompts are random tokens, so the vision tower is not timed. Model and baseline run in turn in
-    one process, or each in one of an engine, and speed-ups are medians of neighbouring runs.
+    Prompts are random tokens, so the vision tower is not timed. Model and baseline run in turn, and
+    speed-ups are medians of neighbouring runs.
 
     Args:
         model: Folder, hub id, or demo.
         baseline: The model before pruning.
         workload: What to time.
         loading: How models are read.
-        engine: What to time: transformers, or an engine that is installed here or whose program is
-            on PATH, and runs where it wants to. A batch is then so many prompts at a time.
         json: Print JSON.
     """
     from slimvlm.evaluation.bench import bench as run
     from slimvlm.models.load import check_models, load_as
 
-    if engine != "transformers":
-        from slimvlm.export.engines.speed import bench_engine
-
-        if loading.device is not None:
-            raise ConfigError(f"device {loading.device!r}: {engine} chooses where it runs")
-        target = {"llama.cpp": "gguf"}.get(engine, engine)
-        print_bench(bench_engine(target, model, baseline, workload, loading.dtype), json)
-        return
     names = (model, *((baseline,) if baseline is not None else ()))
     check_models(loading, *names)
     small, *large = (load_as(loading, name)[0] for name in names)
@@ -172,14 +142,13 @@ def export(
     outtype: OutType = "bf16",
     original: str | None = None,
     check: tuple[str, ...] = (),
-    run: bool = False,
     force: bool = False,
     json: bool = False,
 ) -> None:
     """Write files for llama.cpp, or check where the model can be served.
 
-    The file holds the language backbone. Beside it, with mmproj- before its name, lies what sees,
-    for models whose vision tower llama.cpp's converter can write.
+    The file holds the language backbone. Vision tower and projector go into a second file, with
+    mmproj- before its name, for models whose vision tower llama.cpp's converter can write.
 
     Args:
         model: Folder, hub id, or demo.
@@ -188,11 +157,7 @@ def export(
         outtype: How the file stores weights.
         original: The original of a model that lost tokens: llama.cpp knows its tokenizer.
         check: Instead of a file: report what vllm, sglang, gguf, openvino, onnx, mlx or tp=N (N
-            GPUs that share every layer) make of the shape. Reads the configuration only, unless
-            --run is given.
-        run: With --check: also start the engines (vllm, gguf, openvino, onnx) and compare their
-            greedy replies with those of transformers. An engine may be installed here, or its
-            program be on PATH.
+            GPUs that share every layer) make of the shape. Reads the configuration only.
         force: Replace an existing file.
         json: Print JSON.
     """
@@ -206,27 +171,20 @@ def export(
             note(line)
         print(f"language backbone: {exported.text}")
         if exported.pictures is not None:
-            print(f"what sees: {exported.pictures}")
+            print(f"vision tower: {exported.pictures}")
         return
     from slimvlm.export import serving
-    from slimvlm.export.engines.compare import ENGINES, compare
     from slimvlm.models.anatomy import read_anatomy
     from slimvlm.models.classes import empty_model, is_quantized
     from slimvlm.models.load import load_config
 
     config = load_config(model)
     found = serving.check(read_anatomy(empty_model(config)), check, is_quantized(config))
-    named = [name for name in check if run and name in ENGINES]
-    compared = [each for name in named for each in compare([model], name, original=original)]
     if json:
-        rules = [asdict(finding) for finding in found]
-        ran = [{**asdict(each), "same": each.same} for each in compared]
-        print_json({"rules": rules, "runs": ran} if run else rules)
+        print_json([asdict(finding) for finding in found])
         return
     rows = [[f.target, f.level, f.rule, f.what, f.seen or "source", f.advice] for f in found]
     print_table(["target", "", "about", "found", "known from", "what to do"], rows)
-    for each in compared:
-        print(printable(each.summary()))
 
 
 def quantize(
@@ -287,22 +245,3 @@ def convert(
     from slimvlm_tools.convert import convert as write_native
 
     print(f"checkpoint: {write_native(source, out, vision_tower, force, dtype)}")
-
-
-def push(
-    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")],
-    repo_id: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="REPO_ID")],
-    private: bool = False,
-) -> None:
-    """Upload a checkpoint and its card to the Hugging Face hub.
-
-    Needs a token: hf auth login, or HF_TOKEN.
-
-    Args:
-        folder: A checkpoint, or a run folder of compress.
-        repo_id: owner/name; made if it does not exist.
-        private: Make a new repository private.
-    """
-    from slimvlm.export.hub import push as upload
-
-    print(upload(folder, repo_id, private))

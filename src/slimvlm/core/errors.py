@@ -39,10 +39,6 @@ class InUseError(OutputError):
     """An output that another run is writing."""
 
 
-class DamagedError(SlimError):
-    """A checkpoint whose files are not those that were written."""
-
-
 LESS_TO_TRAIN = (
     "a smaller --batch-size with more --gradient-accumulation, --gradient-checkpointing, or "
     "--train lora"

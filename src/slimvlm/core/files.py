@@ -40,7 +40,8 @@ LONGEST_NAME = 200
 """Bytes of a name that still leave room for what stands beside it (``.NAME.partial``)."""
 
 MARKS = {
-    "slimvlm_manifest.json": "slimvlm-manifest",
+    "slimvlm_checkpoint.json": "slimvlm-checkpoint",
+    "slimvlm_manifest.json": "slimvlm-manifest",  # of an earlier version
     "config.json": '"made_from"',
     "index.json": "slimvlm-teacher",
     "answers.json": '"max_new_tokens"',
@@ -49,6 +50,11 @@ MARKS = {
 }
 """What makes a folder ours: a file that every checkpoint, run, teacher's cache or answers, stage of
 a study or demo model has, and words that stand in it."""
+
+
+def mark_checkpoint(folder: Path) -> None:
+    """Mark a folder as a checkpoint of slimvlm's, which ``--force`` may replace."""
+    write_text(folder / "slimvlm_checkpoint.json", '{"format": "slimvlm-checkpoint/1"}\n')
 
 
 def require_free(path: str | Path, force: bool = False) -> Path:

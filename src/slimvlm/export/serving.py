@@ -1,4 +1,4 @@
-"""What serving engines want of a model's shape, as one table of rules.
+"""Check a model's shape against the requirements of serving engines, a table of rules.
 
 Most rules were read in an engine's source (vLLM 0.33, SGLang 0.5.23, llama.cpp's converter), and
 what was read makes no model ``ok``. That takes a model of the same kind that was run in the engine
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.models.anatomy import Anatomy
@@ -41,16 +41,13 @@ their chat templates write a picture, which llama.cpp puts there by itself."""
 
 
 OPENVINO_REFUSES = {"gemma2", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl", "internvl"}
-"""Models that its converter was seen to refuse, with transformers 5.5."""
+"""Models that its converter refused, with transformers 5.5."""
 
 
-@dataclass(frozen=True)
-class Ran:
-    """What was run in an engine: original, pruned in depth, pruned in width.
+class Ran(NamedTuple):
+    """Runs of an engine: its version, and kinds of model (`Case.kind`).
 
-    Attributes:
-        version: The engine's.
-        kinds: Kinds of model (`Case.kind`) whose greedy replies were those of transformers.
+    Greedy replies of originals, and of models pruned in depth and in width, were transformers'.
     """
 
     version: str
@@ -58,77 +55,29 @@ class Ran:
 
 
 RAN = {
-    "vllm": Ran(
-        "vLLM 0.32.0",
-        (
-            "llama",
-            "mistral",
-            "qwen2",
-            "qwen3",
-            "phi",
-            "phi3",
-            "llava/llama",
-            "llava/mistral",
-            "llava/qwen2",
-            "qwen2_5_vl/qwen2_5_vl_text",
-            "idefics3/llama",
-            "internvl/qwen2",
-        ),
-    ),
-    "gguf": Ran(
-        "llama.cpp, xllamacpp 2026.10.11549",
-        (
-            "llama",
-            "mistral",
-            "llava/llama",
-            "llava/mistral",
-            "gemma3/gemma3_text",
-            "idefics3/llama",
-            "smolvlm/llama",
-            "qwen2_vl/qwen2_vl_text",
-            "qwen2_5_vl/qwen2_5_vl_text",
-        ),
-    ),
-    "onnx": Ran(
-        "ONNX Runtime GenAI 0.18.0",
-        (
-            "llama",
-            "mistral",
-            "qwen2",
-            "qwen3",
-            "phi",
-            "gemma2",
-            "llava/llama",
-            "llava/mistral",
-            "llava/qwen2",
-        ),
-    ),
-    "openvino": Ran(
-        "OpenVINO 2026.4.1",
-        (
-            "llama",
-            "mistral",
-            "qwen2",
-            "qwen3",
-            "phi3",
-            "llava/llama",
-            "llava/mistral",
-            "gemma3/gemma3_text",
-        ),
-    ),
-}
-"""By target; every entry is what ``tests/export/test_engines.py`` compares."""
+    "vllm": Ran("vLLM 0.32.0", (
+        "llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "llava/llama", "llava/mistral",
+        "llava/qwen2", "qwen2_5_vl/qwen2_5_vl_text", "idefics3/llama", "internvl/qwen2",
+    )),
+    "gguf": Ran("llama.cpp, xllamacpp 2026.10.11549", (
+        "llama", "mistral", "llava/llama", "llava/mistral", "gemma3/gemma3_text", "idefics3/llama",
+        "smolvlm/llama", "qwen2_vl/qwen2_vl_text", "qwen2_5_vl/qwen2_5_vl_text",
+    )),
+    "onnx": Ran("ONNX Runtime GenAI 0.18.0", (
+        "llama", "mistral", "qwen2", "qwen3", "phi", "gemma2", "llava/llama", "llava/mistral",
+        "llava/qwen2",
+    )),
+    "openvino": Ran("OpenVINO 2026.4.1", (
+        "llama", "mistral", "qwen2", "qwen3", "phi3", "llava/llama", "llava/mistral",
+        "gemma3/gemma3_text",
+    )),
+}  # fmt: skip
+"""By target. ``tests/export/test_engines.py`` compares every entry."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What rules look at.
-
-    Attributes:
-        shape: The model's shape.
-        tp: GPUs that share every layer (tensor parallelism).
-        is_quantized: Whether the checkpoint holds quantised weights.
-    """
+    """Input of a rule: the shape, GPUs that share every layer (tp), and quantised weights."""
 
     shape: Anatomy
     tp: int = 1
@@ -142,7 +91,7 @@ class Case:
 
     @property
     def has_own_head_dim(self) -> bool:
-        """Whether ``head_dim`` is something else than hidden size / heads."""
+        """Whether ``head_dim`` is not hidden size / heads."""
         layers = self.shape.layers
         return any(s.num_heads * s.head_dim != self.shape.hidden_size for s in layers)
 
@@ -166,15 +115,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Rule:
-    """Something that a target wants.
+    """A requirement of some targets.
 
     Attributes:
-        name: What it is about.
-        targets: Who wants it.
-        level: What it means if it does not hold.
-        breaks: Whether it does not hold.
-        what: What was found, for people.
-        advice: What to do if it does not hold.
+        name: Its subject.
+        targets: Who requires it.
+        level: Severity where it is violated.
+        breaks: Whether a model violates it.
+        what: The model's value, for people.
+        advice: Remedy for a violation.
         seen: The engine that was seen to fail there; empty if that was only read.
     """
 
@@ -189,15 +138,15 @@ class Rule:
 
 @dataclass(frozen=True)
 class Finding:
-    """What one rule says of a model.
+    """Result of one rule for a model.
 
     Attributes:
-        target: Who wants it.
+        target: Who requires it.
         rule: Name of the rule.
         level: ``ok``, ``warn`` (works, with a loss), ``fail``, or ``unknown``: nothing speaks
             against it, and no engine has confirmed it.
-        what: What was found.
-        advice: What to do; empty if there is nothing to do.
+        what: The model's value.
+        advice: Remedy; empty if there is nothing to do.
         seen: The engine that showed it; empty if it was only read in its source.
     """
 
@@ -238,7 +187,7 @@ def _answers(target: str, ran: Ran) -> Rule:
         "unknown",
         lambda case: case.kind not in ran.kinds,
         lambda case: f"a {case.kind!r} model",
-        "no model of this kind was run there: try it with --run",
+        "no model of this kind was run there: try it before you rely on it",
         ran.version,
     )
 
@@ -248,7 +197,7 @@ RULES: tuple[Rule, ...] = (
     Rule("even layers", ENGINES, "fail",
          lambda c: not c.shape.is_uniform,
          lambda c: "layers have different widths" if not c.shape.is_uniform else "all layers alike",
-         "save with --pad (zeros up to the widest layer), or plan with --allocation uniform"),
+         "plan with --allocation uniform"),
     Rule("unquantised", ("gguf",), "fail",
          lambda c: c.is_quantized,
          lambda c: "weights are quantised" if c.is_quantized else "weights are not quantised",
@@ -367,7 +316,7 @@ RULES: tuple[Rule, ...] = (
 
 
 def check(shape: Anatomy, targets: Sequence[str], is_quantized: bool = False) -> list[Finding]:
-    """What every rule of some targets says of a model.
+    """Apply every rule of some targets to a model.
 
     Args:
         shape: The model's shape.
@@ -379,26 +328,18 @@ def check(shape: Anatomy, targets: Sequence[str], is_quantized: bool = False) ->
     """
     found = []
     for target in targets:
-        name, tp = _parse_target(target)
-        case = Case(shape, tp, is_quantized)
-        found += [_finding(target, rule, case) for rule in RULES if name in rule.targets]
+        match = re.fullmatch(rf"{TENSOR_PARALLEL}=([1-9]\d*)", target)
+        if match is None and target not in ENGINES:
+            raise ConfigError(f"check {target!r} must be one of: {', '.join(ENGINES)}, tp=N")
+        name, tp = (TENSOR_PARALLEL, int(match[1])) if match else (target, 1)
+        case, ran = Case(shape, tp, is_quantized), RAN.get(target)
+        was_run = ran is not None and case.kind in ran.kinds
+        for rule in RULES:
+            if name not in rule.targets:
+                continue
+            level: Level = "ok" if was_run else "unknown"
+            advice, seen = "", ran.version if ran is not None and was_run else ""
+            if rule.breaks(case):
+                level, advice, seen = rule.level, rule.advice, rule.seen
+            found.append(Finding(target, rule.name, level, rule.what(case), advice, seen))
     return found
-
-
-def _finding(target: str, rule: Rule, case: Case) -> Finding:
-    if rule.breaks(case):
-        return Finding(target, rule.name, rule.level, rule.what(case), rule.advice, rule.seen)
-    ran = RAN.get(target)
-    if ran is None or case.kind not in ran.kinds:
-        return Finding(target, rule.name, "unknown", rule.what(case))
-    return Finding(target, rule.name, "ok", rule.what(case), seen=ran.version)
-
-
-def _parse_target(target: str) -> tuple[str, int]:
-    """Its name for the rules, and the number of GPUs."""
-    if target in ENGINES:
-        return target, 1
-    match = re.fullmatch(rf"{TENSOR_PARALLEL}=([1-9]\d*)", target)
-    if match is None:
-        raise ConfigError(f"check {target!r} must be one of: {', '.join(ENGINES)}, tp=N")
-    return TENSOR_PARALLEL, int(match[1])

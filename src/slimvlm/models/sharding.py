@@ -47,6 +47,9 @@ class Whole:
 
     def run(self, inputs: Mapping[str, Any]) -> None:
         """Run all but the head, which would only be in the way."""
+        if hasattr(self.model, "ct_decompress_hook"):
+            # compressed-tensors widens weights when the whole model is called, and this is a part
+            self.model.hf_quantizer.compressor.decompress_model(self.model)
         self.model.base_model(**inputs, use_cache=False)
 
     def head(self, module: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from slimvlm.core.errors import ReloadError
-from slimvlm.core.files import new_folder
+from slimvlm.core.files import mark_checkpoint, new_folder
 from slimvlm.data import chat
 from slimvlm.data.chat import tokenizer_of
 from slimvlm.data.samples import Message, Sample
@@ -32,7 +32,6 @@ from slimvlm.models.losses import CHUNK
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.card import CardFacts, write_card
 from slimvlm.pruning.layout import lay_out, write_processor
-from slimvlm.pruning.manifest import write_manifest
 from slimvlm.pruning.tokens import trimmed_processor
 from slimvlm.pruning.uneven import padded
 
@@ -60,8 +59,7 @@ def save(
     (`slimvlm.pruning.layout`).
 
     The folder is written beside its place and read back; logits on a probe (with a picture, if
-    the model sees) must agree before it is renamed. ``slimvlm_manifest.json`` lists its files, for
-    `slimvlm.pruning.manifest.verify`.
+    the model sees) must agree before it is renamed.
 
     Args:
         model: The model.
@@ -92,7 +90,7 @@ def save(
         check_reload(model, processor, folder)
         if also is not None:
             also(folder)
-        write_manifest(folder)
+        mark_checkpoint(folder)
 
 
 def write_beside_weights(

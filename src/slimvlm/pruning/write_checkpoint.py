@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from slimvlm.core.errors import ReloadError
-from slimvlm.core.files import new_folder, require_free
+from slimvlm.core.files import mark_checkpoint, new_folder, require_free
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.classes import empty_model
 from slimvlm.models.internals import write_weights
@@ -24,7 +24,6 @@ from slimvlm.planning.plan import Plan
 from slimvlm.pruning.card import CardFacts
 from slimvlm.pruning.cut import Cut, cuts_of, prune_
 from slimvlm.pruning.layout import lay_out
-from slimvlm.pruning.manifest import write_manifest
 from slimvlm.pruning.save import write_beside_weights
 from slimvlm.pruning.tokens import trimmed_processor
 from slimvlm.pruning.walk.result import Weights
@@ -86,7 +85,7 @@ def prune_checkpoint(
             held_out="" if describe is None else describe(folder),
         )
         write_beside_weights(folder, smaller, processor, plan, facts)
-        write_manifest(folder)
+        mark_checkpoint(folder)
 
 
 def _smaller(checkpoint: LazyCheckpoint, plan: Plan, allow_uneven: bool) -> PreTrainedModel:

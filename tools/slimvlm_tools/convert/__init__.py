@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from slimvlm.core.errors import ConfigError, UnsupportedModelError
-from slimvlm.core.files import new_folder, require_free
-from slimvlm.pruning.manifest import write_manifest
+from slimvlm.core.files import mark_checkpoint, new_folder, require_free
 from slimvlm_tools.convert.internvl import plan_internvl
 from slimvlm_tools.convert.llava import plan_bunny, plan_llava
 from slimvlm_tools.convert.pieces import Conversion
@@ -98,7 +97,7 @@ def convert(
     with new_folder(out, force) as partial:
         write_checkpoint(conversion, generation, partial, DTYPES[dtype] if dtype else None)
         check_written(partial)
-        write_manifest(partial)
+        mark_checkpoint(partial)
     return out
 
 

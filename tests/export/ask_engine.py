@@ -1,9 +1,9 @@
-"""Asks an engine. Run by the engine's own interpreter, which need not have slimvlm.
+"""Ask an engine. Run by the engine's own interpreter, which need not have slimvlm.
 
-Usage: ``python ask.py answer MODULE FOLDER...``, the module being a key of `ENGINES`. Each folder
-has a ``request.json``; ``replies.json`` is written beside it. ``python ask.py time MODULE FOLDER``
-loads the one checkpoint, says so in a line of JSON, and then answers each such line, prompts, a
-number of new tokens and a clock, by a line with times.
+Usage: ``python ask_engine.py answer MODULE FOLDER...``, the module being a key of `ENGINES`. Each
+folder has a ``request.json``; ``replies.json`` is written to it. ``python ask_engine.py time MODULE
+FOLDER`` loads the one checkpoint, prints its version as a line of JSON, and then answers each such
+line of prompts, a number of new tokens and a clock by a line with times.
 """
 
 from __future__ import annotations

@@ -1,1 +1,0 @@
-"""Engines that serve checkpoints, asked by their own interpreters, beside transformers."""
