@@ -43,4 +43,5 @@ def quantize(source: str, out: str, outtype: str) -> None:
 
 
 if __name__ == "__main__":
-    {"convert": convert, "quantize": quantize}[sys.argv[1]](*sys.argv[2:])
+    verb, *words = sys.argv[1:]
+    (convert if verb == "convert" else quantize)(*words)

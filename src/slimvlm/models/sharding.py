@@ -49,7 +49,8 @@ class Whole:
         """Run all but the head, which would only be in the way."""
         if hasattr(self.model, "ct_decompress_hook"):
             # compressed-tensors widens weights when the whole model is called, and this is a part
-            self.model.hf_quantizer.compressor.decompress_model(self.model)
+            quantizer: Any = self.model.hf_quantizer
+            quantizer.compressor.decompress_model(self.model)
         self.model.base_model(**inputs, use_cache=False)
 
     def head(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
