@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import slimvlm as sv
-from slimvlm.models.parts import hands_on
+from slimvlm.models.parts import shares_keys
 from slimvlm.scoring.layerwise.checkpoint import open_checkpoint
 from tests import tiny
 from tests.gpu.alike import assert_close
@@ -78,7 +78,7 @@ def test_from_files(name: str, card: torch.device, tmp_path: Path) -> None:
     """Every tensor that a layer reads is on the card while it runs, buffers without files, too."""
     model = model_of(name)
     model.save_pretrained(tmp_path)
-    if hands_on(model.config) or name == "molmo2":
+    if shares_keys(model.config) or name == "molmo2":
         with pytest.raises(sv.SlimError, match="low memory"):
             sv.score_checkpoint(tmp_path, batches_of(name), device=card)
         return

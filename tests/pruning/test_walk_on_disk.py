@@ -14,10 +14,9 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from slimvlm.core.errors import UnsupportedModelError
-from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.anatomy import WIDTH_UNITS, read_anatomy
 from slimvlm.models.classes import auto_class
 from slimvlm.models.load import load
-from slimvlm.models.units import WIDTH_UNITS
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.save import save
 from slimvlm.pruning.walk.checkpoint import walk_checkpoint

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 import slimvlm as sv
 from slimvlm.core.errors import UnsupportedModelError
+from slimvlm.models.anatomy import unit_of
 from slimvlm.models.parts import decoder_layers, matrices
-from slimvlm.models.units import unit_of
 from tests import tiny
 from tests.handmade import padded
 from tests.tolerances import FORWARD, SCORE_SHARE_OF_MAXIMUM, assert_close, assert_scores_close

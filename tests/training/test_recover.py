@@ -27,9 +27,9 @@ from slimvlm.data.read import subset
 from slimvlm.data.samples import Sample
 from slimvlm.models import losses
 from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.hidden import placement_of
 from slimvlm.models.load import load
 from slimvlm.models.parts import decoder_layers
-from slimvlm.models.sharding import placement_of
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.runs.estimate import optimizer_steps

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from slimvlm import cli
 from slimvlm.core.errors import ConfigError
+from slimvlm.models.hidden import is_sharded, shard_config
 from slimvlm.models.load import load
-from slimvlm.models.sharding import is_sharded, shard_config
 from tests import tiny_folder as folders
 from tests.tolerances import Tolerance, assert_close
 

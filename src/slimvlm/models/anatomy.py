@@ -1,18 +1,25 @@
-"""What a model is made of: layers, head geometry, widths, parameter counts.
+"""Read a model's layers, head geometry, widths and parameter counts.
 
 An `Anatomy` is read off a model's modules, never off its documentation, so that it is right for
 pruned models too. A model on the meta device is enough: no weights are needed.
+
+Here alone head geometry becomes indices. A projection's channels along its divided dimension are a
+row of segments (`slimvlm.models.families.Projection`). Within a segment, unit ``u`` owns the
+channels ``u * width ... (u + 1) * width - 1``: for queries of a grouped-attention model these are
+the ``queries_per_group`` heads that read KV head ``u``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
 from typing import Annotated, Any
 
+import torch
+from jaxtyping import Float, Int
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from slimvlm.core.documents import Count, Width
 from slimvlm.models.families import (
@@ -25,23 +32,17 @@ from slimvlm.models.families import (
     Projection,
     Segment,
 )
-from slimvlm.models.parts import (
-    Matrix,
-    backbone_of,
-    decoder_layers,
-    expert_entries,
-    family_of,
-    final_norm,
-    parameters_below,
-    stacks,
-    text_config_of,
-    unit_matrices,
-)
+from slimvlm.models.parts import Matrix, Parts, layer_matrices, parameters_below
+
+WIDTH_UNITS = ("kv_group", "neuron")
+"""The kinds of unit that a width takes away."""
+LAYER_UNITS = (*WIDTH_UNITS, "expert")
+"""The kinds of unit that a layer has several of."""
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """The geometry of one decoder layer and what its units weigh.
+    """Geometry of one decoder layer and parameter counts of its units.
 
     Attributes:
         num_kv_heads: KV groups in the layer (heads, for multi-head attention); 0 if its token
@@ -127,23 +128,33 @@ class LayerShape:
 
 
 def read_layer(layer: nn.Module, backbone: Backbone) -> LayerShape:
-    """The shape of a decoder layer, off its weights, whatever its configuration says.
+    """Read the shape of a decoder layer off its weights, not its configuration.
 
     Raises:
         UnsupportedModelError: If the row of data does not fit.
     """
-    attention, mlp = unit_matrices(layer, backbone)
-    entries = expert_entries(layer, backbone)
+    attention, mlp, entries = layer_matrices(layer, backbone)
     kv_heads, queries_per_group, head_dim = 0, 0, 0
     if attention:
         head_dim = int(layer.get_submodule("self_attn").head_dim)  # type: ignore[arg-type]
-        kv_heads, queries_per_group = _head_counts(attention, head_dim)
+        heads = next(m.width // head_dim for m in attention if m.projection.dim == INPUT_COLUMNS)
+        producers = [m for m in attention if m.projection.dim == OUTPUT_ROWS]
+        segments = [segment for m in producers for segment in m.projection.segments]
+        query_heads = (segments.count("query") + 2 * segments.count("query_and_gate")) * heads
+        rows = sum(m.width for m in producers) // head_dim
+        kv_heads = (rows - query_heads) // segments.count("key_value")
+        queries_per_group = heads // kv_heads
     neurons = next((m.width for m in mlp if m.projection.dim == INPUT_COLUMNS), 0)
     experts = entries[0].width if entries else 0
     shape = LayerShape(kv_heads, queries_per_group, head_dim, neurons, 0, 0, 0, experts)
     kv_group_params = sum(_unit_params(matrix, shape) for matrix in attention)
     neuron_params = sum(_unit_params(matrix, shape) for matrix in mlp)
-    expert_neuron_params, expert_fixed_params = _expert_params(entries, mlp, shape)
+    expert_neuron_params, expert_fixed_params = 0, 0
+    if entries:
+        of_neurons = sum(_unit_params(m, shape) for m in mlp if m.is_of_experts)
+        expert_neuron_params = of_neurons // experts
+        whole = sum(matrix.weight.numel() for matrix in entries) // experts
+        expert_fixed_params = whole - neurons * expert_neuron_params
     owned = kv_heads * kv_group_params + neurons * neuron_params + experts * expert_fixed_params
     return replace(
         shape,
@@ -153,28 +164,6 @@ def read_layer(layer: nn.Module, backbone: Backbone) -> LayerShape:
         expert_neuron_params=expert_neuron_params,
         expert_fixed_params=expert_fixed_params,
     )
-
-
-def _expert_params(
-    entries: Sequence[Matrix], mlp: Sequence[Matrix], shape: LayerShape
-) -> tuple[int, int]:
-    """Parameters of one expert: those that each of its neurons owns, and all the others."""
-    if not entries:
-        return 0, 0
-    of_neuron = sum(_unit_params(m, shape) for m in mlp if m.is_of_experts) // shape.num_experts
-    whole = sum(matrix.weight.numel() for matrix in entries) // shape.num_experts
-    return of_neuron, whole - shape.intermediate_size * of_neuron
-
-
-def _head_counts(attention: Sequence[Matrix], head_dim: int) -> tuple[int, int]:
-    """KV heads, and query heads for each."""
-    heads = next(m.width // head_dim for m in attention if m.projection.dim == INPUT_COLUMNS)
-    producers = [m for m in attention if m.projection.dim == OUTPUT_ROWS]
-    segments = [segment for m in producers for segment in m.projection.segments]
-    query_heads = (segments.count("query") + 2 * segments.count("query_and_gate")) * heads
-    rows = sum(m.width for m in producers) // head_dim
-    kv_heads = (rows - query_heads) // segments.count("key_value")
-    return kv_heads, heads // kv_heads
 
 
 def _unit_params(matrix: Matrix, shape: LayerShape) -> int:
@@ -383,24 +372,37 @@ def read_anatomy(model: nn.Module) -> Anatomy:
     Raises:
         UnsupportedModelError: If no family row matches.
     """
+    parts = Parts(model)
     config: Any = model.config
-    family, backbone = family_of(config.model_type), backbone_of(config)
-    text_config = text_config_of(config)
-    text_model = model.get_submodule(family.backbone)
-    embedding = _by_id(text_model.get_submodule("embed_tokens").parameters())
-    head = _by_id(model.get_submodule(family.head).parameters())
-    norm = _by_id(final_norm(model).parameters())
+    family, backbone, text_config = parts.family, parts.row, parts.text_config
+    embedding = _by_id(parts.text_model.get_submodule("embed_tokens").parameters())
+    head = _by_id(parts.head.parameters())
+    norm = _by_id(parts.norm.parameters())
     projector = _by_id(p for path in family.projector for p in parameters_below(model, path))
     towers = _by_id(p for path in family.towers for p in parameters_below(model, path))
-    stacked = _by_id(p for _, module in stacks(model) for p in module.parameters())
-    inside = _by_id(decoder_layers(model).parameters())
-    listed = embedding | head | norm | projector | towers | stacked | inside
-    count = len(decoder_layers(model))
+    stacked = _by_id(p for _, module in parts.stacks() for p in module.parameters())
+    listed = embedding | head | norm | projector | towers | stacked
+    listed |= _by_id(parts.layers.parameters())
+    count = len(parts.layers)
     slices = _count(stacked) // count
     in_layers = sum(
-        module.weight.shape[stack.dim] // count for stack, module in stacks(model) if stack.rows
+        module.weight.shape[stack.dim] // count for stack, module in parts.stacks() if stack.rows
     )
-    shapes = [read_layer(layer, backbone) for layer in decoder_layers(model)]
+    shapes = [read_layer(layer, backbone) for layer in parts.layers]
+    experts_per_token = 0
+    if backbone.experts is not None and any(shape.num_experts for shape in shapes):
+        experts_per_token = getattr(text_config, backbone.experts.taken_field)
+    pinned: tuple[int, ...] = ()
+    if backbone.shared_tail is not None:
+        # layers whose keys and values the last ones read, and the last one
+        num_layers = text_config.num_hidden_layers
+        shared = getattr(text_config, backbone.shared_tail)
+        own = text_config.layer_types[: num_layers - shared]
+        writers = {kind: index for index, kind in enumerate(own)} if shared else {}
+        pinned = tuple(sorted({*writers.values(), num_layers - 1}))
+    elif family.pinned_layers is not None:
+        pinned = tuple(range(len(attrgetter(family.pinned_layers)(config))))
+    required = backbone.retype_requires.items()
     return Anatomy(
         model_type=config.model_type,
         text_type=text_config.model_type,
@@ -414,21 +416,15 @@ def read_anatomy(model: nn.Module) -> Anatomy:
         final_norm_params=_count(norm),
         vision_params=_count(towers, projector),
         projector_params=_count(projector),
-        pinned_layers=_pinned_layers(config, family, backbone),
-        retypable=_retypable(text_config, backbone),
+        pinned_layers=pinned,
+        retypable=backbone.retype is not None
+        and all(getattr(text_config, name) == value for name, value in required),
         fixed_neurons=(
             getattr(text_config, backbone.neuron_field) if family.fixed_neurons else None
         ),
-        other_params=_count(_by_id(text_model.parameters()), listed),
-        experts_per_token=_experts_per_token(text_config, backbone, shapes),
+        other_params=_count(_by_id(parts.text_model.parameters()), listed),
+        experts_per_token=experts_per_token,
     )
-
-
-def _experts_per_token(text_config: Any, backbone: Backbone, shapes: Sequence[LayerShape]) -> int:
-    if backbone.experts is None or not any(shape.num_experts for shape in shapes):
-        return 0
-    taken: int = getattr(text_config, backbone.experts.taken_field)
-    return taken
 
 
 def _by_id(parameters: Iterable[nn.Parameter]) -> dict[int, nn.Parameter]:
@@ -439,21 +435,61 @@ def _count(parameters: dict[int, nn.Parameter], without: Container[int] = ()) ->
     return sum(p.numel() for name, p in parameters.items() if name not in without)
 
 
-def _pinned_layers(config: Any, family: Family, backbone: Backbone) -> tuple[int, ...]:
-    if backbone.shared_tail is not None:
-        return _read_by_others(text_config_of(config), backbone.shared_tail)
-    if family.pinned_layers is None:
-        return ()
-    return tuple(range(len(attrgetter(family.pinned_layers)(config))))
+def unit_of(projection: Projection) -> str:
+    """Whether a projection's channels belong to neurons, to experts or to KV groups."""
+    segment = projection.segments[0]
+    return segment if segment in ("neuron", "expert") else "kv_group"
 
 
-def _read_by_others(text_config: Any, shared_tail: str) -> tuple[int, ...]:
-    """The layers whose keys and values the last ones read, and the last one."""
-    count, shared = text_config.num_hidden_layers, getattr(text_config, shared_tail)
-    writers = {kind: i for i, kind in enumerate(text_config.layer_types[: count - shared])}
-    return tuple(sorted({*(writers.values() if shared else ()), count - 1}))
+def segments(projection: Projection, shape: LayerShape) -> Iterator[tuple[Segment, int, int, int]]:
+    """The segments of a projection: (name, offset, number of units, channels of a unit)."""
+    offset = 0
+    for segment in projection.segments:
+        units, width = shape.block(segment)
+        yield segment, offset, units, width
+        offset += units * width
 
 
-def _retypable(text_config: Any, backbone: Backbone) -> bool:
-    required = backbone.retype_requires.items()
-    return backbone.retype is not None and all(getattr(text_config, k) == v for k, v in required)
+def channels_of(
+    projection: Projection, shape: LayerShape, units: Sequence[int]
+) -> Int[Tensor, " channel"]:
+    """Channels that some units own along a projection's divided dimension, in storage order.
+
+    Args:
+        projection: The matrix.
+        shape: The layer's geometry before pruning.
+        units: Sorted indices of KV groups or neurons.
+    """
+    return torch.cat(channels_by_segment(projection, shape, units))
+
+
+def channels_by_segment(
+    projection: Projection, shape: LayerShape, units: Sequence[int]
+) -> list[Int[Tensor, " channel"]]:
+    """`channels_of`, one tensor for each segment."""
+    index = torch.tensor(units, dtype=torch.long)
+    return [
+        (offset + index[:, None] * width + torch.arange(width)).flatten()
+        for _, offset, _, width in segments(projection, shape)
+    ]
+
+
+def fold(
+    projection: Projection, shape: LayerShape, channel_values: Float[Tensor, " channel"]
+) -> list[Float[Tensor, " unit"]]:
+    """Sum a value per channel into a value per unit, one tensor for each segment."""
+    return [
+        channel_values[offset : offset + units * width].view(units, width).sum(1)
+        for _, offset, units, width in segments(projection, shape)
+    ]
+
+
+def spread(
+    projection: Projection, shape: LayerShape, unit_values: Float[Tensor, "*batch unit"]
+) -> Float[Tensor, "*batch channel"]:
+    """Repeat a value per unit over the unit's channels: the transpose of `fold`."""
+    parts = [
+        unit_values.repeat_interleave(width, dim=-1)
+        for _, _, _, width in segments(projection, shape)
+    ]
+    return torch.cat(parts, dim=-1)

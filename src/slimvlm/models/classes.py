@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from typing import Any
 
 import torch
@@ -165,3 +166,28 @@ def set_class_(model: PreTrainedModel) -> None:
 def _uneven(auto: Any, config: PreTrainedConfig) -> Any:
     native = auto._model_mapping[type(config)]
     return getattr(modeling_pruned, f"{PREFIX}{native.__name__}")
+
+
+def retype_modules_(model: PreTrainedModel, old: PreTrainedConfig, new: PreTrainedConfig) -> None:
+    """Give the language model's modules the classes of another type that computes the same.
+
+    Relies on: a type's classes lie in ``models.<type>.modeling_<type>``, are called after its
+    configuration (``LlamaConfig``, ``LlamaMLP``), and have the same attributes in both types. Tried
+    with transformers 5.24.
+
+    Args:
+        model: The model.
+        old: The text configuration that its modules were built from.
+        new: Of the type that they shall have.
+    """
+    source, target = (
+        importlib.import_module(f".models.{kind}.modeling_{kind}", "transformers")
+        for kind in (old.model_type, new.model_type)
+    )
+    old_prefix, new_prefix = (type(each).__name__.removesuffix("Config") for each in (old, new))
+    family = family_of(model.config.model_type)
+    root = model if family.text_config is None else model.get_submodule(family.backbone)
+    for module in root.modules():
+        name = type(module).__name__
+        if getattr(source, name, None) is type(module) and name.startswith(old_prefix):
+            module.__class__ = getattr(target, new_prefix + name.removeprefix(old_prefix))

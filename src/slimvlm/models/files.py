@@ -1,36 +1,52 @@
-"""A model's folder before anything in it is used: which files it may name, which sizes it may say.
+"""Check a checkpoint's files before they are used, find weights in them, and write them.
 
-Code that reads a folder asks `check_folder` first. What it lets through may still be refused by
-transformers; `unreadable` then says so in one line.
+`check_folder` comes before any reading. What it accepts may still be refused by transformers;
+`unreadable` then raises in one line. `origins_in_files` and `write_weights` depend on the insides
+of transformers; each names the version that it was tried with.
 """
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Iterator
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 from safetensors import safe_open
+from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 from transformers.utils import (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
 )
+from transformers.utils.hub import cached_file
 
 from slimvlm.core.documents import read_object, read_text
 from slimvlm.core.errors import (
     LONGEST,
     ConfigError,
     SlimError,
+    UnsupportedModelError,
     is_out_of_memory,
     one_line,
     shortened,
 )
-from slimvlm.models.internals import file_if_reachable
+from slimvlm.models.hidden import require_finite_values
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _ADAPTER, _TEMPLATE = "adapter_config.json", "chat_template.jinja"
@@ -202,3 +218,130 @@ def _require_plausible(values: Any, where: str, name: str = "") -> None:
             raise ConfigError(f"{where} {name} {shortened(values)} must be {limits}")
     elif isinstance(values, str) and name.endswith("_implementation") and "/" in values:
         raise ConfigError(f"{where} {name} {shortened(values)} names code, which is not run")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Tensors of a checkpoint's files that a parameter is made of.
+
+    Attributes:
+        keys: Names in a checkpoint's files.
+        convert: Makes the parameter of these tensors; None where it is the only one.
+    """
+
+    keys: tuple[str, ...]
+    convert: Callable[[Sequence[Tensor]], Tensor] | None = None
+
+    def made_of(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Make the parameter of the tensors of `keys`."""
+        return tensors[0] if self.convert is None else self.convert(tensors)
+
+
+def origins_in_files(model: Any, keys: Iterable[str]) -> dict[str, Origin]:
+    """Find every parameter in a checkpoint's files, by its name in the model.
+
+    Relies on: `get_model_conversion_mapping` lists what ``from_pretrained`` renames and computes
+    (it stacks experts that lie in files one by one), and ``save_pretrained`` undoes what stands in
+    ``_weight_conversions``, which is set here. Tried with transformers 5.24.
+
+    Args:
+        model: A model without weights.
+        keys: The names in the files.
+
+    Raises:
+        UnsupportedModelError: If a tensor becomes several parameters.
+    """
+    conversions = get_model_conversion_mapping(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    if any(len(each.target_patterns) > 1 for each in converters):
+        kind = model.config.model_type
+        raise UnsupportedModelError(f"model_type {kind!r} cannot be read with low memory")
+    state, prefix = model.state_dict(), model.base_model_prefix
+    named: dict[str, dict[str, str | None]] = defaultdict(dict)
+    for key in sorted(keys, key=dot_natural_key):  # as they are stacked
+        target, pattern = rename_source_key(key, renamings, converters, prefix, state)
+        named[target][key] = pattern
+    found = {
+        target: _origin(model, target, patterns, converters)
+        for target, patterns in named.items()
+        if target in state
+    }
+    model._weight_conversions = [entry for entry in conversions if entry._was_used]
+    for target, source in getattr(model, "all_tied_weights_keys", {}).items():
+        if source in found:
+            found.setdefault(target, found[source])
+    return found
+
+
+def _origin(
+    model: Any,
+    target: str,
+    patterns: Mapping[str, str | None],
+    converters: Sequence[WeightConverter],
+) -> Origin:
+    keys = tuple(patterns)
+    used = [each for each in converters if patterns[keys[-1]] in each.source_patterns]
+    if not used:
+        return Origin(keys[-1:])
+
+    def convert(tensors: Sequence[Tensor]) -> Tensor:
+        converter = copy.deepcopy(used[0])
+        for key, tensor in zip(keys, tensors, strict=True):
+            given: Any = tensor  # it takes readers of tensors, too
+            converter.add_tensor(target, key, str(patterns[key]), given)
+        (made,) = converter.convert(target, model=model, config=model.config).values()
+        return cast(Tensor, made[0] if isinstance(made, list) else made)
+
+    return Origin(keys, convert)
+
+
+def file_if_reachable(model: str, name: str) -> str | None:
+    """Find a file of a hub repository in the cache or on the hub; None if neither has it.
+
+    Relies on: ``cached_file`` has switches for each error that it can raise. Tried with
+    transformers 5.24.
+    """
+    errors = ("gated_repo", "missing_entries", "connection_errors")
+    quiet: dict[str, Any] = {f"_raise_exceptions_for_{error}": False for error in errors}
+    path: str | None = cached_file(model, name, **quiet)
+    return path
+
+
+def write_weights(
+    model: Any, weights: Mapping[str, Tensor], folder: Path, shard_bytes: int
+) -> None:
+    """Write a model that has no storage; each tensor is made when its file is written.
+
+    Relies on: ``save_pretrained`` takes a model with a device map and a hook of Accelerate for one
+    whose weights lie on a disk, asks the hook for them, and holds one file in memory. Tried with
+    transformers 5.24.
+
+    Args:
+        model: As `models.classes.empty_model` makes it, with its configuration.
+        weights: Its parameters and buffers by name.
+        folder: An existing folder.
+        shard_bytes: Largest weight file.
+
+    Raises:
+        NumericalError: If a parameter is NaN or infinite.
+    """
+    model.hf_device_map = {"": "disk"}
+    learned = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    model._hf_hook = SimpleNamespace(weights_map=_FiniteWeights(weights, learned))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*offloaded modules.*")
+        model.save_pretrained(folder, max_shard_size=shard_bytes)
+
+
+class _FiniteWeights:
+    """Return weights by name; raise on NaN or infinity in a parameter. Buffers may have bounds."""
+
+    def __init__(self, weights: Mapping[str, Tensor], learned: Container[str]) -> None:
+        self.weights, self.learned = weights, learned
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self.weights[name]
+        if name in self.learned and tensor.is_floating_point():
+            require_finite_values(tensor, f"weight {name!r} as {tensor.dtype}")
+        return tensor

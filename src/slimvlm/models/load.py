@@ -29,8 +29,8 @@ from slimvlm.models.classes import (
     uneven_class,
 )
 from slimvlm.models.files import check_folder, require_stored, unreadable
+from slimvlm.models.hidden import shard_config
 from slimvlm.models.parts import backbone_of, family_of
-from slimvlm.models.sharding import shard_config
 
 _SAMPLED = 64
 _WORDS = {

@@ -1,11 +1,11 @@
-"""Where the parts of a model are: its rows of data, its decoder layers, the matrices of units."""
+"""Find the parts of a model: its rows of data, its decoder layers, the matrices of units."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -15,7 +15,7 @@ from slimvlm.models.families import BACKBONES, FAMILIES, Backbone, Family, Proje
 
 @dataclass(frozen=True)
 class Matrix:
-    """Where the weight of a `Projection` lives: in a linear module, or a parameter by itself.
+    """Location of a `Projection`'s weight: a linear module, or a parameter by itself.
 
     Attributes:
         owner: The module that holds the parameter.
@@ -50,8 +50,65 @@ class Matrix:
         return self.weight.shape[self.projection.axis]
 
 
+class LayerMatrices(NamedTuple):
+    """The matrices of a decoder layer by the kind of unit that owns parts of them."""
+
+    attention: list[Matrix]
+    mlp: list[Matrix]
+    experts: list[Matrix]
+    """Everything that has an entry for each expert; empty if the layer has no experts."""
+
+
+class Parts:
+    """The parts of a model, looked up once.
+
+    Attributes:
+        family: Its row of `FAMILIES`.
+        row: Its row of `BACKBONES`.
+        text_config: The part of its configuration that describes the language backbone.
+        text_model: The language backbone.
+        layers: Its decoder layers.
+        norm: The norm after the last one.
+        head: The language-model head.
+
+    Raises:
+        UnsupportedModelError: If no row matches.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        config: Any = model.config
+        self.model = model
+        self.family, self.row = family_of(config.model_type), backbone_of(config)
+        self.text_config: Any = text_config_of(config)
+        self.text_model: Any = model.get_submodule(self.family.backbone)
+        self.layers: nn.ModuleList = self.text_model.layers
+
+    @property
+    def norm(self) -> nn.Module:
+        """The norm after the last decoder layer."""
+        return self.text_model.get_submodule(self.row.final_norm)  # type: ignore[no-any-return]
+
+    @property
+    def head(self) -> Any:
+        """The language-model head."""
+        return self.model.get_submodule(self.family.head)
+
+    def matrices(self) -> Iterator[tuple[int, Matrix]]:
+        """Yield every weight matrix that units own parts of, with its layer's index."""
+        for index, layer in enumerate(self.layers):
+            attention, mlp, _ = layer_matrices(layer, self.row)
+            yield from ((index, matrix) for matrix in (*attention, *mlp))
+
+    def stacks(self) -> Iterator[tuple[Stack, nn.Linear | nn.Embedding]]:
+        """Yield the weights outside the layers that hold a slice for each layer."""
+        for stack in self.row.layer_stacks:
+            module = getattr(self.text_model, stack.path, None)
+            if module is not None:
+                yield stack, module
+
+
 def family_of(model_type: str) -> Family:
-    """The family row for a configuration's ``model_type``.
+    """Look up the family row for a configuration's ``model_type``.
 
     Raises:
         UnsupportedModelError: If there is none; the message lists the known ones.
@@ -66,13 +123,13 @@ def family_of(model_type: str) -> Family:
 
 
 def text_config_of(config: Any) -> Any:
-    """The part of a configuration that describes the language backbone."""
+    """Return the part of a configuration that describes the language backbone."""
     family = family_of(config.model_type)
     return config if family.text_config is None else getattr(config, family.text_config)
 
 
 def backbone_of(config: Any) -> Backbone:
-    """The backbone row for a configuration.
+    """Look up the backbone row for a configuration.
 
     Raises:
         UnsupportedModelError: If the language model's type has no row.
@@ -88,125 +145,99 @@ def backbone_of(config: Any) -> Backbone:
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The list of decoder layers of a model."""
-    layers = model.get_submodule(family_of(_config(model).model_type).backbone).layers
-    assert isinstance(layers, nn.ModuleList)
-    return layers
+    """Return the decoder layers of a model."""
+    return Parts(model).layers
 
 
 def final_norm(model: nn.Module) -> nn.Module:
-    """The norm after the last decoder layer."""
-    config = _config(model)
-    text_model = model.get_submodule(family_of(config.model_type).backbone)
-    return text_model.get_submodule(backbone_of(config).final_norm)
+    """Return the norm after the last decoder layer."""
+    return Parts(model).norm
 
 
 def token_matrices(model: nn.Module) -> tuple[nn.Embedding, nn.Linear]:
-    """The embedding and the head, which have a row for each token; tied ones share their weight."""
-    family = family_of(_config(model).model_type)
-    embedding = model.get_submodule(family.backbone).get_submodule("embed_tokens")
-    head = model.get_submodule(family.head)
+    """Return embedding and head, which have a row for each token; tied ones share their weight."""
+    parts = Parts(model)
+    embedding = parts.text_model.get_submodule("embed_tokens")
     assert isinstance(embedding, nn.Embedding)
-    assert isinstance(head, nn.Linear)
-    return embedding, head
+    assert isinstance(parts.head, nn.Linear)
+    return embedding, parts.head
 
 
 def matrices(model: nn.Module) -> Iterator[tuple[int, Matrix]]:
-    """Every weight matrix that units own parts of, experts' too, with its layer's index."""
-    row = backbone_of(_config(model))
-    for index, layer in enumerate(decoder_layers(model)):
-        for of_unit in unit_matrices(layer, row):
-            yield from ((index, matrix) for matrix in of_unit)
+    """Yield every weight matrix that units own parts of, experts' too, with its layer's index."""
+    return Parts(model).matrices()
 
 
 def stacks(model: nn.Module) -> Iterator[tuple[Stack, nn.Linear | nn.Embedding]]:
-    """The weights outside the layers that hold a slice for each layer."""
-    text_model = model.get_submodule(family_of(_config(model).model_type).backbone)
-    for stack in backbone_of(_config(model)).layer_stacks:
-        module = getattr(text_model, stack.path, None)
-        if module is not None:
-            yield stack, module
+    """Yield the weights outside the layers that hold a slice for each layer."""
+    return Parts(model).stacks()
 
 
 def projections(model: nn.Module) -> Iterator[tuple[int, Projection, nn.Linear]]:
-    """The linear modules among `matrices`: (layer index, its row of data, the module)."""
+    """Yield the linear modules among `matrices`: (layer index, its row of data, the module)."""
     for index, matrix in matrices(model):
         if isinstance(matrix.owner, nn.Linear):
             yield index, matrix.projection, matrix.owner
 
 
 def part_at(model: nn.Module, path: str) -> nn.Parameter | nn.Module | None:
-    """A module or parameter by its path; None where a model lacks it."""
+    """Return a module or parameter by its path; None where a model lacks it."""
     parent, _, name = path.rpartition(".")
     part = getattr(model.get_submodule(parent), name, None)
     return part if isinstance(part, nn.Parameter | nn.Module) else None
 
 
 def parameters_below(model: nn.Module, path: str) -> list[nn.Parameter]:
-    """Parameters below a path, which may itself be a parameter or absent in this model."""
+    """List parameters below a path, which may itself be a parameter or absent in this model."""
     part = part_at(model, path)
     if isinstance(part, nn.Parameter):
         return [part]
     return [] if part is None else list(part.parameters())
 
 
-def matrices_of(layer: nn.Module, wanted: Sequence[Projection]) -> list[Matrix]:
-    """The matrices of a layer for some rows of data: all of them or none.
-
-    Raises:
-        UnsupportedModelError: If the layer has some of them only.
-    """
-    found = [_matrix(layer, projection) for projection in wanted]
-    present = [matrix for matrix in found if matrix is not None]
-    if present and len(present) < len(found):
-        missing = wanted[found.index(None)].path
-        raise UnsupportedModelError(
-            f"{type(layer).__name__} has no {missing!r}, which its row of families.py names"
-        )
-    return present
-
-
-def _matrix(layer: nn.Module, projection: Projection) -> Matrix | None:
-    parent, _, name = projection.path.rpartition(".")
-    owner: Any = layer
-    for step in parent.split("."):
-        owner = getattr(owner, step, None)
-    part = getattr(owner, name, None)
-    if isinstance(part, nn.Linear):
-        return Matrix(part, "weight", projection)
-    return Matrix(owner, name, projection) if isinstance(part, nn.Parameter) else None
-
-
-def unit_matrices(layer: nn.Module, row: Backbone) -> tuple[list[Matrix], list[Matrix]]:
-    """The matrices of a layer that KV groups own parts of, and those of neurons.
+def layer_matrices(layer: nn.Module, row: Backbone) -> LayerMatrices:
+    """Find the matrices of a layer that units own parts of: of each kind all or none.
 
     Raises:
         UnsupportedModelError: If the layer has some of a row's matrices only.
     """
+
+    def found(wanted: Sequence[Projection]) -> list[Matrix]:
+        matrices: list[Matrix | None] = []
+        for projection in wanted:
+            parent, _, name = projection.path.rpartition(".")
+            owner: Any = layer
+            for step in parent.split("."):
+                owner = getattr(owner, step, None)
+            part = getattr(owner, name, None)
+            if isinstance(part, nn.Linear):
+                matrices.append(Matrix(part, "weight", projection))
+            else:
+                is_weight = isinstance(part, nn.Parameter)
+                matrices.append(Matrix(owner, name, projection) if is_weight else None)
+        present = [matrix for matrix in matrices if matrix is not None]
+        if present and len(present) < len(matrices):
+            missing = wanted[matrices.index(None)].path
+            raise UnsupportedModelError(
+                f"{type(layer).__name__} has no {missing!r}, which its row of families.py names"
+            )
+        return present
+
     stays_whole = row.whole_mlp_if is not None and attrgetter(row.whole_mlp_if)(layer)
-    return matrices_of(layer, row.attention), [] if stays_whole else matrices_of(layer, row.mlp)
-
-
-def expert_entries(layer: nn.Module, row: Backbone) -> list[Matrix]:
-    """Everything in a layer that has an entry for each expert; empty if it has no experts.
-
-    Raises:
-        UnsupportedModelError: If the layer has some of it only.
-    """
-    return [] if row.experts is None else matrices_of(layer, row.experts.entries)
-
-
-def _config(model: nn.Module) -> Any:
-    return model.config
+    return LayerMatrices(
+        found(row.attention),
+        [] if stays_whole else found(row.mlp),
+        [] if row.experts is None else found(row.experts.entries),
+    )
 
 
 def context_of(config: Any) -> int | None:
-    """Tokens that a model reads at most; None where its configuration does not say."""
+    """Return the most tokens that a model reads; None where its configuration does not say."""
     found = getattr(text_config_of(config), "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else None
 
 
-def hands_on(config: Any) -> bool:
+def shares_keys(config: Any) -> bool:
     """Whether the last layers of a model read keys and values of earlier ones."""
     field = backbone_of(config).shared_tail
     return field is not None and getattr(text_config_of(config), field) > 0

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError, NumericalError
-from slimvlm.models.anatomy import Anatomy
+from slimvlm.models.anatomy import WIDTH_UNITS, Anatomy
 from slimvlm.models.cost import TILE_MULTIPLE, WIDTH_MULTIPLE
 from slimvlm.models.hidden import all_finite
-from slimvlm.models.units import WIDTH_UNITS
 from slimvlm.planning.plan import AXES, Plan
 from slimvlm.scoring.unit_scores import Scores
 

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from slimvlm.core.errors import ImpossiblePlanError
-from slimvlm.models.anatomy import Anatomy
-from slimvlm.models.units import WIDTH_UNITS
+from slimvlm.models.anatomy import WIDTH_UNITS, Anatomy
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
 from slimvlm.scoring.unit_scores import Scores

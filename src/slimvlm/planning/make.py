@@ -7,8 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError
-from slimvlm.models.anatomy import Anatomy
-from slimvlm.models.units import WIDTH_UNITS
+from slimvlm.models.anatomy import WIDTH_UNITS, Anatomy
 from slimvlm.planning.budget import (
     Budget,
     scores_for,

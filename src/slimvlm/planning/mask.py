@@ -11,19 +11,18 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError
-from slimvlm.models.anatomy import Anatomy, read_anatomy
+from slimvlm.models.anatomy import Anatomy, channels_of, read_anatomy, unit_of
 from slimvlm.models.classes import require_undivided
 from slimvlm.models.families import INPUT_COLUMNS, Projection
 from slimvlm.models.hidden import layer_input
 from slimvlm.models.parts import (
     Matrix,
     decoder_layers,
-    expert_entries,
+    layer_matrices,
     matrices,
     stacks,
     token_matrices,
 )
-from slimvlm.models.units import channels_of, unit_of
 from slimvlm.planning.plan import Kept, Plan
 
 
@@ -69,7 +68,7 @@ class _WithoutExperts(TorchFunctionMode):
 
 def _mask_experts(layer: nn.Module, plan: Plan, index: int) -> None:
     """Let a layer's router score the experts that a plan removes with minus infinity."""
-    for matrix in expert_entries(layer, plan.before.backbone):
+    for matrix in layer_matrices(layer, plan.before.backbone).experts:
         if matrix.weight.ndim == 2 and len(plan.experts[index]) < matrix.width:
             path, _, _ = matrix.projection.path.rpartition(".")
             _route_without(layer.get_submodule(path), matrix.weight, plan.experts[index])

@@ -13,9 +13,8 @@ from pydantic import Field
 from slimvlm.core.documents import built, read_object
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError
 from slimvlm.core.files import write_text
-from slimvlm.models.anatomy import Anatomy, LayerShape
+from slimvlm.models.anatomy import LAYER_UNITS, Anatomy, LayerShape
 from slimvlm.models.families import BACKBONES, FAMILIES
-from slimvlm.models.units import LAYER_UNITS
 
 AXES = ("depth", "width", "both")
 FORMAT = "slimvlm-plan/1"

@@ -14,7 +14,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 from transformers import PreTrainedModel
 
 from slimvlm.models.classes import auto_class, is_uneven
-from slimvlm.models.internals import file_if_reachable
+from slimvlm.models.files import file_if_reachable
 from slimvlm.models.parts import family_of, text_config_of
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.config import MULTI_TOKEN_FIELDS

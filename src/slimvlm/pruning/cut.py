@@ -12,19 +12,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from slimvlm.models.classes import require_full_precision, set_class_
+from slimvlm.models.anatomy import LAYER_UNITS, unit_of
+from slimvlm.models.classes import require_full_precision, retype_modules_, set_class_
 from slimvlm.models.families import OUTPUT_ROWS
-from slimvlm.models.internals import retype_modules_
 from slimvlm.models.modeling_pruned import set_counts_
 from slimvlm.models.parts import (
     decoder_layers,
-    expert_entries,
+    layer_matrices,
     stacks,
     text_config_of,
     token_matrices,
-    unit_matrices,
 )
-from slimvlm.models.units import LAYER_UNITS, unit_of
 from slimvlm.planning.mask import kept_channels, require_match
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.config import smaller_text_config, validate, with_renumbered
@@ -134,7 +132,7 @@ def cuts_of_layer(
     A weight of experts may lose both neurons and experts, in two cuts.
     """
     layer, row = decoder_layers(model)[index], plan.before.backbone
-    for matrix in chain(*unit_matrices(layer, row), expert_entries(layer, row)):
+    for matrix in chain(*layer_matrices(layer, row)):
         projection = matrix.projection
         unit, keep = unit_of(projection), kept_channels(plan, index, projection)
         if len(keep) == matrix.width or unit not in units:

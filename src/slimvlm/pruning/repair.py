@@ -6,8 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError
-from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.units import segments
+from slimvlm.models.anatomy import read_anatomy, segments
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.least_squares import Moments, Refit, refit
 from slimvlm.pruning.walk.layer import Steps

@@ -8,11 +8,10 @@ from dataclasses import replace
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimvlm.models.anatomy import Anatomy, LayerShape, read_anatomy
+from slimvlm.models.anatomy import Anatomy, LayerShape, channels_of, read_anatomy, segments, unit_of
 from slimvlm.models.classes import empty_model, with_text_config
 from slimvlm.models.families import OUTPUT_ROWS, Projection
 from slimvlm.models.parts import projections, text_config_of
-from slimvlm.models.units import channels_of, segments, unit_of
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.config import smaller_text_config
 

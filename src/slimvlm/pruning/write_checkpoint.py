@@ -18,7 +18,7 @@ from slimvlm.core.errors import ReloadError
 from slimvlm.core.files import mark_checkpoint, new_folder, require_free
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.classes import empty_model
-from slimvlm.models.internals import write_weights
+from slimvlm.models.files import write_weights
 from slimvlm.models.load import load_processor
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.card import CardFacts

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from slimvlm.core.errors import NumericalError
+from slimvlm.models.anatomy import unit_of
 from slimvlm.models.families import INPUT_COLUMNS, Backbone, Projection
 from slimvlm.models.hidden import all_finite
 from slimvlm.models.load import with_float64
-from slimvlm.models.parts import unit_matrices
-from slimvlm.models.units import unit_of
+from slimvlm.models.parts import layer_matrices
 from slimvlm.planning.mask import kept_channels
 from slimvlm.planning.plan import Plan
 from slimvlm.scoring.inputs import writing_matrices
@@ -115,7 +115,7 @@ def writers_of_layer(layer: nn.Module, index: int, row: Backbone) -> Iterator[Wr
         index: Its number.
         row: The backbone's row of data.
     """
-    for of_unit in unit_matrices(layer, row):
-        for matrix in of_unit:
-            if matrix.projection.dim == INPUT_COLUMNS and isinstance(matrix.owner, nn.Linear):
-                yield Writer(index, matrix.projection, matrix.owner)
+    attention, mlp, _ = layer_matrices(layer, row)
+    for matrix in (*attention, *mlp):
+        if matrix.projection.dim == INPUT_COLUMNS and isinstance(matrix.owner, nn.Linear):
+            yield Writer(index, matrix.projection, matrix.owner)

@@ -19,8 +19,8 @@ from slimvlm.core.options import LoadConfig, Positions, RecoverConfig, Said, Tra
 from slimvlm.core.processes import is_first_rank, num_ranks
 from slimvlm.core.progress import Say
 from slimvlm.evaluation.written import DATA_FILE, is_written, write_answers
+from slimvlm.models.hidden import fill_, gathered_weights
 from slimvlm.models.load import check_models, load, load_as, resolve
-from slimvlm.models.sharding import fill_, gathered_weights
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.save import PLAN_FILE, save
 from slimvlm.runs.stages import samples_for

@@ -16,7 +16,7 @@ from slimvlm.core.progress import Say, silent
 from slimvlm.data.samples import Sample
 from slimvlm.data.vocabulary import Vocabulary, choose_vocabulary
 from slimvlm.models.anatomy import Anatomy
-from slimvlm.models.internals import file_if_reachable
+from slimvlm.models.files import file_if_reachable
 from slimvlm.models.load import anatomy as anatomy_of
 from slimvlm.models.load import load_config, load_processor, resolve
 from slimvlm.planning.make import make_plan

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from slimvlm.core.errors import ConfigError
-from slimvlm.models.anatomy import LayerShape
-from slimvlm.models.units import LAYER_UNITS, WIDTH_UNITS
+from slimvlm.models.anatomy import LAYER_UNITS, WIDTH_UNITS, LayerShape
 from slimvlm.scoring.gradients import capture_gradients, score_taylor, score_taylor_widths
 from slimvlm.scoring.greedy import capture_greedy, score_kl_greedy
 from slimvlm.scoring.hidden_states import (

@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from slimvlm.core.errors import UnsupportedModelError
-from slimvlm.models.anatomy import Anatomy, LayerShape, read_anatomy
+from slimvlm.models.anatomy import Anatomy, LayerShape, read_anatomy, spread, unit_of
 from slimvlm.models.cost import BYTES
 from slimvlm.models.families import INPUT_COLUMNS, Projection
 from slimvlm.models.load import with_float64
 from slimvlm.models.parts import Matrix, matrices
-from slimvlm.models.units import spread, unit_of
 from slimvlm.scoring.batches import (
     BackbonePass,
     Batch,

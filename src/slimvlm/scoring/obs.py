@@ -13,9 +13,8 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from slimvlm.core.errors import NumericalError
-from slimvlm.models.anatomy import Anatomy
+from slimvlm.models.anatomy import Anatomy, segments, unit_of
 from slimvlm.models.load import with_float64
-from slimvlm.models.units import segments, unit_of
 from slimvlm.scoring.statistics import Grams, UnitValues, with_shapes
 from slimvlm.scoring.symmetric import add_product_, invert_, mirror_
 from slimvlm.scoring.unit_scores import Scores, strictly_increasing

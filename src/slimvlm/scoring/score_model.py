@@ -13,10 +13,9 @@ from slimvlm.core.progress import progress
 from slimvlm.data.chat import encode_samples
 from slimvlm.data.roles import ROLES
 from slimvlm.data.samples import Sample
-from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.anatomy import WIDTH_UNITS, read_anatomy
 from slimvlm.models.classes import require_full_precision
 from slimvlm.models.hidden import device_of, evaluating
-from slimvlm.models.units import WIDTH_UNITS
 from slimvlm.scoring.batches import Batch, Watched
 from slimvlm.scoring.criteria import DEFAULT_CRITERIA, criterion_named
 from slimvlm.scoring.layerwise.runner import LayerwiseModel, Live

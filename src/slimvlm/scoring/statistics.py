@@ -19,11 +19,10 @@ from torch import Tensor
 
 from slimvlm.core.errors import ConfigError, NumericalError
 from slimvlm.core.files import new_file
-from slimvlm.models.anatomy import Anatomy, LayerShape
+from slimvlm.models.anatomy import Anatomy, LayerShape, fold, unit_of
 from slimvlm.models.families import Projection
 from slimvlm.models.hidden import all_finite
 from slimvlm.models.load import with_float64
-from slimvlm.models.units import fold, unit_of
 from slimvlm.scoring.symmetric import SymmetricSum
 from slimvlm.scoring.unit_scores import read_tensors, suffixed
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from slimvlm.core.documents import parse_json, read_object
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import new_file, write_text
-from slimvlm.models.units import LAYER_UNITS, WIDTH_UNITS
+from slimvlm.models.anatomy import LAYER_UNITS, WIDTH_UNITS
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,9 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
-from slimvlm.models.anatomy import Anatomy
+from slimvlm.models.anatomy import LAYER_UNITS, WIDTH_UNITS, Anatomy
 from slimvlm.models.load import with_float64
-from slimvlm.models.parts import backbone_of, decoder_layers, expert_entries, matrices
-from slimvlm.models.units import LAYER_UNITS, WIDTH_UNITS
+from slimvlm.models.parts import Parts, layer_matrices
 from slimvlm.scoring.batches import Batch
 from slimvlm.scoring.inputs import weight_of
 from slimvlm.scoring.statistics import Statistics, Weights
@@ -47,19 +46,19 @@ def capture_nothing(model: nn.Module, batches: Iterable[Batch]) -> Statistics:
 
 def capture_weights(model: nn.Module, batches: Iterable[Batch], p: int = 1) -> Weights:
     """Sums of ``|w|^p`` for each channel of each matrix, and for all that is an expert's."""
+    view = Parts(model)
     parts = {
         (index, matrix.projection.path): channel_sums(
             magnitude(weight_of(matrix.owner, matrix.name).float(), p), matrix.projection.axis
         )
-        for index, matrix in matrices(model)
+        for index, matrix in view.matrices()
     }
-    row = backbone_of(model.config)
-    for index, layer in enumerate(decoder_layers(model)):
+    for index, layer in enumerate(view.layers):
         sums = [
             with_float64(magnitude(weight_of(entry.owner, entry.name).float(), p))
             .reshape(entry.width, -1)
             .sum(1, dtype=torch.float64)
-            for entry in expert_entries(layer, row)
+            for entry in layer_matrices(layer, view.row).experts
         ]
         if sums:
             parts[index, "expert"] = torch.stack(sums).sum(0).cpu()

@@ -29,10 +29,14 @@ from slimvlm.core.requests import digest, is_begun_for, note_request, require_sa
 from slimvlm.data.chat import encode_samples
 from slimvlm.data.images import identifying_bytes
 from slimvlm.data.samples import Sample
-from slimvlm.models.hidden import compared_positions, hidden_states, require_finite_values
+from slimvlm.models.hidden import (
+    compared_positions,
+    hidden_states,
+    is_sharded,
+    require_finite_values,
+)
 from slimvlm.models.load import digest_of_weights
 from slimvlm.models.parts import family_of, text_config_of
-from slimvlm.models.sharding import is_sharded
 
 INDEX_FILE = "index.json"
 FORMAT = "slimvlm-teacher/2"

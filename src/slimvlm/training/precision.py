@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, Trainer
 
+from slimvlm.models.hidden import placement_of
 from slimvlm.models.load import computes_bfloat16
 from slimvlm.models.parts import text_config_of
-from slimvlm.models.sharding import placement_of
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ from slimvlm.data.samples import Sample
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.classes import require_full_precision, require_undivided
 from slimvlm.models.cost import release_memory
+from slimvlm.models.hidden import is_sharded
 from slimvlm.models.load import load_processor
 from slimvlm.models.losses import layer_map
-from slimvlm.models.sharding import is_sharded
 from slimvlm.planning.plan import Plan
 from slimvlm.training.offline import OfflineTeacher
 from slimvlm.training.precision import Precision, without_autocast

@@ -14,8 +14,8 @@ from slimvlm.core.options import RecoverConfig
 from slimvlm.core.processes import is_first_rank, num_ranks
 from slimvlm.core.requests import digest, note_request, noted_request, require_same_request
 from slimvlm.data.samples import Sample
+from slimvlm.models.hidden import is_sharded
 from slimvlm.models.load import digest_of_weights
-from slimvlm.models.sharding import is_sharded
 from slimvlm.training.offline import OfflineTeacher
 from slimvlm.training.trainer import TRAINED_FILE
 

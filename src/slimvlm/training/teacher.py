@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.anatomy import channels_by_segment, read_anatomy
 from slimvlm.models.families import INPUT_COLUMNS, OUTPUT_ROWS, Projection
 from slimvlm.models.parts import family_of, projections
-from slimvlm.models.units import channels_by_segment
 from slimvlm.planning.mask import kept_units
 from slimvlm.planning.plan import Plan
 from slimvlm.training.trainable import plain_model

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import write_text
 from slimvlm.core.options import RecoverConfig
+from slimvlm.models.hidden import is_sharded, placement_of
 from slimvlm.models.parts import backbone_of, family_of, matrices, parameters_below, part_at
-from slimvlm.models.sharding import is_sharded, placement_of
 
 
 def prepare_training(model: PreTrainedModel, config: RecoverConfig) -> Any:

@@ -27,8 +27,7 @@ from slimvlm.core.errors import NumericalError
 from slimvlm.core.options import DIVERGENCES, Divergence, RecoverConfig
 from slimvlm.core.progress import LoggedStage
 from slimvlm.models import losses
-from slimvlm.models.hidden import head_of, hidden_states
-from slimvlm.models.sharding import is_sharded
+from slimvlm.models.hidden import head_of, hidden_states, is_sharded
 from slimvlm.scoring.batches import first_spoilt_layer
 from slimvlm.training.supervision import SUPERVISION, Supervision, as_teacher_reads
 from slimvlm.training.trainable import plain_model

@@ -12,7 +12,7 @@ from transformers import AutoProcessor, GenerationConfig, PreTrainedModel
 
 from slimvlm.core.errors import ConfigError, NumericalError, ReloadError, SlimError, first_line
 from slimvlm.models.classes import empty_model
-from slimvlm.models.internals import write_weights
+from slimvlm.models.files import write_weights
 from slimvlm.models.load import load
 from slimvlm.pruning.layout import write_processor
 from slimvlm.pruning.save import probe

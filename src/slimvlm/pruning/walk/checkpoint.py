@@ -13,9 +13,8 @@ from torch import Tensor
 from slimvlm.core.files import require_free
 from slimvlm.core.progress import Say, silent
 from slimvlm.core.requests import digest
-from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.anatomy import LAYER_UNITS, read_anatomy
 from slimvlm.models.load import device_named, digest_of_tensors
-from slimvlm.models.units import LAYER_UNITS
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.walk.distil import LocalSteps
 from slimvlm.pruning.walk.layer import Steps

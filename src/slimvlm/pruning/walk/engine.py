@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from slimvlm.core.progress import progress
+from slimvlm.models.anatomy import WIDTH_UNITS
 from slimvlm.models.parts import decoder_layers
-from slimvlm.models.units import WIDTH_UNITS
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import cut_layer_
 from slimvlm.pruning.walk.layer import LayerOutcome, LayerWalk, Steps

@@ -18,7 +18,7 @@ from slimvlm.data.roles import token_weights as weights_by_role
 from slimvlm.models.cost import free_memory
 from slimvlm.models.hidden import all_finite, head_of
 from slimvlm.models.load import with_float64
-from slimvlm.models.parts import decoder_layers, final_norm, hands_on
+from slimvlm.models.parts import decoder_layers, final_norm, shares_keys
 from slimvlm.pruning.least_squares import Moments
 from slimvlm.pruning.walk.kept_inputs import MOST_BYTES, KeptInputs, things_beside
 from slimvlm.pruning.writers import Writer
@@ -64,7 +64,7 @@ class Streams:
 
         Layers of Gemma 3n and Gemma 4 put keys and values into a dictionary for later ones.
         """
-        if not hands_on(self.runner.model.config):
+        if not shares_keys(self.runner.model.config):
             return self.runner.calls(place)
         known = self._own_calls
         if (stream, place) not in known:
@@ -176,7 +176,7 @@ class Streams:
         held = self.runner.store.held
         most = min(MOST_BYTES, free_memory(held(writer.linear.weight[:0]).device) // 8)
         first = next(self._running(writer.index, self.places), None)
-        if first is None or size > most or hands_on(self.runner.model.config):
+        if first is None or size > most or shares_keys(self.runner.model.config):
             return None
         run = partial(self.output, stream, writer.index, first, kept)
         beside = things_beside(block, writer.linear, run)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from slimvlm.models.anatomy import WIDTH_UNITS
 from slimvlm.models.parts import decoder_layers
-from slimvlm.models.units import WIDTH_UNITS
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.walk.streams import Streams
 from slimvlm.pruning.writers import writers_of_layer

@@ -10,11 +10,10 @@ from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError, DataError, UnsupportedModelError
 from slimvlm.core.progress import Say, silent
-from slimvlm.models.anatomy import Anatomy, read_anatomy
+from slimvlm.models.anatomy import WIDTH_UNITS, Anatomy, read_anatomy
 from slimvlm.models.classes import require_full_precision, require_undivided
 from slimvlm.models.hidden import device_of, evaluating
-from slimvlm.models.parts import hands_on, text_config_of
-from slimvlm.models.units import WIDTH_UNITS
+from slimvlm.models.parts import shares_keys, text_config_of
 from slimvlm.planning.candidates import width_candidates
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.mask import require_match
@@ -226,7 +225,7 @@ def walk_batches(
         require_expressible(model, plan)
         if chooses:
             require_choosable(plan)
-    if states is None and hands_on(model.config) and isinstance(source, Live):
+    if states is None and shares_keys(model.config) and isinstance(source, Live):
         states = Memory()  # layers share objects
     elif states is None:
         tokens = sum(batch["input_ids"].numel() for batch in everything)

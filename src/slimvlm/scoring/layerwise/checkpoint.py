@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.models.classes import empty_model, require_full_precision
-from slimvlm.models.files import unreadable, weight_files
-from slimvlm.models.internals import Origin, origins_in_files
+from slimvlm.models.files import Origin, origins_in_files, unreadable, weight_files
 from slimvlm.models.load import folder_of, load_config
 from slimvlm.models.parts import backbone_of, family_of
 

@@ -22,7 +22,7 @@ from slimvlm.core.requests import digest
 from slimvlm.data.roles import valid_tokens
 from slimvlm.models.hidden import all_finite, head_of
 from slimvlm.models.load import digest_of_tensors
-from slimvlm.models.parts import decoder_layers, family_of, final_norm, hands_on
+from slimvlm.models.parts import decoder_layers, family_of, final_norm, shares_keys
 from slimvlm.scoring.batches import Batch, batches_with_targets, forward_backbone
 from slimvlm.scoring.layerwise.calls import LayerCalls, noted_calls
 from slimvlm.scoring.layerwise.stores import Store, unpacked
@@ -166,7 +166,7 @@ class LayerwiseModel:
         """
         config = self.model.config
         keeps_objects = self.store.keeps_objects and isinstance(self.source, Live)
-        if hands_on(config) and not keeps_objects:
+        if shares_keys(config) and not keeps_objects:
             raise UnsupportedModelError(
                 f"model_type {config.model_type!r} cannot be run with low memory: its last layers "
                 "read keys and values of earlier ones"

@@ -12,9 +12,9 @@ import torch
 from slimvlm.core.errors import NumericalError
 from slimvlm.core.files import new_folder
 from slimvlm.core.progress import Say, progress
+from slimvlm.models.anatomy import LAYER_UNITS
 from slimvlm.models.load import device_named
 from slimvlm.models.parts import decoder_layers, text_config_of
-from slimvlm.models.units import LAYER_UNITS
 from slimvlm.scoring.batches import Batch
 from slimvlm.scoring.criteria import CRITERIA, DEFAULT_CRITERIA, Capture, criterion_named
 from slimvlm.scoring.layerwise.checkpoint import LazyCheckpoint, open_checkpoint

@@ -7,10 +7,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slimvlm.models.anatomy import LayerShape, read_anatomy
+from slimvlm.models.anatomy import (
+    LayerShape,
+    channels_of,
+    fold,
+    read_anatomy,
+    segments,
+    spread,
+    unit_of,
+)
 from slimvlm.models.families import BACKBONES, Projection
 from slimvlm.models.parts import projections
-from slimvlm.models.units import channels_of, fold, segments, spread, unit_of
 from tests import tiny
 
 PROJECTIONS = sorted(
