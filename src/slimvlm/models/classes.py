@@ -1,4 +1,4 @@
-"""Which class reads a configuration: the native one, or its subclass for uneven layers."""
+"""Find the class of a configuration: the native one, or its subclass for uneven layers."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from slimvlm.models.parts import family_of, text_config_of
 UNEVEN_FIELD = "pruned_layers"
 """Text configuration field that holds the widths of every layer when they differ."""
 WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-"""What each of its entries says."""
+"""Keys of each of its entries."""
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
-    """The Auto class that plain transformers code would load this model with."""
+    """Return the Auto class that plain transformers code would load this model with."""
     sees = family_of(config.model_type).vision is not None
     if sees and type(config) in transformers.AutoModelForImageTextToText._model_mapping:
         return transformers.AutoModelForImageTextToText
@@ -41,15 +41,7 @@ def is_quantized(config: PreTrainedConfig) -> bool:
 
 
 def require_full_precision(config: PreTrainedConfig, what: str) -> None:
-    """Refuse to change weights that are quantised.
-
-    Args:
-        config: Configuration of the whole model.
-        what: What was to be done, for the message.
-
-    Raises:
-        ConfigError: If they are.
-    """
+    """Refuse to change weights that are quantised; ``what`` is the change, for the message."""
     if is_quantized(config):
         raise ConfigError(
             f"model: its weights are quantised, so it cannot be {what}. Quantise last: take the "
@@ -60,17 +52,13 @@ def require_full_precision(config: PreTrainedConfig, what: str) -> None:
 def require_undivided(
     model: Any, what: str, on_one_device: bool = False, field: str = "model"
 ) -> None:
-    """Refuse what cannot be done to a model that accelerate has divided by a ``device_map``.
+    """Refuse a change of a model that accelerate has divided by a ``device_map``.
 
     Args:
         model: The model.
-        what: What was to be done, for the message.
-        on_one_device: Whether it must not lie on several devices. Weights that are put aside, on
-            the host or a disk, are refused in any case.
-        field: What users call the model, for the message.
-
-    Raises:
-        ConfigError: If it is divided so.
+        what: The change, for the message.
+        on_one_device: Refuse several devices, too, not only weights on the host or a disk.
+        field: Users' name of the model, for the message.
     """
     places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
     if "disk" in places or (len(places) > 1 and (on_one_device or "cpu" in places)):
@@ -81,11 +69,7 @@ def require_undivided(
 
 
 def check_widths(config: PreTrainedConfig) -> None:
-    """Check the widths of every layer in a configuration that a file may have brought.
-
-    Raises:
-        ConfigError: If entries are missing, or one is not a whole number that the layers can have.
-    """
+    """Check the widths of every layer in a configuration from a file."""
     text_config = text_config_of(config)
     rows = getattr(text_config, UNEVEN_FIELD, None)
     if rows is None:
@@ -104,7 +88,7 @@ def check_widths(config: PreTrainedConfig) -> None:
 
 
 def uneven_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class for layers of different widths: the native one with its layers cut."""
+    """Return the class for layers of different widths: the native one with its layers cut."""
     auto = auto_class(config)
     made: type[PreTrainedModel] = _uneven(auto, config)
     made.register_for_auto_class(auto.__name__)  # so that save_pretrained copies the file
@@ -112,7 +96,7 @@ def uneven_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def auto_map_of(config: PreTrainedConfig) -> dict[str, str]:
-    """What ``auto_map`` must say so that plain transformers code finds the uneven classes."""
+    """Make the ``auto_map`` that lets plain transformers code find the uneven classes."""
     file = modeling_pruned.__name__.rpartition(".")[2]
     autos = (auto_class(config), transformers.AutoModel)
     return {auto.__name__: f"{file}.{_uneven(auto, config).__name__}" for auto in autos}
@@ -121,13 +105,12 @@ def auto_map_of(config: PreTrainedConfig) -> dict[str, str]:
 def empty_model(
     config: PreTrainedConfig, dtype: torch.dtype | None = None, with_buffers: bool = False
 ) -> PreTrainedModel:
-    """The model of a configuration without storage for its weights.
+    """Build the model of a configuration without storage for its weights.
 
     Args:
         config: The configuration.
         dtype: Data type of the weights; by default the configuration's.
-        with_buffers: Whether what is computed and not stored in files (such as rotary frequencies)
-            is there.
+        with_buffers: Compute buffers that files do not hold, such as rotary frequencies.
     """
     with init_empty_weights() if with_buffers else torch.device("meta"):
         if is_uneven(config):
@@ -140,7 +123,7 @@ def empty_model(
 
 
 def with_text_config(config: PreTrainedConfig, text_config: PreTrainedConfig) -> PreTrainedConfig:
-    """The whole configuration with another language-model part."""
+    """Return the whole configuration with another language-model part."""
     name = family_of(config.model_type).text_config
     if name is None:
         return text_config
@@ -149,7 +132,7 @@ def with_text_config(config: PreTrainedConfig, text_config: PreTrainedConfig) ->
 
 
 def set_class_(model: PreTrainedModel) -> None:
-    """Be the native class, or its subclass for layers of different widths, as the config says.
+    """Give a model the native class, or the one for layers of different widths, by its config.
 
     A model that transformers loaded with the checkpoint's own code gets slimvlm's class instead.
     """
@@ -178,7 +161,7 @@ def retype_modules_(model: PreTrainedModel, old: PreTrainedConfig, new: PreTrain
     Args:
         model: The model.
         old: The text configuration that its modules were built from.
-        new: Of the type that they shall have.
+        new: One of the type that they shall have.
     """
     source, target = (
         importlib.import_module(f".models.{kind}.modeling_{kind}", "transformers")

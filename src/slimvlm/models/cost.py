@@ -1,4 +1,4 @@
-"""What an `Anatomy` costs to hold and to run, counted from its shapes.
+"""Count memory and FLOPs of an `Anatomy` from its shapes.
 
 FLOPs are those of the matrix products, two for each multiplication with its addition: weights, and
 attention scores and their weighted values over the whole square of positions. Norms, softmax,
@@ -93,7 +93,7 @@ def decode_flops(anatomy: Anatomy, context: int, batch_size: int = 1) -> int:
 
 
 def slow_widths(anatomy: Anatomy) -> list[str]:
-    """What hardware is slow with, one line for people for each; none if all is well."""
+    """List widths that hardware is slow with, one line for people each."""
     widths = sorted({layer.intermediate_size for layer in anatomy.layers})
     neurons = f"{', '.join(map(str, widths))} neurons"
     if any(width % ROW_MULTIPLE for width in widths):

@@ -19,11 +19,11 @@ from slimvlm.core.errors import ConfigError, NumericalError
 from slimvlm.core.processes import is_first_rank, num_ranks
 from slimvlm.data.roles import predicts_label, role_masks
 from slimvlm.models.losses import Head
-from slimvlm.models.parts import decoder_layers, family_of, final_norm, text_config_of
+from slimvlm.models.parts import Parts, family_of
 
 
 def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The hidden states among the arguments that a decoder layer is called with."""
+    """Return the hidden states among the arguments of a decoder layer's call."""
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]
     return hidden
 
@@ -31,30 +31,30 @@ def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 def with_layer_input(
     args: tuple[Any, ...], kwargs: Mapping[str, Any], hidden: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same call of a decoder layer with other hidden states."""
+    """Make the same call of a decoder layer with other hidden states."""
     if args:
         return (hidden, *args[1:]), dict(kwargs)
     return (), {**kwargs, "hidden_states": hidden}
 
 
 def main_stream(hidden: Tensor) -> Tensor:
-    """``[B, T, D]`` of hidden states that may hold several residual streams ``[S, B, T, D]``.
+    """Return ``[B, T, D]`` of hidden states that may hold several streams ``[S, B, T, D]``.
 
-    The first stream is the one that begins as the embedding and that the others are scaled to at
-    the end (AltUp of Gemma 3n).
+    The first stream begins as the embedding, and the others are scaled to it at the end (AltUp of
+    Gemma 3n).
     """
     return hidden[0] if hidden.ndim == 4 else hidden
 
 
 def layer_output(output: Any) -> Tensor:
-    """The hidden states in what a decoder layer returns: alone, or first in a tuple."""
+    """Return the hidden states of a decoder layer's output: alone, or first in a tuple."""
     hidden: Tensor = output if isinstance(output, Tensor) else output[0]
     return hidden
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, a model is in evaluation mode; afterwards in the one that it was in."""
+    """Inside, a model is in evaluation mode; afterwards in its former mode."""
     was_training = model.training
     model.eval()
     try:
@@ -64,7 +64,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where inputs go: with the first weights, or where accelerate sends them (``device_map``)."""
+    """Find the device of inputs: the first weights', or the one of a ``device_map``."""
     sent_to = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
     if sent_to is not None:
         return torch.device(sent_to)
@@ -73,7 +73,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def as_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors among inputs where the model takes them; pictures in its data type."""
+    """Move the tensors among inputs to the model's device; pictures to its data type."""
     moved, device = {}, device_of(model)
     for name, value in inputs.items():
         if isinstance(value, Tensor):
@@ -96,21 +96,13 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether there is neither NaN nor infinity, from the extremes: nothing as large is made."""
+    """Whether there is neither NaN nor infinity, from the extremes, without a copy."""
     extremes = values.detach().aminmax() if values.numel() else ()
     return all(bool(torch.isfinite(value)) for value in extremes)
 
 
 def require_finite_values(values: Tensor, where: str) -> None:
-    """Stop where a model computes what is no number.
-
-    Args:
-        values: Anything that it computed.
-        where: What that is, for the message.
-
-    Raises:
-        NumericalError: If NaN or infinity is among them.
-    """
+    """Raise `NumericalError` if NaN or infinity is among values; ``where`` is for the message."""
     if not all_finite(values):
         raise NumericalError(f"NaN or infinity in {where}")
 
@@ -121,7 +113,7 @@ def hidden_states(
     layers: Sequence[int] = (),
     runner: nn.Module | None = None,
 ) -> list[Float[Tensor, "B T D"]]:
-    """The hidden state after the last norm, and those after some decoder layers.
+    """Compute the hidden state after the last norm, and those after some decoder layers.
 
     A layer that this batch does not run (one of Mllama's that read pictures, in a batch without)
     leaves what came before it as it is.
@@ -143,7 +135,8 @@ def hidden_states(
         if index in layers:
             caught[index] = newest[0]
 
-    modules = [*(decoder_layers(model) if layers else ()), final_norm(model)]
+    parts = Parts(model)
+    modules = [*(parts.layers if layers else ()), parts.norm]
     with ExitStack() as stack:
         for index, module in enumerate(modules):
             handle = module.register_forward_hook(partial(catch, index))
@@ -156,8 +149,8 @@ def hidden_states(
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The language-model head as a function, with Cohere 2's scale and Gemma 2's cap on logits."""
-    module = model.get_submodule(family_of(model.config.model_type).head)
+    """Return the language-model head as a function, with Cohere 2's scale and Gemma 2's cap."""
+    module = Parts(model).head
     head: Head = placement_of(model).head(module)
     scale, cap = _bends(model)
     if scale == 1 and cap is None and len(set(getattr(model, "hf_device_map", {}).values())) < 2:
@@ -168,12 +161,12 @@ def head_of(model: PreTrainedModel) -> Head:
 
 @dataclass(frozen=True)
 class HeadWeights:
-    """A head that is kept without its model: the function that `head_of` gives, and its values.
+    """A head without its model: the function that `head_of` gives, and its values.
 
     Attributes:
         weight: The matrix.
         bias: Its bias, if it has one.
-        scale: What logits are multiplied with.
+        scale: Factor of logits.
         cap: Gemma 2's soft cap on them.
     """
 
@@ -188,7 +181,7 @@ class HeadWeights:
 
 
 def head_on(device: torch.device, head: Head) -> Head:
-    """Move weights of a head to a device; the head of a model in memory stays where it is."""
+    """Move weights of a head to a device; the head of a model in memory stays there."""
     if not isinstance(head, HeadWeights):
         return head
     bias = None if head.bias is None else head.bias.to(device)
@@ -196,8 +189,8 @@ def head_on(device: torch.device, head: Head) -> Head:
 
 
 def head_weights_of(model: PreTrainedModel) -> HeadWeights:
-    """The head of a model that is whole and in memory. Its tensors are the model's own."""
-    module: Any = model.get_submodule(family_of(model.config.model_type).head)
+    """Return the head of a model that is whole and in memory. Its tensors are the model's own."""
+    module = Parts(model).head
     bias: Tensor | None = module.bias
     return HeadWeights(
         module.weight.detach(), None if bias is None else bias.detach(), *_bends(model)
@@ -205,12 +198,12 @@ def head_weights_of(model: PreTrainedModel) -> HeadWeights:
 
 
 def _bends(model: PreTrainedModel) -> tuple[float, float | None]:
-    """The factor of logits, and the soft cap on them."""
-    config = text_config_of(model.config)
-    if not family_of(model.config.model_type).caps_logits:
+    """Return the factor of logits, and the soft cap on them."""
+    parts = Parts(model)
+    if not parts.family.caps_logits:
         return 1.0, None
-    cap = getattr(config, "final_logit_softcapping", None)
-    return getattr(config, "logit_scale", 1.0), cap
+    cap = getattr(parts.text_config, "final_logit_softcapping", None)
+    return getattr(parts.text_config, "logit_scale", 1.0), cap
 
 
 def _bent(logits: Tensor, scale: float, cap: float | None) -> Tensor:
@@ -222,7 +215,7 @@ def _bent(logits: Tensor, scale: float, cap: float | None) -> Tensor:
 def compared_positions(
     config: Any, inputs: Mapping[str, Tensor], labels: Tensor, kd_on: str
 ) -> Bool[Tensor, "B T"]:
-    """Positions that distillation compares; an answer token is compared where it is predicted.
+    """Find positions that distillation compares; answer tokens where they are predicted.
 
     Args:
         config: The model's configuration.
@@ -238,7 +231,7 @@ def compared_positions(
 
 
 def shard_config(config: PreTrainedConfig) -> Any:
-    """What ``from_pretrained`` needs to divide a model among all processes.
+    """Make the configuration that lets ``from_pretrained`` divide a model among all processes.
 
     Each decoder layer is gathered when it runs; everything else is gathered once for each step.
 
@@ -267,7 +260,7 @@ class Whole:
     model: PreTrainedModel
 
     def run(self, inputs: Mapping[str, Any]) -> None:
-        """Run all but the head, which would only be in the way."""
+        """Run all but the head."""
         if hasattr(self.model, "ct_decompress_hook"):
             # compressed-tensors widens weights when the whole model is called, and this is a part
             quantizer: Any = self.model.hf_quantizer
@@ -312,7 +305,7 @@ class Sharded:
         return lambda inputs: F.linear(inputs, module.weight, module.bias)
 
     def move_(self, device: torch.device) -> None:
-        """Nothing: shards lie where they belong."""
+        """Nothing: shards are on their devices."""
 
     def hold_in_(self, dtype: torch.dtype, learning_only: bool = False) -> None:
         """Nothing: shards keep the data type that they were read in."""
@@ -340,12 +333,12 @@ class Sharded:
 
 
 def placement_of(model: PreTrainedModel) -> Whole | Sharded:
-    """How to run and change a model, by where its weights lie."""
+    """Return how to run and change a model, by where its weights lie."""
     return Sharded(model) if is_sharded(model) else Whole(model)
 
 
 def gathered_weights(sharded: PreTrainedModel) -> dict[str, Tensor]:
-    """A sharded model's whole weights on the CPU of the first process, nothing on the others.
+    """Gather a sharded model's whole weights on the CPU of the first process.
 
     All processes must call it.
     """
@@ -365,7 +358,7 @@ def fill_(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
 
 
 def _reshard(model: nn.Module) -> None:
-    """Let go of weights that a forward pass gathered."""
+    """Free weights that a forward pass gathered."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""Models, processors and configurations, read from folders and the hub."""
+"""Read models, processors and configurations from folders and the hub."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _WORDS = {
 
 
 def resolve(model: str | Path) -> str:
-    """The folder or hub id that a user's ``MODEL`` means; ``demo`` is built when first used.
+    """Find the folder or hub id of a user's ``MODEL``; ``demo`` is built when first used.
 
     Raises:
         ConfigError: If it is a folder that does not exist or has no ``config.json``.
@@ -64,7 +64,7 @@ def resolve(model: str | Path) -> str:
 
 
 def folder_of(model: str | Path) -> Path:
-    """The folder of a model; files of a hub id are downloaded."""
+    """Return the folder of a model; files of a hub id are downloaded."""
     name = resolve(model)
     return Path(name) if Path(name).is_dir() else Path(snapshot_download(name))
 
@@ -145,15 +145,7 @@ def load(
 
 
 def require_buildable(name: str, config: PreTrainedConfig) -> None:
-    """Refuse a model that cannot be read as its configuration says, before it is built.
-
-    Args:
-        name: A folder or hub id, from `resolve`.
-        config: Its configuration.
-
-    Raises:
-        ConfigError: If its weights are pickled, missing or malformed, or far fewer than described.
-    """
+    """Refuse, before it is built, a model whose weights are pickled, malformed or far too few."""
     with unreadable(name, "config"):
         described = sum(p.numel() for p in empty_model(config).parameters())
     require_stored(name, described)
@@ -162,23 +154,19 @@ def require_buildable(name: str, config: PreTrainedConfig) -> None:
 def load_as(
     options: LoadConfig, model: str | Path, device: str | torch.device | None = None
 ) -> tuple[PreTrainedModel, Any]:
-    """`load` a model the way options say, on their device unless another one is given."""
+    """`load` a model with options, on their device unless another one is given."""
     return load(model, options.dtype, device or options.device, options.trust_remote_code)
 
 
 def check_models(options: LoadConfig, *models: str) -> None:
-    """Refuse devices that are absent and models that cannot be read, before any weight is read.
-
-    Raises:
-        SlimError: As `device_named` and `load_config` do.
-    """
+    """Refuse devices that are absent and models that cannot be read, before any weight is read."""
     device_named(options.device)
     for model in models:
         load_config(model, options.trust_remote_code)
 
 
 def default_device() -> torch.device:
-    """This process's accelerator (CUDA, MPS, XPU, ...) if there is one, else the CPU."""
+    """Return this process's accelerator (CUDA, MPS, XPU, ...) if there is one, else the CPU."""
     if not torch.accelerator.is_available():
         return torch.device("cpu")
     found: Any = torch.accelerator.current_accelerator()
@@ -186,7 +174,7 @@ def default_device() -> torch.device:
 
 
 def device_named(name: str | torch.device | None) -> torch.device:
-    """The device that a user's name means; by default, and for a kind alone, this process's.
+    """Find the device of a user's name; by default, and for a kind alone, this process's.
 
     Raises:
         ConfigError: If there is none of that name, or several processes would share it.
@@ -212,12 +200,12 @@ def has_float64(device: torch.device) -> bool:
 
 
 def with_float64(values: Tensor) -> Tensor:
-    """The same values where float64 sums are possible: on their device, or else on the CPU."""
+    """Move values to where float64 sums are possible: their device, or else the CPU."""
     return values if has_float64(values.device) else values.cpu()
 
 
 def load_processor(name: str, config: PreTrainedConfig, trust_remote_code: bool = False) -> Any:
-    """The processor of a model that sees, the tokenizer of one that does not; None if absent.
+    """Read the processor of a model that sees, else its tokenizer; None if absent.
 
     Raises:
         ConfigError: If there is one that cannot be read.
@@ -234,7 +222,7 @@ def load_processor(name: str, config: PreTrainedConfig, trust_remote_code: bool 
 
 
 def anatomy(model: PreTrainedModel | PreTrainedConfig | str | Path) -> Anatomy:
-    """The anatomy of a model, a configuration, or a folder or hub id (its weights stay unread).
+    """Read the anatomy of a model, a configuration, or a folder or hub id (not its weights).
 
     Raises:
         ConfigError: If a folder or id cannot be read.
@@ -267,7 +255,7 @@ def computes_bfloat16(device: torch.device) -> bool:
 
 
 def digest_of_weights(model: nn.Module) -> str:
-    """A hash of a model's shapes, data types and a sample of every weight.
+    """Hash a model's shapes, data types and a sample of every weight.
 
     Training and repair change every weight that they touch, so up to 64 evenly spaced values of
     each tensor tell models apart without reading gigabytes.
@@ -284,7 +272,7 @@ def digest_of_weights(model: nn.Module) -> str:
 
 
 def digest_of_tensors(values: Mapping[str, Any]) -> str:
-    """A hash of everything in the tensors among some named values, such as a batch."""
+    """Hash the tensors among some named values, such as a batch."""
 
     def parts() -> Iterator[bytes | memoryview]:
         for name, value in sorted(values.items()):

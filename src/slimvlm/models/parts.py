@@ -75,13 +75,16 @@ class Parts:
         UnsupportedModelError: If no row matches.
     """
 
+    text_model: Any
+    layers: nn.ModuleList
+
     def __init__(self, model: nn.Module) -> None:
         config: Any = model.config
         self.model = model
         self.family, self.row = family_of(config.model_type), backbone_of(config)
         self.text_config: Any = text_config_of(config)
-        self.text_model: Any = model.get_submodule(self.family.backbone)
-        self.layers: nn.ModuleList = self.text_model.layers
+        text_model: Any = model.get_submodule(self.family.backbone)
+        self.text_model, self.layers = text_model, text_model.layers
 
     @property
     def norm(self) -> nn.Module:
