@@ -23,7 +23,7 @@ import psutil
 import torch
 
 from slimvlm.core.errors import ConfigError
-from slimvlm.models.anatomy import Anatomy, LayerShape
+from slimvlm.models.anatomy import Anatomy
 
 _COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
 _SIZES = {"mib": 2**20, "gib": 2**30, "mb": 10**6, "gb": 10**9}
@@ -35,7 +35,7 @@ CONTAINER_LIMITS = [
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     )
 ]
-"""Where Linux says, inside a container, how much memory it may take and has taken."""
+"""Files of a container's memory limit and use, on Linux."""
 
 ROW_MULTIPLE = 8
 """Weights of a 16-byte row in bfloat16; kernels without it fall back or fail."""
@@ -63,18 +63,14 @@ def kv_cache_bytes_per_token(anatomy: Anatomy, dtype: str = "bfloat16") -> int:
 
 
 def prefill_flops(anatomy: Anatomy, tokens: int, batch_size: int = 1) -> int:
-    """FLOPs of the backbone to read prompts and say the first token of each answer.
+    """FLOPs of the backbone to read prompts and write the first token of each answer.
 
     Args:
         anatomy: The model's shape.
         tokens: Length of a prompt; a picture counts with the tokens that it takes.
         batch_size: Prompts.
     """
-    layers = sum(
-        tokens * _weight_flops(anatomy, shape) + _attention_flops(shape, tokens, tokens)
-        for shape in anatomy.layers
-    )
-    return batch_size * (layers + _head_flops(anatomy))
+    return batch_size * _forward_flops(anatomy, tokens, tokens)
 
 
 def decode_flops(anatomy: Anatomy, context: int, batch_size: int = 1) -> int:
@@ -82,14 +78,22 @@ def decode_flops(anatomy: Anatomy, context: int, batch_size: int = 1) -> int:
 
     Args:
         anatomy: The model's shape.
-        context: Tokens that the new one attends to, itself among them.
+        context: Tokens that the new one attends to, itself included.
         batch_size: Answers that are written at once.
     """
-    layers = sum(
-        _weight_flops(anatomy, shape) + _attention_flops(shape, 1, context)
-        for shape in anatomy.layers
-    )
-    return batch_size * (layers + _head_flops(anatomy))
+    return batch_size * _forward_flops(anatomy, 1, context)
+
+
+def _forward_flops(anatomy: Anatomy, tokens: int, context: int) -> int:
+    """FLOPs of some tokens that attend to a context, with the head for one of them."""
+    flops = 2 * anatomy.hidden_size * anatomy.vocab_size
+    rows = (*anatomy.backbone.attention, *anatomy.backbone.mlp)
+    for shape in anatomy.layers:
+        blocks = [shape.block(segment) for row in rows for segment in row.segments]
+        channels = sum(count * width for count, width in blocks)
+        flops += tokens * 2 * anatomy.hidden_size * channels  # one side is the hidden size
+        flops += 4 * tokens * context * shape.num_heads * shape.head_dim  # scores and values
+    return flops
 
 
 def slow_widths(anatomy: Anatomy) -> list[str]:
@@ -133,24 +137,8 @@ def parse_bytes(text: str) -> int:
     return round(float(match[1]) * _SIZES[match[2]])
 
 
-def _weight_flops(anatomy: Anatomy, shape: LayerShape) -> int:
-    """FLOPs of one token in the matrices of a layer; all of them have the hidden size on a side."""
-    rows = (*anatomy.backbone.attention, *anatomy.backbone.mlp)
-    blocks = [shape.block(segment) for row in rows for segment in row.segments]
-    return 2 * anatomy.hidden_size * sum(count * width for count, width in blocks)
-
-
-def _attention_flops(shape: LayerShape, tokens: int, context: int) -> int:
-    """FLOPs of scores and weighted values."""
-    return 4 * tokens * context * shape.num_heads * shape.head_dim
-
-
-def _head_flops(anatomy: Anatomy) -> int:
-    return 2 * anatomy.hidden_size * anatomy.vocab_size
-
-
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process may still take where a model is; a container's limit counts."""
+    """Bytes that this process can still allocate on a device, within a container's limit."""
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     if device.type != "cpu":
@@ -169,14 +157,14 @@ def free_memory(device: torch.device) -> int:
 
 
 def release_memory() -> None:
-    """Give back to accelerators what no tensor holds any more."""
+    """Free the memory of accelerators that no tensor holds any more."""
     gc.collect()
     if torch.accelerator.is_available():
         torch.get_device_module(torch.accelerator.current_accelerator()).empty_cache()
 
 
 def peak_memory() -> str:
-    """The most memory that this process has held so far, and that on an accelerator, for people."""
+    """Format the peak memory of this process and of its accelerator, for people."""
     resource = import_module("resource")  # not on every system
     unit = 1 if sys.platform == "darwin" else 1024
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
