@@ -35,9 +35,9 @@ from slimvlm.models.families import (
 from slimvlm.models.parts import Matrix, Parts, layer_matrices, parameters_below
 
 WIDTH_UNITS = ("kv_group", "neuron")
-"""The kinds of unit that a width takes away."""
+"""Kinds of unit that pruning in width removes."""
 LAYER_UNITS = (*WIDTH_UNITS, "expert")
-"""The kinds of unit that a layer has several of."""
+"""Kinds of unit that a layer has several of."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class LayerShape:
         return self.intermediate_size * self.expert_neuron_params + self.expert_fixed_params
 
     def units(self, unit: str) -> int:
-        """How many units of a kind (``kv_group``, ``neuron`` or ``expert``) there are."""
+        """Count the units of a kind (``kv_group``, ``neuron`` or ``expert``)."""
         counts = {
             "kv_group": self.num_kv_heads,
             "neuron": self.intermediate_size,
@@ -105,7 +105,7 @@ class LayerShape:
         return counts[unit]
 
     def with_units(self, kv_groups: int, neurons: int, experts: int) -> LayerShape:
-        """The same layer with other numbers of units; a neuron weighs less in fewer experts."""
+        """Return the layer with other numbers of units; a neuron is smaller with fewer experts."""
         lost = (self.num_experts - experts) * self.expert_neuron_params
         return replace(
             self,
@@ -116,7 +116,7 @@ class LayerShape:
         )
 
     def block(self, segment: Segment) -> tuple[int, int]:
-        """Number of units along a segment and the channels that each takes there."""
+        """Return the number of units along a segment and the channels of each."""
         if segment in ("neuron", "expert"):
             return self.units(segment), 1
         heads = {
@@ -128,11 +128,7 @@ class LayerShape:
 
 
 def read_layer(layer: nn.Module, backbone: Backbone) -> LayerShape:
-    """Read the shape of a decoder layer off its weights, not its configuration.
-
-    Raises:
-        UnsupportedModelError: If the row of data does not fit.
-    """
+    """Read the shape of a decoder layer off its weights, not its configuration."""
     attention, mlp, entries = layer_matrices(layer, backbone)
     kv_heads, queries_per_group, head_dim = 0, 0, 0
     if attention:
@@ -191,7 +187,7 @@ class Anatomy:
         projector_params: Parameters of the projector.
         pinned_layers: Layers that must stay: deepstack features are added to the first ones, or
             later layers read their keys and values.
-        other_params: Parameters of the text model that stand beside all of these.
+        other_params: All other parameters of the text model.
         experts_per_token: Experts that each token takes, of layers that have some: so many stay.
         retypable: Whether a freer configuration type can stand in for ``text_type``.
         fixed_neurons: MLP width that a plain configuration must keep since it also sizes a part
@@ -221,10 +217,7 @@ class Anatomy:
 
     @property
     def backbone_params(self) -> int:
-        """Parameters that `ratio` is a share of: layers, final norm, embedding and head.
-
-        And what else belongs to the text model: all but towers and projector.
-        """
+        """Parameters that `ratio` is a share of: all but towers and projector."""
         shared = self.embedding_params + self.head_params + self.final_norm_params
         return shared + self.other_params + sum(layer.params for layer in self.layers)
 
@@ -235,7 +228,7 @@ class Anatomy:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether a plain configuration can say all widths.
+        """Whether a plain configuration can express all widths.
 
         Layers with KV groups must have equally many; those with neurons or experts likewise.
         """
@@ -303,7 +296,7 @@ class Anatomy:
         return None
 
     def legal_kv_heads(self) -> list[int]:
-        """KV-head counts that the configuration class can write down, ascending.
+        """List KV-head counts that the configuration class can express, ascending.
 
         Those of the layers that have KV groups; none if no layer has.
 
@@ -320,7 +313,7 @@ class Anatomy:
         return [n for n in counts if self.hidden_size % (n * queries_per_group) == 0]
 
     def legal_neurons(self) -> list[int]:
-        """MLP widths that a plain configuration can write down, ascending; none if none can go."""
+        """List MLP widths that a plain configuration can express, ascending."""
         if not self.mlp_widths:
             return []
         if self.fixed_neurons is not None:
@@ -329,7 +322,7 @@ class Anatomy:
         return sorted({*range(multiple, most + 1, multiple), most})
 
     def matrices(self, layer: int) -> tuple[Projection, ...]:
-        """The matrices of a layer that units own parts of."""
+        """Return the matrices of a layer that units own parts of."""
         shape, row = self.layers[layer], self.backbone
         return (
             *(row.attention if shape.num_kv_heads else ()),
@@ -337,7 +330,7 @@ class Anatomy:
         )
 
     def with_tokens(self, count: int) -> Anatomy:
-        """The same model with so many tokens."""
+        """Return the anatomy with another number of tokens."""
         gone = self.vocab_size - count
         return replace(
             self,
@@ -351,11 +344,11 @@ class Anatomy:
         )
 
     def with_layers(self, layers: Sequence[LayerShape]) -> Anatomy:
-        """The same model with other decoder layers."""
+        """Return the anatomy with other decoder layers."""
         return replace(self, layers=tuple(layers))
 
     def retyped(self) -> Anatomy:
-        """The same model with the freer configuration type of its backbone's row."""
+        """Return the anatomy with the freer configuration type of its backbone's row."""
         text_type = self.backbone.retype
         assert text_type is not None
         model_type = text_type if self.family.text_config is None else self.model_type
@@ -442,7 +435,7 @@ def unit_of(projection: Projection) -> str:
 
 
 def segments(projection: Projection, shape: LayerShape) -> Iterator[tuple[Segment, int, int, int]]:
-    """The segments of a projection: (name, offset, number of units, channels of a unit)."""
+    """Yield the segments of a projection: (name, offset, number of units, channels of a unit)."""
     offset = 0
     for segment in projection.segments:
         units, width = shape.block(segment)
@@ -453,7 +446,7 @@ def segments(projection: Projection, shape: LayerShape) -> Iterator[tuple[Segmen
 def channels_of(
     projection: Projection, shape: LayerShape, units: Sequence[int]
 ) -> Int[Tensor, " channel"]:
-    """Channels that some units own along a projection's divided dimension, in storage order.
+    """List channels that some units own along a projection's divided dimension, in storage order.
 
     Args:
         projection: The matrix.

@@ -114,11 +114,7 @@ def params_for_memory(memory_bytes: int, dtype: str = "bfloat16") -> int:
 
 
 def parse_count(text: str) -> int:
-    """``5B``, ``90M`` or a plain number of parameters.
-
-    Raises:
-        ConfigError: If it is none of these.
-    """
+    """``5B``, ``90M`` or a plain number of parameters."""
     match = re.fullmatch(r"(\d+\.?\d*)([kmbg]?)", text.strip().lower())
     if match is None:
         raise ConfigError(f"target_params {text!r} must be a number such as 5B, 90M or 1200000")
@@ -126,11 +122,7 @@ def parse_count(text: str) -> int:
 
 
 def parse_bytes(text: str) -> int:
-    """``8GiB``, ``500MB``.
-
-    Raises:
-        ConfigError: If it is not a number with one of these units.
-    """
+    """``8GiB``, ``500MB``."""
     match = re.fullmatch(r"(\d+\.?\d*)\s*(mib|gib|mb|gb)", text.strip().lower())
     if match is None:
         raise ConfigError(f"target_memory {text!r} must be a size such as 8GiB or 500MB")

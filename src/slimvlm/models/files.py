@@ -69,23 +69,18 @@ _LIMITS: tuple[tuple[str, int, int], ...] = (
     (r"\w*_token_(id|ids|index)", -1, 2**31),
     (r"\w+_(size|rank|positions|embeddings|tokens|beams|sequences)", -1, 2**27),
 )
-"""Names of numbers and what they may be: far beyond every model that there is, but what is built
-from them fits a machine. The first row that a name fits counts."""
+"""Names of numbers and their limits: far above every known model, low enough to build it. The first
+row that a name fits counts."""
 
 _PACKED, _SPARE = 16, 2**20
-"""How many weights a stored number can stand for, quantised, and how many may be stored nowhere."""
+"""Weights that one stored number can hold, quantised, and weights that files may lack."""
 
 
 @contextmanager
 def unreadable(model: str | Path, what: str) -> Iterator[None]:
-    """Inside, say in one line that a library could not make sense of a model's files.
+    """Inside, raise a one-line `ConfigError` where a library cannot read a model's files.
 
-    Args:
-        model: What the user calls the model.
-        what: What was read: ``weights``.
-
-    Raises:
-        ConfigError: In place of whatever the library raises.
+    ``what`` was read, such as ``weights``; ``model`` is the user's name of the model.
     """
     try:
         yield
@@ -99,14 +94,10 @@ def unreadable(model: str | Path, what: str) -> Iterator[None]:
 
 
 def check_folder(model: str | Path) -> None:
-    """Refuse a model whose files lead elsewhere or whose numbers are absurd. No weight is read.
+    """Refuse a model with unsafe files or absurd numbers. No weight is read.
 
-    Args:
-        model: A folder, or a hub id of which the small files are looked at.
-
-    Raises:
-        ConfigError: If a file lies outside the folder (the hub's cache is known), the index names
-            anything but safetensors files in it, it is an adapter, or a file is malformed.
+    Refused are links out of the folder (but to the hub's cache), an index that names anything but
+    safetensors files in it, adapters, and malformed files. Of a hub id the small files are read.
     """
     small = (CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, *_SETTINGS)
     folder = Path(model)
@@ -131,12 +122,7 @@ def check_folder(model: str | Path) -> None:
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """The file of each tensor of a checked folder, by its name in the files.
-
-    Raises:
-        ConfigError: If there is none, or the index names anything but safetensors files in the
-            folder.
-    """
+    """Find the file of each tensor of a checked folder, by its name in the files."""
     where, index = f"model {str(folder)!r}", folder / SAFE_WEIGHTS_INDEX_NAME
     single = folder / SAFE_WEIGHTS_NAME
     if single.exists() or not index.exists():
@@ -164,14 +150,9 @@ def weight_files(folder: Path) -> dict[str, Path]:
 
 
 def require_stored(model: str | Path, described: int) -> None:
-    """Refuse a configuration of a model that is far larger than its files, before it is built.
+    """Refuse a configuration that describes far more parameters than the files hold.
 
-    Args:
-        model: A folder; of a hub id nothing is known.
-        described: Parameters that the configuration describes.
-
-    Raises:
-        ConfigError: If it is, or a file's header is malformed.
+    Of a hub id nothing is known.
     """
     folder = Path(model)
     if not folder.is_dir():
@@ -189,7 +170,7 @@ def require_stored(model: str | Path, described: int) -> None:
 
 
 def _require_inside(path: Path, folder: Path, where: str) -> None:
-    """A file is no link, or one to a file of the same folder or of the hub's cache."""
+    """Refuse a link that leads out of the folder, but to the hub's cache."""
     if not path.is_symlink():
         return
     with unreadable(folder, path.name):  # a link to itself
@@ -202,7 +183,7 @@ def _require_inside(path: Path, folder: Path, where: str) -> None:
 
 
 def _require_plausible(values: Any, where: str, name: str = "") -> None:
-    """Look at every number and at every name of code, however deep."""
+    """Check every number and every name of code, at any depth."""
     if isinstance(values, dict):
         longest = values.get("longest_edge")
         are_areas = isinstance(longest, int) and longest > 2**12  # of Qwen's processors
@@ -247,9 +228,6 @@ def origins_in_files(model: Any, keys: Iterable[str]) -> dict[str, Origin]:
     Args:
         model: A model without weights.
         keys: The names in the files.
-
-    Raises:
-        UnsupportedModelError: If a tensor becomes several parameters.
     """
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
@@ -322,9 +300,6 @@ def write_weights(
         weights: Its parameters and buffers by name.
         folder: An existing folder.
         shard_bytes: Largest weight file.
-
-    Raises:
-        NumericalError: If a parameter is NaN or infinite.
     """
     model.hf_device_map = {"": "disk"}
     learned = {name for name, _ in model.named_parameters(remove_duplicate=False)}

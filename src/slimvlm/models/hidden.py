@@ -234,9 +234,6 @@ def shard_config(config: PreTrainedConfig) -> Any:
     """Make the configuration that lets ``from_pretrained`` divide a model among all processes.
 
     Each decoder layer is gathered when it runs; everything else is gathered once for each step.
-
-    Raises:
-        ConfigError: If there is one process alone.
     """
     from transformers.distributed.configuration_utils import DistributedConfig
 

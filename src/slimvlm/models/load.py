@@ -41,11 +41,7 @@ _WORDS = {
 
 
 def resolve(model: str | Path) -> str:
-    """Find the folder or hub id of a user's ``MODEL``; ``demo`` is built when first used.
-
-    Raises:
-        ConfigError: If it is a folder that does not exist or has no ``config.json``.
-    """
+    """Find the folder or hub id of a user's ``MODEL``; ``demo`` is built when first used."""
     if str(model) == "demo":
         from slimvlm.demo.build import build_demo
 
@@ -70,12 +66,7 @@ def folder_of(model: str | Path) -> Path:
 
 
 def load_config(model: str | Path, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Read a model's configuration and check that slimvlm knows it; no weights are read.
-
-    Raises:
-        ConfigError: If it cannot be found or read.
-        UnsupportedModelError: If no family row matches.
-    """
+    """Read a model's configuration and check that slimvlm knows it; no weights are read."""
     name = resolve(model)
     where = "" if Path(name).is_dir() else "no such folder, and not found on the hub; "
     with unreadable(model, f"{where}config"):
@@ -174,11 +165,7 @@ def default_device() -> torch.device:
 
 
 def device_named(name: str | torch.device | None) -> torch.device:
-    """Find the device of a user's name; by default, and for a kind alone, this process's.
-
-    Raises:
-        ConfigError: If there is none of that name, or several processes would share it.
-    """
+    """Find the device of a user's name; by default, and for a kind alone, this process's."""
     usual = default_device()
     if name is None or str(name) == usual.type:
         return usual
@@ -205,11 +192,7 @@ def with_float64(values: Tensor) -> Tensor:
 
 
 def load_processor(name: str, config: PreTrainedConfig, trust_remote_code: bool = False) -> Any:
-    """Read the processor of a model that sees, else its tokenizer; None if absent.
-
-    Raises:
-        ConfigError: If there is one that cannot be read.
-    """
+    """Read the processor of a model that sees, else its tokenizer; None if absent."""
     sees = family_of(config.model_type).vision is not None
     auto = transformers.AutoProcessor if sees else transformers.AutoTokenizer
     here = {path.name for path in Path(name).iterdir()} if Path(name).is_dir() else _WORDS

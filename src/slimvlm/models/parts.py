@@ -132,11 +132,7 @@ def text_config_of(config: Any) -> Any:
 
 
 def backbone_of(config: Any) -> Backbone:
-    """Look up the backbone row for a configuration.
-
-    Raises:
-        UnsupportedModelError: If the language model's type has no row.
-    """
+    """Look up the backbone row for a configuration."""
     text_type = text_config_of(config).model_type
     if text_type not in BACKBONES:
         known = ", ".join(sorted(BACKBONES))
@@ -199,11 +195,7 @@ def parameters_below(model: nn.Module, path: str) -> list[nn.Parameter]:
 
 
 def layer_matrices(layer: nn.Module, row: Backbone) -> LayerMatrices:
-    """Find the matrices of a layer that units own parts of: of each kind all or none.
-
-    Raises:
-        UnsupportedModelError: If the layer has some of a row's matrices only.
-    """
+    """Find the matrices of a layer that units own parts of: of each kind all or none."""
 
     def found(wanted: Sequence[Projection]) -> list[Matrix]:
         matrices: list[Matrix | None] = []
