@@ -11,7 +11,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -24,7 +23,7 @@ from slimvlm.export.serving import GGUF_PICTURES, Finding, check
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.classes import empty_model, is_quantized
 from slimvlm.models.load import folder_of, load, load_config, resolve
-from slimvlm.models.parts import family_of, text_config_of
+from slimvlm.models.parts import Parts, family_of, text_config_of
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.save import PLAN_FILE
 
@@ -151,17 +150,13 @@ def backbone_alone(model: PreTrainedModel) -> PreTrainedModel:
 
     It is there to be saved: buffers that files do not hold have no storage.
     """
-    config: Any = text_config_of(model.config)
-    family = family_of(model.config.model_type)
-    tied = model.config.tie_word_embeddings
-    text_config = CONFIG_MAPPING[config.model_type].from_dict(
-        {**config.to_dict(), "tie_word_embeddings": tied}
+    parts, tied = Parts(model), model.config.tie_word_embeddings
+    text_config = CONFIG_MAPPING[parts.text_config.model_type].from_dict(
+        {**parts.text_config.to_dict(), "tie_word_embeddings": tied}
     )
     text = empty_model(text_config)
-    inner = model.get_submodule(family.backbone).state_dict()
-    weights = {f"model.{name}": value for name, value in inner.items()}
-    head = model.get_submodule(family.head).state_dict()
-    weights |= {f"lm_head.{name}": value for name, value in head.items()}
+    weights = {f"model.{name}": value for name, value in parts.text_model.state_dict().items()}
+    weights |= {f"lm_head.{name}": value for name, value in parts.head.state_dict().items()}
     text.load_state_dict(weights, assign=True)
     text.tie_weights()
     text.generation_config = model.generation_config

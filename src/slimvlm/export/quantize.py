@@ -33,7 +33,7 @@ from slimvlm.models.load import (
     require_buildable,
     resolve,
 )
-from slimvlm.models.parts import family_of, projections
+from slimvlm.models.parts import Parts, projections
 from slimvlm.pruning.layout import write_processor
 from slimvlm.pruning.save import PLAN_FILE, check_reload
 
@@ -182,7 +182,7 @@ def _backend_for(to: str, backend: str, device: torch.device) -> str:
 
 def _skipped(model: nn.Module) -> list[str]:
     """List paths that stay as they are: tower, projector, head, other matrices outside units."""
-    family = family_of(model.config.model_type)  # type: ignore[union-attr, arg-type]
+    family = Parts(model).family
     parts = [part for part in (family.vision, *family.projector, family.head) if part is not None]
     owned = {id(linear) for _, _, linear in projections(model)}
     others = [
