@@ -1,0 +1,40 @@
+"""Verbs, options and names of an earlier version are refused with what to use instead."""
+
+from __future__ import annotations
+
+import pytest
+
+import slimvlm as sv
+from slimvlm import cli
+
+
+@pytest.mark.parametrize(
+    ("command", "instead"),
+    [
+        ("push run OWNER/NAME", "push was removed: hf upload"),
+        ("verify run", "verify was removed: every checkpoint is read back"),
+        ("bench demo --engine vllm", "--engine was removed: time engines with"),
+        ("export demo --check vllm --run", "--run was removed: serve the checkpoint"),
+    ],
+)
+def test_a_removed_verb_or_option_is_named(
+    command: str, instead: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(command.split())
+    assert stop.value.code == 2
+    assert f"slimvlm: {instead}" in capsys.readouterr().err
+
+
+def test_an_option_that_one_verb_lost_stays_with_another(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main("study nowhere.yaml --out out --engine local".split())
+    assert "was removed" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["push", "verify"])
+def test_a_removed_name_is_named(name: str) -> None:
+    with pytest.raises(AttributeError, match=f"slimvlm.{name} was removed: "):
+        getattr(sv, name)
