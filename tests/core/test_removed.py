@@ -30,7 +30,7 @@ def test_an_option_that_one_verb_lost_stays_with_another(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit):
-        cli.main("study nowhere.yaml --out out --engine local".split())
+        cli.main(["study", "nowhere.yaml", "--out", "out", "--engine", "local"])
     assert "was removed" not in capsys.readouterr().err
 
 
