@@ -42,7 +42,6 @@ from slimvlm.models.load import load
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.save import PLAN_FILE
-from slimvlm.training.offline import OfflineTeacher, write_cache
 from slimvlm.training.recover import recover
 from slimvlm.training.trainer import DistillationTrainer
 
@@ -51,9 +50,8 @@ MEASURED = ("demo", "1b")
 JOBS: dict[str, dict[str, Any]] = {
     "nothing": {},
     "sft": {"loss": "sft"},
-    "offline teacher": {"loss": "sft+hidden"},
-    "shared teacher": {"loss": "sft+hidden", "teacher_weights": "shared"},
-    "separate teacher": {"loss": "sft+hidden", "teacher_weights": "separate"},
+    "shared teacher": {"loss": "sft+hidden"},
+    "separate teacher": {"loss": "sft+hidden"},
 }
 
 
@@ -80,8 +78,8 @@ def samples(shape: str, count: int, tokens: int) -> list[Sample]:
     return made
 
 
-def prepare(shape: str, folder: Path, ratio: float, data: list[Sample]) -> None:
-    """Write teacher, student, plan and cache."""
+def prepare(shape: str, folder: Path, ratio: float) -> None:
+    """Write teacher, student and plan."""
     if shape == "demo":
         teacher, words = load("demo")
     else:
@@ -91,7 +89,6 @@ def prepare(shape: str, folder: Path, ratio: float, data: list[Sample]) -> None:
         torch.set_default_dtype(torch.float32)
     teacher.save_pretrained(folder / "teacher")
     words.save_pretrained(folder / "teacher")
-    write_cache(teacher, words, data, folder / "cache", batch_size=1)
     before = read_anatomy(teacher)
     plan = Plan(
         before=before,
@@ -156,14 +153,13 @@ def run_job(name: str, shape: str, folder: Path, steps: int, tokens: int) -> Non
         print(json.dumps({"job": name, "training_gib": peak_gib(), "sum": float(weights)}))
         return
     teacher: Any = None
-    if name == "offline teacher":
-        teacher = OfflineTeacher(folder / "cache")
-    elif name != "sft":
+    if name != "sft":
         teacher, _ = load(folder / "teacher", device="cpu")
     watch = Watch()
-    options = RecoverConfig(train="lora", batch_size=1, logging_steps=1, **JOBS[name])
+    options = RecoverConfig(train="lora", batch_size=1, trainer={"logging_steps": 1}, **JOBS[name])
     plan = Plan.load(folder / "student" / PLAN_FILE)
-    history = recover(student, teacher, samples(shape, steps, tokens), options, words, plan=plan)
+    data, share = samples(shape, steps, tokens), name == "shared teacher"
+    history = recover(student, teacher, data, options, words, plan=plan, share=share)
     figures = {
         "job": name,
         "training_gib": watch.training_gib,
@@ -208,7 +204,7 @@ def compare_jobs(shape: str, steps: int, tokens: int, ratio: float, pretend: boo
     print(shape)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        prepare(shape, folder, ratio, samples(shape, steps, tokens))
+        prepare(shape, folder, ratio)
         rows = [_in_own_process(job, shape, steps, tokens, folder, pretend) for job in JOBS]
     base = next(row for row in rows if row["job"] == "sft")
     compared = {

@@ -36,7 +36,6 @@ from slimvlm.core.files import write_text
 from slimvlm.data.samples import Sample
 from slimvlm.evaluation.on_data import said_by
 from slimvlm.evaluation.results import Result
-from slimvlm.evaluation.written import write_answers
 from slimvlm.models.load import computes_bfloat16, default_device
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.save import PLAN_FILE
@@ -51,10 +50,8 @@ MODEL = "demo"
 BEST: Mapping[str, Any] = {
     "train": "full",
     "loss": "kl+cosine",
-    "kd_on": "all",
-    "hidden_layers": "mapped",
     "batch_size": 2,
-    "warmup_ratio": 0.1,
+    "trainer": {"warmup_steps": 0.1},
     "epochs": 1,
 }
 
@@ -67,13 +64,11 @@ class Recipe:
         axis: What goes.
         local_steps: Steps on each layer; None for the default, 0 for refitted weights alone.
         train: Changes to `BEST`; None trains nothing.
-        answers: Whether the original writes the answers that are learnt from.
     """
 
     axis: str = "width"
     local_steps: int | None = None
     train: Mapping[str, Any] | None = None
-    answers: bool = False
 
 
 RECIPES = {
@@ -81,9 +76,6 @@ RECIPES = {
     "refitted, trained": Recipe(local_steps=0, train={}),
     "width": Recipe(),
     "width, trained": Recipe(train={}),
-    "width, trained without the layer map": Recipe(train={"hidden_layers": "final"}),
-    "width, trained where answers stand": Recipe(train={"kd_on": "answer"}),
-    "width, trained by length": Recipe(train={"group_by_length": True}),
     "width, trained in batches of 8": Recipe(train={"batch_size": 8}),
     "width, trained from answers (sft)": Recipe(train={"loss": "sft"}),
     "width, trained from answers as well": Recipe(train={"loss": "sft+kl+cosine"}),
@@ -92,9 +84,8 @@ RECIPES = {
     ),
     "width, trained with LoRA": Recipe(train={"train": "lora"}),
     "width, trained as the study's chart says": Recipe(
-        train={"train": "lora", "loss": "sft+hidden", "kd_on": "answer", "hidden_layers": "final"}
+        train={"train": "lora", "loss": "sft+hidden"}
     ),
-    "width, trained on the original's answers": Recipe(train={}, answers=True),
     "width, trained three times as long": Recipe(train={"epochs": 3}),
     "depth": Recipe("depth"),
     "depth, trained": Recipe("depth", train={}),
@@ -132,12 +123,9 @@ class Sitting:
 
     def _made(self, recipe: Recipe, ratio: float, folder: Path) -> dict[str, Any]:
         started = time.monotonic()
-        training = self.training
         model, processor, plan = self._walked(recipe, ratio, folder)
-        if recipe.answers:
-            training = self._answered(folder, training)
         if recipe.train is not None:
-            self._train(model, processor, plan, training, recipe)
+            self._train(model, processor, plan, self.training, recipe)
         return {**self._judged(model, processor), "seconds": time.monotonic() - started}
 
     def _walked(self, recipe: Recipe, ratio: float, folder: Path) -> tuple[Any, Any, Plan]:
@@ -169,10 +157,6 @@ class Sitting:
         teacher, _ = sv.load(MODEL, self.dtype)
         config = sv.RecoverConfig(**{**BEST, **(recipe.train or {})}, seed=self.seed)
         sv.recover(model, teacher, samples, config, processor, plan=plan)
-
-    def _answered(self, folder: Path, samples: Sequence[Sample]) -> list[Sample]:
-        teacher, processor = sv.load(MODEL, self.dtype)
-        return sv.load_samples(write_answers(teacher, processor, samples, folder / "answers"))
 
     def _judged(self, model: Any, processor: Any) -> dict[str, float]:
         original, _ = sv.load(MODEL, self.dtype)

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import re
-from typing import Any, get_args
+from typing import Any
 
 import jaxtyping
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from slimvlm.core.documents import built
 from slimvlm.core.errors import ConfigError, SlimError
 from slimvlm.core.options import (
     LOSS_NAMES,
     CompressConfig,
     PruneConfig,
     RecoverConfig,
-    Scheduler,
     parse_loss,
 )
+from slimvlm.core.removed import same_without_removed
+from slimvlm.core.requests import asked
 from slimvlm.runs.recipes import recipe_for
 
 
@@ -85,32 +86,11 @@ def test_terms_without_weight_share_one(names: list[str]) -> None:
         ("learning_rate", -1e-4),
         ("learning_rate", float("nan")),
         ("learning_rate", float("inf")),
-        ("warmup_ratio", 1.5),
-        ("warmup_ratio", -0.1),
-        ("weight_decay", -0.1),
         ("batch_size", 0),
         ("gradient_accumulation", 0),
         ("lora_rank", 0),
-        ("lora_alpha", 0),
-        ("lora_dropout", 1.5),
-        ("lora_targets", "self_attn.("),
         ("temperature", 0.0),
         ("temperature", -1.0),
-        ("kd_on", "questions"),
-        ("save_steps", 0),
-        ("logging_steps", 0),
-        ("scheduler", "step"),
-        ("max_grad_norm", -1.0),
-        ("max_grad_norm", float("nan")),
-        ("jsd_beta", 0.0),
-        ("jsd_beta", 1.0),
-        ("hidden_layers", "all"),
-        ("teacher_weights", "both"),
-        ("eval_fraction", 1.0),
-        ("eval_fraction", -0.1),
-        ("eval_steps", 0),
-        ("eval_steps", 10),
-        ("load_best", True),
         ("seed", -1),
         ("seed", 2**32),
     ],
@@ -124,6 +104,48 @@ def test_a_bad_recovery_option_is_named(
     assert str(refusal.value).startswith(field)
     assert str(value) in str(refusal.value)
     assert isinstance(refusal.value, SlimError)
+
+
+@pytest.mark.parametrize(
+    ("field", "key", "value", "why"),
+    [
+        ("trainer", "weight_dekay", 0.1, "must be an argument that TrainingArguments knows"),
+        ("trainer", "output_dir", "elsewhere", "slimvlm sets output_dir"),
+        ("trainer", "seed", 3, "slimvlm sets seed"),
+        ("trainer", "train_sampling_strategy", "group_by_length", "slimvlm sets"),
+        ("lora", "alpha", 8, "must be an argument that LoraConfig knows"),
+        ("lora", "r", 8, "slimvlm sets r"),
+    ],
+)
+def test_keys_that_cannot_be_passed_on_are_named(
+    field: str, key: str, value: Any, why: str
+) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        RecoverConfig(**{field: {key: value}})
+    assert str(refusal.value).startswith(f"{field}: {key} {value!r}")
+    assert why in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_what_is_no_mapping_cannot_be_passed_on() -> None:
+    with pytest.raises(ConfigError, match="trainer 3 must map names to values"):
+        RecoverConfig(**{"trainer": 3})  # type: ignore[arg-type]
+
+
+def test_what_is_passed_on_belongs_to_the_configuration() -> None:
+    decays, plain = RecoverConfig(trainer={"weight_decay": 0.1}), RecoverConfig()
+    assert decays != plain
+    assert len({decays, plain, RecoverConfig(trainer={"weight_decay": 0.1})}) == 2
+    assert asked(decays)["trainer"] == {"weight_decay": 0.1}
+    assert "trainer" not in asked(plain)  # as in requests of earlier versions
+
+
+def test_requests_of_earlier_versions_are_today_s() -> None:
+    before = {**asked(RecoverConfig()), "kd_on": "auto", "warmup_ratio": 0.03, "lora_alpha": 128}
+    assert same_without_removed(before) == same_without_removed(asked(RecoverConfig()))
+    assert built(RecoverConfig, before) == RecoverConfig()
+    with pytest.raises(ConfigError, match=r"warmup_ratio 0\.1 was removed.*trainer"):
+        built(RecoverConfig, {**before, "warmup_ratio": 0.1})
 
 
 @pytest.mark.parametrize(
@@ -156,14 +178,6 @@ def test_an_adapter_is_only_kept_where_there_is_one() -> None:
 def test_compress_keeps_no_adapter() -> None:
     with pytest.raises(ConfigError, match="keep_adapter True: compress writes merged weights"):
         CompressConfig(recover=RecoverConfig(keep_adapter=True))
-
-
-@pytest.mark.parametrize("scheduler", get_args(Scheduler))
-def test_every_scheduler_runs_without_further_options(scheduler: str) -> None:
-    from transformers import get_scheduler
-
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    get_scheduler(scheduler, optimizer, num_warmup_steps=2, num_training_steps=9)
 
 
 def test_the_defaults_are_the_study_s() -> None:

@@ -11,6 +11,9 @@ from slimvlm import cli
 @pytest.mark.parametrize(
     ("command", "instead"),
     [
+        ("cache-teacher demo", "cache-teacher was removed: a teacher in memory shares"),
+        ("recover demo --kd-on text", "--kd-on was removed: the loss decides"),
+        ("recover demo --samples 3", "--samples was removed: --fraction or --max-steps"),
         ("push run OWNER/NAME", "push was removed: hf upload"),
         ("verify run", "verify was removed: every checkpoint is read back"),
         ("bench demo --engine vllm", "--engine was removed: time engines with"),

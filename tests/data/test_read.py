@@ -19,7 +19,7 @@ from pyarrow import parquet
 
 from slimvlm.core.errors import ConfigError, DataError
 from slimvlm.data.images import find_image, identifying_bytes, open_image
-from slimvlm.data.read import estimated_length, hold_out, load_samples, subset
+from slimvlm.data.read import estimated_length, load_samples, subset
 from slimvlm.data.samples import Sample
 from tests.tiny_folder import picture, processor, turn
 
@@ -601,18 +601,6 @@ def test_a_subset_ignores_the_global_generator() -> None:
     first = subset(samples, 0.3, seed=0)
     random.seed(2)
     assert subset(samples, 0.3, seed=0) == first
-
-
-def test_the_held_out_share_is_stratified_and_never_learnt_from() -> None:
-    samples = mixed(40, 80, 40)
-    learnt, held = hold_out(samples, 0.1, seed=0)
-    assert sorted(map(id, (*learnt, *held))) == sorted(map(id, samples))
-    assert [sum(len(s.images) == n for s in held) for n in (0, 1, 3)] == [4, 8, 4]
-    assert [s.id for s in samples if s in learnt] == [s.id for s in learnt]
-    assert hold_out(samples, 0.0, seed=0) == (samples, [])
-    assert len(hold_out(samples[:2], 0.9, seed=0)[0]) == 1
-    with pytest.raises(DataError, match=r"eval_fraction 0\.5 needs at least 2 samples, not 1"):
-        hold_out(samples[:1], 0.5, seed=0)
 
 
 def test_an_estimated_length_counts_text_and_pictures() -> None:

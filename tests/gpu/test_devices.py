@@ -52,7 +52,6 @@ def test_an_absent_card_is_refused_before_anything_is_read(
         "score": ["score", "nowhere", "--data", "none.json", "--out", "OUT"],
         "plan": ["plan", "nowhere", "--ratio", "0.3", "--out", "OUT"],
         "recover": ["recover", "nowhere", "--data", "none.json", "--loss", "sft", "--out", "OUT"],
-        "cache-teacher": ["cache-teacher", "nowhere", "--data", "none.json", "--out", "OUT"],
         "evaluate": ["evaluate", "nowhere"],
         "compare": ["compare", "nowhere", "elsewhere"],
         "chat": ["chat", "nowhere", "What is it?"],

@@ -23,7 +23,7 @@ def trained(batch_size: int, card: torch.device, room: int = 0) -> tuple[dict[st
     teacher = copy.deepcopy(model)
     config = sv.RecoverConfig(
         **{"train": "full", "loss": "sft+kl", "max_steps": 2, "batch_size": batch_size},
-        **{"learning_rate": 1e-3, "bf16": False, "logging_steps": 1},
+        **{"learning_rate": 1e-3, "bf16": False, "trainer": {"logging_steps": 1}},
     )
     model.to(card)
     release_memory()

@@ -85,7 +85,7 @@ def verbs(folder: Path) -> Mapping[str, tuple[Sequence[str], Same]]:
     values = {
         "grids": [{"model": str(folders.folder("text")), "ratio": 0.4, "axis": ["depth", "width"]}],
         "recoveries": {"sft+hidden": RECOVERIES["sft+hidden"]},
-        "recover": {**STUDY_RECOVER, "lora_dropout": 0.0},
+        "recover": {**STUDY_RECOVER, "lora": {"lora_dropout": 0.0}},
         **{"data": str(words), "prune": {"samples": 4}},
         **{"tasks": "text_odd", "limit": 2, "floors": False},
     }

@@ -23,7 +23,7 @@ SAMPLES = folders.short_samples(6)
 def config(**changes: Any) -> sv.RecoverConfig:
     values: dict[str, Any] = {
         **{"train": "lora", "loss": "0.5*sft+0.5*kl", "max_steps": 2, "batch_size": 2},
-        **{"learning_rate": 1e-3, "lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.0},
+        **{"learning_rate": 1e-3, "lora_rank": 4, "lora": {"lora_alpha": 8, "lora_dropout": 0.0}},
         **{"bf16": False},
     }
     return sv.RecoverConfig(**{**values, **changes})
@@ -38,12 +38,14 @@ def pruned(device: Any = "cpu") -> tuple[Any, Any, Any, sv.Plan]:
     return student.to(device), teacher, processor, plan
 
 
-def learnt(device: Any, of_teacher: Any, **changes: Any) -> tuple[dict[str, Tensor], str]:
+def learnt(
+    device: Any, of_teacher: Any, share: bool = True, **changes: Any
+) -> tuple[dict[str, Tensor], str]:
     """Weights after a short training, and the line on the teacher."""
     student, teacher, processor, plan = pruned(device)
-    history = sv.recover(
-        student, teacher.to(of_teacher), SAMPLES, config(**changes), processor, plan=plan
-    )
+    teacher.to(of_teacher)
+    options = config(**changes)
+    history = sv.recover(student, teacher, SAMPLES, options, processor, plan=plan, share=share)
     assert {parameter.device.type for parameter in student.parameters()} == {
         torch.device(device).type
     }
@@ -52,26 +54,26 @@ def learnt(device: Any, of_teacher: Any, **changes: Any) -> tuple[dict[str, Tens
 
 
 @cache
-def on_cpu(loss: str, weights: str) -> tuple[dict[str, Tensor], str]:
+def on_cpu(loss: str, share: bool) -> tuple[dict[str, Tensor], str]:
     """What is learnt on the CPU. Tests must not change it."""
-    return learnt("cpu", "cpu", loss=loss, teacher_weights=weights)
+    return learnt("cpu", "cpu", share, loss=loss)
 
 
 @pytest.mark.parametrize("where", ["card", "cpu"])
 @pytest.mark.parametrize(
-    ("weights", "loss"),
+    ("share", "loss"),
     [
-        ("shared", "0.5*sft+0.5*kl"),
-        pytest.param("shared", "hidden+cosine", marks=pytest.mark.slow),
-        pytest.param("separate", "jsd+rkl", marks=pytest.mark.slow),
+        (True, "0.5*sft+0.5*kl"),
+        pytest.param(True, "hidden+cosine", marks=pytest.mark.slow),
+        pytest.param(False, "jsd+rkl", marks=pytest.mark.slow),
     ],
 )
 def test_wherever_the_teacher_was_the_same_is_learnt(
-    where: str, weights: str, loss: str, card: torch.device
+    where: str, share: bool, loss: str, card: torch.device
 ) -> None:
     of_teacher = card if where == "card" else torch.device("cpu")
-    found, line = learnt(card, of_teacher, loss=loss, teacher_weights=weights)
-    expected, same_line = on_cpu(loss, weights)
+    found, line = learnt(card, of_teacher, share, loss=loss)
+    expected, same_line = on_cpu(loss, share)
     assert line == same_line
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)

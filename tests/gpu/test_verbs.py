@@ -297,21 +297,6 @@ def test_recover_after_a_stop(
     assert_same_checkpoint(found, expected)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("what", ["hidden", "answers"])
-def test_cache_teacher(what: str, llava: str, smaller: str, data: str, twice: Twice) -> None:
-    given = ("--data", data, "--what", what, "--max-new-tokens", "4")
-    here, there = twice("cache-teacher", llava, *given)
-    if what == "answers":
-        assert (there / "data.jsonl").read_text() == (here / "data.jsonl").read_text()
-        return
-    assert_close(weights_in(there), weights_in(here))
-    for cache in (here, there):  # each is read on both devices
-        given = ("--data", data, "--teacher", str(cache), "--train", "lora", "--loss", "sft+hidden")
-        ours, theirs = twice("recover", smaller, *given, *TRAINING, out=f"of-{cache.parent.name}")
-        assert_same_checkpoint(theirs, ours)
-
-
 @pytest.mark.parametrize("more", [(), pytest.param(("--floors",), marks=pytest.mark.slow)])
 def test_evaluate(more: tuple[str, ...], llava: str, twice: Twice) -> None:
     tasks = "presence,text_odd,text_ppl"
@@ -362,7 +347,7 @@ def test_study(tmp_path: Path, twice: Twice, monkeypatch: pytest.MonkeyPatch) ->
     values = {
         "grids": [{**cells, "recovery": "sft+hidden"}],
         "recoveries": {"sft+hidden": RECOVERIES["sft+hidden"]},
-        "recover": {**RECOVER, "lora_dropout": 0.0},
+        "recover": {**RECOVER, "lora": {"lora_dropout": 0.0}},
         **{"data": str(words), "prune": {"samples": 4}},
         **{"tasks": "text_odd,text_ppl", "limit": 2, "floors": False},
     }

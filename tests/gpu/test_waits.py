@@ -204,10 +204,9 @@ def trained(
         max_steps=6,
         batch_size=2,
         learning_rate=5e-3,
-        lora_dropout=dropout,
+        lora={"lora_dropout": dropout},
         bf16=False,
-        logging_steps=1,
-        save_steps=2,
+        trainer={"logging_steps": 1, "save_steps": 2},
     )
     with monkeypatch.context() as patch:
         patch.setattr(DistillationTrainer, "training_step", step)

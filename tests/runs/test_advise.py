@@ -194,7 +194,7 @@ COMMANDS = [
         axis="both",
         criterion=("block_influence", "taylor"),
         **{"data": "my data.json", "protect": (2, 1), "pad": True, "tasks": "name", "limit": 3},
-        recover=RecoverConfig(train="lora", loss="sft+hidden", fraction=0.05, report_to="wandb"),
+        recover=RecoverConfig(train="lora", fraction=0.05, trainer={"weight_decay": 0.1}),
     ),
     CompressConfig(ratio=0.5, axis="depth", data="demo", units=("neuron",)),
     CompressConfig(

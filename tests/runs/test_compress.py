@@ -36,9 +36,9 @@ RECOVER = RecoverConfig(
     batch_size=2,
     learning_rate=5e-3,
     lora_rank=4,
-    lora_alpha=8,
     bf16=False,
-    save_steps=2,
+    trainer={"save_steps": 2},
+    lora={"lora_alpha": 8},
 )
 
 

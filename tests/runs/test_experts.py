@@ -132,7 +132,7 @@ def test_a_run_trains_with_fewer_experts(
     models: dict[str, str], tmp_path: Path, data: str, loss: str
 ) -> None:
     recover = sv.RecoverConfig(
-        train="lora", loss=loss, max_steps=2, batch_size=2, lora_rank=2, lora_alpha=4, bf16=False
+        train="lora", loss=loss, max_steps=2, batch_size=2, lora_rank=2, bf16=False
     )
     config = sv.CompressConfig(
         data=data, samples=6, experts=0.25, local_steps=0, recover=recover, report_samples=0

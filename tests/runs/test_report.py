@@ -373,10 +373,9 @@ def test_trade_offs_need_two_models(tmp_path: Path, shape: Anatomy) -> None:
 
 def test_loss_curves_have_a_chart_for_each_component() -> None:
     steps = [{"step": i, "loss": 3.0 - i, "loss_sft": 1.0, "grad_norm": 9.0} for i in (0, 1, 2)]
-    held_out = [{"step": 2, "eval_loss": 1.5}]
-    charts = loss_curves(Training("t", steps, held_out))
+    charts = loss_curves(Training("t", steps))
     assert [chart.title for chart in charts] == ["Sum of the losses", "sft"]
-    assert [line.look for line in charts[0].of("line")] == ["line training", "line held-out"]
+    assert [line.look for line in charts[0].of("line")] == ["line training"]
     assert loss_curves(Training("t", steps[:1])) == []
 
 

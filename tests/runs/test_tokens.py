@@ -124,7 +124,7 @@ def test_a_run_trains_and_asks_with_fewer_tokens(
     tmp_path: Path, data: str, text: str, loss: str
 ) -> None:
     recover = sv.RecoverConfig(
-        train="lora", loss=loss, max_steps=2, batch_size=2, lora_rank=2, lora_alpha=4, bf16=False
+        train="lora", loss=loss, max_steps=2, batch_size=2, lora_rank=2, bf16=False
     )
     config = sv.CompressConfig(
         data=data,

@@ -51,6 +51,8 @@ TRAINED = {
 lora_by_default = tiered(TRAINED, lambda train: train == "lora")
 kinds = tiered(KINDS, lambda kind: kind in ("llava", "text"))
 SAMPLES = short_samples(8)
+NO_DROPOUT = {"lora_dropout": 0.0}
+STEADY = {"lr_scheduler_type": "constant", "warmup_steps": 0}
 AFTER_ADAM = Tolerance(torch.float32, 1e-4, 1e-3)
 """Weights after AdamW, whose first steps turn rounding of tiny gradients into real moves."""
 
@@ -64,12 +66,12 @@ def config(**changes: Any) -> RecoverConfig:
         "batch_size": 2,
         "learning_rate": 5e-3,
         "lora_rank": 4,
-        "lora_alpha": 8,
         "bf16": False,
-        "logging_steps": 1,
-        "save_steps": 2,
+        **changes,
+        "trainer": {"logging_steps": 1, "save_steps": 2, **changes.get("trainer", {})},
+        "lora": {"lora_alpha": 8, **changes.get("lora", {})},
     }
-    return RecoverConfig(**{**values, **changes})
+    return RecoverConfig(**values)
 
 
 def models(kind: str = "llava") -> tuple[Any, Any, Any]:
@@ -120,15 +122,17 @@ def test_exactly_what_learns_changes(train: str) -> None:
         assert history.trained_params == sum(before[name].numel() for name in expected)
 
 
-def test_lora_may_be_on_some_matrices_alone() -> None:
+def test_lora_takes_what_peft_takes() -> None:
     student, _, processor = models()
     before = weights(student)
-    options = config(loss="sft", lora_targets=r"self_attn\.[qv]_proj")
-    recover(student, None, SAMPLES, options, processor)
+    where = r"model\.language_model\.layers\.\d+\.self_attn\.[qv]_proj"
+    recover(student, None, SAMPLES, config(loss="sft", lora={"target_modules": where}), processor)
     learnt = r"multi_modal_projector\.|language_model\.layers\.\d+\.self_attn\.[qv]_proj\."
     assert changed(student, before) == {name for name in before if re.search(learnt, name)}
-    with pytest.raises(ConfigError, match=r"lora_targets 'dense' matches none of: self_attn"):
-        recover(student, None, SAMPLES, config(loss="sft", lora_targets="dense"), processor)
+    student, _, processor = models()
+    options = config(loss="sft", lora={"target_modules": "dense"})
+    with pytest.raises(ConfigError, match=r"lora .*'dense'.*not found"):
+        recover(student, None, SAMPLES, options, processor)
 
 
 @pytest.mark.parametrize("kind", ["llava", "text"])
@@ -225,11 +229,10 @@ def hidden_and_logits(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Te
 
 
 def reference_losses(
-    student: Any, teacher: Any, processor: Any, samples: list[Sample], kd_on: str
+    student: Any, teacher: Any, processor: Any, samples: list[Sample], compared: str
 ) -> dict[str, float]:
     """Every loss from its definition, one sample after the other, so without any padding."""
     sums: dict[str, list[Tensor]] = {name: [] for name in ("sft", "hidden", "kl", "rkl")}
-    image_id = student.config.image_token_index
     for sample in samples:
         inputs = chat.encode_samples(processor, [sample])
         labels = inputs.pop("labels")[0]
@@ -240,9 +243,8 @@ def reference_losses(
         ids = inputs["input_ids"][0]
         positions = {
             "answer": [i - 1 for i in answers],
-            "text": [i for i in range(len(ids)) if ids[i] != image_id],
             "all": list(range(len(ids))),
-        }[kd_on]
+        }[compared]
         for i in positions:
             sums["hidden"].append((hidden[i] - target[i]).square().mean())
             p, q = (F.softmax(x[i] / 2.0, -1) for x in (theirs, own))
@@ -251,19 +253,25 @@ def reference_losses(
     return {name: float(torch.stack(values).mean()) for name, values in sums.items()}
 
 
-@pytest.mark.parametrize("kd_on", ["answer", "text", "all"])
-def test_losses_are_their_definitions_and_padding_counts_nowhere(kd_on: str) -> None:
+@pytest.mark.parametrize(
+    ("names", "positions"),
+    [(("sft", "hidden", "kl", "rkl"), "answer"), (("hidden", "kl", "rkl"), "all")],
+)
+def test_losses_are_their_definitions_and_padding_counts_nowhere(
+    names: tuple[str, ...], positions: str
+) -> None:
+    """Answers that are learnt are compared, too; a teacher alone is followed everywhere."""
     student, teacher, processor = models()
     samples = SAMPLES[:3]
     lengths = chat.encode_samples(processor, samples)["attention_mask"].sum(1)
     assert len(set(lengths.tolist())) == 3
-    expected = reference_losses(student, teacher, processor, samples, kd_on)
-    options = config(loss="sft+hidden+kl+rkl", max_steps=1, batch_size=3, kd_on=kd_on)
+    expected = reference_losses(student, teacher, processor, samples, positions)
+    options = config(loss="+".join(names), max_steps=1, batch_size=3)
     history = recover(student, teacher, samples, options, processor)
-    for name, value in expected.items():
+    for name in names:
         found = torch.tensor(history.steps[0][f"loss_{name}"])
-        assert_close(found, torch.tensor(value), LOSS)
-    mean = sum(expected.values()) / 4
+        assert_close(found, torch.tensor(expected[name]), LOSS)
+    mean = sum(expected[name] for name in names) / len(names)
     assert history.steps[0]["loss"] == pytest.approx(mean, abs=1e-3)
 
 
@@ -277,8 +285,8 @@ def test_weights_of_losses_count() -> None:
 
 @pytest.mark.parametrize("train", tiered(["projector", "lora"], lambda train: train == "lora"))
 def test_gradient_checkpointing_changes_memory_alone(train: str) -> None:
-    plain = trained(train=train, lora_dropout=0.0)
-    thrifty = trained(train=train, lora_dropout=0.0, gradient_checkpointing=True)
+    plain = trained(train=train, lora=NO_DROPOUT)
+    thrifty = trained(train=train, lora=NO_DROPOUT, gradient_checkpointing=True)
     for name, value in plain.items():
         assert_close(thrifty[name], value, FORWARD)
 
@@ -350,7 +358,7 @@ def test_a_loss_that_is_nan_stops_training(logging_steps: int) -> None:
     student, _, processor = models()
     with torch.no_grad():
         student.lm_head.weight[5, 5] = float("nan")
-    options = config(train="projector", loss="sft", logging_steps=logging_steps)
+    options = config(train="projector", loss="sft", trainer={"logging_steps": logging_steps})
     with pytest.raises(NumericalError, match="step 1"):
         recover(student, None, SAMPLES, options, processor)
 
@@ -361,7 +369,7 @@ def test_nan_is_traced_to_its_samples_and_its_layer(whose: str) -> None:
     spoilt = decoder_layers(teacher if whose else student)[2]
     with torch.no_grad():
         next(spoilt.parameters())[0, 0] = float("nan")
-    options = config(train="projector", loss="hidden", teacher_weights="separate", batch_size=1)
+    options = config(train="projector", loss="hidden", batch_size=1)
     with pytest.raises(NumericalError, match=rf"from layer 2{whose} on") as raised:
         recover(student, teacher, SAMPLES[:1], options, processor)
     assert f"(samples {SAMPLES[0].id})" in str(raised.value)
@@ -385,7 +393,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(recovery.DistillationTrainer, "training_step", stops)
 
 
-LONG = {"max_steps": 7, "lora_dropout": 0.1}
+LONG: dict[str, Any] = {"max_steps": 7, "lora": {"lora_dropout": 0.1}}
 
 
 @cache
@@ -475,10 +483,12 @@ def test_another_request_does_not_go_on_from_this_one(
 # Comforts.
 
 
-@pytest.mark.parametrize("kd_on", tiered(["answer", "text"], lambda kd_on: kd_on == "answer"))
-def test_accumulated_batches_are_one_large_batch(kd_on: str) -> None:
+@pytest.mark.parametrize(
+    "loss", tiered(["sft+hidden+kl", "hidden+kl"], lambda loss: loss == "sft+hidden+kl")
+)
+def test_accumulated_batches_are_one_large_batch(loss: str) -> None:
     """Means are over tokens, however unequally these are spread over the batches."""
-    same = {"loss": "sft+hidden+kl", "kd_on": kd_on, "lora_dropout": 0.0, "max_steps": 2}
+    same = {"loss": loss, "lora": NO_DROPOUT, "max_steps": 2}
     large = trained(batch_size=4, **same)
     small = trained(batch_size=1, gradient_accumulation=4, **same)
     for name, value in large.items():
@@ -487,7 +497,7 @@ def test_accumulated_batches_are_one_large_batch(kd_on: str) -> None:
 
 def test_the_last_step_of_an_epoch_may_have_fewer_batches() -> None:
     """Five samples, four a step: the second step's loss is the fifth sample's own."""
-    same = {"loss": "sft", "lora_dropout": 0.0, "max_steps": -1, "epochs": 1.0}
+    same = {"loss": "sft", "lora": NO_DROPOUT, "max_steps": -1, "epochs": 1.0}
     losses_of = []
     for batch_size, accumulation in ((4, 1), (1, 4)):
         student, _, processor = models()
@@ -556,61 +566,16 @@ def test_every_loss_reaches_the_tracker(monkeypatch: pytest.MonkeyPatch) -> None
             seen.append(dict(logs))
 
     with pytest.raises(ConfigError, match=r"report_to 'no-tracker' is not installed.*none"):
-        trained(report_to="no-tracker")
+        trained(trainer={"report_to": "no-tracker"})
     known = integration_utils.INTEGRATION_TO_CALLBACK
     monkeypatch.setitem(known, "wandb", Tracker)
     monkeypatch.setattr(
         integration_utils, "get_available_reporting_integrations", lambda: ["wandb"]
     )
-    trained(report_to="wandb", loss="sft+cosine", max_steps=2)
+    trained(trainer={"report_to": "wandb"}, loss="sft+cosine", max_steps=2)
     rows = [row for row in seen if "loss" in row]
     assert len(rows) == 2
     assert all({"loss_sft", "loss_cosine", "learning_rate"} <= set(row) for row in rows)
-
-
-def test_held_out_samples_are_measured_and_not_learnt() -> None:
-    student, teacher, processor = models()
-    options = config(eval_fraction=0.25, eval_steps=1, max_steps=4)
-    history = recover(student, teacher, SAMPLES, options, processor)
-    assert set(history.held_out_ids) | set(history.sample_ids) == {s.id for s in SAMPLES}
-    assert len(history.held_out_ids) == 2
-    assert [row["step"] for row in history.evaluations] == [1, 2, 3, 4]
-    held_out = [sample for sample in SAMPLES if sample.id in history.held_out_ids]
-    expected = reference_losses(student, teacher, processor, held_out, "answer")
-    for name in ("sft", "hidden"):  # one batch, after the last step
-        assert history.evaluations[-1][f"eval_loss_{name}"] == pytest.approx(
-            expected[name], rel=1e-4
-        )
-    assert all("eval_loss_sft" not in row for row in history.steps)
-
-
-def test_parts_of_a_held_out_loss_sum_to_it() -> None:
-    """Three held-out samples in batches of two."""
-    student, teacher, processor = models()
-    options = config(eval_fraction=0.375, eval_steps=1, max_steps=1)
-    (row,) = recover(student, teacher, SAMPLES, options, processor).evaluations
-    parts = 0.5 * row["eval_loss_sft"] + 0.5 * row["eval_loss_hidden"]
-    assert parts == pytest.approx(row["eval_loss"], rel=1e-5)
-
-
-def test_the_best_checkpoint_is_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second of five measurements is made the best: its weights are those of two steps."""
-    steady = {"eval_fraction": 0.25, "scheduler": "constant", "warmup_ratio": 0.0}
-    steady["lora_dropout"] = 0.0  # an evaluation moves the generator on that dropout draws from
-    often = {"eval_steps": 1, "save_steps": 3, "load_best": True, "max_steps": 5}
-    measured = iter([3.0, 1.0, 2.0, 4.0, 5.0])
-    honest = recovery.DistillationTrainer.evaluate
-
-    def pretends(self: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
-        return {**honest(self, *args, **kwargs), "eval_loss": next(measured)}
-
-    with monkeypatch.context() as patch:
-        patch.setattr(recovery.DistillationTrainer, "evaluate", pretends)
-        best = trained(**steady, **often, work=tmp_path)
-    assert_same(best, trained(**steady, max_steps=2))
-    assert_same(best, trained(**steady, **often, work=tmp_path))
-    last = trained(**steady, max_steps=5)
-    assert any(not torch.equal(best[name], last[name]) for name in best)
 
 
 @pytest.mark.parametrize(
@@ -620,7 +585,7 @@ def test_the_best_checkpoint_is_the_result(tmp_path: Path, monkeypatch: pytest.M
 def test_a_finished_training_is_not_trained_further(end: dict[str, Any], tmp_path: Path) -> None:
     """Its output may still be missing: the disk was full, or an evaluation was stopped."""
     student, teacher, processor = models()
-    options = config(scheduler="constant", warmup_ratio=0.0, **end)
+    options = config(trainer=STEADY, **end)
     first = recover(student, teacher, SAMPLES, options, processor, tmp_path)
     again, teacher, processor = models()
     assert recover(again, teacher, SAMPLES, options, processor, tmp_path) == first
@@ -630,40 +595,10 @@ def test_a_finished_training_is_not_trained_further(end: dict[str, Any], tmp_pat
 @pytest.mark.parametrize("steps", tiered([1, 3, 4, 5], lambda steps: steps == 3))
 def test_every_step_is_in_the_log(steps: int) -> None:
     student, teacher, processor = models()
-    options = config(max_steps=steps, logging_steps=2)
+    options = config(max_steps=steps, trainer={"logging_steps": 2})
     history = recover(student, teacher, SAMPLES, options, processor)
     logged = [row["step"] for row in history.steps]
     assert logged == sorted({*range(2, steps + 1, 2), steps})
-
-
-def test_batches_by_length_pad_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    padding = {False: 0, True: 0}
-    honest = recovery.DistillationTrainer.compute_loss
-
-    def counts(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        padding[grouped] += int((inputs["attention_mask"] == 0).sum())
-        return honest(self, model, inputs, *args, **kwargs)
-
-    monkeypatch.setattr(recovery.DistillationTrainer, "compute_loss", counts)
-    samples = short_samples(32, sees=False)
-    for grouped in (False, True):
-        student, _, processor = models("text")
-        options = config(loss="sft", group_by_length=grouped, max_steps=16)
-        recover(student, None, samples, options, processor)
-    assert 0 < padding[True] < 0.7 * padding[False]
-
-
-@pytest.mark.slow
-def test_batches_by_length_go_on_bit_for_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = trained(group_by_length=True, **LONG)
-    with monkeypatch.context() as patch:
-        stop_at(patch, 5)
-        with pytest.raises(Stopped):
-            trained(work=tmp_path, group_by_length=True, **LONG)
-    torch.manual_seed(1234)
-    assert_same(trained(work=tmp_path, group_by_length=True, **LONG), expected)
 
 
 @pytest.mark.filterwarnings(  # PEFT reads what transformers renamed

@@ -6,7 +6,6 @@ import copy
 import gc
 import re
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slimvlm.cli import main
-from slimvlm.core.errors import ConfigError
+import slimvlm as sv
 from slimvlm.core.options import Divergence, RecoverConfig
-from slimvlm.data.samples import Sample
+from slimvlm.data import chat
+from slimvlm.data.tokenizer_file import TokenizerFile
 from slimvlm.models import losses
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.hidden import head_of, hidden_states
@@ -25,15 +24,14 @@ from slimvlm.models.load import load
 from slimvlm.models.parts import projections
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
-from slimvlm.training import offline as offline_teacher
-from slimvlm.training.offline import OfflineTeacher, digest_of_sample, write_cache
+from slimvlm.pruning.tokens import token_ids_of, trimmed_processor
 from slimvlm.training.recover import History, recover
 from slimvlm.training.shared_vision import seeing_once
-from slimvlm.training.teacher import share_, why_not_shared
+from slimvlm.training.teacher import plan_fits, share_
 from slimvlm.training.trainable import plain_model, prepare_training
-from tests import tiny, tiny_rare
+from tests import tiny, tiny_rare, tiny_words
 from tests import tiny_folder as folders
-from tests.handmade import logits, plan_by_hand
+from tests.handmade import logits, plan_by_hand, random_scores
 from tests.tiers import tiered
 from tests.tiny_folder import KINDS, SEEING, short_samples
 from tests.tolerances import FORWARD, Tolerance, assert_close
@@ -57,8 +55,8 @@ def config(**changes: Any) -> RecoverConfig:
     """Short, exact and without surprises."""
     values: dict[str, Any] = {
         **{"train": "lora", "loss": "sft+hidden", "max_steps": 3, "batch_size": 2},
-        **{"learning_rate": 1e-3, "lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.0},
-        **{"bf16": False, "logging_steps": 1, "save_steps": 2},
+        **{"learning_rate": 1e-3, "lora_rank": 4, "lora": {"lora_alpha": 8, "lora_dropout": 0.0}},
+        **{"bf16": False, "trainer": {"logging_steps": 1}},
     }
     return RecoverConfig(**{**values, **changes})
 
@@ -305,11 +303,14 @@ def weights(model: Any) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def run(kind: str, axis: str, **changes: Any) -> tuple[dict[str, Tensor], History, Any]:
+def run(
+    kind: str, axis: str, share: bool = True, **changes: Any
+) -> tuple[dict[str, Tensor], History, Any]:
     """Weights and history after training, and what is left of the teacher."""
     student, teacher, plan, processor = models(kind, axis)
     samples = short_samples(8, kind in SEEING)
-    history = recover(student, teacher, samples, config(**changes), processor, plan=plan)
+    options = config(**changes)
+    history = recover(student, teacher, samples, options, processor, plan=plan, share=share)
     return weights(student), history, teacher
 
 
@@ -331,12 +332,15 @@ ALL_LOSSES = "sft+hidden+cosine+kl+rkl+jsd"
         lambda kind, axis: (kind, axis) in (("llava", "both"), ("text", "both")),
     ),
 )
+@pytest.mark.parametrize(
+    "loss", [ALL_LOSSES, pytest.param("hidden+cosine+kl", marks=pytest.mark.slow)]
+)
 def test_training_with_a_shared_teacher_is_training_with_a_separate_one(
-    kind: str, axis: str
+    kind: str, axis: str, loss: str
 ) -> None:
-    changes = {"loss": ALL_LOSSES, "hidden_layers": "mapped"}
-    ours, shared, _ = run(kind, axis, teacher_weights="shared", **changes)
-    theirs, separate, _ = run(kind, axis, teacher_weights="separate", **changes)
+    """At answers and at the end, and without answers at every position and layer."""
+    ours, shared, _ = run(kind, axis, loss=loss)
+    theirs, separate, _ = run(kind, axis, share=False, loss=loss)
     assert "shares" in shared.teacher
     assert separate.teacher == "separate"
     assert_same_training(shared, separate)
@@ -344,27 +348,30 @@ def test_training_with_a_shared_teacher_is_training_with_a_separate_one(
         assert_close(ours[name], theirs[name], TRAINED)
 
 
-@pytest.mark.parametrize(
-    ("loss", "meaning"),
-    [
-        ("sft+kl+cosine", {"kd_on": "answer", "hidden_layers": "final"}),
-        ("kl+cosine", {"kd_on": "all", "hidden_layers": "mapped"}),
-    ],
-)
-def test_what_is_compared_follows_from_the_loss(loss: str, meaning: dict[str, Any]) -> None:
-    """Answers that are learnt are compared, too; a teacher alone is followed everywhere."""
-    ours, _, _ = run("llava", "both", loss=loss)
-    same, _, _ = run("llava", "both", loss=loss, **meaning)
-    other, _, _ = run("llava", "both", loss=loss, **{**meaning, "kd_on": "text"})
-    assert all(torch.equal(ours[name], same[name]) for name in same)
-    assert not all(torch.equal(ours[name], other[name]) for name in other)
+def test_every_kept_layer_is_compared_where_no_answers_are_learnt() -> None:
+    """A kept layer answers for the removed ones behind it; without a plan only the end counts."""
+    student, teacher, plan, processor = models("llava", "depth")
+    options = config(max_steps=1, loss="cosine", batch_size=1)
+    inputs = chat.encode_samples(processor, SAMPLES[:1])
+    inputs.pop("labels")
+    after = [*(index - 1 for index in plan.layers[1:]), plan.before.num_layers - 1]
+    with torch.no_grad():
+        ours = hidden_states(student, inputs, range(len(plan.layers)))
+        theirs = hidden_states(teacher, inputs, after)
+    apart = [float(losses.hidden_cosine(a, b)) for a, b in zip(ours, theirs, strict=True)]
+    at_the_end = recover(student, copy.deepcopy(teacher), SAMPLES[:1], options, processor)
+    assert at_the_end.steps[0]["loss_cosine"] == pytest.approx(apart[0], rel=1e-3)
+    student, teacher, plan, processor = models("llava", "depth")
+    mapped = recover(student, teacher, SAMPLES[:1], options, processor, plan=plan)
+    assert mapped.steps[0]["loss_cosine"] == pytest.approx(sum(apart) / len(apart), rel=1e-3)
+    assert apart[0] != pytest.approx(sum(apart) / len(apart), rel=1e-2)
 
 
 @pytest.mark.parametrize("train", tiered(["projector", "full"], lambda train: train == "full"))
 def test_sharing_follows_what_learns(train: str) -> None:
     """Full training leaves the tower alone to share; the projector's leaves all but itself."""
     ours, shared, _ = run("llava", "width", train=train)
-    theirs, separate, _ = run("llava", "width", train=train, teacher_weights="separate")
+    theirs, separate, _ = run("llava", "width", share=False, train=train)
     percent = int(re.findall(r"(\d+)%", shared.teacher)[0])
     assert percent < 30 if train == "full" else percent > 40
     assert_same_training(shared, separate)
@@ -397,7 +404,7 @@ def test_a_shared_teacher_s_file_is_let_go(tmp_path: Path) -> None:
 def test_a_separate_teacher_is_left_alone() -> None:
     _, teacher, _, _ = models("llava", "width")
     before = weights(teacher)
-    _, _, same = run("llava", "width", teacher_weights="separate")
+    _, _, same = run("llava", "width", share=False)
     now = weights(same)
     assert [name for name in before if not torch.equal(now[name], before[name])] == []
 
@@ -419,157 +426,74 @@ def test_repaired_matrices_are_copied_and_named() -> None:
     _, teacher, _, _ = models("llava", "width")
     history = recover(student, teacher, SAMPLES, config(max_steps=1), processor, plan=plan)
     assert "layers.0.mlp.down_proj' and 1 more" in history.teacher
-    _, teacher, _, _ = models("llava", "width")
-    with pytest.raises(ConfigError, match=r"teacher_weights 'shared' is not possible.*down_proj"):
-        recover(student, teacher, SAMPLES, config(teacher_weights="shared"), processor, plan=plan)
 
 
 def test_a_plan_of_another_teacher_is_not_used() -> None:
     student, teacher, _, processor = models("llava", "depth")
     other = plan_by_hand(read_anatomy(student), [0])
-    assert why_not_shared(student, teacher, other) == "the model's plan is for another teacher"
+    assert not plan_fits(other, student, teacher)
     history = recover(student, teacher, SAMPLES, config(max_steps=1), processor, plan=other)
     assert history.teacher == "separate"
     alone = config(max_steps=1, loss="cosine")  # compared at the end, where no plan maps layers
     recover(student, teacher, SAMPLES, alone, processor, plan=other)
-    for name, value in (("teacher_weights", "shared"), ("hidden_layers", "mapped")):
-        options = config(**{name: value})
-        with pytest.raises(ConfigError, match=f"{name} {value!r} needs the plan"):
-            recover(student, teacher, SAMPLES, options, processor, plan=other)
 
 
-# A teacher on disk.
+# A student with fewer tokens.
 
 
-def cached(out: Path, samples: Sequence[Sample] = SAMPLES, **options: Any) -> OfflineTeacher:
-    teacher, processor = load(folders.folder("llava"))
-    write_cache(teacher, processor, samples, out, **{"batch_size": 3, **options})
-    return OfflineTeacher(out)
+LOSSES = ("hidden", "cosine", "kl", "rkl", "jsd")
 
 
-def offline_run(offline: Any, **changes: Any) -> History:
-    student, teacher, plan, processor = models("llava", "both")
-    teacher = teacher if offline is None else offline
-    options = config(fraction=0.75, **changes)
-    return recover(student, teacher, SAMPLES, options, processor, plan=plan)
+def fewer_tokens(kind: str, words: int, ratio: float = 0.0) -> tuple[Any, Any, Any, Any, Plan]:
+    """Student, teacher, their processors, and the plan between them.
+
+    The student keeps what it must and ``words`` tokens more of what the samples have.
+    """
+    teacher, processor = sv.load(tiny_words.folder(kind), device="cpu")
+    named = token_ids_of(teacher.config, teacher.generation_config)
+    needed = TokenizerFile.of(processor).with_parts({*TokenizerFile.of(processor).needed, *named})
+    texts = short_samples(8, kind == "llava")
+    tokens = sv.choose_tokens(processor, texts, len(needed) + words, keep=named)
+    anatomy = read_anatomy(teacher)
+    plan = sv.make_plan(anatomy, random_scores(anatomy), ratio, "both", tokens=tokens)
+    student = copy.deepcopy(teacher)
+    prune_(student, plan)
+    return student, teacher, trimmed_processor(processor, plan), processor, plan
 
 
-@pytest.mark.parametrize("kd_on", tiered(["answer", "all"], lambda kd_on: kd_on == "answer"))
-def test_stored_hidden_states_are_the_teacher(tmp_path: Path, kd_on: str) -> None:
-    """Up to bfloat16; samples are found again in another order, and in a part of the data."""
-    changes = {"loss": ALL_LOSSES, "kd_on": kd_on}
-    found = offline_run(cached(tmp_path / "cache", kd_on=kd_on), **changes)
-    expected = offline_run(None, **changes)
-    assert found.teacher.startswith("offline")
-    for ours, theirs in zip(found.steps, expected.steps, strict=True):
-        for name in theirs:
-            assert ours[name] == pytest.approx(theirs[name], rel=2e-2, abs=1e-3), name
-    assert found.steps[0]["loss_sft"] == expected.steps[0]["loss_sft"]
-
-
-def test_a_cache_says_which_positions_are_compared(tmp_path: Path) -> None:
-    offline = cached(tmp_path / "cache", kd_on="text")
-    found = offline_run(offline, loss="cosine")
-    assert found.steps == offline_run(offline, loss="cosine", kd_on="text").steps
-
-
-def test_a_stopped_cache_goes_on_and_only_a_whole_one_is_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["text", "llava"])
+@pytest.mark.parametrize("words", [0, 60])
+@pytest.mark.parametrize("share", [True, False])
+def test_a_student_that_lost_tokens_alone_says_what_its_teacher_says(
+    kind: str, words: int, share: bool
 ) -> None:
-    monkeypatch.setattr("slimvlm.training.offline.SHARD_SAMPLES", 3)
-    out = tmp_path / "cache"
-    cached(out)
-    whole = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert len(whole) == 4
-    (out / "shard-00001.safetensors").unlink()
-    with pytest.raises(ConfigError, match="2 of 3 shards are there"):
-        OfflineTeacher(out)
-    teacher, processor = load(folders.folder("llava"))
-    assert write_cache(teacher, processor, SAMPLES, out, batch_size=3) == 1
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
-    with pytest.raises(ConfigError, match="a cache with other kd_on"):
-        write_cache(teacher, processor, SAMPLES, out, kd_on="all")
-    with torch.no_grad():
-        teacher.lm_head.weight[0] += 1
-    with pytest.raises(ConfigError, match="a cache with other teacher and head"):
-        write_cache(teacher, processor, SAMPLES, out)
+    """Also on texts that it writes in other, shorter tokens than its teacher would."""
+    student, teacher, processor, whole, plan = fewer_tokens(kind, words)
+    texts = short_samples(8, kind == "llava")
+    (ours,) = sv.calibration_batches(processor, texts[:1])
+    (theirs,) = sv.calibration_batches(whole, texts[:1])
+    if not words:
+        assert ours["input_ids"].shape[1] > theirs["input_ids"].shape[1]
+    asked = config(loss="+".join(f"0.2*{name}" for name in LOSSES), batch_size=4)
+    history = recover(student, teacher, texts, asked, processor, plan=plan, share=share)
+    for name in LOSSES:
+        assert history.steps[0][f"loss_{name}"] == pytest.approx(0, abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"kd_on": "text"}, "holds kd_on 'answer', not 'text'"),
-        ({"paper_exact": True}, "lacks positions that paper_exact compares"),
-        ({"hidden_layers": "mapped"}, "not hidden_layers 'mapped'"),
-        ({"loss": "kl", "train": "full"}, "'kl' from them needs a model with the teacher's head"),
-    ],
-)
-def test_a_cache_refuses_what_it_cannot_answer(
-    tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ConfigError, match=message):
-        offline_run(cached(tmp_path / "cache"), **changes)
+def test_the_teacher_shares_all_but_the_rows_of_tokens() -> None:
+    texts, found = short_samples(8, sees=False), []
+    for share in (True, False):
+        student, teacher, processor, _, plan = fewer_tokens("text", 60, ratio=0.4)
+        assert plan.cuts_layers
+        asked = config(loss="sft+kl", batch_size=4, max_steps=2)
+        found.append(recover(student, teacher, texts, asked, processor, plan=plan, share=share))
+    assert found[0].teacher.startswith("the teacher shares")
+    for shared, separate in zip(found[0].steps[:2], found[1].steps[:2], strict=True):
+        assert shared["loss_kl"] == pytest.approx(separate["loss_kl"], abs=1e-5)
+        assert shared["loss_kl"] > 1e-4
 
 
-def test_a_cache_of_other_data_is_refused(tmp_path: Path) -> None:
-    """Lacking samples, changed answers, other pictures, and tokens that moved."""
-    student, _, plan, processor = models("llava", "both")
-    offline = cached(tmp_path / "few", SAMPLES[:4])
-    with pytest.raises(ConfigError, match="lacks sample 's4' of the data and 3 more samples"):
-        recover(student, offline, SAMPLES, config(), processor, plan=plan)
-    offline = cached(tmp_path / "cache")
-    changed = copy.deepcopy(SAMPLES)
-    changed[2].messages[-1]["content"][0]["text"] = "It is something else."
-    with pytest.raises(ConfigError, match="lacks sample 's2' with other content"):
-        recover(student, offline, changed, config(), processor, plan=plan)
-    blank = Sample("s3", SAMPLES[3].messages, (folders.picture(99),))
-    assert digest_of_sample(blank) != digest_of_sample(SAMPLES[3])
-    processor.chat_template = processor.chat_template.replace("'<image>\n'", "'<image>'")
-    with pytest.raises(ConfigError, match="had other tokens or positions"):
-        recover(student, offline, SAMPLES, config(), processor, plan=plan)
-
-
-def test_a_cache_is_replaced_when_the_new_one_is_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("slimvlm.training.offline.SHARD_SAMPLES", 2)
-    data, folder = folders.write_llava_data(tmp_path / "data", 4), str(folders.folder("llava"))
-    command = ["cache-teacher", folder, "--data", str(data), "--out", str(tmp_path / "cache")]
-    main(command)
-    before = {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
-    renewed = [*command, "--kd-on", "all", "--force"]
-    honest = offline_teacher.encode_samples
-    calls: list[int] = []
-
-    def stops(*args: Any) -> Any:
-        calls.append(len(calls))
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return honest(*args)
-
-    monkeypatch.setattr(offline_teacher, "encode_samples", stops)
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
-        main(renewed)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()} == before
-    main(renewed)
-    assert len(calls) == 3  # the first shard was kept
-    assert OfflineTeacher(tmp_path / "cache").index.kd_on == "all"
-    assert list(tmp_path.glob(".*")) == []
-
-
-def test_the_command_line_trains_from_a_cache(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data, folder = folders.write_llava_data(tmp_path / "data", 4), str(folders.folder("llava"))
-    given = ["--data", str(data)]
-    cache, pruned, out = (str(tmp_path / name) for name in ("cache", "pruned", "out"))
-    main(["prune", folder, "--ratio", "0.2", "--criterion", "magnitude", "--out", pruned])
-    main(["cache-teacher", folder, *given, "--out", cache])
-    short = ["--max-steps", "1", "--lora-rank", "4", "--keep-adapter"]
-    main(["recover", pruned, *given, "--teacher", cache, "--out", out, *short])
-    assert f"teacher: offline ({cache})" in capsys.readouterr().err
-    assert (Path(out) / "adapter" / "adapter_config.json").is_file()
-    assert list(tmp_path.glob(".*")) == []
-    again = str(tmp_path / "again")
-    main(["recover", pruned, *given, "--teacher", folder, "--out", again, *short])
-    assert "of its weights with the model" in capsys.readouterr().err
+def test_without_the_plan_the_vocabularies_do_not_fit() -> None:
+    student, teacher, processor, _, _ = fewer_tokens("text", 60)
+    with pytest.raises(sv.SlimError, match="vocab_size is"):
+        recover(student, teacher, short_samples(8, sees=False), config(loss="kl"), processor)

@@ -22,7 +22,6 @@ from slimvlm.evaluation.results import Result, TaskResult
 from slimvlm.models.load import anatomy, load
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.write_checkpoint import prune_checkpoint
-from slimvlm.training.offline import write_cache
 from tests import tiny_folder as folders
 
 QUESTION = Question("q1", "Which colour?", ("red",), choices=("red", "blue"))
@@ -52,9 +51,6 @@ USES: dict[str, Callable[[Any, Any, Path], object]] = {
     "likelihood": lambda model, words, _: evaluate(model, words, [task(by_likelihood=True)]),
     "perplexity": lambda model, words, _: evaluate(model, words, [task(metric="perplexity")]),
     "bench": lambda model, _, __: bench(model, workload=SHORT),
-    "cache-teacher": lambda model, words, folder: write_cache(
-        model, words, folders.short_samples(2, sees=False), folder / "cache"
-    ),
 }
 
 

@@ -30,9 +30,7 @@ GROUPS: dict[str, tuple[Verb, ...]] = {
     "Look and measure": (
         *(models.inspect, models.chat, stages.evaluate, models.compare, models.bench),
     ),
-    "In single steps": (
-        *(stages.score, stages.plan, stages.prune, stages.recover, stages.cache_teacher),
-    ),
+    "In single steps": (stages.score, stages.plan, stages.prune, stages.recover),
     "Take away": (models.quantize, models.export, models.convert),
 }
 """Every verb of the command line, by what it is for."""
@@ -43,7 +41,7 @@ VERBS: dict[str, Verb] = {
 SHARING_OUTPUT = ("study",)
 """Verbs whose runs may write to one folder at the same time: they agree on who does what."""
 ABOUT = "Make multimodal LLMs smaller: prune, recover, measure, save."
-GOING_ON = ("recover", "cache-teacher", "compress", "study", "evaluate")
+GOING_ON = ("recover", "compress", "study", "evaluate")
 """Verbs that go on where a stopped one was."""
 TOGETHER = ("recover",)
 """Verbs that several processes of ``torchrun`` do together."""

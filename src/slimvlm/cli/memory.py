@@ -18,7 +18,6 @@ _CURES = {
     "prune": _LAYER_BY_LAYER,
     "compress": "fewer --samples, a smaller --task-batch-size, or prune --low-memory and recover",
     "evaluate": _LESS_AT_ONCE,
-    "cache-teacher": _LESS_AT_ONCE,
     "bench": "smaller --batch-sizes or --prompt-tokens",
 }
 """What makes a stage, or else a verb, fit."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import MISSING, dataclass, fields
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import docstring_parser
 import tyro
 
-from slimvlm.core.checked import Options
+from slimvlm.core.checked import HIDDEN, Options
 from slimvlm.core.options import (
     TASK_BATCH_SIZE,
     QuestionOptions,
@@ -26,6 +27,9 @@ INLINE: Any = tyro.conf.OmitArgPrefixes
 Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 KEYWORD = Parameter.KEYWORD_ONLY
 REGISTRY = tyro.constructors.ConstructorRegistry()
+_SUPPRESS: Any = tyro.conf.Suppress
+_is_help = ContextVar("is_help", default=False)
+"""Whether help is wanted: tyro cannot hide an option from help and still read it."""
 
 
 def parse(
@@ -41,6 +45,7 @@ def parse(
     Returns:
         Its arguments by name.
     """
+    _is_help.set("-h" in words or "--help" in words)
     texts, hints = _texts(verb), get_type_hints(verb, include_extras=True)
 
     def bind(**arguments: Any) -> dict[str, Any]:
@@ -74,7 +79,11 @@ def options(info: Any) -> tyro.constructors.StructConstructorSpec | None:
     rows = []
     for row in fields(kind):  # type: ignore[arg-type]
         default = getattr(info.default, row.name, row.default)
+        if default is MISSING and row.default_factory is not MISSING:
+            default = row.default_factory()
         hint = _described(hints[row.name], texts.get(row.name, ""), default)
+        if _is_help.get() and HIDDEN in getattr(hints[row.name], "__metadata__", ()):
+            hint = _SUPPRESS[hint]
         default = tyro.MISSING if default is MISSING else default
         rows.append(tyro.constructors.StructFieldSpec(row.name, hint, default))
     return tyro.constructors.StructConstructorSpec(kind, tuple(rows))

@@ -25,12 +25,10 @@ from slimvlm.core.options import (
     DataConfig,
     MemoryOptions,
     PlanConfig,
-    Positions,
     PruneConfig,
     Questions,
     RecoverConfig,
     ReportOptions,
-    Said,
     TrainingConfig,
     TrainingData,
 )
@@ -141,8 +139,7 @@ def recover(
         model: The pruned checkpoint.
         source: What to learn from.
         out: The recovered checkpoint folder.
-        teacher: The original model, or a folder that cache-teacher wrote; not needed for --loss
-            sft.
+        teacher: The original model; not needed for --loss sft.
         training: How to train.
         shard: Divide the weights of model and teacher among the processes of torchrun (FSDP2); such
             a run cannot go on after a stop.
@@ -154,46 +151,6 @@ def recover(
     history = run(model, source, training, out, teacher=teacher, **how, say=note)
     note(f"teacher: {history.teacher}")
     note(f"trained on {history.num_samples} samples; checkpoint in {out}")
-
-
-def cache_teacher(
-    model: Model,
-    source: Annotated[TrainingData, INLINE],
-    out: Path,
-    kd_on: Positions = "answer",
-    what: Said = "hidden",
-    max_new_tokens: int = 256,
-    batch_size: int = 8,
-    force: bool = False,
-) -> None:
-    """Write down a teacher's hidden states on some data, for recover without a teacher in memory.
-
-    Or its own answers to the prompts of the data, as conversations for recover to learn from.
-    Stopped runs go on where they were when the same command is given again.
-
-    Args:
-        model: The original model.
-        source: What recover will learn from.
-        out: The folder to write. Recover takes it as --teacher, or its data.jsonl as --data.
-        kd_on: Positions that recover will compare.
-        what: Hidden states, or answers.
-        max_new_tokens: Tokens of an answer at most.
-        batch_size: Samples that run at once.
-        force: Replace an existing folder; it stays until the new one is whole.
-    """
-    from slimvlm.runs.recover import cache_teacher as run
-
-    run(
-        model,
-        source,
-        out,
-        kd_on,
-        batch_size,
-        what=what,
-        max_new_tokens=max_new_tokens,
-        force=force,
-        say=note,
-    )
 
 
 def evaluate(

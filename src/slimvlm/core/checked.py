@@ -42,6 +42,8 @@ SHARE = Range(lambda value: 0 <= value < 1, "at least 0 and below 1")
 FRACTION = Range(lambda value: 0 < value <= 1, "above 0 and at most 1")
 INSIDE = Range(lambda value: 0 < value < 1, "above 0 and below 1")
 STEPS = Range(lambda value: value == -1 or value > 0, "above 0, or -1 for no limit")
+HIDDEN = "hidden"
+"""In an option's type: help does not show it."""
 SEED = Range(lambda value: 0 <= value < 2**32, "at least 0 and below 2**32")
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from slimvlm.core.errors import ConfigError
 
+_TRAINER = "it is Hugging Face's own; in YAML or Python give trainer:"
+_LORA = "it is PEFT's own; in YAML or Python give lora:"
 OPTIONS: dict[str, tuple[Any, str]] = {
     "help_all": (False, "--help shows every option"),
     "stages": ((), "one ratio keeps more than two in turns; give --ratio"),
@@ -18,9 +20,33 @@ OPTIONS: dict[str, tuple[Any, str]] = {
         "time engines with their own programs, such as vllm bench and llama-bench",
     ),
     "export run": (False, "serve the checkpoint with the engine's own command and ask it"),
+    "recover samples": (None, "--fraction or --max-steps"),
+    "group_by_length": (False, "like lengths together kept no more"),
+    "hidden_layers": (
+        "auto",
+        "the loss decides: every kept layer is compared where sft is not in it",
+    ),
+    "kd_on": ("auto", "the loss decides: answers are compared beside sft, all without it"),
+    "teacher_weights": ("auto", "a teacher shares weights wherever these are equal"),
+    "student_projector_in_teacher": (False, "--paper-exact does it"),
+    "load_best": (False, "measure checkpoints with evaluate --data"),
+    "eval_fraction": (0.0, "measure checkpoints with evaluate --data"),
+    "eval_steps": (None, "measure checkpoints with evaluate --data"),
+    "scheduler": ("cosine", f"{_TRAINER} {{lr_scheduler_type: ...}}"),
+    "warmup_ratio": (0.03, f"{_TRAINER} {{warmup_steps: 0.1}}"),
+    "weight_decay": (0.0, f"{_TRAINER} {{weight_decay: 0.05}}"),
+    "max_grad_norm": (1.0, f"{_TRAINER} {{max_grad_norm: ...}}"),
+    "save_steps": (200, f"{_TRAINER} {{save_steps: ...}}"),
+    "logging_steps": (10, f"{_TRAINER} {{logging_steps: ...}}"),
+    "report_to": ("none", f"{_TRAINER} {{report_to: ...}}"),
+    "jsd_beta": (0.5, "jsd mixes teacher and student half and half"),
+    "lora_alpha": (128, f"{_LORA} {{lora_alpha: ...}}"),
+    "lora_dropout": (0.05, f"{_LORA} {{lora_dropout: ...}}"),
+    "lora_targets": (".*", f"{_LORA} {{target_modules: ...}}"),
 }
 """Default of each removed option, and what to use instead. One verb's has the verb before it."""
 VERBS: dict[str, str] = {
+    "cache-teacher": "a teacher in memory shares the model's weights; use recover --teacher MODEL",
     "push": "hf upload OWNER/NAME RUN/checkpoint",
     "verify": "every checkpoint is read back when it is written; sha256sum finds later damage",
 }

@@ -20,12 +20,16 @@ from slimvlm.core.removed import same_without_removed
 
 
 def asked(options: Any) -> dict[str, Any]:
-    """List options by name without ``device``: a run may go on on another device.
+    """List options by name, without empty mappings and ``device``, which another run may change.
 
     Args:
         options: A dataclass; those inside it become dictionaries, too.
     """
-    return asdict(options, dict_factory=lambda pairs: {k: v for k, v in pairs if k != "device"})
+
+    def named(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+        return {key: value for key, value in pairs if key != "device" and value != {}}
+
+    return asdict(options, dict_factory=named)
 
 
 def note_request(file: Path, request: Mapping[str, Any]) -> None:

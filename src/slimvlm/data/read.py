@@ -152,33 +152,6 @@ def subset(samples: list[Sample], fraction: float, seed: int) -> list[Sample]:
     return [samples[i] for i in sorted(chosen)]
 
 
-def hold_out(
-    samples: list[Sample], fraction: float, seed: int
-) -> tuple[list[Sample], list[Sample]]:
-    """Samples to learn from, and a stratified share to measure the loss on.
-
-    Held out before `subset` is drawn, that share is the same whatever fraction is learnt from.
-
-    Args:
-        samples: All samples.
-        fraction: Share to hold out; of a share above 0 at least one sample, and never all.
-        seed: Seed of the choice.
-
-    Raises:
-        DataError: If there are too few samples to hold one out.
-    """
-    if not fraction:
-        return samples, []
-    if len(samples) < 2:
-        raise DataError(f"eval_fraction {fraction} needs at least 2 samples, not {len(samples)}")
-    count = min(max(round(len(samples) * fraction), 1), len(samples) - 1)
-    held = set(_stratified_order(samples, seed)[-count:])
-    parts: tuple[list[Sample], list[Sample]] = ([], [])
-    for index, sample in enumerate(samples):
-        parts[index in held].append(sample)
-    return parts
-
-
 def estimated_length(sample: Sample, image_tokens: int = 576) -> int:
     """About how many tokens a sample has: a key to batch samples of similar length.
 

@@ -20,7 +20,7 @@ RECOVERY = RecoverConfig(
     train="full",
     loss="cosine",
     learning_rate=1e-4,
-    warmup_ratio=0.1,
+    trainer={"warmup_steps": 0.1},
     batch_size=2,
     epochs=1,
 )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def _unusual(config: Any) -> dict[str, Any]:
         value = getattr(config, row.name)
         if value is None or isinstance(value, RecoverConfig):
             continue
-        if value != row.default or row.name in RECIPE:
+        if value != _default(row) or row.name in RECIPE:
             found[row.name] = list(value) if isinstance(value, tuple) else value
     return found
 
@@ -80,9 +81,15 @@ def _given(config: Any, names: Mapping[str, str | None]) -> Iterator[str]:
     """The options of a command; some have another name there, or none."""
     for row in fields(config):
         name, value = names.get(row.name, row.name), getattr(config, row.name)
-        usual = value is None or (value == row.default and row.name not in RECIPE)
+        usual = value is None or (value == _default(row) and row.name not in RECIPE)
         if usual or name is None or isinstance(value, RecoverConfig):
             continue
         yield f"--{name.replace('_', '-')}"
-        if value is not True or row.default is not False:
+        if isinstance(value, Mapping):
+            yield json.dumps(value)
+        elif value is not True or row.default is not False:
             yield from map(str, value if isinstance(value, tuple) else (value,))
+
+
+def _default(row: Field[Any]) -> Any:
+    return row.default if row.default_factory is MISSING else row.default_factory()

@@ -422,13 +422,10 @@ def _loss_of_try(
     if request.recover is not None and training:
         student = copy.deepcopy(student)  # what stays whole is the original's until here
         steps = optimizer_steps(request.recover, len(training), walked.plan.decoder_ratio)
-        few = replace(
-            request.recover,
-            max_steps=max(round(steps * TRIAL_SHARE), 2),
-            teacher_weights="separate",  # a teacher that shares is used up
-        )
+        few = replace(request.recover, max_steps=max(round(steps * TRIAL_SHARE), 2))
         teacher = model if few.needs_teacher else None
-        train(student, teacher, list(training), few, processor, plan=walked.plan)
+        samples = list(training)  # a teacher that shares weights would be used up
+        train(student, teacher, samples, few, processor, plan=walked.plan, share=False)
     if processor is not calibration.processor:
         read = replace(calibration, processor=processor).held_out
     with evaluating(student):

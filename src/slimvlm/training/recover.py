@@ -2,58 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.integrations import integration_utils
+from transformers.trainer import TRAINER_STATE_NAME
 
 from slimvlm.core.documents import Count, built, read_object
-from slimvlm.core.errors import ConfigError, SlimError, is_out_of_memory
+from slimvlm.core.errors import ConfigError, SlimError, is_out_of_memory, one_line
 from slimvlm.core.files import explained
 from slimvlm.core.options import HIDDEN_LOSSES, RecoverConfig
 from slimvlm.core.processes import is_first_rank, num_ranks
-from slimvlm.core.progress import is_watched, stage, to_log
-from slimvlm.data.read import estimated_length, hold_out, subset
+from slimvlm.core.progress import stage, to_log
+from slimvlm.core.requests import (
+    asked,
+    digest,
+    note_request,
+    noted_request,
+    require_same_request,
+)
+from slimvlm.data.read import subset
 from slimvlm.data.samples import Sample
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.classes import require_full_precision, require_undivided
 from slimvlm.models.cost import release_memory
 from slimvlm.models.hidden import is_sharded
-from slimvlm.models.load import load_processor
+from slimvlm.models.load import computes_bfloat16, digest_of_weights, load_processor
 from slimvlm.models.losses import layer_map
 from slimvlm.planning.plan import Plan
-from slimvlm.training.offline import OfflineTeacher
-from slimvlm.training.precision import Precision, without_autocast
-from slimvlm.training.resume import claim_training, is_finished, last_complete_checkpoint
 from slimvlm.training.shared_vision import seeing_once
 from slimvlm.training.supervision import Collator, num_workers
-from slimvlm.training.teacher import share_, why_not_shared
+from slimvlm.training.teacher import plan_fits, share_
 from slimvlm.training.trainable import (
-    by_old_names,
     merge,
+    old_names_allowed,
     prepare_training,
     projector_in_every_graph,
     require_adapter_holds_all,
     save_adapter,
+    training_precision,
+    without_autocast,
 )
-from slimvlm.training.trainer import (
-    Bar,
-    DistillationTrainer,
-    LastLog,
-    LoggedTraining,
-    learning_parameters,
-)
+from slimvlm.training.trainer import TRAINED_FILE, DistillationTrainer, learning_parameters
 
 RATE, RATE_OF_ALL = 2e-4, 4e-4
 """Peak learning rates: of LoRA and the projector; of all weights, if all of the decoder went."""
 UNKNOWN_SHARE, MEASURED_CHANNELS = 0.25, 576
+TRAINER: Mapping[str, Any] = {
+    **{"lr_scheduler_type": "cosine", "warmup_steps": 0.03, "weight_decay": 0.0},
+    **{"max_grad_norm": 1.0, "save_steps": 200, "logging_steps": 10, "report_to": "none"},
+}
+"""TrainingArguments that `RecoverConfig.trainer` may change."""
+REQUEST_FILE = "request.json"
 ADAPTER_FOLDER = "adapter"
 TRACKER_FOLDER = "runs"
 """Where the Trainer lets TensorBoard write."""
@@ -68,8 +76,6 @@ class History:
         num_samples: Samples that were learnt from.
         sample_ids: Their names, in order.
         trained_params: Parameters that learned.
-        evaluations: Rows of the held-out loss and its components, if samples were held out.
-        held_out_ids: Names of the held-out samples.
         teacher: Where the teacher's answers came from, and how much memory it shared.
     """
 
@@ -77,45 +83,31 @@ class History:
     num_samples: Count
     sample_ids: tuple[str, ...]
     trained_params: Count
-    evaluations: tuple[Mapping[str, int | float], ...] = ()
-    held_out_ids: tuple[str, ...] = ()
     teacher: str = "none"
 
     @classmethod
     def load(cls, path: str | Path) -> History:
-        """Read what a run or a study wrote as ``history.json``.
+        """Read the ``history.json`` of a run or a study.
 
         Raises:
             ConfigError: If it cannot be read or is no history.
         """
-        return built(cls, read_object(path, "history"), f"history {str(path)!r}")
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One training, with everything checked."""
-
-    model: PreTrainedModel
-    teacher: PreTrainedModel | None
-    offline: OfflineTeacher | None
-    plan: Plan | None
-    learnt: list[Sample]
-    held_out: list[Sample]
-    config: RecoverConfig
-    processor: Any
-    folder: Path
-    resumable: bool
-    tokens: Tensor | None
+        values = read_object(path, "history")
+        for name in ("evaluations", "held_out_ids"):  # of earlier versions
+            values.pop(name, None)
+        return built(cls, values, f"history {str(path)!r}")
 
 
 def recover(
     model: PreTrainedModel,
-    teacher: PreTrainedModel | OfflineTeacher | None,
+    teacher: PreTrainedModel | None,
     dataset: Sequence[Sample],
     config: RecoverConfig,
     processor: Any = None,
     work: str | Path | None = None,
     plan: Plan | None = None,
+    *,
+    share: bool = True,
 ) -> History:
     """Train a model in place; LoRA is merged into its weights at the end.
 
@@ -125,8 +117,8 @@ def recover(
 
     Args:
         model: The pruned model.
-        teacher: The original model, or what it said about the data; not needed if the loss is
-            ``sft`` alone. It may lie on the CPU while the model is on a GPU.
+        teacher: The original model; not needed if the loss is ``sft`` alone. It may lie on the CPU
+            while the model is on a GPU.
         dataset: Conversations to learn from.
         config: What learns, from which loss, on which share of the data.
         processor: The model's processor or tokenizer; by default the one in its folder.
@@ -135,6 +127,7 @@ def recover(
             ``adapter`` holds the adapter afterwards, and ``runs`` what TensorBoard wrote.
         plan: The plan that pruned the model, for sharing weights with the teacher, for comparing
             inner layers, and for telling a teacher the numbers of tokens where the model has fewer.
+        share: Let the teacher read the model's weights; False leaves it as it was.
 
     Raises:
         ConfigError: If the loss needs a teacher and there is none, or the teacher does not fit.
@@ -147,71 +140,101 @@ def recover(
     processor = processor or load_processor(model.config._name_or_path, model.config)
     if processor is None:
         raise ConfigError("recover needs the model's processor or tokenizer")
-    if not config.needs_teacher:
-        teacher = None
-    _check(model, teacher, dataset, config, work)
-    rest, held_out = hold_out(list(dataset), config.eval_fraction, config.seed)
-    learnt = subset(rest, config.fraction, config.seed)
-    offline = teacher if isinstance(teacher, OfflineTeacher) else None
-    live = teacher if isinstance(teacher, PreTrainedModel) else None
-    tokens = _kept_tokens(model, live, plan)
-    if offline is not None:
-        offline.require_fit(model, [*learnt, *held_out], config)
-    if live is not None:
-        _require_same_width(model, live, config, tokens is not None)
-        plan = _usable_plan(model, live, plan, config)
-    with TemporaryDirectory() as temporary:
+    teacher = teacher if config.needs_teacher else None
+    _require_possible(model, teacher, dataset, config, work)
+    learnt = subset(list(dataset), config.fraction, config.seed)
+    tokens = _kept_tokens(model, teacher, plan)
+    layer_pairs: list[tuple[int, int]] = []
+    if teacher is not None:
+        _require_same_width(model, teacher, config, tokens is not None)
+        if plan is not None and not plan_fits(plan, model, teacher):
+            plan = None
+        if plan is not None and config.maps_layers:
+            layer_pairs = list(enumerate(layer_map(plan.layers, plan.before.num_layers)))
+    dtype = model.dtype
+    with TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = Path(work) if work is not None else Path(temporary)
-        claim_training(folder, model, teacher, config, learnt)
-        resumable = work is not None and not is_sharded(model)
-        who, what = (model, live, offline, plan), (learnt, held_out, config, processor)
-        return _train(_Job(*who, *what, folder, resumable, tokens))
-
-
-def _train(job: _Job) -> History:
-    """Run the Trainer and hand the plain model back."""
-    model, config = job.model, job.config
-    torch.manual_seed(config.seed)
-    precision = Precision.of(model, config.bf16)
-    arguments = _training_arguments(job, precision.autocast)
-    device = arguments.device
-    with _as_current(device), precision.held(model, job.teacher, device):
+        _claim(folder, model, teacher, config, learnt)
+        torch.manual_seed(config.seed)
+        is_resumable = work is not None and not is_sharded(model)
+        arguments = _training_arguments(config, model, plan, folder, len(learnt), is_resumable)
+        device = arguments.device
+        if device.type not in ("cpu", "mps"):  # libraries look for the current card
+            stack.enter_context(torch.get_device_module(device).device(device))
+        stack.enter_context(training_precision(model, teacher, device, arguments.bf16))
         trained = prepare_training(model, config)
-        precision.hold_learning_(model)
         trained_params = sum(p.numel() for p in trained.parameters() if p.requires_grad)
-        ready = _ready(job, trained)
-        with projector_in_every_graph(model), ready as about_teacher, stage("train"):
-            trainer = _trained(job, trained, arguments)
+
+        def trainer_with(arguments: TrainingArguments) -> DistillationTrainer:
+            return DistillationTrainer(
+                model=trained,
+                teacher=teacher,
+                config=config,
+                layer_pairs=layer_pairs,
+                tokens=tokens,
+                args=arguments,
+                train_dataset=learnt,
+                data_collator=Collator(processor, model.config, config.positions),
+            )
+
+        shared_plan = plan if share else None
+        teaching: AbstractContextManager[str] = nullcontext("none")
+        if teacher is not None:
+            teaching = _teaching(model, teacher, trained, shared_plan, config.paper_exact)
+        with projector_in_every_graph(model), teaching as about_teacher, stage("train"):
+            trainer = _trained(trainer_with, trained, arguments, folder)
         plain = without_autocast(trainer)
         if config.keep_adapter and is_first_rank():
-            save_adapter(plain, job.folder / ADAPTER_FOLDER, precision.dtype)
-        merged = merge(plain, precision.dtype)
+            save_adapter(plain, folder / ADAPTER_FOLDER, dtype)
+        merged = merge(plain, dtype)
         assert merged is model, "merging must give back the model that was handed in"
     model.eval()
-    rows = trainer.state.log_history
     return History(
-        steps=tuple(row for row in rows if "loss" in row),
-        num_samples=len(job.learnt),
-        sample_ids=tuple(sample.id for sample in job.learnt),
+        steps=tuple(row for row in trainer.state.log_history if "loss" in row),
+        num_samples=len(learnt),
+        sample_ids=tuple(sample.id for sample in learnt),
         trained_params=trained_params,
-        evaluations=tuple(row for row in rows if "eval_loss" in row),
-        held_out_ids=tuple(sample.id for sample in job.held_out),
         teacher=about_teacher,
     )
 
 
-@contextmanager
-def _as_current(device: torch.device) -> Iterator[None]:
-    """Make a card the current one inside, where libraries look for it."""
-    if device.type in ("cpu", "mps"):
-        yield
-    else:
-        with torch.get_device_module(device).device(device):
-            yield
+def _claim(
+    folder: Path,
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    config: RecoverConfig,
+    samples: list[Sample],
+) -> None:
+    """Write a training's request into its folder; only an equal request may resume there."""
+
+    def digest_of(source: PreTrainedModel | None) -> str | None:
+        """A divided model has none: it is whole nowhere."""
+        return None if source is None or is_sharded(source) else digest_of_weights(source)
+
+    request = {
+        "config": asked(config),
+        "processes": num_ranks(),
+        "model": digest_of(model),
+        "teacher": digest_of(teacher),
+        "samples": [sample.id for sample in samples],
+        "conversations": digest([[sample.messages for sample in samples]]),
+    }
+    file = folder / REQUEST_FILE
+    what = f"training folder {str(folder)!r} belongs to a run"
+    cure = "Remove it, or give those options and data again"
+    require_same_request(noted_request(file), request, what, cure)
+    if is_first_rank():
+        folder.mkdir(parents=True, exist_ok=True)
+        note_request(file, request)
 
 
-def _trained(job: _Job, trained: Any, arguments: TrainingArguments) -> DistillationTrainer:
-    """Train with batches that fit.
+def _trained(
+    trainer_with: Callable[[TrainingArguments], DistillationTrainer],
+    trained: Any,
+    arguments: TrainingArguments,
+    folder: Path,
+) -> DistillationTrainer:
+    """Train with batches that fit, from the last checkpoint in the folder on.
 
     Where an accelerator has no memory left, batches become smaller and more of them are added
     before the optimizer moves. Losses are means over all of them, so that only rounding changes.
@@ -224,10 +247,16 @@ def _trained(job: _Job, trained: Any, arguments: TrainingArguments) -> Distillat
     if is_alone:
         before = {name: p.detach().cpu() for name, p in learning_parameters(trained)}
     while True:
-        trainer = _trainer(job, trained, arguments)
+        trainer = trainer_with(arguments)
         try:
-            _run_or_go_on(trainer, job.folder)
+            with explained(folder):
+                checkpoint = _last_checkpoint(folder)
+                if checkpoint is None or not trainer.restore_finished(checkpoint):
+                    trainer.train(resume_from_checkpoint=checkpoint)
             return trainer
+        except SlimError as error:  # a DataLoader worker puts its traceback before the message
+            told = str(error).rpartition(f"{type(error).__name__}: ")[2]
+            raise type(error)(told.strip()) from error
         except RuntimeError as error:
             size = arguments.per_device_train_batch_size
             if not (is_alone and size > 1 and is_out_of_memory(error)):
@@ -244,79 +273,55 @@ def _trained(job: _Job, trained: Any, arguments: TrainingArguments) -> Distillat
                 parameter.copy_(before[name])
         arguments = copy(arguments)
         arguments.per_device_train_batch_size //= parts
-        arguments.per_device_eval_batch_size = arguments.per_device_train_batch_size
         arguments.gradient_accumulation_steps *= parts
         del trainer
         release_memory()
 
 
-def _trainer(job: _Job, trained: Any, arguments: TrainingArguments) -> DistillationTrainer:
-    """The Trainer of a job, with our progress bar or lines in place of its own."""
-    config = job.config
-    positions = config.positions(job.offline.index.kd_on if job.offline else None)
-    trainer = DistillationTrainer(
-        model=trained,
-        teacher=job.teacher,
-        config=config,
-        layer_pairs=_layer_pairs(job),
-        lengths=list(map(estimated_length, job.learnt)) if config.group_by_length else None,
-        tokens=job.tokens,
-        args=arguments,
-        train_dataset=job.learnt,
-        eval_dataset=job.held_out or None,
-        data_collator=Collator(job.processor, job.model.config, positions, job.offline, job.tokens),
-    )
-    for theirs in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(theirs)
-    for ours in (Bar if is_watched() else LoggedTraining, LastLog):
-        trainer.add_callback(ours)
-    return trainer
-
-
-def _run_or_go_on(trainer: DistillationTrainer, folder: Path) -> None:
-    """Train, from the last checkpoint in the folder on; a finished training is only read."""
-    with explained(folder):
-        checkpoint = last_complete_checkpoint(folder)
-        if checkpoint is not None and is_finished(checkpoint):
-            trainer.restore(checkpoint)
-            return
+def _last_checkpoint(folder: Path) -> str | None:
+    """Find the newest checkpoint that was written to its end; None if there is none."""
+    by_step = {
+        int(path.name.removeprefix("checkpoint-")): path
+        for path in folder.glob("checkpoint-*")
+        if path.name.removeprefix("checkpoint-").isdecimal() and (path / TRAINED_FILE).is_file()
+    }
+    for _, path in sorted(by_step.items(), reverse=True):
         try:
-            trainer.train(resume_from_checkpoint=checkpoint)
-        except SlimError as error:  # a DataLoader worker puts its traceback before the message
-            said = str(error).rpartition(f"{type(error).__name__}: ")[2]
-            raise type(error)(said.strip()) from error
+            read_object(path / TRAINER_STATE_NAME, "training state")  # which is written last
+        except ConfigError:
+            continue
+        return str(path)
+    return None
 
 
 @contextmanager
-def _ready(job: _Job, trained: Any) -> Iterator[str]:
-    """Inside, the teacher is frozen, in its place, and shares what it can; yields a line on it."""
-    teacher, config = job.teacher, job.config
-    if teacher is None:
-        yield "none" if job.offline is None else f"offline ({job.offline.folder})"
-        return
+def _teaching(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    trained: Any,
+    plan: Plan | None,
+    paper_exact: bool,
+) -> Iterator[str]:
+    """Freeze the teacher on the model's device, share what it can; yields a line about that."""
     teacher.requires_grad_(False)
     teacher.eval()
+    if is_sharded(model):
+        yield "separate, sharded"
+        return
     with ExitStack() as stack:
-        if is_sharded(job.model):
-            yield "separate, sharded"
-            return
-        if job.plan is None or config.teacher_weights == "separate":
-            line = "separate"
-        else:
-            sharing = share_(teacher, trained, job.plan)
-            line = sharing.line()
+        line = "separate"
+        if plan is not None:
+            line = share_(teacher, trained, plan).line()
             stack.callback(nn.Module.to, teacher, "meta")
-            if config.teacher_weights == "shared" and sharing.differing:
-                raise ConfigError(f"teacher_weights 'shared' is not possible: {line}")
-        teacher.to(job.model.device)  # type: ignore[arg-type]
-        stack.enter_context(seeing_once(job.model, teacher, config.student_projector_in_teacher))
+        teacher.to(model.device)  # type: ignore[arg-type]
+        stack.enter_context(seeing_once(model, teacher, through_students_projector=paper_exact))
         yield line
 
 
 def _kept_tokens(
     model: PreTrainedModel, teacher: PreTrainedModel | None, plan: Plan | None
 ) -> Tensor | None:
-    """The teacher's number of each token, where a plan says which of them the model has."""
+    """Find the teacher's number of each token, where a plan says which of them the model has."""
     if plan is None or plan.tokens is None:
         return None
     counts = [(model, len(plan.tokens))]
@@ -328,13 +333,9 @@ def _kept_tokens(
 def _require_same_width(
     model: PreTrainedModel, teacher: PreTrainedModel, config: RecoverConfig, has_tokens: bool
 ) -> None:
-    """Vocabularies must agree, or a plan say how they are related.
-
-    Hidden states must where the loss or the teacher reads ours.
-    """
+    """Check vocabularies, and hidden states where the loss or the teacher reads the student's."""
     ours, theirs = read_anatomy(model), read_anatomy(teacher)
-    compares = set(HIDDEN_LOSSES) & config.loss_weights.keys()
-    meets_ours = compares or config.student_projector_in_teacher
+    meets_ours = set(HIDDEN_LOSSES) & config.loss_weights.keys() or config.paper_exact
     checked = ["hidden_size"] * bool(meets_ours) + ["vocab_size"] * (not has_tokens)
     for name in checked:
         if getattr(ours, name) != getattr(theirs, name):
@@ -345,22 +346,9 @@ def _require_same_width(
             )
 
 
-def _usable_plan(
-    model: PreTrainedModel, teacher: PreTrainedModel, plan: Plan | None, config: RecoverConfig
-) -> Plan | None:
-    """The plan if it says how the model came from the teacher; it must where options need it."""
-    why = "there is no plan" if plan is None else why_not_shared(model, teacher, plan)
-    if why is None:
-        return plan
-    for name, asked in (("teacher_weights", "shared"), ("hidden_layers", "mapped")):
-        if getattr(config, name) == asked:
-            raise ConfigError(f"{name} {asked!r} needs the plan that made the model: {why}")
-    return None
-
-
-def _check(
+def _require_possible(
     model: PreTrainedModel,
-    teacher: PreTrainedModel | OfflineTeacher | None,
+    teacher: PreTrainedModel | None,
     dataset: Sequence[Sample],
     config: RecoverConfig,
     work: str | Path | None,
@@ -370,124 +358,88 @@ def _check(
         raise ConfigError(f"loss {config.loss!r} needs a teacher (--teacher)")
     if config.keep_adapter:
         require_adapter_holds_all(model)
-    needs_folder = {
-        "keep_adapter": config.keep_adapter,
-        "load_best": config.load_best and num_ranks() > 1,  # all of them read it there
-    }
-    for name, needed in needs_folder.items():
-        if needed and work is None:
-            raise ConfigError(f"{name} True needs a work folder to write to")
-    _require_trackers(config.report_to)
-    if is_sharded(model):
-        _require_shardable(teacher, config)
-        _require_alike(dataset)
-
-
-def _require_trackers(names: str) -> None:
-    from transformers.integrations import integration_utils
-
-    known = [*integration_utils.get_available_reporting_integrations(), "none"]
-    for name in names.split(","):
-        if name not in known:
-            raise ConfigError(f"report_to {name!r} is not installed. It can be: {', '.join(known)}")
-
-
-def _require_shardable(
-    teacher: PreTrainedModel | OfflineTeacher | None, config: RecoverConfig
-) -> None:
-    """Refuse what a model divided among processes cannot do."""
-    if isinstance(teacher, PreTrainedModel) and not is_sharded(teacher):
+        if work is None:
+            raise ConfigError("keep_adapter True needs a work folder to write to")
+    if not is_sharded(model):
+        return
+    if teacher is not None and not is_sharded(teacher):
         raise ConfigError("teacher: load it with shard, as the model was")
-    for name, value in (
-        *(("keep_adapter", True), ("load_best", True), ("student_projector_in_teacher", True)),
-        ("teacher_weights", "shared"),
-    ):
-        if getattr(config, name) == value:
-            raise ConfigError(f"{name} {value!r} is not possible with a sharded model")
-
-
-def _require_alike(samples: Sequence[Sample]) -> None:
-    """Processes of a divided model run its tower together: all see pictures in a step, or none."""
-    blind = [sample for sample in samples if not sample.images]
-    if blind and len(blind) < len(samples):
+    for name in ("keep_adapter", "paper_exact"):
+        if getattr(config, name):
+            raise ConfigError(f"{name} True is not possible with a sharded model")
+    # processes of a divided model run its tower together: all see pictures in a step, or none
+    blind = [sample for sample in dataset if not sample.images]
+    if blind and len(blind) < len(dataset):
         raise ConfigError(
             f"data: sample {blind[0].id!r} has no picture and others have. A model that --shard "
             "divides needs pictures in all samples or in none"
         )
 
 
-def _layer_pairs(job: _Job) -> list[tuple[int, int]]:
-    if job.plan is None or job.teacher is None or not job.config.maps_layers:
-        return []
-    theirs = layer_map(job.plan.layers, job.plan.before.num_layers)
-    return list(enumerate(theirs))
-
-
 def peak_rate(config: RecoverConfig, model: PreTrainedModel, plan: Plan | None) -> float:
-    """The learning rate: the one that is given, or one by rule.
+    """Return the learning rate: the one that is given, or one by rule.
 
     LoRA and the projector take 2e-4. Where all weights learn, it is 4e-4 times the share of the
     decoder that went, a quarter where no plan says: measured on a model with 576 channels
     (``docs/log.md``). A model with more of them takes less in proportion, as the hidden
     matrices of μP do (arXiv:2203.03466, Table 3).
-
-    Args:
-        config: The options.
-        model: What learns.
-        plan: What was kept of the original.
     """
     if config.learning_rate is not None:
         return config.learning_rate
     if config.train != "full":
         return RATE
     width = read_anatomy(model).hidden_size
-    return RATE_OF_ALL * _gone(plan) * min(MEASURED_CHANNELS / width, 1.0)
+    return RATE_OF_ALL * _removed_share(plan) * min(MEASURED_CHANNELS / width, 1.0)
 
 
-def _gone(plan: Plan | None) -> float:
+def _removed_share(plan: Plan | None) -> float:
     """Share of the decoder that went."""
     return UNKNOWN_SHARE if plan is None else plan.decoder_ratio
 
 
-def _training_arguments(job: _Job, bf16: bool) -> TrainingArguments:
-    config, device = job.config, job.model.device
-    measured = config.eval_steps or config.save_steps
+def _training_arguments(
+    config: RecoverConfig,
+    model: PreTrainedModel,
+    plan: Plan | None,
+    folder: Path,
+    num_samples: int,
+    is_resumable: bool,
+) -> TrainingArguments:
+    """Make the Trainer's arguments; bfloat16 autocast by default where the device is fast at it."""
+    device = model.device
     is_pinned = device.type not in ("cpu", "mps")  # MPS shares the memory of its host
-    with by_old_names():
-        arguments = TrainingArguments(
-            output_dir=str(job.folder),
-            per_device_train_batch_size=config.batch_size,
-            per_device_eval_batch_size=config.batch_size,
-            gradient_accumulation_steps=config.gradient_accumulation,
-            num_train_epochs=config.passes(len(job.learnt), _gone(job.plan)),
-            max_steps=config.max_steps,
-            learning_rate=peak_rate(config, job.model, job.plan),
-            lr_scheduler_type=config.scheduler,
-            warmup_steps=config.warmup_ratio,
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-            bf16=bf16,
-            use_cpu=device.type == "cpu",
-            eval_strategy="steps" if job.held_out else "no",
-            eval_steps=measured,
-            save_strategy="steps" if job.resumable or config.load_best else "no",
-            save_steps=measured if config.load_best else config.save_steps,
-            save_total_limit=1,
-            load_best_model_at_end=config.load_best,
-            metric_for_best_model="eval_loss" if config.load_best else None,
-            logging_steps=config.logging_steps,
-            logging_nan_inf_filter=False,
-            report_to=config.report_to.split(","),
-            remove_unused_columns=False,
-            label_names=["labels"],
-            dataloader_pin_memory=is_pinned,
-            dataloader_num_workers=num_workers(device),
-            accelerator_config={"non_blocking": is_pinned},
-            seed=config.seed,
-            data_seed=config.seed,
-            disable_tqdm=False,
-            gradient_checkpointing=config.gradient_checkpointing or None,
-        )
+    try:
+        with old_names_allowed():
+            arguments = TrainingArguments(
+                output_dir=str(folder),
+                per_device_train_batch_size=config.batch_size,
+                gradient_accumulation_steps=config.gradient_accumulation,
+                num_train_epochs=config.passes(num_samples, _removed_share(plan)),
+                max_steps=config.max_steps,
+                learning_rate=peak_rate(config, model, plan),
+                bf16=computes_bfloat16(device) if config.bf16 is None else config.bf16,
+                use_cpu=device.type == "cpu",
+                save_strategy="steps" if is_resumable else "no",
+                save_total_limit=1,
+                logging_nan_inf_filter=False,
+                remove_unused_columns=False,
+                label_names=["labels"],
+                dataloader_pin_memory=is_pinned,
+                dataloader_num_workers=num_workers(device),
+                accelerator_config={"non_blocking": is_pinned},
+                seed=config.seed,
+                data_seed=config.seed,
+                disable_tqdm=False,
+                gradient_checkpointing=config.gradient_checkpointing or None,
+                **{**TRAINER, **config.trainer},
+            )
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"trainer {dict(config.trainer)}: {one_line(error)}") from error
+    known = integration_utils.get_available_reporting_integrations()
+    for name in cast(list[str], arguments.report_to):
+        if name not in known:
+            allowed = ", ".join([*known, "none"])
+            raise ConfigError(f"trainer: report_to {name!r} is not installed. Known: {allowed}")
     if device.type != "cpu" and num_ranks() == 1:  # else the Trainer takes the first card
         vars(arguments)["_setup_devices"] = device
     arguments._n_gpu = min(arguments.n_gpu, 1)  # more GPUs are torchrun's, not DataParallel's

@@ -1,4 +1,4 @@
-"""Student and teacher look at a picture once: the tower runs for the student alone."""
+"""Run the vision tower once for student and teacher."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from slimvlm.training.teacher import equal_tensors
 def seeing_once(
     model: PreTrainedModel, teacher: PreTrainedModel, through_students_projector: bool = False
 ) -> Iterator[None]:
-    """Inside, the vision tower runs for the student alone, and the teacher gets its outputs.
+    """Run the vision tower for the student alone, and give the teacher its outputs.
 
     Each forward pass of the teacher must follow one of the student on the same batch. Where the
     towers differ, both run.
@@ -36,22 +36,24 @@ def seeing_once(
             for source, target in _tower_pairs(model, teacher):
                 stack.enter_context(_replayed(model, source, target))
         for path in family.projector if through_students_projector else ():
-            stack.enter_context(_lent(model, teacher, path))
+            parent, _, name = path.rpartition(".")
+            owner = teacher.get_submodule(parent)
+            stack.callback(setattr, owner, name, getattr(owner, name, None))
+            setattr(owner, name, getattr(model.get_submodule(parent), name, None))
         yield
 
 
 def _same_tower(model: PreTrainedModel, teacher: PreTrainedModel) -> bool:
-    """Whether both vision towers, but for projectors inside them, hold the same frozen values."""
+    """Check that both towers, but for projectors inside them, hold the same frozen values."""
     family = family_of(model.config.model_type)
-    towers = [
+    ours, theirs = (
         {
             name: parameter
             for name, parameter in whole.named_parameters()
             if name.startswith(f"{family.vision}.") and not name.startswith(family.projector)
         }
         for whole in (model, teacher)
-    ]
-    ours, theirs = towers
+    )
     return list(ours) == list(theirs) and all(
         not ours[name].requires_grad and equal_tensors(theirs[name], ours[name]) for name in ours
     )
@@ -60,7 +62,7 @@ def _same_tower(model: PreTrainedModel, teacher: PreTrainedModel) -> bool:
 def _tower_pairs(
     model: PreTrainedModel, teacher: PreTrainedModel
 ) -> Iterator[tuple[nn.Module | None, nn.Module]]:
-    """What the teacher need not compute: (the student's module, the teacher's in its place).
+    """List what the teacher need not compute: (the student's module, the teacher's in its place).
 
     The whole tower. If a projector sits inside it, the tower's blocks: the last one and those with
     a deepstack projector have a counterpart, the outputs of the others are never read.
@@ -83,7 +85,7 @@ def _tower_pairs(
 def _replayed(
     model: PreTrainedModel, source: nn.Module | None, target: nn.Module
 ) -> Iterator[None]:
-    """Inside, ``target`` gives the outputs of ``source``, call by call, or else its input."""
+    """Let ``target`` give the outputs of ``source``, call by call, or else its input."""
     if source is None:
         with replaced_forward(target, lambda hidden, *args, **kwargs: hidden):
             yield
@@ -100,16 +102,3 @@ def _replayed(
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _lent(model: PreTrainedModel, teacher: PreTrainedModel, path: str) -> Iterator[None]:
-    """Inside, a part of the student, a module or a parameter, stands in the teacher's place."""
-    parent, _, name = path.rpartition(".")
-    owner = teacher.get_submodule(parent)
-    theirs = getattr(owner, name, None)
-    try:
-        setattr(owner, name, getattr(model.get_submodule(parent), name, None))
-        yield
-    finally:
-        setattr(owner, name, theirs)

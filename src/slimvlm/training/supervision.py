@@ -1,4 +1,4 @@
-"""What the losses of a batch are measured against, gathered where the batch is put together.
+"""Batches of a training: the model's inputs, and what its losses are measured against.
 
 B sample, T token.
 """
@@ -21,30 +21,26 @@ from slimvlm.data.chat import encode_samples
 from slimvlm.data.samples import Sample
 from slimvlm.models.hidden import compared_positions
 from slimvlm.models.losses import label_counts
-from slimvlm.training.offline import OfflineTeacher
 
 SUPERVISION = "supervision"
-"""Its key in a batch, beside the model's inputs."""
+"""Key of the supervision in a batch."""
 LEAST_SHARED = 2**30
 """Bytes of free shared memory that batches from other processes need."""
 
 
 @dataclass(frozen=True)
 class Supervision:
-    """What the losses of a batch are measured against.
+    """Targets of a batch's losses.
 
     Attributes:
         ids: Names of the samples.
         labels: Tokens to predict.
         compared: Positions at which the student is compared with its teacher.
-        offline: An offline teacher's final hidden states at these positions, in their order; None
-            if there is no such teacher.
     """
 
     ids: tuple[str, ...]
     labels: Int[Tensor, "B T"]
     compared: Bool[Tensor, "B T"]
-    offline: Float[Tensor, "N D"] | None = None
 
     @property
     def counts(self) -> Float[Tensor, 2]:
@@ -52,52 +48,39 @@ class Supervision:
         return torch.stack([label_counts(self.labels).sum(), self.compared.sum()]).float()
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Supervision:
-        """The same on a device; Accelerate calls this as it does for tensors."""
-        return Supervision(
-            self.ids,
-            self.labels.to(device, non_blocking=non_blocking),
-            self.compared.to(device, non_blocking=non_blocking),
-            None if self.offline is None else self.offline.to(device, non_blocking=non_blocking),
+        """Move to a device; Accelerate calls this as it does for tensors."""
+        moved = (
+            each.to(device, non_blocking=non_blocking) for each in (self.labels, self.compared)
         )
+        return Supervision(self.ids, *moved)
 
     def pin_memory(self) -> Supervision:
-        """The same in pinned memory; DataLoader calls this as it does for tensors."""
-        offline = None if self.offline is None else self.offline.pin_memory()
-        return Supervision(self.ids, self.labels.pin_memory(), self.compared.pin_memory(), offline)
+        """Copy to pinned memory; DataLoader calls this as it does for tensors."""
+        return Supervision(self.ids, self.labels.pin_memory(), self.compared.pin_memory())
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Samples → a batch: the model's inputs and their `Supervision`.
+    """Encode samples as a batch: the model's inputs and their `Supervision`.
 
-    Attributes:
-        processor: The model's processor or tokenizer.
-        model_config: The model's configuration.
-        kd_on: Positions that distillation compares.
-        offline: The cache of an offline teacher, if there is one.
-        tokens: The teacher's number of each of the student's tokens, if that has fewer.
+    ``positions`` are those that distillation compares: ``answer``, ``text`` or ``all``.
     """
 
     processor: Any
     model_config: Any
-    kd_on: str
-    offline: OfflineTeacher | None = None
-    tokens: Int[Tensor, " V"] | None = None
+    positions: str
 
     def __call__(self, samples: list[Sample]) -> dict[str, Any]:
-        """The batch."""
+        """Encode and pad some samples."""
         inputs = encode_samples(self.processor, samples)
         labels = inputs.pop("labels")
-        compared = compared_positions(self.model_config, inputs, labels, self.kd_on)
-        said = None
-        if self.offline is not None:
-            said = self.offline.targets(samples, as_teacher_reads(inputs, self.tokens), compared)
+        compared = compared_positions(self.model_config, inputs, labels, self.positions)
         ids = tuple(sample.id for sample in samples)
-        return {**inputs, SUPERVISION: Supervision(ids, labels, compared, said)}
+        return {**inputs, SUPERVISION: Supervision(ids, labels, compared)}
 
 
 def num_workers(device: torch.device) -> int:
-    """How many processes put batches together while a device trains; 0: the training one does.
+    """Count the processes that put batches together while a device trains; 0 for none.
 
     At most four, and none for a CPU, which they would slow down. They are forked: where Python
     starts processes anew, they would read everything again. Batches come through shared memory,
@@ -109,13 +92,3 @@ def num_workers(device: torch.device) -> int:
     if shutil.disk_usage(shared).free < LEAST_SHARED * num_ranks():
         return 0
     return max(min(4, len(os.sched_getaffinity(0)) // num_ranks() - 1), 0)
-
-
-def as_teacher_reads(
-    inputs: dict[str, Tensor], tokens: Int[Tensor, " V"] | None
-) -> dict[str, Tensor]:
-    """A batch as the teacher reads it: its own numbers for the student's tokens."""
-    if tokens is None:
-        return inputs
-    ids = inputs["input_ids"]
-    return {**inputs, "input_ids": tokens.to(ids.device)[ids]}

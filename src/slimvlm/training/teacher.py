@@ -1,4 +1,4 @@
-"""A teacher that costs only what was pruned: the rest of its weights are the student's own.
+"""Share the student's frozen weights with its teacher, which then costs only what was pruned.
 
 A pruned student is its teacher with layers and units missing. So the teacher can read the
 student's frozen weights and needs memory for the missing ones alone. Adapters stand beside the
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from slimvlm.models.anatomy import channels_by_segment, read_anatomy
-from slimvlm.models.families import INPUT_COLUMNS, OUTPUT_ROWS, Projection
+from slimvlm.models.families import INPUT_COLUMNS, OUTPUT_ROWS
 from slimvlm.models.parts import family_of, projections
 from slimvlm.planning.mask import kept_units
 from slimvlm.planning.plan import Plan
@@ -27,7 +27,7 @@ from slimvlm.training.trainable import plain_model
 
 @dataclass(frozen=True)
 class Sharing:
-    """How much of a teacher is the student's memory.
+    """Count how much of a teacher is the student's memory.
 
     Attributes:
         shared_params: Parameters that the teacher reads from the student.
@@ -42,7 +42,7 @@ class Sharing:
     differing: tuple[str, ...] = ()
 
     def line(self) -> str:
-        """One line for people."""
+        """Summarise it in one line."""
         total = self.shared_params + self.own_params
         shares = f"the teacher shares {self.shared_params / total:.0%} of its weights"
         if not self.differing:
@@ -112,13 +112,11 @@ class JoinedColumns(nn.Module):
         return F.linear(kept, self.kept, self.bias) + F.linear(removed, self.removed)
 
 
-def why_not_shared(model: PreTrainedModel, teacher: PreTrainedModel, plan: Plan) -> str | None:
-    """Why a plan does not say how a model came from a teacher; None if it does."""
-    for name, whole, expected in (("teacher", teacher, plan.before), ("model", model, plan.after)):
-        found = read_anatomy(whole)
-        if (found.hidden_size, found.layers) != (expected.hidden_size, expected.layers):
-            return f"the model's plan is for another {name}"
-    return None
+def plan_fits(plan: Plan, model: PreTrainedModel, teacher: PreTrainedModel) -> bool:
+    """Check that a plan has the shapes of both, so that it says how one came from the other."""
+    pairs = ((teacher, plan.before), (model, plan.after))
+    shapes = ((read_anatomy(whole), expected) for whole, expected in pairs)
+    return all((a.hidden_size, a.layers) == (b.hidden_size, b.layers) for a, b in shapes)
 
 
 @torch.no_grad()
@@ -155,7 +153,7 @@ def share_(teacher: PreTrainedModel, trained: Any, plan: Plan) -> Sharing:
 
 
 def _frozen_tensors(student: PreTrainedModel, plan: Plan) -> dict[str, Tensor]:
-    """The student's frozen weights under the names that they have in the teacher."""
+    """List the student's frozen weights under the names that they have in the teacher."""
     prefix = f"{family_of(student.config.model_type).backbone}.layers."
     found = {}
     for name, parameter in student.named_parameters(remove_duplicate=False):
@@ -169,35 +167,6 @@ def _frozen_tensors(student: PreTrainedModel, plan: Plan) -> dict[str, Tensor]:
     return found
 
 
-@dataclass(frozen=True)
-class _Division:
-    """The channels of one matrix of the teacher, segment by segment: those kept, those removed."""
-
-    kept: list[Tensor]
-    removed: list[Tensor]
-
-    @classmethod
-    def of(cls, plan: Plan, index: int, projection: Projection, device: Any) -> _Division:
-        """As a plan divides a matrix of layer ``index``, which is on a device."""
-        shape = plan.before.layers[index]
-        units, _ = shape.block(projection.segments[0])
-        kept = kept_units(plan, index, projection)
-        removed = sorted({*range(units)} - {*kept})
-        both = (channels_by_segment(projection, shape, some) for some in (kept, removed))
-        return cls(*([part.to(device) for part in parts] for parts in both))
-
-    @property
-    def order(self) -> Tensor:
-        """The permutation that puts kept channels first within each segment."""
-        pairs = zip(self.kept, self.removed, strict=True)
-        return torch.cat([part for pair in pairs for part in pair])
-
-    @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """How many channels of each segment are kept and removed."""
-        return [(len(kept), len(lost)) for kept, lost in zip(self.kept, self.removed, strict=True)]
-
-
 def _share_cut_matrices(
     teacher: PreTrainedModel, plan: Plan, ours: dict[str, Tensor]
 ) -> Iterator[str]:
@@ -206,19 +175,41 @@ def _share_cut_matrices(
     for index, projection, linear in list(projections(teacher)):
         if index not in plan.layers:
             continue
-        division = _Division.of(plan, index, projection, linear.weight.device)
-        if not any(lost for _, lost in division.sizes):
+        dim, shape, device = projection.dim, plan.before.layers[index], linear.weight.device
+        units = kept_units(plan, index, projection)
+        lost = sorted({*range(shape.block(projection.segments[0])[0])} - {*units})
+        kept, removed = (
+            [part.to(device) for part in channels_by_segment(projection, shape, some)]
+            for some in (units, lost)
+        )
+        if not any(len(part) for part in removed):
             continue
+        keep, rest = torch.cat(kept), torch.cat(removed)
         path = f"{prefix}{index}.{projection.path}"
         weight = ours.pop(f"{path}.weight", None)
-        bias = ours.pop(f"{path}.bias", None) if projection.dim == OUTPUT_ROWS else None
-        if _is_kept_part(linear, projection.dim, torch.cat(division.kept), weight, bias):
-            assert weight is not None
-            teacher.set_submodule(path, _joined(linear, projection.dim, division, weight, bias))
+        bias = ours.pop(f"{path}.bias", None) if dim == OUTPUT_ROWS else None
+        their_bias = linear.bias if dim == OUTPUT_ROWS else None
+        if (
+            weight is not None
+            and equal_tensors(linear.weight.index_select(dim, keep), weight)
+            and (bias is None) == (their_bias is None)
+            and (bias is None or equal_tensors(linear.bias[keep], bias))
+        ):
+            others = linear.weight.index_select(dim, rest).to(weight.device)
+            joined: nn.Module
+            if dim == INPUT_COLUMNS:
+                joined = JoinedColumns(weight, others, linear.bias)
+            else:
+                rest_bias = None if bias is None else linear.bias[rest].to(weight.device)
+                sizes = [(len(k), len(r)) for k, r in zip(kept, removed, strict=True)]
+                joined = JoinedRows(weight, bias, others, rest_bias, sizes)
+            teacher.set_submodule(path, joined)
             continue
-        linear.weight.data = linear.weight.index_select(projection.dim, division.order)
-        if projection.dim == OUTPUT_ROWS and linear.bias is not None:
-            linear.bias.data = linear.bias[division.order]
+        pairs = zip(kept, removed, strict=True)
+        order = torch.cat([part for pair in pairs for part in pair])
+        linear.weight.data = linear.weight.index_select(dim, order)
+        if their_bias is not None:
+            linear.bias.data = linear.bias[order]
         if weight is not None:
             yield path
 
@@ -226,7 +217,10 @@ def _share_cut_matrices(
 def _share_whole_tensors(
     teacher: PreTrainedModel, ours: dict[str, Tensor], plan: Plan
 ) -> Iterator[str]:
-    """Rows of tokens stay the teacher's own where the student has fewer of them."""
+    """Share tensors that no unit is cut from; yields those of the student that differ.
+
+    Rows of tokens stay the teacher's own where the student has fewer of them.
+    """
     family = plan.before.family
     apart = () if plan.tokens is None else (f"{family.backbone}.embed_tokens.", f"{family.head}.")
     for name, parameter in teacher.named_parameters():
@@ -238,31 +232,8 @@ def _share_whole_tensors(
             yield name
 
 
-def _is_kept_part(
-    linear: nn.Linear, dim: int, keep: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> bool:
-    """Whether a student's frozen weight and bias are the kept channels of the teacher's."""
-    if weight is None or not equal_tensors(linear.weight.index_select(dim, keep), weight):
-        return False
-    if dim == INPUT_COLUMNS or linear.bias is None:
-        return bias is None
-    return bias is not None and equal_tensors(linear.bias[keep], bias)
-
-
-def _joined(
-    linear: nn.Linear, dim: int, division: _Division, weight: Tensor, bias: Tensor | None
-) -> nn.Module:
-    """A teacher's matrix as the student's part and a copy of the rest."""
-    lost = torch.cat(division.removed)
-    removed = linear.weight.index_select(dim, lost).to(weight.device)
-    if dim == INPUT_COLUMNS:
-        return JoinedColumns(weight, removed, linear.bias)
-    removed_bias = None if linear.bias is None else linear.bias[lost].to(weight.device)
-    return JoinedRows(weight, bias, removed, removed_bias, division.sizes)
-
-
 def equal_tensors(theirs: Tensor, ours: Tensor) -> bool:
-    """Whether two tensors have the same shape, data type and values; they may lie apart."""
+    """Compare shape, data type and values of two tensors, which may be on different devices."""
     same_kind = theirs.shape == ours.shape and theirs.dtype == ours.dtype
     return same_kind and torch.equal(theirs.to(ours.device), ours)
 

@@ -1,4 +1,4 @@
-"""Choose what learns: the projector, LoRA on the backbone, or everything but the tower."""
+"""Choose what learns (projector, LoRA, everything but the tower), and in which data types."""
 
 from __future__ import annotations
 
@@ -13,33 +13,36 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 
-from slimvlm.core.errors import ConfigError
+from slimvlm.core.errors import ConfigError, one_line
 from slimvlm.core.files import write_text
 from slimvlm.core.options import RecoverConfig
 from slimvlm.models.hidden import is_sharded, placement_of
-from slimvlm.models.parts import backbone_of, family_of, matrices, parameters_below, part_at
+from slimvlm.models.parts import (
+    backbone_of,
+    family_of,
+    matrices,
+    parameters_below,
+    part_at,
+    text_config_of,
+)
+
+LORA: dict[str, Any] = {"lora_alpha": 128, "lora_dropout": 0.05}
+"""What `RecoverConfig.lora` changes, besides the target modules: all matrices of the backbone."""
 
 
 def prepare_training(model: PreTrainedModel, config: RecoverConfig) -> Any:
-    """Freeze a model but for what learns.
-
-    Args:
-        model: Its flags are set in place.
-        config: ``train`` says what learns, ``lora_*`` how.
+    """Freeze a model but for what learns, and hold that in float32.
 
     Returns:
         The model to train: the same object, or PEFT's wrapper around it.
-
-    Raises:
-        ConfigError: If ``projector`` is asked of a model that has none.
     """
     family = family_of(model.config.model_type)
     model.requires_grad_(False)
     if config.train == "projector" and not family.projector:
         raise ConfigError(f"train 'projector': {model.config.model_type!r} has no projector")
-    trained = model
+    trained: Any = model
     if config.train == "lora":
         trained = _with_lora(model, config)
     if config.train == "full":
@@ -51,18 +54,84 @@ def prepare_training(model: PreTrainedModel, config: RecoverConfig) -> Any:
     for path in family.projector:
         for parameter in parameters_below(model, path):
             parameter.requires_grad_(True)
+    placement_of(model).hold_in_(torch.float32, learning_only=True)
     return trained
+
+
+def _with_lora(model: PreTrainedModel, config: RecoverConfig) -> Any:
+    import peft
+
+    row = backbone_of(model.config)
+    names = "|".join(re.escape(p.path) for p in (*row.attention, *row.mlp))
+    backbone = re.escape(family_of(model.config.model_type).backbone)
+    options = {**LORA, "target_modules": rf"{backbone}\.layers\.\d+\.({names})", **config.lora}
+    has_experts = any(matrix.is_of_experts for _, matrix in matrices(model))
+    if has_experts and not config.lora.keys() & {"target_modules", "lora_dropout"}:
+        options["lora_dropout"] = 0.0  # PEFT has no dropout before weights of experts
+    try:
+        with old_names_allowed():
+            return peft.get_peft_model(model, peft.LoraConfig(r=config.lora_rank, **options))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"lora {dict(config.lora)}: {one_line(error)}") from error
+
+
+@contextmanager
+def old_names_allowed() -> Iterator[None]:
+    """Allow the name of checkpointing that all supported versions of transformers know."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)
+        yield
+
+
+@contextmanager
+def training_precision(
+    model: PreTrainedModel, teacher: PreTrainedModel | None, device: torch.device, autocast: bool
+) -> Iterator[None]:
+    """Hold models as training computes with them; the student's data types come back.
+
+    Small steps vanish in half precision. So what learns is held in float32
+    (`prepare_training`), and so is everything else, unless autocast
+    computes in bfloat16 and the rest can stay as it was read. Shards keep their data type, and so
+    does the teacher. The student moves to the device.
+    """
+    models = [model, *([] if teacher is None else [teacher])]
+    dtype = model.dtype
+    placement_of(model).move_(device)
+    # the Trainer turns the cache off in the configuration; generation wants it back
+    caches = [(c, vars(c).get("use_cache")) for c in (model.config, text_config_of(model.config))]
+    # on a CPU in bfloat16, attention in separate steps took two thirds of SDPA's time
+    is_eager = autocast and model.device.type == "cpu"
+    attention = [(each, each.config._attn_implementation) for each in models if is_eager]
+    try:
+        for each, _ in attention:
+            each.set_attn_implementation("eager")
+        for each in [] if autocast else models:
+            placement_of(each).hold_in_(torch.float32)
+        yield
+    finally:
+        for each, name in attention:
+            each.set_attn_implementation(name)
+        for config, value in caches:
+            vars(config).pop("use_cache", None)
+            if value is not None:
+                config.use_cache = value
+    if not autocast:
+        placement_of(model).hold_in_(dtype)
+
+
+def without_autocast(trainer: Trainer) -> Any:
+    """Return the trained model with its own forward, which Accelerate had wrapped in autocast."""
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    vars(model).pop("forward", None)
+    return model
 
 
 @contextmanager
 def projector_in_every_graph(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the loss of a batch without pictures depends on the projector, too: by nothing.
+    """Add zero times the projector's weights, so that text-only batches give it a gradient.
 
     Else such a batch would have no gradient at all where only the projector learns, and processes
-    that train together would wait for each other's.
-
-    Args:
-        model: From `plain_model`, after `prepare_training`.
+    that train together (DDP) would wait for each other's.
     """
     paths = family_of(model.config.model_type).projector
     if is_sharded(model):  # sees pictures always, or never
@@ -83,14 +152,11 @@ def projector_in_every_graph(model: PreTrainedModel) -> Iterator[None]:
 
 
 def merge(trained: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """The plain model behind a trained one: LoRA added into its weights, nothing frozen.
+    """Return the plain model behind a trained one: LoRA added into its weights, nothing frozen.
 
     Flags matter for speed: torch 2.13 runs ``lm_head`` over a slice of hidden states several times
-    slower while its weight is frozen, since it then copies the weight for each sample.
-
-    Args:
-        trained: From `prepare_training`.
-        dtype: Data type that the model had before; what learned in float32 goes back to it.
+    slower while its weight is frozen, since it then copies the weight for each sample. What learned
+    in float32 goes back to ``dtype``.
     """
     placement = placement_of(plain_model(trained))
     plain: PreTrainedModel = placement.merge_lora(trained) if _is_peft(trained) else trained
@@ -99,11 +165,7 @@ def merge(trained: Any, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def require_adapter_holds_all(model: PreTrainedModel) -> None:
-    """Check that an adapter can hold all that learns: LoRA matrices and modules.
-
-    Raises:
-        ConfigError: If the projector has a parameter outside any module of its own.
-    """
+    """Refuse a projector with a parameter outside its modules, which no adapter can hold."""
     for path in family_of(model.config.model_type).projector:
         if isinstance(part_at(model, path), nn.Parameter):
             raise ConfigError(f"keep_adapter: an adapter cannot hold the parameter {path!r}")
@@ -112,12 +174,8 @@ def require_adapter_holds_all(model: PreTrainedModel) -> None:
 def save_adapter(trained: Any, folder: str | Path, dtype: torch.dtype) -> None:
     """Write what learned as a PEFT adapter: on the pruned model it gives the merged one.
 
-    The projector, which learns without LoRA, is stored whole, as PEFT's ``modules_to_save``.
-
-    Args:
-        trained: From `prepare_training` with ``train="lora"``, not yet merged.
-        folder: The new adapter folder.
-        dtype: Data type that the projector will have in the merged model.
+    The projector, which learns without LoRA, is stored whole, as PEFT's ``modules_to_save``, in the
+    data type that it will have in the merged model.
     """
     from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
@@ -129,8 +187,8 @@ def save_adapter(trained: Any, folder: str | Path, dtype: torch.dtype) -> None:
         part = part_at(model, path)
         if not isinstance(part, nn.Module):
             continue
-        whole += [f"{path}.{n}" for n, _ in part.named_children()] * isinstance(part, nn.ModuleList)
-        whole += [path] * (not isinstance(part, nn.ModuleList))
+        is_list = isinstance(part, nn.ModuleList)
+        whole += [f"{path}.{name}" for name, _ in part.named_children()] if is_list else [path]
         for name, value in part.state_dict().items():
             weights[f"base_model.model.{path}.{name}"] = value.to(dtype).contiguous()
     save_file(weights, folder / SAFETENSORS_WEIGHTS_NAME)
@@ -140,54 +198,9 @@ def save_adapter(trained: Any, folder: str | Path, dtype: torch.dtype) -> None:
 
 
 def plain_model(trained: Any) -> PreTrainedModel:
-    """The transformers model inside a trained one, LoRA still beside its weights."""
+    """Return the transformers model inside a trained one, LoRA still beside its weights."""
     model: PreTrainedModel = trained.get_base_model() if _is_peft(trained) else trained
     return model
-
-
-def lora_targets(model: PreTrainedModel, wanted: str = ".*") -> str:
-    """A regular expression that matches matrices of the backbone and nothing else.
-
-    Args:
-        model: The model.
-        wanted: A regular expression of a matrix's whole name in its layer; by default all.
-
-    Raises:
-        ConfigError: If it matches none of them.
-    """
-    family, row = family_of(model.config.model_type), backbone_of(model.config)
-    names = [p.path for p in (*row.attention, *row.mlp)]
-    chosen = [name for name in names if re.fullmatch(wanted, name)]
-    if not chosen:
-        raise ConfigError(f"lora_targets {wanted!r} matches none of: {', '.join(names)}")
-    return rf"{re.escape(family.backbone)}\.layers\.\d+\.({'|'.join(map(re.escape, chosen))})"
-
-
-def _with_lora(model: PreTrainedModel, config: RecoverConfig) -> Any:
-    import peft
-
-    lora = peft.LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=0.0 if _experts_learn(model, config) else config.lora_dropout,
-        target_modules=lora_targets(model, config.lora_targets),
-    )
-    with by_old_names():
-        return peft.get_peft_model(model, lora)
-
-
-@contextmanager
-def by_old_names() -> Iterator[None]:
-    """Inside, checkpointing may have the name that all supported versions of transformers know."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)
-        yield
-
-
-def _experts_learn(model: PreTrainedModel, config: RecoverConfig) -> bool:
-    """Whether weights of experts get LoRA, before which PEFT has no dropout."""
-    of_experts = [m.projection.path for _, m in matrices(model) if m.is_of_experts]
-    return any(re.fullmatch(config.lora_targets, path) for path in of_experts)
 
 
 def _is_peft(model: Any) -> bool:

@@ -18,8 +18,8 @@ from tests import tiny_folder as folders
 VOLATILE = ("prefill_ms", "decode_ms", *(f"seconds_{kind}" for kind in STAGE_KINDS))
 """Columns of a results table that differ between two runs of the same study."""
 RECOVER = {
-    **{"max_steps": 2, "batch_size": 2, "lora_rank": 4, "lora_alpha": 8},
-    **{"learning_rate": 5e-3, "bf16": False, "save_steps": 1},
+    **{"max_steps": 2, "batch_size": 2, "lora_rank": 4, "lora": {"lora_alpha": 8}},
+    **{"learning_rate": 5e-3, "bf16": False, "trainer": {"save_steps": 1}},
 }
 RECOVERIES = {
     "sft": {"train": "lora", "loss": "sft"},

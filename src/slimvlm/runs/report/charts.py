@@ -116,25 +116,21 @@ def _ratio_chart(shown: Sequence[Entry]) -> Chart:
 
 @rc_context(STYLE)
 def loss_curves(training: Training) -> list[Chart]:
-    """A chart for each component of the loss; dashed: on held-out samples."""
+    """Draw a chart for each component of the loss."""
     names = [name for name in training.steps[0] if name.startswith("loss")]
     return [chart for name in names if (chart := _loss_curve(training, name)) is not None]
 
 
 def _loss_curve(training: Training, name: str) -> Chart | None:
     rows = [(row["step"], row[name]) for row in training.steps if name in row]
-    held_out = [(r["step"], r[f"eval_{name}"]) for r in training.evaluations if f"eval_{name}" in r]
     if len(rows) < 2:
         return None
     title = "Sum of the losses" if name == "loss" else name.removeprefix("loss_")
     chart = _chart(title, "step", "loss")
     _line(chart, rows, "training", "training samples", "depth")
-    if held_out:
-        _line(chart, held_out, "held-out", "held-out samples", "width", linestyle="--")
-    everything = rows + held_out
-    if len(everything) <= _MANY:
-        texts = [f"step {step:g}: {value:.4g}" for step, value in everything]
-        xs, ys = zip(*everything, strict=True)
+    if len(rows) <= _MANY:
+        texts = [f"step {step:g}: {value:.4g}" for step, value in rows]
+        xs, ys = zip(*rows, strict=True)
         dots = chart.axes.scatter(xs, ys, s=12, color=COLOURS["ink"])
         chart.say(dots, Marks("tiny", texts))
     chart.axes.set_ylim(bottom=0)

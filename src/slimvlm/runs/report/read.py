@@ -456,7 +456,7 @@ def _training(path: Path, title: str) -> list[Training]:
         f"{history.num_samples} conversations; {millions:.1f} M parameters learned; "
         f"teacher: {history.teacher}"
     )
-    return [Training(title, history.steps, history.evaluations, about)]
+    return [Training(title, history.steps, about)]
 
 
 def _compared(original: Result, other: Result, config: Mapping[str, Any]) -> Comparison:

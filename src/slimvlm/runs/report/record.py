@@ -86,11 +86,10 @@ class Pruning:
 
 @dataclass(frozen=True)
 class Training:
-    """Log rows of a recovery: step and losses; ``evaluations`` are of held-out samples."""
+    """Log rows of a recovery: step and losses."""
 
     title: str
     steps: Sequence[Mapping[str, float]]
-    evaluations: Sequence[Mapping[str, float]] = ()
     about: str = ""
 
 

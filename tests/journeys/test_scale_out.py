@@ -25,9 +25,8 @@ ROOT = Path(__file__).parents[2]
 AFTER_ADAM = Tolerance(torch.float32, 1e-4, 1e-3)
 """Weights after AdamW, whose first steps turn rounding of tiny gradients into real moves."""
 OPTIONS = (
-    *("--loss", "sft+hidden+kl", "--kd-on", "text", "--logging-steps", "1"),
-    *("--lora-rank", "4", "--lora-alpha", "8", "--lora-dropout", "0", "--learning-rate", "5e-3"),
-    *("--bf16", "False"),
+    *("--loss", "sft+hidden+kl", "--lora-rank", "4", "--learning-rate", "5e-3", "--bf16", "False"),
+    *("--trainer", '{"logging_steps": 1}', "--lora", '{"lora_alpha": 8, "lora_dropout": 0}'),
 )
 
 
