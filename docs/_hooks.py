@@ -67,7 +67,7 @@ def command_line_page() -> str:
 
     parts = [
         "# Command line",
-        "What `--help-all` prints, taken from the code when this page was built.",
+        "What `--help` prints, taken from the code when this page was built.",
     ]
     parts.append(f"```text\n{_help([])}```")
     parts += [f"## {verb}\n\n```text\n{_help([verb])}```" for verb in VERBS]
@@ -80,7 +80,7 @@ def _help(arguments: list[str]) -> str:
     os.environ["COLUMNS"] = "100"
     printed = io.StringIO()
     with redirect_stdout(printed), suppress(SystemExit):
-        main([*arguments, "--help-all" if arguments else "--help"])
+        main([*arguments, "--help"])
     return re.sub(r"\x1b\[[0-9;]*m", "", printed.getvalue()).strip() + "\n"
 
 

@@ -265,7 +265,7 @@ class Plan:
         Raises:
             ConfigError: If it is not a plan, or names units that do not exist.
         """
-        file = built(_PlanFile, values, where)
+        file = built(PlanFile, values, where)
         before = file.before
         if before.model_type not in FAMILIES or before.text_type not in BACKBONES:
             raise ConfigError(
@@ -295,7 +295,7 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _PlanFile:
+class PlanFile:
     """What `Plan.save` writes."""
 
     format: Literal["slimvlm-plan/1"]

@@ -1,0 +1,78 @@
+"""The JSON Schemas in docs are those of the classes, and say what the readers say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+import yaml
+
+import slimvlm as sv
+from slimvlm.core.errors import ConfigError
+from slimvlm.core.options import CompressConfig, RecoverConfig
+from slimvlm.runs.command import config_text, read_config
+from slimvlm.runs.study.config import read_study
+from slimvlm_tools.schemas import schemas
+from tests import tiny
+
+ROOT = Path(__file__).parents[2]
+FULL = CompressConfig(ratio=0.3, units=("neuron",), data="d", recover=RecoverConfig(train="full"))
+
+
+def accepts(name: str, values: Any) -> bool:
+    """Whether a schema allows some values."""
+    return jsonschema.Draft202012Validator(schemas()[name]).is_valid(values)
+
+
+@pytest.mark.parametrize("name", ["run", "study", "plan"])
+def test_docs_hold_the_schemas_of_the_classes(name: str) -> None:
+    """`python -m slimvlm_tools.schemas docs/schemas` writes them again."""
+    written = json.loads((ROOT / "docs" / "schemas" / f"{name}.schema.json").read_text())
+    assert written == schemas()[name]
+
+
+@pytest.mark.parametrize("study", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_study_fits(study: Path) -> None:
+    values = yaml.safe_load(study.read_text())
+    read_study(study)
+    assert accepts("study", values)
+    assert not accepts("study", {**values, "colour": "red"})
+
+
+@pytest.mark.parametrize(
+    ("values", "is_allowed"),
+    [
+        ({"ratio": 0.3}, True),
+        ({"units": "neuron"}, True),
+        ({"recover": "none"}, True),
+        ({"recover": {"train": "lora", "loss": "sft"}}, True),
+        ({"ratio": "much"}, False),
+        ({"ratoi": 0.3}, False),
+        ({"recover": {"train": "half"}}, False),
+        ({"units": ["head"]}, False),
+    ],
+)
+def test_the_schema_of_a_run_agrees_with_the_reader(
+    values: dict[str, Any], is_allowed: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"model": "m", **values}))
+    assert accepts("run", {"model": "m", **values}) == is_allowed
+    if is_allowed:
+        read_config(path)
+    else:
+        with pytest.raises(ConfigError):
+            read_config(path)
+
+
+def test_a_written_run_and_a_written_plan_fit() -> None:
+    assert accepts("run", yaml.safe_load(config_text("m", FULL)))
+    anatomy = sv.anatomy(tiny.build("llava-llama"))
+    scores = sv.Scores("mine", layer=torch.arange(len(anatomy.layers)).float())
+    plan = json.loads(json.dumps(sv.make_plan(anatomy, scores, ratio=0.3, axis="depth").to_dict()))
+    assert accepts("plan", plan)
+    assert not accepts("plan", {**plan, "layers": "all"})
