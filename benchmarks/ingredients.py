@@ -34,7 +34,7 @@ import slimvlm as sv
 from retention import spread
 from slimvlm.core.files import write_text
 from slimvlm.data.samples import Sample
-from slimvlm.evaluation.on_data import said_by
+from slimvlm.evaluation.predictions import predictions_of
 from slimvlm.evaluation.results import Result
 from slimvlm.models.load import computes_bfloat16, default_device
 from slimvlm.planning.plan import Plan
@@ -160,8 +160,8 @@ class Sitting:
 
     def _judged(self, model: Any, processor: Any) -> dict[str, float]:
         original, _ = sv.load(MODEL, self.dtype)
-        said = said_by(original, processor, self.unseen)
-        apart = sv.evaluate_data(model, processor, self.unseen, said).figures.divergence
+        kept = predictions_of(original, processor, self.unseen)
+        apart = sv.evaluate_data(model, processor, self.unseen, kept).figures.divergence
         result = sv.evaluate(model, processor, "demo", self.options.limit)
         text = math.log(result.tasks["text_ppl"].score)
         return {"kl": apart.value, "avg": result.average, "text": text}

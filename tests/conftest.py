@@ -54,10 +54,10 @@ def _seeded() -> None:
 @pytest.fixture(scope="module")
 def unhurried() -> Iterator[None]:
     """Times are not measured, which takes longer than the tiny models' answers."""
-    from slimvlm.evaluation import paired
-    from slimvlm.evaluation.measure import Timing
+    from slimvlm.evaluation import timing
+    from slimvlm.evaluation.timing import Timing
 
     runs = [Timing(2.0, (1.0,)), Timing(2.5, (1.0,))]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paired, "timed_runs", lambda models, *_: [runs for _ in models])
+        patch.setattr(timing, "timed_runs", lambda models, *_: [runs for _ in models])
         yield

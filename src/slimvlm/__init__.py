@@ -18,7 +18,7 @@ _HOME = {
     "Anatomy": "models.anatomy",
     "CRITERIA": "scoring.criteria",
     "CompressConfig": "core.options",
-    "DataResult": "evaluation.data_result",
+    "DataResult": "evaluation.on_data",
     "History": "training.recover",
     "Plan": "planning.plan",
     "PruneConfig": "core.options",

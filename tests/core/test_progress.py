@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slimvlm.core.progress import LOG_EVERY, LoggedStage, duration, progress, without_bars
+from slimvlm.core.progress import (
+    LOG_EVERY,
+    LoggedStage,
+    current_stage,
+    duration,
+    progress,
+    steps,
+    without_bars,
+)
 
 
 class Clock:
@@ -23,15 +31,16 @@ class Clock:
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=40))
-def test_a_log_has_a_first_line_a_last_one_and_few_between(seconds: list[float]) -> None:
+def test_a_log_has_one_line_a_stage_and_one_every_half_minute(seconds: list[float]) -> None:
     clock, told = Clock(), []
     for taken in progress(seconds, "work", lambda line: told.append((clock.now, line)), clock):
         clock.now += taken
     total = len(seconds)
-    (begin, first), *between, (end, last) = told
-    assert (begin, first) == (1000.0, f"work: 0 of {total}")
+    *between, (end, last) = told
     assert (end, last) == (clock.now, f"work: {total} of {total} in {duration(sum(seconds))}")
-    times = [begin, *(time for time, _ in between)]
+    if sum(seconds) < LOG_EVERY:
+        assert not between
+    times = [1000.0, *(time for time, _ in between)]
     assert all(later - earlier >= LOG_EVERY for earlier, later in pairwise(times))
     silence = max(later - earlier for earlier, later in pairwise([*times, end]))
     assert silence < LOG_EVERY + max(seconds) + 1e-6
@@ -49,7 +58,6 @@ def test_the_time_left_is_what_the_rest_takes_at_the_pace_so_far() -> None:
     clock.now += 60
     stage.end()
     assert told == [
-        "train: 4 of 10",
         "train: 7 of 10, 60 s left, loss 1",
         "train: 10 of 10 in 2 min",
     ]
@@ -62,7 +70,23 @@ def test_a_stage_that_is_left_early_does_not_say_that_it_is_done() -> None:
             break
     with pytest.raises(ZeroDivisionError):
         [1 / (4 - item) for item in progress(range(5), "more", told.append, Clock())]
-    assert told == ["work: 0 of 5", "more: 0 of 5"]
+    assert told == []
+
+
+def test_parts_of_a_stage_share_its_lines() -> None:
+    clock, told, names = Clock(), list[str](), list[str]()
+    with steps("evaluate", 2, told.append, clock) as reached:
+        for number, name in enumerate(("first", "second")):
+            for _ in progress("abcd", name, reached=lambda share, n=number: reached(n + share)):
+                names.append(current_stage())
+                clock.now += 12
+        assert current_stage() == "evaluate"
+    assert names == ["first"] * 4 + ["second"] * 4
+    assert told == [
+        "evaluate: 0 of 2, 60 s left",  # three eighths in 36 s
+        "evaluate: 1 of 2, 24 s left",
+        "evaluate: 2 of 2 in 2 min",
+    ]
 
 
 def test_nothing_to_do_is_nothing_to_say() -> None:
@@ -78,7 +102,7 @@ def test_a_log_goes_to_stderr_as_plain_lines(
     assert list(progress("ab", "work")) == ["a", "b"]
     out, err = capsys.readouterr()
     assert out == ""
-    assert err == "work: 0 of 2\nwork: 2 of 2 in 0 s\n"
+    assert err == "work: 2 of 2 in 0 s\n"
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])

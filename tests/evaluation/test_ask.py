@@ -354,9 +354,7 @@ def test_a_stopped_evaluation_asks_only_the_rest(
     assert len(asked) == 9
     assert not set(first) & set(asked[:5])
     assert sorted(first + asked[:5]) == [f"q{i}" for i in range(9)]
-    monkeypatch.setattr(
-        evaluation.losses, "token_cross_entropy", None
-    )  # passages are not read again
+    monkeypatch.setattr(evaluation, "answer_losses", None)  # passages are not read again
     asked, budget = [], 99
     assert evaluate(*llava, tasks, batch_size=2, log_folder=tmp_path) == whole
     assert len(asked) == 2

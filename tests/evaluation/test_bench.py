@@ -12,9 +12,9 @@ from torch import nn
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import Workload
 from slimvlm.evaluation import bench as speed
-from slimvlm.evaluation import measure
+from slimvlm.evaluation import timing
 from slimvlm.evaluation.bench import bench, bench_rows
-from slimvlm.evaluation.measure import PeakMemory, Timing, stored_bytes, timed_run, timed_runs
+from slimvlm.evaluation.timing import PeakMemory, Timing, stored_bytes, timed_run, timed_runs
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.cost import weight_bytes
 from slimvlm.pruning.cut import prune_
@@ -50,7 +50,7 @@ def test_models_take_turns_forwards_and_backwards(
         order.append((models.index(model), new_tokens))
         return Timing(1.0, (1.0,))
 
-    monkeypatch.setattr(measure, "timed_run", record)
+    monkeypatch.setattr(timing, "timed_run", record)
     runs = timed_runs(models, [{}, {}], 7, 3)
     assert order == [(0, 2), (1, 2), *((index, 7) for index in (0, 1, 1, 0, 0, 1))]
     assert [len(its) for its in runs] == [3, 3]

@@ -15,9 +15,8 @@ import slimvlm as sv
 from slimvlm.core.errors import ConfigError, DataError, NumericalError
 from slimvlm.data.chat import encode_samples
 from slimvlm.data.samples import Sample
-from slimvlm.evaluation.data_result import DataResult
-from slimvlm.evaluation.on_data import evaluate_data, said_by
-from slimvlm.evaluation.said import Said
+from slimvlm.evaluation.on_data import DataResult, evaluate_data
+from slimvlm.evaluation.predictions import Predictions, predictions_of
 from slimvlm.models.hidden import head_weights_of
 from slimvlm.models.load import load
 from tests import tiny_folder as folders
@@ -93,12 +92,12 @@ def test_a_model_differs_in_nothing_from_itself(pair: Any) -> None:
     assert figures.divergence.value == 0
 
 
-def test_what_a_model_said_can_be_kept_in_a_file(pair: Any, tmp_path: Path) -> None:
+def test_predictions_survive_their_file(pair: Any, tmp_path: Path) -> None:
     model, other, processor = pair
     samples = samples_for(processor)
-    said = said_by(other, processor, samples, head=head_weights_of(other), name="other")
-    said.save(tmp_path / "said.safetensors")
-    kept = Said.load(tmp_path / "said.safetensors")
+    head = head_weights_of(other)
+    predictions_of(other, processor, samples, head=head, name="other").save(tmp_path / "said")
+    kept = Predictions.load(tmp_path / "said")
     live, read = (evaluate_data(model, processor, samples, base) for base in (other, kept))
     assert read.baseline == "other"
     assert read.samples == live.samples
@@ -172,7 +171,7 @@ def test_what_cannot_be_evaluated_is_said(pair: Any) -> None:
     with pytest.raises(ConfigError, match="not both"):
         evaluate_data(model, processor, [*samples, "text"])
     with pytest.raises(ConfigError, match="3 samples"):
-        evaluate_data(model, processor, samples, said_by(other, processor, samples[:3]))
+        evaluate_data(model, processor, samples, predictions_of(other, processor, samples[:3]))
 
 
 def test_what_is_no_number_stops_it(pair: Any) -> None:

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from slimvlm.core.errors import ConfigError
-from slimvlm.evaluation import measure, paired
-from slimvlm.evaluation.measure import Timing
-from slimvlm.evaluation.paired import PairedTimes, paired_times, plain_question, times_of
+from slimvlm.evaluation import timing
+from slimvlm.evaluation.timing import PairedTimes, Timing, paired_times, plain_question, times_of
 from slimvlm.models import cost
 from slimvlm.models.cost import free_memory
 from slimvlm.models.load import load
@@ -32,7 +31,7 @@ def slowing(monkeypatch: pytest.MonkeyPatch, speeds: dict[int, float]) -> list[i
         slowness = 1.5 ** ((len(order) - 1) // 2)
         return Timing(slowness * speeds[id(model)], (slowness,))
 
-    monkeypatch.setattr(measure, "timed_run", timed)
+    monkeypatch.setattr(timing, "timed_run", timed)
     return order
 
 
@@ -61,7 +60,7 @@ def test_times_by_themselves_lie_within_their_runs(llava: tuple[Any, Any]) -> No
 
 def test_times_survive_the_disk(llava: tuple[Any, Any], unhurried: None, tmp_path: Path) -> None:
     found = paired_times(*llava, *llava)
-    assert found.prefill == paired.Share(1, 1, 1)
+    assert found.prefill == timing.Share(1, 1, 1)
     found.save(tmp_path / "times.json")
     assert PairedTimes.load(tmp_path / "times.json") == found
     assert str(found) == (

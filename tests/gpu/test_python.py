@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 import slimvlm as sv
-from slimvlm.evaluation.on_data import alone, names_of, said_by
-from slimvlm.evaluation.said import Said
+from slimvlm.evaluation.on_data import names_of, single_result
+from slimvlm.evaluation.predictions import Predictions, predictions_of
 from slimvlm.models.hidden import HeadWeights, head_of, head_weights_of, hidden_states
 from slimvlm.models.load import load
 from slimvlm.models.losses import CHUNK, rows_at_once
@@ -162,7 +162,7 @@ def test_evaluate_data(baseline: str, pair: Any, card: torch.device) -> None:
     beside: Any = {"card": theirs, "cpu": other}.get(baseline)
     if beside is None:
         head = head_weights_of(theirs) if baseline == "kept with its head" else None
-        beside = said_by(theirs, processor, samples, head=head)
+        beside = predictions_of(theirs, processor, samples, head=head)
         assert {each.device.type for each in (*beside.states, *beside.wanted)} == {"cpu"}
     expected = sv.evaluate_data(model, processor, samples, other, batch_size=2)
     found = sv.evaluate_data(there, processor, samples, beside, batch_size=2)
@@ -193,18 +193,18 @@ def test_what_was_said_lies_on_the_cpu_and_its_head_moves_once(
     model, other, processor = pair
     samples = folders.short_samples(5)
     there = copy.deepcopy(other).to(card)
-    said = said_by(there, processor, samples, head=head_weights_of(there))
+    said = predictions_of(there, processor, samples, head=head_weights_of(there))
     assert isinstance(said.head, HeadWeights)
     assert said.head.weight.device.type == "cpu"
     said.save(tmp_path / "said")
     smaller = copy.deepcopy(model).to(card)
-    for kept in (said, Said.load(tmp_path / "said")):
+    for kept in (said, Predictions.load(tmp_path / "said")):
         with _HeadsMoved(said.head.weight.shape) as seen:
             sv.evaluate_data(smaller, processor, samples, kept, batch_size=1)
         assert seen.count == 1
         expected = sv.evaluate_data(other, processor, samples).samples
         for device in (torch.device("cpu"), card):
-            found = alone(kept, names_of(samples), device).samples
+            found = single_result(kept, names_of(samples), device).samples
             assert [s.loss for s in found] == pytest.approx([s.loss for s in expected], rel=1e-4)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from slimvlm import cli
 from slimvlm.core.options import DIVERGENCES
-from slimvlm.evaluation.data_result import DataResult
+from slimvlm.evaluation.on_data import DataResult
 from slimvlm.evaluation.results import Result
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.save import PLAN_FILE

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from slimvlm.core.errors import ConfigError, SlimError
 from slimvlm.core.options import CompressConfig, PruneConfig, RecoverConfig
-from slimvlm.evaluation.data_result import DataResult
+from slimvlm.evaluation.on_data import DataResult
 from slimvlm.evaluation.results import Result
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.load import load

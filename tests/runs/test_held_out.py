@@ -20,8 +20,7 @@ from slimvlm.core.options import (
 from slimvlm.core.progress import silent
 from slimvlm.data.read import load_samples
 from slimvlm.data.samples import Sample
-from slimvlm.evaluation.data_result import DataResult
-from slimvlm.evaluation.on_data import evaluate_data
+from slimvlm.evaluation.on_data import DataResult, evaluate_data
 from slimvlm.models.load import load
 from slimvlm.runs.compress import STAGES, compress
 from slimvlm.runs.held_out import read_held_out

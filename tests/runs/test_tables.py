@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from slimvlm.evaluation.data_result import DataResult, OnSample
+from slimvlm.evaluation.on_data import DataResult, OnSample
 from slimvlm.evaluation.results import Result, TaskResult
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.load import anatomy

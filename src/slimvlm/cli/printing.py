@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
     from slimvlm.evaluation.bench import Bench
     from slimvlm.evaluation.compare import Comparison
-    from slimvlm.evaluation.data_result import DataResult
-    from slimvlm.evaluation.paired import PairedTimes
+    from slimvlm.evaluation.on_data import DataResult
     from slimvlm.evaluation.results import Result
+    from slimvlm.evaluation.timing import PairedTimes
     from slimvlm.planning.plan import Plan
     from slimvlm.runs.advise import Advice
     from slimvlm.runs.dry_run import Foreseen

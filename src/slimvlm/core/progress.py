@@ -1,14 +1,13 @@
-"""How far something is: lines for whoever is told, bars on stderr where somebody watches.
+"""Show progress: bars in a terminal, lines in a log.
 
-Where nobody does, stderr is a log: it gets a line when a stage begins, one when it ends and at most
-one every half minute between.
+A log gets one line when a stage ends, and one every half minute of a stage that lasts longer.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import TypeVar
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import track
+from rich.progress import Progress
 
 from slimvlm.core.errors import printable
 from slimvlm.core.processes import is_first_rank
@@ -29,7 +28,7 @@ LOG_EVERY = 30.0
 """Seconds between two lines of a log on the same stage, at least."""
 
 Say = Callable[[str], None]
-"""Who is told how far something is, in one line."""
+"""Receives one line for a person."""
 
 
 def silent(line: str) -> None:
@@ -81,21 +80,21 @@ def duration(seconds: float) -> str:
 
 @dataclass
 class LoggedStage:
-    """A stage in a log: how far it is when it begins, every half minute, and when it ends.
+    """Log a stage: a line every half minute, and one when it ends.
 
     A stage that is left early has no last line.
 
     Attributes:
         what: Its name.
         total: How many steps it has.
-        done: How many are done.
+        done: How many are done; a part of a step counts as a fraction.
         say: Receives the lines.
         clock: Seconds from any time on.
     """
 
     what: str
     total: int
-    done: int = 0
+    done: float = 0
     say: Say = to_log
     clock: Callable[[], float] = time.monotonic
 
@@ -104,23 +103,45 @@ class LoggedStage:
         self._told = self._start
         self._around = _STAGE.get()
         _STAGE.set(self.what)
-        self._tell("")
 
-    def reached(self, done: int, more: str = "") -> None:
-        """So many steps are done; ``more`` is said behind it."""
+    def reached(self, done: float, more: str = "") -> None:
+        """Note how many steps are done; ``more`` ends the line, if one is due."""
         self.done, now = done, self.clock()
         if now - self._told >= LOG_EVERY and self._first < done < self.total:
             self._told = now
             left = (now - self._start) / (done - self._first) * (self.total - done)
-            self._tell(f", {duration(left)} left{more}")
+            self.say(f"{self.what}: {int(done)} of {self.total}, {duration(left)} left{more}")
 
     def end(self) -> None:
-        """Nothing is left to do."""
+        """Write the last line."""
         _STAGE.set(self._around)
-        self._tell(f" in {duration(self.clock() - self._start)}")
+        took = duration(self.clock() - self._start)
+        self.say(f"{self.what}: {int(self.done)} of {self.total} in {took}")
 
-    def _tell(self, more: str) -> None:
-        self.say(f"{self.what}: {self.done} of {self.total}{more}")
+
+@contextmanager
+def steps(
+    what: str, total: int, say: Say = to_log, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Callable[[float], None]]:
+    """Show how far a stage is, and give the function that takes how many steps are done.
+
+    In a terminal this is a bar that disappears at the end, elsewhere a `LoggedStage`.
+
+    Args:
+        what: The stage, in a word or two.
+        total: How many steps it has.
+        say: Receives the lines of a log.
+        clock: Seconds, for these lines.
+    """
+    if not is_watched():
+        logged = LoggedStage(what, total, say=say, clock=clock)
+        yield logged.reached
+        logged.end()
+        return
+    console = Console(stderr=True)
+    with stage(what), Progress(console=console, transient=True, disable=_HIDDEN.get()) as bar:
+        task = bar.add_task(escape(printable(what)), total=total)
+        yield lambda done: bar.update(task, completed=done)
 
 
 def progress(
@@ -128,43 +149,35 @@ def progress(
     description: str,
     say: Say = to_log,
     clock: Callable[[], float] = time.monotonic,
-) -> Iterable[T]:
-    """Go through items and show how far that is and how long the rest takes.
-
-    In a terminal this is a bar that disappears at the end, elsewhere a `LoggedStage`.
+    reached: Callable[[float], None] | None = None,
+) -> Iterator[T]:
+    """Go through items and show how far that is.
 
     Args:
-        items: What to go through.
+        items: The items.
         description: What is done with them, in a word or two.
         say: Receives the lines of a log.
         clock: Seconds, for these lines.
+        reached: Receives the share that is done, if this is a part of a larger stage, which then
+            shows it.
     """
-    if not is_watched():
-        return _logged(items, description, say, clock)
-    return _barred(items, description)
-
-
-def _barred(items: Sequence[T], what: str) -> Iterator[T]:
-    around, console = _STAGE.get(), Console(stderr=True)
-    _STAGE.set(what)
-    described, hidden = escape(printable(what)), _HIDDEN.get()
-    yield from track(items, description=described, transient=True, console=console, disable=hidden)
-    _STAGE.set(around)
-
-
-def _logged(items: Sequence[T], what: str, say: Say, clock: Callable[[], float]) -> Iterator[T]:
     if not items:
         return
-    stage = LoggedStage(what, len(items), say=say, clock=clock)
-    for done, item in enumerate(items, 1):
-        yield item
-        stage.reached(done)
-    stage.end()
+    if reached is not None:
+        with stage(description):
+            for done, item in enumerate(items, 1):
+                yield item
+                reached(done / len(items))
+        return
+    with steps(description, len(items), say, clock) as show:
+        for done, item in enumerate(items, 1):
+            yield item
+            show(done)
 
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Inside, `progress` shows nothing: something larger shows how far it is."""
+    """Hide `progress` inside: a larger stage shows how far it is."""
     token = _HIDDEN.set(True)
     try:
         yield

@@ -4,41 +4,33 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from PIL.Image import Image
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
 from slimvlm.core.documents import parse_json, read_text
 from slimvlm.core.errors import LONGEST, ConfigError, DataError, one_line, shortened
 from slimvlm.core.files import explained, file_name
-from slimvlm.core.progress import progress
+from slimvlm.core.progress import progress, steps
 from slimvlm.core.requests import digest
 from slimvlm.data import chat
 from slimvlm.data.images import identifying_bytes
 from slimvlm.data.samples import Question, Task
 from slimvlm.evaluation import metrics
-from slimvlm.evaluation.measure import stored_bytes
-from slimvlm.evaluation.paired import times_of
+from slimvlm.evaluation.predictions import answer_losses
 from slimvlm.evaluation.results import Result, TaskResult
 from slimvlm.evaluation.tasks import find_tasks
-from slimvlm.models import losses
-from slimvlm.models.hidden import (
-    as_inputs,
-    evaluating,
-    head_of,
-    hidden_states,
-    require_finite_values,
-)
+from slimvlm.evaluation.timing import stored_bytes, times_of
+from slimvlm.models.hidden import as_inputs, evaluating, require_finite_values
 from slimvlm.models.load import anatomy, digest_of_weights
+
+Reached = Callable[[float], None]
+"""Takes the share of a task's questions that are answered."""
 
 
 def evaluate(
@@ -60,16 +52,16 @@ def evaluate(
     Args:
         model: A chat-capable model.
         processor: Its processor or tokenizer.
-        tasks: What to ask: tasks, or their names separated by commas.
+        tasks: Tasks, or their names separated by commas.
         limit: Only the first so many questions of each task.
         batch_size: Questions answered at once.
         name: Name of the model in the result.
-        blind: Show each question the pictures of another one. What the model scores then is its
-            blind floor: a task that is not clearly above it measures no sight.
+        blind: Show each question the pictures of another one. The score is then the model's blind
+            floor: a task that is not clearly above it measures no sight.
         log_folder: Where replies are kept as they come, one JSON line each. An evaluation that was
             stopped goes on there; one that was finished is not asked again.
-        floors: Ask every question that has pictures a second time, blind, and keep the scores
-            beside those with the right pictures.
+        floors: Ask every question that has pictures a second time, blind, and keep these scores
+            with those of the right pictures.
 
     Raises:
         ConfigError: If an option is out of range, or pictures cannot be exchanged.
@@ -81,18 +73,118 @@ def evaluate(
         raise ConfigError("floors: a blind result is the floor; leave out one of blind and floors")
     tasks = find_tasks(tasks) if isinstance(tasks, str) else tasks
     folder = None if log_folder is None else Path(log_folder)
-    asker = _Asker(model, processor, batch_size, folder)
+    weights = "" if folder is None else digest_of_weights(model)
     first: list[Question] = []
     results = {}
-    with evaluating(model):
-        for task in tasks:
+    with evaluating(model), steps("evaluate", len(tasks)) as reached:
+        for number, task in enumerate(tasks):
             questions = list(task.load(limit))
             if not questions:
                 raise DataError(f"task {task.name!r} has no questions")
             first.append(questions[0])
-            results[task.name] = asker.asked(task, questions, blind, floors)
-        how = {"blind": blind, "limit": limit, "batch_size": batch_size}
-        return with_costs(model, processor, results, first[0], name, **how)
+            rounds, is_read = [questions], task.metric in metrics.LIKELIHOODS
+            has_floor = (blind or floors) and not is_read and any(q.images for q in questions)
+            if has_floor:
+                rounds = [with_other_pictures(questions), *([questions] if floors else [])]
+            found = []
+            for turn, asked in enumerate(rounds):
+                how = {} if is_read else {"batch_size": batch_size}
+                key = digest_of_questions(weights, task, asked, **how)
+                log = AnswerLog(folder, task.name, key)
+                parts, done = len(rounds), number + turn / len(rounds)
+                show = lambda share, n=parts, start=done: reached(start + share / n)  # noqa: E731
+                if is_read:
+                    found.append(_read(model, processor, task, asked, log, show))
+                else:
+                    found.append(_answered(model, processor, task, asked, log, batch_size, show))
+            floor = found[0].scores if has_floor else ()
+            results[task.name] = replace(found[-1], blind_scores=floor)
+            reached(number + 1)
+    how = {"blind": blind, "limit": limit, "batch_size": batch_size}
+    return with_costs(model, processor, results, first[0], name, **how)
+
+
+def _answered(
+    model: PreTrainedModel,
+    processor: Any,
+    task: Task,
+    questions: Sequence[Question],
+    log: AnswerLog,
+    batch_size: int,
+    reached: Reached,
+) -> TaskResult:
+    """Score replies; batches are the same whether or not some of them are in the log."""
+    reply = choose if task.by_likelihood else answer
+    prompts = [question.prompt for question in questions]
+    for batch in batches_by_length(prompts, batch_size, task.name, reached):
+        picked = [questions[i] for i in batch]
+        if any(question.id not in log.replies for question in picked):
+            log.add(picked, reply(model, processor, picked, task.max_new_tokens))
+    replies = [log.replies[question.id] for question in questions]
+    score = metrics.metric_named(task.metric)
+    scores = [score(said, question) for said, question in zip(replies, questions, strict=True)]
+    is_yes_no = task.metric == "yes_no"
+    return TaskResult(
+        metric=task.metric,
+        score=100 * sum(scores) / max(len(scores), 1),
+        chance=task.chance,
+        in_average=task.in_average,
+        ids=tuple(question.id for question in questions),
+        replies=tuple(replies),
+        scores=tuple(scores),
+        details=metrics.yes_no_details(replies, questions) if is_yes_no else {},
+        majority=metrics.majority_score(task.metric, questions),
+    )
+
+
+def _read(
+    model: PreTrainedModel,
+    processor: Any,
+    task: Task,
+    questions: Sequence[Question],
+    log: AnswerLog,
+    reached: Reached,
+) -> TaskResult:
+    """Compute loss or perplexity of the given answers (``answers[0]``) over all their tokens.
+
+    Without a prompt and pictures an answer is a plain passage, and no chat template is used.
+    The log keeps mean loss and number of tokens of each answer.
+    """
+
+    def logged(question: Question) -> tuple[float, int] | None:
+        try:
+            loss, count = parse_json(log.replies[question.id])
+        except (KeyError, TypeError, ValueError):
+            return None
+        is_pair = type(loss) is float and type(count) is int
+        return (loss, count) if is_pair and math.isfinite(loss) and count >= 0 else None
+
+    for question in progress(questions, task.name, reached=reached):
+        if logged(question) is not None:
+            continue
+        text = question.answers[0]
+        if question.prompt or question.images:
+            encoded = chat.encode_samples(processor, [chat.answered_sample(question, text)])
+        else:
+            encoded = dict(chat.tokenizer_of(processor)(text, return_tensors="pt"))
+            encoded["labels"] = encoded["input_ids"]
+        where = f"the loss of passage {question.id!r} of {task.name!r}"
+        found, counted = answer_losses(model, encoded, where)
+        count = int(counted.sum())
+        mean = float(found[..., 0].contiguous().sum()) / max(count, 1)
+        log.add([question], [json.dumps([mean, count])])
+    means, counts = zip(*(logged(question) or (0.0, 0) for question in questions), strict=True)
+    total = sum(mean * count for mean, count in zip(means, counts, strict=True))
+    loss = total / max(sum(counts), 1)
+    return TaskResult(
+        metric=task.metric,
+        score=loss if task.metric == "loss" else metrics.perplexity(loss),
+        chance=task.chance,
+        in_average=False,
+        ids=tuple(question.id for question in questions),
+        replies=("",) * len(questions),
+        scores=means,
+    )
 
 
 def with_costs(
@@ -103,15 +195,9 @@ def with_costs(
     name: str = "",
     **how: Any,
 ) -> Result:
-    """Task results with the model's parameter counts and its times for one question beside them.
+    """Add parameter counts and the times for one question to a model's task results.
 
-    Args:
-        model: The model that answered.
-        processor: Its processor or tokenizer.
-        tasks: What it answered.
-        question: What its times are measured on.
-        name: Name of the model in the result.
-        how: Further fields of `Result`: how the questions were asked.
+    ``how`` are further fields of `Result`: the options of the evaluation.
     """
     shape = anatomy(model.config)  # of the configuration: quantised weights are packed
     return Result(
@@ -127,7 +213,7 @@ def with_costs(
 
 
 def with_other_pictures(questions: Sequence[Question]) -> list[Question]:
-    """The same questions, each with the pictures of the one half a list further on.
+    """Give each question the pictures of the one half a list further on.
 
     Only questions with pictures take part. Where that one shows the same pictures, the next one
     that does not gives its own.
@@ -136,16 +222,23 @@ def with_other_pictures(questions: Sequence[Question]) -> list[Question]:
         ConfigError: If there are pictures, but not two questions that show different ones.
     """
     seeing = [question for question in questions if question.images]
-    half = len(seeing) // 2
-    turned = [*seeing[half:], *seeing[:half]]
-    images = (_other_images(q, turned[i:] + turned[:i]) for i, q in enumerate(seeing))
-    return [replace(q, images=next(images)) if q.images else q for q in questions]
+    half, found = len(seeing) // 2, {}
+    for i, question in enumerate(seeing):
+        others = (seeing[(half + i + step) % len(seeing)].images for step in range(len(seeing)))
+        images = next((each for each in others if each != question.images), None)
+        if images is None:
+            raise ConfigError(
+                f"blind: question {question.id!r} finds no other pictures to be asked with "
+                "(see --limit)"
+            )
+        found[id(question)] = replace(question, images=images)
+    return [found.get(id(question), question) for question in questions]
 
 
 def answer(
     model: PreTrainedModel, processor: Any, questions: Sequence[Question], max_new_tokens: int
 ) -> list[str]:
-    """Greedy replies to a batch of questions."""
+    """Reply greedily to a batch of questions."""
     names = ", ".join(question.id for question in questions[:3])
     encoded = chat.encode_questions(processor, questions)
     return reply_to(model, processor, encoded, max_new_tokens, f"question {shortened(names)}")
@@ -158,23 +251,12 @@ def reply_to(
     max_new_tokens: int,
     what: str,
 ) -> list[str]:
-    """Greedy replies to left-padded model inputs.
-
-    Args:
-        model: The model.
-        processor: Its processor or tokenizer.
-        encoded: What it is asked, from `slimvlm.data.chat`.
-        max_new_tokens: Tokens of a reply at most.
-        what: What that is, for messages.
-
-    Raises:
-        ConfigError: If the model's own settings of generation make no sense.
-        NumericalError: If a logit is NaN.
-    """
+    """Reply greedily to left-padded model inputs; ``what`` names them in messages."""
     inputs, tokenizer = as_inputs(model, encoded), chat.tokenizer_of(processor)
+    generator: Any = model
     try:
         with torch.no_grad():
-            output = _generator(model).generate(
+            output = generator.generate(
                 **inputs,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
@@ -194,7 +276,7 @@ def reply_to(
 def choose(
     model: PreTrainedModel, processor: Any, questions: Sequence[Question], max_new_tokens: int = 0
 ) -> list[str]:
-    """The likeliest choice of each question: highest log-probability of the whole answer turn."""
+    """Pick each question's choice with the highest log-probability of the whole answer turn."""
     replies = []
     for question in questions:
         found = likelihoods(model, processor, [(question, choice) for choice in question.choices])
@@ -203,176 +285,41 @@ def choose(
     return replies
 
 
-@torch.no_grad()
 def likelihoods(
     model: PreTrainedModel, processor: Any, answered: Sequence[tuple[Question, str]]
 ) -> list[tuple[float, bool]]:
-    """Log-probability of each answer as a whole turn, and whether greed would say it."""
+    """Log-probability of each answer as a whole turn, and whether greedy decoding gives it."""
     samples = [chat.answered_sample(question, text) for question, text in answered]
-    inputs = as_inputs(model, chat.encode_samples(processor, samples))
-    labels = inputs.pop("labels")
-    (hidden,) = hidden_states(model, inputs)
-    rows, wanted, counted = losses.predictions(hidden, labels)
-    found = torch.zeros(*counted.shape, 2, device=hidden.device)
-    found[counted] = losses.by_chunks(partial(_loss_and_miss, head_of(model)), rows, wanted)
-    require_finite_values(found, f"the likelihood of answers to question {answered[0][0].id!r}")
+    where = f"the likelihood of answers to question {answered[0][0].id!r}"
+    found, _ = answer_losses(model, chat.encode_samples(processor, samples), where)
     return [(-loss, not misses) for loss, misses in found.sum(1).tolist()]
 
 
-def _loss_and_miss(head: losses.Head, rows: Tensor, wanted: Tensor) -> Tensor:
-    """``[N, 2]``: the cross-entropy of each wanted token, and 1 if another one is likelier."""
-    logits = head(rows).float()
-    loss = F.cross_entropy(logits, wanted, reduction="none")
-    return torch.stack([loss, (logits.argmax(-1) != wanted).float()], dim=-1)
-
-
 class _Finite(LogitsProcessor):
-    """Looks at what a model says before a token is chosen: the largest of NaN is a token, too."""
+    """Raise if logits are NaN: argmax would return a token regardless."""
 
     def __init__(self, where: str) -> None:
         self.where = where
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """The scores as they are. Minus infinity is a token that must not be said."""
+        """Return the scores. Minus infinity is a token that must not be said."""
         require_finite_values(scores.amax(-1), self.where)
         return scores
 
 
-def _loss_and_count(reply: str) -> tuple[float, int] | None:
-    """What the log keeps of a passage; None where it keeps anything else."""
-    with suppress(ValueError):
-        found = parse_json(reply)
-        if isinstance(found, list) and [type(v) for v in found] == [float, int]:
-            return (found[0], found[1]) if math.isfinite(found[0]) and found[1] >= 0 else None
-    return None
-
-
-def _generator(model: PreTrainedModel) -> Any:
-    """The model as something that generates, which its static type does not say."""
-    return model
-
-
-def _other_images(question: Question, others: Sequence[Question]) -> tuple[Image | Path, ...]:
-    for other in others:
-        if other.images != question.images:
-            return other.images
-    raise ConfigError(
-        f"blind: question {question.id!r} finds no other pictures to be asked with (see --limit)"
-    )
-
-
-@dataclass(frozen=True)
-class _Asker:
-    """Asks a model what its log has not got, and scores all of it."""
-
-    model: PreTrainedModel
-    processor: Any
-    batch_size: int
-    folder: Path | None
-
-    @cached_property
-    def weights(self) -> str:
-        """Whose the replies in the folder are."""
-        return digest_of_weights(self.model) if self.folder is not None else ""
-
-    def asked(
-        self, task: Task, questions: Sequence[Question], blind: bool, floors: bool
-    ) -> TaskResult:
-        """One task asked as it is, blind, or both ways."""
-        is_read = task.metric in metrics.LIKELIHOODS
-        ask = self.read if is_read else self.answered
-        shows = not is_read and any(question.images for question in questions)
-        if not shows or not (blind or floors):
-            return ask(task, questions)
-        floor = ask(task, with_other_pictures(questions))
-        result = floor if blind else ask(task, questions)
-        return replace(result, blind_scores=floor.scores)
-
-    def answered(self, task: Task, questions: Sequence[Question]) -> TaskResult:
-        """One task; batches are the same whether or not some of it is in the log."""
-        key = digest_of_questions(self.weights, task, questions, batch_size=self.batch_size)
-        log = AnswerLog(self.folder, task.name, key)
-        reply = choose if task.by_likelihood else answer
-        prompts = [question.prompt for question in questions]
-        for batch in batches_by_length(prompts, self.batch_size, task.name):
-            picked = [questions[i] for i in batch]
-            if any(question.id not in log.replies for question in picked):
-                log.add(picked, reply(self.model, self.processor, picked, task.max_new_tokens))
-        return _scored(task, questions, [log.replies[question.id] for question in questions])
-
-    @torch.no_grad()
-    def read(self, task: Task, questions: Sequence[Question]) -> TaskResult:
-        """Loss or perplexity of the given answers (``answers[0]``), every token counted once.
-
-        Without a prompt and pictures an answer is a plain passage, and no chat template is used.
-        The log keeps mean loss and number of tokens of each answer.
-        """
-        log = AnswerLog(self.folder, task.name, digest_of_questions(self.weights, task, questions))
-        for question in progress(questions, task.name):
-            if _loss_and_count(log.replies.get(question.id, "")) is not None:
-                continue
-            inputs = as_inputs(self.model, self._reading(question))
-            labels = inputs.pop("labels")
-            (hidden,) = hidden_states(self.model, inputs)
-            found = losses.token_cross_entropy(hidden, head_of(self.model), labels)
-            require_finite_values(found, f"the loss of passage {question.id!r} of {task.name!r}")
-            count = int(losses.label_counts(labels).sum())
-            log.add([question], [json.dumps([float(found.sum()) / max(count, 1), count])])
-        means, counts = zip(*(_loss_and_count(log.replies[q.id]) for q in questions), strict=True)
-        total = sum(mean * count for mean, count in zip(means, counts, strict=True))
-        loss = total / max(sum(counts), 1)
-        return TaskResult(
-            metric=task.metric,
-            score=loss if task.metric == "loss" else metrics.perplexity(loss),
-            chance=task.chance,
-            in_average=False,
-            ids=tuple(question.id for question in questions),
-            replies=("",) * len(questions),
-            scores=means,
-        )
-
-    def _reading(self, question: Question) -> dict[str, Any]:
-        """Model inputs of a question with its answer; labels are where the answer is."""
-        text = question.answers[0]
-        if question.prompt or question.images:
-            answered = chat.answered_sample(question, text)
-            return dict(chat.encode_samples(self.processor, [answered]))
-        encoded = dict(chat.tokenizer_of(self.processor)(text, return_tensors="pt"))
-        return {**encoded, "labels": encoded["input_ids"]}
-
-
-def _scored(task: Task, questions: Sequence[Question], replies: Sequence[str]) -> TaskResult:
-    score = metrics.metric_named(task.metric)
-    scores = [score(reply, question) for reply, question in zip(replies, questions, strict=True)]
-    is_yes_no = task.metric == "yes_no"
-    return TaskResult(
-        metric=task.metric,
-        score=100 * sum(scores) / max(len(scores), 1),
-        chance=task.chance,
-        in_average=task.in_average,
-        ids=tuple(question.id for question in questions),
-        replies=tuple(replies),
-        scores=tuple(scores),
-        details=metrics.yes_no_details(replies, questions) if is_yes_no else {},
-        majority=metrics.majority_score(task.metric, questions),
-    )
-
-
-def batches_by_length(prompts: Sequence[str], batch_size: int, name: str) -> Iterator[list[int]]:
-    """Batches of indices of prompts with similar lengths, longest first; a progress bar."""
+def batches_by_length(
+    prompts: Sequence[str], batch_size: int, name: str, reached: Reached | None = None
+) -> Iterator[list[int]]:
+    """Batch the indices of prompts of similar length, longest first, and show progress."""
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    yield from progress(batches, name)
+    yield from progress(batches, name, reached=reached)
 
 
 def digest_of_questions(weights: str, task: Task, questions: Sequence[Question], **how: Any) -> str:
-    """A hash of everything that a task's replies depend on: model, questions, pictures, options.
+    """Hash everything that a task's replies depend on: model, questions, pictures, options.
 
-    Args:
-        weights: From `slimvlm.models.load.digest_of_weights`.
-        task: The task.
-        questions: Those that are asked.
-        how: Options of asking.
+    ``weights`` is `slimvlm.models.load.digest_of_weights`; ``how`` are options of asking.
     """
 
     def parts() -> Iterator[Any]:
@@ -386,7 +333,7 @@ def digest_of_questions(weights: str, task: Task, questions: Sequence[Question],
 
 
 class AnswerLog:
-    """One JSON line for each question, appended batch by batch.
+    """Keep replies as one JSON line for each question, appended batch by batch.
 
     Args:
         folder: Where logs lie; None keeps nothing.
@@ -398,13 +345,17 @@ class AnswerLog:
         self._path = folder / f"{file_name(task)}-{key}.jsonl" if folder is not None else None
         self._cut_short = False
         self.replies: dict[str, str] = {}
-        if self._path is not None and self._path.is_file():
-            text = read_text(self._path, "log")
-            self._cut_short = bool(text) and not text.endswith("\n")
-            for line in text.splitlines():
-                row = _parsed(line)
-                if row is not None:
-                    self.replies[row["id"]] = row["reply"]
+        if self._path is None or not self._path.is_file():
+            return
+        text = read_text(self._path, "log")
+        self._cut_short = bool(text) and not text.endswith("\n")
+        for line in text.splitlines():
+            try:
+                row = parse_json(line)
+            except ValueError:  # a kill cut it short
+                continue
+            if isinstance(row, dict) and all(isinstance(row.get(k), str) for k in ("id", "reply")):
+                self.replies[row["id"]] = row["reply"]
 
     def add(self, questions: Sequence[Question], replies: Sequence[str]) -> None:
         """Append a batch."""
@@ -422,13 +373,3 @@ class AnswerLog:
                 log.write("\n")
                 self._cut_short = False
             log.write("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _parsed(line: str) -> dict[str, str] | None:
-    """A row, or None for a line that a kill cut short or an edit broke."""
-    try:
-        row = parse_json(line)
-    except ValueError:
-        return None
-    is_row = isinstance(row, dict) and all(isinstance(row.get(k), str) for k in ("id", "reply"))
-    return row if is_row else None

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import MIN_NEW_TOKENS, Workload
 from slimvlm.core.progress import progress
-from slimvlm.evaluation.measure import PeakMemory, Timing, stored_bytes, timed_run, timed_runs
+from slimvlm.evaluation.timing import PeakMemory, Timing, stored_bytes, timed_run, timed_runs
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import decode_flops, kv_cache_bytes_per_token, prefill_flops, slow_widths
 from slimvlm.models.hidden import hidden_states, require_finite_values

@@ -24,8 +24,8 @@ from slimvlm.core.errors import ConfigError, one_line
 from slimvlm.evaluation.ask import evaluate, with_costs
 from slimvlm.evaluation.lmms_adapter import adapter
 from slimvlm.evaluation.metrics import MME_FULL_SCORES
-from slimvlm.evaluation.paired import plain_question
 from slimvlm.evaluation.results import Result, TaskResult
+from slimvlm.evaluation.timing import plain_question
 from slimvlm.models.hidden import evaluating
 
 Values = Sequence[Any]

@@ -1,61 +1,61 @@
-"""Ask a model what it makes of samples of the user's own: no task, no question.
+"""Measure loss, perplexity, agreement and divergence on a user's own samples: no task is needed.
 
-Every answer token is predicted from what stands before it, so loss, perplexity, agreement and
-divergence need no other label than the answers themselves.
-
-B batch, T token, N counted position, D hidden, V vocabulary.
+N counted position, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimvlm.core.errors import ConfigError, DataError
-from slimvlm.core.progress import progress
-from slimvlm.data.chat import encode_samples, process, tokenizer_of
-from slimvlm.data.read import estimated_length
+from slimvlm.core.documents import built, read_object
+from slimvlm.core.errors import ConfigError, DataError, NumericalError, SlimError
+from slimvlm.core.files import write_text
 from slimvlm.data.roles import IGNORE
-from slimvlm.data.samples import Sample
-from slimvlm.evaluation.data_result import DataResult, OnSample
-from slimvlm.evaluation.said import Said
-from slimvlm.models.hidden import (
-    evaluating,
-    head_of,
-    head_on,
-    hidden_states,
-    require_finite_values,
+from slimvlm.evaluation.metrics import perplexity
+from slimvlm.evaluation.predictions import (
+    Given,
+    Predictions,
+    States,
+    predictions_of,
+    row_losses,
+    states_of,
+    vocabulary_of,
 )
-from slimvlm.models.losses import Head, Hidden, by_chunks, predictions
-from slimvlm.scoring.batches import on_device
+from slimvlm.models.hidden import evaluating, head_of, head_on, require_finite_values
+from slimvlm.models.losses import Head, by_chunks, predictions
 
 _SHARE = 4
 """Of the positions whose logits may exist at one time: here they exist seven times."""
-
-Given = Sample | str
-"""A conversation, or plain text."""
+RESAMPLES = 1000
+"""Bootstrap draws behind an interval."""
 
 
 def evaluate_data(
     model: PreTrainedModel,
     processor: Any,
     samples: Sequence[Given],
-    baseline: PreTrainedModel | Said | None = None,
+    baseline: PreTrainedModel | Predictions | None = None,
     *,
     baseline_processor: Any = None,
     batch_size: int = 8,
     name: str = "",
     seed: int = 0,
 ) -> DataResult:
-    """Loss and perplexity on samples, and beside a baseline: agreement and divergence.
+    """Compute loss and perplexity on samples, and agreement and divergence with a baseline.
 
     Answers count, and of plain text every token. Neither batch size nor padding changes a figure
     beyond rounding. Nothing holds the logits of a batch.
@@ -68,165 +68,27 @@ def evaluate_data(
         model: The model.
         processor: Its processor or tokenizer.
         samples: Conversations, or plain texts.
-        baseline: The model to compare with, usually the original; or what it said about the same
-            samples, from `said_by`.
+        baseline: The model to compare with, usually the original; or its predictions on the same
+            samples, from `predictions_of`.
         baseline_processor: The baseline's, if it is another one.
         batch_size: Samples that run at once.
         name: Name of the model in the result.
         seed: Of the bootstrap over samples that gives the intervals.
 
     Raises:
-        ConfigError: If the batch size is no number above 0, or conversations and texts are mixed.
+        ConfigError: If the batch size is not above 0, or conversations and texts are mixed.
         DataError: If there are no samples, or nothing in one counts.
-        NumericalError: If a model says what is no number.
+        NumericalError: If a model computes NaN or infinity.
     """
     if isinstance(baseline, PreTrainedModel):
-        with evaluating(baseline):
-            baseline = said_by(baseline, baseline_processor or processor, samples, batch_size)
+        baseline = predictions_of(baseline, baseline_processor or processor, samples, batch_size)
     with evaluating(model):
         states = states_of(model, processor, samples, batch_size)
         title, names = name or str(model.config._name_or_path), names_of(samples)
-        result = compared(title, states, head_of(model), names, words_of(processor), baseline)
+        result = paired_result(
+            title, states, head_of(model), names, vocabulary_of(processor), baseline
+        )
     return replace(result, seed=seed)
-
-
-States = tuple[Sequence[int], Hidden, Int[Tensor, "B T"]]
-"""A batch: places of its samples, final hidden states, tokens to predict."""
-
-
-@torch.no_grad()
-def said_by(
-    model: PreTrainedModel,
-    processor: Any,
-    samples: Sequence[Given],
-    batch_size: int = 8,
-    name: str = "",
-    head: Head | None = None,
-) -> Said:
-    """What a model predicts where samples count: two bytes a channel and token in bfloat16.
-
-    Args:
-        model: The model, usually the original of the one that follows.
-        processor: Its processor or tokenizer.
-        samples: Conversations, or plain texts.
-        batch_size: Samples that run at once.
-        name: Its name in results.
-        head: Its head, if it must outlive the model (`head_weights_of`).
-
-    Raises:
-        SlimError: As `evaluate_data`.
-    """
-    states = states_of(model, processor, samples, batch_size)
-    if head is None:
-        own, home = head_of(model), model.device
-        head = lambda rows: own(rows.to(home)).to(rows.device)  # noqa: E731
-    with evaluating(model):
-        return kept(name or str(model.config._name_or_path), states, head, words_of(processor))
-
-
-def kept(model: str, states: Iterable[States], head: Head, words: Mapping[str, int]) -> Said:
-    """What a model said, batch by batch, in the order of the samples; all of it on the CPU."""
-    found: dict[int, tuple[Tensor, Tensor]] = {}
-    for places, hidden, labels in states:
-        rows, wanted, counted = predictions(hidden, labels)
-        counts = counted.sum(1).tolist()
-        pieces = zip(rows.cpu().split(counts), wanted.cpu().split(counts), strict=True)
-        found |= dict(zip(places, pieces, strict=True))
-    ordered = [found[place] for place in sorted(found)]
-    head = head_on(torch.device("cpu"), head)
-    return Said(model, tuple(s for s, _ in ordered), tuple(w for _, w in ordered), head, words)
-
-
-@torch.no_grad()
-def alone(said: Said, names: Sequence[str], device: torch.device) -> DataResult:
-    """The result of a model from what it said, beside no other.
-
-    Args:
-        said: What it said.
-        names: Of the samples.
-        device: Where the head runs.
-    """
-    losses = partial(_losses, head_on(device, said.head))
-    samples: list[OnSample] = []
-    for name, *kept_there in zip(names, said.states, said.wanted, strict=True):
-        rows, wanted = (part.to(device) for part in kept_there)
-        spoken = _Spoken([name], [len(wanted)], rows, wanted)
-        samples += spoken.summed(by_chunks(losses, rows, wanted, share=_SHARE), [False])
-    return DataResult(said.model, tuple(samples))
-
-
-@torch.no_grad()
-def compared(
-    model: str,
-    states: Iterable[States],
-    head: Head,
-    names: Sequence[str],
-    words: Mapping[str, int],
-    baseline: Said | None,
-) -> DataResult:
-    """The result of a model from its final hidden states.
-
-    Args:
-        model: Its name.
-        states: Batch by batch.
-        head: Its head.
-        names: Of the samples.
-        words: The number of each token of its tokenizer.
-        baseline: What it is compared with.
-
-    Raises:
-        SlimError: As `evaluate_data`.
-    """
-    if baseline is not None and len(baseline.states) != len(names):
-        count = len(baseline.states)
-        raise ConfigError(f"baseline: it spoke about {count} samples, not these {len(names)}")
-    shared = None if baseline is None else _shared(words, baseline.words)
-    beside: _Beside | None = None
-    found: dict[int, OnSample] = {}
-    for places, hidden, labels in states:
-        spoken = _Spoken.of(hidden, labels, [names[place] for place in places])
-        if baseline is None:
-            numbers = by_chunks(partial(_losses, head), spoken.rows, spoken.wanted, share=_SHARE)
-            found |= zip(places, spoken.summed(numbers, [False] * len(places)), strict=True)
-        else:
-            beside = beside or _Beside.on(hidden.device, head, baseline, shared)
-            found |= zip(places, beside.of(spoken, places), strict=True)
-    samples = tuple(found[place] for place in sorted(found))
-    if baseline is None:
-        return DataResult(model, samples)
-    return DataResult(model, samples, baseline.model, tuple(_notes(samples, shared)))
-
-
-def states_of(
-    model: PreTrainedModel, processor: Any, samples: Sequence[Given], batch_size: int
-) -> Iterator[States]:
-    """Final hidden states of samples, those of similar length together."""
-    for places, inputs in batches_of(processor, samples, batch_size):
-        batch = on_device(model, inputs)
-        labels = batch.pop("labels")
-        (hidden,) = hidden_states(model, batch)
-        yield places, hidden, labels
-
-
-def batches_of(
-    processor: Any, samples: Sequence[Given], batch_size: int
-) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """Places of samples, and their model inputs with labels.
-
-    Raises:
-        ConfigError: If the batch size is no number above 0, or conversations and texts are mixed.
-        DataError: If there are no samples, or one cannot be read.
-    """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size {batch_size} must be at least 1")
-    if not samples:
-        raise DataError("no sample was given")
-    if len({isinstance(sample, str) for sample in samples}) > 1:
-        raise ConfigError("samples must be conversations or plain texts, not both")
-    order = sorted(range(len(samples)), key=lambda place: _likeness(samples[place]))
-    for start in progress(range(0, len(order), batch_size), "evaluate samples"):
-        places = order[start : start + batch_size]
-        yield places, _encoded(processor, [samples[place] for place in places])
 
 
 def names_of(samples: Sequence[Given]) -> list[str]:
@@ -234,184 +96,294 @@ def names_of(samples: Sequence[Given]) -> list[str]:
     return [str(i) if isinstance(each, str) else each.id for i, each in enumerate(samples)]
 
 
-def words_of(processor: Any) -> dict[str, int]:
-    """The number of each token of a processor's tokenizer."""
-    words: dict[str, int] = tokenizer_of(processor).get_vocab()
-    return words
+@torch.no_grad()
+def single_result(found: Predictions, names: Sequence[str], device: torch.device) -> DataResult:
+    """Compute the result of a model from its predictions; its head runs on the device."""
+    head = head_on(device, found.head)
+    samples: list[OnSample] = []
+    for name, *stored in zip(names, found.states, found.wanted, strict=True):
+        rows, wanted = (part.to(device) for part in stored)
+        losses = _losses(head, rows, wanted)
+        samples += _samples([name], [len(wanted)], losses, [False])
+    return DataResult(found.model, tuple(samples))
 
 
-def _encoded(processor: Any, samples: Sequence[Given]) -> dict[str, Tensor]:
-    texts = [sample for sample in samples if isinstance(sample, str)]
-    if not texts:
-        return encode_samples(processor, [s for s in samples if isinstance(s, Sample)])
-    inputs = process(processor, texts, [[] for _ in texts], "right")
-    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORE)
-    return {**inputs, "labels": labels}
+@torch.no_grad()
+def paired_result(
+    model: str,
+    batches: Iterable[States],
+    head: Head,
+    names: Sequence[str],
+    vocabulary: Mapping[str, int],
+    baseline: Predictions | None,
+) -> DataResult:
+    """Compute the result of a model from its final hidden states.
 
+    Args:
+        model: Its name.
+        batches: Final hidden states.
+        head: Its head.
+        names: Of the samples.
+        vocabulary: The number of each token of its tokenizer.
+        baseline: The predictions of the model that it is compared with.
 
-def _likeness(sample: Given) -> tuple[int, int]:
-    """Samples with as many pictures and a similar length run together."""
-    if isinstance(sample, str):
-        return 0, len(sample)
-    return len(sample.images), estimated_length(sample, 0)
-
-
-@dataclass(frozen=True)
-class _Shared:
-    """The tokens that two vocabularies have, where they are not the same.
-
-    Attributes:
-        ours: Their numbers in the model's.
-        theirs: In the baseline's, in the same order.
+    Raises:
+        SlimError: As `evaluate_data`.
     """
-
-    ours: Int[Tensor, " W"]
-    theirs: Int[Tensor, " W"]
-
-    @cached_property
-    def as_theirs(self) -> dict[int, int]:
-        """Numbers of the model's vocabulary → the baseline's."""
-        return dict(zip(self.ours.tolist(), self.theirs.tolist(), strict=True))
-
-
-def _shared(ours: Mapping[str, int], theirs: Mapping[str, int]) -> _Shared | None:
-    """The tokens that both have; None if they are the same vocabulary."""
-    if ours == theirs:
-        return None
-    both = [(number, theirs[word]) for word, number in ours.items() if word in theirs]
-    ours_too, theirs_too = zip(*sorted(both), strict=True) if both else ((), ())
-    return _Shared(torch.tensor(ours_too, dtype=torch.long), torch.tensor(theirs_too).long())
-
-
-@dataclass(frozen=True)
-class _Spoken:
-    """The positions of a batch that count.
-
-    Attributes:
-        names: Of its samples.
-        counts: How many positions each has.
-        rows: Final hidden states there.
-        wanted: The tokens that follow.
-    """
-
-    names: Sequence[str]
-    counts: Sequence[int]
-    rows: Float[Tensor, "N D"]
-    wanted: Int[Tensor, " N"]
-
-    @classmethod
-    def of(cls, hidden: Hidden, labels: Int[Tensor, "B T"], names: Sequence[str]) -> _Spoken:
-        """From final hidden states and labels."""
+    pair = None if baseline is None else _Pair(head, vocabulary, baseline, len(names))
+    found: dict[int, OnSample] = {}
+    for places, hidden, labels in batches:
         rows, wanted, counted = predictions(hidden, labels)
-        counts = counted.sum(1).tolist()
+        counts, titles = counted.sum(1).tolist(), [names[place] for place in places]
         if not all(counts):
-            raise DataError(f"sample {names[counts.index(0)]!r} has no token that counts")
-        return cls(names, counts, rows, wanted)
-
-    def summed(self, numbers: Float[Tensor, "N K"], which: Sequence[bool]) -> Iterator[OnSample]:
-        """Each sample from what is known of its tokens; ``which`` are compared."""
-        require_finite_values(numbers, f"what is said about sample {self.names[0]!r}")
-        sums = [part.double().sum(0).tolist() for part in numbers.cpu().split(self.counts)]
-        for name, count, total, is_compared in zip(
-            self.names, self.counts, sums, which, strict=True
-        ):
-            loss, theirs, same, divergence = (total + [0.0] * 4)[:4]
-            if is_compared:
-                means = loss / count, theirs / count, round(same), divergence / count
-                yield OnSample(name, count, *means)
-            else:
-                yield OnSample(name, count, loss / count)
+            raise DataError(f"sample {titles[counts.index(0)]!r} has no token that counts")
+        if pair is None:
+            numbers, which = _losses(head, rows, wanted), [False] * len(places)
+        else:
+            numbers, which = pair.numbers(places, counts, rows, wanted)
+        found |= zip(places, _samples(titles, counts, numbers, which), strict=True)
+    samples = tuple(found[place] for place in sorted(found))
+    if pair is None:
+        return DataResult(model, samples)
+    return DataResult(model, samples, pair.baseline.model, tuple(pair.notes(samples)))
 
 
-@dataclass(frozen=True)
-class _Beside:
-    """Compares a model's predictions with its baseline's.
+class _Pair:
+    """Compare the tokens of a model with a baseline's predictions."""
 
-    Attributes:
-        head: The model's head.
-        baseline: The baseline's hidden states, and its head on the model's device.
-        shared: The tokens that both vocabularies have; None if these are the same.
-    """
+    def __init__(
+        self, head: Head, vocabulary: Mapping[str, int], baseline: Predictions, count: int
+    ) -> None:
+        if len(baseline.states) != count:
+            spoke = f"it spoke about {len(baseline.states)} samples"
+            raise ConfigError(f"baseline: {spoke}, not these {count}")
+        self.head, self.baseline, self.their_head = head, baseline, baseline.head
+        self.shared: Tensor | None = None  # [W, 2]: numbers of the tokens that both have
+        known = baseline.vocabulary
+        if known != vocabulary:
+            both = [(number, known[word]) for word, number in vocabulary.items() if word in known]
+            self.theirs_of = dict(both)
+            self.shared = torch.tensor(sorted(both), dtype=torch.long).reshape(-1, 2)
 
-    head: Head
-    baseline: Said
-    shared: _Shared | None
+    def numbers(
+        self, places: Sequence[int], counts: list[int], rows: Tensor, wanted: Tensor
+    ) -> tuple[Float[Tensor, "N 4"], list[bool]]:
+        """Compute the numbers of a batch's tokens, and which samples are compared.
 
-    @classmethod
-    def on(
-        cls, device: torch.device, head: Head, baseline: Said, shared: _Shared | None
-    ) -> _Beside:
-        """With what the baseline needs for every batch on a device."""
-        if shared is not None:
-            shared = _Shared(shared.ours.to(device), shared.theirs.to(device))
-        return cls(head, replace(baseline, head=head_on(device, baseline.head)), shared)
-
-    def of(self, spoken: _Spoken, places: Sequence[int]) -> Iterator[OnSample]:
-        """Each sample of a batch, as far as its answers are the same tokens for both models."""
-        device, counts = spoken.rows.device, list(spoken.counts)
-        which = [
-            self._same_tokens(ours, self.baseline.wanted[place])
-            for place, ours in zip(places, spoken.wanted.cpu().split(counts), strict=True)
-        ]
+        Those are compared whose answers are the same tokens for both models.
+        """
+        device, which = rows.device, []
+        for place, tokens in zip(places, wanted.cpu().split(counts), strict=True):
+            ours = tokens.tolist()
+            if self.shared is not None:
+                ours = [self.theirs_of.get(token, IGNORE) for token in ours]
+            which.append(bool(ours == self.baseline.wanted[place].tolist()))
         both = torch.tensor(which).repeat_interleave(torch.tensor(counts)).to(device)
-        numbers = torch.zeros(len(spoken.rows), 4, device=device)
+        numbers = torch.zeros(len(rows), 4, device=device)
         if not all(which):
-            left = spoken.rows[~both], spoken.wanted[~both]
-            numbers[~both, :1] = by_chunks(partial(_losses, self.head), *left, share=_SHARE)
+            numbers[~both, :1] = _losses(self.head, rows[~both], wanted[~both])
         if any(which):
-            picked = [
-                place for place, is_compared in zip(places, which, strict=True) if is_compared
-            ]
-            said = (self.baseline.states, self.baseline.wanted)
-            theirs = [torch.cat([part[place] for place in picked]).to(device) for part in said]
-            part = partial(_both, self.head, self.baseline.head, self.shared)
-            ours = spoken.rows[both], spoken.wanted[both]
-            numbers[both] = by_chunks(part, *ours, *theirs, share=_SHARE)
-        return spoken.summed(numbers, which)
+            self.their_head = head_on(device, self.their_head)
+            self.shared = None if self.shared is None else self.shared.to(device)
+            picked = [place for place, same in zip(places, which, strict=True) if same]
+            stored = self.baseline.states, self.baseline.wanted
+            theirs = [torch.cat([part[place] for place in picked]).to(device) for part in stored]
+            part = partial(_compared, self.head, self.their_head, self.shared)
+            numbers[both] = by_chunks(part, rows[both], wanted[both], *theirs, share=_SHARE)
+        return numbers, which
 
-    def _same_tokens(self, ours: Tensor, theirs: Tensor) -> bool:
-        numbers = ours.tolist()
-        if self.shared is not None:
-            numbers = [self.shared.as_theirs.get(number, IGNORE) for number in numbers]
-        return bool(numbers == theirs.tolist())
+    def notes(self, samples: Sequence[OnSample]) -> Iterator[str]:
+        """Say why some samples or tokens are not compared."""
+        left_out = sum(sample.baseline_loss is None for sample in samples)
+        if left_out:
+            yield (
+                f"{left_out} of {len(samples)} samples have other tokens than the baseline's and "
+                "are not compared"
+            )
+        if self.shared is not None and left_out < len(samples):
+            yield (
+                f"the vocabularies differ: agreement and divergence are over the "
+                f"{len(self.shared):,} tokens that both have"
+            )
 
 
-def _losses(
-    head: Head, rows: Float[Tensor, "N D"], wanted: Int[Tensor, " N"]
-) -> Float[Tensor, "N 1"]:
-    return F.cross_entropy(head(rows).float(), wanted, reduction="none")[:, None]
+def _losses(head: Head, rows: Float[Tensor, "N D"], wanted: Tensor) -> Float[Tensor, "N 1"]:
+    return by_chunks(partial(row_losses, head), rows, wanted, share=_SHARE)[:, :1]
 
 
-def _both(
+def _samples(
+    names: Sequence[str],
+    counts: Sequence[int],
+    numbers: Float[Tensor, "N K"],
+    which: Sequence[bool],
+) -> Iterator[OnSample]:
+    """Average the numbers of each sample's tokens; ``which`` samples are compared."""
+    require_finite_values(numbers, f"what is said about sample {names[0]!r}")
+    sums = [part.double().sum(0).tolist() for part in numbers.cpu().split(counts)]
+    for name, count, total, is_compared in zip(names, counts, sums, which, strict=True):
+        if is_compared:
+            loss, theirs, same, divergence = total
+            means = loss / count, theirs / count, round(same), divergence / count
+            yield OnSample(name, count, *means)
+        else:
+            yield OnSample(name, count, total[0] / count)
+
+
+def _compared(
     head: Head,
     their_head: Head,
-    shared: _Shared | None,
+    shared: Int[Tensor, "W 2"] | None,
     rows: Float[Tensor, "N D"],
     wanted: Int[Tensor, " N"],
     their_rows: Float[Tensor, "N E"],
     their_wanted: Int[Tensor, " N"],
 ) -> Float[Tensor, "N 4"]:
+    """Compute for each token the loss of both models, agreement, and KL(baseline ‖ model).
+
+    ``shared`` has the numbers of the tokens that both vocabularies have, where these differ.
+    """
     ours, theirs = head(rows).float(), their_head(their_rows).float()
     losses = [
         F.cross_entropy(logits, tokens, reduction="none")
         for logits, tokens in ((ours, wanted), (theirs, their_wanted))
     ]
     if shared is not None:
-        ours, theirs = ours[:, shared.ours], theirs[:, shared.theirs]
+        ours, theirs = ours[:, shared[:, 0]], theirs[:, shared[:, 1]]
     same = (ours.argmax(-1) == theirs.argmax(-1)).float()
     log_p, log_q = F.log_softmax(theirs, dim=-1), F.log_softmax(ours, dim=-1)
     return torch.stack([*losses, same, (log_p.exp() * (log_p - log_q)).sum(-1)], dim=-1)
 
 
-def _notes(samples: Sequence[OnSample], shared: _Shared | None) -> Iterator[str]:
-    left_out = sum(sample.baseline_loss is None for sample in samples)
-    if left_out:
-        yield (
-            f"{left_out} of {len(samples)} samples have other tokens than the baseline's and are "
-            "not compared"
+@dataclass(frozen=True)
+class Estimate:
+    """A figure and its 95 % interval, from a bootstrap over samples.
+
+    Attributes:
+        value: The figure.
+        low: Lower end; None of fewer than two samples.
+        high: Upper end, likewise.
+    """
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class OnSample:
+    """Losses on one sample; the comparison is None where tokens differ.
+
+    Attributes:
+        id: The sample's name.
+        tokens: Tokens that count: those of answers, or of plain text all but the first.
+        loss: Their mean cross-entropy, in nats.
+        baseline_loss: The baseline's, of the same tokens.
+        same: Tokens before which both models find the same token likeliest.
+        divergence: Mean KL(baseline ‖ model) of their predictions, in nats.
+    """
+
+    id: str
+    tokens: Annotated[int, Field(ge=1)]
+    loss: float
+    baseline_loss: float | None = None
+    same: int | None = None
+    divergence: float | None = None
+
+    def __post_init__(self) -> None:
+        numbers = [self.loss, self.baseline_loss, self.divergence]
+        if not all(math.isfinite(value) for value in numbers if value is not None):
+            raise NumericalError(f"NaN or infinity in what is said about sample {self.id!r}")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Figures over all samples; every token counts the same.
+
+    Attributes:
+        loss: Mean cross-entropy of a token, in nats.
+        perplexity: Its exponential.
+        increase: Loss above the baseline's, on the same samples; None without a baseline.
+        agreement: Share of tokens before which both models find the same token likeliest, in
+            percent; the others are flips.
+        divergence: Mean KL(baseline ‖ model), in nats.
+    """
+
+    loss: Estimate
+    perplexity: Estimate
+    increase: Estimate | None = None
+    agreement: Estimate | None = None
+    divergence: Estimate | None = None
+
+
+@dataclass(frozen=True)
+class DataResult:
+    """Losses of a model on some samples, alone or compared with a baseline.
+
+    Attributes:
+        model: Its name.
+        samples: Sample by sample.
+        baseline: Name of the baseline; empty without one.
+        notes: Why some of it could not be compared.
+        seed: Of the bootstrap.
+    """
+
+    model: str
+    samples: Annotated[tuple[OnSample, ...], Field(min_length=1)]
+    baseline: str = ""
+    notes: tuple[str, ...] = ()
+    seed: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that count, of all samples."""
+        return sum(sample.tokens for sample in self.samples)
+
+    @cached_property
+    def figures(self) -> Figures:
+        """Loss, perplexity and the comparison, each with an interval."""
+        tokens = np.array([s.tokens for s in self.samples], float)
+        loss = _ratio([s.loss for s in self.samples] * tokens, tokens, self.seed)
+        bounds = (perplexity(v) for v in (loss.low, loss.high) if v is not None)
+        as_perplexity = Estimate(perplexity(loss.value), *bounds)
+        both = [s for s in self.samples if s.baseline_loss is not None]
+        if not both:
+            return Figures(loss, as_perplexity)
+        rows = [[s.tokens, s.loss, s.baseline_loss, s.same, s.divergence] for s in both]
+        tokens, ours, theirs, same, divergence = np.array(rows, float).T
+        return Figures(
+            loss,
+            as_perplexity,
+            increase=_ratio((ours - theirs) * tokens, tokens, self.seed),
+            agreement=_ratio(100 * same, tokens, self.seed),
+            divergence=_ratio(divergence * tokens, tokens, self.seed),
         )
-    if shared is not None and left_out < len(samples):
-        yield (
-            f"the vocabularies differ: agreement and divergence are over the {len(shared.ours):,} "
-            "tokens that both have"
-        )
+
+    def save(self, path: str | Path) -> None:
+        """Write everything as JSON."""
+        values = {**asdict(self), "figures": asdict(self.figures)}
+        write_text(Path(path), json.dumps(values, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> DataResult:
+        """Read what `save` wrote.
+
+        Raises:
+            ConfigError: If the file is missing or is not such a result.
+        """
+        values = read_object(path, "result")
+        values.pop("figures", None)
+        try:
+            return built(cls, values)
+        except SlimError as error:
+            raise ConfigError(f"result {str(path)!r}: cannot be read ({error})") from error
+
+
+def _ratio(numbers: Any, tokens: Any, seed: int) -> Estimate:
+    """Divide sums over samples; the interval is a bootstrap over samples."""
+    value = float(numbers.sum() / tokens.sum())
+    if len(tokens) < 2:
+        return Estimate(value)
+    generator = np.random.default_rng(seed)
+    draws = (generator.integers(0, len(tokens), len(tokens)) for _ in range(RESAMPLES))
+    low, high = np.percentile([numbers[d].sum() / tokens[d].sum() for d in draws], [2.5, 97.5])
+    return Estimate(value, float(low), float(high))

@@ -21,7 +21,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
 from slimvlm.core.errors import ConfigError, ReloadError
 from slimvlm.core.files import mark_checkpoint, new_folder, require_free
-from slimvlm.evaluation.measure import stored_bytes
+from slimvlm.evaluation.timing import stored_bytes
 from slimvlm.models.classes import auto_class, empty_model, is_quantized, is_uneven, uneven_class
 from slimvlm.models.cost import free_memory
 from slimvlm.models.files import unreadable

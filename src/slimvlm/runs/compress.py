@@ -32,9 +32,9 @@ from slimvlm.core.requests import asked, identity_of_files, is_begun_for, note_r
 from slimvlm.data.read import identity_of_data
 from slimvlm.data.samples import Sample
 from slimvlm.evaluation.on_data import evaluate_data
-from slimvlm.evaluation.paired import PairedTimes, paired_times
+from slimvlm.evaluation.predictions import Predictions
 from slimvlm.evaluation.results import Result, read_baseline
-from slimvlm.evaluation.said import Said
+from slimvlm.evaluation.timing import PairedTimes, paired_times
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.cost import free_memory, peak_memory, release_memory, weight_bytes
 from slimvlm.models.load import anatomy, load, resolve
@@ -61,8 +61,8 @@ from slimvlm.training.recover import TRACKER_FOLDER
 STAGES = ("original", "pruned", "recovered")
 TIMES_FILE = "times.json"
 """Among a run's results: how fast the smaller model is beside the original."""
-_SAID = "said.safetensors"
-"""What the original says about samples that stay unseen, for later stages."""
+_PREDICTIONS = "said.safetensors"
+"""The original's predictions on held-out samples, for later stages."""
 
 
 def request_of(model: str, config: CompressConfig) -> Request:
@@ -343,17 +343,17 @@ def _asked_on_data(
     run: Run, stage: str, model: PreTrainedModel, processor: Any, samples: Sequence[Sample]
 ) -> None:
     """What a stage says about samples that nothing was fitted to, beside the original."""
-    path, original = run.path("results") / held_out.FILE.format(stage), run.path(_SAID)
+    path, original = run.path("results") / held_out.FILE.format(stage), run.path(_PREDICTIONS)
     if not samples or path.exists():
         return
     run.say(f"ask the {stage} model on {len(samples)} samples that stay unseen")
     if stage == "original":
-        said = held_out.said_by_original(model, processor, samples)
-        said.save(original)
-        held_out.result_of(said, samples, model.device).save(path)
+        found = held_out.predictions_of_original(model, processor, samples)
+        found.save(original)
+        held_out.result_of(found, samples, model.device).save(path)
     else:
-        said = Said.load(original)
-        evaluate_data(model, processor, samples, said, name=stage).save(path)
+        found = Predictions.load(original)
+        evaluate_data(model, processor, samples, found, name=stage).save(path)
 
 
 def read_results(folder: Path) -> dict[str, Result]:
@@ -403,6 +403,6 @@ def finish(run: Run, plan: Plan) -> None:
     write_text(run.path("summary.md"), "\n".join(lines) + "\n")
     if (logs := run.path("training") / TRACKER_FOLDER).exists():
         logs.replace(run.path(TRACKER_FOLDER))
-    run.path(_SAID).unlink(missing_ok=True)
+    run.path(_PREDICTIONS).unlink(missing_ok=True)
     for name in ("pruned", "training", "walk"):
         shutil.rmtree(run.path(name), ignore_errors=True)

@@ -11,9 +11,9 @@ from slimvlm.core.options import DataConfig, LoadConfig, Questions
 from slimvlm.core.progress import Say
 from slimvlm.evaluation.ask import evaluate as ask
 from slimvlm.evaluation.compare import Comparison, compare
-from slimvlm.evaluation.data_result import DataResult
 from slimvlm.evaluation.lmms import evaluate_all
-from slimvlm.evaluation.on_data import alone, evaluate_data, names_of, said_by
+from slimvlm.evaluation.on_data import DataResult, evaluate_data, names_of, single_result
+from slimvlm.evaluation.predictions import predictions_of
 from slimvlm.evaluation.results import Result, read_baseline
 from slimvlm.evaluation.tasks import builtin_tasks, find_tasks
 from slimvlm.models.hidden import head_weights_of
@@ -103,14 +103,14 @@ def evaluate_on_data(
     check_models(source, model, *([baseline] if baseline is not None else []))
     samples = samples_for(model, source, limit, say)
     results: dict[str, DataResult] = {}
-    said = None
+    kept = None
     if baseline is not None:
         original, processor = load_as(source, baseline)
         head = head_weights_of(original)
-        said = said_by(original, processor, samples, batch_size, baseline, head)
-        results["baseline"] = alone(said, names_of(samples), original.device)
+        kept = predictions_of(original, processor, samples, batch_size, baseline, head)
+        results["baseline"] = single_result(kept, names_of(samples), original.device)
         del original
-    found = evaluate_data(*load_as(source, model), samples, said, batch_size=batch_size, name=model)
+    found = evaluate_data(*load_as(source, model), samples, kept, batch_size=batch_size, name=model)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         found.save(out)

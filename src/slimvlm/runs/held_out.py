@@ -1,4 +1,4 @@
-"""What was kept on samples that nothing was fitted to: the end of every `compress` and `prune`."""
+"""Measure what a smaller model keeps on held-out samples, at the end of `compress` and `prune`."""
 
 from __future__ import annotations
 
@@ -11,18 +11,14 @@ import torch
 from transformers import PreTrainedModel
 
 from slimvlm.data.samples import Sample
-from slimvlm.evaluation.data_result import DataResult
-from slimvlm.evaluation.on_data import (
+from slimvlm.evaluation.on_data import DataResult, names_of, paired_result, single_result
+from slimvlm.evaluation.predictions import (
+    Predictions,
     States,
-    alone,
     batches_of,
-    compared,
-    kept,
-    names_of,
-    said_by,
-    words_of,
+    predictions_of,
+    vocabulary_of,
 )
-from slimvlm.evaluation.said import Said
 from slimvlm.models.hidden import evaluating, head_of, head_weights_of
 from slimvlm.models.parts import decoder_layers, final_norm, text_config_of
 from slimvlm.scoring.layerwise.runner import LayerwiseModel, Source
@@ -34,37 +30,39 @@ FILE = "data-{}.json"
 _BATCH = 4
 
 
-def said_by_original(model: PreTrainedModel, processor: Any, samples: Sequence[Sample]) -> Said:
-    """What the original says, kept while it is cut and when it is gone."""
+def predictions_of_original(
+    model: PreTrainedModel, processor: Any, samples: Sequence[Sample]
+) -> Predictions:
+    """Run the original, and keep its predictions while it is cut and after it is gone."""
     head = head_weights_of(model)
-    return said_by(model, processor, samples, _BATCH, ORIGINAL, head)
+    return predictions_of(model, processor, samples, _BATCH, ORIGINAL, head)
 
 
-def result_of(said: Said, samples: Sequence[Sample], device: torch.device) -> DataResult:
+def result_of(found: Predictions, samples: Sequence[Sample], device: torch.device) -> DataResult:
     """Compute the original's own result; its head runs on the device."""
-    return alone(said, names_of(samples), device)
+    return single_result(found, names_of(samples), device)
 
 
-def said_from_files(
+def predictions_from_files(
     source: Source, folder: Path, device: torch.device, processor: Any, samples: Sequence[Sample]
-) -> Said:
-    """As `said_by_original`, with one layer in memory at a time."""
+) -> Predictions:
+    """Do the same with one layer in memory at a time."""
     with _final_states(source, folder, device, processor, samples) as states:
-        return kept(ORIGINAL, states, head_weights_of(source.model), words_of(processor))
+        return Predictions.of(ORIGINAL, states, head_weights_of(source.model), processor)
 
 
-def compared_from_files(
+def paired_from_files(
     source: Source,
     folder: Path,
     device: torch.device,
     processor: Any,
     samples: Sequence[Sample],
-    original: Said,
+    original: Predictions,
 ) -> DataResult:
-    """A smaller model beside the original, with one layer in memory at a time."""
+    """Compare a smaller model with the original, with one layer in memory at a time."""
     with _final_states(source, folder, device, processor, samples) as states:
-        words, names = words_of(processor), names_of(samples)
-        return compared(PRUNED, states, head_of(source.model), names, words, original)
+        words, names = vocabulary_of(processor), names_of(samples)
+        return paired_result(PRUNED, states, head_of(source.model), names, words, original)
 
 
 @contextmanager
@@ -102,7 +100,7 @@ def _final_states(
 
 
 def read_held_out(folder: Path, stages: Sequence[str]) -> dict[str, DataResult]:
-    """What a run has measured on held-out samples so far, by stage, the original first."""
+    """Read the held-out results of a run so far, by stage, the original first."""
     paths = {stage: folder / "results" / FILE.format(stage) for stage in stages}
     return {stage: DataResult.load(path) for stage, path in paths.items() if path.exists()}
 

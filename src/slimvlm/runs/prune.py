@@ -18,9 +18,8 @@ from slimvlm.core.progress import Say, silent
 from slimvlm.core.requests import asked
 from slimvlm.data.read import identity_of_data
 from slimvlm.data.samples import Sample
-from slimvlm.evaluation.data_result import DataResult
-from slimvlm.evaluation.on_data import evaluate_data
-from slimvlm.evaluation.said import Said
+from slimvlm.evaluation.on_data import DataResult, evaluate_data
+from slimvlm.evaluation.predictions import Predictions
 from slimvlm.models.load import (
     anatomy,
     check_models,
@@ -37,10 +36,10 @@ from slimvlm.runs import stages
 from slimvlm.runs.held_out import (
     ORIGINAL,
     PRUNED,
-    compared_from_files,
+    paired_from_files,
+    predictions_from_files,
+    predictions_of_original,
     result_of,
-    said_by_original,
-    said_from_files,
 )
 from slimvlm.runs.request import (
     Request,
@@ -120,14 +119,14 @@ def prune(
     loaded, processor = stages.load_original(request)
     held_out: dict[str, DataResult] = {}
     if unseen := samples.report:
-        said = said_by_original(loaded, processor, unseen)
-        held_out[ORIGINAL] = result_of(said, unseen, loaded.device)
+        kept = predictions_of_original(loaded, processor, unseen)
+        held_out[ORIGINAL] = result_of(kept, unseen, loaded.device)
     calibration = Calibration(processor, samples.calibration, request.hold_out)
     scores = [] if given else list(stages.calibrate(request, loaded, calibration).values())
     walked = stages.prune_(request, loaded, calibration, scores, given, say=say)
     processor = trimmed_processor(processor, walked.plan)
     if unseen:
-        held_out[PRUNED] = evaluate_data(loaded, processor, unseen, said, name=PRUNED)
+        held_out[PRUNED] = evaluate_data(loaded, processor, unseen, kept, name=PRUNED)
     facts = CardFacts(
         base=loaded.config._name_or_path, name=out.name, held_out=held_out_text(held_out)
     )
@@ -182,14 +181,14 @@ def _on_disk(
     scores = [] if given else _scores_on_disk(request, opened, calibration, scratch, say)
     held_out: dict[str, DataResult] = {}
     if unseen := samples.report:
-        said = _said_on_disk(opened, device, processor, unseen, scratch)
-        held_out[ORIGINAL] = result_of(said, unseen, device)
+        kept = _predictions_on_disk(opened, device, processor, unseen, scratch)
+        held_out[ORIGINAL] = result_of(kept, unseen, device)
 
     def measured(folder: Path) -> str:
         if unseen:
             smaller = open_checkpoint(folder, config.dtype)
             words, at = trimmed_processor(processor, walked.plan), scratch / "unseen-pruned"
-            held_out[PRUNED] = compared_from_files(smaller, at, device, words, unseen, said)
+            held_out[PRUNED] = paired_from_files(smaller, at, device, words, unseen, kept)
             _write_held_out(held_out, folder)
         return held_out_text(held_out)
 
@@ -209,20 +208,20 @@ def _on_disk(
     return Pruned(walked, held_out)
 
 
-def _said_on_disk(
+def _predictions_on_disk(
     opened: LazyCheckpoint,
     device: torch.device,
     processor: Any,
     samples: Sequence[Sample],
     scratch: Path,
-) -> Said:
-    """What the original says, which a restart does not ask again."""
+) -> Predictions:
+    """Compute the original's predictions, or read those of a stopped run."""
     path = scratch / "said.safetensors"
     if not path.exists():
-        said = said_from_files(opened, scratch / "unseen", device, processor, samples)
-        said.save(path)
+        found = predictions_from_files(opened, scratch / "unseen", device, processor, samples)
+        found.save(path)
         shutil.rmtree(scratch / "unseen", ignore_errors=True)
-    return Said.load(path)
+    return Predictions.load(path)
 
 
 def _scores_on_disk(

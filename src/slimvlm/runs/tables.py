@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from slimvlm.core.errors import printable
-from slimvlm.evaluation.data_result import DataResult, Estimate
 from slimvlm.evaluation.metrics import LIKELIHOODS, Difference, Retention, paired_difference
+from slimvlm.evaluation.on_data import DataResult, Estimate
 from slimvlm.evaluation.results import TIMES, Result
 from slimvlm.models.anatomy import Anatomy, LayerShape
 from slimvlm.models.cost import BYTES, kv_cache_bytes_per_token, weight_bytes

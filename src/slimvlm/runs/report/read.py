@@ -15,10 +15,10 @@ from slimvlm.core.documents import read_object
 from slimvlm.core.errors import LONGEST, ConfigError, one_line
 from slimvlm.core.options import CompressConfig, RecoverConfig
 from slimvlm.evaluation.compare import Comparison, compare
-from slimvlm.evaluation.data_result import DataResult
-from slimvlm.evaluation.paired import PairedTimes
+from slimvlm.evaluation.on_data import DataResult
 from slimvlm.evaluation.results import Result
 from slimvlm.evaluation.tasks import builtin_tasks, find_tasks
+from slimvlm.evaluation.timing import PairedTimes
 from slimvlm.planning.plan import Plan
 from slimvlm.runs.command import compress_command
 from slimvlm.runs.compress import STAGES, read_results, read_times

@@ -1,0 +1,298 @@
+"""Time models in turn, and count the bytes of their tensors."""
+
+from __future__ import annotations
+
+import json
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from slimvlm.core.documents import built, read_object
+from slimvlm.core.files import write_text
+from slimvlm.data import chat
+from slimvlm.data.samples import Question
+from slimvlm.evaluation.results import Times
+from slimvlm.models.hidden import as_inputs, evaluating
+
+REPEATS, NEW_TOKENS = 6, 8
+"""Runs of each model, and tokens that one writes after its first."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One greedy generation of a fixed length.
+
+    Attributes:
+        prefill_ms: From the call to the first new token, in milliseconds.
+        step_ms: Time of each further token.
+    """
+
+    prefill_ms: float
+    step_ms: tuple[float, ...]
+
+    @property
+    def decode_ms(self) -> float:
+        """Median time of one further token."""
+        return median(self.step_ms)
+
+    @property
+    def total_ms(self) -> float:
+        """Time of the whole answer, reading included."""
+        return self.prefill_ms + sum(self.step_ms)
+
+
+class _Clock(BaseStreamer):
+    """Record when the prompt and each new token are done."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        """Record a step; transformers hands over tokens on the CPU, so a GPU is done too."""
+        self.seconds.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Do nothing."""
+
+
+def timed_run(model: PreTrainedModel, inputs: Mapping[str, Any], new_tokens: int) -> Timing:
+    """Generate exactly so many tokens for a batch, at least 2, and time each step."""
+    clock = _Clock()
+    generator: Any = model
+    with torch.inference_mode():
+        generator.generate(
+            **inputs,
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=0,
+            streamer=clock,
+        )
+    times = clock.seconds
+    steps = tuple(1e3 * (b - a) for a, b in pairwise(times[1:]))
+    return Timing(1e3 * (times[1] - times[0]), steps)
+
+
+def timed_runs(
+    models: Sequence[PreTrainedModel],
+    inputs: Sequence[Mapping[str, Any]],
+    new_tokens: int,
+    repeats: int,
+) -> list[list[Timing]]:
+    """Run several models in turn, forwards and backwards by turns, after one run to warm up.
+
+    What slows the machine down for a while then slows all of them, and their ratios stay.
+
+    Args:
+        models: The models, in evaluation mode.
+        inputs: A batch for each, on its device.
+        new_tokens: Length of the answers.
+        repeats: Measured runs of each model.
+
+    Returns:
+        The runs of each model, in the order of their rounds.
+    """
+    pairs = list(zip(models, inputs, strict=True))
+    for model, batch in pairs:
+        timed_run(model, batch, 2)
+    return in_turn([partial(timed_run, *pair, new_tokens) for pair in pairs], repeats)
+
+
+def in_turn(runs: Sequence[Callable[[], Timing]], repeats: int) -> list[list[Timing]]:
+    """Repeat some runs, forwards and backwards by turns; the times of each, by round."""
+    found: list[list[Timing]] = [[] for _ in runs]
+    for repeat in range(repeats):
+        order = range(len(runs)) if repeat % 2 == 0 else reversed(range(len(runs)))
+        for index in order:
+            found[index].append(runs[index]())
+    return found
+
+
+@dataclass(frozen=True)
+class Share:
+    """A time as a share of another one's.
+
+    Attributes:
+        value: Median over the rounds, in each of which both models ran.
+        low: Smallest share of a round: of six, the lower end of a 97 % interval of the median.
+        high: Largest one.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, times: Iterable[float], others: Iterable[float]) -> Share:
+        """Divide the times of the same rounds."""
+        shares = [ours / theirs for ours, theirs in zip(times, others, strict=True)]
+        return cls(median(shares), min(shares), max(shares))
+
+    def __str__(self) -> str:
+        """For people: the share and its interval."""
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+@dataclass(frozen=True)
+class PairedTimes:
+    """Times of an original and a smaller model that ran in turn.
+
+    Attributes:
+        original: Times of the original.
+        pruned: Times of the smaller model.
+        prefill: The smaller one's time to read as a share of the original's.
+        decode: The same of writing.
+    """
+
+    original: Times
+    pruned: Times
+    prefill: Share
+    decode: Share
+
+    def __str__(self) -> str:
+        """For people, after "the smaller model"; in brackets all rounds."""
+        return (
+            f"reads a question in {self.prefill} of the original's time "
+            f"({self.pruned.prefill_ms:.1f} ms), writes a token in {self.decode} "
+            f"({self.pruned.decode_ms:.1f} ms)"
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write everything as JSON."""
+        write_text(Path(path), json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> PairedTimes:
+        """Read what `save` wrote.
+
+        Raises:
+            ConfigError: If the file is missing or holds anything else.
+        """
+        return built(cls, read_object(path, "times"), f"times {str(path)!r}")
+
+
+def plain_question(processor: Any) -> Question:
+    """A question about a grey picture, or about none where the model sees none."""
+    shown = (Image.new("RGB", (336, 336), "grey"),) if chat.can_see(processor) else ()
+    return Question("latency", "What is shown here?", ("",), shown)
+
+
+def times_of(model: PreTrainedModel, processor: Any, question: Question) -> Times:
+    """Time one model by itself."""
+    (runs,) = _runs([(model, processor)], question)
+    return _summary(runs)
+
+
+def paired_times(
+    model: PreTrainedModel, processor: Any, original: PreTrainedModel, original_processor: Any
+) -> PairedTimes:
+    """Time a smaller model and its original in turn, each with its own processor.
+
+    Raises:
+        SlimError: If the processor cannot ask a question.
+    """
+    pairs = [(original, original_processor), (model, processor)]
+    theirs, ours = _runs(pairs, plain_question(original_processor))
+    return PairedTimes(
+        original=_summary(theirs),
+        pruned=_summary(ours),
+        prefill=Share.of([r.prefill_ms for r in ours], [r.prefill_ms for r in theirs]),
+        decode=Share.of([r.decode_ms for r in ours], [r.decode_ms for r in theirs]),
+    )
+
+
+def _runs(pairs: Sequence[tuple[PreTrainedModel, Any]], question: Question) -> list[list[Timing]]:
+    models = [model for model, _ in pairs]
+    inputs = [as_inputs(m, chat.encode_questions(p, [question])) for m, p in pairs]
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(evaluating(model))
+        return timed_runs(models, inputs, 1 + NEW_TOKENS, REPEATS)
+
+
+def _summary(runs: Sequence[Timing]) -> Times:
+    reading, writing = [run.prefill_ms for run in runs], [run.decode_ms for run in runs]
+    return Times(
+        prefill_ms=median(reading),
+        decode_ms=median(writing),
+        prefill_range_ms=(min(reading), max(reading)),
+        decode_range_ms=(min(writing), max(writing)),
+    )
+
+
+def stored_bytes(*modules: nn.Module) -> int:
+    """Bytes of all weights, and of the scales of quantised ones; shared ones count once."""
+    storages = {storage.data_ptr(): storage.nbytes() for storage in _storages(modules)}
+    return sum(storages.values())
+
+
+class PeakMemory(TorchDispatchMode):
+    """Count bytes of the tensors that operations make while it is active, and their peak.
+
+    It sees every tensor on every device, but not what a kernel allocates for itself. Operations are
+    slow meanwhile.
+
+    Args:
+        modules: Their weights are not counted when operations return views of them.
+
+    Attributes:
+        peak_bytes: Most bytes that were alive at once.
+    """
+
+    def __init__(self, *modules: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak_bytes: int = 0
+        self._alive_bytes = 0
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet(_storages(modules))
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run an operation and count its results."""
+        result = func(*args, **(kwargs or {}))
+        for storage in _storages_of(tree_leaves(result)):
+            if storage not in self._known:
+                self._known.add(storage)
+                self._count(storage.nbytes())
+                weakref.finalize(storage, self._count, -storage.nbytes())
+        return result
+
+    def _count(self, num_bytes: int) -> None:
+        self._alive_bytes += num_bytes
+        self.peak_bytes = max(self.peak_bytes, self._alive_bytes)
+
+
+def _storages(modules: Iterable[nn.Module]) -> Iterator[torch.UntypedStorage]:
+    """The tensors of a checkpoint; for quantised modules these are more than parameters."""
+    for module in modules:
+        yield from _storages_of(module.state_dict().values())
+
+
+def _storages_of(values: Iterable[Any]) -> Iterator[torch.UntypedStorage]:
+    """The memory behind the tensors among some values, and behind their inner tensors."""
+    for value in values:
+        if isinstance(value, Tensor) and is_traceable_wrapper_subclass(value):
+            names, _ = value.__tensor_flatten__()
+            yield from _storages_of(getattr(value, name) for name in names)
+        elif isinstance(value, Tensor):
+            yield value.untyped_storage()
