@@ -81,8 +81,7 @@ def print_held_out(results: Mapping[str, DataResult]) -> None:
 
 def print_on_data(results: Mapping[str, DataResult], as_json: bool) -> None:
     """Print what models make of data."""
-    from slimvlm.runs.held_out import held_out_json
-    from slimvlm.runs.tables import held_out_notes, held_out_rows
+    from slimvlm.runs.tables import held_out_json, held_out_notes, held_out_rows
 
     if as_json:
         print_json(held_out_json(results))
@@ -100,8 +99,7 @@ def print_run(
     title: str,
 ) -> None:
     """Print what a run's models scored, what was kept on held-out samples, and how fast it is."""
-    from slimvlm.runs.held_out import held_out_json
-    from slimvlm.runs.tables import result_json
+    from slimvlm.runs.tables import held_out_json, result_json
 
     if as_json:
         scored = result_json(results) if results else {}

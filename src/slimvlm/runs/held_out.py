@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -103,19 +103,3 @@ def read_held_out(folder: Path, stages: Sequence[str]) -> dict[str, DataResult]:
     """Read the held-out results of a run so far, by stage, the original first."""
     paths = {stage: folder / "results" / FILE.format(stage) for stage in stages}
     return {stage: DataResult.load(path) for stage, path in paths.items() if path.exists()}
-
-
-def held_out_json(results: Mapping[str, DataResult]) -> dict[str, Any]:
-    """The figures of each stage as plain values."""
-    return {
-        stage: {
-            "samples": len(result.samples),
-            "tokens": result.tokens,
-            **{
-                name: None if figure is None else vars(figure)
-                for name, figure in vars(result.figures).items()
-            },
-            "notes": list(result.notes),
-        }
-        for stage, result in results.items()
-    }
