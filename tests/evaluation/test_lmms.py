@@ -15,7 +15,7 @@ from PIL import ImageFile
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.data.samples import Question
-from slimvlm.evaluation import lmms, lmms_adapter
+from slimvlm.evaluation import lmms
 from slimvlm.evaluation.ask import answer, choose, evaluate
 from slimvlm.evaluation.lmms import LMMS_TASKS, evaluate_all, evaluate_with_lmms, split_names
 from slimvlm.evaluation.metrics import MME_FULL_SCORES
@@ -191,9 +191,7 @@ def test_nothing_else_changes(loaded: tuple[Any, Any], place: Place) -> None:
 def scripted(monkeypatch: pytest.MonkeyPatch, replies: Sequence[str]) -> None:
     """A model that says this, one after the other, whatever it is asked."""
     said: Iterator[str] = iter(replies)
-    monkeypatch.setattr(
-        lmms_adapter, "answer", lambda _m, _p, asked, _n: [next(said) for _ in asked]
-    )
+    monkeypatch.setattr(lmms, "answer", lambda _m, _p, asked, _n: [next(said) for _ in asked])
 
 
 MME_ROWS = [
@@ -285,9 +283,7 @@ CASES: dict[str, tuple[list[str], list[float], float]] = {
 def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Returns a function that puts data on disk under a task that lmms-eval ships."""
     monkeypatch.setenv("OPENAI_API_KEY", "none")
-    monkeypatch.setattr(
-        lmms_adapter, "batches_by_length", lambda p, _n, _task: iter([list(range(len(p)))])
-    )
+    monkeypatch.setattr(lmms, "batches_by_length", lambda p, _n, _task: iter([list(range(len(p)))]))
 
     def put(task: str) -> Path:
         column = IMAGE_COLUMNS.get(task, "image")

@@ -1,11 +1,12 @@
-"""How verbs talk: results on stdout, as a table or as JSON; remarks on stderr."""
+"""Print results on stdout, as a table or as JSON, and remarks on stderr."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from slimvlm.core.errors import printable
@@ -34,7 +35,7 @@ _NOT_MEASURED = "not measured on models of about this size, by this recipe and s
 
 
 def console() -> Console:
-    """Where tables go; as wide as a table needs if nobody looks at a terminal."""
+    """The console for tables; wide where stdout is no terminal."""
     from rich.console import Console
 
     terminal = Console()
@@ -42,7 +43,7 @@ def console() -> Console:
 
 
 def note(line: str) -> None:
-    """Say something that is not the result; of several processes the first one says it."""
+    """Print a remark on stderr; of several processes the first one does."""
     if is_first_rank():
         print(printable(line), file=sys.stderr)
 
@@ -59,18 +60,32 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str
     console().print(as_table(header, rows, title=title))
 
 
+def show(
+    as_json: bool,
+    values: Callable[[], Any],
+    rows: Callable[[], tuple[Sequence[str], Sequence[Sequence[str]]]],
+    title: str = "",
+    notes: Iterable[str] = (),
+) -> None:
+    """Print plain values as JSON, or a table with its notes on stderr; only one is computed."""
+    if as_json:
+        print_json(values())
+        return
+    print_table(*rows(), title=title)
+    for line in notes:
+        note(line)
+
+
 def print_results(results: Mapping[str, Result], as_json: bool, title: str = "") -> None:
-    """Print what models scored; nothing for people if nothing was asked."""
+    """Print the scores of models; nothing for people if nothing was asked."""
     from slimvlm.runs.tables import result_json, result_rows
 
-    if as_json:
-        print_json(result_json(results) if results else {})
-    elif results:
-        print_table(*result_rows(results), title=title)
+    if results or as_json:
+        show(as_json, lambda: result_json(results), lambda: result_rows(results), title)
 
 
 def print_held_out(results: Mapping[str, DataResult]) -> None:
-    """Print what was kept on held-out samples, for people; nothing if nothing was measured."""
+    """Print the figures of held-out samples, for people; nothing if nothing was measured."""
     from slimvlm.runs.tables import held_out_notes, held_out_rows
 
     if results:
@@ -80,15 +95,11 @@ def print_held_out(results: Mapping[str, DataResult]) -> None:
 
 
 def print_on_data(results: Mapping[str, DataResult], as_json: bool) -> None:
-    """Print what models make of data."""
+    """Print the figures of a user's own samples."""
     from slimvlm.runs.tables import held_out_json, held_out_notes, held_out_rows
 
-    if as_json:
-        print_json(held_out_json(results))
-        return
-    print_table(*held_out_rows(results))
-    for line in held_out_notes(results):
-        note(line)
+    rows, notes = partial(held_out_rows, results), held_out_notes(results)
+    show(as_json, partial(held_out_json, results), rows, notes=notes)
 
 
 def print_run(
@@ -98,13 +109,13 @@ def print_run(
     as_json: bool,
     title: str,
 ) -> None:
-    """Print what a run's models scored, what was kept on held-out samples, and how fast it is."""
+    """Print the scores of a run's models, the figures of held-out samples, and the speed."""
     from slimvlm.runs.tables import held_out_json, result_json
 
     if as_json:
-        scored = result_json(results) if results else {}
         plain = None if times is None else asdict(times)
-        print_json({**scored, "held_out": held_out_json(held_out), "times": plain})
+        figures = {"held_out": held_out_json(held_out), "times": plain}
+        print_json({**result_json(results), **figures})
         return
     print_results(results, False, title)
     print_held_out(held_out)
@@ -113,47 +124,34 @@ def print_run(
 
 
 def print_plan(made: Plan, as_json: bool) -> None:
-    """Print what a plan keeps."""
+    """Print the size that a plan keeps."""
     if not as_json:
         print(made.summary())
         return
-    print_json(
-        {
-            "ratio": made.ratio,
-            "asked_ratio": made.asked_ratio,
-            "backbone_params": made.after.backbone_params,
-            "total_params": made.after.total_params,
-            "summary": made.summary(),
-        }
-    )
+    sizes = {name: getattr(made.after, name) for name in ("backbone_params", "total_params")}
+    ratios = {"ratio": made.ratio, "asked_ratio": made.asked_ratio}
+    print_json({**ratios, **sizes, "summary": made.summary()})
 
 
 def print_comparison(found: Comparison, as_json: bool) -> None:
-    """Print what one model lost and gained over another."""
+    """Print the answers that one model lost and gained over another."""
     from slimvlm.evaluation.compare import comparison_json, comparison_rows
 
-    if as_json:
-        print_json(comparison_json(found))
-        return
-    print_table(*comparison_rows(found), title=f"A: {found.name_a}   B: {found.name_b}")
-    if found.note:
-        note(found.note)
-    for name, why in found.left_out.items():
-        note(f"{name} is not compared: {why}")
+    title = f"A: {found.name_a}   B: {found.name_b}"
+    notes = [f"{name} is not compared: {why}" for name, why in found.left_out.items()]
+    notes = [found.note, *notes] if found.note else notes
+    values, rows = partial(comparison_json, found), partial(comparison_rows, found)
+    show(as_json, values, rows, title, notes)
 
 
 def print_bench(found: Bench, as_json: bool) -> None:
-    """Print times, and on stderr what makes them doubtful."""
+    """Print times, and on stderr which widths are slow."""
     from slimvlm.evaluation.bench import bench_rows
 
-    if as_json:
-        print_json(found.to_dict())
-        return
     title = f"{found.dtype} on {found.device}, {found.threads} CPU threads"
-    print_table(*bench_rows(found), title=title)
-    for measured in filter(None, (found.baseline, found.model)):
-        for line in measured.warnings:
-            note(f"{measured.model}: {line}")
+    sides = filter(None, (found.baseline, found.model))
+    notes = [f"{side.model}: {line}" for side in sides for line in side.warnings]
+    show(as_json, found.to_dict, partial(bench_rows, found), title, notes)
 
 
 def print_forecast(found: Forecast, as_json: bool) -> None:

@@ -88,8 +88,8 @@ def evaluate(
                 rounds = [with_other_pictures(questions), *([questions] if floors else [])]
             found = []
             for turn, asked in enumerate(rounds):
-                how = {} if is_read else {"batch_size": batch_size}
-                key = digest_of_questions(weights, task, asked, **how)
+                options = {} if is_read else {"batch_size": batch_size}
+                key = digest_of_questions(weights, task, asked, **options)
                 log = AnswerLog(folder, task.name, key)
                 parts, done = len(rounds), number + turn / len(rounds)
                 show = lambda share, n=parts, start=done: reached(start + share / n)  # noqa: E731

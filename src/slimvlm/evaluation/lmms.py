@@ -1,4 +1,4 @@
-"""The study's nine benchmarks through lmms-eval: model + names → the same `TaskResult`s.
+"""Run the study's nine benchmarks through lmms-eval: model + names → the same `TaskResult`s.
 
 lmms-eval loads the data, writes the prompts and scores the replies. The model answers through our
 own chat code, so any AutoModelForImageTextToText will do. Needs ``pip install 'slimvlm[eval]'``.
@@ -17,24 +17,39 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from PIL import ImageFile
+from PIL import Image, ImageFile
 from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError, one_line
-from slimvlm.evaluation.ask import evaluate, with_costs
-from slimvlm.evaluation.lmms_adapter import adapter
+from slimvlm.data.samples import Question
+from slimvlm.evaluation.ask import (
+    answer,
+    batches_by_length,
+    evaluate,
+    likelihoods,
+    with_costs,
+)
 from slimvlm.evaluation.metrics import MME_FULL_SCORES
 from slimvlm.evaluation.results import Result, TaskResult
 from slimvlm.evaluation.timing import plain_question
 from slimvlm.models.hidden import evaluating
 
+LONGEST_REPLY = 1024
+"""No reply is longer, in tokens. MathVista allows 16384, which only a model that rambles needs."""
 Values = Sequence[Any]
 """What a task keeps of each question for one metric: numbers, or dictionaries of its own."""
 
 
 def _numbers(values: Values) -> list[float]:
-    """Scores that are numbers, or stand under a usual name."""
-    return [float(_number(value)) for value in values]
+    """Read scores that are numbers, or have a usual name."""
+    found = []
+    for value in values:
+        if isinstance(value, Mapping):
+            value = value.get("score", value.get("true_false"))
+        if value is None or isinstance(value, (str, Sequence)):
+            raise ConfigError("the task's metric keeps no number for each question")
+        found.append(float(value))
+    return found
 
 
 def _mmmu(values: Values) -> list[float]:
@@ -194,13 +209,14 @@ def evaluate_all(
     ``blind`` are for our own tasks. Without any of those, times are measured on a grey picture.
     """
     own, theirs = split_names(tasks)
+    result = None
     if own or not theirs:
         result = evaluate(model, processor, own, limit, batch_size, name, blind, log_folder, floors)
-        if not theirs:
-            return result
-        more = evaluate_with_lmms(model, processor, theirs, limit, batch_size, task_folder)
-        return replace(result, tasks={**result.tasks, **more})
+    if result is not None and not theirs:
+        return result
     found = evaluate_with_lmms(model, processor, theirs, limit, batch_size, task_folder)
+    if result is not None:
+        return replace(result, tasks={**result.tasks, **found})
     how = {"limit": limit, "batch_size": batch_size}
     return with_costs(model, processor, found, plain_question(processor), name, **how)
 
@@ -303,9 +319,83 @@ def _run(
     return output, replies
 
 
+def adapter(
+    model: PreTrainedModel, processor: Any, batch_size: int, replies: dict[int, str]
+) -> Any:
+    """Wrap a model for one run of one task; ``replies`` takes them by index of the question."""
+    from lmms_eval.api.instance import GenerationResult
+    from lmms_eval.api.model import lmms
+
+    class Adapter(lmms):  # type: ignore[misc]
+        accelerator = None  # else the runner makes one, and with it global state
+
+        def generate_until(self, requests: Sequence[Any]) -> list[str]:
+            """Greedy replies. All requests are of one task, so they share its options."""
+            options = requests[0].args[1]
+            longest = min(int(options.get("max_new_tokens", LONGEST_REPLY)), LONGEST_REPLY)
+            stops = options.get("until") or ()
+            said = [""] * len(requests)
+            for batch in _batches(requests, batch_size):
+                asked = [_question(requests[i].args, self.task_dict) for i in batch]
+                texts = answer(model, processor, asked, longest)
+                for index, text in zip(batch, texts, strict=True):
+                    said[index] = _until(text, stops)
+            replies.update((r.args[3], text) for r, text in zip(requests, said, strict=True))
+            return said
+
+        def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
+            found = [(0.0, False)] * len(requests)
+            for batch in _batches(requests, batch_size):
+                asked = [requests[i].args for i in batch]
+                pairs = [(_question(a, self.task_dict), _said(a, self.task_dict)) for a in asked]
+                for index, value in zip(batch, likelihoods(model, processor, pairs), strict=True):
+                    found[index] = value
+            best: dict[int, float] = {}  # the likeliest continuation is the reply
+            for request, (value, _) in zip(requests, found, strict=True):
+                index, text = request.args[3], str(request.args[1]).strip()
+                if index not in best or value > best[index]:
+                    best[index], replies[index] = value, text
+            # The runner (0.7.3) makes text of a bare pair, but not of one in a wrapper.
+            signs = [-1 if isinstance(r.args[1], str) else 1 for r in requests]
+            signed = zip(signs, found, strict=True)
+            return [GenerationResult((sign * value, greedy)) for sign, (value, greedy) in signed]
+
+        def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
+            raise ConfigError("tasks with several rounds are not supported")
+
+    return Adapter()
+
+
+def _batches(requests: Sequence[Any], batch_size: int) -> Iterator[list[int]]:
+    prompts, task = [request.args[0] for request in requests], requests[0].args[4]
+    return batches_by_length(prompts, batch_size, str(task))
+
+
+def _question(arguments: tuple[Any, ...], documents: Mapping[str, Any]) -> Question:
+    """Make a question of a request."""
+    prompt, _, pictures_of, index, task, split = arguments
+    shown = pictures_of(documents[task][split][index]) or ()
+    if not all(isinstance(picture, Image.Image) for picture in shown):
+        raise ConfigError(f"task {task!r} shows something else than pictures")
+    return Question(id=str(index), prompt=prompt, answers=(), images=tuple(shown))
+
+
+def _said(arguments: tuple[Any, ...], documents: Mapping[str, Any]) -> str:
+    """The text whose likelihood is asked; the chat template sets its own space before it."""
+    _, text, _, index, task, split = arguments
+    return str(text(documents[task][split][index]) if callable(text) else text).strip()
+
+
+def _until(text: str, stops: Sequence[str]) -> str:
+    """Cut a text before the first stop sequence."""
+    for stop in [stops] if isinstance(stops, str) else stops:
+        text = text.split(stop)[0] if stop else text
+    return text.strip()
+
+
 @contextlib.contextmanager
 def contained() -> Iterator[None]:
-    """What importing and running lmms-eval changes for the whole process stays in this block.
+    """Keep in this block the changes that lmms-eval makes to the whole process.
 
     No log lines; what its tasks print goes to stderr. It reads cut-off pictures as if they were
     whole, which Pillow would then do everywhere.
@@ -340,39 +430,21 @@ def _results(
     results = {}
     for key, row in rows.items():
         metric = row.metric or next(iter(task.aggregation()))
-        if metric in totals:
-            results[key] = _result(key, row, metric, totals, samples, replies)
+        if metric not in totals:
+            continue
+        scored = [index for index in sorted(samples) if metric in samples[index]]
+        scale = MME_FULL_SCORES.get(key, 100.0) / row.full
+        results[key] = TaskResult(
+            metric=metric,
+            score=scale * float(totals[metric] or 0.0),  # MathVista says None for zero
+            chance=row.chance,
+            in_average=True,
+            ids=tuple(map(str, scored)),
+            replies=tuple(replies[index] for index in scored),
+            scores=tuple(row.read([samples[index][metric] for index in scored])),
+            details={k: scale * float(totals[other]) for k, other in row.details.items()},
+        )
     if not results:
         wanted = ", ".join(row.metric for row in rows.values())
         raise ConfigError(f"task {name!r}: lmms-eval gave no {wanted} on these questions")
     return results
-
-
-def _result(
-    name: str,
-    row: LmmsRow,
-    metric: str,
-    totals: Mapping[str, Any],
-    samples: Mapping[int, Mapping[str, Any]],
-    replies: Mapping[int, str],
-) -> TaskResult:
-    scored = [index for index in sorted(samples) if metric in samples[index]]
-    scale = MME_FULL_SCORES.get(name, 100.0) / row.full
-    return TaskResult(
-        metric=metric,
-        score=scale * float(totals[metric] or 0.0),  # MathVista says None for zero
-        chance=row.chance,
-        in_average=True,
-        ids=tuple(map(str, scored)),
-        replies=tuple(replies[index] for index in scored),
-        scores=tuple(row.read([samples[index][metric] for index in scored])),
-        details={key: scale * float(totals[other]) for key, other in row.details.items()},
-    )
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        value = value.get("score", value.get("true_false"))
-    if value is None or isinstance(value, (str, Sequence)):
-        raise ConfigError("the task's metric keeps no number for each question")
-    return value
