@@ -1,9 +1,9 @@
-"""Two results answer by answer: what the second model lost and gained, as a table."""
+"""Compare two results answer by answer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from slimvlm.evaluation.results import Result, TaskResult
 
 Change = Literal["lost", "gained", "both wrong", "both right"]
 CHANGES: tuple[Change, ...] = ("lost", "gained", "both wrong", "both right")
-"""What can become of an answer, the most telling first."""
+"""Outcomes of an answer, the most telling first."""
 RIGHT = 0.5
 """A score from here on counts as right; only graded metrics have scores between 0 and 1."""
 
@@ -47,7 +47,7 @@ class Pair:
 
     @property
     def kind(self) -> Change:
-        """What became of the answer."""
+        """Outcome of the answer."""
         if self.score_a >= RIGHT:
             return "both right" if self.score_b >= RIGHT else "lost"
         return "gained" if self.score_b >= RIGHT else "both wrong"
@@ -118,7 +118,7 @@ class Comparison:
     @property
     def counts(self) -> dict[Change, int]:
         """Questions of each kind over all tasks."""
-        return _counts(tuple(chain(*(task.pairs for task in self.tasks.values()))))
+        return _counts(chain(*(task.pairs for task in self.tasks.values())))
 
     @property
     def flips(self) -> int:
@@ -127,7 +127,7 @@ class Comparison:
 
 
 def compare(a: Result, b: Result, tasks: Mapping[str, Task]) -> Comparison:
-    """Set the answers of two models side by side.
+    """Pair the answers of two models.
 
     Perplexity has no right and wrong, and a task that only one model answered has no pairs: both
     are named in `Comparison.left_out`. If one model was asked blind, `Pair.question` has the
@@ -147,141 +147,71 @@ def compare(a: Result, b: Result, tasks: Mapping[str, Task]) -> Comparison:
     left_out: dict[str, str] = {}
     found: dict[str, TaskComparison] = {}
     for name in dict.fromkeys([*a.tasks, *b.tasks]):
-        reason = _reason_to_leave_out(name, a.tasks.get(name), b.tasks.get(name))
-        if reason:
-            left_out[name] = reason
-        else:
-            task = _as_asked(tasks.get(name), blind=a.blind and b.blind)
-            found[name] = _compare_task(name, a.tasks[name], b.tasks[name], task)
+        ours, theirs = a.tasks.get(name), b.tasks.get(name)
+        if ours is None or theirs is None:
+            left_out[name] = f"only {'B' if ours is None else 'A'} answered it"
+            continue
+        if ours.ids != theirs.ids:
+            raise ConfigError(
+                f"task {name!r}: the two models were asked other questions "
+                f"({len(ours.ids)} and {len(theirs.ids)}; see --limit)"
+            )
+        if ours.metric != theirs.metric:
+            raise ConfigError(
+                f"task {name!r}: scored by {ours.metric!r} in one, {theirs.metric!r} in the other"
+            )
+        if ours.metric in LIKELIHOODS or not ours.ids:
+            scores = f"{ours.metric} {ours.score:.2f} of A, {theirs.score:.2f} of B"
+            is_read = ours.metric in LIKELIHOODS
+            left_out[name] = f"{scores} (lower is better)" if is_read else "it has no questions"
+            continue
+        questions, note = _questions(tasks.get(name), ours, blind=a.blind and b.blind)
+        answers = zip(
+            [questions.get(key, Question(key, "", ())) for key in ours.ids],
+            *(ours.replies, theirs.replies, ours.scores, theirs.scores),
+            strict=True,
+        )
+        found[name] = TaskComparison(
+            name,
+            ours.metric,
+            ours.score,
+            theirs.score,
+            paired_difference(ours.scores, theirs.scores),
+            tuple(Pair(*each) for each in answers),
+            note,
+        )
     if not found:
         raise ConfigError(f"results of {a.model!r} and {b.model!r}: no task has answers of both")
     pairs = list(chain(*(task.pairs for task in found.values())))
-    difference = paired_difference([p.score_a for p in pairs], [p.score_b for p in pairs])
+    note = ""
+    if a.blind and b.blind:
+        note = "A and B were asked blind: pictures are those of other questions, as both saw them"
+    elif a.blind or b.blind:
+        blind, other = ("A", "B") if a.blind else ("B", "A")
+        note = (
+            f"{blind} was asked blind, with the pictures of other questions; "
+            f"pictures are those that {other} saw"
+        )
     return Comparison(
         name_a=a.model,
         name_b=b.model,
         params_a=a.total_params,
         params_b=b.total_params,
         tasks=found,
-        difference=difference,
+        difference=paired_difference([p.score_a for p in pairs], [p.score_b for p in pairs]),
         left_out=left_out,
-        note=_blind_note(a.blind, b.blind),
+        note=note,
     )
 
 
-def comparison_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """A row for each task; a ``*`` marks a difference whose 95 % interval excludes 0."""
-    rows = [
-        [
-            task.name,
-            f"{task.score_a:.1f}",
-            f"{task.score_b:.1f}",
-            _interval(task.difference),
-            str(task.flips),
-            *_count_cells(task.counts),
-        ]
-        for task in comparison.tasks.values()
-    ]
-    both = [str(comparison.flips), *_count_cells(comparison.counts)]
-    total = ["all", "", "", _interval(comparison.difference), *both]
-    return ["task", "A", "B", "B - A [95 % interval]", "flips", *CHANGES], [*rows, total]
-
-
-def comparison_json(comparison: Comparison) -> dict[str, Any]:
-    """The figures of `comparison_rows` as plain values, and the ids of what was lost and gained."""
-    tasks = {
-        name: {
-            "n": len(task.pairs),
-            "metric": task.metric,
-            "a": task.score_a,
-            "b": task.score_b,
-            **_difference_json(task.difference),
-            "flips": task.flips,
-            "counts": task.counts,
-            "lost": [pair.question.id for pair in task.pairs if pair.kind == "lost"],
-            "gained": [pair.question.id for pair in task.pairs if pair.kind == "gained"],
-        }
-        for name, task in comparison.tasks.items()
-    }
-    return {
-        "a": comparison.name_a,
-        "b": comparison.name_b,
-        "tasks": tasks,
-        "all": {
-            **_difference_json(comparison.difference),
-            "flips": comparison.flips,
-            "counts": comparison.counts,
-        },
-        "left_out": dict(comparison.left_out),
-        "note": comparison.note,
-    }
-
-
-def _counts(pairs: Sequence[Pair]) -> dict[Change, int]:
-    kinds = [pair.kind for pair in pairs]
-    return {kind: kinds.count(kind) for kind in CHANGES}
-
-
-def _reason_to_leave_out(name: str, a: TaskResult | None, b: TaskResult | None) -> str:
-    """Why a task has no pairs of answers, or nothing if it has."""
-    if a is None or b is None:
-        return "only B answered it" if a is None else "only A answered it"
-    _require_same(name, a, b)
-    if a.metric in LIKELIHOODS:
-        return f"{a.metric} {a.score:.2f} of A, {b.score:.2f} of B (lower is better)"
-    return "" if a.ids else "it has no questions"
-
-
-def _require_same(name: str, a: TaskResult, b: TaskResult) -> None:
-    if a.ids != b.ids:
-        raise ConfigError(
-            f"task {name!r}: the two models were asked other questions "
-            f"({len(a.ids)} and {len(b.ids)}; see --limit)"
-        )
-    if a.metric != b.metric:
-        raise ConfigError(
-            f"task {name!r}: scored by {a.metric!r} in one, {b.metric!r} in the other"
-        )
-
-
-def _compare_task(name: str, a: TaskResult, b: TaskResult, task: Task | None) -> TaskComparison:
-    questions, note = _questions(task, a)
-    replies = zip(a.replies, b.replies, strict=True)
-    scores = zip(a.scores, b.scores, strict=True)
-    answers = zip(a.ids, replies, scores, strict=True)
-    pairs = tuple(
-        Pair(questions.get(key, Question(key, "", ())), *said, *scored)
-        for key, said, scored in answers
-    )
-    return TaskComparison(
-        name, a.metric, a.score, b.score, paired_difference(a.scores, b.scores), pairs, note
-    )
-
-
-def _as_asked(task: Task | None, blind: bool) -> Task | None:
-    """The task with the pictures that were shown."""
-    if task is None or not blind:
-        return task
-    load = task.load
-    return replace(task, load=lambda limit: with_other_pictures(load(limit)))
-
-
-def _blind_note(a: bool, b: bool) -> str:
-    if a and b:
-        return "A and B were asked blind: pictures are those of other questions, as both saw them"
-    if a or b:
-        return (
-            f"{'A' if a else 'B'} was asked blind, with the pictures of other questions; "
-            f"pictures are those that {'B' if a else 'A'} saw"
-        )
-    return ""
-
-
-def _questions(task: Task | None, result: TaskResult) -> tuple[dict[str, Question], str]:
-    """The questions behind a result by id, or none of them and why."""
+def _questions(
+    task: Task | None, result: TaskResult, blind: bool
+) -> tuple[dict[str, Question], str]:
+    """Load the questions behind a result by id, with the pictures shown; or none, and why."""
     if task is None:
         return {}, "questions and pictures are not shown: the task is not known here"
-    questions = {question.id: question for question in task.load(len(result.ids))}
+    asked = list(task.load(len(result.ids)))
+    questions = {each.id: each for each in (with_other_pictures(asked) if blind else asked)}
     try:
         score = metric_named(result.metric)
     except ConfigError:
@@ -294,15 +224,54 @@ def _questions(task: Task | None, result: TaskResult) -> tuple[dict[str, Questio
     return (questions, "") if same else ({}, changed)
 
 
-def _interval(difference: Difference) -> str:
-    mark = "*" if difference.significant else " "
-    low, high = signed(difference.low), signed(difference.high)
-    return f"{signed(difference.points)} [{low}, {high}] {mark}"
+def comparison_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Make a row for each task; a ``*`` marks a difference whose 95 % interval excludes 0."""
+
+    def row(name: str, scores: Sequence[str], of: TaskComparison | Comparison) -> list[str]:
+        low, high = signed(of.difference.low), signed(of.difference.high)
+        mark = "*" if of.difference.significant else " "
+        change = f"{signed(of.difference.points)} [{low}, {high}] {mark}"
+        return [name, *scores, change, str(of.flips), *(str(of.counts[kind]) for kind in CHANGES)]
+
+    rows = [
+        row(task.name, [f"{task.score_a:.1f}", f"{task.score_b:.1f}"], task)
+        for task in comparison.tasks.values()
+    ]
+    header = ["task", "A", "B", "B - A [95 % interval]", "flips", *CHANGES]
+    return header, [*rows, row("all", ["", ""], comparison)]
 
 
-def _count_cells(counts: Mapping[Change, int]) -> list[str]:
-    return [str(counts[kind]) for kind in CHANGES]
+def comparison_json(comparison: Comparison) -> dict[str, Any]:
+    """Give the figures of `comparison_rows` as plain values, and the ids lost and gained."""
+
+    def figures(of: TaskComparison | Comparison) -> dict[str, Any]:
+        change = {**vars(of.difference), "significant": of.difference.significant}
+        return {**change, "flips": of.flips, "counts": of.counts}
+
+    def ids(task: TaskComparison, kind: Change) -> list[str]:
+        return [pair.question.id for pair in task.pairs if pair.kind == kind]
+
+    tasks = {
+        name: {
+            "n": len(task.pairs),
+            "metric": task.metric,
+            "a": task.score_a,
+            "b": task.score_b,
+            **figures(task),
+            **{kind: ids(task, kind) for kind in ("lost", "gained")},
+        }
+        for name, task in comparison.tasks.items()
+    }
+    return {
+        "a": comparison.name_a,
+        "b": comparison.name_b,
+        "tasks": tasks,
+        "all": figures(comparison),
+        "left_out": dict(comparison.left_out),
+        "note": comparison.note,
+    }
 
 
-def _difference_json(difference: Difference) -> dict[str, Any]:
-    return {**vars(difference), "significant": difference.significant}
+def _counts(pairs: Iterable[Pair]) -> dict[Change, int]:
+    kinds = [pair.kind for pair in pairs]
+    return {kind: kinds.count(kind) for kind in CHANGES}

@@ -1,4 +1,4 @@
-"""How an answer is scored, how scores are averaged, and what was kept of the original's."""
+"""Score an answer, average scores, and estimate the retention of a smaller model."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,8 +76,12 @@ def f1(reply: str, question: Question) -> float:
     Reference:
         Rajpurkar et al. 2016, SQuAD, arXiv:1606.05250, Sec. 6.1; articles count here.
     """
-    said = Counter(_words(reply))
-    return max(_overlap(said, Counter(_words(answer))) for answer in question.answers)
+    best, found = 0.0, Counter(re.findall(r"\w+", reply.lower()))
+    for answer in question.answers:
+        wanted = Counter(re.findall(r"\w+", answer.lower()))
+        hits = (found & wanted).total()
+        best = max(best, 2 * hits / (found.total() + wanted.total()) if hits else 0.0)
+    return best
 
 
 def rouge_l(reply: str, question: Question) -> float:
@@ -107,7 +109,7 @@ METRICS: dict[str, Metric] = {
 }
 """Metrics of a generated reply, each in [0, 1]."""
 LIKELIHOODS = ("perplexity", "loss")
-"""What is measured of the given answer, without a reply; lower is better."""
+"""Metrics of the given answer, without a reply; lower is better."""
 
 
 _LARGEST_LOSS = 700.0
@@ -120,7 +122,7 @@ def perplexity(loss: float) -> float:
 
 
 def metric_named(name: str) -> Metric:
-    """A metric of replies: one of `METRICS`, or a function of the user's own.
+    """Find a metric of replies: one of `METRICS`, or a function of the user's own.
 
     Args:
         name: Its name; or ``package.module:function``, which is imported, called with the reply and
@@ -130,7 +132,7 @@ def metric_named(name: str) -> Metric:
         ConfigError: If it is not known, its package is not installed, or it is not such a function.
     """
     if ":" in name:
-        return partial(_checked, name, _function(name))
+        return _own_metric(name)
     if name not in METRICS:
         known = ", ".join((*METRICS, *LIKELIHOODS))
         raise ConfigError(
@@ -141,10 +143,10 @@ def metric_named(name: str) -> Metric:
     return METRICS[name]
 
 
-def _function(name: str) -> Callable[..., Any]:
-    """A plain function of two arguments, from a module that is not Python's own.
+def _own_metric(name: str) -> Metric:
+    """Import a plain function of two arguments, from a module that is not Python's own.
 
-    A task file says which one: so it can name nothing that acts on a text, such as a program.
+    A task file names it: so it cannot be a function that acts on a text, such as a program's.
     """
     module, _, attribute = name.partition(":")
     where = f"metric {shortened(name)}"
@@ -158,22 +160,21 @@ def _function(name: str) -> Callable[..., Any]:
         raise ConfigError(f"{where}: {module} defines no function {attribute!r}")
     if len(inspect.signature(found).parameters) != 2:
         raise ConfigError(f"{where}: must take two arguments, the reply and the question")
-    return found
 
+    def checked(reply: str, question: Question) -> float:
+        try:
+            score = found(reply, question)
+        except Exception as error:
+            told = f"failed on question {question.id!r} ({one_line(error)})"
+            raise ConfigError(f"metric {name!r}: {told}") from error
+        if not isinstance(score, bool | int | float) or not 0 <= score <= 1:
+            raise ConfigError(
+                f"metric {name!r}: gave {shortened(repr(score))} for question {question.id!r}, "
+                "must give a number from 0 to 1"
+            )
+        return float(score)
 
-def _checked(name: str, function: Callable[..., Any], reply: str, question: Question) -> float:
-    """What a user's function says, if it is a score."""
-    try:
-        score = function(reply, question)
-    except Exception as error:
-        told = f"failed on question {question.id!r} ({one_line(error)})"
-        raise ConfigError(f"metric {name!r}: {told}") from error
-    if not isinstance(score, bool | int | float) or not 0 <= score <= 1:
-        raise ConfigError(
-            f"metric {name!r}: gave {shortened(repr(score))} for question {question.id!r}, must "
-            "give a number from 0 to 1"
-        )
-    return float(score)
+    return checked
 
 
 def yes_no_details(replies: Sequence[str], questions: Sequence[Question]) -> dict[str, float]:
@@ -218,7 +219,7 @@ def majority_score(metric: str, questions: Sequence[Question]) -> float:
 
 @dataclass(frozen=True)
 class Retention:
-    """What a model kept of another one's average.
+    """Share that a model keeps of another one's average.
 
     Attributes:
         percent: AVG-%: the ratio of the two averages in percent (a ratio of means).
@@ -262,7 +263,12 @@ def retention(
         seed: Of the draws.
     """
     given = floors if floors is not None else chance
-    floor_scores = {name: _floor_scores(name, given[name], len(scores[name])) for name in scores}
+    floor_scores: dict[str, Sequence[float]] = {}
+    for name in scores:
+        level = given[name]
+        if isinstance(level, (int, float)):  # on the scale of the task's scores
+            level = [level / 100 * MME_FULL_SCORES.get(name, 100.0) / 100] * len(scores[name])
+        floor_scores[name] = level
     (ours, mean), (theirs, base), (floor, floor_mean) = _averages(
         [scores, baseline, floor_scores], resamples, seed
     )
@@ -318,24 +324,8 @@ def _averages(
     return list(zip(drawn, means, strict=True))
 
 
-def _floor_scores(name: str, floor: float | Sequence[float], count: int) -> Sequence[float]:
-    """A floor for each question, on the scale of the task's scores."""
-    if isinstance(floor, (int, float)):
-        return [floor / 100 * MME_FULL_SCORES.get(name, 100.0) / 100] * count
-    return floor
-
-
 def _percent_above(floor: float, mean: float, base: float) -> float:
     return 100 * (mean - floor) / (base - floor) if base > floor else float("nan")
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
-
-
-def _overlap(said: Counter[str], wanted: Counter[str]) -> float:
-    hits = (said & wanted).total()
-    return 2 * hits / (said.total() + wanted.total()) if hits else 0.0
 
 
 def _items(text: str) -> set[str]:

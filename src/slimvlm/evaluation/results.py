@@ -1,4 +1,4 @@
-"""What a model said to a benchmark's questions, its scores, and how two models compare."""
+"""Store a model's replies to a benchmark and their scores; compare the averages of two models."""
 
 from __future__ import annotations
 
@@ -165,10 +165,7 @@ class Result:
         )
 
     def with_blind_floors(self, blind: Result) -> Result:
-        """This result with the floors that the same model's blind result gives.
-
-        Args:
-            blind: The same model on the same questions, from ``evaluate(..., blind=True)``.
+        """Add the floors of the same model's result from ``evaluate(..., blind=True)``.
 
         Raises:
             ConfigError: If that result was not blind or this one was, or the questions differ.
@@ -184,7 +181,7 @@ class Result:
         return replace(self, tasks=found)
 
     def timed_as(self, other: Result) -> Result:
-        """This result with the times of one whose model has the same shape.
+        """Take over the times of a result whose model has the same shape.
 
         Equal shapes take equally long, and a second measurement only adds noise between them. A
         result of another size or type of weights leaves this one as it is.
@@ -195,7 +192,6 @@ class Result:
         return replace(self, **{name: getattr(other, name) for name in TIMES})
 
     def _shared_tasks(self, baseline: Result) -> list[str]:
-        """Names of the tasks in AVG that both answered."""
         shared = [
             name for name, task in self.tasks.items() if task.in_average and name in baseline.tasks
         ]
@@ -234,11 +230,7 @@ class Result:
 
 
 def require_same_sight(result: Result, baseline: Result) -> None:
-    """Refuse to set a blind result against one with the right pictures.
-
-    Raises:
-        ConfigError: If only one of the two is blind.
-    """
+    """Refuse to compare a blind result with one that is not."""
     if result.blind != baseline.blind:
         blind, other = ("this", "that") if result.blind else ("that", "this")
         raise ConfigError(
@@ -248,15 +240,9 @@ def require_same_sight(result: Result, baseline: Result) -> None:
 
 
 def read_baseline(path: str | Path, blind: bool = False, floors: bool = False) -> Result:
-    """A result file to set a new result against; refuses what would fail after the questions.
+    """Read a result file to compare a new result with; refuse what would fail after the questions.
 
-    Args:
-        path: What `Result.save` wrote.
-        blind: Whether the new result is blind.
-        floors: Whether the baseline must have blind floors.
-
-    Raises:
-        ConfigError: If the file is no result, only one of the two is blind, or floors are missing.
+    ``blind`` says whether the new result is; ``floors`` whether the baseline must have blind ones.
     """
     baseline = Result.load(path)
     if baseline.blind != blind:
@@ -270,7 +256,7 @@ def read_baseline(path: str | Path, blind: bool = False, floors: bool = False) -
 
 
 def _floor(name: str, task: TaskResult, baseline: TaskResult) -> float | tuple[float, ...]:
-    """The highest floor of a task: in percent, or one score for each question if it is blind."""
+    """Find the highest floor of a task: in percent, or a score for each question if it is blind."""
     known = [task.chance, *(m for m in (task.majority, baseline.majority) if m is not None)]
     blind = baseline.blind
     if blind is not None and metrics.average({name: blind}) > max(known):
