@@ -1,4 +1,4 @@
-"""A smaller model's times beside its original's: in turn, round by round, where both fit."""
+"""Times of models that take turns, and the bytes of their tensors."""
 
 from __future__ import annotations
 
@@ -7,10 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.evaluation import timing
-from slimvlm.evaluation.timing import PairedTimes, Timing, paired_times, plain_question, times_of
+from slimvlm.evaluation.timing import (
+    PairedTimes,
+    PeakMemory,
+    Timing,
+    paired_times,
+    plain_question,
+    stored_bytes,
+    timed_run,
+    timed_runs,
+    times_of,
+)
 from slimvlm.models import cost
 from slimvlm.models.cost import free_memory
 from slimvlm.models.load import load
@@ -81,3 +92,53 @@ def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert free_memory(here) == 600
     limit.write_text("max\n")
     assert free_memory(here) == pytest.approx(whole, rel=0.5)
+
+
+def test_a_run_times_every_token(llava: tuple[Any, Any]) -> None:
+    ids = torch.full((1, 4), 40)
+    run = timed_run(llava[0], {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 5)
+    assert run.prefill_ms > 0
+    assert len(run.step_ms) == 4
+    assert min(run.step_ms) > 0
+    assert run.total_ms == pytest.approx(run.prefill_ms + sum(run.step_ms))
+
+
+def test_models_take_turns_forwards_and_backwards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    models: Any = ("small", "large")
+    order = []
+
+    def record(model: Any, inputs: Any, new_tokens: int) -> Timing:
+        order.append((models.index(model), new_tokens))
+        return Timing(1.0, (1.0,))
+
+    monkeypatch.setattr(timing, "timed_run", record)
+    runs = timed_runs(models, [{}, {}], 7, 3)
+    assert order == [(0, 2), (1, 2), *((index, 7) for index in (0, 1, 1, 0, 0, 1))]
+    assert [len(its) for its in runs] == [3, 3]
+
+
+class TestMemory:
+    """`PeakMemory` and `stored_bytes` against sums by hand."""
+
+    def test_the_peak_counts_what_is_alive_at_once(self) -> None:
+        with PeakMemory() as memory:
+            kept = torch.zeros(1000)
+            for _ in range(5):
+                torch.ones(2000).add_(1)
+            view = kept.view(10, 100)
+        assert view.shape == (10, 100)
+        assert memory.peak_bytes == 4 * 3000
+
+    def test_weights_are_not_activations(self) -> None:
+        model = nn.Linear(10, 10)
+        with PeakMemory(model) as memory, torch.no_grad():
+            model.weight.view(100)
+        assert memory.peak_bytes == 0
+
+    def test_shared_weights_are_stored_once(self) -> None:
+        model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+        assert stored_bytes(model) == 2 * 8 * 8 * 4
+        model[1].weight = model[0].weight
+        assert stored_bytes(model) == 8 * 8 * 4
