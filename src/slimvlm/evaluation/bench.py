@@ -1,10 +1,9 @@
-"""How fast a model runs, and how near its speed-up over another one comes to the ideal."""
+"""Time models, and compare the speed-up of one over another with the ideal."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from statistics import median
 from typing import Any
 
@@ -15,7 +14,14 @@ from transformers import PreTrainedModel
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import MIN_NEW_TOKENS, Workload
 from slimvlm.core.progress import progress
-from slimvlm.evaluation.timing import PeakMemory, Timing, stored_bytes, timed_run, timed_runs
+from slimvlm.evaluation.timing import (
+    PeakMemory,
+    Share,
+    Timing,
+    stored_bytes,
+    timed_run,
+    timed_runs,
+)
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import decode_flops, kv_cache_bytes_per_token, prefill_flops, slow_widths
 from slimvlm.models.hidden import hidden_states, require_finite_values
@@ -158,25 +164,33 @@ def bench(
     models = [model] if baseline is None else [model, baseline]
     if len({one.device for one in models}) > 1:
         raise ConfigError(f"baseline is on {models[1].device}, the model on {model.device}")
-    sides = [_Loaded(n, one, workload) for n, one in zip(names, models, strict=False)]
-    for side in sides:
-        (hidden,) = hidden_states(side.model, side.prompts(1))
-        require_finite_values(hidden, f"the hidden states of {side.name!r}")
-    peaks = {size: [side.peak_bytes(size) for side in sides] for size in workload.sizes}
-    runs = {
-        size: timed_runs(
-            models, [s.prompts(size) for s in sides], workload.new_tokens, workload.repeats
-        )
-        for size in progress(workload.sizes, "bench")
-    }
-    return summarised(
-        [side.facts() for side in sides],
-        workload,
-        runs,
-        peaks,
-        device=_device_name(model.device),
-        dtype=_dtype_name(model),
-    )
+    sides = []
+    for name, one in zip(names, models, strict=False):
+        head: Any = one.get_output_embeddings()
+        read = stored_bytes(decoder_layers(one), final_norm(one), head)
+        shape = anatomy_of(one.config)  # of the configuration: quantised weights are packed
+        sides.append(Side(name, shape, _dtype_name(one), stored_bytes(one), read))
+
+    def prompts(index: int, batch_size: int) -> dict[str, Tensor]:
+        ids = random_prompts(sides[index].shape, workload, batch_size).to(models[index].device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    for index, one in enumerate(models):
+        (hidden,) = hidden_states(one, prompts(index, 1))
+        require_finite_values(hidden, f"the hidden states of {sides[index].name!r}")
+    peaks: dict[int, list[int]] = {size: [] for size in workload.sizes}
+    for size in workload.sizes:
+        for index, one in enumerate(models):
+            batch = prompts(index, size)
+            with PeakMemory(one) as memory:
+                timed_run(one, batch, min(workload.new_tokens, MIN_NEW_TOKENS))
+            peaks[size].append(stored_bytes(one) + memory.peak_bytes)
+    runs = {}
+    for size in progress(workload.sizes, "bench"):
+        batches = [prompts(index, size) for index in range(len(models))]
+        runs[size] = timed_runs(models, batches, workload.new_tokens, workload.repeats)
+    name_of = getattr(torch.get_device_module(model.device), "get_device_name", str)
+    return summarised(sides, workload, runs, peaks, str(name_of(model.device)), _dtype_name(model))
 
 
 def summarised(
@@ -187,23 +201,43 @@ def summarised(
     device: str,
     dtype: str,
 ) -> Bench:
-    """What runs of a model, and of its baseline if there is one, say.
+    """Summarise runs of a model, and of its baseline if there is one.
 
     Args:
         sides: The model, and its baseline.
-        workload: What was timed.
+        workload: The workload.
         runs: For each batch size the runs of each side, in the order of their rounds.
         peaks: For each batch size the peak bytes of each side.
-        device: Where.
+        device: Name of the device.
         dtype: Data type of the weights.
     """
-    measured = [
-        side.footprint(
-            workload,
-            tuple(_speed(workload, size, its[i], peaks[size][i]) for size, its in runs.items()),
+    measured = []
+    for i, side in enumerate(sides):
+        speeds = [
+            Speed(
+                batch_size=size,
+                prefill_ms=median(run.prefill_ms for run in its[i]),
+                decode_ms=median(run.decode_ms for run in its[i]),
+                tokens_per_second=median(
+                    1e3 * size * workload.new_tokens / run.total_ms for run in its[i]
+                ),
+                peak_bytes=peaks[size][i],
+            )
+            for size, its in runs.items()
+        ]
+        measured.append(side.footprint(workload, tuple(speeds)))
+    speed_ups = []
+    for size, (fast, slow) in runs.items() if len(sides) > 1 else ():
+        read = [prefill_flops(side.shape, workload.prompt_tokens, size) for side in sides]
+        written = [side.bytes_read(workload, size) for side in sides]
+        speed_up = SpeedUp(
+            batch_size=size,
+            prefill=Share.of((r.prefill_ms for r in slow), (r.prefill_ms for r in fast)).value,
+            prefill_ideal=read[1] / read[0],
+            decode=Share.of((r.decode_ms for r in slow), (r.decode_ms for r in fast)).value,
+            decode_ideal=written[1] / written[0],
         )
-        for i, side in enumerate(sides)
-    ]
+        speed_ups.append(speed_up)
     return Bench(
         workload=workload,
         device=device,
@@ -211,10 +245,7 @@ def summarised(
         threads=torch.get_num_threads(),
         model=measured[0],
         baseline=measured[1] if len(sides) > 1 else None,
-        speed_ups=tuple(
-            _speed_up(sides, workload, size, list(zip(*its, strict=True)))
-            for size, its in (runs.items() if len(sides) > 1 else ())
-        ),
+        speed_ups=tuple(speed_ups),
     )
 
 
@@ -232,8 +263,10 @@ def bench_rows(result: Bench) -> tuple[list[str], list[list[str]]]:
     for index, size in enumerate(speed.batch_size for speed in result.model.speeds):
         speeds = [m.speeds[index] for m in models]
         found = result.speed_ups[index] if result.speed_ups else None
-        read = _gain_cells(found.prefill, found.prefill_ideal) if found else []
-        write = _gain_cells(found.decode, found.decode_ideal) if found else []
+        read, write = [], []
+        if found is not None:
+            pairs = (found.prefill, found.prefill_ideal), (found.decode, found.decode_ideal)
+            read, write = ([f"{g:.2f}x", f"{i:.2f}x", f"{g / i:.2f}"] for g, i in pairs)
         at = f"batch {size}: "
         rows += [
             [at + "prefill ms", *(f"{s.prefill_ms:.1f}" for s in speeds), *read],
@@ -243,10 +276,6 @@ def bench_rows(result: Bench) -> tuple[list[str], list[list[str]]]:
         ]
     header = ["", *(m.model for m in models)]
     return header + ["speed-up", "ideal", "share of ideal"] * bool(result.speed_ups), rows
-
-
-def _gain_cells(found: float, ideal: float) -> list[str]:
-    return [f"{found:.2f}x", f"{ideal:.2f}x", f"{found / ideal:.2f}"]
 
 
 @dataclass(frozen=True)
@@ -292,74 +321,6 @@ def random_prompts(shape: Anatomy, workload: Workload, batch_size: int) -> Tenso
     low, high = shape.vocab_size // 4, shape.vocab_size // 2
     size = (batch_size, workload.prompt_tokens)
     return torch.randint(low, high, size, generator=generator)
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """A model in this process, and what it shall do."""
-
-    name: str
-    model: PreTrainedModel
-    workload: Workload
-
-    @cached_property
-    def shape(self) -> Anatomy:
-        """Of the configuration: quantised weights are packed."""
-        return anatomy_of(self.model.config)
-
-    def facts(self) -> Side:
-        """What is known of it without a run."""
-        head: Any = self.model.get_output_embeddings()
-        read = stored_bytes(decoder_layers(self.model), final_norm(self.model), head)
-        return Side(self.name, self.shape, _dtype_name(self.model), stored_bytes(self.model), read)
-
-    def prompts(self, batch_size: int) -> dict[str, Tensor]:
-        """A batch on the model's device."""
-        ids = random_prompts(self.shape, self.workload, batch_size).to(self.model.device)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-    def peak_bytes(self, batch_size: int) -> int:
-        """Weights and the most that other tensors took at once."""
-        prompts, new_tokens = (
-            self.prompts(batch_size),
-            min(self.workload.new_tokens, MIN_NEW_TOKENS),
-        )
-        with PeakMemory(self.model) as memory:
-            timed_run(self.model, prompts, new_tokens)
-        peak: int = memory.peak_bytes
-        return stored_bytes(self.model) + peak
-
-
-def _speed(workload: Workload, batch_size: int, runs: Sequence[Timing], peak_bytes: int) -> Speed:
-    """Medians over the runs."""
-    new_tokens = batch_size * workload.new_tokens
-    return Speed(
-        batch_size=batch_size,
-        prefill_ms=median(run.prefill_ms for run in runs),
-        decode_ms=median(run.decode_ms for run in runs),
-        tokens_per_second=median(1e3 * new_tokens / run.total_ms for run in runs),
-        peak_bytes=peak_bytes,
-    )
-
-
-def _speed_up(
-    sides: Sequence[Side], workload: Workload, batch_size: int, runs: Sequence[tuple[Timing, ...]]
-) -> SpeedUp:
-    """What neighbouring runs of the model and of the baseline say."""
-    read = [prefill_flops(s.shape, workload.prompt_tokens, batch_size) for s in sides]
-    written = [side.bytes_read(workload, batch_size) for side in sides]
-    return SpeedUp(
-        batch_size=batch_size,
-        prefill=median(slow.prefill_ms / fast.prefill_ms for fast, slow in runs),
-        prefill_ideal=read[1] / read[0],
-        decode=median(slow.decode_ms / fast.decode_ms for fast, slow in runs),
-        decode_ideal=written[1] / written[0],
-    )
-
-
-def _device_name(device: torch.device) -> str:
-    name_of = getattr(torch.get_device_module(device), "get_device_name", str)
-    return str(name_of(device))
 
 
 def _dtype_name(model: PreTrainedModel) -> str:
