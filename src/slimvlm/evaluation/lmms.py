@@ -351,10 +351,10 @@ def adapter(
                 for index, value in zip(batch, likelihoods(model, processor, pairs), strict=True):
                     found[index] = value
             best: dict[int, float] = {}  # the likeliest continuation is the reply
-            for request, (value, _) in zip(requests, found, strict=True):
-                index, text = request.args[3], str(request.args[1]).strip()
-                if index not in best or value > best[index]:
-                    best[index], replies[index] = value, text
+            for request, (likelihood, _) in zip(requests, found, strict=True):
+                number, text = request.args[3], str(request.args[1]).strip()
+                if number not in best or likelihood > best[number]:
+                    best[number], replies[number] = likelihood, text
             # The runner (0.7.3) makes text of a bare pair, but not of one in a wrapper.
             signs = [-1 if isinstance(r.args[1], str) else 1 for r in requests]
             signed = zip(signs, found, strict=True)
