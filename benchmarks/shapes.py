@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import Gemma3TextConfig, LlamaConfig, Qwen2Config
 
-from slimvlm.demo.model import make_text_config
+from slimvlm.demo.build import make_text_config
 
 SHAPES = {
     "tiny": LlamaConfig(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from slimvlm.core.errors import ConfigError, DataError
 from slimvlm.data import chat
-from slimvlm.data.lengths import Limit, fitted
+from slimvlm.data.read import Limit, fitted
 from slimvlm.data.roles import IGNORE
 from slimvlm.data.samples import Question, Sample
 from tests import tiny_folder as folders

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,28 @@ def test_auto_keeps_all_that_was_seen_and_says_what_it_covers() -> None:
     assert found.coverage is not None
     assert found.coverage >= 0.99
     assert f"{len(found.tokens):,} of {found.total:,} tokens" in found.line()
+
+
+def test_tokens_are_counted_over_all_texts_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a counter of each text, of which every fourth is held out."""
+    whole = tiny_words.tokenizer("byte_level")
+    said = [tiny_words.CORPUS[i % 9] for i in range(300)]
+    counts = [Counter(ids) for ids in whole(said, add_special_tokens=False)["input_ids"]]
+    size = len(TokenizerFile.of(whole).needed) + 15
+    shown = [text for number, text in enumerate(said, 1) if number % 4]
+    tried, held_out = sv.choose_tokens(whole, size=size, texts=shown), sum(counts[3::4], Counter())
+    made: list[Any] = []
+
+    class Counted(Counter[int]):
+        def __init__(self, *args: Any) -> None:
+            made.append(None)
+            super().__init__(*args)
+
+    monkeypatch.setattr("slimvlm.data.vocabulary.Counter", Counted)
+    found = choose_vocabulary(whole, texts=said, size=size)
+    assert found.seen == len(sum(counts, Counter()))
+    assert found.coverage == sum(held_out[token] for token in tried) / held_out.total() < 1
+    assert len(made) <= 3
 
 
 def test_auto_takes_more_where_unseen_texts_need_more() -> None:

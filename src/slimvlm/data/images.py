@@ -1,4 +1,4 @@
-"""Pictures that samples and questions name: inside their folder, within limits, and whole."""
+"""Find and decode pictures: inside their folder, within limits of size, and complete."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 from slimvlm.core.errors import DataError
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""What is decoded. Others are refused: some of Pillow's decoders start programs."""
+"""Formats that are decoded. Others are refused: some of Pillow's decoders start programs."""
 
 MAX_PIXELS = 89_478_485
 """Larger pictures are refused unread: decoded, they take more than 256 MiB (Pillow's own limit)."""
@@ -23,11 +23,7 @@ _GLANCE = (64, 64)
 
 
 def open_image(image: Image.Image | Path) -> Image.Image:
-    """Load a picture as RGB.
-
-    Raises:
-        DataError: If it cannot be read, is cut off, or has too many pixels.
-    """
+    """Load a picture as RGB; raise a `DataError` if it is broken, cut off or too large."""
     try:
         if isinstance(image, Path):
             return _decoded(image)
@@ -38,7 +34,7 @@ def open_image(image: Image.Image | Path) -> Image.Image:
 
 
 def identifying_bytes(image: Image.Image | Path, may_move: bool = False) -> bytes:
-    """What tells a picture apart from others: its content, or where its file is and how large.
+    """Identify a picture by its content, or by the place and size of its file.
 
     Args:
         image: A picture or the path of one, which is not read.
@@ -52,16 +48,13 @@ def identifying_bytes(image: Image.Image | Path, may_move: bool = False) -> byte
 
 
 def _file_of(image: Image.Image) -> bytes | None:
-    """The file of a picture that `find_image` has from memory; None for a decoded one.
-
-    Such a picture is never decoded in place, where its pixels would stay.
-    """
+    """Return the encoded file of a lazy picture, which must not be decoded in place."""
     source = getattr(image, "fp", None)
     return source.getvalue() if isinstance(source, io.BytesIO) else None
 
 
 def find_image(source: Any, name: str, root: Path) -> Image.Image | Path:
-    """A picture, or the path of one that exists below the image folder, decoded once as a check.
+    """Return a picture, or the path of one below the image folder, after decoding it as a check.
 
     Args:
         source: A picture, its path below ``root``, or a dict with ``bytes`` or ``path``.
@@ -105,18 +98,13 @@ def _path_below(source: Any, root: Path) -> Path:
 
 
 def _decoded(source: Path | io.BytesIO, glance: bool = False) -> Image.Image:
-    """A picture as RGB. At a glance its shape is checked, and a JPEG is read whole, but small."""
+    """Decode a picture as RGB. With ``glance`` check its shape, and decode a JPEG at small size."""
     with Image.open(source, formats=FORMATS) as opened:
+        size = f"{opened.width} x {opened.height} pixels"
         if opened.width * opened.height > MAX_PIXELS:
-            raise ValueError(f"{_size(opened)} pixels; at most {MAX_PIXELS:,} are read")
+            raise ValueError(f"{size}; at most {MAX_PIXELS:,} are read")
         if glance:
             if max(opened.size) > MAX_ASPECT * min(opened.size):
-                raise ValueError(
-                    f"{_size(opened)} pixels; one side may be {MAX_ASPECT} times the other"
-                )
+                raise ValueError(f"{size}; one side may be {MAX_ASPECT} times the other")
             opened.draft("RGB", _GLANCE)
         return opened.convert("RGB")
-
-
-def _size(image: Image.Image) -> str:
-    return f"{image.width} x {image.height}"

@@ -1,11 +1,12 @@
-"""Rows → `Sample`s: LLaVA's conversations and chat ``messages``, with their pictures."""
+"""Read rows as `Sample`s: LLaVA's conversations and chat ``messages``, with their pictures."""
 
 from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,16 @@ from slimvlm.core.errors import ConfigError, DataError
 from slimvlm.core.options import TooLong
 from slimvlm.core.progress import Say
 from slimvlm.core.requests import identity_of_files
-from slimvlm.data.chat import require_readable
+from slimvlm.data.chat import length_of, rendered, require_readable, with_turns
 from slimvlm.data.images import find_image
-from slimvlm.data.lengths import Limit, fitted
 from slimvlm.data.rows import interleaved, rows_in_step, stated_pictures, turns_of
 from slimvlm.data.samples import Message, Sample
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 IMAGE_WORD = "<image>"
-"""Stands for a picture in plain text."""
+"""Placeholder of a picture in plain text."""
+LARGE_PICTURE = 2048
+"""Upper estimate of a picture's tokens."""
 
 _AT_ONCE = 256
 _MISSING = object()
@@ -62,10 +64,12 @@ def load_samples(
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"samples {limit} must be at least 1")
-    longest = _longest(processor, max_length, context, too_long)
+    if max_length is not None and processor is None:
+        raise ConfigError(f"max_length {max_length} needs a processor to count tokens with")
+    longest = Limit.of(max_length, context, too_long == "cut")
     samples: list[Sample] = []
     bad = cut = 0
-    for found in _found(data, images, limit, warn):
+    for found in _samples(data, images, limit, warn):
         try:
             samples.append(_readable(found, processor, longest))
             cut += samples[-1] is not found
@@ -85,35 +89,35 @@ def load_samples(
     return samples
 
 
-def _found(
+def _samples(
     data: str | Path, images: str | Path | None, limit: int | None, warn: Say
-) -> Iterable[Sample | DataError]:
-    """What each row of a source is: a sample, or why it is none."""
+) -> Iterator[Sample | DataError]:
+    """Yield each row as a sample, or the error that makes it broken."""
     if str(data) == "demo":
         from slimvlm.demo.conversations import demo_samples
 
-        return demo_samples(limit or 1024)
+        yield from demo_samples(limit or 1024)
+        return
     root = Path(images if images is not None else data)
     root = root if root.is_dir() or images is not None else root.parent
     if images is not None and not root.is_dir():
         raise ConfigError(f"images {str(images)!r} is not a folder")
-    return _read_in_order(
-        rows_in_step(data, warn), root.absolute(), min(limit or _AT_ONCE, _AT_ONCE)
-    )
+    root = root.absolute()
 
+    def attempt(numbered: tuple[int, Any]) -> Sample | DataError:
+        try:
+            return _sample(*numbered, root)
+        except DataError as error:
+            return error
 
-def _longest(
-    processor: Any, max_length: int | None, context: int | None, too_long: TooLong
-) -> Limit | None:
-    if max_length is not None and max_length < 1:
-        raise ConfigError(f"max_length {max_length} must be at least 1")
-    if max_length is not None and processor is None:
-        raise ConfigError(f"max_length {max_length} needs a processor to count tokens with")
-    return Limit.of(max_length, context, too_long == "cut")
+    rows = rows_in_step(data, warn)
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:  # decodes pictures
+        while chunk := list(islice(rows, min(limit or _AT_ONCE, _AT_ONCE))):
+            yield from pool.map(attempt, chunk)
 
 
 def _readable(found: Sample | DataError, processor: Any, longest: Limit | None) -> Sample:
-    """A sample that the processor can read, short enough for the model."""
+    """Return a sample that the processor can read, short enough for the model."""
     if isinstance(found, DataError):
         raise found
     if processor is None:
@@ -122,25 +126,168 @@ def _readable(found: Sample | DataError, processor: Any, longest: Limit | None) 
     return found if longest is None else fitted(processor, found, longest)
 
 
-def _read_in_order(
-    numbered: Iterator[tuple[int, Any]], root: Path, at_once: int
-) -> Iterator[Sample | DataError]:
-    """What each row is: a sample, or why it is none. Several threads decode the pictures."""
+def _sample(index: int, row: Any, root: Path) -> Sample:
+    """Convert a row. Pictures without a placeholder come before the first user turn's text."""
+    if isinstance(row, DataError):
+        raise row
+    if not isinstance(row, dict):
+        raise DataError(f"row {index} is not an object")
+    name = str(row.get("id", index))[:100]
+    turns = turns_of(row)
+    if not isinstance(turns, list) or not turns:
+        raise DataError(f"sample {name!r} has no messages or conversations")
+    messages, sources = _messages(turns, name)
+    stated = stated_pictures(row)
+    listed = iter([] if stated is None else stated if isinstance(stated, list) else [stated])
+    shown = [next(listed, _MISSING) if source is None else source for source in sources]
+    named = [image for image in (*shown, *listed) if image is not _MISSING]
+    pictures = tuple(find_image(image, name, root) for image in named)
+    if sources and len(sources) != len(pictures):
+        raise DataError(
+            f"sample {name!r} has {len(sources)} image placeholders, {len(pictures)} images"
+        )
+    if pictures and not sources:
+        first = next((m for m in messages if m["role"] == "user"), None)
+        if first is None:
+            raise DataError(f"sample {name!r} has images, but no user turn to show them in")
+        first["content"] = [{"type": "image"}] * len(pictures) + first["content"]
+    return Sample(id=name, messages=tuple(messages), images=pictures)
 
-    def attempt(row_at: tuple[int, Any]) -> Sample | DataError:
-        index, row = row_at
-        try:
-            return _sample(row, index, root)
-        except DataError as error:
-            return error
 
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-        while chunk := list(islice(numbered, at_once)):
-            yield from pool.map(attempt, chunk)
+def _messages(turns: list[Any], name: str) -> tuple[list[Message], list[Any]]:
+    """Convert turns to chat form; return also each placeholder's picture, None if it has none."""
+    messages: list[Message] = []
+    sources: list[Any] = []
+    for turn in turns:
+        if not isinstance(turn, dict):
+            raise DataError(f"sample {name!r}: a turn is not an object")
+        written = turn.get("role", turn.get("from"))
+        role = "system" if written == "system" else _ROLES.get(str(written))
+        content = turn.get("content", turn.get("value"))
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        if role is None or not isinstance(content, list):
+            raise DataError(
+                f"sample {name!r}: a turn needs a known role and text (role {written!r})"
+            )
+        parts, shown = _parts(content, name)
+        sources += shown
+        messages.append({"role": role, "content": parts})
+    texts = [(m["role"], "".join(part.get("text", "") for part in m["content"])) for m in messages]
+    answers = [text for role, text in texts if role == "assistant"]
+    if not answers or not all(text.strip() for text in answers):
+        raise DataError(f"sample {name!r} has no answer, or an empty one")
+    try:  # JSON can hold half of a surrogate pair, where an emoji was cut
+        "".join(text for _, text in texts).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"sample {name!r}: a text is not Unicode ({error.reason})") from error
+    return messages, sources
+
+
+def _parts(content: list[Any], name: str) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Convert a turn's content; ``<image>`` in a text becomes a part of its own."""
+    parts: list[dict[str, Any]] = []
+    sources: list[Any] = []
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") not in ("text", "image"):
+            raise DataError(f"sample {name!r}: content parts must be text or image")
+        if part["type"] == "image":
+            parts.append({"type": "image"})
+            sources.append(next((part[k] for k in ("image", "path", "url") if part.get(k)), None))
+            continue
+        if not isinstance(part.get("text"), str):
+            raise DataError(f"sample {name!r}: a text part without text")
+        for position, piece in enumerate(part["text"].split(IMAGE_WORD)):
+            if position:
+                parts.append({"type": "image"})
+                sources.append(None)
+                piece = piece.removeprefix("\n")
+            if piece:
+                parts.append({"type": "text", "text": piece})
+    return parts, sources
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The longest sample that is allowed.
+
+    Attributes:
+        tokens: So many tokens, those of pictures included.
+        is_asked: Whether a user has asked for it. Else it is what the model can read, and a sample
+            that cannot be longer is not counted.
+        cuts: Whether longer samples are cut; else they are refused.
+    """
+
+    tokens: int
+    is_asked: bool = True
+    cuts: bool = False
+
+    @classmethod
+    def of(cls, asked: int | None, context: int | None, cuts: bool) -> Limit | None:
+        """Return the lower of the two limits; None if there is neither."""
+        if asked is not None and asked < 1:
+            raise ConfigError(f"max_length {asked} must be at least 1")
+        given = [value for value in (asked, context) if value is not None]
+        return cls(min(given), min(given) == asked, cuts) if given else None
+
+
+def fitted(processor: Any, sample: Sample, limit: Limit) -> Sample:
+    """Return the sample if it is short enough, else cut it where the limit allows that.
+
+    Whole turns go from its end, as long as an answer stays. If that is still too long, the end of
+    this answer goes.
+
+    Raises:
+        DataError: If it is longer and not to be cut, or its first question alone is too long.
+    """
+    if not limit.is_asked:  # no token of text is shorter than a byte; a tokenizer adds a few
+        most = len(rendered(processor, sample).encode()) + LARGE_PICTURE * len(sample.images) + 8
+        if most <= limit.tokens:
+            return sample
+    length = length_of(processor, sample)
+    if length <= limit.tokens:
+        return sample
+    which = "--max-length is" if limit.is_asked else "the model reads"
+    if not limit.cuts:
+        raise DataError(
+            f"sample {sample.id!r} has {length} tokens, {which} {limit.tokens} (--too-long cut "
+            "shortens it)"
+        )
+    answered = [n for n, message in enumerate(sample.messages, 1) if message["role"] == "assistant"]
+    for count in reversed(answered):
+        shorter = with_turns(sample, sample.messages[:count])
+        if length_of(processor, shorter) <= limit.tokens:
+            return shorter
+    shorter = _with_short_answer(processor, shorter, limit.tokens)
+    if not shorter.messages[-1]["content"][0]["text"].strip():
+        raise DataError(
+            f"sample {sample.id!r} has {length} tokens, {which} {limit.tokens}: nothing of its "
+            "answer is left when it is cut"
+        )
+    return shorter
+
+
+def _with_short_answer(processor: Any, sample: Sample, tokens: int) -> Sample:
+    """Cut a sample's last answer at the last character that fits, found by bisection."""
+    *before, last = sample.messages
+    answer = "".join(part.get("text", "") for part in last["content"])
+
+    def with_answer(characters: int) -> Sample:
+        content = [{"type": "text", "text": answer[:characters]}]
+        return replace(sample, messages=(*before, {"role": "assistant", "content": content}))
+
+    fits, beyond = 0, len(answer)
+    while beyond - fits > 1:  # so many characters fit, so many do not
+        middle = (fits + beyond) // 2
+        if length_of(processor, with_answer(middle)) <= tokens:
+            fits = middle
+        else:
+            beyond = middle
+    return with_answer(fits)
 
 
 def subset(samples: list[Sample], fraction: float, seed: int) -> list[Sample]:
-    """A seeded share of the samples, in their original order.
+    """Draw a seeded share of the samples, in their original order.
 
     It is stratified: samples without pictures, with one and with several keep their shares, and so
     does each folder that pictures come from (to within one sample of a stratum, as far as the
@@ -153,7 +300,7 @@ def subset(samples: list[Sample], fraction: float, seed: int) -> list[Sample]:
 
 
 def estimated_length(sample: Sample, image_tokens: int = 576) -> int:
-    """About how many tokens a sample has: a key to batch samples of similar length.
+    """Estimate the tokens of a sample: a key to batch samples of similar length.
 
     Neither the text nor the pictures are read by a tokenizer or processor: four characters count
     as a token, and every picture as equally many.
@@ -168,13 +315,15 @@ def estimated_length(sample: Sample, image_tokens: int = 576) -> int:
 
 
 def _stratified_order(samples: list[Sample], seed: int) -> list[int]:
-    """Indices in an order of which every beginning is a stratified sample.
+    """Order indices so that every beginning is stratified by number of pictures and their folder.
 
     Each stratum is in random order and has one random offset.
     """
     strata: dict[tuple[int, str], list[int]] = {}
     for index, sample in enumerate(samples):
-        strata.setdefault(_stratum(sample), []).append(index)
+        first = sample.images[0] if sample.images else None
+        folder = str(first.parent) if isinstance(first, Path) else ""
+        strata.setdefault((min(len(sample.images), 2), folder), []).append(index)
     draw = random.Random(seed)
     groups: list[tuple[float, list[int]]] = []
     for members in strata.values():
@@ -183,102 +332,6 @@ def _stratified_order(samples: list[Sample], seed: int) -> list[int]:
     return interleaved(groups)
 
 
-def _stratum(sample: Sample) -> tuple[int, str]:
-    """How many pictures (0, 1, several), and the folder of the first."""
-    first = sample.images[0] if sample.images else None
-    return min(len(sample.images), 2), str(first.parent) if isinstance(first, Path) else ""
-
-
 def identity_of_data(data: str) -> str:
-    """What tells a source apart from another one under its name, as `slimvlm.core.files` has it."""
+    """Identify a data source's content, as `slimvlm.core.files` does."""
     return data if data == "demo" else identity_of_files(data, data)
-
-
-def _sample(row: Any, index: int, root: Path) -> Sample:
-    if isinstance(row, DataError):
-        raise row
-    if not isinstance(row, dict):
-        raise DataError(f"row {index} is not an object")
-    name = str(row.get("id", index))[:100]
-    turns = turns_of(row)
-    if not isinstance(turns, list) or not turns:
-        raise DataError(f"sample {name!r} has no messages or conversations")
-    stated = stated_pictures(row)
-    given = [] if stated is None else stated if isinstance(stated, list) else [stated]
-    messages, sources = _messages(turns, name)
-    listed = iter(given)
-    shown = [next(listed, _MISSING) if source is None else source for source in sources]
-    named = [image for image in (*shown, *listed) if image is not _MISSING]
-    pictures = [find_image(image, name, root) for image in named]
-    messages = _with_placeholders(messages, len(pictures), name)
-    return Sample(id=name, messages=tuple(messages), images=tuple(pictures))
-
-
-def _require_unicode(messages: list[Message], name: str) -> None:
-    """Refuse half of a surrogate pair, which JSON can hold where an emoji was cut."""
-    try:
-        "".join(part.get("text", "") for m in messages for part in m["content"]).encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"sample {name!r}: a text is not Unicode ({error.reason})") from error
-
-
-def _messages(turns: list[Any], name: str) -> tuple[list[Message], list[Any]]:
-    """Turns in chat form, and for each placeholder the picture that stands there; None if none."""
-    messages: list[Message] = []
-    sources: list[Any] = []
-    for turn in turns:
-        if not isinstance(turn, dict):
-            raise DataError(f"sample {name!r}: a turn is not an object")
-        said = turn.get("role", turn.get("from"))
-        role = "system" if said == "system" else _ROLES.get(str(said))
-        content = turn.get("content", turn.get("value"))
-        if role is None or not isinstance(content, str | list):
-            raise DataError(f"sample {name!r}: a turn needs a known role and text (role {said!r})")
-        parts = _split_placeholders(content) if isinstance(content, str) else []
-        for part in content if isinstance(content, list) else []:
-            if not isinstance(part, dict) or part.get("type") not in ("text", "image"):
-                raise DataError(f"sample {name!r}: content parts must be text or image")
-            if part["type"] == "text":
-                if not isinstance(part.get("text"), str):
-                    raise DataError(f"sample {name!r}: a text part without text")
-                parts += _split_placeholders(part["text"])
-                continue
-            source = next((part[k] for k in ("image", "path", "url") if part.get(k)), None)
-            parts.append({"type": "image", "source": source})
-        sources += [part.pop("source", None) for part in parts if part["type"] == "image"]
-        messages.append({"role": role, "content": parts})
-    answers = [m for m in messages if m["role"] == "assistant"]
-    if not answers or not all(_has_text(m) for m in answers):
-        raise DataError(f"sample {name!r} has no answer, or an empty one")
-    _require_unicode(messages, name)
-    return messages, sources
-
-
-def _has_text(message: Message) -> bool:
-    return any(part.get("text", "").strip() for part in message["content"])
-
-
-def _split_placeholders(text: str) -> list[dict[str, Any]]:
-    """``<image>`` and what follows → an image part and a text part."""
-    parts: list[dict[str, Any]] = []
-    for position, piece in enumerate(text.split(IMAGE_WORD)):
-        if position:
-            parts.append({"type": "image"})
-            piece = piece.removeprefix("\n")
-        if piece:
-            parts.append({"type": "text", "text": piece})
-    return parts
-
-
-def _with_placeholders(messages: list[Message], pictures: int, name: str) -> list[Message]:
-    """Pictures that no placeholder mentions come before the first user turn's text."""
-    mentioned = sum(p["type"] == "image" for m in messages for p in m["content"])
-    if mentioned == pictures:
-        return messages
-    if mentioned:
-        raise DataError(f"sample {name!r} has {mentioned} image placeholders, {pictures} images")
-    first = next((i for i, m in enumerate(messages) if m["role"] == "user"), None)
-    if first is None:
-        raise DataError(f"sample {name!r} has images, but no user turn to show them in")
-    content = [{"type": "image"}] * pictures + messages[first]["content"]
-    return [*messages[:first], {"role": "user", "content": content}, *messages[first + 1 :]]

@@ -1,7 +1,4 @@
-"""What each token of a batch is: image, prompt, answer or padding.
-
-B batch, T token.
-"""
+"""Assign a role to each token of a batch: image, prompt, answer or padding. B batch, T token."""
 
 from __future__ import annotations
 
@@ -45,12 +42,12 @@ def parse_token_weights(text: str) -> dict[str, float]:
 
 
 def role_masks(config: Any, batch: Mapping[str, Any]) -> dict[str, Bool[Tensor, "B T"]]:
-    """Which positions play each role; padding plays none.
+    """Return the positions of each role; padding has none.
 
     Args:
         config: The model's configuration, which names its image token.
-        batch: Model inputs. Answers are where ``labels`` stand. A batch of ``inputs_embeds`` does
-            not show where its pictures are: everything before the answers is prompt.
+        batch: Model inputs. Answers are the positions with ``labels``. In a batch of
+            ``inputs_embeds``, pictures cannot be told from prompts: all but answers is prompt.
     """
     valid = valid_tokens(batch).bool()
     labels: Tensor | None = batch.get("labels")
@@ -67,15 +64,12 @@ def role_masks(config: Any, batch: Mapping[str, Any]) -> dict[str, Bool[Tensor, 
 def token_weights(
     config: Any, batch: Mapping[str, Any], weights: Mapping[str, float] | None = None
 ) -> Float[Tensor, "B T"]:
-    """The weight of every position, 0 for padding.
+    """Return the weight of every position, 0 for padding.
 
     Args:
         config: The model's configuration.
         batch: Model inputs.
         weights: Weight by role; roles that are not named weigh 1. None: all valid tokens weigh 1.
-
-    Raises:
-        ConfigError: If a role is unknown.
     """
     unknown = set(weights or ()) - set(ROLES)
     if unknown:
@@ -87,14 +81,14 @@ def token_weights(
 
 
 def predicts_label(labels: Tensor) -> Bool[Tensor, "B T"]:
-    """Positions whose next token counts: where it is predicted."""
+    """Return the positions that predict a label: one before each."""
     predicts = torch.zeros_like(labels, dtype=torch.bool)
     predicts[:, :-1] = labels[:, 1:] != IGNORE
     return predicts
 
 
 def valid_tokens(batch: Mapping[str, Any]) -> Tensor:
-    """Which tokens are not padding: the attention mask, or all."""
+    """Return the attention mask, or ones."""
     mask: Tensor | None = batch.get("attention_mask")
     if mask is not None:
         return mask

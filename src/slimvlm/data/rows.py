@@ -1,4 +1,4 @@
-"""Data sources → rows of plain values: JSON, JSONL, parquet and what ``datasets`` reads."""
+"""Read data sources as rows of plain values: JSON, JSONL, parquet and what ``datasets`` reads."""
 
 from __future__ import annotations
 
@@ -20,39 +20,47 @@ from slimvlm.core.progress import Say
 
 MAX_LINE_BYTES = 64 * 2**20
 """Longest line of a ``.jsonl`` file."""
+KEPT_BYTES = 2**29
+"""Size up to which a ``.jsonl`` file is parsed once and its rows are kept while they are read."""
 
 
 def rows_in_step(data: str | Path, say: Say) -> Iterator[tuple[int, Any]]:
-    """The rows of a source, each with its number there, so that its beginning is like the whole.
+    """Yield the numbered rows of a source in an order whose beginning represents the whole.
 
-    The order is the source's, unless rows with a picture and rows without stand apart in it: then
-    they come in step, each kind in its order, and any beginning has about the shares of the whole.
-    Of n rows in random order, p with a picture, 2 p (n - p) / n have a successor of the other kind,
-    on average (Wald and Wolfowitz 1940). Kinds stand apart where less than half as many have.
+    The order is the source's, unless rows with a picture and rows without are separated in it: then
+    they are interleaved, each kind in its order, and any beginning has about the shares of the
+    whole. Of n rows in random order, p with a picture, 2 p (n - p) / n have a successor of the
+    other kind, on average (Wald and Wolfowitz 1940). Kinds are separated where less than half as
+    many have.
 
     Args:
         data: As for `read_rows`, which says what is raised.
         say: Receives a line where the order is not the source's.
     """
-    kept = list(read_rows(data)) if Path(data).suffix == ".json" else None
+    path, kept = Path(data), None
+    if path.suffix == ".json" or (
+        path.suffix == ".jsonl" and path.is_file() and path.stat().st_size <= KEPT_BYTES
+    ):
+        kept = list(read_rows(data))
 
     def again(outlined: bool = False) -> Iterator[Any]:
         return read_rows(data, outlined) if kept is None else iter(kept)
 
     shows = [_shows_picture(row) for row in again(outlined=True)]
-    if not _stand_apart(shows):
+    pictures, texts = sum(shows), len(shows) - sum(shows)
+    changes = sum(one != other for one, other in pairwise(shows))
+    if changes * len(shows) >= pictures * texts:
         yield from enumerate(again())
         return
-    pictures, texts = sum(shows), len(shows) - sum(shows)
-    say(f"data {str(data)!r}: {pictures} rows with pictures and {texts} without are read in step")
+    say(f"data {str(data)!r}: {pictures} rows with pictures and {texts} without are interleaved")
     with_picture = compress(enumerate(again()), shows)
     without = compress(enumerate(again()), (not shown for shown in shows))
-    for shown in _in_step(shows):
+    for shown in interleaved([(0.5, [False] * texts), (0.5, [True] * pictures)]):
         yield next(with_picture if shown else without)
 
 
 def _shows_picture(row: Any) -> bool:
-    """Whether a row has a picture, as far as can be told without opening one."""
+    """Return whether a row has a picture, as far as can be told without opening one."""
     if not isinstance(row, dict):
         return False
     turns = turns_of(row)
@@ -66,29 +74,19 @@ def _shows_picture(row: Any) -> bool:
 
 
 def turns_of(row: dict[str, Any]) -> Any:
-    """What a row has where its turns should be."""
+    """Return the field of a row that should hold its turns."""
     return row.get("messages") or row.get("conversations")
 
 
 def stated_pictures(row: dict[str, Any]) -> Any:
-    """What a row has where its pictures should be: one, a list of them, or None."""
+    """Return the field of a row that should hold its pictures: one, a list of them, or None."""
     return row.get("images") if row.get("images") is not None else row.get("image")
 
 
-def _stand_apart(kinds: Sequence[bool]) -> bool:
-    changes = sum(one != other for one, other in pairwise(kinds))
-    return changes * len(kinds) < sum(kinds) * (len(kinds) - sum(kinds))
-
-
-def _in_step(kinds: Sequence[bool]) -> list[int]:
-    """The kinds in an order of which each beginning has about the shares of the whole."""
-    return interleaved((0.5, [kind] * kinds.count(kind)) for kind in (False, True))
-
-
 def interleaved(groups: Iterable[tuple[float, Sequence[int]]]) -> list[int]:
-    """The members of groups, so that each beginning has about every group's share of the whole.
+    """Merge groups so that each beginning has about every group's share of the whole.
 
-    The k-th of a group's n members stands at (k + u) / n.
+    The k-th of a group's n members has the place (k + u) / n.
 
     Args:
         groups: Of each group the offset u, from 0 to 1, and its members in their order.
@@ -102,13 +100,13 @@ def interleaved(groups: Iterable[tuple[float, Sequence[int]]]) -> list[int]:
 
 
 def read_rows(data: str | Path, outlined: bool = False) -> Iterator[Any]:
-    """The rows of a data source as plain values, and a `DataError` for each that is not JSON.
+    """Yield the rows of a data source as plain values, and a `DataError` for one that is not JSON.
 
     Args:
         data: A ``.json``, ``.jsonl`` or ``.parquet`` file, a folder that ``datasets`` saved, or a
             hub dataset id.
-        outlined: Whether stored pictures are left out: of a column of them is told how many a row
-            has, or whether it has one.
+        outlined: Whether a column of stored pictures is replaced by their number in each row, or by
+            whether there is one.
 
     Raises:
         ConfigError: If the source does not exist or is not understood.
@@ -135,16 +133,13 @@ def _rows_of_file(path: Path, outlined: bool) -> Iterator[Any]:
             raise DataError(f"data {str(path)!r}: is not a parquet file ({error})") from error
         yield from _plain_rows(table, outlined)
     elif path.suffix == ".jsonl":
-        with path.open("rb") as lines:
-            for number, line in enumerate(_lines(lines), 1):
-                if isinstance(line, DataError):
-                    yield DataError(f"line {number} {line}")
-                elif line.strip():
-                    yield _parsed(line.decode("utf-8", "replace"), f"line {number}")
+        with path.open("rb") as file:
+            yield from _rows_of_lines(file)
     elif path.suffix == ".json":
-        rows = _parsed(path.read_text(encoding="utf-8", errors="replace"), "the file")
-        if isinstance(rows, DataError):
-            raise DataError(f"data {str(path)!r}: {rows}")
+        try:
+            rows = parse_json(path.read_text(encoding="utf-8", errors="replace"))
+        except ValueError as error:
+            raise DataError(f"data {str(path)!r}: the file is not JSON ({error})") from error
         if not isinstance(rows, list):
             raise DataError(f"data {str(path)!r}: must be a list of conversations")
         yield from rows
@@ -173,7 +168,7 @@ def _rows_of_dataset(source: Path | str, outlined: bool) -> Iterable[Any]:
 
 
 def _require_own_files(folder: Path) -> None:
-    """Refuse a folder that reads elsewhere: by a link, or by a path in one of its descriptions."""
+    """Refuse a folder that reads files outside it, through a link or a path in a description."""
     where, inside = f"data {str(folder)!r}", folder.resolve()
     for path in folder.rglob("*"):
         if path.is_symlink() and not path.resolve().is_relative_to(inside):
@@ -186,7 +181,7 @@ def _require_own_files(folder: Path) -> None:
 
 
 def _files_named_by(path: Path) -> Any:
-    """What a description by which ``datasets`` finds files says of their places."""
+    """Return the part of a ``datasets`` description that names files."""
     if path.name in ("state.json", "dataset_dict.json") and path.is_file():
         values = read_object(path, "data")
         return [values.get("_data_files"), values.get("splits")]
@@ -202,34 +197,27 @@ def _files_named_by(path: Path) -> Any:
 
 
 def _plain_rows(table: Any, outlined: bool) -> Iterator[Any]:
-    """Rows with pictures as they are stored, so that no path among them is opened unchecked."""
+    """Yield rows with pictures as they are stored, so that no path in them is opened unchecked."""
     for part in table.with_format("arrow").iter(batch_size=64):
-        yield from (_outlined(part) if outlined else part).to_pylist()
+        for index, name in enumerate(part.column_names if outlined else ()):
+            if name in ("image", "images"):
+                chunks = part.column(name).chunks
+                numbers = [getattr(chunk, "value_lengths", chunk.is_valid)() for chunk in chunks]
+                part = part.set_column(index, name, numbers)
+        yield from part.to_pylist()
 
 
-def _outlined(part: Any) -> Any:
-    """A table that tells of pictures how many a row has, or whether it has one."""
-    for index, name in enumerate(part.column_names):
-        if name in ("image", "images"):
-            chunks = part.column(name).chunks
-            told = [getattr(chunk, "value_lengths", chunk.is_valid)() for chunk in chunks]
-            part = part.set_column(index, name, told)
-    return part
-
-
-def _lines(file: BinaryIO) -> Iterator[bytes | DataError]:
-    """The lines of a file; of one that is too long no more than the limit is in memory."""
+def _rows_of_lines(file: BinaryIO) -> Iterator[Any]:
+    """Yield the rows of a ``.jsonl`` file; a line that is too long never is in memory."""
+    number = 0
     while line := file.readline(MAX_LINE_BYTES + 1):
-        if len(line) <= MAX_LINE_BYTES or line.endswith(b"\n"):
-            yield line
-            continue
-        while line and not line.endswith(b"\n"):
-            line = file.readline(MAX_LINE_BYTES)
-        yield DataError(f"has more than {MAX_LINE_BYTES:,} bytes")
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return parse_json(text)
-    except ValueError as error:
-        return DataError(f"{where} is not JSON ({error})")
+        number += 1
+        if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+            while line and not line.endswith(b"\n"):
+                line = file.readline(MAX_LINE_BYTES)
+            yield DataError(f"line {number} has more than {MAX_LINE_BYTES:,} bytes")
+        elif line.strip():
+            try:
+                yield parse_json(line.decode("utf-8", "replace"))
+            except ValueError as error:
+                yield DataError(f"line {number} is not JSON ({error})")

@@ -1,8 +1,7 @@
-"""What goes into a model and what is asked of it: conversations, questions, tasks.
+"""Conversations, questions and tasks as plain values.
 
-These are values without behaviour. Data files become `Sample`s (:mod:`slimvlm.data.read`),
-benchmarks become `Task`s (:mod:`slimvlm.evaluation.tasks`), and everything downstream only sees
-these.
+Data files become `Sample`s (:mod:`slimvlm.data.read`), benchmarks become `Task`s
+(:mod:`slimvlm.evaluation.tasks`).
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from PIL.Image import Image
 
 Message = dict[str, Any]
 """One turn in Hugging Face chat form: ``{"role": "user", "content": [{"type": "image"}, {"type":
-"text", "text": "..."}]}``. An image entry is a placeholder; the pictures stand in order in
-`Sample.images`."""
+"text", "text": "..."}]}``. An image entry is a placeholder; the pictures are in `Sample.images`, in
+order."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,8 @@ class Task:
 
     Attributes:
         name: Unique name, used on the command line.
-        metric: What `slimvlm.evaluation.metrics.metric_named` knows; or ``perplexity`` or ``loss``
-            of the first answer.
+        metric: A name that `slimvlm.evaluation.metrics.metric_named` knows; or ``perplexity`` or
+            ``loss`` of the first answer.
         chance: Score of guessing, in percent.
         load: Returns the first ``limit`` questions (all if None), always in the same order.
         max_new_tokens: Longest answer.

@@ -1,7 +1,7 @@
-"""Chat templates of strangers, under limits: transformers' own sandbox, with a clock and a scale.
+"""Render untrusted chat templates in transformers' sandbox, with limits on time and output size.
 
-A template is a program that came with a model. The sandbox keeps it from Python's insides. What is
-added here ends loops that go on and on, and refuses texts and numbers that would fill the memory.
+A template is a program that comes with a model. The sandbox keeps it from Python's internals. The
+limits end endless loops, and refuse texts and numbers that would fill the memory.
 
 Relies on: transformers compiles every template with `_compile_jinja_template`. Tried with 5.24.
 """
@@ -24,23 +24,18 @@ from transformers.utils import chat_template_utils
 from slimvlm.core.errors import ConfigError
 
 MAX_SECONDS = 10.0
-"""Processor time of one rendering, so that a machine with other work does not refuse an honest one,
-which takes a millisecond."""
+"""Processor time of one rendering, which takes a millisecond normally; a busy machine adds none."""
 MAX_LENGTH = 2**26
 """Characters of a text, items of a list, bits of a number."""
 _MAX_ARGUMENT = 2**20
-"""Largest number that a function is given, such as a width."""
+"""Largest number that may be passed to a function, such as a width."""
 _WIDE = re.compile(r"\d{5,}|%[^%a-z]*\*", re.IGNORECASE)
-"""In a format: a request for many characters."""
+"""Part of a format string that asks for many characters."""
 
 
 @contextmanager
 def limited() -> Iterator[None]:
-    """Inside, transformers renders chat templates under limits.
-
-    Raises:
-        ConfigError: If a template passes them.
-    """
+    """Let transformers render chat templates under limits; a `ConfigError` says which is passed."""
     module: Any = chat_template_utils
     plain = module._compile_jinja_template
     _environment(plain).deadline = time.thread_time() + MAX_SECONDS
@@ -53,7 +48,7 @@ def limited() -> Iterator[None]:
 
 @functools.cache
 def _environment(compile_plain: Callable[[str], Any]) -> Any:
-    """Transformers' environment, with its filters and globals, under limits."""
+    """Return transformers' environment, with its filters and globals, under limits."""
     environment = compile_plain("").environment
     kind = type(environment)
     environment.__class__ = type(kind.__name__, (_Limits, kind), {})
@@ -69,32 +64,32 @@ def _compiled(compile_plain: Callable[[str], Any], template: str) -> Any:
 
 
 class _Limits(SandboxedEnvironment):
-    """What is added to the class of transformers' environment."""
+    """Methods that are put before those of transformers' environment class."""
 
     intercepted_binops = frozenset(("*", "**", "+", "%"))
     deadline = 0.0
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        """The template, with a look at the clock in every round of a loop."""
+        """Parse a template; each iteration of its loops checks the clock."""
         tree: nodes.Template = _Watched().visit(super()._parse(source, name, filename))
         return tree
 
     def look_at_clock(self) -> str:
-        """Nothing, as long as there is time."""
+        """Return an empty text; raise after the deadline."""
         if time.thread_time() > self.deadline:
             raise _refusal(f"takes more than {MAX_SECONDS:g} seconds of computing")
         return ""
 
     def concat(self, pieces: Iterable[str]) -> str:
-        """One text from pieces that may never end."""
+        """Join pieces, of which there may be endlessly many."""
         return "".join(_counted(pieces))
 
     def joined(self, *values: Any) -> str:
-        """What ``~`` makes."""
+        """Evaluate ``~``."""
         return self.concat(map(str, values))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """An operation whose result fits."""
+        """Evaluate an operation if its result is within the limits."""
         if operator == "%" and isinstance(left, str):
             _require_narrow(left)
         elif operator == "**":
@@ -106,7 +101,7 @@ class _Limits(SandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """A call with arguments and a result that fit."""
+        """Call a function if its arguments and its result are within the limits."""
         self.look_at_clock()
         owner = function.__self__ if isinstance(function, BuiltinMethodType) else None
         _require_affordable(owner, [*args, *kwargs.values()])
@@ -115,7 +110,7 @@ class _Limits(SandboxedEnvironment):
         return result
 
     def wrap_str_format(self, value: Any) -> Any:
-        """``str.format`` of a text that asks for no endless width."""
+        """Wrap ``str.format``; refuse a text that asks for a large width."""
         wrapped = super().wrap_str_format(value)
         if wrapped is not None:
             _require_narrow(value.__self__)
@@ -123,7 +118,7 @@ class _Limits(SandboxedEnvironment):
 
 
 class _Watched(NodeTransformer):
-    """Loops look at the clock, and texts are joined by a function that counts."""
+    """Add a check of the clock to loops, and join texts by a function that counts."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:  # noqa: N802  (Jinja's name)
         self.generic_visit(node)
@@ -137,7 +132,7 @@ class _Watched(NodeTransformer):
 
 
 def _asked(name: str, arguments: list[nodes.Expr], at: nodes.Node) -> nodes.Call:
-    """A call of one of the environment's own functions."""
+    """Return a call of one of the environment's own functions."""
     function = nodes.EnvironmentAttribute(name)
     call = nodes.Call(function, arguments, [], None, None).set_lineno(at.lineno)
     assert isinstance(call, nodes.Call)
@@ -145,14 +140,14 @@ def _asked(name: str, arguments: list[nodes.Expr], at: nodes.Node) -> nodes.Call
 
 
 def _measured(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter whose arguments and result fit."""
+    """Wrap a filter: its arguments and its result must be within the limits."""
 
     @functools.wraps(function)
     def inner(*args: Any, **kwargs: Any) -> Any:
         texts = [a for a in args if isinstance(a, str)]
         _require_affordable(texts[0] if texts else None, [*args, *kwargs.values()])
-        if texts:
-            _require_narrow(texts[0]) if function.__name__ == "do_format" else None
+        if texts and function.__name__ == "do_format":
+            _require_narrow(texts[0])
         counted = (_counted(a) if isinstance(a, Iterator) else a for a in args)
         result = function(*counted, **kwargs)
         _require_length(_size(result))
@@ -180,7 +175,7 @@ def _times(value: Any) -> int:
 
 
 def _require_affordable(text: object, arguments: list[Any]) -> None:
-    """No argument asks for much: no large number, no list of long texts, no text in each other."""
+    """Refuse large numbers, lists of long texts, and one long text to be repeated in another."""
     for value in arguments:
         if isinstance(value, int) and abs(value) > _MAX_ARGUMENT:
             raise _refusal(f"gives a function a number beyond {_MAX_ARGUMENT:,}")

@@ -1,11 +1,9 @@
-"""A fast tokenizer as data: its tokens, which need which, and the same tokenizer with fewer.
+"""Remove tokens from a fast tokenizer's ``tokenizer.json``, with all tokens that others need kept.
 
-What is read and written is what ``tokenizer.json`` holds. A text whose tokens all stay gets the
-same tokens afterwards:
+A text whose tokens all stay gets the same tokens afterwards:
 
 - BPE joins two parts at a time, by rank. Each token is built in one way, so it stays usable where
-  every part on that way stays. Then a text's joins are all there, and whatever else was possible
-  is still of higher rank.
+  every part on that way stays. Then a text's joins all exist, and all others have a higher rank.
 - Unigram takes the likeliest of all ways to divide a text. With fewer to choose from, that one is
   still the likeliest. The rarest token stays, since unknown characters are scored by it.
 """
@@ -32,7 +30,7 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True)
 class TokenizerFile:
-    """What a ``tokenizer.json`` holds.
+    """The content of a ``tokenizer.json``.
 
     Attributes:
         name: The tokenizer's class, for messages.
@@ -46,11 +44,7 @@ class TokenizerFile:
 
     @classmethod
     def of(cls, processor: Any) -> TokenizerFile:
-        """Read it off a processor or tokenizer.
-
-        Raises:
-            UnsupportedModelError: If it has none, or is of a kind that cannot lose tokens.
-        """
+        """Read it from a processor or tokenizer; refuse a kind that cannot lose tokens."""
         tokenizer = tokenizer_of(processor)
         name = type(tokenizer).__name__
         if not getattr(tokenizer, "is_fast", False):
@@ -70,7 +64,7 @@ class TokenizerFile:
                     f"tokens: {name} has {field} {model[field]!r}, with which none can go"
                 )
         found = cls(name, values, frozenset(tokenizer.all_special_ids))
-        list(_ids_in(found._post_processor, name))  # refuses an unknown kind
+        list(_ids_in(values["post_processor"], name))  # refuses an unknown kind
         return found
 
     @property
@@ -78,24 +72,18 @@ class TokenizerFile:
         model: Mapping[str, Any] = self.values["model"]
         return model
 
-    @property
-    def _post_processor(self) -> Mapping[str, Any] | None:
-        found: Mapping[str, Any] | None = self.values["post_processor"]
-        return found
-
     @cached_property
     def _pieces(self) -> dict[str, int]:
         """The model's own tokens."""
         vocab = self._model["vocab"]
-        if isinstance(vocab, Mapping):
-            return dict(vocab)
-        return {piece: index for index, (piece, _) in enumerate(vocab)}
+        named = isinstance(vocab, Mapping)
+        return dict(vocab) if named else {piece: i for i, (piece, _) in enumerate(vocab)}
 
     @cached_property
     def texts(self) -> dict[int, str]:
         """Every token as it is written in the file, by id."""
         added = {token["id"]: token["content"] for token in self.values["added_tokens"]}
-        return {**{index: piece for piece, index in self._pieces.items()}, **added}
+        return {index: piece for piece, index in self._pieces.items()} | added
 
     @cached_property
     def needed(self) -> frozenset[int]:
@@ -105,29 +93,24 @@ class TokenizerFile:
         token with a character that has none of its own.
         """
         found = {token["id"] for token in self.values["added_tokens"]} | self.special
-        found |= set(_ids_in(self._post_processor, self.name))
+        found |= set(_ids_in(self.values["post_processor"], self.name))
         if self.values["padding"] is not None:
             found.add(self.values["padding"]["pad_id"])
-        if isinstance(self._model.get("unk_token"), str):
-            found |= {self._pieces[t] for t in [self._model["unk_token"]] if t in self._pieces}
-        pieces = self._pieces.items()
-        found |= {i for piece, i in pieces if len(piece) == 1 or _BYTE.fullmatch(piece)}
-        return frozenset(self.with_parts(found | self._needed_by_unigram()))
-
-    def _needed_by_unigram(self) -> set[int]:
-        if self._model["type"] != "Unigram":
-            return set()
-        vocab = self._model["vocab"]
-        found = {min(range(len(vocab)), key=lambda index: vocab[index][1])}
-        if self._model["unk_id"] is not None:
-            found.add(self._model["unk_id"])
-        if not self._model.get("byte_fallback"):
-            found |= {i for piece, i in self._pieces.items() if set(piece) - self._pieces.keys()}
-        return found
+        model, pieces = self._model, self._pieces
+        if isinstance(model.get("unk_token"), str) and model["unk_token"] in pieces:
+            found.add(pieces[model["unk_token"]])
+        found |= {i for piece, i in pieces.items() if len(piece) == 1 or _BYTE.fullmatch(piece)}
+        if model["type"] == "Unigram":
+            found.add(min(range(len(model["vocab"])), key=lambda index: model["vocab"][index][1]))
+            if model["unk_id"] is not None:
+                found.add(model["unk_id"])
+            if not model.get("byte_fallback"):
+                found |= {i for piece, i in pieces.items() if set(piece) - pieces.keys()}
+        return frozenset(self.with_parts(found))
 
     @cached_property
     def by_rank(self) -> list[int]:
-        """All tokens, those first that the tokenizer itself holds to be the most frequent."""
+        """All tokens in the order of the tokenizer's own ranks, the most frequent first."""
         if self._model["type"] == "Unigram":
             scores = {i: -score for i, (_, score) in enumerate(self._model["vocab"])}
             return sorted(self.texts, key=lambda i: (scores.get(i, 0.0), i))
@@ -153,28 +136,28 @@ class TokenizerFile:
         return {}
 
     def _last_join(self, piece: str) -> Pair | None:
-        """The two parts that the tokenizer makes a token of; None if it makes it of none."""
-        if piece not in self._last_joins:
-            makers = self._makers.get(piece, [])
-            only = makers[0] if len(makers) == 1 else None
-            self._last_joins[piece] = only if len(makers) < 2 else self._joined(piece)
-        return self._last_joins[piece]
+        """Return the two parts that the tokenizer joins to a token; None if there are none.
 
-    def _joined(self, piece: str) -> Pair | None:
-        """Build a token of its characters as the tokenizer does, and say what came last."""
-        parts, pair = list(piece), None
+        Where several joins could make it, it is built from its characters as the tokenizer does.
+        """
+        if piece in self._last_joins:
+            return self._last_joins[piece]
+        makers = self._makers.get(piece, [])
+        pair = makers[0] if len(makers) == 1 else None
+        parts = list(piece) if len(makers) > 1 else []
         while len(parts) > 1:
             pairs = list(pairwise(parts))
             ranks = [self._ranks.get(each, len(self._ranks)) for each in pairs]
             at = min(range(len(pairs)), key=ranks.__getitem__)
-            pair = pairs[at]
-            if pair not in self._ranks:
-                return None
+            pair = pairs[at] if pairs[at] in self._ranks else None
+            if pair is None:
+                break
             parts[at : at + 2] = ["".join(pair)]
+        self._last_joins[piece] = pair
         return pair
 
     def with_parts(self, tokens: Iterable[int]) -> set[int]:
-        """Tokens with all the tokens that they are made of, step by step."""
+        """Return tokens with all tokens that they are made of, step by step."""
         found: set[int] = set()
         waiting = list(tokens)
         while waiting:
@@ -186,68 +169,50 @@ class TokenizerFile:
             waiting += [self._pieces[part] for part in pair or () if part in self._pieces]
         return found
 
-    def require_kept(self, kept: Iterable[int]) -> None:
-        """Refuse tokens that do not exist, and to lose one that must stay.
+    def trimmed(self, kept: Iterable[int]) -> str:
+        """Return the file's content with fewer tokens, numbered anew in the same order.
 
         Raises:
-            ConfigError: If so; the message names the first.
+            ConfigError: If a token does not exist, or one is lost that must stay; it is named.
         """
         kept = set(kept)
         if unknown := sorted(kept - self.texts.keys()):
             raise ConfigError(f"tokens: {self.name} has no token {unknown[0]}")
         if lost := sorted(self.needed - kept):
-            what = f"{lost[0]} ({shortened(self.texts.get(lost[0], ''))})"
+            named = f"{lost[0]} ({shortened(self.texts.get(lost[0], ''))})"
             raise ConfigError(
-                f"tokens: {what} must stay, as all special tokens, bytes and single characters"
+                f"tokens: {named} must stay, as all special tokens, bytes and single characters"
             )
-
-    def trimmed(self, kept: Iterable[int]) -> str:
-        """The file's content with fewer tokens, numbered anew in the same order.
-
-        Args:
-            kept: Ids that stay.
-
-        Raises:
-            ConfigError: As `require_kept` does.
-        """
-        self.require_kept(kept)
-        new = {old: index for index, old in enumerate(sorted(set(kept)))}
+        new = {old: index for index, old in enumerate(sorted(kept))}
+        model = dict(self._model)
+        if model["type"] == "Unigram":
+            model["vocab"] = [row for index, row in enumerate(model["vocab"]) if index in new]
+            model["unk_id"] = None if model["unk_id"] is None else new[model["unk_id"]]
+        else:
+            vocab = {piece: new[index] for piece, index in self._pieces.items() if index in new}
+            merges = [pair for pair in self._ranks if {*pair, "".join(pair)} <= vocab.keys()]
+            model |= {"vocab": vocab, "merges": merges}
         added = [{**t, "id": new[t["id"]]} for t in self.values["added_tokens"]]
         padding = self.values["padding"]
         values = {
             **self.values,
-            "model": self._model_of(new),
+            "model": model,
             "added_tokens": sorted(added, key=lambda token: int(token["id"])),
-            "post_processor": _with_ids(self._post_processor, new),
+            "post_processor": _with_ids(self.values["post_processor"], new),
             "padding": padding and {**padding, "pad_id": new[padding["pad_id"]]},
         }
         return json.dumps(values, ensure_ascii=False)
 
     def numbered(self, kept: Iterable[int]) -> dict[str, int]:
-        """The number that each of these tokens has in the smaller tokenizer, by its text."""
+        """Return the numbers of these tokens in the smaller tokenizer, by their texts."""
         new = {old: index for index, old in enumerate(sorted(set(kept)))}
         added = {token["content"]: token["id"] for token in self.values["added_tokens"]}
         return {text: new[i] for text, i in {**self._pieces, **added}.items() if i in new}
 
-    def _model_of(self, new: Mapping[int, int]) -> dict[str, Any]:
-        model = dict(self._model)
-        if model["type"] == "Unigram":
-            model["vocab"] = [row for index, row in enumerate(model["vocab"]) if index in new]
-            model["unk_id"] = None if model["unk_id"] is None else new[model["unk_id"]]
-            return model
-        vocab = {piece: new[index] for piece, index in self._pieces.items() if index in new}
-        model["vocab"] = vocab
-        model["merges"] = [pair for pair in self._ranks if {*pair, "".join(pair)} <= vocab.keys()]
-        return model
-
 
 def _ids_in(post_processor: Mapping[str, Any] | None, name: str) -> Iterator[int]:
-    """The tokens that a post-processor adds.
-
-    Raises:
-        UnsupportedModelError: If it is of an unknown kind.
-    """
-    kind = None if post_processor is None else post_processor["type"]
+    """Yield the tokens that a post-processor adds; refuse an unknown kind."""
+    kind = "ByteLevel" if post_processor is None else post_processor["type"]
     if post_processor is None or kind == "ByteLevel":
         return
     if kind == "Sequence":
@@ -263,7 +228,7 @@ def _ids_in(post_processor: Mapping[str, Any] | None, name: str) -> Iterator[int
 
 
 def _with_ids(post_processor: Any, new: Mapping[int, int]) -> Any:
-    """A post-processor with other numbers for its tokens."""
+    """Return a post-processor with new numbers for its tokens."""
     kind = None if post_processor is None else post_processor["type"]
     if kind == "Sequence":
         inner = [_with_ids(each, new) for each in post_processor["processors"]]

@@ -1,7 +1,7 @@
-"""Which tokens a model needs for some data: counted there, with the model's own ranks as a prior.
+"""Choose the tokens that a model needs for some data, by count, then by the model's own ranks.
 
-Beside what is seen in the data, all special tokens, bytes and single characters stay, so that
-every text can still be written, and with each token those that it is made of.
+All special tokens, bytes and single characters stay as well, so that every text can still be
+written, and with each token those that it is made of.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from slimvlm.data.samples import Sample
 from slimvlm.data.tokenizer_file import TokenizerFile
 
 HELD_OUT_EVERY = 4
-"""Every so manyth text is counted apart, to tell what unseen ones need."""
+"""Every fourth text is counted separately, to estimate what unseen texts need."""
 ENOUGH = 0.99
 """Share of the tokens of unseen texts that ``auto`` keeps."""
 
@@ -61,7 +61,7 @@ def choose_tokens(
     texts: Iterable[str | Path] = (),
     keep: Iterable[int] = (),
 ) -> tuple[int, ...]:
-    """The tokens to keep for some data.
+    """Choose the tokens to keep for some data.
 
     Args:
         processor: The model's processor or tokenizer.
@@ -90,13 +90,12 @@ def choose_vocabulary(
     keep: Iterable[int] = (),
     fewest: int = 0,
 ) -> Vocabulary:
-    """`choose_tokens`, and how well they fit; where the number is open, at least ``fewest``."""
+    """`choose_tokens` with their coverage; with ``size`` None at least ``fewest`` tokens."""
     file = TokenizerFile.of(processor)
     must = file.with_parts({*file.needed, *(i for i in keep if i in file.texts)})
-    written = (render(processor, sample.messages) for sample in samples)
-    counts = list(_counted(tokenizer_of(processor), _chain(written, texts)))
-    shown = sum((c for n, c in enumerate(counts, 1) if n % HELD_OUT_EVERY), Counter[int]())
-    unseen = sum(counts[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY], Counter[int]())
+    shown, unseen = Counter[int](), Counter[int]()
+    for number, ids in enumerate(_token_ids(processor, samples, texts), 1):
+        (shown if number % HELD_OUT_EVERY else unseen).update(ids)
     everything = shown + unseen
     if size is None:
         if not everything:
@@ -119,7 +118,7 @@ def choose_vocabulary(
 
 
 def read_texts(path: str | Path) -> Iterator[str]:
-    """The text of a file, or of all files in a folder that are UTF-8, some lines at a time.
+    """Yield the text of a file, or of a folder's UTF-8 files, some lines at a time.
 
     Raises:
         ConfigError: If there is no such file or folder, or no text in it.
@@ -130,22 +129,20 @@ def read_texts(path: str | Path) -> Iterator[str]:
         return
     found = False
     for file in sorted(place.rglob("*")):
-        if file.is_file() and not file.is_symlink() and (text := _text_or_none(file)) is not None:
-            found = True
-            yield from _pieces(text)
+        if not file.is_file() or file.is_symlink():
+            continue
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        found = True
+        yield from _pieces(text)
     if not found:
         raise ConfigError(f"vocab_text {str(path)!r}: no UTF-8 text file in this folder")
 
 
-def _text_or_none(file: Path) -> str | None:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        return None
-
-
 def _pieces(text: str) -> Iterator[str]:
-    """A text in pieces that end with a line."""
+    """Cut a text into pieces of whole lines."""
     lines: list[str] = []
     length = 0
     for line in text.splitlines(keepends=True):
@@ -158,27 +155,26 @@ def _pieces(text: str) -> Iterator[str]:
         yield "".join(lines)
 
 
-def _chain(written: Iterable[str], texts: Iterable[str | Path]) -> Iterator[str]:
-    yield from written
-    for text in texts:
-        yield from read_texts(text) if isinstance(text, Path) else [text]
-
-
-def _counted(tokenizer: Any, texts: Iterable[str]) -> Iterator[Counter[int]]:
-    """How often each token is in each text."""
-    remaining = iter(texts)
+def _token_ids(
+    processor: Any, samples: Sequence[Sample], texts: Iterable[str | Path]
+) -> Iterator[list[int]]:
+    """Yield the token ids of each text, those of the rendered samples first."""
+    tokenizer = tokenizer_of(processor)
+    written = (render(processor, sample.messages) for sample in samples)
+    further = (read_texts(text) if isinstance(text, Path) else [text] for text in texts)
+    remaining = chain(written, chain.from_iterable(further))
     while some := list(islice(remaining, _AT_ONCE)):
         try:
             rows = tokenizer(some, add_special_tokens=False)["input_ids"]
         except Exception as error:  # settings of tokenizers fail in many ways
             raise DataError(f"vocabulary: the tokenizer refuses a text ({error})") from error
-        yield from (Counter(row) for row in rows)
+        yield from rows
 
 
 def _in_order(
     file: TokenizerFile, must: Iterable[int], counts: Counter[int], size: int
 ) -> Iterator[int]:
-    """Tokens, the most needed first, none before what it is made of.
+    """Yield tokens, the most needed first, none before those that it is made of.
 
     What must stay comes first, then by count, then by the model's own rank. A token that does not
     fit with its parts is left out.
@@ -198,7 +194,7 @@ def _in_order(
 def _size_for(
     file: TokenizerFile, must: Iterable[int], shown: Counter[int], unseen: Counter[int]
 ) -> int:
-    """The fewest tokens, chosen by what was shown, that cover enough of what was not."""
+    """Return the least number of tokens, chosen by ``shown``, that covers enough of ``unseen``."""
     wanted, covered = ENOUGH * unseen.total(), 0
     for number, token in enumerate(_in_order(file, must, shown, len(file.texts)), 1):
         covered += unseen[token]

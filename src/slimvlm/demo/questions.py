@@ -1,8 +1,7 @@
-"""What can be asked about a scene, and about words and numbers without one.
+"""Make questions about scenes, and about words and numbers without one.
 
-Each function takes a scene (or nothing) and a source of chance and returns an `Asked`. Benchmarks
-(:mod:`slimvlm.demo.tasks`) and training conversations (:mod:`slimvlm.demo.conversations`) are made
-of the same questions.
+Benchmarks (:mod:`slimvlm.demo.tasks`) and training conversations
+(:mod:`slimvlm.demo.conversations`) have the same questions.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
@@ -32,14 +32,7 @@ MAX_SORTED = 99
 
 @dataclass(frozen=True)
 class Asked:
-    """A question with its answer, before it becomes a benchmark item or a turn.
-
-    Attributes:
-        prompt: The user's text.
-        answer: The right reply.
-        choices: What to choose from, in letter order or as words.
-        group: Sub-group of a benchmark.
-    """
+    """A question with its answer, choices (letters or words) and sub-group of a benchmark."""
 
     prompt: str
     answer: str
@@ -51,7 +44,7 @@ Asker = Callable[[Scene, np.random.Generator], Asked]
 
 
 def pick(rng: np.random.Generator, items: Sequence[str]) -> str:
-    """Returns one item at random."""
+    """Draw one item."""
     return items[int(rng.integers(len(items)))]
 
 
@@ -69,17 +62,17 @@ def _sample(rng: np.random.Generator, items: Sequence[str], count: int) -> list[
 
 
 def ask_name(scene: Scene, rng: np.random.Generator) -> Asked:
-    """What a lone object is."""
+    """Ask for the name of a single object."""
     return Asked("what is this?", scene.objects[0].name)
 
 
 def ask_kind(scene: Scene, rng: np.random.Generator) -> Asked:
-    """The category of a lone object, in words."""
+    """Ask for the category of a single object, in words."""
     return Asked("what kind of thing is this?", load_art().category_of(scene.objects[0].name))
 
 
 def ask_category_letter(scene: Scene, rng: np.random.Generator) -> Asked:
-    """The category of a lone object, out of four."""
+    """Ask for the category of a single object, out of four."""
     art = load_art()
     right = art.category_of(scene.objects[0].name)
     others = [c for c in dict.fromkeys(art.categories) if c != right]
@@ -87,7 +80,7 @@ def ask_category_letter(scene: Scene, rng: np.random.Generator) -> Asked:
 
 
 def ask_object_letter(scene: Scene, rng: np.random.Generator) -> Asked:
-    """A lone object, out of four of the same category."""
+    """Ask for the name of a single object, out of four of its category."""
     art = load_art()
     right = scene.objects[0].name
     others = [n for n in art.members(art.category_of(right)) if n != right]
@@ -95,13 +88,10 @@ def ask_object_letter(scene: Scene, rng: np.random.Generator) -> Asked:
 
 
 def ask_presence(scene: Scene, rng: np.random.Generator, group: str = "") -> Asked:
-    """Whether an object is there.
+    """Ask whether an object is shown.
 
-    Args:
-        scene: What is shown.
-        rng: Source of chance.
-        group: ``"positive"``, ``"random"`` (any absent object) or ``"adversarial"`` (an absent
-            object of a category that is shown); drawn half positive if empty.
+    ``group`` is ``"positive"``, ``"random"`` (any absent object) or ``"adversarial"`` (an absent
+    object of a category that is shown); half of the draws are positive if it is empty.
     """
     art = load_art()
     group = group or pick(rng, ("positive", "positive", "random", "adversarial"))
@@ -112,43 +102,37 @@ def ask_presence(scene: Scene, rng: np.random.Generator, group: str = "") -> Ask
         name, answer = pick(rng, [n for n in art.names if n not in shown]), "no"
     else:
         kinds = {art.category_of(n) for n in shown}
-        near = [
-            n
-            for n, c in zip(art.names, art.categories, strict=True)
-            if c in kinds and n not in shown
-        ]
-        name, answer = pick(rng, near), "no"
+        pairs = zip(art.names, art.categories, strict=True)
+        name, answer = pick(rng, [n for n, c in pairs if c in kinds and n not in shown]), "no"
     return Asked(f"is the {name} in the picture?", answer, ("yes", "no"), group)
 
 
 def ask_locate(scene: Scene, rng: np.random.Generator) -> Asked:
-    """What stands in one quadrant."""
+    """Ask for the object in a quadrant."""
     item = scene.objects[int(rng.integers(len(scene.objects)))]
     return Asked(f"what is at the {CELLS[item.cell]}?", item.name)
 
 
 def ask_position(scene: Scene, rng: np.random.Generator) -> Asked:
-    """In which quadrant an object stands."""
+    """Ask for the quadrant of an object."""
     item = scene.objects[int(rng.integers(len(scene.objects)))]
     return Asked(f"where is the {item.name}?", CELLS[item.cell])
 
 
 def neighbours(scene: Scene) -> list[tuple[str, str, str]]:
-    """Returns (object, reference, side) for every ordered pair in one row or one column."""
+    """Return (object, reference, side) for every ordered pair in one row or one column."""
     found = []
-    for a in scene.objects:
-        for b in scene.objects:
-            row_a, col_a = divmod(a.cell, 2)
-            row_b, col_b = divmod(b.cell, 2)
-            if row_a == row_b and col_a != col_b:
-                found.append((a.name, b.name, "left" if col_a < col_b else "right"))
-            elif col_a == col_b and row_a != row_b:
-                found.append((a.name, b.name, "above" if row_a < row_b else "below"))
+    for a, b in product(scene.objects, repeat=2):
+        (row_a, col_a), (row_b, col_b) = divmod(a.cell, 2), divmod(b.cell, 2)
+        if row_a == row_b and col_a != col_b:
+            found.append((a.name, b.name, "left" if col_a < col_b else "right"))
+        elif col_a == col_b and row_a != row_b:
+            found.append((a.name, b.name, "above" if row_a < row_b else "below"))
     return found
 
 
 def ask_relation(scene: Scene, rng: np.random.Generator) -> Asked:
-    """On which side of another object an object stands. Needs one pair in `neighbours`."""
+    """Ask on which side of a neighbour an object is. Needs one pair in `neighbours`."""
     pairs = neighbours(scene)
     name, reference, side = pairs[int(rng.integers(len(pairs)))]
     prompt = f"where is the {name}, seen from the {reference}: left, right, above or below?"
@@ -156,25 +140,24 @@ def ask_relation(scene: Scene, rng: np.random.Generator) -> Asked:
 
 
 def ask_count(scene: Scene, rng: np.random.Generator, name: str = "") -> Asked:
-    """How often an object is shown; the most frequent one unless a name is given."""
+    """Ask how often an object is shown; the most frequent one unless a name is given."""
     name = name or max(scene.names, key=scene.names.count)
-    return Asked(
-        f"how many times is the {name} shown?", str(scene.names.count(name)), ("1", "2", "3", "4")
-    )
+    count = str(scene.names.count(name))
+    return Asked(f"how many times is the {name} shown?", count, ("1", "2", "3", "4"))
 
 
 def ask_digits(scene: Scene, rng: np.random.Generator) -> Asked:
-    """The digits in reading order."""
+    """Ask for the digits in reading order."""
     return Asked("what number is written here?", "".join(scene.names))
 
 
 def ask_list(scene: Scene, rng: np.random.Generator) -> Asked:
-    """All objects, in reading order, each once."""
+    """Ask for all objects in reading order, each once."""
     return Asked("list all objects.", ", ".join(dict.fromkeys(scene.names)))
 
 
 def ask_shape_open(scene: Scene, rng: np.random.Generator) -> Asked:
-    """The colour of a shape or the shape of a colour."""
+    """Ask for the colour of a shape or the shape of a colour."""
     color, shape = pick(rng, scene.names).split()
     if rng.integers(2):
         return Asked(f"what color is the {shape}?", color)
@@ -182,7 +165,7 @@ def ask_shape_open(scene: Scene, rng: np.random.Generator) -> Asked:
 
 
 def ask_shape_yesno(scene: Scene, rng: np.random.Generator) -> Asked:
-    """Whether a shape has a colour, half of the time rightly."""
+    """Ask whether a shape has a colour; half of the answers are yes."""
     color, shape = pick(rng, scene.names).split()
     if rng.integers(2):
         return Asked(f"is the {shape} {color}?", "yes", ("yes", "no"))
@@ -191,13 +174,13 @@ def ask_shape_yesno(scene: Scene, rng: np.random.Generator) -> Asked:
 
 
 def ask_shape(scene: Scene, rng: np.random.Generator) -> Asked:
-    """One of the two questions about shapes."""
+    """Ask one of the two questions about shapes."""
     ask = ask_shape_open if rng.integers(2) else ask_shape_yesno
     return ask(scene, rng)
 
 
 def ask_odd(rng: np.random.Generator) -> Asked:
-    """Text only: which of four words is not of a category."""
+    """Ask which of four words is not of a category."""
     art = load_art()
     category = pick(rng, art.categories)
     others = [n for n, c in zip(art.names, art.categories, strict=True) if c != category]
@@ -206,30 +189,27 @@ def ask_odd(rng: np.random.Generator) -> Asked:
 
 
 def ask_sort(rng: np.random.Generator) -> Asked:
-    """Text only: three or four numbers in ascending order."""
+    """Ask for three or four numbers in ascending order."""
     numbers = rng.choice(MAX_SORTED, size=int(rng.integers(3, 5)), replace=False) + 1
     given = " ".join(str(n) for n in numbers)
     return Asked(f"sort these numbers: {given}", " ".join(str(n) for n in sorted(numbers)))
 
 
 def ask_sum(rng: np.random.Generator) -> Asked:
-    """Text only: a sum of two numbers from 1 to 60."""
+    """Ask for the sum of two numbers from 1 to 60."""
     a, b = (int(v) for v in rng.integers(1, MAX_SUMMAND + 1, size=2))
     return Asked(f"what is {a} + {b}?", str(a + b))
 
 
 def ask_told(kind: SceneKind, ask: Asker, rng: np.random.Generator) -> Asked:
-    """Text only, for training: a question about a picture whose contents are told in words."""
+    """Ask, without a picture, about a scene that is described in words (for training)."""
     scene = make_scene(kind, rng, "train")
     while ask is ask_relation and not neighbours(scene):
         scene = make_scene(kind, rng, "train")
     asked = ask(scene, rng)
-    told = f"this is a {scene.names[0]}." if kind == "single" else _describe(scene)
-    return Asked(f"{told} {asked.prompt}", asked.answer, asked.choices)
-
-
-def _describe(scene: Scene) -> str:
-    return ", ".join(f"{CELLS[o.cell]}: {o.name}" for o in scene.objects) + "."
+    listed = ", ".join(f"{CELLS[o.cell]}: {o.name}" for o in scene.objects) + "."
+    described = f"this is a {scene.names[0]}." if kind == "single" else listed
+    return Asked(f"{described} {asked.prompt}", asked.answer, asked.choices)
 
 
 TEXT_ASKERS = {"text_odd": ask_odd, "text_sort": ask_sort, "text_sum": ask_sum}
@@ -241,11 +221,11 @@ TOLD_ASKERS: tuple[tuple[SceneKind, Asker], ...] = (
     ("count", ask_count),
     ("shapes", ask_shape),
 )
-"""Questions about pictures with the needed facts in words: they teach letters and sides sooner."""
+"""Questions about scenes in words; they teach letters and sides sooner."""
 
 
 def ask_text(task: str, rng: np.random.Generator, split: Split) -> Asked:
-    """Draws text-only questions until one belongs to the wanted side (by checksum of its text)."""
+    """Draw text-only questions until one belongs to a split, by the checksum of its text."""
     while True:
         asked = TEXT_ASKERS[task](rng)
         is_test = zlib.crc32(asked.prompt.encode()) % TEST_SHARE == 0

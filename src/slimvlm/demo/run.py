@@ -1,4 +1,4 @@
-"""The demo run: fewer tokens, then depth or width, at 30 %, with everything that users would do."""
+"""Run the demo: remove 30 %, first tokens, then layers or widths; recover and evaluate."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from slimvlm.runs.tables import as_markdown, result_rows
 
 RATIO = 0.3
 TOKENS = 8192
-"""Tokens that stay: the others are three fifths of what goes, and none of them is in the data."""
+"""Tokens that stay. The others are three fifths of what is removed; the data has none of them."""
 AXES: tuple[Axis, ...] = ("depth", "width")
 RECOVERY = RecoverConfig(
     train="full",
@@ -24,8 +24,8 @@ RECOVERY = RecoverConfig(
     batch_size=2,
     epochs=1,
 )
-"""Small steps towards the direction of the teacher's hidden states, at every position and layer.
-Two minutes of training add little to a repair, and larger steps harm it (``docs/log.md``)."""
+"""Small steps towards the direction of the teacher's hidden states, at every position and layer;
+larger steps lose what the walk kept (``docs/log.md``)."""
 
 
 def run_demo(
@@ -33,7 +33,7 @@ def run_demo(
 ) -> dict[str, Result]:
     """Prune, recover and evaluate the demo model along both axes.
 
-    A stopped demo goes on with the axis, and in it the stage, where it was.
+    A stopped demo resumes with the axis, and in it the stage, where it was.
 
     Args:
         out: Gets a run folder for each axis and ``summary.md``.
@@ -42,9 +42,6 @@ def run_demo(
         say: Receives one line for each stage.
         model: The model; another training seed's, for example.
         device: Where models run.
-
-    Returns:
-        Results of the original, and pruned and recovered for each axis.
     """
     results: dict[str, Result] = {}
     speeds: list[str] = []

@@ -1,9 +1,8 @@
-"""Seeded 64x64 pictures of emojis, handwritten digits and coloured shapes, with their contents.
+"""Draw seeded 64x64 pictures of emojis, handwritten digits and coloured shapes.
 
-Every picture lies on a 4x4 grid of 16-pixel patches: a lone object fills most of it, several
-objects stand in its four quadrants. A scene belongs to the training or to the test side by a
-checksum of its composition (what stands where), so the two sides never share one. Digits come from
-disjoint halves of the handwritten images besides.
+A single object fills most of the picture, several objects have a quadrant each; patches are 16
+pixels wide. A scene belongs to the training or to the test split by a checksum of its composition,
+so the splits never share one. Digits also come from disjoint parts of the handwritten images.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ CELLS = ("top left", "top right", "bottom left", "bottom right")
 SEEN_STYLES = ("noto", "twemoji")
 UNSEEN_STYLE = "fluent"
 TEST_SHARE = 8
-"""One composition, and one handwritten digit picture, in this many belongs to the test side."""
+"""One composition, and one handwritten digit picture, in this many belongs to the test split."""
 SHAPES = ("circle", "square", "triangle", "cross")
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (214, 40, 40),
@@ -58,24 +57,18 @@ BACKGROUNDS: tuple[tuple[int, int, int], ...] = (
 
 @dataclass(frozen=True)
 class Art:
-    """The emoji pictures.
-
-    Attributes:
-        names: One word per concept.
-        categories: The category of each concept, in the same order.
-        styles: RGBA pictures per art style, concept first.
-    """
+    """The emoji pictures: one word and one category a concept, RGBA pictures by art style."""
 
     names: tuple[str, ...]
     categories: tuple[str, ...]
     styles: dict[str, NDArray[np.uint8]]
 
     def category_of(self, name: str) -> str:
-        """Returns the category of a concept."""
+        """Return the category of a concept."""
         return self.categories[self.names.index(name)]
 
     def members(self, category: str) -> list[str]:
-        """Returns the concepts of one category."""
+        """Return the concepts of one category."""
         return [n for n, c in zip(self.names, self.categories, strict=True) if c == category]
 
 
@@ -98,13 +91,10 @@ class Placed:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and what is in it, in reading order.
+    """A picture's contents in reading order.
 
-    Attributes:
-        kind: How it was composed.
-        objects: What stands in it.
-        background: Index into `BACKGROUNDS`.
-        pose: Seed of sizes, offsets, mirror images and ink.
+    ``background`` is an index into `BACKGROUNDS`, ``pose`` the seed of sizes, offsets, mirroring
+    and ink.
     """
 
     kind: SceneKind
@@ -114,7 +104,7 @@ class Scene:
 
     @property
     def key(self) -> str:
-        """The composition: equal keys are the same scene up to small shifts and background."""
+        """The composition: scenes with equal keys differ by small shifts and background."""
         parts = [f"{o.name}@{o.cell}" for o in self.objects]
         if self.kind in ("single", "digits"):
             parts += [f"{o.source}:{o.style}" for o in self.objects]
@@ -130,7 +120,7 @@ class Scene:
 
 @cache
 def load_art() -> Art:
-    """Reads the packaged emoji pictures."""
+    """Read the packaged emoji pictures."""
     with np.load(ASSETS / "emoji64.npz") as z:
         styles = {k: z[k] for k in (*SEEN_STYLES, UNSEEN_STYLE)}
         names = tuple(str(n) for n in z["names"])
@@ -139,14 +129,14 @@ def load_art() -> Art:
 
 @cache
 def load_digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Reads the packaged handwritten digits: pictures (28x28) and labels."""
+    """Read the packaged handwritten digits: pictures (28x28) and labels."""
     with np.load(ASSETS / "mnist10k.npz") as z:
         return z["x"], z["y"]
 
 
 @cache
 def digit_sources(split: Split) -> NDArray[np.int64]:
-    """Returns the indices of one side's handwritten pictures."""
+    """Return the indices of a split's handwritten pictures."""
     indices = np.arange(len(load_digits()[1]))
     is_test = indices % TEST_SHARE == 0
     chosen: NDArray[np.int64] = indices[is_test if split == "test" else ~is_test]
@@ -154,7 +144,7 @@ def digit_sources(split: Split) -> NDArray[np.int64]:
 
 
 def split_of(scene: Scene) -> Split:
-    """Tells which side a composition belongs to."""
+    """Return the split of a composition."""
     return "test" if zlib.crc32(scene.key.encode()) % TEST_SHARE == 0 else "train"
 
 
@@ -165,17 +155,14 @@ def make_scene(
     styles: Sequence[str] = SEEN_STYLES,
     names: Sequence[str] | None = None,
 ) -> Scene:
-    """Draws scenes until one belongs to the wanted side.
+    """Draw scenes until one belongs to a split.
 
     Args:
         kind: What to compose.
-        rng: Source of chance; the same state gives the same scene.
-        split: Which side it must belong to.
+        rng: Random generator; the same state gives the same scene.
+        split: The split that it must belong to.
         styles: Art styles to draw emojis from.
         names: For emojis: the objects, one per place, instead of random ones.
-
-    Returns:
-        A scene of the wanted side.
     """
     while True:
         if kind == "digits":
@@ -270,24 +257,15 @@ def _shape_sprite(name: str, size: int) -> NDArray[np.float32]:
     return np.concatenate([rgb, alpha[..., None]], axis=2)
 
 
-def _digit_sprite(source: int, ink: NDArray[np.float32]) -> NDArray[np.float32]:
-    alpha = load_digits()[0][source].astype(np.float32) / 255
-    sprite = np.empty((*alpha.shape, 4), np.float32)
-    sprite[..., :3], sprite[..., 3] = ink, alpha
-    return sprite
-
-
 def draw_objects(scene: Scene) -> Iterator[tuple[NDArray[np.float32], int, int]]:
-    """Draws the objects of a scene one by one.
-
-    Yields:
-        The RGBA sprite (height, width, 4) of an object, in 0 to 1, and its top and left pixel.
-    """
+    """Yield each object's RGBA sprite (height, width, 4) in 0 to 1, and its top and left pixel."""
     rng = np.random.default_rng(scene.pose)
     ink = rng.uniform(0, 0.35, size=3).astype(np.float32)
     for item in scene.objects:
         if scene.kind == "digits":
-            sprite = _digit_sprite(item.source, ink)
+            alpha = load_digits()[0][item.source].astype(np.float32) / 255
+            sprite = np.empty((*alpha.shape, 4), np.float32)
+            sprite[..., :3], sprite[..., 3] = ink, alpha
         elif scene.kind == "shapes":
             sprite = _shape_sprite(item.name, int(rng.integers(20, 31)))
         else:
@@ -302,7 +280,7 @@ def draw_objects(scene: Scene) -> Iterator[tuple[NDArray[np.float32], int, int]]
 
 
 def render(scene: Scene) -> Image.Image:
-    """Draws a scene as an RGB picture of 64x64 pixels."""
+    """Draw a scene as an RGB picture of 64x64 pixels."""
     canvas = np.empty((SIDE, SIDE, 3), np.float32)
     canvas[:] = np.asarray(BACKGROUNDS[scene.background], np.float32) / 255
     for sprite, top, left in draw_objects(scene):

@@ -1,7 +1,7 @@
 """The demo's benchmarks: small versions of the published ones, all generated and held out.
 
-Questions are drawn on the test side of every split (unseen compositions, unseen handwritten
-digits, unseen text questions), always in the same order.
+Questions come from the test split (compositions, handwritten digits and text questions), always in
+the same order.
 """
 
 from __future__ import annotations
@@ -34,20 +34,14 @@ def _rng(task: str, index: int) -> np.random.Generator:
 
 def _to_question(task: str, index: int, asked: q.Asked, scene: Scene | None) -> Question:
     images = () if scene is None else (render(scene),)
-    return Question(
-        id=f"{task}-{index}",
-        prompt=asked.prompt,
-        answers=(asked.answer,),
-        images=images,
-        choices=asked.choices,
-        group=asked.group,
-    )
+    answers = (asked.answer,)
+    return Question(f"{task}-{index}", asked.prompt, answers, images, asked.choices, asked.group)
 
 
 def make_item(
     task: str, kind: SceneKind, ask: q.Asker, styles: Sequence[str], index: int
 ) -> tuple[Scene, q.Asked]:
-    """Returns the scene and the question with this number of a picture benchmark."""
+    """Return the scene and the question with this number of a picture benchmark."""
     rng = _rng(task, index)
     if kind == "single":
         names = load_art().names
@@ -59,14 +53,11 @@ def make_item(
     while task == "relation" and not q.neighbours(scene):
         scene = make_scene(kind, rng, "test", styles)
     if task == "presence":
-        group = ("positive", "random", "positive", "adversarial")[_shuffled_index(index) % 4]
+        block, place = divmod(index, 32)
+        shuffled = int(np.random.default_rng([_TEST_SEED, 1, block]).permutation(32)[place])
+        group = ("positive", "random", "positive", "adversarial")[shuffled % 4]
         return scene, q.ask_presence(scene, rng, group)
     return scene, ask(scene, rng)
-
-
-def _shuffled_index(index: int) -> int:
-    block, place = divmod(index, 32)
-    return int(np.random.default_rng([_TEST_SEED, 1, block]).permutation(32)[place])
 
 
 def _load_scenes(
@@ -102,7 +93,7 @@ def _load_passages(limit: int | None) -> Sequence[Question]:
 
 
 def make_task_scene(task: Task, index: int) -> Scene | None:
-    """Returns the scene behind a question, or None for text-only benchmarks."""
+    """Return the scene of a question, or None for text-only benchmarks."""
     if not isinstance(task.load, partial) or task.load.func is not _load_scenes:
         return None
     name, kind, ask, styles = task.load.args

@@ -22,9 +22,8 @@ from torch import nn
 from torch.nn import functional
 
 from slimvlm.core.files import new_file
-from slimvlm.demo.build import make_base
+from slimvlm.demo.build import IMAGE_TOKEN_ID, make_base
 from slimvlm.demo.conversations import Conversation
-from slimvlm.demo.model import IMAGE_TOKEN_ID
 from slimvlm.demo.tasks import TASKS, make_task_scene
 from slimvlm_tools.demo_training.batches import Batch, Encoder, collate, training_batches
 from slimvlm_tools.demo_training.lora import add_lora_, load_lora_, lora_state
