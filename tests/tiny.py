@@ -3,179 +3,311 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import transformers as hf
 from transformers import PreTrainedModel
 
 from slimvlm.models.classes import auto_class
-from tests import tiny_rare
-from tests.tiny_parts import (
-    IMAGE_TOKEN,
-    QWEN_IDS,
-    QWEN_VISION,
-    ROPE_3D,
-    TEXT,
-    VISION,
-    VOCAB,
-    clip,
-    gemma,
-    gemma2,
-    gemma3,
-    llama,
-    mistral,
-    phi,
-    phi3,
-    qwen2,
-    qwen3,
-    siglip,
+
+# transformers 5.24 reads this of the output of Llama 4's language model, which does not have it
+hf.modeling_outputs.MoeCausalLMOutputWithPast.image_outputs = None
+
+Config = hf.PreTrainedConfig
+
+IMAGE_TOKEN = 120
+VOCAB = 128
+TEXT: dict[str, Any] = {
+    **{"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4},
+    **{"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 256},
+    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    **{"initializer_range": 0.1, "attention_dropout": 0.0},
+}
+VISION: dict[str, Any] = {
+    **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+    **{"num_attention_heads": 2, "image_size": 32, "patch_size": 8},
+}
+UNSIZED = {name: value for name, value in VISION.items() if name != "image_size"}
+INDEX, ID = {"image_token_index": IMAGE_TOKEN}, {"image_token_id": IMAGE_TOKEN}
+UNTIED = {"tie_word_embeddings": False}
+ROPE_3D = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+QWEN_VISION: dict[str, Any] = {
+    **{"depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 8},
+    **{"spatial_merge_size": 2, "temporal_patch_size": 1, "out_hidden_size": 64},
+}
+DEEPSTACK = {**QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [1]}
+QWEN_IDS = {
+    **{"image_token_id": IMAGE_TOKEN, "video_token_id": 123},
+    **{"vision_start_token_id": 124, "vision_end_token_id": 125, "tie_word_embeddings": False},
+}
+GLM_IDS = {
+    **{"image_token_id": IMAGE_TOKEN, "video_token_id": 123},
+    **{"image_start_token_id": 124, "video_start_token_id": 124},
+    **{"image_end_token_id": 125, "video_end_token_id": 125},
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+TIMM = {
+    **{"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": [32, 32]},
+    **{"patch_size": 8, "global_pool": ""},
+}
+GEMMA_TEXT: dict[str, Any] = {
+    **{**TEXT, "num_hidden_layers": 6, "num_kv_shared_layers": 2, "head_dim": 8},
+    **{"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 3},
+    **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB},
+}
+"""The last two layers read the keys and values of layers 2 and 3."""
+
+
+def _text(config_class: Callable[..., Config], own: dict[str, Any], **changes: Any) -> Any:
+    return config_class(**{**TEXT, **own, **changes})
+
+
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0}
+llama = partial(_text, hf.LlamaConfig, {})
+mistral = partial(_text, hf.MistralConfig, {"sliding_window": None})
+qwen2 = partial(_text, hf.Qwen2Config, {})
+qwen3 = partial(_text, hf.Qwen3Config, {"head_dim": 8})
+phi = partial(_text, hf.PhiConfig, {"num_key_value_heads": 8, **NO_DROPOUT})
+phi3 = partial(_text, hf.Phi3Config, NO_DROPOUT)
+gemma = partial(_text, hf.GemmaConfig, {"head_dim": 8})
+gemma2 = partial(_text, hf.Gemma2Config, {"head_dim": 8, "sliding_window": 16})
+gemma3 = partial(
+    _text,
+    hf.Gemma3TextConfig,
+    {
+        **{"head_dim": 8, "sliding_window": 16},
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
 )
+stablelm = partial(_text, hf.StableLmConfig, {})
+cohere2 = partial(
+    _text, hf.Cohere2Config, {"head_dim": 8, "sliding_window": 16, "logit_scale": 1.0}
+)
+lfm2 = partial(
+    _text,
+    hf.Lfm2Config,
+    {
+        "block_auto_adjust_ff_dim": False,
+        "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+    },
+)
+qwen3_5_text = partial(
+    _text,
+    hf.Qwen3_5TextConfig,
+    {
+        **{"linear_key_head_dim": 8, "linear_value_head_dim": 8, "head_dim": 8},
+        **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+        "rope_parameters": {
+            **{**ROPE_3D, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}
+        },
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+    },
+)
+gemma3n_text = partial(
+    _text,
+    hf.Gemma3nTextConfig,
+    {
+        **{**GEMMA_TEXT, "altup_num_inputs": 2, "laurel_rank": 8},
+        "activation_sparsity_pattern": [0.5, 0.0, 0.5, 0.0, 0.0, 0.0],
+    },
+)
+gemma4_text = partial(_text, hf.Gemma4TextConfig, {**GEMMA_TEXT, "global_head_dim": 16})
 
 
-def llava(text: hf.PreTrainedConfig) -> hf.PreTrainedConfig:
-    return hf.LlavaConfig(vision_config=clip(), text_config=text, image_token_index=IMAGE_TOKEN)
+def clip() -> hf.CLIPVisionConfig:
+    return hf.CLIPVisionConfig(**VISION, projection_dim=32)
 
 
-def bunny(text: hf.PreTrainedConfig) -> hf.PreTrainedConfig:
+def siglip(**changes: Any) -> hf.SiglipVisionConfig:
+    return hf.SiglipVisionConfig(**VISION, vision_use_head=False, **changes)
+
+
+def pixtral() -> hf.PixtralVisionConfig:
+    return hf.PixtralVisionConfig(**VISION, head_dim=16)
+
+
+def llava(text: Config) -> Config:
+    return hf.LlavaConfig(vision_config=clip(), text_config=text, **INDEX)
+
+
+def bunny(text: Config, vision: Config | None = None) -> Config:
+    """A LLaVA whose tower has no class token."""
     return hf.LlavaConfig(
-        vision_config=siglip(),
+        vision_config=vision or siglip(),
         text_config=text,
-        image_token_index=IMAGE_TOKEN,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
+        **INDEX,
     )
 
 
-def vipllava() -> hf.PreTrainedConfig:
-    return hf.VipLlavaConfig(
-        vision_config=clip(),
-        text_config=llama(),
-        image_token_index=IMAGE_TOKEN,
-        vision_feature_layers=[-2, -1],
-    )
-
-
-def llava_next() -> hf.PreTrainedConfig:
-    return hf.LlavaNextConfig(
-        vision_config=clip(),
-        text_config=mistral(),
-        image_token_index=IMAGE_TOKEN,
-        image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]],
-    )
-
-
-def llava_onevision() -> hf.PreTrainedConfig:
-    return hf.LlavaOnevisionConfig(
-        vision_config=siglip(),
-        text_config=qwen2(),
-        image_token_index=IMAGE_TOKEN,
-        image_grid_pinpoints=[[32, 32], [64, 32], [32, 64]],
-    )
-
-
-def internvl(text: hf.PreTrainedConfig) -> hf.PreTrainedConfig:
+def internvl(text: Config) -> Config:
     vision = hf.InternVLVisionConfig(**{**VISION, "image_size": [32, 32], "patch_size": [8, 8]})
     return hf.InternVLConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=IMAGE_TOKEN,
-        downsample_ratio=0.5,
-        tie_word_embeddings=False,
+        vision_config=vision, text_config=text, downsample_ratio=0.5, **ID, **UNTIED
     )
 
 
-def idefics3(config_class: type[hf.PreTrainedConfig], vision_class: type) -> hf.PreTrainedConfig:
+def idefics3(config_class: type[Config], vision_class: type) -> Config:
     return config_class(
-        vision_config=vision_class(**VISION),
-        text_config=llama(),
-        image_token_id=IMAGE_TOKEN,
-        scale_factor=2,
-        tie_word_embeddings=False,
+        vision_config=vision_class(**VISION), text_config=llama(), scale_factor=2, **ID, **UNTIED
     )
 
 
-def paligemma() -> hf.PreTrainedConfig:
-    return hf.PaliGemmaConfig(
-        vision_config=hf.SiglipVisionConfig(**VISION, projection_dim=64, vision_use_head=False),
-        text_config=gemma(),
-        image_token_index=IMAGE_TOKEN,
-        projection_dim=64,
-        hidden_size=64,
-    )
-
-
-def gemma3_vl() -> hf.PreTrainedConfig:
-    return hf.Gemma3Config(
-        vision_config=siglip(),
-        text_config=gemma3(),
-        image_token_index=IMAGE_TOKEN,
-        boi_token_index=121,
-        eoi_token_index=122,
-        mm_tokens_per_image=4,
-    )
-
-
-def mistral3() -> hf.PreTrainedConfig:
-    vision = hf.PixtralVisionConfig(**{**VISION, "head_dim": 16})
-    return hf.Mistral3Config(
-        vision_config=vision,
-        text_config=mistral(),
-        image_token_index=IMAGE_TOKEN,
-        spatial_merge_size=2,
-        tie_word_embeddings=False,
-    )
-
-
-def qwen2_vl() -> hf.PreTrainedConfig:
-    return hf.Qwen2VLConfig(
-        text_config={**TEXT, "rope_parameters": ROPE_3D},
-        vision_config={
-            "depth": 2,
-            "embed_dim": 32,
-            "hidden_size": 64,
-            "num_heads": 2,
-            "mlp_ratio": 2,
-            "patch_size": 8,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 1,
-            "in_channels": 3,
-        },
-        **QWEN_IDS,
-    )
-
-
-def qwen2_5_vl() -> hf.PreTrainedConfig:
+def qwen2_5_vl() -> Config:
     return hf.Qwen2_5_VLConfig(
         text_config={**TEXT, "rope_parameters": ROPE_3D},
         vision_config={
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "patch_size": 8,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 1,
-            "window_size": 32,
-            "out_hidden_size": 64,
+            **{**QWEN_VISION, "depth": 2, "window_size": 32},
             "fullatt_block_indexes": [1],
         },
         **QWEN_IDS,
     )
 
 
-def qwen3_vl() -> hf.PreTrainedConfig:
+def qwen3_vl() -> Config:
     return hf.Qwen3VLConfig(
         text_config={**TEXT, "head_dim": 8, "rope_parameters": ROPE_3D},
-        vision_config={
-            **QWEN_VISION,
-            "num_position_embeddings": 16,
-            "deepstack_visual_indexes": [1],
-        },
+        vision_config=DEEPSTACK,
         **QWEN_IDS,
     )
 
 
-CONFIGS: dict[str, Callable[[], hf.PreTrainedConfig]] = {
+def phi4_multimodal() -> Config:
+    return hf.Phi4MultimodalConfig(
+        **{**TEXT, **NO_DROPOUT, "original_max_position_embeddings": 256},
+        vision_config={**VISION, "crop_size": 32, "image_token_id": IMAGE_TOKEN},
+        audio_config={
+            **{"hidden_size": 16, "intermediate_size": 16, "num_blocks": 2, "input_size": 8},
+            **{"num_attention_heads": 2, "ext_pw_out_channel": 16, "nemo_conv_channels": 16},
+            **{"audio_token_id": 121},
+        },
+    )
+
+
+def qwen3_5_moe() -> Config:
+    shared = {"shared_expert_intermediate_size": 24, "model_type": "qwen3_5_moe_text"}
+    return hf.Qwen3_5MoeConfig(
+        text_config={**qwen3_5_text().to_dict(), **EXPERTS, **shared},
+        vision_config={**QWEN_VISION, "num_position_embeddings": 16},
+        **QWEN_IDS,
+    )
+
+
+def idefics2() -> Config:
+    perceiver = {
+        **{"hidden_size": 64, "resampler_n_latents": 4, "resampler_depth": 1},
+        **{"resampler_n_heads": 4, "resampler_head_dim": 8, "num_key_value_heads": 2},
+    }
+    return hf.Idefics2Config(
+        vision_config=VISION, text_config=mistral(), perceiver_config=perceiver, **ID
+    )
+
+
+def mllama() -> Config:
+    text = {name: TEXT[name] for name in TEXT if name != "attention_dropout"}
+    return hf.MllamaConfig(
+        text_config={
+            **{**text, "cross_attention_layers": [1, 3], "num_hidden_layers": 5},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        vision_config={
+            **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+            **{"num_global_layers": 1, "attention_heads": 2, "image_size": 32, "patch_size": 8},
+            **{"max_num_tiles": 4, "intermediate_layers_indices": [0], "vision_output_dim": 64},
+        },
+        **INDEX,
+    )
+
+
+def llama4() -> Config:
+    return hf.Llama4Config(
+        text_config={
+            **{**TEXT, "intermediate_size": 32, "intermediate_size_mlp": 96},
+            **{"num_local_experts": 4, "head_dim": 8, "interleave_moe_layer_step": 2},
+            **{"attention_chunk_size": 16},
+        },
+        vision_config={
+            **{**VISION, "intermediate_size": 128, "pixel_shuffle_ratio": 0.5},
+            **{"projector_input_dim": 32, "projector_output_dim": 32, "vision_output_dim": 32},
+        },
+        boi_token_index=121,
+        eoi_token_index=122,
+        **INDEX,
+    )
+
+
+def molmo2() -> Config:
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    return hf.Molmo2Config(
+        text_config={
+            **{**TEXT, "head_dim": 8, "additional_vocab_size": 8, "rope_scaling_layers": [1, 2]},
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+        },
+        vision_config={**VISION, **heads, "image_size": [32, 32]},
+        adapter_config={
+            **{**heads, "hidden_size": 32, "intermediate_size": 48, "text_hidden_size": 64},
+            **{"vision_feature_layer": [-1, -2]},
+        },
+        image_patch_id=IMAGE_TOKEN,
+        **{"image_start_token_id": 121, "image_end_token_id": 122},
+        **{"low_res_image_start_token_id": 123},
+        **{"frame_start_token_id": 124, "frame_end_token_id": 125},
+    )
+
+
+def kosmos2_5() -> Config:
+    return hf.Kosmos2_5Config(
+        text_config={
+            **{"vocab_size": 128, "embed_dim": 64, "layers": 4, "ffn_dim": 96},
+            **{"attention_heads": 8, "max_position_embeddings": 256, "dropout": 0.0},
+        },
+        vision_config={
+            **{"hidden_size": 32, "patch_embed_hidden_size": 3 * 64, "intermediate_size": 48},
+            **{"head_dim": 16, "num_hidden_layers": 2, "num_attention_heads": 2},
+            **{"max_num_patches": 16},
+        },
+        latent_query_num=4,
+    )
+
+
+def gemma3n() -> Config:
+    return hf.Gemma3nConfig(
+        text_config=gemma3n_text().to_dict(),
+        vision_config={
+            **{"architecture": "vit_tiny_patch16_224", "hidden_size": 32, "model_args": TIMM},
+            **{"vocab_size": 2, "vocab_offset": 124},
+        },
+        audio_config={
+            **{"hidden_size": 16, "conf_num_hidden_layers": 1, "conf_num_attention_heads": 2},
+            **{"input_feat_size": 16, "sscp_conv_channel_size": [4, 4]},
+            **{"vocab_size": 2, "vocab_offset": 126},
+        },
+        audio_token_id=123,
+        **ID,
+    )
+
+
+def gemma4() -> Config:
+    return hf.Gemma4Config(
+        text_config=gemma4_text().to_dict(),
+        vision_config={
+            **{**VISION, "num_key_value_heads": 2, "head_dim": 16, "pooling_kernel_size": 2},
+            **{"position_embedding_size": 16},
+        },
+        audio_config={
+            **{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+            **{"subsampling_conv_channels": [4, 4], "output_proj_dims": 16},
+        },
+        audio_token_id=123,
+        video_token_id=124,
+        **ID,
+    )
+
+
+COMMON: dict[str, Callable[[], Config]] = {
     "llama": llama,
     "mistral": mistral,
     "qwen2": qwen2,
@@ -190,37 +322,179 @@ CONFIGS: dict[str, Callable[[], hf.PreTrainedConfig]] = {
     "llava-phi": lambda: bunny(phi()),
     "llava-phi3": lambda: llava(phi3()),
     "llava-gemma2": lambda: llava(gemma2()),
-    "vipllava": vipllava,
-    "llava_next": llava_next,
-    "llava_onevision": llava_onevision,
+    "vipllava": lambda: hf.VipLlavaConfig(
+        vision_config=clip(), text_config=llama(), vision_feature_layers=[-2, -1], **INDEX
+    ),
+    "llava_next": lambda: hf.LlavaNextConfig(
+        vision_config=clip(),
+        text_config=mistral(),
+        image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]],
+        **INDEX,
+    ),
+    "llava_onevision": lambda: hf.LlavaOnevisionConfig(
+        vision_config=siglip(),
+        text_config=qwen2(),
+        image_grid_pinpoints=[[32, 32], [64, 32], [32, 64]],
+        **INDEX,
+    ),
     "internvl-qwen2": lambda: internvl(qwen2()),
     "internvl-llama": lambda: internvl(llama()),
     "internvl-qwen3": lambda: internvl(qwen3()),
     "internvl-phi3": lambda: internvl(phi3()),
     "idefics3": lambda: idefics3(hf.Idefics3Config, hf.Idefics3VisionConfig),
     "smolvlm": lambda: idefics3(hf.SmolVLMConfig, hf.SmolVLMVisionConfig),
-    "paligemma": paligemma,
-    "gemma3": gemma3_vl,
-    "mistral3": mistral3,
-    "qwen2_vl": qwen2_vl,
+    "paligemma": lambda: hf.PaliGemmaConfig(
+        vision_config=siglip(projection_dim=64),
+        text_config=gemma(),
+        projection_dim=64,
+        hidden_size=64,
+        **INDEX,
+    ),
+    "gemma3": lambda: hf.Gemma3Config(
+        vision_config=siglip(),
+        text_config=gemma3(),
+        boi_token_index=121,
+        eoi_token_index=122,
+        mm_tokens_per_image=4,
+        **INDEX,
+    ),
+    "mistral3": lambda: hf.Mistral3Config(
+        vision_config=pixtral(), text_config=mistral(), spatial_merge_size=2, **INDEX, **UNTIED
+    ),
+    "qwen2_vl": lambda: hf.Qwen2VLConfig(
+        text_config={**TEXT, "rope_parameters": ROPE_3D},
+        vision_config={
+            **{"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2},
+            **{"patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 1},
+            **{"in_channels": 3},
+        },
+        **QWEN_IDS,
+    ),
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
-    **tiny_rare.CONFIGS,
+}
+CONFIGS: dict[str, Callable[[], Config]] = {
+    **COMMON,
+    "stablelm": stablelm,
+    "cohere2": cohere2,
+    "lfm2": lfm2,
+    "qwen3_5_text": qwen3_5_text,
+    "llava-pixtral": lambda: bunny(mistral(), pixtral()),
+    "llava-stablelm": lambda: bunny(stablelm()),
+    "aya_vision": lambda: hf.AyaVisionConfig(
+        vision_config=siglip(), text_config=cohere2(), **INDEX
+    ),
+    "cohere2_vision": lambda: hf.Cohere2VisionConfig(
+        vision_config=siglip(), text_config=cohere2(), alignment_intermediate_size=32, **ID
+    ),
+    "deepseek_vl": lambda: hf.DeepseekVLConfig(
+        vision_config=siglip(), text_config=llama(), **ID, **UNTIED
+    ),
+    "ovis2": lambda: hf.Ovis2Config(
+        vision_config={
+            **{**VISION, "vocab_size": 16, "hidden_stride": 2, "num_visual_indicator_tokens": 5}
+        },
+        text_config=qwen2(),
+        visual_indicator_token_ids=[121, 122, 123, 124, 125],
+        hidden_size=64,
+        vocab_size=VOCAB,
+        **ID,
+        **UNTIED,
+    ),
+    "video_llama_3": lambda: hf.VideoLlama3Config(
+        vision_config=dict(UNSIZED), text_config=qwen2(), video_token_id=123, **ID
+    ),
+    "perception_lm": lambda: hf.PerceptionLMConfig(
+        vision_config=hf.TimmWrapperConfig(
+            architecture="vit_tiny_patch16_224", model_args=TIMM, do_pooling=False
+        ),
+        text_config=llama(),
+        video_token_id=123,
+        **ID,
+    ),
+    "glm4v": lambda: hf.Glm4vConfig(
+        text_config={**TEXT, "rope_parameters": {**ROPE_3D, "partial_rotary_factor": 1.0}},
+        vision_config={**QWEN_VISION, "image_size": 32},
+        **GLM_IDS,
+    ),
+    "glm_ocr": lambda: hf.GlmOcrConfig(
+        text_config={**TEXT, "rope_parameters": {**ROPE_3D, "partial_rotary_factor": 1.0}},
+        vision_config={**QWEN_VISION, "image_size": 32, "depth": 2},
+        **GLM_IDS,
+    ),
+    "paddleocr_vl": lambda: hf.PaddleOCRVLConfig(
+        text_config={**TEXT, "head_dim": 8, "rope_parameters": ROPE_3D},
+        vision_config=VISION,
+        **QWEN_IDS,
+    ),
+    "fast_vlm": lambda: hf.FastVlmConfig(
+        vision_config=hf.TimmWrapperConfig(
+            architecture="fastvit_t8",
+            model_args={
+                **{"embed_dims": [8, 8, 16, 16], "layers": [1, 1, 1, 1]},
+                **{"inference_mode": True},
+            },
+            hidden_size=32,
+        ),
+        text_config=qwen2(),
+        **INDEX,
+    ),
+    "phi4_multimodal": phi4_multimodal,
+    "qwen3_moe": lambda: hf.Qwen3MoeConfig(
+        **{**TEXT, **EXPERTS, "intermediate_size": 96, "mlp_only_layers": [1], "head_dim": 8}
+    ),
+    "qwen3_vl_moe": lambda: hf.Qwen3VLMoeConfig(
+        text_config={**TEXT, **EXPERTS, "head_dim": 8, "rope_parameters": ROPE_3D},
+        vision_config=DEEPSTACK,
+        **QWEN_IDS,
+    ),
+    "qwen3_5": lambda: hf.Qwen3_5Config(
+        text_config=qwen3_5_text().to_dict(),
+        vision_config={**QWEN_VISION, "num_position_embeddings": 16},
+        **QWEN_IDS,
+    ),
+    "qwen3_5_moe": qwen3_5_moe,
+    "minicpmv4_6": lambda: hf.MiniCPMV4_6Config(
+        text_config=qwen3_5_text(),
+        vision_config={**VISION, "insert_layer_id": 0},
+        insert_layer_id=0,
+        image_size=32,
+        video_token_id=123,
+        **ID,
+    ),
+    "idefics2": idefics2,
+    "mllama": mllama,
+    "llama4": llama4,
+    "lfm2_vl": lambda: hf.Lfm2VlConfig(
+        vision_config=hf.Siglip2VisionConfig(**UNSIZED, num_patches=16, vision_use_head=False),
+        text_config=lfm2(),
+        projector_hidden_size=32,
+        **ID,
+    ),
+    "molmo2": molmo2,
+    "kosmos2_5": kosmos2_5,
+    "gemma3n_text": gemma3n_text,
+    "gemma3n": gemma3n,
+    "gemma4_text": gemma4_text,
+    "gemma4-experts": lambda: gemma4_text(
+        **{"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 8},
+        **{"enable_moe_block": True, "num_kv_shared_layers": 0},
+    ),
+    "gemma4": gemma4,
 }
 
-QWEN_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 TOKEN_TYPES = (
-    *QWEN_FAMILIES,
-    "qwen3_vl_moe",
-    "qwen3_5",
-    "qwen3_5_moe",
-    "glm4v",
-    "glm_ocr",
-    "paddleocr_vl",
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
+    *("glm4v", "glm_ocr", "paddleocr_vl"),
 )
+TEXT_ONLY = (
+    *("phi4_multimodal", "minicpmv4_6", "lfm2_vl", "molmo2", "kosmos-2.5"),
+    *("gemma3n", "gemma4"),
+)
+"""Their image inputs are too special for the battery: only text goes through them."""
 
 
-def is_multimodal(config: hf.PreTrainedConfig) -> bool:
+def is_multimodal(config: Config) -> bool:
     return "vision_config" in config.sub_configs
 
 
@@ -240,32 +514,42 @@ def build(name: str, seed: int = 0) -> PreTrainedModel:
     return model.eval()
 
 
-def _image_inputs(model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], int]:
-    """Pixels of one image and how many image tokens it takes."""
-    generator = torch.Generator().manual_seed(1)
-    kind = model.config.model_type
-    if kind in QWEN_FAMILIES:
-        pixels = torch.randn(16, 3 * 8 * 8, generator=generator)
-        return {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, 4]])}, 4
-    pixels = torch.randn(1, 3, 32, 32, generator=generator)
-    sizes = {"image_sizes": torch.tensor([[32, 32]])}
+TOKENS = {
+    **dict.fromkeys(("llava", "vipllava", "paligemma", "perception_lm", "deepseek_vl"), 16),
+    **{"llava_next": 16 + 4 * 8 + 4, "llava_onevision": 16 + 20, "mllama": 1},
+}
+"""Image tokens of a picture, where they are not 4."""
+ONE_MORE_AXIS = ("idefics2", "idefics3", "smolvlm", "perception_lm")
+
+
+def _image_inputs(config: Config) -> dict[str, torch.Tensor]:
+    """Inputs of a picture of 32 pixels."""
+    generator, kind = torch.Generator().manual_seed(1), config.model_type
+    grid = {"image_grid_thw": torch.tensor([[1, 4, 4]])}
+    if kind in TOKEN_TYPES[:3]:
+        return {"pixel_values": torch.randn(16, 3 * 8 * 8, generator=generator), **grid}
+    pixels, more = torch.randn(1, 3, 32, 32, generator=generator), dict[str, torch.Tensor]()
+    patches = pixels.unfold(2, 8, 8).unfold(3, 8, 8).reshape(3, 16, 64).transpose(0, 1).flatten(1)
     if kind == "llava_next":
-        return {
-            "pixel_values": torch.randn(1, 3, 3, 32, 32, generator=generator),
-            **{"image_sizes": torch.tensor([[32, 64]])},
-        }, 16 + 4 * 8 + 4
+        tiles = torch.randn(1, 3, 3, 32, 32, generator=generator)
+        return {"pixel_values": tiles, "image_sizes": torch.tensor([[32, 64]])}
     if kind == "llava_onevision":
-        return {"pixel_values": torch.randn(1, 2, 3, 32, 32, generator=generator), **sizes}, 16 + 20
-    if kind in ("idefics3", "smolvlm"):
-        return {"pixel_values": pixels[None]}, 4
-    if kind == "mistral3":
-        return {"pixel_values": pixels, **sizes}, 4
-    if kind == "llava" and model.config.vision_config.model_type != "pixtral":
-        return {"pixel_values": pixels}, 16
-    tokens = {"internvl": 4, "gemma3": 4, "paligemma": 16, "vipllava": 16}
-    if kind in tokens:
-        return {"pixel_values": pixels}, tokens[kind]
-    return tiny_rare.image_inputs(model.config, pixels)
+        pixels = torch.randn(1, 2, 3, 32, 32, generator=generator)
+    if kind in ("llava_onevision", "mistral3") or config.vision_config.model_type == "pixtral":
+        more = {"image_sizes": torch.tensor([[32, 32]])}
+    if kind in TOKEN_TYPES or kind == "video_llama_3":
+        pixels, more = patches.view(16, 3, 8, 8) if kind == "paddleocr_vl" else patches, grid
+    if kind == "video_llama_3":
+        more = {**grid, "image_merge_sizes": torch.tensor([2])}
+    if kind in ONE_MORE_AXIS:
+        pixels = pixels[None]
+    if kind == "fast_vlm":
+        pixels = pixels.repeat(1, 1, 2, 2)
+    if kind == "mllama":
+        mask = torch.tensor([[[1, 0, 0, 0]]])
+        pixels = pixels.expand(1, 1, 4, 3, 32, 32)
+        more = {"aspect_ratio_ids": torch.tensor([[1]]), "aspect_ratio_mask": mask}
+    return {"pixel_values": pixels, **more}
 
 
 def batch(model: PreTrainedModel, text_tokens: int = 12, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -274,8 +558,8 @@ def batch(model: PreTrainedModel, text_tokens: int = 12, seed: int = 0) -> dict[
     text = torch.randint(3, 119, (1, text_tokens), generator=generator)
     extra: dict[str, torch.Tensor] = {}
     ids = text
-    if is_multimodal(model.config):
-        extra, count = _image_inputs(model)
+    if is_multimodal(model.config) and model.config.model_type not in TEXT_ONLY:
+        extra, count = _image_inputs(model.config), TOKENS.get(model.config.model_type, 4)
         ids = torch.cat([text[:, :2], torch.full((1, count), IMAGE_TOKEN), text[:, 2:]], dim=1)
     labels = ids.clone()
     labels[:, : -text_tokens // 2] = -100

@@ -9,7 +9,7 @@ import pytest
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.load import anatomy
 from slimvlm.runs.tables import as_markdown
-from tests import tiny, tiny_rare
+from tests import tiny
 from tests.contract.test_families import FAMILIES, has_experts
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
@@ -33,7 +33,7 @@ def table() -> str:
 
 def row(name: str, shape: Anatomy) -> list[str]:
     """What can go from the tiny model."""
-    sees = shape.family.vision is not None and shape.model_type not in tiny_rare.TEXT_ONLY
+    sees = shape.family.vision is not None and shape.model_type not in tiny.TEXT_ONLY
     pinned = ", ".join(map(str, shape.pinned_layers))
     return [
         name,

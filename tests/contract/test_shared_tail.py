@@ -18,7 +18,7 @@ from slimvlm.pruning.walk.walk import walk_
 from slimvlm.pruning.write_checkpoint import prune_checkpoint
 from slimvlm.scoring.layerwise.score import score_checkpoint
 from slimvlm.scoring.score_model import score
-from tests import tiny, tiny_rare
+from tests import tiny
 from tests.handmade import logits, plan_by_hand, random_scores
 from tests.tiers import tiered
 
@@ -97,7 +97,7 @@ def test_a_checkpoint_is_cut_on_disk_as_in_memory(name: str, tmp_path: Path) -> 
 def test_a_seam_in_the_tail_is_looked_at_when_what_it_reads_is_there(kind: type) -> None:
     layers = {"num_hidden_layers": 8, "num_kv_shared_layers": 4}
     kinds = ["sliding_attention", "full_attention"] * 4
-    config = kind(**{**tiny_rare.GEMMA_TEXT, **layers, "layer_types": kinds})
+    config = kind(**{**tiny.GEMMA_TEXT, **layers, "layer_types": kinds})
     if kind is hf.Gemma3nTextConfig:
         config.activation_sparsity_pattern = [0.0] * 8
     model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -110,7 +110,7 @@ def test_a_seam_in_the_tail_is_looked_at_when_what_it_reads_is_there(kind: type)
 
 
 def test_doubled_mlps_stay_whole(tmp_path: Path) -> None:
-    config = hf.Gemma4TextConfig(**tiny_rare.GEMMA_TEXT, use_double_wide_mlp=True)
+    config = hf.Gemma4TextConfig(**tiny.GEMMA_TEXT, use_double_wide_mlp=True)
     model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     anatomy = read_anatomy(model)
     assert anatomy.mlp_widths == []

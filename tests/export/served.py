@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from slimvlm.models.classes import auto_class
 from slimvlm.models.parts import text_config_of
 from tests import tiny, tiny_folder
-from tests.tiny_parts import QWEN_IDS
+from tests.tiny import QWEN_IDS
 
 SHAPE = {
     "hidden_size": 256,

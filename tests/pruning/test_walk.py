@@ -30,7 +30,7 @@ from slimvlm.scoring.layerwise.runner import LayerwiseModel, Live
 from slimvlm.scoring.layerwise.stores import Memory
 from slimvlm.scoring.obs import DAMPING
 from slimvlm.scoring.score_model import score
-from tests import tiny, tiny_parts
+from tests import tiny
 from tests.handmade import (
     Batch,
     assert_untouched,
@@ -388,7 +388,7 @@ def greedy_costs(weight: Tensor, gram: Tensor, units: int) -> list[float]:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_balanced_is_the_cheapest_of_all_plans(ratio: float, seed: int) -> None:
     torch.manual_seed(seed)
-    config = tiny_parts.llama(intermediate_size=48, num_hidden_layers=2)
+    config = tiny.llama(intermediate_size=48, num_hidden_layers=2)
     model = auto_class(config).from_config(config, dtype=torch.float32).eval()
     data = [tiny.batch(model, 24, seed) for seed in range(4)]
     plans = width_candidates(read_anatomy(model), [], ratio, "width", "obs", round_to=1)

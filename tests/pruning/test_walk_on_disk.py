@@ -30,7 +30,7 @@ from slimvlm.scoring.layerwise.checkpoint import LazyCheckpoint, open_checkpoint
 from slimvlm.scoring.layerwise.runner import Live, Source
 from slimvlm.scoring.layerwise.stores import Memory, Scratch, Store
 from slimvlm.scoring.unit_scores import Scores
-from tests import tiny, tiny_parts
+from tests import tiny
 from tests.handmade import Batch, assert_untouched, random_scores, snapshot
 from tests.tiers import tiered
 
@@ -138,7 +138,7 @@ def test_units_of_experts_are_not_chosen(name: str) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of four small layers."""
     place = tmp_path_factory.mktemp("small") / "model"
-    config = tiny_parts.qwen3(hidden_size=16, intermediate_size=24, head_dim=4)
+    config = tiny.qwen3(hidden_size=16, intermediate_size=24, head_dim=4)
     torch.manual_seed(0)
     auto_class(config).from_config(config, dtype=torch.float32).save_pretrained(place)
     return place

@@ -29,7 +29,7 @@ from slimvlm.training.recover import History, recover
 from slimvlm.training.shared_vision import seeing_once
 from slimvlm.training.teacher import plan_fits, share_
 from slimvlm.training.trainable import plain_model, prepare_training
-from tests import tiny, tiny_rare, tiny_words
+from tests import tiny, tiny_words
 from tests import tiny_folder as folders
 from tests.handmade import logits, plan_by_hand, random_scores
 from tests.tiers import tiered
@@ -182,7 +182,7 @@ def loss_and_gradient(
 SEEING_FAMILIES = [
     name
     for name in tiny.CONFIGS
-    if name not in tiny_rare.CONFIGS and tiny.is_multimodal(tiny.CONFIGS[name]())
+    if name in tiny.COMMON and tiny.is_multimodal(tiny.CONFIGS[name]())
 ]
 
 
