@@ -155,22 +155,6 @@ def table(with_pictures: bool = True) -> datasets.Dataset:
     return made
 
 
-def check_table(samples: list[Sample]) -> None:
-    assert [sample.id for sample in samples] == ["r0", "r1", "r2"]
-    for index, sample in enumerate(samples):
-        expected = (turn("user", None, f"Which {index}?"), turn("assistant", "Red."))
-        assert sample.messages == expected
-        (image,) = sample.images
-        assert isinstance(image, Image.Image)
-        assert image.convert("RGB").tobytes() == picture(index).tobytes()
-
-
-def test_parquet(home: Path) -> None:
-    path = home / "data.parquet"
-    table().to_parquet(str(path))
-    check_table(load_samples(path, warn=silent))
-
-
 def test_plain_parquet_with_bytes(home: Path) -> None:
     """Written by another tool: no `datasets` metadata, pictures as structs of bytes."""
     import pyarrow as pa
@@ -185,14 +169,29 @@ def test_plain_parquet_with_bytes(home: Path) -> None:
     assert sample.images[0].convert("RGB").tobytes() == picture(0).tobytes()
 
 
-def test_datasets_folder(home: Path) -> None:
-    table().save_to_disk(str(home / "saved"))
-    check_table(load_samples(home / "saved", warn=silent))
+WAYS = {
+    "rows.parquet": lambda path: table().to_parquet(str(path)),
+    "saved": lambda path: table().save_to_disk(str(path)),
+    "splits": lambda path: datasets.DatasetDict({"train": table()}).save_to_disk(str(path)),
+    "hub": lambda path: (
+        (path / "data").mkdir(parents=True),
+        table().to_parquet(str(path / "data" / "train-00000-of-00001.parquet")),
+    ),
+}
+"""Ways to store a table; ``hub`` is the layout of a downloaded hub dataset."""
 
 
-def test_datasets_folder_with_splits(home: Path) -> None:
-    datasets.DatasetDict({"train": table()}).save_to_disk(str(home / "saved"))
-    check_table(load_samples(home / "saved", warn=silent))
+@pytest.mark.parametrize("way", WAYS)
+def test_tables_are_read(way: str, home: Path) -> None:
+    WAYS[way](home / way)
+    samples = load_samples(home / way, warn=silent)
+    assert [sample.id for sample in samples] == ["r0", "r1", "r2"]
+    for index, sample in enumerate(samples):
+        expected = (turn("user", None, f"Which {index}?"), turn("assistant", "Red."))
+        assert sample.messages == expected
+        (image,) = sample.images
+        assert isinstance(image, Image.Image)
+        assert image.convert("RGB").tobytes() == picture(index).tobytes()
 
 
 def test_text_only_datasets_folder(home: Path) -> None:
@@ -383,11 +382,6 @@ def test_a_link_that_leads_outside_is_refused(home: Path, tmp_path: Path) -> Non
         load_samples(write(home, llava("bad", "W?", "Red.", image="link.png")), warn=silent)
 
 
-def test_a_row_that_is_no_object_is_named_by_its_number(home: Path) -> None:
-    with pytest.raises(DataError, match="row 1 is not an object"):
-        load_samples(write(home, GOOD, "hello"), warn=silent)
-
-
 def test_a_broken_line_is_named(home: Path) -> None:
     path = home / "data.jsonl"
     path.write_text(json.dumps(GOOD) + '\n{"id": "cut", "mess\n' + json.dumps(GOOD) + "\n")
@@ -398,56 +392,40 @@ def test_a_broken_line_is_named(home: Path) -> None:
     assert "line 2" in warnings[0]
 
 
-def test_a_broken_row_in_a_folder_is_named(home: Path) -> None:
-    (home / "rows").mkdir()
-    (home / "rows" / "data.jsonl").write_text(json.dumps(GOOD) + '\n{"id": "cut", "mess\n')
-    with pytest.raises(ConfigError, match=r"rows'.*cannot be loaded"):
-        load_samples(home / "rows", warn=silent)
+GOOD_LINE = json.dumps(GOOD).encode()
+REFUSED = {
+    "row is a text": ("data.json", b"[%b, 1]" % GOOD_LINE, DataError, "row 1 is not an object"),
+    "cut": ("data.json", b'[{"id": "cut", "conv', DataError, r"data\.json'.*not JSON"),
+    "object": ("data.json", b'{"rows": [%b]}' % GOOD_LINE, DataError, "must be a list of conv"),
+    "no text": ("data.json", b"\xff\xfe\x00\x01", DataError, r"data\.json"),
+    "empty list": ("data.json", b"[]", DataError, "no usable sample"),
+    "no lines": ("data.jsonl", b"", DataError, "no usable sample"),
+    "parquet": ("data.parquet", b"PAR1 but not really", DataError, r"data\.parquet"),
+    "csv": ("data.csv", b"a,b\n", ConfigError, r"data\.csv'.*\.json, \.jsonl or \.parquet"),
+    "cut line in a folder": (
+        *("rows/data.jsonl", GOOD_LINE + b'\n{"id": "cut", "mess\n'),
+        *(ConfigError, r"rows'.*cannot be loaded"),
+    ),
+    "script": ("rows/rows.py", b"", ConfigError, r"rows': cannot be loaded \(.*scripts"),
+    "empty folder": ("empty/", b"", ConfigError, r"empty'"),
+}
 
 
-def test_a_broken_file_is_named(home: Path) -> None:
-    path = home / "data.json"
-    path.write_text('[{"id": "cut", "conv')
-    with pytest.raises(DataError, match=r"data\.json'.*not JSON"):
-        load_samples(path, max_bad=100, warn=silent)
-    path.write_text(json.dumps({"rows": [GOOD]}))
-    with pytest.raises(DataError, match="must be a list of conversations"):
-        load_samples(path, warn=silent)
-    path.write_bytes(b"\xff\xfe\x00\x01")
-    with pytest.raises(DataError, match=r"data\.json"):
-        load_samples(path, warn=silent)
-
-
-def test_a_broken_parquet_file_is_named(home: Path) -> None:
-    path = home / "data.parquet"
-    path.write_bytes(b"PAR1 but not really")
-    with pytest.raises((ConfigError, DataError), match=r"data\.parquet"):
-        load_samples(path, warn=silent)
-
-
-def test_an_empty_source_is_refused(home: Path) -> None:
-    for name in ("data.json", "data.jsonl"):
-        with pytest.raises(DataError, match="no usable sample"):
-            load_samples(write(home, name=name), warn=silent)
+@pytest.mark.parametrize("why", REFUSED)
+def test_a_broken_source_is_named(why: str, home: Path) -> None:
+    name, content, error, message = REFUSED[why]
+    (home / name.rpartition("/")[0]).mkdir(exist_ok=True)
+    if not name.endswith("/"):
+        (home / name).write_bytes(content)
+    source = home / (name.split("/")[0])
+    with pytest.raises(error, match=message):
+        load_samples(source, max_bad=0 if why == "row is a text" else 100, warn=silent)
 
 
 @pytest.mark.parametrize("name", ["missing.json", "missing", "/no/such", "./no/such.parquet"])
 def test_a_missing_source_is_named(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"data '{name}'"):
         load_samples(name, warn=silent)
-
-
-def test_an_unknown_file_type_is_named(home: Path) -> None:
-    path = home / "data.csv"
-    path.write_text("a,b\n")
-    with pytest.raises(ConfigError, match=r"data\.csv'.*\.json, \.jsonl or \.parquet"):
-        load_samples(path, warn=silent)
-
-
-def test_an_empty_folder_is_named(home: Path) -> None:
-    (home / "empty").mkdir()
-    with pytest.raises(ConfigError, match=r"empty'"):
-        load_samples(home / "empty", warn=silent)
 
 
 def test_limit_counts_good_samples_from_the_start(home: Path) -> None:
@@ -519,12 +497,7 @@ def test_a_placeholder_may_stand_in_a_text_part(home: Path) -> None:
         load_samples(write(home, twice), warn=silent)
 
 
-def test_sources_that_cannot_be_read_are_said(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (home / "rows").mkdir()
-    (home / "rows" / "rows.py").write_text("")
-    with pytest.raises(ConfigError, match=r"rows': cannot be loaded \(.*scripts"):
-        load_samples(home / "rows", warn=silent)
-
+def test_a_source_that_cannot_be_read_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def denied(*args: Any, **kwargs: Any) -> str:
         raise PermissionError(13, "Permission denied")
 
@@ -644,13 +617,6 @@ def test_llava_rows_in_parquet(home: Path) -> None:
     samples = load_samples(path, warn=silent)
     assert [len(s.images) for s in samples] == [0, 1]
     assert samples[1].messages == (turn("user", None, "Which?"), turn("assistant", "Red."))
-
-
-def test_a_folder_of_parquet_files(home: Path, tmp_path: Path) -> None:
-    """What a downloaded hub dataset looks like."""
-    (tmp_path / "hub" / "data").mkdir(parents=True)
-    table().to_parquet(str(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet"))
-    check_table(load_samples(tmp_path / "hub", warn=silent))
 
 
 def test_a_subset_is_never_empty_and_the_whole_is_the_whole() -> None:
