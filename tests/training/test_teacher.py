@@ -139,7 +139,9 @@ HEADS = {"MHA": 8, "GQA": 4}
 
 @pytest.mark.parametrize("axis", ["depth", "width"])
 @pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("backbone", [tiny.llama, tiny.phi, tiny.phi3], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "backbone", [tiny.llama, tiny.phi, tiny.phi3], ids=["llama", "phi", "phi3"]
+)
 def test_a_shared_teacher_gives_the_losses_of_a_separate_one(
     backbone: Any, heads: str, axis: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
