@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
@@ -151,14 +150,8 @@ def _processed(
 
 def encode_questions(processor: Any, questions: Sequence[Question]) -> dict[str, Tensor]:
     """Encode questions as left-padded model inputs for generation."""
-    asked = [Sample(each.id, tuple(question_messages(each)), each.images) for each in questions]
-    return encode_prompts(processor, asked)
-
-
-def encode_prompts(processor: Any, asked: Sequence[Sample]) -> dict[str, Tensor]:
-    """Encode conversations that end with a user's turn as left-padded inputs for generation."""
-    texts = [render(processor, each.messages, generate=True) for each in asked]
-    images = [[open_image(image) for image in each.images] for each in asked]
+    texts = [render(processor, question_messages(each), generate=True) for each in questions]
+    images = [[open_image(image) for image in each.images] for each in questions]
     return process(processor, texts, images, padding_side="left")
 
 
@@ -334,9 +327,3 @@ def num_images(message: Message) -> int:
     """Count the pictures of a turn."""
     content = message["content"]
     return 0 if isinstance(content, str) else sum(part["type"] == "image" for part in content)
-
-
-def with_turns(sample: Sample, messages: Sequence[Message]) -> Sample:
-    """Return a conversation with only its first turns, and their pictures."""
-    shown = sum(map(num_images, messages))
-    return replace(sample, messages=tuple(messages), images=sample.images[:shown])

@@ -15,7 +15,7 @@ from slimvlm.core.errors import ConfigError, DataError
 from slimvlm.core.options import TooLong
 from slimvlm.core.progress import Say
 from slimvlm.core.requests import identity_of_files
-from slimvlm.data.chat import length_of, rendered, require_readable, with_turns
+from slimvlm.data.chat import length_of, num_images, rendered, require_readable
 from slimvlm.data.images import find_image
 from slimvlm.data.rows import interleaved, rows_in_step, stated_pictures, turns_of
 from slimvlm.data.samples import Message, Sample
@@ -255,7 +255,9 @@ def fitted(processor: Any, sample: Sample, limit: Limit) -> Sample:
         )
     answered = [n for n, message in enumerate(sample.messages, 1) if message["role"] == "assistant"]
     for count in reversed(answered):
-        shorter = with_turns(sample, sample.messages[:count])
+        turns = sample.messages[:count]
+        pictures = sample.images[: sum(map(num_images, turns))]
+        shorter = replace(sample, messages=turns, images=pictures)
         if length_of(processor, shorter) <= limit.tokens:
             return shorter
     shorter = _with_short_answer(processor, shorter, limit.tokens)
