@@ -15,7 +15,6 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matplotlib.patches import Rectangle
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.evaluation.results import Result, TaskResult
@@ -29,13 +28,12 @@ from slimvlm.runs.report.charts import (
     allocation,
     by_ratio,
     frontier,
-    labels_apart,
     loss_curves,
     score_maps,
     trade_offs,
 )
-from slimvlm.runs.report.record import Pruning, Training
-from slimvlm.runs.report.svg import Chart
+from slimvlm.runs.report.read import Pruning, Training
+from slimvlm.runs.report.svg import Chart, labels_apart
 from slimvlm.scoring.unit_scores import Scores
 from tests import tiny
 from tests.handmade import random_scores
@@ -57,6 +55,20 @@ def shape() -> Anatomy:
     return anatomy(tiny.llama())
 
 
+@pytest.fixture
+def run(tmp_path: Path, shape: Anatomy) -> Path:
+    """The folder of a run along width."""
+    write_run(tmp_path / "run", shape)
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def study(tmp_path: Path, shape: Anatomy) -> Path:
+    """The folder of a study."""
+    write_study(tmp_path / "study", shape)
+    return tmp_path / "study"
+
+
 def write_run(folder: Path, shape: Anatomy, axis: str = "width", model: str = "tiny") -> Plan:
     """The files that `compress` leaves behind."""
     scores = random_scores(shape)
@@ -74,11 +86,7 @@ def write_run(folder: Path, shape: Anatomy, axis: str = "width", model: str = "t
     scores.save(folder / "scores" / scores.criterion)
     for name, right in (("original", 10), ("pruned", 4), ("recovered", 8)):
         result(name, right).save(folder / "results" / f"{name}.json")
-    for name, values in (
-        ("config", config),
-        ("history", history),
-        ("walk", asdict(walk)),
-    ):
+    for name, values in (("config", config), ("history", history), ("walk", asdict(walk))):
         (folder / f"{name}.json").write_text(json.dumps(values))
     return plan
 
@@ -121,9 +129,9 @@ def write_study(folder: Path, shape: Anatomy) -> pd.DataFrame:
     return table
 
 
-def test_a_study_shows_every_cell(tmp_path: Path, shape: Anatomy) -> None:
-    table = write_study(tmp_path / "study", shape)
-    record = read_record(tmp_path / "study")
+def test_a_study_shows_every_cell(study: Path) -> None:
+    table = pd.read_parquet(study / "results.parquet")
+    record = read_record(study)
     done = table[table["status"] == "done"]
     assert [entry.percent for entry in record.entries] == list(done["avg_percent"])
     cells = next(t for t in record.tables if t.caption == "All cells")
@@ -142,17 +150,18 @@ def test_a_study_shows_every_cell(tmp_path: Path, shape: Anatomy) -> None:
     html = report_html(record)
     assert "Failed cells" in html
     assert not re.search(r"<[^>]*onerror", html)
-    page = Page(html)
-    assert len(page.ids) == len(set(page.ids))
-    assert {link.removeprefix("#") for link in page.links} <= set(page.ids)
-    assert all(b - a <= 1 for a, b in pairwise(page.levels))
+    assert_sound(html)
+    assert report_html(read_record(study)) == html  # the same every time
+    drawings = re.findall(r"<figure.*?</figure>", html, re.DOTALL)
+    assert len(drawings) > 30
+    for drawing in drawings:  # colours come from the page
+        assert not re.search(r"#[0-9a-f]{6}|font-family|\bid=|xmlns|<use|<defs", drawing)
+        assert "<title>" in drawing
+        assert 'role="img" aria-label="' in drawing
 
 
-def test_a_study_has_a_chart_for_each_recovery_with_the_published_means(
-    tmp_path: Path, shape: Anatomy
-) -> None:
-    write_study(tmp_path / "study", shape)
-    charts = by_ratio(read_record(tmp_path / "study").entries)
+def test_a_study_has_a_chart_for_each_recovery_with_the_published_means(study: Path) -> None:
+    charts = by_ratio(read_record(study).entries)
     assert [c.title.rpartition(": ")[2] for c in charts] == ["untrained", "tuned"]
     looks = [line.look for line in charts[0].of("line")]
     assert looks == [f"line {look}" for look in ("depth", "depth published", "width")] + [
@@ -164,26 +173,23 @@ def test_a_study_has_a_chart_for_each_recovery_with_the_published_means(
     assert all(f'href="#{link}"' in charts[0].svg for link in links)
 
 
-def test_a_study_without_a_finished_cell_has_a_report(tmp_path: Path, shape: Anatomy) -> None:
-    table = write_study(tmp_path / "study", shape)
+def test_a_study_without_a_finished_cell_has_a_report(study: Path) -> None:
+    table = pd.read_parquet(study / "results.parquet")
     table.loc[table["axis"] != "original", "status"] = "open"
-    table.to_parquet(tmp_path / "study" / "results.parquet", index=False)
     columns = ["plan", "scores", "history", "avg_percent_low", "avg_percent_high"]
     for absent in ([], columns):  # columns that only a finished cell fills
-        table.drop(columns=absent).to_parquet(tmp_path / "study" / "results.parquet", index=False)
-        html = report_html(read_record(tmp_path / "study"))
+        table.drop(columns=absent).to_parquet(study / "results.parquet", index=False)
+        html = report_html(read_record(study))
         assert "0 of 9 cells" in html
         assert "Answers side by side" not in html
 
 
-def test_charts_mix_neither_shares_of_the_data_nor_other_options(
-    tmp_path: Path, shape: Anatomy
-) -> None:
-    table = write_study(tmp_path / "study", shape)
+def test_charts_mix_neither_shares_of_the_data_nor_other_options(study: Path) -> None:
+    table = pd.read_parquet(study / "results.parquet")
     less = table[table["recovery"] == "tuned"].assign(fraction=0.05, avg_percent=1.0)
     both = pd.concat([table, less], ignore_index=True)
-    both.to_parquet(tmp_path / "study" / "results.parquet", index=False)
-    record = read_record(tmp_path / "study")
+    both.to_parquet(study / "results.parquet", index=False)
+    record = read_record(study)
     titles = [chart.title.rpartition("ratio: ")[2] for chart in by_ratio(record.entries)]
     full, part = "fraction 1.0", "fraction 0.05"
     assert titles == [f"untrained, {full}", f"tuned, {full}", f"tuned, {part}"]
@@ -200,7 +206,7 @@ def test_charts_mix_neither_shares_of_the_data_nor_other_options(
 
 
 class Page(HTMLParser):
-    """What stands where in a page."""
+    """Ids, headings, links and tags of a page."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -226,9 +232,18 @@ class Page(HTMLParser):
             self.labelled.append(values["aria-labelledby"] or "")
 
 
-def test_the_report_shows_the_numbers_of_the_files(tmp_path: Path, shape: Anatomy) -> None:
-    plan = write_run(tmp_path / "run", shape)
-    record = read_record(tmp_path / "run")
+def assert_sound(html: str) -> Page:
+    """Ids are unique, links lead to them, and no heading level is left out."""
+    page = Page(html)
+    assert len(page.ids) == len(set(page.ids))
+    assert {link.removeprefix("#") for link in page.links} <= set(page.ids)
+    assert set(page.labelled) <= set(page.ids)
+    assert all(b - a <= 1 for a, b in pairwise(page.levels))
+    return page
+
+
+def test_the_report_shows_the_numbers_of_the_files(run: Path) -> None:
+    plan, record = Plan.load(run / "plan.json"), read_record(run)
     kept = {entry.name: entry for entry in record.entries}
     assert kept["original"].percent == 100
     assert kept["pruned"].percent == pytest.approx(40)
@@ -246,11 +261,11 @@ def test_the_report_shows_the_numbers_of_the_files(tmp_path: Path, shape: Anatom
     ):
         assert needed in text
     assert "7 conversations" in text
-
-
-def test_published_numbers_stand_beside_ours(tmp_path: Path, shape: Anatomy) -> None:
-    plan = write_run(tmp_path / "run", shape)
-    table = next(t for t in read_record(tmp_path / "run").tables if t.caption.startswith("Beside"))
+    assert "training samples" in html
+    page = assert_sound(html)
+    assert page.levels[0] == 1
+    assert page.levels.count(1) == 1
+    table = next(t for t in record.tables if t.caption == "Published numbers")
     assert plan.ratio == pytest.approx(0.3, abs=0.01)
     bunny = {row[0]: row for row in table.rows if row[2] == "Bunny-3B"}
     assert float(bunny["pruned"][3]) == pytest.approx(75.58, abs=1)
@@ -259,11 +274,9 @@ def test_published_numbers_stand_beside_ours(tmp_path: Path, shape: Anatomy) -> 
 
 
 @pytest.mark.parametrize("missing", ["scores", "results", "history.json", "walk.json"])
-def test_an_unfinished_run_has_a_report_too(tmp_path: Path, shape: Anatomy, missing: str) -> None:
-    folder = tmp_path / "run"
-    write_run(folder, shape)
-    (folder / missing).rename(tmp_path / "gone")
-    html = report_html(read_record(folder))
+def test_an_unfinished_run_has_a_report_too(run: Path, missing: str) -> None:
+    (run / missing).rename(run.parent / "gone")
+    html = report_html(read_record(run))
     assert "Configuration" in html
     assert ("Answers side by side" in html) is (missing != "results")
     assert ('id="training"' in html) is (missing != "history.json")
@@ -271,16 +284,12 @@ def test_an_unfinished_run_has_a_report_too(tmp_path: Path, shape: Anatomy, miss
     assert all(error in html for error in told) is (missing != "walk.json")
 
 
-def test_another_folder_is_refused(tmp_path: Path) -> None:
+def test_another_folder_and_a_broken_file_are_refused(run: Path) -> None:
     with pytest.raises(ConfigError, match="neither a run folder"):
-        read_record(tmp_path)
-
-
-def test_a_broken_file_is_named(tmp_path: Path, shape: Anatomy) -> None:
-    write_run(tmp_path / "run", shape)
-    (tmp_path / "run" / "history.json").write_text("{")
+        read_record(run.parent)
+    (run / "history.json").write_text("{")
     with pytest.raises(ConfigError, match=r"history\.json"):
-        read_record(tmp_path / "run")
+        read_record(run)
 
 
 def test_the_report_escapes_and_loads_nothing(tmp_path: Path, shape: Anatomy) -> None:
@@ -295,29 +304,16 @@ def test_the_report_escapes_and_loads_nothing(tmp_path: Path, shape: Anatomy) ->
     assert "default-src 'none'" in html
 
 
-def test_headings_ids_and_links_are_sound(tmp_path: Path, shape: Anatomy) -> None:
-    write_run(tmp_path / "run", shape)
-    page = Page(report_html(read_record(tmp_path / "run")))
-    assert len(page.ids) == len(set(page.ids))
-    assert {link.removeprefix("#") for link in page.links} <= set(page.ids)
-    assert set(page.labelled) <= set(page.ids)
-    assert page.levels[0] == 1
-    assert page.levels.count(1) == 1
-    assert all(b - a <= 1 for a, b in pairwise(page.levels))
-
-
 def test_bars_are_as_high_as_what_is_kept(shape: Anatomy) -> None:
     plan = make_plan(shape, random_scores(shape), ratio=0.3, axis="both", round_to=1)
     chart = allocation(plan)
-    bars = [patch for patch in chart.axes.patches if isinstance(patch, Rectangle)]
-    mlp, attention, wholes = bars[::3], bars[1::3], bars[2::3]
+    mlp, attention, wholes = (chart.of(look)[0].rows for look in ("mlp", "attention", "whole"))
     for index, layer in enumerate(shape.layers):
-        whole = wholes[index].get_height()
-        kept = mlp[index].get_height() + attention[index].get_height()
+        kept = mlp[index][3] + attention[index][3]
         units = len(plan.kv_groups[index]) * layer.kv_group_params
         units += len(plan.neurons[index]) * layer.neuron_params
-        assert kept / whole == pytest.approx(units / layer.params)
-        assert attention[index].get_y() == pytest.approx(mlp[index].get_height())
+        assert kept / wholes[index][3] == pytest.approx(units / layer.params)
+        assert attention[index][1] == pytest.approx(mlp[index][3])
     assert num_crosses(chart) == shape.num_layers - len(plan.layers)
 
 
@@ -325,10 +321,11 @@ def test_experts_have_bars_and_a_heatmap() -> None:
     shape = read_anatomy(tiny.build("llama4"))
     scores = random_scores(shape)
     plan = make_plan(shape, scores, 0.0, experts=0.5)
-    bars = [patch for patch in allocation(plan).axes.patches if isinstance(patch, Rectangle)]
+    bars = allocation(plan)
     layer, kept = shape.layers[1], plan.shapes[1]
     mlp = kept.intermediate_size * kept.neuron_params + 2 * layer.expert_fixed_params
-    assert bars[3].get_height() / bars[5].get_height() == pytest.approx(mlp / layer.params)
+    kept_bar, whole = (bars.of(look)[0].rows[1][3] for look in ("mlp", "whole"))
+    assert kept_bar / whole == pytest.approx(mlp / layer.params)
     alone = Scores("reap", expert=scores.expert)
     (chart,) = score_maps(Pruning("pruned", plan, [alone]))
     assert num_crosses(chart) == 4
@@ -347,9 +344,8 @@ def test_heatmaps_cross_what_is_gone(shape: Anatomy, tmp_path: Path) -> None:
         assert num_crosses(layers) == shape.num_layers - len(plan.layers)
         lost = sum(s.num_kv_heads for s in shape.layers) - sum(map(len, plan.kv_groups))
         assert num_crosses(groups) == lost
-        _, cuts = neurons.axes.collections
         bottom, top = neurons.axes.get_ylim()
-        heights = [path.vertices[0][1] / (bottom - top) for path in cuts.get_paths()]  # type: ignore[index]
+        heights = [height / (bottom - top) for _, height, *_ in neurons.of("cut")[0].rows]
         kept = [
             len(n) / s.intermediate_size for n, s in zip(plan.neurons, shape.layers, strict=True)
         ]
@@ -360,9 +356,8 @@ def test_heatmaps_cross_what_is_gone(shape: Anatomy, tmp_path: Path) -> None:
             assert len(opacity) == sum(len(marks.texts) for marks in chart.of("heat"))
 
 
-def test_trade_offs_need_two_models(tmp_path: Path, shape: Anatomy) -> None:
-    write_run(tmp_path / "run", shape)
-    entries = read_record(tmp_path / "run").entries
+def test_trade_offs_need_two_models(run: Path) -> None:
+    entries = read_record(run).entries
     assert trade_offs(entries[:1]) == []
     charts = trade_offs(entries)
     assert len(charts) == 3
@@ -371,21 +366,16 @@ def test_trade_offs_need_two_models(tmp_path: Path, shape: Anatomy) -> None:
     assert high["original"] > high["recovered"] > high["pruned"]
 
 
-def test_loss_curves_have_a_chart_for_each_component() -> None:
+def test_loss_curves_have_a_chart_for_each_component(run: Path) -> None:
     steps = [{"step": i, "loss": 3.0 - i, "loss_sft": 1.0, "grad_norm": 9.0} for i in (0, 1, 2)]
     charts = loss_curves(Training("t", steps))
     assert [chart.title for chart in charts] == ["Sum of the losses", "sft"]
     assert [line.look for line in charts[0].of("line")] == ["line training"]
     assert loss_curves(Training("t", steps[:1])) == []
-
-
-def test_a_training_of_one_step_has_no_curve_and_says_so(tmp_path: Path, shape: Anatomy) -> None:
-    write_run(tmp_path / "run", shape)
-    assert "training samples" in report_html(read_record(tmp_path / "run"))
-    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    history = json.loads((run / "history.json").read_text())
     history["steps"] = history["steps"][:1]
-    (tmp_path / "run" / "history.json").write_text(json.dumps(history))
-    page = report_html(read_record(tmp_path / "run"))
+    (run / "history.json").write_text(json.dumps(history))
+    page = report_html(read_record(run))
     assert "too short for a curve" in page
     assert "training samples" not in page
 
@@ -419,24 +409,9 @@ def test_labels_do_not_stand_on_each_other(places: list[tuple[float, float]]) ->
             assert abs(x - places[j][0]) >= 110 or abs(heights[i] - heights[j]) >= 15 - 1e-9
 
 
-def test_drawings_are_the_same_every_time_and_take_their_colours_from_the_page(
-    tmp_path: Path, shape: Anatomy
-) -> None:
-    write_study(tmp_path / "study", shape)
-    html, again = (report_html(read_record(tmp_path / "study")) for _ in range(2))
-    assert html == again
-    drawings = re.findall(r"<figure.*?</figure>", html, re.DOTALL)
-    assert len(drawings) > 30
-    for drawing in drawings:
-        assert not re.search(r"#[0-9a-f]{6}|font-family|\bid=|xmlns|<use|<defs", drawing)
-        assert "<title>" in drawing
-        assert 'role="img" aria-label="' in drawing
-
-
-def test_labels_of_drawings_are_plain_text(tmp_path: Path, shape: Anatomy) -> None:
-    """A name is data from outside: no formula, no markup, and what XML cannot hold is replaced."""
-    write_run(tmp_path / "run", shape)
-    entries = read_record(tmp_path / "run").entries
+def test_labels_of_drawings_are_plain_text(run: Path) -> None:
+    """A name is data from outside: no formula, no markup, no character that XML cannot hold."""
+    entries = read_record(run).entries
     for name in (EVIL, r"$\frac{$ $", "bell \a and 猫", "</svg><script>"):
         svg = trade_offs([replace(entry, name=name) for entry in entries])[0].svg
         page = Page(svg)

@@ -1,20 +1,23 @@
-"""Answers of two models as cards with pictures, as many as fit into one HTML file."""
+"""HTML from the templates of this package, and answers of two models as cards with pictures."""
 
 from __future__ import annotations
 
 import base64
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import escape
 from PIL import Image
 
 from slimvlm.data.images import open_image
 from slimvlm.evaluation.compare import CHANGES, RIGHT, Change, Comparison, Pair, TaskComparison
-from slimvlm.evaluation.metrics import Difference
-from slimvlm.runs.report.page import render
+from slimvlm.evaluation.metrics import signed
 
 MAX_BYTES = 4_700_000
 """How large a page may grow before it leaves out pictures."""
@@ -28,19 +31,13 @@ SMALL, SMALL_SHOWN, LARGE = 64, 128, 256
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture as a page shows it.
-
-    Attributes:
-        uri: A PNG data URI.
-        width: In CSS pixels.
-        height: In CSS pixels.
-        enlarged: Whether it is shown larger than it is, pixel by pixel.
-    """
+    """A picture as a PNG data URI, with its size in CSS pixels."""
 
     uri: str
     width: int
     height: int
     enlarged: bool
+    """Whether it is shown larger than it is, pixel by pixel."""
 
 
 @dataclass(frozen=True)
@@ -53,90 +50,46 @@ class Card:
 
 @dataclass(frozen=True)
 class Gallery:
-    """What ``gallery.html.jinja`` shows.
-
-    Attributes:
-        comparison: The two models.
-        cards: Cards by task.
-        hidden: For each task, how many answers of each kind get no card.
-        pictures_left_out: Cards that had to go without their pictures.
-        graded: Whether some answers are neither right nor wrong.
-        place: From points to a place on an axis from 0 to 100 that all tasks share.
-    """
+    """The values of ``gallery.html.jinja``."""
 
     comparison: Comparison
     cards: Mapping[str, Sequence[Card]]
+    """Cards by task."""
     hidden: Mapping[str, Mapping[Change, int]]
+    """For each task, how many answers of each kind get no card."""
     pictures_left_out: int
+    """Cards without their pictures, for want of room."""
     graded: bool
+    """Whether some answers are neither right nor wrong."""
     place: Callable[[float], float]
+    """From points to a place on an axis from 0 to 100 that all tasks share."""
     kinds: tuple[Change, ...] = CHANGES
     right: float = RIGHT
 
 
-def gallery_of(comparison: Comparison, max_bytes: int = MAX_BYTES) -> Gallery:
-    """Lay out a comparison.
-
-    Answers that did not change are shown up to `MAX_CARDS` for each task, and pictures until the
-    page reaches its size: those of lost answers come first.
-
-    Args:
-        comparison: What `slimvlm.evaluation.compare.compare` found.
-        max_bytes: Room for all cards.
-    """
-    cards, pictures_left_out = _cards(comparison, max_bytes)
-    return Gallery(
-        comparison=comparison,
-        cards=cards,
-        hidden={name: _hidden(task) for name, task in comparison.tasks.items()},
-        pictures_left_out=pictures_left_out,
-        graded=any(
-            score not in (0, 1)
-            for task in comparison.tasks.values()
-            for pair in task.pairs
-            for score in (pair.score_a, pair.score_b)
-        ),
-        place=_places([*(t.difference for t in comparison.tasks.values()), comparison.difference]),
-    )
-
-
 def comparison_html(comparison: Comparison, title: str) -> str:
-    """One HTML file with a table and every answer that was lost or gained, pictures included.
+    """Write one HTML file with a table and every answer that was lost or gained, with pictures.
 
     It needs no network and works without scripts.
     """
     return render("comparison.html.jinja", title=title, gallery=gallery_of(comparison))
 
 
-def _places(drawn: Sequence[Difference]) -> Callable[[float], float]:
-    reach = max(max(abs(d.low), abs(d.high), 1.0) for d in drawn)
-    return lambda value: round(50 + 48 * value / reach, 1)
+def gallery_of(comparison: Comparison, max_bytes: int = MAX_BYTES) -> Gallery:
+    """Lay out a comparison.
 
-
-def _shown(task: TaskComparison, kind: Change) -> list[Pair]:
-    """Pairs of one kind that get a card; replies that differ most come first."""
-    pairs = [pair for pair in task.pairs if pair.kind == kind]
-    if kind not in MAX_CARDS:
-        return pairs
-    pairs.sort(key=lambda p: (-abs(p.score_a - p.score_b), p.reply_a == p.reply_b))
-    return pairs[: MAX_CARDS[kind]]
-
-
-def _hidden(task: TaskComparison) -> dict[Change, int]:
-    left = {kind: n - len(_shown(task, kind)) for kind, n in task.counts.items()}
-    return {kind: n for kind, n in left.items() if n}
-
-
-def _cards(comparison: Comparison, room: int) -> tuple[dict[str, list[Card]], int]:
-    """Cards by task, and how many of them had to go without their pictures."""
-    queue = [
-        (rank, turn, task.name, pair)
-        for rank, kind in enumerate(CHANGES)
-        for task in comparison.tasks.values()
-        for turn, pair in enumerate(_shown(task, kind))
-    ]
-    queue.sort(key=lambda entry: entry[:2])  # tasks take turns, so that all get some pictures
-    room -= sum(CARD_BYTES + _text_bytes(pair) for *_, pair in queue)
+    Answers that did not change are shown up to `MAX_CARDS` for each task, and pictures until the
+    cards fill ``max_bytes``: those of lost answers come first, and tasks take turns.
+    """
+    queue: list[tuple[int, int, str, Pair]] = []
+    hidden: dict[str, Counter[Change]] = {}
+    for task in comparison.tasks.values():
+        shown = [(rank, _shown(task, kind)) for rank, kind in enumerate(CHANGES)]
+        queue += [(rank, i, task.name, p) for rank, pairs in shown for i, p in enumerate(pairs)]
+        hidden[task.name] = Counter(task.counts)
+        hidden[task.name] -= Counter(pair.kind for _, pairs in shown for pair in pairs)
+    queue.sort(key=lambda entry: entry[:2])
+    room = max_bytes - sum(CARD_BYTES + _text_bytes(pair) for *_, pair in queue)
     cards: dict[str, list[Card]] = {name: [] for name in comparison.tasks}
     left_out = 0
     for *_, name, pair in queue:
@@ -147,7 +100,27 @@ def _cards(comparison: Comparison, room: int) -> tuple[dict[str, list[Card]], in
         room -= size
         left_out += bool(pair.question.images) and not pictures
         cards[name].append(Card(pair, pictures))
-    return cards, left_out
+    tasks = comparison.tasks.values()
+    scores = {score for task in tasks for p in task.pairs for score in (p.score_a, p.score_b)}
+    drawn = [*(task.difference for task in tasks), comparison.difference]
+    reach = max(max(abs(d.low), abs(d.high), 1.0) for d in drawn)
+    return Gallery(
+        comparison=comparison,
+        cards=cards,
+        hidden=hidden,
+        pictures_left_out=left_out,
+        graded=bool(scores - {0, 1}),
+        place=lambda value: round(50 + 48 * value / reach, 1),
+    )
+
+
+def _shown(task: TaskComparison, kind: Change) -> list[Pair]:
+    """Pairs of one kind that get a card; replies that differ most come first."""
+    pairs = [pair for pair in task.pairs if pair.kind == kind]
+    if kind not in MAX_CARDS:
+        return pairs
+    pairs.sort(key=lambda p: (-abs(p.score_a - p.score_b), p.reply_a == p.reply_b))
+    return pairs[: MAX_CARDS[kind]]
 
 
 def _text_bytes(pair: Pair) -> int:
@@ -169,3 +142,25 @@ def _picture(image: Image.Image | Path) -> Picture:
     width, height = (max(1, round(side * scale)) for side in shown.size)
     encoded = base64.b64encode(buffer.getvalue()).decode()
     return Picture(f"data:image/png;base64,{encoded}", width, height, enlarged)
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill a template of ``slimvlm/runs/report/templates``.
+
+    Text of models, files and data is untrusted: every value is escaped, and pages carry a content
+    security policy that lets them load nothing.
+    """
+    return _environment().get_template(template).render(**values)
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("slimvlm.runs.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["points"] = signed
+    return environment

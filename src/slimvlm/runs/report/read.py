@@ -6,6 +6,7 @@ import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from slimvlm.runs.command import compress_command
 from slimvlm.runs.compress import STAGES, read_results, read_times
 from slimvlm.runs.held_out import read_held_out
 from slimvlm.runs.recipes import published
-from slimvlm.runs.report.record import Entry, Pruning, Record, Table, Training
 from slimvlm.runs.study.table import DONE, FAILED, ORIGINAL, STUDY, TABLE
 from slimvlm.runs.tables import LEGEND, MARK, held_out_notes, held_out_rows, result_rows
 from slimvlm.scoring.unit_scores import Scores
@@ -36,8 +36,116 @@ _OPTIONS = ("criterion", "allocation", "repair", "options", "fraction", "seed")
 """Columns that a cell's name and the table have only where they differ between cells of an axis."""
 
 
+@dataclass(frozen=True)
+class Entry:
+    """One measured model."""
+
+    name: str
+    axis: str
+    """Where it was pruned; empty for an original."""
+    ratio: float
+    """Share of the backbone that was removed."""
+    recovery: str
+    """Name of the training; ``none``, or empty for an original."""
+    average: float
+    """AVG in percent."""
+    percent: float | None
+    """AVG-%, 100 for an original; None if it was not measured."""
+    low: float | None
+    high: float | None
+    """95 % interval of AVG-%."""
+    total_params: int
+    prefill_ms: float
+    """Time to read a question."""
+    decode_ms: float
+    """Time to write a token."""
+    train: str | None = None
+    """``projector``, ``lora``, ``full`` or None."""
+    loss: str = ""
+    model: str = ""
+    """The original that it comes from."""
+    fraction: float = 1.0
+    """Share of the training data that was used."""
+    variant: str = ""
+    """Other options that tell it from others of its axis, ratio and recovery, but for the seed."""
+    link: str = ""
+    """Id of its row in a table, that marks of charts lead to; empty for none."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Further columns of the table, by name."""
+
+    @property
+    def is_original(self) -> bool:
+        """Whether nothing was removed."""
+        return not self.axis
+
+    @property
+    def interval(self) -> str:
+        """AVG-% with its interval, as text."""
+        if self.percent is None:
+            return ""
+        bounds = "" if self.low is None else f" [{self.low:.1f}, {self.high:.1f}]"
+        return f"{self.percent:.1f}{bounds}"
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """A plan and the scores that led to it."""
+
+    title: str
+    plan: Plan
+    scores: Sequence[Scores] = ()
+
+
+@dataclass(frozen=True)
+class Training:
+    """Log rows of a recovery: step and losses."""
+
+    title: str
+    steps: Sequence[Mapping[str, float]]
+    about: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text cells below a header; those that end with `slimvlm.runs.tables.MARK` are significant."""
+
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+    """Written below, one list item for each line."""
+    folded: bool = False
+    """Whether it is closed at first."""
+    wraps: bool = False
+    """Whether cells are sentences, which break into lines."""
+    ids: Sequence[str] = ()
+    """An id for each row, that marks of charts lead to; empty for none."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """Everything that a report shows."""
+
+    title: str
+    lead: str
+    """A sentence below the title."""
+    cards: Sequence[tuple[str, str, str]]
+    """Figures to read first: label, value, explanation."""
+    command: str
+    """The command of the run; empty if not known."""
+    config: Mapping[str, Any]
+    entries: Sequence[Entry] = ()
+    """The measured models, originals first."""
+    prunings: Sequence[Pruning] = ()
+    trainings: Sequence[Training] = ()
+    tables: Sequence[Table] = ()
+    comparison: Comparison | None = None
+    """The original and one smaller model, answer by answer."""
+    notes: Sequence[str] = ()
+
+
 def read_record(folder: str | Path) -> Record:
-    """Read what a run folder of `compress` or the folder of a study has so far.
+    """Read a run folder of `compress` or the folder of a study, as far as it has got.
 
     Raises:
         ConfigError: If it is neither, or a file in it cannot be read.
@@ -65,11 +173,11 @@ def read_record(folder: str | Path) -> Record:
 
 
 def _read_run(folder: Path) -> Record:
-    config = _read_json(folder / "config.json")
+    config = read_object(folder / "config.json", "report:")
     plan, results = Plan.load(folder / "plan.json"), read_results(folder)
     on_data = read_held_out(folder, STAGES)
     recover = config.get("recover") or {}
-    entries = [_entry(row, str(row["stage"])) for row in _stages(results, plan, recover)]
+    entries = [_stage_entry(stage, results, plan, recover) for stage in results]
     scores = [Scores.load(path) for path in sorted((folder / "scores").glob("*.safetensors"))]
     learns = f"{recover.get('train')} from {recover.get('loss')}"
     comparison = None
@@ -78,111 +186,81 @@ def _read_run(folder: Path) -> Record:
     return Record(
         title=f"{Path(config['model']).name} at {plan.ratio:.0%}",
         lead=f"This run {plan.summary()}.",
-        cards=[
-            *_run_cards(plan, entries),
-            *_time_cards(entries, read_times(folder)),
-            *_held_out_cards(on_data),
-        ],
+        cards=_run_cards(plan, entries, read_times(folder), on_data),
         command=_run_command(config, folder),
         config=config,
         entries=entries,
         prunings=[Pruning("", plan, scores)],
         trainings=_training(folder / "history.json", learns),
-        tables=[
-            *_score_table(results),
-            *_held_out_table(on_data),
-            *_walk_tables(folder),
-            *_beside_the_study(entries),
-        ],
+        tables=[*_score_tables(results, on_data), *_walk_tables(folder), *_published(entries)],
         comparison=comparison,
     )
 
 
-def _stages(
-    results: Mapping[str, Result], plan: Plan, recover: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """A row for each stage of a run, with the columns that a study's table has for its cells."""
-    rows = []
-    for stage, result in results.items():
-        original = results.get("original", result)
-        trained = recover.get("train") if stage == "recovered" else None
-        row = {
-            **{"stage": stage, "axis": plan.axis, "achieved_ratio": plan.ratio},
-            **{"train": trained or "none", "loss": recover.get("loss", "")},
-            "recovery": f"{trained} {recover['loss']}" if trained else "none",
-            **{"avg": result.average, "total_params": result.total_params},
-            **{"prefill_ms": result.prefill_ms, "decode_ms": result.decode_ms},
-        }
-        if stage == ORIGINAL:
-            row |= {"axis": ORIGINAL, "achieved_ratio": 0.0, "avg_percent": 100.0}
-        elif not math.isnan(original.average):
-            kept = result.retention(original)
-            row |= {"avg_percent": kept.percent}
-            row |= {"avg_percent_low": kept.low, "avg_percent_high": kept.high}
-        rows.append(row)
-    return rows
+def _stage_entry(
+    stage: str, results: Mapping[str, Result], plan: Plan, recover: Mapping[str, Any]
+) -> Entry:
+    """A stage of a run, as the row that a study's table has for its cells."""
+    result, original = results[stage], results.get("original", results[stage])
+    trained = recover.get("train") if stage == "recovered" else None
+    row = {
+        **{"axis": plan.axis, "achieved_ratio": plan.ratio, "avg": result.average},
+        **{"train": trained or "none", "loss": recover.get("loss", "")},
+        "recovery": f"{trained} {recover['loss']}" if trained else "none",
+        **{name: getattr(result, name) for name in ("total_params", "prefill_ms", "decode_ms")},
+    }
+    if stage == ORIGINAL:
+        row |= {"axis": ORIGINAL, "achieved_ratio": 0.0, "avg_percent": 100.0}
+    elif not math.isnan(original.average):
+        kept = result.retention(original)
+        row |= {"avg_percent": kept.percent}
+        row |= {"avg_percent_low": kept.low, "avg_percent_high": kept.high}
+    return _entry(row, stage)
 
 
-def _run_cards(plan: Plan, entries: Sequence[Entry]) -> list[tuple[str, str, str]]:
+def _run_cards(
+    plan: Plan,
+    entries: Sequence[Entry],
+    times: PairedTimes | None,
+    on_data: Mapping[str, DataResult],
+) -> list[tuple[str, str, str]]:
+    cards = []
+    compared = len(entries) > 1 and entries[0].is_original
+    first, last = (entries[0], entries[-1]) if compared else (None, None)
+    if last is not None and last.percent is not None:
+        interval = f"95 % interval {last.low:.1f} to {last.high:.1f}"
+        cards.append(("Kept (AVG-%)", f"{last.percent:.1f}", interval))
     asked = "" if plan.asked_ratio is None else f"asked for {plan.asked_ratio:.1%}"
     before, after = plan.before.total_params / 1e6, plan.after.total_params / 1e6
-    cards = [
-        ("Backbone removed", f"{plan.ratio:.1%}", asked),
-        ("Parameters", f"{after:,.1f} M", f"of {before:,.1f} M"),
-    ]
-    if len(entries) > 1 and entries[0].is_original:
-        last = entries[-1]
-        if last.percent is not None:
-            interval = f"95 % interval {last.low:.1f} to {last.high:.1f}"
-            cards.insert(0, ("Kept (AVG-%)", f"{last.percent:.1f}", interval))
+    cards.append(("Backbone removed", f"{plan.ratio:.1%}", asked))
+    cards.append(("Parameters", f"{after:,.1f} M", f"of {before:,.1f} M"))
+    if times is not None:  # paired with the original's; else each model's own
+        for title, share in (("Time to read", times.prefill), ("Time to write", times.decode)):
+            bounds = f"of the original's, {share.low:.0%} to {share.high:.0%} in all rounds"
+            cards.append((title, f"{share.value:.0%}", bounds))
+    elif first is not None and last is not None:
+        cards.append(("Prefill", f"{last.prefill_ms:.1f} ms", f"of {first.prefill_ms:.1f} ms"))
+        words = f"a token, of {first.decode_ms:.1f} ms"
+        cards.append(("Decode", f"{last.decode_ms:.1f} ms", words))
+    same = list(on_data.values())[-1].figures.agreement if on_data else None
+    if same is not None and same.low is not None and same.high is not None:
+        interval = f"on unseen samples, 95 % interval {same.low:.1f} to {same.high:.1f}"
+        cards.append(("Same next token", f"{same.value:.1f} %", interval))
     return cards
 
 
-def _time_cards(entries: Sequence[Entry], times: PairedTimes | None) -> list[tuple[str, str, str]]:
-    """Times beside the original's, in turn; by themselves where there was no room for both."""
-    if times is not None:
-        shares = ("Time to read", times.prefill), ("Time to write", times.decode)
-        return [
-            (
-                title,
-                f"{s.value:.0%}",
-                f"of the original's, {s.low:.0%} to {s.high:.0%} in all rounds",
-            )
-            for title, s in shares
-        ]
-    if len(entries) < 2 or not entries[0].is_original:
-        return []
-    first, last = entries[0], entries[-1]
-    return [
-        ("Prefill", f"{last.prefill_ms:.1f} ms", f"of {first.prefill_ms:.1f} ms"),
-        ("Decode", f"{last.decode_ms:.1f} ms", f"a token, of {first.decode_ms:.1f} ms"),
-    ]
-
-
-def _score_table(results: Mapping[str, Result]) -> list[Table]:
-    return [Table("Scores in percent", *result_rows(results), LEGEND)] if results else []
-
-
-def _held_out_table(results: Mapping[str, DataResult]) -> list[Table]:
-    if not results:
-        return []
-    title, note = "What was kept on unseen samples", "\n".join(held_out_notes(results))
-    return [Table(title, *held_out_rows(results), note)]
-
-
-def _held_out_cards(results: Mapping[str, DataResult]) -> list[tuple[str, str, str]]:
-    """How often the last model says the same next token as the original."""
-    same = list(results.values())[-1].figures.agreement if results else None
-    if same is None or same.low is None or same.high is None:
-        return []
-    interval = f"on unseen samples, 95 % interval {same.low:.1f} to {same.high:.1f}"
-    return [("Same next token", f"{same.value:.1f} %", interval)]
+def _score_tables(results: Mapping[str, Result], on_data: Mapping[str, DataResult]) -> list[Table]:
+    tables = [Table("Scores in percent", *result_rows(results), LEGEND)] if results else []
+    if on_data:
+        title, note = "What was kept on unseen samples", "\n".join(held_out_notes(on_data))
+        tables.append(Table(title, *held_out_rows(on_data), note))
+    return tables
 
 
 def _walk_tables(folder: Path) -> list[Table]:
-    """What the walk did to each matrix and layer."""
+    """Errors of each matrix and layer before and after the walk's repairs."""
     path = folder / "walk.json"
-    report = _read_json(path) if path.is_file() else {"layers": []}
+    report = read_object(path, "report:") if path.is_file() else {"layers": []}
     refits = [
         [f"{layer['index']}.{name}", f"{row['sliced']:.2%}", f"{row['repaired']:.2%}"]
         for layer in report["layers"]
@@ -193,27 +271,18 @@ def _walk_tables(folder: Path) -> list[Table]:
         for layer in report["layers"]
         if layer["distilled"] is not None
     ]
-    note = "; ".join(report.get("notes", ()))
+    repair = "Closed-form repair, squared output error"
+    local = "Local distillation, error of the layer's output on held-out tokens"
+    header, note = ["matrix", "error when sliced", "error when repaired"], report.get("notes", ())
     tables = [
-        Table(
-            "Closed-form repair, squared output error",
-            ["matrix", "error when sliced", "error when repaired"],
-            refits,
-            note,
-            folded=True,
-        ),
-        Table(
-            "Local distillation, error of the layer's output on held-out tokens",
-            ["layer", "before", "after"],
-            distilled,
-            folded=True,
-        ),
+        Table(repair, header, refits, "; ".join(note), folded=True),
+        Table(local, ["layer", "before", "after"], distilled, folded=True),
     ]
     return [table for table in tables if table.rows]
 
 
-def _beside_the_study(entries: Sequence[Entry]) -> list[Table]:
-    """What was published for the same axis, recovery and ratio, beside our numbers."""
+def _published(entries: Sequence[Entry]) -> list[Table]:
+    """Published numbers for the same axis, recovery and ratio, next to the measured ones."""
     rows = [
         [entry.name, entry.interval, row.model, f"{value:.1f}", row.source]
         for entry in entries
@@ -223,9 +292,9 @@ def _beside_the_study(entries: Sequence[Entry]) -> list[Table]:
     header = ["model", "AVG-% here", "the study's model", "AVG-% there", "source"]
     note = (
         "Other models and tasks: read the trend, not the digits. Values between two published"
-        " ratios lie on a straight line; full training stands beside the study's LoRA."
+        " ratios lie on a straight line; full training is compared with the study's LoRA."
     )
-    return [Table("Beside the published numbers", header, rows, note)] if rows else []
+    return [Table("Published numbers", header, rows, note)] if rows else []
 
 
 def _run_command(config: Mapping[str, Any], folder: Path) -> str:
@@ -244,7 +313,7 @@ def _run_command(config: Mapping[str, Any], folder: Path) -> str:
 
 
 def _read_study(folder: Path) -> Record:
-    config = _read_json(folder / "study.json")
+    config = read_object(folder / "study.json", "report:")
     try:
         table = pd.read_parquet(folder / TABLE)
     except (OSError, ValueError) as error:
@@ -253,46 +322,43 @@ def _read_study(folder: Path) -> Record:
     cells, wanted = (rows[rows["axis"] != ORIGINAL] for rows in (done, table))
     of_axis = cells.astype(str).groupby("axis")
     varied = [name for name in _OPTIONS if (of_axis[name].nunique() > 1).any()]
-    entries = [_cell(row, varied, index) for index, row in done.iterrows()]
-    models = ", ".join(Path(model).name for model in table["model"].unique())
-    best = _best(cells, SHOWN_RATIO)
-    comparison = None
+    entries = [_cell_entry(row, varied, index) for index, row in done.iterrows()]
+    prunings = []
+    for _, row in [] if cells.empty else cells.drop_duplicates("plan").iterrows():
+        scores = [Scores.load(folder / name) for name in str(row["scores"]).split()]
+        title = f"{Path(row['model']).name} {row['axis']} {row['ratio']:.0%}, {row['criterion']}"
+        prunings.append(Pruning(title, Plan.load(folder / str(row["plan"])), scores))
+    trainings = []
+    for _, row in cells.iterrows():
+        if not pd.isna(row["history"]):
+            trainings += _training(folder / row["history"], _name(row, varied))
+    best, comparison = _best(cells, SHOWN_RATIO), None
     if best is not None:
         originals = table[(table["axis"] == ORIGINAL) & (table["model"] == best["model"])]
         original = Result.load(folder / originals.iloc[0]["result"])
         comparison = _compared(original, Result.load(folder / best["result"]), config)
+    models = ", ".join(Path(model).name for model in table["model"].unique())
+    axes = " and ".join(wanted["axis"].unique())
     return Record(
         title=f"Study of {models}",
-        lead=f"{len(cells)} of {len(wanted)} cells measured, along "
-        f"{' and '.join(wanted['axis'].unique())}.",
+        lead=f"{len(cells)} of {len(wanted)} cells measured, along {axes}.",
         cards=_study_cards(wanted, cells, entries),
         command=shlex.join(["slimvlm", "study", str(folder / STUDY), "--out", str(folder)]),
         config=config,
         entries=entries,
-        prunings=_prunings(folder, cells),
-        trainings=[
-            training
-            for _, row in cells.iterrows()
-            if not pd.isna(row["history"])
-            for training in _training(folder / row["history"], _name(row, varied))
-        ],
-        tables=[
-            _cell_table(entries),
-            *_claim_tables(table),
-            _task_table(done, entries),
-            *_failures(table),
-        ],
+        prunings=prunings,
+        trainings=trainings,
+        tables=[_cell_table(entries), *_study_tables(table, done, entries)],
         comparison=comparison,
         notes=[] if best is None else [f"Answers are those of: {_name(best, varied)}."],
     )
 
 
-def _cell(row: pd.Series, varied: Sequence[str], index: Any) -> Entry:
-    """A cell with what the table has of it beside the figures that every entry has."""
+def _cell_entry(row: pd.Series, varied: Sequence[str], index: Any) -> Entry:
+    """A cell with those columns of the table that other entries do not have."""
     original = row["axis"] == ORIGINAL
     columns = {name: "" if original else str(row[name]) for name in varied}
-    above = _number(row.get("above_floor"))
-    low, high = (_number(row.get(f"above_floor_{end}")) for end in ("low", "high"))
+    above, low, high = (_number(row.get(f"above_floor{end}")) for end in ("", "_low", "_high"))
     bounds = "" if low is None or high is None else f" [{low:.1f}, {high:.1f}]"
     columns["above floor"] = "" if above is None else f"{above:.1f}{bounds}"
     reference = _number(row.get("reference"))
@@ -310,7 +376,7 @@ def _cell(row: pd.Series, varied: Sequence[str], index: Any) -> Entry:
 
 
 def _name(row: pd.Series, varied: Iterable[str]) -> str:
-    """What a cell asks for, in a few words."""
+    """The options of a cell in a few words."""
     short = Path(str(row["model"])).name
     if row["axis"] == ORIGINAL:
         return f"{short} original"
@@ -351,81 +417,64 @@ def _cell_table(entries: Sequence[Entry]) -> Table:
     extra = list(dict.fromkeys(name for entry in entries for name in entry.columns))
     header = ["model", "removed", "AVG", "AVG-% [95 % interval]", *extra]
     header += ["the study", "parameters", "prefill ms", "decode ms"]
-    rows = [
-        [
-            entry.name,
-            f"{entry.ratio:.1%}",
-            f"{entry.average:.1f}",
-            f"{entry.interval}{MARK if entry.differs else ''}",
-            *(entry.columns.get(name, "") for name in extra),
-            _published(entry),
-            f"{entry.total_params / 1e6:.1f} M",
-            f"{entry.prefill_ms:.1f}",
-            f"{entry.decode_ms:.1f}",
-        ]
-        for entry in entries
-    ]
+    rows = []
+    for entry in entries:
+        there = []
+        if not entry.is_original and entry.fraction == 1:
+            there = published(entry.axis, entry.train, entry.loss, entry.ratio)
+        low, high = entry.low, entry.high
+        differs = low is not None and high is not None and not low <= 100 <= high
+        rows.append(
+            [
+                *(entry.name, f"{entry.ratio:.1%}", f"{entry.average:.1f}"),
+                f"{entry.interval}{MARK if differs else ''}",
+                *(entry.columns.get(name, "") for name in extra),
+                " / ".join(f"{value:.1f}" for _, value in there),
+                f"{entry.total_params / 1e6:.1f} M",
+                *(f"{entry.prefill_ms:.1f}", f"{entry.decode_ms:.1f}"),
+            ]
+        )
     note = (
         "* The 95 % interval (paired bootstrap over questions) excludes 100. The study: AVG-% of "
         "LLaVA-1.5-7B, Mini-InternVL-4B and Bunny-3B for the same axis, recovery and ratio "
-        "(arXiv:2604.24380), with all of its data, LoRA beside full training; other models and "
+        "(arXiv:2604.24380), with all of its data, LoRA next to full training; other models and "
         "tasks, so read the trend."
     )
     return Table("All cells", header, rows, note, ids=[entry.link for entry in entries])
 
 
-def _published(entry: Entry) -> str:
-    if entry.is_original or entry.fraction < 1:
-        return ""
-    found = published(entry.axis, entry.train, entry.loss, entry.ratio)
-    return " / ".join(f"{value:.1f}" for _, value in found)
-
-
-def _claim_tables(table: pd.DataFrame) -> list[Table]:
+def _study_tables(table: pd.DataFrame, done: pd.DataFrame, entries: Sequence[Entry]) -> list[Table]:
+    """Claims, scores by task, failures."""
     from slimvlm_tools.claims import claims_of
 
+    tables = []
     claims = [claim for claim in claims_of(table) if claim.verdict != "not measured"]
-    if not claims:
-        return []
-    rows = [[claim.name, claim.statement, claim.verdict] for claim in claims]
-    numbers = [[claim.name, line] for claim in claims for line in claim.numbers]
-    return [
-        Table("What this says on the study's claims", ["claim", "says", "here"], rows, wraps=True),
-        Table("The numbers behind", ["claim", "comparison"], numbers, folded=True, wraps=True),
-    ]
-
-
-def _task_table(done: pd.DataFrame, entries: Sequence[Entry]) -> Table:
+    if claims:
+        title, header = "What this says on the study's claims", ["claim", "says", "here"]
+        rows = [[claim.name, claim.statement, claim.verdict] for claim in claims]
+        numbers = [[claim.name, line] for claim in claims for line in claim.numbers]
+        behind = Table("The numbers behind", ["claim", "comparison"], numbers, "", True, True)
+        tables += [Table(title, header, rows, wraps=True), behind]
     names = [name for name in done.columns if name.startswith("score:")]
     rows = [
         [entry.name, *("" if pd.isna(row[name]) else f"{row[name]:.1f}" for name in names)]
         for entry, (_, row) in zip(entries, done.iterrows(), strict=True)
     ]
     header = ["model", *(name.removeprefix("score:") for name in names)]
-    return Table("Scores by task", header, rows, "In percent; perplexity as it is.", folded=True)
-
-
-def _failures(table: pd.DataFrame) -> list[Table]:
+    note = "In percent; perplexity as it is."
+    tables.append(Table("Scores by task", header, rows, note, folded=True))
     failed = table[table["status"] == FAILED]
-    rows = [[_name(row, ()), str(row["failed"])] for _, row in failed.iterrows()]
-    return [Table("Failed cells", ["cell", "error"], rows, wraps=True)] if rows else []
+    if len(failed):
+        rows = [[_name(row, ()), str(row["failed"])] for _, row in failed.iterrows()]
+        tables.append(Table("Failed cells", ["cell", "error"], rows, wraps=True))
+    return tables
 
 
-def _prunings(folder: Path, cells: pd.DataFrame) -> list[Pruning]:
-    """Every plan once."""
-    found = []
-    for _, row in [] if cells.empty else cells.drop_duplicates("plan").iterrows():
-        scores = [Scores.load(folder / name) for name in str(row["scores"]).split()]
-        title = f"{Path(row['model']).name} {row['axis']} {row['ratio']:.0%}, {row['criterion']}"
-        found.append(Pruning(title, Plan.load(folder / str(row["plan"])), scores))
-    return found
-
-
-# What both have.
+# Both.
 
 
 def _entry(row: Mapping[str, Any] | pd.Series, name: str, **more: Any) -> Entry:
-    """A measured model, from a row of a study's table or what `_stages` says of a run."""
+    """A measured model, from a row of a study's table or one with the same columns."""
     original = row["axis"] == ORIGINAL
     train = None if original or row["train"] == "none" else str(row["train"])
     return Entry(
@@ -446,15 +495,18 @@ def _entry(row: Mapping[str, Any] | pd.Series, name: str, **more: Any) -> Entry:
     )
 
 
+def _number(value: Any) -> float | None:
+    return None if value is None or pd.isna(value) else float(value)
+
+
 def _training(path: Path, title: str) -> list[Training]:
     """The history of a recovery, if it has one."""
     if not path.is_file():
         return []
     history = History.load(path)
-    millions = history.trained_params / 1e6
     about = (
-        f"{history.num_samples} conversations; {millions:.1f} M parameters learned; "
-        f"teacher: {history.teacher}"
+        f"{history.num_samples} conversations; {history.trained_params / 1e6:.1f} M parameters "
+        f"learned; teacher: {history.teacher}"
     )
     return [Training(title, history.steps, about)]
 
@@ -465,11 +517,3 @@ def _compared(original: Result, other: Result, config: Mapping[str, Any]) -> Com
     with suppress(ConfigError):  # a file that has gone, or lmms-eval's: answers without questions
         known |= {task.name: task for task in find_tasks(config["tasks"])}
     return compare(original, other, known)
-
-
-def _number(value: Any) -> float | None:
-    return None if value is None or pd.isna(value) else float(value)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return read_object(path, "report:")

@@ -1,7 +1,7 @@
-"""Drawings of matplotlib → SVG in the page's colours, whose marks say their values.
+"""One chart function: rows of lines, points, bars and spans → SVG in the page's colours.
 
-A page gets no picture but elements: they follow dark mode and print, need no script, and take the
-page's font. Colours become CSS variables, and what a mark stands for is its tooltip.
+The SVG is part of the page: it follows dark mode and print, needs no script, and takes the page's
+font. Colours become CSS variables; each mark's values become its tooltip.
 """
 
 from __future__ import annotations
@@ -12,21 +12,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from io import StringIO
-from typing import Any
+from typing import Any, Literal
 from xml.etree.ElementTree import Element, SubElement, fromstring, tostring
 
 import matplotlib
 from markupsafe import Markup
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection, PatchCollection
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 COLOURS: Mapping[str, str] = {
     **{"depth": "#0072b2", "width": "#b54a00", "both": "#8a3d84", "ink": "#1d1d1b"},
     **{"soft": "#5b5b56", "line": "#d9d9d2", "paper": "#fffffe", "heat": "#0b5d8f"},
     "lost": "#b02a1c",
 }
-"""Colours to draw with, by the CSS variable that stands in the page for each."""
+"""Colours to draw with, by the CSS variable that replaces each in the page."""
 STYLE: Any = {
     **{"figure.dpi": 72, "font.size": 12, "text.parse_math": False, "text.color": COLOURS["ink"]},
     **{"axes.labelcolor": COLOURS["soft"], "axes.edgecolor": COLOURS["soft"]},
@@ -37,41 +39,47 @@ STYLE: Any = {
     **{"svg.fonttype": "none", "svg.hashsalt": "slimvlm"},
 }
 """How all drawings look. Labels are data from outside: they hold no formulas, and stay text."""
-_NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+WIDTH, HEIGHT = 400, 270
+"""Size of a chart with axes, in CSS pixels, before the page scales it."""
+_CELL, _GRID_WIDTH, _BELOW = 28, 1100, 24
+"""Width of a layer's column, of all of them at most, and height of their numbers."""
+_LABEL_WIDTH, _LABEL_HEIGHT = 110, 15
 _VARIABLES = {colour: f"var(--{name})" for name, colour in COLOURS.items()}
-_COORDINATES = ("d", "transform", "x", "y")
 
 
 @dataclass(frozen=True)
 class Marks:
-    """What some marks, drawn at once, say.
+    """Shapes of one kind.
 
     Attributes:
+        kind: ``line`` and ``points`` have rows of x and y, ``bars`` of x, y, width and height,
+            ``spans`` of both ends.
+        rows: Coordinates of each shape; of a line, of each of its points.
         look: CSS classes.
-        texts: The values of each mark, for people.
+        texts: The values of each shape, for people; empty for no tooltip.
         links: Id of the table row with its numbers, for each; empty for none.
+        names: Labels next to the points.
+        style: Options of matplotlib for this kind.
     """
 
-    look: str
-    texts: Sequence[str]
+    kind: Literal["line", "points", "bars", "spans"]
+    rows: Sequence[Sequence[float]]
+    look: str = ""
+    texts: Sequence[str] = ()
     links: Sequence[str] = ()
+    names: Sequence[str] = ()
+    style: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing under construction, then as SVG.
-
-    Attributes:
-        title: What it shows.
-        figure: Its axes.
-        caption: How to read it; may be empty.
-        marks: What its marks say, by the id of their group in the figure.
-    """
+    """A drawing."""
 
     title: str
+    caption: str
+    """How to read it; may be empty."""
     figure: Figure
-    caption: str = ""
-    marks: dict[str, Marks] = field(default_factory=dict)
+    marks: Sequence[Marks]
 
     @property
     def axes(self) -> Axes:
@@ -83,44 +91,135 @@ class Chart:
         """Width in CSS pixels, before the page scales it."""
         return 72 * self.figure.get_figwidth()
 
-    def say(self, artist: Artist, marks: Marks) -> None:
-        """Tell what some marks stand for."""
-        name = f"marks-{len(self.marks)}"
-        artist.set_gid(name)
-        self.marks[name] = marks
-
     def of(self, look: str) -> list[Marks]:
         """The marks of a CSS class."""
-        return [marks for marks in self.marks.values() if look in marks.look.split()]
+        return [marks for marks in self.marks if look in marks.look.split()]
 
     @cached_property
     def svg(self) -> Markup:
         """The drawing as an element of a page; the same at every call and every run."""
         buffer = StringIO()
+        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         with matplotlib.rc_context(STYLE), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # letters that only the reader's fonts have
-            self.figure.savefig(buffer, format="svg", metadata=_NO_METADATA)
+            self.figure.savefig(buffer, format="svg", metadata=no_metadata)
         root = fromstring(buffer.getvalue())
         for element in root.iter():
             element.tag = element.tag.rpartition("}")[2]
             element.text, element.tail = (element.text or "").strip(), ""
         _inline_shapes(root)
-        groups = [group for group in root.iter("g") if group.get("id") in self.marks]
-        for group in groups:
-            marks = self.marks[group.attrib["id"]]
-            group.set("class", marks.look)
-            _explain_(group, marks)
+        groups = {group.get("id"): group for group in root.iter("g")}
+        for number, marks in enumerate(self.marks):
+            if marks.texts:
+                _explain_(groups[f"marks-{number}"], marks)
         for element in root.iter():
             element.attrib = _themed(element.attrib)
-        root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": self.about}
+        over = f": {self.axes.get_ylabel()} over {self.axes.get_xlabel()}"
+        texts = [text for marks in self.of("mark") for text in marks.texts]
+        title = self.title + over * bool(self.axes.get_ylabel())
+        about = ". ".join([title, self.caption, *texts])  # for those who do not see it
+        root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": about}
         return Markup(tostring(root, encoding="unicode"))
 
-    @property
-    def about(self) -> str:
-        """What the drawing shows, for those who do not see it."""
-        over = f": {self.axes.get_ylabel()} over {self.axes.get_xlabel()}"
-        said = [text for marks in self.of("mark") for text in marks.texts]
-        return ". ".join([self.title + over * bool(self.axes.get_ylabel()), self.caption, *said])
+
+def draw(
+    title: str,
+    marks: Sequence[Marks],
+    labels: tuple[str, str] = ("", ""),
+    caption: str = "",
+    x_limits: tuple[float | None, float | None] | None = None,
+    y_limits: tuple[float | None, float | None] | None = None,
+    layers: int = 0,
+    height: float = HEIGHT,
+) -> Chart:
+    """Draw marks, the first ones at the bottom.
+
+    Args:
+        title: Heading of the drawing.
+        marks: Its shapes.
+        labels: Of the horizontal and the vertical axis.
+        caption: How to read it.
+        x_limits: Ends of the horizontal axis; None is left to the values.
+        y_limits: Ends of the vertical axis, likewise.
+        layers: Draw a column for each of so many layers, without a vertical axis.
+        height: In CSS pixels, before the page scales it; of layers without their numbers.
+    """
+    with matplotlib.rc_context(STYLE):
+        width = min(_CELL * layers, _GRID_WIDTH) if layers else WIDTH
+        whole = height + _BELOW if layers else height
+        figure = Figure(figsize=(width / 72, whole / 72))
+        axes = figure.add_subplot()
+        figure.patch.set_visible(False)
+        axes.patch.set_visible(False)
+        for number, each in enumerate(marks):
+            artist = _artist(axes, each)
+            if each.texts:
+                artist.set_gid(f"marks-{number}")
+        if layers:
+            figure.subplots_adjust(left=0, right=1, top=1, bottom=_BELOW / whole)
+            named = range(0, layers, 5 if layers <= 40 else 10)
+            axes.set_xticks([index + 0.5 for index in named], list(map(str, named)))
+            axes.yaxis.set_visible(False)
+            axes.spines["bottom"].set_visible(False)
+            x_limits = (0, layers)
+        else:
+            figure.subplots_adjust(left=0.13, right=0.97, top=0.96, bottom=0.17)
+            axes.set(xlabel=labels[0], ylabel=labels[1])
+            axes.margins(0.08)
+            axes.locator_params(nbins=6)
+            axes.autoscale_view()
+        if x_limits is not None:
+            axes.set_xlim(*x_limits)
+        if y_limits is not None:
+            axes.set_ylim(*y_limits)
+        _write_names(axes, marks)
+    return Chart(title, caption, figure, marks)
+
+
+def _artist(axes: Axes, marks: Marks) -> Artist:
+    match marks.kind:
+        case "line":
+            return axes.plot(*zip(*marks.rows, strict=True), **marks.style)[0]
+        case "points":
+            return axes.scatter(*zip(*marks.rows, strict=True), **marks.style)
+        case "bars":
+            bars = [Rectangle((x, y), width, height) for x, y, width, height in marks.rows]
+            return axes.add_collection(PatchCollection(bars, **marks.style))
+        case "spans":
+            ends = [[(x0, y0), (x1, y1)] for x0, y0, x1, y1 in marks.rows]
+            return axes.add_collection(LineCollection(ends, **marks.style))
+
+
+def _write_names(axes: Axes, marks: Sequence[Marks]) -> None:
+    """Write the names of points next to them."""
+    named = [pair for each in marks for pair in zip(each.rows, each.names, strict=False)]
+    if not named:
+        return
+    points = [(row[0], row[1]) for row, _ in named]
+    places = [(float(x), float(y)) for x, y in axes.transData.transform(points)]
+    for (_, name), point, (left, y), height in zip(
+        named, points, places, labels_apart(places), strict=True
+    ):
+        is_left = left < WIDTH / 2
+        axes.annotate(  # without characters that XML cannot hold
+            "".join(letter if letter.isprintable() else "\ufffd" for letter in name),
+            point,
+            (9 if is_left else -9, height - y),
+            textcoords="offset points",
+            ha="left" if is_left else "right",
+            va="center",
+            weight="bold",
+        )
+
+
+def labels_apart(places: Sequence[tuple[float, float]]) -> list[float]:
+    """Heights of labels at these places so that none covers another, from the top down."""
+    heights: dict[int, float] = {}
+    for index in sorted(range(len(places)), key=lambda i: -places[i][1]):
+        x, y = places[index]
+        near = [h for i, h in heights.items() if abs(places[i][0] - x) < _LABEL_WIDTH]
+        heights[index] = min([y, *(height - _LABEL_HEIGHT for height in near)])
+    return [heights[index] for index in range(len(places))]
 
 
 def _inline_shapes(root: Element) -> None:
@@ -138,6 +237,7 @@ def _inline_shapes(root: Element) -> None:
 
 def _explain_(group: Element, marks: Marks) -> None:
     """Give each shape of a group its tooltip, and its link."""
+    group.set("class", marks.look)
     shapes = list(group.iter("path"))
     links = marks.links or [""] * len(shapes)
     for shape, text, link in zip(shapes, marks.texts, links, strict=True):
@@ -158,34 +258,14 @@ def _themed(attributes: Mapping[str, str]) -> dict[str, str]:
     for name, value in attributes.items():
         if name == "style":
             value = re.sub(r"font-family:[^;]*; ?", "", value)
-            themed[name] = re.sub(r"#[0-9a-f]{6}", _variable, value)
-        elif name in _COORDINATES:
-            themed[name] = re.sub(r"\d+\.\d+", _short, " ".join(value.split()))
+            themed[name] = re.sub(
+                r"#[0-9a-f]{6}", lambda found: _VARIABLES.get(found[0], found[0]), value
+            )
+        elif name in ("d", "transform", "x", "y"):
+            value = " ".join(value.split())
+            themed[name] = re.sub(
+                r"\d+\.\d+", lambda found: f"{float(found[0]):.1f}".removesuffix(".0"), value
+            )
         elif name not in ("id", "clip-path"):
             themed[name] = value
     return themed
-
-
-def _short(number: re.Match[str]) -> str:
-    return f"{float(number[0]):.1f}".removesuffix(".0")
-
-
-def _variable(colour: re.Match[str]) -> str:
-    return _VARIABLES.get(colour[0], colour[0])
-
-
-def blank(title: str, width: float, height: float, caption: str = "") -> Chart:
-    """A chart without marks.
-
-    Args:
-        title: What it will show.
-        width: In CSS pixels, before the page scales it.
-        height: Likewise.
-        caption: How to read it.
-    """
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width / 72, height / 72))
-        axes = figure.add_subplot()
-    figure.patch.set_visible(False)
-    axes.patch.set_visible(False)
-    return Chart(title, figure, caption)
