@@ -8,8 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from slimvlm.runs.study.cells import expand
-from slimvlm.runs.study.config import read_study
+from slimvlm.runs.study.config import expand, read_study
 from slimvlm_tools.claims import CLAIMS, Claim, claims_of, claims_text
 from tests.runs.study.test_config import SHIPPED
 

@@ -35,8 +35,7 @@ from slimvlm.evaluation.results import Result, TaskResult
 from slimvlm.evaluation.tasks import read_task
 from slimvlm.models.load import anatomy, load, load_config, load_processor
 from slimvlm.planning.plan import Plan
-from slimvlm.runs.study.cells import expand
-from slimvlm.runs.study.config import read_study
+from slimvlm.runs.study.config import expand, read_study
 from slimvlm.runs.tables import as_table, result_rows
 from slimvlm.scoring.layerwise.checkpoint import open_checkpoint
 from slimvlm.scoring.unit_scores import Scores

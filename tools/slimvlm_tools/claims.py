@@ -1,4 +1,4 @@
-"""What a results table says on the claims of the study that slimvlm implements.
+"""Compare a results table with the claims of the study that slimvlm implements.
 
 Reference:
     Huang et al. 2025, arXiv:2507.20749, and its journal version, arXiv:2604.24380. The wording of
@@ -23,7 +23,7 @@ LOW, HIGH = 0.35, 0.40
 MILDEST, HARSHEST = 0.20, 0.55
 """Ratios up to the first stand for 15 %, from the second on for 60 %."""
 JOINT = ("lora", "full")
-"""What trains when not only the projector does."""
+"""Values of ``train`` that include the backbone."""
 
 
 @dataclass(frozen=True)

@@ -26,20 +26,20 @@ def study(
 ) -> None:
     """Measure a grid of compressions, doing each piece of work once.
 
-    Whatever is in the folder already is used again: a stopped study goes on, a larger one adds what
-    is new, and what failed is tried again.
+    Stages in the folder's cache are used again: a stopped study resumes, a larger one adds its new
+    cells, and failed stages are tried again.
 
     Args:
         file: The study; see docs/studies.md.
         out: Folder for results.parquet, results.csv, claims.md and the cache.
-        engine: local does one stage after another; ray shares them out over a Ray cluster.
+        engine: local does one stage after another; ray does many at once on a Ray cluster.
         workers: Stages at once, for a Ray that is started here.
         address: A running Ray cluster; by default the one in RAY_ADDRESS.
         place: Where models run.
-        dry_run: Only show the cells, what is in the cache and how long the rest would take.
+        dry_run: Only show the cells, their cached stages and the estimated time of the rest.
         json: Print JSON.
     """
-    os.environ.setdefault("TQDM_DISABLE", "1")  # one table shows how far it is; before imports
+    os.environ.setdefault("TQDM_DISABLE", "1")  # one table shows the progress; before imports
     from slimvlm.runs.study import forecast, run_study
 
     if dry_run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pandas as pd
 import pytest
 
 from slimvlm.core.documents import built
-from slimvlm.runs.study import engines
+from slimvlm.runs.study import cache
+from slimvlm.runs.study.cache import Stage
 from slimvlm.runs.study.config import StudyConfig
-from slimvlm.runs.study.graph import STAGE_KINDS
+from slimvlm.runs.study.stages import STAGE_KINDS
 from tests import tiny_folder as folders
 
 VOLATILE = ("prefill_ms", "decode_ms", *(f"seconds_{kind}" for kind in STAGE_KINDS))
@@ -48,16 +50,25 @@ def study(data: Path | None, grid: dict[str, Any] | None = None, **changes: Any)
     return built(StudyConfig, {**values, **changes})
 
 
-def count_work(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """From here on counts the stages that are really done, by kind."""
+def watch_work(
+    monkeypatch: pytest.MonkeyPatch,
+    before: Callable[[Stage], object] = bool,
+    after: Callable[[Stage], object] = bool,
+) -> Counter[str]:
+    """From here on count the stages that are really done, by kind.
+
+    ``before`` and ``after`` are called with each of them.
+    """
     done: Counter[str] = Counter()
-    honest = engines.work
+    honest = cache.work
 
-    def counted(stage: Any, *rest: Any) -> None:
+    def watched(stage: Stage, *rest: Any) -> None:
         done[stage.kind] += 1
+        before(stage)
         honest(stage, *rest)
+        after(stage)
 
-    monkeypatch.setattr(engines, "work", counted)
+    monkeypatch.setattr(cache, "work", watched)
     return done
 
 

@@ -12,8 +12,7 @@ import yaml
 from slimvlm.core.documents import built
 from slimvlm.core.errors import ConfigError, SlimError
 from slimvlm.runs.study import prepared
-from slimvlm.runs.study.cells import expand
-from slimvlm.runs.study.config import StudyConfig, read_study
+from slimvlm.runs.study.config import StudyConfig, expand, read_study
 from tests import tiny_folder as folders
 from tests.runs.study.study_files import study
 

@@ -1,4 +1,4 @@
-"""Outcomes of stages on disk: whole or not at all, made by one worker at a time, found by name."""
+"""Stages, and their outcomes on disk: whole or not at all, made by one worker at a time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 from uuid import uuid4
@@ -17,14 +18,50 @@ from pydantic import Field
 from slimvlm.core.documents import built, read_object
 from slimvlm.core.errors import InUseError
 from slimvlm.core.files import held, new_folder, write_text
-from slimvlm.runs.study.graph import Stage
+from slimvlm.core.progress import without_bars
+from slimvlm.core.requests import asked, digest
+from slimvlm.models.cost import release_memory
 
-ABOUT = "stage.json"
+FORMAT = 3
+"""Raised when a stage's outcome changes for the same request."""
+RECORD = "stage.json"
+"""Written last into an outcome: request, seconds, estimated work."""
 CHECKPOINT = "checkpoint"
+"""Output of the stages that make a model; the only output that may be removed later."""
 _LONGEST_ERROR = 300
 
-Work = Callable[[Stage, Sequence[Path], Path, Path], None]
+Function = Callable[["Stage", Sequence[Path], Path, Path], None]
 """``(stage, folders of its inputs, folder to fill, folder that a restart finds again)``."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One piece of work, named by a hash of everything that determines its outcome.
+
+    Attributes:
+        kind: Name of the work, such as ``prune``.
+        request: A dataclass of options; with ``inputs`` it determines the outcome.
+        inputs: Stages whose outcomes are read.
+        function: Does the work.
+        output: File or folder of the outcome that later stages read.
+        label: A few words for people.
+    """
+
+    kind: str
+    request: Any
+    inputs: tuple[Stage, ...]
+    function: Function = field(compare=False, repr=False)
+    output: str
+    label: str = field(default="", compare=False)
+
+    @cached_property
+    def name(self) -> str:
+        """The hash: cells that ask for the same work get the same name."""
+        values = {
+            **{"format": FORMAT, "kind": self.kind, "request": asked(self.request)},
+            "inputs": [stage.name for stage in self.inputs],
+        }
+        return digest([values])[:20]
 
 
 @dataclass(frozen=True)
@@ -33,8 +70,8 @@ class Outcome:
 
     Attributes:
         name: The stage's.
-        seconds: How long it took, 0 if another start or worker had done it.
-        error: One line on what went wrong, empty if nothing did.
+        seconds: Duration, 0 if another start or worker had done it.
+        error: One line on the error, empty if there was none.
     """
 
     name: str
@@ -43,8 +80,8 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class _About:
-    """What is written beside an outcome."""
+class _Record:
+    """Content of `RECORD`."""
 
     label: str
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -52,123 +89,98 @@ class _About:
     request: Mapping[str, Any]
 
 
-def _about(path: Path) -> Mapping[str, Any]:
-    values = read_object(path, "stage")
-    return vars(built(_About, values, f"stage {str(path)!r}"))
+def work(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) -> None:
+    """Do a stage without progress bars, then release the memory of its models."""
+    try:
+        with without_bars():
+            stage.function(stage, inputs, folder, scratch)
+    finally:
+        release_memory()
 
 
 class Cache:
-    """The folder of a study.
+    """Outcomes of stages in one folder.
 
-    ``cache/KIND/NAME/`` holds what a stage made, ``work/`` what a restart of a stopped one needs,
-    ``failed/`` the last error of stages that failed. Who works on a stage holds its folder.
+    ``cache/KIND/NAME/`` holds a stage's outcome, ``work/`` the state from which a stopped stage
+    resumes, ``failed/`` the last error of stages that failed. A worker locks the folder of its
+    stage.
 
-    Args:
-        root: The folder, on storage that all workers share.
+    All workers share its storage.
     """
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root).absolute()
         self._opened = time.time()
 
-    def folder(self, stage: Stage) -> Path:
-        """Where a stage's outcome is."""
-        return self.root / "cache" / stage.kind / stage.name
-
-    def path(self, stage: Stage, name: str) -> Path:
-        """Where something that a stage made is."""
-        return self.folder(stage) / name
+    def path(self, stage: Stage, name: str = "") -> Path:
+        """Return the folder of a stage's outcome, or a file in it."""
+        return self.root / "cache" / stage.kind / stage.name / name
 
     def is_done(self, stage: Stage) -> bool:
         """Whether a stage has an outcome; its checkpoint may have been removed since."""
-        return (self.folder(stage) / ABOUT).is_file()
+        return self.path(stage, RECORD).is_file()
 
     def is_ready(self, stage: Stage) -> bool:
         """Whether another stage could read the outcome."""
-        if not self.is_done(stage):
-            return False
-        return not stage.makes_checkpoint or (self.folder(stage) / CHECKPOINT).is_dir()
-
-    def about(self, stage: Stage) -> Mapping[str, Any]:
-        """What was written beside an outcome: request, seconds, work."""
-        return _about(self.folder(stage) / ABOUT)
+        return self.is_done(stage) and (
+            stage.output != CHECKPOINT or self.path(stage, CHECKPOINT).is_dir()
+        )
 
     def records(self, kind: str) -> list[Mapping[str, Any]]:
-        """What was written beside all outcomes of a kind."""
-        found = sorted((self.root / "cache" / kind).glob(f"[!.]*/{ABOUT}"))
-        return [_about(path) for path in found]
+        """Read the records of all outcomes of a kind: request, seconds, estimated work."""
+        return [
+            _read(path) for path in sorted((self.root / "cache" / kind).glob(f"[!.]*/{RECORD}"))
+        ]
+
+    def seconds(self, stage: Stage) -> float:
+        """Read the duration of a stage that is done."""
+        return float(_read(self.path(stage, RECORD))["seconds"])
 
     def error_of(self, stage: Stage) -> str:
-        """The error that a stage's last attempt ended with; empty if there is none."""
+        """Read the error that a stage's last attempt ended with; empty if there is none."""
         path = self._failure(stage)
         return str(read_object(path, "stage").get("error")) if path.is_file() else ""
 
     def run(
         self,
         stage: Stage,
-        work: Work,
         flops: float,
         wait: bool,
-        is_needed: Callable[[], bool] = lambda: True,
+        is_needed: Callable[[Stage], bool] = lambda stage: True,
     ) -> Outcome | None:
         """Do a stage, unless it is done; an error becomes part of the outcome.
 
         Args:
-            stage: What to do. Its inputs must be ready.
-            work: How.
-            flops: Estimated size of the work, for later estimates of time.
-            wait: Whether to wait for another worker that is at it.
-            is_needed: Whether anybody still wants the model of a stage that is done.
-
-        Returns:
-            The outcome; None if another worker is at it and this one does not wait.
+            stage: Its inputs must be ready.
+            flops: Estimated work, for later estimates of time.
+            wait: Whether to wait for another worker that is doing it; else None is returned.
+            is_needed: Whether an open stage still reads the checkpoint of a stage that is done.
         """
+        failure, scratch = self._failure(stage), self._scratch(stage)
         try:
-            with held(self.folder(stage), wait=-1 if wait else 0):
-                if self.is_ready(stage) or (self.is_done(stage) and not is_needed()):
+            with held(self.path(stage), wait=-1 if wait else 0):
+                if self.is_ready(stage) or (self.is_done(stage) and not is_needed(stage)):
                     return Outcome(stage.name)
-                if error := self._error_since_opened(stage):
-                    return Outcome(stage.name, error=error)
-                return self._done_now(stage, work, flops)
+                if failure.is_file() and failure.stat().st_mtime > self._opened:
+                    return Outcome(stage.name, error=self.error_of(stage))  # of another worker
+                scratch.mkdir(parents=True, exist_ok=True)
+                failure.unlink(missing_ok=True)
+                start = time.perf_counter()
+                try:
+                    with new_folder(self.path(stage), force=True) as folder:
+                        work(stage, [self.path(i) for i in stage.inputs], folder, scratch)
+                        seconds = time.perf_counter() - start
+                        record = _Record(stage.label, seconds, flops, asdict(stage.request))
+                        write_text(folder / RECORD, json.dumps(vars(record), indent=1) + "\n")
+                except Exception as error:
+                    return self.failed(stage, error, time.perf_counter() - start)
+                shutil.rmtree(scratch, ignore_errors=True)
+                return Outcome(stage.name, seconds)
         except InUseError:
             return None
 
-    def drop_checkpoint(self, stage: Stage) -> None:
-        """Remove a stage's model and keep the rest of its outcome, unless another worker did."""
-        path = self.folder(stage) / CHECKPOINT
-        gone = path.with_name(f".{CHECKPOINT}.gone.{uuid4().hex}")
-        with suppress(FileNotFoundError):
-            path.rename(gone)
-        for left in path.parent.glob(f".{CHECKPOINT}.gone.*"):  # also by a worker that was killed
-            shutil.rmtree(left, ignore_errors=True)
-
-    def sweep(self, stages: Iterable[Stage]) -> None:
-        """Remove what restarts of stages need that were killed when their outcome was there."""
-        for stage in stages:
-            if self._scratch(stage).is_dir() and self.is_ready(stage):
-                with suppress(InUseError), held(self.folder(stage)):
-                    shutil.rmtree(self._scratch(stage), ignore_errors=True)
-
-    def _done_now(self, stage: Stage, work: Work, flops: float) -> Outcome:
-        inputs = [self.folder(i) for i in stage.inputs]
-        scratch = self._scratch(stage)
-        scratch.mkdir(parents=True, exist_ok=True)
-        self._failure(stage).unlink(missing_ok=True)
-        start = time.perf_counter()
-        try:
-            with new_folder(self.folder(stage), force=True) as folder:
-                work(stage, inputs, folder, scratch)
-                seconds = time.perf_counter() - start
-                about = {"label": stage.label, "seconds": seconds, "flops": flops}
-                about["request"] = json.loads(json.dumps(asdict(stage.request)))
-                write_text(folder / ABOUT, json.dumps(about, indent=1) + "\n")
-        except Exception as error:
-            return self.failed(stage, error, time.perf_counter() - start)
-        shutil.rmtree(scratch, ignore_errors=True)
-        return Outcome(stage.name, seconds)
-
     def failed(self, stage: Stage, error: Exception, seconds: float = 0.0) -> Outcome:
-        """Write down what a stage ended with."""
+        """Record the error that ended a stage."""
         text = " ".join(str(error).split()) or "no message"
         line = f"{type(error).__name__}: {text}"[:_LONGEST_ERROR]
         path = self._failure(stage)
@@ -176,14 +188,29 @@ class Cache:
         write_text(path, json.dumps({"label": stage.label, "error": line}) + "\n")
         return Outcome(stage.name, seconds, line)
 
-    def _error_since_opened(self, stage: Stage) -> str:
-        """The error of another worker that tried a stage meanwhile; empty if there is none."""
-        path = self._failure(stage)
-        tried = path.is_file() and path.stat().st_mtime > self._opened
-        return self.error_of(stage) if tried else ""
+    def drop_checkpoint(self, stage: Stage) -> None:
+        """Remove a stage's model and keep the rest of its outcome, unless another worker did."""
+        path = self.path(stage, CHECKPOINT)
+        gone = path.with_name(f".{CHECKPOINT}.gone.{uuid4().hex}")
+        with suppress(FileNotFoundError):
+            path.rename(gone)
+        for left in path.parent.glob(f".{CHECKPOINT}.gone.*"):  # also by a worker that was killed
+            shutil.rmtree(left, ignore_errors=True)
+
+    def sweep(self, stages: Iterable[Stage]) -> None:
+        """Remove resume files of stages that are done: of workers killed before they tidied up."""
+        for stage in stages:
+            scratch = self._scratch(stage)
+            if scratch.is_dir() and self.is_ready(stage):
+                with suppress(InUseError), held(self.path(stage)):
+                    shutil.rmtree(scratch, ignore_errors=True)
 
     def _scratch(self, stage: Stage) -> Path:
         return self.root / "work" / f"{stage.kind}-{stage.name}"
 
     def _failure(self, stage: Stage) -> Path:
         return self.root / "failed" / f"{stage.kind}-{stage.name}.json"
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    return vars(built(_Record, read_object(path, "stage"), f"stage {str(path)!r}"))

@@ -1,16 +1,18 @@
-"""A study as written in YAML, read strictly: what may not stand there is named in one line."""
+"""A study's YAML file, read strictly, and the cells of its grids."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
 from slimvlm.core.checked import AT_LEAST_0, Options
 from slimvlm.core.documents import Listed, built, read_yaml
 from slimvlm.core.errors import ConfigError
-from slimvlm.core.options import Questions, TrainingShare
+from slimvlm.core.options import PruneConfig, Questions, RecoverConfig, TrainingShare
+from slimvlm.runs.request import criteria_of
 
 NONE = "none"
 """The recovery that trains nothing."""
@@ -57,7 +59,7 @@ class ReferenceRow:
     recovery: str | None = None
     fraction: float | None = None
     source: str = ""
-    """Where in the publication it stands."""
+    """Table or figure of the publication."""
 
     def matches(self, cell: Mapping[str, Any]) -> bool:
         """Whether a cell has every value that this row names."""
@@ -68,7 +70,7 @@ class ReferenceRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """Published numbers beside the measured ones."""
+    """Published numbers to compare the measured ones with."""
 
     source: str
     """The publication."""
@@ -81,7 +83,7 @@ class Reference:
 
 @dataclass(frozen=True, kw_only=True)
 class Resources(Options):
-    """What one stage needs where an engine shares out a machine or a cluster."""
+    """CPUs and GPUs of one stage, where an engine divides a machine or a cluster."""
 
     cpus: Annotated[float, AT_LEAST_0] = 1.0
     """CPU cores."""
@@ -98,7 +100,7 @@ class StudyConfig(Questions, TrainingShare):
     """
 
     grids: Listed[Grid]
-    """Cells; those that stand in two grids are measured once."""
+    """Cells; one that is in two grids is measured once."""
     recoveries: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Options of `slimvlm.RecoverConfig` by a name that grids use."""
     data: str | None = None
@@ -112,11 +114,11 @@ class StudyConfig(Questions, TrainingShare):
     floors: bool = True
     """Ask the original a second time with the wrong pictures, for floor-corrected retention."""
     resources: Resources = field(default_factory=Resources)
-    """What one stage needs, for ``--engine ray``."""
+    """CPUs and GPUs of one stage, for ``--engine ray``."""
     keep_checkpoints: bool = False
     """Keep the models of all cells; else a model goes when no open cell needs it any more."""
     reference: Reference | None = None
-    """Published numbers to stand beside ours."""
+    """Published numbers to add to the table."""
 
 
 def read_study(path: str | Path) -> StudyConfig:
@@ -130,3 +132,125 @@ def read_study(path: str | Path) -> StudyConfig:
         return built(StudyConfig, values)
     except ConfigError as error:
         raise ConfigError(f"study {str(path)!r}: {error}") from error
+
+
+_SWEPT = tuple(f.name for f in fields(Grid) if f.name != "prune")
+"""The keys of a grid that are multiplied."""
+_PRUNE_KEYS = {f.name for f in fields(PruneConfig)} & {*_SWEPT, "data", "images"}
+_RECOVER_KEYS = {f.name for f in fields(RecoverConfig)} & {*_SWEPT}
+"""Options that are keys of the grid or of the study."""
+_WITHOUT_EFFECT = {"pad", "device"}
+"""Options of `PruneConfig` that change how a checkpoint is written or where, and no result."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One combination of a study."""
+
+    model: str
+    seed: int
+    prune: PruneConfig
+    recovery: str = NONE
+    recover: RecoverConfig | None = None
+    options: str = ""
+    """Options of pruning that its grid sets otherwise than the study, in words."""
+
+    @property
+    def label(self) -> str:
+        """A few words for people."""
+        prune = self.prune
+        parts = [short_name(self.model), prune.axis, f"{prune.ratio:.0%}"]
+        parts += ["+".join(criteria_of(prune))]
+        parts += [f"repair {prune.repair}"] if prune.repair != "none" else []
+        parts += [self.options] if self.options else []
+        parts.append(self.recovery if self.recover else "no recovery")
+        if self.recover and self.recover.fraction < 1:
+            parts.append(f"{self.recover.fraction:.0%} of the data")
+        return " ".join([*map(str, parts), f"seed {self.seed}"])
+
+    def values(self) -> dict[str, Any]:
+        """The options of the cell as columns of the results table."""
+        recover = self.recover
+        return {
+            "model": self.model,
+            "axis": self.prune.axis,
+            "ratio": self.prune.ratio,
+            "criterion": "+".join(criteria_of(self.prune)),
+            "allocation": self.prune.allocation,
+            "repair": self.prune.repair,
+            "options": self.options,
+            "recovery": self.recovery,
+            "train": recover.train if recover else NONE,
+            "loss": recover.loss if recover else NONE,
+            "fraction": recover.fraction if recover else 1.0,
+            "seed": self.seed,
+        }
+
+
+def short_name(model: str) -> str:
+    """Return the last part of a folder or hub id."""
+    return model.rstrip("/").rpartition("/")[2]
+
+
+def expand(study: StudyConfig) -> list[Cell]:
+    """All cells of a study, each once.
+
+    Raises:
+        ConfigError: If a combination is not allowed; the message names the cell.
+    """
+    cells: dict[Cell, None] = {}
+    for grid in study.grids:
+        for values in product(*(getattr(grid, name) for name in _SWEPT)):
+            chosen = dict(zip(_SWEPT, values, strict=True))
+            try:
+                cells.setdefault(_cell(study, grid, chosen))
+            except ConfigError as error:
+                where = ", ".join(f"{name} {value}" for name, value in chosen.items())
+                raise ConfigError(f"cell ({where}): {error}") from error
+    columns = [cell.values() for cell in cells]
+    for row in study.reference.rows if study.reference else ():
+        if not any(row.matches(values) for values in columns):
+            raise ConfigError(f"reference: {row} matches no cell of the grids")
+    return list(cells)
+
+
+def _cell(study: StudyConfig, grid: Grid, chosen: dict[str, Any]) -> Cell:
+    options = {**study.prune, **grid.prune}
+    for name in _WITHOUT_EFFECT & options.keys():
+        raise ConfigError(f"prune: {name!r} changes no result, and a study keeps only results")
+    _check_home("prune", options, _PRUNE_KEYS)
+    options |= {name: chosen[name] for name in _PRUNE_KEYS & chosen.keys() - {"criterion"}}
+    if chosen["criterion"] != DEFAULT:
+        options["criterion"] = chosen["criterion"].split("+")
+    usual = {f.name: f.default for f in fields(PruneConfig)} | dict(study.prune)
+    return Cell(
+        model=chosen["model"],
+        seed=chosen["seed"],
+        prune=built(PruneConfig, {**options, "data": study.data, "images": study.images}),
+        recovery=chosen["recovery"],
+        recover=_recover_config(study, chosen),
+        options=" ".join(f"{k} {v}" for k, v in grid.prune.items() if v != usual.get(k)),
+    )
+
+
+def _recover_config(study: StudyConfig, chosen: dict[str, Any]) -> RecoverConfig | None:
+    name = chosen["recovery"]
+    if name == NONE:
+        return None
+    if name not in study.recoveries:
+        known = ", ".join([NONE, *study.recoveries])
+        raise ConfigError(f"recovery {name!r} must be one of the study's recoveries: {known}")
+    if study.data is None:
+        raise ConfigError(f"recovery {name!r} needs the study's key 'data'")
+    where, options = f"recovery {name!r}", {**study.recover, **study.recoveries[name]}
+    _check_home(where, options, _RECOVER_KEYS)
+    if options.get("keep_adapter"):
+        raise ConfigError("keep_adapter True: a study keeps results, not adapters")
+    return built(RecoverConfig, {**options, **{key: chosen[key] for key in _RECOVER_KEYS}}, where)
+
+
+def _check_home(where: str, options: dict[str, Any], elsewhere: set[str]) -> None:
+    """Refuse options that have a key of their own."""
+    for name in options:
+        if name in elsewhere:
+            raise ConfigError(f"{where}: {name!r} is a key of the grid or of the study")

@@ -1,15 +1,13 @@
-"""How far a study is and how long the rest takes: in advance, as a live table, as plain lines."""
+"""Progress of a study and the time of the rest: in advance, as a live table, as plain lines."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
@@ -17,9 +15,8 @@ from slimvlm.core.errors import printable
 from slimvlm.core.progress import duration
 from slimvlm.models.load import device_named
 from slimvlm.runs.estimate import seconds_of
-from slimvlm.runs.study.cache import Cache, Outcome
-from slimvlm.runs.study.graph import STAGE_KINDS, Stage
-from slimvlm.runs.study.schedule import Schedule
+from slimvlm.runs.study.cache import Cache, Outcome, Stage
+from slimvlm.runs.study.stages import STAGE_KINDS
 
 Basis = Literal["measured", "rough"]
 
@@ -85,39 +82,12 @@ class Forecast:
     basis: Mapping[str, Basis]
 
 
-def forecast_of(schedule: Schedule, cache: Cache) -> Forecast:
-    """What is to do of a schedule, and how long that takes."""
-    missing = schedule.missing(cache)
-    names = {stage.name for stage in missing}
-    clock = Clock.from_cache(schedule.flops, cache)
-    done = [s for s in schedule.stages() if s.name not in names and cache.is_done(s)]
-    return Forecast(
-        cells={
-            cell.cell.label: tuple(s.kind for s in list(cell.all())[1:] if s.name in names)
-            for cell in schedule.ordered
-        },
-        stages={
-            kind: (sum(s.kind == kind for s in missing), sum(s.kind == kind for s in done))
-            for kind in STAGE_KINDS
-        },
-        seconds=clock.expected(missing),
-        basis={stage.kind: clock.basis(stage.kind) for stage in missing},
-    )
-
-
 @dataclass
 class Progress:
-    """Counts what is done and tells how long the rest takes.
+    """Counts the stages that are done and estimates the time of the rest.
 
-    Attributes:
-        missing: Stages to do.
-        clock: Times by kind.
-        console: Where lines go.
-        measured: Is called whenever another model was measured.
-        ended: Outcomes so far, by name.
-        now: The stage that was begun last and has not ended.
-        begun: Names of all that were begun.
-        busy: Seconds of all work done.
+    A terminal shows it as a table; elsewhere lines are printed as stages begin and end.
+    ``measured`` is called after each evaluation; ``busy`` are the seconds of all work done.
     """
 
     missing: Sequence[Stage]
@@ -126,16 +96,16 @@ class Progress:
     measured: Callable[[], object] = lambda: None
     ended: dict[str, Outcome] = field(default_factory=dict)
     now: Stage | None = None
-    begun: set[str] = field(default_factory=set)
+    announced: set[str] = field(default_factory=set)
     busy: float = 0.0
     start: float = field(default_factory=time.monotonic)
 
     def started(self, stage: Stage) -> None:
-        """A stage begins, or another worker is at it."""
+        """A stage begins, or another worker is doing it."""
         self.now = stage
-        if not self.console.is_terminal and stage.name not in self.begun:
-            self._print(self._position(stage, len(self.ended) + 1))
-        self.begun.add(stage.name)
+        if not self.console.is_terminal and stage.name not in self.announced:
+            self._print(stage, len(self.ended) + 1)
+        self.announced.add(stage.name)
 
     def finished(self, stage: Stage, outcome: Outcome) -> None:
         """A stage has ended."""
@@ -144,8 +114,12 @@ class Progress:
         self.busy += outcome.seconds
         if not outcome.error and outcome.seconds:
             self.clock.learn(stage.kind, outcome.seconds, self.clock.flops[stage.name])
-        if not self.console.is_terminal or outcome.error:
-            self._print(self._line(stage, outcome))
+        if outcome.error:
+            self._print(stage, len(self.ended), f": failed ({outcome.error})")
+        elif not self.console.is_terminal:
+            took = duration(outcome.seconds) if outcome.seconds else "done by another worker"
+            left = duration(self.seconds_left())
+            self._print(stage, len(self.ended), f": {took}; about {left} left")
         if stage.kind == "evaluate":
             self.measured()
 
@@ -171,25 +145,6 @@ class Progress:
             table.add_row(kind, *map(str, counts), Text(printable(now)))
         return table
 
-    def _line(self, stage: Stage, outcome: Outcome) -> str:
-        position = self._position(stage, len(self.ended))
-        if outcome.error:
-            return f"{position}: failed ({outcome.error})"
-        took = duration(outcome.seconds) if outcome.seconds else "done by another worker"
-        return f"{position}: {took}; about {duration(self.seconds_left())} left"
-
-    def _position(self, stage: Stage, number: int) -> str:
-        return f"[{number}/{len(self.missing)}] {stage.kind} {stage.label}"
-
-    def _print(self, line: str) -> None:
+    def _print(self, stage: Stage, number: int, end: str = "") -> None:
+        line = f"[{number}/{len(self.missing)}] {stage.kind} {stage.label}{end}"
         self.console.print(printable(line), highlight=False, soft_wrap=True, markup=False)
-
-
-@contextmanager
-def shown(progress: Progress) -> Iterator[Progress]:
-    """Inside, a terminal shows the table; elsewhere lines come as stages begin and end."""
-    if not progress.console.is_terminal:
-        yield progress
-        return
-    with Live(progress, console=progress.console, refresh_per_second=2):
-        yield progress

@@ -1,12 +1,17 @@
-"""Which stages of a study are still to do, in which order, and how much work each of them is."""
+"""The order of a study's stages, the work of each, and the engines that do them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import time
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.util import find_spec
 from statistics import fmean
+from typing import Any, Protocol
 
+from slimvlm.core.errors import ConfigError
 from slimvlm.data.read import estimated_length
 from slimvlm.evaluation.tasks import builtin_tasks
 from slimvlm.models.anatomy import Anatomy
@@ -16,11 +21,14 @@ from slimvlm.runs.estimate import Sizes, image_tokens
 from slimvlm.runs.recipes import rules
 from slimvlm.runs.request import Request
 from slimvlm.runs.stages import split
-from slimvlm.runs.study.cache import Cache
-from slimvlm.runs.study.graph import CellStages, Stage
-from slimvlm.runs.study.work import samples_of
+from slimvlm.runs.study.cache import CHECKPOINT, Cache, Outcome, Stage
+from slimvlm.runs.study.config import Resources
+from slimvlm.runs.study.stages import CellStages, samples_of
 from slimvlm.scoring.criteria import CRITERIA
 
+ENGINES = ("local", "ray")
+PAUSE_S = 0.5
+"""Seconds between looks at stages that other workers are doing."""
 _WALK_PASSES = 3
 """What a walk without local steps takes, in forward passes over its samples; see
 docs/results.md."""
@@ -67,20 +75,17 @@ class Schedule:
         plan.
         """
         models = list(dict.fromkeys(cell.cell.model for cell in self.cells))
-        shared: dict[str, float] = {}
+        own, of_plan = {}, dict.fromkeys((cell.prune.name for cell in self.cells), 0.0)
         for cell in self.cells:
-            shared[cell.prune.name] = shared.get(cell.prune.name, 0.0) + self._own(cell)
+            after = (stage for stage in (cell.recover, cell.evaluate) if stage is not None)
+            own[cell.evaluate.name] = sum(self.flops[stage.name] for stage in after)
+            of_plan[cell.prune.name] += own[cell.evaluate.name]
 
         def place(cell: CellStages) -> tuple[int, float, str, float, str]:
-            plan = cell.prune.name
-            model = models.index(cell.cell.model)
-            return model, shared[plan], plan, self._own(cell), cell.evaluate.name
+            plan, name = cell.prune.name, cell.evaluate.name
+            return models.index(cell.cell.model), of_plan[plan], plan, own[name], name
 
         return sorted(self.cells, key=place)
-
-    def _own(self, cell: CellStages) -> float:
-        """Work of what a cell shares with few others."""
-        return sum(self.flops[s.name] for s in (cell.evaluate, cell.recover) if s is not None)
 
     def missing(self, cache: Cache) -> list[Stage]:
         """Stages to do, in order: those that lead to an evaluation that is not there."""
@@ -117,7 +122,7 @@ def _sizes_of(request: Request, shape: Anatomy, image: int) -> Sizes:
     """Sizes for a request to a model whose pictures have so many tokens."""
     # The order changes no estimate, and to shuffle a large file for each cell would take a while.
     in_order = replace(request, prune=replace(request.prune, seed=0))
-    found = split(samples_of(request), in_order)
+    found = split(samples_of(request)[0], in_order)
     return Sizes(
         shape=shape,
         tokens=fmean(
@@ -136,8 +141,8 @@ def _flops_of(stage: Stage, kept: float, sizes: Sizes) -> float:
         kept: Share of the backbone that the model it works on has.
         sizes: Of the model and its data.
     """
-    request, constants = stage.request, rules().constants
-    prune, recover = request.prune, request.recover
+    request: Request = stage.request
+    constants, prune, recover = rules().constants, request.prune, request.recover
     disk = constants.disk_flops * 2 * sizes.shape.total_params / 1e9
     shown = sizes.pass_flops * prune.samples
     match stage.kind:
@@ -165,3 +170,136 @@ def _questions(stage: Stage) -> int:
         each = asked.limit or (constants.own_questions if ours else constants.benchmark_questions)
         total += each * (len(own) if name == "demo" else 1)
     return total * (2 if asked.floors else 1)
+
+
+class Watcher(Protocol):
+    """Is called when stages begin and end."""
+
+    def started(self, stage: Stage) -> None:
+        """A stage begins."""
+
+    def finished(self, stage: Stage, outcome: Outcome) -> None:
+        """A stage has ended."""
+
+
+def run_local(schedule: Schedule, missing: Sequence[Stage], cache: Cache, watcher: Watcher) -> None:
+    """Do stages one after another in this process.
+
+    A stage that another worker on the same folder is doing is left to it; this worker goes on with
+    the next one that it can do.
+    """
+
+    def is_needed(stage: Stage) -> bool:
+        return schedule.is_needed(stage, cache)
+
+    left, failed = {stage.name: stage for stage in missing}, set[str]()
+    while left:
+        for stage in left.values():
+            flops = schedule.flops[stage.name]
+            outcome = _attempt(
+                stage, cache, flops, failed, left, is_needed=is_needed, started=watcher.started
+            )
+            if outcome is not None:
+                break
+        else:
+            time.sleep(PAUSE_S)
+            continue
+        del left[stage.name]
+        failed |= {stage.name} if outcome.error else set()
+        clear_checkpoints(schedule, stage, cache)
+        watcher.finished(stage, outcome)
+
+
+def _attempt(
+    stage: Stage,
+    cache: Cache,
+    flops: float,
+    failed: Collection[str] = (),
+    left: Collection[str] = (),
+    wait: bool = False,
+    is_needed: Callable[[Stage], bool] = lambda stage: True,
+    started: Callable[[Stage], None] = lambda stage: None,
+) -> Outcome | None:
+    """Do a stage if its inputs are there; None if this worker must look again later.
+
+    Other workers may change what is there at any moment. ``failed`` names stages that this worker
+    saw fail, ``left`` those that it has still to do.
+    """
+    if cache.is_done(stage) and not is_needed(stage):
+        return Outcome(stage.name)  # by another worker, and no open stage reads its checkpoint
+    absent = {source.name for source in stage.inputs if not cache.is_ready(source)}
+    if not absent:
+        started(stage)
+        return cache.run(stage, flops, wait, is_needed)
+    if not absent.isdisjoint(failed):
+        return Outcome(stage.name, error=f"{stage.inputs[0].kind} failed")
+    if not absent.isdisjoint(left) or cache.is_done(stage):
+        return None  # if done, then since the first look, and the next one sees it
+    return Outcome(stage.name, error=f"{stage.inputs[0].kind} was removed meanwhile")
+
+
+def run_ray(
+    schedule: Schedule,
+    missing: Sequence[Stage],
+    cache: Cache,
+    watcher: Watcher,
+    resources: Resources,
+    workers: int | None = None,
+    address: str | None = None,
+) -> None:
+    """Do stages as tasks of a Ray cluster, as many at once as its resources allow.
+
+    The cache must be on storage that all nodes see under the same path. Without an address (also
+    in ``RAY_ADDRESS``) Ray is started here, for so many ``workers`` if they are given.
+    """
+    if find_spec("ray") is None:
+        raise ConfigError("engine 'ray' needs Ray: pip install 'slimvlm[ray]'")
+    import ray
+
+    options: dict[str, Any] = {"log_to_driver": False}
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address is not None:
+        options["address"] = address
+    else:
+        options["include_dashboard"] = False
+        if workers is not None:
+            options["num_cpus"] = max(round(workers * resources.cpus), 1)
+    try:
+        ray.init(**options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"engine 'ray': cannot start or reach Ray ({error})") from error
+    task = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=3)(ray_task)
+    references: dict[str, Any] = {}
+    for stage in missing:
+        inputs = [references[s.name] for s in stage.inputs if s.name in references]
+        flops = schedule.flops[stage.name]
+        references[stage.name] = task.remote(stage, str(cache.root), flops, *inputs)
+    stages = {references[stage.name]: stage for stage in missing}
+    waiting = list(stages)
+    try:
+        while waiting:
+            (reference,), waiting = ray.wait(waiting, num_returns=1)
+            stage = stages[reference]
+            try:
+                outcome = ray.get(reference)
+            except ray.exceptions.RayError as error:  # its worker died, more often than Ray retries
+                outcome = cache.failed(stage, error)
+            clear_checkpoints(schedule, stage, cache)
+            watcher.finished(stage, outcome)
+    finally:
+        ray.shutdown()
+
+
+def ray_task(stage: Stage, root: str, flops: float, *inputs: Outcome) -> Outcome:
+    """Do a stage on a Ray worker; Ray calls this when the outcomes of its inputs are there."""
+    failed = {done.name for done in inputs if done.error}
+    return _attempt(stage, Cache(root), flops, failed, wait=True) or Outcome(stage.name)
+
+
+def clear_checkpoints(schedule: Schedule, stage: Stage, cache: Cache) -> None:
+    """Remove the models that a finished stage has read, where no open stage needs them."""
+    if schedule.keeps_checkpoints:
+        return
+    for source in stage.inputs:
+        if source.output == CHECKPOINT and not schedule.is_needed(source, cache):
+            cache.drop_checkpoint(source)

@@ -1,25 +1,24 @@
-"""The results table: one row for each cell, and what a published table says beside it."""
+"""The results table: one row for each cell, with published numbers where the study names them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from slimvlm.core.files import new_file, write_text
+from slimvlm.core.files import held, new_file, write_text
 from slimvlm.evaluation.metrics import average
-from slimvlm.evaluation.results import Result, TaskResult
+from slimvlm.evaluation.results import Result
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.planning.plan import Plan
-from slimvlm.runs.study.cache import Cache
+from slimvlm.runs.study.cache import Cache, Stage
 from slimvlm.runs.study.config import StudyConfig
-from slimvlm.runs.study.graph import STAGE_KINDS, CellStages, Stage
 from slimvlm.runs.study.schedule import Schedule
-from slimvlm.runs.study.work import HISTORY, PLAN, RESULT, SCORES
+from slimvlm.runs.study.stages import HISTORY, PLAN, RESULT, SCORES, STAGE_KINDS, CellStages
 from slimvlm.training.recover import History
 
 CHOICE_METRICS = ("letter", "yes_no")
@@ -29,7 +28,7 @@ CHOICE_BENCHMARKS = (
 )
 """Published benchmarks whose answers are chosen from a few (arXiv:2604.24380, Fig. 2)."""
 TABLE, STUDY = "results.parquet", "study.yaml"
-"""Files of a study's folder: what it has measured, and what it was asked."""
+"""Files of a study's folder: its measurements and its questions."""
 _MEASURED = (
     *("avg", "avg_free", "avg_choice", "avg_pictures", "avg_text", "perplexity"),
     *("avg_percent", "avg_percent_low", "avg_percent_high"),
@@ -42,36 +41,43 @@ OPEN, DONE, FAILED = "open", "done", "failed"
 ORIGINAL = "original"
 
 
+def write_table(
+    study: StudyConfig, schedule: Schedule, cache: Cache, patience: float
+) -> pd.DataFrame:
+    """Write ``results.parquet``, ``results.csv`` and ``claims.md``, each whole.
+
+    ``patience`` are the seconds to wait for another worker that writes them.
+    """
+    from slimvlm_tools.claims import claims_of, claims_text
+
+    with held(cache.root, patience):
+        table = results_table(study, schedule, cache)
+        write_text(cache.root / "results.csv", table.to_csv(index=False))
+        with new_file(cache.root / TABLE) as partial:
+            table.to_parquet(partial, index=False)
+        write_text(cache.root / "claims.md", claims_text(claims_of(table)))
+    return table
+
+
 def results_table(study: StudyConfig, schedule: Schedule, cache: Cache) -> pd.DataFrame:
-    """All that a study has measured so far.
+    """Collect all measurements of a study so far.
 
     A row for the original of each model (``axis`` and ``recovery`` say original), then one for
-    each cell: what it asks for, the achieved ratio, AVG, AVG-% with its interval, the
-    floor-corrected retention with its interval, a column ``score:TASK`` for each task, averages
-    over groups of tasks (``avg_free``, ``avg_choice``, ``avg_pictures``, ``avg_text``), perplexity,
-    parameters, latency, paths of the files behind it, seconds by stage, status (done, failed, open)
-    and the error.
+    each cell: its options, the achieved ratio, AVG, AVG-% with its interval, the floor-corrected
+    retention with its interval, a column ``score:TASK`` for each task, averages over groups of
+    tasks (``avg_free``, ``avg_choice``, ``avg_pictures``, ``avg_text``), perplexity, parameters,
+    latency, paths of the files behind it, seconds by stage, status (done, failed, open) and the
+    error. Models of one shape take equally long: each gets the median of their times.
     """
     sighted = _tasks_with_pictures(study.tasks)
     originals = {cell.original.name: cell for cell in schedule.cells}.values()
     rows = [_original_row(cell, cache, sighted) for cell in originals]
     rows += [_row(study, cell, cache, sighted) for cell in schedule.cells]
     table = pd.DataFrame(rows)
-    return _with_shared_times(table.assign(**{n: None for n in _MEASURED if n not in table}))
-
-
-def _with_shared_times(table: pd.DataFrame) -> pd.DataFrame:
-    """Models of one shape take equally long: each gets the median of what they took."""
+    table = table.assign(**{name: None for name in _MEASURED if name not in table})
     shape, times = ["model", "total_params", "backbone_params"], ["prefill_ms", "decode_ms"]
     shared = table.assign(**table[times].astype(float)).groupby(shape, dropna=False)[times]
     return table.assign(**shared.transform("median"))
-
-
-def write_table(table: pd.DataFrame, folder: Path) -> None:
-    """Write ``results.parquet`` and ``results.csv``, each whole."""
-    write_text(folder / "results.csv", table.to_csv(index=False))
-    with new_file(folder / TABLE) as partial:
-        table.to_parquet(partial, index=False)
 
 
 def _original_row(cell: CellStages, cache: Cache, sighted: frozenset[str]) -> dict[str, Any]:
@@ -83,47 +89,43 @@ def _original_row(cell: CellStages, cache: Cache, sighted: frozenset[str]) -> di
     }
     if row["status"] == DONE:
         row |= {"avg_percent": 100.0, **_scores(cache.path(cell.original, RESULT), sighted)}
-        row["result"] = _place(cache, cell.original, RESULT)
+        row["result"] = str(cache.path(cell.original, RESULT).relative_to(cache.root))
     return row | _seconds([cell.original], cache)
 
 
 def _row(
     study: StudyConfig, cell: CellStages, cache: Cache, sighted: frozenset[str]
 ) -> dict[str, Any]:
-    stages = list(cell.all())
-    asked = cell.cell.values()
-    row = {**asked, "achieved_ratio": None, "steps": 0, **_state(stages, cache)}
+    def place(stage: Stage, name: str) -> str:
+        """A file's path from the study's folder on."""
+        return str(cache.path(stage, name).relative_to(cache.root))
+
+    stages, options = list(cell.all()), cell.cell.values()
+    row = {**options, "achieved_ratio": None, "steps": 0, **_state(stages, cache)}
     if cache.is_done(cell.prune):
         row["achieved_ratio"] = _ratio(cache.path(cell.prune, PLAN))
     if cell.recover and cache.is_done(cell.recover):
         row["steps"] = History.load(cache.path(cell.recover, HISTORY)).steps[-1]["step"]
     if row["status"] == DONE:
         result, original = (cache.path(s, RESULT) for s in (cell.evaluate, cell.original))
-        row |= {**_retention(result, original), **_scores(result, sighted), **_files(cell, cache)}
+        scored = (*cell.calibrations, cell.prune)
+        row |= {**_retention(result, original), **_scores(result, sighted)}
+        row |= {
+            "result": place(cell.evaluate, RESULT),
+            "plan": place(cell.prune, PLAN),
+            "scores": " ".join(
+                place(stage, SCORES)
+                for stage in scored
+                if cache.path(stage, f"{SCORES}.json").exists()
+            ),
+            "history": None if cell.recover is None else place(cell.recover, HISTORY),
+        }
     if study.reference is not None:
-        found = study.reference.row_for(asked)
+        found = study.reference.row_for(options)
         sources = (study.reference.source, found.source) if found else ()
         row["reference"] = found.retention if found else None
         row["reference_source"] = ", ".join(filter(None, sources)) or None
     return row | _seconds(stages[1:], cache)
-
-
-def _files(cell: CellStages, cache: Cache) -> dict[str, str | None]:
-    """Where a cell's result, plan, scores and history are, from the study's folder on."""
-    return {
-        "result": _place(cache, cell.evaluate, RESULT),
-        "plan": _place(cache, cell.prune, PLAN),
-        "scores": " ".join(
-            _place(cache, stage, SCORES)
-            for stage in (*cell.calibrations, cell.prune)
-            if cache.path(stage, f"{SCORES}.json").exists()
-        ),
-        "history": None if cell.recover is None else _place(cache, cell.recover, HISTORY),
-    }
-
-
-def _place(cache: Cache, stage: Stage, name: str) -> str:
-    return str(cache.path(stage, name).relative_to(cache.root))
 
 
 @lru_cache(maxsize=4096)
@@ -131,7 +133,7 @@ def _ratio(plan: Path) -> float:
     return Plan.load(plan).ratio
 
 
-def _state(stages: Sequence[Stage], cache: Cache) -> dict[str, Any]:
+def _state(stages: list[Stage], cache: Cache) -> dict[str, Any]:
     """Status, and the first error in the order of the work."""
     if cache.is_done(stages[0]) and cache.is_done(stages[-1]):
         return {"status": DONE, "failed": None}
@@ -139,9 +141,18 @@ def _state(stages: Sequence[Stage], cache: Cache) -> dict[str, Any]:
     return {"status": FAILED if errors else OPEN, "failed": errors[0] if errors else None}
 
 
+def _seconds(stages: list[Stage], cache: Cache) -> dict[str, float]:
+    """Seconds by kind of stage; those that cells share count in every one of them."""
+    spent = dict.fromkeys((f"seconds_{kind}" for kind in STAGE_KINDS), 0.0)
+    for stage in stages:
+        if cache.is_done(stage):
+            spent[f"seconds_{stage.kind}"] += cache.seconds(stage)
+    return spent
+
+
 @lru_cache(maxsize=4096)
 def _retention(result: Path, original: Path) -> Mapping[str, float]:
-    """Retention of two result files; bootstraps take long enough not to be repeated."""
+    """Retention of two result files; cached, because bootstraps take long."""
     kept = Result.load(result).retention(Result.load(original))
     return {
         "avg_percent": kept.percent,
@@ -155,40 +166,34 @@ def _retention(result: Path, original: Path) -> Mapping[str, float]:
 
 @lru_cache(maxsize=4096)
 def _scores(path: Path, sighted: frozenset[str]) -> Mapping[str, Any]:
-    """Columns with what a result file says."""
+    """Columns from a result file."""
     result = Result.load(path)
-    counted = {name: task for name, task in result.tasks.items() if task.in_average}
-    perplexities = [t.score for t in result.tasks.values() if t.metric == "perplexity"]
-    groups = {
-        "avg_free": [n for n, t in counted.items() if not _is_choice(n, t)],
-        "avg_choice": [n for n, t in counted.items() if _is_choice(n, t)],
-        "avg_pictures": [n for n in counted if n in sighted],
-        "avg_text": [n for n in counted if n not in sighted],
+    scores = {name: task.score for name, task in result.tasks.items() if task.in_average}
+    chosen = {
+        name
+        for name, task in result.tasks.items()
+        if task.metric in CHOICE_METRICS or name in CHOICE_BENCHMARKS
     }
+    groups = {
+        "avg_free": [name for name in scores if name not in chosen],
+        "avg_choice": [name for name in scores if name in chosen],
+        "avg_pictures": [name for name in scores if name in sighted],
+        "avg_text": [name for name in scores if name not in sighted],
+    }
+    perplexities = [t.score for t in result.tasks.values() if t.metric == "perplexity"]
     return {
         "avg": None if math.isnan(result.average) else result.average,
         **{
-            group: average({name: counted[name].score for name in names}) if names else None
+            group: average({name: scores[name] for name in names}) if names else None
             for group, names in groups.items()
         },
         **{f"score:{name}": task.score for name, task in result.tasks.items()},
         "perplexity": perplexities[0] if perplexities else None,
-        **{name: getattr(result, name) for name in ("backbone_params", "total_params")},
-        **{name: getattr(result, name) for name in ("prefill_ms", "decode_ms")},
+        **{
+            name: getattr(result, name)
+            for name in ("backbone_params", "total_params", "prefill_ms", "decode_ms")
+        },
     }
-
-
-def _is_choice(name: str, task: TaskResult) -> bool:
-    return task.metric in CHOICE_METRICS or name in CHOICE_BENCHMARKS
-
-
-def _seconds(stages: Iterable[Stage], cache: Cache) -> dict[str, float]:
-    """Seconds by kind of stage; those that cells share count in every one of them."""
-    spent = dict.fromkeys((f"seconds_{kind}" for kind in STAGE_KINDS), 0.0)
-    for stage in stages:
-        if cache.is_done(stage):
-            spent[f"seconds_{stage.kind}"] += float(cache.about(stage)["seconds"])
-    return spent
 
 
 @lru_cache(maxsize=64)

@@ -1,14 +1,13 @@
-"""A study does each piece of work once, goes on where it was, and says what failed."""
+"""A study does each piece of work once, resumes after a stop, and names what failed."""
 
 from __future__ import annotations
 
 import json
-import threading
+import shutil
 from dataclasses import replace
 from io import StringIO
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
@@ -20,13 +19,12 @@ from slimvlm.core.errors import ConfigError, NumericalError
 from slimvlm.data.read import identity_of_data
 from slimvlm.evaluation import timing
 from slimvlm.evaluation.timing import Timing
-from slimvlm.runs.study import engines, forecast, prepared, run_study
-from slimvlm.runs.study.cache import Cache, Outcome
-from slimvlm.runs.study.config import StudyConfig
-from slimvlm.runs.study.graph import Stage
-from slimvlm.runs.study.schedule import Schedule
+from slimvlm.runs.study import forecast, prepared, run_study
+from slimvlm.runs.study.cache import Cache, Stage
+from slimvlm.runs.study.config import Reference, ReferenceRow, StudyConfig
+from slimvlm.runs.study.table import results_table
 from tests import tiny_folder as folders
-from tests.runs.study.study_files import count_work, stable, study
+from tests.runs.study.study_files import stable, study, watch_work
 
 pytestmark = pytest.mark.usefixtures("unhurried")
 QUIET = Console(quiet=True)
@@ -39,7 +37,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(data: Path, unhurried: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a study that nobody interrupted. Only `copied` ones may be changed."""
+    """The folder of an undisturbed study. Only copies (`again`) may be changed."""
     out = tmp_path_factory.mktemp("studies") / "finished"
     calls = count(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -51,8 +49,6 @@ def finished(data: Path, unhurried: None, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture
 def again(finished: Path, tmp_path: Path) -> Path:
     """A copy of the finished study."""
-    import shutil
-
     return Path(shutil.copytree(finished, tmp_path / "again"))
 
 
@@ -78,35 +74,31 @@ def test_the_table_has_a_row_for_each_cell_and_the_original(finished: Path) -> N
     assert "not measured" in (finished / "claims.md").read_text()
 
 
-def test_models_go_and_results_stay(finished: Path) -> None:
+def test_models_go_and_results_stay(finished: Path, data: Path, tmp_path: Path) -> None:
     assert files_named(finished, "model.safetensors") == []
     assert len(files_named(finished, "result.json")) == 5
     assert len(files_named(finished, "history.json")) == 2
     assert list((finished / "work").iterdir()) == []
-
-
-def test_models_stay_if_asked(data: Path, tmp_path: Path) -> None:
     config = study(data, {"axis": "depth"}, keep_checkpoints=True)
     run_study(config, tmp_path / "out", console=QUIET)
     assert len(files_named(tmp_path / "out", "model.safetensors")) == 2
 
 
-def test_a_finished_study_does_nothing(
+def test_a_finished_study_does_nothing_but_tidy_up(
     again: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = pd.read_parquet(again / "results.parquet")
-    done = count_work(monkeypatch)
+    before, text = pd.read_parquet(again / "results.parquet"), (again / "results.csv").read_text()
+    outcome = files_named(again, "result.json")[0].parent
+    left = again / "work" / f"{outcome.parent.name}-{outcome.name}"  # of a kill before tidying up
+    left.mkdir()
+    done = watch_work(monkeypatch)
     table = run_study(study(data), again, console=QUIET)
     assert not done
     pd.testing.assert_frame_equal(table, before, check_dtype=False)
-
-
-def test_a_kill_between_outcome_and_tidying_leaves_nothing(again: Path, data: Path) -> None:
-    outcome = files_named(again, "result.json")[0].parent
-    left = again / "work" / f"{outcome.parent.name}-{outcome.name}"
-    left.mkdir()
-    run_study(study(data), again, console=QUIET)
     assert list(left.parent.iterdir()) == []
+    (again / "study.yaml").write_text((again / "study.json").read_text())
+    run_study(again / "study.yaml", again, console=QUIET)  # from the file in its own folder
+    assert (again / "results.csv").read_text() == text
 
 
 def test_one_more_ratio_does_only_what_is_new(
@@ -116,7 +108,7 @@ def test_one_more_ratio_does_only_what_is_new(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A log has a line where a stage begins and one where it ends, and none of what is inside."""
-    done, log = count_work(monkeypatch), StringIO()
+    done, log = watch_work(monkeypatch), StringIO()
     table = run_study(study(data, {"ratio": [0.4, 0.2]}), again, console=Console(file=log))
     assert done == {"prune": 2, "recover": 2, "evaluate": 4}
     assert len(table) == 1 + 8
@@ -130,9 +122,8 @@ def test_one_more_ratio_does_only_what_is_new(
 def test_one_more_recovery_prunes_again_but_scores_nothing(
     again: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = count_work(monkeypatch)
-    recovery = {"recovery": ["none", "sft+hidden", "sft"]}
-    run_study(study(data, recovery), again, console=QUIET)
+    done = watch_work(monkeypatch)
+    run_study(study(data, {"recovery": ["none", "sft+hidden", "sft"]}), again, console=QUIET)
     assert done == {"prune": 2, "recover": 2, "evaluate": 2}
 
 
@@ -209,15 +200,13 @@ def test_the_table_grows_while_the_study_runs(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured: list[int] = []
-    honest = engines.work
 
-    def looks(stage: Stage, *rest: Any) -> None:
+    def looks(stage: Stage) -> None:
         if (tmp_path / "results.csv").exists():
             table = pd.read_csv(tmp_path / "results.csv")
             measured.append(int((table["status"] == "done").sum()))
-        honest(stage, *rest)
 
-    monkeypatch.setattr(engines, "work", looks)
+    watch_work(monkeypatch, looks)
     run_study(study(data, {"recovery": "none"}), tmp_path, console=QUIET)
     assert set(measured) == {1, 2}
 
@@ -241,50 +230,20 @@ def test_a_folder_named_demo_is_not_the_demo_s_data(
     assert identity_of_data("mine") != before["mine"]
 
 
-def test_a_study_goes_on_from_the_file_in_its_folder(again: Path, data: Path) -> None:
-    (again / "study.yaml").write_text((again / "study.json").read_text())
-    before = (again / "results.csv").read_text()
-    run_study(again / "study.yaml", again, console=QUIET)
-    assert (again / "results.csv").read_text() == before
-
-
-def test_what_failed_meanwhile_is_not_tried_again(
-    schedule: Schedule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tried: list[str] = []
-
-    def fails(stage: Stage, *rest: Any) -> None:
-        tried.append(stage.name)
-        raise NumericalError("no")
-
-    monkeypatch.setattr(engines, "work", fails)
-    missing = schedule.missing(Cache(tmp_path))
-    early, late = Cache(tmp_path), Cache(tmp_path)
-    engines.run_local(schedule, missing, early, Silent())
-    first = len(tried)
-    engines.run_local(schedule, missing, late, Silent())
-    assert len(tried) == first > 0
-    engines.run_local(schedule, missing, Cache(tmp_path), Silent())
-    assert len(tried) == 2 * first
-
-
 def test_what_fails_is_said_and_stops_nothing_else(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = engines.work
-
-    def fails(stage: Stage, *rest: Any) -> None:
+    def fails(stage: Stage) -> None:
         if stage.kind == "prune" and "depth" in stage.label:
             raise NumericalError("weights are NaN\nin layer 1")
-        honest(stage, *rest)
 
     config = study(data, {"recovery": "none"})
     with monkeypatch.context() as patch:
-        patch.setattr(engines, "work", fails)
+        watch_work(patch, fails)
         table = run_study(config, tmp_path / "out", console=QUIET)
     assert list(table["status"]) == ["done", "failed", "done"]
     assert table["failed"][1] == "prune: NumericalError: weights are NaN in layer 1"
-    done = count_work(monkeypatch)
+    done = watch_work(monkeypatch)
     table = run_study(config, tmp_path / "out", console=QUIET)
     assert set(table["status"]) == {"done"}
     assert table["failed"].isna().all()
@@ -300,14 +259,12 @@ def test_a_study_of_which_nothing_could_be_measured_is_reported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As with one question, which has no other one to take pictures from for its floor."""
-    honest = engines.work
 
-    def fails(stage: Stage, *rest: Any) -> None:
+    def fails(stage: Stage) -> None:
         if stage.kind == "evaluate":
             raise ConfigError("blind: question 'a' finds no other pictures")
-        honest(stage, *rest)
 
-    monkeypatch.setattr(engines, "work", fails)
+    watch_work(monkeypatch, fails)
     config = study(data, {"recovery": "none", "axis": "depth"}, limit=1)
     table = run_study(config, tmp_path / "out", console=QUIET)
     assert set(table["status"]) == {"failed"}
@@ -319,15 +276,12 @@ def test_a_study_of_which_nothing_could_be_measured_is_reported(
 def test_a_stopped_study_goes_on_to_the_same_table(
     finished: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = engines.work
-
-    def stops(stage: Stage, *rest: Any) -> None:
-        honest(stage, *rest)
+    def stops(stage: Stage) -> None:
         if stage.kind == "recover":
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(engines, "work", stops)
+        watch_work(patch, after=stops)
         with pytest.raises(KeyboardInterrupt):
             run_study(study(data), tmp_path / "out", console=QUIET)
     statuses = sorted(pd.read_parquet(tmp_path / "out" / "results.parquet")["status"])
@@ -337,188 +291,7 @@ def test_a_stopped_study_goes_on_to_the_same_table(
     pd.testing.assert_frame_equal(stable(table), stable(expected), check_dtype=False)
 
 
-class Silent:
-    """Watches and says nothing."""
-
-    def started(self, stage: Stage) -> None:
-        """Nothing."""
-
-    def finished(self, stage: Stage, outcome: Outcome) -> None:
-        """Nothing."""
-
-
-def pretend(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Stages take a moment and leave what their readers look for; returns who was done."""
-    done: list[str] = []
-
-    def quick(stage: Stage, inputs: Any, folder: Path, scratch: Path) -> None:
-        done.append(stage.name)
-        threading.Event().wait(0.005)
-        (folder / "checkpoint").mkdir()
-
-    monkeypatch.setattr(engines, "work", quick)
-    monkeypatch.setattr(engines, "PAUSE_S", 0.01)
-    return done
-
-
-@pytest.mark.parametrize("kind", ["calibrate", "prune", "recover", "evaluate"])
-def test_a_stop_costs_one_stage(
-    kind: str, schedule: Schedule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    done = pretend(monkeypatch)
-    quick = engines.work
-
-    def stops(stage: Stage, *rest: Any) -> None:
-        quick(stage, *rest)
-        if stage.kind == kind:
-            raise KeyboardInterrupt
-
-    cache = Cache(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(engines, "work", stops)
-        with pytest.raises(KeyboardInterrupt):
-            engines.run_local(schedule, schedule.missing(cache), cache, Silent())
-    lost = done[-1]
-    engines.run_local(schedule, schedule.missing(cache), cache, Silent())
-    assert sorted(done) == sorted([lost, *(stage.name for stage in schedule.stages())])
-
-
-@pytest.fixture
-def schedule(data: Path) -> Schedule:
-    config = study(data, {"ratio": [0.2, 0.4], "seed": [0, 1]})
-    return prepared(config, print)[1]
-
-
-def test_two_workers_never_do_the_same_stage(
-    schedule: Schedule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    done = pretend(monkeypatch)
-    missing = schedule.missing(Cache(tmp_path))
-
-    def works() -> None:
-        engines.run_local(schedule, missing, Cache(tmp_path), Silent())
-
-    workers = [threading.Thread(target=works) for _ in range(3)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-    assert sorted(done) == sorted(stage.name for stage in missing)
-    assert len(set(done)) == len(done) == len(schedule.stages())
-
-
-def test_few_models_are_on_disk_at_a_time(
-    schedule: Schedule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pretend(monkeypatch)
-    most = 0
-
-    class Counts(Silent):
-        def finished(self, stage: Stage, outcome: Outcome) -> None:
-            nonlocal most
-            kinds = ("prune", "recover")
-            made = [p for k in kinds for p in (tmp_path / "cache" / k).glob("*/checkpoint")]
-            most = max(most, len(made))
-
-    cache = Cache(tmp_path)
-    engines.run_local(schedule, schedule.missing(cache), cache, Counts())
-    assert most == 1
-
-
-def test_a_stage_is_done_after_its_inputs_and_before_dearer_ones(schedule: Schedule) -> None:
-    missing = schedule.missing(Cache("/nowhere"))
-    position = {stage.name: i for i, stage in enumerate(missing)}
-    assert all(position[s.name] < position[t.name] for t in missing for s in t.inputs)
-    recovers = [schedule.flops[s.name] for s in missing if s.kind == "recover"]
-    assert recovers == sorted(recovers)
-    originals = [stage for stage in missing if stage.kind == "evaluate" and not stage.inputs]
-    assert missing[0] is originals[0]
-
-
-def test_a_removed_input_is_said(
-    schedule: Schedule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pretend(monkeypatch)
-    cache = Cache(tmp_path)
-    missing = schedule.missing(cache)
-    evaluations = [stage for stage in missing if stage.kind == "evaluate" and stage.inputs]
-    outcomes: dict[str, Outcome] = {}
-
-    class Notes(Silent):
-        def finished(self, stage: Stage, outcome: Outcome) -> None:
-            outcomes[stage.name] = outcome
-
-    engines.run_local(schedule, evaluations[:1], cache, Notes())
-    assert outcomes[evaluations[0].name].error == "prune was removed meanwhile"
-
-
-@pytest.mark.parametrize("recovery", ["sft+hidden", ["none", "sft+hidden"]])
-def test_other_questions_make_removed_models_again(
-    recovery: str | list[str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    done = pretend(monkeypatch)
-    cache = Cache(tmp_path)
-    for limit in (2, 1):
-        config = study(data, {"axis": "depth", "recovery": recovery}, limit=limit)
-        _, schedule = prepared(config, print)
-        missing = schedule.missing(cache)
-        done.clear()
-        engines.run_local(schedule, missing, cache, Silent())
-        assert sorted(done) == sorted(stage.name for stage in missing)
-        assert [stage.kind for stage in missing if stage.kind == "recover"] == ["recover"]
-        models = [
-            p for k in ("prune", "recover") for p in (tmp_path / "cache" / k).glob("*/check*")
-        ]
-        assert models == []
-        assert schedule.missing(cache) == []
-
-
-def test_ray_s_tasks_say_what_became_of_their_inputs(
-    schedule: Schedule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pretend(monkeypatch)
-    prune = next(stage for stage in schedule.stages() if stage.kind == "prune" and stage.inputs)
-    failed = Outcome(prune.inputs[0].name, error="it was too large")
-    assert engines.done_by_ray(prune, str(tmp_path), 1.0, failed).error == "calibrate failed"
-    lost = engines.done_by_ray(prune, str(tmp_path), 1.0)
-    assert lost.error == "calibrate was removed meanwhile"
-    assert not engines.done_by_ray(prune.inputs[0], str(tmp_path), 1.0).error
-    assert engines.done_by_ray(prune, str(tmp_path), 1.0).seconds > 0
-    assert engines.done_by_ray(prune, str(tmp_path), 1.0).seconds == 0
-
-
-def test_what_another_worker_finishes_between_two_looks_is_no_failure(
-    schedule: Schedule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pretend(monkeypatch)
-    missing = schedule.missing(Cache(tmp_path))
-    rest = [stage for stage in missing if stage.kind in ("recover", "evaluate")]
-    first = [stage for stage in missing if stage not in rest]
-    engines.run_local(schedule, first, Cache(tmp_path), Silent())
-    overtaken, errors = False, []
-
-    class Overtaken(Cache):
-        """Between its first look at a stage and at its inputs, another worker does them all."""
-
-        def is_ready(self, stage: Stage) -> bool:
-            nonlocal overtaken
-            if stage.kind == "prune" and not overtaken:
-                overtaken = True
-                engines.run_local(schedule, rest, Cache(tmp_path), Silent())
-            return super().is_ready(stage)
-
-    class Notes(Silent):
-        def finished(self, stage: Stage, outcome: Outcome) -> None:
-            errors.append(outcome.error)
-
-    engines.run_local(schedule, rest, Overtaken(tmp_path), Notes())
-    assert errors == [""] * len(rest)
-
-
-def test_published_numbers_stand_beside_ours(finished: Path, data: Path) -> None:
-    from slimvlm.runs.study.config import Reference, ReferenceRow
-    from slimvlm.runs.study.table import results_table
-
+def test_published_numbers_are_added_to_the_table(finished: Path, data: Path) -> None:
     row = ReferenceRow(axis="width", ratio=0.4, recovery="none", retention=79.9)
     config = replace(study(data), reference=Reference(source="the paper", rows=(row,)))
     _, schedule = prepared(config, print)

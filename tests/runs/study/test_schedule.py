@@ -1,0 +1,296 @@
+"""Stages are done once, in order, by any number of workers; kills change nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+
+from slimvlm.core.errors import NumericalError
+from slimvlm.runs.study import cache as caching
+from slimvlm.runs.study import prepared
+from slimvlm.runs.study import schedule as scheduling
+from slimvlm.runs.study.cache import Cache, Outcome, Stage
+from slimvlm.runs.study.schedule import Schedule, ray_task, run_local
+from tests import tiny_folder as folders
+from tests.runs.study.study_files import RECOVER, RECOVERIES, stable, study, watch_work
+
+KILLS = int(os.environ.get("SLIMVLM_KILLS", "3"))
+"""Kills at random moments; SLIMVLM_KILLS=10 for the long form."""
+NUM_STAGES = 10
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folders.write_llava_data(tmp_path_factory.mktemp("data"), pictures=False)
+
+
+@pytest.fixture
+def schedule(data: Path) -> Schedule:
+    config = study(data, {"ratio": [0.2, 0.4], "seed": [0, 1]})
+    return prepared(config, print)[1]
+
+
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Stages only take a moment and leave their output; the names of those that were done."""
+    names: list[str] = []
+
+    def quick(stage: Stage, inputs: Any, folder: Path, scratch: Path) -> None:
+        names.append(stage.name)
+        threading.Event().wait(0.005)
+        (folder / stage.output).mkdir()
+
+    monkeypatch.setattr(caching, "work", quick)
+    monkeypatch.setattr(scheduling, "PAUSE_S", 0.01)
+    return names
+
+
+class Outcomes(dict[str, Outcome]):
+    """Collects outcomes by the stage's name."""
+
+    def __init__(self, at_end: Callable[[], object] = bool) -> None:
+        super().__init__()
+        self.at_end = at_end
+
+    def started(self, stage: Stage) -> None:
+        """Nothing."""
+
+    def finished(self, stage: Stage, outcome: Outcome) -> None:
+        self[stage.name] = outcome
+        self.at_end()
+
+
+def run(
+    schedule: Schedule, cache: Cache, stages: Sequence[Stage] | None = None
+) -> dict[str, Outcome]:
+    """Do stages, by default all that are missing."""
+    outcomes = Outcomes()
+    run_local(schedule, schedule.missing(cache) if stages is None else stages, cache, outcomes)
+    return outcomes
+
+
+def models_in(root: Path) -> list[Path]:
+    kinds = ("prune", "recover")
+    return [path for kind in kinds for path in (root / "cache" / kind).glob("*/checkpoint")]
+
+
+def test_an_error_of_another_worker_is_not_tried_again_at_once(
+    schedule: Schedule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(stage: Stage) -> None:
+        raise NumericalError("no")
+
+    tried = watch_work(monkeypatch, fails)
+    missing = schedule.missing(Cache(tmp_path))
+    early, late = Cache(tmp_path), Cache(tmp_path)
+    run(schedule, early, missing)
+    first = tried.total()
+    run(schedule, late, missing)
+    assert tried.total() == first > 0
+    run(schedule, Cache(tmp_path), missing)
+    assert tried.total() == 2 * first
+
+
+@pytest.mark.parametrize("kind", ["calibrate", "prune", "recover", "evaluate"])
+def test_a_stop_costs_one_stage(
+    kind: str,
+    schedule: Schedule,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    done: list[str],
+) -> None:
+    def stops(stage: Stage) -> None:
+        if stage.kind == kind:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        watch_work(patch, after=stops)
+        with pytest.raises(KeyboardInterrupt):
+            run(schedule, Cache(tmp_path))
+    lost = done[-1]
+    run(schedule, Cache(tmp_path))
+    assert sorted(done) == sorted([lost, *(stage.name for stage in schedule.stages())])
+
+
+def test_two_workers_never_do_the_same_stage(
+    schedule: Schedule, tmp_path: Path, done: list[str]
+) -> None:
+    missing = schedule.missing(Cache(tmp_path))
+    workers = [
+        threading.Thread(target=run, args=(schedule, Cache(tmp_path), missing)) for _ in range(3)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert sorted(done) == sorted(stage.name for stage in missing)
+    assert len(set(done)) == len(done) == len(schedule.stages())
+
+
+def test_few_models_are_on_disk_at_a_time(
+    schedule: Schedule, tmp_path: Path, done: list[str]
+) -> None:
+    cache, counts = Cache(tmp_path), []
+    watcher = Outcomes(lambda: counts.append(len(models_in(tmp_path))))
+    run_local(schedule, schedule.missing(cache), cache, watcher)
+    assert max(counts) == 1
+
+
+def test_a_stage_is_done_after_its_inputs_and_before_dearer_ones(schedule: Schedule) -> None:
+    missing = schedule.missing(Cache("/nowhere"))
+    position = {stage.name: i for i, stage in enumerate(missing)}
+    assert all(position[s.name] < position[t.name] for t in missing for s in t.inputs)
+    recovers = [schedule.flops[s.name] for s in missing if s.kind == "recover"]
+    assert recovers == sorted(recovers)
+    originals = [stage for stage in missing if stage.kind == "evaluate" and not stage.inputs]
+    assert missing[0] is originals[0]
+
+
+@pytest.mark.parametrize("recovery", ["sft+hidden", ["none", "sft+hidden"]])
+def test_other_questions_make_removed_models_again(
+    recovery: str | list[str], data: Path, tmp_path: Path, done: list[str]
+) -> None:
+    cache = Cache(tmp_path)
+    for limit in (2, 1):
+        config = study(data, {"axis": "depth", "recovery": recovery}, limit=limit)
+        _, schedule = prepared(config, print)
+        missing = schedule.missing(cache)
+        done.clear()
+        run(schedule, cache, missing)
+        assert sorted(done) == sorted(stage.name for stage in missing)
+        assert [stage.kind for stage in missing if stage.kind == "recover"] == ["recover"]
+        assert models_in(tmp_path) == []
+        assert schedule.missing(cache) == []
+
+
+def test_removed_and_failed_inputs_are_named(
+    schedule: Schedule, tmp_path: Path, done: list[str]
+) -> None:
+    evaluation = next(s for s in schedule.stages() if s.kind == "evaluate" and s.inputs)
+    outcome = run(schedule, Cache(tmp_path), [evaluation])[evaluation.name]
+    assert outcome.error == "prune was removed meanwhile"
+    prune = next(stage for stage in schedule.stages() if stage.kind == "prune" and stage.inputs)
+    failed = Outcome(prune.inputs[0].name, error="it was too large")
+    assert ray_task(prune, str(tmp_path), 1.0, failed).error == "calibrate failed"
+    assert ray_task(prune, str(tmp_path), 1.0).error == "calibrate was removed meanwhile"
+    assert not ray_task(prune.inputs[0], str(tmp_path), 1.0).error
+    assert ray_task(prune, str(tmp_path), 1.0).seconds > 0
+    assert ray_task(prune, str(tmp_path), 1.0).seconds == 0
+
+
+def test_work_of_another_worker_between_two_looks_is_no_failure(
+    schedule: Schedule, tmp_path: Path, done: list[str]
+) -> None:
+    missing = schedule.missing(Cache(tmp_path))
+    rest = [stage for stage in missing if stage.kind in ("recover", "evaluate")]
+    run(schedule, Cache(tmp_path), [stage for stage in missing if stage not in rest])
+    overtaken = False
+
+    class Overtaken(Cache):
+        """Between its first look at a stage and at its inputs, another worker does them all."""
+
+        def is_ready(self, stage: Stage) -> bool:
+            nonlocal overtaken
+            if stage.kind == "prune" and not overtaken:
+                overtaken = True
+                run(schedule, Cache(tmp_path), rest)
+            return super().is_ready(stage)
+
+    outcomes = run(schedule, Overtaken(tmp_path), rest)
+    assert [outcome.error for outcome in outcomes.values()] == [""] * len(rest)
+
+
+# The same table after kills, by two processes, by Ray.
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study of a model that sees, along both axes, without recovery and with."""
+    home = tmp_path_factory.mktemp("study")
+    folders.copied("llava", home / "model")
+    values = {
+        "grids": [{"model": str(home / "model"), "ratio": 0.4, "recovery": ["none", "sft+hidden"]}],
+        "recoveries": RECOVERIES,
+        "recover": RECOVER,
+        "data": str(folders.write_llava_data(home / "data")),
+        "prune": {"samples": 4},
+        "tasks": "presence,text_ppl",
+        "limit": 2,
+    }
+    path = home / "study.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def started(file: Path, out: Path, *options: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "slimvlm", "study", str(file), "--out", str(out), *options]
+    with (out.parent / f"{out.name}.log").open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+
+def finished(file: Path, out: Path, *options: str) -> pd.DataFrame:
+    process = started(file, out, *options)
+    assert process.wait(900) == 0, (out.parent / f"{out.name}.log").read_text()[-3000:]
+    return pd.read_parquet(out / "results.parquet")
+
+
+def done_in(out: Path) -> dict[str, Any]:
+    """The records of all outcomes, by the stage's name."""
+    found = (out / "cache").glob("*/[!.]*/stage.json")
+    return {path.parent.name: json.loads(path.read_text()) for path in found}
+
+
+@pytest.fixture(scope="module")
+def expected(file: Path, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    table = finished(file, tmp_path_factory.mktemp("runs") / "undisturbed")
+    assert set(table["status"]) == {"done"}
+    assert table["perplexity"].nunique() == 5
+    return stable(table)
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_change_nothing(
+    file: Path, expected: pd.DataFrame, tmp_path: Path
+) -> None:
+    out, draw = tmp_path / "killed", random.Random(0)
+    for target in sorted(draw.sample(range(NUM_STAGES - 1), KILLS)):
+        process = started(file, out)
+        while len(done_in(out)) < target and process.poll() is None:
+            time.sleep(0.02)
+        time.sleep(draw.uniform(0, 1))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    pd.testing.assert_frame_equal(stable(finished(file, out)), expected)
+    assert list((out / "work").iterdir()) == []
+    assert len(done_in(out)) == NUM_STAGES
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work(file: Path, expected: pd.DataFrame, tmp_path: Path) -> None:
+    both = [started(file, tmp_path / "shared") for _ in range(2)]
+    assert [process.wait(900) for process in both] == [0, 0]
+    table = pd.read_parquet(tmp_path / "shared" / "results.parquet")
+    pd.testing.assert_frame_equal(stable(table), expected)
+    assert len(done_in(tmp_path / "shared")) == NUM_STAGES
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("ray") is None, reason="needs slimvlm[ray]")
+def test_ray_gives_the_same_table(file: Path, expected: pd.DataFrame, tmp_path: Path) -> None:
+    table = finished(file, tmp_path / "ray", "--engine", "ray", "--workers", "2")
+    pd.testing.assert_frame_equal(stable(table), expected)
+    assert len(done_in(tmp_path / "ray")) == NUM_STAGES
