@@ -19,7 +19,8 @@ import time
 import torch
 from torch import Tensor
 
-from slimvlm.pruning.least_squares import Moments, refit
+from slimvlm.pruning.least_squares import refit
+from slimvlm.scoring.moments import Moments
 
 
 def main() -> None:

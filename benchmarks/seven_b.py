@@ -1,4 +1,4 @@
-"""A LLaVA-1.5-7B-shaped checkpoint on a small machine: inspected, walked, scored.
+"""A LLaVA-1.5-7B-shaped checkpoint on a small machine: inspected and walked.
 
 Command:  .venv/bin/python benchmarks/seven_b.py [--folder DIR] [--layers 32] [--samples 16]
 Expect:   two hours on one core with bfloat16 units; 35 GB of disk for 32 layers.
@@ -6,8 +6,8 @@ Expect:   two hours on one core with bfloat16 units; 35 GB of disk for 32 layers
 Random bfloat16 weights are written once, shard by shard. Then one fresh process for each step, all
 from the files with one layer in memory: inspect; the whole default recipe without local steps at
 30 % width and at 30 % depth (score, cut, repair, write, check; samples of one picture of 576 tokens
-and 64 text tokens, every fifth held out); 8 local steps a layer, on the first four layers alone;
-Taylor scores. Each step reports its time and peak memory (ru_maxrss; it counts mapped file pages).
+and 64 text tokens, every fifth held out); 8 local steps a layer, on the first four layers alone.
+Each step reports its time and peak memory (ru_maxrss; it counts mapped file pages).
 The share of arithmetic is the time that the step's matrix products take at the rates measured just
 before, each in the data type that it computes in, over the whole time; attention's do not count.
 Steps that are done are skipped when the same command is given again.
@@ -95,31 +95,6 @@ def batches(count: int) -> Iterator[dict[str, Tensor]]:
             "labels": labels,
             "pixel_values": pixels,
         }
-
-
-def score(folder: Path, layers: int, samples: int) -> dict[str, Any]:
-    """Taylor scores with one layer in memory."""
-    anatomy = sv.anatomy(folder / "original")
-    owned = sum(shape.params - shape.fixed_params for shape in anatomy.layers)
-    rate = matmul_rate()
-    start = time.perf_counter()
-    scores = sv.score_checkpoint(
-        folder / "original",
-        batches(samples),
-        "taylor",
-        scratch=folder,
-        say=lambda line: print(line, file=sys.stderr),
-        gradient="per_sample",
-    )
-    seconds = time.perf_counter() - start
-    scores.save(folder / "taylor")
-    tokens = samples * (PICTURE_TOKENS + TEXT_TOKENS)
-    products = 2 * owned * tokens * 4  # forward twice, gradients of inputs, of weights
-    return {
-        "gflop_per_s_of_matmul": rate / 1e9,
-        "tflop": products / 1e12,
-        "share_of_arithmetic": products / rate / seconds,
-    }
 
 
 def rates() -> dict[str, float]:
@@ -235,7 +210,6 @@ STEPS: dict[str, Callable[[Path, int, int], dict[str, Any]]] = {
     "walk width": walk("width"),
     "walk depth": walk("depth"),
     "local steps": walk_first,
-    "score": score,
 }
 
 

@@ -33,7 +33,7 @@ MODELS = ("llama", "llava-llama", "internvl-qwen2", "llava-phi", "llava-phi3", "
 
 
 def _cases() -> list[Any]:
-    """Every criterion with every combination of its options' values; counts at their default."""
+    """Every criterion with every combination of its options' values."""
     cases = []
     for name, row in CRITERIA.items():
         choices = {k: v for k, v in row.options.items() if isinstance(v, tuple)}
@@ -59,8 +59,6 @@ CASES = _cases()
 WITH_DATA = [case for case in CASES if CRITERIA[case.values[0]].needs_data]
 WITH_LABELS = [c for c in CASES if CRITERIA[c.values[0]].capture.reads_labels]
 OVER_TOKENS = [c for c in WITH_DATA if c not in WITH_LABELS and c.values[0] != "angular"]
-COUNTS = [(name, option) for name, row in CRITERIA.items()
-          for option, allowed in row.options.items() if isinstance(allowed, range)]  # fmt: skip
 WIDTH = [c for c in CASES if "neuron" in CRITERIA[c.values[0]].units and c.values[0] != "random"]
 
 every_case = pytest.mark.parametrize(("criterion", "options"), CASES)
@@ -477,6 +475,8 @@ def test_a_broken_weight_is_named(criterion: str, options: dict[str, Any]) -> No
 def test_an_unknown_criterion_is_refused_with_the_choices() -> None:
     with pytest.raises(ConfigError, match=r"'tailor' is not known.*taylor, .*magnitude"):
         score(tiny.build("llama"), [], "tailor")
+    with pytest.raises(ConfigError, match="'kl_greedy' was removed: use block_influence"):
+        score(tiny.build("llama"), [], "kl_greedy")
 
 
 @every_case
@@ -491,13 +491,6 @@ def test_an_unknown_option_is_refused_with_the_choices(
     for option in options:
         with pytest.raises(ConfigError, match=f"{option}='no' must be one of"):
             score(build(criterion, "llama"), [], criterion, **{option: "no"})
-
-
-@pytest.mark.parametrize(("criterion", "option"), COUNTS)
-@pytest.mark.parametrize("value", [0, -1, 1.5, "no"])
-def test_a_count_must_be_a_whole_number(criterion: str, option: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=f"{option}={value!r} must be a whole number"):
-        score(build(criterion, "llama"), [], criterion, **{option: value})
 
 
 def test_random_scores_follow_their_seed() -> None:

@@ -48,7 +48,7 @@ def has_experts(name: str) -> bool:
 
 def criteria_of(name: str) -> tuple[str, str]:
     """Criteria of a model's widths and of its layers."""
-    return "activation" if has_experts(name) else "taylor", "block_influence"
+    return "activation" if has_experts(name) else "flap", "block_influence"
 
 
 @archetypes

@@ -208,7 +208,11 @@ OF_WIDTHS = [name for name in CRITERIA if name not in ("frequency", "reap")]
 """Criteria that score a model without experts."""
 SCORED = [
     *((name, ()) for name in OF_WIDTHS),
-    *((name, ("--low-memory",)) for name in OF_WIDTHS if CRITERIA[name].needs_data),
+    *(
+        (name, ("--low-memory",))
+        for name in OF_WIDTHS
+        if CRITERIA[name].needs_data and not CRITERIA[name].capture.backward
+    ),
 ]
 
 
@@ -218,7 +222,9 @@ SCORED = [
         pytest.param(
             *case,
             id=" ".join([case[0], *case[1]]),
-            marks=() if case[0] in FAST and bool(case[1]) == (case[0] == "taylor") else slow,
+            marks=()
+            if case[0] in FAST and bool(case[1]) == (case[0] == "block_influence")
+            else slow,
         )
         for slow in [pytest.mark.slow]
         for case in SCORED

@@ -17,8 +17,9 @@ from slimvlm.core.options import RecoverConfig
 from slimvlm.data.samples import Sample
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.load import load
-from slimvlm.pruning.least_squares import Moments, refit
+from slimvlm.pruning.least_squares import refit
 from slimvlm.pruning.walk.walk import walk_
+from slimvlm.scoring.moments import Moments
 from slimvlm.scoring.obs import removal_order
 from slimvlm.training import recover as recovery
 from slimvlm.training.recover import recover

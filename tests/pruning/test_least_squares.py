@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from slimvlm.pruning import least_squares
-from slimvlm.pruning.least_squares import Moments, refit
+from slimvlm.pruning.least_squares import refit
+from slimvlm.scoring.moments import Moments
 from tests.tolerances import SOLVE, assert_close
 
 TOKENS, CHANNELS, OUTPUTS = 80, 12, 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.repair import repair_
 from slimvlm.pruning.walk.walk import walk_
 from slimvlm.scoring.inputs import capture_grams
+from slimvlm.scoring.score_model import collect
 from slimvlm.scoring.statistics import Grams, Weights
 from tests import tiny
 from tests.handmade import logits, plan_by_hand
@@ -65,4 +67,21 @@ def test_one_shot_refuses_what_does_not_fit() -> None:
         repair_(model, plan, statistics)
     prune_(model, plan)
     with pytest.raises(ConfigError, match="o_proj"):
-        repair_(model, plan, Grams(parts={}, weight=torch.zeros((), dtype=torch.float64)))
+        repair_(
+            model, plan, Grams(parts={}, matrices={}, weight=torch.zeros((), dtype=torch.float64))
+        )
+
+
+def test_statistics_of_another_model_do_not_repair() -> None:
+    model, other = tiny.build("llama"), tiny.build("llava-llama")
+    statistics = collect(model, batches(model, 3), "obs")
+    assert isinstance(statistics, Grams)
+    place = (0, "mlp.down_proj")
+    odd = {**statistics.matrices, place: statistics.matrices[0, "self_attn.o_proj"]}
+    plan = plan_by_hand(read_anatomy(model), neurons=range(64))
+    prune_(model, plan)
+    with pytest.raises(ConfigError, match=r"'0.mlp.down_proj' is of another model"):
+        repair_(model, plan, replace(statistics, matrices=odd))
+    gates = collect(other, [tiny.batch(other)], "gate")
+    with pytest.raises(ConfigError, match="'gates' cannot repair"):
+        repair_(model, plan, gates)

@@ -394,12 +394,14 @@ def test_balanced_is_the_cheapest_of_all_plans(ratio: float, seed: int) -> None:
     plans = width_candidates(read_anatomy(model), [], ratio, "width", "obs", round_to=1)
     assert len(plans) > 1
     totals = [0.0] * len(plans)
-    parts = capture_grams(model, data).parts
+    statistics = capture_grams(model, data)
     for index in range(2):
-        attention, mlp = (parts[index, f"{p}_proj"] for p in ("self_attn.o", "mlp.down"))
-        written = sum(float((p.weight @ p.gram * p.weight).sum()) for p in (attention, mlp))
-        of_groups = greedy_costs(attention.weight, attention.gram, 4)
-        of_neurons = greedy_costs(mlp.weight, mlp.gram, 48)
+        places = [(index, f"{path}_proj") for path in ("self_attn.o", "mlp.down")]
+        pairs = [(statistics.matrices[place], statistics.parts[place].gram) for place in places]
+        written = sum(float((weight @ gram * weight).sum()) for weight, gram in pairs)
+        of_groups, of_neurons = (
+            greedy_costs(*pair, units) for pair, units in zip(pairs, (4, 48), strict=True)
+        )
         for place, plan in enumerate(plans):
             gone = 4 - len(plan.kv_groups[index]), 48 - len(plan.neurons[index])
             totals[place] += (of_groups[gone[0]] + of_neurons[gone[1]]) / written

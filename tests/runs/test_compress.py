@@ -435,10 +435,10 @@ def test_a_bad_request_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_data_weights_decide_and_nothing_is_trained(tmp_path: Path) -> None:
+def test_without_data_the_demo_calibrates_and_nothing_is_trained(tmp_path: Path) -> None:
     said: list[str] = []
     compress(*pruning(recover=RECOVER), tmp_path / "run", say=said.append)
-    assert any("spacing and magnitude" in line for line in said)
+    assert "no --data: calibrating on the demo's conversations" in said
     assert any(re.match("axis width: .*arXiv", line) for line in said)
     assert not (tmp_path / "run" / "history.json").exists()
     assert Plan.load(tmp_path / "run" / "plan.json").axis == "width"

@@ -52,8 +52,8 @@ def pruned(model: str, out: Path, low_memory: bool = False, **options: Any) -> s
 def test_experts_alone_need_neither_a_ratio_nor_data(
     models: dict[str, str], tmp_path: Path
 ) -> None:
-    plan = pruned(models["qwen3_moe"], tmp_path / "out", experts=0.25)
-    assert plan.criteria == {"expert": "magnitude"}
+    plan = pruned(models["qwen3_moe"], tmp_path / "out", experts=0.25, samples=4)
+    assert plan.criteria == {"expert": "reap"}
     assert [len(kept) for kept in plan.experts] == [3, 0, 3, 3]
     assert plan.neurons == sv.Plan.everything(plan.before).neurons
     smaller, _ = sv.load(tmp_path / "out", device="cpu")
@@ -121,7 +121,7 @@ def test_a_written_plan_has_its_experts_and_is_applied(
     for axis in ("width", "depth"):
         config = PlanConfig(experts=0.25, axis=axis)
         made = write_plan(models["qwen3_moe"], config, tmp_path / f"{axis}.json", say=[].append)
-        assert made.criteria == {"expert": "magnitude"}
+        assert made.criteria == {"expert": "reap"}
     out, file = tmp_path / "out", tmp_path / "width.json"
     prune(models["qwen3_moe"], PruneConfig(), out, plan_file=file, say=[].append)
     assert anatomy(out) == made.after
@@ -146,7 +146,7 @@ def test_no_axis_is_tried_where_experts_are_all_that_goes() -> None:
     for axis in (None, "chart", "auto"):
         asked = PruneConfig(experts=0.25, data="data.json", axis=axis)
         found = resolved(Request(model="model", prune=asked)).prune
-        assert (found.axis, found.ratio, found.criterion) == ("width", 0.0, ("obs", "reap"))
+        assert (found.axis, found.ratio, found.criterion) == ("width", 0.0, ("reap",))
 
 
 def test_what_no_walk_chooses_is_said_before_weights_are_read(
@@ -165,7 +165,7 @@ def test_heads_that_guess_further_tokens_are_counted_out(tmp_path: Path) -> None
     model.config.mtp_num_hidden_layers = 1
     model.save_pretrained(tmp_path / "model")
     heard: list[str] = []
-    config = PruneConfig(ratio=0.2, axis="depth")
+    config = PruneConfig(ratio=0.2, axis="depth", criterion=("spacing",))
     prune(str(tmp_path / "model"), config, tmp_path / "out", say=heard.append)
     assert any("mtp_num_hidden_layers becomes 0" in line for line in heard)
     written = json.loads((tmp_path / "out" / "config.json").read_text())

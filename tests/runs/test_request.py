@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,21 @@ def test_with_data_the_measured_recipe_is_the_default() -> None:
     assert said == []
 
 
-def test_without_data_weights_decide_and_nothing_is_repaired() -> None:
-    found, said = decided(asked(data=None, recover=RecoverConfig()))
-    assert found.prune.criterion == ("spacing", "magnitude")
+def test_without_data_the_demo_calibrates_and_nothing_is_trained() -> None:
+    request = replace(asked(data=None, recover=RecoverConfig()), report_samples=8)
+    found, said = decided(request)
+    assert found.prune == decided(asked(too_long="cut"))[0].prune
+    assert found.recover is None
+    assert found.report_samples == 0
+    assert said == ["no --data: calibrating on the demo's conversations"]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"criterion": ("magnitude",)}, {"ratio": None, "vocab_size": 100}]
+)
+def test_what_needs_no_data_reads_none_and_is_not_repaired(changes: dict[str, Any]) -> None:
+    found, said = decided(asked(data=None, recover=RecoverConfig(), **changes))
+    assert found.prune.data is None
     assert (found.prune.allocation, found.prune.repair) == ("uniform", "none")
     assert found.prune.local_steps == 0
     assert not found.hold_out
@@ -64,7 +77,7 @@ def test_without_data_weights_decide_and_nothing_is_repaired() -> None:
 
 UNTRIED = {
     "depth": ({"axis": "depth"}, "axis depth removes no widths"),
-    "no data": ({"data": None}, "there is no data to try it on"),
+    "no data": ({"data": None, "criterion": ("random",)}, "there is no data to try it on"),
     "scores": ({"criterion": ("taylor",)}, "only the walk's own choice, by 'obs', tries it"),
 }
 

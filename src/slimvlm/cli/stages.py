@@ -42,13 +42,11 @@ def score(
     memory: Annotated[MemoryOptions, INLINE] = MemoryOptions(),
     force: bool = False,
 ) -> None:
-    """Calibrate once: save scores (and the statistics behind them) for later plans.
+    """Calibrate once: save scores for later plans.
 
     Args:
         model: Folder, hub id, or demo.
-        out: Scores are written as OUT.json and OUT.safetensors, statistics as
-            OUT.statistics.safetensors (not those of obs, which are larger than the model, and not
-            with --low-memory).
+        out: Scores are written as OUT.json and OUT.safetensors.
         criterion: How to score; see the table in the README.
         calibration: What the model is shown.
         memory: How much of the model is in memory.
@@ -73,8 +71,8 @@ def plan(
         model: Folder, hub id, or demo.
         out: The plan, a JSON file that can be edited by hand.
         config: How small the model has to become, and what may go.
-        scores: Score files of the units to prune. Without any: spacing for layers; magnitude, which
-            reads the weights, for widths.
+        scores: Score files of the units to prune. Without any, the default criteria score on the
+            demo's conversations.
         force: Replace an existing file.
         json: Print JSON.
     """
@@ -94,7 +92,8 @@ def prune(
 ) -> None:
     """Write a smaller checkpoint, from a plan or from a ratio, criterion and data.
 
-    With data, it ends with what was kept on samples that nothing was fitted to.
+    With --data, it ends with what was kept on samples that nothing was fitted to. Without, default
+    criteria score on the demo's conversations.
 
     Args:
         model: Folder, hub id, or demo.

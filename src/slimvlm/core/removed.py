@@ -55,6 +55,7 @@ NAMES: dict[str, str] = {
     "verify": "every checkpoint is read back when it is written; sha256sum finds later damage",
 }
 """Python names of the package."""
+CRITERIA: dict[str, str] = {"kl_greedy": "use block_influence"}
 
 
 def refuse_removed(words: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from slimvlm.core.errors import ConfigError, DataError
 from slimvlm.core.options import TooLong
 from slimvlm.core.progress import Say
 from slimvlm.core.requests import identity_of_files
-from slimvlm.data.chat import length_of, num_images, rendered, require_readable
+from slimvlm.data.chat import can_see, length_of, num_images, rendered, require_readable
 from slimvlm.data.images import find_image
 from slimvlm.data.rows import interleaved, rows_in_step, stated_pictures, turns_of
 from slimvlm.data.samples import Message, Sample
@@ -69,7 +69,7 @@ def load_samples(
     longest = Limit.of(max_length, context, too_long == "cut")
     samples: list[Sample] = []
     bad = cut = 0
-    for found in _samples(data, images, limit, warn):
+    for found in _samples(data, images, limit, warn, processor):
         try:
             samples.append(_readable(found, processor, longest))
             cut += samples[-1] is not found
@@ -90,13 +90,14 @@ def load_samples(
 
 
 def _samples(
-    data: str | Path, images: str | Path | None, limit: int | None, warn: Say
+    data: str | Path, images: str | Path | None, limit: int | None, warn: Say, processor: Any
 ) -> Iterator[Sample | DataError]:
     """Yield each row as a sample, or the error that makes it broken."""
     if str(data) == "demo":
         from slimvlm.demo.conversations import demo_samples
 
-        yield from demo_samples(limit or 1024)
+        has_pictures = processor is None or can_see(processor)
+        yield from demo_samples(limit or 1024, pictures=has_pictures)
         return
     root = Path(images if images is not None else data)
     root = root if root.is_dir() or images is not None else root.parent

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -136,11 +137,15 @@ def make_conversation(seed: int, index: int) -> Conversation:
     return Conversation(scene, tuple(turns[int(i)] for i in rng.permutation(len(turns))))
 
 
-def demo_samples(count: int, seed: int = 0) -> list[Sample]:
-    """Return distinct training conversations; the picture comes before the first text."""
+def demo_samples(count: int, seed: int = 0, pictures: bool = True) -> list[Sample]:
+    """Return distinct training conversations; the picture comes before the first text.
+
+    Without pictures, the conversations that have one are left out.
+    """
     samples = []
-    for index in range(count):
-        conversation = make_conversation(seed, index)
+    numbered = ((index, make_conversation(seed, index)) for index in itertools.count())
+    chosen = ((i, each) for i, each in numbered if pictures or each.scene is None)
+    for index, conversation in itertools.islice(chosen, count):
         scene = conversation.scene
         messages: list[Message] = []
         for prompt, answer in conversation.turns:

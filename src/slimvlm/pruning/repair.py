@@ -7,13 +7,14 @@ from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.models.anatomy import read_anatomy, segments
+from slimvlm.models.parts import decoder_layers
 from slimvlm.planning.plan import Plan
-from slimvlm.pruning.least_squares import Moments, Refit, refit
+from slimvlm.pruning.least_squares import Refit, refit
 from slimvlm.pruning.walk.layer import Steps
 from slimvlm.pruning.walk.result import LayerReport, MatrixReport, WalkReport
-from slimvlm.pruning.writers import RIDGE, Writer, writers
+from slimvlm.pruning.writers import RIDGE, Writer, writers_of_layer
+from slimvlm.scoring.moments import Moments
 from slimvlm.scoring.statistics import Grams, Statistics
-from slimvlm.scoring.symmetric import SymmetricSum
 
 
 @torch.no_grad()
@@ -29,10 +30,8 @@ def repair_(
 
     Args:
         model: After ``prune_(model, plan)``.
-        plan: What was removed.
-        statistics: Of kind ``grams``, of the original model: those of criterion ``obs``, as
-            `slimvlm.collect` gives them, or `slimvlm.Statistics.load` from a file that their
-            ``save`` wrote.
+        plan: The plan.
+        statistics: ``sv.collect(original, batches, "obs")``.
         ridge: See `slimvlm.pruning.least_squares.refit`.
 
     Returns:
@@ -48,34 +47,25 @@ def repair_(
         raise ConfigError(f"statistics of kind {statistics.kind!r} cannot repair; use 'grams'")
     if read_anatomy(model).layers != plan.after.layers:
         raise ConfigError("model: does not have the shape that the plan leaves; prune it first")
-    fitted = [(w, _fitted_alone(w, plan, statistics, ridge)) for w in writers(model, plan.layers)]
+    fitted: list[tuple[Writer, Refit]] = []
+    for index, layer in zip(plan.layers, decoder_layers(model), strict=True):
+        for writer in writers_of_layer(layer, index, plan.before.backbone):
+            place, device = (index, writer.projection.path), writer.weight.device
+            if place not in statistics.parts:
+                raise ConfigError(f"statistics 'grams': no {writer.name!r} in them")
+            weight, part = statistics.matrices[place], statistics.parts[place]
+            whole = segments(writer.projection, plan.before.layers[index])
+            channels = sum(units * width for _, _, units, width in whole)
+            if weight.shape != (writer.linear.out_features, channels):
+                raise ConfigError(f"statistics 'grams': {writer.name!r} is of another model")
+            keep = writer.kept_channels(plan)
+            if len(keep) < channels:
+                sums = (part.gram.to(device), part.total.to(device), part.count.to(device))
+                found = refit(weight.to(device), writer.bias, Moments(*sums), keep, ridge)
+                fitted.append((writer, found))
     layers: dict[int, dict[str, MatrixReport]] = {}
     for writer, found in fitted:
-        if found is not None:
-            writer.assign_(found.weight, found.bias)
-            row = MatrixReport(writer.kind, found.sliced_error, found.repaired_error, 1.0)
-            layers.setdefault(writer.index, {})[writer.projection.path] = row
+        writer.assign_(found.weight, found.bias)
+        row = MatrixReport(writer.kind, found.sliced_error, found.repaired_error, 1.0)
+        layers.setdefault(writer.index, {})[writer.projection.path] = row
     return WalkReport([LayerReport(index, refits) for index, refits in layers.items()])
-
-
-def _fitted_alone(writer: Writer, plan: Plan, statistics: Grams, ridge: float) -> Refit | None:
-    """A matrix fitted as if only it had been pruned; None if it has lost no channel.
-
-    Raises:
-        ConfigError: If the statistics lack the matrix, or it had another shape there.
-    """
-    name, linear, device = writer.name, writer.linear, writer.weight.device
-    part = statistics.parts.get((writer.index, writer.projection.path))
-    if part is None:
-        raise ConfigError(f"statistics 'grams': no {name!r} in them")
-    whole = segments(writer.projection, plan.before.layers[writer.index])
-    channels = sum(units * width for _, _, units, width in whole)
-    if part.weight.shape != (linear.out_features, channels):
-        raise ConfigError(f"statistics 'grams': {name!r} is of another model")
-    keep = writer.kept_channels(plan)
-    if len(keep) == channels:
-        return None
-    weight, count = part.weight.to(device), statistics.weight.to(device)
-    pairs = SymmetricSum(part.gram.to(device))
-    moments = Moments(pairs, part.sum.to(device).double(), count)
-    return refit(weight, writer.bias, moments, keep, ridge)

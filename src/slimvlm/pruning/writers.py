@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from slimvlm.models.load import with_float64
 from slimvlm.models.parts import layer_matrices
 from slimvlm.planning.mask import kept_channels
 from slimvlm.planning.plan import Plan
-from slimvlm.scoring.inputs import writing_matrices
 
 ATTENTION, MLP, SEAM = "attention", "mlp", "seam"
 """Kinds of repair: of attention outputs, of MLP outputs, of seams of removed layers."""
@@ -91,20 +90,6 @@ class Writer:
             if not all_finite(new):
                 raise NumericalError(f"NaN or infinity in the repaired {part} of layer {self.name}")
             setattr(self.linear, part, nn.Parameter(new, old.requires_grad))
-
-
-def writers(model: nn.Module, layers: Sequence[int]) -> Iterator[Writer]:
-    """All matrices that write to the residual stream.
-
-    Args:
-        model: The model.
-        layers: The original numbers of its layers.
-
-    Raises:
-        UnsupportedModelError: If one belongs to experts.
-    """
-    for position, projection, linear in writing_matrices(model):
-        yield Writer(layers[position], projection, linear)
 
 
 def writers_of_layer(layer: nn.Module, index: int, row: Backbone) -> Iterator[Writer]:

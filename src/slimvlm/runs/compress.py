@@ -164,7 +164,8 @@ def _checked_samples(run: Run, force: bool) -> SampleSplit:
     check_request(run.request, anatomy(run.model), silent if later else run.say)
     stages.tell_lost_heads(run.request, run.say)
     samples = stages.read_split(run.request, run.say)
-    run.request = with_tokens(run.request, samples.counted(run.request), run.say)
+    counted = [] if run.config.data is None else samples.counted(run.request)
+    run.request = with_tokens(run.request, counted, run.say)
     if tokens_alone(run.request, anatomy(run.model)) is not None:
         run.say("the tokens alone give the ratio: nothing else goes")
         return samples

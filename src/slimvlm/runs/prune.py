@@ -52,6 +52,7 @@ from slimvlm.runs.score import scores_on_disk
 from slimvlm.runs.stages import Calibration, SampleSplit, read_split
 from slimvlm.runs.tables import held_out_text
 from slimvlm.runs.tokens import tokens_alone, with_tokens
+from slimvlm.scoring.criteria import require_low_memory
 from slimvlm.scoring.layerwise.checkpoint import LazyCheckpoint, open_checkpoint
 from slimvlm.scoring.layerwise.stores import Scratch, scratch_folder
 from slimvlm.scoring.unit_scores import Scores
@@ -97,6 +98,7 @@ def prune(
         )
     given = None if plan_file is None else Plan.load(plan_file)
     request = Request(model=model, prune=config, report_samples=report.unseen(config.samples))
+    has_no_data = config.data is None
     request = resolved(request, say, None if given else anatomy(model))
     config = request.prune
     if memory.low_memory:
@@ -109,7 +111,8 @@ def prune(
     stages.tell_lost_heads(request, say)
     samples = read_split(request, say)
     if given is None:
-        request = with_tokens(request, samples.counted(request), say)
+        counted = [] if has_no_data else samples.counted(request)
+        request = with_tokens(request, counted, say)
         given = tokens_alone(request, anatomy(model))
         if given is None and config.loses_tokens:
             check_request(request, anatomy(model), say)
@@ -158,6 +161,8 @@ def check_low_memory(config: PruneConfig) -> None:
         raise ConfigError("pad True: low_memory can only do False")
     if config.axis == "auto":
         raise ConfigError("axis 'auto': low_memory can only do depth, width, both or chart")
+    for criterion in scored_by(config):
+        require_low_memory(criterion)
 
 
 def _on_disk(

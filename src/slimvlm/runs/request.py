@@ -35,7 +35,6 @@ from slimvlm.pruning.walk.walk import WALKING, require_choosable
 from slimvlm.runs.recipes import recipe_for, rules
 from slimvlm.scoring.criteria import (
     CRITERIA,
-    CRITERIA_WITHOUT_DATA,
     DEFAULT_CRITERIA,
     EXPERT_CRITERION,
     EXPERT_NEURON_CRITERION,
@@ -117,6 +116,10 @@ def resolved(request: Request, say: Say = silent, shape: Anatomy | None = None) 
         request = replace(request, prune=config)
     if config.ratio is not None:
         config = replace(config, axis=axis_of(request))
+        if _lacks_data(config):
+            say("no --data: calibrating on the demo's conversations")
+            config = replace(config, data="demo", images=None, too_long="cut")
+            request = replace(request, recover=None, report_samples=0)
         if shape is not None and config.ratio and any(s.expert_neuron_params for s in shape.layers):
             config = replace(config, criterion=_for_neurons_of_experts(config))
         config = replace(
@@ -124,8 +127,8 @@ def resolved(request: Request, say: Say = silent, shape: Anatomy | None = None) 
             criterion=criteria_of(config),
             allocation=_resolved_allocation(config, say),
         )
-    if config.data is None:
-        config = replace(config, repair="none" if config.repair == "auto" else config.repair)
+    if config.data is None and config.repair == "auto":
+        config = replace(config, repair="none")
     if config.local_steps is None and config.repair != "auto":
         config = replace(config, local_steps=0)
     recover = request.recover if request.trains else None
@@ -135,6 +138,15 @@ def resolved(request: Request, say: Say = silent, shape: Anatomy | None = None) 
         hold_out=config.repair == "auto" or config.local_steps != 0 or config.axis == "auto",
         recover=None if recover is None else replace(recover, seed=config.seed),
     )
+
+
+def _lacks_data(config: PruneConfig) -> bool:
+    """Whether default criteria have to choose, and no data was given."""
+    needs_tokens = config.vocab_size == "auto" and config.vocab_text is None
+    if config.data is not None or needs_tokens or not (config.ratio or config.experts):
+        return False
+    reads = [name for name in criteria_of(config) if name in CRITERIA and CRITERIA[name].needs_data]
+    return bool(reads) and not set(reads) & set(config.criterion)
 
 
 def _for_neurons_of_experts(config: PruneConfig) -> tuple[str, ...]:
@@ -244,16 +256,14 @@ def ratio_of(config: PruneConfig) -> float:
 
 
 def criteria_of(config: PruneConfig) -> tuple[str, ...]:
-    """The criteria for the axis, and for experts; without data, ones that need none."""
-    if config.data is None:
-        chosen = config.criterion or CRITERIA_WITHOUT_DATA
-    else:
-        axis = "both" if config.axis == "auto" else config.axis or "width"
-        chosen = config.criterion or DEFAULT_CRITERIA[axis]
+    """The criteria for the axis, and for experts; none if neither layers nor widths go."""
+    axis = "both" if config.axis == "auto" else config.axis or "width"
+    goes = config.ratio != 0 and (config.ratio is not None or config.data is not None)
+    chosen = config.criterion or (DEFAULT_CRITERIA[axis] if goes else ())
     has_experts = any("expert" in CRITERIA[name].units for name in chosen if name in CRITERIA)
     if not config.experts or has_experts:
         return chosen
-    return (*chosen, CRITERIA_WITHOUT_DATA[-1] if config.data is None else EXPERT_CRITERION)
+    return (*chosen, EXPERT_CRITERION)
 
 
 def scored_by(config: PruneConfig) -> tuple[str, ...]:
@@ -273,8 +283,9 @@ def check_options(config: PruneConfig) -> None:
     device_named(config.device)
     rows = {name: criterion_named(name, {}) for name in criteria_of(config)}
     data_bound = [name for name, row in rows.items() if row.needs_data]
-    if data_bound and config.data is None:
-        raise ConfigError(f"criterion {data_bound[0]!r} needs --data")
+    given = [name for name in data_bound if name in config.criterion]
+    if given and config.data is None:
+        raise ConfigError(f"criterion {given[0]!r} needs --data")
     if config.token_weights is not None:
         parse_token_weights(config.token_weights)
         if not data_bound:
@@ -293,7 +304,7 @@ def check_request(request: Request, anatomy: Anatomy, say: Say) -> None:
     Args:
         request: A resolved request.
         anatomy: The shape of what is pruned.
-        say: Receives what the scores come from where no data is given.
+        say: Receives what the scores come from where no data is read.
 
     Raises:
         SlimError: If an option or the ratio cannot work for this model.
@@ -303,7 +314,7 @@ def check_request(request: Request, anatomy: Anatomy, say: Say) -> None:
         requests_by_axis(request, anatomy)
     else:
         rehearse(request.prune, anatomy, request.tokens)
-    if request.prune.data is None:
+    if request.prune.data is None and request.prune.criterion:
         say(f"no data: scoring by {' and '.join(request.prune.criterion)}")
 
 
@@ -365,7 +376,7 @@ def check_questions(questions: Questions, blind: bool = False, log: bool = False
 def criterion_options(config: PruneConfig, criterion: str) -> dict[str, Any]:
     """Those options of a request that a criterion has."""
     row = CRITERIA[criterion]
-    options = row.requested(config)
+    options = {name: getattr(config, name) for name in row.from_request}
     if row.needs_data and config.token_weights is not None:
         options["token_weights"] = token_weights_of(config)
     return options

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from slimvlm.core.checked import part_of
 from slimvlm.core.errors import ConfigError
@@ -18,7 +17,7 @@ from slimvlm.core.options import (
 )
 from slimvlm.core.progress import Say
 from slimvlm.models.cost import params_for_memory, parse_bytes, parse_count
-from slimvlm.models.load import anatomy, check_models, device_named, load, load_processor
+from slimvlm.models.load import anatomy, check_models, device_named, load_processor
 from slimvlm.planning.make import make_plan, make_plan_for_params
 from slimvlm.planning.plan import Plan
 from slimvlm.runs.request import (
@@ -26,20 +25,16 @@ from slimvlm.runs.request import (
     check_options,
     criterion_options,
     pretended_scores,
+    resolved,
     scored_by,
     token_weights_of,
 )
 from slimvlm.runs.stages import Calibration, calibrate, load_original, read_split
 from slimvlm.runs.tokens import vocabulary_for
-from slimvlm.scoring.criteria import CRITERIA, CRITERIA_WITHOUT_DATA
-from slimvlm.scoring.layerwise import score as on_disk
+from slimvlm.scoring.criteria import CRITERIA, require_low_memory
 from slimvlm.scoring.layerwise.checkpoint import LazyCheckpoint, open_checkpoint
-from slimvlm.scoring.score_model import (
-    check_token_weights,
-    collect,
-    scores_from,
-)
-from slimvlm.scoring.score_model import score as score_model
+from slimvlm.scoring.layerwise.score import score_by_layer
+from slimvlm.scoring.score_model import check_token_weights
 from slimvlm.scoring.unit_scores import Scores
 
 
@@ -52,20 +47,19 @@ def score(
     force: bool = False,
     say: Say = print,
 ) -> Scores:
-    """Score a model by one criterion and save what comes out, as the verb ``score`` does.
-
-    Gram matrices can be larger than the model: they are no statistics to keep.
+    """Score a model by one criterion and save the scores, as the verb ``score`` does.
 
     Raises:
         SlimError: For anything that the user can mend; found before weights are read.
     """
     request = Request(model=model, prune=PruneConfig(criterion=(criterion,), **vars(config)))
     check_options(request.prune)
-    row, stem = CRITERIA[criterion], _stem(out)
+    if memory.low_memory:
+        require_low_memory(criterion)
     if (weights := token_weights_of(request.prune)) is not None:
         check_token_weights(criterion, weights)
-    keeps = not memory.low_memory and row.capture.layer_bytes is None
-    for suffix in ("json", "safetensors", *(["statistics.safetensors"] if keeps else [])):
+    stem = out.with_suffix("") if out.suffix in (".json", ".safetensors") else out
+    for suffix in ("json", "safetensors"):
         require_free(Path(f"{stem}.{suffix}"), force)
     check_models(config, model)
     samples = read_split(request, say).calibration
@@ -79,28 +73,10 @@ def score(
     else:
         loaded, processor = load_original(request)
         calibration = Calibration(processor, samples, hold_out=False)
-        if keeps:
-            scores = _scored_with_statistics(request, loaded, calibration, stem)
-        else:
-            scores = calibrate(request, loaded, calibration)[criterion]
+        scores = calibrate(request, loaded, calibration)[criterion]
     scores.save(stem)
-    say(f"{criterion} scores of {', '.join(row.units)} written to {stem}.json")
+    say(f"{criterion} scores of {', '.join(CRITERIA[criterion].units)} written to {stem}.json")
     return scores
-
-
-def _stem(out: Path) -> Path:
-    return out.with_suffix("") if out.suffix in (".json", ".safetensors") else out
-
-
-def _scored_with_statistics(
-    request: Request, model: Any, calibration: Calibration, stem: Path
-) -> Scores:
-    (criterion,) = request.prune.criterion
-    batches = calibration.fitted if CRITERIA[criterion].needs_data else ()
-    options = criterion_options(request.prune, criterion)
-    statistics = collect(model, batches, criterion, **options)
-    statistics.save(f"{stem}.statistics.safetensors")
-    return scores_from(statistics, model, criterion, **options)
 
 
 def scores_on_disk(
@@ -108,16 +84,14 @@ def scores_on_disk(
 ) -> list[Scores]:
     """`slimvlm.runs.stages.calibrate` with one layer in memory at a time."""
     config = request.prune
-    asked = []
-    for name in scored_by(config):
-        options = criterion_options(config, name)
-        options.pop("token_weights", None)
-        asked.append(on_disk.CriterionRequest(name, options))
+    asked = {name: criterion_options(config, name) for name in scored_by(config)}
     if not asked:
         return []
-    batches = calibration.fitted if any(each.needs_data for each in asked) else ()
+    for options in asked.values():
+        options.pop("token_weights", None)
+    batches = calibration.fitted if any(CRITERIA[name].needs_data for name in asked) else ()
     weights = token_weights_of(config)
-    return on_disk.score_requests(opened, batches, asked, weights, scratch, say, config.device)
+    return score_by_layer(opened, batches, asked, weights, scratch, say, config.device)
 
 
 def plan(
@@ -154,15 +128,20 @@ def plan(
         return make_plan(shape, scores, config.ratio or 0.0, **options)
 
     if not given:
-        of_layers, of_others = CRITERIA_WITHOUT_DATA
-        criteria = [of_layers] if config.axis == "depth" else [of_others]
-        if config.experts and config.axis == "depth":
-            criteria.append(of_others)
+        ratio = (config.ratio or 0.0) if target is None else 0.5  # any ratio: 0 needs fewer scores
+        wanted = PruneConfig(data="demo", ratio=ratio, axis=config.axis, experts=config.experts)
+        criteria = resolved(Request(model=model, prune=wanted), shape=shape).prune.criterion
         rehearsed = planned([pretended_scores(shape, [name]) for name in criteria])
         if not config.loses_tokens or rehearsed.cuts_layers:
-            say(f"no --scores: using {' and '.join(criteria)}")
-            loaded = load(model, device=config.device)[0]
-            given = [score_model(loaded, (), name) for name in criteria]
+            say(f"no --scores: using {' and '.join(criteria)} on the demo's conversations")
+            wanted = PruneConfig(
+                data="demo", too_long="cut", criterion=criteria, device=config.device
+            )
+            request = Request(model=model, prune=wanted)
+            samples = read_split(request, say).calibration
+            loaded, processor = load_original(request)
+            scored = calibrate(request, loaded, Calibration(processor, samples, hold_out=False))
+            given = list(scored.values())
     made = planned(given)
     out.parent.mkdir(parents=True, exist_ok=True)
     made.save(out)

@@ -1,4 +1,4 @@
-"""What captures read: batches on the model's device, and what each of their tokens counts.
+"""Batches on the model's device, the weights of their tokens, and passes over them.
 
 B batch, T token.
 """
@@ -6,7 +6,7 @@ B batch, T token.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,41 +28,10 @@ Batch = dict[str, Any]
 TokenWeights = Mapping[str, float]
 
 
-@dataclass(frozen=True)
-class Targets:
-    """The tokens whose predictions count.
-
-    Attributes:
-        labels: The token at each position; ``IGNORE`` where its prediction does not count.
-        weights: What the prediction of each token counts, from the second token on.
-    """
-
-    labels: Int[Tensor, "B T"]
-    weights: Float[Tensor, "B T-1"]
-
-    @property
-    def totals(self) -> Float[Tensor, " B"]:
-        """The sum of the weights of each sample."""
-        return self.weights.sum(1)
-
-    @property
-    def num_tokens(self) -> int:
-        """How many predictions count at all."""
-        return int((self.weights > 0).sum())
-
-    def sample_losses(self, hidden: Hidden, head: Head) -> Float[Tensor, " B"]:
-        """The weighted mean cross-entropy of each sample, from its final hidden states."""
-        token_losses = token_cross_entropy(hidden, head, self.labels)
-        weights = self.weights.to(token_losses)
-        means = (token_losses * weights).sum(1) / weights.sum(1)
-        require_finite(means, "the calibration loss")
-        return means
-
-
 class BackbonePass:
     """One pass of everything but the head over all batches.
 
-    Hooks read what the batch in flight weighs; afterwards the totals are there.
+    Hooks read the weights of the batch in flight; afterwards the totals are there.
 
     Attributes:
         weights: ``[B, T]`` weight of each token of the batch in flight; padding weighs 0.
@@ -86,15 +55,11 @@ class BackbonePass:
         token_weights: TokenWeights | None,
         after_batch: Callable[[], None] = lambda: None,
     ) -> None:
-        """Run all batches.
-
-        Raises:
-            DataError: If there is no batch, or no token with a weight above 0.
-        """
+        """Run all batches."""
         for batch in _all_on_device(model, batches):
             self.mask = valid_tokens(batch)
             self.weights = weights_by_role(model.config, batch, token_weights)
-            forward_backbone(model, without_labels(batch))
+            forward_backbone(model, batch)
             after_batch()
             self.num_samples += len(self.mask)
             self.num_tokens += int(self.mask.sum())
@@ -108,14 +73,32 @@ class BackbonePass:
 
     @property
     def totals(self) -> dict[str, Any]:
-        """What statistics of this pass say of it."""
+        """The fields of statistics that every pass fills."""
         return {n: getattr(self, n) for n in ("weight", "num_samples", "num_tokens")}
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The tokens whose predictions count.
+
+    Attributes:
+        labels: The token at each position; ``IGNORE`` where its prediction does not count.
+        weights: The weight of the prediction of each token, from the second token on.
+    """
+
+    labels: Int[Tensor, "B T"]
+    weights: Float[Tensor, "B T-1"]
+
+    @property
+    def totals(self) -> Float[Tensor, " B"]:
+        """The sum of the weights of each sample."""
+        return self.weights.sum(1)
 
 
 class LossPass:
     """One pass of every sample's loss, forward and backward. Samples do not mix.
 
-    Hooks read what the predictions of the batch in flight count; afterwards the totals are there.
+    Hooks read the targets of the batch in flight; afterwards the totals are there.
 
     Attributes:
         targets: Of the batch in flight.
@@ -131,21 +114,29 @@ class LossPass:
 
     def run(
         self,
-        model: nn.Module,
+        model: Any,
         data: Iterable[tuple[Batch, Targets]],
         after_batch: Callable[[], None] = lambda: None,
     ) -> None:
-        """Run all batches, as `batches_with_targets` gives them."""
+        """Run all batches, as `batches_with_targets` gives them.
+
+        The loss of a sample is the weighted mean cross-entropy of its predictions.
+        """
         for batch, self.targets in data:
-            sample_losses(model, batch, self.targets).sum().backward()
+            (hidden,) = hidden_states(model, batch)
+            losses = token_cross_entropy(hidden, head_of(model), self.targets.labels)
+            weights = self.targets.weights.to(losses)
+            means = (losses * weights).sum(1) / weights.sum(1)
+            require_finite(means, "the calibration loss")
+            means.sum().backward()
             after_batch()
             self.num_samples += len(self.targets.labels)
-            self.num_tokens += self.targets.num_tokens
+            self.num_tokens += int((self.targets.weights > 0).sum())
             self.weight += float(self.targets.totals.sum())
 
     @property
     def totals(self) -> dict[str, Any]:
-        """What statistics of this pass say of it."""
+        """The fields of statistics that every pass fills."""
         return {"num_samples": self.num_samples, "num_tokens": self.num_tokens}
 
 
@@ -160,12 +151,21 @@ def batches_with_targets(
         token_weights: None: the labelled tokens count 1 each; without labels all valid tokens.
             Otherwise the prediction of a prompt or answer token counts the weight of its role,
             whether it is labelled or not; tokens of pictures are never predicted.
-
-    Raises:
-        DataError: If there is no batch, or a sample in which nothing counts.
     """
     for batch in _all_on_device(model, batches):
-        targets = _targets(model.config, batch, token_weights)
+        if token_weights is None:
+            labels = labels_of(batch)
+            targets = Targets(labels, (labels[:, 1:] != IGNORE).float())
+        else:
+            if "input_ids" not in batch:
+                raise DataError("token_weights need batches with input_ids for this criterion")
+            masks, ids = role_masks(model.config, batch), batch["input_ids"]
+            labels = (
+                torch.where(masks["answer"], batch["labels"], ids) if "labels" in batch else ids
+            )
+            weights = weights_by_role(model.config, batch, token_weights)
+            weights = weights.masked_fill(masks["image"], 0.0)
+            targets = Targets(labels.masked_fill(weights == 0, IGNORE), weights[:, 1:])
         if not bool(targets.totals.all()):
             why = "labelled token" if token_weights is None else "text token of a weight above 0"
             raise DataError(f"a calibration sample has no {why}: nothing to take a loss of")
@@ -173,21 +173,28 @@ def batches_with_targets(
 
 
 def forward_backbone(model: Any, batch: Batch) -> None:
-    """Run everything but the head."""
-    model.base_model(**batch, use_cache=False)
+    """Run everything but the head; labels are left out."""
+    model.base_model(**without_labels(batch), use_cache=False)
 
 
-def sample_losses(model: Any, batch: Batch, targets: Targets) -> Float[Tensor, " B"]:
-    """The loss of each sample of a batch, with a graph.
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter needs a gradient inside; flags are put back afterwards."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        model.requires_grad_(False)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
-    A model that is only a part of one (`slimvlm.scoring.layerwise.runner`) has a method of this
-    name, which gives something with the same gradients.
-    """
-    if hasattr(model, "sample_losses"):
-        own: Tensor = model.sample_losses(**batch)
-        return own
-    (hidden,) = hidden_states(model, batch)
-    return targets.sample_losses(hidden, head_of(model))
+
+def weight_of(owner: Any, name: str = "weight") -> Tensor:
+    """A parameter; one that accelerate has put aside is brought to where its module runs."""
+    weight: Tensor = getattr(owner, name).detach()
+    if weight.is_meta:
+        weight = owner._hf_hook.weights_map[name].to(owner._hf_hook.execution_device)
+    return weight
 
 
 @torch.no_grad()
@@ -197,9 +204,6 @@ def mean_answer_loss(states: Iterable[tuple[Hidden, Tensor]], head: Head) -> flo
     Args:
         states: Final hidden states and labels, by batch.
         head: The language-model head.
-
-    Raises:
-        DataError: If no token is labelled.
     """
     total, count = 0.0, 0
     for hidden, labels in states:
@@ -221,7 +225,7 @@ def answer_loss(model: Any, batches: Iterable[Batch]) -> float:
 
 
 def on_device(model: nn.Module, batch: Mapping[str, Any]) -> Batch:
-    """A batch where the model's inputs go."""
+    """Move a batch to where the model takes its inputs."""
     device = device_of(model)
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
@@ -236,25 +240,12 @@ def _all_on_device(model: nn.Module, batches: Iterable[Batch]) -> Iterator[Batch
 
 
 def without_labels(batch: Batch) -> Batch:
-    """What the model itself reads."""
+    """The inputs of the model itself."""
     return {name: value for name, value in batch.items() if name != "labels"}
 
 
-def _targets(config: Any, batch: Batch, token_weights: TokenWeights | None) -> Targets:
-    if token_weights is None:
-        labels = labels_of(batch)
-        return Targets(labels, (labels[:, 1:] != IGNORE).float())
-    if "input_ids" not in batch:
-        raise DataError("token_weights need batches with input_ids for this criterion")
-    masks = role_masks(config, batch)
-    ids = batch["input_ids"]
-    labels = torch.where(masks["answer"], batch["labels"], ids) if "labels" in batch else ids
-    weights = weights_by_role(config, batch, token_weights).masked_fill(masks["image"], 0.0)
-    return Targets(labels.masked_fill(weights == 0, IGNORE), weights[:, 1:])
-
-
 def labels_of(batch: Batch) -> Tensor:
-    """Given labels or the whole text, never padding."""
+    """Given labels or the whole text, without padding."""
     labels: Tensor | None = batch.get("labels")
     if labels is None:
         if "input_ids" not in batch:
@@ -276,21 +267,17 @@ class Watched:
         for batch in self._batches:
             self._last = [*self._last[-1:], (first, batch)]
             yield batch
-            first += _num_samples(batch)
+            first += len(valid_tokens(batch))
 
     def place(self, model: nn.Module) -> str:
         """The samples in flight by their number, and the first layer whose output is not finite."""
         for first, batch in self._last:
             layer = first_spoilt_layer(model, batch)
             if layer is not None:
-                last = first + _num_samples(batch) - 1
-                told = f"sample {last}" if last == first else f"samples {first} to {last}"
-                return f" (calibration {told}, from layer {layer} on)"
+                last = first + len(valid_tokens(batch)) - 1
+                which = f"sample {last}" if last == first else f"samples {first} to {last}"
+                return f" (calibration {which}, from layer {layer} on)"
         return ""
-
-
-def _num_samples(batch: Batch) -> int:
-    return len(valid_tokens(batch))
 
 
 @torch.no_grad()
@@ -302,10 +289,8 @@ def first_spoilt_layer(model: nn.Module, batch: Batch) -> int | None:
         if not all_finite(layer_output(output)):
             spoilt.append(index)
 
-    inputs = on_device(model, batch)
-    inputs.pop("labels", None)
     with ExitStack() as stack:
         for index, layer in enumerate(decoder_layers(model)):
             stack.enter_context(layer.register_forward_hook(partial(look, index)))
-        forward_backbone(model, inputs)
+        forward_backbone(model, on_device(model, batch))
     return min(spoilt, default=None)

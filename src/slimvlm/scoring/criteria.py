@@ -1,4 +1,4 @@
-"""The table of criteria: what each scores, what it needs, where it was published.
+"""The table of criteria: the units they score, the data they need, and their papers.
 
 A criterion is one function and one row. ``docs/add-a-criterion.md`` walks through adding one.
 """
@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from slimvlm.core import removed
 from slimvlm.core.errors import ConfigError
 from slimvlm.models.anatomy import LAYER_UNITS, WIDTH_UNITS, LayerShape
+from slimvlm.scoring.experts import capture_routing, score_frequency, score_reap
 from slimvlm.scoring.gradients import capture_gradients, score_taylor, score_taylor_widths
-from slimvlm.scoring.greedy import capture_greedy, score_kl_greedy
 from slimvlm.scoring.hidden_states import (
     capture_hidden_states,
     score_angular,
@@ -30,7 +31,6 @@ from slimvlm.scoring.inputs import (
     score_wanda,
 )
 from slimvlm.scoring.obs import score_obs
-from slimvlm.scoring.routing import capture_routing, score_frequency, score_reap
 from slimvlm.scoring.statistics import Statistics
 from slimvlm.scoring.unit_scores import Scores
 from slimvlm.scoring.without_data import (
@@ -41,32 +41,32 @@ from slimvlm.scoring.without_data import (
     score_spacing,
 )
 
-Allowed = tuple[Any, ...] | range | None
+Allowed = tuple[Any, ...] | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Capture:
-    """How statistics are collected, and what that takes.
+    """How statistics are collected, and the cost of it.
 
     Attributes:
         function: ``(model, batches, token_weights, **options) -> Statistics``; where no data is
-            read, without ``token_weights``; where it sees ``rounds``, with a `LayerwiseModel`.
+            read, without ``token_weights``.
         options: Names of a criterion's options that this function takes.
-        passes: What a sample costs, in forward passes of the model; 0 if no data is read.
+        passes: The cost of a sample in forward passes of the model; 0 if no data is read.
         reads_labels: Whether it takes the loss of the predictions that labels mark.
-        sees: What it has to see at a time, which says how low memory collects it: one ``layer``
-            (its weights and what goes through it), the ``hidden_states`` between all layers,
-            ``rounds`` of all layers in order, or ``nothing`` but the shape.
-        backward: Whether it needs the gradient of what leaves a layer.
+        sees: The part of the model that is needed at a time: one ``layer`` (its weights and what
+            goes through it), the ``hidden_states`` between all layers, or ``nothing`` but the
+            shape.
+        backward: Whether it computes gradients, which low memory refuses.
         layer_bytes: Where statistics are so large that they are collected for a few layers at a
-            time: what those of one layer take. Its function then has an option ``layers``.
+            time: the bytes of one layer's. Its function then has an option ``layers``.
     """
 
     function: Callable[..., Statistics]
     options: tuple[str, ...] = ()
     passes: int = 1
     reads_labels: bool = False
-    sees: Literal["nothing", "layer", "hidden_states", "rounds"] = "layer"
+    sees: Literal["nothing", "layer", "hidden_states"] = "layer"
     backward: bool = False
     layer_bytes: Callable[[LayerShape], int] | None = None
 
@@ -86,12 +86,11 @@ GRADIENTS = Capture(
     backward=True,
 )
 ROUTING = Capture(function=capture_routing, passes=2)
-GREEDY = Capture(function=capture_greedy, options=("rounds",), reads_labels=True, sees="rounds")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Criterion:
-    """One way to score units: all that there is to know of it.
+    """One way to score units.
 
     Attributes:
         units: The units that it scores.
@@ -99,9 +98,8 @@ class Criterion:
         function: ``(statistics, anatomy, **options) -> Scores``.
         paper: Title and arXiv id.
         about: One line for tables.
-        options: Its options and their allowed values: some values, whole numbers from a least one
-            on (a range), or any (None). The capture takes those that it names, the function the
-            others.
+        options: Its options and their allowed values; None for any. The capture takes those that
+            it names, the function the others.
         fixed: Options of the capture that the criterion sets itself.
         from_request: Options that are those of `CalibrationConfig` of the same name.
     """
@@ -120,16 +118,7 @@ class Criterion:
         """Whether calibration batches are needed."""
         return self.capture.passes > 0
 
-    def captured(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """What the capture's function is given, if these are the criterion's options."""
-        return {**self.fixed, **{k: v for k, v in options.items() if k in self.capture.options}}
 
-    def requested(self, request: Any) -> dict[str, Any]:
-        """The options that a request, such as a `CalibrationConfig`, sets for this criterion."""
-        return {name: getattr(request, name) for name in self.from_request}
-
-
-_COUNT = range(1, 2**31)
 _LLM_PRUNER = "LLM-Pruner, arXiv:2305.11627"
 
 CRITERIA: dict[str, Criterion] = {
@@ -155,14 +144,6 @@ CRITERIA: dict[str, Criterion] = {
         function=score_spacing,
         paper="compared in arXiv:2603.20275",
         about="removed layers as far apart as possible",
-    ),
-    "kl_greedy": Criterion(
-        units=("layer",),
-        capture=GREEDY,
-        function=score_kl_greedy,
-        paper="after SLEB, arXiv:2402.09025",
-        about="divergence from the original's answers when the layer goes, one after another",
-        options={"rounds": _COUNT},
     ),
     "taylor": Criterion(
         units=("layer", *WIDTH_UNITS),
@@ -274,17 +255,12 @@ On our tiny one it is not; see "Fewer experts" in ``docs/results.md``.
 EXPERT_NEURON_CRITERION = "activation"
 """The default for widths of models with experts, whose neurons no walk chooses."""
 
-CRITERIA_WITHOUT_DATA = ("spacing", "magnitude")
-"""The defaults for layers and for all other units where there is no data."""
-
 
 def criterion_named(name: str, options: Mapping[str, Any]) -> Criterion:
-    """Look a criterion up and check its options.
-
-    Raises:
-        ConfigError: If the name, an option or an option's value is not known.
-    """
+    """Look a criterion up and check its options."""
     if name not in CRITERIA:
+        if instead := removed.CRITERIA.get(name):
+            raise ConfigError(f"criterion {name!r} was removed: {instead}")
         raise ConfigError(f"criterion {name!r} is not known. Choose from: {', '.join(CRITERIA)}")
     known = CRITERIA[name].options
     for option, value in options.items():
@@ -293,19 +269,30 @@ def criterion_named(name: str, options: Mapping[str, Any]) -> Criterion:
                 f"criterion {name!r} has no option {option!r}. It has: {', '.join(known) or 'none'}"
             )
         allowed = known[option]
-        if isinstance(allowed, range) and not (isinstance(value, int) and value in allowed):
-            raise ConfigError(
-                f"criterion {name!r}: {option}={value!r} must be a whole number of at least "
-                f"{allowed.start}"
-            )
-        if isinstance(allowed, tuple) and value not in allowed:
+        if allowed is not None and value not in allowed:
             choices = ", ".join(map(str, allowed))
             raise ConfigError(f"criterion {name!r}: {option}={value!r} must be one of: {choices}")
     return CRITERIA[name]
 
 
+def require_low_memory(name: str, options: Mapping[str, Any] = {}) -> Criterion:
+    """Look up a criterion that can be computed with one layer in memory at a time."""
+    row = criterion_named(name, options)
+    if row.capture.backward:
+        others = [
+            other
+            for other, each in CRITERIA.items()
+            if each.needs_data and not each.capture.backward and {*row.units} & {*each.units}
+        ]
+        raise ConfigError(
+            f"criterion {name!r} needs the whole model in memory; with low memory use "
+            f"{', '.join(others)}"
+        )
+    return row
+
+
 def criteria_table() -> str:
-    """The table of criteria as Markdown, as printed in the README."""
+    """Print the table of criteria as Markdown, as in the README."""
     rows = [
         "| criterion | units | needs data | what it measures | source |",
         "|---|---|---|---|---|",

@@ -21,15 +21,17 @@ from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.families import OUTPUT_ROWS
 from slimvlm.models.hidden import layer_input, with_layer_input
 from slimvlm.models.load import with_float64
-from slimvlm.models.parts import decoder_layers, projections
+from slimvlm.models.parts import decoder_layers
 from slimvlm.scoring.batches import (
     Batch,
     LossPass,
     Targets,
     TokenWeights,
     batches_with_targets,
+    frozen,
+    weight_of,
 )
-from slimvlm.scoring.inputs import frozen, hookable, weight_of
+from slimvlm.scoring.inputs import linear_matrices
 from slimvlm.scoring.statistics import Gradients, Place
 from slimvlm.scoring.unit_scores import Scores
 
@@ -103,23 +105,42 @@ def taylor_mix(weight: Weight, gradient: Weight, squared_gradient: Weight) -> We
     return (weight * gradient - 0.5 * weight * squared_gradient * weight).abs()
 
 
-class _Sums:
-    """Sums over the channels of every matrix, added block by block."""
+@dataclass(frozen=True)
+class Product:
+    """A matrix that units own a part of, in a backward pass.
 
-    def __init__(self) -> None:
-        self.parts: dict[Place, Tensor] = {}
+    The gradient of sample ``j`` is ``dy[j]ᵀ x[j]``. It is left to the receiver to compute it, whole
+    or in parts.
+
+    Attributes:
+        place: Layer index and path of the matrix.
+        dim: The dimension that units divide.
+        weight: ``[O, I]``.
+        x: ``[B, T, I]`` its input.
+        dy: ``[B, T, O]`` gradient of its output.
+    """
+
+    place: Place
+    dim: int
+    weight: Tensor
+    x: Tensor
+    dy: Tensor
+
+
+class _Sums(dict[Place, Tensor]):
+    """Sums over the channels of every matrix, added block by block of rows."""
 
     def add(self, place: Place, dim: int, weight: Tensor, rows: slice, terms: Tensor) -> None:
         """Add the terms of some rows of a matrix."""
-        if place not in self.parts:
-            self.parts[place] = with_float64(terms.new_zeros(weight.shape[dim])).double()
-        total = self.parts[place]
+        if place not in self:
+            self[place] = with_float64(terms.new_zeros(weight.shape[dim])).double()
+        total = self[place]
         part = terms.sum(1 - dim).to(total.device)
         (total[rows] if dim == OUTPUT_ROWS else total).add_(part)
 
     def over(self, count: float, seen: LossPass) -> Gradients:
-        """The sums divided by what they run over."""
-        parts = {place: (total / count).cpu() for place, total in self.parts.items()}
+        """The sums divided by a count."""
+        parts = {place: (total / count).cpu() for place, total in self.items()}
         return Gradients(parts=parts, **seen.totals)
 
 
@@ -141,26 +162,35 @@ def _per_sample(model: nn.Module, data: Data, terms_of: Terms) -> Gradients:
 
 def _batch_gradient(model: nn.Module, data: Data) -> Gradients:
     """``|w g|`` for the gradient ``g`` of the weighted mean over all batches."""
-    sums, seen, batches = _Sums(), LossPass(), _Lookahead(data)
+    sums, seen, at_last = _Sums(), LossPass(), False
     gradients: dict[Place, Tensor] = {}
+
+    def looking_ahead() -> Data:
+        nonlocal at_last
+        current = next(data)
+        for following in data:
+            yield current
+            current = following
+        at_last = True
+        yield current
 
     def on_product(product: Product) -> None:
         place, totals = product.place, seen.targets.totals.to(product.dy)
         dy, x = (product.dy * totals[:, None, None]).flatten(0, 1), product.x.flatten(0, 1)
-        if not batches.at_last and place not in gradients:
+        if not at_last and place not in gradients:
             gradients[place] = torch.zeros_like(product.weight, dtype=torch.float32)
         for rows in _row_blocks(product.weight):
             gradient = (dy[:, rows].mT @ x).float()
             if place in gradients:
                 gradient = gradients[place][rows].add_(gradient)
-            if batches.at_last:
+            if at_last:
                 terms = taylor(product.weight[rows].float(), gradient)
                 sums.add(place, product.dim, product.weight, rows, terms)
-        if batches.at_last:
+        if at_last:
             gradients.pop(place, None)
 
     with on_products(model, on_product):
-        seen.run(model, batches)
+        seen.run(model, looking_ahead())
     return sums.over(seen.weight, seen)
 
 
@@ -184,7 +214,7 @@ def _mixed(model: nn.Module, data: Data) -> Gradients:
 
     with on_products(model, on_product):
         seen.run(model, data)
-    for index, projection, linear in projections(model):
+    for index, projection, linear in linear_matrices(model):
         place, matrix = (index, projection.path), weight_of(linear)
         gradient, square = gradients.pop(place), squares.pop(place)
         for rows in _row_blocks(matrix):
@@ -200,44 +230,6 @@ def _row_blocks(weight: Tensor) -> Iterator[slice]:
     step = max(_BLOCK // columns, 1) if weight.device.type == "cpu" else rows
     for start in range(0, rows, step):
         yield slice(start, start + step)
-
-
-class _Lookahead:
-    """Batches in order, with word of whether the one in flight is the last."""
-
-    def __init__(self, data: Data) -> None:
-        self.data = data
-        self.at_last = False
-
-    def __iter__(self) -> Iterator[tuple[Batch, Targets]]:
-        current = next(self.data)
-        for following in self.data:
-            yield current
-            current = following
-        self.at_last = True
-        yield current
-
-
-@dataclass(frozen=True)
-class Product:
-    """A matrix that units own a part of, in a backward pass.
-
-    The gradient of sample ``j`` is ``dy[j]ᵀ x[j]``. It is left to the receiver to compute it, whole
-    or in parts.
-
-    Attributes:
-        place: Layer index and path of the matrix.
-        dim: The dimension that units divide.
-        weight: ``[O, I]``.
-        x: ``[B, T, I]`` its input.
-        dy: ``[B, T, O]`` gradient of its output.
-    """
-
-    place: Place
-    dim: int
-    weight: Tensor
-    x: Tensor
-    dy: Tensor
 
 
 @contextmanager
@@ -267,7 +259,7 @@ def on_products(model: nn.Module, call: Callable[[Product], None]) -> Iterator[N
         stack.enter_context(frozen(model))
         first = decoder_layers(model)[0]
         stack.enter_context(first.register_forward_pre_hook(start, with_kwargs=True))
-        for index, projection, linear in hookable(model):
+        for index, projection, linear in linear_matrices(model):
             hook = partial(after, (index, projection.path), projection.dim)
             stack.enter_context(linear.register_forward_hook(hook))
         yield

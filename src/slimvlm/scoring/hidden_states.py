@@ -1,4 +1,4 @@
-"""Layers scored by what they do to the hidden states that pass through.
+"""Layers scored by how they change the hidden states.
 
 B batch, T token, D hidden.
 """
@@ -6,8 +6,8 @@ B batch, T token, D hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -64,62 +64,6 @@ def angular_distance(
     return (torch.arccos(cosine.clamp(-1.0, 1.0)) / math.pi).float()
 
 
-class _Comparison:
-    """Compares the hidden states of a pass layer by layer, as they appear."""
-
-    final: Tensor
-    last_input: Tensor
-
-    def __init__(self, seen: BackbonePass, num_layers: int) -> None:
-        self.seen, self.num_layers = seen, num_layers
-        self.influence = torch.zeros(num_layers, dtype=torch.float64)
-        self.influence_postnorm = torch.zeros((), dtype=torch.float64)
-        self.angular = torch.zeros(num_layers, num_layers, dtype=torch.float64)
-        self.angular_postnorm = torch.zeros(num_layers, dtype=torch.float64)
-        self.last_tokens: list[Tensor] = []
-
-    def on_layer(self, index: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        hidden_in = main_stream(layer_input(args, kwargs))
-        hidden_out = main_stream(layer_output(output))
-        require_finite(hidden_out, f"the output of layer {index}")
-        self.influence[index] += self._influence(hidden_in, hidden_out)
-        self.last_tokens.append(_at_last_token(hidden_in, self.seen.mask))
-        if index == self.num_layers - 1:
-            self.last_input = hidden_in
-            self.last_tokens.append(_at_last_token(hidden_out, self.seen.mask))
-
-    def on_norm(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        self.influence_postnorm += self._influence(self.last_input, output)
-        self.final = _at_last_token(output, self.seen.mask)
-
-    def after_batch(self) -> None:
-        """Compare the last tokens at both ends of every run of layers."""
-        for length in range(1, self.num_layers + 1):
-            for start in range(self.num_layers - length + 1):
-                distance = angular_distance(
-                    self.last_tokens[start], self.last_tokens[start + length]
-                )
-                self.angular[length - 1, start] += distance.sum(dtype=torch.float64)
-            to_final = angular_distance(self.last_tokens[self.num_layers - length], self.final)
-            self.angular_postnorm[length - 1] += to_final.sum(dtype=torch.float64)
-        self.last_tokens.clear()
-
-    def _influence(self, hidden_in: Tensor, hidden_out: Tensor) -> Tensor:
-        device = hidden_out.device  # the input may come from another card
-        values = block_influence(hidden_in.to(device), hidden_out, self.seen.mask.to(device))
-        weighted = with_float64(values * self.seen.weights.to(device))
-        return weighted.sum(dtype=torch.float64).cpu()
-
-    @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        with ExitStack() as stack:
-            for index, layer in enumerate(decoder_layers(model)):
-                hook = partial(self.on_layer, index)
-                stack.enter_context(layer.register_forward_hook(hook, with_kwargs=True))
-            stack.enter_context(final_norm(model).register_forward_hook(self.on_norm))
-            yield
-
-
 @torch.no_grad()
 def capture_hidden_states(
     model: nn.Module, batches: Iterable[Batch], token_weights: TokenWeights | None = None
@@ -132,15 +76,56 @@ def capture_hidden_states(
     Block influence is summed over tokens by weight. Angular distances look at the last token of a
     sample only, so that token weights do not touch them.
     """
-    seen = BackbonePass()
-    comparison = _Comparison(seen, len(decoder_layers(model)))
-    with comparison.watching(model):
-        seen.run(model, batches, token_weights, comparison.after_batch)
+    layers, seen = decoder_layers(model), BackbonePass()
+    count = len(layers)
+    influence, influence_postnorm = torch.zeros(count, dtype=torch.float64), torch.zeros(1).double()
+    angular = torch.zeros(count, count, dtype=torch.float64)
+    angular_postnorm = torch.zeros(count, dtype=torch.float64)
+    last_input: list[Tensor] = []
+    last_tokens: list[Tensor] = []  # before each layer, after the last one, after the norm
+
+    def influence_of(hidden_in: Tensor, hidden_out: Tensor) -> Tensor:
+        device = hidden_out.device  # the input may come from another card
+        values = block_influence(hidden_in.to(device), hidden_out, seen.mask.to(device))
+        weighted = with_float64(values * seen.weights.to(device))
+        return weighted.sum(dtype=torch.float64).cpu()
+
+    def on_layer(index: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        hidden_in = main_stream(layer_input(args, kwargs))
+        hidden_out = main_stream(layer_output(output))
+        require_finite(hidden_out, f"the output of layer {index}")
+        influence[index] += influence_of(hidden_in, hidden_out)
+        last_tokens.append(_at_last_token(hidden_in, seen.mask))
+        if index == count - 1:
+            last_input[:] = [hidden_in]
+            last_tokens.append(_at_last_token(hidden_out, seen.mask))
+
+    def on_norm(module: nn.Module, args: Any, output: Tensor) -> None:
+        influence_postnorm.add_(influence_of(last_input[0], output))
+        last_tokens.append(_at_last_token(output, seen.mask))
+
+    def after_batch() -> None:
+        """Compare the last tokens at both ends of every run of layers."""
+        *states, final = last_tokens
+        for length in range(1, count + 1):
+            for start in range(count - length + 1):
+                distance = angular_distance(states[start], states[start + length])
+                angular[length - 1, start] += distance.sum(dtype=torch.float64)
+            to_final = angular_distance(states[count - length], final)
+            angular_postnorm[length - 1] += to_final.sum(dtype=torch.float64)
+        last_tokens.clear()
+
+    with ExitStack() as stack:
+        for index, layer in enumerate(layers):
+            hook = partial(on_layer, index)
+            stack.enter_context(layer.register_forward_hook(hook, with_kwargs=True))
+        stack.enter_context(final_norm(model).register_forward_hook(on_norm))
+        seen.run(model, batches, token_weights, after_batch)
     return HiddenStates(
-        influence_sum=comparison.influence,
-        influence_sum_postnorm=comparison.influence_postnorm,
-        angular_sum=comparison.angular,
-        angular_sum_postnorm=comparison.angular_postnorm,
+        influence_sum=influence,
+        influence_sum_postnorm=influence_postnorm[0],
+        angular_sum=angular,
+        angular_sum_postnorm=angular_postnorm,
         **seen.totals,
     )
 

@@ -1,4 +1,4 @@
-"""What units send to the matrices that write to the residual stream: collected and scored.
+"""Inputs of the matrices that write to the residual stream: collected and scored by unit.
 
 C input channel of such a matrix, T token.
 """
@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from slimvlm.core.errors import UnsupportedModelError
 from slimvlm.models.anatomy import Anatomy, LayerShape, read_anatomy, spread, unit_of
@@ -28,13 +26,16 @@ from slimvlm.scoring.batches import (
     LossPass,
     TokenWeights,
     batches_with_targets,
+    frozen,
+    weight_of,
 )
+from slimvlm.scoring.experts import ExpertInput, inputs_of_experts
+from slimvlm.scoring.moments import Moments
 from slimvlm.scoring.statistics import (
     Activations,
     ChannelMoments,
     Gates,
     Grams,
-    GramSums,
     InputMoments,
     Place,
     require_finite,
@@ -42,34 +43,21 @@ from slimvlm.scoring.statistics import (
 from slimvlm.scoring.unit_scores import Scores
 
 
-def hookable(model: nn.Module) -> Iterator[tuple[int, Projection, nn.Linear]]:
-    """Every matrix that units own parts of: (layer index, its row of data, the module).
-
-    Raises:
-        UnsupportedModelError: If one belongs to experts, which are no modules that hooks could see.
-    """
+def linear_matrices(model: nn.Module) -> list[tuple[int, Projection, nn.Linear]]:
+    """Every linear module that units own parts of, with its layer and row; experts are refused."""
+    found = []
     for index, matrix in matrices(model):
         if not isinstance(matrix.owner, nn.Linear):
             raise UnsupportedModelError(
                 f"layer {index} has experts ({matrix.projection.path!r}): score width by "
                 "activation, wanda, flap, magnitude or random, or prune depth or experts"
             )
-        yield index, matrix.projection, matrix.owner
-
-
-def writing_matrices(model: nn.Module) -> Iterator[tuple[int, Projection, nn.Linear]]:
-    """Every matrix that writes to the residual stream: its input columns belong to units.
-
-    Raises:
-        UnsupportedModelError: If one belongs to experts.
-    """
-    for index, projection, linear in hookable(model):
-        if projection.dim == INPUT_COLUMNS:
-            yield index, projection, linear
+        found.append((index, matrix.projection, matrix.owner))
+    return found
 
 
 @contextmanager
-def on_writing_matrices(
+def on_inputs(
     model: nn.Module,
     call: Callable[[int, Projection, Tensor], Tensor | None],
     on_expert: Callable[[int, Projection, ExpertInput], None] | None = None,
@@ -80,95 +68,31 @@ def on_writing_matrices(
         model: The model.
         call: ``call(layer index, projection, input)``, which may return another input.
         on_expert: The same for each expert; without it experts are refused.
-
-    Raises:
-        UnsupportedModelError: If there are experts, and nothing to call for them.
     """
 
-    def before(index: int, projection: Projection, module: nn.Module, args: Any) -> Any:
-        changed = call(index, projection, args[0])
+    def before(index: int, matrix: Matrix, module: nn.Module, args: Any) -> Any:
+        if on_expert is not None and matrix.is_of_experts:
+            for found in inputs_of_experts(module, matrix.projection.transposed, args):
+                on_expert(index, matrix.projection, found)
+            return None
+        changed = call(index, matrix.projection, args[0])
         return None if changed is None else (changed,)
 
-    def before_experts(index: int, matrix: Matrix, module: nn.Module, args: Any) -> None:
-        assert on_expert is not None
-        for found in inputs_of_experts(module, matrix.projection.transposed, args):
-            on_expert(index, matrix.projection, found)
-
+    if on_expert is None:
+        linear_matrices(model)
     with ExitStack() as stack:
-        if on_expert is None:
-            list(hookable(model))
         for index, matrix in matrices(model):
             if matrix.projection.dim == INPUT_COLUMNS:
-                hook = partial(before, index, matrix.projection)
-                if matrix.is_of_experts:
-                    hook = partial(before_experts, index, matrix)
+                hook = partial(before, index, matrix)
                 stack.enter_context(matrix.owner.register_forward_pre_hook(hook))
         yield
-
-
-@dataclass(frozen=True)
-class ExpertInput:
-    """What an expert's neurons send to its last matrix.
-
-    Attributes:
-        expert: Its number.
-        tokens: The tokens that take it.
-        values: For each of them its neurons, times the weight that the router gives the expert.
-    """
-
-    expert: int
-    tokens: Int[Tensor, " T"]
-    values: Float[Tensor, "T C"]
-
-
-def inputs_of_experts(module: Any, transposed: bool, args: Any) -> Iterator[ExpertInput]:
-    """What the neurons of each expert that a token takes send on, as its module is called.
-
-    All of them compute ``act(gate) * up`` from one matrix. They are called with tokens, the experts
-    that these take and the router's weights, which scale what comes out; or (Llama 4) with all
-    tokens for each expert, scaled already, and zero where they do not take it.
-    """
-    weight = weight_of(module, "gate_up_proj")
-    weight = weight.transpose(1, 2) if transposed else weight
-    hidden, *routed = args
-    for expert, matrix in enumerate(weight):
-        if routed:
-            tokens, place = (routed[0] == expert).nonzero(as_tuple=True)
-            entered, scale = hidden[tokens], routed[1][tokens, place, None]
-        else:
-            all_tokens = hidden.view(len(weight), -1, hidden.shape[-1])[expert]
-            tokens = (all_tokens != 0).any(-1).nonzero()[:, 0]
-            entered, scale = all_tokens[tokens], 1.0
-        gate, up = F.linear(entered, matrix).chunk(2, dim=-1)
-        if len(tokens):
-            yield ExpertInput(expert, tokens, (module.act_fn(gate) * up).float() * scale)
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter needs a gradient inside; flags are put back afterwards."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        model.requires_grad_(False)
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
-def weight_of(owner: Any, name: str = "weight") -> Tensor:
-    """A parameter; one that accelerate has put aside is brought to where its module runs."""
-    weight: Tensor = getattr(owner, name).detach()
-    if weight.is_meta:
-        weight = owner._hf_hook.weights_map[name].to(owner._hf_hook.execution_device)
-    return weight
 
 
 @torch.no_grad()
 def capture_activations(
     model: nn.Module, batches: Iterable[Batch], token_weights: TokenWeights | None = None
 ) -> Activations:
-    """Weighted sums over tokens of ``|a|`` for neurons and of the L2 norm for KV groups.
+    """Weighted means over tokens of ``|a|`` for neurons and of the L2 norm for KV groups.
 
     A neuron of experts adds up over those that a token takes, by the weights of the router.
     """
@@ -176,24 +100,27 @@ def capture_activations(
     sums: dict[Place, Tensor] = {}
     seen = BackbonePass()
 
+    def add(index: int, projection: Projection, weighted: Tensor) -> None:
+        place, total = (index, unit_of(projection)), with_float64(weighted)
+        sums[place] = sums.get(place, 0) + total.sum(0, dtype=torch.float64).cpu()
+
     def on_matrix(index: int, projection: Projection, x: Tensor) -> None:
-        unit, weights = unit_of(projection), seen.row_weights(x)
+        weights = seen.row_weights(x)
         squares = x.float().square().flatten(0, -2) * (weights > 0)
         require_finite(squares, f"the input of layer {index} {projection.path}")
-        if unit == "kv_group":
+        if unit_of(projection) == "kv_group":
             squares = squares.view(len(squares), anatomy.layers[index].num_kv_heads, -1).sum(-1)
-        total = with_float64(squares.sqrt() * weights).sum(0, dtype=torch.float64)
-        sums[index, unit] = sums.get((index, unit), 0) + total.cpu()
+        add(index, projection, squares.sqrt() * weights)
 
     def on_expert(index: int, projection: Projection, found: ExpertInput) -> None:
-        unit, weights = unit_of(projection), seen.row_weights(found.values)[found.tokens]
         require_finite(found.values, f"the input of layer {index} {projection.path}")
-        total = with_float64(found.values.abs() * weights).sum(0, dtype=torch.float64)
-        sums[index, unit] = sums.get((index, unit), 0) + total.cpu()
+        weights = seen.row_weights(found.values)[found.tokens]
+        add(index, projection, found.values.abs() * weights)
 
-    with on_writing_matrices(model, on_matrix, on_expert):
+    with on_inputs(model, on_matrix, on_expert):
         seen.run(model, batches, token_weights)
-    return Activations(parts=sums, **seen.totals)
+    means = {place: total.float() / float(seen.weight) for place, total in sums.items()}
+    return Activations(parts=means, num_samples=seen.num_samples, num_tokens=seen.num_tokens)
 
 
 @torch.no_grad()
@@ -204,11 +131,12 @@ def capture_moments(
 
     Those of experts are apart for each expert, with zeros for tokens that do not take it.
     """
-    parts = {
-        (index, matrix.projection.path): InputMoments.of(_outputs_first(matrix))
-        for index, matrix in matrices(model)
-        if matrix.projection.dim == INPUT_COLUMNS
-    }
+    parts: dict[Place, InputMoments] = {}
+    for index, matrix in matrices(model):
+        if matrix.projection.dim == INPUT_COLUMNS:
+            weight = weight_of(matrix.owner, matrix.name)
+            weight = weight.transpose(-1, -2) if matrix.projection.transposed else weight
+            parts[index, matrix.projection.path] = InputMoments.of(weight)
     seen = BackbonePass()
 
     def on_matrix(index: int, projection: Projection, x: Tensor) -> None:
@@ -221,15 +149,9 @@ def capture_moments(
         weights = seen.row_weights(found.values)[found.tokens]
         parts[index, projection.path].of_expert(found.expert).add(found.values, weights)
 
-    with on_writing_matrices(model, on_matrix, on_expert):
+    with on_inputs(model, on_matrix, on_expert):
         seen.run(model, batches, token_weights)
     return ChannelMoments(parts=parts, **seen.totals)
-
-
-def _outputs_first(matrix: Matrix) -> Tensor:
-    """A weight ``[O, C]``, or ``[E, O, C]`` of experts."""
-    weight = weight_of(matrix.owner, matrix.name)
-    return weight.transpose(-1, -2) if matrix.projection.transposed else weight
 
 
 @torch.no_grad()
@@ -239,29 +161,32 @@ def capture_grams(
     token_weights: TokenWeights | None = None,
     layers: Collection[int] | None = None,
 ) -> Grams:
-    """Gram matrices of what enters ``o_proj`` and ``down_proj``.
+    """`Moments` of the inputs of ``o_proj`` and ``down_proj``.
 
     Memory: ``sum C²`` float32 numbers over all these matrices, on the model's device, whatever the
     amount of data (11,008 neurons: 485 MB a layer). Sums are float32, or float64 for a model in
     float64. No activation outlives its hook. With ``layers``, only these layers' matrices.
     """
-    parts = {
-        (index, projection.path): GramSums(weight_of(linear))
-        for index, projection, linear in writing_matrices(model)
-        if layers is None or index in layers
-    }
+    weights: dict[Place, Tensor] = {}
+    parts: dict[Place, Moments] = {}
+    for index, projection, linear in linear_matrices(model):
+        if projection.dim == INPUT_COLUMNS and (layers is None or index in layers):
+            weight = weights[index, projection.path] = weight_of(linear)
+            kind = torch.promote_types(weight.dtype, torch.float32)
+            device = with_float64(weight[:0]).device
+            parts[index, projection.path] = Moments.zero(weight.shape[1], None, kind, device)
     seen = BackbonePass()
 
     def on_matrix(index: int, projection: Projection, x: Tensor) -> None:
         part = parts.get((index, projection.path))
         if part is not None:
             require_finite(x, f"the input of layer {index} {projection.path}")
-            part.add_(x.flatten(0, -2), seen.row_weights(x))
+            x = x.to(part.pairs.device)
+            part.add(x.flatten(0, -2), seen.row_weights(x)[:, 0])
 
-    with on_writing_matrices(model, on_matrix):
+    with on_inputs(model, on_matrix):
         seen.run(model, batches, token_weights)
-    found = {place: part.value() for place, part in parts.items()}
-    return Grams(parts=found, **seen.totals)
+    return Grams(parts=parts, matrices=weights, **seen.totals)
 
 
 def gram_bytes(shape: LayerShape) -> int:
@@ -273,7 +198,7 @@ def gram_bytes(shape: LayerShape) -> int:
 def capture_gates(
     model: nn.Module, batches: Iterable[Batch], token_weights: TokenWeights | None = None
 ) -> Gates:
-    """Sums over samples of ``|dL_j / dm_u|`` for a gate on each unit's output.
+    """Means over samples of ``|dL_j / dm_u|`` for a gate on each unit's output.
 
     One backward pass gives the gradients of all samples of a batch, since each has its own gates.
 
@@ -303,9 +228,34 @@ def capture_gates(
             sums[index, unit] = sums.get((index, unit), 0) + total
         gates.clear()
 
-    with frozen(model), on_writing_matrices(model, on_matrix):
+    with frozen(model), on_inputs(model, on_matrix):
         seen.run(model, batches_with_targets(model, batches, token_weights), after_batch)
-    return Gates(parts=sums, **seen.totals)
+    means = {place: total.float() / float(seen.num_samples) for place, total in sums.items()}
+    return Gates(parts=means, **seen.totals)
+
+
+def score_gate(statistics: Gates, anatomy: Anatomy) -> Scores:
+    """``mean_j |dL_j / dm|`` for a gate ``m = 1`` on each unit's output, over samples ``j``.
+
+    Equals the first-order change of the loss when the unit is switched off, with the sum over the
+    unit's channels inside the absolute value. Needs no gradient of any weight.
+
+    Reference:
+        Michel et al. 2019, Are Sixteen Heads Really Better than One?, arXiv:1905.10650, Eq. 2.
+    """
+    return Scores.of_units("gate", anatomy.num_layers, statistics.per_unit())
+
+
+def score_activation(statistics: Activations, anatomy: Anatomy) -> Scores:
+    """Mean size of a unit's output to ``o_proj`` / ``down_proj`` over tokens, by weight.
+
+    Neurons: mean of ``|a|``. KV groups: mean L2 norm of the group's heads, concatenated.
+
+    Reference:
+        Muralidharan et al. 2024, Minitron, arXiv:2407.14679, Sec. 2.2 (mean over tokens here,
+        with padding left out; the paper aggregates batch and sequence separately).
+    """
+    return Scores.of_units("activation", anatomy.num_layers, statistics.per_unit())
 
 
 def wanda(
@@ -322,44 +272,6 @@ def wanda(
     return column_l1 * mean_square.sqrt()
 
 
-def fluctuation(
-    column_square: Float[Tensor, "*E C"],
-    mean: Float[Tensor, "*E C"],
-    mean_square: Float[Tensor, "*E C"],
-) -> Float[Tensor, "*E C"]:
-    """``Var(x_j) · ‖W_j‖²``: what removing a channel costs if a bias stands in for its mean.
-
-    Reference:
-        An et al. 2023, FLAP, arXiv:2312.11983, fluctuation metric (there divided by one less
-        than the number of tokens).
-    """
-    return (mean_square - mean.square()).clamp_min(0) * column_square
-
-
-def score_gate(statistics: Gates, anatomy: Anatomy) -> Scores:
-    """``mean_j |dL_j / dm|`` for a gate ``m = 1`` on each unit's output, over samples ``j``.
-
-    Equals the first-order change of the loss when the unit is switched off, with the sum over the
-    unit's channels inside the absolute value. Needs no gradient of any weight.
-
-    Reference:
-        Michel et al. 2019, Are Sixteen Heads Really Better than One?, arXiv:1905.10650, Eq. 2.
-    """
-    return Scores.of_units("gate", anatomy.num_layers, statistics.means())
-
-
-def score_activation(statistics: Activations, anatomy: Anatomy) -> Scores:
-    """Mean size of what a unit sends to ``o_proj`` / ``down_proj`` over tokens, by weight.
-
-    Neurons: mean of ``|a|``. KV groups: mean L2 norm of the group's heads, concatenated.
-
-    Reference:
-        Muralidharan et al. 2024, Minitron, arXiv:2407.14679, Sec. 2.2 (mean over tokens here,
-        with padding left out; the paper aggregates batch and sequence separately).
-    """
-    return Scores.of_units("activation", anatomy.num_layers, statistics.means())
-
-
 def score_wanda(statistics: ChannelMoments, anatomy: Anatomy) -> Scores:
     """`wanda` of each channel of ``o_proj`` / ``down_proj``, added over the unit's channels."""
 
@@ -367,6 +279,20 @@ def score_wanda(statistics: ChannelMoments, anatomy: Anatomy) -> Scores:
         return wanda(part.column_l1, part.square / statistics.weight)
 
     return Scores.of_units("wanda", anatomy.num_layers, statistics.per_unit(anatomy, channels))
+
+
+def fluctuation(
+    column_square: Float[Tensor, "*E C"],
+    mean: Float[Tensor, "*E C"],
+    mean_square: Float[Tensor, "*E C"],
+) -> Float[Tensor, "*E C"]:
+    """``Var(x_j) · ‖W_j‖²``: the cost of removing a channel if a bias replaces its mean.
+
+    Reference:
+        An et al. 2023, FLAP, arXiv:2312.11983, fluctuation metric (there divided by one less
+        than the number of tokens).
+    """
+    return (mean_square - mean.square()).clamp_min(0) * column_square
 
 
 def score_flap(statistics: ChannelMoments, anatomy: Anatomy) -> Scores:

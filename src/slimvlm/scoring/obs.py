@@ -1,4 +1,4 @@
-"""Optimal Brain Surgeon for units: what the output loses if the others are refitted.
+"""Optimal Brain Surgeon for units: the output error of removing them and refitting the others.
 
 O output, C input channel of a matrix that writes to the residual stream, U unit, W channels of a
 unit, N units of several that are looked at.
@@ -26,7 +26,8 @@ INFLATION = 1e4
 lost, and those that the removals will lose."""
 
 BLOCK = 64
-"""Channels whose rows are prepared at once: many make for fast products, few for little in vain."""
+"""Block size: larger blocks use faster matrix products, smaller ones waste less on channels that
+stay."""
 
 TIE = 1e-5
 """Prices that differ by less than this share are equal, and the first unit goes."""
@@ -57,7 +58,8 @@ def score_obs(statistics: Grams, anatomy: Anatomy) -> Scores:
     def found() -> UnitValues:
         for index, shape, matrix, part in with_shapes(statistics.parts, anatomy):
             _, _, units, _ = next(segments(matrix, shape))
-            gone = removal_order(part.weight, part.gram / float(statistics.weight), units)
+            weight = statistics.matrices[index, matrix.path]
+            gone = removal_order(weight, part.gram / float(statistics.weight), units)
             yield index, unit_of(matrix), gone.scores()
 
     return Scores.of_units("obs", anatomy.num_layers, found())
@@ -65,13 +67,13 @@ def score_obs(statistics: Grams, anatomy: Anatomy) -> Scores:
 
 @dataclass(frozen=True)
 class Elimination:
-    """What a greedy removal of units found.
+    """The result of a greedy removal of units.
 
     Attributes:
-        order: Those that went, in order.
+        order: The removed units, in order.
         costs: The squared error that each of them added when it went.
         left: Those that stay, sorted.
-        prices: What each of these would have cost next.
+        prices: The cost of removing each of these next.
         weights: The columns of the matrix that read them, refitted: the least squares solution with
             a ridge of ``damping · mean diag(gram)`` towards the columns as they were.
     """
@@ -135,29 +137,29 @@ def removal_order(
 
 
 class _State:
-    """``W`` and ``H⁻¹`` of the units that are left, and what removals change in them.
+    """``W`` and ``H⁻¹`` of the remaining units, and their changes by removals.
 
     With ``B`` the channels of a unit that goes and ``L Lᵀ = [H⁻¹]_BB``, ``H⁻¹`` loses ``Uᵀ U`` and
     ``P`` loses ``Uᵀ V + Vᵀ U``, where ``U = L⁻¹ [H⁻¹]_B:``, ``V = L⁻¹ P_B: - ½ S U`` and
     ``S = L⁻¹ P_BB L⁻ᵀ``, whose trace is the price.
 
-    At each removal, only the units' blocks on the diagonal, of which all prices are made, and the
-    rows of the unit that goes are made current. Rows are prepared for the cheapest units at once,
-    in matrix products; when another unit becomes the cheapest, they are prepared anew.
+    A removal updates only the units' blocks on the diagonal, from which all prices follow, and the
+    rows of the removed unit. Rows are prepared for the cheapest units at once, in matrix products;
+    when another unit becomes the cheapest, they are prepared anew.
 
     Attributes:
-        inverse: ``H⁻¹`` when the units ``left`` stood; of these, some are ``gone`` now.
+        inverse: ``H⁻¹`` of the units ``left``; of these, some are ``gone`` since.
         u: All ``U`` since, ``count`` rows of it.
         weights: ``W`` when rows were last prepared.
-        standing: How many units have not gone.
-        has_failed: Whether a block had no root, known to the device.
+        remaining: How many units have not gone.
+        has_failed: Whether a block had no root, on the device.
     """
 
     def __init__(self, inverse: Tensor, weights: Tensor, width: int) -> None:
         units = len(inverse) // width
         self.inverse, self.weights, self.width = inverse, weights, width
         self.left = torch.arange(units, device=inverse.device)
-        self.gone, self.standing = torch.zeros_like(self.left, dtype=torch.bool), units
+        self.gone, self.remaining = torch.zeros_like(self.left, dtype=torch.bool), units
         self.has_failed = self.gone.any()
         blocks = inverse.view(units, width, units, width).diagonal(dim1=0, dim2=2)
         self.inverse_blocks = blocks.permute(2, 0, 1).contiguous()
@@ -170,7 +172,7 @@ class _State:
     def of(
         cls, matrix: Tensor, gram: Tensor, units: int, damping: float, dtype: torch.dtype
     ) -> _State | None:
-        """Before anything has gone; None if more digits are lost than the type has to give."""
+        """The state before any removal; None if the type has too few digits for the inverse."""
         damped = gram.to(dtype, copy=True)
         mean = damped.diagonal().mean()
         damped.diagonal().add_(torch.where(mean > 0, damping * mean, 1))
@@ -182,7 +184,7 @@ class _State:
         return cls(damped, matrix.to(dtype, copy=True), len(gram) // units)
 
     def remove_(self, stop: int) -> Elimination | None:
-        """Remove the cheapest unit again and again; None if too few digits are left for that."""
+        """Remove the cheapest unit ``stop`` times; None if there are too few digits for that."""
         self._reserve_(stop)
         order, costs = [self.left[:0]], [self.inverse.new_empty(0)]
         while stop:
@@ -192,7 +194,7 @@ class _State:
             costs.append(prices)
             self._refit_(units)
             self._shrink_(stop)
-        stays = self._standing_places()
+        stays = self._remaining_places()
         costs.append(self._prices()[stays])
         if self.has_failed or not torch.cat(costs).isfinite().all():
             return None
@@ -214,17 +216,14 @@ class _State:
         return prices.clamp_min_(0).masked_fill_(self.gone, torch.inf)
 
     def _remove_some_(self, stop: int) -> tuple[Int64[Tensor, " N"], Float[Tensor, " N"]]:
-        """Remove units as long as the cheapest is one whose rows are prepared.
+        """Remove units while the rows of the cheapest are prepared; return them and their costs.
 
-        A device is told once what to do for all these units, and asked at the end how many have
-        gone: after the last one, the other steps change nothing.
-
-        Returns:
-            Those that have gone, at least one, and what they cost.
+        All steps are queued on the device, and the number of removed units, at least one, is read
+        once at the end: after the last one, further steps change nothing.
         """
         prices = self._prices()
         ranked = torch.where(_tied(prices), -1, prices).argsort(stable=True)
-        prepared = ranked[: min(max(BLOCK // self.width, 1), self.standing)]
+        prepared = ranked[: min(max(BLOCK // self.width, 1), self.remaining)]
         places = torch.full_like(self.left, -1)
         places[prepared] = torch.arange(len(prepared), device=places.device)
         channels, u = self._channels(prepared), self.u[: self.count]
@@ -244,11 +243,11 @@ class _State:
             removed.append((unit, cost, goes))
         units, costs, went = (torch.cat(column) for column in zip(*removed, strict=True))
         count = int(went.sum()) if len(went) > 1 else 1  # the cheapest always goes
-        self.standing -= count
+        self.remaining -= count
         return units[:count], costs[:count]
 
     def _remove_one_(self, unit: Tensor, place: Tensor, goes: Tensor, rows: _Rows) -> Tensor:
-        """Remove a unit, if it goes, and refit the others; what it cost."""
+        """Remove a unit, if ``goes``, and refit the others; return its cost."""
         channels = self._channels(unit)
         inverse, product = rows.now(self._channels(place), channels)
         block = torch.where(goes, inverse.index_select(1, channels), self.one)
@@ -277,11 +276,11 @@ class _State:
         self.count += len(channels)
 
     def _shrink_(self, stop: int) -> None:
-        """Apply ``u`` and forget what has gone, if so many removals follow that this pays."""
+        """Apply ``u`` and drop removed units, if enough removals follow to pay for it."""
         size = len(self.inverse)
         if self.count * 8 < size or stop * self.width * 3 < size:
             return
-        u, stays = self.u[: self.count], self._standing_places()
+        u, stays = self.u[: self.count], self._remaining_places()
         add_product_(self.inverse, u, u, -1)
         mirror_(self.inverse)
         channels = self._channels(stays)
@@ -298,9 +297,9 @@ class _State:
         most = min(stop * self.width, size // 2) + max(BLOCK, self.width)
         self.u, self.count = self.inverse.new_empty(most, size), 0
 
-    def _standing_places(self) -> Int64[Tensor, " N"]:
-        """Where units stand, in order; their number is known, so that no device is asked."""
-        return self.gone.byte().argsort(stable=True)[: self.standing]
+    def _remaining_places(self) -> Int64[Tensor, " N"]:
+        """The places of remaining units; their known number avoids a read of the device."""
+        return self.gone.byte().argsort(stable=True)[: self.remaining]
 
     def _channels(self, units: Int64[Tensor, " N"]) -> Int64[Tensor, " _"]:
         if self.width == 1:
@@ -319,7 +318,7 @@ class _State:
 
 @dataclass
 class _Rows:
-    """Rows of ``H⁻¹`` and ``P`` of some units, and what removals since have changed in them.
+    """Rows of ``H⁻¹`` and ``P`` of some units, and their changes by later removals.
 
     Attributes:
         u: Room for the ``U`` of these removals, ``count`` rows of it in use.
@@ -333,7 +332,7 @@ class _Rows:
     count: int = 0
 
     def now(self, places: Tensor, channels: Tensor) -> tuple[Tensor, Tensor]:
-        """Some rows, which are those of some channels, as they are now."""
+        """Some rows, which are those of some channels, after these removals."""
         u, v = self.u[: self.count], self.v[: self.count]
         u_now, v_now = u.index_select(1, channels).mT, v.index_select(1, channels).mT
         inverse = self.inverse.index_select(0, places).addmm_(u_now, u, alpha=-1)
@@ -341,7 +340,7 @@ class _Rows:
         return inverse, product.addmm_(v_now, u, alpha=-1)
 
     def next(self, width: int) -> tuple[Tensor, Tensor]:
-        """Room for what the removal of a unit takes off."""
+        """Room for the changes by the removal of a unit."""
         rows = slice(self.count, self.count + width)
         self.count = rows.stop
         return self.u[rows], self.v[rows]

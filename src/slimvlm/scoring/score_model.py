@@ -15,11 +15,9 @@ from slimvlm.data.roles import ROLES
 from slimvlm.data.samples import Sample
 from slimvlm.models.anatomy import WIDTH_UNITS, read_anatomy
 from slimvlm.models.classes import require_full_precision
-from slimvlm.models.hidden import device_of, evaluating
+from slimvlm.models.hidden import evaluating
 from slimvlm.scoring.batches import Batch, Watched
 from slimvlm.scoring.criteria import DEFAULT_CRITERIA, criterion_named
-from slimvlm.scoring.layerwise.runner import LayerwiseModel, Live
-from slimvlm.scoring.layerwise.stores import Memory
 from slimvlm.scoring.statistics import Statistics
 from slimvlm.scoring.unit_scores import Scores
 
@@ -76,7 +74,15 @@ def score(
     if layer_bytes is None:
         statistics = collect(model, batches, criterion, token_weights, **options)
         return scores_from(statistics, model, criterion, token_weights, **options)
-    parts = _in_parts([layer_bytes(shape) for shape in read_anatomy(model).layers], PART_BYTES)
+    parts: list[list[int]] = []  # runs of layers that fit, one layer at least
+    room = 0
+    for index, shape in enumerate(read_anatomy(model).layers):
+        size = layer_bytes(shape)
+        if not parts or size > room:
+            parts.append([])
+            room = PART_BYTES
+        parts[-1].append(index)
+        room -= size
     given = batches if len(parts) == 1 else list(batches)
     rows: dict[str, list[Tensor]] = {unit: [] for unit in WIDTH_UNITS}
     for layers in parts:
@@ -87,19 +93,6 @@ def score(
     return replace(scores, kv_group=rows["kv_group"], neuron=rows["neuron"])
 
 
-def _in_parts(sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Runs of layers whose sizes add up to a limit at most, one layer at least."""
-    parts: list[list[int]] = []
-    room = 0
-    for index, size in enumerate(sizes):
-        if not parts or size > room:
-            parts.append([])
-            room = limit
-        parts[-1].append(index)
-        room -= size
-    return parts
-
-
 def _collected(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -108,20 +101,18 @@ def _collected(
     options: Mapping[str, Any],
     **part: Any,
 ) -> Statistics:
-    """What `collect` does; ``part`` says which part of its statistics a capture collects."""
-    seen: Any = model
-    require_full_precision(seen.config, "scored")
+    """As `collect`; ``part`` names the part of the statistics that is collected."""
+    config: Any = model.config
+    require_full_precision(config, "scored")
     row = criterion_named(criterion, options)
-    given = row.captured(options)
+    given = {**row.fixed, **{k: v for k, v in options.items() if k in row.capture.options}}
     if token_weights is not None:
         check_token_weights(criterion, token_weights)
         given["token_weights"] = token_weights
-    if row.capture.sees == "rounds":
-        seen = LayerwiseModel(Live(seen), Memory(), device_of(model))
     watched = Watched(batches)
     with evaluating(model):
         try:
-            return row.capture.function(seen, watched, **given, **part)
+            return row.capture.function(model, watched, **given, **part)
         except NumericalError as error:
             raise NumericalError(f"{error}{watched.place(model)}") from error
 
@@ -144,12 +135,7 @@ def scores_from(
 
 
 def check_token_weights(criterion: str, token_weights: Mapping[str, float]) -> None:
-    """Refuse token weights that mean nothing.
-
-    Raises:
-        ConfigError: If the criterion needs no data, a role is unknown, or a weight is not a
-            finite number of at least 0, one of them above.
-    """
+    """Refuse token weights without data, of unknown roles, or below 0 or infinite or all 0."""
     if not criterion_named(criterion, {}).needs_data:
         raise ConfigError(f"token_weights: criterion {criterion!r} reads no data to weigh")
     for role, weight in token_weights.items():

@@ -1,30 +1,24 @@
-"""What calibration collects: sums over tokens or samples, never the activations themselves.
+"""Sums over tokens or samples that calibration collects, never the activations themselves.
 
-One class for each kind of statistics: its parts add batches up, its methods give what scores are
-made of, and it can be stored. C input channel, O output of a matrix, L layer.
+C input channel, E expert, O output of a matrix, L layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from jaxtyping import Float, Float64, Int
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from jaxtyping import Float, Float64
 from torch import Tensor
 
-from slimvlm.core.errors import ConfigError, NumericalError
-from slimvlm.core.files import new_file
+from slimvlm.core.errors import NumericalError
 from slimvlm.models.anatomy import Anatomy, LayerShape, fold, unit_of
 from slimvlm.models.families import Projection
 from slimvlm.models.hidden import all_finite
 from slimvlm.models.load import with_float64
-from slimvlm.scoring.symmetric import SymmetricSum
-from slimvlm.scoring.unit_scores import read_tensors, suffixed
+from slimvlm.scoring.moments import Moments
 
 Place = tuple[int, str]
 """A layer's index, and the path of one of its matrices or the name of one of its kinds of unit."""
@@ -37,14 +31,13 @@ UnitValues = Iterator[tuple[int, str, Float[Tensor, " _"]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """What calibration collected; this class itself for criteria that look at nothing.
+    """Collected by calibration; this class itself for criteria that look at nothing.
 
     A kind of statistics is a subclass ``class Name(Statistics, kind="name")`` whose fields are
-    tensors, and ``parts``. If these are no tensors themselves but values with several, their class
-    is given, too: ``part=Class``.
+    tensors, and ``parts``: tensors, or values with several.
 
     Attributes:
-        parts: What belongs to one matrix or kind of unit, by its place.
+        parts: Values of one matrix or kind of unit, by its place.
         num_samples: Samples seen.
         num_tokens: Valid tokens seen; of losses, the predictions that count.
 
@@ -53,17 +46,13 @@ class Statistics:
     """
 
     kind: ClassVar[str] = "nothing"
-    _part: ClassVar[type | None] = None
-    _kinds: ClassVar[dict[str, type[Statistics]]] = {}
 
     parts: Mapping[Place, Any] = field(default_factory=dict)
     num_samples: int = 0
     num_tokens: int = 0
 
-    def __init_subclass__(cls, kind: str | None = None, part: type | None = None) -> None:
-        if kind is not None:
-            cls.kind, cls._part = kind, part
-            Statistics._kinds[kind] = cls
+    def __init_subclass__(cls, kind: str = "nothing") -> None:
+        cls.kind = kind
 
     def __post_init__(self) -> None:
         for name, tensor in self.tensors().items():
@@ -74,35 +63,8 @@ class Statistics:
                 )
 
     def tensors(self) -> dict[str, Tensor]:
-        """All numbers by the names they have in a file, such as ``3.mlp.down_proj.gram``."""
+        """All numbers by name, such as ``3.mlp.down_proj.total``."""
         return dict(_named("", self))
-
-    def save(self, path: str | Path) -> None:
-        """Write ``<path>.safetensors``; kind and counts are kept in its metadata."""
-        about = {name: str(getattr(self, name)) for name in ("kind", "num_samples", "num_tokens")}
-        tensors = {name: tensor.contiguous() for name, tensor in self.tensors().items()}
-        with new_file(suffixed(Path(path), ".safetensors")) as file:
-            save_file(tensors, file, about)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Statistics:
-        """Read what `save` wrote, bit for bit, on the CPU.
-
-        Raises:
-            ConfigError: If the file is missing, holds no statistics, or, called on a kind of
-                statistics, those of another kind.
-        """
-        try:
-            tensors, about = read_tensors(suffixed(Path(path), ".safetensors"))
-            kind = Statistics if about["kind"] == Statistics.kind else cls._kinds[about["kind"]]
-            given = _fields_from(tensors, kind._part)
-            given |= {name: int(about[name]) for name in ("num_samples", "num_tokens")}
-            found = kind(**given)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise ConfigError(f"statistics {str(path)!r}: cannot be read ({error})") from error
-        if not isinstance(found, cls):
-            raise ConfigError(f"statistics {str(path)!r}: of kind {found.kind!r}, not {cls.kind!r}")
-        return found
 
 
 def _named(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
@@ -117,28 +79,10 @@ def _named(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
             yield from _named(f"{name}.{each.name}".lstrip("."), getattr(value, each.name))
 
 
-def _fields_from(tensors: Mapping[str, Tensor], part: type | None) -> dict[str, Any]:
-    """The fields that `_named` was given: names of parts have dots."""
-    found: dict[str, Any] = {}
-    parts: dict[Place, Any] = {}
-    for name, tensor in tensors.items():
-        index, _, rest = name.partition(".")
-        path, _, what = rest.rpartition(".")
-        if not rest:
-            found[name] = tensor
-        elif part is None:
-            parts[int(index), rest] = tensor
-        else:
-            parts.setdefault((int(index), path), {})[what] = tensor
-    if part is not None:
-        parts = {place: part(**values) for place, values in parts.items()}
-    return {"parts": parts, **found}
-
-
-def require_finite(values: Tensor, what: str) -> None:
+def require_finite(values: Tensor, where: str) -> None:
     """Raise `NumericalError` where calibration meets NaN or infinity."""
     if not all_finite(values):
-        raise NumericalError(f"NaN or infinity in {what} during calibration")
+        raise NumericalError(f"NaN or infinity in {where} during calibration")
 
 
 def with_shapes(
@@ -153,49 +97,43 @@ def with_shapes(
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelSums(Statistics):
-    """A sum for each channel that units own, in every matrix along its divided dimension."""
+    """A sum for each channel that units own, in every matrix along its divided dimension.
+
+    The place ``(layer, "expert")`` holds a sum for each expert.
+    """
 
     parts: Mapping[Place, Float64[Tensor, " _"]]
 
     def per_unit(self, anatomy: Anatomy, reduction: str = "sum") -> UnitValues:
-        """The sums over each unit's channels in all its matrices.
+        """The sums over each unit's channels in all its matrices; experts by their sum.
 
         Args:
             anatomy: The model's.
             reduction: ``sum`` over the unit's matrices, or their ``mean`` (a fused matrix counts
                 as the matrices it holds).
         """
-        for index, shape in enumerate(anatomy.layers):
-            rows: dict[str, list[Tensor]] = {}
-            for matrix in anatomy.matrices(index):
-                folded = fold(matrix, shape, self.parts[index, matrix.path].double())
-                rows.setdefault(unit_of(matrix), []).extend(folded)
-            for unit, parts in rows.items():
-                total = torch.stack(parts).sum(0)
-                yield index, unit, total / len(parts) if reduction == "mean" else total
+        rows: dict[Place, list[Tensor]] = {}
+        for index, shape, matrix, part in with_shapes(self.parts, anatomy):
+            folded = fold(matrix, shape, part.double())
+            rows.setdefault((index, unit_of(matrix)), []).extend(folded)
+        for (index, unit), parts in rows.items():
+            total = torch.stack(parts).sum(0)
+            yield index, unit, total / len(parts) if reduction == "mean" else total
+        for (index, unit), values in self.parts.items():
+            if unit == "expert":
+                yield index, unit, values
 
     def per_layer(self, anatomy: Anatomy) -> Float64[Tensor, " L"]:
         """The sums over all matrices of each layer that units own, each once."""
         totals = torch.zeros(anatomy.num_layers, dtype=torch.float64)
-        for index in range(anatomy.num_layers):
-            for matrix in anatomy.matrices(index):
-                totals[index] += self.parts[index, matrix.path].double().sum()
+        for index, _, _, part in with_shapes(self.parts, anatomy):
+            totals[index] += part.double().sum()
         return totals
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weights(ChannelSums, kind="weights"):
-    """Sums of ``|w|^p`` for each channel of each matrix, and for each expert.
-
-    The place of the latter is the kind of unit, ``expert``.
-    """
-
-    def per_unit(self, anatomy: Anatomy, reduction: str = "sum") -> UnitValues:
-        """As `ChannelSums.per_unit`; experts by their sum."""
-        yield from super().per_unit(anatomy, reduction)
-        for index in range(anatomy.num_layers):
-            if (index, "expert") in self.parts:
-                yield index, "expert", self.parts[index, "expert"]
+    """Sums of ``|w|^p`` for each channel of each matrix, and for each expert."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,94 +142,40 @@ class Gradients(ChannelSums, kind="gradients"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnitSums(Statistics):
-    """A sum for each unit."""
+class UnitMeans(Statistics):
+    """A mean for each unit."""
 
-    parts: Mapping[Place, Float64[Tensor, " _"]]
+    parts: Mapping[Place, Float[Tensor, " _"]]
 
-    @property
-    def count(self) -> float:
-        """What was summed over."""
-        return float(max(self.num_samples, 1))
-
-    def means(self) -> UnitValues:
-        """The sums divided by what they were summed over."""
+    def per_unit(self) -> UnitValues:
+        """The means, in order."""
         for (index, unit), values in self.parts.items():
-            yield index, unit, values.float() / self.count
+            yield index, unit, values
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gates(UnitSums, kind="gates"):
-    """``sum_j |dL_j / dm_u|`` over samples for a gate ``m_u`` on each unit's output."""
+class Gates(UnitMeans, kind="gates"):
+    """``mean_j |dL_j / dm_u|`` over samples for a gate ``m_u`` on each unit's output."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Activations(UnitSums, kind="activations"):
-    """Weighted sums over tokens of the size of each unit's output.
-
-    Attributes:
-        weight: ``sum_t w_t`` over all tokens.
-    """
-
-    weight: Float64[Tensor, ""]
-
-    @property
-    def count(self) -> float:
-        """The weight of all tokens."""
-        return float(self.weight)
-
-
-@dataclass
-class Taken:
-    """What the experts of a layer did, by expert; float64 on the CPU.
-
-    Attributes:
-        count: ``sum_t w_t`` over the tokens that take the expert.
-        size: ``sum_t w_t ‖g_t f(x_t)‖`` over them: the expert's output times the router's weight.
-    """
-
-    count: Float64[Tensor, " E"]
-    size: Float64[Tensor, " E"]
-
-    @classmethod
-    def of(cls, experts: int) -> Taken:
-        """Of no tokens yet."""
-        return cls(*torch.zeros(2, experts, dtype=torch.float64))
-
-    def add(
-        self,
-        expert: int,
-        sizes: Float[Tensor, " T"],
-        weights: Float[Tensor, " T"],
-    ) -> None:
-        """Add the tokens that take an expert.
-
-        Args:
-            expert: The expert.
-            sizes: Of what it adds to each.
-            weights: What each counts.
-        """
-        weights = with_float64(weights).double()
-        self.count[expert] += weights.sum().cpu()
-        self.size[expert] += (weights * with_float64(sizes).double()).sum().cpu()
+class Activations(UnitMeans, kind="activations"):
+    """Weighted means over tokens of the size of each unit's output."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Routing(Statistics, kind="routing", part=Taken):
+class Routing(Statistics, kind="routing"):
     """Which experts tokens take, and how much these give them.
 
     Attributes:
-        parts: By layer, at the place of the kind of unit, ``expert``.
+        parts: By layer, at the place of the kind of unit, ``expert``: for each expert
+            ``sum_t w_t`` over the tokens that take it, and ``sum_t w_t ‖g_t f(x_t)‖``, the size of
+            its output times the router's weight.
         weight: ``sum_t w_t`` over all tokens.
     """
 
-    parts: Mapping[Place, Taken]
+    parts: Mapping[Place, Float64[Tensor, "2 E"]]
     weight: Float64[Tensor, ""]
-
-    def per_unit(self, value: Callable[[Taken], Tensor]) -> UnitValues:
-        """A value for each expert."""
-        for (index, unit), part in self.parts.items():
-            yield index, unit, value(part)
 
 
 @dataclass
@@ -314,7 +198,7 @@ class InputMoments:
 
     @classmethod
     def of(cls, weight: Float[Tensor, "*E O C"]) -> InputMoments:
-        """Of no tokens yet."""
+        """Sums of no tokens."""
         matrix = with_float64(weight).double()
         sizes = matrix.abs().sum(-2).cpu(), matrix.square().sum(-2).cpu()
         return cls(torch.zeros_like(sizes[0]), torch.zeros_like(sizes[0]), *sizes)
@@ -331,7 +215,7 @@ class InputMoments:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChannelMoments(Statistics, kind="moments", part=InputMoments):
+class ChannelMoments(Statistics, kind="moments"):
     """First and second moments of each input channel of ``o_proj`` and ``down_proj``.
 
     Attributes:
@@ -356,50 +240,18 @@ class ChannelMoments(Statistics, kind="moments", part=InputMoments):
             yield index, unit, total
 
 
-@dataclass(frozen=True)
-class Gram:
-    """All of the inputs ``x`` of a matrix ``W`` that a refit needs, where ``W`` is.
-
-    Attributes:
-        gram: ``sum_t w_t x_t x_tᵀ``, float32, or float64 for a matrix in float64.
-        sum: ``sum_t w_t x_t``.
-        weight: ``W`` itself, not a copy. Pruning makes new parameters, so it stays what it was.
-    """
-
-    gram: Float[Tensor, "C C"]
-    sum: Float[Tensor, " C"]
-    weight: Float[Tensor, "O C"]
-
-
-class GramSums:
-    """Adds up what a `Gram` holds; of no tokens yet."""
-
-    def __init__(self, weight: Float[Tensor, "O C"]) -> None:
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        channels = weight.shape[1]
-        self._weight, self._sum = weight, weight.new_zeros(channels, dtype=dtype)
-        self._pairs = SymmetricSum(weight.new_zeros(channels, channels, dtype=dtype))
-
-    def add_(self, inputs: Float[Tensor, "T C"], weights: Float[Tensor, "T 1"]) -> None:
-        """Add tokens."""
-        self._pairs.add_(inputs, weights[:, 0])
-        self._sum += (inputs.to(self._sum.dtype) * weights).sum(0)
-
-    def value(self) -> Gram:
-        """The sums so far."""
-        return Gram(self._pairs.value(), self._sum, self._weight)
-
-
 @dataclass(frozen=True, kw_only=True)
-class Grams(Statistics, kind="grams", part=Gram):
-    """Gram matrices of what enters ``o_proj`` and ``down_proj``: all that a refit needs.
+class Grams(Statistics, kind="grams"):
+    """Moments of the inputs of ``o_proj`` and ``down_proj``: all that a refit needs.
 
     Attributes:
         parts: By matrix.
+        matrices: The matrices themselves, not copies. Pruning makes new parameters, so they stay.
         weight: ``sum_t w_t`` over all tokens.
     """
 
-    parts: Mapping[Place, Gram]
+    parts: Mapping[Place, Moments]
+    matrices: Mapping[Place, Float[Tensor, "_ _"]]
     weight: Float64[Tensor, ""]
 
 
@@ -421,18 +273,3 @@ class HiddenStates(Statistics, kind="hidden_states"):
     angular_sum: Float64[Tensor, "L L"]
     angular_sum_postnorm: Float64[Tensor, " L"]
     weight: Float64[Tensor, ""]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Removals(Statistics, kind="greedy"):
-    """An order of removing layers.
-
-    Attributes:
-        order: Layers in order of removal, then the others by what their removal would have cost in
-            the last round, then pinned ones.
-        divergence: The cost of each layer when it was last measured (pinned layers have the
-            largest of all).
-    """
-
-    order: Int[Tensor, " L"]
-    divergence: Float64[Tensor, " L"]

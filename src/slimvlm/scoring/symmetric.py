@@ -5,9 +5,6 @@ C channel, T rows that are multiplied.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -15,67 +12,6 @@ from torch import Tensor
 BLOCK = 608
 """Rows of a symmetric matrix that are worked on at once: large enough for a matrix product to run
 at its full rate, small enough to leave out almost half."""
-
-
-class SymmetricSum:
-    """``Σ_t w_t x_t x_tᵀ``: tokens are added at the rate of a matrix product, about half of it.
-
-    Args:
-        matrix: The sum so far, which is added to in place.
-    """
-
-    def __init__(self, matrix: Float[Tensor, "C C"]) -> None:
-        self._matrix, self._is_whole = matrix, True
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the sum."""
-        return self._matrix.dtype
-
-    def add_(self, rows: Float[Tensor, "T C"], weights: Float[Tensor, " T"]) -> None:
-        """Add tokens; those of weight 0 leave no trace, whatever their values.
-
-        bfloat16 rows of weights 0 and 1 are multiplied as such on a CPU, which loses nothing.
-
-        Args:
-            rows: ``x_t``, best some 2,000 at a time.
-            weights: ``w_t``, at least 0.
-        """
-        counted = weights.nonzero()[:, 0]
-        if len(counted) < len(weights):
-            rows, weights = rows[counted], weights[counted]
-        values = rows.to(self._matrix.dtype)
-        is_plain = rows.is_cpu and bool((weights == 1).all())
-        if not is_plain:
-            values = values * weights.to(values.dtype).sqrt()[:, None]
-        with _bfloat16_products(is_plain and rows.dtype == torch.bfloat16):
-            add_product_(self._matrix, values, values)
-        self._is_whole = False
-
-    def value(self) -> Float[Tensor, "C C"]:
-        """The sum as a whole matrix; later tokens are added to it."""
-        if not self._is_whole:
-            mirror_(self._matrix)
-            self._is_whole = True
-        return self._matrix
-
-
-@contextmanager
-def _bfloat16_products(wanted: bool) -> Iterator[None]:
-    """Inside, CPUs that can multiply float32 matrices as bfloat16, with sums in float32.
-
-    PyTorch can since 2.9, and says so for the whole process.
-    """
-    products = getattr(torch.backends.mkldnn, "matmul", None) if wanted else None
-    if products is None:
-        yield
-        return
-    before = products.fp32_precision
-    products.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        products.fp32_precision = before
 
 
 def add_product_(
@@ -91,7 +27,7 @@ def add_product_(
 
 
 def mirror_(matrix: Float[Tensor, "C C"]) -> None:
-    """Write what is above the diagonal below it, too."""
+    """Copy the part above the diagonal below it."""
     for start in range(0, len(matrix), BLOCK):
         end = min(start + BLOCK, len(matrix))
         corner = matrix[start:end, start:end]

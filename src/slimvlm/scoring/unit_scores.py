@@ -70,15 +70,12 @@ class Scores:
 
     def of(self, unit: str) -> Any:
         """The scores of ``"layer"`` or one of `LAYER_UNITS`; None if not scored."""
-        return {unit: getattr(self, unit) for unit in ("layer", *LAYER_UNITS)}[unit]
+        assert unit in ("layer", *LAYER_UNITS)
+        return getattr(self, unit)
 
     def save(self, path: str | Path) -> None:
         """Write ``<path>.safetensors`` and ``<path>.json`` (criterion, options, units)."""
-        tensors: dict[str, Tensor] = {}
-        if self.layer is not None:
-            tensors["layer"] = self.layer
-        if self.layer_runs is not None:
-            tensors["layer_runs"] = self.layer_runs
+        tensors: dict[str, Tensor | None] = {"layer": self.layer, "layer_runs": self.layer_runs}
         for unit in LAYER_UNITS:
             for index, values in enumerate(self.of(unit) or ()):
                 tensors[f"{unit}.{index}"] = values
@@ -86,7 +83,8 @@ class Scores:
         about = {"criterion": self.criterion, "options": dict(self.options)}
         metadata = {"about": json.dumps(about)}  # so that a kill cannot pair the two wrongly
         with new_file(suffixed(path, ".safetensors")) as file:
-            save_file({k: v.contiguous() for k, v in tensors.items()}, file, metadata)
+            stored = {name: v.contiguous() for name, v in tensors.items() if v is not None}
+            save_file(stored, file, metadata)
         write_text(Path(suffixed(path, ".json")), json.dumps(about, indent=2) + "\n")
 
     @classmethod
@@ -99,7 +97,9 @@ class Scores:
         path = Path(path)
         try:
             about = read_object(suffixed(path, ".json"), "scores")
-            tensors, metadata = read_tensors(suffixed(path, ".safetensors"))
+            with safe_open(suffixed(path, ".safetensors"), framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                metadata = file.metadata() or {}
             criterion, options = about["criterion"], about["options"]
             if parse_json(metadata["about"]) != about:
                 raise ValueError("its two files are of different runs")
@@ -116,12 +116,6 @@ class Scores:
             layer_runs=tensors.get("layer_runs"),
             options=options,
         )
-
-
-def read_tensors(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file."""
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 def suffixed(path: Path, suffix: str) -> str:

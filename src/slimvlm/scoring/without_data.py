@@ -1,6 +1,6 @@
 """Units scored without data: by their weights, their places, or chance.
 
-E expert, O output row, I input column of a weight matrix, L layer.
+L layer.
 """
 
 from __future__ import annotations
@@ -9,29 +9,15 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from slimvlm.models.anatomy import LAYER_UNITS, WIDTH_UNITS, Anatomy
 from slimvlm.models.load import with_float64
 from slimvlm.models.parts import Parts, layer_matrices
-from slimvlm.scoring.batches import Batch
-from slimvlm.scoring.inputs import weight_of
-from slimvlm.scoring.statistics import Statistics, Weights
+from slimvlm.scoring.batches import Batch, weight_of
+from slimvlm.scoring.statistics import Place, Statistics, Weights
 from slimvlm.scoring.unit_scores import Scores
-
-Weight = Float[Tensor, "*E O I"]
-
-
-def channel_sums(values: Weight, axis: int) -> Float64[Tensor, " channel"]:
-    """What a matrix's values add up to for each channel, over all experts if there are any.
-
-    Args:
-        values: One for each weight.
-        axis: The channels' axis, counted from the end.
-    """
-    others = [dim for dim in range(-values.ndim, 0) if dim != axis]
-    return with_float64(values).sum(others, dtype=torch.float64).cpu()
 
 
 def magnitude(weight: Float[Tensor, "*D"], p: int = 1) -> Float[Tensor, "*D"]:
@@ -46,22 +32,20 @@ def capture_nothing(model: nn.Module, batches: Iterable[Batch]) -> Statistics:
 
 def capture_weights(model: nn.Module, batches: Iterable[Batch], p: int = 1) -> Weights:
     """Sums of ``|w|^p`` for each channel of each matrix, and for all that is an expert's."""
+    parts: dict[Place, Tensor] = {}
     view = Parts(model)
-    parts = {
-        (index, matrix.projection.path): channel_sums(
-            magnitude(weight_of(matrix.owner, matrix.name).float(), p), matrix.projection.axis
-        )
-        for index, matrix in view.matrices()
-    }
+    for index, matrix in view.matrices():
+        values = magnitude(weight_of(matrix.owner, matrix.name).float(), p)
+        others = [dim for dim in range(-values.ndim, 0) if dim != matrix.projection.axis]
+        sums = with_float64(values).sum(others, dtype=torch.float64)
+        parts[index, matrix.projection.path] = sums.cpu()
     for index, layer in enumerate(view.layers):
-        sums = [
-            with_float64(magnitude(weight_of(entry.owner, entry.name).float(), p))
-            .reshape(entry.width, -1)
-            .sum(1, dtype=torch.float64)
-            for entry in layer_matrices(layer, view.row).experts
-        ]
-        if sums:
-            parts[index, "expert"] = torch.stack(sums).sum(0).cpu()
+        of_experts = []
+        for entry in layer_matrices(layer, view.row).experts:
+            values = with_float64(magnitude(weight_of(entry.owner, entry.name).float(), p))
+            of_experts.append(values.reshape(entry.width, -1).sum(1, dtype=torch.float64))
+        if of_experts:
+            parts[index, "expert"] = torch.stack(of_experts).sum(0).cpu()
     return Weights(parts=parts)
 
 

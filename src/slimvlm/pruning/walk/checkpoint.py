@@ -25,7 +25,7 @@ from slimvlm.pruning.writers import RIDGE
 from slimvlm.scoring.batches import Batch, TokenWeights
 from slimvlm.scoring.criteria import DEFAULT_CRITERIA
 from slimvlm.scoring.layerwise.checkpoint import open_checkpoint
-from slimvlm.scoring.layerwise.score import CriterionRequest, score_requests
+from slimvlm.scoring.layerwise.score import score_by_layer
 from slimvlm.scoring.layerwise.stores import Scratch, scratch_folder
 from slimvlm.scoring.unit_scores import Scores
 
@@ -108,9 +108,9 @@ def walk_checkpoint(
         else:
 
             def score_layers() -> list[Scores]:
-                asked = [CriterionRequest(DEFAULT_CRITERIA["depth"][0])]
+                asked: dict[str, Any] = {DEFAULT_CRITERIA["depth"][0]: {}}
                 at = folder / "scoring"
-                return score_requests(opened, fitted, asked, token_weights, at, say, device)
+                return score_by_layer(opened, fitted, asked, token_weights, at, say, device)
 
             shape = read_anatomy(opened.model)
             plans, chooses = plans_for(

@@ -1,4 +1,4 @@
-"""What a matrix reads, kept so that what comes before it need not be computed again.
+"""Inputs of a matrix, kept so that the modules before it need not run again.
 
 C input channel.
 """
@@ -24,16 +24,16 @@ class KeptInputs:
     """The inputs of the matrix that a block, attention or MLP, ends with.
 
     Attributes:
-        block: The block; what it returns is what the matrix gives.
+        block: The block; it returns the output of the matrix.
         linear: The matrix, as it is when it is asked.
-        beside: How many things the block returns beside that, all of them None.
-        values: What the matrix reads, by batch.
+        extra: How many further values the block returns, all of them None.
+        values: Inputs of the matrix, by batch.
         held: Puts a tensor where the values are kept.
     """
 
     block: nn.Module
     linear: nn.Linear
-    beside: int
+    extra: int
     values: dict[int, Float[Tensor, "... C"]]
     held: Callable[[Tensor], Tensor]
 
@@ -43,7 +43,7 @@ class KeptInputs:
 
         def answer(*args: Any, **kwargs: Any) -> Any:
             output = self.linear(self.values[place].to(self.linear.weight.device))
-            return (output, *[None] * self.beside) if self.beside else output
+            return (output, *[None] * self.extra) if self.extra else output
 
         with replaced_forward(self.block, answer):
             yield
@@ -54,8 +54,8 @@ class KeptInputs:
             self.values[place] = self.held(value.to(keep.device)[..., keep])
 
 
-def things_beside(block: nn.Module, linear: nn.Linear, run: Callable[[], Any]) -> int | None:
-    """How many things a block returns beside what a matrix gives; None if it is not that.
+def extra_outputs(block: nn.Module, linear: nn.Linear, run: Callable[[], Any]) -> int | None:
+    """Count the further values that a block returns; None if it does not end with the matrix.
 
     Args:
         block: A module.

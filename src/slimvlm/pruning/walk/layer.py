@@ -13,12 +13,13 @@ from slimvlm.core.errors import ConfigError
 from slimvlm.models.parts import decoder_layers
 from slimvlm.planning.plan import Kept, Plan
 from slimvlm.pruning.cut import cut_layer_
-from slimvlm.pruning.least_squares import Moments, blended, confirmed, refit
+from slimvlm.pruning.least_squares import blended, confirmed, refit
 from slimvlm.pruning.walk.distil import NO_LOCAL_STEPS, Lesson, LocalSteps, distil_
 from slimvlm.pruning.walk.kept_inputs import KeptInputs
 from slimvlm.pruning.walk.result import LayerReport, MatrixReport
 from slimvlm.pruning.walk.streams import ORIGINAL, PREFIX, SLICED, Streams
 from slimvlm.pruning.writers import MLP, REPAIRS, RIDGE, SEAM, Writer, writers_of_layer
+from slimvlm.scoring.moments import Moments
 from slimvlm.scoring.obs import DAMPING, removal_order
 
 

@@ -19,12 +19,11 @@ from slimvlm.models.cost import free_memory
 from slimvlm.models.hidden import all_finite, head_of
 from slimvlm.models.load import with_float64
 from slimvlm.models.parts import decoder_layers, final_norm, shares_keys
-from slimvlm.pruning.least_squares import Moments
-from slimvlm.pruning.walk.kept_inputs import MOST_BYTES, KeptInputs, things_beside
+from slimvlm.pruning.walk.kept_inputs import MOST_BYTES, KeptInputs, extra_outputs
 from slimvlm.pruning.writers import Writer
 from slimvlm.scoring.batches import TokenWeights, labels_of, mean_answer_loss
-from slimvlm.scoring.layerwise.calls import LayerCalls
-from slimvlm.scoring.layerwise.runner import LayerwiseModel
+from slimvlm.scoring.layerwise.runner import LayerCalls, LayerwiseModel
+from slimvlm.scoring.moments import Moments
 from slimvlm.scoring.statistics import require_finite
 
 PREFIX, ORIGINAL, SLICED = "prefix", "original", "sliced"
@@ -179,11 +178,11 @@ class Streams:
         if first is None or size > most or shares_keys(self.runner.model.config):
             return None
         run = partial(self.output, stream, writer.index, first, kept)
-        beside = things_beside(block, writer.linear, run)
-        if beside is None:
+        extra = extra_outputs(block, writer.linear, run)
+        if extra is None:
             return None
         values = {p: held(x) for p, x in self.inputs(stream, writer, self.places, kept)}
-        return KeptInputs(block, writer.linear, beside, values, held)
+        return KeptInputs(block, writer.linear, extra, values, held)
 
     def moments(
         self,

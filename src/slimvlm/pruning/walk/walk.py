@@ -25,9 +25,8 @@ from slimvlm.pruning.walk.layer import Steps
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.pruning.walk.streams import Streams
 from slimvlm.pruning.writers import RIDGE
-from slimvlm.scoring.batches import Batch, TokenWeights
+from slimvlm.scoring.batches import Batch, TokenWeights, frozen
 from slimvlm.scoring.criteria import DEFAULT_CRITERIA
-from slimvlm.scoring.inputs import frozen
 from slimvlm.scoring.layerwise.runner import LayerwiseModel, Live, Source
 from slimvlm.scoring.layerwise.stores import Memory, Scratch, StatesPlace, Store
 from slimvlm.scoring.score_model import score

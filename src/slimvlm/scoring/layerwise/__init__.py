@@ -1,1 +1,1 @@
-"""A model run one decoder layer at a time: layers from memory or files, states in either, too."""
+"""A model run one decoder layer at a time, with layers and hidden states in memory or in files."""

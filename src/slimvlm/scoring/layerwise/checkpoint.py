@@ -1,4 +1,4 @@
-"""A checkpoint whose weights stay in its files: names, places, and reading a few at a time."""
+"""A checkpoint whose weights stay in its files and are read a layer at a time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float
 
 
 class _Weights(Mapping[str, Tensor]):
-    """A model's parameters by name, made of what its files hold when they are asked for."""
+    """A model's parameters by name, read from its files on access."""
 
     def __init__(self, origins: Mapping[str, Origin], files: Mapping[str, Tensor]) -> None:
         self._origins, self._files = origins, files
@@ -44,7 +44,7 @@ class _Weights(Mapping[str, Tensor]):
 
 @dataclass(frozen=True)
 class LazyCheckpoint:
-    """A model without weights, and where each of them lies.
+    """A model without weights, and the file of each of them.
 
     Attributes:
         folder: Where the files are.
@@ -61,7 +61,7 @@ class LazyCheckpoint:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Configuration; path, size and time of each weight file, which are too large to read."""
+        """Configuration; path, size and time of each weight file."""
         files = sorted(self.folder.resolve().glob("*.safetensors"))
         return {
             "config": self.model.config.to_json_string(),
@@ -133,11 +133,6 @@ def open_checkpoint(
         model: A folder, a hub id (its files are downloaded), or ``demo``.
         dtype: Data type that weights are computed in; ``auto`` as stored.
         trust_remote_code: Whether code that lies in the checkpoint may run.
-
-    Raises:
-        ConfigError: If files are missing, are not safetensors, or hold other shapes than the
-            configuration says.
-        UnsupportedModelError: If slimvlm does not know the family.
     """
     config = load_config(model, trust_remote_code)
     require_full_precision(config, "scored or pruned with low memory")
@@ -168,7 +163,7 @@ def open_checkpoint(
 
 
 def _headers(model: str | Path, places: dict[str, Path]) -> tuple[dict[str, list[int]], str]:
-    """The shape of each tensor, and the data type that most numbers have."""
+    """Read the shape of each tensor, and the most frequent data type."""
     keys_of: dict[Path, list[str]] = defaultdict(list)
     for key, place in places.items():
         keys_of[place].append(key)

@@ -1,17 +1,17 @@
-"""Forward and backward passes one decoder layer at a time, whether layers are in memory or files.
+"""Forward passes one decoder layer at a time, whether layers are in memory or in files.
 
-The text model is run once for each batch with layers that only note what they are called with;
+The text model is run once for each batch with layers that only record what they are called with;
 then every layer takes all batches in turn. Captures see a `LayerView`: a model that has this layer
 only and runs stored inputs through it. So they are the same functions that score a model in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,79 +20,129 @@ from transformers import PreTrainedModel
 from slimvlm.core.errors import DataError, UnsupportedModelError
 from slimvlm.core.requests import digest
 from slimvlm.data.roles import valid_tokens
-from slimvlm.models.hidden import all_finite, head_of
+from slimvlm.models.hidden import all_finite, layer_output, replaced_forward
 from slimvlm.models.load import digest_of_tensors
 from slimvlm.models.parts import decoder_layers, family_of, final_norm, shares_keys
-from slimvlm.scoring.batches import Batch, batches_with_targets, forward_backbone
-from slimvlm.scoring.layerwise.calls import LayerCalls, noted_calls
+from slimvlm.scoring.batches import Batch, forward_backbone
+from slimvlm.scoring.layerwise.checkpoint import LazyCheckpoint
 from slimvlm.scoring.layerwise.stores import Store, unpacked
 from slimvlm.scoring.statistics import require_finite
 
 _KEPT = ("input_ids", "labels")
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and named arguments of a layer without its hidden states."""
 
-@runtime_checkable
-class Source(Protocol):
-    """A model whose parts are there with their weights when they are asked for."""
 
-    @property
-    def model(self) -> PreTrainedModel:
-        """The model; parts that were not asked for may lack weights."""
+@dataclass(frozen=True)
+class LayerCalls:
+    """The arguments to run one batch through the decoder layer by layer.
 
-    def before_layers(self, device: torch.device) -> AbstractContextManager[None]:
-        """Inside, all that runs before the decoder layers has its weights."""
+    Attributes:
+        arguments: Other arguments of each layer, by its number; a layer that the batch skips (one
+            of Mllama's that read pictures, in a batch without) has none.
+        added: What the model adds to the hidden states before a layer reads them (deepstack
+            features), by that layer's number.
+    """
 
-    def layer(self, index: int, device: torch.device) -> AbstractContextManager[None]:
-        """Inside, a decoder layer has its weights."""
+    arguments: dict[int, Arguments]
+    added: dict[int, Tensor]
 
-    def after_layers(self, device: torch.device) -> AbstractContextManager[None]:
-        """Inside, the final norm and the head have their weights."""
+    def with_own_dictionaries(self) -> LayerCalls:
+        """Copy the dictionaries in which layers pass keys and values to later ones."""
+        own: dict[int, dict[Any, Any]] = {}
+
+        def copied(value: Any) -> Any:
+            return own.setdefault(id(value), dict(value)) if type(value) is dict else value
+
+        arguments = {
+            index: (args, {name: copied(value) for name, value in kwargs.items()})
+            for index, (args, kwargs) in self.arguments.items()
+        }
+        return replace(self, arguments=arguments)
+
+    def run(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
+        """Run one layer and return its output."""
+        if index not in self.arguments:
+            return hidden
+        args, kwargs = self.arguments[index]
+        return layer_output(layer(hidden, *args, **kwargs))
+
+    def after(self, index: int, output: Tensor) -> Tensor:
+        """Turn the output of a layer into the input of the next one, or of the final norm."""
+        added = self.added.get(index + 1)
+        return output if added is None else output + added.to(output.device)
+
+    def through(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
+        """Run one layer and return the input of the next one."""
+        return self.after(index, self.run(layer, index, hidden))
+
+
+@contextmanager
+def noted_calls(model: PreTrainedModel) -> Iterator[Callable[[], tuple[Tensor, LayerCalls]]]:
+    """Inside, decoder layers compute nothing: they record their arguments and return zeros.
+
+    The input of a layer after the first is then what the model adds between the two.
+
+    Yields:
+        A function that gives the input of the first layer and the calls of the batch that ran last.
+    """
+    noted: list[tuple[int, Tensor, Arguments]] = []
+
+    def note(index: int, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        noted.append((index, hidden_states, (args, kwargs)))
+        return torch.zeros_like(hidden_states)
+
+    def take() -> tuple[Tensor, LayerCalls]:
+        (_, hidden, _), *later = noted
+        arguments = {index: given for index, _, given in noted}
+        added = {index: entering for index, entering, _ in later if bool(entering.any())}
+        noted.clear()
+        return hidden, LayerCalls(arguments, added)
+
+    with ExitStack() as stack:
+        for index, layer in enumerate(decoder_layers(model)):
+            stack.enter_context(replaced_forward(layer, partial(note, index)))
+        yield take
 
 
 @dataclass(frozen=True)
 class Live:
-    """A model that is in memory, with all its weights.
-
-    Attributes:
-        model: The model.
-    """
+    """A model that is in memory, with all its weights."""
 
     model: PreTrainedModel
 
     def before_layers(self, device: torch.device) -> AbstractContextManager[None]:
-        """See `Source`."""
+        """As `LazyCheckpoint.before_layers`."""
         return nullcontext()
 
     def layer(self, index: int, device: torch.device) -> AbstractContextManager[None]:
-        """See `Source`."""
+        """As `LazyCheckpoint.layer`."""
         return nullcontext()
 
     def after_layers(self, device: torch.device) -> AbstractContextManager[None]:
-        """See `Source`."""
+        """As `LazyCheckpoint.after_layers`."""
         return nullcontext()
 
 
+Source = Live | LazyCheckpoint
+
+
 class LayerView(nn.Module):
-    """What captures see of a model: some of its layers, and stored batches for inputs.
+    """The part of a model that captures see: some of its layers, with stored batches for inputs.
 
     Args:
         whole: The model; its list of decoder layers must hold ``layers`` only.
         layers: The layers that are there.
         run: Runs the batch at a place through them.
-        losses: Losses of its samples, in something with the gradients of the model's own loss.
     """
 
     def __init__(
-        self,
-        whole: PreTrainedModel,
-        layers: Iterable[nn.Module],
-        run: Callable[[int], object],
-        losses: Callable[[int], Tensor],
+        self, whole: PreTrainedModel, layers: Sequence[nn.Module], run: Callable[[int], object]
     ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(layers)
+        self.layers, self._run = nn.ModuleList(layers), run
         self._whole = (whole,)  # in a tuple, it is no submodule
-        self._run, self._losses = run, losses
 
     @property
     def config(self) -> Any:
@@ -109,12 +159,8 @@ class LayerView(nn.Module):
         return self._whole[0].get_submodule(target)
 
     def forward(self, place: int, **batch: Any) -> None:
-        """Run the batch at a place; what else it says is for the capture."""
+        """Run the batch at a place; the capture reads the rest of it."""
         self._run(place)
-
-    def sample_losses(self, place: int, **batch: Any) -> Tensor:
-        """Losses of the samples of the batch at a place, with a graph."""
-        return self._losses(place)
 
 
 @dataclass(frozen=True)
@@ -142,15 +188,10 @@ class LayerwiseModel:
         return range(self.store.count("batches"))
 
     def batches(self) -> Iterator[Batch]:
-        """What captures read of each batch: its place, tokens, labels and padding."""
+        """The place, tokens, labels and padding of each batch."""
         for place in self.places:
             stored = self.store.read("batches", place, self.device, but="hidden")
-            named = {
-                name.removeprefix("batch."): value
-                for name, value in stored.items()
-                if name.startswith("batch.")
-            }
-            yield {"place": place, **named}
+            yield {"place": place, **_below("batch.", stored)}
 
     @torch.no_grad()
     def embed(self, batches: Iterable[Batch]) -> str:
@@ -158,11 +199,6 @@ class LayerwiseModel:
 
         Returns:
             A digest of the batches.
-
-        Raises:
-            DataError: If there is no batch.
-            UnsupportedModelError: If layers read keys and values of earlier ones, and the model is
-                in files or the store cannot hand these on.
         """
         config = self.model.config
         keeps_objects = self.store.keeps_objects and isinstance(self.source, Live)
@@ -172,7 +208,7 @@ class LayerwiseModel:
                 "read keys and values of earlier ones"
             )
         digests: list[str] = []
-        _ = self.devices  # known before a layer stands alone in the model
+        _ = self.devices  # before the model has one layer only
         with self.source.before_layers(self.device):
             for place, batch in enumerate(batches):
                 digests.append(digest_of_tensors(batch))
@@ -189,8 +225,7 @@ class LayerwiseModel:
     def _embed_one(self, place: int, batch: Batch, code: str) -> None:
         on_device = {k: v.to(self.device) for k, v in batch.items() if isinstance(v, Tensor)}
         with noted_calls(self.model) as take:
-            inputs = {name: value for name, value in on_device.items() if name != "labels"}
-            forward_backbone(self.model, inputs)
+            forward_backbone(self.model, on_device)
             hidden, calls = take()
         tensors = {f"batch.{name}": on_device[name] for name in _KEPT if name in on_device}
         tensors["batch.attention_mask"] = valid_tokens(on_device)
@@ -203,13 +238,13 @@ class LayerwiseModel:
         self.store.write("batches", place, tensors, {"digest": code, "calls": tree})
 
     def input_of(self, index: int, place: int) -> Tensor:
-        """What enters a layer; after the last one, what enters the final norm."""
+        """The input of a layer; after the last one, of the final norm."""
         if index == 0:
             return self.store.read("batches", place, self.devices[0], "hidden")["hidden"]
         return self.calls(place).after(index - 1, self.output_of(index - 1, place))
 
     def output_of(self, index: int, place: int) -> Tensor:
-        """What leaves a layer."""
+        """The output of a layer."""
         return self.store.read(f"hidden-{index + 1}", place, self.devices[index + 1])["hidden"]
 
     @cached_property
@@ -227,14 +262,19 @@ class LayerwiseModel:
     def layer(self, index: int) -> Iterator[LayerView]:
         """One layer alone, with its weights."""
         layer = decoder_layers(self.model)[index]
-        losses = partial(self._layer_losses, layer, index)
-        view = LayerView(self.model, [layer], partial(self._forward_layer, layer, index), losses)
+
+        def run(place: int) -> None:
+            output = self.calls(place).run(layer, index, self.input_of(index, place))
+            self.require_finite(output, f"the output of layer {index}", place)
+            if not self.store.has(f"hidden-{index + 1}"):
+                self.store.write(f"hidden-{index + 1}", place, {"hidden": output})
+
         with self.source.layer(index, self.device), _only(self.model, [layer]):
-            yield view
+            yield LayerView(self.model, [layer], run)
 
     @contextmanager
     def replayed(self) -> Iterator[LayerView]:
-        """All layers, each of them answering with what it gave before, and the final norm."""
+        """All layers, each of them returning its stored output, and the final norm."""
         layers = [_Replayed() for _ in decoder_layers(self.model)]
 
         def run(place: int) -> None:
@@ -243,59 +283,19 @@ class LayerwiseModel:
                 layer(self.input_of(index, place))
             final_norm(self.model)(self.input_of(len(layers), place))
 
-        def no_losses(place: int) -> Tensor:
-            raise NotImplementedError("stored hidden states have no losses")
-
         with self.source.after_layers(self.device), _only(self.model, layers):
-            yield LayerView(self.model, layers, run, no_losses)
-
-    def start_gradients(self, token_weights: Mapping[str, float] | None) -> None:
-        """Run norm, head and loss, and store the gradient of what leaves the last layer."""
-        last = len(decoder_layers(self.model))
-        if self.store.has(f"gradient-{last}"):
-            return
-        with self.source.after_layers(self.device):
-            data = batches_with_targets(self.model, self.batches(), token_weights)
-            for batch, targets in data:
-                hidden = self.input_of(last, batch["place"]).requires_grad_()
-                final = final_norm(self.model)(hidden)
-                targets.sample_losses(final, head_of(self.model)).sum().backward()
-                self._write_gradient(last, batch["place"], hidden.grad)
-        self.store.finish(f"gradient-{last}")
-
-    def _run_layer(self, layer: nn.Module, index: int, place: int, hidden: Tensor) -> Tensor:
-        """What leaves a layer that reads ``hidden``, called as for the batch at a place."""
-        return self.calls(place).run(layer, index, hidden)
+            yield LayerView(self.model, layers, run)
 
     def calls(self, place: int) -> LayerCalls:
         """How the batch at a place goes through the layers."""
         stored = self.store.read("batches", place, self.device, but="hidden")
         tree = self.store.about("batches", place)["calls"]
-        added = {
-            int(name.removeprefix("added.")): value
-            for name, value in stored.items()
-            if name.startswith("added.")
-        }
+        added = {int(name): value for name, value in _below("added.", stored).items()}
         arguments = {int(index): unpacked(given, stored) for index, given in tree.items()}
         return LayerCalls(arguments, added)
 
-    def _forward_layer(self, layer: nn.Module, index: int, place: int) -> None:
-        output = self._run_layer(layer, index, place, self.input_of(index, place))
-        self.require_finite(output, f"the output of layer {index}", place)
-        if not self.store.has(f"hidden-{index + 1}"):
-            self.store.write(f"hidden-{index + 1}", place, {"hidden": output})
-
-    def _layer_losses(self, layer: nn.Module, index: int, place: int) -> Tensor:
-        """Numbers whose gradients are those of the samples' losses: ``<output, its gradient>``."""
-        hidden = self.input_of(index, place).requires_grad_()
-        if not self.store.has(f"gradient-{index}"):
-            hidden.register_hook(partial(self._write_gradient, index, place))
-        output = self._run_layer(layer, index, place, hidden)
-        gradient = self.store.read(f"gradient-{index + 1}", place, self.device)["gradient"]
-        return (output.float() * gradient.float()).flatten(1).sum(1)
-
     def require_finite(self, values: Tensor, what: str, place: int) -> None:
-        """Stop at NaN or infinity, and name the samples of the batch that have it, by number."""
+        """Raise at NaN or infinity, with the numbers of the samples that have it."""
         if all_finite(values):
             return
         mask = "batch.attention_mask"
@@ -305,14 +305,14 @@ class LayerwiseModel:
         samples = ", ".join(map(str, spoilt.tolist()))
         require_finite(values, f"{what} for calibration sample {samples}")
 
-    def _write_gradient(self, index: int, place: int, gradient: Tensor | None) -> None:
-        assert gradient is not None
-        self.require_finite(gradient, f"the gradient of the input of layer {index}", place)
-        self.store.write(f"gradient-{index}", place, {"gradient": gradient})
+
+def _below(prefix: str, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, without it."""
+    return {n.removeprefix(prefix): value for n, value in stored.items() if n.startswith(prefix)}
 
 
 class _Replayed(nn.Module):
-    """A layer that gives a stored answer."""
+    """A layer that returns a stored output."""
 
     answer: Tensor
 
@@ -321,8 +321,8 @@ class _Replayed(nn.Module):
 
 
 @contextmanager
-def _only(model: PreTrainedModel, layers: Iterable[nn.Module]) -> Iterator[None]:
-    """The text model has these decoder layers and no others inside."""
+def _only(model: PreTrainedModel, layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, the text model has these decoder layers and no others."""
     text_model: Any = model.get_submodule(family_of(model.config.model_type).backbone)
     before = text_model.layers
     text_model.layers = nn.ModuleList(layers)

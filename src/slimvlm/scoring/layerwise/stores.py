@@ -1,7 +1,10 @@
 """Activations between layers: on the device, in host memory, or in a folder of mapped files.
 
-On disk every file appears whole, and a folder of files takes its name when all of them are there,
-so that a run that was killed goes on after the last whole layer.
+A store holds named sets of tensors, one entry for each batch: ``batches`` (inputs, and the
+arguments that the text model calls its layers with), ``<stream>-<i>`` (outputs of layer ``i - 1``
+in one of the streams of hidden states), and results that are kept for a restart. On disk every file
+appears whole, and a folder of files takes its name when all of them are there, so that a run that
+was killed resumes after the last whole layer.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -30,62 +33,6 @@ PINNING = ("cuda", "xpu")
 """Devices to which copies from pinned host memory need no waiting."""
 
 
-@runtime_checkable
-class Store(Protocol):
-    """Named sets of tensors, one entry for each batch.
-
-    Sets: ``batches`` (what is read of a batch, and what the text model calls its layers with),
-    ``<stream>-<i>`` (what leaves layer ``i - 1`` in one of the streams of hidden states),
-    ``gradient-<i>`` (the loss's gradient of what enters layer ``i``), and whatever results are
-    kept for a restart.
-    """
-
-    keeps_objects: bool
-    """Whether what a layer changes among its arguments is there for later layers."""
-
-    def has(self, name: str) -> bool:
-        """Whether a set is there with all its entries."""
-
-    def finish(self, name: str) -> None:
-        """All entries of a set are there."""
-
-    def count(self, name: str) -> int:
-        """How many entries a set has."""
-
-    def drop(self, name: str) -> None:
-        """Remove a set, whole or not."""
-
-    def drop_entry(self, name: str, place: int) -> None:
-        """Remove one entry."""
-
-    def drop_all_but(self, name: str | None) -> None:
-        """Remove every set but one, or all."""
-
-    def write(
-        self, name: str, place: int, tensors: Mapping[str, Tensor], about: Any = None
-    ) -> None:
-        """Write an entry, in place of an older one."""
-
-    def read(
-        self,
-        name: str,
-        place: int,
-        device: torch.device,
-        only: str | None = None,
-        but: str | None = None,
-    ) -> dict[str, Tensor]:
-        """The tensors of an entry, one of them, or all but one."""
-
-    def held(self, value: Tensor) -> Tensor:
-        """A tensor where this store can keep it in memory."""
-
-    def about(self, name: str, place: int) -> Any:
-        """What was noted beside the tensors of an entry; None if there is no such entry."""
-
-    def packed(self, value: Any, tensors: dict[str, Tensor]) -> Any:
-        """A layer's arguments as a note; tensors go into ``tensors``, the same one once."""
-
-
 class Memory:
     """A store that ends with its process.
 
@@ -97,40 +44,35 @@ class Memory:
 
     def __init__(self, device: torch.device | None = None, pinned: bool = False) -> None:
         self.device, self.pinned = device, pinned
-        self.keeps_objects = device is None
+        self.keeps_objects = device is None  # what a layer changes among its arguments stays
         self._sets: dict[str, dict[int, tuple[dict[str, Tensor], Any]]] = {}
         self._whole: set[str] = set()
 
     def has(self, name: str) -> bool:
-        """See `Store`."""
+        """Whether a set is there with all its entries."""
         return name in self._whole
 
     def finish(self, name: str) -> None:
-        """See `Store`."""
+        """Mark a set as whole."""
         self._whole.add(name)
 
     def count(self, name: str) -> int:
-        """See `Store`."""
+        """Number of entries of a set."""
         return len(self._sets.get(name, {}))
 
     def drop(self, name: str) -> None:
-        """See `Store`."""
+        """Remove a set, whole or not."""
         self._sets.pop(name, None)
         self._whole.discard(name)
 
     def drop_entry(self, name: str, place: int) -> None:
-        """See `Store`."""
+        """Remove one entry."""
         del self._sets[name][place]
-
-    def drop_all_but(self, name: str | None) -> None:
-        """See `Store`."""
-        for other in set(self._sets) - {name}:
-            self.drop(other)
 
     def write(
         self, name: str, place: int, tensors: Mapping[str, Tensor], about: Any = None
     ) -> None:
-        """See `Store`."""
+        """Write an entry, with a JSON note, in place of an older one."""
         stored = {key: self.held(value) for key, value in tensors.items()}
         self._sets.setdefault(name, {})[place] = stored, about
 
@@ -142,16 +84,15 @@ class Memory:
         only: str | None = None,
         but: str | None = None,
     ) -> dict[str, Tensor]:
-        """See `Store`."""
-        tensors, _ = self._sets[name][place]
+        """Read the tensors of an entry, one of them, or all but one."""
         return {
             key: value.to(device, non_blocking=device.type in PINNING)
-            for key, value in tensors.items()
+            for key, value in self._sets[name][place][0].items()
             if only in (None, key) and key != but
         }
 
     def held(self, value: Tensor) -> Tensor:
-        """See `Store`."""
+        """Move a tensor to where this store can keep it in memory."""
         value = value.detach()
         if self.device is None or value.device == self.device:
             return value
@@ -159,12 +100,14 @@ class Memory:
         return torch.empty_like(value, device=self.device, pin_memory=pinned).copy_(value)
 
     def about(self, name: str, place: int) -> Any:
-        """See `Store`."""
-        entry = self._sets.get(name, {}).get(place)
-        return None if entry is None else entry[1]
+        """Read the note of an entry; None if there is no such entry."""
+        return self._sets.get(name, {}).get(place, (None, None))[1]
 
     def packed(self, value: Any, tensors: dict[str, Tensor]) -> Any:
-        """See `Store`. Where tensors stay on their device, any object can be kept as it is."""
+        """Turn a layer's arguments into a note, with their tensors in ``tensors``.
+
+        Where tensors stay on their device, any object can be kept as it is.
+        """
         return {"object": value} if self.keeps_objects else packed(value, tensors)
 
 
@@ -185,36 +128,30 @@ class Scratch:
         folder.mkdir(parents=True, exist_ok=True)
 
     def has(self, name: str) -> bool:
-        """Whether a folder is there with all its files."""
+        """As `Memory.has`."""
         return (self.folder / name).is_dir()
 
     def finish(self, name: str) -> None:
-        """All files of a folder are there."""
+        """As `Memory.finish`: the folder takes its name."""
         self._folder(name).rename(self.folder / name)
 
     def count(self, name: str) -> int:
-        """How many files a folder has."""
+        """As `Memory.count`."""
         return len(list(self._folder(name).glob("*.safetensors")))
 
     def drop(self, name: str) -> None:
-        """Remove a folder, whole or not."""
+        """As `Memory.drop`."""
         for path in (self.folder / name, self.folder / f".{name}.partial"):
             shutil.rmtree(path, ignore_errors=True)
 
-    def drop_all_but(self, name: str | None) -> None:
-        """Remove every folder but one, or all."""
-        for path in self.folder.iterdir():
-            if path.is_dir() and path.name not in (name, f".{name}.partial"):
-                shutil.rmtree(path)
-
     def drop_entry(self, name: str, place: int) -> None:
-        """Remove one file."""
+        """As `Memory.drop_entry`."""
         self._path(name, place).unlink()
 
     def write(
         self, name: str, place: int, tensors: Mapping[str, Tensor], about: Any = None
     ) -> None:
-        """Write a file of a folder, in place of an older one."""
+        """As `Memory.write`."""
         self._folder(name).mkdir(exist_ok=True)
         stored = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
         with new_file(self._path(name, place), outlives_power_cut=False) as partial:
@@ -228,55 +165,53 @@ class Scratch:
         only: str | None = None,
         but: str | None = None,
     ) -> dict[str, Tensor]:
-        """See `Store`; mapped on a CPU."""
+        """As `Memory.read`; mapped on a CPU."""
         with safe_open(self._path(name, place), framework="pt", device=str(device)) as file:
             names = filter(lambda key: key != but, file.keys()) if only is None else [only]
             return {key: file.get_tensor(key) for key in names}
 
     def held(self, value: Tensor) -> Tensor:
-        """See `Store`; in host memory."""
+        """As `Memory.held`: in host memory."""
         return value.detach().cpu()
 
     def about(self, name: str, place: int) -> Any:
-        """What was noted beside the tensors of a file; None if there is no such file."""
+        """As `Memory.about`."""
         path = self._path(name, place)
         if not path.is_file():
             return None
         with safe_open(path, framework="pt") as file:
             return json.loads(file.metadata()["about"])
 
+    def packed(self, value: Any, tensors: dict[str, Tensor]) -> Any:
+        """As `Memory.packed`; a note is JSON."""
+        return packed(value, tensors)
+
     def keep_if_same(self, file: str, request: dict[str, Any], spared: str | None = None) -> None:
         """Drop earlier work, but for one set, unless it was begun for the same request.
 
         Args:
             file: Where the request is noted.
-            request: What the work is for.
+            request: The request that the work belongs to.
             spared: The set that stays all the same.
         """
         note = self.folder / file
-        if not is_begun_for(note, request):
-            self.drop_all_but(spared)
-            note_request(note, request)
+        if is_begun_for(note, request):
+            return
+        for path in self.folder.iterdir():
+            if path.is_dir() and path.name not in (spared, f".{spared}.partial"):
+                shutil.rmtree(path)
+        note_request(note, request)
 
     def announce(self, needed: int, say: Say) -> None:
-        """Say how large the folder becomes; refuse to begin what the disk cannot hold.
-
-        Raises:
-            ConfigError: If there is too little room.
-        """
+        """Announce the size of the folder; refuse to begin if the disk has too little room."""
         say(f"scratch: {needed / 2**30:.2f} GiB in {self.folder}, removed at the end")
         free = shutil.disk_usage(self.folder).free
-        stored = [path.stat().st_size for path in self.folder.rglob("*.safetensors")]
-        if needed - sum(stored) > free:
+        stored = sum(path.stat().st_size for path in self.folder.rglob("*.safetensors"))
+        if needed - stored > free:
             raise ConfigError(
                 f"scratch {str(self.folder)!r}: {needed / 2**30:.1f} GiB needed, "
-                f"{sum(stored) / 2**30:.1f} GiB there already, "
-                f"{free / 2**30:.1f} GiB free"
+                f"{stored / 2**30:.1f} GiB there already, {free / 2**30:.1f} GiB free"
             )
-
-    def packed(self, value: Any, tensors: dict[str, Tensor]) -> Any:
-        """See `Store`; a note is JSON."""
-        return packed(value, tensors)
 
     def _folder(self, name: str) -> Path:
         """The folder, or the one that is filled before `finish` gives it its name."""
@@ -287,12 +222,11 @@ class Scratch:
         return self._folder(name) / f"{place:06}.safetensors"
 
 
-def packed(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """A layer's arguments as plain values and names of tensors, as `Store.packed` has it.
+Store = Memory | Scratch
 
-    Raises:
-        UnsupportedModelError: If an argument is of a kind that no known model uses.
-    """
+
+def packed(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Turn a layer's arguments into plain values and names of tensors."""
     if isinstance(value, Tensor):
         for name, known in tensors.items():
             if known is value:
@@ -311,7 +245,7 @@ def packed(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse of `Store.packed`."""
+    """The inverse of `packed`."""
     if not isinstance(value, dict):
         return value
     if "object" in value:
@@ -331,7 +265,7 @@ class StatesPlace:
         needed: Bytes of all that is kept at one time.
         device: Where layers run.
         kind: ``device``, ``host`` or ``files``.
-        free: What was free on the device and on the host.
+        free: Free bytes on the device and on the host.
     """
 
     needed: float
@@ -341,7 +275,7 @@ class StatesPlace:
 
     @classmethod
     def of(cls, needed: float, device: torch.device, taken: int = 0) -> StatesPlace:
-        """The device if a quarter of what is free there is enough, else the host if a half is.
+        """Choose the device if a quarter of its free memory is enough, else the host if a half is.
 
         Args:
             needed: Bytes of all that is kept at one time.
@@ -365,11 +299,7 @@ class StatesPlace:
         return f"{size} {where[self.kind]} ({why})"
 
     def store(self, folder: Path | None = None) -> Store:
-        """Make a store there; files are in a folder, or in a temporary one.
-
-        Raises:
-            ConfigError: If the disk has too little room.
-        """
+        """Make a store there; files are in a folder, or in a temporary one."""
         if self.kind == "files":
             files = Scratch(folder)
             files.announce(int(self.needed), silent)

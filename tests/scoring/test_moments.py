@@ -1,4 +1,4 @@
-"""Gram matrices: streamed sums are whole sums, padding and weightless tokens leave no trace."""
+"""Moments: sums over batches are whole sums; padding and weightless tokens leave no trace."""
 
 from __future__ import annotations
 
@@ -9,11 +9,19 @@ from torch import Tensor
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.parts import projections
 from slimvlm.pruning.cut import prune_
+from slimvlm.scoring import moments, symmetric
 from slimvlm.scoring.inputs import capture_grams
-from slimvlm.scoring.statistics import Statistics
+from slimvlm.scoring.moments import Moments
+from slimvlm.scoring.statistics import Grams
 from tests import tiny
 from tests.handmade import Batch, joined, padded, plan_by_hand
 from tests.tolerances import FORWARD, SOLVE, Tolerance, assert_close
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(symmetric, "BLOCK", 8)
+
 
 FAMILIES = ("llama", "phi", "llava-phi3", "gemma3")
 
@@ -27,10 +35,18 @@ def double(batches: list[Batch]) -> list[Batch]:
     return [{k: v.double() if v.is_floating_point() else v for k, v in b.items()} for b in batches]
 
 
-def assert_same(ours: Statistics, theirs: Statistics, tolerance: Tolerance = SOLVE) -> None:
-    expected = theirs.tensors()
-    assert ours.tensors().keys() == expected.keys()
-    for name, tensor in ours.tensors().items():
+def sums_of(statistics: Grams) -> dict[str, Tensor]:
+    found = {"weight": statistics.weight}
+    for (index, path), part in statistics.parts.items():
+        for name in ("gram", "total", "count"):
+            found[f"{index}.{path}.{name}"] = getattr(part, name)
+    return found
+
+
+def assert_same(ours: Grams, theirs: Grams, tolerance: Tolerance = SOLVE) -> None:
+    expected = sums_of(theirs)
+    assert sums_of(ours).keys() == expected.keys()
+    for name, tensor in sums_of(ours).items():
         assert_close(tensor, expected[name], tolerance)
 
 
@@ -54,13 +70,14 @@ def test_they_are_the_products_of_what_enters_the_matrices(name: str) -> None:
     for hook in hooks:
         hook.remove()
     assert len(matrices) == 2 * read_anatomy(model).num_layers
-    assert len(statistics.tensors()) == 3 * len(matrices) + 1
+    assert statistics.parts.keys() == statistics.matrices.keys() == matrices.keys()
     for key, matrix in matrices.items():
         x = torch.cat([one.detach().flatten(0, 1) for one in seen[key]])
         part = statistics.parts[key]
         assert_close(part.gram, x.T @ x, SOLVE)
-        assert_close(part.sum, x.sum(0), SOLVE)
-        weight = part.weight
+        assert_close(part.total, x.sum(0), SOLVE)
+        assert float(part.count) == len(x)
+        weight = statistics.matrices[key]
         assert weight.data_ptr() == matrix.data_ptr()
         assert not weight.requires_grad
     assert float(statistics.weight) == statistics.num_tokens == len(x)
@@ -85,14 +102,12 @@ def test_padding_is_nothing(name: str, left: bool) -> None:
 
 def test_roles_add_up_and_a_weight_is_a_factor() -> None:
     model, data = tiny.build("llava-llama").double(), double(samples("llava-llama"))
-    whole = capture_grams(model, data).tensors()
+    whole = sums_of(capture_grams(model, data))
     none = {"image": 0.0, "prompt": 0.0, "answer": 0.0}
-    parts = [capture_grams(model, data, {**none, role: 1.0}).tensors() for role in none]
+    parts = [sums_of(capture_grams(model, data, {**none, role: 1.0})) for role in none]
     assert [float(part["weight"]) for part in parts] == [3 * 16, 3 * 6, 3 * 6]
-    scaled = capture_grams(model, data, {"image": 0.25, "prompt": 3.0}).tensors()
+    scaled = sums_of(capture_grams(model, data, {"image": 0.25, "prompt": 3.0}))
     for key in whole:
-        if key.endswith(".weight"):
-            continue
         image, prompt, answer = (part[key] for part in parts)
         assert_close(image + prompt + answer, whole[key], SOLVE)
         assert_close(0.25 * image + 3 * prompt + answer, scaled[key], SOLVE)
@@ -113,14 +128,63 @@ def test_precision_follows_the_model() -> None:
         (torch.float64, torch.float64),
     ):
         statistics = capture_grams(tiny.build("llama").to(dtype), data)
-        part = statistics.parts[0, "mlp.down_proj"]
-        assert part.gram.dtype == expected
-        assert part.weight.dtype == dtype
+        place = 0, "mlp.down_proj"
+        assert statistics.parts[place].gram.dtype == expected
+        assert statistics.matrices[place].dtype == dtype
 
 
 def test_the_matrices_outlive_pruning() -> None:
     model = tiny.build("llama")
     statistics = capture_grams(model, samples("llama"))
-    before = {k: v.clone() for k, v in statistics.tensors().items()}
+    before = {place: matrix.clone() for place, matrix in statistics.matrices.items()}
     prune_(model, plan_by_hand(read_anatomy(model), kv_groups=[0, 2], neurons=range(0, 96, 2)))
-    assert all(torch.equal(statistics.tensors()[key], before[key]) for key in before)
+    assert all(torch.equal(statistics.matrices[place], before[place]) for place in before)
+
+
+ROWS = torch.randn(90, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+WEIGHTS = {
+    "ones": torch.ones(90),
+    "ones and zeros": (torch.arange(90) % 3 > 0).float(),
+    "any": torch.linspace(0, 2, 90),
+}
+
+
+def summed(rows: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of tokens that come in two parts, the second of which is looked at between."""
+    found = Moments.zero(24, dtype=dtype)
+    for part in (slice(0, 31), slice(31, None)):
+        found.add(rows[part], weights[part])
+        _ = found.gram
+    return found.gram
+
+
+@pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_a_sum_is_the_product_in_float64(dtype: torch.dtype, weights: Tensor) -> None:
+    rows = ROWS.to(dtype)
+    found = summed(rows, weights, torch.promote_types(dtype, torch.float32))
+    expected = rows.double().T @ (rows.double() * weights[:, None])
+    assert_close(found, expected, Tolerance(torch.float64, 1e-5 * float(expected.max()), 0))
+    assert torch.equal(found, found.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_tokens_of_weight_zero_change_no_bit(dtype: torch.dtype) -> None:
+    weights = WEIGHTS["ones and zeros"]
+    rows, counted = ROWS.to(dtype), weights > 0
+    found, expected = Moments.zero(24), Moments.zero(24)
+    found.add(rows.masked_fill(~counted[:, None], torch.nan), weights)
+    expected.add(rows[counted], weights[counted])
+    for name in ("gram", "total", "count"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+
+
+def test_only_what_bfloat16_holds_is_multiplied_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    products, seen = torch.backends.mkldnn.matmul, []
+    monkeypatch.setattr(moments, "add_product_", lambda *_: seen.append(products.fp32_precision))
+    before = products.fp32_precision
+    summed(ROWS.bfloat16(), WEIGHTS["ones and zeros"], torch.float32)
+    summed(ROWS.bfloat16(), WEIGHTS["any"], torch.float32)
+    summed(ROWS.half(), WEIGHTS["ones"], torch.float32)
+    assert seen == ["bf16"] * 2 + [before] * 4
+    assert products.fp32_precision == before != "bf16"

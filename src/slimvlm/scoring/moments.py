@@ -1,0 +1,192 @@
+"""Sums over tokens of the inputs of a matrix: all that scoring by ``obs`` and refits need.
+
+O output, C input channel, K kept channel, R row, T token. Nothing grows with the number of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from slimvlm.scoring.symmetric import add_product_, mirror_
+
+BLOCK = 1024
+"""Columns of a product that are worked on at once."""
+
+
+@dataclass
+class Moments:
+    """Weighted sums over tokens of the input ``x`` of a matrix and, where asked, of a residual.
+
+    The residual ``e`` is what the matrix's output should have had in addition: with the target
+    ``y``, it is ``y - W x - b`` for the original ``W`` and ``b``. Without residuals the target is
+    the original output itself.
+
+    Attributes:
+        pairs: ``Σ_t w_t x_t x_tᵀ`` in its upper blocks; `gram` is the whole matrix.
+        total: ``Σ_t w_t x_t``.
+        count: ``Σ_t w_t``.
+        cross: ``Σ_t w_t e_t x_tᵀ``; None if the target is the original output.
+        missing: ``Σ_t w_t e_t``; None likewise.
+        missing_square: ``Σ_t w_t ‖e_t‖²``.
+    """
+
+    pairs: Float[Tensor, "C C"]
+    total: Float[Tensor, " C"]
+    count: Float[Tensor, ""]
+    cross: Float[Tensor, "O C"] | None = None
+    missing: Float[Tensor, " O"] | None = None
+    missing_square: Float[Tensor, ""] | None = None
+    _is_whole: bool = True
+
+    @classmethod
+    def zero(
+        cls,
+        channels: int,
+        outputs: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Moments:
+        """Sums of no tokens.
+
+        Args:
+            channels: Input channels of the matrix.
+            outputs: Its outputs, if residuals will be given.
+            dtype: Of the sums over pairs. One token's products are formed in it, too.
+            device: Where the sums lie; it needs float64.
+        """
+
+        def zeros(*shape: int, of: torch.dtype = torch.float64) -> Tensor:
+            return torch.zeros(shape, dtype=of, device=device)
+
+        moments = cls(zeros(channels, channels, of=dtype), zeros(channels), zeros())
+        if outputs is not None:
+            moments.cross = zeros(outputs, channels, of=dtype)
+            moments.missing, moments.missing_square = zeros(outputs), zeros()
+        return moments
+
+    def add(
+        self,
+        inputs: Float[Tensor, "T C"],
+        weights: Float[Tensor, " T"],
+        residuals: Float[Tensor, "T O"] | None = None,
+    ) -> None:
+        """Add tokens; those of weight 0 leave no trace, whatever their values.
+
+        bfloat16 inputs of weight 1 are multiplied as such on a CPU, which loses nothing.
+
+        Args:
+            inputs: Inputs of the matrix, best some 2,000 tokens at a time.
+            weights: At least 0.
+            residuals: The missing part of its output; given if and only if `zero` had ``outputs``.
+        """
+        counted, dtype = weights.nonzero()[:, 0], self.pairs.dtype
+        if len(counted) < len(weights):
+            inputs, weights = inputs[counted], weights[counted]
+            residuals = None if residuals is None else residuals[counted]
+        values, weights = inputs.to(dtype), weights.to(dtype)
+        is_plain = inputs.is_cpu and bool((weights == 1).all())
+        rows = values if is_plain else values * weights.sqrt()[:, None]
+        with _bfloat16_products(is_plain and inputs.dtype == torch.bfloat16):
+            add_product_(self.pairs, rows, rows)
+        self._is_whole = False
+        self.total += weights @ values
+        self.count += weights.sum(dtype=torch.float64)
+        if residuals is None:
+            assert self.cross is None
+            return
+        assert self.cross is not None
+        assert self.missing is not None
+        assert self.missing_square is not None
+        e = residuals.to(dtype)
+        weighted = e * weights[:, None]
+        self.cross.addmm_(weighted.T, values)
+        self.missing += weighted.sum(0, dtype=torch.float64)
+        self.missing_square += (weighted * e).sum(dtype=torch.float64)
+
+    @property
+    def gram(self) -> Float[Tensor, "C C"]:
+        """``Σ_t w_t x_t x_tᵀ``; tokens may still be added."""
+        if not self._is_whole:
+            mirror_(self.pairs)
+            self._is_whole = True
+        return self.pairs
+
+    def block(
+        self, rows: Int[Tensor, " R"], columns: Int[Tensor, " K"], centred: bool, dtype: torch.dtype
+    ) -> Float[Tensor, "R K"]:
+        """A part of the Gram matrix, of the inputs minus their means if centred."""
+        part = self.gram[rows].index_select(1, columns).to(dtype)
+        if centred:
+            means = self.total[columns] / self.count
+            part.addr_(self.total[rows].to(dtype), means.to(dtype), alpha=-1)
+        return part
+
+    def cross_block(
+        self, columns: Int[Tensor, " K"], centred: bool, dtype: torch.dtype
+    ) -> Float[Tensor, "O K"] | Float[Tensor, ""]:
+        """Columns of the cross moments; a plain 0 if there are no residuals."""
+        if self.cross is None or self.missing is None:
+            return self.total.new_zeros((), dtype=dtype)
+        part = self.cross[:, columns].to(dtype)
+        if centred:
+            means = self.total[columns] / self.count
+            part.addr_(self.missing.to(dtype), means.to(dtype), alpha=-1)
+        return part
+
+    def image(
+        self, rows: Float[Tensor, "N K"], keep: Int[Tensor, " K"], centred: bool
+    ) -> Float[Tensor, "N K"]:
+        """A few rows times the `block` of the kept channels, which is not materialised."""
+        whole = rows.new_zeros(len(rows), len(self.gram), dtype=self.pairs.dtype)
+        whole[:, keep] = rows.to(whole.dtype)
+        product = (whole @ self.gram)[:, keep].to(rows.dtype)
+        if centred:
+            total = self.total[keep].to(rows.dtype)
+            product.addr_(rows @ total, total / self.count, alpha=-1)
+        return product
+
+    def square(
+        self, weight: Float[Tensor, "O K"], channels: Int[Tensor, " K"], centred: bool
+    ) -> float:
+        """``Σ_t w_t ‖V x_t[channels] + e_t‖²`` for a matrix ``V``, around its mean if centred."""
+        square, mean = self.total.new_zeros(()), weight.double() @ self.total[channels]
+        single = weight.to(self.pairs.dtype)
+        is_whole = len(channels) == len(self.gram)
+        gram = self.gram if is_whole else self.gram[channels].index_select(1, channels)
+        for start in range(0, len(channels), BLOCK):
+            part, below = slice(start, start + BLOCK), slice(start + BLOCK, None)
+            products = single[:, part] @ gram[part, part]
+            products.addmm_(single[:, below], gram[below, part], alpha=2)
+            if self.cross is not None:
+                products += 2 * self.cross[:, channels[part]]
+            products *= single[:, part]
+            square += products.sum(dtype=torch.float64)
+        if self.missing is not None and self.missing_square is not None:
+            square, mean = square + self.missing_square, mean + self.missing
+        if centred:
+            square = square - mean.square().sum() / self.count
+        return float(square)
+
+
+@contextmanager
+def _bfloat16_products(wanted: bool) -> Iterator[None]:
+    """Inside, CPUs that can multiply float32 matrices as bfloat16, with sums in float32.
+
+    PyTorch can since 2.9; the setting holds for the whole process.
+    """
+    products = getattr(torch.backends.mkldnn, "matmul", None) if wanted else None
+    if products is None:
+        yield
+        return
+    before = products.fp32_precision
+    products.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
