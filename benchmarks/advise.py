@@ -31,8 +31,8 @@ import slimvlm as sv
 from own_process import card_peak, measured
 from slimvlm.core.options import CompressConfig, RecoverConfig
 from slimvlm.models.load import computes_bfloat16
-from slimvlm.runs.dry_run import foresee
-from slimvlm.runs.estimate import device_flops
+from slimvlm.runs.advise import dry_run
+from slimvlm.runs.cost import device_flops
 from slimvlm.runs.tables import as_markdown
 from walk import CONVERSATIONS, RATIO, SHAPES, write, write_data
 
@@ -72,7 +72,7 @@ def of_processor(hours: float, kind: torch.dtype) -> float:
 
 def said(model: Path, config: CompressConfig) -> tuple[float, float]:
     """What the estimate is, in GiB and seconds."""
-    found = foresee(str(model), config, say=lambda line: None)
+    found = dry_run(str(model), config, say=lambda line: None)
     cost, kind = found.cost, getattr(torch, found.dtype)
     peak = max(cost.calibration_bytes, cost.training_bytes) / 2**30
     pruning = of_processor(cost.pruning_hours, kind)

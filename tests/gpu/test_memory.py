@@ -17,7 +17,7 @@ from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.classes import auto_class
 from slimvlm.models.cost import release_memory, weight_bytes
 from slimvlm.pruning.walk.walk import states_bytes
-from slimvlm.runs.dry_run import foresee, foreseen_rows
+from slimvlm.runs.advise import dry_run, dry_run_rows
 from tests import pretended_gpu, tiny
 from tests import tiny_folder as folders
 
@@ -148,7 +148,7 @@ def test_a_dry_run_says_what_a_run_takes(
     room = 4 * weight_bytes(read_anatomy(model), "float32") // 3 if is_full else 1 << 30
     release_memory()
     with pretended_gpu.limit(room):
-        said, peak = foresee(str(folder), config, silent).cost, Peak()
+        said, peak = dry_run(str(folder), config, silent).cost, Peak()
         sv.compress(str(folder), config, tmp_path / "run", say=silent)
     assert max(said.calibration_bytes, said.training_bytes) == pytest.approx(peak.bytes, rel=0.25)
 
@@ -160,8 +160,8 @@ def test_a_dry_run_says_where_states_go_and_what_does_not_fit(folder: Path, data
     def rows(room: int) -> dict[str, str]:
         release_memory()
         with pretended_gpu.limit(room):
-            found = foresee(str(folder), config, silent)
-        return {row[0]: row[1] for row in foreseen_rows(found)}
+            found = dry_run(str(folder), config, silent)
+        return {row[0]: row[1] for row in dry_run_rows(found)}
 
     enough, little = rows(1 << 30), rows(4 << 20)
     assert "GiB on cuda:0 (" in enough["hidden states"]

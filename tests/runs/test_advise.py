@@ -1,4 +1,7 @@
-"""Advice follows the rules, meets its budget, says where numbers come from, and can be run."""
+"""Advice follows the rules, meets its budget, says where numbers come from, and can be run.
+
+A dry run says what a compression would do, and refuses what it would refuse.
+"""
 
 from __future__ import annotations
 
@@ -9,37 +12,37 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import slimvlm as sv
 from slimvlm import cli
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import CompressConfig, RecoverConfig
+from slimvlm.core.progress import silent
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.load import anatomy, load_config, load_processor
 from slimvlm.runs import advise as module
-from slimvlm.runs import estimate
-from slimvlm.runs.advise import Advice, advise
-from slimvlm.runs.command import compress_command
-from slimvlm.runs.compress import request_of
-from slimvlm.runs.estimate import Sizes, estimate_cost, learning_params
-from slimvlm.runs.recipes import Recipe, recipe_for, rules
-from slimvlm.runs.request import resolved
-from slimvlm.training.trainable import prepare_training
+from slimvlm.runs import cost
+from slimvlm.runs.advise import Advice, advise, dry_run, dry_run_rows
+from slimvlm.runs.recipes import recipe_for, rules
 from tests import tiny
 from tests import tiny_folder as folders
+
+pytestmark = pytest.mark.usefixtures("unhurried")
+FOLDER = str(folders.folder("llava"))
 
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A folder with the configuration of a tiny LLaVA and no weights; the machine has a speed."""
     tiny.build("llava-llama").config.save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(estimate, "device_flops", lambda *_: 1e11)
+    monkeypatch.setattr(cost, "device_flops", lambda *_: 1e11)
     return str(tmp_path / "model")
 
 
-def as_7b(monkeypatch: pytest.MonkeyPatch, shape: Anatomy) -> None:
-    """Makes every model look like LLaVA-1.5-7B."""
+@pytest.fixture
+def large(model: str, monkeypatch: pytest.MonkeyPatch) -> Anatomy:
+    """The anatomy of LLaVA-1.5-7B, which every model has."""
+    shape = anatomy(model)
     layer = replace(
         shape.layers[0],
         **{"num_kv_heads": 32, "queries_per_group": 1, "head_dim": 128, "intermediate_size": 11008},
@@ -48,6 +51,7 @@ def as_7b(monkeypatch: pytest.MonkeyPatch, shape: Anatomy) -> None:
     whole = replace(shape, hidden_size=4096, layers=(layer,) * 32, embedding_params=131_072_000)
     whole = replace(whole, head_params=131_072_000, vision_params=300_000_000)
     monkeypatch.setattr(module, "anatomy_of", lambda _: whole)
+    return whole
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5])
@@ -60,10 +64,8 @@ def test_advice_is_what_compress_would_do(model: str, ratio: float, data: bool) 
     assert (before - after) / anatomy(model).backbone_params == pytest.approx(ratio, abs=1e-3)
 
 
-def test_expected_values_are_those_of_the_table(
-    model: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    as_7b(monkeypatch, anatomy(model))
+@pytest.mark.usefixtures("large")
+def test_expected_values_are_those_of_the_table(model: str) -> None:
     found = advise(model, ratio=0.3, gpu=True)
     first = found.expected[0]
     assert (first.model, first.same) == ("LLaVA-1.5-7B", True)
@@ -74,10 +76,8 @@ def test_expected_values_are_those_of_the_table(
     assert found.latency == row.values[0.3]
 
 
-def test_a_large_model_is_not_trained_without_a_gpu(
-    model: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    as_7b(monkeypatch, anatomy(model))
+@pytest.mark.usefixtures("large")
+def test_a_large_model_is_not_trained_without_a_gpu(model: str) -> None:
     with_gpu, without = (advise(model, ratio=0.3, gpu=gpu) for gpu in (True, False))
     assert with_gpu.recipe.train == "lora"
     assert 0.1 < with_gpu.cost.training_hours < 100
@@ -86,12 +86,11 @@ def test_a_large_model_is_not_trained_without_a_gpu(
     assert without.recipe.axis == "width"
     assert "not trained" in without.notes[0]
     assert "--train none" in without.command
-    few = advise(model, ratio=0.3, gpu=False, samples=20)
-    assert few.recipe.train == "lora"
+    assert advise(model, ratio=0.3, gpu=False, samples=20).recipe.train == "lora"
 
 
-def test_costs_grow_with_what_they_rest_on(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    as_7b(monkeypatch, anatomy(model))
+@pytest.mark.usefixtures("large")
+def test_costs_grow_with_what_they_rest_on(model: str) -> None:
     whole_batches = (160, 1600)
     few, many = (advise(model, ratio=0.3, gpu=True, samples=n).cost for n in whole_batches)
     assert many.training_hours == pytest.approx(10 * few.training_hours)
@@ -102,35 +101,6 @@ def test_costs_grow_with_what_they_rest_on(model: str, monkeypatch: pytest.Monke
     assert many.calibration_bytes == pytest.approx(1.7 * weights, rel=0.05)
     on_cpu = advise(model, ratio=0.3, gpu=False).cost.calibration_bytes
     assert on_cpu == pytest.approx(1.7 * weights + 0.65e9 + 2.9e9, rel=0.1)
-
-
-def test_weights_of_another_type_take_another_time(
-    model: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    speeds = {torch.float32: 1e10, torch.bfloat16: 4e10}
-    monkeypatch.setattr(estimate, "device_flops", lambda device, dtype: speeds[dtype])
-    config = CompressConfig(ratio=0.4, axis="width", data="demo", recover=RecoverConfig())
-    sizes = Sizes(shape=anatomy(model), tokens=100.0, samples=80)
-    request = resolved(request_of(model, config))
-    slow, fast = (
-        estimate_cost(sizes, request, torch.device("cpu"), kind) for kind in ("float32", "bfloat16")
-    )
-    assert slow.pruning_hours == pytest.approx(4 * fast.pruning_hours)
-    assert slow.training_hours == fast.training_hours  # which computes in bfloat16 in any case
-
-
-def test_a_training_costs_what_it_is_asked_for(model: str) -> None:
-    def hours(**options: Any) -> float:
-        recover = RecoverConfig(train="lora", loss="sft", batch_size=4, **options)
-        config = CompressConfig(ratio=0.4, axis="width", data="demo", recover=recover)
-        sizes = Sizes(shape=anatomy(model), tokens=100.0, samples=80)
-        request = resolved(request_of(model, config))
-        return estimate_cost(sizes, request, torch.device("cpu"), "float32").training_hours
-
-    whole = hours()
-    assert hours(fraction=0.25) == pytest.approx(whole / 4)
-    assert hours(epochs=3) == pytest.approx(3 * whole)
-    assert hours(max_steps=5) == pytest.approx(whole / 4)
 
 
 @pytest.mark.parametrize("budget", [{"target_params": "120k"}, {"target_memory": "0.24MB"}])
@@ -174,77 +144,29 @@ def test_the_verb_prints_json_and_refuses_contradictions(
     assert set(values) == {field.name for field in fields(Advice)}
     cli.main(["advise", model, "--ratio", "0.3", "--no-data", "--no-gpu"])
     assert "arXiv:2604.24380, Table 2" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["advise", model, "--ratio", "0.3", "--gpu", "--no-gpu"])
-    assert stop.value.code == 2
+    for words in (["--gpu", "--no-gpu"], ["--data", "--no-data"], ["--data", "mine.jsonl"]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["advise", model, "--ratio", "0.3", *words])
+        assert stop.value.code == 2
 
 
-@pytest.mark.parametrize("train", ["projector", "lora", "full"])
-def test_learning_parameters_are_those_that_learn(train: Any) -> None:
-    net = tiny.build("llava-llama")
-    expected = learning_params(anatomy(net), 0.0, train, rank=4)
-    trained = prepare_training(net, RecoverConfig(train=train, lora_rank=4))
-    assert expected == sum(p.numel() for p in trained.parameters() if p.requires_grad)
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("ratio", [0.15, 0.3, 0.45, 0.6])
+@pytest.mark.parametrize("data", [True, False])
+def test_recipes_of_the_chart_have_expected_values(model: str, ratio: float, data: bool) -> None:
+    assert len(advise(model, ratio=ratio, data=data, gpu=True).expected) >= 3
 
 
-COMMANDS = [
-    CompressConfig(ratio=0.3, axis="width", criterion=("activation",)),
-    CompressConfig(
-        ratio=0.25,
-        axis="both",
-        criterion=("block_influence", "taylor"),
-        **{"data": "my data.json", "protect": (2, 1), "pad": True, "tasks": "name", "limit": 3},
-        recover=RecoverConfig(train="lora", fraction=0.05, trainer={"weight_decay": 0.1}),
-    ),
-    CompressConfig(ratio=0.5, axis="depth", data="demo", units=("neuron",)),
-    CompressConfig(
-        **{"ratio": 0.5, "axis": "depth", "data": "demo", "seed": 3, "allocation": "balanced"},
-        **{"tasks": "name,pope", "task_folder": "mine", "batch_size": 4, "floors": True},
-        recover=RecoverConfig(train="full", loss="sft", batch_size=2, seed=3),
-    ),
-]
-
-
-@pytest.mark.parametrize("config", COMMANDS)
-def test_a_command_gives_the_configuration_back(
-    config: CompressConfig, monkeypatch: pytest.MonkeyPatch
+def test_expected_values_are_of_as_many_layers(
+    model: str, large: Anatomy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[Any] = []
-
-    def record(model: str, config: CompressConfig, out: Path, *rest: Any) -> dict[str, Any]:
-        seen.extend((model, config, out))
-        return {}
-
-    monkeypatch.setattr("slimvlm.runs.compress.compress", record)
-    command = compress_command("my model", config, "out folder")
-    cli.main(shlex.split(command)[1:])
-    assert seen == ["my model", config, Path("out folder")]
-
-
-def test_recipes_of_the_chart_have_expected_values(
-    model: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where the chart sends people, numbers exist."""
-    as_7b(monkeypatch, anatomy(model))
-    assert rules().retention
-    for ratio in (0.15, 0.3, 0.45, 0.6):
-        for data in (True, False):
-            found = advise(model, ratio=ratio, data=data, gpu=True)
-            assert isinstance(found.recipe, Recipe)
-            assert len(found.expected) >= 3
-    assert load_config(model) is not None
-
-
-def test_expected_values_are_of_as_many_layers(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """30 % of the backbone of a model that is half embeddings is 60 % of its layers."""
-    as_7b(monkeypatch, anatomy(model))
     plain = advise(model, ratio=0.3, gpu=True)
-    whole = module.anatomy_of(model)
-    layers = sum(layer.params for layer in whole.layers)
-    wordy = replace(whole, embedding_params=layers // 2, head_params=layers - layers // 2)
+    layers = sum(layer.params for layer in large.layers)
+    wordy = replace(large, embedding_params=layers // 2, head_params=layers - layers // 2)
     monkeypatch.setattr(module, "anatomy_of", lambda _: wordy)
     found = advise(model, ratio=0.3, gpu=True)
-    assert plain.decoder_ratio == pytest.approx(0.3 * whole.backbone_params / layers)
+    assert plain.decoder_ratio == pytest.approx(0.3 * large.backbone_params / layers)
     assert found.decoder_ratio == pytest.approx(0.6)
     assert any("60% of its layers" in note for note in found.notes)
     assert not any("of its layers" in note for note in plain.notes)
@@ -289,20 +211,6 @@ def test_tokens_go_first_where_they_are_many() -> None:
         assert whole.decoder_ratio == pytest.approx(whole.ratio * shape.backbone_params / layers)
 
 
-def test_with_tokens_gone_layers_lose_less_and_cost_less() -> None:
-    model = str(folders.folder("text"))
-    shape = anatomy(model)
-    request = resolved(request_of(model, CompressConfig(ratio=0.4, axis="width", data="demo")))
-    whole = Sizes(shape=shape, tokens=100.0, samples=8)
-    fewer = replace(whole, vocabulary=shape.vocab_size // 3)
-    assert fewer.decoder_share(0.4) < whole.decoder_share(0.4)
-    assert fewer.decoder_share(fewer.token_share) == pytest.approx(0)
-    costs = [
-        estimate_cost(sizes, request, torch.device("cpu"), "float32") for sizes in (fewer, whole)
-    ]
-    assert costs[0].pruning_hours < costs[1].pruning_hours
-
-
 def test_no_token_is_advised_to_go_that_cannot(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any("token can go" in note for note in advise(model, ratio=0.3, gpu=True).notes)
     wordy = replace(anatomy(model), vocab_size=2000, embedding_params=2000 * 64, head_params=0)
@@ -312,45 +220,98 @@ def test_no_token_is_advised_to_go_that_cannot(model: str, monkeypatch: pytest.M
     assert "--vocab-size" not in found.command
 
 
+def test_a_small_model_has_no_expected_values(model: str) -> None:
+    assert advise(model, ratio=0.3, gpu=True).expected == ()
+
+
 def test_only_models_of_about_its_size_say_what_to_expect(
-    model: str, monkeypatch: pytest.MonkeyPatch
+    model: str, large: Anatomy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert advise(model, ratio=0.3, gpu=True).expected == ()  # it has 100,000 parameters
-    as_7b(monkeypatch, anatomy(model))
-    named = {row.model for row in advise(model, ratio=0.3, gpu=True, data=False).expected}
-    assert named == {"LLaVA-1.5-7B", "Mini-InternVL-4B", "Bunny-3B"}
-    whole = module.anatomy_of(model)
-    small = replace(whole, hidden_size=1, layers=whole.layers[:2], embedding_params=0)
+    def named() -> set[str]:
+        return {row.model for row in advise(model, ratio=0.3, gpu=True, data=False).expected}
+
+    assert named() == {"LLaVA-1.5-7B", "Mini-InternVL-4B", "Bunny-3B"}
+    small = replace(large, hidden_size=1, layers=large.layers[:2], embedding_params=0)
     monkeypatch.setattr(module, "anatomy_of", lambda _: replace(small, head_params=0))
-    named = {row.model for row in advise(model, ratio=0.3, gpu=True, data=False).expected}
-    assert named == {"demo"}
+    assert named() == {"demo"}
 
 
-@pytest.mark.parametrize("name", sorted(tiny.CONFIGS))
-def test_what_a_backward_pass_keeps_is_counted_for_every_family(name: str) -> None:
-    config = tiny.CONFIGS[name]()
-    float32, bfloat16 = (estimate.kept_bytes(config, dtype) for dtype in ("float32", "bfloat16"))
-    text = config.get_text_config()
-    assert min(float32, bfloat16) > 4 * text.num_hidden_layers * text.hidden_size
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return folders.write_llava_data(tmp_path / "data", count=20)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen2"])
-def test_what_a_backward_pass_keeps_is_what_a_real_one_does(name: str) -> None:
-    net = tiny.build(name)
-    weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
-    kept: dict[int, int] = {}
-    alive = []
+def config_for(data: Path, **changes: Any) -> CompressConfig:
+    recover = RecoverConfig(train="lora", loss="sft", max_steps=2)
+    values = {"ratio": 0.3, "axis": "width", "data": str(data), "samples": 6, "recover": recover}
+    return CompressConfig(**{**values, **changes})
 
-    def note(tensor: Any) -> Any:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
 
-    ids = torch.randint(0, 9, (1, 64))
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        net.base_model(input_ids=ids, use_cache=False)
-    assert estimate.kept_bytes(net.config, "float32") == pytest.approx(
-        sum(kept.values()) / 64, rel=0.15
-    )
+def test_a_dry_run_says_what_would_be_done_and_reads_no_weight(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cost, "device_flops", lambda *_: 1e9)
+    model = folders.copied("llava", tmp_path / "model")
+    (model / "model.safetensors").unlink()
+    found = dry_run(str(model), config_for(data), silent)
+    assert found.plan.ratio == pytest.approx(0.3, abs=0.02)
+    assert found.plan.before == anatomy(str(model))
+    assert (found.calibration, found.training, found.report) == (6, 10, 4)
+    assert found.dtype == "float32"
+    assert found.cost.training_hours > 0
+    more = dry_run(str(model), config_for(data, samples=12), silent).cost
+    assert more.pruning_hours > found.cost.pruning_hours
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "model"}
+
+
+def test_a_dry_run_says_what_memory_has_no_room_for(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for(data, device="cpu")
+
+    def rows() -> dict[str, str]:
+        return {row[0]: row[1] for row in dry_run_rows(dry_run(FOLDER, config, silent))}
+
+    enough = rows()
+    assert " in host memory (" in enough["hidden states"]
+    assert enough["memory of pruning"].endswith(" on cpu")
+    assert enough["memory of training"].endswith(" on cpu")
+    monkeypatch.setattr(module, "free_memory", lambda device: 2**20)
+    little = rows()
+    for name, cure in (("pruning", "prune --low-memory"), ("training", "a smaller --batch-size")):
+        assert f", more than the 1.0 MiB free on cpu: {cure}" in little[f"memory of {name}"]
+
+
+def test_a_dry_run_chooses_tokens(data: Path) -> None:
+    found = dry_run(FOLDER, config_for(data, vocab_size=300), silent)
+    assert found.plan.after.vocab_size == 300
+    alone = dry_run(FOLDER, config_for(data, ratio=None, vocab_size=300), silent)
+    assert alone.plan.layers == tuple(range(4))
+    assert not alone.plan.cuts_layers
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"tasks": "nothing"}, "task 'nothing'"), ({"criterion": ("none",)}, "criterion 'none'")],
+)
+def test_a_dry_run_refuses_what_the_run_would_refuse(
+    data: Path, wrong: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        dry_run(FOLDER, config_for(data, **wrong), silent)
+
+
+def test_the_flag_writes_nothing(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("slimvlm.runs.compress.compress", lambda *_: pytest.fail("it was run"))
+    words = ["compress", FOLDER, "--ratio", "0.3", "--axis", "auto", "--data", str(data)]
+    words += ["--samples", "6", "--train", "none", "--dry-run", "--out", str(tmp_path / "run")]
+    cli.main(words)
+    shown = capsys.readouterr().out
+    assert "are tried" in shown
+    assert "memory of pruning" in shown
+    assert "memory of training" not in shown
+    cli.main([*words, "--json"])
+    assert json.loads(capsys.readouterr().out)["report"] == 4
+    assert not (tmp_path / "run").exists()

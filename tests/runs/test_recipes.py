@@ -11,15 +11,7 @@ from hypothesis import strategies as st
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import RecoverConfig
 from slimvlm.runs import recipes
-from slimvlm.runs.recipes import (
-    Curve,
-    expected,
-    fraction_for,
-    published,
-    recipe_for,
-    rules,
-    subject_of,
-)
+from slimvlm.runs.recipes import Curve, expected, published, recipe_for, rules, subject_of
 
 
 @given(st.floats(0, 0.999), st.booleans())
@@ -40,32 +32,30 @@ def test_a_ratio_outside_is_refused(ratio: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ratio", "axis", "train", "loss"),
+    ("ratio", "chart"),
     [
-        (0.15, "depth", "projector", "sft"),
-        (0.30, "depth", "lora", "sft+hidden"),
-        (0.45, "width", "lora", "sft+hidden"),
-        (0.60, "width", "lora", "sft+hidden"),
+        (0.15, ("depth", "projector", "sft")),
+        (0.30, ("depth", "lora", "sft+hidden")),
+        (0.45, ("width", "lora", "sft+hidden")),
+        (0.60, ("width", "lora", "sft+hidden")),
     ],
 )
-def test_the_chart_is_the_studys(ratio: float, axis: str, train: str, loss: str) -> None:
-    recipe = recipe_for(ratio, True)
-    assert (recipe.axis, recipe.train, recipe.loss) == (axis, train, loss)
-    without = recipe_for(ratio, False)
+def test_the_chart_is_the_studys(ratio: float, chart: tuple[str, str, str]) -> None:
+    recipe, without = recipe_for(ratio, True), recipe_for(ratio, False)
+    assert (recipe.axis, recipe.train, recipe.loss) == chart
     assert (without.axis, without.train) == ("width", None)
 
 
 def test_curves_are_sound_and_about_known_models() -> None:
     assert len(rules().retention) > 20
-    for row in rules().retention:
+    for row in (*rules().retention, *rules().latency):
         assert row.source
         assert row.model in rules().subjects
-        assert all(0 < ratio < 1 and 0 < value <= 101 for ratio, value in row.values.items())
         if row.train is not None:
             RecoverConfig(train=row.train, loss=row.loss)
+    for row in rules().retention:
+        assert all(0 < ratio < 1 and 0 < value <= 101 for ratio, value in row.values.items())
     for row in rules().latency:
-        assert row.source
-        assert row.model in rules().subjects
         assert all(0 < share <= 1 for share in row.values.values())
 
 
@@ -84,32 +74,29 @@ def test_a_row_of_another_form_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_curve_is_straight_between_and_silent_outside() -> None:
     row = Curve(model="m", axis="width", values={0.2: 80.0, 0.4: 60.0}, source="s")
-    assert row.at(0.2) == 80
+    values = [row.at(ratio) for ratio in (0.1, 0.18, 0.2, 0.4, 0.42, 0.5)]
+    assert values == [None, 80, 80, 60, 60, None]
     assert row.at(0.3) == pytest.approx(70)
-    assert row.at(0.42) == 60
-    assert row.at(0.18) == 80
-    assert row.at(0.1) is None
-    assert row.at(0.5) is None
 
 
 def test_the_first_row_counts() -> None:
-    found = {row.model: (value, row.source) for row, value in published("width", "lora",
-             "sft+hidden", 0.6)}  # fmt: skip
+    rows = published("width", "lora", "sft+hidden", 0.6)
+    found = {row.model: (value, row.source) for row, value in rows}
     assert found["LLaVA-1.5-7B"] == (78.13, "arXiv:2604.24380, Table 5")
     assert found["Bunny-3B"][0] == pytest.approx(83.86)
 
 
 def test_full_training_stands_beside_lora_and_ours_apart() -> None:
-    full = published("depth", "full", "sft+hidden", 0.3)
-    assert [value for _, value in full] == [
-        value for _, value in published("depth", "lora", "sft+hidden", 0.3)
-    ]
+    full, lora = (published("depth", train, "sft+hidden", 0.3) for train in ("full", "lora"))
+    assert [value for _, value in full] == [value for _, value in lora]
     assert any(row.ours for row, _ in expected("depth", "full", "cosine", 0.3))
     assert not any(row.ours for row, _ in full)
 
 
 def test_little_data_is_enough_up_to_a_ratio() -> None:
-    assert fraction_for(0.3)[0] < fraction_for(0.6)[0] == 1
+    few, *_, all_of_it = rules().fractions
+    assert few.up_to < 0.6 <= all_of_it.up_to
+    assert few.fraction < all_of_it.fraction == 1
 
 
 def test_subjects_are_told_by_their_shape() -> None:

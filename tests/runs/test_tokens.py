@@ -15,7 +15,7 @@ import slimvlm as sv
 from slimvlm.core.options import MemoryOptions, PlanConfig, PruneConfig
 from slimvlm.models.load import anatomy
 from slimvlm.runs import stages
-from slimvlm.runs.dry_run import foresee, foreseen_rows
+from slimvlm.runs.advise import dry_run, dry_run_rows
 from slimvlm.runs.prune import prune
 from slimvlm.runs.request import Request, resolved
 from slimvlm.runs.score import plan as write_plan
@@ -224,12 +224,12 @@ def test_a_run_takes_fewer_tokens_where_answers_lose_less_by_it(
 
 def test_a_dry_run_says_how_many_tokens_a_run_would_try(data: str) -> None:
     asked = {"ratio": 0.4, "axis": "auto", "samples": 16, "report_samples": 0}
-    found = foresee(model(), sv.CompressConfig(data=data, **asked), [].append)
+    found = dry_run(model(), sv.CompressConfig(data=data, **asked), [].append)
     assert found.fewer_tokens == len(opened(data)[0].fewer_tokens or ())
-    told = dict(row for row in foreseen_rows(found) if row[0])["axes"]
+    told = dict(row for row in dry_run_rows(found) if row[0])["axes"]
     assert f"again behind {found.fewer_tokens:,} tokens" in told
     all_stay = sv.CompressConfig(data=data, vocab_size="all", **asked)
-    assert foresee(model(), all_stay, [].append).fewer_tokens == 0
+    assert dry_run(model(), all_stay, [].append).fewer_tokens == 0
 
 
 def test_fewer_tokens_never_remove_more_than_the_ratio(data: str) -> None:

@@ -32,7 +32,7 @@ from slimvlm.models.load import load
 from slimvlm.models.parts import decoder_layers
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
-from slimvlm.runs.estimate import optimizer_steps
+from slimvlm.runs.cost import optimizer_steps
 from slimvlm.training import recover as recovery
 from slimvlm.training import trainable
 from slimvlm.training.recover import recover

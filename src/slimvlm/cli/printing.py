@@ -22,16 +22,13 @@ if TYPE_CHECKING:
     from slimvlm.evaluation.results import Result
     from slimvlm.evaluation.timing import PairedTimes
     from slimvlm.planning.plan import Plan
-    from slimvlm.runs.advise import Advice
-    from slimvlm.runs.dry_run import Foreseen
+    from slimvlm.runs.advise import Advice, DryRun
     from slimvlm.runs.study.display import Forecast
 
 _OF_A_CELL = (
     *("model", "axis", "ratio", "recovery", "fraction"),
     *("seed", "avg", "avg_percent", "status"),
 )
-
-_NOT_MEASURED = "not measured on models of about this size, by this recipe and so many layers"
 
 
 def console() -> Console:
@@ -192,23 +189,25 @@ def _cell(value: object) -> str:
 
 def print_advice(advice: Advice, as_json: bool) -> None:
     """Print a recipe, what it should keep and cost, and its command."""
+    from slimvlm.runs.advise import advice_rows
+
     if as_json:
         print_json(asdict(advice))
         return
-    _print_grid(_advice_rows(advice))
+    _print_grid(advice_rows(advice))
     print(f"\n{advice.command}")
 
 
-def print_foreseen(found: Foreseen, as_json: bool) -> None:
-    """Print what a compression would do and need."""
-    from slimvlm.runs.dry_run import foreseen_rows
+def print_dry_run(found: DryRun, as_json: bool) -> None:
+    """Print the outcome and the needs of a compression."""
+    from slimvlm.runs.advise import dry_run_rows
 
     if as_json:
         values = {name: value for name, value in vars(found).items() if name != "plan"}
         plan = {"ratio": found.plan.ratio, "total_params": found.plan.after.total_params}
         print_json({**values, **plan, "cost": asdict(found.cost)})
         return
-    _print_grid(foreseen_rows(found))
+    _print_grid(dry_run_rows(found))
 
 
 def _print_grid(rows: Sequence[Sequence[str]]) -> None:
@@ -220,52 +219,3 @@ def _print_grid(rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
     console().print(table)
-
-
-def _advice_rows(advice: Advice) -> list[list[str]]:
-    """A name and its value in every row."""
-    from slimvlm.core.progress import duration
-    from slimvlm.runs.tables import millions, size
-
-    recipe, cost = advice.recipe, advice.cost
-    before, after = advice.params
-    held, smaller = advice.weight_bytes
-    learns = f"{recipe.train}, loss {recipe.loss}" if recipe.train else "nothing"
-    kept = [
-        f"{row.percent:.1f} % ({row.model}{', this model' if row.same else ''}; {row.source})"
-        for row in advice.expected
-    ]
-    rows = [
-        ["remove", _what_goes(advice)],
-        ["train", learns],
-        ["parameters", f"{millions(after)} of {millions(before)}"],
-        ["weights", f"{size(smaller)} of {size(held)}"],
-        *_under("expected AVG-%", kept or [_NOT_MEASURED]),
-    ]
-    if advice.latency is not None:
-        rows.append(["time to read a question", f"{advice.latency:.0%} of the original's"])
-    rows += [
-        ["memory of pruning", f"about {size(cost.calibration_bytes)}"],
-        ["time of pruning", f"about {duration(3600 * cost.pruning_hours)}"],
-    ]
-    if recipe.train:
-        rows += [
-            ["training data", f"{cost.samples:,} conversations"],
-            ["memory of training", f"about {size(cost.training_bytes)}"],
-            ["time of training", f"about {duration(3600 * cost.training_hours)}"],
-        ]
-    return [*rows, *_under("why", advice.notes), *_under("estimates rest on", cost.rests_on)]
-
-
-def _what_goes(advice: Advice) -> str:
-    axis = "the axis that the data chooses" if advice.axis == "auto" else advice.axis
-    layers = f"{advice.decoder_ratio:.1%} of its layers, along {axis}"
-    if not advice.token_share:
-        return f"{advice.ratio:.1%} of the backbone, {layers}"
-    first = f"{advice.ratio:.1%} of the backbone: tokens first, about {advice.token_share:.1%}"
-    return f"{first}; then {layers}" if advice.decoder_ratio else first
-
-
-def _under(name: str, lines: Sequence[str]) -> list[list[str]]:
-    """Several lines of which the first one has the name."""
-    return [[name if i == 0 else "", line] for i, line in enumerate(lines)]

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from slimvlm.cli.options import INLINE, Model, QuestionFlags, RunFlags, TrainingFlags
 from slimvlm.cli.printing import (
     note,
-    print_foreseen,
+    print_dry_run,
     print_held_out,
     print_on_data,
     print_plan,
@@ -245,9 +245,9 @@ def compress(
         force: Replace an existing run folder.
         json: Print JSON.
     """
+    from slimvlm.runs.advise import dry_run as look
     from slimvlm.runs.compress import STAGES, read_times
     from slimvlm.runs.compress import compress as run
-    from slimvlm.runs.dry_run import foresee
     from slimvlm.runs.held_out import read_held_out
 
     latency = options.target_latency
@@ -256,7 +256,7 @@ def compress(
     if config is not None:
         note(f"options of {config}, and those of the command line")
     if dry_run:
-        print_foreseen(foresee(model, whole, note), json)
+        print_dry_run(look(model, whole, note), json)
         return
     results = run(model, whole, out, force, note)
     print_run(results, read_held_out(out, STAGES), read_times(out), json, str(out))

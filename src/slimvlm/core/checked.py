@@ -1,4 +1,4 @@
-"""Options whose values are checked against their types: choices, and ranges of numbers."""
+"""Check the values of options against their types: choices, and ranges of numbers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""JSON and YAML files: read under limits, and against the types of what they should hold.
+"""Read JSON and YAML files under limits, and check them against the types of dataclasses.
 
-Whatever a file holds, reading it ends with values or with one line that names the file, the field,
-its value and what is allowed.
+Every error is one line that names the file, the field, its value and the allowed values.
 """
 
 from __future__ import annotations
@@ -39,16 +38,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
 
 
 def read_text(path: str | Path, what: str, most: int = MAX_BYTES) -> str:
-    """The text of a file.
-
-    Args:
-        path: The file.
-        what: What it should be, the first word of messages: ``plan``.
-        most: Most bytes.
-
-    Raises:
-        ConfigError: If it is no file, cannot be read, is too large or is no UTF-8.
-    """
+    """Read a text file of at most ``most`` bytes; messages begin with ``what``: ``plan``."""
     file = Path(path)
     try:
         if not file.is_file():
@@ -61,16 +51,7 @@ def read_text(path: str | Path, what: str, most: int = MAX_BYTES) -> str:
 
 
 def read_json(path: str | Path, what: str, most: int = MAX_BYTES) -> Any:
-    """The values of a JSON file.
-
-    Args:
-        path: The file.
-        what: What it should be, the first word of messages: ``plan``.
-        most: Most bytes.
-
-    Raises:
-        ConfigError: If it cannot be read, is no JSON, or is too large or too deep.
-    """
+    """Read a JSON file; see `read_text`. Raise ConfigError if it is no JSON or too deep."""
     text = read_text(path, what, most)
     try:
         return parse_json(text)
@@ -79,11 +60,7 @@ def read_json(path: str | Path, what: str, most: int = MAX_BYTES) -> Any:
 
 
 def read_object(path: str | Path, what: str, most: int = MAX_BYTES) -> dict[str, Any]:
-    """The values of a JSON file that must hold names and values.
-
-    Raises:
-        ConfigError: As `read_json`, and if it holds anything else.
-    """
+    """Read a JSON file that must hold an object; see `read_json`."""
     values = read_json(path, what, most)
     if not isinstance(values, dict):
         raise _unreadable(what, path, f"it must map names to values, not {shortened(values)}")
@@ -91,11 +68,7 @@ def read_object(path: str | Path, what: str, most: int = MAX_BYTES) -> dict[str,
 
 
 def parse_json(text: str) -> Any:
-    """The values of a JSON text.
-
-    Raises:
-        ValueError: If it is no JSON or too deep.
-    """
+    """Parse JSON; raise ValueError if it is none or too deep."""
     try:
         values = json.loads(text)
     except RecursionError as error:
@@ -105,15 +78,7 @@ def parse_json(text: str) -> Any:
 
 
 def read_yaml(path: str | Path, what: str) -> Any:
-    """The values of a YAML file, which may have no aliases.
-
-    Args:
-        path: The file.
-        what: What it should be, the first word of messages: ``study``.
-
-    Raises:
-        ConfigError: If it cannot be read, is no YAML, or is too large or too deep.
-    """
+    """Read a YAML file without aliases; see `read_text`. Raise ConfigError if it is no YAML."""
     text = read_text(path, what, MAX_YAML_BYTES)
     try:
         return parse_yaml(text)
@@ -122,11 +87,7 @@ def read_yaml(path: str | Path, what: str) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """The values of a YAML text, which may have no aliases.
-
-    Raises:
-        ValueError: If it is no YAML or too deep.
-    """
+    """Parse YAML without aliases; raise ValueError if it is none or too deep."""
     try:
         values = yaml.load(text, _Loader)
         _require_shallow(values)
@@ -136,7 +97,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def texts_in(values: Any) -> Iterator[str]:
-    """Every text among values as JSON and YAML give them, keys left out."""
+    """Every text among the values of JSON or YAML, without keys."""
     if isinstance(values, str):
         yield values
     for inner in values.values() if isinstance(values, dict) else values if _holds(values) else ():
@@ -163,7 +124,7 @@ def _holds(value: Any) -> bool:
 
 
 def listed(value: Any) -> tuple[Any, ...]:
-    """Where a list is wanted, one value needs none."""
+    """Several values, or one in place of a list, as a tuple."""
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
@@ -176,16 +137,15 @@ Width = Annotated[int, Field(ge=0, le=2**20)]
 
 
 def built(kind: type[T], values: Any, where: str = "") -> T:
-    """A dataclass from plain values, as YAML and JSON give them: types must fit, no key be unknown.
+    """Build a dataclass from the values of YAML or JSON.
 
     Args:
         kind: The dataclass.
         values: A mapping of its fields. Where a tuple is wanted, one value needs no list.
-        where: What the mapping is, for messages.
+        where: Name of the mapping in messages.
 
     Raises:
-        ConfigError: If anything does not fit; the message names the key, the value and what is
-            allowed.
+        ConfigError: For an unknown key or a value of another type.
     """
     if isinstance(values, Mapping):
         names = [f.name for f in fields(kind)]  # type: ignore[arg-type]
@@ -215,7 +175,7 @@ _MISTAKES = {
     "string_type": "{place} {value} must be text",
     "bool_type": "{place} {value} must be true or false",
 }
-"""What is said for pydantic's types of errors."""
+"""Messages for pydantic's types of errors."""
 
 
 def _first_mistake(kind: type, error: ValidationError, where: str) -> str:
@@ -244,7 +204,7 @@ def _first_mistake(kind: type, error: ValidationError, where: str) -> str:
 
 
 def _kind_at(kind: Any, keys: Sequence[str]) -> Any:
-    """The dataclass that stands behind some keys; None where names of the user's stand."""
+    """The dataclass at some keys; None where the user chooses the names."""
     for key in keys:
         hint = get_type_hints(kind).get(key) if is_dataclass(kind) else None
         if hint is not None:

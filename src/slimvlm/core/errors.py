@@ -1,4 +1,4 @@
-"""What can go wrong through no fault of ours. Each message names the field, value and choices."""
+"""Errors that a user can cause and mend; each message names the field, value and choices."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Outputs appear whole or not at all: written beside their place, then renamed.
+"""Write outputs atomically: to a temporary name in the same folder, then rename.
 
-Whatever stops a run (an error, a full disk, a kill, a power cut) leaves the old state. Only one run
-at a time writes in a place; the lock goes with its process.
+An error, a full disk, a kill or a power cut leaves the old state. A lock, which ends with its
+process, lets one run at a time write in a place.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _REASONS = {
 }
 
 LONGEST_NAME = 200
-"""Bytes of a name that still leave room for what stands beside it (``.NAME.partial``)."""
+"""Bytes of a name that leave room for ``.NAME.partial``."""
 
 MARKS = {
     "slimvlm_checkpoint.json": "slimvlm-checkpoint",
@@ -48,8 +48,7 @@ MARKS = {
     "stage.json": '"request"',
     "slimvlm_demo.json": '"stamp"',
 }
-"""What makes a folder ours: a file that every checkpoint, run, teacher's cache or answers, stage of
-a study or demo model has, and words that stand in it."""
+"""Files that mark a folder as written by slimvlm, and a text that each contains."""
 
 
 def mark_checkpoint(folder: Path) -> None:
@@ -58,12 +57,7 @@ def mark_checkpoint(folder: Path) -> None:
 
 
 def require_free(path: str | Path, force: bool = False) -> Path:
-    """Check that an output may be written, before any work is done.
-
-    Raises:
-        ConfigError: If it exists and ``force`` is not given, it is a folder that slimvlm did not
-            write, or its parent cannot be written.
-    """
+    """Refuse an output that exists without ``force``, or that cannot or must not be written."""
     path = Path(path)
     require_place(path)
     if path.exists() and not force:
@@ -73,27 +67,27 @@ def require_free(path: str | Path, force: bool = False) -> Path:
 
 
 def require_ours(path: Path) -> None:
-    """Refuse to replace a folder that slimvlm did not write; an empty one belongs to nobody.
-
-    Raises:
-        ConfigError: If none of `MARKS` is in it.
-    """
-    if (
-        path.is_dir()
-        and any(path.iterdir())
-        and not any(_has_mark(path / n, MARKS[n]) for n in MARKS)
-    ):
-        raise ConfigError(
-            f"output {str(path)!r} is a folder that slimvlm did not write: --force replaces "
-            "only its own. Remove it, or choose another place"
-        )
+    """Refuse to replace a folder that slimvlm did not write, unless it is empty."""
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    for name, mark in MARKS.items():
+        with (
+            suppress(OSError),
+            (path / name).open(encoding="utf-8", errors="replace") as opened,
+        ):
+            if mark in opened.read(2**22):
+                return
+    raise ConfigError(
+        f"output {str(path)!r} is a folder that slimvlm did not write: --force replaces "
+        "only its own. Remove it, or choose another place"
+    )
 
 
 def file_name(name: str) -> str:
-    """A file name for any name: of a task, a model or a log. It never leads to another folder.
+    """Make a file name of a task, a model or a log that never leads to another folder.
 
-    What is not a letter, digit, dot, ``-`` or ``_`` of ASCII becomes ``_``; a name that had to be
-    changed ends with eight digits of its hash, so that two names never share a file.
+    Characters but ASCII letters, digits, dot, ``-`` and ``_`` become ``_``; a changed name ends
+    with eight digits of its hash, so that two names never share a file.
     """
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", name).lstrip(".")[:100]
     if safe == name and safe:
@@ -103,19 +97,19 @@ def file_name(name: str) -> str:
 
 @contextmanager
 def held(path: str | Path, wait: float = 0.0) -> Iterator[None]:
-    """Inside, no other run writes to a place.
+    """Lock an output against other runs.
 
-    The lock is a file beside it, ``.<name>.lock``, with the pid and host of its holder. The system
-    lets go of it when the process ends, however it ends. A process may hold a place several times;
-    ranks of one distributed run count as one.
+    The lock is ``.<name>.lock`` in the same folder, with the pid and host of its holder; the system
+    releases it when the process ends. A process may lock a place several times; ranks of one
+    distributed run count as one.
 
     Args:
         path: The output.
-        wait: Seconds to wait for another run to end; -1 is as long as it takes.
+        wait: Seconds to wait for another run to end; -1 for no limit.
 
     Raises:
         ConfigError: If the place cannot be written.
-        InUseError: If another run holds it.
+        InUseError: If another run has locked it.
     """
     path = Path(path)
     require_place(path)
@@ -129,20 +123,18 @@ def held(path: str | Path, wait: float = 0.0) -> Iterator[None]:
         with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_locked(path, wait))
-        _put_back(path)
+        old = _beside(path, "old")  # a kill between two renames leaves the old output there
+        if old.exists() and not path.exists():
+            old.rename(path)
+        _remove(old)
         yield
 
 
 @contextmanager
 def new_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
-    """A folder to fill that takes its name only when the block ends without an error.
+    """Yield a folder to fill, which takes its name when the block ends without an error.
 
-    A kill leaves the old state and a sibling named ``.<name>.partial``, which the next run
-    removes.
-
-    Raises:
-        ConfigError: As `require_free`.
-        OutputError: If another run writes there, or the disk is full or read-only.
+    A kill leaves the old state and ``.<name>.partial``, which the next run removes.
     """
     path = Path(path)
     with held(path), explained(path):
@@ -152,7 +144,6 @@ def new_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
         partial.mkdir()
         try:
             yield partial
-            _sync_tree(partial)
             _replace(partial, path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -160,14 +151,10 @@ def new_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def replacement(path: str | Path) -> Iterator[Path]:
-    """A folder to fill, over several starts if need be, that takes its name when the block ends.
+    """Yield a folder to fill, which takes its name when the block ends.
 
-    Unlike what is left of a `new_folder`, an unfinished one stays for the next start to go on with.
-    Whoever fills it holds the place (`held`).
-
-    Raises:
-        ConfigError: If it would replace a folder that slimvlm did not write.
-        OutputError: If the disk is full or read-only.
+    Unlike that of `new_folder`, an unfinished one stays for the next start to resume. The caller
+    locks the place by `held`.
     """
     path = Path(path)
     require_place(path)
@@ -175,7 +162,6 @@ def replacement(path: str | Path) -> Iterator[Path]:
     partial = _beside(path, "partial")
     yield partial
     with explained(path):
-        _sync_tree(partial)
         _replace(partial, path)
 
 
@@ -186,14 +172,9 @@ def discard_replacement(path: str | Path) -> None:
 
 @contextmanager
 def new_file(path: str | Path, outlives_power_cut: bool = True) -> Iterator[Path]:
-    """A file to write that takes its name, in place of an old one, when the block ends well.
+    """Yield a file to write, which takes its name when the block ends without an error.
 
-    Args:
-        path: The file.
-        outlives_power_cut: Whether to wait until it is on the disk itself.
-
-    Raises:
-        OutputError: If the disk is full or read-only.
+    ``outlives_power_cut``: wait until it is on the disk itself.
     """
     path = Path(path)
     partial = _beside(path, "partial")
@@ -210,23 +191,14 @@ def new_file(path: str | Path, outlives_power_cut: bool = True) -> Iterator[Path
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole: a reader sees the old content or the new.
-
-    Raises:
-        OutputError: If the disk is full or read-only.
-    """
+    """Write a file atomically."""
     with new_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def explained(path: str | Path) -> Iterator[None]:
-    """Say in one line why an output could not be written.
-
-    Raises:
-        OutputError: In place of what the system, safetensors or torch raise for a full disk, a
-            read-only one, or a lack of permission. Other errors pass.
-    """
+    """Raise OutputError for a full or read-only disk or a lack of permission; others pass."""
     try:
         yield
     except Exception as error:
@@ -239,7 +211,7 @@ def explained(path: str | Path) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str | None:
-    """Why writing failed, if it is not our mistake. Libraries in Rust and C++ tell in words."""
+    """Why writing failed, if it is not our mistake; libraries in Rust and C++ say it in words."""
     if isinstance(error, OSError):
         return _REASONS.get(error.errno or 0)
     if "inline_container" in str(error) or "PytorchStreamWriter" in str(error):
@@ -249,11 +221,7 @@ def _reason(error: Exception) -> str | None:
 
 
 def require_place(path: Path) -> None:
-    """An output has a name that a file can have, and a parent that can be written.
-
-    Raises:
-        ConfigError: If it has not.
-    """
+    """Refuse an output whose name no file can have, or whose parent cannot be written."""
     place = path.absolute()
     too_long = any(len(os.fsencode(part)) > LONGEST_NAME for part in place.parts)
     if place.name in ("", "..") or too_long or "\0" in str(place):
@@ -268,22 +236,12 @@ def require_place(path: Path) -> None:
 
 
 def _beside(path: Path, what: str) -> Path:
-    """A place beside an output, which no link may lead away from.
-
-    Raises:
-        ConfigError: If a link is there.
-    """
+    """The path ``.<name>.<what>`` in the output's folder, which must not be a link."""
     path = path.absolute()
     beside = path.with_name(f".{path.name}.{what}")
     if beside.is_symlink():
         raise ConfigError(f"output {str(path)!r}: {beside.name!r} is a link; remove it")
     return beside
-
-
-def _has_mark(file: Path, mark: str) -> bool:
-    with suppress(OSError), file.open(encoding="utf-8", errors="replace") as opened:
-        return mark in opened.read(2**22)
-    return False
 
 
 @contextmanager
@@ -293,8 +251,11 @@ def _locked(path: Path, wait: float) -> Iterator[None]:
     try:
         lock.acquire(timeout=wait)
     except Timeout as error:
+        holder = "just ended"
+        with suppress(OSError, UnicodeDecodeError):
+            holder = file.read_text(encoding="utf-8") or "not yet known which"
         raise InUseError(
-            f"output {str(path)!r} is in use by another run ({_holder(file)}). Wait for its "
+            f"output {str(path)!r} is in use by another run ({holder}). Wait for its "
             "end, or choose another place"
         ) from error
     try:
@@ -306,22 +267,10 @@ def _locked(path: Path, wait: float) -> Iterator[None]:
         lock.release()
 
 
-def _holder(file: Path) -> str:
-    with suppress(OSError, UnicodeDecodeError):
-        return file.read_text(encoding="utf-8") or "not yet known which"
-    return "just ended"
-
-
-def _put_back(path: Path) -> None:
-    """Mend what a kill between two renames left: the old output has stepped aside."""
-    old = _beside(path, "old")
-    if old.exists() and not path.exists():
-        old.rename(path)
-    _remove(old)
-
-
 def _replace(partial: Path, path: Path) -> None:
-    """Put the new folder in place of an old one, which stays until the new one is there."""
+    """Sync the new folder and put it in place of an old one, which stays until it is there."""
+    for file in (partial, *partial.rglob("*")):
+        _sync(file)
     old = _beside(path, "old")
     if path.exists():
         path.rename(old)
@@ -345,11 +294,6 @@ def _remove(path: Path) -> None:
 def _remove_if_empty(folder: Path) -> None:
     with suppress(OSError):
         folder.rmdir()
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in (folder, *folder.rglob("*")):
-        _sync(path)
 
 
 def _sync(path: Path) -> None:

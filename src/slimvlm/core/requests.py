@@ -1,7 +1,7 @@
-"""Whose a piece of work is: its request stands beside it as plain JSON, and only that one goes on.
+"""Resume: an output folder stores its request as JSON; only an equal request may continue it.
 
-Where pieces of work on several requests lie side by side, each has a place of its own instead,
-named by the `digest` of its request; then there is nothing to compare.
+Where outcomes of several requests share a folder, each has a place of its own, named by the
+`digest` of its request.
 """
 
 from __future__ import annotations
@@ -20,11 +20,7 @@ from slimvlm.core.removed import same_without_removed
 
 
 def asked(options: Any) -> dict[str, Any]:
-    """List options by name, without empty mappings and ``device``, which another run may change.
-
-    Args:
-        options: A dataclass; those inside it become dictionaries, too.
-    """
+    """Convert a dataclass to dictionaries without empty mappings and ``device``."""
 
     def named(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
         return {key: value for key, value in pairs if key != "device" and value != {}}
@@ -33,20 +29,12 @@ def asked(options: Any) -> dict[str, Any]:
 
 
 def note_request(file: Path, request: Mapping[str, Any]) -> None:
-    """Write down whose the work beside a file is, in place of an older note.
-
-    Args:
-        file: Where.
-        request: What was asked for, by name; values that JSON can hold.
-
-    Raises:
-        OutputError: If the file cannot be written.
-    """
+    """Store a request as JSON."""
     write_text(file, json.dumps(request, indent=2) + "\n")
 
 
 def noted_request(file: Path) -> dict[str, Any] | None:
-    """The request that `note_request` wrote; None if there is none, or only a part of it."""
+    """Read the stored request; None if there is none, or only a part of it."""
     try:
         return read_object(file, "request")
     except ConfigError:
@@ -54,23 +42,23 @@ def noted_request(file: Path) -> dict[str, Any] | None:
 
 
 def is_begun_for(file: Path, request: Mapping[str, Any]) -> bool:
-    """Whether the work beside a file was begun for this very request."""
+    """Whether the stored request equals this one."""
     return bool(same_without_removed(noted_request(file)) == same_without_removed(_plain(request)))
 
 
 def require_same_request(
     noted: Mapping[str, Any] | None, request: Mapping[str, Any], what: str, cure: str
 ) -> None:
-    """Refuse to go on with another request's work.
+    """Refuse to resume the work of another request.
 
     Args:
-        noted: From `noted_request`; None is nobody's work.
-        request: What is asked for now.
-        what: Beginning of the message: the work and where it is.
-        cure: Its end: what to do about it.
+        noted: From `noted_request`; None for none.
+        request: The request now.
+        what: Beginning of the message: the work and its place.
+        cure: End of the message: how to go on.
 
     Raises:
-        ConfigError: If they differ; the message names where, such as ``config.max_steps``.
+        ConfigError: If they differ; the message names the options, such as ``config.max_steps``.
     """
     before, now = same_without_removed(_plain(noted or {})), same_without_removed(_plain(request))
     differing = [] if noted is None else list(_differing(before, now))
@@ -81,7 +69,7 @@ def require_same_request(
 def _differing(
     noted: Mapping[str, Any], request: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[str]:
-    """Names of the values that are not the same; inside dictionaries those of their values."""
+    """Names of the values that differ, also inside dictionaries."""
     for name in dict.fromkeys([*request, *noted]):
         ours, theirs = request.get(name), noted.get(name)
         if isinstance(ours, dict) and isinstance(theirs, dict):
@@ -110,17 +98,16 @@ def digest(parts: Iterable[Any]) -> str:
 
 
 NUM_BLOCKS, BLOCK_BYTES = 64, 2**20
-"""What `identity_of_files` reads of a file that is larger than all of these blocks."""
+"""Blocks of a larger file that `identity_of_files` reads."""
 
 
 def identity_of_files(name: str, source: str) -> str:
-    """What tells a model or data source apart from another one that takes its place.
+    """Hash the names, sizes and content of a model's or data source's files; a hub id is its name.
 
-    Names, sizes and content of its files; of one over 64 MiB 64 blocks of 1 MiB, evenly spaced. A
-    hub id stands for itself.
+    Of a file over 64 MiB 64 blocks of 1 MiB are read, evenly spaced.
 
     Args:
-        name: What the user calls it.
+        name: The user's name of it.
         source: The folder or file.
     """
     path = Path(source)
@@ -132,7 +119,7 @@ def identity_of_files(name: str, source: str) -> str:
 
 
 def _content(file: Path, folder: Path) -> Iterator[bytes]:
-    """A file's place, size and content; of a large one blocks from its beginning to its end."""
+    """A file's path and size, then its content in blocks."""
     size = file.stat().st_size
     yield f"{file.relative_to(folder)} {size}".encode()
     with file.open("rb") as handle:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import gc
 import re
 import sys
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 
@@ -108,25 +109,29 @@ def slow_widths(anatomy: Anatomy) -> list[str]:
     return []
 
 
-def params_for_memory(memory_bytes: int, dtype: str = "bfloat16") -> int:
-    """Largest number of weights that fit into some bytes."""
-    return memory_bytes // BYTES[dtype]
+def params_of_target(params: str | None, memory: str | None, dtype: str) -> int | None:
+    """Parameters that a target allows; None without one.
+
+    Args:
+        params: Their number, such as ``5B`` or ``90M``.
+        memory: Instead: bytes of the weights, such as ``8GiB`` or ``500MB``.
+        dtype: Data type of these.
+
+    Raises:
+        ConfigError: If it is not such a number.
+    """
+    if params is not None:
+        return _parsed("target_params", params, _COUNTS, "a number such as 5B, 90M or 1200000")
+    if memory is None:
+        return None
+    return _parsed("target_memory", memory, _SIZES, "a size such as 8GiB or 500MB") // BYTES[dtype]
 
 
-def parse_count(text: str) -> int:
-    """``5B``, ``90M`` or a plain number of parameters."""
-    match = re.fullmatch(r"(\d+\.?\d*)([kmbg]?)", text.strip().lower())
+def _parsed(name: str, text: str, units: Mapping[str, int], allowed: str) -> int:
+    match = re.fullmatch(rf"(\d+\.?\d*)\s*({'|'.join(units)})", text.strip().lower())
     if match is None:
-        raise ConfigError(f"target_params {text!r} must be a number such as 5B, 90M or 1200000")
-    return round(float(match[1]) * _COUNTS[match[2]])
-
-
-def parse_bytes(text: str) -> int:
-    """``8GiB``, ``500MB``."""
-    match = re.fullmatch(r"(\d+\.?\d*)\s*(mib|gib|mb|gb)", text.strip().lower())
-    if match is None:
-        raise ConfigError(f"target_memory {text!r} must be a size such as 8GiB or 500MB")
-    return round(float(match[1]) * _SIZES[match[2]])
+        raise ConfigError(f"{name} {text!r} must be {allowed}")
+    return round(float(match[1]) * units[match[2]])
 
 
 def free_memory(device: torch.device) -> int:

@@ -1,18 +1,19 @@
-"""Which recipe for a model and a budget, what it should keep and what it costs: `advise`.
+"""Say before a run what it would do and cost: `advise`, and ``compress --dry-run``.
 
-Nothing is run and no weights are read. Rules and measured numbers come from ``recipes.yaml``.
+No weights are read. `advise` chooses a recipe from a model's configuration and a budget; rules and
+measured numbers come from ``recipes.yaml``. A dry run checks a configuration against its data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, get_args
 
 import torch
 
-from slimvlm.core.errors import ConfigError, SlimError
+from slimvlm.core.errors import LESS_TO_TRAIN, ConfigError, SlimError
 from slimvlm.core.options import (
     Axis,
     AxisChoice,
@@ -20,89 +21,65 @@ from slimvlm.core.options import (
     CompressConfig,
     RecoverConfig,
 )
+from slimvlm.core.progress import Say, duration
+from slimvlm.data.chat import encode_samples
 from slimvlm.data.tokenizer_file import TokenizerFile
 from slimvlm.models.anatomy import Anatomy
-from slimvlm.models.cost import params_for_memory, parse_bytes, parse_count, weight_bytes
+from slimvlm.models.cost import BYTES, free_memory, params_of_target, weight_bytes
 from slimvlm.models.load import anatomy as anatomy_of
-from slimvlm.models.load import default_device, load_config, load_processor, resolve
+from slimvlm.models.load import default_device, device_named, load_config, load_processor, resolve
 from slimvlm.planning.make import ratio_for_params
+from slimvlm.planning.plan import Plan
 from slimvlm.runs.command import compress_command
 from slimvlm.runs.compress import request_of
-from slimvlm.runs.estimate import (
-    Cost,
-    Sizes,
-    estimate_cost,
-    image_tokens,
-    token_bytes,
+from slimvlm.runs.cost import Cost, Sizes, cost, image_tokens, kept_bytes
+from slimvlm.runs.recipes import Recipe, expected, recipe_for, rules, subject_of
+from slimvlm.runs.request import (
+    check_questions,
+    check_request,
+    rehearse,
+    requests_by_axis,
+    resolved,
 )
-from slimvlm.runs.recipes import (
-    Recipe,
-    are_alike,
-    expected_of_layers,
-    fraction_for,
-    recipe_for,
-    rules,
-    subject_of,
-)
-from slimvlm.runs.request import resolved
-from slimvlm.runs.tokens import tokens_to_try
+from slimvlm.runs.stages import read_split
+from slimvlm.runs.tables import millions, size
+from slimvlm.runs.tokens import tokens_alone, tokens_to_try, with_tokens
 
-_STEP = 0.005
-"""How finely ratios are tried for a latency."""
+_RATIO_STEP = 0.005
+"""Distance of the ratios that are tried for a latency."""
+_ENCODED = 16
+"""Samples that are encoded at most, to learn how long they are."""
+_LESS_TO_PRUNE = "prune --low-memory holds one layer at a time, and recover trains"
+_NOT_MEASURED = "not measured on models of about this size, by this recipe and so many layers"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Expectation:
-    """What was measured for the recipe where as large a share of the decoder layers went.
-
-    Attributes:
-        model: The model that was measured.
-        percent: AVG-%.
-        source: Where the number stands.
-        same: Whether it is the model in question.
-    """
+    """AVG-% that was measured for a recipe where as large a share of the layers went."""
 
     model: str
     percent: float
     source: str
-    same: bool
+    same: bool  # whether it is the model in question
 
 
 @dataclass(frozen=True, kw_only=True)
 class Advice:
-    """What `advise` says.
-
-    Attributes:
-        model: Folder, hub id or ``demo``.
-        ratio: Share of the backbone to remove.
-        axis: Where to prune: ``auto`` lets the data decide, before training.
-        recipe: The study's: where it prunes, what it trains.
-        token_share: Share of the backbone that goes with tokens, 0 where all of them stay.
-        decoder_ratio: Share of the decoder layers that goes with the rest.
-        expected: Measurements of this recipe where such a share of the layers went: of this model
-            first, then of others of about its size.
-        latency: Time to read a question as a share of the original's, None if not measured.
-        params: Parameters of the whole model before and after.
-        weight_bytes: Bytes of its weights before and after.
-        fraction: Share of the data to train on.
-        cost: Memory and time.
-        notes: Why, and what to beware of.
-        command: What to run.
-    """
+    """A recipe for a model and a budget."""
 
     model: str
-    ratio: float
-    axis: AxisChoice
-    token_share: float
-    decoder_ratio: float
+    ratio: float  # share of the backbone to remove
+    axis: AxisChoice  # auto lets the data decide, before training
+    token_share: float  # share of the backbone that goes with tokens
+    decoder_ratio: float  # share of the decoder layers that goes with the rest
     recipe: Recipe
-    expected: tuple[Expectation, ...]
-    latency: float | None
-    params: tuple[int, int]
-    weight_bytes: tuple[int, int]
-    fraction: float
+    expected: tuple[Expectation, ...]  # of this model first, then of others of about its size
+    latency: float | None  # time to read a question as a share of the original's
+    params: tuple[int, int]  # of the whole model before and after
+    weight_bytes: tuple[int, int]  # likewise
+    fraction: float  # share of the data to train on
     cost: Cost
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # reasons and warnings
     command: str
 
 
@@ -134,7 +111,7 @@ def advise(
     Raises:
         ConfigError: If not exactly one budget is given, or it cannot be met.
     """
-    shape = anatomy_of(model)
+    shape, known = anatomy_of(model), rules()
     if samples is not None and samples < 1:
         raise ConfigError(f"samples {samples} must be at least 1")
     subject = subject_of({**vars(shape), "num_layers": shape.num_layers})
@@ -143,30 +120,65 @@ def advise(
         **{"target_memory": target_memory, "target_latency": target_latency},
     }
     ratio = _ratio(shape, subject, budget, data, dtype)
+    recipe = recipe_for(ratio, data)
     fraction, why = _fraction(ratio, samples)
-    given = rules().full_set if samples is None else samples
+    given = known.full_set if samples is None else samples
     tokens, on_tokens = _tokens_first(model, shape, ratio, data and target_latency is None)
-    sees = image_tokens(model) if shape.vision_params else 0
     sizes = Sizes(
         shape=shape,
-        tokens=float(sees + rules().constants.text_tokens),
+        tokens=float(known.constants.text_tokens)
+        + (image_tokens(model) if shape.vision_params else 0),
         samples=given,
         calibration=min(CalibrationConfig().samples, given),
-        token_bytes=token_bytes(load_config(model), dtype),
+        token_bytes={name: kept_bytes(load_config(model), name) for name in {dtype, "bfloat16"}},
         vocabulary=tokens,
     )
     device = default_device()
     if gpu is not None and gpu == (device.type == "cpu"):
         device = torch.device("cuda" if gpu else "cpu")
 
-    def asked(recipe: Recipe) -> CompressConfig:
-        return _config(model, ratio, recipe, fraction, data, tokens)
+    def config_of(recipe: Recipe) -> CompressConfig:
+        recover = None
+        if recipe.train is not None:
+            recover = RecoverConfig(train=recipe.train, loss=recipe.loss, fraction=fraction)
+        return CompressConfig(
+            ratio=round(ratio, 4),
+            axis=recipe.axis,
+            vocab_size=tokens,
+            data=None if not data else "demo" if model == "demo" else "DATA.json",
+            recover=recover,
+        )
 
-    recipe, cost, notes = _affordable(sizes, ratio, data, device, dtype, asked)
-    share = sizes.decoder_share(ratio)
-    axis = request_of(model, replace(asked(recipe), axis=None)).prune.axis or recipe.axis
-    after = shape.total_params - round(ratio * shape.backbone_params)
-    size = weight_bytes(shape, dtype)
+    def cost_of(recipe: Recipe) -> Cost:
+        tried = len(get_args(Axis)) if recipe.train else 0
+        return cost(resolved(request_of("", config_of(recipe))), sizes, device, dtype, tried)
+
+    found, notes = cost_of(recipe), []
+    limit, hours = known.constants.max_hours_without_gpu, found.training_hours
+    if device.type == "cpu" and hours > limit:
+        notes = [
+            f"without a GPU the training would take about {hours:,.0f} h, more than {limit} h: "
+            "not trained"
+        ]
+        recipe = recipe_for(ratio, False)
+        found = cost_of(recipe)
+    notes.append(f"the study's chart says {recipe.axis}: {recipe.why} ({recipe.source})")
+    if recipe.train:
+        notes += [
+            "axis auto: depth, width and both are tried on the data, and held-out answers choose. "
+            "The expected values are those of the chart's axis",
+            why,
+        ]
+    notes += on_tokens
+    if shape.expert_counts and shape.expert_counts[0] > shape.experts_per_token:
+        notes.append(
+            f"{shape.expert_share:.0%} of the backbone are experts, of which a token takes "
+            f"{shape.experts_per_token} a layer; some can go whole: --experts 0.25 takes a quarter"
+        )
+    share, open_axis = sizes.decoder_share(ratio), replace(config_of(recipe), axis=None)
+    axis = request_of(model, open_axis).prune.axis or recipe.axis
+    before, after = shape.total_params, shape.total_params - round(ratio * shape.backbone_params)
+    held = weight_bytes(shape, dtype)
     return Advice(
         model=model,
         ratio=ratio,
@@ -176,84 +188,51 @@ def advise(
         recipe=recipe,
         expected=_expectations(recipe, share, subject, shape.backbone_params),
         latency=_latency(recipe.axis, max(ratio - sizes.token_share, 0.0), subject),
-        params=(shape.total_params, after),
-        weight_bytes=(size, round(size * after / shape.total_params)),
+        params=(before, after),
+        weight_bytes=(held, round(held * after / before)),
         fraction=fraction if recipe.train else 1.0,
-        cost=cost,
-        notes=(*notes, *([why] if recipe.train else []), *on_tokens, *_on_experts(shape)),
-        command=compress_command(model, replace(asked(recipe), axis=axis), "run"),
+        cost=found,
+        notes=tuple(notes),
+        command=compress_command(model, replace(config_of(recipe), axis=axis), "run"),
     )
-
-
-def _affordable(
-    sizes: Sizes,
-    ratio: float,
-    data: bool,
-    device: torch.device,
-    dtype: str,
-    asked: Callable[[Recipe], CompressConfig],
-) -> tuple[Recipe, Cost, list[str]]:
-    """The recipe, unless its training would take too long here."""
-
-    def cost_of(recipe: Recipe) -> Cost:
-        request = resolved(request_of("", asked(recipe)))
-        tried = len(get_args(Axis)) if recipe.train else 0
-        return estimate_cost(sizes, request, device, dtype, tried)
-
-    recipe = recipe_for(ratio, data)
-    cost = cost_of(recipe)
-    limit = rules().constants.max_hours_without_gpu
-    notes = []
-    if device.type == "cpu" and cost.training_hours > limit:
-        notes = [
-            f"without a GPU the training would take about {cost.training_hours:,.0f} h, more than "
-            f"{limit} h: not trained"
-        ]
-        recipe = recipe_for(ratio, False)
-        cost = cost_of(recipe)
-    notes.append(f"the study's chart says {recipe.axis}: {recipe.why} ({recipe.source})")
-    if recipe.train:
-        notes.append(
-            "axis auto: depth, width and both are tried on the data, and held-out answers choose. "
-            "What is expected is said of the chart's axis"
-        )
-    return recipe, cost, notes
 
 
 def _ratio(
     shape: Anatomy, subject: str | None, budget: Mapping[str, Any], data: bool, dtype: str
 ) -> float:
     """The ratio that meets the one budget that is given."""
-    given = [(name, value) for name, value in budget.items() if value is not None]
+    given = {name: value for name, value in budget.items() if value is not None}
     if len(given) != 1:
         names = [f"--{name.replace('_', '-')}" for name in budget]
         raise ConfigError(f"advise needs exactly one of {', '.join(names)}")
-    ((name, value),) = given
-    match name:
-        case "target_params":
-            return ratio_for_params(shape, parse_count(value))
-        case "target_memory":
-            return ratio_for_params(shape, params_for_memory(parse_bytes(value), dtype))
-        case "target_latency":
-            return _ratio_for_latency(subject, value, data)
-    wanted: float = value
-    return wanted
-
-
-def _ratio_for_latency(subject: str | None, share: float, data: bool) -> float:
-    """The smallest ratio whose recipe was measured to be as fast as that."""
-    if not 0 < share <= 1:
-        raise ConfigError(f"target_latency {share} must be above 0 and at most 1")
-    fastest = 1.0
-    for step in range(round(1 / _STEP)):
-        ratio = round(step * _STEP, 4)
-        found = _latency(recipe_for(ratio, data).axis, ratio, subject)
-        if found is None:
+    ((name, value),) = given.items()
+    params = params_of_target(given.get("target_params"), given.get("target_memory"), dtype)
+    if params is not None:
+        return ratio_for_params(shape, params)
+    if name == "ratio":
+        return float(value)
+    if not 0 < value <= 1:
+        raise ConfigError(f"target_latency {value} must be above 0 and at most 1")
+    fastest = 1.0  # of the ratios whose recipe was measured, in ascending order
+    for step in range(round(1 / _RATIO_STEP)):
+        ratio = round(step * _RATIO_STEP, 4)
+        if (latency := _latency(recipe_for(ratio, data).axis, ratio, subject)) is None:
             break
-        fastest = min(fastest, found)
-        if found <= share:
+        fastest = min(fastest, latency)
+        if latency <= value:
             return ratio
-    raise ConfigError(f"target_latency {share}: the fastest that was measured is {fastest:.2f}")
+    raise ConfigError(f"target_latency {value}: the fastest that was measured is {fastest:.2f}")
+
+
+def _fraction(ratio: float, samples: int | None) -> tuple[float, str]:
+    """Share of the data to train on, and why: of few samples all."""
+    row = next(row for row in rules().fractions if ratio <= row.up_to)
+    needed = round(row.fraction * rules().full_set)
+    if samples is None:
+        return row.fraction, f"{row.why} ({rules().fractions_source})"
+    if samples <= needed:
+        return 1.0, f"train on all {samples:,} conversations: the study trained on {needed:,}"
+    return round(needed / samples, 4), f"{row.why} ({rules().fractions_source})"
 
 
 def _latency(axis: str, ratio: float, subject: str | None) -> float | None:
@@ -265,101 +244,216 @@ def _latency(axis: str, ratio: float, subject: str | None) -> float | None:
     own = [row for row in curves if row.model == subject]
     others = [row for row in curves if not row.ours]
     farthest = max(max(row.values) for row in others)
-    shown = own or [row for row in others if max(row.values) == farthest]
-    values = [value for row in shown if (value := row.at(ratio)) is not None]
+    chosen = own or [row for row in others if max(row.values) == farthest]
+    values = [value for row in chosen if (value := row.at(ratio)) is not None]
     return fmean(values) if values else None
 
 
 def _tokens_first(
     model: str, shape: Anatomy, ratio: float, is_open: bool
 ) -> tuple[int | None, list[str]]:
-    """How many tokens stay where some go first, None for all; and what there is to say about it.
+    """How many tokens stay where some go first, None for all; and the notes on it.
 
-    Args:
-        model: Folder, hub id or ``demo``.
-        shape: Its anatomy.
-        ratio: Share of the backbone that goes.
-        is_open: Whether there is data to count, and a budget that fewer tokens help to meet.
+    ``is_open``: there is data to count, and a budget that fewer tokens help to meet.
     """
-    rule, outside = rules().tokens_first, shape.token_params * shape.vocab_size
-    share, third = outside / shape.backbone_params, tokens_to_try(shape)
+    rule, third = rules().tokens_first, tokens_to_try(shape)
     if third is None:
         return None, []
-    of_layers = min(ratio / (1 - share), 1.0)
+    share = shape.token_params * shape.vocab_size / shape.backbone_params
     many = f"{share:.0%} of the backbone are embeddings and head"
+    of_layers = min(ratio / (1 - share), 1.0)
     alone = f"{many}: {ratio:.0%} of the backbone is {of_layers:.0%} of its layers"
-    needed = _tokens_needed(model, shape)
-    if isinstance(needed, str):
-        return None, [f"{alone}; no token can go: {needed}"]
-    if not is_open:
-        return None, [f"{alone}; fewer tokens make it smaller: --vocab-size auto"]
-    kept = max(third, needed)
-    told = f"{kept:,} stay; --vocab-size auto keeps as many as the data needs, all keeps every one"
-    return kept, [f"{many}, and {rule.why} ({rule.source}): {told}"]
-
-
-def _on_experts(shape: Anatomy) -> list[str]:
-    """What there is to say about experts."""
-    if not shape.expert_counts or shape.expert_counts[0] <= shape.experts_per_token:
-        return []
-    return [
-        f"{shape.expert_share:.0%} of the backbone are experts, of which a token takes "
-        f"{shape.experts_per_token} a layer; some can go whole: --experts 0.25 takes a quarter"
-    ]
-
-
-def _tokens_needed(model: str, shape: Anatomy) -> int | str:
-    """How many tokens must stay, whatever the data; or why all of them must."""
-    if shape.why_tokens_stay is not None:
-        return shape.why_tokens_stay
+    processor, reason = None, shape.why_tokens_stay
     try:
-        processor = load_processor(resolve(model), load_config(model))
+        processor = load_processor(resolve(model), load_config(model)) if reason is None else None
         if processor is None:
-            return "the model has no tokenizer"
+            raise ConfigError(reason or "the model has no tokenizer")
         file = TokenizerFile.of(processor)
     except SlimError as error:
-        return str(error)
-    return len(file.with_parts(file.needed))
+        return None, [f"{alone}; no token can go: {error}"]
+    if not is_open:
+        return None, [f"{alone}; fewer tokens make it smaller: --vocab-size auto"]
+    kept = max(third, len(file.with_parts(file.needed)))
+    options = (
+        f"{kept:,} stay; --vocab-size auto keeps as many as the data needs, all keeps every one"
+    )
+    return kept, [f"{many}, and {rule.why} ({rule.source}): {options}"]
 
 
 def _expectations(
     recipe: Recipe, share: float, subject: str | None, backbone_params: int
 ) -> tuple[Expectation, ...]:
-    """What was measured where such a share of the layers went, here or on models like this one."""
-    found = expected_of_layers(recipe.axis, recipe.train, recipe.loss, share)
-    if recipe.train == "lora":  # what learns more than LoRA was measured on the demo model
-        more = expected_of_layers(recipe.axis, "full", recipe.loss, share)
-        found += [f for f in more if f[0].ours]
-    rows = [
-        Expectation(model=row.model, percent=value, source=row.source, same=row.model == subject)
-        for row, value in found
-        if row.model == subject or are_alike(row.model, backbone_params)
-    ]
+    """AVG-% that was measured where such a share of the layers went, this model's first.
+
+    Ratios count embeddings, too, of which some models have many: the same ratio takes more of their
+    layers. Training of all weights was measured on the demo model only, LoRA on the study's.
+    """
+    known, rows = rules(), list[Expectation]()
+    for train in (recipe.train, "full") if recipe.train == "lora" else (recipe.train,):
+        for name, layers in known.decoder_shares.items():
+            size_of, within = known.backbone_params[name], known.alike_within
+            is_alike = size_of / within <= backbone_params <= size_of * within
+            for row, value in expected(recipe.axis, train, recipe.loss, share * layers):
+                fits = row.model == name and (train == recipe.train or row.ours)
+                if fits and (name == subject or is_alike):
+                    same = name == subject
+                    rows.append(
+                        Expectation(model=name, percent=value, source=row.source, same=same)
+                    )
     return tuple(sorted(rows, key=lambda row: not row.same))
 
 
-def _fraction(ratio: float, samples: int | None) -> tuple[float, str]:
-    """The share of the data to train on: of few samples all."""
-    fraction, why = fraction_for(ratio)
-    needed = round(fraction * rules().full_set)
-    if samples is None:
-        return fraction, why
-    if samples <= needed:
-        return 1.0, f"train on all {samples:,} conversations: the study trained on {needed:,}"
-    return round(needed / samples, 4), why
+def advice_rows(advice: Advice) -> list[list[str]]:
+    """A name and its value in every row."""
+    recipe, spent = advice.recipe, advice.cost
+    axis = "the axis that the data chooses" if advice.axis == "auto" else advice.axis
+    layers = f"{advice.decoder_ratio:.1%} of its layers, along {axis}"
+    first = f"{advice.ratio:.1%} of the backbone"
+    if advice.token_share:
+        first += f": tokens first, about {advice.token_share:.1%}"
+    gone = [first] if advice.token_share and not advice.decoder_ratio else [first, layers]
+    kept = [
+        f"{row.percent:.1f} % ({row.model}{', this model' if row.same else ''}; {row.source})"
+        for row in advice.expected
+    ]
+    before, after = advice.params
+    held, smaller = advice.weight_bytes
+    rows = [
+        ["remove", ("; then " if advice.token_share else ", ").join(gone)],
+        ["train", f"{recipe.train}, loss {recipe.loss}" if recipe.train else "nothing"],
+        ["parameters", f"{millions(after)} of {millions(before)}"],
+        ["weights", f"{size(smaller)} of {size(held)}"],
+        *_under("expected AVG-%", kept or [_NOT_MEASURED]),
+    ]
+    if advice.latency is not None:
+        rows.append(["time to read a question", f"{advice.latency:.0%} of the original's"])
+    rows += [
+        ["memory of pruning", f"about {size(spent.calibration_bytes)}"],
+        ["time of pruning", f"about {duration(3600 * spent.pruning_hours)}"],
+    ]
+    if recipe.train:
+        rows += [
+            ["training data", f"{spent.samples:,} conversations"],
+            ["memory of training", f"about {size(spent.training_bytes)}"],
+            ["time of training", f"about {duration(3600 * spent.training_hours)}"],
+        ]
+    return [*rows, *_under("why", advice.notes), *_under("estimates rest on", spent.rests_on)]
 
 
-def _config(
-    model: str, ratio: float, recipe: Recipe, fraction: float, data: bool, tokens: int | None
-) -> CompressConfig:
-    source = ("demo" if model == "demo" else "DATA.json") if data else None
-    recover = None
-    if recipe.train is not None:
-        recover = RecoverConfig(train=recipe.train, loss=recipe.loss, fraction=fraction)
-    return CompressConfig(
-        ratio=round(ratio, 4),
-        axis=recipe.axis,
-        vocab_size=tokens,
-        data=source,
-        recover=recover,
+def _under(name: str, lines: Sequence[str]) -> list[list[str]]:
+    """Several lines of which the first one has the name."""
+    return [[name if i == 0 else "", line] for i, line in enumerate(lines)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun:
+    """The outcome and the needs of a compression that was not run."""
+
+    plan: Plan  # how much stays; which units is drawn at random
+    axes: tuple[str, ...]  # that would be tried; one if it is decided
+    fewer_tokens: int  # that would stay in a further try of the best axis; 0 without one
+    calibration: int  # samples
+    training: int
+    report: int  # samples held out for the end
+    tokens: float  # mean length of a sample
+    dtype: str  # of the weights
+    device: str
+    free_bytes: int  # on the device now
+    cost: Cost
+
+
+def dry_run(model: str, config: CompressConfig, say: Say = print) -> DryRun:
+    """Check a compression and say what it would do; reads the configuration and the data.
+
+    Args:
+        model: Folder, hub id or ``demo``.
+        config: Options of the compression.
+        say: Receives a line for each remark.
+
+    Raises:
+        SlimError: For anything that `slimvlm.compress` would refuse before it reads weights.
+    """
+    shape = anatomy_of(model)
+    request = resolved(request_of(model, config), say, shape)
+    if request.questions is not None:
+        check_questions(request.questions)
+    check_request(request, shape, say)
+    samples = read_split(request, say)
+    counted = [] if config.data is None else samples.counted(request)
+    request = with_tokens(request, counted, say)
+    axes: tuple[str, ...] = (str(request.prune.axis),)
+    first = request
+    if request.prune.axis == "auto":
+        by_axis = requests_by_axis(request, shape)
+        axes, first = tuple(by_axis), next(iter(by_axis.values()))
+    first = replace(first, report_samples=len(samples.report))
+    described = load_config(model, config.trust_remote_code)
+    processor = load_processor(resolve(model), described, config.trust_remote_code)
+    given = [*samples.calibration, *samples.training]
+    some = given[:: -(-len(given) // _ENCODED)] if given else []
+    lengths = [encode_samples(processor, [each])["input_ids"].shape[1] for each in some]
+    dtype: str = config.dtype
+    if dtype == "auto":
+        stored = str(described.dtype).removeprefix("torch.")
+        dtype = stored if stored in BYTES else "bfloat16"
+    device, tries = device_named(config.device), len(axes) + bool(request.fewer_tokens)
+    sizes = Sizes(
+        shape=shape,
+        tokens=fmean(lengths) if lengths else 0.0,
+        samples=len(samples.training) if request.trains else 0,
+        calibration=len(samples.calibration),
+        token_bytes={name: kept_bytes(described, name) for name in {dtype, "bfloat16"}},
+        vocabulary=None if request.tokens is None else len(request.tokens),
     )
+    return DryRun(
+        plan=tokens_alone(first, shape) or rehearse(first.prune, shape, first.tokens),
+        axes=axes,
+        fewer_tokens=len(request.fewer_tokens or ()),
+        calibration=sizes.calibration,
+        training=sizes.samples,
+        report=len(samples.report),
+        tokens=sizes.tokens,
+        dtype=dtype,
+        device=str(device),
+        free_bytes=free_memory(device),
+        cost=cost(first, sizes, device, dtype, tries if tries > 1 else 0),
+    )
+
+
+def dry_run_rows(found: DryRun) -> list[list[str]]:
+    """A name and its value in every row."""
+    before, after, spent = found.plan.before, found.plan.after, found.cost
+    smaller, held = (size(weight_bytes(shape, found.dtype)) for shape in (after, before))
+    counts = [(found.calibration, "calibrate"), (found.training, "train")]
+    counts.append((found.report, "are held out"))
+    samples = ", ".join(f"{count:,} {use}" for count, use in counts if count) or "none"
+    if found.tokens:
+        samples += f"; about {found.tokens:.0f} tokens each"
+
+    def memory(needed: float, cure: str) -> str:
+        if needed <= found.free_bytes:
+            return f"about {size(needed)} on {found.device}"
+        free = f"{size(found.free_bytes)} free on {found.device}"
+        return f"about {size(needed)}, more than the {free}: {cure}"
+
+    rows = [
+        ["plan", found.plan.summary()],
+        ["parameters", f"{after.total_params:,} of {before.total_params:,}"],
+        ["weights", f"{smaller} of {held} in {found.dtype}"],
+        ["samples", samples],
+        ["memory of pruning", memory(spent.calibration_bytes, _LESS_TO_PRUNE)],
+        ["time of pruning", f"about {duration(3600 * spent.pruning_hours)}"],
+    ]
+    if spent.hidden_states:
+        rows.append(["hidden states", spent.hidden_states])
+    if len(found.axes) > 1 or found.fewer_tokens:
+        tried = f"{', '.join(found.axes)} are tried; the plan is of the first"
+        if found.fewer_tokens:
+            tried += f"; the best is tried again after trimming to {found.fewer_tokens:,} tokens"
+        rows.insert(1, ["axes", tried])
+    if found.training:
+        rows += [
+            ["memory of training", memory(spent.training_bytes, LESS_TO_TRAIN)],
+            ["time of training", f"about {duration(3600 * spent.training_hours)}"],
+        ]
+    return [*rows, *_under("estimates rest on", spent.rests_on)]

@@ -1,4 +1,4 @@
-"""Which recipe for which budget, and what was measured with it: ``recipes.yaml`` as values.
+"""Read ``recipes.yaml``: which recipe for which ratio, and what was measured with it.
 
 Reference:
     Huang et al. 2025, arXiv:2507.20749, Fig. 1 and Sec. 5; extended in arXiv:2604.24380.
@@ -26,16 +26,7 @@ NEAR = 0.03
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What to do up to some ratio.
-
-    Attributes:
-        up_to: Largest ratio that the row is for.
-        axis: Where to prune.
-        train: What learns afterwards, None for no recovery.
-        loss: Loss of the recovery.
-        why: The finding behind it, for people.
-        source: Where that finding stands.
-    """
+    """Where to prune up to a ratio, what to train, by which loss, and why."""
 
     up_to: float
     axis: Axis
@@ -47,17 +38,7 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """What was measured of one model over the ratio.
-
-    Attributes:
-        model: The model that was measured.
-        axis: Where it was pruned.
-        values: AVG-% or a share of the time, by ratio.
-        source: Where the numbers stand.
-        train: What learned, None for no recovery.
-        loss: From which loss.
-        ours: Whether this project measured it.
-    """
+    """AVG-%, or a share of the time, that was measured of a model at some ratios."""
 
     model: str
     axis: Axis
@@ -68,7 +49,7 @@ class Curve:
     ours: bool = False
 
     def at(self, ratio: float) -> float | None:
-        """The value at a ratio, on a straight line between measured ones; None too far outside."""
+        """Interpolate the value at a ratio; None if it is too far outside the measured ones."""
         ratios = sorted(self.values)
         if not ratios[0] - NEAR <= ratio <= ratios[-1] + NEAR:
             return None
@@ -77,7 +58,7 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Fraction:
-    """The share of the study's training data that suffices up to some ratio."""
+    """The share of the study's training data that suffices up to a ratio."""
 
     up_to: float
     fraction: float
@@ -86,14 +67,7 @@ class Fraction:
 
 @dataclass(frozen=True, kw_only=True)
 class TokensFirst:
-    """Where tokens go first.
-
-    Attributes:
-        from_share: From which share of embeddings and head in the backbone on.
-        one_of: One token of so many stays.
-        why: The finding behind it, for people.
-        source: Where that finding stands.
-    """
+    """From which share of the backbone on tokens go first, and of how many one stays."""
 
     from_share: float
     one_of: int
@@ -103,7 +77,7 @@ class TokensFirst:
 
 @dataclass(frozen=True, kw_only=True)
 class Constants:
-    """What estimates rest on; ``recipes.yaml`` says of each number what it is."""
+    """Constants of estimates; ``recipes.yaml`` explains each."""
 
     text_tokens: int
     image_tokens: int
@@ -126,23 +100,7 @@ class Constants:
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """The whole file.
-
-    Attributes:
-        with_training: Recipes, in the order of their ratios, where there is data.
-        without_training: The same where there is none.
-        tokens_first: Where tokens go before layers lose something.
-        full_set: Conversations that the study trained on.
-        fractions: The share of these that suffices, in the order of the ratios.
-        fractions_source: Where that stands.
-        subjects: Values of the anatomy of each measured model.
-        backbone_params: How large each one's backbone is.
-        alike_within: How many times as large or as small a model like it is at most.
-        decoder_shares: Share of each one's backbone that its decoder layers are.
-        retention: Everything that is known of AVG-%; where two curves fit, the first one counts.
-        latency: Time to read a question as a share of the unpruned model's.
-        constants: What estimates rest on.
-    """
+    """The whole of ``recipes.yaml``, which explains each key."""
 
     with_training: tuple[Recipe, ...]
     without_training: tuple[Recipe, ...]
@@ -161,13 +119,13 @@ class Rules:
 
 @cache
 def rules() -> Rules:
-    """``recipes.yaml``, which pydantic checks against `Rules`."""
+    """Read ``recipes.yaml``, which pydantic checks against `Rules`."""
     values = yaml.safe_load(RULES.read_text(encoding="utf-8"))
     return TypeAdapter(Rules).validate_python(values, extra="forbid")
 
 
 def recipe_for(ratio: float, has_data: bool) -> Recipe:
-    """The study's choice for a ratio.
+    """Choose the study's recipe for a ratio.
 
     Args:
         ratio: Share of the backbone to remove.
@@ -176,32 +134,22 @@ def recipe_for(ratio: float, has_data: bool) -> Recipe:
     Raises:
         ConfigError: If the ratio is not in [0, 1).
     """
-    _require_share(ratio)
+    if not 0 <= ratio < 1:
+        raise ConfigError(f"ratio {ratio} must be at least 0 and below 1")
     rows = rules().with_training if has_data else rules().without_training
     return next(row for row in rows if ratio <= row.up_to)
 
 
-def fraction_for(ratio: float) -> tuple[float, str]:
-    """The share of the study's training data that suffices for a ratio, and why.
-
-    Raises:
-        ConfigError: If the ratio is not in [0, 1).
-    """
-    _require_share(ratio)
-    row = next(row for row in rules().fractions if ratio <= row.up_to)
-    return row.fraction, f"{row.why} ({rules().fractions_source})"
-
-
 def published(axis: str, train: str | None, loss: str, ratio: float) -> list[tuple[Curve, float]]:
-    """AVG-% that the study gives for an axis, a recovery and a ratio, one value for each model.
-
-    Training all weights stands beside the study's LoRA.
-    """
+    """AVG-% that the study gives for an axis, a recovery and a ratio, one value for each model."""
     return [found for found in expected(axis, train, loss, ratio) if not found[0].ours]
 
 
 def expected(axis: str, train: str | None, loss: str, ratio: float) -> list[tuple[Curve, float]]:
-    """AVG-% that was measured for an axis, a recovery and a ratio, one value for each model."""
+    """AVG-% that was measured for an axis, a recovery and a ratio, one value for each model.
+
+    Training all weights is compared with the study's LoRA, too. Of two curves the first one counts.
+    """
     learns = {train, "lora"} if train == "full" else {train}
     found: dict[str, tuple[Curve, float]] = {}
     for row in rules().retention:
@@ -211,24 +159,8 @@ def expected(axis: str, train: str | None, loss: str, ratio: float) -> list[tupl
     return list(found.values())
 
 
-def expected_of_layers(
-    axis: str, train: str | None, loss: str, share: float
-) -> list[tuple[Curve, float]]:
-    """AVG-% that was measured where such a share of the decoder layers went.
-
-    Ratios count embeddings, too, of which some models have many: the same ratio takes more of their
-    layers.
-    """
-    found: dict[str, tuple[Curve, float]] = {}
-    for name, layers in rules().decoder_shares.items():
-        for row, value in expected(axis, train, loss, share * layers):
-            if row.model == name:
-                found[name] = row, value
-    return list(found.values())
-
-
 def subject_of(shape: Mapping[str, Any]) -> str | None:
-    """The measured model that a model's anatomy agrees with, if any.
+    """Name the measured model that has the same anatomy, if any.
 
     Args:
         shape: Values of the anatomy by name, such as ``hidden_size``.
@@ -237,19 +169,3 @@ def subject_of(shape: Mapping[str, Any]) -> str | None:
         if all(shape[key] == value for key, value in wanted.items()):
             return name
     return None
-
-
-def are_alike(subject: str, backbone_params: int) -> bool:
-    """Whether a measured model is so near in size that its numbers say something of another one.
-
-    Args:
-        subject: The measured model.
-        backbone_params: Parameters of the other one's backbone.
-    """
-    measured, within = rules().backbone_params[subject], rules().alike_within
-    return measured / within <= backbone_params <= measured * within
-
-
-def _require_share(ratio: float) -> None:
-    if not 0 <= ratio < 1:
-        raise ConfigError(f"ratio {ratio} must be at least 0 and below 1")

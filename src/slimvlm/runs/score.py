@@ -16,7 +16,7 @@ from slimvlm.core.options import (
     WidthOptions,
 )
 from slimvlm.core.progress import Say
-from slimvlm.models.cost import params_for_memory, parse_bytes, parse_count
+from slimvlm.models.cost import params_of_target
 from slimvlm.models.load import anatomy, check_models, device_named, load_processor
 from slimvlm.planning.make import make_plan, make_plan_for_params
 from slimvlm.planning.plan import Plan
@@ -159,9 +159,5 @@ def _target_params(config: PlanConfig) -> int | None:
         return None
     if sum(value is not None for value in given) != 1:
         raise ConfigError("plan needs exactly one of --ratio, --target-params, --target-memory")
-    if config.target_params is not None:
-        return parse_count(config.target_params)
-    if config.target_memory is not None:
-        counted_in = "bfloat16" if config.dtype == "auto" else config.dtype
-        return params_for_memory(parse_bytes(config.target_memory), counted_in)
-    return None
+    counted_in = "bfloat16" if config.dtype == "auto" else config.dtype
+    return params_of_target(config.target_params, config.target_memory, counted_in)

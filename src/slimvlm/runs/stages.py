@@ -40,7 +40,7 @@ from slimvlm.pruning.walk.distil import LocalSteps
 from slimvlm.pruning.walk.layer import Steps
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.pruning.walk.walk import plans_for, walk_batches
-from slimvlm.runs.estimate import CALIBRATION_BATCH, TRIAL_SHARE, optimizer_steps
+from slimvlm.runs.cost import CALIBRATION_BATCH, TRIAL_SHARE, optimizer_steps
 from slimvlm.runs.request import (
     Request,
     along,

@@ -77,7 +77,7 @@ HIDDEN_STATES = Capture(function=capture_hidden_states, sees="hidden_states")
 ACTIVATIONS = Capture(function=capture_activations)
 MOMENTS = Capture(function=capture_moments)
 GRAMS = Capture(function=capture_grams, layer_bytes=gram_bytes)
-GATES = Capture(function=capture_gates, reads_labels=True, backward=True)
+GATES = Capture(function=capture_gates, passes=3, reads_labels=True, backward=True)
 GRADIENTS = Capture(
     function=capture_gradients,
     options=("order", "gradient"),

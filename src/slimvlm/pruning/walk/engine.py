@@ -28,7 +28,7 @@ from slimvlm.pruning.walk.result import (
 )
 from slimvlm.pruning.walk.streams import PREFIX, SLICED, Streams
 from slimvlm.pruning.walk.trial import cheapest_plan
-from slimvlm.pruning.writers import SEAM
+from slimvlm.pruning.writers import REPAIRS, SEAM
 from slimvlm.scoring.layerwise.stores import Store
 from slimvlm.scoring.unit_scores import Scores
 
@@ -114,7 +114,8 @@ class Walk:
         place = plan.layers.index(index)
         begin = index if place else 0  # the original runs the layers that go before it, too
         end = (*plan.layers, self._depth)[place + 1]
-        if aims_at_original(self.steps, plan):
+        loses_layers = len(plan.layers) < plan.before.num_layers
+        if aims_at_original(self.steps.repair, self.steps.local.count, loses_layers):
             self.streams.advance_original(begin, end)
         layer, runner = decoder_layers(self.streams.runner.model)[index], self.streams.runner
         with runner.source.layer(index, runner.device), unchanged(layer):
@@ -181,10 +182,15 @@ class Walk:
         return replace(walked, report=report, weights={})
 
 
-def aims_at_original(steps: Steps, plan: Plan) -> bool:
-    """Whether a walk fits layers to the original's own hidden states."""
-    removes_layers = len(plan.layers) < plan.before.num_layers
-    return steps.local.count > 0 or (SEAM in steps.kinds and removes_layers)
+def aims_at_original(repair: str, local_steps: int | None, loses_layers: bool) -> bool:
+    """Whether a walk fits layers to the original's own hidden states.
+
+    Args:
+        repair: A key of `REPAIRS`.
+        local_steps: Optimizer steps on each layer; None for a number that the plan decides.
+        loses_layers: Whether the plan removes layers.
+    """
+    return local_steps != 0 or (SEAM in REPAIRS[repair] and loses_layers)
 
 
 def _scores(plan: Plan, outcomes: Sequence[LayerOutcome]) -> Scores | None:

@@ -19,6 +19,11 @@ MOST_BYTES = 2**29
 """Inputs of a matrix that are kept at most; more are computed again."""
 
 
+def most_kept(free: float) -> float:
+    """Bytes of a matrix's inputs that are kept at most, where so many are free."""
+    return min(MOST_BYTES, free / 8)
+
+
 @dataclass(frozen=True)
 class KeptInputs:
     """The inputs of the matrix that a block, attention or MLP, ends with.

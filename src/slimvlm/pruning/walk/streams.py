@@ -19,7 +19,7 @@ from slimvlm.models.cost import free_memory
 from slimvlm.models.hidden import all_finite, head_of
 from slimvlm.models.load import with_float64
 from slimvlm.models.parts import decoder_layers, final_norm, shares_keys
-from slimvlm.pruning.walk.kept_inputs import MOST_BYTES, KeptInputs, extra_outputs
+from slimvlm.pruning.walk.kept_inputs import KeptInputs, extra_outputs, most_kept
 from slimvlm.pruning.writers import Writer
 from slimvlm.scoring.batches import TokenWeights, labels_of, mean_answer_loss
 from slimvlm.scoring.layerwise.runner import LayerCalls, LayerwiseModel
@@ -173,7 +173,7 @@ class Streams:
         rows = sum(len(weights) for weights in self.weights)
         size = rows * writer.linear.in_features * writer.linear.weight.element_size()
         held = self.runner.store.held
-        most = min(MOST_BYTES, free_memory(held(writer.linear.weight[:0]).device) // 8)
+        most = most_kept(free_memory(held(writer.linear.weight[:0]).device))
         first = next(self._running(writer.index, self.places), None)
         if first is None or size > most or shares_keys(self.runner.model.config):
             return None

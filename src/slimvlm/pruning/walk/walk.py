@@ -229,7 +229,8 @@ def walk_batches(
     elif states is None:
         tokens = sum(batch["input_ids"].numel() for batch in everything)
         hidden = text_config_of(model.config).hidden_size
-        aims = any(aims_at_original(steps, plan) for plan in plans)
+        loses = any(len(plan.layers) < plan.before.num_layers for plan in plans)
+        aims = aims_at_original(steps.repair, steps.local.count, loses)
         needed = states_bytes(hidden, tokens, model.dtype.itemsize, aims)
         place = StatesPlace.of(needed, device)
         say(f"hidden states: {place}")

@@ -14,7 +14,7 @@ from rich.text import Text
 from slimvlm.core.errors import printable
 from slimvlm.core.progress import duration
 from slimvlm.models.load import device_named
-from slimvlm.runs.estimate import seconds_of
+from slimvlm.runs.cost import speed_of
 from slimvlm.runs.study.cache import Cache, Outcome, Stage
 from slimvlm.runs.study.stages import STAGE_KINDS
 
@@ -61,7 +61,7 @@ class Clock:
             if done:
                 total += flops * self.seconds[stage.kind] / done
             else:
-                total += seconds_of(flops, device_named(stage.request.prune.device))
+                total += flops / speed_of(device_named(stage.request.prune.device), "bfloat16")[0]
         return total
 
 

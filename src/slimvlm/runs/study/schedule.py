@@ -13,25 +13,17 @@ from typing import Any, Protocol
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.data.read import estimated_length
-from slimvlm.evaluation.tasks import builtin_tasks
-from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.load import anatomy
-from slimvlm.pruning.walk.distil import PASSES
-from slimvlm.runs.estimate import Sizes, image_tokens
+from slimvlm.runs.cost import Sizes, image_tokens, stage_flops
 from slimvlm.runs.recipes import rules
-from slimvlm.runs.request import Request
 from slimvlm.runs.stages import split
 from slimvlm.runs.study.cache import CHECKPOINT, Cache, Outcome, Stage
 from slimvlm.runs.study.config import Resources
 from slimvlm.runs.study.stages import CellStages, samples_of
-from slimvlm.scoring.criteria import CRITERIA
 
 ENGINES = ("local", "ray")
 PAUSE_S = 0.5
 """Seconds between looks at stages that other workers are doing."""
-_WALK_PASSES = 3
-"""What a walk without local steps takes, in forward passes over its samples; see
-docs/results.md."""
 
 
 @dataclass(frozen=True)
@@ -52,18 +44,31 @@ class Schedule:
 
     @cached_property
     def flops(self) -> dict[str, float]:
-        """A rough count of each stage's work, by its name."""
+        """Estimated FLOP of each stage by its name; a GB that is read or written counts as some."""
         counted: dict[str, float] = {}
         trusted = {cell.cell.model: cell.cell.prune.trust_remote_code for cell in self.cells}
         models = {
             name: (anatomy(name), image_tokens(name, trust)) for name, trust in trusted.items()
         }
         for cell in self.cells:
-            sizes = _sizes_of((cell.recover or cell.prune).request, *models[cell.cell.model])
+            shape, image = models[cell.cell.model]
+            request = (cell.recover or cell.prune).request
+            # The order changes no estimate, and shuffling a large file for each cell takes a while.
+            in_order = replace(request, prune=replace(request.prune, seed=0))
+            samples = split(samples_of(request)[0], in_order)
+            lengths = [estimated_length(s, image) for s in samples.calibration]
+            sizes = Sizes(
+                shape=shape,
+                tokens=fmean(lengths or [rules().constants.image_tokens]),
+                samples=len(samples.training),
+                calibration=len(samples.calibration),
+            )
+            disk = rules().constants.disk_flops * 2 * shape.total_params / 1e9
             smaller = 1 - (cell.cell.prune.ratio or 0.0)
             for stage in cell.all():
                 kept = smaller if stage in (cell.recover, cell.evaluate) else 1.0
-                counted[stage.name] = _flops_of(stage, kept, sizes)
+                work = stage_flops(stage.kind, stage.request, sizes, kept)
+                counted[stage.name] = work + disk * (3 if stage.kind in ("prune", "recover") else 1)
         return counted
 
     @cached_property
@@ -116,60 +121,6 @@ class Schedule:
             for source in stage.inputs:
                 readers.setdefault(source.name, []).append(stage)
         return readers
-
-
-def _sizes_of(request: Request, shape: Anatomy, image: int) -> Sizes:
-    """Sizes for a request to a model whose pictures have so many tokens."""
-    # The order changes no estimate, and to shuffle a large file for each cell would take a while.
-    in_order = replace(request, prune=replace(request.prune, seed=0))
-    found = split(samples_of(request)[0], in_order)
-    return Sizes(
-        shape=shape,
-        tokens=fmean(
-            [estimated_length(s, image) for s in found.calibration]
-            or [rules().constants.image_tokens]
-        ),
-        samples=len(found.training),
-    )
-
-
-def _flops_of(stage: Stage, kept: float, sizes: Sizes) -> float:
-    """A rough count of a stage's work, reading and writing of models included.
-
-    Args:
-        stage: The stage.
-        kept: Share of the backbone that the model it works on has.
-        sizes: Of the model and its data.
-    """
-    request: Request = stage.request
-    constants, prune, recover = rules().constants, request.prune, request.recover
-    disk = constants.disk_flops * 2 * sizes.shape.total_params / 1e9
-    shown = sizes.pass_flops * prune.samples
-    match stage.kind:
-        case "calibrate":
-            row = CRITERIA[prune.criterion[0]]
-            return disk + shown * row.capture.passes
-        case "prune":
-            if prune.data is None:
-                return 3 * disk
-            learnt = PASSES * (prune.ratio or 0.0) if prune.local_steps is None else 0.0
-            return 3 * disk + shown * (_WALK_PASSES + 3 * learnt)
-        case "recover":
-            assert recover is not None
-            return 3 * disk + sizes.training_flops(recover, kept)
-    return disk + sizes.pass_flops * kept * _questions(stage) * constants.reply_passes
-
-
-def _questions(stage: Stage) -> int:
-    """Questions that a model is asked, those without their pictures included."""
-    asked, constants, own = stage.request.questions, rules().constants, builtin_tasks()
-    assert asked is not None
-    total = 0
-    for name in (part.strip() for part in asked.tasks.split(",")):
-        ours = name == "demo" or name in own
-        each = asked.limit or (constants.own_questions if ours else constants.benchmark_questions)
-        total += each * (len(own) if name == "demo" else 1)
-    return total * (2 if asked.floors else 1)
 
 
 class Watcher(Protocol):

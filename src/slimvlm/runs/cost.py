@@ -1,0 +1,409 @@
+"""Estimate what a request needs in memory, work and time, before weights are read.
+
+Work is counted in FLOP: two for each weight of the backbone that multiplies, and for each token.
+The vision tower is not counted. Constants come from ``recipes.yaml``, each with its source.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from slimvlm.core.options import CalibrationConfig, RecoverConfig, Train
+from slimvlm.evaluation.tasks import builtin_tasks
+from slimvlm.models.anatomy import Anatomy, read_anatomy
+from slimvlm.models.classes import empty_model
+from slimvlm.models.cost import BYTES, free_memory, weight_bytes
+from slimvlm.models.load import computes_bfloat16, default_device, load_config
+from slimvlm.models.losses import rows_at_once
+from slimvlm.models.parts import family_of, text_config_of
+from slimvlm.pruning.walk.distil import PASSES
+from slimvlm.pruning.walk.engine import aims_at_original
+from slimvlm.pruning.walk.kept_inputs import most_kept
+from slimvlm.pruning.walk.walk import WALKING, states_bytes
+from slimvlm.runs.recipes import rules
+from slimvlm.runs.request import Request, ratio_of, scored_by
+from slimvlm.scoring.criteria import CRITERIA
+from slimvlm.scoring.layerwise.stores import StatesPlace
+
+CALIBRATION_BATCH = 4
+"""Calibration samples in a batch."""
+TRIAL_SHARE = 1 / 6
+"""Share of a training that an axis is tried with."""
+LOGITS_COPIES = 3
+"""Tensors of the size of a chunk's logits that a loss and its gradient hold at one time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """The model and the data that an estimate is for."""
+
+    shape: Anatomy  # of the unpruned model
+    tokens: float  # mean of a conversation, those of its pictures included
+    samples: int  # conversations to train on
+    calibration: int = CalibrationConfig().samples  # conversations to calibrate on
+    token_bytes: Mapping[str, float] = field(default_factory=dict)  # `kept_bytes` by data type
+    vocabulary: int | None = None  # tokens that stay in the smaller model; None for all
+
+    @property
+    def pass_flops(self) -> float:
+        """FLOP of reading a conversation. Embeddings look up, they do not multiply."""
+        looked_up = self.shape.embedding_params if self.shape.head_params else 0
+        return 2 * (self.shape.backbone_params - looked_up) * self.tokens
+
+    @property
+    def decoder_params(self) -> int:
+        """Parameters of all decoder layers."""
+        return sum(layer.params for layer in self.shape.layers)
+
+    @property
+    def token_share(self) -> float:
+        """Share of the backbone that goes with its tokens."""
+        gone = self.shape.vocab_size - (self.vocabulary or self.shape.vocab_size)
+        return gone * self.shape.token_params / self.shape.backbone_params
+
+    def decoder_share(self, ratio: float) -> float:
+        """Share of the decoder layers that goes with a share of the backbone."""
+        rest = max(ratio - self.token_share, 0.0) * self.shape.backbone_params
+        return min(rest / self.decoder_params, 1.0)
+
+    def learnt(self, config: RecoverConfig) -> int:
+        """Conversations that a training reads, of those that there are."""
+        return max(round(self.samples * config.fraction), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Memory and time of a request, estimated."""
+
+    calibration_bytes: float  # peak of choosing, cutting, repairing and writing, on the device
+    pruning_hours: float = 0.0
+    training_bytes: float = 0.0  # peak of recovery on the device, 0 without
+    training_hours: float = 0.0
+    samples: int = 0  # conversations to train on
+    hidden_states: str = ""  # size and place in a walk; empty where the device is absent
+    rests_on: tuple[str, ...] = ()  # assumptions and their sources
+
+
+def cost(request: Request, sizes: Sizes, device: torch.device, dtype: str, tried: int = 0) -> Cost:
+    """Estimate memory and time of a request.
+
+    Args:
+        request: A resolved request.
+        sizes: The unpruned model and the data.
+        device: Where models run; one that this machine lacks has unlimited memory.
+        dtype: Data type of the weights.
+        tried: Axes that are tried first.
+    """
+    constants, config = rules().constants, request.recover
+    speed, timed = speed_of(device, dtype)
+    states = _states(request, sizes, device, dtype)
+    brief = replace(request, prune=replace(request.prune, local_steps=0), report_samples=0)
+    work = stage_flops("calibrate", request, sizes) + stage_flops("prune", request, sizes)
+    work += tried * stage_flops("prune", brief, sizes)  # with the same scores
+    about = [
+        f"memory of {device}" + ", the process among it" * (device.type == "cpu"),
+        f"pruning: the weights, {constants.gram_copies} Gram matrices, hidden states and inputs of "
+        "a layer's matrices, what a layer learns with, activations where a criterion reads "
+        f"gradients; or both models while they are compared ({constants.walk_source})",
+        f"time: {timed}; {sizes.tokens:.0f} tokens a conversation; the vision tower is not counted",
+    ]
+    pruning = Cost(
+        calibration_bytes=_pruning_bytes(request, sizes, device, dtype, states),
+        pruning_hours=work / (3600 * speed),
+        hidden_states=str(states or "") if _is_here(device) else "",
+        rests_on=tuple(about),
+    )
+    if config is None:
+        return pruning
+    about.append(
+        f"training memory: the weights, {constants.learning_bytes} bytes for each weight that "
+        f"learns, {sizes.token_bytes.get(dtype, 0.0) / 1000:.0f} kB kept of each token "
+        f"({constants.activation_source}), batches of {config.batch_size}"
+    )
+    flops = stage_flops("recover", request, sizes, 1 - ratio_of(request.prune))
+    speed, _ = speed_of(device, "float32" if config.bf16 is False else "bfloat16")
+    return replace(
+        pruning,
+        training_bytes=_training_bytes(request, config, sizes, device, dtype),
+        training_hours=(1 + tried * TRIAL_SHARE) * flops / (3600 * speed),
+        samples=sizes.learnt(config),
+        rests_on=tuple(about),
+    )
+
+
+def stage_flops(kind: str, request: Request, sizes: Sizes, kept: float = 1.0) -> float:
+    """Estimate the FLOP of one stage of a request, without reading and writing files.
+
+    Args:
+        kind: ``calibrate``, ``prune``, ``recover`` or ``evaluate``.
+        request: A resolved request.
+        sizes: The unpruned model and the data.
+        kept: Share of the backbone that the model has which is trained or evaluated.
+    """
+    prune, recover, constants = request.prune, request.recover, rules().constants
+    if kind == "calibrate":
+        passes = float(sum(CRITERIA[name].capture.passes for name in scored_by(prune)))
+        return passes * sizes.pass_flops * sizes.calibration
+    if kind == "prune":
+        if prune.data is None:
+            return 0.0
+        ratio = ratio_of(prune)
+        share = sizes.decoder_share(ratio)
+        passes = constants.walk_passes if _is_walked(request) else 0.0
+        if prune.local_steps is None:
+            passes += 3 * PASSES * share
+        elif prune.local_steps:
+            passes += 3 * prune.local_steps / max(sizes.calibration / CALIBRATION_BATCH, 1)
+        passes += (2 - ratio) * request.report_samples / max(sizes.calibration, 1)
+        flops = passes * sizes.pass_flops * sizes.calibration
+        if WALKING in prune.criterion:  # eliminates neurons one by one in the Gram matrix
+            width, hidden = (
+                [s.intermediate_size for s in sizes.shape.layers],
+                sizes.shape.hidden_size,
+            )
+            flops += sum(n**3 + share * n * n * (4 * hidden + share * n) for n in width)
+        return flops
+    if kind == "recover":
+        assert recover is not None
+        samples = sizes.learnt(recover)
+        steps = optimizer_steps(recover, samples, sizes.decoder_share(1 - kept))
+        batches = steps * recover.gradient_accumulation
+        seen = batches * min(recover.batch_size, samples)
+        passes = kept * (2 if recover.train == "projector" else 3) + recover.needs_teacher
+        return sizes.pass_flops * passes * seen
+    asked, own, count = request.questions, builtin_tasks(), 0
+    assert asked is not None
+    for name in (part.strip() for part in asked.tasks.split(",")):
+        is_ours = name == "demo" or name in own
+        each = asked.limit or (
+            constants.own_questions if is_ours else constants.benchmark_questions
+        )
+        count += each * (len(own) if name == "demo" else 1) * (2 if asked.floors else 1)
+    return sizes.pass_flops * kept * count * constants.reply_passes
+
+
+def optimizer_steps(config: RecoverConfig, samples: int, gone: float) -> int:
+    """Count the steps of a training.
+
+    Args:
+        config: How to train.
+        samples: Conversations that are read.
+        gone: Share of the decoder that was removed.
+    """
+    if config.max_steps > 0:
+        return config.max_steps
+    batches = -(-samples // config.batch_size)
+    each = -(-batches // config.gradient_accumulation)
+    return math.ceil(config.passes(samples, gone) * each)
+
+
+def _is_here(device: torch.device) -> bool:
+    """Whether this machine has a device; advice can be for another machine."""
+    return device.type in ("cpu", default_device().type)
+
+
+def _free(device: torch.device) -> float:
+    return free_memory(device) if _is_here(device) else 2.0**50
+
+
+def _is_walked(request: Request) -> bool:
+    prune = request.prune
+    return WALKING in prune.criterion or prune.repair != "none" or prune.local_steps != 0
+
+
+def _states(request: Request, sizes: Sizes, device: torch.device, dtype: str) -> StatesPlace | None:
+    """Size and place of the hidden states between layers; None without a walk."""
+    prune = request.prune
+    if prune.data is None or not _is_walked(request):
+        return None
+    aims = aims_at_original(prune.repair, prune.local_steps, prune.axis != "width")
+    tokens = sizes.tokens * sizes.calibration
+    needed = states_bytes(sizes.shape.hidden_size, tokens, BYTES[dtype], aims)
+    if not _is_here(device):
+        return StatesPlace(needed, device, "device", (0, 0))
+    return StatesPlace.of(needed, device, weight_bytes(sizes.shape, dtype))
+
+
+def _pruning_bytes(
+    request: Request, sizes: Sizes, device: torch.device, dtype: str, states: StatesPlace | None
+) -> float:
+    """Peak memory up to the written smaller model: the largest of what each step holds."""
+    shape, prune, constants = sizes.shape, request.prune, rules().constants
+    ratio, is_cpu = ratio_of(prune), device.type == "cpu"
+    held = weight_bytes(shape, dtype)
+    smaller = held * (1 - ratio * shape.backbone_params / shape.total_params)
+    free = max(_free(device) - held, 0.0)
+    largest = max(shape.layers, key=lambda layer: layer.params)
+    batch = CALIBRATION_BATCH * sizes.tokens * sizes.token_bytes.get(dtype, 0.0)
+    steps: list[float] = [held]
+    if is_cpu:
+        steps.append(2 * smaller)  # while it is read back
+    elif smaller <= free:
+        steps.append(held + smaller)  # while both are timed
+    if states is not None:
+        are_here = states.kind == "device" or (is_cpu and states.kind == "host")
+        new = (1 - sizes.decoder_share(ratio)) * sizes.decoder_params * BYTES[dtype]
+        channels = (largest.num_heads * largest.head_dim, largest.intermediate_size)
+        grams = 0.0
+        if WALKING in prune.criterion:
+            grams = constants.gram_copies * BYTES["float32"] * max(channels) ** 2
+        most = most_kept(free) if are_here or is_cpu else 0.0
+        read = [sizes.tokens * sizes.calibration * count * BYTES[dtype] for count in channels]
+        inputs = sum(each for each in read if each <= most)
+        learning = 0.0
+        if prune.local_steps != 0:
+            learning = constants.learning_bytes * (1 - ratio) * largest.params
+            learning += batch / shape.num_layers
+        of_layer = max(grams + inputs, learning)
+        steps.append(held + states.needed * are_here + new * is_cpu + of_layer)
+    if any(CRITERIA[name].capture.backward for name in prune.criterion):
+        logits = _logits_bytes(shape, device, free)
+        steps.append(held + batch + largest.params * BYTES[dtype] + logits)
+    return constants.process_bytes * is_cpu + max(steps)
+
+
+def _training_bytes(
+    request: Request, config: RecoverConfig, sizes: Sizes, device: torch.device, dtype: str
+) -> float:
+    """Peak memory of a training: weights, what learns, activations, logits.
+
+    A teacher shares the weights that stay frozen. On a CPU, attention that keeps its scores makes
+    up for activations in bfloat16.
+    """
+    shape, constants, ratio = sizes.shape, rules().constants, ratio_of(request.prune)
+    is_cpu, is_bfloat16 = device.type == "cpu", config.bf16
+    if is_bfloat16 is None:
+        is_bfloat16 = not _is_here(device) or computes_bfloat16(device)
+    dtype = dtype if is_bfloat16 else "float32"
+    kept_in = "bfloat16" if is_bfloat16 and not is_cpu else dtype
+    held = weight_bytes(shape, dtype)
+    smaller = held * (1 - ratio * shape.backbone_params / shape.total_params)
+    models = smaller
+    if config.needs_teacher:
+        models = held + smaller * (config.train == "full")
+    learning = learning_params(shape, ratio, config.train, config.lora_rank)
+    if config.train == "full":
+        models -= learning * BYTES[dtype]  # they are held among those that learn
+    of_token = sizes.token_bytes.get(kept_in, 0.0)
+    if config.train == "lora":  # keeps its inputs after dropout, and where these fell
+        each = BYTES["float32" if is_cpu else kept_in] + 1.0
+        of_token += each * sum(
+            5 * shape.hidden_size + layer.num_heads * layer.head_dim + layer.intermediate_size
+            for layer in shape.layers
+        )
+    if config.gradient_checkpointing:
+        of_token /= shape.num_layers
+        of_token += shape.num_layers * shape.hidden_size * BYTES[dtype]
+    batch = min(config.batch_size, sizes.learnt(config))
+    activations = batch * sizes.tokens * of_token * (1 - sizes.decoder_share(ratio))
+    beside = constants.learning_bytes * learning + activations
+    logits = _logits_bytes(shape, device, _free(device) - models)
+    return constants.process_bytes * is_cpu + models + beside + logits
+
+
+def _logits_bytes(shape: Anatomy, device: torch.device, free: float) -> float:
+    """Bytes of the logits of a chunk of positions, and of what a loss makes of them."""
+    rows = rows_at_once(device, round(free))
+    return LOGITS_COPIES * BYTES["float32"] * rows * shape.vocab_size
+
+
+def learning_params(shape: Anatomy, ratio: float, train: Train, rank: int) -> int:
+    """Count the parameters that learn: projector, LoRA matrices besides, or all but the tower.
+
+    Args:
+        shape: The unpruned model.
+        ratio: Share of the backbone that goes.
+        train: What learns.
+        rank: Of the LoRA matrices.
+    """
+    if train == "projector":
+        return shape.projector_params
+    if train == "full":
+        return round((1 - ratio) * shape.backbone_params) + shape.projector_params
+    channels, hidden = 0, shape.hidden_size  # inputs and outputs of all matrices
+    for layer in shape.layers:
+        queries, keys = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
+        channels += 2 * (hidden + queries) + 2 * (hidden + keys)
+        channels += layer.neuron_params // hidden * (hidden + layer.intermediate_size)
+    return shape.projector_params + round((1 - ratio) * rank * channels)
+
+
+def kept_bytes(config: PreTrainedConfig, dtype: str) -> float:
+    """Count the bytes that the backward pass keeps of a token, without attention scores.
+
+    The decoder layers run once on tensors that have shapes and no values, and what they save is
+    counted. Where a family's code looks at values, its widths give an estimate.
+    """
+    kind, count = getattr(torch, dtype), 2
+    model = empty_model(config, kind)
+    weights = {parameter.untyped_storage() for parameter in model.parameters()}
+    kept: dict[torch.UntypedStorage, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if (storage := tensor.untyped_storage()) not in weights:
+            kept[storage] = storage.nbytes()
+        return tensor
+
+    hidden = text_config_of(config).hidden_size
+    inputs = torch.empty(1, count, hidden, dtype=kind, device="meta", requires_grad=True)
+    mask = torch.empty(1, 1, count, count, dtype=torch.bool, device="meta")
+    layers = model.get_submodule(family_of(config.model_type).backbone)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            layers(inputs_embeds=inputs, attention_mask=mask, use_cache=False)
+    except (RuntimeError, NotImplementedError):  # 12 values a channel, 4 a neuron: as Llama, Qwen2
+        widths = [layer.intermediate_size for layer in read_anatomy(model).layers]
+        return float(sum(12 * hidden + 4 * width for width in widths) * BYTES[dtype])
+    return sum(kept.values()) / count
+
+
+def image_tokens(model: str, trust_remote_code: bool = False) -> int:
+    """Count the tokens of a picture: the tower's patches, or fewer if the configuration says so."""
+    config = load_config(model, trust_remote_code)
+    vision = getattr(config, "vision_config", None)
+    size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
+    side, step = (value[0] if isinstance(value, list | tuple) else value for value in (size, patch))
+    patches = (side // step) ** 2 if side and step else rules().constants.image_tokens
+    return min(patches, getattr(config, "image_seq_length", None) or patches)
+
+
+def speed_of(device: torch.device, dtype: str) -> tuple[float, str]:
+    """Estimate the FLOP/s that whole stages reach in a data type, and say what that rests on."""
+    constants, shares = rules().constants, rules().constants.efficiency
+    share = shares.get(device.type, shares["cuda"])
+    if _is_here(device):
+        flops = device_flops(device, getattr(torch, dtype))
+        about = f"this {device.type} at {flops / 1e9:,.0f} GFLOP/s in {dtype}, timed just now"
+    else:
+        share, flops = shares["cuda"], constants.gpu_flops
+        about = f"{constants.gpu} ({constants.gpu_source})"
+    return share * flops, f"{about}, {share:.0%} of it used"
+
+
+@lru_cache(maxsize=4)
+def device_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Measure the FLOP/s of a matrix product on a device: the best of some tries.
+
+    Other work of the machine slows single tries. Matrices grow until a product takes a millisecond,
+    so that starting it does not count. Where a device has no units for bfloat16, that of float32
+    counts for it.
+    """
+    if dtype != torch.float32 and not computes_bfloat16(device):
+        dtype = torch.float32
+    size, seconds = 512, 0.0
+    while seconds < 1e-3 and size < 8192:
+        size *= 2
+        matrix, seconds = torch.ones(size, size, device=device, dtype=dtype), math.inf
+        for _ in range(12):
+            start = time.perf_counter()
+            float((matrix @ matrix)[0, 0])  # reading a value waits for the device
+            seconds = min(seconds, time.perf_counter() - start)
+    return 2 * size**3 / seconds

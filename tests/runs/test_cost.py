@@ -1,0 +1,107 @@
+"""Estimates grow with what they rest on, and count what really learns and is kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from slimvlm.core.options import CompressConfig, RecoverConfig
+from slimvlm.models.load import anatomy
+from slimvlm.runs import cost as module
+from slimvlm.runs.compress import request_of
+from slimvlm.runs.cost import Cost, Sizes, cost, kept_bytes, learning_params, stage_flops
+from slimvlm.runs.request import resolved
+from slimvlm.training.trainable import prepare_training
+from tests import tiny
+from tests import tiny_folder as folders
+
+MODEL = str(folders.folder("text"))
+SPEEDS = {torch.float32: 1e10, torch.bfloat16: 4e10}
+
+
+def cost_of(
+    recover: RecoverConfig | None = None, dtype: str = "float32", vocabulary: int | None = None
+) -> Cost:
+    config = CompressConfig(ratio=0.4, axis="width", data="demo", recover=recover)
+    sizes = Sizes(shape=anatomy(MODEL), tokens=100.0, samples=80, vocabulary=vocabulary)
+    return cost(resolved(request_of(MODEL, config)), sizes, torch.device("cpu"), dtype)
+
+
+@pytest.fixture(autouse=True)
+def speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "device_flops", lambda device, dtype: SPEEDS[dtype])
+
+
+def test_weights_of_another_type_take_another_time() -> None:
+    slow, fast = (cost_of(RecoverConfig(), dtype) for dtype in ("float32", "bfloat16"))
+    assert slow.pruning_hours == pytest.approx(4 * fast.pruning_hours)
+    assert slow.training_hours == fast.training_hours  # which computes in bfloat16 in any case
+
+
+@pytest.mark.parametrize(
+    ("axis", "criterion", "passes"),
+    [("width", "obs", 0), ("depth", "block_influence", 1), ("width", "taylor", 3)],
+)
+def test_criteria_cost_passes_over_the_samples(axis: Any, criterion: str, passes: int) -> None:
+    config = CompressConfig(ratio=0.4, axis=axis, criterion=(criterion,), data="demo")
+    request = resolved(request_of(MODEL, config))
+    sizes = Sizes(shape=anatomy(MODEL), tokens=100.0, samples=80, calibration=12)
+    found = stage_flops("calibrate", request, sizes)
+    assert found == pytest.approx(passes * 12 * sizes.pass_flops)
+
+
+def test_a_training_costs_what_it_is_asked_for() -> None:
+    def hours(**options: Any) -> float:
+        config = RecoverConfig(train="lora", loss="sft", batch_size=4, **options)
+        return cost_of(config).training_hours
+
+    whole = hours()
+    assert hours(fraction=0.25) == pytest.approx(whole / 4)
+    assert hours(epochs=3) == pytest.approx(3 * whole)
+    assert hours(max_steps=5) == pytest.approx(whole / 4)
+
+
+def test_with_tokens_gone_layers_lose_less_and_cost_less() -> None:
+    shape = anatomy(MODEL)
+    whole = Sizes(shape=shape, tokens=100.0, samples=8)
+    fewer = replace(whole, vocabulary=shape.vocab_size // 3)
+    assert fewer.decoder_share(0.4) < whole.decoder_share(0.4)
+    assert fewer.decoder_share(fewer.token_share) == pytest.approx(0)
+    assert cost_of(vocabulary=shape.vocab_size // 3).pruning_hours < cost_of().pruning_hours
+
+
+@pytest.mark.parametrize("train", ["projector", "lora", "full"])
+def test_learning_parameters_are_those_that_learn(train: Any) -> None:
+    net = tiny.build("llava-llama")
+    expected = learning_params(anatomy(net), 0.0, train, rank=4)
+    trained = prepare_training(net, RecoverConfig(train=train, lora_rank=4))
+    assert expected == sum(p.numel() for p in trained.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", sorted(tiny.CONFIGS))
+def test_what_a_backward_pass_keeps_is_counted_for_every_family(name: str) -> None:
+    config = tiny.CONFIGS[name]()
+    float32, bfloat16 = (kept_bytes(config, dtype) for dtype in ("float32", "bfloat16"))
+    text = config.get_text_config()
+    assert min(float32, bfloat16) > 4 * text.num_hidden_layers * text.hidden_size
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen2"])
+def test_what_a_backward_pass_keeps_is_what_a_real_one_does(name: str) -> None:
+    net = tiny.build(name)
+    weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    kept: dict[int, tuple[int, Any]] = {}  # tensors stay alive, so that no address comes twice
+
+    def note(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes(), tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        net.base_model(input_ids=torch.randint(0, 9, (1, 64)), use_cache=False)
+    real = sum(size for size, _ in kept.values()) / 64
+    assert kept_bytes(net.config, "float32") == pytest.approx(real, rel=0.15)
