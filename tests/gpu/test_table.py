@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from slimvlm import cli
 from slimvlm.evaluation.results import Result
 from slimvlm.models.cost import release_memory
-from slimvlm.runs import estimate
+from slimvlm.runs import cost
 from slimvlm.runs.tables import as_markdown
 from tests import pretended_gpu
 from tests import tiny_folder as folders
@@ -167,7 +167,7 @@ def test_the_table_in_the_docs_is_what_verbs_do(
     if pretended_gpu.REASON is not None or torch.cuda.device_count() < 2:
         pytest.skip("needs two pretended cards (PRETENDED_GPUS=2)")
     pytest.importorskip("torchao")
-    monkeypatch.setattr(estimate, "device_flops", lambda *_: 1e9)
+    monkeypatch.setattr(cost, "device_flops", lambda *_: 1e9)
     rows = []
     for name, (words, same) in verbs(tmp_path).items():
         stem = re.sub(r"\W+", "-", name)

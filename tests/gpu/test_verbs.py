@@ -20,7 +20,7 @@ from slimvlm.evaluation.on_data import DataResult
 from slimvlm.evaluation.results import Result
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.save import PLAN_FILE
-from slimvlm.runs import estimate
+from slimvlm.runs import cost
 from slimvlm.runs.compress import read_times
 from slimvlm.scoring.criteria import CRITERIA
 from slimvlm.training import recover as recovery
@@ -347,7 +347,7 @@ def test_bench(
 
 @pytest.mark.slow
 def test_study(tmp_path: Path, twice: Twice, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "device_flops", lambda *_: 1e9)  # a minute on a pretended card
+    monkeypatch.setattr(cost, "device_flops", lambda *_: 1e9)  # a minute on a pretended card
     words = folders.write_llava_data(tmp_path / "words", pictures=False)
     cells = {"model": str(folders.folder("text")), "ratio": 0.4, "axis": ["depth", "width"]}
     values = {
