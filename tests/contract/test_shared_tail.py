@@ -14,8 +14,8 @@ from slimvlm.models.classes import auto_class, empty_model
 from slimvlm.models.parts import text_config_of
 from slimvlm.planning.make import make_plan
 from slimvlm.pruning.cut import prune_
+from slimvlm.pruning.save import prune_checkpoint
 from slimvlm.pruning.walk.walk import walk_
-from slimvlm.pruning.write_checkpoint import prune_checkpoint
 from slimvlm.scoring.layerwise.score import score_checkpoint
 from slimvlm.scoring.score_model import score
 from tests import tiny

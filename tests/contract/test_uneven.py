@@ -1,4 +1,4 @@
-"""Layers of different widths: cut, written, read by plain transformers, padded, cut again."""
+"""Layers of different widths: cut, written, read by plain transformers, cut again."""
 
 from __future__ import annotations
 
@@ -68,12 +68,9 @@ def read_back(auto, work):
         bare = transformers.AutoModel.from_pretrained(work + "/out", trust_remote_code=True)
         found["hidden"] = bare(**inputs, use_cache=False).last_hidden_state
         found["expected_hidden"] = model.model(**inputs, use_cache=False).last_hidden_state
-        padded = load(work + "/padded")
-        found["padded"] = padded(**inputs, use_cache=False).logits
     save_file(found, work + "/found.safetensors")
     problems = {kind: sorted(map(str, keys)) for kind, keys in report.items() if keys}
-    return {"refusal": refusal, "problems": problems, "class": type(model).__name__,
-            "padded": type(padded).__name__, "padded_code": hasattr(padded.config, "auto_map")}
+    return {"refusal": refusal, "problems": problems, "class": type(model).__name__}
 
 torch.set_num_threads(1)
 transformers.utils.logging.set_verbosity_error()
@@ -150,7 +147,6 @@ def read_back(
     for name in dict.fromkeys(item.callspec.params["name"] for item in asked):
         case, works[name] = case_of(name), tmp_path_factory.mktemp(name)
         save(case.model, None, works[name] / "out", case.plan)
-        save(case.model, None, works[name] / "padded", case.plan, pad=True)
         inputs = {key: value.contiguous() for key, value in case.inputs.items()}
         save_file(inputs, works[name] / "inputs.safetensors")
         requests.append((auto_class(case.model.config).__name__, str(works[name])))
@@ -202,23 +198,6 @@ def test_without_the_flag_loading_fails_loudly(
     name: str, read_back: dict[str, tuple[Path, Any]]
 ) -> None:
     assert "mismatch" in read_back[name][1]["refusal"]
-
-
-@every_family
-def test_a_padded_model_is_native_and_the_same(
-    name: str, read_back: dict[str, tuple[Path, Any]]
-) -> None:
-    case, (work, report) = case_of(name), read_back[name]
-    assert_close(
-        load_file(work / "found.safetensors")["padded"],
-        logits(case.model, case.inputs),
-        FORWARD,
-    )
-    assert report["padded"] == type(tiny.build(name)).__name__
-    assert not report["padded_code"]
-    whole = [case.plan.before.layers[index] for index in case.plan.layers]
-    assert anatomy(work / "padded").layers == tuple(whole)
-    assert not list((work / "padded").glob("*.py"))
 
 
 @every_family
@@ -305,10 +284,6 @@ def test_inexpressible_heads_need_permission(name: str, tmp_path: Path) -> None:
     save(model, None, tmp_path / "out", plan)
     assert anatomy(tmp_path / "out") == plan.after
     assert torch.equal(logits(load(tmp_path / "out")[0], inputs), logits(model, inputs))
-    save(model, None, tmp_path / "padded", plan, pad=True)
-    padded = anatomy(tmp_path / "padded").layers
-    assert {layer.intermediate_size for layer in padded} == {40}
-    assert {layer.num_kv_heads for layer in padded if layer.num_kv_heads} == {4}
 
 
 def test_permission_changes_nothing_for_expressible_heads() -> None:
@@ -317,33 +292,6 @@ def test_permission_changes_nothing_for_expressible_heads() -> None:
     assert plan.file_format == "native"
     prune_(model, plan, allow_uneven=True)
     assert not hasattr(model.config, "pruned_layers")
-
-
-# Padding where no layer is whole.
-
-
-@pytest.mark.parametrize(("name", "groups"), [("llama", 3), ("gemma2", 4), ("phi3", 3)])
-def test_padding_takes_the_smallest_head_count_that_can_be_configured(
-    name: str, groups: int, tmp_path: Path
-) -> None:
-    model = tiny.build(name)
-    shape, inputs = read_anatomy(model), tiny.batch(model, TEXT_TOKENS)
-    kept = ((0, 1), (0, 2, 3), (3,), (1, 2))
-    neurons = tuple(tuple(range(index, 50)) for index in range(4))
-    prune_(model, Plan(shape, (0, 1, 2, 3), kept, neurons, axis="width"))
-    before = snapshot(model)
-    save(model, None, tmp_path / "padded", pad=True)
-    assert_untouched(model, before)
-    again = auto_class(model.config).from_pretrained(tmp_path / "padded")
-    assert_close(logits(again, inputs), logits(model, inputs), FORWARD)
-    found = {(s.num_kv_heads, s.intermediate_size) for s in read_anatomy(again).layers}
-    assert found == {(groups, 50)}
-
-
-def test_padding_an_even_model_is_saving_it(tmp_path: Path) -> None:
-    model = tiny.build("qwen2")
-    save(model, None, tmp_path / "out", pad=True)
-    assert anatomy(tmp_path / "out") == read_anatomy(model)
 
 
 def test_a_model_that_transformers_loaded_is_saved_like_ours(tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ import torch
 
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.pruning.walk.distil import LocalSteps
+from slimvlm.pruning.walk.engine import WalkConfig
 from slimvlm.pruning.walk.layer import Steps
 from slimvlm.pruning.walk.result import Walked
-from slimvlm.pruning.walk.walk import plans_for, walk_batches
+from slimvlm.pruning.walk.walk import plans_for, walk
 from slimvlm.scoring.layerwise.runner import Live
 from slimvlm.scoring.layerwise.stores import Memory, Scratch, StatesPlace, Store
 from slimvlm.scoring.unit_scores import Scores
@@ -31,8 +32,9 @@ def walked(name: str, device: torch.device, store: Store) -> tuple[Walked, int]:
     chosen = plans_for(anatomy, [scores], 0.3, "both", "balanced")
     if device.type != "cpu":
         torch.get_device_module(device).reset_peak_memory_stats()
-    how = (*chosen, data[:-2], data[-2:], STEPS, None, Memory(CPU), store)
-    found = walk_batches(Live(model), device, *how)
+    found = walk(
+        Live(model), WalkConfig(*chosen, data[:-2], data[-2:], STEPS), device, Memory(CPU), store
+    )
     peak = 0 if device.type == "cpu" else torch.get_device_module(device).max_memory_allocated()
     return found, peak
 
@@ -92,8 +94,8 @@ def test_a_full_card_keeps_states_on_the_host(card: torch.device) -> None:
     walks = []
     for room in (10 << 20, 1 << 20):
         with pretended_gpu.limit(room):
-            how = (*chosen, data[:-2], data[-2:], STEPS, None, Memory(CPU))
-            walks.append(walk_batches(Live(model), card, *how, say=said.append))
+            config = WalkConfig(*chosen, data[:-2], data[-2:], STEPS)
+            walks.append(walk(Live(model), config, card, Memory(CPU), say=said.append))
     assert "on cuda:0 (" in said[0]
     assert "in host memory (" in said[1]
     assert walks[0].plan == walks[1].plan

@@ -27,8 +27,7 @@ from slimvlm.models.load import load
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
-from slimvlm.pruning.save import PLAN_FILE, save
-from slimvlm.pruning.write_checkpoint import prune_checkpoint
+from slimvlm.pruning.save import PLAN_FILE, prune_checkpoint, save
 from slimvlm.scoring.layerwise.checkpoint import open_checkpoint
 from slimvlm.scoring.layerwise.runner import LayerwiseModel
 from slimvlm.scoring.layerwise.score import score_checkpoint
@@ -383,7 +382,7 @@ def test_a_plan_that_needs_a_retype_loads_in_plain_transformers(
 def test_large_checkpoints_are_written_in_several_files(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("slimvlm.pruning.write_checkpoint.SHARD_BYTES", 60_000)
+    monkeypatch.setattr("slimvlm.pruning.save.SHARD_BYTES", 60_000)
     plan = Plan.everything(sv.anatomy(folders["llama"]))
     prune_checkpoint(folders["llama"], plan, tmp_path / "out")
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
@@ -427,7 +426,7 @@ def test_what_low_memory_cannot_do_is_said_at_once(
     asked = ["--out", str(tmp_path / "out"), "--data", "none", "--low-memory"]
     taylor = "'taylor' needs the whole model in memory; with low memory use block_influence"
     for verb, flags, message in [
-        ("prune", ["--ratio", "0.3", "--pad"], "pad "),
+        ("prune", ["--ratio", "0.3", "--axis", "auto"], "axis 'auto'"),
         ("prune", ["--ratio", "0.3", "--criterion", "taylor"], taylor),
         ("score", ["--criterion", "taylor"], taylor),
         ("score", ["--criterion", "gate"], "low memory use activation, wanda, flap, obs\n"),

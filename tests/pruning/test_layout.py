@@ -22,8 +22,7 @@ from slimvlm.models.parts import text_config_of
 from slimvlm.planning.make import make_plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.layout import LAYOUTS, layout_of, write_processor
-from slimvlm.pruning.save import save
-from slimvlm.pruning.write_checkpoint import prune_checkpoint
+from slimvlm.pruning.save import prune_checkpoint, save
 from tests import tiny, tiny_folder, tiny_words
 from tests.handmade import logits, random_scores
 

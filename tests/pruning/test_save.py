@@ -113,9 +113,11 @@ def test_plain_transformers_reads_the_same_model(
     assert Plan.load(work / "out" / PLAN_FILE) == plan
 
 
+@pytest.mark.usefixtures("_code_cache")
+@pytest.mark.parametrize("is_uneven", [False, True], ids=["even", "uneven"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_is_written_and_read(kind: str, tmp_path: Path) -> None:
-    model, processor, plan = pruned(kind)
+def test_every_kind_is_written_and_read(kind: str, is_uneven: bool, tmp_path: Path) -> None:
+    model, processor, plan = uneven(kind) if is_uneven else pruned(kind)
     save(model, processor, tmp_path / "out", plan)
     again, its_processor = load(tmp_path / "out")
     assert type(its_processor) is type(processor)
@@ -123,13 +125,11 @@ def test_every_kind_is_written_and_read(kind: str, tmp_path: Path) -> None:
     for name, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value)
     assert not again.training
-
-
-def test_a_checkpoint_holds_no_pickle(tmp_path: Path) -> None:
-    model, processor, plan = pruned("llava")
-    save(model, processor, tmp_path / "out", plan)
-    suffixes = {path.suffix for path in (tmp_path / "out").iterdir()}
-    assert suffixes <= {".json", ".safetensors", ".jinja", ".txt", ".md"}
+    files = list((tmp_path / "out").iterdir())
+    code = [path.name for path in files if path.suffix == ".py"]
+    assert code == ["modeling_pruned.py"] * is_uneven
+    others = {path.suffix for path in files} - {".py"}
+    assert others <= {".json", ".safetensors", ".jinja", ".txt", ".md"}
 
 
 def test_half_precision_stays_half(tmp_path: Path) -> None:
@@ -142,52 +142,43 @@ def test_half_precision_stays_half(tmp_path: Path) -> None:
 
 # The reload check must be able to fail.
 
-Change = Callable[[dict[str, torch.Tensor]], None]
 
-
-def _perturb(weights: dict[str, torch.Tensor]) -> None:
-    name = next(n for n in weights if n.endswith("layers.1.mlp.down_proj.weight"))
-    weights[name][0] += 3.0
-
-
-def _drop(weights: dict[str, torch.Tensor]) -> None:
-    del weights[next(n for n in weights if n.endswith("layers.1.mlp.down_proj.weight"))]
-
-
-def _add(weights: dict[str, torch.Tensor]) -> None:
-    weights["model.stray.weight"] = torch.zeros(2)
-
-
-def _reshape(weights: dict[str, torch.Tensor]) -> None:
-    name = next(n for n in weights if n.endswith("layers.1.mlp.down_proj.weight"))
-    weights[name] = weights[name][:, :-1].contiguous()
-
-
-def _spoil_vision(weights: dict[str, torch.Tensor]) -> None:
-    name = next(n for n in weights if n.endswith("linear_1.weight"))
-    weights[name] += 1.0
-
-
-def _make_nan(weights: dict[str, torch.Tensor]) -> None:
-    name = next(n for n in weights if n.endswith("layers.1.mlp.down_proj.weight"))
-    weights[name][0, 0] = float("nan")
-
-
-@pytest.mark.parametrize("spoil", [_perturb, _drop, _add, _reshape, _spoil_vision, _make_nan])
-def test_the_reload_check_catches_spoilt_weights(
-    spoil: Change, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, processor, plan = pruned("llava")
-    honest = hf.PreTrainedModel.save_pretrained
+def spoil_(monkeypatch: pytest.MonkeyPatch, owner: Any, change: Callable[[Path], object]) -> None:
+    """Change what `save_pretrained` has written."""
+    honest = owner.save_pretrained
 
     def spoils(self: Any, folder: Any, *args: Any, **kwargs: Any) -> None:
         honest(self, folder, *args, **kwargs)
-        file = Path(folder) / "model.safetensors"
+        change(Path(folder))
+
+    monkeypatch.setattr(owner, "save_pretrained", spoils)
+
+
+MATRIX = "layers.1.mlp.down_proj.weight"
+SPOILT: dict[str, Callable[[dict[str, torch.Tensor], str], object]] = {
+    "perturbed": lambda weights, name: weights[name][0].add_(3.0),
+    "missing": lambda weights, name: weights.pop(name),
+    "extra": lambda weights, name: weights.update({"model.stray.weight": torch.zeros(2)}),
+    "reshaped": lambda weights, name: weights.update({name: weights[name][:, :-1].contiguous()}),
+    "nan": lambda weights, name: weights[name][0, 0].fill_(float("nan")),
+    "projector": lambda weights, name: next(
+        value for key, value in weights.items() if key.endswith("linear_1.weight")
+    ).add_(1.0),
+}
+
+
+@pytest.mark.parametrize("kind", SPOILT)
+def test_the_reload_check_catches_spoilt_weights(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def change(folder: Path) -> None:
+        file = folder / "model.safetensors"
         weights = {name: value.clone() for name, value in load_file(file).items()}
-        spoil(weights)
+        SPOILT[kind](weights, next(n for n in weights if n.endswith(MATRIX)))
         save_file(weights, file, {"format": "pt"})
 
-    monkeypatch.setattr(hf.PreTrainedModel, "save_pretrained", spoils)
+    model, processor, plan = pruned("llava")
+    spoil_(monkeypatch, hf.PreTrainedModel, change)
     with pytest.raises(ReloadError):
         save(model, processor, tmp_path / "out", plan)
     assert list(tmp_path.iterdir()) == []
@@ -196,17 +187,13 @@ def test_the_reload_check_catches_spoilt_weights(
 def test_the_reload_check_catches_a_spoilt_config(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, processor, plan = pruned("llava")
-    honest = hf.PreTrainedModel.save_pretrained
-
-    def spoils(self: Any, folder: Any, *args: Any, **kwargs: Any) -> None:
-        honest(self, folder, *args, **kwargs)
-        file = Path(folder) / "config.json"
-        values = json.loads(file.read_text())
+    def change(folder: Path) -> None:
+        values = json.loads((folder / "config.json").read_text())
         values["text_config"]["num_hidden_layers"] += 1
-        file.write_text(json.dumps(values))
+        (folder / "config.json").write_text(json.dumps(values))
 
-    monkeypatch.setattr(hf.PreTrainedModel, "save_pretrained", spoils)
+    model, processor, plan = pruned("llava")
+    spoil_(monkeypatch, hf.PreTrainedModel, change)
     model.train()
     with pytest.raises(ReloadError):
         save(model, processor, tmp_path / "out", plan)
@@ -261,30 +248,12 @@ def uneven(kind: str) -> tuple[Any, Any, Plan]:
 
 
 @pytest.mark.usefixtures("_code_cache")
-@pytest.mark.parametrize("kind", KINDS)
-def test_uneven_widths_bring_their_code_or_are_padded(kind: str, tmp_path: Path) -> None:
-    model, processor, plan = uneven(kind)
-    save(model, processor, tmp_path / "out", plan)
-    save(model, processor, tmp_path / "padded", plan, pad=True)
-    again, its_processor = load(tmp_path / "out")
-    assert type(its_processor) is type(processor)
-    assert read_anatomy(again) == plan.after == anatomy(tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").glob("*.py")] == ["modeling_pruned.py"]
-    assert anatomy(tmp_path / "padded") == plan.before
-    assert list((tmp_path / "padded").glob("*.py")) == []
-
-
-@pytest.mark.usefixtures("_code_cache")
 @pytest.mark.parametrize("change", ["code", "widths", "auto_map"])
 def test_the_reload_check_catches_spoilt_uneven_folders(
     change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, processor, plan = uneven("llava")
-    honest = type(model).save_pretrained
-
-    def spoils(self: Any, folder: Any, *args: Any, **kwargs: Any) -> None:
-        honest(self, folder, *args, **kwargs)
-        code, config = Path(folder) / "modeling_pruned.py", Path(folder) / "config.json"
+    def spoils(folder: Path) -> None:
+        code, config = folder / "modeling_pruned.py", folder / "config.json"
         values = json.loads(config.read_text())
         if change == "code":
             code.write_text(code.read_text() + "\n")
@@ -294,7 +263,8 @@ def test_the_reload_check_catches_spoilt_uneven_folders(
             values["auto_map"]["AutoModelForImageTextToText"] = "modeling_pruned.PrunedLlavaModel"
         config.write_text(json.dumps(values))
 
-    monkeypatch.setattr(type(model), "save_pretrained", spoils)
+    model, processor, plan = uneven("llava")
+    spoil_(monkeypatch, type(model), spoils)
     with pytest.raises(ReloadError):
         save(model, processor, tmp_path / "out", plan)
     assert not (tmp_path / "out").exists()
@@ -311,25 +281,29 @@ def test_a_model_without_processor_is_written(tmp_path: Path) -> None:
 # Loading: what cannot be loaded is named in one line.
 
 
-def bert_folder(out: Path) -> Path:
-    config = hf.BertConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-    )
-    config.save_pretrained(out)
-    return out
-
-
-@pytest.mark.parametrize("read", [load, anatomy])
-def test_an_encoder_is_refused(read: Callable[[Path], Any], tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"'bert' is not known.*llava"):
-        read(bert_folder(tmp_path / "bert"))
-
-
 @pytest.mark.parametrize("read", [load, anatomy])
 @pytest.mark.parametrize("name", ["nowhere", "./nowhere/at/all", "/nowhere"])
 def test_a_missing_folder_is_named(read: Callable[[str], Any], name: str) -> None:
     with pytest.raises(ConfigError, match=rf"model '{name}': no such folder"):
         read(name)
+
+
+@pytest.mark.parametrize("read", [load, anatomy])
+@pytest.mark.parametrize("text", [None, "bert", "{", "[]", "{}", '{"model_type": 3}', '"llava"'])
+def test_a_config_that_cannot_be_read_is_named(
+    text: str | None, read: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    error: type[SlimError] = SlimError
+    message = "model"
+    if text is None:
+        error, message = ConfigError, r"has no config\.json"
+    elif text == "bert":
+        error, message = UnsupportedModelError, r"'bert' is not known.*llava"
+        hf.BertConfig(hidden_size=16, num_attention_heads=2).save_pretrained(tmp_path)
+    else:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(error, match=message):
+        read(tmp_path)
 
 
 def test_a_missing_folder_in_an_existing_one_is_not_a_hub_id(
@@ -342,28 +316,19 @@ def test_a_missing_folder_in_an_existing_one_is_not_a_hub_id(
     assert resolve("llava-hf/llava-1.5-7b-hf") == "llava-hf/llava-1.5-7b-hf"
 
 
-@pytest.mark.parametrize("read", [load, anatomy])
-def test_a_folder_without_config_is_named(read: Callable[[Path], Any], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"has no config\.json"):
-        read(tmp_path)
-
-
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model_type": 3}', '"llava"'])
-def test_a_broken_config_is_named(text: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(text)
-    for read in (load, anatomy):
-        with pytest.raises(SlimError, match=r"model"):
-            read(tmp_path)
-
-
 def test_an_unknown_dtype_is_named() -> None:
     with pytest.raises(ConfigError, match="dtype 'int3' must be one of: auto, float32"):
         load(folders.folder("text"), dtype="int3")
 
 
-def test_missing_weights_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("are_cut_off", [False, True])
+def test_missing_weights_are_named(are_cut_off: bool, tmp_path: Path) -> None:
     out = folders.copied("text", tmp_path / "model")
-    (out / "model.safetensors").unlink()
+    file = out / "model.safetensors"
+    start = file.read_bytes()[:1000]
+    file.unlink()
+    if are_cut_off:
+        file.write_bytes(start)
     with pytest.raises(ConfigError, match="weights cannot be read"):
         load(out)
     assert anatomy(out) == anatomy(folders.folder("text"))
@@ -383,14 +348,6 @@ def test_pickled_weights_beside_safetensors_are_not_read(tmp_path: Path) -> None
     load(folder)
 
 
-def test_cut_off_weights_are_named(tmp_path: Path) -> None:
-    out = folders.copied("text", tmp_path / "model")
-    file = out / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(ConfigError, match="weights cannot be read"):
-        load(out)
-
-
 def test_missing_tensors_are_named(tmp_path: Path) -> None:
     """transformers would fill them with random numbers and go on."""
     out = folders.copied("text", tmp_path / "model")
@@ -401,16 +358,11 @@ def test_missing_tensors_are_named(tmp_path: Path) -> None:
         load(out)
 
 
-def test_a_run_folder_stands_for_its_checkpoint(tmp_path: Path) -> None:
-    folders.copied("text", tmp_path / "run" / "checkpoint")
-    (tmp_path / "run" / "plan.json").write_text("{}")
-    assert resolve(tmp_path / "run") == str(tmp_path / "run" / "checkpoint")
-
-
-def test_a_run_folder_with_its_own_config_stands_for_its_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["plan.json", "config.json"])
+def test_a_run_folder_stands_for_its_checkpoint(name: str, tmp_path: Path) -> None:
     """`compress` writes a config.json of its own beside the checkpoint."""
     folders.copied("text", tmp_path / "run" / "checkpoint")
-    (tmp_path / "run" / "config.json").write_text(json.dumps({"model": "x", "ratio": 0.3}))
+    (tmp_path / "run" / name).write_text(json.dumps({"model": "x", "ratio": 0.3}))
     assert resolve(tmp_path / "run") == str(tmp_path / "run" / "checkpoint")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import slimvlm as sv
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError
@@ -85,15 +86,20 @@ def test_the_axis_whose_smaller_model_answers_best_is_chosen(data: Path) -> None
     assert all(layer.distilled for layer in walked.report.layers)  # the trial alone is brief
 
 
-def test_where_training_follows_each_axis_is_trained_a_little(data: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_where_training_follows_each_axis_is_trained_a_little(dtype: str, data: Path) -> None:
+    """The original keeps its data type and flags, also where training computes in float32."""
     recover = RecoverConfig(train="full", learning_rate=1e-3, batch_size=2, loss="sft+kl", epochs=6)
-    request, model, calibration = opened(data, recover=recover)
+    recover = replace(recover, bf16=False)
+    request, model, calibration = opened(data, recover=recover, dtype=dtype)
     scores = list(stages.calibrate(request, model, calibration).values())
     before = snapshot(model)
     untrained = stages.try_axes(request, model, calibration, scores)
     samples = stages.read_split(request, silent).training
     trained = stages.try_axes(request, model, calibration, scores, samples)
     assert_untouched(model, before)
+    held = {(parameter.dtype, parameter.requires_grad) for parameter in model.parameters()}
+    assert held == {(getattr(torch, dtype), True)}
     assert all(trained[axis] != untrained[axis] for axis in trained)
 
 

@@ -21,7 +21,7 @@ FULL = CompressConfig(
     ratio=0.25,
     axis="both",
     criterion=("block_influence", "taylor"),
-    **{"data": "my data.json", "protect": (2, 1), "pad": True, "tasks": "name", "limit": 3},
+    **{"data": "my data.json", "protect": (2, 1), "tasks": "name", "limit": 3},
     recover=LORA,
 )
 CONFIGS = [

@@ -21,7 +21,7 @@ from slimvlm.evaluation.metrics import METRICS
 from slimvlm.evaluation.results import Result, TaskResult
 from slimvlm.models.load import anatomy, load
 from slimvlm.planning.plan import Plan
-from slimvlm.pruning.write_checkpoint import prune_checkpoint
+from slimvlm.pruning.save import prune_checkpoint
 from tests import tiny_folder as folders
 
 QUESTION = Question("q1", "Which colour?", ("red",), choices=("red", "blue"))

@@ -471,8 +471,6 @@ class ShapeOptions(Options):
     """How widths share the ratio: the same in every layer, with KV groups and neurons in
     proportion (uniform) or as costs a few layers least (balanced); or first and last layers whole
     (protect), which gives files with code. By default balanced where obs chooses, else uniform."""
-    pad: bool = False
-    """Fill layers of different widths up with zeros: loads without code, as large as the widest."""
 
 
 @dataclass(frozen=True, kw_only=True)

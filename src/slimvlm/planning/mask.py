@@ -1,4 +1,4 @@
-"""Switch off what a plan removes: the obvious meaning of a plan, no shape changed."""
+"""Switch off the removed units of a plan without changing shapes: the reference for `prune_`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from slimvlm.models.classes import require_undivided
 from slimvlm.models.families import INPUT_COLUMNS, Projection
 from slimvlm.models.hidden import layer_input
 from slimvlm.models.parts import (
-    Matrix,
     decoder_layers,
     layer_matrices,
     matrices,
@@ -27,12 +26,12 @@ from slimvlm.planning.plan import Kept, Plan
 
 
 def mask_(model: PreTrainedModel, plan: Plan) -> None:
-    """Switch off what a plan removes without changing any shape, in place.
+    """Switch off the removed units of a plan without changing any shape, in place.
 
     The columns of ``o_proj`` and ``down_proj`` that read removed units become zero. Removed layers
     become zero altogether, and a hook passes their input on. Routers score removed experts with
-    minus infinity. Removed tokens are zero in the embedding, and a hook makes them impossible
-    answers. This is the slow and obvious meaning of a plan, against which `prune_` is tested.
+    minus infinity. Removed tokens are zero in the embedding, and a hook sets their logits to minus
+    infinity. This is the slow and obvious meaning of a plan, against which `prune_` is tested.
     """
     require_match(model, plan)
     kept_layers = set(plan.layers)
@@ -44,9 +43,16 @@ def mask_(model: PreTrainedModel, plan: Plan) -> None:
                 layer.register_forward_hook(_pass_on, with_kwargs=True)
         for index, matrix in matrices(model):
             if matrix.projection.dim == INPUT_COLUMNS and index in kept_layers:
-                matrix.weight.copy_(_masked_weight(plan, index, matrix))
+                removed = _removed(matrix.width, kept_channels(plan, index, matrix.projection))
+                shape = [1] * matrix.weight.ndim
+                shape[matrix.projection.axis] = matrix.width
+                matrix.weight.masked_fill_(removed.view(shape).to(matrix.weight.device), 0)
         for index in plan.layers:
-            _mask_experts(decoder_layers(model)[index], plan, index)
+            layer = decoder_layers(model)[index]
+            for matrix in layer_matrices(layer, plan.before.backbone).experts:
+                if matrix.weight.ndim == 2 and len(plan.experts[index]) < matrix.width:
+                    path, _, _ = matrix.projection.path.rpartition(".")
+                    _route_without(layer.get_submodule(path), matrix.weight, plan.experts[index])
         if plan.tokens is not None:
             _mask_tokens(model, plan.tokens)
 
@@ -66,18 +72,9 @@ class _WithoutExperts(TorchFunctionMode):
         return result.masked_fill(self._removed, -torch.inf) if is_routing else result
 
 
-def _mask_experts(layer: nn.Module, plan: Plan, index: int) -> None:
-    """Let a layer's router score the experts that a plan removes with minus infinity."""
-    for matrix in layer_matrices(layer, plan.before.backbone).experts:
-        if matrix.weight.ndim == 2 and len(plan.experts[index]) < matrix.width:
-            path, _, _ = matrix.projection.path.rpartition(".")
-            _route_without(layer.get_submodule(path), matrix.weight, plan.experts[index])
-
-
 def _route_without(router: Any, weight: Tensor, kept: Kept) -> None:
-    removed = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
-    removed[list(kept)] = False
-    forward = router.forward
+    """Let a router score the experts that are not kept with minus infinity."""
+    removed, forward = _removed(len(weight), kept).to(weight.device), router.forward
 
     def route(*args: Any, **kwargs: Any) -> Any:
         with _WithoutExperts(weight, removed):
@@ -88,8 +85,7 @@ def _route_without(router: Any, weight: Tensor, kept: Kept) -> None:
 
 def _mask_tokens(model: PreTrainedModel, tokens: Kept) -> None:
     embedding, head = token_matrices(model)
-    removed = torch.ones(len(embedding.weight), dtype=torch.bool, device=embedding.weight.device)
-    removed[list(tokens)] = False
+    removed = _removed(len(embedding.weight), tokens)
     for holder in (embedding, *(holder for stack, holder in stacks(model) if stack.rows)):
         holder.weight[removed.to(holder.weight.device)] = 0
 
@@ -151,10 +147,8 @@ def kept_channels(plan: Plan, index: int, projection: Projection) -> Tensor:
     return channels_of(projection, plan.before.layers[index], units)
 
 
-def _masked_weight(plan: Plan, index: int, matrix: Matrix) -> Tensor:
-    keep = kept_channels(plan, index, matrix.projection).to(matrix.weight.device)
-    mask = torch.zeros(matrix.width, dtype=torch.bool, device=matrix.weight.device)
-    mask[keep] = True
-    shape = [1] * matrix.weight.ndim
-    shape[matrix.projection.axis] = matrix.width
-    return matrix.weight.detach().masked_fill(~mask.view(shape), 0)
+def _removed(count: int, kept: Kept | Tensor) -> Tensor:
+    """A mask of the indices that are not kept."""
+    removed = torch.ones(count, dtype=torch.bool)
+    removed[torch.as_tensor(kept, dtype=torch.long)] = False
+    return removed

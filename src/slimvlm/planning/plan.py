@@ -1,10 +1,10 @@
-"""Which units stay: a `Plan`. It can be saved, edited by hand, shared and applied again."""
+"""The units that stay: a `Plan`, which can be saved, edited by hand and applied again."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -51,33 +51,36 @@ class Plan:
     experts: tuple[Kept, ...] = ()
 
     def __post_init__(self) -> None:
+        before = self.before
         if not self.experts:
-            object.__setattr__(self, "experts", _all_experts(self.before, self.layers))
+            counts = [s.num_experts if i in self.layers else 0 for i, s in enumerate(before.layers)]
+            object.__setattr__(self, "experts", tuple(tuple(range(count)) for count in counts))
         if self.axis not in AXES:
             raise ConfigError(f"plan: axis {self.axis!r} must be one of: {', '.join(AXES)}")
-        if any(len(self.kept(unit)) != self.before.num_layers for unit in LAYER_UNITS):
+        if any(len(self.kept(unit)) != before.num_layers for unit in LAYER_UNITS):
             raise ConfigError(
-                f"plan: kv_groups, neurons and experts must have {self.before.num_layers} entries, "
+                f"plan: kv_groups, neurons and experts must have {before.num_layers} entries, "
                 "one for each original layer"
             )
-        _check_indices("layers", self.layers, self.before.num_layers, self.layers != ())
-        for index, shape in enumerate(self.before.layers):
+        _check_indices("layers", self.layers, before.num_layers, self.layers != ())
+        for index, shape in enumerate(before.layers):
             for unit in LAYER_UNITS:
                 kept, count = self.kept(unit)[index], shape.units(unit)
                 has_some = index in self.layers and count > 0
                 _check_indices(f"{unit}s[{index}]", kept, count, has_some == bool(kept))
-            if has_some and len(kept) < self.before.experts_per_token:
+            num_experts = len(self.experts[index])
+            if 0 < num_experts < before.experts_per_token:
                 raise ImpossiblePlanError(
-                    f"plan: experts[{index}] keeps {len(kept)}, but each token takes "
-                    f"{self.before.experts_per_token}"
+                    f"plan: experts[{index}] keeps {num_experts}, but each token takes "
+                    f"{before.experts_per_token}"
                 )
         if self.tokens is not None:
-            _check_tokens(self.tokens, self.before)
-        missing = sorted(set(self.before.pinned_layers) - set(self.layers))
+            _check_tokens(self.tokens, before)
+        missing = sorted(set(before.pinned_layers) - set(self.layers))
         if missing:
             raise ImpossiblePlanError(
-                f"plan: layers {missing} of {self.before.model_type!r} must stay, since "
-                f"{self.before.why_pinned}"
+                f"plan: layers {missing} of {before.model_type!r} must stay, since "
+                f"{before.why_pinned}"
             )
 
     @classmethod
@@ -93,12 +96,7 @@ class Plan:
         )
 
     def with_units(self, index: int, kept: Mapping[str, Kept]) -> Plan:
-        """The same plan with other units kept of a layer.
-
-        Args:
-            index: The layer's original number.
-            kept: Its kept units of some of `LAYER_UNITS`; a kind that is not named stays.
-        """
+        """The same plan with other units kept of a layer; kinds that are not named stay."""
         rows: dict[str, Any] = {}
         for unit, units in kept.items():
             row = self.kept(unit)
@@ -137,7 +135,8 @@ class Plan:
     @property
     def ratio(self) -> float:
         """Share of the backbone's parameters that the plan removes."""
-        return (self._lost_in_layers + self._lost_in_tokens) / self.before.backbone_params
+        lost_in_tokens = self.before.backbone_params - self._of_kept_tokens.backbone_params
+        return (self._lost_in_layers + lost_in_tokens) / self.before.backbone_params
 
     @property
     def decoder_ratio(self) -> float:
@@ -148,10 +147,6 @@ class Plan:
     def cuts_layers(self) -> bool:
         """Whether anything of the decoder layers goes."""
         return self._lost_in_layers > 0
-
-    @property
-    def _lost_in_tokens(self) -> int:
-        return self.before.backbone_params - self._of_kept_tokens.backbone_params
 
     @property
     def _lost_in_layers(self) -> int:
@@ -185,45 +180,35 @@ class Plan:
         or the configuration class cannot express their head count; loading it needs
         ``trust_remote_code=True``.
         """
-        after = self._narrowed
-        if not after.is_uniform:
-            return "uneven"
-        if after.mlp_widths and after.mlp_widths[0] not in self.before.legal_neurons():
-            return "uneven"
-        return "native" if self._has_legal_heads(after) else "uneven"
-
-    def _has_legal_heads(self, after: Anatomy) -> bool:
-        if not after.attention_shapes:
-            return True
-        kv_heads, queries_per_group, head_dim = after.attention_shapes[0]
-        if self.before.backbone.head_rule == "fixed":
-            return kv_heads * queries_per_group * head_dim == self.before.hidden_size
-        return kv_heads in self.before.legal_kv_heads()
+        after, before = self._narrowed, self.before
+        is_legal = after.is_uniform
+        if is_legal and after.mlp_widths:
+            is_legal = after.mlp_widths[0] in before.legal_neurons()
+        if is_legal and after.attention_shapes:
+            kv_heads, queries_per_group, head_dim = after.attention_shapes[0]
+            if before.backbone.head_rule == "fixed":
+                is_legal = kv_heads * queries_per_group * head_dim == before.hidden_size
+            else:
+                is_legal = kv_heads in before.legal_kv_heads()
+        return "native" if is_legal else "uneven"
 
     def summary(self) -> str:
         """One line: what is kept, which ratio that is, and what loading it needs."""
         groups = sorted({len(self.kv_groups[i]) for i in self.layers} - {0})
         neurons = sorted({len(self.neurons[i]) for i in self.layers} - {0})
         asked = "" if self.asked_ratio is None else f" (asked {self.asked_ratio:.2%})"
-        needs = "; layers of different widths: needs trust_remote_code=True"
         others = ""
-        if fewer := self._fewer_experts:
+        if (fewer := self._narrowed.expert_counts) and fewer != self.before.expert_counts:
             others = f", {_span(fewer)} of {_span(self.before.expert_counts)} experts"
         if self.tokens is not None:
             others += f", {len(self.tokens):,} of {self.before.vocab_size:,} tokens"
+        if self.file_format == "uneven":
+            others += "; layers of different widths: needs trust_remote_code=True"
         return (
             f"removes {self.ratio:.2%} of the backbone{asked}: "
             f"{len(self.layers)} of {self.before.num_layers} layers, "
-            f"{_span(groups)} KV groups, {_span(neurons)} neurons a layer"
-            + others
-            + needs * (self.file_format == "uneven")
+            f"{_span(groups)} KV groups, {_span(neurons)} neurons a layer{others}"
         )
-
-    @property
-    def _fewer_experts(self) -> list[int]:
-        """The numbers of experts of kept layers, if one of them loses some."""
-        counts = self._narrowed.expert_counts
-        return counts if counts != self.before.expert_counts else []
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -256,11 +241,11 @@ class Plan:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "plan") -> Plan:
-        """Make a plan of what `to_dict` gave.
+        """Make a plan of the values that `to_dict` gives.
 
         Args:
             values: Plain values, as JSON holds them.
-            where: What the message of an error begins with.
+            where: First words of error messages.
 
         Raises:
             ConfigError: If it is not a plan, or names units that do not exist.
@@ -281,17 +266,7 @@ class Plan:
         ]
         if impossible or (before.retypable and before.backbone.retype is None):
             raise ConfigError(f"{where}: before describes no {before.model_type!r} that there is")
-        return cls(
-            before=before,
-            layers=file.layers,
-            kv_groups=file.kv_groups,
-            neurons=file.neurons,
-            axis=file.axis,
-            asked_ratio=file.asked_ratio,
-            criteria=file.criteria,
-            tokens=file.tokens,
-            experts=file.experts,
-        )
+        return cls(**{each.name: getattr(file, each.name) for each in fields(cls)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,26 +286,24 @@ class PlanFile:
     experts: tuple[Kept, ...] = ()
 
 
-def _all_experts(before: Anatomy, layers: Kept) -> tuple[Kept, ...]:
-    counts = (s.num_experts if i in layers else 0 for i, s in enumerate(before.layers))
-    return tuple(tuple(range(count)) for count in counts)
-
-
-def _check_tokens(tokens: Kept, anatomy: Anatomy) -> None:
-    if anatomy.why_tokens_stay is not None:
+def _check_tokens(tokens: Kept, before: Anatomy) -> None:
+    if before.why_tokens_stay is not None:
         raise ImpossiblePlanError(
-            f"plan: tokens of {anatomy.model_type!r} cannot go, since {anatomy.why_tokens_stay}"
+            f"plan: tokens of {before.model_type!r} cannot go, since {before.why_tokens_stay}"
         )
-    in_range = all(isinstance(i, int) and 0 <= i < anatomy.vocab_size for i in tokens)
-    if not tokens or not in_range or list(tokens) != sorted(set(tokens)):
+    if not tokens or not _are_indices(tokens, before.vocab_size):
         raise ConfigError(
-            f"plan: tokens must be at least one, sorted, unique and below {anatomy.vocab_size}"
+            f"plan: tokens must be at least one, sorted, unique and below {before.vocab_size}"
         )
+
+
+def _are_indices(kept: Sequence[Any], count: int) -> bool:
+    in_range = all(isinstance(i, int) and 0 <= i < count for i in kept)
+    return in_range and list(kept) == sorted(set(kept))
 
 
 def _check_indices(name: str, kept: Sequence[Any], count: int, right_emptiness: bool) -> None:
-    in_range = all(isinstance(i, int) and 0 <= i < count for i in kept)
-    if not right_emptiness or not in_range or list(kept) != sorted(set(kept)):
+    if not right_emptiness or not _are_indices(kept, count):
         raise ConfigError(
             f"plan: {name} must be sorted, unique, below {count}, and empty only where the layer "
             "is gone"

@@ -27,7 +27,7 @@ _TAGS = ["slimvlm", "pruned", "model-compression"]
 
 @dataclass(frozen=True, kw_only=True)
 class CardFacts:
-    """What a card says that the checkpoint itself does not know.
+    """Facts for a model card that the checkpoint itself does not hold.
 
     Attributes:
         base: The original: a hub id or a folder.
@@ -36,7 +36,7 @@ class CardFacts:
         results: A Markdown table.
         scores: Score of each task and its metric, in percent; they become the ``model-index``.
         training: A sentence on the recovery.
-        held_out: A Markdown table of what was kept on samples that nothing was fitted to.
+        held_out: A Markdown table of results on held-out samples.
     """
 
     base: str
@@ -51,26 +51,33 @@ class CardFacts:
 def write_card(folder: Path, model: PreTrainedModel, plan: Plan | None, facts: CardFacts) -> None:
     """Write the card of a checkpoint.
 
-    License and original come from the original's own card, where it has one: what was pruned from a
-    pruned model still names the first one. A folder on this machine is not named in the metadata.
-
-    Args:
-        folder: The checkpoint's folder.
-        model: The model in it.
-        plan: The plan that made it.
-        facts: What else is known.
+    License and original come from the original's own card, where it has one: a model that was
+    pruned twice still names the first one. A local folder is not named in the metadata.
     """
     base = base_card(facts.base)
     sees = family_of(model.config.model_type).vision is not None
     task = "image-text-to-text" if sees else "text-generation"
+    original = facts.base if is_hub_id(facts.base) else base.get("base_model")
+    text_config = text_config_of(model.config)
+    heads = [n for n in MULTI_TOKEN_FIELDS if plan is not None and hasattr(text_config, n)]
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=name,
+            dataset_name=name,
+            metric_type=metric,
+            metric_value=round(value, 2),
+        )
+        for name, (metric, value) in facts.scores.items()
+    ]
     data = ModelCardData(
-        base_model=_base_model(facts.base, base),
+        base_model=original,
         library_name="transformers",
         license=base.get("license"),
         pipeline_tag=task,
         tags=_TAGS,
         model_name=facts.name if facts.scores else None,
-        eval_results=_eval_results(facts.scores, task) or None,
+        eval_results=results or None,
     )
     card = ModelCard.from_template(
         data,
@@ -84,17 +91,10 @@ def write_card(folder: Path, model: PreTrainedModel, plan: Plan | None, facts: C
         processor="AutoProcessor" if sees else "AutoTokenizer",
         needs_code=is_uneven(model.config),
         layout=layout_of(model.config),
-        without_heads=_without_heads(model, plan),
+        without_heads=next(iter(heads), ""),
         transformers=transformers.__version__,
     )
     card.save(folder / CARD_FILE)
-
-
-def _without_heads(model: PreTrainedModel, plan: Plan | None) -> str:
-    """The field that says that a pruned model guesses one token at a time; empty without one."""
-    text_config = text_config_of(model.config)
-    found = (n for n in MULTI_TOKEN_FIELDS if plan is not None and hasattr(text_config, n))
-    return next(found, "")
 
 
 def base_card(model: str) -> dict[str, Any]:
@@ -119,24 +119,3 @@ def is_hub_id(model: str) -> bool:
     except HFValidationError:
         return False
     return bool(model) and not Path(model).exists()
-
-
-def _base_model(base: str, card: Mapping[str, Any]) -> str | list[str] | None:
-    """The hub id of the original, or for a folder what its card names."""
-    if is_hub_id(base):
-        return base
-    found: str | list[str] | None = card.get("base_model")
-    return found
-
-
-def _eval_results(scores: Mapping[str, tuple[str, float]], task: str) -> list[EvalResult]:
-    return [
-        EvalResult(
-            task_type=task,
-            dataset_type=name,
-            dataset_name=name,
-            metric_type=metric,
-            metric_value=round(value, 2),
-        )
-        for name, (metric, value) in scores.items()
-    ]

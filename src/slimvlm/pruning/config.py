@@ -1,4 +1,4 @@
-"""Write a plan down as a Hugging Face configuration, and prove that it can be read back."""
+"""Express a plan as a Hugging Face configuration, and check that it can be read back."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from slimvlm.core.errors import ImpossiblePlanError
-from slimvlm.models.anatomy import Anatomy, LayerShape, read_anatomy
+from slimvlm.models.anatomy import Anatomy, read_anatomy
 from slimvlm.models.classes import UNEVEN_FIELD, WIDTHS, empty_model, with_text_config
 from slimvlm.models.parts import text_config_of
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.tokens import renumber_config_
 
 MULTI_TOKEN_FIELDS = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
-"""Fields with the number of layers that guess further tokens, which transformers does not read."""
+"""Fields with the number of multi-token prediction layers, which transformers does not read."""
 
 _FROM_PYTHON = (
     "from Python any number by prune_(model, plan, allow_uneven=True), whose files need "
@@ -28,13 +28,10 @@ _FROM_PYTHON = (
 def smaller_text_config(
     config: PreTrainedConfig, plan: Plan, uneven: bool = False
 ) -> PreTrainedConfig:
-    """The language-model configuration of the pruned model; the given one is left alone.
+    """Build the language-model configuration of the pruned model; the given one is left alone.
 
-    Args:
-        config: Configuration of the whole model.
-        plan: The plan.
-        uneven: Whether each layer gets its own entry in `UNEVEN_FIELD`. The fields for all layers
-            then stay, so that the rules of the configuration class hold for them.
+    With ``uneven``, each layer gets its own entry in `UNEVEN_FIELD`. The fields for all layers then
+    stay, so that the rules of the configuration class hold for them.
     """
     old: PreTrainedConfig = text_config_of(config)
     after = plan.after
@@ -48,7 +45,12 @@ def smaller_text_config(
         setattr(new, name, 0)
     renumber_config_(new, plan)
     if uneven:
-        setattr(new, UNEVEN_FIELD, [_widths(old, shape) for shape in after.layers])
+        rows = []
+        for shape in after.layers:
+            counts = (shape.num_heads, shape.num_kv_heads, shape.intermediate_size)
+            named = zip(WIDTHS, counts, strict=True)  # a layer without such units keeps the field
+            rows.append({name: count or getattr(old, name, 1) for name, count in named})
+        setattr(new, UNEVEN_FIELD, rows)
         return new
     for name, value in _changed_widths(new, after).items():
         setattr(new, name, value)
@@ -60,7 +62,7 @@ def validate(config: PreTrainedConfig, text_config: PreTrainedConfig, plan: Plan
 
     Args:
         config: Configuration of the whole original model.
-        text_config: What `smaller_text_config` made.
+        text_config: From `smaller_text_config`.
         plan: The plan.
 
     Raises:
@@ -89,27 +91,18 @@ def validate(config: PreTrainedConfig, text_config: PreTrainedConfig, plan: Plan
 def with_renumbered(
     config: PreTrainedConfig, text_config: PreTrainedConfig, plan: Plan
 ) -> PreTrainedConfig:
-    """The whole configuration of the pruned model.
-
-    Args:
-        config: The original's, which is changed.
-        text_config: What `smaller_text_config` made.
-        plan: The plan.
-    """
+    """Change the whole configuration of the original into that of the pruned model."""
     renumber_config_(config, plan)
     return with_text_config(config, text_config)
 
 
 def multi_token_fields(text_config: Any) -> list[str]:
-    """The fields of `MULTI_TOKEN_FIELDS` by which a configuration has such layers.
-
-    Engines build them from the configuration. A pruned checkpoint does not hold their weights.
-    """
+    """List the set fields of `MULTI_TOKEN_FIELDS`; a pruned checkpoint lacks their weights."""
     return [name for name in MULTI_TOKEN_FIELDS if getattr(text_config, name, None)]
 
 
 def lost_heads(config: PreTrainedConfig) -> str | None:
-    """A line on the multi-token heads that pruning a model gives up; None if it has none."""
+    """Describe the multi-token heads that pruning drops; None if there are none."""
     fields = multi_token_fields(text_config_of(config))
     if not fields:
         return None
@@ -121,14 +114,17 @@ def _lists(text_config: Any, names: Sequence[str]) -> list[str]:
 
 
 def _of_kept_layers(old: PreTrainedConfig, plan: Plan) -> dict[str, Any]:
-    """What a configuration says layer by layer, for the layers that stay."""
-    row = plan.before.backbone
+    """Values of per-layer fields for the layers that stay."""
+    row, values = plan.before.backbone, old.to_dict()
     lists = {n: [getattr(old, n)[i] for i in plan.layers] for n in _lists(old, row.layer_lists)}
     numbers = {
         name: [new for new, i in enumerate(plan.layers) if i in getattr(old, name)]
         for name in _lists(old, row.layer_indices)
     }
-    maps = {name: _renumbered(old, name, plan) for name in row.layer_maps}
+    maps: dict[str, Any] = {}
+    for name in row.layer_maps:
+        given = {int(index): value for index, value in values.get(name, {}).items()}
+        maps[name] = {new: given[i] for new, i in enumerate(plan.layers) if i in given}
     counts = {"num_hidden_layers": len(plan.layers)}
     if row.shared_tail is not None:
         first = old.num_hidden_layers - getattr(old, row.shared_tail)
@@ -136,21 +132,8 @@ def _of_kept_layers(old: PreTrainedConfig, plan: Plan) -> dict[str, Any]:
     return {**counts, **lists, **numbers, **maps}
 
 
-def _renumbered(text_config: PreTrainedConfig, name: str, plan: Plan) -> dict[int, Any]:
-    """A mapping from layer numbers, for the layers that stay."""
-    given = {int(index): value for index, value in text_config.to_dict().get(name, {}).items()}
-    return {new: given[old] for new, old in enumerate(plan.layers) if old in given}
-
-
-def _widths(text_config: Any, shape: LayerShape) -> dict[str, int]:
-    """A layer's entry; units that it lacks have the count of the configuration."""
-    counts = (shape.num_heads, shape.num_kv_heads, shape.intermediate_size)
-    named = zip(WIDTHS, counts, strict=True)
-    return {name: count or getattr(text_config, name, 1) for name, count in named}
-
-
 def _changed_widths(text_config: Any, after: Anatomy) -> dict[str, Any]:
-    """The fields that do not yet say what all layers have."""
+    """Fields whose values differ from the widths of the layers."""
     changed: dict[str, Any] = {}
     for kv_heads, queries_per_group, head_dim in after.attention_shapes:
         heads = {

@@ -32,7 +32,7 @@ _COUNTS = {
     "neuron": ("intermediate_dim", "intermediate_size", "expert_dim"),
     "expert": ("num_experts",),
 }
-"""What modules of experts, and their routers, call the number of a kind of unit."""
+"""Attributes of experts' modules and routers that hold the number of a kind of unit."""
 
 
 def prune_(model: PreTrainedModel, plan: Plan, allow_uneven: bool = False) -> None:
@@ -46,7 +46,7 @@ def prune_(model: PreTrainedModel, plan: Plan, allow_uneven: bool = False) -> No
     same); `Plan.needs_retype` tells beforehand.
 
     Layers of different widths cannot be said in a plain configuration. The model then becomes the
-    subclass of its class that ``modeling_pruned.py`` describes, and ``save_pretrained`` writes that
+    subclass of its class that ``modeling_pruned.py`` defines, and ``save_pretrained`` writes that
     file too.
 
     Args:
@@ -73,12 +73,7 @@ def prune_(model: PreTrainedModel, plan: Plan, allow_uneven: bool = False) -> No
 def require_expressible(
     model: PreTrainedModel, plan: Plan, allow_uneven: bool = False
 ) -> PreTrainedConfig:
-    """The configuration of the smaller language model; refuses what `prune_` cannot do.
-
-    Raises:
-        ConfigError: If the plan is for another model.
-        ImpossiblePlanError: If the configuration class cannot express the shape.
-    """
+    """Build the configuration of the smaller language model; refuse plans as `prune_` does."""
     require_full_precision(model.config, "pruned")
     require_match(model, plan)
     require_named_tokens(model, plan)
@@ -90,25 +85,18 @@ def require_expressible(
 
 @dataclass(frozen=True)
 class Cut:
-    """What a plan keeps of one parameter.
-
-    Attributes:
-        owner: The module that holds it.
-        name: Its name there.
-        dim: The dimension that loses channels.
-        keep: The channels that stay.
-        count: The units that stay, by their kind, where the module repeats their number.
-    """
+    """The kept channels of one parameter."""
 
     owner: nn.Module
     name: str
     dim: int
     keep: Tensor
     count: tuple[str, int] | None = None
+    """Kind and number of the units that stay, where the module repeats their number."""
 
 
 def cuts_of(model: nn.Module, plan: Plan) -> Iterator[Cut]:
-    """Everything that a plan cuts: rows of tokens, kept layers, weights with a slice for each."""
+    """List all cuts of a plan: token rows, kept layers, weights with a slice for each layer."""
     if plan.tokens is not None:
         keep = torch.tensor(plan.tokens)
         for module in token_matrices(model):
@@ -127,10 +115,7 @@ def cuts_of(model: nn.Module, plan: Plan) -> Iterator[Cut]:
 def cuts_of_layer(
     model: nn.Module, plan: Plan, index: int, units: Collection[str] = LAYER_UNITS
 ) -> Iterator[Cut]:
-    """What a plan cuts of one layer that it keeps; what has its size already is left out.
-
-    A weight of experts may lose both neurons and experts, in two cuts.
-    """
+    """List the cuts of a layer that stays; a weight of experts may have two."""
     layer, row = decoder_layers(model)[index], plan.before.backbone
     for matrix in chain(*layer_matrices(layer, row)):
         projection = matrix.projection
@@ -150,12 +135,6 @@ def cut_layer_(
     """Cut one layer of the original down to a plan, in place; the others stay as they are.
 
     The model runs only layer by layer until all of it is cut.
-
-    Args:
-        model: The original, of which parts may be cut already.
-        plan: What to keep.
-        index: The layer.
-        units: Kinds of unit to cut.
     """
     for cut in list(cuts_of_layer(model, plan, index, units)):
         _cut_(cut)
@@ -169,7 +148,7 @@ def cut_layer_(
 
 
 def _cut_(cut: Cut) -> None:
-    """Cut a parameter, and let its module say so."""
+    """Cut a parameter, and update the counts of its module."""
     owner: Any = cut.owner
     parameter = getattr(owner, cut.name)
     kept = parameter.detach().index_select(cut.dim, cut.keep.to(parameter.device))
@@ -199,7 +178,7 @@ def _drop_layers(model: nn.Module, plan: Plan) -> None:
 
 
 def _apply_config(model: PreTrainedModel, text_config: PreTrainedConfig, plan: Plan) -> None:
-    """Make every module see the new configuration; copies of counts follow."""
+    """Give every module the new configuration, and update copies of counts."""
     old = text_config_of(model.config)
     whole = with_renumbered(model.config, text_config, plan)
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""The layout of a checkpoint's files that every reader knows: older transformers, engines, newest.
+"""Write checkpoint files in a layout that older transformers, engines and the newest all read.
 
 transformers 5 moved rotary settings into ``rope_parameters``, renamed ``torch_dtype`` and took a
 level out of the names of CLIP and SigLIP towers. Older versions load such a folder without an
@@ -14,7 +14,7 @@ import json
 import re
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,17 +36,14 @@ _GENERIC, _GENERIC_BEFORE = "TokenizersBackend", "PreTrainedTokenizerFast"
 
 @dataclass(frozen=True)
 class Layout:
-    """How the files of one model type are written.
-
-    Attributes:
-        since: The oldest transformers that was seen to compute the same from them.
-        names: Patterns of tensor names and what stands there in the files.
-        fields: Names of fields in older versions, and today's.
-    """
+    """How the files of one model type are written."""
 
     since: str = OLDEST
+    """The oldest transformers that was seen to compute the same from them."""
     names: Names = ()
+    """Patterns of tensor names and their replacements in the files."""
     fields: tuple[tuple[str, str], ...] = ()
+    """Names of fields in older versions, and today's."""
 
 
 LAYOUTS = {
@@ -90,11 +87,7 @@ _OTHER_BACKBONES = {"llava": ("gemma2",)}
 
 
 def layout_of(config: Any) -> Layout | None:
-    """The layout that everybody reads, for a model; None where none is known to work.
-
-    Args:
-        config: The model's configuration. Layers of different widths have files of their own kind.
-    """
+    """Find the layout for a configuration; None where none is known or layers are uneven."""
     row = LAYOUTS.get(config.model_type)
     if row is None or getattr(config, "auto_map", None):
         return None
@@ -106,26 +99,22 @@ def layout_of(config: Any) -> Layout | None:
 
 
 def lay_out(folder: Path, config: Any) -> None:
-    """Give a folder that ``save_pretrained`` has just written the layout of its model, in place.
-
-    Args:
-        folder: With ``config.json`` and safetensors files; it stays where no layout is known.
-        config: The model's configuration.
-    """
+    """Rewrite a folder of ``save_pretrained`` in its model's layout, if one is known, in place."""
     layout = layout_of(config)
-    if layout is not None:
-        _rewrite(folder, layout)
+    if layout is None:
+        return
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    for part in _parts(values):
+        part |= _older_fields(part)
+    values |= {old: values[new] for old, new in layout.fields if new in values}
+    write_text(path, json.dumps(values, indent=2) + "\n")
+    if layout.names:
+        _rename_weights(folder, layout.names)
 
 
 def write_processor(processor: Any, folder: Path) -> None:
-    """Write a processor or tokenizer as older versions read it, too.
-
-    The newest reads the same from it: vocabulary, special tokens and their names.
-
-    Args:
-        processor: Of any model.
-        folder: An existing folder.
-    """
+    """Write a processor or tokenizer so that older versions and the newest read the same."""
     processor.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     if not path.exists():
@@ -146,17 +135,6 @@ def write_processor(processor: Any, folder: Path) -> None:
     write_text(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-def _rewrite(folder: Path, layout: Layout) -> None:
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    for part in _parts(config):
-        part |= _older_fields(part)
-    config |= {old: config[new] for old, new in layout.fields if new in config}
-    write_text(path, json.dumps(config, indent=2) + "\n")
-    if layout.names:
-        _rename_weights(folder, lambda name: _renamed(name, layout.names))
-
-
 def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """A configuration and those inside it."""
     yield config
@@ -166,7 +144,7 @@ def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _older_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """What older versions call the fields of one configuration."""
+    """Names and values of a configuration's fields in older versions."""
     fields = {"torch_dtype": config["dtype"]} if "dtype" in config else {}
     rope: dict[str, Any] = config.get("rope_parameters") or {}
     if "sliding_attention" in rope:
@@ -184,14 +162,14 @@ def _older_fields(config: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _renamed(name: str, rules: Names) -> str:
-    for pattern, replacement in rules:
-        name = re.sub(pattern, replacement, name)
-    return name
+def _rename_weights(folder: Path, rules: Names) -> None:
+    """Rename the tensors of every file; their bytes are copied and never held in memory."""
 
+    def rename(name: str) -> str:
+        for pattern, replacement in rules:
+            name = re.sub(pattern, replacement, name)
+        return name
 
-def _rename_weights(folder: Path, rename: Callable[[str], str]) -> None:
-    """Give the tensors of every file other names; their bytes are copied and never held."""
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as source, new_file(path) as written:
             (length,) = struct.unpack("<Q", source.read(8))

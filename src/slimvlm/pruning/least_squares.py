@@ -45,23 +45,20 @@ class Refit:
 
 @dataclass(frozen=True)
 class Confirmation:
-    """What other tokens say of new weights.
-
-    Attributes:
-        share: How far towards them they want to go, from 0 to 1.
-        sliced: Squared error of the sliced weights, as a share of the target's sum of squares.
-        error: The same at the share.
-    """
+    """How well new weights do on held-out tokens."""
 
     share: float
+    """Best share of the way from the sliced to the new weights, from 0 to 1."""
     sliced: float
+    """Squared error of the sliced weights, as a share of the target's sum of squares."""
     error: float
+    """The same at the share."""
 
 
 def blended(
     sliced: Float[Tensor, "*_"], new: Float[Tensor, "*_"], share: float
 ) -> Float[Tensor, "*_"]:
-    """A part of the way from sliced to new weights, in the precision of the new ones."""
+    """Interpolate between sliced and new weights, in the precision of the new ones."""
     return torch.lerp(sliced.to(new), new, share)
 
 
@@ -72,7 +69,7 @@ def confirmed(
     rows: Iterable[Sequence[Tensor]],
     keep: Int[Tensor, " K"],
 ) -> Confirmation:
-    """How far towards new weights other tokens want to go.
+    """Find the best share of the way from sliced to new weights on held-out tokens.
 
     Along ``W_K + s (W' - W_K)``, and the bias likewise, the squared error is a parabola in the
     share ``s``: with ``r`` what the sliced weights lack and ``c`` what the new ones add, its lowest
@@ -82,8 +79,8 @@ def confirmed(
         new: The new weight and bias.
         weight: The matrix before anything was removed.
         bias: Its bias, if it has one.
-        rows: For some tokens, other than those that the new weights were fitted to: inputs
-            ``[T, C]``, weights ``[T]`` and, where there are residuals, these ``[T, O]``.
+        rows: Of held-out tokens: inputs ``[T, C]``, weights ``[T]`` and, where there are residuals,
+            these ``[T, O]``.
         keep: Sorted channels that stay.
     """
     whole, gone = weight.detach().clone(), weight.detach().clone()
@@ -169,7 +166,7 @@ def _refit(
     ridge: float,
     tolerance: float,
 ) -> Refit | None:
-    """`refit` in the precision of the weight; None if that has too few digits."""
+    """Run `refit` in the precision of the weight; None if that has too few digits."""
     centred, dtype = bias is not None, weight.dtype
     is_kept = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
     is_kept[keep] = True
@@ -240,5 +237,5 @@ def _solve(
 
 
 def _share(error: float, whole: float) -> float:
-    """An error as a share; rounding may take an error of nothing below it."""
+    """Divide an error by the whole; rounding may have made it negative."""
     return max(error, 0.0) / whole if whole > 0 else 0.0

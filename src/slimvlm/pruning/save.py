@@ -1,41 +1,55 @@
-"""Write Hugging Face checkpoint folders. Every one is read back and compared."""
+"""Write Hugging Face checkpoint folders, from memory or from files, and read each one back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from slimvlm.core.errors import ReloadError
-from slimvlm.core.files import mark_checkpoint, new_folder
+from slimvlm.core.files import mark_checkpoint, new_folder, require_free
 from slimvlm.data import chat
 from slimvlm.data.chat import tokenizer_of
 from slimvlm.data.samples import Message, Sample
 from slimvlm.models import modeling_pruned
+from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.classes import (
     auto_class,
     auto_map_of,
+    empty_model,
     is_quantized,
     is_uneven,
     set_class_,
 )
 from slimvlm.models.cost import free_memory
+from slimvlm.models.files import write_weights
 from slimvlm.models.hidden import evaluating
 from slimvlm.models.load import load_processor
 from slimvlm.models.losses import CHUNK
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.card import CardFacts, write_card
+from slimvlm.pruning.cut import Cut, cuts_of, prune_
 from slimvlm.pruning.layout import lay_out, write_processor
 from slimvlm.pruning.tokens import trimmed_processor
-from slimvlm.pruning.uneven import padded
+from slimvlm.pruning.walk.result import Weights
+from slimvlm.scoring.layerwise.checkpoint import LazyCheckpoint, open_checkpoint
 
 PLAN_FILE = "slimvlm_plan.json"
+SHARD_BYTES = 10**9
+"""Largest weight file that is written tensor by tensor: one is in memory at a time."""
+_COMPARED = 24
+"""Tensors that are compared bit by bit when a folder is read back."""
 _PROBE = " Plain words, žluťoučký kůň,\n\t日本語, ελληνικά, 🙂 and  1234567890"
 
 
@@ -45,15 +59,13 @@ def save(
     out: str | Path,
     plan: Plan | None = None,
     force: bool = False,
-    pad: bool = False,
     also: Callable[[Path], None] | None = None,
     facts: CardFacts | None = None,
 ) -> None:
     """Write a checkpoint that plain ``from_pretrained`` loads, and prove it.
 
     If the layers have different widths, ``from_pretrained`` needs ``trust_remote_code=True``: the
-    folder then holds ``modeling_pruned.py``, which cuts the native class to these widths. Or they
-    are padded.
+    folder then holds ``modeling_pruned.py``, which cuts the native class to these widths.
 
     Where a layout is known that older transformers and engines read, too, the files have it
     (`slimvlm.pruning.layout`).
@@ -68,8 +80,6 @@ def save(
         plan: The plan that made the model; stored as ``slimvlm_plan.json``. If it removed tokens,
             the processor is written without them; one that still has them stays as it is.
         force: Whether an existing folder may be replaced.
-        pad: Whether layers of different widths are filled up with zeros to the widest, which
-            loads everywhere without code but is as large and slow as the widest layer.
         also: Writes what else belongs into the folder.
         facts: What the model card, ``README.md``, says beside what was removed; by default the
             original is what the model was loaded from.
@@ -81,33 +91,168 @@ def save(
     """
     set_class_(model)
     processor = trimmed_processor(processor, plan)
-    written = padded(model) if pad and is_uneven(model.config) else model
-    with new_folder(out, force) as folder:
-        written.save_pretrained(folder)
-        lay_out(folder, written.config)
-        known = facts or CardFacts(base=model.config._name_or_path, name=Path(out).name)
-        write_beside_weights(folder, written, processor, plan, known)
+
+    def check(folder: Path) -> CardFacts:
         check_reload(model, processor, folder)
         if also is not None:
             also(folder)
+        return facts or CardFacts(base=model.config._name_or_path, name=Path(out).name)
+
+    write_folder(out, model, processor, plan, check, force=force)
+
+
+def prune_checkpoint(
+    model: str | Path,
+    plan: Plan,
+    out: str | Path,
+    dtype: str = "auto",
+    force: bool = False,
+    allow_uneven: bool = False,
+    trust_remote_code: bool = False,
+    weights: Weights = MappingProxyType({}),
+    describe: Callable[[Path], str] | None = None,
+) -> None:
+    """`slimvlm.prune_` and `slimvlm.save` for a checkpoint that does not fit in memory.
+
+    Each tensor is cut out of the original's safetensors files when its turn to be written comes, so
+    that one weight file of the new checkpoint (1 GB) is in memory at a time. The folder is the same
+    as `slimvlm.save` writes, in more files. It is read back before it takes its name: every
+    name and shape is compared with the configuration, some tensors bit by bit.
+
+    Args:
+        model: Folder, hub id or ``demo``; weights as safetensors.
+        plan: Made for this model's anatomy.
+        out: The new folder.
+        dtype: Data type to write; ``auto`` as stored.
+        force: Whether an existing folder may be replaced.
+        allow_uneven: As for `slimvlm.prune_`.
+        trust_remote_code: Run code that lies in the checkpoint.
+        weights: Parameters that are no slices of the original's, as a walk gives them.
+        describe: Looks at the written files, and returns what the model card says was kept.
+
+    Raises:
+        ConfigError: If the folder exists, the plan is for another model, or files cannot be read.
+        ImpossiblePlanError: If the configuration class cannot express the shape.
+        ReloadError: If what was written does not read back.
+        NumericalError: If a weight is NaN or infinite, or becomes so in the data type.
+    """
+    require_free(out, force)
+    checkpoint = open_checkpoint(model, dtype, trust_remote_code)
+    config = checkpoint.model.config
+    processor = load_processor(str(checkpoint.folder), config, trust_remote_code)
+    processor = trimmed_processor(processor, plan)
+    smaller = empty_model(config, checkpoint.model.dtype)
+    smaller._weight_conversions = checkpoint.model._weight_conversions
+    if (checkpoint.folder / GENERATION_CONFIG_NAME).is_file():
+        smaller.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    prune_(smaller, plan, allow_uneven)
+    kept = _KeptWeights(checkpoint, smaller, plan, weights)
+
+    def check(folder: Path) -> CardFacts:
+        _check_names_and_bits(folder, dtype, kept)
+        held_out = "" if describe is None else describe(folder)
+        return CardFacts(base=config._name_or_path, name=Path(out).name, held_out=held_out)
+
+    write_folder(out, smaller, processor, plan, check, kept, force)
+
+
+def write_folder(
+    out: str | Path,
+    model: PreTrainedModel,
+    processor: Any,
+    plan: Plan | None,
+    check: Callable[[Path], CardFacts],
+    weights: Mapping[str, Tensor] | None = None,
+    force: bool = False,
+) -> None:
+    """Write a checkpoint folder, which takes its name when it has been read back.
+
+    Args:
+        out: The new folder.
+        model: The model with its configuration.
+        processor: With the plan's tokens; None writes none.
+        plan: The plan that made the model; None writes none.
+        check: Reads the folder back, may add files, and returns the facts for the model card.
+        weights: Parameters by name, if the model has no storage for them.
+        force: Whether an existing folder may be replaced.
+
+    Raises:
+        ReloadError: If the folder does not read back to the same model.
+    """
+    with new_folder(out, force) as folder:
+        write_model(folder, model, processor, weights)
+        if plan is not None:
+            plan.save(folder / PLAN_FILE)
+            if processor is not None and plan.tokens is not None:
+                _check_tokenizer(folder, model, processor, len(plan.tokens))
+        write_card(folder, model, plan, check(folder))
         mark_checkpoint(folder)
 
 
-def write_beside_weights(
-    folder: Path, model: PreTrainedModel, processor: Any, plan: Plan | None, facts: CardFacts
+def write_model(
+    folder: Path,
+    model: PreTrainedModel,
+    processor: Any,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """What a checkpoint folder holds beside weights, configuration and code.
-
-    Raises:
-        ReloadError: If a tokenizer that lost tokens reads back as another one.
-    """
+    """Write configuration, weights, code and processor in the layout that most readers know."""
+    if weights is None:
+        model.save_pretrained(folder)
+    else:
+        write_weights(model, weights, folder, SHARD_BYTES)
+    lay_out(folder, model.config)
     if processor is not None:
         write_processor(processor, folder)
-        if plan is not None and plan.tokens is not None:
-            _check_tokenizer(folder, model, processor, len(plan.tokens))
-    if plan is not None:
-        plan.save(folder / PLAN_FILE)
-    write_card(folder, model, plan, facts)
+
+
+class _KeptWeights(Mapping[str, Tensor]):
+    """The pruned model's parameters by name, cut when asked for."""
+
+    def __init__(
+        self, checkpoint: LazyCheckpoint, smaller: PreTrainedModel, plan: Plan, weights: Weights
+    ) -> None:
+        self.checkpoint, self.plan, self.weights = checkpoint, plan, weights
+        self.names = list(smaller.state_dict())
+        names = {id(module): name for name, module in checkpoint.model.named_modules()}
+        self.cuts: dict[str, list[Cut]] = defaultdict(list)
+        for cut in cuts_of(checkpoint.model, plan):
+            self.cuts[f"{names[id(cut.owner)]}.{cut.name}"].append(cut)
+        self.layers = f"{plan.before.family.backbone}.layers"
+
+    def __getitem__(self, name: str) -> Tensor:
+        match = re.fullmatch(rf"{re.escape(self.layers)}\.(\d+)\.(.+)", name)
+        if match is None:
+            return self._cut(name)
+        place = self.plan.layers[int(match[1])], match[2]
+        if place in self.weights:
+            return self.weights[place].to(self.checkpoint.model.dtype)
+        return self._cut(f"{self.layers}.{place[0]}.{place[1]}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def _cut(self, original: str) -> Tensor:
+        tensor: Tensor = self.checkpoint.weights[original]
+        for cut in self.cuts.get(original, ()):
+            tensor = tensor.index_select(cut.dim, cut.keep)
+        return tensor
+
+
+def _check_names_and_bits(folder: Path, dtype: str, kept: _KeptWeights) -> None:
+    """Read a written folder back: all names and shapes, and the bits of some tensors."""
+    again = open_checkpoint(folder, dtype)
+    if again.unused:
+        raise ReloadError(f"{str(folder)!r} holds weights that nothing reads: {again.unused[:3]}")
+    found, planned = read_anatomy(again.model), kept.plan.after
+    if (found.layers, found.backbone_params) != (planned.layers, planned.backbone_params):
+        raise ReloadError(f"{str(folder)!r} has other shapes than the plan says")
+    chosen = random.Random(0).sample(kept.names, min(_COMPARED, len(kept.names)))
+    for name in chosen:
+        if not torch.equal(again.weights[name], kept[name]):
+            raise ReloadError(f"{str(folder)!r}: {name!r} reads back differently")
 
 
 def _check_tokenizer(folder: Path, model: PreTrainedModel, processor: Any, count: int) -> None:
@@ -125,7 +270,7 @@ def _check_tokenizer(folder: Path, model: PreTrainedModel, processor: Any, count
 def check_reload(model: PreTrainedModel, processor: Any, folder: str | Path) -> None:
     """Load a written folder with the plain Auto class and compare it with the live model.
 
-    The logits of the last positions are compared: in them is everything that stands before. The
+    The logits of the last positions are compared, which depend on all positions before them. The
     only code that the folder may hold, and that runs here, is slimvlm's own.
 
     Raises:
@@ -163,7 +308,7 @@ def check_reload(model: PreTrainedModel, processor: Any, folder: str | Path) -> 
 def _logits_beside(
     model: PreTrainedModel, again: PreTrainedModel, batch: dict[str, Tensor]
 ) -> Tensor:
-    """Run a model that was read back where the live one is, which makes room if it has to."""
+    """Run a reloaded model on the live one's device; move the live one if memory is short."""
     place = model.device
     if 1.2 * model.get_memory_footprint() < free_memory(place):
         return _last_logits(again.to(place), batch)  # type: ignore[arg-type]
@@ -176,7 +321,7 @@ def _logits_beside(
 
 
 def _last_logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """What the model's own forward pass says at the last positions."""
+    """Run the model's own forward pass; return logits of the last positions."""
     logits: Tensor = model(**batch, logits_to_keep=CHUNK).logits
     return logits.float().cpu()
 
@@ -194,7 +339,7 @@ def _holds_only_our_code(folder: str | Path, config: PreTrainedConfig) -> bool:
 
 
 def probe(model: PreTrainedModel, processor: Any) -> dict[str, Tensor]:
-    """A small input for comparing two copies of a model: a picture and a question if it sees."""
+    """Make a small input to compare two copies of a model, with a picture if it sees."""
     if processor is not None and getattr(processor, "chat_template", None) is not None:
         sees = chat.can_see(processor)
         picture = Image.linear_gradient("L").resize((96, 96)).convert("RGB")
@@ -210,7 +355,7 @@ def probe(model: PreTrainedModel, processor: Any) -> dict[str, Tensor]:
 
 
 def probe_messages(processor: Any) -> tuple[Message, ...]:
-    """A question and its answer, with a picture for a processor that takes some."""
+    """Make a question and its answer, with a picture for a processor that takes some."""
     parts = [{"type": "image"}] * chat.can_see(processor)
     return (
         {"role": "user", "content": [*parts, {"type": "text", "text": "What is shown here?"}]},

@@ -1,7 +1,7 @@
-"""A plan's tokens beside the weights: the tokenizer, and every place that names a token by number.
+"""Remove tokens from the tokenizer, and renumber every field that holds token ids.
 
-Kept tokens are numbered anew in their old order. Numbers beyond the vocabulary, as some
-configurations have for pictures or by default, stay as they are.
+Kept tokens get new ids in their old order. Ids outside the vocabulary, as some configurations have
+for pictures or by default, stay as they are.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ _FIELD = re.compile(
 )
 _OF_PROCESSOR = re.compile(r"\w*_(id|ids|index)")
 _MAY_GO = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
-"""Fields that forbid tokens; what is gone needs no ban."""
+"""Fields that forbid tokens; removed tokens are dropped from them."""
 _UNKNOWN = ("sequence_bias", "forced_decoder_ids")
 """Fields that name tokens in forms that are not renumbered."""
 
 
 def new_numbers(plan: Plan) -> dict[int, int]:
-    """The number that each kept token gets, by its old one."""
+    """Map old token ids to new ones."""
     return {old: new for new, old in enumerate(plan.tokens or ())}
 
 
 def trim_tokenizer_(processor: Any, plan: Plan) -> None:
-    """Take the tokens that a plan removes out of a processor or tokenizer, in place.
+    """Remove a plan's tokens from a processor or tokenizer, in place.
 
     Vocabulary, merges, added tokens, the template of special tokens and padding change together. A
     text whose tokens all stay gets the same ones, by their new numbers; any other text gets more,
@@ -69,7 +69,7 @@ def trim_tokenizer_(processor: Any, plan: Plan) -> None:
 
 
 def trimmed_processor(processor: Any, plan: Plan | None) -> Any:
-    """A processor with a plan's tokens: itself if nothing is to change, else a copy."""
+    """Return a processor with a plan's tokens: itself if nothing changes, else a copy."""
     if processor is None or plan is None or plan.tokens is None:
         return processor
     changed = copy.deepcopy(processor)
@@ -78,7 +78,7 @@ def trimmed_processor(processor: Any, plan: Plan | None) -> Any:
 
 
 def token_ids_of(*configs: Any) -> set[int]:
-    """The tokens that configurations name, such as those for pictures and for the end of a text."""
+    """Token ids in configurations, such as those for pictures and for the end of a text."""
     return {
         number
         for config in configs
@@ -90,11 +90,7 @@ def token_ids_of(*configs: Any) -> set[int]:
 
 
 def require_named_tokens(model: PreTrainedModel, plan: Plan) -> None:
-    """Refuse a plan without a token that the model's configuration names.
-
-    Raises:
-        ConfigError: If so; the message names the field.
-    """
+    """Refuse a plan that removes a token in the model's configuration, and name the field."""
     if plan.tokens is None:
         return
     rows, kept = plan.before.vocab_size, set(plan.tokens)
@@ -115,12 +111,7 @@ def require_named_tokens(model: PreTrainedModel, plan: Plan) -> None:
 
 
 def renumber_config_(config: PreTrainedConfig, plan: Plan) -> None:
-    """Make a configuration, with all its parts, name tokens by their new numbers.
-
-    Args:
-        config: The original's, or a part of it.
-        plan: The plan; without ``tokens`` nothing happens.
-    """
+    """Renumber the token ids of a configuration and its parts, in place."""
     if plan.tokens is None:
         return
     new = new_numbers(plan)
@@ -134,12 +125,12 @@ def renumber_config_(config: PreTrainedConfig, plan: Plan) -> None:
 
 
 def _row_fields(plan: Plan) -> list[str]:
-    """Fields that say how many tokens there are."""
+    """Fields that hold the vocabulary size."""
     return ["vocab_size", *(s.rows for s in plan.before.backbone.layer_stacks if s.rows)]
 
 
 def renumber_modules_(model: PreTrainedModel, plan: Plan) -> None:
-    """The same for what modules and the generation configuration repeat of it."""
+    """Renumber copies of token ids in modules and the generation configuration, in place."""
     if plan.tokens is None:
         return
     new = new_numbers(plan)
@@ -160,7 +151,7 @@ def renumber_modules_(model: PreTrainedModel, plan: Plan) -> None:
 
 
 def _fields(config: Any, prefix: str) -> Iterator[tuple[Any, str, str, Any]]:
-    """Every field that names tokens: its owner, its path, its name and its value."""
+    """Yield owner, path, name and value of every field that holds token ids."""
     for name, value in vars(config).items() if config is not None else ():
         if isinstance(value, PreTrainedConfig):
             yield from _fields(value, f"{prefix}{name}.")
@@ -177,7 +168,7 @@ def _numbers(value: Any) -> Iterator[int]:
 
 
 def _renumbered(value: Any, new: Mapping[int, int], name: str) -> Any:
-    """A field's value by new numbers; forbidden tokens that are gone are left out."""
+    """Replace the token ids in a field's value; leave out forbidden tokens that are gone."""
     if isinstance(value, list | tuple):
         if name in _MAY_GO:
             value = [each for each in value if all(n in new for n in _numbers(each))]

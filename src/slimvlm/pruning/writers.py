@@ -26,7 +26,7 @@ REPAIRS: dict[str, tuple[str, ...]] = {
     "both": (ATTENTION, MLP, SEAM),
     "auto": (ATTENTION, MLP, SEAM),
 }
-"""What each form of repair may change: attention outputs, MLP outputs, seams of removed layers."""
+"""Kinds of repair in each form of repair."""
 
 RIDGE = 1e-2
 """Ridge as a share of the mean diagonal of the Gram matrix; see ``docs/results.md``."""
@@ -34,15 +34,10 @@ RIDGE = 1e-2
 
 @dataclass(frozen=True)
 class Writer:
-    """A matrix that writes to the residual stream.
-
-    Attributes:
-        index: The number of its layer in the original model.
-        projection: Its row of data.
-        linear: The module.
-    """
+    """A matrix that writes to the residual stream."""
 
     index: int
+    """The number of its layer in the original model."""
     projection: Projection
     linear: nn.Linear
 
@@ -77,11 +72,7 @@ class Writer:
         return keep.to(self.weight.device)
 
     def assign_(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Give the module new parameters of its own data type.
-
-        Raises:
-            NumericalError: If a value is not finite in it.
-        """
+        """Set new parameters in the module's data type; refuse values that are not finite in it."""
         for part, value in (("weight", weight), ("bias", bias)):
             if value is None:
                 continue
@@ -93,13 +84,7 @@ class Writer:
 
 
 def writers_of_layer(layer: nn.Module, index: int, row: Backbone) -> Iterator[Writer]:
-    """Those of one layer, in the order in which they run; experts, which are no modules, are none.
-
-    Args:
-        layer: The layer.
-        index: Its number.
-        row: The backbone's row of data.
-    """
+    """Writers of one layer, in the order in which they run; experts are no modules and left out."""
     attention, mlp, _ = layer_matrices(layer, row)
     for matrix in (*attention, *mlp):
         if matrix.projection.dim == INPUT_COLUMNS and isinstance(matrix.owner, nn.Linear):

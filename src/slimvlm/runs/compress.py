@@ -279,16 +279,7 @@ def _recovered(run: Run, plan: Plan, samples: SampleSplit) -> None:
 def _save(
     run: Run, model: PreTrainedModel, processor: Any, plan: Plan, folder: str, training: str = ""
 ) -> None:
-    """Write a model; only the last one is written the way the user asked for."""
-    config, is_last = run.config, folder == "checkpoint"
-    save(
-        model,
-        processor,
-        run.path(folder),
-        plan,
-        pad=config.pad and is_last,
-        facts=_card_facts(run, training),
-    )
+    save(model, processor, run.path(folder), plan, facts=_card_facts(run, training))
 
 
 def _evaluated(run: Run, stage: str, model: PreTrainedModel, processor: Any) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -37,9 +38,11 @@ from slimvlm.planning.plan import Plan
 from slimvlm.pruning.config import lost_heads
 from slimvlm.pruning.tokens import trimmed_processor
 from slimvlm.pruning.walk.distil import LocalSteps
+from slimvlm.pruning.walk.engine import WalkConfig
 from slimvlm.pruning.walk.layer import Steps
 from slimvlm.pruning.walk.result import Walked
-from slimvlm.pruning.walk.walk import plans_for, walk_batches
+from slimvlm.pruning.walk.walk import plans_for
+from slimvlm.pruning.walk.walk import walk as walk_layers
 from slimvlm.runs.cost import CALIBRATION_BATCH, TRIAL_SHARE, optimizer_steps
 from slimvlm.runs.request import (
     Request,
@@ -321,8 +324,9 @@ def walk(
     if not chooses and not steps.kinds and not steps.local.count:
         return Walked(plans[0])
     held_out = calibration.held_out if request.hold_out else []
-    how = (plans, chooses, calibration.fitted, held_out, steps, token_weights_of(config), results)
-    return walk_batches(source, device, *how, say=say)
+    weights = token_weights_of(config)
+    how = WalkConfig(plans, chooses, calibration.fitted, held_out, steps, weights)
+    return walk_layers(source, how, device, results, say=say)
 
 
 def prune_(
@@ -423,14 +427,27 @@ def _loss_of_try(
         student = copy.deepcopy(student)  # what stays whole is the original's until here
         steps = optimizer_steps(request.recover, len(training), walked.plan.decoder_ratio)
         few = replace(request.recover, max_steps=max(round(steps * TRIAL_SHARE), 2))
-        teacher = model if few.needs_teacher else None
         samples = list(training)  # a teacher that shares weights would be used up
-        train(student, teacher, samples, few, processor, plan=walked.plan, share=False)
+        with _types_kept(model):
+            teacher = model if few.needs_teacher else None
+            train(student, teacher, samples, few, processor, plan=walked.plan, share=False)
     if processor is not calibration.processor:
         read = replace(calibration, processor=processor).held_out
     with evaluating(student):
         loss = answer_loss(student, read)
     return loss * _answer_tokens(read) / _answer_tokens(calibration.held_out)
+
+
+@contextmanager
+def _types_kept(model: PreTrainedModel) -> Iterator[None]:
+    """Put data types and flags of parameters back, which training changes in a teacher."""
+    before = [(each, each.dtype, each.requires_grad) for each in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, dtype, learns in before:
+            parameter.data = parameter.data.to(dtype)
+            parameter.requires_grad_(learns)
 
 
 def _answer_tokens(batches: Iterable[Batch]) -> int:

@@ -136,7 +136,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "limit": ({"limit": 0}, "limit 0 must be at least 1"),
     "tasks": ({"tasks": "presense"}, "presense"),
     "tasks outside AVG": ({"tasks": "text_ppl"}, "tasks 'text_ppl': none counts in AVG"),
-    "how it is written": ({"prune": {"pad": True}}, "'pad' changes no result"),
+    "how it is written": ({"prune": {"device": "cpu"}}, "'device' changes no result"),
     "resources": ({"resources": {"gpus": -1}}, "gpus -1"),
     "floors": ({"floors": "yes"}, "floors 'yes' must be true or false"),
     "reference": (

@@ -1,4 +1,4 @@
-"""Local distillation: a few optimizer steps on one layer towards what the original gives there.
+"""Local distillation: a few optimizer steps on one layer towards the original's hidden states.
 
 B batch, T token, D hidden.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -26,11 +26,7 @@ goes. Measured in ``docs/results.md``."""
 
 @dataclass(frozen=True, kw_only=True)
 class LocalSteps(Options):
-    """How layers are distilled.
-
-    Raises:
-        ConfigError: If a value is out of range.
-    """
+    """How layers are distilled; a `ConfigError` if a value is out of range."""
 
     count: Annotated[int, AT_LEAST_0] = 0
     """Optimizer steps on each layer."""
@@ -53,20 +49,17 @@ NO_LOCAL_STEPS = LocalSteps()
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a layer learns from one batch.
-
-    Attributes:
-        run: Runs the layer on what its prefix gives.
-        target: Fetches what the original's next layer reads.
-        weights: What each token weighs, ``[B * T]``.
-    """
+    """One batch that a layer learns from."""
 
     run: Callable[[], Float[Tensor, "B T D"]]
+    """Runs the layer on the hidden states of the smaller layers before it."""
     target: Callable[[], Float[Tensor, "B T D"]]
+    """Fetches the hidden states that the original's next layer reads."""
     weights: Float[Tensor, " BT"]
+    """Weight of each token."""
 
     def error(self) -> Float[Tensor, ""]:
-        """`relative_error` of what the layer gives now."""
+        """`relative_error` of the layer's output."""
         return relative_error(self.run(), self.target(), self.weights)
 
 
@@ -96,7 +89,7 @@ def distil_(
     count: int,
     learning_rate: float,
 ) -> tuple[float, float]:
-    """Train one layer alone; it ends as what held-out tokens confirm.
+    """Train one layer alone, as far as held-out tokens confirm.
 
     It gets new parameters; the old ones stay as they are. All of them learn, one batch a step, by
     Adam with a rate that rises and falls once (one cycle). A layer in half precision learns in
@@ -105,21 +98,39 @@ def distil_(
 
     Args:
         layer: The layer.
-        lessons: What it learns from, in turn.
-        exams: What decides; without any the trained layer stays.
+        lessons: Batches to learn from, in turn.
+        exams: Held-out batches; without any the trained layer stays.
         count: Optimizer steps.
         learning_rate: Peak rate.
 
     Returns:
-        The error on the held-out lessons before and after, as `relative_error` says.
+        `relative_error` on the held-out batches before and after.
     """
-    half_precision = {p.dtype for p in layer.parameters()} & {torch.bfloat16, torch.float16}
+    is_half = any(p.dtype in (torch.bfloat16, torch.float16) for p in layer.parameters())
     judges = exams or lessons
     before = {name: p.detach() for name, p in layer.named_parameters()}
-    _renew_(layer)
+    for module in layer.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            copied = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            setattr(module, name, copied)
     old = _mean_error(judges)
-    with _trainable(layer) as parameters, _mixed(bool(half_precision), parameters[0].device):
-        _train_(parameters, lessons, count, learning_rate)
+    with ExitStack() as stack:
+        parameters = stack.enter_context(_trainable(layer))
+        if is_half:  # without a cache: the weights change from step to step
+            kind = parameters[0].device.type
+            stack.enter_context(torch.autocast(kind, torch.bfloat16, cache_enabled=False))
+        optimizer = torch.optim.Adam(parameters, lr=learning_rate, fused=True)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, learning_rate, total_steps=count + 1, cycle_momentum=False
+        )
+        draw, waiting = random.Random(0), list[Lesson]()
+        for _ in range(count):
+            waiting = waiting or draw.sample(lessons, len(lessons))
+            with torch.enable_grad():
+                waiting.pop().error().backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
     after = {name: p.detach().clone() for name, p in layer.named_parameters()}
     errors = {0.0: old}
     for share in (1.0, 0.5) if exams else (1.0,):
@@ -128,31 +139,6 @@ def distil_(
     best = min((share for share in errors if math.isfinite(errors[share])), key=errors.__getitem__)
     _blend_(layer, before, after, best)
     return old, errors[best]
-
-
-def _renew_(layer: nn.Module) -> None:
-    """Give a layer copies of its parameters."""
-    for module in layer.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            copied = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-            setattr(module, name, copied)
-
-
-def _train_(
-    parameters: Sequence[nn.Parameter], lessons: Sequence[Lesson], count: int, rate: float
-) -> None:
-    optimizer = torch.optim.Adam(parameters, lr=rate, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, rate, total_steps=count + 1, cycle_momentum=False
-    )
-    draw, waiting = random.Random(0), list[Lesson]()
-    for _ in range(count):
-        waiting = waiting or draw.sample(lessons, len(lessons))
-        with torch.enable_grad():
-            waiting.pop().error().backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
 
 
 @torch.no_grad()
@@ -173,7 +159,7 @@ def _blend_(
 
 @contextmanager
 def _trainable(layer: nn.Module) -> Iterator[list[nn.Parameter]]:
-    """Parameters learn in float32 or better inside, and come back in their own data type."""
+    """Let parameters learn in float32 or better; put their data types and flags back."""
     flags = {name: (p.dtype, p.requires_grad) for name, p in layer.named_parameters()}
     parameters = list(layer.parameters())
     for parameter in parameters:
@@ -188,13 +174,3 @@ def _trainable(layer: nn.Module) -> Iterator[list[nn.Parameter]]:
             parameter.grad = None
             parameter.requires_grad_(flag)
             parameter.data = parameter.data.to(dtype)
-
-
-def _mixed(is_half: bool, device: torch.device) -> AbstractContextManager[object]:
-    """Products of a half-precision layer in bfloat16, all else in float32.
-
-    Without a cache: the weights change from step to step.
-    """
-    if not is_half:
-        return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,32 +26,56 @@ from slimvlm.pruning.walk.result import (
     entry_of,
 )
 from slimvlm.pruning.walk.streams import PREFIX, SLICED, Streams
-from slimvlm.pruning.walk.trial import cheapest_plan
-from slimvlm.pruning.writers import REPAIRS, SEAM
+from slimvlm.pruning.writers import REPAIRS, SEAM, writers_of_layer
+from slimvlm.scoring.batches import Batch, TokenWeights
 from slimvlm.scoring.layerwise.stores import Store
+from slimvlm.scoring.obs import removal_order
 from slimvlm.scoring.unit_scores import Scores
 
-_TRIAL = "trial-plan"
+_TRIAL_PLAN = "trial-plan"
+_TRIAL = "trial"
+"""The stream of the trial: hidden states after whole layers."""
+_TRIED = 2
+"""Layers that are tried, spread evenly over those that lose units."""
+
+
+@dataclass(frozen=True)
+class WalkConfig:
+    """What a walk removes, and what it fits and judges with."""
+
+    plans: Sequence[Plan]
+    """Plans to try; the one that costs a few layers least is walked."""
+    chooses: bool
+    """Whether the walk chooses units; the plans then only say how many stay."""
+    batches: Sequence[Batch]
+    """Calibration batches for choices and fits."""
+    held_out: Sequence[Batch]
+    """Batches that confirm and judge."""
+    steps: Steps
+    token_weights: TokenWeights | None = None
+    """Weight of tokens by role; None: all weigh 1."""
 
 
 @dataclass
 class Walk:
-    """A walk over stored batches. What is done is stored, so that it can go on.
+    """Walk all layers over stored batches; finished layers are stored, for a restart.
 
     Attributes:
-        streams: The original's layers and the states between them.
-        results: Keeps what came of each layer. Where the states are gone and these are not, the
-            walked layers are run again, without choosing or fitting anything.
-        plans: What stays; with ``chooses`` how much does, one or more plans to choose from.
-        chooses: Whether the units of layers that lose some are to be chosen.
-        steps: What is done in a layer.
+        streams: The original's layers and the hidden states between them.
+        results: Keeps the outcome of each layer. Where the hidden states are gone and the outcomes
+            are not, the walked layers are run again, without choosing or fitting anything.
+        config: What to do.
     """
 
     streams: Streams
     results: Store
-    plans: Sequence[Plan]
-    chooses: bool
-    steps: Steps
+    config: WalkConfig
+
+    def __post_init__(self) -> None:
+        steps, can_judge = self.config.steps, len(self.streams.held_out) > 0
+        self._depth = len(decoder_layers(self.streams.runner.model))
+        # Held-out answers decide between the new weights and plain slices.
+        self._is_judged = steps.repair == "auto" and can_judge and not self.streams.has_several
 
     @torch.no_grad()
     def run(self) -> Walked:
@@ -61,7 +84,11 @@ class Walk:
         Raises:
             NumericalError: If NaN or infinity appears; the message says in which layer.
         """
-        plan = self._settled()
+        if not self.results.has(_TRIAL_PLAN):
+            chosen = _cheapest_plan(self.streams, self.config.plans)
+            self.results.write(_TRIAL_PLAN, 0, {}, chosen.to_dict())
+            self.results.finish(_TRIAL_PLAN)
+        plan = Plan.from_dict(self.results.about(_TRIAL_PLAN, 0))
         outcomes: list[LayerOutcome] = []
         for index in progress(plan.layers, "walk"):
             if not self.results.has(entry_of(index)):
@@ -69,64 +96,51 @@ class Walk:
                 self._walk(plan, index)
             outcomes.append(self._recall(index))
             plan = plan.with_units(index, outcomes[-1].kept)
-        if self._is_judged:
-            self._replay(plan, outcomes)
-        notes = [*self._notes(plan), *(note for each in outcomes for note in each.notes)]
-        report = WalkReport([each.report for each in outcomes], notes=notes)
-        walked = Walked(
-            plan, report, StoredWeights(self.results, plan.layers), _scores(plan, outcomes)
-        )
-        return self._judgement(walked) if self._is_judged else walked
-
-    @property
-    def _is_judged(self) -> bool:
-        """Whether held-out answers decide between what was walked and plain slices."""
-        can_tell = not self.streams.has_several
-        return self.steps.repair == "auto" and len(self.streams.held_out) > 0 and can_tell
-
-    @cached_property
-    def _depth(self) -> int:
-        return len(decoder_layers(self.streams.runner.model))
-
-    def _settled(self) -> Plan:
-        """The one plan that is walked."""
-        if not self.results.has(_TRIAL):
-            chosen = cheapest_plan(self.streams, self.plans)
-            self.results.write(_TRIAL, 0, {}, chosen.to_dict())
-            self.results.finish(_TRIAL)
-        return Plan.from_dict(self.results.about(_TRIAL, 0))
-
-    def _notes(self, plan: Plan) -> Iterator[str]:
+        notes = []
         if idle := sorted(set(plan.layers) - self.streams.layers_run):
             numbers = ", ".join(map(str, idle))
-            yield f"no calibration batch runs layer {numbers}: it stays as it is"
-        if SEAM in self.steps.kinds and plan.layers[0] > 0:
-            yield "the first layers are gone: no layer before them could be repaired"
+            notes.append(f"no calibration batch runs layer {numbers}: it stays as it is")
+        if SEAM in self.config.steps.kinds and plan.layers[0] > 0:
+            notes.append("the first layers are gone: no layer before them could be repaired")
+        notes += [note for outcome in outcomes for note in outcome.notes]
+        report = WalkReport([outcome.report for outcome in outcomes], notes=notes)
+        weights = StoredWeights(self.results, plan.layers)
+        walked = Walked(plan, report, weights, _scores(plan, outcomes))
+        if not self._is_judged:
+            return walked
+        self._replay(plan, outcomes)
+        sliced, loss = (self.streams.answer_loss(s, self._depth) for s in (SLICED, PREFIX))
+        report = replace(report, loss_sliced=sliced, loss=min(sliced, loss))
+        if loss <= sliced:
+            return replace(walked, report=report)
+        note = f"held-out loss {loss:.4f} with new weights: they were dropped"
+        report = replace(report, layers=(), notes=(*notes, note))
+        return replace(walked, report=report, weights={})
 
     @contextmanager
     def _layer(self, plan: Plan, index: int) -> Iterator[tuple[nn.Module, int]]:
-        """Load a layer, with the original's states around it where these are aimed at.
+        """Load a layer, with the original's hidden states around it where these are aimed at.
 
         Yields:
             The layer, which may be changed, and the number of the next layer that stays. At the
-            end, the states that it has read are dropped.
+            end, the hidden states that it has read are dropped.
         """
         place = plan.layers.index(index)
         begin = index if place else 0  # the original runs the layers that go before it, too
         end = (*plan.layers, self._depth)[place + 1]
-        loses_layers = len(plan.layers) < plan.before.num_layers
-        if aims_at_original(self.steps.repair, self.steps.local.count, loses_layers):
+        steps, removes_layers = self.config.steps, len(plan.layers) < self._depth
+        if aims_at_original(steps.repair, steps.local.count, removes_layers):
             self.streams.advance_original(begin, end)
         layer, runner = decoder_layers(self.streams.runner.model)[index], self.streams.runner
-        with runner.source.layer(index, runner.device), unchanged(layer):
+        with runner.source.layer(index, runner.device), _unchanged(layer):
             yield layer, end
         self.streams.forget(begin, end)
 
     def _replay(self, plan: Plan, outcomes: Sequence[LayerOutcome]) -> None:
-        """Compute the states behind the walked layers, if a stopped walk has left none."""
+        """Compute the hidden states after the walked layers, if a stopped walk has left none."""
         layers = [outcome.report.index for outcome in outcomes]
-        behind = (*plan.layers, self._depth)[len(layers)]
-        if not layers or self.streams.runner.store.has(f"{PREFIX}-{behind}"):
+        after = (*plan.layers, self._depth)[len(layers)]
+        if not layers or self.streams.runner.store.has(f"{PREFIX}-{after}"):
             return
         weights = StoredWeights(self.results, layers)
         for index in progress(layers, "walked layers"):
@@ -140,17 +154,11 @@ class Walk:
                 self.streams.pass_on(PREFIX, index, end, self.streams.places)
 
     def _walk(self, plan: Plan, index: int) -> None:
-        """Walk one layer, and store what came of it."""
+        """Walk one layer, and store its outcome."""
+        config = self.config
         with self._layer(plan, index) as (_, end):
-            outcome = LayerWalk(
-                self.streams,
-                plan,
-                index,
-                end,
-                chooses=self.chooses,
-                steps=self.steps,
-                judged=self._is_judged,
-            ).go()
+            how = (config.chooses, config.steps, self._is_judged)
+            outcome = LayerWalk(self.streams, plan, index, end, *how).go()
             scores = {f"scores.{unit}": values for unit, values in outcome.scores.items()}
             about = asdict(replace(outcome, scores={}, weights={}))
             about["weights"] = list(outcome.weights)
@@ -158,7 +166,7 @@ class Walk:
             self.results.finish(entry_of(index))
 
     def _recall(self, index: int) -> LayerOutcome:
-        """What came of a walked layer; its new weights stay in the store."""
+        """The stored outcome of a walked layer; its new weights stay in the store."""
         about = self.results.about(entry_of(index), 0)
         stored = self.results.read(entry_of(index), 0, torch.device("cpu"))
         report, distilled = about["report"], about["report"]["distilled"]
@@ -171,30 +179,20 @@ class Walk:
             about["notes"],
         )
 
-    def _judgement(self, walked: Walked) -> Walked:
-        """What held-out answers leave of the new weights: all, or none."""
-        sliced, loss = (self.streams.answer_loss(s, self._depth) for s in (SLICED, PREFIX))
-        report = replace(walked.report, loss_sliced=sliced, loss=min(sliced, loss))
-        if loss <= sliced:
-            return replace(walked, report=report)
-        note = f"held-out loss {loss:.4f} with new weights: they were dropped"
-        report = replace(report, layers=(), notes=(*report.notes, note))
-        return replace(walked, report=report, weights={})
 
-
-def aims_at_original(repair: str, local_steps: int | None, loses_layers: bool) -> bool:
+def aims_at_original(repair: str, local_steps: int | None, removes_layers: bool) -> bool:
     """Whether a walk fits layers to the original's own hidden states.
 
     Args:
-        repair: A key of `REPAIRS`.
-        local_steps: Optimizer steps on each layer; None for a number that the plan decides.
-        loses_layers: Whether the plan removes layers.
+        repair: One of `REPAIRS`.
+        local_steps: Optimizer steps on each layer; None for a number that is not known yet.
+        removes_layers: Whether the plan removes layers.
     """
-    return local_steps != 0 or (SEAM in REPAIRS[repair] and loses_layers)
+    return local_steps != 0 or (SEAM in REPAIRS[repair] and removes_layers)
 
 
 def _scores(plan: Plan, outcomes: Sequence[LayerOutcome]) -> Scores | None:
-    """What units were chosen by; layers without a choice have zeros."""
+    """The scores that units were chosen by; layers without a choice have zeros."""
     found: dict[str, Any] = {}
     for unit in WIDTH_UNITS:
         if not any(unit in outcome.scores for outcome in outcomes):
@@ -208,8 +206,8 @@ def _scores(plan: Plan, outcomes: Sequence[LayerOutcome]) -> Scores | None:
 
 
 @contextmanager
-def unchanged(layer: nn.Module) -> Iterator[None]:
-    """Parameters and attributes of a layer come back, whatever is done to it inside."""
+def _unchanged(layer: nn.Module) -> Iterator[None]:
+    """Put parameters and attributes of a layer back at the end."""
     before = [
         (module, {**vars(module), "_parameters": dict(module._parameters)})
         for module in layer.modules()
@@ -220,3 +218,52 @@ def unchanged(layer: nn.Module) -> Iterator[None]:
         for module, attributes in before:
             vars(module).clear()
             vars(module).update(attributes)
+
+
+def _cheapest_plan(streams: Streams, plans: Sequence[Plan]) -> Plan:
+    """The plan whose units cost some layers least when they go and the others are refitted.
+
+    In a few layers of the original, all units that any plan removes are removed one after another,
+    cheapest first (`slimvlm.scoring.obs`). A plan's cost there is the squared error of attention
+    and MLP together when as many are gone as it says, as a share of what both write.
+
+    Args:
+        streams: The calibration states.
+        plans: Plans that differ in how many KV groups and neurons layers keep.
+    """
+    if len(plans) == 1:
+        return plans[0]
+    losing = [i for i in plans[0].layers if any(_removed(plans[0], i, u) for u in WIDTH_UNITS)]
+    step = len(losing) / (_TRIED + 1)
+    tried = sorted({losing[int(step * (place + 1))] for place in range(_TRIED)})
+    costs = [0.0] * len(plans)
+    for index in range(tried[-1] + 1):
+        with streams.runner.source.layer(index, streams.runner.device):
+            if index in tried:
+                found = _costs(streams, plans, index)
+                costs = [cost + more for cost, more in zip(costs, found, strict=True)]
+            if index < tried[-1]:
+                streams.pass_on(_TRIAL, index, index + 1, streams.fitted)
+        streams.runner.store.drop(f"{_TRIAL}-{index}")
+    return plans[costs.index(min(costs))]
+
+
+def _removed(plan: Plan, index: int, unit: str) -> int:
+    """How many units of a kind a plan removes from a layer."""
+    return plan.before.layers[index].units(unit) - len(plan.kept(unit)[index])
+
+
+def _costs(streams: Streams, plans: Sequence[Plan], index: int) -> list[float]:
+    """The error that each plan causes in a layer, as a share of what the layer writes."""
+    total, written = [0.0] * len(plans), 0.0
+    layer = decoder_layers(streams.runner.model)[index]
+    for writer in writers_of_layer(layer, index, plans[0].before.backbone):
+        moments, weight = streams.moments(_TRIAL, writer, streams.fitted), writer.weight
+        channels = torch.arange(weight.shape[1], device=weight.device)
+        written += moments.square(weight.double(), channels, centred=False)
+        counts = [_removed(plan, index, writer.unit) for plan in plans]
+        units = plans[0].before.layers[index].units(writer.unit)
+        costs = removal_order(weight, moments.gram, units, stop=max(counts)).costs.cpu()
+        for place, count in enumerate(counts):
+            total[place] += float(costs[:count].sum())
+    return [cost / written for cost in total]

@@ -44,7 +44,7 @@ class KeptInputs:
 
     @contextmanager
     def replayed(self, place: int) -> Iterator[None]:
-        """Inside, the block computes only its last matrix, for one batch."""
+        """Let the block compute only its last matrix, for one batch."""
 
         def answer(*args: Any, **kwargs: Any) -> Any:
             output = self.linear(self.values[place].to(self.linear.weight.device))
@@ -62,10 +62,7 @@ class KeptInputs:
 def extra_outputs(block: nn.Module, linear: nn.Linear, run: Callable[[], Any]) -> int | None:
     """Count the further values that a block returns; None if it does not end with the matrix.
 
-    Args:
-        block: A module.
-        linear: A matrix in it.
-        run: Runs both.
+    ``run`` runs both.
     """
     given: list[Any] = []
     with ExitStack() as stack:

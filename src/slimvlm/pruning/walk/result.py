@@ -1,4 +1,4 @@
-"""What a walk gives: a plan, a report of every layer, new weights."""
+"""The result of a walk: a plan, a report of every layer, new weights."""
 
 from __future__ import annotations
 
@@ -17,59 +17,48 @@ from slimvlm.scoring.layerwise.stores import Store
 from slimvlm.scoring.unit_scores import Scores
 
 Weights = Mapping[tuple[int, str], Tensor]
-"""Parameters by the original number of their layer and their path in it."""
+"""Parameters by the original number of their layer and their path in the layer."""
 
 
 @dataclass(frozen=True)
 class MatrixReport:
-    """How a matrix was refitted.
-
-    Attributes:
-        kind: The kind of repair.
-        sliced: Squared error of its output as a share of what it should give, if only cut; on
-            held-out tokens where there are some, else on those that it was fitted to.
-        repaired: The same of what is kept of the refit.
-        share: How much of the refit is kept: 1 all, 0 none.
-    """
+    """How a matrix was refitted."""
 
     kind: str
+    """The kind of repair."""
     sliced: float
+    """Squared error of the output as a share of the target, if the matrix is only cut; on held-out
+    tokens where there are some, else on those that it was fitted to."""
     repaired: float
+    """The same of the new weights."""
     share: float
+    """How much of the refit is kept: 1 all, 0 none."""
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What a walk did to one layer.
-
-    Attributes:
-        index: The original number of the layer.
-        refits: Its matrices that were refitted, by path.
-        distilled: The held-out error of the layer's output before and after its local steps, as
-            `slimvlm.pruning.walk.distil` measures it; None without them.
-    """
+    """What was done to one layer."""
 
     index: int
+    """The original number of the layer."""
     refits: Mapping[str, MatrixReport] = field(default_factory=dict)
+    """Its matrices that were refitted, by path."""
     distilled: tuple[float, float] | None = None
+    """Held-out error of the layer's output before and after its local steps, as
+    `slimvlm.pruning.walk.distil` measures it; None without them."""
 
 
 @dataclass(frozen=True)
 class WalkReport:
-    """What a walk did.
-
-    Attributes:
-        layers: Layer by layer.
-        loss_sliced: Mean answer loss on the held-out batches if the plan were only cut; None if
-            not measured.
-        loss: The same of what the walk leaves.
-        notes: What was left alone, and why.
-    """
+    """What a walk did."""
 
     layers: Sequence[LayerReport] = ()
     loss_sliced: float | None = None
+    """Mean answer loss on the held-out batches with plain slices; None if not measured."""
     loss: float | None = None
+    """The same with the new weights."""
     notes: Sequence[str] = ()
+    """What was left alone, and why."""
 
     @property
     def refits(self) -> dict[str, MatrixReport]:
@@ -102,19 +91,14 @@ class WalkReport:
 
 @dataclass(frozen=True)
 class Walked:
-    """The outcome of a walk; nothing is changed until it is applied.
-
-    Attributes:
-        plan: What stays.
-        report: What was done, layer by layer.
-        weights: Parameters that are not plain slices of the original's; cut already.
-        scores: What choosing units found; None if they were given.
-    """
+    """The outcome of a walk; nothing is changed until it is applied."""
 
     plan: Plan
     report: WalkReport = field(default_factory=WalkReport)
     weights: Weights = field(default_factory=dict)
+    """Parameters that are not plain slices of the original's; cut already."""
     scores: Scores | None = None
+    """The scores that units were chosen by; None if the walk chose none."""
 
     def summary(self) -> str:
         """A line for each part."""
@@ -139,7 +123,7 @@ class Walked:
 
 
 def assign_(layer: nn.Module, path: str, value: Tensor) -> None:
-    """Give a layer a new parameter on the device of the old one; shapes may differ."""
+    """Set a parameter of a layer, on the device of the old one; shapes may differ."""
     parent, _, name = path.rpartition(".")
     owner = layer.get_submodule(parent)
     old = getattr(owner, name)
@@ -147,12 +131,7 @@ def assign_(layer: nn.Module, path: str, value: Tensor) -> None:
 
 
 class StoredWeights(Weights):
-    """The new weights of walked layers, read from a store when asked for.
-
-    Args:
-        store: The store.
-        layers: The layers that were walked.
-    """
+    """The new weights of walked layers, read from a store one at a time."""
 
     def __init__(self, store: Store, layers: Sequence[int]) -> None:
         self._store = store
@@ -175,5 +154,5 @@ class StoredWeights(Weights):
 
 
 def entry_of(index: int) -> str:
-    """Where a store keeps what came of a layer."""
+    """Name of a layer's outcome in a store."""
     return f"walked-{index}"

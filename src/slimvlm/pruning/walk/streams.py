@@ -1,4 +1,4 @@
-"""Hidden states of the calibration batches on their ways through the layers.
+"""Hidden states of the calibration batches between the layers, in three streams.
 
 B batch, T token, C input channel of a matrix.
 """
@@ -27,31 +27,27 @@ from slimvlm.scoring.moments import Moments
 from slimvlm.scoring.statistics import require_finite
 
 PREFIX, ORIGINAL, SLICED = "prefix", "original", "sliced"
-"""Streams: behind walked layers, behind the original's, behind layers that were only cut."""
+"""Streams: after walked layers, after the original's, after layers that were only cut."""
 
 ROWS = 2048
 """Tokens whose moments are added at once."""
 
 
 class _ReachedError(Exception):
-    """What was to be seen of a layer has been seen."""
+    """Stop a forward pass when the inputs that are needed have been recorded."""
 
 
 @dataclass(frozen=True)
 class Streams:
-    """The states of stored batches; all streams begin with the embeddings.
-
-    Attributes:
-        runner: The model and its batches.
-        fitted: Places of the batches that choices and fits come from.
-        held_out: Places of those that confirm and judge.
-        token_weights: Weight of tokens by role; None: all weigh 1.
-    """
+    """The hidden states of stored batches; all streams begin with the embeddings."""
 
     runner: LayerwiseModel
     fitted: range
+    """Places of the batches for choices and fits."""
     held_out: range
+    """Places of the batches that confirm and judge."""
     token_weights: TokenWeights | None
+    """Weight of tokens by role; None: all weigh 1."""
 
     @property
     def places(self) -> range:
@@ -59,9 +55,10 @@ class Streams:
         return range(len(self.fitted) + len(self.held_out))
 
     def calls(self, stream: str, place: int) -> LayerCalls:
-        """How a batch goes through the layers; what they hand on to each other stays in a stream.
+        """The calls of layers for a batch.
 
-        Layers of Gemma 3n and Gemma 4 put keys and values into a dictionary for later ones.
+        Layers of Gemma 3n and Gemma 4 put keys and values into a dictionary for later layers; each
+        stream has its own.
         """
         if not shares_keys(self.runner.model.config):
             return self.runner.calls(place)
@@ -76,13 +73,13 @@ class Streams:
 
     @cached_property
     def weights(self) -> list[Tensor]:
-        """What each token of each batch weighs, ``[B * T]``."""
+        """Weight of each token of each batch, ``[B * T]``."""
         config, given = self.runner.model.config, self.token_weights
         return [weights_by_role(config, b, given).flatten() for b in self.runner.batches()]
 
     @property
     def has_several(self) -> bool:
-        """Whether states hold several residual streams, which only the model brings together."""
+        """Whether hidden states hold several residual streams, which only the model merges."""
         return self.runner.input_of(0, 0).ndim == 4
 
     @cached_property
@@ -91,7 +88,7 @@ class Streams:
         return {i for place in self.fitted for i in self.runner.layers_of(place)}
 
     def state(self, stream: str, index: int, place: int) -> Tensor:
-        """What enters a layer, or the final norm."""
+        """Input of a layer, or of the final norm."""
         name = f"{stream}-{index}"
         if self.runner.store.has(name):
             return self.runner.store.read(name, place, self.runner.devices[index])["hidden"]
@@ -100,14 +97,7 @@ class Streams:
     def output(
         self, stream: str, index: int, place: int, kept: Sequence[KeptInputs] = ()
     ) -> Tensor:
-        """What the next layer reads after a layer that reads a stream.
-
-        Args:
-            stream: What the layer reads.
-            index: The layer.
-            place: The batch.
-            kept: Blocks of the layer whose last inputs are known.
-        """
+        """Run a layer on a stream; ``kept`` are its blocks with cached last inputs."""
         layer, hidden = decoder_layers(self.runner.model)[index], self.state(stream, index, place)
         with ExitStack() as stack:
             for inputs in kept:
@@ -122,11 +112,7 @@ class Streams:
         places: Sequence[int],
         kept: Sequence[KeptInputs] = (),
     ) -> None:
-        """Run batches through a layer; what comes out is what layer ``end`` reads.
-
-        Raises:
-            NumericalError: If it is not finite.
-        """
+        """Run batches through a layer, and store its output as the input of layer ``end``."""
         store, name = self.runner.store, f"{stream}-{end}"
         for place in places:
             output = self.output(stream, index, place, kept)
@@ -151,7 +137,7 @@ class Streams:
     def inputs(
         self, stream: str, writer: Writer, places: Sequence[int], kept: Sequence[KeptInputs] = ()
     ) -> Iterator[tuple[int, Tensor]]:
-        """What a matrix reads of each batch, ``[B, T, C]``; nothing after it is run."""
+        """Inputs of a matrix for each batch, ``[B, T, C]``; nothing after it is run."""
         seen: list[Tensor] = []
 
         def catch(module: nn.Module, args: tuple[Tensor]) -> None:
@@ -167,7 +153,7 @@ class Streams:
     def keep_inputs(
         self, stream: str, writer: Writer, kept: Sequence[KeptInputs] = ()
     ) -> KeptInputs | None:
-        """What a matrix reads of all batches; None if it is much, or its block ends otherwise."""
+        """Cache a matrix's inputs; None if they are large, or its block does not end with it."""
         layer = decoder_layers(self.runner.model)[writer.index]
         block = layer.get_submodule(writer.projection.path.rpartition(".")[0])
         rows = sum(len(weights) for weights in self.weights)
@@ -192,14 +178,14 @@ class Streams:
         end: int | None = None,
         kept: Sequence[KeptInputs] = (),
     ) -> Moments:
-        """Sums of what a matrix reads and, if asked, of what the layer's output lacks.
+        """Sum up the inputs of a matrix and, if asked, the residuals of the layer's output.
 
         Args:
-            stream: What the layer reads.
+            stream: The stream that the layer reads.
             writer: The matrix; nothing after it is run unless the output is needed.
             places: Batches.
-            end: The layer whose input in the original the output should be.
-            kept: Blocks of the layer whose last inputs are known; that of the matrix may be one.
+            end: The layer whose input in the original is the target of the output, if any.
+            kept: Blocks of the layer with cached inputs; that of the matrix may be one.
 
         Raises:
             NumericalError: If they are not finite.
@@ -223,29 +209,13 @@ class Streams:
         end: int | None = None,
         kept: Sequence[KeptInputs] = (),
     ) -> Iterator[list[Tensor]]:
-        """What `moments` sums up: inputs, weights of their tokens, and what the output lacks.
+        """Yield inputs, token weights and residuals for `moments`.
 
-        Those of several batches come together, so that products of them are worth their overhead.
+        Small batches are joined, so that products of them are worth their overhead.
         """
-        waiting: list[list[Tensor]] = []
-        for parts in self._rows_of_batches(stream, writer, places, end, kept):
-            waiting.append(parts)
-            if sum(len(each[0]) for each in waiting) >= ROWS:
-                yield [torch.cat(column) for column in zip(*waiting, strict=True)]
-                waiting.clear()
-        if waiting:
-            yield [torch.cat(column) for column in zip(*waiting, strict=True)]
-
-    def _rows_of_batches(
-        self,
-        stream: str,
-        writer: Writer,
-        places: Sequence[int],
-        end: int | None,
-        kept: Sequence[KeptInputs],
-    ) -> Iterator[list[Tensor]]:
         own = next((inputs for inputs in kept if inputs.linear is writer.linear), None)
         known = None if own is None else ((p, own.values[p]) for p in places if p in own.values)
+        waiting: list[list[Tensor]] = []
         for place, x in known or self.inputs(stream, writer, places, kept):
             x = x.to(writer.weight.device)
             rows = [x.flatten(0, -2), self.weights[place].to(x.device)]
@@ -254,14 +224,19 @@ class Streams:
                 target = self.state(ORIGINAL, end, place).to(output.device)
                 dtype = torch.promote_types(target.dtype, torch.float32)
                 rows.append((target.to(dtype) - output.to(dtype)).flatten(0, -2).to(x.device))
-            yield rows
+            waiting.append(rows)
+            if sum(len(each[0]) for each in waiting) >= ROWS:
+                yield [torch.cat(column) for column in zip(*waiting, strict=True)]
+                waiting.clear()
+        if waiting:
+            yield [torch.cat(column) for column in zip(*waiting, strict=True)]
 
     def _running(self, index: int, places: Iterable[int]) -> Iterator[int]:
         """The batches that a layer takes part in."""
         return (place for place in places if index in self.runner.layers_of(place))
 
     def adds_plainly(self, stream: str, index: int, linear: nn.Linear) -> bool:
-        """Whether what a layer's last matrix gives is added to the hidden states as it is."""
+        """Whether the output of a layer's last matrix is added to the hidden states unchanged."""
         seen: list[Tensor] = []
 
         def twice(module: nn.Module, args: object, output: Tensor) -> Tensor:
@@ -280,12 +255,7 @@ class Streams:
         return bool((share - 1).abs() < 0.25)
 
     def answer_loss(self, stream: str, end: int) -> float:
-        """Mean cross-entropy over the labelled tokens of the held-out batches.
-
-        Args:
-            stream: Behind which layers.
-            end: How many layers the model has.
-        """
+        """Mean cross-entropy of the held-out batches' labels; the model has ``end`` layers."""
         model = self.runner.model
         with self.runner.source.after_layers(self.runner.device):
             states = (

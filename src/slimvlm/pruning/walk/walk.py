@@ -1,34 +1,42 @@
-"""`walk_`: prune a model in one pass. Choose, cut, refit and distil it layer by layer."""
+"""`walk_` and `walk_checkpoint`: prune a model in one pass through its layers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError, DataError, UnsupportedModelError
+from slimvlm.core.files import require_free
 from slimvlm.core.progress import Say, silent
-from slimvlm.models.anatomy import WIDTH_UNITS, Anatomy, read_anatomy
+from slimvlm.core.requests import digest
+from slimvlm.models.anatomy import LAYER_UNITS, WIDTH_UNITS, Anatomy, read_anatomy
 from slimvlm.models.classes import require_full_precision, require_undivided
 from slimvlm.models.hidden import device_of, evaluating
+from slimvlm.models.load import device_named, digest_of_tensors
 from slimvlm.models.parts import shares_keys, text_config_of
-from slimvlm.planning.candidates import width_candidates
-from slimvlm.planning.make import make_plan
+from slimvlm.planning.make import make_plan, width_candidates
 from slimvlm.planning.mask import require_match
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import require_expressible
+from slimvlm.pruning.save import prune_checkpoint
 from slimvlm.pruning.walk.distil import LocalSteps
-from slimvlm.pruning.walk.engine import Walk, aims_at_original
+from slimvlm.pruning.walk.engine import Walk, WalkConfig, aims_at_original
 from slimvlm.pruning.walk.layer import Steps
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.pruning.walk.streams import Streams
 from slimvlm.pruning.writers import RIDGE
 from slimvlm.scoring.batches import Batch, TokenWeights, frozen
 from slimvlm.scoring.criteria import DEFAULT_CRITERIA
+from slimvlm.scoring.layerwise.checkpoint import open_checkpoint
 from slimvlm.scoring.layerwise.runner import LayerwiseModel, Live, Source
-from slimvlm.scoring.layerwise.stores import Memory, Scratch, StatesPlace, Store
+from slimvlm.scoring.layerwise.score import score_by_layer
+from slimvlm.scoring.layerwise.stores import Memory, Scratch, StatesPlace, Store, scratch_folder
 from slimvlm.scoring.score_model import score
 from slimvlm.scoring.unit_scores import Scores
 
@@ -96,34 +104,100 @@ def walk_(
             not changed then.
     """
     steps = Steps(repair=repair, ridge=ridge, local=LocalSteps(count=local_steps))
-    fitted, judges = split_batches(list(batches), held_out, steps)
-    given = [scores] if isinstance(scores, Scores) else list(scores)
+    fitted, judges = _split(list(batches), held_out, steps)
     require_full_precision(model.config, "pruned")
     require_undivided(model, "pruned")
-    if plan is None:
 
-        def score_layers() -> list[Scores]:
-            return [score(model, fitted, DEFAULT_CRITERIA["depth"][0], token_weights)]
+    def score_layers() -> list[Scores]:
+        return [score(model, fitted, DEFAULT_CRITERIA["depth"][0], token_weights)]
 
-        shape = read_anatomy(model)
-        plans, chooses = plans_for(shape, given, ratio, axis, allocation, score_layers, **options)
-    else:
+    if plan is not None:
         require_match(model, plan)
-        plans, chooses = [plan], False
-    how = (plans, chooses, fitted, judges, steps, token_weights, Memory(torch.device("cpu")))
-    walked = walk_batches(Live(model), device_of(model), *how)
+    asked = (_as_list(scores), ratio, axis, allocation, score_layers)
+    plans, chooses = plans_for(read_anatomy(model), *asked, plan=plan, **options)
+    config = WalkConfig(plans, chooses, fitted, judges, steps, token_weights)
+    walked = walk(Live(model), config, device_of(model), Memory(torch.device("cpu")))
     walked.apply_(model)
     return walked
 
 
-def split_batches(
-    batches: list[Batch], held_out: Iterable[Batch] | None, steps: Steps
-) -> tuple[list[Batch], list[Batch]]:
-    """Batches to fit to, and those to judge by.
+def walk_checkpoint(
+    model: str | Path,
+    batches: Iterable[Batch],
+    out: str | Path,
+    ratio: float | None = None,
+    axis: str = "width",
+    *,
+    plan: Plan | None = None,
+    scores: Scores | Sequence[Scores] = (),
+    allocation: str = "balanced",
+    repair: str = "auto",
+    held_out: Iterable[Batch] | None = None,
+    local_steps: int = 0,
+    token_weights: TokenWeights | None = None,
+    ridge: float = RIDGE,
+    dtype: str = "auto",
+    scratch: str | Path | None = None,
+    force: bool = False,
+    trust_remote_code: bool = False,
+    say: Say = silent,
+    device: str | torch.device | None = None,
+    **options: Any,
+) -> Walked:
+    """`slimvlm.walk_` and `slimvlm.save` for a checkpoint that does not fit in memory.
+
+    One decoder layer is in memory at a time, read from the safetensors files; on a GPU, it travels
+    there. Hidden states between layers are kept where they fit (see `walk_`), new weights in a
+    scratch folder; a run that was killed goes on after the last whole layer when it is started
+    again with the same ``scratch``.
+
+    ``model`` is a folder, a hub id or ``demo``, with weights as safetensors, and ``out`` the new
+    folder, which ``force`` lets replace an existing one. ``dtype`` is the data type of the weights
+    (``auto``: as stored), ``scratch`` the folder for states (by default a temporary one, which
+    cannot be resumed), and ``device`` where layers run (by default the accelerator if there is one,
+    else the CPU). With ``trust_remote_code``, code in the checkpoint runs. ``say`` receives a line
+    on where hidden states are kept. All other arguments are those of `walk_`.
+
+    Returns:
+        The plan and the report.
 
     Raises:
-        DataError: If there are none, or too few to set some aside.
+        SlimError: As `walk_`, `slimvlm.score_checkpoint` and `slimvlm.prune_checkpoint` do.
     """
+    require_free(out, force)
+    place = device_named(device)
+    steps = Steps(repair=repair, ridge=ridge, local=LocalSteps(count=local_steps))
+    fitted, judges = _split(list(batches), held_out, steps)
+    given = _as_list(scores)
+    opened = open_checkpoint(model, dtype, trust_remote_code)
+    with scratch_folder(scratch) as folder:
+        request = {
+            **opened.identity,
+            "batches": digest([digest_of_tensors(batch) for batch in (*fitted, *judges)]),
+            "asked": repr((ratio, axis, plan, allocation, token_weights, options)),
+            "scores": [digest_of_tensors(dict(_tensors_of(each))) for each in given],
+            "steps": asdict(steps),
+        }
+        Scratch(folder).keep_if_same("request.json", request)
+
+        def score_layers() -> list[Scores]:
+            by: dict[str, Any] = {DEFAULT_CRITERIA["depth"][0]: {}}
+            at = folder / "scoring"
+            return score_by_layer(opened, fitted, by, token_weights, at, say, device)
+
+        asked = (given, ratio, axis, allocation, score_layers)
+        plans, chooses = plans_for(read_anatomy(opened.model), *asked, plan=plan, **options)
+        config = WalkConfig(plans, chooses, fitted, judges, steps, token_weights)
+        walked = walk(opened, config, place, Scratch(folder / "walk"), say=say)
+        how: dict[str, Any] = {"trust_remote_code": trust_remote_code, "weights": walked.weights}
+        prune_checkpoint(model, walked.plan, out, dtype, force, **how)
+    return walked
+
+
+def _split(
+    batches: list[Batch], held_out: Iterable[Batch] | None, steps: Steps
+) -> tuple[list[Batch], list[Batch]]:
+    """Set held-out batches aside, if none are given and some are needed."""
     judges = list(held_out) if held_out is not None else []
     if (steps.repair == "auto" or steps.local.count) and not judges:
         batches, judges = [b for i, b in enumerate(batches) if i % 5 != 4], batches[4::5]
@@ -141,22 +215,20 @@ def plans_for(
     axis: str,
     allocation: str,
     score_layers: Callable[[], list[Scores]] = list,
+    *,
+    plan: Plan | None = None,
     **options: Any,
 ) -> tuple[list[Plan], bool]:
-    """The plans that a walk may follow, and whether it chooses the units itself.
+    """Make the plans that a walk may follow; tell whether it chooses the units itself.
 
-    Args:
-        anatomy: The model's.
-        scores: Of layers; if they are of widths, too, they decide.
-        ratio: As for `make_plan`.
-        axis: As for `make_plan`.
-        allocation: As for `walk_`.
-        score_layers: Scores layers, where some are to go and nothing says which.
-        **options: Further arguments of `make_plan`.
+    Given scores of widths choose the units. ``score_layers`` is called where layers are to go and
+    no scores of layers are given. All other arguments are those of `walk_`.
 
     Raises:
         ConfigError: If there is no ratio; nothing is scored then.
     """
+    if plan is not None:
+        return [plan], False
     if ratio is None:
         raise ConfigError("a walk needs a ratio or a plan")
     if axis != "width" and not any(each.layer is not None for each in scores):
@@ -168,11 +240,24 @@ def plans_for(
     return width_candidates(anatomy, scores, ratio, axis, WALKING, allocation, **options), True
 
 
+def _as_list(scores: Scores | Sequence[Scores]) -> list[Scores]:
+    return [scores] if isinstance(scores, Scores) else list(scores)
+
+
+def _tensors_of(scores: Scores) -> Iterator[tuple[str, Tensor]]:
+    """All numbers of some scores, by name."""
+    if scores.layer is not None:
+        yield "layer", scores.layer
+    for unit in LAYER_UNITS:
+        for index, values in enumerate(scores.of(unit) or ()):
+            yield f"{unit}.{index}", values
+
+
 def states_bytes(hidden_size: int, tokens: float, itemsize: int, aims: bool) -> float:
     """Bytes of the hidden states that a walk keeps at one time.
 
-    Those that enter the first layer, twice those behind the walked layers, twice the original's
-    where these are aimed at, and those of held-out batches behind plain slices.
+    They are the embeddings, twice those after the walked layers, twice the original's where these
+    are aimed at, and those of held-out batches after plain slices.
 
     Args:
         hidden_size: Numbers of a token's hidden state.
@@ -183,15 +268,10 @@ def states_bytes(hidden_size: int, tokens: float, itemsize: int, aims: bool) -> 
     return (3.5 + 2 * aims) * tokens * hidden_size * itemsize
 
 
-def walk_batches(
+def walk(
     source: Source,
+    config: WalkConfig,
     device: torch.device,
-    plans: Sequence[Plan],
-    chooses: bool,
-    batches: Sequence[Batch],
-    held_out: Sequence[Batch],
-    steps: Steps,
-    token_weights: TokenWeights | None,
     results: Store,
     states: Store | None = None,
     say: Say = silent,
@@ -200,14 +280,9 @@ def walk_batches(
 
     Args:
         source: The original, in memory or in files.
+        config: What is removed, and what is fitted and judged with.
         device: Where layers run.
-        plans: From `plans_for`, or a plan that is there already.
-        chooses: Whether the walk chooses the units.
-        batches: What choices and fits come from.
-        held_out: What confirms and judges.
-        steps: What to do in a layer.
-        token_weights: As for `walk_`.
-        results: Keeps what came of each layer, so that a stopped walk goes on.
+        results: Keeps the outcome of each layer, so that a stopped walk can be resumed.
         states: Keeps hidden states; by default where they fit, in files beside the results if need
             be.
         say: Receives one line on where hidden states are.
@@ -217,20 +292,20 @@ def walk_batches(
         ImpossiblePlanError: If the configuration class cannot express the shape; nothing was run.
         UnsupportedModelError: If neurons of experts are to be chosen; likewise.
     """
-    model, everything = source.model, [*batches, *held_out]
-    if all(plan.tokens is not None and not plan.cuts_layers for plan in plans):
-        return Walked(plans[0])
-    for plan in plans:
+    model, everything = source.model, [*config.batches, *config.held_out]
+    if all(plan.tokens is not None and not plan.cuts_layers for plan in config.plans):
+        return Walked(config.plans[0])
+    for plan in config.plans:
         require_expressible(model, plan)
-        if chooses:
+        if config.chooses:
             require_choosable(plan)
     if states is None and shares_keys(model.config) and isinstance(source, Live):
         states = Memory()  # layers share objects
     elif states is None:
         tokens = sum(batch["input_ids"].numel() for batch in everything)
-        hidden = text_config_of(model.config).hidden_size
-        loses = any(len(plan.layers) < plan.before.num_layers for plan in plans)
-        aims = aims_at_original(steps.repair, steps.local.count, loses)
+        hidden, steps = text_config_of(model.config).hidden_size, config.steps
+        removes_layers = any(len(plan.layers) < plan.before.num_layers for plan in config.plans)
+        aims = aims_at_original(steps.repair, steps.local.count, removes_layers)
         needed = states_bytes(hidden, tokens, model.dtype.itemsize, aims)
         place = StatesPlace.of(needed, device)
         say(f"hidden states: {place}")
@@ -238,9 +313,10 @@ def walk_batches(
     runner = LayerwiseModel(source, states, device)
     with evaluating(model), frozen(model):
         runner.embed(everything)
-        places = range(len(batches)), range(len(batches), len(everything))
-        streams = Streams(runner, *places, token_weights)
-        return Walk(streams, results, plans, chooses, steps).run()
+        fitted = range(len(config.batches))
+        held_out = range(len(fitted), len(everything))
+        streams = Streams(runner, fitted, held_out, config.token_weights)
+        return Walk(streams, results, config).run()
 
 
 def require_choosable(plan: Plan) -> None:

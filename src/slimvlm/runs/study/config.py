@@ -139,8 +139,8 @@ _SWEPT = tuple(f.name for f in fields(Grid) if f.name != "prune")
 _PRUNE_KEYS = {f.name for f in fields(PruneConfig)} & {*_SWEPT, "data", "images"}
 _RECOVER_KEYS = {f.name for f in fields(RecoverConfig)} & {*_SWEPT}
 """Options that are keys of the grid or of the study."""
-_WITHOUT_EFFECT = {"pad", "device"}
-"""Options of `PruneConfig` that change how a checkpoint is written or where, and no result."""
+_WITHOUT_EFFECT = {"device"}
+"""Options of `PruneConfig` that change where a checkpoint is made, and no result."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,14 +16,14 @@ from slimvlm.core.errors import ConfigError, DataError, NumericalError
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.classes import auto_class
 from slimvlm.models.parts import decoder_layers, final_norm
-from slimvlm.planning.candidates import width_candidates
-from slimvlm.planning.make import make_plan
+from slimvlm.planning.make import make_plan, width_candidates
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.walk.distil import LocalSteps
+from slimvlm.pruning.walk.engine import WalkConfig
 from slimvlm.pruning.walk.layer import Steps
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.pruning.walk.streams import PREFIX, Streams
-from slimvlm.pruning.walk.walk import walk_, walk_batches
+from slimvlm.pruning.walk.walk import walk, walk_
 from slimvlm.scoring.batches import answer_loss
 from slimvlm.scoring.inputs import capture_grams
 from slimvlm.scoring.layerwise.runner import LayerwiseModel, Live
@@ -63,8 +63,8 @@ def outcome(
     model: PreTrainedModel, plan: Plan, data: Sequence[Batch], judges: Sequence[Batch], steps: Steps
 ) -> Walked:
     """What a walk finds; the model is not changed."""
-    how = ([plan], False, data, judges, steps, None, Memory())
-    return walk_batches(Live(model), model.device, *how)
+    config = WalkConfig([plan], False, data, judges, steps)
+    return walk(Live(model), config, model.device, Memory())
 
 
 # Repair

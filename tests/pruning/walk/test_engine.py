@@ -18,13 +18,12 @@ from slimvlm.models.anatomy import WIDTH_UNITS, read_anatomy
 from slimvlm.models.classes import auto_class
 from slimvlm.models.load import load
 from slimvlm.planning.plan import Plan
-from slimvlm.pruning.save import save
-from slimvlm.pruning.walk.checkpoint import walk_checkpoint
+from slimvlm.pruning.save import prune_checkpoint, save
 from slimvlm.pruning.walk.distil import LocalSteps
+from slimvlm.pruning.walk.engine import WalkConfig
 from slimvlm.pruning.walk.layer import LayerWalk, Steps
 from slimvlm.pruning.walk.result import Walked
-from slimvlm.pruning.walk.walk import plans_for, walk_, walk_batches
-from slimvlm.pruning.write_checkpoint import prune_checkpoint
+from slimvlm.pruning.walk.walk import plans_for, walk, walk_, walk_checkpoint
 from slimvlm.scoring.layerwise import stores
 from slimvlm.scoring.layerwise.checkpoint import LazyCheckpoint, open_checkpoint
 from slimvlm.scoring.layerwise.runner import Live, Source
@@ -70,9 +69,11 @@ def walked(
     data: Sequence[Batch],
     chosen: tuple[list[Plan], bool],
     steps: Steps = EVERYTHING,
+    states: Store | None = None,
 ) -> Walked:
     """A walk with one held-out batch."""
-    return walk_batches(source, CPU, *chosen, data[:-1], data[-1:], steps, None, store, store)
+    config = WalkConfig(*chosen, data[:-1], data[-1:], steps)
+    return walk(source, config, CPU, store, store if states is None else states)
 
 
 def assert_same(actual: Walked, expected: Walked) -> None:
@@ -164,10 +165,12 @@ class Clock:
         self._patch.setattr(owner, name, watched)
 
 
-def walk_of(folder: Path, scratch: Path, steps: Steps = EVERYTHING) -> Walked:
+def walk_of(
+    folder: Path, scratch: Path, steps: Steps = EVERYTHING, states: Store | None = None
+) -> Walked:
     checkpoint = open_checkpoint(folder)
     model = checkpoint.model
-    return walked(checkpoint, Scratch(scratch), batches(model, 3), plans(model), steps)
+    return walked(checkpoint, Scratch(scratch), batches(model, 3), plans(model), steps, states)
 
 
 @pytest.mark.parametrize("repair", ["auto", "both"])
@@ -196,12 +199,8 @@ def test_a_walk_whose_states_are_gone_goes_on_without_choosing_again(
     """States in memory go with a killed process; what came of each layer stays in files."""
     steps = replace(EVERYTHING, repair=repair)
 
-    def walk(scratch: Path) -> Walked:
-        checkpoint = open_checkpoint(folder)
-        data = batches(checkpoint.model, 3)
-        kept = Scratch(scratch), Memory(CPU)
-        how = (*plans(checkpoint.model), data[:-1], data[-1:], steps, None, *kept)
-        return walk_batches(checkpoint, CPU, *how)
+    def from_memory(scratch: Path) -> Walked:
+        return walk_of(folder, scratch, steps, Memory(CPU))
 
     expected = walk_of(folder, tmp_path / "whole", steps)
     clock = Clock(monkeypatch)
@@ -210,11 +209,11 @@ def test_a_walk_whose_states_are_gone_goes_on_without_choosing_again(
         scratch = tmp_path / f"killed-{done}"
         clock.calls, clock.stop_at = 0, done + 1
         with pytest.raises(KeyboardInterrupt):
-            walk(scratch)
+            from_memory(scratch)
         clock.calls, clock.stop_at = 0, -1
-        found = walk(scratch)
+        found = from_memory(scratch)
         assert clock.calls == len(expected.plan.layers) - done
-        for again in (found, walk(scratch)):
+        for again in (found, from_memory(scratch)):
             assert again.plan == expected.plan
             assert list(again.weights) == list(expected.weights)
             for place, value in expected.weights.items():
@@ -297,7 +296,7 @@ def test_another_request_does_not_reuse_old_work(
     model, _ = load(folder)
     asked: dict[str, Any] = {"ratio": 0.4, "axis": "both", "scores": 0, "data": 0}
 
-    def walk(scratch: Path, out: Path, data: int, scores: int, **options: Any) -> Walked:
+    def walk_from(scratch: Path, out: Path, data: int, scores: int, **options: Any) -> Walked:
         given = random_scores(read_anatomy(model), scores)
         shown = [tiny.batch(model, 12, 5 * data + seed) for seed in range(5)]
         layers = Scores("by-hand", layer=given.layer)
@@ -308,9 +307,9 @@ def test_another_request_does_not_reuse_old_work(
         clock.watch(LayerWalk, "go")
         clock.stop_at = 3
         with pytest.raises(KeyboardInterrupt):
-            walk(tmp_path / "old", tmp_path / "out", **asked)
-    found = walk(tmp_path / "old", tmp_path / "one", **{**asked, **change})
-    expected = walk(tmp_path / "new", tmp_path / "two", **{**asked, **change})
+            walk_from(tmp_path / "old", tmp_path / "out", **asked)
+    found = walk_from(tmp_path / "old", tmp_path / "one", **{**asked, **change})
+    expected = walk_from(tmp_path / "new", tmp_path / "two", **{**asked, **change})
     assert (found.plan, found.report) == (expected.plan, expected.report)
     ours, theirs = (tensors_of(tmp_path / side) for side in ("one", "two"))
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)

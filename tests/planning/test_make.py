@@ -1,0 +1,490 @@
+"""Budgets, counting, ties, refusals: the units that `make_plan` keeps."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slimvlm.core.errors import ConfigError, ImpossiblePlanError, SlimError
+from slimvlm.models.anatomy import Anatomy, read_anatomy
+from slimvlm.planning.budget import default_multiple
+from slimvlm.planning.make import make_plan, ratio_for_params, width_candidates
+from slimvlm.planning.plan import Plan
+from slimvlm.scoring.unit_scores import Scores
+from tests import tiny
+from tests.handmade import random_scores
+from tests.planning.anatomies import (
+    SYNTHETIC,
+    TINY,
+    anatomy_named,
+    scores_named,
+    step_of,
+    synthetic,
+)
+
+anatomies = st.sampled_from([*TINY, *SYNTHETIC])
+axes = st.sampled_from(["depth", "width", "both"])
+
+
+def counted_ratio(plan: Plan) -> float:
+    """The share of the backbone that a plan removes, counted unit by unit."""
+    removed = 0
+    for index, shape in enumerate(plan.before.layers):
+        if index not in plan.layers:
+            removed += shape.params
+            continue
+        removed += (shape.num_kv_heads - len(plan.kv_groups[index])) * shape.kv_group_params
+        removed += (shape.intermediate_size - len(plan.neurons[index])) * shape.neuron_params
+    return removed / plan.before.backbone_params
+
+
+# The budget
+
+
+@given(anatomies, axes, st.floats(0, 0.42), st.integers(0, 5))
+def test_budgets_are_hit_within_a_step(name: str, axis: str, ratio: float, seed: int) -> None:
+    anatomy = anatomy_named(name)
+    plan = make_plan(anatomy, random_scores(anatomy, seed), ratio, axis)
+    assert plan.asked_ratio == ratio
+    assert plan.ratio == pytest.approx(counted_ratio(plan), abs=1e-12)
+    assert plan.before.backbone_params - plan.after.backbone_params == round(
+        plan.ratio * anatomy.backbone_params
+    )
+    share = 0.5 if axis == "depth" else 1  # whole layers: the nearest count
+    assert abs(plan.ratio - ratio) <= share * step_of(anatomy, axis) + 1e-9
+
+
+@settings(max_examples=25)
+@given(st.sampled_from(list(SYNTHETIC)), st.floats(0.01, 0.6))
+def test_width_budgets_are_within_half_a_percent(name: str, ratio: float) -> None:
+    plan = make_plan(anatomy_named(name), scores_named(name), ratio, "width")
+    assert abs(plan.ratio - ratio) <= 0.005
+
+
+@given(anatomies, st.sampled_from(["width", "both"]), st.floats(0, 0.4))
+def test_uniform_plans_are_equally_wide_and_legal(name: str, axis: str, ratio: float) -> None:
+    anatomy = anatomy_named(name)
+    plan = make_plan(anatomy, scores_named(name), ratio, axis)
+    assert plan.after.is_uniform
+    shape, multiple = plan.after.layers[0], default_multiple(anatomy)
+    assert shape.num_kv_heads in anatomy.legal_kv_heads()
+    full = anatomy.layers[0].intermediate_size
+    assert shape.intermediate_size == full or shape.intermediate_size % multiple == 0
+
+
+@given(anatomies, axes, st.floats(0, 0.4))
+def test_the_best_units_stay(name: str, axis: str, ratio: float) -> None:
+    anatomy, scores = anatomy_named(name), scores_named(name)
+    plan = make_plan(anatomy, scores, ratio, axis)
+
+    def check(values: Any, kept: tuple[int, ...]) -> None:
+        gone = sorted(set(range(len(values))) - set(kept))
+        assert list(kept) == sorted(kept)
+        if gone and kept:
+            assert values[list(kept)].min() >= values[gone].max()
+
+    free = [i for i in range(anatomy.num_layers) if i not in anatomy.pinned_layers]
+    assert scores.layer is not None
+    assert scores.kv_group is not None
+    assert scores.neuron is not None
+    check(scores.layer[free], tuple(free.index(i) for i in plan.layers if i in free))
+    for index in plan.layers:
+        check(scores.kv_group[index], plan.kv_groups[index])
+        check(scores.neuron[index], plan.neurons[index])
+
+
+@given(anatomies, axes)
+def test_ratio_zero_keeps_everything(name: str, axis: str) -> None:
+    anatomy = anatomy_named(name)
+    plan = make_plan(anatomy, scores_named(name), 0.0, axis)
+    everything = Plan.everything(anatomy)
+    assert plan.ratio == 0
+    assert plan.after == anatomy
+    kept = (plan.layers, plan.kv_groups, plan.neurons)
+    assert kept == (everything.layers, everything.kv_groups, everything.neurons)
+
+
+@settings(max_examples=25)
+@given(st.sampled_from([1, 2, 16, 32, 64, 128, 256]), st.floats(0.05, 0.5))
+def test_round_to_is_obeyed(round_to: int, ratio: float) -> None:
+    anatomy = anatomy_named("7b")
+    plan = make_plan(anatomy, scores_named("7b"), ratio, "width", round_to=round_to)
+    assert plan.after.layers[0].intermediate_size % round_to == 0
+    assert abs(plan.ratio - ratio) <= step_of(anatomy, "width", round_to) + 1e-9
+
+
+def test_kv_groups_and_neurons_share_the_width_budget() -> None:
+    plan = make_plan(anatomy_named("7b"), scores_named("7b"), 0.3, "width")
+    shape, before = plan.after.layers[0], plan.before.layers[0]
+    shares = (
+        1 - shape.num_kv_heads / before.num_kv_heads,
+        1 - shape.intermediate_size / before.intermediate_size,
+    )
+    assert shares[0] == pytest.approx(shares[1], abs=0.04)
+
+
+@pytest.mark.parametrize("depth_share", [0.25, 0.5, 0.75])
+def test_both_splits_the_budget(depth_share: float) -> None:
+    anatomy = anatomy_named("7b")
+    plan = make_plan(anatomy, scores_named("7b"), 0.4, "both", depth_share=depth_share)
+    gone = anatomy.num_layers - len(plan.layers)
+    by_layers = gone * anatomy.layers[0].params / anatomy.backbone_params
+    assert by_layers == pytest.approx(0.4 * depth_share, abs=0.5 * step_of(anatomy, "depth"))
+    assert plan.ratio == pytest.approx(0.4, abs=0.005)
+
+
+# Protected layers
+
+
+@given(
+    anatomies,
+    axes,
+    st.floats(0, 0.25),
+    st.tuples(st.integers(0, 1), st.integers(0, 1)),
+    st.sampled_from(["parameters", "per_layer"]),
+)
+def test_protected_layers_stay_whole(
+    name: str, axis: str, ratio: float, protect: tuple[int, int], counting: str
+) -> None:
+    anatomy = anatomy_named(name)
+    plan = make_plan(anatomy, scores_named(name), ratio, axis, protect=protect, counting=counting)
+    count = anatomy.num_layers
+    for index in (*range(protect[0]), *range(count - protect[1], count)):
+        assert index in plan.layers
+        assert len(plan.kv_groups[index]) == anatomy.layers[index].num_kv_heads
+        assert len(plan.neurons[index]) == anatomy.layers[index].intermediate_size
+    if counting == "parameters":
+        share = 0.5 if axis == "depth" else 1
+        assert abs(plan.ratio - ratio) <= share * step_of(anatomy, axis) + 1e-9
+
+
+@pytest.mark.parametrize("counting", ["parameters", "per_layer"])
+@pytest.mark.parametrize("ratio", [0.5, 0.7, 0.9])
+def test_protect_with_both_and_a_large_ratio_is_a_plan_or_a_clear_refusal(
+    ratio: float, counting: str
+) -> None:
+    """Here every unprotected layer may go, so that no layer is left to narrow."""
+    anatomy, scores = anatomy_named("llama"), scores_named("llama")
+    options: dict[str, Any] = {"protect": (1, 1), "counting": counting, "depth_share": 1.0}
+    try:
+        plan = make_plan(anatomy, scores, ratio, "both", **options)
+    except SlimError:
+        return
+    assert {0, 3} <= set(plan.layers)
+
+
+# LLM-Pruner's counting (REFERENCE.md)
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "head_dim", "neurons", "ratio", "groups_left", "neurons_left"),
+    [
+        (8, 8, 96, 0.2, 7, 76),  # 13 of 64 channels: one whole head; 96 - 20
+        (8, 8, 176, 0.33, 6, 117),  # 22 of 64 channels: two heads; 176 - 59
+        (3, 64, 1536, 0.25, 3, 1152),  # 48 of 192 channels: no whole head
+        (3, 64, 1536, 0.34, 2, 1013),  # 66 of 192 channels: one head; 1536 - 523
+        (4, 8, 640, 0.9, 1, 64),
+        (2, 8, 10, 0.99, 1, 1),  # something is always left
+    ],
+)
+def test_per_layer_counts(
+    kv_heads: int, head_dim: int, neurons: int, ratio: float, groups_left: int, neurons_left: int
+) -> None:
+    anatomy = synthetic(3, kv_heads, 1, head_dim, neurons, 64, 128)
+    plan = make_plan(anatomy, random_scores(anatomy), ratio, "width", counting="per_layer")
+    for shape in plan.after.layers:
+        assert (shape.num_kv_heads, shape.intermediate_size) == (groups_left, neurons_left)
+
+
+def test_per_layer_is_a_share_of_the_unprotected_layers() -> None:
+    anatomy = synthetic(10, 4, 1, 8, 96, 64, 128)
+    scores = random_scores(anatomy)
+    plan = make_plan(anatomy, scores, 0.25, "depth", counting="per_layer", protect=(1, 1))
+    assert len(plan.layers) == 8  # 8 - floor(8 * 0.75) go
+    width = make_plan(anatomy, scores, 0.25, "width", counting="per_layer", protect=(1, 1))
+    assert [len(kept) for kept in width.neurons] == [96, *[72] * 8, 96]
+
+
+def test_per_layer_follows_the_query_groups() -> None:
+    anatomy = anatomy_named("llama")  # four KV heads with two queries each
+    plan = make_plan(anatomy, scores_named("llama"), 0.5, "width", counting="per_layer")
+    shape = plan.after.layers[0]
+    assert (shape.num_heads, shape.num_kv_heads, shape.intermediate_size) == (4, 2, 48)
+
+
+# Ties and runs
+
+
+def test_of_equal_units_the_later_stay() -> None:
+    anatomy = anatomy_named("llama")
+    equal = Scores(
+        "equal",
+        layer=torch.ones(4),
+        kv_group=[torch.ones(4)] * 4,
+        neuron=[torch.ones(96)] * 4,
+    )
+    options: dict[str, Any] = {"counting": "per_layer"}
+    assert make_plan(anatomy, equal, 0.5, "depth", **options).layers == (2, 3)
+    plan = make_plan(anatomy, equal, 0.5, "width", **options)
+    assert plan.kv_groups == ((2, 3),) * 4
+    assert plan.neurons == (tuple(range(48, 96)),) * 4
+
+
+def test_runs_of_layers_go_together() -> None:
+    anatomy = synthetic(6, 4, 1, 8, 96, 64, 16)
+    runs = torch.full((6, 6), 9.0)
+    runs[0] = torch.tensor([9, 0, 9, 0, 9, 9])  # single layers say 1 and 3
+    runs[1, 4] = 1.0  # the best run of two is 4, 5
+    scores = Scores("angular", layer=runs[0].clone(), layer_runs=runs)
+    options: dict[str, Any] = {"counting": "per_layer"}
+    assert make_plan(anatomy, scores, 0.3, "depth", **options).layers == (0, 1, 2, 3)
+    protected = make_plan(anatomy, scores, 0.4, "depth", protect=(0, 1), **options)
+    assert protected.layers == (2, 3, 4, 5)  # 4, 5 may not go: the first of the equal runs does
+
+
+def test_the_first_scores_that_cover_a_unit_count() -> None:
+    anatomy = anatomy_named("llama")
+    first, second = random_scores(anatomy, 1), random_scores(anatomy, 2)
+    neurons_only = Scores("mine", neuron=first.neuron)
+    plan = make_plan(anatomy, [neurons_only, second], 0.3, "width", counting="per_layer")
+    own = make_plan(anatomy, first, 0.3, "width", counting="per_layer")
+    other = make_plan(anatomy, second, 0.3, "width", counting="per_layer")
+    assert plan.neurons == own.neurons != other.neurons
+    assert plan.kv_groups == other.kv_groups
+    assert dict(plan.criteria) == {"kv_group": "by-hand", "neuron": "mine"}
+
+
+@pytest.mark.parametrize("unit", ["kv_group", "neuron"])
+def test_units_without_scores_stay_whole(unit: str) -> None:
+    anatomy, scores = anatomy_named("llama"), scores_named("llama")
+    only = Scores("one", **{unit: scores.of(unit)})
+    plan = make_plan(anatomy, only, 0.2, "width")
+    shape, before = plan.after.layers[0], anatomy.layers[0]
+    narrower = {
+        "kv_group": shape.num_kv_heads < before.num_kv_heads,
+        "neuron": shape.intermediate_size < before.intermediate_size,
+    }
+    assert narrower == {name: name == unit for name in narrower}
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1.2, -0.1, math.nan, math.inf])
+@pytest.mark.parametrize("axis", ["depth", "width", "both"])
+def test_ratios_outside_their_range_are_refused(ratio: float, axis: str) -> None:
+    with pytest.raises(ConfigError, match=rf"ratio {ratio}.*at least 0 and below 1"):
+        make_plan(anatomy_named("llama"), scores_named("llama"), ratio, axis)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"axis": "sideways"}, "axis 'sideways' must be one of.*depth"),
+        ({"allocation": "fair"}, "allocation 'fair' must be one of.*uniform"),
+        ({"allocation": "global"}, "allocation 'global' must be one of: uniform, protect"),
+        ({"counting": "fingers"}, "counting 'fingers' must be one of.*per_layer"),
+        ({"round_to": -8}, "round_to"),
+        ({"round_to": 0}, "round_to"),
+        ({"axis": "both", "depth_share": -0.5}, "depth_share"),
+        ({"axis": "both", "depth_share": 1.5}, "depth_share"),
+        ({"axis": "depth", "protect": (4, 0)}, "protect"),
+        ({"axis": "depth", "protect": (2, 2)}, "protect"),
+        ({"axis": "depth", "protect": (0, 9)}, "protect"),
+        ({"axis": "depth", "protect": (-1, 0)}, "protect"),
+        ({"units": ("head",)}, r"units \('head',\) must be some of: kv_group, neuron"),
+        ({"units": ()}, "units"),
+        ({"kv_heads": 5}, r"kv_heads 5 must be one of: \[1, 2, 3, 4\]"),
+        ({"kv_heads": 0}, "kv_heads 0"),
+        ({"kv_heads": 2, "counting": "per_layer"}, "kv_heads 2 needs.*counting 'parameters'"),
+        ({"kv_heads": 2, "units": ("neuron",)}, "kv_heads 2 needs 'kv_group'"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_plan(anatomy_named("llama"), scores_named("llama"), 0.2, **options)
+
+
+@pytest.mark.parametrize(
+    ("axis", "missing"), [("depth", "layer"), ("both", "layer"), ("width", "neuron")]
+)
+def test_missing_scores_are_named(axis: str, missing: str) -> None:
+    anatomy, scores = anatomy_named("llama"), scores_named("llama")
+    wrong = (
+        Scores("half", layer=scores.layer)
+        if missing == "neuron"
+        else Scores("half", kv_group=scores.kv_group, neuron=scores.neuron)
+    )
+    with pytest.raises(ConfigError, match=rf"needs scores of {missing}; given: 'half'"):
+        make_plan(anatomy, wrong, 0.2, axis)
+    with pytest.raises(ConfigError, match=f"needs scores of {missing}; given: none"):
+        make_plan(anatomy, [], 0.2, axis)
+
+
+@pytest.mark.parametrize("axis", ["depth", "width", "both"])
+@pytest.mark.parametrize("other", ["phi", "7b"])
+def test_scores_of_another_model_are_refused(axis: str, other: str) -> None:
+    with pytest.raises(ConfigError, match="another model"):
+        make_plan(synthetic(5, 3, 1, 8, 90, 64, 16), scores_named(other), 0.2, axis)
+
+
+def test_scores_with_nan_are_refused() -> None:
+    anatomy, scores = anatomy_named("llama"), random_scores(anatomy_named("llama"))
+    assert scores.layer is not None
+    assert scores.neuron is not None
+    scores.layer[1] = math.nan
+    scores.neuron[2][5] = math.nan
+    for axis in ("depth", "width"):
+        with pytest.raises(SlimError, match=r"NaN|finite"):
+            make_plan(anatomy, scores, 0.3, axis)
+
+
+@pytest.mark.parametrize(
+    ("axis", "name"),
+    [("depth", "llama"), ("width", "llama"), ("both", "7b"), ("width", "qwen2_vl")],
+)
+def test_an_unreachable_ratio_names_the_nearest(axis: str, name: str) -> None:
+    anatomy, scores = anatomy_named(name), scores_named(name)
+    with pytest.raises(ImpossiblePlanError, match=r"nearest legal shape") as refusal:
+        make_plan(anatomy, scores, 0.995, axis)
+    found = re.search(r"has ratio (0\.\d+)", str(refusal.value))
+    assert found
+    nearest = float(found[1])
+    assert nearest < 0.99
+    again = make_plan(anatomy, scores, nearest, axis)  # and that one can be had
+    assert again.ratio == pytest.approx(nearest, abs=1e-4 + step_of(anatomy, axis))
+
+
+# Whole-model targets
+
+
+@pytest.mark.parametrize("name", ["llava-llama", "llama", "7b"])
+def test_a_target_size_is_hit(name: str) -> None:
+    anatomy = anatomy_named(name)
+    target = int(0.7 * anatomy.total_params)
+    ratio = ratio_for_params(anatomy, target)
+    plan = make_plan(anatomy, scores_named(name), ratio, "width")
+    step = step_of(anatomy, "width") * anatomy.backbone_params
+    assert abs(plan.after.total_params - target) <= step
+    assert ratio_for_params(anatomy, anatomy.total_params) == 0
+
+
+def test_target_sizes_that_cannot_be_are_refused() -> None:
+    anatomy = anatomy_named("llava-llama")
+    with pytest.raises(ConfigError, match="has only"):
+        ratio_for_params(anatomy, anatomy.total_params + 1)
+    with pytest.raises(ImpossiblePlanError, match="only the backbone is pruned"):
+        ratio_for_params(anatomy, anatomy.vision_params)
+
+
+# Kinds of unit
+
+sizes = st.tuples(st.integers(1, 6), st.integers(1, 4), st.integers(5, 200))
+EVEN = synthetic(6, 4, 2, 8, 96, 64, 100)
+
+
+@settings(max_examples=20)
+@given(sizes, st.integers(2, 8), st.floats(0, 0.3), st.integers(0, 99))
+def test_kinds_that_are_not_named_stay_whole(
+    size: tuple[int, int, int], layers: int, ratio: float, seed: int
+) -> None:
+    kv_heads, queries, neurons = size
+    anatomy = synthetic(layers, kv_heads, queries, 8, neurons, 64, 100)
+    for unit, other in (("neuron", "kv_groups"), ("kv_group", "neurons")):
+        try:
+            plan = make_plan(anatomy, random_scores(anatomy, seed), ratio, units=(unit,))
+        except ImpossiblePlanError:
+            continue
+        assert getattr(plan, other) == getattr(Plan.everything(anatomy), other)
+        assert set(plan.criteria) == {unit}
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 3, 4])
+def test_given_kv_heads_are_kept_and_neurons_give_the_rest(kv_heads: int) -> None:
+    plan = make_plan(EVEN, random_scores(EVEN), 0.3, kv_heads=kv_heads)
+    assert {len(kept) for kept in plan.kv_groups} == {kv_heads}
+    step = default_multiple(EVEN) * 6 * EVEN.layers[0].neuron_params / EVEN.backbone_params
+    assert abs(plan.ratio - 0.3) <= step
+
+
+def test_kv_heads_that_cannot_meet_the_ratio_are_refused() -> None:
+    with pytest.raises(ImpossiblePlanError, match="nearest legal shape"):
+        make_plan(EVEN, random_scores(EVEN), 0.05, kv_heads=1)
+
+
+# Candidates that share a ratio and differ in how many KV groups go for how many neurons
+
+
+@pytest.fixture(scope="module")
+def anatomy() -> Anatomy:
+    return read_anatomy(tiny.build("llava-llama"))
+
+
+def candidates(anatomy: Anatomy, axis: str = "width", **options: Any) -> list[Plan]:
+    layers = Scores("by-hand", layer=random_scores(anatomy).layer)
+    return width_candidates(anatomy, [layers], 0.25, axis, "obs", **options)
+
+
+def groups_of(plans: list[Plan]) -> list[set[int]]:
+    """How many KV groups the kept layers of each plan keep."""
+    return [{len(plan.kv_groups[i]) for i in plan.layers} for plan in plans]
+
+
+@pytest.mark.parametrize("axis", ["width", "both"])
+def test_every_number_of_kv_groups_that_meets_the_ratio_is_there(
+    anatomy: Anatomy, axis: str
+) -> None:
+    found = candidates(anatomy, axis)
+    assert groups_of(found) == ([{2}, {3}, {4}] if axis == "width" else groups_of(found))
+    for plan in found:
+        assert plan.after.is_uniform
+        assert plan.ratio == pytest.approx(0.25, abs=0.05)
+        assert plan.layers == found[0].layers
+    neurons = [len(plan.neurons[plan.layers[0]]) for plan in found]
+    assert neurons == sorted(neurons, reverse=True)
+    assert len({*neurons}) == len(found)
+
+
+def test_numbers_are_those_of_make_plan(anatomy: Anatomy) -> None:
+    scores = random_scores(anatomy)
+    for plan, kv_heads in zip(candidates(anatomy), (2, 3, 4), strict=True):
+        expected = make_plan(anatomy, scores, 0.25, "width", kv_heads=kv_heads)
+        assert plan.after.layers == expected.after.layers
+        assert set(plan.criteria.values()) == {"obs"}
+
+
+def test_other_allocations_leave_one_plan(anatomy: Anatomy) -> None:
+    scores = random_scores(anatomy)
+    for allocation in ("uniform", "protect"):
+        (plan,) = candidates(anatomy, allocation=allocation)
+        expected = make_plan(anatomy, scores, 0.25, "width", allocation)
+        assert plan.after.layers == expected.after.layers
+
+
+def test_protected_layers_and_kinds_are_left_alone(anatomy: Anatomy) -> None:
+    (plan,) = candidates(anatomy, protect=(1, 0), units=("neuron",), round_to=2)
+    assert {len(kept) for kept in plan.kv_groups} == {4}
+    widths = [len(kept) for kept in plan.neurons]
+    assert widths[0] == 96
+    assert all(width % 2 == 0 for width in widths)
+
+
+def test_groups_alone_leave_one_number(anatomy: Anatomy) -> None:
+    found = candidates(anatomy, units=("kv_group",))
+    assert {len(kept) for plan in found for kept in plan.neurons} == {96}
+    assert max(plan.ratio for plan in found) == pytest.approx(0.25, abs=0.1)
+
+
+def test_wrong_candidates_are_refused(anatomy: Anatomy) -> None:
+    with pytest.raises(ConfigError, match="allocation 'search' must be one of"):
+        candidates(anatomy, allocation="search")
+    with pytest.raises(ConfigError, match="units"):
+        candidates(anatomy, units=("head",))
+    with pytest.raises(ImpossiblePlanError):
+        width_candidates(anatomy, [], 0.99, "width", "obs")
