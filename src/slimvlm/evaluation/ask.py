@@ -6,8 +6,9 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ from slimvlm.models.hidden import as_inputs, evaluating, require_finite_values
 from slimvlm.models.load import anatomy, digest_of_weights
 
 Reached = Callable[[float], None]
-"""Takes the share of a task's questions that are answered."""
+"""Receives the share of a task's questions that are answered."""
 
 
 def evaluate(
@@ -58,8 +59,8 @@ def evaluate(
         name: Name of the model in the result.
         blind: Show each question the pictures of another one. The score is then the model's blind
             floor: a task that is not clearly above it measures no sight.
-        log_folder: Where replies are kept as they come, one JSON line each. An evaluation that was
-            stopped goes on there; one that was finished is not asked again.
+        log_folder: Where replies are appended, one JSON line each. A stopped evaluation resumes
+            from them; a finished one is not repeated.
         floors: Ask every question that has pictures a second time, blind, and keep these scores
             with those of the right pictures.
 
@@ -82,21 +83,19 @@ def evaluate(
             if not questions:
                 raise DataError(f"task {task.name!r} has no questions")
             first.append(questions[0])
-            rounds, is_read = [questions], task.metric in metrics.LIKELIHOODS
+            is_read = task.metric in metrics.LIKELIHOODS
+            options: dict[str, Any] = {} if is_read else {"batch_size": batch_size}
+            result_of = partial(_read if is_read else _answered, model, processor, task, **options)
+            rounds = [questions]
             has_floor = (blind or floors) and not is_read and any(q.images for q in questions)
             if has_floor:
                 rounds = [with_other_pictures(questions), *([questions] if floors else [])]
             found = []
             for turn, asked in enumerate(rounds):
-                options = {} if is_read else {"batch_size": batch_size}
                 key = digest_of_questions(weights, task, asked, **options)
-                log = AnswerLog(folder, task.name, key)
-                parts, done = len(rounds), number + turn / len(rounds)
-                show = lambda share, n=parts, start=done: reached(start + share / n)  # noqa: E731
-                if is_read:
-                    found.append(_read(model, processor, task, asked, log, show))
-                else:
-                    found.append(_answered(model, processor, task, asked, log, batch_size, show))
+                log, parts = AnswerLog(folder, task.name, key), len(rounds)
+                scaled = lambda x, n=parts, done=number + turn / parts: reached(done + x / n)  # noqa: E731
+                found.append(result_of(asked, log, scaled))
             floor = found[0].scores if has_floor else ()
             results[task.name] = replace(found[-1], blind_scores=floor)
             reached(number + 1)
@@ -110,8 +109,8 @@ def _answered(
     task: Task,
     questions: Sequence[Question],
     log: AnswerLog,
-    batch_size: int,
     reached: Reached,
+    batch_size: int,
 ) -> TaskResult:
     """Score replies; batches are the same whether or not some of them are in the log."""
     reply = choose if task.by_likelihood else answer
@@ -122,7 +121,7 @@ def _answered(
             log.add(picked, reply(model, processor, picked, task.max_new_tokens))
     replies = [log.replies[question.id] for question in questions]
     score = metrics.metric_named(task.metric)
-    scores = [score(said, question) for said, question in zip(replies, questions, strict=True)]
+    scores = [score(text, question) for text, question in zip(replies, questions, strict=True)]
     is_yes_no = task.metric == "yes_no"
     return TaskResult(
         metric=task.metric,
@@ -145,13 +144,9 @@ def _read(
     log: AnswerLog,
     reached: Reached,
 ) -> TaskResult:
-    """Compute loss or perplexity of the given answers (``answers[0]``) over all their tokens.
+    """Compute loss or perplexity of the given answers (``answers[0]``) over all their tokens."""
 
-    Without a prompt and pictures an answer is a plain passage, and no chat template is used.
-    The log keeps mean loss and number of tokens of each answer.
-    """
-
-    def logged(question: Question) -> tuple[float, int] | None:
+    def logged(question: Question) -> tuple[float, int] | None:  # mean loss, number of tokens
         try:
             loss, count = parse_json(log.replies[question.id])
         except (KeyError, TypeError, ValueError):
@@ -165,7 +160,7 @@ def _read(
         text = question.answers[0]
         if question.prompt or question.images:
             encoded = chat.encode_samples(processor, [chat.answered_sample(question, text)])
-        else:
+        else:  # a plain passage has no chat template
             encoded = dict(chat.tokenizer_of(processor)(text, return_tensors="pt"))
             encoded["labels"] = encoded["input_ids"]
         where = f"the loss of passage {question.id!r} of {task.name!r}"
@@ -195,10 +190,7 @@ def with_costs(
     name: str = "",
     **how: Any,
 ) -> Result:
-    """Add parameter counts and the times for one question to a model's task results.
-
-    ``how`` are further fields of `Result`: the options of the evaluation.
-    """
+    """Add parameter counts, the times for one question, and ``how`` (options) to task results."""
     shape = anatomy(model.config)  # of the configuration: quantised weights are packed
     return Result(
         model=name or str(model.config._name_or_path),
@@ -213,13 +205,9 @@ def with_costs(
 
 
 def with_other_pictures(questions: Sequence[Question]) -> list[Question]:
-    """Give each question the pictures of the one half a list further on.
+    """Give each question with pictures those of the one half a list further on.
 
-    Only questions with pictures take part. Where that one shows the same pictures, the next one
-    that does not gives its own.
-
-    Raises:
-        ConfigError: If there are pictures, but not two questions that show different ones.
+    Where these are the same, the next question with other pictures gives its own.
     """
     seeing = [question for question in questions if question.images]
     half, found = len(seeing) // 2, {}
@@ -239,21 +227,9 @@ def answer(
     model: PreTrainedModel, processor: Any, questions: Sequence[Question], max_new_tokens: int
 ) -> list[str]:
     """Reply greedily to a batch of questions."""
-    names = ", ".join(question.id for question in questions[:3])
-    encoded = chat.encode_questions(processor, questions)
-    return reply_to(model, processor, encoded, max_new_tokens, f"question {shortened(names)}")
-
-
-def reply_to(
-    model: PreTrainedModel,
-    processor: Any,
-    encoded: Mapping[str, Any],
-    max_new_tokens: int,
-    what: str,
-) -> list[str]:
-    """Reply greedily to left-padded model inputs; ``what`` names them in messages."""
-    inputs, tokenizer = as_inputs(model, encoded), chat.tokenizer_of(processor)
-    generator: Any = model
+    inputs = as_inputs(model, chat.encode_questions(processor, questions))
+    tokenizer, generator = chat.tokenizer_of(processor), cast(Any, model)
+    names = shortened(", ".join(question.id for question in questions[:3]))
     try:
         with torch.no_grad():
             output = generator.generate(
@@ -262,7 +238,7 @@ def reply_to(
                 do_sample=False,
                 num_beams=1,
                 pad_token_id=tokenizer.pad_token_id,
-                logits_processor=[_Finite(f"what the model says to {what}")],
+                logits_processor=[_Finite(f"the logits of question {names}")],
             )
     except (ValueError, TypeError, LookupError) as error:
         raise ConfigError(
@@ -302,7 +278,7 @@ class _Finite(LogitsProcessor):
         self.where = where
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return the scores. Minus infinity is a token that must not be said."""
+        """Return the scores; minus infinity marks a token that is not allowed."""
         require_finite_values(scores.amax(-1), self.where)
         return scores
 
@@ -317,10 +293,7 @@ def batches_by_length(
 
 
 def digest_of_questions(weights: str, task: Task, questions: Sequence[Question], **how: Any) -> str:
-    """Hash everything that a task's replies depend on: model, questions, pictures, options.
-
-    ``weights`` is `slimvlm.models.load.digest_of_weights`; ``how`` are options of asking.
-    """
+    """Hash all that a task's replies depend on: weights' digest, questions, pictures, options."""
 
     def parts() -> Iterator[Any]:
         yield weights.encode()
@@ -333,16 +306,10 @@ def digest_of_questions(weights: str, task: Task, questions: Sequence[Question],
 
 
 class AnswerLog:
-    """Keep replies as one JSON line for each question, appended batch by batch.
-
-    Args:
-        folder: Where logs lie; None keeps nothing.
-        task: Name of the task.
-        key: From `digest_of_questions`; another key is another file.
-    """
+    """Append replies to a file, one JSON line for each question; without a folder, keep none."""
 
     def __init__(self, folder: Path | None, task: str, key: str) -> None:
-        self._path = folder / f"{file_name(task)}-{key}.jsonl" if folder is not None else None
+        self._path = None if folder is None else folder / f"{file_name(task)}-{key}.jsonl"
         self._cut_short = False
         self.replies: dict[str, str] = {}
         if self._path is None or not self._path.is_file():
@@ -352,21 +319,20 @@ class AnswerLog:
         for line in text.splitlines():
             try:
                 row = parse_json(line)
-            except ValueError:  # a kill cut it short
+            except ValueError:  # cut short by a kill
                 continue
             if isinstance(row, dict) and all(isinstance(row.get(k), str) for k in ("id", "reply")):
                 self.replies[row["id"]] = row["reply"]
 
     def add(self, questions: Sequence[Question], replies: Sequence[str]) -> None:
         """Append a batch."""
-        for question, reply in zip(questions, replies, strict=True):
-            self.replies[question.id] = reply
-        if self._path is None:
-            return
         rows = [
             {"id": q.id, "prompt": q.prompt, "answers": q.answers, "reply": reply}
             for q, reply in zip(questions, replies, strict=True)
         ]
+        self.replies |= {q.id: reply for q, reply in zip(questions, replies, strict=True)}
+        if self._path is None:
+            return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with explained(self._path), self._path.open("a") as log:
             if self._cut_short:

@@ -31,102 +31,66 @@ from slimvlm.models.parts import decoder_layers, final_norm
 
 @dataclass(frozen=True)
 class Speed:
-    """One model at one batch size; medians over the repeats.
-
-    Attributes:
-        batch_size: Prompts answered at once.
-        prefill_ms: Time to the first new token, in milliseconds.
-        decode_ms: Time of one further token of every answer.
-        tokens_per_second: New tokens of all answers in a second, reading included.
-        peak_bytes: Weights and the most that other tensors took at once.
-    """
+    """Times of one model at one batch size; medians over the repeats."""
 
     batch_size: int
-    prefill_ms: float
-    decode_ms: float
-    tokens_per_second: float
-    peak_bytes: int
+    prefill_ms: float  # to the first new token
+    decode_ms: float  # of one further token of every answer
+    tokens_per_second: float  # new tokens of all answers, prefill included
+    peak_bytes: int  # weights and the most that other tensors took at once
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What one model takes.
+    """Size, FLOPs and times of one model."""
 
-    Attributes:
-        model: Name or path.
-        total_params: Parameters of the whole model.
-        backbone_params: Parameters of its language backbone.
-        weight_bytes: Bytes of all weights as they are in memory.
-        prefill_flops: FLOPs of the backbone for one prompt.
-        decode_flops: FLOPs of the backbone for one further token after the prompt.
-        speeds: Times at each batch size.
-        warnings: Widths that hardware is slow with.
-    """
-
-    model: str
+    model: str  # name or path
     total_params: int
     backbone_params: int
     weight_bytes: int
-    prefill_flops: int
-    decode_flops: int
+    prefill_flops: int  # of the backbone, for one prompt
+    decode_flops: int  # of the backbone, for one further token after the prompt
     speeds: tuple[Speed, ...]
-    warnings: tuple[str, ...]
+    warnings: tuple[str, ...]  # widths that are slow on hardware
 
 
 @dataclass(frozen=True)
 class SpeedUp:
-    """How much faster one model is than another, and how much faster it could be at best.
+    """Speed-up over a baseline at one batch size, and the ideal.
 
-    The ideal of reading is the ratio of FLOPs. The ideal of writing is the ratio of bytes that
+    The ideal of prefill is the ratio of FLOPs. The ideal of decoding is the ratio of bytes that
     every new token has to read: decoder layers, final norm and head as they are stored, and the
     keys and values of the prompt.
-
-    Attributes:
-        batch_size: Prompts answered at once.
-        prefill: Median over the repeats of baseline time / model time.
-        prefill_ideal: Ratio of FLOPs.
-        decode: As ``prefill``, for one further token.
-        decode_ideal: Ratio of bytes.
     """
 
     batch_size: int
-    prefill: float
+    prefill: float  # median over the repeats of baseline time / model time
     prefill_ideal: float
     decode: float
     decode_ideal: float
 
     @property
     def prefill_share(self) -> float:
-        """Part of the ideal that is reached in reading."""
+        """Part of the ideal that is reached in prefill."""
         return self.prefill / self.prefill_ideal
 
     @property
     def decode_share(self) -> float:
-        """Part of the ideal that is reached in writing."""
+        """Part of the ideal that is reached in decoding."""
         return self.decode / self.decode_ideal
 
 
 @dataclass(frozen=True)
 class Bench:
-    """A measured model, and its baseline if there is one.
-
-    Attributes:
-        workload: What was timed.
-        device: Where.
-        dtype: Data type of the weights that are not quantised.
-        threads: Threads of the CPU.
-        model: The model.
-        baseline: What it is compared with.
-        speed_ups: One for each batch size; empty without a baseline.
-    """
+    """Times of a model, and of its baseline if there is one."""
 
     workload: Workload
     device: str
-    dtype: str
+    dtype: str  # of the weights that are not quantised
     threads: int
     model: Footprint
     baseline: Footprint | None = None
-    speed_ups: tuple[SpeedUp, ...] = ()
+    speed_ups: tuple[SpeedUp, ...] = ()  # one for each batch size
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON, with the shares of the ideal."""
@@ -137,21 +101,31 @@ class Bench:
         return values
 
 
+@dataclass(frozen=True)
+class Side:
+    """A model before it is timed."""
+
+    name: str  # or path
+    shape: Anatomy  # of the configuration: quantised weights are packed
+    dtype: str  # of keys and values
+    weight_bytes: int
+    read_bytes: int  # weights that every new token reads: layers, final norm and head
+
+
 def bench(
     model: PreTrainedModel,
     baseline: PreTrainedModel | None = None,
     workload: Workload | None = None,
     names: Sequence[str] = ("model", "baseline"),
 ) -> Bench:
-    """Time reading and writing; with a baseline, both in turn in this process.
+    """Time prefill and decoding; with a baseline, both in turn in this process.
 
-    Prompts are random tokens: every one costs the same, whatever it says, and the vision tower,
-    which pruning leaves alone, is not timed. Answers have a fixed length. A shared machine that is
-    slow for a while slows both models, and a speed-up is the median of the ratios of neighbouring
-    runs.
+    Prompts are random tokens, so the vision tower, which pruning does not change, is not timed.
+    Answers have a fixed length. A shared machine that is slow for a while slows both models, and a
+    speed-up is the median of the ratios of neighbouring runs.
 
     Args:
-        model: The model, on the device where it shall run.
+        model: The model, on its device.
         baseline: Usually the model before pruning; on the same device.
         workload: What to time.
         names: Names of the model and of the baseline in the result.
@@ -203,13 +177,8 @@ def summarised(
 ) -> Bench:
     """Summarise runs of a model, and of its baseline if there is one.
 
-    Args:
-        sides: The model, and its baseline.
-        workload: The workload.
-        runs: For each batch size the runs of each side, in the order of their rounds.
-        peaks: For each batch size the peak bytes of each side.
-        device: Name of the device.
-        dtype: Data type of the weights.
+    ``runs`` has for each batch size the runs of each side, in the order of their rounds; ``peaks``
+    the peak bytes of each side.
     """
     measured = []
     for i, side in enumerate(sides):
@@ -225,11 +194,25 @@ def summarised(
             )
             for size, its in runs.items()
         ]
-        measured.append(side.footprint(workload, tuple(speeds)))
+        footprint = Footprint(
+            model=side.name,
+            total_params=side.shape.total_params,
+            backbone_params=side.shape.backbone_params,
+            weight_bytes=side.weight_bytes,
+            prefill_flops=prefill_flops(side.shape, workload.prompt_tokens),
+            decode_flops=decode_flops(side.shape, workload.mean_context),
+            speeds=tuple(speeds),
+            warnings=tuple(slow_widths(side.shape)),
+        )
+        measured.append(footprint)
     speed_ups = []
     for size, (fast, slow) in runs.items() if len(sides) > 1 else ():
         read = [prefill_flops(side.shape, workload.prompt_tokens, size) for side in sides]
-        written = [side.bytes_read(workload, size) for side in sides]
+        context = size * workload.mean_context
+        written = [
+            side.read_bytes + context * kv_cache_bytes_per_token(side.shape, side.dtype)
+            for side in sides
+        ]
         speed_up = SpeedUp(
             batch_size=size,
             prefill=Share.of((r.prefill_ms for r in slow), (r.prefill_ms for r in fast)).value,
@@ -250,7 +233,7 @@ def summarised(
 
 
 def bench_rows(result: Bench) -> tuple[list[str], list[list[str]]]:
-    """A row for each figure, a column for each model; with a baseline, speed-up and ideal too."""
+    """Make a row for each figure, and a column for each model, speed-up and ideal."""
     models = [m for m in (result.baseline, result.model) if m is not None]
     pad = [""] * 3 if result.speed_ups else []
     rows = [
@@ -278,45 +261,8 @@ def bench_rows(result: Bench) -> tuple[list[str], list[list[str]]]:
     return header + ["speed-up", "ideal", "share of ideal"] * bool(result.speed_ups), rows
 
 
-@dataclass(frozen=True)
-class Side:
-    """What is known of one of the models before it is timed.
-
-    Attributes:
-        name: Name or path.
-        shape: Of the configuration: quantised weights are packed.
-        dtype: Data type of keys and values.
-        weight_bytes: Bytes of all weights.
-        read_bytes: Bytes of the weights that every new token reads: layers, final norm and head.
-    """
-
-    name: str
-    shape: Anatomy
-    dtype: str
-    weight_bytes: int
-    read_bytes: int
-
-    def footprint(self, workload: Workload, speeds: tuple[Speed, ...]) -> Footprint:
-        """What the model takes for one prompt."""
-        return Footprint(
-            model=self.name,
-            total_params=self.shape.total_params,
-            backbone_params=self.shape.backbone_params,
-            weight_bytes=self.weight_bytes,
-            prefill_flops=prefill_flops(self.shape, workload.prompt_tokens),
-            decode_flops=decode_flops(self.shape, workload.mean_context),
-            speeds=speeds,
-            warnings=tuple(slow_widths(self.shape)),
-        )
-
-    def bytes_read(self, workload: Workload, batch_size: int) -> int:
-        """Bytes that one further token of every answer reads from memory."""
-        cached = kv_cache_bytes_per_token(self.shape, self.dtype)
-        return self.read_bytes + batch_size * workload.mean_context * cached
-
-
 def random_prompts(shape: Anatomy, workload: Workload, batch_size: int) -> Tensor:
-    """``[B, T]``: random ordinary tokens. Special ones stand at the ends of a vocabulary."""
+    """``[B, T]``: random ordinary tokens; special ones are at the ends of a vocabulary."""
     generator = torch.Generator().manual_seed(0)
     low, high = shape.vocab_size // 4, shape.vocab_size // 2
     size = (batch_size, workload.prompt_tokens)

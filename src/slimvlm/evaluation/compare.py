@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
@@ -29,17 +29,9 @@ RIGHT = 0.5
 
 @dataclass(frozen=True)
 class Pair:
-    """One question and the replies of both models.
+    """One question, and the replies and scores in [0, 1] of both models."""
 
-    Attributes:
-        question: Id, prompt, answers and pictures; only the id if the task is not at hand.
-        reply_a: What the first model said.
-        reply_b: What the second model said.
-        score_a: Score of the first reply in [0, 1].
-        score_b: Score of the second.
-    """
-
-    question: Question
+    question: Question  # only its id, if the task is not available
     reply_a: str
     reply_b: str
     score_a: float
@@ -52,97 +44,61 @@ class Pair:
             return "both right" if self.score_b >= RIGHT else "lost"
         return "gained" if self.score_b >= RIGHT else "both wrong"
 
-    @property
-    def is_flip(self) -> bool:
-        """Whether the second model says something else, right or wrong."""
-        return normalise(self.reply_a) != normalise(self.reply_b)
 
+class _Pairs:
+    """Questions that both models answered, in the task's order."""
 
-@dataclass(frozen=True)
-class TaskComparison:
-    """One task answered by both models.
-
-    Attributes:
-        name: Of the task.
-        metric: Name of the metric.
-        score_a: Mean score of the first model, in percent.
-        score_b: Mean score of the second.
-        difference: Second minus first, in points.
-        pairs: Every question, in the task's order.
-        note: Why questions and pictures are missing; empty if they are there.
-    """
-
-    name: str
-    metric: str
-    score_a: float
-    score_b: float
-    difference: Difference
     pairs: tuple[Pair, ...]
-    note: str = ""
 
     @property
     def counts(self) -> dict[Change, int]:
         """Questions of each kind; together they are all questions."""
-        return _counts(self.pairs)
+        kinds = [pair.kind for pair in self.pairs]
+        return {kind: kinds.count(kind) for kind in CHANGES}
 
     @property
     def flips(self) -> int:
-        """Answers that differ."""
-        return sum(pair.is_flip for pair in self.pairs)
+        """Answers that differ, right or wrong."""
+        return sum(normalise(pair.reply_a) != normalise(pair.reply_b) for pair in self.pairs)
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Two models, answer by answer.
+class TaskComparison(_Pairs):
+    """One task answered by both models."""
 
-    Attributes:
-        name_a: Name or path of the first model.
-        name_b: Of the second.
-        params_a: Parameters of the first model.
-        params_b: Of the second.
-        tasks: What both answered, by name.
-        difference: Second minus first over all questions of all tasks, in points.
-        left_out: Why a task was not compared, by its name.
-        note: Which model was asked blind, and what pictures are shown then; empty if none was.
-    """
+    name: str
+    metric: str
+    score_a: float  # mean, in percent
+    score_b: float
+    difference: Difference  # B - A, in points
+    pairs: tuple[Pair, ...]
+    note: str = ""  # why questions and pictures are missing
 
-    name_a: str
+
+@dataclass(frozen=True)
+class Comparison(_Pairs):
+    """Two models, answer by answer; ``pairs`` are those of all tasks."""
+
+    name_a: str  # or path
     name_b: str
     params_a: int
     params_b: int
     tasks: Mapping[str, TaskComparison]
-    difference: Difference
-    left_out: Mapping[str, str]
-    note: str = ""
-
-    @property
-    def counts(self) -> dict[Change, int]:
-        """Questions of each kind over all tasks."""
-        return _counts(chain(*(task.pairs for task in self.tasks.values())))
-
-    @property
-    def flips(self) -> int:
-        """Answers that differ, over all tasks."""
-        return sum(task.flips for task in self.tasks.values())
+    pairs: tuple[Pair, ...]
+    difference: Difference  # B - A over all questions, in points
+    left_out: Mapping[str, str]  # why a task is not compared, by its name
+    note: str = ""  # which model was asked blind
 
 
 def compare(a: Result, b: Result, tasks: Mapping[str, Task]) -> Comparison:
     """Pair the answers of two models.
 
-    Perplexity has no right and wrong, and a task that only one model answered has no pairs: both
-    are named in `Comparison.left_out`. If one model was asked blind, `Pair.question` has the
-    pictures that the other one saw; if both were, those of other questions that both were shown.
+    Likelihoods, and tasks that only one model answered, have no pairs: `Comparison.left_out` names
+    them. If one model was asked blind, `Pair.question` has the pictures that the other one saw; if
+    both were, those of other questions that both were shown.
 
-    Args:
-        a: Result of the first model, usually the original.
-        b: Result of the second, usually a smaller one.
-        tasks: Where questions and pictures come from, by name. A task that is not here is compared
-            without them, and so is one whose questions have changed since.
-
-    Raises:
-        ConfigError: If they share no task, or a task asked other questions or was scored by
-            another metric.
-        DataError: If the questions of a task cannot be read.
+    ``tasks`` give questions and pictures. A task that is not there, or that has changed since, is
+    compared without them.
     """
     left_out: dict[str, str] = {}
     found: dict[str, TaskComparison] = {}
@@ -182,7 +138,7 @@ def compare(a: Result, b: Result, tasks: Mapping[str, Task]) -> Comparison:
         )
     if not found:
         raise ConfigError(f"results of {a.model!r} and {b.model!r}: no task has answers of both")
-    pairs = list(chain(*(task.pairs for task in found.values())))
+    pairs = tuple(chain(*(task.pairs for task in found.values())))
     note = ""
     if a.blind and b.blind:
         note = "A and B were asked blind: pictures are those of other questions, as both saw them"
@@ -198,6 +154,7 @@ def compare(a: Result, b: Result, tasks: Mapping[str, Task]) -> Comparison:
         params_a=a.total_params,
         params_b=b.total_params,
         tasks=found,
+        pairs=pairs,
         difference=paired_difference([p.score_a for p in pairs], [p.score_b for p in pairs]),
         left_out=left_out,
         note=note,
@@ -208,19 +165,20 @@ def _questions(
     task: Task | None, result: TaskResult, blind: bool
 ) -> tuple[dict[str, Question], str]:
     """Load the questions behind a result by id, with the pictures shown; or none, and why."""
+    missing = "questions and pictures are not shown: "
     if task is None:
-        return {}, "questions and pictures are not shown: the task is not known here"
+        return {}, missing + "the task is not known here"
     asked = list(task.load(len(result.ids)))
     questions = {each.id: each for each in (with_other_pictures(asked) if blind else asked)}
     try:
         score = metric_named(result.metric)
     except ConfigError:
-        return {}, f"questions and pictures are not shown: {result.metric!r} is not at hand"
+        return {}, f"{missing}metric {result.metric!r} is not available"
     same = all(
-        key in questions and abs(score(reply, questions[key]) - noted) < 1e-6
-        for key, reply, noted in zip(result.ids, result.replies, result.scores, strict=True)
+        key in questions and abs(score(reply, questions[key]) - stored) < 1e-6
+        for key, reply, stored in zip(result.ids, result.replies, result.scores, strict=True)
     )
-    changed = "questions and pictures are not shown: the task has changed since it was answered"
+    changed = missing + "the task has changed since it was answered"
     return (questions, "") if same else ({}, changed)
 
 
@@ -270,8 +228,3 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
         "left_out": dict(comparison.left_out),
         "note": comparison.note,
     }
-
-
-def _counts(pairs: Iterable[Pair]) -> dict[Change, int]:
-    kinds = [pair.kind for pair in pairs]
-    return {kind: kinds.count(kind) for kind in CHANGES}

@@ -35,9 +35,9 @@ from slimvlm.evaluation.timing import plain_question
 from slimvlm.models.hidden import evaluating
 
 LONGEST_REPLY = 1024
-"""No reply is longer, in tokens. MathVista allows 16384, which only a model that rambles needs."""
+"""Longest reply in tokens; MathVista would allow 16384."""
 Values = Sequence[Any]
-"""What a task keeps of each question for one metric: numbers, or dictionaries of its own."""
+"""One entry for each question, as a task stores them for a metric: numbers, or dictionaries."""
 
 
 def _numbers(values: Values) -> list[float]:
@@ -53,14 +53,14 @@ def _numbers(values: Values) -> list[float]:
 
 
 def _mmmu(values: Values) -> list[float]:
-    """MMMU keeps parsed replies and judges them all at the end; here one by one."""
+    """Score MMMU's parsed replies one by one."""
     from lmms_eval.tasks.mmmu.utils import evaluate_mmmu
 
     return [float(evaluate_mmmu([value])[1]["acc"]) for value in values]
 
 
 def _mme(values: Values) -> list[float]:
-    """Each question's share of the MME score, so that 100 x the mean is that score.
+    """Compute each question's share of the MME score; 100 x the mean is that score.
 
     MME adds up, over categories, the percentage of right answers and the percentage of pictures
     with both answers right.
@@ -78,27 +78,16 @@ def _mme(values: Values) -> list[float]:
 
 @dataclass(frozen=True)
 class LmmsRow:
-    """One benchmark as lmms-eval knows it.
+    """One benchmark of lmms-eval."""
 
-    Attributes:
-        task: lmms-eval's name of the task.
-        metric: Key of the score in its results; the task's first metric if empty.
-        full: What a perfect model gets there.
-        chance: Score of guessing, in percent of the full score.
-        read: One score for each question from what the task keeps of them.
-        details: Further metrics of the task, on the same scale.
-        together: Questions that are scored as one; a limit must be a multiple.
-        needs_judge: Whether another language model reads the replies.
-    """
-
-    task: str
-    metric: str = ""
-    full: float = 1.0
-    chance: float = 0.0
-    read: Callable[[Values], list[float]] = _numbers
-    details: Mapping[str, str] = field(default_factory=dict)
-    together: int = 1
-    needs_judge: bool = False
+    task: str  # lmms-eval's name
+    metric: str = ""  # key of the score in its results; the task's first metric if empty
+    full: float = 1.0  # score of a perfect model
+    chance: float = 0.0  # score of guessing, in percent of the full score
+    read: Callable[[Values], list[float]] = _numbers  # one score for each question
+    details: Mapping[str, str] = field(default_factory=dict)  # further metrics on the same scale
+    together: int = 1  # questions that are scored as one; a limit must be a multiple
+    needs_judge: bool = False  # whether another language model reads the replies
 
 
 LMMS_TASKS: dict[str, LmmsRow] = {
@@ -136,19 +125,40 @@ def split_names(names: str) -> tuple[str, list[str]]:
     return ",".join(part for part in parts if part not in theirs), theirs
 
 
+def _rows_named(name: str) -> dict[str, LmmsRow]:
+    """Find rows by key, or by task: two for ``mme``."""
+    return {key: row for key, row in LMMS_TASKS.items() if name in (key, row.task)}
+
+
 def check_names(
     names: Sequence[str], limit: int | None = None, task_folder: str | Path | None = None
 ) -> dict[str, LmmsRow]:
-    """Rows of these benchmarks; refuses what would fail later, before a model is loaded.
-
-    Raises:
-        ConfigError: If lmms-eval is missing, a name is unknown, or the limit cannot be kept.
-    """
+    """Find the rows of these benchmarks; refuse here what would fail after hours of answering."""
     if find_spec("lmms_eval") is None:
         raise ConfigError("lmms-eval is not installed: pip install 'slimvlm[eval]'")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit {limit} must be 1 or more")
     own = _own_tasks(task_folder)
-    rows = {key: row for name in names for key, row in _find_rows(name, own).items()}
-    _check(rows, limit)
+    subtasks = [] if own is None else list(own.all_subtasks)
+    rows: dict[str, LmmsRow] = {}
+    for name in names:
+        found = _rows_named(name) or ({name: LmmsRow(name)} if name in subtasks else {})
+        if not found:
+            known = ", ".join([*LMMS_TASKS, *subtasks])
+            raise ConfigError(f"task {name!r} is not known. Choose from: mme, {known}")
+        rows |= found
+    for name, row in rows.items():
+        if limit is not None and limit % row.together:
+            raise ConfigError(
+                f"limit {limit}: task {name!r} scores {row.together} questions as one; "
+                f"give a multiple of {row.together}"
+            )
+        needs_key = row.needs_judge and os.environ.get("API_TYPE", "openai") == "openai"
+        if needs_key and not os.environ.get("OPENAI_API_KEY"):
+            raise ConfigError(
+                f"task {name!r}: lmms-eval has a judge model read the replies; set OPENAI_API_KEY "
+                "(and OPENAI_API_URL and MODEL_VERSION for a server of your own)"
+            )
     return rows
 
 
@@ -162,6 +172,10 @@ def evaluate_with_lmms(
 ) -> dict[str, TaskResult]:
     """Run benchmarks in lmms-eval's own runner; greedy replies through our chat code.
 
+    MME comes in two halves on their own scales (800 and 2000), and so do their scores for each
+    question: 100 times the mean is the score. A half that is not among the first ``limit``
+    questions is left out.
+
     Args:
         model: A chat-capable model.
         processor: Its processor or tokenizer.
@@ -170,14 +184,6 @@ def evaluate_with_lmms(
         batch_size: Questions answered at once.
         task_folder: Folder with task files in lmms-eval's format. They come before the ones of
             the same name that lmms-eval ships, so data on disk can take the hub's place.
-
-    Returns:
-        Results by name. MME comes in two halves on their own scales (800 and 2000), and so do
-        their scores for each question: 100 times the mean is the score. A half that is not among
-        the first ``limit`` questions is left out.
-
-    Raises:
-        ConfigError: If lmms-eval is missing, a name is unknown, or data cannot be loaded.
     """
     rows = check_names(names, limit, task_folder)
     own = _own_tasks(task_folder)
@@ -185,7 +191,22 @@ def evaluate_with_lmms(
     results: dict[str, TaskResult] = {}
     with evaluating(model):
         for name, task in tasks.items():
-            output, replies = _run(model, processor, task, limit, batch_size)
+            replies: dict[int, str] = {}
+            with contained():
+                from lmms_eval.evaluator import simple_evaluate
+                from lmms_eval.tasks import TaskManager
+
+                output: dict[str, Any] = simple_evaluate(
+                    model=adapter(model, processor, batch_size, replies),
+                    tasks=[task],
+                    task_manager=TaskManager(include_defaults=False),
+                    limit=limit,
+                    bootstrap_iters=0,
+                    process_docs_parallel=1,
+                    random_seed=None,
+                    numpy_random_seed=None,
+                    torch_random_seed=None,
+                )
             asked = {key: row for key, row in rows.items() if row.task == name}
             results |= _results(asked, name, task, output, replies)
     return {key: results[key] for key in rows if key in results}
@@ -203,10 +224,10 @@ def evaluate_all(
     task_folder: str | Path | None = None,
     blind: bool = False,
 ) -> Result:
-    """One result from our own tasks and from lmms-eval's.
+    """Evaluate on our own tasks and on lmms-eval's, as `evaluate` and `evaluate_with_lmms`.
 
-    Arguments as for `slimvlm.evaluate` and `evaluate_with_lmms`; ``log_folder``, ``floors`` and
-    ``blind`` are for our own tasks. Without any of those, times are measured on a grey picture.
+    ``log_folder``, ``floors`` and ``blind`` are for our own tasks. Without any of those, times are
+    measured on a grey picture.
     """
     own, theirs = split_names(tasks)
     result = None
@@ -221,41 +242,8 @@ def evaluate_all(
     return with_costs(model, processor, found, plain_question(processor), name, **how)
 
 
-def _rows_named(name: str) -> dict[str, LmmsRow]:
-    """Rows with this name, or with this task: two for ``mme``."""
-    return {key: row for key, row in LMMS_TASKS.items() if name in (key, row.task)}
-
-
-def _find_rows(name: str, own: Any) -> dict[str, LmmsRow]:
-    found = _rows_named(name)
-    if not found and own is not None and name in own.all_subtasks:
-        found = {name: LmmsRow(name)}
-    if not found:
-        known = [*LMMS_TASKS, *(own.all_subtasks if own is not None else ())]
-        raise ConfigError(f"task {name!r} is not known. Choose from: mme, {', '.join(known)}")
-    return found
-
-
-def _check(rows: Mapping[str, LmmsRow], limit: int | None) -> None:
-    """Refuse what would fail after hours of answering."""
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit {limit} must be 1 or more")
-    for name, row in rows.items():
-        if limit is not None and limit % row.together:
-            raise ConfigError(
-                f"limit {limit}: task {name!r} scores {row.together} questions as one; "
-                f"give a multiple of {row.together}"
-            )
-        needs_key = row.needs_judge and os.environ.get("API_TYPE", "openai") == "openai"
-        if needs_key and not os.environ.get("OPENAI_API_KEY"):
-            raise ConfigError(
-                f"task {name!r}: lmms-eval has a judge model read the replies; set OPENAI_API_KEY "
-                "(and OPENAI_API_URL and MODEL_VERSION for a server of your own)"
-            )
-
-
 def _own_tasks(task_folder: str | Path | None) -> Any:
-    """lmms-eval's index of a folder, or None."""
+    """Read lmms-eval's index of a folder."""
     if task_folder is None:
         return None
     if not Path(task_folder).is_dir():
@@ -268,18 +256,14 @@ def _own_tasks(task_folder: str | Path | None) -> Any:
 
 @cache
 def _shipped_tasks() -> Any:
-    """lmms-eval's index of its own two thousand tasks, which takes seconds."""
+    """Read lmms-eval's index of its own two thousand tasks, which takes seconds."""
     from lmms_eval.tasks import TaskManager
 
     return TaskManager()
 
 
 def _load_task(name: str, own: Any) -> Any:
-    """A task with its data.
-
-    Raises:
-        ConfigError: If the data is not there, or a package that the task needs.
-    """
+    """Load a task with its data."""
     from tenacity import RetryError
 
     with contained():
@@ -296,33 +280,10 @@ def _load_task(name: str, own: Any) -> Any:
             ) from error
 
 
-def _run(
-    model: PreTrainedModel, processor: Any, task: Any, limit: int | None, batch_size: int
-) -> tuple[dict[str, Any], dict[int, str]]:
-    """What lmms-eval's runner returns for one task, and the replies by index of the question."""
-    replies: dict[int, str] = {}
-    with contained():
-        from lmms_eval.evaluator import simple_evaluate
-        from lmms_eval.tasks import TaskManager
-
-        output: dict[str, Any] = simple_evaluate(
-            model=adapter(model, processor, batch_size, replies),
-            tasks=[task],
-            task_manager=TaskManager(include_defaults=False),
-            limit=limit,
-            bootstrap_iters=0,
-            process_docs_parallel=1,
-            random_seed=None,
-            numpy_random_seed=None,
-            torch_random_seed=None,
-        )
-    return output, replies
-
-
 def adapter(
     model: PreTrainedModel, processor: Any, batch_size: int, replies: dict[int, str]
 ) -> Any:
-    """Wrap a model for one run of one task; ``replies`` takes them by index of the question."""
+    """Wrap a model for a run of one task; ``replies`` receives them by index of the question."""
     from lmms_eval.api.instance import GenerationResult
     from lmms_eval.api.model import lmms
 
@@ -330,24 +291,24 @@ def adapter(
         accelerator = None  # else the runner makes one, and with it global state
 
         def generate_until(self, requests: Sequence[Any]) -> list[str]:
-            """Greedy replies. All requests are of one task, so they share its options."""
-            options = requests[0].args[1]
+            options = requests[0].args[1]  # all requests are of one task
             longest = min(int(options.get("max_new_tokens", LONGEST_REPLY)), LONGEST_REPLY)
             stops = options.get("until") or ()
-            said = [""] * len(requests)
+            texts = [""] * len(requests)
             for batch in _batches(requests, batch_size):
-                asked = [_question(requests[i].args, self.task_dict) for i in batch]
-                texts = answer(model, processor, asked, longest)
-                for index, text in zip(batch, texts, strict=True):
-                    said[index] = _until(text, stops)
-            replies.update((r.args[3], text) for r, text in zip(requests, said, strict=True))
-            return said
+                asked = [_asked(requests[i].args, self.task_dict)[0] for i in batch]
+                found = answer(model, processor, asked, longest)
+                for index, text in zip(batch, found, strict=True):
+                    texts[index] = _until(text, stops)
+            replies.update((r.args[3], text) for r, text in zip(requests, texts, strict=True))
+            return texts
 
         def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
             found = [(0.0, False)] * len(requests)
             for batch in _batches(requests, batch_size):
-                asked = [requests[i].args for i in batch]
-                pairs = [(_question(a, self.task_dict), _said(a, self.task_dict)) for a in asked]
+                asked = [_asked(requests[i].args, self.task_dict) for i in batch]
+                # The chat template sets its own space before the answer.
+                pairs = [(question, str(text).strip()) for question, text in asked]
                 for index, value in zip(batch, likelihoods(model, processor, pairs), strict=True):
                     found[index] = value
             best: dict[int, float] = {}  # the likeliest continuation is the reply
@@ -371,19 +332,15 @@ def _batches(requests: Sequence[Any], batch_size: int) -> Iterator[list[int]]:
     return batches_by_length(prompts, batch_size, str(task))
 
 
-def _question(arguments: tuple[Any, ...], documents: Mapping[str, Any]) -> Question:
-    """Make a question of a request."""
-    prompt, _, pictures_of, index, task, split = arguments
-    shown = pictures_of(documents[task][split][index]) or ()
+def _asked(arguments: tuple[Any, ...], documents: Mapping[str, Any]) -> tuple[Question, Any]:
+    """Turn a request into a question, and the text or options that come with it."""
+    prompt, text, pictures_of, index, task, split = arguments
+    document = documents[task][split][index]
+    shown = pictures_of(document) or ()
     if not all(isinstance(picture, Image.Image) for picture in shown):
         raise ConfigError(f"task {task!r} shows something else than pictures")
-    return Question(id=str(index), prompt=prompt, answers=(), images=tuple(shown))
-
-
-def _said(arguments: tuple[Any, ...], documents: Mapping[str, Any]) -> str:
-    """The text whose likelihood is asked; the chat template sets its own space before it."""
-    _, text, _, index, task, split = arguments
-    return str(text(documents[task][split][index]) if callable(text) else text).strip()
+    question = Question(id=str(index), prompt=prompt, answers=(), images=tuple(shown))
+    return question, text(document) if callable(text) else text
 
 
 def _until(text: str, stops: Sequence[str]) -> str:
@@ -395,14 +352,13 @@ def _until(text: str, stops: Sequence[str]) -> str:
 
 @contextlib.contextmanager
 def contained() -> Iterator[None]:
-    """Keep in this block the changes that lmms-eval makes to the whole process.
+    """Undo after this block the changes that lmms-eval makes to the whole process.
 
-    No log lines; what its tasks print goes to stderr. It reads cut-off pictures as if they were
-    whole, which Pillow would then do everywhere.
+    Inside, it logs nothing, prints to stderr, and Pillow accepts truncated pictures.
     """
     from loguru import logger
 
-    reads_cut_off = ImageFile.LOAD_TRUNCATED_IMAGES
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = True
     logger.disable("lmms_eval")
     try:
@@ -410,7 +366,7 @@ def contained() -> Iterator[None]:
             yield
     finally:
         logger.enable("lmms_eval")
-        ImageFile.LOAD_TRUNCATED_IMAGES = reads_cut_off
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def _results(
@@ -420,7 +376,7 @@ def _results(
     output: Mapping[str, Any],
     replies: Mapping[int, str],
 ) -> dict[str, TaskResult]:
-    """One result for each row of a task that was run."""
+    """Make a result for each row of a task that was run."""
     samples: dict[int, Mapping[str, Any]] = {}
     for sample in output["samples"][name]:  # once for each filter; the first one counts
         samples.setdefault(int(sample["doc_id"]), sample)

@@ -1,4 +1,4 @@
-"""Score an answer, average scores, and estimate the retention of a smaller model."""
+"""Score a reply, average scores, and estimate the retention of a smaller model."""
 
 from __future__ import annotations
 
@@ -20,14 +20,10 @@ from slimvlm.data.samples import Question
 
 MME_FULL_SCORES = {"mme_cognition": 800.0, "mme_perception": 2000.0}
 """Scores that the study rescales to percent before averaging (arXiv:2507.20749, Sec. 4)."""
-_CONSTANTS = 8
-"""Constant answers that are tried for the majority floor."""
-_SURE = 0.975
-"""Share of draws in which the original must be above its floor, to divide by the distance."""
 
 
 def normalise(text: str) -> str:
-    """Lower case, single spaces, no full stop at the end."""
+    """Lower the case, collapse spaces, and strip full stops at the end."""
     return re.sub(r"\s+", " ", text.strip().lower()).rstrip(". ")
 
 
@@ -44,11 +40,10 @@ def letter(reply: str, question: Question) -> float:
 
 def yes_no(reply: str, question: Question) -> float:
     """1 if the first word is the right one of yes and no."""
-    return float(first_word(reply) == normalise(question.answers[0]))
+    return float(_first_word(reply) == normalise(question.answers[0]))
 
 
-def first_word(reply: str) -> str:
-    """The first word of a reply, normalised."""
+def _first_word(reply: str) -> str:
     match = re.match(r"[a-z]+", normalise(reply))
     return match[0] if match else ""
 
@@ -60,6 +55,10 @@ def set_f1(reply: str, question: Question) -> float:
     return 2 * hits / (len(found) + len(wanted)) if hits else 0.0
 
 
+def _items(text: str) -> set[str]:
+    return {normalise(item) for item in re.split(r",|\band\b", text) if item.strip()}
+
+
 def anls(reply: str, question: Question) -> float:
     """Normalised Levenshtein similarity to the best answer, 0 below one half.
 
@@ -68,6 +67,18 @@ def anls(reply: str, question: Question) -> float:
     """
     best = max(similarity(normalise(reply), normalise(answer)) for answer in question.answers)
     return best if best >= 0.5 else 0.0
+
+
+def similarity(a: str, b: str) -> float:
+    """One minus the edit distance over the longer length."""
+    if not a and not b:
+        return 1.0
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        previous, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
+    return 1 - row[-1] / max(len(a), len(b))
 
 
 def f1(reply: str, question: Question) -> float:
@@ -112,24 +123,16 @@ LIKELIHOODS = ("perplexity", "loss")
 """Metrics of the given answer, without a reply; lower is better."""
 
 
-_LARGEST_LOSS = 700.0
-"""Above it a perplexity is no number of double precision."""
-
-
 def perplexity(loss: float) -> float:
-    """The exponential of a mean loss, at most that of 700 nats, which is still a number."""
-    return math.exp(min(loss, _LARGEST_LOSS))
+    """Compute the exponential of a mean loss; above 700 nats it would overflow."""
+    return math.exp(min(loss, 700.0))
 
 
 def metric_named(name: str) -> Metric:
     """Find a metric of replies: one of `METRICS`, or a function of the user's own.
 
-    Args:
-        name: Its name; or ``package.module:function``, which is imported, called with the reply and
-            the `slimvlm.Question`, and returns a score in [0, 1].
-
-    Raises:
-        ConfigError: If it is not known, its package is not installed, or it is not such a function.
+    ``package.module:function`` is imported, called with the reply and the `slimvlm.Question`, and
+    returns a score in [0, 1].
     """
     if ":" in name:
         return _own_metric(name)
@@ -146,7 +149,7 @@ def metric_named(name: str) -> Metric:
 def _own_metric(name: str) -> Metric:
     """Import a plain function of two arguments, from a module that is not Python's own.
 
-    A task file names it: so it cannot be a function that acts on a text, such as a program's.
+    A task file names it, and must not be able to run a program on a text.
     """
     module, _, attribute = name.partition(":")
     where = f"metric {shortened(name)}"
@@ -165,8 +168,9 @@ def _own_metric(name: str) -> Metric:
         try:
             score = found(reply, question)
         except Exception as error:
-            told = f"failed on question {question.id!r} ({one_line(error)})"
-            raise ConfigError(f"metric {name!r}: {told}") from error
+            raise ConfigError(
+                f"metric {name!r}: failed on question {question.id!r} ({one_line(error)})"
+            ) from error
         if not isinstance(score, bool | int | float) or not 0 <= score <= 1:
             raise ConfigError(
                 f"metric {name!r}: gave {shortened(repr(score))} for question {question.id!r}, "
@@ -178,16 +182,16 @@ def _own_metric(name: str) -> Metric:
 
 
 def yes_no_details(replies: Sequence[str], questions: Sequence[Question]) -> dict[str, float]:
-    """F1 of "yes" and the share of yes replies, in percent, as POPE reports them."""
-    said = [first_word(reply) == "yes" for reply in replies]
+    """Compute F1 of "yes" and the share of yes replies, in percent, as POPE reports them."""
+    found = [_first_word(reply) == "yes" for reply in replies]
     true = [normalise(question.answers[0]) == "yes" for question in questions]
-    hits = sum(s and t for s, t in zip(said, true, strict=True))
-    f1 = 2 * hits / (sum(said) + sum(true)) if hits else 0.0
-    return {"f1": 100 * f1, "yes_rate": 100 * sum(said) / max(len(said), 1)}
+    hits = sum(s and t for s, t in zip(found, true, strict=True))
+    f1 = 2 * hits / (sum(found) + sum(true)) if hits else 0.0
+    return {"f1": 100 * f1, "yes_rate": 100 * sum(found) / max(len(found), 1)}
 
 
 def average(scores: Mapping[str, float]) -> float:
-    """AVG: the unweighted mean over tasks, MME scores rescaled to percent.
+    """Compute AVG: the unweighted mean over tasks, MME scores rescaled to percent.
 
     Reference:
         Huang et al. 2025, arXiv:2507.20749, Sec. 4.
@@ -196,21 +200,17 @@ def average(scores: Mapping[str, float]) -> float:
 
 
 def majority_score(metric: str, questions: Sequence[Question]) -> float:
-    """Score of the best constant answer to these very questions, in percent.
+    """Compute the score of the best constant answer to these questions, in percent.
 
-    Tried are the most frequent accepted answers, and for `set_f1` the lists of the most frequent
-    items. For metrics that are right or wrong this is the best constant there is.
-
-    Args:
-        metric: As for `metric_named`.
-        questions: The questions that were asked.
+    Candidates are the eight most frequent accepted answers, and for `set_f1` the lists of the most
+    frequent items. For metrics that are right or wrong this is the best constant there is.
     """
     accepted = Counter(a for q in questions for a in {normalise(answer) for answer in q.answers})
-    frequent = accepted.most_common(_CONSTANTS)
+    frequent = accepted.most_common(8)
     candidates = [answer for i, (answer, count) in enumerate(frequent) if count > 1 or i == 0]
     if metric == "set_f1":
         items = Counter(item for q in questions for item in _items(q.answers[0]))
-        common = [item for item, _ in items.most_common(_CONSTANTS)]
+        common = [item for item, _ in items.most_common(8)]
         candidates += [", ".join(common[:count]) for count in range(1, len(common) + 1)]
     score = metric_named(metric)
     means = [float(np.mean([score(answer, q) for q in questions])) for answer in candidates]
@@ -218,19 +218,33 @@ def majority_score(metric: str, questions: Sequence[Question]) -> float:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """Mean difference of scores in percentage points, with its 95 % interval."""
+
+    points: float
+    low: float
+    high: float
+
+    @property
+    def significant(self) -> bool:
+        """Whether the interval excludes 0."""
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True)
 class Retention:
-    """Share that a model keeps of another one's average.
+    """Share that a model keeps of another one's average, in percent, with 95 % intervals.
 
     Attributes:
-        percent: AVG-%: the ratio of the two averages in percent (a ratio of means).
-        low: Lower end of the 95 % confidence interval.
+        percent: AVG-%: the ratio of the two averages (a ratio of means).
+        low: Lower end of its interval.
         high: Upper end.
         above_chance: The same ratio after the tasks' chance levels are taken off both averages;
             NaN if the original is not above chance itself.
         above_floor: The same ratio after the tasks' floors are taken off both averages; NaN if the
             original is not above its floor.
-        above_floor_low: Lower end of its 95 % confidence interval; NaN if the original is not
-            surely above the floor (in 97.5 % of the draws), so that the ratio has no bounds.
+        above_floor_low: Lower end of its interval; NaN if the original is above the floor in fewer
+            than 97.5 % of the draws, so that the ratio has no bounds.
         above_floor_high: Upper end, likewise.
     """
 
@@ -251,14 +265,14 @@ def retention(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Retention:
-    """AVG-% with a paired bootstrap over questions.
+    """Compute AVG-% with a paired bootstrap over questions.
 
     Args:
         scores: For each task, one score in [0, 1] for each question.
         baseline: The same questions answered by the original model.
         chance: Score of guessing for each task, in percent.
-        floors: What each task gives a model that does not do it: in percent, or one score for each
-            question, which is then drawn with the models' answers. Chance, if left out.
+        floors: Score of each task without doing it: in percent, or one score for each question,
+            which is then drawn with the models' answers. Default: chance.
         resamples: Bootstrap draws. Questions are drawn within tasks, the same for both models.
         seed: Of the draws.
     """
@@ -272,19 +286,23 @@ def retention(
     (ours, mean), (theirs, base), (floor, floor_mean) = _averages(
         [scores, baseline, floor_scores], resamples, seed
     )
-    luck = float(np.mean([chance[name] for name in scores]))
+    guessed = float(np.mean([chance[name] for name in scores]))
+
+    def percent_above(level: float) -> float:
+        return 100 * (mean - level) / (base - level) if base > level else float("nan")
+
     low, high = np.percentile(100 * ours / np.maximum(theirs, 1e-9), [2.5, 97.5])
     floor_low = floor_high = float("nan")
     reached = theirs > floor
-    if reached.mean() >= _SURE:
+    if reached.mean() >= 0.975:
         ratios = 100 * (ours - floor)[reached] / (theirs - floor)[reached]
         floor_low, floor_high = np.percentile(ratios, [2.5, 97.5])
     return Retention(
         percent=100 * mean / max(base, 1e-9),
         low=float(low),
         high=float(high),
-        above_chance=_percent_above(luck, mean, base),
-        above_floor=_percent_above(floor_mean, mean, base),
+        above_chance=percent_above(guessed),
+        above_floor=percent_above(floor_mean),
         above_floor_low=float(floor_low),
         above_floor_high=float(floor_high),
     )
@@ -296,13 +314,9 @@ def average_difference(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Difference:
-    """AVG of ``b`` minus AVG of ``a``, with a paired bootstrap over the questions of each task.
+    """Compute AVG of ``b`` minus AVG of ``a``, with a paired bootstrap over each task's questions.
 
-    Args:
-        a: For each task, one score for each question.
-        b: Scores of the other model on the same tasks and questions.
-        resamples: Bootstrap draws. Questions are drawn within tasks, the same for both models.
-        seed: Of the draws.
+    ``a`` and ``b`` have for each task one score for each question, the same for both.
     """
     (first, first_mean), (second, second_mean) = _averages([a, b], resamples, seed)
     low, high = np.percentile(second - first, [2.5, 97.5])
@@ -312,7 +326,7 @@ def average_difference(
 def _averages(
     models: Sequence[Mapping[str, Sequence[float]]], resamples: int, seed: int
 ) -> list[tuple[NDArray[np.float64], float]]:
-    """AVG of each model in every draw, and on all questions; the draws are the same for all."""
+    """Compute AVG of each model in every draw, and on all questions; all share the draws."""
     generator = np.random.default_rng(seed)
     drawn = np.zeros((len(models), resamples))
     for name in models[0]:
@@ -324,62 +338,13 @@ def _averages(
     return list(zip(drawn, means, strict=True))
 
 
-def _percent_above(floor: float, mean: float, base: float) -> float:
-    return 100 * (mean - floor) / (base - floor) if base > floor else float("nan")
-
-
-def _items(text: str) -> set[str]:
-    return {normalise(item) for item in re.split(r",|\band\b", text) if item.strip()}
-
-
-def similarity(a: str, b: str) -> float:
-    """One minus the edit distance over the longer length."""
-    if not a and not b:
-        return 1.0
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        previous, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
-    return 1 - row[-1] / max(len(a), len(b))
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How much better one model answers the same questions than another.
-
-    Attributes:
-        points: Mean difference of the scores, in percentage points.
-        low: Lower end of the 95 % confidence interval.
-        high: Upper end.
-    """
-
-    points: float
-    low: float
-    high: float
-
-    @property
-    def significant(self) -> bool:
-        """Whether the interval excludes 0."""
-        return self.low > 0 or self.high < 0
-
-
 def paired_difference(
     a: Sequence[float], b: Sequence[float], resamples: int = 1000, seed: int = 0
 ) -> Difference:
-    """Mean of ``b - a`` with a paired bootstrap over questions (percentile interval).
+    """Compute the mean of ``b - a`` with a paired bootstrap over questions (percentile interval).
 
     Where only a few answers differ, the interval is narrower than it should be: an exact sign test
     needs at least six answers that all changed the same way before it reaches 5 %.
-
-    Args:
-        a: One score in [0, 1] for each question.
-        b: Scores of the other model on the same questions in the same order.
-        resamples: Bootstrap draws; each draws questions, so both models answer the same ones.
-        seed: Of the draws.
-
-    Raises:
-        ValueError: If there are no scores, or not as many of each.
 
     Reference:
         Koehn 2004, Statistical Significance Tests for Machine Translation Evaluation, EMNLP.
@@ -390,6 +355,6 @@ def paired_difference(
 
 
 def signed(value: float) -> str:
-    """A signed number with one digit, where what rounds to zero has no sign."""
+    """Format a signed number with one digit; zero has no sign."""
     rounded = round(value, 1)
     return f"{rounded:+.1f}" if rounded else "0.0"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from slimvlm.core.documents import built, read_object
 from slimvlm.core.errors import ConfigError, DataError, NumericalError, SlimError
 from slimvlm.core.files import write_text
+from slimvlm.data.chat import tokenizer_of
 from slimvlm.data.roles import IGNORE
 from slimvlm.evaluation.metrics import perplexity
 from slimvlm.evaluation.predictions import (
@@ -33,13 +34,12 @@ from slimvlm.evaluation.predictions import (
     predictions_of,
     row_losses,
     states_of,
-    vocabulary_of,
 )
 from slimvlm.models.hidden import evaluating, head_of, head_on, require_finite_values
 from slimvlm.models.losses import Head, by_chunks, predictions
 
 _SHARE = 4
-"""Of the positions whose logits may exist at one time: here they exist seven times."""
+"""Divides the number of positions whose logits exist at one time: here they exist seven times."""
 RESAMPLES = 1000
 """Bootstrap draws behind an interval."""
 
@@ -84,28 +84,24 @@ def evaluate_data(
         baseline = predictions_of(baseline, baseline_processor or processor, samples, batch_size)
     with evaluating(model):
         states = states_of(model, processor, samples, batch_size)
-        title, names = name or str(model.config._name_or_path), names_of(samples)
-        result = paired_result(
-            title, states, head_of(model), names, vocabulary_of(processor), baseline
-        )
+        name = name or str(model.config._name_or_path)
+        result = paired_result(name, states, head_of(model), samples, processor, baseline)
     return replace(result, seed=seed)
 
 
-def names_of(samples: Sequence[Given]) -> list[str]:
-    """The names of samples; of plain texts their numbers."""
+def _names_of(samples: Sequence[Given]) -> list[str]:
     return [str(i) if isinstance(each, str) else each.id for i, each in enumerate(samples)]
 
 
 @torch.no_grad()
-def single_result(found: Predictions, names: Sequence[str], device: torch.device) -> DataResult:
+def single_result(found: Predictions, samples: Sequence[Given], device: torch.device) -> DataResult:
     """Compute the result of a model from its predictions; its head runs on the device."""
     head = head_on(device, found.head)
-    samples: list[OnSample] = []
-    for name, *stored in zip(names, found.states, found.wanted, strict=True):
+    results: list[OnSample] = []
+    for name, *stored in zip(_names_of(samples), found.states, found.wanted, strict=True):
         rows, wanted = (part.to(device) for part in stored)
-        losses = _losses(head, rows, wanted)
-        samples += _samples([name], [len(wanted)], losses, [False])
-    return DataResult(found.model, tuple(samples))
+        results += _samples([name], [len(wanted)], _losses(head, rows, wanted), [False])
+    return DataResult(found.model, tuple(results))
 
 
 @torch.no_grad()
@@ -113,24 +109,13 @@ def paired_result(
     model: str,
     batches: Iterable[States],
     head: Head,
-    names: Sequence[str],
-    vocabulary: Mapping[str, int],
+    samples: Sequence[Given],
+    processor: Any,
     baseline: Predictions | None,
 ) -> DataResult:
-    """Compute the result of a model from its final hidden states.
-
-    Args:
-        model: Its name.
-        batches: Final hidden states.
-        head: Its head.
-        names: Of the samples.
-        vocabulary: The number of each token of its tokenizer.
-        baseline: The predictions of the model that it is compared with.
-
-    Raises:
-        SlimError: As `evaluate_data`.
-    """
-    pair = None if baseline is None else _Pair(head, vocabulary, baseline, len(names))
+    """Compute the result of a model from its final hidden states and a baseline's predictions."""
+    pair = None if baseline is None else _Pair(head, processor, baseline, len(samples))
+    names = _names_of(samples)
     found: dict[int, OnSample] = {}
     for places, hidden, labels in batches:
         rows, wanted, counted = predictions(hidden, labels)
@@ -142,24 +127,23 @@ def paired_result(
         else:
             numbers, which = pair.numbers(places, counts, rows, wanted)
         found |= zip(places, _samples(titles, counts, numbers, which), strict=True)
-    samples = tuple(found[place] for place in sorted(found))
+    results = tuple(found[place] for place in sorted(found))
     if pair is None:
-        return DataResult(model, samples)
-    return DataResult(model, samples, pair.baseline.model, tuple(pair.notes(samples)))
+        return DataResult(model, results)
+    return DataResult(model, results, pair.baseline.model, tuple(pair.notes(results)))
 
 
 class _Pair:
     """Compare the tokens of a model with a baseline's predictions."""
 
-    def __init__(
-        self, head: Head, vocabulary: Mapping[str, int], baseline: Predictions, count: int
-    ) -> None:
+    def __init__(self, head: Head, processor: Any, baseline: Predictions, count: int) -> None:
         if len(baseline.states) != count:
-            spoke = f"it spoke about {len(baseline.states)} samples"
-            raise ConfigError(f"baseline: {spoke}, not these {count}")
+            raise ConfigError(
+                f"baseline: its predictions are of {len(baseline.states)} samples, not of {count}"
+            )
         self.head, self.baseline, self.their_head = head, baseline, baseline.head
         self.shared: Tensor | None = None  # [W, 2]: numbers of the tokens that both have
-        known = baseline.vocabulary
+        known, vocabulary = baseline.vocabulary, tokenizer_of(processor).get_vocab()
         if known != vocabulary:
             both = [(number, known[word]) for word, number in vocabulary.items() if word in known]
             self.theirs_of = dict(both)
@@ -168,10 +152,7 @@ class _Pair:
     def numbers(
         self, places: Sequence[int], counts: list[int], rows: Tensor, wanted: Tensor
     ) -> tuple[Float[Tensor, "N 4"], list[bool]]:
-        """Compute the numbers of a batch's tokens, and which samples are compared.
-
-        Those are compared whose answers are the same tokens for both models.
-        """
+        """Compute the numbers of a batch's tokens; compare samples whose answers tokenise alike."""
         device, which = rows.device, []
         for place, tokens in zip(places, wanted.cpu().split(counts), strict=True):
             ours = tokens.tolist()
@@ -218,7 +199,7 @@ def _samples(
     which: Sequence[bool],
 ) -> Iterator[OnSample]:
     """Average the numbers of each sample's tokens; ``which`` samples are compared."""
-    require_finite_values(numbers, f"what is said about sample {names[0]!r}")
+    require_finite_values(numbers, f"the losses of sample {names[0]!r}")
     sums = [part.double().sum(0).tolist() for part in numbers.cpu().split(counts)]
     for name, count, total, is_compared in zip(names, counts, sums, which, strict=True):
         if is_compared:
@@ -238,10 +219,7 @@ def _compared(
     their_rows: Float[Tensor, "N E"],
     their_wanted: Int[Tensor, " N"],
 ) -> Float[Tensor, "N 4"]:
-    """Compute for each token the loss of both models, agreement, and KL(baseline ‖ model).
-
-    ``shared`` has the numbers of the tokens that both vocabularies have, where these differ.
-    """
+    """Compute for each token the loss of both models, agreement, and KL(baseline ‖ model)."""
     ours, theirs = head(rows).float(), their_head(their_rows).float()
     losses = [
         F.cross_entropy(logits, tokens, reduction="none")
@@ -256,63 +234,39 @@ def _compared(
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its 95 % interval, from a bootstrap over samples.
-
-    Attributes:
-        value: The figure.
-        low: Lower end; None of fewer than two samples.
-        high: Upper end, likewise.
-    """
+    """A figure and its 95 % interval, from a bootstrap over samples."""
 
     value: float
-    low: float | None = None
+    low: float | None = None  # None of fewer than two samples
     high: float | None = None
 
 
 @dataclass(frozen=True)
 class OnSample:
-    """Losses on one sample; the comparison is None where tokens differ.
-
-    Attributes:
-        id: The sample's name.
-        tokens: Tokens that count: those of answers, or of plain text all but the first.
-        loss: Their mean cross-entropy, in nats.
-        baseline_loss: The baseline's, of the same tokens.
-        same: Tokens before which both models find the same token likeliest.
-        divergence: Mean KL(baseline ‖ model) of their predictions, in nats.
-    """
+    """Losses on one sample; the comparison is None where tokens differ."""
 
     id: str
-    tokens: Annotated[int, Field(ge=1)]
-    loss: float
+    tokens: Annotated[int, Field(ge=1)]  # of answers, or of plain text all but the first
+    loss: float  # mean cross-entropy of a token, in nats
     baseline_loss: float | None = None
-    same: int | None = None
-    divergence: float | None = None
+    same: int | None = None  # positions at which both models have the same likeliest token
+    divergence: float | None = None  # mean KL(baseline ‖ model) at these positions, in nats
 
     def __post_init__(self) -> None:
         numbers = [self.loss, self.baseline_loss, self.divergence]
         if not all(math.isfinite(value) for value in numbers if value is not None):
-            raise NumericalError(f"NaN or infinity in what is said about sample {self.id!r}")
+            raise NumericalError(f"NaN or infinity in the losses of sample {self.id!r}")
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Figures over all samples; every token counts the same.
+    """Figures over all samples; every token counts the same."""
 
-    Attributes:
-        loss: Mean cross-entropy of a token, in nats.
-        perplexity: Its exponential.
-        increase: Loss above the baseline's, on the same samples; None without a baseline.
-        agreement: Share of tokens before which both models find the same token likeliest, in
-            percent; the others are flips.
-        divergence: Mean KL(baseline ‖ model), in nats.
-    """
-
-    loss: Estimate
+    loss: Estimate  # mean cross-entropy of a token, in nats
     perplexity: Estimate
-    increase: Estimate | None = None
-    agreement: Estimate | None = None
-    divergence: Estimate | None = None
+    increase: Estimate | None = None  # loss above the baseline's, on the same samples
+    agreement: Estimate | None = None  # positions with the same likeliest token, in percent
+    divergence: Estimate | None = None  # mean KL(baseline ‖ model), in nats
 
 
 @dataclass(frozen=True)
@@ -365,11 +319,7 @@ class DataResult:
 
     @classmethod
     def load(cls, path: str | Path) -> DataResult:
-        """Read what `save` wrote.
-
-        Raises:
-            ConfigError: If the file is missing or is not such a result.
-        """
+        """Read what `save` wrote."""
         values = read_object(path, "result")
         values.pop("figures", None)
         try:

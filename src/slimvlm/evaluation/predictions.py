@@ -53,16 +53,8 @@ def answer_losses(
 ) -> tuple[Float[Tensor, "B T-1 2"], Bool[Tensor, "B T-1"]]:
     """Compute the cross-entropy of each labelled token, and whether it is not the likeliest (1).
 
-    Args:
-        model: The model.
-        encoded: Its inputs with labels, of any device.
-        where: Name of the result in an error message.
-
-    Returns:
-        Both numbers, 0 where nothing is labelled; and where labels are.
-
-    Raises:
-        NumericalError: If a loss is NaN or infinity.
+    Return both numbers, 0 where nothing is labelled, and the mask of labels. ``where`` names the
+    result in an error message.
     """
     inputs = as_inputs(model, encoded)
     labels = inputs.pop("labels")
@@ -85,21 +77,12 @@ def row_losses(
 
 @dataclass(frozen=True)
 class Predictions:
-    """Final hidden states at answer tokens, stored to compare two models without loading both.
-
-    Attributes:
-        model: Name of the model.
-        states: Final hidden states at these positions, by sample, on the CPU.
-        wanted: The tokens that follow, likewise.
-        head: The head: a function that takes states of any device, or weights on the CPU
-            (`slimvlm.models.hidden.head_on` moves them).
-        vocabulary: The number of each token of the model's tokenizer.
-    """
+    """Final hidden states at answer tokens, stored to compare two models without loading both."""
 
     model: str
-    states: tuple[Float[Tensor, "_ D"], ...]
-    wanted: tuple[Int[Tensor, " _"], ...]
-    head: Head
+    states: tuple[Float[Tensor, "_ D"], ...]  # by sample, on the CPU
+    wanted: tuple[Int[Tensor, " _"], ...]  # the tokens that follow, likewise
+    head: Head  # a function that takes states of any device, or weights on the CPU
     vocabulary: Mapping[str, int] = field(repr=False)
 
     @classmethod
@@ -113,7 +96,7 @@ class Predictions:
             found |= dict(zip(places, pieces, strict=True))
         states, tokens = zip(*(found[place] for place in sorted(found)), strict=True)
         head = head_on(torch.device("cpu"), head)
-        return cls(model, states, tokens, head, vocabulary_of(processor))
+        return cls(model, states, tokens, head, tokenizer_of(processor).get_vocab())
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; the head must be `HeadWeights`."""
@@ -154,16 +137,7 @@ def predictions_of(
 ) -> Predictions:
     """Run a model over samples and keep its predictions: two bytes a channel and token in bfloat16.
 
-    Args:
-        model: The model, usually the original of the one that follows.
-        processor: Its processor or tokenizer.
-        samples: Conversations, or plain texts.
-        batch_size: Samples that run at once.
-        name: Its name in results.
-        head: Its head, if it must outlive the model (`head_weights_of`).
-
-    Raises:
-        SlimError: As `slimvlm.evaluate_data`.
+    ``head`` is for predictions that must outlive the model (`head_weights_of`).
     """
     if head is None:
         own, home = head_of(model), model.device
@@ -188,12 +162,7 @@ def states_of(
 def batches_of(
     processor: Any, samples: Sequence[Given], batch_size: int
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """Encode samples with labels; those with as many pictures and a similar length run together.
-
-    Raises:
-        ConfigError: If the batch size is not above 0, or conversations and texts are mixed.
-        DataError: If there are no samples, or one cannot be read.
-    """
+    """Encode samples with labels; those with as many pictures and a similar length run together."""
     if batch_size < 1:
         raise ConfigError(f"batch_size {batch_size} must be at least 1")
     if not samples:
@@ -213,9 +182,3 @@ def batches_of(
         inputs = process(processor, [texts[i] for i in places], [[] for _ in places], "right")
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORE)
         yield places, {**inputs, "labels": labels}
-
-
-def vocabulary_of(processor: Any) -> dict[str, int]:
-    """The number of each token of a processor's tokenizer."""
-    found: dict[str, int] = tokenizer_of(processor).get_vocab()
-    return found

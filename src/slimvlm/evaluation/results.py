@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
@@ -20,35 +20,19 @@ from slimvlm.evaluation import metrics
 
 @dataclass(frozen=True)
 class TaskResult:
-    """Scores of one task.
-
-    Attributes:
-        metric: Name of the metric.
-        score: Mean in percent; of `slimvlm.evaluation.metrics.LIKELIHOODS` perplexity or loss
-            itself (lower is better).
-        chance: Score of guessing, in percent.
-        in_average: Whether the task counts in AVG.
-        ids: Question ids.
-        replies: What the model said.
-        scores: One score for each question, in [0, 1] but for MME, whose full score is above 100
-            (of likelihoods: the mean loss of its answer).
-        details: Further numbers of the metric, in percent.
-        majority: Score of the best constant answer to these very questions, in percent; None for
-            likelihoods, and where the scoring is not ours.
-        blind_scores: The scores that the same model gets for the same questions when it is shown
-            the pictures of other ones; empty where that was not measured or nothing is shown.
-    """
+    """Scores of one task."""
 
     metric: str
-    score: float
-    chance: float
-    in_average: bool
+    score: float  # mean in percent; of likelihoods perplexity or loss itself (lower is better)
+    chance: float  # score of guessing, in percent
+    in_average: bool  # whether the task counts in AVG
     ids: Annotated[tuple[str, ...], Field(min_length=1)]
     replies: tuple[str, ...]
+    # one for each question, in [0, 1]; MME's full score is above 100, a likelihood has mean losses
     scores: tuple[float, ...]
-    details: Mapping[str, float] = field(default_factory=dict)
-    majority: float | None = None
-    blind_scores: tuple[float, ...] = ()
+    details: Mapping[str, float] = field(default_factory=dict)  # in percent
+    majority: float | None = None  # the best constant answer, in percent; None if not ours to score
+    blind_scores: tuple[float, ...] = ()  # with the pictures of other questions; empty if unknown
 
     def __post_init__(self) -> None:
         numbers = (self.score, *self.scores, *self.blind_scores, *self.details.values())
@@ -60,20 +44,15 @@ class TaskResult:
 
     @property
     def blind(self) -> float | None:
-        """The blind floor: mean of `blind_scores` in percent; None where it was not measured."""
+        """The blind floor: mean of `blind_scores` in percent; None if not measured."""
         return 100 * fmean(self.blind_scores) if self.blind_scores else None
 
 
 @dataclass(frozen=True)
 class Times:
-    """What one question takes at batch size 1, in milliseconds.
+    """Median times of one question at batch size 1, with the fastest and slowest of all runs.
 
-    Attributes:
-        prefill_ms: Median time to read it.
-        decode_ms: Median time to write one token.
-        prefill_range_ms: Fastest and slowest of the runs behind ``prefill_ms``: of six runs, a 97 %
-            interval of the median.
-        decode_range_ms: The same behind ``decode_ms``.
+    Of six runs, fastest and slowest are a 97 % interval of the median.
     """
 
     prefill_ms: float
@@ -95,15 +74,15 @@ class Result:
         total_params: Parameters of the whole model.
         backbone_params: Parameters of its language backbone.
         tasks: Results by task name.
-        prefill_ms: See `Times`; in a run's folder measured beside the original, in turn.
-        decode_ms: Likewise.
+        prefill_ms: Median time to the first new token of one question, in milliseconds.
+        decode_ms: Median time of one further token.
         blind: Whether every question was asked with the pictures of another one.
         limit: Only the first so many questions of each task were asked; None for all.
-        batch_size: Questions that were answered at once; None if it is not known.
-        dtype: Data type of the weights; empty if it is not known.
-        weight_bytes: Bytes of all weights as they are in memory; None if it is not known.
-        prefill_range_ms: See `Times`; None if it is not known.
-        decode_range_ms: Likewise.
+        batch_size: Questions that were answered at once; None if unknown.
+        dtype: Data type of the weights; empty if unknown.
+        weight_bytes: Bytes of all weights as they are in memory; None if unknown.
+        prefill_range_ms: Fastest and slowest of the runs behind ``prefill_ms``; None if unknown.
+        decode_range_ms: The same behind ``decode_ms``.
     """
 
     model: str
@@ -127,10 +106,10 @@ class Result:
         return metrics.average(counted) if counted else float("nan")
 
     def retention(self, baseline: Result, floors: Result | None = None) -> metrics.Retention:
-        """AVG-% of this model relative to another one, over the tasks that both answered.
+        """Compute AVG-% relative to another model, over the tasks that both answered.
 
         The floor of a task, which `Retention.above_floor` takes off both models, is the highest of
-        luck, the best constant answer, and the blind floor of the baseline where it was measured.
+        chance, the best constant answer, and the blind floor of the baseline where it was measured.
 
         Args:
             baseline: Result of the original model.
@@ -142,34 +121,30 @@ class Result:
         """
         if floors is not None:
             baseline = baseline.with_blind_floors(floors)
-        require_same_sight(self, baseline)
         shared = self._shared_tasks(baseline)
+        floor_of: dict[str, float | Sequence[float]] = {}
+        for name, (task, theirs) in shared.items():
+            majorities = [m for m in (task.majority, theirs.majority) if m is not None]
+            floor_of[name] = level = max([task.chance, *majorities])
+            if theirs.blind is not None and metrics.average({name: theirs.blind}) > level:
+                floor_of[name] = theirs.blind_scores  # one for each question
         return metrics.retention(
-            {name: self.tasks[name].scores for name in shared},
-            {name: baseline.tasks[name].scores for name in shared},
-            {name: self.tasks[name].chance for name in shared},
-            {name: _floor(name, self.tasks[name], baseline.tasks[name]) for name in shared},
+            {name: task.scores for name, (task, _) in shared.items()},
+            {name: theirs.scores for name, (_, theirs) in shared.items()},
+            {name: task.chance for name, (task, _) in shared.items()},
+            floor_of,
         )
 
     def difference(self, baseline: Result) -> metrics.Difference:
-        """AVG of this model minus that of another one, over the tasks that both answered.
-
-        Raises:
-            ConfigError: If they share no task, their questions differ, or only one was blind.
-        """
-        require_same_sight(self, baseline)
+        """Compute AVG minus that of another model, over the tasks that both answered."""
         shared = self._shared_tasks(baseline)
         return metrics.average_difference(
-            {name: baseline.tasks[name].scores for name in shared},
-            {name: self.tasks[name].scores for name in shared},
+            {name: theirs.scores for name, (_, theirs) in shared.items()},
+            {name: task.scores for name, (task, _) in shared.items()},
         )
 
     def with_blind_floors(self, blind: Result) -> Result:
-        """Add the floors of the same model's result from ``evaluate(..., blind=True)``.
-
-        Raises:
-            ConfigError: If that result was not blind or this one was, or the questions differ.
-        """
+        """Add the floors of the same model's result from ``evaluate(..., blind=True)``."""
         if self.blind or not blind.blind:
             raise ConfigError("floors: must be a blind result of a model that was not blind")
         found = {}
@@ -181,24 +156,32 @@ class Result:
         return replace(self, tasks=found)
 
     def timed_as(self, other: Result) -> Result:
-        """Take over the times of a result whose model has the same shape.
+        """Take over the times of a result, if its model has the same size and type of weights.
 
-        Equal shapes take equally long, and a second measurement only adds noise between them. A
-        result of another size or type of weights leaves this one as it is.
+        Equal shapes take equally long, and a second measurement only adds noise.
         """
         facts = ("total_params", "backbone_params", "weight_bytes", "dtype")
         if any(getattr(self, name) != getattr(other, name) for name in facts):
             return self
         return replace(self, **{name: getattr(other, name) for name in TIMES})
 
-    def _shared_tasks(self, baseline: Result) -> list[str]:
-        shared = [
-            name for name, task in self.tasks.items() if task.in_average and name in baseline.tasks
-        ]
+    def _shared_tasks(self, baseline: Result) -> dict[str, tuple[TaskResult, TaskResult]]:
+        """Pair the tasks that both answered; refuse other questions and other pictures."""
+        if self.blind != baseline.blind:
+            blind, other = ("this", "that") if self.blind else ("that", "this")
+            raise ConfigError(
+                f"baseline: {blind} result was asked blind, with the pictures of other questions, "
+                f"and {other} one was not; their scores do not measure the same"
+            )
+        shared = {
+            name: (task, baseline.tasks[name])
+            for name, task in self.tasks.items()
+            if task.in_average and name in baseline.tasks
+        }
         if not shared:
             raise ConfigError("baseline: it shares no task with this result")
-        for name in shared:
-            if self.tasks[name].ids != baseline.tasks[name].ids:
+        for name, (task, theirs) in shared.items():
+            if task.ids != theirs.ids:
                 raise ConfigError(f"baseline: task {name!r} asked other questions (see --limit)")
         return shared
 
@@ -229,20 +212,10 @@ class Result:
         return result
 
 
-def require_same_sight(result: Result, baseline: Result) -> None:
-    """Refuse to compare a blind result with one that is not."""
-    if result.blind != baseline.blind:
-        blind, other = ("this", "that") if result.blind else ("that", "this")
-        raise ConfigError(
-            f"baseline: {blind} result was asked blind, with the pictures of other questions, and "
-            f"{other} one was not; their scores do not measure the same"
-        )
-
-
 def read_baseline(path: str | Path, blind: bool = False, floors: bool = False) -> Result:
-    """Read a result file to compare a new result with; refuse what would fail after the questions.
+    """Read a result file as baseline; ``blind``: of a blind result; ``floors``: it must have them.
 
-    ``blind`` says whether the new result is; ``floors`` whether the baseline must have blind ones.
+    Refuse before the questions are asked what would fail after them.
     """
     baseline = Result.load(path)
     if baseline.blind != blind:
@@ -253,12 +226,3 @@ def read_baseline(path: str | Path, blind: bool = False, floors: bool = False) -
             f"baseline {str(path)!r}: it has no blind floors; evaluate that model with --floors"
         )
     return baseline
-
-
-def _floor(name: str, task: TaskResult, baseline: TaskResult) -> float | tuple[float, ...]:
-    """Find the highest floor of a task: in percent, or a score for each question if it is blind."""
-    known = [task.chance, *(m for m in (task.majority, baseline.majority) if m is not None)]
-    blind = baseline.blind
-    if blind is not None and metrics.average({name: blind}) > max(known):
-        return baseline.blind_scores
-    return max(known)

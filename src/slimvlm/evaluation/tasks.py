@@ -24,11 +24,8 @@ from slimvlm.evaluation.metrics import LIKELIHOODS, metric_named
 class TaskRow:
     """A task of the user's own, as written in a YAML file.
 
-    A question's id is the row's column ``id``, or where it has none the number of the row from 0.
+    A question's id is the row's column ``id``, or without one the number of the row from 0.
     Ids must differ, as results and logs keep answers under them.
-
-    Raises:
-        ConfigError: If a field has a value that is not allowed.
     """
 
     name: Annotated[str, Field(min_length=1, max_length=100)]
@@ -76,33 +73,29 @@ class TaskRow:
             )
 
     def asked(self, values: Mapping[str, Any]) -> str:
-        """The prompt for a row: every ``{column}`` is the text of that column, and nothing more.
+        """Fill in the prompt for a row: every ``{column}`` becomes the text of that column.
 
-        What stands between braces is a name, never an expression: no attribute of a value, no
-        index, no format.
-
-        Raises:
-            KeyError: If there is no such column.
+        Braces hold a name, never an expression: no attribute of a value, no index, no format.
         """
-        return re.sub(_COLUMN, lambda found: _text_of(found, values), self.prompt)
+
+        def text(found: re.Match[str]) -> str:
+            return found[0][0] if found[1] is None else str(values[found[1]])
+
+        return re.sub(_COLUMN, text, self.prompt)
 
 
 _COLUMN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 
 
-def _text_of(found: re.Match[str], values: Mapping[str, Any]) -> str:
-    return found[0][0] if found[1] is None else str(values[found[1]])
-
-
 def builtin_tasks() -> dict[str, Task]:
-    """All tasks that work without a network, by name."""
+    """Return all tasks that work without a network, by name."""
     from slimvlm.demo.tasks import TASKS
 
     return dict(TASKS)
 
 
 def find_tasks(names: str) -> list[Task]:
-    """Tasks from a comma-separated list of names and YAML files; ``demo`` is all built-in ones.
+    """Find tasks from a comma-separated list of names and YAML files; ``demo``: all built-in ones.
 
     Raises:
         ConfigError: If a name is not known, or a file is not a task.
@@ -123,11 +116,7 @@ def find_tasks(names: str) -> list[Task]:
 
 
 def read_task(path: str | Path) -> Task:
-    """A task from a YAML file; see `TaskRow` for the fields.
-
-    Raises:
-        ConfigError: If the file cannot be read or a field is unknown, missing or wrong.
-    """
+    """Read a task from a YAML file; see `TaskRow` for the fields."""
     row = built(TaskRow, read_yaml(path, "task"), f"task {str(path)!r}")
     return Task(
         name=row.name,

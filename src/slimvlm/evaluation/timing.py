@@ -30,20 +30,15 @@ from slimvlm.evaluation.results import Times
 from slimvlm.models.hidden import as_inputs, evaluating
 
 REPEATS, NEW_TOKENS = 6, 8
-"""Runs of each model, and tokens that one writes after its first."""
+"""Runs of each model, and new tokens after the first."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One greedy generation of a fixed length.
+    """Times of one greedy generation of a fixed length, in milliseconds."""
 
-    Attributes:
-        prefill_ms: From the call to the first new token, in milliseconds.
-        step_ms: Time of each further token.
-    """
-
-    prefill_ms: float
-    step_ms: tuple[float, ...]
+    prefill_ms: float  # from the call to the first new token
+    step_ms: tuple[float, ...]  # each further token
 
     @property
     def decode_ms(self) -> float:
@@ -52,7 +47,7 @@ class Timing:
 
     @property
     def total_ms(self) -> float:
-        """Time of the whole answer, reading included."""
+        """Time of the whole answer, prefill included."""
         return self.prefill_ms + sum(self.step_ms)
 
 
@@ -95,18 +90,9 @@ def timed_runs(
     new_tokens: int,
     repeats: int,
 ) -> list[list[Timing]]:
-    """Run several models in turn, forwards and backwards by turns, after one run to warm up.
+    """Time several models in turn, each with its batch, after one run to warm up.
 
-    What slows the machine down for a while then slows all of them, and their ratios stay.
-
-    Args:
-        models: The models, in evaluation mode.
-        inputs: A batch for each, on its device.
-        new_tokens: Length of the answers.
-        repeats: Measured runs of each model.
-
-    Returns:
-        The runs of each model, in the order of their rounds.
+    A machine that is slow for a while then slows all of them, and their ratios stay.
     """
     pairs = list(zip(models, inputs, strict=True))
     for model, batch in pairs:
@@ -115,7 +101,7 @@ def timed_runs(
 
 
 def in_turn(runs: Sequence[Callable[[], Timing]], repeats: int) -> list[list[Timing]]:
-    """Repeat some runs, forwards and backwards by turns; the times of each, by round."""
+    """Repeat runs, forwards in one round and backwards in the next; return the times of each."""
     found: list[list[Timing]] = [[] for _ in runs]
     for repeat in range(repeats):
         order = range(len(runs)) if repeat % 2 == 0 else reversed(range(len(runs)))
@@ -126,12 +112,9 @@ def in_turn(runs: Sequence[Callable[[], Timing]], repeats: int) -> list[list[Tim
 
 @dataclass(frozen=True)
 class Share:
-    """A time as a share of another one's.
+    """A time as a share of another one's: median, smallest and largest of all rounds.
 
-    Attributes:
-        value: Median over the rounds, in each of which both models ran.
-        low: Smallest share of a round: of six, the lower end of a 97 % interval of the median.
-        high: Largest one.
+    Of six rounds, smallest and largest are a 97 % interval of the median.
     """
 
     value: float
@@ -145,28 +128,21 @@ class Share:
         return cls(median(shares), min(shares), max(shares))
 
     def __str__(self) -> str:
-        """For people: the share and its interval."""
+        """Format the share and its interval."""
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
 @dataclass(frozen=True)
 class PairedTimes:
-    """Times of an original and a smaller model that ran in turn.
-
-    Attributes:
-        original: Times of the original.
-        pruned: Times of the smaller model.
-        prefill: The smaller one's time to read as a share of the original's.
-        decode: The same of writing.
-    """
+    """Times of an original and a smaller model that ran in turn."""
 
     original: Times
     pruned: Times
-    prefill: Share
+    prefill: Share  # of the original's
     decode: Share
 
     def __str__(self) -> str:
-        """For people, after "the smaller model"; in brackets all rounds."""
+        """Complete a sentence that begins "the smaller model"."""
         return (
             f"reads a question in {self.prefill} of the original's time "
             f"({self.pruned.prefill_ms:.1f} ms), writes a token in {self.decode} "
@@ -179,16 +155,12 @@ class PairedTimes:
 
     @classmethod
     def load(cls, path: str | Path) -> PairedTimes:
-        """Read what `save` wrote.
-
-        Raises:
-            ConfigError: If the file is missing or holds anything else.
-        """
+        """Read such a file."""
         return built(cls, read_object(path, "times"), f"times {str(path)!r}")
 
 
 def plain_question(processor: Any) -> Question:
-    """A question about a grey picture, or about none where the model sees none."""
+    """Ask about a grey picture, or about none if the model takes no pictures."""
     shown = (Image.new("RGB", (336, 336), "grey"),) if chat.can_see(processor) else ()
     return Question("latency", "What is shown here?", ("",), shown)
 
@@ -202,11 +174,7 @@ def times_of(model: PreTrainedModel, processor: Any, question: Question) -> Time
 def paired_times(
     model: PreTrainedModel, processor: Any, original: PreTrainedModel, original_processor: Any
 ) -> PairedTimes:
-    """Time a smaller model and its original in turn, each with its own processor.
-
-    Raises:
-        SlimError: If the processor cannot ask a question.
-    """
+    """Time a smaller model and its original in turn, each with its own processor."""
     pairs = [(original, original_processor), (model, processor)]
     theirs, ours = _runs(pairs, plain_question(original_processor))
     return PairedTimes(
@@ -237,22 +205,16 @@ def _summary(runs: Sequence[Timing]) -> Times:
 
 
 def stored_bytes(*modules: nn.Module) -> int:
-    """Bytes of all weights, and of the scales of quantised ones; shared ones count once."""
+    """Count bytes of all weights, and of the scales of quantised ones; shared ones count once."""
     storages = {storage.data_ptr(): storage.nbytes() for storage in _storages(modules)}
     return sum(storages.values())
 
 
 class PeakMemory(TorchDispatchMode):
-    """Count bytes of the tensors that operations make while it is active, and their peak.
+    """Track the peak of the bytes that operations allocate, without the weights of ``modules``.
 
     It sees every tensor on every device, but not what a kernel allocates for itself. Operations are
     slow meanwhile.
-
-    Args:
-        modules: Their weights are not counted when operations return views of them.
-
-    Attributes:
-        peak_bytes: Most bytes that were alive at once.
     """
 
     def __init__(self, *modules: nn.Module) -> None:
@@ -283,13 +245,13 @@ class PeakMemory(TorchDispatchMode):
 
 
 def _storages(modules: Iterable[nn.Module]) -> Iterator[torch.UntypedStorage]:
-    """The tensors of a checkpoint; for quantised modules these are more than parameters."""
+    """Find the memory of a checkpoint's tensors, which includes scales of quantised modules."""
     for module in modules:
         yield from _storages_of(module.state_dict().values())
 
 
 def _storages_of(values: Iterable[Any]) -> Iterator[torch.UntypedStorage]:
-    """The memory behind the tensors among some values, and behind their inner tensors."""
+    """Find the memory of the tensors among values, and of their inner tensors."""
     for value in values:
         if isinstance(value, Tensor) and is_traceable_wrapper_subclass(value):
             names, _ = value.__tensor_flatten__()

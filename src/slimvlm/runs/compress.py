@@ -31,7 +31,7 @@ from slimvlm.core.progress import Say, silent
 from slimvlm.core.requests import asked, identity_of_files, is_begun_for, note_request
 from slimvlm.data.read import identity_of_data
 from slimvlm.data.samples import Sample
-from slimvlm.evaluation.on_data import evaluate_data
+from slimvlm.evaluation.on_data import evaluate_data, single_result
 from slimvlm.evaluation.predictions import Predictions
 from slimvlm.evaluation.results import Result, read_baseline
 from slimvlm.evaluation.timing import PairedTimes, paired_times
@@ -342,7 +342,7 @@ def _asked_on_data(
     if stage == "original":
         found = held_out.predictions_of_original(model, processor, samples)
         found.save(original)
-        held_out.result_of(found, samples, model.device).save(path)
+        single_result(found, samples, model.device).save(path)
     else:
         found = Predictions.load(original)
         evaluate_data(model, processor, samples, found, name=stage).save(path)

@@ -1,4 +1,4 @@
-"""Ask models, named by their folders, a benchmark's questions: alone, or two side by side."""
+"""Evaluate models in folders on tasks or on data, and compare two of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from slimvlm.core.progress import Say
 from slimvlm.evaluation.ask import evaluate as ask
 from slimvlm.evaluation.compare import Comparison, compare
 from slimvlm.evaluation.lmms import evaluate_all
-from slimvlm.evaluation.on_data import DataResult, evaluate_data, names_of, single_result
+from slimvlm.evaluation.on_data import DataResult, evaluate_data, single_result
 from slimvlm.evaluation.predictions import predictions_of
 from slimvlm.evaluation.results import Result, read_baseline
 from slimvlm.evaluation.tasks import builtin_tasks, find_tasks
@@ -33,13 +33,10 @@ def evaluate(
     out: Path | None = None,
     force: bool = False,
 ) -> dict[str, Result]:
-    """Ask a model, and the original if there is one, as the verb ``evaluate`` does.
+    """Evaluate a model, and the original if there is one, as the verb ``evaluate`` does.
 
-    Returns:
-        Results: ``baseline`` if there is one, and ``model``.
-
-    Raises:
-        SlimError: For anything that the user can mend; found before weights are read.
+    Return results by ``baseline``, if there is one, and ``model``. A mistake of the user is found
+    before weights are read.
     """
 
     def asked(name: str, floors: bool) -> Result:
@@ -76,25 +73,10 @@ def evaluate_on_data(
     force: bool = False,
     say: Say = print,
 ) -> dict[str, DataResult]:
-    """Say what a model makes of data, and the original if there is one; no task is needed.
+    """Evaluate a model on data without a task, and compare it with the original if there is one.
 
-    One model is in memory at a time; of the original, what it says is kept.
-
-    Args:
-        model: Folder, hub id or ``demo``.
-        source: The data, and how models are read.
-        baseline: The original model.
-        limit: Only the first so many samples.
-        batch_size: Samples that run at once.
-        out: Result file of the model.
-        force: Replace an existing result file.
-        say: Receives one line for each row that was skipped.
-
-    Returns:
-        Results: ``baseline`` if there is one, and ``model``.
-
-    Raises:
-        SlimError: For anything that the user can mend; found before weights are read.
+    One model is in memory at a time; the original's predictions are kept. ``say`` receives one
+    line for each row that is skipped. Return results by ``baseline`` and ``model``.
     """
     if out is not None:
         require_free(out, force)
@@ -108,7 +90,7 @@ def evaluate_on_data(
         original, processor = load_as(source, baseline)
         head = head_weights_of(original)
         kept = predictions_of(original, processor, samples, batch_size, baseline, head)
-        results["baseline"] = single_result(kept, names_of(samples), original.device)
+        results["baseline"] = single_result(kept, samples, original.device)
         del original
     found = evaluate_data(*load_as(source, model), samples, kept, batch_size=batch_size, name=model)
     if out is not None:
@@ -118,11 +100,7 @@ def evaluate_on_data(
 
 
 def side_by_side(a: str, b: str, tasks: str, limit: int | None, loading: LoadConfig) -> Comparison:
-    """Compare two models or result files, answer by answer, as the verb ``compare`` does.
-
-    Raises:
-        SlimError: For anything that the user can mend; found before weights are read.
-    """
+    """Compare two models or result files, answer by answer, as the verb ``compare`` does."""
     chosen = find_tasks(tasks)
     results = {name: Result.load(name) for name in (a, b) if name.endswith(".json")}
     models = [name for name in dict.fromkeys((a, b)) if name not in results]

@@ -11,14 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from slimvlm.data.samples import Sample
-from slimvlm.evaluation.on_data import DataResult, names_of, paired_result, single_result
-from slimvlm.evaluation.predictions import (
-    Predictions,
-    States,
-    batches_of,
-    predictions_of,
-    vocabulary_of,
-)
+from slimvlm.evaluation.on_data import DataResult, paired_result
+from slimvlm.evaluation.predictions import Predictions, States, batches_of, predictions_of
 from slimvlm.models.hidden import evaluating, head_of, head_weights_of
 from slimvlm.models.parts import decoder_layers, final_norm, text_config_of
 from slimvlm.scoring.layerwise.runner import LayerwiseModel, Source
@@ -26,27 +20,22 @@ from slimvlm.scoring.layerwise.stores import StatesPlace
 
 ORIGINAL, PRUNED = "original", "pruned"
 FILE = "data-{}.json"
-"""Where a run keeps the result of a stage, among its results."""
+"""File of a stage's held-out result, in the results of a run."""
 _BATCH = 4
 
 
 def predictions_of_original(
     model: PreTrainedModel, processor: Any, samples: Sequence[Sample]
 ) -> Predictions:
-    """Run the original, and keep its predictions while it is cut and after it is gone."""
+    """Run the original, and keep its predictions for the time when it is cut and gone."""
     head = head_weights_of(model)
     return predictions_of(model, processor, samples, _BATCH, ORIGINAL, head)
-
-
-def result_of(found: Predictions, samples: Sequence[Sample], device: torch.device) -> DataResult:
-    """Compute the original's own result; its head runs on the device."""
-    return single_result(found, names_of(samples), device)
 
 
 def predictions_from_files(
     source: Source, folder: Path, device: torch.device, processor: Any, samples: Sequence[Sample]
 ) -> Predictions:
-    """Do the same with one layer in memory at a time."""
+    """Run the original with one layer in memory at a time, and keep its predictions."""
     with _final_states(source, folder, device, processor, samples) as states:
         return Predictions.of(ORIGINAL, states, head_weights_of(source.model), processor)
 
@@ -61,17 +50,16 @@ def paired_from_files(
 ) -> DataResult:
     """Compare a smaller model with the original, with one layer in memory at a time."""
     with _final_states(source, folder, device, processor, samples) as states:
-        words, names = vocabulary_of(processor), names_of(samples)
-        return paired_result(PRUNED, states, head_of(source.model), names, words, original)
+        return paired_result(PRUNED, states, head_of(source.model), samples, processor, original)
 
 
 @contextmanager
 def _final_states(
     source: Source, folder: Path, device: torch.device, processor: Any, samples: Sequence[Sample]
 ) -> Iterator[Iterator[States]]:
-    """Compute final hidden states of samples; inside, the head has its weights.
+    """Compute final hidden states of samples layer by layer; inside, the head has its weights.
 
-    Hidden states between layers are kept where they fit; ``folder`` is for files, if need be.
+    Hidden states between layers stay in memory if they fit, else in files in ``folder``.
     """
     found = list(batches_of(processor, samples, _BATCH))
     places, batches = [each for each, _ in found], [batch for _, batch in found]

@@ -14,7 +14,7 @@ from slimvlm.core.options import MemoryOptions, PruneConfig, ReportOptions
 from slimvlm.core.progress import Say, silent
 from slimvlm.core.requests import asked
 from slimvlm.data.read import identity_of_data
-from slimvlm.evaluation.on_data import DataResult, evaluate_data
+from slimvlm.evaluation.on_data import DataResult, evaluate_data, single_result
 from slimvlm.evaluation.predictions import Predictions
 from slimvlm.models.load import (
     anatomy,
@@ -34,7 +34,6 @@ from slimvlm.runs.held_out import (
     paired_from_files,
     predictions_from_files,
     predictions_of_original,
-    result_of,
 )
 from slimvlm.runs.request import (
     Request,
@@ -94,7 +93,7 @@ def prune(
     held_out: dict[str, DataResult] = {}
     if unseen := samples.report:
         kept = predictions_of_original(loaded, processor, unseen)
-        held_out[ORIGINAL] = result_of(kept, unseen, loaded.device)
+        held_out[ORIGINAL] = single_result(kept, unseen, loaded.device)
     calibration = Calibration(processor, samples.calibration, request.hold_out)
     scores = [] if plan else list(stages.calibrate(request, loaded, calibration).values())
     walked = stages.prune_(request, loaded, calibration, scores, plan, say=say)
@@ -189,7 +188,7 @@ def _on_disk(
             predictions_from_files(opened, at, device, processor, unseen).save(path)
             shutil.rmtree(at, ignore_errors=True)
         kept = Predictions.load(path)
-        held_out[ORIGINAL] = result_of(kept, unseen, device)
+        held_out[ORIGINAL] = single_result(kept, unseen, device)
 
     results = Scratch(scratch / "walk")
     walked = stages.walk(request, opened, results, device, calibration, scores, plan, say)

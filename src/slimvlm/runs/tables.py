@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -22,9 +22,9 @@ GIB = 1024**3
 MIB = 1024**2
 MARK = " *"
 LEGEND = "* The 95 % interval of the difference excludes 0 (paired bootstrap over questions)."
-"""What `as_table` and `as_markdown` write below a table with a marked cell."""
+"""Caption of a table with a marked cell."""
 FLOORS = ("chance", "majority", "blind")
-"""What a model reaches without doing a task: luck, the best constant answer, other pictures."""
+"""Scores without doing a task: guessing, the best constant answer, other pictures."""
 INTERVALS = "In brackets: 95 % intervals (bootstrap over samples)."
 UNSEEN = "On samples of the data that neither calibrated nor trained."
 _HELD_OUT = {
@@ -37,29 +37,22 @@ _HELD_OUT = {
 
 
 def size(num_bytes: float) -> str:
-    """Bytes for people."""
+    """Format bytes."""
     return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:.1f} MiB"
 
 
 def millions(params: int) -> str:
-    """Parameters for people."""
+    """Format a number of parameters."""
     return f"{params / 1e6:,.1f} M"
 
 
 @dataclass(frozen=True)
 class _Paired:
-    """A model's result compared with that of the first model.
-
-    Attributes:
-        result: The model's own.
-        differences: Difference of each task from the first model's, where questions are the same.
-        retention: Share of the first model's average; None if there is none to keep.
-        average_difference: Difference of the averages, likewise.
-    """
+    """A model's result compared with that of the first model."""
 
     result: Result
-    differences: Mapping[str, Difference] = field(default_factory=dict)
-    retention: Retention | None = None
+    differences: Mapping[str, Difference] = field(default_factory=dict)  # of the same questions
+    retention: Retention | None = None  # None if the first model has no average
     average_difference: Difference | None = None
 
 
@@ -67,25 +60,23 @@ def _paired(results: Mapping[str, Result]) -> list[_Paired]:
     first, *others = results.values()
     found = [_Paired(first)]
     for result in others:
-        pairs = [(task, first.tasks.get(task), ours) for task, ours in result.tasks.items()]
         differences = {
-            task: paired_difference(theirs.scores, ours.scores)
-            for task, theirs, ours in pairs
-            if theirs is not None and theirs.ids == ours.ids
+            task: paired_difference(first.tasks[task].scores, ours.scores)
+            for task, ours in result.tasks.items()
+            if task in first.tasks and first.tasks[task].ids == ours.ids
         }
-        if math.isnan(first.average):
-            found.append(_Paired(result, differences))
-        else:
-            averages = result.retention(first), result.difference(first)
-            found.append(_Paired(result, differences, *averages))
+        paired = _Paired(result, differences)
+        if not math.isnan(first.average):
+            kept, change = result.retention(first), result.difference(first)
+            paired = replace(paired, retention=kept, average_difference=change)
+        found.append(paired)
     return found
 
 
 def result_rows(results: Mapping[str, Result]) -> tuple[list[str], list[list[str]]]:
     """Make a row for each task and figure, a column for each model; the first is the baseline.
 
-    Columns of floors: chance, the best constant answer (majority), the baseline without its
-    pictures (blind; only where it was measured). `MARK` follows a score that differs from the
+    Columns of `FLOORS` are those that were measured. `MARK` follows a score that differs from the
     baseline's.
     """
     models = _paired(results)
@@ -139,7 +130,7 @@ def result_rows(results: Mapping[str, Result]) -> tuple[list[str], list[list[str
 
 
 def result_json(results: Mapping[str, Result]) -> dict[str, Any]:
-    """Give the figures of `result_rows` as plain values; nothing for no results."""
+    """Give the figures of `result_rows` as plain values."""
     found: dict[str, Any] = {}
     for name, model in zip(results, _paired(results) if results else (), strict=True):
         result, kept, change = model.result, model.retention, model.average_difference
@@ -188,7 +179,7 @@ def held_out_rows(results: Mapping[str, DataResult]) -> tuple[list[str], list[li
 
 
 def held_out_text(results: Mapping[str, DataResult]) -> str:
-    """Give the same as Markdown, with its notes; nothing if nothing was measured."""
+    """Format `held_out_rows` as Markdown, with notes; nothing if nothing was measured."""
     if not results:
         return ""
     notes = "\n".join(f"- {note}" for note in (UNSEEN, *held_out_notes(results)))
@@ -196,7 +187,7 @@ def held_out_text(results: Mapping[str, DataResult]) -> str:
 
 
 def held_out_notes(results: Mapping[str, DataResult]) -> list[str]:
-    """Say why some samples are not compared, and what intervals are."""
+    """List why some samples are not compared, and how intervals are computed."""
     stages: dict[str, list[str]] = {}
     for stage, each in results.items():
         for note in each.notes:
@@ -220,13 +211,22 @@ def held_out_json(results: Mapping[str, DataResult]) -> dict[str, Any]:
 def anatomy_rows(anatomy: Anatomy) -> list[list[str]]:
     """Make the rows that `inspect` prints: a name and a value in each.
 
-    Where layers differ (attention and convolution, experts and a dense MLP), a fact has a row for
-    each value, which names the layers that it holds for.
+    Where layers differ (attention and convolution, experts and a dense MLP), there is a row for
+    each value, with the layers that have it.
     """
     by_layer = partial(_by_layer, anatomy)
 
     def params(count: Callable[[LayerShape], int], units: str) -> Callable[[LayerShape], str]:
         return lambda shape: f"{count(shape):,}" if getattr(shape, units) else "none"
+
+    def heads(shape: LayerShape) -> str:
+        queries = f"{shape.queries_per_group} query heads each, head_dim {shape.head_dim}"
+        return f"{shape.num_kv_heads} ({queries})" if shape.num_kv_heads else "none"
+
+    def neurons(shape: LayerShape) -> str:
+        everywhere = " in every expert" if shape.expert_neuron_params > 0 else ""
+        width = shape.intermediate_size
+        return f"{width}{everywhere}" if width else "none that can go"
 
     if anatomy.why_tokens_stay is not None:
         token = f"all stay: {anatomy.why_tokens_stay}"
@@ -266,8 +266,8 @@ def anatomy_rows(anatomy: Anatomy) -> list[list[str]]:
         *by_layer("    one neuron", params(lambda s: s.neuron_params, "intermediate_size")),
         *experts,
         ["layers", f"{anatomy.num_layers}" + (f" ({pinned} must stay)" if pinned else "")],
-        *by_layer("KV groups in a layer", _heads),
-        *by_layer("neurons in a layer", _neurons),
+        *by_layer("KV groups in a layer", heads),
+        *by_layer("neurons in a layer", neurons),
         *legal_experts,
         *legal,
         ["legal neurons", widths],
@@ -287,36 +287,20 @@ def _by_layer(anatomy: Anatomy, label: str, fact: Callable[[LayerShape], str]) -
         return [[label, texts[0]]]
     rows: list[list[str]] = []
     for text in dict.fromkeys(texts):
-        where = _layers([index for index, other in enumerate(texts) if other == text])
+        runs: list[list[int]] = []  # of neighbours; three or more become a range
+        for index in (index for index, other in enumerate(texts) if other == text):
+            if runs and index == runs[-1][-1] + 1:
+                runs[-1].append(index)
+            else:
+                runs.append([index])
+        words = [f"{r[0]} to {r[-1]}" if len(r) > 2 else ", ".join(map(str, r)) for r in runs]
+        where = f"layer{'s' if texts.count(text) > 1 else ''} {', '.join(words)}"
         rows.append(["" if rows else label, f"{where}: {text}"])
     return rows
 
 
-def _heads(shape: LayerShape) -> str:
-    queries = f"{shape.queries_per_group} query heads each, head_dim {shape.head_dim}"
-    return f"{shape.num_kv_heads} ({queries})" if shape.num_kv_heads else "none"
-
-
-def _neurons(shape: LayerShape) -> str:
-    everywhere = " in every expert" if shape.expert_neuron_params > 0 else ""
-    width = shape.intermediate_size
-    return f"{width}{everywhere}" if width else "none that can go"
-
-
-def _layers(indices: Sequence[int]) -> str:
-    """``layers 0, 1, 3 to 9``: neighbours from three on become a range."""
-    runs: list[list[int]] = []
-    for index in indices:
-        if runs and index == runs[-1][-1] + 1:
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    words = [f"{r[0]} to {r[-1]}" if len(r) > 2 else ", ".join(map(str, r)) for r in runs]
-    return f"layer{'s' if len(indices) > 1 else ''} {', '.join(words)}"
-
-
 def _widths(legal: Sequence[int], step: int) -> str:
-    """Widths at equal steps in words; the last one, today's, may stand apart from the others."""
+    """Describe widths at equal steps; the last one, the current width, may be no multiple."""
     if len(legal) < 4:
         return ", ".join(map(str, legal)) or "none"
     regular = [width for width in legal if width % step == 0]
@@ -325,7 +309,7 @@ def _widths(legal: Sequence[int], step: int) -> str:
 
 
 def as_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> Table:
-    """A table for the terminal: text as it is, no markup and no control sequence in it obeyed."""
+    """Make a table for the terminal; markup and control sequences in the text have no effect."""
     caption = LEGEND if _is_marked(rows) else None
     table = Table(title=Text(printable(title)) if title else None, caption=caption)
     for position, name in enumerate(header):
@@ -336,7 +320,7 @@ def as_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str = 
 
 
 def as_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The same table as Markdown."""
+    """Format a table as Markdown."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     lines += ["| " + " | ".join(cell.strip() for cell in row) + " |" for row in rows]
     if _is_marked(rows):
