@@ -109,7 +109,7 @@ def test_permuted_experts_have_permuted_scores(name: str, criterion: str) -> Non
     assert (before[3] - after[3]).abs().max() > 1e-4 * before[3].abs().max()
 
 
-def test_an_expert_that_no_token_takes_goes_first() -> None:
+def test_an_expert_that_no_token_takes_tokens_first() -> None:
     model = tiny.build("llama4")
     with torch.no_grad():
         router = decoder_layers(model)[1].get_parameter("feed_forward.router.weight")

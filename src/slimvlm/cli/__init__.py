@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parsed(verb: str, words: list[str]) -> dict[str, Any]:
-    """Read the arguments of a verb; the values of ``--config FILE`` are defaults of ``compress``.
+    """Read the arguments of a verb; the values of ``--config FILE`` are defaults.
 
     Args:
         verb: Its name.
@@ -95,11 +95,11 @@ def parsed(verb: str, words: list[str]) -> dict[str, Any]:
         ConfigError: If an argument is missing, unknown or not allowed; one line.
     """
     defaults = {}
-    if verb == "compress":
+    if verb in ("compress", "recover"):
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         finder.add_argument("--config", nargs="?")
         if (file := finder.parse_known_args(words)[0].config) is not None:
-            defaults = stages.defaults_from(file)
+            defaults = stages.defaults_from(file, verb)
     box, columns = StringIO(), os.environ.get("COLUMNS")
     is_help = "-h" in words or "--help" in words
     if not is_help:

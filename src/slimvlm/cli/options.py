@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
+from functools import partial
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from types import UnionType
@@ -13,12 +13,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import docstring_parser
 import tyro
 
-from slimvlm.core.checked import HIDDEN, Options
+from slimvlm.core.checked import FILE_ONLY, Options
 from slimvlm.core.options import (
     TASK_BATCH_SIZE,
-    QuestionOptions,
+    Questions,
     RunOptions,
-    TargetOptions,
     TrainingConfig,
 )
 
@@ -27,9 +26,11 @@ INLINE: Any = tyro.conf.OmitArgPrefixes
 Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 KEYWORD = Parameter.KEYWORD_ONLY
 REGISTRY = tyro.constructors.ConstructorRegistry()
-_SUPPRESS: Any = tyro.conf.Suppress
-_is_help = ContextVar("is_help", default=False)
-"""Whether help is wanted: tyro cannot hide an option from help and still read it."""
+FIRST = (
+    *("ratio", "data", "images", "axis", "train", "loss", "tasks", "samples", "vocab_size"),
+    *("epochs", "learning_rate", "limit", "report_samples", "criterion", "low_memory"),
+)
+"""Options that help shows first in their group."""
 
 
 def parse(
@@ -45,7 +46,6 @@ def parse(
     Returns:
         Its arguments by name.
     """
-    _is_help.set("-h" in words or "--help" in words)
     texts, hints = _texts(verb), get_type_hints(verb, include_extras=True)
 
     def bind(**arguments: Any) -> dict[str, Any]:
@@ -76,17 +76,21 @@ def options(info: Any) -> tyro.constructors.StructConstructorSpec | None:
     if not (isinstance(kind, type) and issubclass(kind, Options)):
         return None
     hints, texts = get_type_hints(kind, include_extras=True), _texts(kind)
-    rows = []
-    for row in fields(kind):  # type: ignore[arg-type]
+    rows, from_file = [], {}
+    for row in sorted(fields(kind), key=_rank):  # type: ignore[arg-type]
         default = getattr(info.default, row.name, row.default)
-        if default is MISSING and row.default_factory is not MISSING:
-            default = row.default_factory()
+        if FILE_ONLY in getattr(hints[row.name], "__metadata__", ()):
+            if info.default is not tyro.MISSING and hasattr(info.default, row.name):
+                from_file[row.name] = default
+            continue
         hint = _described(hints[row.name], texts.get(row.name, ""), default)
-        if _is_help.get() and HIDDEN in getattr(hints[row.name], "__metadata__", ()):
-            hint = _SUPPRESS[hint]
         default = tyro.MISSING if default is MISSING else default
         rows.append(tyro.constructors.StructFieldSpec(row.name, hint, default))
-    return tyro.constructors.StructConstructorSpec(kind, tuple(rows))
+    return tyro.constructors.StructConstructorSpec(partial(kind, **from_file), tuple(rows))
+
+
+def _rank(row: Field[Any]) -> int:
+    return FIRST.index(row.name) if row.name in FIRST else len(FIRST)
 
 
 def _texts(declared: Any) -> dict[str, str]:
@@ -116,10 +120,10 @@ def _form(kind: Any) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuestionFlags(QuestionOptions):
+class QuestionFlags(Questions):
     """What models are asked, and how."""
 
-    tasks: str | None = None
+    tasks: str | None = None  # type: ignore[assignment]
     """Comma-separated names: built-in tasks (demo for all, the default without --data), YAML files
     of your own, or the study's benchmarks mme, pope, gqa, scienceqa_img, mmmu_val, ai2d, mathvista,
     docvqa (needs slimvlm[eval])."""
@@ -149,8 +153,14 @@ class TrainingFlags(TrainingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TargetFlags(TargetOptions):
+class TargetFlags(Options):
     """How small or fast the model must become."""
 
+    ratio: float | None = None
+    """Share of the backbone's parameters to remove."""
+    target_params: str | None = None
+    """Instead: parameters of the whole smaller model, such as 5B or 90M."""
+    target_memory: str | None = None
+    """Instead: memory of its weights, such as 8GiB, in --dtype (bfloat16 for auto)."""
     target_latency: float | None = None
     """Instead: time to read a question, as a share of the original's."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -126,6 +126,7 @@ def recover(
     out: Path,
     teacher: str | None = None,
     training: Annotated[RecoverConfig, INLINE] = RecoverConfig(),
+    config: Path | None = None,
     shard: bool = False,
     force: bool = False,
 ) -> None:
@@ -140,12 +141,16 @@ def recover(
         out: The recovered checkpoint folder.
         teacher: The original model; not needed for --loss sft.
         training: How to train.
+        config: Options from a YAML file, such as the run.yaml of compress: its data, its model as
+            teacher, and what it has under recover; those of the command line come on top.
         shard: Divide the weights of model and teacher among the processes of torchrun (FSDP2); such
             a run cannot go on after a stop.
         force: Replace an existing folder.
     """
     from slimvlm.runs.recover import recover as run
 
+    if config is not None:
+        note(f"options of {config}, and those of the command line")
     how = {"shard": shard, "force": force}
     history = run(model, source, training, out, teacher=teacher, **how, say=note)
     note(f"teacher: {history.teacher}")
@@ -192,10 +197,9 @@ def evaluate(
         )
         print_on_data(found, json)
         return
-    given = {**vars(questions), "tasks": questions.tasks or Questions.tasks}
     results = run(
         model,
-        Questions(**{name: given[name] for name in vars(Questions())}),
+        part_of(replace(questions, tasks=questions.tasks or Questions.tasks), Questions),
         source,
         baseline=baseline,
         blind=questions.blind,
@@ -219,7 +223,7 @@ def compress(
     out: Path,
     pruning: Annotated[PruneConfig, INLINE] = PruneConfig(),
     training: Annotated[TrainingFlags, INLINE] = TrainingFlags(),
-    options: Annotated[RunFlags, INLINE] = RunFlags(),
+    evaluation: Annotated[RunFlags, INLINE] = RunFlags(),
     config: Path | None = None,
     dry_run: bool = False,
     force: bool = False,
@@ -237,7 +241,7 @@ def compress(
         out: The run folder: config, plan, scores, checkpoint, results, summary.md.
         pruning: What to remove, and how. Without data, nothing is trained.
         training: How to train.
-        options: What models are asked, and how much is trained on.
+        evaluation: What models are asked, and how much is trained on.
         config: Options from a YAML file, such as the run.yaml of another run, model included; those
             of the command line come on top.
         dry_run: Only say what would be done and what it needs. Reads the configuration and the
@@ -250,9 +254,9 @@ def compress(
     from slimvlm.runs.compress import compress as run
     from slimvlm.runs.held_out import read_held_out
 
-    latency = options.target_latency
+    latency = evaluation.target_latency
     recover = _recovery(pruning, training, None if latency is None else 1 - latency)
-    whole = CompressConfig(**vars(pruning), **vars(options), recover=recover)
+    whole = CompressConfig(**vars(pruning), **vars(evaluation), recover=recover)
     if config is not None:
         note(f"options of {config}, and those of the command line")
     if dry_run:
@@ -265,11 +269,12 @@ def compress(
     note(f"next: {shlex.join(['slimvlm', 'report', str(out)])}; {shlex.join(talk)}")
 
 
-def defaults_from(file: str) -> dict[str, Any]:
-    """Read a configuration file as values of the parameters of `compress`.
+def defaults_from(file: str, verb: str) -> dict[str, Any]:
+    """Read a configuration file as values of the parameters of `compress` or `recover`.
 
     Args:
         file: A ``run.yaml``, or the ``config.json`` of a run.
+        verb: The verb.
 
     Raises:
         ConfigError: If it cannot be read, or an option is unknown or not allowed.
@@ -277,6 +282,9 @@ def defaults_from(file: str) -> dict[str, Any]:
     from slimvlm.runs.command import read_config
 
     model, config, says_training = read_config(file)
+    if verb == "recover":
+        data = {} if config.data is None else {"source": part_of(config, TrainingData)}
+        return {"teacher": model, "training": config.recover or RecoverConfig(), **data}
     given: dict[str, Any] = {"train": "none" if says_training else None}
     if config.recover is not None:
         names = {row.name for row in fields(TrainingFlags)} - {"seed"}
@@ -285,7 +293,7 @@ def defaults_from(file: str) -> dict[str, Any]:
         "model": model,
         "pruning": part_of(config, PruneConfig),
         "training": TrainingFlags(**given),
-        "options": part_of(config, RunFlags),
+        "evaluation": part_of(config, RunFlags),
     }
 
 

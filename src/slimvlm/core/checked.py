@@ -10,7 +10,6 @@ from types import UnionType
 from typing import (
     Annotated,
     Any,
-    ClassVar,
     Literal,
     TypeVar,
     Union,
@@ -42,8 +41,8 @@ SHARE = Range(lambda value: 0 <= value < 1, "at least 0 and below 1")
 FRACTION = Range(lambda value: 0 < value <= 1, "above 0 and at most 1")
 INSIDE = Range(lambda value: 0 < value < 1, "above 0 and below 1")
 STEPS = Range(lambda value: value == -1 or value > 0, "above 0, or -1 for no limit")
-HIDDEN = "hidden"
-"""In an option's type: help does not show it."""
+FILE_ONLY = "file only"
+"""In an option's type: it has no flag on the command line."""
 SEED = Range(lambda value: 0 <= value < 2**32, "at least 0 and below 2**32")
 
 
@@ -53,9 +52,6 @@ class Options:
     Raises:
         ConfigError: If a value is not allowed; the message names option, value and what is allowed.
     """
-
-    title: ClassVar[str] = "Options"
-    """What the options of a group are about, as a heading."""
 
     def __post_init__(self) -> None:
         kind: Any = type(self)

@@ -1,8 +1,8 @@
 """Every option of every stage, declared once: name, type, default, allowed values, meaning.
 
-The command line, Python, studies and recipes read these classes. Options come in groups; a
-configuration is made of groups, so that an option means the same wherever it appears. A field's
-type says which values are allowed, the text below it is the help of the command line.
+The command line, Python, studies and recipes read these classes. A field's type says
+which values are allowed, the text below it is the help of the command line. A `FILE_ONLY` field has
+no flag there: it is set in YAML or in Python.
 """
 
 from __future__ import annotations
@@ -13,16 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
-
-import tyro
+from typing import Annotated, Any, Literal, get_args
 
 from slimvlm.core.checked import (
     ABOVE_0,
     AT_LEAST_0,
     AT_LEAST_1,
+    FILE_ONLY,
     FRACTION,
-    HIDDEN,
     INSIDE,
     SEED,
     SHARE,
@@ -45,18 +43,8 @@ Train = Literal["projector", "lora", "full"]
 Positions = Literal["answer", "text", "all"]
 TooLong = Literal["refuse", "cut"]
 
-PassedOn = Annotated[
-    Mapping[str, Any],
-    HIDDEN,
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="JSON",
-        instance_from_str=lambda words: json.loads(words[0]),
-        is_instance=lambda value: isinstance(value, Mapping),
-        str_from_instance=lambda value: [json.dumps(value)],
-    ),
-]
-"""Options of another library by name: not in help, and JSON in the command of a run."""
+PassedOn = Annotated[Mapping[str, Any], FILE_ONLY]
+"""Options of another library by name."""
 
 
 Divergence = Literal["kl", "rkl", "jsd"]
@@ -107,8 +95,6 @@ class TrainingConfig(Options):
         ConfigError: If a value is out of range; the message names the field.
     """
 
-    title: ClassVar[str] = "Training"
-
     fraction: Annotated[float, FRACTION] = 1.0
     """Share of the data to use: a seeded subset, recorded with the run."""
     epochs: Annotated[float | None, ABOVE_0] = None
@@ -121,7 +107,7 @@ class TrainingConfig(Options):
     decoder that went, and less the wider the model is."""
     batch_size: Annotated[int, ABOVE_0] = 8
     """Samples in a step on each device."""
-    gradient_accumulation: Annotated[int, ABOVE_0] = 1
+    gradient_accumulation: Annotated[int, ABOVE_0, FILE_ONLY] = 1
     """Steps whose gradients are added before the optimizer moves."""
     lora_rank: Annotated[int, ABOVE_0] = 64
     """Rank of the LoRA matrices."""
@@ -132,9 +118,9 @@ class TrainingConfig(Options):
     """Trade time for activation memory: 11.4 GiB in place of 16.7 for a model of 3B."""
     seed: Annotated[int, SEED] = 0
     """Seed of the data order, the subset and LoRA's initial values."""
-    temperature: Annotated[float, ABOVE_0, HIDDEN] = 2.0
+    temperature: Annotated[float, ABOVE_0, FILE_ONLY] = 2.0
     """Temperature of kl, rkl and jsd."""
-    bf16: Annotated[bool | None, HIDDEN] = None
+    bf16: Annotated[bool | None, FILE_ONLY] = None
     """bfloat16 autocast; by default where the device computes it natively."""
     trainer: PassedOn = field(default_factory=dict, hash=False)
     """Further arguments of transformers.TrainingArguments, such as {weight_decay: 0.05}."""
@@ -259,8 +245,6 @@ class RecoverConfig(TrainingConfig):
 class DeviceOptions(Options):
     """Where models run. It decides no result, so configurations that differ in it are equal."""
 
-    title: ClassVar[str] = "Models and files"
-
     device: str | None = field(default=None, compare=False)
     """Where the model runs, such as cpu, cuda, cuda:1 or mps; by default the accelerator that torch
     finds, else the CPU."""
@@ -277,10 +261,8 @@ class LoadConfig(DeviceOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions(Options):
-    """Which conversations are read."""
-
-    title: ClassVar[str] = "Data"
+class DataConfig(LoadConfig):
+    """Which conversations are read, and with which model."""
 
     data: str | None = None
     """Conversations: demo, LLaVA-format .json, or .jsonl/.parquet/datasets folder with messages."""
@@ -297,23 +279,16 @@ class DataOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig(DataOptions, LoadConfig):
-    """Which conversations are read, and with which model."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainingData(DataConfig):
     """What is learnt from, and how models are read."""
 
-    data: str = field()  # the group has a default, which must go
+    data: str = field()  # the base class has a default, which must go
     """Conversations: demo, LLaVA-format .json, or .jsonl/.parquet/datasets folder with messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleOptions(Options):
-    """Which of the conversations a model is shown that is to be scored, and what counts."""
-
-    title: ClassVar[str] = "How to score"
+class CalibrationConfig(DataConfig):
+    """Which conversations a model is shown that is to be scored, and what counts."""
 
     samples: Annotated[int, AT_LEAST_1] = 192
     """Calibration samples, the first ones of the data in the order of the seed."""
@@ -328,40 +303,15 @@ class SampleOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrationConfig(SampleOptions, DataOptions, LoadConfig):
-    """What is shown to a model that is to be scored."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RatioOptions(Options):
-    """How small a model becomes."""
-
-    title: ClassVar[str] = "What to remove"
-
-    ratio: float | None = None
-    """Share of the backbone's parameters to remove."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TargetOptions(RatioOptions):
-    """How small a model becomes, said in one of three ways."""
-
-    target_params: str | None = None
-    """Instead: parameters of the whole smaller model, such as 5B or 90M."""
-    target_memory: str | None = None
-    """Instead: memory of its weights, such as 8GiB, in --dtype (bfloat16 for auto)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenOptions(Options):
-    """Which tokens may go.
+class SizeOptions(Options):
+    """How small a model becomes, and which units may go.
 
     Raises:
         ConfigError: If a value is not allowed; the message names it.
     """
 
-    title: ClassVar[str] = "What to remove"
-
+    ratio: float | None = None
+    """Share of the backbone's parameters to remove."""
     vocab_size: Annotated[int | Literal["auto", "all"] | None, AT_LEAST_1] = None
     """Tokens to keep: those that the data has most, then by the model's own ranks; special ones,
     bytes and single characters stay. auto keeps as many as the data needs. The ratio counts their
@@ -369,46 +319,9 @@ class TokenOptions(Options):
     and tokens weigh much, a third of them is tried, too; all forbids that."""
     vocab_text: str | None = None
     """A text file, or a folder of them, whose tokens count beside those of the data."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.vocab_text is not None and not self.loses_tokens:
-            raise ConfigError(f"vocab_text {self.vocab_text!r} needs vocab_size, a number or auto")
-
-    @property
-    def loses_tokens(self) -> bool:
-        """Whether tokens are to go, whatever else goes."""
-        return self.vocab_size not in (None, "all")
-
-
-@dataclass(frozen=True, kw_only=True)
-class FirstOptions(TokenOptions):
-    """What goes before the axis gives the rest of the ratio: tokens and experts.
-
-    Raises:
-        ConfigError: If a value is not allowed; the message names it.
-    """
-
     experts: Annotated[float, SHARE] = 0.0
     """Share of the experts of every layer that goes. The ratio counts them, and the axis gives the
     rest."""
-
-    @property
-    def goes_first(self) -> bool:
-        """Whether something is to go whatever the ratio."""
-        return self.loses_tokens or self.experts > 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class WidthOptions(Options):
-    """What may go.
-
-    Raises:
-        ConfigError: If a value is not allowed; the message names it.
-    """
-
-    title: ClassVar[str] = "What to remove"
-
     units: tuple[Unit, ...] = ("kv_group", "neuron")
     """What width may remove."""
     protect: tuple[int, int] = (0, 0)
@@ -418,16 +331,35 @@ class WidthOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.vocab_text is not None and not self.loses_tokens:
+            raise ConfigError(f"vocab_text {self.vocab_text!r} needs vocab_size, a number or auto")
         if not self.units or set(self.units) - set(get_args(Unit)):
             raise ConfigError(f"units {self.units} must be of: {', '.join(get_args(Unit))}")
 
+    @property
+    def loses_tokens(self) -> bool:
+        """Whether tokens are to go, whatever else goes."""
+        return self.vocab_size not in (None, "all")
+
+    @property
+    def tokens_first(self) -> bool:
+        """Whether tokens or experts go before the axis gives the rest of the ratio."""
+        return self.loses_tokens or self.experts > 0
+
+    @property
+    def of_widths(self) -> dict[str, Any]:
+        """The options of widths, by the names that `make_plan` gives them."""
+        return {"units": self.units, "protect": self.protect, "round_to": self.round_to}
+
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig(FirstOptions, WidthOptions, TargetOptions, DeviceOptions):
+class PlanConfig(SizeOptions, DeviceOptions):
     """How much may go and what, where scores are given."""
 
-    title: ClassVar[str] = "What to remove"
-
+    target_params: str | None = None
+    """Instead of a ratio: parameters of the whole smaller model, such as 5B or 90M."""
+    target_memory: str | None = None
+    """Instead: memory of its weights, such as 8GiB, in --dtype (bfloat16 for auto)."""
     dtype: Dtype = "auto"
     """Data type that --target-memory is counted in."""
     axis: Axis = "width"
@@ -440,10 +372,35 @@ class PlanConfig(FirstOptions, WidthOptions, TargetOptions, DeviceOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PruneConfig(CalibrationConfig, SizeOptions):
+    """What to remove, and how to choose and to mend.
+
+    Raises:
+        ConfigError: If a value is out of range; the message names the field.
+    """
+
+    axis: AxisChoice | None = None
+    """Remove layers, KV groups and neurons, or both; auto, what compress does before training,
+    tries the three and lets held-out answers choose; chart, the default elsewhere, follows the
+    study's decision chart: width, where nothing is trained."""
+    allocation: Allocation | None = None
+    """How widths share the ratio: the same in every layer, with KV groups and neurons in
+    proportion (uniform) or as costs a few layers least (balanced); or first and last layers whole
+    (protect), which gives files with code. By default balanced where obs chooses, else uniform."""
+    criterion: tuple[str, ...] = ()
+    """How to score, one criterion for each kind of unit; by default what measured best."""
+    repair: Repair = "auto"
+    """Fit the remaining weights in closed form: widths, seams of removed layers, both, or auto,
+    which keeps what helps on held-out answers and does nothing without data."""
+    local_steps: Annotated[int | None, AT_LEAST_0] = None
+    """Optimizer steps on each layer alone, towards what the original gives there. By default, with
+    repair auto, a pass over the calibration samples for each tenth of the decoder that goes; 0 is
+    faster and keeps less."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MemoryOptions(Options):
     """How much of a model is in memory."""
-
-    title: ClassVar[str] = "Models and files"
 
     low_memory: bool = False
     """For models larger than the memory: one layer is read at a time, activations lie on disk, and
@@ -458,71 +415,13 @@ class MemoryOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShapeOptions(Options):
-    """What the smaller model looks like."""
+class Questions(Options):
+    """What models are asked."""
 
-    title: ClassVar[str] = "What to remove"
-
-    axis: AxisChoice | None = None
-    """Remove layers, KV groups and neurons, or both; auto, what compress does before training,
-    tries the three and lets held-out answers choose; chart, the default elsewhere, follows the
-    study's decision chart: width, where nothing is trained."""
-    allocation: Allocation | None = None
-    """How widths share the ratio: the same in every layer, with KV groups and neurons in
-    proportion (uniform) or as costs a few layers least (balanced); or first and last layers whole
-    (protect), which gives files with code. By default balanced where obs chooses, else uniform."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CriterionOptions(Options):
-    """How units are chosen."""
-
-    title: ClassVar[str] = "How to score"
-
-    criterion: tuple[str, ...] = ()
-    """How to score, one criterion for each kind of unit; by default what measured best."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MendingOptions(Options):
-    """What becomes of the weights that stay."""
-
-    title: ClassVar[str] = "How to mend"
-
-    repair: Repair = "auto"
-    """Fit the remaining weights in closed form: widths, seams of removed layers, both, or auto,
-    which keeps what helps on held-out answers and does nothing without data."""
-    local_steps: Annotated[int | None, AT_LEAST_0] = None
-    """Optimizer steps on each layer alone, towards what the original gives there. By default, with
-    repair auto, a pass over the calibration samples for each tenth of the decoder that goes; 0 is
-    faster and keeps less."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PruneConfig(
-    MendingOptions,
-    SampleOptions,
-    CriterionOptions,
-    FirstOptions,
-    WidthOptions,
-    ShapeOptions,
-    RatioOptions,
-    DataOptions,
-    LoadConfig,
-):
-    """What to remove, and how to choose and to mend.
-
-    Raises:
-        ConfigError: If a value is out of range; the message names the field.
-    """
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuestionOptions(Options):
-    """How much models are asked, and from where."""
-
-    title: ClassVar[str] = "Evaluation"
-
+    tasks: str = "demo"
+    """Comma-separated names: built-in tasks (demo for all), YAML files of your own, or the study's
+    benchmarks mme, pope, gqa, scienceqa_img, mmmu_val, ai2d, mathvista, docvqa (needs
+    slimvlm[eval])."""
     task_folder: str | None = None
     """Folder with local copies of the benchmarks' task files."""
     limit: Annotated[int | None, AT_LEAST_1] = None
@@ -535,27 +434,12 @@ class QuestionOptions(Options):
 
 
 TASK_BATCH_SIZE = "task_batch_size"
-"""What `Questions.batch_size` is called where training has a batch size, too."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Questions(QuestionOptions):
-    """What models are asked."""
-
-    tasks: str = "demo"
-    """Comma-separated names: built-in tasks (demo for all), YAML files of your own, or the study's
-    benchmarks mme, pope, gqa, scienceqa_img, mmmu_val, ai2d, mathvista, docvqa (needs
-    slimvlm[eval])."""
-
-
-_MOST_UNSEEN = 64
+"""Flag of `Questions.batch_size` where training has a batch size, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions(Options):
-    """What the end says of the data."""
-
-    title: ClassVar[str] = "Evaluation"
+    """How many samples judge a finished model."""
 
     report_samples: Annotated[int | None, AT_LEAST_0] = None
     """Samples, the last ones that are read, from which nothing is learnt: on them the end says what
@@ -563,41 +447,34 @@ class ReportOptions(Options):
 
     def unseen(self, calibration: int) -> int:
         """Samples that stay unseen at most, where so many calibrate: asking them takes as long."""
-        return (
-            min(calibration, _MOST_UNSEEN) if self.report_samples is None else self.report_samples
-        )
+        return min(calibration, 64) if self.report_samples is None else self.report_samples
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingShare(Options):
     """How much a run trains on."""
 
-    title: ClassVar[str] = "Training"
-
     training_samples: Annotated[int | None, AT_LEAST_1] = None
     """Samples to train on at most, those first that did not calibrate. By default all of these."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatencyOptions(Options):
-    """How fast a model becomes."""
+class RunOptions(ReportOptions, TrainingShare, Questions):
+    """What models are asked, and how much is trained on."""
 
-    title: ClassVar[str] = "What to remove"
-
+    tasks: str | None = None  # type: ignore[assignment]
+    """Evaluate on these tasks before, between and after; demo for the built-in ones."""
+    baseline: Annotated[str | None, FILE_ONLY] = None
+    """Result file of the original model, to save asking it again."""
+    task_folder: Annotated[str | None, FILE_ONLY] = None
+    """Folder with local copies of the benchmarks' task files."""
+    floors: Annotated[bool, FILE_ONLY] = False
+    """Ask the original model a second time, blind, so that tables show each task's blind floor and
+    retention above the floors."""
     target_latency: Annotated[float | None, INSIDE] = None
     """Instead of a ratio: time to read a question as a share of the original's, counted in the
     backbone's operations. Each axis that is tried has the ratio that this takes; the end says what
     the share is on this machine."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunOptions(ReportOptions, QuestionOptions, TrainingShare, LatencyOptions):
-    """What a run does beside pruning and training."""
-
-    tasks: str | None = None
-    """Evaluate on these tasks before, between and after; demo for the built-in ones."""
-    baseline: str | None = None
-    """Result file of the original model, to save asking it again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -640,8 +517,6 @@ class Workload(Options):
     Raises:
         ConfigError: If a value is out of range; the message names the field.
     """
-
-    title: ClassVar[str] = "What is timed"
 
     prompt_tokens: Annotated[int, AT_LEAST_1] = 512
     """Length of every prompt; a picture counts with the tokens that it takes."""

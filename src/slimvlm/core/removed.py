@@ -12,7 +12,14 @@ from slimvlm.core.errors import ConfigError
 
 _TRAINER = "it is Hugging Face's own; in YAML or Python give trainer:"
 _LORA = "it is PEFT's own; in YAML or Python give lora:"
+_FILE = "it has no flag any more; give it in a file of --config"
 OPTIONS: dict[str, tuple[Any, str]] = {
+    **{
+        f"{verb} {name}": (None, _FILE)
+        for verb in ("compress", "recover")
+        for name in ("temperature", "bf16", "gradient_accumulation", "trainer", "lora")
+    },
+    **{f"compress {name}": (None, _FILE) for name in ("baseline", "task_folder", "floors")},
     "help_all": (False, "--help shows every option"),
     "stages": ((), "one ratio keeps more than two in turns; give --ratio"),
     "pad": (False, "plan equal widths, --allocation uniform or balanced, which load without code"),

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 
+from slimvlm.core.checked import FILE_ONLY
 from slimvlm.core.documents import built, read_yaml
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import TASK_BATCH_SIZE, CompressConfig, RecoverConfig
@@ -18,6 +18,13 @@ from slimvlm.core.options import TASK_BATCH_SIZE, CompressConfig, RecoverConfig
 NOT_TRAINED = "none"
 RECIPE = ("axis", "train", "loss")
 """Options that a recipe chooses when they are not given."""
+FILE_OPTIONS = {
+    name
+    for kind in (CompressConfig, RecoverConfig)
+    for name, hint in get_type_hints(kind, include_extras=True).items()
+    if FILE_ONLY in getattr(hint, "__metadata__", ())
+}
+"""Options without a flag on the command line."""
 
 
 def compress_command(model: str, config: CompressConfig, out: str | Path) -> str:
@@ -30,7 +37,12 @@ def compress_command(model: str, config: CompressConfig, out: str | Path) -> str
         model: Folder, hub id or ``demo``.
         config: The run's configuration.
         out: Its folder.
+
+    Returns:
+        The command; it reads the run's own ``run.yaml`` where an option has no flag.
     """
+    if {*_unusual(config), *_unusual(config.recover or RecoverConfig())} & FILE_OPTIONS:
+        return shlex.join(["slimvlm", "compress", "--config", f"{out}/run.yaml", "--out", str(out)])
     words = ["slimvlm", "compress", model, *_given(config, {"batch_size": TASK_BATCH_SIZE})]
     if config.recover is not None:
         words += _given(config.recover, {"seed": None})
@@ -85,9 +97,7 @@ def _given(config: Any, names: Mapping[str, str | None]) -> Iterator[str]:
         if usual or name is None or isinstance(value, RecoverConfig):
             continue
         yield f"--{name.replace('_', '-')}"
-        if isinstance(value, Mapping):
-            yield json.dumps(value)
-        elif value is not True or row.default is not False:
+        if value is not True or row.default is not False:
             yield from map(str, value if isinstance(value, tuple) else (value,))
 
 

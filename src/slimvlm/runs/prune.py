@@ -120,7 +120,7 @@ def _settled(
     Returns:
         The resolved request; the plan, where it is known before anything is scored; the samples.
     """
-    is_asked = config.ratio is not None or config.goes_first
+    is_asked = config.ratio is not None or config.tokens_first
     if (plan_file is None) != is_asked:
         raise ConfigError(
             "prune needs either --ratio or --plan, or --vocab-size or --experts alone"

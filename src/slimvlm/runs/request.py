@@ -11,7 +11,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
-from slimvlm.core.checked import part_of
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError, SlimError
 from slimvlm.core.options import (
     Allocation,
@@ -20,7 +19,6 @@ from slimvlm.core.options import (
     PruneConfig,
     Questions,
     RecoverConfig,
-    WidthOptions,
 )
 from slimvlm.core.progress import Say, silent
 from slimvlm.data.roles import parse_token_weights
@@ -110,7 +108,7 @@ def resolved(request: Request, say: Say = silent, shape: Anatomy | None = None) 
         assert shape is not None
         config = replace(config, ratio=_ratio_for_latency(request, request.latency, shape))
         request = replace(request, prune=config)
-    if config.ratio is None and config.goes_first:
+    if config.ratio is None and config.tokens_first:
         is_open = config.axis in (None, "chart", "auto")  # and nothing goes along any axis
         config = replace(config, ratio=0.0, axis="width" if is_open else config.axis)
         request = replace(request, prune=config)
@@ -248,7 +246,7 @@ def ratio_of(config: PruneConfig) -> float:
     Raises:
         ConfigError: If there is none.
     """
-    if config.ratio is None and config.goes_first:
+    if config.ratio is None and config.tokens_first:
         return 0.0
     if config.ratio is None:
         raise ConfigError("ratio: say which share of the backbone to remove")
@@ -396,6 +394,6 @@ def ranked_plan(
     """The plan that scores alone give: what is ``balanced`` by measurement begins ``uniform``."""
     axis = config.axis or "width"
     allocation = "protect" if config.allocation == "protect" else "uniform"
-    options = vars(part_of(config, WidthOptions))
+    options = config.of_widths
     options |= {"tokens": tokens, "experts": config.experts}
     return make_plan(anatomy, scores, ratio_of(config), axis, allocation, **options)

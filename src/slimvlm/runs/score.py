@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from slimvlm.core.checked import part_of
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import require_free
 from slimvlm.core.options import (
@@ -13,7 +12,6 @@ from slimvlm.core.options import (
     MemoryOptions,
     PlanConfig,
     PruneConfig,
-    WidthOptions,
 )
 from slimvlm.core.progress import Say
 from slimvlm.models.cost import params_of_target
@@ -113,7 +111,7 @@ def plan(
     shape, target = anatomy(model), _target_params(config)
     given = [Scores.load(path) for path in scores]
     options = {
-        **vars(part_of(config, WidthOptions)),
+        **config.of_widths,
         **{"axis": config.axis, "allocation": config.allocation, "kv_heads": config.kv_heads},
         "experts": config.experts,
     }
@@ -155,7 +153,7 @@ def _target_params(config: PlanConfig) -> int | None:
         ConfigError: Unless exactly one of the three is given.
     """
     given = (config.ratio, config.target_params, config.target_memory)
-    if config.goes_first and not any(value is not None for value in given):
+    if config.tokens_first and not any(value is not None for value in given):
         return None
     if sum(value is not None for value in given) != 1:
         raise ConfigError("plan needs exactly one of --ratio, --target-params, --target-memory")

@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedModel
 
 from slimvlm.core.checked import part_of
-from slimvlm.core.options import Axis, DataConfig, WidthOptions
+from slimvlm.core.options import Axis, DataConfig
 from slimvlm.core.progress import Say, progress, silent
 from slimvlm.core.requests import digest
 from slimvlm.data.images import identifying_bytes
@@ -310,7 +310,7 @@ def walk(
             ratio_of(config),
             config.axis or "width",
             config.allocation or "uniform",
-            **vars(part_of(config, WidthOptions)),
+            **config.of_widths,
             tokens=request.tokens,
             experts=config.experts,
         )

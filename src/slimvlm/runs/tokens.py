@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from slimvlm.core.errors import ConfigError, SlimError
-from slimvlm.core.options import TokenOptions
+from slimvlm.core.options import SizeOptions
 from slimvlm.core.progress import Say, silent
 from slimvlm.data.samples import Sample
 from slimvlm.data.vocabulary import Vocabulary, choose_vocabulary
@@ -28,7 +28,7 @@ from slimvlm.runs.request import Request, ratio_of
 
 def vocabulary_for(
     model: str,
-    options: TokenOptions,
+    options: SizeOptions,
     samples: Sequence[Sample],
     trust_remote_code: bool = False,
     fewest: int = 0,
