@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 import slimvlm as sv
 from slimvlm import cli
 from slimvlm.cli.printing import note, print_table
+from slimvlm.core.checked import FILE_ONLY
 from slimvlm.core.documents import built
 from slimvlm.data.samples import Question
 from slimvlm.evaluation.ask import answer
@@ -200,9 +201,11 @@ def bad_requests() -> dict[str, tuple[list[str], str]]:
         "compress epochs": (changed("compress", epochs="0"), r"epochs 0\.0"),
         "compress tasks": (changed("compress", tasks="presense"), "'presense' is not known"),
         "compress baseline": (
-            changed("compress", tasks="presence", baseline="not-a-result.json"),
-            "not-a-result.json",
+            changed("compress", baseline="r.json"),
+            "give it in a file of --config",
         ),
+        "compress many": (changed("compress", config="none.yaml"), r"'none\.yaml'.*no such file"),
+        "recover many": (changed("recover", config="none.yaml"), r"'none\.yaml'.*no such file"),
         "evaluate tasks": (changed("evaluate", tasks="presense"), "'presense' is not known"),
         "evaluate baseline": (changed("evaluate", baseline="nowhere"), "nowhere"),
         "evaluate result": (
@@ -327,7 +330,12 @@ def options_of(verb: str) -> list[str]:
     hints = get_type_hints(cli.VERBS[verb], include_extras=True)
     for name in inspect.signature(cli.VERBS[verb]).parameters:
         if name in groups:
-            names += [field.name for field in dataclasses.fields(groups[name])]
+            kinds = get_type_hints(groups[name], include_extras=True)
+            names += [
+                row.name
+                for row in dataclasses.fields(groups[name])
+                if FILE_ONLY not in getattr(kinds[row.name], "__metadata__", ())
+            ]
         elif tyro.conf.Positional not in getattr(hints[name], "__metadata__", ()):
             names.append(name)
     return names
@@ -356,7 +364,7 @@ def test_help_has_groups_of_options(run: Run) -> None:
     found = dict(zip(groups[1::2], groups[2::2], strict=True))
     assert list(found) == [
         *("positional arguments", "options", "pruning options", "training options"),
-        "options options",
+        "evaluation options",
     ]
     assert {"--out", "--config", "--dry-run"} <= set(re.findall(r"--[\w-]+", found["options"]))
     assert "--lora-rank INT" in found["training options"]
@@ -538,7 +546,9 @@ def test_target_memory_is_a_limit(run: Run, home: Path, llava: Path) -> None:
 def test_recover_trains_and_keeps_the_plan(run: Run, home: Path, llava: Path, data: Path) -> None:
     assert run("prune", llava, "--ratio", "0.3", "--criterion", "magnitude", "--out", "p").code == 0
     arguments = ["recover", "p", "--teacher", llava, "--data", data, "--out", "r"]
-    options = ["--train", "projector", "--max-steps", "2", "--batch-size", "2", "--bf16", "False"]
+    options = ["--train", "projector", "--max-steps", "2", "--batch-size", "2"]
+    (home / "run.yaml").write_text("model: of the file\nrecover: {bf16: false, loss: sft}\n")
+    options += ["--config", "run.yaml"]
     result = run(*arguments, *options)
     assert result.code == 0, result.err
     assert re.search(r"^train: 2 of 2 in \d+ s$", result.err, re.MULTILINE)

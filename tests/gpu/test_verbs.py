@@ -32,8 +32,8 @@ from tests.runs.study.study_files import RECOVER, RECOVERIES, stable
 pytestmark = pytest.mark.usefixtures("unhurried")
 
 TRAINING = (
-    *("--max-steps", "3", "--batch-size", "2", "--bf16", "False", "--learning-rate", "1e-3"),
-    *("--lora-rank", "4", "--lora-alpha", "8", "--lora-dropout", "0"),
+    *("--max-steps", "3", "--batch-size", "2", "--learning-rate", "1e-3", "--lora-rank", "4"),
+    *("--config", str(Path(__file__).with_name("training.yaml"))),
 )
 FAST = ("obs", "taylor", "block_influence")
 """Criteria of the default tier: one of each way to collect."""
@@ -243,11 +243,11 @@ def test_score(
 RECOVERED = [
     ("projector", "sft", ()),
     ("lora", "0.5*sft+0.5*kl", ()),
-    ("lora", "jsd", ("--teacher-weights", "separate")),
-    ("lora", "sft+hidden", ("--student-projector-in-teacher", "--keep-adapter")),
+    ("lora", "jsd", ()),
+    ("lora", "sft+hidden", ("--paper-exact", "--keep-adapter")),
     ("full", "hidden+cosine", ()),
-    ("full", "0.5*sft+0.5*rkl", ("--gradient-accumulation", "2", "--eval-fraction", "0.25")),
-    ("lora", "sft+kl", ("--gradient-checkpointing", "--group-by-length")),
+    ("full", "0.5*sft+0.5*rkl", ("--fraction", "0.75")),
+    ("lora", "sft+kl", ("--gradient-checkpointing",)),
 ]
 """Each way to learn, each loss, a teacher that shares and one that does not."""
 
@@ -284,7 +284,7 @@ def test_recover_after_a_stop(
 ) -> None:
     """A run that goes on ends where one that nobody stopped does."""
     given = ("--data", data, "--teacher", llava, "--train", "lora", "--loss", "0.5*sft+0.5*kl")
-    given = ("recover", smaller, *given, *TRAINING, "--save-steps", "1")
+    given = ("recover", smaller, *given, *TRAINING)
     expected, found = tmp_path / "whole", tmp_path / "stopped"
     on_card(card, card.type, [*given, "--out", str(expected)])
     honest = recovery.DistillationTrainer.training_step

@@ -52,10 +52,18 @@ def compressed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_a_command_and_a_file_give_the_configuration_back(
-    config: CompressConfig, tmp_path: Path, compressed: list[Any]
+    config: CompressConfig,
+    tmp_path: Path,
+    compressed: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """An option without a flag makes the command read the run's own file."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out folder").mkdir()
+    (tmp_path / "out folder" / "run.yaml").write_text(config_text("my model", config))
     command = shlex.split(compress_command("my model", config, "out folder"))
-    assert command[:3] == ["slimvlm", "compress", "my model"]
+    has_no_flag = config.floors or (config.recover is not None and bool(config.recover.trainer))
+    assert command[:3] == ["slimvlm", "compress", "--config" if has_no_flag else "my model"]
     cli.main(command[1:])
     assert compressed == ["my model", config, Path("out folder")]
     path = tmp_path / "run.yaml"

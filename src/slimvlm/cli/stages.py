@@ -281,13 +281,13 @@ def defaults_from(file: str, verb: str) -> dict[str, Any]:
     """
     from slimvlm.runs.command import read_config
 
-    model, config, says_training = read_config(file)
+    model, config, learning = read_config(file)
     if verb == "recover":
         data = {} if config.data is None else {"source": part_of(config, TrainingData)}
         return {"teacher": model, "training": config.recover or RecoverConfig(), **data}
-    given: dict[str, Any] = {"train": "none" if says_training else None}
+    given: dict[str, Any] = {"train": "none"} if learning is None else {}
     if config.recover is not None:
-        names = {row.name for row in fields(TrainingFlags)} - {"seed"}
+        names = {row.name for row in fields(TrainingFlags)} & set(learning or {}) - {"seed"}
         given = {name: getattr(config.recover, name) for name in names}
     return {
         "model": model,

@@ -59,11 +59,12 @@ def config_text(model: str, config: CompressConfig) -> str:
     return text
 
 
-def read_config(path: str | Path) -> tuple[str, CompressConfig, bool]:
+def read_config(path: str | Path) -> tuple[str, CompressConfig, Mapping[str, Any] | None]:
     """The model and the configuration in a YAML file, or in the ``config.json`` of a run.
 
     Returns:
-        Both, and whether the file says how to train; else the chart does.
+        Both, and the training options that the file gives: the chart decides on the others. None
+        for no training.
 
     Raises:
         ConfigError: If the file cannot be read, or an option is unknown, missing or not allowed.
@@ -74,7 +75,8 @@ def read_config(path: str | Path) -> tuple[str, CompressConfig, bool]:
     options = {name: v for name, v in values.items() if name not in ("model", "made_from")}
     if options.get("recover") == NOT_TRAINED:
         options["recover"] = None
-    return values["model"], built(CompressConfig, options, where), "recover" in options
+    given = options.get("recover", {})
+    return values["model"], built(CompressConfig, options, where), given
 
 
 def _unusual(config: Any) -> dict[str, Any]:
