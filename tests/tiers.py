@@ -16,7 +16,7 @@ import pytest
 
 from slimvlm.models.anatomy import Anatomy, read_anatomy
 from slimvlm.models.families import INPUT_COLUMNS, Backbone, Family, Projection
-from slimvlm.models.parts import projections
+from slimvlm.models.parts import Parts
 from tests import tiny
 
 ARCHETYPES: dict[str, tuple[str, ...]] = {
@@ -44,7 +44,7 @@ def traits(name: str) -> frozenset[str]:
     """What is special about a tiny model: how its rows differ from the defaults, and its layers."""
     model = tiny.build(name)
     anatomy = read_anatomy(model)
-    biased = {linear.bias is not None for _, _, linear in projections(model)}
+    biased = {linear.bias is not None for _, _, linear in Parts(model).projections()}
     found = [
         *_set_fields(anatomy.backbone),
         *_set_fields(anatomy.family),

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from slimvlm.core.errors import ConfigError, DataError, NumericalError
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.parts import decoder_layers, projections
+from slimvlm.models.parts import Parts
 from slimvlm.scoring.criteria import CRITERIA, criteria_table
 from slimvlm.scoring.score_model import score
 from slimvlm.scoring.unit_scores import Scores
@@ -375,7 +375,7 @@ def test_permuted_units_have_permuted_scores(
 ) -> None:
     model, permuted = tiny.build(model_name), tiny.build(model_name)
     groups, neurons = torch.tensor([2, 0, 3, 1]), torch.randperm(96)
-    permute_units(decoder_layers(permuted)[1], groups, neurons, queries=2)
+    permute_units(Parts(permuted).layers[1], groups, neurons, queries=2)
     data = samples(model)
     assert_close(logits(permuted, data[0]), logits(model, data[0]), FORWARD)
     before = score(model, data, criterion, **options)
@@ -401,7 +401,7 @@ def test_query_heads_fold_into_their_own_kv_group(
     config = tiny.llama(num_attention_heads=4, num_key_value_heads=2)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
-        for layer in decoder_layers(model):
+        for layer in Parts(model).layers:
             attention: Any = layer.get_submodule("self_attn")
             attention.q_proj.weight.view(2, 32, 64)[dead] = 0
             attention.k_proj.weight.view(2, 16, 64)[dead] = 0
@@ -421,7 +421,7 @@ def test_a_dead_neuron_scores_zero(
 ) -> None:
     model = tiny.build(model_name)
     with torch.no_grad():
-        for _, projection, linear in projections(model):
+        for _, projection, linear in Parts(model).projections():
             if projection.segments[0] == "neuron":
                 for block in range(len(projection.segments)):
                     linear.weight.select(projection.dim, block * 96 + 7).zero_()
@@ -467,7 +467,7 @@ def test_a_broken_weight_is_named(criterion: str, options: dict[str, Any]) -> No
     model = build(criterion, "llama")
     with torch.no_grad():
         path = "mlp.experts.down_proj" if criterion in EXPERTS_ALONE else "mlp.down_proj.weight"
-        decoder_layers(model)[2].get_parameter(path)[..., 3, 5] = math.nan
+        Parts(model).layers[2].get_parameter(path)[..., 3, 5] = math.nan
     with pytest.raises(NumericalError, match=r"NaN or infinity"):
         score(model, samples(model), criterion, **options)
 

@@ -20,7 +20,7 @@ from slimvlm.models.anatomy import Anatomy, read_anatomy
 from slimvlm.models.classes import auto_class
 from slimvlm.models.families import BACKBONES
 from slimvlm.models.families import FAMILIES as ROWS
-from slimvlm.models.parts import decoder_layers, projections, text_config_of
+from slimvlm.models.parts import Parts, text_config_of
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.mask import mask_
 from slimvlm.planning.plan import Plan
@@ -117,7 +117,7 @@ def test_parts_are_counted_exactly(name: str) -> None:
     assert anatomy.total_params == sum(p.numel() for p in model.parameters())
     if tiny.is_multimodal(model.config):
         assert min(sizes.values()) > 0
-    layer_sizes = [sum(p.numel() for p in x.parameters()) for x in decoder_layers(model)]
+    layer_sizes = [sum(p.numel() for p in x.parameters()) for x in Parts(model).layers]
     slices = sum(p.numel() for n, p in model.named_parameters() if PER_LAYER.search(n))
     slice_size, rest = divmod(slices, anatomy.num_layers)
     assert rest == 0
@@ -135,7 +135,7 @@ def test_widths_are_read_from_the_model(name: str) -> None:
     for shape, neurons in zip(anatomy.layers, configured_neurons(config, anatomy), strict=True):
         assert shape.intermediate_size in (0, neurons)
     if anatomy.backbone.attention:
-        mixers = [hasattr(layer, "self_attn") for layer in decoder_layers(model)]
+        mixers = [hasattr(layer, "self_attn") for layer in Parts(model).layers]
         assert [bool(shape.num_kv_heads) for shape in anatomy.layers] == mixers
 
 
@@ -179,7 +179,7 @@ def test_predicted_parameters_are_counted_parameters(name: str, axis: str) -> No
 @every_case
 def test_the_config_says_what_the_modules_are(name: str, axis: str) -> None:
     case = pruned(name, axis)
-    after, layers = case.plan.after, decoder_layers(case.model)
+    after, layers = case.plan.after, Parts(case.model).layers
     text_config = text_config_of(case.model.config)
     assert len(layers) == text_config.num_hidden_layers == after.num_layers
     assert case.model.config.get_text_config().num_hidden_layers == after.num_layers
@@ -205,7 +205,7 @@ def test_the_config_says_what_the_modules_are(name: str, axis: str) -> None:
         assert attention.config is text_config
     for shape, neurons in zip(after.layers, configured_neurons(text_config, after), strict=True):
         assert shape.intermediate_size in (0, neurons)
-    for _, _, linear in projections(case.model):
+    for _, _, linear in Parts(case.model).projections():
         assert linear.weight.shape == (linear.out_features, linear.in_features)
 
 
@@ -297,8 +297,8 @@ def test_retyping_changes_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     prune_(stays_llama, plan)
     batch = tiny.batch(model, TEXT_TOKENS)
     assert torch.equal(logits(model, batch), logits(stays_llama, batch))
-    assert {type(layer).__name__ for layer in decoder_layers(model)} == {"MistralDecoderLayer"}
-    assert {type(layer).__name__ for layer in decoder_layers(stays_llama)} == {"LlamaDecoderLayer"}
+    assert {type(layer).__name__ for layer in Parts(model).layers} == {"MistralDecoderLayer"}
+    assert {type(layer).__name__ for layer in Parts(stays_llama).layers} == {"LlamaDecoderLayer"}
 
 
 @pytest.mark.parametrize("name", ["llama", "llava-llama"])

@@ -19,7 +19,7 @@ from slimvlm.export import quantize as quantization
 from slimvlm.export.quantize import quantize
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.hidden import head_of, hidden_states
-from slimvlm.models.parts import projections
+from slimvlm.models.parts import Parts
 from slimvlm.pruning.cut import prune_
 from tests import tiny
 from tests.handmade import Batch, logits, plan_by_hand
@@ -85,7 +85,7 @@ def test_int8_saves_a_byte_for_each_weight_but_a_scale_for_each_row(
 ) -> None:
     folder, model, _ = original
     done = quantize(folder, tmp_path / "small", "int8", "torchao", "cpu")
-    matrices = [linear.weight for _, _, linear in projections(model)]
+    matrices = [linear.weight for _, _, linear in Parts(model).projections()]
     scales = sum(len(weight) for weight in matrices) * 4
     zero_points = sum(len(weight) for weight in matrices)
     saved = done.bytes_before - done.bytes_after
@@ -115,7 +115,7 @@ def test_other_families(family: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "original")
     quantize(tmp_path / "original", tmp_path / "small", "int8", device="cpu")
     small, _ = sv.load(tmp_path / "small", device="cpu")
-    owned = {id(linear) for _, _, linear in projections(small)}
+    owned = {id(linear) for _, _, linear in Parts(small).projections()}
     assert owned
     for module in small.modules():
         if isinstance(module, nn.Linear):

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 import slimvlm as sv
 from slimvlm.core.errors import ConfigError
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.parts import token_matrices
+from slimvlm.models.parts import Parts
 from slimvlm.scoring.criteria import CRITERIA
 from tests import tiny
 from tests import tiny_folder as folders
@@ -49,7 +49,7 @@ def divided(model: PreTrainedModel, last: int | str = 1) -> PreTrainedModel:
     """A copy on card 0, except its last layers and its norm; a head goes with its weight."""
     anatomy = read_anatomy(model)
     text, count = anatomy.family.backbone, anatomy.num_layers
-    embedding, head = token_matrices(model)
+    embedding, head = Parts(model).token_matrices()
     places: dict[str, int | str] = {
         **{f"{text}.layers.{i}": 0 if i < count // 2 else last for i in range(count)},
         f"{text}.norm": last,

@@ -17,7 +17,7 @@ from slimvlm.models.anatomy import (
     unit_of,
 )
 from slimvlm.models.families import BACKBONES, Projection
-from slimvlm.models.parts import projections
+from slimvlm.models.parts import Parts
 from tests import tiny
 
 PROJECTIONS = sorted(
@@ -122,7 +122,7 @@ def test_fused_matrices_are_cut_inside_their_blocks() -> None:
 def test_segments_cover_the_real_matrices(name: str) -> None:
     model = tiny.build(name)
     anatomy = read_anatomy(model)
-    for index, projection, linear in projections(model):
+    for index, projection, linear in Parts(model).projections():
         width = linear.weight.shape[projection.dim]
         assert num_channels(projection, anatomy.layers[index]) == width
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import slimvlm as sv
 from slimvlm.core.errors import UnsupportedModelError
 from slimvlm.models.anatomy import unit_of
-from slimvlm.models.parts import decoder_layers, matrices
+from slimvlm.models.parts import Parts
 from tests import tiny
 from tests.handmade import padded
 from tests.tolerances import FORWARD, SCORE_SHARE_OF_MAXIMUM, assert_close, assert_scores_close
@@ -25,7 +25,7 @@ def inputs_of(model: Any, path: str, batch: dict[str, Tensor]) -> list[Tensor]:
         layer.get_submodule(path).register_forward_pre_hook(
             lambda _, args: found.append(args[0].detach().flatten(0, -2))
         )
-        for layer in decoder_layers(model)
+        for layer in Parts(model).layers
         if path in dict(layer.named_modules())
     ]
     with torch.no_grad():
@@ -61,7 +61,7 @@ def test_qwen_scores_are_means_over_the_tokens_of_an_expert(name: str, dense: li
     assert [i for i, values in enumerate(reap) if not len(values)] == dense
     sparse = [index for index in range(4) if index not in dense]
     for index, entered in zip(sparse, hidden, strict=True):
-        mlp: Any = decoder_layers(model)[index].get_submodule("mlp")
+        mlp: Any = Parts(model).layers[index].get_submodule("mlp")
         with torch.no_grad():
             count, mean = by_token(mlp, entered, normalised=name == "qwen3_vl_moe")
         assert_close(frequency[index].double(), count / len(entered), FORWARD)
@@ -76,7 +76,7 @@ def test_llama_4_scores_are_the_sizes_of_what_experts_add() -> None:
     assert reap is not None
     entered = inputs_of(model, "feed_forward.router", batch)
     for index, hidden in zip((1, 3), entered, strict=True):
-        block: Any = decoder_layers(model)[index].get_submodule("feed_forward")
+        block: Any = Parts(model).layers[index].get_submodule("feed_forward")
         with torch.no_grad():
             routed = hidden @ block.router.weight.T
             weights, taken = routed.max(1)
@@ -99,7 +99,7 @@ def test_permuted_experts_have_permuted_scores(name: str, criterion: str) -> Non
     row = sv.anatomy(model).backbone.experts
     assert row is not None
     for entry in row.entries:
-        parameter = decoder_layers(permuted)[3].get_parameter(entry.path)
+        parameter = Parts(permuted).layers[3].get_parameter(entry.path)
         parameter.data = parameter.data[order]
     data = [tiny.batch(model, 16, seed) for seed in range(2)]
     before, after = (sv.score(m, data, criterion).expert for m in (model, permuted))
@@ -112,7 +112,7 @@ def test_permuted_experts_have_permuted_scores(name: str, criterion: str) -> Non
 def test_an_expert_that_no_token_takes_tokens_first() -> None:
     model = tiny.build("llama4")
     with torch.no_grad():
-        router = decoder_layers(model)[1].get_parameter("feed_forward.router.weight")
+        router = Parts(model).layers[1].get_parameter("feed_forward.router.weight")
         router[2] = -torch.sign(router[0])
         router[:] = router[:1]  # all alike: the first of equal scores is taken
     for criterion in ("reap", "frequency"):
@@ -160,7 +160,7 @@ def test_neurons_of_experts_are_scored_by_what_reads_them() -> None:
     assert wanda is not None
     assert flap is not None
     for index, hidden in enumerate(inputs_of(model, "mlp.experts", batch)):
-        mlp: Any = decoder_layers(model)[index].get_submodule("mlp")
+        mlp: Any = Parts(model).layers[index].get_submodule("mlp")
         sizes, reads, varies = torch.zeros(3, 32)
         with torch.no_grad():
             for expert in range(4):
@@ -178,7 +178,7 @@ def test_neurons_of_experts_are_scored_by_what_reads_them() -> None:
 def test_a_neuron_that_no_expert_sends_on_scores_zero(name: str, criterion: str) -> None:
     model = tiny.build(name)
     with torch.no_grad():
-        for _, matrix in matrices(model):
+        for _, matrix in Parts(model).matrices():
             if unit_of(matrix.projection) == "neuron":
                 for block in range(len(matrix.projection.segments)):
                     matrix.weight.select(matrix.projection.axis, block * 32 + 7).zero_()

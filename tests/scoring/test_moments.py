@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.parts import projections
+from slimvlm.models.parts import Parts
 from slimvlm.pruning.cut import prune_
 from slimvlm.scoring import moments, symmetric
 from slimvlm.scoring.inputs import capture_grams
@@ -57,7 +57,7 @@ def test_they_are_the_products_of_what_enters_the_matrices(name: str) -> None:
     seen: dict[tuple[int, str], list[Tensor]] = {}
     matrices: dict[tuple[int, str], Tensor] = {}
     hooks = []
-    for index, projection, linear in projections(model):
+    for index, projection, linear in Parts(model).projections():
         if projection.path.rpartition(".")[2] in ("o_proj", "dense", "down_proj", "fc2"):
             key = (index, projection.path)
             matrices[key] = linear.weight

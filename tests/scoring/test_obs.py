@@ -8,7 +8,7 @@ from torch import Tensor
 
 from slimvlm.core.errors import NumericalError
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.parts import decoder_layers
+from slimvlm.models.parts import Parts
 from slimvlm.scoring import obs, score_model
 from slimvlm.scoring.obs import DAMPING, removal_order
 from slimvlm.scoring.score_model import collect, score
@@ -254,7 +254,7 @@ def test_keeping_the_best_scores_is_stopping_early() -> None:
         for unit, path in (("kv_group", "self_attn.o_proj"), ("neuron", "mlp.down_proj")):
             values = scores.of(unit)[index]
             found = removal_order(
-                decoder_layers(model)[index].get_submodule(path).weight.detach(),
+                Parts(model).layers[index].get_submodule(path).weight.detach(),
                 statistics.parts[index, path].gram / statistics.weight,
                 len(values),
             )
@@ -267,7 +267,7 @@ def test_parts_of_the_layers_score_as_all_at_once(monkeypatch: pytest.MonkeyPatc
     batches = [tiny.batch(model, seed=seed) for seed in range(2)]
     whole = score(model, iter(batches), "obs")
     passes = []
-    decoder_layers(model)[0].register_forward_pre_hook(lambda *call: passes.append(1))
+    Parts(model).layers[0].register_forward_pre_hook(lambda *call: passes.append(1))
     monkeypatch.setattr(score_model, "PART_BYTES", 1)
     parts = score(model, iter(batches), "obs")
     assert len(passes) == len(batches) * read_anatomy(model).num_layers

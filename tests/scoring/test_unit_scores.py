@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from slimvlm.core.errors import ConfigError, NumericalError
-from slimvlm.models.parts import decoder_layers
+from slimvlm.models.parts import Parts
 from slimvlm.scoring.score_model import score
 from slimvlm.scoring.statistics import Gradients
 from slimvlm.scoring.unit_scores import Scores
@@ -85,6 +85,6 @@ def test_nan_is_traced_to_its_sample_and_layer(criterion: str) -> None:
 
     spoilt: dict[str, torch.Tensor] = {}
     model.get_input_embeddings().register_forward_pre_hook(look)
-    decoder_layers(model)[1].register_forward_hook(spoil)
+    Parts(model).layers[1].register_forward_hook(spoil)
     with pytest.raises(NumericalError, match=r"\(calibration sample 3, from layer 1 on\)"):
         score(model, batches, criterion)

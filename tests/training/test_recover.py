@@ -27,9 +27,9 @@ from slimvlm.data.read import subset
 from slimvlm.data.samples import Sample
 from slimvlm.models import losses
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.hidden import placement_of
+from slimvlm.models.hidden import hold_in_
 from slimvlm.models.load import load
-from slimvlm.models.parts import decoder_layers
+from slimvlm.models.parts import Parts
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.runs.cost import optimizer_steps
@@ -366,7 +366,7 @@ def test_a_loss_that_is_nan_stops_training(logging_steps: int) -> None:
 @pytest.mark.parametrize("whose", ["", " of the teacher"])
 def test_nan_is_traced_to_its_samples_and_its_layer(whose: str) -> None:
     student, teacher, processor = models()
-    spoilt = decoder_layers(teacher if whose else student)[2]
+    spoilt = Parts(teacher if whose else student).layers[2]
     with torch.no_grad():
         next(spoilt.parameters())[0, 0] = float("nan")
     options = config(train="projector", loss="hidden", batch_size=1)
@@ -511,8 +511,8 @@ def test_the_last_step_of_an_epoch_may_have_fewer_batches() -> None:
 @pytest.mark.parametrize("train", lora_by_default)
 def test_half_precision_learns_in_full_and_comes_back_as_it_was(train: str, bf16: bool) -> None:
     student, teacher, processor = models()
-    placement_of(student).hold_in_(torch.bfloat16)
-    placement_of(teacher).hold_in_(torch.bfloat16)
+    hold_in_(student, torch.bfloat16)
+    hold_in_(teacher, torch.bfloat16)
     before, buffers = weights(student), [value.clone() for value in student.buffers()]
     history = recover(student, teacher, SAMPLES, config(train=train, bf16=bf16), processor)
     assert {value.dtype for value in weights(student).values()} == {torch.bfloat16}

@@ -21,7 +21,7 @@ from slimvlm.models import losses
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.hidden import head_of, hidden_states
 from slimvlm.models.load import load
-from slimvlm.models.parts import projections
+from slimvlm.models.parts import Parts
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.tokens import token_ids_of, trimmed_processor
@@ -414,7 +414,9 @@ def test_a_separate_teacher_is_left_alone() -> None:
 def test_repaired_matrices_are_copied_and_named() -> None:
     student, teacher, plan, processor = models("llava", "width")
     batch = {"input_ids": torch.arange(5, 25)[None], "attention_mask": torch.ones(1, 20).long()}
-    repaired = [m for i, p, m in projections(student) if p.path == "mlp.down_proj" and i < 2]
+    repaired = [
+        m for i, p, m in Parts(student).projections() if p.path == "mlp.down_proj" and i < 2
+    ]
     with torch.no_grad():
         for linear in repaired:
             linear.weight.add_(0.01)

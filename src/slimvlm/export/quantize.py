@@ -33,7 +33,7 @@ from slimvlm.models.load import (
     require_buildable,
     resolve,
 )
-from slimvlm.models.parts import Parts, projections
+from slimvlm.models.parts import Parts
 from slimvlm.pruning.layout import write_processor
 from slimvlm.pruning.save import PLAN_FILE, check_reload
 
@@ -121,7 +121,7 @@ def quantize(
         raise ConfigError("model: its weights are quantised already; quantise the original")
     multiple = METHODS[to, chosen][1]
     empty = empty_model(config)
-    for _, projection, linear in projections(empty):
+    for _, projection, linear in Parts(empty).projections():
         if linear.in_features % multiple:
             raise ConfigError(
                 f"to {to!r}: rows of {projection.path} have {linear.in_features} weights, which is "
@@ -184,7 +184,7 @@ def _skipped(model: nn.Module) -> list[str]:
     """List paths that stay as they are: tower, projector, head, other matrices outside units."""
     family = Parts(model).family
     parts = [part for part in (family.vision, *family.projector, family.head) if part is not None]
-    owned = {id(linear) for _, _, linear in projections(model)}
+    owned = {id(linear) for _, _, linear in Parts(model).projections()}
     others = [
         name
         for name, module in model.named_modules()
@@ -240,7 +240,7 @@ def compressed(model: PreTrainedModel, to: str, skipped: Sequence[str]) -> Itera
     ignored = sorted({f"re:.*{path.rpartition('.')[2]}.*" for path in skipped})
     settings = QuantizationConfig(config_groups={"decoder": scheme}, ignore=ignored)
     apply_quantization_config(model, settings)
-    matrices: list[Any] = [linear for _, _, linear in projections(model)]
+    matrices: list[Any] = [linear for _, _, linear in Parts(model).projections()]
     for module in matrices:
         rows = module.weight.detach().float()
         groups = rows.unflatten(1, (-1, scheme.weights.group_size or rows.shape[1]))
@@ -261,7 +261,7 @@ def compressed(model: PreTrainedModel, to: str, skipped: Sequence[str]) -> Itera
 
 def _check_what_was_quantized(model: PreTrainedModel) -> None:
     """Raise `ReloadError` unless exactly the matrices of decoder layers have another weight."""
-    owned = {id(linear) for _, _, linear in projections(model)}
+    owned = {id(linear) for _, _, linear in Parts(model).projections()}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             weight = getattr(module, "weight", None)  # packed ones have another name

@@ -83,12 +83,9 @@ class LayerShape:
     @property
     def params(self) -> int:
         """Parameters of the whole layer."""
-        return (
-            self.fixed_params
-            + self.num_kv_heads * self.kv_group_params
-            + self.intermediate_size * self.neuron_params
-            + self.num_experts * self.expert_fixed_params
-        )
+        groups = self.num_kv_heads * self.kv_group_params
+        neurons = self.intermediate_size * self.neuron_params
+        return self.fixed_params + groups + neurons + self.num_experts * self.expert_fixed_params
 
     @property
     def expert_params(self) -> int:
@@ -97,33 +94,22 @@ class LayerShape:
 
     def units(self, unit: str) -> int:
         """Count the units of a kind (``kv_group``, ``neuron`` or ``expert``)."""
-        counts = {
-            "kv_group": self.num_kv_heads,
-            "neuron": self.intermediate_size,
-            "expert": self.num_experts,
-        }
-        return counts[unit]
+        return (self.num_kv_heads, self.intermediate_size, self.num_experts)[
+            LAYER_UNITS.index(unit)
+        ]
 
     def with_units(self, kv_groups: int, neurons: int, experts: int) -> LayerShape:
         """Return the layer with other numbers of units; a neuron is smaller with fewer experts."""
         lost = (self.num_experts - experts) * self.expert_neuron_params
-        return replace(
-            self,
-            num_kv_heads=kv_groups,
-            intermediate_size=neurons,
-            num_experts=experts,
-            neuron_params=self.neuron_params - lost,
-        )
+        widths = {"num_kv_heads": kv_groups, "intermediate_size": neurons, "num_experts": experts}
+        return replace(self, **widths, neuron_params=self.neuron_params - lost)
 
     def block(self, segment: Segment) -> tuple[int, int]:
         """Return the number of units along a segment and the channels of each."""
         if segment in ("neuron", "expert"):
             return self.units(segment), 1
-        heads = {
-            "query": self.queries_per_group,
-            "query_and_gate": 2 * self.queries_per_group,
-            "key_value": 1,
-        }[segment]
+        queries = self.queries_per_group
+        heads = {"query": queries, "query_and_gate": 2 * queries, "key_value": 1}[segment]
         return self.num_kv_heads, heads * self.head_dim
 
 
@@ -152,11 +138,12 @@ def read_layer(layer: nn.Module, backbone: Backbone) -> LayerShape:
         whole = sum(matrix.weight.numel() for matrix in entries) // experts
         expert_fixed_params = whole - neurons * expert_neuron_params
     owned = kv_heads * kv_group_params + neurons * neuron_params + experts * expert_fixed_params
+    fixed_params = sum(p.numel() for p in layer.parameters()) - owned
     return replace(
         shape,
         kv_group_params=kv_group_params,
         neuron_params=neuron_params,
-        fixed_params=sum(p.numel() for p in layer.parameters()) - owned,
+        fixed_params=fixed_params,
         expert_neuron_params=expert_neuron_params,
         expert_fixed_params=expert_fixed_params,
     )
@@ -228,10 +215,7 @@ class Anatomy:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether a plain configuration can express all widths.
-
-        Layers with KV groups must have equally many; those with neurons or experts likewise.
-        """
+        """Whether all layers with KV groups have equally many, and so with neurons and experts."""
         kinds = (self.attention_shapes, self.mlp_widths, self.expert_counts)
         return all(len(found) <= 1 for found in kinds)
 
@@ -254,8 +238,7 @@ class Anatomy:
     @property
     def expert_share(self) -> float:
         """Share of the backbone that is experts which can go."""
-        params = sum(s.num_experts * s.expert_params for s in self.layers)
-        return params / self.backbone_params
+        return sum(s.num_experts * s.expert_params for s in self.layers) / self.backbone_params
 
     @property
     def family(self) -> Family:
@@ -276,10 +259,7 @@ class Anatomy:
 
     @property
     def token_params(self) -> int:
-        """Parameters of one token: its row of the embedding, and of the head if that has its own.
-
-        A bias of the head counts, and so do rows of embeddings that layers have for themselves.
-        """
+        """Parameters of one token: its rows of embeddings and of an untied head, and its bias."""
         of_layers = sum(shape.token_params for shape in self.layers)
         return (self.embedding_params + self.head_params) // self.vocab_size + of_layers
 
@@ -297,8 +277,6 @@ class Anatomy:
 
     def legal_kv_heads(self) -> list[int]:
         """List KV-head counts that the configuration class can express, ascending.
-
-        Those of the layers that have KV groups; none if no layer has.
 
         Reference: measured on transformers 5.24; see ``docs/families.md``.
         """
@@ -324,20 +302,18 @@ class Anatomy:
     def matrices(self, layer: int) -> tuple[Projection, ...]:
         """Return the matrices of a layer that units own parts of."""
         shape, row = self.layers[layer], self.backbone
-        return (
-            *(row.attention if shape.num_kv_heads else ()),
-            *(row.mlp if shape.intermediate_size else ()),
-        )
+        attention = row.attention if shape.num_kv_heads else ()
+        return (*attention, *(row.mlp if shape.intermediate_size else ()))
 
     def with_tokens(self, count: int) -> Anatomy:
         """Return the anatomy with another number of tokens."""
         gone = self.vocab_size - count
+        layers = [
+            replace(s, fixed_params=s.fixed_params - gone * s.token_params) for s in self.layers
+        ]
         return replace(
             self,
-            layers=tuple(
-                replace(shape, fixed_params=shape.fixed_params - gone * shape.token_params)
-                for shape in self.layers
-            ),
+            layers=tuple(layers),
             vocab_size=count,
             embedding_params=self.embedding_params // self.vocab_size * count,
             head_params=self.head_params // self.vocab_size * count,
@@ -360,11 +336,7 @@ class Anatomy:
 
 
 def read_anatomy(model: nn.Module) -> Anatomy:
-    """Read the shape of a model off its modules.
-
-    Raises:
-        UnsupportedModelError: If no family row matches.
-    """
+    """Read the shape of a model off its modules; raise `UnsupportedModelError` without a row."""
     parts = Parts(model)
     config: Any = model.config
     family, backbone, text_config = parts.family, parts.row, parts.text_config
@@ -446,12 +418,9 @@ def segments(projection: Projection, shape: LayerShape) -> Iterator[tuple[Segmen
 def channels_of(
     projection: Projection, shape: LayerShape, units: Sequence[int]
 ) -> Int[Tensor, " channel"]:
-    """List channels that some units own along a projection's divided dimension, in storage order.
+    """List channels that some sorted units own along the divided dimension, in storage order.
 
-    Args:
-        projection: The matrix.
-        shape: The layer's geometry before pruning.
-        units: Sorted indices of KV groups or neurons.
+    ``shape`` is the layer's geometry before pruning.
     """
     return torch.cat(channels_by_segment(projection, shape, units))
 
@@ -481,8 +450,5 @@ def spread(
     projection: Projection, shape: LayerShape, unit_values: Float[Tensor, "*batch unit"]
 ) -> Float[Tensor, "*batch channel"]:
     """Repeat a value per unit over the unit's channels: the transpose of `fold`."""
-    parts = [
-        unit_values.repeat_interleave(width, dim=-1)
-        for _, _, _, width in segments(projection, shape)
-    ]
-    return torch.cat(parts, dim=-1)
+    widths = [width for *_, width in segments(projection, shape)]
+    return torch.cat([unit_values.repeat_interleave(width, dim=-1) for width in widths], dim=-1)

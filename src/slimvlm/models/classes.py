@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from slimvlm.core.errors import ConfigError
 from slimvlm.models import modeling_pruned
 from slimvlm.models.modeling_pruned import PREFIX, cut_layers_
-from slimvlm.models.parts import family_of, text_config_of
+from slimvlm.models.parts import Parts, family_of, text_config_of
 
 UNEVEN_FIELD = "pruned_layers"
 """Text configuration field that holds the widths of every layer when they differ."""
@@ -52,13 +52,9 @@ def require_full_precision(config: PreTrainedConfig, what: str) -> None:
 def require_undivided(
     model: Any, what: str, on_one_device: bool = False, field: str = "model"
 ) -> None:
-    """Refuse a change of a model that accelerate has divided by a ``device_map``.
+    """Refuse a change of a model whose ``device_map`` puts weights on the host or a disk.
 
-    Args:
-        model: The model.
-        what: The change, for the message.
-        on_one_device: Refuse several devices, too, not only weights on the host or a disk.
-        field: Users' name of the model, for the message.
+    ``on_one_device`` refuses several accelerators, too; ``what`` and ``field`` are for the message.
     """
     places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
     if "disk" in places or (len(places) > 1 and (on_one_device or "cpu" in places)):
@@ -90,7 +86,8 @@ def check_widths(config: PreTrainedConfig) -> None:
 def uneven_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Return the class for layers of different widths: the native one with its layers cut."""
     auto = auto_class(config)
-    made: type[PreTrainedModel] = _uneven(auto, config)
+    name = f"{PREFIX}{auto._model_mapping[type(config)].__name__}"
+    made: type[PreTrainedModel] = getattr(modeling_pruned, name)
     made.register_for_auto_class(auto.__name__)  # so that save_pretrained copies the file
     return made
 
@@ -98,8 +95,9 @@ def uneven_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 def auto_map_of(config: PreTrainedConfig) -> dict[str, str]:
     """Make the ``auto_map`` that lets plain transformers code find the uneven classes."""
     file = modeling_pruned.__name__.rpartition(".")[2]
-    autos = (auto_class(config), transformers.AutoModel)
-    return {auto.__name__: f"{file}.{_uneven(auto, config).__name__}" for auto in autos}
+    autos: tuple[Any, ...] = (auto_class(config), transformers.AutoModel)
+    native = {auto.__name__: auto._model_mapping[type(config)].__name__ for auto in autos}
+    return {auto: f"{file}.{PREFIX}{name}" for auto, name in native.items()}
 
 
 def empty_model(
@@ -107,17 +105,12 @@ def empty_model(
 ) -> PreTrainedModel:
     """Build the model of a configuration without storage for its weights.
 
-    Args:
-        config: The configuration.
-        dtype: Data type of the weights; by default the configuration's.
-        with_buffers: Compute buffers that files do not hold, such as rotary frequencies.
+    ``with_buffers`` computes buffers that files do not hold, such as rotary frequencies.
     """
+    given = {} if dtype is None else {"dtype": dtype}
     with init_empty_weights() if with_buffers else torch.device("meta"):
-        if is_uneven(config):
-            build: Any = uneven_class(config)._from_config
-        else:
-            build = auto_class(config).from_config
-        given = {} if dtype is None else {"dtype": dtype}
+        uneven: Any = uneven_class(config) if is_uneven(config) else None
+        build = auto_class(config).from_config if uneven is None else uneven._from_config
         model: PreTrainedModel = build(copy.deepcopy(config), **given)
     return model
 
@@ -146,29 +139,19 @@ def set_class_(model: PreTrainedModel) -> None:
         vars(config).pop("auto_map", None)
 
 
-def _uneven(auto: Any, config: PreTrainedConfig) -> Any:
-    native = auto._model_mapping[type(config)]
-    return getattr(modeling_pruned, f"{PREFIX}{native.__name__}")
-
-
 def retype_modules_(model: PreTrainedModel, old: PreTrainedConfig, new: PreTrainedConfig) -> None:
     """Give the language model's modules the classes of another type that computes the same.
 
     Relies on: a type's classes lie in ``models.<type>.modeling_<type>``, are called after its
     configuration (``LlamaConfig``, ``LlamaMLP``), and have the same attributes in both types. Tried
     with transformers 5.24.
-
-    Args:
-        model: The model.
-        old: The text configuration that its modules were built from.
-        new: One of the type that they shall have.
     """
     source, target = (
         importlib.import_module(f".models.{kind}.modeling_{kind}", "transformers")
         for kind in (old.model_type, new.model_type)
     )
     old_prefix, new_prefix = (type(each).__name__.removesuffix("Config") for each in (old, new))
-    family = family_of(model.config.model_type)
+    family = Parts(model).family
     root = model if family.text_config is None else model.get_submodule(family.backbone)
     for module in root.modules():
         name = type(module).__name__

@@ -54,39 +54,33 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 
 def weight_bytes(anatomy: Anatomy, dtype: str = "bfloat16") -> int:
-    """Bytes of all weights of the model."""
+    """Count bytes of all weights of the model."""
     return anatomy.total_params * BYTES[dtype]
 
 
 def kv_cache_bytes_per_token(anatomy: Anatomy, dtype: str = "bfloat16") -> int:
-    """Bytes of keys and values that one token adds to the cache."""
+    """Count bytes of keys and values that one token adds to the cache."""
     return sum(2 * s.num_kv_heads * s.head_dim for s in anatomy.layers) * BYTES[dtype]
 
 
 def prefill_flops(anatomy: Anatomy, tokens: int, batch_size: int = 1) -> int:
-    """FLOPs of the backbone to read prompts and write the first token of each answer.
+    """Count FLOPs of the backbone for the first token of each answer.
 
-    Args:
-        anatomy: The model's shape.
-        tokens: Length of a prompt; a picture counts with the tokens that it takes.
-        batch_size: Prompts.
+    ``tokens`` is the length of a prompt; an image counts with its tokens.
     """
     return batch_size * _forward_flops(anatomy, tokens, tokens)
 
 
 def decode_flops(anatomy: Anatomy, context: int, batch_size: int = 1) -> int:
-    """FLOPs of the backbone for one further token of each answer.
+    """Count FLOPs of the backbone for one further token of each answer.
 
-    Args:
-        anatomy: The model's shape.
-        context: Tokens that the new one attends to, itself included.
-        batch_size: Answers that are written at once.
+    ``context`` is the number of tokens that it attends to, itself included.
     """
     return batch_size * _forward_flops(anatomy, 1, context)
 
 
 def _forward_flops(anatomy: Anatomy, tokens: int, context: int) -> int:
-    """FLOPs of some tokens that attend to a context, with the head for one of them."""
+    """Count FLOPs of tokens that attend to a context, with the head for one of them."""
     flops = 2 * anatomy.hidden_size * anatomy.vocab_size
     rows = (*anatomy.backbone.attention, *anatomy.backbone.mlp)
     for shape in anatomy.layers:
@@ -100,26 +94,17 @@ def _forward_flops(anatomy: Anatomy, tokens: int, context: int) -> int:
 def slow_widths(anatomy: Anatomy) -> list[str]:
     """List widths that hardware is slow with, one line for people each."""
     widths = sorted({layer.intermediate_size for layer in anatomy.layers})
-    neurons = f"{', '.join(map(str, widths))} neurons"
+    advice = f"no multiple of {TILE_MULTIPLE}, the tile of matrix kernels: plan with "
+    advice += f"--round-to {WIDTH_MULTIPLE}"
     if any(width % ROW_MULTIPLE for width in widths):
-        return [f"{neurons}: {OFF_ROWS_ADVICE}"]
-    if any(width % TILE_MULTIPLE for width in widths):
-        tile = f"no multiple of {TILE_MULTIPLE}, the tile of matrix kernels"
-        return [f"{neurons}: {tile}: plan with --round-to {WIDTH_MULTIPLE}"]
-    return []
+        advice = OFF_ROWS_ADVICE
+    elif not any(width % TILE_MULTIPLE for width in widths):
+        return []
+    return [f"{', '.join(map(str, widths))} neurons: {advice}"]
 
 
 def params_of_target(params: str | None, memory: str | None, dtype: str) -> int | None:
-    """Parameters that a target allows; None without one.
-
-    Args:
-        params: Their number, such as ``5B`` or ``90M``.
-        memory: Instead: bytes of the weights, such as ``8GiB`` or ``500MB``.
-        dtype: Data type of these.
-
-    Raises:
-        ConfigError: If it is not such a number.
-    """
+    """Return the parameters of a target: ``params`` as ``5B``, or else ``memory`` as ``8GiB``."""
     if params is not None:
         return _parsed("target_params", params, _COUNTS, "a number such as 5B, 90M or 1200000")
     if memory is None:
@@ -135,7 +120,7 @@ def _parsed(name: str, text: str, units: Mapping[str, int], allowed: str) -> int
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still allocate on a device, within a container's limit."""
+    """Return the bytes that this process can still allocate, within a container's limit."""
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     if device.type != "cpu":

@@ -78,10 +78,7 @@ _PACKED, _SPARE = 16, 2**20
 
 @contextmanager
 def unreadable(model: str | Path, what: str) -> Iterator[None]:
-    """Inside, raise a one-line `ConfigError` where a library cannot read a model's files.
-
-    ``what`` was read, such as ``weights``; ``model`` is the user's name of the model.
-    """
+    """Inside, raise a one-line `ConfigError` where a library cannot read ``what`` of a model."""
     try:
         yield
     except SlimError:
@@ -107,8 +104,7 @@ def check_folder(model: str | Path) -> None:
             return
         folder = Path(found[0]).parent
     where = f"model {str(model)!r}"
-    for path in folder.rglob("*"):
-        _require_inside(path, folder, where)
+    _require_links_inside(folder, where)
     if (folder / _ADAPTER).exists():
         raise ConfigError(f"{where}: {_ADAPTER} makes it an adapter; merge it first")
     for name in (CONFIG_NAME, GENERATION_CONFIG_NAME, *_SETTINGS):
@@ -150,10 +146,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
 
 
 def require_stored(model: str | Path, described: int) -> None:
-    """Refuse a configuration that describes far more parameters than the files hold.
-
-    Of a hub id nothing is known.
-    """
+    """Refuse a configuration of a folder that describes far more parameters than its files hold."""
     folder = Path(model)
     if not folder.is_dir():
         return
@@ -169,17 +162,16 @@ def require_stored(model: str | Path, described: int) -> None:
         )
 
 
-def _require_inside(path: Path, folder: Path, where: str) -> None:
-    """Refuse a link that leads out of the folder, but to the hub's cache."""
-    if not path.is_symlink():
-        return
-    with unreadable(folder, path.name):  # a link to itself
-        target, folder = path.resolve(), folder.resolve()
-    snapshots = folder.parent
-    blobs = snapshots.parent / "blobs"
-    in_cache = snapshots.name == "snapshots" and target.is_relative_to(blobs)
-    if not in_cache and not target.is_relative_to(folder):
-        raise ConfigError(f"{where}: {path.name!r} is a link that leads out of the folder")
+def _require_links_inside(folder: Path, where: str) -> None:
+    """Refuse links that lead out of the folder, but to the hub's cache."""
+    allowed = [folder.resolve()]
+    if allowed[0].parent.name == "snapshots":  # of the hub's cache
+        allowed.append(allowed[0].parent.parent / "blobs")
+    for path in filter(Path.is_symlink, folder.rglob("*")):
+        with unreadable(folder, path.name):  # a link to itself
+            target = path.resolve()
+        if not any(map(target.is_relative_to, allowed)):
+            raise ConfigError(f"{where}: {path.name!r} is a link that leads out of the folder")
 
 
 def _require_plausible(values: Any, where: str, name: str = "") -> None:
@@ -203,12 +195,7 @@ def _require_plausible(values: Any, where: str, name: str = "") -> None:
 
 @dataclass(frozen=True)
 class Origin:
-    """Tensors of a checkpoint's files that a parameter is made of.
-
-    Attributes:
-        keys: Names in a checkpoint's files.
-        convert: Makes the parameter of these tensors; None where it is the only one.
-    """
+    """Names in a checkpoint's files, and the function that makes a parameter of their tensors."""
 
     keys: tuple[str, ...]
     convert: Callable[[Sequence[Tensor]], Tensor] | None = None
@@ -224,10 +211,6 @@ def origins_in_files(model: Any, keys: Iterable[str]) -> dict[str, Origin]:
     Relies on: `get_model_conversion_mapping` lists what ``from_pretrained`` renames and computes
     (it stacks experts that lie in files one by one), and ``save_pretrained`` undoes what stands in
     ``_weight_conversions``, which is set here. Tried with transformers 5.24.
-
-    Args:
-        model: A model without weights.
-        keys: The names in the files.
     """
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
@@ -294,12 +277,6 @@ def write_weights(
     Relies on: ``save_pretrained`` takes a model with a device map and a hook of Accelerate for one
     whose weights lie on a disk, asks the hook for them, and holds one file in memory. Tried with
     transformers 5.24.
-
-    Args:
-        model: As `models.classes.empty_model` makes it, with its configuration.
-        weights: Its parameters and buffers by name.
-        folder: An existing folder.
-        shard_bytes: Largest weight file.
     """
     model.hf_device_map = {"": "disk"}
     learned = {name for name, _ in model.named_parameters(remove_duplicate=False)}

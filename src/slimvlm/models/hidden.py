@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimvlm.core.errors import ConfigError, NumericalError
 from slimvlm.core.processes import is_first_rank, num_ranks
-from slimvlm.data.roles import predicts_label, role_masks
 from slimvlm.models.losses import Head
 from slimvlm.models.parts import Parts, family_of
 
@@ -26,15 +25,6 @@ def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """Return the hidden states among the arguments of a decoder layer's call."""
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]
     return hidden
-
-
-def with_layer_input(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], hidden: Tensor
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Make the same call of a decoder layer with other hidden states."""
-    if args:
-        return (hidden, *args[1:]), dict(kwargs)
-    return (), {**kwargs, "hidden_states": hidden}
 
 
 def main_stream(hidden: Tensor) -> Tensor:
@@ -143,15 +133,24 @@ def hidden_states(
             stack.callback(handle.remove)
         if isinstance(runner, DistributedDataParallel):
             runner(**inputs, use_cache=False, logits_to_keep=1)
+        elif is_sharded(model):  # its own forward pass gathers the weights
+            model(**inputs, use_cache=False, logits_to_keep=1)
         else:
-            placement_of(model).run(inputs)
+            if hasattr(model, "ct_decompress_hook"):
+                # compressed-tensors decompresses when the whole model is called; this is a part
+                quantizer: Any = model.hf_quantizer
+                quantizer.compressor.decompress_model(model)
+            model.base_model(**inputs, use_cache=False)
     return [newest[0], *(caught[layer] for layer in layers)]
 
 
 def head_of(model: PreTrainedModel) -> Head:
     """Return the language-model head as a function, with Cohere 2's scale and Gemma 2's cap."""
     module = Parts(model).head
-    head: Head = placement_of(model).head(module)
+    head: Head = module
+    if is_sharded(model):
+        # the pass before left its weights gathered; its hooks would start another forward pass
+        head = lambda hidden: F.linear(hidden, module.weight, module.bias)  # noqa: E731
     scale, cap = _bends(model)
     if scale == 1 and cap is None and len(set(getattr(model, "hf_device_map", {}).values())) < 2:
         return head
@@ -161,14 +160,7 @@ def head_of(model: PreTrainedModel) -> Head:
 
 @dataclass(frozen=True)
 class HeadWeights:
-    """A head without its model: the function that `head_of` gives, and its values.
-
-    Attributes:
-        weight: The matrix.
-        bias: Its bias, if it has one.
-        scale: Factor of logits.
-        cap: Gemma 2's soft cap on them.
-    """
+    """The function of `head_of` without its model: matrix, bias, factor of logits, soft cap."""
 
     weight: Float[Tensor, "V D"]
     bias: Float[Tensor, " V"] | None = None
@@ -176,7 +168,7 @@ class HeadWeights:
     cap: float | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Logits of hidden states."""
+        """Compute logits."""
         return _bent(F.linear(hidden, self.weight, self.bias), self.scale, self.cap)
 
 
@@ -212,24 +204,6 @@ def _bent(logits: Tensor, scale: float, cap: float | None) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def compared_positions(
-    config: Any, inputs: Mapping[str, Tensor], labels: Tensor, kd_on: str
-) -> Bool[Tensor, "B T"]:
-    """Find positions that distillation compares; answer tokens where they are predicted.
-
-    Args:
-        config: The model's configuration.
-        inputs: A batch.
-        labels: Its labels.
-        kd_on: ``answer``, ``text`` or ``all``, as in `slimvlm.core.options.RecoverConfig`.
-    """
-    if kd_on == "answer":
-        return predicts_label(labels)
-    roles = role_masks(config, {**inputs, "labels": labels})
-    text = roles["prompt"] | roles["answer"]
-    return text if kd_on == "text" else text | roles["image"]
-
-
 def shard_config(config: PreTrainedConfig) -> Any:
     """Make the configuration that lets ``from_pretrained`` divide a model among all processes.
 
@@ -250,88 +224,40 @@ def is_sharded(model: nn.Module) -> bool:
     return bool(is_fsdp_managed_module(model))
 
 
-@dataclass(frozen=True)
-class Whole:
-    """A model that lies in one piece in this process's memory."""
+def hold_in_(model: PreTrainedModel, dtype: torch.dtype, learning_only: bool = False) -> None:
+    """Hold parameters in a data type; buffers such as rotary frequencies stay exact.
 
-    model: PreTrainedModel
-
-    def run(self, inputs: Mapping[str, Any]) -> None:
-        """Run all but the head."""
-        if hasattr(self.model, "ct_decompress_hook"):
-            # compressed-tensors widens weights when the whole model is called, and this is a part
-            quantizer: Any = self.model.hf_quantizer
-            quantizer.compressor.decompress_model(self.model)
-        self.model.base_model(**inputs, use_cache=False)
-
-    def head(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
-        """The module itself."""
-        return module
-
-    def move_(self, device: torch.device) -> None:
-        """Put the weights on a device."""
-        self.model.to(device)  # type: ignore[arg-type]
-
-    def hold_in_(self, dtype: torch.dtype, learning_only: bool = False) -> None:
-        """Hold parameters in a data type; buffers such as rotary frequencies stay exact."""
-        for parameter in self.model.parameters():
-            if parameter.requires_grad or not learning_only:
-                parameter.data = parameter.data.to(dtype)
-
-    def merge_lora(self, trained: Any) -> PreTrainedModel:
-        """As PEFT does."""
-        plain: PreTrainedModel = trained.merge_and_unload()
-        return plain
+    Shards keep the data type that they were read in.
+    """
+    if is_sharded(model):
+        return
+    for parameter in model.parameters():
+        if parameter.requires_grad or not learning_only:
+            parameter.data = parameter.data.to(dtype)
 
 
-@dataclass(frozen=True)
-class Sharded:
-    """A model whose weights are divided among processes: they stay where and what they are."""
+@torch.no_grad()
+def merge_lora(trained: Any) -> PreTrainedModel:
+    """Return the model behind PEFT's wrapper, with LoRA added to its weights.
 
-    model: PreTrainedModel
+    Every process holds all of LoRA and adds the product of its matrices to its own shards.
+    """
+    if not is_sharded(trained.get_base_model()):
+        merged: PreTrainedModel = trained.merge_and_unload()
+        return merged
+    from peft.tuners.lora import Linear as LoraLinear
+    from torch.distributed.tensor import distribute_tensor
 
-    def run(self, inputs: Mapping[str, Any]) -> None:
-        """Run the model's own forward pass, which gathers the weights, with one row of logits."""
-        self.model(**inputs, use_cache=False, logits_to_keep=1)
-
-    def head(self, module: Any) -> Callable[[Tensor], Tensor]:
-        """The head once more after the forward pass, which left its weights gathered.
-
-        The module's own hooks would take this for another forward pass of the model's last part.
-        """
-        return lambda inputs: F.linear(inputs, module.weight, module.bias)
-
-    def move_(self, device: torch.device) -> None:
-        """Nothing: shards are on their devices."""
-
-    def hold_in_(self, dtype: torch.dtype, learning_only: bool = False) -> None:
-        """Nothing: shards keep the data type that they were read in."""
-
-    @torch.no_grad()
-    def merge_lora(self, trained: Any) -> PreTrainedModel:
-        """Each process adds LoRA to its part.
-
-        Every process holds all of LoRA, and the product of its matrices is added in the place of
-        the shards.
-        """
-        from peft.tuners.lora import Linear as LoraLinear
-        from torch.distributed.tensor import distribute_tensor
-
-        _reshard(trained)
-        for module in trained.modules():
-            if isinstance(module, LoraLinear):
-                weight: Any = module.get_base_layer().weight
-                for name in module.active_adapters:
-                    change = module.get_delta_weight(name).to(weight.dtype)
-                    shards = distribute_tensor(change, weight.device_mesh, weight.placements)
-                    weight.data.add_(shards)
-        plain: PreTrainedModel = trained.unload()
-        return plain
-
-
-def placement_of(model: PreTrainedModel) -> Whole | Sharded:
-    """Return how to run and change a model, by where its weights lie."""
-    return Sharded(model) if is_sharded(model) else Whole(model)
+    _reshard(trained)
+    for module in trained.modules():
+        if isinstance(module, LoraLinear):
+            weight: Any = module.get_base_layer().weight
+            for name in module.active_adapters:
+                change = module.get_delta_weight(name).to(weight.dtype)
+                shards = distribute_tensor(change, weight.device_mesh, weight.placements)
+                weight.data.add_(shards)
+    plain: PreTrainedModel = trained.unload()
+    return plain
 
 
 def gathered_weights(sharded: PreTrainedModel) -> dict[str, Tensor]:
@@ -345,13 +271,6 @@ def gathered_weights(sharded: PreTrainedModel) -> dict[str, Tensor]:
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights: dict[str, Any] = get_model_state_dict(sharded, options=options)
     return weights if is_first_rank() else {}
-
-
-def fill_(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
-    """Put gathered weights into the same model, whole, in its own data type."""
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    assert not unexpected
-    assert set(missing) <= set(model.all_tied_weights_keys or {}), missing
 
 
 def _reshard(model: nn.Module) -> None:

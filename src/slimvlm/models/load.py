@@ -145,7 +145,7 @@ def require_buildable(name: str, config: PreTrainedConfig) -> None:
 def load_as(
     options: LoadConfig, model: str | Path, device: str | torch.device | None = None
 ) -> tuple[PreTrainedModel, Any]:
-    """`load` a model with options, on their device unless another one is given."""
+    """Load a model with options, on their device unless another one is given."""
     return load(model, options.dtype, device or options.device, options.trust_remote_code)
 
 
@@ -243,15 +243,12 @@ def digest_of_weights(model: nn.Module) -> str:
     Training and repair change every weight that they touch, so up to 64 evenly spaced values of
     each tensor tell models apart without reading gigabytes.
     """
-
-    def parts() -> Iterator[bytes]:
-        for name, tensor in model.state_dict().items():
-            flat = tensor.detach().flatten()
-            picked = flat[:: max(len(flat) // _SAMPLED, 1)].float().cpu()
-            yield f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode()
-            yield picked.numpy().tobytes()
-
-    return digest(parts())
+    parts = []
+    for name, tensor in model.state_dict().items():
+        flat = tensor.detach().flatten()
+        parts.append(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        parts.append(flat[:: max(len(flat) // _SAMPLED, 1)].float().cpu().numpy().tobytes())
+    return digest(parts)
 
 
 def digest_of_tensors(values: Mapping[str, Any]) -> str:

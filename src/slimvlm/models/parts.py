@@ -15,13 +15,7 @@ from slimvlm.models.families import BACKBONES, FAMILIES, Backbone, Family, Proje
 
 @dataclass(frozen=True)
 class Matrix:
-    """Location of a `Projection`'s weight: a linear module, or a parameter by itself.
-
-    Attributes:
-        owner: The module that holds the parameter.
-        name: The parameter's name in it.
-        projection: Its row of data.
-    """
+    """Location of a `Projection`'s weight: its module, and the parameter's name there."""
 
     owner: nn.Module
     name: str
@@ -41,7 +35,7 @@ class Matrix:
 
     @property
     def is_of_experts(self) -> bool:
-        """Whether it holds a matrix for each expert; one that neurons or KV groups divide."""
+        """Whether it holds a matrix for each expert."""
         return not isinstance(self.owner, nn.Linear)
 
     @property
@@ -60,7 +54,7 @@ class LayerMatrices(NamedTuple):
 
 
 class Parts:
-    """The parts of a model, looked up once.
+    """The parts of a model, looked up once: the one view of its rows of data and its modules.
 
     Attributes:
         family: Its row of `FAMILIES`.
@@ -70,9 +64,6 @@ class Parts:
         layers: Its decoder layers.
         norm: The norm after the last one.
         head: The language-model head.
-
-    Raises:
-        UnsupportedModelError: If no row matches.
     """
 
     text_model: Any
@@ -83,8 +74,8 @@ class Parts:
         self.model = model
         self.family, self.row = family_of(config.model_type), backbone_of(config)
         self.text_config: Any = text_config_of(config)
-        text_model: Any = model.get_submodule(self.family.backbone)
-        self.text_model, self.layers = text_model, text_model.layers
+        self.text_model = model.get_submodule(self.family.backbone)
+        self.layers = self.text_model.layers
 
     @property
     def norm(self) -> nn.Module:
@@ -96,11 +87,24 @@ class Parts:
         """The language-model head."""
         return self.model.get_submodule(self.family.head)
 
+    def token_matrices(self) -> tuple[nn.Embedding, nn.Linear]:
+        """Return embedding and head, with a row for each token; tied ones share their weight."""
+        embedding = self.text_model.get_submodule("embed_tokens")
+        assert isinstance(embedding, nn.Embedding)
+        assert isinstance(self.head, nn.Linear)
+        return embedding, self.head
+
     def matrices(self) -> Iterator[tuple[int, Matrix]]:
-        """Yield every weight matrix that units own parts of, with its layer's index."""
+        """Yield every matrix that units own parts of, experts' too, with its layer's index."""
         for index, layer in enumerate(self.layers):
             attention, mlp, _ = layer_matrices(layer, self.row)
             yield from ((index, matrix) for matrix in (*attention, *mlp))
+
+    def projections(self) -> Iterator[tuple[int, Projection, nn.Linear]]:
+        """Yield the linear modules among `matrices`: (layer index, its row of data, the module)."""
+        for index, matrix in self.matrices():
+            if isinstance(matrix.owner, nn.Linear):
+                yield index, matrix.projection, matrix.owner
 
     def stacks(self) -> Iterator[tuple[Stack, nn.Linear | nn.Embedding]]:
         """Yield the weights outside the layers that hold a slice for each layer."""
@@ -111,15 +115,10 @@ class Parts:
 
 
 def family_of(model_type: str) -> Family:
-    """Look up the family row for a configuration's ``model_type``.
-
-    Raises:
-        UnsupportedModelError: If there is none; the message lists the known ones.
-    """
+    """Look up the family row for a configuration's ``model_type``."""
     if model_type not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
         raise UnsupportedModelError(
-            f"model_type {model_type!r} is not known. Known: {known}. "
+            f"model_type {model_type!r} is not known. Known: {', '.join(sorted(FAMILIES))}. "
             "docs/add-a-family.md shows how to add one"
         )
     return FAMILIES[model_type]
@@ -135,48 +134,11 @@ def backbone_of(config: Any) -> Backbone:
     """Look up the backbone row for a configuration."""
     text_type = text_config_of(config).model_type
     if text_type not in BACKBONES:
-        known = ", ".join(sorted(BACKBONES))
         raise UnsupportedModelError(
-            f"language model type {text_type!r} inside {config.model_type!r} is not known. "
-            f"Known: {known}. docs/add-a-family.md shows how to add one"
+            f"language model type {text_type!r} inside {config.model_type!r} is not known. Known: "
+            f"{', '.join(sorted(BACKBONES))}. docs/add-a-family.md shows how to add one"
         )
     return BACKBONES[text_type]
-
-
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """Return the decoder layers of a model."""
-    return Parts(model).layers
-
-
-def final_norm(model: nn.Module) -> nn.Module:
-    """Return the norm after the last decoder layer."""
-    return Parts(model).norm
-
-
-def token_matrices(model: nn.Module) -> tuple[nn.Embedding, nn.Linear]:
-    """Return embedding and head, which have a row for each token; tied ones share their weight."""
-    parts = Parts(model)
-    embedding = parts.text_model.get_submodule("embed_tokens")
-    assert isinstance(embedding, nn.Embedding)
-    assert isinstance(parts.head, nn.Linear)
-    return embedding, parts.head
-
-
-def matrices(model: nn.Module) -> Iterator[tuple[int, Matrix]]:
-    """Yield every weight matrix that units own parts of, experts' too, with its layer's index."""
-    return Parts(model).matrices()
-
-
-def stacks(model: nn.Module) -> Iterator[tuple[Stack, nn.Linear | nn.Embedding]]:
-    """Yield the weights outside the layers that hold a slice for each layer."""
-    return Parts(model).stacks()
-
-
-def projections(model: nn.Module) -> Iterator[tuple[int, Projection, nn.Linear]]:
-    """Yield the linear modules among `matrices`: (layer index, its row of data, the module)."""
-    for index, matrix in matrices(model):
-        if isinstance(matrix.owner, nn.Linear):
-            yield index, matrix.projection, matrix.owner
 
 
 def part_at(model: nn.Module, path: str) -> nn.Parameter | nn.Module | None:
@@ -236,3 +198,33 @@ def shares_keys(config: Any) -> bool:
     """Whether the last layers of a model read keys and values of earlier ones."""
     field = backbone_of(config).shared_tail
     return field is not None and getattr(text_config_of(config), field) > 0
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """Return the decoder layers of a model."""
+    return Parts(model).layers
+
+
+def final_norm(model: nn.Module) -> nn.Module:
+    """Return the norm after the last decoder layer."""
+    return Parts(model).norm
+
+
+def token_matrices(model: nn.Module) -> tuple[nn.Embedding, nn.Linear]:
+    """Return embedding and head."""
+    return Parts(model).token_matrices()
+
+
+def matrices(model: nn.Module) -> Iterator[tuple[int, Matrix]]:
+    """Yield every weight matrix that units own parts of."""
+    return Parts(model).matrices()
+
+
+def stacks(model: nn.Module) -> Iterator[tuple[Stack, nn.Linear | nn.Embedding]]:
+    """Yield the weights outside the layers that hold a slice for each layer."""
+    return Parts(model).stacks()
+
+
+def projections(model: nn.Module) -> Iterator[tuple[int, Projection, nn.Linear]]:
+    """Yield the linear modules among `matrices`."""
+    return Parts(model).projections()

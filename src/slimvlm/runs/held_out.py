@@ -14,7 +14,7 @@ from slimvlm.data.samples import Sample
 from slimvlm.evaluation.on_data import DataResult, paired_result
 from slimvlm.evaluation.predictions import Predictions, States, batches_of, predictions_of
 from slimvlm.models.hidden import evaluating, head_of, head_weights_of
-from slimvlm.models.parts import decoder_layers, final_norm, text_config_of
+from slimvlm.models.parts import Parts, text_config_of
 from slimvlm.scoring.layerwise.runner import LayerwiseModel, Source
 from slimvlm.scoring.layerwise.stores import StatesPlace
 
@@ -70,7 +70,7 @@ def _final_states(
     runner = LayerwiseModel(source, store, device)
     with evaluating(runner.model), torch.no_grad():
         runner.embed(batches)
-        last = len(decoder_layers(runner.model))
+        last = len(Parts(runner.model).layers)
         for index in range(last):
             with runner.layer(index) as layer:
                 for batch in runner.batches():
@@ -80,7 +80,7 @@ def _final_states(
             yield (
                 (
                     places[batch["place"]],
-                    final_norm(runner.model)(runner.input_of(last, batch["place"])),
+                    Parts(runner.model).norm(runner.input_of(last, batch["place"])),
                     batch["labels"],
                 )
                 for batch in runner.batches()

@@ -17,7 +17,7 @@ from slimvlm.core.files import require_free, write_text
 from slimvlm.core.options import LoadConfig, RecoverConfig, TrainingData
 from slimvlm.core.processes import is_first_rank, num_ranks
 from slimvlm.core.progress import Say
-from slimvlm.models.hidden import fill_, gathered_weights
+from slimvlm.models.hidden import gathered_weights
 from slimvlm.models.load import check_models, load, load_as, resolve
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.save import PLAN_FILE, save
@@ -64,7 +64,9 @@ def recover(
         weights = gathered_weights(student)
         if is_first_rank():  # a whole model again, in its file's data type
             student, _ = load_as(source, model, "cpu")
-            fill_(student, weights)
+            missing, unexpected = student.load_state_dict(weights, strict=False)
+            assert not unexpected
+            assert set(missing) <= set(student.all_tied_weights_keys or {}), missing
     if is_first_rank():
         save(student, processor, out, plan, force, also=partial(_add_files, history, work))
         shutil.rmtree(work, ignore_errors=True)

@@ -21,7 +21,7 @@ from slimvlm.data.roles import token_weights as weights_by_role
 from slimvlm.models.hidden import all_finite, device_of, head_of, hidden_states, layer_output
 from slimvlm.models.load import with_float64
 from slimvlm.models.losses import Head, Hidden, label_counts, token_cross_entropy
-from slimvlm.models.parts import decoder_layers
+from slimvlm.models.parts import Parts
 from slimvlm.scoring.statistics import require_finite
 
 Batch = dict[str, Any]
@@ -290,7 +290,7 @@ def first_spoilt_layer(model: nn.Module, batch: Batch) -> int | None:
             spoilt.append(index)
 
     with ExitStack() as stack:
-        for index, layer in enumerate(decoder_layers(model)):
+        for index, layer in enumerate(Parts(model).layers):
             stack.enter_context(layer.register_forward_hook(partial(look, index)))
         forward_backbone(model, on_device(model, batch))
     return min(spoilt, default=None)

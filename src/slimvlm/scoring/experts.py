@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from slimvlm.core.errors import UnsupportedModelError
 from slimvlm.models.anatomy import Anatomy, read_anatomy
 from slimvlm.models.load import with_float64
-from slimvlm.models.parts import backbone_of, decoder_layers
+from slimvlm.models.parts import Parts, backbone_of
 from slimvlm.scoring.batches import BackbonePass, Batch, TokenWeights, weight_of
 from slimvlm.scoring.statistics import Place, Routing, require_finite
 from slimvlm.scoring.unit_scores import Scores
@@ -90,7 +90,7 @@ def capture_routing(
             sums = torch.stack([weights.sum(), (weights * sizes).sum()])
             parts[index, "expert"][:, found.expert] += sums.cpu()
 
-    layers = decoder_layers(model)
+    layers = Parts(model).layers
     with ExitStack() as stack:
         for index, _ in parts:
             module = layers[index].get_submodule(experts.module)

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.families import OUTPUT_ROWS
-from slimvlm.models.hidden import layer_input, with_layer_input
+from slimvlm.models.hidden import layer_input
 from slimvlm.models.load import with_float64
-from slimvlm.models.parts import decoder_layers
+from slimvlm.models.parts import Parts
 from slimvlm.scoring.batches import (
     Batch,
     LossPass,
@@ -244,7 +244,8 @@ def on_products(model: nn.Module, call: Callable[[Product], None]) -> Iterator[N
         hidden = layer_input(args, kwargs)
         if hidden.requires_grad:
             return None
-        return with_layer_input(args, kwargs, hidden.detach().requires_grad_())
+        leaf = hidden.detach().requires_grad_()
+        return ((leaf, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": leaf})
 
     def after(place: Place, dim: int, module: nn.Linear, args: Any, output: Tensor) -> None:
         inputs[place] = args[0].detach()
@@ -257,7 +258,7 @@ def on_products(model: nn.Module, call: Callable[[Product], None]) -> Iterator[N
 
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
-        first = decoder_layers(model)[0]
+        first = Parts(model).layers[0]
         stack.enter_context(first.register_forward_pre_hook(start, with_kwargs=True))
         for index, projection, linear in linear_matrices(model):
             hook = partial(after, (index, projection.path), projection.dim)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.hidden import layer_input, layer_output, main_stream
 from slimvlm.models.load import with_float64
-from slimvlm.models.parts import decoder_layers, final_norm
+from slimvlm.models.parts import Parts
 from slimvlm.scoring.batches import BackbonePass, Batch, TokenWeights
 from slimvlm.scoring.statistics import HiddenStates, require_finite
 from slimvlm.scoring.unit_scores import Scores
@@ -76,8 +76,8 @@ def capture_hidden_states(
     Block influence is summed over tokens by weight. Angular distances look at the last token of a
     sample only, so that token weights do not touch them.
     """
-    layers, seen = decoder_layers(model), BackbonePass()
-    count = len(layers)
+    parts, seen = Parts(model), BackbonePass()
+    count = len(parts.layers)
     influence, influence_postnorm = torch.zeros(count, dtype=torch.float64), torch.zeros(1).double()
     angular = torch.zeros(count, count, dtype=torch.float64)
     angular_postnorm = torch.zeros(count, dtype=torch.float64)
@@ -116,10 +116,10 @@ def capture_hidden_states(
         last_tokens.clear()
 
     with ExitStack() as stack:
-        for index, layer in enumerate(layers):
+        for index, layer in enumerate(parts.layers):
             hook = partial(on_layer, index)
             stack.enter_context(layer.register_forward_hook(hook, with_kwargs=True))
-        stack.enter_context(final_norm(model).register_forward_hook(on_norm))
+        stack.enter_context(parts.norm.register_forward_hook(on_norm))
         seen.run(model, batches, token_weights, after_batch)
     return HiddenStates(
         influence_sum=influence,

@@ -19,7 +19,7 @@ from slimvlm.models.anatomy import Anatomy, LayerShape, read_anatomy, spread, un
 from slimvlm.models.cost import BYTES
 from slimvlm.models.families import INPUT_COLUMNS, Projection
 from slimvlm.models.load import with_float64
-from slimvlm.models.parts import Matrix, matrices
+from slimvlm.models.parts import Matrix, Parts
 from slimvlm.scoring.batches import (
     BackbonePass,
     Batch,
@@ -46,7 +46,7 @@ from slimvlm.scoring.unit_scores import Scores
 def linear_matrices(model: nn.Module) -> list[tuple[int, Projection, nn.Linear]]:
     """Every linear module that units own parts of, with its layer and row; experts are refused."""
     found = []
-    for index, matrix in matrices(model):
+    for index, matrix in Parts(model).matrices():
         if not isinstance(matrix.owner, nn.Linear):
             raise UnsupportedModelError(
                 f"layer {index} has experts ({matrix.projection.path!r}): score width by "
@@ -81,7 +81,7 @@ def on_inputs(
     if on_expert is None:
         linear_matrices(model)
     with ExitStack() as stack:
-        for index, matrix in matrices(model):
+        for index, matrix in Parts(model).matrices():
             if matrix.projection.dim == INPUT_COLUMNS:
                 hook = partial(before, index, matrix)
                 stack.enter_context(matrix.owner.register_forward_pre_hook(hook))
@@ -132,7 +132,7 @@ def capture_moments(
     Those of experts are apart for each expert, with zeros for tokens that do not take it.
     """
     parts: dict[Place, InputMoments] = {}
-    for index, matrix in matrices(model):
+    for index, matrix in Parts(model).matrices():
         if matrix.projection.dim == INPUT_COLUMNS:
             weight = weight_of(matrix.owner, matrix.name)
             weight = weight.transpose(-1, -2) if matrix.projection.transposed else weight

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from slimvlm.models.hidden import replaced_forward
-from slimvlm.models.parts import family_of
+from slimvlm.models.parts import Parts
 from slimvlm.training.teacher import equal_tensors
 
 
@@ -30,7 +30,7 @@ def seeing_once(
         through_students_projector: Let the teacher use the student's projector, as the study's
             LLaVA and Bunny trainers do; otherwise it has its own.
     """
-    family = family_of(model.config.model_type)
+    family = Parts(model).family
     with ExitStack() as stack:
         if family.vision is not None and _same_tower(model, teacher):
             for source, target in _tower_pairs(model, teacher):
@@ -45,7 +45,7 @@ def seeing_once(
 
 def _same_tower(model: PreTrainedModel, teacher: PreTrainedModel) -> bool:
     """Check that both towers, but for projectors inside them, hold the same frozen values."""
-    family = family_of(model.config.model_type)
+    family = Parts(model).family
     ours, theirs = (
         {
             name: parameter
@@ -67,7 +67,7 @@ def _tower_pairs(
     The whole tower. If a projector sits inside it, the tower's blocks: the last one and those with
     a deepstack projector have a counterpart, the outputs of the others are never read.
     """
-    family = family_of(model.config.model_type)
+    family = Parts(model).family
     assert family.vision is not None
     ours, theirs = model.get_submodule(family.vision), teacher.get_submodule(family.vision)
     if not family.projector[0].startswith(f"{family.vision}."):

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from slimvlm.core.processes import num_ranks
 from slimvlm.data.chat import encode_samples
+from slimvlm.data.roles import predicts_label, role_masks
 from slimvlm.data.samples import Sample
-from slimvlm.models.hidden import compared_positions
 from slimvlm.models.losses import label_counts
 
 SUPERVISION = "supervision"
@@ -63,7 +63,8 @@ class Supervision:
 class Collator:
     """Encode samples as a batch: the model's inputs and their `Supervision`.
 
-    ``positions`` are those that distillation compares: ``answer``, ``text`` or ``all``.
+    ``positions`` are those that distillation compares: ``answer`` tokens where they are predicted,
+    ``text`` or ``all``.
     """
 
     processor: Any
@@ -74,7 +75,13 @@ class Collator:
         """Encode and pad some samples."""
         inputs = encode_samples(self.processor, samples)
         labels = inputs.pop("labels")
-        compared = compared_positions(self.model_config, inputs, labels, self.positions)
+        if self.positions == "answer":
+            compared = predicts_label(labels)
+        else:
+            roles = role_masks(self.model_config, {**inputs, "labels": labels})
+            compared = roles["prompt"] | roles["answer"]
+            if self.positions == "all":
+                compared = compared | roles["image"]
         ids = tuple(sample.id for sample in samples)
         return {**inputs, SUPERVISION: Supervision(ids, labels, compared)}
 

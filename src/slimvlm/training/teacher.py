@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from slimvlm.models.anatomy import channels_by_segment, read_anatomy
 from slimvlm.models.families import INPUT_COLUMNS, OUTPUT_ROWS
-from slimvlm.models.parts import family_of, projections
+from slimvlm.models.parts import Parts
 from slimvlm.planning.mask import kept_units
 from slimvlm.planning.plan import Plan
 from slimvlm.training.trainable import plain_model
@@ -154,7 +154,7 @@ def share_(teacher: PreTrainedModel, trained: Any, plan: Plan) -> Sharing:
 
 def _frozen_tensors(student: PreTrainedModel, plan: Plan) -> dict[str, Tensor]:
     """List the student's frozen weights under the names that they have in the teacher."""
-    prefix = f"{family_of(student.config.model_type).backbone}.layers."
+    prefix = f"{Parts(student).family.backbone}.layers."
     found = {}
     for name, parameter in student.named_parameters(remove_duplicate=False):
         if parameter.requires_grad:
@@ -172,7 +172,7 @@ def _share_cut_matrices(
 ) -> Iterator[str]:
     """Divide or reorder what the plan cuts; yields frozen matrices of the student that differ."""
     prefix = f"{plan.before.family.backbone}.layers."
-    for index, projection, linear in list(projections(teacher)):
+    for index, projection, linear in list(Parts(teacher).projections()):
         if index not in plan.layers:
             continue
         dim, shape, device = projection.dim, plan.before.layers[index], linear.weight.device

@@ -18,15 +18,8 @@ from transformers import PreTrainedModel, Trainer
 from slimvlm.core.errors import ConfigError, one_line
 from slimvlm.core.files import write_text
 from slimvlm.core.options import RecoverConfig
-from slimvlm.models.hidden import is_sharded, placement_of
-from slimvlm.models.parts import (
-    backbone_of,
-    family_of,
-    matrices,
-    parameters_below,
-    part_at,
-    text_config_of,
-)
+from slimvlm.models.hidden import hold_in_, is_sharded, merge_lora
+from slimvlm.models.parts import Parts, parameters_below, part_at, text_config_of
 
 LORA: dict[str, Any] = {"lora_alpha": 128, "lora_dropout": 0.05}
 """What `RecoverConfig.lora` changes, besides the target modules: all matrices of the backbone."""
@@ -38,7 +31,7 @@ def prepare_training(model: PreTrainedModel, config: RecoverConfig) -> Any:
     Returns:
         The model to train: the same object, or PEFT's wrapper around it.
     """
-    family = family_of(model.config.model_type)
+    family = Parts(model).family
     model.requires_grad_(False)
     if config.train == "projector" and not family.projector:
         raise ConfigError(f"train 'projector': {model.config.model_type!r} has no projector")
@@ -54,18 +47,18 @@ def prepare_training(model: PreTrainedModel, config: RecoverConfig) -> Any:
     for path in family.projector:
         for parameter in parameters_below(model, path):
             parameter.requires_grad_(True)
-    placement_of(model).hold_in_(torch.float32, learning_only=True)
+    hold_in_(model, torch.float32, learning_only=True)
     return trained
 
 
 def _with_lora(model: PreTrainedModel, config: RecoverConfig) -> Any:
     import peft
 
-    row = backbone_of(model.config)
-    names = "|".join(re.escape(p.path) for p in (*row.attention, *row.mlp))
-    backbone = re.escape(family_of(model.config.model_type).backbone)
+    parts = Parts(model)
+    names = "|".join(re.escape(p.path) for p in (*parts.row.attention, *parts.row.mlp))
+    backbone = re.escape(parts.family.backbone)
     options = {**LORA, "target_modules": rf"{backbone}\.layers\.\d+\.({names})", **config.lora}
-    has_experts = any(matrix.is_of_experts for _, matrix in matrices(model))
+    has_experts = any(matrix.is_of_experts for _, matrix in parts.matrices())
     if has_experts and not config.lora.keys() & {"target_modules", "lora_dropout"}:
         options["lora_dropout"] = 0.0  # PEFT has no dropout before weights of experts
     try:
@@ -96,7 +89,8 @@ def training_precision(
     """
     models = [model, *([] if teacher is None else [teacher])]
     dtype = model.dtype
-    placement_of(model).move_(device)
+    if not is_sharded(model):
+        model.to(device)  # type: ignore[arg-type]
     # the Trainer turns the cache off in the configuration; generation wants it back
     caches = [(c, vars(c).get("use_cache")) for c in (model.config, text_config_of(model.config))]
     # on a CPU in bfloat16, attention in separate steps took two thirds of SDPA's time
@@ -106,7 +100,7 @@ def training_precision(
         for each, _ in attention:
             each.set_attn_implementation("eager")
         for each in [] if autocast else models:
-            placement_of(each).hold_in_(torch.float32)
+            hold_in_(each, torch.float32)
         yield
     finally:
         for each, name in attention:
@@ -116,7 +110,7 @@ def training_precision(
             if value is not None:
                 config.use_cache = value
     if not autocast:
-        placement_of(model).hold_in_(dtype)
+        hold_in_(model, dtype)
 
 
 def without_autocast(trainer: Trainer) -> Any:
@@ -133,7 +127,7 @@ def projector_in_every_graph(model: PreTrainedModel) -> Iterator[None]:
     Else such a batch would have no gradient at all where only the projector learns, and processes
     that train together (DDP) would wait for each other's.
     """
-    paths = family_of(model.config.model_type).projector
+    paths = Parts(model).family.projector
     if is_sharded(model):  # sees pictures always, or never
         yield
         return
@@ -158,15 +152,14 @@ def merge(trained: Any, dtype: torch.dtype) -> PreTrainedModel:
     slower while its weight is frozen, since it then copies the weight for each sample. What learned
     in float32 goes back to ``dtype``.
     """
-    placement = placement_of(plain_model(trained))
-    plain: PreTrainedModel = placement.merge_lora(trained) if _is_peft(trained) else trained
-    placement.hold_in_(dtype, learning_only=True)
+    plain: PreTrainedModel = merge_lora(trained) if _is_peft(trained) else trained
+    hold_in_(plain, dtype, learning_only=True)
     return plain.requires_grad_(True)
 
 
 def require_adapter_holds_all(model: PreTrainedModel) -> None:
     """Refuse a projector with a parameter outside its modules, which no adapter can hold."""
-    for path in family_of(model.config.model_type).projector:
+    for path in Parts(model).family.projector:
         if isinstance(part_at(model, path), nn.Parameter):
             raise ConfigError(f"keep_adapter: an adapter cannot hold the parameter {path!r}")
 
@@ -183,7 +176,7 @@ def save_adapter(trained: Any, folder: str | Path, dtype: torch.dtype) -> None:
     trained.save_pretrained(folder)
     model = plain_model(trained)
     weights, whole = load_file(folder / SAFETENSORS_WEIGHTS_NAME), []
-    for path in family_of(model.config.model_type).projector:
+    for path in Parts(model).family.projector:
         part = part_at(model, path)
         if not isinstance(part, nn.Module):
             continue

@@ -20,7 +20,7 @@ from slimvlm.core.errors import ConfigError
 from slimvlm.models.classes import empty_model, require_full_precision
 from slimvlm.models.files import Origin, origins_in_files, unreadable, weight_files
 from slimvlm.models.load import folder_of, load_config
-from slimvlm.models.parts import backbone_of, family_of
+from slimvlm.models.parts import Parts
 
 _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -110,18 +110,17 @@ class LazyCheckpoint:
 
     def after_layers(self, device: torch.device) -> AbstractContextManager[None]:
         """Inside, the final norm and the head have their weights."""
-        backbone = backbone_of(self.model.config)
-        norm = self._layers.removesuffix("layers.") + backbone.final_norm
-        these = (f"{norm}.", self._head)
+        parts = Parts(self.model)
+        these = (f"{parts.family.backbone}.{parts.row.final_norm}.", self._head)
         return self.loaded(lambda name: name.startswith(these), device)
 
     @property
     def _layers(self) -> str:
-        return f"{family_of(self.model.config.model_type).backbone}.layers."
+        return f"{Parts(self.model).family.backbone}.layers."
 
     @property
     def _head(self) -> str:
-        return f"{family_of(self.model.config.model_type).head}."
+        return f"{Parts(self.model).family.head}."
 
 
 def open_checkpoint(

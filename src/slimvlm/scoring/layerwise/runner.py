@@ -22,7 +22,7 @@ from slimvlm.core.requests import digest
 from slimvlm.data.roles import valid_tokens
 from slimvlm.models.hidden import all_finite, layer_output, replaced_forward
 from slimvlm.models.load import digest_of_tensors
-from slimvlm.models.parts import decoder_layers, family_of, final_norm, shares_keys
+from slimvlm.models.parts import Parts, shares_keys
 from slimvlm.scoring.batches import Batch, forward_backbone
 from slimvlm.scoring.layerwise.checkpoint import LazyCheckpoint
 from slimvlm.scoring.layerwise.stores import Store, unpacked
@@ -101,7 +101,7 @@ def noted_calls(model: PreTrainedModel) -> Iterator[Callable[[], tuple[Tensor, L
         return hidden, LayerCalls(arguments, added)
 
     with ExitStack() as stack:
-        for index, layer in enumerate(decoder_layers(model)):
+        for index, layer in enumerate(Parts(model).layers):
             stack.enter_context(replaced_forward(layer, partial(note, index)))
         yield take
 
@@ -250,7 +250,8 @@ class LayerwiseModel:
     @cached_property
     def devices(self) -> list[torch.device]:
         """Where each layer runs, and the final norm; several where a model lies on several."""
-        modules = (*decoder_layers(self.model), final_norm(self.model))
+        parts = Parts(self.model)
+        modules = (*parts.layers, parts.norm)
         own = (next((p.device for p in m.parameters() if not p.is_meta), None) for m in modules)
         return [device or self.device for device in own]
 
@@ -261,7 +262,7 @@ class LayerwiseModel:
     @contextmanager
     def layer(self, index: int) -> Iterator[LayerView]:
         """One layer alone, with its weights."""
-        layer = decoder_layers(self.model)[index]
+        layer = Parts(self.model).layers[index]
 
         def run(place: int) -> None:
             output = self.calls(place).run(layer, index, self.input_of(index, place))
@@ -275,13 +276,13 @@ class LayerwiseModel:
     @contextmanager
     def replayed(self) -> Iterator[LayerView]:
         """All layers, each of them returning its stored output, and the final norm."""
-        layers = [_Replayed() for _ in decoder_layers(self.model)]
+        layers = [_Replayed() for _ in Parts(self.model).layers]
 
         def run(place: int) -> None:
             for index, layer in enumerate(layers):
                 layer.answer = self.output_of(index, place)
                 layer(self.input_of(index, place))
-            final_norm(self.model)(self.input_of(len(layers), place))
+            Parts(self.model).norm(self.input_of(len(layers), place))
 
         with self.source.after_layers(self.device), _only(self.model, layers):
             yield LayerView(self.model, layers, run)
@@ -323,7 +324,7 @@ class _Replayed(nn.Module):
 @contextmanager
 def _only(model: PreTrainedModel, layers: Sequence[nn.Module]) -> Iterator[None]:
     """Inside, the text model has these decoder layers and no others."""
-    text_model: Any = model.get_submodule(family_of(model.config.model_type).backbone)
+    text_model = Parts(model).text_model
     before = text_model.layers
     text_model.layers = nn.ModuleList(layers)
     try:

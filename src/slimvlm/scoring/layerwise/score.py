@@ -13,7 +13,7 @@ from slimvlm.core.files import new_folder
 from slimvlm.core.progress import Say, progress, silent
 from slimvlm.models.anatomy import LAYER_UNITS
 from slimvlm.models.load import device_named
-from slimvlm.models.parts import decoder_layers, text_config_of
+from slimvlm.models.parts import Parts, text_config_of
 from slimvlm.scoring.batches import Batch
 from slimvlm.scoring.criteria import DEFAULT_CRITERIA, require_low_memory
 from slimvlm.scoring.layerwise.checkpoint import LazyCheckpoint, open_checkpoint
@@ -89,7 +89,7 @@ def score_by_layer(
     needs_data = any(capture.passes for capture in captures.values())
     keeps_hidden = any(capture.sees == "hidden_states" for capture in captures.values())
     by_layer = [name for name, capture in captures.items() if capture.sees == "layer"]
-    model, depth = checkpoint.model, len(decoder_layers(checkpoint.model))
+    model, depth = checkpoint.model, len(Parts(checkpoint.model).layers)
     with scratch_folder(scratch) as folder:
         store = Scratch(folder)
         runner = LayerwiseModel(checkpoint, store, device_named(device))
