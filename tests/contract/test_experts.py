@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 import slimvlm as sv
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError
 from slimvlm.models.classes import auto_class
-from slimvlm.models.parts import decoder_layers, text_config_of
+from slimvlm.models.parts import Parts, text_config_of
 from tests import tiny
 from tests.handmade import assert_untouched, logits, random_scores, snapshot
 from tests.tiers import tiered
@@ -83,7 +83,7 @@ def test_the_configuration_and_the_modules_say_so(name: str) -> None:
     assert getattr(text_config_of(model.config), row.count_field) == 3
     repeated = [
         module.num_experts
-        for layer in decoder_layers(model)
+        for layer in Parts(model).layers
         for path in (row.module, *(entry.path.rpartition(".")[0] for entry in row.entries))
         if (module := dict(layer.named_modules()).get(path)) is not None
         and "num_experts" in vars(module)
@@ -114,7 +114,7 @@ def test_a_router_picks_what_it_would_have(name: str) -> None:
     plan = plan_of(name)
     path, place = ROUTERS[name]
     hidden = torch.randn(64, 64, generator=torch.Generator().manual_seed(3))
-    whole, small = (decoder_layers(m) for m in (tiny.build(name), pruned(name, plan)))
+    whole, small = (Parts(m).layers for m in (tiny.build(name), pruned(name, plan)))
     for index, kept in enumerate(plan.experts):
         if not kept:
             continue
@@ -132,7 +132,7 @@ def test_a_router_picks_what_it_would_have(name: str) -> None:
 
 def test_llama_4_takes_the_best_of_what_is_left() -> None:
     plan = plan_of("llama4")
-    whole, small = (decoder_layers(m) for m in (tiny.build("llama4"), pruned("llama4", plan)))
+    whole, small = (Parts(m).layers for m in (tiny.build("llama4"), pruned("llama4", plan)))
     hidden = torch.randn(64, 64, generator=torch.Generator().manual_seed(3))
     for index in (1, 3):
         kept = list(plan.experts[index])

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.parts import decoder_layers
+from slimvlm.models.parts import Parts
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
 from tests import tiny
@@ -51,7 +51,7 @@ def sliced(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
 @torch.no_grad()
 def with_determined_neurons_(model: PreTrainedModel) -> None:
     """Make the last 32 of 96 neurons copies of others and, where there are biases, constant."""
-    for layer in decoder_layers(model):
+    for layer in Parts(model).layers:
         for path in ("gate_proj", "up_proj", "gate_up_proj", "fc1"):
             linear = getattr(layer.mlp, path, None)
             if linear is None:

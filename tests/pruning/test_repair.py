@@ -10,7 +10,7 @@ import torch
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.parts import decoder_layers
+from slimvlm.models.parts import Parts
 from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.repair import repair_
 from slimvlm.pruning.walk.walk import walk_
@@ -48,8 +48,7 @@ def test_one_shot_and_the_walk_agree_where_their_inputs_do(name: str) -> None:
     walk_(walked, data, plan=plan, repair="width", token_weights=weights, ridge=1e-2)
     path = "self_attn.dense" if "phi" in name else "self_attn.o_proj"
     first, later = (
-        [decoder_layers(m)[i].get_submodule(path).weight for m in (one_shot, walked)]
-        for i in (0, 1)
+        [Parts(m).layers[i].get_submodule(path).weight for m in (one_shot, walked)] for i in (0, 1)
     )
     assert_close(first[0], first[1], SOLVE)
     assert (later[0] - later[1]).abs().max() > 1e-3

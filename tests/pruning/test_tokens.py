@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 import slimvlm as sv
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.parts import token_matrices
+from slimvlm.models.parts import Parts
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.tokens import new_numbers, token_ids_of, trimmed_processor
 from slimvlm.scoring.layerwise.checkpoint import open_checkpoint
@@ -67,10 +67,10 @@ def test_what_is_left_says_the_same(name: str, tmp_path: Path) -> None:
     plan = plan_for(model)
     batch = kept_batch(model, plan)
     expected = logits(model, batch)[..., list(plan.tokens or ())]
-    tied = token_matrices(model)[0].weight is token_matrices(model)[1].weight
+    tied = Parts(model).token_matrices()[0].weight is Parts(model).token_matrices()[1].weight
     sv.prune_(model, plan)
     assert torch.equal(logits(model, renumbered(batch, plan)), expected)
-    embedding, head = token_matrices(model)
+    embedding, head = Parts(model).token_matrices()
     assert (embedding.weight is head.weight) == tied
     assert read_anatomy(model) == plan.after
     sv.save(model, None, tmp_path / "out", plan)
@@ -90,7 +90,7 @@ def test_a_masked_model_is_the_sliced_one(name: str) -> None:
     assert torch.equal(said[..., list(plan.tokens or ())], logits(sliced, renumbered(kept, plan)))
     gone = sorted({*range(plan.before.vocab_size)} - {*(plan.tokens or ())})
     assert said[..., gone].max() < said[..., list(plan.tokens or ())].min()
-    assert not token_matrices(masked)[0].weight[gone].any()
+    assert not Parts(masked).token_matrices()[0].weight[gone].any()
 
 
 @pytest.mark.parametrize("name", MIXED)

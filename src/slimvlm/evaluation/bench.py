@@ -26,7 +26,7 @@ from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import decode_flops, kv_cache_bytes_per_token, prefill_flops, slow_widths
 from slimvlm.models.hidden import hidden_states, require_finite_values
 from slimvlm.models.load import anatomy as anatomy_of
-from slimvlm.models.parts import decoder_layers, final_norm
+from slimvlm.models.parts import Parts
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def bench(
     sides = []
     for name, one in zip(names, models, strict=False):
         head: Any = one.get_output_embeddings()
-        read = stored_bytes(decoder_layers(one), final_norm(one), head)
+        read = stored_bytes(Parts(one).layers, Parts(one).norm, head)
         shape = anatomy_of(one.config)  # of the configuration: quantised weights are packed
         sides.append(Side(name, shape, _dtype_name(one), stored_bytes(one), read))
 

@@ -198,33 +198,3 @@ def shares_keys(config: Any) -> bool:
     """Whether the last layers of a model read keys and values of earlier ones."""
     field = backbone_of(config).shared_tail
     return field is not None and getattr(text_config_of(config), field) > 0
-
-
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """Return the decoder layers of a model."""
-    return Parts(model).layers
-
-
-def final_norm(model: nn.Module) -> nn.Module:
-    """Return the norm after the last decoder layer."""
-    return Parts(model).norm
-
-
-def token_matrices(model: nn.Module) -> tuple[nn.Embedding, nn.Linear]:
-    """Return embedding and head."""
-    return Parts(model).token_matrices()
-
-
-def matrices(model: nn.Module) -> Iterator[tuple[int, Matrix]]:
-    """Yield every weight matrix that units own parts of."""
-    return Parts(model).matrices()
-
-
-def stacks(model: nn.Module) -> Iterator[tuple[Stack, nn.Linear | nn.Embedding]]:
-    """Yield the weights outside the layers that hold a slice for each layer."""
-    return Parts(model).stacks()
-
-
-def projections(model: nn.Module) -> Iterator[tuple[int, Projection, nn.Linear]]:
-    """Yield the linear modules among `matrices`."""
-    return Parts(model).projections()

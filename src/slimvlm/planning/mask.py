@@ -15,13 +15,7 @@ from slimvlm.models.anatomy import Anatomy, channels_of, read_anatomy, unit_of
 from slimvlm.models.classes import require_undivided
 from slimvlm.models.families import INPUT_COLUMNS, Projection
 from slimvlm.models.hidden import layer_input
-from slimvlm.models.parts import (
-    decoder_layers,
-    layer_matrices,
-    matrices,
-    stacks,
-    token_matrices,
-)
+from slimvlm.models.parts import Parts, layer_matrices
 from slimvlm.planning.plan import Kept, Plan
 
 
@@ -36,19 +30,19 @@ def mask_(model: PreTrainedModel, plan: Plan) -> None:
     require_match(model, plan)
     kept_layers = set(plan.layers)
     with torch.no_grad():
-        for index, layer in enumerate(decoder_layers(model)):
+        for index, layer in enumerate(Parts(model).layers):
             if index not in kept_layers:
                 for parameter in layer.parameters():
                     parameter.zero_()
                 layer.register_forward_hook(_pass_on, with_kwargs=True)
-        for index, matrix in matrices(model):
+        for index, matrix in Parts(model).matrices():
             if matrix.projection.dim == INPUT_COLUMNS and index in kept_layers:
                 removed = _removed(matrix.width, kept_channels(plan, index, matrix.projection))
                 shape = [1] * matrix.weight.ndim
                 shape[matrix.projection.axis] = matrix.width
                 matrix.weight.masked_fill_(removed.view(shape).to(matrix.weight.device), 0)
         for index in plan.layers:
-            layer = decoder_layers(model)[index]
+            layer = Parts(model).layers[index]
             for matrix in layer_matrices(layer, plan.before.backbone).experts:
                 if matrix.weight.ndim == 2 and len(plan.experts[index]) < matrix.width:
                     path, _, _ = matrix.projection.path.rpartition(".")
@@ -84,9 +78,9 @@ def _route_without(router: Any, weight: Tensor, kept: Kept) -> None:
 
 
 def _mask_tokens(model: PreTrainedModel, tokens: Kept) -> None:
-    embedding, head = token_matrices(model)
+    embedding, head = Parts(model).token_matrices()
     removed = _removed(len(embedding.weight), tokens)
-    for holder in (embedding, *(holder for stack, holder in stacks(model) if stack.rows)):
+    for holder in (embedding, *(holder for stack, holder in Parts(model).stacks() if stack.rows)):
         holder.weight[removed.to(holder.weight.device)] = 0
 
     def forbid(module: nn.Module, args: Any, logits: Tensor) -> Tensor:
@@ -118,7 +112,7 @@ def require_match(model: nn.Module, plan: Plan) -> None:
             f"plan: made for {plan.before.vocab_size:,} tokens, but the model has "
             f"{anatomy.vocab_size:,}"
         )
-    for stack, holder in stacks(model):
+    for stack, holder in Parts(model).stacks():
         if plan.tokens is not None and stack.rows and len(holder.weight) != anatomy.vocab_size:
             raise ConfigError(
                 f"plan: no token can go: {stack.path} has {len(holder.weight):,} rows, the "

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from slimvlm.models.classes import auto_class, is_uneven
 from slimvlm.models.files import file_if_reachable
-from slimvlm.models.parts import family_of, text_config_of
+from slimvlm.models.parts import Parts, text_config_of
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.config import MULTI_TOKEN_FIELDS
 from slimvlm.pruning.layout import layout_of
@@ -55,7 +55,7 @@ def write_card(folder: Path, model: PreTrainedModel, plan: Plan | None, facts: C
     pruned twice still names the first one. A local folder is not named in the metadata.
     """
     base = base_card(facts.base)
-    sees = family_of(model.config.model_type).vision is not None
+    sees = Parts(model).family.vision is not None
     task = "image-text-to-text" if sees else "text-generation"
     original = facts.base if is_hub_id(facts.base) else base.get("base_model")
     text_config = text_config_of(model.config)

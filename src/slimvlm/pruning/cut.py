@@ -16,13 +16,7 @@ from slimvlm.models.anatomy import LAYER_UNITS, unit_of
 from slimvlm.models.classes import require_full_precision, retype_modules_, set_class_
 from slimvlm.models.families import OUTPUT_ROWS
 from slimvlm.models.modeling_pruned import set_counts_
-from slimvlm.models.parts import (
-    decoder_layers,
-    layer_matrices,
-    stacks,
-    text_config_of,
-    token_matrices,
-)
+from slimvlm.models.parts import Parts, layer_matrices, text_config_of
 from slimvlm.planning.mask import kept_channels, require_match
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.config import smaller_text_config, validate, with_renumbered
@@ -60,7 +54,7 @@ def prune_(model: PreTrainedModel, plan: Plan, allow_uneven: bool = False) -> No
         ImpossiblePlanError: If the configuration class cannot express the shape.
     """
     text_config = require_expressible(model, plan, allow_uneven)
-    embedding, head = token_matrices(model)
+    embedding, head = Parts(model).token_matrices()
     is_tied = head.weight is embedding.weight
     for cut in list(cuts_of(model, plan)):
         _cut_(cut)
@@ -99,13 +93,13 @@ def cuts_of(model: nn.Module, plan: Plan) -> Iterator[Cut]:
     """List all cuts of a plan: token rows, kept layers, weights with a slice for each layer."""
     if plan.tokens is not None:
         keep = torch.tensor(plan.tokens)
-        for module in token_matrices(model):
+        for module in Parts(model).token_matrices():
             yield Cut(module, "weight", 0, keep)
             if getattr(module, "bias", None) is not None:
                 yield Cut(module, "bias", 0, keep)
     for index in plan.layers:
         yield from cuts_of_layer(model, plan, index)
-    for stack, holder in stacks(model):
+    for stack, holder in Parts(model).stacks():
         if stack.rows is not None and plan.tokens is not None:
             yield Cut(holder, "weight", 0, torch.tensor(plan.tokens))
         slices = torch.arange(holder.weight.shape[stack.dim]).view(plan.before.num_layers, -1)
@@ -116,7 +110,7 @@ def cuts_of_layer(
     model: nn.Module, plan: Plan, index: int, units: Collection[str] = LAYER_UNITS
 ) -> Iterator[Cut]:
     """List the cuts of a layer that stays; a weight of experts may have two."""
-    layer, row = decoder_layers(model)[index], plan.before.backbone
+    layer, row = Parts(model).layers[index], plan.before.backbone
     for matrix in chain(*layer_matrices(layer, row)):
         projection = matrix.projection
         unit, keep = unit_of(projection), kept_channels(plan, index, projection)
@@ -140,7 +134,7 @@ def cut_layer_(
         _cut_(cut)
     shape, groups = plan.before.layers[index], len(plan.kv_groups[index])
     if groups < shape.num_kv_heads and "kv_group" in units:
-        attention: Any = decoder_layers(model)[index].get_submodule("self_attn")
+        attention: Any = Parts(model).layers[index].get_submodule("self_attn")
         heads = shape.num_heads // shape.num_kv_heads * groups
         config = copy.copy(attention.config)
         config.num_attention_heads, config.num_key_value_heads = heads, groups
@@ -165,7 +159,7 @@ def _cut_(cut: Cut) -> None:
 
 def _drop_layers(model: nn.Module, plan: Plan) -> None:
     """Keep the planned layers and number them for the cache."""
-    layers = decoder_layers(model)
+    layers = Parts(model).layers
     kept = [layers[i] for i in plan.layers]
     parent: Any = model.get_submodule(plan.before.family.backbone)
     parent.layers = nn.ModuleList(kept)
@@ -193,7 +187,7 @@ def _apply_config(model: PreTrainedModel, text_config: PreTrainedConfig, plan: P
     if "first_kv_shared_layer_idx" in vars(text_model):
         shared: int = getattr(text_config, plan.before.backbone.shared_tail or "")
         text_model.first_kv_shared_layer_idx = plan.after.num_layers - shared
-    for layer, shape in zip(decoder_layers(model), plan.after.layers, strict=True):
+    for layer, shape in zip(Parts(model).layers, plan.after.layers, strict=True):
         if shape.num_kv_heads:
             attention = layer.get_submodule("self_attn")
             set_counts_(attention, text_config, shape.num_heads, shape.num_kv_heads)

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.models.anatomy import read_anatomy, segments
-from slimvlm.models.parts import decoder_layers
+from slimvlm.models.parts import Parts
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.least_squares import Refit, refit
 from slimvlm.pruning.walk.layer import Steps
@@ -48,7 +48,7 @@ def repair_(
     if read_anatomy(model).layers != plan.after.layers:
         raise ConfigError("model: does not have the shape that the plan leaves; prune it first")
     fitted: list[tuple[Writer, Refit]] = []
-    for index, layer in zip(plan.layers, decoder_layers(model), strict=True):
+    for index, layer in zip(plan.layers, Parts(model).layers, strict=True):
         for writer in writers_of_layer(layer, index, plan.before.backbone):
             place, device = (index, writer.projection.path), writer.weight.device
             if place not in statistics.parts:

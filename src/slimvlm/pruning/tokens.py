@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from slimvlm.core.errors import ConfigError, UnsupportedModelError, shortened
 from slimvlm.data.chat import tokenizer_of
 from slimvlm.data.tokenizer_file import TokenizerFile
-from slimvlm.models.parts import stacks, text_config_of
+from slimvlm.models.parts import Parts, text_config_of
 from slimvlm.planning.plan import Plan
 
 _FIELD = re.compile(
@@ -142,7 +142,7 @@ def renumber_modules_(model: PreTrainedModel, plan: Plan) -> None:
             if vars(module).get(name) == plan.before.vocab_size:
                 setattr(module, name, len(plan.tokens))
     text_model = model.get_submodule(plan.before.family.backbone)
-    embeddings = (holder for stack, holder in stacks(model) if stack.rows)
+    embeddings = (holder for stack, holder in Parts(model).stacks() if stack.rows)
     for owner in (text_model, text_model.get_submodule("embed_tokens"), *embeddings):
         if vars(owner).get("padding_idx") is not None:
             owner.padding_idx = new[owner.padding_idx]  # type: ignore[index,assignment]

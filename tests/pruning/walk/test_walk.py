@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from slimvlm.core.errors import ConfigError, DataError, NumericalError
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.classes import auto_class
-from slimvlm.models.parts import decoder_layers, final_norm
+from slimvlm.models.parts import Parts
 from slimvlm.planning.make import make_plan, width_candidates
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.walk.distil import LocalSteps
@@ -95,14 +95,14 @@ def blind(batch: Batch) -> Batch:
 @torch.no_grad()
 def assert_layer_by_layer_is_the_model(model: PreTrainedModel, data: Sequence[Batch]) -> None:
     seen: list[Tensor] = []
-    handle = final_norm(model).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    handle = Parts(model).norm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     final_hidden(model, data)
     handle.remove()
     runner = LayerwiseModel(Live(model), Memory(), model.device)
     runner.embed(data)
     for place, expected in zip(runner.places, seen, strict=True):
         calls, hidden = runner.calls(place), runner.input_of(0, place)
-        for index, layer in enumerate(decoder_layers(model)):
+        for index, layer in enumerate(Parts(model).layers):
             hidden = calls.through(layer, index, hidden)
         assert_close(hidden, expected, SOLVE)
 
@@ -271,7 +271,7 @@ def test_mistakes_leave_the_model_alone(
 def test_infinity_is_named_with_its_layer_and_the_model_stays() -> None:
     model = tiny.build("llama")
     data, plan = [tiny.batch(model, 12, seed) for seed in range(3)], narrow(model)
-    decoder_layers(model)[2].mlp.up_proj.weight.data[5] = torch.inf
+    Parts(model).layers[2].mlp.up_proj.weight.data[5] = torch.inf
     before = snapshot(model)
     with pytest.raises(NumericalError, match=r"2\.mlp\.down_proj"):
         walk_(model, data, plan=plan, repair="width")
@@ -345,7 +345,7 @@ def test_the_choice_is_that_of_the_criterion_where_the_inputs_are_the_same() -> 
 @torch.no_grad()
 def without_use_(model: PreTrainedModel, unit: str) -> None:
     """Make half of the units of a kind write nothing."""
-    for layer in decoder_layers(model):
+    for layer in Parts(model).layers:
         if unit == "kv_group":
             layer.self_attn.o_proj.weight.unflatten(1, (4, -1))[:, 1::2] = 0
         else:

@@ -12,7 +12,7 @@ from torch import nn
 
 from slimvlm.core.progress import progress
 from slimvlm.models.anatomy import WIDTH_UNITS
-from slimvlm.models.parts import decoder_layers
+from slimvlm.models.parts import Parts
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import cut_layer_
 from slimvlm.pruning.walk.layer import LayerOutcome, LayerWalk, Steps
@@ -73,7 +73,7 @@ class Walk:
 
     def __post_init__(self) -> None:
         steps, can_judge = self.config.steps, len(self.streams.held_out) > 0
-        self._depth = len(decoder_layers(self.streams.runner.model))
+        self._depth = len(Parts(self.streams.runner.model).layers)
         # Held-out answers decide between the new weights and plain slices.
         self._is_judged = steps.repair == "auto" and can_judge and not self.streams.has_several
 
@@ -131,7 +131,7 @@ class Walk:
         steps, removes_layers = self.config.steps, len(plan.layers) < self._depth
         if aims_at_original(steps.repair, steps.local.count, removes_layers):
             self.streams.advance_original(begin, end)
-        layer, runner = decoder_layers(self.streams.runner.model)[index], self.streams.runner
+        layer, runner = Parts(self.streams.runner.model).layers[index], self.streams.runner
         with runner.source.layer(index, runner.device), _unchanged(layer):
             yield layer, end
         self.streams.forget(begin, end)
@@ -256,7 +256,7 @@ def _removed(plan: Plan, index: int, unit: str) -> int:
 def _costs(streams: Streams, plans: Sequence[Plan], index: int) -> list[float]:
     """The error that each plan causes in a layer, as a share of what the layer writes."""
     total, written = [0.0] * len(plans), 0.0
-    layer = decoder_layers(streams.runner.model)[index]
+    layer = Parts(streams.runner.model).layers[index]
     for writer in writers_of_layer(layer, index, plans[0].before.backbone):
         moments, weight = streams.moments(_TRIAL, writer, streams.fitted), writer.weight
         channels = torch.arange(weight.shape[1], device=weight.device)

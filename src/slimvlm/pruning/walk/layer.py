@@ -10,7 +10,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from slimvlm.core.errors import ConfigError
-from slimvlm.models.parts import decoder_layers
+from slimvlm.models.parts import Parts
 from slimvlm.planning.plan import Kept, Plan
 from slimvlm.pruning.cut import cut_layer_
 from slimvlm.pruning.least_squares import blended, confirmed, refit
@@ -80,7 +80,7 @@ class LayerWalk:
 
     def __post_init__(self) -> None:
         self._model = self.streams.runner.model
-        self._layer = decoder_layers(self._model)[self.index]
+        self._layer = Parts(self._model).layers[self.index]
         self._is_idle = self.index not in self.streams.layers_run
         self._kept: dict[str, Kept] = {}
         self._scores: dict[str, Tensor] = {}

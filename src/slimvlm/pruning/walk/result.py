@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slimvlm.models.parts import decoder_layers
+from slimvlm.models.parts import Parts
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.scoring.layerwise.stores import Store
@@ -117,7 +117,7 @@ class Walked:
             SlimError: As `slimvlm.prune_`, before any weight is touched.
         """
         prune_(model, self.plan)
-        layers = decoder_layers(model)
+        layers = Parts(model).layers
         for (index, path), value in self.weights.items():
             assign_(layers[self.plan.layers.index(index)], path, value)
 

@@ -18,7 +18,7 @@ from slimvlm.data.roles import token_weights as weights_by_role
 from slimvlm.models.cost import free_memory
 from slimvlm.models.hidden import all_finite, head_of
 from slimvlm.models.load import with_float64
-from slimvlm.models.parts import decoder_layers, final_norm, shares_keys
+from slimvlm.models.parts import Parts, shares_keys
 from slimvlm.pruning.walk.kept_inputs import KeptInputs, extra_outputs, most_kept
 from slimvlm.pruning.writers import Writer
 from slimvlm.scoring.batches import TokenWeights, labels_of, mean_answer_loss
@@ -98,7 +98,7 @@ class Streams:
         self, stream: str, index: int, place: int, kept: Sequence[KeptInputs] = ()
     ) -> Tensor:
         """Run a layer on a stream; ``kept`` are its blocks with cached last inputs."""
-        layer, hidden = decoder_layers(self.runner.model)[index], self.state(stream, index, place)
+        layer, hidden = Parts(self.runner.model).layers[index], self.state(stream, index, place)
         with ExitStack() as stack:
             for inputs in kept:
                 stack.enter_context(inputs.replayed(place))
@@ -154,7 +154,7 @@ class Streams:
         self, stream: str, writer: Writer, kept: Sequence[KeptInputs] = ()
     ) -> KeptInputs | None:
         """Cache a matrix's inputs; None if they are large, or its block does not end with it."""
-        layer = decoder_layers(self.runner.model)[writer.index]
+        layer = Parts(self.runner.model).layers[writer.index]
         block = layer.get_submodule(writer.projection.path.rpartition(".")[0])
         rows = sum(len(weights) for weights in self.weights)
         size = rows * writer.linear.in_features * writer.linear.weight.element_size()
@@ -259,7 +259,7 @@ class Streams:
         model = self.runner.model
         with self.runner.source.after_layers(self.runner.device):
             states = (
-                (final_norm(model)(self.state(stream, end, batch["place"])), labels_of(batch))
+                (Parts(model).norm(self.state(stream, end, batch["place"])), labels_of(batch))
                 for batch in self.runner.batches()
                 if batch["place"] in self.held_out
             )
