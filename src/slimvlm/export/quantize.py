@@ -60,14 +60,7 @@ SCHEMES = {"int8": "W8A8", "int4": "W4A16", "fp8": "FP8_DYNAMIC"}
 
 @dataclass(frozen=True)
 class Quantized:
-    """Result of `quantize`.
-
-    Attributes:
-        to: The type of the weights.
-        backend: The library that made it and that loads it.
-        bytes_before: Bytes of all weights, before.
-        bytes_after: The same after, scales included.
-    """
+    """Result of `quantize`: type, library, and bytes of all weights with their scales."""
 
     to: str
     backend: str
@@ -95,14 +88,8 @@ def quantize(
     of a row: affine (torchao), symmetric (compressed-tensors) or nf4 (bitsandbytes). fp8 has one
     scale for each row, and rounds activations, too.
 
-    Args:
-        model: Folder or hub id.
-        out: The new folder.
-        to: ``int8``, ``int4`` or ``fp8``.
-        backend: ``torchao``, ``bitsandbytes``, ``compressed-tensors`` (which vLLM reads), or
-            ``auto``: torchao, but for int4 on a CPU and for fp8.
-        device: Where to quantise; by default the accelerator if there is one, else the CPU.
-        force: Whether an existing folder may be replaced.
+    vLLM reads compressed-tensors. ``auto`` takes torchao, but bitsandbytes for int4 on a CPU and
+    compressed-tensors for fp8.
 
     Raises:
         ConfigError: If the model or the machine does not allow it.
@@ -145,9 +132,9 @@ def quantize(
             device_map={"": str(target)},
         ).eval()
     processor = load_processor(name, config)
-    by_us = chosen == "compressed-tensors"
+    is_ours = chosen == "compressed-tensors"
     with new_folder(out, force) as folder:
-        with compressed(small, to, skipped) if by_us else nullcontext():
+        with compressed(small, to, skipped) if is_ours else nullcontext():
             _check_what_was_quantized(small)
             small.save_pretrained(folder)
             after = stored_bytes(small)
@@ -162,7 +149,7 @@ def quantize(
 
 
 def _backend_for(to: str, backend: str, device: torch.device) -> str:
-    """Choose the library; raise `ConfigError` if it is absent or cannot do this on the device."""
+    """Choose the library; refuse one that is absent or cannot do this on the device."""
     on_gpu = device.type == "cuda"
     if backend == "auto":
         others = {"fp8": "compressed-tensors"} | ({} if on_gpu else {"int4": "bitsandbytes"})
@@ -196,7 +183,7 @@ def _skipped(model: nn.Module) -> list[str]:
 
 
 def _settings(to: str, backend: str, skipped: list[str], dtype: torch.dtype) -> Any:
-    """Make what transformers is told; None for compressed-tensors, which quantises afterwards."""
+    """Make the ``quantization_config``; None for compressed-tensors, which quantises afterwards."""
     if backend == "compressed-tensors":
         return None
     if backend == "torchao":
@@ -217,11 +204,11 @@ def _settings(to: str, backend: str, skipped: list[str], dtype: torch.dtype) -> 
 
 @contextmanager
 def compressed(model: PreTrainedModel, to: str, skipped: Sequence[str]) -> Iterator[None]:
-    """Inside, matrices of decoder layers are small numbers and scales; afterwards, their products.
+    """Inside, matrices of decoder layers are quantised; afterwards they are dequantised.
 
     A scale is the largest absolute weight of a row (int8, fp8) or of a group of a row (int4) over
-    the largest number; weights are rounded to nearest, and no data is needed. int8 and fp8 (e4m3)
-    also round activations to 8 bit, token by token, when the model runs. The configuration says so.
+    the largest number of the type; weights are rounded to nearest. int8 and fp8 (e4m3) also round
+    activations to 8 bit, token by token, when the model runs.
     """
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import (

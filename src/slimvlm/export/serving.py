@@ -1,8 +1,8 @@
 """Check a model's shape against the requirements of serving engines, a table of rules.
 
-Most rules were read in an engine's source (vLLM 0.33, SGLang 0.5.23, llama.cpp's converter), and
-what was read makes no model ``ok``. That takes a model of the same kind that was run in the engine
-and answered as in transformers (`RAN`); everything else is ``unknown``. See ``docs/serving.md``.
+Most rules come from an engine's source (vLLM 0.33, SGLang 0.5.23, llama.cpp's converter). A model
+is ``ok`` only if a model of the same kind ran in the engine with transformers' answers (`RAN`);
+otherwise it is ``unknown``. See ``docs/serving.md``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 from slimvlm.core.errors import ConfigError
@@ -36,18 +37,17 @@ GGUF_PICTURES = {
     "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
     "smolvlm": "<image>",
 }
-"""Models whose vision tower llama.cpp's converter writes (``--mmproj``) from our files, and how
-their chat templates write a picture, which llama.cpp puts there by itself."""
-
+"""Models whose vision tower llama.cpp's converter writes (``--mmproj``), and the image tokens of
+their chat templates, which llama.cpp adds by itself."""
 
 OPENVINO_REFUSES = {"gemma2", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl", "internvl"}
 """Models that its converter refused, with transformers 5.5."""
 
 
 class Ran(NamedTuple):
-    """Runs of an engine: its version, and kinds of model (`Case.kind`).
+    """An engine's version, and kinds of model (`Case.kind`) with the same replies there.
 
-    Greedy replies of originals, and of models pruned in depth and in width, were transformers'.
+    Greedy replies of originals, and of models pruned in depth and in width, equal transformers'.
     """
 
     version: str
@@ -85,9 +85,8 @@ class Case:
 
     @property
     def kind(self) -> str:
-        """Type of the model, and of the language model inside where that is another."""
-        types = self.shape.model_type, self.shape.text_type
-        return types[0] if types[0] == types[1] else "/".join(types)
+        """Type of the model, and of its language model where that is another one."""
+        return "/".join(dict.fromkeys((self.shape.model_type, self.shape.text_type)))
 
     @property
     def has_own_head_dim(self) -> bool:
@@ -96,7 +95,7 @@ class Case:
         return any(s.num_heads * s.head_dim != self.shape.hidden_size for s in layers)
 
     def off(self, multiple: int) -> bool:
-        """Whether some layer's number of neurons is no multiple of a number."""
+        """Whether some layer's number of neurons is not a multiple."""
         return any(s.intermediate_size % multiple for s in self.shape.layers)
 
     @property
@@ -107,24 +106,16 @@ class Case:
     @property
     def heads(self) -> str:
         """Query and KV heads of layers that have KV groups, for a message."""
-        layers = [s for s in self.shape.layers if s.num_kv_heads]
-        pairs = sorted({(s.num_heads, s.num_kv_heads) for s in layers})
+        pairs = sorted({(s.num_heads, s.num_kv_heads) for s in self.shape.layers if s.num_kv_heads})
         found = ", ".join(f"{heads} query and {kv} KV heads" for heads, kv in pairs)
         return found or "the original's heads"
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A requirement of some targets.
+    """A requirement of some targets, with the model's value and the remedy for people.
 
-    Attributes:
-        name: Its subject.
-        targets: Who requires it.
-        level: Severity where it is violated.
-        breaks: Whether a model violates it.
-        what: The model's value, for people.
-        advice: Remedy for a violation.
-        seen: The engine that was seen to fail there; empty if that was only read.
+    ``seen`` is the engine that failed in a run; empty if its source says so.
     """
 
     name: str
@@ -140,14 +131,8 @@ class Rule:
 class Finding:
     """Result of one rule for a model.
 
-    Attributes:
-        target: Who requires it.
-        rule: Name of the rule.
-        level: ``ok``, ``warn`` (works, with a loss), ``fail``, or ``unknown``: nothing speaks
-            against it, and no engine has confirmed it.
-        what: The model's value.
-        advice: Remedy; empty if there is nothing to do.
-        seen: The engine that showed it; empty if it was only read in its source.
+    ``level`` is ``ok``, ``warn`` (works, with a loss), ``fail``, or ``unknown``: no violation is
+    known, and no engine has confirmed it. ``seen`` is the engine that showed it in a run.
     """
 
     target: str
@@ -168,7 +153,7 @@ def _tower(case: Case) -> str:
 
 
 def _off_rows(case: Case, multiple: int) -> bool:
-    """Whether some matrix has rows that are no multiple of a number."""
+    """Whether some matrix has rows that are not a multiple."""
     rows = [s.num_heads * s.head_dim for s in case.shape.layers]
     return case.off(multiple) or any(row % multiple for row in (*rows, case.shape.hidden_size))
 
@@ -179,21 +164,13 @@ def _rows(case: Case) -> str:
     return f"rows of {case.shape.hidden_size} (hidden), {inner} (heads), {case.neurons} (neurons)"
 
 
-def _answers(target: str, ran: Ran) -> Rule:
-    """Whether a model of the same kind was run in an engine."""
-    return Rule(
-        "answers",
-        (target,),
-        "unknown",
-        lambda case: case.kind not in ran.kinds,
-        lambda case: f"a {case.kind!r} model",
-        "no model of this kind was run there: try it before you rely on it",
-        ran.version,
-    )
-
-
 RULES: tuple[Rule, ...] = (
-    *(_answers(target, ran) for target, ran in RAN.items()),
+    *(Rule("answers", (target,), "unknown",
+           partial(lambda kinds, c: c.kind not in kinds, ran.kinds),
+           lambda c: f"a {c.kind!r} model",
+           "no model of this kind was run there: try it before you rely on it",
+           ran.version)
+      for target, ran in RAN.items()),
     Rule("even layers", ENGINES, "fail",
          lambda c: not c.shape.is_uniform,
          lambda c: "layers have different widths" if not c.shape.is_uniform else "all layers alike",
@@ -316,16 +293,7 @@ RULES: tuple[Rule, ...] = (
 
 
 def check(shape: Anatomy, targets: Sequence[str], is_quantized: bool = False) -> list[Finding]:
-    """Apply every rule of some targets to a model.
-
-    Args:
-        shape: The model's shape.
-        targets: `ENGINES`, or ``tp=N`` for N GPUs that share every layer.
-        is_quantized: Whether the checkpoint holds quantised weights.
-
-    Raises:
-        ConfigError: If a target is none of these.
-    """
+    """Apply every rule to a model, for each of `ENGINES` or ``tp=N`` (N GPUs) among the targets."""
     found = []
     for target in targets:
         match = re.fullmatch(rf"{TENSOR_PARALLEL}=([1-9]\d*)", target)

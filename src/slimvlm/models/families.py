@@ -1,7 +1,7 @@
-"""What slimvlm knows about models, as data: `BACKBONES` (decoders) and `FAMILIES` (whole models).
+"""Describe model families as data: `BACKBONES` (decoders) and `FAMILIES` (whole models).
 
-A row of `BACKBONES` says which matrices own the rows and columns of a unit, and what the
-configuration class allows; a row of `FAMILIES` where the parts of a model are. The rules were
+A row of `BACKBONES` names the matrices that hold the rows and columns of a unit, and what the
+configuration class allows; a row of `FAMILIES` names the paths of a model's parts. The rules were
 measured on transformers 5.24 and are tested in ``tests/contract/test_families.py``.
 """
 
@@ -89,9 +89,9 @@ class Stack:
 class Backbone:
     """How the decoder layers of one text model type are built and configured.
 
-    A layer has all matrices of ``attention`` or none (linear attention, convolution), and all of
-    ``mlp`` or none (a dense layer between layers of experts), and likewise of ``experts``. What is
-    not listed stays whole.
+    A layer has all matrices of ``attention`` or none (linear attention, convolution), all of
+    ``mlp`` or none (a dense layer between layers of experts), and likewise of ``experts``. Matrices
+    that are not listed stay whole.
 
     Attributes:
         attention: Matrices of the attention block; the one with `INPUT_COLUMNS` writes to the
@@ -358,7 +358,7 @@ class Family:
         head: Path of the language-model head.
         vision: Path of the vision tower, None for a text model.
         projector: Paths of what maps the towers' features into the text model.
-        other_towers: Paths of towers beside the vision tower, such as one for sound.
+        other_towers: Paths of towers other than the vision tower, such as an audio tower.
         text_config: Attribute that holds the text configuration, None if it is the whole one.
         pinned_layers: Dotted configuration path of a list; as many first layers as it has entries
             must stay, because features are added to layers by position.

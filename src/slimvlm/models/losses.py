@@ -41,14 +41,10 @@ _LARGEST = 2**20
 
 
 def rows_at_once(device: torch.device, free: int | None = None) -> int:
-    """Positions whose logits exist at one time.
+    """Return the number of positions whose logits exist at one time.
 
-    On a CPU `CHUNK`. On an accelerator so many that they take a sixteenth of its free memory, but
-    from a quarter of `CHUNK` to four times as many.
-
-    Args:
-        device: Where they are computed.
-        free: Bytes that are free there; by default those that are free now.
+    On a CPU `CHUNK`. On an accelerator as many as take a sixteenth of its ``free`` bytes (by
+    default those that are free now), but from a quarter of `CHUNK` to four times as many.
     """
     if device.type == "cpu":
         return CHUNK
@@ -61,14 +57,14 @@ def _as_is(logits: Tensor) -> Tensor:
 
 
 def label_counts(labels: Int[Tensor, "B T"]) -> Int[Tensor, " B"]:
-    """How many tokens of each sample are predicted."""
+    """Count the tokens of each sample that are predicted."""
     return (labels[:, 1:] != IGNORE).sum(1)
 
 
 def predictions(
     hidden: Hidden, labels: Int[Tensor, "B T"]
 ) -> tuple[Float[Tensor, "N D"], Int[Tensor, " N"], Bool[Tensor, "B T-1"]]:
-    """The hidden states that predict tokens that count, these tokens, and where they are."""
+    """Return the hidden states that predict tokens that count, these tokens, and their mask."""
     targets = labels[:, 1:].to(hidden.device)
     counted = targets != IGNORE
     return hidden[:, :-1][counted], targets[counted], counted
@@ -77,15 +73,10 @@ def predictions(
 def token_cross_entropy(
     hidden: Hidden, head: Head, labels: Int[Tensor, "B T"]
 ) -> Float[Tensor, "B T-1"]:
-    """Cross-entropy of each next token in float32; 0 where it does not count.
+    """Compute the cross-entropy of each next token in float32; 0 where it does not count.
 
-    The gradient is taken along with the loss, so that nothing is computed twice and no logits are
-    kept. Parameters of the head get none; in `cross_entropy` they do.
-
-    Args:
-        hidden: Final hidden states.
-        head: The language-model head, with any soft cap in it.
-        labels: Tokens to predict.
+    The forward pass computes the gradient, too: nothing is computed twice and no logits are stored.
+    Parameters of the head get no gradient; in `cross_entropy` they do.
     """
     rows, wanted, counted = predictions(hidden, labels)
     losses = torch.zeros(counted.shape, dtype=torch.float32, device=hidden.device)
@@ -94,7 +85,7 @@ def token_cross_entropy(
 
 
 def cross_entropy(hidden: Hidden, head: Head, labels: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
-    """Mean cross-entropy over the tokens that count (SFT loss); the head learns, too.
+    """Compute the mean cross-entropy over the tokens that count (SFT loss); the head learns, too.
 
     A head that is an ``nn.Linear`` in the data type of the hidden states goes through Liger's
     fused kernel on a CUDA device, where that package is installed.
@@ -128,7 +119,7 @@ def divergence(
     beta: float = 0.5,
     reduction: Reduction = "token_mean",
 ) -> Float[Tensor, ""]:
-    """A divergence of the softened next-token distributions of two models.
+    """Compute a divergence of the softened next-token distributions of two models.
 
     - ``kl``: ``temperature² · KL(teacher ‖ student)``.
     - ``rkl``: ``temperature² · KL(student ‖ teacher)``.
@@ -143,7 +134,7 @@ def divergence(
         head: The student's head. By default hidden states are logits already.
         teacher_head: The teacher's head; it may be the same one.
         mask: Positions that count; all if None.
-        kind: Which divergence.
+        kind: ``kl``, ``rkl`` or ``jsd``.
         temperature: Softens both sides. The paper of ``jsd`` has no factor of temperature².
         beta: The teacher's weight in ``jsd``, between 0 and 1; others don't read it.
         reduction: ``token_mean`` averages over the positions that count. ``paper`` is what the
@@ -168,22 +159,16 @@ def row_divergences(
     temperature: float = 1.0,
     beta: float = 0.5,
 ) -> Float[Tensor, " N"]:
-    """The `divergence` of each position."""
+    """Compute the `divergence` of each position."""
     part = partial(_divergences, kind, head, teacher_head, temperature, beta)
     return by_chunks(part, student, teacher)
 
 
 def by_chunks(part: Callable[..., Tensor], *rows: Tensor, share: int = 1) -> Tensor:
-    """``part(*rows)``, something for each row, a chunk at a time; again in the backward pass.
+    """Compute ``part(*rows)`` a chunk of rows at a time, with gradient checkpointing.
 
-    The last chunk is not computed again: its backward pass comes first, before any other chunk
-    exists again.
-
-    Args:
-        part: What is computed.
-        rows: What it takes, row by row, on one device.
-        share: Chunks are so many times smaller than `rows_at_once`, for a part that makes more of
-            the logits.
+    The last chunk is not recomputed: its backward pass comes first, when no other chunk exists.
+    Chunks are ``share`` times smaller than `rows_at_once`, for a part that copies the logits.
     """
     size = max(rows_at_once(rows[0].device) // share, 1)
     *earlier, last = zip(*(row.split(size) for row in rows), strict=True)
@@ -197,7 +182,7 @@ def hidden_l2(
     mask: Mask | None = None,
     reduction: Reduction = "token_mean",
 ) -> Float[Tensor, ""]:
-    """Squared distance of hidden states, averaged over channels and the positions that count.
+    """Compute the squared distance of hidden states, a mean over channels and positions that count.
 
     Args:
         student: The student's hidden states.
@@ -219,10 +204,10 @@ def hidden_cosine(
     mask: Mask | None = None,
     reduction: Reduction = "token_mean",
 ) -> Float[Tensor, ""]:
-    """``1 - cos`` of hidden states, averaged over the positions that count.
+    """Compute ``1 - cos`` of hidden states, averaged over the positions that count.
 
-    Between 0 and 2, and blind to the length of the vectors. It is computed as half the squared
-    distance of the unit vectors, which is the same and never below 0. Arguments as in `hidden_l2`.
+    Between 0 and 2; the length of the vectors does not matter. It is half the squared distance of
+    the unit vectors, which is never below 0. Arguments as in `hidden_l2`.
     """
     ours, theirs = _counted(mask, reduction, student, teacher.detach())
     apart = F.normalize(ours.float(), dim=-1) - F.normalize(theirs.float(), dim=-1)
@@ -236,43 +221,26 @@ def mean_over_layers(
     mask: Mask | None = None,
     reduction: Reduction = "token_mean",
 ) -> Float[Tensor, ""]:
-    """Mean of `hidden_l2` or `hidden_cosine` over pairs of layers.
-
-    Args:
-        distance: One of the two.
-        student: The student's hidden states, one for each layer that is compared.
-        teacher: The teacher's at the layers that `layer_map` names.
-        mask: Positions that count; all if None.
-        reduction: As in `hidden_l2`.
-    """
+    """Average `hidden_l2` or `hidden_cosine` over pairs of layers; the teacher's by `layer_map`."""
     pairs = zip(student, teacher, strict=True)
     return torch.stack([distance(ours, theirs, mask, reduction) for ours, theirs in pairs]).mean()
 
 
 def layer_map(kept_layers: Sequence[int], num_original_layers: int) -> tuple[int, ...]:
-    """The original layer whose output each layer of a shortened model should give.
+    """Map each kept layer to the original layer whose output it should give.
 
-    What the next kept layer was made to read is what stood before it in the original model: the
-    output of the last layer of the run that was removed between the two. So a kept layer learns to
-    do the work of the removed run behind it, and the last one that of the removed end. Nothing can
-    learn the work of layers that were removed before the first kept one, but the first itself.
-    Without removed layers every layer is compared with itself.
+    A kept layer stands for itself and the run of layers that was removed after it, since the next
+    kept layer expects the output of that run. Without removed layers every layer is compared with
+    itself. ``kept_layers`` are ascending indices in the original model, as are the returned ones.
 
-    The study compares the same index in both models, which only fits the end (-1) once layers are
-    gone.
-
-    Args:
-        kept_layers: Indices in the original model, ascending.
-        num_original_layers: Layers of the original model.
-
-    Returns:
-        For each kept layer an index in the original model.
+    The study compares the same index in both models, which only fits the last layer (-1) once
+    layers are gone.
     """
     return tuple(following - 1 for following in (*kept_layers[1:], num_original_layers))
 
 
 def _fits_liger(head: Head, rows: Tensor) -> bool:
-    """Whether Liger's fused kernel computes the same: CUDA, a plain head, one data type."""
+    """Check for Liger's fused kernel: CUDA, a plain head, one data type."""
     return (
         rows.is_cuda
         and isinstance(head, nn.Linear)
@@ -282,7 +250,7 @@ def _fits_liger(head: Head, rows: Tensor) -> bool:
 
 
 class _RowLosses(torch.autograd.Function):
-    """One loss for each row; a row's loss depends on no other row."""
+    """Compute one loss for each row, and its gradient in the forward pass."""
 
     @staticmethod
     def forward(
@@ -322,7 +290,7 @@ def _divergences(
     student_rows: Float[Tensor, "N D"],
     teacher_rows: Float[Tensor, "N E"],
 ) -> Float[Tensor, " N"]:
-    """``temperature²`` times the divergence of each row; only that of ``jsd`` depends on beta."""
+    """Compute ``temperature²`` times the divergence of each row."""
     student = F.log_softmax(head(student_rows).float() / temperature, dim=-1)
     with torch.no_grad():
         teacher = F.log_softmax(teacher_head(teacher_rows).float() / temperature, dim=-1)
@@ -342,12 +310,12 @@ def _row_kl(log_p: Rows, log_q: Rows) -> Float[Tensor, " N"]:
 
 
 def _counted(mask: Mask | None, reduction: Reduction, *values: Tensor) -> list[Tensor]:
-    """The positions that count, as rows."""
+    """Select the positions that count, as rows."""
     if mask is None or reduction == "paper":
         return [value.flatten(0, 1) for value in values]
     return [value[mask.bool()] for value in values]
 
 
 def _mean(values: Float[Tensor, " N"]) -> Float[Tensor, ""]:
-    """The mean; 0 of nothing."""
+    """Average; 0 without values."""
     return values.sum() / max(len(values), 1)
