@@ -49,6 +49,11 @@ def asking(*answers: str) -> Question:
         ("anls", "abxyz", ["abcde"], 0),
         ("anls", "cat", ["dog", "cats"], 0.75),
         ("anls", "", ["hello"], 0),
+        ("f1", "It is red.", ["it is red"], 1),
+        ("f1", "red red", ["red blue"], 0.5),
+        ("f1", "the red one", ["blue", "red one"], 2 * 2 / 5),
+        ("f1", "", ["red"], 0),
+        ("rouge_l", "one two three", ["four", "one three two"], 2 / 3),
     ],
 )
 def test_metric(metric: str, reply: str, answers: list[str], score: float) -> None:
@@ -224,3 +229,58 @@ def test_difference_of_averages() -> None:
     assert metrics.average_difference(*one).points == pytest.approx(
         metrics.paired_difference(one[0]["a"], one[1]["a"]).points
     )
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=40))
+def test_a_model_does_not_differ_from_itself(scores: list[float]) -> None:
+    same = metrics.paired_difference(scores, scores, resamples=20)
+    assert (same.points, same.low, same.high, same.significant) == (0, 0, 0, False)
+
+
+def test_a_clear_difference_is_significant() -> None:
+    worse = metrics.paired_difference([1.0] * 40, [1.0] * 20 + [0.0] * 20)
+    assert worse.low < worse.points == -50 < worse.high < 0
+    assert worse.significant
+
+
+def test_a_small_difference_is_not() -> None:
+    a, b = [1.0] * 20 + [0.0] * 20, [1.0] * 19 + [0.0] * 20 + [1.0]
+    assert not metrics.paired_difference(a, b).significant
+    assert not metrics.paired_difference(a, [1.0] * 21 + [0.0] * 19).significant
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=20))
+def test_swapping_the_models_turns_the_difference_round(pairs: list[tuple[float, float]]) -> None:
+    a, b = zip(*pairs, strict=True)
+    there, back = (
+        metrics.paired_difference(a, b, resamples=30),
+        metrics.paired_difference(b, a, resamples=30),
+    )
+    assert back.points == pytest.approx(-there.points)
+    assert (back.low, back.high) == pytest.approx((-there.high, -there.low))
+
+
+def test_pairing_matters() -> None:
+    """The same two averages: surer when the same questions stay right."""
+    a, b = [1.0] * 50 + [0.0] * 50, [1.0] * 40 + [0.0] * 60
+    paired, crossed = metrics.paired_difference(a, b), metrics.paired_difference(a, b[::-1])
+    assert paired.points == crossed.points
+    assert paired.high - paired.low < crossed.high - crossed.low
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(1)
+    hits = 0
+    for seed in range(200):
+        a, b = rng.random(80) < 0.8, rng.random(80) < 0.6
+        found = metrics.paired_difference(
+            a.astype(float).tolist(), b.astype(float).tolist(), resamples=200, seed=seed
+        )
+        hits += found.low <= -20 <= found.high
+    assert 178 <= hits <= 199  # 95 % of 200, give or take three standard errors
+
+
+@pytest.mark.parametrize(("a", "b"), [([], []), ([1.0], [1.0, 0.0])])
+def test_scores_must_pair(a: list[float], b: list[float]) -> None:
+    with pytest.raises(ValueError, match="same questions"):
+        metrics.paired_difference(a, b)

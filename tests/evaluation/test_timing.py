@@ -22,8 +22,6 @@ from slimvlm.evaluation.timing import (
     timed_runs,
     times_of,
 )
-from slimvlm.models import cost
-from slimvlm.models.cost import free_memory
 from slimvlm.models.load import load
 from tests import tiny_folder as folders
 
@@ -81,17 +79,6 @@ def test_times_survive_the_disk(llava: tuple[Any, Any], unhurried: None, tmp_pat
     (tmp_path / "times.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"times '.*times\.json'"):
         PairedTimes.load(tmp_path / "times.json")
-
-
-def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    here, (limit, used) = torch.device("cpu"), (tmp_path / "most", tmp_path / "taken")
-    monkeypatch.setattr(cost, "CONTAINER_LIMITS", [(limit, used)])
-    whole = free_memory(here)
-    limit.write_text("1000\n")
-    used.write_text("400\n")
-    assert free_memory(here) == 600
-    limit.write_text("max\n")
-    assert free_memory(here) == pytest.approx(whole, rel=0.5)
 
 
 def test_a_run_times_every_token(llava: tuple[Any, Any]) -> None:

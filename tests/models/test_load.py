@@ -138,6 +138,17 @@ def test_sums_in_float64_are_made_where_there_is_float64(monkeypatch: pytest.Mon
     assert moved == ["cpu"]
 
 
+def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit, used = tmp_path / "most", tmp_path / "taken"
+    monkeypatch.setattr("slimvlm.models.cost.CONTAINER_LIMITS", [(limit, used)])
+    whole = free_memory(CPU)
+    limit.write_text("1000\n")
+    used.write_text("400\n")
+    assert free_memory(CPU) == 600
+    limit.write_text("max\n")
+    assert free_memory(CPU) == pytest.approx(whole, rel=0.5)
+
+
 def test_free_memory_of_an_accelerator_counts_what_torch_keeps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -11,8 +11,18 @@ from slimvlm.evaluation.on_data import DataResult, OnSample
 from slimvlm.evaluation.results import Result, TaskResult
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.load import anatomy
-from slimvlm.runs.tables import anatomy_rows, held_out_notes, held_out_text, result_rows
+from slimvlm.runs.tables import (
+    LEGEND,
+    anatomy_rows,
+    as_markdown,
+    as_table,
+    held_out_notes,
+    held_out_text,
+    result_json,
+    result_rows,
+)
 from tests import tiny
+from tests.evaluation.test_compare import TEXT, answered, questions, result
 
 
 def printed(shape: Anatomy) -> dict[str, list[str]]:
@@ -129,8 +139,8 @@ def test_what_tokens_weigh_is_said(name: str, told: str) -> None:
 
 def test_a_share_of_nothing_is_a_dash() -> None:
     wrong = TaskResult("exact_match", 0.0, 0.0, True, ("a", "b"), ("r", "s"), (0.0, 0.0))
-    result = Result("model", 1000, 800, {"own": wrong}, 1.0, 2.0)
-    _, rows = result_rows({"original": result, "pruned": result})
+    nothing = result("model", own=wrong)
+    _, rows = result_rows({"original": nothing, "pruned": nothing})
     cells = {row[0]: row[-1] for row in rows}
     assert cells["AVG-% above chance"] == "-"
     assert not any("nan" in cell for row in rows for cell in row)
@@ -145,3 +155,49 @@ def test_what_two_stages_have_to_say_stands_once() -> None:
     }
     assert held_out_notes(results)[:-1] == ["pruned, recovered: x", "pruned, recovered: y"]
     assert "\n- pruned, recovered: x\n- pruned, recovered: y\n" in held_out_text(results)
+
+
+def measured(model: str, right: str, **changes: object) -> Result:
+    pets = answered(questions("pets", len(right)), right)
+    return result(model, pets=replace(pets, **changes), text=TEXT)  # type: ignore[arg-type]
+
+
+def test_tables_show_the_floors_that_are_known() -> None:
+    plain = {n: measured(n, right) for n, right in (("large", "1" * 8), ("small", "1" * 6 + "00"))}
+    header, rows = result_rows(plain)
+    assert header == ["task", "chance", "large", "small"]
+    assert not any("above floor" in row[0] for row in rows)
+    blind = (1.0, *[0.0] * 7)
+    plain["large"] = measured("large", "1" * 8, majority=25.0, blind_scores=blind)
+    header, rows = result_rows(plain)
+    assert header == ["task", "chance", "majority", "blind", "large", "small"]
+    assert all(len(row) == len(header) for row in rows)
+    cells = {row[0]: row[1:] for row in rows}
+    assert cells["pets"][:3] == ["0", "25.0", "12.5"]
+    assert cells["text (lower is better)"][:3] == ["", "", ""]
+    above = cells["AVG-% above floor [95 % interval]"]
+    assert above[:4] == ["", "", "", "100.0"]
+    assert above[4].startswith("66.7 [")
+    pets = result_json(plain)["large"]["tasks"]["pets"]
+    assert (pets["chance"], pets["majority"], pets["blind"]) == (0.0, 25.0, 12.5)
+
+
+def test_tables_mark_what_differs_from_the_first_model() -> None:
+    names = {"large": "1" * 40, "worse": "1" * 20 + "0" * 20, "same": "1" * 40}
+    models = {name: measured(name, right) for name, right in names.items()}
+    header, rows = result_rows(models)
+    cells = {row[0]: row[2:] for row in rows}
+    assert cells["pets"] == ["100.0", "50.0 *", "100.0"]
+    assert cells["AVG"] == ["100.0", "50.0 *", "100.0"]
+    assert cells["text (lower is better)"] == ["12.0"] * 3
+    assert as_table(header, rows).caption == LEGEND
+    assert as_markdown(header, rows).endswith("\n\n\\" + LEGEND + "\n")
+    values = result_json(models)
+    assert values["worse"]["tasks"]["pets"]["significant"] is True
+    assert values["worse"]["tasks"]["pets"]["difference"]["points"] == -50
+    assert values["worse"]["average_significant"] is True
+    assert values["same"]["average_difference"]["points"] == 0
+    assert "significant" not in values["large"]["tasks"]["pets"]
+    header, rows = result_rows({name: models[name] for name in ("large", "same")})
+    assert as_table(header, rows).caption is None
+    assert LEGEND not in as_markdown(header, rows)

@@ -1,0 +1,126 @@
+"""Results: retention, floors, and files of every age."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from slimvlm.core.errors import ConfigError
+from slimvlm.evaluation.results import Result, TaskResult, read_baseline
+
+PASSAGES = TaskResult("perplexity", 12.0, 0.0, False, ("p",), ("",), (2.5,))
+TIMES = {"prefill_range_ms": (2.0, 2.5), "decode_range_ms": (1.0, 1.0)}
+KNOWN, HALF = "101100110", "100100000"
+
+
+def result(right: str, majority: float | None = 100 * 3 / 9, **changes: object) -> Result:
+    """A result from ``1`` for each right answer and ``0`` for each wrong one."""
+    scores, ids = tuple(map(float, right)), tuple(f"q{i}" for i in range(len(right)))
+    mean, replies = 100 * sum(scores) / len(scores), ("red",) * len(right)
+    colours = TaskResult("exact_match", mean, 25.0, True, ids, replies, scores, majority=majority)
+    tasks = {"colours": colours, "passages": PASSAGES}
+    made = Result("tiny", 2000, 1000, tasks, 2.25, 1.0, dtype="float32", weight_bytes=8000, **TIMES)  # type: ignore[arg-type]
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+def test_a_file_gives_the_same_result(tmp_path: Path) -> None:
+    found = result(KNOWN, limit=9, batch_size=3, blind=True)
+    found.save(tmp_path / "result.json")
+    assert Result.load(tmp_path / "result.json") == found
+    assert json.loads((tmp_path / "result.json").read_text())["average"] == found.average
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_a_file_without_later_fields_loads(tmp_path: Path) -> None:
+    result(KNOWN).save(tmp_path / "result.json")
+    values = json.loads((tmp_path / "result.json").read_text())
+    for name in ("blind", "limit", "batch_size", "dtype"):
+        del values[name]
+    for found in values["tasks"].values():
+        del found["majority"], found["blind_scores"]
+    (tmp_path / "old.json").write_text(json.dumps(values))
+    old = Result.load(tmp_path / "old.json")
+    assert (old.blind, old.limit, old.tasks["colours"].majority) == (False, None, None)
+    kept = old.retention(old)
+    assert kept.above_floor == kept.above_chance == pytest.approx(100)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"average": 1, "tasks": {"a": {}}}', '{"average": 1, "tasks": []}']
+)
+def test_a_broken_file_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"result '.*result\.json': cannot be read"):
+        Result.load(tmp_path / "result.json")
+    with pytest.raises(ConfigError, match=r"missing\.json"):
+        Result.load(tmp_path / "missing.json")
+
+
+def test_models_of_one_shape_have_the_same_times() -> None:
+    found = result(KNOWN)
+    slow = replace(found, prefill_ms=9.0, prefill_range_ms=(8.0, 10.0))
+    assert found.timed_as(slow) == slow
+    for change in ({"backbone_params": 1}, {"weight_bytes": 1}, {"dtype": "bfloat16"}):
+        assert found.timed_as(replace(slow, **change)) == found
+
+
+def test_retention() -> None:
+    known = result(KNOWN)
+    kept = known.retention(known)
+    assert (kept.percent, kept.low, kept.high) == pytest.approx((100, 100, 100))
+    assert result(HALF).retention(known).percent == pytest.approx(40)
+
+
+@pytest.mark.parametrize(
+    ("floor", "scores"), [(3 / 9, "100000000"), (4 / 9, "111100000"), (3 / 9, "")]
+)
+def test_retention_above_the_highest_floor(floor: float, scores: str) -> None:
+    """Chance is 25 %, the best constant answer 33 %; the blind floor counts if it is higher."""
+    known, half = result("101100111"), result("100100011")
+    blind = None
+    if scores:
+        blind = result(scores, blind=True)
+        colours = blind.tasks["colours"]
+        blind = replace(blind, tasks={"colours": replace(colours, blind_scores=colours.scores)})
+    kept = half.retention(known, floors=blind)
+    score, base = 4 / 9, 6 / 9
+    assert kept.above_chance == pytest.approx(100 * (score - 0.25) / (base - 0.25))
+    assert kept.above_floor == pytest.approx(100 * (score - floor) / (base - floor))
+
+
+@pytest.mark.parametrize(
+    ("baseline", "message"),
+    [
+        ("ids", "'colours' asked other questions"),
+        ("name", "shares no task"),
+        ("no average", "shares no task"),
+        ("blind", r"baseline: th.* asked blind"),
+    ],
+)
+def test_baselines_that_do_not_compare(baseline: str, message: str) -> None:
+    found = result(KNOWN)
+    colours = found.tasks["colours"]
+    other = {
+        "ids": replace(found, tasks={"colours": replace(colours, ids=colours.ids[::-1])}),
+        "name": replace(found, tasks={"shapes": colours}),
+        "no average": replace(found, tasks={"passages": PASSAGES}),
+        "blind": replace(found, blind=True),
+    }[baseline]
+    for one, two in ((found, other), (other, found)):
+        for compared in (Result.retention, Result.difference):
+            with pytest.raises(ConfigError, match=message):
+                compared(one, two)
+
+
+def test_a_blind_result_as_baseline(tmp_path: Path) -> None:
+    found, blind = result(HALF), result(HALF, blind=True)
+    assert blind.retention(blind).percent == pytest.approx(found.retention(found).percent)
+    blind.save(tmp_path / "blind.json")
+    assert read_baseline(tmp_path / "blind.json", blind=True) == blind
+    with pytest.raises(ConfigError, match=r"blind\.json': it is blind, the new result is not"):
+        read_baseline(tmp_path / "blind.json")
+    with pytest.raises(ConfigError, match="evaluate that model with --floors"):
+        read_baseline(tmp_path / "blind.json", blind=True, floors=True)
