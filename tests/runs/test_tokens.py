@@ -227,7 +227,7 @@ def test_a_dry_run_says_how_many_tokens_a_run_would_try(data: str) -> None:
     found = dry_run(model(), sv.CompressConfig(data=data, **asked), [].append)
     assert found.fewer_tokens == len(opened(data)[0].fewer_tokens or ())
     told = dict(row for row in dry_run_rows(found) if row[0])["axes"]
-    assert f"again behind {found.fewer_tokens:,} tokens" in told
+    assert f"again after trimming to {found.fewer_tokens:,} tokens" in told
     all_stay = sv.CompressConfig(data=data, vocab_size="all", **asked)
     assert dry_run(model(), all_stay, [].append).fewer_tokens == 0
 

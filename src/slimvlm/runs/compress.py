@@ -48,13 +48,12 @@ from slimvlm.runs.recipes import recipe_for
 from slimvlm.runs.request import (
     Request,
     check_questions,
-    check_request,
     ratio_of,
     resolved,
     scored_by,
 )
 from slimvlm.runs.stages import Calibration, SampleSplit
-from slimvlm.runs.tokens import tokens_alone, with_tokens
+from slimvlm.runs.tokens import tokens_alone
 from slimvlm.scoring.unit_scores import Scores
 from slimvlm.training.recover import TRACKER_FOLDER
 
@@ -141,7 +140,46 @@ def compress(
     place = Path(out)
     with held(place), replacement(place) if force else nullcontext(place) as folder:
         run = Run(model, folder, place.name, config, say)
-        _go(run, _checked_samples(run, force), force)
+        # whether the folder is free, or holds the same run unfinished
+        is_open = force or not run.path("summary.md").exists()
+        is_same = is_begun_for(run.path("config.json"), run.about)
+        require_free(folder, force or (is_open and is_same))
+        if is_open and is_same:
+            say(f"going on with the unfinished run in {folder}")
+        # every mistake that can be found without weights
+        if run.request.questions is not None:
+            check_questions(run.request.questions)
+        if config.baseline:
+            read_baseline(config.baseline, floors=config.floors)
+        has_data = config.data is not None
+        run.request, given, samples = stages.settled(run.request, None, has_data, say)
+        if given is not None:
+            say("the tokens alone give the ratio: nothing else goes")
+        elif run.request.prune.axis == "auto":
+            say("axis auto: depth, width and both are tried, and held-out answers choose")
+        elif run.request.prune.axis != config.axis:
+            chart = recipe_for(ratio_of(run.request.prune), run.request.trains)
+            say(f"axis {chart.axis}: {chart.why} ({chart.source})")
+        # begin the folder, or resume in it
+        if not force:
+            discard_replacement(folder)
+        elif not is_same:
+            shutil.rmtree(folder, ignore_errors=True)
+        run.path("scores").mkdir(parents=True, exist_ok=True)
+        run.path("results").mkdir(exist_ok=True)
+        note_request(run.path("config.json"), run.about)
+        write_text(run.path("run.yaml"), config_text(model, config))
+        # the stages that are not done yet
+        original, processor = stages.load_original(run.request)
+        _evaluated(run, "original", original, processor)
+        _asked_on_data(run, "original", original, processor, samples.report)
+        trains = run.request.trains and bool(samples.training)
+        plan = _pruned(run, original, processor, samples, trains)
+        del original  # before two models are read for recovery
+        release_memory()
+        if trains:
+            _recovered(run, plan, samples)
+        finish(run, plan)
     return run.results
 
 
@@ -150,78 +188,6 @@ def results_of(model: str, config: CompressConfig, out: Path) -> dict[str, Resul
     run = Run(model, out, out.name, config, silent)
     is_done = run.path("summary.md").exists() and is_begun_for(run.path("config.json"), run.about)
     return read_results(out) if is_done else None
-
-
-def _checked_samples(run: Run, force: bool) -> SampleSplit:
-    """The data, after every mistake in the request that can be found without weights."""
-    _require_startable(run, force)
-    given = request_of(run.model, run.config)
-    if given.questions is not None:
-        check_questions(given.questions)
-    if run.config.baseline:
-        read_baseline(run.config.baseline, floors=run.config.floors)
-    later = run.config.loses_tokens
-    check_request(run.request, anatomy(run.model), silent if later else run.say)
-    stages.tell_lost_heads(run.request, run.say)
-    samples = stages.read_split(run.request, run.say)
-    counted = [] if run.config.data is None else samples.counted(run.request)
-    run.request = with_tokens(run.request, counted, run.say)
-    if tokens_alone(run.request, anatomy(run.model)) is not None:
-        run.say("the tokens alone give the ratio: nothing else goes")
-        return samples
-    if later:
-        check_request(run.request, anatomy(run.model), run.say)
-    if run.request.prune.axis == "auto":
-        run.say("axis auto: depth, width and both are tried, and held-out answers choose")
-    elif run.request.prune.axis != run.config.axis:
-        chart = recipe_for(ratio_of(run.request.prune), run.request.trains)
-        run.say(f"axis {chart.axis}: {chart.why} ({chart.source})")
-    return samples
-
-
-def _go(run: Run, samples: SampleSplit, force: bool) -> None:
-    """All stages that are not done yet."""
-    _open_folder(run, force)
-    original, processor = stages.load_original(run.request)
-    _evaluated(run, "original", original, processor)
-    _asked_on_data(run, "original", original, processor, samples.report)
-    trains = run.request.trains and bool(samples.training)
-    plan = _pruned(run, original, processor, samples, trains)
-    del original  # before two models are read for recovery
-    release_memory()
-    if trains:
-        _recovered(run, plan, samples)
-    finish(run, plan)
-
-
-def _require_startable(run: Run, force: bool) -> None:
-    """The folder must be free, or hold the same run unfinished; with ``force`` it is cleared."""
-    is_open = force or not run.path("summary.md").exists()
-    goes_on = is_open and is_begun_for(run.path("config.json"), run.about)
-    require_free(run.folder, force or goes_on)
-    if goes_on:
-        run.say(f"going on with the unfinished run in {run.folder}")
-
-
-def _open_folder(run: Run, force: bool) -> None:
-    """Begin the run folder, or go on in it: the request was found good."""
-    if not force:
-        discard_replacement(run.folder)
-    elif not is_begun_for(run.path("config.json"), run.about):
-        shutil.rmtree(run.folder, ignore_errors=True)
-    run.path("scores").mkdir(parents=True, exist_ok=True)
-    run.path("results").mkdir(exist_ok=True)
-    note_request(run.path("config.json"), run.about)
-    write_text(run.path("run.yaml"), config_text(run.model, run.config))
-
-
-def _scored(run: Run, model: PreTrainedModel, calibration: Calibration) -> list[Scores]:
-    """The scores that there are before the walk; those of a stopped run are read back."""
-    folder, names = run.path("scores"), scored_by(run.request.prune)
-    if not all((folder / f"{name}.json").exists() for name in names):
-        for name, found in stages.calibrate(run.request, model, calibration).items():
-            found.save(folder / name)
-    return [Scores.load(folder / name) for name in names]
 
 
 def _pruned(
@@ -237,7 +203,12 @@ def _pruned(
         return Plan.load(run.path("plan.json"))
     calibration = Calibration(processor, samples.calibration, run.request.hold_out)
     given = tokens_alone(run.request, read_anatomy(model))
-    scores = [] if given else _scored(run, model, calibration)
+    names = () if given else scored_by(run.request.prune)
+    stored = [run.path("scores") / name for name in names]
+    if not all(path.with_suffix(".json").exists() for path in stored):
+        for name, found in stages.calibrate(run.request, model, calibration).items():
+            found.save(run.path("scores") / name)
+    scores = [Scores.load(path) for path in stored]
     training = samples.training if trains else ()
     scratch = run.path("walk")
     walked = stages.prune_(
@@ -253,7 +224,7 @@ def _pruned(
     _evaluated(run, "pruned", model, trimmed)
     _timed(run, model, trimmed, processor)
     _asked_on_data(run, "pruned", model, trimmed, samples.report)
-    _save(run, model, trimmed, walked.plan, folder)
+    save(model, trimmed, run.path(folder), walked.plan, facts=_card_facts(run, ""))
     shutil.rmtree(run.path("walk"), ignore_errors=True)
     return walked.plan
 
@@ -273,13 +244,7 @@ def _recovered(run: Run, plan: Plan, samples: SampleSplit) -> None:
         f"Then {run.config.recover.train} was trained from {run.config.recover.loss} on "
         f"{history.num_samples} conversations."
     )
-    _save(run, model, processor, plan, "checkpoint", about)
-
-
-def _save(
-    run: Run, model: PreTrainedModel, processor: Any, plan: Plan, folder: str, training: str = ""
-) -> None:
-    save(model, processor, run.path(folder), plan, facts=_card_facts(run, training))
+    save(model, processor, run.path("checkpoint"), plan, facts=_card_facts(run, about))
 
 
 def _evaluated(run: Run, stage: str, model: PreTrainedModel, processor: Any) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import new_folder, require_free
 from slimvlm.core.options import MemoryOptions, PruneConfig, ReportOptions
-from slimvlm.core.progress import Say, silent
+from slimvlm.core.progress import Say
 from slimvlm.core.requests import asked
 from slimvlm.data.read import identity_of_data
 from slimvlm.evaluation.on_data import DataResult, evaluate_data, single_result
@@ -37,15 +37,12 @@ from slimvlm.runs.held_out import (
 )
 from slimvlm.runs.request import (
     Request,
-    check_options,
-    check_request,
     resolved,
     scored_by,
 )
 from slimvlm.runs.score import scores_on_disk
-from slimvlm.runs.stages import Calibration, SampleSplit, read_split
+from slimvlm.runs.stages import Calibration, SampleSplit
 from slimvlm.runs.tables import held_out_text
-from slimvlm.runs.tokens import tokens_alone, with_tokens
 from slimvlm.scoring.criteria import require_low_memory
 from slimvlm.scoring.layerwise.checkpoint import open_checkpoint
 from slimvlm.scoring.layerwise.stores import Scratch, scratch_folder
@@ -85,7 +82,21 @@ def prune(
         SlimError: For anything that the user can mend; found before weights are read.
     """
     require_free(out, force)
-    request, plan, samples = _settled(model, config, plan_file, memory, report, say)
+    is_asked = config.ratio is not None or config.tokens_first
+    if (plan_file is None) != is_asked:
+        raise ConfigError(
+            "prune needs either --ratio or --plan, or --vocab-size or --experts alone"
+        )
+    plan = None if plan_file is None else Plan.load(plan_file)
+    request = Request(model=model, prune=config, report_samples=report.unseen(config.samples))
+    request = resolved(request, say, None if plan else anatomy(model))
+    if memory.low_memory:
+        if request.prune.axis == "auto":
+            raise ConfigError("axis 'auto': low_memory can only do depth, width, both or chart")
+        for criterion in scored_by(request.prune):
+            require_low_memory(criterion)
+    check_models(config, model)
+    request, plan, samples = stages.settled(request, plan, config.data is not None, say)
     if memory.low_memory:
         with scratch_folder(memory.scratch_beside(out)) as folder:
             return _on_disk(request, plan, samples, out, folder, force, say)
@@ -105,50 +116,6 @@ def prune(
     also = partial(_write_held_out, held_out)
     save(loaded, processor, out, walked.plan, force, also=also, facts=facts)
     return Pruned(walked, held_out)
-
-
-def _settled(
-    model: str,
-    config: PruneConfig,
-    plan_file: Path | None,
-    memory: MemoryOptions,
-    report: ReportOptions,
-    say: Say,
-) -> tuple[Request, Plan | None, SampleSplit]:
-    """Check everything that needs no weights, and choose tokens.
-
-    Returns:
-        The resolved request; the plan, where it is known before anything is scored; the samples.
-    """
-    is_asked = config.ratio is not None or config.tokens_first
-    if (plan_file is None) != is_asked:
-        raise ConfigError(
-            "prune needs either --ratio or --plan, or --vocab-size or --experts alone"
-        )
-    plan = None if plan_file is None else Plan.load(plan_file)
-    request = Request(model=model, prune=config, report_samples=report.unseen(config.samples))
-    has_no_data = config.data is None
-    request = resolved(request, say, None if plan else anatomy(model))
-    config = request.prune
-    if memory.low_memory:
-        if config.axis == "auto":
-            raise ConfigError("axis 'auto': low_memory can only do depth, width, both or chart")
-        for criterion in scored_by(config):
-            require_low_memory(criterion)
-    if plan is None:
-        check_request(request, anatomy(model), silent if config.loses_tokens else say)
-    else:
-        check_options(config)
-    check_models(config, model)
-    stages.tell_lost_heads(request, say)
-    samples = read_split(request, say)
-    if plan is None:
-        counted = [] if has_no_data else samples.counted(request)
-        request = with_tokens(request, counted, say)
-        plan = tokens_alone(request, anatomy(model))
-        if plan is None and config.loses_tokens:
-            check_request(request, anatomy(model), say)
-    return request, plan, samples
 
 
 def _on_disk(

@@ -32,7 +32,7 @@ from slimvlm.evaluation.lmms import evaluate_all
 from slimvlm.evaluation.results import Result
 from slimvlm.models.anatomy import Anatomy, read_anatomy
 from slimvlm.models.hidden import evaluating
-from slimvlm.models.load import load_as, load_config, load_processor, resolve
+from slimvlm.models.load import anatomy, load_as, load_config, load_processor, resolve
 from slimvlm.models.parts import context_of
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.config import lost_heads
@@ -47,6 +47,8 @@ from slimvlm.runs.cost import CALIBRATION_BATCH, TRIAL_SHARE, optimizer_steps
 from slimvlm.runs.request import (
     Request,
     along,
+    check_options,
+    check_request,
     criterion_options,
     ranked_plan,
     ratio_of,
@@ -177,11 +179,41 @@ def read_split(request: Request, say: Say) -> SampleSplit:
     return found
 
 
-def tell_lost_heads(request: Request, say: Say) -> None:
-    """Say what a pruned checkpoint will not hold of the original, beside what the plan removes."""
+def settled(
+    request: Request, given: Plan | None, has_data: bool, say: Say
+) -> tuple[Request, Plan | None, SampleSplit]:
+    """Check a resolved request against the model and the data, and choose its tokens.
+
+    No weights are read.
+
+    Args:
+        request: The request.
+        given: A plan that decides what stays.
+        has_data: Whether the data is the user's, so that its tokens count.
+        say: Receives a line for each choice.
+
+    Returns:
+        The request with its tokens; the plan, where it is known before anything is scored; the
+        samples.
+
+    Raises:
+        SlimError: If an option, the ratio or the data cannot work for this model.
+    """
+    shape, loses_tokens = anatomy(request.model), request.prune.loses_tokens
+    if given is None:
+        check_request(request, shape, silent if loses_tokens else say)
+    else:
+        check_options(request.prune)
     line = lost_heads(load_config(request.model, request.prune.trust_remote_code))
     if line is not None:
         say(line)
+    samples = read_split(request, say)
+    if given is None:
+        request = with_tokens(request, samples.counted(request) if has_data else [], say)
+        given = tokens_alone(request, shape)
+        if given is None and loses_tokens:
+            check_request(request, shape, say)
+    return request, given, samples
 
 
 def samples_for(
