@@ -7,7 +7,6 @@ import random
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.save import check_reload, save
 from tests import tiny
+from tests.contract.test_families import TEXT_TOKENS, Case, generated, with_masked_logits
 from tests.handmade import assert_untouched, logits, plan_by_hand, snapshot
 from tests.tiers import tiered
 from tests.tolerances import FORWARD, assert_close
@@ -39,7 +39,6 @@ FIXED_HEADS = ["qwen2_vl", "qwen2_5_vl", "mllama", "glm4v"]
 CACHE_MATTERS = ["mllama"]
 """Whole models that say other things with a cache than without: transformers masks the picture of
 a cached step in another way."""
-TEXT_TOKENS = 24  # longer than the sliding windows of the tiny models
 every_family = pytest.mark.parametrize("name", tiered(FAMILIES))
 
 READ_BACK = """
@@ -81,16 +80,6 @@ print(json.dumps(found))
 """
 
 
-@dataclass
-class Case:
-    """One family, cut to different widths."""
-
-    plan: Plan
-    model: PreTrainedModel
-    inputs: dict[str, Tensor]
-    masked_logits: Tensor
-
-
 def uneven_plan(shape: Anatomy, layers: tuple[int, ...], seed: int = 0) -> Plan:
     """Random widths in every layer but the last, which stays whole."""
     chance = random.Random(seed)
@@ -111,18 +100,8 @@ def uneven_plan(shape: Anatomy, layers: tuple[int, ...], seed: int = 0) -> Plan:
 @cache
 def case_of(name: str) -> Case:
     """Shared by the tests below, none of which changes it."""
-    model, masked = tiny.build(name), tiny.build(name)
-    inputs = tiny.batch(model, TEXT_TOKENS)
-    del inputs["labels"]
-    plan = uneven_plan(read_anatomy(model), (0, 1, 3), seed=FAMILIES.index(name))
-    mask_(masked, plan)
-    prune_(model, plan)
-    return Case(plan, model, inputs, logits(masked, inputs))
-
-
-def generated(case: Case, **options: Any) -> Tensor:
-    ids: Tensor = case.model.generate(**case.inputs, max_new_tokens=5, do_sample=False, **options)
-    return ids
+    plan = uneven_plan(read_anatomy(tiny.build(name)), (0, 1, 3), seed=FAMILIES.index(name))
+    return with_masked_logits(name, plan)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -184,6 +163,7 @@ def test_plain_transformers_reads_the_same_model(
     found = load_file(work / "found.safetensors")
     assert report["class"] == type(case.model).__name__
     assert report["problems"] == {}
+    assert "mismatch" in report["refusal"]  # without the flag
     expected = logits(case.model, case.inputs)
     assert torch.equal(found["logits"], expected)
     assert torch.equal(found["again"], expected)
@@ -191,13 +171,6 @@ def test_plain_transformers_reads_the_same_model(
     for way in ("dynamic", "static", "uncached"):
         as_read = way != "uncached" and name in CACHE_MATTERS
         assert torch.equal(found[way], generated(case, use_cache=as_read))
-
-
-@every_family
-def test_without_the_flag_loading_fails_loudly(
-    name: str, read_back: dict[str, tuple[Path, Any]]
-) -> None:
-    assert "mismatch" in read_back[name][1]["refusal"]
 
 
 @every_family

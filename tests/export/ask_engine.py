@@ -33,16 +33,7 @@ PICTURE = "<__media__>"
 """Stands for a picture in a text that llama.cpp is given."""
 
 
-class Asked:
-    """An engine that has loaded a checkpoint."""
-
-    @staticmethod
-    def leave() -> None:
-        """Make room for the next model."""
-        gc.collect()
-
-
-class Vllm(Asked):
+class Vllm:
     """vLLM, in this one process."""
 
     def __init__(self, asked: dict[str, Any]) -> None:
@@ -89,16 +80,8 @@ class Vllm(Asked):
                 came[int(found.request_id)].append(now() - start)
         return came
 
-    @staticmethod
-    def leave() -> None:
-        """Make room for the next model."""
-        from vllm.distributed import cleanup_dist_env_and_memory
 
-        Asked.leave()
-        cleanup_dist_env_and_memory()
-
-
-class LlamaCpp(Asked):
+class LlamaCpp:
     """llama.cpp, through xllamacpp."""
 
     def __init__(self, asked: dict[str, Any]) -> None:
@@ -124,7 +107,7 @@ class LlamaCpp(Asked):
         return [self._reply({"prompt": self._given(prompt), **how}) for prompt in prompts]
 
     def _reply(self, asked: dict[str, Any]) -> str:
-        """What it says; raises with its own words."""
+        """Return the text; raise with the server's message."""
         place = f"{self._server.listening_address}/completion"
         body, kind = json.dumps(asked).encode(), {"Content-Type": "application/json"}
         try:
@@ -164,7 +147,7 @@ class LlamaCpp(Asked):
         return [steps[:new_tokens] for steps in came]  # one more says that it is the end
 
 
-class OpenVino(Asked):
+class OpenVino:
     """OpenVINO, through optimum-intel, which converts the checkpoint on the way."""
 
     def __init__(self, asked: dict[str, Any]) -> None:
@@ -199,7 +182,7 @@ class OpenVino(Asked):
         return replies
 
 
-class OnnxRuntime(Asked):
+class OnnxRuntime:
     """ONNX Runtime GenAI, whose model builder converts the checkpoint first."""
 
     def __init__(self, asked: dict[str, Any]) -> None:
@@ -246,12 +229,12 @@ def version_of(module: str) -> str:
 
 
 def message(error: Exception) -> str:
-    """What an engine says, on one line."""
+    """Return an error's text on one line."""
     return " ".join(str(error).split()) or repr(error)
 
 
 def answer(module: str, folders: list[str]) -> None:
-    """Answer every request; what does not load is written down."""
+    """Answer every request; an engine's error is written as its reply."""
     for folder in map(Path, folders):
         asked = json.loads((folder / "request.json").read_text())
         written: dict[str, Any] = {}
@@ -263,7 +246,9 @@ def answer(module: str, folders: list[str]) -> None:
             written["error"] = message(error)
         written["version"] = version_of(module)
         (folder / "replies.json").write_text(json.dumps(written))
-        ENGINES[module].leave()
+        gc.collect()
+        if module == "vllm":  # make room for the next model
+            import_module("vllm.distributed").cleanup_dist_env_and_memory()
 
 
 def serve(module: str, folder: str) -> None:

@@ -49,15 +49,9 @@ GGUF_DTYPES: dict[str, OutType] = {"float32": "f32", "bfloat16": "bf16", "float1
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine that can be asked.
+    """An engine: the module of its interpreter, its command, and packages for pip, tested on CPUs.
 
-    Attributes:
-        title: Its name for people.
-        module: What its interpreter imports.
-        program: Its own command, beside which its interpreter lies.
-        packages: What pip installs, tested on CPUs.
-        without: Packages to uninstall again, since they break it there.
-        reads: The checkpoint, its language backbone alone (which does not see), or GGUF files.
+    ``without`` are packages that break it there; ``backbone`` is a language backbone alone.
     """
 
     title: str
@@ -100,16 +94,16 @@ class Compared:
 
     @property
     def same(self) -> int:
-        """How many replies are the same text."""
+        """Count equal replies."""
         return sum(a == b for a, b in zip(self.expected, self.found, strict=False))
 
     @property
     def is_same(self) -> bool:
-        """Whether all are."""
+        """Whether all replies are equal."""
         return self.expected == self.found
 
     def summary(self) -> str:
-        """One line, and what differs."""
+        """Describe the result in one line, and one for each difference."""
         if self.error:
             return f"{self.engine} {self.version} does not load {self.model}: {self.error}"
         lines = [f"{self.engine} {self.version}: {self.same} of {len(self.found)} {self.model}"]
@@ -134,22 +128,15 @@ def interpreter_of(name: str) -> Path:
 
 
 def plain_questions(sees: bool) -> list[Question]:
-    """Make a few questions about plain pictures and about nothing, for a model of any kind."""
+    """Make a few questions about text, and about plain images if the model sees."""
     texts = ["What is the capital of France?", "Count from one to five.", "Say hello."]
     asked = [Question(f"text-{i}", text, ()) for i, text in enumerate(texts)]
-    if not sees:
-        return asked
     shade = Image.linear_gradient("L").resize((224, 224))
-    pictures = [
-        ImageOps.colorize(shade, dark, light)
-        for dark, light in (("black", "red"), ("blue", "white"))
-    ]
-    prompts = ["What is shown here?", "Which colours are there?"]
-    return asked + [
-        Question(f"picture-{i}-{j}", prompt, (), (picture,))
-        for i, prompt in enumerate(prompts)
-        for j, picture in enumerate(pictures)
-    ]
+    for i, prompt in enumerate(("What is shown here?", "Which colours are there?") if sees else ()):
+        for j, colours in enumerate((("black", "red"), ("blue", "white"))):
+            picture = ImageOps.colorize(shade, *colours)
+            asked.append(Question(f"picture-{i}-{j}", prompt, (), (picture,)))
+    return asked
 
 
 def compare(
@@ -162,13 +149,7 @@ def compare(
     """Compare greedy replies of an engine, started once for some checkpoints, with transformers'.
 
     Both compute in float32, or in bfloat16 if weights are quantised, where replies may differ.
-
-    Args:
-        models: Checkpoint folders.
-        name: A key of `ENGINES`.
-        questions: Prompts; by default `plain_questions`.
-        max_new_tokens: Tokens of a reply.
-        original: The original of models that lost tokens, for llama.cpp.
+    ``original`` is that of models that lost tokens, for llama.cpp.
     """
     python, engine = interpreter_of(name), ENGINES[name]
     with tempfile.TemporaryDirectory(prefix="slimvlm-engine-") as folder:
@@ -221,7 +202,7 @@ def compare(
 def readable_by(
     engine: Engine, model: str | Path, dtype: str, work: Path, original: str | Path | None = None
 ) -> dict[str, str]:
-    """Name what an engine loads: the checkpoint, or what is written of it to a folder."""
+    """Return the path that an engine loads: the checkpoint, or files made of it in a folder."""
     if engine.reads == "gguf":
         written = export_gguf(model, work / "model.gguf", GGUF_DTYPES[dtype], original=original)
         sees = {} if written.pictures is None else {"pictures": str(written.pictures)}
@@ -241,7 +222,7 @@ def command_of(engine: Engine, python: Path, verb: str, *works: Path) -> dict[st
 
 
 def ended_early(engine: Engine, log: str) -> ReloadError:
-    """Make an error of an engine's own last words."""
+    """Make an error of an engine's last line of output."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     last = ([line for line in lines if "Error" in line] or lines or ["no message"])[-1]
     return ReloadError(f"{engine.module} ended early: {last}")
@@ -266,21 +247,12 @@ def bench_engine(
     workload: Workload | None = None,
     clock: Literal["wall", "cpu"] = "wall",
 ) -> Bench:
-    """Time reading and writing in an engine; with a baseline, both in turn.
+    """Time prefill and decode in an engine; with a baseline, both in turn.
 
-    Each model has a process of its own, and only one computes at a time. Prompts are random tokens,
-    a batch is sent at once, and answers have a fixed length. The time to read is that to the first
-    new token, the mean over the batch; the time to write is that from there to the last token. The
-    ideal is `SpeedUp`'s. Peak memory is that of the whole process, with the room that an engine
-    reserves for keys and values.
-
-    Args:
-        name: A key of `ENGINES`.
-        model: Folder, hub id, or demo.
-        baseline: Usually the model before pruning.
-        workload: What to time.
-        clock: ``cpu``, the time that the engine's process computes, is for one thread on a core
-            that others use, too.
+    Each model has its own process, and one computes at a time. Prompts are random tokens, sent as a
+    batch; answers have a fixed length. Prefill ends at the first new token, a mean over the batch.
+    Peak memory is the whole process's, with the cache that an engine reserves. The clock ``cpu`` is
+    for one thread on a core that others use, too.
     """
     workload = workload or Workload()
     python, engine = interpreter_of(name), ENGINES[name]
@@ -323,7 +295,7 @@ def bench_engine(
 
 
 def _side(name: str) -> Side:
-    """Read what a configuration tells of a model."""
+    """Read a model's shape and bytes from its configuration."""
     config = load_config(name)
     if is_quantized(config):
         raise ConfigError(f"model {name!r} is quantised, and its ideal in an engine is not known")
@@ -335,7 +307,7 @@ def _side(name: str) -> Side:
 
 
 class _Served:
-    """An engine's process that has loaded one checkpoint and waits for prompts."""
+    """A process of an engine with one loaded checkpoint."""
 
     def __init__(self, engine: Engine, python: Path, work: Path, clock: str) -> None:
         self._engine, self._clock, self._log = engine, clock, work / "log"

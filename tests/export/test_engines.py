@@ -68,18 +68,14 @@ def read_table(page: Path = PAGE) -> Table:
 
 
 def record(model: str, compared: Mapping[str, Compared], page: Path = PAGE) -> None:
-    """Put what an engine said of a model, by axis, in the place of what stands there.
-
-    Rows of another version of the engine with this model go.
-    """
+    """Write an engine's result for a model, by axis; rows of its other versions are removed."""
     if WRITES not in os.environ:
         return
     table = read_table(page)
     for axis, one in compared.items():
         title = ENGINES[one.engine].title
         engine = f"{title} {one.version}"
-        older = [key for key in table if key[1] == model and key[0].startswith(f"{title} ")]
-        for key in older:
+        for key in [k for k in table if k[1] == model and k[0].startswith(f"{title} ")]:
             if key[0] != engine:
                 del table[key]
         cell = SAME if one.is_same else f"{one.same} of {len(one.found)}"
@@ -167,22 +163,13 @@ def pruned(kind: str, out: Path) -> list[Path]:
         shape = read_anatomy(model)
         plan: Plan | None = None
         if axis != "as it is":
-            heads = {"kv_heads": shape.legal_kv_heads()[-1]} if refuses_heads(kind, axis) else {}
+            same_heads = axis == "width" and kind.rpartition("/")[2] == "qwen2"  # for vLLM
+            heads = {"kv_heads": shape.legal_kv_heads()[-1]} if same_heads else {}
             plan = make_plan(shape, random_scores(shape), 0.25, axis, **heads)
             prune_(model, plan)
         save(model, words, out / f"{kind.replace('/', '-')}-{axis}", plan)
         folders.append(out / f"{kind.replace('/', '-')}-{axis}")
     return folders
-
-
-def refuses_heads(kind: str, axis: str) -> bool:
-    """Whether vLLM takes only the original's heads."""
-    return axis == "width" and kind.rpartition("/")[2] == "qwen2"
-
-
-def has_seen(found: Compared) -> bool:
-    """Whether pictures were among what it was asked."""
-    return len(found.prompts) > len(plain_questions(sees=False))
 
 
 def differing(found: Sequence[Compared]) -> list[str]:
@@ -223,10 +210,8 @@ def demo_asked_of(engine: str, axes: Sequence[str], out: Path, **how: Any) -> li
     folders = [pruned_demo(axis, out) for axis in axes]
     asked = demo_questions() if ENGINES[engine].reads == "checkpoint" else None
     found = compare(folders, engine, asked, TOKENS, **how)
-    record(
-        f"demo model ({', '.join(f'`{kind}`' for kind in DEMO)})",
-        dict(zip(axes, found, strict=True)),
-    )
+    kinds = ", ".join(f"`{kind}`" for kind in DEMO)
+    record(f"demo model ({kinds})", dict(zip(axes, found, strict=True)))
     return found
 
 
@@ -274,8 +259,7 @@ def test_vllm_reads_what_quantize_writes(to: Bits, vllm: str, tmp_path: Path) ->
 @pytest.mark.slow
 def test_llama_cpp_continues_the_pruned_demo_model_alike(gguf: str, tmp_path: Path) -> None:
     axes = ("depth", "width", "both", "tokens")
-    found = demo_asked_of(gguf, axes, tmp_path, original="demo")
-    assert differing(found) == []
+    assert differing(demo_asked_of(gguf, axes, tmp_path, original="demo")) == []
 
 
 @pytest.mark.slow
@@ -286,7 +270,9 @@ def test_llama_cpp_answers_as_transformers_for_every_kind_it_is_named_for(
     found = asked_of(gguf, kinds, tmp_path, original="demo")  # whose tokenizer it knows
     assert differing(found) == []
     seeing = {kind for kind in kinds if kind.partition("/")[0] in GGUF_PICTURES}
-    assert seeing == {kind for kind, one in zip(kinds, found[::3], strict=True) if has_seen(one)}
+    texts = len(plain_questions(sees=False))
+    asked = zip(kinds, found[::3], strict=True)
+    assert seeing == {kind for kind, one in asked if len(one.prompts) > texts}
 
 
 @pytest.mark.slow

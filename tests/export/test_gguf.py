@@ -37,29 +37,31 @@ def test_the_backbone_alone_says_what_the_whole_model_says_about_text(
     assert torch.equal(logits(alone, batch), logits(model, batch))
 
 
-def test_what_llama_cpp_cannot_run_is_refused_before_weights_are_read(tmp_path: Path) -> None:
-    model = tiny.build("phi")
-    prune_(model, plan_by_hand(read_anatomy(model), neurons=range(64)))
-    model.config.save_pretrained(tmp_path / "model")  # no weights at all
-    with pytest.raises(ConfigError, match=r"gguf: MLP width: 64 neurons. .* prune layers only"):
-        export_gguf(tmp_path / "model", tmp_path / "out.gguf")
-    assert not (tmp_path / "out.gguf").exists()
-
-
-def test_a_file_that_sees_is_not_replaced_either(tmp_path: Path) -> None:
-    tiny.CONFIGS["idefics3"]().save_pretrained(tmp_path / "model")  # no weights at all
+@pytest.mark.parametrize(
+    ("family", "outtype", "message"),
+    [
+        ("phi", "bf16", r"gguf: MLP width: 64 neurons. .* prune layers only"),
+        ("idefics3", "bf16", r"mmproj-out.gguf' exists\. Use --force"),
+        ("llama", "q4_k_m", r"outtype 'q4_k_m' needs llama.cpp's quantiser: pip"),
+    ],
+)
+def test_a_model_is_refused_before_weights_are_read(
+    family: str,
+    outtype: OutType,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = tiny.CONFIGS[family]()
+    if family == "phi":
+        config.intermediate_size = 64
+    config.save_pretrained(tmp_path / "model")  # no weights at all
     (tmp_path / "mmproj-out.gguf").touch()
-    with pytest.raises(ConfigError, match=r"mmproj-out.gguf' exists\. Use --force"):
-        export_gguf(tmp_path / "model", tmp_path / "out.gguf")
-
-
-def test_k_formats_need_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny.CONFIGS["llama"]().save_pretrained(tmp_path / "model")  # no weights at all
     monkeypatch.setattr(llama_cpp, "QUANTIZER", "no_such_package")
     monkeypatch.setattr(gguf, "QUANTIZE_PROGRAM", "no-such-program")
-    with pytest.raises(ConfigError, match=r"outtype 'q4_k_m' needs llama.cpp's quantiser: pip"):
-        export_gguf(tmp_path / "model", tmp_path / "out.gguf", "q4_k_m")
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    with pytest.raises(ConfigError, match=message):
+        export_gguf(tmp_path / "model", tmp_path / "out.gguf", outtype)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "mmproj-out.gguf"}
 
 
 @pytest.mark.slow
@@ -86,9 +88,7 @@ def test_llama_cpp_reads_k_formats_of_pruned_widths(
         assert np.linalg.norm(after - before) <= error * np.linalg.norm(before), tensor.name
     assert {"Q6_K", "F32"} < {tensor.tensor_type.name for tensor in files[kind].tensors}
     assert files[kind].fields.keys() >= files["bf16"].fields.keys()
-    layers = {
-        tensor.tensor_type.name for tensor in files[kind].tensors if "ffn_down" in tensor.name
-    }
+    layers = {t.tensor_type.name for t in files[kind].tensors if "ffn_down" in t.name}
     assert layers == {"q4_k_m": {"Q4_K", "Q6_K"}, "q5_k_m": {"Q5_K", "Q6_K"}}.get(kind, {"Q6_K"})
     assert continued(tmp_path / f"{kind}.gguf")
 

@@ -67,21 +67,18 @@ def test_a_device_that_is_absent_is_refused_with_those_that_are_there(two_of: st
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:99"])
 def test_a_device_is_checked_before_anything_is_read(name: str, tmp_path: Path) -> None:
-    out, data = tmp_path / "out", {"data": str(tmp_path / "none.json")}
-    config = CompressConfig(ratio=0.3, device=name, **data)
-    allowed = f"device '{name}' must be one of: cpu"
-    with pytest.raises(ConfigError, match=allowed):
-        sv.load(folders.folder("text"), device=name)
-    with pytest.raises(ConfigError, match=allowed):
-        sv.compress(str(folders.folder("text")), config, out, say=lambda line: None)
-    with pytest.raises(ConfigError, match=allowed):
-        sv.score_checkpoint("nowhere", device=name)
-    with pytest.raises(ConfigError, match=allowed):
-        sv.walk_checkpoint("nowhere", (), out, 0.3, device=name)
-    with pytest.raises(ConfigError, match=allowed):
-        sv.quantize("nowhere", out, device=name)
-    with pytest.raises(ConfigError, match=allowed):
-        check_models(LoadConfig(device=name), "nowhere")
+    model, out = str(folders.folder("text")), tmp_path / "out"
+    config = CompressConfig(ratio=0.3, device=name, data=str(tmp_path / "none.json"))
+    for work in (
+        lambda: sv.load(model, device=name),
+        lambda: sv.compress(model, config, out, say=lambda line: None),
+        lambda: sv.score_checkpoint("nowhere", device=name),
+        lambda: sv.walk_checkpoint("nowhere", (), out, 0.3, device=name),
+        lambda: sv.quantize("nowhere", out, device=name),
+        lambda: check_models(LoadConfig(device=name), "nowhere"),
+    ):
+        with pytest.raises(ConfigError, match=f"device '{name}' must be one of: cpu"):
+            work()
     assert not out.exists()
 
 

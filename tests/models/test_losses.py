@@ -32,7 +32,7 @@ KINDS: dict[str, Distance] = {
     "hidden_cosine": losses.hidden_cosine,
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
-divergences = pytest.mark.parametrize("kind", DIVERGENCES)
+SAME = Tolerance(torch.float32, 1e-6, 1e-6)
 
 
 def as_is(logits: Tensor) -> Tensor:
@@ -47,44 +47,35 @@ def labelled(tokens: int = T) -> tuple[Tensor, Tensor]:
     return torch.randn(B, tokens, V), labels
 
 
-def textbook_kl(target: Tensor, other: Tensor, temperature: float) -> Tensor:
-    """KL(target || other) of each position, as torch has it, times temperature squared."""
-    log_p = (target.double() / temperature).log_softmax(-1)
-    log_q = (other.double() / temperature).log_softmax(-1)
+def textbook(kind: str, student: Tensor, teacher: Tensor, temperature: float = 2.0) -> Tensor:
+    """Divergence of each position, as torch has it, times temperature squared."""
+    target, other = (teacher, student) if kind == "kl" else (student, teacher)
+    log_p, log_q = ((x.double() / temperature).log_softmax(-1) for x in (target, other))
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1) * temperature**2
 
 
-def test_cross_entropy_is_transformers_loss() -> None:
+def assert_same_gradients(
+    found: Tensor, expected: Tensor, ours: list[Tensor], theirs: list[Tensor], tolerance: Any
+) -> None:
+    """Compare two losses and their gradients."""
+    assert_close(found.detach(), expected.detach(), tolerance)
+    pairs = zip(
+        torch.autograd.grad(found, ours), torch.autograd.grad(expected, theirs), strict=True
+    )
+    for a, b in pairs:
+        assert_close(a, b, tolerance)
+
+
+@pytest.mark.parametrize("tokens", [None, 128, 129, 130, 258])
+def test_cross_entropy_and_its_gradient_are_those_of_transformers(tokens: int | None) -> None:
+    """Chunks are invisible, whether the last one is full or not."""
     logits, labels = labelled()
-    expected = ForCausalLMLoss(logits, labels, vocab_size=V)
-    assert_close(losses.cross_entropy(logits, as_is, labels), expected, LOSS)
-
-
-def test_cross_entropy_gradient_is_transformers_gradient() -> None:
-    logits, labels = labelled()
-    gradients = []
-    for loss in (
-        lambda x, y: losses.cross_entropy(x, as_is, y),
-        lambda x, y: ForCausalLMLoss(x, y, vocab_size=V),
-    ):
-        leaf = logits.clone().requires_grad_()
-        loss(leaf, labels).backward()
-        gradients.append(leaf.grad)
-    assert_close(gradients[0], gradients[1], LOSS)
-
-
-def test_cross_entropy_without_any_label_is_zero_not_nan() -> None:
-    logits, labels = labelled()
-    logits.requires_grad_()
-    loss = losses.cross_entropy(logits, as_is, torch.full_like(labels, IGNORE))
-    assert loss.item() == 0
-
-
-def test_cross_entropy_of_half_logits_is_computed_in_float32() -> None:
-    logits, labels = labelled()
-    loss = losses.cross_entropy(logits.bfloat16(), as_is, labels)
-    assert loss.dtype == torch.float32
-    assert_close(loss, losses.cross_entropy(logits, as_is, labels), HALF)
+    if tokens is not None:
+        logits, labels = torch.randn(1, tokens, V), torch.randint(0, V, (1, tokens))
+    ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
+    found = losses.cross_entropy(ours, as_is, labels)
+    expected = ForCausalLMLoss(theirs, labels, vocab_size=V)
+    assert_same_gradients(found, expected, [ours], [theirs], LOSS)
 
 
 def test_token_losses_sit_at_their_tokens() -> None:
@@ -173,27 +164,21 @@ def test_a_mask_of_nothing_gives_zero_not_nan(kind: str) -> None:
     assert KINDS[kind](torch.randn(B, T, V), torch.randn(B, T, V), mask=nothing).item() == 0
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
-def test_kl_is_teacher_first_and_rkl_student_first(temperature: float) -> None:
-    student, teacher = 3 * torch.randn(B, T, V), 3 * torch.randn(B, T, V)
-    forward = kl(student, teacher, temperature=temperature)
-    backward = rkl(student, teacher, temperature=temperature)
-    assert_close(forward, textbook_kl(teacher, student, temperature).mean(), LOSS)
-    assert_close(backward, textbook_kl(student, teacher, temperature).mean(), LOSS)
-    assert abs(forward - backward) > 0.01  # they are different things
-
-
 @pytest.mark.parametrize("kind", ["kl", "rkl"])
-def test_gradients_are_those_of_the_textbook(kind: str) -> None:
-    student, teacher = torch.randn(B, T, V), torch.randn(B, T, V)
-    ours = student.clone().requires_grad_()
-    KINDS[kind](ours, teacher, temperature=2.0).backward()
-    theirs = student.double().requires_grad_()
-    pair = (teacher.double(), theirs) if kind == "kl" else (theirs, teacher.double())
-    textbook_kl(*pair, 2.0).mean().backward()
-    assert ours.grad is not None
-    assert theirs.grad is not None
-    assert_close(ours.grad, theirs.grad, LOSS)
+@pytest.mark.parametrize(
+    ("samples", "tokens", "temperature"),
+    [(B, T, 1.0), (B, T, 2.0), (B, T, 4.0), *((1, tokens, 2.0) for tokens in (127, 128, 129, 257))],
+)
+def test_divergences_and_their_gradients_are_those_of_the_textbook(
+    kind: str, samples: int, tokens: int, temperature: float
+) -> None:
+    student, teacher = 3 * torch.randn(samples, tokens, V), 3 * torch.randn(samples, tokens, V)
+    ours, theirs = (student.clone().requires_grad_() for _ in range(2))
+    found = KINDS[kind](ours, teacher, temperature=temperature)
+    expected = textbook(kind, theirs, teacher, temperature).mean()
+    assert_same_gradients(found, expected, [ours], [theirs], LOSS)
+    swapped = KINDS[kind](teacher, student, temperature=temperature)
+    assert abs(found - swapped) > 0.01  # the order matters
 
 
 @pytest.mark.parametrize("kind", ["kl", "rkl"])
@@ -201,8 +186,7 @@ def test_paper_reduction_sums_all_positions_over_the_batch_size(kind: str) -> No
     student, teacher = torch.randn(B, T, V), torch.randn(B, T, V)
     mask = torch.zeros(B, T, dtype=torch.long)  # the study's trainer has no mask
     mask[:, :2] = 1
-    pair = (teacher, student) if kind == "kl" else (student, teacher)
-    expected = textbook_kl(*pair, 2.0).sum() / B
+    expected = textbook(kind, student, teacher).sum() / B
     assert_close(KINDS[kind](student, teacher, mask=mask, reduction="paper"), expected, LOSS)
 
 
@@ -213,21 +197,6 @@ def test_paper_reduction_of_hidden_l2_is_plain_mse() -> None:
     loss = losses.hidden_l2(student, teacher, mask, reduction="paper")
     assert_close(loss, F.mse_loss(student, teacher), LOSS)
     assert not torch.allclose(loss, losses.hidden_l2(student, teacher, mask))
-
-
-@pytest.mark.parametrize("tokens", [127, 128, 129, 257])
-@pytest.mark.parametrize("kind", ["kl", "rkl"])
-def test_chunks_are_invisible(kind: str, tokens: int) -> None:
-    student, teacher = torch.randn(1, tokens, V), torch.randn(1, tokens, V)
-    pair = (teacher, student) if kind == "kl" else (student, teacher)
-    assert_close(KINDS[kind](student, teacher), textbook_kl(*pair, 2.0).mean(), LOSS)
-
-
-@pytest.mark.parametrize("tokens", [128, 129, 130, 258])
-def test_chunks_of_cross_entropy_are_invisible(tokens: int) -> None:
-    logits, labels = torch.randn(1, tokens, V), torch.randint(0, V, (1, tokens))
-    expected = ForCausalLMLoss(logits, labels, vocab_size=V)
-    assert_close(losses.cross_entropy(logits, as_is, labels), expected, LOSS)
 
 
 @given(st.floats(0.5, 8), st.floats(0, 60), st.integers(0, 9))
@@ -325,10 +294,6 @@ def heads() -> tuple[Tensor, Tensor, nn.Linear, nn.Linear]:
     return torch.randn(B, T, D), torch.randn(B, T, wide), *made
 
 
-def gradients_of(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
-    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
-
-
 @pytest.mark.parametrize("reduction", ["token_mean", "paper"])
 @pytest.mark.parametrize("kind", ["kl", "rkl", "jsd"])
 def test_a_divergence_of_hidden_states_is_that_of_their_logits(
@@ -342,24 +307,18 @@ def test_a_divergence_of_hidden_states_is_that_of_their_logits(
         options["beta"] = 0.3
     expected = DIVERGENCES[kind](head(student), teacher_head(teacher), mask=mask, **options)
     loss = losses.divergence(*(student, teacher, head, teacher_head, mask, kind), **options)
-    leaves = (student, head.weight)
-    for ours, theirs in zip(
-        gradients_of(loss, *leaves), gradients_of(expected, *leaves), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+    leaves = [student, head.weight]
+    assert_same_gradients(loss, expected, leaves, leaves, SAME)
 
 
 def test_cross_entropy_of_hidden_states_is_that_of_their_logits(small_chunks: int) -> None:
     hidden, _, head, _ = heads()
     hidden.requires_grad_()
     _, labels = labelled()
-    leaves = (hidden, head.weight)
+    leaves = [hidden, head.weight]
     loss = losses.cross_entropy(hidden, head, labels)
     expected = ForCausalLMLoss(head(hidden), labels, vocab_size=V)
-    for ours, theirs in zip(
-        gradients_of(loss, *leaves), gradients_of(expected, *leaves), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+    assert_same_gradients(loss, expected, leaves, leaves, SAME)
 
 
 def test_no_more_than_one_chunk_of_logits_exists(small_chunks: int) -> None:
@@ -430,6 +389,9 @@ def test_half_precision_hidden_states_give_float32_losses() -> None:
     assert loss.dtype == half.dtype == torch.float32
     assert_close(loss, expected, HALF)
     assert_close(half, entropy, HALF)
+    of_logits = losses.cross_entropy(head(student).bfloat16(), as_is, labels)
+    assert of_logits.dtype == torch.float32
+    assert_close(of_logits, entropy, HALF)
 
 
 @kinds
