@@ -1,4 +1,4 @@
-"""Experts: which ones tokens take, and how much these add to them. Collected and scored.
+"""Experts: collect and score which ones tokens take, and how much these add to them.
 
 C neuron of an expert, T token that takes it.
 """
@@ -27,21 +27,15 @@ from slimvlm.scoring.unit_scores import Scores
 
 @dataclass(frozen=True)
 class ExpertInput:
-    """The inputs of an expert's last matrix.
-
-    Attributes:
-        expert: Its number.
-        tokens: The tokens that take it.
-        values: For each of them its neurons, times the weight that the router gives the expert.
-    """
+    """The inputs of an expert's last matrix."""
 
     expert: int
-    tokens: Int[Tensor, " T"]
-    values: Float[Tensor, "T C"]
+    tokens: Int[Tensor, " T"]  # those that take it
+    values: Float[Tensor, "T C"]  # neurons, times the weight that the router gives the expert
 
 
 def inputs_of_experts(module: Any, transposed: bool, args: Any) -> Iterator[ExpertInput]:
-    """The neurons of each expert that a token takes, as its module is called.
+    """Compute the neurons of each expert that a token takes, as its module is called.
 
     All of them compute ``act(gate) * up`` from one matrix. They are called with tokens, the experts
     that these take and the router's weights, which scale the output; or (Llama 4) with all tokens
@@ -67,7 +61,7 @@ def inputs_of_experts(module: Any, transposed: bool, args: Any) -> Iterator[Expe
 def capture_routing(
     model: nn.Module, batches: Iterable[Batch], token_weights: TokenWeights | None = None
 ) -> Routing:
-    """Weighted counts of the tokens that take each expert, and sums of what it adds to them."""
+    """Count the tokens that take each expert, by weight, and sum what it adds to them."""
     config: Any = model.config
     experts = backbone_of(config).experts
     if experts is None:

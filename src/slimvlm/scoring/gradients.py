@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -36,8 +35,8 @@ from slimvlm.scoring.statistics import Gradients, Place
 from slimvlm.scoring.unit_scores import Scores
 
 Data = Iterator[tuple[Batch, Targets]]
-Terms = Callable[..., Tensor]
 Weight = Float[Tensor, "O I"]
+OnProduct = Callable[[Place, int, Tensor, Tensor, Tensor], None]
 
 _BLOCK = 2**19
 """Numbers of a block on a CPU: small enough for its cache. Other devices take whole matrices."""
@@ -50,88 +49,45 @@ def capture_gradients(
     order: str = "first",
     gradient: str = "batch",
 ) -> Gradients:
-    """Sums over each channel of the Taylor terms of the model's answer loss.
+    """Sum the Taylor terms of the model's answer loss over each channel.
 
-    Args:
-        model: Its parameters are frozen.
-        batches: Model inputs with ``labels``.
-        token_weights: None: the loss is the mean cross-entropy of the labelled tokens. Otherwise
-            it is the weighted mean over prompt and answer tokens, and "labelled" below means so.
-        order: ``first``: ``|w g|``; ``second``: ``w² mean_j(g_j²)``; ``mix``: both.
-        gradient: For the first order. ``batch``: ``g`` is the gradient of the mean loss over all
-            labelled tokens. ``per_sample``: the mean over samples of ``|w g_j|``, each ``g_j`` of
-            one sample's mean loss (arXiv:2507.20749, Eq. 5).
+    ``order``: ``first`` is ``|w g|``; ``second`` is ``w² mean_j(g_j²)`` with the Fisher diagonal;
+    ``mix`` is ``|w g - ½ w² mean_j(g_j²)|``. For the first order, ``gradient`` is ``batch``: ``g``
+    is the gradient of the mean loss over all labelled tokens; or ``per_sample``: the mean over
+    samples of ``|w g_j|``, each ``g_j`` of one sample's mean loss.
+
+    With ``token_weights`` the loss is the weighted mean over prompt and answer tokens, in place of
+    the mean over the labelled ones.
 
     Memory beyond the weights: with ``per_sample``, ``second``, or ``batch`` over a single batch,
     only the activations of a batch. ``batch`` over several batches keeps one float32 gradient,
     ``mix`` one gradient and one squared gradient, of the matrices that units own. Embeddings and
     the head never get a gradient.
+
+    Reference:
+        Ma et al. 2023, LLM-Pruner, arXiv:2305.11627, Eq. 5 (for the second order its code omits
+        the ½); Huang et al. 2025, arXiv:2507.20749, Eq. 3-5.
     """
     data = batches_with_targets(model, batches, token_weights)
     if order == "mix":
         return _mixed(model, data)
     if order == "second":
-        return _per_sample(model, data, lambda w, g: taylor_second(w, g.square()))
+        return _per_sample(model, data, lambda w, g: w * g.square() * w)
     if gradient == "per_sample":
         return _per_sample(model, data, taylor)
     return _batch_gradient(model, data)
 
 
 def taylor(weight: Weight, gradient: Weight) -> Weight:
-    """First order: ``|w g|``, the change of the loss when a weight becomes zero.
-
-    Reference:
-        Ma et al. 2023, LLM-Pruner, arXiv:2305.11627, Eq. 5; Huang et al. 2025,
-        arXiv:2507.20749, Eq. 3-5.
-    """
+    """``|w g|``: the first-order change of the loss when a weight becomes zero."""
     return (weight * gradient).abs()
-
-
-def taylor_second(weight: Weight, squared_gradient: Weight) -> Weight:
-    """Second order with the Fisher diagonal: ``w² mean_j(g_j²)``.
-
-    Reference:
-        Ma et al. 2023, LLM-Pruner, arXiv:2305.11627, Eq. 5 (second term; its code omits the ½).
-    """
-    return weight * squared_gradient * weight
-
-
-def taylor_mix(weight: Weight, gradient: Weight, squared_gradient: Weight) -> Weight:
-    """Both orders: ``|w g - ½ w² mean_j(g_j²)|``.
-
-    Reference:
-        Ma et al. 2023, LLM-Pruner, arXiv:2305.11627, Eq. 5.
-    """
-    return (weight * gradient - 0.5 * weight * squared_gradient * weight).abs()
-
-
-@dataclass(frozen=True)
-class Product:
-    """A matrix that units own a part of, in a backward pass.
-
-    The gradient of sample ``j`` is ``dy[j]ᵀ x[j]``. It is left to the receiver to compute it, whole
-    or in parts.
-
-    Attributes:
-        place: Layer index and path of the matrix.
-        dim: The dimension that units divide.
-        weight: ``[O, I]``.
-        x: ``[B, T, I]`` its input.
-        dy: ``[B, T, O]`` gradient of its output.
-    """
-
-    place: Place
-    dim: int
-    weight: Tensor
-    x: Tensor
-    dy: Tensor
 
 
 class _Sums(dict[Place, Tensor]):
     """Sums over the channels of every matrix, added block by block of rows."""
 
     def add(self, place: Place, dim: int, weight: Tensor, rows: slice, terms: Tensor) -> None:
-        """Add the terms of some rows of a matrix."""
+        """Add the terms of some rows of a matrix whose dimension ``dim`` units divide."""
         if place not in self:
             self[place] = with_float64(terms.new_zeros(weight.shape[dim])).double()
         total = self[place]
@@ -139,21 +95,21 @@ class _Sums(dict[Place, Tensor]):
         (total[rows] if dim == OUTPUT_ROWS else total).add_(part)
 
     def over(self, count: float, seen: LossPass) -> Gradients:
-        """The sums divided by a count."""
+        """Divide the sums by a count."""
         parts = {place: (total / count).cpu() for place, total in self.items()}
         return Gradients(parts=parts, **seen.totals)
 
 
-def _per_sample(model: nn.Module, data: Data, terms_of: Terms) -> Gradients:
-    """Means over samples of ``terms_of(w, gradient of the sample's loss)``."""
+def _per_sample(model: nn.Module, data: Data, terms_of: Callable[..., Tensor]) -> Gradients:
+    """Average ``terms_of(w, gradient of the sample's loss)`` over samples."""
     sums, seen = _Sums(), LossPass()
 
-    def on_product(product: Product) -> None:
-        for rows in _row_blocks(product.weight):
-            weight = product.weight[rows].float()
-            for x, dy in zip(product.x, product.dy, strict=True):
-                terms = terms_of(weight, (dy[:, rows].mT @ x).float())
-                sums.add(product.place, product.dim, product.weight, rows, terms)
+    def on_product(place: Place, dim: int, matrix: Tensor, x: Tensor, dy: Tensor) -> None:
+        for rows in _row_blocks(matrix):
+            weight = matrix[rows].float()
+            for x_j, dy_j in zip(x, dy, strict=True):
+                terms = terms_of(weight, (dy_j[:, rows].mT @ x_j).float())
+                sums.add(place, dim, matrix, rows, terms)
 
     with on_products(model, on_product):
         seen.run(model, data)
@@ -161,7 +117,7 @@ def _per_sample(model: nn.Module, data: Data, terms_of: Terms) -> Gradients:
 
 
 def _batch_gradient(model: nn.Module, data: Data) -> Gradients:
-    """``|w g|`` for the gradient ``g`` of the weighted mean over all batches."""
+    """Sum ``|w g|`` for the gradient ``g`` of the weighted mean over all batches."""
     sums, seen, at_last = _Sums(), LossPass(), False
     gradients: dict[Place, Tensor] = {}
 
@@ -174,18 +130,17 @@ def _batch_gradient(model: nn.Module, data: Data) -> Gradients:
         at_last = True
         yield current
 
-    def on_product(product: Product) -> None:
-        place, totals = product.place, seen.targets.totals.to(product.dy)
-        dy, x = (product.dy * totals[:, None, None]).flatten(0, 1), product.x.flatten(0, 1)
+    def on_product(place: Place, dim: int, matrix: Tensor, x: Tensor, dy: Tensor) -> None:
+        totals = seen.targets.totals.to(dy)
+        dy, x = (dy * totals[:, None, None]).flatten(0, 1), x.flatten(0, 1)
         if not at_last and place not in gradients:
-            gradients[place] = torch.zeros_like(product.weight, dtype=torch.float32)
-        for rows in _row_blocks(product.weight):
+            gradients[place] = torch.zeros_like(matrix, dtype=torch.float32)
+        for rows in _row_blocks(matrix):
             gradient = (dy[:, rows].mT @ x).float()
             if place in gradients:
                 gradient = gradients[place][rows].add_(gradient)
             if at_last:
-                terms = taylor(product.weight[rows].float(), gradient)
-                sums.add(place, product.dim, product.weight, rows, terms)
+                sums.add(place, dim, matrix, rows, taylor(matrix[rows].float(), gradient))
         if at_last:
             gradients.pop(place, None)
 
@@ -195,20 +150,20 @@ def _batch_gradient(model: nn.Module, data: Data) -> Gradients:
 
 
 def _mixed(model: nn.Module, data: Data) -> Gradients:
-    """Second-order terms with the first-order gradient, gathered in the same pass."""
+    """Join both orders, gathered in the same pass."""
     sums, seen = _Sums(), LossPass()
     gradients: dict[Place, Tensor] = {}
     squares: dict[Place, Tensor] = {}
 
-    def on_product(product: Product) -> None:
+    def on_product(place: Place, dim: int, matrix: Tensor, x: Tensor, dy: Tensor) -> None:
         for kept in (gradients, squares):
-            if product.place not in kept:
-                kept[product.place] = torch.zeros_like(product.weight, dtype=torch.float32)
-        total, square = gradients[product.place], squares[product.place]
+            if place not in kept:
+                kept[place] = torch.zeros_like(matrix, dtype=torch.float32)
+        total, square = gradients[place], squares[place]
         weights = seen.targets.totals.tolist()
-        for rows in _row_blocks(product.weight):
-            for x, dy, weight in zip(product.x, product.dy, weights, strict=True):
-                g = (dy[:, rows].mT @ x).float()
+        for rows in _row_blocks(matrix):
+            for x_j, dy_j, weight in zip(x, dy, weights, strict=True):
+                g = (dy_j[:, rows].mT @ x_j).float()
                 total[rows].add_(g, alpha=weight)
                 square[rows].addcmul_(g, g)
 
@@ -218,14 +173,14 @@ def _mixed(model: nn.Module, data: Data) -> Gradients:
         place, matrix = (index, projection.path), weight_of(linear)
         gradient, square = gradients.pop(place), squares.pop(place)
         for rows in _row_blocks(matrix):
-            means = (gradient[rows] / seen.weight, square[rows] / seen.num_samples)
-            terms = taylor_mix(matrix[rows].float(), *means)
+            w, g = matrix[rows].float(), gradient[rows] / seen.weight
+            terms = (w * g - 0.5 * w * (square[rows] / seen.num_samples) * w).abs()
             sums.add(place, projection.dim, matrix, rows, terms)
     return sums.over(1, seen)
 
 
 def _row_blocks(weight: Tensor) -> Iterator[slice]:
-    """Row slices of a matrix, each small enough for a CPU's cache."""
+    """Slice the rows of a matrix into blocks that fit a CPU's cache."""
     rows, columns = weight.shape
     step = max(_BLOCK // columns, 1) if weight.device.type == "cpu" else rows
     for start in range(0, rows, step):
@@ -233,10 +188,11 @@ def _row_blocks(weight: Tensor) -> Iterator[slice]:
 
 
 @contextmanager
-def on_products(model: nn.Module, call: Callable[[Product], None]) -> Iterator[None]:
+def on_products(model: nn.Module, call: OnProduct) -> Iterator[None]:
     """Hand over every matrix that units own as soon as the backward pass has come to it.
 
-    No parameter needs or gets a gradient: they are flags that are put back afterwards.
+    As ``call(place, dim that units divide, matrix [O, I], x [B, T, I], dy [B, T, O])``; the
+    gradient of sample ``j`` is ``dy[j]ᵀ x[j]``. No parameter needs or gets a gradient.
     """
     inputs: dict[Place, Tensor] = {}
 
@@ -251,7 +207,7 @@ def on_products(model: nn.Module, call: Callable[[Product], None]) -> Iterator[N
         inputs[place] = args[0].detach()
 
         def on_gradient(dy: Tensor) -> None:
-            call(Product(place, dim, weight_of(module), inputs.pop(place), dy))
+            call(place, dim, weight_of(module), inputs.pop(place), dy)
 
         if output.requires_grad:
             output.register_hook(on_gradient)

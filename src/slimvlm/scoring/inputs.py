@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from slimvlm.core.errors import UnsupportedModelError
@@ -44,7 +43,7 @@ from slimvlm.scoring.unit_scores import Scores
 
 
 def linear_matrices(model: nn.Module) -> list[tuple[int, Projection, nn.Linear]]:
-    """Every linear module that units own parts of, with its layer and row; experts are refused."""
+    """List the linear modules that units own parts of, by layer; refuse experts."""
     found = []
     for index, matrix in Parts(model).matrices():
         if not isinstance(matrix.owner, nn.Linear):
@@ -64,10 +63,8 @@ def on_inputs(
 ) -> Iterator[None]:
     """Hook the input of every matrix that writes to the residual stream.
 
-    Args:
-        model: The model.
-        call: ``call(layer index, projection, input)``, which may return another input.
-        on_expert: The same for each expert; without it experts are refused.
+    ``call(layer index, projection, input)`` may return another input; ``on_expert`` is called for
+    each expert, and without it experts are refused.
     """
 
     def before(index: int, matrix: Matrix, module: nn.Module, args: Any) -> Any:
@@ -92,7 +89,7 @@ def on_inputs(
 def capture_activations(
     model: nn.Module, batches: Iterable[Batch], token_weights: TokenWeights | None = None
 ) -> Activations:
-    """Weighted means over tokens of ``|a|`` for neurons and of the L2 norm for KV groups.
+    """Average over tokens, by weight, ``|a|`` of neurons and the L2 norm of KV groups.
 
     A neuron of experts adds up over those that a token takes, by the weights of the router.
     """
@@ -127,9 +124,9 @@ def capture_activations(
 def capture_moments(
     model: nn.Module, batches: Iterable[Batch], token_weights: TokenWeights | None = None
 ) -> ChannelMoments:
-    """First and second moments of each input channel of ``o_proj`` and ``down_proj``.
+    """Sum first and second moments of each input channel of ``o_proj`` and ``down_proj``.
 
-    Those of experts are apart for each expert, with zeros for tokens that do not take it.
+    Experts have their own, with zeros for tokens that do not take them.
     """
     parts: dict[Place, InputMoments] = {}
     for index, matrix in Parts(model).matrices():
@@ -161,7 +158,7 @@ def capture_grams(
     token_weights: TokenWeights | None = None,
     layers: Collection[int] | None = None,
 ) -> Grams:
-    """`Moments` of the inputs of ``o_proj`` and ``down_proj``.
+    """Sum `Moments` of the inputs of ``o_proj`` and ``down_proj``.
 
     Memory: ``sum C²`` float32 numbers over all these matrices, on the model's device, whatever the
     amount of data (11,008 neurons: 485 MB a layer). Sums are float32, or float64 for a model in
@@ -190,7 +187,7 @@ def capture_grams(
 
 
 def gram_bytes(shape: LayerShape) -> int:
-    """Memory that the Gram matrices of a layer take, of a model of single precision or less."""
+    """Bytes of a layer's Gram matrices, for a model in float32 or less."""
     channels = (shape.num_heads * shape.head_dim, shape.intermediate_size)
     return sum(count**2 for count in channels) * BYTES["float32"]
 
@@ -198,15 +195,11 @@ def gram_bytes(shape: LayerShape) -> int:
 def capture_gates(
     model: nn.Module, batches: Iterable[Batch], token_weights: TokenWeights | None = None
 ) -> Gates:
-    """Means over samples of ``|dL_j / dm_u|`` for a gate on each unit's output.
+    """Average ``|dL_j / dm_u|`` over samples for a gate on each unit's output.
 
     One backward pass gives the gradients of all samples of a batch, since each has its own gates.
-
-    Args:
-        model: The model.
-        batches: Model inputs with ``labels``.
-        token_weights: None: ``L_j`` is the mean cross-entropy of the sample's labelled tokens.
-            Otherwise it is the weighted mean over its prompt and answer tokens.
+    ``L_j`` is the mean cross-entropy of the sample's labelled tokens, or with ``token_weights`` the
+    weighted mean over its prompt and answer tokens.
     """
     anatomy = read_anatomy(model)
     sums: dict[Place, Tensor] = {}
@@ -258,10 +251,8 @@ def score_activation(statistics: Activations, anatomy: Anatomy) -> Scores:
     return Scores.of_units("activation", anatomy.num_layers, statistics.per_unit())
 
 
-def wanda(
-    column_l1: Float[Tensor, "*E C"], mean_square: Float[Tensor, "*E C"]
-) -> Float[Tensor, "*E C"]:
-    """``sum_i |W_ij| · ‖x_j‖``: a channel's weights times the size of its input.
+def score_wanda(statistics: ChannelMoments, anatomy: Anatomy) -> Scores:
+    """``sum_i |W_ij| · ‖x_j‖`` of ``o_proj`` / ``down_proj``, added over the unit's channels.
 
     ``‖x_j‖`` is the root mean square over tokens, so that more data does not score higher.
 
@@ -269,41 +260,27 @@ def wanda(
         Sun et al. 2023, Wanda, arXiv:2306.11695, Eq. 1, added over outputs as in the structured
         variant that An et al. 2023, FLAP, arXiv:2312.11983 compare with.
     """
-    return column_l1 * mean_square.sqrt()
-
-
-def score_wanda(statistics: ChannelMoments, anatomy: Anatomy) -> Scores:
-    """`wanda` of each channel of ``o_proj`` / ``down_proj``, added over the unit's channels."""
 
     def channels(part: InputMoments) -> Tensor:
-        return wanda(part.column_l1, part.square / statistics.weight)
+        return part.column_l1 * (part.square / statistics.weight).sqrt()
 
     return Scores.of_units("wanda", anatomy.num_layers, statistics.per_unit(anatomy, channels))
 
 
-def fluctuation(
-    column_square: Float[Tensor, "*E C"],
-    mean: Float[Tensor, "*E C"],
-    mean_square: Float[Tensor, "*E C"],
-) -> Float[Tensor, "*E C"]:
-    """``Var(x_j) · ‖W_j‖²``: the cost of removing a channel if a bias replaces its mean.
+def score_flap(statistics: ChannelMoments, anatomy: Anatomy) -> Scores:
+    """``Var(x_j) · ‖W_j‖²`` of ``o_proj`` / ``down_proj``, added over the unit's channels.
+
+    That is the cost of removing a channel if a bias replaces its mean. The paper standardises
+    scores within each layer before it compares layers. Here they stay squared errors of the layer's
+    output.
 
     Reference:
         An et al. 2023, FLAP, arXiv:2312.11983, fluctuation metric (there divided by one less
         than the number of tokens).
     """
-    return (mean_square - mean.square()).clamp_min(0) * column_square
-
-
-def score_flap(statistics: ChannelMoments, anatomy: Anatomy) -> Scores:
-    """`fluctuation` of each channel of ``o_proj`` / ``down_proj``, added over the unit's channels.
-
-    The paper standardises scores within each layer before it compares layers. Here they stay
-    squared errors of the layer's output.
-    """
 
     def channels(part: InputMoments) -> Tensor:
         mean, square = part.sum / statistics.weight, part.square / statistics.weight
-        return fluctuation(part.column_square, mean, square)
+        return (square - mean.square()).clamp_min(0) * part.column_square
 
     return Scores.of_units("flap", anatomy.num_layers, statistics.per_unit(anatomy, channels))

@@ -68,7 +68,7 @@ class Statistics:
 
 
 def _named(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    """The tensors within a value, each with its name."""
+    """Yield the tensors within a value, each with its name."""
     if isinstance(value, Tensor):
         yield name, value
     elif isinstance(value, Mapping):
@@ -105,12 +105,10 @@ class ChannelSums(Statistics):
     parts: Mapping[Place, Float64[Tensor, " _"]]
 
     def per_unit(self, anatomy: Anatomy, reduction: str = "sum") -> UnitValues:
-        """The sums over each unit's channels in all its matrices; experts by their sum.
+        """Sum over each unit's channels in all its matrices; experts have their sum already.
 
-        Args:
-            anatomy: The model's.
-            reduction: ``sum`` over the unit's matrices, or their ``mean`` (a fused matrix counts
-                as the matrices it holds).
+        With ``reduction="mean"`` it is the mean over the unit's matrices (a fused matrix counts as
+        the matrices it holds).
         """
         rows: dict[Place, list[Tensor]] = {}
         for index, shape, matrix, part in with_shapes(self.parts, anatomy):
@@ -124,7 +122,7 @@ class ChannelSums(Statistics):
                 yield index, unit, values
 
     def per_layer(self, anatomy: Anatomy) -> Float64[Tensor, " L"]:
-        """The sums over all matrices of each layer that units own, each once."""
+        """Sum over all matrices of each layer that units own, each once."""
         totals = torch.zeros(anatomy.num_layers, dtype=torch.float64)
         for index, _, _, part in with_shapes(self.parts, anatomy):
             totals[index] += part.double().sum()
@@ -148,7 +146,7 @@ class UnitMeans(Statistics):
     parts: Mapping[Place, Float[Tensor, " _"]]
 
     def per_unit(self) -> UnitValues:
-        """The means, in order."""
+        """Yield the means, in order."""
         for (index, unit), values in self.parts.items():
             yield index, unit, values
 
@@ -165,17 +163,14 @@ class Activations(UnitMeans, kind="activations"):
 
 @dataclass(frozen=True, kw_only=True)
 class Routing(Statistics, kind="routing"):
-    """Which experts tokens take, and how much these give them.
+    """Tokens that take each expert and the size of its output, at ``(layer, "expert")``.
 
-    Attributes:
-        parts: By layer, at the place of the kind of unit, ``expert``: for each expert
-            ``sum_t w_t`` over the tokens that take it, and ``sum_t w_t ‖g_t f(x_t)‖``, the size of
-            its output times the router's weight.
-        weight: ``sum_t w_t`` over all tokens.
+    The two rows are ``sum_t w_t`` over the tokens that take it, and ``sum_t w_t ‖g_t f(x_t)‖`` with
+    the router's weight ``g_t``.
     """
 
     parts: Mapping[Place, Float64[Tensor, "2 E"]]
-    weight: Float64[Tensor, ""]
+    weight: Float64[Tensor, ""]  # sum_t w_t over all tokens
 
 
 @dataclass
@@ -183,28 +178,22 @@ class InputMoments:
     """Moments of the input channels ``x`` of a matrix ``W``, and the sizes of its columns.
 
     All are float64 on the CPU; of experts there is a row for each.
-
-    Attributes:
-        sum: ``sum_t w_t x_t``.
-        square: ``sum_t w_t x_t²``.
-        column_l1: ``sum_i |W_ij|``.
-        column_square: ``sum_i W_ij²``.
     """
 
-    sum: Float64[Tensor, "*E C"]
-    square: Float64[Tensor, "*E C"]
-    column_l1: Float64[Tensor, "*E C"]
-    column_square: Float64[Tensor, "*E C"]
+    sum: Float64[Tensor, "*E C"]  # sum_t w_t x_t
+    square: Float64[Tensor, "*E C"]  # sum_t w_t x_t²
+    column_l1: Float64[Tensor, "*E C"]  # sum_i |W_ij|
+    column_square: Float64[Tensor, "*E C"]  # sum_i W_ij²
 
     @classmethod
     def of(cls, weight: Float[Tensor, "*E O C"]) -> InputMoments:
-        """Sums of no tokens."""
+        """Start the sums of a matrix."""
         matrix = with_float64(weight).double()
         sizes = matrix.abs().sum(-2).cpu(), matrix.square().sum(-2).cpu()
         return cls(torch.zeros_like(sizes[0]), torch.zeros_like(sizes[0]), *sizes)
 
     def of_expert(self, expert: int) -> InputMoments:
-        """Those of one expert, in the same memory."""
+        """Select one expert, in the same memory."""
         return InputMoments(*(getattr(self, each.name)[expert] for each in fields(self)))
 
     def add(self, inputs: Float[Tensor, "T C"], weights: Float[Tensor, "T 1"]) -> None:
@@ -216,20 +205,15 @@ class InputMoments:
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelMoments(Statistics, kind="moments"):
-    """First and second moments of each input channel of ``o_proj`` and ``down_proj``.
-
-    Attributes:
-        parts: By matrix.
-        weight: ``sum_t w_t`` over all tokens.
-    """
+    """First and second moments of each input channel of ``o_proj`` and ``down_proj``."""
 
     parts: Mapping[Place, InputMoments]
-    weight: Float64[Tensor, ""]
+    weight: Float64[Tensor, ""]  # sum_t w_t over all tokens
 
     def per_unit(self, anatomy: Anatomy, channels: Callable[[InputMoments], Tensor]) -> UnitValues:
-        """The sum of ``channels(moments of a matrix's inputs)`` over each unit's channels.
+        """Sum ``channels(moments)`` over each unit's channels in all matrices that read it.
 
-        That is over all matrices that read the unit, those of all experts among them.
+        Those of all experts are among them.
         """
         units: dict[Place, Any] = {}
         for index, shape, matrix, part in with_shapes(self.parts, anatomy):
@@ -244,28 +228,21 @@ class ChannelMoments(Statistics, kind="moments"):
 class Grams(Statistics, kind="grams"):
     """Moments of the inputs of ``o_proj`` and ``down_proj``: all that a refit needs.
 
-    Attributes:
-        parts: By matrix.
-        matrices: The matrices themselves, not copies. Pruning makes new parameters, so they stay.
-        weight: ``sum_t w_t`` over all tokens.
+    The matrices are no copies. Pruning makes new parameters, so that they stay as they are.
     """
 
     parts: Mapping[Place, Moments]
     matrices: Mapping[Place, Float[Tensor, "_ _"]]
-    weight: Float64[Tensor, ""]
+    weight: Float64[Tensor, ""]  # sum_t w_t over all tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class HiddenStates(Statistics, kind="hidden_states"):
     """How much layers, and runs of them, change the hidden states.
 
-    Attributes:
-        influence_sum: Block influence of each layer, summed over tokens by weight.
-        influence_sum_postnorm: That of the last layer with the final norm.
-        angular_sum: Entry ``[n - 1, i]``: angular distance over the run of ``n`` layers that begins
-            at layer ``i``, summed over the last tokens of samples.
-        angular_sum_postnorm: ``[n - 1]``: that of the last ``n`` layers with the final norm.
-        weight: ``sum_t w_t`` over all tokens.
+    Block influence of each layer is summed over tokens by weight. Entry ``[n - 1, i]`` of
+    ``angular_sum`` is the angular distance over the run of ``n`` layers that begins at layer ``i``,
+    summed over the last tokens of samples. With ``postnorm`` the last layer has the final norm.
     """
 
     influence_sum: Float64[Tensor, " L"]

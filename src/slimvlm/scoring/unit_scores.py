@@ -53,20 +53,11 @@ class Scores:
         layer: Float[Tensor, " layer"] | None = None,
         units: Sequence[str] = WIDTH_UNITS,
     ) -> Scores:
-        """Scores of units that layers have several of; empty where nothing was found.
-
-        Args:
-            criterion: Name of the criterion.
-            num_layers: Layers of the model.
-            found: Layer, kind of unit, and the score of each unit.
-            layer: Scores of decoder layers.
-            units: The kinds of unit that are scored.
-        """
+        """Gather (layer, kind of unit, score of each unit); empty where nothing was found."""
         rows: dict[str, Any] = {unit: [torch.zeros(0)] * num_layers for unit in units}
         for index, unit, values in found:
             rows[unit][index] = values.float()
-        layer = None if layer is None else layer.float()
-        return cls(criterion, layer, **rows)
+        return cls(criterion, None if layer is None else layer.float(), **rows)
 
     def of(self, unit: str) -> Any:
         """The scores of ``"layer"`` or one of `LAYER_UNITS`; None if not scored."""
@@ -109,13 +100,12 @@ class Scores:
             raise
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ConfigError(f"scores {str(path)!r}: cannot be read ({error})") from error
-        return cls(
-            criterion=criterion,
-            layer=tensors.get("layer"),
-            **{unit: _numbered(tensors, unit) for unit in LAYER_UNITS},
-            layer_runs=tensors.get("layer_runs"),
-            options=options,
-        )
+        rows: dict[str, Any] = {}
+        for unit in LAYER_UNITS:
+            count = sum(name.startswith(f"{unit}.") for name in tensors)
+            rows[unit] = [tensors[f"{unit}.{index}"] for index in range(count)] or None
+        runs = tensors.get("layer_runs")
+        return cls(criterion, tensors.get("layer"), layer_runs=runs, options=options, **rows)
 
 
 def suffixed(path: Path, suffix: str) -> str:
@@ -124,19 +114,12 @@ def suffixed(path: Path, suffix: str) -> str:
     return f"{stem}{suffix}"
 
 
-def _numbered(tensors: Mapping[str, Tensor], unit: str) -> list[Tensor] | None:
-    count = sum(name.startswith(f"{unit}.") for name in tensors)
-    return [tensors[f"{unit}.{index}"] for index in range(count)] or None
-
-
 def strictly_increasing(costs: Float[Tensor, " unit"]) -> Float[Tensor, " unit"]:
     """The smallest float32 numbers that rise from unit to unit and never lie below the costs.
 
-    Greedy removal may find a unit cheaper than one that went before it. Its score must not be
-    lower, or a plan would take it first: it becomes the next larger float32 number.
-
-    Args:
-        costs: What each unit cost when it went, in order of removal; at least 0.
+    Costs (at least 0) are in order of removal. Greedy removal may find a unit cheaper than one that
+    went before it. Its score must not be lower, or a plan would take it first: it becomes the next
+    larger float32 number.
     """
     steps = torch.arange(len(costs), device=costs.device)
     bits = costs.float().contiguous().view(torch.int32).long()  # ordered as the numbers are

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from slimvlm.models.anatomy import LAYER_UNITS, WIDTH_UNITS, Anatomy
@@ -20,29 +19,27 @@ from slimvlm.scoring.statistics import Place, Statistics, Weights
 from slimvlm.scoring.unit_scores import Scores
 
 
-def magnitude(weight: Float[Tensor, "*D"], p: int = 1) -> Float[Tensor, "*D"]:
-    """``|w|^p``. There is no p-th root, as in LLM-Pruner."""
-    return weight.abs().pow(p)
-
-
 def capture_nothing(model: nn.Module, batches: Iterable[Batch]) -> Statistics:
-    """Statistics for criteria that look at neither weights nor data."""
+    """Return empty statistics, for criteria that look at neither weights nor data."""
     return Statistics()
 
 
 def capture_weights(model: nn.Module, batches: Iterable[Batch], p: int = 1) -> Weights:
-    """Sums of ``|w|^p`` for each channel of each matrix, and for all that is an expert's."""
+    """Sum ``|w|^p`` for each channel of each matrix, and over all matrices of each expert.
+
+    There is no p-th root, as in LLM-Pruner.
+    """
     parts: dict[Place, Tensor] = {}
     view = Parts(model)
     for index, matrix in view.matrices():
-        values = magnitude(weight_of(matrix.owner, matrix.name).float(), p)
+        values = weight_of(matrix.owner, matrix.name).float().abs().pow(p)
         others = [dim for dim in range(-values.ndim, 0) if dim != matrix.projection.axis]
         sums = with_float64(values).sum(others, dtype=torch.float64)
         parts[index, matrix.projection.path] = sums.cpu()
     for index, layer in enumerate(view.layers):
         of_experts = []
         for entry in layer_matrices(layer, view.row).experts:
-            values = with_float64(magnitude(weight_of(entry.owner, entry.name).float(), p))
+            values = with_float64(weight_of(entry.owner, entry.name).float().abs().pow(p))
             of_experts.append(values.reshape(entry.width, -1).sum(1, dtype=torch.float64))
         if of_experts:
             parts[index, "expert"] = torch.stack(of_experts).sum(0).cpu()
@@ -52,12 +49,8 @@ def capture_weights(model: nn.Module, batches: Iterable[Batch], p: int = 1) -> W
 def score_magnitude(statistics: Weights, anatomy: Anatomy, reduction: str = "mean") -> Scores:
     """Size of the weights of each unit; layers by the mean over their matrices' weights.
 
-    Experts are compared within a layer, by the sum over all that they own.
-
-    Args:
-        statistics: Sums of ``|w|^p``.
-        anatomy: The model's.
-        reduction: ``mean`` over the unit's matrices as LLM-Pruner's scripts have it, or ``sum``.
+    Experts are compared within a layer, by the sum over all that they own. ``reduction`` is the
+    ``mean`` over the unit's matrices as LLM-Pruner's scripts have it, or the ``sum``.
     """
     counts = [
         max(sum(s.units(u) * getattr(s, f"{u}_params") for u in WIDTH_UNITS), 1)
