@@ -178,7 +178,7 @@ def test_floors_are_what_a_blind_result_has(llava: tuple[Any, Any], result: Resu
         blind.with_blind_floors(both)
 
 
-def test_a_result_says_what_was_measured_and_how(llava: tuple[Any, Any], result: Result) -> None:
+def test_a_result_has_sizes_times_and_options(llava: tuple[Any, Any], result: Result) -> None:
     shape = read_anatomy(llava[0])
     params = result.total_params, result.backbone_params
     assert params == (shape.total_params, shape.backbone_params)
@@ -192,7 +192,7 @@ def test_a_result_says_what_was_measured_and_how(llava: tuple[Any, Any], result:
 
 
 class Stopped(Exception):
-    """Stands for a kill."""
+    """A kill."""
 
 
 def test_a_stopped_evaluation_asks_only_the_rest(
@@ -238,7 +238,7 @@ def test_a_stopped_evaluation_asks_only_the_rest(
 
 
 @pytest.mark.slow
-def test_the_demo_model_says_the_same_in_any_batch() -> None:
+def test_the_demo_model_gives_the_same_replies_in_any_batch() -> None:
     """Real answers over prompts and replies of different lengths, in single precision."""
     model, processor = load("demo", "float32")
     names = "name,category_letter,presence,list_objects,text_sort,text_sum,text_ppl"

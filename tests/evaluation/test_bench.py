@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,12 +33,7 @@ def models() -> tuple[Any, Any]:
 def test_a_speed_up_is_the_median_of_neighbouring_ratios(
     models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow_minute = 50.0
-    fast = [
-        Timing(10.0, (2.0,)),
-        Timing(10.0 * slow_minute, (2.0 * slow_minute,)),
-        Timing(10.0, (2.0,)),
-    ]
+    fast = [Timing(10.0 * slow, (2.0 * slow,)) for slow in (1.0, 50.0, 1.0)]
     slow = [Timing(r.prefill_ms * 3, (r.decode_ms * 2,)) for r in fast]
     monkeypatch.setattr(speed, "timed_runs", lambda *_: [fast, slow])
     found = bench(*models, SMALL).speed_ups
@@ -49,9 +45,7 @@ def test_a_speed_up_is_the_median_of_neighbouring_ratios(
 def test_the_ideal_of_half_the_layers_is_between_one_and_two() -> None:
     small, large = tiny.build("llama"), tiny.build("llama")
     prune_(small, plan_by_hand(read_anatomy(small), layers=(0, 3)))
-    (found,) = bench(
-        small, large, Workload(prompt_tokens=8, new_tokens=3, batch_sizes=(1,), repeats=1)
-    ).speed_ups
+    (found,) = bench(small, large, replace(SMALL, batch_sizes=(1,), repeats=1)).speed_ups
     assert 1.5 < found.prefill_ideal < 2
     assert 1.5 < found.decode_ideal < 2
 
@@ -74,8 +68,7 @@ def test_figures_of_a_benchmark(models: tuple[Any, Any]) -> None:
 
 def test_a_benchmark_of_one_model(models: tuple[Any, Any]) -> None:
     result = bench(models[0], workload=SMALL)
-    assert result.baseline is None
-    assert result.speed_ups == ()
+    assert (result.baseline, result.speed_ups) == (None, ())
     header, rows = bench_rows(result)
     assert all(len(row) == len(header) == 2 for row in rows)
 

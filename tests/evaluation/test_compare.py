@@ -159,7 +159,8 @@ def test_json_names_lost_and_gained_answers() -> None:
 def test_unknown_and_changed_tasks_show_no_wrong_questions(
     known: dict[str, Task], note: str
 ) -> None:
-    found = compare(*(result(n, pets=answered(TWO, n)) for n in ("11", "10")), known)
+    a, b = (result(n, pets=answered(TWO, n)) for n in ("11", "10"))
+    found = compare(a, b, known)
     assert found.counts["lost"] == 1
     assert note in found.tasks["pets"].note
     assert all(not pair.question.prompt for pair in found.tasks["pets"].pairs)

@@ -1,4 +1,4 @@
-"""What an answer is worth, how scores are averaged, what was kept."""
+"""Metrics of replies, averages, retention, and paired differences with their intervals."""
 
 from __future__ import annotations
 
@@ -87,19 +87,12 @@ def test_yes_no_details_are_those_of_pope() -> None:
     assert metrics.yes_no_details(["no"], [asking("yes")]) == {"f1": 0.0, "yes_rate": 0.0}
 
 
-LLAVA_7B = {
-    "mme_cognition": 355.7,
-    "mme_perception": 1510.7,
-    "mmmu": 36.3,
-    "mmbench": 64.0,
-    "pope": 85.9,
-}
-
-
 def test_average_rescales_mme() -> None:
-    """800 and 2000 are full marks; everything else is percent already."""
+    """Full scores are 800 and 2000; everything else is in percent already (LLaVA 1.5, 7B)."""
+    mme = {"mme_cognition": 355.7, "mme_perception": 1510.7}
     expected = (355.7 / 8 + 1510.7 / 20 + 36.3 + 64.0 + 85.9) / 5
-    assert metrics.average(LLAVA_7B) == pytest.approx(expected)
+    found = metrics.average({**mme, "mmmu": 36.3, "mmbench": 64.0, "pope": 85.9})
+    assert found == pytest.approx(expected)
     assert metrics.average({"mme_cognition": 800, "mme_perception": 2000}) == pytest.approx(100)
     assert metrics.average({"pope": 85.9}) == pytest.approx(85.9)
 
@@ -123,26 +116,24 @@ def test_a_model_retains_all_of_itself() -> None:
     assert kept.above_chance == pytest.approx(100)
 
 
-def test_retention_is_a_ratio_of_means() -> None:
+def means_of(*models: dict[str, list[float]]) -> list[float]:
+    return [float(np.mean([100 * np.mean(model[n]) for n in "ab"])) for model in models]
+
+
+def test_retention_is_a_ratio_of_means_in_its_interval() -> None:
     kept = metrics.retention(PRUNED, ORIGINAL, CHANCE)
-    mean = np.mean([100 * np.mean(PRUNED[n]) for n in "ab"])
-    base = np.mean([100 * np.mean(ORIGINAL[n]) for n in "ab"])
+    mean, base = means_of(PRUNED, ORIGINAL)
     assert kept.percent == pytest.approx(100 * mean / base)
     assert kept.above_chance == pytest.approx(100 * (mean - 37.5) / (base - 37.5))
     assert kept.above_chance < kept.percent
-
-
-def test_the_interval_holds_the_estimate() -> None:
-    kept = metrics.retention(PRUNED, ORIGINAL, CHANCE)
     assert kept.low < kept.percent < kept.high
     assert kept.high - kept.low < 30
 
 
 def test_more_questions_narrow_the_interval() -> None:
     few = metrics.retention(PRUNED, ORIGINAL, CHANCE)
-    many = metrics.retention(
-        {n: v * 16 for n, v in PRUNED.items()}, {n: v * 16 for n, v in ORIGINAL.items()}, CHANCE
-    )
+    pruned, original = ({n: v * 16 for n, v in m.items()} for m in (PRUNED, ORIGINAL))
+    many = metrics.retention(pruned, original, CHANCE)
     assert many.percent == pytest.approx(few.percent)
     assert many.high - many.low < 0.4 * (few.high - few.low)
 
@@ -184,8 +175,7 @@ def test_a_floor_for_each_question_is_drawn_with_the_answers() -> None:
     """Constants move no interval; a floor equal to the model leaves nothing, in every draw."""
     level = metrics.retention(PRUNED, ORIGINAL, CHANCE, {"a": 60.0, "b": 30.0})
     assert level.above_chance == metrics.retention(PRUNED, ORIGINAL, CHANCE).above_chance
-    mean = np.mean([100 * np.mean(PRUNED[n]) for n in "ab"])
-    base = np.mean([100 * np.mean(ORIGINAL[n]) for n in "ab"])
+    mean, base = means_of(PRUNED, ORIGINAL)
     assert level.above_floor == pytest.approx(100 * (mean - 45) / (base - 45))
     assert level.above_floor_low < level.above_floor < level.above_floor_high
     same = metrics.retention(PRUNED, ORIGINAL, CHANCE, PRUNED)
@@ -193,9 +183,8 @@ def test_a_floor_for_each_question_is_drawn_with_the_answers() -> None:
     blind = {n: [0.2 * v for v in values] for n, values in ORIGINAL.items()}
     half = {n: [0.6 * v for v in values] for n, values in ORIGINAL.items()}
     paired = metrics.retention(half, ORIGINAL, CHANCE, blind)
-    assert (paired.above_floor_low, paired.above_floor, paired.above_floor_high) == pytest.approx(
-        (50, 50, 50)
-    )
+    bounds = paired.above_floor_low, paired.above_floor, paired.above_floor_high
+    assert bounds == pytest.approx((50, 50, 50))
 
 
 def test_a_floor_that_the_original_may_not_reach_has_no_bounds() -> None:
@@ -219,8 +208,8 @@ def test_floors_of_mme_are_on_its_scale() -> None:
 
 def test_difference_of_averages() -> None:
     found = metrics.average_difference(ORIGINAL, PRUNED)
-    means = [np.mean([100 * np.mean(m[n]) for n in "ab"]) for m in (ORIGINAL, PRUNED)]
-    assert found.points == pytest.approx(means[1] - means[0])
+    base, mean = means_of(ORIGINAL, PRUNED)
+    assert found.points == pytest.approx(mean - base)
     assert found.low < found.points < found.high < 0
     assert found.significant
     none = metrics.average_difference(ORIGINAL, ORIGINAL)
@@ -237,13 +226,10 @@ def test_a_model_does_not_differ_from_itself(scores: list[float]) -> None:
     assert (same.points, same.low, same.high, same.significant) == (0, 0, 0, False)
 
 
-def test_a_clear_difference_is_significant() -> None:
+def test_a_clear_difference_is_significant_and_a_small_one_is_not() -> None:
     worse = metrics.paired_difference([1.0] * 40, [1.0] * 20 + [0.0] * 20)
     assert worse.low < worse.points == -50 < worse.high < 0
     assert worse.significant
-
-
-def test_a_small_difference_is_not() -> None:
     a, b = [1.0] * 20 + [0.0] * 20, [1.0] * 19 + [0.0] * 20 + [1.0]
     assert not metrics.paired_difference(a, b).significant
     assert not metrics.paired_difference(a, [1.0] * 21 + [0.0] * 19).significant
@@ -272,10 +258,8 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     rng = np.random.default_rng(1)
     hits = 0
     for seed in range(200):
-        a, b = rng.random(80) < 0.8, rng.random(80) < 0.6
-        found = metrics.paired_difference(
-            a.astype(float).tolist(), b.astype(float).tolist(), resamples=200, seed=seed
-        )
+        a, b = ((rng.random(80) < share).astype(float).tolist() for share in (0.8, 0.6))
+        found = metrics.paired_difference(a, b, resamples=200, seed=seed)
         hits += found.low <= -20 <= found.high
     assert 178 <= hits <= 199  # 95 % of 200, give or take three standard errors
 

@@ -31,8 +31,8 @@ def llava() -> tuple[Any, Any]:
     return load(folders.folder("llava"))
 
 
-def slowing(monkeypatch: pytest.MonkeyPatch, speeds: dict[int, float]) -> list[int]:
-    """A machine on which everything takes half as long again at each run."""
+def slowing(monkeypatch: pytest.MonkeyPatch, speeds: dict[int, float]) -> None:
+    """Let a machine take half as long again at each run."""
     order: list[int] = []
 
     def timed(model: Any, inputs: Any, new_tokens: int) -> Timing:
@@ -41,7 +41,6 @@ def slowing(monkeypatch: pytest.MonkeyPatch, speeds: dict[int, float]) -> list[i
         return Timing(slowness * speeds[id(model)], (slowness,))
 
     monkeypatch.setattr(timing, "timed_run", timed)
-    return order
 
 
 def test_a_machine_that_slows_down_slows_both(
@@ -106,26 +105,25 @@ def test_models_take_turns_forwards_and_backwards(
     assert [len(its) for its in runs] == [3, 3]
 
 
-class TestMemory:
-    """`PeakMemory` and `stored_bytes` against sums by hand."""
+def test_the_peak_counts_what_is_alive_at_once() -> None:
+    with PeakMemory() as memory:
+        kept = torch.zeros(1000)
+        for _ in range(5):
+            torch.ones(2000).add_(1)
+        view = kept.view(10, 100)
+    assert view.shape == (10, 100)
+    assert memory.peak_bytes == 4 * 3000
 
-    def test_the_peak_counts_what_is_alive_at_once(self) -> None:
-        with PeakMemory() as memory:
-            kept = torch.zeros(1000)
-            for _ in range(5):
-                torch.ones(2000).add_(1)
-            view = kept.view(10, 100)
-        assert view.shape == (10, 100)
-        assert memory.peak_bytes == 4 * 3000
 
-    def test_weights_are_not_activations(self) -> None:
-        model = nn.Linear(10, 10)
-        with PeakMemory(model) as memory, torch.no_grad():
-            model.weight.view(100)
-        assert memory.peak_bytes == 0
+def test_weights_are_not_activations() -> None:
+    model = nn.Linear(10, 10)
+    with PeakMemory(model) as memory, torch.no_grad():
+        model.weight.view(100)
+    assert memory.peak_bytes == 0
 
-    def test_shared_weights_are_stored_once(self) -> None:
-        model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
-        assert stored_bytes(model) == 2 * 8 * 8 * 4
-        model[1].weight = model[0].weight
-        assert stored_bytes(model) == 8 * 8 * 4
+
+def test_shared_weights_are_stored_once() -> None:
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    assert stored_bytes(model) == 2 * 8 * 8 * 4
+    model[1].weight = model[0].weight
+    assert stored_bytes(model) == 8 * 8 * 4

@@ -1,10 +1,12 @@
-"""What the end says of samples that stay unseen: which they are, and where it stands."""
+"""Held-out samples: their choice, and their figures in every output of a run."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +22,7 @@ from slimvlm.core.options import (
 from slimvlm.core.progress import silent
 from slimvlm.data.read import load_samples
 from slimvlm.data.samples import Sample
-from slimvlm.evaluation.on_data import DataResult, evaluate_data
+from slimvlm.evaluation.on_data import DataResult, OnSample, evaluate_data
 from slimvlm.models.load import load
 from slimvlm.runs.compress import STAGES, compress
 from slimvlm.runs.held_out import read_held_out
@@ -47,8 +49,7 @@ def asked(data: Path, **changes: object) -> Request:
     return replace(request, **changes)
 
 
-def names(samples: object) -> list[str]:
-    assert isinstance(samples, (list, tuple))
+def names(samples: Sequence[Sample] | Sequence[OnSample]) -> list[str]:
     return [sample.id for sample in samples]
 
 
@@ -68,7 +69,7 @@ def test_no_sample_of_the_report_is_used(
         assert names(found.report) == [f"s{i}" for i in range(20)][-len(found.report) :]
 
 
-def test_what_is_said_twice_is_not_unseen(data: Path) -> None:
+def test_repeated_samples_are_not_held_out(data: Path) -> None:
     samples = load_samples(data)
     twice = [*samples[:18], replace(samples[2], id="again"), samples[19]]
     request = asked(data, report_samples=2)
@@ -77,16 +78,15 @@ def test_what_is_said_twice_is_not_unseen(data: Path) -> None:
     assert not_among([samples[0]], others) == [samples[0]]  # the same words on another picture
 
 
-def test_too_few_samples_are_said(data: Path, tmp_path: Path) -> None:
-    few = folders.write_llava_data(tmp_path, count=9)
-    said: list[str] = []
-    found = read_split(asked(few), said.append)
+def test_too_few_samples_are_reported(data: Path, tmp_path: Path) -> None:
+    few, lines = folders.write_llava_data(tmp_path, count=9), []
+    found = read_split(asked(few), lines.append)
     assert found.report == ()
     assert len(found.calibration) == 6
-    assert any("9 samples are too few, 10 would do" in line for line in said)
-    said.clear()
-    read_split(asked(few, report_samples=0), said.append)
-    assert said == []
+    assert any("9 samples are too few, 10 would do" in line for line in lines)
+    lines.clear()
+    read_split(asked(few, report_samples=0), lines.append)
+    assert lines == []
 
 
 def test_data_that_begin_with_pictures_are_mixed_all_the_way(tmp_path: Path) -> None:
@@ -94,9 +94,8 @@ def test_data_that_begin_with_pictures_are_mixed_all_the_way(tmp_path: Path) -> 
     rows = json.loads(in_order.read_text())
     for row in rows[10:]:
         del row["image"]
-        row["conversations"][0]["value"] = row["conversations"][0]["value"].removeprefix(
-            "<image>\n"
-        )
+        turn = row["conversations"][0]
+        turn["value"] = turn["value"].removeprefix("<image>\n")
     in_order.write_text(json.dumps(rows))
     whole = read_split(asked(in_order), silent)
     for part in (whole.calibration, whole.training, whole.report):
@@ -117,76 +116,62 @@ def finished(data: Path, unhurried: None, tmp_path_factory: pytest.TempPathFacto
     return out
 
 
-def test_a_run_ends_with_what_was_kept(finished: Path, data: Path) -> None:
+def test_a_run_keeps_the_figures_of_its_stages(finished: Path, data: Path) -> None:
     found = read_held_out(finished, STAGES)
     assert list(found) == ["original", "pruned", "recovered"]
     unseen = load_samples(data)[-4:]
-    for result in found.values():
-        assert [each.id for each in result.samples] == names(unseen)
+    assert all(names(result.samples) == names(unseen) for result in found.values())
     original, recovered = load(MODEL), load(finished)
-    expected = evaluate_data(*recovered, unseen, original[0])
-    again = found["recovered"].figures
-    assert again.agreement == expected.figures.agreement
-    assert again.divergence is not None
-    assert expected.figures.divergence is not None
-    assert again.divergence.value == pytest.approx(expected.figures.divergence.value, abs=1e-5)
-    assert found["original"].figures.loss.value == pytest.approx(
-        evaluate_data(*original, unseen).figures.loss.value, abs=1e-5
-    )
+    again: Any = found["recovered"].figures
+    expected: Any = evaluate_data(*recovered, unseen, original[0]).figures
+    assert again.agreement == expected.agreement
+    assert again.divergence.value == pytest.approx(expected.divergence.value, abs=1e-5)
+    loss = evaluate_data(*original, unseen).figures.loss.value
+    assert found["original"].figures.loss.value == pytest.approx(loss, abs=1e-5)
     assert not (finished / "said.safetensors").exists()
 
 
-def test_it_stands_in_summary_card_and_report(finished: Path) -> None:
+def test_summary_card_and_report_show_them(finished: Path) -> None:
     loss = f"{read_held_out(finished, STAGES)['recovered'].figures.loss.value:.3f} ["
     page = report_html(read_record(finished))
-    for text in (
-        (finished / "summary.md").read_text(),
-        (finished / "checkpoint" / "README.md").read_text(),
-        page,
-    ):
+    assert "Same next token" in page
+    files = [finished / "summary.md", finished / "checkpoint" / "README.md"]
+    for text in (page, *(file.read_text() for file in files)):
         assert loss in text
         assert "KL divergence from the original" in text
-    assert "Same next token" in page
 
 
-def pruned(data: Path, out: Path, low_memory: bool) -> Pruned:
+def test_prune_gives_the_same_figures_in_memory_and_from_files(data: Path, tmp_path: Path) -> None:
     config = PruneConfig(ratio=0.3, axis="width", data=str(data), samples=6, local_steps=0)
-    return prune(
-        MODEL, config, out, memory=MemoryOptions(low_memory=low_memory), say=lambda line: None
-    )
-
-
-def test_prune_ends_with_it_too_in_memory_and_from_files(data: Path, tmp_path: Path) -> None:
-    live = pruned(data, tmp_path / "live", low_memory=False)
-    from_files = pruned(data, tmp_path / "files", low_memory=True)
-    for done, folder in ((live, "live"), (from_files, "files")):
-        assert list(done.held_out) == ["original", "pruned"]
-        stored = DataResult.load(tmp_path / folder / "slimvlm_held_out.json")
-        assert stored == done.held_out["pruned"]
-        assert "## What was kept" in (tmp_path / folder / "README.md").read_text()
+    done: list[Pruned] = []
+    for low_memory in (False, True):
+        out, memory = tmp_path / str(low_memory), MemoryOptions(low_memory=low_memory)
+        done.append(prune(MODEL, config, out, memory=memory, say=silent))
+        assert list(done[-1].held_out) == ["original", "pruned"]
+        assert DataResult.load(out / "slimvlm_held_out.json") == done[-1].held_out["pruned"]
+        assert "## What was kept" in (out / "README.md").read_text()
     for stage in ("original", "pruned"):
-        for here, there in zip(
-            live.held_out[stage].samples, from_files.held_out[stage].samples, strict=True
-        ):
+        samples = (each.held_out[stage].samples for each in done)
+        for here, there in zip(*samples, strict=True):
             assert here.loss == pytest.approx(there.loss, rel=1e-3)
             assert here.tokens == there.tokens
-    unseen = load_samples(data)[-4:]
-    model, processor = load(tmp_path / "files")
-    again = evaluate_data(model, processor, unseen)
-    expected = from_files.held_out["pruned"].figures.loss.value
+    again = evaluate_data(*load(tmp_path / "True"), load_samples(data)[-4:])
+    expected = done[1].held_out["pruned"].figures.loss.value
     assert again.figures.loss.value == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_command_line_ends_with_it(
+COMMON = ["--ratio", "0.3", "--axis", "width", "--samples", "6", "--local-steps", "0"]
+
+
+def test_the_command_line_prints_them(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["prune", MODEL, "--ratio", "0.3", "--axis", "width", "--data", str(data)]
-    words += ["--samples", "6", "--local-steps", "0", "--out", str(tmp_path / "out")]
-    main(words)
+    words = ["prune", MODEL, *COMMON, "--data", str(data), "--out"]
+    main([*words, str(tmp_path / "out")])
     shown = capsys.readouterr().out
     assert "4 samples" in shown
     assert "same next token as the original" in shown
-    main([*words[:-1], str(tmp_path / "none"), "--report-samples", "0"])
+    main([*words, str(tmp_path / "none"), "--report-samples", "0"])
     assert "same next token" not in capsys.readouterr().out
 
 
@@ -198,8 +183,7 @@ def test_a_negative_number_is_refused() -> None:
 def test_json_has_the_figures(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["compress", MODEL, "--ratio", "0.3", "--axis", "width", "--data", str(data)]
-    words += ["--samples", "6", "--local-steps", "0", "--train", "none", "--json"]
+    words = ["compress", MODEL, *COMMON, "--data", str(data), "--train", "none", "--json"]
     main([*words, "--out", str(tmp_path / "run")])
     found = json.loads(capsys.readouterr().out)["held_out"]
     assert list(found) == ["original", "pruned"]
@@ -208,30 +192,26 @@ def test_json_has_the_figures(
     assert 0 <= found["pruned"]["agreement"]["value"] <= 100
 
 
-def shown_by(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    main(words)
-    return capsys.readouterr().out
-
-
 def test_a_model_is_evaluated_on_data_without_a_task(
     data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["evaluate", str(finished), "--data", str(data), "--limit", "8"]
-    beside = [*words, "--baseline", MODEL]
-    found = json.loads(shown_by([*beside, "--json", "--out", str(tmp_path / "r.json")], capsys))
+    main([*words, "--baseline", MODEL, "--json", "--out", str(tmp_path / "r.json")])
+    found = json.loads(capsys.readouterr().out)
     samples = load_samples(data)[:8]
-    expected = evaluate_data(*load(finished), samples, load(MODEL)[0]).figures
-    assert expected.agreement is not None
+    expected: Any = evaluate_data(*load(finished), samples, load(MODEL)[0]).figures
     assert found["model"]["agreement"]["value"] == pytest.approx(expected.agreement.value)
     assert found["model"]["loss"]["value"] == pytest.approx(expected.loss.value, abs=1e-5)
     assert found["baseline"]["samples"] == 8
     assert DataResult.load(tmp_path / "r.json").baseline == MODEL
-    assert "perplexity" in shown_by(words, capsys)
-    assert "agreement" not in shown_by(words, capsys)
+    main(words)
+    shown = capsys.readouterr().out
+    assert "perplexity" in shown
+    assert "agreement" not in shown
 
 
 @pytest.mark.parametrize(
-    ("more", "told"),
+    ("more", "message"),
     [
         (["--tasks", "presence"], "--tasks is for tasks"),
         (["--floors"], "--floors is for tasks"),
@@ -239,12 +219,12 @@ def test_a_model_is_evaluated_on_data_without_a_task(
         (["--limit", "0"], "limit 0"),
     ],
 )
-def test_what_data_cannot_be_asked_is_refused(
-    more: list[str], told: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_options_that_do_not_go_with_data_are_refused(
+    more: list[str], message: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "result.json").write_text("{}")
     more = [str(tmp_path / "result.json") if word == "RESULT" else word for word in more]
     with pytest.raises(SystemExit) as stop:
         main(["evaluate", MODEL, "--data", str(data), *more])
     assert stop.value.code == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err

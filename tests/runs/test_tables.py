@@ -1,4 +1,4 @@
-"""Tables: every group of layers, and the widths that are legal; and what is no number."""
+"""Tables: groups of layers and legal widths, floors and marks of results, held-out figures."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_layers_of_one_kind_have_one_row() -> None:
     assert rows["legal neurons"] == [f"1 to {layer.intermediate_size}"]
 
 
-def test_convolution_and_attention_are_told_apart() -> None:
+def test_layers_of_two_kinds_have_two_rows() -> None:
     shape = shape_of("lfm2_vl")
     rows = printed(shape)
     without, with_groups = shape.layers[0], shape.layers[1]
@@ -126,15 +126,15 @@ def test_a_model_without_kv_groups_says_so(retypable: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "expected"),
     [
         ("llava-llama", r"128; all 128 are \d+% of the backbone"),
         ("gemma3n", "all stay: its layers"),
     ],
 )
-def test_what_tokens_weigh_is_said(name: str, told: str) -> None:
+def test_the_share_of_token_rows(name: str, expected: str) -> None:
     (found,) = printed(shape_of(name))["one token"]
-    assert re.match(told, found)
+    assert re.match(expected, found)
 
 
 def test_a_share_of_nothing_is_a_dash() -> None:
@@ -146,7 +146,7 @@ def test_a_share_of_nothing_is_a_dash() -> None:
     assert not any("nan" in cell for row in rows for cell in row)
 
 
-def test_what_two_stages_have_to_say_stands_once() -> None:
+def test_a_note_of_two_stages_is_shown_once() -> None:
     samples = (OnSample("a", 3, 0.5), OnSample("b", 2, 0.25))
     plain = DataResult("model", samples)
     results = {

@@ -22,7 +22,7 @@ TASK = {"name": "own", "data": "rows.jsonl", "prompt": "{q}?", "answer": "a"}
 
 
 def asked(prompt: str, **columns: Any) -> str:
-    return TaskRow(name="own", data="", prompt=prompt, answer="").asked(columns)
+    return TaskRow(name="own", data="", prompt=prompt, answer="").filled_prompt(columns)
 
 
 def test_columns_are_filled_in_as_text() -> None:

@@ -83,11 +83,11 @@ def evaluate(
             if not questions:
                 raise DataError(f"task {task.name!r} has no questions")
             first.append(questions[0])
-            is_read = task.metric in metrics.LIKELIHOODS
-            options: dict[str, Any] = {} if is_read else {"batch_size": batch_size}
-            result_of = partial(_read if is_read else _answered, model, processor, task, **options)
+            by_loss = task.metric in metrics.LIKELIHOODS
+            options: dict[str, Any] = {} if by_loss else {"batch_size": batch_size}
+            score = partial(_score_likelihoods if by_loss else _score_replies, model, processor)
             rounds = [questions]
-            has_floor = (blind or floors) and not is_read and any(q.images for q in questions)
+            has_floor = (blind or floors) and not by_loss and any(q.images for q in questions)
             if has_floor:
                 rounds = [with_other_pictures(questions), *([questions] if floors else [])]
             found = []
@@ -95,7 +95,7 @@ def evaluate(
                 key = digest_of_questions(weights, task, asked, **options)
                 log, parts = AnswerLog(folder, task.name, key), len(rounds)
                 scaled = lambda x, n=parts, done=number + turn / parts: reached(done + x / n)  # noqa: E731
-                found.append(result_of(asked, log, scaled))
+                found.append(score(task, asked, log, scaled, **options))
             floor = found[0].scores if has_floor else ()
             results[task.name] = replace(found[-1], blind_scores=floor)
             reached(number + 1)
@@ -103,7 +103,7 @@ def evaluate(
     return with_costs(model, processor, results, first[0], name, **how)
 
 
-def _answered(
+def _score_replies(
     model: PreTrainedModel,
     processor: Any,
     task: Task,
@@ -136,7 +136,7 @@ def _answered(
     )
 
 
-def _read(
+def _score_likelihoods(
     model: PreTrainedModel,
     processor: Any,
     task: Task,

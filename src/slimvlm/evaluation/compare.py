@@ -116,10 +116,9 @@ def compare(a: Result, b: Result, tasks: Mapping[str, Task]) -> Comparison:
             raise ConfigError(
                 f"task {name!r}: scored by {ours.metric!r} in one, {theirs.metric!r} in the other"
             )
-        if ours.metric in LIKELIHOODS or not ours.ids:
+        if ours.metric in LIKELIHOODS:
             scores = f"{ours.metric} {ours.score:.2f} of A, {theirs.score:.2f} of B"
-            is_read = ours.metric in LIKELIHOODS
-            left_out[name] = f"{scores} (lower is better)" if is_read else "it has no questions"
+            left_out[name] = f"{scores} (lower is better)"
             continue
         questions, note = _questions(tasks.get(name), ours, blind=a.blind and b.blind)
         answers = zip(

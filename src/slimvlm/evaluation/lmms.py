@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -90,13 +90,10 @@ class LmmsRow:
     needs_judge: bool = False  # whether another language model reads the replies
 
 
+_MME = partial(LmmsRow, "mme", chance=37.5, read=_mme, together=2)
 LMMS_TASKS: dict[str, LmmsRow] = {
-    "mme_cognition": LmmsRow(
-        "mme", "mme_cognition_score", full=800, chance=37.5, read=_mme, together=2
-    ),
-    "mme_perception": LmmsRow(
-        "mme", "mme_perception_score", full=2000, chance=37.5, read=_mme, together=2
-    ),
+    "mme_cognition": _MME("mme_cognition_score", full=800),
+    "mme_perception": _MME("mme_perception_score", full=2000),
     "pope": LmmsRow("pope", "pope_accuracy", chance=50, details={"f1": "pope_f1_score"}),
     "gqa": LmmsRow("gqa", "exact_match"),
     "scienceqa_img": LmmsRow("scienceqa_img", "exact_match", chance=40.1),
@@ -111,7 +108,7 @@ LMMS_TASKS: dict[str, LmmsRow] = {
     ),
     "docvqa": LmmsRow("docvqa_val", "anls"),
 }
-"""The study's benchmarks; ``mme`` stands for both of its halves.
+"""The study's benchmarks; ``mme`` names both of its halves.
 
 Chance: MME counts half the answers and a quarter of the pairs. ScienceQA, MMMU and MathVista are
 the "random chance" rows of their papers (arXiv:2209.09513, 2311.16502, 2310.02255).
@@ -172,18 +169,13 @@ def evaluate_with_lmms(
 ) -> dict[str, TaskResult]:
     """Run benchmarks in lmms-eval's own runner; greedy replies through our chat code.
 
+    ``names`` are keys of `LMMS_TASKS`, lmms-eval's own names of them, or tasks in ``task_folder``:
+    files in lmms-eval's format, which replace those of the same name that lmms-eval ships, so data
+    on disk can take the hub's place.
+
     MME comes in two halves on their own scales (800 and 2000), and so do their scores for each
     question: 100 times the mean is the score. A half that is not among the first ``limit``
     questions is left out.
-
-    Args:
-        model: A chat-capable model.
-        processor: Its processor or tokenizer.
-        names: Keys of `LMMS_TASKS`, lmms-eval's own names of them, or tasks in ``task_folder``.
-        limit: Only the first so many questions of each task.
-        batch_size: Questions answered at once.
-        task_folder: Folder with task files in lmms-eval's format. They come before the ones of
-            the same name that lmms-eval ships, so data on disk can take the hub's place.
     """
     rows = check_names(names, limit, task_folder)
     own = _own_tasks(task_folder)

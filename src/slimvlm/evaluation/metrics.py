@@ -33,7 +33,7 @@ def exact_match(reply: str, question: Question) -> float:
 
 
 def letter(reply: str, question: Question) -> float:
-    """1 if the first letter that stands alone in the reply is the answer's."""
+    """1 if the first single letter in the reply is the answer's."""
     match = re.search(r"\b([a-z])\b", normalise(reply))
     return float(match is not None and match[1] == normalise(question.answers[0]))
 
@@ -267,14 +267,10 @@ def retention(
 ) -> Retention:
     """Compute AVG-% with a paired bootstrap over questions.
 
-    Args:
-        scores: For each task, one score in [0, 1] for each question.
-        baseline: The same questions answered by the original model.
-        chance: Score of guessing for each task, in percent.
-        floors: Score of each task without doing it: in percent, or one score for each question,
-            which is then drawn with the models' answers. Default: chance.
-        resamples: Bootstrap draws. Questions are drawn within tasks, the same for both models.
-        seed: Of the draws.
+    All map the names of tasks. ``scores`` and ``baseline`` have one score in [0, 1] for each
+    question; questions are drawn within tasks, the same for both models. ``chance`` is in percent.
+    ``floors`` are scores without doing the task: in percent, or one for each question, which is
+    then drawn with the models' answers. Default: chance.
     """
     given = floors if floors is not None else chance
     floor_scores: dict[str, Sequence[float]] = {}

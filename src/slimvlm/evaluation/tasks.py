@@ -72,7 +72,7 @@ class TaskRow:
                 "other one; {{ and }} stand for braces themselves"
             )
 
-    def asked(self, values: Mapping[str, Any]) -> str:
+    def filled_prompt(self, values: Mapping[str, Any]) -> str:
         """Fill in the prompt for a row: every ``{column}`` becomes the text of that column.
 
         Braces hold a name, never an expression: no attribute of a value, no index, no format.
@@ -152,7 +152,7 @@ def _question(row: TaskRow, folder: Path, index: int, values: Any) -> Question:
     name = str(values.get("id", index))
     where = f"task {row.name!r}: row {shortened(name)}"
     try:
-        prompt = row.asked(values)
+        prompt = row.filled_prompt(values)
         answer = values[row.answer]
         choices = values[row.choices] if row.choices else ()
     except KeyError as error:
