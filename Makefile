@@ -28,7 +28,7 @@ test-slow: $(VENV)/.engines
 # engines that serve checkpoints, each in an environment of its own (5 GB); writes the table in
 # docs/serving.md
 test-engines: $(VENV)/.engines
-	SLIMVLM_WRITE_ENGINE_TABLE=1 $(BIN)/python -m pytest tests/export/test_engines.py
+	SLIMVLM_WRITE_ENGINE_TABLE=1 $(BIN)/python -m pytest tests/journeys/test_engines.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .

@@ -1,7 +1,7 @@
 """Ask engines that serve checkpoints the same as transformers, and time them.
 
 An engine runs in its own interpreter (`ask_engine.py`), either this one or that of its program on
-PATH. Used by ``tests/export/test_engines.py`` and ``benchmarks/engines.py``.
+PATH. Used by ``tests/journeys/test_engines.py`` and ``benchmarks/engines.py``.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ RAN = {
         "gemma3/gemma3_text",
     )),
 }  # fmt: skip
-"""By target. ``tests/export/test_engines.py`` compares every entry."""
+"""By target. ``tests/journeys/test_engines.py`` compares every entry."""
 
 
 @dataclass(frozen=True)

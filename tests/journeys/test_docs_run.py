@@ -1,7 +1,7 @@
 """Every command in the documents runs: in a folder where the names in them exist, small.
 
 Pages are run from top to bottom, the README first; what its commands write is there for the other
-pages. `tests.test_docs` checks that the commands are spelled right, this one that they work.
+pages. `tests.contract.test_docs` checks that commands are spelled right, this one that they work.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import pytest
 
 from slimvlm import cli
 from tests import tiny_folder
-from tests.test_docs import COMMANDS, PYTHON
-from tests.test_first_hour import write_rows
+from tests.contract.test_docs import COMMANDS, PYTHON
+from tests.journeys.test_first_hour import write_rows
 
 pytestmark = pytest.mark.slow
 
-ORIGINALS = Path(__file__).parent / "fixtures" / "convert"
+ORIGINALS = Path(__file__).parents[1] / "fixtures" / "convert"
 NAMED_IN_DOCUMENTS = {
     "llava-v1.5-7b": ORIGINALS / "llava" / "original",
     "clip-vit-large-patch14-336": ORIGINALS / "llava" / "vision_tower",
@@ -58,7 +58,7 @@ ELSEWHERE = {
     "slimvlm export fewer --original MODEL --out fewer.gguf": "likewise; see test_gguf",
     "slimvlm export recovered --out recovered.gguf --outtype f16": "likewise; see test_gguf_export",
     "slimvlm study studies/llava-1.5-7b.yaml --out runs/llava --engine ray": "days",
-    **dict.fromkeys(MIXTURE, "MODEL is no mixture of experts; see runs/test_experts.py"),
+    **dict.fromkeys(MIXTURE, "MODEL is no mixture of experts; see journeys/test_experts.py"),
 }
 CAN_QUANTIZE = find_spec("torchao") is not None
 """Whether the extra is installed."""
@@ -81,7 +81,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(root / "mine.jsonl", 30)
     write_rows(root / "unseen.jsonl", 6, first=30)
     tiny_folder.picture().save(root / "cat.png")
-    (root / "studies").symlink_to(Path(__file__).parent.parent / "studies")
+    (root / "studies").symlink_to(Path(__file__).parents[2] / "studies")
     return root
 
 

@@ -14,7 +14,7 @@ from slimvlm import cli
 from tests import tiny_folder as folders
 
 pytestmark = pytest.mark.usefixtures("unhurried")
-PAGE = Path(__file__).parent.parent / "docs" / "quickstart.md"
+PAGE = Path(__file__).parents[2] / "docs" / "quickstart.md"
 SMALLER = "--samples 8 --training-samples 4 --local-steps 1"
 """Options that change how long a compression takes and nothing else."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parent.parent / "src" / "slimvlm"
+SOURCE = Path(__file__).parents[2] / "src" / "slimvlm"
 ROWS = (
     "core",  # errors, options, files; no model, no tensor
     "data",  # conversations
@@ -143,3 +143,22 @@ def test_options_and_errors_load_no_heavy_library() -> None:
             )
         }
         assert not roots & HEAVY, path
+
+
+APART = ("contract", "gpu", "journeys", "pretended_gpu", "tools", "trust")
+"""Folders of tests about more than one file of the package."""
+
+
+def homeless(test: Path) -> bool:
+    """Whether a test mirrors no file of the package; ``test_x.py`` of a folder ``x`` does."""
+    source = SOURCE / test.parent / test.name.removeprefix("test_")
+    return not (source.exists() or source.with_suffix("").is_dir() or test.parts[0] in APART) and (
+        test.stem != f"test_{test.parent.name}"
+    )
+
+
+def test_every_test_mirrors_a_source() -> None:
+    tests = SOURCE.parents[1] / "tests"
+    assert [t for t in tests.rglob("test_*.py") if homeless(t.relative_to(tests))] == []
+    assert homeless(Path("runs/test_everything.py"))
+    assert homeless(Path("test_everything.py"))

@@ -18,7 +18,7 @@ from slimvlm import cli
 from slimvlm.models.families import BACKBONES, FAMILIES
 from slimvlm.scoring.criteria import CRITERIA, criteria_table
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
