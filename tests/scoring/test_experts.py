@@ -14,8 +14,16 @@ from slimvlm.core.errors import UnsupportedModelError
 from slimvlm.models.anatomy import unit_of
 from slimvlm.models.parts import Parts
 from tests import tiny
-from tests.handmade import padded
+from tests.handmade import Batch, padded
 from tests.tolerances import FORWARD, SCORE_SHARE_OF_MAXIMUM, assert_close, assert_scores_close
+
+
+def scored(
+    model: Any, batches: list[Batch], criterion: str, unit: str = "expert", **options: Any
+) -> list[Tensor]:
+    values: list[Tensor] | None = sv.score(model, batches, criterion, **options).of(unit)
+    assert values is not None
+    return values
 
 
 def inputs_of(model: Any, path: str, batch: dict[str, Tensor]) -> list[Tensor]:
@@ -54,9 +62,7 @@ def by_token(mlp: Any, hidden: Tensor, normalised: bool) -> tuple[Tensor, Tensor
 def test_qwen_scores_are_means_over_the_tokens_of_an_expert(name: str, dense: list[int]) -> None:
     model = tiny.build(name)
     batch = tiny.batch(model, 24)
-    frequency, reap = (sv.score(model, [batch], name).expert for name in ("frequency", "reap"))
-    assert frequency is not None
-    assert reap is not None
+    frequency, reap = (scored(model, [batch], name) for name in ("frequency", "reap"))
     hidden = inputs_of(model, "mlp.experts", batch)
     assert [i for i, values in enumerate(reap) if not len(values)] == dense
     sparse = [index for index in range(4) if index not in dense]
@@ -71,9 +77,7 @@ def test_qwen_scores_are_means_over_the_tokens_of_an_expert(name: str, dense: li
 def test_llama_4_scores_are_the_sizes_of_what_experts_add() -> None:
     model = tiny.build("llama4")
     batch = tiny.batch(model, 24)
-    frequency, reap = (sv.score(model, [batch], name).expert for name in ("frequency", "reap"))
-    assert frequency is not None
-    assert reap is not None
+    frequency, reap = (scored(model, [batch], name) for name in ("frequency", "reap"))
     entered = inputs_of(model, "feed_forward.router", batch)
     for index, hidden in zip((1, 3), entered, strict=True):
         block: Any = Parts(model).layers[index].get_submodule("feed_forward")
@@ -102,9 +106,7 @@ def test_permuted_experts_have_permuted_scores(name: str, criterion: str) -> Non
         parameter = Parts(permuted).layers[3].get_parameter(entry.path)
         parameter.data = parameter.data[order]
     data = [tiny.batch(model, 16, seed) for seed in range(2)]
-    before, after = (sv.score(m, data, criterion).expert for m in (model, permuted))
-    assert before is not None
-    assert after is not None
+    before, after = (scored(m, data, criterion) for m in (model, permuted))
     assert_scores_close(after[3], before[3][order], SCORE_SHARE_OF_MAXIMUM)
     assert (before[3] - after[3]).abs().max() > 1e-4 * before[3].abs().max()
 
@@ -116,20 +118,16 @@ def test_an_expert_that_no_token_takes_tokens_first() -> None:
         router[2] = -torch.sign(router[0])
         router[:] = router[:1]  # all alike: the first of equal scores is taken
     for criterion in ("reap", "frequency"):
-        scores = sv.score(model, [tiny.batch(model, 16)], criterion).expert
-        assert scores is not None
+        scores = scored(model, [tiny.batch(model, 16)], criterion)
         assert (scores[1] > 0).sum() == 1
 
 
 def test_padding_and_roles_do_not_count_in_pictures() -> None:
     model = tiny.build("qwen3_vl_moe")
     single = [tiny.batch(model, 9 + 4 * seed, seed) for seed in range(2)]
-    alone = sv.score(model, single, "reap").expert
-    together = sv.score(model, [padded(single, left=True)], "reap").expert
-    blind = sv.score(model, single, "reap", token_weights={"image": 0.0}).expert
-    assert alone is not None
-    assert together is not None
-    assert blind is not None
+    alone = scored(model, single, "reap")
+    together = scored(model, [padded(single, left=True)], "reap")
+    blind = scored(model, single, "reap", token_weights={"image": 0.0})
     for index, values in enumerate(alone):
         assert_scores_close(together[index], values, SCORE_SHARE_OF_MAXIMUM)
     assert any((a - b).abs().max() > 1e-3 for a, b in zip(alone, blind, strict=True))
@@ -154,11 +152,8 @@ def test_neurons_of_experts_are_scored_by_what_reads_them() -> None:
     model = tiny.build("qwen3_vl_moe")
     batch = tiny.batch(model, 24)
     activation, wanda, flap = (
-        sv.score(model, [batch], name).neuron for name in ("activation", "wanda", "flap")
+        scored(model, [batch], name, "neuron") for name in ("activation", "wanda", "flap")
     )
-    assert activation is not None
-    assert wanda is not None
-    assert flap is not None
     for index, hidden in enumerate(inputs_of(model, "mlp.experts", batch)):
         mlp: Any = Parts(model).layers[index].get_submodule("mlp")
         sizes, reads, varies = torch.zeros(3, 32)
@@ -182,8 +177,7 @@ def test_a_neuron_that_no_expert_sends_on_scores_zero(name: str, criterion: str)
             if unit_of(matrix.projection) == "neuron":
                 for block in range(len(matrix.projection.segments)):
                     matrix.weight.select(matrix.projection.axis, block * 32 + 7).zero_()
-    scores = sv.score(model, [tiny.batch(model, 24, seed) for seed in range(3)], criterion).neuron
-    assert scores is not None
+    scores = scored(model, [tiny.batch(model, 24, seed) for seed in range(3)], criterion, "neuron")
     for values in scores:
         assert len(values) == 0 or (values[7] == 0 and (values > 0).sum() == 31)
 

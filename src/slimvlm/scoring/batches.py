@@ -31,18 +31,12 @@ TokenWeights = Mapping[str, float]
 class BackbonePass:
     """One pass of everything but the head over all batches.
 
-    Hooks read the weights of the batch in flight; afterwards the totals are there.
-
-    Attributes:
-        weights: ``[B, T]`` weight of each token of the batch in flight; padding weighs 0.
-        mask: ``[B, T]`` which of them are valid.
-        num_samples: Samples seen.
-        num_tokens: Valid tokens seen.
-        weight: Sum of all weights seen.
+    Hooks read the weights of the batch in flight; afterwards the totals of samples, valid tokens
+    and weights are there.
     """
 
-    weights: Tensor
-    mask: Tensor
+    weights: Tensor  # [B, T] of the batch in flight; padding weighs 0
+    mask: Tensor  # [B, T] which of its tokens are valid
 
     def __init__(self) -> None:
         self.num_samples = self.num_tokens = 0
@@ -68,7 +62,7 @@ class BackbonePass:
             raise DataError("no calibration token has a token weight above 0")
 
     def row_weights(self, x: Tensor) -> Tensor:
-        """``[B * T, 1]``: the weight of each row of ``x``, flattened to tokens."""
+        """Return the weight of each row of ``x``, flattened to tokens, as ``[B * T, 1]``."""
         return self.weights.flatten()[:, None].to(x.device)
 
     @property
@@ -79,15 +73,10 @@ class BackbonePass:
 
 @dataclass(frozen=True)
 class Targets:
-    """The tokens whose predictions count.
+    """The tokens whose predictions count."""
 
-    Attributes:
-        labels: The token at each position; ``IGNORE`` where its prediction does not count.
-        weights: The weight of the prediction of each token, from the second token on.
-    """
-
-    labels: Int[Tensor, "B T"]
-    weights: Float[Tensor, "B T-1"]
+    labels: Int[Tensor, "B T"]  # ``IGNORE`` where the prediction does not count
+    weights: Float[Tensor, "B T-1"]  # of the prediction of each token, from the second on
 
     @property
     def totals(self) -> Float[Tensor, " B"]:
@@ -98,13 +87,8 @@ class Targets:
 class LossPass:
     """One pass of every sample's loss, forward and backward. Samples do not mix.
 
-    Hooks read the targets of the batch in flight; afterwards the totals are there.
-
-    Attributes:
-        targets: Of the batch in flight.
-        num_samples: Samples seen.
-        num_tokens: Predictions seen that count.
-        weight: Sum of all their weights.
+    Hooks read the targets of the batch in flight; afterwards the totals of samples, predictions
+    that count (``num_tokens``) and their weights are there.
     """
 
     targets: Targets
@@ -143,14 +127,11 @@ class LossPass:
 def batches_with_targets(
     model: Any, batches: Iterable[Batch], token_weights: TokenWeights | None
 ) -> Iterator[tuple[Batch, Targets]]:
-    """Model inputs without labels, and the tokens whose predictions count.
+    """Take the labels from model inputs, and find the tokens whose predictions count.
 
-    Args:
-        model: The model.
-        batches: Model inputs.
-        token_weights: None: the labelled tokens count 1 each; without labels all valid tokens.
-            Otherwise the prediction of a prompt or answer token counts the weight of its role,
-            whether it is labelled or not; tokens of pictures are never predicted.
+    Without ``token_weights`` the labelled tokens count 1 each (without labels all valid tokens).
+    With them the prediction of a prompt or answer token counts the weight of its role, whether it
+    is labelled or not; tokens of pictures are never predicted.
     """
     for batch in _all_on_device(model, batches):
         if token_weights is None:
@@ -199,12 +180,7 @@ def weight_of(owner: Any, name: str = "weight") -> Tensor:
 
 @torch.no_grad()
 def mean_answer_loss(states: Iterable[tuple[Hidden, Tensor]], head: Head) -> float:
-    """Mean cross-entropy over all labelled tokens of some batches.
-
-    Args:
-        states: Final hidden states and labels, by batch.
-        head: The language-model head.
-    """
+    """Average the cross-entropy over all labelled tokens, from final hidden states and labels."""
     total, count = 0.0, 0
     for hidden, labels in states:
         found = with_float64(token_cross_entropy(hidden, head, labels))
@@ -216,7 +192,7 @@ def mean_answer_loss(states: Iterable[tuple[Hidden, Tensor]], head: Head) -> flo
 
 
 def answer_loss(model: Any, batches: Iterable[Batch]) -> float:
-    """Mean cross-entropy over the labelled tokens of some batches, as `mean_answer_loss`."""
+    """Average the cross-entropy over the labelled tokens of some batches."""
     states = (
         (hidden_states(model, without_labels(batch))[0], labels_of(batch))
         for batch in _all_on_device(model, batches)
@@ -270,7 +246,7 @@ class Watched:
             first += len(valid_tokens(batch))
 
     def place(self, model: nn.Module) -> str:
-        """The samples in flight by their number, and the first layer whose output is not finite."""
+        """Name the samples in flight and the first layer whose output is not finite."""
         for first, batch in self._last:
             layer = first_spoilt_layer(model, batch)
             if layer is not None:
@@ -282,7 +258,7 @@ class Watched:
 
 @torch.no_grad()
 def first_spoilt_layer(model: nn.Module, batch: Batch) -> int | None:
-    """The first decoder layer that makes NaN or infinity of a batch; None if none does."""
+    """Find the first decoder layer that makes NaN or infinity of a batch, if any."""
     spoilt: list[int] = []
 
     def look(index: int, module: nn.Module, args: Any, output: Any) -> None:

@@ -1,4 +1,4 @@
-"""Layers scored by how they change the hidden states.
+"""Score layers by how they change the hidden states.
 
 B batch, T token, D hidden.
 """
@@ -68,13 +68,10 @@ def angular_distance(
 def capture_hidden_states(
     model: nn.Module, batches: Iterable[Batch], token_weights: TokenWeights | None = None
 ) -> HiddenStates:
-    """Block influence and angular distances, compared layer by layer as they appear.
+    """Sum block influences and angular distances as the layers run.
 
-    At any time only one layer's input and, for the angular distance, one vector for each sample
-    and layer are held.
-
-    Block influence is summed over tokens by weight. Angular distances look at the last token of a
-    sample only, so that token weights do not touch them.
+    Held are one layer's input and, for the angular distance, one vector for each sample and layer.
+    Angular distances are of a sample's last token only, so that token weights do not touch them.
     """
     parts, seen = Parts(model), BackbonePass()
     count = len(parts.layers)
@@ -131,7 +128,7 @@ def capture_hidden_states(
 
 
 def _at_last_token(hidden: Tensor, mask: Tensor) -> Tensor:
-    """The hidden state of each sample's last valid token."""
+    """Select the hidden state of each sample's last valid token."""
     positions = torch.arange(mask.shape[1], device=mask.device)
     last = (mask * positions).argmax(1).to(hidden.device)
     return hidden[torch.arange(len(hidden), device=hidden.device), last].cpu()
@@ -145,13 +142,9 @@ def score_block_influence(
 ) -> Scores:
     """Block influence of each layer; the least influential layers go first.
 
-    Args:
-        statistics: Influences, summed by weight.
-        anatomy: The model's.
-        reduction: ``mean`` over valid tokens by weight, or their ``sum`` as in the reference code
-            (same order; long samples weigh more in both).
-        last_layer: ``prenorm`` takes the last layer's own output; ``postnorm`` takes it after the
-            final norm, as the reference code does.
+    ``reduction`` is the ``mean`` over valid tokens by weight, or their ``sum`` as in the reference
+    code (same order; long samples weigh more in both). ``last_layer`` takes the last layer's own
+    output (``prenorm``), or that of the final norm as the reference code does (``postnorm``).
     """
     values = statistics.influence_sum.clone()
     if last_layer == "postnorm":

@@ -23,25 +23,16 @@ BLOCK = 1024
 class Moments:
     """Weighted sums over tokens of the input ``x`` of a matrix and, where asked, of a residual.
 
-    The residual ``e`` is what the matrix's output should have had in addition: with the target
-    ``y``, it is ``y - W x - b`` for the original ``W`` and ``b``. Without residuals the target is
-    the original output itself.
-
-    Attributes:
-        pairs: ``Σ_t w_t x_t x_tᵀ`` in its upper blocks; `gram` is the whole matrix.
-        total: ``Σ_t w_t x_t``.
-        count: ``Σ_t w_t``.
-        cross: ``Σ_t w_t e_t x_tᵀ``; None if the target is the original output.
-        missing: ``Σ_t w_t e_t``; None likewise.
-        missing_square: ``Σ_t w_t ‖e_t‖²``.
+    With the target ``y`` of the matrix's output, the residual ``e`` is ``y - W x - b`` for the
+    original ``W`` and ``b``. Without residuals the target is the original output itself.
     """
 
-    pairs: Float[Tensor, "C C"]
-    total: Float[Tensor, " C"]
-    count: Float[Tensor, ""]
-    cross: Float[Tensor, "O C"] | None = None
-    missing: Float[Tensor, " O"] | None = None
-    missing_square: Float[Tensor, ""] | None = None
+    pairs: Float[Tensor, "C C"]  # Σ_t w_t x_t x_tᵀ in its upper blocks; `gram` is the whole matrix
+    total: Float[Tensor, " C"]  # Σ_t w_t x_t
+    count: Float[Tensor, ""]  # Σ_t w_t
+    cross: Float[Tensor, "O C"] | None = None  # Σ_t w_t e_t x_tᵀ
+    missing: Float[Tensor, " O"] | None = None  # Σ_t w_t e_t
+    missing_square: Float[Tensor, ""] | None = None  # Σ_t w_t ‖e_t‖²
     _is_whole: bool = True
 
     @classmethod
@@ -52,13 +43,9 @@ class Moments:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Moments:
-        """Sums of no tokens.
+        """Start the sums of a matrix; with its ``outputs`` if residuals will be given.
 
-        Args:
-            channels: Input channels of the matrix.
-            outputs: Its outputs, if residuals will be given.
-            dtype: Of the sums over pairs. One token's products are formed in it, too.
-            device: Where the sums lie; it needs float64.
+        Sums over pairs, and one token's products, are in ``dtype``; the device needs float64.
         """
 
         def zeros(*shape: int, of: torch.dtype = torch.float64) -> Tensor:
@@ -78,12 +65,8 @@ class Moments:
     ) -> None:
         """Add tokens; those of weight 0 leave no trace, whatever their values.
 
+        Best some 2,000 tokens at a time. Residuals are given if and only if `zero` had ``outputs``.
         bfloat16 inputs of weight 1 are multiplied as such on a CPU, which loses nothing.
-
-        Args:
-            inputs: Inputs of the matrix, best some 2,000 tokens at a time.
-            weights: At least 0.
-            residuals: The missing part of its output; given if and only if `zero` had ``outputs``.
         """
         counted, dtype = weights.nonzero()[:, 0], self.pairs.dtype
         if len(counted) < len(weights):
@@ -120,7 +103,7 @@ class Moments:
     def block(
         self, rows: Int[Tensor, " R"], columns: Int[Tensor, " K"], centred: bool, dtype: torch.dtype
     ) -> Float[Tensor, "R K"]:
-        """A part of the Gram matrix, of the inputs minus their means if centred."""
+        """Copy a part of the Gram matrix, of the inputs minus their means if centred."""
         part = self.gram[rows].index_select(1, columns).to(dtype)
         if centred:
             means = self.total[columns] / self.count
@@ -130,7 +113,7 @@ class Moments:
     def cross_block(
         self, columns: Int[Tensor, " K"], centred: bool, dtype: torch.dtype
     ) -> Float[Tensor, "O K"] | Float[Tensor, ""]:
-        """Columns of the cross moments; a plain 0 if there are no residuals."""
+        """Copy columns of the cross moments; 0 if there are no residuals."""
         if self.cross is None or self.missing is None:
             return self.total.new_zeros((), dtype=dtype)
         part = self.cross[:, columns].to(dtype)
@@ -142,7 +125,7 @@ class Moments:
     def image(
         self, rows: Float[Tensor, "N K"], keep: Int[Tensor, " K"], centred: bool
     ) -> Float[Tensor, "N K"]:
-        """A few rows times the `block` of the kept channels, which is not materialised."""
+        """Multiply a few rows by the `block` of the kept channels without making it."""
         whole = rows.new_zeros(len(rows), len(self.gram), dtype=self.pairs.dtype)
         whole[:, keep] = rows.to(whole.dtype)
         product = (whole @ self.gram)[:, keep].to(rows.dtype)
@@ -176,7 +159,7 @@ class Moments:
 
 @contextmanager
 def _bfloat16_products(wanted: bool) -> Iterator[None]:
-    """Inside, CPUs that can multiply float32 matrices as bfloat16, with sums in float32.
+    """Inside, multiply float32 matrices as bfloat16 on CPUs that can, with sums in float32.
 
     PyTorch can since 2.9; the setting holds for the whole process.
     """

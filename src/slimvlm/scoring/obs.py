@@ -44,9 +44,7 @@ def score_obs(statistics: Grams, anatomy: Anatomy) -> Scores:
     A unit's score is its cost when it went, but never below that of a unit before it: keeping the
     highest scores is stopping the greedy removal early, whatever their number.
 
-    Args:
-        statistics: Gram matrices. Layers that are not in them get no scores.
-        anatomy: The model's.
+    Layers without Gram matrices get no scores.
 
     Reference:
         Hassibi & Stork 1992, Optimal Brain Surgeon, Eq. 5, for blocks of columns as in Ling et al.
@@ -69,23 +67,18 @@ def score_obs(statistics: Grams, anatomy: Anatomy) -> Scores:
 class Elimination:
     """The result of a greedy removal of units.
 
-    Attributes:
-        order: The removed units, in order.
-        costs: The squared error that each of them added when it went.
-        left: Those that stay, sorted.
-        prices: The cost of removing each of these next.
-        weights: The columns of the matrix that read them, refitted: the least squares solution with
-            a ridge of ``damping · mean diag(gram)`` towards the columns as they were.
+    The columns of the matrix that read the units which stay are refitted: the least squares
+    solution with a ridge of ``damping · mean diag(gram)`` towards the columns as they were.
     """
 
-    order: Int64[Tensor, " _"]
-    costs: Float64[Tensor, " _"]
-    left: Int64[Tensor, " _"]
-    prices: Float64[Tensor, " _"]
+    order: Int64[Tensor, " _"]  # the removed units
+    costs: Float64[Tensor, " _"]  # the squared error that each of them added when it went
+    left: Int64[Tensor, " _"]  # those that stay, sorted
+    prices: Float64[Tensor, " _"]  # the cost of removing each of these next
     weights: Float[Tensor, "O _"]
 
     def scores(self) -> Float[Tensor, " unit"]:
-        """Costs in order of removal, then prices: the first to go has the lowest score."""
+        """Join costs in order of removal and prices: the first to go has the lowest score."""
         ranked = self.prices.argsort(stable=True)
         order = torch.cat([self.order, self.left[ranked]])
         values = torch.empty(len(order), device=order.device)
@@ -112,16 +105,9 @@ def removal_order(
     this keeps the order but for near ties, and float64 beyond (see `INFLATION`) and where ``gram``
     is.
 
-    Args:
-        matrix: The weights that read the channels.
-        gram: Second moments of the channels.
-        units: How many units the channels make up, equally many consecutive ones each.
-        stop: How many units to remove; None for all.
-        damping: Share of the mean diagonal that is added to it. A channel that is always zero
-            thus costs a little instead of nothing.
-
-    Raises:
-        NumericalError: If ``H`` is not positive definite.
+    Units are equally many consecutive channels each; ``stop`` of them go, or all. With damping, a
+    channel that is always zero costs a little instead of nothing. `NumericalError` if ``H`` is not
+    positive definite.
 
     Reference:
         As in a Cholesky factorisation with pivots by blocks (LAPACK's ``pstrf``), what the last
@@ -147,12 +133,8 @@ class _State:
     rows of the removed unit. Rows are prepared for the cheapest units at once, in matrix products;
     when another unit becomes the cheapest, they are prepared anew.
 
-    Attributes:
-        inverse: ``H⁻¹`` of the units ``left``; of these, some are ``gone`` since.
-        u: All ``U`` since, ``count`` rows of it.
-        weights: ``W`` when rows were last prepared.
-        remaining: How many units have not gone.
-        has_failed: Whether a block had no root, on the device.
+    ``inverse`` is ``H⁻¹`` of the units ``left``; of these, some are ``gone`` since. ``u`` has all
+    ``U`` since in ``count`` rows; ``weights`` is ``W`` when rows were last prepared.
     """
 
     def __init__(self, inverse: Tensor, weights: Tensor, width: int) -> None:
@@ -160,7 +142,7 @@ class _State:
         self.inverse, self.weights, self.width = inverse, weights, width
         self.left = torch.arange(units, device=inverse.device)
         self.gone, self.remaining = torch.zeros_like(self.left, dtype=torch.bool), units
-        self.has_failed = self.gone.any()
+        self.has_failed = self.gone.any()  # whether a block had no root, on the device
         blocks = inverse.view(units, width, units, width).diagonal(dim1=0, dim2=2)
         self.inverse_blocks = blocks.permute(2, 0, 1).contiguous()
         parts = weights.view(len(weights), units, width).transpose(0, 1)
@@ -172,7 +154,7 @@ class _State:
     def of(
         cls, matrix: Tensor, gram: Tensor, units: int, damping: float, dtype: torch.dtype
     ) -> _State | None:
-        """The state before any removal; None if the type has too few digits for the inverse."""
+        """Invert ``H``; None if the type has too few digits for that."""
         damped = gram.to(dtype, copy=True)
         mean = damped.diagonal().mean()
         damped.diagonal().add_(torch.where(mean > 0, damping * mean, 1))
@@ -192,7 +174,14 @@ class _State:
             stop -= len(units)
             order.append(self.left[units])
             costs.append(prices)
-            self._refit_(units)
+            # W - Y U with the Y that leaves nothing of the columns that have gone
+            channels = self._channels(units)
+            u = self.u[self.count : self.count + len(channels)]
+            y = torch.linalg.solve_triangular(
+                u[:, channels], self.weights[:, channels], upper=True, left=False
+            )
+            self.weights.addmm_(y, u, alpha=-1)
+            self.count += len(channels)
             self._shrink_(stop)
         stays = self._remaining_places()
         costs.append(self._prices()[stays])
@@ -207,7 +196,7 @@ class _State:
         )
 
     def _prices(self) -> Float[Tensor, " U"]:
-        """``tr S`` of every unit, infinite for those that have gone."""
+        """Compute ``tr S`` of every unit, infinite for those that have gone."""
         if self.width == 1:
             prices = (self.product_blocks / self.inverse_blocks)[:, 0, 0]
         else:
@@ -265,16 +254,6 @@ class _State:
         self.gone.index_copy_(0, unit, goes)
         return square.trace()[None]
 
-    def _refit_(self, units: Int64[Tensor, " N"]) -> None:
-        """``W - Y U`` with the ``Y`` that leaves nothing of the columns that have gone."""
-        channels = self._channels(units)
-        u = self.u[self.count : self.count + len(channels)]
-        y = torch.linalg.solve_triangular(
-            u[:, channels], self.weights[:, channels], upper=True, left=False
-        )
-        self.weights.addmm_(y, u, alpha=-1)
-        self.count += len(channels)
-
     def _shrink_(self, stop: int) -> None:
         """Apply ``u`` and drop removed units, if enough removals follow to pay for it."""
         size = len(self.inverse)
@@ -292,13 +271,13 @@ class _State:
         self._reserve_(stop)
 
     def _reserve_(self, stop: int) -> None:
-        """Room for the removals until `_shrink_` applies them: never more than half of all."""
+        """Make room for the removals until `_shrink_` applies them: at most half of all."""
         size = len(self.inverse)
         most = min(stop * self.width, size // 2) + max(BLOCK, self.width)
         self.u, self.count = self.inverse.new_empty(most, size), 0
 
     def _remaining_places(self) -> Int64[Tensor, " N"]:
-        """The places of remaining units; their known number avoids a read of the device."""
+        """Find the remaining units; their known number avoids a read of the device."""
         return self.gone.byte().argsort(stable=True)[: self.remaining]
 
     def _channels(self, units: Int64[Tensor, " N"]) -> Int64[Tensor, " _"]:
@@ -307,7 +286,7 @@ class _State:
         return (units[:, None] * self.width + self.offsets).flatten()
 
     def _inverse_root(self, blocks: Float[Tensor, "*N W W"]) -> Float[Tensor, "*N W W"]:
-        """``L⁻¹`` with ``L Lᵀ`` the block."""
+        """Compute ``L⁻¹`` with ``L Lᵀ`` the block."""
         if self.width == 1:
             return blocks.rsqrt()
         lower, info = torch.linalg.cholesky_ex(blocks)
@@ -318,12 +297,7 @@ class _State:
 
 @dataclass
 class _Rows:
-    """Rows of ``H⁻¹`` and ``P`` of some units, and their changes by later removals.
-
-    Attributes:
-        u: Room for the ``U`` of these removals, ``count`` rows of it in use.
-        v: The same for their ``V``.
-    """
+    """Rows of ``H⁻¹`` and ``P`` of some units, and the ``U`` and ``V`` of ``count`` rows since."""
 
     inverse: Tensor
     product: Tensor
@@ -332,7 +306,7 @@ class _Rows:
     count: int = 0
 
     def now(self, places: Tensor, channels: Tensor) -> tuple[Tensor, Tensor]:
-        """Some rows, which are those of some channels, after these removals."""
+        """Compute the rows at some places, those of some channels, after these removals."""
         u, v = self.u[: self.count], self.v[: self.count]
         u_now, v_now = u.index_select(1, channels).mT, v.index_select(1, channels).mT
         inverse = self.inverse.index_select(0, places).addmm_(u_now, u, alpha=-1)
@@ -340,12 +314,12 @@ class _Rows:
         return inverse, product.addmm_(v_now, u, alpha=-1)
 
     def next(self, width: int) -> tuple[Tensor, Tensor]:
-        """Room for the changes by the removal of a unit."""
+        """Take room for the changes by the removal of a unit."""
         rows = slice(self.count, self.count + width)
         self.count = rows.stop
         return self.u[rows], self.v[rows]
 
 
 def _tied(prices: Float[Tensor, " U"]) -> Bool[Tensor, " U"]:
-    """Which are as cheap as the cheapest, up to rounding."""
+    """Find those as cheap as the cheapest, up to rounding."""
     return ~(prices > prices.min() * (1 + TIE))  # all of them if one is NaN

@@ -44,24 +44,16 @@ class _Weights(Mapping[str, Tensor]):
 
 @dataclass(frozen=True)
 class LazyCheckpoint:
-    """A model without weights, and the file of each of them.
-
-    Attributes:
-        folder: Where the files are.
-        model: The native model; parameters have no storage, buffers that files lack are there.
-        weights: The parameters (and stored buffers) by their names in the model, read when asked
-            for.
-        unused: Names in the files that the model has no use for.
-    """
+    """A native model without weights, and its files, from which they are read when asked for."""
 
     folder: Path
-    model: PreTrainedModel
-    weights: Mapping[str, Tensor]
-    unused: tuple[str, ...]
+    model: PreTrainedModel  # parameters have no storage, buffers that files lack are there
+    weights: Mapping[str, Tensor]  # parameters and stored buffers by their names in the model
+    unused: tuple[str, ...]  # names in the files that the model has no use for
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Configuration; path, size and time of each weight file."""
+        """The configuration; path, size and time of each weight file."""
         files = sorted(self.folder.resolve().glob("*.safetensors"))
         return {
             "config": self.model.config.to_json_string(),
@@ -71,10 +63,10 @@ class LazyCheckpoint:
 
     @contextmanager
     def loaded(self, has: Callable[[str], bool], device: torch.device) -> Iterator[None]:
-        """Parameters of these names have their values inside, mapped from the files on a CPU.
+        """Inside, parameters of these names have their values, mapped from the files on a CPU.
 
-        On another device are then also buffers of these names, and those of no layer, which every
-        layer may read.
+        On another device, buffers of these names, and those of no layer (every layer may read
+        them), are there too.
         """
         put = partial(set_module_tensor_to_device, clear_cache=False)  # else it waits each time
         parameters = self.model.named_parameters(remove_duplicate=False)
@@ -126,13 +118,7 @@ class LazyCheckpoint:
 def open_checkpoint(
     model: str | Path, dtype: str = "auto", trust_remote_code: bool = False
 ) -> LazyCheckpoint:
-    """Find every weight of a checkpoint without reading any.
-
-    Args:
-        model: A folder, a hub id (its files are downloaded), or ``demo``.
-        dtype: Data type that weights are computed in; ``auto`` as stored.
-        trust_remote_code: Whether code that lies in the checkpoint may run.
-    """
+    """Find every weight of a folder or hub id (downloaded) without reading any."""
     config = load_config(model, trust_remote_code)
     require_full_precision(config, "scored or pruned with low memory")
     folder = folder_of(model)
@@ -187,6 +173,7 @@ def _check(
     origins: Mapping[str, Origin],
     shapes: dict[str, list[int]],
 ) -> None:
+    """Refuse files that lack a parameter or hold it in another shape."""
     for name, parameter in skeleton.named_parameters(remove_duplicate=False):
         if name not in origins:
             raise ConfigError(f"model {str(model)!r}: weights lack {name!r}")

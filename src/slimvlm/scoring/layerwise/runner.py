@@ -38,11 +38,9 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 class LayerCalls:
     """The arguments to run one batch through the decoder layer by layer.
 
-    Attributes:
-        arguments: Other arguments of each layer, by its number; a layer that the batch skips (one
-            of Mllama's that read pictures, in a batch without) has none.
-        added: What the model adds to the hidden states before a layer reads them (deepstack
-            features), by that layer's number.
+    ``arguments`` has those of each layer by its number; a layer that the batch skips (one of
+    Mllama's that read pictures, in a batch without) has none. ``added`` are the features that the
+    model adds to the hidden states before a layer reads them (deepstack), by its number.
     """
 
     arguments: dict[int, Arguments]
@@ -82,10 +80,8 @@ class LayerCalls:
 def noted_calls(model: PreTrainedModel) -> Iterator[Callable[[], tuple[Tensor, LayerCalls]]]:
     """Inside, decoder layers compute nothing: they record their arguments and return zeros.
 
-    The input of a layer after the first is then what the model adds between the two.
-
-    Yields:
-        A function that gives the input of the first layer and the calls of the batch that ran last.
+    The input of a layer after the first is then the tensor that the model adds between the two.
+    Yields a function that takes the first layer's input and the calls of the batch that ran last.
     """
     noted: list[tuple[int, Tensor, Arguments]] = []
 
@@ -112,17 +108,11 @@ class Live:
 
     model: PreTrainedModel
 
-    def before_layers(self, device: torch.device) -> AbstractContextManager[None]:
-        """As `LazyCheckpoint.before_layers`."""
+    def layer(self, *part: int | torch.device) -> AbstractContextManager[None]:
+        """As in `LazyCheckpoint`; all weights are there already."""
         return nullcontext()
 
-    def layer(self, index: int, device: torch.device) -> AbstractContextManager[None]:
-        """As `LazyCheckpoint.layer`."""
-        return nullcontext()
-
-    def after_layers(self, device: torch.device) -> AbstractContextManager[None]:
-        """As `LazyCheckpoint.after_layers`."""
-        return nullcontext()
+    before_layers = after_layers = layer
 
 
 Source = Live | LazyCheckpoint
@@ -131,10 +121,8 @@ Source = Live | LazyCheckpoint
 class LayerView(nn.Module):
     """The part of a model that captures see: some of its layers, with stored batches for inputs.
 
-    Args:
-        whole: The model; its list of decoder layers must hold ``layers`` only.
-        layers: The layers that are there.
-        run: Runs the batch at a place through them.
+    The whole model's list of decoder layers must hold ``layers`` only; ``run`` runs the batch at a
+    place through them.
     """
 
     def __init__(
@@ -165,16 +153,10 @@ class LayerView(nn.Module):
 
 @dataclass(frozen=True)
 class LayerwiseModel:
-    """A model that runs one layer at a time, over one set of batches that are stored between.
-
-    Attributes:
-        source: The model.
-        store: Where activations are between the layers.
-        device: Where layers run.
-    """
+    """A model that runs one layer at a time, over one set of batches that are stored between."""
 
     source: Source
-    store: Store
+    store: Store  # of the activations between the layers
     device: torch.device
 
     @property
@@ -188,7 +170,7 @@ class LayerwiseModel:
         return range(self.store.count("batches"))
 
     def batches(self) -> Iterator[Batch]:
-        """The place, tokens, labels and padding of each batch."""
+        """Read the place, tokens, labels and padding of each batch."""
         for place in self.places:
             stored = self.store.read("batches", place, self.device, but="hidden")
             yield {"place": place, **_below("batch.", stored)}
@@ -197,8 +179,7 @@ class LayerwiseModel:
     def embed(self, batches: Iterable[Batch]) -> str:
         """Run everything before the decoder layers for every batch that is not stored yet.
 
-        Returns:
-            A digest of the batches.
+        Returns a digest of the batches.
         """
         config = self.model.config
         keeps_objects = self.store.keeps_objects and isinstance(self.source, Live)
@@ -211,10 +192,24 @@ class LayerwiseModel:
         _ = self.devices  # before the model has one layer only
         with self.source.before_layers(self.device):
             for place, batch in enumerate(batches):
-                digests.append(digest_of_tensors(batch))
+                code = digest_of_tensors(batch)
+                digests.append(code)
                 stored = self.store.about("batches", place)
-                if stored is None or stored["digest"] != digests[-1]:
-                    self._embed_one(place, batch, digests[-1])
+                if stored is not None and stored["digest"] == code:
+                    continue
+                moved = {k: v.to(self.device) for k, v in batch.items() if isinstance(v, Tensor)}
+                with noted_calls(self.model) as take:
+                    forward_backbone(self.model, moved)
+                    hidden, calls = take()
+                tensors = {f"batch.{name}": moved[name] for name in _KEPT if name in moved}
+                tensors["batch.attention_mask"] = valid_tokens(moved)
+                tree = {
+                    str(index): self.store.packed(given, tensors)
+                    for index, given in calls.arguments.items()
+                }
+                tensors["hidden"] = hidden
+                tensors |= {f"added.{index}": value for index, value in calls.added.items()}
+                self.store.write("batches", place, tensors, {"digest": code, "calls": tree})
         if not digests:
             raise DataError("no calibration batch was given")
         for place in range(len(digests), self.store.count("batches")):
@@ -222,29 +217,14 @@ class LayerwiseModel:
         self.store.finish("batches")
         return digest(digests)
 
-    def _embed_one(self, place: int, batch: Batch, code: str) -> None:
-        on_device = {k: v.to(self.device) for k, v in batch.items() if isinstance(v, Tensor)}
-        with noted_calls(self.model) as take:
-            forward_backbone(self.model, on_device)
-            hidden, calls = take()
-        tensors = {f"batch.{name}": on_device[name] for name in _KEPT if name in on_device}
-        tensors["batch.attention_mask"] = valid_tokens(on_device)
-        tree = {
-            str(index): self.store.packed(given, tensors)
-            for index, given in calls.arguments.items()
-        }
-        tensors["hidden"] = hidden
-        tensors |= {f"added.{index}": value for index, value in calls.added.items()}
-        self.store.write("batches", place, tensors, {"digest": code, "calls": tree})
-
     def input_of(self, index: int, place: int) -> Tensor:
-        """The input of a layer; after the last one, of the final norm."""
+        """Read the input of a layer; after the last one, of the final norm."""
         if index == 0:
             return self.store.read("batches", place, self.devices[0], "hidden")["hidden"]
         return self.calls(place).after(index - 1, self.output_of(index - 1, place))
 
     def output_of(self, index: int, place: int) -> Tensor:
-        """The output of a layer."""
+        """Read the output of a layer."""
         return self.store.read(f"hidden-{index + 1}", place, self.devices[index + 1])["hidden"]
 
     @cached_property
@@ -256,7 +236,7 @@ class LayerwiseModel:
         return [device or self.device for device in own]
 
     def layers_of(self, place: int) -> set[int]:
-        """The layers that the batch at a place runs through."""
+        """List the layers that the batch at a place runs through."""
         return set(map(int, self.store.about("batches", place)["calls"]))
 
     @contextmanager
@@ -288,7 +268,7 @@ class LayerwiseModel:
             yield LayerView(self.model, layers, run)
 
     def calls(self, place: int) -> LayerCalls:
-        """How the batch at a place goes through the layers."""
+        """Read the calls of the layers by the batch at a place."""
         stored = self.store.read("batches", place, self.device, but="hidden")
         tree = self.store.about("batches", place)["calls"]
         added = {int(name): value for name, value in _below("added.", stored).items()}
@@ -308,7 +288,7 @@ class LayerwiseModel:
 
 
 def _below(prefix: str, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names begin with a prefix, without it."""
+    """Select the tensors whose names begin with a prefix, and cut it off."""
     return {n.removeprefix(prefix): value for n, value in stored.items() if n.startswith(prefix)}
 
 

@@ -34,12 +34,10 @@ PINNING = ("cuda", "xpu")
 
 
 class Memory:
-    """A store that ends with its process.
+    """A store that ends with its process, on a device or where each tensor was computed.
 
-    Args:
-        device: Where tensors are kept; by default where they were computed.
-        pinned: Whether what an accelerator computed is kept in pinned host memory, from where it
-            comes back without waiting. torch rounds each block of it up to a power of two.
+    Tensors of an accelerator come back from pinned host memory without waiting. torch rounds each
+    block of it up to a power of two.
     """
 
     def __init__(self, device: torch.device | None = None, pinned: bool = False) -> None:
@@ -112,11 +110,7 @@ class Memory:
 
 
 class Scratch:
-    """A store that lies in a folder of folders of files, one file for each entry.
-
-    Args:
-        folder: The folder; by default a temporary one, which goes with the store.
-    """
+    """A store in a folder of folders of files, one for each entry; by default a temporary one."""
 
     keeps_objects = False
 
@@ -187,13 +181,7 @@ class Scratch:
         return packed(value, tensors)
 
     def keep_if_same(self, file: str, request: dict[str, Any], spared: str | None = None) -> None:
-        """Drop earlier work, but for one set, unless it was begun for the same request.
-
-        Args:
-            file: Where the request is noted.
-            request: The request that the work belongs to.
-            spared: The set that stays all the same.
-        """
+        """Drop earlier work, but for the spared set, unless ``file`` notes the same request."""
         note = self.folder / file
         if is_begun_for(note, request):
             return
@@ -259,28 +247,18 @@ def unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 @dataclass(frozen=True)
 class StatesPlace:
-    """Where hidden states between layers are kept, decided from free memory.
+    """Where hidden states between layers are kept, decided from free memory."""
 
-    Attributes:
-        needed: Bytes of all that is kept at one time.
-        device: Where layers run.
-        kind: ``device``, ``host`` or ``files``.
-        free: Free bytes on the device and on the host.
-    """
-
-    needed: float
-    device: torch.device
+    needed: float  # bytes of all that is kept at one time
+    device: torch.device  # where layers run
     kind: Literal["device", "host", "files"]
-    free: tuple[int, int]
+    free: tuple[int, int]  # bytes on the device and on the host
 
     @classmethod
     def of(cls, needed: float, device: torch.device, taken: int = 0) -> StatesPlace:
         """Choose the device if a quarter of its free memory is enough, else the host if a half is.
 
-        Args:
-            needed: Bytes of all that is kept at one time.
-            device: Where layers run.
-            taken: Bytes on the device that will not be free any more by then.
+        By then, ``taken`` bytes of the device's free memory will be used otherwise.
         """
         host = torch.device("cpu")
         on_device, on_host = free_memory(device) - taken, free_memory(host)
@@ -290,7 +268,7 @@ class StatesPlace:
         return cls(needed, device, "host" if needed <= free[1] / 2 else "files", free)
 
     def __str__(self) -> str:
-        """For people: how much is kept, where, and why there."""
+        """Say how much is kept, where, and why there."""
         size, on_device, on_host = (f"{n / 2**30:.2f} GiB" for n in (self.needed, *self.free))
         why = f"{on_host} free on the host"
         if self.device.type != "cpu":
