@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,11 +39,8 @@ def questions(count: int, sees: bool = True) -> list[Question]:
 
 
 def task(name: str = "colours", count: int = 9, sees: bool = True, **changes: Any) -> Task:
-    def first(limit: int | None) -> Sequence[Question]:
-        return questions(count, sees)[:limit]
-
-    made = Task(name=name, metric="exact_match", chance=25.0, load=first, max_new_tokens=4)
-    return replace(made, **changes)
+    made = Task(name, "exact_match", 25.0, lambda limit: questions(count, sees)[:limit])
+    return replace(made, **{"max_new_tokens": 4, **changes})
 
 
 PASSAGES = ("A field of colours.", "It is red. It is blue, and this one is longer.", "yes")
@@ -71,12 +67,11 @@ def result(llava: tuple[Any, Any], unhurried: None) -> Result:
 def test_batches_change_no_reply(kind: str) -> None:
     model, processor = load(folders.folder(kind))
     asked = [task(sees=kind in SEEING)]
-    one = evaluate(model, processor, asked, batch_size=1).tasks["colours"]
-    eight = evaluate(model, processor, asked, batch_size=8).tasks["colours"]
-    assert one.replies == eight.replies
+    one, eight, again = (
+        evaluate(model, processor, asked, batch_size=size).tasks["colours"] for size in (1, 8, 8)
+    )
+    assert one == eight == again
     assert any(one.replies)
-    assert one == eight
-    assert one == evaluate(model, processor, asked, batch_size=8).tasks["colours"]
 
 
 def test_replies_stay_with_their_questions(llava: tuple[Any, Any], result: Result) -> None:
@@ -89,14 +84,9 @@ def test_replies_stay_with_their_questions(llava: tuple[Any, Any], result: Resul
 
 def test_scores_follow_from_the_replies(llava: tuple[Any, Any], result: Result) -> None:
     """Ask again with some replies declared right."""
-    replies = result.tasks["colours"].replies
-
-    def first(limit: int | None) -> Sequence[Question]:
-        asked = questions(9)
-        right = {i: replace(q, answers=(replies[i],)) for i, q in enumerate(asked) if i < 3}
-        return [right.get(i, q) for i, q in enumerate(asked)]
-
-    found = evaluate(*llava, [task(load=first)]).tasks["colours"]
+    asked, given = questions(9), result.tasks["colours"].replies
+    asked[:3] = [replace(asked[i], answers=(given[i],)) for i in range(3)]
+    found = evaluate(*llava, [task(load=lambda limit: asked)]).tasks["colours"]
     assert found.scores == (1, 1, 1, 0, 0, 0, 0, 0, 0)
     assert found.score == pytest.approx(100 / 3)
 
@@ -163,10 +153,8 @@ def test_floors_are_what_a_blind_result_has(llava: tuple[Any, Any], result: Resu
     blind = evaluate(*llava, asked, blind=True)
     colours = both.tasks["colours"]
     assert colours.blind_scores == blind.tasks["colours"].scores
-    assert (colours.replies, colours.scores) == (
-        result.tasks["colours"].replies,
-        result.tasks["colours"].scores,
-    )
+    alone = result.tasks["colours"]
+    assert (colours.replies, colours.scores) == (alone.replies, alone.scores)
     assert colours.majority == pytest.approx(100 * 3 / 9)  # "yes" answers 0, 4 and 8
     assert colours.blind == blind.tasks["colours"].blind == blind.tasks["colours"].score
     assert [both.tasks[n].blind for n in ("words", "passages")] == [None, None]

@@ -16,49 +16,31 @@ def asking(*answers: str) -> Question:
 
 
 @pytest.mark.parametrize(
-    ("metric", "reply", "answers", "score"),
+    ("metric", "answers", "scores"),
     [
-        ("exact_match", " Red. ", ["red"], 1),
-        ("exact_match", "dark  red", ["Dark red"], 1),
-        ("exact_match", "gray", ["grey", "gray"], 1),
-        ("exact_match", "it is red", ["red"], 0),
-        ("exact_match", "", ["red"], 0),
-        ("letter", "B", ["B"], 1),
-        ("letter", "(b) the cat", ["B"], 1),
-        ("letter", "The answer is C.", ["C"], 1),
-        ("letter", "Bear", ["B"], 0),
-        ("letter", "A or B", ["B"], 0),
-        ("letter", "", ["B"], 0),
-        ("yes_no", "Yes, it is.", ["yes"], 1),
-        ("yes_no", "no", ["no"], 1),
-        ("yes_no", "NO.", ["no"], 1),
-        ("yes_no", "nothing", ["no"], 0),
-        ("yes_no", "I say yes", ["yes"], 0),
-        ("yes_no", "", ["no"], 0),
-        ("set_f1", "cat, dog", ["dog, cat"], 1),
-        ("set_f1", "Cat and dog.", ["cat, dog"], 1),
-        ("set_f1", "cat", ["cat, dog"], 2 / 3),
-        ("set_f1", "cat, cat", ["cat"], 1),
-        ("set_f1", "bird", ["cat, dog"], 0),
-        ("set_f1", "", ["cat"], 0),
-        ("anls", "hello", ["hello"], 1),
-        ("anls", "hallo", ["hello"], 0.8),
-        ("anls", "Hello.", ["hello"], 1),
-        ("anls", "kitten", ["sitting"], 1 - 3 / 7),
-        ("anls", "abcd", ["abxy"], 0.5),
-        ("anls", "abxyz", ["abcde"], 0),
-        ("anls", "cat", ["dog", "cats"], 0.75),
-        ("anls", "", ["hello"], 0),
-        ("f1", "It is red.", ["it is red"], 1),
-        ("f1", "red red", ["red blue"], 0.5),
-        ("f1", "the red one", ["blue", "red one"], 2 * 2 / 5),
-        ("f1", "", ["red"], 0),
-        ("rouge_l", "one two three", ["four", "one three two"], 2 / 3),
+        ("exact_match", ["red"], {" Red. ": 1, "it is red": 0, "": 0}),
+        ("exact_match", ["Dark red"], {"dark  red": 1}),
+        ("exact_match", ["grey", "gray"], {"gray": 1}),
+        ("letter", ["B"], {"B": 1, "(b) the cat": 1, "Bear": 0, "A or B": 0, "": 0}),
+        ("letter", ["C"], {"The answer is C.": 1}),
+        ("yes_no", ["yes"], {"Yes, it is.": 1, "I say yes": 0}),
+        ("yes_no", ["no"], {"no": 1, "NO.": 1, "nothing": 0, "": 0}),
+        ("set_f1", ["dog, cat"], {"cat, dog": 1, "Cat and dog.": 1, "cat": 2 / 3, "bird": 0}),
+        ("set_f1", ["cat"], {"cat, cat": 1, "": 0}),
+        ("anls", ["hello"], {"hello": 1, "hallo": 0.8, "Hello.": 1, "": 0}),
+        ("anls", ["sitting"], {"kitten": 1 - 3 / 7}),
+        ("anls", ["abxy"], {"abcd": 0.5}),
+        ("anls", ["abcde"], {"abxyz": 0}),
+        ("anls", ["dog", "cats"], {"cat": 0.75}),
+        ("f1", ["it is red"], {"It is red.": 1}),
+        ("f1", ["red blue"], {"red red": 0.5, "": 0}),
+        ("f1", ["blue", "red one"], {"the red one": 2 * 2 / 5}),
+        ("rouge_l", ["four", "one three two"], {"one two three": 2 / 3}),
     ],
 )
-def test_metric(metric: str, reply: str, answers: list[str], score: float) -> None:
-    found = metrics.METRICS[metric](reply, asking(*answers))
-    assert found == pytest.approx(score)
+def test_metric(metric: str, answers: list[str], scores: dict[str, float]) -> None:
+    found = {reply: metrics.METRICS[metric](reply, asking(*answers)) for reply in scores}
+    assert found == pytest.approx(scores)
 
 
 @given(st.sampled_from(sorted(metrics.METRICS)), st.text(max_size=12), st.text(max_size=12))

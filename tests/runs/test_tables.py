@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -39,75 +40,65 @@ def shape_of(name: str) -> Anatomy:
     return anatomy(tiny.CONFIGS[name]())
 
 
-def test_layers_of_one_kind_have_one_row() -> None:
-    shape = shape_of("llava-llama")
-    rows = printed(shape)
-    assert all(len(values) == 1 for values in rows.values())
-    layer = shape.layers[0]
-    assert rows["one layer"] == [f"{layer.params:,}"]
-    assert rows["KV groups in a layer"] == [
-        f"{layer.num_kv_heads} ({layer.queries_per_group} query heads each, "
-        f"head_dim {layer.head_dim})"
-    ]
-    assert rows["neurons in a layer"] == [f"{layer.intermediate_size}"]
-    assert rows["legal neurons"] == [f"1 to {layer.intermediate_size}"]
+EXPECTED: dict[str, Callable[[Anatomy], dict[str, list[str]]]] = {
+    "llava-llama": lambda shape: {
+        "one layer": [f"{shape.layers[0].params:,}"],
+        "KV groups in a layer": [
+            f"{shape.layers[0].num_kv_heads} ({shape.layers[0].queries_per_group} query heads "
+            f"each, head_dim {shape.layers[0].head_dim})"
+        ],
+        "neurons in a layer": [f"{shape.layers[0].intermediate_size}"],
+        "legal neurons": [f"1 to {shape.layers[0].intermediate_size}"],
+    },
+    "lfm2_vl": lambda shape: {
+        "one layer": [
+            f"layers 0, 2: {shape.layers[0].params:,}",
+            f"layers 1, 3: {shape.layers[1].params:,}",
+        ],
+        "one KV group": ["layers 0, 2: none", f"layers 1, 3: {shape.layers[1].kv_group_params:,}"],
+        "KV groups in a layer": [
+            "layers 0, 2: none",
+            "layers 1, 3: 4 (2 query heads each, head_dim 8)",
+        ],
+        "one neuron": [f"{shape.layers[0].neuron_params:,}"],
+        "legal KV groups": ["1, 2, 3, 4"],
+    },
+    "qwen3_vl_moe": lambda _: {
+        "neurons in a layer": ["32 in every expert"],
+        "legal neurons": ["8 to 32 in steps of 8"],
+    },
+    "llama4": lambda shape: {
+        "neurons in a layer": [
+            "layers 0, 2: none that can go",
+            "layers 1, 3: 32 in every expert",
+        ],
+        "one expert": ["layers 0, 2: none", f"layers 1, 3: {EXPERT:,}"],
+        "all experts": [f"{8 * EXPERT / shape.backbone_params:.0%} of the backbone (--experts)"],
+        "experts in a layer": ["layers 0, 2: none", "layers 1, 3: 4"],
+        "legal experts": ["1 to 4: each token takes 1"],
+    },
+    "idefics2": lambda shape: {"legal neurons": [str(w) for w in shape.legal_neurons()]},
+}
+EXPERT = 3 * 64 * 32 + 64
+"""Parameters of Llama 4's expert: its matrices and its row of the router."""
 
 
-def test_layers_of_two_kinds_have_two_rows() -> None:
-    shape = shape_of("lfm2_vl")
-    rows = printed(shape)
-    without, with_groups = shape.layers[0], shape.layers[1]
-    assert rows["one layer"] == [
-        f"layers 0, 2: {without.params:,}",
-        f"layers 1, 3: {with_groups.params:,}",
-    ]
-    assert rows["one KV group"] == [
-        "layers 0, 2: none",
-        f"layers 1, 3: {with_groups.kv_group_params:,}",
-    ]
-    assert rows["KV groups in a layer"] == [
-        "layers 0, 2: none",
-        "layers 1, 3: 4 (2 query heads each, head_dim 8)",
-    ]
-    assert rows["one neuron"] == [f"{without.neuron_params:,}"]
-    assert rows["legal KV groups"] == ["1, 2, 3, 4"]
+@pytest.mark.parametrize("name", EXPECTED)
+def test_layers_that_differ_have_rows_of_their_own(name: str) -> None:
+    shape = shape_of(name)
+    rows, expected = printed(shape), EXPECTED[name](shape)
+    assert {key: rows[key] for key in expected} == expected
+    if name == "llava-llama":
+        assert all(len(values) == 1 for values in rows.values())
+        assert not any("expert" in row for row in rows)
 
 
 def test_neurons_of_experts_are_legal_in_steps() -> None:
     shape = shape_of("qwen3_vl_moe")
     assert shape.legal_neurons() == [8, 16, 24, 32]
-    rows = printed(shape)
-    assert rows["neurons in a layer"] == ["32 in every expert"]
-    assert rows["legal neurons"] == ["8 to 32 in steps of 8"]
     odd = shape.with_layers([replace(s, intermediate_size=36) for s in shape.layers])
     assert odd.legal_neurons() == [8, 16, 24, 32, 36]
     assert printed(odd)["legal neurons"] == ["8 to 32 in steps of 8, and 36"]
-
-
-def test_a_dense_layer_between_experts_has_no_neurons_to_give() -> None:
-    rows = printed(shape_of("llama4"))
-    assert rows["neurons in a layer"] == [
-        "layers 0, 2: none that can go",
-        "layers 1, 3: 32 in every expert",
-    ]
-
-
-def test_experts_are_named_with_what_must_stay() -> None:
-    shape = shape_of("llama4")
-    rows = printed(shape)
-    weight = 3 * 64 * 32 + 64  # its matrices and its row of the router
-    assert rows["one expert"] == ["layers 0, 2: none", f"layers 1, 3: {weight:,}"]
-    assert rows["all experts"] == [
-        f"{8 * weight / shape.backbone_params:.0%} of the backbone (--experts)"
-    ]
-    assert rows["experts in a layer"] == ["layers 0, 2: none", "layers 1, 3: 4"]
-    assert rows["legal experts"] == ["1 to 4: each token takes 1"]
-    assert not any("expert" in name for name in printed(shape_of("llama")))
-
-
-def test_a_fixed_width_is_the_only_legal_one() -> None:
-    shape = shape_of("idefics2")
-    assert printed(shape)["legal neurons"] == [str(width) for width in shape.legal_neurons()]
 
 
 @pytest.mark.parametrize("retypable", [False, True])
