@@ -40,8 +40,8 @@ class InUseError(OutputError):
 
 
 LESS_TO_TRAIN = (
-    "a smaller --batch-size with more --gradient-accumulation, --gradient-checkpointing, or "
-    "--train lora"
+    "a smaller --batch-size (with more gradient_accumulation in a file of --config), "
+    "--gradient-checkpointing, or --train lora"
 )
 """What makes a training fit into less memory."""
 _NO_MEMORY = ("out of memory", "alloc_failed", "allocate memory", "not enough memory")
