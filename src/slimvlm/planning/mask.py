@@ -28,22 +28,22 @@ def mask_(model: PreTrainedModel, plan: Plan) -> None:
     infinity. This is the slow and obvious meaning of a plan, against which `prune_` is tested.
     """
     require_match(model, plan)
-    kept_layers = set(plan.layers)
+    parts, kept_layers = Parts(model), set(plan.layers)
     with torch.no_grad():
-        for index, layer in enumerate(Parts(model).layers):
+        for index, layer in enumerate(parts.layers):
             if index not in kept_layers:
                 for parameter in layer.parameters():
                     parameter.zero_()
                 layer.register_forward_hook(_pass_on, with_kwargs=True)
-        for index, matrix in Parts(model).matrices():
+        for index, matrix in parts.matrices():
             if matrix.projection.dim == INPUT_COLUMNS and index in kept_layers:
                 removed = _removed(matrix.width, kept_channels(plan, index, matrix.projection))
                 shape = [1] * matrix.weight.ndim
                 shape[matrix.projection.axis] = matrix.width
                 matrix.weight.masked_fill_(removed.view(shape).to(matrix.weight.device), 0)
         for index in plan.layers:
-            layer = Parts(model).layers[index]
-            for matrix in layer_matrices(layer, plan.before.backbone).experts:
+            layer = parts.layers[index]
+            for matrix in layer_matrices(layer, parts.row).experts:
                 if matrix.weight.ndim == 2 and len(plan.experts[index]) < matrix.width:
                     path, _, _ = matrix.projection.path.rpartition(".")
                     _route_without(layer.get_submodule(path), matrix.weight, plan.experts[index])
@@ -78,9 +78,10 @@ def _route_without(router: Any, weight: Tensor, kept: Kept) -> None:
 
 
 def _mask_tokens(model: PreTrainedModel, tokens: Kept) -> None:
-    embedding, head = Parts(model).token_matrices()
+    parts = Parts(model)
+    embedding, head = parts.token_matrices()
     removed = _removed(len(embedding.weight), tokens)
-    for holder in (embedding, *(holder for stack, holder in Parts(model).stacks() if stack.rows)):
+    for holder in (embedding, *(holder for stack, holder in parts.stacks() if stack.rows)):
         holder.weight[removed.to(holder.weight.device)] = 0
 
     def forbid(module: nn.Module, args: Any, logits: Tensor) -> Tensor:

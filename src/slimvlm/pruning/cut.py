@@ -159,9 +159,8 @@ def _cut_(cut: Cut) -> None:
 
 def _drop_layers(model: nn.Module, plan: Plan) -> None:
     """Keep the planned layers and number them for the cache."""
-    layers = Parts(model).layers
-    kept = [layers[i] for i in plan.layers]
-    parent: Any = model.get_submodule(plan.before.family.backbone)
+    parts = Parts(model)
+    kept, parent = [parts.layers[i] for i in plan.layers], parts.text_model
     parent.layers = nn.ModuleList(kept)
     for name in plan.before.backbone.live_lists:
         setattr(parent, name, [getattr(parent, name)[i] for i in plan.layers])
@@ -180,14 +179,14 @@ def _apply_config(model: PreTrainedModel, text_config: PreTrainedConfig, plan: P
             module.config = text_config  # type: ignore[assignment]
     model.config = whole
     renumber_modules_(model, plan)
-    text_model: Any = model.get_submodule(plan.before.family.backbone)
+    text_model = Parts(model).text_model
     for name in plan.before.backbone.layer_indices:
         if hasattr(text_model, name):
             setattr(text_model, name, getattr(text_config, name))
     if "first_kv_shared_layer_idx" in vars(text_model):
         shared: int = getattr(text_config, plan.before.backbone.shared_tail or "")
         text_model.first_kv_shared_layer_idx = plan.after.num_layers - shared
-    for layer, shape in zip(Parts(model).layers, plan.after.layers, strict=True):
+    for layer, shape in zip(text_model.layers, plan.after.layers, strict=True):
         if shape.num_kv_heads:
             attention = layer.get_submodule("self_attn")
             set_counts_(attention, text_config, shape.num_heads, shape.num_kv_heads)

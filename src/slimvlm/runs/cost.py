@@ -23,7 +23,7 @@ from slimvlm.models.classes import empty_model
 from slimvlm.models.cost import BYTES, free_memory, weight_bytes
 from slimvlm.models.load import computes_bfloat16, default_device, load_config
 from slimvlm.models.losses import rows_at_once
-from slimvlm.models.parts import family_of, text_config_of
+from slimvlm.models.parts import Parts, text_config_of
 from slimvlm.pruning.walk.distil import PASSES
 from slimvlm.pruning.walk.engine import aims_at_original
 from slimvlm.pruning.walk.kept_inputs import most_kept
@@ -355,10 +355,9 @@ def kept_bytes(config: PreTrainedConfig, dtype: str) -> float:
     hidden = text_config_of(config).hidden_size
     inputs = torch.empty(1, count, hidden, dtype=kind, device="meta", requires_grad=True)
     mask = torch.empty(1, 1, count, count, dtype=torch.bool, device="meta")
-    layers = model.get_submodule(family_of(config.model_type).backbone)
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            layers(inputs_embeds=inputs, attention_mask=mask, use_cache=False)
+            Parts(model).text_model(inputs_embeds=inputs, attention_mask=mask, use_cache=False)
     except (RuntimeError, NotImplementedError):  # 12 values a channel, 4 a neuron: as Llama, Qwen2
         widths = [layer.intermediate_size for layer in read_anatomy(model).layers]
         return float(sum(12 * hidden + 4 * width for width in widths) * BYTES[dtype])
