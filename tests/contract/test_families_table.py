@@ -1,4 +1,4 @@
-"""The table in docs/families.md says what the battery checks; ``--update-golden`` rewrites it."""
+"""Check the table of the battery in docs/families.md; ``--update-golden`` rewrites it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def table() -> str:
 
 
 def row(name: str, shape: Anatomy) -> list[str]:
-    """What can go from the tiny model."""
+    """Describe the units of the tiny model that can be removed."""
     sees = shape.family.vision is not None and shape.model_type not in tiny.TEXT_ONLY
     pinned = ", ".join(map(str, shape.pinned_layers))
     return [

@@ -183,7 +183,7 @@ class OpenVino:
 
 
 class OnnxRuntime:
-    """ONNX Runtime GenAI, whose model builder converts the checkpoint first."""
+    """ONNX Runtime GenAI; its model builder converts the checkpoint first."""
 
     def __init__(self, asked: dict[str, Any]) -> None:
         import onnxruntime_genai
@@ -242,7 +242,7 @@ def answer(module: str, folders: list[str]) -> None:
             engine = ENGINES[module](asked)
             written["replies"] = engine.answer(asked["prompts"], asked["max_new_tokens"])
             del engine
-        except Exception as error:  # whatever it does not like
+        except Exception as error:  # engines raise almost anything
             written["error"] = message(error)
         written["version"] = version_of(module)
         (folder / "replies.json").write_text(json.dumps(written))

@@ -62,7 +62,7 @@ def idefics3(kind: str) -> tuple[Any, Any]:
 
 
 def gemma3() -> tuple[Any, Any]:
-    """A Gemma 3, whose processor wants its tokens by name."""
+    """A Gemma 3; its processor takes its tokens by name."""
     named = {
         "boi_token": "<start_of_image>",
         "eoi_token": "<end_of_image>",
@@ -109,7 +109,7 @@ def config_and_words(kind: str) -> tuple[Any, Any]:
 
 
 def build(kind: str) -> tuple[PreTrainedModel, Any]:
-    """A model of a kind whose random weights say different things to different prompts."""
+    """A model of a kind with random weights that answer prompts differently."""
     config, words = config_and_words(kind)
     text = text_config_of(config)
     for name, value in SHAPE.items():

@@ -1,4 +1,4 @@
-"""What engines say of pruned checkpoints, asked in engines that really run."""
+"""Run pruned checkpoints in serving engines and compare their replies with transformers'."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _LONGEST = 120
 _BEGIN, _END = "<!-- written by make test-engines -->\n", "<!-- end -->\n"
 
 Table = dict[tuple[str, str], dict[str, str]]
-"""What was said on each axis, by engine with its version, and model."""
+"""Results by axis, for each engine with its version, and model."""
 
 
 def read_table(page: Path = PAGE) -> Table:
@@ -197,7 +197,7 @@ def test_vllm_refuses_qwen2_with_fewer_heads(vllm: str, tmp_path: Path) -> None:
 
 
 def asked_of(engine: str, kinds: Sequence[str], out: Path, **how: Any) -> list[Compared]:
-    """What an engine says of every kind, pruned and not; also written into the table."""
+    """Compare replies for every kind, pruned and not, and write them into the table."""
     folders = [folder for kind in kinds for folder in pruned(kind, out)]
     found = compare(folders, engine, max_new_tokens=TOKENS, **how)
     for number, kind in enumerate(kinds):
@@ -206,7 +206,7 @@ def asked_of(engine: str, kinds: Sequence[str], out: Path, **how: Any) -> list[C
 
 
 def demo_asked_of(engine: str, axes: Sequence[str], out: Path, **how: Any) -> list[Compared]:
-    """What an engine says of the pruned demo model; also written into the table."""
+    """Compare replies of the pruned demo model, and write them into the table."""
     folders = [pruned_demo(axis, out) for axis in axes]
     asked = demo_questions() if ENGINES[engine].reads == "checkpoint" else None
     found = compare(folders, engine, asked, TOKENS, **how)
@@ -385,7 +385,7 @@ for line in sys.stdin:
 
 
 def pretend(path: Path, program: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put an interpreter beside a ``vllm`` on PATH."""
+    """Put an interpreter and a ``vllm`` in one folder on PATH."""
     path.mkdir()
     for name, text in (("vllm", "#!/bin/sh\n"), ("python", program)):
         (path / name).write_text(text)

@@ -20,7 +20,7 @@ FAMILIES = ("llama", "qwen2", "phi", "phi3", "gemma2", "llava-qwen3", "qwen2_5_v
 
 
 def counted(model: PreTrainedModel, batch_size: int) -> tuple[int, int]:
-    """What torch counts for reading prompts and for one further token."""
+    """Count prefill and one decode step with torch."""
     model.set_attn_implementation("eager")  # torch has no formula for the fused one of CPUs
     ids = torch.randint(32, 64, (batch_size, TOKENS))
     call: Any = model

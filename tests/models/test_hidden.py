@@ -1,4 +1,4 @@
-"""Calibration of a model whose weights accelerate has spread over devices and disk."""
+"""Calibration of a model that accelerate has spread over devices and disk."""
 
 from __future__ import annotations
 

@@ -43,5 +43,5 @@ def quantize(source: str, out: str, outtype: str) -> None:
 
 
 if __name__ == "__main__":
-    verb, *words = sys.argv[1:]
-    (convert if verb == "convert" else quantize)(*words)
+    verb, *arguments = sys.argv[1:]
+    (convert if verb == "convert" else quantize)(*arguments)

@@ -22,7 +22,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 from slimvlm.core.errors import ConfigError, ReloadError
 from slimvlm.core.files import mark_checkpoint, new_folder, require_free
 from slimvlm.evaluation.timing import stored_bytes
-from slimvlm.models.classes import auto_class, empty_model, is_quantized, is_uneven, uneven_class
+from slimvlm.models.classes import class_of, empty_model, is_quantized
 from slimvlm.models.cost import free_memory
 from slimvlm.models.files import unreadable
 from slimvlm.models.load import (
@@ -122,7 +122,7 @@ def quantize(
             f"device {str(target)!r}: {needed / 2**30:.2f} GiB of weights do not fit into "
             f"{free / 2**30:.2f} GiB that are free. Give cpu, or a device with more"
         )
-    source: Any = uneven_class(config) if is_uneven(config) else auto_class(config)
+    source = class_of(config)
     with unreadable(name, "weights"):
         small: PreTrainedModel = source.from_pretrained(
             name,

@@ -235,7 +235,7 @@ RULES: tuple[Rule, ...] = (
     Rule("converter", ("openvino",), "fail",
          lambda c: bool(OPENVINO_REFUSES & {c.shape.model_type, c.shape.text_type}),
          lambda c: f"model {c.shape.model_type!r}",
-         "optimum-intel 2.2.0 converts it beside older versions of transformers only, or never",
+         "optimum-intel 2.2.0 converts it with older versions of transformers only, or never",
          seen=RAN["openvino"].version),
     Rule("converter", ("onnx",), "fail",
          lambda c: c.shape.text_type == "phi3",

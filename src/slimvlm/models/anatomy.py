@@ -1,12 +1,12 @@
 """Read a model's layers, head geometry, widths and parameter counts.
 
-An `Anatomy` is read off a model's modules, never off its documentation, so that it is right for
-pruned models too. A model on the meta device is enough: no weights are needed.
+An `Anatomy` is read off a model's modules, so that it is right for pruned models, too; a model on
+the meta device will do.
 
-Here alone head geometry becomes indices. A projection's channels along its divided dimension are a
-row of segments (`slimvlm.models.families.Projection`). Within a segment, unit ``u`` owns the
-channels ``u * width ... (u + 1) * width - 1``: for queries of a grouped-attention model these are
-the ``queries_per_group`` heads that read KV head ``u``.
+Only this module turns head geometry into indices. Along its divided dimension a projection is a row
+of segments (`slimvlm.models.families.Projection`). In a segment, unit ``u`` owns the channels
+``u * width ... (u + 1) * width - 1``: for queries of a grouped-attention model these are the
+``queries_per_group`` heads that read KV head ``u``.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class LayerShape:
         expert_neuron_params: Parameters of one neuron in one expert, a part of ``neuron_params``; 0
             if its neurons are not those of experts.
         expert_fixed_params: Parameters of one expert that no neuron owns (its row of the router;
-            the whole expert where neurons are those of a dense MLP beside it).
+            the whole expert where neurons are those of a dense MLP).
         token_params: Parameters of one token in embeddings that layers have for themselves; those
             of all tokens are among ``fixed_params``.
     """

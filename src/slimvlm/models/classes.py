@@ -92,6 +92,11 @@ def uneven_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return made
 
 
+def class_of(config: PreTrainedConfig) -> Any:
+    """Return the class whose ``from_pretrained`` reads the model of a configuration."""
+    return uneven_class(config) if is_uneven(config) else auto_class(config)
+
+
 def auto_map_of(config: PreTrainedConfig) -> dict[str, str]:
     """Make the ``auto_map`` that lets plain transformers code find the uneven classes."""
     file = modeling_pruned.__name__.rpartition(".")[2]
@@ -109,8 +114,7 @@ def empty_model(
     """
     given = {} if dtype is None else {"dtype": dtype}
     with init_empty_weights() if with_buffers else torch.device("meta"):
-        uneven: Any = uneven_class(config) if is_uneven(config) else None
-        build = auto_class(config).from_config if uneven is None else uneven._from_config
+        build = getattr(class_of(config), "_from_config" if is_uneven(config) else "from_config")
         model: PreTrainedModel = build(copy.deepcopy(config), **given)
     return model
 

@@ -92,7 +92,7 @@ def _forward_flops(anatomy: Anatomy, tokens: int, context: int) -> int:
 
 
 def slow_widths(anatomy: Anatomy) -> list[str]:
-    """List widths that hardware is slow with, one line for people each."""
+    """Describe the widths that hardware is slow with; empty if there are none."""
     widths = sorted({layer.intermediate_size for layer in anatomy.layers})
     advice = f"no multiple of {TILE_MULTIPLE}, the tile of matrix kernels: plan with "
     advice += f"--round-to {WIDTH_MULTIPLE}"
@@ -127,7 +127,7 @@ def free_memory(device: torch.device) -> int:
         card = torch.get_device_module(device)
         held: int = card.memory_allocated(device)
         try:
-            spare: int = card.memory_reserved(device) - held  # what torch keeps is free, too
+            spare: int = card.memory_reserved(device) - held  # torch caches it and can reuse it
             return int(card.mem_get_info(device)[0]) + spare
         except RuntimeError:  # some Intel GPUs do not say
             return int(card.get_device_properties(device).total_memory) - held
@@ -146,7 +146,7 @@ def release_memory() -> None:
 
 
 def peak_memory() -> str:
-    """Format the peak memory of this process and of its accelerator, for people."""
+    """Format the peak memory of this process and of its accelerator."""
     resource = import_module("resource")  # not on every system
     unit = 1 if sys.platform == "darwin" else 1024
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

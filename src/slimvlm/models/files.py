@@ -86,8 +86,8 @@ def unreadable(model: str | Path, what: str) -> Iterator[None]:
     except Exception as error:  # broken files make libraries raise almost anything
         if is_out_of_memory(error):
             raise
-        told = one_line(error)[:LONGEST]
-        raise ConfigError(f"model {str(model)!r}: {what} cannot be read ({told})") from error
+        cause = one_line(error)[:LONGEST]
+        raise ConfigError(f"model {str(model)!r}: {what} cannot be read ({cause})") from error
 
 
 def check_folder(model: str | Path) -> None:
@@ -209,7 +209,7 @@ def origins_in_files(model: Any, keys: Iterable[str]) -> dict[str, Origin]:
     """Find every parameter in a checkpoint's files, by its name in the model.
 
     Relies on: `get_model_conversion_mapping` lists what ``from_pretrained`` renames and computes
-    (it stacks experts that lie in files one by one), and ``save_pretrained`` undoes what stands in
+    (it stacks experts that lie in files one by one), and ``save_pretrained`` undoes those in
     ``_weight_conversions``, which is set here. Tried with transformers 5.24.
     """
     conversions = get_model_conversion_mapping(model)

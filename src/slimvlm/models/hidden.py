@@ -111,7 +111,7 @@ def hidden_states(
     Args:
         model: The model.
         inputs: A batch without labels.
-        layers: Decoder layers whose outputs are wanted, too, in ascending order.
+        layers: Decoder layers that return their outputs, in ascending order.
         runner: What runs the model, if it is wrapped for distributed training.
     """
     caught: dict[int, Tensor] = {}
@@ -151,11 +151,11 @@ def head_of(model: PreTrainedModel) -> Head:
     if is_sharded(model):
         # the pass before left its weights gathered; its hooks would start another forward pass
         head = lambda hidden: F.linear(hidden, module.weight, module.bias)  # noqa: E731
-    scale, cap = _bends(model)
+    scale, cap = _scale_and_cap(model)
     if scale == 1 and cap is None and len(set(getattr(model, "hf_device_map", {}).values())) < 2:
         return head
-    # a head that is the embedding, too, may lie on another device than the final norm
-    return lambda hidden: _bent(head(hidden).to(hidden.device), scale, cap)
+    # a tied head may lie on another device than the final norm
+    return lambda hidden: _capped(head(hidden).to(hidden.device), scale, cap)
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class HeadWeights:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Compute logits."""
-        return _bent(F.linear(hidden, self.weight, self.bias), self.scale, self.cap)
+        return _capped(F.linear(hidden, self.weight, self.bias), self.scale, self.cap)
 
 
 def head_on(device: torch.device, head: Head) -> Head:
@@ -185,11 +185,11 @@ def head_weights_of(model: PreTrainedModel) -> HeadWeights:
     module = Parts(model).head
     bias: Tensor | None = module.bias
     return HeadWeights(
-        module.weight.detach(), None if bias is None else bias.detach(), *_bends(model)
+        module.weight.detach(), None if bias is None else bias.detach(), *_scale_and_cap(model)
     )
 
 
-def _bends(model: PreTrainedModel) -> tuple[float, float | None]:
+def _scale_and_cap(model: PreTrainedModel) -> tuple[float, float | None]:
     """Return the factor of logits, and the soft cap on them."""
     parts = Parts(model)
     if not parts.family.caps_logits:
@@ -198,7 +198,7 @@ def _bends(model: PreTrainedModel) -> tuple[float, float | None]:
     return getattr(parts.text_config, "logit_scale", 1.0), cap
 
 
-def _bent(logits: Tensor, scale: float, cap: float | None) -> Tensor:
+def _capped(logits: Tensor, scale: float, cap: float | None) -> Tensor:
     if scale != 1:
         logits = logits * scale
     return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -20,20 +20,18 @@ from slimvlm.core.requests import digest
 from slimvlm.data.chat import tokenizer_of
 from slimvlm.models.anatomy import Anatomy, read_anatomy
 from slimvlm.models.classes import (
-    auto_class,
     check_widths,
+    class_of,
     empty_model,
     is_quantized,
-    is_uneven,
     set_class_,
-    uneven_class,
 )
 from slimvlm.models.files import check_folder, require_stored, unreadable
 from slimvlm.models.hidden import shard_config
 from slimvlm.models.parts import backbone_of, family_of
 
 _SAMPLED = 64
-_WORDS = {
+_PROCESSOR_FILES = {
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt"),
     *("preprocessor_config.json", "processor_config.json"),
 }
@@ -109,9 +107,9 @@ def load(
     place = device_named(device)
     config = load_config(model, trust_remote_code)
     name = resolve(model)
-    source: Any = uneven_class(config) if is_uneven(config) else auto_class(config)
+    source = class_of(config)
     divided: dict[str, Any] = {"distributed_config": shard_config(config)} if shard else {}
-    if is_quantized(config):  # some quantisers take the current card if they are told of none
+    if is_quantized(config):  # some quantisers take the current card by default
         divided["device_map"] = {"": str(place)}
     require_buildable(name, config)
     with unreadable(model, "weights"):
@@ -136,7 +134,7 @@ def load(
 
 
 def require_buildable(name: str, config: PreTrainedConfig) -> None:
-    """Refuse, before it is built, a model whose weights are pickled, malformed or far too few."""
+    """Refuse a model with pickled, malformed or far too few weights, before it is built."""
     with unreadable(name, "config"):
         described = sum(p.numel() for p in empty_model(config).parameters())
     require_stored(name, described)
@@ -195,13 +193,13 @@ def load_processor(name: str, config: PreTrainedConfig, trust_remote_code: bool 
     """Read the processor of a model that sees, else its tokenizer; None if absent."""
     sees = family_of(config.model_type).vision is not None
     auto = transformers.AutoProcessor if sees else transformers.AutoTokenizer
-    here = {path.name for path in Path(name).iterdir()} if Path(name).is_dir() else _WORDS
-    if not name or not here & _WORDS:
+    here = {path.name for path in Path(name).iterdir()} if Path(name).is_dir() else _PROCESSOR_FILES
+    if not name or not here & _PROCESSOR_FILES:
         return None
     with unreadable(name, "processor" if sees else "tokenizer"):
-        words = auto.from_pretrained(name, trust_remote_code=trust_remote_code)
-        tokenizer_of(words)("a")  # some settings fail at the first word
-    return words
+        processor = auto.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer_of(processor)("a")  # some settings fail at the first word
+    return processor
 
 
 def anatomy(model: PreTrainedModel | PreTrainedConfig | str | Path) -> Anatomy:
@@ -233,8 +231,8 @@ def computes_bfloat16(device: torch.device) -> bool:
             return False
         knows_emulation = "including_emulation" in inspect.signature(supported).parameters
         return bool(supported(including_emulation=False) if knows_emulation else supported())
-    told: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.8 on
-    return bool(told.get("amx_bf16") or told.get("avx512_bf16"))
+    found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.8 on
+    return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
 
 
 def digest_of_weights(model: nn.Module) -> str:
