@@ -24,10 +24,13 @@ from tests.tolerances import Tolerance, assert_close
 ROOT = Path(__file__).parents[2]
 AFTER_ADAM = Tolerance(torch.float32, 1e-4, 1e-3)
 """Weights after AdamW, whose first steps turn rounding of tiny gradients into real moves."""
-OPTIONS = (
-    *("--loss", "sft+hidden+kl", "--lora-rank", "4", "--learning-rate", "5e-3", "--bf16", "False"),
-    *("--trainer", '{"logging_steps": 1}', "--lora", '{"lora_alpha": 8, "lora_dropout": 0}'),
-)
+OPTIONS = ("--loss", "sft+hidden+kl", "--lora-rank", "4", "--learning-rate", "5e-3")
+SETTINGS = """
+model: original
+ratio: 0.3
+recover: {bf16: false, trainer: {logging_steps: 1}, lora: {lora_alpha: 8, lora_dropout: 0}}
+"""
+"""A file of ``--config``, for what has no flag."""
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +42,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pairs = zip(json.loads(seeing.read_text()), json.loads(blind.read_text()), strict=True)
     mixed = [(row, other | {"id": f"blind {other['id']}"}) for row, other in pairs]
     (home / "data" / "mixed.json").write_text(json.dumps([row for pair in mixed for row in pair]))
+    (home / "settings.yaml").write_text(SETTINGS)
     pruned = str(home / "pruned")
     asked = ["--ratio", "0.3", "--criterion", "magnitude", "--out", pruned]
     cli.main(["prune", str(folders.folder("llava")), *asked])
@@ -48,6 +52,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(home: Path, out: str, *options: str, file: str = "data.json") -> list[str]:
     data = str(home / "data" / file)
     given = ["--teacher", str(folders.folder("llava")), "--data", data, "--out", str(home / out)]
+    given += ["--config", str(home / "settings.yaml")]
     return ["recover", str(home / "pruned"), *given, *OPTIONS, *options]
 
 
