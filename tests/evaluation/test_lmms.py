@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,13 @@ from slimvlm.core.errors import ConfigError
 from slimvlm.data.samples import Question
 from slimvlm.evaluation import lmms
 from slimvlm.evaluation.ask import answer, choose, evaluate
-from slimvlm.evaluation.lmms import LMMS_TASKS, evaluate_all, evaluate_with_lmms, split_names
+from slimvlm.evaluation.lmms import (
+    LMMS_TASKS,
+    check_names,
+    evaluate_all,
+    evaluate_with_lmms,
+    split_names,
+)
 from slimvlm.evaluation.metrics import MME_FULL_SCORES
 from slimvlm.evaluation.results import Result, TaskResult
 from slimvlm.evaluation.tasks import read_task
@@ -97,11 +103,8 @@ def ours(place: Path, **fields: Any) -> Any:
     """The same parquet file as a task of ours."""
     path = place / "ours.yml"
     common = {
-        "name": "ours",
-        "data": "data.parquet",
+        **{"name": "ours", "data": "data.parquet", "answer": "answer", "max_new_tokens": 6},
         "prompt": "{question}\nAnswer with one word.",
-        "answer": "answer",
-        "max_new_tokens": 6,
     }
     path.write_text(yaml.safe_dump(common | fields))
     return read_task(path)
@@ -153,12 +156,6 @@ def test_nothing_else_changes(loaded: tuple[Any, Any], place: Path) -> None:
     assert torch.equal(random_state, torch.get_rng_state())
     assert model.training
     model.eval()
-
-
-def scripted(monkeypatch: pytest.MonkeyPatch, replies: Sequence[str]) -> None:
-    """Let the model give these replies, one after the other."""
-    given: Iterator[str] = iter(replies)
-    monkeypatch.setattr(lmms, "answer", lambda _m, _p, asked, _n: [next(given) for _ in asked])
 
 
 MME_ROWS = [
@@ -224,12 +221,13 @@ CASES: dict[str, tuple[list[str], list[float], float]] = {
 
 
 @pytest.fixture
-def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Returns a function that puts data on disk under a task that lmms-eval ships."""
+def shipped(loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run a benchmark that lmms-eval ships on data on disk; the model gives these replies."""
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     monkeypatch.setattr(lmms, "batches_by_length", lambda p, _n, _task: iter([list(range(len(p)))]))
 
-    def put(task: str) -> Path:
+    def run(name: str, replies: Sequence[str], limit: int | None = None) -> Any:
+        task = next(row.task for key, row in LMMS_TASKS.items() if name in (key, row.task))
         column = IMAGE_COLUMNS.get(task, "image")
         rows = [{**row, column: picture(i)} for i, row in enumerate(SHIPPED_ROWS[task])]
         stored = tmp_path / f"{task}.parquet"
@@ -238,17 +236,16 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         written = yaml.load(file.read_text(), _Plain)
         assert written["task"] == task
         fields = {
-            "include": str(file),
-            "task": task,
-            "dataset_path": "parquet",
-            "dataset_name": None,
+            **{"include": str(file), "task": task, "process_docs": None},
+            **{"dataset_path": "parquet", "dataset_name": None},
             "dataset_kwargs": {"data_files": {written["test_split"]: str(stored)}},
-            "process_docs": None,
         }
         (tmp_path / f"{task}.yaml").write_text(yaml.safe_dump(fields))
-        return tmp_path
+        given = iter(replies)
+        monkeypatch.setattr(lmms, "answer", lambda _m, _p, asked, _n: [next(given) for _ in asked])
+        return evaluate_all(*loaded, name, limit, name="tiny", task_folder=tmp_path)
 
-    return put
+    return run
 
 
 class _Plain(yaml.SafeLoader):
@@ -259,15 +256,11 @@ _Plain.add_constructor("!function", lambda loader, node: str(node.value))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_benchmarks_score_as_shipped(
-    name: str, loaded: tuple[Any, Any], shipped: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_benchmarks_score_as_shipped(name: str, shipped: Any) -> None:
     if name == "mathvista":
         pytest.importorskip("Levenshtein")
     replies, scores, score = CASES[name]
-    folder = shipped(LMMS_TASKS[name].task)
-    scripted(monkeypatch, replies)
-    found = evaluate_with_lmms(*loaded, [name], task_folder=folder)
+    found = shipped(name, replies).tasks
     assert list(found) == [name]
     assert found[name].replies == tuple(replies)
     assert found[name].scores == pytest.approx(scores)
@@ -276,12 +269,9 @@ def test_benchmarks_score_as_shipped(
     assert found[name].details == ({"f1": pytest.approx(50)} if name == "pope" else {})
 
 
-def test_mme_comes_in_halves_on_their_own_scales(
-    loaded: tuple[Any, Any], shipped: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    says = ["Yes", "No", "Yes", "Yes", "No", "No", "Yes", "No", "Yes", "no"]
-    scripted(monkeypatch, says)
-    found = evaluate_with_lmms(*loaded, ["mme"], task_folder=shipped("mme"))
+def test_mme_comes_in_halves_on_their_own_scales(shipped: Any) -> None:
+    replies = ["Yes", "No", "Yes", "Yes", "No", "No", "Yes", "No", "Yes", "no"]
+    found = shipped("mme", replies).tasks
     assert set(found) == set(MME_FULL_SCORES)
     # existence: 3 of 4 right, 1 of 2 pairs; count: all; code: 3 of 4 right, 1 of 2 pairs
     assert found["mme_perception"].score == pytest.approx(75 + 50 + 200)
@@ -289,18 +279,23 @@ def test_mme_comes_in_halves_on_their_own_scales(
     for half in found.values():
         assert 100 * sum(half.scores) / len(half.scores) == pytest.approx(half.score)
     assert found["mme_perception"].ids == ("0", "1", "2", "3", "8", "9")
-    assert found["mme_cognition"].replies == tuple(says[4:8])
+    assert found["mme_cognition"].replies == tuple(replies[4:8])
 
 
-def test_half_of_mme_that_is_not_there(
-    loaded: tuple[Any, Any], shipped: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scripted(monkeypatch, ["Yes", "No"] * 2)
-    found = evaluate_with_lmms(*loaded, ["mme"], limit=4, task_folder=shipped("mme"))
-    assert list(found) == ["mme_perception"]
-    scripted(monkeypatch, ["Yes", "No"] * 2)
+def test_half_of_mme_that_is_not_there(shipped: Any) -> None:
+    assert list(shipped("mme", ["Yes", "No"] * 2, limit=4).tasks) == ["mme_perception"]
     with pytest.raises(ConfigError, match="gave no mme_cognition_score"):
-        evaluate_with_lmms(*loaded, ["mme_cognition"], limit=4, task_folder=shipped("mme"))
+        shipped("mme_cognition", ["Yes", "No"] * 2, limit=4)
+
+
+def test_a_whole_result_can_be_saved(shipped: Any, tmp_path: Path) -> None:
+    result = shipped("pope", CASES["pope"][0])
+    assert result.model == "tiny"
+    result.save(tmp_path / "result.json")
+    again = Result.load(tmp_path / "result.json")
+    assert again == result
+    assert again.retention(result).percent == pytest.approx(100)
+    assert again.prefill_ms > 0
 
 
 def test_missing_data_is_one_clear_line(
@@ -325,45 +320,21 @@ def test_missing_data_is_one_clear_line(
         ("colours", 0, "", "limit 0"),
         ("colours", None, "none", "not a folder"),
         ("mathvista", None, "", "OPENAI_API_KEY"),
+        ("pope", None, "", r"pip install 'slimvlm\[eval\]'"),
     ],
 )
 def test_requests_that_are_refused(
-    name: str,
-    limit: int | None,
-    folder: str,
-    message: str,
-    loaded: tuple[Any, Any],
-    place: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, limit: Any, folder: str, message: str, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.delenv("API_TYPE", raising=False)
+    for variable in ("OPENAI_API_KEY", "API_TYPE"):
+        monkeypatch.delenv(variable, raising=False)
+    if name == "pope":
+        monkeypatch.setattr(lmms, "find_spec", lambda _name: None)
     with pytest.raises(ConfigError, match=message):
-        evaluate_with_lmms(*loaded, [name], limit, task_folder=place / folder)
-
-
-def test_without_lmms_eval_its_extra_is_named(
-    loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lmms, "find_spec", lambda _name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'slimvlm\[eval\]'"):
-        evaluate_with_lmms(*loaded, ["pope"])
+        check_names([name], limit, place / folder)
 
 
 def test_names_are_split() -> None:
     own, theirs = split_names("colour, mme,task.yaml,docvqa_val")
     assert own == "colour,task.yaml"
     assert theirs == ["mme", "docvqa_val"]
-
-
-def test_a_whole_result_can_be_saved(
-    loaded: tuple[Any, Any], shipped: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scripted(monkeypatch, CASES["pope"][0])
-    result = evaluate_all(*loaded, "pope", name="tiny", task_folder=shipped("pope"))
-    assert result.model == "tiny"
-    result.save(tmp_path / "result.json")
-    again = Result.load(tmp_path / "result.json")
-    assert again == result
-    assert again.retention(result).percent == pytest.approx(100)
-    assert again.prefill_ms > 0
