@@ -23,8 +23,8 @@ PAGES = {
 
 SECTIONS = {
     "Start": ("index", "quickstart", "how-pruning-works", "demo-model", "faq"),
-    "Use": ("families", "convert", "tokens", "recovery", "report", "studies", "serving"),
-    "Large models": ("low-memory", "scale-out"),
+    "Use": ("families", "convert", "tokens", "experts", "recovery", "report", "studies", "serving"),
+    "Large models": ("low-memory", "gpu", "scale-out"),
     "Reference": ("cli", "python", "security"),
     "Measured": ("results", "log", "changelog"),
     "Take part": (
