@@ -27,7 +27,7 @@ def scored(
 
 
 def inputs_of(model: Any, path: str, batch: dict[str, Tensor]) -> list[Tensor]:
-    """What enters the module at a path of each layer that has it, token by token."""
+    """Record the inputs of the module at a path of each layer that has it, token by token."""
     found: list[Tensor] = []
     hooks = [
         layer.get_submodule(path).register_forward_pre_hook(
@@ -111,7 +111,7 @@ def test_permuted_experts_have_permuted_scores(name: str, criterion: str) -> Non
     assert (before[3] - after[3]).abs().max() > 1e-4 * before[3].abs().max()
 
 
-def test_an_expert_that_no_token_takes_tokens_first() -> None:
+def test_an_expert_that_no_token_takes_scores_zero() -> None:
     model = tiny.build("llama4")
     with torch.no_grad():
         router = Parts(model).layers[1].get_parameter("feed_forward.router.weight")
@@ -140,7 +140,7 @@ def test_a_model_without_experts_is_named() -> None:
 
 
 def sent_on(mlp: Any, hidden: Tensor, expert: int) -> Tensor:
-    """For Qwen: what the neurons of an expert send on for each token; zeros if it is not taken."""
+    """For Qwen: the weighted neurons of an expert for each token; zeros if it is not taken."""
     weights, taken = (hidden @ mlp.gate.weight.T).softmax(1).topk(2)
     weights = weights / weights.sum(1, keepdim=True)
     share = (weights * (taken == expert)).sum(1, keepdim=True)
@@ -148,7 +148,7 @@ def sent_on(mlp: Any, hidden: Tensor, expert: int) -> Tensor:
     return F.silu(gate) * up * share
 
 
-def test_neurons_of_experts_are_scored_by_what_reads_them() -> None:
+def test_scores_of_expert_neurons_are_their_formulas() -> None:
     model = tiny.build("qwen3_vl_moe")
     batch = tiny.batch(model, 24)
     activation, wanda, flap = (
@@ -170,7 +170,7 @@ def test_neurons_of_experts_are_scored_by_what_reads_them() -> None:
 
 @pytest.mark.parametrize("criterion", ["activation", "wanda", "flap", "magnitude"])
 @pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_5_moe", "llama4"])
-def test_a_neuron_that_no_expert_sends_on_scores_zero(name: str, criterion: str) -> None:
+def test_a_neuron_without_weights_in_any_expert_scores_zero(name: str, criterion: str) -> None:
     model = tiny.build(name)
     with torch.no_grad():
         for _, matrix in Parts(model).matrices():
@@ -183,7 +183,7 @@ def test_a_neuron_that_no_expert_sends_on_scores_zero(name: str, criterion: str)
 
 
 @pytest.mark.parametrize("criterion", ["obs", "gate", "taylor"])
-def test_what_experts_do_not_show_is_said(criterion: str) -> None:
+def test_criteria_that_cannot_score_experts_are_refused(criterion: str) -> None:
     model = tiny.build("qwen3_vl_moe")
     with pytest.raises(UnsupportedModelError, match=r"layer 0 has experts.*activation, wanda"):
         sv.score(model, [tiny.batch(model)], criterion)

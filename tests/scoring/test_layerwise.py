@@ -95,7 +95,7 @@ def test_scores_are_those_of_the_model_in_memory(
 
 @pytest.mark.parametrize("name", ODD)
 @pytest.mark.parametrize("case", ["block_influence", "activation"])
-def test_what_lies_between_layers_is_not_lost(
+def test_inputs_added_between_layers_are_not_lost(
     name: str, case: str, folders: dict[str, Path]
 ) -> None:
     model = tiny.build(name)
@@ -171,36 +171,39 @@ def test_a_stopped_run_goes_on_after_the_last_whole_layer(
     assert not (tmp_path / "work").exists()
 
 
-def stop(self: Any, *args: Any) -> None:
-    raise KeyboardInterrupt
+@contextmanager
+def stopped_at(owner: type, name: str, index: int | None = None) -> Iterator[None]:
+    """Inside, a run is stopped when it calls a method, with this argument if one is given."""
+    honest = getattr(owner, name)
 
+    def stops(self: Any, *args: Any) -> Any:
+        if index in (None, *args):
+            raise KeyboardInterrupt
+        return honest(self, *args)
 
-def test_other_data_do_not_reuse_old_work(
-    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = tiny.build("llama")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Scores, "load", stop)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(owner, name, stops)
         with pytest.raises(KeyboardInterrupt):
-            score_checkpoint(folders["llama"], batches(model), "flap", scratch=tmp_path)
+            yield
+
+
+def test_other_data_do_not_reuse_old_work(folders: dict[str, Path], tmp_path: Path) -> None:
+    model = tiny.build("llama")
+    with stopped_at(Scores, "load"):
+        score_checkpoint(folders["llama"], batches(model), "flap", scratch=tmp_path)
     others = [tiny.batch(model, 9, 5)]
     found = score_checkpoint(folders["llama"], others, "flap", scratch=tmp_path)
     assert_same(found, score(model, others, "flap"))
 
 
-@pytest.mark.parametrize("step", ["embedded", "done"])
+@pytest.mark.parametrize("place", [(LayerwiseModel, "layer"), (Scores, "load")])
 def test_another_model_does_not_reuse_old_work(
-    step: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Any, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     """The embeddings are another model's, too."""
     model = tiny.build("llama")
-
-    with monkeypatch.context() as patched:
-        place: Any = (LayerwiseModel, "layer") if step == "embedded" else (Scores, "load")
-        patched.setattr(*place, stop)
-        with pytest.raises(KeyboardInterrupt):
-            score_checkpoint(folders["llama"], batches(model), "flap", scratch=tmp_path / "work")
+    with stopped_at(*place):
+        score_checkpoint(folders["llama"], batches(model), "flap", scratch=tmp_path / "work")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.1)
@@ -210,21 +213,12 @@ def test_another_model_does_not_reuse_old_work(
 
 
 @pytest.mark.parametrize("case", ["flap", "activation"])
-def test_a_criterion_without_data_trusts_no_other_s_work(
-    case: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_criterion_without_data_reuses_no_work_of_others(
+    case: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     model = tiny.build("llama")
-    honest = LayerwiseModel.layer
-
-    def stops(self: LayerwiseModel, index: int) -> Any:
-        if index == 2:
-            raise KeyboardInterrupt
-        return honest(self, index)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(LayerwiseModel, "layer", stops)
-        with pytest.raises(KeyboardInterrupt):
-            score_checkpoint(folders["llama"], batches(model), scratch=tmp_path, **CASES[case])
+    with stopped_at(LayerwiseModel, "layer", 2):
+        score_checkpoint(folders["llama"], batches(model), scratch=tmp_path, **CASES[case])
     found = score_checkpoint(folders["llama"], (), "magnitude", scratch=tmp_path)
     assert found.criterion == "magnitude"
     assert_same(found, score(model, (), "magnitude"))

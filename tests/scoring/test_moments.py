@@ -51,7 +51,7 @@ def assert_same(ours: Grams, theirs: Grams, tolerance: Tolerance = SOLVE) -> Non
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_they_are_the_products_of_what_enters_the_matrices(name: str) -> None:
+def test_grams_are_the_products_of_the_matrices_inputs(name: str) -> None:
     model = tiny.build(name).double()
     data = double(samples(name))
     seen: dict[tuple[int, str], list[Tensor]] = {}
@@ -92,7 +92,7 @@ def test_streamed_sums_are_whole_sums(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "phi", "llava-phi3"])
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
-def test_padding_is_nothing(name: str, left: bool) -> None:
+def test_padding_changes_nothing(name: str, left: bool) -> None:
     """Left padding moves positions, and rotary angles are float32 in any model."""
     model = tiny.build(name).double()
     data = double(samples(name, (9, 13, 17)))
@@ -179,7 +179,7 @@ def test_tokens_of_weight_zero_change_no_bit(dtype: torch.dtype) -> None:
         assert torch.equal(getattr(found, name), getattr(expected, name))
 
 
-def test_only_what_bfloat16_holds_is_multiplied_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_products_need_inputs_of_weight_one(monkeypatch: pytest.MonkeyPatch) -> None:
     products, seen = torch.backends.mkldnn.matmul, []
     monkeypatch.setattr(moments, "add_product_", lambda *_: seen.append(products.fp32_precision))
     before = products.fp32_precision

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -41,28 +43,22 @@ def error_without(matrix: Tensor, x: Tensor, gone: list[int], ridge: float) -> f
     return float((data[:, left] @ fitted - wanted).square().sum())
 
 
+def channels_of(units: list[int], width: int) -> list[int]:
+    return [unit * width + i for unit in units for i in range(width)]
+
+
 def by_trying(
     matrix: Tensor, x: Tensor, width: int, damping: float
 ) -> tuple[list[int], list[float]]:
     ridge = damping * float(x.square().sum(0).mean())
-    order: list[int] = []
-    costs: list[float] = []
-    gone: list[int] = []
-    before = 0.0
-    for _ in range(x.shape[1] // width):
-        tried = {
-            unit: error_without(
-                matrix, x, gone + list(range(unit * width, (unit + 1) * width)), ridge
-            )
-            for unit in range(x.shape[1] // width)
-            if unit not in order
-        }
-        best = min(tried, key=lambda unit: tried[unit])
-        order.append(best)
-        costs.append(tried[best] - before)
-        before = tried[best]
-        gone += list(range(best * width, (best + 1) * width))
-    return order, costs
+    left, order, errors = list(range(x.shape[1] // width)), [], [0.0]
+    while left:
+        tried = [
+            error_without(matrix, x, channels_of([*order, unit], width), ridge) for unit in left
+        ]
+        errors.append(min(tried))
+        order.append(left.pop(tried.index(min(tried))))
+    return order, [after - before for before, after in pairwise(errors)]
 
 
 def by_inverting(
@@ -73,7 +69,7 @@ def by_inverting(
     h, left = gram + ridge, list(range(len(gram) // width))
     order, costs = [], []
     while left:
-        channels = [unit * width + i for unit in left for i in range(width)]
+        channels = channels_of(left, width)
         inverse = torch.linalg.inv(h[channels][:, channels])
         fitted = (matrix @ h[:, channels] @ inverse).unflatten(1, (-1, width))
         prices = [
@@ -157,8 +153,7 @@ def test_costs_add_up_to_the_error_of_removing_all(units: int, width: int) -> No
     found = removal_order(matrix, gram, units)
     assert sorted(found.order.tolist()) == list(range(units))
     for count in (1, units // 2, units):
-        gone = [u * width + i for u in found.order[:count].tolist() for i in range(width)]
-        error = error_without(matrix, x, gone, ridge)
+        error = error_without(matrix, x, channels_of(found.order[:count].tolist(), width), ridge)
         assert float(found.costs[:count].sum()) == pytest.approx(error, rel=1e-8)
 
 
@@ -201,7 +196,7 @@ def test_float32_chooses_as_well_as_float64(case: str, width: int) -> None:
 
 @pytest.mark.parametrize("scale", [1e-18, 1e18])
 @pytest.mark.parametrize("width", [1, 6])
-def test_the_order_knows_no_unit_of_measurement(width: int, scale: float) -> None:
+def test_the_order_does_not_depend_on_the_scale_of_the_inputs(width: int, scale: float) -> None:
     matrix, x = toy(300, tokens=400, outputs=40)
     gram = (x.T @ x).float()
     found = removal_order(matrix.float(), gram, 300 // width)
@@ -230,7 +225,7 @@ def test_silent_channels_do_not_break_the_inverse() -> None:
     assert found.costs.isfinite().all()
 
 
-def test_a_gram_matrix_that_is_none_is_refused() -> None:
+def test_a_gram_matrix_that_is_not_positive_definite_is_refused() -> None:
     with pytest.raises(NumericalError, match="not positive definite"):
         removal_order(torch.ones(2, 4), torch.diag(torch.tensor([1.0, 1, 1, -1])), 4)
 

@@ -44,5 +44,5 @@ def test_the_inverse_is_one(size: int) -> None:
     assert torch.equal(inverse, inverse.T)
 
 
-def test_what_is_not_positive_definite_has_none() -> None:
+def test_an_indefinite_matrix_is_refused() -> None:
     assert not invert_(torch.diag(torch.tensor([1.0, 2.0, -1e-3])))

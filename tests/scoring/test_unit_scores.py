@@ -55,7 +55,7 @@ def test_broken_score_files_are_refused(broken: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_statistics_refuse_what_is_not_finite(value: float) -> None:
+def test_statistics_refuse_nan_and_infinity(value: float) -> None:
     with pytest.raises(NumericalError, match=r"'gradients'.*'3.mlp'"):
         Gradients(
             parts={

@@ -48,26 +48,19 @@ Allowed = tuple[Any, ...] | None
 class Capture:
     """How statistics are collected, and the cost of it.
 
-    Attributes:
-        function: ``(model, batches, token_weights, **options) -> Statistics``; where no data is
-            read, without ``token_weights``.
-        options: Names of a criterion's options that this function takes.
-        passes: The cost of a sample in forward passes of the model; 0 if no data is read.
-        reads_labels: Whether it takes the loss of the predictions that labels mark.
-        sees: The part of the model that is needed at a time: one ``layer`` (its weights and what
-            goes through it), the ``hidden_states`` between all layers, or ``nothing`` but the
-            shape.
-        backward: Whether it computes gradients, which low memory refuses.
-        layer_bytes: Where statistics are so large that they are collected for a few layers at a
-            time: the bytes of one layer's. Its function then has an option ``layers``.
+    The function is ``(model, batches, token_weights, **options) -> Statistics``; where no data is
+    read, without ``token_weights``. It ``sees`` one layer at a time (its weights and its inputs),
+    the hidden states between all layers, or nothing but the shape of the model. With
+    ``layer_bytes``, the size of one layer's statistics, these are collected for a few layers at a
+    time, which are the function's option ``layers``.
     """
 
     function: Callable[..., Statistics]
-    options: tuple[str, ...] = ()
-    passes: int = 1
-    reads_labels: bool = False
+    options: tuple[str, ...] = ()  # those of a criterion that the function takes
+    passes: int = 1  # cost of a sample in forward passes of the model; 0 if no data is read
+    reads_labels: bool = False  # whether it takes the loss of the predictions that labels mark
     sees: Literal["nothing", "layer", "hidden_states"] = "layer"
-    backward: bool = False
+    backward: bool = False  # whether it computes gradients, which low memory refuses
     layer_bytes: Callable[[LayerShape], int] | None = None
 
 
@@ -92,26 +85,18 @@ ROUTING = Capture(function=capture_routing, passes=2)
 class Criterion:
     """One way to score units.
 
-    Attributes:
-        units: The units that it scores.
-        capture: How the statistics that it needs are collected.
-        function: ``(statistics, anatomy, **options) -> Scores``.
-        paper: Title and arXiv id.
-        about: One line for tables.
-        options: Its options and their allowed values; None for any. The capture takes those that
-            it names, the function the others.
-        fixed: Options of the capture that the criterion sets itself.
-        from_request: Options that are those of `CalibrationConfig` of the same name.
+    ``options`` have their allowed values, or None for any. The capture takes those that it names
+    and the function the others.
     """
 
     units: tuple[str, ...]
     capture: Capture
-    function: Callable[..., Scores]
-    paper: str
-    about: str
+    function: Callable[..., Scores]  # (statistics, anatomy, **options) -> Scores
+    paper: str  # title and arXiv id
+    about: str  # one line for tables
     options: Mapping[str, Allowed] = field(default_factory=dict)
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    from_request: tuple[str, ...] = ()
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # the capture's, set by the criterion
+    from_request: tuple[str, ...] = ()  # those of `CalibrationConfig` of the same name
 
     @property
     def needs_data(self) -> bool:
