@@ -90,13 +90,24 @@ def main() -> None:
     options = parser.parse_args()
     original = options.folder / f"{options.layers}-layers"
     weights = write(original, options.layers)
-    command = [sys.executable, "-m", "slimvlm", "compress", str(original)]
+    settings = options.folder / "settings.yaml"
+    settings.write_text(
+        f"model: {original}\nratio: {RATIO}\nrecover: {{trainer: {{logging_steps: 1}}}}"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "slimvlm",
+        "compress",
+        str(original),
+        "--config",
+        str(settings),
+    ]
     command += ["--out", str(options.folder / "run"), "--force"]
     command += ["--data", "demo", "--samples", str(options.samples), "--dtype", "bfloat16"]
     command += ["--axis", "width", "--ratio", str(RATIO), "--local-steps", str(LOCAL_STEPS)]
     command += ["--train", "lora", "--loss", "sft+hidden", "--batch-size", "1"]
-    command += ["--max-steps", str(TRAINING_STEPS), "--logging-steps", "1"]
-    command += ["--gradient-checkpointing"]
+    command += ["--max-steps", str(TRAINING_STEPS), "--gradient-checkpointing"]
     print(" ".join(command), flush=True)
     start = time.perf_counter()
     subprocess.run(command, check=True)

@@ -181,7 +181,7 @@ def test_samples_are_asked_without_float64_on_the_card(
     [
         (["prune", "--ratio", "0.3", "--samples", "8"], "", "--low-memory keeps one layer"),
         (["score", "--criterion", "taylor"], "", "--low-memory keeps one layer"),
-        (["recover", "--loss", "sft", "--train", "full"], "train", "a smaller --batch-size with"),
+        (["recover", "--loss", "sft", "--train", "full"], "train", "a smaller --batch-size (with"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )

@@ -272,11 +272,13 @@ def finish(pid: int) -> int:
 def test_kills_tear_nothing_and_every_restart_completes(verb: str, tmp_path: Path) -> None:
     model = tiny_folder.folder("llava")
     data = tiny_folder.write_llava_data(tmp_path / "data", count=6)
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("model: original\nratio: 0.3\nrecover: {trainer: {save_steps: 2}}\n")
     how = {
         "prune": ["--ratio", "0.3", "--data", data, "--samples", "4"],
         "recover": [
             *("--data", data, "--teacher", model, "--max-steps", "6", "--batch-size", "2"),
-            *("--lora-rank", "4", "--save-steps", "2"),
+            *("--lora-rank", "4", "--config", settings),
         ],
     }[verb]
     began = time.monotonic()
