@@ -90,19 +90,10 @@ def main() -> None:
     options = parser.parse_args()
     original = options.folder / f"{options.layers}-layers"
     weights = write(original, options.layers)
-    settings = options.folder / "settings.yaml"
-    settings.write_text(
-        f"model: {original}\nratio: {RATIO}\nrecover: {{trainer: {{logging_steps: 1}}}}"
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "slimvlm",
-        "compress",
-        str(original),
-        "--config",
-        str(settings),
-    ]
+    settings = options.folder / "settings.yaml"  # for what has no flag
+    rows = [f"model: {original}", f"ratio: {RATIO}", "recover: {trainer: {logging_steps: 1}}"]
+    settings.write_text("\n".join(rows))
+    command = [sys.executable, "-m", "slimvlm", "compress", "--config", str(settings)]
     command += ["--out", str(options.folder / "run"), "--force"]
     command += ["--data", "demo", "--samples", str(options.samples), "--dtype", "bfloat16"]
     command += ["--axis", "width", "--ratio", str(RATIO), "--local-steps", str(LOCAL_STEPS)]
