@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
 from functools import partial
-from inspect import Parameter, Signature, signature
+from inspect import Parameter, signature
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -24,7 +24,6 @@ from slimvlm.core.options import (
 INLINE: Any = tyro.conf.OmitArgPrefixes
 """For an option class among a verb's parameters: its fields are options of a group."""
 Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-KEYWORD = Parameter.KEYWORD_ONLY
 REGISTRY = tyro.constructors.ConstructorRegistry()
 FIRST = (
     *("ratio", "data", "images", "axis", "train", "loss", "tasks", "samples", "vocab_size"),
@@ -48,25 +47,20 @@ def parse(
     """
     texts, hints = _texts(verb), get_type_hints(verb, include_extras=True)
 
-    def bind(**arguments: Any) -> dict[str, Any]:
-        return arguments
-
-    parameters = []
+    rows = []
     for name, parameter in signature(verb).parameters.items():
         default = defaults.get(name, parameter.default)
         hint = _described(hints[name], texts.get(name, ""), default)
-        parameters.append(parameter.replace(kind=KEYWORD, annotation=hint, default=default))
-    bind.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
-    bind.__annotations__ = {each.name: each.annotation for each in parameters}
-    arguments: dict[str, Any] = tyro.cli(
-        bind,
+        rows.append((name, hint, field() if default is Parameter.empty else field(default=default)))
+    arguments = tyro.cli(
+        make_dataclass("Arguments", rows, kw_only=True),
         prog=f"slimvlm {verb.__name__.replace('_', '-')}",
         description=docstring_parser.parse(verb.__doc__ or "").description,
         args=words,
         config=(tyro.conf.FlagCreatePairsOff,),
         registry=REGISTRY,
     )
-    return arguments
+    return dict(vars(arguments))
 
 
 @REGISTRY.struct_rule

@@ -50,7 +50,7 @@ States = tuple[Sequence[int], Hidden, Int[Tensor, "B T"]]
 @torch.no_grad()
 def answer_losses(
     model: PreTrainedModel, encoded: Mapping[str, Any], where: str
-) -> tuple[Float[Tensor, "B T-1 2"], Bool[Tensor, "B T-1"]]:
+) -> tuple[Float[Tensor, "B S 2"], Bool[Tensor, "B S"]]:
     """Compute the cross-entropy of each labelled token, and whether it is not the likeliest (1).
 
     Return both numbers, 0 where nothing is labelled, and the mask of labels. ``where`` names the

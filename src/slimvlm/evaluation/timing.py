@@ -85,7 +85,7 @@ def timed_run(model: PreTrainedModel, inputs: Mapping[str, Any], new_tokens: int
 
 
 def timed_runs(
-    models: Sequence[PreTrainedModel],
+    models: Sequence[Any],
     inputs: Sequence[Mapping[str, Any]],
     new_tokens: int,
     repeats: int,

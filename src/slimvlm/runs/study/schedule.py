@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.data.read import estimated_length
@@ -123,6 +123,7 @@ class Schedule:
         return readers
 
 
+@runtime_checkable
 class Watcher(Protocol):
     """Is called when stages begin and end."""
 
