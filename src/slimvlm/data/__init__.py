@@ -1,1 +1,1 @@
-"""Conversations: reading them, rendering them as model inputs, and whose turn each token is."""
+"""Read conversations, encode them as model inputs, and assign a role to each token."""

@@ -52,14 +52,7 @@ def answered_sample(question: Question, reply: str) -> Sample:
 def render(processor: Any, messages: Sequence[Message], generate: bool = False) -> str:
     """Render a conversation as the model's input text, with one placeholder for each picture.
 
-    Text models get plain strings as content. A tokenizer without a chat template gets the turns on
-    lines of their own.
-
-    Raises:
-        DataError: If there are pictures and the model cannot see, or the template refuses the
-            turns (Gemma's takes no system turn, for example).
-        ConfigError: If the template is malformed or passes a limit of `slimvlm.data.templates`, or
-            there is neither a processor nor a tokenizer.
+    Text models get plain strings as content; without a chat template, turns are joined by newlines.
     """
     if processor is None:
         raise ConfigError("model: its folder has neither a processor nor a tokenizer")
@@ -93,16 +86,7 @@ def _text_only(message: Message) -> Message:
 
 
 def encode_samples(processor: Any, samples: Sequence[Sample]) -> dict[str, Tensor]:
-    """Encode conversations as right-padded model inputs with ``labels`` on the assistant turns.
-
-    Args:
-        processor: The model's processor, or its tokenizer.
-        samples: Conversations that end with an assistant turn.
-
-    Raises:
-        DataError: If a picture cannot be read, the template refuses a conversation or hides where
-            its answers are, or a sample has no answer tokens.
-    """
+    """Encode conversations as right-padded inputs with ``labels`` on the assistant turns."""
     texts = [rendered(processor, sample) for sample in samples]
     images = [[open_image(image) for image in sample.images] for sample in samples]
     inputs = _processed(processor, samples, texts, images)
@@ -229,13 +213,7 @@ def _answer_spans(
 
 
 def _answers(processor: Any, sample: Sample, text: str) -> list[tuple[int, int, int]]:
-    """Locate the answers in the rendered text, each with what the template writes to end it.
-
-    Two renders of the whole conversation are enough, however many turns it has.
-
-    Returns:
-        Of each answer its first character, the one after its last, and the pictures before it.
-    """
+    """Return each answer's span in ``text`` (with its end token) and the pictures before it."""
     texts: list[str] = []
     texts_of_turns: list[range] = []
     marked: list[Message] = []
@@ -251,6 +229,7 @@ def _answers(processor: Any, sample: Sample, text: str) -> list[tuple[int, int, 
         marked.append(
             {**message, "content": parts[0]["text"] if isinstance(content, str) else parts}
         )
+    # two renders of the whole conversation are enough, however many turns it has
     around, order = _split_at_marks(render(processor, marked))
     places = _places(texts, around, order, text)
     if places is None:

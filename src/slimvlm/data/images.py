@@ -34,11 +34,9 @@ def open_image(image: Image.Image | Path) -> Image.Image:
 
 
 def identifying_bytes(image: Image.Image | Path, may_move: bool = False) -> bytes:
-    """Identify a picture by its content, or by the place and size of its file.
+    """Identify a picture by its content, or by the place, date and size of its file.
 
-    Args:
-        image: A picture or the path of one, which is not read.
-        may_move: Whether a file counts as the same in another folder and with another date.
+    With ``may_move`` a file counts as the same in another folder and with another date.
     """
     if isinstance(image, Path):
         stat = image.stat()
@@ -54,16 +52,10 @@ def _file_of(image: Image.Image) -> bytes | None:
 
 
 def find_image(source: Any, name: str, root: Path) -> Image.Image | Path:
-    """Return a picture, or the path of one below the image folder, after decoding it as a check.
+    """Return a picture, or its path below ``root``, after decoding it as a check.
 
-    Args:
-        source: A picture, its path below ``root``, or a dict with ``bytes`` or ``path``.
-        name: Name of the sample, for messages.
-        root: The image folder.
-
-    Raises:
-        DataError: If there is no such picture, it lies outside the folder (links are followed),
-            is broken, cut off or too large, or is of another format than `FORMATS`.
+    ``source`` is a picture, a path, or a dict with ``bytes`` or ``path``. A link must not lead out
+    of ``root``.
     """
     if isinstance(source, Image.Image):
         return source

@@ -210,18 +210,12 @@ def _parts(content: list[Any], name: str) -> tuple[list[dict[str, Any]], list[An
 
 @dataclass(frozen=True)
 class Limit:
-    """The longest sample that is allowed.
+    """Limit on the tokens of a sample."""
 
-    Attributes:
-        tokens: So many tokens, those of pictures included.
-        is_asked: Whether a user has asked for it. Else it is what the model can read, and a sample
-            that cannot be longer is not counted.
-        cuts: Whether longer samples are cut; else they are refused.
-    """
-
-    tokens: int
+    tokens: int  # those of pictures included
+    # by a user; else it is the model's context, and samples that cannot exceed it are not tokenised
     is_asked: bool = True
-    cuts: bool = False
+    cuts: bool = False  # longer samples are cut, else refused
 
     @classmethod
     def of(cls, asked: int | None, context: int | None, cuts: bool) -> Limit | None:
@@ -233,14 +227,7 @@ class Limit:
 
 
 def fitted(processor: Any, sample: Sample, limit: Limit) -> Sample:
-    """Return the sample if it is short enough, else cut it where the limit allows that.
-
-    Whole turns go from its end, as long as an answer stays. If that is still too long, the end of
-    this answer goes.
-
-    Raises:
-        DataError: If it is longer and not to be cut, or its first question alone is too long.
-    """
+    """Return a sample within the limit; to cut it, drop last turns, then the end of its answer."""
     if not limit.is_asked:  # no token of text is shorter than a byte; a tokenizer adds a few
         most = len(rendered(processor, sample).encode()) + LARGE_PICTURE * len(sample.images) + 8
         if most <= limit.tokens:
@@ -292,10 +279,9 @@ def _with_short_answer(processor: Any, sample: Sample, tokens: int) -> Sample:
 def subset(samples: list[Sample], fraction: float, seed: int) -> list[Sample]:
     """Draw a seeded share of the samples, in their original order.
 
-    It is stratified: samples without pictures, with one and with several keep their shares, and so
-    does each folder that pictures come from (to within one sample of a stratum, as far as the
-    rounding of the whole allows). It is nested: 5 % of the data lie within its 10 %. It depends on
-    the order of the samples and the seed alone, so it is the same on every rank.
+    It is stratified by number of pictures (none, one, several) and by their folder, and nested: 5 %
+    of the data lie within its 10 %. It is the same on every rank, because it depends only on the
+    order of the samples and the seed.
     """
     count = max(round(len(samples) * fraction), 1)
     chosen = _stratified_order(samples, seed)[:count]
@@ -303,15 +289,7 @@ def subset(samples: list[Sample], fraction: float, seed: int) -> list[Sample]:
 
 
 def estimated_length(sample: Sample, image_tokens: int = 576) -> int:
-    """Estimate the tokens of a sample: a key to batch samples of similar length.
-
-    Neither the text nor the pictures are read by a tokenizer or processor: four characters count
-    as a token, and every picture as equally many.
-
-    Args:
-        sample: A conversation.
-        image_tokens: Tokens of a picture; 576 is LLaVA-1.5's number.
-    """
+    """Estimate a sample's tokens: 4 characters each; 576 a picture (LLaVA-1.5's number)."""
     parts = (part for message in sample.messages for part in message["content"])
     characters = sum(len(part.get("text", "")) for part in parts)
     return characters // 4 + image_tokens * len(sample.images)

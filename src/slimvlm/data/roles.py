@@ -18,11 +18,7 @@ _IMAGE_TOKEN_FIELDS = ("image_token_id", "image_token_index", "video_token_id")
 
 
 def parse_token_weights(text: str) -> dict[str, float]:
-    """Read ``image=0.1,prompt=1,answer=1``; roles that are not named weigh 1.
-
-    Raises:
-        ConfigError: If a role is unknown or repeated, or a weight is not a finite number >= 0.
-    """
+    """Read ``image=0.1,prompt=1,answer=1``; roles that are not named weigh 1."""
     weights: dict[str, float] = {}
     for term in text.split(","):
         role, _, value = (part.strip() for part in term.partition("="))
@@ -42,12 +38,9 @@ def parse_token_weights(text: str) -> dict[str, float]:
 
 
 def role_masks(config: Any, batch: Mapping[str, Any]) -> dict[str, Bool[Tensor, "B T"]]:
-    """Return the positions of each role; padding has none.
+    """Return the positions of each role; padding has none. Answers are the labelled positions.
 
-    Args:
-        config: The model's configuration, which names its image token.
-        batch: Model inputs. Answers are the positions with ``labels``. In a batch of
-            ``inputs_embeds``, pictures cannot be told from prompts: all but answers is prompt.
+    In ``inputs_embeds``, pictures cannot be told from prompts: all but answers is prompt.
     """
     valid = valid_tokens(batch).bool()
     labels: Tensor | None = batch.get("labels")
@@ -64,13 +57,7 @@ def role_masks(config: Any, batch: Mapping[str, Any]) -> dict[str, Bool[Tensor, 
 def token_weights(
     config: Any, batch: Mapping[str, Any], weights: Mapping[str, float] | None = None
 ) -> Float[Tensor, "B T"]:
-    """Return the weight of every position, 0 for padding.
-
-    Args:
-        config: The model's configuration.
-        batch: Model inputs.
-        weights: Weight by role; roles that are not named weigh 1. None: all valid tokens weigh 1.
-    """
+    """Return the weight of every position by its role, 1 for roles not named, 0 for padding."""
     unknown = set(weights or ()) - set(ROLES)
     if unknown:
         raise ConfigError(f"token role {unknown.pop()!r} must be one of: {', '.join(ROLES)}")

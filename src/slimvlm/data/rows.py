@@ -28,14 +28,9 @@ def rows_in_step(data: str | Path, say: Say) -> Iterator[tuple[int, Any]]:
     """Yield the numbered rows of a source in an order whose beginning represents the whole.
 
     The order is the source's, unless rows with a picture and rows without are separated in it: then
-    they are interleaved, each kind in its order, and any beginning has about the shares of the
-    whole. Of n rows in random order, p with a picture, 2 p (n - p) / n have a successor of the
-    other kind, on average (Wald and Wolfowitz 1940). Kinds are separated where less than half as
-    many have.
-
-    Args:
-        data: As for `read_rows`, which says what is raised.
-        say: Receives a line where the order is not the source's.
+    they are interleaved, each kind in its order, and ``say`` receives a line. Of n rows in random
+    order, p with a picture, 2 p (n - p) / n have a successor of the other kind, on average (Wald
+    and Wolfowitz 1940). Kinds are separated where less than half as many have.
     """
     path, kept = Path(data), None
     if path.suffix == ".json" or (
@@ -86,10 +81,8 @@ def stated_pictures(row: dict[str, Any]) -> Any:
 def interleaved(groups: Iterable[tuple[float, Sequence[int]]]) -> list[int]:
     """Merge groups so that each beginning has about every group's share of the whole.
 
-    The k-th of a group's n members has the place (k + u) / n.
-
-    Args:
-        groups: Of each group the offset u, from 0 to 1, and its members in their order.
+    The k-th of a group's n members has the place (k + u) / n; a group is its offset u, from 0 to 1,
+    and its members.
     """
     placed = [
         ((k + offset) / len(members), member)
@@ -102,14 +95,7 @@ def interleaved(groups: Iterable[tuple[float, Sequence[int]]]) -> list[int]:
 def read_rows(data: str | Path, outlined: bool = False) -> Iterator[Any]:
     """Yield the rows of a data source as plain values, and a `DataError` for one that is not JSON.
 
-    Args:
-        data: A ``.json``, ``.jsonl`` or ``.parquet`` file, a folder that ``datasets`` saved, or a
-            hub dataset id.
-        outlined: Whether a column of stored pictures is replaced by their number in each row, or by
-            whether there is one.
-
-    Raises:
-        ConfigError: If the source does not exist or is not understood.
+    ``outlined`` replaces a column of stored pictures by their number, or whether there is one.
     """
     path = Path(data)
     if path.is_file():

@@ -30,17 +30,11 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True)
 class TokenizerFile:
-    """The content of a ``tokenizer.json``.
+    """The content of a ``tokenizer.json``."""
 
-    Attributes:
-        name: The tokenizer's class, for messages.
-        values: The content of the file.
-        special: Token ids that the tokenizer names as special.
-    """
-
-    name: str
+    name: str  # the tokenizer's class, for messages
     values: Mapping[str, Any]
-    special: frozenset[int] = frozenset()
+    special: frozenset[int] = frozenset()  # ids of special tokens
 
     @classmethod
     def of(cls, processor: Any) -> TokenizerFile:
@@ -89,8 +83,8 @@ class TokenizerFile:
     def needed(self) -> frozenset[int]:
         """Tokens that always stay: special and added ones, bytes, and single characters.
 
-        With a Unigram model also its rarest token, and without bytes to stand in for them every
-        token with a character that has none of its own.
+        With a Unigram model also its rarest token and, if it has no bytes to fall back on, every
+        token with a character that has no token of its own.
         """
         found = {token["id"] for token in self.values["added_tokens"]} | self.special
         found |= set(_ids_in(self.values["post_processor"], self.name))
@@ -170,11 +164,7 @@ class TokenizerFile:
         return found
 
     def trimmed(self, kept: Iterable[int]) -> str:
-        """Return the file's content with fewer tokens, numbered anew in the same order.
-
-        Raises:
-            ConfigError: If a token does not exist, or one is lost that must stay; it is named.
-        """
+        """Return the file's content with fewer tokens, numbered anew in the same order."""
         kept = set(kept)
         if unknown := sorted(kept - self.texts.keys()):
             raise ConfigError(f"tokens: {self.name} has no token {unknown[0]}")

@@ -30,23 +30,17 @@ _CHARACTERS = 4096
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Tokens that stay.
+    """The tokens to keep, and their coverage of unseen texts."""
 
-    Attributes:
-        tokens: Their ids, sorted.
-        total: Tokens that the tokenizer has.
-        seen: Different tokens in the texts.
-        coverage: Share of the tokens of a held-out quarter of the texts that a choice of this size
-            from the other three quarters keeps; None with fewer than four texts.
-    """
-
-    tokens: tuple[int, ...]
-    total: int
-    seen: int
+    tokens: tuple[int, ...]  # sorted ids
+    total: int  # tokens of the tokenizer
+    seen: int  # different tokens in the texts
+    # share of the tokens of a held-out quarter of the texts that a choice of this size from the
+    # other three quarters keeps; None with fewer than four texts
     coverage: float | None
 
     def line(self) -> str:
-        """One line for people."""
+        """Summarise it in one line."""
         known = "" if self.coverage is None else f"; they cover {self.coverage:.2%} of unseen text"
         return (
             f"vocabulary: {len(self.tokens):,} of {self.total:,} tokens stay; the data has "
@@ -118,11 +112,7 @@ def choose_vocabulary(
 
 
 def read_texts(path: str | Path) -> Iterator[str]:
-    """Yield the text of a file, or of a folder's UTF-8 files, some lines at a time.
-
-    Raises:
-        ConfigError: If there is no such file or folder, or no text in it.
-    """
+    """Yield the text of a file, or of a folder's UTF-8 files, some lines at a time."""
     place = Path(path)
     if not place.is_dir():
         yield from _pieces(read_text(place, "vocab_text"))
@@ -174,10 +164,9 @@ def _token_ids(
 def _in_order(
     file: TokenizerFile, must: Iterable[int], counts: Counter[int], size: int
 ) -> Iterator[int]:
-    """Yield tokens, the most needed first, none before those that it is made of.
+    """Yield tokens that must stay, then the others by count, then by the model's own rank.
 
-    What must stay comes first, then by count, then by the model's own rank. A token that does not
-    fit with its parts is left out.
+    Each comes after its parts; a token that does not fit with its parts is left out.
     """
     kept = set(must)
     yield from sorted(kept)

@@ -115,11 +115,7 @@ def cache_dir() -> Path:
 
 
 def build_demo() -> Path:
-    """Return the folder of the demo model, building it first where it is missing or outdated.
-
-    Raises:
-        ConfigError: The language model can't be fetched or read, or the delta is missing.
-    """
+    """Return the folder of the demo model; build it first if it is missing or outdated."""
     if not DELTA.is_file():
         raise ConfigError(f"demo: the package lacks {DELTA}; reinstall slimvlm")
     target = cache_dir() / "demo"
@@ -136,11 +132,7 @@ def build_demo() -> Path:
 
 
 def build_from_delta(delta: Path, out: Path, force: bool = False) -> Path:
-    """Write the model of another ``delta.safetensors``, of a training with another seed.
-
-    Raises:
-        ConfigError: The delta or the language model can't be read, or the folder exists.
-    """
+    """Write the model of another ``delta.safetensors``, of a training with another seed."""
     if not delta.is_file():
         raise ConfigError(f"delta {str(delta)!r}: no such file")
     with new_folder(out, force) as folder:

@@ -23,7 +23,7 @@ from slimvlm.demo import questions as q
 from slimvlm.demo.scenes import SCENE_KINDS, Scene, SceneKind, make_scene, render
 
 KIND_SHARES = (0.20, 0.32, 0.14, 0.16, 0.18)
-"""How often a picture is of each of `SCENE_KINDS`."""
+"""Share of the pictures of each of `SCENE_KINDS`."""
 TEXT_SHARE = 0.16
 """Share of conversations without a picture."""
 PASSAGE_SHARE = 0.35
@@ -138,10 +138,7 @@ def make_conversation(seed: int, index: int) -> Conversation:
 
 
 def demo_samples(count: int, seed: int = 0, pictures: bool = True) -> list[Sample]:
-    """Return distinct training conversations; the picture comes before the first text.
-
-    Without pictures, the conversations that have one are left out.
-    """
+    """Return distinct training conversations; without ``pictures``, only those of text."""
     samples = []
     numbered = ((index, make_conversation(seed, index)) for index in itertools.count())
     chosen = ((i, each) for i, each in numbered if pictures or each.scene is None)

@@ -33,15 +33,8 @@ def run_demo(
 ) -> dict[str, Result]:
     """Prune, recover and evaluate the demo model along both axes.
 
-    A stopped demo resumes with the axis, and in it the stage, where it was.
-
-    Args:
-        out: Gets a run folder for each axis and ``summary.md``.
-        short: Only a few questions and training samples.
-        force: Whether runs of an earlier demo may be replaced.
-        say: Receives one line for each stage.
-        model: The model; another training seed's, for example.
-        device: Where models run.
+    Writes a run folder for each axis and ``summary.md`` to ``out``; a stopped demo resumes.
+    ``short`` takes only a few questions and training samples.
     """
     results: dict[str, Result] = {}
     speeds: list[str] = []

@@ -74,33 +74,22 @@ class Art:
 
 @dataclass(frozen=True)
 class Placed:
-    """One object of a scene.
+    """One object of a scene."""
 
-    Attributes:
-        name: Concept, digit ("0" to "9") or "colour shape" ("red circle").
-        cell: Quadrant index into `CELLS`, or -1 for a lone object that fills the picture.
-        source: Which picture was drawn: concept index, digit image index or -1.
-        style: Art style of an emoji, else empty.
-    """
-
-    name: str
-    cell: int
-    source: int = -1
-    style: str = ""
+    name: str  # concept, digit ("0" to "9") or "colour shape" ("red circle")
+    cell: int  # index into `CELLS`; -1 for a lone object that fills the picture
+    source: int = -1  # concept index or digit image index
+    style: str = ""  # art style of an emoji
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture's contents in reading order.
-
-    ``background`` is an index into `BACKGROUNDS`, ``pose`` the seed of sizes, offsets, mirroring
-    and ink.
-    """
+    """A picture's contents in reading order."""
 
     kind: SceneKind
     objects: tuple[Placed, ...]
-    background: int
-    pose: int
+    background: int  # index into `BACKGROUNDS`
+    pose: int  # seed of sizes, offsets, mirroring and ink
 
     @property
     def key(self) -> str:
@@ -155,14 +144,9 @@ def make_scene(
     styles: Sequence[str] = SEEN_STYLES,
     names: Sequence[str] | None = None,
 ) -> Scene:
-    """Draw scenes until one belongs to a split.
+    """Draw scenes until one belongs to the split; the same state of ``rng`` gives the same scene.
 
-    Args:
-        kind: What to compose.
-        rng: Random generator; the same state gives the same scene.
-        split: The split that it must belong to.
-        styles: Art styles to draw emojis from.
-        names: For emojis: the objects, one per place, instead of random ones.
+    ``names`` are the emojis' objects, one per place, instead of random ones.
     """
     while True:
         if kind == "digits":

@@ -264,7 +264,7 @@ def choose(
 def likelihoods(
     model: PreTrainedModel, processor: Any, answered: Sequence[tuple[Question, str]]
 ) -> list[tuple[float, bool]]:
-    """Log-probability of each answer as a whole turn, and whether greedy decoding gives it."""
+    """Return each answer turn's log-probability, and whether greedy decoding gives it."""
     samples = [chat.answered_sample(question, text) for question, text in answered]
     where = f"the likelihood of answers to question {answered[0][0].id!r}"
     found, _ = answer_losses(model, chat.encode_samples(processor, samples), where)

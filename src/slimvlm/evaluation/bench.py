@@ -103,7 +103,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Side:
-    """A model before it is timed."""
+    """Shape, data type and bytes of a model, for its benchmark."""
 
     name: str  # or path
     shape: Anatomy  # of the configuration: quantised weights are packed
@@ -177,8 +177,8 @@ def summarised(
 ) -> Bench:
     """Summarise runs of a model, and of its baseline if there is one.
 
-    ``runs`` has for each batch size the runs of each side, in the order of their rounds; ``peaks``
-    the peak bytes of each side.
+    By batch size, ``runs`` has each side's runs in the order of their rounds, ``peaks`` its peak
+    bytes.
     """
     measured = []
     for i, side in enumerate(sides):

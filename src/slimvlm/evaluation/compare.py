@@ -91,14 +91,11 @@ class Comparison(_Pairs):
 
 
 def compare(a: Result, b: Result, tasks: Mapping[str, Task]) -> Comparison:
-    """Pair the answers of two models.
+    """Pair the answers of two models; ``tasks`` give questions and pictures where unchanged.
 
     Likelihoods, and tasks that only one model answered, have no pairs: `Comparison.left_out` names
     them. If one model was asked blind, `Pair.question` has the pictures that the other one saw; if
     both were, those of other questions that both were shown.
-
-    ``tasks`` give questions and pictures. A task that is not there, or that has changed since, is
-    compared without them.
     """
     left_out: dict[str, str] = {}
     found: dict[str, TaskComparison] = {}

@@ -169,13 +169,11 @@ def evaluate_with_lmms(
 ) -> dict[str, TaskResult]:
     """Run benchmarks in lmms-eval's own runner; greedy replies through our chat code.
 
-    ``names`` are keys of `LMMS_TASKS`, lmms-eval's own names of them, or tasks in ``task_folder``:
-    files in lmms-eval's format, which replace those of the same name that lmms-eval ships, so data
-    on disk can take the hub's place.
-
-    MME comes in two halves on their own scales (800 and 2000), and so do their scores for each
-    question: 100 times the mean is the score. A half that is not among the first ``limit``
-    questions is left out.
+    ``names`` are keys of `LMMS_TASKS`, lmms-eval's names of them, or tasks in ``task_folder``
+    (files in its format), which replace those of the same name that it ships, so data on disk can
+    take the hub's place. MME comes in two halves on their own scales (800 and 2000), and so do
+    their scores for each question: 100 times the mean is the score. A half that is not among the
+    first ``limit`` questions is left out.
     """
     rows = check_names(names, limit, task_folder)
     own = _own_tasks(task_folder)
@@ -218,7 +216,7 @@ def evaluate_all(
 ) -> Result:
     """Evaluate on our own tasks and on lmms-eval's, as `evaluate` and `evaluate_with_lmms`.
 
-    ``log_folder``, ``floors`` and ``blind`` are for our own tasks. Without any of those, times are
+    ``log_folder``, ``floors`` and ``blind`` are for our own tasks; without any of those, times are
     measured on a grey picture.
     """
     own, theirs = split_names(tasks)

@@ -129,11 +129,7 @@ def perplexity(loss: float) -> float:
 
 
 def metric_named(name: str) -> Metric:
-    """Find a metric of replies: one of `METRICS`, or a function of the user's own.
-
-    ``package.module:function`` is imported, called with the reply and the `slimvlm.Question`, and
-    returns a score in [0, 1].
-    """
+    """Find a metric of replies: one of `METRICS`, or a user's own ``package.module:function``."""
     if ":" in name:
         return _own_metric(name)
     if name not in METRICS:
@@ -233,26 +229,16 @@ class Difference:
 
 @dataclass(frozen=True)
 class Retention:
-    """Share that a model keeps of another one's average, in percent, with 95 % intervals.
+    """A model's average over another one's, in percent, with 95 % intervals."""
 
-    Attributes:
-        percent: AVG-%: the ratio of the two averages (a ratio of means).
-        low: Lower end of its interval.
-        high: Upper end.
-        above_chance: The same ratio after the tasks' chance levels are taken off both averages;
-            NaN if the original is not above chance itself.
-        above_floor: The same ratio after the tasks' floors are taken off both averages; NaN if the
-            original is not above its floor.
-        above_floor_low: Lower end of its interval; NaN if the original is above the floor in fewer
-            than 97.5 % of the draws, so that the ratio has no bounds.
-        above_floor_high: Upper end, likewise.
-    """
-
-    percent: float
+    percent: float  # AVG-%: the ratio of the two averages (a ratio of means)
     low: float
     high: float
+    # the same ratio with the tasks' chance levels, or floors, subtracted from both averages; NaN if
+    # the original is not above them
     above_chance: float
     above_floor: float = float("nan")
+    # NaN if the original is above the floor in fewer than 97.5 % of draws: the ratio has no bounds
     above_floor_low: float = float("nan")
     above_floor_high: float = float("nan")
 
@@ -267,10 +253,9 @@ def retention(
 ) -> Retention:
     """Compute AVG-% with a paired bootstrap over questions.
 
-    All map the names of tasks. ``scores`` and ``baseline`` have one score in [0, 1] for each
-    question; questions are drawn within tasks, the same for both models. ``chance`` is in percent.
-    ``floors`` are scores without doing the task: in percent, or one for each question, which is
-    then drawn with the models' answers. Default: chance.
+    Per task, ``scores`` and ``baseline`` have one score in [0, 1] for each question; questions are
+    drawn within tasks, the same for both models. ``chance`` is in percent. ``floors`` are scores
+    without doing the task: in percent, or one for each question, drawn with the models' answers.
     """
     given = floors if floors is not None else chance
     floor_scores: dict[str, Sequence[float]] = {}
@@ -310,10 +295,7 @@ def average_difference(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Difference:
-    """Compute AVG of ``b`` minus AVG of ``a``, with a paired bootstrap over each task's questions.
-
-    ``a`` and ``b`` have for each task one score for each question, the same for both.
-    """
+    """Compute AVG of ``b`` minus AVG of ``a``, with a paired bootstrap within each task."""
     (first, first_mean), (second, second_mean) = _averages([a, b], resamples, seed)
     low, high = np.percentile(second - first, [2.5, 97.5])
     return Difference(points=second_mean - first_mean, low=float(low), high=float(high))

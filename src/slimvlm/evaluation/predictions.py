@@ -51,10 +51,9 @@ States = tuple[Sequence[int], Hidden, Int[Tensor, "B T"]]
 def answer_losses(
     model: PreTrainedModel, encoded: Mapping[str, Any], where: str
 ) -> tuple[Float[Tensor, "B S 2"], Bool[Tensor, "B S"]]:
-    """Compute the cross-entropy of each labelled token, and whether it is not the likeliest (1).
+    """Compute each labelled token's cross-entropy, and 1 where another token is likelier.
 
-    Return both numbers, 0 where nothing is labelled, and the mask of labels. ``where`` names the
-    result in an error message.
+    Returns both numbers, 0 without a label, and the mask of labels; errors name ``where``.
     """
     inputs = as_inputs(model, encoded)
     labels = inputs.pop("labels")

@@ -213,9 +213,9 @@ class Result:
 
 
 def read_baseline(path: str | Path, blind: bool = False, floors: bool = False) -> Result:
-    """Read a result file as baseline; ``blind``: of a blind result; ``floors``: it must have them.
+    """Read a baseline result: of a blind evaluation (``blind``), or with blind floors (``floors``).
 
-    Refuse before the questions are asked what would fail after them.
+    Called before any question is asked, because it refuses a result that could not be compared.
     """
     baseline = Result.load(path)
     if baseline.blind != blind:

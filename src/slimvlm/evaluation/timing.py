@@ -155,7 +155,7 @@ class PairedTimes:
 
     @classmethod
     def load(cls, path: str | Path) -> PairedTimes:
-        """Read such a file."""
+        """Read what `save` wrote."""
         return built(cls, read_object(path, "times"), f"times {str(path)!r}")
 
 
@@ -213,8 +213,8 @@ def stored_bytes(*modules: nn.Module) -> int:
 class PeakMemory(TorchDispatchMode):
     """Track the peak of the bytes that operations allocate, without the weights of ``modules``.
 
-    It sees every tensor on every device, but not what a kernel allocates for itself. Operations are
-    slow meanwhile.
+    It sees every tensor on every device, but not a kernel's own memory. Operations are slow
+    meanwhile.
     """
 
     def __init__(self, *modules: nn.Module) -> None:

@@ -1,1 +1,1 @@
-"""Other forms of a finished checkpoint: quantised, GGUF, the hub; what serves it."""
+"""Export a finished checkpoint: quantised or as GGUF; check which engines can serve it."""

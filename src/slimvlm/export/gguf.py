@@ -54,11 +54,6 @@ def export_gguf(
     Vision tower and projector go into a second file ``mmproj-...``, in bfloat16 where ``outtype``
     is a K format, if llama.cpp's converter can write them (`slimvlm.export.serving.GGUF_PICTURES`).
     A model that lost tokens needs its ``original``, whose tokenizer llama.cpp knows.
-
-    Raises:
-        ConfigError: If llama.cpp cannot run this shape, the converter or the quantiser is not
-            installed, a file exists, or ``original`` is missing.
-        ReloadError: If the converter or the quantiser fails.
     """
     out = require_free(out, force)
     quantizer = shutil.which(QUANTIZE_PROGRAM)

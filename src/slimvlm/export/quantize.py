@@ -204,7 +204,7 @@ def _settings(to: str, backend: str, skipped: list[str], dtype: torch.dtype) -> 
 
 @contextmanager
 def compressed(model: PreTrainedModel, to: str, skipped: Sequence[str]) -> Iterator[None]:
-    """Inside, matrices of decoder layers are quantised; afterwards they are dequantised.
+    """Quantise matrices of decoder layers inside the block; dequantise them afterwards.
 
     A scale is the largest absolute weight of a row (int8, fp8) or of a group of a row (int4) over
     the largest number of the type; weights are rounded to nearest. int8 and fp8 (e4m3) also round

@@ -45,13 +45,10 @@ OPENVINO_REFUSES = {"gemma2", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl", "
 
 
 class Ran(NamedTuple):
-    """An engine's version, and kinds of model (`Case.kind`) with the same replies there.
-
-    Greedy replies of originals, and of models pruned in depth and in width, equal transformers'.
-    """
+    """Engine version, and kinds (`Case.kind`) whose greedy replies equalled transformers'."""
 
     version: str
-    kinds: tuple[str, ...]
+    kinds: tuple[str, ...]  # compared were originals and models pruned in depth and in width
 
 
 RAN = {
@@ -113,10 +110,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Rule:
-    """A requirement of some targets, with the model's value and the remedy for people.
-
-    ``seen`` is the engine that failed in a run; empty if its source says so.
-    """
+    """A requirement of some targets, with the model's value and the remedy for people."""
 
     name: str
     targets: tuple[str, ...]
@@ -124,23 +118,19 @@ class Rule:
     breaks: Callable[[Case], bool]
     what: Callable[[Case], str]
     advice: str
-    seen: str = ""
+    seen: str = ""  # the engine that failed in a run; empty if its source says so
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Result of one rule for a model.
-
-    ``level`` is ``ok``, ``warn`` (works, with a loss), ``fail``, or ``unknown``: no violation is
-    known, and no engine has confirmed it. ``seen`` is the engine that showed it in a run.
-    """
+    """Result of one rule for a model."""
 
     target: str
     rule: str
-    level: Level
+    level: Level  # warn: works, with a loss; unknown: no violation known, no engine confirmed it
     what: str
     advice: str = ""
-    seen: str = ""
+    seen: str = ""  # the engine that showed it in a run
 
 
 def _head_dim(case: Case) -> str:

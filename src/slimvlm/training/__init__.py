@@ -1,1 +1,1 @@
-"""Train what is left towards the original model."""
+"""Recover a pruned model by training it against the original."""

@@ -54,7 +54,7 @@ from slimvlm.training.trainable import (
 from slimvlm.training.trainer import TRAINED_FILE, DistillationTrainer, learning_parameters
 
 RATE, RATE_OF_ALL = 2e-4, 4e-4
-"""Peak learning rates: of LoRA and the projector; of all weights, if all of the decoder went."""
+"""Peak learning rates: of LoRA and projector; of all weights, if the whole decoder was removed."""
 UNKNOWN_SHARE, MEASURED_CHANNELS = 0.25, 576
 TRAINER: Mapping[str, Any] = {
     **{"lr_scheduler_type": "cosine", "warmup_steps": 0.03, "weight_decay": 0.0},
@@ -69,7 +69,7 @@ TRACKER_FOLDER = "runs"
 
 @dataclass(frozen=True)
 class History:
-    """What happened in training.
+    """Record of a training.
 
     Attributes:
         steps: Log rows: step, loss, its components, learning rate.
@@ -208,7 +208,7 @@ def _claim(
     """Write a training's request into its folder; only an equal request may resume there."""
 
     def digest_of(source: PreTrainedModel | None) -> str | None:
-        """A divided model has none: it is whole nowhere."""
+        """Hash the weights; None for a sharded model, which no process holds whole."""
         return None if source is None or is_sharded(source) else digest_of_weights(source)
 
     request = {
@@ -234,13 +234,10 @@ def _trained(
     arguments: TrainingArguments,
     folder: Path,
 ) -> DistillationTrainer:
-    """Train with batches that fit, from the last checkpoint in the folder on.
+    """Train from the last checkpoint in the folder on, with batches that fit.
 
-    Where an accelerator has no memory left, batches become smaller and more of them are added
-    before the optimizer moves. Losses are means over all of them, so that only rounding changes.
-
-    Returns:
-        The Trainer at the end.
+    If an accelerator runs out of memory, batches become smaller and gradient accumulation steps
+    more. Losses are means over all of them, so that only rounding changes.
     """
     is_alone = arguments.device.type != "cpu" and num_ranks() == 1
     before = {}
@@ -380,9 +377,9 @@ def peak_rate(config: RecoverConfig, model: PreTrainedModel, plan: Plan | None) 
     """Return the learning rate: the one that is given, or one by rule.
 
     LoRA and the projector take 2e-4. Where all weights learn, it is 4e-4 times the share of the
-    decoder that went, a quarter where no plan says: measured on a model with 576 channels
-    (``docs/log.md``). A model with more of them takes less in proportion, as the hidden
-    matrices of μP do (arXiv:2203.03466, Table 3).
+    decoder that was removed, a quarter where no plan says: measured on a model with 576 channels
+    (``docs/log.md``). A model with more of them takes less in proportion, as the hidden matrices of
+    μP do (arXiv:2203.03466, Table 3).
     """
     if config.learning_rate is not None:
         return config.learning_rate
@@ -393,7 +390,7 @@ def peak_rate(config: RecoverConfig, model: PreTrainedModel, plan: Plan | None) 
 
 
 def _removed_share(plan: Plan | None) -> float:
-    """Share of the decoder that went."""
+    """Return the removed share of the decoder, by a plan or by default."""
     return UNKNOWN_SHARE if plan is None else plan.decoder_ratio
 
 

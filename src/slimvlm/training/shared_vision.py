@@ -22,13 +22,8 @@ def seeing_once(
     """Run the vision tower for the student alone, and give the teacher its outputs.
 
     Each forward pass of the teacher must follow one of the student on the same batch. Where the
-    towers differ, both run.
-
-    Args:
-        model: The student.
-        teacher: The teacher.
-        through_students_projector: Let the teacher use the student's projector, as the study's
-            LLaVA and Bunny trainers do; otherwise it has its own.
+    towers differ, both run. ``through_students_projector`` lets the teacher use the student's
+    projector, as the study's LLaVA and Bunny trainers do.
     """
     family = Parts(model).family
     with ExitStack() as stack:
@@ -62,7 +57,7 @@ def _same_tower(model: PreTrainedModel, teacher: PreTrainedModel) -> bool:
 def _tower_pairs(
     model: PreTrainedModel, teacher: PreTrainedModel
 ) -> Iterator[tuple[nn.Module | None, nn.Module]]:
-    """List what the teacher need not compute: (the student's module, the teacher's in its place).
+    """List the teacher's modules to skip: (the student's module, the teacher's in its place).
 
     The whole tower. If a projector sits inside it, the tower's blocks: the last one and those with
     a deepstack projector have a counterpart, the outputs of the others are never read.

@@ -1,4 +1,4 @@
-"""Batches of a training: the model's inputs, and what its losses are measured against.
+"""Make training batches: model inputs, and the targets of the losses.
 
 B sample, T token.
 """
@@ -30,21 +30,15 @@ LEAST_SHARED = 2**30
 
 @dataclass(frozen=True)
 class Supervision:
-    """Targets of a batch's losses.
+    """Targets of a batch's losses."""
 
-    Attributes:
-        ids: Names of the samples.
-        labels: Tokens to predict.
-        compared: Positions at which the student is compared with its teacher.
-    """
-
-    ids: tuple[str, ...]
+    ids: tuple[str, ...]  # of the samples
     labels: Int[Tensor, "B T"]
-    compared: Bool[Tensor, "B T"]
+    compared: Bool[Tensor, "B T"]  # positions where the student is compared with its teacher
 
     @property
     def counts(self) -> Float[Tensor, 2]:
-        """How many positions count for sft, and for the other losses."""
+        """Number of positions that count for sft, and for the other losses."""
         return torch.stack([label_counts(self.labels).sum(), self.compared.sum()]).float()
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Supervision:
@@ -61,11 +55,7 @@ class Supervision:
 
 @dataclass(frozen=True)
 class Collator:
-    """Encode samples as a batch: the model's inputs and their `Supervision`.
-
-    ``positions`` are those that distillation compares: ``answer`` tokens where they are predicted,
-    ``text`` or ``all``.
-    """
+    """Encode samples as model inputs and their `Supervision`; distillation reads ``positions``."""
 
     processor: Any
     model_config: Any
@@ -87,11 +77,10 @@ class Collator:
 
 
 def num_workers(device: torch.device) -> int:
-    """Count the processes that put batches together while a device trains; 0 for none.
+    """Count the processes that collate batches while a device trains; 0 for none.
 
-    At most four, and none for a CPU, which they would slow down. They are forked: where Python
-    starts processes anew, they would read everything again. Batches come through shared memory,
-    of which a container may have too little.
+    At most four, and none for a CPU, which they would slow down. They must be forked, since spawned
+    ones would read everything again, and need shared memory, which a container may lack.
     """
     shared = Path("/dev/shm")
     if device.type == "cpu" or multiprocessing.get_start_method() != "fork" or not shared.is_dir():

@@ -27,19 +27,11 @@ from slimvlm.training.trainable import plain_model
 
 @dataclass(frozen=True)
 class Sharing:
-    """Count how much of a teacher is the student's memory.
-
-    Attributes:
-        shared_params: Parameters that the teacher reads from the student.
-        own_params: Parameters that only the teacher has: what was pruned, what learns in the
-            student, and what differs.
-        differing: Names of the teacher's tensors whose counterpart in the student is frozen, but
-            has other values.
-    """
+    """Count how much of a teacher is the student's memory."""
 
     shared_params: int
-    own_params: int
-    differing: tuple[str, ...] = ()
+    own_params: int  # pruned, or trainable in the student, or different
+    differing: tuple[str, ...] = ()  # teacher's tensors, frozen in the student with other values
 
     def line(self) -> str:
         """Summarise it in one line."""
@@ -54,15 +46,9 @@ class Sharing:
 class JoinedRows(nn.Module):
     """A projection into units, in two parts: rows that the student kept, and rows that it lost.
 
-    Outputs stand in the order kept, removed within each segment. The teacher's units are merely
-    permuted by that, since the matrix that reads them (`JoinedColumns`) has the same order.
-
-    Args:
-        kept: The student's weight.
-        kept_bias: Its bias, if any.
-        removed: The teacher's other rows.
-        removed_bias: Likewise.
-        sizes: For each segment the channels that are kept and removed.
+    Outputs stand in the order kept, removed within each segment; ``sizes`` has both numbers of
+    channels of each. The teacher's units are merely permuted by that, since the matrix that reads
+    them (`JoinedColumns`) has the same order.
     """
 
     def __init__(
@@ -80,20 +66,14 @@ class JoinedRows(nn.Module):
         self._kept_sizes, self._removed_sizes = map(list, zip(*sizes, strict=True))
 
     def forward(self, inputs: Float[Tensor, "*B D"]) -> Float[Tensor, "*B U"]:
-        """``inputs`` times both parts, joined segment by segment."""
+        """Multiply by both parts and join the outputs segment by segment."""
         kept = F.linear(inputs, self.kept, self.kept_bias).split(self._kept_sizes, -1)
         removed = F.linear(inputs, self.removed, self.removed_bias).split(self._removed_sizes, -1)
         return torch.cat([part for pair in zip(kept, removed, strict=True) for part in pair], -1)
 
 
 class JoinedColumns(nn.Module):
-    """A projection out of units, in two parts: ``y = W_kept x_kept + W_removed x_removed + b``.
-
-    Args:
-        kept: The student's weight.
-        removed: The teacher's other columns.
-        bias: The bias, if any.
-    """
+    """A projection out of units, in two parts: ``y = W_kept x_kept + W_removed x_removed + b``."""
 
     def __init__(
         self,
@@ -106,7 +86,7 @@ class JoinedColumns(nn.Module):
         self.bias = None if bias is None else _frozen(bias)
 
     def forward(self, inputs: Float[Tensor, "*B U"]) -> Float[Tensor, "*B D"]:
-        """The sum of both parts."""
+        """Add the outputs of both parts."""
         sizes = [self.kept.shape[1], self.removed.shape[1]]
         kept, removed = inputs.split(sizes, -1)
         return F.linear(kept, self.kept, self.bias) + F.linear(removed, self.removed)
@@ -123,16 +103,11 @@ def plan_fits(plan: Plan, model: PreTrainedModel, teacher: PreTrainedModel) -> b
 def share_(teacher: PreTrainedModel, trained: Any, plan: Plan) -> Sharing:
     """Make a teacher read the student's weights wherever these are frozen and equal to its own.
 
-    Every tensor is compared with its counterpart, value by value. What differs, for example a
-    repaired matrix, stays the teacher's own, so that the teacher computes what it did before but
-    for rounding. This goes tensor by tensor, and what is shared is freed at once. The teacher may
-    lie on another device (the CPU, to spare a GPU) and ends on the student's.
-
-    Args:
-        teacher: The original model, changed in place: its units stand in another order, and a
-            later change of the student's frozen weights, such as merging LoRA, is its change too.
-        trained: The pruned model as `slimvlm.training.trainable.prepare_training` returned it.
-        plan: The plan that pruned it.
+    Tensors are compared value by value. Those that differ, for example a repaired matrix, stay the
+    teacher's own, so its outputs change only by rounding. Each shared tensor's copy is freed at
+    once. The teacher, which may lie on another device, is changed in place: it moves to the
+    student's device, its units are permuted, and a later change of the student's frozen weights,
+    such as merging LoRA, changes it, too. ``trained`` is the result of `prepare_training`.
     """
     student = plain_model(trained)
     as_read = {parameter.data_ptr() for parameter in teacher.parameters()}

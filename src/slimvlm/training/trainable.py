@@ -1,4 +1,4 @@
-"""Choose what learns (projector, LoRA, everything but the tower), and in which data types."""
+"""Select the trainable weights (projector, LoRA, all but the tower) and their data types."""
 
 from __future__ import annotations
 
@@ -22,15 +22,11 @@ from slimvlm.models.hidden import hold_in_, is_sharded, merge_lora
 from slimvlm.models.parts import Parts, parameters_below, part_at, text_config_of
 
 LORA: dict[str, Any] = {"lora_alpha": 128, "lora_dropout": 0.05}
-"""What `RecoverConfig.lora` changes, besides the target modules: all matrices of the backbone."""
+"""Defaults that `RecoverConfig.lora` overrides; target modules: all matrices of the backbone."""
 
 
 def prepare_training(model: PreTrainedModel, config: RecoverConfig) -> Any:
-    """Freeze a model but for what learns, and hold that in float32.
-
-    Returns:
-        The model to train: the same object, or PEFT's wrapper around it.
-    """
+    """Freeze all but the trainable weights, hold those in float32, and add LoRA by PEFT."""
     family = Parts(model).family
     model.requires_grad_(False)
     if config.train == "projector" and not family.projector:
@@ -80,11 +76,10 @@ def old_names_allowed() -> Iterator[None]:
 def training_precision(
     model: PreTrainedModel, teacher: PreTrainedModel | None, device: torch.device, autocast: bool
 ) -> Iterator[None]:
-    """Hold models as training computes with them; the student's data types come back.
+    """Convert models to the data types of training; the student's come back afterwards.
 
-    Small steps vanish in half precision. So what learns is held in float32
-    (`prepare_training`), and so is everything else, unless autocast
-    computes in bfloat16 and the rest can stay as it was read. Shards keep their data type, and so
+    Small steps vanish in half precision. So trainable weights are float32 (`prepare_training`), and
+    so is everything else, unless autocast computes in bfloat16. Shards keep their data type, and so
     does the teacher. The student moves to the device.
     """
     models = [model, *([] if teacher is None else [teacher])]
@@ -124,8 +119,8 @@ def without_autocast(trainer: Trainer) -> Any:
 def projector_in_every_graph(model: PreTrainedModel) -> Iterator[None]:
     """Add zero times the projector's weights, so that text-only batches give it a gradient.
 
-    Else such a batch would have no gradient at all where only the projector learns, and processes
-    that train together (DDP) would wait for each other's.
+    Else such a batch would have no gradient where only the projector learns, and DDP processes
+    would wait for each other's.
     """
     paths = Parts(model).family.projector
     if is_sharded(model):  # sees pictures always, or never
@@ -146,11 +141,10 @@ def projector_in_every_graph(model: PreTrainedModel) -> Iterator[None]:
 
 
 def merge(trained: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the plain model behind a trained one: LoRA added into its weights, nothing frozen.
+    """Return the plain model behind a trained one: LoRA merged, in ``dtype``, nothing frozen.
 
-    Flags matter for speed: torch 2.13 runs ``lm_head`` over a slice of hidden states several times
-    slower while its weight is frozen, since it then copies the weight for each sample. What learned
-    in float32 goes back to ``dtype``.
+    A frozen ``lm_head`` would be several times slower: torch 2.13 copies its weight for each sample
+    when it runs over a slice of hidden states.
     """
     plain: PreTrainedModel = merge_lora(trained) if _is_peft(trained) else trained
     hold_in_(plain, dtype, learning_only=True)
@@ -165,10 +159,10 @@ def require_adapter_holds_all(model: PreTrainedModel) -> None:
 
 
 def save_adapter(trained: Any, folder: str | Path, dtype: torch.dtype) -> None:
-    """Write what learned as a PEFT adapter: on the pruned model it gives the merged one.
+    """Write the trainable weights as a PEFT adapter: on the pruned model it gives the merged one.
 
-    The projector, which learns without LoRA, is stored whole, as PEFT's ``modules_to_save``, in the
-    data type that it will have in the merged model.
+    The projector, which learns without LoRA, is stored whole, as PEFT's ``modules_to_save``, in
+    ``dtype``.
     """
     from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 

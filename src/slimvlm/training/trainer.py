@@ -36,18 +36,14 @@ TRAINED_FILE = "trained.safetensors"
 class DistillationTrainer(Trainer):
     """The Trainer with a weighted sum of losses, and with our progress bar or log lines.
 
-    Hidden states are caught on their way, and the head runs only over positions that a loss looks
-    at: logits of a whole batch never exist. A mean over tokens is one over all ranks and all
+    Hidden states are captured on the way, and the head runs only over positions that a loss reads:
+    logits of a whole batch never exist. A mean over tokens is one over all ranks and all
     accumulated batches, so that these change the memory needed and nothing else.
 
-    Args:
-        teacher: The teacher, if there is one.
-        config: Losses, their weights and options.
-        layer_pairs: Decoder layers to compare, as (student's, teacher's), besides the end.
-        tokens: The teacher's number of each of the student's tokens, if that has fewer. A text of
-            the student's is one of the teacher's, too, in longer pieces perhaps; logits are
-            compared over the tokens that both have.
-        arguments: The Trainer's own.
+    ``layer_pairs`` are decoder layers to compare, as (student's, teacher's), besides the end.
+    ``tokens`` is the teacher's id of each student token, if the student has fewer: the teacher
+    reads the student's tokens, although its own tokenizer may join them to longer ones, and logits
+    are compared over the tokens that both have.
     """
 
     def __init__(
@@ -143,7 +139,7 @@ class DistillationTrainer(Trainer):
         return parts
 
     def _as_teacher_reads(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Replace the student's token numbers by the teacher's."""
+        """Replace the student's token ids by the teacher's."""
         if self._tokens is None:
             return inputs
         return {**inputs, "input_ids": self._tokens[inputs["input_ids"]]}
@@ -181,7 +177,7 @@ class DistillationTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Write a checkpoint of what learns; everything else is in the pruned model already."""
+        """Write a checkpoint of the trainable weights; the pruned model has all others."""
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         learning = {
@@ -222,7 +218,7 @@ class LoggedTraining(TrainerCallback):
         self._loss = ""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin at the first step, or behind those of a stopped run."""
+        """Start at the first step, or after those of a stopped run."""
         self._stage = LoggedStage("train", state.max_steps, state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -248,5 +244,5 @@ class LastLog(TrainerCallback):
 
 
 def learning_parameters(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
-    """Iterate over what learns, by name."""
+    """Iterate over the trainable parameters, by name."""
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
