@@ -1,4 +1,4 @@
-"""The command line: a table of verbs, and what becomes of their errors."""
+"""The command line: a table of verbs, and the handling of their errors."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ VERBS: dict[str, Verb] = {
 }
 """Every verb by its name."""
 SHARING_OUTPUT = ("study",)
-"""Verbs whose runs may write to one folder at the same time: they agree on who does what."""
+"""Verbs whose runs may write to one folder at the same time, as they divide the work."""
 ABOUT = "Make multimodal LLMs smaller: prune, recover, measure, save."
 GOING_ON = ("recover", "compress", "study", "evaluate")
-"""Verbs that go on where a stopped one was."""
+"""Verbs that resume a stopped run."""
 TOGETHER = ("recover",)
 """Verbs that several processes of ``torchrun`` do together."""
 
@@ -85,15 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parsed(verb: str, words: list[str]) -> dict[str, Any]:
-    """Read the arguments of a verb; the values of ``--config FILE`` are defaults.
-
-    Args:
-        verb: Its name.
-        words: The command line behind it.
-
-    Raises:
-        ConfigError: If an argument is missing, unknown or not allowed; one line.
-    """
+    """Read the arguments of a verb; the values of ``--config FILE`` are defaults."""
     defaults = {}
     if verb in ("compress", "recover"):
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

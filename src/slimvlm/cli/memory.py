@@ -1,4 +1,4 @@
-"""What is said when a device has no memory left: where, during what, and which option helps."""
+"""Explain an out-of-memory error: the device, the stage, and the option that helps."""
 
 from __future__ import annotations
 
@@ -20,20 +20,13 @@ _CURES = {
     "evaluate": _LESS_AT_ONCE,
     "bench": "smaller --batch-sizes or --prompt-tokens",
 }
-"""What makes a stage, or else a verb, fit."""
+"""Options that lower the memory of a stage, or else of a verb."""
 _BYTES = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 @contextmanager
 def memory_explained(words: Sequence[str]) -> Iterator[None]:
-    """Inside, say in one line that a device has no memory left, and what to do.
-
-    Args:
-        words: The command line behind ``slimvlm``.
-
-    Raises:
-        SlimError: In place of what torch raises, for CUDA, ROCm, XPU, MPS and the CPU.
-    """
+    """Turn an out-of-memory error, of a CPU or any accelerator, into a SlimError of one line."""
     with own_stages():
         try:
             yield
@@ -44,7 +37,7 @@ def memory_explained(words: Sequence[str]) -> Iterator[None]:
 
 
 def _out_of_memory(told: str, words: Sequence[str]) -> str:
-    """What an error says for people."""
+    """Format an out-of-memory error for a user."""
     kind = re.search(r"(\w+)(?: backend| error:)? out of memory", told)
     kind = kind or re.search(r"(CU)\w+_ALLOC_FAILED", told)
     number = re.search(r"GPU (\d+)", told)

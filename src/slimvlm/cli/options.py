@@ -35,16 +35,7 @@ FIRST = (
 def parse(
     verb: Callable[..., None], words: list[str], defaults: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Read the options of a verb.
-
-    Args:
-        verb: The function behind it.
-        words: The command line behind its name.
-        defaults: Values of its parameters where the command line gives none.
-
-    Returns:
-        Its arguments by name.
-    """
+    """Read the options of a verb, with defaults by parameter name; return its arguments by name."""
     texts, hints = _texts(verb), get_type_hints(verb, include_extras=True)
 
     rows = []

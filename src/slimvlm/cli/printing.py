@@ -32,7 +32,7 @@ _OF_A_CELL = (
 
 
 def console() -> Console:
-    """The console for tables; wide where stdout is no terminal."""
+    """Return the console for tables; wide where stdout is no terminal."""
     from rich.console import Console
 
     terminal = Console()
@@ -46,12 +46,12 @@ def note(line: str) -> None:
 
 
 def print_json(values: Any) -> None:
-    """Print a result for programs."""
+    """Print a result as JSON."""
     print(json.dumps(values, indent=2))
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
-    """Print a result for people."""
+    """Print a result as a table."""
     from slimvlm.runs.tables import as_table
 
     console().print(as_table(header, rows, title=title))
@@ -74,7 +74,7 @@ def show(
 
 
 def print_results(results: Mapping[str, Result], as_json: bool, title: str = "") -> None:
-    """Print the scores of models; nothing for people if nothing was asked."""
+    """Print the scores of models; no table if no task was asked."""
     from slimvlm.runs.tables import result_json, result_rows
 
     if results or as_json:
@@ -82,7 +82,7 @@ def print_results(results: Mapping[str, Result], as_json: bool, title: str = "")
 
 
 def print_held_out(results: Mapping[str, DataResult]) -> None:
-    """Print the figures of held-out samples, for people; nothing if nothing was measured."""
+    """Print the figures of held-out samples as a table; nothing if nothing was measured."""
     from slimvlm.runs.tables import held_out_notes, held_out_rows
 
     if results:
@@ -152,7 +152,7 @@ def print_bench(found: Bench, as_json: bool) -> None:
 
 
 def print_forecast(found: Forecast, as_json: bool) -> None:
-    """Print what a study would do."""
+    """Print the stages that a study would do."""
     from slimvlm.core.progress import duration
 
     if as_json:
@@ -169,7 +169,7 @@ def print_forecast(found: Forecast, as_json: bool) -> None:
 
 
 def print_study(table: pd.DataFrame, as_json: bool) -> None:
-    """Print the cells of a study and what they say on the claims."""
+    """Print the cells of a study and the verdicts on the claims."""
     from slimvlm.runs.study import as_json as study_json
     from slimvlm_tools.claims import claims_of
 
@@ -188,7 +188,7 @@ def _cell(value: object) -> str:
 
 
 def print_advice(advice: Advice, as_json: bool) -> None:
-    """Print a recipe, what it should keep and cost, and its command."""
+    """Print a recipe, its expected score and cost, and its command."""
     from slimvlm.runs.advise import advice_rows
 
     if as_json:
@@ -199,7 +199,7 @@ def print_advice(advice: Advice, as_json: bool) -> None:
 
 
 def print_dry_run(found: DryRun, as_json: bool) -> None:
-    """Print the outcome and the needs of a compression."""
+    """Print the plan of a compression and its needs of memory and time."""
     from slimvlm.runs.advise import dry_run_rows
 
     if as_json:

@@ -270,15 +270,7 @@ def compress(
 
 
 def defaults_from(file: str, verb: str) -> dict[str, Any]:
-    """Read a configuration file as values of the parameters of `compress` or `recover`.
-
-    Args:
-        file: A ``run.yaml``, or the ``config.json`` of a run.
-        verb: The verb.
-
-    Raises:
-        ConfigError: If it cannot be read, or an option is unknown or not allowed.
-    """
+    """Read a configuration file as values of the parameters of `compress` or `recover`."""
     from slimvlm.runs.command import read_config
 
     model, config, learning = read_config(file)
@@ -300,9 +292,9 @@ def defaults_from(file: str, verb: str) -> dict[str, Any]:
 def _recovery(
     pruning: PruneConfig, training: TrainingFlags, about: float | None
 ) -> RecoverConfig | None:
-    """How to train; the chart fills in what is not said, by the ratio, or by what it is about.
+    """Resolve the training options, None for no training; the chart fills in missing ones.
 
-    None for no training.
+    ``about`` stands in for the ratio where a latency is given.
     """
     from slimvlm.runs.recipes import recipe_for
     from slimvlm.runs.request import ratio_of

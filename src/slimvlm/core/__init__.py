@@ -1,1 +1,1 @@
-"""What every part uses: errors, options, files. Knows nothing of models."""
+"""Errors, options and files, which every part uses; nothing here knows of models."""

@@ -23,15 +23,10 @@ from slimvlm.core.errors import ConfigError
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that an option may be; stands in its type.
-
-    Attributes:
-        holds: Whether a number is allowed.
-        meaning: The same in words, after "must be".
-    """
+    """Numbers that an option may have; stands in its type."""
 
     holds: Callable[[float], bool]
-    meaning: str
+    meaning: str  # continues "must be"
 
 
 ABOVE_0 = Range(lambda value: 0 < value < math.inf, "above 0")
@@ -67,7 +62,7 @@ class Options:
 
 @cache
 def _allowed(kind: Any) -> Mapping[str, tuple[tuple[str | None, ...], tuple[Range, ...]]]:
-    """For each option that has them: its choices, and the ranges of its numbers."""
+    """Collect the choices and the number ranges of each option that has them."""
     hints = get_type_hints(kind, include_extras=True)
     found = {}
     for row in fields(kind):
@@ -88,6 +83,6 @@ T = TypeVar("T")
 
 
 def part_of(config: Any, kind: type[T]) -> T:
-    """The options of one group or smaller configuration, out of one that has more."""
+    """Take the options of a smaller configuration out of one that has more."""
     names = [row.name for row in fields(kind)]  # type: ignore[arg-type]
     return kind(**{name: getattr(config, name) for name in names})

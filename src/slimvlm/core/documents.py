@@ -25,7 +25,7 @@ MAX_BYTES = 512 * 2**20
 MAX_YAML_BYTES = 2**20
 """Largest YAML file; people write these."""
 MAX_DEPTH = 64
-"""Lists and mappings inside one another."""
+"""Nested lists and mappings."""
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
@@ -97,7 +97,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def texts_in(values: Any) -> Iterator[str]:
-    """Every text among the values of JSON or YAML, without keys."""
+    """Yield every text among the values of JSON or YAML, without keys."""
     if isinstance(values, str):
         yield values
     for inner in values.values() if isinstance(values, dict) else values if _holds(values) else ():
@@ -124,7 +124,7 @@ def _holds(value: Any) -> bool:
 
 
 def listed(value: Any) -> tuple[Any, ...]:
-    """Several values, or one in place of a list, as a tuple."""
+    """Return several values, or a single one, as a tuple."""
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
@@ -137,15 +137,10 @@ Width = Annotated[int, Field(ge=0, le=2**20)]
 
 
 def built(kind: type[T], values: Any, where: str = "") -> T:
-    """Build a dataclass from the values of YAML or JSON.
+    """Build a dataclass from the values of YAML or JSON; ``where`` names them in messages.
 
-    Args:
-        kind: The dataclass.
-        values: A mapping of its fields. Where a tuple is wanted, one value needs no list.
-        where: Name of the mapping in messages.
-
-    Raises:
-        ConfigError: For an unknown key or a value of another type.
+    A field whose default is a tuple also takes a single value. Raises ConfigError for an unknown
+    key or a wrong type.
     """
     if isinstance(values, Mapping):
         names = [f.name for f in fields(kind)]  # type: ignore[arg-type]
@@ -179,7 +174,7 @@ _MISTAKES = {
 
 
 def _first_mistake(kind: type, error: ValidationError, where: str) -> str:
-    """One line; an unknown key comes before all else, which often follows from it."""
+    """Describe one mistake in a line; an unknown key first, as others often follow from it."""
     found = error.errors(include_url=False)
     mistake = min(found, key=lambda each: each["type"] != "unexpected_keyword_argument")
     sort, steps, context = mistake["type"], mistake["loc"], mistake.get("ctx", {})
@@ -204,7 +199,7 @@ def _first_mistake(kind: type, error: ValidationError, where: str) -> str:
 
 
 def _kind_at(kind: Any, keys: Sequence[str]) -> Any:
-    """The dataclass at some keys; None where the user chooses the names."""
+    """Return the dataclass at some keys; None where the user chooses the names."""
     for key in keys:
         hint = get_type_hints(kind).get(key) if is_dataclass(kind) else None
         if hint is not None:

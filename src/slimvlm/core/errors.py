@@ -43,7 +43,7 @@ LESS_TO_TRAIN = (
     "a smaller --batch-size (with more gradient_accumulation in a file of --config), "
     "--gradient-checkpointing, or --train lora"
 )
-"""What makes a training fit into less memory."""
+"""Options that lower the memory of a training."""
 _NO_MEMORY = ("out of memory", "alloc_failed", "allocate memory", "not enough memory")
 
 
@@ -55,26 +55,26 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line; its class where it says nothing."""
+    """Return the first line of an error's message, or its class if the message is empty."""
     said = str(error).strip()
     return said.splitlines()[0] if said else type(error).__name__
 
 
 def one_line(error: BaseException) -> str:
-    """All that an error says, as one line; its class where it says nothing."""
+    """Return the whole message of an error in one line, or its class if the message is empty."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 LONGEST = 200
-"""Characters that a message shows of something from outside."""
+"""Characters of a foreign value that a message shows."""
 
 
 def shortened(value: object) -> str:
-    """A value as messages show it: its ``repr``, cut off where it goes on and on."""
+    """Return the ``repr`` of a value, cut off after `LONGEST` characters."""
     told = repr(value)
     return told if len(told) <= LONGEST else f"{told[:LONGEST]}..."
 
 
 def printable(text: str) -> str:
-    """A text whose control characters are written out, so that no terminal obeys them."""
+    """Write out the control characters of a text, so that no terminal obeys them."""
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)

@@ -86,8 +86,7 @@ def require_ours(path: Path) -> None:
 def file_name(name: str) -> str:
     """Make a file name of a task, a model or a log that never leads to another folder.
 
-    Characters but ASCII letters, digits, dot, ``-`` and ``_`` become ``_``; a changed name ends
-    with eight digits of its hash, so that two names never share a file.
+    A changed name ends with eight digits of its hash, so that two names never share a file.
     """
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", name).lstrip(".")[:100]
     if safe == name and safe:
@@ -97,19 +96,11 @@ def file_name(name: str) -> str:
 
 @contextmanager
 def held(path: str | Path, wait: float = 0.0) -> Iterator[None]:
-    """Lock an output against other runs.
+    """Lock an output against other runs; wait up to ``wait`` seconds, -1 for no limit.
 
-    The lock is ``.<name>.lock`` in the same folder, with the pid and host of its holder; the system
-    releases it when the process ends. A process may lock a place several times; ranks of one
-    distributed run count as one.
-
-    Args:
-        path: The output.
-        wait: Seconds to wait for another run to end; -1 for no limit.
-
-    Raises:
-        ConfigError: If the place cannot be written.
-        InUseError: If another run has locked it.
+    The lock is ``.<name>.lock`` beside it, with the pid and host of its holder; the system releases
+    it when the process ends. A process may lock a place several times; ranks of one distributed run
+    count as one. Raises InUseError if another run has locked it.
     """
     path = Path(path)
     require_place(path)
@@ -166,7 +157,7 @@ def replacement(path: str | Path) -> Iterator[Path]:
 
 
 def discard_replacement(path: str | Path) -> None:
-    """Remove what an unfinished `replacement` left."""
+    """Remove the folder that an unfinished `replacement` left."""
     shutil.rmtree(_beside(Path(path), "partial"), ignore_errors=True)
 
 
@@ -211,7 +202,7 @@ def explained(path: str | Path) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str | None:
-    """Why writing failed, if it is not our mistake; libraries in Rust and C++ say it in words."""
+    """Return why writing failed, None if unknown; Rust and C++ libraries say it in words."""
     if isinstance(error, OSError):
         return _REASONS.get(error.errno or 0)
     if "inline_container" in str(error) or "PytorchStreamWriter" in str(error):
@@ -236,7 +227,7 @@ def require_place(path: Path) -> None:
 
 
 def _beside(path: Path, what: str) -> Path:
-    """The path ``.<name>.<what>`` in the output's folder, which must not be a link."""
+    """Return the path ``.<name>.<what>`` in the output's folder, which must not be a link."""
     path = path.absolute()
     beside = path.with_name(f".{path.name}.{what}")
     if beside.is_symlink():

@@ -61,10 +61,7 @@ def parse_loss(expression: str) -> dict[str, float]:
     """Read a weighted sum of losses: ``sft+hidden`` or ``0.7*sft+0.3*hidden``.
 
     Terms without a weight share what is left of 1 equally, so ``sft+hidden`` is the study's
-    0.5/0.5.
-
-    Raises:
-        ConfigError: If a name is unknown or repeated, or a weight is not positive.
+    0.5/0.5. Raises ConfigError for an unknown or repeated name or a weight that is not positive.
     """
     weights: dict[str, float | None] = {}
     for term in expression.replace(" ", "").split("+"):
@@ -156,10 +153,7 @@ _OUR_LORA = ("r", "peft_type", "task_type", "inference_mode", "modules_to_save")
 def _require_passable(
     option: str, values: Mapping[str, Any], kind: str, ours: tuple[str, ...]
 ) -> None:
-    """Refuse keys that a class does not know, or that must not be changed.
-
-    Its module is imported only where something is passed on.
-    """
+    """Refuse keys that a class does not know or that slimvlm sets; import it only when called."""
     module, _, name = kind.rpartition(".")
     if not isinstance(values, Mapping):
         raise ConfigError(f"{option} {values!r} must map names to values")
@@ -410,7 +404,7 @@ class MemoryOptions(Options):
     """Folder for these activations; by default beside OUT."""
 
     def scratch_beside(self, out: Path) -> Path:
-        """The folder for activations."""
+        """Return the folder for activations."""
         return self.scratch or out.with_name(f".{out.name}.scratch")
 
 
@@ -446,7 +440,7 @@ class ReportOptions(Options):
     was kept. At most a fifth of the data; 0 for none. By default as many as calibrate, up to 64."""
 
     def unseen(self, calibration: int) -> int:
-        """Samples that stay unseen at most, where so many calibrate: asking them takes as long."""
+        """Count held-out samples at most; by default as many as calibrate, as both take as long."""
         return min(calibration, 64) if self.report_samples is None else self.report_samples
 
 

@@ -42,7 +42,7 @@ def to_log(line: str) -> None:
 
 
 def current_stage() -> str:
-    """The name of the stage that runs, or that an error came out of; empty between stages."""
+    """Return the name of the stage that runs or that raised the error; empty between stages."""
     return _STAGE.get()
 
 
@@ -57,7 +57,7 @@ def stage(what: str) -> Iterator[None]:
 
 @contextmanager
 def own_stages() -> Iterator[None]:
-    """Inside, `current_stage` knows only stages that begin there."""
+    """Limit `current_stage` to stages that begin inside the block."""
     token = _STAGE.set("")
     try:
         yield
@@ -71,7 +71,7 @@ def is_watched() -> bool:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: 42 s, 7 min, 3 h 05 min."""
+    """Format seconds: 42 s, 7 min, 3 h 05 min."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -80,21 +80,11 @@ def duration(seconds: float) -> str:
 
 @dataclass
 class LoggedStage:
-    """Log a stage: a line every half minute, and one when it ends.
-
-    A stage that is left early has no last line.
-
-    Attributes:
-        what: Its name.
-        total: How many steps it has.
-        done: How many are done; a part of a step counts as a fraction.
-        say: Receives the lines.
-        clock: Seconds from any time on.
-    """
+    """Log a stage: a line every half minute, and one when it ends; none if it is left early."""
 
     what: str
     total: int
-    done: float = 0
+    done: float = 0  # steps; a part of one counts as a fraction
     say: Say = to_log
     clock: Callable[[], float] = time.monotonic
 
@@ -123,15 +113,9 @@ class LoggedStage:
 def steps(
     what: str, total: int, say: Say = to_log, clock: Callable[[], float] = time.monotonic
 ) -> Iterator[Callable[[float], None]]:
-    """Show how far a stage is, and give the function that takes how many steps are done.
+    """Show a stage's progress; yield the function that takes how many steps are done.
 
     In a terminal this is a bar that disappears at the end, elsewhere a `LoggedStage`.
-
-    Args:
-        what: The stage, in a word or two.
-        total: How many steps it has.
-        say: Receives the lines of a log.
-        clock: Seconds, for these lines.
     """
     if not is_watched():
         logged = LoggedStage(what, total, say=say, clock=clock)
@@ -151,16 +135,7 @@ def progress(
     clock: Callable[[], float] = time.monotonic,
     reached: Callable[[float], None] | None = None,
 ) -> Iterator[T]:
-    """Go through items and show how far that is.
-
-    Args:
-        items: The items.
-        description: What is done with them, in a word or two.
-        say: Receives the lines of a log.
-        clock: Seconds, for these lines.
-        reached: Receives the share that is done, if this is a part of a larger stage, which then
-            shows it.
-    """
+    """Yield items and show progress; a part of a larger stage reports its share to ``reached``."""
     if not items:
         return
     if reached is not None:
@@ -177,7 +152,7 @@ def progress(
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Hide `progress` inside: a larger stage shows how far it is."""
+    """Hide `progress` inside the block: a larger stage shows the progress."""
     token = _HIDDEN.set(True)
     try:
         yield

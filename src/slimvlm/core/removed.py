@@ -67,14 +67,7 @@ CRITERIA: dict[str, str] = {"kl_greedy": "use block_influence"}
 
 
 def refuse_removed(words: Sequence[str]) -> None:
-    """Refuse a removed verb, or a removed option on the command line.
-
-    Args:
-        words: The command line behind ``slimvlm``.
-
-    Raises:
-        ConfigError: It names the option and what to use instead.
-    """
+    """Refuse a removed verb or option, and name its replacement; ``words`` follow ``slimvlm``."""
     if words and words[0] in VERBS:
         raise ConfigError(f"{words[0]} was removed: {VERBS[words[0]]}")
     for word in words[1:]:
@@ -85,15 +78,7 @@ def refuse_removed(words: Sequence[str]) -> None:
 
 
 def without_removed(values: Mapping[str, Any], allowed: Sequence[str]) -> dict[str, Any]:
-    """Drop removed options that have their old default, as old configuration files do.
-
-    Args:
-        values: Options by name; the options of ``recover`` inside them, too.
-        allowed: Names that are options today.
-
-    Raises:
-        ConfigError: If a removed option has another value.
-    """
+    """Drop removed options with their old default, also inside ``recover``; refuse other values."""
     found = {}
     for name, value in values.items():
         if name in OPTIONS and name not in allowed:

@@ -34,7 +34,7 @@ def note_request(file: Path, request: Mapping[str, Any]) -> None:
 
 
 def noted_request(file: Path) -> dict[str, Any] | None:
-    """Read the stored request; None if there is none, or only a part of it."""
+    """Read the stored request; None if there is none or if it is incomplete."""
     try:
         return read_object(file, "request")
     except ConfigError:
@@ -49,16 +49,9 @@ def is_begun_for(file: Path, request: Mapping[str, Any]) -> bool:
 def require_same_request(
     noted: Mapping[str, Any] | None, request: Mapping[str, Any], what: str, cure: str
 ) -> None:
-    """Refuse to resume the work of another request.
+    """Refuse to resume the work of another request; name the options that differ.
 
-    Args:
-        noted: From `noted_request`; None for none.
-        request: The request now.
-        what: Beginning of the message: the work and its place.
-        cure: End of the message: how to go on.
-
-    Raises:
-        ConfigError: If they differ; the message names the options, such as ``config.max_steps``.
+    ``noted`` comes from `noted_request`; ``what`` begins the message, ``cure`` ends it.
     """
     before, now = same_without_removed(_plain(noted or {})), same_without_removed(_plain(request))
     differing = [] if noted is None else list(_differing(before, now))
@@ -69,7 +62,7 @@ def require_same_request(
 def _differing(
     noted: Mapping[str, Any], request: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[str]:
-    """Names of the values that differ, also inside dictionaries."""
+    """Yield the names of the values that differ, also inside dictionaries."""
     for name in dict.fromkeys([*request, *noted]):
         ours, theirs = request.get(name), noted.get(name)
         if isinstance(ours, dict) and isinstance(theirs, dict):
@@ -79,17 +72,13 @@ def _differing(
 
 
 def _plain(request: Mapping[str, Any]) -> dict[str, Any]:
-    """A request as it comes back from JSON: tuples are lists, keys are words."""
+    """Convert a request as JSON would: tuples become lists, keys become text."""
     values: dict[str, Any] = json.loads(json.dumps(request))
     return values
 
 
 def digest(parts: Iterable[Any]) -> str:
-    """SHA-256 over several parts, one after the other, as hexadecimal digits.
-
-    Args:
-        parts: Bytes as they are; anything else as JSON with sorted keys.
-    """
+    """Compute the SHA-256 of several parts, as hex; what is not bytes is hashed as sorted JSON."""
     found = hashlib.sha256()
     for part in parts:
         is_raw = isinstance(part, bytes | memoryview)
@@ -104,11 +93,8 @@ NUM_BLOCKS, BLOCK_BYTES = 64, 2**20
 def identity_of_files(name: str, source: str) -> str:
     """Hash the names, sizes and content of a model's or data source's files; a hub id is its name.
 
-    Of a file over 64 MiB 64 blocks of 1 MiB are read, evenly spaced.
-
-    Args:
-        name: The user's name of it.
-        source: The folder or file.
+    Of a file over 64 MiB 64 blocks of 1 MiB are read, evenly spaced. ``name`` is the user's name of
+    ``source``, the folder or file.
     """
     path = Path(source)
     if not path.exists():
@@ -119,7 +105,7 @@ def identity_of_files(name: str, source: str) -> str:
 
 
 def _content(file: Path, folder: Path) -> Iterator[bytes]:
-    """A file's path and size, then its content in blocks."""
+    """Yield a file's path and size, then its content in blocks."""
     size = file.stat().st_size
     yield f"{file.relative_to(folder)} {size}".encode()
     with file.open("rb") as handle:

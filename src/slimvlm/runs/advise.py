@@ -1,4 +1,4 @@
-"""Say before a run what it would do and cost: `advise`, and ``compress --dry-run``.
+"""Tell before a run what it would do and cost: `advise`, and ``compress --dry-run``.
 
 No weights are read. `advise` chooses a recipe from a model's configuration and a budget; rules and
 measured numbers come from ``recipes.yaml``. A dry run checks a configuration against its data.
@@ -200,7 +200,7 @@ def advise(
 def _ratio(
     shape: Anatomy, subject: str | None, budget: Mapping[str, Any], data: bool, dtype: str
 ) -> float:
-    """The ratio that meets the one budget that is given."""
+    """Find the ratio that meets the one budget that is given."""
     given = {name: value for name, value in budget.items() if value is not None}
     if len(given) != 1:
         names = [f"--{name.replace('_', '-')}" for name in budget]
@@ -225,7 +225,7 @@ def _ratio(
 
 
 def _fraction(ratio: float, samples: int | None) -> tuple[float, str]:
-    """Share of the data to train on, and why: of few samples all."""
+    """Choose the share of the data to train on, and give the reason; few samples are all used."""
     row = next(row for row in rules().fractions if ratio <= row.up_to)
     needed = round(row.fraction * rules().full_set)
     if samples is None:
@@ -236,9 +236,10 @@ def _fraction(ratio: float, samples: int | None) -> tuple[float, str]:
 
 
 def _latency(axis: str, ratio: float, subject: str | None) -> float | None:
-    """Share of the time to read a question: of the model itself, else of the study's models.
+    """Estimate the time to read a question, as a share of the original's.
 
-    Of these the curves count that reach farthest, the same ones at every ratio.
+    Takes the model's own curve, else those of the study's models that reach the largest ratio, so
+    that the same ones count at every ratio.
     """
     curves = [row for row in rules().latency if row.axis == axis]
     own = [row for row in curves if row.model == subject]
@@ -252,7 +253,7 @@ def _latency(axis: str, ratio: float, subject: str | None) -> float | None:
 def _tokens_first(
     model: str, shape: Anatomy, ratio: float, is_open: bool
 ) -> tuple[int | None, list[str]]:
-    """How many tokens stay where some go first, None for all; and the notes on it.
+    """Choose how many tokens stay where some go first, None for all; with notes.
 
     ``is_open``: there is data to count, and a budget that fewer tokens help to meet.
     """
@@ -283,10 +284,11 @@ def _tokens_first(
 def _expectations(
     recipe: Recipe, share: float, subject: str | None, backbone_params: int
 ) -> tuple[Expectation, ...]:
-    """AVG-% that was measured where such a share of the layers went, this model's first.
+    """Collect the AVG-% measured where such a share of the layers went, this model's first.
 
-    Ratios count embeddings, too, of which some models have many: the same ratio takes more of their
-    layers. Training of all weights was measured on the demo model only, LoRA on the study's.
+    Shares of layers are compared, because ratios count embeddings, too: where a model has many, the
+    same ratio takes more of its layers. Training of all weights was measured on the demo model
+    only, LoRA on the study's.
     """
     known, rows = rules(), list[Expectation]()
     for train in (recipe.train, "full") if recipe.train == "lora" else (recipe.train,):
@@ -304,7 +306,7 @@ def _expectations(
 
 
 def advice_rows(advice: Advice) -> list[list[str]]:
-    """A name and its value in every row."""
+    """Make rows of a name and a value."""
     recipe, spent = advice.recipe, advice.cost
     axis = "the axis that the data chooses" if advice.axis == "auto" else advice.axis
     layers = f"{advice.decoder_ratio:.1%} of its layers, along {axis}"
@@ -341,13 +343,13 @@ def advice_rows(advice: Advice) -> list[list[str]]:
 
 
 def _under(name: str, lines: Sequence[str]) -> list[list[str]]:
-    """Several lines of which the first one has the name."""
+    """Make rows of several lines; the first one has the name."""
     return [[name if i == 0 else "", line] for i, line in enumerate(lines)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DryRun:
-    """The outcome and the needs of a compression that was not run."""
+    """The plan of a compression that was not run, and its needs."""
 
     plan: Plan  # how much stays; which units is drawn at random
     axes: tuple[str, ...]  # that would be tried; one if it is decided
@@ -363,15 +365,9 @@ class DryRun:
 
 
 def dry_run(model: str, config: CompressConfig, say: Say = print) -> DryRun:
-    """Check a compression and say what it would do; reads the configuration and the data.
+    """Check a compression and estimate its plan, memory and time; reads no weights.
 
-    Args:
-        model: Folder, hub id or ``demo``.
-        config: Options of the compression.
-        say: Receives a line for each remark.
-
-    Raises:
-        SlimError: For anything that `slimvlm.compress` would refuse before it reads weights.
+    Raises whatever `slimvlm.compress` would raise before it reads weights.
     """
     shape = anatomy_of(model)
     request = resolved(request_of(model, config), say, shape)
@@ -421,7 +417,7 @@ def dry_run(model: str, config: CompressConfig, say: Say = print) -> DryRun:
 
 
 def dry_run_rows(found: DryRun) -> list[list[str]]:
-    """A name and its value in every row."""
+    """Make rows of a name and a value."""
     before, after, spent = found.plan.before, found.plan.after, found.cost
     smaller, held = (size(weight_bytes(shape, found.dtype)) for shape in (after, before))
     counts = [(found.calibration, "calibrate"), (found.training, "train")]

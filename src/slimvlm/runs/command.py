@@ -28,18 +28,10 @@ FILE_OPTIONS = {
 
 
 def compress_command(model: str, config: CompressConfig, out: str | Path) -> str:
-    """The ``slimvlm compress`` command for a run.
+    """Write the ``slimvlm compress`` command for a run; options at their defaults are left out.
 
-    Options with their default values are left out, but for those that the recipe of the ratio
-    chooses: a later recipe must not change what the command does.
-
-    Args:
-        model: Folder, hub id or ``demo``.
-        config: The run's configuration.
-        out: Its folder.
-
-    Returns:
-        The command; it reads the run's own ``run.yaml`` where an option has no flag.
+    Those that a recipe chooses always stand there: a later recipe must not change what the command
+    does. It reads the run's own ``run.yaml`` where an option has no flag.
     """
     if {*_unusual(config), *_unusual(config.recover or RecoverConfig())} & FILE_OPTIONS:
         return shlex.join(["slimvlm", "compress", "--config", f"{out}/run.yaml", "--out", str(out)])
@@ -52,7 +44,7 @@ def compress_command(model: str, config: CompressConfig, out: str | Path) -> str
 
 
 def config_text(model: str, config: CompressConfig) -> str:
-    """A run's configuration as YAML: the model, and every option that is not the usual one."""
+    """Write a run's configuration as YAML: the model, and every option that is not the default."""
     trained = NOT_TRAINED if config.recover is None else _unusual(config.recover)
     values = {"model": model, **_unusual(config), "recover": trained}
     text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
@@ -60,14 +52,10 @@ def config_text(model: str, config: CompressConfig) -> str:
 
 
 def read_config(path: str | Path) -> tuple[str, CompressConfig, Mapping[str, Any] | None]:
-    """The model and the configuration in a YAML file, or in the ``config.json`` of a run.
+    """Read model and configuration from a YAML file or from the ``config.json`` of a run.
 
-    Returns:
-        Both, and the training options that the file gives: the chart decides on the others. None
-        for no training.
-
-    Raises:
-        ConfigError: If the file cannot be read, or an option is unknown, missing or not allowed.
+    The third value holds the training options that the file gives, None for no training; the chart
+    chooses the others.
     """
     where, values = f"config {str(path)!r}", read_yaml(path, "config")
     if not isinstance(values, dict) or not isinstance(values.get("model"), str):
@@ -80,7 +68,7 @@ def read_config(path: str | Path) -> tuple[str, CompressConfig, Mapping[str, Any
 
 
 def _unusual(config: Any) -> dict[str, Any]:
-    """Options of a configuration that have another value than usual, or that a recipe chooses."""
+    """Collect the options that differ from their defaults or that a recipe chooses."""
     found = {}
     for row in fields(config):
         value = getattr(config, row.name)
@@ -92,7 +80,7 @@ def _unusual(config: Any) -> dict[str, Any]:
 
 
 def _given(config: Any, names: Mapping[str, str | None]) -> Iterator[str]:
-    """The options of a command; some have another name there, or none."""
+    """Yield the options of a command; ``names`` renames some, or leaves them out by None."""
     for row in fields(config):
         name, value = names.get(row.name, row.name), getattr(config, row.name)
         usual = value is None or (value == _default(row) and row.name not in RECIPE)

@@ -1,7 +1,6 @@
-"""The whole way in one run folder: score, plan, prune, recover, evaluate, save.
+"""Compress in one run folder: score, plan, prune, recover, evaluate, save.
 
-Every stage writes its output whole. A run that was stopped goes on where it was when the same
-command is given again.
+Every stage writes its output whole. A stopped run resumes when the same command is given again.
 """
 
 from __future__ import annotations
@@ -59,13 +58,13 @@ from slimvlm.training.recover import TRACKER_FOLDER
 
 STAGES = ("original", "pruned", "recovered")
 TIMES_FILE = "times.json"
-"""Among a run's results: how fast the smaller model is beside the original."""
+"""Times of the smaller model beside the original's, among a run's results."""
 _PREDICTIONS = "said.safetensors"
 """The original's predictions on held-out samples, for later stages."""
 
 
 def request_of(model: str, config: CompressConfig) -> Request:
-    """What a run asks of the stages. Before training, an axis that is not named is open."""
+    """Make the request of a run. Before training, an axis that is not named is ``auto``."""
     prune = part_of(config, PruneConfig)
     if prune.axis is None and prune.data is not None and config.recover is not None:
         prune = replace(prune, axis="auto")
@@ -82,21 +81,18 @@ def request_of(model: str, config: CompressConfig) -> Request:
 
 @dataclass
 class Run:
-    """One run: the model, the folder it works in, its configuration and what it has measured.
-
-    ``name`` is the run folder's; with ``force`` the work is done beside it first.
-    """
+    """A run in its folder: configuration and results so far."""
 
     model: str
-    folder: Path
-    name: str
+    folder: Path  # with ``force`` a new one beside the run folder
+    name: str  # of the run folder
     config: CompressConfig
     say: Say
     results: dict[str, Result] = field(default_factory=dict)
 
     @cached_property
     def about(self) -> dict[str, Any]:
-        """The request, and what its model and data are made of: their files are read once."""
+        """The request, with hashes of its model and data, whose files are read once."""
         data = self.config.data
         made_from = [identity_of_files(self.model, resolve(self.model))]
         made_from += [] if data is None else [identity_of_data(data)]
@@ -104,11 +100,11 @@ class Run:
 
     @cached_property
     def request(self) -> Request:
-        """The request, with nothing left open; tokens are chosen once samples are read."""
+        """The resolved request; its tokens are chosen once samples are read."""
         return resolved(request_of(self.model, self.config), self.say, anatomy(self.model))
 
     def path(self, name: str) -> Path:
-        """A file or folder inside the run folder."""
+        """Return a file or folder inside the run folder."""
         return self.folder / name
 
 
@@ -184,7 +180,7 @@ def compress(
 
 
 def results_of(model: str, config: CompressConfig, out: Path) -> dict[str, Result] | None:
-    """What a finished `compress` with these very arguments has measured; None without one."""
+    """Read the results of a finished `compress` with the same arguments; None without one."""
     run = Run(model, out, out.name, config, silent)
     is_done = run.path("summary.md").exists() and is_begun_for(run.path("config.json"), run.about)
     return read_results(out) if is_done else None
@@ -193,11 +189,7 @@ def results_of(model: str, config: CompressConfig, out: Path) -> dict[str, Resul
 def _pruned(
     run: Run, model: PreTrainedModel, processor: Any, samples: SampleSplit, trains: bool
 ) -> Plan:
-    """Walk the model and write it, unless a later stage has been reached already.
-
-    Returns:
-        The plan, that of a stopped run if it got so far.
-    """
+    """Walk the model and write it, unless a later stage has been reached; return its plan."""
     folder = "pruned" if trains else "checkpoint"
     if run.path(folder).exists() or run.path("checkpoint").exists():
         return Plan.load(run.path("plan.json"))
@@ -265,7 +257,7 @@ def _evaluated(run: Run, stage: str, model: PreTrainedModel, processor: Any) -> 
 
 
 def _timed(run: Run, model: PreTrainedModel, processor: Any, whole_processor: Any) -> None:
-    """How fast the smaller model is beside the original, which is read once more."""
+    """Time the smaller model beside the original, which is read once more."""
     path = run.path("results") / TIMES_FILE
     if path.exists():
         return
@@ -299,7 +291,7 @@ def _timed(run: Run, model: PreTrainedModel, processor: Any, whole_processor: An
 def _asked_on_data(
     run: Run, stage: str, model: PreTrainedModel, processor: Any, samples: Sequence[Sample]
 ) -> None:
-    """What a stage says about samples that nothing was fitted to, beside the original."""
+    """Evaluate a stage on held-out samples, beside the original."""
     path, original = run.path("results") / held_out.FILE.format(stage), run.path(_PREDICTIONS)
     if not samples or path.exists():
         return
@@ -314,26 +306,26 @@ def _asked_on_data(
 
 
 def read_results(folder: Path) -> dict[str, Result]:
-    """What a run has measured so far, by stage, the original first."""
+    """Read the results of a run so far, by stage, the original first."""
     paths = {stage: folder / "results" / f"{stage}.json" for stage in STAGES}
     return {stage: Result.load(path) for stage, path in paths.items() if path.exists()}
 
 
 def read_times(folder: Path) -> PairedTimes | None:
-    """How fast a run's model is beside the original, if that was measured."""
+    """Read the times of a run's model beside the original's, if they were measured."""
     path = folder / "results" / TIMES_FILE
     return PairedTimes.load(path) if path.exists() else None
 
 
 def _kept_text(folder: Path) -> str:
-    """What was kept of what the original says, and what is left of its times."""
+    """Format the held-out figures and the times as Markdown."""
     text = tables.held_out_text(held_out.read_held_out(folder, STAGES))
     times = read_times(folder)
     return text if times is None else f"{text}\nThe smaller model {times}.\n"
 
 
 def _card_facts(run: Run, training: str) -> CardFacts:
-    """What the model card says; its scores are those of the last stage."""
+    """Collect the facts of the model card; its scores are those of the last stage."""
     results = read_results(run.folder)
     measured = list(results.values())[-1].tasks if len(results) > 1 else {}
     return CardFacts(
@@ -348,7 +340,7 @@ def _card_facts(run: Run, training: str) -> CardFacts:
 
 
 def finish(run: Run, plan: Plan) -> None:
-    """Read the results back, write the summary, remove what only a restart needs."""
+    """Read the results, write the summary, remove what only a resume needs."""
     run.results.update(read_results(run.folder))
     lines = [f"# {run.model} at {plan.ratio:.1%}", "", plan.summary(), ""]
     if run.results:

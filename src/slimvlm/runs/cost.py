@@ -43,7 +43,7 @@ LOGITS_COPIES = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """The model and the data that an estimate is for."""
+    """Sizes of the model and the data, for an estimate."""
 
     shape: Anatomy  # of the unpruned model
     tokens: float  # mean of a conversation, those of its pictures included
@@ -54,7 +54,7 @@ class Sizes:
 
     @property
     def pass_flops(self) -> float:
-        """FLOP of reading a conversation. Embeddings look up, they do not multiply."""
+        """FLOP of reading a conversation; embeddings do not count, as they only look up."""
         looked_up = self.shape.embedding_params if self.shape.head_params else 0
         return 2 * (self.shape.backbone_params - looked_up) * self.tokens
 
@@ -75,13 +75,13 @@ class Sizes:
         return min(rest / self.decoder_params, 1.0)
 
     def learnt(self, config: RecoverConfig) -> int:
-        """Conversations that a training reads, of those that there are."""
+        """Count the conversations that a training reads, of those that there are."""
         return max(round(self.samples * config.fraction), 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Memory and time of a request, estimated."""
+    """Estimated memory and time of a request."""
 
     calibration_bytes: float  # peak of choosing, cutting, repairing and writing, on the device
     pruning_hours: float = 0.0
@@ -93,14 +93,9 @@ class Cost:
 
 
 def cost(request: Request, sizes: Sizes, device: torch.device, dtype: str, tried: int = 0) -> Cost:
-    """Estimate memory and time of a request.
+    """Estimate memory and time of a resolved request, in which ``tried`` axes are tried first.
 
-    Args:
-        request: A resolved request.
-        sizes: The unpruned model and the data.
-        device: Where models run; one that this machine lacks has unlimited memory.
-        dtype: Data type of the weights.
-        tried: Axes that are tried first.
+    A device that this machine lacks has unlimited memory.
     """
     constants, config = rules().constants, request.recover
     speed, timed = speed_of(device, dtype)
@@ -140,13 +135,9 @@ def cost(request: Request, sizes: Sizes, device: torch.device, dtype: str, tried
 
 
 def stage_flops(kind: str, request: Request, sizes: Sizes, kept: float = 1.0) -> float:
-    """Estimate the FLOP of one stage of a request, without reading and writing files.
+    """Estimate the FLOP of one stage of a resolved request, without reading and writing files.
 
-    Args:
-        kind: ``calibrate``, ``prune``, ``recover`` or ``evaluate``.
-        request: A resolved request.
-        sizes: The unpruned model and the data.
-        kept: Share of the backbone that the model has which is trained or evaluated.
+    ``kept`` is the share of the backbone in the model that is trained or evaluated.
     """
     prune, recover, constants = request.prune, request.recover, rules().constants
     if kind == "calibrate":
@@ -191,13 +182,7 @@ def stage_flops(kind: str, request: Request, sizes: Sizes, kept: float = 1.0) ->
 
 
 def optimizer_steps(config: RecoverConfig, samples: int, gone: float) -> int:
-    """Count the steps of a training.
-
-    Args:
-        config: How to train.
-        samples: Conversations that are read.
-        gone: Share of the decoder that was removed.
-    """
+    """Count the optimizer steps of a training; ``gone`` is the share of the decoder removed."""
     if config.max_steps > 0:
         return config.max_steps
     batches = -(-samples // config.batch_size)
@@ -220,7 +205,7 @@ def _is_walked(request: Request) -> bool:
 
 
 def _states(request: Request, sizes: Sizes, device: torch.device, dtype: str) -> StatesPlace | None:
-    """Size and place of the hidden states between layers; None without a walk."""
+    """Estimate size and place of the hidden states between layers; None without a walk."""
     prune = request.prune
     if prune.data is None or not _is_walked(request):
         return None
@@ -235,7 +220,7 @@ def _states(request: Request, sizes: Sizes, device: torch.device, dtype: str) ->
 def _pruning_bytes(
     request: Request, sizes: Sizes, device: torch.device, dtype: str, states: StatesPlace | None
 ) -> float:
-    """Peak memory up to the written smaller model: the largest of what each step holds."""
+    """Estimate the peak memory of pruning: the largest of its steps, up to the written model."""
     shape, prune, constants = sizes.shape, request.prune, rules().constants
     ratio, is_cpu = ratio_of(prune), device.type == "cpu"
     held = weight_bytes(shape, dtype)
@@ -273,7 +258,7 @@ def _pruning_bytes(
 def _training_bytes(
     request: Request, config: RecoverConfig, sizes: Sizes, device: torch.device, dtype: str
 ) -> float:
-    """Peak memory of a training: weights, what learns, activations, logits.
+    """Estimate the peak memory of a training: weights, learning parameters, activations, logits.
 
     A teacher shares the weights that stay frozen. On a CPU, attention that keeps its scores makes
     up for activations in bfloat16.
@@ -310,19 +295,15 @@ def _training_bytes(
 
 
 def _logits_bytes(shape: Anatomy, device: torch.device, free: float) -> float:
-    """Bytes of the logits of a chunk of positions, and of what a loss makes of them."""
+    """Estimate the bytes of the logits of a chunk of positions, and of a loss's copies of them."""
     rows = rows_at_once(device, round(free))
     return LOGITS_COPIES * BYTES["float32"] * rows * shape.vocab_size
 
 
 def learning_params(shape: Anatomy, ratio: float, train: Train, rank: int) -> int:
-    """Count the parameters that learn: projector, LoRA matrices besides, or all but the tower.
+    """Count the parameters that learn, after a share ``ratio`` of the backbone was removed.
 
-    Args:
-        shape: The unpruned model.
-        ratio: Share of the backbone that goes.
-        train: What learns.
-        rank: Of the LoRA matrices.
+    These are the projector, besides LoRA matrices of a rank, or all but the tower.
     """
     if train == "projector":
         return shape.projector_params
@@ -339,8 +320,8 @@ def learning_params(shape: Anatomy, ratio: float, train: Train, rank: int) -> in
 def kept_bytes(config: PreTrainedConfig, dtype: str) -> float:
     """Count the bytes that the backward pass keeps of a token, without attention scores.
 
-    The decoder layers run once on tensors that have shapes and no values, and what they save is
-    counted. Where a family's code looks at values, its widths give an estimate.
+    The decoder layers run once on meta tensors, and their saved tensors are counted. Where a
+    family's code reads values, an estimate from its widths replaces the count.
     """
     kind, count = getattr(torch, dtype), 2
     model = empty_model(config, kind)
@@ -389,11 +370,10 @@ def speed_of(device: torch.device, dtype: str) -> tuple[float, str]:
 
 @lru_cache(maxsize=4)
 def device_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure the FLOP/s of a matrix product on a device: the best of some tries.
+    """Measure the FLOP/s of a matrix product on a device: the best of 12, as other work slows some.
 
-    Other work of the machine slows single tries. Matrices grow until a product takes a millisecond,
-    so that starting it does not count. Where a device has no units for bfloat16, that of float32
-    counts for it.
+    Matrices grow until a product takes a millisecond, so that its launch does not count. Where a
+    device has no units for bfloat16, float32 is measured instead.
     """
     if dtype != torch.float32 and not computes_bfloat16(device):
         dtype = torch.float32

@@ -33,10 +33,9 @@ def evaluate(
     out: Path | None = None,
     force: bool = False,
 ) -> dict[str, Result]:
-    """Evaluate a model, and the original if there is one, as the verb ``evaluate`` does.
+    """Evaluate a model, and a baseline if given, as the verb ``evaluate`` does.
 
-    Return results by ``baseline``, if there is one, and ``model``. A mistake of the user is found
-    before weights are read.
+    Returns results by ``baseline`` and ``model``; options are checked before weights are read.
     """
 
     def asked(name: str, floors: bool) -> Result:
@@ -73,10 +72,10 @@ def evaluate_on_data(
     force: bool = False,
     say: Say = print,
 ) -> dict[str, DataResult]:
-    """Evaluate a model on data without a task, and compare it with the original if there is one.
+    """Evaluate a model on data without a task, and compare it with a baseline if given.
 
-    One model is in memory at a time; the original's predictions are kept. ``say`` receives one
-    line for each row that is skipped. Return results by ``baseline`` and ``model``.
+    One model is in memory at a time; the baseline's predictions are kept. Returns results by
+    ``baseline`` and ``model``.
     """
     if out is not None:
         require_free(out, force)

@@ -1,4 +1,4 @@
-"""Measure what a smaller model keeps on held-out samples, at the end of `compress` and `prune`."""
+"""Measure on held-out samples how close a smaller model stays to the original."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _BATCH = 4
 def predictions_of_original(
     model: PreTrainedModel, processor: Any, samples: Sequence[Sample]
 ) -> Predictions:
-    """Run the original, and keep its predictions for the time when it is cut and gone."""
+    """Predict with the original, before pruning changes it in place."""
     head = head_weights_of(model)
     return predictions_of(model, processor, samples, _BATCH, ORIGINAL, head)
 
@@ -35,7 +35,7 @@ def predictions_of_original(
 def predictions_from_files(
     source: Source, folder: Path, device: torch.device, processor: Any, samples: Sequence[Sample]
 ) -> Predictions:
-    """Run the original with one layer in memory at a time, and keep its predictions."""
+    """Predict with the original, with one layer in memory at a time."""
     with _final_states(source, folder, device, processor, samples) as states:
         return Predictions.of(ORIGINAL, states, head_weights_of(source.model), processor)
 

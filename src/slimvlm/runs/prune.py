@@ -53,15 +53,10 @@ HELD_OUT_FILE = "slimvlm_held_out.json"
 
 @dataclass(frozen=True)
 class Pruned:
-    """A smaller checkpoint that was written.
-
-    Attributes:
-        walked: The plan and the report of the walk.
-        held_out: Results of the original and of the smaller model on samples that nothing was
-            fitted to; empty if none were kept apart.
-    """
+    """A smaller checkpoint that was written."""
 
     walked: Walked
+    # of original and smaller model; empty without unseen samples
     held_out: Mapping[str, DataResult] = field(default_factory=dict)
 
 
@@ -76,11 +71,7 @@ def prune(
     force: bool = False,
     say: Say = print,
 ) -> Pruned:
-    """Write a smaller checkpoint, as the verb ``prune`` does.
-
-    Raises:
-        SlimError: For anything that the user can mend; found before weights are read.
-    """
+    """Write a smaller checkpoint, as the verb ``prune`` does; check all before weights are read."""
     require_free(out, force)
     is_asked = config.ratio is not None or config.tokens_first
     if (plan_file is None) != is_asked:
@@ -127,7 +118,7 @@ def _on_disk(
     force: bool,
     say: Say,
 ) -> Pruned:
-    """Prune with one layer in memory at a time; a restart with the same scratch goes on."""
+    """Prune with one layer in memory at a time; the same scratch folder resumes."""
     config, model, unseen = request.prune, request.model, samples.report
     device = device_named(config.device)
     opened = open_checkpoint(model, config.dtype, config.trust_remote_code)

@@ -26,7 +26,7 @@ NEAR = 0.03
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Where to prune up to a ratio, what to train, by which loss, and why."""
+    """The study's choice up to a ratio: axis, training and loss, with the reason."""
 
     up_to: float
     axis: Axis
@@ -67,7 +67,7 @@ class Fraction:
 
 @dataclass(frozen=True, kw_only=True)
 class TokensFirst:
-    """From which share of the backbone on tokens go first, and of how many one stays."""
+    """From which share of the backbone on tokens go first; one of ``one_of`` tokens stays."""
 
     from_share: float
     one_of: int
@@ -125,15 +125,7 @@ def rules() -> Rules:
 
 
 def recipe_for(ratio: float, has_data: bool) -> Recipe:
-    """Choose the study's recipe for a ratio.
-
-    Args:
-        ratio: Share of the backbone to remove.
-        has_data: Whether there is data to train on, and something to train with.
-
-    Raises:
-        ConfigError: If the ratio is not in [0, 1).
-    """
+    """Choose the study's recipe for a ratio; ``has_data``: training is possible."""
     if not 0 <= ratio < 1:
         raise ConfigError(f"ratio {ratio} must be at least 0 and below 1")
     rows = rules().with_training if has_data else rules().without_training
@@ -141,12 +133,12 @@ def recipe_for(ratio: float, has_data: bool) -> Recipe:
 
 
 def published(axis: str, train: str | None, loss: str, ratio: float) -> list[tuple[Curve, float]]:
-    """AVG-% that the study gives for an axis, a recovery and a ratio, one value for each model."""
+    """Collect the AVG-% that the study gives for an axis, a recovery and a ratio, one per model."""
     return [found for found in expected(axis, train, loss, ratio) if not found[0].ours]
 
 
 def expected(axis: str, train: str | None, loss: str, ratio: float) -> list[tuple[Curve, float]]:
-    """AVG-% that was measured for an axis, a recovery and a ratio, one value for each model.
+    """Collect the AVG-% measured for an axis, a recovery and a ratio, one per model.
 
     Training all weights is compared with the study's LoRA, too. Of two curves the first one counts.
     """
@@ -160,11 +152,7 @@ def expected(axis: str, train: str | None, loss: str, ratio: float) -> list[tupl
 
 
 def subject_of(shape: Mapping[str, Any]) -> str | None:
-    """Name the measured model that has the same anatomy, if any.
-
-    Args:
-        shape: Values of the anatomy by name, such as ``hidden_size``.
-    """
+    """Name the measured model with the same anatomy, if any; ``shape`` maps names to values."""
     for name, wanted in rules().subjects.items():
         if all(shape[key] == value for key, value in wanted.items()):
             return name

@@ -37,10 +37,9 @@ def recover(
     force: bool = False,
     say: Say = print,
 ) -> History:
-    """Train a pruned checkpoint towards the original and write it, as the verb ``recover`` does.
+    """Train a pruned checkpoint towards the original, as the verb ``recover`` does.
 
-    Raises:
-        SlimError: For anything that the user can mend; found before weights are read.
+    The checks come before weights are read.
     """
     require_free(out, force)
     if not config.needs_teacher:
@@ -79,7 +78,7 @@ def recover(
 def _for_training(
     model: str, source: LoadConfig, shard: bool, device: str | None = None
 ) -> tuple[PreTrainedModel, Any]:
-    """Load a model: shards in float32; what a whole teacher shares must never go to a GPU."""
+    """Load a model: shards in float32; weights shared with a teacher must never go to a GPU."""
     if shard:
         return load(model, "float32", None, source.trust_remote_code, shard=True)
     return load_as(source, model, device)

@@ -1,4 +1,4 @@
-"""What is asked of the five stages: a `Request`, resolved and checked once, before any work.
+"""The `Request` to the stages, resolved and checked once, before any work.
 
 `compress`, studies and the verbs of the command line all make one, so that the same options mean
 the same everywhere.
@@ -48,35 +48,21 @@ _RATIO_STEP = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is asked of the stages; everything but files that determines what they make.
+    """All that determines the output of the stages, apart from the content of files."""
 
-    Attributes:
-        model: Folder, hub id or ``demo``: the original.
-        prune: What to remove, how to choose and to mend, from which samples.
-        hold_out: Whether every fourth calibration sample is set aside to judge on; `resolved` finds
-            out.
-        recover: How to train afterwards, None for no recovery.
-        training_samples: Samples to train on at most; None for all that do not calibrate.
-        report_samples: Samples to keep for the end at most, which says on them what was kept.
-        questions: What models are asked.
-        made_from: What the model and its data are made of, so that exchanged files are noticed.
-        tokens: Ids of the tokens to keep, once they are chosen; see `slimvlm.runs.tokens`.
-        fewer_tokens: Ids to keep in a further try of an open axis, likewise; empty for no such try.
-        latency: Time to read a question as a share of the original's, which every axis reaches by
-            a ratio of its own; None if the ratio is given.
-    """
-
-    model: str
+    model: str  # the original: folder, hub id or demo
     prune: PruneConfig
-    hold_out: bool = False
-    recover: RecoverConfig | None = None
-    training_samples: int | None = None
-    report_samples: int = 0
+    hold_out: bool = False  # set aside every fourth calibration sample; set by `resolved`
+    recover: RecoverConfig | None = None  # None for no recovery
+    training_samples: int | None = None  # at most; None for all that do not calibrate
+    report_samples: int = 0  # held out for the end, at most
     questions: Questions | None = None
-    made_from: tuple[str, ...] = ()
+    made_from: tuple[str, ...] = ()  # hashes of model and data, so that exchanged files are noticed
+    # ids to keep, once they are chosen; see `slimvlm.runs.tokens`
     tokens: tuple[int, ...] | None = None
+    # ids to keep in a further try of axis auto, () for none
     fewer_tokens: tuple[int, ...] | None = None
-    latency: float | None = None
+    latency: float | None = None  # share of the original's time, which gives each axis its ratio
 
     @property
     def trains(self) -> bool:
@@ -91,17 +77,11 @@ class Request:
 
 
 def resolved(request: Request, say: Say = silent, shape: Anatomy | None = None) -> Request:
-    """A request with nothing left open: axis, criteria, allocation, repair, training.
+    """Decide the open options: axis, criteria, allocation, repair, training.
 
-    Args:
-        request: As it was given. Without a ratio only repair is decided, for a plan that exists.
-        say: Receives a line where something that was given cannot be done.
-        shape: The model's anatomy, where it is known: neurons of experts have a criterion of their
-            own, and a latency becomes a ratio.
-
-    Raises:
-        ConfigError: If the ratio is not in [0, 1).
-        ImpossiblePlanError: If no ratio makes the model as fast as asked.
+    Without a ratio, as for an existing plan, only repair is decided. With the anatomy ``shape``,
+    neurons of experts get a criterion of their own, and a latency becomes a ratio. ``say`` receives
+    a line where a given option is not possible.
     """
     config = request.prune
     if request.latency is not None:
@@ -148,13 +128,13 @@ def _lacks_data(config: PruneConfig) -> bool:
 
 
 def _for_neurons_of_experts(config: PruneConfig) -> tuple[str, ...]:
-    """The criteria; by default one that scores neurons of experts, which no walk chooses."""
+    """Choose the criteria; neurons of experts need one that scores, as no walk chooses them."""
     own = {} if config.criterion else {WALKING: EXPERT_NEURON_CRITERION}
     return tuple(own.get(name, name) for name in criteria_of(config))
 
 
 def _resolved_allocation(config: PruneConfig, say: Say) -> Allocation:
-    """The allocation; ``balanced`` where the walk chooses, else ``uniform``."""
+    """Choose the allocation: ``balanced`` where the walk chooses, else ``uniform``."""
     if config.allocation not in (None, "balanced"):
         return config.allocation
     reasons = {
@@ -171,7 +151,7 @@ def _resolved_allocation(config: PruneConfig, say: Say) -> Allocation:
 
 
 def axis_of(request: Request) -> AxisChoice:
-    """The axis, by the study's chart if none was given; ``auto`` where data can decide."""
+    """Choose the axis, by the study's chart if none was given; ``auto`` where data can decide."""
     config = request.prune
     if config.axis in (None, "chart") or (config.axis == "auto" and config.data is None):
         return recipe_for(ratio_of(config), request.trains).axis
@@ -179,9 +159,9 @@ def axis_of(request: Request) -> AxisChoice:
 
 
 def _ratio_for_latency(request: Request, share: float, shape: Anatomy) -> float:
-    """The least ratio, nearly, whose model reads a question in such a share of the operations.
+    """Find about the smallest ratio whose model reads a question in a share of the operations.
 
-    While the axis is open, it is that of the first axis that can.
+    With axis ``auto`` it is the ratio of the first axis that can reach the share.
     """
     named = [axis for axis in get_args(Axis) if axis == request.prune.axis]
     axes: list[Axis] = named or ["width", "depth", "both"]
@@ -195,7 +175,7 @@ def _ratio_for_latency(request: Request, share: float, shape: Anatomy) -> float:
 def _ratio_along(
     config: PruneConfig, tokens: tuple[int, ...] | None, share: float, shape: Anatomy
 ) -> float:
-    """The same along one axis; too large a ratio is impossible at the latest."""
+    """Find this ratio along one axis; an impossible one raises ImpossiblePlanError."""
     known = rules().constants
     prompt = known.text_tokens + (known.image_tokens if shape.vision_params else 0)
     whole = prefill_flops(shape, prompt)
@@ -212,17 +192,15 @@ def _ratio_along(
 
 
 def along(request: Request, axis: Axis, shape: Anatomy | None = None) -> Request:
-    """A resolved request along one axis. What was left open is decided for it."""
+    """Resolve a request along one axis."""
     return resolved(replace(request, prune=replace(request.prune, axis=axis)), shape=shape)
 
 
 def requests_by_axis(request: Request, anatomy: Anatomy) -> dict[Axis, Request]:
-    """A request whose axis is open, along each axis that removes nearly as much as it asks for.
+    """Resolve an ``auto`` request along each axis that removes the ratio within a tenth.
 
-    That is a tenth more or less, so that what they lose compares; if none does, the nearest.
-
-    Raises:
-        SlimError: If none is possible; what the last one says.
+    Like ratios make their losses comparable; if no axis comes so near, the nearest one is returned.
+    Raises the last axis's error if none is possible.
     """
     found: dict[Axis, Request] = {}
     apart: dict[Axis, float] = {}
@@ -241,11 +219,7 @@ def requests_by_axis(request: Request, anatomy: Anatomy) -> dict[Axis, Request]:
 
 
 def ratio_of(config: PruneConfig) -> float:
-    """The ratio; 0 where tokens and experts are all that is to go.
-
-    Raises:
-        ConfigError: If there is none.
-    """
+    """Return the ratio; 0 where only tokens and experts go. Raises ConfigError without one."""
     if config.ratio is None and config.tokens_first:
         return 0.0
     if config.ratio is None:
@@ -254,7 +228,7 @@ def ratio_of(config: PruneConfig) -> float:
 
 
 def criteria_of(config: PruneConfig) -> tuple[str, ...]:
-    """The criteria for the axis, and for experts; none if neither layers nor widths go."""
+    """Return the criteria for the axis and for experts; none if neither layers nor widths go."""
     axis = "both" if config.axis == "auto" else config.axis or "width"
     goes = config.ratio != 0 and (config.ratio is not None or config.data is not None)
     chosen = config.criterion or (DEFAULT_CRITERIA[axis] if goes else ())
@@ -265,19 +239,14 @@ def criteria_of(config: PruneConfig) -> tuple[str, ...]:
 
 
 def scored_by(config: PruneConfig) -> tuple[str, ...]:
-    """The criteria of a resolved request that score before the walk, which may choose by one."""
+    """Return the criteria that score before the walk, which may choose by one itself."""
     if config.ratio is None or config.data is None or config.axis == "depth":
         return config.criterion
     return tuple(name for name in config.criterion if name != WALKING)
 
 
 def check_options(config: PruneConfig) -> None:
-    """Find every mistake that neither a model nor data is needed for.
-
-    Raises:
-        ConfigError: If an option is unknown or needs data that is not given, or the device is
-            absent.
-    """
+    """Check the options as far as possible without model and data; raise ConfigError."""
     device_named(config.device)
     rows = {name: criterion_named(name, {}) for name in criteria_of(config)}
     data_bound = [name for name, row in rows.items() if row.needs_data]
@@ -297,16 +266,7 @@ def check_options(config: PruneConfig) -> None:
 
 
 def check_request(request: Request, anatomy: Anatomy, say: Say) -> None:
-    """Find every mistake that can be found without weights and data.
-
-    Args:
-        request: A resolved request.
-        anatomy: The shape of what is pruned.
-        say: Receives what the scores come from where no data is read.
-
-    Raises:
-        SlimError: If an option or the ratio cannot work for this model.
-    """
+    """Check a resolved request without weights; ``say`` receives its criteria if it has no data."""
     check_options(request.prune)
     if request.prune.axis == "auto":
         requests_by_axis(request, anatomy)
@@ -317,19 +277,10 @@ def check_request(request: Request, anatomy: Anatomy, say: Say) -> None:
 
 
 def rehearse(config: PruneConfig, anatomy: Anatomy, tokens: tuple[int, ...] | None = None) -> Plan:
-    """Find out whether a model of this shape can be pruned as asked.
+    """Make a plan from random scores, to find out whether a model can be pruned as requested.
 
-    Args:
-        config: What is asked.
-        anatomy: The model's.
-        tokens: Those that stay. If they are not chosen yet, any so many stand for them; for
-            ``auto``, a third of all.
-
-    Returns:
-        A plan of that size; its units are drawn at random.
-
-    Raises:
-        SlimError: What `make_plan` would raise after the weights were read and scored.
+    Raises the errors that `make_plan` would raise after scoring. Where ``tokens`` are not chosen
+    yet, the first so many stand for them; for ``auto``, a third of all.
     """
     if tokens is None and config.loses_tokens:
         asked = config.vocab_size
@@ -343,22 +294,16 @@ def rehearse(config: PruneConfig, anatomy: Anatomy, tokens: tuple[int, ...] | No
 
 
 def pretended_scores(anatomy: Anatomy, criteria: Sequence[str]) -> Scores:
-    """Random scores of what criteria are about, to find out whether a plan is possible."""
+    """Draw random scores for the units of criteria, to find out whether a plan is possible."""
     pretended = score_random(Statistics(), anatomy)
     units = {unit for name in criteria for unit in CRITERIA[name].units}
     return Scores(", ".join(criteria), **{unit: pretended.of(unit) for unit in units})
 
 
 def check_questions(questions: Questions, blind: bool = False, log: bool = False) -> None:
-    """Find every mistake in what models are asked, before one is loaded.
+    """Check the tasks and their options before a model is loaded; raise ConfigError.
 
-    Args:
-        questions: What they are asked.
-        blind: Whether with the pictures of other questions.
-        log: Whether replies must be kept as they come.
-
-    Raises:
-        ConfigError: If something is unknown, or not possible together.
+    ``log``: replies must be kept as they come.
     """
     own, theirs = split_names(questions.tasks)
     if own or not theirs:
@@ -372,7 +317,7 @@ def check_questions(questions: Questions, blind: bool = False, log: bool = False
 
 
 def criterion_options(config: PruneConfig, criterion: str) -> dict[str, Any]:
-    """Those options of a request that a criterion has."""
+    """Return those options of a request that a criterion has."""
     row = CRITERIA[criterion]
     options = {name: getattr(config, name) for name in row.from_request}
     if row.needs_data and config.token_weights is not None:
@@ -381,7 +326,7 @@ def criterion_options(config: PruneConfig, criterion: str) -> dict[str, Any]:
 
 
 def token_weights_of(config: PruneConfig) -> dict[str, float] | None:
-    """Weights of tokens by role, None where all count alike."""
+    """Return the weights of tokens by role, None where all count alike."""
     return None if config.token_weights is None else parse_token_weights(config.token_weights)
 
 
@@ -391,7 +336,7 @@ def ranked_plan(
     scores: Sequence[Scores],
     tokens: tuple[int, ...] | None = None,
 ) -> Plan:
-    """The plan that scores alone give: what is ``balanced`` by measurement begins ``uniform``."""
+    """Make the plan that scores alone give; a ``balanced`` walk begins at a ``uniform`` one."""
     axis = config.axis or "width"
     allocation = "protect" if config.allocation == "protect" else "uniform"
     options = config.of_widths

@@ -45,11 +45,7 @@ def score(
     force: bool = False,
     say: Say = print,
 ) -> Scores:
-    """Score a model by one criterion and save the scores, as the verb ``score`` does.
-
-    Raises:
-        SlimError: For anything that the user can mend; found before weights are read.
-    """
+    """Score a model by one criterion, as the verb ``score`` does; save the scores."""
     request = Request(model=model, prune=PruneConfig(criterion=(criterion,), **vars(config)))
     check_options(request.prune)
     if memory.low_memory:
@@ -80,7 +76,7 @@ def score(
 def scores_on_disk(
     request: Request, opened: LazyCheckpoint, calibration: Calibration, scratch: Path, say: Say
 ) -> list[Scores]:
-    """`slimvlm.runs.stages.calibrate` with one layer in memory at a time."""
+    """Score like `slimvlm.runs.stages.calibrate`, with one layer in memory at a time."""
     config = request.prune
     asked = {name: criterion_options(config, name) for name in scored_by(config)}
     if not asked:
@@ -101,11 +97,7 @@ def plan(
     force: bool = False,
     say: Say = print,
 ) -> Plan:
-    """Make a plan from scores that are there already and write it, as the verb ``plan`` does.
-
-    Raises:
-        SlimError: For anything that the user can mend, such as a target that cannot be met.
-    """
+    """Make and write a plan, as the verb ``plan`` does; score on the demo's data without scores."""
     require_free(out, force)
     device_named(config.device)
     shape, target = anatomy(model), _target_params(config)
@@ -147,11 +139,7 @@ def plan(
 
 
 def _target_params(config: PlanConfig) -> int | None:
-    """Parameters of the whole smaller model; None if a ratio was given instead.
-
-    Raises:
-        ConfigError: Unless exactly one of the three is given.
-    """
+    """Return the parameters of the smaller model, None with a ratio; refuse two targets or none."""
     given = (config.ratio, config.target_params, config.target_memory)
     if config.tokens_first and not any(value is not None for value in given):
         return None

@@ -1,8 +1,7 @@
 """The stages as functions of one request: calibrate, prune, recover, evaluate.
 
-`compress`, studies and the verbs of the command line are made of these functions. A driver makes a
-`Request`, resolves and checks it once, and then calls the stages in turn; it says where outcomes
-are kept, they say how each comes about.
+`compress`, studies and the verbs of the command line call them in turn with a `Request` that was
+resolved and checked once; the callers decide where outputs are kept.
 """
 
 from __future__ import annotations
@@ -67,18 +66,18 @@ from slimvlm.training.recover import History
 from slimvlm.training.recover import recover as train
 
 HELD_OUT_EVERY = 4
-"""Every so manyth calibration sample judges plans and repairs instead of making them."""
+"""Every fourth calibration sample is held out, to judge plans and repairs."""
 
 UNSEEN_SHARE = 5
-"""One of so many samples at most stays unseen."""
+"""At most one of so many samples stays unseen."""
 FEWEST_UNSEEN = 2
-"""Fewer samples have no interval."""
+"""Fewest unseen samples; fewer have no interval."""
 
 _AXIS, _TRIAL_BATCHES = "axis", 12
 EVEN = 0.02
-"""Held-out losses of two axes that differ by a smaller share are even."""
+"""Held-out losses of two axes count as even if they differ by a smaller share."""
 BEHIND = " behind fewer tokens"
-"""Ends the name of a try along an axis that gives what fewer tokens leave of the ratio."""
+"""Suffix of a try in which fewer tokens go first, and the axis gives the rest of the ratio."""
 
 
 # The samples: one order for each seed, calibration first, training after it, the end's report last.
@@ -86,20 +85,14 @@ BEHIND = " behind fewer tokens"
 
 @dataclass(frozen=True)
 class SampleSplit:
-    """The samples of a request.
-
-    Attributes:
-        calibration: Those to score, choose and repair with.
-        training: Those to learn from.
-        report: Those that the end says on what was kept; none of them is among the others.
-    """
+    """The samples of a request."""
 
     calibration: Sequence[Sample]
     training: Sequence[Sample]
-    report: Sequence[Sample] = ()
+    report: Sequence[Sample] = ()  # held out; none equals one of the others
 
     def counted(self, request: Request) -> list[Sample]:
-        """Those whose tokens count: all that are known, but for those that judge such a choice."""
+        """Return the samples whose tokens count: without the held-out ones if these judge."""
         judges = _judging(self.calibration) if request.tries_tokens else ()
         known = {id(sample): sample for sample in (*self.calibration, *self.training)}
         for judge in judges:
@@ -108,21 +101,17 @@ class SampleSplit:
 
 
 def _judging(calibration: Sequence[Sample]) -> Sequence[Sample]:
-    """The calibration samples that judge; of fewer than four all."""
+    """Return the held-out calibration samples; of fewer than four all."""
     few = len(calibration) < HELD_OUT_EVERY
     return calibration if few else calibration[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
 
 
 def split(samples: Sequence[Sample], request: Request) -> SampleSplit:
-    """Which samples calibrate, which train and which stay unseen.
+    """Divide samples into calibration, training and held-out report.
 
-    The data has one order for each seed: that of its rows for 0, a shuffled one for any other. The
-    last ones, at most a fifth, stay unseen. Of the others calibration takes the first, and training
-    what comes after; where that is nothing, or fewer than `training_samples`, the first ones too.
-
-    Args:
-        samples: As `load_samples` reads them: all, or for seed 0 as many as `rows_to_read` says.
-        request: The request.
+    Seed 0 keeps the order of the rows, any other shuffles it. The last samples, at most a fifth,
+    stay unseen. Of the others calibration takes the first, and training the rest; where these are
+    none, or fewer than `training_samples`, the first ones too.
     """
     config = request.prune
     if config.seed:
@@ -136,7 +125,7 @@ def split(samples: Sequence[Sample], request: Request) -> SampleSplit:
 
 
 def not_among(samples: Sequence[Sample], others: Sequence[Sample]) -> list[Sample]:
-    """The samples that do not stand among others, word for word and with the same pictures."""
+    """Drop the samples that equal one of the others in text and pictures."""
     said = {_words_of(sample) for sample in samples}
     seen = {_content_of(other) for other in others if _words_of(other) in said}
     return [sample for sample in samples if _content_of(sample) not in seen]
@@ -152,7 +141,7 @@ def _content_of(sample: Sample) -> tuple[str, ...]:
 
 
 def rows_to_read(request: Request) -> int | None:
-    """How many samples of the file a request needs; None for all."""
+    """Count the samples of the file that a request needs; None for all."""
     config = request.prune
     if config.seed or (request.trains and request.training_samples is None):
         return None
@@ -162,11 +151,7 @@ def rows_to_read(request: Request) -> int | None:
 
 
 def read_split(request: Request, say: Say) -> SampleSplit:
-    """Read the samples of a request, as many as it needs.
-
-    Raises:
-        SlimError: As `samples_for` does.
-    """
+    """Read the samples of a request, as many as it needs, and divide them."""
     source = part_of(request.prune, DataConfig)
     samples = samples_for(request.model, source, rows_to_read(request), say)
     found = split(samples, request)
@@ -182,22 +167,10 @@ def read_split(request: Request, say: Say) -> SampleSplit:
 def settled(
     request: Request, given: Plan | None, has_data: bool, say: Say
 ) -> tuple[Request, Plan | None, SampleSplit]:
-    """Check a resolved request against the model and the data, and choose its tokens.
+    """Check a resolved request against model and data, and choose its tokens, without weights.
 
-    No weights are read.
-
-    Args:
-        request: The request.
-        given: A plan that decides what stays.
-        has_data: Whether the data is the user's, so that its tokens count.
-        say: Receives a line for each choice.
-
-    Returns:
-        The request with its tokens; the plan, where it is known before anything is scored; the
-        samples.
-
-    Raises:
-        SlimError: If an option, the ratio or the data cannot work for this model.
+    Returns the request with its tokens, the plan if it is known before scoring, and the samples.
+    ``has_data``: the data is the user's, so that its tokens count.
     """
     shape, loses_tokens = anatomy(request.model), request.prune.loses_tokens
     if given is None:
@@ -219,16 +192,9 @@ def settled(
 def samples_for(
     model: str | Path, source: DataConfig, limit: int | None, warn: Say
 ) -> list[Sample]:
-    """The conversations that options name, as far as a model can read them.
+    """Read the conversations that options name, as far as a model can read them; none without data.
 
-    Args:
-        model: Folder, hub id or ``demo``; only its processor is read.
-        source: The options; without ``data`` there is no sample.
-        limit: Read only the first so many good samples.
-        warn: Receives one line for each row that was skipped.
-
-    Raises:
-        SlimError: As `load_samples` does.
+    Only the model's processor is read; ``warn`` receives one line for each skipped row.
     """
     if source.data is None:
         return []
@@ -249,28 +215,22 @@ def samples_for(
 
 @dataclass
 class Calibration:
-    """Calibration samples as model inputs, encoded when first needed.
-
-    Attributes:
-        processor: The model's.
-        samples: The samples.
-        hold_out: Whether every fourth one is kept out of what is fitted.
-    """
+    """Calibration samples as model inputs, encoded when first needed."""
 
     processor: Any
     samples: Sequence[Sample]
-    hold_out: bool
+    hold_out: bool  # keep every fourth sample out of `fitted`
 
     @cached_property
     def fitted(self) -> list[dict[str, Any]]:
-        """Batches that scores and repairs come from."""
+        """Batches for scores and repairs."""
         samples = self.samples
         if self.hold_out and len(samples) >= HELD_OUT_EVERY:
             samples = [s for i, s in enumerate(samples, 1) if i % HELD_OUT_EVERY]
         return self._encoded(samples, "encode")
 
     def spread(self, batches: int) -> Calibration:
-        """The same with so many of the fitted batches, of all lengths; all if there are fewer."""
+        """Copy with so many of the fitted batches, of all lengths; all if there are fewer."""
         few = replace(self)
         few.fitted = self.fitted[:: max(len(self.fitted) // batches, 1)]
         few.held_out = self.held_out
@@ -278,11 +238,11 @@ class Calibration:
 
     @cached_property
     def held_out(self) -> list[dict[str, Any]]:
-        """Batches that judge; of fewer than four samples all."""
+        """Held-out batches; of fewer than four samples all."""
         return self._encoded(_judging(self.samples), "encode held-out")
 
     def _encoded(self, samples: Sequence[Sample], description: str) -> list[dict[str, Any]]:
-        """Batches of samples with equally many pictures and similar length: less padding."""
+        """Encode batches of samples with as many pictures and like length, for less padding."""
         alike = sorted(samples, key=lambda s: (len(s.images), estimated_length(s, 0)))
         return list(calibration_batches(self.processor, alike, CALIBRATION_BATCH, description))
 
@@ -291,7 +251,7 @@ class Calibration:
 
 
 def load_original(request: Request, device: str | None = None) -> tuple[PreTrainedModel, Any]:
-    """The unpruned model and its processor."""
+    """Load the unpruned model and its processor."""
     return load_as(request.prune, request.model, device)
 
 
@@ -318,17 +278,10 @@ def walk(
     plan: Plan | None = None,
     say: Say = silent,
 ) -> Walked:
-    """Choose what stays and what the remaining weights become. Nothing is changed yet.
+    """Choose the units that stay and compute their repaired weights, without changing the model.
 
-    Args:
-        request: The request.
-        source: The original, in memory or in files.
-        results: Keeps what came of each layer, so that a stopped walk goes on.
-        device: Where layers run.
-        calibration: Its calibration data.
-        scores: Those of `calibrate`.
-        plan: What stays, if that is decided already.
-        say: Receives a line on where hidden states are kept.
+    ``results`` keeps the outcome of each layer, so that a stopped walk resumes; ``plan`` decides
+    what stays, if it is known already.
     """
     config, chooses = request.prune, False
     if plan is not None:
@@ -371,17 +324,10 @@ def prune_(
     training: Sequence[Sample] = (),
     say: Say = silent,
 ) -> Walked:
-    """Make a model smaller, in place.
+    """Prune a model in place.
 
-    Args:
-        request: The request.
-        model: The original.
-        calibration: Its calibration data.
-        scores: Those of `calibrate`.
-        plan: What stays, if that is decided already.
-        scratch: Folder that keeps what is done, for a restart; by default nothing is kept.
-        training: What the model will learn from, for an axis that is to be tried.
-        say: Receives a line on where hidden states are kept.
+    ``scratch`` keeps finished layers for a resume; ``training`` samples serve the tries of
+    ``auto``.
     """
     store: Store = Memory(torch.device("cpu")) if scratch is None else Scratch(scratch)
     notes: tuple[str, ...] = ()
@@ -409,25 +355,13 @@ def try_axes(
     scores: Sequence[Scores],
     training: Sequence[Sample] = (),
 ) -> dict[str, float]:
-    """Held-out loss after a short try along each axis. Nothing is changed.
+    """Measure the held-out loss after a short try along each axis; the model stays unchanged.
 
-    Each removes the same share, in a walk without local steps over a part of the fitted batches.
-    With training, a copy of the smaller model then takes a sixth of its steps towards the original.
-    The axis that lost least is tried again behind fewer tokens, if the request has such.
-
-    Args:
-        request: The request.
-        model: The original.
-        calibration: Its calibration data.
-        scores: Of layers, and of widths if the walk does not choose them.
-        training: What models learn from, if the request trains.
-
-    Returns:
-        Loss of the held-out answers by axis (and `BEHIND`), in nats for each token that the
-        original reads there: with fewer tokens a text has other pieces.
-
-    Raises:
-        SlimError: If no axis can reach the ratio.
+    Each try removes the same share, in a walk without local steps over a part of the fitted
+    batches. With training, a copy of the smaller model then takes a sixth of its steps towards the
+    original. The best axis is tried again with fewer tokens, if the request has such. Losses, by
+    axis (and `BEHIND`), are in nats for each token of the original's tokenizer, because with fewer
+    tokens a text splits into other tokens.
     """
     shape, few = read_anatomy(model), calibration.spread(_TRIAL_BATCHES)
     tried = partial(_loss_of_try, model=model, calibration=few, scores=scores, training=training)
@@ -447,7 +381,7 @@ def _loss_of_try(
     scores: Sequence[Scores],
     training: Sequence[Sample],
 ) -> float:
-    """Loss of held-out answers for each of the original's tokens, of a model made in haste."""
+    """Measure the held-out loss of a quickly made model, in nats per token of the original."""
     brief = replace(request, prune=replace(request.prune, local_steps=0))
     alone = tokens_alone(brief, read_anatomy(model))
     results = Memory(torch.device("cpu"))
@@ -472,7 +406,7 @@ def _loss_of_try(
 
 @contextmanager
 def _types_kept(model: PreTrainedModel) -> Iterator[None]:
-    """Put data types and flags of parameters back, which training changes in a teacher."""
+    """Restore data types and flags of parameters after training, which changes a teacher's."""
     before = [(each, each.dtype, each.requires_grad) for each in model.parameters()]
     try:
         yield
@@ -487,13 +421,13 @@ def _answer_tokens(batches: Iterable[Batch]) -> int:
 
 
 def _sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of a model, module by module, that holds the very same tensors."""
+    """Copy a model module by module; the copy holds the very same tensors."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def best_axis(request: Request, losses: Mapping[str, float], shape: Anatomy) -> tuple[Request, str]:
-    """The request along the axis that lost least, behind fewer tokens if that lost less yet.
+    """Resolve the request along the axis with the least loss, with fewer tokens if that lost less.
 
     Of axes that are `EVEN` it is width: there it kept as many answers or more (docs/results.md).
     """
@@ -519,13 +453,7 @@ def recover_(
 ) -> History:
     """Train a pruned model in place, towards the original where the loss compares with it.
 
-    Args:
-        request: The request.
-        model: The pruned model.
-        processor: Its processor.
-        plan: What was kept of the original.
-        samples: What to learn from.
-        folder: Keeps what a restart goes on from.
+    ``folder`` keeps the state from which a restart resumes.
     """
     assert request.recover is not None
     teacher = None
@@ -537,15 +465,7 @@ def recover_(
 def evaluate(
     request: Request, model: PreTrainedModel, processor: Any, name: str, log_folder: Path | None
 ) -> Result:
-    """Ask a model the request's questions.
-
-    Args:
-        request: The request.
-        model: The model.
-        processor: Its processor.
-        name: What the result calls it.
-        log_folder: Keeps replies as they come.
-    """
+    """Ask a model the request's questions; ``log_folder`` keeps replies as they come."""
     assert request.questions is not None
     return evaluate_all(
         model, processor, **vars(request.questions), name=name, log_folder=log_folder

@@ -211,8 +211,8 @@ def held_out_json(results: Mapping[str, DataResult]) -> dict[str, Any]:
 def anatomy_rows(anatomy: Anatomy) -> list[list[str]]:
     """Make the rows that `inspect` prints: a name and a value in each.
 
-    Where layers differ (attention and convolution, experts and a dense MLP), there is a row for
-    each value, with the layers that have it.
+    Where layers differ (attention and convolution, experts and a dense MLP), each value has its
+    row, with its layers.
     """
     by_layer = partial(_by_layer, anatomy)
 

@@ -1,4 +1,4 @@
-"""Which tokens a run keeps: chosen before anything else, from the data and further texts."""
+"""Choose the tokens that a run keeps, first of all, from the data and further texts."""
 
 from __future__ import annotations
 
@@ -33,17 +33,10 @@ def vocabulary_for(
     trust_remote_code: bool = False,
     fewest: int = 0,
 ) -> Vocabulary:
-    """The tokens to keep of a model. Its weights are not read.
+    """Choose the tokens that a model keeps, without its weights, from counted conversations.
 
-    Args:
-        model: Folder, hub id or ``demo``.
-        options: How many, and further texts.
-        samples: Conversations that count.
-        trust_remote_code: Run code that lies in the checkpoint.
-        fewest: Where the number is open, at least so many.
-
-    Raises:
-        SlimError: As `choose_tokens`, and if the model has no tokenizer.
+    Where the number is open, at least ``fewest`` stay. Raises SlimError if the model has no
+    tokenizer.
     """
     config, name = load_config(model, trust_remote_code), resolve(model)
     processor = load_processor(name, config, trust_remote_code)
@@ -61,17 +54,9 @@ def vocabulary_for(
 
 
 def with_tokens(request: Request, samples: Sequence[Sample], say: Say = silent) -> Request:
-    """A request with its tokens chosen; one that keeps all, or has them already, stays.
+    """Choose the tokens of a request, unless it keeps all or has them already.
 
-    Where the axis is open and tokens are not spoken of, those of a further try are chosen.
-
-    Args:
-        request: The request.
-        samples: Those that are counted.
-        say: Receives a line on what was chosen.
-
-    Raises:
-        SlimError: As `vocabulary_for`.
+    With axis ``auto`` and no token option, those of a further try with fewer tokens are chosen.
     """
     config = request.prune
     if request.tries_tokens and request.fewer_tokens is None:
@@ -84,17 +69,17 @@ def with_tokens(request: Request, samples: Sequence[Sample], say: Say = silent) 
 
 
 def tokens_to_try(shape: Anatomy) -> int | None:
-    """How many tokens stay at least where some go unasked; None where they weigh too little."""
+    """Return how many tokens a try keeps at least; None where they weigh too little."""
     rule, weigh = rules().tokens_first, shape.token_params * shape.vocab_size
     is_much = weigh >= rule.from_share * shape.backbone_params
     return shape.vocab_size // rule.one_of if is_much else None
 
 
 def _fewer(request: Request, samples: Sequence[Sample], say: Say) -> tuple[int, ...]:
-    """The tokens of a further try: all that the data needs, and more, by rank, up to a third.
+    """Choose the tokens of a further try: all that the data needs, more by rank, up to a third.
 
-    They never remove more than the ratio. There is no such try where too little is known of what
-    unseen text needs, or where tokens weigh little or cannot go.
+    They never remove more than the ratio. There is no such try where too little is known of the
+    needs of unseen text, or where tokens weigh little or cannot go.
     """
     config, shape = request.prune, anatomy_of(request.model)
     third = tokens_to_try(shape)
@@ -114,7 +99,7 @@ def _fewer(request: Request, samples: Sequence[Sample], say: Say) -> tuple[int, 
 
 
 def tokens_alone(request: Request, anatomy: Anatomy) -> Plan | None:
-    """The plan where a request's tokens alone remove what it asks for; None if more must go."""
+    """Make the plan where a request's tokens alone remove its ratio; None if more must go."""
     if request.tokens is None or request.prune.experts:
         return None
     plan = make_plan(anatomy, [], 0.0, tokens=request.tokens)

@@ -32,7 +32,7 @@ _CELL, _BAR = 28, 150
 
 
 def legend(entries: Sequence[Entry]) -> list[tuple[str, str, str]]:
-    """Colour, sign and meaning of every kind of mark among the entries."""
+    """List colour, sign and meaning of every kind of mark among the entries."""
     axes = dict.fromkeys(entry.axis or "original" for entry in entries)
     trained = dict.fromkeys(entry.train for entry in entries if not entry.is_original)
     return [
@@ -42,7 +42,7 @@ def legend(entries: Sequence[Entry]) -> list[tuple[str, str, str]]:
 
 
 def trade_offs(entries: Sequence[Entry]) -> list[Chart]:
-    """AVG-% against parameters and latencies, with the frontier that no other model beats."""
+    """Draw AVG-% against parameters and latencies, with the Pareto frontier."""
     shown = [entry for entry in entries if entry.percent is not None]
     if len(shown) < 2:
         return []
@@ -65,7 +65,7 @@ def trade_offs(entries: Sequence[Entry]) -> list[Chart]:
 
 
 def by_ratio(entries: Sequence[Entry]) -> list[Chart]:
-    """AVG-% over the ratio: a chart for each recovery, a line for each axis and for the study's."""
+    """Draw AVG-% over the ratio: a chart per recovery, a line for each axis and the study's."""
     ways: dict[tuple[str, str], list[Entry]] = {}
     for entry in entries:
         if entry.percent is not None and not entry.is_original:
@@ -120,7 +120,7 @@ def loss_curves(training: Training) -> list[Chart]:
 
 
 def allocation(plan: Plan) -> Chart:
-    """Parameters that every layer keeps, attention and MLP apart."""
+    """Draw the parameters that every layer keeps, attention and MLP apart."""
     shapes = plan.before.layers
     largest = max(shape.params for shape in shapes)
     bars: dict[str, list[tuple[float, ...]]] = {"mlp": [], "attention": [], "whole": []}
@@ -160,7 +160,7 @@ def allocation(plan: Plan) -> Chart:
 
 
 def score_maps(pruning: Pruning) -> list[Chart]:
-    """Heatmaps of the scores, one for each kind of unit; the units that are gone are crossed."""
+    """Draw a heatmap of the scores for each kind of unit; removed units are crossed."""
     maps, plan = [], pruning.plan
     for scores in pruning.scores:
         by = scores.criterion
@@ -182,7 +182,7 @@ def score_maps(pruning: Pruning) -> list[Chart]:
 def _unit_map(
     title: str, name: str, values: Sequence[Tensor], kept: Sequence[Sequence[int]]
 ) -> Chart:
-    """A cell for each unit; those that are gone are crossed."""
+    """Draw a cell for each unit; removed ones are crossed."""
     cells = {
         (layer, unit): f"layer {layer}{name.format(unit)}: {value:.3g}, "
         f"{'kept' if unit in kept[layer] else 'removed'}"
@@ -194,7 +194,7 @@ def _unit_map(
 
 
 def _neuron_map(title: str, values: Sequence[Tensor], plan: Plan) -> Chart:
-    """Shares of each layer's neurons, best first, and a line at how many were kept."""
+    """Draw shares of each layer's neurons, best first, and a line at the number kept."""
     bins = []  # mean logarithm of the scores in each row
     for of in values:
         ordered = of.clamp(min=1e-30).log10().sort(descending=True).values
@@ -226,9 +226,9 @@ def _heatmap(
     height: float,
     caption: str,
 ) -> Chart:
-    """A cell at each layer and row, with its text; the higher its value, the stronger.
+    """Draw a cell at each layer and row, with its text; colour is the rank of its value.
 
-    Strength is the rank of the value, since values span orders of magnitude.
+    Ranks, because values span orders of magnitude.
     """
     order = torch.cat(list(values)).argsort().argsort().float()
     strengths = (order / max(len(order) - 1, 1)).tolist()
@@ -250,14 +250,7 @@ def _heatmap(
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other one beats: less of the first value with as much of the second.
-
-    Args:
-        points: Pairs of a cost and a benefit.
-
-    Returns:
-        Those that are on the Pareto frontier, by rising cost.
-    """
+    """Return the Pareto frontier of pairs of a cost and a benefit, by rising cost."""
     best: list[tuple[float, float]] = []
     for cost, benefit in sorted(points, key=lambda p: (p[0], -p[1])):
         if not best or benefit > best[-1][1]:
@@ -272,7 +265,7 @@ def _line(
 
 
 def _dots(entries: Sequence[Entry], xs: Sequence[float], are_named: bool = False) -> list[Marks]:
-    """A mark for each entry, and a bar for its interval; filled if something was trained."""
+    """Make a mark for each entry, and a bar for its interval; filled if something was trained."""
     marks = []
     for entry, x in zip(entries, xs, strict=True):
         assert entry.percent is not None
@@ -300,12 +293,12 @@ def _dots(entries: Sequence[Entry], xs: Sequence[float], are_named: bool = False
 
 
 def _crosses(places: Sequence[tuple[float, float]]) -> list[Marks]:
-    """Crosses at the units that are gone."""
+    """Make crosses at removed units."""
     style = {"s": 60, "color": COLOURS["lost"], "marker": "x", "zorder": 3}
     removed = ["removed"] * len(places)
     return [Marks("points", places, "gone", removed, style=style)] if places else []
 
 
 def _colour(name: str) -> str:
-    """The colour of an axis of pruning or of a variable of the page."""
+    """Return the colour of an axis of pruning or of a variable of the page."""
     return COLOURS.get(name or "ink", COLOURS["soft"])

@@ -68,18 +68,15 @@ class Gallery:
 
 
 def comparison_html(comparison: Comparison, title: str) -> str:
-    """Write one HTML file with a table and every answer that was lost or gained, with pictures.
-
-    It needs no network and works without scripts.
-    """
+    """Write one HTML file with a table and every lost or gained answer, with pictures."""
     return render("comparison.html.jinja", title=title, gallery=gallery_of(comparison))
 
 
 def gallery_of(comparison: Comparison, max_bytes: int = MAX_BYTES) -> Gallery:
-    """Lay out a comparison.
+    """Lay out a comparison as cards.
 
-    Answers that did not change are shown up to `MAX_CARDS` for each task, and pictures until the
-    cards fill ``max_bytes``: those of lost answers come first, and tasks take turns.
+    Up to `MAX_CARDS` unchanged answers of each task are shown. Pictures are shown until the cards
+    fill ``max_bytes``: those of lost answers first, and tasks take turns.
     """
     queue: list[tuple[int, int, str, Pair]] = []
     hidden: dict[str, Counter[Change]] = {}
@@ -115,7 +112,7 @@ def gallery_of(comparison: Comparison, max_bytes: int = MAX_BYTES) -> Gallery:
 
 
 def _shown(task: TaskComparison, kind: Change) -> list[Pair]:
-    """Pairs of one kind that get a card; replies that differ most come first."""
+    """Choose the pairs of one kind that get a card; replies that differ most come first."""
     pairs = [pair for pair in task.pairs if pair.kind == kind]
     if kind not in MAX_CARDS:
         return pairs
@@ -130,7 +127,7 @@ def _text_bytes(pair: Pair) -> int:
 
 
 def _picture(image: Image.Image | Path) -> Picture:
-    """A PNG data URI: small pictures as they are, large ones reduced, in 256 colours."""
+    """Encode a picture as a PNG data URI: large ones reduced, in 256 colours."""
     shown = open_image(image)
     if max(shown.size) > SMALL_SHOWN:
         shown.thumbnail((LARGE, LARGE))
@@ -145,10 +142,10 @@ def _picture(image: Image.Image | Path) -> Picture:
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill a template of ``slimvlm/runs/report/templates``.
+    """Fill a template of ``slimvlm/runs/report/templates``, with every value escaped.
 
-    Text of models, files and data is untrusted: every value is escaped, and pages carry a content
-    security policy that lets them load nothing.
+    Text of models, files and data is untrusted; the pages' content security policy lets them load
+    nothing.
     """
     return _environment().get_template(template).render(**values)
 

@@ -1,4 +1,4 @@
-"""The folder of a run or of a study → `Record`. A run is a study of one cell, with its stages."""
+"""Read the folder of a run or of a study as a `Record`; a run is a study of one cell."""
 
 from __future__ import annotations
 
@@ -145,11 +145,7 @@ class Record:
 
 
 def read_record(folder: str | Path) -> Record:
-    """Read a run folder of `compress` or the folder of a study, as far as it has got.
-
-    Raises:
-        ConfigError: If it is neither, or a file in it cannot be read.
-    """
+    """Read a run folder of `compress` or the folder of a study, finished or not."""
     path = Path(folder)
     try:
         if (path / "config.json").is_file() and (path / "plan.json").is_file():
@@ -200,7 +196,7 @@ def _read_run(folder: Path) -> Record:
 def _stage_entry(
     stage: str, results: Mapping[str, Result], plan: Plan, recover: Mapping[str, Any]
 ) -> Entry:
-    """A stage of a run, as the row that a study's table has for its cells."""
+    """Make an entry of a run's stage, through the row of a study's table."""
     result, original = results[stage], results.get("original", results[stage])
     trained = recover.get("train") if stage == "recovered" else None
     row = {
@@ -258,7 +254,7 @@ def _score_tables(results: Mapping[str, Result], on_data: Mapping[str, DataResul
 
 
 def _walk_tables(folder: Path) -> list[Table]:
-    """Errors of each matrix and layer before and after the walk's repairs."""
+    """Make tables of the errors of each matrix and layer before and after repair."""
     path = folder / "walk.json"
     report = read_object(path, "report:") if path.is_file() else {"layers": []}
     refits = [
@@ -282,7 +278,7 @@ def _walk_tables(folder: Path) -> list[Table]:
 
 
 def _published(entries: Sequence[Entry]) -> list[Table]:
-    """Published numbers for the same axis, recovery and ratio, next to the measured ones."""
+    """Compare measured numbers with published ones for the same axis, recovery and ratio."""
     rows = [
         [entry.name, entry.interval, row.model, f"{value:.1f}", row.source]
         for entry in entries
@@ -298,7 +294,7 @@ def _published(entries: Sequence[Entry]) -> list[Table]:
 
 
 def _run_command(config: Mapping[str, Any], folder: Path) -> str:
-    """The command for a run; nothing if its options are of another version."""
+    """Write the command for a run; nothing if its options are of another version."""
     options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
     options.pop("made_from", None)
     model, recover = str(options.pop("model")), options.pop("recover", None)
@@ -355,7 +351,7 @@ def _read_study(folder: Path) -> Record:
 
 
 def _cell_entry(row: pd.Series, varied: Sequence[str], index: Any) -> Entry:
-    """A cell with those columns of the table that other entries do not have."""
+    """Make an entry of a cell with those columns of the table that other entries do not have."""
     original = row["axis"] == ORIGINAL
     columns = {name: "" if original else str(row[name]) for name in varied}
     above, low, high = (_number(row.get(f"above_floor{end}")) for end in ("", "_low", "_high"))
@@ -376,7 +372,7 @@ def _cell_entry(row: pd.Series, varied: Sequence[str], index: Any) -> Entry:
 
 
 def _name(row: pd.Series, varied: Iterable[str]) -> str:
-    """The options of a cell in a few words."""
+    """Name a cell by its options."""
     short = Path(str(row["model"])).name
     if row["axis"] == ORIGINAL:
         return f"{short} original"
@@ -389,7 +385,7 @@ def _chosen(row: pd.Series, names: Iterable[str]) -> list[str]:
 
 
 def _best(cells: pd.DataFrame, ratio: float) -> pd.Series | None:
-    """The cell that keeps most at the measured ratio nearest to one; None if nothing is done."""
+    """Find the cell that keeps most at the measured ratio nearest to one; None if none is done."""
     if cells.empty:
         return None
     nearest = min(cells["ratio"].unique(), key=lambda measured: abs(measured - ratio))
@@ -444,7 +440,7 @@ def _cell_table(entries: Sequence[Entry]) -> Table:
 
 
 def _study_tables(table: pd.DataFrame, done: pd.DataFrame, entries: Sequence[Entry]) -> list[Table]:
-    """Claims, scores by task, failures."""
+    """Make tables of claims, scores by task and failures."""
     from slimvlm_tools.claims import claims_of
 
     tables = []
@@ -474,7 +470,7 @@ def _study_tables(table: pd.DataFrame, done: pd.DataFrame, entries: Sequence[Ent
 
 
 def _entry(row: Mapping[str, Any] | pd.Series, name: str, **more: Any) -> Entry:
-    """A measured model, from a row of a study's table or one with the same columns."""
+    """Make an entry from a row of a study's table or one with the same columns."""
     original = row["axis"] == ORIGINAL
     train = None if original or row["train"] == "none" else str(row["train"])
     return Entry(
@@ -500,7 +496,7 @@ def _number(value: Any) -> float | None:
 
 
 def _training(path: Path, title: str) -> list[Training]:
-    """The history of a recovery, if it has one."""
+    """Read the history of a recovery, if it has one."""
     if not path.is_file():
         return []
     history = History.load(path)
@@ -512,7 +508,7 @@ def _training(path: Path, title: str) -> list[Training]:
 
 
 def _compared(original: Result, other: Result, config: Mapping[str, Any]) -> Comparison:
-    """The original and another model, answer by answer."""
+    """Compare the original and another model, answer by answer."""
     known = builtin_tasks()
     with suppress(ConfigError):  # a file that has gone, or lmms-eval's: answers without questions
         known |= {task.name: task for task in find_tasks(config["tasks"])}

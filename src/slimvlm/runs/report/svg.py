@@ -49,26 +49,16 @@ _VARIABLES = {colour: f"var(--{name})" for name, colour in COLOURS.items()}
 
 @dataclass(frozen=True)
 class Marks:
-    """Shapes of one kind.
-
-    Attributes:
-        kind: ``line`` and ``points`` have rows of x and y, ``bars`` of x, y, width and height,
-            ``spans`` of both ends.
-        rows: Coordinates of each shape; of a line, of each of its points.
-        look: CSS classes.
-        texts: The values of each shape, for people; empty for no tooltip.
-        links: Id of the table row with its numbers, for each; empty for none.
-        names: Labels next to the points.
-        style: Options of matplotlib for this kind.
-    """
+    """Shapes of one kind."""
 
     kind: Literal["line", "points", "bars", "spans"]
+    # points, or points of one line: x, y; bars: x, y, width, height; spans: both ends
     rows: Sequence[Sequence[float]]
-    look: str = ""
-    texts: Sequence[str] = ()
-    links: Sequence[str] = ()
-    names: Sequence[str] = ()
-    style: Mapping[str, Any] = field(default_factory=dict)
+    look: str = ""  # CSS classes
+    texts: Sequence[str] = ()  # tooltip of each shape
+    links: Sequence[str] = ()  # id of a table row for each shape; empty for none
+    names: Sequence[str] = ()  # labels next to the points
+    style: Mapping[str, Any] = field(default_factory=dict)  # options of matplotlib
 
 
 @dataclass(frozen=True)
@@ -92,7 +82,7 @@ class Chart:
         return 72 * self.figure.get_figwidth()
 
     def of(self, look: str) -> list[Marks]:
-        """The marks of a CSS class."""
+        """Return the marks of a CSS class."""
         return [marks for marks in self.marks if look in marks.look.split()]
 
     @cached_property
@@ -132,17 +122,10 @@ def draw(
     layers: int = 0,
     height: float = HEIGHT,
 ) -> Chart:
-    """Draw marks, the first ones at the bottom.
+    """Draw marks, the first ones at the bottom; heights are CSS pixels before the page scales them.
 
-    Args:
-        title: Heading of the drawing.
-        marks: Its shapes.
-        labels: Of the horizontal and the vertical axis.
-        caption: How to read it.
-        x_limits: Ends of the horizontal axis; None is left to the values.
-        y_limits: Ends of the vertical axis, likewise.
-        layers: Draw a column for each of so many layers, without a vertical axis.
-        height: In CSS pixels, before the page scales it; of layers without their numbers.
+    ``layers`` draws a column for each of so many layers, without a vertical axis; then ``height``
+    is without their numbers. A limit of None follows the values.
     """
     with matplotlib.rc_context(STYLE):
         width = min(_CELL * layers, _GRID_WIDTH) if layers else WIDTH
@@ -213,7 +196,7 @@ def _write_names(axes: Axes, marks: Sequence[Marks]) -> None:
 
 
 def labels_apart(places: Sequence[tuple[float, float]]) -> list[float]:
-    """Heights of labels at these places so that none covers another, from the top down."""
+    """Move labels down from these places, from the top one on, so that none covers another."""
     heights: dict[int, float] = {}
     for index in sorted(range(len(places)), key=lambda i: -places[i][1]):
         x, y = places[index]
@@ -223,7 +206,7 @@ def labels_apart(places: Sequence[tuple[float, float]]) -> list[float]:
 
 
 def _inline_shapes(root: Element) -> None:
-    """Shapes where they are used: definitions have ids, which must be unique in a whole page."""
+    """Put shapes where they are used, since ids of definitions must be unique in a whole page."""
     shapes = {f"#{path.get('id')}": path for path in root.iter("path") if path.get("id")}
     for use in root.iter("use"):
         shape = shapes[next(v for k, v in use.items() if k.rpartition("}")[2] == "href")]
@@ -250,9 +233,9 @@ def _explain_(group: Element, marks: Marks) -> None:
 
 
 def _themed(attributes: Mapping[str, str]) -> dict[str, str]:
-    """Attributes with the page's colours and font, and coordinates of one decimal.
+    """Replace colours and font by the page's, and round coordinates to one decimal.
 
-    Ids and what refers to them are left out: they would have to be unique in the whole page.
+    Ids and references to them are left out: they would have to be unique in the whole page.
     """
     themed = {}
     for name, value in attributes.items():

@@ -106,11 +106,7 @@ def run_study(
 
 
 def forecast(study: StudyConfig | str | Path, out: str | Path) -> Forecast:
-    """Estimate what `run_study` would do, and how long it would take.
-
-    Raises:
-        SlimError: As `run_study`.
-    """
+    """Estimate the stages and the time of a `run_study`."""
     _, schedule = prepared(study, partial(print, file=sys.stderr))
     cache = Cache(out)
     missing = schedule.missing(cache)

@@ -1,4 +1,4 @@
-"""Stages, and their outcomes on disk: whole or not at all, made by one worker at a time."""
+"""Stages, and their outcomes on disk, written whole and by one worker at a time."""
 
 from __future__ import annotations
 
@@ -36,27 +36,18 @@ Function = Callable[["Stage", Sequence[Path], Path, Path], None]
 
 @dataclass(frozen=True)
 class Stage:
-    """One piece of work, named by a hash of everything that determines its outcome.
+    """One piece of work, named by a hash of everything that determines its outcome."""
 
-    Attributes:
-        kind: Name of the work, such as ``prune``.
-        request: A dataclass of options; with ``inputs`` it determines the outcome.
-        inputs: Stages whose outcomes are read.
-        function: Does the work.
-        output: File or folder of the outcome that later stages read.
-        label: A few words for people.
-    """
-
-    kind: str
-    request: Any
-    inputs: tuple[Stage, ...]
+    kind: str  # such as ``prune``
+    request: Any  # options; with ``inputs`` they determine the outcome
+    inputs: tuple[Stage, ...]  # stages whose outcomes are read
     function: Function = field(compare=False, repr=False)
-    output: str
+    output: str  # file or folder that later stages read
     label: str = field(default="", compare=False)
 
     @cached_property
     def name(self) -> str:
-        """The hash: cells that ask for the same work get the same name."""
+        """The hash; cells that need the same work get the same name."""
         values = {
             **{"format": FORMAT, "kind": self.kind, "request": asked(self.request)},
             "inputs": [stage.name for stage in self.inputs],
@@ -66,17 +57,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a stage ended.
+    """The end of a stage."""
 
-    Attributes:
-        name: The stage's.
-        seconds: Duration, 0 if another start or worker had done it.
-        error: One line on the error, empty if there was none.
-    """
-
-    name: str
-    seconds: float = 0.0
-    error: str = ""
+    name: str  # of the stage
+    seconds: float = 0.0  # 0 if another start or worker had done it
+    error: str = ""  # one line; empty without one
 
 
 @dataclass(frozen=True)
@@ -99,13 +84,10 @@ def work(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) -> N
 
 
 class Cache:
-    """Outcomes of stages in one folder.
+    """Outcomes of stages in one folder, on storage that all workers share.
 
     ``cache/KIND/NAME/`` holds a stage's outcome, ``work/`` the state from which a stopped stage
-    resumes, ``failed/`` the last error of stages that failed. A worker locks the folder of its
-    stage.
-
-    All workers share its storage.
+    resumes, ``failed/`` the last error of failed stages. A worker locks the folder of its stage.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -148,13 +130,10 @@ class Cache:
         wait: bool,
         is_needed: Callable[[Stage], bool] = lambda stage: True,
     ) -> Outcome | None:
-        """Do a stage, unless it is done; an error becomes part of the outcome.
+        """Do a stage whose inputs are ready, unless it is done; the outcome holds any error.
 
-        Args:
-            stage: Its inputs must be ready.
-            flops: Estimated work, for later estimates of time.
-            wait: Whether to wait for another worker that is doing it; else None is returned.
-            is_needed: Whether an open stage still reads the checkpoint of a stage that is done.
+        Returns None if another worker is doing it, unless ``wait``. ``flops`` serve later estimates
+        of time; ``is_needed``: an open stage still reads a done stage's checkpoint.
         """
         failure, scratch = self._failure(stage), self._scratch(stage)
         try:
@@ -198,7 +177,7 @@ class Cache:
             shutil.rmtree(left, ignore_errors=True)
 
     def sweep(self, stages: Iterable[Stage]) -> None:
-        """Remove resume files of stages that are done: of workers killed before they tidied up."""
+        """Remove resume files of done stages, which killed workers left."""
         for stage in stages:
             scratch = self._scratch(stage)
             if scratch.is_dir() and self.is_ready(stage):

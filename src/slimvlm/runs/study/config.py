@@ -77,7 +77,7 @@ class Reference:
     rows: Listed[ReferenceRow] = ()
 
     def row_for(self, cell: Mapping[str, Any]) -> ReferenceRow | None:
-        """The first row that matches a cell."""
+        """Return the first row that matches a cell."""
         return next((row for row in self.rows if row.matches(cell)), None)
 
 
@@ -157,7 +157,7 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """A few words for people."""
+        """The options of the cell as a short text."""
         prune = self.prune
         parts = [short_name(self.model), prune.axis, f"{prune.ratio:.0%}"]
         parts += ["+".join(criteria_of(prune))]
@@ -169,7 +169,7 @@ class Cell:
         return " ".join([*map(str, parts), f"seed {self.seed}"])
 
     def values(self) -> dict[str, Any]:
-        """The options of the cell as columns of the results table."""
+        """Return the options of the cell as columns of the results table."""
         recover = self.recover
         return {
             "model": self.model,
@@ -193,11 +193,7 @@ def short_name(model: str) -> str:
 
 
 def expand(study: StudyConfig) -> list[Cell]:
-    """All cells of a study, each once.
-
-    Raises:
-        ConfigError: If a combination is not allowed; the message names the cell.
-    """
+    """List all cells of a study, each once; an error names the cell."""
     cells: dict[Cell, None] = {}
     for grid in study.grids:
         for values in product(*(getattr(grid, name) for name in _SWEPT)):

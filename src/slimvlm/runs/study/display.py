@@ -1,4 +1,4 @@
-"""Progress of a study and the time of the rest: in advance, as a live table, as plain lines."""
+"""Progress of a study and estimates of its time: in advance, as a live table, as plain lines."""
 
 from __future__ import annotations
 
@@ -23,21 +23,17 @@ Basis = Literal["measured", "rough"]
 
 @dataclass
 class Clock:
-    """Seconds that stages will take: as those of their kind that are done, else by their work.
+    """Estimated seconds of stages, by done ones of their kind, else by their FLOP."""
 
-    Attributes:
-        flops: Estimated work by stage name.
-        seconds: Time of the stages that are done, by kind.
-        done: Their estimated work.
-    """
-
-    flops: Mapping[str, float]
+    flops: Mapping[str, float]  # estimated, by stage name
+    # of done stages, by kind
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGE_KINDS, 0.0))
+    # FLOP of done stages, by kind
     done: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGE_KINDS, 0.0))
 
     @classmethod
     def from_cache(cls, flops: Mapping[str, float], cache: Cache) -> Clock:
-        """With what the stages in a cache have measured."""
+        """Make a clock from the measured stages in a cache."""
         clock = cls(flops)
         for kind in STAGE_KINDS:
             for record in cache.records(kind):
@@ -50,11 +46,11 @@ class Clock:
         self.done[kind] += flops
 
     def basis(self, kind: str) -> Basis:
-        """What expected seconds of a kind rest on."""
+        """Return whether expected seconds of a kind are measured or rough."""
         return "measured" if self.done[kind] else "rough"
 
     def expected(self, stages: Iterable[Stage]) -> float:
-        """Seconds of stages, one after another."""
+        """Estimate the seconds of stages, one after another."""
         total = 0.0
         for stage in stages:
             flops, done = self.flops[stage.name], self.done[stage.kind]
@@ -67,48 +63,40 @@ class Clock:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a start would do.
+    """Stages that a start would do, and their time."""
 
-    Attributes:
-        cells: Label of each cell, and which of its stages are still to do.
-        stages: Number of stages to do and already done, by kind.
-        seconds: Estimated time of what is to do, one stage after another.
-        basis: For each kind to do: ``measured`` if the cache has such stages, else ``rough``.
-    """
-
-    cells: Mapping[str, tuple[str, ...]]
-    stages: Mapping[str, tuple[int, int]]
-    seconds: float
-    basis: Mapping[str, Basis]
+    cells: Mapping[str, tuple[str, ...]]  # open stages by label of the cell
+    stages: Mapping[str, tuple[int, int]]  # numbers of open and done stages by kind
+    seconds: float  # of open stages, one after another
+    basis: Mapping[str, Basis]  # of each kind: measured if the cache has such stages, else rough
 
 
 @dataclass
 class Progress:
-    """Counts the stages that are done and estimates the time of the rest.
+    """Counter of done stages, with an estimate of the remaining time.
 
-    A terminal shows it as a table; elsewhere lines are printed as stages begin and end.
-    ``measured`` is called after each evaluation; ``busy`` are the seconds of all work done.
+    A terminal shows a table; elsewhere lines are printed as stages begin and end.
     """
 
     missing: Sequence[Stage]
     clock: Clock
     console: Console
-    measured: Callable[[], object] = lambda: None
+    measured: Callable[[], object] = lambda: None  # called after each evaluation
     ended: dict[str, Outcome] = field(default_factory=dict)
     now: Stage | None = None
     announced: set[str] = field(default_factory=set)
-    busy: float = 0.0
+    busy: float = 0.0  # seconds of all work done
     start: float = field(default_factory=time.monotonic)
 
     def started(self, stage: Stage) -> None:
-        """A stage begins, or another worker is doing it."""
+        """Note that a stage begins, or that another worker is doing it."""
         self.now = stage
         if not self.console.is_terminal and stage.name not in self.announced:
             self._print(stage, len(self.ended) + 1)
         self.announced.add(stage.name)
 
     def finished(self, stage: Stage, outcome: Outcome) -> None:
-        """A stage has ended."""
+        """Note that a stage has ended."""
         self.ended[stage.name] = outcome
         self.now = None
         self.busy += outcome.seconds
@@ -124,7 +112,7 @@ class Progress:
             self.measured()
 
     def seconds_left(self) -> float:
-        """Expected wall time of what is left, at as many stages at once as so far."""
+        """Estimate the wall time of the rest, at as many stages at once as so far."""
         left = [stage for stage in self.missing if stage.name not in self.ended]
         seconds = self.clock.expected(left)
         elapsed = time.monotonic() - self.start

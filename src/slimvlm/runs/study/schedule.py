@@ -1,4 +1,4 @@
-"""The order of a study's stages, the work of each, and the engines that do them."""
+"""The order of a study's stages, the work of each, and the engines that run them."""
 
 from __future__ import annotations
 
@@ -28,23 +28,18 @@ PAUSE_S = 0.5
 
 @dataclass(frozen=True)
 class Schedule:
-    """All stages of a study.
+    """All stages of a study."""
 
-    Attributes:
-        cells: The stages of each cell, in the order of the file.
-        keeps_checkpoints: Whether models stay that no open stage needs.
-    """
-
-    cells: Sequence[CellStages]
-    keeps_checkpoints: bool = False
+    cells: Sequence[CellStages]  # in the order of the file
+    keeps_checkpoints: bool = False  # also those that no open stage needs
 
     def stages(self) -> list[Stage]:
-        """Every stage once, inputs before their readers."""
+        """List every stage once, inputs before their readers."""
         return list({stage.name: stage for cell in self.cells for stage in cell.all()}.values())
 
     @cached_property
     def flops(self) -> dict[str, float]:
-        """Estimated FLOP of each stage by its name; a GB that is read or written counts as some."""
+        """Estimated FLOP of each stage by its name, with some for each GB read or written."""
         counted: dict[str, float] = {}
         trusted = {cell.cell.model: cell.cell.prune.trust_remote_code for cell in self.cells}
         models = {
@@ -73,11 +68,10 @@ class Schedule:
 
     @cached_property
     def ordered(self) -> list[CellStages]:
-        """The cells in the order in which they are done: those of one pruned model together.
+        """The cells in the order of work: those of one pruned model together, cheap ones first.
 
-        Cheap ones come first, so at most one pruned and one trained checkpoint of each worker are
-        on disk at a time, and the cells without training answer first among those that share a
-        plan.
+        So at most one pruned and one trained checkpoint of each worker are on disk at a time, and
+        among cells that share a plan those without training answer first.
         """
         models = list(dict.fromkeys(cell.cell.model for cell in self.cells))
         own, of_plan = {}, dict.fromkeys((cell.prune.name for cell in self.cells), 0.0)
@@ -93,7 +87,7 @@ class Schedule:
         return sorted(self.cells, key=place)
 
     def missing(self, cache: Cache) -> list[Stage]:
-        """Stages to do, in order: those that lead to an evaluation that is not there."""
+        """List the open stages in order: those that lead to a missing evaluation."""
         wanted: dict[str, Stage] = {}
 
         def want(stage: Stage) -> None:
@@ -109,7 +103,7 @@ class Schedule:
         return list(wanted.values())
 
     def is_needed(self, stage: Stage, cache: Cache) -> bool:
-        """Whether a stage that is still to do, or to do again, reads this one's checkpoint."""
+        """Whether an open stage, or one to be done again, reads this one's checkpoint."""
         readers = [r for r in self._readers.get(stage.name, ()) if not cache.is_ready(r)]
         return any(not cache.is_done(r) or self.is_needed(r, cache) for r in readers)
 
@@ -125,21 +119,17 @@ class Schedule:
 
 @runtime_checkable
 class Watcher(Protocol):
-    """Is called when stages begin and end."""
+    """Receiver of the begin and end of stages."""
 
     def started(self, stage: Stage) -> None:
-        """A stage begins."""
+        """Note that a stage begins."""
 
     def finished(self, stage: Stage, outcome: Outcome) -> None:
-        """A stage has ended."""
+        """Note that a stage has ended."""
 
 
 def run_local(schedule: Schedule, missing: Sequence[Stage], cache: Cache, watcher: Watcher) -> None:
-    """Do stages one after another in this process.
-
-    A stage that another worker on the same folder is doing is left to it; this worker goes on with
-    the next one that it can do.
-    """
+    """Do stages one after another in this process, but not those that other workers are doing."""
 
     def is_needed(stage: Stage) -> bool:
         return schedule.is_needed(stage, cache)
@@ -174,8 +164,8 @@ def _attempt(
 ) -> Outcome | None:
     """Do a stage if its inputs are there; None if this worker must look again later.
 
-    Other workers may change what is there at any moment. ``failed`` names stages that this worker
-    saw fail, ``left`` those that it has still to do.
+    Other workers may change the cache at any moment. ``failed`` names stages that this worker saw
+    fail, ``left`` those that it has still to do.
     """
     if cache.is_done(stage) and not is_needed(stage):
         return Outcome(stage.name)  # by another worker, and no open stage reads its checkpoint
@@ -201,8 +191,8 @@ def run_ray(
 ) -> None:
     """Do stages as tasks of a Ray cluster, as many at once as its resources allow.
 
-    The cache must be on storage that all nodes see under the same path. Without an address (also
-    in ``RAY_ADDRESS``) Ray is started here, for so many ``workers`` if they are given.
+    The cache must be on storage that all nodes see under the same path. Without an address (also in
+    ``RAY_ADDRESS``) Ray is started here, with so many ``workers`` if they are given.
     """
     if find_spec("ray") is None:
         raise ConfigError("engine 'ray' needs Ray: pip install 'slimvlm[ray]'")

@@ -52,7 +52,7 @@ _shape_of = lru_cache(maxsize=64)(anatomy)
 
 
 def forget_files() -> None:
-    """Read files again from now on: another study may find others in the same place."""
+    """Clear cached files: another study may find others in the same place."""
     for remembered in (_identity, _identity_of_data, _shape_of, _identity_of_task):
         remembered.cache_clear()
 
@@ -70,7 +70,7 @@ class CellStages:
     evaluate: Stage
 
     def all(self) -> Iterator[Stage]:
-        """Every stage, inputs first."""
+        """Yield every stage, inputs first."""
         yield self.original
         yield from self.calibrations
         yield self.prune
@@ -107,7 +107,7 @@ def stages_of(study: StudyConfig, cell: Cell) -> CellStages:
 
 
 def _calibration(base: Request, criterion: str) -> Stage:
-    """Scores by one criterion, which do not depend on ratio, allocation and repair."""
+    """Make a stage of scores by one criterion, which ratio, allocation and repair do not change."""
     config, label = base.prune, f"{short_name(base.model)} {criterion}"
     known = {name: getattr(config, name) for name in criterion_options(config, criterion)}
     if CRITERIA[criterion].needs_data:

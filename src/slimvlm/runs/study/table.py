@@ -97,7 +97,7 @@ def _row(
     study: StudyConfig, cell: CellStages, cache: Cache, sighted: frozenset[str]
 ) -> dict[str, Any]:
     def place(stage: Stage, name: str) -> str:
-        """A file's path from the study's folder on."""
+        """Return a file's path relative to the study's folder."""
         return str(cache.path(stage, name).relative_to(cache.root))
 
     stages, options = list(cell.all()), cell.cell.values()
@@ -134,7 +134,7 @@ def _ratio(plan: Path) -> float:
 
 
 def _state(stages: list[Stage], cache: Cache) -> dict[str, Any]:
-    """Status, and the first error in the order of the work."""
+    """Return the status, and the first error in the order of the work."""
     if cache.is_done(stages[0]) and cache.is_done(stages[-1]):
         return {"status": DONE, "failed": None}
     errors = [f"{s.kind}: {e}" for s in stages if (e := cache.error_of(s))]
@@ -142,7 +142,7 @@ def _state(stages: list[Stage], cache: Cache) -> dict[str, Any]:
 
 
 def _seconds(stages: list[Stage], cache: Cache) -> dict[str, float]:
-    """Seconds by kind of stage; those that cells share count in every one of them."""
+    """Sum seconds by kind of stage; shared stages count in each of their cells."""
     spent = dict.fromkeys((f"seconds_{kind}" for kind in STAGE_KINDS), 0.0)
     for stage in stages:
         if cache.is_done(stage):
@@ -152,7 +152,7 @@ def _seconds(stages: list[Stage], cache: Cache) -> dict[str, float]:
 
 @lru_cache(maxsize=4096)
 def _retention(result: Path, original: Path) -> Mapping[str, float]:
-    """Retention of two result files; cached, because bootstraps take long."""
+    """Compute the retention of two result files; cached, because bootstraps take long."""
     kept = Result.load(result).retention(Result.load(original))
     return {
         "avg_percent": kept.percent,
@@ -166,7 +166,7 @@ def _retention(result: Path, original: Path) -> Mapping[str, float]:
 
 @lru_cache(maxsize=4096)
 def _scores(path: Path, sighted: frozenset[str]) -> Mapping[str, Any]:
-    """Columns from a result file."""
+    """Read columns from a result file."""
     result = Result.load(path)
     scores = {name: task.score for name, task in result.tasks.items() if task.in_average}
     chosen = {
@@ -198,7 +198,7 @@ def _scores(path: Path, sighted: frozenset[str]) -> Mapping[str, Any]:
 
 @lru_cache(maxsize=64)
 def _tasks_with_pictures(tasks: str) -> frozenset[str]:
-    """Names of the tasks whose questions show pictures; all of lmms-eval's do."""
+    """Name the tasks whose questions show pictures; all of lmms-eval's do."""
     from slimvlm.evaluation.lmms import LMMS_TASKS, split_names
 
     own, _ = split_names(tasks)
