@@ -418,10 +418,7 @@ def segments(projection: Projection, shape: LayerShape) -> Iterator[tuple[Segmen
 def channels_of(
     projection: Projection, shape: LayerShape, units: Sequence[int]
 ) -> Int[Tensor, " channel"]:
-    """List channels that some sorted units own along the divided dimension, in storage order.
-
-    ``shape`` is the layer's geometry before pruning.
-    """
+    """List the channels of sorted units in storage order, by the layer's shape before pruning."""
     return torch.cat(channels_by_segment(projection, shape, units))
 
 

@@ -52,10 +52,7 @@ def require_full_precision(config: PreTrainedConfig, what: str) -> None:
 def require_undivided(
     model: Any, what: str, on_one_device: bool = False, field: str = "model"
 ) -> None:
-    """Refuse a change of a model whose ``device_map`` puts weights on the host or a disk.
-
-    ``on_one_device`` refuses several accelerators, too; ``what`` and ``field`` are for the message.
-    """
+    """Refuse to change a model partly on host or disk or, ``on_one_device``, on several devices."""
     places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
     if "disk" in places or (len(places) > 1 and (on_one_device or "cpu" in places)):
         raise ConfigError(
@@ -108,10 +105,7 @@ def auto_map_of(config: PreTrainedConfig) -> dict[str, str]:
 def empty_model(
     config: PreTrainedConfig, dtype: torch.dtype | None = None, with_buffers: bool = False
 ) -> PreTrainedModel:
-    """Build the model of a configuration without storage for its weights.
-
-    ``with_buffers`` computes buffers that files do not hold, such as rotary frequencies.
-    """
+    """Build a model without its weights; ``with_buffers`` computes the buffers that no file has."""
     given = {} if dtype is None else {"dtype": dtype}
     with init_empty_weights() if with_buffers else torch.device("meta"):
         build = getattr(class_of(config), "_from_config" if is_uneven(config) else "from_config")
@@ -129,10 +123,7 @@ def with_text_config(config: PreTrainedConfig, text_config: PreTrainedConfig) ->
 
 
 def set_class_(model: PreTrainedModel) -> None:
-    """Give a model the native class, or the one for layers of different widths, by its config.
-
-    A model that transformers loaded with the checkpoint's own code gets slimvlm's class instead.
-    """
+    """Give a model its native or uneven class by its config, instead of a checkpoint's own code."""
     config: Any = model.config
     if is_uneven(config):
         model.__class__ = uneven_class(config)

@@ -64,18 +64,12 @@ def kv_cache_bytes_per_token(anatomy: Anatomy, dtype: str = "bfloat16") -> int:
 
 
 def prefill_flops(anatomy: Anatomy, tokens: int, batch_size: int = 1) -> int:
-    """Count FLOPs of the backbone for the first token of each answer.
-
-    ``tokens`` is the length of a prompt; an image counts with its tokens.
-    """
+    """Count FLOPs of the backbone for the first answer token; ``tokens`` includes image tokens."""
     return batch_size * _forward_flops(anatomy, tokens, tokens)
 
 
 def decode_flops(anatomy: Anatomy, context: int, batch_size: int = 1) -> int:
-    """Count FLOPs of the backbone for one further token of each answer.
-
-    ``context`` is the number of tokens that it attends to, itself included.
-    """
+    """Count FLOPs of the backbone for one more token that attends to ``context``, itself too."""
     return batch_size * _forward_flops(anatomy, 1, context)
 
 

@@ -21,24 +21,19 @@ ENTRIES = 2
 
 @dataclass(frozen=True)
 class Projection:
-    """A weight matrix of a decoder layer, part of which belongs to units.
+    """A weight matrix of a decoder layer, part of which belongs to units."""
 
-    Attributes:
-        path: Where it sits below the layer: a linear module, or a parameter ``[E, O, C]`` that
-            holds a matrix for each of ``E`` experts. A neuron then is a channel of every expert.
-        dim: The dimension that units divide: `OUTPUT_ROWS` or `INPUT_COLUMNS`; `ENTRIES` for the
-            first one of whatever has an entry for each expert.
-        segments: The blocks along that dimension, in order. ``query`` has one block of
-            ``head_dim`` for each query head, ``query_and_gate`` two for each (the second switches
-            the head's output), ``key_value`` one for each KV head, ``neuron`` one channel for
-            each neuron, ``expert`` one for each expert. Fused matrices have several.
-        transposed: Whether the matrix is stored with inputs first, ``[E, C, O]``.
-    """
-
+    # Below the layer: a linear module, or a parameter ``[E, O, C]`` that holds a matrix for each of
+    # ``E`` experts. A neuron then is a channel of every expert.
     path: str
+    # The dimension that units divide: `OUTPUT_ROWS` or `INPUT_COLUMNS`; `ENTRIES` for the first one
+    # of whatever has an entry for each expert.
     dim: int
+    # The blocks along it, in order: ``query`` has one of ``head_dim`` for each query head,
+    # ``query_and_gate`` two for each (the second switches the head's output), ``key_value`` one for
+    # each KV head, ``neuron`` and ``expert`` one channel for each. Fused matrices have several.
     segments: tuple[Segment, ...]
-    transposed: bool = False
+    transposed: bool = False  # whether it is stored with inputs first, ``[E, C, O]``
 
     @property
     def axis(self) -> int:
@@ -51,37 +46,23 @@ class Projection:
 
 @dataclass(frozen=True)
 class Experts:
-    """The experts of a layer, of which a router gives each token a few.
+    """The experts of a layer, of which a router gives each token a few."""
 
-    Attributes:
-        module: Path, below the layer, of the module that runs them.
-        entries: What has an entry for each expert along its first dimension: their weights, the
-            router's rows and scales.
-        count_field: Configuration field with their number.
-        taken_field: Configuration field with the number that each token takes.
-        transposed: Whether their matrices are stored with inputs first, ``[E, C, O]``.
-    """
-
-    module: str
-    entries: tuple[Projection, ...]
-    count_field: str = "num_experts"
-    taken_field: str = "num_experts_per_tok"
-    transposed: bool = False
+    module: str  # path, below the layer, of the module that runs them
+    entries: tuple[Projection, ...]  # with an entry for each expert first: weights, router's rows
+    count_field: str = "num_experts"  # of the configuration
+    taken_field: str = "num_experts_per_tok"  # of the configuration: how many each token takes
+    transposed: bool = False  # whether matrices are stored with inputs first, ``[E, C, O]``
 
 
 @dataclass(frozen=True)
 class Stack:
-    """A weight of the text model that holds an equal slice for each layer, one after another.
+    """A weight of the text model that holds an equal slice for each layer, one after another."""
 
-    Attributes:
-        path: Where its module sits below the text model. The model need not have it.
-        dim: The dimension that layers divide: `OUTPUT_ROWS` or `INPUT_COLUMNS`.
-        rows: The field of the configuration that says how many tokens have a row each; None if
-            they have none, or rows that do not go with those of the embedding.
-    """
-
-    path: str
-    dim: int
+    path: str  # of its module below the text model, which need not have it
+    dim: int  # that layers divide: `OUTPUT_ROWS` or `INPUT_COLUMNS`
+    # Configuration field with the number of tokens that have a row each; None if they have none, or
+    # rows that do not go with those of the embedding.
     rows: str | None = None
 
 
@@ -92,55 +73,38 @@ class Backbone:
     A layer has all matrices of ``attention`` or none (linear attention, convolution), all of
     ``mlp`` or none (a dense layer between layers of experts), and likewise of ``experts``. Matrices
     that are not listed stay whole.
-
-    Attributes:
-        attention: Matrices of the attention block; the one with `INPUT_COLUMNS` writes to the
-            residual stream. Empty if KV groups cannot go.
-        mlp: Matrices of the MLP; likewise. Empty if neurons cannot go.
-        experts: Its experts, of which some can go; None if it never has any.
-        final_norm: Name of the norm after the last layer.
-        head_rule: ``any``: every head count can be configured. ``divides_hidden_size``: the
-            configuration insists that heads divide the hidden size. ``fixed``: the class computes
-            ``head_dim`` from the head count, so heads cannot change.
-        retype: Model type with identical computation but a freer configuration, used when
-            `head_rule` forbids a count.
-        retype_fields: Fields that the retyped configuration must state.
-        retype_requires: Fields that must have these values for the types to be identical.
-        layer_lists: Configuration lists with one entry a layer; `neuron_field` may be one.
-        layer_indices: Configuration lists of layer numbers.
-        layer_maps: Configuration mappings from layer numbers to what is special in these layers.
-        layer_stacks: Weights outside the layers that hold a slice for each of them.
-        shared_tail: Configuration field with the number of last layers that read the keys and
-            values of earlier ones: each those of the last earlier layer with its entry in
-            ``layer_types``. These earlier layers must stay, and the last layer.
-        live_lists: Lists with one entry a layer that the text model keeps outside its
-            configuration.
-        neuron_field: Configuration field with the number of neurons.
-        neuron_multiple: Neurons must be a multiple of this.
-        width_fields: Fields that must have these values for `neuron_field` to be taken literally.
-        whole_mlp_if: Dotted attribute of a layer; where it is true, all its neurons must stay.
-        can_be_uneven: Whether `modeling_pruned.py` can cut its layers to different widths.
     """
 
+    # The matrix with `INPUT_COLUMNS` writes to the residual stream. Empty if units cannot go.
     attention: tuple[Projection, ...]
     mlp: tuple[Projection, ...]
-    experts: Experts | None = None
-    final_norm: str = "norm"
+    experts: Experts | None = None  # those of which some can go
+    final_norm: str = "norm"  # name of the norm after the last layer
+    # ``any``: every head count can be configured. ``divides_hidden_size``: heads must divide the
+    # hidden size. ``fixed``: the class computes ``head_dim`` from the head count, so heads stay.
     head_rule: HeadRule = "any"
+    # Model type with identical computation but a freer configuration, for counts that `head_rule`
+    # forbids; fields that it must state, and values that make the two types identical.
     retype: str | None = None
     retype_fields: Mapping[str, object] = field(default_factory=dict)
     retype_requires: Mapping[str, object] = field(default_factory=dict)
-    layer_lists: tuple[str, ...] = ()
-    layer_indices: tuple[str, ...] = ()
-    layer_maps: tuple[str, ...] = ()
-    layer_stacks: tuple[Stack, ...] = ()
+    layer_lists: tuple[str, ...] = ()  # of the configuration, with one entry a layer
+    layer_indices: tuple[str, ...] = ()  # lists of layer numbers in the configuration
+    layer_maps: tuple[str, ...] = ()  # mappings from layer numbers to exceptions in these layers
+    layer_stacks: tuple[Stack, ...] = ()  # weights outside the layers, with a slice for each
+    # Configuration field with the number of last layers that read the keys and values of earlier
+    # ones: each those of the last earlier layer with its entry in ``layer_types``. These earlier
+    # layers must stay, and the last layer.
     shared_tail: str | None = None
-    live_lists: tuple[str, ...] = ()
-    neuron_field: str = "intermediate_size"
-    neuron_multiple: int = 1
+    live_lists: tuple[str, ...] = ()  # of the text model, not its configuration; one entry a layer
+    neuron_field: str = "intermediate_size"  # of the configuration; may be among `layer_lists`
+    neuron_multiple: int = 1  # neurons must be a multiple of it
+    # Values with which the configuration takes `neuron_field` literally.
     width_fields: Mapping[str, object] = field(default_factory=dict)
-    whole_mlp_if: str | None = None
-    can_be_uneven: bool = True
+    whole_mlp_if: str | None = (
+        None  # dotted attribute; all neurons of a layer stay where it is true
+    )
+    can_be_uneven: bool = True  # whether `modeling_pruned.py` can cut layers to different widths
 
 
 _SPLIT_ATTENTION = (
@@ -351,31 +315,21 @@ BACKBONES: dict[str, Backbone] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Where the parts of a model sit.
+    """Where the parts of a model sit."""
 
-    Attributes:
-        backbone: Path of the text model (layers, embeddings, final norm) in the whole model.
-        head: Path of the language-model head.
-        vision: Path of the vision tower, None for a text model.
-        projector: Paths of what maps the towers' features into the text model.
-        other_towers: Paths of towers other than the vision tower, such as an audio tower.
-        text_config: Attribute that holds the text configuration, None if it is the whole one.
-        pinned_layers: Dotted configuration path of a list; as many first layers as it has entries
-            must stay, because features are added to layers by position.
-        caps_logits: Whether the model obeys the text configuration's ``final_logit_softcapping``
-            and ``logit_scale``.
-        fixed_neurons: Whether the text configuration's MLP width also sizes a part outside the
-            backbone, so that a plain configuration cannot change it.
-    """
-
-    backbone: str
-    head: str = "lm_head"
-    vision: str | None = None
-    projector: tuple[str, ...] = ()
-    other_towers: tuple[str, ...] = ()
-    text_config: str | None = "text_config"
+    backbone: str  # path of the text model (layers, embeddings, final norm) in the whole model
+    head: str = "lm_head"  # path
+    vision: str | None = None  # path of the vision tower; None for a text model
+    projector: tuple[str, ...] = ()  # paths of modules from towers' features to the text model
+    other_towers: tuple[str, ...] = ()  # paths, such as that of an audio tower
+    text_config: str | None = "text_config"  # attribute; None if the configuration is the text's
+    # Dotted configuration path of a list; as many first layers as it has entries must stay, because
+    # features are added to layers by position.
     pinned_layers: str | None = None
+    # Whether ``final_logit_softcapping`` and ``logit_scale`` of the text configuration are obeyed.
     caps_logits: bool = False
+    # Whether the text configuration's MLP width also sizes a part outside the backbone, so that a
+    # plain configuration cannot change it.
     fixed_neurons: bool = False
 
     @property

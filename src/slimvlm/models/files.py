@@ -1,6 +1,6 @@
 """Check a checkpoint's files before they are used, find weights in them, and write them.
 
-`check_folder` comes before any reading. What it accepts may still be refused by transformers;
+`check_folder` comes before any reading. A folder it accepts may still fail in transformers;
 `unreadable` then raises in one line. `origins_in_files` and `write_weights` depend on the insides
 of transformers; each names the version that it was tried with.
 """

@@ -103,16 +103,10 @@ def hidden_states(
     layers: Sequence[int] = (),
     runner: nn.Module | None = None,
 ) -> list[Float[Tensor, "B T D"]]:
-    """Compute the hidden state after the last norm, and those after some decoder layers.
+    """Compute the hidden state after the last norm, and those after some (ascending) layers.
 
     A layer that this batch does not run (one of Mllama's that read pictures, in a batch without)
-    leaves what came before it as it is.
-
-    Args:
-        model: The model.
-        inputs: A batch without labels.
-        layers: Decoder layers that return their outputs, in ascending order.
-        runner: What runs the model, if it is wrapped for distributed training.
+    leaves what came before it as it is. ``runner`` is the distributed wrapper of the model, if any.
     """
     caught: dict[int, Tensor] = {}
     newest: list[Tensor] = []
@@ -205,10 +199,7 @@ def _capped(logits: Tensor, scale: float, cap: float | None) -> Tensor:
 
 
 def shard_config(config: PreTrainedConfig) -> Any:
-    """Make the configuration that lets ``from_pretrained`` divide a model among all processes.
-
-    Each decoder layer is gathered when it runs; everything else is gathered once for each step.
-    """
+    """Configure FSDP2: each layer is gathered when it runs, everything else once for each step."""
     from transformers.distributed.configuration_utils import DistributedConfig
 
     if num_ranks() < 2:
@@ -225,10 +216,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def hold_in_(model: PreTrainedModel, dtype: torch.dtype, learning_only: bool = False) -> None:
-    """Hold parameters in a data type; buffers such as rotary frequencies stay exact.
-
-    Shards keep the data type that they were read in.
-    """
+    """Cast parameters, unless sharded; buffers such as rotary frequencies stay exact."""
     if is_sharded(model):
         return
     for parameter in model.parameters():
@@ -261,10 +249,7 @@ def merge_lora(trained: Any) -> PreTrainedModel:
 
 
 def gathered_weights(sharded: PreTrainedModel) -> dict[str, Tensor]:
-    """Gather a sharded model's whole weights on the CPU of the first process.
-
-    All processes must call it.
-    """
+    """Gather a sharded model's weights on the first process's CPU; all processes must call it."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     _reshard(sharded)

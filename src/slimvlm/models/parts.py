@@ -54,17 +54,7 @@ class LayerMatrices(NamedTuple):
 
 
 class Parts:
-    """The parts of a model, looked up once: the one view of its rows of data and its modules.
-
-    Attributes:
-        family: Its row of `FAMILIES`.
-        row: Its row of `BACKBONES`.
-        text_config: The part of its configuration that describes the language backbone.
-        text_model: The language backbone.
-        layers: Its decoder layers.
-        norm: The norm after the last one.
-        head: The language-model head.
-    """
+    """The parts of a model, looked up once: its rows of data and its modules."""
 
     text_model: Any
     layers: nn.ModuleList

@@ -146,12 +146,7 @@ def default_multiple(anatomy: Anatomy) -> int:
 
 
 def scores_for(unit: str, given: list[Scores], budget: Budget) -> Scores:
-    """The first scores that cover a unit, checked against the model.
-
-    Raises:
-        ConfigError: If none does, or they are for another model.
-        NumericalError: If one is not finite.
-    """
+    """Find the first scores that cover a unit; raise without any, or if they do not fit."""
     shapes = budget.anatomy.layers
     for scores in given:
         values = scores.of(unit)
@@ -176,22 +171,13 @@ def scores_for(unit: str, given: list[Scores], budget: Budget) -> Scores:
 
 
 def best_units(values: Tensor, count: int) -> Kept:
-    """The indices of the highest scores, ascending; of equal ones the later stay."""
+    """Return the indices of the highest scores, ascending; of equal ones the later stay."""
     order = torch.argsort(values, stable=True)
     return tuple(sorted(int(i) for i in order[len(values) - count :]))
 
 
 def with_uniform_widths(plan: Plan, scored: Mapping[str, Scores], budget: Budget) -> Plan:
-    """Keep the best units of every open layer, the same number in each.
-
-    Args:
-        plan: The units that are kept so far; protected layers stay as they are.
-        scored: Scores by kind of unit; a kind without scores stays whole.
-        budget: How much to remove.
-
-    Raises:
-        ConfigError: If the layers are not equally wide to begin with.
-    """
+    """Keep the best units of each open layer, equally many; kinds without scores stay whole."""
     shapes = {index: shape for index, shape in plan.shapes.items() if budget.is_open(index)}
     equal = budget.anatomy.with_layers(list(shapes.values()))
     if not equal.is_uniform:
@@ -215,7 +201,7 @@ def with_uniform_widths(plan: Plan, scored: Mapping[str, Scores], budget: Budget
 def _widths(
     open_part: Anatomy, plan: Plan, scored: Mapping[str, Scores], budget: Budget
 ) -> tuple[int, int]:
-    """KV groups and neurons that every open layer keeps.
+    """Find the KV groups and neurons that every open layer keeps.
 
     Both kinds of unit give the same share where whole groups allow it; neurons, which are fine
     grained, make up the difference. With ``per_layer``, both are LLM-Pruner's counts.

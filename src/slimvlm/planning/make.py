@@ -59,12 +59,12 @@ def make_plan(
         units: Which of ``kv_group`` and ``neuron`` may become fewer.
         kv_heads: KV groups to keep in every unprotected layer; neurons give the rest. By default
             both kinds give the same share where whole groups allow it.
-        tokens: Ids of the tokens to keep, as `slimvlm.choose_tokens` finds them; None for all. What
-            their rows weigh is part of the ratio: the axis gives the rest, and nothing where they
+        tokens: Ids of the tokens to keep, as `slimvlm.choose_tokens` finds them; None for all. The
+            rows that go are part of the ratio: the axis gives the rest, and nothing where they
             alone reach it.
         experts: Share of the experts of every layer that goes, in [0, 1), protected layers too; as
             near as whole experts allow, and as many must stay as each token takes. Scores must
-            cover ``expert``. What they weigh is part of the ratio, as with tokens.
+            cover ``expert``. Their parameters are part of the ratio, as with tokens.
 
     Returns:
         A plan whose achieved ratio is as near as whole units allow: within a layer for ``depth``,
@@ -171,23 +171,11 @@ def width_candidates(
     allocation: str = "balanced",
     **options: Any,
 ) -> list[Plan]:
-    """Plans of one ratio that say how many units each layer keeps, but not yet which ones.
+    """Make plans of one ratio that say how many units each layer keeps, but not yet which ones.
 
-    Args:
-        anatomy: The model's.
-        layer_scores: Scores of layers, to choose those that stay; none for ``width``.
-        ratio: As for `make_plan`.
-        axis: ``width`` or ``both``.
-        criterion: The criterion that will choose the units.
-        allocation: ``balanced``: a plan for each legal number of KV groups, with as many neurons
-            in each layer as the ratio leaves. Otherwise the one plan of `make_plan`.
-        **options: ``protect``, ``round_to``, ``depth_share`` and ``units`` of `make_plan`.
-
-    Returns:
-        Plans whose units are arbitrary, at least one.
-
-    Raises:
-        ImpossiblePlanError: If no legal shape comes near the ratio.
+    ``balanced`` gives a plan for each legal number of KV groups, with as many neurons in each layer
+    as the ratio leaves; any other ``allocation`` the one plan of `make_plan`. The units are
+    arbitrary: ``criterion`` will choose them. ``layer_scores`` choose layers; none for ``width``.
     """
     groups = [torch.zeros(shape.num_kv_heads) for shape in anatomy.layers]
     neurons = [torch.zeros(shape.intermediate_size) for shape in anatomy.layers]

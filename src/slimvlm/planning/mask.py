@@ -97,11 +97,7 @@ def _pass_on(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
 
 
 def require_match(model: nn.Module, plan: Plan) -> None:
-    """Refuse a plan that was made for another model, and a model without all its weights in place.
-
-    Raises:
-        ConfigError: If the shapes differ; the message names both.
-    """
+    """Refuse a plan for another model, and a model without all its weights in place."""
     require_undivided(model, "pruned")
     anatomy = read_anatomy(model)
     if anatomy.layers != plan.before.layers or anatomy.model_type != plan.before.model_type:

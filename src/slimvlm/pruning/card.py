@@ -27,32 +27,23 @@ _TAGS = ["slimvlm", "pruned", "model-compression"]
 
 @dataclass(frozen=True, kw_only=True)
 class CardFacts:
-    """Facts for a model card that the checkpoint itself does not hold.
+    """Facts for a model card that the checkpoint itself does not hold."""
 
-    Attributes:
-        base: The original: a hub id or a folder.
-        name: Name of the checkpoint.
-        command: What made the checkpoint.
-        results: A Markdown table.
-        scores: Score of each task and its metric, in percent; they become the ``model-index``.
-        training: A sentence on the recovery.
-        held_out: A Markdown table of results on held-out samples.
-    """
-
-    base: str
+    base: str  # the original: a hub id or a folder
     name: str
     command: str = ""
-    results: str = ""
+    results: str = ""  # a Markdown table
+    # Metric and score in percent of each task, for the ``model-index``.
     scores: Mapping[str, tuple[str, float]] = field(default_factory=dict)
-    training: str = ""
-    held_out: str = ""
+    training: str = ""  # a sentence on the recovery
+    held_out: str = ""  # a Markdown table of results on held-out samples
 
 
 def write_card(folder: Path, model: PreTrainedModel, plan: Plan | None, facts: CardFacts) -> None:
-    """Write the card of a checkpoint.
+    """Write the card of a checkpoint, with license and original from the original's own card.
 
-    License and original come from the original's own card, where it has one: a model that was
-    pruned twice still names the first one. A local folder is not named in the metadata.
+    So a model that was pruned twice still names the first one. A local folder is not named in the
+    metadata.
     """
     base = base_card(facts.base)
     sees = Parts(model).family.vision is not None

@@ -58,16 +58,7 @@ def smaller_text_config(
 
 
 def validate(config: PreTrainedConfig, text_config: PreTrainedConfig, plan: Plan) -> None:
-    """Build the planned model without weights and compare its shapes with the plan.
-
-    Args:
-        config: Configuration of the whole original model.
-        text_config: From `smaller_text_config`.
-        plan: The plan.
-
-    Raises:
-        ImpossiblePlanError: If the configuration class refuses the shape, or ignores a field.
-    """
+    """Refuse a shape that the configuration class refuses or ignores; builds it without weights."""
     if not getattr(text_config, UNEVEN_FIELD, None):
         _require_legal_neurons(plan)
     elif not plan.before.backbone.can_be_uneven:

@@ -126,10 +126,7 @@ def cuts_of_layer(
 def cut_layer_(
     model: nn.Module, plan: Plan, index: int, units: Collection[str] = LAYER_UNITS
 ) -> None:
-    """Cut one layer of the original down to a plan, in place; the others stay as they are.
-
-    The model runs only layer by layer until all of it is cut.
-    """
+    """Cut one layer, in place; the model runs only layer by layer until all of it is cut."""
     for cut in list(cuts_of_layer(model, plan, index, units)):
         _cut_(cut)
     shape, groups = plan.before.layers[index], len(plan.kv_groups[index])

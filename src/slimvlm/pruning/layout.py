@@ -38,12 +38,9 @@ _GENERIC, _GENERIC_BEFORE = "TokenizersBackend", "PreTrainedTokenizerFast"
 class Layout:
     """How the files of one model type are written."""
 
-    since: str = OLDEST
-    """The oldest transformers that was seen to compute the same from them."""
-    names: Names = ()
-    """Patterns of tensor names and their replacements in the files."""
-    fields: tuple[tuple[str, str], ...] = ()
-    """Names of fields in older versions, and today's."""
+    since: str = OLDEST  # the oldest transformers that was seen to compute the same from them
+    names: Names = ()  # patterns of tensor names and their replacements in the files
+    fields: tuple[tuple[str, str], ...] = ()  # names of fields in older versions, and today's
 
 
 LAYOUTS = {

@@ -29,30 +29,23 @@ _PROBES = 8
 class Refit:
     """New weights for the kept channels, in float64, and how far they are from the target.
 
-    Attributes:
-        weight: For the kept channels.
-        bias: None if the matrix has none.
-        sliced_error: ``Σ_t w_t ‖y_t - W_K x_t[K] - b‖²`` as a share of the target's sum of squares
-            (of its variance, with a bias).
-        repaired_error: The same with the new weights and bias.
+    Errors are ``Σ_t w_t ‖y_t - W_K x_t[K] - b‖²`` as a share of the target's sum of squares (of its
+    variance, with a bias).
     """
 
     weight: Float[Tensor, "O K"]
     bias: Float[Tensor, " O"] | None
     sliced_error: float
-    repaired_error: float
+    repaired_error: float  # with the new weights and bias
 
 
 @dataclass(frozen=True)
 class Confirmation:
     """How well new weights do on held-out tokens."""
 
-    share: float
-    """Best share of the way from the sliced to the new weights, from 0 to 1."""
-    sliced: float
-    """Squared error of the sliced weights, as a share of the target's sum of squares."""
-    error: float
-    """The same at the share."""
+    share: float  # best share of the way from the sliced to the new weights, from 0 to 1
+    sliced: float  # squared error of the sliced weights, by the target's sum of squares
+    error: float  # the same at the share
 
 
 def blended(
@@ -72,16 +65,11 @@ def confirmed(
     """Find the best share of the way from sliced to new weights on held-out tokens.
 
     Along ``W_K + s (W' - W_K)``, and the bias likewise, the squared error is a parabola in the
-    share ``s``: with ``r`` what the sliced weights lack and ``c`` what the new ones add, its lowest
-    point is ``Σ_t w_t r_t·c_t / Σ_t w_t ‖c_t‖²``.
+    share ``s``: with ``r`` the residual of the sliced weights and ``c`` the change by the new ones,
+    its lowest point is ``Σ_t w_t r_t·c_t / Σ_t w_t ‖c_t‖²``.
 
-    Args:
-        new: The new weight and bias.
-        weight: The matrix before anything was removed.
-        bias: Its bias, if it has one.
-        rows: Of held-out tokens: inputs ``[T, C]``, weights ``[T]`` and, where there are residuals,
-            these ``[T, O]``.
-        keep: Sorted channels that stay.
+    ``rows`` are of held-out tokens: inputs ``[T, C]``, weights ``[T]`` and, if any, residuals
+    ``[T, O]``; ``keep`` is sorted.
     """
     whole, gone = weight.detach().clone(), weight.detach().clone()
     gone[:, keep] = 0
@@ -115,7 +103,7 @@ def refit(
     keep: Int[Tensor, " K"],
     ridge: float,
 ) -> Refit:
-    """The best weights on the kept channels, near the sliced ones.
+    """Find the best weights on the (sorted) kept channels, near the sliced ones.
 
     Minimises, over ``W'`` and, where the matrix has a bias, ``b'``,
 
@@ -131,18 +119,11 @@ def refit(
 
     The ridge pulls towards the sliced weights, not towards zero. So the error on the calibration
     tokens is never above that of the sliced weights, whatever the ridge, and where nothing is
-    removed and nothing is missing the weights stay as they are, bit for bit.
+    removed and nothing is missing the weights stay as they are, bit for bit. If the Gram matrix is
+    singular beyond the ridge, the ridge is raised until the system can be solved.
 
     The system is solved in float64. For weights in half precision it is float32 if that solves it
     to better than what they can hold.
-
-    Args:
-        weight: The matrix before anything was removed.
-        bias: Its bias, if it has one.
-        moments: Of its full input.
-        keep: Sorted channels that stay.
-        ridge: At least 0. If the Gram matrix is singular beyond it, it is raised until the system
-            can be solved.
 
     Reference:
         Least squares on the matrix that reads the pruned channels: Meng et al. 2024, OSSCAR,

@@ -165,19 +165,10 @@ def write_folder(
     weights: Mapping[str, Tensor] | None = None,
     force: bool = False,
 ) -> None:
-    """Write a checkpoint folder, which takes its name when it has been read back.
+    """Write a checkpoint folder, which takes its name when ``check`` has read it back.
 
-    Args:
-        out: The new folder.
-        model: The model with its configuration.
-        processor: With the plan's tokens; None writes none.
-        plan: The plan that made the model; None writes none.
-        check: Reads the folder back, may add files, and returns the facts for the model card.
-        weights: Parameters by name, if the model has no storage for them.
-        force: Whether an existing folder may be replaced.
-
-    Raises:
-        ReloadError: If the folder does not read back to the same model.
+    ``processor`` has the plan's tokens already. ``check`` may add files and returns the facts for
+    the model card. ``weights`` are parameters by name, if the model has no storage for them.
     """
     with new_folder(out, force) as folder:
         write_model(folder, model, processor, weights)
@@ -272,9 +263,6 @@ def check_reload(model: PreTrainedModel, processor: Any, folder: str | Path) -> 
 
     The logits of the last positions are compared, which depend on all positions before them. The
     only code that the folder may hold, and that runs here, is slimvlm's own.
-
-    Raises:
-        ReloadError: If keys are missing or left over, or logits differ by more than rounding.
     """
     batch = {k: v.to(model.device) for k, v in probe(model, processor).items()}
     with evaluating(model):

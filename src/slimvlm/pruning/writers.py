@@ -36,8 +36,7 @@ RIDGE = 1e-2
 class Writer:
     """A matrix that writes to the residual stream."""
 
-    index: int
-    """The number of its layer in the original model."""
+    index: int  # the number of its layer in the original model
     projection: Projection
     linear: nn.Linear
 

@@ -29,14 +29,10 @@ TokenWeights = Mapping[str, float]
 
 
 class BackbonePass:
-    """One pass of everything but the head over all batches.
-
-    Hooks read the weights of the batch in flight; afterwards the totals of samples, valid tokens
-    and weights are there.
-    """
+    """Run everything but the head over all batches; hooks read the weights of the current one."""
 
     weights: Tensor  # [B, T] of the batch in flight; padding weighs 0
-    mask: Tensor  # [B, T] which of its tokens are valid
+    mask: Tensor  # [B, T] its valid tokens
 
     def __init__(self) -> None:
         self.num_samples = self.num_tokens = 0
@@ -85,13 +81,9 @@ class Targets:
 
 
 class LossPass:
-    """One pass of every sample's loss, forward and backward. Samples do not mix.
+    """Run every sample's loss, forward and backward. Samples do not mix."""
 
-    Hooks read the targets of the batch in flight; afterwards the totals of samples, predictions
-    that count (``num_tokens``) and their weights are there.
-    """
-
-    targets: Targets
+    targets: Targets  # of the batch in flight, for hooks
 
     def __init__(self) -> None:
         self.num_samples, self.num_tokens, self.weight = 0, 0, 0.0
@@ -102,10 +94,7 @@ class LossPass:
         data: Iterable[tuple[Batch, Targets]],
         after_batch: Callable[[], None] = lambda: None,
     ) -> None:
-        """Run all batches, as `batches_with_targets` gives them.
-
-        The loss of a sample is the weighted mean cross-entropy of its predictions.
-        """
+        """Run all batches; each sample's loss is the weighted mean of its cross-entropies."""
         for batch, self.targets in data:
             (hidden,) = hidden_states(model, batch)
             losses = token_cross_entropy(hidden, head_of(model), self.targets.labels)
@@ -127,11 +116,11 @@ class LossPass:
 def batches_with_targets(
     model: Any, batches: Iterable[Batch], token_weights: TokenWeights | None
 ) -> Iterator[tuple[Batch, Targets]]:
-    """Take the labels from model inputs, and find the tokens whose predictions count.
+    """Yield each batch without its labels, and the tokens whose predictions count.
 
-    Without ``token_weights`` the labelled tokens count 1 each (without labels all valid tokens).
-    With them the prediction of a prompt or answer token counts the weight of its role, whether it
-    is labelled or not; tokens of pictures are never predicted.
+    Without ``token_weights`` labelled tokens count 1 each (without labels all valid tokens). With
+    them a prompt or answer token counts the weight of its role, labelled or not; tokens of pictures
+    are never predicted.
     """
     for batch in _all_on_device(model, batches):
         if token_weights is None:
@@ -160,7 +149,7 @@ def forward_backbone(model: Any, batch: Batch) -> None:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter needs a gradient inside; flags are put back afterwards."""
+    """Freeze all parameters inside, and put their ``requires_grad`` flags back afterwards."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
         model.requires_grad_(False)
@@ -171,7 +160,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def weight_of(owner: Any, name: str = "weight") -> Tensor:
-    """A parameter; one that accelerate has put aside is brought to where its module runs."""
+    """Return a parameter, fetched to its module's device if accelerate has offloaded it."""
     weight: Tensor = getattr(owner, name).detach()
     if weight.is_meta:
         weight = owner._hf_hook.weights_map[name].to(owner._hf_hook.execution_device)
@@ -216,12 +205,12 @@ def _all_on_device(model: nn.Module, batches: Iterable[Batch]) -> Iterator[Batch
 
 
 def without_labels(batch: Batch) -> Batch:
-    """The inputs of the model itself."""
+    """Return the inputs of the model itself."""
     return {name: value for name, value in batch.items() if name != "labels"}
 
 
 def labels_of(batch: Batch) -> Tensor:
-    """Given labels or the whole text, without padding."""
+    """Return the given labels, or the whole text as labels, without padding."""
     labels: Tensor | None = batch.get("labels")
     if labels is None:
         if "input_ids" not in batch:
@@ -232,7 +221,7 @@ def labels_of(batch: Batch) -> Tensor:
 
 
 class Watched:
-    """Batches that remember which of them is in flight; some captures read one ahead."""
+    """Remember which batches are in flight: the last two, since some captures read one ahead."""
 
     def __init__(self, batches: Iterable[Batch]) -> None:
         self._batches = batches

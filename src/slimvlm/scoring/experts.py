@@ -35,11 +35,11 @@ class ExpertInput:
 
 
 def inputs_of_experts(module: Any, transposed: bool, args: Any) -> Iterator[ExpertInput]:
-    """Compute the neurons of each expert that a token takes, as its module is called.
+    """Compute the neurons ``act(gate) * up`` of each expert that a token takes, as its module runs.
 
-    All of them compute ``act(gate) * up`` from one matrix. They are called with tokens, the experts
-    that these take and the router's weights, which scale the output; or (Llama 4) with all tokens
-    for each expert, scaled already, and zero where they do not take it.
+    The module is called with tokens, their experts and the router's weights, which scale the
+    output; or (Llama 4) with all tokens for each expert, scaled already, zero where they do not
+    take it.
     """
     weight = weight_of(module, "gate_up_proj")
     weight = weight.transpose(1, 2) if transposed else weight

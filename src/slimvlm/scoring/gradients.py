@@ -189,7 +189,7 @@ def _row_blocks(weight: Tensor) -> Iterator[slice]:
 
 @contextmanager
 def on_products(model: nn.Module, call: OnProduct) -> Iterator[None]:
-    """Hand over every matrix that units own as soon as the backward pass has come to it.
+    """Call a function for every matrix that units own, in the backward pass.
 
     As ``call(place, dim that units divide, matrix [O, I], x [B, T, I], dy [B, T, O])``; the
     gradient of sample ``j`` is ``dy[j]ᵀ x[j]``. No parameter needs or gets a gradient.

@@ -70,8 +70,8 @@ def capture_hidden_states(
 ) -> HiddenStates:
     """Sum block influences and angular distances as the layers run.
 
-    Held are one layer's input and, for the angular distance, one vector for each sample and layer.
-    Angular distances are of a sample's last token only, so that token weights do not touch them.
+    Memory: one layer's input, and one vector for each sample and layer. Angular distances are of a
+    sample's last token only, so token weights do not change them.
     """
     parts, seen = Parts(model), BackbonePass()
     count = len(parts.layers)

@@ -61,10 +61,9 @@ def on_inputs(
     call: Callable[[int, Projection, Tensor], Tensor | None],
     on_expert: Callable[[int, Projection, ExpertInput], None] | None = None,
 ) -> Iterator[None]:
-    """Hook the input of every matrix that writes to the residual stream.
+    """Hook the input of every matrix that writes to the residual stream; ``call`` may replace it.
 
-    ``call(layer index, projection, input)`` may return another input; ``on_expert`` is called for
-    each expert, and without it experts are refused.
+    ``on_expert`` is called for each expert; without it experts are refused.
     """
 
     def before(index: int, matrix: Matrix, module: nn.Module, args: Any) -> Any:

@@ -159,10 +159,8 @@ class Moments:
 
 @contextmanager
 def _bfloat16_products(wanted: bool) -> Iterator[None]:
-    """Inside, multiply float32 matrices as bfloat16 on CPUs that can, with sums in float32.
-
-    PyTorch can since 2.9; the setting holds for the whole process.
-    """
+    """Multiply float32 matrices as bfloat16 where a CPU can, summed in float32; process-wide."""
+    # From PyTorch 2.9 on.
     products = getattr(torch.backends.mkldnn, "matmul", None) if wanted else None
     if products is None:
         yield

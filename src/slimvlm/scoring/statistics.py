@@ -97,18 +97,17 @@ def with_shapes(
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelSums(Statistics):
-    """A sum for each channel that units own, in every matrix along its divided dimension.
+    """A sum for each channel of every matrix that units own, and for each expert.
 
-    The place ``(layer, "expert")`` holds a sum for each expert.
+    The sums of experts are at ``(layer, "expert")``.
     """
 
     parts: Mapping[Place, Float64[Tensor, " _"]]
 
     def per_unit(self, anatomy: Anatomy, reduction: str = "sum") -> UnitValues:
-        """Sum over each unit's channels in all its matrices; experts have their sum already.
+        """Sum (or with ``mean`` average) over each unit's channels in all its matrices.
 
-        With ``reduction="mean"`` it is the mean over the unit's matrices (a fused matrix counts as
-        the matrices it holds).
+        A fused matrix counts as the matrices it holds; experts have their sum already.
         """
         rows: dict[Place, list[Tensor]] = {}
         for index, shape, matrix, part in with_shapes(self.parts, anatomy):
@@ -175,10 +174,7 @@ class Routing(Statistics, kind="routing"):
 
 @dataclass
 class InputMoments:
-    """Moments of the input channels ``x`` of a matrix ``W``, and the sizes of its columns.
-
-    All are float64 on the CPU; of experts there is a row for each.
-    """
+    """Moments of the input channels ``x`` of a matrix ``W``, and sizes of its columns; on a CPU."""
 
     sum: Float64[Tensor, "*E C"]  # sum_t w_t x_t
     square: Float64[Tensor, "*E C"]  # sum_t w_t x_t²
@@ -211,10 +207,7 @@ class ChannelMoments(Statistics, kind="moments"):
     weight: Float64[Tensor, ""]  # sum_t w_t over all tokens
 
     def per_unit(self, anatomy: Anatomy, channels: Callable[[InputMoments], Tensor]) -> UnitValues:
-        """Sum ``channels(moments)`` over each unit's channels in all matrices that read it.
-
-        Those of all experts are among them.
-        """
+        """Sum ``channels(moments)`` over a unit's channels in all matrices, of experts too."""
         units: dict[Place, Any] = {}
         for index, shape, matrix, part in with_shapes(self.parts, anatomy):
             values = channels(part)
@@ -226,13 +219,10 @@ class ChannelMoments(Statistics, kind="moments"):
 
 @dataclass(frozen=True, kw_only=True)
 class Grams(Statistics, kind="grams"):
-    """Moments of the inputs of ``o_proj`` and ``down_proj``: all that a refit needs.
-
-    The matrices are no copies. Pruning makes new parameters, so that they stay as they are.
-    """
+    """Moments of the inputs of ``o_proj`` and ``down_proj``: all that a refit needs."""
 
     parts: Mapping[Place, Moments]
-    matrices: Mapping[Place, Float[Tensor, "_ _"]]
+    matrices: Mapping[Place, Float[Tensor, "_ _"]]  # no copies: pruning makes new parameters
     weight: Float64[Tensor, ""]  # sum_t w_t over all tokens
 
 

@@ -36,12 +36,10 @@ def mirror_(matrix: Float[Tensor, "C C"]) -> None:
 
 
 def invert_(matrix: Float[Tensor, "C C"]) -> bool:
-    """Turn a positive definite matrix into its inverse.
+    """Invert a positive definite matrix as ``L⁻ᵀ L⁻¹`` from its Cholesky factor, in place.
 
-    As ``L⁻ᵀ L⁻¹`` from the Cholesky factor ``L``, with all but its corners in matrix products.
-
-    Returns:
-        Whether it is positive definite in its precision; if not, nothing useful is left of it.
+    All but the corners are matrix products. Returns False, with the values lost, if the matrix is
+    not positive definite in its precision.
     """
     factor = matrix.mT
     info = torch.empty((), dtype=torch.int32, device=matrix.device)

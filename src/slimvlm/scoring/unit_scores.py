@@ -115,11 +115,10 @@ def suffixed(path: Path, suffix: str) -> str:
 
 
 def strictly_increasing(costs: Float[Tensor, " unit"]) -> Float[Tensor, " unit"]:
-    """The smallest float32 numbers that rise from unit to unit and never lie below the costs.
+    """Return the smallest rising float32 numbers that never lie below the costs (at least 0).
 
-    Costs (at least 0) are in order of removal. Greedy removal may find a unit cheaper than one that
-    went before it. Its score must not be lower, or a plan would take it first: it becomes the next
-    larger float32 number.
+    Costs are in order of removal. Greedy removal may find a unit cheaper than one before it; a plan
+    would take that one first, so its score becomes the next larger float32 number.
     """
     steps = torch.arange(len(costs), device=costs.device)
     bits = costs.float().contiguous().view(torch.int32).long()  # ordered as the numbers are

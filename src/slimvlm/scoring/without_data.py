@@ -25,10 +25,7 @@ def capture_nothing(model: nn.Module, batches: Iterable[Batch]) -> Statistics:
 
 
 def capture_weights(model: nn.Module, batches: Iterable[Batch], p: int = 1) -> Weights:
-    """Sum ``|w|^p`` for each channel of each matrix, and over all matrices of each expert.
-
-    There is no p-th root, as in LLM-Pruner.
-    """
+    """Sum ``|w|^p`` by channel of each matrix and by expert; no p-th root, as in LLM-Pruner."""
     parts: dict[Place, Tensor] = {}
     view = Parts(model)
     for index, matrix in view.matrices():

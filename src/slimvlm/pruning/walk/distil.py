@@ -55,8 +55,7 @@ class Lesson:
     """Runs the layer on the hidden states of the smaller layers before it."""
     target: Callable[[], Float[Tensor, "B T D"]]
     """Fetches the hidden states that the original's next layer reads."""
-    weights: Float[Tensor, " BT"]
-    """Weight of each token."""
+    weights: Float[Tensor, " BT"]  # of each token
 
     def error(self) -> Float[Tensor, ""]:
         """`relative_error` of the layer's output."""
@@ -94,17 +93,10 @@ def distil_(
     It gets new parameters; the old ones stay as they are. All of them learn, one batch a step, by
     Adam with a rate that rises and falls once (one cycle). A layer in half precision learns in
     float32, and multiplies in bfloat16. Afterwards held-out tokens choose among the trained layer,
-    the one halfway to it and the one before, so that their error is never larger than it was.
+    the one halfway to it and the one before, so that their error is never larger than it was;
+    without held-out batches the trained layer stays.
 
-    Args:
-        layer: The layer.
-        lessons: Batches to learn from, in turn.
-        exams: Held-out batches; without any the trained layer stays.
-        count: Optimizer steps.
-        learning_rate: Peak rate.
-
-    Returns:
-        `relative_error` on the held-out batches before and after.
+    Returns `relative_error` on the held-out batches before and after.
     """
     is_half = any(p.dtype in (torch.bfloat16, torch.float16) for p in layer.parameters())
     judges = exams or lessons

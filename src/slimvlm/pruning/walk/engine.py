@@ -41,30 +41,22 @@ _TRIED = 2
 
 @dataclass(frozen=True)
 class WalkConfig:
-    """What a walk removes, and what it fits and judges with."""
+    """The plans of a walk, and the batches that it fits and judges with."""
 
-    plans: Sequence[Plan]
-    """Plans to try; the one that costs a few layers least is walked."""
-    chooses: bool
-    """Whether the walk chooses units; the plans then only say how many stay."""
-    batches: Sequence[Batch]
-    """Calibration batches for choices and fits."""
-    held_out: Sequence[Batch]
-    """Batches that confirm and judge."""
+    plans: Sequence[Plan]  # to try; the one that costs a few layers least is walked
+    chooses: bool  # whether the walk chooses units; the plans then only say how many stay
+    batches: Sequence[Batch]  # for choices and fits
+    held_out: Sequence[Batch]  # to confirm and judge
     steps: Steps
-    token_weights: TokenWeights | None = None
-    """Weight of tokens by role; None: all weigh 1."""
+    token_weights: TokenWeights | None = None  # by role; None: all weigh 1
 
 
 @dataclass
 class Walk:
-    """Walk all layers over stored batches; finished layers are stored, for a restart.
+    """Walk all layers over stored batches; finished layers are stored, to resume a stopped run.
 
-    Attributes:
-        streams: The original's layers and the hidden states between them.
-        results: Keeps the outcome of each layer. Where the hidden states are gone and the outcomes
-            are not, the walked layers are run again, without choosing or fitting anything.
-        config: What to do.
+    If the hidden states are gone and the stored outcomes are not, the walked layers are run again,
+    without choosing or fitting anything.
     """
 
     streams: Streams
@@ -79,11 +71,7 @@ class Walk:
 
     @torch.no_grad()
     def run(self) -> Walked:
-        """Walk all layers that are not walked yet.
-
-        Raises:
-            NumericalError: If NaN or infinity appears; the message says in which layer.
-        """
+        """Walk all layers that are not walked yet."""
         if not self.results.has(_TRIAL_PLAN):
             chosen = _cheapest_plan(self.streams, self.config.plans)
             self.results.write(_TRIAL_PLAN, 0, {}, chosen.to_dict())
@@ -119,11 +107,10 @@ class Walk:
 
     @contextmanager
     def _layer(self, plan: Plan, index: int) -> Iterator[tuple[nn.Module, int]]:
-        """Load a layer, with the original's hidden states around it where these are aimed at.
+        """Load a layer, to be changed, and yield it with the number of the next layer that stays.
 
-        Yields:
-            The layer, which may be changed, and the number of the next layer that stays. At the
-            end, the hidden states that it has read are dropped.
+        The original's hidden states around it come first if the walk aims at them. At the end the
+        states that the layer has read are dropped.
         """
         place = plan.layers.index(index)
         begin = index if place else 0  # the original runs the layers that go before it, too
@@ -181,13 +168,7 @@ class Walk:
 
 
 def aims_at_original(repair: str, local_steps: int | None, removes_layers: bool) -> bool:
-    """Whether a walk fits layers to the original's own hidden states.
-
-    Args:
-        repair: One of `REPAIRS`.
-        local_steps: Optimizer steps on each layer; None for a number that is not known yet.
-        removes_layers: Whether the plan removes layers.
-    """
+    """Whether a walk fits layers to the original's hidden states; ``local_steps`` None: unknown."""
     return local_steps != 0 or (SEAM in REPAIRS[repair] and removes_layers)
 
 
@@ -221,15 +202,11 @@ def _unchanged(layer: nn.Module) -> Iterator[None]:
 
 
 def _cheapest_plan(streams: Streams, plans: Sequence[Plan]) -> Plan:
-    """The plan whose units cost some layers least when they go and the others are refitted.
+    """Choose the plan whose units cost some layers least when they go and the others are refitted.
 
     In a few layers of the original, all units that any plan removes are removed one after another,
     cheapest first (`slimvlm.scoring.obs`). A plan's cost there is the squared error of attention
-    and MLP together when as many are gone as it says, as a share of what both write.
-
-    Args:
-        streams: The calibration states.
-        plans: Plans that differ in how many KV groups and neurons layers keep.
+    and MLP together when as many are gone as it says, as a share of their output.
     """
     if len(plans) == 1:
         return plans[0]

@@ -26,21 +26,13 @@ def most_kept(free: float) -> float:
 
 @dataclass(frozen=True)
 class KeptInputs:
-    """The inputs of the matrix that a block, attention or MLP, ends with.
+    """The inputs of the matrix that a block, attention or MLP, ends with."""
 
-    Attributes:
-        block: The block; it returns the output of the matrix.
-        linear: The matrix, as it is when it is asked.
-        extra: How many further values the block returns, all of them None.
-        values: Inputs of the matrix, by batch.
-        held: Puts a tensor where the values are kept.
-    """
-
-    block: nn.Module
-    linear: nn.Linear
-    extra: int
-    values: dict[int, Float[Tensor, "... C"]]
-    held: Callable[[Tensor], Tensor]
+    block: nn.Module  # returns the output of the matrix
+    linear: nn.Linear  # the matrix, as it is when it is asked
+    extra: int  # further outputs of the block, all of them None
+    values: dict[int, Float[Tensor, "... C"]]  # inputs of the matrix, by batch
+    held: Callable[[Tensor], Tensor]  # puts a tensor where the values are kept
 
     @contextmanager
     def replayed(self, place: int) -> Iterator[None]:
@@ -60,10 +52,7 @@ class KeptInputs:
 
 
 def extra_outputs(block: nn.Module, linear: nn.Linear, run: Callable[[], Any]) -> int | None:
-    """Count the further values that a block returns; None if it does not end with the matrix.
-
-    ``run`` runs both.
-    """
+    """Count a block's further outputs as ``run`` runs it; None if it ends with another matrix."""
     given: list[Any] = []
     with ExitStack() as stack:
         for module in (linear, block):

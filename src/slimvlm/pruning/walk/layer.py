@@ -25,7 +25,7 @@ from slimvlm.scoring.obs import DAMPING, removal_order
 
 @dataclass(frozen=True, kw_only=True)
 class Steps:
-    """What a walk does in a layer; a `ConfigError` if a value is not allowed."""
+    """Steps of a walk in one layer; a `ConfigError` if a value is not allowed."""
 
     repair: str = "auto"
     """One of `REPAIRS`. With ``auto`` the walk is judged by the answers of held-out batches at its
@@ -52,12 +52,9 @@ class LayerOutcome:
     """The result of walking one layer."""
 
     report: LayerReport
-    kept: Mapping[str, Kept]
-    """The units that stay, by kind, where the walk chose them."""
-    scores: Mapping[str, Tensor]
-    """The scores that they were chosen by."""
-    weights: Mapping[str, Tensor]
-    """The layer's parameters, by path, that are no plain slices of the original's."""
+    kept: Mapping[str, Kept]  # the units that stay, by kind, where the walk chose them
+    scores: Mapping[str, Tensor]  # that they were chosen by
+    weights: Mapping[str, Tensor]  # by path: parameters that are no slices of the original's
     notes: Sequence[str]
 
 
@@ -66,17 +63,12 @@ class LayerWalk:
     """Make one layer smaller, whose weights are loaded."""
 
     streams: Streams
-    plan: Plan
-    """The units that stay; with ``chooses`` only how many."""
-    index: int
-    """The layer's original number."""
-    end: int
-    """The layer whose input is to be made; more than one further at a seam."""
-    chooses: bool
-    """Whether units are to be chosen."""
+    plan: Plan  # the units that stay; with ``chooses`` only how many
+    index: int  # the layer's original number
+    end: int  # the layer whose input is to be made; more than one further at a seam
+    chooses: bool  # whether units are to be chosen
     steps: Steps
-    judged: bool
-    """Whether held-out states also pass through plain slices, for comparison."""
+    judged: bool  # whether held-out states also pass through plain slices, for comparison
 
     def __post_init__(self) -> None:
         self._model = self.streams.runner.model
@@ -150,11 +142,7 @@ class LayerWalk:
             writer.assign_(*fitted)
 
     def _choose(self, writer: Writer, moments: Moments, total: int, count: int) -> Tensor:
-        """Keep the units whose removal, with the others refitted, costs most.
-
-        Returns:
-            The columns that read them, refitted, as if the matrix had no bias.
-        """
+        """Keep the units whose removal costs most; return their columns, refitted without bias."""
         unit = writer.unit
         gram = moments.gram / moments.count.clamp_min(1e-12)
         damping = self.steps.ridge or DAMPING
@@ -167,10 +155,7 @@ class LayerWalk:
     def _fitted(
         self, writer: Writer, kind: str, moments: Moments, refitted: Tensor | None
     ) -> tuple[Tensor, Tensor | None] | None:
-        """New weight and bias of a matrix as far as held-out tokens confirm; None if not.
-
-        ``refitted`` are the columns that `_choose` gives.
-        """
+        """Refit a matrix as far as held-out tokens confirm; None if they confirm nothing."""
         weight, bias = writer.weight, writer.bias
         keep = writer.kept_channels(self.plan)
         places, end = self.streams.held_out, self.end if kind == SEAM else None
@@ -193,9 +178,9 @@ class LayerWalk:
         return blended(weight[:, keep], new[0], row.share), new_bias
 
     def _is_seam(self, writers: Sequence[Writer]) -> bool:
-        """Whether layers are gone behind this one and its last matrix can do a part of their work.
+        """Whether layers are gone behind this one and its last matrix can be fitted for them.
 
-        It can if what it gives is added to the hidden states as it is.
+        It can if its output is added to the hidden states as it is.
         """
         is_last = self.end == self.index + 1
         mlp = [writer.linear for writer in writers if writer.kind == MLP]

@@ -37,7 +37,7 @@ class MatrixReport:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What was done to one layer."""
+    """Refits and local distillation of one layer."""
 
     index: int
     """The original number of the layer."""
@@ -50,7 +50,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class WalkReport:
-    """What a walk did."""
+    """Report of a walk: its layers and its losses on held-out batches."""
 
     layers: Sequence[LayerReport] = ()
     loss_sliced: float | None = None
@@ -58,7 +58,7 @@ class WalkReport:
     loss: float | None = None
     """The same with the new weights."""
     notes: Sequence[str] = ()
-    """What was left alone, and why."""
+    """Parts that were left alone, and the reasons."""
 
     @property
     def refits(self) -> dict[str, MatrixReport]:

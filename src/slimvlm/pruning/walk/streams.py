@@ -42,12 +42,9 @@ class Streams:
     """The hidden states of stored batches; all streams begin with the embeddings."""
 
     runner: LayerwiseModel
-    fitted: range
-    """Places of the batches for choices and fits."""
-    held_out: range
-    """Places of the batches that confirm and judge."""
-    token_weights: TokenWeights | None
-    """Weight of tokens by role; None: all weigh 1."""
+    fitted: range  # places of the batches for choices and fits
+    held_out: range  # places of the batches that confirm and judge
+    token_weights: TokenWeights | None  # weight of tokens by role; None: all weigh 1
 
     @property
     def places(self) -> range:
@@ -55,10 +52,9 @@ class Streams:
         return range(len(self.fitted) + len(self.held_out))
 
     def calls(self, stream: str, place: int) -> LayerCalls:
-        """The calls of layers for a batch.
+        """Return the calls of layers for a batch; each stream has its own dictionaries.
 
-        Layers of Gemma 3n and Gemma 4 put keys and values into a dictionary for later layers; each
-        stream has its own.
+        Layers of Gemma 3n and Gemma 4 put keys and values for later layers into these.
         """
         if not shares_keys(self.runner.model.config):
             return self.runner.calls(place)
@@ -178,17 +174,10 @@ class Streams:
         end: int | None = None,
         kept: Sequence[KeptInputs] = (),
     ) -> Moments:
-        """Sum up the inputs of a matrix and, if asked, the residuals of the layer's output.
+        """Sum up the inputs of a matrix and, with ``end``, the residuals of the layer's output.
 
-        Args:
-            stream: The stream that the layer reads.
-            writer: The matrix; nothing after it is run unless the output is needed.
-            places: Batches.
-            end: The layer whose input in the original is the target of the output, if any.
-            kept: Blocks of the layer with cached inputs; that of the matrix may be one.
-
-        Raises:
-            NumericalError: If they are not finite.
+        The target of the output is the original's input of layer ``end``; without it nothing after
+        the matrix is run. ``kept`` are blocks of the layer with cached inputs.
         """
         linear = writer.linear
         dtype = torch.promote_types(linear.weight.dtype, torch.float32)
@@ -209,10 +198,7 @@ class Streams:
         end: int | None = None,
         kept: Sequence[KeptInputs] = (),
     ) -> Iterator[list[Tensor]]:
-        """Yield inputs, token weights and residuals for `moments`.
-
-        Small batches are joined, so that products of them are worth their overhead.
-        """
+        """Yield inputs, weights and residuals for `moments`; small batches are joined for speed."""
         own = next((inputs for inputs in kept if inputs.linear is writer.linear), None)
         known = None if own is None else ((p, own.values[p]) for p in places if p in own.values)
         waiting: list[list[Tensor]] = []

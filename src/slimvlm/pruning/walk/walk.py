@@ -222,10 +222,7 @@ def plans_for(
     """Make the plans that a walk may follow; tell whether it chooses the units itself.
 
     Given scores of widths choose the units. ``score_layers`` is called where layers are to go and
-    no scores of layers are given. All other arguments are those of `walk_`.
-
-    Raises:
-        ConfigError: If there is no ratio; nothing is scored then.
+    no scores of layers are given. Nothing is scored without a ratio.
     """
     if plan is not None:
         return [plan], False
@@ -254,16 +251,11 @@ def _tensors_of(scores: Scores) -> Iterator[tuple[str, Tensor]]:
 
 
 def states_bytes(hidden_size: int, tokens: float, itemsize: int, aims: bool) -> float:
-    """Bytes of the hidden states that a walk keeps at one time.
+    """Count the bytes of the hidden states that a walk keeps at one time.
 
-    They are the embeddings, twice those after the walked layers, twice the original's where these
-    are aimed at, and those of held-out batches after plain slices.
-
-    Args:
-        hidden_size: Numbers of a token's hidden state.
-        tokens: Tokens of all batches, padding included.
-        itemsize: Bytes of a number.
-        aims: Whether layers are fitted to the original's hidden states.
+    They are the embeddings, twice those after the walked layers, twice the original's where the
+    walk aims at these, and those of held-out batches after plain slices. ``tokens`` includes
+    padding.
     """
     return (3.5 + 2 * aims) * tokens * hidden_size * itemsize
 
@@ -278,19 +270,9 @@ def walk(
 ) -> Walked:
     """Walk a model that is run layer by layer; it is the same afterwards.
 
-    Args:
-        source: The original, in memory or in files.
-        config: What is removed, and what is fitted and judged with.
-        device: Where layers run.
-        results: Keeps the outcome of each layer, so that a stopped walk can be resumed.
-        states: Keeps hidden states; by default where they fit, in files beside the results if need
-            be.
-        say: Receives one line on where hidden states are.
-
-    Raises:
-        ConfigError: If hidden states have to be in files, and the disk has too little room.
-        ImpossiblePlanError: If the configuration class cannot express the shape; nothing was run.
-        UnsupportedModelError: If neurons of experts are to be chosen; likewise.
+    ``results`` keeps the outcome of each layer, to resume a stopped walk. ``states`` keeps hidden
+    states; by default where they fit, in files beside the results if need be. A plan that cannot
+    be configured, or that chooses neurons of experts, is refused before anything is run.
     """
     model, everything = source.model, [*config.batches, *config.held_out]
     if all(plan.tokens is not None and not plan.cuts_layers for plan in config.plans):
@@ -320,11 +302,7 @@ def walk(
 
 
 def require_choosable(plan: Plan) -> None:
-    """Refuse to choose neurons of experts, which are no modules with an input of their own.
-
-    Raises:
-        UnsupportedModelError: If the plan removes some.
-    """
+    """Refuse to choose neurons of experts, which are no modules with an input of their own."""
     for index in plan.layers:
         shape = plan.before.layers[index]
         if shape.expert_neuron_params and len(plan.neurons[index]) < shape.intermediate_size:

@@ -63,10 +63,10 @@ class LazyCheckpoint:
 
     @contextmanager
     def loaded(self, has: Callable[[str], bool], device: torch.device) -> Iterator[None]:
-        """Inside, parameters of these names have their values, mapped from the files on a CPU.
+        """Give parameters of these names their values inside, mapped from the files on a CPU.
 
-        On another device, buffers of these names, and those of no layer (every layer may read
-        them), are there too.
+        On another device also buffers of these names, and those of no layer: any layer may read
+        them.
         """
         put = partial(set_module_tensor_to_device, clear_cache=False)  # else it waits each time
         parameters = self.model.named_parameters(remove_duplicate=False)

@@ -36,15 +36,10 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class LayerCalls:
-    """The arguments to run one batch through the decoder layer by layer.
+    """The arguments to run one batch through the decoder layer by layer."""
 
-    ``arguments`` has those of each layer by its number; a layer that the batch skips (one of
-    Mllama's that read pictures, in a batch without) has none. ``added`` are the features that the
-    model adds to the hidden states before a layer reads them (deepstack), by its number.
-    """
-
-    arguments: dict[int, Arguments]
-    added: dict[int, Tensor]
+    arguments: dict[int, Arguments]  # by layer; none where a batch skips one (Mllama, no picture)
+    added: dict[int, Tensor]  # by layer: features added to the states before it (deepstack)
 
     def with_own_dictionaries(self) -> LayerCalls:
         """Copy the dictionaries in which layers pass keys and values to later ones."""
@@ -78,7 +73,7 @@ class LayerCalls:
 
 @contextmanager
 def noted_calls(model: PreTrainedModel) -> Iterator[Callable[[], tuple[Tensor, LayerCalls]]]:
-    """Inside, decoder layers compute nothing: they record their arguments and return zeros.
+    """Let decoder layers record their arguments and return zeros, without computing anything.
 
     The input of a layer after the first is then the tensor that the model adds between the two.
     Yields a function that takes the first layer's input and the calls of the batch that ran last.
@@ -119,10 +114,9 @@ Source = Live | LazyCheckpoint
 
 
 class LayerView(nn.Module):
-    """The part of a model that captures see: some of its layers, with stored batches for inputs.
+    """A model of some layers only, for captures; ``run`` runs a stored batch through them.
 
-    The whole model's list of decoder layers must hold ``layers`` only; ``run`` runs the batch at a
-    place through them.
+    The whole model's list of decoder layers must hold ``layers`` only.
     """
 
     def __init__(

@@ -102,10 +102,7 @@ class Memory:
         return self._sets.get(name, {}).get(place, (None, None))[1]
 
     def packed(self, value: Any, tensors: dict[str, Tensor]) -> Any:
-        """Turn a layer's arguments into a note, with their tensors in ``tensors``.
-
-        Where tensors stay on their device, any object can be kept as it is.
-        """
+        """Move a layer's tensors into ``tensors``; return the rest, as JSON if it is written."""
         return {"object": value} if self.keeps_objects else packed(value, tensors)
 
 
@@ -258,7 +255,7 @@ class StatesPlace:
     def of(cls, needed: float, device: torch.device, taken: int = 0) -> StatesPlace:
         """Choose the device if a quarter of its free memory is enough, else the host if a half is.
 
-        By then, ``taken`` bytes of the device's free memory will be used otherwise.
+        ``taken`` bytes of the device's free memory will be used for something else.
         """
         host = torch.device("cpu")
         on_device, on_host = free_memory(device) - taken, free_memory(host)
