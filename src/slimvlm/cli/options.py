@@ -43,7 +43,7 @@ def parse(
         default = defaults.get(name, parameter.default)
         hint = _described(hints[name], texts.get(name, ""), default)
         rows.append((name, hint, field() if default is Parameter.empty else field(default=default)))
-    arguments = tyro.cli(
+    arguments: Any = tyro.cli(
         make_dataclass("Arguments", rows, kw_only=True),
         prog=f"slimvlm {verb.__name__.replace('_', '-')}",
         description=docstring_parser.parse(verb.__doc__ or "").description,
