@@ -128,8 +128,8 @@ def test_keys_that_cannot_be_passed_on_are_named(
 
 
 def test_what_is_no_mapping_cannot_be_passed_on() -> None:
-    with pytest.raises(ConfigError, match="trainer 3 must map names to values"):
-        RecoverConfig(**{"trainer": 3})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="trainer.*3"):
+        built(RecoverConfig, {"trainer": 3})
 
 
 def test_what_is_passed_on_belongs_to_the_configuration() -> None:
