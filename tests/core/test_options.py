@@ -128,7 +128,7 @@ def test_keys_that_cannot_be_passed_on_are_named(
 
 
 def test_what_is_no_mapping_cannot_be_passed_on() -> None:
-    with pytest.raises(ConfigError, match="trainer.*3"):
+    with pytest.raises(ConfigError, match=r"trainer.*3"):
         built(RecoverConfig, {"trainer": 3})
 
 
