@@ -18,6 +18,7 @@ from slimvlm.core.options import (
     TASK_BATCH_SIZE,
     Questions,
     RunOptions,
+    TargetOptions,
     TrainingConfig,
 )
 
@@ -138,14 +139,8 @@ class TrainingFlags(TrainingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TargetFlags(Options):
+class TargetFlags(TargetOptions):
     """How small or fast the model must become."""
 
-    ratio: float | None = None
-    """Share of the backbone's parameters to remove."""
-    target_params: str | None = None
-    """Instead: parameters of the whole smaller model, such as 5B or 90M."""
-    target_memory: str | None = None
-    """Instead: memory of its weights, such as 8GiB, in --dtype (bfloat16 for auto)."""
     target_latency: float | None = None
     """Instead: time to read a question, as a share of the original's."""

@@ -297,15 +297,31 @@ class CalibrationConfig(DataConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SizeOptions(Options):
+class RatioOptions(Options):
+    """How small a model becomes."""
+
+    ratio: float | None = None
+    """Share of the backbone's parameters to remove."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetOptions(RatioOptions):
+    """How small a model becomes, as a share or as a size."""
+
+    target_params: str | None = None
+    """Instead of a ratio: parameters of the whole smaller model, such as 5B or 90M."""
+    target_memory: str | None = None
+    """Instead: memory of its weights, such as 8GiB, in --dtype (bfloat16 for auto)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeOptions(RatioOptions):
     """How small a model becomes, and which units may go.
 
     Raises:
         ConfigError: If a value is not allowed; the message names it.
     """
 
-    ratio: float | None = None
-    """Share of the backbone's parameters to remove."""
     vocab_size: Annotated[int | Literal["auto", "all"] | None, AT_LEAST_1] = None
     """Tokens to keep: those that the data has most, then by the model's own ranks; special ones,
     bytes and single characters stay. auto keeps as many as the data needs. The ratio counts their
@@ -347,13 +363,9 @@ class SizeOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig(SizeOptions, DeviceOptions):
+class PlanConfig(TargetOptions, SizeOptions, DeviceOptions):
     """How much may go and what, where scores are given."""
 
-    target_params: str | None = None
-    """Instead of a ratio: parameters of the whole smaller model, such as 5B or 90M."""
-    target_memory: str | None = None
-    """Instead: memory of its weights, such as 8GiB, in --dtype (bfloat16 for auto)."""
     dtype: Dtype = "auto"
     """Data type that --target-memory is counted in."""
     axis: Axis = "width"

@@ -138,9 +138,9 @@ def compress(
         run = Run(model, folder, place.name, config, say)
         # whether the folder is free, or holds the same run unfinished
         is_open = force or not run.path("summary.md").exists()
-        is_same = is_begun_for(run.path("config.json"), run.about)
-        require_free(folder, force or (is_open and is_same))
-        if is_open and is_same:
+        is_same = is_open and is_begun_for(run.path("config.json"), run.about)
+        require_free(folder, force or is_same)
+        if is_same:
             say(f"going on with the unfinished run in {folder}")
         # every mistake that can be found without weights
         if run.request.questions is not None:
