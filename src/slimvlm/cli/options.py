@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import docstring_parser
 import tyro
 
-from slimvlm.core.checked import FILE_ONLY, Options
+from slimvlm.core.checked import Options, file_only
 from slimvlm.core.options import (
     TASK_BATCH_SIZE,
     Questions,
@@ -62,10 +62,10 @@ def options(info: Any) -> tyro.constructors.StructConstructorSpec | None:
     if not (isinstance(kind, type) and issubclass(kind, Options)):
         return None
     hints, texts = get_type_hints(kind, include_extras=True), _texts(kind)
-    rows, from_file = [], {}
+    rows, from_file, without_flag = [], {}, file_only(kind)
     for row in sorted(fields(kind), key=_rank):  # type: ignore[arg-type]
         default = getattr(info.default, row.name, row.default)
-        if FILE_ONLY in getattr(hints[row.name], "__metadata__", ()):
+        if row.name in without_flag:
             if info.default is not tyro.MISSING and hasattr(info.default, row.name):
                 from_file[row.name] = default
             continue

@@ -60,6 +60,12 @@ class Options:
                     raise ConfigError(f"{name} {value} must be {row.meaning}")
 
 
+def file_only(kind: Any) -> set[str]:
+    """List the options of a class that have no flag on the command line."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {n for n, hint in hints.items() if FILE_ONLY in getattr(hint, "__metadata__", ())}
+
+
 @cache
 def _allowed(kind: Any) -> Mapping[str, tuple[tuple[str | None, ...], tuple[Range, ...]]]:
     """Collect the choices and the number ranges of each option that has them."""

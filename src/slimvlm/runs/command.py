@@ -6,11 +6,11 @@ import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import yaml
 
-from slimvlm.core.checked import FILE_ONLY
+from slimvlm.core.checked import file_only
 from slimvlm.core.documents import built, read_yaml
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import TASK_BATCH_SIZE, CompressConfig, RecoverConfig
@@ -18,12 +18,7 @@ from slimvlm.core.options import TASK_BATCH_SIZE, CompressConfig, RecoverConfig
 NOT_TRAINED = "none"
 RECIPE = ("axis", "train", "loss")
 """Options that a recipe chooses when they are not given."""
-FILE_OPTIONS = {
-    name
-    for kind in (CompressConfig, RecoverConfig)
-    for name, hint in get_type_hints(kind, include_extras=True).items()
-    if FILE_ONLY in getattr(hint, "__metadata__", ())
-}
+FILE_OPTIONS = file_only(CompressConfig) | file_only(RecoverConfig)
 """Options without a flag on the command line."""
 
 
