@@ -1,9 +1,13 @@
-"""Every verb that runs a model gives the same on the card as on the CPU."""
+"""Every verb that runs a model gives the same on a card as on the CPU, as docs/gpu.md says."""
 
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -18,89 +22,126 @@ from slimvlm import cli
 from slimvlm.core.options import DIVERGENCES
 from slimvlm.evaluation.on_data import DataResult
 from slimvlm.evaluation.results import Result
+from slimvlm.models.cost import release_memory
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.save import PLAN_FILE
 from slimvlm.runs import cost
 from slimvlm.runs.compress import read_times
 from slimvlm.scoring.criteria import CRITERIA
 from slimvlm.training import recover as recovery
-from tests import tiny, tiny_words
+from tests import pretended_gpu, tiny, tiny_words
 from tests import tiny_folder as folders
 from tests.gpu.alike import ROUNDING, assert_close
 from tests.runs.study.study_files import RECOVER, RECOVERIES, stable
+from tests.tiers import tiered
 
-pytestmark = pytest.mark.usefixtures("unhurried")
+PAGE = Path(__file__).parents[2] / "docs" / "gpu.md"
+CPU = torch.device("cpu")
+HELD_OUT = "slimvlm_held_out.json"
+ROOM = 30_000
+"""Bytes of a card without room."""
+EXACT = {
+    **{"bf16": False, "lora": {"lora_alpha": 8, "lora_dropout": 0.0}},
+    "trainer": {"save_steps": 1},
+}
+"""float32 without dropout, so that devices agree; a checkpoint after every step."""
+TRAINING = "--max-steps 3 --batch-size 2 --learning-rate 1e-3 --lora-rank 4 --config {settings}"
 
-TRAINING = (
-    *("--max-steps", "3", "--batch-size", "2", "--learning-rate", "1e-3", "--lora-rank", "4"),
-    *("--config", str(Path(__file__).with_name("training.yaml"))),
+CUT = "{llava} --ratio 0.3 --data {data} --samples 4"
+FEWER_TOKENS = (
+    "{words} --vocab-size 500 --vocab-text {corpus} --data {stones} --ratio 0.3 --axis width "
+    "--samples 4"
 )
-FAST = ("obs", "taylor", "block_influence")
-"""Criteria of the default tier: one of each way to collect."""
-Twice = Callable[..., tuple[Path, Path]]
+MIXED = f"--train lora --loss 0.5*sft+0.5*kl {TRAINING}"
+ASKED = "--tasks presence,text_odd,text_ppl --limit 2"
+OF_WIDTHS = [name for name in CRITERIA if name not in ("frequency", "reap")]
+"""Criteria that score a model without experts."""
+RECOVERED = [
+    ("projector", "sft", ""),
+    ("lora", "0.5*sft+0.5*kl", ""),
+    ("lora", "jsd", ""),
+    ("lora", "sft+hidden", "--paper-exact --keep-adapter"),
+    ("full", "hidden+cosine", ""),
+    ("full", "0.5*sft+0.5*rkl", "--fraction 0.75"),
+    ("lora", "sft+kl", "--gradient-checkpointing"),
+]
+"""Each way to learn, each loss, a teacher that shares and one that does not."""
+CASES = {
+    "compress": f"compress {CUT} --train lora --loss sft+hidden {TRAINING}",
+    "width": f"compress {CUT} --axis width --train projector --loss sft --local-steps 2 {TRAINING}",
+    "depth": f"compress {CUT} --axis depth {MIXED}",
+    "both": f"compress {CUT} --axis both --train full --loss hidden {TRAINING}",
+    "no training": f"compress {CUT} --axis width --train none --tasks presence --limit 2",
+    "fewer tokens": f"compress {FEWER_TOKENS} {MIXED}",
+    "fewer tokens, pruned": f"prune {FEWER_TOKENS}",
+    "fewer experts": "compress {experts} --experts 0.5 --ratio 0.3 --data {stones} --samples 4 "
+    + MIXED,
+    "prune": f"prune {CUT} --local-steps 2",
+    "prune --low-memory": f"prune {CUT} --local-steps 2 --low-memory",
+    "prune depth": f"prune {CUT} --local-steps 2 --axis depth",
+    "prune by a plan": "prune {llava} --plan {smaller}/" + PLAN_FILE,
+    **{
+        f"score {name}{more}": "score {llava} --data {data} --samples 4 "
+        f"--criterion {name}{more}"
+        for name in OF_WIDTHS
+        for more in ("", " --low-memory")
+        if not more or (CRITERIA[name].needs_data and not CRITERIA[name].capture.backward)
+    },
+    **{
+        f"recover {train} {loss}": f"recover {{smaller}} --data {{data}} --train {train} "
+        f"--loss {loss} {'' if loss == 'sft' else '--teacher {llava}'} {more} {TRAINING}"
+        for train, loss, more in RECOVERED
+    },
+    "evaluate --tasks": f"evaluate {{llava}} {ASKED}",
+    "evaluate --floors": f"evaluate {{llava}} {ASKED} --floors",
+    "evaluate --data": "evaluate {smaller} --data {data}",
+    "evaluate --data --baseline": "evaluate {smaller} --data {data} --baseline {llava}",
+    "compare": "compare {llava} {smaller} --tasks presence --limit 2",
+    "chat": "chat {llava} 'Which colour?' --other {smaller} --image {picture} --max-new-tokens 4 "
+    "--json",
+    "bench": "bench {smaller} --baseline {llava} --prompt-tokens 8 --new-tokens 3 --repeats 1 "
+    "--json",
+    "quantize": "quantize {smaller} --backend torchao",
+    "study": "study {study}",
+}
+FAST = (
+    *("width", "prune", "prune --low-memory", "recover lora 0.5*sft+0.5*kl"),
+    *("score obs", "score taylor", "score block_influence --low-memory"),
+    *("evaluate --tasks", "evaluate --data", "evaluate --data --baseline", "compare", "chat"),
+)
+"""In the default tier; criteria of each way to collect."""
+TABLE = {
+    **{name: name for name in ("compress", "prune", "prune --low-memory")},
+    **{"score": "score taylor", "recover": "recover lora sft+hidden"},
+    **{name: name for name in ("evaluate --tasks", "evaluate --data --baseline")},
+    **{name: name for name in ("compare", "chat", "bench", "quantize", "study")},
+}
+"""Rows of the table in docs/gpu.md."""
+PRINTS = ("compare", "chat", "bench")
+"""Verbs whose outcome is what they print."""
 
 
-@pytest.fixture(scope="module")
-def llava() -> str:
-    return str(folders.folder("llava"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(folders.write_llava_data(tmp_path_factory.mktemp("data"), count=12))
-
-
-@pytest.fixture(scope="module")
-def smaller(llava: str, data: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A pruned checkpoint, written on the CPU."""
-    out = str(tmp_path_factory.mktemp("models") / "smaller")
-    given = ("--axis", "both", "--ratio", "0.3", "--criterion", "block_influence", "magnitude")
-    given = (*given, "--data", data, "--samples", "2", "--device", "cpu")
-    cli.main(["prune", llava, "--out", out, *given])
-    return out
-
-
-@pytest.fixture
-def twice(card: torch.device, tmp_path: Path) -> Twice:
-    """Run a verb on the CPU and on the card."""
-
-    def runs(*arguments: str, out: str = "out") -> tuple[Path, Path]:
-        places = [tmp_path / device / out for device in ("cpu", card.type)]
-        for place, device in zip(places, ("cpu", card.type), strict=True):
-            place.parent.mkdir(exist_ok=True)
-            on_card(card, device, [*arguments, "--out", str(place)])
-        return places[0], places[1]
-
-    return runs
-
-
-def on_card(card: torch.device, device: str, arguments: Sequence[str]) -> None:
-    """Run a verb on a device; what is asked to run on the card must have used its memory."""
-    before = 0
-    if card.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.max_memory_allocated()
-    cli.main([*arguments, "--device", device])
-    if card.type == "cuda":
-        assert (torch.cuda.max_memory_allocated() > before) == (device == card.type)
-
-
-def weights_in(folder: Path) -> dict[str, Tensor]:
-    return {
-        name: value
-        for file in sorted(folder.glob("*.safetensors"))
-        for name, value in load_file(file).items()
-    }
-
-
-def assert_same_checkpoint(found: Path, expected: Path) -> None:
+def same_checkpoint(found: Path, expected: Path) -> None:
     """The same units stay, in weights that differ by rounding at most."""
+    for name in (PLAN_FILE, HELD_OUT):
+        assert (found / name).exists() == (expected / name).exists()
     if (expected / PLAN_FILE).exists():
         assert Plan.load(found / PLAN_FILE) == Plan.load(expected / PLAN_FILE)
-    assert_close(weights_in(found), weights_in(expected))
+    if (expected / HELD_OUT).exists():
+        same_on_data(found / HELD_OUT, expected / HELD_OUT)
+    ours, theirs = (
+        [load_file(f) for f in sorted(d.glob("*.safetensors"))] for d in (found, expected)
+    )
+    assert len(ours) == len(theirs) > 0
+    for one, other in zip(ours, theirs, strict=True):
+        assert_close(one, other)
 
 
-def assert_same_on_data(found: Path, expected: Path) -> None:
+def same_scores(found: Path, expected: Path) -> None:
+    assert_close(*(load_file(out.with_suffix(".safetensors")) for out in (found, expected)))
+
+
+def same_on_data(found: Path, expected: Path) -> None:
     ours, theirs = DataResult.load(found).samples, DataResult.load(expected).samples
     assert [sample.id for sample in ours] == [sample.id for sample in theirs]
     for name in ("loss", "baseline_loss", "same", "divergence"):
@@ -108,10 +149,20 @@ def assert_same_on_data(found: Path, expected: Path) -> None:
         assert one == pytest.approx(other, rel=ROUNDING, abs=1e-6)
 
 
-def assert_same_run(found: Path, expected: Path) -> None:
+def same_answers(found: Path, expected: Path) -> None:
+    if "tasks" not in json.loads(expected.read_text()):
+        return same_on_data(found, expected)
+    ours, theirs = Result.load(found).tasks, Result.load(expected).tasks
+    assert [ours[name].replies for name in theirs] == [theirs[name].replies for name in theirs]
+    for name, task in theirs.items():
+        assert ours[name].scores == pytest.approx(task.scores, rel=ROUNDING)
+    return None
+
+
+def same_run(found: Path, expected: Path) -> None:
     """Two run folders of compress: plan, checkpoint, losses of every step and of the end."""
     assert Plan.load(found / "plan.json") == Plan.load(expected / "plan.json")
-    assert_same_checkpoint(found / "checkpoint", expected / "checkpoint")
+    same_checkpoint(found / "checkpoint", expected / "checkpoint")
     losses = [
         [row["loss"] for row in json.loads((folder / "history.json").read_text())["steps"]]
         for folder in (found, expected)
@@ -123,149 +174,130 @@ def assert_same_run(found: Path, expected: Path) -> None:
     measured = sorted(path.name for path in (expected / "results").glob("data-*.json"))
     assert measured
     for name in measured:
-        assert_same_on_data(found / "results" / name, expected / "results" / name)
+        same_on_data(found / "results" / name, expected / "results" / name)
 
 
-COMPRESSED = {
-    "width": ("--axis", "width", "--train", "projector", "--loss", "sft", "--local-steps", "2"),
-    "depth": ("--axis", "depth", "--train", "lora", "--loss", "0.5*sft+0.5*kl"),
-    "both": ("--axis", "both", "--train", "full", "--loss", "hidden"),
-    "auto": ("--train", "lora", "--loss", "sft+hidden"),
-    "no training": ("--axis", "width", "--train", "none", "--tasks", "presence", "--limit", "2"),
+def same_text(found: Path, expected: Path) -> None:
+    assert found.read_text() == expected.read_text()
+
+
+def same_counts(found: Path, expected: Path) -> None:
+    """Times differ; what is counted does not."""
+    ours, theirs = (json.loads(out.read_text()) for out in (found, expected))
+    assert ours.keys() == theirs.keys()
+    for name in ("total_params", "weight_bytes", "decode_flops"):
+        assert ours["model"][name] == theirs["model"][name]
+
+
+def same_study(found: Path, expected: Path) -> None:
+    ours, theirs = (stable(pd.read_parquet(out / "results.parquet")) for out in (found, expected))
+    assert set(theirs["status"]) == {"done"}
+    pd.testing.assert_frame_equal(ours, theirs, rtol=ROUNDING)
+
+
+SAME: dict[str, Callable[[Path, Path], None]] = {
+    **{"compress": same_run, "score": same_scores, "evaluate": same_answers, "study": same_study},
+    **dict.fromkeys(("prune", "recover", "quantize"), same_checkpoint),
+    **{"compare": same_text, "chat": same_text, "bench": same_counts},
 }
 
 
-@pytest.mark.parametrize(
-    "how", ["width", *(pytest.param(n, marks=pytest.mark.slow) for n in [*COMPRESSED][1:])]
-)
-def test_compress(how: str, llava: str, data: str, twice: Twice) -> None:
-    given = ("--data", data, "--samples", "4", "--ratio", "0.3")
-    training = () if how == "no training" else TRAINING
-    here, there = twice("compress", llava, *given, *COMPRESSED[how], *training)
-    assert_same_run(there, here)
+@pytest.fixture(autouse=True)
+def _quick(unhurried: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A study measures how fast a device is: a minute on a pretended card."""
+    monkeypatch.setattr(cost, "device_flops", lambda *_: 1e9)
+
+
+Filled = Callable[[str], list[str]]
 
 
 @pytest.fixture(scope="module")
-def stones(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Conversations without pictures, each with other words."""
-    path = tmp_path_factory.mktemp("stones") / "data.jsonl"
-    asked = [(f"How wide are {n} stones?", f"They are {n * n} wide.") for n in range(30)]
-    rows = [
-        [{"role": "user", "content": said}, {"role": "assistant", "content": reply}]
-        for said, reply in asked
-    ]
-    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
-    return str(path)
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Filled:
+    """Fills in the names in a command; what they name is made when it is first needed."""
+    root = tmp_path_factory.mktemp("verbs")
+
+    def smaller() -> None:
+        given = filled("--data {data} --samples 2 --criterion block_influence magnitude")
+        given += ["--axis", "both", "--ratio", "0.3", "--device", "cpu"]
+        cli.main(["prune", filled("{llava}")[0], "--out", str(root / "smaller"), *given])
+
+    def stones() -> None:
+        """Conversations without pictures, each with other words."""
+        asked = [(f"How wide are {n} stones?", f"They are {n * n} wide.") for n in range(30)]
+        rows = [
+            {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
+            for q, a in asked
+        ]
+        (root / "stones").write_text("\n".join(map(json.dumps, rows)))
+
+    def experts() -> None:
+        config = tiny.CONFIGS["qwen3_moe"]()
+        config.vocab_size = folders.VOCAB
+        torch.manual_seed(0)
+        hf.AutoModelForCausalLM.from_config(config).save_pretrained(root / "experts")
+        folders.processor("text").save_pretrained(root / "experts")
+
+    def study() -> None:
+        words = folders.write_llava_data(root / "conversations", pictures=False)
+        cells = {"model": str(folders.folder("text")), "ratio": 0.4, "axis": ["depth", "width"]}
+        values = {
+            "grids": [{**cells, "recovery": "sft+hidden"}],
+            "recoveries": {"sft+hidden": RECOVERIES["sft+hidden"]},
+            "recover": {**RECOVER, "lora": {"lora_dropout": 0.0}},
+            **{"data": str(words), "prune": {"samples": 4}},
+            **{"tasks": "text_odd,text_ppl", "limit": 2, "floors": False},
+        }
+        (root / "study").write_text(json.dumps(values))
+
+    settings = {"model": "of the command line", "recover": EXACT}
+    makes: dict[str, Callable[[], object]] = {
+        **{"smaller": smaller, "stones": stones, "experts": experts, "study": study},
+        "corpus": lambda: (root / "corpus").write_text("\n".join(tiny_words.CORPUS)),
+        "settings": lambda: (root / "settings").write_text(json.dumps(settings)),
+        "picture": lambda: folders.picture().save(root / "picture", "png"),
+    }
+    places = {
+        **{"llava": folders.folder("llava"), "words": tiny_words.folder("text")},
+        "data": folders.write_llava_data(root / "data", count=12),
+        **{name: root / name for name in makes},
+    }
+
+    def filled(command: str) -> list[str]:
+        for name in re.findall(r"{(\w+)}", command):
+            if name in makes and not (root / name).exists():
+                makes[name]()
+        return shlex.split(command.format_map(places))
+
+    return filled
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("verb", ["compress", "prune"])
-def test_fewer_tokens(verb: str, stones: str, tmp_path: Path, twice: Twice) -> None:
-    text = tmp_path / "some.txt"
-    text.write_text("\n".join(tiny_words.CORPUS))
-    given = ("--vocab-size", "500", "--vocab-text", str(text), "--data", stones)
-    given = (*given, "--ratio", "0.3", "--axis", "width", "--samples", "4")
-    model = str(tiny_words.folder("text"))
-    if verb == "prune":
-        here, there = twice("prune", model, *given)
-        assert_same_checkpoint(there, here)
-    else:
-        learning = ("--train", "lora", "--loss", "0.5*sft+0.5*kl", *TRAINING)
-        here, there = twice("compress", model, *given, *learning)
-        assert_same_run(there, here)
+def run(words: Sequence[str], out: Path, device: torch.device) -> None:
+    """Run a verb on a device and no other one; ``out`` holds what it writes or prints."""
+    cards = range(torch.cuda.device_count())
+    for card in cards:
+        torch.cuda.reset_peak_memory_stats(card)
+    held = [torch.cuda.max_memory_allocated(card) for card in cards]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    printed = words[0] in PRINTS
+    with redirect_stdout(StringIO()) as box:
+        given = ["--device", str(device), *([] if printed else ["--out", str(out)])]
+        cli.main([*words, *given])
+    if printed:
+        out.write_text(box.getvalue())
+    used = [card for card in cards if torch.cuda.max_memory_allocated(card) > held[card]]
+    assert used == ([device.index] if device.type == "cuda" else [])
 
 
-@pytest.mark.slow
-def test_fewer_experts(stones: str, tmp_path: Path, twice: Twice) -> None:
-    config = tiny.CONFIGS["qwen3_moe"]()
-    config.vocab_size = folders.VOCAB
-    torch.manual_seed(0)
-    hf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    folders.processor("text").save_pretrained(tmp_path / "model")
-    given = ("--experts", "0.5", "--ratio", "0.3", "--data", stones, "--samples", "4")
-    learning = ("--train", "lora", "--loss", "0.5*sft+0.5*kl", *TRAINING)
-    here, there = twice("compress", str(tmp_path / "model"), *given, *learning)
-    assert_same_run(there, here)
-
-
-@pytest.mark.parametrize(
-    "memory", [(), ("--low-memory",), pytest.param(("--axis", "depth"), marks=pytest.mark.slow)]
-)
-def test_prune(memory: tuple[str, ...], llava: str, data: str, twice: Twice) -> None:
-    given = ("--ratio", "0.3", "--data", data, "--samples", "4", "--local-steps", "2")
-    here, there = twice("prune", llava, *given, *memory)
-    assert_same_checkpoint(there, here)
-    assert_same_on_data(there / "slimvlm_held_out.json", here / "slimvlm_held_out.json")
-
-
-@pytest.mark.slow
-def test_prune_from_a_plan(llava: str, smaller: str, twice: Twice) -> None:
-    here, there = twice("prune", llava, "--plan", str(Path(smaller) / PLAN_FILE))
-    assert_same_checkpoint(there, here)
-
-
-OF_WIDTHS = [name for name in CRITERIA if name not in ("frequency", "reap")]
-"""Criteria that score a model without experts."""
-SCORED = [
-    *((name, ()) for name in OF_WIDTHS),
-    *(
-        (name, ("--low-memory",))
-        for name in OF_WIDTHS
-        if CRITERIA[name].needs_data and not CRITERIA[name].capture.backward
-    ),
-]
-
-
-@pytest.mark.parametrize(
-    ("criterion", "memory"),
-    [
-        pytest.param(
-            *case,
-            id=" ".join([case[0], *case[1]]),
-            marks=()
-            if case[0] in FAST and bool(case[1]) == (case[0] == "block_influence")
-            else slow,
-        )
-        for slow in [pytest.mark.slow]
-        for case in SCORED
-    ],
-)
-def test_score(
-    criterion: str, memory: tuple[str, ...], llava: str, tmp_path: Path, twice: Twice
+@pytest.mark.parametrize("name", tiered(CASES, lambda name: name in FAST))
+def test_a_verb_does_the_same(
+    name: str, filled: Filled, card: torch.device, tmp_path: Path
 ) -> None:
-    data = folders.write_llava_data(tmp_path / "data", count=4)
-    given = ("--data", str(data), "--samples", "4", "--criterion", criterion)
-    here, there = twice("score", llava, *given, *memory)
-    theirs, ours = (load_file(out.with_suffix(".safetensors")) for out in (here, there))
-    assert_close(ours, theirs)
-
-
-RECOVERED = [
-    ("projector", "sft", ()),
-    ("lora", "0.5*sft+0.5*kl", ()),
-    ("lora", "jsd", ()),
-    ("lora", "sft+hidden", ("--paper-exact", "--keep-adapter")),
-    ("full", "hidden+cosine", ()),
-    ("full", "0.5*sft+0.5*rkl", ("--fraction", "0.75")),
-    ("lora", "sft+kl", ("--gradient-checkpointing",)),
-]
-"""Each way to learn, each loss, a teacher that shares and one that does not."""
-
-
-@pytest.mark.parametrize(
-    ("train", "loss", "more"),
-    [
-        pytest.param(*case, marks=() if case[1] in ("0.5*sft+0.5*kl",) else (pytest.mark.slow,))
-        for case in RECOVERED
-    ],
-)
-def test_recover(
-    train: str, loss: str, more: tuple[str, ...], llava: str, smaller: str, data: str, twice: Twice
-) -> None:
-    teacher = () if loss == "sft" else ("--teacher", llava)
-    given = ("--data", data, *teacher, "--train", train, "--loss", loss, *more)
-    here, there = twice("recover", smaller, *given, *TRAINING)
-    assert_same_checkpoint(there, here)
+    if name == "quantize":
+        pytest.importorskip("torchao")
+    words = filled(CASES[name])
+    for device in (CPU, card):
+        run(words, tmp_path / device.type / "out", device)
+    SAME[words[0]](tmp_path / card.type / "out", tmp_path / "cpu" / "out")
 
 
 def test_all_losses_are_tried() -> None:
@@ -273,20 +305,60 @@ def test_all_losses_are_tried() -> None:
     assert tried == {"sft", "hidden", "cosine", *DIVERGENCES}
 
 
+def refusal(words: Sequence[str], out: Path, card: torch.device) -> str:
+    """What a verb says on a card without room; it must be one line."""
+    told = StringIO()
+    release_memory()
+    with pretended_gpu.limit(ROOM, 0), redirect_stderr(told), pytest.raises(SystemExit) as stop:
+        run(words, out, card)
+    assert stop.value.code == 2
+    (line,) = [line for line in told.getvalue().splitlines() if line.startswith("slimvlm: ")]
+    assert "Traceback" not in told.getvalue()
+    return line
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    pretended_gpu.REASON is not None or torch.cuda.device_count() < 2,
+    reason="needs two pretended cards (PRETENDED_GPUS=2)",
+)
+@pytest.mark.parametrize("name", TABLE)
+def test_the_table_in_the_docs_is_what_verbs_do(name: str, filled: Filled, tmp_path: Path) -> None:
+    if name == "quantize":
+        pytest.importorskip("torchao")
+    words = filled(CASES[TABLE[name]])
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    for place, device in (("cpu", CPU), ("first", first), ("second", second)):
+        run(words, tmp_path / place, device)
+    for place in ("first", "second"):
+        SAME[words[0]](tmp_path / place, tmp_path / "cpu")
+    end = "refused in one line"
+    if name == "study":
+        release_memory()
+        with pretended_gpu.limit(ROOM, 0), suppress(SystemExit):
+            run(words, tmp_path / "full", first)
+        table = pd.read_parquet(tmp_path / "full" / "results.parquet")
+        assert set(table["status"]) == {"failed"}
+        assert table["failed"].str.contains("out of memory").all()
+        end = "each cell says so, the others go on"
+    else:
+        why = "do not fit into" if name == "quantize" else "out of memory on cuda:0 during"
+        assert why in refusal(words, tmp_path / "full", first)
+    assert f"| `{name}` | runs | same | same | {end} |" in PAGE.read_text().splitlines()
+
+
+def test_the_table_in_the_docs_has_these_rows() -> None:
+    assert re.findall(r"^\| `(.+?)` \| runs \|", PAGE.read_text(), re.MULTILINE) == [*TABLE]
+
+
 @pytest.mark.slow
 def test_recover_after_a_stop(
-    card: torch.device,
-    llava: str,
-    smaller: str,
-    data: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    filled: Filled, card: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that goes on ends where one that nobody stopped does."""
-    given = ("--data", data, "--teacher", llava, "--train", "lora", "--loss", "0.5*sft+0.5*kl")
-    given = ("recover", smaller, *given, *TRAINING)
+    words = filled(CASES["recover lora 0.5*sft+0.5*kl"])
     expected, found = tmp_path / "whole", tmp_path / "stopped"
-    on_card(card, card.type, [*given, "--out", str(expected)])
+    run(words, expected, card)
     honest = recovery.DistillationTrainer.training_step
 
     def stops(self: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -297,95 +369,28 @@ def test_recover_after_a_stop(
     with monkeypatch.context() as patch:
         patch.setattr(recovery.DistillationTrainer, "training_step", stops)
         with pytest.raises((KeyboardInterrupt, SystemExit)):
-            on_card(card, card.type, [*given, "--out", str(found)])
+            run(words, found, card)
     assert not found.exists()
-    on_card(card, card.type, [*given, "--out", str(found)])
-    assert_same_checkpoint(found, expected)
-
-
-@pytest.mark.parametrize("more", [(), pytest.param(("--floors",), marks=pytest.mark.slow)])
-def test_evaluate(more: tuple[str, ...], llava: str, twice: Twice) -> None:
-    tasks = "presence,text_odd,text_ppl"
-    here, there = twice("evaluate", llava, "--tasks", tasks, "--limit", "2", *more, out="r.json")
-    ours, theirs = Result.load(there).tasks, Result.load(here).tasks
-    assert [ours[name].replies for name in theirs] == [theirs[name].replies for name in theirs]
-    for name, task in theirs.items():
-        assert ours[name].scores == pytest.approx(task.scores, rel=ROUNDING)
-
-
-@pytest.mark.parametrize("beside", [False, True])
-def test_evaluate_on_data(beside: bool, llava: str, smaller: str, data: str, twice: Twice) -> None:
-    more = ("--baseline", llava) if beside else ()
-    assert_same_on_data(*twice("evaluate", smaller, "--data", data, *more, out="r.json"))
-
-
-def test_chat_and_compare(
-    card: torch.device, llava: str, smaller: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folders.picture().save(tmp_path / "picture.png")
-    shown = ("--image", str(tmp_path / "picture.png"), "--max-new-tokens", "4", "--json")
-    told = []
-    for device in ("cpu", card.type):
-        on_card(card, device, ["chat", llava, "Which colour?", "--other", smaller, *shown])
-        on_card(card, device, ["compare", llava, smaller, "--tasks", "presence", "--limit", "2"])
-        told.append(capsys.readouterr().out)
-    assert told[0] == told[1]
-
-
-@pytest.mark.slow
-def test_bench(
-    card: torch.device, llava: str, smaller: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Times differ; what is counted does not."""
-    given = ("--prompt-tokens", "8", "--new-tokens", "3", "--repeats", "1", "--json")
-    told = []
-    for device in ("cpu", card.type):
-        on_card(card, device, ["bench", smaller, "--baseline", llava, *given])
-        told.append(json.loads(capsys.readouterr().out))
-    assert told[0].keys() == told[1].keys()
-
-
-@pytest.mark.slow
-def test_study(tmp_path: Path, twice: Twice, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost, "device_flops", lambda *_: 1e9)  # a minute on a pretended card
-    words = folders.write_llava_data(tmp_path / "words", pictures=False)
-    cells = {"model": str(folders.folder("text")), "ratio": 0.4, "axis": ["depth", "width"]}
-    values = {
-        "grids": [{**cells, "recovery": "sft+hidden"}],
-        "recoveries": {"sft+hidden": RECOVERIES["sft+hidden"]},
-        "recover": {**RECOVER, "lora": {"lora_dropout": 0.0}},
-        **{"data": str(words), "prune": {"samples": 4}},
-        **{"tasks": "text_odd,text_ppl", "limit": 2, "floors": False},
-    }
-    file = tmp_path / "study.yaml"
-    file.write_text(json.dumps(values))
-    tables = [stable(pd.read_parquet(out / "results.parquet")) for out in twice("study", str(file))]
-    assert set(tables[0]["status"]) == {"done"}
-    pd.testing.assert_frame_equal(tables[1], tables[0], rtol=ROUNDING)
-
-
-@pytest.mark.slow
-def test_quantize(smaller: str, twice: Twice) -> None:
-    pytest.importorskip("torchao")
-    assert_close(*map(weights_in, twice("quantize", smaller, "--backend", "torchao")))
+    run(words, found, card)
+    same_checkpoint(found, expected)
 
 
 def test_export_is_the_same_where_there_is_a_card(
-    card: torch.device, smaller: str, capsys: pytest.CaptureFixture[str]
+    card: torch.device, filled: Filled, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It runs no model on a device, and must not need one."""
+    words = filled("export {smaller} --check vllm gguf --json")
     before = torch.get_device_module(card).memory_allocated()
-    cli.main(["export", smaller, "--check", "vllm", "gguf", "--json"])
+    cli.main(words)
     assert {row["target"] for row in json.loads(capsys.readouterr().out)} == {"vllm", "gguf"}
     assert torch.get_device_module(card).memory_allocated() == before
 
 
 @pytest.mark.slow
 def test_a_quantiser_of_its_own_takes_the_device_that_is_named(
-    card: torch.device, llava: str, data: str, tmp_path: Path
+    filled: Filled, tmp_path: Path
 ) -> None:
     """bitsandbytes takes the current card unless it is told of another device."""
     pytest.importorskip("bitsandbytes")
-    out = str(tmp_path / "small")
-    on_card(card, "cpu", ["quantize", llava, "--backend", "bitsandbytes", "--out", out])
-    on_card(card, "cpu", ["evaluate", out, "--data", data, "--out", str(tmp_path / "r.json")])
+    run(filled("quantize {llava} --backend bitsandbytes"), tmp_path / "small", CPU)
+    run(filled(f"evaluate {tmp_path / 'small'} --data {{data}}"), tmp_path / "r.json", CPU)
