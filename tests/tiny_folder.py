@@ -263,6 +263,13 @@ def copied(name: str, out: Path) -> Path:
     return out
 
 
+def edit_json(path: Path, edit: Callable[[Any], object]) -> None:
+    """Change the values of a JSON file in place."""
+    values = json.loads(path.read_text())
+    edit(values)
+    path.write_text(json.dumps(values))
+
+
 def picture(index: int = 0, size: tuple[int, int] = (48, 32)) -> Image.Image:
     """A picture with something to see: halves of two colours."""
     image = Image.new("RGB", size, ((37 * index) % 256, (91 * index) % 256, 200))

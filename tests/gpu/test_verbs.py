@@ -228,7 +228,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Filled:
             {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
             for q, a in asked
         ]
-        (root / "stones").write_text("\n".join(map(json.dumps, rows)))
+        places["stones"].write_text("\n".join(map(json.dumps, rows)))
 
     def experts() -> None:
         config = tiny.CONFIGS["qwen3_moe"]()
@@ -260,11 +260,12 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Filled:
         **{"llava": folders.folder("llava"), "words": tiny_words.folder("text")},
         "data": folders.write_llava_data(root / "data", count=12),
         **{name: root / name for name in makes},
+        "stones": root / "stones.jsonl",
     }
 
     def filled(command: str) -> list[str]:
         for name in re.findall(r"{(\w+)}", command):
-            if name in makes and not (root / name).exists():
+            if name in makes and not places[name].exists():
                 makes[name]()
         return shlex.split(command.format_map(places))
 
@@ -336,7 +337,7 @@ def test_the_table_in_the_docs_is_what_verbs_do(name: str, filled: Filled, tmp_p
     if name == "study":
         release_memory()
         with pretended_gpu.limit(ROOM, 0), suppress(SystemExit):
-            run(words, tmp_path / "full", first)
+            cli.main([*words, "--out", str(tmp_path / "full"), "--device", str(first)])
         table = pd.read_parquet(tmp_path / "full" / "results.parquet")
         assert set(table["status"]) == {"failed"}
         assert table["failed"].str.contains("out of memory").all()

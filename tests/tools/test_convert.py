@@ -32,7 +32,9 @@ from slimvlm.models.load import load
 from slimvlm_tools.convert import convert, write
 from slimvlm_tools.convert import source as source_files
 from slimvlm_tools.convert.tokens import TokenizerFiles, llama_tokenizer
+from tests.tiny_folder import edit_json
 from tests.tolerances import FORWARD, assert_close
+from tests.trust.spoiled import Mark
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "convert"
 IMAGE, TAIL = -200, 48
@@ -48,9 +50,15 @@ class Case(NamedTuple):
     def folder(self) -> Path:
         return FIXTURES / self.family
 
-    def convert(self, out: Path, **options: Any) -> Path:
+    def convert(self, out: Path, source: Path | None = None, **options: Any) -> Path:
         tower = self.folder / self.tower if self.tower else None
-        return convert(self.folder / self.source, out, tower, **options)
+        return convert(source or self.folder / self.source, out, tower, **options)
+
+    def copied(self, target: Path, **changes: Any) -> Path:
+        """A copy of the original with changes in its ``config.json``."""
+        shutil.copytree(self.folder / self.source, target)
+        edit_json(target / "config.json", lambda config: config.update(changes))
+        return target
 
 
 CASES = {
@@ -61,17 +69,13 @@ CASES = {
 }
 QUESTIONS = {
     "llava": {
-        "one": [(1, "What is in the picture?")],
-        "short": [(1, "Is it a cat?")],
-        "two": [(2, "How many shapes are there?")],
-        "text": [(0, "Describe the dog.")],
+        **{"one": [(1, "What is in the picture?")], "short": [(1, "Is it a cat?")]},
+        **{"two": [(2, "How many shapes are there?")], "text": [(0, "Describe the dog.")]},
         "multi": [(1, "What is in the picture?"), (0, "A red square."), (0, "Is it a cat?")],
     },
     "internvl": {
-        "one": [(1, "What is it?")],
-        "tiled": [(1, "What is in the picture?")],
-        "two": [(2, "How many shapes?")],
-        "text": [(0, "Is it a cat?")],
+        **{"one": [(1, "What is it?")], "tiled": [(1, "What is in the picture?")]},
+        **{"two": [(2, "How many shapes?")], "text": [(0, "Is it a cat?")]},
         "multi": [(1, "What is in the picture?"), (0, "A red square."), (0, "Is it a cat?")],
     },
 }
@@ -102,15 +106,9 @@ def converted(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Converte
     processor = hf.AutoProcessor.from_pretrained(
         folder, image_processor=hf.AutoImageProcessor.from_pretrained(folder, backend="pil")
     )
-    return Converted(
-        case,
-        folder,
-        model,
-        processor,
-        json.loads((case.folder / "golden.json").read_text()),
-        load_file(case.folder / "inputs.safetensors"),
-        load_file(case.folder / "logits.safetensors"),
-    )
+    golden = json.loads((case.folder / "golden.json").read_text())
+    recorded = (load_file(case.folder / f"{name}.safetensors") for name in ("inputs", "logits"))
+    return Converted(case, folder, model, processor, golden, *recorded)
 
 
 def messages(turns: list[tuple[int, str]]) -> list[dict[str, Any]]:
@@ -233,18 +231,6 @@ def test_whoever_may_read_the_configuration_may_read_the_weights(converted: Conv
 # Variations of the originals
 
 
-def copy_of(name: str, target: Path) -> Path:
-    case = CASES[name]
-    shutil.copytree(case.folder / case.source, target)
-    return target
-
-
-def edit_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    values = json.loads(path.read_text())
-    change(values)
-    path.write_text(json.dumps(values))
-
-
 def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
     """Change the tensors of a safetensors folder, and make it one file."""
     files = sorted(folder.glob("*.safetensors"))
@@ -257,9 +243,9 @@ def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> No
 
 @pytest.mark.parametrize("legacy", [True, None])
 def test_legacy_tokenizers_keep_their_spaces(tmp_path: Path, legacy: bool | None) -> None:
-    source = copy_of("llava", tmp_path / "source")
+    source = CASES["llava"].copied(tmp_path / "source")
     edit_json(source / "tokenizer_config.json", lambda c: c.update(legacy=legacy))
-    out = convert(source, tmp_path / "out", FIXTURES / "llava" / "vision_tower")
+    out = CASES["llava"].convert(tmp_path / "out", source)
     processor = hf.AutoProcessor.from_pretrained(out)
     golden = json.loads((FIXTURES / "llava" / "golden.json").read_text())
     for name, turns in QUESTIONS["llava"].items():
@@ -274,7 +260,7 @@ SPELLED = {"normalization_rule_name": "identity", "remove_extra_whitespaces": Fa
 
 def sentencepiece_model(folder: Path, **options: Any) -> Path:
     """A small ``tokenizer.model``, trained on this file."""
-    source = copy_of("llava", folder)
+    source = CASES["llava"].copied(folder)
     SentencePieceTrainer.train(
         input=__file__,
         model_prefix=str(folder / "tokenizer"),
@@ -311,143 +297,24 @@ def test_any_text_is_split_as_sentencepiece_splits_it(
         ({"normalization_rule_name": "nmt_nfkc"}, "normalizes text"),
         ({"normalization_rule_name": "nfkc_cf"}, "normalizes text"),
         ({"remove_extra_whitespaces": True}, "removes whitespace"),
+        (None, "is not a SentencePiece model"),
     ],
 )
 def test_other_kinds_of_sentencepiece_are_refused(
-    tmp_path: Path, options: dict[str, Any], message: str
+    tmp_path: Path, options: dict[str, Any] | None, message: str
 ) -> None:
-    source = sentencepiece_model(tmp_path / "source", **options)
-    with pytest.raises(UnsupportedModelError, match=message):
-        convert(source, tmp_path / "out", FIXTURES / "llava" / "vision_tower")
-
-
-def test_a_broken_tokenizer_is_told_in_one_line(tmp_path: Path) -> None:
-    source = copy_of("llava", tmp_path / "source")
-    (source / "tokenizer.model").write_bytes(b"no model")
-    tower = FIXTURES / "llava" / "vision_tower"
-    with pytest.raises(ConfigError, match="is not a SentencePiece model") as caught:
-        convert(source, tmp_path / "out", tower)
+    source = sentencepiece_model(tmp_path / "source", **options or {})
+    if options is None:
+        (source / "tokenizer.model").write_bytes(b"no model")
+    with pytest.raises(SlimError, match=message) as caught:
+        CASES["llava"].convert(tmp_path / "out", source)
+    assert isinstance(caught.value, ConfigError if options is None else UnsupportedModelError)
     assert "\n" not in str(caught.value)
-
-
-def original_names(native: dict[str, Tensor], family: str) -> dict[str, Tensor]:
-    """Tensors of a native model under the names of the original layout."""
-    rules = {
-        "mm": [
-            (r"^model\.language_model\.", "model."),
-            (r"^model\.multi_modal_projector\.linear_1\.", "model.mm_projector.0."),
-            (r"^model\.multi_modal_projector\.linear_2\.", "model.mm_projector.2."),
-            (r"^model\.vision_tower\.", "model.vision_tower.vision_tower.vision_model."),
-        ],
-        "internvl": [
-            (r"^lm_head\.", "language_model.lm_head."),
-            (r"^model\.language_model\.", "language_model.model."),
-            (r"^model\.multi_modal_projector\.layer_norm\.", "mlp1.0."),
-            (r"^model\.multi_modal_projector\.linear_1\.", "mlp1.1."),
-            (r"^model\.multi_modal_projector\.linear_2\.", "mlp1.3."),
-            (r"^model\.vision_tower\.", "vision_model."),
-            (r"\.cls_token$", ".class_embedding"),
-            (r"\.position_embeddings$", ".position_embedding"),
-            (r"\.patch_embeddings\.projection\.", ".patch_embedding."),
-            (r"\.encoder\.layer\.", ".encoder.layers."),
-            (r"\.attention\.projection_layer\.", ".attn.proj."),
-            (r"\.attention\.([qk])_norm\.", r".attn.\1_norm."),
-            (r"\.layernorm_before\.", ".norm1."),
-            (r"\.layernorm_after\.", ".norm2."),
-            (r"\.lambda_([12])$", r".ls\1"),
-        ],
-    }[family]
-    renamed = {}
-    for name, tensor in native.items():
-        for pattern, replacement in rules:
-            name = re.sub(pattern, replacement, name)
-        if ".attention.q_proj." in name:
-            parts = [name.replace("q_proj", f"{part}_proj") for part in "qkv"]
-            old = [p.replace("vision_model.", "model.vision_tower.").replace("layers", "layer")
-                   for p in parts]  # fmt: skip
-            tensor = torch.cat([native[p] for p in old])
-            name = name.replace("attention.q_proj", "attn.qkv")
-        elif ".attention.k_proj." in name or ".attention.v_proj." in name:
-            continue
-        renamed[name] = tensor.clone()
-    return renamed
-
-
-def assert_round_trip(model: Any, out: Path) -> None:
-    """The converted model has the weights of the native one that was written as an original."""
-    again = hf.AutoModelForImageTextToText.from_pretrained(out)
-    expected, found = model.state_dict(), again.state_dict()
-    assert list(found) == list(expected)
-    for name, tensor in expected.items():
-        assert torch.equal(found[name][: len(tensor)], tensor), name
-
-
-def randomized(model: Any) -> Any:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3)
-    return model.eval()
-
-
-@pytest.mark.parametrize(
-    ("layer", "feature", "strategy"), [(-3, "cls_patch", "full"), (1, "patch", "default")]
-)
-def test_a_llava_of_another_shape_with_its_tower_inside(
-    tmp_path: Path, layer: int, feature: str, strategy: str
-) -> None:
-    source = copy_of("llava", tmp_path / "source")
-    for file in source.glob("*.bin*"):
-        file.unlink()
-    vision = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 4, "image_size": 40,
-              "num_attention_heads": 3, "patch_size": 8, "hidden_act": "gelu"}  # fmt: skip
-    text = {"vocab_size": 390, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 5,
-            "num_attention_heads": 6, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
-            "rope_theta": 5e5, "tie_word_embeddings": True}  # fmt: skip
-    native = hf.LlavaConfig(
-        vision_config=hf.CLIPVisionConfig(**vision),
-        text_config=hf.LlamaConfig(**text),
-        vision_feature_layer=layer,
-        vision_feature_select_strategy=strategy,
-        tie_word_embeddings=True,
-        image_token_index=384,
-    )
-    model = randomized(hf.LlavaForConditionalGeneration(native))
-    save_file(original_names(model.state_dict(), "mm"), source / "model.safetensors")
-    edit_json(
-        source / "config.json",
-        lambda c: c.update(
-            **text,
-            model_type="llava",
-            mm_hidden_size=24,
-            mm_vision_select_layer=layer,
-            mm_vision_select_feature=feature,
-            image_aspect_ratio="square",
-        ),
-    )
-    tower = tmp_path / "tower"
-    tower.mkdir()
-    (tower / "config.json").write_text(json.dumps({"model_type": "clip_vision_model", **vision}))
-    out = convert(source, tmp_path / "out", tower)
-    assert_round_trip(model, out)
-    again, processor = load(out, device="cpu")
-    text_ids = torch.arange(3, 40)[None]
-    ids = torch.cat([torch.full((1, 25 + (strategy == "full")), 384), text_ids], 1)
-    pixels = torch.randn(1, 3, 40, 40)
-    with torch.no_grad():
-        assert torch.equal(
-            again(input_ids=ids, pixel_values=pixels).logits,
-            model(input_ids=ids, pixel_values=pixels).logits,
-        )
-    wide = Image.new("RGB", (90, 30), (200, 10, 10))
-    assert processor.image_processor(wide)["pixel_values"][0].std(axis=(1, 2)).max() < 1e-5
-    assert again.config.text_config.vocab_size == 390
-    assert processor.tokenizer.pad_token_id == 385
-    assert again.generation_config.suppress_tokens is None
 
 
 def test_bunny_leaves_out_what_is_behind_the_layer_it_reads(tmp_path: Path) -> None:
     """A checkpoint with the whole tower inside, as Bunny's trainer writes an unfrozen one."""
-    source = copy_of("bunny", tmp_path / "source")
+    source = CASES["bunny"].copied(tmp_path / "source")
     whole = load_file(FIXTURES / "bunny" / "siglip-tower" / "model.safetensors")
     prefix = "model.vision_tower.vision_tower."
 
@@ -457,8 +324,7 @@ def test_bunny_leaves_out_what_is_behind_the_layer_it_reads(tmp_path: Path) -> N
         weights |= {prefix + n: t for n, t in whole.items() if n.startswith("vision_model.")}
 
     edit_weights(source, put_inside)
-    tower = FIXTURES / "bunny" / "siglip-tower"
-    inside = convert(source, tmp_path / "inside", tower)
+    inside = CASES["bunny"].convert(tmp_path / "inside", source)
     outside = CASES["bunny-no-tower"].convert(tmp_path / "outside")
     found, expected = (load_file(f / "model.safetensors") for f in (inside, outside))
     vision = {n for n in found if n.startswith("vision_tower.")}
@@ -466,40 +332,25 @@ def test_bunny_leaves_out_what_is_behind_the_layer_it_reads(tmp_path: Path) -> N
     assert all(torch.equal(found[n], expected[n]) for n in vision)
 
 
-def test_an_internvl_of_another_shape(tmp_path: Path) -> None:
-    source = copy_of("internvl", tmp_path / "source")
-    vision = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "image_size": 64,
-              "num_attention_heads": 3, "patch_size": 16, "norm_type": "rms_norm"}  # fmt: skip
-    text = {"vocab_size": 408, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 4,
-            "num_attention_heads": 6, "num_key_value_heads": 3, "rms_norm_eps": 1e-6}  # fmt: skip
-    native = hf.InternVLConfig(
-        vision_config=hf.InternVLVisionConfig(**vision, attention_bias=False, use_qk_norm=True),
-        text_config=hf.Phi3Config(**text, pad_token_id=0),
-        tie_word_embeddings=False,
-        image_token_id=397,
-        vision_feature_layer=-2,
-    )
-    model = randomized(hf.InternVLForConditionalGeneration(native))
-    weights = original_names(model.state_dict(), "internvl")
-    assert "vision_model.encoder.layers.1.attn.qkv.weight" in weights
-    edit_weights(source, lambda old: (old.clear(), old.update(weights)))
+def test_pictures_that_are_not_padded_are_squeezed(tmp_path: Path) -> None:
+    """And what a tokenizer adds has rows already where the original has more than it uses."""
+    source = CASES["llava"].copied(tmp_path / "source", image_aspect_ratio="square")
+    _, processor = load(CASES["llava"].convert(tmp_path / "out", source), device="cpu")
+    wide = Image.new("RGB", (90, 30), (200, 10, 10))
+    assert processor.image_processor(wide)["pixel_values"][0].std(axis=(1, 2)).max() < 1e-5
+    assert processor.tokenizer.pad_token_id == 385
 
-    def change(config: dict[str, Any]) -> None:
-        config["llm_config"].update(text, rope_scaling=None)
-        config["vision_config"].update(vision, qkv_bias=False, qk_normalization=True)
-        config.update(force_image_size=96, select_layer=-2, dynamic_image_size=False)
 
-    edit_json(source / "config.json", change)
-    out = convert(source, tmp_path / "out")
-    assert_round_trip(model, out)
-    again, processor = load(out, device="cpu")
+def test_pictures_that_are_not_tiled_are_one_square(tmp_path: Path) -> None:
+    changes = {"dynamic_image_size": False, "force_image_size": 112}
+    source = CASES["internvl"].copied(tmp_path / "source", **changes)
+    model, processor = load(CASES["internvl"].convert(tmp_path / "out", source), device="cpu")
     picture = Image.linear_gradient("L").resize((300, 100)).convert("RGB")
-    text_in = processor.apply_chat_template(messages([(1, "What?")]), add_generation_prompt=True)
-    inputs = processor(text=[text_in], images=[[picture]], return_tensors="pt")
-    assert inputs["pixel_values"].shape == (1, 3, 96, 96)  # one tile: dynamic_image_size is off
-    assert int((inputs["input_ids"] == 397).sum()) == again.config.image_seq_length == 9
-    with torch.no_grad():
-        assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+    text = processor.apply_chat_template(messages([(1, "What?")]), add_generation_prompt=True)
+    inputs = processor(text=[text], images=[[picture]], return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 3, 112, 112)
+    count = int((inputs["input_ids"] == model.config.image_token_id).sum())
+    assert count == model.config.image_seq_length == (112 // 14 // 2) ** 2
 
 
 # Faces, files, memory and refusals
@@ -597,81 +448,65 @@ def test_existing_folders_are_replaced_only_when_asked(tmp_path: Path) -> None:
 
 
 def test_code_of_the_original_is_never_run(tmp_path: Path) -> None:
-    source = copy_of("internvl", tmp_path / "source")
+    source = CASES["internvl"].copied(tmp_path / "source")
     trap = f"open({str(tmp_path / 'ran')!r}, 'w')\n"
     for name in ("configuration_internvl_chat", "modeling_internvl_chat"):
         (source / f"{name}.py").write_text(trap)
-    out = convert(source, tmp_path / "out")
+    out = CASES["internvl"].convert(tmp_path / "out", source)
     assert not (tmp_path / "ran").exists()
     assert not list(out.glob("*.py"))
     assert "auto_map" not in (out / "config.json").read_text()
 
 
-class Trap:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
-
-
 def test_a_bin_file_cannot_run_code(tmp_path: Path) -> None:
-    source = copy_of("llava", tmp_path / "source")
-    torch.save({"model.norm.weight": Trap(tmp_path / "ran")},
-               source / "pytorch_model-00001-of-00002.bin")  # fmt: skip
+    source = CASES["llava"].copied(tmp_path / "source")
+    trap = {"model.norm.weight": Mark(tmp_path / "ran")}
+    torch.save(trap, source / "pytorch_model-00001-of-00002.bin")
     with pytest.raises(ConfigError, match="cannot be read"):
-        convert(source, tmp_path / "out", FIXTURES / "llava" / "vision_tower")
+        CASES["llava"].convert(tmp_path / "out", source)
     assert not (tmp_path / "ran").exists()
 
 
 def test_sampling_settings_that_are_off_do_not_stop_saving(tmp_path: Path) -> None:
-    source = copy_of("llava", tmp_path / "source")
+    source = CASES["llava"].copied(tmp_path / "source")
     edit_json(
         source / "generation_config.json",
         lambda c: c.update(temperature=0.9, top_p=0.6, max_length=4096),
     )
-    out = convert(source, tmp_path / "out", FIXTURES / "llava" / "vision_tower")
+    out = CASES["llava"].convert(tmp_path / "out", source)
     settings = hf.GenerationConfig.from_pretrained(out)
     assert (settings.max_length, settings.eos_token_id, settings.pad_token_id) == (4096, 2, 385)
     assert settings.suppress_tokens == [384, 385]  # rows that the original does not have
 
 
-MM_REFUSALS: list[tuple[str, Any]] = [
-    ("mm_projector_type", "linear"),
-    ("mm_projector_type", "mlp3x_gelu"),
-    ("image_aspect_ratio", "anyres"),
-    ("rope_scaling", {"type": "dynamic", "factor": 2.0}),
+OF_BOTH: list[tuple[str, Any]] = [
+    *(("mm_projector_type", "linear"), ("mm_projector_type", "mlp3x_gelu"), ("use_s2", True)),
+    *(("image_aspect_ratio", "anyres"), ("rope_scaling", {"type": "dynamic", "factor": 2.0})),
     ("architectures", ["LlavaMistralForCausalLM"]),
-    ("use_s2", True),
 ]
-REFUSALS: list[tuple[str, str, Any]] = [
-    *(("llava", name, value) for name, value in MM_REFUSALS),
-    *(("bunny", name, value) for name, value in MM_REFUSALS),
-    ("llava", "mm_use_im_start_end", True),
-    ("llava", "mm_use_im_patch_token", True),
-    ("llava", "mm_patch_merge_type", "spatial_unpad"),
-    ("llava", "mm_vision_select_feature", "slicefour"),
-    ("bunny", "mm_vision_select_layer", -1),
-    ("internvl", "ps_version", "v1"),
-    ("internvl", "pad2square", True),
-    ("internvl", "template", "Hermes-2"),
-    ("internvl", "use_llm_lora", 16),
-    ("internvl", "use_backbone_lora", 16),
-    ("internvl", "use_thumbnail", False),
-    ("internvl", "llm_config.architectures", ["InternLM2ForCausalLM"]),
-    (
-        "internvl",
-        "llm_config.rope_scaling",
-        {"type": "yarn", "short_factor": [], "long_factor": []},
-    ),
-]
+YARN = {"type": "yarn", "short_factor": [], "long_factor": []}
+REFUSALS: dict[str, list[tuple[str, Any]]] = {
+    "llava": [
+        *(*OF_BOTH, ("mm_use_im_start_end", True), ("mm_use_im_patch_token", True)),
+        *(("mm_patch_merge_type", "spatial_unpad"), ("mm_vision_select_feature", "slicefour")),
+    ],
+    "bunny": [*OF_BOTH, ("mm_vision_select_layer", -1)],
+    "internvl": [
+        *(("ps_version", "v1"), ("pad2square", True), ("template", "Hermes-2")),
+        *(("use_llm_lora", 16), ("use_backbone_lora", 16), ("use_thumbnail", False)),
+        ("llm_config.architectures", ["InternLM2ForCausalLM"]),
+        ("llm_config.rope_scaling", YARN),
+    ],
+}
 
 
-@pytest.mark.parametrize(("name", "field", "value"), REFUSALS)
+@pytest.mark.parametrize(
+    ("name", "field", "value"), [(name, *row) for name, rows in REFUSALS.items() for row in rows]
+)
 def test_what_has_no_counterpart_is_refused_before_weights_are_opened(
     tmp_path: Path, name: str, field: str, value: Any
 ) -> None:
-    source = copy_of(name, tmp_path / "source")
+    source = CASES[name].copied(tmp_path / "source")
     for file in [*source.glob("*.bin*"), *source.glob("*.safetensors*")]:
         file.unlink()
     *parents, last = field.split(".")
@@ -682,12 +517,11 @@ def test_what_has_no_counterpart_is_refused_before_weights_are_opened(
         config[last] = value
 
     edit_json(source / "config.json", change)
-    case = CASES[name]
     shown = value[0] if isinstance(value, list) else value
     shown = shown["type"] if isinstance(shown, dict) else shown
     named = "type" if isinstance(value, dict) and parents else last
     with pytest.raises(UnsupportedModelError, match=re.escape(named)) as caught:
-        convert(source, tmp_path / "out", case.tower and case.folder / case.tower)
+        CASES[name].convert(tmp_path / "out", source)
     assert str(shown) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
@@ -720,11 +554,7 @@ def _put(name: str, *shape: int) -> Callable[[dict[str, Tensor]], Any]:
         ("bunny", _drop("lm_head.weight"), "lm_head.weight"),
         ("bunny", _put("model.final_layernorm.weight", 81), "has shape [81]"),
         ("bunny", _put("model.layers.3.mlp.fc1.bias", 160), "no counterpart"),
-        (
-            "internvl",
-            _put("vision_model.head.weight", 3),
-            "'vision_model.head.weight' has no place",
-        ),
+        ("internvl", _put("vision_model.head.weight", 3), "'vision_model.head.weight' has no"),
         ("internvl", _drop("vision_model.encoder.layers.1.ls2"), "layer.1.lambda_2"),
         ("internvl", _drop("vision_model.encoder.layers.0.attn.qkv.bias"), "attention.q_proj.bias"),
     ],
@@ -732,29 +562,24 @@ def _put(name: str, *shape: int) -> Callable[[dict[str, Tensor]], Any]:
 def test_every_tensor_has_a_place_and_every_place_a_tensor(
     tmp_path: Path, name: str, change: Callable[[dict[str, Tensor]], Any], message: str
 ) -> None:
-    source = copy_of(name, tmp_path / "source")
+    source = CASES[name].copied(tmp_path / "source")
     edit_weights(source, change)
-    case = CASES[name]
     with pytest.raises(SlimError, match=re.escape(message)):
-        convert(source, tmp_path / "out", case.tower and case.folder / case.tower)
+        CASES[name].convert(tmp_path / "out", source)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["llava", "bunny", "bunny-no-tower"])
-def test_a_tower_that_is_not_described_is_asked_for(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "tower", "error", "message"),
+    [
+        *((name, None, ConfigError, "vision_tower") for name in CASES if name != "internvl"),
+        ("llava", "bunny/siglip-tower", UnsupportedModelError, "model_type 'siglip'"),
+        ("internvl", "llava/vision_tower", UnsupportedModelError, "vision_tower"),
+    ],
+)
+def test_a_tower_that_is_missing_or_of_another_kind_is_refused(
+    name: str, tower: str | None, error: type[SlimError], message: str, tmp_path: Path
+) -> None:
     case = CASES[name]
-    with pytest.raises(ConfigError, match="vision_tower"):
-        convert(case.folder / case.source, tmp_path / "out")
-
-
-def test_a_tower_of_another_kind_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="model_type 'siglip'"):
-        convert(
-            FIXTURES / "llava" / "original", tmp_path / "out", FIXTURES / "bunny" / "siglip-tower"
-        )
-    with pytest.raises(UnsupportedModelError, match="vision_tower"):
-        convert(
-            FIXTURES / "internvl" / "original",
-            tmp_path / "out",
-            FIXTURES / "llava" / "vision_tower",
-        )
+    with pytest.raises(error, match=message):
+        convert(case.folder / case.source, tmp_path / "out", tower and FIXTURES / tower)

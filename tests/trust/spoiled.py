@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+
+from tests.tiny_folder import edit_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -40,17 +41,10 @@ def divide(folder: Path, *names: str) -> None:
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": rows}))
 
 
-def change(path: Path, edit: Callable[[Any], Any]) -> None:
-    """Edit a JSON file."""
-    values = json.loads(path.read_text())
-    replaced = edit(values)
-    path.write_text(json.dumps(values if replaced is None else replaced))
-
-
 def renamed_part(folder: Path, name: str) -> None:
     """An index that names another file for half of the weights."""
     divide(folder, "a.safetensors", "b.safetensors")
-    change(
+    edit_json(
         folder / INDEX,
         lambda v: v["weight_map"].update(
             {k: name for k, file in v["weight_map"].items() if file == "a.safetensors"}

@@ -18,11 +18,11 @@ from slimvlm.models.files import check_folder
 from slimvlm.models.load import anatomy, load
 from slimvlm.scoring.layerwise.checkpoint import open_checkpoint
 from tests import tiny_folder as folders
-from tests.trust.spoiled import INDEX, WEIGHTS, change, divide, renamed_part, write_pickle
+from tests.trust.spoiled import INDEX, WEIGHTS, divide, renamed_part, write_pickle
 
 
 def _set(**fields: Any) -> Callable[[Path], None]:
-    return lambda folder: change(folder / "config.json", lambda v: v.update(fields))
+    return lambda folder: folders.edit_json(folder / "config.json", lambda v: v.update(fields))
 
 
 def _pickled_part(folder: Path) -> None:
