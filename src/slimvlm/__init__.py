@@ -62,7 +62,7 @@ _HOME = {
     "run_study": "runs.study",
     "save": "pruning.save",
     "score": "scoring.score_model",
-    "score_checkpoint": "scoring.layerwise.score",
+    "score_checkpoint": "scoring.score_model",
     "trim_tokenizer_": "pruning.tokens",
 }
 

@@ -16,8 +16,7 @@ from slimvlm.planning.make import make_plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.save import prune_checkpoint
 from slimvlm.pruning.walk.walk import walk_
-from slimvlm.scoring.layerwise.score import score_checkpoint
-from slimvlm.scoring.score_model import score
+from slimvlm.scoring.score_model import score, score_checkpoint
 from tests import tiny
 from tests.handmade import logits, plan_by_hand, random_scores
 from tests.tiers import tiered

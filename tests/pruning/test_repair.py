@@ -16,7 +16,7 @@ from slimvlm.pruning.repair import repair_
 from slimvlm.pruning.walk.walk import walk_
 from slimvlm.scoring.inputs import capture_grams
 from slimvlm.scoring.score_model import collect
-from slimvlm.scoring.statistics import Grams, Weights
+from slimvlm.scoring.statistics import Grams, Statistics
 from tests import tiny
 from tests.handmade import logits, plan_by_hand
 from tests.pruning.pruned import batches, build, narrow, sliced, with_determined_neurons_
@@ -59,16 +59,14 @@ def test_one_shot_and_the_walk_agree_where_their_inputs_do(name: str) -> None:
 def test_one_shot_refuses_what_does_not_fit() -> None:
     model = tiny.build("llama")
     plan, data = narrow(model), [tiny.batch(model)]
-    with pytest.raises(ConfigError, match="'weights'"):
-        repair_(model, plan, Weights(parts={}))
+    with pytest.raises(ConfigError, match="only those of criterion 'obs' can"):
+        repair_(model, plan, Statistics())
     statistics = capture_grams(model, data)
     with pytest.raises(ConfigError, match="prune it first"):
         repair_(model, plan, statistics)
     prune_(model, plan)
     with pytest.raises(ConfigError, match="o_proj"):
-        repair_(
-            model, plan, Grams(parts={}, matrices={}, weight=torch.zeros((), dtype=torch.float64))
-        )
+        repair_(model, plan, Grams(parts={}, matrices={}))
 
 
 def test_statistics_of_another_model_do_not_repair() -> None:
@@ -82,5 +80,5 @@ def test_statistics_of_another_model_do_not_repair() -> None:
     with pytest.raises(ConfigError, match=r"'0.mlp.down_proj' is of another model"):
         repair_(model, plan, replace(statistics, matrices=odd))
     gates = collect(other, [tiny.batch(other)], "gate")
-    with pytest.raises(ConfigError, match="'gates' cannot repair"):
+    with pytest.raises(ConfigError, match="cannot repair"):
         repair_(model, plan, gates)

@@ -30,8 +30,7 @@ from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.save import PLAN_FILE, prune_checkpoint, save
 from slimvlm.scoring.layerwise.checkpoint import open_checkpoint
 from slimvlm.scoring.layerwise.runner import LayerwiseModel
-from slimvlm.scoring.layerwise.score import score_checkpoint
-from slimvlm.scoring.score_model import score
+from slimvlm.scoring.score_model import score, score_checkpoint
 from slimvlm.scoring.unit_scores import Scores
 from tests import tiny, tiny_folder
 from tests.handmade import logits, random_scores

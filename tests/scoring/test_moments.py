@@ -1,4 +1,4 @@
-"""Moments: sums over batches are whole sums; padding and weightless tokens leave no trace."""
+"""Moments: sums over batches are whole sums; symmetric matrices against the plain products."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.parts import Parts
 from slimvlm.pruning.cut import prune_
-from slimvlm.scoring import moments, symmetric
+from slimvlm.scoring import moments
 from slimvlm.scoring.inputs import capture_grams
-from slimvlm.scoring.moments import Moments
+from slimvlm.scoring.moments import Moments, add_product_, invert_, mirror_
 from slimvlm.scoring.statistics import Grams
 from tests import tiny
 from tests.handmade import Batch, joined, padded, plan_by_hand
@@ -20,7 +20,7 @@ from tests.tolerances import FORWARD, SOLVE, Tolerance, assert_close
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(symmetric, "BLOCK", 8)
+    monkeypatch.setattr(moments, "SYMMETRIC_BLOCK", 8)
 
 
 FAMILIES = ("llama", "phi", "llava-phi3", "gemma3")
@@ -188,3 +188,38 @@ def test_bfloat16_products_need_inputs_of_weight_one(monkeypatch: pytest.MonkeyP
     summed(ROWS.half(), WEIGHTS["ones"], torch.float32)
     assert seen == ["bf16"] * 2 + [before] * 4
     assert products.fp32_precision == before != "bf16"
+
+
+# Symmetric matrices
+
+SIZES = (1, 7, 24, 61)
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_product_is_whole_once_it_is_mirrored(size: int) -> None:
+    left, right = drawn(2, 10, size)
+    sides = torch.cat([left, right]), torch.cat([right, left])
+    start = drawn(size, size)
+    matrix = start + start.T
+    add_product_(matrix, *sides, -1)
+    mirror_(matrix)
+    assert_close(matrix, start + start.T - left.T @ right - right.T @ left, SOLVE)
+    assert torch.equal(matrix, matrix.T)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_inverse_is_one(size: int) -> None:
+    x = drawn(size + 5, size)
+    matrix = x.T @ x
+    inverse = matrix.clone()
+    assert invert_(inverse)
+    assert_close(inverse, torch.linalg.inv(matrix), SOLVE)
+    assert torch.equal(inverse, inverse.T)
+
+
+def test_an_indefinite_matrix_is_refused() -> None:
+    assert not invert_(torch.diag(torch.tensor([1.0, 2.0, -1e-3])))

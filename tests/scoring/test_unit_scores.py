@@ -12,7 +12,7 @@ import torch
 from slimvlm.core.errors import ConfigError, NumericalError
 from slimvlm.models.parts import Parts
 from slimvlm.scoring.score_model import score
-from slimvlm.scoring.statistics import Gradients
+from slimvlm.scoring.statistics import ChannelSums
 from slimvlm.scoring.unit_scores import Scores
 from tests import tiny
 
@@ -56,8 +56,8 @@ def test_broken_score_files_are_refused(broken: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_statistics_refuse_nan_and_infinity(value: float) -> None:
-    with pytest.raises(NumericalError, match=r"'gradients'.*'3.mlp'"):
-        Gradients(
+    with pytest.raises(NumericalError, match="infinity at '3.mlp'"):
+        ChannelSums(
             parts={
                 (2, "mlp"): torch.ones(2, dtype=torch.float64),
                 (3, "mlp"): torch.tensor([1.0, value], dtype=torch.float64),

@@ -44,7 +44,7 @@ def repair_(
     """
     Steps(ridge=ridge)
     if not isinstance(statistics, Grams):
-        raise ConfigError(f"statistics of kind {statistics.kind!r} cannot repair; use 'grams'")
+        raise ConfigError("statistics cannot repair: only those of criterion 'obs' can")
     if read_anatomy(model).layers != plan.after.layers:
         raise ConfigError("model: does not have the shape that the plan leaves; prune it first")
     fitted: list[tuple[Writer, Refit]] = []
@@ -52,12 +52,12 @@ def repair_(
         for writer in writers_of_layer(layer, index, plan.before.backbone):
             place, device = (index, writer.projection.path), writer.weight.device
             if place not in statistics.parts:
-                raise ConfigError(f"statistics 'grams': no {writer.name!r} in them")
+                raise ConfigError(f"statistics: no {writer.name!r} in them")
             weight, part = statistics.matrices[place], statistics.parts[place]
             whole = segments(writer.projection, plan.before.layers[index])
             channels = sum(units * width for _, _, units, width in whole)
             if weight.shape != (writer.linear.out_features, channels):
-                raise ConfigError(f"statistics 'grams': {writer.name!r} is of another model")
+                raise ConfigError(f"statistics: {writer.name!r} is of another model")
             keep = writer.kept_channels(plan)
             if len(keep) < channels:
                 sums = (part.gram.to(device), part.total.to(device), part.count.to(device))

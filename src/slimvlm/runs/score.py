@@ -31,8 +31,7 @@ from slimvlm.runs.stages import Calibration, calibrate, load_original, read_spli
 from slimvlm.runs.tokens import vocabulary_for
 from slimvlm.scoring.criteria import CRITERIA, require_low_memory
 from slimvlm.scoring.layerwise.checkpoint import LazyCheckpoint, open_checkpoint
-from slimvlm.scoring.layerwise.score import score_by_layer
-from slimvlm.scoring.score_model import check_token_weights
+from slimvlm.scoring.score_model import check_token_weights, score_by_layer
 from slimvlm.scoring.unit_scores import Scores
 
 

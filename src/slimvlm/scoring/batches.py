@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,34 +17,42 @@ from torch import Tensor, nn
 from slimvlm.core.errors import DataError
 from slimvlm.data.roles import IGNORE, role_masks, valid_tokens
 from slimvlm.data.roles import token_weights as weights_by_role
-from slimvlm.models.hidden import all_finite, device_of, head_of, hidden_states, layer_output
+from slimvlm.models.hidden import (
+    all_finite,
+    device_of,
+    head_of,
+    hidden_states,
+    layer_output,
+    require_finite_values,
+)
 from slimvlm.models.load import with_float64
 from slimvlm.models.losses import Head, Hidden, label_counts, token_cross_entropy
 from slimvlm.models.parts import Parts
-from slimvlm.scoring.statistics import require_finite
 
 Batch = dict[str, Any]
 TokenWeights = Mapping[str, float]
+Targets = tuple[Int[Tensor, "B T"], Float[Tensor, "B T-1"]]
+"""Labels, `IGNORE` where the prediction does not count, and the weight of each prediction."""
 
 
-class BackbonePass:
-    """Run everything but the head over all batches; hooks read the weights of the current one."""
+class Pass:
+    """One pass over the calibration batches; hooks read the batch in flight from it."""
 
-    weights: Tensor  # [B, T] of the batch in flight; padding weighs 0
     mask: Tensor  # [B, T] its valid tokens
+    weights: Tensor  # [B, T] of its tokens, 0 for padding; `backward`: [B, T - 1] of predictions
 
     def __init__(self) -> None:
         self.num_samples = self.num_tokens = 0
         self.weight = torch.zeros((), dtype=torch.float64)
 
-    def run(
+    def forward(
         self,
         model: Any,
         batches: Iterable[Batch],
         token_weights: TokenWeights | None,
         after_batch: Callable[[], None] = lambda: None,
     ) -> None:
-        """Run all batches."""
+        """Run everything but the head."""
         for batch in _all_on_device(model, batches):
             self.mask = valid_tokens(batch)
             self.weights = weights_by_role(model.config, batch, token_weights)
@@ -57,6 +64,25 @@ class BackbonePass:
         if not bool(self.weight):
             raise DataError("no calibration token has a token weight above 0")
 
+    def backward(
+        self,
+        model: Any,
+        data: Iterable[tuple[Batch, Targets]],
+        after_batch: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Run each sample's loss, the weighted mean of its cross-entropies, and its gradient."""
+        for batch, (labels, self.weights) in data:
+            (hidden,) = hidden_states(model, batch)
+            losses = token_cross_entropy(hidden, head_of(model), labels)
+            weights = self.weights.to(losses)
+            means = (losses * weights).sum(1) / weights.sum(1)
+            require_finite_values(means, "the calibration loss")
+            means.sum().backward()
+            after_batch()
+            self.num_samples += len(labels)
+            self.num_tokens += int((self.weights > 0).sum())
+            self.weight += float(self.weights.sum(1).sum())
+
     def row_weights(self, x: Tensor) -> Tensor:
         """Return the weight of each row of ``x``, flattened to tokens, as ``[B * T, 1]``."""
         return self.weights.flatten()[:, None].to(x.device)
@@ -65,52 +91,6 @@ class BackbonePass:
     def totals(self) -> dict[str, Any]:
         """The fields of statistics that every pass fills."""
         return {n: getattr(self, n) for n in ("weight", "num_samples", "num_tokens")}
-
-
-@dataclass(frozen=True)
-class Targets:
-    """The tokens whose predictions count."""
-
-    labels: Int[Tensor, "B T"]  # ``IGNORE`` where the prediction does not count
-    weights: Float[Tensor, "B T-1"]  # of the prediction of each token, from the second on
-
-    @property
-    def totals(self) -> Float[Tensor, " B"]:
-        """The sum of the weights of each sample."""
-        return self.weights.sum(1)
-
-
-class LossPass:
-    """Run every sample's loss, forward and backward. Samples do not mix."""
-
-    targets: Targets  # of the batch in flight, for hooks
-
-    def __init__(self) -> None:
-        self.num_samples, self.num_tokens, self.weight = 0, 0, 0.0
-
-    def run(
-        self,
-        model: Any,
-        data: Iterable[tuple[Batch, Targets]],
-        after_batch: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Run all batches; each sample's loss is the weighted mean of its cross-entropies."""
-        for batch, self.targets in data:
-            (hidden,) = hidden_states(model, batch)
-            losses = token_cross_entropy(hidden, head_of(model), self.targets.labels)
-            weights = self.targets.weights.to(losses)
-            means = (losses * weights).sum(1) / weights.sum(1)
-            require_finite(means, "the calibration loss")
-            means.sum().backward()
-            after_batch()
-            self.num_samples += len(self.targets.labels)
-            self.num_tokens += int((self.targets.weights > 0).sum())
-            self.weight += float(self.targets.totals.sum())
-
-    @property
-    def totals(self) -> dict[str, Any]:
-        """The fields of statistics that every pass fills."""
-        return {"num_samples": self.num_samples, "num_tokens": self.num_tokens}
 
 
 def batches_with_targets(
@@ -125,7 +105,7 @@ def batches_with_targets(
     for batch in _all_on_device(model, batches):
         if token_weights is None:
             labels = labels_of(batch)
-            targets = Targets(labels, (labels[:, 1:] != IGNORE).float())
+            weights = (labels[:, 1:] != IGNORE).float()
         else:
             if "input_ids" not in batch:
                 raise DataError("token_weights need batches with input_ids for this criterion")
@@ -135,11 +115,11 @@ def batches_with_targets(
             )
             weights = weights_by_role(model.config, batch, token_weights)
             weights = weights.masked_fill(masks["image"], 0.0)
-            targets = Targets(labels.masked_fill(weights == 0, IGNORE), weights[:, 1:])
-        if not bool(targets.totals.all()):
+            labels, weights = labels.masked_fill(weights == 0, IGNORE), weights[:, 1:]
+        if not bool(weights.sum(1).all()):
             why = "labelled token" if token_weights is None else "text token of a weight above 0"
             raise DataError(f"a calibration sample has no {why}: nothing to take a loss of")
-        yield without_labels(batch), targets
+        yield without_labels(batch), (labels, weights)
 
 
 def forward_backbone(model: Any, batch: Batch) -> None:

@@ -12,8 +12,13 @@ from typing import Any, Literal
 from slimvlm.core import removed
 from slimvlm.core.errors import ConfigError
 from slimvlm.models.anatomy import LAYER_UNITS, WIDTH_UNITS, LayerShape
-from slimvlm.scoring.experts import capture_routing, score_frequency, score_reap
-from slimvlm.scoring.gradients import capture_gradients, score_taylor, score_taylor_widths
+from slimvlm.scoring.gradients import (
+    capture_gates,
+    capture_gradients,
+    score_gate,
+    score_taylor,
+    score_taylor_widths,
+)
 from slimvlm.scoring.hidden_states import (
     capture_hidden_states,
     score_angular,
@@ -21,13 +26,14 @@ from slimvlm.scoring.hidden_states import (
 )
 from slimvlm.scoring.inputs import (
     capture_activations,
-    capture_gates,
     capture_grams,
     capture_moments,
+    capture_routing,
     gram_bytes,
     score_activation,
     score_flap,
-    score_gate,
+    score_frequency,
+    score_reap,
     score_wanda,
 )
 from slimvlm.scoring.obs import score_obs

@@ -1,4 +1,4 @@
-"""Gradients of the weights, as Taylor terms summed over channels.
+"""Gradients of the loss: for weights, as Taylor terms summed over channels, and for gates.
 
 No gradient of a whole matrix exists: where the backward pass comes to a matrix, blocks of its rows
 are multiplied out for each sample, reduced to sums over channels and dropped. Only what joins
@@ -16,14 +16,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from slimvlm.models.anatomy import Anatomy
-from slimvlm.models.families import OUTPUT_ROWS
-from slimvlm.models.hidden import layer_input
+from slimvlm.models.anatomy import Anatomy, read_anatomy, spread, unit_of
+from slimvlm.models.families import INPUT_COLUMNS, OUTPUT_ROWS, Projection
+from slimvlm.models.hidden import layer_input, require_finite_values
 from slimvlm.models.load import with_float64
 from slimvlm.models.parts import Parts
 from slimvlm.scoring.batches import (
     Batch,
-    LossPass,
+    Pass,
     Targets,
     TokenWeights,
     batches_with_targets,
@@ -31,7 +31,7 @@ from slimvlm.scoring.batches import (
     weight_of,
 )
 from slimvlm.scoring.inputs import linear_matrices
-from slimvlm.scoring.statistics import Gradients, Place
+from slimvlm.scoring.statistics import ChannelSums, Place, Statistics
 from slimvlm.scoring.unit_scores import Scores
 
 Data = Iterator[tuple[Batch, Targets]]
@@ -48,7 +48,7 @@ def capture_gradients(
     token_weights: TokenWeights | None = None,
     order: str = "first",
     gradient: str = "batch",
-) -> Gradients:
+) -> ChannelSums:
     """Sum the Taylor terms of the model's answer loss over each channel.
 
     ``order``: ``first`` is ``|w g|``; ``second`` is ``w² mean_j(g_j²)`` with the Fisher diagonal;
@@ -68,17 +68,19 @@ def capture_gradients(
         Ma et al. 2023, LLM-Pruner, arXiv:2305.11627, Eq. 5 (for the second order its code omits
         the ½); Huang et al. 2025, arXiv:2507.20749, Eq. 3-5.
     """
-    data = batches_with_targets(model, batches, token_weights)
+    data, seen = batches_with_targets(model, batches, token_weights), Pass()
     if order == "mix":
-        return _mixed(model, data)
-    if order == "second":
-        return _per_sample(model, data, lambda w, g: w * g.square() * w)
-    if gradient == "per_sample":
-        return _per_sample(model, data, taylor)
-    return _batch_gradient(model, data)
+        sums = _mixed(model, data, seen)
+    elif order == "second":
+        sums = _per_sample(model, data, seen, lambda w, g: w * g.square() * w)
+    elif gradient == "per_sample":
+        sums = _per_sample(model, data, seen, _taylor)
+    else:
+        sums = _batch_gradient(model, data, seen)
+    return ChannelSums(parts=sums, **seen.totals)
 
 
-def taylor(weight: Weight, gradient: Weight) -> Weight:
+def _taylor(weight: Weight, gradient: Weight) -> Weight:
     """``|w g|``: the first-order change of the loss when a weight becomes zero."""
     return (weight * gradient).abs()
 
@@ -94,15 +96,16 @@ class _Sums(dict[Place, Tensor]):
         part = terms.sum(1 - dim).to(total.device)
         (total[rows] if dim == OUTPUT_ROWS else total).add_(part)
 
-    def over(self, count: float, seen: LossPass) -> Gradients:
+    def over(self, count: float) -> dict[Place, Tensor]:
         """Divide the sums by a count."""
-        parts = {place: (total / count).cpu() for place, total in self.items()}
-        return Gradients(parts=parts, **seen.totals)
+        return {place: (total / count).cpu() for place, total in self.items()}
 
 
-def _per_sample(model: nn.Module, data: Data, terms_of: Callable[..., Tensor]) -> Gradients:
+def _per_sample(
+    model: nn.Module, data: Data, seen: Pass, terms_of: Callable[..., Tensor]
+) -> dict[Place, Tensor]:
     """Average ``terms_of(w, gradient of the sample's loss)`` over samples."""
-    sums, seen = _Sums(), LossPass()
+    sums = _Sums()
 
     def on_product(place: Place, dim: int, matrix: Tensor, x: Tensor, dy: Tensor) -> None:
         for rows in _row_blocks(matrix):
@@ -112,13 +115,13 @@ def _per_sample(model: nn.Module, data: Data, terms_of: Callable[..., Tensor]) -
                 sums.add(place, dim, matrix, rows, terms)
 
     with on_products(model, on_product):
-        seen.run(model, data)
-    return sums.over(seen.num_samples, seen)
+        seen.backward(model, data)
+    return sums.over(seen.num_samples)
 
 
-def _batch_gradient(model: nn.Module, data: Data) -> Gradients:
+def _batch_gradient(model: nn.Module, data: Data, seen: Pass) -> dict[Place, Tensor]:
     """Sum ``|w g|`` for the gradient ``g`` of the weighted mean over all batches."""
-    sums, seen, at_last = _Sums(), LossPass(), False
+    sums, at_last = _Sums(), False
     gradients: dict[Place, Tensor] = {}
 
     def looking_ahead() -> Data:
@@ -131,7 +134,7 @@ def _batch_gradient(model: nn.Module, data: Data) -> Gradients:
         yield current
 
     def on_product(place: Place, dim: int, matrix: Tensor, x: Tensor, dy: Tensor) -> None:
-        totals = seen.targets.totals.to(dy)
+        totals = seen.weights.sum(1).to(dy)
         dy, x = (dy * totals[:, None, None]).flatten(0, 1), x.flatten(0, 1)
         if not at_last and place not in gradients:
             gradients[place] = torch.zeros_like(matrix, dtype=torch.float32)
@@ -140,18 +143,18 @@ def _batch_gradient(model: nn.Module, data: Data) -> Gradients:
             if place in gradients:
                 gradient = gradients[place][rows].add_(gradient)
             if at_last:
-                sums.add(place, dim, matrix, rows, taylor(matrix[rows].float(), gradient))
+                sums.add(place, dim, matrix, rows, _taylor(matrix[rows].float(), gradient))
         if at_last:
             gradients.pop(place, None)
 
     with on_products(model, on_product):
-        seen.run(model, looking_ahead())
-    return sums.over(seen.weight, seen)
+        seen.backward(model, looking_ahead())
+    return sums.over(float(seen.weight))
 
 
-def _mixed(model: nn.Module, data: Data) -> Gradients:
+def _mixed(model: nn.Module, data: Data, seen: Pass) -> dict[Place, Tensor]:
     """Join both orders, gathered in the same pass."""
-    sums, seen = _Sums(), LossPass()
+    sums = _Sums()
     gradients: dict[Place, Tensor] = {}
     squares: dict[Place, Tensor] = {}
 
@@ -160,7 +163,7 @@ def _mixed(model: nn.Module, data: Data) -> Gradients:
             if place not in kept:
                 kept[place] = torch.zeros_like(matrix, dtype=torch.float32)
         total, square = gradients[place], squares[place]
-        weights = seen.targets.totals.tolist()
+        weights = seen.weights.sum(1).tolist()
         for rows in _row_blocks(matrix):
             for x_j, dy_j, weight in zip(x, dy, weights, strict=True):
                 g = (dy_j[:, rows].mT @ x_j).float()
@@ -168,15 +171,15 @@ def _mixed(model: nn.Module, data: Data) -> Gradients:
                 square[rows].addcmul_(g, g)
 
     with on_products(model, on_product):
-        seen.run(model, data)
+        seen.backward(model, data)
     for index, projection, linear in linear_matrices(model):
         place, matrix = (index, projection.path), weight_of(linear)
         gradient, square = gradients.pop(place), squares.pop(place)
         for rows in _row_blocks(matrix):
-            w, g = matrix[rows].float(), gradient[rows] / seen.weight
+            w, g = matrix[rows].float(), gradient[rows] / float(seen.weight)
             terms = (w * g - 0.5 * w * (square[rows] / seen.num_samples) * w).abs()
             sums.add(place, projection.dim, matrix, rows, terms)
-    return sums.over(1, seen)
+    return sums.over(1)
 
 
 def _row_blocks(weight: Tensor) -> Iterator[slice]:
@@ -222,12 +225,63 @@ def on_products(model: nn.Module, call: OnProduct) -> Iterator[None]:
         yield
 
 
-def score_taylor(statistics: Gradients, anatomy: Anatomy) -> Scores:
+def capture_gates(
+    model: nn.Module, batches: Iterable[Batch], token_weights: TokenWeights | None = None
+) -> Statistics:
+    """Average ``|dL_j / dm_u|`` over samples for a gate ``m_u = 1`` on each unit's output.
+
+    One backward pass gives the gradients of all samples of a batch, since each has its own gates.
+    ``L_j`` is the mean cross-entropy of the sample's labelled tokens, or with ``token_weights`` the
+    weighted mean over its prompt and answer tokens.
+    """
+    anatomy, seen = read_anatomy(model), Pass()
+    sums: dict[Place, Tensor] = {}
+    gates: dict[Place, Tensor] = {}
+
+    def before(index: int, projection: Projection, module: nn.Module, args: Any) -> Any:
+        (x,), shape = args, anatomy.layers[index]
+        gate = torch.ones(len(x), 1, shape.units(unit_of(projection)), device=x.device)
+        gates[index, unit_of(projection)] = gate.requires_grad_()
+        return (x * spread(projection, shape, gate).to(x.dtype),)
+
+    def after_batch() -> None:
+        for place, gate in gates.items():
+            assert gate.grad is not None
+            require_finite_values(gate.grad, f"the gate gradient of {place[0]}.{place[1]}")
+            total = with_float64(gate.grad).abs().double().sum((0, 1)).cpu()
+            sums[place] = sums.get(place, 0) + total
+        gates.clear()
+
+    with ExitStack() as stack:
+        stack.enter_context(frozen(model))
+        for index, projection, linear in linear_matrices(model):
+            if projection.dim == INPUT_COLUMNS:
+                hook = partial(before, index, projection)
+                stack.enter_context(linear.register_forward_pre_hook(hook))
+        data = batches_with_targets(model, batches, token_weights)
+        seen.backward(model, data, after_batch)
+    means = {place: total.float() / float(seen.num_samples) for place, total in sums.items()}
+    return Statistics(parts=means, **seen.totals)
+
+
+def score_gate(statistics: Statistics, anatomy: Anatomy) -> Scores:
+    """``mean_j |dL_j / dm|`` for a gate ``m = 1`` on each unit's output, over samples ``j``.
+
+    Equals the first-order change of the loss when the unit is switched off, with the sum over the
+    unit's channels inside the absolute value. Needs no gradient of any weight.
+
+    Reference:
+        Michel et al. 2019, Are Sixteen Heads Really Better than One?, arXiv:1905.10650, Eq. 2.
+    """
+    return Scores.of_units("gate", anatomy.num_layers, statistics.parts.items())
+
+
+def score_taylor(statistics: ChannelSums, anatomy: Anatomy) -> Scores:
     """``|w g|`` added over each unit; for layers over all matrices that units own, each once."""
     found, layer = statistics.per_unit(anatomy), statistics.per_layer(anatomy)
     return Scores.of_units("taylor", anatomy.num_layers, found, layer)
 
 
-def score_taylor_widths(statistics: Gradients, anatomy: Anatomy) -> Scores:
+def score_taylor_widths(statistics: ChannelSums, anatomy: Anatomy) -> Scores:
     """Taylor terms of any order added over each unit."""
     return Scores.of_units("taylor", anatomy.num_layers, statistics.per_unit(anatomy))

@@ -16,11 +16,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from slimvlm.models.anatomy import Anatomy
-from slimvlm.models.hidden import layer_input, layer_output, main_stream
+from slimvlm.models.hidden import layer_input, layer_output, main_stream, require_finite_values
 from slimvlm.models.load import with_float64
 from slimvlm.models.parts import Parts
-from slimvlm.scoring.batches import BackbonePass, Batch, TokenWeights
-from slimvlm.scoring.statistics import HiddenStates, require_finite
+from slimvlm.scoring.batches import Batch, Pass, TokenWeights
+from slimvlm.scoring.statistics import HiddenStates
 from slimvlm.scoring.unit_scores import Scores
 
 
@@ -73,7 +73,7 @@ def capture_hidden_states(
     Memory: one layer's input, and one vector for each sample and layer. Angular distances are of a
     sample's last token only, so token weights do not change them.
     """
-    parts, seen = Parts(model), BackbonePass()
+    parts, seen = Parts(model), Pass()
     count = len(parts.layers)
     influence, influence_postnorm = torch.zeros(count, dtype=torch.float64), torch.zeros(1).double()
     angular = torch.zeros(count, count, dtype=torch.float64)
@@ -90,7 +90,7 @@ def capture_hidden_states(
     def on_layer(index: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         hidden_in = main_stream(layer_input(args, kwargs))
         hidden_out = main_stream(layer_output(output))
-        require_finite(hidden_out, f"the output of layer {index}")
+        require_finite_values(hidden_out, f"the output of layer {index}")
         influence[index] += influence_of(hidden_in, hidden_out)
         last_tokens.append(_at_last_token(hidden_in, seen.mask))
         if index == count - 1:
@@ -117,7 +117,7 @@ def capture_hidden_states(
             hook = partial(on_layer, index)
             stack.enter_context(layer.register_forward_hook(hook, with_kwargs=True))
         stack.enter_context(parts.norm.register_forward_hook(on_norm))
-        seen.run(model, batches, token_weights, after_batch)
+        seen.forward(model, batches, token_weights, after_batch)
     return HiddenStates(
         influence_sum=influence,
         influence_sum_postnorm=influence_postnorm[0],

@@ -1,4 +1,4 @@
-"""Inputs of the matrices that write to the residual stream: collected and scored by unit.
+"""Inputs of the matrices that write to the residual stream, and of experts: gathered and scored.
 
 C input channel of such a matrix, T token.
 """
@@ -11,35 +11,26 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from slimvlm.core.errors import UnsupportedModelError
-from slimvlm.models.anatomy import Anatomy, LayerShape, read_anatomy, spread, unit_of
+from slimvlm.models.anatomy import Anatomy, LayerShape, read_anatomy, unit_of
 from slimvlm.models.cost import BYTES
 from slimvlm.models.families import INPUT_COLUMNS, Projection
+from slimvlm.models.hidden import require_finite_values
 from slimvlm.models.load import with_float64
-from slimvlm.models.parts import Matrix, Parts
-from slimvlm.scoring.batches import (
-    BackbonePass,
-    Batch,
-    LossPass,
-    TokenWeights,
-    batches_with_targets,
-    frozen,
-    weight_of,
-)
-from slimvlm.scoring.experts import ExpertInput, inputs_of_experts
+from slimvlm.models.parts import Matrix, Parts, backbone_of
+from slimvlm.scoring.batches import Batch, Pass, TokenWeights, weight_of
 from slimvlm.scoring.moments import Moments
-from slimvlm.scoring.statistics import (
-    Activations,
-    ChannelMoments,
-    Gates,
-    Grams,
-    InputMoments,
-    Place,
-    require_finite,
-)
+from slimvlm.scoring.statistics import ChannelMoments, Grams, InputMoments, Place, Statistics
 from slimvlm.scoring.unit_scores import Scores
+
+OnInput = Callable[
+    [int, Projection, Float[Tensor, "T C"], Float[Tensor, "T 1"], int | None], object
+]
+"""Takes layer, matrix, inputs, the weights of their tokens and, of experts, the expert."""
 
 
 def linear_matrices(model: nn.Module) -> list[tuple[int, Projection, nn.Linear]]:
@@ -55,68 +46,91 @@ def linear_matrices(model: nn.Module) -> list[tuple[int, Projection, nn.Linear]]
     return found
 
 
+def writing_matrices(model: nn.Module) -> list[tuple[int, Matrix]]:
+    """List the matrices that write to the residual stream, experts' too, by layer."""
+    matrices = Parts(model).matrices()
+    return [(index, each) for index, each in matrices if each.projection.dim == INPUT_COLUMNS]
+
+
 @contextmanager
 def on_inputs(
-    model: nn.Module,
-    call: Callable[[int, Projection, Tensor], Tensor | None],
-    on_expert: Callable[[int, Projection, ExpertInput], None] | None = None,
+    model: nn.Module, seen: Pass, call: OnInput, layers: Collection[int] | None = None
 ) -> Iterator[None]:
-    """Hook the input of every matrix that writes to the residual stream; ``call`` may replace it.
+    """Call a function for the inputs of every matrix that writes to the residual stream.
 
-    ``on_expert`` is called for each expert; without it experts are refused.
+    With ``layers``, of these layers only.
     """
 
-    def before(index: int, matrix: Matrix, module: nn.Module, args: Any) -> Any:
-        if on_expert is not None and matrix.is_of_experts:
-            for found in inputs_of_experts(module, matrix.projection.transposed, args):
-                on_expert(index, matrix.projection, found)
-            return None
-        changed = call(index, matrix.projection, args[0])
-        return None if changed is None else (changed,)
+    def before(index: int, matrix: Matrix, module: nn.Module, args: Any) -> None:
+        projection = matrix.projection
+        if matrix.is_of_experts:
+            for expert, tokens, x in inputs_of_experts(module, projection.transposed, args):
+                require_finite_values(x, f"the input of layer {index} {projection.path}")
+                call(index, projection, x, seen.row_weights(x)[tokens], expert)
+        else:
+            x = args[0].flatten(0, -2)
+            require_finite_values(x, f"the input of layer {index} {projection.path}")
+            call(index, projection, x, seen.row_weights(x), None)
 
-    if on_expert is None:
-        linear_matrices(model)
     with ExitStack() as stack:
-        for index, matrix in Parts(model).matrices():
-            if matrix.projection.dim == INPUT_COLUMNS:
+        for index, matrix in writing_matrices(model):
+            if layers is None or index in layers:
                 hook = partial(before, index, matrix)
                 stack.enter_context(matrix.owner.register_forward_pre_hook(hook))
         yield
 
 
+def inputs_of_experts(
+    module: Any, transposed: bool, args: Any
+) -> Iterator[tuple[int, Int[Tensor, " T"], Float[Tensor, "T C"]]]:
+    """Compute the inputs of each expert's last matrix, as its module runs.
+
+    Yields the expert, the tokens that take it, and for each its neurons ``act(gate) * up`` times
+    the weight that the router gives the expert. The module is called with tokens, their experts and
+    the router's weights, which scale the output; or (Llama 4) with all tokens for each expert,
+    scaled already, zero where they do not take it.
+    """
+    weight = weight_of(module, "gate_up_proj")
+    weight = weight.transpose(1, 2) if transposed else weight
+    hidden, *routed = args
+    for expert, matrix in enumerate(weight):
+        if routed:
+            tokens, place = (routed[0] == expert).nonzero(as_tuple=True)
+            entered, scale = hidden[tokens], routed[1][tokens, place, None]
+        else:
+            all_tokens = hidden.view(len(weight), -1, hidden.shape[-1])[expert]
+            tokens = (all_tokens != 0).any(-1).nonzero()[:, 0]
+            entered, scale = all_tokens[tokens], 1.0
+        gate, up = F.linear(entered, matrix).chunk(2, dim=-1)
+        if len(tokens):
+            yield expert, tokens, (module.act_fn(gate) * up).float() * scale
+
+
 @torch.no_grad()
 def capture_activations(
     model: nn.Module, batches: Iterable[Batch], token_weights: TokenWeights | None = None
-) -> Activations:
+) -> Statistics:
     """Average over tokens, by weight, ``|a|`` of neurons and the L2 norm of KV groups.
 
     A neuron of experts adds up over those that a token takes, by the weights of the router.
     """
-    anatomy = read_anatomy(model)
+    anatomy, seen = read_anatomy(model), Pass()
     sums: dict[Place, Tensor] = {}
-    seen = BackbonePass()
 
-    def add(index: int, projection: Projection, weighted: Tensor) -> None:
-        place, total = (index, unit_of(projection)), with_float64(weighted)
-        sums[place] = sums.get(place, 0) + total.sum(0, dtype=torch.float64).cpu()
+    def add(
+        index: int, projection: Projection, x: Tensor, weights: Tensor, expert: int | None
+    ) -> None:
+        place, sizes = (index, unit_of(projection)), x.float().abs()
+        if place[1] == "kv_group":
+            squares = sizes.square().view(len(x), anatomy.layers[index].num_kv_heads, -1)
+            sizes = squares.sum(-1).sqrt()
+        total = with_float64(sizes * weights).sum(0, dtype=torch.float64).cpu()
+        sums[place] = sums.get(place, 0) + total
 
-    def on_matrix(index: int, projection: Projection, x: Tensor) -> None:
-        weights = seen.row_weights(x)
-        squares = x.float().square().flatten(0, -2) * (weights > 0)
-        require_finite(squares, f"the input of layer {index} {projection.path}")
-        if unit_of(projection) == "kv_group":
-            squares = squares.view(len(squares), anatomy.layers[index].num_kv_heads, -1).sum(-1)
-        add(index, projection, squares.sqrt() * weights)
-
-    def on_expert(index: int, projection: Projection, found: ExpertInput) -> None:
-        require_finite(found.values, f"the input of layer {index} {projection.path}")
-        weights = seen.row_weights(found.values)[found.tokens]
-        add(index, projection, found.values.abs() * weights)
-
-    with on_inputs(model, on_matrix, on_expert):
-        seen.run(model, batches, token_weights)
+    with on_inputs(model, seen, add):
+        seen.forward(model, batches, token_weights)
     means = {place: total.float() / float(seen.weight) for place, total in sums.items()}
-    return Activations(parts=means, num_samples=seen.num_samples, num_tokens=seen.num_tokens)
+    return Statistics(parts=means, **seen.totals)
 
 
 @torch.no_grad()
@@ -128,25 +142,19 @@ def capture_moments(
     Experts have their own, with zeros for tokens that do not take them.
     """
     parts: dict[Place, InputMoments] = {}
-    for index, matrix in Parts(model).matrices():
-        if matrix.projection.dim == INPUT_COLUMNS:
-            weight = weight_of(matrix.owner, matrix.name)
-            weight = weight.transpose(-1, -2) if matrix.projection.transposed else weight
-            parts[index, matrix.projection.path] = InputMoments.of(weight)
-    seen = BackbonePass()
+    for index, matrix in writing_matrices(model):
+        weight = weight_of(matrix.owner, matrix.name)
+        weight = weight.transpose(-1, -2) if matrix.projection.transposed else weight
+        parts[index, matrix.projection.path] = InputMoments.of(weight)
+    seen = Pass()
 
-    def on_matrix(index: int, projection: Projection, x: Tensor) -> None:
-        values = x.float().flatten(0, -2)
-        require_finite(values, f"the input of layer {index} {projection.path}")
-        parts[index, projection.path].add(values, seen.row_weights(x))
+    def add(
+        index: int, projection: Projection, x: Tensor, weights: Tensor, expert: int | None
+    ) -> None:
+        parts[index, projection.path].add(x.float(), weights, expert)
 
-    def on_expert(index: int, projection: Projection, found: ExpertInput) -> None:
-        require_finite(found.values, f"the input of layer {index} {projection.path}")
-        weights = seen.row_weights(found.values)[found.tokens]
-        parts[index, projection.path].of_expert(found.expert).add(found.values, weights)
-
-    with on_inputs(model, on_matrix, on_expert):
-        seen.run(model, batches, token_weights)
+    with on_inputs(model, seen, add):
+        seen.forward(model, batches, token_weights)
     return ChannelMoments(parts=parts, **seen.totals)
 
 
@@ -171,17 +179,16 @@ def capture_grams(
             kind = torch.promote_types(weight.dtype, torch.float32)
             device = with_float64(weight[:0]).device
             parts[index, projection.path] = Moments.zero(weight.shape[1], None, kind, device)
-    seen = BackbonePass()
+    seen = Pass()
 
-    def on_matrix(index: int, projection: Projection, x: Tensor) -> None:
-        part = parts.get((index, projection.path))
-        if part is not None:
-            require_finite(x, f"the input of layer {index} {projection.path}")
-            x = x.to(part.pairs.device)
-            part.add(x.flatten(0, -2), seen.row_weights(x)[:, 0])
+    def add(
+        index: int, projection: Projection, x: Tensor, weights: Tensor, expert: int | None
+    ) -> None:
+        part = parts[index, projection.path]
+        part.add(x.to(part.pairs.device), weights[:, 0].to(part.pairs.device))
 
-    with on_inputs(model, on_matrix):
-        seen.run(model, batches, token_weights)
+    with on_inputs(model, seen, add, layers):
+        seen.forward(model, batches, token_weights)
     return Grams(parts=parts, matrices=weights, **seen.totals)
 
 
@@ -191,54 +198,46 @@ def gram_bytes(shape: LayerShape) -> int:
     return sum(count**2 for count in channels) * BYTES["float32"]
 
 
-def capture_gates(
+@torch.no_grad()
+def capture_routing(
     model: nn.Module, batches: Iterable[Batch], token_weights: TokenWeights | None = None
-) -> Gates:
-    """Average ``|dL_j / dm_u|`` over samples for a gate on each unit's output.
+) -> Statistics:
+    """Gather which experts tokens take, and how much these add, at ``(layer, "expert")``.
 
-    One backward pass gives the gradients of all samples of a batch, since each has its own gates.
-    ``L_j`` is the mean cross-entropy of the sample's labelled tokens, or with ``token_weights`` the
-    weighted mean over its prompt and answer tokens.
+    The two rows are ``sum_t w_t`` over the tokens that take an expert, and
+    ``sum_t w_t ‖g_t f(x_t)‖`` with the router's weight ``g_t``.
     """
-    anatomy = read_anatomy(model)
-    sums: dict[Place, Tensor] = {}
-    gates: dict[Place, Tensor] = {}
-    seen = LossPass()
+    config: Any = model.config
+    experts, layers = backbone_of(config).experts, Parts(model).layers
+    if experts is None:
+        raise UnsupportedModelError(f"{config.model_type!r} has no experts to score")
+    parts: dict[Place, Tensor] = {
+        (index, "expert"): torch.zeros(2, shape.num_experts, dtype=torch.float64)
+        for index, shape in enumerate(read_anatomy(model).layers)
+        if shape.num_experts
+    }
+    seen = Pass()
 
-    def on_matrix(index: int, projection: Projection, x: Tensor) -> Tensor:
-        shape = anatomy.layers[index]
-        units = shape.block(projection.segments[0])[0]
-        gate = torch.ones(len(x), 1, units, device=x.device, requires_grad=True)
-        gates[index, unit_of(projection)] = gate
-        return x * spread(projection, shape, gate).to(x.dtype)
+    def before(index: int, module: Any, args: Any) -> None:
+        last = weight_of(module, "down_proj")
+        for expert, tokens, x in inputs_of_experts(module, experts.transposed, args):
+            matrix = last[expert].float()
+            added = x @ (matrix if experts.transposed else matrix.T)
+            require_finite_values(added, f"the experts of layer {index}")
+            weights = with_float64(seen.row_weights(added)[tokens, 0]).double()
+            sizes = with_float64(added.norm(dim=-1)).double()
+            sums = torch.stack([weights.sum(), (weights * sizes).sum()])
+            parts[index, "expert"][:, expert] += sums.cpu()
 
-    def after_batch() -> None:
-        for (index, unit), gate in gates.items():
-            assert gate.grad is not None
-            require_finite(gate.grad, f"the gate gradient of {index}.{unit}")
-            total = with_float64(gate.grad).abs().double().sum((0, 1)).cpu()
-            sums[index, unit] = sums.get((index, unit), 0) + total
-        gates.clear()
-
-    with frozen(model), on_inputs(model, on_matrix):
-        seen.run(model, batches_with_targets(model, batches, token_weights), after_batch)
-    means = {place: total.float() / float(seen.num_samples) for place, total in sums.items()}
-    return Gates(parts=means, **seen.totals)
-
-
-def score_gate(statistics: Gates, anatomy: Anatomy) -> Scores:
-    """``mean_j |dL_j / dm|`` for a gate ``m = 1`` on each unit's output, over samples ``j``.
-
-    Equals the first-order change of the loss when the unit is switched off, with the sum over the
-    unit's channels inside the absolute value. Needs no gradient of any weight.
-
-    Reference:
-        Michel et al. 2019, Are Sixteen Heads Really Better than One?, arXiv:1905.10650, Eq. 2.
-    """
-    return Scores.of_units("gate", anatomy.num_layers, statistics.per_unit())
+    with ExitStack() as stack:
+        for index, _ in parts:
+            module = layers[index].get_submodule(experts.module)
+            stack.enter_context(module.register_forward_pre_hook(partial(before, index)))
+        seen.forward(model, batches, token_weights)
+    return Statistics(parts=parts, **seen.totals)
 
 
-def score_activation(statistics: Activations, anatomy: Anatomy) -> Scores:
+def score_activation(statistics: Statistics, anatomy: Anatomy) -> Scores:
     """Mean size of a unit's output to ``o_proj`` / ``down_proj`` over tokens, by weight.
 
     Neurons: mean of ``|a|``. KV groups: mean L2 norm of the group's heads, concatenated.
@@ -247,7 +246,7 @@ def score_activation(statistics: Activations, anatomy: Anatomy) -> Scores:
         Muralidharan et al. 2024, Minitron, arXiv:2407.14679, Sec. 2.2 (mean over tokens here,
         with padding left out; the paper aggregates batch and sequence separately).
     """
-    return Scores.of_units("activation", anatomy.num_layers, statistics.per_unit())
+    return Scores.of_units("activation", anatomy.num_layers, statistics.parts.items())
 
 
 def score_wanda(statistics: ChannelMoments, anatomy: Anatomy) -> Scores:
@@ -283,3 +282,29 @@ def score_flap(statistics: ChannelMoments, anatomy: Anatomy) -> Scores:
         return (square - mean.square()).clamp_min(0) * part.column_square
 
     return Scores.of_units("flap", anatomy.num_layers, statistics.per_unit(anatomy, channels))
+
+
+def score_reap(statistics: Statistics, anatomy: Anatomy) -> Scores:
+    """``mean_t g_t ‖f(x_t)‖`` over the tokens ``t`` that take the expert ``f``; 0 if none does.
+
+    ``g_t`` is the weight that the router gives it. Where that scales the expert's input (Llama 4),
+    it is ``‖f(g_t x_t)‖``.
+
+    Reference:
+        Lasby et al. 2025, REAP, arXiv:2510.13999, Eq. 9. Tokens may count differently by their role
+        here, and padding does not count.
+    """
+    least = torch.finfo(torch.float64).tiny
+    parts = statistics.parts.items()
+    found = ((place, size / count.clamp_min(least)) for place, (count, size) in parts)
+    return Scores.of_units("reap", anatomy.num_layers, found, units=("expert",))
+
+
+def score_frequency(statistics: Statistics, anatomy: Anatomy) -> Scores:
+    """Share of the tokens that take the expert.
+
+    Reference:
+        A baseline in Lasby et al. 2025, REAP, arXiv:2510.13999.
+    """
+    found = ((place, count / statistics.weight) for place, (count, _) in statistics.parts.items())
+    return Scores.of_units("frequency", anatomy.num_layers, found, units=("expert",))

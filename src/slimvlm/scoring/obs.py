@@ -13,10 +13,10 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from slimvlm.core.errors import NumericalError
-from slimvlm.models.anatomy import Anatomy, segments, unit_of
+from slimvlm.models.anatomy import Anatomy, unit_of
 from slimvlm.models.load import with_float64
+from slimvlm.scoring.moments import add_product_, invert_, mirror_
 from slimvlm.scoring.statistics import Grams, UnitValues, with_shapes
-from slimvlm.scoring.symmetric import add_product_, invert_, mirror_
 from slimvlm.scoring.unit_scores import Scores, strictly_increasing
 
 DAMPING = 0.01
@@ -55,10 +55,9 @@ def score_obs(statistics: Grams, anatomy: Anatomy) -> Scores:
 
     def found() -> UnitValues:
         for index, shape, matrix, part in with_shapes(statistics.parts, anatomy):
-            _, _, units, _ = next(segments(matrix, shape))
-            weight = statistics.matrices[index, matrix.path]
-            gone = removal_order(weight, part.gram / float(statistics.weight), units)
-            yield index, unit_of(matrix), gone.scores()
+            unit, weight = unit_of(matrix), statistics.matrices[index, matrix.path]
+            gram = part.gram / float(statistics.weight)
+            yield (index, unit), removal_order(weight, gram, shape.units(unit)).scores()
 
     return Scores.of_units("obs", anatomy.num_layers, found())
 

@@ -1,13 +1,13 @@
 """Sums over tokens or samples that calibration collects, never the activations themselves.
 
-C input channel, E expert, O output of a matrix, L layer.
+C input channel, E expert, L layer, O output of a matrix.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Float64
@@ -25,50 +25,40 @@ Place = tuple[int, str]
 
 Part = TypeVar("Part")
 
-UnitValues = Iterator[tuple[int, str, Float[Tensor, " _"]]]
-"""Layer, kind of unit, and a value for each unit."""
+UnitValues = Iterator[tuple[Place, Float[Tensor, " _"]]]
+"""A value for each unit of a layer and kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """Collected by calibration; this class itself for criteria that look at nothing.
-
-    A kind of statistics is a subclass ``class Name(Statistics, kind="name")`` whose fields are
-    tensors, and ``parts``: tensors, or values with several.
+    """Collected by calibration: values of kinds of unit, or in subclasses of matrices.
 
     Attributes:
         parts: Values of one matrix or kind of unit, by its place.
         num_samples: Samples seen.
         num_tokens: Valid tokens seen; of losses, the predictions that count.
+        weight: Sum of the weights of these tokens.
 
     Raises:
         NumericalError: If a number is not finite.
     """
 
-    kind: ClassVar[str] = "nothing"
-
     parts: Mapping[Place, Any] = field(default_factory=dict)
     num_samples: int = 0
     num_tokens: int = 0
-
-    def __init_subclass__(cls, kind: str = "nothing") -> None:
-        cls.kind = kind
+    weight: Float64[Tensor, ""] = field(default_factory=lambda: torch.zeros(()).double())
 
     def __post_init__(self) -> None:
-        for name, tensor in self.tensors().items():
+        for name, tensor in _named("", self):
             if not all_finite(tensor):
                 raise NumericalError(
-                    f"statistics {self.kind!r}: NaN or infinity at {name!r}. Use --dtype float32, "
-                    "or look at the calibration data"
+                    f"calibration: NaN or infinity at {name!r}. Use --dtype float32, or look at "
+                    "the calibration data"
                 )
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All numbers by name, such as ``3.mlp.down_proj.total``."""
-        return dict(_named("", self))
 
 
 def _named(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors within a value, each with its name."""
+    """Yield the tensors within a value, each with a name such as ``3.mlp.down_proj.total``."""
     if isinstance(value, Tensor):
         yield name, value
     elif isinstance(value, Mapping):
@@ -77,12 +67,6 @@ def _named(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     elif is_dataclass(value):
         for each in fields(value):
             yield from _named(f"{name}.{each.name}".lstrip("."), getattr(value, each.name))
-
-
-def require_finite(values: Tensor, where: str) -> None:
-    """Raise `NumericalError` where calibration meets NaN or infinity."""
-    if not all_finite(values):
-        raise NumericalError(f"NaN or infinity in {where} during calibration")
 
 
 def with_shapes(
@@ -113,12 +97,10 @@ class ChannelSums(Statistics):
         for index, shape, matrix, part in with_shapes(self.parts, anatomy):
             folded = fold(matrix, shape, part.double())
             rows.setdefault((index, unit_of(matrix)), []).extend(folded)
-        for (index, unit), parts in rows.items():
+        for place, parts in rows.items():
             total = torch.stack(parts).sum(0)
-            yield index, unit, total / len(parts) if reduction == "mean" else total
-        for (index, unit), values in self.parts.items():
-            if unit == "expert":
-                yield index, unit, values
+            yield place, total / len(parts) if reduction == "mean" else total
+        yield from ((place, part) for place, part in self.parts.items() if place[1] == "expert")
 
     def per_layer(self, anatomy: Anatomy) -> Float64[Tensor, " L"]:
         """Sum over all matrices of each layer that units own, each once."""
@@ -126,50 +108,6 @@ class ChannelSums(Statistics):
         for index, _, _, part in with_shapes(self.parts, anatomy):
             totals[index] += part.double().sum()
         return totals
-
-
-@dataclass(frozen=True, kw_only=True)
-class Weights(ChannelSums, kind="weights"):
-    """Sums of ``|w|^p`` for each channel of each matrix, and for each expert."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gradients(ChannelSums, kind="gradients"):
-    """Taylor terms of the weights, summed for each channel of each matrix."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class UnitMeans(Statistics):
-    """A mean for each unit."""
-
-    parts: Mapping[Place, Float[Tensor, " _"]]
-
-    def per_unit(self) -> UnitValues:
-        """Yield the means, in order."""
-        for (index, unit), values in self.parts.items():
-            yield index, unit, values
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gates(UnitMeans, kind="gates"):
-    """``mean_j |dL_j / dm_u|`` over samples for a gate ``m_u`` on each unit's output."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Activations(UnitMeans, kind="activations"):
-    """Weighted means over tokens of the size of each unit's output."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Routing(Statistics, kind="routing"):
-    """Tokens that take each expert and the size of its output, at ``(layer, "expert")``.
-
-    The two rows are ``sum_t w_t`` over the tokens that take it, and ``sum_t w_t ‖g_t f(x_t)‖`` with
-    the router's weight ``g_t``.
-    """
-
-    parts: Mapping[Place, Float64[Tensor, "2 E"]]
-    weight: Float64[Tensor, ""]  # sum_t w_t over all tokens
 
 
 @dataclass
@@ -188,46 +126,42 @@ class InputMoments:
         sizes = matrix.abs().sum(-2).cpu(), matrix.square().sum(-2).cpu()
         return cls(torch.zeros_like(sizes[0]), torch.zeros_like(sizes[0]), *sizes)
 
-    def of_expert(self, expert: int) -> InputMoments:
-        """Select one expert, in the same memory."""
-        return InputMoments(*(getattr(self, each.name)[expert] for each in fields(self)))
-
-    def add(self, inputs: Float[Tensor, "T C"], weights: Float[Tensor, "T 1"]) -> None:
-        """Add tokens."""
+    def add(
+        self, inputs: Float[Tensor, "T C"], weights: Float[Tensor, "T 1"], expert: int | None
+    ) -> None:
+        """Add tokens, of one expert where there are some."""
+        rows: Any = ... if expert is None else expert
         weighted = inputs * weights
-        self.sum += with_float64(weighted).sum(0, dtype=torch.float64).cpu()
-        self.square += with_float64(weighted * inputs).sum(0, dtype=torch.float64).cpu()
+        self.sum[rows] += with_float64(weighted).sum(0, dtype=torch.float64).cpu()
+        self.square[rows] += with_float64(weighted * inputs).sum(0, dtype=torch.float64).cpu()
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChannelMoments(Statistics, kind="moments"):
+class ChannelMoments(Statistics):
     """First and second moments of each input channel of ``o_proj`` and ``down_proj``."""
 
     parts: Mapping[Place, InputMoments]
-    weight: Float64[Tensor, ""]  # sum_t w_t over all tokens
 
     def per_unit(self, anatomy: Anatomy, channels: Callable[[InputMoments], Tensor]) -> UnitValues:
         """Sum ``channels(moments)`` over a unit's channels in all matrices, of experts too."""
         units: dict[Place, Any] = {}
         for index, shape, matrix, part in with_shapes(self.parts, anatomy):
-            values = channels(part)
+            values, place = channels(part), (index, unit_of(matrix))
             (total,) = fold(matrix, shape, values.reshape(-1, values.shape[-1]).sum(0))
-            units[index, unit_of(matrix)] = units.get((index, unit_of(matrix)), 0) + total
-        for (index, unit), total in units.items():
-            yield index, unit, total
+            units[place] = units.get(place, 0) + total
+        yield from units.items()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grams(Statistics, kind="grams"):
+class Grams(Statistics):
     """Moments of the inputs of ``o_proj`` and ``down_proj``: all that a refit needs."""
 
     parts: Mapping[Place, Moments]
     matrices: Mapping[Place, Float[Tensor, "_ _"]]  # no copies: pruning makes new parameters
-    weight: Float64[Tensor, ""]  # sum_t w_t over all tokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class HiddenStates(Statistics, kind="hidden_states"):
+class HiddenStates(Statistics):
     """How much layers, and runs of them, change the hidden states.
 
     Block influence of each layer is summed over tokens by weight. Entry ``[n - 1, i]`` of
@@ -239,4 +173,3 @@ class HiddenStates(Statistics, kind="hidden_states"):
     influence_sum_postnorm: Float64[Tensor, ""]
     angular_sum: Float64[Tensor, "L L"]
     angular_sum_postnorm: Float64[Tensor, " L"]
-    weight: Float64[Tensor, ""]

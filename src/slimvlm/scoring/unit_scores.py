@@ -49,13 +49,13 @@ class Scores:
         cls,
         criterion: str,
         num_layers: int,
-        found: Iterable[tuple[int, str, Float[Tensor, " _"]]],
+        found: Iterable[tuple[tuple[int, str], Float[Tensor, " _"]]],
         layer: Float[Tensor, " layer"] | None = None,
         units: Sequence[str] = WIDTH_UNITS,
     ) -> Scores:
-        """Gather (layer, kind of unit, score of each unit); empty where nothing was found."""
+        """Gather the scores of each layer and kind of unit; empty where nothing was found."""
         rows: dict[str, Any] = {unit: [torch.zeros(0)] * num_layers for unit in units}
-        for index, unit, values in found:
+        for (index, unit), values in found:
             rows[unit][index] = values.float()
         return cls(criterion, None if layer is None else layer.float(), **rows)
 

@@ -15,7 +15,7 @@ from slimvlm.models.anatomy import LAYER_UNITS, WIDTH_UNITS, Anatomy
 from slimvlm.models.load import with_float64
 from slimvlm.models.parts import Parts, layer_matrices
 from slimvlm.scoring.batches import Batch, weight_of
-from slimvlm.scoring.statistics import Place, Statistics, Weights
+from slimvlm.scoring.statistics import ChannelSums, Place, Statistics
 from slimvlm.scoring.unit_scores import Scores
 
 
@@ -24,7 +24,7 @@ def capture_nothing(model: nn.Module, batches: Iterable[Batch]) -> Statistics:
     return Statistics()
 
 
-def capture_weights(model: nn.Module, batches: Iterable[Batch], p: int = 1) -> Weights:
+def capture_weights(model: nn.Module, batches: Iterable[Batch], p: int = 1) -> ChannelSums:
     """Sum ``|w|^p`` by channel of each matrix and by expert; no p-th root, as in LLM-Pruner."""
     parts: dict[Place, Tensor] = {}
     view = Parts(model)
@@ -40,10 +40,10 @@ def capture_weights(model: nn.Module, batches: Iterable[Batch], p: int = 1) -> W
             of_experts.append(values.reshape(entry.width, -1).sum(1, dtype=torch.float64))
         if of_experts:
             parts[index, "expert"] = torch.stack(of_experts).sum(0).cpu()
-    return Weights(parts=parts)
+    return ChannelSums(parts=parts)
 
 
-def score_magnitude(statistics: Weights, anatomy: Anatomy, reduction: str = "mean") -> Scores:
+def score_magnitude(statistics: ChannelSums, anatomy: Anatomy, reduction: str = "mean") -> Scores:
     """Size of the weights of each unit; layers by the mean over their matrices' weights.
 
     Experts are compared within a layer, by the sum over all that they own. ``reduction`` is the

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from slimvlm.core.errors import NumericalError
 from slimvlm.data.roles import token_weights as weights_by_role
 from slimvlm.models.cost import free_memory
-from slimvlm.models.hidden import all_finite, head_of
+from slimvlm.models.hidden import all_finite, head_of, require_finite_values
 from slimvlm.models.load import with_float64
 from slimvlm.models.parts import Parts, shares_keys
 from slimvlm.pruning.walk.kept_inputs import KeptInputs, extra_outputs, most_kept
@@ -24,7 +24,6 @@ from slimvlm.pruning.writers import Writer
 from slimvlm.scoring.batches import TokenWeights, labels_of, mean_answer_loss
 from slimvlm.scoring.layerwise.runner import LayerCalls, LayerwiseModel
 from slimvlm.scoring.moments import Moments
-from slimvlm.scoring.statistics import require_finite
 
 PREFIX, ORIGINAL, SLICED = "prefix", "original", "sliced"
 """Streams: after walked layers, after the original's, after layers that were only cut."""
@@ -112,7 +111,7 @@ class Streams:
         store, name = self.runner.store, f"{stream}-{end}"
         for place in places:
             output = self.output(stream, index, place, kept)
-            require_finite(output, f"the output of layer {index}")
+            require_finite_values(output, f"the output of layer {index}")
             store.write(name, place, {"hidden": output})
         if places and not store.has(name):
             store.finish(name)

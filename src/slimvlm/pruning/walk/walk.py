@@ -35,9 +35,8 @@ from slimvlm.scoring.batches import Batch, TokenWeights, frozen
 from slimvlm.scoring.criteria import DEFAULT_CRITERIA
 from slimvlm.scoring.layerwise.checkpoint import open_checkpoint
 from slimvlm.scoring.layerwise.runner import LayerwiseModel, Live, Source
-from slimvlm.scoring.layerwise.score import score_by_layer
 from slimvlm.scoring.layerwise.stores import Memory, Scratch, StatesPlace, Store, scratch_folder
-from slimvlm.scoring.score_model import score
+from slimvlm.scoring.score_model import score, score_by_layer
 from slimvlm.scoring.unit_scores import Scores
 
 WALKING = "obs"

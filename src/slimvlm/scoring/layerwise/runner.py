@@ -20,13 +20,17 @@ from transformers import PreTrainedModel
 from slimvlm.core.errors import DataError, UnsupportedModelError
 from slimvlm.core.requests import digest
 from slimvlm.data.roles import valid_tokens
-from slimvlm.models.hidden import all_finite, layer_output, replaced_forward
+from slimvlm.models.hidden import (
+    all_finite,
+    layer_output,
+    replaced_forward,
+    require_finite_values,
+)
 from slimvlm.models.load import digest_of_tensors
 from slimvlm.models.parts import Parts, shares_keys
-from slimvlm.scoring.batches import Batch, forward_backbone
+from slimvlm.scoring.batches import Batch, forward_backbone, on_device
 from slimvlm.scoring.layerwise.checkpoint import LazyCheckpoint
-from slimvlm.scoring.layerwise.stores import Store, unpacked
-from slimvlm.scoring.statistics import require_finite
+from slimvlm.scoring.layerwise.stores import Store, packed, unpacked
 
 _KEPT = ("input_ids", "labels")
 
@@ -176,8 +180,8 @@ class LayerwiseModel:
         Returns a digest of the batches.
         """
         config = self.model.config
-        keeps_objects = self.store.keeps_objects and isinstance(self.source, Live)
-        if shares_keys(config) and not keeps_objects:
+        keeps_objects = self.store.keeps_objects
+        if shares_keys(config) and not (keeps_objects and isinstance(self.source, Live)):
             raise UnsupportedModelError(
                 f"model_type {config.model_type!r} cannot be run with low memory: its last layers "
                 "read keys and values of earlier ones"
@@ -191,14 +195,14 @@ class LayerwiseModel:
                 stored = self.store.about("batches", place)
                 if stored is not None and stored["digest"] == code:
                     continue
-                moved = {k: v.to(self.device) for k, v in batch.items() if isinstance(v, Tensor)}
+                moved = on_device(self.model, batch)
                 with noted_calls(self.model) as take:
                     forward_backbone(self.model, moved)
                     hidden, calls = take()
                 tensors = {f"batch.{name}": moved[name] for name in _KEPT if name in moved}
                 tensors["batch.attention_mask"] = valid_tokens(moved)
                 tree = {
-                    str(index): self.store.packed(given, tensors)
+                    str(index): {"object": given} if keeps_objects else packed(given, tensors)
                     for index, given in calls.arguments.items()
                 }
                 tensors["hidden"] = hidden
@@ -240,12 +244,20 @@ class LayerwiseModel:
 
         def run(place: int) -> None:
             output = self.calls(place).run(layer, index, self.input_of(index, place))
-            self.require_finite(output, f"the output of layer {index}", place)
+            self._require_finite(output, index, place)
             if not self.store.has(f"hidden-{index + 1}"):
                 self.store.write(f"hidden-{index + 1}", place, {"hidden": output})
 
         with self.source.layer(index, self.device), _only(self.model, [layer]):
             yield LayerView(self.model, [layer], run)
+
+    def finish(self, view: LayerView, index: int) -> None:
+        """Store the outputs of a layer for the batches that no capture has run."""
+        for batch in self.batches():
+            if self.store.about(f"hidden-{index + 1}", batch["place"]) is None:
+                with torch.no_grad():
+                    view(**batch)
+        self.store.finish(f"hidden-{index + 1}")
 
     @contextmanager
     def replayed(self) -> Iterator[LayerView]:
@@ -269,8 +281,8 @@ class LayerwiseModel:
         arguments = {int(index): unpacked(given, stored) for index, given in tree.items()}
         return LayerCalls(arguments, added)
 
-    def require_finite(self, values: Tensor, what: str, place: int) -> None:
-        """Raise at NaN or infinity, with the numbers of the samples that have it."""
+    def _require_finite(self, values: Tensor, index: int, place: int) -> None:
+        """Raise at NaN or infinity in a layer's output, with the numbers of the samples."""
         if all_finite(values):
             return
         mask = "batch.attention_mask"
@@ -278,7 +290,8 @@ class LayerwiseModel:
         first = 1 + sum(len(stored[mask]) for stored in earlier)
         spoilt = (~torch.isfinite(values).flatten(1).all(1)).nonzero().flatten() + first
         samples = ", ".join(map(str, spoilt.tolist()))
-        require_finite(values, f"{what} for calibration sample {samples}")
+        where = f"the output of layer {index} for calibration sample {samples}"
+        require_finite_values(values, where)
 
 
 def _below(prefix: str, stored: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -101,10 +101,6 @@ class Memory:
         """Read the note of an entry; None if there is no such entry."""
         return self._sets.get(name, {}).get(place, (None, None))[1]
 
-    def packed(self, value: Any, tensors: dict[str, Tensor]) -> Any:
-        """Move a layer's tensors into ``tensors``; return the rest, as JSON if it is written."""
-        return {"object": value} if self.keeps_objects else packed(value, tensors)
-
 
 class Scratch:
     """A store in a folder of folders of files, one for each entry; by default a temporary one."""
@@ -173,10 +169,6 @@ class Scratch:
         with safe_open(path, framework="pt") as file:
             return json.loads(file.metadata()["about"])
 
-    def packed(self, value: Any, tensors: dict[str, Tensor]) -> Any:
-        """As `Memory.packed`; a note is JSON."""
-        return packed(value, tensors)
-
     def keep_if_same(self, file: str, request: dict[str, Any], spared: str | None = None) -> None:
         """Drop earlier work, but for the spared set, unless ``file`` notes the same request."""
         note = self.folder / file
@@ -211,7 +203,7 @@ Store = Memory | Scratch
 
 
 def packed(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Turn a layer's arguments into plain values and names of tensors."""
+    """Turn a layer's arguments into JSON with names of tensors, which go into ``tensors``."""
     if isinstance(value, Tensor):
         for name, known in tensors.items():
             if known is value:

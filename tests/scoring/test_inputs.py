@@ -1,4 +1,4 @@
-"""Scores of experts against what a token at a time gives."""
+"""Scores from inputs: of experts and their neurons, against what a token at a time gives."""
 
 from __future__ import annotations
 
