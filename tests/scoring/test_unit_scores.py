@@ -56,7 +56,7 @@ def test_broken_score_files_are_refused(broken: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_statistics_refuse_nan_and_infinity(value: float) -> None:
-    with pytest.raises(NumericalError, match="infinity at '3.mlp'"):
+    with pytest.raises(NumericalError, match=r"infinity at '3\.mlp'"):
         ChannelSums(
             parts={
                 (2, "mlp"): torch.ones(2, dtype=torch.float64),
