@@ -21,9 +21,12 @@ from safetensors.torch import load_file
 
 import slimvlm as sv
 from slimvlm import cli
+from slimvlm.cli.options import USUAL
 from slimvlm.cli.printing import note, print_table
-from slimvlm.core.checked import FILE_ONLY
 from slimvlm.core.documents import built
+from slimvlm.core.errors import SlimError
+from slimvlm.core.options import FILE_ONLY
+from slimvlm.core.progress import progress
 from slimvlm.data.samples import Question
 from slimvlm.evaluation.ask import answer
 from slimvlm.evaluation.results import Result
@@ -354,9 +357,8 @@ def test_help_explains_every_option(verb: str, run: Run, monkeypatch: pytest.Mon
     assert about.splitlines()[0] in words
     for name in inspect.signature(cli.VERBS[verb]).parameters:
         meaning = re.search(rf"^\s+{name}: (.+)$", about, re.MULTILINE)
-        assert meaning, f"{name} is not explained"
-        if name not in groups_of(verb):
-            assert " ".join(meaning[1].split()[:4]) in words, name
+        told = meaning[1] if meaning else USUAL.get(name) or groups_of(verb)[name].__doc__
+        assert " ".join(told.split("\n")[0].split()[:4]) in words, name
 
 
 def test_help_has_groups_of_options(run: Run) -> None:
@@ -623,6 +625,30 @@ def test_compress_prints_nothing_but_json(run: Run, home: Path, llava: Path, dat
     assert stored["recover"]["train"] == "projector"  # the chart's choice up to 15 %
 
 
+OF_TRAINING: dict[str, Any] = {
+    **{"fraction": 0.5, "epochs": 2.0, "max_steps": 7, "learning_rate": 0.001, "batch_size": 3},
+    **{"gradient_accumulation": 2, "lora_rank": 5, "paper_exact": True, "seed": 4, "bf16": False},
+    **{"gradient_checkpointing": True, "temperature": 3.0, "trainer": {"weight_decay": 0.1}},
+    **{"lora": {"lora_alpha": 3}, "train": "full", "loss": "sft", "keep_adapter": True},
+}
+
+
+@pytest.mark.parametrize("name", [row.name for row in dataclasses.fields(sv.RecoverConfig)])
+def test_no_training_option_of_a_file_is_dropped(name: str, tmp_path: Path) -> None:
+    """A field that `recover` alone has is refused by its name."""
+    seed = OF_TRAINING["seed"] if name == "seed" else 0
+    values = {"model": "m", "seed": seed, "recover": {name: OF_TRAINING[name]}}
+    (tmp_path / "run.yaml").write_text(json.dumps(values))
+    words = ["--out", "out", "--config", str(tmp_path / "run.yaml")]
+    if name == "keep_adapter":
+        with pytest.raises(SlimError, match="keep_adapter True: compress"):
+            cli.parsed("compress", words)
+        return
+    given = cli.parsed("compress", words)
+    holder = given["pruning" if name == "seed" else "training"]
+    assert getattr(holder, name) == OF_TRAINING[name] != getattr(sv.RecoverConfig(), name)
+
+
 def test_compress_says_what_comes_next(run: Run, home: Path, llava: Path, data: Path) -> None:
     few = ("--axis", "width", "--criterion", "magnitude", "--repair", "none", "--train", "none")
     words = ("compress", llava, "--ratio", "0.3", "--data", data, *few, "--report-samples", "0")
@@ -691,3 +717,69 @@ def test_text_from_outside_is_printed_as_text(capsys: pytest.CaptureFixture[str]
     for text in shown:
         assert "\x1b[2J" not in text
         assert "[bold]x[/nonsense] \\x1b[2J\\x07" in text
+
+
+# Out of memory.
+
+CUDA = (
+    "CUDA out of memory. Tried to allocate 1.20 GiB. GPU 1 has a total capacity of 24.00 GiB of "
+    "which 307.00 MiB is free. Including non-PyTorch memory, this process has 23.69 GiB in use."
+)
+MPS = (
+    "MPS backend out of memory (MPS allocated: 8.00 GiB, other allocations: 1.00 GiB, max allowed: "
+    "9.07 GiB). Tried to allocate 512.00 MiB on private pool."
+)
+CPU = (
+    "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+    "tried to allocate 4294967296 bytes. Error code 12 (Cannot allocate memory)"
+)
+FREE = "1.20 GiB more was needed, 307.0 MiB of 24.00 GiB was free"
+CASES = {
+    "cuda": (CUDA, "prune", f"out of memory on cuda:1 during prune: {FREE}. What helps: --low-m"),
+    "xpu": (CUDA.replace("CUDA", "XPU"), "score", f"on xpu:1 during score: {FREE}"),
+    "rocm": (CUDA.replace("CUDA", "HIP"), "recover", f"on cuda:1 during recover: {FREE}"),
+    "mps": (MPS, "chat", "on mps during chat: 512.0 MiB more was needed. What helps: --device"),
+    "cpu": (
+        CPU,
+        "evaluate",
+        "on cpu during evaluate: 4.00 GiB more was needed. What helps: a sm",
+    ),
+    "driver": ("CUDA error: out of memory", "bench", "on cuda during bench. What helps: smaller"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_library_s_words_are_understood(case: str) -> None:
+    message, verb, told = CASES[case]
+    with pytest.raises(SlimError) as caught, cli.memory_explained([verb, "demo"]):
+        raise RuntimeError(message)
+    assert told in str(caught.value)
+
+
+def test_the_stage_that_ran_is_named() -> None:
+    def run() -> None:
+        for _ in progress(range(2), "walk"):
+            for _ in progress(range(2), "within"):
+                pass
+            raise RuntimeError(CUDA)
+
+    with (
+        pytest.raises(SlimError, match="during compress, stage 'walk'"),
+        cli.memory_explained(["compress", "demo"]),
+    ):
+        run()
+
+
+def test_what_is_done_already_is_no_advice() -> None:
+    with (
+        pytest.raises(SlimError) as caught,
+        cli.memory_explained(["prune", "demo", "--low-memory"]),
+    ):
+        raise RuntimeError(CUDA)
+    assert "--low-memory" not in str(caught.value)
+    assert "--samples" in str(caught.value)
+
+
+def test_other_errors_stay_as_they_are() -> None:
+    with pytest.raises(RuntimeError, match="same device"), cli.memory_explained(["prune"]):
+        raise RuntimeError("Expected all tensors to be on the same device")

@@ -5,28 +5,36 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable
-from contextlib import nullcontext, redirect_stderr
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from io import StringIO
 from itertools import groupby, takewhile
 from typing import Any
 
 import docstring_parser
 
-from slimvlm.cli import models, runs, stages
-from slimvlm.cli.memory import memory_explained
+from slimvlm.cli import models, stages
 from slimvlm.cli.options import parse
-from slimvlm.core.errors import ConfigError, SlimError, one_line, printable
+from slimvlm.core.errors import (
+    LESS_TO_TRAIN,
+    ConfigError,
+    SlimError,
+    is_out_of_memory,
+    one_line,
+    printable,
+)
 from slimvlm.core.files import held
 from slimvlm.core.processes import num_ranks
+from slimvlm.core.progress import current_stage, own_stages
 from slimvlm.core.removed import refuse_removed
 
 Verb = Callable[..., None]
 GROUPS: dict[str, tuple[Verb, ...]] = {
-    "Start to end": (runs.advise, stages.compress, runs.report, runs.study, runs.demo),
+    "Start to end": (stages.advise, stages.compress, stages.report, stages.study, stages.demo),
     "Look and measure": (
         *(models.inspect, models.chat, stages.evaluate, models.compare, models.bench),
     ),
@@ -45,6 +53,19 @@ GOING_ON = ("recover", "compress", "study", "evaluate")
 """Verbs that resume a stopped run."""
 TOGETHER = ("recover",)
 """Verbs that several processes of ``torchrun`` do together."""
+
+_LAYER_BY_LAYER = "--low-memory keeps one layer on the device at a time"
+_CURES = {
+    "train": LESS_TO_TRAIN,
+    "recover": LESS_TO_TRAIN,
+    "score": _LAYER_BY_LAYER,
+    "prune": _LAYER_BY_LAYER,
+    "compress": "fewer --samples, a smaller --task-batch-size, or prune --low-memory and recover",
+    "evaluate": "a smaller --batch-size",
+    "bench": "smaller --batch-sizes or --prompt-tokens",
+}
+"""Options that lower the memory of a stage, or else of a verb."""
+_BYTES = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -137,3 +158,44 @@ def overview() -> str:
             lines += textwrap.wrap(purpose, width, initial_indent=name, subsequent_indent=" " * 17)
         lines.append("")
     return "\n".join([*lines, "slimvlm VERB --help explains its options."])
+
+
+@contextmanager
+def memory_explained(words: Sequence[str]) -> Iterator[None]:
+    """Turn an out-of-memory error, of a CPU or any accelerator, into a SlimError of one line."""
+    with own_stages():
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise SlimError(_out_of_memory(one_line(error), words)) from error
+
+
+def _out_of_memory(told: str, words: Sequence[str]) -> str:
+    """Format an out-of-memory error for a user."""
+    from slimvlm.runs.tables import size
+
+    def in_bytes(number: str, unit: str) -> str:
+        return size(float(number) * _BYTES.get(unit.lower(), 1))
+
+    kind = re.search(r"(\w+)(?: backend| error:)? out of memory", told)
+    kind = kind or re.search(r"(CU)\w+_ALLOC_FAILED", told)
+    number = re.search(r"GPU (\d+)", told)
+    word = "cpu" if kind is None else kind[1].lower()
+    name = {"hip": "cuda", "cu": "cuda"}.get(word, word)
+    where = f"{name}:{number[1]}" if number is not None else name
+    stage = current_stage() or words[0]
+    needed = re.search(r"tried to allocate ([\d.]+) (\w+)", told, re.IGNORECASE)
+    room = re.search(r"capacity of ([\d.]+) (\w+) of which ([\d.]+) (\w+)", told)
+    facts = [f"{in_bytes(*needed.groups())} more was needed"] if needed is not None else []
+    if room is not None:
+        facts.append(f"{in_bytes(room[3], room[4])} of {in_bytes(room[1], room[2])} was free")
+    cure = _CURES.get(stage) or _CURES.get(words[0])
+    if cure == _LAYER_BY_LAYER and "--low-memory" in words:
+        cure = "fewer --samples"
+    if cure is None:
+        cure = "a smaller model" if name == "cpu" else "--device cpu uses the memory of the host"
+    about = f": {', '.join(facts)}" if facts else ""
+    doing = words[0] if stage == words[0] else f"{words[0]}, stage {stage!r}"
+    return f"out of memory on {where} during {doing}{about}. What helps: {cure}"

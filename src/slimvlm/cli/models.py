@@ -1,15 +1,16 @@
-"""Verbs of one model or two: inspect, compare, chat, bench, export, quantize."""
+"""Verbs of one model or two: inspect, compare, chat, bench, export, quantize, convert."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from slimvlm.cli.options import INLINE, Model
-from slimvlm.cli.printing import note, print_bench, print_comparison, print_json, print_table
+from slimvlm.cli.options import Model
+from slimvlm.cli.printing import note, print_json, print_table, show
 from slimvlm.core.errors import ConfigError, printable
 from slimvlm.core.options import DeviceOptions, LoadConfig, OutType, Workload
 
@@ -18,10 +19,6 @@ def inspect(model: Model, json: bool = False) -> None:
     """Show what a model is made of: parts, parameters, units, legal widths, memory.
 
     Reads the configuration only, never the weights.
-
-    Args:
-        model: Folder, hub id, or demo.
-        json: Print JSON.
     """
     from slimvlm.models.load import anatomy
     from slimvlm.runs.tables import anatomy_rows
@@ -29,7 +26,7 @@ def inspect(model: Model, json: bool = False) -> None:
     found = anatomy(model)
     if json:
         extra = ("backbone_params", "total_params")
-        values = {**found.to_dict(), **{name: getattr(found, name) for name in extra}}
+        values = {**asdict(found), **{name: getattr(found, name) for name in extra}}
         print_json({**values, "legal_kv_heads": found.legal_kv_heads()})
     else:
         print_table(["", model], anatomy_rows(found))
@@ -41,7 +38,7 @@ def compare(
     tasks: str = "demo",
     limit: int | None = None,
     out: Path | None = None,
-    loading: Annotated[LoadConfig, INLINE] = LoadConfig(),
+    loading: LoadConfig = LoadConfig(),
     force: bool = False,
     json: bool = False,
 ) -> None:
@@ -53,11 +50,9 @@ def compare(
         tasks: Tasks that models are asked; those of result files are in the files.
         limit: Only the first so many questions of each task, for models.
         out: One HTML file with every lost answer and its picture.
-        loading: How models are read.
-        force: Replace an existing file.
-        json: Print JSON.
     """
     from slimvlm.core.files import require_free, write_text
+    from slimvlm.evaluation.compare import comparison_json, comparison_rows
     from slimvlm.runs.evaluate import side_by_side
     from slimvlm.runs.report.gallery import comparison_html
 
@@ -67,7 +62,10 @@ def compare(
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_text(out, comparison_html(found, f"What {found.name_b} lost and gained"))
-    print_comparison(found, json)
+    notes = [f"{name} is not compared: {why}" for name, why in found.left_out.items()]
+    notes = [found.note, *notes] if found.note else notes
+    title = f"A: {found.name_a}   B: {found.name_b}"
+    show(json, partial(comparison_json, found), partial(comparison_rows, found), title, notes)
 
 
 def chat(
@@ -76,19 +74,16 @@ def chat(
     image: tyro.conf.UseAppendAction[tuple[Path, ...]] = (),
     other: str | None = None,
     max_new_tokens: int = 64,
-    loading: Annotated[LoadConfig, INLINE] = LoadConfig(),
+    loading: LoadConfig = LoadConfig(),
     json: bool = False,
 ) -> None:
     """Ask one model, or two side by side.
 
     Args:
-        model: Folder, hub id, or demo.
         question: What to ask.
         image: A picture to show; give it again for more.
         other: A second model to ask the same.
         max_new_tokens: Longest answer.
-        loading: How models are read.
-        json: Print JSON.
     """
     from slimvlm.data.samples import Question
     from slimvlm.evaluation.ask import answer
@@ -102,16 +97,16 @@ def chat(
     replies = {name: answer(*load_as(loading, name), asked, max_new_tokens)[0] for name in names}
     if json:
         print_json(replies)
-    else:
-        for name, reply in replies.items():
-            print(printable(f"{name}: {reply}" if other is not None else reply))
+        return
+    for name, reply in replies.items():
+        print(printable(f"{name}: {reply}" if other is not None else reply))
 
 
 def bench(
     model: Model,
     baseline: str | None = None,
-    workload: Annotated[Workload, INLINE] = Workload(),
-    loading: Annotated[LoadConfig, INLINE] = LoadConfig(),
+    workload: Workload = Workload(),
+    loading: LoadConfig = LoadConfig(),
     json: bool = False,
 ) -> None:
     """Time reading and writing, count FLOPs and memory; with a baseline, against the ideal.
@@ -120,19 +115,20 @@ def bench(
     speed-ups are medians of neighbouring runs.
 
     Args:
-        model: Folder, hub id, or demo.
         baseline: The model before pruning.
-        workload: What to time.
-        loading: How models are read.
-        json: Print JSON.
     """
     from slimvlm.evaluation.bench import bench as run
+    from slimvlm.evaluation.bench import bench_rows
     from slimvlm.models.load import check_models, load_as
 
     names = (model, *((baseline,) if baseline is not None else ()))
     check_models(loading, *names)
     small, *large = (load_as(loading, name)[0] for name in names)
-    print_bench(run(small, large[0] if large else None, workload, names), json)
+    found = run(small, large[0] if large else None, workload, names)
+    title = f"{found.dtype} on {found.device}, {found.threads} CPU threads"
+    sides = filter(None, (found.baseline, found.model))
+    notes = [f"{side.model}: {line}" for side in sides for line in side.warnings]
+    show(json, found.to_dict, partial(bench_rows, found), title, notes)
 
 
 def export(
@@ -151,15 +147,12 @@ def export(
     mmproj- before its name, for models whose vision tower llama.cpp's converter can write.
 
     Args:
-        model: Folder, hub id, or demo.
         format: Format of the file: gguf (needs slimvlm[gguf]).
         out: The new file.
         outtype: How the file stores weights.
         original: The original of a model that lost tokens: llama.cpp knows its tokenizer.
         check: Instead of a file: report what vllm, sglang, gguf, openvino, onnx, mlx or tp=N (N
             GPUs that share every layer) make of the shape. Reads the configuration only.
-        force: Replace an existing file.
-        json: Print JSON.
     """
     if bool(check) == (out is not None):
         raise ConfigError("export needs either --out or --check")
@@ -192,7 +185,7 @@ def quantize(
     out: Path,
     to: Literal["int8", "int4", "fp8"] = "int8",
     backend: Literal["auto", "torchao", "bitsandbytes", "compressed-tensors"] = "auto",
-    place: Annotated[DeviceOptions, INLINE] = DeviceOptions(),
+    place: DeviceOptions = DeviceOptions(),
     force: bool = False,
     json: bool = False,
 ) -> None:
@@ -202,14 +195,10 @@ def quantize(
     pruned or trained.
 
     Args:
-        model: Folder, hub id, or demo.
         out: The new checkpoint folder.
         to: Type of the weights.
         backend: Library; auto is torchao, but bitsandbytes for int4 on a CPU and compressed-tensors
             for fp8. What compressed-tensors writes is what vLLM reads best.
-        place: Where to quantise.
-        force: Replace an existing folder.
-        json: Print JSON.
     """
     from slimvlm.export.quantize import quantize as run
     from slimvlm.runs.tables import size
@@ -240,7 +229,6 @@ def convert(
         vision_tower: Folder or hub id of the vision tower, for LLaVA and Bunny. Its weights are
             read where the original does not hold them, its description always.
         dtype: Data type of the new files; by default every tensor stays as it is stored.
-        force: Replace an existing folder.
     """
     from slimvlm_tools.convert import convert as write_native
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from functools import partial
 from inspect import Parameter, signature
 from pathlib import Path
@@ -13,18 +13,24 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import docstring_parser
 import tyro
 
-from slimvlm.core.checked import Options, file_only
 from slimvlm.core.options import (
     TASK_BATCH_SIZE,
+    LatencyOptions,
+    Options,
     Questions,
     RunOptions,
     TargetOptions,
     TrainingConfig,
+    file_only,
 )
 
-INLINE: Any = tyro.conf.OmitArgPrefixes
-"""For an option class among a verb's parameters: its fields are options of a group."""
 Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+USUAL = {
+    "model": "Folder, hub id, or demo.",
+    "force": "Replace what is there already.",
+    "json": "Print JSON.",
+}
+"""Help of parameters that mean the same for every verb."""
 REGISTRY = tyro.constructors.ConstructorRegistry()
 FIRST = (
     *("ratio", "data", "images", "axis", "train", "loss", "tasks", "samples", "vocab_size"),
@@ -36,13 +42,20 @@ FIRST = (
 def parse(
     verb: Callable[..., None], words: list[str], defaults: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Read the options of a verb, with defaults by parameter name; return its arguments by name."""
-    texts, hints = _texts(verb), get_type_hints(verb, include_extras=True)
+    """Read the options of a verb, with defaults by parameter name; return its arguments by name.
 
+    The fields of an option class among the parameters are options of a group, which the class's
+    own docstring explains if the verb's does not.
+    """
+    texts, hints = USUAL | _texts(verb), get_type_hints(verb, include_extras=True)
     rows = []
     for name, parameter in signature(verb).parameters.items():
-        default = defaults.get(name, parameter.default)
-        hint = _described(hints[name], texts.get(name, ""), default)
+        default, hint = defaults.get(name, parameter.default), hints[name]
+        text = texts.get(name, "")
+        if isinstance(hint, type) and issubclass(hint, Options):
+            text = text or docstring_parser.parse_from_object(hint).short_description or ""
+            hint = Annotated[hint, tyro.conf.OmitArgPrefixes]
+        hint = _described(hint, text, default)
         rows.append((name, hint, field() if default is Parameter.empty else field(default=default)))
     arguments: Any = tyro.cli(
         make_dataclass("Arguments", rows, kw_only=True),
@@ -63,7 +76,8 @@ def options(info: Any) -> tyro.constructors.StructConstructorSpec | None:
         return None
     hints, texts = get_type_hints(kind, include_extras=True), _texts(kind)
     rows, from_file, without_flag = [], {}, file_only(kind)
-    for row in sorted(fields(kind), key=_rank):  # type: ignore[arg-type]
+    rank = {name: number for number, name in enumerate(FIRST)}
+    for row in sorted(fields(kind), key=lambda row: rank.get(row.name, len(FIRST))):  # type: ignore[arg-type]
         default = getattr(info.default, row.name, row.default)
         if row.name in without_flag:
             if info.default is not tyro.MISSING and hasattr(info.default, row.name):
@@ -73,10 +87,6 @@ def options(info: Any) -> tyro.constructors.StructConstructorSpec | None:
         default = tyro.MISSING if default is MISSING else default
         rows.append(tyro.constructors.StructFieldSpec(row.name, hint, default))
     return tyro.constructors.StructConstructorSpec(partial(kind, **from_file), tuple(rows))
-
-
-def _rank(row: Field[Any]) -> int:
-    return FIRST.index(row.name) if row.name in FIRST else len(FIRST)
 
 
 def _texts(declared: Any) -> dict[str, str]:
@@ -90,19 +100,19 @@ def _texts(declared: Any) -> dict[str, str]:
 
 def _described(hint: Any, text: str, default: Any) -> Any:
     """Add help to a type, and the form of its values where tyro's own would name ``None``."""
+
+    def form(kind: Any) -> str:
+        if get_origin(kind) is Literal:
+            return "|".join(map(str, get_args(kind)))
+        return {str: "TEXT"}.get(kind, getattr(kind, "__name__", "VALUE").upper())
+
     kind = hint
     while get_origin(kind) is Annotated:
         kind = kind.__origin__
     parts = get_args(kind) if get_origin(kind) in (UnionType, Union) else ()
-    form = "|".join(_form(part) for part in parts if part is not type(None)) or None
+    forms = "|".join(form(part) for part in parts if part is not type(None)) or None
     hidden = "" if default is None or default is False or default == () else None
-    return Annotated[hint, tyro.conf.arg(help=text, metavar=form, help_behavior_hint=hidden)]
-
-
-def _form(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return "|".join(map(str, get_args(kind)))
-    return {str: "TEXT"}.get(kind, getattr(kind, "__name__", "VALUE").upper())
+    return Annotated[hint, tyro.conf.arg(help=text, metavar=forms, help_behavior_hint=hidden)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +131,7 @@ class QuestionFlags(Questions):
 
 @dataclass(frozen=True, kw_only=True)
 class RunFlags(RunOptions):
-    """The options of a run, by names that those of training leave free."""
+    """What models are asked, and how much is trained on."""
 
     batch_size: Annotated[int, tyro.conf.arg(name=TASK_BATCH_SIZE)] = 16
     """Questions answered at once."""
@@ -139,8 +149,5 @@ class TrainingFlags(TrainingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TargetFlags(TargetOptions):
+class TargetFlags(TargetOptions, LatencyOptions):
     """How small or fast the model must become."""
-
-    target_latency: float | None = None
-    """Instead: time to read a question, as a share of the original's."""

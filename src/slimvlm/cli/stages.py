@@ -1,28 +1,34 @@
-"""The stages one by one, and all in one run: score, plan, prune, recover, evaluate, compress."""
+"""Verbs of stages and whole runs, from score to compress, study and report."""
 
 from __future__ import annotations
 
+import os
 import shlex
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from slimvlm.cli.options import INLINE, Model, QuestionFlags, RunFlags, TrainingFlags
+import tyro
+
+from slimvlm.cli.options import Model, QuestionFlags, RunFlags, TargetFlags, TrainingFlags
 from slimvlm.cli.printing import (
     note,
-    print_dry_run,
+    print_grid,
     print_held_out,
-    print_on_data,
-    print_plan,
+    print_json,
     print_results,
-    print_run,
+    print_study,
+    print_table,
+    show,
 )
-from slimvlm.core.checked import part_of
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import (
     CalibrationConfig,
     CompressConfig,
     DataConfig,
+    DeviceOptions,
+    Dtype,
     MemoryOptions,
     PlanConfig,
     PruneConfig,
@@ -31,6 +37,7 @@ from slimvlm.core.options import (
     ReportOptions,
     TrainingConfig,
     TrainingData,
+    part_of,
 )
 
 
@@ -38,19 +45,15 @@ def score(
     model: Model,
     out: Path,
     criterion: str = "obs",
-    calibration: Annotated[CalibrationConfig, INLINE] = CalibrationConfig(),
-    memory: Annotated[MemoryOptions, INLINE] = MemoryOptions(),
+    calibration: CalibrationConfig = CalibrationConfig(),
+    memory: MemoryOptions = MemoryOptions(),
     force: bool = False,
 ) -> None:
     """Calibrate once: save scores for later plans.
 
     Args:
-        model: Folder, hub id, or demo.
         out: Scores are written as OUT.json and OUT.safetensors.
         criterion: How to score; see the table in the README.
-        calibration: What the model is shown.
-        memory: How much of the model is in memory.
-        force: Replace existing files.
     """
     from slimvlm.runs.score import score as run
 
@@ -60,7 +63,7 @@ def score(
 def plan(
     model: Model,
     out: Path,
-    config: Annotated[PlanConfig, INLINE] = PlanConfig(),
+    config: PlanConfig = PlanConfig(),
     scores: tuple[Path, ...] = (),
     force: bool = False,
     json: bool = False,
@@ -68,26 +71,28 @@ def plan(
     """Choose what to keep, from saved scores and a budget. Nothing is pruned.
 
     Args:
-        model: Folder, hub id, or demo.
         out: The plan, a JSON file that can be edited by hand.
-        config: How small the model has to become, and what may go.
         scores: Score files of the units to prune. Without any, the default criteria score on the
             demo's conversations.
-        force: Replace an existing file.
-        json: Print JSON.
     """
     from slimvlm.runs.score import plan as run
 
-    print_plan(run(model, config, out, scores, force=force, say=note), json)
+    made = run(model, config, out, scores, force=force, say=note)
+    if not json:
+        print(made.summary())
+        return
+    sizes = {name: getattr(made.after, name) for name in ("backbone_params", "total_params")}
+    ratios = {"ratio": made.ratio, "asked_ratio": made.asked_ratio}
+    print_json({**ratios, **sizes, "summary": made.summary()})
 
 
 def prune(
     model: Model,
     out: Path,
     plan: Path | None = None,
-    pruning: Annotated[PruneConfig, INLINE] = PruneConfig(),
-    memory: Annotated[MemoryOptions, INLINE] = MemoryOptions(),
-    report: Annotated[ReportOptions, INLINE] = ReportOptions(),
+    pruning: PruneConfig = PruneConfig(),
+    memory: MemoryOptions = MemoryOptions(),
+    report: ReportOptions = ReportOptions(),
     force: bool = False,
 ) -> None:
     """Write a smaller checkpoint, from a plan or from a ratio, criterion and data.
@@ -96,36 +101,23 @@ def prune(
     criteria score on the demo's conversations.
 
     Args:
-        model: Folder, hub id, or demo.
         out: The new checkpoint folder.
         plan: A plan file instead of ratio, axis, criterion and allocation.
-        pruning: What to remove, and how.
-        memory: How much of the model is in memory.
-        report: What the end says of the data.
-        force: Replace an existing folder.
     """
     from slimvlm.runs.prune import prune as run
 
-    done = run(
-        model,
-        pruning,
-        out,
-        plan_file=plan,
-        memory=memory,
-        report=report,
-        force=force,
-        say=note,
-    )
+    how = {"memory": memory, "report": report, "force": force}
+    done = run(model, pruning, out, plan_file=plan, **how, say=note)  # type: ignore[arg-type]
     print(f"{done.walked.summary()}\ncheckpoint: {out}")
     print_held_out(done.held_out)
 
 
 def recover(
     model: Model,
-    source: Annotated[TrainingData, INLINE],
+    source: TrainingData,
     out: Path,
     teacher: str | None = None,
-    training: Annotated[RecoverConfig, INLINE] = RecoverConfig(),
+    training: RecoverConfig = RecoverConfig(),
     config: Path | None = None,
     shard: bool = False,
     force: bool = False,
@@ -137,15 +129,12 @@ def recover(
 
     Args:
         model: The pruned checkpoint.
-        source: What to learn from.
         out: The recovered checkpoint folder.
         teacher: The original model; not needed for --loss sft.
-        training: How to train.
         config: Options from a YAML file, such as the run.yaml of compress: its data, its model as
             teacher, and what it has under recover; those of the command line come on top.
         shard: Divide the weights of model and teacher among the processes of torchrun (FSDP2); such
             a run cannot go on after a stop.
-        force: Replace an existing folder.
     """
     from slimvlm.runs.recover import recover as run
 
@@ -159,10 +148,10 @@ def recover(
 
 def evaluate(
     model: Model,
-    questions: Annotated[QuestionFlags, INLINE] = QuestionFlags(),
+    questions: QuestionFlags = QuestionFlags(),
     baseline: str | None = None,
     out: Path | None = None,
-    source: Annotated[DataConfig, INLINE] = DataConfig(),
+    source: DataConfig = DataConfig(),
     force: bool = False,
     json: bool = False,
 ) -> None:
@@ -172,58 +161,51 @@ def evaluate(
     how often both models say the same next token, and how far their predictions are apart.
 
     Args:
-        model: Folder, hub id, or demo.
-        questions: What models are asked.
         baseline: The original model, or for tasks a result file of it: adds what was kept.
         out: Result file (JSON), answers included.
-        source: The data, and how models are read.
-        force: Replace an existing result file.
-        json: Print JSON.
     """
     from slimvlm.runs.evaluate import evaluate as run
     from slimvlm.runs.evaluate import evaluate_on_data
+    from slimvlm.runs.tables import held_out_json, held_out_notes, held_out_rows
 
-    if source.data is not None:
-        _require_no_tasks(questions)
-        found = evaluate_on_data(
+    if source.data is None:
+        asked = part_of(replace(questions, tasks=questions.tasks or Questions.tasks), Questions)
+        results = run(
             model,
+            asked,
             source,
             baseline=baseline,
-            limit=questions.limit,
-            batch_size=questions.batch_size,
+            blind=questions.blind,
+            log_folder=questions.log,
             out=out,
             force=force,
-            say=note,
         )
-        print_on_data(found, json)
+        print_results(results, json)
         return
-    results = run(
-        model,
-        part_of(replace(questions, tasks=questions.tasks or Questions.tasks), Questions),
-        source,
-        baseline=baseline,
-        blind=questions.blind,
-        log_folder=questions.log,
-        out=out,
-        force=force,
-    )
-    print_results(results, json)
-
-
-def _require_no_tasks(questions: QuestionFlags) -> None:
-    """Data is not asked: what only tasks have must not be given with it."""
     for name in ("tasks", "task_folder", "floors", "blind", "log"):
         if value := getattr(questions, name):
             flag = name.replace("_", "-")
             raise ConfigError(f"{name} {str(value)!r}: --{flag} is for tasks, not for --data")
+    found = evaluate_on_data(
+        model,
+        source,
+        baseline=baseline,
+        limit=questions.limit,
+        batch_size=questions.batch_size,
+        out=out,
+        force=force,
+        say=note,
+    )
+    rows, notes = partial(held_out_rows, found), held_out_notes(found)
+    show(json, partial(held_out_json, found), rows, notes=notes)
 
 
 def compress(
     model: Model,
     out: Path,
-    pruning: Annotated[PruneConfig, INLINE] = PruneConfig(),
-    training: Annotated[TrainingFlags, INLINE] = TrainingFlags(),
-    evaluation: Annotated[RunFlags, INLINE] = RunFlags(),
+    pruning: PruneConfig = PruneConfig(),
+    training: TrainingFlags = TrainingFlags(),
+    evaluation: RunFlags = RunFlags(),
     config: Path | None = None,
     dry_run: bool = False,
     force: bool = False,
@@ -237,22 +219,19 @@ def compress(
     command is given again.
 
     Args:
-        model: Folder, hub id, or demo.
         out: The run folder: config, plan, scores, checkpoint, results, summary.md.
         pruning: What to remove, and how. Without data, nothing is trained.
-        training: How to train.
-        evaluation: What models are asked, and how much is trained on.
         config: Options from a YAML file, such as the run.yaml of another run, model included; those
             of the command line come on top.
         dry_run: Only say what would be done and what it needs. Reads the configuration and the
             data, no weights, and writes nothing.
-        force: Replace an existing run folder.
-        json: Print JSON.
     """
     from slimvlm.runs.advise import dry_run as look
+    from slimvlm.runs.advise import dry_run_rows
     from slimvlm.runs.compress import STAGES, read_times
     from slimvlm.runs.compress import compress as run
     from slimvlm.runs.held_out import read_held_out
+    from slimvlm.runs.tables import held_out_json, result_json
 
     latency = evaluation.target_latency
     recover = _recovery(pruning, training, None if latency is None else 1 - latency)
@@ -260,10 +239,25 @@ def compress(
     if config is not None:
         note(f"options of {config}, and those of the command line")
     if dry_run:
-        print_dry_run(look(model, whole, note), json)
+        needs = look(model, whole, note)
+        if not json:
+            print_grid(dry_run_rows(needs))
+            return
+        values = {name: value for name, value in vars(needs).items() if name != "plan"}
+        plan = {"ratio": needs.plan.ratio, "total_params": needs.plan.after.total_params}
+        print_json({**values, **plan, "cost": asdict(needs.cost)})
         return
     results = run(model, whole, out, force, note)
-    print_run(results, read_held_out(out, STAGES), read_times(out), json, str(out))
+    held_out, times = read_held_out(out, STAGES), read_times(out)
+    if json:
+        plain = None if times is None else asdict(times)
+        figures = {"held_out": held_out_json(held_out), "times": plain}
+        print_json({**result_json(results), **figures})
+    else:
+        print_results(results, False, str(out))
+        print_held_out(held_out)
+        if times is not None:
+            print(f"the smaller model {times}")
     note(f"run folder: {out}; checkpoint: {out / 'checkpoint'}")
     talk = ["slimvlm", "chat", str(out), "your question", "--other", model]
     note(f"next: {shlex.join(['slimvlm', 'report', str(out)])}; {shlex.join(talk)}")
@@ -309,3 +303,152 @@ def _recovery(
         return None
     how = {**vars(part_of(training, TrainingConfig)), "seed": pruning.seed}
     return RecoverConfig(train=learns, loss=training.loss or chart.loss, **how)
+
+
+def study(
+    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE.yaml")],
+    out: Path,
+    engine: Literal["local", "ray"] = "local",
+    workers: int | None = None,
+    address: str | None = None,
+    place: DeviceOptions = DeviceOptions(),
+    dry_run: bool = False,
+    json: bool = False,
+) -> None:
+    """Measure a grid of compressions, doing each piece of work once.
+
+    Stages in the folder's cache are used again: a stopped study resumes, a larger one adds its new
+    cells, and failed stages are tried again.
+
+    Args:
+        file: The study; see docs/studies.md.
+        out: Folder for results.parquet, results.csv, claims.md and the cache.
+        engine: local does one stage after another; ray does many at once on a Ray cluster.
+        workers: Stages at once, for a Ray that is started here.
+        address: A running Ray cluster; by default the one in RAY_ADDRESS.
+        dry_run: Only show the cells, their cached stages and the estimated time of the rest.
+    """
+    os.environ.setdefault("TQDM_DISABLE", "1")  # one table shows the progress; before imports
+    from slimvlm.core.progress import duration
+    from slimvlm.runs.study import forecast, run_study
+
+    if not dry_run:
+        print_study(run_study(file, out, engine, workers, address, device=place.device), json)
+        if not json:
+            note(f"results: {out}/results.csv, claims: {out}/claims.md")
+        return
+    found = forecast(file, out)
+    if json:
+        print_json(asdict(found))
+        return
+    cells = [[label, ", ".join(stages) or "nothing"] for label, stages in found.cells.items()]
+    print_table(["cell", "to do"], cells, title=f"{len(cells)} cells")
+    counts = [
+        [kind, str(to_do), str(done), found.basis.get(kind, "")]
+        for kind, (to_do, done) in found.stages.items()
+    ]
+    print_table(["stage", "to do", "in the cache", "time is"], counts)
+    print(f"about {duration(found.seconds)}, one stage after another")
+
+
+def report(
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")],
+    out: Path | None = None,
+    force: bool = False,
+) -> None:
+    """Write one HTML file about a run or a study: charts, tables, answers, configuration.
+
+    It opens offline, on a phone, in dark mode, and prints.
+
+    Args:
+        folder: The folder of compress or study.
+        out: The file; by default report.html in that folder, which is replaced.
+    """
+    from slimvlm.core.files import require_free, write_text
+    from slimvlm.runs.report import read_record, report_html
+
+    target = out if out is not None else folder / "report.html"
+    require_free(target, force or out is None)
+    page = report_html(read_record(folder))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_text(target, page)
+    note(f"report: {target} ({len(page.encode()) / 1e6:.1f} MB)")
+
+
+def advise(
+    model: Model,
+    target: TargetFlags = TargetFlags(),
+    data: tuple[str, ...] | None = None,
+    no_data: bool = False,
+    gpu: bool = False,
+    no_gpu: bool = False,
+    samples: int | None = None,
+    dtype: Dtype = "auto",
+    json: bool = False,
+) -> None:
+    """Say which recipe fits a budget, what it should keep, what it costs, and the command.
+
+    Reads the configuration and the tokenizer, no weights. Rules and numbers are those of
+    recipes.yaml.
+
+    Args:
+        data: There are conversations to train on; so it is unless --no-data is given.
+        no_data: There are none.
+        gpu: There is a GPU; by default this machine is looked at.
+        no_gpu: There is none.
+        samples: How many conversations there are; by default as many as the study had.
+        dtype: Data type of the weights (bfloat16 for auto).
+    """
+    from slimvlm.runs.advise import advice_rows
+    from slimvlm.runs.advise import advise as find
+
+    if data:
+        raise ConfigError(
+            f"data {data[0]!r}: advise reads no data. Say how much there is with --samples, or let "
+            "compress --dry-run count it"
+        )
+    for name, yes, no in (("data", data is not None, no_data), ("gpu", gpu, no_gpu)):
+        if yes and no:
+            raise ConfigError(f"--{name} and --no-{name} contradict each other")
+    advice = find(
+        model,
+        **vars(target),
+        data=not no_data,
+        gpu=True if gpu else False if no_gpu else None,
+        samples=samples,
+        dtype="bfloat16" if dtype == "auto" else dtype,
+    )
+    if json:
+        print_json(asdict(advice))
+        return
+    print_grid(advice_rows(advice))
+    print(f"\n{advice.command}")
+
+
+def demo(
+    what: Annotated[Literal["build", "run"], tyro.conf.Positional],
+    out: Path = Path("runs/demo"),
+    model: str = "demo",
+    delta: Path | None = None,
+    short: bool = False,
+    place: DeviceOptions = DeviceOptions(),
+    force: bool = False,
+) -> None:
+    """Build the demo model, or take it through the whole pipeline at 30 %.
+
+    Args:
+        what: build writes the model into the cache; run compresses it along depth and width.
+        out: Folder for the runs, or for the model of a delta.
+        model: For run: another model that knows the demo's tasks, such as another training seed.
+        delta: For build: what slimvlm_tools.demo_training.train exported, instead of the delta in
+            the package.
+        short: Fewer questions and training samples: a check that everything works.
+    """
+    from slimvlm.demo.build import build_demo, build_from_delta
+    from slimvlm.demo.run import run_demo
+
+    if what == "build":
+        print(build_demo() if delta is None else build_from_delta(delta, out, force))
+        return
+    print_results(run_demo(out, short, force, note, model, place.device), False, "demo at 30 %")
+    note(f"checkpoints: {out}/depth/checkpoint and {out}/width/checkpoint")

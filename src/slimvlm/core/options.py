@@ -1,34 +1,104 @@
 """Every option of every stage, declared once: name, type, default, allowed values, meaning.
 
-The command line, Python, studies and recipes read these classes. A field's type says
-which values are allowed, the text below it is the help of the command line. A `FILE_ONLY` field has
-no flag there: it is set in YAML or in Python.
+The command line, Python, studies and recipes read these classes. A field's type says which values
+are allowed: any other raises a `ConfigError` that names option, value and what is allowed. The text
+below a field is the help of the command line, where a `FILE_ONLY` one has no flag.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
-
-from slimvlm.core.checked import (
-    ABOVE_0,
-    AT_LEAST_0,
-    AT_LEAST_1,
-    FILE_ONLY,
-    FRACTION,
-    INSIDE,
-    SEED,
-    SHARE,
-    STEPS,
-    Options,
-    Range,
+from types import UnionType
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
 )
+
 from slimvlm.core.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers that an option may have; stands in its type."""
+
+    holds: Callable[[float], bool]
+    meaning: str  # continues "must be"
+
+
+ABOVE_0 = Range(lambda value: 0 < value < math.inf, "above 0")
+AT_LEAST_0 = Range(lambda value: 0 <= value < math.inf, "at least 0")
+AT_LEAST_1 = Range(lambda value: value >= 1, "at least 1")
+SHARE = Range(lambda value: 0 <= value < 1, "at least 0 and below 1")
+FRACTION = Range(lambda value: 0 < value <= 1, "above 0 and at most 1")
+INSIDE = Range(lambda value: 0 < value < 1, "above 0 and below 1")
+STEPS = Range(lambda value: value == -1 or value > 0, "above 0, or -1 for no limit")
+SEED = Range(lambda value: 0 <= value < 2**32, "at least 0 and below 2**32")
+MIN_NEW_TOKENS = 3
+ENOUGH_TOKENS = Range(lambda value: value >= MIN_NEW_TOKENS, f"at least {MIN_NEW_TOKENS}")
+FILE_ONLY = "file only"
+"""In an option's type: it has no flag on the command line."""
+
+
+class Options:
+    """A group of options whose values are checked against their types."""
+
+    def __post_init__(self) -> None:
+        kind: Any = type(self)
+        for name, (choices, ranges) in _allowed(kind).items():
+            value = getattr(self, name)
+            if choices and value not in choices and not (ranges and isinstance(value, int)):
+                names = ", ".join(choice for choice in choices if choice is not None)
+                raise ConfigError(f"{name} {value!r} must be one of: {names}")
+            for row in ranges:
+                if not isinstance(value, str | None) and not row.holds(value):
+                    raise ConfigError(f"{name} {value} must be {row.meaning}")
+
+
+def file_only(kind: Any) -> set[str]:
+    """List the options of a class that have no flag on the command line."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {n for n, hint in hints.items() if FILE_ONLY in getattr(hint, "__metadata__", ())}
+
+
+@cache
+def _allowed(kind: Any) -> Mapping[str, tuple[tuple[str | None, ...], tuple[Range, ...]]]:
+    """Collect the choices and the number ranges of each option that has them."""
+    hints = get_type_hints(kind, include_extras=True)
+    found = {}
+    for row in fields(kind):
+        hint, ranges = hints[row.name], tuple[Range, ...]()
+        if get_origin(hint) is Annotated:
+            ranges = tuple(extra for extra in hint.__metadata__ if isinstance(extra, Range))
+            hint = hint.__origin__
+        parts = get_args(hint) if get_origin(hint) in (UnionType, Union) else (hint,)
+        choices = [name for p in parts if get_origin(p) is Literal for name in get_args(p)]
+        if choices and type(None) in parts:
+            choices.append(None)
+        if choices or ranges:
+            found[row.name] = (tuple(choices), ranges)
+    return found
+
+
+def part_of(config: Any, kind: type[T]) -> T:
+    """Take the options of a smaller configuration out of one that has more."""
+    names = [row.name for row in fields(kind)]  # type: ignore[arg-type]
+    return kind(**{name: getattr(config, name) for name in names})
+
 
 Axis = Literal["depth", "width", "both"]
 AxisChoice = Literal["depth", "width", "both", "auto", "chart"]
@@ -86,11 +156,7 @@ def parse_loss(expression: str) -> dict[str, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig(Options):
-    """How to train, whatever learns and from which loss.
-
-    Raises:
-        ConfigError: If a value is out of range; the message names the field.
-    """
+    """How to train, whatever learns and from which loss."""
 
     fraction: Annotated[float, FRACTION] = 1.0
     """Share of the data to use: a seeded subset, recorded with the run."""
@@ -126,12 +192,8 @@ class TrainingConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.trainer:
-            _require_passable(
-                "trainer", self.trainer, "transformers.TrainingArguments", _OUR_TRAINER
-            )
-        if self.lora:
-            _require_passable("lora", self.lora, "peft.LoraConfig", _OUR_LORA)
+        _require_passable("trainer", self.trainer, "transformers.TrainingArguments", _OUR_TRAINER)
+        _require_passable("lora", self.lora, "peft.LoraConfig", _OUR_LORA)
 
 
 _OUR_TRAINER = (
@@ -153,7 +215,9 @@ _OUR_LORA = ("r", "peft_type", "task_type", "inference_mode", "modules_to_save")
 def _require_passable(
     option: str, values: Mapping[str, Any], kind: str, ours: tuple[str, ...]
 ) -> None:
-    """Refuse keys that a class does not know or that slimvlm sets; import it only when called."""
+    """Refuse keys that a class, which is only imported for this, does not know or slimvlm sets."""
+    if not values:
+        return
     module, _, name = kind.rpartition(".")
     if not isinstance(values, Mapping):
         raise ConfigError(f"{option} {values!r} must map names to values")
@@ -173,11 +237,7 @@ def _require_passable(
 
 @dataclass(frozen=True, kw_only=True)
 class RecoverConfig(TrainingConfig):
-    """How to train after pruning.
-
-    Raises:
-        ConfigError: If a value is out of range; the message names the field.
-    """
+    """How to train after pruning."""
 
     train: Train = "lora"
     """What learns: the projector, LoRA on the backbone plus the projector, or all but the tower."""
@@ -207,12 +267,7 @@ class RecoverConfig(TrainingConfig):
         return "answer" if "sft" in self.loss_weights else "all"
 
     def passes(self, samples: int, gone: float) -> float:
-        """Passes over the data.
-
-        Args:
-            samples: How many there are.
-            gone: Share of the decoder that went.
-        """
+        """Return the passes over so many samples, after a share ``gone`` of the decoder went."""
         if self.epochs is not None:
             return self.epochs
         if self.train != "full" or "sft" in self.loss_weights:
@@ -237,7 +292,10 @@ class RecoverConfig(TrainingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceOptions(Options):
-    """Where models run. It decides no result, so configurations that differ in it are equal."""
+    """Where models run.
+
+    It decides no result, so configurations that differ in it are equal.
+    """
 
     device: str | None = field(default=None, compare=False)
     """Where the model runs, such as cpu, cuda, cuda:1 or mps; by default the accelerator that torch
@@ -315,12 +373,18 @@ class TargetOptions(RatioOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SizeOptions(RatioOptions):
-    """How small a model becomes, and which units may go.
+class LatencyOptions(Options):
+    """How fast a model becomes."""
 
-    Raises:
-        ConfigError: If a value is not allowed; the message names it.
-    """
+    target_latency: Annotated[float | None, INSIDE] = None
+    """Instead of a ratio: time to read a question as a share of the original's. compress counts it
+    in the backbone's operations, finds the ratio for each axis that is tried, and measures what
+    the share is on this machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeOptions(RatioOptions):
+    """How small a model becomes, and which units may go."""
 
     vocab_size: Annotated[int | Literal["auto", "all"] | None, AT_LEAST_1] = None
     """Tokens to keep: those that the data has most, then by the model's own ranks; special ones,
@@ -379,11 +443,7 @@ class PlanConfig(TargetOptions, SizeOptions, DeviceOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PruneConfig(CalibrationConfig, SizeOptions):
-    """What to remove, and how to choose and to mend.
-
-    Raises:
-        ConfigError: If a value is out of range; the message names the field.
-    """
+    """What to remove, and how to choose and to mend."""
 
     axis: AxisChoice | None = None
     """Remove layers, KV groups and neurons, or both; auto, what compress does before training,
@@ -465,7 +525,7 @@ class TrainingShare(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions(ReportOptions, TrainingShare, Questions):
+class RunOptions(LatencyOptions, ReportOptions, TrainingShare, Questions):
     """What models are asked, and how much is trained on."""
 
     tasks: str | None = None  # type: ignore[assignment]
@@ -477,19 +537,11 @@ class RunOptions(ReportOptions, TrainingShare, Questions):
     floors: Annotated[bool, FILE_ONLY] = False
     """Ask the original model a second time, blind, so that tables show each task's blind floor and
     retention above the floors."""
-    target_latency: Annotated[float | None, INSIDE] = None
-    """Instead of a ratio: time to read a question as a share of the original's, counted in the
-    backbone's operations. Each axis that is tried has the ratio that this takes; the end says what
-    the share is on this machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompressConfig(RunOptions, PruneConfig):
-    """Everything a run depends on; written into the run folder and compared when it goes on.
-
-    Raises:
-        ConfigError: If a value is out of range; the message names the field.
-    """
+    """Everything a run depends on; written into the run folder and compared when it goes on."""
 
     recover: RecoverConfig | None = None
     """Recovery options; None for no recovery. Its seed is the run's."""
@@ -500,29 +552,19 @@ class CompressConfig(RunOptions, PruneConfig):
             raise ConfigError(
                 f"target_latency {self.target_latency}: there is a ratio, {self.ratio}"
             )
-        if self.recover is None:
-            return
-        if self.recover.keep_adapter:
+        if self.recover is not None and self.recover.keep_adapter:
             raise ConfigError(
                 "keep_adapter True: compress writes merged weights alone; use recover"
             )
-        if self.recover.seed not in (0, self.seed):
+        if self.recover is not None and self.recover.seed not in (0, self.seed):
             raise ConfigError(
                 f"seed {self.seed}: a run has one, and recover has {self.recover.seed}"
             )
 
 
-MIN_NEW_TOKENS = 3
-ENOUGH_TOKENS = Range(lambda value: value >= MIN_NEW_TOKENS, f"at least {MIN_NEW_TOKENS}")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Workload(Options):
-    """What is timed.
-
-    Raises:
-        ConfigError: If a value is out of range; the message names the field.
-    """
+    """What is timed."""
 
     prompt_tokens: Annotated[int, AT_LEAST_1] = 512
     """Length of every prompt; a picture counts with the tokens that it takes."""

@@ -9,17 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slimvlm.core.errors import ConfigError
+from slimvlm.core.options import CompressConfig, RecoverConfig, file_only
 
 _TRAINER = "it is Hugging Face's own; in YAML or Python give trainer:"
 _LORA = "it is PEFT's own; in YAML or Python give lora:"
-_FILE = "it has no flag any more; give it in a file of --config"
 OPTIONS: dict[str, tuple[Any, str]] = {
-    **{
-        f"{verb} {name}": (None, _FILE)
-        for verb in ("compress", "recover")
-        for name in ("temperature", "bf16", "gradient_accumulation", "trainer", "lora")
-    },
-    **{f"compress {name}": (None, _FILE) for name in ("baseline", "task_folder", "floors")},
     "help_all": (False, "--help shows every option"),
     "stages": ((), "one ratio keeps more than two in turns; give --ratio"),
     "pad": (False, "plan equal widths, --allocation uniform or balanced, which load without code"),
@@ -70,11 +64,15 @@ def refuse_removed(words: Sequence[str]) -> None:
     """Refuse a removed verb or option, and name its replacement; ``words`` follow ``slimvlm``."""
     if words and words[0] in VERBS:
         raise ConfigError(f"{words[0]} was removed: {VERBS[words[0]]}")
-    for word in words[1:]:
-        name = word.partition("=")[0].removeprefix("--").replace("-", "_")
-        row = OPTIONS.get(name) or OPTIONS.get(f"{words[0]} {name}")
-        if word.startswith("--") and row is not None:
-            raise ConfigError(f"{word.partition('=')[0]} was removed: {row[1]}")
+    verb = next(iter(words), "")
+    from_file = {"compress": (CompressConfig, RecoverConfig), "recover": (RecoverConfig,)}
+    without_flag = set().union(*map(file_only, from_file.get(verb, ())))
+    for flag in (word.partition("=")[0] for word in words[1:] if word.startswith("--")):
+        name = flag.removeprefix("--").replace("-", "_")
+        if name in without_flag:
+            raise ConfigError(f"{flag} has no flag any more; give it in a file of --config")
+        if (row := OPTIONS.get(name) or OPTIONS.get(f"{verb} {name}")) is not None:
+            raise ConfigError(f"{flag} was removed: {row[1]}")
 
 
 def without_removed(values: Mapping[str, Any], allowed: Sequence[str]) -> dict[str, Any]:

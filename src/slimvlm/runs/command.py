@@ -10,10 +10,9 @@ from typing import Any
 
 import yaml
 
-from slimvlm.core.checked import file_only
 from slimvlm.core.documents import built, read_yaml
 from slimvlm.core.errors import ConfigError
-from slimvlm.core.options import TASK_BATCH_SIZE, CompressConfig, RecoverConfig
+from slimvlm.core.options import TASK_BATCH_SIZE, CompressConfig, RecoverConfig, file_only
 
 NOT_TRAINED = "none"
 RECIPE = ("axis", "train", "loss")

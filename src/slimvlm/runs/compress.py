@@ -16,7 +16,6 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from slimvlm.core.checked import part_of
 from slimvlm.core.errors import SlimError, is_out_of_memory, one_line
 from slimvlm.core.files import (
     discard_replacement,
@@ -25,7 +24,7 @@ from slimvlm.core.files import (
     require_free,
     write_text,
 )
-from slimvlm.core.options import CompressConfig, PruneConfig, Questions
+from slimvlm.core.options import CompressConfig, PruneConfig, Questions, part_of
 from slimvlm.core.progress import Say, silent
 from slimvlm.core.requests import asked, identity_of_files, is_begun_for, note_request
 from slimvlm.data.read import identity_of_data

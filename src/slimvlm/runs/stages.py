@@ -19,8 +19,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
-from slimvlm.core.checked import part_of
-from slimvlm.core.options import Axis, DataConfig
+from slimvlm.core.options import Axis, DataConfig, part_of
 from slimvlm.core.progress import Say, progress, silent
 from slimvlm.core.requests import digest
 from slimvlm.data.images import identifying_bytes

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from slimvlm.core.checked import ABOVE_0, AT_LEAST_0, Options
+from slimvlm.core.options import ABOVE_0, AT_LEAST_0, Options
 from slimvlm.planning.plan import Plan
 
 PASSES, RATE = 10.0, 4e-3

@@ -14,10 +14,9 @@ import pandas as pd
 from rich.console import Console
 from rich.live import Live
 
-from slimvlm.core.checked import part_of
 from slimvlm.core.errors import ConfigError, SlimError
 from slimvlm.core.files import explained, held, require_place, write_text
-from slimvlm.core.options import PruneConfig, Questions
+from slimvlm.core.options import PruneConfig, Questions, part_of
 from slimvlm.core.progress import Say
 from slimvlm.evaluation.lmms import split_names
 from slimvlm.evaluation.tasks import find_tasks

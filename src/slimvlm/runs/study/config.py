@@ -8,10 +8,16 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
-from slimvlm.core.checked import AT_LEAST_0, Options
 from slimvlm.core.documents import Listed, built, read_yaml
 from slimvlm.core.errors import ConfigError
-from slimvlm.core.options import PruneConfig, Questions, RecoverConfig, TrainingShare
+from slimvlm.core.options import (
+    AT_LEAST_0,
+    Options,
+    PruneConfig,
+    Questions,
+    RecoverConfig,
+    TrainingShare,
+)
 from slimvlm.runs.request import criteria_of
 
 NONE = "none"

@@ -12,8 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from slimvlm.core.checked import part_of
-from slimvlm.core.options import DataConfig, LoadConfig, PruneConfig, Questions
+from slimvlm.core.options import DataConfig, LoadConfig, PruneConfig, Questions, part_of
 from slimvlm.core.requests import identity_of_files
 from slimvlm.data.read import identity_of_data
 from slimvlm.data.samples import Sample
