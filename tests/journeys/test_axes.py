@@ -22,8 +22,8 @@ from slimvlm.runs.request import (
     Request,
     along,
     axis_of,
+    dry_plan,
     ratio_of,
-    rehearse,
     requests_by_axis,
     resolved,
 )
@@ -128,7 +128,7 @@ def test_at_one_latency_every_axis_has_a_ratio_of_its_own(share: float) -> None:
     layer = shape.layers[0].params / shape.backbone_params
     for axis, request in found.items():
         least = replace(request.prune, ratio=ratio_of(request.prune) - max(layer, 0.02))
-        reads = [rehearse(prune, shape).after for prune in (least, request.prune)]
+        reads = [dry_plan(prune, shape).after for prune in (least, request.prune)]
         more, left = (prefill_flops(each, PROMPT) / prefill_flops(shape, PROMPT) for each in reads)
         assert left <= share < more, axis
     assert len({request.prune.ratio for request in found.values()}) == 3

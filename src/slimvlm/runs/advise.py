@@ -37,13 +37,15 @@ from slimvlm.runs.recipes import Recipe, expected, recipe_for, rules, subject_of
 from slimvlm.runs.request import (
     check_questions,
     check_request,
-    rehearse,
+    dry_plan,
     requests_by_axis,
     resolved,
+    tokens_alone,
+    tokens_to_try,
+    with_tokens,
 )
 from slimvlm.runs.stages import read_split
 from slimvlm.runs.tables import millions, size
-from slimvlm.runs.tokens import tokens_alone, tokens_to_try, with_tokens
 
 _RATIO_STEP = 0.005
 """Distance of the ratios that are tried for a latency."""
@@ -402,7 +404,7 @@ def dry_run(model: str, config: CompressConfig, say: Say = print) -> DryRun:
         vocabulary=None if request.tokens is None else len(request.tokens),
     )
     return DryRun(
-        plan=tokens_alone(first, shape) or rehearse(first.prune, shape, first.tokens),
+        plan=tokens_alone(first, shape) or dry_plan(first.prune, shape, first.tokens),
         axes=axes,
         fewer_tokens=len(request.fewer_tokens or ()),
         calibration=sizes.calibration,

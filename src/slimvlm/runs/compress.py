@@ -49,9 +49,9 @@ from slimvlm.runs.request import (
     ratio_of,
     resolved,
     scored_by,
+    tokens_alone,
 )
 from slimvlm.runs.stages import Calibration, SampleSplit
-from slimvlm.runs.tokens import tokens_alone
 from slimvlm.scoring.unit_scores import Scores
 from slimvlm.training.recover import TRACKER_FOLDER
 

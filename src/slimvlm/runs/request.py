@@ -6,29 +6,31 @@ the same everywhere.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, get_args
 
+from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
+
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError, SlimError
-from slimvlm.core.options import (
-    Allocation,
-    Axis,
-    AxisChoice,
-    PruneConfig,
-    Questions,
-    RecoverConfig,
-)
+from slimvlm.core.options import Axis, PruneConfig, Questions, RecoverConfig, SizeOptions
 from slimvlm.core.progress import Say, silent
 from slimvlm.data.roles import parse_token_weights
+from slimvlm.data.samples import Sample
+from slimvlm.data.vocabulary import Vocabulary, choose_vocabulary
 from slimvlm.evaluation.lmms import check_names, split_names
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import prefill_flops
-from slimvlm.models.load import device_named
+from slimvlm.models.files import file_if_reachable
+from slimvlm.models.load import anatomy as anatomy_of
+from slimvlm.models.load import device_named, load_config, load_processor, resolve
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
+from slimvlm.pruning.tokens import token_ids_of
 from slimvlm.pruning.walk.walk import WALKING, require_choosable
 from slimvlm.runs.recipes import recipe_for, rules
 from slimvlm.scoring.criteria import (
@@ -58,8 +60,7 @@ class Request:
     report_samples: int = 0  # held out for the end, at most
     questions: Questions | None = None
     made_from: tuple[str, ...] = ()  # hashes of model and data, so that exchanged files are noticed
-    # ids to keep, once they are chosen; see `slimvlm.runs.tokens`
-    tokens: tuple[int, ...] | None = None
+    tokens: tuple[int, ...] | None = None  # ids to keep, once they are chosen
     # ids to keep in a further try of axis auto, () for none
     fewer_tokens: tuple[int, ...] | None = None
     latency: float | None = None  # share of the original's time, which gives each axis its ratio
@@ -87,34 +88,33 @@ def resolved(request: Request, say: Say = silent, shape: Anatomy | None = None) 
     if request.latency is not None:
         assert shape is not None
         config = replace(config, ratio=_ratio_for_latency(request, request.latency, shape))
-        request = replace(request, prune=config)
-    if config.ratio is None and config.tokens_first:
-        is_open = config.axis in (None, "chart", "auto")  # and nothing goes along any axis
+    if config.ratio is None and config.tokens_first:  # nothing goes along any axis
+        is_open = config.axis in (None, "chart", "auto")
         config = replace(config, ratio=0.0, axis="width" if is_open else config.axis)
-        request = replace(request, prune=config)
     if config.ratio is not None:
-        config = replace(config, axis=axis_of(request))
+        if config.axis in (None, "chart") or (config.axis == "auto" and config.data is None):
+            config = replace(config, axis=recipe_for(config.ratio, request.trains).axis)
         if _lacks_data(config):
             say("no --data: calibrating on the demo's conversations")
             config = replace(config, data="demo", images=None, too_long="cut")
             request = replace(request, recover=None, report_samples=0)
-        if shape is not None and config.ratio and any(s.expert_neuron_params for s in shape.layers):
-            config = replace(config, criterion=_for_neurons_of_experts(config))
-        config = replace(
-            config,
-            criterion=criteria_of(config),
-            allocation=_resolved_allocation(config, say),
-        )
+        criteria = criteria_of(config)
+        has_experts = shape is not None and any(s.expert_neuron_params for s in shape.layers)
+        if has_experts and config.ratio and not config.criterion:  # no walk chooses their neurons
+            own = {WALKING: EXPERT_NEURON_CRITERION}
+            criteria = tuple(own.get(name, name) for name in criteria)
+        config = _with_allocation(replace(config, criterion=criteria), say)
     if config.data is None and config.repair == "auto":
         config = replace(config, repair="none")
     if config.local_steps is None and config.repair != "auto":
         config = replace(config, local_steps=0)
-    recover = request.recover if request.trains else None
+    request = replace(request, prune=config)
     return replace(
         request,
-        prune=config,
         hold_out=config.repair == "auto" or config.local_steps != 0 or config.axis == "auto",
-        recover=None if recover is None else replace(recover, seed=config.seed),
+        recover=replace(request.recover, seed=config.seed)
+        if request.recover is not None and request.trains
+        else None,
     )
 
 
@@ -127,35 +127,19 @@ def _lacks_data(config: PruneConfig) -> bool:
     return bool(reads) and not set(reads) & set(config.criterion)
 
 
-def _for_neurons_of_experts(config: PruneConfig) -> tuple[str, ...]:
-    """Choose the criteria; neurons of experts need one that scores, as no walk chooses them."""
-    own = {} if config.criterion else {WALKING: EXPERT_NEURON_CRITERION}
-    return tuple(own.get(name, name) for name in criteria_of(config))
-
-
-def _resolved_allocation(config: PruneConfig, say: Say) -> Allocation:
+def _with_allocation(config: PruneConfig, say: Say) -> PruneConfig:
     """Choose the allocation: ``balanced`` where the walk chooses, else ``uniform``."""
     if config.allocation not in (None, "balanced"):
-        return config.allocation
+        return config
     reasons = {
         "axis depth removes no widths": config.axis == "depth",
         "there is no data to try it on": config.data is None,
-        f"only the walk's own choice, by {WALKING!r}, tries it": WALKING not in criteria_of(config),
+        f"only the walk's own choice, by {WALKING!r}, tries it": WALKING not in config.criterion,
     }
     reason = next((why for why, holds in reasons.items() if holds), None)
-    if reason is None:
-        return "balanced"
-    if config.allocation is not None:
+    if reason is not None and config.allocation is not None:
         say(f"allocation 'balanced' becomes 'uniform': {reason}")
-    return "uniform"
-
-
-def axis_of(request: Request) -> AxisChoice:
-    """Choose the axis, by the study's chart if none was given; ``auto`` where data can decide."""
-    config = request.prune
-    if config.axis in (None, "chart") or (config.axis == "auto" and config.data is None):
-        return recipe_for(ratio_of(config), request.trains).axis
-    return config.axis
+    return replace(config, allocation="balanced" if reason is None else "uniform")
 
 
 def _ratio_for_latency(request: Request, share: float, shape: Anatomy) -> float:
@@ -163,32 +147,27 @@ def _ratio_for_latency(request: Request, share: float, shape: Anatomy) -> float:
 
     With axis ``auto`` it is the ratio of the first axis that can reach the share.
     """
-    named = [axis for axis in get_args(Axis) if axis == request.prune.axis]
-    axes: list[Axis] = named or ["width", "depth", "both"]
-    for axis in axes:
-        config = replace(request.prune, axis=axis)
-        with suppress(ImpossiblePlanError):
-            return _ratio_along(config, request.tokens, share, shape)
-    raise ImpossiblePlanError(f"target_latency {share} cannot be reached on {' or '.join(axes)}")
-
-
-def _ratio_along(
-    config: PruneConfig, tokens: tuple[int, ...] | None, share: float, shape: Anatomy
-) -> float:
-    """Find this ratio along one axis; an impossible one raises ImpossiblePlanError."""
     known = rules().constants
     prompt = known.text_tokens + (known.image_tokens if shape.vision_params else 0)
     whole = prefill_flops(shape, prompt)
     in_layers = sum(layer.params for layer in shape.layers) / shape.backbone_params
-    ratio = 0.9 * (1 - share) * in_layers  # a little less than it takes
-    while True:
-        plan = rehearse(replace(config, ratio=min(ratio, 1 - _RATIO_STEP)), shape, tokens)
-        excess = prefill_flops(plan.after, prompt) / whole - share
-        if excess <= 0:
-            return ratio
-        if ratio >= 1:
-            raise ImpossiblePlanError(f"target_latency {share}: nothing more can go")
-        ratio += max(excess * in_layers, _RATIO_STEP)
+    named = [axis for axis in get_args(Axis) if axis == request.prune.axis]
+    axes: list[Axis] = named or ["width", "depth", "both"]
+    for axis in axes:
+        ratio = 0.9 * (1 - share) * in_layers  # a little less than it takes
+        while True:
+            asked = replace(request.prune, axis=axis, ratio=min(ratio, 1 - _RATIO_STEP))
+            try:
+                plan = dry_plan(asked, shape, request.tokens)
+            except ImpossiblePlanError:
+                break
+            excess = prefill_flops(plan.after, prompt) / whole - share
+            if excess <= 0:
+                return ratio
+            if ratio >= 1:
+                break
+            ratio += max(excess * in_layers, _RATIO_STEP)
+    raise ImpossiblePlanError(f"target_latency {share} cannot be reached on {' or '.join(axes)}")
 
 
 def along(request: Request, axis: Axis, shape: Anatomy | None = None) -> Request:
@@ -207,7 +186,7 @@ def requests_by_axis(request: Request, anatomy: Anatomy) -> dict[Axis, Request]:
     for axis in get_args(Axis):
         try:
             candidate = along(request, axis, anatomy)
-            plan = rehearse(candidate.prune, anatomy, request.tokens)
+            plan = dry_plan(candidate.prune, anatomy, request.tokens)
         except SlimError as error:
             failure = error
             continue
@@ -271,12 +250,12 @@ def check_request(request: Request, anatomy: Anatomy, say: Say) -> None:
     if request.prune.axis == "auto":
         requests_by_axis(request, anatomy)
     else:
-        rehearse(request.prune, anatomy, request.tokens)
+        dry_plan(request.prune, anatomy, request.tokens)
     if request.prune.data is None and request.prune.criterion:
         say(f"no data: scoring by {' and '.join(request.prune.criterion)}")
 
 
-def rehearse(config: PruneConfig, anatomy: Anatomy, tokens: tuple[int, ...] | None = None) -> Plan:
+def dry_plan(config: PruneConfig, anatomy: Anatomy, tokens: tuple[int, ...] | None = None) -> Plan:
     """Make a plan from random scores, to find out whether a model can be pruned as requested.
 
     Raises the errors that `make_plan` would raise after scoring. Where ``tokens`` are not chosen
@@ -286,18 +265,17 @@ def rehearse(config: PruneConfig, anatomy: Anatomy, tokens: tuple[int, ...] | No
         asked = config.vocab_size
         count = asked if isinstance(asked, int) else anatomy.vocab_size // 3
         tokens = tuple(range(min(count, anatomy.vocab_size)))
-    pretended = pretended_scores(anatomy, criteria_of(config))
-    plan = ranked_plan(config, anatomy, [pretended], tokens)
+    plan = ranked_plan(config, anatomy, [dummy_scores(anatomy, criteria_of(config))], tokens)
     if config.data is not None and WALKING in criteria_of(config):
         require_choosable(plan)
     return plan
 
 
-def pretended_scores(anatomy: Anatomy, criteria: Sequence[str]) -> Scores:
+def dummy_scores(anatomy: Anatomy, criteria: Sequence[str]) -> Scores:
     """Draw random scores for the units of criteria, to find out whether a plan is possible."""
-    pretended = score_random(Statistics(), anatomy)
+    drawn = score_random(Statistics(), anatomy)
     units = {unit for name in criteria for unit in CRITERIA[name].units}
-    return Scores(", ".join(criteria), **{unit: pretended.of(unit) for unit in units})
+    return Scores(", ".join(criteria), **{unit: drawn.of(unit) for unit in units})
 
 
 def check_questions(questions: Questions, blind: bool = False, log: bool = False) -> None:
@@ -337,8 +315,97 @@ def ranked_plan(
     tokens: tuple[int, ...] | None = None,
 ) -> Plan:
     """Make the plan that scores alone give; a ``balanced`` walk begins at a ``uniform`` one."""
-    axis = config.axis or "width"
-    allocation = "protect" if config.allocation == "protect" else "uniform"
-    options = config.of_widths
-    options |= {"tokens": tokens, "experts": config.experts}
-    return make_plan(anatomy, scores, ratio_of(config), axis, allocation, **options)
+    return make_plan(
+        anatomy,
+        scores,
+        ratio_of(config),
+        config.axis or "width",
+        "protect" if config.allocation == "protect" else "uniform",
+        **config.of_widths,
+        tokens=tokens,
+        experts=config.experts,
+    )
+
+
+# The tokens that stay are chosen first, from the data and further texts.
+
+
+def vocabulary_for(
+    model: str,
+    options: SizeOptions,
+    samples: Sequence[Sample],
+    trust_remote_code: bool = False,
+    fewest: int = 0,
+) -> Vocabulary:
+    """Choose the tokens that a model keeps, without its weights, from counted conversations.
+
+    Where the number is open, at least ``fewest`` stay. Raises SlimError if the model has no
+    tokenizer.
+    """
+    config, name = load_config(model, trust_remote_code), resolve(model)
+    processor = load_processor(name, config, trust_remote_code)
+    if processor is None:
+        raise ConfigError(f"vocab_size {options.vocab_size}: the model has no tokenizer")
+    path: str | Path | None = Path(name) / GENERATION_CONFIG_NAME
+    if not Path(name).is_dir():
+        path = file_if_reachable(name, GENERATION_CONFIG_NAME)
+    has_one = path is not None and Path(path).is_file()
+    generation = GenerationConfig.from_pretrained(name) if has_one else None
+    size = options.vocab_size if isinstance(options.vocab_size, int) else None
+    texts = [] if options.vocab_text is None else [Path(options.vocab_text)]
+    named = token_ids_of(config, generation)
+    return choose_vocabulary(processor, samples, size, texts, named, fewest)
+
+
+def with_tokens(request: Request, samples: Sequence[Sample], say: Say = silent) -> Request:
+    """Choose the tokens of a request, unless it keeps all or has them already.
+
+    With axis ``auto`` and no token option, those of a further try with fewer tokens are chosen.
+    """
+    config = request.prune
+    if request.tries_tokens and request.fewer_tokens is None:
+        return replace(request, fewer_tokens=_fewer(request, samples, say))
+    if not config.loses_tokens or request.tokens is not None:
+        return request
+    chosen = vocabulary_for(request.model, config, samples, config.trust_remote_code)
+    say(chosen.line())
+    return replace(request, tokens=chosen.tokens)
+
+
+def tokens_to_try(shape: Anatomy) -> int | None:
+    """Return how many tokens a try keeps at least; None where they weigh too little."""
+    rule, weigh = rules().tokens_first, shape.token_params * shape.vocab_size
+    is_much = weigh >= rule.from_share * shape.backbone_params
+    return shape.vocab_size // rule.one_of if is_much else None
+
+
+def _fewer(request: Request, samples: Sequence[Sample], say: Say) -> tuple[int, ...]:
+    """Choose the tokens of a further try: all that the data needs, more by rank, up to a third.
+
+    They never remove more than the ratio. There is no such try where too little is known of the
+    needs of unseen text, or where tokens weigh little or cannot go.
+    """
+    config, shape = request.prune, anatomy_of(request.model)
+    third = tokens_to_try(shape)
+    if third is None or shape.why_tokens_stay is not None:
+        return ()
+    most = math.ceil(ratio_of(config) * shape.backbone_params / shape.token_params)
+    fewest = max(third, shape.vocab_size - most)
+    try:
+        chosen = vocabulary_for(request.model, config, samples, config.trust_remote_code, fewest)
+    except SlimError as error:
+        say(f"all tokens stay: {error}")
+        return ()
+    if chosen.coverage is None or len(chosen.tokens) == chosen.total:
+        return ()
+    say(f"tried, too, and taken if held-out answers lose less by it: {chosen.line()}")
+    return chosen.tokens
+
+
+def tokens_alone(request: Request, anatomy: Anatomy) -> Plan | None:
+    """Make the plan where a request's tokens alone remove its ratio; None if more must go."""
+    if request.tokens is None or request.prune.experts:
+        return None
+    plan = make_plan(anatomy, [], 0.0, tokens=request.tokens)
+    asked = ratio_of(request.prune)
+    return replace(plan, asked_ratio=asked) if plan.ratio >= asked else None

@@ -22,13 +22,13 @@ from slimvlm.runs.request import (
     Request,
     check_options,
     criterion_options,
-    pretended_scores,
+    dummy_scores,
     resolved,
     scored_by,
     token_weights_of,
+    vocabulary_for,
 )
 from slimvlm.runs.stages import Calibration, calibrate, load_original, read_split
-from slimvlm.runs.tokens import vocabulary_for
 from slimvlm.scoring.criteria import CRITERIA, require_low_memory
 from slimvlm.scoring.layerwise.checkpoint import LazyCheckpoint, open_checkpoint
 from slimvlm.scoring.score_model import check_token_weights, score_by_layer
@@ -120,8 +120,8 @@ def plan(
         ratio = (config.ratio or 0.0) if target is None else 0.5  # any ratio: 0 needs fewer scores
         wanted = PruneConfig(data="demo", ratio=ratio, axis=config.axis, experts=config.experts)
         criteria = resolved(Request(model=model, prune=wanted), shape=shape).prune.criterion
-        rehearsed = planned([pretended_scores(shape, [name]) for name in criteria])
-        if not config.loses_tokens or rehearsed.cuts_layers:
+        dry = planned([dummy_scores(shape, [name]) for name in criteria])
+        if not config.loses_tokens or dry.cuts_layers:
             say(f"no --scores: using {' and '.join(criteria)} on the demo's conversations")
             wanted = PruneConfig(
                 data="demo", too_long="cut", criterion=criteria, device=config.device

@@ -53,8 +53,9 @@ from slimvlm.runs.request import (
     requests_by_axis,
     scored_by,
     token_weights_of,
+    tokens_alone,
+    with_tokens,
 )
-from slimvlm.runs.tokens import tokens_alone, with_tokens
 from slimvlm.scoring.batches import Batch, answer_loss
 from slimvlm.scoring.criteria import CRITERIA
 from slimvlm.scoring.layerwise.runner import Live, Source

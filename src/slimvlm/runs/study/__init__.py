@@ -21,7 +21,7 @@ from slimvlm.core.progress import Say
 from slimvlm.evaluation.lmms import split_names
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models.load import anatomy, load_config
-from slimvlm.runs.request import check_options, check_questions, rehearse
+from slimvlm.runs.request import check_options, check_questions, dry_plan
 from slimvlm.runs.study.cache import Cache
 from slimvlm.runs.study.config import Cell, StudyConfig, expand, read_study
 from slimvlm.runs.study.display import Clock, Forecast, Progress
@@ -146,7 +146,7 @@ def prepared(
         for prune, cell in ours.items():
             try:
                 check_options(prune)
-                rehearse(prune, shape)
+                dry_plan(prune, shape)
             except SlimError as error:
                 raise ConfigError(f"cell ({cell.label}): {error}") from error
     forget_files()

@@ -17,9 +17,8 @@ from slimvlm.models.load import anatomy
 from slimvlm.runs import stages
 from slimvlm.runs.advise import dry_run, dry_run_rows
 from slimvlm.runs.prune import prune
-from slimvlm.runs.request import Request, resolved
+from slimvlm.runs.request import Request, resolved, with_tokens
 from slimvlm.runs.score import plan as write_plan
-from slimvlm.runs.tokens import with_tokens
 from tests import tiny_words
 from tests.handmade import assert_untouched, snapshot
 
