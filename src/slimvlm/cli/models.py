@@ -54,7 +54,7 @@ def compare(
     from slimvlm.core.files import require_free, write_text
     from slimvlm.evaluation.compare import comparison_json, comparison_rows
     from slimvlm.runs.evaluate import side_by_side
-    from slimvlm.runs.report.gallery import comparison_html
+    from slimvlm.runs.report import comparison_html
 
     if out is not None:
         require_free(out, force)

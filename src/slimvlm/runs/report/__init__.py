@@ -1,25 +1,79 @@
-"""One self-contained HTML file about a run or a study; it opens offline and on a phone."""
+"""Write self-contained HTML: the report of a run or a study, and two models answer by answer.
+
+Each file opens offline and on a phone. Everything that models and files say is escaped, and a
+page's content security policy lets it load nothing.
+"""
 
 from __future__ import annotations
 
+import base64
 import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import escape
+from PIL import Image
 
 from slimvlm.core.progress import progress
-from slimvlm.runs.report.gallery import MAX_BYTES, gallery_of, render
+from slimvlm.data.images import open_image
+from slimvlm.evaluation.compare import CHANGES, RIGHT, Change, Comparison, Pair
+from slimvlm.evaluation.metrics import signed
 from slimvlm.runs.report.read import Record, read_record
 
-__all__ = ["read_record", "report_html"]
+__all__ = ["comparison_html", "read_record", "report_html"]
 
-_WHOLE = 4_900_000
-"""Bytes of the whole file at most."""
+_WHOLE, MAX_BYTES = 4_900_000, 4_700_000
+"""Bytes at most of a whole report, and of its cards, beyond which pictures are left out."""
+MAX_CARDS: Mapping[Change, int] = {"both wrong": 40, "both right": 12}
+"""Cards of one task at most. Answers that were lost or gained are always shown."""
+CARD_BYTES = 850
+"""Markup of a card without its words and pictures, rounded up."""
+SMALL, SMALL_SHOWN, LARGE = 64, 128, 256
+"""Pictures up to the first size are enlarged to the second; those above the third are reduced."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture as a PNG data URI, with its size in CSS pixels."""
+
+    uri: str
+    width: int
+    height: int
+    enlarged: bool  # shown larger than it is, pixel by pixel
+
+
+@dataclass(frozen=True)
+class Card:
+    """An answer as a page shows it; without pictures once the file is full."""
+
+    pair: Pair
+    pictures: tuple[Picture, ...]
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """The values of ``gallery.html.jinja``."""
+
+    comparison: Comparison
+    cards: Mapping[str, Sequence[Card]]  # by task
+    hidden: Mapping[str, Mapping[Change, int]]  # by task, answers of each kind without a card
+    pictures_left_out: int  # cards without their pictures, for want of room
+    graded: bool  # some answers are neither right nor wrong
+    place: Callable[[float], float]  # points → a place on the axis from 0 to 100 of all tasks
+    kinds: tuple[Change, ...] = CHANGES
+    right: float = RIGHT
 
 
 def report_html(record: Record) -> str:
     """Write the page: figures, charts, tables, answers with their pictures, configuration.
 
-    Everything that models and files say is escaped, and the page's content security policy lets it
-    load nothing. Pictures are left out once the file would exceed 4.9 MB.
+    Pictures are left out once the file would exceed 4.9 MB.
     """
     from slimvlm.runs.report import charts  # matplotlib: only where something is drawn
 
@@ -43,8 +97,87 @@ def report_html(record: Record) -> str:
             if training.steps
         ],
     }
-    bare = render("report.html.jinja", gallery=None, **values)
+    bare = _render("report.html.jinja", gallery=None, **values)
     if record.comparison is None:
         return bare
     room = min(MAX_BYTES, _WHOLE - len(bare.encode()))
-    return render("report.html.jinja", gallery=gallery_of(record.comparison, room), **values)
+    return _render("report.html.jinja", gallery=gallery_of(record.comparison, room), **values)
+
+
+def comparison_html(comparison: Comparison, title: str) -> str:
+    """Write one HTML file with a table and every lost or gained answer, with pictures."""
+    return _render("comparison.html.jinja", title=title, gallery=gallery_of(comparison))
+
+
+def _render(template: str, **values: Any) -> str:
+    """Fill a template of ``templates``, with every value escaped."""
+    environment = Environment(
+        loader=PackageLoader("slimvlm.runs.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["points"] = signed
+    return environment.get_template(template).render(**values)
+
+
+def gallery_of(comparison: Comparison, max_bytes: int = MAX_BYTES) -> Gallery:
+    """Lay out a comparison as cards.
+
+    Up to `MAX_CARDS` unchanged answers of each task are shown, those whose replies differ most
+    first. Pictures are shown until the cards fill ``max_bytes``: those of lost answers first, and
+    tasks take turns.
+    """
+    queue: list[tuple[int, int, str, Pair]] = []
+    hidden: dict[str, Counter[Change]] = {}
+    for task in comparison.tasks.values():
+        hidden[task.name] = Counter(task.counts)
+        for rank, kind in enumerate(CHANGES):
+            pairs = [pair for pair in task.pairs if pair.kind == kind]
+            if kind in MAX_CARDS:
+                pairs.sort(key=lambda p: (-abs(p.score_a - p.score_b), p.reply_a == p.reply_b))
+                pairs = pairs[: MAX_CARDS[kind]]
+            queue += [(rank, place, task.name, pair) for place, pair in enumerate(pairs)]
+            hidden[task.name][kind] -= len(pairs)
+    queue.sort(key=lambda entry: entry[:2])
+    room = max_bytes
+    for *_, pair in queue:
+        asked = pair.question
+        words = (asked.id, asked.prompt, *asked.answers, pair.reply_a, pair.reply_b)
+        room -= CARD_BYTES + sum(len(str(escape(text)).encode()) for text in words)
+    cards: dict[str, list[Card]] = {name: [] for name in comparison.tasks}
+    left_out = 0
+    for *_, name, pair in queue:
+        pictures = tuple(map(_picture, pair.question.images)) if room > 0 else ()
+        size = sum(len(picture.uri) for picture in pictures)
+        if size > room:
+            pictures, room = (), 0
+        room -= size
+        left_out += bool(pair.question.images) and not pictures
+        cards[name].append(Card(pair, pictures))
+    differences = [*(task.difference for task in comparison.tasks.values()), comparison.difference]
+    reach = max(max(abs(d.low), abs(d.high), 1.0) for d in differences)
+    return Gallery(
+        comparison=comparison,
+        cards=cards,
+        hidden={name: +counts for name, counts in hidden.items()},
+        pictures_left_out=left_out,
+        graded=bool({score for p in comparison.pairs for score in (p.score_a, p.score_b)} - {0, 1}),
+        place=lambda value: round(50 + 48 * value / reach, 1),
+    )
+
+
+def _picture(image: Image.Image | Path) -> Picture:
+    """Encode a picture as a PNG data URI: large ones reduced, in 256 colours."""
+    shown = open_image(image)
+    if max(shown.size) > SMALL_SHOWN:
+        shown.thumbnail((LARGE, LARGE))
+        shown = shown.quantize(256)
+    buffer = BytesIO()
+    shown.save(buffer, "PNG", optimize=True)
+    enlarged = max(shown.size) <= SMALL
+    scale = SMALL_SHOWN / max(shown.size) if enlarged else 1
+    width, height = (max(1, round(side * scale)) for side in shown.size)
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    return Picture(f"data:image/png;base64,{encoded}", width, height, enlarged)

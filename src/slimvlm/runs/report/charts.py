@@ -1,20 +1,59 @@
-"""The charts of a report: entries, plans, scores and trainings → drawings."""
+"""Draw the charts of a report: entries, plans, scores and trainings → SVG in the page's colours.
+
+Every chart is made by `draw` from marks: lines, points, bars and spans. The SVG is part of the
+page: it follows dark mode and print, needs no script, and takes the page's font. Colours become CSS
+variables; each mark's values become its tooltip.
+"""
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from io import StringIO
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
+from xml.etree.ElementTree import SubElement, fromstring, tostring
 
+import matplotlib
 import torch
+from markupsafe import Markup
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection, PatchCollection
 from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from slimvlm.planning.plan import Plan
 from slimvlm.runs.recipes import published
 from slimvlm.runs.report.read import Entry, Pruning, Training
-from slimvlm.runs.report.svg import COLOURS, Chart, Marks, draw
 
+COLOURS: Mapping[str, str] = {
+    **{"depth": "#0072b2", "width": "#b54a00", "both": "#8a3d84", "ink": "#1d1d1b"},
+    **{"soft": "#5b5b56", "line": "#d9d9d2", "paper": "#fffffe", "heat": "#0b5d8f"},
+    "lost": "#b02a1c",
+}
+"""Colours to draw with, by the CSS variable that replaces each in the page."""
+STYLE: Any = {
+    **{"figure.dpi": 72, "font.size": 12, "text.parse_math": False, "text.color": COLOURS["ink"]},
+    **{"axes.labelcolor": COLOURS["soft"], "axes.edgecolor": COLOURS["soft"]},
+    **{"xtick.color": COLOURS["soft"], "ytick.color": COLOURS["soft"], "ytick.major.size": 0},
+    **{"axes.spines.left": False, "axes.spines.right": False, "axes.spines.top": False},
+    **{"axes.grid": True, "axes.grid.axis": "y", "grid.color": COLOURS["line"]},
+    **{"axes.axisbelow": True, "axes.formatter.useoffset": False, "lines.linewidth": 1.8},
+    **{"svg.fonttype": "none", "svg.hashsalt": "slimvlm"},
+}
+"""How all drawings look. Labels are data from outside: they hold no formulas, and stay text."""
+WIDTH, HEIGHT = 400, 270
+"""Size of a chart with axes, in CSS pixels, before the page scales it."""
+_CELL, _GRID_WIDTH, _BELOW, _BAR = 28, 1100, 24, 150
+"""Width of a layer's column, of all of them at most, height of their numbers and of bars."""
+_LABEL_WIDTH, _LABEL_HEIGHT = 110, 15
+_VARIABLES = {colour: f"var(--{name})" for name, colour in COLOURS.items()}
 TRAINED = {
     None: ("o", "○", "not trained"),
     "projector": ("^", "▲", "projector trained"),
@@ -28,7 +67,205 @@ _LABELLED = 5
 """Marks have their names next to them up to so many."""
 _MANY = 66
 """Points of a line that are marked at most."""
-_CELL, _BAR = 28, 150
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Shapes of one kind."""
+
+    kind: Literal["line", "points", "bars", "spans"]
+    # points, or points of one line: x, y; bars: x, y, width, height; spans: both ends
+    rows: Sequence[Sequence[float]]
+    look: str = ""  # CSS classes
+    texts: Sequence[str] = ()  # tooltip of each shape
+    links: Sequence[str] = ()  # id of a table row for each shape; empty for none
+    names: Sequence[str] = ()  # labels next to the points
+    style: Mapping[str, Any] = field(default_factory=dict)  # options of matplotlib
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawing."""
+
+    title: str
+    caption: str
+    """How to read it; may be empty."""
+    figure: Figure
+    marks: Sequence[Marks]
+
+    @property
+    def axes(self) -> Axes:
+        """Its only axes."""
+        return self.figure.axes[0]
+
+    @property
+    def width(self) -> float:
+        """Width in CSS pixels, before the page scales it."""
+        return 72 * self.figure.get_figwidth()
+
+    def of(self, look: str) -> list[Marks]:
+        """Return the marks of a CSS class."""
+        return [marks for marks in self.marks if look in marks.look.split()]
+
+    @cached_property
+    def svg(self) -> Markup:
+        """The drawing as an element of a page; the same at every call and every run."""
+        buffer = StringIO()
+        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # letters that only the reader's fonts have
+            self.figure.savefig(buffer, format="svg", metadata=no_metadata)
+        root = fromstring(buffer.getvalue())
+        for element in root.iter():
+            element.tag = element.tag.rpartition("}")[2]
+            element.text, element.tail = (element.text or "").strip(), ""
+        # Put shapes where they are used: ids of definitions must be unique in a whole page.
+        shapes = {f"#{path.get('id')}": path for path in root.iter("path") if path.get("id")}
+        for use in root.iter("use"):
+            shape = shapes[next(v for k, v in use.items() if k.rpartition("}")[2] == "href")]
+            style = "; ".join(filter(None, (shape.get("style"), use.get("style"))))
+            place = f"translate({use.attrib['x']} {use.attrib['y']})"
+            use.tag = "path"
+            use.attrib = {"d": shape.attrib["d"], "transform": place, "style": style}
+        for parent in list(root.iter()):
+            for child in [c for c in parent if c.tag in ("defs", "metadata")]:
+                parent.remove(child)
+        # Give each shape its tooltip, and its link.
+        groups = {group.get("id"): group for group in root.iter("g")}
+        for number, marks in enumerate(self.marks):
+            if not marks.texts:
+                continue
+            group = groups[f"marks-{number}"]
+            group.set("class", marks.look)
+            drawn = list(group.iter("path"))
+            links = marks.links or [""] * len(drawn)
+            for shape, text, link in zip(drawn, marks.texts, links, strict=True):
+                where = shape
+                if link:
+                    attributes, shape.attrib = shape.attrib, {"href": f"#{link}", "tabindex": "-1"}
+                    shape.tag = "a"
+                    where = SubElement(shape, "path", attributes)
+                SubElement(where, "title").text = text
+        for element in root.iter():
+            element.attrib = _themed(element.attrib)
+        over = f": {self.axes.get_ylabel()} over {self.axes.get_xlabel()}"
+        texts = [text for marks in self.of("mark") for text in marks.texts]
+        title = self.title + over * bool(self.axes.get_ylabel())
+        about = ". ".join([title, self.caption, *texts])  # for those who do not see it
+        root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": about}
+        return Markup(tostring(root, encoding="unicode"))
+
+
+def draw(
+    title: str,
+    marks: Sequence[Marks],
+    labels: tuple[str, str] = ("", ""),
+    caption: str = "",
+    x_limits: tuple[float | None, float | None] | None = None,
+    y_limits: tuple[float | None, float | None] | None = None,
+    layers: int = 0,
+    height: float = HEIGHT,
+) -> Chart:
+    """Draw marks, the first ones at the bottom; heights are CSS pixels before the page scales them.
+
+    ``layers`` draws a column for each of so many layers, without a vertical axis; then ``height``
+    is without their numbers. A limit of None follows the values.
+    """
+    with matplotlib.rc_context(STYLE):
+        width = min(_CELL * layers, _GRID_WIDTH) if layers else WIDTH
+        whole = height + _BELOW if layers else height
+        figure = Figure(figsize=(width / 72, whole / 72))
+        axes = figure.add_subplot()
+        figure.patch.set_visible(False)
+        axes.patch.set_visible(False)
+        for number, each in enumerate(marks):
+            artist: Artist
+            match each.kind:
+                case "line":
+                    artist = axes.plot(*zip(*each.rows, strict=True), **each.style)[0]
+                case "points":
+                    artist = axes.scatter(*zip(*each.rows, strict=True), **each.style)
+                case "bars":
+                    bars = [Rectangle((x, y), w, h) for x, y, w, h in each.rows]
+                    artist = axes.add_collection(PatchCollection(bars, **each.style))
+                case "spans":
+                    ends = [[(x0, y0), (x1, y1)] for x0, y0, x1, y1 in each.rows]
+                    artist = axes.add_collection(LineCollection(ends, **each.style))
+            if each.texts:
+                artist.set_gid(f"marks-{number}")
+        if layers:
+            figure.subplots_adjust(left=0, right=1, top=1, bottom=_BELOW / whole)
+            named = range(0, layers, 5 if layers <= 40 else 10)
+            axes.set_xticks([index + 0.5 for index in named], list(map(str, named)))
+            axes.yaxis.set_visible(False)
+            axes.spines["bottom"].set_visible(False)
+            x_limits = (0, layers)
+        else:
+            figure.subplots_adjust(left=0.13, right=0.97, top=0.96, bottom=0.17)
+            axes.set(xlabel=labels[0], ylabel=labels[1])
+            axes.margins(0.08)
+            axes.locator_params(nbins=6)
+            axes.autoscale_view()
+        if x_limits is not None:
+            axes.set_xlim(*x_limits)
+        if y_limits is not None:
+            axes.set_ylim(*y_limits)
+        _write_names(axes, marks)
+    return Chart(title, caption, figure, marks)
+
+
+def _write_names(axes: Axes, marks: Sequence[Marks]) -> None:
+    """Write the names of points next to them."""
+    named = [pair for each in marks for pair in zip(each.rows, each.names, strict=False)]
+    if not named:
+        return
+    points = [(row[0], row[1]) for row, _ in named]
+    places = [(float(x), float(y)) for x, y in axes.transData.transform(points)]
+    for (_, name), point, (left, y), height in zip(
+        named, points, places, labels_apart(places), strict=True
+    ):
+        is_left = left < WIDTH / 2
+        axes.annotate(  # without characters that XML cannot hold
+            "".join(letter if letter.isprintable() else "\ufffd" for letter in name),
+            point,
+            (9 if is_left else -9, height - y),
+            textcoords="offset points",
+            ha="left" if is_left else "right",
+            va="center",
+            weight="bold",
+        )
+
+
+def labels_apart(places: Sequence[tuple[float, float]]) -> list[float]:
+    """Move labels down from these places, from the top one on, so that none covers another."""
+    heights: dict[int, float] = {}
+    for index in sorted(range(len(places)), key=lambda i: -places[i][1]):
+        x, y = places[index]
+        near = [h for i, h in heights.items() if abs(places[i][0] - x) < _LABEL_WIDTH]
+        heights[index] = min([y, *(height - _LABEL_HEIGHT for height in near)])
+    return [heights[index] for index in range(len(places))]
+
+
+def _themed(attributes: Mapping[str, str]) -> dict[str, str]:
+    """Replace colours and font by the page's, and round coordinates to one decimal.
+
+    Ids and references to them are left out: they would have to be unique in the whole page.
+    """
+    themed = {}
+    for name, value in attributes.items():
+        if name == "style":
+            value = re.sub(r"font-family:[^;]*; ?", "", value)
+            themed[name] = re.sub(
+                r"#[0-9a-f]{6}", lambda found: _VARIABLES.get(found[0], found[0]), value
+            )
+        elif name in ("d", "transform", "x", "y"):
+            value = " ".join(value.split())
+            themed[name] = re.sub(
+                r"\d+\.\d+", lambda found: f"{float(found[0]):.1f}".removesuffix(".0"), value
+            )
+        elif name not in ("id", "clip-path"):
+            themed[name] = value
+    return themed
 
 
 def legend(entries: Sequence[Entry]) -> list[tuple[str, str, str]]:
@@ -70,36 +307,38 @@ def by_ratio(entries: Sequence[Entry]) -> list[Chart]:
     for entry in entries:
         if entry.percent is not None and not entry.is_original:
             ways.setdefault((entry.recovery, entry.variant), []).append(entry)
-    several = [way for way in ways.values() if len({round(entry.ratio, 1) for entry in way}) > 1]
-    return [_ratio_chart(alike) for alike in several]
-
-
-def _ratio_chart(shown: Sequence[Entry]) -> Chart:
-    first, lines = shown[0], []
-    for axis in dict.fromkeys(entry.axis for entry in shown):
-        groups: dict[float, list[Entry]] = {}
-        for entry in sorted((e for e in shown if e.axis == axis), key=lambda e: e.ratio):
-            groups.setdefault(round(entry.ratio, 2), []).append(entry)
-        means = [
-            (100 * fmean(e.ratio for e in group), fmean(e.percent or 0.0 for e in group))
-            for group in groups.values()
-        ]
-        lines.append(_line(means, axis, f"{axis}, mean over seeds", axis))
-        there = []  # the study's mean over its models, at those of the ratios that it has
-        for ratio, _ in means if first.fraction == 1 else ():
-            if found := published(axis, first.train, first.loss, ratio / 100):
-                there.append((ratio, fmean(value for _, value in found)))
-        if there:
-            name = f"{axis}, mean of the study's models"
-            lines.append(_line(there, f"{axis} published", name, axis, linestyle=(0, (1, 2))))
-    way = filter(None, (first.recovery if first.train else "untrained", first.variant))
-    return draw(
-        f"Kept at each ratio: {', '.join(way)}",
-        [*lines, *_dots(shown, [100 * entry.ratio for entry in shown])],
-        ("removed share of the backbone (%)", "AVG-%"),
-        x_limits=(0, None),
-        y_limits=(0, 1.08 * max(100.0, *(entry.high or 0.0 for entry in shown))),
-    )
+    charts = []
+    for shown in ways.values():
+        if len({round(entry.ratio, 1) for entry in shown}) < 2:
+            continue
+        first, lines = shown[0], []
+        for axis in dict.fromkeys(entry.axis for entry in shown):
+            groups: dict[float, list[Entry]] = {}
+            for entry in sorted((e for e in shown if e.axis == axis), key=lambda e: e.ratio):
+                groups.setdefault(round(entry.ratio, 2), []).append(entry)
+            means = [
+                (100 * fmean(e.ratio for e in group), fmean(e.percent or 0.0 for e in group))
+                for group in groups.values()
+            ]
+            lines.append(_line(means, axis, f"{axis}, mean over seeds", axis))
+            there = []  # the study's mean over its models, at those of the ratios that it has
+            for ratio, _ in means if first.fraction == 1 else ():
+                if found := published(axis, first.train, first.loss, ratio / 100):
+                    there.append((ratio, fmean(value for _, value in found)))
+            if there:
+                name = f"{axis}, mean of the study's models"
+                dotted = _line(there, f"{axis} published", name, axis, linestyle=(0, (1, 2)))
+                lines.append(dotted)
+        way = filter(None, (first.recovery if first.train else "untrained", first.variant))
+        chart = draw(
+            f"Kept at each ratio: {', '.join(way)}",
+            [*lines, *_dots(shown, [100 * entry.ratio for entry in shown])],
+            ("removed share of the backbone (%)", "AVG-%"),
+            x_limits=(0, None),
+            y_limits=(0, 1.08 * max(100.0, *(entry.high or 0.0 for entry in shown))),
+        )
+        charts.append(chart)
+    return charts
 
 
 def loss_curves(training: Training) -> list[Chart]:
@@ -163,43 +402,39 @@ def score_maps(pruning: Pruning) -> list[Chart]:
     """Draw a heatmap of the scores for each kind of unit; removed units are crossed."""
     maps, plan = [], pruning.plan
     for scores in pruning.scores:
-        by = scores.criterion
-        if scores.layer is not None:
-            units = [values.reshape(1) for values in scores.layer]
-            stay = [[0] if layer in plan.layers else [] for layer in range(len(units))]
-            maps.append(_unit_map(f"Layers by {by}", "", units, stay))
-        if scores.kv_group is not None:
-            title = f"KV groups by {by}"
-            maps.append(_unit_map(title, ", KV group {}", scores.kv_group, plan.kv_groups))
-        if scores.neuron is not None:
-            maps.append(_neuron_map(f"Neurons by {by}", scores.neuron, plan))
-        if scores.expert is not None and any(map(len, scores.expert)):
-            title = f"Experts by {by}"
-            maps.append(_unit_map(title, ", expert {}", scores.expert, plan.experts))
+        layers = [] if scores.layer is None else [value.reshape(1) for value in scores.layer]
+        stay = [[0] if layer in plan.layers else [] for layer in range(len(layers))]
+        kinds: list[tuple[str, str, Sequence[Tensor] | None, Sequence[Sequence[int]]]] = [
+            ("Layers", "", layers, stay),
+            ("KV groups", ", KV group {}", scores.kv_group, plan.kv_groups),
+            ("Neurons", "", scores.neuron, plan.neurons),
+            ("Experts", ", expert {}", scores.expert, plan.experts),
+        ]
+        for kind, name, values, kept in kinds:
+            title = f"{kind} by {scores.criterion}"
+            if values is None or not any(map(len, values)):
+                continue
+            if kind == "Neurons":
+                maps.append(_neuron_map(title, values, kept))
+                continue
+            cells = {
+                (layer, unit): f"layer {layer}{name.format(unit)}: {value:.3g}, "
+                f"{'kept' if unit in kept[layer] else 'removed'}"
+                for layer, of in enumerate(values)
+                for unit, value in enumerate(of.tolist())
+            }
+            crosses = _crosses([(x + 0.5, y + 0.5) for x, y in cells if y not in kept[x]])
+            maps.append(_heatmap(title, cells, values, crosses, _CELL, "Crossed: removed."))
     return maps
 
 
-def _unit_map(
-    title: str, name: str, values: Sequence[Tensor], kept: Sequence[Sequence[int]]
-) -> Chart:
-    """Draw a cell for each unit; removed ones are crossed."""
-    cells = {
-        (layer, unit): f"layer {layer}{name.format(unit)}: {value:.3g}, "
-        f"{'kept' if unit in kept[layer] else 'removed'}"
-        for layer, of in enumerate(values)
-        for unit, value in enumerate(of.tolist())
-    }
-    crosses = _crosses([(x + 0.5, y + 0.5) for x, y in cells if y not in kept[x]])
-    return _heatmap(title, cells, values, crosses, _CELL, "Crossed: removed.")
-
-
-def _neuron_map(title: str, values: Sequence[Tensor], plan: Plan) -> Chart:
+def _neuron_map(title: str, values: Sequence[Tensor], kept: Sequence[Sequence[int]]) -> Chart:
     """Draw shares of each layer's neurons, best first, and a line at the number kept."""
     bins = []  # mean logarithm of the scores in each row
     for of in values:
         ordered = of.clamp(min=1e-30).log10().sort(descending=True).values
         bins.append(torch.stack([part.mean() for part in ordered.tensor_split(NEURON_ROWS)]))
-    shares = [len(kept) / max(len(of), 1) for kept, of in zip(plan.neurons, values, strict=True)]
+    shares = [len(stay) / max(len(of), 1) for stay, of in zip(kept, values, strict=True)]
     cells = {
         (layer, row): f"layer {layer}, best {row / NEURON_ROWS:.0%} to "
         f"{(row + 1) / NEURON_ROWS:.0%}: about {10**value:.3g}; {shares[layer]:.0%} kept"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,14 +14,11 @@ import pandas as pd
 
 from slimvlm.core.documents import read_object
 from slimvlm.core.errors import LONGEST, ConfigError, one_line
-from slimvlm.core.options import CompressConfig, RecoverConfig
 from slimvlm.evaluation.compare import Comparison, compare
-from slimvlm.evaluation.on_data import DataResult
 from slimvlm.evaluation.results import Result
 from slimvlm.evaluation.tasks import builtin_tasks, find_tasks
-from slimvlm.evaluation.timing import PairedTimes
 from slimvlm.planning.plan import Plan
-from slimvlm.runs.command import compress_command
+from slimvlm.runs.command import compress_command, read_config
 from slimvlm.runs.compress import STAGES, read_results, read_times
 from slimvlm.runs.held_out import read_held_out
 from slimvlm.runs.recipes import published
@@ -41,37 +38,23 @@ class Entry:
     """One measured model."""
 
     name: str
-    axis: str
-    """Where it was pruned; empty for an original."""
-    ratio: float
-    """Share of the backbone that was removed."""
-    recovery: str
-    """Name of the training; ``none``, or empty for an original."""
-    average: float
-    """AVG in percent."""
-    percent: float | None
-    """AVG-%, 100 for an original; None if it was not measured."""
-    low: float | None
+    axis: str  # where it was pruned; empty for an original
+    ratio: float  # share of the backbone that was removed
+    recovery: str  # name of the training; ``none``, or empty for an original
+    average: float  # AVG in percent
+    percent: float | None  # AVG-%, 100 for an original; None if it was not measured
+    low: float | None  # 95 % interval of AVG-%
     high: float | None
-    """95 % interval of AVG-%."""
     total_params: int
-    prefill_ms: float
-    """Time to read a question."""
-    decode_ms: float
-    """Time to write a token."""
-    train: str | None = None
-    """``projector``, ``lora``, ``full`` or None."""
+    prefill_ms: float  # time to read a question
+    decode_ms: float  # time to write a token
+    train: str | None = None  # projector, lora, full or None
     loss: str = ""
-    model: str = ""
-    """The original that it comes from."""
-    fraction: float = 1.0
-    """Share of the training data that was used."""
-    variant: str = ""
-    """Other options that tell it from others of its axis, ratio and recovery, but for the seed."""
-    link: str = ""
-    """Id of its row in a table, that marks of charts lead to; empty for none."""
-    columns: Mapping[str, str] = field(default_factory=dict)
-    """Further columns of the table, by name."""
+    model: str = ""  # the original that it comes from
+    fraction: float = 1.0  # share of the training data that was used
+    variant: str = ""  # options that tell it from others of its axis, ratio and recovery; no seed
+    link: str = ""  # id of its row in a table, that marks of charts lead to; empty for none
+    columns: Mapping[str, str] = field(default_factory=dict)  # further columns of the table
 
     @property
     def is_original(self) -> bool:
@@ -112,14 +95,10 @@ class Table:
     caption: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
-    note: str = ""
-    """Written below, one list item for each line."""
-    folded: bool = False
-    """Whether it is closed at first."""
-    wraps: bool = False
-    """Whether cells are sentences, which break into lines."""
-    ids: Sequence[str] = ()
-    """An id for each row, that marks of charts lead to; empty for none."""
+    note: str = ""  # written below, one list item for each line
+    folded: bool = False  # closed at first
+    wraps: bool = False  # cells are sentences, which break into lines
+    ids: Sequence[str] = ()  # of each row, that marks of charts lead to; empty for none
 
 
 @dataclass(frozen=True)
@@ -127,20 +106,15 @@ class Record:
     """Everything that a report shows."""
 
     title: str
-    lead: str
-    """A sentence below the title."""
-    cards: Sequence[tuple[str, str, str]]
-    """Figures to read first: label, value, explanation."""
-    command: str
-    """The command of the run; empty if not known."""
+    lead: str  # a sentence below the title
+    cards: Sequence[tuple[str, str, str]]  # figures to read first: label, value, explanation
+    command: str  # of the run; empty if not known
     config: Mapping[str, Any]
-    entries: Sequence[Entry] = ()
-    """The measured models, originals first."""
+    entries: Sequence[Entry] = ()  # the measured models, originals first
     prunings: Sequence[Pruning] = ()
     trainings: Sequence[Training] = ()
     tables: Sequence[Table] = ()
-    comparison: Comparison | None = None
-    """The original and one smaller model, answer by answer."""
+    comparison: Comparison | None = None  # the original and one smaller model, answer by answer
     notes: Sequence[str] = ()
 
 
@@ -165,62 +139,71 @@ def read_record(folder: str | Path) -> Record:
     )
 
 
-# A run: the stages of one cell.
-
-
 def _read_run(folder: Path) -> Record:
     config = read_object(folder / "config.json", "report:")
     plan, results = Plan.load(folder / "plan.json"), read_results(folder)
-    on_data = read_held_out(folder, STAGES)
-    recover = config.get("recover") or {}
-    entries = [_stage_entry(stage, results, plan, recover) for stage in results]
+    on_data, recover = read_held_out(folder, STAGES), config.get("recover") or {}
+    entries = []
+    for stage, result in results.items():  # as a row of a study's table
+        original = results.get(ORIGINAL, result)
+        trained = recover.get("train") if stage == "recovered" else None
+        row = {
+            **{"axis": plan.axis, "achieved_ratio": plan.ratio, "avg": result.average},
+            **{"train": trained or "none", "loss": recover.get("loss", "")},
+            "recovery": f"{trained} {recover['loss']}" if trained else "none",
+            **{name: getattr(result, name) for name in ("total_params", "prefill_ms", "decode_ms")},
+        }
+        if stage == ORIGINAL:
+            row |= {"axis": ORIGINAL, "achieved_ratio": 0.0, "avg_percent": 100.0}
+        elif not math.isnan(original.average):
+            kept = result.retention(original)
+            row |= {"avg_percent": kept.percent}
+            row |= {"avg_percent_low": kept.low, "avg_percent_high": kept.high}
+        entries.append(_entry(row, stage))
+    tables = [Table("Scores in percent", *result_rows(results), LEGEND)] if results else []
+    if on_data:
+        title, note = "What was kept on unseen samples", "\n".join(held_out_notes(on_data))
+        tables.append(Table(title, *held_out_rows(on_data), note))
+    there = [
+        [entry.name, entry.interval, row.model, f"{value:.1f}", row.source]
+        for entry in entries
+        if not entry.is_original and entry.percent is not None
+        for row, value in published(entry.axis, entry.train, entry.loss, entry.ratio)
+    ]
+    note = (
+        "Other models and tasks: read the trend, not the digits. Values between two published"
+        " ratios lie on a straight line; full training is compared with the study's LoRA."
+    )
+    header = ["model", "AVG-% here", "the study's model", "AVG-% there", "source"]
+    tables += [
+        *_walk_tables(folder),
+        *([Table("Published numbers", header, there, note)] * bool(there)),
+    ]
+    command = ""
+    with suppress(ConfigError):  # options of another version
+        model, options, _ = read_config(folder / "config.json")
+        command = compress_command(model, options, folder)
+    comparison = None
+    if ORIGINAL in results and len(results) > 1:
+        comparison = _compared(results[ORIGINAL], list(results.values())[-1], config)
     scores = [Scores.load(path) for path in sorted((folder / "scores").glob("*.safetensors"))]
     learns = f"{recover.get('train')} from {recover.get('loss')}"
-    comparison = None
-    if "original" in results and len(results) > 1:
-        comparison = _compared(results["original"], list(results.values())[-1], config)
     return Record(
         title=f"{Path(config['model']).name} at {plan.ratio:.0%}",
         lead=f"This run {plan.summary()}.",
-        cards=_run_cards(plan, entries, read_times(folder), on_data),
-        command=_run_command(config, folder),
+        cards=_run_cards(folder, plan, entries),
+        command=command,
         config=config,
         entries=entries,
         prunings=[Pruning("", plan, scores)],
         trainings=_training(folder / "history.json", learns),
-        tables=[*_score_tables(results, on_data), *_walk_tables(folder), *_published(entries)],
+        tables=tables,
         comparison=comparison,
     )
 
 
-def _stage_entry(
-    stage: str, results: Mapping[str, Result], plan: Plan, recover: Mapping[str, Any]
-) -> Entry:
-    """Make an entry of a run's stage, through the row of a study's table."""
-    result, original = results[stage], results.get("original", results[stage])
-    trained = recover.get("train") if stage == "recovered" else None
-    row = {
-        **{"axis": plan.axis, "achieved_ratio": plan.ratio, "avg": result.average},
-        **{"train": trained or "none", "loss": recover.get("loss", "")},
-        "recovery": f"{trained} {recover['loss']}" if trained else "none",
-        **{name: getattr(result, name) for name in ("total_params", "prefill_ms", "decode_ms")},
-    }
-    if stage == ORIGINAL:
-        row |= {"axis": ORIGINAL, "achieved_ratio": 0.0, "avg_percent": 100.0}
-    elif not math.isnan(original.average):
-        kept = result.retention(original)
-        row |= {"avg_percent": kept.percent}
-        row |= {"avg_percent_low": kept.low, "avg_percent_high": kept.high}
-    return _entry(row, stage)
-
-
-def _run_cards(
-    plan: Plan,
-    entries: Sequence[Entry],
-    times: PairedTimes | None,
-    on_data: Mapping[str, DataResult],
-) -> list[tuple[str, str, str]]:
-    cards = []
+def _run_cards(folder: Path, plan: Plan, entries: Sequence[Entry]) -> list[tuple[str, str, str]]:
+    cards, times = [], read_times(folder)
     compared = len(entries) > 1 and entries[0].is_original
     first, last = (entries[0], entries[-1]) if compared else (None, None)
     if last is not None and last.percent is not None:
@@ -238,22 +221,15 @@ def _run_cards(
         cards.append(("Prefill", f"{last.prefill_ms:.1f} ms", f"of {first.prefill_ms:.1f} ms"))
         words = f"a token, of {first.decode_ms:.1f} ms"
         cards.append(("Decode", f"{last.decode_ms:.1f} ms", words))
-    same = list(on_data.values())[-1].figures.agreement if on_data else None
+    on_data = [*read_held_out(folder, STAGES).values()]
+    same = on_data[-1].figures.agreement if on_data else None
     if same is not None and same.low is not None and same.high is not None:
         interval = f"on unseen samples, 95 % interval {same.low:.1f} to {same.high:.1f}"
         cards.append(("Same next token", f"{same.value:.1f} %", interval))
     return cards
 
 
-def _score_tables(results: Mapping[str, Result], on_data: Mapping[str, DataResult]) -> list[Table]:
-    tables = [Table("Scores in percent", *result_rows(results), LEGEND)] if results else []
-    if on_data:
-        title, note = "What was kept on unseen samples", "\n".join(held_out_notes(on_data))
-        tables.append(Table(title, *held_out_rows(on_data), note))
-    return tables
-
-
-def _walk_tables(folder: Path) -> list[Table]:
+def _walk_tables(folder: Path) -> Iterator[Table]:
     """Make tables of the errors of each matrix and layer before and after repair."""
     path = folder / "walk.json"
     report = read_object(path, "report:") if path.is_file() else {"layers": []}
@@ -267,45 +243,13 @@ def _walk_tables(folder: Path) -> list[Table]:
         for layer in report["layers"]
         if layer["distilled"] is not None
     ]
-    repair = "Closed-form repair, squared output error"
-    local = "Local distillation, error of the layer's output on held-out tokens"
-    header, note = ["matrix", "error when sliced", "error when repaired"], report.get("notes", ())
-    tables = [
-        Table(repair, header, refits, "; ".join(note), folded=True),
-        Table(local, ["layer", "before", "after"], distilled, folded=True),
-    ]
-    return [table for table in tables if table.rows]
-
-
-def _published(entries: Sequence[Entry]) -> list[Table]:
-    """Compare measured numbers with published ones for the same axis, recovery and ratio."""
-    rows = [
-        [entry.name, entry.interval, row.model, f"{value:.1f}", row.source]
-        for entry in entries
-        if not entry.is_original and entry.percent is not None
-        for row, value in published(entry.axis, entry.train, entry.loss, entry.ratio)
-    ]
-    header = ["model", "AVG-% here", "the study's model", "AVG-% there", "source"]
-    note = (
-        "Other models and tasks: read the trend, not the digits. Values between two published"
-        " ratios lie on a straight line; full training is compared with the study's LoRA."
-    )
-    return [Table("Published numbers", header, rows, note)] if rows else []
-
-
-def _run_command(config: Mapping[str, Any], folder: Path) -> str:
-    """Write the command for a run; nothing if its options are of another version."""
-    options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-    options.pop("made_from", None)
-    model, recover = str(options.pop("model")), options.pop("recover", None)
-    try:
-        trained = RecoverConfig(**recover) if recover else None
-        return compress_command(model, CompressConfig(**options, recover=trained), folder)
-    except (TypeError, ConfigError):
-        return ""
-
-
-# A study: many cells.
+    if refits:
+        header = ["matrix", "error when sliced", "error when repaired"]
+        note = "; ".join(report.get("notes", ()))
+        yield Table("Closed-form repair, squared output error", header, refits, note, folded=True)
+    if distilled:
+        title = "Local distillation, error of the layer's output on held-out tokens"
+        yield Table(title, ["layer", "before", "after"], distilled, folded=True)
 
 
 def _read_study(folder: Path) -> Record:
@@ -318,35 +262,45 @@ def _read_study(folder: Path) -> Record:
     cells, wanted = (rows[rows["axis"] != ORIGINAL] for rows in (done, table))
     of_axis = cells.astype(str).groupby("axis")
     varied = [name for name in _OPTIONS if (of_axis[name].nunique() > 1).any()]
-    entries = [_cell_entry(row, varied, index) for index, row in done.iterrows()]
+    entries = {index: _cell_entry(row, varied, index) for index, row in done.iterrows()}
     prunings = []
     for _, row in [] if cells.empty else cells.drop_duplicates("plan").iterrows():
         scores = [Scores.load(folder / name) for name in str(row["scores"]).split()]
         title = f"{Path(row['model']).name} {row['axis']} {row['ratio']:.0%}, {row['criterion']}"
         prunings.append(Pruning(title, Plan.load(folder / str(row["plan"])), scores))
     trainings = []
-    for _, row in cells.iterrows():
+    for index, row in cells.iterrows():
         if not pd.isna(row["history"]):
-            trainings += _training(folder / row["history"], _name(row, varied))
-    best, comparison = _best(cells, SHOWN_RATIO), None
-    if best is not None:
-        originals = table[(table["axis"] == ORIGINAL) & (table["model"] == best["model"])]
+            trainings += _training(folder / row["history"], entries[index].name)
+    failed = int((wanted["status"] == FAILED).sum())
+    words = f"{failed} failed, {len(wanted) - len(cells) - failed} open"
+    cards = [("Cells", str(len(cells)), words)]
+    for ratio in sorted(cells["ratio"].unique())[:5]:
+        entry = entries[cells[cells["ratio"] == ratio]["avg_percent"].idxmax()]
+        how = f"{entry.axis}, {entry.recovery if entry.train else 'untrained'}"
+        cards.append((f"Best at {ratio:.0%} (AVG-%)", f"{entry.percent:.1f}", how))
+    comparison, notes = None, []
+    if not cells.empty:
+        nearest = min(cells["ratio"].unique(), key=lambda measured: abs(measured - SHOWN_RATIO))
+        best = cells[cells["ratio"] == nearest]["avg_percent"].idxmax()
+        shown, notes = cells.loc[best], [f"Answers are those of: {entries[best].name}."]
+        originals = table[(table["axis"] == ORIGINAL) & (table["model"] == shown["model"])]
         original = Result.load(folder / originals.iloc[0]["result"])
-        comparison = _compared(original, Result.load(folder / best["result"]), config)
+        comparison = _compared(original, Result.load(folder / shown["result"]), config)
     models = ", ".join(Path(model).name for model in table["model"].unique())
     axes = " and ".join(wanted["axis"].unique())
     return Record(
         title=f"Study of {models}",
         lead=f"{len(cells)} of {len(wanted)} cells measured, along {axes}.",
-        cards=_study_cards(wanted, cells, entries),
+        cards=cards,
         command=shlex.join(["slimvlm", "study", str(folder / STUDY), "--out", str(folder)]),
         config=config,
-        entries=entries,
+        entries=list(entries.values()),
         prunings=prunings,
         trainings=trainings,
-        tables=[_cell_table(entries), *_study_tables(table, done, entries)],
+        tables=_study_tables(table, done, list(entries.values())),
         comparison=comparison,
-        notes=[] if best is None else [f"Answers are those of: {_name(best, varied)}."],
+        notes=notes,
     )
 
 
@@ -360,56 +314,32 @@ def _cell_entry(row: pd.Series, varied: Sequence[str], index: Any) -> Entry:
     reference = _number(row.get("reference"))
     if reference is not None:
         columns["reference"] = f"{reference:.1f} ({row['reference_source']})"
+    options = [f"{name} {row[name]}" for name in varied if name != "seed" and row[name] != ""]
     return _entry(
         row,
         _name(row, varied),
         model=str(row["model"]),
         fraction=float(row["fraction"]),
-        variant="" if original else ", ".join(_chosen(row, [v for v in varied if v != "seed"])),
+        variant="" if original else ", ".join(options),
         link=f"cell-{index}",
         columns=columns,
     )
 
 
-def _name(row: pd.Series, varied: Iterable[str]) -> str:
+def _name(row: pd.Series, varied: Sequence[str] = ()) -> str:
     """Name a cell by its options."""
     short = Path(str(row["model"])).name
     if row["axis"] == ORIGINAL:
         return f"{short} original"
     trained = "untrained" if row["train"] == "none" else str(row["recovery"])
-    return ", ".join([f"{short} {row['axis']} {row['ratio']:.0%}", trained, *_chosen(row, varied)])
+    options = [f"{name} {row[name]}" for name in varied if row[name] != ""]
+    return ", ".join([f"{short} {row['axis']} {row['ratio']:.0%}", trained, *options])
 
 
-def _chosen(row: pd.Series, names: Iterable[str]) -> list[str]:
-    return [f"{name} {row[name]}" for name in names if row[name] != ""]
+def _study_tables(table: pd.DataFrame, done: pd.DataFrame, entries: Sequence[Entry]) -> list[Table]:
+    """Make tables of all cells, claims, scores by task and failures."""
+    from slimvlm_tools.claims import claims_of
 
-
-def _best(cells: pd.DataFrame, ratio: float) -> pd.Series | None:
-    """Find the cell that keeps most at the measured ratio nearest to one; None if none is done."""
-    if cells.empty:
-        return None
-    nearest = min(cells["ratio"].unique(), key=lambda measured: abs(measured - ratio))
-    at_ratio = cells[cells["ratio"] == nearest]
-    return at_ratio.loc[at_ratio["avg_percent"].idxmax()]
-
-
-def _study_cards(
-    wanted: pd.DataFrame, cells: pd.DataFrame, entries: Sequence[Entry]
-) -> list[tuple[str, str, str]]:
-    failed = int((wanted["status"] == FAILED).sum())
-    rest = len(wanted) - len(cells) - failed
-    cards = [("Cells", str(len(cells)), f"{failed} failed, {rest} open")]
-    named = {entry.link: entry for entry in entries}
-    for ratio in sorted(cells["ratio"].unique())[:5]:
-        best = _best(cells, ratio)
-        assert best is not None
-        entry = named[f"cell-{best.name}"]
-        how = f"{entry.axis}, {entry.recovery if entry.train else 'untrained'}"
-        cards.append((f"Best at {ratio:.0%} (AVG-%)", f"{entry.percent:.1f}", how))
-    return cards
-
-
-def _cell_table(entries: Sequence[Entry]) -> Table:
     extra = list(dict.fromkeys(name for entry in entries for name in entry.columns))
     header = ["model", "removed", "AVG", "AVG-% [95 % interval]", *extra]
     header += ["the study", "parameters", "prefill ms", "decode ms"]
@@ -436,14 +366,7 @@ def _cell_table(entries: Sequence[Entry]) -> Table:
         "(arXiv:2604.24380), with all of its data, LoRA next to full training; other models and "
         "tasks, so read the trend."
     )
-    return Table("All cells", header, rows, note, ids=[entry.link for entry in entries])
-
-
-def _study_tables(table: pd.DataFrame, done: pd.DataFrame, entries: Sequence[Entry]) -> list[Table]:
-    """Make tables of claims, scores by task and failures."""
-    from slimvlm_tools.claims import claims_of
-
-    tables = []
+    tables = [Table("All cells", header, rows, note, ids=[entry.link for entry in entries])]
     claims = [claim for claim in claims_of(table) if claim.verdict != "not measured"]
     if claims:
         title, header = "What this says on the study's claims", ["claim", "says", "here"]
@@ -461,12 +384,9 @@ def _study_tables(table: pd.DataFrame, done: pd.DataFrame, entries: Sequence[Ent
     tables.append(Table("Scores by task", header, rows, note, folded=True))
     failed = table[table["status"] == FAILED]
     if len(failed):
-        rows = [[_name(row, ()), str(row["failed"])] for _, row in failed.iterrows()]
+        rows = [[_name(row), str(row["failed"])] for _, row in failed.iterrows()]
         tables.append(Table("Failed cells", ["cell", "error"], rows, wraps=True))
     return tables
-
-
-# Both.
 
 
 def _entry(row: Mapping[str, Any] | pd.Series, name: str, **more: Any) -> Entry:
