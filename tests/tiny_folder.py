@@ -1,8 +1,7 @@
 """Tiny complete model folders: random weights, a tokenizer trained on the spot, a processor.
 
-Everything that `from_pretrained` needs, made offline in a second, once for each test session. The
-kinds differ in what chat code must get right: who adds the first token, what ends a turn, and how
-many tokens a picture becomes.
+The kinds differ in what chat code must get right: who adds the first token, what ends a turn, and
+how many tokens a picture becomes.
 """
 
 from __future__ import annotations
@@ -13,10 +12,9 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers as hf
@@ -68,19 +66,14 @@ SMOLVLM_CHAT = (
 )
 
 
-@dataclass(frozen=True)
-class Kind:
-    """One kind of complete model.
-
-    Attributes:
-        make: Returns the configuration and the processor (or tokenizer).
-        image_token: What one patch of a picture is in ``input_ids``.
-        answer: What the labels of an answer decode to.
-    """
+class Kind(NamedTuple):
+    """One kind of complete model."""
 
     make: Callable[[], tuple[hf.PreTrainedConfig, Any]]
+    """Returns the configuration and the processor (or tokenizer)."""
     image_token: str | None
     answer: str
+    """What the labels of an answer decode to."""
 
 
 def tokenizer(
@@ -91,34 +84,30 @@ def tokenizer(
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
-    raw.train_from_iterator(
-        [WORDS],
-        trainers.BpeTrainer(
-            vocab_size=VOCAB,
-            min_frequency=1,
-            special_tokens=special_tokens,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        **{"vocab_size": VOCAB, "min_frequency": 1, "special_tokens": special_tokens},
+        **{"initial_alphabet": alphabet, "show_progress": False},
     )
+    raw.train_from_iterator([WORDS], trainer)
     assert raw.get_vocab_size() == VOCAB
     if adds_bos:
         raw.post_processor = processors.TemplateProcessing(
             single=f"{BOS} $A", special_tokens=[(BOS, raw.token_to_id(BOS))]
         )
+    return _fast(raw, bos, **named)
+
+
+def _fast(raw: Tokenizer, bos: str | None, **named: Any) -> hf.PreTrainedTokenizerFast:
+    ends = {"pad_token": PAD, "bos_token": bos, "eos_token": EOS}
     return hf.PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        pad_token=PAD,
-        bos_token=bos,
-        eos_token=EOS,
-        clean_up_tokenization_spaces=False,
-        **named,
+        tokenizer_object=raw, clean_up_tokenization_spaces=False, **ends, **named
     )
 
 
 def _llava() -> tuple[hf.PreTrainedConfig, Any]:
     words = tokenizer(["<image>"], extra_special_tokens={"image_token": "<image>"})
-    config = tiny.llava(tiny.llama(vocab_size=VOCAB))
+    config = tiny.llava(text_config=tiny.llama(vocab_size=VOCAB))
     config.image_token_index = words.convert_tokens_to_ids("<image>")
     return config, llava_processor(words)
 
@@ -128,14 +117,8 @@ def llava_processor(words: Any) -> hf.LlavaProcessor:
     pictures = hf.CLIPImageProcessor(
         size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
     )
-    return hf.LlavaProcessor(
-        pictures,
-        words,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=LLAVA_CHAT,
-    )
+    how = {"patch_size": 8, "num_additional_image_tokens": 1, "chat_template": LLAVA_CHAT}
+    return hf.LlavaProcessor(pictures, words, vision_feature_select_strategy="default", **how)
 
 
 def _text() -> tuple[hf.PreTrainedConfig, Any]:
@@ -147,70 +130,50 @@ def _text() -> tuple[hf.PreTrainedConfig, Any]:
 def _qwen2_5_vl() -> tuple[hf.PreTrainedConfig, Any]:
     names = ["vision_start", "vision_end", "image_pad", "video_pad"]
     specials = [f"<|{name}|>" for name in ("im_start", "im_end", *names)]
-    words = tokenizer(
-        specials,
-        adds_bos=False,
-        bos=None,
-        extra_special_tokens={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
-    )
+    named = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+    words = tokenizer(specials, adds_bos=False, bos=None, extra_special_tokens=named)
     config = tiny.qwen2_5_vl()
     config.text_config.vocab_size = VOCAB
     config.text_config.bos_token_id = None
-    for field, token in (
-        ("image_token_id", "image_pad"),
-        ("video_token_id", "video_pad"),
-        ("vision_start_token_id", "vision_start"),
-        ("vision_end_token_id", "vision_end"),
-    ):
+    for token in names:
+        field = token.replace("_pad", "") + "_token_id"
         setattr(config, field, words.convert_tokens_to_ids(f"<|{token}|>"))
     sizes: dict[str, Any] = {
-        "patch_size": 8,
-        "temporal_patch_size": 1,
-        "merge_size": 2,
+        **{"patch_size": 8, "temporal_patch_size": 1, "merge_size": 2},
         "size": {"shortest_edge": 16 * 16, "longest_edge": 48 * 48},
     }
-    processor = hf.Qwen2_5_VLProcessor(
-        hf.Qwen2VLImageProcessor(**sizes),
-        words,
-        hf.Qwen2VLVideoProcessor(**sizes),
-        chat_template=CHATML % "<|vision_start|><|image_pad|><|vision_end|>",
-    )
-    return config, processor
+    made = hf.Qwen2VLImageProcessor(**sizes), words, hf.Qwen2VLVideoProcessor(**sizes)
+    chat = CHATML % "<|vision_start|><|image_pad|><|vision_end|>"
+    return config, hf.Qwen2_5_VLProcessor(*made, chat_template=chat)
 
 
 def _idefics3() -> tuple[hf.PreTrainedConfig, Any]:
     specials = ["<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>"]
     words = tokenizer([*specials, "<global-img>"], adds_bos=False, bos="<|im_start|>")
-    config = tiny.idefics3(hf.Idefics3Config, hf.Idefics3VisionConfig)
+    config = tiny.idefics3()
     config.text_config.vocab_size = VOCAB
     config.image_token_id = words.convert_tokens_to_ids("<image>")
     pictures = hf.Idefics3ImageProcessor(
         size={"longest_edge": 32}, max_image_size={"longest_edge": 32}, do_image_splitting=False
     )
-    processor = hf.Idefics3Processor(pictures, words, image_seq_len=4, chat_template=SMOLVLM_CHAT)
-    return config, processor
+    how = {"image_seq_len": 4, "chat_template": SMOLVLM_CHAT}
+    return config, hf.Idefics3Processor(pictures, words, **how)
 
 
 def _internvl() -> tuple[hf.PreTrainedConfig, Any]:
     named = {
-        "start_image_token": "<img>",
-        "end_image_token": "</img>",
-        "context_image_token": "<IMG_CONTEXT>",
-        "video_token": "<video>",
+        **{"start_image_token": "<img>", "end_image_token": "</img>"},
+        **{"context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"},
     }
     specials = ["<|im_start|>", "<|im_end|>", *named.values()]
     words = tokenizer(specials, adds_bos=False, bos=None, extra_special_tokens=named)
-    config = tiny.internvl(tiny.qwen2(vocab_size=VOCAB))
+    config = tiny.internvl(text_config=tiny.qwen2(vocab_size=VOCAB))
     config.image_token_id = words.convert_tokens_to_ids("<IMG_CONTEXT>")
     size = {"height": 32, "width": 32}
-    processor = hf.InternVLProcessor(
-        hf.GotOcr2ImageProcessor(size=size, min_patches=1, max_patches=2, crop_to_patches=True),
-        words,
-        hf.InternVLVideoProcessor(size=size),
-        image_seq_length=4,
-        chat_template=CHATML % "<IMG_CONTEXT>\n",
-    )
-    return config, processor
+    tiles = {"min_patches": 1, "max_patches": 2, "crop_to_patches": True}
+    pictures, videos = hf.GotOcr2ImageProcessor(size=size, **tiles), hf.InternVLVideoProcessor
+    how = {"image_seq_length": 4, "chat_template": CHATML % "<IMG_CONTEXT>\n"}
+    return config, hf.InternVLProcessor(pictures, words, videos(size=size), **how)
 
 
 KINDS: dict[str, Kind] = {
@@ -240,14 +203,7 @@ def processor(name: str) -> Any:
 def folder(name: str) -> Path:
     """A complete model folder of a kind. Tests must not change it."""
     config, words = KINDS[name].make()
-    torch.manual_seed(0)
-    sees = tiny.is_multimodal(config)
-    auto = hf.AutoModelForImageTextToText if sees else hf.AutoModelForCausalLM
-    model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
-    with torch.no_grad():  # biases and norms must matter in tests
-        for parameter in model.parameters():
-            if parameter.ndim < 2 or not parameter.any():
-                parameter.add_(0.1 * torch.randn_like(parameter))
+    model = tiny.made(config)
     specials = getattr(words, "tokenizer", words).all_special_ids
     model.generation_config.suppress_tokens = specials  # random models would say them
     model.generation_config.pad_token_id = 0
@@ -310,13 +266,8 @@ def write_llava_data(out: Path, count: int = 12, pictures: bool = True) -> Path:
     rows = []
     for index, item in enumerate(short_samples(count)):
         user, assistant = (m["content"][-1]["text"] for m in item.messages)
-        row = {
-            "id": item.id,
-            "conversations": [
-                {"from": "human", "value": ("<image>\n" if pictures else "") + user},
-                {"from": "gpt", "value": assistant},
-            ],
-        }
+        asked = {"from": "human", "value": ("<image>\n" if pictures else "") + user}
+        row = {"id": item.id, "conversations": [asked, {"from": "gpt", "value": assistant}]}
         if pictures:
             row["image"] = f"{index}.png"
             picture(index).save(out / f"{index}.png")
@@ -351,10 +302,6 @@ def without_merges(words: hf.PreTrainedTokenizerFast) -> hf.PreTrainedTokenizerF
 
 
 def _with_backend(words: hf.PreTrainedTokenizerFast, raw: Any) -> hf.PreTrainedTokenizerFast:
-    named = {"pad_token": PAD, "bos_token": words.bos_token, "eos_token": EOS}
-    backend = Tokenizer.from_str(json.dumps(raw))
-    made = hf.PreTrainedTokenizerFast(
-        tokenizer_object=backend, clean_up_tokenization_spaces=False, **named
-    )
+    made = _fast(Tokenizer.from_str(json.dumps(raw)), words.bos_token)
     made.chat_template = words.chat_template
     return made

@@ -9,7 +9,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers as hf
 from tokenizers import (
     AddedToken,
@@ -58,14 +57,8 @@ def _byte_level(ignore_merges: bool = False) -> Tokenizer:
         values["model"]["merges"] = _every_split(values["model"]["vocab"])
         raw = Tokenizer.from_str(json.dumps(values))
     start = raw.token_to_id("<|im_start|>")
-    raw.post_processor = ends.Sequence(
-        [
-            ends.ByteLevel(trim_offsets=False),
-            ends.TemplateProcessing(
-                single="<|im_start|> $A", special_tokens=[("<|im_start|>", start)]
-            ),
-        ]
-    )
+    first = ends.TemplateProcessing("<|im_start|> $A", special_tokens=[("<|im_start|>", start)])
+    raw.post_processor = ends.Sequence([ends.ByteLevel(trim_offsets=False), first])
     raw.enable_padding(pad_id=raw.token_to_id("<|im_end|>"), pad_token="<|im_end|>")
     return raw
 
@@ -92,19 +85,12 @@ def _sentencepiece(every_split: bool = True) -> Tokenizer:
     pieces = [*SPECIALS, *(f"<0x{byte:02X}>" for byte in range(256)), *model["vocab"]]
     vocab = {piece: index for index, piece in enumerate(pieces)}
     merges = _every_split(vocab) if every_split else model["merges"]
-    raw = Tokenizer(
-        models.BPE(
-            vocab, [tuple(m) for m in merges], unk_token="<unk>", fuse_unk=True, byte_fallback=True
-        )
-    )
+    unknown = {"unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True}
+    raw = Tokenizer(models.BPE(vocab, [tuple(m) for m in merges], **unknown))
     raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    space = decoders.Replace("▁", " ")
     raw.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
+        [space, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     raw.add_special_tokens(list(SPECIALS))
     raw.add_special_tokens(["<image>"])
@@ -183,16 +169,14 @@ def _llava() -> tuple[Any, Any]:
     merges = [tuple(pair) for pair in model["merges"]]
     words = hf.LlamaTokenizer(vocab=model["vocab"], merges=merges, pad_token="<pad>")
     words.add_special_tokens({"extra_special_tokens": ["<image>"]})
-    config = tiny.llava(tiny.llama(vocab_size=len(words) + 1))
+    config = tiny.llava(text_config=tiny.llama(vocab_size=len(words) + 1))
     config.image_token_index = words.convert_tokens_to_ids("<image>")
     words.image_token = "<image>"
     return config, tiny_folder.llava_processor(words)
 
 
 FOLDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
-    "text": _text,
-    "qwen2": _qwen2,
-    "llava": _llava,
+    **{"text": _text, "qwen2": _qwen2, "llava": _llava}
 }
 
 
@@ -204,10 +188,7 @@ def folder(kind: str) -> Path:
     text = config.get_text_config()
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(text, name, getattr(raw, name))
-    torch.manual_seed(0)
-    sees = tiny.is_multimodal(config)
-    auto = hf.AutoModelForImageTextToText if sees else hf.AutoModelForCausalLM
-    model = auto.from_config(config, dtype=torch.float32)
+    model = tiny.made(config)
     model.generation_config.eos_token_id = [raw.eos_token_id, raw.all_special_ids[-1]]
     model.generation_config.suppress_tokens = [300, raw.all_special_ids[-1]]
     path = tiny_folder.root() / f"words-{kind}"

@@ -100,7 +100,7 @@ def config_and_words(kind: str) -> tuple[Any, Any]:
         _, processor = tiny_folder.KINDS["llava"].make()
         text = tiny.CONFIGS[kind.removeprefix("llava/")]()
         text.vocab_size = tiny_folder.VOCAB
-        config: Any = tiny.llava(text)
+        config: Any = tiny.llava(text_config=text)
         config.image_token_index = processor.image_token_id
         return config, processor
     config, (_, words) = tiny.CONFIGS[kind](), tiny_folder.KINDS["text"].make()

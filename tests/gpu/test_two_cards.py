@@ -31,18 +31,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def tied() -> PreTrainedModel:
-    """A model whose head is its embedding: it lies on another card than the final norm."""
-    torch.manual_seed(0)
-    config = tiny.llama(tie_word_embeddings=True)
-    model: PreTrainedModel = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return model.eval()
-
-
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
-    "tied": tied,
+    "tied": lambda: tiny.made(tiny.llama(tie_word_embeddings=True)),
     **{name: partial(tiny.build, name) for name in ("llava-llama", "qwen3_vl", "qwen3_moe")},
 }
+"""The head of the first is its embedding: it lies on another card than the final norm."""
 
 
 def divided(model: PreTrainedModel, last: int | str = 1) -> PreTrainedModel:
@@ -152,7 +145,7 @@ def test_evaluate(kind: str, last: int | str, card: torch.device, unhurried: Non
 
 
 def test_a_model_that_cannot_be_pruned_is_refused_by_name(card: torch.device) -> None:
-    model = divided(tied(), "cpu")
+    model = divided(MODELS["tied"](), "cpu")
     plan = plan_by_hand(read_anatomy(model), (0, 2, 3))
     for prune in (
         lambda: sv.prune_(model, plan),

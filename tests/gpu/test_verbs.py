@@ -14,7 +14,6 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-import transformers as hf
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -233,8 +232,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Filled:
     def experts() -> None:
         config = tiny.CONFIGS["qwen3_moe"]()
         config.vocab_size = folders.VOCAB
-        torch.manual_seed(0)
-        hf.AutoModelForCausalLM.from_config(config).save_pretrained(root / "experts")
+        tiny.made(config).save_pretrained(root / "experts")
         folders.processor("text").save_pretrained(root / "experts")
 
     def study() -> None:
