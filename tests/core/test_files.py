@@ -39,17 +39,6 @@ def test_a_folder_appears_when_the_block_ends(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"deep/out/sub/file": "new"}
 
 
-def test_nothing_appears_when_the_block_raises(tmp_path: Path) -> None:
-    def fails() -> None:
-        with new_folder(tmp_path / "out") as folder:
-            (folder / "file").write_text("half")
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fails()
-    assert list(tmp_path.iterdir()) == []
-
-
 OURS = '{"request": {}}'
 """What makes a folder one that slimvlm wrote."""
 
@@ -77,15 +66,22 @@ def test_force_replaces_the_whole_folder(old: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_force_that_fails_leaves_the_old_folder(old: Path, tmp_path: Path) -> None:
-    def fails() -> None:
-        with new_folder(old, force=True) as folder:
-            (folder / "file").write_text("half")
-            raise OSError("disk full")
+@pytest.mark.parametrize("has_old", [True, False])
+def test_a_block_that_raises_leaves_the_old_state(
+    has_old: bool, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    out = request.getfixturevalue("old") if has_old else tmp_path / "out"
+    before = contents(tmp_path)
 
-    with pytest.raises(OSError, match="disk full"):
+    def fails() -> None:
+        with new_folder(out, force=True) as folder:
+            (folder / "file").write_text("half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
         fails()
-    assert contents(tmp_path) == {"out/file": "old", "out/stage.json": OURS}
+    assert contents(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] * has_old
 
 
 def test_force_replaces_a_file(tmp_path: Path) -> None:
@@ -161,17 +157,18 @@ def test_a_kill_between_the_renames_loses_nothing(old: Path, tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_an_unwritable_place_is_refused_before_work(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param("folder", marks=pytest.mark.skipif(os.geteuid() == 0, reason="root")), "file"],
+)
+def test_an_unwritable_place_is_refused_before_work(kind: str, tmp_path: Path) -> None:
+    parent = tmp_path / "parent"
+    if kind == "file":
+        parent.write_text("")
+    else:
+        parent.mkdir(mode=0o500)
     with pytest.raises(ConfigError, match="cannot be written"):
-        require_free(tmp_path / "deep" / "out")
-
-
-def test_a_file_cannot_be_a_parent(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot be written"):
-        require_free(tmp_path / "file" / "out")
+        require_free(parent / "deep" / "out")
 
 
 def test_text_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,19 +361,15 @@ def test_a_killed_run_holds_nothing(holder: subprocess.Popen[str], tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_waiting_for_the_other_run_is_possible(
-    holder: subprocess.Popen[str], tmp_path: Path
-) -> None:
-    holder.terminate()
-    with held(tmp_path / "out", wait=30):
-        pass
-
-
-def test_ranks_of_one_run_are_not_in_each_others_way(
+def test_other_ranks_of_a_run_do_not_wait_and_others_may(
     holder: subprocess.Popen[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RANK", "1")
-    with held(tmp_path / "out"):
+    with monkeypatch.context() as patch:
+        patch.setenv("RANK", "1")
+        with held(tmp_path / "out"):
+            pass
+    holder.terminate()
+    with held(tmp_path / "out", wait=30):
         pass
 
 

@@ -199,10 +199,15 @@ def test_a_conversation_without_an_answer_is_refused(kind: str) -> None:
         chat.encode_samples(folders.processor(kind), [sample("silent", turn("user", "Hello?"))])
 
 
-def test_pictures_for_a_model_without_eyes_are_refused() -> None:
-    item = samples_of("llava")["seen"]
-    with pytest.raises(DataError, match="cannot see"):
-        chat.encode_samples(folders.processor("text"), [item])
+@pytest.mark.parametrize(
+    ("kind", "error", "told"),
+    [("text", DataError, "cannot see"), (None, ConfigError, "neither a processor nor a tokenizer")],
+)
+def test_a_model_without_eyes_or_words_is_refused(
+    kind: str | None, error: type[Exception], told: str
+) -> None:
+    with pytest.raises(error, match=told):
+        chat.encode_samples(kind and folders.processor(kind), [samples_of("llava")["seen"]])
 
 
 def template(
@@ -408,10 +413,13 @@ def test_a_template_that_rewrites_what_was_said_is_refused(monkeypatch: pytest.M
         chat.encode_samples(words, [samples_of("text")["multi"]])
 
 
-def test_pictures_of_later_turns_are_processed_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Labels after the first, second and third picture, of which each adds tokens."""
+@pytest.mark.parametrize("more", [0, 40])
+def test_pictures_of_later_turns_are_processed_once_each(
+    more: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where one alone takes more tokens than in company, as LLaVA-OneVision's tiles."""
     words = folders.processor("qwen2_5_vl")
-    said = [f"It is {number}." for number in ("one", "two", "three")]
+    said = ["It is one.", "It is two.", "It is one." if more else "It is three."]
     rows = [t for text in said for t in (turn("user", None, "Which?"), turn("assistant", text))]
     item = sample("s", *rows, images=3)
     processed: list[int] = []
@@ -419,37 +427,16 @@ def test_pictures_of_later_turns_are_processed_once_each(monkeypatch: pytest.Mon
 
     def counted(processor: Any, texts: Any, images: Any, padding_side: str) -> Any:
         processed.append(len(images[0]))
-        return process(processor, texts, images, padding_side)
+        inputs = process(processor, texts, images, padding_side)
+        if len(images[0]) == 1:
+            tiles = inputs["input_ids"].new_full((1, more), 5)
+            inputs["input_ids"] = torch.cat([tiles, inputs["input_ids"]], 1)
+        return inputs
 
     monkeypatch.setattr(chat, "process", counted)
     labels = chat.encode_samples(words, [item])["labels"][0]
     assert decoded_labels(words, labels) == expected_labels("qwen2_5_vl", item)
     assert processed == [3, 1, 2]
-
-
-def test_pictures_may_take_fewer_tokens_in_company(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As LLaVA-OneVision's: one alone is cut into tiles, several are not."""
-    words = folders.processor("qwen2_5_vl")
-    said = [f"It is {number}." for number in ("one", "two", "one")]
-    rows = [t for text in said for t in (turn("user", None, "Which?"), turn("assistant", text))]
-    item = sample("s", *rows, images=3)
-    process = chat.process
-
-    def tiled(processor: Any, texts: Any, images: Any, padding_side: str) -> Any:
-        inputs = process(processor, texts, images, padding_side)
-        if len(images[0]) == 1:
-            more = inputs["input_ids"].new_full((1, 40), 5)
-            inputs["input_ids"] = torch.cat([more, inputs["input_ids"]], 1)
-        return inputs
-
-    monkeypatch.setattr(chat, "process", tiled)
-    labels = chat.encode_samples(words, [item])["labels"][0]
-    assert decoded_labels(words, labels) == expected_labels("qwen2_5_vl", item)
-
-
-def test_a_model_without_words_is_refused() -> None:
-    with pytest.raises(ConfigError, match="neither a processor nor a tokenizer"):
-        chat.encode_samples(None, [sample("s", turn("user", "a"), turn("assistant", "b"))])
 
 
 def test_a_tokenizer_without_template_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -474,20 +461,14 @@ def test_a_tokenizer_without_pad_token_can_pad() -> None:
         assert decoded_labels(words, batch["labels"][row]) == expected_labels("text", item)
 
 
-def test_a_broken_picture_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("length", [None, -120])
+def test_a_broken_or_cut_off_picture_is_named(length: int | None, tmp_path: Path) -> None:
     path = tmp_path / "broken.png"
-    path.write_bytes(b"not a picture")
+    picture(size=(200, 200)).save(path)
+    path.write_bytes(b"not a picture" if length is None else path.read_bytes()[:length])
     item = Sample("s", samples_of("llava")["seen"].messages, (path,))
     with pytest.raises(DataError, match=r"broken\.png.*cannot be read"):
         chat.encode_samples(folders.processor("llava"), [item])
-
-
-def test_a_cut_off_picture_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "cut.png"
-    picture(size=(200, 200)).save(path)
-    path.write_bytes(path.read_bytes()[:-120])
-    with pytest.raises(DataError, match=r"cut\.png"):
-        chat.open_image(path)
 
 
 def test_pictures_come_as_rgb(tmp_path: Path) -> None:

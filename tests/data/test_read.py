@@ -65,52 +65,74 @@ def write(home: Path, *rows: Any, name: str = "data.json") -> Path:
     return path
 
 
-def read_one(home: Path, row: Any, name: str = "data.json") -> Sample:
-    (sample,) = load_samples(write(home, row, name=name), warn=silent)
-    return sample
-
-
 def flat(sample: Sample) -> list[tuple[str, list[str | None]]]:
     """Turns as (role, parts); None stands for a picture."""
     return [(m["role"], [part.get("text") for part in m["content"]]) for m in sample.messages]
 
 
-def test_llava_json(home: Path) -> None:
-    sample = read_one(home, llava("x", "<image>\nWhich colour?", "Red.", image="a.png"))
-    assert sample.id == "x"
-    assert sample.messages == (turn("user", None, "Which colour?"), turn("assistant", "Red."))
-    assert sample.images == (home / "a.png",)
+READ = {
+    "placeholder": (
+        llava("x", "<image>\nWhich colour?", "Red.", image="a.png"),
+        ([("user", [None, "Which colour?"]), ("assistant", ["Red."])], ["a.png"]),
+    ),
+    "placeholder at the end": (
+        llava("x", "What is\n<image>", "Red.", image="a.png"),
+        ([("user", ["What is\n", None]), ("assistant", ["Red."])], ["a.png"]),
+    ),
+    "no placeholder, and a system turn": (
+        {
+            **chat_row("x", "Which colour?", "Red.", image="a.png"),
+            "messages": [
+                {"from": "system", "value": "Be brief."},
+                *llava("x", "Which colour?", "Red.")["conversations"],
+            ],
+        },
+        (
+            [
+                ("system", ["Be brief."]),
+                ("user", [None, "Which colour?"]),
+                ("assistant", ["Red."]),
+            ],
+            ["a.png"],
+        ),
+    ),
+    "several pictures": (
+        llava(
+            *("x", "<image>\n<image>\nSame?", "No.", "<image>\nNow?", "Yes."),
+            image=["a.png", "deep/b.png", "a.png"],
+        ),
+        (
+            [
+                *[("user", [None, None, "Same?"]), ("assistant", ["No."])],
+                *[("user", [None, "Now?"]), ("assistant", ["Yes."])],
+            ],
+            ["a.png", "deep/b.png", "a.png"],
+        ),
+    ),
+    "placeholder in a part": (
+        chat_row(
+            *("x", [{"type": "text", "text": "<image>\nWhat?"}], [{"type": "text", "text": "A."}]),
+            images=["a.png"],
+        ),
+        ([("user", [None, "What?"]), ("assistant", ["A."])], ["a.png"]),
+    ),
+    "text alone": (GOOD, ([("user", ["Which colour?"]), ("assistant", ["Red."])], [])),
+}
 
 
-def test_a_placeholder_keeps_its_place(home: Path) -> None:
-    sample = read_one(home, llava("x", "What is\n<image>", "Red.", image="a.png"))
-    assert flat(sample)[0] == ("user", ["What is\n", None])
-
-
-def test_a_picture_without_placeholder_comes_first(home: Path) -> None:
-    row = llava("x", "Which colour?", "Red.", image="a.png")
-    row["conversations"].insert(0, {"from": "system", "value": "Be brief."})
-    assert flat(read_one(home, row)) == [
-        ("system", ["Be brief."]),
-        ("user", [None, "Which colour?"]),
-        ("assistant", ["Red."]),
-    ]
-
-
-def test_several_pictures(home: Path) -> None:
-    row = llava("x", "<image>\n<image>\nSame?", "No.", "<image>\nNow?", "Yes.")
-    row["image"] = ["a.png", "deep/b.png", "a.png"]
-    sample = read_one(home, row)
-    assert [image.name for image in sample.images if isinstance(image, Path)] == [
-        *("a.png", "b.png", "a.png")
-    ]
-    assert [parts.count(None) for _, parts in flat(sample)] == [2, 0, 1, 0]
-
-
-def test_text_only_rows(home: Path) -> None:
-    sample = read_one(home, GOOD)
-    assert sample.images == ()
-    assert sample.messages == (turn("user", "Which colour?"), turn("assistant", "Red."))
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl", "data.parquet"])
+@pytest.mark.parametrize("what", READ)
+def test_rows_are_read(what: str, name: str, home: Path) -> None:
+    row, (turns, pictures) = READ[what]
+    if name == "data.parquet":  # a table has every column in every row
+        path = home / name
+        datasets.Dataset.from_list([{"image": None, **row}]).to_parquet(str(path))
+    else:
+        path = write(home, row, name=name)
+    (sample,) = load_samples(path, warn=silent)
+    assert sample.id == row["id"]
+    assert flat(sample) == turns
+    assert sample.images == tuple(home / picture for picture in pictures)
 
 
 def test_messages_jsonl(home: Path) -> None:
@@ -127,16 +149,11 @@ def test_messages_jsonl(home: Path) -> None:
         assert sample.images == (home / "a.png",)
 
 
-def test_blank_lines_in_jsonl_are_no_rows(home: Path) -> None:
+def test_blank_lines_are_no_rows_and_a_row_without_id_has_its_number(home: Path) -> None:
+    row = json.dumps({key: value for key, value in GOOD.items() if key != "id"})
     path = home / "data.jsonl"
-    path.write_text(f"\n{json.dumps(GOOD)}\n\n")
-    assert len(load_samples(path, warn=silent)) == 1
-
-
-def test_a_row_without_id_is_named_by_its_number(home: Path) -> None:
-    row = {key: value for key, value in GOOD.items() if key != "id"}
-    samples = load_samples(write(home, row, row), warn=silent)
-    assert [sample.id for sample in samples] == ["0", "1"]
+    path.write_text(f"\n{row}\n\n{row}\n")
+    assert [sample.id for sample in load_samples(path, warn=silent)] == ["0", "1"]
 
 
 def table(with_pictures: bool = True) -> datasets.Dataset:
@@ -257,6 +274,13 @@ BROKEN = {
         llava("bad", "<image>Which?", "Red.", image=["a.png", "a.png"]),
         "1 image placeholders, 2 images",
     ),
+    "placeholders of both kinds": (
+        chat_row(
+            *("bad", [{"type": "image"}, {"type": "text", "text": "<image>\nWhat?"}], "A."),
+            images=["a.png"],
+        ),
+        "2 image placeholders, 1 images",
+    ),
     "half an emoji": (chat_row("bad", "caf\ud83d?", "Red."), "not Unicode"),
     "only an answer": (
         {"id": "bad", "messages": [{"role": "assistant", "content": "Hi"}], "image": "a.png"},
@@ -266,18 +290,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("why", BROKEN)
-def test_a_broken_row_is_named(why: str, home: Path) -> None:
-    row, message = BROKEN[why]
-    path = write(home, GOOD, row)
-    with pytest.raises(DataError) as refusal:
-        load_samples(path, warn=silent)
-    assert message in str(refusal.value)
-    assert "'bad'" in str(refusal.value)
-    assert str(path) in str(refusal.value)
-
-
-@pytest.mark.parametrize("why", BROKEN)
-def test_broken_rows_are_skipped_up_to_a_limit(why: str, home: Path) -> None:
+def test_a_broken_row_is_named_and_skipped_up_to_a_limit(why: str, home: Path) -> None:
     row, message = BROKEN[why]
     path = write(home, row, GOOD, row)
     warnings: list[str] = []
@@ -287,8 +300,10 @@ def test_broken_rows_are_skipped_up_to_a_limit(why: str, home: Path) -> None:
     assert len(named) == 2
     assert all("'bad'" in line and message in line for line in named)
     assert "2 broken rows skipped, 1 samples read" in total
-    with pytest.raises(DataError, match="'bad'"):
-        load_samples(path, max_bad=1, warn=lambda line: None)
+    for given_rows, most in (((row, GOOD, row), 1), ((GOOD, row), 0)):
+        with pytest.raises(DataError) as refusal:
+            load_samples(write(home, *given_rows), max_bad=most, warn=lambda line: None)
+        assert all(part in str(refusal.value) for part in (message, "'bad'", str(path)))
 
 
 # Pictures that must not be decoded, or cannot be.
@@ -349,7 +364,8 @@ def test_an_unreadable_picture_is_counted_and_named(why: str, stored: str, home:
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
 def test_whole_pictures_are_read(form: str, home: Path) -> None:
     (home / "picture").write_bytes(encoded(form))
-    sample = read_one(home, llava("x", "W?", "Red.", image="picture"))
+    row = llava("x", "W?", "Red.", image="picture")
+    (sample,) = load_samples(write(home, row), warn=silent)
     assert open_image(sample.images[0]).size == (200, 150)
 
 
@@ -488,15 +504,6 @@ def test_mixed_data_keep_their_order(kinds: str, name: str, home: Path) -> None:
     assert [sample.id for sample in samples] == [f"r{i}" for i in range(len(kinds))]
 
 
-def test_a_placeholder_may_stand_in_a_text_part(home: Path) -> None:
-    said = [{"type": "text", "text": "<image>\nWhat?"}]
-    (found,) = load_samples(write(home, chat_row("a", said, "A.", images=["a.png"])), warn=silent)
-    assert found.messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "What?"}]
-    twice = chat_row("b", [{"type": "image"}, *said], "A.", images=["a.png"])
-    with pytest.raises(DataError, match="'b' has 2 image placeholders, 1 images"):
-        load_samples(write(home, twice), warn=silent)
-
-
 def test_a_source_that_cannot_be_read_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def denied(*args: Any, **kwargs: Any) -> str:
         raise PermissionError(13, "Permission denied")
@@ -537,12 +544,15 @@ def numbered(count: int) -> list[Sample]:
 
 def test_a_subset_depends_on_the_seed_alone() -> None:
     samples = numbered(100)
+    random.seed(1)
     chosen = [s.id for s in subset(samples, 0.2, seed=1)]
-    assert len(chosen) == 20
+    random.seed(2)
     assert chosen == [s.id for s in subset(numbered(100), 0.2, seed=1)]
     assert chosen != [s.id for s in subset(samples, 0.2, seed=2)]
     assert chosen == sorted(chosen, key=int)
-    assert len(set(chosen)) == 20
+    assert len(chosen) == len(set(chosen)) == 20
+    assert len(subset(samples, 0.001, seed=0)) == 1
+    assert subset(samples, 1.0, seed=3) == samples
 
 
 def mixed(texts: int, ones: int, several: int, folders: int = 1) -> list[Sample]:
@@ -586,43 +596,11 @@ def test_a_folder_for_every_sample_is_no_order() -> None:
     assert {s.id for chosen in draws for s in chosen} == {s.id for s in samples}
 
 
-def test_a_subset_ignores_the_global_generator() -> None:
-    samples = mixed(20, 20, 20)
-    random.seed(1)
-    first = subset(samples, 0.3, seed=0)
-    random.seed(2)
-    assert subset(samples, 0.3, seed=0) == first
-
-
 def test_an_estimated_length_counts_text_and_pictures() -> None:
     said = (turn("user", None, "x" * 40), turn("assistant", "y" * 40), turn("user", None, "z"))
     picture_path = Path("a.png")
     assert estimated_length(Sample("a", said[:2])) == 20
     assert estimated_length(Sample("a", said, (picture_path,) * 2), image_tokens=100) == 220
-
-
-def test_llava_rows_in_jsonl(home: Path) -> None:
-    rows = [GOOD, llava("x", "<image>\nWhich?", "Red.", "Sure?", "Yes.", image="a.png")]
-    samples = load_samples(write(home, *rows, name="data.jsonl"), warn=silent)
-    assert [s.id for s in samples] == ["good", "x"]
-    assert flat(samples[1])[2:] == [("user", ["Sure?"]), ("assistant", ["Yes."])]
-    assert samples[1].images == (home / "a.png",)
-
-
-def test_llava_rows_in_parquet(home: Path) -> None:
-    """A table has every column in every row: those without a picture hold None."""
-    rows = [{**GOOD, "image": None}, llava("x", "<image>\nWhich?", "Red.", image="a.png")]
-    path = home / "data.parquet"
-    datasets.Dataset.from_list(rows).to_parquet(str(path))
-    samples = load_samples(path, warn=silent)
-    assert [len(s.images) for s in samples] == [0, 1]
-    assert samples[1].messages == (turn("user", None, "Which?"), turn("assistant", "Red."))
-
-
-def test_a_subset_is_never_empty_and_the_whole_is_the_whole() -> None:
-    samples = numbered(5)
-    assert len(subset(samples, 0.001, seed=0)) == 1
-    assert subset(samples, 1.0, seed=3) == samples
 
 
 def test_a_picture_in_memory_is_told_apart_without_being_decoded(home: Path) -> None:

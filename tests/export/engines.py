@@ -235,8 +235,9 @@ def _prompt(processor: Any, question: Question, work: Path) -> dict[str, Any]:
     if question.images:
         picture = str(work / f"{len(list(work.iterdir()))}.png")
         open_image(question.images[0]).save(picture)
-    adds = chat.adds_special_tokens(chat.tokenizer_of(processor), text)
-    ids = chat.unexpanded_ids(processor, text)
+    tokenizer = chat.tokenizer_of(processor)
+    adds = chat.adds_special_tokens(tokenizer, text)
+    ids = tokenizer(text, add_special_tokens=adds).input_ids
     return {"text": text, "adds_special_tokens": adds, "ids": ids, "picture": picture}
 
 

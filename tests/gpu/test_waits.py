@@ -23,8 +23,7 @@ from slimvlm.scoring.moments import Moments
 from slimvlm.scoring.obs import removal_order
 from slimvlm.training import recover as recovery
 from slimvlm.training.recover import recover
-from slimvlm.training.supervision import Supervision, num_workers
-from slimvlm.training.trainer import DistillationTrainer
+from slimvlm.training.trainer import DistillationTrainer, Supervision, num_workers
 from tests import pretended_gpu, tiny
 from tests import tiny_folder as folders
 from tests.handmade import plan_by_hand

@@ -300,45 +300,42 @@ def test_the_seed_decides_everything() -> None:
     assert any(not torch.equal(other[name], first[name]) for name in first)
 
 
-def test_the_history_names_the_samples() -> None:
-    student, _, processor = models()
-    options = config(loss="sft", fraction=0.5, seed=3)
-    history = recover(student, None, SAMPLES, options, processor)
+def test_without_a_work_folder_nothing_is_written_and_the_history_names_the_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The processor is the one in the model's folder."""
+    monkeypatch.chdir(tmp_path)
+    student, _, _ = models()
+    history = recover(student, None, SAMPLES, config(loss="sft", fraction=0.5, seed=3))
     expected = tuple(sample.id for sample in subset(SAMPLES, 0.5, 3))
     assert history.sample_ids == expected
     assert history.num_samples == len(expected) == 4
-
-
-def test_the_processor_is_found_in_the_model_s_folder() -> None:
-    student, _, _ = models()
-    history = recover(student, None, SAMPLES, config(loss="sft", max_steps=1))
-    assert len(history.steps) == 1
-
-
-def test_nothing_is_written_without_a_work_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    trained(max_steps=1)
     assert list(tmp_path.iterdir()) == []
 
 
 # Refusals.
 
 
-@pytest.mark.parametrize("loss", ["hidden", "sft+kl", "rkl"])
-def test_distillation_needs_a_teacher(loss: str) -> None:
-    student, _, processor = models()
+@pytest.mark.parametrize(
+    ("kind", "asked", "told"),
+    [
+        *(
+            ("llava", {"loss": loss}, f"loss {loss!r} needs a teacher")
+            for loss in ("hidden", "rkl")
+        ),
+        ("llava", {"loss": "sft+kl"}, "loss 'sft+kl' needs a teacher"),
+        ("text", {"train": "projector", "loss": "sft"}, "'llama' has no projector"),
+        ("llava", {"loss": "sft", "keep_adapter": True}, "keep_adapter True needs a work folder"),
+    ],
+)
+def test_what_is_not_possible_is_refused_and_changes_nothing(
+    kind: str, asked: dict[str, Any], told: str
+) -> None:
+    student, _, processor = models(kind)
     before = weights(student)
-    with pytest.raises(ConfigError, match=re.escape(f"loss {loss!r} needs a teacher")):
-        recover(student, None, SAMPLES, config(loss=loss), processor)
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        recover(student, None, SAMPLES, config(**asked), processor)
     assert changed(student, before) == set()
-
-
-def test_a_text_model_has_no_projector() -> None:
-    student, _, processor = models("text")
-    with pytest.raises(ConfigError, match="'llama' has no projector"):
-        recover(student, None, SAMPLES, config(train="projector", loss="sft"), processor)
 
 
 def test_a_teacher_of_another_width_is_refused() -> None:
@@ -460,26 +457,6 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert_same(trained(work=tmp_path, **LONG), uninterrupted("lora"))
 
 
-@pytest.mark.parametrize(
-    "other",
-    tiered([{"train": "projector"}, {"learning_rate": 1e-3}], lambda other: "train" not in other),
-)
-def test_another_request_does_not_go_on_from_this_one(
-    other: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is refused, or it starts afresh; it never mixes the two."""
-    with monkeypatch.context() as patch:
-        stop_at(patch, 5)
-        with pytest.raises(Stopped):
-            trained(work=tmp_path, **LONG)
-    expected = trained(**{**LONG, **other})
-    try:
-        found = trained(work=tmp_path, **{**LONG, **other})
-    except ConfigError:
-        return
-    assert_same(found, expected)
-
-
 # Comforts.
 
 
@@ -554,8 +531,10 @@ def test_a_training_goes_on_only_from_its_own_start(
     ):
         with pytest.raises(ConfigError, match=rf"belongs to a run with other {what}\."):
             recover(*start, config(**LONG), processor, tmp_path)
-    with pytest.raises(ConfigError, match=r"a run with other config\.seed\."):
-        recover(models()[0], teacher, SAMPLES, config(**{**LONG, "seed": 7}), processor, tmp_path)
+    for name, value in (("seed", 7), ("train", "projector"), ("learning_rate", 1e-3)):
+        asked = config(**{**LONG, name: value})
+        with pytest.raises(ConfigError, match=rf"a run with other config\.{name}\."):
+            recover(models()[0], teacher, SAMPLES, asked, processor, tmp_path)
 
 
 def test_every_loss_reaches_the_tracker(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -619,16 +598,13 @@ def test_a_kept_adapter_on_the_pruned_model_is_the_merged_one(kind: str, tmp_pat
     assert float((logits(student, batch) - before).abs().max()) > 1e-2
 
 
-def test_an_adapter_needs_a_place_and_holds_modules_alone() -> None:
-    student, _, processor = models()
-    with pytest.raises(ConfigError, match="keep_adapter True needs a work folder"):
-        recover(student, None, SAMPLES, config(loss="sft", keep_adapter=True), processor)
+def test_an_adapter_holds_modules_alone() -> None:
     with pytest.raises(ConfigError, match=r"hold the parameter 'model\.image_newline'"):
         trainable.require_adapter_holds_all(tiny.build("llava_next"))
 
 
-def test_the_more_was_pruned_the_larger_are_the_steps() -> None:
-    """Of all weights; LoRA's rate is its own, and a given rate is kept."""
+def test_the_more_was_pruned_the_larger_are_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all weights, and the smaller in a wider model; LoRA's and a given rate are their own."""
     model, _ = load(folders.folder("llava"))
     whole = read_anatomy(model)
     mild, severe = (plan_by_hand(whole, layers, None, None) for layers in ([0, 1, 2], [0]))
@@ -642,6 +618,9 @@ def test_the_more_was_pruned_the_larger_are_the_steps() -> None:
     assert rate(severe, train="full") == pytest.approx(3 * rate(mild, train="full"))
     assert rate(mild, train="full") == pytest.approx(4e-4 / 4)
     assert rate(None, train="full") == rate(mild, train="full")  # a quarter of the decoder
+    narrow = rate(mild, train="full")
+    monkeypatch.setattr(recovery, "read_anatomy", lambda _: replace(whole, hidden_size=4 * 576))
+    assert rate(mild, train="full") == pytest.approx(narrow / 4)
 
 
 @pytest.mark.parametrize(
@@ -671,14 +650,3 @@ def test_many_samples_are_read_until_they_suffice() -> None:
     assert asked.passes(100_000, 0.5) == 1
     assert asked.passes(1_000, 0.5) < asked.passes(1_000, 0.75) < asked.passes(500, 0.75)
     assert asked.passes(1, 0.75) == asked.passes(100, 0.75)
-
-
-def test_a_wider_model_takes_smaller_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, _ = load(folders.folder("llava"))
-    plan = plan_by_hand(read_anatomy(model), [0, 1, 2], None, None)
-    narrow = recovery.peak_rate(config(learning_rate=None, train="full"), model, plan)
-    wide = replace(read_anatomy(model), hidden_size=4 * 576)
-    monkeypatch.setattr(recovery, "read_anatomy", lambda _: wide)
-    assert recovery.peak_rate(
-        config(learning_rate=None, train="full"), model, plan
-    ) == pytest.approx(narrow / 4)

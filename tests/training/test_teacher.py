@@ -26,8 +26,7 @@ from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.tokens import token_ids_of, trimmed_processor
 from slimvlm.training.recover import History, recover
-from slimvlm.training.shared_vision import seeing_once
-from slimvlm.training.teacher import plan_fits, share_
+from slimvlm.training.teacher import plan_fits, seeing_once, share_
 from slimvlm.training.trainable import plain_model, prepare_training
 from tests import tiny, tiny_words
 from tests import tiny_folder as folders
@@ -35,6 +34,8 @@ from tests.handmade import logits, plan_by_hand, random_scores
 from tests.tiers import tiered
 from tests.tiny_folder import KINDS, SEEING, short_samples
 from tests.tolerances import FORWARD, Tolerance, assert_close
+from tests.training.test_recover import NO_DROPOUT, changed, weights
+from tests.training.test_recover import config as short
 
 NO_HEADS = ("qwen2_vl", "qwen2_5_vl")  # their head counts are fixed
 ONLY_LAYERS = (
@@ -52,13 +53,7 @@ PER_LAYER = re.compile("embed_tokens_per_layer|per_layer_model_projection")
 
 
 def config(**changes: Any) -> RecoverConfig:
-    """Short, exact and without surprises."""
-    values: dict[str, Any] = {
-        **{"train": "lora", "loss": "sft+hidden", "max_steps": 3, "batch_size": 2},
-        **{"learning_rate": 1e-3, "lora_rank": 4, "lora": {"lora_alpha": 8, "lora_dropout": 0.0}},
-        **{"bf16": False, "trainer": {"logging_steps": 1}},
-    }
-    return RecoverConfig(**{**values, **changes})
+    return short(**{"learning_rate": 1e-3, "lora": NO_DROPOUT, **changes})
 
 
 def plan_for(model: Any, axis: str) -> Plan:
@@ -301,10 +296,6 @@ def models(kind: str, axis: str) -> tuple[Any, Any, Plan, Any]:
     return student, teacher, plan, processor
 
 
-def weights(model: Any) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
 def run(
     kind: str, axis: str, share: bool = True, **changes: Any
 ) -> tuple[dict[str, Tensor], History, Any]:
@@ -404,11 +395,8 @@ def test_a_shared_teacher_s_file_is_let_go(tmp_path: Path) -> None:
 
 
 def test_a_separate_teacher_is_left_alone() -> None:
-    _, teacher, _, _ = models("llava", "width")
-    before = weights(teacher)
-    _, _, same = run("llava", "width", share=False)
-    now = weights(same)
-    assert [name for name in before if not torch.equal(now[name], before[name])] == []
+    before = weights(models("llava", "width")[1])
+    assert changed(run("llava", "width", share=False)[2], before) == set()
 
 
 def test_repaired_matrices_are_copied_and_named() -> None:

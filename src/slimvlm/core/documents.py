@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
@@ -50,20 +50,15 @@ def read_text(path: str | Path, what: str, most: int = MAX_BYTES) -> str:
         raise _unreadable(what, path, error) from error
 
 
-def read_json(path: str | Path, what: str, most: int = MAX_BYTES) -> Any:
-    """Read a JSON file; see `read_text`. Raise ConfigError if it is no JSON or too deep."""
+def read_object(path: str | Path, what: str, most: int = MAX_BYTES) -> dict[str, Any]:
+    """Read a JSON file that must hold an object; see `read_text`."""
     text = read_text(path, what, most)
     try:
-        return parse_json(text)
+        values = parse_json(text)
+        if not isinstance(values, dict):
+            raise ValueError(f"it must map names to values, not {shortened(values)}")
     except ValueError as error:
         raise _unreadable(what, path, error) from error
-
-
-def read_object(path: str | Path, what: str, most: int = MAX_BYTES) -> dict[str, Any]:
-    """Read a JSON file that must hold an object; see `read_json`."""
-    values = read_json(path, what, most)
-    if not isinstance(values, dict):
-        raise _unreadable(what, path, f"it must map names to values, not {shortened(values)}")
     return values
 
 
@@ -100,7 +95,7 @@ def texts_in(values: Any) -> Iterator[str]:
     """Yield every text among the values of JSON or YAML, without keys."""
     if isinstance(values, str):
         yield values
-    for inner in values.values() if isinstance(values, dict) else values if _holds(values) else ():
+    for inner in _held(values):
         yield from texts_in(inner)
 
 
@@ -112,15 +107,15 @@ def _unreadable(what: str, path: str | Path, reason: object) -> ConfigError:
 def _require_shallow(values: Any) -> None:
     level = [values]
     for _ in range(MAX_DEPTH + 1):
-        holders = [v.values() if isinstance(v, dict) else v for v in level if _holds(v)]
-        level = [inner for holder in holders for inner in holder]
+        level = [inner for value in level for inner in _held(value)]
         if not level:
             return
     raise ValueError(f"more than {MAX_DEPTH} levels inside one another")
 
 
-def _holds(value: Any) -> bool:
-    return isinstance(value, dict | list)
+def _held(value: Any) -> Iterable[Any]:
+    """Return the values inside a mapping or a list."""
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def listed(value: Any) -> tuple[Any, ...]:
@@ -139,13 +134,12 @@ Width = Annotated[int, Field(ge=0, le=2**20)]
 def built(kind: type[T], values: Any, where: str = "") -> T:
     """Build a dataclass from the values of YAML or JSON; ``where`` names them in messages.
 
-    A field whose default is a tuple also takes a single value. Raises ConfigError for an unknown
-    key or a wrong type.
+    A field whose default is a tuple also takes a single value.
     """
     if isinstance(values, Mapping):
-        names = [f.name for f in fields(kind)]  # type: ignore[arg-type]
-        values = without_removed(values, names)
-        tuples = {f.name for f in fields(kind) if isinstance(f.default, tuple)}  # type: ignore[arg-type]
+        rows = fields(kind)  # type: ignore[arg-type]
+        values = without_removed(values, [row.name for row in rows])
+        tuples = {row.name for row in rows if isinstance(row.default, tuple)}
         values = {k: listed(v) if k in tuples else v for k, v in values.items()}
     try:
         text = json.dumps(values, default=str)

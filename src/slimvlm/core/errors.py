@@ -54,12 +54,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return is_theirs or type(error).__name__ in ("OutOfMemoryError", "MemoryError")
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its class if the message is empty."""
-    said = str(error).strip()
-    return said.splitlines()[0] if said else type(error).__name__
-
-
 def one_line(error: BaseException) -> str:
     """Return the whole message of an error in one line, or its class if the message is empty."""
     return " ".join(str(error).split()) or type(error).__name__

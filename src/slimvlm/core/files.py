@@ -142,11 +142,7 @@ def new_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def replacement(path: str | Path) -> Iterator[Path]:
-    """Yield a folder to fill, which takes its name when the block ends.
-
-    Unlike that of `new_folder`, an unfinished one stays for the next start to resume. The caller
-    locks the place by `held`.
-    """
+    """As `new_folder`, but an unfinished one stays for the next start; the caller locks it."""
     path = Path(path)
     require_place(path)
     require_ours(path)
@@ -192,23 +188,17 @@ def explained(path: str | Path) -> Iterator[None]:
     """Raise OutputError for a full or read-only disk or a lack of permission; others pass."""
     try:
         yield
-    except Exception as error:
-        reason = _reason(error)
+    except Exception as error:  # libraries in Rust and C++ say in words why writing failed
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+        reason = _REASONS.get(number or 0)
+        if "inline_container" in str(error) or "PytorchStreamWriter" in str(error):
+            reason = "the disk is probably full"
         if reason is None:
             raise
         raise OutputError(
             f"output {str(path)!r} cannot be written: {reason}. What was there before is unchanged"
         ) from error
-
-
-def _reason(error: Exception) -> str | None:
-    """Return why writing failed, None if unknown; Rust and C++ libraries say it in words."""
-    if isinstance(error, OSError):
-        return _REASONS.get(error.errno or 0)
-    if "inline_container" in str(error) or "PytorchStreamWriter" in str(error):
-        return "the disk is probably full"
-    told = re.search(r"\(os error (\d+)\)", str(error))
-    return _REASONS.get(int(told[1])) if told else None
 
 
 def require_place(path: Path) -> None:

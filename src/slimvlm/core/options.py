@@ -253,15 +253,6 @@ class RecoverConfig(TrainingConfig):
             raise ConfigError(f"keep_adapter True needs train 'lora', not {self.train!r}")
 
     @property
-    def maps_layers(self) -> bool:
-        """Whether hidden states are compared after every kept layer, where a plan says which.
-
-        They are where nothing is learnt from the answers of the data; else after the last norm.
-        """
-        compares = bool(self.loss_weights.keys() & set(HIDDEN_LOSSES))
-        return compares and "sft" not in self.loss_weights
-
-    @property
     def positions(self) -> Positions:
         """The positions that are compared: answers beside sft, all without it; never padding."""
         return "answer" if "sft" in self.loss_weights else "all"
@@ -273,11 +264,6 @@ class RecoverConfig(TrainingConfig):
         if self.train != "full" or "sft" in self.loss_weights:
             return 1.0
         return min(max(SAMPLES_READ * gone / samples, 1.0), MAX_PASSES)
-
-    @property
-    def reads_logits(self) -> bool:
-        """Whether the loss looks at what the head says."""
-        return bool(self.loss_weights.keys() - set(HIDDEN_LOSSES))
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -335,7 +321,6 @@ class TrainingData(DataConfig):
     """What is learnt from, and how models are read."""
 
     data: str = field()  # the base class has a default, which must go
-    """Conversations: demo, LLaVA-format .json, or .jsonl/.parquet/datasets folder with messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -533,10 +518,7 @@ class RunOptions(LatencyOptions, ReportOptions, TrainingShare, Questions):
     baseline: Annotated[str | None, FILE_ONLY] = None
     """Result file of the original model, to save asking it again."""
     task_folder: Annotated[str | None, FILE_ONLY] = None
-    """Folder with local copies of the benchmarks' task files."""
     floors: Annotated[bool, FILE_ONLY] = False
-    """Ask the original model a second time, blind, so that tables show each task's blind floor and
-    retention above the floors."""
 
 
 @dataclass(frozen=True, kw_only=True)

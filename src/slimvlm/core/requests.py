@@ -43,7 +43,7 @@ def noted_request(file: Path) -> dict[str, Any] | None:
 
 def is_begun_for(file: Path, request: Mapping[str, Any]) -> bool:
     """Whether the stored request equals this one."""
-    return bool(same_without_removed(noted_request(file)) == same_without_removed(_plain(request)))
+    return bool(_comparable(noted_request(file)) == _comparable(request))
 
 
 def require_same_request(
@@ -53,9 +53,9 @@ def require_same_request(
 
     ``noted`` comes from `noted_request`; ``what`` begins the message, ``cure`` ends it.
     """
-    before, now = same_without_removed(_plain(noted or {})), same_without_removed(_plain(request))
-    differing = [] if noted is None else list(_differing(before, now))
-    if differing:
+    if noted is None:
+        return
+    if differing := list(_differing(_comparable(noted), _comparable(request))):
         raise ConfigError(f"{what} with other {' and '.join(differing)}. {cure}")
 
 
@@ -71,10 +71,9 @@ def _differing(
             yield prefix + name
 
 
-def _plain(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert a request as JSON would: tuples become lists, keys become text."""
-    values: dict[str, Any] = json.loads(json.dumps(request))
-    return values
+def _comparable(request: Mapping[str, Any] | None) -> Any:
+    """Convert a request as JSON would (tuples become lists), without options that are removed."""
+    return same_without_removed(json.loads(json.dumps(request)))
 
 
 def digest(parts: Iterable[Any]) -> str:

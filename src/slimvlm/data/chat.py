@@ -147,27 +147,16 @@ def process(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = padding_side
-    options = {
-        "return_tensors": "pt",
-        "padding": True,
-        "padding_side": padding_side,  # some processors have a default that beats the tokenizer's
-        "add_special_tokens": adds_special_tokens(tokenizer, texts[0]),
-    }
+    # some processors have a default side that beats the tokenizer's
+    how = {"return_tensors": "pt", "padding": True, "padding_side": padding_side}
+    adds = adds_special_tokens(tokenizer, texts[0])
     try:
         if not any(images):
-            return dict(tokenizer(texts, **options))
-        return dict(processor(text=texts, images=images, **options))
+            return dict(tokenizer(texts, add_special_tokens=adds, **how))
+        return dict(processor(text=texts, images=images, add_special_tokens=adds, **how))
     except Exception as error:  # a text with the model's own token for pictures, wrong settings
         reason = one_line(error)[:LONGEST]
         raise DataError(f"the processor refuses the conversation ({reason})") from error
-
-
-def unexpanded_ids(processor: Any, text: str) -> list[int]:
-    """Return the token ids of a rendered conversation with one placeholder for each picture."""
-    tokenizer = tokenizer_of(processor)
-    adds = adds_special_tokens(tokenizer, text)
-    ids: list[int] = tokenizer(text, add_special_tokens=adds).input_ids
-    return ids
 
 
 def adds_special_tokens(tokenizer: Any, text: str) -> bool:
@@ -214,9 +203,7 @@ def _answer_spans(
 
 def _answers(processor: Any, sample: Sample, text: str) -> list[tuple[int, int, int]]:
     """Return each answer's span in ``text`` (with its end token) and the pictures before it."""
-    texts: list[str] = []
-    texts_of_turns: list[range] = []
-    marked: list[Message] = []
+    texts, texts_of_turns, marked = list[str](), list[range](), list[Message]()
     for message in sample.messages:
         first, content = len(texts), message["content"]
         parts = []
@@ -226,9 +213,8 @@ def _answers(processor: Any, sample: Sample, text: str) -> list[tuple[int, int, 
                 part = {**part, "text": _MARK.format(len(texts) - 1)}
             parts.append(part)
         texts_of_turns.append(range(first, len(texts)))
-        marked.append(
-            {**message, "content": parts[0]["text"] if isinstance(content, str) else parts}
-        )
+        told = parts[0]["text"] if isinstance(content, str) else parts
+        marked.append({**message, "content": told})
     # two renders of the whole conversation are enough, however many turns it has
     around, order = _split_at_marks(render(processor, marked))
     places = _places(texts, around, order, text)
@@ -296,9 +282,7 @@ def _end_of_answer(tokenizer: Any, last: str) -> str:
     """Return the end of an answer: the conversation's end up to its first special token."""
     specials = [token.content for token in tokenizer.added_tokens_decoder.values()]
     ends = [(last.find(token), -len(token)) for token in specials if token in last]
-    if not ends:
-        return last.rstrip()
-    at, negative_length = min(ends)
+    at, negative_length = min(ends, default=(len(last.rstrip()), 0))
     return last[: at - negative_length]
 
 

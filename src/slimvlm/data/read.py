@@ -66,13 +66,18 @@ def load_samples(
         raise ConfigError(f"samples {limit} must be at least 1")
     if max_length is not None and processor is None:
         raise ConfigError(f"max_length {max_length} needs a processor to count tokens with")
-    longest = Limit.of(max_length, context, too_long == "cut")
+    longest = None if processor is None else Limit.of(max_length, context, too_long == "cut")
     samples: list[Sample] = []
     bad = cut = 0
     for found in _samples(data, images, limit, warn, processor):
         try:
-            samples.append(_readable(found, processor, longest))
-            cut += samples[-1] is not found
+            if isinstance(found, DataError):
+                raise found
+            if processor is not None:
+                require_readable(processor, found)
+            short = found if longest is None else fitted(processor, found, longest)
+            samples.append(short)
+            cut += short is not found
         except DataError as error:
             bad += 1
             if bad > max_bad:
@@ -115,16 +120,6 @@ def _samples(
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:  # decodes pictures
         while chunk := list(islice(rows, min(limit or _AT_ONCE, _AT_ONCE))):
             yield from pool.map(attempt, chunk)
-
-
-def _readable(found: Sample | DataError, processor: Any, longest: Limit | None) -> Sample:
-    """Return a sample that the processor can read, short enough for the model."""
-    if isinstance(found, DataError):
-        raise found
-    if processor is None:
-        return found
-    require_readable(processor, found)
-    return found if longest is None else fitted(processor, found, longest)
 
 
 def _sample(index: int, row: Any, root: Path) -> Sample:
@@ -280,25 +275,7 @@ def subset(samples: list[Sample], fraction: float, seed: int) -> list[Sample]:
     """Draw a seeded share of the samples, in their original order.
 
     It is stratified by number of pictures (none, one, several) and by their folder, and nested: 5 %
-    of the data lie within its 10 %. It is the same on every rank, because it depends only on the
-    order of the samples and the seed.
-    """
-    count = max(round(len(samples) * fraction), 1)
-    chosen = _stratified_order(samples, seed)[:count]
-    return [samples[i] for i in sorted(chosen)]
-
-
-def estimated_length(sample: Sample, image_tokens: int = 576) -> int:
-    """Estimate a sample's tokens: 4 characters each; 576 a picture (LLaVA-1.5's number)."""
-    parts = (part for message in sample.messages for part in message["content"])
-    characters = sum(len(part.get("text", "")) for part in parts)
-    return characters // 4 + image_tokens * len(sample.images)
-
-
-def _stratified_order(samples: list[Sample], seed: int) -> list[int]:
-    """Order indices so that every beginning is stratified by number of pictures and their folder.
-
-    Each stratum is in random order and has one random offset.
+    of the data lie within its 10 %. Every rank draws the same.
     """
     strata: dict[tuple[int, str], list[int]] = {}
     for index, sample in enumerate(samples):
@@ -307,10 +284,18 @@ def _stratified_order(samples: list[Sample], seed: int) -> list[int]:
         strata.setdefault((min(len(sample.images), 2), folder), []).append(index)
     draw = random.Random(seed)
     groups: list[tuple[float, list[int]]] = []
-    for members in strata.values():
+    for members in strata.values():  # each in random order, with one random offset
         draw.shuffle(members)
         groups.append((draw.random(), members))
-    return interleaved(groups)
+    chosen = interleaved(groups)[: max(round(len(samples) * fraction), 1)]
+    return [samples[i] for i in sorted(chosen)]
+
+
+def estimated_length(sample: Sample, image_tokens: int = 576) -> int:
+    """Estimate a sample's tokens: 4 characters each; 576 a picture (LLaVA-1.5's number)."""
+    parts = (part for message in sample.messages for part in message["content"])
+    characters = sum(len(part.get("text", "")) for part in parts)
+    return characters // 4 + image_tokens * len(sample.images)
 
 
 def identity_of_data(data: str) -> str:

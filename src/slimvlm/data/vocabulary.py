@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +94,12 @@ def choose_vocabulary(
     if size is None:
         if not everything:
             raise ConfigError("vocab_size 'auto' needs texts: give --data or --vocab-text")
-        size = max(
-            len(file.with_parts({*must, *everything})),
-            _size_for(file, must, shown, unseen) if unseen else 0,
-            min(fewest, len(file.texts)),
-        )
+        # enough are the first of those in the order of the shown texts that cover the unseen ones
+        covered = accumulate(unseen[i] for i in _in_order(file, must, shown, len(file.texts)))
+        wanted, numbered = ENOUGH * unseen.total(), enumerate(covered, 1)
+        enough = next((number for number, part in numbered if part >= wanted), len(file.texts))
+        seen = len(file.with_parts({*must, *everything}))
+        size = max(seen, enough, min(fewest, len(file.texts)))
     if len(must) > size:
         raise ConfigError(
             f"vocab_size {size} must be at least {len(must)}: special tokens, bytes and single "
@@ -178,15 +179,3 @@ def _in_order(
             kept |= new
             yield from sorted(new - {token})
             yield token
-
-
-def _size_for(
-    file: TokenizerFile, must: Iterable[int], shown: Counter[int], unseen: Counter[int]
-) -> int:
-    """Return the least number of tokens, chosen by ``shown``, that covers enough of ``unseen``."""
-    wanted, covered = ENOUGH * unseen.total(), 0
-    for number, token in enumerate(_in_order(file, must, shown, len(file.texts)), 1):
-        covered += unseen[token]
-        if covered >= wanted:
-            return number
-    return len(file.texts)

@@ -45,22 +45,17 @@ class LayerShape:
     """Geometry of one decoder layer and parameter counts of its units.
 
     Attributes:
-        num_kv_heads: KV groups in the layer (heads, for multi-head attention); 0 if its token
-            mixer has none (linear attention, convolution, cross-attention).
+        num_kv_heads: KV groups (heads, for multi-head attention); 0 if its token mixer has none.
         queries_per_group: Query heads that share one KV head.
         head_dim: Channels of a head.
         intermediate_size: MLP neurons, with experts those of one; 0 if none of its neurons can go.
         kv_group_params: Parameters of one KV group (its q, k, v rows and biases, o columns).
         neuron_params: Parameters of one neuron (gate and up rows and biases, down column).
-        fixed_params: Parameters that no unit owns (norms, output biases, the layer's slices of
-            weights that stand outside the layers).
+        fixed_params: Parameters that no unit owns, such as norms and output biases.
         num_experts: Experts of which each token takes a few; 0 if none of them can go.
-        expert_neuron_params: Parameters of one neuron in one expert, a part of ``neuron_params``; 0
-            if its neurons are not those of experts.
-        expert_fixed_params: Parameters of one expert that no neuron owns (its row of the router;
-            the whole expert where neurons are those of a dense MLP).
-        token_params: Parameters of one token in embeddings that layers have for themselves; those
-            of all tokens are among ``fixed_params``.
+        expert_neuron_params: The part of ``neuron_params`` in one expert; 0 without experts.
+        expert_fixed_params: Parameters of one expert that no neuron owns, such as the router's row.
+        token_params: The part of ``fixed_params`` that one token has in the layer's own embedding.
     """
 
     num_kv_heads: Width
@@ -94,9 +89,8 @@ class LayerShape:
 
     def units(self, unit: str) -> int:
         """Count the units of a kind (``kv_group``, ``neuron`` or ``expert``)."""
-        return (self.num_kv_heads, self.intermediate_size, self.num_experts)[
-            LAYER_UNITS.index(unit)
-        ]
+        neurons, experts = self.intermediate_size, self.num_experts
+        return {"kv_group": self.num_kv_heads, "neuron": neurons, "expert": experts}[unit]
 
     def with_units(self, kv_groups: int, neurons: int, experts: int) -> LayerShape:
         """Return the layer with other numbers of units; a neuron is smaller with fewer experts."""
@@ -172,13 +166,11 @@ class Anatomy:
         final_norm_params: Parameters of the norm after the last layer.
         vision_params: Parameters of the vision tower without the projector.
         projector_params: Parameters of the projector.
-        pinned_layers: Layers that must stay: deepstack features are added to the first ones, or
-            later layers read their keys and values.
+        pinned_layers: Layers that must stay, as `why_pinned` says.
         other_params: All other parameters of the text model.
         experts_per_token: Experts that each token takes, of layers that have some: so many stay.
         retypable: Whether a freer configuration type can stand in for ``text_type``.
-        fixed_neurons: MLP width that a plain configuration must keep since it also sizes a part
-            outside the backbone; None if the width is free.
+        fixed_neurons: MLP width that also sizes a part outside the backbone; None if it is free.
     """
 
     model_type: str

@@ -66,18 +66,31 @@ class Stack:
     rows: str | None = None
 
 
+_SPLIT_ATTENTION = (
+    Projection("self_attn.q_proj", OUTPUT_ROWS, ("query",)),
+    Projection("self_attn.k_proj", OUTPUT_ROWS, ("key_value",)),
+    Projection("self_attn.v_proj", OUTPUT_ROWS, ("key_value",)),
+    Projection("self_attn.o_proj", INPUT_COLUMNS, ("query",)),
+)
+_GATED_MLP = (
+    Projection("mlp.gate_proj", OUTPUT_ROWS, ("neuron",)),
+    Projection("mlp.up_proj", OUTPUT_ROWS, ("neuron",)),
+    Projection("mlp.down_proj", INPUT_COLUMNS, ("neuron",)),
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
     """How the decoder layers of one text model type are built and configured.
 
     A layer has all matrices of ``attention`` or none (linear attention, convolution), all of
     ``mlp`` or none (a dense layer between layers of experts), and likewise of ``experts``. Matrices
-    that are not listed stay whole.
+    that are not listed stay whole. The defaults are Mistral's.
     """
 
     # The matrix with `INPUT_COLUMNS` writes to the residual stream. Empty if units cannot go.
-    attention: tuple[Projection, ...]
-    mlp: tuple[Projection, ...]
+    attention: tuple[Projection, ...] = _SPLIT_ATTENTION
+    mlp: tuple[Projection, ...] = _GATED_MLP
     experts: Experts | None = None  # those of which some can go
     final_norm: str = "norm"  # name of the norm after the last layer
     # ``any``: every head count can be configured. ``divides_hidden_size``: heads must divide the
@@ -101,23 +114,10 @@ class Backbone:
     neuron_multiple: int = 1  # neurons must be a multiple of it
     # Values with which the configuration takes `neuron_field` literally.
     width_fields: Mapping[str, object] = field(default_factory=dict)
-    whole_mlp_if: str | None = (
-        None  # dotted attribute; all neurons of a layer stay where it is true
-    )
+    whole_mlp_if: str | None = None  # dotted attribute; where it is true, all neurons stay
     can_be_uneven: bool = True  # whether `modeling_pruned.py` can cut layers to different widths
 
 
-_SPLIT_ATTENTION = (
-    Projection("self_attn.q_proj", OUTPUT_ROWS, ("query",)),
-    Projection("self_attn.k_proj", OUTPUT_ROWS, ("key_value",)),
-    Projection("self_attn.v_proj", OUTPUT_ROWS, ("key_value",)),
-    Projection("self_attn.o_proj", INPUT_COLUMNS, ("query",)),
-)
-_GATED_MLP = (
-    Projection("mlp.gate_proj", OUTPUT_ROWS, ("neuron",)),
-    Projection("mlp.up_proj", OUTPUT_ROWS, ("neuron",)),
-    Projection("mlp.down_proj", INPUT_COLUMNS, ("neuron",)),
-)
 _PHI_ATTENTION = (
     *_SPLIT_ATTENTION[:3],
     Projection("self_attn.dense", INPUT_COLUMNS, ("query",)),
@@ -177,17 +177,9 @@ _PER_LAYER_ROWS = (
     _PER_LAYER_EMBEDDINGS[1],
 )
 
-_WITH_LAYER_TYPES = Backbone(
-    attention=_SPLIT_ATTENTION, mlp=_GATED_MLP, layer_lists=("layer_types",)
-)
-_WITH_DIVIDING_HEADS = Backbone(
-    attention=_SPLIT_ATTENTION,
-    mlp=_GATED_MLP,
-    head_rule="divides_hidden_size",
-    layer_lists=("layer_types",),
-)
+_WITH_LAYER_TYPES = Backbone(layer_lists=("layer_types",))
+_WITH_DIVIDING_HEADS = replace(_WITH_LAYER_TYPES, head_rule="divides_hidden_size")
 _QWEN3_MOE = Backbone(
-    attention=_SPLIT_ATTENTION,
     mlp=_EXPERT_NEURONS,
     experts=_MLP_EXPERTS,
     layer_indices=("mlp_only_layers",),
@@ -199,14 +191,12 @@ _WITH_FIXED_HEADS = replace(_WITH_DIVIDING_HEADS, head_rule="fixed")
 
 BACKBONES: dict[str, Backbone] = {
     "llama": Backbone(
-        attention=_SPLIT_ATTENTION,
-        mlp=_GATED_MLP,
         head_rule="divides_hidden_size",
         retype="mistral",
         retype_fields={"sliding_window": None},
         retype_requires={"attention_bias": False, "mlp_bias": False},
     ),
-    "mistral": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP),
+    "mistral": Backbone(),
     "qwen2": _WITH_LAYER_TYPES,
     "qwen3": _WITH_LAYER_TYPES,
     "phi": Backbone(
@@ -215,12 +205,11 @@ BACKBONES: dict[str, Backbone] = {
         final_norm="final_layernorm",
     ),
     "phi3": Backbone(attention=_FUSED_ATTENTION, mlp=_FUSED_GATED_MLP),
-    "gemma": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP),
+    "gemma": Backbone(),
     "gemma2": _WITH_DIVIDING_HEADS,
     "gemma3_text": _WITH_DIVIDING_HEADS,
     "gemma3n_text": Backbone(
         attention=(),
-        mlp=_GATED_MLP,
         layer_lists=("layer_types", "activation_sparsity_pattern", "intermediate_size"),
         layer_stacks=_PER_LAYER_EMBEDDINGS,
         shared_tail="num_kv_shared_layers",
@@ -229,7 +218,6 @@ BACKBONES: dict[str, Backbone] = {
     ),
     "gemma4_text": Backbone(
         attention=(),
-        mlp=_GATED_MLP,
         layer_lists=("layer_types",),
         layer_maps=("per_layer_config",),
         experts=Experts(
@@ -249,7 +237,7 @@ BACKBONES: dict[str, Backbone] = {
     ),
     "qwen2_vl_text": _WITH_FIXED_HEADS,
     "qwen2_5_vl_text": _WITH_FIXED_HEADS,
-    "qwen3_vl_text": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP),
+    "qwen3_vl_text": Backbone(),
     "qwen3_vl_moe_text": _QWEN3_MOE,
     "qwen3_moe": _QWEN3_MOE,
     "qwen3_5_moe_text": replace(
@@ -258,23 +246,18 @@ BACKBONES: dict[str, Backbone] = {
         layer_lists=("layer_types",),
         layer_indices=(),
     ),
-    "qwen3_5_text": Backbone(
-        attention=_GATED_OUTPUT_ATTENTION, mlp=_GATED_MLP, layer_lists=("layer_types",)
-    ),
-    "stablelm": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP, head_rule="fixed"),
+    "qwen3_5_text": Backbone(attention=_GATED_OUTPUT_ATTENTION, layer_lists=("layer_types",)),
+    "stablelm": Backbone(head_rule="fixed"),
     "cohere2": _WITH_LAYER_TYPES,
     "phi4_multimodal": Backbone(attention=_FUSED_ATTENTION, mlp=_FUSED_GATED_MLP),
-    "glm_ocr_text": Backbone(attention=_SPLIT_ATTENTION, mlp=_FUSED_GATED_MLP),
-    "paddleocr_vl_text": Backbone(attention=_SPLIT_ATTENTION, mlp=_GATED_MLP),
-    "glm4v_text": Backbone(attention=_SPLIT_ATTENTION, mlp=_FUSED_GATED_MLP, head_rule="fixed"),
+    "glm_ocr_text": Backbone(mlp=_FUSED_GATED_MLP),
+    "paddleocr_vl_text": Backbone(),
+    "glm4v_text": Backbone(mlp=_FUSED_GATED_MLP, head_rule="fixed"),
     "mllama_text_model": Backbone(
-        attention=_SPLIT_ATTENTION,
-        mlp=_GATED_MLP,
         head_rule="fixed",
         layer_indices=("cross_attention_layers",),
     ),
     "llama4_text": Backbone(
-        attention=_SPLIT_ATTENTION,
         mlp=_TRANSPOSED_AND_SHARED_NEURONS,
         experts=Experts(
             module="feed_forward.experts",
@@ -298,8 +281,6 @@ BACKBONES: dict[str, Backbone] = {
         width_fields={"block_auto_adjust_ff_dim": False},
     ),
     "molmo2_text": Backbone(
-        attention=_SPLIT_ATTENTION,
-        mlp=_GATED_MLP,
         layer_indices=("rope_scaling_layers",),
         live_lists=("rope_types",),
     ),
@@ -317,7 +298,8 @@ BACKBONES: dict[str, Backbone] = {
 class Family:
     """Where the parts of a model sit."""
 
-    backbone: str  # path of the text model (layers, embeddings, final norm) in the whole model
+    # Path of the text model (layers, embeddings, final norm) in the whole model.
+    backbone: str = "model.language_model"
     head: str = "lm_head"  # path
     vision: str | None = None  # path of the vision tower; None for a text model
     projector: tuple[str, ...] = ()  # paths of modules from towers' features to the text model
@@ -346,7 +328,6 @@ _ONLY_INSIDE = (
 """Types of language models that transformers offers as a part of another model only."""
 
 _LLAVA = Family(
-    backbone="model.language_model",
     vision="model.vision_tower",
     projector=("model.multi_modal_projector",),
 )
@@ -356,25 +337,21 @@ _IDEFICS = Family(
     projector=("model.connector",),
 )
 _QWEN_VL = Family(
-    backbone="model.language_model",
     vision="model.visual",
     projector=("model.visual.merger",),
 )
 _QWEN3_VL = Family(
-    backbone="model.language_model",
     vision="model.visual",
     projector=("model.visual.merger", "model.visual.deepstack_merger_list"),
     pinned_layers="vision_config.deepstack_visual_indexes",
 )
 _GEMMA = Family(
-    backbone="model.language_model",
     vision="model.vision_tower",
     projector=("model.embed_vision", "model.embed_audio"),
     other_towers=("model.audio_tower",),
     caps_logits=True,
 )
 _ANYRES = Family(
-    backbone="model.language_model",
     vision="model.vision_tower",
     projector=("model.multi_modal_projector", "model.image_newline"),
 )
@@ -401,12 +378,8 @@ FAMILIES: dict[str, Family] = {
     "qwen3_5_moe": _QWEN_VL,
     "glm4v": _QWEN_VL,
     "glm_ocr": _QWEN_VL,
-    "paddleocr_vl": Family(
-        backbone="model.language_model", vision="model.visual", projector=("model.projector",)
-    ),
-    "minicpmv4_6": Family(
-        backbone="model.language_model", vision="model.vision_tower", projector=("model.merger",)
-    ),
+    "paddleocr_vl": Family(vision="model.visual", projector=("model.projector",)),
+    "minicpmv4_6": Family(vision="model.vision_tower", projector=("model.merger",)),
     "aya_vision": _LLAVA,
     "cohere2_vision": _LLAVA,
     "perception_lm": _LLAVA,
@@ -419,17 +392,14 @@ FAMILIES: dict[str, Family] = {
         fixed_neurons=True,
     ),
     "deepseek_vl": Family(
-        backbone="model.language_model",
         vision="model.vision_model",
         projector=("model.aligner",),
     ),
     "video_llama_3": Family(
-        backbone="model.language_model",
         vision="model.vision_model",
         projector=("model.projector",),
     ),
     "ovis2": Family(
-        backbone="model.language_model",
         vision="model.vision_tower",
         projector=("model.visual_embeddings_table",),
     ),
@@ -443,7 +413,6 @@ FAMILIES: dict[str, Family] = {
         text_config=None,
     ),
     "mllama": Family(
-        backbone="model.language_model",
         vision="model.vision_model",
         projector=("model.multi_modal_projector",),
     ),

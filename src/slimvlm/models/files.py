@@ -104,7 +104,14 @@ def check_folder(model: str | Path) -> None:
             return
         folder = Path(found[0]).parent
     where = f"model {str(model)!r}"
-    _require_links_inside(folder, where)
+    allowed = [folder.resolve()]
+    if allowed[0].parent.name == "snapshots":  # of the hub's cache
+        allowed.append(allowed[0].parent.parent / "blobs")
+    for path in filter(Path.is_symlink, folder.rglob("*")):
+        with unreadable(folder, path.name):  # a link to itself
+            target = path.resolve()
+        if not any(map(target.is_relative_to, allowed)):
+            raise ConfigError(f"{where}: {path.name!r} is a link that leads out of the folder")
     if (folder / _ADAPTER).exists():
         raise ConfigError(f"{where}: {_ADAPTER} makes it an adapter; merge it first")
     for name in (CONFIG_NAME, GENERATION_CONFIG_NAME, *_SETTINGS):
@@ -160,18 +167,6 @@ def require_stored(model: str | Path, described: int) -> None:
             f"model {str(model)!r}: {CONFIG_NAME} describes {described:,} weights, and its files "
             f"hold {stored:,}"
         )
-
-
-def _require_links_inside(folder: Path, where: str) -> None:
-    """Refuse links that lead out of the folder, but to the hub's cache."""
-    allowed = [folder.resolve()]
-    if allowed[0].parent.name == "snapshots":  # of the hub's cache
-        allowed.append(allowed[0].parent.parent / "blobs")
-    for path in filter(Path.is_symlink, folder.rglob("*")):
-        with unreadable(folder, path.name):  # a link to itself
-            target = path.resolve()
-        if not any(map(target.is_relative_to, allowed)):
-            raise ConfigError(f"{where}: {path.name!r} is a link that leads out of the folder")
 
 
 def _require_plausible(values: Any, where: str, name: str = "") -> None:

@@ -100,7 +100,8 @@ def cross_entropy(hidden: Hidden, head: Head, labels: Int[Tensor, "B T"]) -> Flo
         fused kernel.
     """
     rows, wanted, _ = predictions(hidden, labels)
-    if len(rows) and _fits_liger(head, rows):
+    is_plain = isinstance(head, nn.Linear) and head.weight.dtype == rows.dtype
+    if len(rows) and rows.is_cuda and is_plain and find_spec("liger_kernel") is not None:
         assert isinstance(head, nn.Linear)
         fused = import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
         loss: Tensor = fused(head.weight, rows, wanted, head.bias)
@@ -237,16 +238,6 @@ def layer_map(kept_layers: Sequence[int], num_original_layers: int) -> tuple[int
     layers are gone.
     """
     return tuple(following - 1 for following in (*kept_layers[1:], num_original_layers))
-
-
-def _fits_liger(head: Head, rows: Tensor) -> bool:
-    """Check for Liger's fused kernel: CUDA, a plain head, one data type."""
-    return (
-        rows.is_cuda
-        and isinstance(head, nn.Linear)
-        and head.weight.dtype == rows.dtype
-        and find_spec("liger_kernel") is not None
-    )
 
 
 class _RowLosses(torch.autograd.Function):

@@ -38,9 +38,7 @@ from slimvlm.models.hidden import is_sharded
 from slimvlm.models.load import computes_bfloat16, digest_of_weights, load_processor
 from slimvlm.models.losses import layer_map
 from slimvlm.planning.plan import Plan
-from slimvlm.training.shared_vision import seeing_once
-from slimvlm.training.supervision import Collator, num_workers
-from slimvlm.training.teacher import plan_fits, share_
+from slimvlm.training.teacher import plan_fits, seeing_once, share_
 from slimvlm.training.trainable import (
     merge,
     old_names_allowed,
@@ -51,7 +49,13 @@ from slimvlm.training.trainable import (
     training_precision,
     without_autocast,
 )
-from slimvlm.training.trainer import TRAINED_FILE, DistillationTrainer, learning_parameters
+from slimvlm.training.trainer import (
+    TRAINED_FILE,
+    Collator,
+    DistillationTrainer,
+    learning_parameters,
+    num_workers,
+)
 
 RATE, RATE_OF_ALL = 2e-4, 4e-4
 """Peak learning rates: of LoRA and projector; of all weights, if the whole decoder was removed."""
@@ -149,7 +153,9 @@ def recover(
         _require_same_width(model, teacher, config, tokens is not None)
         if plan is not None and not plan_fits(plan, model, teacher):
             plan = None
-        if plan is not None and config.maps_layers:
+        terms = config.loss_weights.keys()
+        if plan is not None and terms & set(HIDDEN_LOSSES) and "sft" not in terms:
+            # nothing is learnt from answers: hidden states are compared after every kept layer
             layer_pairs = list(enumerate(layer_map(plan.layers, plan.before.num_layers)))
     dtype = model.dtype
     with TemporaryDirectory() as temporary, ExitStack() as stack:

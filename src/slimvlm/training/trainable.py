@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, Trainer
 
 from slimvlm.core.errors import ConfigError, one_line
 from slimvlm.core.files import write_text
-from slimvlm.core.options import RecoverConfig
+from slimvlm.core.options import HIDDEN_LOSSES, RecoverConfig
 from slimvlm.models.hidden import hold_in_, is_sharded, merge_lora
 from slimvlm.models.parts import Parts, parameters_below, part_at, text_config_of
 
@@ -33,10 +33,25 @@ def prepare_training(model: PreTrainedModel, config: RecoverConfig) -> Any:
         raise ConfigError(f"train 'projector': {model.config.model_type!r} has no projector")
     trained: Any = model
     if config.train == "lora":
-        trained = _with_lora(model, config)
+        import peft
+
+        parts = Parts(model)
+        names = "|".join(re.escape(p.path) for p in (*parts.row.attention, *parts.row.mlp))
+        where = rf"{re.escape(family.backbone)}\.layers\.\d+\.({names})"
+        options = {**LORA, "target_modules": where, **config.lora}
+        has_experts = any(matrix.is_of_experts for _, matrix in parts.matrices())
+        if has_experts and not config.lora.keys() & {"target_modules", "lora_dropout"}:
+            options["lora_dropout"] = 0.0  # PEFT has no dropout before weights of experts
+        try:
+            with old_names_allowed():
+                settings = peft.LoraConfig(r=config.lora_rank, **options)
+                trained = peft.get_peft_model(model, settings)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"lora {dict(config.lora)}: {one_line(error)}") from error
     if config.train == "full":
         head: Any = model.get_submodule(family.head)
-        head.requires_grad_(config.reads_logits)
+        reads_logits = bool(config.loss_weights.keys() - set(HIDDEN_LOSSES))
+        head.requires_grad_(reads_logits)
         model.get_submodule(family.backbone).requires_grad_(True)  # a tied head with it
         for path in family.towers:  # some lie inside the backbone
             model.get_submodule(path).requires_grad_(False)
@@ -45,23 +60,6 @@ def prepare_training(model: PreTrainedModel, config: RecoverConfig) -> Any:
             parameter.requires_grad_(True)
     hold_in_(model, torch.float32, learning_only=True)
     return trained
-
-
-def _with_lora(model: PreTrainedModel, config: RecoverConfig) -> Any:
-    import peft
-
-    parts = Parts(model)
-    names = "|".join(re.escape(p.path) for p in (*parts.row.attention, *parts.row.mlp))
-    backbone = re.escape(parts.family.backbone)
-    options = {**LORA, "target_modules": rf"{backbone}\.layers\.\d+\.({names})", **config.lora}
-    has_experts = any(matrix.is_of_experts for _, matrix in parts.matrices())
-    if has_experts and not config.lora.keys() & {"target_modules", "lora_dropout"}:
-        options["lora_dropout"] = 0.0  # PEFT has no dropout before weights of experts
-    try:
-        with old_names_allowed():
-            return peft.get_peft_model(model, peft.LoraConfig(r=config.lora_rank, **options))
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"lora {dict(config.lora)}: {one_line(error)}") from error
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from transformers.utils import (
 )
 
 from slimvlm.core.documents import read_object
-from slimvlm.core.errors import ConfigError, UnsupportedModelError, first_line
+from slimvlm.core.errors import LONGEST, ConfigError, UnsupportedModelError, one_line
 
 PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"]
 WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
@@ -168,7 +168,9 @@ def _open_weights(file: Path) -> dict[str, Tensor]:
             return load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_mapped(file))
     except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
-        raise ConfigError(f"weights: {str(file)!r} cannot be read ({first_line(error)})") from error
+        raise ConfigError(
+            f"weights: {str(file)!r} cannot be read ({one_line(error)[:LONGEST]})"
+        ) from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ConfigError(f"weights: {str(file)!r} is not a plain dictionary of tensors")
     return state

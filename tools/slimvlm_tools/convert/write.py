@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 from transformers import AutoProcessor, GenerationConfig, PreTrainedModel
 
-from slimvlm.core.errors import ConfigError, NumericalError, ReloadError, SlimError, first_line
+from slimvlm.core.errors import (
+    LONGEST,
+    ConfigError,
+    NumericalError,
+    ReloadError,
+    SlimError,
+    one_line,
+)
 from slimvlm.models.classes import empty_model
 from slimvlm.models.files import write_weights
 from slimvlm.models.load import load
@@ -91,7 +98,9 @@ def check_written(folder: Path) -> None:
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         logits = _probe_logits(folder, processor) if is_small else torch.zeros(0)
     except (OSError, LookupError, RuntimeError, ValueError, TypeError, SlimError) as error:
-        raise ReloadError(f"{str(folder)!r} does not load back: {first_line(error)}") from error
+        raise ReloadError(
+            f"{str(folder)!r} does not load back: {one_line(error)[:LONGEST]}"
+        ) from error
     if not bool(logits.isfinite().all()):
         raise NumericalError("convert: the logits of the converted model are not finite")
 
@@ -119,5 +128,5 @@ def _generation_config(
         config = GenerationConfig(**{**values, **ours})
         config.validate(strict=True)
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"generation_config.json: {first_line(error)}") from error
+        raise ConfigError(f"generation_config.json: {one_line(error)[:LONGEST]}") from error
     return config

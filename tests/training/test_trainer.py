@@ -6,7 +6,7 @@ import torch
 from accelerate.utils import send_to_device
 
 from slimvlm.models.load import load
-from slimvlm.training.supervision import SUPERVISION, Collator
+from slimvlm.training.trainer import SUPERVISION, Collator
 from tests import tiny_folder as folders
 from tests.tiny_folder import short_samples
 
