@@ -408,8 +408,8 @@ def test_a_lost_tensor_is_noticed_after_writing(
     monkeypatch.setattr(write, "FORWARD_BYTES", limit)
     real = write.write_weights
 
-    def lossy(model: Any, weights: Any, folder: Path, shard_bytes: int) -> None:
-        real(model, weights, folder, shard_bytes)
+    def lossy(model: Any, read: Any, folder: Path, shard_bytes: int) -> None:
+        real(model, read, folder, shard_bytes)
         edit_weights(folder, _drop("language_model.model.norm.weight"))
 
     monkeypatch.setattr(write, "write_weights", lossy)

@@ -265,9 +265,9 @@ def file_if_reachable(model: str, name: str) -> str | None:
 
 
 def write_weights(
-    model: Any, weights: Mapping[str, Tensor], folder: Path, shard_bytes: int
+    model: Any, read: Callable[[str], Tensor], folder: Path, shard_bytes: int
 ) -> None:
-    """Write a model that has no storage; each tensor is made when its file is written.
+    """Write a model that has no storage; each tensor is read by its name for its file alone.
 
     Relies on: ``save_pretrained`` takes a model with a device map and a hook of Accelerate for one
     whose weights lie on a disk, asks the hook for them, and holds one file in memory. Tried with
@@ -275,7 +275,7 @@ def write_weights(
     """
     model.hf_device_map = {"": "disk"}
     learned = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    model._hf_hook = SimpleNamespace(weights_map=_FiniteWeights(weights, learned))
+    model._hf_hook = SimpleNamespace(weights_map=_FiniteWeights(read, learned))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*offloaded modules.*")
         model.save_pretrained(folder, max_shard_size=shard_bytes)
@@ -284,11 +284,11 @@ def write_weights(
 class _FiniteWeights:
     """Return weights by name; raise on NaN or infinity in a parameter. Buffers may have bounds."""
 
-    def __init__(self, weights: Mapping[str, Tensor], learned: Container[str]) -> None:
-        self.weights, self.learned = weights, learned
+    def __init__(self, read: Callable[[str], Tensor], learned: Container[str]) -> None:
+        self.read, self.learned = read, learned
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self.weights[name]
+        tensor = self.read(name)
         if name in self.learned and tensor.is_floating_point():
             require_finite_values(tensor, f"weight {name!r} as {tensor.dtype}")
         return tensor

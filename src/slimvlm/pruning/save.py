@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -146,14 +146,25 @@ def prune_checkpoint(
     if (checkpoint.folder / GENERATION_CONFIG_NAME).is_file():
         smaller.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
     prune_(smaller, plan, allow_uneven)
-    kept = _KeptWeights(checkpoint, smaller, plan, weights)
+    read = _reader_of(checkpoint, plan, weights)
 
     def check(folder: Path) -> CardFacts:
-        _check_names_and_bits(folder, dtype, kept)
+        """Read all names and shapes back, and the bits of some tensors."""
+        again = open_checkpoint(folder, dtype)
+        if again.unused:
+            unused = again.unused[:3]
+            raise ReloadError(f"{str(folder)!r} holds weights that nothing reads: {unused}")
+        found = read_anatomy(again.model)
+        if (found.layers, found.backbone_params) != (plan.after.layers, plan.after.backbone_params):
+            raise ReloadError(f"{str(folder)!r} has other shapes than the plan says")
+        names = list(smaller.state_dict())
+        for name in random.Random(0).sample(names, min(_COMPARED, len(names))):
+            if not torch.equal(again.read(name), read(name)):
+                raise ReloadError(f"{str(folder)!r}: {name!r} reads back differently")
         held_out = "" if describe is None else describe(folder)
         return CardFacts(base=config._name_or_path, name=Path(out).name, held_out=held_out)
 
-    write_folder(out, smaller, processor, plan, check, kept, force)
+    write_folder(out, smaller, processor, plan, check, read, force)
 
 
 def write_folder(
@@ -162,16 +173,16 @@ def write_folder(
     processor: Any,
     plan: Plan | None,
     check: Callable[[Path], CardFacts],
-    weights: Mapping[str, Tensor] | None = None,
+    read: Callable[[str], Tensor] | None = None,
     force: bool = False,
 ) -> None:
     """Write a checkpoint folder, which takes its name when ``check`` has read it back.
 
     ``processor`` has the plan's tokens already. ``check`` may add files and returns the facts for
-    the model card. ``weights`` are parameters by name, if the model has no storage for them.
+    the model card. ``read`` gives parameters by name, if the model has no storage for them.
     """
     with new_folder(out, force) as folder:
-        write_model(folder, model, processor, weights)
+        write_model(folder, model, processor, read)
         if plan is not None:
             plan.save(folder / PLAN_FILE)
             if processor is not None and plan.tokens is not None:
@@ -184,66 +195,38 @@ def write_model(
     folder: Path,
     model: PreTrainedModel,
     processor: Any,
-    weights: Mapping[str, Tensor] | None = None,
+    read: Callable[[str], Tensor] | None = None,
 ) -> None:
     """Write configuration, weights, code and processor in the layout that most readers know."""
-    if weights is None:
+    if read is None:
         model.save_pretrained(folder)
     else:
-        write_weights(model, weights, folder, SHARD_BYTES)
+        write_weights(model, read, folder, SHARD_BYTES)
     lay_out(folder, model.config)
     if processor is not None:
         write_processor(processor, folder)
 
 
-class _KeptWeights(Mapping[str, Tensor]):
-    """The pruned model's parameters by name, cut when asked for."""
+def _reader_of(checkpoint: LazyCheckpoint, plan: Plan, weights: Weights) -> Callable[[str], Tensor]:
+    """Return a function that cuts the pruned model's parameters out of the files, by name."""
+    names = {id(module): name for name, module in checkpoint.model.named_modules()}
+    cuts: dict[str, list[Cut]] = defaultdict(list)
+    for cut in cuts_of(checkpoint.model, plan):
+        cuts[f"{names[id(cut.owner)]}.{cut.name}"].append(cut)
+    layers = f"{plan.before.family.backbone}.layers"
 
-    def __init__(
-        self, checkpoint: LazyCheckpoint, smaller: PreTrainedModel, plan: Plan, weights: Weights
-    ) -> None:
-        self.checkpoint, self.plan, self.weights = checkpoint, plan, weights
-        self.names = list(smaller.state_dict())
-        names = {id(module): name for name, module in checkpoint.model.named_modules()}
-        self.cuts: dict[str, list[Cut]] = defaultdict(list)
-        for cut in cuts_of(checkpoint.model, plan):
-            self.cuts[f"{names[id(cut.owner)]}.{cut.name}"].append(cut)
-        self.layers = f"{plan.before.family.backbone}.layers"
-
-    def __getitem__(self, name: str) -> Tensor:
-        match = re.fullmatch(rf"{re.escape(self.layers)}\.(\d+)\.(.+)", name)
-        if match is None:
-            return self._cut(name)
-        place = self.plan.layers[int(match[1])], match[2]
-        if place in self.weights:
-            return self.weights[place].to(self.checkpoint.model.dtype)
-        return self._cut(f"{self.layers}.{place[0]}.{place[1]}")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def _cut(self, original: str) -> Tensor:
-        tensor: Tensor = self.checkpoint.weights[original]
-        for cut in self.cuts.get(original, ()):
+    def read(name: str) -> Tensor:
+        if match := re.fullmatch(rf"{re.escape(layers)}\.(\d+)\.(.+)", name):
+            place = plan.layers[int(match[1])], match[2]
+            if place in weights:
+                return weights[place].to(checkpoint.model.dtype)
+            name = f"{layers}.{place[0]}.{place[1]}"
+        tensor = checkpoint.read(name)
+        for cut in cuts.get(name, ()):
             tensor = tensor.index_select(cut.dim, cut.keep)
         return tensor
 
-
-def _check_names_and_bits(folder: Path, dtype: str, kept: _KeptWeights) -> None:
-    """Read a written folder back: all names and shapes, and the bits of some tensors."""
-    again = open_checkpoint(folder, dtype)
-    if again.unused:
-        raise ReloadError(f"{str(folder)!r} holds weights that nothing reads: {again.unused[:3]}")
-    found, planned = read_anatomy(again.model), kept.plan.after
-    if (found.layers, found.backbone_params) != (planned.layers, planned.backbone_params):
-        raise ReloadError(f"{str(folder)!r} has other shapes than the plan says")
-    chosen = random.Random(0).sample(kept.names, min(_COMPARED, len(kept.names)))
-    for name in chosen:
-        if not torch.equal(again.weights[name], kept[name]):
-            raise ReloadError(f"{str(folder)!r}: {name!r} reads back differently")
+    return read
 
 
 def _check_tokenizer(folder: Path, model: PreTrainedModel, processor: Any, count: int) -> None:

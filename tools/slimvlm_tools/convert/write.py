@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +24,12 @@ from slimvlm.models.load import load
 from slimvlm.pruning.layout import write_processor
 from slimvlm.pruning.save import probe
 from slimvlm.scoring.layerwise.checkpoint import open_checkpoint
-from slimvlm_tools.convert.pieces import EMBEDDINGS, Conversion, Piece, check_complete
+from slimvlm_tools.convert.pieces import EMBEDDINGS, Conversion, check_complete
 
 SHARD_BYTES = 2**30
 FORWARD_BYTES = 512 * 2**20
 """Up to this size the written model is loaded and run; beyond, names and shapes are compared."""
 SAMPLING = ("temperature", "top_p", "top_k", "typical_p", "min_p")
-
-
-class _Tensors(Mapping[str, Tensor]):
-    """Native tensors by name, read when asked for."""
-
-    def __init__(self, pieces: Mapping[str, Piece], dtype: torch.dtype | None) -> None:
-        self.pieces, self.dtype = pieces, dtype
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor = self.pieces[name].read()
-        return tensor.to(self.dtype) if self.dtype and tensor.is_floating_point() else tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.pieces)
-
-    def __len__(self) -> int:
-        return len(self.pieces)
 
 
 def write_checkpoint(
@@ -74,7 +57,12 @@ def write_checkpoint(
     for config in (model.config, model.config.text_config, model.config.vision_config):
         config.dtype = written
     model.generation_config = _generation_config(model, generation, conversion.generation)
-    write_weights(model.to(written), _Tensors(conversion.pieces, dtype), folder, SHARD_BYTES)
+
+    def read(name: str) -> Tensor:
+        tensor = conversion.pieces[name].read()
+        return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+
+    write_weights(model.to(written), read, folder, SHARD_BYTES)
     for file in folder.glob("*.safetensors"):  # safetensors makes them their owner's alone
         file.chmod((folder / "config.json").stat().st_mode)
     write_processor(conversion.processor, folder)

@@ -25,31 +25,20 @@ from slimvlm.models.parts import Parts
 _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
-class _Weights(Mapping[str, Tensor]):
-    """A model's parameters by name, read from its files on access."""
-
-    def __init__(self, origins: Mapping[str, Origin], files: Mapping[str, Tensor]) -> None:
-        self._origins, self._files = origins, files
-
-    def __getitem__(self, name: str) -> Tensor:
-        origin = self._origins[name]
-        return origin.made_of([self._files[key] for key in origin.keys])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._origins)
-
-    def __len__(self) -> int:
-        return len(self._origins)
-
-
 @dataclass(frozen=True)
 class LazyCheckpoint:
     """A native model without weights, and its files, from which they are read when asked for."""
 
     folder: Path
     model: PreTrainedModel  # parameters have no storage, buffers that files lack are there
-    weights: Mapping[str, Tensor]  # parameters and stored buffers by their names in the model
+    origins: Mapping[str, Origin]  # of parameters and stored buffers, by their names in the model
+    files: Mapping[str, Tensor]  # tensors by their names in the files, read on access
     unused: tuple[str, ...]  # names in the files that the model has no use for
+
+    def read(self, name: str) -> Tensor:
+        """Read a parameter or stored buffer."""
+        origin = self.origins[name]
+        return origin.made_of([self.files[key] for key in origin.keys])
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -81,7 +70,7 @@ class LazyCheckpoint:
             for name in moved:
                 put(self.model, name, device)
             for name in chosen:
-                put(self.model, name, device, self.weights[name])
+                put(self.model, name, device, self.read(name))
             yield
         finally:
             for name in chosen:
@@ -140,10 +129,9 @@ def open_checkpoint(
         for key in origin.keys
     }
     unused = tuple(sorted(places.keys() - index.keys()))
-    weights = _Weights(origins, OffloadedWeightsLoader(index=index))
-    found = LazyCheckpoint(folder, skeleton, weights, unused)
+    found = LazyCheckpoint(folder, skeleton, origins, OffloadedWeightsLoader(index=index), unused)
     for buffer in [n for n, _ in skeleton.named_buffers() if n in origins]:
-        set_module_tensor_to_device(skeleton, buffer, "cpu", found.weights[buffer])
+        set_module_tensor_to_device(skeleton, buffer, "cpu", found.read(buffer))
     return found
 
 

@@ -75,12 +75,11 @@ class LayerCalls:
         return self.after(index, self.run(layer, index, hidden))
 
 
-@contextmanager
-def noted_calls(model: PreTrainedModel) -> Iterator[Callable[[], tuple[Tensor, LayerCalls]]]:
-    """Let decoder layers record their arguments and return zeros, without computing anything.
+def _calls_of(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, LayerCalls]:
+    """Run a batch with layers that only record their arguments and return zeros.
 
     The input of a layer after the first is then the tensor that the model adds between the two.
-    Yields a function that takes the first layer's input and the calls of the batch that ran last.
+    Returns the first layer's input and the calls.
     """
     noted: list[tuple[int, Tensor, Arguments]] = []
 
@@ -88,17 +87,14 @@ def noted_calls(model: PreTrainedModel) -> Iterator[Callable[[], tuple[Tensor, L
         noted.append((index, hidden_states, (args, kwargs)))
         return torch.zeros_like(hidden_states)
 
-    def take() -> tuple[Tensor, LayerCalls]:
-        (_, hidden, _), *later = noted
-        arguments = {index: given for index, _, given in noted}
-        added = {index: entering for index, entering, _ in later if bool(entering.any())}
-        noted.clear()
-        return hidden, LayerCalls(arguments, added)
-
     with ExitStack() as stack:
         for index, layer in enumerate(Parts(model).layers):
             stack.enter_context(replaced_forward(layer, partial(note, index)))
-        yield take
+        forward_backbone(model, batch)
+    (_, hidden, _), *later = noted
+    arguments = {index: given for index, _, given in noted}
+    added = {index: entering for index, entering, _ in later if bool(entering.any())}
+    return hidden, LayerCalls(arguments, added)
 
 
 @dataclass(frozen=True)
@@ -118,16 +114,13 @@ Source = Live | LazyCheckpoint
 
 
 class LayerView(nn.Module):
-    """A model of some layers only, for captures; ``run`` runs a stored batch through them.
-
-    The whole model's list of decoder layers must hold ``layers`` only.
-    """
+    """A model of some layers only, for captures; ``run`` runs a stored batch through them."""
 
     def __init__(
-        self, whole: PreTrainedModel, layers: Sequence[nn.Module], run: Callable[[int], object]
+        self, whole: PreTrainedModel, layers: nn.ModuleList, run: Callable[[int], object]
     ) -> None:
         super().__init__()
-        self.layers, self._run = nn.ModuleList(layers), run
+        self.layers, self._run = layers, run
         self._whole = (whole,)  # in a tuple, it is no submodule
 
     @property
@@ -196,9 +189,7 @@ class LayerwiseModel:
                 if stored is not None and stored["digest"] == code:
                     continue
                 moved = on_device(self.model, batch)
-                with noted_calls(self.model) as take:
-                    forward_backbone(self.model, moved)
-                    hidden, calls = take()
+                hidden, calls = _calls_of(self.model, moved)
                 tensors = {f"batch.{name}": moved[name] for name in _KEPT if name in moved}
                 tensors["batch.attention_mask"] = valid_tokens(moved)
                 tree = {
@@ -248,8 +239,8 @@ class LayerwiseModel:
             if not self.store.has(f"hidden-{index + 1}"):
                 self.store.write(f"hidden-{index + 1}", place, {"hidden": output})
 
-        with self.source.layer(index, self.device), _only(self.model, [layer]):
-            yield LayerView(self.model, [layer], run)
+        with self.source.layer(index, self.device), self._view([layer], run) as view:
+            yield view
 
     def finish(self, view: LayerView, index: int) -> None:
         """Store the outputs of a layer for the batches that no capture has run."""
@@ -270,8 +261,21 @@ class LayerwiseModel:
                 layer(self.input_of(index, place))
             Parts(self.model).norm(self.input_of(len(layers), place))
 
-        with self.source.after_layers(self.device), _only(self.model, layers):
-            yield LayerView(self.model, layers, run)
+        with self.source.after_layers(self.device), self._view(layers, run) as view:
+            yield view
+
+    @contextmanager
+    def _view(
+        self, layers: Sequence[nn.Module], run: Callable[[int], object]
+    ) -> Iterator[LayerView]:
+        """Inside, the text model has these decoder layers and no others."""
+        text_model = Parts(self.model).text_model
+        before = text_model.layers
+        text_model.layers = nn.ModuleList(layers)
+        try:
+            yield LayerView(self.model, text_model.layers, run)
+        finally:
+            text_model.layers = before
 
     def calls(self, place: int) -> LayerCalls:
         """Read the calls of the layers by the batch at a place."""
@@ -306,15 +310,3 @@ class _Replayed(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.answer
-
-
-@contextmanager
-def _only(model: PreTrainedModel, layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside, the text model has these decoder layers and no others."""
-    text_model = Parts(model).text_model
-    before = text_model.layers
-    text_model.layers = nn.ModuleList(layers)
-    try:
-        yield
-    finally:
-        text_model.layers = before
