@@ -26,7 +26,7 @@ from slimvlm.models.losses import rows_at_once
 from slimvlm.models.parts import Parts, text_config_of
 from slimvlm.pruning.walk.distil import PASSES
 from slimvlm.pruning.walk.engine import aims_at_original
-from slimvlm.pruning.walk.kept_inputs import most_kept
+from slimvlm.pruning.walk.streams import most_kept
 from slimvlm.pruning.walk.walk import WALKING, states_bytes
 from slimvlm.runs.recipes import rules
 from slimvlm.runs.request import Request, ratio_of, scored_by

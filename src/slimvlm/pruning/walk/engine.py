@@ -15,6 +15,7 @@ from slimvlm.models.anatomy import WIDTH_UNITS
 from slimvlm.models.parts import Parts
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import cut_layer_
+from slimvlm.pruning.repair import REPAIRS, SEAM, writers_of_layer
 from slimvlm.pruning.walk.layer import LayerOutcome, LayerWalk, Steps
 from slimvlm.pruning.walk.result import (
     LayerReport,
@@ -26,7 +27,6 @@ from slimvlm.pruning.walk.result import (
     entry_of,
 )
 from slimvlm.pruning.walk.streams import PREFIX, SLICED, Streams
-from slimvlm.pruning.writers import REPAIRS, SEAM, writers_of_layer
 from slimvlm.scoring.batches import Batch, TokenWeights
 from slimvlm.scoring.layerwise.stores import Store
 from slimvlm.scoring.obs import removal_order
@@ -73,7 +73,7 @@ class Walk:
     def run(self) -> Walked:
         """Walk all layers that are not walked yet."""
         if not self.results.has(_TRIAL_PLAN):
-            chosen = _cheapest_plan(self.streams, self.config.plans)
+            chosen = cheapest_plan(self.streams, self.config.plans)
             self.results.write(_TRIAL_PLAN, 0, {}, chosen.to_dict())
             self.results.finish(_TRIAL_PLAN)
         plan = Plan.from_dict(self.results.about(_TRIAL_PLAN, 0))
@@ -201,7 +201,7 @@ def _unchanged(layer: nn.Module) -> Iterator[None]:
             vars(module).update(attributes)
 
 
-def _cheapest_plan(streams: Streams, plans: Sequence[Plan]) -> Plan:
+def cheapest_plan(streams: Streams, plans: Sequence[Plan]) -> Plan:
     """Choose the plan whose units cost some layers least when they go and the others are refitted.
 
     In a few layers of the original, all units that any plan removes are removed one after another,
@@ -210,36 +210,36 @@ def _cheapest_plan(streams: Streams, plans: Sequence[Plan]) -> Plan:
     """
     if len(plans) == 1:
         return plans[0]
-    losing = [i for i in plans[0].layers if any(_removed(plans[0], i, u) for u in WIDTH_UNITS)]
+    first = plans[0]
+    losing = [
+        index
+        for index in first.layers
+        if any(len(first.kept(u)[index]) < first.before.layers[index].units(u) for u in WIDTH_UNITS)
+    ]
     step = len(losing) / (_TRIED + 1)
     tried = sorted({losing[int(step * (place + 1))] for place in range(_TRIED)})
-    costs = [0.0] * len(plans)
+    costs, runner = [0.0] * len(plans), streams.runner
     for index in range(tried[-1] + 1):
-        with streams.runner.source.layer(index, streams.runner.device):
+        with runner.source.layer(index, runner.device):
             if index in tried:
                 found = _costs(streams, plans, index)
                 costs = [cost + more for cost, more in zip(costs, found, strict=True)]
             if index < tried[-1]:
                 streams.pass_on(_TRIAL, index, index + 1, streams.fitted)
-        streams.runner.store.drop(f"{_TRIAL}-{index}")
+        runner.store.drop(f"{_TRIAL}-{index}")
     return plans[costs.index(min(costs))]
-
-
-def _removed(plan: Plan, index: int, unit: str) -> int:
-    """How many units of a kind a plan removes from a layer."""
-    return plan.before.layers[index].units(unit) - len(plan.kept(unit)[index])
 
 
 def _costs(streams: Streams, plans: Sequence[Plan], index: int) -> list[float]:
     """The error that each plan causes in a layer, as a share of what the layer writes."""
-    total, written = [0.0] * len(plans), 0.0
+    before, total, written = plans[0].before, [0.0] * len(plans), 0.0
     layer = Parts(streams.runner.model).layers[index]
-    for writer in writers_of_layer(layer, index, plans[0].before.backbone):
+    for writer in writers_of_layer(layer, index, before.backbone):
         moments, weight = streams.moments(_TRIAL, writer, streams.fitted), writer.weight
         channels = torch.arange(weight.shape[1], device=weight.device)
         written += moments.square(weight.double(), channels, centred=False)
-        counts = [_removed(plan, index, writer.unit) for plan in plans]
-        units = plans[0].before.layers[index].units(writer.unit)
+        units = before.layers[index].units(writer.unit)
+        counts = [units - len(plan.kept(writer.unit)[index]) for plan in plans]
         costs = removal_order(weight, moments.gram, units, stop=max(counts)).costs.cpu()
         for place, count in enumerate(counts):
             total[place] += float(costs[:count].sum())

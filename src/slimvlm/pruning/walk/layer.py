@@ -14,11 +14,18 @@ from slimvlm.models.parts import Parts
 from slimvlm.planning.plan import Kept, Plan
 from slimvlm.pruning.cut import cut_layer_
 from slimvlm.pruning.least_squares import blended, confirmed, refit
+from slimvlm.pruning.repair import (
+    MLP,
+    REPAIRS,
+    RIDGE,
+    SEAM,
+    Writer,
+    require_ridge,
+    writers_of_layer,
+)
 from slimvlm.pruning.walk.distil import NO_LOCAL_STEPS, Lesson, LocalSteps, distil_
-from slimvlm.pruning.walk.kept_inputs import KeptInputs
 from slimvlm.pruning.walk.result import LayerReport, MatrixReport
-from slimvlm.pruning.walk.streams import ORIGINAL, PREFIX, SLICED, Streams
-from slimvlm.pruning.writers import MLP, REPAIRS, RIDGE, SEAM, Writer, writers_of_layer
+from slimvlm.pruning.walk.streams import ORIGINAL, PREFIX, SLICED, KeptInputs, Streams
 from slimvlm.scoring.moments import Moments
 from slimvlm.scoring.obs import DAMPING, removal_order
 
@@ -38,8 +45,7 @@ class Steps:
     def __post_init__(self) -> None:
         if self.repair not in REPAIRS:
             raise ConfigError(f"repair {self.repair!r} must be one of: {', '.join(REPAIRS)}")
-        if not 0 <= self.ridge < float("inf"):
-            raise ConfigError(f"ridge {self.ridge} must be a finite number of 0 or more")
+        require_ridge(self.ridge)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -121,7 +127,7 @@ class LayerWalk:
         moments = None
         must_choose = self.chooses and count < total
         if kind is not None or must_choose:
-            inputs = self.streams.keep_inputs(PREFIX, writer, self._inputs)
+            inputs = self.streams.keep_inputs(writer, self._inputs)
             self._inputs += [] if inputs is None else [inputs]
             end = self.end if kind == SEAM else None
             places = self.streams.fitted
@@ -186,7 +192,7 @@ class LayerWalk:
         mlp = [writer.linear for writer in writers if writer.kind == MLP]
         if is_last or self._is_idle or SEAM not in self.steps.kinds or not mlp:
             return False
-        if self.streams.adds_plainly(PREFIX, self.index, mlp[-1]):
+        if self.streams.adds_plainly(self.index, mlp[-1]):
             return True
         self._notes.append(f"layer {self.index} has a norm after its MLP: its seam stays")
         return False

@@ -5,22 +5,23 @@ B batch, T token, C input channel of a matrix.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from slimvlm.core.errors import NumericalError
 from slimvlm.data.roles import token_weights as weights_by_role
 from slimvlm.models.cost import free_memory
-from slimvlm.models.hidden import all_finite, head_of, require_finite_values
+from slimvlm.models.hidden import all_finite, head_of, replaced_forward, require_finite_values
 from slimvlm.models.load import with_float64
 from slimvlm.models.parts import Parts, shares_keys
-from slimvlm.pruning.walk.kept_inputs import KeptInputs, extra_outputs, most_kept
-from slimvlm.pruning.writers import Writer
+from slimvlm.pruning.repair import Writer
 from slimvlm.scoring.batches import TokenWeights, labels_of, mean_answer_loss
 from slimvlm.scoring.layerwise.runner import LayerCalls, LayerwiseModel
 from slimvlm.scoring.moments import Moments
@@ -31,6 +32,44 @@ PREFIX, ORIGINAL, SLICED = "prefix", "original", "sliced"
 ROWS = 2048
 """Tokens whose moments are added at once."""
 
+MOST_BYTES = 2**29
+"""Inputs of a matrix that are kept at most; more are computed again."""
+
+
+def most_kept(free: float) -> float:
+    """Bytes of a matrix's inputs that are kept at most, where so many are free."""
+    return min(MOST_BYTES, free / 8)
+
+
+@dataclass(frozen=True)
+class KeptInputs:
+    """The inputs of the matrix that a block, attention or MLP, ends with.
+
+    They are kept so that the modules before the matrix need not run again.
+    """
+
+    block: nn.Module  # returns the output of the matrix
+    linear: nn.Linear  # the matrix, as it is when it is asked
+    extra: int  # further outputs of the block, all of them None
+    values: dict[int, Float[Tensor, "... C"]]  # inputs of the matrix, by batch
+    held: Callable[[Tensor], Tensor]  # puts a tensor where the values are kept
+
+    @contextmanager
+    def replayed(self, place: int) -> Iterator[None]:
+        """Let the block compute only its last matrix, for one batch."""
+
+        def answer(*args: Any, **kwargs: Any) -> Any:
+            output = self.linear(self.values[place].to(self.linear.weight.device))
+            return (output, *[None] * self.extra) if self.extra else output
+
+        with replaced_forward(self.block, answer):
+            yield
+
+    def cut_(self, keep: Int[Tensor, " K"]) -> None:
+        """Keep some channels only."""
+        for place, value in self.values.items():
+            self.values[place] = self.held(value.to(keep.device)[..., keep])
+
 
 class _ReachedError(Exception):
     """Stop a forward pass when the inputs that are needed have been recorded."""
@@ -38,12 +77,16 @@ class _ReachedError(Exception):
 
 @dataclass(frozen=True)
 class Streams:
-    """The hidden states of stored batches; all streams begin with the embeddings."""
+    """The hidden states of stored batches; all streams begin with the embeddings.
+
+    Where a method takes ``kept``, these are the layer's blocks whose last inputs are kept.
+    """
 
     runner: LayerwiseModel
     fitted: range  # places of the batches for choices and fits
     held_out: range  # places of the batches that confirm and judge
     token_weights: TokenWeights | None  # weight of tokens by role; None: all weigh 1
+    _own_calls: dict[tuple[str, int], LayerCalls] = field(default_factory=dict, init=False)
 
     @property
     def places(self) -> range:
@@ -57,14 +100,10 @@ class Streams:
         """
         if not shares_keys(self.runner.model.config):
             return self.runner.calls(place)
-        known = self._own_calls
-        if (stream, place) not in known:
-            known[stream, place] = self.runner.calls(place).with_own_dictionaries()
-        return known[stream, place]
-
-    @cached_property
-    def _own_calls(self) -> dict[tuple[str, int], LayerCalls]:
-        return {}
+        if (stream, place) not in self._own_calls:
+            own = self.runner.calls(place).with_own_dictionaries()
+            self._own_calls[stream, place] = own
+        return self._own_calls[stream, place]
 
     @cached_property
     def weights(self) -> list[Tensor]:
@@ -92,7 +131,7 @@ class Streams:
     def output(
         self, stream: str, index: int, place: int, kept: Sequence[KeptInputs] = ()
     ) -> Tensor:
-        """Run a layer on a stream; ``kept`` are its blocks with cached last inputs."""
+        """Run a layer on a stream."""
         layer, hidden = Parts(self.runner.model).layers[index], self.state(stream, index, place)
         with ExitStack() as stack:
             for inputs in kept:
@@ -145,25 +184,29 @@ class Streams:
                     self.output(stream, writer.index, place, kept)
                 yield place, seen.pop()
 
-    def keep_inputs(
-        self, stream: str, writer: Writer, kept: Sequence[KeptInputs] = ()
-    ) -> KeptInputs | None:
-        """Cache a matrix's inputs; None if they are large, or its block does not end with it."""
-        layer = Parts(self.runner.model).layers[writer.index]
-        block = layer.get_submodule(writer.projection.path.rpartition(".")[0])
+    def keep_inputs(self, writer: Writer, kept: Sequence[KeptInputs]) -> KeptInputs | None:
+        """Keep a matrix's inputs; None if they are large, or its block does not end with it."""
+        index, linear = writer.index, writer.linear
+        parent = writer.projection.path.rpartition(".")[0]
+        block = Parts(self.runner.model).layers[index].get_submodule(parent)
         rows = sum(len(weights) for weights in self.weights)
-        size = rows * writer.linear.in_features * writer.linear.weight.element_size()
+        size = rows * linear.in_features * linear.weight.element_size()
         held = self.runner.store.held
-        most = most_kept(free_memory(held(writer.linear.weight[:0]).device))
-        first = next(self._running(writer.index, self.places), None)
+        most = most_kept(free_memory(held(linear.weight[:0]).device))
+        first = next(self._running(index, self.places), None)
         if first is None or size > most or shares_keys(self.runner.model.config):
             return None
-        run = partial(self.output, stream, writer.index, first, kept)
-        extra = extra_outputs(block, writer.linear, run)
-        if extra is None:
+        given: list[Any] = []
+        with ExitStack() as stack:
+            for module in (linear, block):
+                note = lambda module, args, output: given.append(output)  # noqa: E731
+                stack.enter_context(module.register_forward_hook(note))
+            self.output(PREFIX, index, first, kept)
+        of_block, *extra = given[-1] if isinstance(given[-1], tuple) else given[-1:]
+        if len(given) > 2 or of_block is not given[0] or any(each is not None for each in extra):
             return None
-        values = {p: held(x) for p, x in self.inputs(stream, writer, self.places, kept)}
-        return KeptInputs(block, writer.linear, extra, values, held)
+        values = {p: held(x) for p, x in self.inputs(PREFIX, writer, self.places, kept)}
+        return KeptInputs(block, linear, len(extra), values, held)
 
     def moments(
         self,
@@ -176,7 +219,7 @@ class Streams:
         """Sum up the inputs of a matrix and, with ``end``, the residuals of the layer's output.
 
         The target of the output is the original's input of layer ``end``; without it nothing after
-        the matrix is run. ``kept`` are blocks of the layer with cached inputs.
+        the matrix is run.
         """
         linear = writer.linear
         dtype = torch.promote_types(linear.weight.dtype, torch.float32)
@@ -220,7 +263,7 @@ class Streams:
         """The batches that a layer takes part in."""
         return (place for place in places if index in self.runner.layers_of(place))
 
-    def adds_plainly(self, stream: str, index: int, linear: nn.Linear) -> bool:
+    def adds_plainly(self, index: int, linear: nn.Linear) -> bool:
         """Whether the output of a layer's last matrix is added to the hidden states unchanged."""
         seen: list[Tensor] = []
 
@@ -228,13 +271,10 @@ class Streams:
             seen.append(output)
             return 2 * output
 
-        place = next(p for p in self.fitted if index in self.runner.layers_of(p))
-        once = self.output(stream, index, place)
-        hook = linear.register_forward_hook(twice)
-        try:
-            change = with_float64(self.output(stream, index, place) - once).double()
-        finally:
-            hook.remove()
+        place = next(self._running(index, self.fitted))
+        once = self.output(PREFIX, index, place)
+        with linear.register_forward_hook(twice):
+            change = with_float64(self.output(PREFIX, index, place) - once).double()
         given = with_float64(seen[0]).double()
         share = (change * given).sum() / given.square().sum()
         return bool((share - 1).abs() < 0.25)

@@ -24,13 +24,13 @@ from slimvlm.planning.make import make_plan, width_candidates
 from slimvlm.planning.mask import require_match
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import require_expressible
+from slimvlm.pruning.repair import RIDGE
 from slimvlm.pruning.save import prune_checkpoint
 from slimvlm.pruning.walk.distil import LocalSteps
 from slimvlm.pruning.walk.engine import Walk, WalkConfig, aims_at_original
 from slimvlm.pruning.walk.layer import Steps
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.pruning.walk.streams import Streams
-from slimvlm.pruning.writers import RIDGE
 from slimvlm.scoring.batches import Batch, TokenWeights, frozen
 from slimvlm.scoring.criteria import DEFAULT_CRITERIA
 from slimvlm.scoring.layerwise.checkpoint import open_checkpoint
