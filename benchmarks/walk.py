@@ -43,8 +43,8 @@ from shapes import GEMMA, QWEN
 from slimvlm.core.options import CompressConfig, MemoryOptions, PruneConfig
 from slimvlm.models.classes import auto_class
 from slimvlm.models.load import resolve
-from slimvlm.runs.prune import prune
 from slimvlm.runs.tables import as_markdown
+from slimvlm.runs.verbs import prune
 
 SHAPES = {"qwen2": QWEN, "gemma3": GEMMA}
 CONVERSATIONS, TOKENS, RATIO, BATCH = 64, 180, 0.2, 4
@@ -143,10 +143,10 @@ PARTS = {
     "confirmation": ("slimvlm.pruning.walk.layer", "confirmed"),
     "trial": ("slimvlm.pruning.walk.engine", "cheapest_plan"),
     "local distillation": ("slimvlm.pruning.walk.layer", "distil_"),
-    "unseen samples": ("slimvlm.runs.compress", "_asked_on_data"),
+    "held-out samples": ("slimvlm.runs.compress", "_measure"),
     "writing": ("slimvlm.runs.compress", "save"),
     "loading": ("slimvlm.runs.stages", "load_original"),
-    PAIRED: ("slimvlm.runs.compress", "_timed"),
+    PAIRED: ("slimvlm.runs.compress", "_time"),
 }
 """What is timed: functions by module and name."""
 

@@ -201,7 +201,7 @@ def test_without_data_the_chart_decides() -> None:
 
 def test_low_memory_tries_no_axes(data: Path, tmp_path: Path) -> None:
     from slimvlm.core.options import MemoryOptions
-    from slimvlm.runs.prune import prune
+    from slimvlm.runs.verbs import prune
 
     config = PruneConfig(ratio=0.3, axis="auto", data=str(data), samples=4)
     with pytest.raises(ConfigError, match="axis 'auto'"):

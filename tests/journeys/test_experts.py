@@ -14,9 +14,9 @@ import transformers as hf
 import slimvlm as sv
 from slimvlm.core.options import MemoryOptions, PlanConfig, PruneConfig
 from slimvlm.models.load import anatomy
-from slimvlm.runs.prune import prune
 from slimvlm.runs.request import Request, requests_by_axis, resolved
-from slimvlm.runs.score import plan as write_plan
+from slimvlm.runs.verbs import plan as write_plan
+from slimvlm.runs.verbs import prune
 from tests import tiny, tiny_folder
 
 pytestmark = pytest.mark.usefixtures("unhurried")

@@ -16,9 +16,9 @@ from slimvlm.core.options import MemoryOptions, PlanConfig, PruneConfig
 from slimvlm.models.load import anatomy
 from slimvlm.runs import stages
 from slimvlm.runs.advise import dry_run, dry_run_rows
-from slimvlm.runs.prune import prune
 from slimvlm.runs.request import Request, resolved, with_tokens
-from slimvlm.runs.score import plan as write_plan
+from slimvlm.runs.verbs import plan as write_plan
+from slimvlm.runs.verbs import prune
 from tests import tiny_words
 from tests.handmade import assert_untouched, snapshot
 

@@ -21,7 +21,7 @@ from slimvlm.models.load import (
     device_named,
     with_float64,
 )
-from slimvlm.runs.command import compress_command, config_text, read_config
+from slimvlm.runs.compress import compress_command, config_text, read_config
 from slimvlm.runs.study import prepared
 from slimvlm.runs.study.config import Grid, StudyConfig
 from tests import tiny_folder as folders

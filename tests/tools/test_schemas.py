@@ -14,7 +14,7 @@ import yaml
 import slimvlm as sv
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import CompressConfig, RecoverConfig
-from slimvlm.runs.command import config_text, read_config
+from slimvlm.runs.compress import config_text, read_config
 from slimvlm.runs.study.config import read_study
 from slimvlm_tools.schemas import schemas
 from tests import tiny

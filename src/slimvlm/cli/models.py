@@ -53,8 +53,8 @@ def compare(
     """
     from slimvlm.core.files import require_free, write_text
     from slimvlm.evaluation.compare import comparison_json, comparison_rows
-    from slimvlm.runs.evaluate import side_by_side
     from slimvlm.runs.report import comparison_html
+    from slimvlm.runs.verbs import side_by_side
 
     if out is not None:
         require_free(out, force)

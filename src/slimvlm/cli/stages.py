@@ -55,7 +55,7 @@ def score(
         out: Scores are written as OUT.json and OUT.safetensors.
         criterion: How to score; see the table in the README.
     """
-    from slimvlm.runs.score import score as run
+    from slimvlm.runs.verbs import score as run
 
     run(model, calibration, criterion, out, memory, force, note)
 
@@ -75,7 +75,7 @@ def plan(
         scores: Score files of the units to prune. Without any, the default criteria score on the
             demo's conversations.
     """
-    from slimvlm.runs.score import plan as run
+    from slimvlm.runs.verbs import plan as run
 
     made = run(model, config, out, scores, force=force, say=note)
     if not json:
@@ -104,7 +104,7 @@ def prune(
         out: The new checkpoint folder.
         plan: A plan file instead of ratio, axis, criterion and allocation.
     """
-    from slimvlm.runs.prune import prune as run
+    from slimvlm.runs.verbs import prune as run
 
     how = {"memory": memory, "report": report, "force": force}
     done = run(model, pruning, out, plan_file=plan, **how, say=note)  # type: ignore[arg-type]
@@ -136,7 +136,7 @@ def recover(
         shard: Divide the weights of model and teacher among the processes of torchrun (FSDP2); such
             a run cannot go on after a stop.
     """
-    from slimvlm.runs.recover import recover as run
+    from slimvlm.runs.verbs import recover as run
 
     if config is not None:
         note(f"options of {config}, and those of the command line")
@@ -164,9 +164,9 @@ def evaluate(
         baseline: The original model, or for tasks a result file of it: adds what was kept.
         out: Result file (JSON), answers included.
     """
-    from slimvlm.runs.evaluate import evaluate as run
-    from slimvlm.runs.evaluate import evaluate_on_data
     from slimvlm.runs.tables import held_out_json, held_out_notes, held_out_rows
+    from slimvlm.runs.verbs import evaluate as run
+    from slimvlm.runs.verbs import evaluate_on_data
 
     if source.data is None:
         asked = part_of(replace(questions, tasks=questions.tasks or Questions.tasks), Questions)
@@ -228,9 +228,8 @@ def compress(
     """
     from slimvlm.runs.advise import dry_run as look
     from slimvlm.runs.advise import dry_run_rows
-    from slimvlm.runs.compress import STAGES, read_times
     from slimvlm.runs.compress import compress as run
-    from slimvlm.runs.held_out import read_held_out
+    from slimvlm.runs.compress import read_held_out, read_times
     from slimvlm.runs.tables import held_out_json, result_json
 
     latency = evaluation.target_latency
@@ -248,7 +247,7 @@ def compress(
         print_json({**values, **plan, "cost": asdict(needs.cost)})
         return
     results = run(model, whole, out, force, note)
-    held_out, times = read_held_out(out, STAGES), read_times(out)
+    held_out, times = read_held_out(out), read_times(out)
     if json:
         plain = None if times is None else asdict(times)
         figures = {"held_out": held_out_json(held_out), "times": plain}
@@ -265,7 +264,7 @@ def compress(
 
 def defaults_from(file: str, verb: str) -> dict[str, Any]:
     """Read a configuration file as values of the parameters of `compress` or `recover`."""
-    from slimvlm.runs.command import read_config
+    from slimvlm.runs.compress import read_config
 
     model, config, learning = read_config(file)
     if verb == "recover":

@@ -30,8 +30,7 @@ from slimvlm.models.load import anatomy as anatomy_of
 from slimvlm.models.load import default_device, device_named, load_config, load_processor, resolve
 from slimvlm.planning.make import ratio_for_params
 from slimvlm.planning.plan import Plan
-from slimvlm.runs.command import compress_command
-from slimvlm.runs.compress import request_of
+from slimvlm.runs.compress import compress_command, request_of
 from slimvlm.runs.cost import Cost, Sizes, cost, image_tokens, kept_bytes
 from slimvlm.runs.recipes import Recipe, expected, recipe_for, rules, subject_of
 from slimvlm.runs.request import (

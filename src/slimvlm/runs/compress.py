@@ -1,22 +1,25 @@
 """Compress in one run folder: score, plan, prune, recover, evaluate, save.
 
-Every stage writes its output whole. A stopped run resumes when the same command is given again.
+Every stage writes its output whole and is skipped where that exists, so that a stopped run resumes
+when the same command is given again.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers import PreTrainedModel
 
-from slimvlm.core.errors import SlimError, is_out_of_memory, one_line
+from slimvlm.core.documents import built, read_yaml
+from slimvlm.core.errors import ConfigError, SlimError, is_out_of_memory, one_line
 from slimvlm.core.files import (
     discard_replacement,
     held,
@@ -24,12 +27,19 @@ from slimvlm.core.files import (
     require_free,
     write_text,
 )
-from slimvlm.core.options import CompressConfig, PruneConfig, Questions, part_of
-from slimvlm.core.progress import Say, silent
+from slimvlm.core.options import (
+    TASK_BATCH_SIZE,
+    CompressConfig,
+    PruneConfig,
+    Questions,
+    RecoverConfig,
+    file_only,
+    part_of,
+)
+from slimvlm.core.progress import Say
 from slimvlm.core.requests import asked, identity_of_files, is_begun_for, note_request
 from slimvlm.data.read import identity_of_data
-from slimvlm.data.samples import Sample
-from slimvlm.evaluation.on_data import evaluate_data, single_result
+from slimvlm.evaluation.on_data import DataResult, evaluate_data, single_result
 from slimvlm.evaluation.predictions import Predictions
 from slimvlm.evaluation.results import Result, read_baseline
 from slimvlm.evaluation.timing import PairedTimes, paired_times
@@ -40,8 +50,7 @@ from slimvlm.planning.plan import Plan
 from slimvlm.pruning.card import CardFacts
 from slimvlm.pruning.save import save
 from slimvlm.pruning.tokens import trimmed_processor
-from slimvlm.runs import held_out, stages, tables
-from slimvlm.runs.command import compress_command, config_text
+from slimvlm.runs import stages, tables
 from slimvlm.runs.recipes import recipe_for
 from slimvlm.runs.request import (
     Request,
@@ -51,11 +60,11 @@ from slimvlm.runs.request import (
     scored_by,
     tokens_alone,
 )
-from slimvlm.runs.stages import Calibration, SampleSplit
+from slimvlm.runs.stages import ORIGINAL, PRUNED, RECOVERED, Calibration, SampleSplit
 from slimvlm.scoring.unit_scores import Scores
 from slimvlm.training.recover import TRACKER_FOLDER
 
-STAGES = ("original", "pruned", "recovered")
+STAGES = (ORIGINAL, PRUNED, RECOVERED)
 TIMES_FILE = "times.json"
 """Times of the smaller model beside the original's, among a run's results."""
 _PREDICTIONS = "said.safetensors"
@@ -78,33 +87,21 @@ def request_of(model: str, config: CompressConfig) -> Request:
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
-    """A run in its folder: configuration and results so far."""
+    """A run folder and what is done in it."""
 
-    model: str
     folder: Path  # with ``force`` a new one beside the run folder
     name: str  # of the run folder
     config: CompressConfig
+    request: Request
+    samples: SampleSplit
     say: Say
-    results: dict[str, Result] = field(default_factory=dict)
 
-    @cached_property
-    def about(self) -> dict[str, Any]:
-        """The request, with hashes of its model and data, whose files are read once."""
-        data = self.config.data
-        made_from = [identity_of_files(self.model, resolve(self.model))]
-        made_from += [] if data is None else [identity_of_data(data)]
-        return {"model": self.model, **asked(self.config), "made_from": made_from}
-
-    @cached_property
-    def request(self) -> Request:
-        """The resolved request; its tokens are chosen once samples are read."""
-        return resolved(request_of(self.model, self.config), self.say, anatomy(self.model))
-
-    def path(self, name: str) -> Path:
-        """Return a file or folder inside the run folder."""
-        return self.folder / name
+    @property
+    def trains(self) -> bool:
+        """Whether training follows."""
+        return self.request.trains and bool(self.samples.training)
 
 
 def compress(
@@ -134,138 +131,144 @@ def compress(
     """
     place = Path(out)
     with held(place), replacement(place) if force else nullcontext(place) as folder:
-        run = Run(model, folder, place.name, config, say)
         # whether the folder is free, or holds the same run unfinished
-        is_open = force or not run.path("summary.md").exists()
-        is_same = is_open and is_begun_for(run.path("config.json"), run.about)
+        if not force and (folder / "summary.md").exists():
+            require_free(folder)
+        about = _about(model, config)
+        is_same = is_begun_for(folder / "config.json", about)
         require_free(folder, force or is_same)
         if is_same:
             say(f"going on with the unfinished run in {folder}")
         # every mistake that can be found without weights
-        if run.request.questions is not None:
-            check_questions(run.request.questions)
+        request = resolved(request_of(model, config), say, anatomy(model))
+        if request.questions is not None:
+            check_questions(request.questions)
         if config.baseline:
             read_baseline(config.baseline, floors=config.floors)
-        has_data = config.data is not None
-        run.request, given, samples = stages.settled(run.request, None, has_data, say)
+        request, given, samples = stages.settled(request, None, config.data is not None, say)
         if given is not None:
             say("the tokens alone give the ratio: nothing else goes")
-        elif run.request.prune.axis == "auto":
+        elif request.prune.axis == "auto":
             say("axis auto: depth, width and both are tried, and held-out answers choose")
-        elif run.request.prune.axis != config.axis:
-            chart = recipe_for(ratio_of(run.request.prune), run.request.trains)
+        elif request.prune.axis != config.axis:
+            chart = recipe_for(ratio_of(request.prune), request.trains)
             say(f"axis {chart.axis}: {chart.why} ({chart.source})")
         # begin the folder, or resume in it
         if not force:
             discard_replacement(folder)
         elif not is_same:
             shutil.rmtree(folder, ignore_errors=True)
-        run.path("scores").mkdir(parents=True, exist_ok=True)
-        run.path("results").mkdir(exist_ok=True)
-        note_request(run.path("config.json"), run.about)
-        write_text(run.path("run.yaml"), config_text(model, config))
+        for name in ("scores", "results"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        note_request(folder / "config.json", about)
+        write_text(folder / "run.yaml", config_text(model, config))
         # the stages that are not done yet
-        original, processor = stages.load_original(run.request)
-        _evaluated(run, "original", original, processor)
-        _asked_on_data(run, "original", original, processor, samples.report)
-        trains = run.request.trains and bool(samples.training)
-        plan = _pruned(run, original, processor, samples, trains)
+        run = Run(folder, place.name, config, request, samples, say)
+        original, processor = stages.load_original(request)
+        _measure(run, ORIGINAL, original, processor)
+        plan = _prune(run, original, processor)
         del original  # before two models are read for recovery
         release_memory()
-        if trains:
-            _recovered(run, plan, samples)
+        if run.trains:
+            _recover(run, plan)
         finish(run, plan)
-    return run.results
+        return read_results(folder)
 
 
-def results_of(model: str, config: CompressConfig, out: Path) -> dict[str, Result] | None:
-    """Read the results of a finished `compress` with the same arguments; None without one."""
-    run = Run(model, out, out.name, config, silent)
-    is_done = run.path("summary.md").exists() and is_begun_for(run.path("config.json"), run.about)
-    return read_results(out) if is_done else None
+def _about(model: str, config: CompressConfig) -> dict[str, Any]:
+    """Describe a run by its options and by hashes of its model and data, which are read."""
+    made_from = [identity_of_files(model, resolve(model))]
+    made_from += [] if config.data is None else [identity_of_data(config.data)]
+    return {"model": model, **asked(config), "made_from": made_from}
 
 
-def _pruned(
-    run: Run, model: PreTrainedModel, processor: Any, samples: SampleSplit, trains: bool
-) -> Plan:
+def _prune(run: Run, model: PreTrainedModel, processor: Any) -> Plan:
     """Walk the model and write it, unless a later stage has been reached; return its plan."""
-    folder = "pruned" if trains else "checkpoint"
-    if run.path(folder).exists() or run.path("checkpoint").exists():
-        return Plan.load(run.path("plan.json"))
-    calibration = Calibration(processor, samples.calibration, run.request.hold_out)
-    given = tokens_alone(run.request, read_anatomy(model))
-    names = () if given else scored_by(run.request.prune)
-    stored = [run.path("scores") / name for name in names]
+    folder, request = run.folder, run.request
+    target = folder / ("pruned" if run.trains else "checkpoint")
+    if target.exists() or (folder / "checkpoint").exists():
+        return Plan.load(folder / "plan.json")
+    calibration = Calibration(processor, run.samples.calibration, request.hold_out)
+    given = tokens_alone(request, read_anatomy(model))
+    stored = [folder / "scores" / name for name in (() if given else scored_by(request.prune))]
     if not all(path.with_suffix(".json").exists() for path in stored):
-        for name, found in stages.calibrate(run.request, model, calibration).items():
-            found.save(run.path("scores") / name)
+        for name, found in stages.calibrate(request, model, calibration).items():
+            found.save(folder / "scores" / name)
     scores = [Scores.load(path) for path in stored]
-    training = samples.training if trains else ()
-    scratch = run.path("walk")
+    training = run.samples.training if run.trains else ()
     walked = stages.prune_(
-        run.request, model, calibration, scores, given, scratch, training, run.say
+        request, model, calibration, scores, given, folder / "walk", training, run.say
     )
     release_memory()
     run.say(walked.summary())
     if walked.scores is not None:
-        walked.scores.save(run.path("scores") / walked.scores.criterion)
-    write_text(run.path("walk.json"), json.dumps(asdict(walked.report), indent=1) + "\n")
-    walked.plan.save(run.path("plan.json"))
+        walked.scores.save(folder / "scores" / walked.scores.criterion)
+    write_text(folder / "walk.json", json.dumps(asdict(walked.report), indent=1) + "\n")
+    walked.plan.save(folder / "plan.json")
     trimmed = trimmed_processor(processor, walked.plan)
-    _evaluated(run, "pruned", model, trimmed)
-    _timed(run, model, trimmed, processor)
-    _asked_on_data(run, "pruned", model, trimmed, samples.report)
-    save(model, trimmed, run.path(folder), walked.plan, facts=_card_facts(run, ""))
-    shutil.rmtree(run.path("walk"), ignore_errors=True)
+    _measure(run, PRUNED, model, trimmed)
+    _time(run, model, trimmed, processor)
+    save(model, trimmed, target, walked.plan, facts=_card_facts(run))
+    shutil.rmtree(folder / "walk", ignore_errors=True)
     return walked.plan
 
 
-def _recovered(run: Run, plan: Plan, samples: SampleSplit) -> None:
-    if run.path("checkpoint").exists():
+def _recover(run: Run, plan: Plan) -> None:
+    """Train the pruned model and write the checkpoint, unless it is there."""
+    folder, recover = run.folder, run.request.recover
+    if (folder / "checkpoint").exists():
         return
-    model, processor = load(run.path("pruned"), run.config.dtype, run.config.device)
+    assert recover is not None
+    model, processor = load(folder / "pruned", run.config.dtype, run.config.device)
     history = stages.recover_(
-        run.request, model, processor, plan, samples.training, run.path("training")
+        run.request, model, processor, plan, run.samples.training, folder / "training"
     )
-    write_text(run.path("history.json"), json.dumps(asdict(history), indent=1) + "\n")
-    _evaluated(run, "recovered", model, processor)
-    _asked_on_data(run, "recovered", model, processor, samples.report)
-    assert run.config.recover is not None
-    about = (
-        f"Then {run.config.recover.train} was trained from {run.config.recover.loss} on "
-        f"{history.num_samples} conversations."
-    )
-    save(model, processor, run.path("checkpoint"), plan, facts=_card_facts(run, about))
+    history.save(folder / "history.json")
+    _measure(run, RECOVERED, model, processor)
+    learned = f"Then {recover.train} was trained from {recover.loss} on"
+    facts = replace(_card_facts(run), training=f"{learned} {history.num_samples} conversations.")
+    save(model, processor, folder / "checkpoint", plan, facts=facts)
 
 
-def _evaluated(run: Run, stage: str, model: PreTrainedModel, processor: Any) -> None:
-    request, path = run.request, run.path("results") / f"{stage}.json"
-    if request.questions is None or path.exists():
-        return
-    if stage == "original" and run.config.baseline:
-        Result.load(run.config.baseline).save(path)
-        return
-    run.say(f"evaluate the {stage} model")
-    if stage != "original":  # floors are the original's
-        request = replace(request, questions=replace(request.questions, floors=False))
-    result = stages.evaluate(request, model, processor, stage, run.path("answers"))
-    pruned = run.path("results") / "pruned.json"
-    if stage == "recovered" and pruned.exists():
-        result = result.timed_as(Result.load(pruned))
-    result.save(path)
+def _measure(run: Run, stage: str, model: PreTrainedModel, processor: Any) -> None:
+    """Evaluate the model of a stage on the tasks and on held-out samples, unless it was."""
+    request, samples, results = run.request, run.samples.report, run.folder / "results"
+    path = results / f"{stage}.json"
+    if request.questions is not None and not path.exists():
+        if stage == ORIGINAL and run.config.baseline:
+            result = Result.load(run.config.baseline)
+        else:
+            run.say(f"evaluate the {stage} model")
+            if stage != ORIGINAL:  # floors are the original's
+                request = replace(request, questions=replace(request.questions, floors=False))
+            result = stages.evaluate(request, model, processor, stage, run.folder / "answers")
+        pruned = results / f"{PRUNED}.json"
+        if stage == RECOVERED and pruned.exists():  # training changes no shape
+            result = result.timed_as(Result.load(pruned))
+        result.save(path)
+    path, stored = results / f"data-{stage}.json", run.folder / _PREDICTIONS
+    if samples and not path.exists():
+        run.say(f"ask the {stage} model on {len(samples)} samples that stay unseen")
+        if stage == ORIGINAL:
+            found = stages.predictions_of_original(model, processor, samples)
+            found.save(stored)
+            single_result(found, samples, model.device).save(path)
+        else:
+            original = Predictions.load(stored)
+            evaluate_data(model, processor, samples, original, name=stage).save(path)
 
 
-def _timed(run: Run, model: PreTrainedModel, processor: Any, whole_processor: Any) -> None:
+def _time(run: Run, model: PreTrainedModel, processor: Any, whole_processor: Any) -> None:
     """Time the smaller model beside the original, which is read once more."""
-    path = run.path("results") / TIMES_FILE
-    if path.exists():
+    results, say = run.folder / "results", run.say
+    if (results / TIMES_FILE).exists():
         return
-    needed = weight_bytes(anatomy(run.model), str(model.dtype).removeprefix("torch."))
+    needed = weight_bytes(anatomy(run.request.model), str(model.dtype).removeprefix("torch."))
     if needed > (free := free_memory(model.device)):
         size, left = tables.size(needed), tables.size(free)
-        run.say(f"times are not paired: the original's {size} beside it exceed {left} of memory")
+        say(f"times are not paired: the original's {size} beside it exceed {left} of memory")
         return
-    run.say("time the original and the pruned model in turn")
+    say("time the original and the pruned model in turn")
     try:
         found = paired_times(
             model, processor, stages.load_original(run.request)[0], whole_processor
@@ -275,33 +278,65 @@ def _timed(run: Run, model: PreTrainedModel, processor: Any, whole_processor: An
             why = f"both models do not fit on {model.device} together ({one_line(error)})"
         else:
             why = one_line(error) if isinstance(error, SlimError) else repr(error)
-        run.say(f"times are not paired: {why}")
+        say(f"times are not paired: {why}")
         return
     finally:
         release_memory()  # of the original
-    for stage, times in (("original", found.original), ("pruned", found.pruned)):
-        if (result := run.path("results") / f"{stage}.json").exists():
-            replace(Result.load(result), **vars(times)).save(result)
-    found.save(path)
+    for stage, times in ((ORIGINAL, found.original), (PRUNED, found.pruned)):
+        if (path := results / f"{stage}.json").exists():
+            replace(Result.load(path), **vars(times)).save(path)
+    found.save(results / TIMES_FILE)
     if run.config.target_latency is not None:
-        run.say(f"target_latency {run.config.target_latency}: here it is {found.prefill}")
+        say(f"target_latency {run.config.target_latency}: here it is {found.prefill}")
 
 
-def _asked_on_data(
-    run: Run, stage: str, model: PreTrainedModel, processor: Any, samples: Sequence[Sample]
-) -> None:
-    """Evaluate a stage on held-out samples, beside the original."""
-    path, original = run.path("results") / held_out.FILE.format(stage), run.path(_PREDICTIONS)
-    if not samples or path.exists():
-        return
-    run.say(f"ask the {stage} model on {len(samples)} samples that stay unseen")
-    if stage == "original":
-        found = held_out.predictions_of_original(model, processor, samples)
-        found.save(original)
-        single_result(found, samples, model.device).save(path)
-    else:
-        found = Predictions.load(original)
-        evaluate_data(model, processor, samples, found, name=stage).save(path)
+def _card_facts(run: Run) -> CardFacts:
+    """Collect the facts of the model card; its scores are those of the last stage."""
+    results, model = read_results(run.folder), run.request.model
+    measured = list(results.values())[-1].tasks if len(results) > 1 else {}
+    return CardFacts(
+        base=resolve(model),
+        name=run.name,
+        command=compress_command(model, run.config, run.name),
+        results=tables.as_markdown(*tables.result_rows(results)) if results else "",
+        scores={name: (task.metric, task.score) for name, task in measured.items()},
+        held_out=_kept_text(run.folder),
+    )
+
+
+def _kept_text(folder: Path) -> str:
+    """Format the held-out figures and the times as Markdown."""
+    text, times = tables.held_out_text(read_held_out(folder)), read_times(folder)
+    return text if times is None else f"{text}\nThe smaller model {times}.\n"
+
+
+def finish(run: Run, plan: Plan) -> None:
+    """Write the summary, remove what only a resume needs."""
+    folder, results = run.folder, read_results(run.folder)
+    lines = [f"# {run.request.model} at {plan.ratio:.1%}", "", plan.summary(), ""]
+    if results:
+        lines.append(tables.as_markdown(*tables.result_rows(results)))
+    if kept := _kept_text(folder):
+        lines += ["## What was kept", "", kept]
+    lines += [f"Peak memory: {peak_memory()}.", ""]
+    lines.append("The checkpoint is in `checkpoint/`; plain `from_pretrained` loads it.")
+    write_text(folder / "summary.md", "\n".join(lines) + "\n")
+    if (logs := folder / "training" / TRACKER_FOLDER).exists():
+        logs.replace(folder / TRACKER_FOLDER)
+    (folder / _PREDICTIONS).unlink(missing_ok=True)
+    for name in ("pruned", "training", "walk"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+# What a run folder says: its results, and its configuration as YAML and as a command.
+
+
+def results_of(model: str, config: CompressConfig, out: Path) -> dict[str, Result] | None:
+    """Read the results of a finished `compress` with the same arguments; None without one."""
+    is_done = (out / "summary.md").exists() and is_begun_for(
+        out / "config.json", _about(model, config)
+    )
+    return read_results(out) if is_done else None
 
 
 def read_results(folder: Path) -> dict[str, Result]:
@@ -310,47 +345,81 @@ def read_results(folder: Path) -> dict[str, Result]:
     return {stage: Result.load(path) for stage, path in paths.items() if path.exists()}
 
 
+def read_held_out(folder: Path) -> dict[str, DataResult]:
+    """Read the results on held-out samples of a run so far, by stage, the original first."""
+    paths = {stage: folder / "results" / f"data-{stage}.json" for stage in STAGES}
+    return {stage: DataResult.load(path) for stage, path in paths.items() if path.exists()}
+
+
 def read_times(folder: Path) -> PairedTimes | None:
     """Read the times of a run's model beside the original's, if they were measured."""
     path = folder / "results" / TIMES_FILE
     return PairedTimes.load(path) if path.exists() else None
 
 
-def _kept_text(folder: Path) -> str:
-    """Format the held-out figures and the times as Markdown."""
-    text = tables.held_out_text(held_out.read_held_out(folder, STAGES))
-    times = read_times(folder)
-    return text if times is None else f"{text}\nThe smaller model {times}.\n"
+_NOT_TRAINED = "none"
+_RECIPE = ("axis", "train", "loss")
+"""Options that a recipe chooses when they are not given."""
 
 
-def _card_facts(run: Run, training: str) -> CardFacts:
-    """Collect the facts of the model card; its scores are those of the last stage."""
-    results = read_results(run.folder)
-    measured = list(results.values())[-1].tasks if len(results) > 1 else {}
-    return CardFacts(
-        base=resolve(run.model),
-        name=run.name,
-        command=compress_command(run.model, run.config, run.name),
-        results=tables.as_markdown(*tables.result_rows(results)) if results else "",
-        scores={name: (task.metric, task.score) for name, task in measured.items()},
-        training=training,
-        held_out=_kept_text(run.folder),
-    )
+def compress_command(model: str, config: CompressConfig, out: str | Path) -> str:
+    """Write the ``slimvlm compress`` command for a run; options at their defaults are left out.
+
+    Those that a recipe chooses always stand there: a later recipe must not change what the command
+    does. It reads the run's own ``run.yaml`` where an option has no flag.
+    """
+    has_no_flag = file_only(CompressConfig) | file_only(RecoverConfig)
+    if {*_unusual(config), *_unusual(config.recover or RecoverConfig())} & has_no_flag:
+        return shlex.join(["slimvlm", "compress", "--config", f"{out}/run.yaml", "--out", str(out)])
+    words = ["slimvlm", "compress", model, *_flags(config, {"batch_size": TASK_BATCH_SIZE})]
+    if config.recover is not None:
+        words += _flags(config.recover, {"seed": None})
+    elif config.data is not None:
+        words += ["--train", _NOT_TRAINED]
+    return shlex.join([*words, "--out", str(out)])
 
 
-def finish(run: Run, plan: Plan) -> None:
-    """Read the results, write the summary, remove what only a resume needs."""
-    run.results.update(read_results(run.folder))
-    lines = [f"# {run.model} at {plan.ratio:.1%}", "", plan.summary(), ""]
-    if run.results:
-        lines.append(tables.as_markdown(*tables.result_rows(run.results)))
-    if kept := _kept_text(run.folder):
-        lines += ["## What was kept", "", kept]
-    lines += [f"Peak memory: {peak_memory()}.", ""]
-    lines.append("The checkpoint is in `checkpoint/`; plain `from_pretrained` loads it.")
-    write_text(run.path("summary.md"), "\n".join(lines) + "\n")
-    if (logs := run.path("training") / TRACKER_FOLDER).exists():
-        logs.replace(run.path(TRACKER_FOLDER))
-    run.path(_PREDICTIONS).unlink(missing_ok=True)
-    for name in ("pruned", "training", "walk"):
-        shutil.rmtree(run.path(name), ignore_errors=True)
+def config_text(model: str, config: CompressConfig) -> str:
+    """Write a run's configuration as YAML: the model, and every option that is not the default."""
+    trained = _NOT_TRAINED if config.recover is None else _unusual(config.recover)
+    values = {"model": model, **_unusual(config), "recover": trained}
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def read_config(path: str | Path) -> tuple[str, CompressConfig, Mapping[str, Any] | None]:
+    """Read model and configuration from a YAML file or from the ``config.json`` of a run.
+
+    The third value holds the training options that the file gives, None for no training; the chart
+    chooses the others.
+    """
+    where, values = f"config {str(path)!r}", read_yaml(path, "config")
+    if not isinstance(values, dict) or not isinstance(values.get("model"), str):
+        raise ConfigError(f"{where}: must name a model, and options")
+    options = {name: v for name, v in values.items() if name not in ("model", "made_from")}
+    if options.get("recover") == _NOT_TRAINED:
+        options["recover"] = None
+    given = options.get("recover", {})
+    return values["model"], built(CompressConfig, options, where), given
+
+
+def _unusual(config: Any) -> dict[str, Any]:
+    """Collect the options that differ from their defaults or that a recipe chooses."""
+    found = {}
+    for row in fields(config):
+        value = getattr(config, row.name)
+        default = row.default if row.default_factory is MISSING else row.default_factory()
+        is_given = value is not None and (value != default or row.name in _RECIPE)
+        if is_given and not isinstance(value, RecoverConfig):
+            found[row.name] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def _flags(config: Any, names: Mapping[str, str | None]) -> Iterator[str]:
+    """Yield these options as words; ``names`` renames some, or leaves them out by None."""
+    for option, value in _unusual(config).items():
+        name = names.get(option, option)
+        if name is not None:
+            yield f"--{name.replace('_', '-')}"
+            if value is not True:
+                yield from map(str, value if isinstance(value, list) else (value,))

@@ -27,9 +27,10 @@ from slimvlm.data.read import estimated_length, load_samples
 from slimvlm.data.roles import IGNORE
 from slimvlm.data.samples import Sample
 from slimvlm.evaluation.lmms import evaluate_all
+from slimvlm.evaluation.predictions import Predictions, predictions_of
 from slimvlm.evaluation.results import Result
 from slimvlm.models.anatomy import Anatomy, read_anatomy
-from slimvlm.models.hidden import evaluating
+from slimvlm.models.hidden import evaluating, head_weights_of
 from slimvlm.models.load import anatomy, load_as, load_config, load_processor, resolve
 from slimvlm.models.parts import context_of
 from slimvlm.planning.plan import Plan
@@ -72,6 +73,10 @@ UNSEEN_SHARE = 5
 """At most one of so many samples stays unseen."""
 FEWEST_UNSEEN = 2
 """Fewest unseen samples; fewer have no interval."""
+HELD_OUT_BATCH = 4
+"""Held-out samples that run at once."""
+ORIGINAL, PRUNED, RECOVERED = "original", "pruned", "recovered"
+"""The models that are compared."""
 
 _AXIS, _TRIAL_BATCHES = "axis", 12
 EVEN = 0.02
@@ -248,6 +253,14 @@ class Calibration:
 
 
 # The stages. They take a resolved request and live objects, and return values.
+
+
+def predictions_of_original(
+    model: PreTrainedModel, processor: Any, samples: Sequence[Sample]
+) -> Predictions:
+    """Predict held-out samples with the original, before pruning changes it in place."""
+    head = head_weights_of(model)
+    return predictions_of(model, processor, samples, HELD_OUT_BATCH, ORIGINAL, head)
 
 
 def load_original(request: Request, device: str | None = None) -> tuple[PreTrainedModel, Any]:

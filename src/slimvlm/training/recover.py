@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -18,7 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from slimvlm.core.documents import Count, built, read_object
 from slimvlm.core.errors import ConfigError, SlimError, is_out_of_memory, one_line
-from slimvlm.core.files import explained
+from slimvlm.core.files import explained, write_text
 from slimvlm.core.options import HIDDEN_LOSSES, RecoverConfig
 from slimvlm.core.processes import is_first_rank, num_ranks
 from slimvlm.core.progress import stage, to_log
@@ -100,6 +101,10 @@ class History:
         for name in ("evaluations", "held_out_ids"):  # of earlier versions
             values.pop(name, None)
         return built(cls, values, f"history {str(path)!r}")
+
+    def save(self, path: Path) -> None:
+        """Write the history as JSON."""
+        write_text(path, json.dumps(asdict(self), indent=1) + "\n")
 
 
 def recover(

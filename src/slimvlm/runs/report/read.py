@@ -18,9 +18,13 @@ from slimvlm.evaluation.compare import Comparison, compare
 from slimvlm.evaluation.results import Result
 from slimvlm.evaluation.tasks import builtin_tasks, find_tasks
 from slimvlm.planning.plan import Plan
-from slimvlm.runs.command import compress_command, read_config
-from slimvlm.runs.compress import STAGES, read_results, read_times
-from slimvlm.runs.held_out import read_held_out
+from slimvlm.runs.compress import (
+    compress_command,
+    read_config,
+    read_held_out,
+    read_results,
+    read_times,
+)
 from slimvlm.runs.recipes import published
 from slimvlm.runs.study.table import DONE, FAILED, ORIGINAL, STUDY, TABLE
 from slimvlm.runs.tables import LEGEND, MARK, held_out_notes, held_out_rows, result_rows
@@ -142,7 +146,7 @@ def read_record(folder: str | Path) -> Record:
 def _read_run(folder: Path) -> Record:
     config = read_object(folder / "config.json", "report:")
     plan, results = Plan.load(folder / "plan.json"), read_results(folder)
-    on_data, recover = read_held_out(folder, STAGES), config.get("recover") or {}
+    on_data, recover = read_held_out(folder), config.get("recover") or {}
     entries = []
     for stage, result in results.items():  # as a row of a study's table
         original = results.get(ORIGINAL, result)
@@ -221,7 +225,7 @@ def _run_cards(folder: Path, plan: Plan, entries: Sequence[Entry]) -> list[tuple
         cards.append(("Prefill", f"{last.prefill_ms:.1f} ms", f"of {first.prefill_ms:.1f} ms"))
         words = f"a token, of {first.decode_ms:.1f} ms"
         cards.append(("Decode", f"{last.decode_ms:.1f} ms", words))
-    on_data = [*read_held_out(folder, STAGES).values()]
+    on_data = [*read_held_out(folder).values()]
     same = on_data[-1].figures.agreement if on_data else None
     if same is not None and same.low is not None and same.high is not None:
         interval = f"on unseen samples, 95 % interval {same.low:.1f} to {same.high:.1f}"

@@ -186,7 +186,7 @@ def _recover(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) 
     model, processor = load(inputs[0] / CHECKPOINT, request.prune.dtype, request.prune.device)
     training = split(samples_of(request)[0], request).training
     history = stages.recover_(request, model, processor, plan, training, scratch)
-    (folder / HISTORY).write_text(json.dumps(asdict(history), indent=1) + "\n")
+    history.save(folder / HISTORY)
     save(model, processor, folder / CHECKPOINT, plan)
     plan.save(folder / PLAN)
 

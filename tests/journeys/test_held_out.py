@@ -24,12 +24,11 @@ from slimvlm.data.read import load_samples
 from slimvlm.data.samples import Sample
 from slimvlm.evaluation.on_data import DataResult, OnSample, evaluate_data
 from slimvlm.models.load import load
-from slimvlm.runs.compress import STAGES, compress
-from slimvlm.runs.held_out import read_held_out
-from slimvlm.runs.prune import Pruned, prune
+from slimvlm.runs.compress import compress, read_held_out
 from slimvlm.runs.report import read_record, report_html
 from slimvlm.runs.request import Request
 from slimvlm.runs.stages import not_among, read_split, split
+from slimvlm.runs.verbs import Pruned, prune
 from tests import tiny_folder as folders
 
 pytestmark = pytest.mark.usefixtures("unhurried")
@@ -117,7 +116,7 @@ def finished(data: Path, unhurried: None, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_a_run_keeps_the_figures_of_its_stages(finished: Path, data: Path) -> None:
-    found = read_held_out(finished, STAGES)
+    found = read_held_out(finished)
     assert list(found) == ["original", "pruned", "recovered"]
     unseen = load_samples(data)[-4:]
     assert all(names(result.samples) == names(unseen) for result in found.values())
@@ -132,7 +131,7 @@ def test_a_run_keeps_the_figures_of_its_stages(finished: Path, data: Path) -> No
 
 
 def test_summary_card_and_report_show_them(finished: Path) -> None:
-    loss = f"{read_held_out(finished, STAGES)['recovered'].figures.loss.value:.3f} ["
+    loss = f"{read_held_out(finished)['recovered'].figures.loss.value:.3f} ["
     page = report_html(read_record(finished))
     assert "Same next token" in page
     files = [finished / "summary.md", finished / "checkpoint" / "README.md"]

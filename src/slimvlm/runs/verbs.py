@@ -1,0 +1,505 @@
+"""The verbs that do one stage, from folder to files: score, plan, prune, recover, evaluate.
+
+Each checks its options before weights are read.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+from transformers import PreTrainedModel
+
+from slimvlm.core.errors import ConfigError
+from slimvlm.core.files import new_folder, require_free
+from slimvlm.core.options import (
+    CalibrationConfig,
+    DataConfig,
+    LoadConfig,
+    MemoryOptions,
+    PlanConfig,
+    PruneConfig,
+    Questions,
+    RecoverConfig,
+    ReportOptions,
+    TrainingData,
+)
+from slimvlm.core.processes import is_first_rank, num_ranks
+from slimvlm.core.progress import Say
+from slimvlm.core.requests import asked
+from slimvlm.data.read import identity_of_data
+from slimvlm.data.samples import Sample
+from slimvlm.evaluation import ask
+from slimvlm.evaluation.compare import Comparison, compare
+from slimvlm.evaluation.lmms import evaluate_all
+from slimvlm.evaluation.on_data import DataResult, evaluate_data, paired_result, single_result
+from slimvlm.evaluation.predictions import Predictions, States, batches_of, predictions_of
+from slimvlm.evaluation.results import Result, read_baseline
+from slimvlm.evaluation.tasks import builtin_tasks, find_tasks
+from slimvlm.models.cost import params_of_target
+from slimvlm.models.hidden import evaluating, gathered_weights, head_of, head_weights_of
+from slimvlm.models.load import (
+    anatomy,
+    check_models,
+    device_named,
+    load,
+    load_as,
+    load_processor,
+    resolve,
+)
+from slimvlm.models.parts import Parts, text_config_of
+from slimvlm.planning.make import make_plan, make_plan_for_params
+from slimvlm.planning.plan import Plan
+from slimvlm.pruning.card import CardFacts
+from slimvlm.pruning.save import PLAN_FILE, prune_checkpoint, save
+from slimvlm.pruning.tokens import trimmed_processor
+from slimvlm.pruning.walk.result import Walked
+from slimvlm.runs import stages
+from slimvlm.runs.request import (
+    Request,
+    check_options,
+    check_questions,
+    criterion_options,
+    dummy_scores,
+    resolved,
+    scored_by,
+    token_weights_of,
+    vocabulary_for,
+)
+from slimvlm.runs.stages import ORIGINAL, PRUNED, Calibration, SampleSplit
+from slimvlm.runs.tables import held_out_text
+from slimvlm.scoring.criteria import CRITERIA, require_low_memory
+from slimvlm.scoring.layerwise.checkpoint import LazyCheckpoint, open_checkpoint
+from slimvlm.scoring.layerwise.runner import LayerwiseModel, Source
+from slimvlm.scoring.layerwise.stores import Scratch, StatesPlace, scratch_folder
+from slimvlm.scoring.score_model import check_token_weights, score_by_layer
+from slimvlm.scoring.unit_scores import Scores
+from slimvlm.training.recover import ADAPTER_FOLDER, TRACKER_FOLDER, History
+from slimvlm.training.recover import recover as train
+
+HELD_OUT_FILE = "slimvlm_held_out.json"
+
+
+def score(
+    model: str,
+    config: CalibrationConfig,
+    criterion: str,
+    out: Path,
+    memory: MemoryOptions = MemoryOptions(),
+    force: bool = False,
+    say: Say = print,
+) -> Scores:
+    """Score a model by one criterion; save the scores."""
+    request = Request(model=model, prune=PruneConfig(criterion=(criterion,), **vars(config)))
+    check_options(request.prune)
+    if memory.low_memory:
+        require_low_memory(criterion)
+    if (weights := token_weights_of(request.prune)) is not None:
+        check_token_weights(criterion, weights)
+    stem = out.with_suffix("") if out.suffix in (".json", ".safetensors") else out
+    for suffix in ("json", "safetensors"):
+        require_free(Path(f"{stem}.{suffix}"), force)
+    check_models(config, model)
+    samples = stages.read_split(request, say).calibration
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    if memory.low_memory:
+        opened = open_checkpoint(model, config.dtype, config.trust_remote_code)
+        processor = load_processor(str(opened.folder), opened.model.config)
+        calibration = Calibration(processor, samples, hold_out=False)
+        folder = memory.scratch_beside(stem)
+        (scores,) = _scores_from_files(request, opened, calibration, folder, say)
+    else:
+        (scores,) = _scores(request, samples)
+    scores.save(stem)
+    say(f"{criterion} scores of {', '.join(CRITERIA[criterion].units)} written to {stem}.json")
+    return scores
+
+
+def _scores(request: Request, samples: Sequence[Sample]) -> list[Scores]:
+    loaded, processor = stages.load_original(request)
+    calibration = Calibration(processor, samples, hold_out=False)
+    return list(stages.calibrate(request, loaded, calibration).values())
+
+
+def _scores_from_files(
+    request: Request, opened: LazyCheckpoint, calibration: Calibration, scratch: Path, say: Say
+) -> list[Scores]:
+    """Score like `slimvlm.runs.stages.calibrate`, with one layer in memory at a time."""
+    config = request.prune
+    options = {name: criterion_options(config, name) for name in scored_by(config)}
+    if not options:
+        return []
+    for each in options.values():
+        each.pop("token_weights", None)
+    batches = calibration.fitted if any(CRITERIA[name].needs_data for name in options) else ()
+    weights = token_weights_of(config)
+    return score_by_layer(opened, batches, options, weights, scratch, say, config.device)
+
+
+def plan(
+    model: str,
+    config: PlanConfig,
+    out: Path,
+    scores: Sequence[Path] = (),
+    *,
+    force: bool = False,
+    say: Say = print,
+) -> Plan:
+    """Make and write a plan; without scores, score on the demo's data."""
+    require_free(out, force)
+    device_named(config.device)
+    shape, target = anatomy(model), None
+    targets = (config.ratio, config.target_params, config.target_memory)
+    if not config.tokens_first or any(value is not None for value in targets):
+        if sum(value is not None for value in targets) != 1:
+            raise ConfigError("plan needs exactly one of --ratio, --target-params, --target-memory")
+        counted_in = "bfloat16" if config.dtype == "auto" else config.dtype
+        target = params_of_target(config.target_params, config.target_memory, counted_in)
+    given = [Scores.load(path) for path in scores]
+    options = {
+        **config.of_widths,
+        **{"axis": config.axis, "allocation": config.allocation, "kv_heads": config.kv_heads},
+        "experts": config.experts,
+    }
+    if config.loses_tokens:
+        chosen = vocabulary_for(model, config, ())
+        say(chosen.line())
+        options["tokens"] = chosen.tokens
+
+    def planned(scores: Sequence[Scores]) -> Plan:
+        if target is not None:
+            return make_plan_for_params(shape, scores, target, **options)
+        return make_plan(shape, scores, config.ratio or 0.0, **options)
+
+    if not given:
+        ratio = (config.ratio or 0.0) if target is None else 0.5  # any ratio: 0 needs fewer scores
+        wanted = PruneConfig(data="demo", ratio=ratio, axis=config.axis, experts=config.experts)
+        criteria = resolved(Request(model=model, prune=wanted), shape=shape).prune.criterion
+        dry = planned([dummy_scores(shape, [name]) for name in criteria])
+        if not config.loses_tokens or dry.cuts_layers:
+            say(f"no --scores: using {' and '.join(criteria)} on the demo's conversations")
+            wanted = PruneConfig(
+                data="demo", too_long="cut", criterion=criteria, device=config.device
+            )
+            request = Request(model=model, prune=wanted)
+            given = _scores(request, stages.read_split(request, say).calibration)
+    made = planned(given)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    made.save(out)
+    return made
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A smaller checkpoint that was written."""
+
+    walked: Walked
+    # of original and smaller model; empty without held-out samples
+    held_out: Mapping[str, DataResult] = field(default_factory=dict)
+
+
+def prune(
+    model: str,
+    config: PruneConfig,
+    out: Path,
+    *,
+    plan_file: Path | None = None,
+    memory: MemoryOptions = MemoryOptions(),
+    report: ReportOptions = ReportOptions(),
+    force: bool = False,
+    say: Say = print,
+) -> Pruned:
+    """Write a smaller checkpoint, from a plan or a request, in memory or layer by layer."""
+    require_free(out, force)
+    is_asked = config.ratio is not None or config.tokens_first
+    if (plan_file is None) != is_asked:
+        raise ConfigError(
+            "prune needs either --ratio or --plan, or --vocab-size or --experts alone"
+        )
+    plan = None if plan_file is None else Plan.load(plan_file)
+    request = Request(model=model, prune=config, report_samples=report.unseen(config.samples))
+    request = resolved(request, say, None if plan else anatomy(model))
+    if memory.low_memory:
+        if request.prune.axis == "auto":
+            raise ConfigError("axis 'auto': low_memory can only do depth, width, both or chart")
+        for criterion in scored_by(request.prune):
+            require_low_memory(criterion)
+    check_models(config, model)
+    request, plan, samples = stages.settled(request, plan, config.data is not None, say)
+    if memory.low_memory:
+        with scratch_folder(memory.scratch_beside(out)) as folder:
+            return _prune_from_files(request, plan, samples, out, folder, force, say)
+    loaded, processor = stages.load_original(request)
+    held_out: dict[str, DataResult] = {}
+    if unseen := samples.report:
+        kept = stages.predictions_of_original(loaded, processor, unseen)
+        held_out[ORIGINAL] = single_result(kept, unseen, loaded.device)
+    calibration = Calibration(processor, samples.calibration, request.hold_out)
+    scores = [] if plan else list(stages.calibrate(request, loaded, calibration).values())
+    walked = stages.prune_(request, loaded, calibration, scores, plan, say=say)
+    processor = trimmed_processor(processor, walked.plan)
+    if unseen:
+        held_out[PRUNED] = evaluate_data(loaded, processor, unseen, kept, name=PRUNED)
+    base, text = loaded.config._name_or_path, held_out_text(held_out)
+    facts = CardFacts(base=base, name=out.name, held_out=text)
+    also = partial(_write_held_out, held_out)
+    save(loaded, processor, out, walked.plan, force, also=also, facts=facts)
+    return Pruned(walked, held_out)
+
+
+def _prune_from_files(
+    request: Request,
+    plan: Plan | None,
+    samples: SampleSplit,
+    out: Path,
+    scratch: Path,
+    force: bool,
+    say: Say,
+) -> Pruned:
+    """Prune with one layer in memory at a time; the same scratch folder resumes."""
+    config, model, unseen = request.prune, request.model, samples.report
+    device = device_named(config.device)
+    opened = open_checkpoint(model, config.dtype, config.trust_remote_code)
+    processor = load_processor(str(opened.folder), opened.model.config, config.trust_remote_code)
+    data = [] if config.data is None else [identity_of_data(config.data)]
+    noted = {"asked": asked(request), "data": data, **opened.identity}
+    Scratch(scratch).keep_if_same("request.json", noted)
+
+    calibration = Calibration(processor, samples.calibration, request.hold_out)
+    scores: list[Scores] = []
+    if plan is None:
+        stored = scratch / "scored"
+        if not stored.exists():
+            found = _scores_from_files(request, opened, calibration, scratch / "scoring", say)
+            with new_folder(stored) as folder:
+                for each in found:
+                    each.save(folder / each.criterion)
+        scores = [Scores.load(stored / name) for name in scored_by(config)]
+
+    held_out: dict[str, DataResult] = {}
+    if unseen:
+        path = scratch / "said.safetensors"
+        if not path.exists():
+            at = scratch / "unseen"
+            with _final_states(opened, at, device, processor, unseen) as states:
+                head = head_weights_of(opened.model)
+                Predictions.of(ORIGINAL, states, head, processor).save(path)
+            shutil.rmtree(at, ignore_errors=True)
+        kept = Predictions.load(path)
+        held_out[ORIGINAL] = single_result(kept, unseen, device)
+
+    results = Scratch(scratch / "walk")
+    walked = stages.walk(request, opened, results, device, calibration, scores, plan, say)
+
+    def describe(folder: Path) -> str:
+        if unseen:
+            smaller = open_checkpoint(folder, config.dtype)
+            words = trimmed_processor(processor, walked.plan)
+            at = scratch / "unseen-pruned"
+            with _final_states(smaller, at, device, words, unseen) as states:
+                head = head_of(smaller.model)
+                held_out[PRUNED] = paired_result(PRUNED, states, head, unseen, words, kept)
+            _write_held_out(held_out, folder)
+        return held_out_text(held_out)
+
+    prune_checkpoint(
+        model,
+        walked.plan,
+        out,
+        config.dtype,
+        force,
+        trust_remote_code=config.trust_remote_code,
+        weights=walked.weights,
+        describe=describe,
+    )
+    return Pruned(walked, held_out)
+
+
+def _write_held_out(held_out: Mapping[str, DataResult], folder: Path) -> None:
+    if PRUNED in held_out:
+        held_out[PRUNED].save(folder / HELD_OUT_FILE)
+
+
+@contextmanager
+def _final_states(
+    source: Source, folder: Path, device: torch.device, processor: Any, samples: Sequence[Sample]
+) -> Iterator[Iterator[States]]:
+    """Compute final hidden states of samples layer by layer; inside, the head has its weights.
+
+    Hidden states between layers stay in memory if they fit, else in files in ``folder``.
+    """
+    found = list(batches_of(processor, samples, stages.HELD_OUT_BATCH))
+    places, batches = [each for each, _ in found], [batch for _, batch in found]
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    width = text_config_of(source.model.config).hidden_size
+    needed = 3 * tokens * width * source.model.dtype.itemsize
+    store = StatesPlace.of(needed, device).store(folder)
+    runner = LayerwiseModel(source, store, device)
+    with evaluating(runner.model), torch.no_grad():
+        runner.embed(batches)
+        last = len(Parts(runner.model).layers)
+        for index in range(last):
+            with runner.layer(index) as layer:
+                for batch in runner.batches():
+                    layer(**batch)
+            store.drop(f"hidden-{index}")
+        with source.after_layers(device):
+            yield (
+                (
+                    places[batch["place"]],
+                    Parts(runner.model).norm(runner.input_of(last, batch["place"])),
+                    batch["labels"],
+                )
+                for batch in runner.batches()
+            )
+
+
+def recover(
+    model: str,
+    source: TrainingData,
+    config: RecoverConfig,
+    out: Path,
+    *,
+    teacher: str | None = None,
+    shard: bool = False,
+    force: bool = False,
+    say: Say = print,
+) -> History:
+    """Train a pruned checkpoint towards the original."""
+
+    def loaded(name: str, device: str | None = None) -> tuple[PreTrainedModel, Any]:
+        """Load shards in float32, or a model; what a teacher shares must never go to a GPU."""
+        if shard:
+            return load(name, "float32", None, source.trust_remote_code, shard=True)
+        return load_as(source, name, device)
+
+    def add_files(folder: Path) -> None:
+        """Write the history, an adapter and a tracker's files into the checkpoint."""
+        history.save(folder / "slimvlm_history.json")
+        for name in (ADAPTER_FOLDER, TRACKER_FOLDER):
+            if (work / name).exists():
+                shutil.copytree(work / name, folder / name)
+
+    require_free(out, force)
+    if not config.needs_teacher:
+        teacher = None
+    elif teacher is None:
+        raise ConfigError(f"loss {config.loss!r} needs --teacher")
+    if shard and num_ranks() < 2:
+        raise ConfigError("--shard needs several processes: start slimvlm with torchrun")
+    if shard and source.device is not None:
+        raise ConfigError(f"device {source.device!r}: with --shard every process has its own")
+    check_models(source, *filter(None, (model, teacher)))
+    samples = stages.samples_for(model, source, None, say)
+    student, processor = loaded(model)
+    original = None if teacher is None else loaded(teacher, "cpu")[0]
+    plan_file = Path(resolve(model)) / PLAN_FILE
+    plan = Plan.load(plan_file) if plan_file.exists() else None
+    work = out.with_name(f".{out.name}.training")
+    history = train(student, original, samples, config, processor, work, plan)
+    if shard:
+        weights = gathered_weights(student)
+        if is_first_rank():  # a whole model again, in its file's data type
+            student, _ = load_as(source, model, "cpu")
+            missing, unexpected = student.load_state_dict(weights, strict=False)
+            assert not unexpected
+            assert set(missing) <= set(student.all_tied_weights_keys or {}), missing
+    if is_first_rank():
+        save(student, processor, out, plan, force, also=add_files)
+        shutil.rmtree(work, ignore_errors=True)
+    # threads that still listen when the interpreter ends can abort a process, and with it torchrun
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+    return history
+
+
+def evaluate(
+    model: str,
+    questions: Questions,
+    loading: LoadConfig,
+    *,
+    baseline: str | None = None,
+    blind: bool = False,
+    log_folder: Path | None = None,
+    out: Path | None = None,
+    force: bool = False,
+) -> dict[str, Result]:
+    """Evaluate a model on tasks, and a baseline if given; results by ``baseline`` and ``model``."""
+
+    def answered(name: str, floors: bool) -> Result:
+        loaded = load_as(loading, name)
+        how = vars(replace(questions, floors=floors))
+        title = f"{name} (blind)" if blind else name
+        return evaluate_all(*loaded, **how, name=title, log_folder=log_folder, blind=blind)
+
+    check_questions(questions, blind, log_folder is not None)
+    if out is not None:
+        require_free(out, force)
+    check_models(loading, model)
+    results: dict[str, Result] = {}
+    if baseline is not None and Path(baseline).is_file():
+        results["baseline"] = read_baseline(baseline, blind, questions.floors)
+    elif baseline is not None:
+        check_models(loading, baseline)
+        results["baseline"] = answered(baseline, questions.floors)
+    results["model"] = answered(model, questions.floors and baseline is None)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        results["model"].save(out)
+    return results
+
+
+def evaluate_on_data(
+    model: str,
+    source: DataConfig,
+    *,
+    baseline: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 16,
+    out: Path | None = None,
+    force: bool = False,
+    say: Say = print,
+) -> dict[str, DataResult]:
+    """Evaluate a model on data without a task, and compare it with a baseline if given.
+
+    One model is in memory at a time; the baseline's predictions are kept. Returns results by
+    ``baseline`` and ``model``.
+    """
+    if out is not None:
+        require_free(out, force)
+    if baseline is not None and Path(baseline).is_file():
+        raise ConfigError(f"baseline {baseline!r}: with --data it must be a model, not a file")
+    check_models(source, model, *([baseline] if baseline is not None else []))
+    samples = stages.samples_for(model, source, limit, say)
+    results: dict[str, DataResult] = {}
+    kept = None
+    if baseline is not None:
+        original, processor = load_as(source, baseline)
+        head = head_weights_of(original)
+        kept = predictions_of(original, processor, samples, batch_size, baseline, head)
+        results["baseline"] = single_result(kept, samples, original.device)
+        del original
+    found = evaluate_data(*load_as(source, model), samples, kept, batch_size=batch_size, name=model)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        found.save(out)
+    return {**results, "model": found}
+
+
+def side_by_side(a: str, b: str, tasks: str, limit: int | None, loading: LoadConfig) -> Comparison:
+    """Compare two models or result files, answer by answer."""
+    chosen = find_tasks(tasks)
+    results = {name: Result.load(name) for name in (a, b) if name.endswith(".json")}
+    models = [name for name in dict.fromkeys((a, b)) if name not in results]
+    check_models(loading, *models)
+    for name in models:
+        results[name] = ask.evaluate(*load_as(loading, name), chosen, limit, name=name)
+    known = {**builtin_tasks(), **{task.name: task for task in chosen}}
+    return compare(results[a], results[b], known)
