@@ -17,7 +17,7 @@ from slimvlm.runs.compress import request_of
 from slimvlm.runs.request import Request, check_questions, resolved
 from slimvlm.runs.stages import SampleSplit, rows_to_read, split
 from slimvlm.runs.study.config import expand
-from slimvlm.runs.study.stages import stages_of
+from slimvlm.runs.study.schedule import stages_of
 from slimvlm.scoring.criteria import DEFAULT_CRITERIA
 from tests import tiny_folder as folders
 from tests.runs.study.study_files import study

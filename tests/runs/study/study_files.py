@@ -14,7 +14,7 @@ from slimvlm.core.documents import built
 from slimvlm.runs.study import cache
 from slimvlm.runs.study.cache import Stage
 from slimvlm.runs.study.config import StudyConfig
-from slimvlm.runs.study.stages import STAGE_KINDS
+from slimvlm.runs.study.schedule import STAGE_KINDS
 from tests import tiny_folder as folders
 
 VOLATILE = ("prefill_ms", "decode_ms", *(f"seconds_{kind}" for kind in STAGE_KINDS))

@@ -79,7 +79,8 @@ def run(
 ) -> dict[str, Outcome]:
     """Do stages, by default all that are missing."""
     outcomes = Outcomes()
-    run_local(schedule, schedule.missing(cache) if stages is None else stages, cache, outcomes)
+    missing = schedule.missing(cache) if stages is None else stages
+    run_local(schedule, missing, cache, outcomes.started, outcomes.finished)
     return outcomes
 
 
@@ -146,7 +147,7 @@ def test_few_models_are_on_disk_at_a_time(
 ) -> None:
     cache, counts = Cache(tmp_path), []
     watcher = Outcomes(lambda: counts.append(len(models_in(tmp_path))))
-    run_local(schedule, schedule.missing(cache), cache, watcher)
+    run_local(schedule, schedule.missing(cache), cache, watcher.started, watcher.finished)
     assert max(counts) == 1
 
 

@@ -25,8 +25,16 @@ from slimvlm.runs.request import check_options, check_questions, dry_plan
 from slimvlm.runs.study.cache import Cache
 from slimvlm.runs.study.config import Cell, StudyConfig, expand, read_study
 from slimvlm.runs.study.display import Clock, Forecast, Progress
-from slimvlm.runs.study.schedule import ENGINES, Schedule, run_local, run_ray
-from slimvlm.runs.study.stages import STAGE_KINDS, forget_files, samples_of, stages_of
+from slimvlm.runs.study.schedule import (
+    ENGINES,
+    STAGE_KINDS,
+    Schedule,
+    forget_files,
+    run_local,
+    run_ray,
+    samples_of,
+    stages_of,
+)
 from slimvlm.runs.study.table import STUDY, write_table
 
 _PATIENCE = 600.0
@@ -91,14 +99,15 @@ def run_study(
     cache.sweep(schedule.stages())
     missing = schedule.missing(cache)
     write = partial(write_table, config, schedule, cache, _PATIENCE)
-    progress = Progress(missing, Clock.from_cache(schedule.flops, cache), console, write)
+    progress = Progress(missing, Clock(schedule.flops, cache), console, write)
     watched = Live(progress, console=console, refresh_per_second=2)
     try:
         with watched if console.is_terminal else nullcontext():
             if engine == "local":
-                run_local(schedule, missing, cache, progress)
+                run_local(schedule, missing, cache, progress.started, progress.finished)
             else:
-                run_ray(schedule, missing, cache, progress, config.resources, workers, address)
+                ended, needs = progress.finished, config.resources
+                run_ray(schedule, missing, cache, ended, needs, workers, address)
     finally:
         table = write()
     return table
@@ -110,7 +119,7 @@ def forecast(study: StudyConfig | str | Path, out: str | Path) -> Forecast:
     cache = Cache(out)
     missing = schedule.missing(cache)
     names = {stage.name for stage in missing}
-    clock = Clock.from_cache(schedule.flops, cache)
+    clock = Clock(schedule.flops, cache)
     done = [s for s in schedule.stages() if s.name not in names and cache.is_done(s)]
     return Forecast(
         cells={

@@ -16,46 +16,37 @@ from slimvlm.core.progress import duration
 from slimvlm.models.load import device_named
 from slimvlm.runs.cost import speed_of
 from slimvlm.runs.study.cache import Cache, Outcome, Stage
-from slimvlm.runs.study.stages import STAGE_KINDS
+from slimvlm.runs.study.schedule import STAGE_KINDS
 
 Basis = Literal["measured", "rough"]
 
 
-@dataclass
 class Clock:
     """Estimated seconds of stages, by done ones of their kind, else by their FLOP."""
 
-    flops: Mapping[str, float]  # estimated, by stage name
-    # of done stages, by kind
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGE_KINDS, 0.0))
-    # FLOP of done stages, by kind
-    done: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGE_KINDS, 0.0))
-
-    @classmethod
-    def from_cache(cls, flops: Mapping[str, float], cache: Cache) -> Clock:
-        """Make a clock from the measured stages in a cache."""
-        clock = cls(flops)
+    def __init__(self, flops: Mapping[str, float], cache: Cache) -> None:
+        self.flops = flops  # estimated, by stage name
+        self.done = dict.fromkeys(STAGE_KINDS, (0.0, 0.0))  # seconds and FLOP of done stages
         for kind in STAGE_KINDS:
             for record in cache.records(kind):
-                clock.learn(kind, record["seconds"], record["flops"])
-        return clock
+                self.learn(kind, record["seconds"], record["flops"])
 
     def learn(self, kind: str, seconds: float, flops: float) -> None:
         """Count a stage that was done."""
-        self.seconds[kind] += seconds
-        self.done[kind] += flops
+        before = self.done[kind]
+        self.done[kind] = before[0] + seconds, before[1] + flops
 
     def basis(self, kind: str) -> Basis:
         """Return whether expected seconds of a kind are measured or rough."""
-        return "measured" if self.done[kind] else "rough"
+        return "measured" if self.done[kind][1] else "rough"
 
     def expected(self, stages: Iterable[Stage]) -> float:
         """Estimate the seconds of stages, one after another."""
         total = 0.0
         for stage in stages:
-            flops, done = self.flops[stage.name], self.done[stage.kind]
+            flops, (seconds, done) = self.flops[stage.name], self.done[stage.kind]
             if done:
-                total += flops * self.seconds[stage.kind] / done
+                total += flops * seconds / done
             else:
                 total += flops / speed_of(device_named(stage.request.prune.device), "bfloat16")[0]
         return total
@@ -81,7 +72,7 @@ class Progress:
     missing: Sequence[Stage]
     clock: Clock
     console: Console
-    measured: Callable[[], object] = lambda: None  # called after each evaluation
+    measured: Callable[[], object]  # called after each evaluation
     ended: dict[str, Outcome] = field(default_factory=dict)
     now: Stage | None = None
     announced: set[str] = field(default_factory=set)
@@ -100,11 +91,11 @@ class Progress:
         self.ended[stage.name] = outcome
         self.now = None
         self.busy += outcome.seconds
-        if not outcome.error and outcome.seconds:
-            self.clock.learn(stage.kind, outcome.seconds, self.clock.flops[stage.name])
         if outcome.error:
             self._print(stage, len(self.ended), f": failed ({outcome.error})")
-        elif not self.console.is_terminal:
+        elif outcome.seconds:
+            self.clock.learn(stage.kind, outcome.seconds, self.clock.flops[stage.name])
+        if not outcome.error and not self.console.is_terminal:
             took = duration(outcome.seconds) if outcome.seconds else "done by another worker"
             left = duration(self.seconds_left())
             self._print(stage, len(self.ended), f": {took}; about {left} left")

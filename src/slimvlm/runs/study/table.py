@@ -17,8 +17,15 @@ from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.planning.plan import Plan
 from slimvlm.runs.study.cache import Cache, Stage
 from slimvlm.runs.study.config import StudyConfig
-from slimvlm.runs.study.schedule import Schedule
-from slimvlm.runs.study.stages import HISTORY, PLAN, RESULT, SCORES, STAGE_KINDS, CellStages
+from slimvlm.runs.study.schedule import (
+    HISTORY,
+    PLAN,
+    RESULT,
+    SCORES,
+    STAGE_KINDS,
+    CellStages,
+    Schedule,
+)
 from slimvlm.training.recover import History
 
 CHOICE_METRICS = ("letter", "yes_no")
