@@ -40,12 +40,6 @@ from slimvlm.scoring.unit_scores import Scores
 STAGE_KINDS = ("calibrate", "prune", "recover", "evaluate")
 PLAN, SCORES, RESULT = "plan.json", "scores", "result.json"
 HISTORY, WALK = "history.json", "walk.json"
-    "plan.json",
-    "scores",
-    "result.json",
-    "history.json",
-    "walk.json",
-)
 ENGINES = ("local", "ray")
 PAUSE_S = 0.5
 """Seconds between looks at stages that other workers are doing."""
