@@ -11,7 +11,8 @@ import torch
 
 import slimvlm as sv
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError
-from slimvlm.core.options import CompressConfig, PruneConfig, RecoverConfig
+from slimvlm.core.options import CompressConfig, MemoryOptions, PruneConfig, RecoverConfig
+from slimvlm.core.progress import silent
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.cost import prefill_flops
 from slimvlm.planning.plan import Plan
@@ -21,13 +22,13 @@ from slimvlm.runs.recipes import rules
 from slimvlm.runs.request import (
     Request,
     along,
-    axis_of,
     dry_plan,
     ratio_of,
     requests_by_axis,
     resolved,
 )
 from slimvlm.runs.stages import Calibration
+from slimvlm.runs.verbs import prune
 from slimvlm.scoring.batches import answer_loss
 from tests import tiny_folder as folders
 from tests.handmade import assert_untouched, snapshot
@@ -43,19 +44,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folders.write_llava_data(tmp_path_factory.mktemp("data"))
 
 
-def silent(line: str) -> None:
-    """Nobody listens."""
-
-
 def opened(data: Path, **changes: Any) -> tuple[Request, Any, Calibration]:
     whole = PruneConfig(ratio=RATIO, axis="auto", vocab_size="all", data=str(data))
-    prune = replace(whole, samples=8, local_steps=2)
     recover = changes.pop("recover", None)
-    request = resolved(
-        Request(
-            model=str(folders.folder("llava")), prune=replace(prune, **changes), recover=recover
-        )
-    )
+    prune = replace(whole, **{"samples": 8, "local_steps": 2, **changes})
+    request = resolved(Request(model=str(folders.folder("llava")), prune=prune, recover=recover))
     model, processor = stages.load_original(request)
     samples = stages.read_split(request, silent).calibration
     return request, model, Calibration(processor, samples, request.hold_out)
@@ -70,14 +63,8 @@ def test_the_axis_whose_smaller_model_answers_best_is_chosen(data: Path) -> None
     expected = {}
     for axis in AXES:
         student, _ = stages.load_original(request)
-        sv.walk_(
-            student,
-            calibration.fitted,
-            RATIO,
-            axis,
-            scores=scores,
-            held_out=calibration.held_out,
-        )
+        held_out = calibration.held_out
+        sv.walk_(student, calibration.fitted, RATIO, axis, scores=scores, held_out=held_out)
         expected[axis] = answer_loss(student, calibration.held_out)
     assert losses == pytest.approx(expected)
     walked = stages.prune_(request, model, calibration, scores)
@@ -89,8 +76,8 @@ def test_the_axis_whose_smaller_model_answers_best_is_chosen(data: Path) -> None
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_where_training_follows_each_axis_is_trained_a_little(dtype: str, data: Path) -> None:
     """The original keeps its data type and flags, also where training computes in float32."""
-    recover = RecoverConfig(train="full", learning_rate=1e-3, batch_size=2, loss="sft+kl", epochs=6)
-    recover = replace(recover, bf16=False)
+    how = {"learning_rate": 1e-3, "batch_size": 2, "epochs": 6, "bf16": False}
+    recover = RecoverConfig(train="full", loss="sft+kl", **how)
     request, model, calibration = opened(data, recover=recover, dtype=dtype)
     scores = list(stages.calibrate(request, model, calibration).values())
     before = snapshot(model)
@@ -103,17 +90,11 @@ def test_where_training_follows_each_axis_is_trained_a_little(dtype: str, data: 
     assert all(trained[axis] != untrained[axis] for axis in trained)
 
 
-@pytest.mark.parametrize(
-    ("ratio", "axes"), [(RATIO, AXES), (0.05, ["width", "both"]), (0.7, ["both"])]
-)
-def test_only_axes_that_remove_as_much_are_tried(ratio: float, axes: list[str], data: Path) -> None:
+def test_only_axes_that_remove_as_much_are_tried(data: Path) -> None:
     """Of four layers no twentieth can go, and every layer keeps a group and some neurons."""
-    request, model, _ = opened(data, ratio=ratio)
-    assert list(requests_by_axis(request, read_anatomy(model))) == axes
-
-
-def test_a_ratio_that_no_axis_reaches_is_refused(data: Path) -> None:
-    request, model, _ = opened(data)
+    for ratio, axes in ((RATIO, AXES), (0.05, ["width", "both"]), (0.7, ["both"])):
+        request, model, _ = opened(data, ratio=ratio)
+        assert list(requests_by_axis(request, read_anatomy(model))) == axes
     too_much = replace(request, prune=replace(request.prune, ratio=0.95))
     with pytest.raises(ImpossiblePlanError, match=r"ratio 0\.95"):
         requests_by_axis(too_much, read_anatomy(model))
@@ -189,28 +170,18 @@ def interrupted(*args: Any, **kwargs: Any) -> None:
 def test_without_data_the_chart_decides() -> None:
     for axis in (None, "chart", "auto"):
         request = Request(model="demo", prune=PruneConfig(ratio=0.3, axis=axis))
-        assert axis_of(request) == "width"
-    charted = Request(
-        model="demo",
-        prune=PruneConfig(ratio=0.3, axis="chart", data="demo"),
-        recover=RecoverConfig(),
-    )
-    assert axis_of(charted) == "depth"
+        assert resolved(request).prune.axis == "width"
+    prune = PruneConfig(ratio=0.3, axis="chart", data="demo")
+    charted = Request(model="demo", prune=prune, recover=RecoverConfig())
+    assert resolved(charted).prune.axis == "depth"
     assert along(charted, "both").prune.axis == "both"
 
 
 def test_low_memory_tries_no_axes(data: Path, tmp_path: Path) -> None:
-    from slimvlm.core.options import MemoryOptions
-    from slimvlm.runs.verbs import prune
-
     config = PruneConfig(ratio=0.3, axis="auto", data=str(data), samples=4)
+    memory = MemoryOptions(low_memory=True)
     with pytest.raises(ConfigError, match="axis 'auto'"):
-        prune(
-            str(folders.folder("llava")),
-            config,
-            tmp_path / "out",
-            memory=MemoryOptions(low_memory=True),
-        )
+        prune(str(folders.folder("llava")), config, tmp_path / "out", memory=memory)
 
 
 def test_the_data_chooses_before_training_and_width_stays_without(data: Path) -> None:

@@ -62,38 +62,42 @@ def test_experts_alone_need_neither_a_ratio_nor_data(
     assert "3 of 4 experts" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_with_data_they_are_chosen_by_what_they_add(
-    models: dict[str, str], tmp_path: Path, data: str
-) -> None:
-    shown = {"data": data, "samples": 6, "local_steps": 0, "repair": "none"}
-    plan = pruned(models["qwen3_moe"], tmp_path / "out", experts=0.5, **shown)
-    assert plan.criteria == {"expert": "reap"}
-    own = pruned(
-        models["qwen3_moe"], tmp_path / "own", experts=0.5, criterion=("frequency",), **shown
-    )
-    assert own.criteria == {"expert": "frequency"}
+BARE = {"samples": 6, "local_steps": 0, "repair": "none"}
 
 
-def test_their_neurons_have_a_criterion_of_their_own(
-    models: dict[str, str], tmp_path: Path, data: str
+@pytest.mark.parametrize(
+    ("asked", "criteria"),
+    [
+        ({"experts": 0.5, **BARE}, {"expert": "reap"}),
+        ({"experts": 0.5, "criterion": ("frequency",), **BARE}, {"expert": "frequency"}),
+        (
+            {"ratio": 0.3, "samples": 6, "local_steps": 0},
+            {"kv_group": "activation", "neuron": "activation"},
+        ),
+        (
+            {"experts": 0.25, "ratio": 0.4, "axis": "depth", "samples": 8, "local_steps": 2},
+            {"layer": "block_influence", "expert": "reap"},
+        ),
+    ],
+)
+def test_experts_and_their_neurons_have_criteria_of_their_own(
+    models: dict[str, str],
+    tmp_path: Path,
+    data: str,
+    asked: dict[str, Any],
+    criteria: dict[str, str],
 ) -> None:
+    plan = pruned(models["qwen3_moe"], tmp_path / "out", data=data, **asked)
+    assert plan.criteria == criteria
+    assert (plan.neurons != sv.Plan.everything(plan.before).neurons) == ("ratio" in asked)
+    assert (len(plan.layers) < 4) == ("layer" in criteria)
+    assert anatomy(tmp_path / "out") == plan.after
+
+
+def test_neurons_of_dense_layers_are_the_walk_s_own_choice(tmp_path: Path, data: str) -> None:
     asked = {"ratio": 0.3, "samples": 6, "local_steps": 0, "data": data}
-    plan = pruned(models["qwen3_moe"], tmp_path / "out", **asked)
-    assert plan.criteria == {"kv_group": "activation", "neuron": "activation"}
-    assert plan.neurons != sv.Plan.everything(plan.before).neurons
     dense = pruned(str(tiny_folder.folder("text")), tmp_path / "dense", **asked)
     assert dense.criteria == {"kv_group": "obs", "neuron": "obs"}
-
-
-def test_layers_go_beside_them_and_the_rest_learns(
-    models: dict[str, str], tmp_path: Path, data: str
-) -> None:
-    shown = {"data": data, "samples": 8, "local_steps": 2}
-    asked = {"experts": 0.25, "ratio": 0.4, "axis": "depth"}
-    plan = pruned(models["qwen3_moe"], tmp_path / "out", **asked, **shown)
-    assert plan.criteria == {"layer": "block_influence", "expert": "reap"}
-    assert len(plan.layers) < 4
-    assert anatomy(tmp_path / "out") == plan.after
 
 
 @pytest.mark.parametrize(
@@ -127,16 +131,11 @@ def test_a_written_plan_has_its_experts_and_is_applied(
     assert anatomy(out) == made.after
 
 
-@pytest.mark.parametrize("loss", ["sft+hidden+kl"])
-def test_a_run_trains_with_fewer_experts(
-    models: dict[str, str], tmp_path: Path, data: str, loss: str
-) -> None:
-    recover = sv.RecoverConfig(
-        train="lora", loss=loss, max_steps=2, batch_size=2, lora_rank=2, bf16=False
-    )
-    config = sv.CompressConfig(
-        data=data, samples=6, experts=0.25, local_steps=0, recover=recover, report_samples=0
-    )
+def test_a_run_trains_with_fewer_experts(models: dict[str, str], tmp_path: Path, data: str) -> None:
+    how = {"max_steps": 2, "batch_size": 2, "lora_rank": 2, "bf16": False}
+    recover = sv.RecoverConfig(train="lora", loss="sft+hidden+kl", **how)
+    shown = {"data": data, "samples": 6, "local_steps": 0, "report_samples": 0}
+    config = sv.CompressConfig(experts=0.25, recover=recover, **shown)
     sv.compress(models["qwen3_moe"], config, tmp_path / "run", say=[].append)
     assert anatomy(tmp_path / "run").expert_counts == [3]
     assert "3 of 4 experts" in (tmp_path / "run" / "summary.md").read_text()

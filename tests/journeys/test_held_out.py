@@ -108,9 +108,8 @@ def test_data_that_begin_with_pictures_are_mixed_all_the_way(tmp_path: Path) -> 
 def finished(data: Path, unhurried: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run without a task. Tests must not change it."""
     out = tmp_path_factory.mktemp("runs") / "finished"
-    config = CompressConfig(
-        ratio=0.3, axis="width", data=str(data), samples=6, local_steps=2, recover=TRAINING
-    )
+    shown = {"data": str(data), "samples": 6, "local_steps": 2}
+    config = CompressConfig(ratio=0.3, axis="width", recover=TRAINING, **shown)
     compress(MODEL, config, out, say=silent)
     return out
 
@@ -172,16 +171,8 @@ def test_the_command_line_prints_them(
     assert "same next token as the original" in shown
     main([*words, str(tmp_path / "none"), "--report-samples", "0"])
     assert "same next token" not in capsys.readouterr().out
-
-
-def test_a_negative_number_is_refused() -> None:
     with pytest.raises(ConfigError, match="report_samples -1"):
         ReportOptions(report_samples=-1)
-
-
-def test_json_has_the_figures(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
     words = ["compress", MODEL, *COMMON, "--data", str(data), "--train", "none", "--json"]
     main([*words, "--out", str(tmp_path / "run")])
     found = json.loads(capsys.readouterr().out)["held_out"]

@@ -89,15 +89,8 @@ def test_the_axis_gives_what_tokens_leave_of_the_ratio(
 
 
 def test_layer_by_layer_the_same_is_written(tmp_path: Path, data: str, text: str) -> None:
-    options = {
-        "data": data,
-        "vocab_size": FEW,
-        "vocab_text": text,
-        "ratio": 0.4,
-        "axis": "width",
-        "local_steps": 0,
-        "samples": 8,
-    }
+    options = {"data": data, "vocab_size": FEW, "vocab_text": text, "local_steps": 0, "samples": 8}
+    options |= {"ratio": 0.4, "axis": "width"}
     plan = pruned(tmp_path / "at once", **options)
     assert pruned(tmp_path / "by layer", low_memory=True, **options) == plan
     whole, pieces = (sv.load(tmp_path / n, device="cpu")[0] for n in ("at once", "by layer"))
@@ -118,24 +111,12 @@ def test_a_written_plan_has_its_tokens_and_is_applied(tmp_path: Path, text: str)
     assert anatomy(tmp_path / "out") == made.after
 
 
-@pytest.mark.parametrize("loss", ["sft+hidden+kl"])
-def test_a_run_trains_and_asks_with_fewer_tokens(
-    tmp_path: Path, data: str, text: str, loss: str
-) -> None:
-    recover = sv.RecoverConfig(
-        train="lora", loss=loss, max_steps=2, batch_size=2, lora_rank=2, bf16=False
-    )
-    config = sv.CompressConfig(
-        data=data,
-        samples=8,
-        ratio=0.35,
-        axis="width",
-        vocab_size=FEW,
-        vocab_text=text,
-        local_steps=0,
-        recover=recover,
-        report_samples=3,
-    )
+def test_a_run_trains_and_asks_with_fewer_tokens(tmp_path: Path, data: str, text: str) -> None:
+    how = {"max_steps": 2, "batch_size": 2, "lora_rank": 2, "bf16": False}
+    recover = sv.RecoverConfig(train="lora", loss="sft+hidden+kl", **how)
+    shown = {"data": data, "samples": 8, "local_steps": 0, "report_samples": 3}
+    asked = {"ratio": 0.35, "axis": "width", "vocab_size": FEW, "vocab_text": text}
+    config = sv.CompressConfig(recover=recover, **shown, **asked)
     heard: list[str] = []
     sv.compress(model(), config, tmp_path / "run", say=heard.append)
     assert f"{FEW} of 533 tokens stay" in "".join(heard)

@@ -25,18 +25,12 @@ from tests.runs.study.study_files import study
 
 def asked(**changes: Any) -> Request:
     """A request as a user gives it: with data, along width."""
-    recover, training_samples = changes.pop("recover", None), changes.pop("training_samples", None)
+    rest = {name: changes.pop(name, None) for name in ("recover", "training_samples")}
     values = {"ratio": 0.3, "axis": "width", "data": "demo", **changes}
-    return Request(
-        model="demo",
-        prune=PruneConfig(**values),
-        recover=recover,
-        training_samples=training_samples,
-    )
+    return Request(model="demo", prune=PruneConfig(**values), **rest)
 
 
 def decided(request: Request) -> tuple[Request, list[str]]:
-    """What becomes of a request, and what is said."""
     said: list[str] = []
     return resolved(request, said.append), said
 
@@ -126,6 +120,13 @@ def test_a_run_has_one_seed() -> None:
         CompressConfig(seed=3, recover=RecoverConfig(seed=5))
 
 
+@pytest.mark.parametrize(("recover", "axis"), [(None, "width"), (RecoverConfig(), "depth")])
+def test_the_axis_depends_on_whether_anything_is_trained(
+    recover: RecoverConfig | None, axis: str
+) -> None:
+    assert decided(asked(ratio=0.15, axis=None, recover=recover))[0].prune.axis == axis
+
+
 # Which samples.
 
 
@@ -156,14 +157,9 @@ def test_few_samples_serve_both() -> None:
 
 def test_training_comes_back_to_what_calibrated_only_if_more_are_asked_for() -> None:
     rows = samples(6)
-    for count, wanted in [
-        (None, ["s4", "s5"]),
-        (1, ["s4"]),
-        (4, ["s4", "s5", "s0", "s1"]),
-        (9, ["s4", "s5", "s0", "s1", "s2", "s3"]),
-    ]:
+    for count, wanted in [(None, "45"), (1, "4"), (4, "4501"), (9, "450123")]:
         request = asked(samples=4, training_samples=count, recover=RecoverConfig())
-        assert names(split(rows, request)) == (["s0", "s1", "s2", "s3"], wanted)
+        assert names(split(rows, request)) == (["s0", "s1", "s2", "s3"], [f"s{i}" for i in wanted])
 
 
 @pytest.mark.parametrize(
@@ -190,13 +186,8 @@ def test_a_study_s_cell_is_a_run(seed: int, tmp_path: Path) -> None:
     data = folders.write_llava_data(tmp_path / "data", pictures=False)
     cells = expand(study(data, {"recovery": "sft", "axis": "width", "seed": seed}))
     stages = stages_of(study(data), cells[0])
-    config = CompressConfig(
-        **vars(cells[0].prune),
-        recover=cells[0].recover,
-        tasks="text_odd",
-        floors=False,
-        report_samples=0,
-    )
+    how = {"tasks": "text_odd", "floors": False, "report_samples": 0}
+    config = CompressConfig(**vars(cells[0].prune), recover=cells[0].recover, **how)
     run = resolved(request_of(cells[0].model, config))
     assert stages.prune.request.prune == run.prune
     assert stages.prune.request.hold_out == run.hold_out

@@ -131,18 +131,14 @@ def split(samples: Sequence[Sample], request: Request) -> SampleSplit:
 
 def not_among(samples: Sequence[Sample], others: Sequence[Sample]) -> list[Sample]:
     """Drop the samples that equal one of the others in text and pictures."""
-    said = {_words_of(sample) for sample in samples}
-    seen = {_content_of(other) for other in others if _words_of(other) in said}
-    return [sample for sample in samples if _content_of(sample) not in seen]
 
+    def content(sample: Sample) -> tuple[str, ...]:
+        pictures = (identifying_bytes(image, may_move=True) for image in sample.images)
+        return (repr(sample.messages), *(digest([picture]) for picture in pictures))
 
-def _words_of(sample: Sample) -> str:
-    return repr(sample.messages)
-
-
-def _content_of(sample: Sample) -> tuple[str, ...]:
-    pictures = (identifying_bytes(image, may_move=True) for image in sample.images)
-    return (_words_of(sample), *(digest([picture]) for picture in pictures))
+    texts = {repr(sample.messages) for sample in samples}
+    seen = {content(other) for other in others if repr(other.messages) in texts}
+    return [sample for sample in samples if content(sample) not in seen]
 
 
 def rows_to_read(request: Request) -> int | None:
@@ -399,7 +395,8 @@ def _loss_of_try(
     alone = tokens_alone(brief, read_anatomy(model))
     results = Memory(torch.device("cpu"))
     walked = walk(brief, Live(model), results, model.device, calibration, scores, alone)
-    student, read = _sharing_weights(model), calibration.held_out
+    tensors = {id(each): each for each in (*model.parameters(), *model.buffers())}
+    student, read = copy.deepcopy(model, tensors), calibration.held_out  # with the same tensors
     walked.apply_(student)
     processor = trimmed_processor(calibration.processor, walked.plan)
     if request.recover is not None and training:
@@ -433,12 +430,6 @@ def _answer_tokens(batches: Iterable[Batch]) -> int:
     return sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
 
 
-def _sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """Copy a model module by module; the copy holds the very same tensors."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-
-
 def best_axis(request: Request, losses: Mapping[str, float], shape: Anatomy) -> tuple[Request, str]:
     """Resolve the request along the axis with the least loss, with fewer tokens if that lost less.
 
@@ -451,9 +442,8 @@ def best_axis(request: Request, losses: Mapping[str, float], shape: Anatomy) -> 
     axis, fewer, _ = best.partition(BEHIND)
     if fewer:
         request = replace(request, tokens=request.fewer_tokens)
-    return along(
-        request, cast(Axis, axis), shape
-    ), f"axis {best}: held-out loss {losses[best]:.4f} ({others})"
+    note = f"axis {best}: held-out loss {losses[best]:.4f} ({others})"
+    return along(request, cast(Axis, axis), shape), note
 
 
 def recover_(

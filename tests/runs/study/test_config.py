@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -93,78 +94,62 @@ def test_options_of_a_grid_tell_its_cells_apart(tmp_path: Path) -> None:
     assert cells[0].values()["options"] == "gradient batch"
 
 
-MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
-    "key": (
-        {"taks": "presence"},
-        f"key 'taks' is unknown. Allowed: {', '.join(f.name for f in fields(StudyConfig))}",
-    ),
-    "grid key": ({"grids": [{"ratio": 0.2, "axes": "width"}]}, "grids: key 'axes' is unknown"),
-    "no grids": ({"grids": None}, "grids must map keys to values"),
-    "empty list": ({"grids": []}, "grids: give at least one value"),
-    "no ratio": ({"grids": [{"axis": "width"}]}, "grids: key 'ratio' is missing"),
-    "ratio": ({"grids": [{"ratio": "much"}]}, "ratio 'much' must be a number"),
-    "ratio range": ({"grids": [{"ratio": 1.2}]}, "1.2"),
-    "seed": ({"grids": [{"ratio": 0.2, "seed": 0.5}]}, "seed 0.5 must be a whole number"),
-    "axis": ({"grids": [{"ratio": 0.2, "axis": "deep"}]}, "axis 'deep' must be one of"),
-    "criterion": ({"grids": [{"ratio": 0.2, "criterion": "tailor"}]}, "tailor"),
-    "criterion of the other axis": (
-        {"grids": [{"ratio": 0.2, "axis": "depth", "criterion": "activation"}]},
-        "depth",
-    ),
-    "recovery": ({"grids": [{"ratio": 0.2, "recovery": "sgd"}]}, "recovery 'sgd' must be one of"),
-    "loss": (
-        {"grids": [{"ratio": 0.2, "recovery": "x"}], "recoveries": {"x": {"loss": "mse"}}},
-        "loss 'mse'",
-    ),
-    "recover option": (
-        {"grids": [{"ratio": 0.2, "recovery": "x"}], "recoveries": {"x": {"lr": 1}}},
-        "recovery 'x': key 'lr' is unknown",
-    ),
-    "range of an option": (
-        {"grids": [{"ratio": 0.2, "recovery": "x"}], "recoveries": {"x": {"lora_rank": 0}}},
-        "recovery 'x': lora_rank 0 must be above 0",
-    ),
-    "fraction twice": (
-        {"grids": [{"ratio": 0.2, "recovery": "x"}], "recoveries": {"x": {"fraction": 0.5}}},
-        "'fraction' is a key of the grid",
-    ),
-    "prune option": ({"prune": {"sample": 4}}, "key 'sample' is unknown"),
-    "axis twice": ({"prune": {"axis": "width"}}, "'axis' is a key of the grid"),
-    "type of an option": ({"prune": {"samples": "many"}}, "samples 'many' must be a whole number"),
-    "repair without data": ({"data": None, "grids": [{"ratio": 0.2, "repair": "width"}]}, "repair"),
-    "recovery without data": ({"data": None}, "needs the study's key 'data'"),
-    "limit": ({"limit": 0}, "limit 0 must be at least 1"),
-    "tasks": ({"tasks": "presense"}, "presense"),
-    "tasks outside AVG": ({"tasks": "text_ppl"}, "tasks 'text_ppl': none counts in AVG"),
-    "how it is written": ({"prune": {"device": "cpu"}}, "'device' changes no result"),
-    "resources": ({"resources": {"gpus": -1}}, "gpus -1"),
-    "floors": ({"floors": "yes"}, "floors 'yes' must be true or false"),
-    "reference": (
-        {"reference": {"source": "p", "rows": [{"ratio": 0.9, "retention": 1}]}},
-        "matches no cell",
-    ),
-    "reference key": (
-        {"reference": {"source": "p", "rows": [{"ratios": 0.9, "retention": 1}]}},
-        "key 'ratios' is unknown",
-    ),
-    "model": ({"grids": [{"ratio": 0.2, "model": "/nowhere"}]}, "no such folder"),
-    "data": ({"data": "/nowhere.json"}, "/nowhere.json"),
-}
+def grid(**keys: Any) -> dict[str, Any]:
+    return {"grids": [{"ratio": 0.2, **keys}]}
 
 
-@pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_named_in_one_line(name: str, tmp_path: Path) -> None:
-    changes, message = MISTAKES[name]
+def recovery(**options: Any) -> dict[str, Any]:
+    return {**grid(recovery="x"), "recoveries": {"x": options}}
+
+
+KEYS = ", ".join(f.name for f in fields(StudyConfig))
+REFERENCE = {"source": "p", "rows": [{"ratio": 0.9, "retention": 1}]}
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"taks": "presence"}, f"key 'taks' is unknown. Allowed: {KEYS}"),
+    (grid(axes="width"), "grids: key 'axes' is unknown"),
+    ({"grids": None}, "grids must map keys to values"),
+    ({"grids": []}, "grids: give at least one value"),
+    ({"grids": [{"axis": "width"}]}, "grids: key 'ratio' is missing"),
+    (grid(ratio="much"), "ratio 'much' must be a number"),
+    (grid(ratio=1.2), "1.2"),
+    (grid(seed=0.5), "seed 0.5 must be a whole number"),
+    (grid(axis="deep"), "axis 'deep' must be one of"),
+    (grid(criterion="tailor"), "tailor"),
+    (grid(axis="depth", criterion="activation"), "depth"),
+    (grid(recovery="sgd"), "recovery 'sgd' must be one of"),
+    (recovery(loss="mse"), "loss 'mse'"),
+    (recovery(lr=1), "recovery 'x': key 'lr' is unknown"),
+    (recovery(lora_rank=0), "recovery 'x': lora_rank 0 must be above 0"),
+    (recovery(fraction=0.5), "'fraction' is a key of the grid"),
+    ({"prune": {"sample": 4}}, "key 'sample' is unknown"),
+    ({"prune": {"axis": "width"}}, "'axis' is a key of the grid"),
+    ({"prune": {"samples": "many"}}, "samples 'many' must be a whole number"),
+    ({"data": None, **grid(repair="width")}, "repair"),
+    ({"data": None}, "needs the study's key 'data'"),
+    ({"limit": 0}, "limit 0 must be at least 1"),
+    ({"tasks": "presense"}, "presense"),
+    ({"tasks": "text_ppl"}, "tasks 'text_ppl': none counts in AVG"),
+    ({"prune": {"device": "cpu"}}, "'device' changes no result"),
+    ({"resources": {"gpus": -1}}, "gpus -1"),
+    ({"floors": "yes"}, "floors 'yes' must be true or false"),
+    ({"reference": REFERENCE}, "matches no cell"),
+    ({"reference": {**REFERENCE, "rows": [{"ratios": 1, "retention": 1}]}}, "key 'ratios' is unknown"),
+    (grid(model="/nowhere"), "no such folder"),
+    ({"data": "/nowhere.json"}, "/nowhere.json"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), MISTAKES)
+def test_a_mistake_is_named_in_one_line(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     data = folders.write_llava_data(tmp_path / "data", 6, pictures=False)
     values: dict[str, Any] = {
-        "grids": [{"ratio": 0.2, "recovery": ["none", "sft"]}],
-        "recoveries": {"sft": {"loss": "sft"}},
-        "data": str(data),
-        "tasks": "text_odd",
-        **changes,
+        **{"recoveries": {"sft": {"loss": "sft"}}, "data": str(data), "tasks": "text_odd"},
+        **deepcopy({**grid(recovery=["none", "sft"]), **changes}),
     }
-    for grid in values["grids"] or ():
-        grid.setdefault("model", str(folders.folder("text")))
+    for each in values["grids"] or ():
+        each.setdefault("model", str(folders.folder("text")))
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(values))
     with pytest.raises(SlimError) as error:
@@ -173,12 +158,12 @@ def test_a_mistake_is_named_in_one_line(name: str, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", "- 1", "grids: [", "grids: {ratio: x}"])
-def test_a_file_that_is_no_study_is_refused(text: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_study_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "study.yaml"
-    path.write_text(text)
-    with pytest.raises(ConfigError, match="study "):
-        read_study(path)
+    for text in ("", "- 1", "grids: [", "grids: {ratio: x}"):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="study "):
+            read_study(path)
 
 
 def test_one_value_needs_no_list() -> None:
