@@ -34,16 +34,13 @@ from slimvlm.runs.compress import compress_command, request_of
 from slimvlm.runs.cost import Cost, Sizes, cost, image_tokens, kept_bytes
 from slimvlm.runs.recipes import Recipe, expected, recipe_for, rules, subject_of
 from slimvlm.runs.request import (
-    check_questions,
-    check_request,
     dry_plan,
     requests_by_axis,
     resolved,
     tokens_alone,
     tokens_to_try,
-    with_tokens,
 )
-from slimvlm.runs.stages import read_split
+from slimvlm.runs.stages import settled
 from slimvlm.runs.tables import millions, size
 
 _RATIO_STEP = 0.005
@@ -372,12 +369,7 @@ def dry_run(model: str, config: CompressConfig, say: Say = print) -> DryRun:
     """
     shape = anatomy_of(model)
     request = resolved(request_of(model, config), say, shape)
-    if request.questions is not None:
-        check_questions(request.questions)
-    check_request(request, shape, say)
-    samples = read_split(request, say)
-    counted = [] if config.data is None else samples.counted(request)
-    request = with_tokens(request, counted, say)
+    request, _, samples = settled(request, None, config.data is not None, say)
     axes: tuple[str, ...] = (str(request.prune.axis),)
     first = request
     if request.prune.axis == "auto":

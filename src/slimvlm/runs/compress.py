@@ -54,7 +54,6 @@ from slimvlm.runs import stages, tables
 from slimvlm.runs.recipes import recipe_for
 from slimvlm.runs.request import (
     Request,
-    check_questions,
     ratio_of,
     resolved,
     scored_by,
@@ -141,8 +140,6 @@ def compress(
             say(f"going on with the unfinished run in {folder}")
         # every mistake that can be found without weights
         request = resolved(request_of(model, config), say, anatomy(model))
-        if request.questions is not None:
-            check_questions(request.questions)
         if config.baseline:
             read_baseline(config.baseline, floors=config.floors)
         request, given, samples = stages.settled(request, None, config.data is not None, say)

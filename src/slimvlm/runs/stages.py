@@ -47,6 +47,7 @@ from slimvlm.runs.request import (
     Request,
     along,
     check_options,
+    check_questions,
     check_request,
     criterion_options,
     ranked_plan,
@@ -174,6 +175,8 @@ def settled(
     ``has_data``: the data is the user's, so that its tokens count.
     """
     shape, loses_tokens = anatomy(request.model), request.prune.loses_tokens
+    if request.questions is not None:
+        check_questions(request.questions)
     if given is None:
         check_request(request, shape, silent if loses_tokens else say)
     else:

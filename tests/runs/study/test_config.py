@@ -133,7 +133,10 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"resources": {"gpus": -1}}, "gpus -1"),
     ({"floors": "yes"}, "floors 'yes' must be true or false"),
     ({"reference": REFERENCE}, "matches no cell"),
-    ({"reference": {**REFERENCE, "rows": [{"ratios": 1, "retention": 1}]}}, "key 'ratios' is unknown"),
+    (
+        {"reference": {**REFERENCE, "rows": [{"ratios": 1, "retention": 1}]}},
+        "key 'ratios' is unknown",
+    ),
     (grid(model="/nowhere"), "no such folder"),
     ({"data": "/nowhere.json"}, "/nowhere.json"),
 ]
