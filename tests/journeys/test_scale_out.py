@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from slimvlm import cli
 from slimvlm.core.errors import ConfigError
@@ -67,13 +66,25 @@ def torchrun(arguments: list[str], count: int = 2) -> subprocess.CompletedProces
     )
 
 
-def written(home: Path, out: str) -> dict[str, Tensor]:
-    return load_file(home / out / "model.safetensors")
-
-
 def history(home: Path, out: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((home / out / "slimvlm_history.json").read_text())
     return found
+
+
+def train_twice(home: Path, name: str, batch: int, options: tuple[str, ...], file: str) -> str:
+    """Train in two processes and in one with twice the batch; return what two of them say."""
+    done = torchrun(command(home, name, "--batch-size", str(batch), *options, file=file))
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = [option for option in options if option != "--shard"]
+    cli.main(command(home, f"{name}-alone", "--batch-size", str(2 * batch), *alone, file=file))
+    found, expected, before = (
+        load_file(home / out / "model.safetensors") for out in (name, f"{name}-alone", "pruned")
+    )
+    assert list(found) == list(expected)
+    for key, value in expected.items():
+        assert_close(found[key], value, AFTER_ADAM)
+    assert any(float((found[key] - before[key]).abs().max()) > 1e-3 for key in found)
+    return done.stderr
 
 
 @pytest.mark.slow
@@ -85,18 +96,8 @@ def history(home: Path, out: str) -> dict[str, Any]:
 def test_two_processes_are_one_with_twice_the_batch(options: tuple[str, ...], home: Path) -> None:
     """On the same samples, with whole models (DDP) and with divided ones (FSDP2)."""
     name = "-".join(("two", *options)).replace("--", "")
-    options += ("--max-steps", "2")
-    done = torchrun(command(home, name, "--batch-size", "2", *options))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("trained on 8 samples") == 1, "one process alone talks"
-    alone = [option for option in options if option != "--shard"]
-    cli.main(command(home, f"{name}-alone", "--batch-size", "4", *alone))
-    found, expected = written(home, name), written(home, f"{name}-alone")
-    assert list(found) == list(expected)
-    before = written(home, "pruned")
-    for key, value in expected.items():
-        assert_close(found[key], value, AFTER_ADAM)
-    assert any(float((found[key] - before[key]).abs().max()) > 1e-3 for key in found)
+    said = train_twice(home, name, 2, (*options, "--max-steps", "2"), "data.json")
+    assert said.count("trained on 8 samples") == 1, "one process alone talks"
     ours, theirs = history(home, name), history(home, f"{name}-alone")
     assert ours["sample_ids"] == theirs["sample_ids"]
     for row, other in zip(ours["steps"], theirs["steps"], strict=True):
@@ -115,15 +116,7 @@ def test_two_processes_are_one_with_twice_the_batch(options: tuple[str, ...], ho
 def test_a_process_without_pictures_keeps_up(options: tuple[str, ...], home: Path) -> None:
     """Half of the samples have none, and one sample is a process's share of a step."""
     name = "-".join(("mixed", *options)).replace("--", "")
-    steps = ("--max-steps", "8", *options)
-    done = torchrun(command(home, name, "--batch-size", "1", *steps, file="mixed.json"))
-    assert done.returncode == 0, done.stderr[-3000:]
-    cli.main(command(home, f"{name}-alone", "--batch-size", "2", *steps, file="mixed.json"))
-    found, expected = written(home, name), written(home, f"{name}-alone")
-    before = written(home, "pruned")
-    for key, value in expected.items():
-        assert_close(found[key], value, AFTER_ADAM)
-    assert any(float((found[key] - before[key]).abs().max()) > 1e-3 for key in found)
+    train_twice(home, name, 1, ("--max-steps", "8", *options), "mixed.json")
 
 
 @pytest.mark.slow

@@ -198,12 +198,10 @@ def requests_by_axis(request: Request, anatomy: Anatomy) -> dict[Axis, Request]:
 
 
 def ratio_of(config: PruneConfig) -> float:
-    """Return the ratio; 0 where only tokens and experts go. Raises ConfigError without one."""
-    if config.ratio is None and config.tokens_first:
-        return 0.0
-    if config.ratio is None:
+    """Return the ratio; 0 where only tokens and experts go."""
+    if config.ratio is None and not config.tokens_first:
         raise ConfigError("ratio: say which share of the backbone to remove")
-    return config.ratio
+    return config.ratio or 0.0
 
 
 def criteria_of(config: PruneConfig) -> tuple[str, ...]:
@@ -219,13 +217,12 @@ def criteria_of(config: PruneConfig) -> tuple[str, ...]:
 
 def scored_by(config: PruneConfig) -> tuple[str, ...]:
     """Return the criteria that score before the walk, which may choose by one itself."""
-    if config.ratio is None or config.data is None or config.axis == "depth":
-        return config.criterion
-    return tuple(name for name in config.criterion if name != WALKING)
+    chooses = not (config.ratio is None or config.data is None or config.axis == "depth")
+    return tuple(name for name in config.criterion if name != WALKING or not chooses)
 
 
 def check_options(config: PruneConfig) -> None:
-    """Check the options as far as possible without model and data; raise ConfigError."""
+    """Check the options as far as possible without model and data."""
     device_named(config.device)
     rows = {name: criterion_named(name, {}) for name in criteria_of(config)}
     data_bound = [name for name, row in rows.items() if row.needs_data]
@@ -279,10 +276,7 @@ def dummy_scores(anatomy: Anatomy, criteria: Sequence[str]) -> Scores:
 
 
 def check_questions(questions: Questions, blind: bool = False, log: bool = False) -> None:
-    """Check the tasks and their options before a model is loaded; raise ConfigError.
-
-    ``log``: replies must be kept as they come.
-    """
+    """Check the tasks and their options before a model is loaded."""
     own, theirs = split_names(questions.tasks)
     if own or not theirs:
         find_tasks(own)
@@ -339,8 +333,7 @@ def vocabulary_for(
 ) -> Vocabulary:
     """Choose the tokens that a model keeps, without its weights, from counted conversations.
 
-    Where the number is open, at least ``fewest`` stay. Raises SlimError if the model has no
-    tokenizer.
+    Where the number is open, at least ``fewest`` stay.
     """
     config, name = load_config(model, trust_remote_code), resolve(model)
     processor = load_processor(name, config, trust_remote_code)
