@@ -57,7 +57,7 @@ def build(criterion: str, name: str) -> PreTrainedModel:
 
 CASES = _cases()
 WITH_DATA = [case for case in CASES if CRITERIA[case.values[0]].needs_data]
-WITH_LABELS = [c for c in CASES if CRITERIA[c.values[0]].capture.reads_labels]
+WITH_LABELS = [c for c in CASES if CRITERIA[c.values[0]].capture.backward]
 OVER_TOKENS = [c for c in WITH_DATA if c not in WITH_LABELS and c.values[0] != "angular"]
 WIDTH = [c for c in CASES if "neuron" in CRITERIA[c.values[0]].units and c.values[0] != "random"]
 
@@ -259,7 +259,7 @@ def test_weights_of_one_are_no_weights(criterion: str, options: dict[str, Any]) 
     """Losses then count prompts, too: they are as before where only answers weigh."""
     model = build(criterion, "llava-llama")
     data = samples(model)
-    losses = CRITERIA[criterion].capture.reads_labels
+    losses = CRITERIA[criterion].capture.backward
     weights = {"image": 1.0, "prompt": 0.0 if losses else 1.0, "answer": 1.0}
     plain = score(model, data, criterion, **options)
     weighted = score(model, data, criterion, token_weights=weights, **options)

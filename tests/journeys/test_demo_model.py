@@ -50,8 +50,8 @@ def test_plain_transformers_says_the_same(tmp_path: Path) -> None:
     from slimvlm.planning.make import make_plan
     from slimvlm.pruning.cut import prune_
     from slimvlm.pruning.save import save
+    from slimvlm.scoring.criteria import score_random
     from slimvlm.scoring.statistics import Statistics
-    from slimvlm.scoring.without_data import score_random
 
     model, processor = load("demo", "float32")
     anatomy = read_anatomy(model)

@@ -176,9 +176,19 @@ def best_units(values: Tensor, count: int) -> Kept:
     return tuple(sorted(int(i) for i in order[len(values) - count :]))
 
 
-def with_uniform_widths(plan: Plan, scored: Mapping[str, Scores], budget: Budget) -> Plan:
+def with_uniform_widths(plan: Plan, given: list[Scores], budget: Budget) -> Plan:
     """Keep the best units of each open layer, equally many; kinds without scores stay whole."""
+    can_shrink = {"kv_group": True, "neuron": len(budget.anatomy.legal_neurons()) > 1}
+    scored = {
+        unit: scores_for(unit, given, budget)
+        for unit in budget.units
+        if can_shrink[unit] and any(scores.of(unit) is not None for scores in given)
+    }
+    if not scored:
+        scores_for(budget.units[-1], given, budget)
     shapes = {index: shape for index, shape in plan.shapes.items() if budget.is_open(index)}
+    if not shapes:
+        return plan
     equal = budget.anatomy.with_layers(list(shapes.values()))
     if not equal.is_uniform:
         raise ConfigError(

@@ -105,7 +105,7 @@ def make_plan(
     if axis in ("depth", "both"):
         plan = _without_layers(plan, scores_for("layer", given, budget), budget)
     if axis in ("width", "both"):
-        plan = _narrowed(plan, given, budget)
+        plan = with_uniform_widths(plan, given, budget)
     if counting == "parameters":
         _check_reached(plan, budget)
     return plan
@@ -221,21 +221,6 @@ def _without_layers(plan: Plan, scores: Scores, budget: Budget) -> Plan:
         removed = {candidates[int(i)] for i in order}
     criteria = {**plan.criteria, "layer": scores.criterion}
     return replace(plan.without_layers(removed), criteria=criteria)
-
-
-def _narrowed(plan: Plan, given: list[Scores], budget: Budget) -> Plan:
-    """Keep the best KV groups and neurons of every open layer."""
-    can_shrink = {"kv_group": True, "neuron": len(budget.anatomy.legal_neurons()) > 1}
-    scored = {
-        unit: scores_for(unit, given, budget)
-        for unit in budget.units
-        if can_shrink[unit] and any(scores.of(unit) is not None for scores in given)
-    }
-    if not scored:
-        scores_for(budget.units[-1], given, budget)
-    if not any(budget.is_open(i) for i in plan.layers):
-        return plan
-    return with_uniform_widths(plan, scored, budget)
 
 
 def _check_reached(plan: Plan, budget: Budget) -> None:

@@ -127,14 +127,9 @@ def _shape_line(anatomy: Anatomy) -> str:
     )
 
 
-def kept_units(plan: Plan, index: int, projection: Projection) -> tuple[int, ...]:
-    """The units of a matrix of layer ``index`` that a plan keeps."""
-    return plan.kept(unit_of(projection))[index]
-
-
 def kept_channels(plan: Plan, index: int, projection: Projection) -> Tensor:
     """The channels of a matrix of layer ``index`` that a plan keeps along its divided dimension."""
-    units = kept_units(plan, index, projection)
+    units = plan.kept(unit_of(projection))[index]
     return channels_of(projection, plan.before.layers[index], units)
 
 

@@ -60,7 +60,16 @@ def smaller_text_config(
 def validate(config: PreTrainedConfig, text_config: PreTrainedConfig, plan: Plan) -> None:
     """Refuse a shape that the configuration class refuses or ignores; builds it without weights."""
     if not getattr(text_config, UNEVEN_FIELD, None):
-        _require_legal_neurons(plan)
+        legal = plan.before.legal_neurons()
+        for neurons in plan.after.mlp_widths:
+            if neurons not in legal:
+                nearest = sorted(sorted(legal, key=lambda count: abs(count - neurons))[:2])
+                also = f", or {_FROM_PYTHON}" if plan.before.backbone.can_be_uneven else ""
+                raise ImpossiblePlanError(
+                    f"plan: {plan.before.model_type!r} cannot be configured with {neurons} neurons "
+                    f"in a layer; the nearest that it can have: {', '.join(map(str, nearest))}"
+                    + also
+                )
     elif not plan.before.backbone.can_be_uneven:
         raise ImpossiblePlanError(
             f"plan: layers of {plan.before.text_type!r} must stay equally wide, since "
@@ -146,20 +155,6 @@ def _changed_widths(text_config: Any, after: Anatomy) -> dict[str, Any]:
         if getattr(text_config, row.neuron_field) != neurons:
             changed |= {row.neuron_field: neurons, **row.width_fields}
     return changed
-
-
-def _require_legal_neurons(plan: Plan) -> None:
-    legal = plan.before.legal_neurons()
-    for neurons in plan.after.mlp_widths:
-        if neurons in legal:
-            continue
-        nearest = sorted(sorted(legal, key=lambda count: abs(count - neurons))[:2])
-        raise ImpossiblePlanError(
-            f"plan: {plan.before.model_type!r} cannot be configured with {neurons} neurons in a "
-            f"layer; the nearest that it can have: {', '.join(map(str, nearest))}"
-            + f", or {_FROM_PYTHON}"
-            * plan.before.backbone.can_be_uneven
-        )
 
 
 def _retyped(text_config: Any, model_type: str, fields: Any) -> PreTrainedConfig:

@@ -60,7 +60,15 @@ def prune_(model: PreTrainedModel, plan: Plan, allow_uneven: bool = False) -> No
         _cut_(cut)
     if is_tied:
         head.weight = embedding.weight
-    _drop_layers(model, plan)
+    parts = Parts(model)
+    kept, parent = [parts.layers[i] for i in plan.layers], parts.text_model
+    parent.layers = nn.ModuleList(kept)
+    for name in plan.before.backbone.live_lists:
+        setattr(parent, name, [getattr(parent, name)[i] for i in plan.layers])
+    for index, layer in enumerate(kept):  # numbered anew for the cache
+        for module in layer.modules():
+            if "layer_idx" in vars(module):
+                module.layer_idx = index  # type: ignore[assignment]
     _apply_config(model, text_config, plan)
 
 
@@ -152,19 +160,6 @@ def _cut_(cut: Cut) -> None:
         unit, count = cut.count
         for name in set(_COUNTS[unit]) & set(vars(owner)):
             setattr(owner, name, count)
-
-
-def _drop_layers(model: nn.Module, plan: Plan) -> None:
-    """Keep the planned layers and number them for the cache."""
-    parts = Parts(model)
-    kept, parent = [parts.layers[i] for i in plan.layers], parts.text_model
-    parent.layers = nn.ModuleList(kept)
-    for name in plan.before.backbone.live_lists:
-        setattr(parent, name, [getattr(parent, name)[i] for i in plan.layers])
-    for index, layer in enumerate(kept):
-        for module in layer.modules():
-            if "layer_idx" in vars(module):
-                module.layer_idx = index  # type: ignore[assignment]
 
 
 def _apply_config(model: PreTrainedModel, text_config: PreTrainedConfig, plan: Plan) -> None:

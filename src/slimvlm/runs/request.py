@@ -39,10 +39,10 @@ from slimvlm.scoring.criteria import (
     EXPERT_CRITERION,
     EXPERT_NEURON_CRITERION,
     criterion_named,
+    score_random,
 )
 from slimvlm.scoring.statistics import Statistics
 from slimvlm.scoring.unit_scores import Scores
-from slimvlm.scoring.without_data import score_random
 
 _RATIO_STEP = 1e-3
 """How much further a ratio goes at least while it is too small."""

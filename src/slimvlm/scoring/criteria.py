@@ -1,17 +1,24 @@
 """The table of criteria: the units they score, the data they need, and their papers.
 
-A criterion is one function and one row. ``docs/add-a-criterion.md`` walks through adding one.
+A criterion is one function and one row. ``docs/add-a-criterion.md`` walks through adding one. Those
+that need no data stand here, too. L layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+from torch import Tensor, nn
+
 from slimvlm.core import removed
 from slimvlm.core.errors import ConfigError
-from slimvlm.models.anatomy import LAYER_UNITS, WIDTH_UNITS, LayerShape
+from slimvlm.models.anatomy import LAYER_UNITS, WIDTH_UNITS, Anatomy, LayerShape
+from slimvlm.models.load import with_float64
+from slimvlm.models.parts import Parts, layer_matrices
+from slimvlm.scoring.batches import Batch, weight_of
 from slimvlm.scoring.gradients import (
     capture_gates,
     capture_gradients,
@@ -37,15 +44,71 @@ from slimvlm.scoring.inputs import (
     score_wanda,
 )
 from slimvlm.scoring.obs import score_obs
-from slimvlm.scoring.statistics import Statistics
+from slimvlm.scoring.statistics import ChannelSums, Place, Statistics
 from slimvlm.scoring.unit_scores import Scores
-from slimvlm.scoring.without_data import (
-    capture_nothing,
-    capture_weights,
-    score_magnitude,
-    score_random,
-    score_spacing,
-)
+
+
+def capture_weights(model: nn.Module, batches: Iterable[Batch], p: int = 1) -> ChannelSums:
+    """Sum ``|w|^p`` by channel of each matrix and by expert; no p-th root, as in LLM-Pruner."""
+    parts: dict[Place, Tensor] = {}
+    view = Parts(model)
+    for index, matrix in view.matrices():
+        values = weight_of(matrix.owner, matrix.name).float().abs().pow(p)
+        others = [dim for dim in range(-values.ndim, 0) if dim != matrix.projection.axis]
+        sums = with_float64(values).sum(others, dtype=torch.float64)
+        parts[index, matrix.projection.path] = sums.cpu()
+    for index, layer in enumerate(view.layers):
+        of_experts = []
+        for entry in layer_matrices(layer, view.row).experts:
+            values = with_float64(weight_of(entry.owner, entry.name).float().abs().pow(p))
+            of_experts.append(values.reshape(entry.width, -1).sum(1, dtype=torch.float64))
+        if of_experts:
+            parts[index, "expert"] = torch.stack(of_experts).sum(0).cpu()
+    return ChannelSums(parts=parts)
+
+
+def score_magnitude(statistics: ChannelSums, anatomy: Anatomy, reduction: str = "mean") -> Scores:
+    """Size of the weights of each unit; layers by the mean over their matrices' weights.
+
+    Experts are compared within a layer, by the sum over all that they own. ``reduction`` is the
+    ``mean`` over the unit's matrices as LLM-Pruner's scripts have it, or the ``sum``.
+    """
+    counts = [
+        max(sum(s.units(u) * getattr(s, f"{u}_params") for u in WIDTH_UNITS), 1)
+        for s in anatomy.layers
+    ]
+    layer = statistics.per_layer(anatomy) / torch.tensor(counts, dtype=torch.float64)
+    found = statistics.per_unit(anatomy, reduction)
+    return Scores.of_units("magnitude", anatomy.num_layers, found, layer, LAYER_UNITS)
+
+
+def score_spacing(statistics: Statistics, anatomy: Anatomy) -> Scores:
+    """Removed layers lie as far apart as possible, whatever their number; no data needed.
+
+    Layers are taken in farthest-point order: the next to go is the one farthest from all gone so
+    far and from both ends. Ties go to the later layer.
+    """
+    L = anatomy.num_layers
+    distance = torch.minimum(torch.arange(L) + 1, L - torch.arange(L)).double()
+    scores = torch.zeros(L)
+    for rank in range(L):
+        chosen = L - 1 - int(distance.flip(0).argmax())
+        scores[chosen] = rank
+        distance = torch.minimum(distance, (torch.arange(L) - chosen).abs().double())
+        distance[chosen] = -1
+    return Scores("spacing", layer=scores)
+
+
+def score_random(statistics: Statistics, anatomy: Anatomy, seed: int = 0) -> Scores:
+    """Uniform random scores: the floor that every other criterion has to beat."""
+    generator = torch.Generator().manual_seed(seed)
+    layer = torch.rand(anatomy.num_layers, generator=generator)
+    rows: dict[str, Any] = {
+        unit: [torch.rand(shape.units(unit), generator=generator) for shape in anatomy.layers]
+        for unit in LAYER_UNITS
+    }
+    return Scores("random", layer, **rows)
+
 
 Allowed = tuple[Any, ...] | None
 
@@ -64,25 +127,20 @@ class Capture:
     function: Callable[..., Statistics]
     options: tuple[str, ...] = ()  # those of a criterion that the function takes
     passes: int = 1  # cost of a sample in forward passes of the model; 0 if no data is read
-    reads_labels: bool = False  # whether it takes the loss of the predictions that labels mark
     sees: Literal["nothing", "layer", "hidden_states"] = "layer"
-    backward: bool = False  # whether it computes gradients, which low memory refuses
+    backward: bool = False  # whether it computes gradients of a loss, which low memory refuses
     layer_bytes: Callable[[LayerShape], int] | None = None
 
 
-NOTHING = Capture(function=capture_nothing, sees="nothing", passes=0)
+NOTHING = Capture(function=lambda model, batches: Statistics(), sees="nothing", passes=0)
 WEIGHTS = Capture(function=capture_weights, options=("p",), passes=0)
 HIDDEN_STATES = Capture(function=capture_hidden_states, sees="hidden_states")
 ACTIVATIONS = Capture(function=capture_activations)
 MOMENTS = Capture(function=capture_moments)
 GRAMS = Capture(function=capture_grams, layer_bytes=gram_bytes)
-GATES = Capture(function=capture_gates, passes=3, reads_labels=True, backward=True)
+GATES = Capture(function=capture_gates, passes=3, backward=True)
 GRADIENTS = Capture(
-    function=capture_gradients,
-    options=("order", "gradient"),
-    passes=3,
-    reads_labels=True,
-    backward=True,
+    function=capture_gradients, options=("order", "gradient"), passes=3, backward=True
 )
 ROUTING = Capture(function=capture_routing, passes=2)
 

@@ -64,17 +64,20 @@ class Scores:
         assert unit in ("layer", *LAYER_UNITS)
         return getattr(self, unit)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All numbers by name, such as ``neuron.3`` of layer 3."""
+        found = {"layer": self.layer, "layer_runs": self.layer_runs}
+        for unit in LAYER_UNITS:
+            found |= {f"{unit}.{index}": v for index, v in enumerate(self.of(unit) or ())}
+        return {name: values for name, values in found.items() if values is not None}
+
     def save(self, path: str | Path) -> None:
         """Write ``<path>.safetensors`` and ``<path>.json`` (criterion, options, units)."""
-        tensors: dict[str, Tensor | None] = {"layer": self.layer, "layer_runs": self.layer_runs}
-        for unit in LAYER_UNITS:
-            for index, values in enumerate(self.of(unit) or ()):
-                tensors[f"{unit}.{index}"] = values
         path = Path(path)
         about = {"criterion": self.criterion, "options": dict(self.options)}
         metadata = {"about": json.dumps(about)}  # so that a kill cannot pair the two wrongly
         with new_file(suffixed(path, ".safetensors")) as file:
-            stored = {name: v.contiguous() for name, v in tensors.items() if v is not None}
+            stored = {name: values.contiguous() for name, values in self.tensors().items()}
             save_file(stored, file, metadata)
         write_text(Path(suffixed(path, ".json")), json.dumps(about, indent=2) + "\n")
 

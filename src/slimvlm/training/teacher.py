@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from slimvlm.models.anatomy import channels_by_segment, read_anatomy
+from slimvlm.models.anatomy import channels_by_segment, read_anatomy, unit_of
 from slimvlm.models.families import INPUT_COLUMNS, OUTPUT_ROWS
 from slimvlm.models.hidden import replaced_forward
 from slimvlm.models.parts import Parts
-from slimvlm.planning.mask import kept_units
 from slimvlm.planning.plan import Plan
 from slimvlm.training.trainable import plain_model
 
@@ -154,7 +153,7 @@ def _share_cut_matrices(
         if index not in plan.layers:
             continue
         dim, shape, device = projection.dim, plan.before.layers[index], linear.weight.device
-        units = kept_units(plan, index, projection)
+        units = plan.kept(unit_of(projection))[index]
         lost = sorted({*range(shape.block(projection.segments[0])[0])} - {*units})
         kept, removed = (
             [part.to(device) for part in channels_by_segment(projection, shape, some)]

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError, DataError, UnsupportedModelError
 from slimvlm.core.files import require_free
 from slimvlm.core.progress import Say, silent
 from slimvlm.core.requests import digest
-from slimvlm.models.anatomy import LAYER_UNITS, WIDTH_UNITS, Anatomy, read_anatomy
+from slimvlm.models.anatomy import WIDTH_UNITS, Anatomy, read_anatomy
 from slimvlm.models.classes import require_full_precision, require_undivided
 from slimvlm.models.hidden import device_of, evaluating
 from slimvlm.models.load import device_named, digest_of_tensors
@@ -112,7 +111,8 @@ def walk_(
 
     if plan is not None:
         require_match(model, plan)
-    asked = (_as_list(scores), ratio, axis, allocation, score_layers)
+    given = [scores] if isinstance(scores, Scores) else scores
+    asked = (given, ratio, axis, allocation, score_layers)
     plans, chooses = plans_for(read_anatomy(model), *asked, plan=plan, **options)
     config = WalkConfig(plans, chooses, fitted, judges, steps, token_weights)
     walked = walk(Live(model), config, device_of(model), Memory(torch.device("cpu")))
@@ -167,14 +167,14 @@ def walk_checkpoint(
     place = device_named(device)
     steps = Steps(repair=repair, ridge=ridge, local=LocalSteps(count=local_steps))
     fitted, judges = _split(list(batches), held_out, steps)
-    given = _as_list(scores)
+    given = [scores] if isinstance(scores, Scores) else scores
     opened = open_checkpoint(model, dtype, trust_remote_code)
     with scratch_folder(scratch) as folder:
         request = {
             **opened.identity,
             "batches": digest([digest_of_tensors(batch) for batch in (*fitted, *judges)]),
             "asked": repr((ratio, axis, plan, allocation, token_weights, options)),
-            "scores": [digest_of_tensors(dict(_tensors_of(each))) for each in given],
+            "scores": [digest_of_tensors(each.tensors()) for each in given],
             "steps": asdict(steps),
         }
         Scratch(folder).keep_if_same("request.json", request)
@@ -234,19 +234,6 @@ def plans_for(
         even = "uniform" if allocation == "balanced" else allocation
         return [make_plan(anatomy, scores, ratio, axis, even, **options)], False
     return width_candidates(anatomy, scores, ratio, axis, WALKING, allocation, **options), True
-
-
-def _as_list(scores: Scores | Sequence[Scores]) -> list[Scores]:
-    return [scores] if isinstance(scores, Scores) else list(scores)
-
-
-def _tensors_of(scores: Scores) -> Iterator[tuple[str, Tensor]]:
-    """All numbers of some scores, by name."""
-    if scores.layer is not None:
-        yield "layer", scores.layer
-    for unit in LAYER_UNITS:
-        for index, values in enumerate(scores.of(unit) or ()):
-            yield f"{unit}.{index}", values
 
 
 def states_bytes(hidden_size: int, tokens: float, itemsize: int, aims: bool) -> float:
