@@ -1,0 +1,422 @@
+"""Fewer tokens and experts from the verbs: prune, plan, compress, in memory and layer by layer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jaxtyping
+import pytest
+import torch
+import transformers as hf
+
+import slimvlm as sv
+from slimvlm.core.options import MemoryOptions, PlanConfig, PruneConfig
+from slimvlm.models.load import anatomy
+from slimvlm.runs import stages
+from slimvlm.runs.advise import dry_run, dry_run_rows
+from slimvlm.runs.request import Request, requests_by_axis, resolved, with_tokens
+from slimvlm.runs.verbs import plan as write_plan
+from slimvlm.runs.verbs import prune
+from tests import tiny, tiny_folder, tiny_words
+from tests.handmade import assert_untouched, snapshot
+
+pytestmark = pytest.mark.usefixtures("unhurried")
+FEW = 420
+"""Tokens that stay, of 533."""
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("text") / "some.txt"
+    path.write_text("\n".join(tiny_words.CORPUS))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("data") / "data.jsonl"
+    rows = [
+        [
+            {"role": "user", "content": f"How wide are {n} stones?"},
+            {"role": "assistant", "content": f"They are {n * n} wide."},
+        ]
+        for n in range(60)
+    ]
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Data for the models with experts."""
+    return str(tiny_folder.write_llava_data(tmp_path_factory.mktemp("data"), pictures=False))
+
+
+def model() -> str:
+    return str(tiny_words.folder("text"))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Complete folders of text models: with many tokens, dense, and with experts of a type."""
+    found = {"tokens": model(), "text": str(tiny_folder.folder("text"))}
+    words = tiny_folder.processor("text")
+    llama4 = tiny.CONFIGS["llama4"]().text_config
+    for config in (tiny.CONFIGS["qwen3_moe"](), llama4):
+        config.vocab_size = tiny_folder.VOCAB
+        torch.manual_seed(0)
+        path = tmp_path_factory.mktemp(config.model_type)
+        hf.AutoModelForCausalLM.from_config(config).save_pretrained(path)
+        words.save_pretrained(path)
+        found[config.model_type] = str(path)
+    return found
+
+
+def pruned(model: str, out: Path, heard: list[str] | None = None, **options: Any) -> sv.Plan:
+    memory = MemoryOptions(low_memory=options.pop("low_memory", False))
+    say = (heard if heard is not None else []).append
+    prune(model, PruneConfig(**options), out, memory=memory, say=say)
+    return sv.Plan.load(out / "slimvlm_plan.json")
+
+
+def test_tokens_alone_need_neither_a_ratio_nor_data(tmp_path: Path, text: str) -> None:
+    heard: list[str] = []
+    plan = pruned(model(), tmp_path / "out", heard, vocab_size=FEW, vocab_text=text)
+    assert plan.tokens is not None
+    assert len(plan.tokens) == FEW
+    assert not plan.cuts_layers
+    assert f"{FEW} of 533 tokens stay" in "\n".join(heard)
+    smaller, words = sv.load(tmp_path / "out", device="cpu")
+    assert smaller.config.vocab_size == len(words) == FEW
+
+
+def test_the_axis_gives_what_tokens_leave_of_the_ratio(
+    tmp_path: Path, data: str, text: str
+) -> None:
+    shape = anatomy(model())
+    options = {"data": data, "vocab_size": FEW, "vocab_text": text, "local_steps": 0, "samples": 8}
+    plan = pruned(model(), tmp_path / "out", ratio=0.4, axis="width", **options)
+    assert plan.tokens is not None
+    assert plan.cuts_layers
+    smaller = anatomy(tmp_path / "out")
+    assert smaller == plan.after
+    assert 1 - smaller.backbone_params / shape.backbone_params == pytest.approx(0.4, abs=0.02)
+    held_out = json.loads((tmp_path / "out" / "slimvlm_held_out.json").read_text())
+    assert held_out
+    little = pruned(model(), tmp_path / "little", ratio=0.05, axis="auto", **options)
+    assert little.tokens == plan.tokens
+    assert not little.cuts_layers
+
+
+def test_experts_alone_need_neither_a_ratio_nor_data(
+    models: dict[str, str], tmp_path: Path
+) -> None:
+    plan = pruned(models["qwen3_moe"], tmp_path / "out", experts=0.25, samples=4)
+    assert plan.criteria == {"expert": "reap"}
+    assert [len(kept) for kept in plan.experts] == [3, 0, 3, 3]
+    assert plan.neurons == sv.Plan.everything(plan.before).neurons
+    smaller, _ = sv.load(tmp_path / "out", device="cpu")
+    assert smaller.config.num_experts == 3
+    assert anatomy(tmp_path / "out") == plan.after
+    assert "3 of 4 experts" in (tmp_path / "out" / "README.md").read_text()
+
+
+BARE = {"samples": 6, "local_steps": 0, "repair": "none"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "criteria"),
+    [
+        ({"experts": 0.5, **BARE}, {"expert": "reap"}),
+        ({"experts": 0.5, "criterion": ("frequency",), **BARE}, {"expert": "frequency"}),
+        (
+            {"ratio": 0.3, "samples": 6, "local_steps": 0},
+            {"kv_group": "activation", "neuron": "activation"},
+        ),
+        (
+            {"experts": 0.25, "ratio": 0.4, "axis": "depth", "samples": 8, "local_steps": 2},
+            {"layer": "block_influence", "expert": "reap"},
+        ),
+    ],
+)
+def test_experts_and_their_neurons_have_criteria_of_their_own(
+    models: dict[str, str],
+    tmp_path: Path,
+    seen: str,
+    asked: dict[str, Any],
+    criteria: dict[str, str],
+) -> None:
+    plan = pruned(models["qwen3_moe"], tmp_path / "out", data=seen, **asked)
+    assert plan.criteria == criteria
+    assert (plan.neurons != sv.Plan.everything(plan.before).neurons) == ("ratio" in asked)
+    assert (len(plan.layers) < 4) == ("layer" in criteria)
+    assert anatomy(tmp_path / "out") == plan.after
+
+
+def test_neurons_of_dense_layers_are_the_walk_s_own_choice(tmp_path: Path, seen: str) -> None:
+    asked = {"ratio": 0.3, "samples": 6, "local_steps": 0, "data": seen}
+    dense = pruned(str(tiny_folder.folder("text")), tmp_path / "dense", **asked)
+    assert dense.criteria == {"kv_group": "obs", "neuron": "obs"}
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "tolerance"),
+    [
+        ("tokens", {"vocab_size": FEW, "ratio": 0.4, "axis": "width"}, 1e-5),
+        ("llama4_text", {"experts": 0.5, "axis": "depth"}, 0.0),
+        ("qwen3_moe", {"experts": 0.5, "ratio": 0.4, "criterion": ("activation", "reap")}, 0.0),
+    ],
+)
+def test_layer_by_layer_the_same_is_written(
+    models: dict[str, str],
+    tmp_path: Path,
+    data: str,
+    seen: str,
+    text: str,
+    name: str,
+    asked: dict[str, Any],
+    tolerance: float,
+) -> None:
+    options = {"data": seen, "samples": 8, "local_steps": 0, **asked}
+    if name == "tokens":
+        options |= {"data": data, "vocab_text": text}
+    plan = pruned(models[name], tmp_path / "at once", **options)
+    assert (plan.criteria.get("expert") == "reap") == ("experts" in asked)
+    assert pruned(models[name], tmp_path / "by layer", low_memory=True, **options) == plan
+    whole, pieces = (sv.load(tmp_path / n, device="cpu")[0] for n in ("at once", "by layer"))
+    ours, theirs = whole.state_dict(), pieces.state_dict()
+    for key, value in ours.items():
+        torch.testing.assert_close(theirs[key], value, atol=tolerance, rtol=10 * tolerance)
+    for file in ("tokenizer.json", "generation_config.json") if name == "tokens" else ():
+        one, other = ((tmp_path / n / file).read_text() for n in ("at once", "by layer"))
+        assert one == other
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("tokens", {"vocab_size": "auto"}),
+        ("qwen3_moe", {"experts": 0.25, "axis": "width"}),
+        ("qwen3_moe", {"experts": 0.25, "axis": "depth"}),
+    ],
+)
+def test_a_written_plan_has_them_and_is_applied(
+    models: dict[str, str], tmp_path: Path, text: str, name: str, asked: dict[str, Any]
+) -> None:
+    if name == "tokens":
+        asked = {**asked, "vocab_text": text}
+    file, out = tmp_path / "plan.json", tmp_path / "out"
+    made = write_plan(models[name], PlanConfig(**asked), file, say=[].append)
+    assert (made.tokens is not None) == (name == "tokens")
+    assert made.criteria == ({} if name == "tokens" else {"expert": "reap"})
+    assert name != "tokens" or not made.cuts_layers
+    prune(models[name], PruneConfig(), out, plan_file=file, say=[].append)
+    assert anatomy(out) == made.after
+
+
+RECOVER = sv.RecoverConfig(
+    **{"train": "lora", "loss": "sft+hidden+kl", "max_steps": 2},
+    **{"batch_size": 2, "lora_rank": 2, "bf16": False},
+)
+
+
+def test_a_run_trains_and_asks_with_fewer_tokens(tmp_path: Path, data: str, text: str) -> None:
+    shown = {"data": data, "samples": 8, "local_steps": 0, "report_samples": 3}
+    asked = {"ratio": 0.35, "axis": "width", "vocab_size": FEW, "vocab_text": text}
+    config = sv.CompressConfig(recover=RECOVER, **shown, **asked)
+    heard: list[str] = []
+    sv.compress(model(), config, tmp_path / "run", say=heard.append)
+    assert f"{FEW} of 533 tokens stay" in "".join(heard)
+    smaller, words = sv.load(tmp_path / "run", device="cpu")
+    assert smaller.config.vocab_size == len(words) == FEW
+    recovered = json.loads((tmp_path / "run" / "results" / "data-recovered.json").read_text())
+    assert recovered["baseline"] == "original"
+    assert f"{FEW} of" in (tmp_path / "run" / "summary.md").read_text()
+
+
+def test_a_run_trains_with_fewer_experts(models: dict[str, str], tmp_path: Path, seen: str) -> None:
+    shown = {"data": seen, "samples": 6, "local_steps": 0, "report_samples": 0}
+    config = sv.CompressConfig(experts=0.25, recover=RECOVER, **shown)
+    sv.compress(models["qwen3_moe"], config, tmp_path / "run", say=[].append)
+    assert anatomy(tmp_path / "run").expert_counts == [3]
+    assert "3 of 4 experts" in (tmp_path / "run" / "summary.md").read_text()
+
+
+def test_a_stage_of_a_study_chooses_from_its_own_samples(data: str) -> None:
+    config = PruneConfig(ratio=0.3, axis="depth", vocab_size=FEW, data=data, repair="none")
+    request = resolved(Request(model=model(), prune=config))
+    loaded, processor = stages.load_original(request, "cpu")
+    samples = sv.load_samples(data, limit=12)
+    calibration = stages.Calibration(processor, samples, hold_out=False)
+    scores = list(stages.calibrate(request, loaded, calibration).values())
+    plan = stages.prune_(request, loaded, calibration, scores).plan
+    assert plan.tokens is not None
+    assert len(plan.tokens) == loaded.config.vocab_size == FEW
+    assert plan.cuts_layers
+    assert all(
+        set(processor(m["content"][0]["text"])["input_ids"]) <= set(plan.tokens)
+        for sample in samples
+        for m in sample.messages
+    )
+
+
+def opened(data: str, where: str = "", **options: Any) -> tuple[Request, list[str]]:
+    """A request whose axis is open, with what is said of its tokens."""
+    heard: list[str] = []
+    asked = {"ratio": 0.4, "axis": "auto", "samples": 16, "local_steps": 0, **options}
+    request = resolved(Request(model=where or model(), prune=PruneConfig(data=data, **asked)))
+    samples = stages.read_split(request, heard.append)
+    return with_tokens(request, samples.counted(request), heard.append), heard
+
+
+def test_where_the_axis_is_open_fewer_tokens_are_tried_on_the_same_answers(
+    data: str, tmp_path: Path
+) -> None:
+    rows = Path(data).read_text().splitlines()
+    for place in range(stages.HELD_OUT_EVERY - 1, len(rows), stages.HELD_OUT_EVERY):
+        rows[place] = rows[place].replace("wide.", "jumps over the lazy dog.")
+    rare = tmp_path / "rare.jsonl"
+    rare.write_text("\n".join(rows))
+    request, heard = opened(str(rare))
+    assert request.tokens is None
+    assert f"{len(request.fewer_tokens or ())} of 533 tokens stay" in heard[-1]
+    loaded, processor = stages.load_original(request, "cpu")
+    before = snapshot(loaded)
+    samples = stages.read_split(request, heard.append).calibration
+    calibration = stages.Calibration(processor, samples, request.hold_out)
+    scores = list(stages.calibrate(request, loaded, calibration).values())
+    losses = stages.try_axes(request, loaded, calibration, scores)
+    assert_untouched(loaded, before)
+    *_, last = losses
+    best = last.removesuffix(stages.BEHIND)
+    assert best != last
+    student, _ = stages.load_original(request, "cpu")
+    held_out = {"held_out": calibration.held_out, "tokens": request.fewer_tokens}
+    walked = sv.walk_(student, calibration.fitted, 0.4, best, scores=scores, **held_out)
+    sv.trim_tokenizer_(processor, walked.plan)
+    judges = samples[stages.HELD_OUT_EVERY - 1 :: stages.HELD_OUT_EVERY]
+    said = sv.evaluate_data(student, processor, judges).samples
+    whole, words = stages.load_original(request, "cpu")
+    read = sum(sample.tokens for sample in sv.evaluate_data(whole, words, judges).samples)
+    assert sum(s.tokens for s in said) > read  # some answers are in shorter pieces now
+    nats = sum(sample.loss * sample.tokens for sample in said)
+    assert losses[last] == pytest.approx(nats / read, rel=1e-4)
+
+
+@pytest.mark.parametrize("lost", [0.5, 2.0])
+def test_a_run_takes_fewer_tokens_where_answers_lose_less_by_it(
+    tmp_path: Path, data: str, lost: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = {"depth": 1.5, "width": 1.0, "width" + stages.BEHIND: lost}
+    monkeypatch.setattr(stages, "try_axes", lambda *_, **__: tried)
+    asked = {"ratio": 0.4, "axis": "auto", "samples": 16, "local_steps": 0, "report_samples": 3}
+    sv.compress(model(), sv.CompressConfig(data=data, **asked), tmp_path / "run", say=[].append)
+    plan = sv.Plan.load(tmp_path / "run" / "plan.json")
+    assert (plan.axis, plan.tokens is not None) == ("width", lost < 1)
+    assert plan.ratio == pytest.approx(0.4, abs=0.02)
+    assert anatomy(tmp_path / "run") == plan.after
+
+
+def test_a_dry_run_says_how_many_tokens_a_run_would_try(data: str) -> None:
+    asked = {"ratio": 0.4, "axis": "auto", "samples": 16, "report_samples": 0}
+    found = dry_run(model(), sv.CompressConfig(data=data, **asked), [].append)
+    assert found.fewer_tokens == len(opened(data)[0].fewer_tokens or ())
+    told = dict(row for row in dry_run_rows(found) if row[0])["axes"]
+    assert f"again after trimming to {found.fewer_tokens:,} tokens" in told
+    all_stay = sv.CompressConfig(data=data, vocab_size="all", **asked)
+    assert dry_run(model(), all_stay, [].append).fewer_tokens == 0
+
+
+def test_fewer_tokens_never_remove_more_than_the_ratio(data: str) -> None:
+    shape = anatomy(model())
+    request, _ = opened(data, ratio=0.05)
+    gone = shape.vocab_size - len(request.fewer_tokens or ())
+    assert 0 <= gone * shape.token_params - 0.05 * shape.backbone_params < shape.token_params
+
+
+def test_all_tokens_stay_where_that_is_asked_or_nothing_else_is_possible(
+    data: str, tmp_path: Path
+) -> None:
+    for asked in ({"vocab_size": "all"}, {"axis": "width"}):
+        request, heard = opened(data, **asked)
+        assert (request.fewer_tokens, heard) == (None, [])
+    place = tmp_path / "model"
+    shutil.copytree(model(), place)
+    words = json.loads((place / "tokenizer.json").read_text())
+    words["model"]["dropout"] = 0.1
+    (place / "tokenizer.json").write_text(json.dumps(words))
+    request, heard = opened(data, str(place))
+    assert request.fewer_tokens == ()
+    assert "all tokens stay: tokens: " in heard[-1]
+
+
+def test_no_axis_is_tried_where_experts_are_all_that_goes() -> None:
+    for axis in (None, "chart", "auto"):
+        asked = PruneConfig(experts=0.25, data="data.json", axis=axis)
+        found = resolved(Request(model="model", prune=asked)).prune
+        assert (found.axis, found.ratio, found.criterion) == ("width", 0.0, ("reap",))
+
+
+def test_what_no_walk_chooses_is_said_before_weights_are_read(
+    models: dict[str, str], tmp_path: Path, seen: str
+) -> None:
+    asked = {"ratio": 0.3, "axis": "width", "criterion": ("obs",), "data": "no file"}
+    with pytest.raises(sv.SlimError, match="has experts, whose neurons no walk chooses"):
+        pruned(models["qwen3_moe"], tmp_path / "out", **asked)
+    shape = anatomy(models["qwen3_moe"])
+    request = Request(model="model", prune=PruneConfig(ratio=0.3, axis="auto", data=seen))
+    assert list(requests_by_axis(resolved(request), shape)) == ["depth"]
+
+
+def test_heads_that_guess_further_tokens_are_counted_out(tmp_path: Path) -> None:
+    model = tiny.build("qwen3_5_text")
+    model.config.mtp_num_hidden_layers = 1
+    model.save_pretrained(tmp_path / "model")
+    heard: list[str] = []
+    config = PruneConfig(ratio=0.2, axis="depth", criterion=("spacing",))
+    prune(str(tmp_path / "model"), config, tmp_path / "out", say=heard.append)
+    assert any("mtp_num_hidden_layers becomes 0" in line for line in heard)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["mtp_num_hidden_layers"] == 0
+    assert "`mtp_num_hidden_layers` is 0" in (tmp_path / "out" / "README.md").read_text()
+    assert model.config.mtp_num_hidden_layers == 1
+    heard.clear()
+    prune(str(tmp_path / "out"), config, tmp_path / "again", say=heard.append)
+    assert not any("mtp" in line for line in heard)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("tokens", {"vocab_size": 3}, r"vocab_size 3 must be at least \d+"),
+        ("tokens", {"vocab_size": 0}, "vocab_size 0 must be at least 1"),
+        ("tokens", {"vocab_size": "few"}, "vocab_size 'few' must be one of: auto"),
+        ("tokens", {"vocab_size": "auto"}, "vocab_size 'auto' needs --data or --vocab-text"),
+        ("tokens", {"vocab_text": "a.txt", "ratio": 0.1}, "vocab_text 'a.txt' needs vocab_size"),
+        ("tokens", {"vocab_size": 400, "vocab_text": "nowhere.txt"}, "'nowhere.txt'.*no such file"),
+        ("tokens", {}, "either --ratio or --plan, or --vocab-size or --experts alone"),
+        (
+            "qwen3_moe",
+            {"experts": 0.75},
+            "experts 0.75 leaves 1 in a layer, but each .* 2",
+        ),
+        ("qwen3_moe", {"experts": 1.0}, "experts 1.0 must be at least 0 and below 1"),
+        ("qwen3_moe", {"experts": 0.5, "criterion": ("obs",)}, "criterion 'obs' needs --data"),
+        ("text", {"experts": 0.5}, "experts 0.5: 'llama' has none that can go"),
+    ],
+)
+def test_what_cannot_be_is_said_before_weights_are_read(
+    models: dict[str, str],
+    tmp_path: Path,
+    name: str,
+    options: dict[str, Any],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for a user
+    with pytest.raises(sv.SlimError, match=message):
+        pruned(models[name], tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
