@@ -22,7 +22,8 @@ from slimvlm.cli import parsed
 from slimvlm.core.errors import ConfigError, SlimError
 from slimvlm.core.options import CompressConfig, RecoverConfig
 from slimvlm.core.progress import silent
-from slimvlm.evaluation.on_data import DataResult
+from slimvlm.data.read import load_samples
+from slimvlm.evaluation.on_data import DataResult, evaluate_data
 from slimvlm.evaluation.results import Result
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.load import load
@@ -36,9 +37,11 @@ from slimvlm.runs.compress import (
     compress_command,
     config_text,
     read_config,
+    read_held_out,
     read_times,
     results_of,
 )
+from slimvlm.runs.report import read_record, report_html
 from slimvlm.scoring.unit_scores import Scores
 from tests import tiny_folder as folders
 
@@ -157,8 +160,7 @@ def test_the_checkpoint_is_the_planned_model(finished: Path) -> None:
 def test_recovery_learns_from_other_samples_than_calibration(finished: Path) -> None:
     history = json.loads((finished / "history.json").read_text())
     assert history["sample_ids"] == [f"s{i}" for i in range(4, 10)]
-    report = DataResult.load(finished / "results" / "data-recovered.json")
-    assert [each.id for each in report.samples] == ["s10", "s11"]
+    assert [each.id for each in read_held_out(finished)["recovered"].samples] == ["s10", "s11"]
 
 
 @pytest.mark.parametrize(
@@ -246,6 +248,29 @@ def test_a_run_goes_on_without_times_and_says_why(
     compress(*asked, tmp_path / "run", say=said.append)
     assert any(re.search(told, line) for line in said)
     assert read_times(tmp_path / "run") is None
+
+
+def test_a_run_keeps_the_figures_of_its_stages_on_held_out_samples(
+    finished: Path, data: Path
+) -> None:
+    found, unseen = read_held_out(finished), load_samples(data)[-2:]
+    assert list(found) == list(STAGES)
+    for result in found.values():
+        assert [each.id for each in result.samples] == [each.id for each in unseen]
+    original, recovered = load(folders.folder("llava")), load(finished)
+    again: Any = found["recovered"].figures
+    expected: Any = evaluate_data(*recovered, unseen, original[0]).figures
+    assert again.agreement == expected.agreement
+    assert again.divergence.value == pytest.approx(expected.divergence.value, abs=1e-5)
+    loss = evaluate_data(*original, unseen).figures.loss.value
+    assert found["original"].figures.loss.value == pytest.approx(loss, abs=1e-5)
+    assert not (finished / "said.safetensors").exists()
+    page = report_html(read_record(finished))
+    assert "Same next token" in page
+    files = [finished / "summary.md", finished / "checkpoint" / "README.md"]
+    for text in (page, *(file.read_text() for file in files)):
+        assert f"{again.loss.value:.3f} [" in text
+        assert "KL divergence from the original" in text
 
 
 def test_a_stopped_run_repeats_no_finished_stage(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,14 @@ import pytest
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import CompressConfig, PruneConfig, Questions, RecoverConfig
+from slimvlm.core.progress import silent
+from slimvlm.data.read import load_samples
 from slimvlm.data.samples import Sample
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.runs import request as requests
 from slimvlm.runs.compress import request_of
 from slimvlm.runs.request import Request, check_questions, resolved
-from slimvlm.runs.stages import SampleSplit, rows_to_read, split
+from slimvlm.runs.stages import SampleSplit, not_among, read_split, rows_to_read, split
 from slimvlm.runs.study.config import expand
 from slimvlm.runs.study.schedule import stages_of
 from slimvlm.scoring.criteria import DEFAULT_CRITERIA
@@ -134,9 +138,12 @@ def samples(count: int) -> list[Sample]:
     return [Sample(id=f"s{i}", messages=()) for i in range(count)]
 
 
+def ids(samples: Sequence[Sample]) -> list[str]:
+    return [sample.id for sample in samples]
+
+
 def names(found: SampleSplit) -> tuple[list[str], list[str]]:
-    calibration, training = found.calibration, found.training
-    return [sample.id for sample in calibration], [sample.id for sample in training]
+    return ids(found.calibration), ids(found.training)
 
 
 def test_seed_0_is_the_order_of_the_file_and_any_other_shuffles_it() -> None:
@@ -178,6 +185,71 @@ def test_no_more_rows_are_read_than_needed(changes: dict[str, Any], count: int |
     assert rows_to_read(request) == count
     if count is not None:
         assert names(split(samples(count), request)) == names(split(samples(20)[:count], request))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folders.write_llava_data(tmp_path_factory.mktemp("data"), count=20)
+
+
+def reading(data: Path, **changes: object) -> Request:
+    config = PruneConfig(ratio=0.3, data=str(data), samples=6, seed=0)
+    request = Request(
+        model=str(folders.folder("llava")), prune=config, recover=RecoverConfig(), report_samples=64
+    )
+    return replace(request, **changes)
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+@pytest.mark.parametrize("training", [None, 5, 100])
+@pytest.mark.parametrize("count", [2, 64])
+def test_no_sample_of_the_report_is_used(
+    seed: int, training: int | None, count: int, data: Path
+) -> None:
+    request = reading(data, training_samples=training, report_samples=count)
+    request = replace(request, prune=replace(request.prune, seed=seed))
+    found = read_split(request, silent)
+    assert len(found.report) in (2, 4)  # at most a fifth of 20, or of the 13 that are read
+    used = {*ids(found.calibration), *ids(found.training)}
+    assert not used & set(ids(found.report))
+    if seed == 0 and training is None:
+        assert ids(found.report) == [f"s{i}" for i in range(20)][-len(found.report) :]
+
+
+def test_repeated_samples_are_not_held_out(data: Path) -> None:
+    samples = load_samples(data)
+    twice = [*samples[:18], replace(samples[2], id="again"), samples[19]]
+    request = reading(data, report_samples=2)
+    assert ids(split(twice, request).report) == ["s19"]
+    others = [Sample("x", samples[0].messages, samples[1].images)]
+    assert not_among([samples[0]], others) == [samples[0]]  # the same words on another picture
+
+
+def test_too_few_samples_are_reported(data: Path, tmp_path: Path) -> None:
+    few, lines = folders.write_llava_data(tmp_path, count=9), []
+    found = read_split(reading(few), lines.append)
+    assert found.report == ()
+    assert len(found.calibration) == 6
+    assert any("9 samples are too few, 10 would do" in line for line in lines)
+    lines.clear()
+    read_split(reading(few, report_samples=0), lines.append)
+    assert lines == []
+
+
+def test_data_that_begin_with_pictures_are_mixed_all_the_way(tmp_path: Path) -> None:
+    in_order = folders.write_llava_data(tmp_path, count=20)
+    rows = json.loads(in_order.read_text())
+    for row in rows[10:]:
+        del row["image"]
+        turn = row["conversations"][0]
+        turn["value"] = turn["value"].removeprefix("<image>\n")
+    in_order.write_text(json.dumps(rows))
+    whole = read_split(reading(in_order), silent)
+    for part in (whole.calibration, whole.training, whole.report):
+        shown = sum(bool(sample.images) for sample in part)
+        assert abs(shown - len(part) / 2) <= 1
+    untrained = read_split(reading(in_order, recover=None, report_samples=2), silent)
+    assert ids(untrained.calibration) == ids(whole.calibration)  # though it reads ten rows
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -1,0 +1,119 @@
+"""The verbs of one stage: figures on held-out samples, in memory and from files; refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slimvlm.cli import main
+from slimvlm.core.errors import ConfigError
+from slimvlm.core.options import MemoryOptions, PruneConfig, ReportOptions
+from slimvlm.core.progress import silent
+from slimvlm.data.read import load_samples
+from slimvlm.evaluation.on_data import DataResult, evaluate_data
+from slimvlm.models.load import load
+from slimvlm.runs.verbs import Pruned, prune
+from tests import tiny_folder as folders
+
+pytestmark = pytest.mark.usefixtures("unhurried")
+
+MODEL = str(folders.folder("llava"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folders.write_llava_data(tmp_path_factory.mktemp("data"), count=20)
+
+
+@pytest.fixture(scope="module")
+def pruned(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Pruned]:
+    """A smaller model by its folder: made in memory, and from files."""
+    home, done = tmp_path_factory.mktemp("pruned"), {}
+    config = PruneConfig(ratio=0.3, axis="width", data=str(data), samples=6, local_steps=0)
+    for name in ("memory", "files"):
+        memory = MemoryOptions(low_memory=name == "files")
+        done[home / name] = prune(MODEL, config, home / name, memory=memory, say=silent)
+    return done
+
+
+def test_prune_gives_the_same_figures_in_memory_and_from_files(
+    data: Path, pruned: dict[Path, Pruned]
+) -> None:
+    for out, done in pruned.items():
+        assert list(done.held_out) == ["original", "pruned"]
+        assert DataResult.load(out / "slimvlm_held_out.json") == done.held_out["pruned"]
+        assert "## What was kept" in (out / "README.md").read_text()
+    for stage in ("original", "pruned"):
+        samples = (done.held_out[stage].samples for done in pruned.values())
+        for here, there in zip(*samples, strict=True):
+            assert here.loss == pytest.approx(there.loss, rel=1e-3)
+            assert here.tokens == there.tokens
+    again = evaluate_data(*load(out), load_samples(data)[-4:])
+    expected = done.held_out["pruned"].figures.loss.value
+    assert again.figures.loss.value == pytest.approx(expected, abs=1e-5)
+
+
+COMMON = ["--ratio", "0.3", "--axis", "width", "--samples", "6", "--local-steps", "0"]
+
+
+def test_the_command_line_prints_them(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["prune", MODEL, *COMMON, "--data", str(data), "--out"]
+    main([*words, str(tmp_path / "out")])
+    shown = capsys.readouterr().out
+    assert "4 samples" in shown
+    assert "same next token as the original" in shown
+    main([*words, str(tmp_path / "none"), "--report-samples", "0"])
+    assert "same next token" not in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="report_samples -1"):
+        ReportOptions(report_samples=-1)
+    words = ["compress", MODEL, *COMMON, "--data", str(data), "--train", "none", "--json"]
+    main([*words, "--out", str(tmp_path / "run")])
+    found = json.loads(capsys.readouterr().out)["held_out"]
+    assert list(found) == ["original", "pruned"]
+    assert found["original"]["agreement"] is None
+    assert found["pruned"]["samples"] == 4
+    assert 0 <= found["pruned"]["agreement"]["value"] <= 100
+
+
+def test_a_model_is_evaluated_on_data_without_a_task(
+    data: Path, pruned: dict[Path, Pruned], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    *_, smaller = pruned
+    words = ["evaluate", str(smaller), "--data", str(data), "--limit", "8"]
+    main([*words, "--baseline", MODEL, "--json", "--out", str(tmp_path / "r.json")])
+    found = json.loads(capsys.readouterr().out)
+    samples = load_samples(data)[:8]
+    expected: Any = evaluate_data(*load(smaller), samples, load(MODEL)[0]).figures
+    assert found["model"]["agreement"]["value"] == pytest.approx(expected.agreement.value)
+    assert found["model"]["loss"]["value"] == pytest.approx(expected.loss.value, abs=1e-5)
+    assert found["baseline"]["samples"] == 8
+    assert DataResult.load(tmp_path / "r.json").baseline == MODEL
+    main(words)
+    shown = capsys.readouterr().out
+    assert "perplexity" in shown
+    assert "agreement" not in shown
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--tasks", "presence"], "--tasks is for tasks"),
+        (["--floors"], "--floors is for tasks"),
+        (["--baseline", "RESULT"], "must be a model"),
+        (["--limit", "0"], "limit 0"),
+    ],
+)
+def test_options_that_do_not_go_with_data_are_refused(
+    more: list[str], message: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "result.json").write_text("{}")
+    more = [str(tmp_path / "result.json") if word == "RESULT" else word for word in more]
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", MODEL, "--data", str(data), *more])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
