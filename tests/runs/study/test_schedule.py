@@ -59,28 +59,21 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-class Outcomes(dict[str, Outcome]):
-    """Collects outcomes by the stage's name."""
-
-    def __init__(self, at_end: Callable[[], object] = bool) -> None:
-        super().__init__()
-        self.at_end = at_end
-
-    def started(self, stage: Stage) -> None:
-        """Nothing."""
-
-    def finished(self, stage: Stage, outcome: Outcome) -> None:
-        self[stage.name] = outcome
-        self.at_end()
-
-
 def run(
-    schedule: Schedule, cache: Cache, stages: Sequence[Stage] | None = None
+    schedule: Schedule,
+    cache: Cache,
+    stages: Sequence[Stage] | None = None,
+    at_end: Callable[[], object] = bool,
 ) -> dict[str, Outcome]:
-    """Do stages, by default all that are missing."""
-    outcomes = Outcomes()
+    """Do stages, by default all that are missing; outcomes by the stage's name."""
+    outcomes: dict[str, Outcome] = {}
+
+    def finished(stage: Stage, outcome: Outcome) -> None:
+        outcomes[stage.name] = outcome
+        at_end()
+
     missing = schedule.missing(cache) if stages is None else stages
-    run_local(schedule, missing, cache, outcomes.started, outcomes.finished)
+    run_local(schedule, missing, cache, bool, finished)
     return outcomes
 
 
@@ -145,9 +138,8 @@ def test_two_workers_never_do_the_same_stage(
 def test_few_models_are_on_disk_at_a_time(
     schedule: Schedule, tmp_path: Path, done: list[str]
 ) -> None:
-    cache, counts = Cache(tmp_path), []
-    watcher = Outcomes(lambda: counts.append(len(models_in(tmp_path))))
-    run_local(schedule, schedule.missing(cache), cache, watcher.started, watcher.finished)
+    counts: list[int] = []
+    run(schedule, Cache(tmp_path), at_end=lambda: counts.append(len(models_in(tmp_path))))
     assert max(counts) == 1
 
 
