@@ -297,11 +297,11 @@ def _card_facts(run: Run) -> CardFacts:
         command=compress_command(model, run.config, run.name),
         results=tables.as_markdown(*tables.result_rows(results)) if results else "",
         scores={name: (task.metric, task.score) for name, task in measured.items()},
-        held_out=_kept_text(run.folder),
+        held_out=_held_out_text(run.folder),
     )
 
 
-def _kept_text(folder: Path) -> str:
+def _held_out_text(folder: Path) -> str:
     """Format the held-out figures and the times as Markdown."""
     text, times = tables.held_out_text(read_held_out(folder)), read_times(folder)
     return text if times is None else f"{text}\nThe smaller model {times}.\n"
@@ -313,8 +313,8 @@ def finish(run: Run, plan: Plan) -> None:
     lines = [f"# {run.request.model} at {plan.ratio:.1%}", "", plan.summary(), ""]
     if results:
         lines.append(tables.as_markdown(*tables.result_rows(results)))
-    if kept := _kept_text(folder):
-        lines += ["## What was kept", "", kept]
+    if held_out := _held_out_text(folder):
+        lines += ["## What was kept", "", held_out]
     lines += [f"Peak memory: {peak_memory()}.", ""]
     lines.append("The checkpoint is in `checkpoint/`; plain `from_pretrained` loads it.")
     write_text(folder / "summary.md", "\n".join(lines) + "\n")

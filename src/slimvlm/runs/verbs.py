@@ -239,14 +239,14 @@ def prune(
     loaded, processor = stages.load_original(request)
     held_out: dict[str, DataResult] = {}
     if unseen := samples.report:
-        kept = stages.predictions_of_original(loaded, processor, unseen)
-        held_out[ORIGINAL] = single_result(kept, unseen, loaded.device)
+        predicted = stages.predictions_of_original(loaded, processor, unseen)
+        held_out[ORIGINAL] = single_result(predicted, unseen, loaded.device)
     calibration = Calibration(processor, samples.calibration, request.hold_out)
     scores = [] if plan else list(stages.calibrate(request, loaded, calibration).values())
     walked = stages.prune_(request, loaded, calibration, scores, plan, say=say)
     processor = trimmed_processor(processor, walked.plan)
     if unseen:
-        held_out[PRUNED] = evaluate_data(loaded, processor, unseen, kept, name=PRUNED)
+        held_out[PRUNED] = evaluate_data(loaded, processor, unseen, predicted, name=PRUNED)
     base, text = loaded.config._name_or_path, held_out_text(held_out)
     facts = CardFacts(base=base, name=out.name, held_out=text)
     also = partial(_write_held_out, held_out)
@@ -292,8 +292,8 @@ def _prune_from_files(
                 head = head_weights_of(opened.model)
                 Predictions.of(ORIGINAL, states, head, processor).save(path)
             shutil.rmtree(at, ignore_errors=True)
-        kept = Predictions.load(path)
-        held_out[ORIGINAL] = single_result(kept, unseen, device)
+        predicted = Predictions.load(path)
+        held_out[ORIGINAL] = single_result(predicted, unseen, device)
 
     results = Scratch(scratch / "walk")
     walked = stages.walk(request, opened, results, device, calibration, scores, plan, say)
@@ -305,7 +305,7 @@ def _prune_from_files(
             at = scratch / "unseen-pruned"
             with _final_states(smaller, at, device, words, unseen) as states:
                 head = head_of(smaller.model)
-                held_out[PRUNED] = paired_result(PRUNED, states, head, unseen, words, kept)
+                held_out[PRUNED] = paired_result(PRUNED, states, head, unseen, words, predicted)
             _write_held_out(held_out, folder)
         return held_out_text(held_out)
 
@@ -479,14 +479,15 @@ def evaluate_on_data(
     check_models(source, model, *([baseline] if baseline is not None else []))
     samples = stages.samples_for(model, source, limit, say)
     results: dict[str, DataResult] = {}
-    kept = None
+    predicted = None
     if baseline is not None:
         original, processor = load_as(source, baseline)
         head = head_weights_of(original)
-        kept = predictions_of(original, processor, samples, batch_size, baseline, head)
-        results["baseline"] = single_result(kept, samples, original.device)
+        predicted = predictions_of(original, processor, samples, batch_size, baseline, head)
+        results["baseline"] = single_result(predicted, samples, original.device)
         del original
-    found = evaluate_data(*load_as(source, model), samples, kept, batch_size=batch_size, name=model)
+    evaluated = load_as(source, model)
+    found = evaluate_data(*evaluated, samples, predicted, batch_size=batch_size, name=model)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         found.save(out)
