@@ -43,7 +43,7 @@ class Stage:
     inputs: tuple[Stage, ...]  # stages whose outcomes are read
     function: Function = field(compare=False, repr=False)
     output: str  # file or folder that later stages read
-    label: str = field(default="", compare=False)
+    label: str = field(compare=False)
 
     @cached_property
     def name(self) -> str:
@@ -128,7 +128,7 @@ class Cache:
         stage: Stage,
         flops: float,
         wait: bool,
-        is_needed: Callable[[Stage], bool] = lambda stage: True,
+        is_needed: Callable[[Stage], bool],
     ) -> Outcome | None:
         """Do a stage whose inputs are ready, unless it is done; the outcome holds any error.
 
