@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+import time
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from slimvlm.core import progress as module
 from slimvlm.core.progress import (
     LOG_EVERY,
     LoggedStage,
@@ -21,22 +23,31 @@ from slimvlm.core.progress import (
 
 
 class Clock:
-    """Time that passes when somebody says so."""
+    """Time that passes when somebody says so, and the lines that are logged meanwhile."""
 
-    def __init__(self) -> None:
-        self.now = 1000.0
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.now, self.told = 1000.0, list[tuple[float, str]]()
+        patch.setattr(time, "monotonic", lambda: self.now)
+        patch.setattr(module, "to_log", lambda line: self.told.append((self.now, line)))
 
-    def __call__(self) -> float:
-        return self.now
+    @property
+    def lines(self) -> list[str]:
+        return [line for _, line in self.told]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=40))
 def test_a_log_has_one_line_a_stage_and_one_every_half_minute(seconds: list[float]) -> None:
-    clock, told = Clock(), []
-    for taken in progress(seconds, "work", lambda line: told.append((clock.now, line)), clock):
-        clock.now += taken
+    with pytest.MonkeyPatch.context() as patch:
+        clock = Clock(patch)
+        for taken in progress(seconds, "work"):
+            clock.now += taken
     total = len(seconds)
-    *between, (end, last) = told
+    *between, (end, last) = clock.told
     assert (end, last) == (clock.now, f"work: {total} of {total} in {duration(sum(seconds))}")
     if sum(seconds) < LOG_EVERY:
         assert not between
@@ -47,9 +58,8 @@ def test_a_log_has_one_line_a_stage_and_one_every_half_minute(seconds: list[floa
     assert all(line.endswith(" left") for _, line in between)
 
 
-def test_the_time_left_is_what_the_rest_takes_at_the_pace_so_far() -> None:
-    clock, told = Clock(), list[str]()
-    stage = LoggedStage("train", 10, done=4, say=told.append, clock=clock)
+def test_the_time_left_is_what_the_rest_takes_at_the_pace_so_far(clock: Clock) -> None:
+    stage = LoggedStage("train", 10, done=4)
     clock.now += 29
     stage.reached(5, ", loss 2")
     clock.now += 31
@@ -57,42 +67,33 @@ def test_the_time_left_is_what_the_rest_takes_at_the_pace_so_far() -> None:
     stage.reached(10)
     clock.now += 60
     stage.end()
-    assert told == [
-        "train: 7 of 10, 60 s left, loss 1",
-        "train: 10 of 10 in 2 min",
-    ]
+    assert clock.lines == ["train: 7 of 10, 60 s left, loss 1", "train: 10 of 10 in 2 min"]
 
 
-def test_a_stage_that_is_left_early_does_not_say_that_it_is_done() -> None:
-    told: list[str] = []
-    for item in progress(range(5), "work", told.append, Clock()):
+def test_a_stage_that_is_left_early_or_empty_says_nothing(clock: Clock) -> None:
+    for item in progress(range(5), "work"):
         if item == 4:
             break
     with pytest.raises(ZeroDivisionError):
-        [1 / (4 - item) for item in progress(range(5), "more", told.append, Clock())]
-    assert told == []
+        [1 / (4 - item) for item in progress(range(5), "more")]
+    assert list(progress([], "work")) == []
+    assert clock.told == []
 
 
-def test_parts_of_a_stage_share_its_lines() -> None:
-    clock, told, names = Clock(), list[str](), list[str]()
-    with steps("evaluate", 2, told.append, clock) as reached:
+def test_parts_of_a_stage_share_its_lines(clock: Clock) -> None:
+    names: list[str] = []
+    with steps("evaluate", 2) as reached:
         for number, name in enumerate(("first", "second")):
             for _ in progress("abcd", name, reached=lambda share, n=number: reached(n + share)):
                 names.append(current_stage())
                 clock.now += 12
         assert current_stage() == "evaluate"
     assert names == ["first"] * 4 + ["second"] * 4
-    assert told == [
+    assert clock.lines == [
         "evaluate: 0 of 2, 60 s left",  # three eighths in 36 s
         "evaluate: 1 of 2, 24 s left",
         "evaluate: 2 of 2 in 2 min",
     ]
-
-
-def test_nothing_to_do_is_nothing_to_say() -> None:
-    told: list[str] = []
-    assert list(progress([], "work", told.append)) == []
-    assert told == []
 
 
 def test_a_log_goes_to_stderr_as_plain_lines(
@@ -100,9 +101,9 @@ def test_a_log_goes_to_stderr_as_plain_lines(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # as some builders of software do
     assert list(progress("ab", "work")) == ["a", "b"]
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err == "work: 2 of 2 in 0 s\n"
+    monkeypatch.setenv("RANK", "1")  # another of several processes
+    assert list(progress("ab", "work")) == ["a", "b"]
+    assert capsys.readouterr() == ("", "work: 2 of 2 in 0 s\n")
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
@@ -113,14 +114,6 @@ def test_nothing_is_shown_inside_something_larger(
     with without_bars():
         assert list(progress([1, 2], "work")) == [1, 2]
     assert capfd.readouterr() == ("", "")
-
-
-def test_only_the_first_of_several_processes_writes(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("RANK", "1")
-    assert list(progress([1, 2], "work")) == [1, 2]
-    assert capsys.readouterr() == ("", "")
 
 
 def test_a_terminal_shows_a_bar(

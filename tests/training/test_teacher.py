@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import slimvlm as sv
 from slimvlm.core.options import Divergence, RecoverConfig
 from slimvlm.data import chat
-from slimvlm.data.tokenizer_file import TokenizerFile
+from slimvlm.data.vocabulary import TokenizerFile
 from slimvlm.models import losses
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.hidden import head_of, hidden_states

@@ -168,34 +168,18 @@ def evaluate(
     from slimvlm.runs.verbs import evaluate as run
     from slimvlm.runs.verbs import evaluate_on_data
 
+    how: dict[str, Any] = {"baseline": baseline, "out": out, "force": force}
     if source.data is None:
         asked = part_of(replace(questions, tasks=questions.tasks or Questions.tasks), Questions)
-        results = run(
-            model,
-            asked,
-            source,
-            baseline=baseline,
-            blind=questions.blind,
-            log_folder=questions.log,
-            out=out,
-            force=force,
-        )
-        print_results(results, json)
+        how |= {"blind": questions.blind, "log_folder": questions.log}
+        print_results(run(model, asked, source, **how), json)
         return
     for name in ("tasks", "task_folder", "floors", "blind", "log"):
         if value := getattr(questions, name):
             flag = name.replace("_", "-")
             raise ConfigError(f"{name} {str(value)!r}: --{flag} is for tasks, not for --data")
-    found = evaluate_on_data(
-        model,
-        source,
-        baseline=baseline,
-        limit=questions.limit,
-        batch_size=questions.batch_size,
-        out=out,
-        force=force,
-        say=note,
-    )
+    how |= {"limit": questions.limit, "batch_size": questions.batch_size, "say": note}
+    found = evaluate_on_data(model, source, **how)
     rows, notes = partial(held_out_rows, found), held_out_notes(found)
     show(json, partial(held_out_json, found), rows, notes=notes)
 

@@ -85,40 +85,36 @@ class LoggedStage:
     what: str
     total: int
     done: float = 0  # steps; a part of one counts as a fraction
-    say: Say = to_log
-    clock: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:
-        self._first, self._start = self.done, self.clock()
+        self._first, self._start = self.done, time.monotonic()
         self._told = self._start
         self._around = _STAGE.get()
         _STAGE.set(self.what)
 
     def reached(self, done: float, more: str = "") -> None:
         """Note how many steps are done; ``more`` ends the line, if one is due."""
-        self.done, now = done, self.clock()
+        self.done, now = done, time.monotonic()
         if now - self._told >= LOG_EVERY and self._first < done < self.total:
             self._told = now
             left = (now - self._start) / (done - self._first) * (self.total - done)
-            self.say(f"{self.what}: {int(done)} of {self.total}, {duration(left)} left{more}")
+            to_log(f"{self.what}: {int(done)} of {self.total}, {duration(left)} left{more}")
 
     def end(self) -> None:
         """Write the last line."""
         _STAGE.set(self._around)
-        took = duration(self.clock() - self._start)
-        self.say(f"{self.what}: {int(self.done)} of {self.total} in {took}")
+        took = duration(time.monotonic() - self._start)
+        to_log(f"{self.what}: {int(self.done)} of {self.total} in {took}")
 
 
 @contextmanager
-def steps(
-    what: str, total: int, say: Say = to_log, clock: Callable[[], float] = time.monotonic
-) -> Iterator[Callable[[float], None]]:
+def steps(what: str, total: int) -> Iterator[Callable[[float], None]]:
     """Show a stage's progress; yield the function that takes how many steps are done.
 
     In a terminal this is a bar that disappears at the end, elsewhere a `LoggedStage`.
     """
     if not is_watched():
-        logged = LoggedStage(what, total, say=say, clock=clock)
+        logged = LoggedStage(what, total)
         yield logged.reached
         logged.end()
         return
@@ -129,11 +125,7 @@ def steps(
 
 
 def progress(
-    items: Sequence[T],
-    description: str,
-    say: Say = to_log,
-    clock: Callable[[], float] = time.monotonic,
-    reached: Callable[[float], None] | None = None,
+    items: Sequence[T], description: str, reached: Callable[[float], None] | None = None
 ) -> Iterator[T]:
     """Yield items and show progress; a part of a larger stage reports its share to ``reached``."""
     if not items:
@@ -144,7 +136,7 @@ def progress(
                 yield item
                 reached(done / len(items))
         return
-    with steps(description, len(items), say, clock) as show:
+    with steps(description, len(items)) as show:
         for done, item in enumerate(items, 1):
             yield item
             show(done)

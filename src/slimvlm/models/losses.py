@@ -117,17 +117,14 @@ def divergence(
     mask: Mask | None = None,
     kind: Divergence = "kl",
     temperature: float = 2.0,
-    beta: float = 0.5,
     reduction: Reduction = "token_mean",
 ) -> Float[Tensor, ""]:
     """Compute a divergence of the softened next-token distributions of two models.
 
     - ``kl``: ``temperature² · KL(teacher ‖ student)``.
     - ``rkl``: ``temperature² · KL(student ‖ teacher)``.
-    - ``jsd``, the generalised Jensen-Shannon divergence: ``temperature² · (β KL(teacher ‖ M) +
-      (1-β) KL(student ‖ M))`` with the mixture ``M = β teacher + (1-β) student``. Divided by β it
-      tends to ``kl`` as β → 0; divided by 1-β it tends to ``rkl`` as β → 1. At 0.5 it is symmetric.
-      Unlike those two it is bounded, by ``temperature² · log 2``.
+    - ``jsd``, the Jensen-Shannon divergence: ``temperature² · (½ KL(teacher ‖ M) + ½ KL(student ‖
+      M))`` with the mixture ``M = ½ teacher + ½ student``; at most ``temperature² · log 2``.
 
     Args:
         student: The student's final hidden states.
@@ -137,17 +134,16 @@ def divergence(
         mask: Positions that count; all if None.
         kind: ``kl``, ``rkl`` or ``jsd``.
         temperature: Softens both sides. The paper of ``jsd`` has no factor of temperature².
-        beta: The teacher's weight in ``jsd``, between 0 and 1; others don't read it.
         reduction: ``token_mean`` averages over the positions that count. ``paper`` is what the
             study's trainer computes: the sum over *all* positions, divided by the batch size.
 
     Reference:
         Huang et al. 2025, arXiv:2507.20749, Eqs. 7 and 8; Agarwal et al. 2024, arXiv:2306.13649,
-        Eq. 1 (``jsd``).
+        Eq. 1 with β = 0.5 (``jsd``).
     """
     ours, theirs = _counted(mask, reduction, student, teacher.detach())
     divisor = len(student) if reduction == "paper" else max(len(ours), 1)
-    found = row_divergences(ours, theirs, head, teacher_head, kind, temperature, beta)
+    found = row_divergences(ours, theirs, head, teacher_head, kind, temperature)
     return found.sum() / divisor
 
 
@@ -158,10 +154,25 @@ def row_divergences(
     teacher_head: Head = _as_is,
     kind: Divergence = "kl",
     temperature: float = 1.0,
-    beta: float = 0.5,
 ) -> Float[Tensor, " N"]:
     """Compute the `divergence` of each position."""
-    part = partial(_divergences, kind, head, teacher_head, temperature, beta)
+
+    def part(
+        student_rows: Float[Tensor, "N D"], teacher_rows: Float[Tensor, "N E"]
+    ) -> Float[Tensor, " N"]:
+        ours = F.log_softmax(head(student_rows).float() / temperature, dim=-1)
+        with torch.no_grad():
+            theirs = F.log_softmax(teacher_head(teacher_rows).float() / temperature, dim=-1)
+        if kind == "kl":
+            rows = _row_kl(theirs, ours)
+        elif kind == "rkl":
+            rows = _row_kl(ours, theirs)
+        else:
+            half = torch.tensor(0.5, device=ours.device).log()
+            mixture = torch.logaddexp(theirs + half, ours + half)
+            rows = 0.5 * _row_kl(theirs, mixture) + 0.5 * _row_kl(ours, mixture)
+        return rows * temperature**2
+
     return by_chunks(part, student, teacher)
 
 
@@ -270,30 +281,6 @@ def _cross_entropies(
     head: Head, rows: Float[Tensor, "N D"], wanted: Int[Tensor, " N"]
 ) -> Float[Tensor, " N"]:
     return F.cross_entropy(head(rows).float(), wanted, reduction="none")
-
-
-def _divergences(
-    kind: Divergence,
-    head: Head,
-    teacher_head: Head,
-    temperature: float,
-    beta: float,
-    student_rows: Float[Tensor, "N D"],
-    teacher_rows: Float[Tensor, "N E"],
-) -> Float[Tensor, " N"]:
-    """Compute ``temperature²`` times the divergence of each row."""
-    student = F.log_softmax(head(student_rows).float() / temperature, dim=-1)
-    with torch.no_grad():
-        teacher = F.log_softmax(teacher_head(teacher_rows).float() / temperature, dim=-1)
-    if kind == "kl":
-        rows = _row_kl(teacher, student)
-    elif kind == "rkl":
-        rows = _row_kl(student, teacher)
-    else:
-        shares = torch.tensor([beta, 1 - beta], device=student.device).log()
-        mixture = torch.logaddexp(teacher + shares[0], student + shares[1])
-        rows = beta * _row_kl(teacher, mixture) + (1 - beta) * _row_kl(student, mixture)
-    return rows * temperature**2
 
 
 def _row_kl(log_p: Rows, log_q: Rows) -> Float[Tensor, " N"]:

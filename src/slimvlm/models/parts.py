@@ -150,7 +150,7 @@ def layer_matrices(layer: nn.Module, row: Backbone) -> LayerMatrices:
     """Find the matrices of a layer that units own parts of: of each kind all or none."""
 
     def found(wanted: Sequence[Projection]) -> list[Matrix]:
-        matrices: list[Matrix | None] = []
+        present, missing = list[Matrix](), list[str]()
         for projection in wanted:
             parent, _, name = projection.path.rpartition(".")
             owner: Any = layer
@@ -158,15 +158,15 @@ def layer_matrices(layer: nn.Module, row: Backbone) -> LayerMatrices:
                 owner = getattr(owner, step, None)
             part = getattr(owner, name, None)
             if isinstance(part, nn.Linear):
-                matrices.append(Matrix(part, "weight", projection))
+                present.append(Matrix(part, "weight", projection))
+            elif isinstance(part, nn.Parameter):
+                present.append(Matrix(owner, name, projection))
             else:
-                is_weight = isinstance(part, nn.Parameter)
-                matrices.append(Matrix(owner, name, projection) if is_weight else None)
-        present = [matrix for matrix in matrices if matrix is not None]
-        if present and len(present) < len(matrices):
-            missing = wanted[matrices.index(None)].path
+                missing.append(projection.path)
+        if present and missing:
+            kind = type(layer).__name__
             raise UnsupportedModelError(
-                f"{type(layer).__name__} has no {missing!r}, which its row of families.py names"
+                f"{kind} has no {missing[0]!r}, which its row of families.py names"
             )
         return present
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimvlm.core.errors import ConfigError, UnsupportedModelError, shortened
 from slimvlm.data.chat import tokenizer_of
-from slimvlm.data.tokenizer_file import TokenizerFile
+from slimvlm.data.vocabulary import TokenizerFile
 from slimvlm.models.parts import Parts, text_config_of
 from slimvlm.planning.plan import Plan
 

@@ -23,7 +23,7 @@ from slimvlm.core.options import (
 )
 from slimvlm.core.progress import Say, duration
 from slimvlm.data.chat import encode_samples
-from slimvlm.data.tokenizer_file import TokenizerFile
+from slimvlm.data.vocabulary import TokenizerFile
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import BYTES, free_memory, params_of_target, weight_bytes
 from slimvlm.models.load import anatomy as anatomy_of
