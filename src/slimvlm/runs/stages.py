@@ -51,7 +51,6 @@ from slimvlm.runs.request import (
     check_request,
     criterion_options,
     ranked_plan,
-    ratio_of,
     requests_by_axis,
     scored_by,
     token_weights_of,
@@ -295,22 +294,20 @@ def walk(
     ``results`` keeps the outcome of each layer, so that a stopped walk resumes; ``plan`` decides
     what stays, if it is known already.
     """
-    config, chooses = request.prune, False
-    if plan is not None:
-        plans = [plan]
-    elif scored_by(config) == config.criterion:
-        plans = [ranked_plan(config, read_anatomy(source.model), scores, request.tokens)]
-    else:
-        plans, chooses = plans_for(
-            read_anatomy(source.model),
-            scores,
-            ratio_of(config),
-            config.axis or "width",
-            config.allocation or "uniform",
-            **config.of_widths,
-            tokens=request.tokens,
-            experts=config.experts,
-        )
+    config, shape = request.prune, read_anatomy(source.model)
+    if plan is None and scored_by(config) == config.criterion:
+        plan = ranked_plan(config, shape, scores, request.tokens)
+    plans, chooses = plans_for(
+        shape,
+        scores,
+        config.ratio,
+        config.axis or "width",
+        config.allocation or "uniform",
+        plan=plan,
+        **config.of_widths,
+        tokens=request.tokens,
+        experts=config.experts,
+    )
     if not any(each.cuts_layers for each in plans):
         return Walked(plans[0])
     if config.local_steps is None:
@@ -318,7 +315,7 @@ def walk(
     else:
         local = LocalSteps(count=config.local_steps)
     steps = Steps(repair=config.repair, local=local)
-    if not chooses and not steps.kinds and not steps.local.count:
+    if not chooses and not steps.kinds and not local.count:
         return Walked(plans[0])
     held_out = calibration.held_out if request.hold_out else []
     weights = token_weights_of(config)

@@ -69,9 +69,8 @@ class ReferenceRow:
 
     def matches(self, cell: Mapping[str, Any]) -> bool:
         """Whether a cell has every value that this row names."""
-        keys = ("model", "axis", "ratio", "criterion", "recovery", "fraction")
-        given = {key: getattr(self, key) for key in keys if getattr(self, key) is not None}
-        return all(cell[key] == value for key, value in given.items())
+        given = {key: v for key, v in vars(self).items() if key not in ("retention", "source")}
+        return all(cell[key] == value for key, value in given.items() if value is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,11 +132,7 @@ def read_study(path: str | Path) -> StudyConfig:
     Raises:
         ConfigError: If the file cannot be read or anything in it is unknown or not allowed.
     """
-    values = read_yaml(path, "study")
-    try:
-        return built(StudyConfig, values)
-    except ConfigError as error:
-        raise ConfigError(f"study {str(path)!r}: {error}") from error
+    return built(StudyConfig, read_yaml(path, "study"), f"study {str(path)!r}")
 
 
 _SWEPT = tuple(f.name for f in fields(Grid) if f.name != "prune")
@@ -145,8 +140,6 @@ _SWEPT = tuple(f.name for f in fields(Grid) if f.name != "prune")
 _PRUNE_KEYS = {f.name for f in fields(PruneConfig)} & {*_SWEPT, "data", "images"}
 _RECOVER_KEYS = {f.name for f in fields(RecoverConfig)} & {*_SWEPT}
 """Options that are keys of the grid or of the study."""
-_WITHOUT_EFFECT = {"device"}
-"""Options of `PruneConfig` that change where a checkpoint is made, and no result."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,8 +211,8 @@ def expand(study: StudyConfig) -> list[Cell]:
 
 def _cell(study: StudyConfig, grid: Grid, chosen: dict[str, Any]) -> Cell:
     options = {**study.prune, **grid.prune}
-    for name in _WITHOUT_EFFECT & options.keys():
-        raise ConfigError(f"prune: {name!r} changes no result, and a study keeps only results")
+    if "device" in options:
+        raise ConfigError("prune: 'device' changes no result, and a study keeps only results")
     _check_home("prune", options, _PRUNE_KEYS)
     options |= {name: chosen[name] for name in _PRUNE_KEYS & chosen.keys() - {"criterion"}}
     if chosen["criterion"] != DEFAULT:
@@ -253,6 +246,5 @@ def _recover_config(study: StudyConfig, chosen: dict[str, Any]) -> RecoverConfig
 
 def _check_home(where: str, options: dict[str, Any], elsewhere: set[str]) -> None:
     """Refuse options that have a key of their own."""
-    for name in options:
-        if name in elsewhere:
-            raise ConfigError(f"{where}: {name!r} is a key of the grid or of the study")
+    for name in options.keys() & elsewhere:
+        raise ConfigError(f"{where}: {name!r} is a key of the grid or of the study")
