@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from slimvlm.core.files import held, new_file, write_text
+from slimvlm.evaluation.lmms import LMMS_TASKS, split_names
 from slimvlm.evaluation.metrics import average
 from slimvlm.evaluation.results import Result
 from slimvlm.evaluation.tasks import find_tasks
@@ -206,8 +207,6 @@ def _scores(path: Path, sighted: frozenset[str]) -> Mapping[str, Any]:
 @lru_cache(maxsize=64)
 def _tasks_with_pictures(tasks: str) -> frozenset[str]:
     """Name the tasks whose questions show pictures; all of lmms-eval's do."""
-    from slimvlm.evaluation.lmms import LMMS_TASKS, split_names
-
     own, _ = split_names(tasks)
     seeing = {t.name for t in (find_tasks(own) if own else []) if t.load(1)[0].images}
     return frozenset(seeing | set(LMMS_TASKS))
