@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jaxtyping
 import pytest
@@ -58,11 +58,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folders.write_llava_data(tmp_path_factory.mktemp("data"))
 
 
-class Asked(NamedTuple):
-    """What `compress` is asked."""
-
-    model: str
-    config: CompressConfig
+Asked = tuple[str, CompressConfig]
 
 
 def request_for(data: Path | None, **changes: Any) -> Asked:
@@ -72,7 +68,7 @@ def request_for(data: Path | None, **changes: Any) -> Asked:
         **{"recover": RECOVER, "tasks": "presence", "limit": 2},
     }
     model = changes.pop("model", str(folders.folder("llava")))
-    return Asked(model, CompressConfig(**{**values, **changes}))
+    return model, CompressConfig(**{**values, **changes})
 
 
 def pruning(data: Path | None = None, **changes: Any) -> Asked:
