@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from contextlib import redirect_stderr
+from io import StringIO
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from slimvlm import cli
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.planning.plan import Plan
 from slimvlm.scoring.unit_scores import Scores
@@ -107,3 +111,15 @@ def changed_copy(model: PreTrainedModel, size: float = 0.05, seed: int = 1) -> P
         for parameter in copied.parameters():
             parameter.add_(size * torch.randn(parameter.shape, generator=generator))
     return copied
+
+
+def refused(*words: object, alone: bool = False) -> str:
+    """The one line that a command ends with (or is all it says): the mistake is the user's."""
+    with redirect_stderr(StringIO()) as said, pytest.raises(SystemExit) as end:
+        cli.main([str(word) for word in words])
+    told = said.getvalue()
+    assert end.value.code == 2, told
+    assert "Traceback" not in told
+    (line,) = [line for line in told.splitlines() if line.startswith("slimvlm: ")]
+    assert not alone or told == f"{line}\n"
+    return line

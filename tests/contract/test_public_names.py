@@ -72,28 +72,21 @@ def test_only_public_names_are_used(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "name"),
+    ("code", "names"),
     [
-        ("from slimvlm.models.losses import _CHUNK", "_CHUNK"),
-        ("from slimvlm.runs._secret import thing", "_secret"),
-        ("from slimvlm.models import losses\nlosses._CHUNK", "_CHUNK"),
-        ("from slimvlm.models import losses as l\npatch.setattr(l, '_CHUNK', 4)", "_CHUNK"),
-        ("patch.setattr('slimvlm.models.losses._anything', 4)", "_anything"),
-        ("KILLED = 'from slimvlm.models.losses import _CHUNK\\nprint()'", "_CHUNK"),
+        ("from slimvlm.models.losses import _CHUNK", ["_CHUNK"]),
+        ("from slimvlm.runs._secret import thing", ["_secret"]),
+        ("from slimvlm.models import losses\nlosses._CHUNK", ["_CHUNK"]),
+        ("from slimvlm.models import losses as l\npatch.setattr(l, '_CHUNK', 4)", ["_CHUNK"]),
+        ("patch.setattr('slimvlm.models.losses._anything', 4)", ["_anything"]),
+        ("KILLED = 'from slimvlm.models.losses import _CHUNK\\nprint()'", ["_CHUNK"]),
+        ("from slimvlm.models.losses import CHUNK as _private", []),
+        ("import torch\ntorch._C\nmodel.config._name_or_path", []),
+        ("from tests.runs.study.study_files import study\nstudy(None)", []),
     ],
 )
-def test_a_private_name_is_found(code: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_private_names_of_ours_are_found(
+    code: str, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(globals(), "PRIVATE", PRIVATE | {"_CHUNK"})
-    assert used(code) == [name]
-
-
-@pytest.mark.parametrize(
-    "code",
-    [
-        "from slimvlm.models.losses import CHUNK as _private",
-        "import torch\ntorch._C\nmodel.config._name_or_path",
-        "from tests.runs.study.study_files import study\nstudy(None)",
-    ],
-)
-def test_other_private_names_are_none_of_ours(code: str) -> None:
-    assert used(code) == []
+    assert used(code) == names

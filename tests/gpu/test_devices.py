@@ -20,6 +20,8 @@ from slimvlm.models.load import computes_bfloat16, default_device
 from slimvlm.scoring.criteria import CRITERIA
 from tests import pretended_gpu, tiny
 from tests import tiny_folder as folders
+from tests.handmade import refused
+from tests.tiers import tiered
 from tests.tolerances import assert_scores_close
 
 PRETENDED = pytest.mark.skipif(
@@ -44,31 +46,22 @@ def test_a_model_goes_where_the_user_says(card: torch.device, llava: str) -> Non
         assert sv.load(llava, device=named)[0].device == torch.device(place)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("score nowhere --data none.json --out OUT", "plan nowhere --ratio 0.3 --out OUT"),
+        *("recover nowhere --data none.json --loss sft --out OUT", "evaluate nowhere"),
+        *("compare nowhere elsewhere", "chat nowhere What?", "bench nowhere"),
+        *("quantize nowhere --out OUT", "demo run --out OUT"),
+    ],
+)
 def test_an_absent_card_is_refused_before_anything_is_read(
-    card: torch.device, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: str, card: torch.device, tmp_path: Path
 ) -> None:
-    absent = f"{card.type}:{torch.accelerator.device_count()}"
-    words = {
-        "score": ["score", "nowhere", "--data", "none.json", "--out", "OUT"],
-        "plan": ["plan", "nowhere", "--ratio", "0.3", "--out", "OUT"],
-        "recover": ["recover", "nowhere", "--data", "none.json", "--loss", "sft", "--out", "OUT"],
-        "evaluate": ["evaluate", "nowhere"],
-        "compare": ["compare", "nowhere", "elsewhere"],
-        "chat": ["chat", "nowhere", "What is it?"],
-        "bench": ["bench", "nowhere"],
-        "quantize": ["quantize", "nowhere", "--out", "OUT"],
-        "demo": ["demo", "run", "--out", "OUT"],
-    }
-    out = tmp_path / "out"
-    for verb, arguments in words.items():
-        filled = [str(out) if word == "OUT" else word for word in arguments]
-        with pytest.raises(SystemExit) as ended:
-            cli.main([*filled, "--device", absent])
-        told = capsys.readouterr().err
-        assert ended.value.code == 2, verb
-        assert told.startswith(f"slimvlm: device '{absent}' must be one of: cpu, {card.type}"), told
-        assert told.count("\n") == 1
-        assert not out.exists()
+    absent, out = f"{card.type}:{torch.accelerator.device_count()}", tmp_path / "out"
+    told = refused(*words.replace("OUT", str(out)).split(), "--device", absent, alone=True)
+    assert told.startswith(f"slimvlm: device '{absent}' must be one of: cpu, {card.type}"), told
+    assert not out.exists()
 
 
 @PRETENDED
@@ -125,11 +118,7 @@ def without_float64(card: torch.device, monkeypatch: pytest.MonkeyPatch) -> With
 
 
 @pytest.mark.parametrize(
-    "criterion",
-    [
-        pytest.param(name, marks=() if name in ("taylor", "obs", "reap") else pytest.mark.slow)
-        for name in CRITERIA
-    ],
+    "criterion", tiered(CRITERIA, lambda name: name in ("taylor", "obs", "reap"))
 )
 def test_sums_in_float64_are_made_on_the_cpu_where_a_card_has_none(
     criterion: str, card: torch.device, without_float64: WithoutFloat64
@@ -149,7 +138,7 @@ def test_sums_in_float64_are_made_on_the_cpu_where_a_card_has_none(
                     assert_scores_close(one, other, 1e-4)
 
 
-@pytest.mark.parametrize("axis", ["width", pytest.param("both", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("axis", tiered(["width", "both"], lambda axis: axis == "width"))
 def test_a_walk_needs_no_float64_on_the_card(
     axis: str, card: torch.device, without_float64: WithoutFloat64
 ) -> None:
@@ -175,33 +164,25 @@ def test_samples_are_asked_without_float64_on_the_card(
         assert one.loss == pytest.approx(other.loss, rel=1e-4)
 
 
+SMALLER, LOW_MEMORY = "a smaller --batch-size (with", "--low-memory keeps one layer"
+
+
 @PRETENDED
 @pytest.mark.parametrize(
-    ("words", "stage", "cure"),
+    ("words", "during", "cure"),
     [
-        (["prune", "--ratio", "0.3", "--samples", "8"], "", "--low-memory keeps one layer"),
-        (["score", "--criterion", "taylor"], "", "--low-memory keeps one layer"),
-        (["recover", "--loss", "sft", "--train", "full"], "train", "a smaller --batch-size (with"),
+        ("prune --ratio 0.3 --samples 8", "prune", LOW_MEMORY),
+        ("score --criterion taylor", "score", LOW_MEMORY),
+        ("recover --loss sft --train full", "recover, stage 'train", SMALLER),
     ],
-    ids=lambda value: value[0] if isinstance(value, list) else None,
 )
 def test_out_of_memory_is_one_line_that_says_what_helps(
-    words: list[str],
-    stage: str,
-    cure: str,
-    card: torch.device,
-    llava: str,
-    data: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    words: str, during: str, cure: str, card: torch.device, llava: str, data: str, tmp_path: Path
 ) -> None:
-    verb, *rest = words
+    verb, *rest = words.split()
     size = sum(p.nbytes for p in sv.load(llava, device="cpu")[0].parameters())
-    with pretended_gpu.limit(size + size // 4), pytest.raises(SystemExit) as ended:
-        cli.main([verb, llava, "--data", data, "--out", str(tmp_path / "out"), *rest])
-    *_, told = capsys.readouterr().err.splitlines()
-    assert ended.value.code == 2
-    during = f"{verb}, stage '{stage}" if stage else verb
+    with pretended_gpu.limit(size + size // 4):
+        told = refused(verb, llava, "--data", data, "--out", tmp_path / "out", *rest)
     assert told.startswith(f"slimvlm: out of memory on {card} during {during}"), told
     assert "more was needed" in told
     assert f"What helps: {cure}" in told

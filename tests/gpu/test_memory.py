@@ -1,7 +1,8 @@
-"""What the card holds: a walk, a walk from files, a whole run; and what a dry run says of it."""
+"""What a card holds, what a dry run says of it, and what happens where there is no room."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,19 @@ from slimvlm.core.progress import silent
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.classes import auto_class
 from slimvlm.models.cost import release_memory, weight_bytes
-from slimvlm.pruning.walk.walk import states_bytes
+from slimvlm.pruning.walk.distil import LocalSteps
+from slimvlm.pruning.walk.engine import WalkConfig
+from slimvlm.pruning.walk.layer import Steps
+from slimvlm.pruning.walk.result import Walked
+from slimvlm.pruning.walk.walk import plans_for, states_bytes, walk
 from slimvlm.runs.advise import dry_run, dry_run_rows
+from slimvlm.scoring.layerwise import stores
+from slimvlm.scoring.layerwise.runner import Live
+from slimvlm.scoring.layerwise.stores import Memory, Scratch, StatesPlace, Store
 from tests import pretended_gpu, tiny
 from tests import tiny_folder as folders
+from tests.gpu.alike import assert_close
+from tests.handmade import random_scores
 
 pytestmark = pytest.mark.usefixtures("unhurried")
 counted = pytest.mark.skipif(
@@ -34,12 +44,8 @@ GRAMS = 6 * 4 * HIDDEN**2
 def model() -> Any:
     """A model whose layers are most of it, and large beside what tiny batches need."""
     config = hf.LlamaConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        vocab_size=folders.VOCAB,
+        **{"hidden_size": HIDDEN, "intermediate_size": HIDDEN, "num_hidden_layers": LAYERS},
+        **{"num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": folders.VOCAB},
     )
     return auto_class(config).from_config(config, dtype=torch.float32).eval()
 
@@ -111,27 +117,20 @@ RECOVER = RecoverConfig(train="lora", loss="sft+hidden", max_steps=2, batch_size
 @counted
 def test_a_run_leaves_nothing_on_the_card(folder: Path, data: str, tmp_path: Path) -> None:
     peak = Peak()
-    sv.compress(
-        str(folder), replace(CONFIG, data=data, recover=RECOVER), tmp_path / "run", say=silent
-    )
+    config = replace(CONFIG, data=data, recover=RECOVER)
+    sv.compress(str(folder), config, tmp_path / "run", say=silent)
     release_memory()
     assert peak.bytes > 0
     assert torch.cuda.memory_allocated() == peak.before
 
 
+FULL = RecoverConfig(train="full", loss="sft", max_steps=2, batch_size=2)
+SCORED = {"criterion": ("magnitude",), "repair": "none"}
 RUNS: dict[str, dict[str, Any]] = {
-    "walk": {},
-    "local steps": {"local_steps": 2},
+    **{"walk": {}, "local steps": {"local_steps": 2}},
     "taylor": {"criterion": ("taylor",), "repair": "none"},
-    "lora": {"criterion": ("magnitude",), "repair": "none", "recover": RECOVER},
-    "full": {
-        "criterion": ("magnitude",),
-        "repair": "none",
-        "recover": RecoverConfig(train="full", loss="sft", max_steps=2, batch_size=2),
-    },
+    **{"lora": {**SCORED, "recover": RECOVER}, "full": {**SCORED, "recover": FULL}},
 }
-
-
 ON_FULL_CARD = ("walk", "local steps")
 
 
@@ -169,3 +168,125 @@ def test_a_dry_run_says_where_states_go_and_what_does_not_fit(folder: Path, data
     assert "more than" not in enough["memory of pruning"] + enough["memory of training"]
     assert "free on cuda:0: prune --low-memory" in little["memory of pruning"]
     assert "free on cuda:0: a smaller --batch-size" in little["memory of training"]
+
+
+# Training whose batches do not fit takes smaller ones, and learns the same.
+
+
+def trained(
+    batch_size: int, card: torch.device, room: int = 0
+) -> tuple[dict[str, torch.Tensor], int]:
+    """The weights after two steps on a card, and the most bytes that these took beside them."""
+    model, processor = sv.load(str(folders.folder("llava")), device="cpu")
+    teacher = copy.deepcopy(model)
+    config = sv.RecoverConfig(
+        **{"train": "full", "loss": "sft+kl", "max_steps": 2, "batch_size": batch_size},
+        **{"learning_rate": 1e-3, "bf16": False, "trainer": {"logging_steps": 1}},
+    )
+    model.to(card)
+    peak = Peak()
+    with pretended_gpu.limit(room or 1 << 40, card):
+        samples = folders.short_samples(12)
+        history = sv.recover(model, teacher, samples, config, processor)
+    assert len(history.steps) == 2
+    return {name: value.cpu() for name, value in model.state_dict().items()}, peak.bytes
+
+
+@counted
+@pytest.mark.parametrize("size", [6, pytest.param(4, marks=pytest.mark.slow)])
+def test_batches_that_do_not_fit_are_divided(
+    size: int, card: torch.device, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected, most = trained(size, card)
+    _, least = trained(1, card)
+    assert least < most
+    capsys.readouterr()
+    found, _ = trained(size, card, room=(3 * least + most) // 4)
+    assert f"no memory on cuda:0 for batches of {size}: 2 batches of" in capsys.readouterr().err
+    assert_close(found, expected)
+
+
+@counted
+def test_what_fits_in_no_batches_is_one_error(card: torch.device) -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        trained(2, card, room=1000)
+
+
+# Where a walk keeps hidden states changes nothing but memory, and is decided from free memory.
+
+STEPS = Steps(repair="auto", local=LocalSteps(count=2))
+CPU = torch.device("cpu")
+
+
+def walked(name: str, device: torch.device, store: Store) -> tuple[Walked, int]:
+    """A walk along both axes, and the most bytes that the card held meanwhile."""
+    model = tiny.build(name).to(device)
+    data = [tiny.batch(model, 40, seed) for seed in range(8)]
+    anatomy = read_anatomy(model)
+    scores = sv.Scores("by-hand", layer=random_scores(anatomy).layer)
+    chosen = plans_for(anatomy, [scores], 0.3, "both", "balanced")
+    config = WalkConfig(*chosen, data[:-2], data[-2:], STEPS)
+    if device.type == "cpu":
+        return walk(Live(model), config, device, Memory(CPU), store), 0
+    torch.get_device_module(device).reset_peak_memory_stats()
+    found = walk(Live(model), config, device, Memory(CPU), store)
+    return found, torch.get_device_module(device).max_memory_allocated()
+
+
+@pytest.mark.parametrize("name", ["llava-llama", "qwen3_vl"])
+def test_every_place_gives_the_same_walk(name: str, card: torch.device, tmp_path: Path) -> None:
+    expected, _ = walked(name, CPU, Memory())
+    peaks = {}
+    for store in (Memory(), Memory(CPU), Scratch(tmp_path / "states")):
+        found, peaks[type(store), getattr(store, "device", None)] = walked(name, card, store)
+        assert found.plan == expected.plan
+        assert found.weights.keys() == expected.weights.keys()
+        for place, value in expected.weights.items():
+            torch.testing.assert_close(found.weights[place], value, rtol=1e-3, atol=1e-5)
+    assert peaks[Memory, CPU] < peaks[Memory, None]
+    assert peaks[Scratch, None] < peaks[Memory, None]
+
+
+def test_host_memory_is_pinned_and_comes_back_as_it_was(card: torch.device) -> None:
+    store, value = Memory(CPU, pinned=True), torch.randn(3, 4, device=card)
+    kept = store.held(value)
+    assert kept.device == CPU
+    assert kept.is_pinned()
+    store.write("states", 0, {"hidden": value})
+    assert torch.equal(store.read("states", 0, card)["hidden"], value)
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Bytes that are said to be free, by kind of device."""
+    found = {"cpu": 8000, "cuda": 4000}
+    monkeypatch.setattr(stores, "free_memory", lambda device: found[device.type])
+    return found
+
+
+def test_the_first_place_with_room_is_taken(free: dict[str, int]) -> None:
+    card = torch.device("cuda", 0)
+    assert [StatesPlace.of(n, card).kind for n in (1000, 1001, 4000, 4001)] == [
+        *("device", "host", "host", "files"),
+    ]
+    assert [StatesPlace.of(n, CPU).kind for n in (1000, 4000, 4001)] == ["host", "host", "files"]
+    free.update(cuda=4 << 30, cpu=20 << 30)
+    assert str(StatesPlace.of(3 << 30, card)) == (
+        "3.00 GiB in host memory (4.00 GiB free on cuda:0, 20.00 GiB free on the host)"
+    )
+
+
+@counted
+def test_a_full_card_keeps_states_on_the_host(card: torch.device) -> None:
+    model = tiny.build("llama").to(card)
+    data = [tiny.batch(model, 40, seed) for seed in range(8)]
+    chosen = plans_for(read_anatomy(model), [], 0.3, "width", "uniform")
+    said: list[str] = []
+    walks = []
+    for room in (10 << 20, 1 << 20):
+        with pretended_gpu.limit(room):
+            config = WalkConfig(*chosen, data[:-2], data[-2:], STEPS)
+            walks.append(walk(Live(model), config, card, Memory(CPU), say=said.append))
+    assert "on cuda:0 (" in said[0]
+    assert "in host memory (" in said[1]
+    assert walks[0].plan == walks[1].plan

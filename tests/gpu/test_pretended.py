@@ -88,20 +88,15 @@ def test_a_limit_is_one_out_of_memory(card: torch.device) -> None:
 def test_what_waits_for_the_card_is_counted(card: torch.device) -> None:
     x = torch.ones(4, device=card)
 
-    def waited(run: object) -> int:
-        before = pretended_gpu.waits()
-        run()  # type: ignore[operator]
-        return pretended_gpu.waits() - before
-
-    assert waited(lambda: x + x) == 0
-    assert waited(lambda: x.sum().item()) == 1
-    assert waited(lambda: x.tolist()) == 1
-    assert waited(lambda: x[x > 0]) >= 1
-    assert waited(lambda: x[torch.tensor([1, 2], device=card).long()]) <= 1
-    assert waited(lambda: torch.ones(3).to(card)) == 1
+    assert pretended_gpu.waits_of(lambda: x + x) == 0
+    assert pretended_gpu.waits_of(lambda: x.sum().item()) == 1
+    assert pretended_gpu.waits_of(lambda: x.tolist()) == 1
+    assert pretended_gpu.waits_of(lambda: x[x > 0]) >= 1
+    assert pretended_gpu.waits_of(lambda: x[torch.tensor([1, 2], device=card).long()]) <= 1
+    assert pretended_gpu.waits_of(lambda: torch.ones(3).to(card)) == 1
     pinned = torch.ones(3).pin_memory()
     assert pinned.is_pinned()
-    assert waited(lambda: pinned.to(card, non_blocking=True)) == 0
+    assert pretended_gpu.waits_of(lambda: pinned.to(card, non_blocking=True)) == 0
 
 
 def test_two_cards_refuse_each_other() -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
@@ -23,7 +22,8 @@ from slimvlm.models.losses import CHUNK, rows_at_once
 from tests import pretended_gpu, tiny
 from tests import tiny_folder as folders
 from tests.gpu.alike import assert_close
-from tests.handmade import changed_copy, plan_by_hand
+from tests.handmade import Batch, changed_copy, plan_by_hand
+from tests.tiers import tiered
 
 where = pytest.mark.parametrize("where", ["batches on the card", "batches on the cpu"])
 
@@ -34,12 +34,12 @@ def original() -> PreTrainedModel:
     return tiny.build("llava-llama")
 
 
-def batches(device: Any = "cpu") -> list[dict[str, Tensor]]:
+def batches(device: Any = "cpu") -> list[Batch]:
     made = [tiny.batch(original(), 12 + 3 * seed, seed) for seed in range(2)]
     return [{name: value.to(device) for name, value in batch.items()} for batch in made]
 
 
-def shown(where: str, card: torch.device) -> list[dict[str, Tensor]]:
+def shown(where: str, card: torch.device) -> list[Batch]:
     return batches(card if where == "batches on the card" else "cpu")
 
 
@@ -49,36 +49,37 @@ def copies(card: torch.device) -> tuple[PreTrainedModel, PreTrainedModel]:
     return here, there.to(card)
 
 
+def scored(model: PreTrainedModel, given: list[Batch]) -> sv.Plan:
+    plan = sv.make_plan(sv.anatomy(model), sv.score(model, given, "taylor"), 0.3, "width")
+    sv.prune_(model, plan)
+    return plan
+
+
+def repaired(model: PreTrainedModel, given: list[Batch]) -> sv.Plan:
+    plan = plan_by_hand(sv.anatomy(model), neurons=range(64))
+    statistics = sv.collect(model, given, "obs")
+    sv.prune_(model, plan)
+    sv.repair_(model, plan, statistics)
+    return plan
+
+
+def walked(axis: str, model: PreTrainedModel, given: list[Batch]) -> sv.Plan:
+    return sv.walk_(model, given, 0.3, axis, held_out=given[1:], local_steps=1).plan
+
+
+CUTS = {
+    **{"score, plan and prune": scored, "collect and repair": repaired},
+    **{f"walk {axis}": partial(walked, axis) for axis in ("depth", "both")},
+}
+
+
 @where
-def test_score_plan_and_prune(where: str, card: torch.device) -> None:
-    plans = []
+@pytest.mark.parametrize("name", tiered(CUTS, lambda name: name != "walk both"))
+def test_a_cut(name: str, where: str, card: torch.device) -> None:
     models = copies(card)
-    for model, given in zip(models, (batches(), shown(where, card)), strict=True):
-        scores = sv.score(model, given, "taylor")
-        plans.append(sv.make_plan(sv.anatomy(model), scores, 0.3, "width"))
-        sv.prune_(model, plans[-1])
+    givens = zip(models, (batches(), shown(where, card)), strict=True)
+    plans = [CUTS[name](model, given) for model, given in givens]
     assert plans[0] == plans[1]
-    assert_close(models[1].state_dict(), models[0].state_dict())
-
-
-@where
-def test_collect_and_repair(where: str, card: torch.device) -> None:
-    plan = plan_by_hand(sv.anatomy(original()), neurons=range(64))
-    models = copies(card)
-    for model, given in zip(models, (batches(), shown(where, card)), strict=True):
-        statistics = sv.collect(model, given, "obs")
-        sv.prune_(model, plan)
-        sv.repair_(model, plan, statistics)
-    assert_close(models[1].state_dict(), models[0].state_dict())
-
-
-@where
-@pytest.mark.parametrize("axis", ["depth", pytest.param("both", marks=pytest.mark.slow)])
-def test_walk(where: str, axis: str, card: torch.device) -> None:
-    models, walked = copies(card), []
-    for model, given in zip(models, (batches(), shown(where, card)), strict=True):
-        walked.append(sv.walk_(model, given, 0.3, axis, held_out=given[1:], local_steps=1))
-    assert walked[0].plan == walked[1].plan
     assert_close(models[1].state_dict(), models[0].state_dict())
 
 
@@ -107,7 +108,7 @@ def test_a_checkpoint(where: str, card: torch.device, tmp_path: Path) -> None:
 
 @where
 def test_losses(where: str, card: torch.device) -> None:
-    def found(device: Any, given: list[dict[str, Tensor]]) -> list[float]:
+    def found(device: Any, given: list[Batch]) -> list[float]:
         model, other = (changed_copy(original(), seed=seed).to(device) for seed in (1, 2))
         values = []
         for batch in given:

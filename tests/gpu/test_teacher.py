@@ -46,9 +46,8 @@ def learnt(
     teacher.to(of_teacher)
     options = config(**changes)
     history = sv.recover(student, teacher, SAMPLES, options, processor, plan=plan, share=share)
-    assert {parameter.device.type for parameter in student.parameters()} == {
-        torch.device(device).type
-    }
+    (place,) = {parameter.device.type for parameter in student.parameters()}
+    assert place == torch.device(device).type
     weights = {name: value.cpu() for name, value in student.state_dict().items()}
     return weights, history.teacher
 

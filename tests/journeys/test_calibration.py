@@ -36,21 +36,19 @@ def tokens(batches: list[dict[str, Any]]) -> list[list[int]]:
     )
 
 
+def alone(given: list[Sample]) -> list[list[int]]:
+    return tokens([encode_samples(folders.processor("llava"), [each]) for each in given])
+
+
 def test_samples_that_are_alike_share_a_batch() -> None:
-    processor, given = folders.processor("llava"), samples()
-    batches = Calibration(processor, given, hold_out=False).fitted
-    assert tokens(batches) == tokens([encode_samples(processor, [each]) for each in given])
+    batches = Calibration(folders.processor("llava"), samples(), hold_out=False).fitted
+    assert tokens(batches) == alone(samples())
     for batch in batches:
         assert batch["attention_mask"].all()  # nothing is padded
         assert len(batch.get("pixel_values", torch.empty(0))) in (0, len(batch["input_ids"]))
 
 
 def test_held_out_samples_are_every_fourth_of_the_data() -> None:
-    processor, given = folders.processor("llava"), samples()
-    calibration = Calibration(processor, given, hold_out=True)
-    apart = [
-        encode_samples(processor, [each]) for each in given[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
-    ]
-    assert tokens(calibration.held_out) == tokens(apart)
-    both = [*calibration.fitted, *calibration.held_out]
-    assert tokens(both) == tokens([encode_samples(processor, [each]) for each in given])
+    calibration = Calibration(folders.processor("llava"), samples(), hold_out=True)
+    assert tokens(calibration.held_out) == alone(samples()[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
+    assert tokens([*calibration.fitted, *calibration.held_out]) == alone(samples())

@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 
+from slimvlm.data.samples import Question
 from slimvlm.demo.build import build_demo
+from slimvlm.demo.tasks import TASKS
+from slimvlm.evaluation.ask import answer
+from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.load import load
+from slimvlm.planning.make import make_plan
+from slimvlm.pruning.cut import prune_
+from slimvlm.pruning.save import save
+from slimvlm.scoring.criteria import score_random
+from slimvlm.scoring.statistics import Statistics
 
 pytestmark = pytest.mark.slow
 README = Path(__file__).parents[2] / "README.md"
@@ -42,17 +52,6 @@ def test_second_build_is_the_same_folder() -> None:
 
 
 def test_plain_transformers_says_the_same(tmp_path: Path) -> None:
-    from slimvlm.data.samples import Question
-    from slimvlm.demo.tasks import TASKS
-    from slimvlm.evaluation.ask import answer
-    from slimvlm.models.anatomy import read_anatomy
-    from slimvlm.models.load import load
-    from slimvlm.planning.make import make_plan
-    from slimvlm.pruning.cut import prune_
-    from slimvlm.pruning.save import save
-    from slimvlm.scoring.criteria import score_random
-    from slimvlm.scoring.statistics import Statistics
-
     model, processor = load("demo", "float32")
     anatomy = read_anatomy(model)
     plan = make_plan(anatomy, score_random(Statistics(), anatomy), 0.1, "both")
@@ -73,3 +72,4 @@ def test_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(tmp_path)
     exec(compile(code[1], "README.md", "exec"), {})
     assert (tmp_path / "small" / "config.json").is_file()
+    assert (tmp_path / "small" / "model.safetensors").is_file()

@@ -15,7 +15,7 @@ import pytest
 
 from slimvlm import cli
 from tests import tiny_folder
-from tests.contract.test_docs import COMMANDS, PYTHON
+from tests.contract.test_docs import COMMANDS
 from tests.journeys.test_first_hour import write_rows
 
 pytestmark = pytest.mark.slow
@@ -70,10 +70,9 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the model, data and pictures that documents name."""
     root = tmp_path_factory.mktemp("workshop")
     tiny_folder.copied("llava", root / "MODEL")
-    for name in ("path/or/id", "llava-hf/llava-1.5-7b-hf"):
-        (root / name).parent.mkdir(parents=True)
-        (root / name).symlink_to(root / "MODEL")
-    for name, folder in NAMED_IN_DOCUMENTS.items():
+    model = dict.fromkeys(("path/or/id", "llava-hf/llava-1.5-7b-hf"), root / "MODEL")
+    for name, folder in {**model, **NAMED_IN_DOCUMENTS}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).symlink_to(folder)
     tiny_folder.write_llava_data(root)
     tiny_folder.write_llava_data(root / "coco")
@@ -133,23 +132,6 @@ def test_a_page_runs_from_top_to_bottom(
     monkeypatch.chdir(after_readme)
     for command in commands_of(page):
         run(command, monkeypatch)
-
-
-def test_the_readmes_python_runs(
-    workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (block,) = [block for page, block in PYTHON if page == "README.md"]
-    model, data = str(workshop / "MODEL"), str(workshop / "data.json")
-    small = {
-        'sv.load("demo")': f"sv.load({model!r})",
-        'load_samples("demo", limit=16)': f"load_samples({data!r}, limit=12)",
-    }
-    for text, replacement in small.items():
-        assert text in block
-        block = block.replace(text, replacement)
-    monkeypatch.chdir(tmp_path)
-    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
-    assert (tmp_path / "small" / "model.safetensors").exists()
 
 
 def test_commands_that_are_run_elsewhere_are_still_in_the_documents() -> None:

@@ -20,7 +20,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,6 +126,13 @@ def waits() -> int:
     indexing by a mask).
     """
     return int(_card.card_waits())
+
+
+def waits_of(run: Callable[[], object]) -> int:
+    """How often something waits for a card."""
+    before = waits()
+    run()
+    return waits() - before
 
 
 @contextmanager

@@ -24,19 +24,14 @@ Values = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Original:
-    """An original checkpoint in memory.
-
-    Attributes:
-        family: ``llava``, ``bunny`` or ``internvl``.
-        config: Its ``config.json``.
-        vision: The vision tower's configuration, every field stated.
-        weights: Its tensors by original name, the tower's behind ``tower.``.
-    """
+    """An original checkpoint in memory."""
 
     family: str
     config: Values
     vision: Values
+    """The vision tower's configuration, every field stated."""
     weights: Mapping[str, Tensor]
+    """By original name, the tower's behind ``tower.``."""
 
     @property
     def text(self) -> Values:
@@ -300,9 +295,8 @@ def _random_decoder(make: _Random, config: Values, family: str) -> dict[str, Ten
                 made |= make.linear(f"{attention}{part}_proj", rows, hidden, bias)
         if bias:
             made |= make.linear(attention + "dense", hidden, hidden)
-            made |= make.linear(mlp + "fc1", inner, hidden) | make.linear(
-                mlp + "fc2", hidden, inner
-            )
+            made |= make.linear(mlp + "fc1", inner, hidden)
+            made |= make.linear(mlp + "fc2", hidden, inner)
             continue
         made |= make.norm(start + "post_attention_layernorm", hidden, False)
         made |= make.linear(attention + "o_proj", hidden, hidden, False)
@@ -359,11 +353,9 @@ def _published_names(original: Original, inside: bool) -> Iterator[tuple[str, Te
 def _clip(name: str) -> str:
     """The name that CLIP and SigLIP give a part of the tower."""
     outer = {
-        "patch": "embeddings.patch_embedding",
         "position": "embeddings.position_embedding.weight",
-        "class": "embeddings.class_embedding",
-        "before": "pre_layrnorm",
-        "after": "post_layernorm",
+        **{"patch": "embeddings.patch_embedding", "class": "embeddings.class_embedding"},
+        **{"before": "pre_layrnorm", "after": "post_layernorm"},
     }
     first, _, rest = name.partition(".")
     if first in outer:
@@ -378,10 +370,8 @@ def _internvit(name: str, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, 
     """The name that InternViT gives a part of the tower; queries, keys and values are one."""
     tensor = weights[f"tower.{name}"]
     outer = {
-        "patch.weight": "patch_embedding.weight",
-        "patch.bias": "patch_embedding.bias",
-        "position": "position_embedding",
-        "class": "class_embedding",
+        **{f"patch.{kind}": f"patch_embedding.{kind}" for kind in ("weight", "bias")},
+        **{"position": "position_embedding", "class": "class_embedding"},
     }
     if name in outer:
         shape = (1, -1, tensor.shape[-1]) if name in ("position", "class") else tensor.shape

@@ -24,14 +24,8 @@ def row(axis: str, ratio: float, kept: float, loss: str = "none", **changes: Any
     train = "none" if loss == "none" else "lora"
     values = {
         **{"model": "m", "axis": axis, "ratio": ratio, "criterion": "c", "allocation": "uniform"},
-        **{
-            "repair": "none",
-            "options": "",
-            "recovery": loss,
-            "train": train,
-            "loss": loss,
-            "fraction": 1.0,
-        },
+        **{"repair": "none", "options": "", "recovery": loss, "train": train, "loss": loss},
+        "fraction": 1.0,
         **{"seed": 0, "status": "done", "avg_percent": kept},
         **{"avg_percent_low": kept - 1, "avg_percent_high": kept + 1},
         **dict.fromkeys(("avg_free", "avg_choice", "avg_pictures", "avg_text"), 0.6 * kept),
@@ -57,35 +51,30 @@ def test_llava_in_the_paper() -> None:
         *series("width", "sft+hidden", (96.7, 92.4, 84, 80)),
     ]
     found = verdicts(rows)
-    assert [name for name in CLAIMS if found[name].verdict == "agrees"] == [
-        *("T1", "T3", "T4", "T5", "T9"),
-    ]
+    agree = [name for name in CLAIMS if found[name].verdict == "agrees"]
+    assert agree == ["T1", "T3", "T4", "T5", "T9"]
     assert found["T6"].numbers == (
         "m 15% width: projector 94.0, lora 95.0",
         "not: m 45% width: projector 79.0, lora 84.0",  # five points, not over five
         "m 60% width: projector 47.0, lora 76.0",
     )
     assert found["T8"].verdict == found["T10"].verdict == "not measured"
-    assert found["T1"].numbers == (
-        "m 15%: width 90.9, depth 72.2",
-        "m 30%: width 79.9, depth 69.2",
-    )
+    said = ("m 15%: width 90.9, depth 72.2", "m 30%: width 79.9, depth 69.2")
+    assert found["T1"].numbers == said
 
 
 AGREES: dict[str, list[dict[str, Any]]] = {
     "T1": [row("width", 0.3, 60), row("depth", 0.3, 50)],
     "T2": [
-        row("width", 0.3, 60, avg_free=40, avg_choice=50),
-        row("depth", 0.3, 50, avg_free=20, avg_choice=45),
+        row(axis, 0.3, kept, avg_free=free, avg_choice=choice)
+        for axis, kept, free, choice in (("width", 60, 40, 50), ("depth", 50, 20, 45))
     ],
     "T3": [row("width", 0.45, 49), row("depth", 0.6, 5)],
     "T4": [row("width", 0.3, 80, "sft"), row("depth", 0.3, 79.5, "sft")],
     "T5": [row("width", 0.45, 80, "sft"), row("depth", 0.45, 80.9, "sft")],
     "T6": [
-        row("width", 0.15, 95, "sft", train="projector"),
-        row("width", 0.15, 99, "sft"),
-        row("width", 0.6, 40, "sft", train="projector"),
-        row("width", 0.6, 70, "sft"),
+        *(row("width", 0.15, 95, "sft", train="projector"), row("width", 0.15, 99, "sft")),
+        *(row("width", 0.6, 40, "sft", train="projector"), row("width", 0.6, 70, "sft")),
     ],
     "T7": [
         row("width", 0.15, 80, avg_pictures=40, avg_text=50),

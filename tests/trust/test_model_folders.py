@@ -30,14 +30,12 @@ def _pickled_part(folder: Path) -> None:
     write_pickle(folder / "part.bin", folder.parent / "marked")
 
 
-def _parent_part(folder: Path) -> None:
-    renamed_part(folder, "../a.safetensors")
-    shutil.move(folder / "a.safetensors", folder.parent / "a.safetensors")
+def _part_above(name: str) -> Callable[[Path], None]:
+    def move(folder: Path) -> None:
+        renamed_part(folder, name.format(folder.parent))
+        shutil.move(folder / "a.safetensors", folder.parent / "a.safetensors")
 
-
-def _absolute_part(folder: Path) -> None:
-    renamed_part(folder, str(folder.parent / "a.safetensors"))
-    shutil.move(folder / "a.safetensors", folder.parent / "a.safetensors")
+    return move
 
 
 def _linked_out(name: str) -> Callable[[Path], None]:
@@ -68,8 +66,8 @@ def _adapter(folder: Path) -> None:
 
 SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
     "a part is a pickle": (_pickled_part, "part.bin"),
-    "a part lies above": (_parent_part, r"\.\./a\.safetensors"),
-    "a part has an absolute path": (_absolute_part, "a.safetensors"),
+    "a part lies above": (_part_above("../a.safetensors"), r"\.\./a\.safetensors"),
+    "a part has an absolute path": (_part_above("{}/a.safetensors"), "a.safetensors"),
     "weights are linked out": (_linked_out(WEIGHTS), WEIGHTS),
     "the configuration is linked out": (_linked_out("config.json"), "config.json"),
     "it is an adapter": (_adapter, "adapter_config.json"),
@@ -110,21 +108,13 @@ def test_a_spoiled_folder_is_refused_in_one_line(name: str, tmp_path: Path) -> N
     spoil, named = SPOILED[name]
     folder = folders.copied("text", tmp_path / "model")
     spoil(folder)
-    with pytest.raises(SlimError, match=named) as caught:
-        load(folder)
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 600
-    assert not (tmp_path / "marked").exists()
-
-
-@pytest.mark.parametrize("name", ["a part is a pickle", "a part lies above", "absurd depth"])
-def test_low_memory_and_inspection_refuse_it_too(name: str, tmp_path: Path) -> None:
-    spoil, named = SPOILED[name]
-    folder = folders.copied("text", tmp_path / "model")
-    spoil(folder)
-    for read in (open_checkpoint, anatomy):
-        with pytest.raises(SlimError, match=named):
+    too = name in ("a part is a pickle", "a part lies above", "absurd depth")
+    for read in (load, *((open_checkpoint, anatomy) if too else ())):
+        with pytest.raises(SlimError, match=named) as caught:
             read(folder)
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 600
+    assert not (tmp_path / "marked").exists()
 
 
 def test_the_layout_of_the_hub_s_cache_is_read(tmp_path: Path) -> None:

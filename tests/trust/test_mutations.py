@@ -18,9 +18,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -42,21 +42,13 @@ from slimvlm.scoring.layerwise.checkpoint import open_checkpoint
 from slimvlm.scoring.unit_scores import Scores
 from slimvlm.training.recover import History
 from tests import tiny_folder as folders
-from tests.trust.spoiled import INDEX, WEIGHTS, divide, write_pickle
+from tests.trust.spoiled import INDEX, WEIGHTS, divide, spoil, write_pickle
 
 pytestmark = pytest.mark.slow
 
 MAX_SECONDS, MAX_BYTES = 60, 2 * 2**30
-DEEP: Any = 1
-for _ in range(80):
-    DEEP = [DEEP]
-NASTY: tuple[Any, ...] = (
-    *(None, True, False, -1, 0, 1, 3, 1.5, 1e308, float("nan"), float("inf"), -float("inf")),
-    *(10**6, 10**9, 10**12, 10**30, -(10**12), 2**31, 2**63),
-    *("", "x", "auto", "../../evil", "/etc/passwd", "marked.bin", "evil/kernel", "~", "\x1b[2J"),
-    *("a" * 10_000, "{t.__class__}", "{% for x in range(9) %}", "[bold]", "\u202e", "__class__"),
-    *([], {}, [[]], [None], ["x", 3], {"a": 1}, {"model_type": "llama"}, DEEP),
-)
+MODEL = str(folders.folder("text"))
+"""A good one."""
 
 
 def peak_memory(forget: bool = False) -> int:
@@ -69,67 +61,6 @@ def peak_memory(forget: bool = False) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def places(values: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The way to every value inside some values."""
-    for key in values if isinstance(values, dict) else range(len(values)):
-        yield (*at, key)
-        if isinstance(values[key], dict | list):
-            yield from places(values[key], (*at, key))
-
-
-def mutated(values: Any, draw: random.Random) -> Any:
-    """The values with something in them replaced, removed, added or moved."""
-    values = json.loads(json.dumps(values))
-    *way, key = draw.choice(list(places(values)))
-    holder = values
-    for step in way:
-        holder = holder[step]
-    kind = draw.randrange(8)
-    if kind == 0:
-        del holder[key]
-    elif kind == 1 and isinstance(holder, dict):
-        holder[draw.choice(("evil", "auto_map", "_attn_implementation", "__class__", ""))] = holder[
-            key
-        ]
-    elif kind == 2 and isinstance(holder, dict):
-        holder[key] = draw.choice(list(holder.values()))
-    elif kind == 3 and isinstance(holder[key], int | float):
-        holder[key] = holder[key] * draw.choice((-1, 0, 2, 10**3, 10**7, 10**15))
-    elif kind == 4:
-        holder[key] = [holder[key]]
-    else:
-        holder[key] = draw.choice(NASTY)
-    return values
-
-
-def torn(content: bytes, draw: random.Random) -> bytes:
-    """A file cut short, with other bytes in it, or with some twice."""
-    place = draw.randrange(max(len(content), 1))
-    junk = draw.choice(
-        (b"\0", b"\xff\xfe", b"[" * 3000, b"{", b'"', b"&a [*a, *a]", b"!!python/x ")
-    )
-    return draw.choice(
-        (
-            content[:place],
-            content[:place] + junk + content[place:],
-            content[:place] + junk + content[place + len(junk) :],
-            content[:place] * 2,
-            b"",
-        )
-    )
-
-
-def spoil(file: Path, draw: random.Random) -> None:
-    """Change a file: its values if it is JSON or YAML, or its bytes."""
-    content = file.read_bytes()
-    if file.suffix not in (".json", ".yaml") or draw.random() < 0.15:
-        file.write_bytes(torn(content, draw))
-    elif file.suffix == ".json":
-        file.write_text(json.dumps(mutated(json.loads(content), draw)))
-    else:
-        file.write_text(yaml.safe_dump(mutated(yaml.safe_load(content), draw)))
-
-
 def use_model(folder: Path) -> None:
     load(folder)
     open_checkpoint(folder)
@@ -140,14 +71,14 @@ def use_words(folder: Path) -> None:
     answer(model, words, [Question("q", "Which colour?", ("red",))], 2)
 
 
-def make_divided(folder: Path) -> None:
-    make_model(folder)
-    divide(folder, "a.safetensors", "b.safetensors")
-
-
 def make_model(folder: Path) -> None:
     shutil.copytree(folders.folder("text"), folder, dirs_exist_ok=True)
     write_pickle(folder / "marked.bin", folder.parent / "marked")
+
+
+def make_divided(folder: Path) -> None:
+    make_model(folder)
+    divide(folder, "a.safetensors", "b.safetensors")
 
 
 def make_seeing(folder: Path) -> None:
@@ -178,7 +109,7 @@ def use_plan(folder: Path) -> None:
 
 def make_study(folder: Path) -> None:
     folders.write_llava_data(folder, count=16, pictures=False)
-    grid = {"model": model(), "ratio": [0.2, 0.4], "axis": "depth", "prune": {"samples": 8}}
+    grid = {"model": MODEL, "ratio": [0.2, 0.4], "axis": "depth", "prune": {"samples": 8}}
     values = {
         "grids": [grid | {"seed": [0, 1]}],
         "recoveries": {"short": {"train": "lora", "loss": "sft", "max_steps": 3}},
@@ -189,11 +120,6 @@ def make_study(folder: Path) -> None:
         "reference": {"source": "a paper", "rows": [{"retention": 90.0, "ratio": 0.2}]},
     }
     (folder / "study.yaml").write_text(yaml.safe_dump(values))
-
-
-def model() -> str:
-    """A good one."""
-    return str(folders.folder("text"))
 
 
 def make_task(folder: Path) -> None:
@@ -209,19 +135,10 @@ def use_task(folder: Path) -> None:
     AnswerLog(folder / "logs", task.name, "key").add(questions, ["reply"] * len(questions))
 
 
-RESULT = Result(
-    "model",
-    1000,
-    800,
-    {
-        name: TaskResult(
-            "exact_match", 50.0, 25.0, True, ("a", "b"), ("r", "s"), (1.0, 0.0), {"f1": 1.0}, 50.0
-        )
-        for name in ("one", "two")
-    },
-    1.0,
-    2.0,
+ANSWERED = TaskResult(
+    "exact_match", 50.0, 25.0, True, ("a", "b"), ("r", "s"), (1.0, 0.0), {"f1": 1.0}, 50.0
 )
+RESULT = Result("model", 1000, 800, {"one": ANSWERED, "two": ANSWERED}, 1.0, 2.0)
 
 
 def make_result(folder: Path) -> None:
@@ -253,8 +170,7 @@ def make_log(folder: Path) -> None:
     AnswerLog(folder, "own", "key").add(questions, ["reply"] * 3)
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """A folder with a file to spoil, and what reads it."""
 
     make: Callable[[Path], None]
@@ -321,11 +237,7 @@ def spoil_and_try(
 ) -> None:
     """Spoil a file once for each seed, and see that nothing but its use happens.
 
-    Args:
-        target: What is spoiled.
-        seeds: Of the changes.
-        home: An empty folder, where everything happens.
-        ended: What is wrong with how a use of the folder ended; nothing if it ended well.
+    ``ended`` says what is wrong with how a use of the folder ended; nothing if it ended well.
     """
     good, place, working = home / "good", home / "work" / "model", home / "working"
     for folder in (good, place, working):
@@ -368,41 +280,26 @@ def test_a_spoiled_file_is_read_or_refused(name: str, home: Path) -> None:
     spoil_and_try(target, seeds, home, lambda folder: outcome(target.use, folder))
 
 
-COMMANDS: dict[str, Callable[[Path], list[str]]] = {
-    **dict.fromkeys(
-        ("config", "index", "weights", "generation", "tokenizer", "tokenizer settings", "template"),
-        lambda folder: ["chat", str(folder), "Which colour?", "--max-new-tokens", "2"],
-    ),
-    "seeing": lambda folder: ["inspect", str(folder)],
-    "plan": lambda folder: [
-        *("prune", model(), "--plan", str(folder / "plan.json")),
-        *("--out", str(folder / "out"), "--force"),
-    ],
-    "study": lambda folder: [
-        *("study", str(folder / "study.yaml"), "--out", str(folder / "out"), "--dry-run"),
-    ],
-    "task": lambda folder: [
-        *("evaluate", model(), "--tasks", str(folder / "task.yaml"), "--log", str(folder / "logs")),
-    ],
-    "result": lambda folder: [
-        *("evaluate", model(), "--tasks", str(folder / "task.yaml")),
-        *("--baseline", str(folder / "result.json")),
-    ],
-    "scores": lambda folder: [
-        *("plan", model(), "--scores", str(folder / "scores"), "--ratio", "0.3"),
-        *("--out", str(folder / "plan.json"), "--force"),
-    ],
+CHAT = "chat {folder} Colour? --max-new-tokens 2"
+COMMANDS = {
+    **dict.fromkeys(("config", "index", "weights", "generation", "tokenizer"), CHAT),
+    **{"tokenizer settings": CHAT, "template": CHAT, "seeing": "inspect {folder}"},
+    "plan": "prune {model} --plan {folder}/plan.json --out {folder}/out --force",
+    "study": "study {folder}/study.yaml --out {folder}/out --dry-run",
+    "task": "evaluate {model} --tasks {folder}/task.yaml --log {folder}/logs",
+    "result": "evaluate {model} --tasks {folder}/task.yaml --baseline {folder}/result.json",
+    "scores": "plan {model} --scores {folder}/scores --ratio 0.3 --out {folder}/plan.json --force",
 }
 """A command for each kind of file that has one."""
 OF_A_COMMAND = 15
 
 
-def ended_in(command: list[str], capfd: pytest.CaptureFixture[str]) -> str:
+def ended_in(command: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> str:
     """What is wrong with how a command ended."""
     code: Any = 0
     try:
         with limited():
-            cli.main(command)
+            cli.main(command.format(model=MODEL, folder=folder).split())
     except SystemExit as end:
         code = end.code
     except Exception as error:
@@ -420,6 +317,4 @@ def test_a_command_ends_well_or_in_one_line(
     name: str, home: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     seeds = [f"command {name} {seed}" for seed in range(OF_A_COMMAND)]
-    spoil_and_try(
-        TARGETS[name], seeds, home, lambda folder: ended_in(COMMANDS[name](folder), capfd)
-    )
+    spoil_and_try(TARGETS[name], seeds, home, lambda at: ended_in(COMMANDS[name], at, capfd))

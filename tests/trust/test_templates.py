@@ -13,6 +13,9 @@ from slimvlm.data.chat import render
 from tests import tiny_folder as folders
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
+GROWING = (
+    "{% set n = namespace(x=START) %}{% for i in range(60) %}{% set n.x = n.x OP n.x %}{% endfor %}"
+)
 HOSTILE = {
     "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "filtered loops": (
@@ -21,12 +24,9 @@ HOSTILE = {
     "repeated": "{{ 'a' * 10000000000 }}",
     "repeated list": "{{ [1] * 10000000000 }}",
     "power": "{{ 9 ** (9 ** 9) }}",
-    "doubling": "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}"
-    "{% endfor %}",
-    "joining": "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}"
-    "{% endfor %}",
-    "multiplying": "{% set n = namespace(x=3) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}"
-    "{% endfor %}",
+    "doubling": GROWING.replace("START", "'ab'").replace("OP", "+"),
+    "joining": GROWING.replace("START", "'ab'").replace("OP", "~"),
+    "multiplying": GROWING.replace("START", "3").replace("OP", "*"),
     "centred": "{{ 'a'|center(9999999999) }}",
     "justified": "{{ 'a'.ljust(9999999999) }}",
     "format": "{{ '{:9999999999}'.format(1) }}",
@@ -59,23 +59,19 @@ def rendered(template: str) -> str:
     return render(words, MESSAGES)
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_what_would_go_on_or_fill_the_memory_is_refused(
+@pytest.mark.parametrize("name", [*HOSTILE, *ESCAPES])
+def test_what_goes_on_fills_the_memory_or_escapes_is_refused_in_one_line(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(templates, "MAX_SECONDS", 0.3)
     start = time.monotonic()
-    with pytest.raises(ConfigError, match="its chat template") as caught:
-        rendered(HOSTILE[name])
+    error, words = (
+        (ConfigError, "its chat template") if name in HOSTILE else (SlimError, "chat tem")
+    )
+    with pytest.raises(error, match=words) as caught:
+        rendered({**HOSTILE, **ESCAPES}[name])
     assert "\n" not in str(caught.value)
     assert time.monotonic() - start < 3
-
-
-@pytest.mark.parametrize("name", ESCAPES)
-def test_a_template_gets_nowhere_and_fails_in_one_line(name: str) -> None:
-    with pytest.raises(SlimError, match="chat template") as caught:
-        rendered(ESCAPES[name])
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", folders.KINDS)
