@@ -50,24 +50,8 @@ SHAPES = {"qwen2": QWEN, "gemma3": GEMMA}
 CONVERSATIONS, TOKENS, RATIO, BATCH = 64, 180, 0.2, 4
 STEPS = ("write", "backbone", "forward", "compress", "low-memory")
 WORDS = [
-    "the",
-    "of",
-    "and",
-    "to",
-    "in",
-    "is",
-    "for",
-    "on",
-    "that",
-    "by",
-    "this",
-    "with",
-    "you",
-    "it",
-    "not",
-    "or",
-    "be",
-    "are",
+    *("the", "of", "and", "to", "in", "is", "for", "on", "that"),
+    *("by", "this", "with", "you", "it", "not", "or", "be", "are"),
 ]
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -66,7 +66,6 @@ def logits(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def snapshot(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Copies of a model's weights and configuration."""
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     return weights, model.config.to_dict()
 

@@ -45,17 +45,16 @@ def traits(name: str) -> frozenset[str]:
     model = tiny.build(name)
     anatomy = read_anatomy(model)
     biased = {linear.bias is not None for _, _, linear in Parts(model).projections()}
-    found = [
-        *_set_fields(anatomy.backbone),
-        *_set_fields(anatomy.family),
-        *_layout("attention", anatomy.backbone.attention),
-        *_layout("mlp", anatomy.backbone.mlp),
-        *_layers(anatomy),
-        *("biases" if has_bias else "no biases" for has_bias in biased),
-        "pictures" if tiny.is_multimodal(model.config) else "text alone",
-        "a head of its own" if anatomy.head_params else "a tied head",
-    ]
-    return frozenset(found)
+    return frozenset(
+        [
+            *(*_set_fields(anatomy.backbone), *_set_fields(anatomy.family)),
+            *_layout("attention", anatomy.backbone.attention),
+            *(*_layout("mlp", anatomy.backbone.mlp), *_layers(anatomy)),
+            *("biases" if has_bias else "no biases" for has_bias in biased),
+            "pictures" if tiny.is_multimodal(model.config) else "text alone",
+            "a head of its own" if anatomy.head_params else "a tied head",
+        ]
+    )
 
 
 def _set_fields(row: Backbone | Family) -> Iterable[str]:
@@ -95,12 +94,9 @@ def _is_archetype(name: str, *_: Any) -> bool:
 
 
 def tiered(cases: Iterable[Any], by_default: Callable[..., bool] = _is_archetype) -> list[Any]:
-    """Cases for `pytest.mark.parametrize`; some of them in the slow tier alone.
+    """Cases (values, tuples or ``pytest.param``); those not ``by_default`` in the slow tier alone.
 
-    Args:
-        cases: Values, tuples of values or ``pytest.param``.
-        by_default: Says of a case's values whether it runs by default; of tiny models' names, as
-            a first value, whether they are `ARCHETYPES`.
+    By default run those whose first value is the name of one of the `ARCHETYPES`.
     """
     found = []
     for case in cases:

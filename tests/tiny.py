@@ -420,7 +420,6 @@ def made(config: Config, seed: int = 0) -> PreTrainedModel:
 
 
 def build(name: str, seed: int = 0) -> PreTrainedModel:
-    """The tiny model of a family."""
     model = made(CONFIGS[name](), seed)
     # model.generate must not stop early, so that cached and uncached runs can be compared
     model.generation_config.eos_token_id = None

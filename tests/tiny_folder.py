@@ -67,8 +67,6 @@ SMOLVLM_CHAT = (
 
 
 class Kind(NamedTuple):
-    """One kind of complete model."""
-
     make: Callable[[], tuple[hf.PreTrainedConfig, Any]]
     """Returns the configuration and the processor (or tokenizer)."""
     image_token: str | None
@@ -241,7 +239,6 @@ def turn(role: str, *parts: str | None) -> Message:
 
 
 def sample(name: str, *turns: Message, images: int = 0) -> Sample:
-    """A conversation with so many pictures."""
     return Sample(name, turns, tuple(picture(index) for index in range(images)))
 
 
@@ -249,7 +246,6 @@ COLOURS = ("red", "blue", "green", "yellow", "white", "black")
 
 
 def short_samples(count: int, sees: bool = True) -> list[Sample]:
-    """Questions and answers of different lengths."""
     made = []
     for index in range(count):
         shown: list[str | None] = [None] if sees else []

@@ -24,7 +24,6 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 
 
 def _blocks(pattern: str) -> list[tuple[str, str]]:
-    """Each page and what a pattern finds in it."""
     found = ((page.name, re.findall(pattern, page.read_text(), re.DOTALL | re.M)) for page in PAGES)
     return [(page, text) for page, texts in found for text in texts]
 

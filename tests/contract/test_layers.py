@@ -112,7 +112,6 @@ def test_the_rule_can_fail_and_pass(package: str, source: str, is_good: bool) ->
 
 
 def test_options_and_errors_load_no_heavy_library() -> None:
-    """``--help`` answers at once."""
     for path in (SOURCE / "core").rglob("*.py"):
         roots = {name.split(".")[0] for name, _ in dotted(path.read_text())}
         assert not roots & HEAVY, path

@@ -30,7 +30,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def card() -> torch.device:
-    """The accelerator."""
     found = torch.accelerator.current_accelerator()
     assert found is not None
     return torch.device(found.type, 0)

@@ -52,7 +52,6 @@ def model() -> Any:
 
 @pytest.fixture
 def folder(model: Any, tmp_path: Path) -> Path:
-    """The same as a checkpoint."""
     model.save_pretrained(tmp_path / "model")
     folders.processor("text").save_pretrained(tmp_path / "model")
     return tmp_path / "model"

@@ -44,7 +44,6 @@ def shown(where: str, card: torch.device) -> list[Batch]:
 
 
 def copies(card: torch.device) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """A copy on the CPU and one on the card."""
     here, there = copy.deepcopy(original()), copy.deepcopy(original())
     return here, there.to(card)
 

@@ -80,7 +80,6 @@ def test_wherever_the_teacher_was_the_same_is_learnt(
 
 @pytest.mark.parametrize("where", ["card", "cpu"])
 def test_a_sharing_teacher_needs_what_was_pruned_alone(where: str, card: torch.device) -> None:
-    """Nothing of the teacher is left where it was, and the card holds its own part alone."""
     student, teacher, _, plan = pruned(card)
     if where == "card":
         teacher.to(card)

@@ -346,7 +346,6 @@ def test_the_table_in_the_docs_has_these_rows() -> None:
 def test_recover_after_a_stop(
     filled: Filled, card: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run that goes on ends where one that nobody stopped does."""
     words = filled(CASES["recover lora 0.5*sft+0.5*kl"])
     expected, found = tmp_path / "whole", tmp_path / "stopped"
     run(words, expected, card)

@@ -86,7 +86,6 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def after_readme(workshop: Path) -> Path:
-    """The folder after the README's commands."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workshop)
         for command in commands_of("README.md"):

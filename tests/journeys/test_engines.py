@@ -54,7 +54,6 @@ Table = dict[tuple[str, str], dict[str, str]]
 
 
 def read_table(page: Path = PAGE) -> Table:
-    """The table of the page."""
     text = page.read_text()
     lines = text[text.index(_BEGIN) + len(_BEGIN) : text.index(_END)].splitlines()
     assert _cells(lines[0]) == ["engine", "model", *AXES]
@@ -161,7 +160,6 @@ def pruned(kind: str, out: Path) -> list[Path]:
 
 
 def differing(found: Sequence[Compared]) -> list[str]:
-    """Summaries of what is not the same."""
     return [each.summary() for each in found if not each.is_same]
 
 
@@ -212,7 +210,6 @@ def demo_asked_of(engine: str, axes: Sequence[str], out: Path, **how: Any) -> li
 
 
 def demo_questions() -> list[Question]:
-    """Questions with and without a picture."""
     tasks = [task for task in find_tasks("demo") if task.metric != "perplexity"]
     return [question for task in tasks for question in task.load(2)]
 

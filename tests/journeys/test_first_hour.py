@@ -24,7 +24,6 @@ def first_hour() -> str:
 
 
 def commands() -> list[str]:
-    """Its commands, in order."""
     blocks = re.findall(r"```bash\n(.*?)```", first_hour(), re.DOTALL)
     return [line for block in blocks for line in block.splitlines()]
 

@@ -51,12 +51,7 @@ def why_not() -> str | None:
 
 
 def _built() -> ctypes.CDLL:
-    """The compiled card, from the cache if it is there.
-
-    Raises:
-        OSError: If there is no compiler.
-        subprocess.CalledProcessError: If it fails.
-    """
+    """The compiled card, from the cache if it is there."""
     root = Path(str(importlib.util.find_spec("torch").origin)).parent  # type: ignore[union-attr]
     source = Path(__file__).with_name("card.cpp")
     contents = source.read_bytes() + (root / "version.py").read_bytes()
@@ -101,9 +96,7 @@ def _index(device: Any = None) -> int:
 def set_limit(size: int, device: Any = None) -> None:
     """Let allocations beyond so many bytes on a card raise `torch.OutOfMemoryError`.
 
-    Args:
-        size: The card's bytes; 0 for no limit (24 GiB are reported then).
-        device: The card; by default the active one.
+    A size of 0 is no limit (24 GiB are reported then); by default it is the active card's.
     """
     _card.card_limit(_index(device), size)
 
@@ -153,13 +146,8 @@ def _mem_get_info(device: Any = None) -> tuple[int, int]:
 
 def _properties(device: Any = None) -> SimpleNamespace:
     major, minor = _capability
-    return SimpleNamespace(
-        name="pretended",
-        major=major,
-        minor=minor,
-        total_memory=_card.card_total(_index(device)),
-        multi_processor_count=1,
-    )
+    size = {"total_memory": _card.card_total(_index(device)), "multi_processor_count": 1}
+    return SimpleNamespace(name="pretended", major=major, minor=minor, **size)
 
 
 def _activate(device: Any) -> int:

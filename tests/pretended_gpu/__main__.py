@@ -14,7 +14,6 @@ from tests import pretended_gpu
 
 
 def main() -> None:
-    """Run what the arguments say."""
     if pretended_gpu.REASON is not None:
         raise SystemExit(pretended_gpu.REASON)
     if size := os.environ.get("PRETENDED_GPU_LIMIT"):

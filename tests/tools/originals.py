@@ -232,7 +232,6 @@ class _Random:
 def random_original(
     family: str, config: Values, vision: Values, seed: int, dtype: torch.dtype
 ) -> Original:
-    """An original with random weights."""
     make = _Random(seed, dtype)
     text = config["llm_config"] if family == "internvl" else config
     weights = _random_tower(make, vision, family)
@@ -324,7 +323,6 @@ def save_original(
 
 
 def save_weights(weights: Mapping[str, Tensor], folder: Path, kind: str, shards: int) -> None:
-    """Tensors as one file or several, ``safetensors`` or ``bin``."""
     for old in [*folder.glob("*.safetensors*"), *folder.glob("*.bin*")]:
         old.unlink()
     stem = "model" if kind == "safetensors" else "pytorch_model"

@@ -333,7 +333,6 @@ def test_bunny_leaves_out_what_is_behind_the_layer_it_reads(tmp_path: Path) -> N
 
 
 def test_pictures_that_are_not_padded_are_squeezed(tmp_path: Path) -> None:
-    """And what a tokenizer adds has rows already where the original has more than it uses."""
     source = CASES["llava"].copied(tmp_path / "source", image_aspect_ratio="square")
     _, processor = load(CASES["llava"].convert(tmp_path / "out", source), device="cpu")
     wide = Image.new("RGB", (90, 30), (200, 10, 10))

@@ -24,7 +24,6 @@ FULL = CompressConfig(ratio=0.3, units=("neuron",), data="d", recover=RecoverCon
 
 
 def accepts(name: str, values: Any) -> bool:
-    """Whether a schema allows some values."""
     return jsonschema.Draft202012Validator(schemas()[name]).is_valid(values)
 
 

@@ -29,7 +29,6 @@ class Mark:
 
 
 def write_pickle(file: Path, mark: Path) -> None:
-    """A pickle that leaves a mark when it is read."""
     file.write_bytes(pickle.dumps(Mark(mark)))
 
 

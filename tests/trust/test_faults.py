@@ -194,7 +194,6 @@ def test_a_damaged_shard_is_one_line(seed: int, tmp_path: Path) -> None:
 
 
 def start(*arguments: Any) -> int:
-    """Run a command in a process of its own."""
     pid = os.fork()
     if pid:
         return pid
@@ -254,7 +253,6 @@ def test_kills_tear_nothing_and_every_restart_completes(verb: str, tmp_path: Pat
 
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_bits(tmp_path: Path) -> None:
-    """Plan, pruned and recovered weights, from two processes."""
     model = tiny_folder.folder("llava")
     data = tiny_folder.write_llava_data(tmp_path / "data", count=6)
     options = ["--ratio", "0.3", "--data", data, "--samples", "4", "--batch-size", "2"]

@@ -295,7 +295,6 @@ OF_A_COMMAND = 15
 
 
 def ended_in(command: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> str:
-    """What is wrong with how a command ended."""
     code: Any = 0
     try:
         with limited():
