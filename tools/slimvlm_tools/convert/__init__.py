@@ -102,11 +102,7 @@ def convert(
 
 
 def original_of(config: Mapping[str, Any]) -> Original:
-    """The family of an original's ``config.json``, by the class that it names.
-
-    Raises:
-        UnsupportedModelError: If it is none of them, or native already.
-    """
+    """The family of an original's ``config.json``, by the class that it names."""
     model_type = str(config.get("model_type", ""))
     named = config.get("architectures") or [MODEL_TYPES.get(model_type, "")]
     name = str(named[0])

@@ -26,12 +26,7 @@ _TURNS = (
 
 
 def vicuna_template(end: str, image: str) -> str:
-    """``SYSTEM USER: <image> Q ASSISTANT: A</s>USER: ...``; pictures come first in their turn.
-
-    Args:
-        end: What closes an answer.
-        image: What stands for a picture, with all that follows it.
-    """
+    """``SYSTEM USER: <image> Q ASSISTANT: A</s>USER: ...``; pictures come first in their turn."""
     system = _TURNS.replace("SYSTEM", VICUNA_SYSTEM.replace("'", "\\'"))
     return (
         system + "{{- ' ' -}}{%- for message in turns -%}"
@@ -46,12 +41,7 @@ def vicuna_template(end: str, image: str) -> str:
 
 
 def phi3_template(start: str, image: str) -> str:
-    """``<|system|> SYSTEM<|end|><|user|> Q<|end|><|assistant|> A<|end|>``, lines after roles.
-
-    Args:
-        start: What stands before the first token.
-        image: What stands for a picture, with all that follows it; pictures stay in their place.
-    """
+    """``<|system|> SYSTEM<|end|><|user|> Q<|end|><|assistant|> A<|end|>``, lines after roles."""
     content = (
         "{%- if message['content'] is string -%}{{- message['content'] -}}{%- else -%}"
         "{%- for part in message['content'] -%}"

@@ -229,9 +229,6 @@ def _picture_text(tokenizer: PreTrainedTokenizerFast) -> str:
 
     The originals tokenize the text on both sides of a picture apart. Where their tokenizer puts a
     space before the start of a text but not after a special token, the native text needs it.
-
-    Raises:
-        UnsupportedModelError: If no space gives the same ids either.
     """
     apart = tokenizer("\n", add_special_tokens=False).input_ids
     for space in ("", " "):

@@ -70,11 +70,7 @@ class Conversion:
 
 
 def place(weights: OriginalWeights, names: Iterable[str], rules: Rules) -> dict[str, Piece]:
-    """Find the native place of source tensors.
-
-    Raises:
-        UnsupportedModelError: If a tensor matches no rule.
-    """
+    """Find the native place of source tensors."""
     pieces: dict[str, Piece] = {}
     for name in names:
         for pattern, targets in rules.items():
@@ -95,13 +91,6 @@ def check_complete(model: PreTrainedModel, pieces: Mapping[str, Piece]) -> None:
     """Check that pieces are the native model's tensors: all, no more, in the right shapes.
 
     A tied tensor may have one too, which is not read.
-
-    Args:
-        model: The native model; it needs no storage.
-        pieces: By native name.
-
-    Raises:
-        UnsupportedModelError: If not, with the first tensor that is wrong.
     """
     tied = model.all_tied_weights_keys
     wanted = {name: t.shape for name, t in model.state_dict().items() if name not in tied}

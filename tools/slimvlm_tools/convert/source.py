@@ -39,16 +39,7 @@ as the process's memory until then."""
 
 
 def find_folder(name: str | Path, what: str, cached_only: bool = False) -> Path:
-    """The folder that a path or a hub id means; an id is fetched first.
-
-    Args:
-        name: A local folder or a hub id.
-        what: How an error calls it.
-        cached_only: Whether an id counts only if it is in the local cache already.
-
-    Raises:
-        ConfigError: If there is no such folder, or it has no ``config.json``.
-    """
+    """The folder that a path or a hub id means; an id is fetched first."""
     folder = Path(name)
     if not folder.is_dir():
         if str(name).startswith((".", "/", "~")) or str(name).count("/") != 1 or folder.exists():
@@ -67,20 +58,12 @@ def find_folder(name: str | Path, what: str, cached_only: bool = False) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty if the file does not exist.
-
-    Raises:
-        ConfigError: If the file is no JSON object.
-    """
+    """A JSON object; empty if the file does not exist."""
     return read_object(path, "file") if path.is_file() else {}
 
 
 def require(values: Mapping[str, Any], allowed: Allowed) -> None:
-    """Check fields of a source configuration that must have values that can be mapped.
-
-    Raises:
-        UnsupportedModelError: If one has another value.
-    """
+    """Check fields of a source configuration that must have values that can be mapped."""
     for name, (choices, default) in allowed.items():
         if (value := values.get(name, default)) not in choices:
             raise UnsupportedModelError(
@@ -103,11 +86,7 @@ class OriginalWeights:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Find names and shapes; values stay unread.
-
-        Raises:
-            ConfigError: If the folder has no weights, or they do not agree with their index.
-        """
+        """Find names and shapes; values stay unread."""
         self.folder = folder
         self.tensors: dict[str, Tensor] = {}
         self._files: dict[str, Path] = {}

@@ -60,16 +60,7 @@ class TokenizerFiles:
 def llama_tokenizer(
     files: TokenizerFiles, attributes: Mapping[str, str] | None = None
 ) -> PreTrainedTokenizerFast:
-    """The slow Llama tokenizer of a folder, from its ``tokenizer.model``.
-
-    Args:
-        files: The folder's files.
-        attributes: Tokens that the native tokenizer must have as attributes, by attribute.
-
-    Raises:
-        ConfigError: If the folder has no tokenizer files, or they cannot be read.
-        UnsupportedModelError: If added tokens cannot keep their ids.
-    """
+    """The slow Llama tokenizer of a folder, from its ``tokenizer.model``."""
     path = files.folder / "tokenizer.model"
     if not path.is_file():
         return _wrap(files, _from_json(files.folder), attributes)
@@ -87,12 +78,7 @@ def llama_tokenizer(
 
 
 def byte_level_tokenizer(files: TokenizerFiles) -> PreTrainedTokenizerFast:
-    """The fast byte-level BPE tokenizer of a folder (GPT-2 style).
-
-    Raises:
-        ConfigError: If the folder has no tokenizer files, or they cannot be read.
-        UnsupportedModelError: If added tokens cannot keep their ids.
-    """
+    """The fast byte-level BPE tokenizer of a folder (GPT-2 style)."""
     vocab, merges = files.folder / "vocab.json", files.folder / "merges.txt"
     spaced = bool(files.settings.get("add_prefix_space", False))
     if (files.folder / "tokenizer.json").is_file() or not (vocab.is_file() and merges.is_file()):
@@ -111,11 +97,7 @@ def add_new_tokens(tokenizer: PreTrainedTokenizerFast, names: list[str]) -> None
 
 
 def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
-    """The id of a token that must exist.
-
-    Raises:
-        ConfigError: If it does not.
-    """
+    """The id of a token that must exist."""
     found = tokenizer.get_vocab().get(token)
     if found is None:
         raise ConfigError(f"tokenizer: it has no {token!r}, which the conversation style needs")
@@ -127,17 +109,6 @@ def _read_pieces(path: Path, unknown: str) -> tuple[Tokenizer, bool]:
 
     Pairs whose union is a piece are merged in the order of its score: BPE by rank does what BPE by
     score does. The result is compared with SentencePiece's own on a sentence.
-
-    Args:
-        path: A ``tokenizer.model``.
-        unknown: The unknown token.
-
-    Returns:
-        The tokenizer, and whether the model puts a ``▁`` before a text.
-
-    Raises:
-        ConfigError: If the file is no such model.
-        UnsupportedModelError: If the model is not BPE, or rewrites text before it is split.
     """
     try:
         model = SentencePieceProcessor(model_file=str(path))
@@ -189,14 +160,7 @@ def _weighs_splits(model: SentencePieceProcessor) -> bool:
 
 
 def _write_spaces_(tokenizer: Tokenizer, legacy: bool, prefix: bool) -> None:
-    """Let ``▁`` stand for spaces.
-
-    Args:
-        tokenizer: What `_read_pieces` gives.
-        legacy: Whether every stretch of text between special tokens gets a leading ``▁``. Without,
-            only the start of the whole text does.
-        prefix: Whether there is a leading ``▁`` at all.
-    """
+    """Let ``▁`` stand for spaces."""
     if legacy:
         steps: list[normalizers.Normalizer] = [normalizers.Prepend(SPACE)] if prefix else []
         tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])

@@ -108,17 +108,6 @@ def find_tower(
 
     Weights inside the checkpoint win over the folder. What the folder says of heads, activation
     and epsilon holds for both, since weights do not tell.
-
-    Args:
-        source: The checkpoint.
-        config: Its ``config.json``.
-        kind: The only kind of tower that the family's code has: ``clip`` or ``siglip``.
-        vision_tower: The tower's folder or hub id; by default what ``mm_vision_tower`` names, if
-            it is a local folder or in the hub cache.
-
-    Raises:
-        ConfigError: If weights or configuration are to be had nowhere.
-        UnsupportedModelError: If the tower is of another kind, or not what its folder says.
     """
     named = str(config.get("mm_vision_tower") or config.get("vision_tower") or "")
     inside = [name for name in source.tensors if name.startswith(INSIDE)]
@@ -147,9 +136,6 @@ def image_processor(tower: Tower, aspect_ratio: str | None) -> LlavaImageProcess
     CLIP's are cropped from their shorter side, SigLIP's squeezed. Padding has the colour
     ``int(255 * mean)``. Settings come from the tower's ``preprocessor_config.json`` where it has
     them.
-
-    Raises:
-        UnsupportedModelError: If it makes pictures of another size than the tower takes.
     """
     given, side, crops = tower.preprocessor, tower.config.image_size, tower.kind == CLIP
     mean, std = MEAN_STD[tower.kind]

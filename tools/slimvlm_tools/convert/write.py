@@ -38,18 +38,7 @@ def write_checkpoint(
     folder: Path,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write weights, configuration, processor and generation settings.
-
-    Args:
-        conversion: The conversion.
-        generation: The source's ``generation_config.json``.
-        folder: An existing folder.
-        dtype: What floating-point tensors become; None leaves each as it is stored.
-
-    Raises:
-        UnsupportedModelError: If a tensor is missing, left over or of another shape.
-        ConfigError: If the generation settings contradict each other.
-    """
+    """Write weights, configuration, processor and generation settings."""
     model: Any = empty_model(conversion.config)
     check_complete(model, conversion.pieces)
     embeddings = conversion.pieces[EMBEDDINGS]
@@ -73,10 +62,6 @@ def check_written(folder: Path) -> None:
 
     Names and shapes are compared with the native class, and the processor is loaded; the model
     too if it is small: then it also reads a picture and a question.
-
-    Raises:
-        ReloadError: If something is missing, left over, or does not load.
-        NumericalError: If the loaded model's logits are not finite.
     """
     is_small = sum(f.stat().st_size for f in folder.glob("*.safetensors")) <= FORWARD_BYTES
     try:

@@ -99,11 +99,7 @@ def list_concepts() -> list[tuple[str, str, str]]:
 
 
 def fetch_package(spec: str, folder: Path) -> Path:
-    """Downloads and unpacks one npm package.
-
-    Raises:
-        ConfigError: npm is missing or fails.
-    """
+    """Downloads and unpacks one npm package."""
     npm = shutil.which("npm")
     if npm is None:
         raise ConfigError("rebuild_assets: npm is not installed")

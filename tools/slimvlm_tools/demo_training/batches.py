@@ -133,14 +133,7 @@ def collate_parts(items: list[Encoded]) -> list[Batch]:
 def training_batches(
     encoder: Encoder, seed: int, size: int, skip: int = 0
 ) -> Iterator[list[Batch]]:
-    """Yields endless batches of conversations of similar length, each as its forward passes.
-
-    Args:
-        encoder: Writes tokens.
-        seed: Seed of the conversations.
-        size: Conversations in a batch.
-        skip: Batches to leave out at the start (when resuming).
-    """
+    """Yields endless batches of conversations of similar length, each as its forward passes."""
     window, first = divmod(skip, BUCKET)
     while True:
         rng = np.random.default_rng([seed, 9, window])

@@ -56,16 +56,7 @@ def decayed(progress: float) -> float:
 
 
 def train_tower(model: Any, steps: int, seed: int) -> float:
-    """Stage 1: trains the tower in place on dense patch labels.
-
-    Args:
-        model: The demo model; only its tower changes.
-        steps: Batches of 64 pictures.
-        seed: Seed of the data.
-
-    Returns:
-        Patch accuracy on the last batches, in percent.
-    """
+    """Stage 1: trains the tower in place on dense patch labels."""
     tower: Any = model.model.vision_tower
     head = nn.Linear(192, len(patch_classes()))
     params = [*tower.parameters(), *head.parameters()]
@@ -115,11 +106,7 @@ def name_targets(model: Any, tokenizer: Any) -> torch.Tensor:
 
 
 def align_projector(model: Any, tokenizer: Any, steps: int, seed: int) -> float:
-    """Stage 2: trains the projector in place so that patches land on their names' embeddings.
-
-    Returns:
-        Share of object patches whose nearest name is right, in percent.
-    """
+    """Stage 2: trains the projector in place so that patches land on their names' embeddings."""
     projector = model.model.multi_modal_projector
     optimizer = torch.optim.AdamW(projector.parameters(), lr=2e-3, weight_decay=0.0)
     targets = name_targets(model, tokenizer)

@@ -248,14 +248,7 @@ def train_joint(model: Any, tokenizer: Any, config: TrainConfig) -> None:
 
 
 def train_demo(config: TrainConfig) -> Path:
-    """Trains the demo model.
-
-    Args:
-        config: Settings.
-
-    Returns:
-        The exported delta; copy it to ``demo/assets`` to ship it.
-    """
+    """Trains the demo model."""
     config.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
     model, tokenizer = make_base()
