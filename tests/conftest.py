@@ -26,14 +26,17 @@ from transformers.utils import logging
 torch.set_num_threads(1)
 logging.set_verbosity_error()
 logging.disable_progress_bar()
-settings.register_profile(
-    "default",
-    deadline=None,
-    derandomize=True,
-    max_examples=60,
-    suppress_health_check=[HealthCheck.too_slow],
-)
-settings.load_profile("default")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let the fast tier try fewer examples of each property."""
+    settings.register_profile(
+        "tier",
+        **{"deadline": None, "derandomize": True},
+        max_examples=25 if "not slow" in config.option.markexpr else 60,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    settings.load_profile("tier")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -32,6 +32,7 @@ from slimvlm.runs.verbs import prune
 from slimvlm.scoring.batches import answer_loss
 from tests import tiny_folder as folders
 from tests.handmade import assert_untouched, snapshot
+from tests.tiers import tiered
 
 AXES = ["depth", "width", "both"]
 PROMPT = rules().constants.text_tokens + rules().constants.image_tokens
@@ -73,7 +74,7 @@ def test_the_axis_whose_smaller_model_answers_best_is_chosen(data: Path) -> None
     assert all(layer.distilled for layer in walked.report.layers)  # the trial alone is brief
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", tiered(["float32", "bfloat16"], lambda name: name == "bfloat16"))
 def test_where_training_follows_each_axis_is_trained_a_little(dtype: str, data: Path) -> None:
     """The original keeps its data type and flags, also where training computes in float32."""
     how = {"learning_rate": 1e-3, "batch_size": 2, "epochs": 6, "bf16": False}
@@ -100,7 +101,7 @@ def test_only_axes_that_remove_as_much_are_tried(data: Path) -> None:
         requests_by_axis(too_much, read_anatomy(model))
 
 
-@pytest.mark.parametrize("share", [0.75, 0.5])
+@pytest.mark.parametrize("share", tiered([0.75, 0.5], lambda share: share == 0.75))
 def test_at_one_latency_every_axis_has_a_ratio_of_its_own(share: float) -> None:
     shape = sv.anatomy("demo")
     asked = Request(model="demo", prune=PruneConfig(axis="auto", data="demo"), latency=share)

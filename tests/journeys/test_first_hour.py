@@ -12,10 +12,11 @@ import pytest
 
 from slimvlm import cli
 from tests import tiny_folder as folders
+from tests.tiers import tiered
 
 pytestmark = pytest.mark.usefixtures("unhurried")
 PAGE = Path(__file__).parents[2] / "docs" / "quickstart.md"
-SMALLER = "--samples 8 --training-samples 4 --local-steps 1"
+SMALLER = "--samples 8 --training-samples 4 --local-steps 1 --max-steps 2"
 """Options that change how long a compression takes and nothing else."""
 
 
@@ -47,7 +48,7 @@ def run(command: str) -> None:
     cli.main([*words[1:], *shlex.split(SMALLER if words[1] == "compress" else "")])
 
 
-@pytest.mark.parametrize("kind", ["text", "llava"])
+@pytest.mark.parametrize("kind", tiered(["text", "llava"], lambda kind: kind == "llava"))
 def test_the_first_hour(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -106,7 +106,7 @@ def test_a_study_s_file_names_no_device() -> None:
 def test_a_run_goes_on_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that began without a device, and was stopped, goes on with one."""
     model, out = str(folders.folder("text")), tmp_path / "run"
-    config = CompressConfig(ratio=0.3)
+    config = CompressConfig(ratio=0.3, axis="width", criterion=("magnitude",), repair="none")
     with monkeypatch.context() as patch:
         patch.setattr("slimvlm.runs.compress.finish", lambda run, plan: None)
         sv.compress(model, config, out, say=lambda line: None)

@@ -60,7 +60,7 @@ def test_budgets_are_hit_within_a_step(name: str, axis: str, ratio: float, seed:
     assert abs(plan.ratio - ratio) <= share * step_of(anatomy, axis) + 1e-9
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(st.sampled_from(list(SYNTHETIC)), st.floats(0.01, 0.6))
 def test_width_budgets_are_within_half_a_percent(name: str, ratio: float) -> None:
     plan = make_plan(anatomy_named(name), scores_named(name), ratio, "width")
@@ -110,7 +110,7 @@ def test_ratio_zero_keeps_everything(name: str, axis: str) -> None:
     assert kept == (everything.layers, everything.kv_groups, everything.neurons)
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(st.sampled_from([1, 2, 16, 32, 64, 128, 256]), st.floats(0.05, 0.5))
 def test_round_to_is_obeyed(round_to: int, ratio: float) -> None:
     anatomy = anatomy_named("7b")

@@ -109,12 +109,13 @@ def test_one_more_ratio_does_only_what_is_new(
 ) -> None:
     """A log has a line where a stage begins and one where it ends, and none of what is inside."""
     done, log = watch_work(monkeypatch), StringIO()
-    table = run_study(study(data, {"ratio": [0.4, 0.2]}), again, console=Console(file=log))
-    assert done == {"prune": 2, "recover": 2, "evaluate": 4}
-    assert len(table) == 1 + 8
+    grid = {"axis": "depth", "ratio": [0.4, 0.2]}
+    table = run_study(study(data, grid), again, console=Console(file=log))
+    assert done == {"prune": 1, "recover": 1, "evaluate": 2}
+    assert len(table) == 1 + 4
     ends = [line for line in log.getvalue().splitlines() if line.endswith(" left")]
     begins = [line for line in log.getvalue().splitlines() if line not in ends]
-    assert len(ends) == len(begins) == 8
+    assert len(ends) == len(begins) == 4
     assert all(end.startswith(f"{begin}: ") for begin, end in zip(begins, ends, strict=True))
     assert " of " not in capsys.readouterr().err
 
@@ -123,8 +124,9 @@ def test_one_more_recovery_prunes_again_but_scores_nothing(
     again: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = watch_work(monkeypatch)
-    run_study(study(data, {"recovery": ["none", "sft+hidden", "sft"]}), again, console=QUIET)
-    assert done == {"prune": 2, "recover": 2, "evaluate": 2}
+    grid = {"axis": "depth", "recovery": ["none", "sft+hidden", "sft"]}
+    run_study(study(data, grid), again, console=QUIET)
+    assert done == {"prune": 1, "recover": 1, "evaluate": 1}
 
 
 def test_a_dry_run_counts_and_leaves_nothing(again: Path, data: Path, tmp_path: Path) -> None:

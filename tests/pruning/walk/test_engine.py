@@ -173,7 +173,7 @@ def walk_of(
     return walked(checkpoint, Scratch(scratch), batches(model, 3), plans(model), steps, states)
 
 
-@pytest.mark.parametrize("repair", ["auto", "both"])
+@pytest.mark.parametrize("repair", tiered(["auto", "both"], lambda repair: repair == "auto"))
 def test_a_walk_killed_at_any_layer_goes_on_behind_the_last_whole_one(
     repair: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,7 +192,7 @@ def test_a_walk_killed_at_any_layer_goes_on_behind_the_last_whole_one(
         assert_same(walk_of(folder, scratch, steps), expected)
 
 
-@pytest.mark.parametrize("repair", ["auto", "both"])
+@pytest.mark.parametrize("repair", tiered(["auto", "both"], lambda repair: repair == "auto"))
 def test_a_walk_whose_states_are_gone_goes_on_without_choosing_again(
     repair: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
