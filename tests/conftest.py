@@ -55,6 +55,17 @@ def _seeded() -> None:
 
 
 @pytest.fixture(scope="module")
+def code_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """transformers copies the Python files of checkpoints; not into the user's cache here."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
+        patch.setenv("HF_MODULES_CACHE", folder)
+        patch.syspath_prepend(folder)
+        yield
+
+
+@pytest.fixture(scope="module")
 def unhurried() -> Iterator[None]:
     """Times are not measured, which takes longer than the tiny models' answers."""
     from slimvlm.evaluation import timing

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stderr
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -78,6 +80,20 @@ def assert_untouched(model: Any, before: tuple[dict[str, Tensor], dict[str, Any]
     assert list(now) == list(weights)
     changed = [name for name in now if not torch.equal(now[name], weights[name])]
     assert changed == []
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    """All tensors in a folder's weight files."""
+    return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
+
+
+def assert_equal(
+    actual: Mapping[str, Tensor] | Path, expected: Mapping[str, Tensor] | Path
+) -> None:
+    """Tensors, or those of two folders, have the same names and bits."""
+    ours, theirs = (tensors_of(x) if isinstance(x, Path) else x for x in (actual, expected))
+    assert ours.keys() == theirs.keys()
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
 
 
 def joined(batches: Iterable[Batch]) -> Batch:

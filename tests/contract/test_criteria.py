@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,11 +15,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from slimvlm.core.errors import ConfigError, DataError, NumericalError
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.parts import Parts
-from slimvlm.scoring.criteria import CRITERIA, criteria_table
+from slimvlm.scoring.criteria import CRITERIA, Criterion, criteria_table
 from slimvlm.scoring.score_model import score
 from slimvlm.scoring.unit_scores import Scores
 from tests import tiny
-from tests.handmade import Batch, assert_untouched, joined, logits, padded, snapshot
+from tests.handmade import Batch, assert_equal, assert_untouched, joined, logits, padded, snapshot
 from tests.tiers import tiered
 from tests.tolerances import (
     ELIMINATION_SHARE_OF_MAXIMUM,
@@ -32,39 +33,54 @@ UNITS = ("layer", "kv_group", "neuron", "expert")
 MODELS = ("llama", "llava-llama", "internvl-qwen2", "llava-phi", "llava-phi3", "qwen3_vl")
 
 
-def _cases() -> list[Any]:
-    """Every criterion with every combination of its options' values."""
-    cases = []
+class Case(NamedTuple):
+    """A criterion with a value for each of its options."""
+
+    name: str
+    options: dict[str, Any]
+
+    @property
+    def row(self) -> Criterion:
+        return CRITERIA[self.name]
+
+    def build(self, model_name: str) -> PreTrainedModel:
+        """A tiny model; one with experts instead where a criterion is about nothing else."""
+        if self.row.units == ("expert",):
+            sees = tiny.is_multimodal(tiny.CONFIGS[model_name]())
+            return tiny.build("qwen3_vl_moe" if sees else "qwen3_moe")
+        return tiny.build(model_name)
+
+    def score(self, model: PreTrainedModel, data: Iterable[Batch], **others: Any) -> Scores:
+        return score(model, data, self.name, **self.options, **others)
+
+    def flat(self, model: PreTrainedModel, data: Iterable[Batch], **others: Any) -> Any:
+        return flat(self.score(model, data, **others))
+
+
+def _cases() -> Iterator[Case]:
     for name, row in CRITERIA.items():
         choices = {k: v for k, v in row.options.items() if isinstance(v, tuple)}
         for values in itertools.product(*choices.values()):
-            options = dict(zip(choices, values, strict=True))
-            label = "-".join([name, *map(str, values)])
-            cases.append(pytest.param(name, options, id=label))
-    return cases
+            yield Case(name, dict(zip(choices, values, strict=True)))
 
 
-EXPERTS_ALONE = [name for name, row in CRITERIA.items() if row.units == ("expert",)]
+CASES = list(_cases())
 
 
-def build(criterion: str, name: str) -> PreTrainedModel:
-    """A tiny model; one with experts instead where a criterion is about nothing else."""
-    if criterion in EXPERTS_ALONE:
-        sees = tiny.is_multimodal(tiny.CONFIGS[name]())
-        return tiny.build("qwen3_vl_moe" if sees else "qwen3_moe")
-    return tiny.build(name)
+def every(cases: Iterable[Case]) -> Any:
+    named = {"-".join([case.name, *map(str, case.options.values())]): case for case in cases}
+    return pytest.mark.parametrize("case", named.values(), ids=named)
 
 
-CASES = _cases()
-WITH_DATA = [case for case in CASES if CRITERIA[case.values[0]].needs_data]
-WITH_LABELS = [c for c in CASES if CRITERIA[c.values[0]].capture.backward]
-OVER_TOKENS = [c for c in WITH_DATA if c not in WITH_LABELS and c.values[0] != "angular"]
-WIDTH = [c for c in CASES if "neuron" in CRITERIA[c.values[0]].units and c.values[0] != "random"]
+WITH_DATA = [case for case in CASES if case.row.needs_data]
+WITH_LABELS = [case for case in CASES if case.row.capture.backward]
+EXPERTS_ALONE = [case for case in CASES if case.row.units == ("expert",)]
+UNSEEING = [case for case in CASES if case.name in ("random", "spacing")]
 
-every_case = pytest.mark.parametrize(("criterion", "options"), CASES)
-every_case_with_data = pytest.mark.parametrize(("criterion", "options"), WITH_DATA)
-every_case_with_labels = pytest.mark.parametrize(("criterion", "options"), WITH_LABELS)
-every_width_case = pytest.mark.parametrize(("criterion", "options"), WIDTH)
+every_case = every(CASES)
+every_case_with_data = every(WITH_DATA)
+every_case_with_labels = every(WITH_LABELS)
+every_width_case = every(c for c in CASES if "neuron" in c.row.units and c not in UNSEEING)
 
 
 def sample(model: PreTrainedModel, seed: int, tokens: int = 12, labels: int = 5) -> Batch:
@@ -82,16 +98,10 @@ def samples(model: PreTrainedModel) -> list[Batch]:
 
 def flat(scores: Scores) -> dict[str, Tensor]:
     """All tensors of some scores by name, but for runs that do not fit and layers without units."""
-    found: dict[str, Tensor] = {}
-    if scores.layer is not None:
-        found["layer"] = scores.layer
-    if scores.layer_runs is not None:
-        found["layer_runs"] = scores.layer_runs[scores.layer_runs.isfinite()]
-    for unit in ("kv_group", "neuron", "expert"):
-        for index, values in enumerate(scores.of(unit) or ()):
-            if len(values):
-                found[f"{unit}.{index}"] = values
-    return found
+    found = scores.tensors()
+    if "layer_runs" in found:
+        found["layer_runs"] = found["layer_runs"][found["layer_runs"].isfinite()]
+    return {name: values for name, values in found.items() if len(values)}
 
 
 def assert_same_scores(actual: Scores, expected: Scores) -> None:
@@ -109,13 +119,13 @@ def share_of(criterion: str) -> float:
 
 @pytest.mark.parametrize("model_name", tiered(MODELS))
 @every_case
-def test_shapes_types_and_names(criterion: str, options: dict[str, Any], model_name: str) -> None:
-    model = build(criterion, model_name)
+def test_shapes_types_and_names(case: Case, model_name: str) -> None:
+    model = case.build(model_name)
     anatomy = read_anatomy(model)
-    scores = score(model, [sample(model, 0)], criterion, **options)
-    assert scores.criterion == criterion
-    assert options.items() <= dict(scores.options).items()
-    assert {unit for unit in UNITS if scores.of(unit) is not None} == set(CRITERIA[criterion].units)
+    scores = case.score(model, [sample(model, 0)])
+    assert scores.criterion == case.name
+    assert case.options.items() <= dict(scores.options).items()
+    assert {unit for unit in UNITS if scores.of(unit) is not None} == set(case.row.units)
     for values in flat(scores).values():
         assert values.dtype == torch.float32
         assert values.device.type == "cpu"
@@ -130,21 +140,21 @@ def test_shapes_types_and_names(criterion: str, options: dict[str, Any], model_n
 
 
 @every_case
-def test_units_get_different_scores(criterion: str, options: dict[str, Any]) -> None:
-    model = build(criterion, "llava-llama")
-    scores = score(model, samples(model), criterion, **options)
+def test_units_get_different_scores(case: Case) -> None:
+    model = case.build("llava-llama")
+    scores = case.score(model, samples(model))
     for name, values in flat(scores).items():
-        if name != "layer_runs" and criterion != "frequency":  # counts may be equal
+        if name != "layer_runs" and case.name != "frequency":  # counts may be equal
             assert values.unique().numel() == values.numel(), name
 
 
 @every_case
-def test_the_same_data_gives_the_same_bits(criterion: str, options: dict[str, Any]) -> None:
-    model = build(criterion, "llava-llama")
-    first = flat(score(model, samples(model), criterion, **options))
+def test_the_same_data_gives_the_same_bits(case: Case) -> None:
+    model = case.build("llava-llama")
+    first = case.flat(model, samples(model))
     torch.rand(3)  # nor does the state of the global generator matter
-    second = flat(score(build(criterion, "llava-llama"), samples(model), criterion, **options))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    second = case.flat(case.build("llava-llama"), samples(model))
+    assert_equal(second, first)
 
 
 def num_hooks(model: PreTrainedModel) -> int:
@@ -153,38 +163,33 @@ def num_hooks(model: PreTrainedModel) -> int:
 
 
 @every_case
-def test_the_model_is_left_as_it_was(criterion: str, options: dict[str, Any]) -> None:
-    model = build(criterion, "llava-llama").train()
+def test_the_model_is_left_as_it_was(case: Case) -> None:
+    model = case.build("llava-llama").train()
     model.get_submodule(read_anatomy(model).family.vision).requires_grad_(False)
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     before, batch = snapshot(model), sample(model, 0)
     kept = {name: value.clone() for name, value in batch.items()}
     logits(model, batch)  # transformers installs hooks of its own at the first call
     hooks = num_hooks(model)
-    score(model, [batch], criterion, **options)
+    case.score(model, [batch])
     assert_untouched(model, before)
     assert model.training
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
     assert all(p.grad is None for p in model.parameters())
     assert num_hooks(model) == hooks
-    assert batch.keys() == kept.keys()
-    assert all(torch.equal(batch[name], kept[name]) for name in kept)
+    assert_equal(batch, kept)
 
 
-@pytest.mark.parametrize(
-    ("criterion", "options"), [c for c in WITH_DATA if c.values[0] not in EXPERTS_ALONE]
-)
-def test_a_failing_batch_leaves_the_model_as_it_was(
-    criterion: str, options: dict[str, Any]
-) -> None:
-    model = build(criterion, "llava-llama")
+@every(c for c in WITH_DATA if c not in EXPERTS_ALONE)
+def test_a_failing_batch_leaves_the_model_as_it_was(case: Case) -> None:
+    model = case.build("llava-llama")
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     broken = sample(model, 0)
     broken["pixel_values"] = broken["pixel_values"][:, :1]
     logits(model, sample(model, 0))
     hooks = num_hooks(model)
     with pytest.raises(RuntimeError, match="to have 3 channels"):
-        score(model, [sample(model, 0), broken], criterion, **options)
+        case.score(model, [sample(model, 0), broken])
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
     assert all(p.grad is None for p in model.parameters())
     assert num_hooks(model) == hooks
@@ -192,24 +197,22 @@ def test_a_failing_batch_leaves_the_model_as_it_was(
 
 @every_case_with_data
 @pytest.mark.parametrize("model_name", tiered(["llama", "llava-phi3"]))
-def test_how_samples_are_batched_does_not_matter(
-    criterion: str, options: dict[str, Any], model_name: str
-) -> None:
-    model = build(criterion, model_name)
+def test_how_samples_are_batched_does_not_matter(case: Case, model_name: str) -> None:
+    model = case.build(model_name)
     single = samples(model)
-    together = score(model, [joined(single)], criterion, **options)
-    one_by_one = score(model, single, criterion, **options)
-    mixed = score(model, [joined(single[:3]), single[3]], criterion, **options)
+    together = case.score(model, [joined(single)])
+    one_by_one = case.score(model, single)
+    mixed = case.score(model, [joined(single[:3]), single[3]])
     assert_same_scores(one_by_one, together)
     assert_same_scores(mixed, together)
-    assert_same_scores(score(model, iter(single), criterion, **options), together)
+    assert_same_scores(case.score(model, iter(single)), together)
 
 
 @every_case_with_data
-def test_the_data_matters(criterion: str, options: dict[str, Any]) -> None:
-    model = build(criterion, "llama")
-    first = flat(score(model, samples(model)[:1], criterion, **options))
-    second = flat(score(model, samples(model)[1:2], criterion, **options))
+def test_the_data_matters(case: Case) -> None:
+    model = case.build("llama")
+    first = case.flat(model, samples(model)[:1])
+    second = case.flat(model, samples(model)[1:2])
     for name, values in first.items():
         assert (values - second[name]).abs().max() > 1e-3 * values.abs().max()
 
@@ -217,24 +220,22 @@ def test_the_data_matters(criterion: str, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
 @pytest.mark.parametrize("model_name", tiered(["llama", "phi", "llava-phi3"]))
 @every_case_with_data
-def test_padding_does_not_count(
-    criterion: str, options: dict[str, Any], model_name: str, left: bool
-) -> None:
-    model = build(criterion, model_name)
+def test_padding_does_not_count(case: Case, model_name: str, left: bool) -> None:
+    model = case.build(model_name)
     single = [sample(model, seed, tokens=9 + 4 * (seed % 3), labels=3 + seed) for seed in range(3)]
-    alone = score(model, single, criterion, **options)
-    together = score(model, [padded(single, left)], criterion, **options)
+    alone = case.score(model, single)
+    together = case.score(model, [padded(single, left)])
     assert_same_scores(together, alone)
 
 
 @every_case_with_data
-def test_padding_would_count_without_a_mask(criterion: str, options: dict[str, Any]) -> None:
-    model = build(criterion, "llama")
+def test_padding_would_count_without_a_mask(case: Case) -> None:
+    model = case.build("llama")
     single = [sample(model, seed, tokens=9 + 4 * seed, labels=4) for seed in range(3)]
     batch = padded(single, left=True)
     batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
-    alone = flat(score(model, single, criterion, **options))
-    together = flat(score(model, [batch], criterion, **options))
+    alone = case.flat(model, single)
+    together = case.flat(model, [batch])
     assert any(
         (alone[name] - together[name]).abs().max() > 1e-3 * alone[name].abs().max()
         for name in alone
@@ -242,72 +243,67 @@ def test_padding_would_count_without_a_mask(criterion: str, options: dict[str, A
 
 
 @every_case_with_labels
-def test_without_labels_the_whole_text_counts_but_not_its_padding(
-    criterion: str, options: dict[str, Any]
-) -> None:
-    model = build(criterion, "llama")
+def test_without_labels_the_whole_text_counts_but_not_its_padding(case: Case) -> None:
+    model = case.build("llama")
     single = [sample(model, seed, tokens=9 + 4 * seed) for seed in range(2)]
     whole = [{**one, "labels": one["input_ids"]} for one in single]
-    expected = score(model, whole, criterion, **options)
+    expected = case.score(model, whole)
     unlabelled = padded(single)
     del unlabelled["labels"]
-    assert_same_scores(score(model, [unlabelled], criterion, **options), expected)
+    assert_same_scores(case.score(model, [unlabelled]), expected)
 
 
 @every_case_with_data
-def test_weights_of_one_are_no_weights(criterion: str, options: dict[str, Any]) -> None:
+def test_weights_of_one_are_no_weights(case: Case) -> None:
     """Losses then count prompts, too: they are as before where only answers weigh."""
-    model = build(criterion, "llava-llama")
+    model = case.build("llava-llama")
     data = samples(model)
-    losses = CRITERIA[criterion].capture.backward
+    losses = case.row.capture.backward
     weights = {"image": 1.0, "prompt": 0.0 if losses else 1.0, "answer": 1.0}
-    plain = score(model, data, criterion, **options)
-    weighted = score(model, data, criterion, token_weights=weights, **options)
+    plain = case.score(model, data)
+    weighted = case.score(model, data, token_weights=weights)
     assert weighted.options["token_weights"] == weights
     assert "token_weights" not in plain.options
-    ours, theirs = flat(weighted), flat(plain)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert_equal(flat(weighted), flat(plain))
 
 
 @every_case_with_data
-def test_without_labels_all_text_weighs_as_prompt(criterion: str, options: dict[str, Any]) -> None:
-    model = build(criterion, "llama")
+def test_without_labels_all_text_weighs_as_prompt(case: Case) -> None:
+    model = case.build("llama")
     data = [{**one, "labels": one["input_ids"]} for one in samples(model)]
     unlabelled = [{k: v for k, v in one.items() if k != "labels"} for one in data]
-    expected = score(model, data, criterion, **options)
-    found = score(model, unlabelled, criterion, token_weights={"prompt": 2.0}, **options)
-    if options.get("reduction") != "sum":
+    expected = case.score(model, data)
+    found = case.score(model, unlabelled, token_weights={"prompt": 2.0})
+    if case.options.get("reduction") != "sum":
         assert_same_scores(found, expected)
 
 
-@pytest.mark.parametrize(("criterion", "options"), OVER_TOKENS)
+@every(c for c in WITH_DATA if c not in WITH_LABELS and c.name != "angular")
 @pytest.mark.parametrize("model_name", ["llava-llama", "qwen3_vl"])
-def test_a_role_of_weight_zero_is_absent(
-    criterion: str, options: dict[str, Any], model_name: str
-) -> None:
+def test_a_role_of_weight_zero_is_absent(case: Case, model_name: str) -> None:
     """Attention is causal, so that cutting the answers off leaves the other tokens as they are."""
-    model = build(criterion, model_name)
+    model = case.build(model_name)
     data = [sample(model, seed, labels=2 + 2 * seed) for seed in range(4)]
     cut = []
     for one in data:
         keep = int((one["labels"] == -100).sum())
         long = one["input_ids"].shape
         cut.append({k: v[:, :keep] if v.shape == long else v for k, v in one.items()})
-    expected = score(model, cut, criterion, **options)
-    found = score(model, data, criterion, token_weights={"answer": 0.0}, **options)
+    expected = case.score(model, cut)
+    found = case.score(model, data, token_weights={"answer": 0.0})
     assert_same_scores(found, expected)
-    whole = flat(score(model, data, criterion, **options))
+    whole = case.flat(model, data)
     assert any(not torch.allclose(whole[k], v, rtol=1e-3) for k, v in flat(expected).items())
 
 
 @every_case_with_data
-def test_token_weights_matter(criterion: str, options: dict[str, Any]) -> None:
-    if criterion == "angular":  # looks at one token of a sample
+def test_token_weights_matter(case: Case) -> None:
+    if case.name == "angular":  # looks at one token of a sample
         return
-    model = build(criterion, "llava-llama")
+    model = case.build("llava-llama")
     data = samples(model)
-    one = flat(score(model, data, criterion, token_weights={"prompt": 0.5}, **options))
-    two = flat(score(model, data, criterion, token_weights={"prompt": 0.1}, **options))
+    one = case.flat(model, data, token_weights={"prompt": 0.5})
+    two = case.flat(model, data, token_weights={"prompt": 0.1})
     assert all((one[k] - two[k]).abs().max() > 1e-3 * one[k].abs().max() for k in one)
 
 
@@ -331,13 +327,13 @@ def test_bad_token_weights_are_refused() -> None:
 
 
 @every_case_with_data
-def test_embeddings_may_stand_for_tokens(criterion: str, options: dict[str, Any]) -> None:
-    model = build(criterion, "llama")
+def test_embeddings_may_stand_for_tokens(case: Case) -> None:
+    model = case.build("llama")
     batch = sample(model, 0)
     embedded = {name: value for name, value in batch.items() if name != "input_ids"}
     embedded["inputs_embeds"] = model.get_input_embeddings()(batch["input_ids"]).detach()
-    expected = score(model, [batch], criterion, **options)
-    assert_same_scores(score(model, [embedded], criterion, **options), expected)
+    expected = case.score(model, [batch])
+    assert_same_scores(case.score(model, [embedded]), expected)
 
 
 def permute_units(layer: nn.Module, groups: Tensor, neurons: Tensor, queries: int) -> None:
@@ -366,20 +362,15 @@ def permute_units(layer: nn.Module, groups: Tensor, neurons: Tensor, queries: in
 
 
 @pytest.mark.parametrize("model_name", tiered(["llama", "llava-llama"]))
-@pytest.mark.parametrize(
-    ("criterion", "options"),
-    [c for c in CASES if c.values[0] not in ("random", "spacing", *EXPERTS_ALONE)],
-)
-def test_permuted_units_have_permuted_scores(
-    criterion: str, options: dict[str, Any], model_name: str
-) -> None:
+@every(c for c in CASES if c not in (*UNSEEING, *EXPERTS_ALONE))
+def test_permuted_units_have_permuted_scores(case: Case, model_name: str) -> None:
     model, permuted = tiny.build(model_name), tiny.build(model_name)
     groups, neurons = torch.tensor([2, 0, 3, 1]), torch.randperm(96)
     permute_units(Parts(permuted).layers[1], groups, neurons, queries=2)
     data = samples(model)
     assert_close(logits(permuted, data[0]), logits(model, data[0]), FORWARD)
-    before = score(model, data, criterion, **options)
-    after, share = score(permuted, data, criterion, **options), share_of(criterion)
+    before = case.score(model, data)
+    after, share = case.score(permuted, data), share_of(case.name)
     if before.layer is not None and after.layer is not None:
         assert_scores_close(after.layer, before.layer, share)
     for unit, order in (("kv_group", groups), ("neuron", neurons)):
@@ -390,9 +381,7 @@ def test_permuted_units_have_permuted_scores(
 
 @every_width_case
 @pytest.mark.parametrize("dead", [0, 1])
-def test_query_heads_fold_into_their_own_kv_group(
-    criterion: str, options: dict[str, Any], dead: int
-) -> None:
+def test_query_heads_fold_into_their_own_kv_group(case: Case, dead: int) -> None:
     """Two KV groups of two query heads, one group all zero: it alone must score exactly 0.
 
     Folded in stripes, the query heads of a dead group would lend each group half of their score.
@@ -407,8 +396,7 @@ def test_query_heads_fold_into_their_own_kv_group(
             attention.k_proj.weight.view(2, 16, 64)[dead] = 0
             attention.v_proj.weight.view(2, 16, 64)[dead] = 0
             attention.o_proj.weight.view(64, 2, 32)[:, dead] = 0
-    scores = score(model, samples(model), criterion, **options)
-    assert scores.kv_group is not None
+    scores = case.score(model, samples(model))
     for values in scores.kv_group:
         assert values[dead] == 0
         assert values[1 - dead] > 0
@@ -416,17 +404,14 @@ def test_query_heads_fold_into_their_own_kv_group(
 
 @every_width_case
 @pytest.mark.parametrize("model_name", ["llama", "phi3"])
-def test_a_dead_neuron_scores_zero(
-    criterion: str, options: dict[str, Any], model_name: str
-) -> None:
+def test_a_dead_neuron_scores_zero(case: Case, model_name: str) -> None:
     model = tiny.build(model_name)
     with torch.no_grad():
         for _, projection, linear in Parts(model).projections():
             if projection.segments[0] == "neuron":
                 for block in range(len(projection.segments)):
                     linear.weight.select(projection.dim, block * 96 + 7).zero_()
-    scores = score(model, samples(model), criterion, **options)
-    assert scores.neuron is not None
+    scores = case.score(model, samples(model))
     for values in scores.neuron:
         assert values[7] == 0
         assert (values > 0).sum() == 95
@@ -434,42 +419,39 @@ def test_a_dead_neuron_scores_zero(
 
 @every_case_with_data
 @pytest.mark.parametrize("nothing", [[], iter(())], ids=["list", "iterator"])
-def test_no_data_is_refused(criterion: str, options: dict[str, Any], nothing: Any) -> None:
+def test_no_data_is_refused(case: Case, nothing: Any) -> None:
     with pytest.raises(DataError, match="no calibration batch"):
-        score(build(criterion, "llama"), nothing, criterion, **options)
+        case.score(case.build("llama"), nothing)
 
 
-@pytest.mark.parametrize(("criterion", "options"), [c for c in CASES if c not in WITH_DATA])
-def test_no_data_is_needed(criterion: str, options: dict[str, Any]) -> None:
-    model = build(criterion, "llama")
-    without = flat(score(model, [], criterion, **options))
-    given = flat(score(model, samples(model), criterion, **options))
-    assert without.keys() == given.keys()
-    assert all(torch.equal(without[name], given[name]) for name in given)
+@every(c for c in CASES if c not in WITH_DATA)
+def test_no_data_is_needed(case: Case) -> None:
+    model = case.build("llama")
+    without = case.flat(model, [])
+    given = case.flat(model, samples(model))
+    assert_equal(without, given)
 
 
 @every_case_with_labels
-def test_samples_without_labels_are_refused(criterion: str, options: dict[str, Any]) -> None:
-    model = build(criterion, "llama")
+def test_samples_without_labels_are_refused(case: Case) -> None:
+    model = case.build("llama")
     batch = joined(samples(model)[:2])
     batch["labels"][1] = -100
     with pytest.raises(DataError, match="no labelled token"):
-        score(model, [batch], criterion, **options)
+        case.score(model, [batch])
     embedded = {"inputs_embeds": torch.randn(1, 5, 64)}
     with pytest.raises(DataError, match="needs labels"):
-        score(model, [embedded], criterion, **options)
+        case.score(model, [embedded])
 
 
-@pytest.mark.parametrize(
-    ("criterion", "options"), [c for c in CASES if c.values[0] not in ("random", "spacing")]
-)
-def test_a_broken_weight_is_named(criterion: str, options: dict[str, Any]) -> None:
-    model = build(criterion, "llama")
+@every(c for c in CASES if c not in UNSEEING)
+def test_a_broken_weight_is_named(case: Case) -> None:
+    model = case.build("llama")
     with torch.no_grad():
-        path = "mlp.experts.down_proj" if criterion in EXPERTS_ALONE else "mlp.down_proj.weight"
+        path = "mlp.experts.down_proj" if case in EXPERTS_ALONE else "mlp.down_proj.weight"
         Parts(model).layers[2].get_parameter(path)[..., 3, 5] = math.nan
     with pytest.raises(NumericalError, match=r"NaN or infinity"):
-        score(model, samples(model), criterion, **options)
+        case.score(model, samples(model))
 
 
 def test_an_unknown_criterion_is_refused_with_the_choices() -> None:
@@ -480,17 +462,15 @@ def test_an_unknown_criterion_is_refused_with_the_choices() -> None:
 
 
 @every_case
-def test_an_unknown_option_is_refused_with_the_choices(
-    criterion: str, options: dict[str, Any]
-) -> None:
-    known = CRITERIA[criterion].options
-    expected = f"'{criterion}' has no option 'colour'. It has: {', '.join(known) or 'none'}"
+def test_an_unknown_option_is_refused_with_the_choices(case: Case) -> None:
+    known = case.row.options
+    expected = f"'{case.name}' has no option 'colour'. It has: {', '.join(known) or 'none'}"
     with pytest.raises(ConfigError) as refusal:
-        score(build(criterion, "llama"), [], criterion, colour="red", **options)
+        case.score(case.build("llama"), [], colour="red")
     assert expected in str(refusal.value)
-    for option in options:
+    for option in case.options:
         with pytest.raises(ConfigError, match=f"{option}='no' must be one of"):
-            score(build(criterion, "llama"), [], criterion, **{option: "no"})
+            score(case.build("llama"), [], case.name, **{option: "no"})
 
 
 def test_random_scores_follow_their_seed() -> None:
@@ -505,7 +485,6 @@ def test_spacing_removes_layers_far_apart() -> None:
     torch.manual_seed(0)
     config = tiny.llama(num_hidden_layers=9)
     scores = score(AutoModelForCausalLM.from_config(config), [], "spacing").layer
-    assert scores is not None
     order = scores.argsort().tolist()
     assert order[0] == 4  # the middle
     assert sorted(order[1:3]) in ([1, 6], [1, 7], [2, 6], [2, 7])

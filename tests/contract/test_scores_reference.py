@@ -70,10 +70,6 @@ def gradients(model: PreTrainedModel, batch: Batch) -> Gradients:
     return found
 
 
-def mean_square(parts: list[Gradients]) -> Gradients:
-    return {name: sum(part[name] ** 2 for part in parts) / len(parts) for name in parts[0]}  # type: ignore[misc]
-
-
 # The reference: units. A term is a tensor shaped like the weight; a unit adds up its own entries.
 
 
@@ -144,50 +140,39 @@ def weights(model: PreTrainedModel) -> Gradients:
     }
 
 
-@every_model
-@pytest.mark.parametrize("batching", ["one batch", "one by one"])
-def test_taylor_is_llm_pruners_first_order(name: str, batching: str) -> None:
-    model = model_named(name)
-    data = samples(model)
-    g = gradients(model, joined(data))
-    terms = {key: (w * g[key]).abs() for key, w in weights(model).items()}
-    batches = [joined(data)] if batching == "one batch" else data
-    assert_scores_are(model, score(model, batches, "taylor"), terms)
+TAYLOR: dict[str, tuple[str, dict[str, str], Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
+    "LLM-Pruner's first order": ("taylor", {}, lambda w, g, each: (w * g).abs()),
+    "equation 5": (
+        "taylor",
+        {"gradient": "per_sample"},
+        lambda w, g, each: (w * each).abs().mean(0),
+    ),
+    "LLM-Pruner's second order": (
+        "taylor_second",
+        {},
+        lambda w, g, each: (w * each.square().mean(0) * w).abs(),
+    ),
+    "LLM-Pruner's mix": (
+        "taylor_mix",
+        {},
+        lambda w, g, each: (w * g - 0.5 * w * each.square().mean(0) * w).abs(),
+    ),
+}
+"""Criterion, options, and terms of a weight, the whole gradient and that of each sample."""
 
 
 @every_model
-def test_taylor_per_sample_is_equation_5(name: str) -> None:
-    model = model_named(name)
+@pytest.mark.parametrize("case", TAYLOR)
+def test_taylor_is_its_formula(name: str, case: str) -> None:
+    model, (criterion, options, formula) = model_named(name), TAYLOR[case]
     data = samples(model)
-    each = [gradients(model, one) for one in data]
+    whole, each = gradients(model, joined(data)), [gradients(model, one) for one in data]
     terms = {
-        key: torch.stack([(w * g[key]).abs() for g in each]).mean(0)
+        key: formula(w, whole[key], torch.stack([g[key] for g in each]))
         for key, w in weights(model).items()
     }
     for batches in ([joined(data)], data):
-        assert_scores_are(model, score(model, batches, "taylor", gradient="per_sample"), terms)
-
-
-@every_model
-def test_taylor_second_is_llm_pruners_second_order(name: str) -> None:
-    model = model_named(name)
-    data = samples(model)
-    squares = mean_square([gradients(model, one) for one in data])
-    terms = {key: (w * squares[key] * w).abs() for key, w in weights(model).items()}
-    for batches in ([joined(data)], data):
-        assert_scores_are(model, score(model, batches, "taylor_second"), terms)
-
-
-@every_model
-def test_taylor_mix_is_llm_pruners_mix(name: str) -> None:
-    model = model_named(name)
-    data = samples(model)
-    g, squares = gradients(model, joined(data)), mean_square([gradients(model, x) for x in data])
-    terms = {
-        key: (w * g[key] - 0.5 * w * squares[key] * w).abs() for key, w in weights(model).items()
-    }
-    for batches in ([joined(data)], data):
-        assert_scores_are(model, score(model, batches, "taylor_mix"), terms)
+        assert_scores_are(model, score(model, batches, criterion, **options), terms)
 
 
 @every_model
@@ -360,14 +345,11 @@ def test_block_influence_sums_are_shortgpts(name: str) -> None:
             expected[index] += shortgpt(states[index], states[index + 1]).double().sum()
     options = {"reduction": "sum", "last_layer": "postnorm"}
     layer = score(model, data, "block_influence", **options).layer
-    assert layer is not None
     torch.testing.assert_close(layer.double(), expected, rtol=1e-5, atol=0)
     clean = score(model, data, "block_influence", reduction="sum").layer
-    assert clean is not None
     torch.testing.assert_close(clean[:-1], layer[:-1], rtol=1e-6, atol=0)
     assert abs(clean[-1] - layer[-1]) > 1e-3 * layer[-1]  # the final norm's weights matter
     mean = score(model, data, "block_influence").layer
-    assert mean is not None
     torch.testing.assert_close(mean * (9 + 17 + 5), clean, rtol=1e-6, atol=0)
 
 
@@ -381,7 +363,6 @@ def test_the_clean_last_layer_is_before_the_final_norm() -> None:
     states = hidden_states(model, batch)
     hook.remove()
     layer = score(model, [batch], "block_influence", reduction="sum").layer
-    assert layer is not None
     torch.testing.assert_close(
         layer[-1], shortgpt(states[3], seen["last"]).sum(), rtol=1e-5, atol=0
     )
@@ -392,7 +373,6 @@ def test_angular_distances_are_those_of_the_last_tokens(name: str) -> None:
     model = model_named(name)
     data = [tiny.batch(model, tokens, seed) for seed, tokens in enumerate((9, 17, 5))]
     runs = score(model, data, "angular", last_layer="postnorm").layer_runs
-    assert runs is not None
     for length in range(1, 5):
         for start in range(4):
             if start + length > 4:
@@ -411,8 +391,6 @@ def test_angular_distances_are_those_of_the_last_tokens(name: str) -> None:
 def test_angular_scores_of_single_layers_are_runs_of_one() -> None:
     model = model_named("llama-gqa")
     scores = score(model, samples(model), "angular")
-    assert scores.layer is not None
-    assert scores.layer_runs is not None
     assert torch.equal(scores.layer, scores.layer_runs[0])
 
 
@@ -490,9 +468,6 @@ def test_angular_finds_the_last_valid_token() -> None:
     mask[0, 6:] = 0
     found = score(model, [{"input_ids": ids, "attention_mask": mask}], "angular").layer_runs
     unmasked = score(model, [{"input_ids": ids}], "angular").layer_runs
-    assert expected is not None
-    assert found is not None
-    assert unmasked is not None
     fits = expected.isfinite()
     assert_scores_close(found[fits], expected[fits])
     assert (unmasked[fits] - expected[fits]).abs().max() > 1e-3

@@ -40,6 +40,7 @@ CACHE_MATTERS = ["mllama"]
 """Whole models that say other things with a cache than without: transformers masks the picture of
 a cached step in another way."""
 every_family = pytest.mark.parametrize("name", tiered(FAMILIES))
+pytestmark = pytest.mark.usefixtures("code_cache")
 
 READ_BACK = """
 import json, sys
@@ -102,17 +103,6 @@ def case_of(name: str) -> Case:
     """Shared by the tests below, none of which changes it."""
     plan = uneven_plan(read_anatomy(tiny.build(name)), (0, 1, 3), seed=FAMILIES.index(name))
     return with_masked_logits(name, plan)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _code_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """transformers copies the Python files of checkpoints; not into the user's cache here."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
-        patch.setenv("HF_MODULES_CACHE", folder)
-        patch.syspath_prepend(folder)
-        yield
 
 
 @pytest.fixture(scope="module")

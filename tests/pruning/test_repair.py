@@ -23,17 +23,21 @@ from tests.pruning.pruned import batches, build, narrow, sliced, with_determined
 from tests.tolerances import SOLVE, assert_close
 
 
+@pytest.mark.parametrize("in_one_shot", [True, False], ids=["one shot", "walk"])
 @pytest.mark.parametrize("name", ["llama", "phi", "phi3", "qwen3_vl"])
-def test_neurons_that_others_determine_are_replaced_exactly(name: str) -> None:
+def test_neurons_that_others_determine_are_replaced_exactly(name: str, in_one_shot: bool) -> None:
+    """Copies of other neurons and, where there are biases, constant ones."""
     model = build(name)
     with_determined_neurons_(model)
     data = batches(model, 8)
     plan = plan_by_hand(read_anatomy(model), neurons=range(64))
-    expected = logits(model, data[0])
-    statistics = capture_grams(model, data)
-    student = sliced(model, plan)
+    expected, student = logits(model, data[0]), sliced(model, plan)
     assert not torch.allclose(logits(student, data[0]), expected, atol=1e-2)
-    repair_(student, plan, statistics, ridge=0.0)
+    if in_one_shot:
+        repair_(student, plan, capture_grams(model, data), ridge=0.0)
+    else:
+        student = model
+        walk_(student, data, plan=plan, repair="width", ridge=0.0)
     torch.testing.assert_close(logits(student, data[0]), expected, atol=1e-6, rtol=1e-6)
 
 

@@ -113,7 +113,7 @@ def test_plain_transformers_reads_the_same_model(
     assert Plan.load(work / "out" / PLAN_FILE) == plan
 
 
-@pytest.mark.usefixtures("_code_cache")
+@pytest.mark.usefixtures("code_cache")
 @pytest.mark.parametrize("is_uneven", [False, True], ids=["even", "uneven"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_written_and_read(kind: str, is_uneven: bool, tmp_path: Path) -> None:
@@ -167,30 +167,20 @@ SPOILT: dict[str, Callable[[dict[str, torch.Tensor], str], object]] = {
 }
 
 
-@pytest.mark.parametrize("kind", SPOILT)
-def test_the_reload_check_catches_spoilt_weights(
+@pytest.mark.parametrize("kind", [*SPOILT, "config"])
+def test_the_reload_check_catches_what_is_spoilt(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def change(folder: Path) -> None:
+        if kind == "config":
+            values = json.loads((folder / "config.json").read_text())
+            values["text_config"]["num_hidden_layers"] += 1
+            (folder / "config.json").write_text(json.dumps(values))
+            return
         file = folder / "model.safetensors"
         weights = {name: value.clone() for name, value in load_file(file).items()}
         SPOILT[kind](weights, next(n for n in weights if n.endswith(MATRIX)))
         save_file(weights, file, {"format": "pt"})
-
-    model, processor, plan = pruned("llava")
-    spoil_(monkeypatch, hf.PreTrainedModel, change)
-    with pytest.raises(ReloadError):
-        save(model, processor, tmp_path / "out", plan)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_reload_check_catches_a_spoilt_config(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def change(folder: Path) -> None:
-        values = json.loads((folder / "config.json").read_text())
-        values["text_config"]["num_hidden_layers"] += 1
-        (folder / "config.json").write_text(json.dumps(values))
 
     model, processor, plan = pruned("llava")
     spoil_(monkeypatch, hf.PreTrainedModel, change)
@@ -229,15 +219,6 @@ def test_an_existing_checkpoint_stays(tmp_path: Path) -> None:
 # Layers of different widths: the battery over all families is in tests/contract/test_uneven.py.
 
 
-@pytest.fixture
-def _code_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers copies the Python files of checkpoints; not into the user's cache here."""
-    folder = tmp_path / "modules"
-    folder.mkdir()
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder))
-    monkeypatch.syspath_prepend(str(folder))
-
-
 def uneven(kind: str) -> tuple[Any, Any, Plan]:
     model, processor = load(folders.folder(kind))
     plan = plan_by_hand(read_anatomy(model))
@@ -247,7 +228,7 @@ def uneven(kind: str) -> tuple[Any, Any, Plan]:
     return model, processor, plan
 
 
-@pytest.mark.usefixtures("_code_cache")
+@pytest.mark.usefixtures("code_cache")
 @pytest.mark.parametrize("change", ["code", "widths", "auto_map"])
 def test_the_reload_check_catches_spoilt_uneven_folders(
     change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -321,41 +302,47 @@ def test_an_unknown_dtype_is_named() -> None:
         load(folders.folder("text"), dtype="int3")
 
 
-@pytest.mark.parametrize("are_cut_off", [False, True])
-def test_missing_weights_are_named(are_cut_off: bool, tmp_path: Path) -> None:
+def cut_off(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def without_a_tensor(file: Path) -> None:
+    """transformers would fill it with random numbers and go on."""
+    weights = load_file(file)
+    del weights["model.layers.1.mlp.down_proj.weight"]
+    save_file(weights, file, {"format": "pt"})
+
+
+PICKLES = ("pytorch_model.bin", "consolidated.00.pth", "model.pt")
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no weights": (Path.unlink, "weights cannot be read"),
+    "cut off": (cut_off, "weights cannot be read"),
+    "a tensor is missing": (without_a_tensor, r"layers\.1\.mlp\.down_proj"),
+    **{
+        name: (
+            lambda file, name=name: file.rename(file.with_name(name)),
+            rf"{re.escape(name)}' is a pickle.*slimvlm convert",
+        )
+        for name in PICKLES
+    },
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_weights_that_cannot_be_loaded_are_named(case: str, tmp_path: Path) -> None:
+    spoil, message = BROKEN[case]
     out = folders.copied("text", tmp_path / "model")
-    file = out / "model.safetensors"
-    start = file.read_bytes()[:1000]
-    file.unlink()
-    if are_cut_off:
-        file.write_bytes(start)
-    with pytest.raises(ConfigError, match="weights cannot be read"):
+    spoil(out / "model.safetensors")
+    with pytest.raises(SlimError if "tensor" in case else ConfigError, match=message):
         load(out)
-    assert anatomy(out) == anatomy(folders.folder("text"))
-
-
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
-def test_pickled_weights_are_refused_unread(name: str, tmp_path: Path) -> None:
-    folder = folders.copied("text", tmp_path / "model")
-    (folder / "model.safetensors").rename(folder / name)
-    with pytest.raises(ConfigError, match=rf"{re.escape(name)}' is a pickle.*slimvlm convert"):
-        load(folder)
+    if case not in PICKLES:
+        assert anatomy(out) == anatomy(folders.folder("text"))
 
 
 def test_pickled_weights_beside_safetensors_are_not_read(tmp_path: Path) -> None:
     folder = folders.copied("text", tmp_path / "model")
     (folder / "pytorch_model.bin").write_bytes(b"would fail to load")
     load(folder)
-
-
-def test_missing_tensors_are_named(tmp_path: Path) -> None:
-    """transformers would fill them with random numbers and go on."""
-    out = folders.copied("text", tmp_path / "model")
-    weights = load_file(out / "model.safetensors")
-    del weights["model.layers.1.mlp.down_proj.weight"]
-    save_file(weights, out / "model.safetensors", {"format": "pt"})
-    with pytest.raises(SlimError, match=r"layers\.1\.mlp\.down_proj"):
-        load(out)
 
 
 @pytest.mark.parametrize("name", ["plan.json", "config.json"])

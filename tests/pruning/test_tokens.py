@@ -22,7 +22,7 @@ from slimvlm.planning.plan import Plan
 from slimvlm.pruning.tokens import new_numbers, token_ids_of, trimmed_processor
 from slimvlm.scoring.layerwise.checkpoint import open_checkpoint
 from tests import tiny, tiny_folder, tiny_words
-from tests.handmade import assert_untouched, logits, random_scores, snapshot
+from tests.handmade import assert_equal, assert_untouched, logits, random_scores, snapshot
 from tests.tiers import tiered
 from tests.tolerances import FORWARD, assert_close
 
@@ -116,9 +116,7 @@ def test_tokens_go_with_layers_and_widths_in_one_plan(name: str, tmp_path: Path)
     sv.save(tiny.build(name), None, tmp_path / "whole")
     sv.prune_checkpoint(tmp_path / "whole", plan, tmp_path / "of-files")
     of_files, _ = sv.load(tmp_path / "of-files", device="cpu")
-    kept = model.state_dict()
-    assert of_files.state_dict().keys() == kept.keys()
-    assert all(torch.equal(values, kept[key]) for key, values in of_files.state_dict().items())
+    assert_equal(of_files.state_dict(), model.state_dict())
 
 
 @pytest.mark.parametrize("name", ["llama", "llava-llama", "gemma4"])
@@ -289,9 +287,7 @@ def test_piece_by_piece_the_same_folder_is_written(kind: str, tmp_path: Path) ->
     for name in ("tokenizer.json", "config.json", "generation_config.json"):
         assert (tmp_path / "out" / name).read_text() == (small / name).read_text()
     at_once, by_piece = (sv.load(f, device="cpu")[0] for f in (small, tmp_path / "out"))
-    ours, theirs = at_once.state_dict(), by_piece.state_dict()
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert_equal(by_piece.state_dict(), at_once.state_dict())
 
 
 def test_a_tokenizer_is_trimmed_in_place_and_once() -> None:

@@ -168,11 +168,13 @@ def test_a_sum_is_the_product_in_float64(dtype: torch.dtype, weights: Tensor) ->
     assert torch.equal(found, found.T)
 
 
+@pytest.mark.parametrize("weights", ["ones and zeros", "any"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_tokens_of_weight_zero_change_no_bit(dtype: torch.dtype) -> None:
-    weights = WEIGHTS["ones and zeros"]
+def test_tokens_of_weight_zero_change_no_bit(dtype: torch.dtype, weights: str) -> None:
+    weights = WEIGHTS[weights] * WEIGHTS["ones and zeros"]
     rows, counted = ROWS.to(dtype), weights > 0
-    found, expected = Moments.zero(24), Moments.zero(24)
+    kind = torch.promote_types(dtype, torch.float32)
+    found, expected = Moments.zero(24, dtype=kind), Moments.zero(24, dtype=kind)
     found.add(rows.masked_fill(~counted[:, None], torch.nan), weights)
     expected.add(rows[counted], weights[counted])
     for name in ("gram", "total", "count"):

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from slimvlm.core.errors import UnsupportedModelError
-from slimvlm.models.anatomy import WIDTH_UNITS, read_anatomy
+from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.classes import auto_class
 from slimvlm.models.load import load
 from slimvlm.planning.plan import Plan
@@ -30,7 +29,7 @@ from slimvlm.scoring.layerwise.runner import Live, Source
 from slimvlm.scoring.layerwise.stores import Memory, Scratch, Store
 from slimvlm.scoring.unit_scores import Scores
 from tests import tiny
-from tests.handmade import Batch, assert_untouched, random_scores, snapshot
+from tests.handmade import Batch, assert_equal, assert_untouched, random_scores, snapshot
 from tests.tiers import tiered
 
 REFUSED = {
@@ -81,13 +80,8 @@ def assert_same(actual: Walked, expected: Walked) -> None:
     assert actual.plan == expected.plan
     assert actual.report == expected.report
     assert list(actual.weights) == list(expected.weights)
-    for place, value in expected.weights.items():
-        assert torch.equal(actual.weights[place], value), place
-    assert (actual.scores is None) == (expected.scores is None)
-    if actual.scores is not None and expected.scores is not None:
-        for unit in WIDTH_UNITS:
-            ours, theirs = actual.scores.of(unit) or (), expected.scores.of(unit) or ()
-            assert all(map(torch.equal, ours, theirs)), unit
+    assert_equal(*({str(k): v for k, v in each.weights.items()} for each in (actual, expected)))
+    assert_equal(*({} if x.scores is None else x.scores.tensors() for x in (actual, expected)))
 
 
 @pytest.mark.parametrize("name", tiered([n for n in tiny.CONFIGS if n not in REFUSED], by_default))
@@ -103,13 +97,7 @@ def test_the_walk_from_files_is_the_one_in_memory(name: str, tmp_path: Path) -> 
     prune_checkpoint(tmp_path / "model", found.plan, tmp_path / "ours", weights=found.weights)
     found.apply_(model)
     save(model, processor, tmp_path / "theirs", found.plan)
-    ours, theirs = (tensors_of(tmp_path / side) for side in ("ours", "theirs"))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
+    assert_equal(tmp_path / "ours", tmp_path / "theirs")
 
 
 @pytest.mark.parametrize("name", tiered(REFUSED))
@@ -173,34 +161,16 @@ def walk_of(
     return walked(checkpoint, Scratch(scratch), batches(model, 3), plans(model), steps, states)
 
 
+@pytest.mark.parametrize("states", ["in files", "in memory"])
 @pytest.mark.parametrize("repair", tiered(["auto", "both"], lambda repair: repair == "auto"))
 def test_a_walk_killed_at_any_layer_goes_on_behind_the_last_whole_one(
-    repair: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    repair: str, states: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps = replace(EVERYTHING, repair=repair)
-    expected = walk_of(folder, tmp_path / "whole", steps)
-    clock = Clock(monkeypatch)
-    clock.watch(LayerWalk, "go")
-    for done in range(len(expected.plan.layers)):
-        scratch = tmp_path / f"killed-{done}"
-        clock.calls, clock.stop_at = 0, done + 1
-        with pytest.raises(KeyboardInterrupt):
-            walk_of(folder, scratch, steps)
-        clock.calls, clock.stop_at = 0, -1
-        assert_same(walk_of(folder, scratch, steps), expected)
-        assert clock.calls == len(expected.plan.layers) - done
-        assert_same(walk_of(folder, scratch, steps), expected)
-
-
-@pytest.mark.parametrize("repair", tiered(["auto", "both"], lambda repair: repair == "auto"))
-def test_a_walk_whose_states_are_gone_goes_on_without_choosing_again(
-    repair: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """States in memory go with a killed process; what came of each layer stays in files."""
+    """States in memory go with the process: no layer is walked, but some are run again."""
     steps = replace(EVERYTHING, repair=repair)
 
-    def from_memory(scratch: Path) -> Walked:
-        return walk_of(folder, scratch, steps, Memory(CPU))
+    def again(scratch: Path) -> Walked:
+        return walk_of(folder, scratch, steps, Memory(CPU) if states == "in memory" else None)
 
     expected = walk_of(folder, tmp_path / "whole", steps)
     clock = Clock(monkeypatch)
@@ -209,17 +179,20 @@ def test_a_walk_whose_states_are_gone_goes_on_without_choosing_again(
         scratch = tmp_path / f"killed-{done}"
         clock.calls, clock.stop_at = 0, done + 1
         with pytest.raises(KeyboardInterrupt):
-            from_memory(scratch)
+            again(scratch)
         clock.calls, clock.stop_at = 0, -1
-        found = from_memory(scratch)
+        first = again(scratch)
         assert clock.calls == len(expected.plan.layers) - done
-        for again in (found, from_memory(scratch)):
-            assert again.plan == expected.plan
-            assert list(again.weights) == list(expected.weights)
+        for found in (first, again(scratch)):
+            if states == "in files":
+                assert_same(found, expected)
+                continue
+            assert found.plan == expected.plan
+            assert list(found.weights) == list(expected.weights)
             for place, value in expected.weights.items():
-                torch.testing.assert_close(again.weights[place], value)
+                torch.testing.assert_close(found.weights[place], value)
             if expected.report.loss is not None:
-                assert again.report.loss == pytest.approx(expected.report.loss, rel=1e-5)
+                assert found.report.loss == pytest.approx(expected.report.loss, rel=1e-5)
 
 
 def half_written(tensors: object, file: Path, about: object) -> None:
@@ -273,9 +246,7 @@ def test_walk_checkpoint_goes_on_and_leaves_what_save_writes(
     expected = walk_(model, data, **options)
     assert (found.plan, found.report) == (expected.plan, expected.report)
     save(model, processor, tmp_path / "theirs", expected.plan)
-    ours, theirs = (tensors_of(tmp_path / side) for side in ("ours", "theirs"))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert_equal(tmp_path / "ours", tmp_path / "theirs")
 
 
 @pytest.mark.parametrize(
@@ -311,5 +282,4 @@ def test_another_request_does_not_reuse_old_work(
     found = walk_from(tmp_path / "old", tmp_path / "one", **{**asked, **change})
     expected = walk_from(tmp_path / "new", tmp_path / "two", **{**asked, **change})
     assert (found.plan, found.report) == (expected.plan, expected.report)
-    ours, theirs = (tensors_of(tmp_path / side) for side in ("one", "two"))
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert_equal(tmp_path / "one", tmp_path / "two")

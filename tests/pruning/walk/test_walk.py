@@ -33,6 +33,7 @@ from slimvlm.scoring.score_model import score
 from tests import tiny
 from tests.handmade import (
     Batch,
+    assert_equal,
     assert_untouched,
     logits,
     padded,
@@ -138,19 +139,6 @@ def test_nothing_removed_changes_no_bit(form: str) -> None:
     assert_untouched(model, before)
 
 
-@pytest.mark.parametrize("name", ["llama", "phi", "phi3", "qwen3_vl"])
-def test_neurons_that_others_determine_are_replaced_exactly(name: str) -> None:
-    """Copies of other neurons and, where there are biases, constant ones."""
-    model = build(name)
-    with_determined_neurons_(model)
-    data = batches(model, 8)
-    plan = plan_by_hand(read_anatomy(model), neurons=range(64))
-    expected = logits(model, data[0])
-    assert not torch.allclose(logits(sliced(model, plan), data[0]), expected, atol=1e-2)
-    student, _ = walked(model, data, plan=plan, repair="width", ridge=0.0)
-    torch.testing.assert_close(logits(student, data[0]), expected, atol=1e-6, rtol=1e-6)
-
-
 def test_a_choice_finds_neurons_that_others_determine() -> None:
     """One of each pair goes, whichever it is, and nothing is lost."""
     model = build("llama")
@@ -196,8 +184,6 @@ def test_auto_is_never_worse_than_slicing_on_held_out_answers(layers: list[int] 
     plan = narrow(model, layers)
     student, found = walked(model, data, plan=plan, held_out=judges)
     report = found.report
-    assert report.loss_sliced is not None
-    assert report.loss is not None
     assert report.loss == pytest.approx(answer_loss(student, judges), rel=1e-6)
     assert report.loss_sliced == pytest.approx(answer_loss(sliced(model, plan), judges), rel=1e-6)
     assert report.loss <= report.loss_sliced
@@ -241,8 +227,7 @@ def test_a_norm_behind_the_mlp_keeps_its_seam() -> None:
     student, found = walked(model, data, plan=plan, repair="depth")
     assert len(found.report.notes) == 1
     assert "layer 1" in found.report.notes[0]
-    before = sliced(model, plan).state_dict()
-    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    assert_equal(student.state_dict(), sliced(model, plan).state_dict())
 
 
 @pytest.mark.parametrize(
@@ -312,7 +297,6 @@ def test_chosen_units_are_those_with_the_highest_scores() -> None:
     model = tiny.build("llava-llama")
     data = [tiny.batch(model, 12, seed) for seed in range(5)]
     _, found = walked(model, data, 0.5, "both", allocation="uniform", kv_heads=2)
-    assert found.scores is not None
     assert found.scores.criterion == "obs"
     for unit, kept in (("kv_group", found.plan.kv_groups), ("neuron", found.plan.neurons)):
         for index, values in enumerate(found.scores.of(unit)):
