@@ -64,6 +64,13 @@ def two(a: str, b: str, size: tuple[int, int] | None = None) -> tuple[Comparison
     return compare(theirs, ours, {"pets": task_of("pets", asked)}), asked
 
 
+def graded() -> Comparison:
+    asked = [Question(f"q{i}", "list", ("a, b",)) for i in range(2)]
+    a = result("a", pets=answered(asked, ["a, b"] * 2, "set_f1"))
+    b = result("b", pets=answered(asked, ["a, c", "c"], "set_f1"))
+    return compare(a, b, {"pets": task_of("pets", asked, "set_f1")})
+
+
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=30))
 def test_every_question_is_of_one_kind(pairs: list[tuple[bool, bool]]) -> None:
     a, b = ("".join(str(int(pair[side])) for pair in pairs) for side in (0, 1))
@@ -87,6 +94,8 @@ def test_counts_of_all_tasks_add_up() -> None:
     found = compare(a, b, {})
     assert found.counts == {"lost": 2, "gained": 1, "both wrong": 1, "both right": 4}
     assert found.difference.points == pytest.approx(-12.5)
+    kinds = [pair.kind for pair in graded().tasks["pets"].pairs]
+    assert kinds == ["both right", "lost"]  # graded answers are right from one half
 
 
 TWO = questions("pets", 2)
@@ -114,18 +123,7 @@ def test_tasks_that_are_not_compared_are_named() -> None:
     assert "12.00 of A, 13.00 of B" in found.left_out["text"]
 
 
-def graded() -> Comparison:
-    asked = [Question(f"q{i}", "list", ("a, b",)) for i in range(2)]
-    a = result("a", pets=answered(asked, ["a, b"] * 2, "set_f1"))
-    b = result("b", pets=answered(asked, ["a, c", "c"], "set_f1"))
-    return compare(a, b, {"pets": task_of("pets", asked, "set_f1")})
-
-
-def test_graded_answers_are_right_from_one_half() -> None:
-    assert [pair.kind for pair in graded().tasks["pets"].pairs] == ["both right", "lost"]
-
-
-def test_rows_mark_a_significant_difference() -> None:
+def test_rows_mark_a_significant_difference_and_json_names_answers() -> None:
     header, rows = comparison_rows(two("1" * 40, "1" * 20 + "0" * 20)[0])
     assert header[0] == "task"
     assert header[-5:] == ["flips", *CHANGES]
@@ -136,9 +134,6 @@ def test_rows_mark_a_significant_difference() -> None:
     assert rows[0][-5:] == ["20", "20", "0", "0", "20"]
     _, rows = comparison_rows(two("1010", "1010")[0])
     assert rows[0][3].strip() == "0.0 [0.0, 0.0]"
-
-
-def test_json_names_lost_and_gained_answers() -> None:
     values = comparison_json(two("1101", "1010")[0])
     pets = values["tasks"]["pets"]
     assert pets["lost"] == ["pets-1", "pets-3"]

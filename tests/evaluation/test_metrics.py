@@ -92,12 +92,6 @@ ORIGINAL = scores_of(0, a=0.9, b=0.7)
 PRUNED = scores_of(1, a=0.75, b=0.5)
 
 
-def test_a_model_retains_all_of_itself() -> None:
-    kept = metrics.retention(ORIGINAL, ORIGINAL, CHANCE)
-    assert (kept.percent, kept.low, kept.high) == pytest.approx((100, 100, 100))
-    assert kept.above_chance == pytest.approx(100)
-
-
 def means_of(*models: dict[str, list[float]]) -> list[float]:
     return [float(np.mean([100 * np.mean(model[n]) for n in "ab"])) for model in models]
 
@@ -110,14 +104,13 @@ def test_retention_is_a_ratio_of_means_in_its_interval() -> None:
     assert kept.above_chance < kept.percent
     assert kept.low < kept.percent < kept.high
     assert kept.high - kept.low < 30
-
-
-def test_more_questions_narrow_the_interval() -> None:
-    few = metrics.retention(PRUNED, ORIGINAL, CHANCE)
     pruned, original = ({n: v * 16 for n, v in m.items()} for m in (PRUNED, ORIGINAL))
     many = metrics.retention(pruned, original, CHANCE)
-    assert many.percent == pytest.approx(few.percent)
-    assert many.high - many.low < 0.4 * (few.high - few.low)
+    assert many.percent == pytest.approx(kept.percent)
+    assert many.high - many.low < 0.4 * (kept.high - kept.low)  # more questions narrow it
+    same = metrics.retention(ORIGINAL, ORIGINAL, CHANCE)
+    found = (same.percent, same.low, same.high, same.above_chance)
+    assert found == pytest.approx((100, 100, 100, 100))
 
 
 def test_the_bootstrap_is_paired_and_seeded() -> None:
@@ -128,11 +121,6 @@ def test_the_bootstrap_is_paired_and_seeded() -> None:
     half = {n: [0.5 * value for value in values] for n, values in ORIGINAL.items()}
     paired = metrics.retention(half, ORIGINAL, CHANCE)
     assert (paired.low, paired.percent, paired.high) == pytest.approx((50, 50, 50))
-
-
-def test_a_baseline_that_knows_nothing_divides_nothing_by_zero() -> None:
-    kept = metrics.retention({"a": [1.0, 0.0]}, {"a": [0.0, 0.0]}, {"a": 0.0})
-    assert np.isfinite(kept.percent)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +163,8 @@ def test_a_floor_that_the_original_may_not_reach_has_no_bounds() -> None:
     assert np.isnan(kept.above_floor_low)
     below = metrics.retention({"a": [1.0, 0.0]}, {"a": [1.0, 0.0]}, {"a": 0.0}, {"a": 60.0})
     assert np.isnan(below.above_floor)
+    nothing = metrics.retention({"a": [1.0, 0.0]}, {"a": [0.0, 0.0]}, {"a": 0.0})
+    assert np.isfinite(nothing.percent)
 
 
 def test_floors_of_mme_are_on_its_scale() -> None:
@@ -215,25 +205,19 @@ def test_a_clear_difference_is_significant_and_a_small_one_is_not() -> None:
     a, b = [1.0] * 20 + [0.0] * 20, [1.0] * 19 + [0.0] * 20 + [1.0]
     assert not metrics.paired_difference(a, b).significant
     assert not metrics.paired_difference(a, [1.0] * 21 + [0.0] * 19).significant
+    # the same two averages: surer when the same questions stay right
+    a, b = [1.0] * 50 + [0.0] * 50, [1.0] * 40 + [0.0] * 60
+    paired, crossed = metrics.paired_difference(a, b), metrics.paired_difference(a, b[::-1])
+    assert paired.points == crossed.points
+    assert paired.high - paired.low < crossed.high - crossed.low
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=20))
 def test_swapping_the_models_turns_the_difference_round(pairs: list[tuple[float, float]]) -> None:
     a, b = zip(*pairs, strict=True)
-    there, back = (
-        metrics.paired_difference(a, b, resamples=30),
-        metrics.paired_difference(b, a, resamples=30),
-    )
+    there, back = (metrics.paired_difference(*each, resamples=30) for each in ((a, b), (b, a)))
     assert back.points == pytest.approx(-there.points)
     assert (back.low, back.high) == pytest.approx((-there.high, -there.low))
-
-
-def test_pairing_matters() -> None:
-    """The same two averages: surer when the same questions stay right."""
-    a, b = [1.0] * 50 + [0.0] * 50, [1.0] * 40 + [0.0] * 60
-    paired, crossed = metrics.paired_difference(a, b), metrics.paired_difference(a, b[::-1])
-    assert paired.points == crossed.points
-    assert paired.high - paired.low < crossed.high - crossed.low
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:

@@ -97,19 +97,13 @@ def test_tasks_are_found_by_name_and_by_file(folder: Path) -> None:
     assert names("presence, text_sum,presence") == ["presence", "text_sum"]
     assert names(f"name,{folder / 'task.yaml'}") == ["name", "colours"]
     assert len(names("demo")) > 3
-
-
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
+    for wrong, message in (
         ("presence,presense", r"'presense' is not known.*presence"),
         ("nope", "Choose from: demo, name"),
         (" , ", "names no task"),
-    ],
-)
-def test_unknown_names_are_refused(names: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        find_tasks(names)
+    ):
+        with pytest.raises(ConfigError, match=message):
+            names(wrong)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +151,11 @@ def test_a_function_of_ones_own_scores_replies(folder: Path) -> None:
         for reply, question in zip(result.replies, task.load(None), strict=True)
     ]
     assert list(result.scores) == expected
-    assert metric_named(name)("red", Question("q", "", ("rot",))) == 1.0
+    question = Question("q", "", ("rot",))
+    assert metric_named(name)("red", question) == 1.0
+    for wrong in ("two", "word"):
+        with pytest.raises(ConfigError, match="number from 0 to 1"):
+            metric_named(f"metrics_of_mine:{wrong}")("red", question)
 
 
 @pytest.mark.parametrize(
@@ -181,13 +179,6 @@ def test_metrics_that_are_refused(
     with pytest.raises(ConfigError, match=message) as failure:
         read_task(changed(folder, f"exact_match|{metric}"))
     assert "colours" in str(failure.value)
-
-
-@pytest.mark.parametrize("name", ["two", "word"])
-@pytest.mark.usefixtures("folder")
-def test_a_score_must_be_a_number_from_0_to_1(name: str) -> None:
-    with pytest.raises(ConfigError, match="number from 0 to 1"):
-        metric_named(f"metrics_of_mine:{name}")("red", Question("q", "", ("red",)))
 
 
 @pytest.mark.parametrize("prompt", ["", "What colour? {hint}"])

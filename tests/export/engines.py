@@ -30,8 +30,7 @@ from slimvlm.data import chat
 from slimvlm.data.images import open_image
 from slimvlm.data.samples import Question
 from slimvlm.evaluation.ask import answer
-from slimvlm.evaluation.bench import Bench, Side, random_prompts, summarised
-from slimvlm.evaluation.timing import Timing, in_turn
+from slimvlm.evaluation.bench import Bench, Side, Timing, in_turn, random_prompts, summarised
 from slimvlm.export.gguf import export_gguf, write_backbone
 from slimvlm.export.serving import GGUF_PICTURES
 from slimvlm.models.anatomy import read_anatomy

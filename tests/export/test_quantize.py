@@ -15,7 +15,7 @@ from torch import nn
 
 import slimvlm as sv
 from slimvlm.core.errors import ConfigError, SlimError
-from slimvlm.evaluation.timing import stored_bytes
+from slimvlm.evaluation.bench import stored_bytes
 from slimvlm.export import quantize as quantization
 from slimvlm.export.quantize import quantize
 from slimvlm.models.anatomy import read_anatomy

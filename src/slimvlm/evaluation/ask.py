@@ -23,10 +23,10 @@ from slimvlm.data import chat
 from slimvlm.data.images import identifying_bytes
 from slimvlm.data.samples import Question, Task
 from slimvlm.evaluation import metrics
+from slimvlm.evaluation.bench import stored_bytes, times_of
 from slimvlm.evaluation.predictions import answer_losses
 from slimvlm.evaluation.results import Result, TaskResult
 from slimvlm.evaluation.tasks import find_tasks
-from slimvlm.evaluation.timing import stored_bytes, times_of
 from slimvlm.models.hidden import as_inputs, evaluating, require_finite_values
 from slimvlm.models.load import anatomy, digest_of_weights
 

@@ -1,32 +1,255 @@
-"""Time models, and compare the speed-up of one over another with the ideal."""
+"""Time models in turn, count the bytes of their tensors, and compare a speed-up with the ideal."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
 
+from slimvlm.core.documents import built, read_object
 from slimvlm.core.errors import ConfigError
+from slimvlm.core.files import write_text
 from slimvlm.core.options import MIN_NEW_TOKENS, Workload
 from slimvlm.core.progress import progress
-from slimvlm.evaluation.timing import (
-    PeakMemory,
-    Share,
-    Timing,
-    stored_bytes,
-    timed_run,
-    timed_runs,
-)
+from slimvlm.data import chat
+from slimvlm.data.samples import Question
+from slimvlm.evaluation.results import Times
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import decode_flops, kv_cache_bytes_per_token, prefill_flops, slow_widths
-from slimvlm.models.hidden import hidden_states, require_finite_values
+from slimvlm.models.hidden import as_inputs, evaluating, hidden_states, require_finite_values
 from slimvlm.models.load import anatomy as anatomy_of
 from slimvlm.models.parts import Parts
+
+REPEATS, NEW_TOKENS = 6, 8
+"""Runs of each model, and new tokens after the first."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of one greedy generation of a fixed length, in milliseconds."""
+
+    prefill_ms: float  # from the call to the first new token
+    step_ms: tuple[float, ...]  # each further token
+
+    @property
+    def decode_ms(self) -> float:
+        """Median time of one further token."""
+        return median(self.step_ms)
+
+    @property
+    def total_ms(self) -> float:
+        """Time of the whole answer, prefill included."""
+        return self.prefill_ms + sum(self.step_ms)
+
+
+class _Clock(BaseStreamer):
+    """Record when the prompt and each new token are done."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.seconds.append(time.perf_counter())  # tokens come on the CPU, so a GPU is done too
+
+    def end(self) -> None:
+        pass
+
+
+def timed_run(model: PreTrainedModel, inputs: Mapping[str, Any], new_tokens: int) -> Timing:
+    """Generate exactly so many tokens for a batch, at least 2, and time each step."""
+    clock = _Clock()
+    generator: Any = model
+    with torch.inference_mode():
+        generator.generate(
+            **inputs,
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=0,
+            streamer=clock,
+        )
+    times = clock.seconds
+    steps = tuple(1e3 * (b - a) for a, b in pairwise(times[1:]))
+    return Timing(1e3 * (times[1] - times[0]), steps)
+
+
+def timed_runs(
+    models: Sequence[Any], inputs: Sequence[Mapping[str, Any]], new_tokens: int, repeats: int
+) -> list[list[Timing]]:
+    """Time several models in turn, each with its batch, after one run to warm up.
+
+    A machine that is slow for a while then slows all of them, and their ratios stay.
+    """
+    pairs = list(zip(models, inputs, strict=True))
+    for model, batch in pairs:
+        timed_run(model, batch, 2)
+    return in_turn([partial(timed_run, *pair, new_tokens) for pair in pairs], repeats)
+
+
+def in_turn(runs: Sequence[Callable[[], Timing]], repeats: int) -> list[list[Timing]]:
+    """Repeat runs, forwards in one round and backwards in the next; return the times of each."""
+    found: list[list[Timing]] = [[] for _ in runs]
+    for repeat in range(repeats):
+        order = range(len(runs)) if repeat % 2 == 0 else reversed(range(len(runs)))
+        for index in order:
+            found[index].append(runs[index]())
+    return found
+
+
+@dataclass(frozen=True)
+class Share:
+    """A time as a share of another one's: median, smallest and largest of all rounds.
+
+    Of six rounds, smallest and largest are a 97 % interval of the median.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, times: Iterable[float], others: Iterable[float]) -> Share:
+        """Divide the times of the same rounds."""
+        shares = [ours / theirs for ours, theirs in zip(times, others, strict=True)]
+        return cls(median(shares), min(shares), max(shares))
+
+    def __str__(self) -> str:
+        """Format the share and its interval."""
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+@dataclass(frozen=True)
+class PairedTimes:
+    """Times of an original and a smaller model that ran in turn."""
+
+    original: Times
+    pruned: Times
+    prefill: Share  # of the original's
+    decode: Share
+
+    def __str__(self) -> str:
+        """Complete a sentence that begins "the smaller model"."""
+        return (
+            f"reads a question in {self.prefill} of the original's time "
+            f"({self.pruned.prefill_ms:.1f} ms), writes a token in {self.decode} "
+            f"({self.pruned.decode_ms:.1f} ms)"
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write everything as JSON."""
+        write_text(Path(path), json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> PairedTimes:
+        """Read what `save` wrote."""
+        return built(cls, read_object(path, "times"), f"times {str(path)!r}")
+
+
+def plain_question(processor: Any) -> Question:
+    """Ask about a grey picture, or about none if the model takes no pictures."""
+    shown = (Image.new("RGB", (336, 336), "grey"),) if chat.can_see(processor) else ()
+    return Question("latency", "What is shown here?", ("",), shown)
+
+
+def times_of(model: PreTrainedModel, processor: Any, question: Question) -> Times:
+    """Time one model by itself."""
+    (runs,) = _runs([(model, processor)], question)
+    return _summary(runs)
+
+
+def paired_times(
+    model: PreTrainedModel, processor: Any, original: PreTrainedModel, original_processor: Any
+) -> PairedTimes:
+    """Time a smaller model and its original in turn, each with its own processor."""
+    pairs = [(original, original_processor), (model, processor)]
+    theirs, ours = _runs(pairs, plain_question(original_processor))
+    return PairedTimes(
+        original=_summary(theirs),
+        pruned=_summary(ours),
+        prefill=Share.of([r.prefill_ms for r in ours], [r.prefill_ms for r in theirs]),
+        decode=Share.of([r.decode_ms for r in ours], [r.decode_ms for r in theirs]),
+    )
+
+
+def _runs(pairs: Sequence[tuple[PreTrainedModel, Any]], question: Question) -> list[list[Timing]]:
+    models = [model for model, _ in pairs]
+    inputs = [as_inputs(m, chat.encode_questions(p, [question])) for m, p in pairs]
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(evaluating(model))
+        return timed_runs(models, inputs, 1 + NEW_TOKENS, REPEATS)
+
+
+def _summary(runs: Sequence[Timing]) -> Times:
+    reading, writing = [run.prefill_ms for run in runs], [run.decode_ms for run in runs]
+    return Times(
+        prefill_ms=median(reading),
+        decode_ms=median(writing),
+        prefill_range_ms=(min(reading), max(reading)),
+        decode_range_ms=(min(writing), max(writing)),
+    )
+
+
+def stored_bytes(*modules: nn.Module) -> int:
+    """Count bytes of all weights, and of the scales of quantised ones; shared ones count once."""
+    stored = _storages(tensor for each in modules for tensor in each.state_dict().values())
+    return sum({storage.data_ptr(): storage.nbytes() for storage in stored}.values())
+
+
+class PeakMemory(TorchDispatchMode):
+    """Track the peak of the bytes that operations allocate, without the weights of ``modules``.
+
+    It sees every tensor on every device, but not a kernel's own memory. Operations are slow
+    meanwhile.
+    """
+
+    def __init__(self, *modules: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak_bytes: int = 0
+        self._alive_bytes = 0
+        weights = _storages(tensor for each in modules for tensor in each.state_dict().values())
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet(weights)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and count its results."""
+        result = func(*args, **(kwargs or {}))
+        for storage in _storages(tree_leaves(result)):
+            if storage not in self._known:
+                self._known.add(storage)
+                self._count(storage.nbytes())
+                weakref.finalize(storage, self._count, -storage.nbytes())
+        return result
+
+    def _count(self, num_bytes: int) -> None:
+        self._alive_bytes += num_bytes
+        self.peak_bytes = max(self.peak_bytes, self._alive_bytes)
+
+
+def _storages(values: Iterable[Any]) -> Iterator[torch.UntypedStorage]:
+    """Find the memory of the tensors among values, and of their inner tensors (such as scales)."""
+    for value in values:
+        if isinstance(value, Tensor) and is_traceable_wrapper_subclass(value):
+            names, _ = value.__tensor_flatten__()
+            yield from _storages(getattr(value, name) for name in names)
+        elif isinstance(value, Tensor):
+            yield value.untyped_storage()
 
 
 @dataclass(frozen=True)
@@ -71,12 +294,12 @@ class SpeedUp:
 
     @property
     def prefill_share(self) -> float:
-        """Part of the ideal that is reached in prefill."""
+        """Part of the ideal that is reached."""
         return self.prefill / self.prefill_ideal
 
     @property
     def decode_share(self) -> float:
-        """Part of the ideal that is reached in decoding."""
+        """Part of the ideal that is reached."""
         return self.decode / self.decode_ideal
 
 
@@ -95,15 +318,14 @@ class Bench:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON, with the shares of the ideal."""
         values = asdict(self)
-        for row, speed_up in zip(values["speed_ups"], self.speed_ups, strict=True):
-            row["prefill_share"] = speed_up.prefill_share
-            row["decode_share"] = speed_up.decode_share
+        for row, found in zip(values["speed_ups"], self.speed_ups, strict=True):
+            row |= {"prefill_share": found.prefill_share, "decode_share": found.decode_share}
         return values
 
 
 @dataclass(frozen=True)
 class Side:
-    """Shape, data type and bytes of a model, for its benchmark."""
+    """A model in a benchmark."""
 
     name: str  # or path
     shape: Anatomy  # of the configuration: quantised weights are packed
@@ -138,33 +360,35 @@ def bench(
     models = [model] if baseline is None else [model, baseline]
     if len({one.device for one in models}) > 1:
         raise ConfigError(f"baseline is on {models[1].device}, the model on {model.device}")
+    dtypes = [str(one.dtype).removeprefix("torch.") for one in models]
     sides = []
-    for name, one in zip(names, models, strict=False):
+    for name, one, dtype in zip(names, models, dtypes, strict=False):
         head: Any = one.get_output_embeddings()
         read = stored_bytes(Parts(one).layers, Parts(one).norm, head)
         shape = anatomy_of(one.config)  # of the configuration: quantised weights are packed
-        sides.append(Side(name, shape, _dtype_name(one), stored_bytes(one), read))
+        sides.append(Side(name, shape, dtype, stored_bytes(one), read))
 
-    def prompts(index: int, batch_size: int) -> dict[str, Tensor]:
-        ids = random_prompts(sides[index].shape, workload, batch_size).to(models[index].device)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    def batches(batch_size: int) -> list[dict[str, Tensor]]:
+        """Make the same prompts for every model."""
+        prompts = [random_prompts(side.shape, workload, batch_size) for side in sides]
+        ids = [each.to(model.device) for each in prompts]
+        return [{"input_ids": each, "attention_mask": torch.ones_like(each)} for each in ids]
 
-    for index, one in enumerate(models):
-        (hidden,) = hidden_states(one, prompts(index, 1))
-        require_finite_values(hidden, f"the hidden states of {sides[index].name!r}")
+    for side, one, batch in zip(sides, models, batches(1), strict=True):
+        (hidden,) = hidden_states(one, batch)
+        require_finite_values(hidden, f"the hidden states of {side.name!r}")
     peaks: dict[int, list[int]] = {size: [] for size in workload.sizes}
-    for size in workload.sizes:
-        for index, one in enumerate(models):
-            batch = prompts(index, size)
+    for size, its in peaks.items():
+        for side, one, batch in zip(sides, models, batches(size), strict=True):
             with PeakMemory(one) as memory:
                 timed_run(one, batch, min(workload.new_tokens, MIN_NEW_TOKENS))
-            peaks[size].append(stored_bytes(one) + memory.peak_bytes)
-    runs = {}
-    for size in progress(workload.sizes, "bench"):
-        batches = [prompts(index, size) for index in range(len(models))]
-        runs[size] = timed_runs(models, batches, workload.new_tokens, workload.repeats)
+            its.append(side.weight_bytes + memory.peak_bytes)
+    runs = {
+        size: timed_runs(models, batches(size), workload.new_tokens, workload.repeats)
+        for size in progress(workload.sizes, "bench")
+    }
     name_of = getattr(torch.get_device_module(model.device), "get_device_name", str)
-    return summarised(sides, workload, runs, peaks, str(name_of(model.device)), _dtype_name(model))
+    return summarised(sides, workload, runs, peaks, str(name_of(model.device)), dtypes[0])
 
 
 def summarised(
@@ -265,9 +489,4 @@ def random_prompts(shape: Anatomy, workload: Workload, batch_size: int) -> Tenso
     """``[B, T]``: random ordinary tokens; special ones are at the ends of a vocabulary."""
     generator = torch.Generator().manual_seed(0)
     low, high = shape.vocab_size // 4, shape.vocab_size // 2
-    size = (batch_size, workload.prompt_tokens)
-    return torch.randint(low, high, size, generator=generator)
-
-
-def _dtype_name(model: PreTrainedModel) -> str:
-    return str(model.dtype).removeprefix("torch.")
+    return torch.randint(low, high, (batch_size, workload.prompt_tokens), generator=generator)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
@@ -178,49 +178,37 @@ def _questions(
     return (questions, "") if same else ({}, changed)
 
 
-def comparison_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Make a row for each task; a ``*`` marks a difference whose 95 % interval excludes 0."""
-
-    def row(name: str, scores: Sequence[str], of: TaskComparison | Comparison) -> list[str]:
-        low, high = signed(of.difference.low), signed(of.difference.high)
-        mark = "*" if of.difference.significant else " "
-        change = f"{signed(of.difference.points)} [{low}, {high}] {mark}"
-        return [name, *scores, change, str(of.flips), *(str(of.counts[kind]) for kind in CHANGES)]
-
-    rows = [
-        row(task.name, [f"{task.score_a:.1f}", f"{task.score_b:.1f}"], task)
-        for task in comparison.tasks.values()
-    ]
-    header = ["task", "A", "B", "B - A [95 % interval]", "flips", *CHANGES]
-    return header, [*rows, row("all", ["", ""], comparison)]
-
-
 def comparison_json(comparison: Comparison) -> dict[str, Any]:
-    """Give the figures of `comparison_rows` as plain values, and the ids lost and gained."""
+    """Give the figures of a comparison as plain values, and the ids lost and gained."""
 
     def figures(of: TaskComparison | Comparison) -> dict[str, Any]:
         change = {**vars(of.difference), "significant": of.difference.significant}
         return {**change, "flips": of.flips, "counts": of.counts}
 
-    def ids(task: TaskComparison, kind: Change) -> list[str]:
-        return [pair.question.id for pair in task.pairs if pair.kind == kind]
-
-    tasks = {
-        name: {
-            "n": len(task.pairs),
-            "metric": task.metric,
-            "a": task.score_a,
-            "b": task.score_b,
-            **figures(task),
-            **{kind: ids(task, kind) for kind in ("lost", "gained")},
+    tasks = {}
+    for name, task in comparison.tasks.items():
+        about = {"n": len(task.pairs), "metric": task.metric, "a": task.score_a, "b": task.score_b}
+        ids = {
+            kind: [pair.question.id for pair in task.pairs if pair.kind == kind]
+            for kind in ("lost", "gained")
         }
-        for name, task in comparison.tasks.items()
-    }
+        tasks[name] = {**about, **figures(task), **ids}
     return {
-        "a": comparison.name_a,
-        "b": comparison.name_b,
-        "tasks": tasks,
+        **{"a": comparison.name_a, "b": comparison.name_b, "tasks": tasks},
         "all": figures(comparison),
         "left_out": dict(comparison.left_out),
         "note": comparison.note,
     }
+
+
+def comparison_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Make a row for each task; a ``*`` marks a difference whose 95 % interval excludes 0."""
+    values = comparison_json(comparison)
+    rows = []
+    for name, row in [*values["tasks"].items(), ("all", values["all"])]:
+        scores = [f"{row[side]:.1f}" if side in row else "" for side in ("a", "b")]
+        points, low, high = (signed(row[each]) for each in ("points", "low", "high"))
+        change = f"{points} [{low}, {high}] {'*' if row['significant'] else ' '}"
+        counts = [str(row["counts"][kind]) for kind in CHANGES]
+        rows.append([name, *scores, change, str(row["flips"]), *counts])
+    return ["task", "A", "B", "B - A [95 % interval]", "flips", *CHANGES], rows

@@ -29,9 +29,9 @@ from slimvlm.evaluation.ask import (
     likelihoods,
     with_costs,
 )
+from slimvlm.evaluation.bench import plain_question
 from slimvlm.evaluation.metrics import MME_FULL_SCORES
 from slimvlm.evaluation.results import Result, TaskResult
-from slimvlm.evaluation.timing import plain_question
 from slimvlm.models.hidden import evaluating
 
 LONGEST_REPLY = 1024
@@ -176,8 +176,23 @@ def evaluate_with_lmms(
     first ``limit`` questions is left out.
     """
     rows = check_names(names, limit, task_folder)
-    own = _own_tasks(task_folder)
-    tasks = {row.task: _load_task(row.task, own) for row in rows.values()}
+    from tenacity import RetryError  # comes with lmms-eval
+
+    own, tasks = _own_tasks(task_folder), {}
+    for name in dict.fromkeys(row.task for row in rows.values()):
+        with contained():
+            is_own = own is not None and name in own.all_subtasks
+            manager = own if is_own else _shipped_tasks()
+            try:
+                tasks[name] = manager.load_task_or_group(name)[name]
+            except (RetryError, ImportError, OSError, ValueError) as error:
+                inner = error.last_attempt.exception() if isinstance(error, RetryError) else error
+                assert inner is not None
+                raise ConfigError(
+                    f"task {name!r}: its data cannot be loaded. lmms-eval takes it from the "
+                    "Hugging Face hub or its cache; offline, download it first "
+                    f"({one_line(inner)})"
+                ) from error
     results: dict[str, TaskResult] = {}
     with evaluating(model):
         for name, task in tasks.items():
@@ -252,24 +267,6 @@ def _shipped_tasks() -> Any:
     return TaskManager()
 
 
-def _load_task(name: str, own: Any) -> Any:
-    """Load a task with its data."""
-    from tenacity import RetryError
-
-    with contained():
-        is_own = own is not None and name in own.all_subtasks
-        manager = own if is_own else _shipped_tasks()
-        try:
-            return manager.load_task_or_group(name)[name]
-        except (RetryError, ImportError, OSError, ValueError) as error:
-            inner = error.last_attempt.exception() if isinstance(error, RetryError) else error
-            assert inner is not None
-            raise ConfigError(
-                f"task {name!r}: its data cannot be loaded. lmms-eval takes it from the Hugging "
-                f"Face hub or its cache; offline, download it first ({one_line(inner)})"
-            ) from error
-
-
 def adapter(
     model: PreTrainedModel, processor: Any, batch_size: int, replies: dict[int, str]
 ) -> Any:
@@ -284,12 +281,15 @@ def adapter(
             options = requests[0].args[1]  # all requests are of one task
             longest = min(int(options.get("max_new_tokens", LONGEST_REPLY)), LONGEST_REPLY)
             stops = options.get("until") or ()
+            stops = [stops] if isinstance(stops, str) else stops
             texts = [""] * len(requests)
             for batch in _batches(requests, batch_size):
                 asked = [_asked(requests[i].args, self.task_dict)[0] for i in batch]
                 found = answer(model, processor, asked, longest)
                 for index, text in zip(batch, found, strict=True):
-                    texts[index] = _until(text, stops)
+                    for stop in filter(None, stops):
+                        text = text.split(stop)[0]
+                    texts[index] = text.strip()
             replies.update((r.args[3], text) for r, text in zip(requests, texts, strict=True))
             return texts
 
@@ -331,13 +331,6 @@ def _asked(arguments: tuple[Any, ...], documents: Mapping[str, Any]) -> tuple[Qu
         raise ConfigError(f"task {task!r} shows something else than pictures")
     question = Question(id=str(index), prompt=prompt, answers=(), images=tuple(shown))
     return question, text(document) if callable(text) else text
-
-
-def _until(text: str, stops: Sequence[str]) -> str:
-    """Cut a text before the first stop sequence."""
-    for stop in [stops] if isinstance(stops, str) else stops:
-        text = text.split(stop)[0] if stop else text
-    return text.strip()
 
 
 @contextlib.contextmanager

@@ -114,78 +114,62 @@ def paired_result(
     baseline: Predictions | None,
 ) -> DataResult:
     """Compute the result of a model from its final hidden states and a baseline's predictions."""
-    pair = None if baseline is None else _Pair(head, processor, baseline, len(samples))
-    names = _names_of(samples)
+    shared: Tensor | None = None  # [W, 2]: numbers of the tokens that both vocabularies have
+    theirs_of: dict[int, int] | None = None
+    if baseline is not None:
+        if len(baseline.states) != len(samples):
+            raise ConfigError(
+                f"baseline: its predictions are of {len(baseline.states)} samples, "
+                f"not of {len(samples)}"
+            )
+        known, vocabulary = baseline.vocabulary, tokenizer_of(processor).get_vocab()
+        if known != vocabulary:
+            both = [(number, known[word]) for word, number in vocabulary.items() if word in known]
+            theirs_of = dict(both)
+            shared = torch.tensor(sorted(both), dtype=torch.long).reshape(-1, 2)
+    names, their_head = _names_of(samples), None if baseline is None else baseline.head
     found: dict[int, OnSample] = {}
     for places, hidden, labels in batches:
         rows, wanted, counted = predictions(hidden, labels)
         counts, titles = counted.sum(1).tolist(), [names[place] for place in places]
         if not all(counts):
             raise DataError(f"sample {titles[counts.index(0)]!r} has no token that counts")
-        if pair is None:
-            numbers, which = _losses(head, rows, wanted), [False] * len(places)
-        else:
-            numbers, which = pair.numbers(places, counts, rows, wanted)
-        found |= zip(places, _samples(titles, counts, numbers, which), strict=True)
-    results = tuple(found[place] for place in sorted(found))
-    if pair is None:
-        return DataResult(model, results)
-    return DataResult(model, results, pair.baseline.model, tuple(pair.notes(results)))
-
-
-class _Pair:
-    """Compare the tokens of a model with a baseline's predictions."""
-
-    def __init__(self, head: Head, processor: Any, baseline: Predictions, count: int) -> None:
-        if len(baseline.states) != count:
-            raise ConfigError(
-                f"baseline: its predictions are of {len(baseline.states)} samples, not of {count}"
-            )
-        self.head, self.baseline, self.their_head = head, baseline, baseline.head
-        self.shared: Tensor | None = None  # [W, 2]: numbers of the tokens that both have
-        known, vocabulary = baseline.vocabulary, tokenizer_of(processor).get_vocab()
-        if known != vocabulary:
-            both = [(number, known[word]) for word, number in vocabulary.items() if word in known]
-            self.theirs_of = dict(both)
-            self.shared = torch.tensor(sorted(both), dtype=torch.long).reshape(-1, 2)
-
-    def numbers(
-        self, places: Sequence[int], counts: list[int], rows: Tensor, wanted: Tensor
-    ) -> tuple[Float[Tensor, "N 4"], list[bool]]:
-        """Compute the numbers of a batch's tokens; compare samples whose answers tokenise alike."""
-        device, which = rows.device, []
+        device = rows.device
+        which: list[bool] = []  # samples that are compared: their answers tokenise alike
         for place, tokens in zip(places, wanted.cpu().split(counts), strict=True):
             ours = tokens.tolist()
-            if self.shared is not None:
-                ours = [self.theirs_of.get(token, IGNORE) for token in ours]
-            which.append(bool(ours == self.baseline.wanted[place].tolist()))
-        both = torch.tensor(which).repeat_interleave(torch.tensor(counts)).to(device)
+            if theirs_of is not None:
+                ours = [theirs_of.get(token, IGNORE) for token in ours]
+            which.append(baseline is not None and ours == baseline.wanted[place].tolist())
+        compared = torch.tensor(which).repeat_interleave(torch.tensor(counts)).to(device)
         numbers = torch.zeros(len(rows), 4, device=device)
         if not all(which):
-            numbers[~both, :1] = _losses(self.head, rows[~both], wanted[~both])
-        if any(which):
-            self.their_head = head_on(device, self.their_head)
-            self.shared = None if self.shared is None else self.shared.to(device)
+            numbers[~compared, :1] = _losses(head, rows[~compared], wanted[~compared])
+        if baseline is not None and their_head is not None and any(which):
+            their_head = head_on(device, their_head)
+            shared = None if shared is None else shared.to(device)
             picked = [place for place, same in zip(places, which, strict=True) if same]
-            stored = self.baseline.states, self.baseline.wanted
+            stored = baseline.states, baseline.wanted
             theirs = [torch.cat([part[place] for place in picked]).to(device) for part in stored]
-            part = partial(_compared, self.head, self.their_head, self.shared)
-            numbers[both] = by_chunks(part, rows[both], wanted[both], *theirs, share=_SHARE)
-        return numbers, which
-
-    def notes(self, samples: Sequence[OnSample]) -> Iterator[str]:
-        """Say why some samples or tokens are not compared."""
-        left_out = sum(sample.baseline_loss is None for sample in samples)
-        if left_out:
-            yield (
-                f"{left_out} of {len(samples)} samples have other tokens than the baseline's and "
-                "are not compared"
-            )
-        if self.shared is not None and left_out < len(samples):
-            yield (
-                f"the vocabularies differ: agreement and divergence are over the "
-                f"{len(self.shared):,} tokens that both have"
-            )
+            part = partial(_compared, head, their_head, shared)
+            given = rows[compared], wanted[compared], *theirs
+            numbers[compared] = by_chunks(part, *given, share=_SHARE)
+        found |= zip(places, _samples(titles, counts, numbers, which), strict=True)
+    results = tuple(found[place] for place in sorted(found))
+    if baseline is None:
+        return DataResult(model, results)
+    notes, left_out = [], sum(sample.baseline_loss is None for sample in results)
+    if left_out:
+        notes.append(
+            f"{left_out} of {len(results)} samples have other tokens than the baseline's and "
+            "are not compared"
+        )
+    if shared is not None and left_out < len(results):
+        notes.append(
+            f"the vocabularies differ: agreement and divergence are over the {len(shared):,} "
+            "tokens that both have"
+        )
+    return DataResult(model, results, baseline.model, tuple(notes))
 
 
 def _losses(head: Head, rows: Float[Tensor, "N D"], wanted: Tensor) -> Float[Tensor, "N 1"]:

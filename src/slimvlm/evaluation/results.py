@@ -113,8 +113,7 @@ class Result:
 
         Args:
             baseline: Result of the original model.
-            floors: The original model evaluated blind, where ``baseline`` has no blind floors yet;
-                see `with_blind_floors`.
+            floors: The original evaluated blind, where ``baseline`` has no blind floors.
 
         Raises:
             ConfigError: If they share no task, their questions differ, or only one was blind.
@@ -192,11 +191,7 @@ class Result:
 
     @classmethod
     def load(cls, path: str | Path) -> Result:
-        """Read what `save` wrote.
-
-        Raises:
-            ConfigError: If the file is missing or is not a result.
-        """
+        """Read what `save` wrote; raise ConfigError if the file is missing or not a result."""
         where, values = f"result {str(path)!r}", read_object(path, "result")
         values.pop("average", None)
         try:

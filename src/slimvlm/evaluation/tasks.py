@@ -131,42 +131,35 @@ def read_task(path: str | Path) -> Task:
 
 
 def _load(row: TaskRow, folder: Path, limit: int | None) -> Sequence[Question]:
-    near = folder / row.data
+    near, task = folder / row.data, f"task {row.name!r}"
     rows = read_rows(near if near.exists() else row.data)
-    questions = {}
+    questions: dict[str, Question] = {}
     for index, values in enumerate(islice(rows, limit)):
-        question = _question(row, folder, index, values)
-        if question.id in questions:
-            raise DataError(
-                f"task {row.name!r}: two questions have the id {shortened(question.id)}"
-            )
-        questions[question.id] = question
+        if isinstance(values, DataError):
+            raise DataError(f"{task}: {values}")
+        if not isinstance(values, dict):
+            raise DataError(f"{task}: row {index} is not an object")
+        name = str(values.get("id", index))
+        where = f"{task}: row {shortened(name)}"
+        try:
+            prompt, answer = row.filled_prompt(values), values[row.answer]
+            choices = values[row.choices] if row.choices else ()
+        except KeyError as error:
+            raise DataError(f"{where} has no column {shortened(error.args[0])}") from error
+        if row.choices and not (isinstance(choices, list) and choices):
+            raise DataError(f"{where}: {shortened(row.choices)} must be a list of choices")
+        if isinstance(answer, list) and not answer:
+            raise DataError(f"{where} has no answer")
+        shown = values.get(row.image)
+        pictures = [] if shown is None else shown if isinstance(shown, list) else [shown]
+        question = Question(
+            id=name,
+            prompt=prompt,
+            answers=tuple(map(str, answer)) if isinstance(answer, list) else (str(answer),),
+            images=tuple(find_image(p, name, folder / row.images) for p in pictures),
+            choices=tuple(map(str, choices)),
+        )
+        if name in questions:
+            raise DataError(f"{task}: two questions have the id {shortened(name)}")
+        questions[name] = question
     return list(questions.values())
-
-
-def _question(row: TaskRow, folder: Path, index: int, values: Any) -> Question:
-    if isinstance(values, DataError):
-        raise DataError(f"task {row.name!r}: {values}")
-    if not isinstance(values, dict):
-        raise DataError(f"task {row.name!r}: row {index} is not an object")
-    name = str(values.get("id", index))
-    where = f"task {row.name!r}: row {shortened(name)}"
-    try:
-        prompt = row.filled_prompt(values)
-        answer = values[row.answer]
-        choices = values[row.choices] if row.choices else ()
-    except KeyError as error:
-        raise DataError(f"{where} has no column {shortened(error.args[0])}") from error
-    if row.choices and not (isinstance(choices, list) and choices):
-        raise DataError(f"{where}: {shortened(row.choices)} must be a list of choices")
-    if isinstance(answer, list) and not answer:
-        raise DataError(f"{where} has no answer")
-    shown = values.get(row.image)
-    pictures = [] if shown is None else shown if isinstance(shown, list) else [shown]
-    return Question(
-        id=name,
-        prompt=prompt,
-        answers=tuple(map(str, answer)) if isinstance(answer, list) else (str(answer),),
-        images=tuple(find_image(p, name, folder / row.images) for p in pictures),
-        choices=tuple(map(str, choices)),
-    )

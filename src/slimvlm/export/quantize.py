@@ -21,7 +21,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
 from slimvlm.core.errors import ConfigError, ReloadError
 from slimvlm.core.files import mark_checkpoint, new_folder, require_free
-from slimvlm.evaluation.timing import stored_bytes
+from slimvlm.evaluation.bench import stored_bytes
 from slimvlm.models.classes import class_of, empty_model, is_quantized
 from slimvlm.models.cost import free_memory
 from slimvlm.models.files import unreadable

@@ -53,7 +53,7 @@ _NOT_MEASURED = "not measured on models of about this size, by this recipe and s
 
 @dataclass(frozen=True, kw_only=True)
 class Expectation:
-    """AVG-% that was measured for a recipe where as large a share of the layers went."""
+    """AVG-% that was measured with a recipe where as large a share of the layers went."""
 
     model: str
     percent: float
@@ -119,8 +119,13 @@ def advise(
     }
     ratio = _ratio(shape, subject, budget, data, dtype)
     recipe = recipe_for(ratio, data)
-    fraction, why = _fraction(ratio, samples)
-    given = known.full_set if samples is None else samples
+    row = next(row for row in known.fractions if ratio <= row.up_to)
+    fraction, why = row.fraction, f"{row.why} ({known.fractions_source})"
+    needed, given = round(fraction * known.full_set), known.full_set if samples is None else samples
+    if samples is not None:  # few are all used
+        fraction = 1.0 if samples <= needed else round(needed / samples, 4)
+        if samples <= needed:
+            why = f"train on all {samples:,} conversations: the study trained on {needed:,}"
     tokens, on_tokens = _tokens_first(model, shape, ratio, data and target_latency is None)
     sizes = Sizes(
         shape=shape,
@@ -175,6 +180,19 @@ def advise(
         )
     share, open_axis = sizes.decoder_share(ratio), replace(config_of(recipe), axis=None)
     axis = request_of(model, open_axis).prune.axis or recipe.axis
+    # AVG-% that was measured where such a share of the layers went, not of the backbone, which
+    # counts embeddings, too. All weights were trained of the demo model only, LoRA of the study's.
+    measured = []
+    for train in (recipe.train, "full") if recipe.train == "lora" else (recipe.train,):
+        for name, layers in known.decoder_shares.items():
+            factor, same = shape.backbone_params / known.backbone_params[name], name == subject
+            if not (same or 1 / known.alike_within <= factor <= known.alike_within):
+                continue
+            measured += [
+                Expectation(model=name, percent=value, source=row.source, same=same)
+                for row, value in expected(recipe.axis, train, recipe.loss, share * layers)
+                if row.model == name and (train == recipe.train or row.ours)
+            ]
     before, after = shape.total_params, shape.total_params - round(ratio * shape.backbone_params)
     held = weight_bytes(shape, dtype)
     return Advice(
@@ -184,7 +202,7 @@ def advise(
         token_share=min(sizes.token_share, ratio),
         decoder_ratio=share,
         recipe=recipe,
-        expected=_expectations(recipe, share, subject, shape.backbone_params),
+        expected=tuple(sorted(measured, key=lambda row: not row.same)),
         latency=_latency(recipe.axis, max(ratio - sizes.token_share, 0.0), subject),
         params=(before, after),
         weight_bytes=(held, round(held * after / before)),
@@ -220,17 +238,6 @@ def _ratio(
         if latency <= value:
             return ratio
     raise ConfigError(f"target_latency {value}: the fastest that was measured is {fastest:.2f}")
-
-
-def _fraction(ratio: float, samples: int | None) -> tuple[float, str]:
-    """Choose the share of the data to train on, and give the reason; few samples are all used."""
-    row = next(row for row in rules().fractions if ratio <= row.up_to)
-    needed = round(row.fraction * rules().full_set)
-    if samples is None:
-        return row.fraction, f"{row.why} ({rules().fractions_source})"
-    if samples <= needed:
-        return 1.0, f"train on all {samples:,} conversations: the study trained on {needed:,}"
-    return round(needed / samples, 4), f"{row.why} ({rules().fractions_source})"
 
 
 def _latency(axis: str, ratio: float, subject: str | None) -> float | None:
@@ -277,30 +284,6 @@ def _tokens_first(
         f"{kept:,} stay; --vocab-size auto keeps as many as the data needs, all keeps every one"
     )
     return kept, [f"{many}, and {rule.why} ({rule.source}): {options}"]
-
-
-def _expectations(
-    recipe: Recipe, share: float, subject: str | None, backbone_params: int
-) -> tuple[Expectation, ...]:
-    """Collect the AVG-% measured where such a share of the layers went, this model's first.
-
-    Shares of layers are compared, because ratios count embeddings, too: where a model has many, the
-    same ratio takes more of its layers. Training of all weights was measured on the demo model
-    only, LoRA on the study's.
-    """
-    known, rows = rules(), list[Expectation]()
-    for train in (recipe.train, "full") if recipe.train == "lora" else (recipe.train,):
-        for name, layers in known.decoder_shares.items():
-            size_of, within = known.backbone_params[name], known.alike_within
-            is_alike = size_of / within <= backbone_params <= size_of * within
-            for row, value in expected(recipe.axis, train, recipe.loss, share * layers):
-                fits = row.model == name and (train == recipe.train or row.ours)
-                if fits and (name == subject or is_alike):
-                    same = name == subject
-                    rows.append(
-                        Expectation(model=name, percent=value, source=row.source, same=same)
-                    )
-    return tuple(sorted(rows, key=lambda row: not row.same))
 
 
 def advice_rows(advice: Advice) -> list[list[str]]:

@@ -39,10 +39,10 @@ from slimvlm.core.options import (
 from slimvlm.core.progress import Say
 from slimvlm.core.requests import asked, identity_of_files, is_begun_for, note_request
 from slimvlm.data.read import identity_of_data
+from slimvlm.evaluation.bench import PairedTimes, paired_times
 from slimvlm.evaluation.on_data import DataResult, evaluate_data, single_result
 from slimvlm.evaluation.predictions import Predictions
 from slimvlm.evaluation.results import Result, read_baseline
-from slimvlm.evaluation.timing import PairedTimes, paired_times
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.cost import free_memory, peak_memory, release_memory, weight_bytes
 from slimvlm.models.load import anatomy, load, resolve

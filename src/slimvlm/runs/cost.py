@@ -97,10 +97,17 @@ def cost(request: Request, sizes: Sizes, device: torch.device, dtype: str, tried
 
     A device that this machine lacks has unlimited memory.
     """
-    constants, config = rules().constants, request.recover
+    constants, config, prune = rules().constants, request.recover, request.prune
     speed, timed = speed_of(device, dtype)
-    states = _states(request, sizes, device, dtype)
-    brief = replace(request, prune=replace(request.prune, local_steps=0), report_samples=0)
+    states = None  # size and place of the hidden states between layers of a walk
+    if prune.data is not None and _is_walked(request):
+        aims = aims_at_original(prune.repair, prune.local_steps, prune.axis != "width")
+        tokens = sizes.tokens * sizes.calibration
+        needed = states_bytes(sizes.shape.hidden_size, tokens, BYTES[dtype], aims)
+        states = StatesPlace(needed, device, "device", (0, 0))
+        if _is_here(device):
+            states = StatesPlace.of(needed, device, weight_bytes(sizes.shape, dtype))
+    brief = replace(request, prune=replace(prune, local_steps=0), report_samples=0)
     work = stage_flops("calibrate", request, sizes) + stage_flops("prune", request, sizes)
     work += tried * stage_flops("prune", brief, sizes)  # with the same scores
     about = [
@@ -156,11 +163,9 @@ def stage_flops(kind: str, request: Request, sizes: Sizes, kept: float = 1.0) ->
         passes += (2 - ratio) * request.report_samples / max(sizes.calibration, 1)
         flops = passes * sizes.pass_flops * sizes.calibration
         if WALKING in prune.criterion:  # eliminates neurons one by one in the Gram matrix
-            width, hidden = (
-                [s.intermediate_size for s in sizes.shape.layers],
-                sizes.shape.hidden_size,
-            )
-            flops += sum(n**3 + share * n * n * (4 * hidden + share * n) for n in width)
+            widths = [shape.intermediate_size for shape in sizes.shape.layers]
+            hidden = sizes.shape.hidden_size
+            flops += sum(n**3 + share * n * n * (4 * hidden + share * n) for n in widths)
         return flops
     if kind == "recover":
         assert recover is not None
@@ -172,12 +177,11 @@ def stage_flops(kind: str, request: Request, sizes: Sizes, kept: float = 1.0) ->
         return sizes.pass_flops * passes * seen
     asked, own, count = request.questions, builtin_tasks(), 0
     assert asked is not None
-    for name in (part.strip() for part in asked.tasks.split(",")):
+    for name in map(str.strip, asked.tasks.split(",")):
         is_ours = name == "demo" or name in own
-        each = asked.limit or (
-            constants.own_questions if is_ours else constants.benchmark_questions
-        )
-        count += each * (len(own) if name == "demo" else 1) * (2 if asked.floors else 1)
+        usual = constants.own_questions if is_ours else constants.benchmark_questions
+        tasks = len(own) if name == "demo" else 1
+        count += (asked.limit or usual) * tasks * (2 if asked.floors else 1)
     return sizes.pass_flops * kept * count * constants.reply_passes
 
 
@@ -202,19 +206,6 @@ def _free(device: torch.device) -> float:
 def _is_walked(request: Request) -> bool:
     prune = request.prune
     return WALKING in prune.criterion or prune.repair != "none" or prune.local_steps != 0
-
-
-def _states(request: Request, sizes: Sizes, device: torch.device, dtype: str) -> StatesPlace | None:
-    """Estimate size and place of the hidden states between layers; None without a walk."""
-    prune = request.prune
-    if prune.data is None or not _is_walked(request):
-        return None
-    aims = aims_at_original(prune.repair, prune.local_steps, prune.axis != "width")
-    tokens = sizes.tokens * sizes.calibration
-    needed = states_bytes(sizes.shape.hidden_size, tokens, BYTES[dtype], aims)
-    if not _is_here(device):
-        return StatesPlace(needed, device, "device", (0, 0))
-    return StatesPlace.of(needed, device, weight_bytes(sizes.shape, dtype))
 
 
 def _pruning_bytes(

@@ -77,7 +77,7 @@ class TokensFirst:
 
 @dataclass(frozen=True, kw_only=True)
 class Constants:
-    """Constants of estimates; ``recipes.yaml`` explains each."""
+    """Constants of estimates."""
 
     text_tokens: int
     image_tokens: int
@@ -100,7 +100,7 @@ class Constants:
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """The whole of ``recipes.yaml``, which explains each key."""
+    """The whole of ``recipes.yaml``, which explains each key and constant."""
 
     with_training: tuple[Recipe, ...]
     without_training: tuple[Recipe, ...]
@@ -132,11 +132,6 @@ def recipe_for(ratio: float, has_data: bool) -> Recipe:
     return next(row for row in rows if ratio <= row.up_to)
 
 
-def published(axis: str, train: str | None, loss: str, ratio: float) -> list[tuple[Curve, float]]:
-    """Collect the AVG-% that the study gives for an axis, a recovery and a ratio, one per model."""
-    return [found for found in expected(axis, train, loss, ratio) if not found[0].ours]
-
-
 def expected(axis: str, train: str | None, loss: str, ratio: float) -> list[tuple[Curve, float]]:
     """Collect the AVG-% measured for an axis, a recovery and a ratio, one per model.
 
@@ -151,9 +146,12 @@ def expected(axis: str, train: str | None, loss: str, ratio: float) -> list[tupl
     return list(found.values())
 
 
+def published(axis: str, train: str | None, loss: str, ratio: float) -> list[tuple[Curve, float]]:
+    """Collect those of `expected` that the study gives."""
+    return [found for found in expected(axis, train, loss, ratio) if not found[0].ours]
+
+
 def subject_of(shape: Mapping[str, Any]) -> str | None:
     """Name the measured model with the same anatomy, if any; ``shape`` maps names to values."""
-    for name, wanted in rules().subjects.items():
-        if all(shape[key] == value for key, value in wanted.items()):
-            return name
-    return None
+    subjects = rules().subjects.items()
+    return next((name for name, wanted in subjects if wanted.items() <= shape.items()), None)

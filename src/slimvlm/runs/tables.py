@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from slimvlm.core.errors import printable
-from slimvlm.evaluation.metrics import LIKELIHOODS, Difference, Retention, paired_difference
+from slimvlm.evaluation.metrics import LIKELIHOODS, paired_difference
 from slimvlm.evaluation.on_data import DataResult
 from slimvlm.evaluation.results import TIMES, Result
 from slimvlm.models.anatomy import Anatomy, LayerShape
@@ -27,6 +26,10 @@ FLOORS = ("chance", "majority", "blind")
 """Scores without doing a task: guessing, the best constant answer, other pictures."""
 INTERVALS = "In brackets: 95 % intervals (bootstrap over samples)."
 UNSEEN = "On samples of the data that neither calibrated nor trained."
+_OF_A_MODEL = (
+    *("total_params", "backbone_params", "weight_bytes", *TIMES),
+    *("blind", "limit", "batch_size", "dtype"),
+)
 _HELD_OUT = {
     "loss": ("loss of an answer token (nats)", 3),
     "perplexity": ("perplexity", 2),
@@ -46,30 +49,37 @@ def millions(params: int) -> str:
     return f"{params / 1e6:,.1f} M"
 
 
-@dataclass(frozen=True)
-class _Paired:
-    """A model's result compared with that of the first model."""
+def result_json(results: Mapping[str, Result]) -> dict[str, dict[str, Any]]:
+    """Give the figures of models as plain values; the first one is the baseline of the others.
 
-    result: Result
-    differences: Mapping[str, Difference] = field(default_factory=dict)  # of the same questions
-    retention: Retention | None = None  # None if the first model has no average
-    average_difference: Difference | None = None
-
-
-def _paired(results: Mapping[str, Result]) -> list[_Paired]:
-    first, *others = results.values()
-    found = [_Paired(first)]
-    for result in others:
-        differences = {
-            task: paired_difference(first.tasks[task].scores, ours.scores)
-            for task, ours in result.tasks.items()
-            if task in first.tasks and first.tasks[task].ids == ours.ids
+    Differences of tasks are of the same questions; AVG-% needs a baseline with an average.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    first = next(iter(results.values()), None)
+    for name, result in results.items():
+        tasks: dict[str, dict[str, Any]] = {}
+        for task, each in result.tasks.items():
+            row = tasks[task] = {
+                **{"score": each.score, "n": len(each.ids), "metric": each.metric},
+                **{"chance": each.chance, "majority": each.majority, "blind": each.blind},
+                **each.details,
+            }
+            theirs = first.tasks.get(task) if first is not None and found else None
+            if theirs is not None and theirs.ids == each.ids:
+                apart = paired_difference(theirs.scores, each.scores)
+                if each.metric not in LIKELIHOODS:
+                    row["difference"] = vars(apart)
+                row["significant"] = apart.significant
+        values: dict[str, Any] = {
+            **{"model": result.model, "tasks": tasks, "average": _or_none(result.average)},
+            **{name: getattr(result, name) for name in _OF_A_MODEL},
         }
-        paired = _Paired(result, differences)
-        if not math.isnan(first.average):
+        if first is not None and found and not math.isnan(first.average):
             kept, change = result.retention(first), result.difference(first)
-            paired = replace(paired, retention=kept, average_difference=change)
-        found.append(paired)
+            values["retention"] = {key: _or_none(value) for key, value in vars(kept).items()}
+            values["average_difference"] = vars(change)
+            values["average_significant"] = change.significant
+        found[name] = values
     return found
 
 
@@ -79,103 +89,76 @@ def result_rows(results: Mapping[str, Result]) -> tuple[list[str], list[list[str
     Columns of `FLOORS` are those that were measured. `MARK` follows a score that differs from the
     baseline's.
     """
-    models = _paired(results)
-    found = [model.result for model in models]
-    tasks = list(dict.fromkeys(task for result in found for task in result.tasks))
+    models = list(result_json(results).values())
+    tasks = dict.fromkeys(task for model in models for task in model["tasks"])
     rows, floors = [], []
     for task in tasks:
-        asked = [result.tasks[task] for result in found if task in result.tasks]
-        metric, first = asked[0].metric, found[0].tasks.get(task)
-        if metric in LIKELIHOODS:
-            floors.append([""] * len(FLOORS))
-        else:
-            majority = next((t.majority for t in asked if t.majority is not None), None)
-            blind = None if first is None else first.blind
-            levels = (_number(majority, nothing=""), _number(blind, nothing=""))
-            floors.append([f"{asked[0].chance:.0f}", *levels])
-        digits = 3 if metric == "loss" else 1
-        cells = [
-            _number(model.result.tasks[task].score, digits, model.differences.get(task))
-            if task in model.result.tasks
-            else "-"
-            for model in models
-        ]
-        rows.append([f"{task} (lower is better)" if metric in LIKELIHOODS else task, *cells])
+        asked = [model["tasks"].get(task) for model in models]
+        some = next(each for each in asked if each)
+        majorities = [each["majority"] for each in asked if each and each["majority"] is not None]
+        is_loss = some["metric"] in LIKELIHOODS
+        levels = [next(iter(majorities), None), asked[0] and asked[0]["blind"]]
+        floor = [f"{some['chance']:.0f}", *(_number(level, nothing="") for level in levels)]
+        floors.append([""] * len(FLOORS) if is_loss else floor)
+        digits = 3 if some["metric"] == "loss" else 1
+        cells = [_marked(each, "score", digits) if each else "-" for each in asked]
+        rows.append([f"{task} (lower is better)" if is_loss else task, *cells])
     shown = [i for i, name in enumerate(FLOORS) if name == "chance" or any(f[i] for f in floors)]
     rows = [[row[0], *(f[i] for i in shown), *row[1:]] for row, f in zip(rows, floors, strict=True)]
 
-    averages = [_number(m.result.average, 1, m.average_difference) for m in models]
-    figures = [["AVG", *averages]]
-    if kept := [model.retention for model in models if model.retention is not None]:
-        percents = [f"{k.percent:.1f} [{k.low:.1f}, {k.high:.1f}]" for k in kept]
+    figures = [
+        ["AVG", *(_marked(model, "average", mark="average_significant") for model in models)]
+    ]
+    if kept := [model["retention"] for model in models if "retention" in model]:
+        percents = [f"{k['percent']:.1f} [{k['low']:.1f}, {k['high']:.1f}]" for k in kept]
         figures.append(["AVG-% [95 % interval]", "100.0", *percents])
-        figures.append(["AVG-% above chance", "100.0", *(_number(k.above_chance) for k in kept)])
+        above = [_number(k["above_chance"]) for k in kept]
+        figures.append(["AVG-% above chance", "100.0", *above])
     if kept and len(shown) > 1:
         cells = []
         for k in kept:
-            low, high = k.above_floor_low, k.above_floor_high
-            bounds = "no bounds" if math.isnan(low) else f"{low:.1f}, {high:.1f}"
-            cells.append("-" if math.isnan(k.above_floor) else f"{k.above_floor:.1f} [{bounds}]")
+            low, high = k["above_floor_low"], k["above_floor_high"]
+            bounds = "no bounds" if low is None else f"{low:.1f}, {high:.1f}"
+            cells.append("-" if k["above_floor"] is None else f"{k['above_floor']:.1f} [{bounds}]")
         figures.append(["AVG-% above floor [95 % interval]", "100.0", *cells])
-    mebibytes = [None if r.weight_bytes is None else r.weight_bytes / MIB for r in found]
+    weights = [m["weight_bytes"] and m["weight_bytes"] / MIB for m in models]
     figures += [
-        ["backbone parameters", *(millions(r.backbone_params) for r in found)],
-        ["all parameters", *(millions(r.total_params) for r in found)],
-        ["weights MiB", *map(_number, mebibytes)],
-        ["prefill ms (batch 1)", *(_time(r.prefill_ms, r.prefill_range_ms) for r in found)],
-        ["decode ms a token", *(_time(r.decode_ms, r.decode_range_ms) for r in found)],
+        ["backbone parameters", *(millions(m["backbone_params"]) for m in models)],
+        ["all parameters", *(millions(m["total_params"]) for m in models)],
+        ["weights MiB", *map(_number, weights)],
     ]
+    for label, name in (("prefill ms (batch 1)", "prefill"), ("decode ms a token", "decode")):
+        times = [(m[f"{name}_ms"], m[f"{name}_range_ms"]) for m in models]
+        figures.append([label, *(f"{middle:.1f}{_bounds(ends)}" for middle, ends in times)])
     rows += [[label, *[""] * len(shown), *cells] for label, *cells in figures]
     return ["task", *(FLOORS[i] for i in shown), *results], rows
 
 
-def result_json(results: Mapping[str, Result]) -> dict[str, Any]:
-    """Give the figures of `result_rows` as plain values."""
-    found: dict[str, Any] = {}
-    for name, model in zip(results, _paired(results) if results else (), strict=True):
-        result, kept, change = model.result, model.retention, model.average_difference
-        tasks: dict[str, Any] = {}
-        for task, each in result.tasks.items():
-            tasks[task] = {
-                **{"score": each.score, "n": len(each.ids), "metric": each.metric},
-                **{"chance": each.chance, "majority": each.majority, "blind": each.blind},
-                **each.details,
-            }
-            difference = model.differences.get(task)
-            if difference is not None and each.metric not in LIKELIHOODS:
-                apart = {"difference": vars(difference), "significant": difference.significant}
-                tasks[task] |= apart
-        figures = ("total_params", "backbone_params", "weight_bytes", *TIMES)
-        how = ("blind", "limit", "batch_size", "dtype")
-        found[name] = {
-            "model": result.model,
-            "tasks": tasks,
-            "average": _or_none(result.average),
-            **{name: getattr(result, name) for name in (*figures, *how)},
+def held_out_json(results: Mapping[str, DataResult]) -> dict[str, dict[str, Any]]:
+    """Give the figures of each stage as plain values."""
+    return {
+        stage: {
+            "samples": len(result.samples),
+            "tokens": result.tokens,
+            **{k: None if v is None else vars(v) for k, v in vars(result.figures).items()},
+            "notes": list(result.notes),
         }
-        if kept is not None:
-            found[name]["retention"] = {k: _or_none(v) for k, v in vars(kept).items()}
-        if change is not None:
-            found[name]["average_difference"] = vars(change)
-            found[name]["average_significant"] = change.significant
-    return found
+        for stage, result in results.items()
+    }
 
 
 def held_out_rows(results: Mapping[str, DataResult]) -> tuple[list[str], list[list[str]]]:
     """Make a row for each figure of held-out samples, a column for each stage."""
-    first = next(iter(results.values()))
-    rows = []
+    stages, rows = list(held_out_json(results).values()), []
     for name, (label, digits) in _HELD_OUT.items():
-        figures = [getattr(result.figures, name) for result in results.values()]
-        if all(figure is None for figure in figures):
-            continue
         cells = []
-        for figure in figures:
-            ends = () if figure is None or figure.low is None else (figure.low, figure.high)
-            bounds = f" [{', '.join(f'{end:.{digits}f}' for end in ends)}]" if ends else ""
-            cells.append("" if figure is None else f"{figure.value:.{digits}f}{bounds}")
-        rows.append([label, *cells])
-    return [f"{len(first.samples)} samples, {first.tokens:,} answer tokens", *results], rows
+        for figure in (stage[name] for stage in stages):
+            ends = None if not figure or figure["low"] is None else (figure["low"], figure["high"])
+            cells.append(f"{figure['value']:.{digits}f}{_bounds(ends, digits)}" if figure else "")
+        if any(cells):
+            rows.append([label, *cells])
+    first = stages[0]
+    return [f"{first['samples']} samples, {first['tokens']:,} answer tokens", *results], rows
 
 
 def held_out_text(results: Mapping[str, DataResult]) -> str:
@@ -193,19 +176,6 @@ def held_out_notes(results: Mapping[str, DataResult]) -> list[str]:
         for note in each.notes:
             stages.setdefault(note, []).append(stage)
     return [*(f"{', '.join(names)}: {note}" for note, names in stages.items()), INTERVALS]
-
-
-def held_out_json(results: Mapping[str, DataResult]) -> dict[str, Any]:
-    """Give the figures of each stage as plain values."""
-    return {
-        stage: {
-            "samples": len(result.samples),
-            "tokens": result.tokens,
-            **{k: None if v is None else vars(v) for k, v in vars(result.figures).items()},
-            "notes": list(result.notes),
-        }
-        for stage, result in results.items()
-    }
 
 
 def anatomy_rows(anatomy: Anatomy) -> list[list[str]]:
@@ -332,17 +302,20 @@ def _is_marked(rows: Sequence[Sequence[str]]) -> bool:
     return any(cell.endswith(MARK) for row in rows for cell in row)
 
 
-def _time(middle: float, between: tuple[float, float] | None) -> str:
-    return f"{middle:.1f}" + ("" if between is None else f" [{between[0]:.1f}, {between[1]:.1f}]")
+def _bounds(ends: Sequence[float] | None, digits: int = 1) -> str:
+    return f" [{', '.join(f'{end:.{digits}f}' for end in ends)}]" if ends else ""
 
 
-def _number(
-    value: float | None, digits: int = 1, change: Difference | None = None, nothing: str = "-"
+def _number(value: float | None, digits: int = 1, nothing: str = "-") -> str:
+    return nothing if value is None else f"{value:.{digits}f}"
+
+
+def _marked(
+    values: Mapping[str, Any], name: str, digits: int = 1, mark: str = "significant"
 ) -> str:
     """Format a number, marked if its change is significant."""
-    if value is None or math.isnan(value):
-        return nothing
-    return f"{value:.{digits}f}" + MARK * (change is not None and change.significant)
+    value = values[name]
+    return _number(value, digits) + MARK * (value is not None and values.get(mark, False))
 
 
 def _or_none(value: float) -> float | None:

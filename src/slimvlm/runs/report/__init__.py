@@ -9,8 +9,7 @@ from __future__ import annotations
 import base64
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
@@ -36,38 +35,6 @@ CARD_BYTES = 850
 """Markup of a card without its words and pictures, rounded up."""
 SMALL, SMALL_SHOWN, LARGE = 64, 128, 256
 """Pictures up to the first size are enlarged to the second; those above the third are reduced."""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture as a PNG data URI, with its size in CSS pixels."""
-
-    uri: str
-    width: int
-    height: int
-    enlarged: bool  # shown larger than it is, pixel by pixel
-
-
-@dataclass(frozen=True)
-class Card:
-    """An answer as a page shows it; without pictures once the file is full."""
-
-    pair: Pair
-    pictures: tuple[Picture, ...]
-
-
-@dataclass(frozen=True)
-class Gallery:
-    """The values of ``gallery.html.jinja``."""
-
-    comparison: Comparison
-    cards: Mapping[str, Sequence[Card]]  # by task
-    hidden: Mapping[str, Mapping[Change, int]]  # by task, answers of each kind without a card
-    pictures_left_out: int  # cards without their pictures, for want of room
-    graded: bool  # some answers are neither right nor wrong
-    place: Callable[[float], float]  # points → a place on the axis from 0 to 100 of all tasks
-    kinds: tuple[Change, ...] = CHANGES
-    right: float = RIGHT
 
 
 def report_html(record: Record) -> str:
@@ -122,8 +89,8 @@ def _render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(**values)
 
 
-def gallery_of(comparison: Comparison, max_bytes: int = MAX_BYTES) -> Gallery:
-    """Lay out a comparison as cards.
+def gallery_of(comparison: Comparison, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+    """Lay out a comparison as cards: the values of ``gallery.html.jinja``.
 
     Up to `MAX_CARDS` unchanged answers of each task are shown, those whose replies differ most
     first. Pictures are shown until the cards fill ``max_bytes``: those of lost answers first, and
@@ -146,30 +113,35 @@ def gallery_of(comparison: Comparison, max_bytes: int = MAX_BYTES) -> Gallery:
         asked = pair.question
         words = (asked.id, asked.prompt, *asked.answers, pair.reply_a, pair.reply_b)
         room -= CARD_BYTES + sum(len(str(escape(text)).encode()) for text in words)
-    cards: dict[str, list[Card]] = {name: [] for name in comparison.tasks}
+    cards: dict[str, list[dict[str, Any]]] = {name: [] for name in comparison.tasks}
     left_out = 0
     for *_, name, pair in queue:
-        pictures = tuple(map(_picture, pair.question.images)) if room > 0 else ()
-        size = sum(len(picture.uri) for picture in pictures)
+        pictures = [_picture(image) for image in pair.question.images] if room > 0 else []
+        size = sum(len(picture["uri"]) for picture in pictures)
         if size > room:
-            pictures, room = (), 0
+            pictures, room = [], 0
         room -= size
         left_out += bool(pair.question.images) and not pictures
-        cards[name].append(Card(pair, pictures))
+        cards[name].append({"pair": pair, "pictures": pictures})
     differences = [*(task.difference for task in comparison.tasks.values()), comparison.difference]
     reach = max(max(abs(d.low), abs(d.high), 1.0) for d in differences)
-    return Gallery(
-        comparison=comparison,
-        cards=cards,
-        hidden={name: +counts for name, counts in hidden.items()},
-        pictures_left_out=left_out,
-        graded=bool({score for p in comparison.pairs for score in (p.score_a, p.score_b)} - {0, 1}),
-        place=lambda value: round(50 + 48 * value / reach, 1),
-    )
+    return {
+        "comparison": comparison,
+        "cards": cards,  # by task
+        "hidden": {name: +counts for name, counts in hidden.items()},  # answers without a card
+        "pictures_left_out": left_out,
+        "graded": any({p.score_a, p.score_b} - {0, 1} for p in comparison.pairs),
+        "place": lambda points: round(50 + 48 * points / reach, 1),  # on the axis of all tasks
+        "kinds": CHANGES,
+        "right": RIGHT,
+    }
 
 
-def _picture(image: Image.Image | Path) -> Picture:
-    """Encode a picture as a PNG data URI: large ones reduced, in 256 colours."""
+def _picture(image: Image.Image | Path) -> dict[str, Any]:
+    """Encode a picture as a PNG data URI: large ones reduced, in 256 colours.
+
+    Small ones are shown larger than they are, pixel by pixel.
+    """
     shown = open_image(image)
     if max(shown.size) > SMALL_SHOWN:
         shown.thumbnail((LARGE, LARGE))
@@ -180,4 +152,5 @@ def _picture(image: Image.Image | Path) -> Picture:
     scale = SMALL_SHOWN / max(shown.size) if enlarged else 1
     width, height = (max(1, round(side * scale)) for side in shown.size)
     encoded = base64.b64encode(buffer.getvalue()).decode()
-    return Picture(f"data:image/png;base64,{encoded}", width, height, enlarged)
+    uri = f"data:image/png;base64,{encoded}"
+    return {"uri": uri, "width": width, "height": height, "enlarged": enlarged}
