@@ -59,19 +59,15 @@ def test_a_broken_file_is_named(text: str, tmp_path: Path) -> None:
         Result.load(tmp_path / "missing.json")
 
 
-def test_models_of_one_shape_have_the_same_times() -> None:
+def test_models_of_one_shape_have_the_same_times_and_retain_all() -> None:
     found = result(KNOWN)
+    kept = found.retention(found)
+    assert (kept.percent, kept.low, kept.high) == pytest.approx((100, 100, 100))
+    assert result(HALF).retention(found).percent == pytest.approx(40)
     slow = replace(found, prefill_ms=9.0, prefill_range_ms=(8.0, 10.0))
     assert found.timed_as(slow) == slow
     for change in ({"backbone_params": 1}, {"weight_bytes": 1}, {"dtype": "bfloat16"}):
         assert found.timed_as(replace(slow, **change)) == found
-
-
-def test_retention() -> None:
-    known = result(KNOWN)
-    kept = known.retention(known)
-    assert (kept.percent, kept.low, kept.high) == pytest.approx((100, 100, 100))
-    assert result(HALF).retention(known).percent == pytest.approx(40)
 
 
 @pytest.mark.parametrize(

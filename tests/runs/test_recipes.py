@@ -25,25 +25,19 @@ def test_every_ratio_has_a_recipe(ratio: float, has_data: bool) -> None:
         RecoverConfig(train=recipe.train, loss=recipe.loss)
 
 
-@pytest.mark.parametrize("ratio", [-0.1, 1.0])
-def test_a_ratio_outside_is_refused(ratio: float) -> None:
-    with pytest.raises(ConfigError, match="ratio"):
-        recipe_for(ratio, True)
-
-
-@pytest.mark.parametrize(
-    ("ratio", "chart"),
-    [
-        (0.15, ("depth", "projector", "sft")),
-        (0.30, ("depth", "lora", "sft+hidden")),
-        (0.45, ("width", "lora", "sft+hidden")),
-        (0.60, ("width", "lora", "sft+hidden")),
-    ],
-)
-def test_the_chart_is_the_studys(ratio: float, chart: tuple[str, str, str]) -> None:
-    recipe, without = recipe_for(ratio, True), recipe_for(ratio, False)
-    assert (recipe.axis, recipe.train, recipe.loss) == chart
-    assert (without.axis, without.train) == ("width", None)
+def test_the_chart_is_the_studys() -> None:
+    for ratio, chart in {
+        0.15: ("depth", "projector", "sft"),
+        0.30: ("depth", "lora", "sft+hidden"),
+        0.45: ("width", "lora", "sft+hidden"),
+        0.60: ("width", "lora", "sft+hidden"),
+    }.items():
+        recipe, without = recipe_for(ratio, True), recipe_for(ratio, False)
+        assert (recipe.axis, recipe.train, recipe.loss) == chart
+        assert (without.axis, without.train) == ("width", None)
+    for ratio in (-0.1, 1.0):
+        with pytest.raises(ConfigError, match="ratio"):
+            recipe_for(ratio, True)
 
 
 def test_curves_are_sound_and_about_known_models() -> None:
@@ -57,6 +51,9 @@ def test_curves_are_sound_and_about_known_models() -> None:
         assert all(0 < ratio < 1 and 0 < value <= 101 for ratio, value in row.values.items())
     for row in rules().latency:
         assert all(0 < share <= 1 for share in row.values.values())
+    few, *_, all_of_it = rules().fractions  # little data is enough up to a ratio
+    assert few.up_to < 0.6 <= all_of_it.up_to
+    assert few.fraction < all_of_it.fraction == 1
 
 
 def test_a_row_of_another_form_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,12 +88,6 @@ def test_full_training_stands_beside_lora_and_ours_apart() -> None:
     assert [value for _, value in full] == [value for _, value in lora]
     assert any(row.ours for row, _ in expected("depth", "full", "cosine", 0.3))
     assert not any(row.ours for row, _ in full)
-
-
-def test_little_data_is_enough_up_to_a_ratio() -> None:
-    few, *_, all_of_it = rules().fractions
-    assert few.up_to < 0.6 <= all_of_it.up_to
-    assert few.fraction < all_of_it.fraction == 1
 
 
 def test_subjects_are_told_by_their_shape() -> None:

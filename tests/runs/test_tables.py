@@ -93,12 +93,18 @@ def test_layers_that_differ_have_rows_of_their_own(name: str) -> None:
         assert not any("expert" in row for row in rows)
 
 
-def test_neurons_of_experts_are_legal_in_steps() -> None:
+def test_neurons_of_experts_are_legal_in_steps_and_tokens_have_a_share() -> None:
     shape = shape_of("qwen3_vl_moe")
     assert shape.legal_neurons() == [8, 16, 24, 32]
     odd = shape.with_layers([replace(s, intermediate_size=36) for s in shape.layers])
     assert odd.legal_neurons() == [8, 16, 24, 32, 36]
     assert printed(odd)["legal neurons"] == ["8 to 32 in steps of 8, and 36"]
+    for name, expected in (
+        ("llava-llama", r"128; all 128 are \d+% of the backbone"),
+        ("gemma3n", "all stay: its layers"),
+    ):
+        (found,) = printed(shape_of(name))["one token"]
+        assert re.match(expected, found)
 
 
 @pytest.mark.parametrize("retypable", [False, True])
@@ -114,18 +120,6 @@ def test_a_model_without_kv_groups_says_so(retypable: bool) -> None:
     none = shape.with_layers([shape.layers[0]] * 3)
     assert printed(none)["KV groups in a layer"] == ["none"]
     assert printed(none)["legal KV groups"] == ["none"]
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("llava-llama", r"128; all 128 are \d+% of the backbone"),
-        ("gemma3n", "all stay: its layers"),
-    ],
-)
-def test_the_share_of_token_rows(name: str, expected: str) -> None:
-    (found,) = printed(shape_of(name))["one token"]
-    assert re.match(expected, found)
 
 
 def test_a_share_of_nothing_is_a_dash() -> None:

@@ -180,19 +180,6 @@ def advise(
         )
     share, open_axis = sizes.decoder_share(ratio), replace(config_of(recipe), axis=None)
     axis = request_of(model, open_axis).prune.axis or recipe.axis
-    # AVG-% that was measured where such a share of the layers went, not of the backbone, which
-    # counts embeddings, too. All weights were trained of the demo model only, LoRA of the study's.
-    measured = []
-    for train in (recipe.train, "full") if recipe.train == "lora" else (recipe.train,):
-        for name, layers in known.decoder_shares.items():
-            factor, same = shape.backbone_params / known.backbone_params[name], name == subject
-            if not (same or 1 / known.alike_within <= factor <= known.alike_within):
-                continue
-            measured += [
-                Expectation(model=name, percent=value, source=row.source, same=same)
-                for row, value in expected(recipe.axis, train, recipe.loss, share * layers)
-                if row.model == name and (train == recipe.train or row.ours)
-            ]
     before, after = shape.total_params, shape.total_params - round(ratio * shape.backbone_params)
     held = weight_bytes(shape, dtype)
     return Advice(
@@ -202,7 +189,7 @@ def advise(
         token_share=min(sizes.token_share, ratio),
         decoder_ratio=share,
         recipe=recipe,
-        expected=tuple(sorted(measured, key=lambda row: not row.same)),
+        expected=_expectations(recipe, share, subject, shape.backbone_params),
         latency=_latency(recipe.axis, max(ratio - sizes.token_share, 0.0), subject),
         params=(before, after),
         weight_bytes=(held, round(held * after / before)),
@@ -284,6 +271,27 @@ def _tokens_first(
         f"{kept:,} stay; --vocab-size auto keeps as many as the data needs, all keeps every one"
     )
     return kept, [f"{many}, and {rule.why} ({rule.source}): {options}"]
+
+
+def _expectations(
+    recipe: Recipe, share: float, subject: str | None, backbone_params: int
+) -> tuple[Expectation, ...]:
+    """Collect the AVG-% measured where such a share of the layers went, this model's first.
+
+    Ratios count embeddings, too: where a model has many, the same ratio takes more of its layers.
+    All weights were trained of the demo model only, LoRA of the study's.
+    """
+    known, found = rules(), list[Expectation]()
+    for train in (recipe.train, "full") if recipe.train == "lora" else (recipe.train,):
+        for name, layers in known.decoder_shares.items():
+            factor, same = backbone_params / known.backbone_params[name], name == subject
+            if same or 1 / known.alike_within <= factor <= known.alike_within:
+                found += [
+                    Expectation(model=name, percent=value, source=row.source, same=same)
+                    for row, value in expected(recipe.axis, train, recipe.loss, share * layers)
+                    if row.model == name and (train == recipe.train or row.ours)
+                ]
+    return tuple(sorted(found, key=lambda row: not row.same))
 
 
 def advice_rows(advice: Advice) -> list[list[str]]:
