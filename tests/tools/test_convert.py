@@ -32,6 +32,8 @@ from slimvlm.models.load import load
 from slimvlm_tools.convert import convert, write
 from slimvlm_tools.convert import source as source_files
 from slimvlm_tools.convert.tokens import TokenizerFiles, llama_tokenizer
+from tests import tiny_folder as folders
+from tests.handmade import refused
 from tests.tiny_folder import edit_json
 from tests.tolerances import FORWARD, assert_close
 from tests.trust.spoiled import Mark
@@ -111,14 +113,19 @@ def converted(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Converte
     return Converted(case, folder, model, processor, golden, *recorded)
 
 
+def weights_in(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert {n: t.dtype for n, t in found.items()} == {n: t.dtype for n, t in expected.items()}
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
 def messages(turns: list[tuple[int, str]]) -> list[dict[str, Any]]:
-    return [
-        {
-            "role": "assistant" if i % 2 else "user",
-            "content": [{"type": "image"}] * count + [{"type": "text", "text": text}],
-        }
-        for i, (count, text) in enumerate(turns)
-    ]
+    roles = (("user", "assistant")[number % 2] for number in range(len(turns)))
+    said = zip(roles, turns, strict=True)
+    return [folders.turn(role, *[None] * count, text) for role, (count, text) in said]
 
 
 def expanded(ids: Tensor, mask: Tensor, image_id: int, count: int) -> tuple[Tensor, Tensor]:
@@ -215,17 +222,20 @@ def test_a_question_with_its_pictures_runs_through_our_own_loader(converted: Con
 def test_the_files_are_those_that_transformers_writes(converted: Converted, tmp_path: Path) -> None:
     model = hf.AutoModelForImageTextToText.from_pretrained(converted.folder)
     model.save_pretrained(tmp_path)
-    ours, theirs = (load_file(f / "model.safetensors") for f in (converted.folder, tmp_path))
-    assert {n: t.dtype for n, t in ours.items()} == {n: t.dtype for n, t in theirs.items()}
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert_same(weights_in(converted.folder), weights_in(tmp_path))
     for name in ("config.json", "generation_config.json"):
-        assert json.loads((converted.folder / name).read_text()) == json.loads(
-            (tmp_path / name).read_text()
-        )
+        ours, theirs = (json.loads((f / name).read_text()) for f in (converted.folder, tmp_path))
+        assert ours == theirs
+    modes = {file.stat().st_mode for file in converted.folder.iterdir()}
+    assert len(modes) == 1, "whoever may read the configuration may read the weights"
 
 
-def test_whoever_may_read_the_configuration_may_read_the_weights(converted: Converted) -> None:
-    assert len({file.stat().st_mode for file in converted.folder.iterdir()}) == 1
+def test_reading_goes_on_where_a_mapped_file_is_opened_again(
+    converted: Converted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source_files, "MAPPED_BYTES", 5_000)
+    found = converted.case.convert(tmp_path / "out")
+    assert_same(weights_in(found), weights_in(converted.folder))
 
 
 # Variations of the originals
@@ -326,10 +336,11 @@ def test_bunny_leaves_out_what_is_behind_the_layer_it_reads(tmp_path: Path) -> N
     edit_weights(source, put_inside)
     inside = CASES["bunny"].convert(tmp_path / "inside", source)
     outside = CASES["bunny-no-tower"].convert(tmp_path / "outside")
-    found, expected = (load_file(f / "model.safetensors") for f in (inside, outside))
-    vision = {n for n in found if n.startswith("vision_tower.")}
-    assert vision == {n for n in expected if n.startswith("vision_tower.")}
-    assert all(torch.equal(found[n], expected[n]) for n in vision)
+    found, expected = (
+        {n: t for n, t in weights_in(folder).items() if n.startswith("vision_tower.")}
+        for folder in (inside, outside)
+    )
+    assert_same(found, expected)
 
 
 def test_pictures_that_are_not_padded_are_squeezed(tmp_path: Path) -> None:
@@ -365,25 +376,12 @@ def test_the_command_and_the_python_name_write_the_same(
         sv.convert(source, tmp_path / "python", vision_tower=tower, force=True)
     for name in ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / "cli" / name).read_bytes() == (tmp_path / "python" / name).read_bytes()
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["convert", source, str(tmp_path / "other")])
-    assert stop.value.code == 2
-    assert capsys.readouterr().err.startswith("slimvlm: vision_tower: the checkpoint does not hold")
-
-
-def test_reading_goes_on_where_a_mapped_file_is_opened_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = {n: load_file(CASES[n].convert(tmp_path / n) / "model.safetensors") for n in CASES}
-    monkeypatch.setattr(source_files, "MAPPED_BYTES", 5_000)
-    for name, weights in expected.items():
-        found = load_file(CASES[name].convert(tmp_path / f"{name}-2") / "model.safetensors")
-        assert found.keys() == weights.keys()
-        assert all(torch.equal(found[n], weights[n]) for n in weights)
+    told = refused("convert", source, tmp_path / "other")
+    assert told.startswith("slimvlm: vision_tower: the checkpoint does not hold")
 
 
 def test_shards_hold_what_one_file_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = load_file(CASES["internvl"].convert(tmp_path / "one") / "model.safetensors")
+    whole = weights_in(CASES["internvl"].convert(tmp_path / "one"))
     monkeypatch.setattr(write, "SHARD_BYTES", 60_000)
     monkeypatch.setattr(write, "FORWARD_BYTES", 0)  # the check of a model too large to run
     out = CASES["internvl"].convert(tmp_path / "many")
@@ -418,10 +416,10 @@ def test_a_lost_tensor_is_noticed_after_writing(
 
 
 def test_dtype_casts_tensors_and_nothing_else(tmp_path: Path) -> None:
-    kept = load_file(CASES["llava"].convert(tmp_path / "kept") / "model.safetensors")
+    kept = weights_in(CASES["llava"].convert(tmp_path / "kept"))
     cast = CASES["llava"].convert(tmp_path / "cast", dtype="float32")
     assert json.loads((cast / "config.json").read_text())["dtype"] == "float32"
-    for name, tensor in load_file(cast / "model.safetensors").items():
+    for name, tensor in weights_in(cast).items():
         assert torch.equal(tensor, kept[name].float())
     with pytest.raises(ConfigError, match="dtype 'int8' must be one of"):
         CASES["llava"].convert(tmp_path / "bad", dtype="int8")
@@ -468,10 +466,8 @@ def test_a_bin_file_cannot_run_code(tmp_path: Path) -> None:
 
 def test_sampling_settings_that_are_off_do_not_stop_saving(tmp_path: Path) -> None:
     source = CASES["llava"].copied(tmp_path / "source")
-    edit_json(
-        source / "generation_config.json",
-        lambda c: c.update(temperature=0.9, top_p=0.6, max_length=4096),
-    )
+    off = {"temperature": 0.9, "top_p": 0.6, "max_length": 4096}
+    edit_json(source / "generation_config.json", lambda values: values.update(off))
     out = CASES["llava"].convert(tmp_path / "out", source)
     settings = hf.GenerationConfig.from_pretrained(out)
     assert (settings.max_length, settings.eos_token_id, settings.pad_token_id) == (4096, 2, 385)
