@@ -24,7 +24,6 @@ from slimvlm.evaluation.results import Result
 from slimvlm.models.cost import release_memory
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.save import PLAN_FILE
-from slimvlm.runs import cost
 from slimvlm.runs.compress import read_times
 from slimvlm.scoring.criteria import CRITERIA
 from slimvlm.training import recover as recovery
@@ -35,6 +34,7 @@ from tests.handmade import refused
 from tests.runs.study.study_files import RECOVER, RECOVERIES, stable
 from tests.tiers import tiered
 
+pytestmark = pytest.mark.usefixtures("unhurried")
 PAGE = Path(__file__).parents[2] / "docs" / "gpu.md"
 CPU = torch.device("cpu")
 HELD_OUT = "slimvlm_held_out.json"
@@ -200,12 +200,6 @@ SAME: dict[str, Callable[[Path, Path], None]] = {
     **dict.fromkeys(("prune", "recover", "quantize"), same_checkpoint),
     **{"compare": same_text, "chat": same_text, "bench": same_counts},
 }
-
-
-@pytest.fixture(autouse=True)
-def _quick(unhurried: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A study measures how fast a device is: a minute on a pretended card."""
-    monkeypatch.setattr(cost, "device_flops", lambda *_: 1e9)
 
 
 Filled = Callable[[str], list[str]]
