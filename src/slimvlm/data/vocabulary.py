@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, chain, islice, pairwise
+from itertools import accumulate, chain, count, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -308,8 +308,16 @@ def choose_vocabulary(
     file = TokenizerFile.of(processor)
     must = file.with_parts({*file.needed, *(i for i in keep if i in file.texts)})
     shown, unseen = Counter[int](), Counter[int]()
-    for number, ids in enumerate(_token_ids(processor, samples, texts), 1):
-        (shown if number % HELD_OUT_EVERY else unseen).update(ids)
+    written = (render(processor, sample.messages) for sample in samples)
+    further = (read_texts(text) if isinstance(text, Path) else [text] for text in texts)
+    remaining, numbers = chain(written, chain.from_iterable(further)), count(1)
+    while some := list(islice(remaining, _AT_ONCE)):
+        try:
+            rows = tokenizer_of(processor)(some, add_special_tokens=False)["input_ids"]
+        except Exception as error:  # settings of tokenizers fail in many ways
+            raise DataError(f"vocabulary: the tokenizer refuses a text ({error})") from error
+        for ids in rows:
+            (shown if next(numbers) % HELD_OUT_EVERY else unseen).update(ids)
     everything = shown + unseen
     if size is None:
         if not everything:
@@ -327,7 +335,7 @@ def choose_vocabulary(
         )
     chosen = set(islice(_in_order(file, must, everything, size), size))
     tried = set(islice(_in_order(file, must, shown, size), size))
-    kept = sum(count for token, count in unseen.items() if token in tried)
+    kept = sum(times for token, times in unseen.items() if token in tried)
     coverage = kept / unseen.total() if unseen else None
     return Vocabulary(tuple(sorted(chosen)), len(file.texts), len(everything), coverage)
 
@@ -364,22 +372,6 @@ def _pieces(text: str) -> Iterator[str]:
             lines, length = [], 0
     if lines:
         yield "".join(lines)
-
-
-def _token_ids(
-    processor: Any, samples: Sequence[Sample], texts: Iterable[str | Path]
-) -> Iterator[list[int]]:
-    """Yield the token ids of each text, those of the rendered samples first."""
-    tokenizer = tokenizer_of(processor)
-    written = (render(processor, sample.messages) for sample in samples)
-    further = (read_texts(text) if isinstance(text, Path) else [text] for text in texts)
-    remaining = chain(written, chain.from_iterable(further))
-    while some := list(islice(remaining, _AT_ONCE)):
-        try:
-            rows = tokenizer(some, add_special_tokens=False)["input_ids"]
-        except Exception as error:  # settings of tokenizers fail in many ways
-            raise DataError(f"vocabulary: the tokenizer refuses a text ({error})") from error
-        yield from rows
 
 
 def _in_order(

@@ -88,12 +88,8 @@ def cross_entropy(hidden: Hidden, head: Head, labels: Int[Tensor, "B T"]) -> Flo
     """Compute the mean cross-entropy over the tokens that count (SFT loss); the head learns, too.
 
     A head that is an ``nn.Linear`` in the data type of the hidden states goes through Liger's
-    fused kernel on a CUDA device, where that package is installed.
-
-    Args:
-        hidden: Final hidden states.
-        head: The language-model head, with any soft cap in it.
-        labels: Tokens to predict.
+    fused kernel on a CUDA device, where that package is installed. Other heads have any soft cap
+    of the model in them.
 
     Reference:
         Huang et al. 2025, arXiv:2507.20749, Eq. 6. Hsu et al. 2024, arXiv:2410.10989, for the
@@ -196,12 +192,8 @@ def hidden_l2(
 ) -> Float[Tensor, ""]:
     """Compute the squared distance of hidden states, a mean over channels and positions that count.
 
-    Args:
-        student: The student's hidden states.
-        teacher: The teacher's; no gradient flows into them.
-        mask: Positions that count; all if None.
-        reduction: ``paper`` averages over *all* positions, padding included, as the study's
-            trainer does.
+    No gradient flows into the teacher's. ``mask`` says which positions count; the reduction
+    ``paper`` averages over *all* of them, padding included, as the study's trainer does.
 
     Reference:
         Huang et al. 2025, arXiv:2507.20749, Eq. 9 (its code takes the mean over channels, too).

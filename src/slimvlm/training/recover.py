@@ -152,10 +152,9 @@ def recover(
     teacher = teacher if config.needs_teacher else None
     _require_possible(model, teacher, dataset, config, work)
     learnt = subset(list(dataset), config.fraction, config.seed)
-    tokens = _kept_tokens(model, teacher, plan)
+    tokens = _tokens_of_teacher(model, teacher, config, plan)
     layer_pairs: list[tuple[int, int]] = []
     if teacher is not None:
-        _require_same_width(model, teacher, config, tokens is not None)
         if plan is not None and not plan_fits(plan, model, teacher):
             plan = None
         terms = config.loss_weights.keys()
@@ -326,32 +325,31 @@ def _teaching(
         yield line
 
 
-def _kept_tokens(
-    model: PreTrainedModel, teacher: PreTrainedModel | None, plan: Plan | None
+def _tokens_of_teacher(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    config: RecoverConfig,
+    plan: Plan | None,
 ) -> Tensor | None:
-    """Find the teacher's number of each token, where a plan says which of them the model has."""
-    if plan is None or plan.tokens is None:
-        return None
-    counts = [(model, len(plan.tokens))]
-    counts += [] if teacher is None else [(teacher, plan.before.vocab_size)]
-    fits = all(read_anatomy(whole).vocab_size == count for whole, count in counts)
-    return torch.tensor(plan.tokens) if fits else None
+    """Find the teacher's number of each token, where a plan says which of them the model has.
 
-
-def _require_same_width(
-    model: PreTrainedModel, teacher: PreTrainedModel, config: RecoverConfig, has_tokens: bool
-) -> None:
-    """Check vocabularies, and hidden states where the loss or the teacher reads the student's."""
-    ours, theirs = read_anatomy(model), read_anatomy(teacher)
+    Refuses other vocabularies, and widths where the loss or the teacher reads the student's states.
+    """
+    ours, theirs = (None if each is None else read_anatomy(each) for each in (model, teacher))
+    tokens = None
+    if plan is not None and plan.tokens is not None:
+        counts = [(ours, len(plan.tokens)), (theirs, plan.before.vocab_size)]
+        fits = all(whole is None or whole.vocab_size == count for whole, count in counts)
+        tokens = torch.tensor(plan.tokens) if fits else None
     meets_ours = set(HIDDEN_LOSSES) & config.loss_weights.keys() or config.paper_exact
-    checked = ["hidden_size"] * bool(meets_ours) + ["vocab_size"] * (not has_tokens)
-    for name in checked:
-        if getattr(ours, name) != getattr(theirs, name):
+    for name in ["hidden_size"] * bool(meets_ours) + ["vocab_size"] * (tokens is None):
+        if theirs is not None and getattr(ours, name) != getattr(theirs, name):
             raise ConfigError(
                 f"teacher: {name} is {getattr(theirs, name)}, the model's is {getattr(ours, name)}"
                 + "; their distributions can be compared, by kl, rkl or jsd"
                 * (name == "hidden_size")
             )
+    return tokens
 
 
 def _require_possible(
