@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import slimvlm as sv
 from slimvlm import cli
 from slimvlm.models.families import BACKBONES, FAMILIES
 from slimvlm.scoring.criteria import CRITERIA, criteria_table
@@ -35,6 +36,15 @@ COMMANDS = [
     for line in block.replace("\\\n", " ").splitlines()
     if line.strip().startswith(("slimvlm", ".venv/bin/slimvlm"))
 ]
+
+
+def test_the_reference_lists_every_public_name() -> None:
+    listed = re.findall(r"^::: (\S+)$", (ROOT / "docs/python.md").read_text(), re.M)
+    for name, home in sv._HOME.items():
+        module, _, attribute = home.partition(":")
+        module = module if module.startswith("slimvlm") else f"slimvlm.{module}"
+        path = module if attribute == "*" else f"{module}.{attribute or name}"
+        assert path in listed or module in listed, path
 
 
 def test_documents_show_commands() -> None:

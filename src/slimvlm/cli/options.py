@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
-from functools import partial
+from functools import cache, partial
 from inspect import Parameter, signature
 from pathlib import Path
 from types import UnionType
@@ -89,6 +89,7 @@ def options(info: Any) -> tyro.constructors.StructConstructorSpec | None:
     return tyro.constructors.StructConstructorSpec(partial(kind, **from_file), tuple(rows))
 
 
+@cache
 def _texts(declared: Any) -> dict[str, str]:
     """Read the help of every parameter or field, each as one paragraph."""
     texts: dict[str, str] = {}
