@@ -74,7 +74,7 @@ def options(info: Any) -> tyro.constructors.StructConstructorSpec | None:
     kind = info.type
     if not (isinstance(kind, type) and issubclass(kind, Options)):
         return None
-    hints, texts = get_type_hints(kind, include_extras=True), _texts(kind)
+    hints, texts = get_type_hints(kind, include_extras=True), _texts(info.type)
     rows, from_file, without_flag = [], {}, file_only(kind)
     rank = {name: number for number, name in enumerate(FIRST)}
     for row in sorted(fields(kind), key=lambda row: rank.get(row.name, len(FIRST))):  # type: ignore[arg-type]

@@ -106,8 +106,9 @@ def prune(
     """
     from slimvlm.runs.verbs import prune as run
 
-    how = {"memory": memory, "report": report, "force": force}
-    done = run(model, pruning, out, plan_file=plan, **how, say=note)  # type: ignore[arg-type]
+    done = run(
+        model, pruning, out, plan_file=plan, memory=memory, report=report, force=force, say=note
+    )
     print(f"{done.walked.summary()}\ncheckpoint: {out}")
     print_held_out(done.held_out)
 
@@ -140,8 +141,7 @@ def recover(
 
     if config is not None:
         note(f"options of {config}, and those of the command line")
-    how = {"shard": shard, "force": force}
-    history = run(model, source, training, out, teacher=teacher, **how, say=note)
+    history = run(model, source, training, out, teacher=teacher, shard=shard, force=force, say=note)
     note(f"teacher: {history.teacher}")
     note(f"trained on {history.num_samples} samples; checkpoint in {out}")
 
