@@ -1,8 +1,6 @@
 """Quiet, single-threaded, offline, repeatable."""
 
 # ruff: noqa: E402  (the environment must be set before these libraries are imported)
-from __future__ import annotations
-
 import gc
 import os
 

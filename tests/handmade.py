@@ -1,7 +1,5 @@
 """Scores, plans and batches made by hand, and what a tiny model says and holds."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stderr

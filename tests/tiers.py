@@ -6,8 +6,6 @@ runs every family. `traits` reads the traits of a model off the tables and the m
 that a row with something new needs an archetype: ``tests/contract/test_archetypes.py``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, fields
 from typing import Any

@@ -1,7 +1,5 @@
 """Tiny, randomly initialised, real transformers models: one per family, no download."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from functools import partial

@@ -4,8 +4,6 @@ The kinds differ in what chat code must get right: who adds the first token, wha
 how many tokens a picture becomes.
 """
 
-from __future__ import annotations
-
 import atexit
 import copy
 import json

@@ -1,7 +1,5 @@
 """Small tokenizers of every kind that can lose tokens, trained on the spot; folders with them."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Callable

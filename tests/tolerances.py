@@ -3,8 +3,6 @@
 Indices, plans, files and reloaded logits are compared for equality and need no row here.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """The command line: every mistake is one line and leaves no trace, every verb does its work."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import json
@@ -243,9 +241,7 @@ BAD = bad_requests()
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_mistake_is_one_line_and_leaves_no_trace(
-    case: str, run: Run, home: Path, llava: Path, data: Path
-) -> None:
+def test_a_mistake_is_one_line_and_leaves_no_trace(case, run, home, llava, data):
     arguments, named = BAD[case]
     filled = {"MODEL": llava, "DATA": data}
     before = contents(home)
@@ -257,9 +253,7 @@ def test_a_mistake_is_one_line_and_leaves_no_trace(
     assert result.out == ""
 
 
-def test_several_processes_may_only_train(
-    run: Run, home: Path, llava: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_several_processes_may_only_train(run, home, llava, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     result = run("prune", llava, "--ratio", "0.3", "--out", "out")
     assert result.code == 2
@@ -267,7 +261,7 @@ def test_several_processes_may_only_train(
     assert not (home / "out").exists()
 
 
-def test_a_broken_row_may_be_skipped(run: Run, home: Path, llava: Path, data: Path) -> None:
+def test_a_broken_row_may_be_skipped(run, home, llava, data):
     rows = json.loads((home / "lost.json").read_text()) + json.loads(data.read_text())[:2]
     mixed = data.with_name("mixed.json")
     mixed.write_text(json.dumps(rows))
@@ -277,9 +271,7 @@ def test_a_broken_row_may_be_skipped(run: Run, home: Path, llava: Path, data: Pa
     assert "skipped: sample 'lost'" in result.err
 
 
-def test_long_samples_are_named_before_weights_are_read(
-    run: Run, home: Path, llava: Path, data: Path
-) -> None:
+def test_long_samples_are_named_before_weights_are_read(run, home, llava, data):
     (home / "model").mkdir()
     for file in llava.iterdir():
         if file.suffix != ".safetensors":
@@ -296,7 +288,7 @@ def test_long_samples_are_named_before_weights_are_read(
     assert "--max-length is 9" in result.err
 
 
-def test_two_runs_cannot_share_an_output(run: Run, home: Path, llava: Path, data: Path) -> None:
+def test_two_runs_cannot_share_an_output(run, home, llava, data):
     command = [sys.executable, "-c", HOLDS, str(home / "out")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
@@ -338,7 +330,7 @@ def options_of(verb: str) -> list[str]:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_help_explains_every_option(verb: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_explains_every_option(verb, run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     result = run(verb, "--help")
     assert result.code == 0
@@ -356,7 +348,7 @@ def test_help_explains_every_option(verb: str, run: Run, monkeypatch: pytest.Mon
         assert " ".join(told.split("\n")[0].split()[:4]) in words, name
 
 
-def test_help_has_groups_of_options(run: Run) -> None:
+def test_help_has_groups_of_options(run):
     groups = re.split(r"╭─ (.*?) ─+╮", run("compress", "--help").out)
     found = dict(zip(groups[1::2], groups[2::2], strict=True))
     assert list(found) == [
@@ -371,7 +363,7 @@ def test_help_has_groups_of_options(run: Run) -> None:
 
 
 @pytest.mark.parametrize("words", [(), ("--help",), ("-h",)])
-def test_help_says_what_every_verb_is_for(words: tuple[str, ...], run: Run) -> None:
+def test_help_says_what_every_verb_is_for(words, run):
     result = run(*words)
     shown = result.out if words else result.err
     assert (result.code, result.out + result.err) == (0 if words else 2, shown)
@@ -391,7 +383,7 @@ def stdout_json(result: Ran) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["llava", "text"])
-def test_inspect_agrees_with_the_library(kind: str, run: Run) -> None:
+def test_inspect_agrees_with_the_library(kind, run):
     values = stdout_json(run("inspect", folders.folder(kind), "--json"))
     shape = sv.anatomy(folders.folder(kind))
     extra = {
@@ -403,7 +395,7 @@ def test_inspect_agrees_with_the_library(kind: str, run: Run) -> None:
     assert built(Anatomy, values) == shape
 
 
-def test_inspect_needs_no_weights(run: Run, llava: Path, tmp_path: Path) -> None:
+def test_inspect_needs_no_weights(run, llava, tmp_path):
     (tmp_path / "config.json").write_bytes((llava / "config.json").read_bytes())
     result = run("inspect", tmp_path)
     assert result.code == 0
@@ -416,7 +408,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def test_score_plan_prune_is_prune(run: Run, home: Path, llava: Path, data: Path) -> None:
+def test_score_plan_prune_is_prune(run, home, llava, data):
     given = ["--data", data, "--samples", "3"]
     for name in ("block_influence", "taylor"):
         assert run("score", llava, *given, "--criterion", name, "--out", f"s/{name}").code == 0
@@ -444,9 +436,7 @@ def scored_without_data(model: Path) -> None:
     sv.score(loaded, (), "magnitude").save("any")
 
 
-def test_with_data_a_plan_s_weights_are_repaired(
-    run: Run, home: Path, llava: Path, data: Path
-) -> None:
+def test_with_data_a_plan_s_weights_are_repaired(run, home, llava, data):
     made = run("plan", llava, "--ratio", "0.3", "--out", "plan.json")
     assert made.code == 0
     assert "no --scores: using obs on the demo's conversations" in made.out + made.err
@@ -460,7 +450,7 @@ def test_with_data_a_plan_s_weights_are_repaired(
         assert run(*arguments).code == (0 if name == "none" else 2)
 
 
-def test_prune_with_force_replaces(run: Run, home: Path, llava: Path) -> None:
+def test_prune_with_force_replaces(run, home, llava):
     arguments = ["prune", llava, "--ratio", "0.3", "--criterion", "magnitude"]
     refused = run(*arguments, "--out", "taken", "--force")
     assert (refused.code, "a folder that slimvlm did not write" in refused.err) == (2, True)
@@ -472,7 +462,7 @@ def test_prune_with_force_replaces(run: Run, home: Path, llava: Path) -> None:
     assert (home / "own" / "config.json").exists()
 
 
-def test_a_plan_for_another_model_is_refused(run: Run, home: Path, llava: Path) -> None:
+def test_a_plan_for_another_model_is_refused(run, home, llava):
     text = folders.folder("text")
     scored_without_data(text)
     given = ("--ratio", "0.3", "--scores", "any", "--out", "plan.json")
@@ -484,11 +474,9 @@ def test_a_plan_for_another_model_is_refused(run: Run, home: Path, llava: Path) 
     assert contents(home) == before
 
 
-def test_scores_of_another_model_are_refused(run: Run, home: Path, llava: Path) -> None:
+def test_scores_of_another_model_are_refused(run, home, llava):
     hf.AutoModelForCausalLM.from_config(
-        hf.LlamaConfig(
-            **{**sv_text_config(), "intermediate_size": 80, "num_hidden_layers": 2},
-        )
+        hf.LlamaConfig(**{**sv_text_config(), "intermediate_size": 80, "num_hidden_layers": 2})
     ).save_pretrained(home / "other")
     arguments = ["--criterion", "magnitude", "--out", "scores"]
     assert run("score", home / "other", *arguments).code == 0
@@ -504,7 +492,7 @@ def sv_text_config() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("axis", ["depth", "width"])
-def test_plan_meets_a_target(axis: str, run: Run, home: Path, llava: Path) -> None:
+def test_plan_meets_a_target(axis, run, home, llava):
     whole = sv.anatomy(llava)
     target = whole.total_params - round(0.3 * whole.backbone_params)
     scored_without_data(llava)
@@ -522,7 +510,7 @@ def test_plan_meets_a_target(axis: str, run: Run, home: Path, llava: Path) -> No
     assert third["total_params"] == made["total_params"]
 
 
-def test_target_memory_is_a_limit(run: Run, home: Path, llava: Path) -> None:
+def test_target_memory_is_a_limit(run, home, llava):
     """A model that is asked to fit into some bytes fits."""
     whole = sv.anatomy(llava)
     scored_without_data(llava)
@@ -533,7 +521,7 @@ def test_target_memory_is_a_limit(run: Run, home: Path, llava: Path) -> None:
         assert 2 * made["total_params"] <= size
 
 
-def test_recover_trains_and_keeps_the_plan(run: Run, home: Path, llava: Path, data: Path) -> None:
+def test_recover_trains_and_keeps_the_plan(run, home, llava, data):
     assert run("prune", llava, "--ratio", "0.3", "--criterion", "magnitude", "--out", "p").code == 0
     arguments = ["recover", "p", "--teacher", llava, "--data", data, "--out", "r"]
     options = ["--train", "projector", "--max-steps", "2", "--batch-size", "2"]
@@ -553,7 +541,7 @@ def test_recover_trains_and_keeps_the_plan(run: Run, home: Path, llava: Path, da
     assert not [path for path in home.iterdir() if path.name.startswith(".")]
 
 
-def test_evaluate_compares_with_a_result(run: Run, home: Path, llava: Path) -> None:
+def test_evaluate_compares_with_a_result(run, home, llava):
     usual = ["evaluate", llava, "--tasks", "presence,text_sum", "--limit", "3", "--json"]
     values = stdout_json(run(*usual, "--out", "r.json"))
     assert set(values["model"]["tasks"]) == {"presence", "text_sum"}
@@ -569,7 +557,7 @@ def test_evaluate_compares_with_a_result(run: Run, home: Path, llava: Path) -> N
     assert re.fullmatch(r"slimvlm: baseline: .*--limit.*", few.err.splitlines()[-1])
 
 
-def test_evaluate_json_is_strict_json(run: Run, home: Path, llava: Path) -> None:
+def test_evaluate_json_is_strict_json(run, home, llava):
     """NaN is no JSON; a task list without an average must not print one."""
     from slimvlm.evaluation.tasks import builtin_tasks
 
@@ -577,13 +565,13 @@ def test_evaluate_json_is_strict_json(run: Run, home: Path, llava: Path) -> None
     result = run("evaluate", llava, "--tasks", names[0], "--limit", "2", "--json")
     assert result.code == 0, result.err
 
-    def refuse(constant: str) -> Any:
+    def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
 
     json.loads(result.out, parse_constant=refuse)
 
 
-def test_chat_answers(run: Run, home: Path, llava: Path) -> None:
+def test_chat_answers(run, home, llava):
     folders.picture(3).save(home / "a.png")
     model, processor = sv.load(llava)
     asked = Question("chat", "Which colour?", ("",), (Path("a.png"),))
@@ -597,7 +585,7 @@ def test_chat_answers(run: Run, home: Path, llava: Path) -> None:
     assert set(both) == {str(llava), str(folders.folder("internvl"))}
 
 
-def test_compress_prints_nothing_but_json(run: Run, home: Path, llava: Path, data: Path) -> None:
+def test_compress_prints_nothing_but_json(run, home, llava, data):
     arguments = ["compress", llava, "--ratio", "0.1", "--data", data, "--samples", "2", "--json"]
     asked = ["--tasks", "presence", "--limit", "2", "--training-samples", "2", "--batch-size", "2"]
     values = stdout_json(run(*arguments, *asked, "--out", "out"))
@@ -622,7 +610,7 @@ OF_TRAINING: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", [row.name for row in dataclasses.fields(sv.RecoverConfig)])
-def test_no_training_option_of_a_file_is_dropped(name: str, tmp_path: Path) -> None:
+def test_no_training_option_of_a_file_is_dropped(name, tmp_path):
     """A field that `recover` alone has is refused by its name."""
     seed = OF_TRAINING["seed"] if name == "seed" else 0
     values = {"model": "m", "seed": seed, "recover": {name: OF_TRAINING[name]}}
@@ -637,7 +625,7 @@ def test_no_training_option_of_a_file_is_dropped(name: str, tmp_path: Path) -> N
     assert getattr(holder, name) == OF_TRAINING[name] != getattr(sv.RecoverConfig(), name)
 
 
-def test_compress_says_what_comes_next(run: Run, home: Path, llava: Path, data: Path) -> None:
+def test_compress_says_what_comes_next(run, home, llava, data):
     few = ("--axis", "width", "--criterion", "magnitude", "--repair", "none", "--train", "none")
     words = ("compress", llava, "--ratio", "0.3", "--data", data, *few, "--report-samples", "0")
     (*_, said) = run(*words, "--out", "my run").err.splitlines()
@@ -647,7 +635,7 @@ def test_compress_says_what_comes_next(run: Run, home: Path, llava: Path, data: 
     assert (answered.code, "my run" in answered.out) == (0, True)
 
 
-def test_the_criterion_of_score_is_the_one_of_widths(run: Run) -> None:
+def test_the_criterion_of_score_is_the_one_of_widths(run):
     from slimvlm.scoring.criteria import DEFAULT_CRITERIA
 
     default = inspect.signature(cli.VERBS["score"]).parameters["criterion"].default
@@ -664,7 +652,7 @@ def slimvlm(*arguments: Any, cwd: Path) -> Ran:
 
 
 @pytest.mark.slow
-def test_a_process_prunes_or_refuses_in_one_line(home: Path, llava: Path) -> None:
+def test_a_process_prunes_or_refuses_in_one_line(home, llava):
     arguments = ["--ratio", "0.3", "--criterion", "magnitude", "--out", "out"]
     result = slimvlm("prune", "bert", *arguments, cwd=home)
     assert result.code == 2
@@ -679,10 +667,8 @@ def test_a_process_prunes_or_refuses_in_one_line(home: Path, llava: Path) -> Non
 
 
 @pytest.mark.parametrize(("verb", "told"), [("compress", "to go on"), ("export", "is unchanged")])
-def test_ctrl_c_ends_in_one_line(
-    verb: str, told: str, run: Run, llava: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stopped(*_: object, **__: object) -> None:
+def test_ctrl_c_ends_in_one_line(verb, told, run, llava, monkeypatch):
+    def stopped(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("slimvlm.runs.compress.compress", stopped)
@@ -693,7 +679,7 @@ def test_ctrl_c_ends_in_one_line(
     assert re.fullmatch(rf"slimvlm: stopped\. [^\n]*{told}[^\n]*\n", result.err)
 
 
-def test_text_from_outside_is_printed_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_from_outside_is_printed_as_text(capsys):
     hostile = "[bold]x[/nonsense] \x1b[2J\x07"
     print_table(["task", hostile], [[hostile, "1"]], title=hostile)
     note(hostile)
@@ -723,25 +709,21 @@ CASES = {
     "xpu": (CUDA.replace("CUDA", "XPU"), "score", f"on xpu:1 during score: {FREE}"),
     "rocm": (CUDA.replace("CUDA", "HIP"), "recover", f"on cuda:1 during recover: {FREE}"),
     "mps": (MPS, "chat", "on mps during chat: 512.0 MiB more was needed. What helps: --device"),
-    "cpu": (
-        CPU,
-        "evaluate",
-        "on cpu during evaluate: 4.00 GiB more was needed. What helps: a sm",
-    ),
+    "cpu": (CPU, "evaluate", "on cpu during evaluate: 4.00 GiB more was needed. What helps: a sm"),
     "driver": ("CUDA error: out of memory", "bench", "on cuda during bench. What helps: smaller"),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_library_s_words_are_understood(case: str) -> None:
+def test_every_library_s_words_are_understood(case):
     message, verb, told = CASES[case]
     with pytest.raises(SlimError) as caught, cli.memory_explained([verb, "demo"]):
         raise RuntimeError(message)
     assert told in str(caught.value)
 
 
-def test_the_stage_that_ran_is_named() -> None:
-    def run() -> None:
+def test_the_stage_that_ran_is_named():
+    def run():
         for _ in progress(range(2), "walk"):
             for _ in progress(range(2), "within"):
                 pass
@@ -754,7 +736,7 @@ def test_the_stage_that_ran_is_named() -> None:
         run()
 
 
-def test_what_is_done_already_is_no_advice() -> None:
+def test_what_is_done_already_is_no_advice():
     with (
         pytest.raises(SlimError) as caught,
         cli.memory_explained(["prune", "demo", "--low-memory"]),
@@ -764,6 +746,6 @@ def test_what_is_done_already_is_no_advice() -> None:
     assert "--samples" in str(caught.value)
 
 
-def test_other_errors_stay_as_they_are() -> None:
+def test_other_errors_stay_as_they_are():
     with pytest.raises(RuntimeError, match="same device"), cli.memory_explained(["prune"]):
         raise RuntimeError("Expected all tensors to be on the same device")

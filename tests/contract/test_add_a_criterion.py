@@ -1,7 +1,5 @@
 """The page on adding a criterion is true: its function and row are all that a new one takes."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +31,7 @@ def batches(model: Any) -> list[dict[str, torch.Tensor]]:
     return [tiny.batch(model, 12, seed) for seed in range(2)]
 
 
-def test_the_new_criterion_scores_plans_and_prunes() -> None:
+def test_the_new_criterion_scores_plans_and_prunes():
     model = tiny.build("llava-llama")
     before = sv.anatomy(model)
     scores = sv.score(model, batches(model), "energy", power=2)
@@ -47,7 +45,7 @@ def test_the_new_criterion_scores_plans_and_prunes() -> None:
     assert values[list(kept)].min() >= values[gone].max()
 
 
-def test_the_new_criterion_works_with_low_memory(tmp_path: Path) -> None:
+def test_the_new_criterion_works_with_low_memory(tmp_path):
     model = tiny.build("llava-llama")
     model.save_pretrained(tmp_path / "model")
     expected = sv.score(model, batches(model), "energy")
@@ -58,7 +56,7 @@ def test_the_new_criterion_works_with_low_memory(tmp_path: Path) -> None:
             torch.testing.assert_close(ours, theirs)
 
 
-def test_the_new_criterion_is_checked_and_listed_like_the_others() -> None:
+def test_the_new_criterion_is_checked_and_listed_like_the_others():
     model = tiny.build("llama")
     with pytest.raises(ConfigError, match="power=3 must be one of: 1, 2"):
         sv.score(model, batches(model), "energy", power=3)
@@ -67,7 +65,7 @@ def test_the_new_criterion_is_checked_and_listed_like_the_others() -> None:
     assert "| `energy` | kv_group, neuron | yes | one line for tables |" in criteria_table()
 
 
-def test_the_page_names_every_capture() -> None:
+def test_the_page_names_every_capture():
     from slimvlm.scoring import criteria
 
     page = PAGE.read_text()

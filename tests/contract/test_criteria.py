@@ -1,7 +1,5 @@
 """The battery that every row of the table of criteria passes, whatever its options."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterable, Iterator
@@ -119,7 +117,7 @@ def share_of(criterion: str) -> float:
 
 @pytest.mark.parametrize("model_name", tiered(MODELS))
 @every_case
-def test_shapes_types_and_names(case: Case, model_name: str) -> None:
+def test_shapes_types_and_names(case, model_name):
     model = case.build(model_name)
     anatomy = read_anatomy(model)
     scores = case.score(model, [sample(model, 0)])
@@ -140,7 +138,7 @@ def test_shapes_types_and_names(case: Case, model_name: str) -> None:
 
 
 @every_case
-def test_units_get_different_scores(case: Case) -> None:
+def test_units_get_different_scores(case):
     model = case.build("llava-llama")
     scores = case.score(model, samples(model))
     for name, values in flat(scores).items():
@@ -149,7 +147,7 @@ def test_units_get_different_scores(case: Case) -> None:
 
 
 @every_case
-def test_the_same_data_gives_the_same_bits(case: Case) -> None:
+def test_the_same_data_gives_the_same_bits(case):
     model = case.build("llava-llama")
     first = case.flat(model, samples(model))
     torch.rand(3)  # nor does the state of the global generator matter
@@ -163,7 +161,7 @@ def num_hooks(model: PreTrainedModel) -> int:
 
 
 @every_case
-def test_the_model_is_left_as_it_was(case: Case) -> None:
+def test_the_model_is_left_as_it_was(case):
     model = case.build("llava-llama").train()
     model.get_submodule(read_anatomy(model).family.vision).requires_grad_(False)
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -181,7 +179,7 @@ def test_the_model_is_left_as_it_was(case: Case) -> None:
 
 
 @every(c for c in WITH_DATA if c not in EXPERTS_ALONE)
-def test_a_failing_batch_leaves_the_model_as_it_was(case: Case) -> None:
+def test_a_failing_batch_leaves_the_model_as_it_was(case):
     model = case.build("llava-llama")
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     broken = sample(model, 0)
@@ -197,7 +195,7 @@ def test_a_failing_batch_leaves_the_model_as_it_was(case: Case) -> None:
 
 @every_case_with_data
 @pytest.mark.parametrize("model_name", tiered(["llama", "llava-phi3"]))
-def test_how_samples_are_batched_does_not_matter(case: Case, model_name: str) -> None:
+def test_how_samples_are_batched_does_not_matter(case, model_name):
     model = case.build(model_name)
     single = samples(model)
     together = case.score(model, [joined(single)])
@@ -209,7 +207,7 @@ def test_how_samples_are_batched_does_not_matter(case: Case, model_name: str) ->
 
 
 @every_case_with_data
-def test_the_data_matters(case: Case) -> None:
+def test_the_data_matters(case):
     model = case.build("llama")
     first = case.flat(model, samples(model)[:1])
     second = case.flat(model, samples(model)[1:2])
@@ -220,7 +218,7 @@ def test_the_data_matters(case: Case) -> None:
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
 @pytest.mark.parametrize("model_name", tiered(["llama", "phi", "llava-phi3"]))
 @every_case_with_data
-def test_padding_does_not_count(case: Case, model_name: str, left: bool) -> None:
+def test_padding_does_not_count(case, model_name, left):
     model = case.build(model_name)
     single = [sample(model, seed, tokens=9 + 4 * (seed % 3), labels=3 + seed) for seed in range(3)]
     alone = case.score(model, single)
@@ -229,7 +227,7 @@ def test_padding_does_not_count(case: Case, model_name: str, left: bool) -> None
 
 
 @every_case_with_data
-def test_padding_would_count_without_a_mask(case: Case) -> None:
+def test_padding_would_count_without_a_mask(case):
     model = case.build("llama")
     single = [sample(model, seed, tokens=9 + 4 * seed, labels=4) for seed in range(3)]
     batch = padded(single, left=True)
@@ -243,7 +241,7 @@ def test_padding_would_count_without_a_mask(case: Case) -> None:
 
 
 @every_case_with_labels
-def test_without_labels_the_whole_text_counts_but_not_its_padding(case: Case) -> None:
+def test_without_labels_the_whole_text_counts_but_not_its_padding(case):
     model = case.build("llama")
     single = [sample(model, seed, tokens=9 + 4 * seed) for seed in range(2)]
     whole = [{**one, "labels": one["input_ids"]} for one in single]
@@ -254,7 +252,7 @@ def test_without_labels_the_whole_text_counts_but_not_its_padding(case: Case) ->
 
 
 @every_case_with_data
-def test_weights_of_one_are_no_weights(case: Case) -> None:
+def test_weights_of_one_are_no_weights(case):
     """Losses then count prompts, too: they are as before where only answers weigh."""
     model = case.build("llava-llama")
     data = samples(model)
@@ -268,7 +266,7 @@ def test_weights_of_one_are_no_weights(case: Case) -> None:
 
 
 @every_case_with_data
-def test_without_labels_all_text_weighs_as_prompt(case: Case) -> None:
+def test_without_labels_all_text_weighs_as_prompt(case):
     model = case.build("llama")
     data = [{**one, "labels": one["input_ids"]} for one in samples(model)]
     unlabelled = [{k: v for k, v in one.items() if k != "labels"} for one in data]
@@ -280,7 +278,7 @@ def test_without_labels_all_text_weighs_as_prompt(case: Case) -> None:
 
 @every(c for c in WITH_DATA if c not in WITH_LABELS and c.name != "angular")
 @pytest.mark.parametrize("model_name", ["llava-llama", "qwen3_vl"])
-def test_a_role_of_weight_zero_is_absent(case: Case, model_name: str) -> None:
+def test_a_role_of_weight_zero_is_absent(case, model_name):
     """Attention is causal, so that cutting the answers off leaves the other tokens as they are."""
     model = case.build(model_name)
     data = [sample(model, seed, labels=2 + 2 * seed) for seed in range(4)]
@@ -297,7 +295,7 @@ def test_a_role_of_weight_zero_is_absent(case: Case, model_name: str) -> None:
 
 
 @every_case_with_data
-def test_token_weights_matter(case: Case) -> None:
+def test_token_weights_matter(case):
     if case.name == "angular":  # looks at one token of a sample
         return
     model = case.build("llava-llama")
@@ -307,7 +305,7 @@ def test_token_weights_matter(case: Case) -> None:
     assert all((one[k] - two[k]).abs().max() > 1e-3 * one[k].abs().max() for k in one)
 
 
-def test_bad_token_weights_are_refused() -> None:
+def test_bad_token_weights_are_refused():
     model = tiny.build("llama")
     for name, row in CRITERIA.items():
         if not row.needs_data:
@@ -327,7 +325,7 @@ def test_bad_token_weights_are_refused() -> None:
 
 
 @every_case_with_data
-def test_embeddings_may_stand_for_tokens(case: Case) -> None:
+def test_embeddings_may_stand_for_tokens(case):
     model = case.build("llama")
     batch = sample(model, 0)
     embedded = {name: value for name, value in batch.items() if name != "input_ids"}
@@ -363,7 +361,7 @@ def permute_units(layer: nn.Module, groups: Tensor, neurons: Tensor, queries: in
 
 @pytest.mark.parametrize("model_name", tiered(["llama", "llava-llama"]))
 @every(c for c in CASES if c not in (*UNSEEING, *EXPERTS_ALONE))
-def test_permuted_units_have_permuted_scores(case: Case, model_name: str) -> None:
+def test_permuted_units_have_permuted_scores(case, model_name):
     model, permuted = tiny.build(model_name), tiny.build(model_name)
     groups, neurons = torch.tensor([2, 0, 3, 1]), torch.randperm(96)
     permute_units(Parts(permuted).layers[1], groups, neurons, queries=2)
@@ -381,7 +379,7 @@ def test_permuted_units_have_permuted_scores(case: Case, model_name: str) -> Non
 
 @every_width_case
 @pytest.mark.parametrize("dead", [0, 1])
-def test_query_heads_fold_into_their_own_kv_group(case: Case, dead: int) -> None:
+def test_query_heads_fold_into_their_own_kv_group(case, dead):
     """Two KV groups of two query heads, one group all zero: it alone must score exactly 0.
 
     Folded in stripes, the query heads of a dead group would lend each group half of their score.
@@ -404,7 +402,7 @@ def test_query_heads_fold_into_their_own_kv_group(case: Case, dead: int) -> None
 
 @every_width_case
 @pytest.mark.parametrize("model_name", ["llama", "phi3"])
-def test_a_dead_neuron_scores_zero(case: Case, model_name: str) -> None:
+def test_a_dead_neuron_scores_zero(case, model_name):
     model = tiny.build(model_name)
     with torch.no_grad():
         for _, projection, linear in Parts(model).projections():
@@ -419,13 +417,13 @@ def test_a_dead_neuron_scores_zero(case: Case, model_name: str) -> None:
 
 @every_case_with_data
 @pytest.mark.parametrize("nothing", [[], iter(())], ids=["list", "iterator"])
-def test_no_data_is_refused(case: Case, nothing: Any) -> None:
+def test_no_data_is_refused(case, nothing):
     with pytest.raises(DataError, match="no calibration batch"):
         case.score(case.build("llama"), nothing)
 
 
 @every(c for c in CASES if c not in WITH_DATA)
-def test_no_data_is_needed(case: Case) -> None:
+def test_no_data_is_needed(case):
     model = case.build("llama")
     without = case.flat(model, [])
     given = case.flat(model, samples(model))
@@ -433,7 +431,7 @@ def test_no_data_is_needed(case: Case) -> None:
 
 
 @every_case_with_labels
-def test_samples_without_labels_are_refused(case: Case) -> None:
+def test_samples_without_labels_are_refused(case):
     model = case.build("llama")
     batch = joined(samples(model)[:2])
     batch["labels"][1] = -100
@@ -445,7 +443,7 @@ def test_samples_without_labels_are_refused(case: Case) -> None:
 
 
 @every(c for c in CASES if c not in UNSEEING)
-def test_a_broken_weight_is_named(case: Case) -> None:
+def test_a_broken_weight_is_named(case):
     model = case.build("llama")
     with torch.no_grad():
         path = "mlp.experts.down_proj" if case in EXPERTS_ALONE else "mlp.down_proj.weight"
@@ -454,7 +452,7 @@ def test_a_broken_weight_is_named(case: Case) -> None:
         case.score(model, samples(model))
 
 
-def test_an_unknown_criterion_is_refused_with_the_choices() -> None:
+def test_an_unknown_criterion_is_refused_with_the_choices():
     with pytest.raises(ConfigError, match=r"'tailor' is not known.*taylor, .*magnitude"):
         score(tiny.build("llama"), [], "tailor")
     with pytest.raises(ConfigError, match="'kl_greedy' was removed: use block_influence"):
@@ -462,7 +460,7 @@ def test_an_unknown_criterion_is_refused_with_the_choices() -> None:
 
 
 @every_case
-def test_an_unknown_option_is_refused_with_the_choices(case: Case) -> None:
+def test_an_unknown_option_is_refused_with_the_choices(case):
     known = case.row.options
     expected = f"'{case.name}' has no option 'colour'. It has: {', '.join(known) or 'none'}"
     with pytest.raises(ConfigError) as refusal:
@@ -473,7 +471,7 @@ def test_an_unknown_option_is_refused_with_the_choices(case: Case) -> None:
             score(case.build("llama"), [], case.name, **{option: "no"})
 
 
-def test_random_scores_follow_their_seed() -> None:
+def test_random_scores_follow_their_seed():
     model = tiny.build("llama")
     first, again, other = (flat(score(model, [], "random", seed=seed)) for seed in (1, 1, 2))
     for name in first:
@@ -481,7 +479,7 @@ def test_random_scores_follow_their_seed() -> None:
         assert not torch.equal(first[name], other[name])
 
 
-def test_spacing_removes_layers_far_apart() -> None:
+def test_spacing_removes_layers_far_apart():
     torch.manual_seed(0)
     config = tiny.llama(num_hidden_layers=9)
     scores = score(AutoModelForCausalLM.from_config(config), [], "spacing").layer
@@ -493,7 +491,7 @@ def test_spacing_removes_layers_far_apart() -> None:
         assert min(b - a for a, b in itertools.pairwise(gone)) >= 2
 
 
-def test_the_table_prints_every_row() -> None:
+def test_the_table_prints_every_row():
     table = criteria_table()
     for name, row in CRITERIA.items():
         assert f"| `{name}` |" in table

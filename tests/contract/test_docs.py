@@ -1,7 +1,5 @@
 """Every command in the documents is one that the command line takes; tables match the code."""
 
-from __future__ import annotations
-
 import functools
 import os
 import pkgutil
@@ -38,7 +36,7 @@ COMMANDS = [
 ]
 
 
-def test_the_reference_lists_every_public_name() -> None:
+def test_the_reference_lists_every_public_name():
     listed = re.findall(r"^::: (\S+)$", (ROOT / "docs/python.md").read_text(), re.M)
     for name, home in sv._HOME.items():
         module, _, attribute = home.partition(":")
@@ -47,14 +45,12 @@ def test_the_reference_lists_every_public_name() -> None:
         assert path in listed or module in listed, path
 
 
-def test_documents_show_commands() -> None:
+def test_documents_show_commands():
     assert len(COMMANDS) >= 8
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
-def test_command_is_accepted(
-    page: str, command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_command_is_accepted(page, command, monkeypatch, tmp_path):
     called = []
     monkeypatch.chdir(tmp_path)
     if named := re.search(r"--config (\S+)", command):
@@ -70,33 +66,33 @@ def test_command_is_accepted(
     assert called == [words[0]]
 
 
-def test_a_wrong_option_would_be_noticed() -> None:
+def test_a_wrong_option_would_be_noticed():
     assert refused("inspect", "demo", "--no-such-option")
 
 
-def test_readme_has_the_table_of_criteria() -> None:
+def test_readme_has_the_table_of_criteria():
     assert criteria_table() in (ROOT / "README.md").read_text()
 
 
-def test_families_page_names_every_family() -> None:
+def test_families_page_names_every_family():
     text = (ROOT / "docs" / "families.md").read_text()
     assert [name for name in FAMILIES if f"`{name}`" not in text and name not in BACKBONES] == []
     assert [name for name in BACKBONES if name not in text] == []
 
 
-def test_every_criterion_names_its_source() -> None:
+def test_every_criterion_names_its_source():
     assert all(row.paper and row.about for row in CRITERIA.values())
 
 
 @pytest.mark.parametrize(("page", "block"), PYTHON)
-def test_python_in_the_documents_compiles(page: str, block: str) -> None:
+def test_python_in_the_documents_compiles(page, block):
     text = textwrap.dedent(block)  # in a list, blocks are indented
     is_table_row = text.startswith('"')
     compile(f"{{{text}}}" if is_table_row else text, page, "exec")
 
 
 @pytest.mark.slow
-def test_the_site_has_every_verb_and_no_warning(tmp_path: Path) -> None:
+def test_the_site_has_every_verb_and_no_warning(tmp_path):
     pytest.importorskip("mkdocs")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(tmp_path)]
     built = subprocess.run(
@@ -109,7 +105,7 @@ def test_the_site_has_every_verb_and_no_warning(tmp_path: Path) -> None:
     assert "--token-weights" in page
 
 
-def test_files_that_pages_name_are_there() -> None:
+def test_files_that_pages_name_are_there():
     source = ROOT / "src" / "slimvlm"
     packages = "|".join(sorted(folder.name for folder in source.iterdir() if folder.is_dir()))
     whole = r"`((?:src|tests|tools|benchmarks|studies|docs)/[\w/.-]+)[`:]"
@@ -129,7 +125,7 @@ def test_files_that_pages_name_are_there() -> None:
     assert missing == []
 
 
-def test_names_that_pages_give_with_their_module_are_there() -> None:
+def test_names_that_pages_give_with_their_module_are_there():
     for page, name in _blocks(r"`((?:slimvlm|slimvlm_tools)(?:\.\w+)+)(?:\(\))?`"):
         try:
             pkgutil.resolve_name(name)
@@ -137,7 +133,7 @@ def test_names_that_pages_give_with_their_module_are_there() -> None:
             pytest.fail(f"{page}: {name}")
 
 
-def test_links_between_pages_work() -> None:
+def test_links_between_pages_work():
     folders = {page.name: page.parent for page in PAGES}
     links = [link for link in _blocks(r"\]\(([^)#]+)\)") if not link[1].startswith("http")]
     assert [link for link in links if not (folders[link[0]] / link[1]).exists()] == []

@@ -1,11 +1,8 @@
 """Experts as units: what a plan of fewer experts means, and that it is all that happens."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,7 +49,7 @@ def pruned(name: str, plan: sv.Plan) -> PreTrainedModel:
 @pytest.mark.parametrize(
     "asked", [(0.25, 0.0), (0.5, 0.0), (0.25, 0.4)], ids=["one", "half", "and both"]
 )
-def test_slicing_is_masking(name: str, asked: tuple[float, float]) -> None:
+def test_slicing_is_masking(name, asked):
     plan = plan_of(name, *asked, axis="both")
     if name != "llama4":  # in which half of the layers have experts
         assert {len(kept) for kept in plan.experts} <= {0, 4 - round(4 * asked[0])}
@@ -65,7 +62,7 @@ def test_slicing_is_masking(name: str, asked: tuple[float, float]) -> None:
 
 @every_family
 @pytest.mark.parametrize("ratio", [0.0, 0.4], ids=["alone", "and both"])
-def test_parameters_are_counted_exactly(name: str, ratio: float) -> None:
+def test_parameters_are_counted_exactly(name, ratio):
     plan = plan_of(name, 0.25, ratio, "both")
     model = pruned(name, plan)
     counted = sum(p.numel() for p in model.parameters())
@@ -75,7 +72,7 @@ def test_parameters_are_counted_exactly(name: str, ratio: float) -> None:
 
 
 @every_family
-def test_the_configuration_and_the_modules_say_so(name: str) -> None:
+def test_the_configuration_and_the_modules_say_so(name):
     model = pruned(name, plan_of(name))
     row = sv.anatomy(model).backbone.experts
     assert getattr(text_config_of(model.config), row.count_field) == 3
@@ -91,7 +88,7 @@ def test_the_configuration_and_the_modules_say_so(name: str) -> None:
 
 
 @every_family
-def test_a_saved_model_is_the_model(name: str, tmp_path: Path) -> None:
+def test_a_saved_model_is_the_model(name, tmp_path):
     plan = plan_of(name)
     model = pruned(name, plan)
     sv.save(model, None, tmp_path / "out", plan)
@@ -105,7 +102,7 @@ def test_a_saved_model_is_the_model(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", tiered(ROUTERS, lambda name: name in BY_DEFAULT))
-def test_a_router_picks_what_it_would_have(name: str) -> None:
+def test_a_router_picks_what_it_would_have(name):
     """The best of what is left, in the same order, by the weights that these had."""
     plan = plan_of(name)
     path, place = ROUTERS[name]
@@ -126,7 +123,7 @@ def test_a_router_picks_what_it_would_have(name: str) -> None:
         assert torch.equal(torch.tensor(kept)[taken], expected)
 
 
-def test_llama_4_takes_the_best_of_what_is_left() -> None:
+def test_llama_4_takes_the_best_of_what_is_left():
     plan = plan_of("llama4")
     whole, small = (Parts(m).layers for m in (tiny.build("llama4"), pruned("llama4", plan)))
     hidden = torch.randn(64, 64, generator=torch.Generator().manual_seed(3))
@@ -138,7 +135,7 @@ def test_llama_4_takes_the_best_of_what_is_left() -> None:
         assert torch.equal(weights.argmax(1), expected)
 
 
-def test_the_best_scores_stay() -> None:
+def test_the_best_scores_stay():
     anatomy = sv.anatomy(tiny.build("qwen3_vl_moe"))
     scores = random_scores(anatomy)
     plan = sv.make_plan(anatomy, scores, 0.0, experts=0.5)
@@ -147,7 +144,7 @@ def test_the_best_scores_stay() -> None:
     assert plan.criteria["expert"] == "by-hand"
 
 
-def test_the_axis_gives_the_rest_of_the_ratio() -> None:
+def test_the_axis_gives_the_rest_of_the_ratio():
     alone = plan_of("qwen3_vl_moe", 0.25)
     for axis in ("depth", "width", "both"):
         plan = plan_of("qwen3_vl_moe", 0.25, 0.35, axis)
@@ -157,7 +154,7 @@ def test_the_axis_gives_the_rest_of_the_ratio() -> None:
     assert plan_of("qwen3_vl_moe", 0.25, 0.1).experts == alone.experts  # no less than asked
 
 
-def test_a_plan_file_keeps_experts_and_old_ones_keep_all(tmp_path: Path) -> None:
+def test_a_plan_file_keeps_experts_and_old_ones_keep_all(tmp_path):
     plan = plan_of("llama4")
     plan.save(tmp_path / "plan.json")
     assert sv.Plan.load(tmp_path / "plan.json") == plan
@@ -172,7 +169,7 @@ def test_a_plan_file_keeps_experts_and_old_ones_keep_all(tmp_path: Path) -> None
     assert "experts" not in old.summary()
 
 
-def test_what_cannot_be_is_refused_by_name() -> None:
+def test_what_cannot_be_is_refused_by_name():
     model = tiny.build("qwen3_vl_moe")
     before, plan = snapshot(model), plan_of("qwen3_vl_moe")
     anatomy = plan.before
@@ -194,7 +191,7 @@ def test_what_cannot_be_is_refused_by_name() -> None:
     assert_untouched(model, before)
 
 
-def test_a_pruned_model_can_lose_more_and_no_other_plan_fits() -> None:
+def test_a_pruned_model_can_lose_more_and_no_other_plan_fits():
     plan = plan_of("qwen3_vl_moe")
     model = pruned("qwen3_vl_moe", plan)
     with pytest.raises(ConfigError, match=r"4 experts, but the model is .* 3 experts"):
@@ -205,7 +202,7 @@ def test_a_pruned_model_can_lose_more_and_no_other_plan_fits() -> None:
     assert sv.anatomy(model).expert_counts == [2]
 
 
-def test_from_files_it_is_the_same(tmp_path: Path) -> None:
+def test_from_files_it_is_the_same(tmp_path):
     model = tiny.build("llama4")
     model.save_pretrained(tmp_path / "model")
     plan = plan_of("llama4", 0.25, 0.3, "both")
@@ -215,7 +212,7 @@ def test_from_files_it_is_the_same(tmp_path: Path) -> None:
     assert_equal(tmp_path / "ours", tmp_path / "theirs")
 
 
-def test_a_walk_cuts_experts_and_teaches_the_rest() -> None:
+def test_a_walk_cuts_experts_and_teaches_the_rest():
     model = tiny.build("qwen3_vl_moe")
     data = [tiny.batch(model, 16, seed) for seed in range(4)]
     plan = plan_of("qwen3_vl_moe")
@@ -225,7 +222,7 @@ def test_a_walk_cuts_experts_and_teaches_the_rest() -> None:
 
 
 @pytest.mark.parametrize("ratio", [0.4, 0.5, 0.6])
-def test_layers_weigh_what_their_experts_left(ratio: float) -> None:
+def test_layers_weigh_what_their_experts_left(ratio):
     """Half of the experts go first: the ratio is met within half of a layer without them."""
     plan = plan_of("qwen3_moe", 0.5, ratio, "depth")
     smaller = plan.shapes[plan.layers[0]].params

@@ -1,7 +1,5 @@
 """The battery that every family passes: inspect, plan, prune, save, reload."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -94,7 +92,7 @@ def pruned(name: str, axis: str) -> Case:
     return with_masked_logits(name, make_plan(anatomy, random_scores(anatomy), ratio, axis))
 
 
-def test_every_family_of_the_table_has_a_tiny_model() -> None:
+def test_every_family_of_the_table_has_a_tiny_model():
     configs = [make() for make in tiny.CONFIGS.values()]
     multimodal = {name for name, row in ROWS.items() if row.vision}
     assert multimodal <= {config.model_type for config in configs}
@@ -103,7 +101,7 @@ def test_every_family_of_the_table_has_a_tiny_model() -> None:
 
 
 @every_family
-def test_parts_are_counted_exactly(name: str) -> None:
+def test_parts_are_counted_exactly(name):
     model = tiny.build(name)
     anatomy = read_anatomy(model)
     sizes = Counter[str]()
@@ -124,7 +122,7 @@ def test_parts_are_counted_exactly(name: str) -> None:
 
 
 @every_family
-def test_widths_are_read_from_the_model(name: str) -> None:
+def test_widths_are_read_from_the_model(name):
     model = tiny.build(name)
     anatomy, config = read_anatomy(model), text_config_of(model.config)
     assert anatomy.num_layers == config.num_hidden_layers
@@ -145,7 +143,7 @@ def configured_neurons(config: Any, anatomy: Anatomy) -> list[int]:
 
 
 @every_family
-def test_the_plan_of_nothing_changes_no_bit(name: str) -> None:
+def test_the_plan_of_nothing_changes_no_bit(name):
     model = tiny.build(name)
     batch = tiny.batch(model, TEXT_TOKENS)
     before, expected = snapshot(model), logits(model, batch)
@@ -156,7 +154,7 @@ def test_the_plan_of_nothing_changes_no_bit(name: str) -> None:
 
 
 @every_case
-def test_slicing_is_masking(name: str, axis: str) -> None:
+def test_slicing_is_masking(name, axis):
     case = pruned(name, axis)
     dense = tiny.build(name)
     whole = logits(dense, case.batch)
@@ -165,7 +163,7 @@ def test_slicing_is_masking(name: str, axis: str) -> None:
 
 
 @every_case
-def test_predicted_parameters_are_counted_parameters(name: str, axis: str) -> None:
+def test_predicted_parameters_are_counted_parameters(name, axis):
     case = pruned(name, axis)
     before, after = case.plan.before, case.plan.after
     counted = sum(p.numel() for p in case.model.parameters())
@@ -175,7 +173,7 @@ def test_predicted_parameters_are_counted_parameters(name: str, axis: str) -> No
 
 
 @every_case
-def test_the_config_says_what_the_modules_are(name: str, axis: str) -> None:
+def test_the_config_says_what_the_modules_are(name, axis):
     case = pruned(name, axis)
     after, layers = case.plan.after, Parts(case.model).layers
     text_config = text_config_of(case.model.config)
@@ -208,7 +206,7 @@ def test_the_config_says_what_the_modules_are(name: str, axis: str) -> None:
 
 
 @every_case
-def test_a_saved_model_is_the_model(name: str, axis: str, tmp_path: Path) -> None:
+def test_a_saved_model_is_the_model(name, axis, tmp_path):
     case = pruned(name, axis)
     case.model.save_pretrained(tmp_path)
     loaded, report = auto_class(case.model.config).from_pretrained(
@@ -235,7 +233,7 @@ def generated(case: Case, use_cache: bool) -> Tensor:
 
 
 @every_case
-def test_the_cache_changes_no_answer(name: str, axis: str) -> None:
+def test_the_cache_changes_no_answer(name, axis):
     case = pruned(name, axis)
     cached = generated(case, use_cache=True)
     assert cached.shape[1] == case.batch["input_ids"].shape[1] + 5
@@ -243,7 +241,7 @@ def test_the_cache_changes_no_answer(name: str, axis: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "phi", "phi3", "gemma2", "gemma3", "qwen3_vl"])
-def test_a_pruned_model_still_learns(name: str) -> None:
+def test_a_pruned_model_still_learns(name):
     case = pruned(name, "both")
     case.model(**case.batch).loss.backward()
     without = [
@@ -255,14 +253,14 @@ def test_a_pruned_model_still_learns(name: str) -> None:
     assert without == []
 
 
-def test_frozen_weights_stay_frozen() -> None:
+def test_frozen_weights_stay_frozen():
     model = tiny.build("llama").requires_grad_(False)
     prune_(model, pruned("llama", "both").plan)
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("name", ["gemma2", "paligemma", "gemma3"])
-def test_tied_heads_stay_tied(name: str) -> None:
+def test_tied_heads_stay_tied(name):
     model = pruned(name, "both").model
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
@@ -272,7 +270,7 @@ def test_tied_heads_stay_tied(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", tiered(LLAMA_INSIDE))
-def test_retyping_changes_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retyping_changes_no_bit(name, monkeypatch):
     model, stays_llama = tiny.build(name), tiny.build(name)
     plan = plan_by_hand(read_anatomy(model), kv_groups=[0, 2, 3], neurons=range(7, 77))
     assert plan.needs_retype
@@ -286,7 +284,7 @@ def test_retyping_changes_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("name", ["llama", "llava-llama"])
-def test_a_retyped_model_is_saved_as_its_new_type(name: str, tmp_path: Path) -> None:
+def test_a_retyped_model_is_saved_as_its_new_type(name, tmp_path):
     model = tiny.build(name)
     prune_(model, plan_by_hand(read_anatomy(model), kv_groups=[0, 2, 3]))
     model.save_pretrained(tmp_path)
@@ -300,7 +298,7 @@ def test_a_retyped_model_is_saved_as_its_new_type(name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", tiered(LLAMA_INSIDE))
-def test_nothing_is_retyped_without_need(name: str) -> None:
+def test_nothing_is_retyped_without_need(name):
     model = tiny.build(name)
     plan = plan_by_hand(read_anatomy(model), kv_groups=[0, 2], neurons=range(50))
     assert not plan.needs_retype
@@ -315,7 +313,7 @@ def llama_with(**changes: Any) -> PreTrainedModel:
     return model.eval()
 
 
-def test_scaled_rope_survives_retyping(tmp_path: Path) -> None:
+def test_scaled_rope_survives_retyping(tmp_path):
     scaled = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     rope = {"rope_type": "llama3", "rope_theta": 500.0, **scaled}
     rope["original_max_position_embeddings"] = 16
@@ -332,7 +330,7 @@ def test_scaled_rope_survives_retyping(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded, batch), logits(model, batch))
 
 
-def test_llama_with_biases_cannot_be_retyped() -> None:
+def test_llama_with_biases_cannot_be_retyped():
     model = llama_with(attention_bias=True)
     anatomy = read_anatomy(model)
     assert anatomy.legal_kv_heads() == [1, 2, 4]
@@ -350,7 +348,7 @@ def test_llama_with_biases_cannot_be_retyped() -> None:
 
 
 @pytest.mark.parametrize("name", [*NO_HEADS, *DIVIDING_HEADS])
-def test_impossible_head_counts_are_refused(name: str) -> None:
+def test_impossible_head_counts_are_refused(name):
     model = tiny.build(name)
     anatomy = read_anatomy(model)
     legal = anatomy.legal_kv_heads()
@@ -368,7 +366,7 @@ def test_impossible_head_counts_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DIVIDING_HEADS)
-def test_every_legal_head_count_is_accepted(name: str) -> None:
+def test_every_legal_head_count_is_accepted(name):
     for count in read_anatomy(tiny.build(name)).legal_kv_heads():
         model = tiny.build(name)
         plan = plan_by_hand(read_anatomy(model), kv_groups=range(count))
@@ -378,7 +376,7 @@ def test_every_legal_head_count_is_accepted(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*NO_HEADS, *DIVIDING_HEADS])
 @pytest.mark.parametrize("ratio", [0.1, 0.2, 0.3, 0.4])
-def test_plans_ask_for_legal_head_counts(name: str, ratio: float) -> None:
+def test_plans_ask_for_legal_head_counts(name, ratio):
     anatomy = read_anatomy(tiny.build(name))
     for axis in ("width", "both"):
         plan = make_plan(anatomy, random_scores(anatomy), ratio, axis)
@@ -386,7 +384,7 @@ def test_plans_ask_for_legal_head_counts(name: str, ratio: float) -> None:
         assert counts <= set(anatomy.legal_kv_heads())
 
 
-def test_pinned_layers_are_never_chosen() -> None:
+def test_pinned_layers_are_never_chosen():
     anatomy = read_anatomy(tiny.build("qwen3_vl"))
     assert anatomy.pinned_layers == (0,)
     for seed in range(10):
@@ -400,7 +398,7 @@ def test_pinned_layers_are_never_chosen() -> None:
     assert make_plan(unpinned, scores, 0.2, "depth").layers == (1, 2, 3)
 
 
-def test_all_deepstack_layers_are_pinned_and_stay() -> None:
+def test_all_deepstack_layers_are_pinned_and_stay():
     config = tiny.qwen3_vl()
     config.vision_config.deepstack_visual_indexes = [0, 1]
     anatomy = read_anatomy(hf.AutoModelForImageTextToText.from_config(config))
@@ -412,7 +410,7 @@ def test_all_deepstack_layers_are_pinned_and_stay() -> None:
 
 
 @pytest.mark.parametrize("other", ["phi", "llava-llama", "mistral", "llama"])
-def test_a_plan_for_another_model_is_refused_and_so_is_a_second_time(other: str) -> None:
+def test_a_plan_for_another_model_is_refused_and_so_is_a_second_time(other):
     plan = pruned("llama", "both").plan
     model = tiny.build(other)
     if other == "llama":
@@ -424,7 +422,7 @@ def test_a_plan_for_another_model_is_refused_and_so_is_a_second_time(other: str)
     assert_untouched(model, before)
 
 
-def test_a_pruned_model_can_be_pruned_again(tmp_path: Path) -> None:
+def test_a_pruned_model_can_be_pruned_again(tmp_path):
     model = tiny.build("llava-llama")
     batch = tiny.batch(model, TEXT_TOKENS)
     for _ in range(2):
@@ -437,13 +435,13 @@ def test_a_pruned_model_can_be_pruned_again(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded, batch), logits(model, batch))
 
 
-def test_an_unknown_family_is_named() -> None:
+def test_an_unknown_family_is_named():
     config = hf.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=32)
     with pytest.raises(SlimError, match=r"'gpt2' is not known.*llava"):
         read_anatomy(hf.AutoModelForCausalLM.from_config(config))
 
 
-def test_an_anatomy_survives_json() -> None:
+def test_an_anatomy_survives_json():
     for name in ("llava-llama", "qwen3_vl"):
         anatomy = read_anatomy(tiny.build(name))
         assert built(Anatomy, anatomy.to_dict()) == anatomy
@@ -482,7 +480,7 @@ def row(name: str) -> list[str]:
     ]
 
 
-def test_the_page_has_the_table_of_the_battery(pytestconfig: pytest.Config) -> None:
+def test_the_page_has_the_table_of_the_battery(pytestconfig):
     table = as_markdown(HEADER, [row(name) for name in FAMILIES])
     before, _, rest = PAGE.read_text().partition(BEGIN)
     written, _, after = rest.partition(END)

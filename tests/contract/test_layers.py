@@ -4,8 +4,6 @@ Two stand aside. ``demo`` comes last and is only the model that a word means, an
 is no part of the product: whoever needs them imports them inside a function.
 """
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,10 +25,7 @@ ROWS = (
     "cli",  # the command line
     "demo",  # the demo model
 )
-ASIDE = {
-    "demo": ("data", "models", "evaluation", "cli"),
-    "slimvlm_tools": ("runs", "cli"),
-}
+ASIDE = {"demo": ("data", "models", "evaluation", "cli"), "slimvlm_tools": ("runs", "cli")}
 """Who may import what stands aside, inside a function."""
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets"}
 
@@ -73,7 +68,7 @@ def complaint(package: str, source: str) -> str | None:
     return None
 
 
-def test_the_packages_are_these_and_no_others() -> None:
+def test_the_packages_are_these_and_no_others():
     found = {path.name for path in SOURCE.iterdir() if (path / "__init__.py").exists()}
     files = {path.name for path in SOURCE.glob("*.py")}
     assert found == set(ROWS)
@@ -82,7 +77,7 @@ def test_the_packages_are_these_and_no_others() -> None:
 
 
 @pytest.mark.parametrize("package", ROWS)
-def test_a_package_imports_only_what_stands_above_it(package: str) -> None:
+def test_a_package_imports_only_what_stands_above_it(package):
     complaints = {
         str(path.relative_to(SOURCE)): complaint(package, path.read_text())
         for path in sorted((SOURCE / package).rglob("*.py"))
@@ -107,11 +102,11 @@ def test_a_package_imports_only_what_stands_above_it(package: str) -> None:
         ("demo", "from slimvlm.runs.compress import compress\nimport torch", True),
     ],
 )
-def test_the_rule_can_fail_and_pass(package: str, source: str, is_good: bool) -> None:
+def test_the_rule_can_fail_and_pass(package, source, is_good):
     assert (complaint(package, source) is None) == is_good
 
 
-def test_options_and_errors_load_no_heavy_library() -> None:
+def test_options_and_errors_load_no_heavy_library():
     for path in (SOURCE / "core").rglob("*.py"):
         roots = {name.split(".")[0] for name, _ in dotted(path.read_text())}
         assert not roots & HEAVY, path
@@ -129,7 +124,7 @@ def homeless(test: Path) -> bool:
     )
 
 
-def test_every_test_mirrors_a_source() -> None:
+def test_every_test_mirrors_a_source():
     tests = SOURCE.parents[1] / "tests"
     assert [t for t in tests.rglob("test_*.py") if homeless(t.relative_to(tests))] == []
     assert homeless(Path("runs/test_everything.py"))

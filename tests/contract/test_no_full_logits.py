@@ -1,9 +1,6 @@
 """Nothing in a compression holds the logits of all tokens: only those of a chunk of positions."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,16 +89,16 @@ def batches(model: PreTrainedModel) -> list[Batch]:
     return [{**batch, "labels": batch["input_ids"]} for batch in made]
 
 
-def test_a_plain_forward_pass_is_seen(model: PreTrainedModel, batches: list[Batch]) -> None:
+def test_a_plain_forward_pass_is_seen(model, batches):
     assert most_rows(tiny.VOCAB, lambda: logits(model, batches[0])) == CHUNK + 40
 
 
 @pytest.mark.parametrize("criterion", ["gate", "taylor"])
-def test_scores(criterion: str, model: PreTrainedModel, batches: list[Batch]) -> None:
+def test_scores(criterion, model, batches):
     assert most_rows(tiny.VOCAB, lambda: score(model, batches, criterion)) == CHUNK
 
 
-def test_the_answer_loss_and_the_walk(model: PreTrainedModel, batches: list[Batch]) -> None:
+def test_the_answer_loss_and_the_walk(model, batches):
     assert most_rows(tiny.VOCAB, lambda: answer_loss(model, batches)) == CHUNK
     whole, options = tiny.build("gemma2"), {"axis": "both", "local_steps": 1}
     rows = most_rows(tiny.VOCAB, lambda: walk_(whole, batches, 0.3, held_out=batches, **options))
@@ -109,7 +106,7 @@ def test_the_answer_loss_and_the_walk(model: PreTrainedModel, batches: list[Batc
 
 
 @pytest.mark.parametrize("loss", ["sft", "0.5*sft+0.5*kl"])
-def test_training(loss: str) -> None:
+def test_training(loss):
     teacher, processor = load(folders.folder("text"))
     student, _ = load(folders.folder("text"))
     turns = [folders.turn(role, LONG) for role in ("user", "assistant")]
@@ -119,7 +116,7 @@ def test_training(loss: str) -> None:
     assert rows == CHUNK
 
 
-def test_evaluation() -> None:
+def test_evaluation():
     seeing = load(folders.folder("text"))
     task = Task("passages", "perplexity", 0.0, lambda limit: [QUESTION], in_average=False)
     assert most_rows(folders.VOCAB, lambda: evaluate(*seeing, [task])) == CHUNK
@@ -132,12 +129,7 @@ def test_evaluation() -> None:
     assert most_rows(folders.VOCAB, lambda: answer(*seeing, [QUESTION] * 2, 4)) == 2
 
 
-def test_reading_back_what_was_written(
-    model: PreTrainedModel,
-    batches: list[Batch],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_reading_back_what_was_written(model, batches, tmp_path, monkeypatch):
     """As with a picture of many tokens in the probe."""
     inputs = {name: value for name, value in batches[0].items() if name != "labels"}
     monkeypatch.setattr(save, "probe", lambda *_: inputs)
@@ -160,9 +152,7 @@ BENT = ("llama", "gemma2", "llava-gemma2", "paligemma", "gemma3", "cohere2")
 
 
 @pytest.mark.parametrize("name", BENT)
-def test_chunks_of_positions_and_padding_change_no_loss_and_no_divergence(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chunks_of_positions_and_padding_change_no_loss_and_no_divergence(name, monkeypatch):
     model, masked = bent(name), bent(name)
     mask_(masked, plan_by_hand(read_anatomy(model), [0, 2, 3]))
     data = [tiny.batch(model, 9 + 4 * seed, seed) for seed in range(2)]

@@ -1,7 +1,5 @@
 """Tests use what users may use: no test reads or replaces a name with a leading underscore."""
 
-from __future__ import annotations
-
 import ast
 from pathlib import Path
 
@@ -67,7 +65,7 @@ def in_string(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(ROOT / "tests")))
-def test_only_public_names_are_used(path: Path) -> None:
+def test_only_public_names_are_used(path):
     assert used(path.read_text()) == []
 
 
@@ -85,8 +83,6 @@ def test_only_public_names_are_used(path: Path) -> None:
         ("from tests.runs.study.study_files import study\nstudy(None)", []),
     ],
 )
-def test_private_names_of_ours_are_found(
-    code: str, names: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_private_names_of_ours_are_found(code, names, monkeypatch):
     monkeypatch.setitem(globals(), "PRIVATE", PRIVATE | {"_CHUNK"})
     assert used(code) == names

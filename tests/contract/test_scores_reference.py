@@ -5,8 +5,6 @@ bugs: full gradients by plain autograd of transformers' own loss, then loops ove
 neurons. Nothing of slimvlm is used in it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -163,7 +161,7 @@ TAYLOR: dict[str, tuple[str, dict[str, str], Callable[[Tensor, Tensor, Tensor], 
 
 @every_model
 @pytest.mark.parametrize("case", TAYLOR)
-def test_taylor_is_its_formula(name: str, case: str) -> None:
+def test_taylor_is_its_formula(name, case):
     model, (criterion, options, formula) = model_named(name), TAYLOR[case]
     data = samples(model)
     whole, each = gradients(model, joined(data)), [gradients(model, one) for one in data]
@@ -178,14 +176,14 @@ def test_taylor_is_its_formula(name: str, case: str) -> None:
 @every_model
 @pytest.mark.parametrize("p", [1, 2])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_magnitude_is_llm_pruners_l1_and_l2(name: str, p: int, reduction: str) -> None:
+def test_magnitude_is_llm_pruners_l1_and_l2(name, p, reduction):
     model = model_named(name)
     terms = {key: w.abs() ** p for key, w in weights(model).items()}
     scores = score(model, [], "magnitude", p=p, reduction=reduction)
     assert_scores_are(model, scores, terms, mean=reduction == "mean")
 
 
-def test_the_orders_differ_where_the_formulas_do() -> None:
+def test_the_orders_differ_where_the_formulas_do():
     """So that the comparisons above cannot pass with one formula for all."""
     model = model_named("llama-gqa")
     names = ("taylor", "taylor_second", "taylor_mix", "magnitude")
@@ -197,7 +195,7 @@ def test_the_orders_differ_where_the_formulas_do() -> None:
 
 
 @every_model
-def test_a_gate_is_the_signed_sum_of_its_columns_taylor_terms(name: str) -> None:
+def test_a_gate_is_the_signed_sum_of_its_columns_taylor_terms(name):
     """Scaling a unit's output by m scales its output columns: dL/dm = sum of w * dL/dw there."""
     model = model_named(name)
     data = samples(model)
@@ -217,7 +215,7 @@ def test_a_gate_is_the_signed_sum_of_its_columns_taylor_terms(name: str) -> None
 
 
 @pytest.mark.parametrize("gradient", ["batch", "per_sample"])
-def test_taylor_of_a_layer_counts_each_matrix_once(gradient: str) -> None:
+def test_taylor_of_a_layer_counts_each_matrix_once(gradient):
     for name in ("llama-gqa", "phi3"):
         model = model_named(name)
         data = samples(model)
@@ -246,7 +244,7 @@ def weighted_losses(model: PreTrainedModel, batch: Batch, weights: dict[str, flo
 
 
 @pytest.mark.parametrize("gradient", ["batch", "per_sample"])
-def test_token_weights_weigh_the_loss(gradient: str) -> None:
+def test_token_weights_weigh_the_loss(gradient):
     model = model_named("llama-gqa")
     data = samples(model)
     weights_of = {"prompt": 0.25, "answer": 2.0}
@@ -296,7 +294,7 @@ def consumer_inputs(model: PreTrainedModel, data: list[Batch]) -> dict[str, Tens
 
 @every_model
 @pytest.mark.parametrize("criterion", ["wanda", "flap"])
-def test_wanda_and_flap_are_their_formulas(name: str, criterion: str) -> None:
+def test_wanda_and_flap_are_their_formulas(name, criterion):
     model = model_named(name)
     with torch.no_grad():  # a mean away from zero, so that variance and second moment differ
         for layer in model.model.layers:
@@ -335,7 +333,7 @@ def shortgpt(x: Tensor, y: Tensor) -> Tensor:
 
 
 @every_model
-def test_block_influence_sums_are_shortgpts(name: str) -> None:
+def test_block_influence_sums_are_shortgpts(name):
     model = model_named(name)
     data = [tiny.batch(model, tokens, seed) for seed, tokens in enumerate((9, 17, 5))]
     expected = torch.zeros(4, dtype=torch.float64)
@@ -353,7 +351,7 @@ def test_block_influence_sums_are_shortgpts(name: str) -> None:
     torch.testing.assert_close(mean * (9 + 17 + 5), clean, rtol=1e-6, atol=0)
 
 
-def test_the_clean_last_layer_is_before_the_final_norm() -> None:
+def test_the_clean_last_layer_is_before_the_final_norm():
     model = model_named("llama-gqa")
     batch = tiny.batch(model, 9)
     seen: dict[str, Tensor] = {}
@@ -369,7 +367,7 @@ def test_the_clean_last_layer_is_before_the_final_norm() -> None:
 
 
 @every_model
-def test_angular_distances_are_those_of_the_last_tokens(name: str) -> None:
+def test_angular_distances_are_those_of_the_last_tokens(name):
     model = model_named(name)
     data = [tiny.batch(model, tokens, seed) for seed, tokens in enumerate((9, 17, 5))]
     runs = score(model, data, "angular", last_layer="postnorm").layer_runs
@@ -388,7 +386,7 @@ def test_angular_distances_are_those_of_the_last_tokens(name: str) -> None:
             assert float(runs[length - 1, start]) == pytest.approx(expected, abs=1e-5)
 
 
-def test_angular_scores_of_single_layers_are_runs_of_one() -> None:
+def test_angular_scores_of_single_layers_are_runs_of_one():
     model = model_named("llama-gqa")
     scores = score(model, samples(model), "angular")
     assert torch.equal(scores.layer, scores.layer_runs[0])
@@ -397,7 +395,7 @@ def test_angular_scores_of_single_layers_are_runs_of_one() -> None:
 # Numerics
 
 
-def test_large_half_precision_norms_do_not_overflow() -> None:
+def test_large_half_precision_norms_do_not_overflow():
     x = (40 * torch.randn(2, 5, 64)).half()
     y = (x.float() + 5 * torch.randn(2, 5, 64)).half()
     assert (x.norm(dim=-1) * y.norm(dim=-1)).isinf().any()  # what ShortGPT divides by
@@ -408,7 +406,7 @@ def test_large_half_precision_norms_do_not_overflow() -> None:
     assert_close(values, exact, LOSS)
 
 
-def test_half_precision_inputs_that_nearly_overflow_are_right() -> None:
+def test_half_precision_inputs_that_nearly_overflow_are_right():
     x = torch.full((1, 3, 512), 60000.0, dtype=torch.float16)
     y = x.clone()
     y[:, 1, ::2] = -60000.0
@@ -417,12 +415,12 @@ def test_half_precision_inputs_that_nearly_overflow_are_right() -> None:
     assert_close(angular_distance(x, y), torch.tensor([[0.0, 0.5, 1.0]]), LOSS)
 
 
-def test_tiny_vectors_keep_their_angle() -> None:
+def test_tiny_vectors_keep_their_angle():
     x = 1e-9 * torch.randn(1, 4, 64)
     assert_close(block_influence(x, 3 * x), torch.zeros(1, 4), LOSS)
 
 
-def test_block_influence_does_not_see_masked_tokens() -> None:
+def test_block_influence_does_not_see_masked_tokens():
     x, y = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
     x[0, 3:] = math.nan
     mask = torch.ones(2, 5, dtype=torch.long)
@@ -434,13 +432,13 @@ def test_block_influence_does_not_see_masked_tokens() -> None:
     assert torch.equal(values, block_influence(x, y, mask.bool()))
 
 
-def test_block_influence_is_row_wise() -> None:
+def test_block_influence_is_row_wise():
     """An S x S product of these would need 3.6 GB."""
     x = torch.randn(1, 30000, 4)
     assert block_influence(x, x.flip(1)).shape == (1, 30000)
 
 
-def test_zero_vectors_give_finite_values() -> None:
+def test_zero_vectors_give_finite_values():
     x = torch.zeros(1, 2, 8)
     assert block_influence(x, torch.randn(1, 2, 8)).isfinite().all()
     assert angular_distance(x, torch.randn(1, 2, 8)).isfinite().all()
@@ -448,7 +446,7 @@ def test_zero_vectors_give_finite_values() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_identical_vectors_have_angle_zero_not_nan(dtype: torch.dtype) -> None:
+def test_identical_vectors_have_angle_zero_not_nan(dtype):
     x = torch.randn(400, 64).to(dtype)
     unclamped = torch.arccos((x * x).sum(-1) / (x.norm(dim=-1) * x.norm(dim=-1)))
     assert unclamped.isnan().any()  # the reference's bug B6
@@ -458,7 +456,7 @@ def test_identical_vectors_have_angle_zero_not_nan(dtype: torch.dtype) -> None:
     assert angular_distance(x, -x).min() > 1 - 1e-7
 
 
-def test_angular_finds_the_last_valid_token() -> None:
+def test_angular_finds_the_last_valid_token():
     model = model_named("llama-gqa")
     short, long = tiny.batch(model, 6, 0), tiny.batch(model, 11, 1)
     expected = score(model, [short, long], "angular").layer_runs

@@ -1,9 +1,5 @@
 """Models whose last layers read keys and values of earlier ones: Gemma 3n and Gemma 4."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 import torch
 import transformers as hf
@@ -26,7 +22,7 @@ every_gemma = pytest.mark.parametrize("name", GEMMAS)
 
 
 @every_gemma
-def test_layers_that_others_read_and_the_last_one_stay(name: str) -> None:
+def test_layers_that_others_read_and_the_last_one_stay(name):
     anatomy = read_anatomy(tiny.build(name))
     assert anatomy.pinned_layers == (2, 3, 5)  # the last sliding and full one before the tail
     for seed in range(5):
@@ -40,7 +36,7 @@ def test_layers_that_others_read_and_the_last_one_stay(name: str) -> None:
 
 @every_gemma
 @pytest.mark.parametrize(("gone", "shared"), [(0, 2), (4, 1)])
-def test_the_shared_tail_is_counted_anew(name: str, gone: int, shared: int) -> None:
+def test_the_shared_tail_is_counted_anew(name, gone, shared):
     model = tiny.build(name)
     kept = [i for i in range(6) if i != gone]
     before = model.model.embed_tokens_per_layer.weight.detach().unflatten(1, (6, -1))
@@ -51,7 +47,7 @@ def test_the_shared_tail_is_counted_anew(name: str, gone: int, shared: int) -> N
 
 
 @every_gemma
-def test_runs_of_layers_pass_by_those_that_stay(name: str) -> None:
+def test_runs_of_layers_pass_by_those_that_stay(name):
     model = tiny.build(name)
     scores = score(model, [tiny.batch(model)], "angular")
     assert make_plan(read_anatomy(model), scores, 0.3, "depth").layers == (2, 3, 4, 5)
@@ -61,7 +57,7 @@ def test_runs_of_layers_pass_by_those_that_stay(name: str) -> None:
 
 @every_gemma
 @pytest.mark.parametrize("criterion", ["block_influence", "taylor", "gate", "activation", "obs"])
-def test_criteria_see_every_unit(name: str, criterion: str) -> None:
+def test_criteria_see_every_unit(name, criterion):
     model = tiny.build(name)
     found = score(model, [tiny.batch(model)], criterion)
     for values in (found.layer, *(found.neuron or ())):
@@ -69,7 +65,7 @@ def test_criteria_see_every_unit(name: str, criterion: str) -> None:
 
 
 @every_gemma
-def test_what_runs_layers_alone_is_refused(name: str, tmp_path: Path) -> None:
+def test_what_runs_layers_alone_is_refused(name, tmp_path):
     model = tiny.build(name)
     model.save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match=r"low memory.*read keys"):
@@ -77,7 +73,7 @@ def test_what_runs_layers_alone_is_refused(name: str, tmp_path: Path) -> None:
 
 
 @every_gemma
-def test_a_checkpoint_is_cut_on_disk_as_in_memory(name: str, tmp_path: Path) -> None:
+def test_a_checkpoint_is_cut_on_disk_as_in_memory(name, tmp_path):
     model = tiny.build(name)
     model.save_pretrained(tmp_path / "whole")
     plan = plan_by_hand(read_anatomy(model), [1, 2, 3, 5], neurons=range(0, 96, 2))
@@ -89,7 +85,7 @@ def test_a_checkpoint_is_cut_on_disk_as_in_memory(name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", [hf.Gemma3nTextConfig, hf.Gemma4TextConfig])
-def test_a_seam_in_the_tail_is_looked_at_when_what_it_reads_is_there(kind: type) -> None:
+def test_a_seam_in_the_tail_is_looked_at_when_what_it_reads_is_there(kind):
     layers = {"num_hidden_layers": 8, "num_kv_shared_layers": 4}
     kinds = ["sliding_attention", "full_attention"] * 4
     config = kind(**{**tiny.GEMMA_TEXT, **layers, "layer_types": kinds})
@@ -104,7 +100,7 @@ def test_a_seam_in_the_tail_is_looked_at_when_what_it_reads_is_there(kind: type)
     assert read_anatomy(model).layers == plan.after.layers
 
 
-def test_doubled_mlps_stay_whole(tmp_path: Path) -> None:
+def test_doubled_mlps_stay_whole(tmp_path):
     config = hf.Gemma4TextConfig(**tiny.GEMMA_TEXT, use_double_wide_mlp=True)
     model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     anatomy = read_anatomy(model)
@@ -133,7 +129,7 @@ LARGE = {
 
 @pytest.mark.parametrize("name", tiered(LARGE, lambda name: name in ("gemma3n", "gemma4")))
 @pytest.mark.parametrize("axis", tiered(["depth", "width", "both"], lambda axis: axis == "both"))
-def test_shapes_of_full_size(name: str, axis: str) -> None:
+def test_shapes_of_full_size(name, axis):
     model = empty_model(LARGE[name]())
     anatomy = read_anatomy(model)
     plan = make_plan(anatomy, random_scores(anatomy), 0.15, axis)

@@ -1,7 +1,5 @@
 """Layers of different widths: cut, written, read by plain transformers, cut again."""
 
-from __future__ import annotations
-
 import json
 import random
 import re
@@ -131,7 +129,7 @@ def read_back(
 
 
 @every_family
-def test_cutting_is_masking(name: str) -> None:
+def test_cutting_is_masking(name):
     case = case_of(name)
     assert not case.plan.after.is_uniform
     assert_close(logits(case.model, case.inputs), case.masked_logits, FORWARD)
@@ -143,9 +141,7 @@ def test_cutting_is_masking(name: str) -> None:
 
 
 @every_family
-def test_plain_transformers_reads_the_same_model(
-    name: str, read_back: dict[str, tuple[Path, Any]]
-) -> None:
+def test_plain_transformers_reads_the_same_model(name, read_back):
     case, (work, report) = case_of(name), read_back[name]
     found = load_file(work / "found.safetensors")
     assert report["class"] == type(case.model).__name__
@@ -161,7 +157,7 @@ def test_plain_transformers_reads_the_same_model(
 
 
 @every_family
-def test_slimvlm_reads_its_own_folders(name: str, read_back: dict[str, tuple[Path, Any]]) -> None:
+def test_slimvlm_reads_its_own_folders(name, read_back):
     case, out = case_of(name), read_back[name][0] / "out"
     assert anatomy(out) == case.plan.after
     for trusts in (False, True):
@@ -174,7 +170,7 @@ def test_slimvlm_reads_its_own_folders(name: str, read_back: dict[str, tuple[Pat
 
 
 @every_family
-def test_cutting_again(name: str, read_back: dict[str, tuple[Path, Any]]) -> None:
+def test_cutting_again(name, read_back):
     """Once more to different widths, then to equal ones, which need no code."""
     work, inputs = read_back[name][0], case_of(name).inputs
     model, _ = load(work / "out")
@@ -212,7 +208,7 @@ def assert_cut_as_masked(
 
 
 @pytest.mark.parametrize("name", EVEN_ONLY)
-def test_layers_that_must_be_equal_are_refused(name: str) -> None:
+def test_layers_that_must_be_equal_are_refused(name):
     model = tiny.build(name)
     before = snapshot(model)
     shape = read_anatomy(model)
@@ -226,7 +222,7 @@ def test_layers_that_must_be_equal_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*FIXED_HEADS, "gemma2"])
-def test_inexpressible_heads_need_permission(name: str, tmp_path: Path) -> None:
+def test_inexpressible_heads_need_permission(name, tmp_path):
     model = tiny.build(name)
     inputs = tiny.batch(model, TEXT_TOKENS)
     before = snapshot(model)
@@ -246,7 +242,7 @@ def test_inexpressible_heads_need_permission(name: str, tmp_path: Path) -> None:
     assert torch.equal(logits(load(tmp_path / "out")[0], inputs), logits(model, inputs))
 
 
-def test_permission_changes_nothing_for_expressible_heads() -> None:
+def test_permission_changes_nothing_for_expressible_heads():
     model = tiny.build("llama")
     plan = plan_by_hand(read_anatomy(model), kv_groups=[0, 2, 3])
     assert plan.file_format == "native"
@@ -254,7 +250,7 @@ def test_permission_changes_nothing_for_expressible_heads() -> None:
     assert not hasattr(model.config, "pruned_layers")
 
 
-def test_a_model_that_transformers_loaded_is_saved_like_ours(tmp_path: Path) -> None:
+def test_a_model_that_transformers_loaded_is_saved_like_ours(tmp_path):
     case = case_of("llava-phi3")
     save(case.model, None, tmp_path / "out", case.plan)
     model = auto_class(case.model.config).from_pretrained(tmp_path / "out", trust_remote_code=True)
@@ -266,7 +262,7 @@ def test_a_model_that_transformers_loaded_is_saved_like_ours(tmp_path: Path) -> 
     assert anatomy(tmp_path / "again") == case.plan.after
 
 
-def test_cut_heads_can_become_equal_without_being_configurable() -> None:
+def test_cut_heads_can_become_equal_without_being_configurable():
     model = tiny.build("qwen2_vl")
     shape = read_anatomy(model)
     kept = ((0, 1), (1,), (2, 3), (0, 2))
@@ -278,7 +274,7 @@ def test_cut_heads_can_become_equal_without_being_configurable() -> None:
     assert read_anatomy(model) == plan.after
 
 
-def test_widths_that_no_layer_can_have_are_named(tmp_path: Path) -> None:
+def test_widths_that_no_layer_can_have_are_named(tmp_path):
     save(case_of("llama").model, None, tmp_path / "out")
     file = tmp_path / "out" / "config.json"
     rows = json.loads(file.read_text())["pruned_layers"]
@@ -299,7 +295,7 @@ def test_widths_that_no_layer_can_have_are_named(tmp_path: Path) -> None:
 # Safety: only the file of this package ever runs without the user's word.
 
 
-def test_a_changed_file_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_file_is_never_run(tmp_path, monkeypatch):
     case = case_of("llama")
     save(case.model, None, tmp_path / "out")
     code = tmp_path / "out" / "modeling_pruned.py"
@@ -312,12 +308,12 @@ def test_a_changed_file_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("name", ["PrunedNothing", "LlamaForCausalLM", "PrunedAutoModel", "os_"])
-def test_the_file_makes_only_models_of_transformers(name: str) -> None:
+def test_the_file_makes_only_models_of_transformers(name):
     with pytest.raises(AttributeError):
         getattr(modeling_pruned, name)
 
 
-def test_the_file_imports_only_torch_and_transformers() -> None:
+def test_the_file_imports_only_torch_and_transformers():
     source = Path(modeling_pruned.__file__).read_text()
     lines = re.findall(r"^(?:from|import) (\w+)", source, re.MULTILINE)
     assert set(lines) == {"__future__", "copy", "typing", "torch", "transformers"}

@@ -1,7 +1,5 @@
 """What errors of other libraries become in ours."""
 
-from __future__ import annotations
-
 import pytest
 
 from slimvlm.core.errors import one_line
@@ -11,5 +9,5 @@ from slimvlm.core.errors import one_line
     ("said", "told"),
     [("one\ntwo", "one two"), (" one\n\n  two ", "one two"), ("", "OSError"), ("\n", "OSError")],
 )
-def test_an_error_is_told_in_one_line_even_if_it_says_nothing(said: str, told: str) -> None:
+def test_an_error_is_told_in_one_line_even_if_it_says_nothing(said, told):
     assert one_line(OSError(said)) == told

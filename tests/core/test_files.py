@@ -1,7 +1,5 @@
 """Outputs appear whole or not at all, whatever happens while they are written."""
 
-from __future__ import annotations
-
 import errno
 import os
 import re
@@ -9,7 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,7 +27,7 @@ def contents(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): path.read_text() for path in files}
 
 
-def test_a_folder_appears_when_the_block_ends(tmp_path: Path) -> None:
+def test_a_folder_appears_when_the_block_ends(tmp_path):
     out = tmp_path / "deep" / "out"
     with new_folder(out) as folder:
         assert folder.parent == out.parent
@@ -52,13 +50,13 @@ def old(tmp_path: Path) -> Path:
     return out
 
 
-def test_an_existing_folder_is_not_overwritten(old: Path, tmp_path: Path) -> None:
+def test_an_existing_folder_is_not_overwritten(old, tmp_path):
     with pytest.raises(ConfigError, match=r"out' exists.*--force"), new_folder(old):
         raise AssertionError("the block must not run")
     assert contents(tmp_path) == {"out/file": "old", "out/stage.json": OURS}
 
 
-def test_force_replaces_the_whole_folder(old: Path, tmp_path: Path) -> None:
+def test_force_replaces_the_whole_folder(old, tmp_path):
     with new_folder(old, force=True) as folder:
         (folder / "file").write_text("new")
         assert (old / "file").read_text() == "old"
@@ -67,13 +65,11 @@ def test_force_replaces_the_whole_folder(old: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("has_old", [True, False])
-def test_a_block_that_raises_leaves_the_old_state(
-    has_old: bool, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_a_block_that_raises_leaves_the_old_state(has_old, tmp_path, request):
     out = request.getfixturevalue("old") if has_old else tmp_path / "out"
     before = contents(tmp_path)
 
-    def fails() -> None:
+    def fails():
         with new_folder(out, force=True) as folder:
             (folder / "file").write_text("half")
             raise KeyError
@@ -84,20 +80,18 @@ def test_a_block_that_raises_leaves_the_old_state(
     assert [path.name for path in tmp_path.iterdir()] == ["out"] * has_old
 
 
-def test_force_replaces_a_file(tmp_path: Path) -> None:
+def test_force_replaces_a_file(tmp_path):
     (tmp_path / "out").write_text("a file")
     with new_folder(tmp_path / "out", force=True) as folder:
         (folder / "file").write_text("new")
     assert contents(tmp_path) == {"out/file": "new"}
 
 
-def test_a_failing_rename_leaves_the_old_folder(
-    old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failing_rename_leaves_the_old_folder(old, tmp_path, monkeypatch):
     """The new folder cannot take its place: the old one must be there again, or still."""
     rename = Path.rename
 
-    def refuses(self: Path, target: Path) -> Path:
+    def refuses(self, target):
         if self.name.endswith(".partial"):
             raise OSError("rename failed")
         return rename(self, target)
@@ -120,9 +114,7 @@ with new_folder(sys.argv[1], force=True) as folder:
 
 
 @pytest.mark.parametrize("has_old", [True, False])
-def test_a_kill_leaves_the_old_state_and_the_next_run_works(
-    has_old: bool, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_a_kill_leaves_the_old_state_and_the_next_run_works(has_old, tmp_path, request):
     out = request.getfixturevalue("old") if has_old else tmp_path / "out"
     before = contents(out) if has_old else {}
     killed = subprocess.run([sys.executable, "-c", KILLED, str(out)], check=False)
@@ -136,7 +128,7 @@ def test_a_kill_leaves_the_old_state_and_the_next_run_works(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_kill_between_the_renames_loses_nothing(old: Path, tmp_path: Path) -> None:
+def test_a_kill_between_the_renames_loses_nothing(old, tmp_path):
     """The old folder has stepped aside, the new one is not there yet: the next run mends it."""
     script = KILLED.split("with new_folder")[0] + (
         "rename = Path.rename\n"
@@ -161,7 +153,7 @@ def test_a_kill_between_the_renames_loses_nothing(old: Path, tmp_path: Path) -> 
     "kind",
     [pytest.param("folder", marks=pytest.mark.skipif(os.geteuid() == 0, reason="root")), "file"],
 )
-def test_an_unwritable_place_is_refused_before_work(kind: str, tmp_path: Path) -> None:
+def test_an_unwritable_place_is_refused_before_work(kind, tmp_path):
     parent = tmp_path / "parent"
     if kind == "file":
         parent.write_text("")
@@ -171,11 +163,11 @@ def test_an_unwritable_place_is_refused_before_work(kind: str, tmp_path: Path) -
         require_free(parent / "deep" / "out")
 
 
-def test_text_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_is_replaced_whole(tmp_path, monkeypatch):
     path = tmp_path / "file.json"
     write_text(path, "old")
 
-    def refuses(self: Path, target: Path) -> Path:
+    def refuses(self, target):
         raise OSError("disk full")
 
     monkeypatch.setattr(Path, "replace", refuses)
@@ -218,9 +210,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("write", WRITERS)
-def test_a_full_disk_is_told_and_leaves_the_old_folder(
-    write: Callable[[Path], None], small_disk: Path
-) -> None:
+def test_a_full_disk_is_told_and_leaves_the_old_folder(write, small_disk):
     (small_disk / "out").mkdir()
     (small_disk / "out" / "stage.json").write_text(OURS)
     told = re.escape(f"{small_disk / 'out'}") + ".*cannot be written: the disk is (probably )?full"
@@ -230,7 +220,7 @@ def test_a_full_disk_is_told_and_leaves_the_old_folder(
     assert [path.name for path in small_disk.iterdir()] == ["out"]
 
 
-def test_a_full_disk_leaves_an_old_file(small_disk: Path) -> None:
+def test_a_full_disk_leaves_an_old_file(small_disk):
     path = small_disk / "file.json"
     write_text(path, "old")
     with pytest.raises(OutputError, match=r"file\.json.*the disk is full"):
@@ -254,7 +244,7 @@ for write in WRITERS:
 """
 
 
-def test_a_file_that_may_not_grow_is_told(old: Path, tmp_path: Path) -> None:
+def test_a_file_that_may_not_grow_is_told(old, tmp_path):
     """What a full disk does to each library, on machines where none can be mounted."""
     ran = subprocess.run(
         [sys.executable, "-c", LIMITED, str(old)], capture_output=True, text=True, check=True
@@ -276,10 +266,8 @@ def test_a_file_that_may_not_grow_is_told(old: Path, tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("call", ["mkdir", "rename"])
-def test_what_the_system_refuses_is_told(
-    code: int, reason: str, call: str, old: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuses(self: Path, *args: object, **kwargs: object) -> None:
+def test_what_the_system_refuses_is_told(code, reason, call, old, monkeypatch):
+    def refuses(self, *args, **kwargs):
         raise OSError(code, os.strerror(code), str(self))
 
     monkeypatch.setattr(Path, call, refuses)
@@ -290,14 +278,14 @@ def test_what_the_system_refuses_is_told(
     assert [path.name for path in old.parent.iterdir()] == ["out"]
 
 
-def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
+def test_other_errors_stay_what_they_are(tmp_path):
     with pytest.raises(FileNotFoundError), new_folder(tmp_path / "out"):
         (tmp_path / "no" / "such" / "file").read_text()
     with pytest.raises(RuntimeError, match="mine"), new_file(tmp_path / "out"):
         raise RuntimeError("mine")
 
 
-def test_a_read_only_place_is_refused_before_work(tmp_path: Path) -> None:
+def test_a_read_only_place_is_refused_before_work(tmp_path):
     """As root too, for whom permissions mean nothing."""
     mount = ["mount", "-t", "tmpfs", "-o", "ro", "slimvlm-test", str(tmp_path)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
@@ -310,7 +298,7 @@ def test_a_read_only_place_is_refused_before_work(tmp_path: Path) -> None:
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
-def test_scores_of_two_runs_are_no_pair(tmp_path: Path) -> None:
+def test_scores_of_two_runs_are_no_pair(tmp_path):
     """A kill between the two files of a forced second run."""
     Scores("first", layer=torch.ones(2)).save(tmp_path / "scores")
     about = (tmp_path / "scores.json").read_text()
@@ -342,9 +330,7 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
-def test_a_second_run_is_refused_and_told_who_is_there(
-    holder: subprocess.Popen[str], tmp_path: Path
-) -> None:
+def test_a_second_run_is_refused_and_told_who_is_there(holder, tmp_path):
     told = rf"out' is in use by another run \(pid {holder.pid} on {socket.gethostname()}\)"
     for _ in range(2):
         with pytest.raises(OutputError, match=told), held(tmp_path / "out"):
@@ -353,7 +339,7 @@ def test_a_second_run_is_refused_and_told_who_is_there(
         raise AssertionError("the block must not run")
 
 
-def test_a_killed_run_holds_nothing(holder: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_a_killed_run_holds_nothing(holder, tmp_path):
     holder.kill()
     holder.wait()
     with held(tmp_path / "out"), new_folder(tmp_path / "out") as folder:
@@ -361,9 +347,7 @@ def test_a_killed_run_holds_nothing(holder: subprocess.Popen[str], tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_other_ranks_of_a_run_do_not_wait_and_others_may(
-    holder: subprocess.Popen[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_ranks_of_a_run_do_not_wait_and_others_may(holder, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setenv("RANK", "1")
         with held(tmp_path / "out"):
@@ -373,16 +357,14 @@ def test_other_ranks_of_a_run_do_not_wait_and_others_may(
         pass
 
 
-def test_the_folder_that_one_is_in_is_a_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_folder_that_one_is_in_is_a_place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="exists"), new_folder("."):
         pass
     assert [path.name for path in tmp_path.parent.glob(f".{tmp_path.name}*")] == []
 
 
-def test_holding_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_holding_leaves_nothing_behind(tmp_path):
     with held(tmp_path / "a" / "deep" / "out"):
         assert [path.name for path in (tmp_path / "a" / "deep").iterdir()] == [".out.lock"]
     assert list(tmp_path.iterdir()) == []
@@ -392,9 +374,7 @@ def test_holding_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["/", "..", "a/..", "x" * 201, f"{'y' * 300}/out", "deep/" * 2000])
-def test_what_is_no_name_is_refused_in_one_line(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_no_name_is_refused_in_one_line(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for use in (require_free, lambda path: new_folder(path, True).__enter__(), held_once):
         with pytest.raises(SlimError) as caught:
@@ -410,7 +390,7 @@ def held_once(path: str) -> None:
 
 
 @pytest.mark.parametrize("what", ["lock", "partial"])
-def test_a_link_where_we_work_is_refused(what: str, tmp_path: Path) -> None:
+def test_a_link_where_we_work_is_refused(what, tmp_path):
     target = tmp_path / "precious"
     target.mkdir() if what == "partial" else target.write_text("precious")
     (tmp_path / f".out.{what}").symlink_to(target)
@@ -425,7 +405,7 @@ def test_a_link_where_we_work_is_refused(what: str, tmp_path: Path) -> None:
     assert target.is_dir() or target.read_text() == "precious"
 
 
-def test_force_replaces_only_what_slimvlm_wrote(tmp_path: Path) -> None:
+def test_force_replaces_only_what_slimvlm_wrote(tmp_path):
     out = tmp_path / "home"
     out.mkdir()
     require_free(out, force=True)  # empty, nobody's
@@ -437,7 +417,7 @@ def test_force_replaces_only_what_slimvlm_wrote(tmp_path: Path) -> None:
 
 
 @given(names=st.lists(st.text(max_size=300), min_size=2, max_size=2, unique=True))
-def test_a_name_of_any_kind_gives_a_file_of_its_own(names: list[str]) -> None:
+def test_a_name_of_any_kind_gives_a_file_of_its_own(names):
     files = [file_name(name) for name in names]
     assert files[0] != files[1]
     for name, file in zip(names, files, strict=True):

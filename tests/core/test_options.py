@@ -1,7 +1,5 @@
 """Options say what is wrong with them, by name."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jaxtyping
@@ -11,13 +9,7 @@ from hypothesis import strategies as st
 
 from slimvlm.core.documents import built
 from slimvlm.core.errors import ConfigError, SlimError
-from slimvlm.core.options import (
-    LOSS_NAMES,
-    CompressConfig,
-    PruneConfig,
-    RecoverConfig,
-    parse_loss,
-)
+from slimvlm.core.options import LOSS_NAMES, CompressConfig, PruneConfig, RecoverConfig, parse_loss
 from slimvlm.core.removed import same_without_removed
 from slimvlm.core.requests import asked
 from slimvlm.runs.recipes import recipe_for
@@ -37,7 +29,7 @@ from slimvlm.runs.recipes import recipe_for
         ("1e-2*sft", {"sft": 0.01}),
     ],
 )
-def test_a_loss_is_a_weighted_sum(expression: str, weights: dict[str, float]) -> None:
+def test_a_loss_is_a_weighted_sum(expression, weights):
     assert parse_loss(expression) == pytest.approx(weights)
 
 
@@ -57,7 +49,7 @@ def test_a_loss_is_a_weighted_sum(expression: str, weights: dict[str, float]) ->
         ("SFT", "'SFT'"),
     ],
 )
-def test_a_bad_loss_is_quoted(expression: str, named: str) -> None:
+def test_a_bad_loss_is_quoted(expression, named):
     with pytest.raises(ConfigError) as refusal:
         parse_loss(expression)
     assert named in str(refusal.value)
@@ -65,7 +57,7 @@ def test_a_bad_loss_is_quoted(expression: str, named: str) -> None:
 
 
 @given(st.lists(st.sampled_from(LOSS_NAMES), min_size=1, unique=True))
-def test_terms_without_weight_share_one(names: list[str]) -> None:
+def test_terms_without_weight_share_one(names):
     weights = parse_loss("+".join(names))
     assert list(weights) == names
     assert sum(weights.values()) == pytest.approx(1)
@@ -95,9 +87,7 @@ BAD: list[tuple[type, str, tuple[Any, ...]]] = [
 
 
 @pytest.mark.parametrize(("kind", "field", "values"), BAD)
-def test_a_bad_option_is_named(
-    kind: Any, field: str, values: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bad_option_is_named(kind, field, values, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for a user
     for value in values:
         with pytest.raises(ConfigError) as refusal:
@@ -120,9 +110,7 @@ def test_a_bad_option_is_named(
         ("lora", "r", 8, "slimvlm sets r"),
     ],
 )
-def test_keys_that_cannot_be_passed_on_are_named(
-    field: str, key: str, value: Any, why: str
-) -> None:
+def test_keys_that_cannot_be_passed_on_are_named(field, key, value, why):
     with pytest.raises(ConfigError) as refusal:
         RecoverConfig(**{field: {key: value}})
     assert str(refusal.value).startswith(f"{field}: {key} {value!r}")
@@ -130,12 +118,12 @@ def test_keys_that_cannot_be_passed_on_are_named(
     assert "\n" not in str(refusal.value)
 
 
-def test_what_is_no_mapping_cannot_be_passed_on() -> None:
+def test_what_is_no_mapping_cannot_be_passed_on():
     with pytest.raises(ConfigError, match=r"trainer.*3"):
         built(RecoverConfig, {"trainer": 3})
 
 
-def test_what_is_passed_on_belongs_to_the_configuration() -> None:
+def test_what_is_passed_on_belongs_to_the_configuration():
     decays, plain = RecoverConfig(trainer={"weight_decay": 0.1}), RecoverConfig()
     assert decays != plain
     assert len({decays, plain, RecoverConfig(trainer={"weight_decay": 0.1})}) == 2
@@ -143,7 +131,7 @@ def test_what_is_passed_on_belongs_to_the_configuration() -> None:
     assert "trainer" not in asked(plain)  # as in requests of earlier versions
 
 
-def test_requests_of_earlier_versions_are_today_s() -> None:
+def test_requests_of_earlier_versions_are_today_s():
     before = {**asked(RecoverConfig()), "kd_on": "auto", "warmup_ratio": 0.03, "lora_alpha": 128}
     assert same_without_removed(before) == same_without_removed(asked(RecoverConfig()))
     assert built(RecoverConfig, before) == RecoverConfig()
@@ -151,7 +139,7 @@ def test_requests_of_earlier_versions_are_today_s() -> None:
         built(RecoverConfig, {**before, "warmup_ratio": 0.1})
 
 
-def test_an_adapter_is_only_kept_where_there_is_one() -> None:
+def test_an_adapter_is_only_kept_where_there_is_one():
     with pytest.raises(ConfigError, match="keep_adapter True needs train 'lora', not 'full'"):
         RecoverConfig(train="full", keep_adapter=True)
     kept = RecoverConfig(train="lora", keep_adapter=True)
@@ -159,7 +147,7 @@ def test_an_adapter_is_only_kept_where_there_is_one() -> None:
         CompressConfig(recover=kept)
 
 
-def test_the_defaults_are_the_study_s_and_limits_are_legal() -> None:
+def test_the_defaults_are_the_study_s_and_limits_are_legal():
     config = RecoverConfig()
     assert config.loss_weights == {"sft": 0.5, "hidden": 0.5}
     assert config.temperature == 2.0
@@ -167,14 +155,14 @@ def test_the_defaults_are_the_study_s_and_limits_are_legal() -> None:
 
 
 @given(st.floats(0, 1, exclude_max=True), st.booleans())
-def test_every_ratio_has_a_recipe(ratio: float, has_data: bool) -> None:
+def test_every_ratio_has_a_recipe(ratio, has_data):
     recipe = recipe_for(ratio, has_data)
     assert ratio <= recipe.up_to
     assert (recipe.train is None) == (not has_data)
     parse_loss(recipe.loss)
 
 
-def test_an_impossible_ratio_has_no_recipe() -> None:
+def test_an_impossible_ratio_has_no_recipe():
     """The message must be ours, not an iterator's."""
     for ratio in (1.2, float("nan")):
         with pytest.raises(SlimError, match="ratio"):

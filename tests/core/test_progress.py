@@ -1,7 +1,5 @@
 """What a stage says: few lines in a log, each true when it is written; a bar in a terminal."""
 
-from __future__ import annotations
-
 import sys
 import time
 from itertools import pairwise
@@ -41,7 +39,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=40))
-def test_a_log_has_one_line_a_stage_and_one_every_half_minute(seconds: list[float]) -> None:
+def test_a_log_has_one_line_a_stage_and_one_every_half_minute(seconds):
     with pytest.MonkeyPatch.context() as patch:
         clock = Clock(patch)
         for taken in progress(seconds, "work"):
@@ -58,7 +56,7 @@ def test_a_log_has_one_line_a_stage_and_one_every_half_minute(seconds: list[floa
     assert all(line.endswith(" left") for _, line in between)
 
 
-def test_the_time_left_is_what_the_rest_takes_at_the_pace_so_far(clock: Clock) -> None:
+def test_the_time_left_is_what_the_rest_takes_at_the_pace_so_far(clock):
     stage = LoggedStage("train", 10, done=4)
     clock.now += 29
     stage.reached(5, ", loss 2")
@@ -70,7 +68,7 @@ def test_the_time_left_is_what_the_rest_takes_at_the_pace_so_far(clock: Clock) -
     assert clock.lines == ["train: 7 of 10, 60 s left, loss 1", "train: 10 of 10 in 2 min"]
 
 
-def test_a_stage_that_is_left_early_or_empty_says_nothing(clock: Clock) -> None:
+def test_a_stage_that_is_left_early_or_empty_says_nothing(clock):
     for item in progress(range(5), "work"):
         if item == 4:
             break
@@ -80,7 +78,7 @@ def test_a_stage_that_is_left_early_or_empty_says_nothing(clock: Clock) -> None:
     assert clock.told == []
 
 
-def test_parts_of_a_stage_share_its_lines(clock: Clock) -> None:
+def test_parts_of_a_stage_share_its_lines(clock):
     names: list[str] = []
     with steps("evaluate", 2) as reached:
         for number, name in enumerate(("first", "second")):
@@ -96,9 +94,7 @@ def test_parts_of_a_stage_share_its_lines(clock: Clock) -> None:
     ]
 
 
-def test_a_log_goes_to_stderr_as_plain_lines(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_log_goes_to_stderr_as_plain_lines(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")  # as some builders of software do
     assert list(progress("ab", "work")) == ["a", "b"]
     monkeypatch.setenv("RANK", "1")  # another of several processes
@@ -107,18 +103,14 @@ def test_a_log_goes_to_stderr_as_plain_lines(
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
-def test_nothing_is_shown_inside_something_larger(
-    is_terminal: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_is_shown_inside_something_larger(is_terminal, monkeypatch, capfd):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
     with without_bars():
         assert list(progress([1, 2], "work")) == [1, 2]
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_terminal_shows_a_bar(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_terminal_shows_a_bar(monkeypatch, capfd):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert list(progress([1, 2], "work")) == [1, 2]
     out, err = capfd.readouterr()
@@ -128,7 +120,7 @@ def test_a_terminal_shows_a_bar(
     assert "of 2" not in err
 
 
-def test_durations_for_people() -> None:
+def test_durations_for_people():
     assert [duration(s) for s in (0.4, 42, 89, 90, 420, 11_100)] == [
         *("0 s", "42 s", "89 s", "2 min", "7 min", "3 h 05 min")
     ]

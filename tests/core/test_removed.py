@@ -1,7 +1,5 @@
 """Verbs, options and names of an earlier version are refused with what to use instead."""
 
-from __future__ import annotations
-
 import pytest
 
 import slimvlm as sv
@@ -20,24 +18,20 @@ from slimvlm import cli
         ("export demo --check vllm --run", "--run was removed: serve the checkpoint"),
     ],
 )
-def test_a_removed_verb_or_option_is_named(
-    command: str, instead: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_removed_verb_or_option_is_named(command, instead, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(command.split())
     assert stop.value.code == 2
     assert f"slimvlm: {instead}" in capsys.readouterr().err
 
 
-def test_an_option_that_one_verb_lost_stays_with_another(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_an_option_that_one_verb_lost_stays_with_another(capsys):
     with pytest.raises(SystemExit):
         cli.main(["study", "nowhere.yaml", "--out", "out", "--engine", "local"])
     assert "was removed" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["push", "verify"])
-def test_a_removed_name_is_named(name: str) -> None:
+def test_a_removed_name_is_named(name):
     with pytest.raises(AttributeError, match=f"slimvlm.{name} was removed: "):
         getattr(sv, name)

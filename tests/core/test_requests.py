@@ -1,7 +1,5 @@
 """Work goes on for the very request that began it, and for no other."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -46,7 +44,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(request=REQUESTS)
-def test_the_same_request_goes_on(request: dict[str, Any], file: Path) -> None:
+def test_the_same_request_goes_on(request, file):
     note_request(file, request)
     assert is_begun_for(file, request)
     assert refusal_of(noted_request(file), request) is None
@@ -54,9 +52,7 @@ def test_the_same_request_goes_on(request: dict[str, Any], file: Path) -> None:
 
 
 @given(request=REQUESTS, data=st.data())
-def test_another_request_is_refused_and_told_what_differs(
-    request: dict[str, Any], data: st.DataObject, file: Path
-) -> None:
+def test_another_request_is_refused_and_told_what_differs(request, data, file):
     note_request(file, request)
     name = data.draw(st.sampled_from(sorted(request)) | NAMES)
     value = data.draw(VALUES)
@@ -69,7 +65,7 @@ def test_another_request_is_refused_and_told_what_differs(
     assert told == f"work in 'here' belongs to a run with other {name}. Go away"
 
 
-def test_values_inside_others_are_named_by_their_place(file: Path) -> None:
+def test_values_inside_others_are_named_by_their_place(file):
     note_request(file, {"config": {"steps": 3, "seed": 0}, "model": "a", "gone": 1})
     told = refusal_of(noted_request(file), {"config": {"steps": 4, "seed": 0}, "model": "b"})
     assert told is not None
@@ -77,9 +73,7 @@ def test_values_inside_others_are_named_by_their_place(file: Path) -> None:
 
 
 @given(request=REQUESTS, data=st.data())
-def test_a_half_written_request_counts_as_none(
-    request: dict[str, Any], data: st.DataObject, file: Path
-) -> None:
+def test_a_half_written_request_counts_as_none(request, data, file):
     note_request(file, request)
     whole = file.read_bytes()
     file.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 2))])  # the last is a line end
@@ -88,13 +82,13 @@ def test_a_half_written_request_counts_as_none(
     assert refusal_of(noted_request(file), request) is None
 
 
-def test_nothing_noted_is_nobody_s_work(tmp_path: Path) -> None:
+def test_nothing_noted_is_nobody_s_work(tmp_path):
     assert noted_request(tmp_path / "request.json") is None
     assert not is_begun_for(tmp_path / "request.json", {})
 
 
 @given(first=VALUES, second=VALUES)
-def test_a_digest_tells_values_apart_and_not_their_order(first: Any, second: Any) -> None:
+def test_a_digest_tells_values_apart_and_not_their_order(first, second):
     one, other = (json.dumps(v, sort_keys=True) for v in (first, second))
     assert (digest([first]) == digest([second])) == (one == other)
     assert digest([{"a": first, "b": second}]) == digest([{"b": second, "a": first}])

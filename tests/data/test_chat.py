@@ -1,9 +1,6 @@
 """Labels stand on the assistant turns, exactly; every processor expands pictures its own way."""
 
-from __future__ import annotations
-
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,7 +79,7 @@ def expected_labels(kind: str, item: Sample) -> list[str]:
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
-def test_labels_are_the_answers(kind: str, name: str) -> None:
+def test_labels_are_the_answers(kind, name):
     processor, item = folders.processor(kind), samples_of(kind)[name]
     batch = chat.encode_samples(processor, [item])
     assert decoded_labels(processor, batch["labels"][0]) == expected_labels(kind, item)
@@ -91,7 +88,7 @@ def test_labels_are_the_answers(kind: str, name: str) -> None:
 
 
 @every_kind
-def test_a_batch_is_its_samples_padded_on_the_right(kind: str) -> None:
+def test_a_batch_is_its_samples_padded_on_the_right(kind):
     processor = folders.processor(kind)
     items = list(samples_of(kind).values())
     seen = [item for item in items if item.images]
@@ -110,7 +107,7 @@ def test_a_batch_is_its_samples_padded_on_the_right(kind: str) -> None:
 
 
 @every_kind
-def test_a_batch_after_questions_still_pads_on_the_right(kind: str) -> None:
+def test_a_batch_after_questions_still_pads_on_the_right(kind):
     """The tokenizer keeps its padding side between calls; neither call may depend on it."""
     processor = folders.processor(kind)
     questions = [Question("a", "Which?", ("red",)), Question("b", "Which of them?", ("red",))]
@@ -122,7 +119,7 @@ def test_a_batch_after_questions_still_pads_on_the_right(kind: str) -> None:
 
 
 @every_seeing_kind
-def test_no_label_on_pictures(kind: str) -> None:
+def test_no_label_on_pictures(kind):
     processor = folders.processor(kind)
     tokenizer = chat.tokenizer_of(processor)
     image_id = tokenizer.convert_tokens_to_ids(KINDS[kind].image_token)
@@ -133,7 +130,7 @@ def test_no_label_on_pictures(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llava", "text"])
-def test_the_first_token_is_added_once(kind: str) -> None:
+def test_the_first_token_is_added_once(kind):
     """LLaVA's template leaves it to the tokenizer, the text model's writes it itself."""
     processor = folders.processor(kind)
     bos = chat.tokenizer_of(processor).bos_token_id
@@ -144,7 +141,7 @@ def test_the_first_token_is_added_once(kind: str) -> None:
 
 
 @every_kind
-def test_questions_end_at_the_right_edge(kind: str) -> None:
+def test_questions_end_at_the_right_edge(kind):
     processor = folders.processor(kind)
     pictures = (picture(),) if kind in SEEING else ()
     questions = [
@@ -166,7 +163,7 @@ def test_questions_end_at_the_right_edge(kind: str) -> None:
 
 
 @every_kind
-def test_a_question_is_the_beginning_of_its_sample(kind: str) -> None:
+def test_a_question_is_the_beginning_of_its_sample(kind):
     """What is asked in evaluation is what was learnt in recovery, token by token."""
     processor = folders.processor(kind)
     sees = kind in SEEING
@@ -183,7 +180,7 @@ def test_a_question_is_the_beginning_of_its_sample(kind: str) -> None:
 
 
 @every_seeing_kind
-def test_the_model_takes_what_chat_makes(kind: str) -> None:
+def test_the_model_takes_what_chat_makes(kind):
     from slimvlm.models.load import load
 
     model, processor = load(folders.folder(kind))
@@ -194,7 +191,7 @@ def test_the_model_takes_what_chat_makes(kind: str) -> None:
 
 
 @every_kind
-def test_a_conversation_without_an_answer_is_refused(kind: str) -> None:
+def test_a_conversation_without_an_answer_is_refused(kind):
     with pytest.raises(DataError, match="'silent' has no assistant turn"):
         chat.encode_samples(folders.processor(kind), [sample("silent", turn("user", "Hello?"))])
 
@@ -203,9 +200,7 @@ def test_a_conversation_without_an_answer_is_refused(kind: str) -> None:
     ("kind", "error", "told"),
     [("text", DataError, "cannot see"), (None, ConfigError, "neither a processor nor a tokenizer")],
 )
-def test_a_model_without_eyes_or_words_is_refused(
-    kind: str | None, error: type[Exception], told: str
-) -> None:
+def test_a_model_without_eyes_or_words_is_refused(kind, error, told):
     with pytest.raises(error, match=told):
         chat.encode_samples(kind and folders.processor(kind), [samples_of("llava")["seen"]])
 
@@ -258,8 +253,7 @@ TEMPLATES: dict[str, tuple[str, str]] = {
     ),
     "phi-3": (
         template(
-            *("bos_token", *turns("<|%s|>\\n", "<|end|>\\n")),
-            *("'<|assistant|>\\n'", "eos_token"),
+            *("bos_token", *turns("<|%s|>\\n", "<|end|>\\n")), *("'<|assistant|>\\n'", "eos_token")
         ),
         "{}<|end|>",
     ),
@@ -301,9 +295,7 @@ def with_template(monkeypatch: pytest.MonkeyPatch, chat_template: str) -> Any:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_labels_are_the_answers_in_every_template(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_labels_are_the_answers_in_every_template(name, monkeypatch):
     chat_template, answer = TEMPLATES[name]
     words = with_template(monkeypatch, chat_template)
     for item in samples_of("text").values():
@@ -313,9 +305,7 @@ def test_labels_are_the_answers_in_every_template(
 
 
 @pytest.mark.parametrize(("name", "strips"), [("gemma", True), ("llama-3", True), ("phi-3", False)])
-def test_an_answer_may_be_stripped_and_repeat_what_was_asked(
-    name: str, strips: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_answer_may_be_stripped_and_repeat_what_was_asked(name, strips, monkeypatch):
     chat_template, answer = TEMPLATES[name]
     words = with_template(monkeypatch, chat_template)
     said = [" It is red. ", "It is red.", "red"]
@@ -326,7 +316,7 @@ def test_an_answer_may_be_stripped_and_repeat_what_was_asked(
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
-def test_a_sample_may_have_as_many_tokens_as_it_is_encoded_to(kind: str, name: str) -> None:
+def test_a_sample_may_have_as_many_tokens_as_it_is_encoded_to(kind, name):
     words, item = folders.processor(kind), samples_of(kind)[name]
     length = chat.encode_samples(words, [item])["input_ids"].shape[1]
     chat.require_readable(words, item)
@@ -338,7 +328,7 @@ def test_a_sample_may_have_as_many_tokens_as_it_is_encoded_to(kind: str, name: s
         fitted(words, item, Limit(length - 1))
 
 
-def test_a_text_with_a_token_for_pictures_is_the_sample_s_fault() -> None:
+def test_a_text_with_a_token_for_pictures_is_the_sample_s_fault():
     item = sample("odd", turn("user", None, "<image> is what?"), turn("assistant", "A."), images=1)
     words = folders.processor("llava")
     for read in (
@@ -350,9 +340,7 @@ def test_a_text_with_a_token_for_pictures_is_the_sample_s_fault() -> None:
 
 
 @pytest.mark.parametrize("name", ["gemma", "mistral"])
-def test_a_template_that_refuses_is_the_sample_s_fault(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_template_that_refuses_is_the_sample_s_fault(name, monkeypatch):
     words = with_template(monkeypatch, TEMPLATES[name][0])
     item = Sample("briefed", (turn("system", "Be brief."), *samples_of("text")["single"].messages))
     for read in (chat.require_readable, lambda words, item: chat.encode_samples(words, [item])):
@@ -360,7 +348,7 @@ def test_a_template_that_refuses_is_the_sample_s_fault(
             read(words, item)
 
 
-def test_a_system_turn_is_not_learnt(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_turn_is_not_learnt(monkeypatch):
     for name in ("chatml", "llama-3", "vicuna"):
         chat_template, answer = TEMPLATES[name]
         words = with_template(monkeypatch, chat_template)
@@ -370,9 +358,7 @@ def test_a_system_turn_is_not_learnt(monkeypatch: pytest.MonkeyPatch) -> None:
         assert decoded_labels(words, labels) == [answer.format(said) for said in answers_of(item)]
 
 
-def test_what_stands_before_the_last_answer_alone_is_learnt_there_alone(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_stands_before_the_last_answer_alone_is_learnt_there_alone(monkeypatch):
     """Thinking models write an empty thought, but only in the last turn of a conversation."""
     thought = "{{ '<think></think>' if loop.last and m['role'] == 'assistant' else '' }}"
     chat_template = TEMPLATES["chatml"][0].replace(
@@ -390,13 +376,13 @@ def test_what_stands_before_the_last_answer_alone_is_learnt_there_alone(
     ]
 
 
-def test_a_long_conversation_is_not_rendered_turn_by_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_conversation_is_not_rendered_turn_by_turn(monkeypatch):
     words = with_template(monkeypatch, TEMPLATES["chatml"][0])
     said = tuple(turn(("user", "assistant")[i % 2], f"It is {i}.") for i in range(300))
     renders: list[int] = []
     render = chat.render
 
-    def counted(processor: Any, messages: Any, generate: bool = False) -> str:
+    def counted(processor, messages, generate=False):
         renders.append(len(messages))
         return render(processor, messages, generate)
 
@@ -406,7 +392,7 @@ def test_a_long_conversation_is_not_rendered_turn_by_turn(monkeypatch: pytest.Mo
     assert sorted(renders) == [1, 1, 300, 300]
 
 
-def test_a_template_that_rewrites_what_was_said_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_that_rewrites_what_was_said_is_refused(monkeypatch):
     rewritten = TEMPLATES["chatml"][0].replace(C, f"({C} | upper)")
     words = with_template(monkeypatch, rewritten)
     with pytest.raises(DataError, match=r"'multi'.*rewrites what was said"):
@@ -414,9 +400,7 @@ def test_a_template_that_rewrites_what_was_said_is_refused(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("more", [0, 40])
-def test_pictures_of_later_turns_are_processed_once_each(
-    more: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pictures_of_later_turns_are_processed_once_each(more, monkeypatch):
     """Also where one alone takes more tokens than in company, as LLaVA-OneVision's tiles."""
     words = folders.processor("qwen2_5_vl")
     said = ["It is one.", "It is two.", "It is one." if more else "It is three."]
@@ -425,7 +409,7 @@ def test_pictures_of_later_turns_are_processed_once_each(
     processed: list[int] = []
     process = chat.process
 
-    def counted(processor: Any, texts: Any, images: Any, padding_side: str) -> Any:
+    def counted(processor, texts, images, padding_side):
         processed.append(len(images[0]))
         inputs = process(processor, texts, images, padding_side)
         if len(images[0]) == 1:
@@ -439,7 +423,7 @@ def test_pictures_of_later_turns_are_processed_once_each(
     assert processed == [3, 1, 2]
 
 
-def test_a_tokenizer_without_template_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokenizer_without_template_gets_lines(monkeypatch):
     words = folders.processor("text")
     monkeypatch.setattr(words, "chat_template", None)
     item = samples_of("text")["multi"]
@@ -451,7 +435,7 @@ def test_a_tokenizer_without_template_gets_lines(monkeypatch: pytest.MonkeyPatch
     assert words.decode(asked["input_ids"][0], skip_special_tokens=True) == "Which?\n"
 
 
-def test_a_tokenizer_without_pad_token_can_pad() -> None:
+def test_a_tokenizer_without_pad_token_can_pad():
     words = folders.tokenizer()
     words.chat_template = folders.TEXT_CHAT
     words.pad_token = None
@@ -462,7 +446,7 @@ def test_a_tokenizer_without_pad_token_can_pad() -> None:
 
 
 @pytest.mark.parametrize("length", [None, -120])
-def test_a_broken_or_cut_off_picture_is_named(length: int | None, tmp_path: Path) -> None:
+def test_a_broken_or_cut_off_picture_is_named(length, tmp_path):
     path = tmp_path / "broken.png"
     picture(size=(200, 200)).save(path)
     path.write_bytes(b"not a picture" if length is None else path.read_bytes()[:length])
@@ -471,7 +455,7 @@ def test_a_broken_or_cut_off_picture_is_named(length: int | None, tmp_path: Path
         chat.encode_samples(folders.processor("llava"), [item])
 
 
-def test_pictures_come_as_rgb(tmp_path: Path) -> None:
+def test_pictures_come_as_rgb(tmp_path):
     path = tmp_path / "palette.png"
     picture().convert("P").save(path)
     assert chat.open_image(path).mode == "RGB"

@@ -1,7 +1,5 @@
 """Data files become samples; what is broken is named, counted and never used."""
 
-from __future__ import annotations
-
 import io
 import json
 import random
@@ -88,11 +86,7 @@ READ = {
             ],
         },
         (
-            [
-                ("system", ["Be brief."]),
-                ("user", [None, "Which colour?"]),
-                ("assistant", ["Red."]),
-            ],
+            [("system", ["Be brief."]), ("user", [None, "Which colour?"]), ("assistant", ["Red."])],
             ["a.png"],
         ),
     ),
@@ -122,7 +116,7 @@ READ = {
 
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl", "data.parquet"])
 @pytest.mark.parametrize("what", READ)
-def test_rows_are_read(what: str, name: str, home: Path) -> None:
+def test_rows_are_read(what, name, home):
     row, (turns, pictures) = READ[what]
     if name == "data.parquet":  # a table has every column in every row
         path = home / name
@@ -135,7 +129,7 @@ def test_rows_are_read(what: str, name: str, home: Path) -> None:
     assert sample.images == tuple(home / picture for picture in pictures)
 
 
-def test_messages_jsonl(home: Path) -> None:
+def test_messages_jsonl(home):
     parts = [{"type": "image"}, {"type": "text", "text": "Which?"}]
     rows = [
         chat_row("parts", parts, [{"type": "text", "text": "Red."}], images=["a.png"]),
@@ -149,7 +143,7 @@ def test_messages_jsonl(home: Path) -> None:
         assert sample.images == (home / "a.png",)
 
 
-def test_blank_lines_are_no_rows_and_a_row_without_id_has_its_number(home: Path) -> None:
+def test_blank_lines_are_no_rows_and_a_row_without_id_has_its_number(home):
     row = json.dumps({key: value for key, value in GOOD.items() if key != "id"})
     path = home / "data.jsonl"
     path.write_text(f"\n{row}\n\n{row}\n")
@@ -172,7 +166,7 @@ def table(with_pictures: bool = True) -> datasets.Dataset:
     return made
 
 
-def test_plain_parquet_with_bytes(home: Path) -> None:
+def test_plain_parquet_with_bytes(home):
     """Written by another tool: no `datasets` metadata, pictures as structs of bytes."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -199,7 +193,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_tables_are_read(way: str, home: Path) -> None:
+def test_tables_are_read(way, home):
     WAYS[way](home / way)
     samples = load_samples(home / way, warn=silent)
     assert [sample.id for sample in samples] == ["r0", "r1", "r2"]
@@ -211,12 +205,12 @@ def test_tables_are_read(way: str, home: Path) -> None:
         assert image.convert("RGB").tobytes() == picture(index).tobytes()
 
 
-def test_text_only_datasets_folder(home: Path) -> None:
+def test_text_only_datasets_folder(home):
     table(with_pictures=False).save_to_disk(str(home / "saved"))
     assert all(not s.images for s in load_samples(home / "saved", warn=silent))
 
 
-def test_images_folder(home: Path, tmp_path: Path) -> None:
+def test_images_folder(home, tmp_path):
     path = write(tmp_path, llava("x", "Which?", "Red.", image="b.png"))
     (sample,) = load_samples(path, images=home / "deep", warn=silent)
     assert sample.images == (home / "deep" / "b.png",)
@@ -258,10 +252,7 @@ BROKEN = {
         chat_row("bad", [{"type": ["image"]}], "Red."),
         "content parts must be text or image",
     ),
-    "part has no text": (
-        chat_row("bad", [{"type": "text"}], "Red."),
-        "text",
-    ),
+    "part has no text": (chat_row("bad", [{"type": "text"}], "Red."), "text"),
     "answer has no text": (
         chat_row("bad", "Which?", [{"type": "text", "text": None}]),
         "without text",
@@ -290,7 +281,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("why", BROKEN)
-def test_a_broken_row_is_named_and_skipped_up_to_a_limit(why: str, home: Path) -> None:
+def test_a_broken_row_is_named_and_skipped_up_to_a_limit(why, home):
     row, message = BROKEN[why]
     path = write(home, row, GOOD, row)
     warnings: list[str] = []
@@ -344,7 +335,7 @@ UNREADABLE = {
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("stored", ["file", "bytes"])
 @pytest.mark.parametrize("why", UNREADABLE)
-def test_an_unreadable_picture_is_counted_and_named(why: str, stored: str, home: Path) -> None:
+def test_an_unreadable_picture_is_counted_and_named(why, stored, home):
     content, message = UNREADABLE[why]
     if stored == "bytes" and not content:
         pytest.skip("no bytes mean a path")
@@ -362,14 +353,14 @@ def test_an_unreadable_picture_is_counted_and_named(why: str, stored: str, home:
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
-def test_whole_pictures_are_read(form: str, home: Path) -> None:
+def test_whole_pictures_are_read(form, home):
     (home / "picture").write_bytes(encoded(form))
     row = llava("x", "W?", "Red.", image="picture")
     (sample,) = load_samples(write(home, row), warn=silent)
     assert open_image(sample.images[0]).size == (200, 150)
 
 
-def test_a_dataset_cannot_open_files_elsewhere(home: Path, tmp_path: Path) -> None:
+def test_a_dataset_cannot_open_files_elsewhere(home, tmp_path):
     """`datasets` itself would open any path that stands in an image column."""
     image = {"bytes": None, "path": str(tmp_path / "outside.png")}
     table = datasets.Dataset.from_list([{**llava("bad", "W?", "Red."), "image": image}])
@@ -379,7 +370,7 @@ def test_a_dataset_cannot_open_files_elsewhere(home: Path, tmp_path: Path) -> No
         load_samples(home / "rows.parquet", warn=silent)
 
 
-def test_a_datasets_folder_shows_its_own_pictures_unless_images_says_otherwise(home: Path) -> None:
+def test_a_datasets_folder_shows_its_own_pictures_unless_images_says_otherwise(home):
     rows = [llava("x", "W?", "Red.", image="shown.png")]
     datasets.Dataset.from_list(rows).save_to_disk(str(home / "saved"))
     picture(0).save(home / "shown.png")
@@ -392,13 +383,13 @@ def test_a_datasets_folder_shows_its_own_pictures_unless_images_says_otherwise(h
     assert sample.images == (home / "saved" / "shown.png",)
 
 
-def test_a_link_that_leads_outside_is_refused(home: Path, tmp_path: Path) -> None:
+def test_a_link_that_leads_outside_is_refused(home, tmp_path):
     (home / "link.png").symlink_to(tmp_path / "outside.png")
     with pytest.raises(DataError, match="lies outside"):
         load_samples(write(home, llava("bad", "W?", "Red.", image="link.png")), warn=silent)
 
 
-def test_a_broken_line_is_named(home: Path) -> None:
+def test_a_broken_line_is_named(home):
     path = home / "data.jsonl"
     path.write_text(json.dumps(GOOD) + '\n{"id": "cut", "mess\n' + json.dumps(GOOD) + "\n")
     with pytest.raises(DataError, match=r"data\.jsonl'.*line 2 is not JSON"):
@@ -428,7 +419,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("why", REFUSED)
-def test_a_broken_source_is_named(why: str, home: Path) -> None:
+def test_a_broken_source_is_named(why, home):
     name, content, error, message = REFUSED[why]
     (home / name.rpartition("/")[0]).mkdir(exist_ok=True)
     if not name.endswith("/"):
@@ -439,12 +430,12 @@ def test_a_broken_source_is_named(why: str, home: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["missing.json", "missing", "/no/such", "./no/such.parquet"])
-def test_a_missing_source_is_named(name: str) -> None:
+def test_a_missing_source_is_named(name):
     with pytest.raises(ConfigError, match=rf"data '{name}'"):
         load_samples(name, warn=silent)
 
 
-def test_limit_counts_good_samples_from_the_start(home: Path) -> None:
+def test_limit_counts_good_samples_from_the_start(home):
     bad = BROKEN["empty answer"][0]
     rows = [bad, *(llava(f"s{i}", "Q?", "A.") for i in range(5)), bad]
     path = write(home, *rows)
@@ -469,7 +460,7 @@ def stored(home: Path, kinds: str, name: str) -> Path:
 
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl", "data.parquet", "inside"])
 @pytest.mark.parametrize("kinds", ["P" * 12 + "T" * 18, "T" * 3 + "P" * 20 + "T" * 4])
-def test_kinds_that_stand_apart_are_read_in_step(kinds: str, name: str, home: Path) -> None:
+def test_kinds_that_stand_apart_are_read_in_step(kinds, name, home):
     path, said = stored(home, kinds, name), list[str]()
     samples = load_samples(path, home, warn=said.append)
     shown = [bool(sample.images) for sample in samples]
@@ -485,7 +476,7 @@ def test_kinds_that_stand_apart_are_read_in_step(kinds: str, name: str, home: Pa
 
 
 @pytest.mark.parametrize("kinds", ["P" * 5 + "T" * 7, "PTPTPTPT"])
-def test_each_line_is_parsed_once(kinds: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_line_is_parsed_once(kinds, home, monkeypatch):
     """Unless the file is too large to keep its rows."""
     path, parsed = stored(home, kinds, "data.jsonl"), list[str]()
     parse = rows.parse_json
@@ -499,13 +490,13 @@ def test_each_line_is_parsed_once(kinds: str, home: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl", "data.parquet", "folder"])
 @pytest.mark.parametrize("kinds", ["PTTPPTPTTP", "PPPPPP", "TTTTTT", "PPPPTPPPPP", "PT"])
-def test_mixed_data_keep_their_order(kinds: str, name: str, home: Path) -> None:
+def test_mixed_data_keep_their_order(kinds, name, home):
     samples = load_samples(stored(home, kinds, name), home, warn=silent)
     assert [sample.id for sample in samples] == [f"r{i}" for i in range(len(kinds))]
 
 
-def test_a_source_that_cannot_be_read_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def denied(*args: Any, **kwargs: Any) -> str:
+def test_a_source_that_cannot_be_read_is_named(home, monkeypatch):
+    def denied(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
     path = write(home, GOOD)
@@ -514,7 +505,7 @@ def test_a_source_that_cannot_be_read_is_named(home: Path, monkeypatch: pytest.M
         load_samples(path, warn=silent)
 
 
-def test_what_a_model_cannot_read_is_broken(home: Path) -> None:
+def test_what_a_model_cannot_read_is_broken(home):
     long = llava("long", "Which colour? " * 40, "Red.")
     seen = llava("seen", "<image>Which colour?", "Red.", image="a.png")
     path, words = write(home, long, seen, GOOD), processor("text")
@@ -532,7 +523,7 @@ def test_what_a_model_cannot_read_is_broken(home: Path) -> None:
         load_samples(path, warn=silent, processor=words, max_length=0)
 
 
-def test_demo_samples_can_be_limited() -> None:
+def test_demo_samples_can_be_limited():
     samples = load_samples("demo", limit=3, warn=silent)
     assert len(samples) == 3
     assert all(m["role"] in ("user", "assistant", "system") for s in samples for m in s.messages)
@@ -542,7 +533,7 @@ def numbered(count: int) -> list[Sample]:
     return [Sample(str(i), (turn("user", "Q"), turn("assistant", "A"))) for i in range(count)]
 
 
-def test_a_subset_depends_on_the_seed_alone() -> None:
+def test_a_subset_depends_on_the_seed_alone():
     samples = numbered(100)
     random.seed(1)
     chosen = [s.id for s in subset(samples, 0.2, seed=1)]
@@ -566,9 +557,7 @@ def mixed(texts: int, ones: int, several: int, folders: int = 1) -> list[Sample]
 
 
 @given(st.integers(0, 30), st.integers(1, 30), st.integers(0, 30), st.integers(0, 9))
-def test_subsets_are_stratified_nested_and_of_the_right_size(
-    texts: int, ones: int, several: int, seed: int
-) -> None:
+def test_subsets_are_stratified_nested_and_of_the_right_size(texts, ones, several, seed):
     samples = mixed(texts, ones, several)
     smaller: set[str] = set()
     for fraction in (0.05, 0.1, 0.2, 0.5, 0.9, 1.0):
@@ -583,27 +572,27 @@ def test_subsets_are_stratified_nested_and_of_the_right_size(
     assert chosen == samples
 
 
-def test_every_folder_of_pictures_keeps_its_share() -> None:
+def test_every_folder_of_pictures_keeps_its_share():
     samples = mixed(0, 400, 0, folders=4)
     folders = [s.images[0].parent.name for s in subset(samples, 0.1, seed=3)]
     assert {folders.count(str(i)) for i in range(4)} == {10}
 
 
-def test_a_folder_for_every_sample_is_no_order() -> None:
+def test_a_folder_for_every_sample_is_no_order():
     samples = mixed(0, 60, 0, folders=60)
     draws = [subset(samples, 0.5, seed) for seed in range(8)]
     assert all(len(chosen) == 30 for chosen in draws)
     assert {s.id for chosen in draws for s in chosen} == {s.id for s in samples}
 
 
-def test_an_estimated_length_counts_text_and_pictures() -> None:
+def test_an_estimated_length_counts_text_and_pictures():
     said = (turn("user", None, "x" * 40), turn("assistant", "y" * 40), turn("user", None, "z"))
     picture_path = Path("a.png")
     assert estimated_length(Sample("a", said[:2])) == 20
     assert estimated_length(Sample("a", said, (picture_path,) * 2), image_tokens=100) == 220
 
 
-def test_a_picture_in_memory_is_told_apart_without_being_decoded(home: Path) -> None:
+def test_a_picture_in_memory_is_told_apart_without_being_decoded(home):
     """Decoded in place, the pixels of every picture of a benchmark would stay in memory."""
     contents = [{"bytes": (home / name).read_bytes()} for name in ("a.png", "deep/b.png", "a.png")]
     first, other, same = (find_image(content, "x", home) for content in contents)
@@ -614,7 +603,7 @@ def test_a_picture_in_memory_is_told_apart_without_being_decoded(home: Path) -> 
     assert identifying_bytes(wide) != identifying_bytes(high)
 
 
-def test_a_file_may_move_only_where_that_is_asked_for(home: Path) -> None:
+def test_a_file_may_move_only_where_that_is_asked_for(home):
     moved = home / "deep" / "a.png"
     moved.write_bytes((home / "a.png").read_bytes())
     assert identifying_bytes(moved) != identifying_bytes(home / "a.png")
@@ -624,7 +613,7 @@ def test_a_file_may_move_only_where_that_is_asked_for(home: Path) -> None:
     assert identifying_bytes(moved, may_move=True) != movable[0]
 
 
-def test_pictures_given_both_ways_keep_their_order(tmp_path: Path) -> None:
+def test_pictures_given_both_ways_keep_their_order(tmp_path):
     """Beside the turns for placeholders without a picture, and inside a turn."""
     for name in "abcd":
         Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
@@ -661,7 +650,7 @@ def talk(*lengths: int, sees: bool = False) -> Sample:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_turns_go_from_the_end_with_their_pictures(kind: str) -> None:
+def test_turns_go_from_the_end_with_their_pictures(kind):
     words = processor(kind)
     sample = talk(3, 4, 5, sees=kind != "text")
     two = Sample("s", sample.messages[:4], sample.images[:2])
@@ -672,7 +661,7 @@ def test_turns_go_from_the_end_with_their_pictures(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tokens", [1, 5, 17])
-def test_the_end_of_the_only_answer_goes(kind: str, tokens: int) -> None:
+def test_the_end_of_the_only_answer_goes(kind, tokens):
     words = processor(kind)
     sample = talk(60, sees=kind != "text")
     limit = Limit(length_of(words, sample) - tokens, cuts=True)
@@ -684,7 +673,7 @@ def test_the_end_of_the_only_answer_goes(kind: str, tokens: int) -> None:
     assert (encode_samples(words, [found])["labels"] != -100).any()
 
 
-def test_too_long_is_named_with_its_cure() -> None:
+def test_too_long_is_named_with_its_cure():
     words, sample = processor("text"), talk(60)
     with pytest.raises(DataError, match=r"'s' has \d+ tokens, --max-length is 20 .*--too-long cut"):
         fitted(words, sample, Limit(20))
@@ -694,13 +683,13 @@ def test_too_long_is_named_with_its_cure() -> None:
         fitted(words, sample, Limit(5, cuts=True))
 
 
-def test_the_lower_limit_counts() -> None:
+def test_the_lower_limit_counts():
     assert Limit.of(None, None, cuts=False) is None
     assert Limit.of(10, 20, cuts=False) == Limit(10, is_asked=True)
     assert Limit.of(30, 20, cuts=True) == Limit(20, is_asked=False, cuts=True)
 
 
-def test_what_cannot_be_too_long_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_too_long_is_not_counted(monkeypatch):
     counted: list[Any] = []
     monkeypatch.setattr("slimvlm.data.read.length_of", lambda *a: counted.append(a) or 0)
     words, short = processor("llava"), talk(3, sees=True)
@@ -719,7 +708,7 @@ def written(path: Path, *samples: Sample) -> Path:
     return path
 
 
-def test_a_file_s_long_rows_are_counted_and_said(tmp_path: Path) -> None:
+def test_a_file_s_long_rows_are_counted_and_said(tmp_path):
     data = written(tmp_path / "data.jsonl", talk(3), talk(200), talk(300), talk(4))
     words, context = processor("text"), context_of(load_config(folder("text")))
     assert context == 256
@@ -733,9 +722,7 @@ def test_a_file_s_long_rows_are_counted_and_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("unhurried")
-def test_the_command_line_finds_them_before_anything_runs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_line_finds_them_before_anything_runs(tmp_path, capsys):
     data = written(tmp_path / "data.jsonl", *[talk(3 + k) for k in range(9)], talk(300))
     words = ["evaluate", str(folder("text")), "--data", str(data)]
     with pytest.raises(SystemExit) as stop:

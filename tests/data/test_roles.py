@@ -1,7 +1,5 @@
 """Roles cover every valid token once, and weights follow them."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,20 +21,20 @@ def batch() -> dict[str, Any]:
     }
 
 
-def test_every_valid_token_has_one_role_and_padding_none() -> None:
+def test_every_valid_token_has_one_role_and_padding_none():
     masks = role_masks(CONFIG, batch())
     assert torch.equal(sum(masks[role].long() for role in ROLES), batch()["attention_mask"])
     assert masks["image"].tolist()[0] == [False, True, True, False, False, False]
     assert masks["answer"].sum(1).tolist() == [2, 1]
 
 
-def test_weights_follow_roles_and_unnamed_roles_weigh_one() -> None:
+def test_weights_follow_roles_and_unnamed_roles_weigh_one():
     weights = token_weights(CONFIG, batch(), {"image": 0.25, "answer": 2})
     assert weights.tolist() == [[1, 0.25, 0.25, 1, 2, 2], [1, 1, 2, 0, 0, 0]]
     assert torch.equal(token_weights(CONFIG, batch()), batch()["attention_mask"].float())
 
 
-def test_embeddings_hide_where_pictures_are() -> None:
+def test_embeddings_hide_where_pictures_are():
     given = batch()
     embedded = {**given, "inputs_embeds": torch.zeros(2, 6, 4)}
     del embedded["input_ids"]
@@ -45,12 +43,12 @@ def test_embeddings_hide_where_pictures_are() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "image", "image=x", "sky=1", "image=-1", "image=1,image=2"])
-def test_bad_weights_are_refused_by_name(text: str) -> None:
+def test_bad_weights_are_refused_by_name(text):
     with pytest.raises(ConfigError, match="token_weights"):
         parse_token_weights(text)
 
 
-def test_weights_are_read() -> None:
+def test_weights_are_read():
     assert parse_token_weights("image=0.1, prompt=1") == {"image": 0.1, "prompt": 1.0}
     with pytest.raises(ConfigError, match="above 0"):
         parse_token_weights("image=0,prompt=0,answer=0")

@@ -1,7 +1,5 @@
 """Which tokens stay, and what a tokenizer without the others makes of texts."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections import Counter
@@ -51,9 +49,7 @@ def writable(text: str) -> bool:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("share", SHARES)
 @given(text=texts.filter(writable))
-def test_a_text_decodes_as_before_and_one_of_kept_tokens_has_the_same(
-    kind: str, share: float, text: str
-) -> None:
+def test_a_text_decodes_as_before_and_one_of_kept_tokens_has_the_same(kind, share, text):
     whole, small, kept = pair(kind, share)
     before, after = ids_of(whole, text), ids_of(small, text)
     decoded = whole.decode(before, skip_special_tokens=False)
@@ -63,7 +59,7 @@ def test_a_text_decodes_as_before_and_one_of_kept_tokens_has_the_same(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_many_texts_are_of_kept_tokens_and_many_are_not(kind: str) -> None:
+def test_many_texts_are_of_kept_tokens_and_many_are_not(kind):
     """The property above is about something."""
     whole, _, kept = pair(kind, 0.3)
     told = [set(ids_of(whole, word)) <= set(kept) for word in tiny_words.WORDS]
@@ -72,7 +68,7 @@ def test_many_texts_are_of_kept_tokens_and_many_are_not(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kept_token_keeps_its_text_and_its_place(kind: str) -> None:
+def test_every_kept_token_keeps_its_text_and_its_place(kind):
     whole, small, kept = pair(kind, 0.3)
     assert [small.id_to_token(n) for n in range(len(kept))] == [whole.id_to_token(i) for i in kept]
     assert small.get_vocab_size() == len(kept)
@@ -82,7 +78,7 @@ def test_every_kept_token_keeps_its_text_and_its_place(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_frame_of_a_text_has_its_new_numbers(kind: str) -> None:
+def test_the_frame_of_a_text_has_its_new_numbers(kind):
     whole, small, kept = pair(kind, 0.0)
     assert ids_of(small, "") == [kept.index(token) for token in ids_of(whole, "")]
     assert ids_of(small, ""), "a frame without tokens shows nothing"
@@ -91,14 +87,14 @@ def test_the_frame_of_a_text_has_its_new_numbers(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_a_needed_token_nothing_is_written(kind: str) -> None:
+def test_without_a_needed_token_nothing_is_written(kind):
     file = TokenizerFile.of(tiny_words.tokenizer(kind))
     lost = max(file.needed)
     with pytest.raises(sv.SlimError, match=rf"tokens: {lost} .* must stay"):
         file.trimmed(file.texts.keys() - {lost})
 
 
-def test_bytes_single_characters_and_added_tokens_are_needed() -> None:
+def test_bytes_single_characters_and_added_tokens_are_needed():
     file = TokenizerFile.of(tiny_words.tokenizer("sentencepiece"))
     needed = {file.texts[token] for token in file.needed}
     assert {f"<0x{byte:02X}>" for byte in range(256)} <= needed
@@ -110,7 +106,7 @@ def test_bytes_single_characters_and_added_tokens_are_needed() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_chosen_token_has_all_that_it_is_made_of(kind: str) -> None:
+def test_a_chosen_token_has_all_that_it_is_made_of(kind):
     whole = tiny_words.tokenizer(kind)
     file = TokenizerFile.of(whole)
     for size in range(len(file.needed), len(file.texts), 17):
@@ -118,7 +114,7 @@ def test_a_chosen_token_has_all_that_it_is_made_of(kind: str) -> None:
         assert file.with_parts(kept) == kept
 
 
-def test_tokens_that_the_data_has_come_first() -> None:
+def test_tokens_that_the_data_has_come_first():
     whole = tiny_words.tokenizer("byte_level")
     least = len(TokenizerFile.of(whole).needed)
     for said in ("kouzelník žluťoučký", "return height"):
@@ -128,7 +124,7 @@ def test_tokens_that_the_data_has_come_first() -> None:
         assert len(seen & kept) > len(seen & other)
 
 
-def test_conversations_count_as_the_template_writes_them() -> None:
+def test_conversations_count_as_the_template_writes_them():
     whole = tiny_folder.processor("text")
     samples = tiny_folder.short_samples(4, sees=False)
     kept = set(sv.choose_tokens(whole, samples))
@@ -144,7 +140,7 @@ def test_conversations_count_as_the_template_writes_them() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_size_is_what_was_asked_for(kind: str) -> None:
+def test_the_size_is_what_was_asked_for(kind):
     whole = tiny_words.tokenizer(kind)
     file = TokenizerFile.of(whole)
     middle = (len(file.needed) + len(file.texts)) // 2
@@ -152,7 +148,7 @@ def test_the_size_is_what_was_asked_for(kind: str) -> None:
     assert len(sv.choose_tokens(whole, size=10**6)) == len(file.texts)
 
 
-def test_auto_keeps_all_that_was_seen_and_says_what_it_covers() -> None:
+def test_auto_keeps_all_that_was_seen_and_says_what_it_covers():
     whole = tiny_words.tokenizer("byte_level")
     found = choose_vocabulary(whole, texts=tiny_words.CORPUS * 4)
     seen = {i for t in tiny_words.CORPUS for i in whole(t, add_special_tokens=False)["input_ids"]}
@@ -163,7 +159,7 @@ def test_auto_keeps_all_that_was_seen_and_says_what_it_covers() -> None:
     assert f"{len(found.tokens):,} of {found.total:,} tokens" in found.line()
 
 
-def test_tokens_are_counted_over_all_texts_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_are_counted_over_all_texts_in_place(monkeypatch):
     """As with a counter of each text, of which every fourth is held out."""
     whole = tiny_words.tokenizer("byte_level")
     said = [tiny_words.CORPUS[i % 9] for i in range(300)]
@@ -174,7 +170,7 @@ def test_tokens_are_counted_over_all_texts_in_place(monkeypatch: pytest.MonkeyPa
     made: list[Any] = []
 
     class Counted(Counter[int]):
-        def __init__(self, *args: Any) -> None:
+        def __init__(self, *args):
             made.append(None)
             super().__init__(*args)
 
@@ -185,7 +181,7 @@ def test_tokens_are_counted_over_all_texts_in_place(monkeypatch: pytest.MonkeyPa
     assert len(made) <= 3
 
 
-def test_auto_takes_more_where_unseen_texts_need_more() -> None:
+def test_auto_takes_more_where_unseen_texts_need_more():
     """Texts that have nothing in common: what the others lack is made up by rank."""
     whole = tiny_words.tokenizer("byte_level")
     alike = sv.choose_tokens(whole, texts=["1234567890"] * 8)
@@ -193,7 +189,7 @@ def test_auto_takes_more_where_unseen_texts_need_more() -> None:
     assert len(unlike) > len(alike) + 20
 
 
-def test_texts_come_from_files_and_folders(tmp_path: Path) -> None:
+def test_texts_come_from_files_and_folders(tmp_path):
     whole = tiny_words.tokenizer("byte_level")
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "a.txt").write_text("height " * 2000)
@@ -203,7 +199,7 @@ def test_texts_come_from_files_and_folders(tmp_path: Path) -> None:
     assert set(whole(" height", add_special_tokens=False)["input_ids"]) <= set(in_file)
 
 
-def test_a_token_can_be_asked_for() -> None:
+def test_a_token_can_be_asked_for():
     whole = tiny_words.tokenizer("byte_level")
     file = TokenizerFile.of(whole)
     wanted = next(i for i in file.by_rank[::-1] if i not in file.needed)
@@ -218,12 +214,12 @@ def test_a_token_can_be_asked_for() -> None:
         ({"texts": [Path("/nowhere/at/all")]}, "'/nowhere/at/all'.*no such file"),
     ],
 )
-def test_what_cannot_be_chosen_is_said(arguments: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_chosen_is_said(arguments, message):
     with pytest.raises(sv.SlimError, match=message):
         sv.choose_tokens(tiny_words.tokenizer("byte_level"), **arguments)
 
 
-def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(sv.SlimError, match="no UTF-8 text file"):
         sv.choose_tokens(tiny_words.tokenizer("byte_level"), texts=[tmp_path])
 
@@ -247,7 +243,7 @@ def word_piece() -> PreTrainedTokenizerFast:
         (lambda: object(), "object is no fast tokenizer"),
     ],
 )
-def test_what_cannot_lose_tokens_is_refused_by_name(tokenizer: Any, message: str) -> None:
+def test_what_cannot_lose_tokens_is_refused_by_name(tokenizer, message):
     with pytest.raises(sv.SlimError, match=message):
         sv.choose_tokens(tokenizer(), size=300)
 
@@ -267,9 +263,7 @@ def small_bpe(merges: list[tuple[str, str]]) -> Tokenizer:
         ([("a", "b"), ("ab", "c"), ("b", "c"), ("a", "bc")], "ab"),
     ],
 )
-def test_a_token_keeps_the_parts_that_it_is_really_made_of(
-    merges: list[tuple[str, str]], inner: str
-) -> None:
+def test_a_token_keeps_the_parts_that_it_is_really_made_of(merges, inner):
     raw = small_bpe(merges)
     file = TokenizerFile("tiny", json.loads(raw.to_str()))
     whole, part = raw.token_to_id("abc"), raw.token_to_id(inner)
@@ -279,7 +273,7 @@ def test_a_token_keeps_the_parts_that_it_is_really_made_of(
     assert small.encode("abc").tokens == raw.encode("abc").tokens == ["abc"]
 
 
-def test_a_character_without_a_token_keeps_the_tokens_that_hold_it() -> None:
+def test_a_character_without_a_token_keeps_the_tokens_that_hold_it():
     """And the rarest token stays: an unknown character counts as a little rarer than it."""
     pieces = [("<unk>", 0.0), ("a", -15.0), ("b", -1.0), ("ab", -2.0)]
     odd = [("xy", -25.0), ("ya", -1.5), ("bb", -30.0), ("ba", -3.0)]

@@ -1,7 +1,5 @@
 """The demo's pictures: determinism, separation of the sides, contents."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 
@@ -10,7 +8,7 @@ from slimvlm_tools.demo_training.patches import patch_classes, patch_coverage, p
 
 
 @pytest.mark.parametrize("kind", s.SCENE_KINDS)
-def test_a_seed_gives_the_same_picture_and_sides_share_no_composition(kind: s.SceneKind) -> None:
+def test_a_seed_gives_the_same_picture_and_sides_share_no_composition(kind):
     first, second = (s.make_scene(kind, np.random.default_rng(3)) for _ in range(2))
     assert first == second
     drawn = s.render(first)
@@ -22,7 +20,7 @@ def test_a_seed_gives_the_same_picture_and_sides_share_no_composition(kind: s.Sc
     assert not train & test
 
 
-def test_sides_share_no_digit_picture() -> None:
+def test_sides_share_no_digit_picture():
     train, test = set(s.digit_sources("train")), set(s.digit_sources("test"))
     assert not train & test
     assert len(train) + len(test) == len(s.load_digits()[1])
@@ -31,7 +29,7 @@ def test_sides_share_no_digit_picture() -> None:
     assert counts.min() > 0.05 * counts.sum()
 
 
-def test_art_is_complete_and_without_sharealike_style() -> None:
+def test_art_is_complete_and_without_sharealike_style():
     art = s.load_art()
     assert set(art.styles) == {"noto", "twemoji", "fluent"}
     assert all(x.shape == (len(art.names), 64, 64, 4) for x in art.styles.values())
@@ -46,7 +44,7 @@ def test_art_is_complete_and_without_sharealike_style() -> None:
 
 
 @pytest.mark.parametrize("kind", ["multi", "count", "digits", "shapes"])
-def test_every_object_stands_in_its_own_cell(kind: s.SceneKind) -> None:
+def test_every_object_stands_in_its_own_cell(kind):
     rng = np.random.default_rng(1)
     for _ in range(50):
         scene = s.make_scene(kind, rng)
@@ -60,7 +58,7 @@ def test_every_object_stands_in_its_own_cell(kind: s.SceneKind) -> None:
             assert np.isclose(share.sum(), inside)
 
 
-def test_patch_labels_name_what_covers_the_patch() -> None:
+def test_patch_labels_name_what_covers_the_patch():
     scene = s.make_scene("multi", np.random.default_rng(5), names=["cat", "bus"])
     labels = patch_labels(scene)
     shown = {patch_classes()[i] for i in labels if i > 0}

@@ -1,7 +1,5 @@
 """The demo's benchmarks and conversations: size, order, truth, balance, separation."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import pytest
@@ -17,7 +15,7 @@ TEXT_TASKS = ["text_odd", "text_sort", "text_sum"]
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_task_is_large_in_fixed_order_and_its_majority_answer_near_chance(name: str) -> None:
+def test_a_task_is_large_in_fixed_order_and_its_majority_answer_near_chance(name):
     task, questions = TASKS[name], TASKS[name].load(None)
     assert len(questions) >= 300
     assert len({q.id for q in questions}) == len(questions)
@@ -33,7 +31,7 @@ def test_a_task_is_large_in_fixed_order_and_its_majority_answer_near_chance(name
         assert {q.answers[0] for q in questions} == set(questions[0].choices)
 
 
-def test_presence_is_balanced() -> None:
+def test_presence_is_balanced():
     groups = Counter(q.group for q in TASKS["presence"].load(None))
     answers = Counter(q.answers[0] for q in TASKS["presence"].load(None))
     assert groups == {"positive": 160, "random": 80, "adversarial": 80}
@@ -47,7 +45,7 @@ def _word(prompt: str, start: str, end: str) -> str:
 @pytest.mark.parametrize(
     "name", ["presence", "count", "relation", "list_objects", "read_digits", "name"]
 )
-def test_answers_agree_with_the_scene(name: str) -> None:
+def test_answers_agree_with_the_scene(name):
     art = load_art()
     for i, q in enumerate(TASKS[name].load(40)):
         scene, answer = make_task_scene(TASKS[name], i), q.answers[0]
@@ -74,7 +72,7 @@ def test_answers_agree_with_the_scene(name: str) -> None:
             assert answer == scene.names[0]
 
 
-def test_text_answers_are_right() -> None:
+def test_text_answers_are_right():
     for q in TASKS["text_sum"].load(40):
         a, b = _word(q.prompt, "what is ", "?").split(" + ")
         assert int(q.answers[0]) == int(a) + int(b)
@@ -83,7 +81,7 @@ def test_text_answers_are_right() -> None:
         assert q.answers[0] == " ".join(map(str, numbers))
 
 
-def test_training_shares_no_scene_and_no_text_question_with_benchmarks() -> None:
+def test_training_shares_no_scene_and_no_text_question_with_benchmarks():
     conversations = [make_conversation(0, i) for i in range(1500)]
     scenes = {c.scene.key for c in conversations if c.scene is not None}
     asked = {p for c in conversations if c.scene is None for p, _ in c.turns}
@@ -96,7 +94,7 @@ def test_training_shares_no_scene_and_no_text_question_with_benchmarks() -> None
         assert not asked & {q.prompt for q in TASKS[name].load(None)}
 
 
-def test_samples_are_chats_over_one_picture_and_some_text() -> None:
+def test_samples_are_chats_over_one_picture_and_some_text():
     samples = demo_samples(60)
     assert len({s.id for s in samples}) == 60
     assert [s.messages for s in demo_samples(3)] == [s.messages for s in samples[:3]]

@@ -1,10 +1,7 @@
 """Asking questions: the same answers in every batch, blind or not, resumed or not."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,7 +61,7 @@ def result(llava: tuple[Any, Any], unhurried: None) -> Result:
 
 
 @pytest.mark.parametrize("kind", [*SEEING, "text"])
-def test_batches_change_no_reply(kind: str) -> None:
+def test_batches_change_no_reply(kind):
     model, processor = load(folders.folder(kind))
     asked = [task(sees=kind in SEEING)]
     one, eight, again = (
@@ -74,7 +71,7 @@ def test_batches_change_no_reply(kind: str) -> None:
     assert any(one.replies)
 
 
-def test_replies_stay_with_their_questions(llava: tuple[Any, Any], result: Result) -> None:
+def test_replies_stay_with_their_questions(llava, result):
     """They are asked longest first, and must come back in the task's order."""
     found = result.tasks["colours"]
     assert found.ids == tuple(f"q{i}" for i in range(9))
@@ -82,7 +79,7 @@ def test_replies_stay_with_their_questions(llava: tuple[Any, Any], result: Resul
         assert answer(*llava, [question], 4) == [reply]
 
 
-def test_scores_follow_from_the_replies(llava: tuple[Any, Any], result: Result) -> None:
+def test_scores_follow_from_the_replies(llava, result):
     """Ask again with some replies declared right."""
     asked, given = questions(9), result.tasks["colours"].replies
     asked[:3] = [replace(asked[i], answers=(given[i],)) for i in range(3)]
@@ -91,7 +88,7 @@ def test_scores_follow_from_the_replies(llava: tuple[Any, Any], result: Result) 
     assert found.score == pytest.approx(100 / 3)
 
 
-def test_limit_asks_the_first_questions(llava: tuple[Any, Any], result: Result) -> None:
+def test_limit_asks_the_first_questions(llava, result):
     few = evaluate(*llava, [task()], limit=3)
     assert few.tasks["colours"].ids == ("q0", "q1", "q2")
     assert few.tasks["colours"].replies == result.tasks["colours"].replies[:3]
@@ -99,7 +96,7 @@ def test_limit_asks_the_first_questions(llava: tuple[Any, Any], result: Result) 
         few.retention(result)
 
 
-def test_evaluation_leaves_the_model_alone(llava: tuple[Any, Any]) -> None:
+def test_evaluation_leaves_the_model_alone(llava):
     model, processor = llava
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.train()
@@ -109,7 +106,7 @@ def test_evaluation_leaves_the_model_alone(llava: tuple[Any, Any]) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_perplexity_is_exp_of_the_mean_token_loss(llava: tuple[Any, Any], result: Result) -> None:
+def test_perplexity_is_exp_of_the_mean_token_loss(llava, result):
     model, processor = llava
     total, count = 0.0, 0
     for passage in PASSAGES:
@@ -124,7 +121,7 @@ def test_perplexity_is_exp_of_the_mean_token_loss(llava: tuple[Any, Any], result
     assert "passages" not in {n for n, t in result.tasks.items() if t.in_average}
 
 
-def test_blind_shows_other_pictures(llava: tuple[Any, Any], result: Result) -> None:
+def test_blind_shows_other_pictures(llava, result):
     asked = questions(5)
     blind = with_other_pictures(asked)
     assert [q.id for q in blind] == [q.id for q in asked]
@@ -135,7 +132,7 @@ def test_blind_shows_other_pictures(llava: tuple[Any, Any], result: Result) -> N
     assert found.replies != result.tasks["colours"].replies
 
 
-def test_blind_never_shows_the_right_picture() -> None:
+def test_blind_never_shows_the_right_picture():
     """Questions about the same picture may stand half a list apart; text has nothing to swap."""
     asked = [replace(q, images=(picture(i // 3 % 2),)) for i, q in enumerate(questions(12))]
     asked.insert(4, replace(asked[0], images=()))
@@ -147,7 +144,7 @@ def test_blind_never_shows_the_right_picture() -> None:
         with_other_pictures(same)
 
 
-def test_floors_are_what_a_blind_result_has(llava: tuple[Any, Any], result: Result) -> None:
+def test_floors_are_what_a_blind_result_has(llava, result):
     asked = [task(), task("words", sees=False), PERPLEXITY]
     both = evaluate(*llava, asked, floors=True)
     blind = evaluate(*llava, asked, blind=True)
@@ -166,7 +163,7 @@ def test_floors_are_what_a_blind_result_has(llava: tuple[Any, Any], result: Resu
         blind.with_blind_floors(both)
 
 
-def test_a_result_has_sizes_times_and_options(llava: tuple[Any, Any], result: Result) -> None:
+def test_a_result_has_sizes_times_and_options(llava, result):
     shape = read_anatomy(llava[0])
     params = result.total_params, result.backbone_params
     assert params == (shape.total_params, shape.backbone_params)
@@ -183,14 +180,12 @@ class Stopped(Exception):
     """A kill."""
 
 
-def test_a_stopped_evaluation_asks_only_the_rest(
-    llava: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_evaluation_asks_only_the_rest(llava, tmp_path, monkeypatch):
     tasks = [task(count=9), PERPLEXITY, task("more", count=6)]
     asked: list[str] = []
     budget = 0
 
-    def counted(*arguments: Any) -> list[str]:
+    def counted(*arguments):
         if len(asked) >= budget:
             raise Stopped
         asked.extend(question.id for question in arguments[2])
@@ -226,7 +221,7 @@ def test_a_stopped_evaluation_asks_only_the_rest(
 
 
 @pytest.mark.slow
-def test_the_demo_model_gives_the_same_replies_in_any_batch() -> None:
+def test_the_demo_model_gives_the_same_replies_in_any_batch():
     """Real answers over prompts and replies of different lengths, in single precision."""
     model, processor = load("demo", "float32")
     names = "name,category_letter,presence,list_objects,text_sort,text_sum,text_ppl"

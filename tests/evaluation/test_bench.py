@@ -1,10 +1,7 @@
 """Times of models that take turns, bytes of their tensors, and their ratio against the ideal."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,9 +44,7 @@ def models() -> tuple[Any, Any]:
     return small, large
 
 
-def test_a_speed_up_is_the_median_of_neighbouring_ratios(
-    models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_speed_up_is_the_median_of_neighbouring_ratios(models, monkeypatch):
     fast = [Timing(10.0 * slow, (2.0 * slow,)) for slow in (1.0, 50.0, 1.0)]
     slow = [Timing(r.prefill_ms * 3, (r.decode_ms * 2,)) for r in fast]
     monkeypatch.setattr(module, "timed_runs", lambda *_: [fast, slow])
@@ -59,7 +54,7 @@ def test_a_speed_up_is_the_median_of_neighbouring_ratios(
     assert all(s.prefill_share == pytest.approx(3 / s.prefill_ideal) for s in found)
 
 
-def test_the_ideal_of_half_the_layers_is_between_one_and_two() -> None:
+def test_the_ideal_of_half_the_layers_is_between_one_and_two():
     small, large = tiny.build("llama"), tiny.build("llama")
     prune_(small, plan_by_hand(read_anatomy(small), layers=(0, 3)))
     (found,) = bench(small, large, replace(SMALL, batch_sizes=(1,), repeats=1)).speed_ups
@@ -67,7 +62,7 @@ def test_the_ideal_of_half_the_layers_is_between_one_and_two() -> None:
     assert 1.5 < found.decode_ideal < 2
 
 
-def test_figures_of_a_benchmark(models: tuple[Any, Any]) -> None:
+def test_figures_of_a_benchmark(models):
     result = bench(*models, SMALL, ("small", "large"))
     assert (result.model.model, result.baseline and result.baseline.model) == ("small", "large")
     shape = read_anatomy(models[0])
@@ -83,7 +78,7 @@ def test_figures_of_a_benchmark(models: tuple[Any, Any]) -> None:
     assert values["speed_ups"][0]["prefill_share"] == result.speed_ups[0].prefill_share
 
 
-def test_a_benchmark_of_one_model(models: tuple[Any, Any]) -> None:
+def test_a_benchmark_of_one_model(models):
     result = bench(models[0], workload=SMALL)
     assert (result.baseline, result.speed_ups) == (None, ())
     header, rows = bench_rows(result)
@@ -93,7 +88,7 @@ def test_a_benchmark_of_one_model(models: tuple[Any, Any]) -> None:
 @pytest.mark.parametrize(
     "wrong", [{"prompt_tokens": 0}, {"new_tokens": 2}, {"repeats": 0}, {"batch_sizes": (0,)}]
 )
-def test_a_workload_out_of_range_is_refused(wrong: dict[str, Any]) -> None:
+def test_a_workload_out_of_range_is_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         Workload(**wrong)
 
@@ -103,14 +98,12 @@ def llava() -> tuple[Any, Any]:
     return load(folders.folder("llava"))
 
 
-def test_a_machine_that_slows_down_slows_both(
-    llava: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_machine_that_slows_down_slows_both(llava, monkeypatch):
     model, processor = llava
     other, _ = load(folders.folder("llava"))
     speeds, order = {id(model): 3.0, id(other): 4.0}, list[int]()
 
-    def timed(model: Any, inputs: Any, new_tokens: int) -> Timing:
+    def timed(model, inputs, new_tokens):
         order.append(id(model))
         slowness = 1.5 ** ((len(order) - 1) // 2)
         return Timing(slowness * speeds[id(model)], (slowness,))
@@ -124,7 +117,7 @@ def test_a_machine_that_slows_down_slows_both(
     assert found.decode.value == pytest.approx(1)
 
 
-def test_times_by_themselves_lie_within_their_runs(llava: tuple[Any, Any]) -> None:
+def test_times_by_themselves_lie_within_their_runs(llava):
     model, processor = llava
     found = times_of(model, processor, plain_question(processor))
     low, high = found.prefill_range_ms
@@ -133,7 +126,7 @@ def test_times_by_themselves_lie_within_their_runs(llava: tuple[Any, Any]) -> No
     assert not plain_question(folders.processor("text")).images
 
 
-def test_times_survive_the_disk(llava: tuple[Any, Any], unhurried: None, tmp_path: Path) -> None:
+def test_times_survive_the_disk(llava, unhurried, tmp_path):
     found = paired_times(*llava, *llava)
     assert found.prefill == Share(1, 1, 1)
     found.save(tmp_path / "times.json")
@@ -147,7 +140,7 @@ def test_times_survive_the_disk(llava: tuple[Any, Any], unhurried: None, tmp_pat
         PairedTimes.load(tmp_path / "times.json")
 
 
-def test_a_run_times_every_token(llava: tuple[Any, Any]) -> None:
+def test_a_run_times_every_token(llava):
     ids = torch.full((1, 4), 40)
     run = timed_run(llava[0], {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 5)
     assert run.prefill_ms > 0
@@ -156,11 +149,11 @@ def test_a_run_times_every_token(llava: tuple[Any, Any]) -> None:
     assert run.total_ms == pytest.approx(run.prefill_ms + sum(run.step_ms))
 
 
-def test_models_take_turns_forwards_and_backwards(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_take_turns_forwards_and_backwards(monkeypatch):
     models: Any = ("small", "large")
     order = []
 
-    def record(model: Any, inputs: Any, new_tokens: int) -> Timing:
+    def record(model, inputs, new_tokens):
         order.append((models.index(model), new_tokens))
         return Timing(1.0, (1.0,))
 
@@ -170,7 +163,7 @@ def test_models_take_turns_forwards_and_backwards(monkeypatch: pytest.MonkeyPatc
     assert [len(its) for its in runs] == [3, 3]
 
 
-def test_the_peak_counts_what_is_alive_at_once() -> None:
+def test_the_peak_counts_what_is_alive_at_once():
     with PeakMemory() as memory:
         kept = torch.zeros(1000)
         for _ in range(5):
@@ -184,7 +177,7 @@ def test_the_peak_counts_what_is_alive_at_once() -> None:
     assert memory.peak_bytes == 0  # weights are not activations
 
 
-def test_shared_weights_are_stored_once() -> None:
+def test_shared_weights_are_stored_once():
     model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
     assert stored_bytes(model) == 2 * 8 * 8 * 4
     model[1].weight = model[0].weight

@@ -1,7 +1,5 @@
 """Two models answer by answer: which answers are lost and gained, and why some are not compared."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -72,7 +70,7 @@ def graded() -> Comparison:
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=30))
-def test_every_question_is_of_one_kind(pairs: list[tuple[bool, bool]]) -> None:
+def test_every_question_is_of_one_kind(pairs):
     a, b = ("".join(str(int(pair[side])) for pair in pairs) for side in (0, 1))
     task = two(a, b)[0].tasks["pets"]
     assert task.counts == {
@@ -87,7 +85,7 @@ def test_every_question_is_of_one_kind(pairs: list[tuple[bool, bool]]) -> None:
     assert task.score_b - task.score_a == pytest.approx(change)
 
 
-def test_counts_of_all_tasks_add_up() -> None:
+def test_counts_of_all_tasks_add_up():
     one, other = questions("one", 4), questions("two", 4)
     a = result("a", one=answered(one, "1100"), two=answered(other, "1111"))
     b = result("b", one=answered(one, "1010"), two=answered(other, "1110"))
@@ -109,12 +107,12 @@ TWO = questions("pets", 2)
         ({"cats": answered(TWO, "11")}, "no task"),
     ],
 )
-def test_results_that_do_not_pair_are_refused(other: dict[str, TaskResult], message: str) -> None:
+def test_results_that_do_not_pair_are_refused(other, message):
     with pytest.raises(ConfigError, match=message):
         compare(result("a", pets=answered(TWO, "11")), result("b", **other), {})
 
 
-def test_tasks_that_are_not_compared_are_named() -> None:
+def test_tasks_that_are_not_compared_are_named():
     both = answered(TWO, "10")
     a = result("a", pets=both, text=TEXT, extra=both)
     found = compare(a, result("b", pets=both, text=replace(TEXT, score=13.0)), {})
@@ -123,7 +121,7 @@ def test_tasks_that_are_not_compared_are_named() -> None:
     assert "12.00 of A, 13.00 of B" in found.left_out["text"]
 
 
-def test_rows_mark_a_significant_difference_and_json_names_answers() -> None:
+def test_rows_mark_a_significant_difference_and_json_names_answers():
     header, rows = comparison_rows(two("1" * 40, "1" * 20 + "0" * 20)[0])
     assert header[0] == "task"
     assert header[-5:] == ["flips", *CHANGES]
@@ -151,9 +149,7 @@ def test_rows_mark_a_significant_difference_and_json_names_answers() -> None:
         ({"pets": task_of("pets", [replace(q, answers=("dog",)) for q in TWO])}, "has changed"),
     ],
 )
-def test_unknown_and_changed_tasks_show_no_wrong_questions(
-    known: dict[str, Task], note: str
-) -> None:
+def test_unknown_and_changed_tasks_show_no_wrong_questions(known, note):
     a, b = (result(n, pets=answered(TWO, n)) for n in ("11", "10"))
     found = compare(a, b, known)
     assert found.counts["lost"] == 1
@@ -162,7 +158,7 @@ def test_unknown_and_changed_tasks_show_no_wrong_questions(
 
 
 @pytest.mark.parametrize(("a", "b"), [(True, True), (True, False), (False, True)])
-def test_a_blind_result_shows_the_pictures_that_were_seen(a: bool, b: bool) -> None:
+def test_a_blind_result_shows_the_pictures_that_were_seen(a, b):
     asked = questions("pets", 4, (8, 8))
     ours = replace(result("small", pets=answered(asked, "0101")), blind=b)
     theirs = replace(result("large", pets=answered(asked, "1111")), blind=a)

@@ -1,7 +1,5 @@
 """lmms-eval's own runner and our evaluator give the same replies and scores on the same data."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -122,9 +120,7 @@ def same(theirs: TaskResult, own: TaskResult) -> None:
     [("llava", None, 1), ("llava", None, 4)]
     + [(kind, 4, 2) for kind in sorted({*SEEING} - {"llava"})],
 )
-def test_both_sources_agree(
-    kind: str, limit: int | None, batch_size: int, loaded: tuple[Any, Any], place: Path
-) -> None:
+def test_both_sources_agree(kind, limit, batch_size, loaded, place):
     model = loaded if kind == "llava" else load(str(folders.folder(kind)), "float32")
     theirs = evaluate_with_lmms(*model, ["colours", "likely"], limit, batch_size, place)
     same(theirs["colours"], evaluate(*model, [ours(place)], limit, batch_size).tasks["ours"])
@@ -135,7 +131,7 @@ def test_both_sources_agree(
         assert len(set(theirs["colours"].replies)) > 1
 
 
-def test_limit_and_repeatability(loaded: tuple[Any, Any], place: Path) -> None:
+def test_limit_and_repeatability(loaded, place):
     whole, first, again = (
         evaluate_with_lmms(*loaded, ["colours"], limit, task_folder=place)["colours"]
         for limit in (None, 3, 3)
@@ -146,7 +142,7 @@ def test_limit_and_repeatability(loaded: tuple[Any, Any], place: Path) -> None:
     assert first.scores == whole.scores[:3]
 
 
-def test_nothing_else_changes(loaded: tuple[Any, Any], place: Path) -> None:
+def test_nothing_else_changes(loaded, place):
     model, processor = loaded
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
     random_state = torch.get_rng_state()
@@ -256,7 +252,7 @@ _Plain.add_constructor("!function", lambda loader, node: str(node.value))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_benchmarks_score_as_shipped(name: str, shipped: Any) -> None:
+def test_benchmarks_score_as_shipped(name, shipped):
     if name == "mathvista":
         pytest.importorskip("Levenshtein")
     replies, scores, score = CASES[name]
@@ -269,7 +265,7 @@ def test_benchmarks_score_as_shipped(name: str, shipped: Any) -> None:
     assert found[name].details == ({"f1": pytest.approx(50)} if name == "pope" else {})
 
 
-def test_mme_comes_in_halves_on_their_own_scales(shipped: Any) -> None:
+def test_mme_comes_in_halves_on_their_own_scales(shipped):
     replies = ["Yes", "No", "Yes", "Yes", "No", "No", "Yes", "No", "Yes", "no"]
     found = shipped("mme", replies).tasks
     assert set(found) == set(MME_FULL_SCORES)
@@ -282,13 +278,13 @@ def test_mme_comes_in_halves_on_their_own_scales(shipped: Any) -> None:
     assert found["mme_cognition"].replies == tuple(replies[4:8])
 
 
-def test_half_of_mme_that_is_not_there(shipped: Any) -> None:
+def test_half_of_mme_that_is_not_there(shipped):
     assert list(shipped("mme", ["Yes", "No"] * 2, limit=4).tasks) == ["mme_perception"]
     with pytest.raises(ConfigError, match="gave no mme_cognition_score"):
         shipped("mme_cognition", ["Yes", "No"] * 2, limit=4)
 
 
-def test_a_whole_result_can_be_saved(shipped: Any, tmp_path: Path) -> None:
+def test_a_whole_result_can_be_saved(shipped, tmp_path):
     result = shipped("pope", CASES["pope"][0])
     assert result.model == "tiny"
     result.save(tmp_path / "result.json")
@@ -298,9 +294,7 @@ def test_a_whole_result_can_be_saved(shipped: Any, tmp_path: Path) -> None:
     assert again.prefill_ms > 0
 
 
-def test_missing_data_is_one_clear_line(
-    loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_data_is_one_clear_line(loaded, tmp_path, monkeypatch):
     with lmms.contained():
         from lmms_eval.api.task import ConfigurableTask
         from tenacity import wait_none
@@ -323,9 +317,7 @@ def test_missing_data_is_one_clear_line(
         ("pope", None, "", r"pip install 'slimvlm\[eval\]'"),
     ],
 )
-def test_requests_that_are_refused(
-    name: str, limit: Any, folder: str, message: str, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_requests_that_are_refused(name, limit, folder, message, place, monkeypatch):
     for variable in ("OPENAI_API_KEY", "API_TYPE"):
         monkeypatch.delenv(variable, raising=False)
     if name == "pope":
@@ -334,7 +326,7 @@ def test_requests_that_are_refused(
         check_names([name], limit, place / folder)
 
 
-def test_names_are_split() -> None:
+def test_names_are_split():
     own, theirs = split_names("colour, mme,task.yaml,docvqa_val")
     assert own == "colour,task.yaml"
     assert theirs == ["mme", "docvqa_val"]

@@ -1,7 +1,5 @@
 """Metrics of replies, averages, retention, and paired differences with their intervals."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -38,19 +36,19 @@ def asking(*answers: str) -> Question:
         ("rouge_l", ["four", "one three two"], {"one two three": 2 / 3}),
     ],
 )
-def test_metric(metric: str, answers: list[str], scores: dict[str, float]) -> None:
+def test_metric(metric, answers, scores):
     found = {reply: metrics.METRICS[metric](reply, asking(*answers)) for reply in scores}
     assert found == pytest.approx(scores)
 
 
 @given(st.sampled_from(sorted(metrics.METRICS)), st.text(max_size=12), st.text(max_size=12))
-def test_every_metric_is_a_share(metric: str, reply: str, answer: str) -> None:
+def test_every_metric_is_a_share(metric, reply, answer):
     assert 0 <= metrics.METRICS[metric](reply, asking(answer)) <= 1
 
 
 @given(st.text("ab", max_size=8), st.text("ab", max_size=8), st.text("ab", max_size=8))
-def test_edit_distance_is_a_metric(a: str, b: str, c: str) -> None:
-    def distance(x: str, y: str) -> float:
+def test_edit_distance_is_a_metric(a, b, c):
+    def distance(x, y):
         return (1 - metrics.similarity(x, y)) * max(len(x), len(y))
 
     assert distance(a, a) == 0
@@ -59,7 +57,7 @@ def test_edit_distance_is_a_metric(a: str, b: str, c: str) -> None:
     assert abs(len(a) - len(b)) - 1e-9 <= distance(a, b)
 
 
-def test_yes_no_details_are_those_of_pope() -> None:
+def test_yes_no_details_are_those_of_pope():
     replies = ["yes", "yes", "no", "no", "Yes.", "perhaps"]
     answers = ["yes", "no", "no", "yes", "yes", "yes"]
     details = metrics.yes_no_details(replies, [asking(answer) for answer in answers])
@@ -69,7 +67,7 @@ def test_yes_no_details_are_those_of_pope() -> None:
     assert metrics.yes_no_details(["no"], [asking("yes")]) == {"f1": 0.0, "yes_rate": 0.0}
 
 
-def test_average_rescales_mme() -> None:
+def test_average_rescales_mme():
     """Full scores are 800 and 2000; everything else is in percent already (LLaVA 1.5, 7B)."""
     mme = {"mme_cognition": 355.7, "mme_perception": 1510.7}
     expected = (355.7 / 8 + 1510.7 / 20 + 36.3 + 64.0 + 85.9) / 5
@@ -96,7 +94,7 @@ def means_of(*models: dict[str, list[float]]) -> list[float]:
     return [float(np.mean([100 * np.mean(model[n]) for n in "ab"])) for model in models]
 
 
-def test_retention_is_a_ratio_of_means_in_its_interval() -> None:
+def test_retention_is_a_ratio_of_means_in_its_interval():
     kept = metrics.retention(PRUNED, ORIGINAL, CHANCE)
     mean, base = means_of(PRUNED, ORIGINAL)
     assert kept.percent == pytest.approx(100 * mean / base)
@@ -113,7 +111,7 @@ def test_retention_is_a_ratio_of_means_in_its_interval() -> None:
     assert found == pytest.approx((100, 100, 100, 100))
 
 
-def test_the_bootstrap_is_paired_and_seeded() -> None:
+def test_the_bootstrap_is_paired_and_seeded():
     """Answers that differ nowhere leave no doubt, however few they are."""
     kept = metrics.retention(PRUNED, ORIGINAL, CHANCE)
     assert kept == metrics.retention(PRUNED, ORIGINAL, CHANCE)
@@ -136,12 +134,12 @@ def test_the_bootstrap_is_paired_and_seeded() -> None:
         ("exact_match", [], 0),
     ],
 )
-def test_the_best_constant_answer(metric: str, answers: list[list[str]], score: float) -> None:
+def test_the_best_constant_answer(metric, answers, score):
     found = metrics.majority_score(metric, [asking(*given) for given in answers])
     assert found == pytest.approx(score)
 
 
-def test_a_floor_for_each_question_is_drawn_with_the_answers() -> None:
+def test_a_floor_for_each_question_is_drawn_with_the_answers():
     """Constants move no interval; a floor equal to the model leaves nothing, in every draw."""
     level = metrics.retention(PRUNED, ORIGINAL, CHANCE, {"a": 60.0, "b": 30.0})
     assert level.above_chance == metrics.retention(PRUNED, ORIGINAL, CHANCE).above_chance
@@ -157,7 +155,7 @@ def test_a_floor_for_each_question_is_drawn_with_the_answers() -> None:
     assert bounds == pytest.approx((50, 50, 50))
 
 
-def test_a_floor_that_the_original_may_not_reach_has_no_bounds() -> None:
+def test_a_floor_that_the_original_may_not_reach_has_no_bounds():
     kept = metrics.retention({"a": [1.0, 0.0]}, {"a": [1.0, 0.0]}, {"a": 0.0}, {"a": 40.0})
     assert kept.above_floor == pytest.approx(100)
     assert np.isnan(kept.above_floor_low)
@@ -167,7 +165,7 @@ def test_a_floor_that_the_original_may_not_reach_has_no_bounds() -> None:
     assert np.isfinite(nothing.percent)
 
 
-def test_floors_of_mme_are_on_its_scale() -> None:
+def test_floors_of_mme_are_on_its_scale():
     """Scores of MME reach 20 for each question; half of its full score is 50 %."""
     scores, base = {"mme_perception": [5.0, 15.0] * 30}, {"mme_perception": [15.0] * 60}
     kept = metrics.retention(scores, base, {"mme_perception": 37.5})
@@ -178,7 +176,7 @@ def test_floors_of_mme_are_on_its_scale() -> None:
     assert each.above_floor == pytest.approx(kept.above_floor)
 
 
-def test_difference_of_averages() -> None:
+def test_difference_of_averages():
     found = metrics.average_difference(ORIGINAL, PRUNED)
     base, mean = means_of(ORIGINAL, PRUNED)
     assert found.points == pytest.approx(mean - base)
@@ -193,12 +191,12 @@ def test_difference_of_averages() -> None:
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=40))
-def test_a_model_does_not_differ_from_itself(scores: list[float]) -> None:
+def test_a_model_does_not_differ_from_itself(scores):
     same = metrics.paired_difference(scores, scores, resamples=20)
     assert (same.points, same.low, same.high, same.significant) == (0, 0, 0, False)
 
 
-def test_a_clear_difference_is_significant_and_a_small_one_is_not() -> None:
+def test_a_clear_difference_is_significant_and_a_small_one_is_not():
     worse = metrics.paired_difference([1.0] * 40, [1.0] * 20 + [0.0] * 20)
     assert worse.low < worse.points == -50 < worse.high < 0
     assert worse.significant
@@ -213,14 +211,14 @@ def test_a_clear_difference_is_significant_and_a_small_one_is_not() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=20))
-def test_swapping_the_models_turns_the_difference_round(pairs: list[tuple[float, float]]) -> None:
+def test_swapping_the_models_turns_the_difference_round(pairs):
     a, b = zip(*pairs, strict=True)
     there, back = (metrics.paired_difference(*each, resamples=30) for each in ((a, b), (b, a)))
     assert back.points == pytest.approx(-there.points)
     assert (back.low, back.high) == pytest.approx((-there.high, -there.low))
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     rng = np.random.default_rng(1)
     hits = 0
     for seed in range(200):
@@ -231,6 +229,6 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
 
 
 @pytest.mark.parametrize(("a", "b"), [([], []), ([1.0], [1.0, 0.0])])
-def test_scores_must_pair(a: list[float], b: list[float]) -> None:
+def test_scores_must_pair(a, b):
     with pytest.raises(ValueError, match="same questions"):
         metrics.paired_difference(a, b)

@@ -1,10 +1,7 @@
 """Losses on samples of the user's own: against whole logits, in any batch and vocabulary."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,7 +58,7 @@ def by_hand(
     return first, second, same, divergence
 
 
-def test_figures_are_those_of_whole_logits_and_of_no_batch(pair: Any) -> None:
+def test_figures_are_those_of_whole_logits_and_of_no_batch(pair):
     model, other, processor = pair
     samples = samples_for(processor)
     loss, theirs, same, divergence = by_hand(model, other, processor, samples)
@@ -72,7 +69,7 @@ def test_figures_are_those_of_whole_logits_and_of_no_batch(pair: Any) -> None:
         assert [each.id for each in found.samples] == [sample.id for sample in samples]
 
 
-def test_a_model_differs_in_nothing_from_itself(pair: Any) -> None:
+def test_a_model_differs_in_nothing_from_itself(pair):
     model, _, processor = pair
     samples = samples_for(processor)
     figures: Any = evaluate_data(model, processor, samples, model).figures
@@ -81,7 +78,7 @@ def test_a_model_differs_in_nothing_from_itself(pair: Any) -> None:
     assert figures.divergence.value == 0
 
 
-def test_predictions_survive_their_file(pair: Any, tmp_path: Path) -> None:
+def test_predictions_survive_their_file(pair, tmp_path):
     model, other, processor = pair
     samples = samples_for(processor)
     head = head_weights_of(other)
@@ -92,7 +89,7 @@ def test_predictions_survive_their_file(pair: Any, tmp_path: Path) -> None:
     assert read.samples == live.samples
 
 
-def test_of_plain_text_every_token_counts() -> None:
+def test_of_plain_text_every_token_counts():
     model, tokenizer = load(folders.folder("text"))
     found = evaluate_data(model, tokenizer, TEXTS, batch_size=2)
     counts = [len(tokenizer(text)["input_ids"]) - 1 for text in TEXTS]
@@ -103,7 +100,7 @@ def test_of_plain_text_every_token_counts() -> None:
     assert found.samples[0].loss == pytest.approx(float(loss), abs=1e-5)
 
 
-def test_intervals_are_around_the_figures_and_the_same_for_a_seed(pair: Any) -> None:
+def test_intervals_are_around_the_figures_and_the_same_for_a_seed(pair):
     model, other, processor = pair
     samples = samples_for(processor)
     found = evaluate_data(model, processor, samples, other)
@@ -117,7 +114,7 @@ def test_intervals_are_around_the_figures_and_the_same_for_a_seed(pair: Any) -> 
     assert (alone.loss.low, alone.loss.high) == (None, None)
 
 
-def test_a_result_survives_its_file(pair: Any, tmp_path: Path) -> None:
+def test_a_result_survives_its_file(pair, tmp_path):
     model, other, processor = pair
     found = evaluate_data(model, processor, samples_for(processor), other, name="ours")
     found.save(tmp_path / "result.json")
@@ -127,7 +124,7 @@ def test_a_result_survives_its_file(pair: Any, tmp_path: Path) -> None:
         DataResult.load(tmp_path / "broken.json")
 
 
-def test_vocabularies_that_differ() -> None:
+def test_vocabularies_that_differ():
     """One has another order and one more token, which no answer needs; one has no merges."""
     model, words = load(folders.folder("text"))
     samples = folders.short_samples(6, sees=False)
@@ -143,7 +140,7 @@ def test_vocabularies_that_differ() -> None:
     assert found.figures.loss == evaluate_data(model, words, samples).figures.loss
 
 
-def test_requests_that_are_refused(pair: Any) -> None:
+def test_requests_that_are_refused(pair):
     model, other, processor = pair
     samples = samples_for(processor)
     few = predictions_of(other, processor, samples[:3])
@@ -157,7 +154,7 @@ def test_requests_that_are_refused(pair: Any) -> None:
             evaluate_data(model, processor, given, **options)
 
 
-def test_nan_stops_it(pair: Any) -> None:
+def test_nan_stops_it(pair):
     model, other, processor = pair
     spoilt = changed_copy(model)
     with torch.no_grad():

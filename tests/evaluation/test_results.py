@@ -1,10 +1,7 @@
 """Results: retention, floors, and files of every age."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -26,7 +23,7 @@ def result(right: str, majority: float | None = 100 * 3 / 9, **changes: object) 
     return replace(made, **changes)  # type: ignore[arg-type]
 
 
-def test_a_file_gives_the_same_result(tmp_path: Path) -> None:
+def test_a_file_gives_the_same_result(tmp_path):
     found = result(KNOWN, limit=9, batch_size=3, blind=True)
     found.save(tmp_path / "result.json")
     assert Result.load(tmp_path / "result.json") == found
@@ -34,7 +31,7 @@ def test_a_file_gives_the_same_result(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 
-def test_a_file_without_later_fields_loads(tmp_path: Path) -> None:
+def test_a_file_without_later_fields_loads(tmp_path):
     result(KNOWN).save(tmp_path / "result.json")
     values = json.loads((tmp_path / "result.json").read_text())
     for name in ("blind", "limit", "batch_size", "dtype"):
@@ -51,7 +48,7 @@ def test_a_file_without_later_fields_loads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"average": 1, "tasks": {"a": {}}}', '{"average": 1, "tasks": []}']
 )
-def test_a_broken_file_is_named(text: str, tmp_path: Path) -> None:
+def test_a_broken_file_is_named(text, tmp_path):
     (tmp_path / "result.json").write_text(text)
     with pytest.raises(ConfigError, match=r"result '.*result\.json': cannot be read"):
         Result.load(tmp_path / "result.json")
@@ -59,7 +56,7 @@ def test_a_broken_file_is_named(text: str, tmp_path: Path) -> None:
         Result.load(tmp_path / "missing.json")
 
 
-def test_models_of_one_shape_have_the_same_times_and_retain_all() -> None:
+def test_models_of_one_shape_have_the_same_times_and_retain_all():
     found = result(KNOWN)
     kept = found.retention(found)
     assert (kept.percent, kept.low, kept.high) == pytest.approx((100, 100, 100))
@@ -73,7 +70,7 @@ def test_models_of_one_shape_have_the_same_times_and_retain_all() -> None:
 @pytest.mark.parametrize(
     ("floor", "scores"), [(3 / 9, "100000000"), (4 / 9, "111100000"), (3 / 9, "")]
 )
-def test_retention_above_the_highest_floor(floor: float, scores: str) -> None:
+def test_retention_above_the_highest_floor(floor, scores):
     """Chance is 25 %, the best constant answer 33 %; the blind floor counts if it is higher."""
     known, half = result("101100111"), result("100100011")
     blind = None
@@ -96,7 +93,7 @@ def test_retention_above_the_highest_floor(floor: float, scores: str) -> None:
         ("blind", r"baseline: th.* asked blind"),
     ],
 )
-def test_baselines_that_do_not_compare(baseline: str, message: str) -> None:
+def test_baselines_that_do_not_compare(baseline, message):
     found = result(KNOWN)
     colours = found.tasks["colours"]
     other = {
@@ -111,7 +108,7 @@ def test_baselines_that_do_not_compare(baseline: str, message: str) -> None:
                 compared(one, two)
 
 
-def test_a_blind_result_as_baseline(tmp_path: Path) -> None:
+def test_a_blind_result_as_baseline(tmp_path):
     found, blind = result(HALF), result(HALF, blind=True)
     assert blind.retention(blind).percent == pytest.approx(found.retention(found).percent)
     blind.save(tmp_path / "blind.json")

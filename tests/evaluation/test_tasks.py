@@ -1,7 +1,5 @@
 """Tasks by name, and tasks of the user's own: a YAML row over a local data file."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterable
@@ -79,7 +77,7 @@ def changed(folder: Path, *changes: str) -> Path:
     return path
 
 
-def test_rows_become_questions(folder: Path) -> None:
+def test_rows_become_questions(folder):
     task = read_task(folder / "task.yaml")
     questions = task.load(None)
     assert [q.id for q in questions] == ["a", "b", "c"]
@@ -90,8 +88,8 @@ def test_rows_become_questions(folder: Path) -> None:
     assert [q.id for q in task.load(2)] == ["a", "b"]
 
 
-def test_tasks_are_found_by_name_and_by_file(folder: Path) -> None:
-    def names(wanted: str) -> list[str]:
+def test_tasks_are_found_by_name_and_by_file(folder):
+    def names(wanted):
         return [task.name for task in find_tasks(wanted)]
 
     assert names("presence, text_sum,presence") == ["presence", "text_sum"]
@@ -119,17 +117,17 @@ def test_tasks_are_found_by_name_and_by_file(folder: Path) -> None:
         ("images: pictures|images: .", "not found"),
     ],
 )
-def test_a_wrong_field_column_or_picture_is_named(folder: Path, change: str, message: str) -> None:
+def test_a_wrong_field_column_or_picture_is_named(folder, change, message):
     of_data = message.startswith("no")
     with pytest.raises(DataError if of_data else ConfigError, match=message):
         read_task(changed(folder, change)).load(None)
 
 
-def test_repeated_ids_are_refused(folder: Path) -> None:
+def test_repeated_ids_are_refused(folder):
     """They would share one answer. Rows without an id are numbered."""
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
 
-    def asked(*ids: object) -> list[str]:
+    def asked(*ids):
         named = [{**row, "id": name} for row, name in zip(rows, ids, strict=True)]
         write_rows(folder, [{k: v for k, v in r.items() if k != "id" or v} for r in named])
         return [question.id for question in read_task(folder / "task.yaml").load(None)]
@@ -142,7 +140,7 @@ def test_repeated_ids_are_refused(folder: Path) -> None:
         asked("1", None, "z")
 
 
-def test_a_function_of_ones_own_scores_replies(folder: Path) -> None:
+def test_a_function_of_ones_own_scores_replies(folder):
     name = "metrics_of_mine:first_letter"
     task = read_task(changed(folder, f"exact_match|{name}"))
     result = evaluate(*load(folders.folder("llava")), [task]).tasks["colours"]
@@ -172,9 +170,7 @@ def test_a_function_of_ones_own_scores_replies(folder: Path) -> None:
         ("rouge_l", r"slimvlm\[rouge\]"),
     ],
 )
-def test_metrics_that_are_refused(
-    metric: str, message: str, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_metrics_that_are_refused(metric, message, folder, monkeypatch):
     monkeypatch.setattr(metrics, "find_spec", lambda name: None)  # no rouge-score
     with pytest.raises(ConfigError, match=message) as failure:
         read_task(changed(folder, f"exact_match|{metric}"))
@@ -182,7 +178,7 @@ def test_metrics_that_are_refused(
 
 
 @pytest.mark.parametrize("prompt", ["", "What colour? {hint}"])
-def test_loss_and_perplexity_are_of_the_given_answers(prompt: str, folder: Path) -> None:
+def test_loss_and_perplexity_are_of_the_given_answers(prompt, folder):
     """With a prompt those of answers in a conversation, as data is evaluated; else plain text."""
     model, words = load(folders.folder("text"))
     changed(folder, 'images: pictures|image: ""', f"What colour? {{hint}}|{prompt}")

@@ -6,8 +6,6 @@ FOLDER`` loads the one checkpoint, prints its version as a line of JSON, and the
 line of prompts, a number of new tokens and a clock by a line with times.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import os

@@ -4,8 +4,6 @@ An engine runs in its own interpreter (`ask_engine.py`), either this one or that
 PATH. Used by ``tests/journeys/test_engines.py`` and ``benchmarks/engines.py``.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -336,7 +334,7 @@ class _Served:
         step = 1e3 * (last - first) / (new_tokens - 1)
         return Timing(1e3 * first, (step,) * (new_tokens - 1))
 
-    def __enter__(self) -> _Served:
+    def __enter__(self) -> "_Served":
         return self
 
     def __exit__(self, *error: Any) -> None:

@@ -1,7 +1,5 @@
 """Small models of kinds that engines know, with heads as wide as attention kernels want them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

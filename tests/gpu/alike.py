@@ -1,7 +1,5 @@
 """When two sets of tensors are the same but for rounding."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from torch import Tensor

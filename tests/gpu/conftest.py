@@ -4,8 +4,6 @@
 run on the machine's own accelerator, and are skipped where there is none.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

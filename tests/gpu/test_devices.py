@@ -1,10 +1,7 @@
 """The device is the user's choice, and what a device cannot do is done elsewhere or said."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,7 +37,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folders.write_llava_data(tmp_path_factory.mktemp("data"), count=8))
 
 
-def test_a_model_goes_where_the_user_says(card: torch.device, llava: str) -> None:
+def test_a_model_goes_where_the_user_says(card, llava):
     assert default_device() == card
     for named, place in ((None, card), (card.type, card), (str(card), card), ("cpu", "cpu")):
         assert sv.load(llava, device=named)[0].device == torch.device(place)
@@ -55,9 +52,7 @@ def test_a_model_goes_where_the_user_says(card: torch.device, llava: str) -> Non
         *("quantize nowhere --out OUT", "demo run --out OUT"),
     ],
 )
-def test_an_absent_card_is_refused_before_anything_is_read(
-    words: str, card: torch.device, tmp_path: Path
-) -> None:
+def test_an_absent_card_is_refused_before_anything_is_read(words, card, tmp_path):
     absent, out = f"{card.type}:{torch.accelerator.device_count()}", tmp_path / "out"
     told = refused(*words.replace("OUT", str(out)).split(), "--device", absent, alone=True)
     assert told.startswith(f"slimvlm: device '{absent}' must be one of: cpu, {card.type}"), told
@@ -65,7 +60,7 @@ def test_an_absent_card_is_refused_before_anything_is_read(
 
 
 @PRETENDED
-def test_bfloat16_that_is_emulated_does_not_count(card: torch.device) -> None:
+def test_bfloat16_that_is_emulated_does_not_count(card):
     assert computes_bfloat16(card)
     with pretended_gpu.capability(pretended_gpu.TURING):
         assert torch.cuda.is_bf16_supported()
@@ -73,7 +68,7 @@ def test_bfloat16_that_is_emulated_does_not_count(card: torch.device) -> None:
 
 
 @PRETENDED
-def test_memory_is_the_card_s(card: torch.device) -> None:
+def test_memory_is_the_card_s(card):
     held = torch.zeros(64 * MIB, dtype=torch.uint8, device=card)
     with pretended_gpu.limit(100 * MIB):
         assert free_memory(card) == 100 * MIB
@@ -81,7 +76,7 @@ def test_memory_is_the_card_s(card: torch.device) -> None:
     del held
 
 
-def test_the_card_is_called_by_its_name(card: torch.device) -> None:
+def test_the_card_is_called_by_its_name(card):
     model = tiny.build("llama").to(card)
     found = bench(model, workload=sv.Workload(prompt_tokens=4, new_tokens=3, batch_sizes=(1,)))
     assert found.device == torch.get_device_module(card).get_device_name(card)
@@ -121,8 +116,8 @@ def without_float64(card: torch.device, monkeypatch: pytest.MonkeyPatch) -> With
     "criterion", tiered(CRITERIA, lambda name: name in ("taylor", "obs", "reap"))
 )
 def test_sums_in_float64_are_made_on_the_cpu_where_a_card_has_none(
-    criterion: str, card: torch.device, without_float64: WithoutFloat64
-) -> None:
+    criterion, card, without_float64
+):
     model = tiny.build("qwen3_vl_moe" if criterion in OF_EXPERTS else "llava-llama")
     batches = [tiny.batch(model, 12, 0), tiny.batch(model, 12, 1)]
     expected = sv.score(model, batches, criterion)
@@ -139,9 +134,7 @@ def test_sums_in_float64_are_made_on_the_cpu_where_a_card_has_none(
 
 
 @pytest.mark.parametrize("axis", tiered(["width", "both"], lambda axis: axis == "width"))
-def test_a_walk_needs_no_float64_on_the_card(
-    axis: str, card: torch.device, without_float64: WithoutFloat64
-) -> None:
+def test_a_walk_needs_no_float64_on_the_card(axis, card, without_float64):
     model = tiny.build("llava-llama")
     batches = [tiny.batch(model, 12 + seed, seed) for seed in range(5)]
     expected = sv.walk_(copy.deepcopy(model), batches, 0.3, axis, local_steps=1)
@@ -151,9 +144,7 @@ def test_a_walk_needs_no_float64_on_the_card(
     assert found.plan == expected.plan
 
 
-def test_samples_are_asked_without_float64_on_the_card(
-    card: torch.device, without_float64: WithoutFloat64
-) -> None:
+def test_samples_are_asked_without_float64_on_the_card(card, without_float64):
     model, processor = sv.load(str(folders.folder("llava")), device="cpu")
     samples = folders.short_samples(3)
     expected = sv.evaluate_data(model, processor, samples, model)
@@ -177,8 +168,8 @@ SMALLER, LOW_MEMORY = "a smaller --batch-size (with", "--low-memory keeps one la
     ],
 )
 def test_out_of_memory_is_one_line_that_says_what_helps(
-    words: str, during: str, cure: str, card: torch.device, llava: str, data: str, tmp_path: Path
-) -> None:
+    words, during, cure, card, llava, data, tmp_path
+):
     verb, *rest = words.split()
     size = sum(p.nbytes for p in sv.load(llava, device="cpu")[0].parameters())
     with pretended_gpu.limit(size + size // 4):
@@ -190,15 +181,8 @@ def test_out_of_memory_is_one_line_that_says_what_helps(
 
 
 @pytest.mark.parametrize("first", tiered(["card", "cpu"], lambda first: first == "card"))
-def test_a_stopped_walk_goes_on_elsewhere(
-    first: str,
-    card: torch.device,
-    llava: str,
-    data: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def stop(*args: Any, **kwargs: Any) -> None:
+def test_a_stopped_walk_goes_on_elsewhere(first, card, llava, data, tmp_path, monkeypatch):
+    def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
     given = ["prune", llava, "--ratio", "0.3", "--data", data, "--samples", "8", "--low-memory"]

@@ -1,10 +1,7 @@
 """Models of every archetype score, walk and run from files on the card as on the CPU."""
 
-from __future__ import annotations
-
 import copy
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,7 +49,7 @@ def criteria_of(name: str) -> tuple[str, str]:
 
 
 @archetypes
-def test_scores(name: str, card: torch.device) -> None:
+def test_scores(name, card):
     models = model_of(name), copy.deepcopy(model_of(name)).to(card)
     for criterion in criteria_of(name):
         expected, found = (sv.score(model, batches_of(name), criterion) for model in models)
@@ -60,7 +57,7 @@ def test_scores(name: str, card: torch.device) -> None:
 
 
 @archetypes
-def test_a_walk(name: str, card: torch.device) -> None:
+def test_a_walk(name, card):
     models = [copy.deepcopy(model_of(name)).to(device) for device in ("cpu", card)]
     how: dict[str, Any] = {"held_out": batches_of(name)[1:]}
     if has_experts(name):
@@ -74,7 +71,7 @@ def test_a_walk(name: str, card: torch.device) -> None:
 
 
 @archetypes
-def test_from_files(name: str, card: torch.device, tmp_path: Path) -> None:
+def test_from_files(name, card, tmp_path):
     """Every tensor that a layer reads is on the card while it runs, buffers without files, too."""
     model = model_of(name)
     model.save_pretrained(tmp_path)
@@ -87,14 +84,12 @@ def test_from_files(name: str, card: torch.device, tmp_path: Path) -> None:
         assert_close(flat(found), flat(sv.score(model, batches_of(name), criterion)))
 
 
-def test_buffers_are_on_the_card_while_their_part_is_there(
-    card: torch.device, tmp_path: Path
-) -> None:
+def test_buffers_are_on_the_card_while_their_part_is_there(card, tmp_path):
     """Rotary frequencies belong to no layer and lie in no file; positions of CLIP run first."""
     model_of("llava-llama").save_pretrained(tmp_path)
     checkpoint = open_checkpoint(tmp_path)
 
-    def places() -> set[torch.device]:
+    def places():
         return {buffer.device for buffer in checkpoint.model.buffers()}
 
     expected = {name: value.clone() for name, value in checkpoint.model.named_buffers()}

@@ -1,7 +1,5 @@
 """What a card holds, what a dry run says of it, and what happens where there is no room."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 from pathlib import Path
@@ -86,9 +84,7 @@ def layer_bytes(model: Any) -> int:
 
 @counted
 @pytest.mark.parametrize("local_steps", [0, 2])
-def test_a_walk_needs_little_beyond_the_model(
-    local_steps: int, model: Any, card: torch.device
-) -> None:
+def test_a_walk_needs_little_beyond_the_model(local_steps, model, card):
     """A sixth of the weights, one layer that learns, and what it reads of the batches."""
     model.to(card)
     layer, weights = layer_bytes(model), weight_bytes(read_anatomy(model), "float32")
@@ -100,9 +96,7 @@ def test_a_walk_needs_little_beyond_the_model(
 
 
 @counted
-def test_a_walk_from_files_needs_two_layers(
-    model: Any, folder: Path, tmp_path: Path, card: torch.device
-) -> None:
+def test_a_walk_from_files_needs_two_layers(model, folder, tmp_path, card):
     data, peak = batches(model), Peak()
     sv.walk_checkpoint(folder, data[:3], tmp_path / "out", 0.3, held_out=data[3:], device=card)
     states = states_bytes(HIDDEN, BATCHES * TOKENS, 4, aims=True)
@@ -133,8 +127,8 @@ ON_FULL_CARD = ("walk", "local steps")
     ),
 )
 def test_a_dry_run_says_what_a_run_takes_and_it_leaves_nothing_on_the_card(
-    name: str, is_full: bool, model: Any, folder: Path, data: str, tmp_path: Path
-) -> None:
+    name, is_full, model, folder, data, tmp_path
+):
     """On a full card, two models are neither timed in turn nor both there to be compared."""
     config = replace(CONFIG, data=data, **RUNS[name])
     room = 4 * weight_bytes(read_anatomy(model), "float32") // 3 if is_full else 1 << 30
@@ -149,10 +143,10 @@ def test_a_dry_run_says_what_a_run_takes_and_it_leaves_nothing_on_the_card(
 
 
 @counted
-def test_a_dry_run_says_where_states_go_and_what_does_not_fit(folder: Path, data: str) -> None:
+def test_a_dry_run_says_where_states_go_and_what_does_not_fit(folder, data):
     config = replace(CONFIG, data=data, recover=RECOVER)
 
-    def rows(room: int) -> dict[str, str]:
+    def rows(room):
         release_memory()
         with pretended_gpu.limit(room):
             found = dry_run(str(folder), config, silent)
@@ -190,9 +184,7 @@ def trained(
 
 @counted
 @pytest.mark.parametrize("size", [6, pytest.param(4, marks=pytest.mark.slow)])
-def test_batches_that_do_not_fit_are_divided(
-    size: int, card: torch.device, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_batches_that_do_not_fit_are_divided(size, card, capsys):
     expected, most = trained(size, card)
     _, least = trained(1, card)
     assert least < most
@@ -203,7 +195,7 @@ def test_batches_that_do_not_fit_are_divided(
 
 
 @counted
-def test_what_fits_in_no_batches_is_one_error(card: torch.device) -> None:
+def test_what_fits_in_no_batches_is_one_error(card):
     with pytest.raises(torch.OutOfMemoryError):
         trained(2, card, room=1000)
 
@@ -230,7 +222,7 @@ def walked(name: str, device: torch.device, store: Store) -> tuple[Walked, int]:
 
 
 @pytest.mark.parametrize("name", tiered(["llava-llama", "qwen3_vl"]))
-def test_every_place_gives_the_same_walk(name: str, card: torch.device, tmp_path: Path) -> None:
+def test_every_place_gives_the_same_walk(name, card, tmp_path):
     expected, _ = walked(name, CPU, Memory())
     peaks = {}
     for store in (Memory(), Memory(CPU), Scratch(tmp_path / "states")):
@@ -243,7 +235,7 @@ def test_every_place_gives_the_same_walk(name: str, card: torch.device, tmp_path
     assert peaks[Scratch, None] < peaks[Memory, None]
 
 
-def test_host_memory_is_pinned_and_comes_back_as_it_was(card: torch.device) -> None:
+def test_host_memory_is_pinned_and_comes_back_as_it_was(card):
     store, value = Memory(CPU, pinned=True), torch.randn(3, 4, device=card)
     kept = store.held(value)
     assert kept.device == CPU
@@ -260,10 +252,10 @@ def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return found
 
 
-def test_the_first_place_with_room_is_taken(free: dict[str, int]) -> None:
+def test_the_first_place_with_room_is_taken(free):
     card = torch.device("cuda", 0)
     assert [StatesPlace.of(n, card).kind for n in (1000, 1001, 4000, 4001)] == [
-        *("device", "host", "host", "files"),
+        *("device", "host", "host", "files")
     ]
     assert [StatesPlace.of(n, CPU).kind for n in (1000, 4000, 4001)] == ["host", "host", "files"]
     free.update(cuda=4 << 30, cpu=20 << 30)
@@ -273,7 +265,7 @@ def test_the_first_place_with_room_is_taken(free: dict[str, int]) -> None:
 
 
 @counted
-def test_a_full_card_keeps_states_on_the_host(card: torch.device) -> None:
+def test_a_full_card_keeps_states_on_the_host(card):
     model = tiny.build("llama").to(card)
     data = [tiny.batch(model, 40, seed) for seed in range(8)]
     chosen = plans_for(read_anatomy(model), [], 0.3, "width", "uniform")

@@ -1,7 +1,5 @@
 """The pretended card itself: its values are the CPU's, and it refuses what a card refuses."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn
@@ -11,7 +9,7 @@ from tests import pretended_gpu
 pytestmark = pytest.mark.skipif(pretended_gpu.REASON is not None, reason=str(pretended_gpu.REASON))
 
 
-def test_values_are_those_of_the_cpu(card: torch.device) -> None:
+def test_values_are_those_of_the_cpu(card):
     layer, x = nn.Linear(8, 8), torch.randn(5, 8)
     layer(x).square().sum().backward()
     assert layer.weight.grad is not None
@@ -23,7 +21,7 @@ def test_values_are_those_of_the_cpu(card: torch.device) -> None:
     assert torch.equal(layer.weight.grad.cpu(), expected)
 
 
-def test_views_share_their_memory(card: torch.device) -> None:
+def test_views_share_their_memory(card):
     x = torch.arange(4.0, device=card)
     x.unfold(0, 2, 2)[0].fill_(7)
     torch.view_as_complex(x.view(2, 2))[1] = 5j
@@ -31,12 +29,12 @@ def test_views_share_their_memory(card: torch.device) -> None:
     assert x.repeat(2).tolist() == [7, 7, 0, 5] * 2
 
 
-def test_whole_numbers_are_counted(card: torch.device) -> None:
+def test_whole_numbers_are_counted(card):
     x = torch.tensor([0, 2, 2, 3], dtype=torch.int32, device=card)
     assert torch.histc(x, bins=4, min=0, max=3).tolist() == [1, 0, 2, 1]
 
 
-def test_a_convolution_of_each_channel_alone_is_computed(card: torch.device) -> None:
+def test_a_convolution_of_each_channel_alone_is_computed(card):
     layer, x = nn.Conv1d(4, 4, 3, groups=4), torch.randn(2, 4, 9)
     expected = layer(x)
     layer.to(card)(x.to(card)).sum().backward()
@@ -44,32 +42,32 @@ def test_a_convolution_of_each_channel_alone_is_computed(card: torch.device) -> 
     assert layer.weight.grad is not None
 
 
-def test_two_devices_in_one_operator_are_refused(card: torch.device) -> None:
+def test_two_devices_in_one_operator_are_refused(card):
     with pytest.raises(RuntimeError, match="same device"):
         torch.ones(3, device=card) + torch.ones(3)
     with pytest.raises(RuntimeError, match="same device"):
         torch.ones(3, 3, device=card).index_select(0, torch.tensor([1]))
 
 
-def test_numbers_and_indices_of_the_cpu_are_taken(card: torch.device) -> None:
+def test_numbers_and_indices_of_the_cpu_are_taken(card):
     x = torch.arange(4.0, device=card)
     assert (x * torch.tensor(2.0)).tolist() == [0, 2, 4, 6]
     assert x[torch.tensor([3, 0])].tolist() == [3, 0]
 
 
-def test_a_generator_of_the_cpu_is_refused(card: torch.device) -> None:
+def test_a_generator_of_the_cpu_is_refused(card):
     with pytest.raises(RuntimeError, match="generator"):
         torch.randn(3, device=card, generator=torch.Generator())
     drawn = torch.randn(3, device=card, generator=torch.Generator(card).manual_seed(3))
     assert torch.equal(drawn.cpu(), torch.randn(3, generator=torch.Generator().manual_seed(3)))
 
 
-def test_numpy_is_refused(card: torch.device) -> None:
+def test_numpy_is_refused(card):
     with pytest.raises(TypeError, match="numpy"):
         torch.ones(3, device=card).numpy()
 
 
-def test_bytes_are_counted_and_freed(card: torch.device) -> None:
+def test_bytes_are_counted_and_freed(card):
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     x = torch.empty(1 << 20, dtype=torch.uint8, device=card)
@@ -79,13 +77,13 @@ def test_bytes_are_counted_and_freed(card: torch.device) -> None:
     assert torch.cuda.max_memory_allocated() - before == 1 << 20
 
 
-def test_a_limit_is_one_out_of_memory(card: torch.device) -> None:
+def test_a_limit_is_one_out_of_memory(card):
     with pretended_gpu.limit(1000), pytest.raises(torch.OutOfMemoryError, match="out of memory"):
         torch.empty(2000, dtype=torch.uint8, device=card)
     torch.empty(2000, dtype=torch.uint8, device=card)
 
 
-def test_what_waits_for_the_card_is_counted(card: torch.device) -> None:
+def test_what_waits_for_the_card_is_counted(card):
     x = torch.ones(4, device=card)
 
     assert pretended_gpu.waits_of(lambda: x + x) == 0
@@ -99,7 +97,7 @@ def test_what_waits_for_the_card_is_counted(card: torch.device) -> None:
     assert pretended_gpu.waits_of(lambda: pinned.to(card, non_blocking=True)) == 0
 
 
-def test_two_cards_refuse_each_other() -> None:
+def test_two_cards_refuse_each_other():
     if torch.cuda.device_count() < 2:
         pytest.skip("PRETENDED_GPUS=2 makes two cards")
     with pytest.raises(RuntimeError, match="same device"):

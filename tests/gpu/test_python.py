@@ -1,11 +1,8 @@
 """Public functions with a model on the card, and batches there or on the CPU."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,7 +71,7 @@ CUTS = {
 
 @where
 @pytest.mark.parametrize("name", tiered(CUTS, lambda name: name != "walk both"))
-def test_a_cut(name: str, where: str, card: torch.device) -> None:
+def test_a_cut(name, where, card):
     models = copies(card)
     givens = zip(models, (batches(), shown(where, card)), strict=True)
     plans = [CUTS[name](model, given) for model, given in givens]
@@ -82,7 +79,7 @@ def test_a_cut(name: str, where: str, card: torch.device) -> None:
     assert_close(models[1].state_dict(), models[0].state_dict())
 
 
-def test_a_mask(card: torch.device) -> None:
+def test_a_mask(card):
     plan = plan_by_hand(sv.anatomy(original()), neurons=range(64))
     said = []
     for model in copies(card):
@@ -94,7 +91,7 @@ def test_a_mask(card: torch.device) -> None:
 
 @where
 @pytest.mark.slow
-def test_a_checkpoint(where: str, card: torch.device, tmp_path: Path) -> None:
+def test_a_checkpoint(where, card, tmp_path):
     original().save_pretrained(tmp_path / "model")
     for device, given in (("cpu", batches()), (card, shown(where, card))):
         out = tmp_path / torch.device(device).type
@@ -106,8 +103,8 @@ def test_a_checkpoint(where: str, card: torch.device, tmp_path: Path) -> None:
 
 
 @where
-def test_losses(where: str, card: torch.device) -> None:
-    def found(device: Any, given: list[Batch]) -> list[float]:
+def test_losses(where, card):
+    def found(device, given):
         model, other = (changed_copy(original(), seed=seed).to(device) for seed in (1, 2))
         values = []
         for batch in given:
@@ -130,7 +127,7 @@ def test_losses(where: str, card: torch.device) -> None:
     assert found(card, shown(where, card)) == pytest.approx(found("cpu", batches()), rel=1e-4)
 
 
-def test_block_influence(card: torch.device) -> None:
+def test_block_influence(card):
     x, y, mask = torch.randn(2, 5, 8), torch.randn(2, 5, 8), torch.ones(2, 5).long()
     found = sv.block_influence(x.to(card), y.to(card), mask.to(card))
     torch.testing.assert_close(found.cpu(), sv.block_influence(x, y, mask))
@@ -143,7 +140,7 @@ def pair() -> tuple[PreTrainedModel, PreTrainedModel, Any]:
     return model, changed_copy(model), processor
 
 
-def test_evaluate(pair: Any, card: torch.device) -> None:
+def test_evaluate(pair, card):
     model, _, processor = pair
     there = copy.deepcopy(model).to(card)
     tasks = sv.find_tasks("presence,text_ppl")
@@ -154,7 +151,7 @@ def test_evaluate(pair: Any, card: torch.device) -> None:
 
 
 @pytest.mark.parametrize("baseline", ["card", "cpu", "kept", "kept with its head"])
-def test_evaluate_data(baseline: str, pair: Any, card: torch.device) -> None:
+def test_evaluate_data(baseline, pair, card):
     """The baseline may be on the card, on the CPU, or gone."""
     model, other, processor = pair
     samples = folders.short_samples(5)
@@ -187,9 +184,7 @@ class _HeadsMoved(TorchDispatchMode):
         return found
 
 
-def test_what_was_said_lies_on_the_cpu_and_its_head_moves_once(
-    pair: Any, card: torch.device, tmp_path: Path
-) -> None:
+def test_what_was_said_lies_on_the_cpu_and_its_head_moves_once(pair, card, tmp_path):
     model, other, processor = pair
     samples = folders.short_samples(5)
     there = copy.deepcopy(other).to(card)
@@ -209,7 +204,7 @@ def test_what_was_said_lies_on_the_cpu_and_its_head_moves_once(
 
 
 @pytest.mark.skipif(pretended_gpu.REASON is not None, reason=str(pretended_gpu.REASON))
-def test_chunks_grow_with_the_free_memory_of_a_card_and_change_nothing(card: torch.device) -> None:
+def test_chunks_grow_with_the_free_memory_of_a_card_and_change_nothing(card):
     assert rows_at_once(torch.device("cpu")) == CHUNK
     assert rows_at_once(card) == 4 * CHUNK
     count = 5 * CHUNK
@@ -232,7 +227,7 @@ def test_chunks_grow_with_the_free_memory_of_a_card_and_change_nothing(card: tor
     assert found == [4 * CHUNK, 64, CHUNK // 4]
 
 
-def test_fewer_tokens(card: torch.device) -> None:
+def test_fewer_tokens(card):
     model, words = load(folders.folder("text"), device="cpu")
     keep = sv.choose_tokens(words, folders.short_samples(4, sees=False))
     assert len(keep) < len(words)
@@ -244,7 +239,7 @@ def test_fewer_tokens(card: torch.device) -> None:
     assert_close(models[1].state_dict(), models[0].state_dict())
 
 
-def test_save_reads_back_a_model_on_the_card(pair: Any, card: torch.device, tmp_path: Path) -> None:
+def test_save_reads_back_a_model_on_the_card(pair, card, tmp_path):
     model, _, processor = pair
     sv.save(copy.deepcopy(model).to(card), processor, tmp_path / "out")
     assert_close(load(tmp_path / "out", device="cpu")[0].state_dict(), model.state_dict())

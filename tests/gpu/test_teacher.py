@@ -1,7 +1,5 @@
 """A teacher on the card or on the CPU: the student on the card learns what it learns on the CPU."""
 
-from __future__ import annotations
-
 import copy
 from functools import cache
 from typing import Any
@@ -67,9 +65,7 @@ def on_cpu(loss: str, share: bool) -> tuple[dict[str, Tensor], str]:
         pytest.param(False, "jsd+rkl", marks=pytest.mark.slow),
     ],
 )
-def test_wherever_the_teacher_was_the_same_is_learnt(
-    where: str, share: bool, loss: str, card: torch.device
-) -> None:
+def test_wherever_the_teacher_was_the_same_is_learnt(where, share, loss, card):
     of_teacher = card if where == "card" else torch.device("cpu")
     found, line = learnt(card, of_teacher, share, loss=loss)
     expected, same_line = on_cpu(loss, share)
@@ -79,7 +75,7 @@ def test_wherever_the_teacher_was_the_same_is_learnt(
 
 
 @pytest.mark.parametrize("where", ["card", "cpu"])
-def test_a_sharing_teacher_needs_what_was_pruned_alone(where: str, card: torch.device) -> None:
+def test_a_sharing_teacher_needs_what_was_pruned_alone(where, card):
     student, teacher, _, plan = pruned(card)
     if where == "card":
         teacher.to(card)

@@ -1,11 +1,8 @@
 """Models that accelerate has divided over two cards, or a card and the host, as on one card."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,7 +73,7 @@ SCORED = [
 @pytest.mark.parametrize(
     ("name", "criterion"), tiered(SCORED, lambda name, _: name in ("tied", "qwen3_moe"))
 )
-def test_scores(name: str, criterion: str, last: int | str, card: torch.device) -> None:
+def test_scores(name, criterion, last, card):
     model = MODELS[name]()
     if "moe" in name:  # the pretended card cannot run grouped products
         model.set_experts_implementation("eager")
@@ -102,7 +99,7 @@ WALKS: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "options"), tiered(WALKS, by_default), ids=str)
-def test_walk(name: str, options: dict[str, Any], card: torch.device) -> None:
+def test_walk(name, options, card):
     model = MODELS[name]()
     ours, theirs = divided(model), model.to(card)
     found, expected = (sv.walk_(m, batches(m), 0.25, **options) for m in (ours, theirs))
@@ -113,7 +110,7 @@ def test_walk(name: str, options: dict[str, Any], card: torch.device) -> None:
 
 
 @pytest.mark.parametrize("name", tiered([n for n in MODELS if "moe" not in n], by_default))
-def test_prune_and_save(name: str, card: torch.device, tmp_path: Path) -> None:
+def test_prune_and_save(name, card, tmp_path):
     model = MODELS[name]()
     plan = plan_by_hand(read_anatomy(model), (0, 2, 3), (0,), range(32))
     masked, cut, alone = divided(model), divided(model), model.to(card)
@@ -128,7 +125,7 @@ def test_prune_and_save(name: str, card: torch.device, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("last", [1, "cpu"])
 @pytest.mark.parametrize("kind", tiered(["text", "llava"], lambda kind: kind == "llava"))
-def test_evaluate(kind: str, last: int | str, card: torch.device, unhurried: None) -> None:
+def test_evaluate(kind, last, card, unhurried):
     model, processor = sv.load(str(folders.folder(kind)), device="cpu")
     ours, theirs = divided(model, last), model.to(card)
     samples = folders.short_samples(3, sees=kind == "llava")
@@ -144,7 +141,7 @@ def test_evaluate(kind: str, last: int | str, card: torch.device, unhurried: Non
         assert found.tasks[name].scores == pytest.approx(expected.tasks[name].scores, rel=1e-5)
 
 
-def test_a_model_that_cannot_be_pruned_is_refused_by_name(card: torch.device) -> None:
+def test_a_model_that_cannot_be_pruned_is_refused_by_name(card):
     model = divided(MODELS["tied"](), "cpu")
     plan = plan_by_hand(read_anatomy(model), (0, 2, 3))
     for prune in (
@@ -157,7 +154,7 @@ def test_a_model_that_cannot_be_pruned_is_refused_by_name(card: torch.device) ->
             prune()
 
 
-def test_a_model_that_cannot_be_trained_is_refused_by_name(card: torch.device) -> None:
+def test_a_model_that_cannot_be_trained_is_refused_by_name(card):
     folder = folders.folder("text")
     model, processor = sv.load(str(folder))
     apart, samples = divided(model), folders.short_samples(2, sees=False)
@@ -168,7 +165,7 @@ def test_a_model_that_cannot_be_trained_is_refused_by_name(card: torch.device) -
             sv.recover(student, teacher, samples, config, processor)
 
 
-def test_accelerates_own_division(card: torch.device) -> None:
+def test_accelerates_own_division(card):
     folder = folders.folder("llava")
     model, processor = sv.load(str(folder), device="cpu")
     size = sum(parameter.nbytes for parameter in model.parameters())

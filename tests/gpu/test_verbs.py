@@ -1,7 +1,5 @@
 """Every verb that runs a model gives the same on a card as on the CPU, as docs/gpu.md says."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex
@@ -9,13 +7,11 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from slimvlm import cli
 from slimvlm.core.options import DIVERGENCES
@@ -283,9 +279,7 @@ def run(words: Sequence[str], out: Path, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("name", tiered(CASES, lambda name: name in FAST))
-def test_a_verb_does_the_same(
-    name: str, filled: Filled, card: torch.device, tmp_path: Path
-) -> None:
+def test_a_verb_does_the_same(name, filled, card, tmp_path):
     if name == "quantize":
         pytest.importorskip("torchao")
     words = filled(CASES[name])
@@ -294,7 +288,7 @@ def test_a_verb_does_the_same(
     SAME[words[0]](tmp_path / card.type / "out", tmp_path / "cpu" / "out")
 
 
-def test_all_losses_are_tried() -> None:
+def test_all_losses_are_tried():
     tried = {part.partition("*")[2] or part for _, loss, _ in RECOVERED for part in loss.split("+")}
     assert tried == {"sft", "hidden", "cosine", *DIVERGENCES}
 
@@ -305,7 +299,7 @@ def test_all_losses_are_tried() -> None:
     reason="needs two pretended cards (PRETENDED_GPUS=2)",
 )
 @pytest.mark.parametrize("name", TABLE)
-def test_the_table_in_the_docs_is_what_verbs_do(name: str, filled: Filled, tmp_path: Path) -> None:
+def test_the_table_in_the_docs_is_what_verbs_do(name, filled, tmp_path):
     if name == "quantize":
         pytest.importorskip("torchao")
     words = filled(CASES[TABLE[name]])
@@ -332,20 +326,18 @@ def test_the_table_in_the_docs_is_what_verbs_do(name: str, filled: Filled, tmp_p
     assert f"| `{name}` | runs | same | same | {end} |" in PAGE.read_text().splitlines()
 
 
-def test_the_table_in_the_docs_has_these_rows() -> None:
+def test_the_table_in_the_docs_has_these_rows():
     assert re.findall(r"^\| `(.+?)` \| runs \|", PAGE.read_text(), re.MULTILINE) == [*TABLE]
 
 
 @pytest.mark.slow
-def test_recover_after_a_stop(
-    filled: Filled, card: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_recover_after_a_stop(filled, card, tmp_path, monkeypatch):
     words = filled(CASES["recover lora 0.5*sft+0.5*kl"])
     expected, found = tmp_path / "whole", tmp_path / "stopped"
     run(words, expected, card)
     honest = recovery.DistillationTrainer.training_step
 
-    def stops(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def stops(self, *args, **kwargs):
         if self.state.global_step == 2:
             raise KeyboardInterrupt
         return honest(self, *args, **kwargs)
@@ -359,9 +351,7 @@ def test_recover_after_a_stop(
     same_checkpoint(found, expected)
 
 
-def test_export_is_the_same_where_there_is_a_card(
-    card: torch.device, filled: Filled, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_export_is_the_same_where_there_is_a_card(card, filled, capsys):
     """It runs no model on a device, and must not need one."""
     words = filled("export {smaller} --check vllm gguf --json")
     before = torch.get_device_module(card).memory_allocated()
@@ -371,9 +361,7 @@ def test_export_is_the_same_where_there_is_a_card(
 
 
 @pytest.mark.slow
-def test_a_quantiser_of_its_own_takes_the_device_that_is_named(
-    filled: Filled, tmp_path: Path
-) -> None:
+def test_a_quantiser_of_its_own_takes_the_device_that_is_named(filled, tmp_path):
     """bitsandbytes takes the current card unless it is told of another device."""
     pytest.importorskip("bitsandbytes")
     run(filled("quantize {llava} --backend bitsandbytes"), tmp_path / "small", CPU)

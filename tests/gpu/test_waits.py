@@ -1,7 +1,5 @@
 """What runs on the card waits for it as seldom as can be, and gives what the CPU gives."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 from pathlib import Path
@@ -52,9 +50,7 @@ def drawn(channels: int, outputs: int = 20) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(("units", "width"), [(192, 1), (48, 4), (3, 64)])
 @pytest.mark.parametrize("share", [0.4, 0.9])
-def test_the_card_removes_the_same_units(
-    units: int, width: int, share: float, card: torch.device
-) -> None:
+def test_the_card_removes_the_same_units(units, width, share, card):
     matrix, gram = drawn(units * width)
     stop = int(units * share)
     expected = removal_order(matrix, gram, units, stop)
@@ -69,13 +65,13 @@ def test_the_card_removes_the_same_units(
 
 @counted
 @pytest.mark.parametrize("width", [1, 4])
-def test_units_whose_rows_are_prepared_go_without_a_wait(width: int, card: torch.device) -> None:
+def test_units_whose_rows_are_prepared_go_without_a_wait(width, card):
     """Channels that know nothing of each other, so that no removal makes another unit cheapest."""
     channels, block = 256, 64 // width
     matrix = torch.randn(20, channels, device=card)
     gram = torch.diag(torch.rand(channels, device=card) + 1)
 
-    def waits(stop: int) -> int:
+    def waits(stop):
         return waits_of(lambda: removal_order(matrix, gram, channels // width, stop))
 
     assert waits(block // 4) == waits(block // 2) == waits(block)
@@ -84,7 +80,7 @@ def test_units_whose_rows_are_prepared_go_without_a_wait(width: int, card: torch
 
 @counted
 @pytest.mark.parametrize("width", [1, 4, 64])
-def test_an_elimination_waits_for_blocks_of_units(width: int, card: torch.device) -> None:
+def test_an_elimination_waits_for_blocks_of_units(width, card):
     channels = 256
     matrix, gram = (each.to(card) for each in drawn(channels))
     units = channels // width
@@ -100,9 +96,7 @@ def test_an_elimination_waits_for_blocks_of_units(width: int, card: torch.device
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("has_residuals", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_card_finds_the_same_weights(
-    has_bias: bool, has_residuals: bool, dtype: torch.dtype, card: torch.device
-) -> None:
+def test_the_card_finds_the_same_weights(has_bias, has_residuals, dtype, card):
     generator = torch.Generator().manual_seed(5)
     inputs, residuals = (torch.randn(300, n, generator=generator) for n in (24, 10))
     weights = torch.rand(300, generator=generator).round(decimals=1)
@@ -110,7 +104,7 @@ def test_the_card_finds_the_same_weights(
     bias = torch.randn(10, generator=generator).to(dtype) if has_bias else None
     keep = torch.arange(0, 24, 2)
 
-    def found(device: torch.device) -> Any:
+    def found(device):
         moments = Moments.zero(24, 10 if has_residuals else None, device=device)
         given = [inputs, weights, *([residuals] if has_residuals else [])]
         moments.add(*(each.to(device) for each in given))
@@ -127,14 +121,14 @@ def test_the_card_finds_the_same_weights(
 
 
 @counted
-def test_a_refit_waits_as_often_for_a_large_matrix_as_for_a_small_one(card: torch.device) -> None:
-    def waits(size: int) -> int:
+def test_a_refit_waits_as_often_for_a_large_matrix_as_for_a_small_one(card):
+    def waits(size):
         inputs, weight = torch.randn(2 * size, size, device=card), torch.randn(size, size).to(card)
         moments = Moments.zero(size, device=card)
         keep = torch.arange(0, size, 2, device=card)
         weights = torch.ones(2 * size, device=card)
 
-        def run() -> None:
+        def run():
             moments.add(inputs, weights)
             refit(weight, None, moments, keep, ridge=1e-3)
 
@@ -147,13 +141,13 @@ def test_a_refit_waits_as_often_for_a_large_matrix_as_for_a_small_one(card: torc
 
 
 @counted
-def test_a_local_step_does_not_wait(card: torch.device) -> None:
+def test_a_local_step_does_not_wait(card):
     model: Any = tiny.build("llava-llama")
     plan = plan_by_hand(read_anatomy(model), [0, 1, 3], [0, 2], range(64))
     data = [{k: v.to(card) for k, v in tiny.batch(model, 6, seed).items()} for seed in range(3)]
     model.to(card)
 
-    def waits(steps: int) -> int:
+    def waits(steps):
         student = copy.deepcopy(model)
         options: dict[str, Any] = {"plan": plan, "repair": "none", "held_out": data[:1]}
         return waits_of(lambda: walk_(student, data[1:], local_steps=steps, **options))
@@ -203,9 +197,7 @@ def trained(
     return [float(row["loss"]) for row in history.steps], weights
 
 
-def test_batches_from_other_processes_are_the_same(
-    card: torch.device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_batches_from_other_processes_are_the_same(card, monkeypatch, tmp_path):
     """Their order, too; and a training that was stopped in its second epoch goes on the same."""
     losses, weights = trained(card, 0, monkeypatch)
     with pytest.raises(StopError):
@@ -216,9 +208,7 @@ def test_batches_from_other_processes_are_the_same(
         assert all(torch.equal(value, weights[name]) for name, value in found[1].items())
 
 
-def test_training_on_the_card_is_training_on_the_cpu(
-    card: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_on_the_card_is_training_on_the_cpu(card, monkeypatch):
     losses, weights = trained(torch.device("cpu"), 0, monkeypatch, dropout=0.0)
     found = trained(card, 1, monkeypatch, dropout=0.0)
     assert_close(torch.tensor(found[0]), torch.tensor(losses), LOSS)
@@ -226,9 +216,7 @@ def test_training_on_the_card_is_training_on_the_cpu(
         assert_close(value, weights[name], ADAM)
 
 
-def test_what_another_process_refuses_is_said_in_one_line(
-    card: torch.device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_what_another_process_refuses_is_said_in_one_line(card, monkeypatch, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
     samples = [replace(sample, images=(broken,)) for sample in SAMPLES]
@@ -242,12 +230,10 @@ def test_what_another_process_refuses_is_said_in_one_line(
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_batches_are_pinned_and_sent_without_waiting(
-    workers: int, card: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batches_are_pinned_and_sent_without_waiting(workers, card, monkeypatch):
     honest, seen = Supervision.to, list[tuple[bool, ...]]()
 
-    def sent(self: Supervision, device: torch.device, non_blocking: bool = False) -> Supervision:
+    def sent(self, device, non_blocking=False):
         seen.append((non_blocking, self.labels.is_pinned(), self.compared.is_pinned()))
         return honest(self, device, non_blocking)
 
@@ -257,5 +243,5 @@ def test_batches_are_pinned_and_sent_without_waiting(
     assert set(seen) == {(True, True, True)}
 
 
-def test_a_cpu_puts_its_batches_together_itself() -> None:
+def test_a_cpu_puts_its_batches_together_itself():
     assert num_workers(torch.device("cpu")) == 0

@@ -1,7 +1,5 @@
 """An open axis: each is tried on the data, and held-out answers choose."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +17,7 @@ from slimvlm.planning.plan import Plan
 from slimvlm.runs import stages
 from slimvlm.runs.compress import compress, request_of
 from slimvlm.runs.recipes import rules
-from slimvlm.runs.request import (
-    Request,
-    along,
-    dry_plan,
-    ratio_of,
-    requests_by_axis,
-    resolved,
-)
+from slimvlm.runs.request import Request, along, dry_plan, ratio_of, requests_by_axis, resolved
 from slimvlm.runs.stages import Calibration
 from slimvlm.runs.verbs import prune
 from slimvlm.scoring.batches import answer_loss
@@ -55,7 +46,7 @@ def opened(data: Path, **changes: Any) -> tuple[Request, Any, Calibration]:
     return request, model, Calibration(processor, samples, request.hold_out)
 
 
-def test_the_axis_whose_smaller_model_answers_best_is_chosen(data: Path) -> None:
+def test_the_axis_whose_smaller_model_answers_best_is_chosen(data):
     request, model, calibration = opened(data)
     before = snapshot(model)
     scores = list(stages.calibrate(request, model, calibration).values())
@@ -75,7 +66,7 @@ def test_the_axis_whose_smaller_model_answers_best_is_chosen(data: Path) -> None
 
 
 @pytest.mark.parametrize("dtype", tiered(["float32", "bfloat16"], lambda name: name == "bfloat16"))
-def test_where_training_follows_each_axis_is_trained_a_little(dtype: str, data: Path) -> None:
+def test_where_training_follows_each_axis_is_trained_a_little(dtype, data):
     """The original keeps its data type and flags, also where training computes in float32."""
     how = {"learning_rate": 1e-3, "batch_size": 2, "epochs": 6, "bf16": False}
     recover = RecoverConfig(train="full", loss="sft+kl", **how)
@@ -91,7 +82,7 @@ def test_where_training_follows_each_axis_is_trained_a_little(dtype: str, data: 
     assert all(trained[axis] != untrained[axis] for axis in trained)
 
 
-def test_only_axes_that_remove_as_much_are_tried(data: Path) -> None:
+def test_only_axes_that_remove_as_much_are_tried(data):
     """Of four layers no twentieth can go, and every layer keeps a group and some neurons."""
     for ratio, axes in ((RATIO, AXES), (0.05, ["width", "both"]), (0.7, ["both"])):
         request, model, _ = opened(data, ratio=ratio)
@@ -102,7 +93,7 @@ def test_only_axes_that_remove_as_much_are_tried(data: Path) -> None:
 
 
 @pytest.mark.parametrize("share", tiered([0.75, 0.5], lambda share: share == 0.75))
-def test_at_one_latency_every_axis_has_a_ratio_of_its_own(share: float) -> None:
+def test_at_one_latency_every_axis_has_a_ratio_of_its_own(share):
     shape = sv.anatomy("demo")
     asked = Request(model="demo", prune=PruneConfig(axis="auto", data="demo"), latency=share)
     found = requests_by_axis(resolved(asked, shape=shape), shape)
@@ -116,7 +107,7 @@ def test_at_one_latency_every_axis_has_a_ratio_of_its_own(share: float) -> None:
     assert len({request.prune.ratio for request in found.values()}) == 3
 
 
-def test_a_run_meets_its_latency(data: Path, tmp_path: Path, unhurried: None) -> None:
+def test_a_run_meets_its_latency(data, tmp_path, unhurried):
     model, said = str(folders.folder("llava")), []
     shown: dict[str, Any] = {"data": str(data), "samples": 8, "local_steps": 0, "axis": "auto"}
     compress(model, CompressConfig(target_latency=0.7, **shown), tmp_path / "run", say=said.append)
@@ -138,18 +129,14 @@ def test_a_run_meets_its_latency(data: Path, tmp_path: Path, unhurried: None) ->
         ({"depth": 1.09, "width": 1.12, "both": 1.1}, "depth"),
     ],
 )
-def test_the_axis_that_lost_least_is_taken_and_width_of_two_that_are_even(
-    losses: dict[str, float], axis: str, data: Path
-) -> None:
+def test_the_axis_that_lost_least_is_taken_and_width_of_two_that_are_even(losses, axis, data):
     request, model, _ = opened(data)
     found, note = stages.best_axis(request, losses, read_anatomy(model))
     assert found.prune.axis == axis
     assert note.startswith(f"axis {axis}: held-out loss {losses[axis]:.4f} (")
 
 
-def test_a_stopped_run_does_not_try_again(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_run_does_not_try_again(data, tmp_path, monkeypatch):
     shown = {"data": str(data), "samples": 8, "local_steps": 1}
     config = CompressConfig(ratio=0.3, axis="auto", vocab_size="all", **shown)
     model, out = str(folders.folder("llava")), tmp_path / "run"
@@ -168,7 +155,7 @@ def interrupted(*args: Any, **kwargs: Any) -> None:
     raise KeyboardInterrupt
 
 
-def test_without_data_the_chart_decides() -> None:
+def test_without_data_the_chart_decides():
     for axis in (None, "chart", "auto"):
         request = Request(model="demo", prune=PruneConfig(ratio=0.3, axis=axis))
         assert resolved(request).prune.axis == "width"
@@ -178,14 +165,14 @@ def test_without_data_the_chart_decides() -> None:
     assert along(charted, "both").prune.axis == "both"
 
 
-def test_low_memory_tries_no_axes(data: Path, tmp_path: Path) -> None:
+def test_low_memory_tries_no_axes(data, tmp_path):
     config = PruneConfig(ratio=0.3, axis="auto", data=str(data), samples=4)
     memory = MemoryOptions(low_memory=True)
     with pytest.raises(ConfigError, match="axis 'auto'"):
         prune(str(folders.folder("llava")), config, tmp_path / "out", memory=memory)
 
 
-def test_the_data_chooses_before_training_and_width_stays_without(data: Path) -> None:
+def test_the_data_chooses_before_training_and_width_stays_without(data):
     config = CompressConfig(ratio=0.3, data=str(data), recover=RecoverConfig())
     assert request_of("demo", config).prune.axis == "auto"
     assert request_of("demo", replace(config, axis="depth")).prune.axis == "depth"

@@ -1,7 +1,5 @@
 """Calibration samples become batches: each sample once, those alike together."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -40,7 +38,7 @@ def alone(given: list[Sample]) -> list[list[int]]:
     return tokens([encode_samples(folders.processor("llava"), [each]) for each in given])
 
 
-def test_samples_that_are_alike_share_a_batch() -> None:
+def test_samples_that_are_alike_share_a_batch():
     batches = Calibration(folders.processor("llava"), samples(), hold_out=False).fitted
     assert tokens(batches) == alone(samples())
     for batch in batches:
@@ -48,7 +46,7 @@ def test_samples_that_are_alike_share_a_batch() -> None:
         assert len(batch.get("pixel_values", torch.empty(0))) in (0, len(batch["input_ids"]))
 
 
-def test_held_out_samples_are_every_fourth_of_the_data() -> None:
+def test_held_out_samples_are_every_fourth_of_the_data():
     calibration = Calibration(folders.processor("llava"), samples(), hold_out=True)
     assert tokens(calibration.held_out) == alone(samples()[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
     assert tokens([*calibration.fitted, *calibration.held_out]) == alone(samples())

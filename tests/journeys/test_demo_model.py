@@ -1,7 +1,5 @@
 """The demo model: built from the package index, loaded without slimvlm; the README's code."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess
@@ -47,11 +45,11 @@ print(json.dumps(reply.strip()))
 """
 
 
-def test_second_build_is_the_same_folder() -> None:
+def test_second_build_is_the_same_folder():
     assert build_demo() == build_demo()
 
 
-def test_plain_transformers_says_the_same(tmp_path: Path) -> None:
+def test_plain_transformers_says_the_same(tmp_path):
     model, processor = load("demo", "float32")
     anatomy = read_anatomy(model)
     plan = make_plan(anatomy, score_random(Statistics(), anatomy), 0.1, "both")
@@ -66,7 +64,7 @@ def test_plain_transformers_says_the_same(tmp_path: Path) -> None:
     assert json.loads(done.stdout.splitlines()[-1]) == ours
 
 
-def test_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readme_example_runs(tmp_path, monkeypatch):
     code = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert code is not None
     monkeypatch.chdir(tmp_path)

@@ -4,8 +4,6 @@ Pages are run from top to bottom, the README first; what its commands write is t
 pages. `tests.contract.test_docs` checks that commands are spelled right, this one that they work.
 """
 
-from __future__ import annotations
-
 import shlex
 import shutil
 from importlib.util import find_spec
@@ -118,28 +116,24 @@ def _remove(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def test_the_readme_runs_from_top_to_bottom(after_readme: Path) -> None:
+def test_the_readme_runs_from_top_to_bottom(after_readme):
     written = ["run/summary.md", "pruned", "recovered", "lost.html", "report.html"]
     written += ["recovered-int8"] if CAN_QUANTIZE else []
     assert [name for name in written if not (after_readme / name).exists()] == []
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_a_page_runs_from_top_to_bottom(
-    page: str, after_readme: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_page_runs_from_top_to_bottom(page, after_readme, monkeypatch):
     monkeypatch.chdir(after_readme)
     for command in commands_of(page):
         run(command, monkeypatch)
 
 
-def test_commands_that_are_run_elsewhere_are_still_in_the_documents() -> None:
+def test_commands_that_are_run_elsewhere_are_still_in_the_documents():
     assert set(ELSEWHERE) <= {command for _, command in COMMANDS}
 
 
-def test_a_command_that_fails_would_be_noticed(
-    workshop: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_command_that_fails_would_be_noticed(workshop, monkeypatch):
     monkeypatch.chdir(workshop)
     with pytest.raises(pytest.fail.Exception, match="exit code 2"):
         run("slimvlm inspect nowhere", monkeypatch)

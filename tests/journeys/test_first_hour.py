@@ -1,7 +1,5 @@
 """The first hour of docs/quickstart.md: its very commands, on a text model and on one that sees."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex
@@ -51,9 +49,7 @@ def run(command: str) -> None:
 
 
 @pytest.mark.parametrize("kind", tiered(["text", "llava"], lambda kind: kind == "llava"))
-def test_the_first_hour(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_first_hour(kind, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     folders.copied(kind, tmp_path / "MODEL")
     write_rows(tmp_path / "mine.jsonl", 30)
@@ -75,7 +71,7 @@ def test_the_first_hour(
     assert (tmp_path / "smaller" / "checkpoint").is_dir()
 
 
-def test_the_page_s_example_is_a_row_of_data(tmp_path: Path) -> None:
+def test_the_page_s_example_is_a_row_of_data(tmp_path):
     from slimvlm.data.read import load_samples
 
     (row,) = re.findall(r"```json\n(.*?)```", first_hour(), re.DOTALL)

@@ -1,7 +1,5 @@
 """The report in headless Chromium: no errors, filters, phone width, dark mode, print."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -110,7 +108,7 @@ def counts(kinds: list[str]) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_renders_without_an_error_and_can_be_read(browse: Open, scheme: str) -> None:
+def test_it_renders_without_an_error_and_can_be_read(browse, scheme):
     browser = browse(scheme=scheme)
     assert browser.get_log("browser") == []
     pictures = "return [...document.images].map(image => image.complete && image.naturalWidth)"
@@ -125,7 +123,7 @@ def test_it_renders_without_an_error_and_can_be_read(browse: Open, scheme: str) 
 
 
 @pytest.mark.parametrize("width", [320, 390, 768, 1200])
-def test_nothing_scrolls_sideways(browse: Open, width: int) -> None:
+def test_nothing_scrolls_sideways(browse, width):
     browser = browse(width)
     for details in browser.find_elements("css selector", "details"):
         browser.execute_script("arguments[0].open = true", details)
@@ -133,7 +131,7 @@ def test_nothing_scrolls_sideways(browse: Open, width: int) -> None:
     assert browser.execute_script("return innerWidth") == width
 
 
-def test_filters_work_by_mouse(browse: Open) -> None:
+def test_filters_work_by_mouse(browse):
     browser = browse()
     everything = {"both right": 3, "both wrong": 1, "gained": 1, "lost": 3}
     assert counts(browser.execute_script(VISIBLE)) == everything
@@ -148,7 +146,7 @@ def test_filters_work_by_mouse(browse: Open) -> None:
     assert counts(browser.execute_script(VISIBLE)) == {"gained": 1, "lost": 1}
 
 
-def test_filters_work_by_keyboard(browse: Open) -> None:
+def test_filters_work_by_keyboard(browse):
     from selenium.webdriver.common.keys import Keys
 
     browser = browse()
@@ -167,7 +165,7 @@ def test_filters_work_by_keyboard(browse: Open) -> None:
     assert len(browser.execute_script(VISIBLE)) == 4
 
 
-def test_it_prints_without_filters_and_with_all_tables(browse: Open) -> None:
+def test_it_prints_without_filters_and_with_all_tables(browse):
     browser = browse(700, scheme="dark", media="print")
     assert not find(browser, "#filters").is_displayed()
     assert not find(browser, "nav").is_displayed()

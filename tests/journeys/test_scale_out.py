@@ -1,7 +1,5 @@
 """Several processes train one model, and come to what one process comes to."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -93,7 +91,7 @@ def train_twice(home: Path, name: str, batch: int, options: tuple[str, ...], fil
     [(), ("--shard",), ("--shard", "--train", "full"), ("--shard", "--train", "projector")],
     ids=" ".join,
 )
-def test_two_processes_are_one_with_twice_the_batch(options: tuple[str, ...], home: Path) -> None:
+def test_two_processes_are_one_with_twice_the_batch(options, home):
     """On the same samples, with whole models (DDP) and with divided ones (FSDP2)."""
     name = "-".join(("two", *options)).replace("--", "")
     said = train_twice(home, name, 2, (*options, "--max-steps", "2"), "data.json")
@@ -113,21 +111,21 @@ def test_two_processes_are_one_with_twice_the_batch(options: tuple[str, ...], ho
     [("--train", "projector"), ("--train", "full", "--gradient-checkpointing")],
     ids=" ".join,
 )
-def test_a_process_without_pictures_keeps_up(options: tuple[str, ...], home: Path) -> None:
+def test_a_process_without_pictures_keeps_up(options, home):
     """Half of the samples have none, and one sample is a process's share of a step."""
     name = "-".join(("mixed", *options)).replace("--", "")
     train_twice(home, name, 1, ("--max-steps", "8", *options), "mixed.json")
 
 
 @pytest.mark.slow
-def test_a_divided_model_wants_pictures_everywhere_or_nowhere(home: Path) -> None:
+def test_a_divided_model_wants_pictures_everywhere_or_nowhere(home):
     done = torchrun(command(home, "never", "--shard", file="mixed.json"))
     assert done.returncode != 0
     assert "sample 'blind s0' has no picture and others have" in done.stderr
     assert not (home / "never").exists()
 
 
-def test_one_process_cannot_shard(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_process_cannot_shard(home, capsys):
     with pytest.raises(SystemExit):
         cli.main(command(home, "never", "--shard"))
     assert "torchrun" in capsys.readouterr().err

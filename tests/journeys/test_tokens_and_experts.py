@@ -1,7 +1,5 @@
 """Fewer tokens and experts from the verbs: prune, plan, compress, in memory and layer by layer."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
@@ -82,7 +80,7 @@ def pruned(model: str, out: Path, heard: list[str] | None = None, **options: Any
     return sv.Plan.load(out / "slimvlm_plan.json")
 
 
-def test_tokens_alone_need_neither_a_ratio_nor_data(tmp_path: Path, text: str) -> None:
+def test_tokens_alone_need_neither_a_ratio_nor_data(tmp_path, text):
     heard: list[str] = []
     plan = pruned(model(), tmp_path / "out", heard, vocab_size=FEW, vocab_text=text)
     assert plan.tokens is not None
@@ -93,9 +91,7 @@ def test_tokens_alone_need_neither_a_ratio_nor_data(tmp_path: Path, text: str) -
     assert smaller.config.vocab_size == len(words) == FEW
 
 
-def test_the_axis_gives_what_tokens_leave_of_the_ratio(
-    tmp_path: Path, data: str, text: str
-) -> None:
+def test_the_axis_gives_what_tokens_leave_of_the_ratio(tmp_path, data, text):
     shape = anatomy(model())
     options = {"data": data, "vocab_size": FEW, "vocab_text": text, "local_steps": 0, "samples": 8}
     plan = pruned(model(), tmp_path / "out", ratio=0.4, axis="width", **options)
@@ -111,9 +107,7 @@ def test_the_axis_gives_what_tokens_leave_of_the_ratio(
     assert not little.cuts_layers
 
 
-def test_experts_alone_need_neither_a_ratio_nor_data(
-    models: dict[str, str], tmp_path: Path
-) -> None:
+def test_experts_alone_need_neither_a_ratio_nor_data(models, tmp_path):
     plan = pruned(models["qwen3_moe"], tmp_path / "out", experts=0.25, samples=4)
     assert plan.criteria == {"expert": "reap"}
     assert [len(kept) for kept in plan.experts] == [3, 0, 3, 3]
@@ -143,12 +137,8 @@ BARE = {"samples": 6, "local_steps": 0, "repair": "none"}
     ],
 )
 def test_experts_and_their_neurons_have_criteria_of_their_own(
-    models: dict[str, str],
-    tmp_path: Path,
-    seen: str,
-    asked: dict[str, Any],
-    criteria: dict[str, str],
-) -> None:
+    models, tmp_path, seen, asked, criteria
+):
     plan = pruned(models["qwen3_moe"], tmp_path / "out", data=seen, **asked)
     assert plan.criteria == criteria
     assert (plan.neurons != sv.Plan.everything(plan.before).neurons) == ("ratio" in asked)
@@ -156,7 +146,7 @@ def test_experts_and_their_neurons_have_criteria_of_their_own(
     assert anatomy(tmp_path / "out") == plan.after
 
 
-def test_neurons_of_dense_layers_are_the_walk_s_own_choice(tmp_path: Path, seen: str) -> None:
+def test_neurons_of_dense_layers_are_the_walk_s_own_choice(tmp_path, seen):
     asked = {"ratio": 0.3, "samples": 6, "local_steps": 0, "data": seen}
     dense = pruned(str(tiny_folder.folder("text")), tmp_path / "dense", **asked)
     assert dense.criteria == {"kv_group": "obs", "neuron": "obs"}
@@ -171,15 +161,8 @@ def test_neurons_of_dense_layers_are_the_walk_s_own_choice(tmp_path: Path, seen:
     ],
 )
 def test_layer_by_layer_the_same_is_written(
-    models: dict[str, str],
-    tmp_path: Path,
-    data: str,
-    seen: str,
-    text: str,
-    name: str,
-    asked: dict[str, Any],
-    tolerance: float,
-) -> None:
+    models, tmp_path, data, seen, text, name, asked, tolerance
+):
     options = {"data": seen, "samples": 8, "local_steps": 0, **asked}
     if name == "tokens":
         options |= {"data": data, "vocab_text": text}
@@ -203,9 +186,7 @@ def test_layer_by_layer_the_same_is_written(
         ("qwen3_moe", {"experts": 0.25, "axis": "depth"}),
     ],
 )
-def test_a_written_plan_has_them_and_is_applied(
-    models: dict[str, str], tmp_path: Path, text: str, name: str, asked: dict[str, Any]
-) -> None:
+def test_a_written_plan_has_them_and_is_applied(models, tmp_path, text, name, asked):
     if name == "tokens":
         asked = {**asked, "vocab_text": text}
     file, out = tmp_path / "plan.json", tmp_path / "out"
@@ -223,7 +204,7 @@ RECOVER = sv.RecoverConfig(
 )
 
 
-def test_a_run_trains_and_asks_with_fewer_tokens(tmp_path: Path, data: str, text: str) -> None:
+def test_a_run_trains_and_asks_with_fewer_tokens(tmp_path, data, text):
     shown = {"data": data, "samples": 8, "local_steps": 0, "report_samples": 3}
     asked = {"ratio": 0.35, "axis": "width", "vocab_size": FEW, "vocab_text": text}
     config = sv.CompressConfig(recover=RECOVER, **shown, **asked)
@@ -237,7 +218,7 @@ def test_a_run_trains_and_asks_with_fewer_tokens(tmp_path: Path, data: str, text
     assert f"{FEW} of" in (tmp_path / "run" / "summary.md").read_text()
 
 
-def test_a_run_trains_with_fewer_experts(models: dict[str, str], tmp_path: Path, seen: str) -> None:
+def test_a_run_trains_with_fewer_experts(models, tmp_path, seen):
     shown = {"data": seen, "samples": 6, "local_steps": 0, "report_samples": 0}
     config = sv.CompressConfig(experts=0.25, recover=RECOVER, **shown)
     sv.compress(models["qwen3_moe"], config, tmp_path / "run", say=[].append)
@@ -245,7 +226,7 @@ def test_a_run_trains_with_fewer_experts(models: dict[str, str], tmp_path: Path,
     assert "3 of 4 experts" in (tmp_path / "run" / "summary.md").read_text()
 
 
-def test_a_stage_of_a_study_chooses_from_its_own_samples(data: str) -> None:
+def test_a_stage_of_a_study_chooses_from_its_own_samples(data):
     config = PruneConfig(ratio=0.3, axis="depth", vocab_size=FEW, data=data, repair="none")
     request = resolved(Request(model=model(), prune=config))
     loaded, processor = stages.load_original(request, "cpu")
@@ -272,9 +253,7 @@ def opened(data: str, where: str = "", **options: Any) -> tuple[Request, list[st
     return with_tokens(request, samples.counted(request), heard.append), heard
 
 
-def test_where_the_axis_is_open_fewer_tokens_are_tried_on_the_same_answers(
-    data: str, tmp_path: Path
-) -> None:
+def test_where_the_axis_is_open_fewer_tokens_are_tried_on_the_same_answers(data, tmp_path):
     rows = Path(data).read_text().splitlines()
     for place in range(stages.HELD_OUT_EVERY - 1, len(rows), stages.HELD_OUT_EVERY):
         rows[place] = rows[place].replace("wide.", "jumps over the lazy dog.")
@@ -307,9 +286,7 @@ def test_where_the_axis_is_open_fewer_tokens_are_tried_on_the_same_answers(
 
 
 @pytest.mark.parametrize("lost", [0.5, 2.0])
-def test_a_run_takes_fewer_tokens_where_answers_lose_less_by_it(
-    tmp_path: Path, data: str, lost: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_takes_fewer_tokens_where_answers_lose_less_by_it(tmp_path, data, lost, monkeypatch):
     tried = {"depth": 1.5, "width": 1.0, "width" + stages.BEHIND: lost}
     monkeypatch.setattr(stages, "try_axes", lambda *_, **__: tried)
     asked = {"ratio": 0.4, "axis": "auto", "samples": 16, "local_steps": 0, "report_samples": 3}
@@ -320,7 +297,7 @@ def test_a_run_takes_fewer_tokens_where_answers_lose_less_by_it(
     assert anatomy(tmp_path / "run") == plan.after
 
 
-def test_a_dry_run_says_how_many_tokens_a_run_would_try(data: str) -> None:
+def test_a_dry_run_says_how_many_tokens_a_run_would_try(data):
     asked = {"ratio": 0.4, "axis": "auto", "samples": 16, "report_samples": 0}
     found = dry_run(model(), sv.CompressConfig(data=data, **asked), [].append)
     assert found.fewer_tokens == len(opened(data)[0].fewer_tokens or ())
@@ -330,16 +307,14 @@ def test_a_dry_run_says_how_many_tokens_a_run_would_try(data: str) -> None:
     assert dry_run(model(), all_stay, [].append).fewer_tokens == 0
 
 
-def test_fewer_tokens_never_remove_more_than_the_ratio(data: str) -> None:
+def test_fewer_tokens_never_remove_more_than_the_ratio(data):
     shape = anatomy(model())
     request, _ = opened(data, ratio=0.05)
     gone = shape.vocab_size - len(request.fewer_tokens or ())
     assert 0 <= gone * shape.token_params - 0.05 * shape.backbone_params < shape.token_params
 
 
-def test_all_tokens_stay_where_that_is_asked_or_nothing_else_is_possible(
-    data: str, tmp_path: Path
-) -> None:
+def test_all_tokens_stay_where_that_is_asked_or_nothing_else_is_possible(data, tmp_path):
     for asked in ({"vocab_size": "all"}, {"axis": "width"}):
         request, heard = opened(data, **asked)
         assert (request.fewer_tokens, heard) == (None, [])
@@ -353,16 +328,14 @@ def test_all_tokens_stay_where_that_is_asked_or_nothing_else_is_possible(
     assert "all tokens stay: tokens: " in heard[-1]
 
 
-def test_no_axis_is_tried_where_experts_are_all_that_goes() -> None:
+def test_no_axis_is_tried_where_experts_are_all_that_goes():
     for axis in (None, "chart", "auto"):
         asked = PruneConfig(experts=0.25, data="data.json", axis=axis)
         found = resolved(Request(model="model", prune=asked)).prune
         assert (found.axis, found.ratio, found.criterion) == ("width", 0.0, ("reap",))
 
 
-def test_what_no_walk_chooses_is_said_before_weights_are_read(
-    models: dict[str, str], tmp_path: Path, seen: str
-) -> None:
+def test_what_no_walk_chooses_is_said_before_weights_are_read(models, tmp_path, seen):
     asked = {"ratio": 0.3, "axis": "width", "criterion": ("obs",), "data": "no file"}
     with pytest.raises(sv.SlimError, match="has experts, whose neurons no walk chooses"):
         pruned(models["qwen3_moe"], tmp_path / "out", **asked)
@@ -371,7 +344,7 @@ def test_what_no_walk_chooses_is_said_before_weights_are_read(
     assert list(requests_by_axis(resolved(request), shape)) == ["depth"]
 
 
-def test_heads_that_guess_further_tokens_are_counted_out(tmp_path: Path) -> None:
+def test_heads_that_guess_further_tokens_are_counted_out(tmp_path):
     model = tiny.build("qwen3_5_text")
     model.config.mtp_num_hidden_layers = 1
     model.save_pretrained(tmp_path / "model")
@@ -398,24 +371,15 @@ def test_heads_that_guess_further_tokens_are_counted_out(tmp_path: Path) -> None
         ("tokens", {"vocab_text": "a.txt", "ratio": 0.1}, "vocab_text 'a.txt' needs vocab_size"),
         ("tokens", {"vocab_size": 400, "vocab_text": "nowhere.txt"}, "'nowhere.txt'.*no such file"),
         ("tokens", {}, "either --ratio or --plan, or --vocab-size or --experts alone"),
-        (
-            "qwen3_moe",
-            {"experts": 0.75},
-            "experts 0.75 leaves 1 in a layer, but each .* 2",
-        ),
+        ("qwen3_moe", {"experts": 0.75}, "experts 0.75 leaves 1 in a layer, but each .* 2"),
         ("qwen3_moe", {"experts": 1.0}, "experts 1.0 must be at least 0 and below 1"),
         ("qwen3_moe", {"experts": 0.5, "criterion": ("obs",)}, "criterion 'obs' needs --data"),
         ("text", {"experts": 0.5}, "experts 0.5: 'llama' has none that can go"),
     ],
 )
 def test_what_cannot_be_is_said_before_weights_are_read(
-    models: dict[str, str],
-    tmp_path: Path,
-    name: str,
-    options: dict[str, Any],
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    models, tmp_path, name, options, message, monkeypatch
+):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for a user
     with pytest.raises(sv.SlimError, match=message):
         pruned(models[name], tmp_path / "out", **options)

@@ -1,7 +1,5 @@
 """Units and channels: `channels_of`, `fold` and `spread` tell the same story."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given
@@ -46,15 +44,13 @@ def num_channels(projection: Projection, shape: LayerShape) -> int:
 
 
 @given(projection_rows, shapes)
-def test_all_units_own_all_channels_in_order(projection: Projection, shape: LayerShape) -> None:
+def test_all_units_own_all_channels_in_order(projection, shape):
     everything = channels_of(projection, shape, range(num_units(projection, shape)))
     assert everything.tolist() == list(range(num_channels(projection, shape)))
 
 
 @given(projection_rows, shapes, st.data())
-def test_units_share_no_channel(
-    projection: Projection, shape: LayerShape, data: st.DataObject
-) -> None:
+def test_units_share_no_channel(projection, shape, data):
     units = range(num_units(projection, shape))
     kept = sorted(data.draw(st.sets(st.sampled_from(units))))
     gone = [unit for unit in units if unit not in kept]
@@ -65,9 +61,7 @@ def test_units_share_no_channel(
 
 
 @given(projection_rows, shapes)
-def test_fold_adds_up_exactly_the_channels_that_a_unit_owns(
-    projection: Projection, shape: LayerShape
-) -> None:
+def test_fold_adds_up_exactly_the_channels_that_a_unit_owns(projection, shape):
     values = torch.rand(num_channels(projection, shape), dtype=torch.float64)
     per_unit = torch.stack(fold(projection, shape, values)).sum(0)
     for unit in range(num_units(projection, shape)):
@@ -76,7 +70,7 @@ def test_fold_adds_up_exactly_the_channels_that_a_unit_owns(
 
 
 @given(projection_rows, shapes)
-def test_spread_is_the_transpose_of_fold(projection: Projection, shape: LayerShape) -> None:
+def test_spread_is_the_transpose_of_fold(projection, shape):
     per_unit = torch.rand(num_units(projection, shape), dtype=torch.float64)
     per_channel = torch.rand(num_channels(projection, shape), dtype=torch.float64)
     folded = torch.stack(fold(projection, shape, per_channel)).sum(0)
@@ -84,9 +78,7 @@ def test_spread_is_the_transpose_of_fold(projection: Projection, shape: LayerSha
 
 
 @given(projection_rows, shapes, st.data())
-def test_spread_marks_the_channels_of_a_unit(
-    projection: Projection, shape: LayerShape, data: st.DataObject
-) -> None:
+def test_spread_marks_the_channels_of_a_unit(projection, shape, data):
     unit = data.draw(st.integers(0, num_units(projection, shape) - 1))
     marks = torch.zeros(2, 3, num_units(projection, shape))  # leading dimensions are carried along
     marks[..., unit] = 1
@@ -96,7 +88,7 @@ def test_spread_marks_the_channels_of_a_unit(
     assert torch.equal(marked, channels_of(projection, shape, [unit]))
 
 
-def test_query_heads_of_a_group_are_neighbours_not_stripes() -> None:
+def test_query_heads_of_a_group_are_neighbours_not_stripes():
     shape = LayerShape(2, 3, 2, 5, 0, 0, 0)
     query = BACKBONES["llama"].attention[0]
     assert channels_of(query, shape, [1]).tolist() == [6, 7, 8, 9, 10, 11]
@@ -104,7 +96,7 @@ def test_query_heads_of_a_group_are_neighbours_not_stripes() -> None:
     assert channels_of(query, shape, [1]).tolist() != stripes
 
 
-def test_fused_matrices_are_cut_inside_their_blocks() -> None:
+def test_fused_matrices_are_cut_inside_their_blocks():
     shape = LayerShape(2, 2, 2, 3, 0, 0, 0)
     row = BACKBONES["phi3"]
     fused, gate_up = row.attention[0], row.mlp[0]
@@ -119,7 +111,7 @@ def test_fused_matrices_are_cut_inside_their_blocks() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "phi", "phi3", "gemma2", "qwen3_vl"])
-def test_segments_cover_the_real_matrices(name: str) -> None:
+def test_segments_cover_the_real_matrices(name):
     model = tiny.build(name)
     anatomy = read_anatomy(model)
     for index, projection, linear in Parts(model).projections():
@@ -127,7 +119,7 @@ def test_segments_cover_the_real_matrices(name: str) -> None:
         assert num_channels(projection, anatomy.layers[index]) == width
 
 
-def test_unit_of_every_projection() -> None:
+def test_unit_of_every_projection():
     for row in BACKBONES.values():
         assert {unit_of(p) for p in row.attention} <= {"kv_group"}
         assert {unit_of(p) for p in row.mlp} <= {"neuron"}

@@ -1,7 +1,5 @@
 """Counted FLOPs are those that torch counts, for every kind of backbone and after pruning."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -32,7 +30,7 @@ def counted(model: PreTrainedModel, batch_size: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_flops_are_what_torch_counts(family: str) -> None:
+def test_flops_are_what_torch_counts(family):
     model = tiny.build(family)
     shape = read_anatomy(model)
     if family == "gemma2":  # a window of 16 tokens would be less work
@@ -43,7 +41,7 @@ def test_flops_are_what_torch_counts(family: str) -> None:
     assert counted(model, 3) == expected
 
 
-def test_flops_of_a_pruned_model_are_what_torch_counts() -> None:
+def test_flops_of_a_pruned_model_are_what_torch_counts():
     model = tiny.build("llava-mistral")
     before = read_anatomy(model)
     prune_(model, plan_by_hand(before, layers=(0, 2, 3), kv_groups=(0, 3), neurons=range(40)))

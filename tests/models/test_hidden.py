@@ -1,7 +1,5 @@
 """Calibration of a model that accelerate has spread over devices and disk."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +46,7 @@ def on_disk(model: PreTrainedModel, folder: Path, **places: str) -> PreTrainedMo
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["criterion"])
-def test_weights_on_disk_give_the_same_scores(case: dict[str, Any], tmp_path: Path) -> None:
+def test_weights_on_disk_give_the_same_scores(case, tmp_path):
     model = tiny.build("llama")
     spread = on_disk(model, tmp_path)
     assert spread.model.layers[1].mlp.up_proj.weight.is_meta
@@ -59,7 +57,7 @@ def test_weights_on_disk_give_the_same_scores(case: dict[str, Any], tmp_path: Pa
             assert_scores_close(ours, theirs)
 
 
-def test_inputs_go_where_weights_on_disk_are_used(tmp_path: Path) -> None:
+def test_inputs_go_where_weights_on_disk_are_used(tmp_path):
     model = tiny.build("llama")
     spread = on_disk(model, tmp_path, embed_tokens="disk")
     batch = tiny.batch(model)
@@ -68,7 +66,7 @@ def test_inputs_go_where_weights_on_disk_are_used(tmp_path: Path) -> None:
     assert_close(found[0], expected[0], LOSS)
 
 
-def test_weights_on_disk_are_not_pruned(tmp_path: Path) -> None:
+def test_weights_on_disk_are_not_pruned(tmp_path):
     model = tiny.build("llama")
     spread, plan = on_disk(model, tmp_path), plan_by_hand(read_anatomy(model), (0, 2))
     for change in (prune_, mask_):
@@ -77,7 +75,7 @@ def test_weights_on_disk_are_not_pruned(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["gemma2", "llava-gemma2", "paligemma", "smolvlm"])
-def test_the_loss_without_logits_is_that_of_the_models_logits(name: str) -> None:
+def test_the_loss_without_logits_is_that_of_the_models_logits(name):
     model = tiny.build(name)
     model.config.get_text_config().final_logit_softcapping = 0.5
     batch = tiny.batch(model)

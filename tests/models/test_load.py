@@ -1,9 +1,6 @@
 """Where models run: any accelerator that torch finds, or the device that a user names."""
 
-from __future__ import annotations
-
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -43,9 +40,7 @@ def two_of(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> s
 
 
 @pytest.mark.parametrize("two_of", ["cuda", "xpu", "mps"], indirect=True)
-def test_each_process_has_an_accelerator_of_its_own(
-    two_of: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_process_has_an_accelerator_of_its_own(two_of, monkeypatch):
     assert default_device() == torch.device(two_of, 0)
     assert device_named("cpu") == CPU
     assert device_named(f"{two_of}:1") == torch.device(two_of, 1)
@@ -59,14 +54,14 @@ def test_each_process_has_an_accelerator_of_its_own(
 
 
 @pytest.mark.parametrize("two_of", ["cuda", "xpu"], indirect=True)
-def test_a_device_that_is_absent_is_refused_with_those_that_are_there(two_of: str) -> None:
+def test_a_device_that_is_absent_is_refused_with_those_that_are_there(two_of):
     for name in (f"{two_of}:2", "mps", "gpu", "", "cuda:x"):
         with pytest.raises(ConfigError, match=f"device '{name}' must be one of: cpu, {two_of}"):
             device_named(name)
 
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:99"])
-def test_a_device_is_checked_before_anything_is_read(name: str, tmp_path: Path) -> None:
+def test_a_device_is_checked_before_anything_is_read(name, tmp_path):
     model, out = str(folders.folder("text")), tmp_path / "out"
     config = CompressConfig(ratio=0.3, device=name, data=str(tmp_path / "none.json"))
     for work in (
@@ -82,7 +77,7 @@ def test_a_device_is_checked_before_anything_is_read(name: str, tmp_path: Path) 
     assert not out.exists()
 
 
-def test_the_device_is_no_part_of_what_is_asked() -> None:
+def test_the_device_is_no_part_of_what_is_asked():
     here, there = (CompressConfig(ratio=0.3, device=name) for name in (None, "cuda:1"))
     assert here == there
     assert asked(here) == asked(there)
@@ -97,13 +92,13 @@ def test_the_device_is_no_part_of_what_is_asked() -> None:
     assert names[0] == names[1]
 
 
-def test_a_study_s_file_names_no_device() -> None:
+def test_a_study_s_file_names_no_device():
     study = StudyConfig(grids=(Grid(ratio=(0.3,)),), prune={"device": "cpu"})
     with pytest.raises(ConfigError, match="'device' changes no result"):
         prepared(study, lambda line: None)
 
 
-def test_a_run_goes_on_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_goes_on_elsewhere(tmp_path, monkeypatch):
     """A run that began without a device, and was stopped, goes on with one."""
     model, out = str(folders.folder("text")), tmp_path / "run"
     config = CompressConfig(ratio=0.3, axis="width", criterion=("magnitude",), repair="none")
@@ -118,14 +113,14 @@ def test_a_run_goes_on_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert read_config(out / "config.json")[1] == config
 
 
-def test_the_command_of_a_run_names_its_device(tmp_path: Path) -> None:
+def test_the_command_of_a_run_names_its_device(tmp_path):
     config = CompressConfig(ratio=0.3, device="cuda:1")
     assert "--device cuda:1" in compress_command("demo", config, "out")
     (tmp_path / "run.yaml").write_text(config_text("demo", config))
     assert read_config(tmp_path / "run.yaml")[1].device == "cuda:1"
 
 
-def test_sums_in_float64_are_made_where_there_is_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_in_float64_are_made_where_there_is_float64(monkeypatch):
     values = torch.zeros(2, device="meta")
     assert with_float64(values) is values
     moved: list[str] = []
@@ -135,7 +130,7 @@ def test_sums_in_float64_are_made_where_there_is_float64(monkeypatch: pytest.Mon
     assert moved == ["cpu"]
 
 
-def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_containers_limit_counts(tmp_path, monkeypatch):
     limit, used = tmp_path / "most", tmp_path / "taken"
     monkeypatch.setattr("slimvlm.models.cost.CONTAINER_LIMITS", [(limit, used)])
     whole = free_memory(CPU)
@@ -146,9 +141,7 @@ def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert free_memory(CPU) == pytest.approx(whole, rel=0.5)
 
 
-def test_free_memory_of_an_accelerator_counts_what_torch_keeps(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_free_memory_of_an_accelerator_counts_what_torch_keeps(monkeypatch):
     xpu = SimpleNamespace(
         mem_get_info=lambda device: (100, 1000),
         memory_reserved=lambda device: 50,
@@ -162,7 +155,7 @@ def test_free_memory_of_an_accelerator_counts_what_torch_keeps(
     assert free_memory(CPU) > 0
 
 
-def test_bfloat16_counts_where_it_is_native(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_counts_where_it_is_native(monkeypatch):
     emulating = SimpleNamespace(
         is_bf16_supported=lambda including_emulation=True: including_emulation
     )

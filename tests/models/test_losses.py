@@ -1,7 +1,5 @@
 """Losses against their textbook forms and against what the study's trainer computes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
@@ -15,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from slimvlm.core.options import Divergence
 from slimvlm.data.roles import IGNORE
 from slimvlm.models import losses
 from tests.tolerances import HALF, LOSS, Tolerance, assert_close
@@ -67,7 +64,7 @@ def assert_same_gradients(
 
 
 @pytest.mark.parametrize("tokens", [None, 128, 129, 130, 258])
-def test_cross_entropy_and_its_gradient_are_those_of_transformers(tokens: int | None) -> None:
+def test_cross_entropy_and_its_gradient_are_those_of_transformers(tokens):
     """Chunks are invisible, whether the last one is full or not."""
     logits, labels = labelled()
     if tokens is not None:
@@ -78,7 +75,7 @@ def test_cross_entropy_and_its_gradient_are_those_of_transformers(tokens: int | 
     assert_same_gradients(found, expected, [ours], [theirs], LOSS)
 
 
-def test_token_losses_sit_at_their_tokens() -> None:
+def test_token_losses_sit_at_their_tokens():
     logits, labels = labelled()
     per_token = losses.token_cross_entropy(logits, as_is, labels)
     assert per_token.shape == (B, T - 1)
@@ -90,14 +87,14 @@ def test_token_losses_sit_at_their_tokens() -> None:
             assert_close(per_token[row, position - 1], expected, LOSS)
 
 
-def test_label_counts_leave_out_the_first_token() -> None:
+def test_label_counts_leave_out_the_first_token():
     labels = torch.tensor([[5, 6, 7], [5, -100, 7], [5, -100, -100]])
     assert losses.label_counts(labels).tolist() == [2, 1, 0]
 
 
 @kinds
 @pytest.mark.parametrize("reduction", ["token_mean", "paper"])
-def test_a_model_has_no_distance_to_itself(kind: str, reduction: str) -> None:
+def test_a_model_has_no_distance_to_itself(kind, reduction):
     student = torch.randn(B, T, V, requires_grad=True)
     loss = KINDS[kind](student, student.detach().clone(), reduction=reduction)
     loss.backward()
@@ -109,7 +106,7 @@ def test_a_model_has_no_distance_to_itself(kind: str, reduction: str) -> None:
 
 
 @kinds
-def test_only_the_student_learns(kind: str) -> None:
+def test_only_the_student_learns(kind):
     student = torch.randn(B, T, V, requires_grad=True)
     teacher = torch.randn(B, T, V, requires_grad=True)
     KINDS[kind](student, teacher).backward()
@@ -120,7 +117,7 @@ def test_only_the_student_learns(kind: str) -> None:
 
 @kinds
 @pytest.mark.parametrize("mask_dtype", [torch.long, torch.bool])
-def test_what_the_mask_hides_does_not_count(kind: str, mask_dtype: torch.dtype) -> None:
+def test_what_the_mask_hides_does_not_count(kind, mask_dtype):
     student, teacher = torch.randn(B, T, V), torch.randn(B, T, V)
     mask = torch.ones(B, T, dtype=mask_dtype)
     mask[0, 4:] = 0
@@ -138,7 +135,7 @@ def test_what_the_mask_hides_does_not_count(kind: str, mask_dtype: torch.dtype) 
 
 
 @kinds
-def test_padding_and_a_longer_prompt_change_nothing(kind: str) -> None:
+def test_padding_and_a_longer_prompt_change_nothing(kind):
     student, teacher = torch.randn(B, T, V), torch.randn(B, T, V)
     mask = torch.ones(B, T, dtype=torch.long)
     expected = KINDS[kind](student, teacher, mask=mask)
@@ -148,7 +145,7 @@ def test_padding_and_a_longer_prompt_change_nothing(kind: str) -> None:
 
 
 @kinds
-def test_token_mean_is_a_mean_over_tokens(kind: str) -> None:
+def test_token_mean_is_a_mean_over_tokens(kind):
     student, teacher = torch.randn(B, T, V), torch.randn(B, T, V)
     mask = torch.rand(B, T) < 0.6
     alone = [
@@ -159,7 +156,7 @@ def test_token_mean_is_a_mean_over_tokens(kind: str) -> None:
 
 
 @kinds
-def test_a_mask_of_nothing_gives_zero_not_nan(kind: str) -> None:
+def test_a_mask_of_nothing_gives_zero_not_nan(kind):
     nothing = torch.zeros(B, T, dtype=torch.bool)
     assert KINDS[kind](torch.randn(B, T, V), torch.randn(B, T, V), mask=nothing).item() == 0
 
@@ -170,8 +167,8 @@ def test_a_mask_of_nothing_gives_zero_not_nan(kind: str) -> None:
     [(B, T, 1.0), (B, T, 2.0), (B, T, 4.0), *((1, tokens, 2.0) for tokens in (127, 128, 129, 257))],
 )
 def test_divergences_and_their_gradients_are_those_of_the_textbook(
-    kind: str, samples: int, tokens: int, temperature: float
-) -> None:
+    kind, samples, tokens, temperature
+):
     student, teacher = 3 * torch.randn(samples, tokens, V), 3 * torch.randn(samples, tokens, V)
     ours, theirs = (student.clone().requires_grad_() for _ in range(2))
     found = KINDS[kind](ours, teacher, temperature=temperature)
@@ -182,7 +179,7 @@ def test_divergences_and_their_gradients_are_those_of_the_textbook(
 
 
 @pytest.mark.parametrize("kind", ["kl", "rkl"])
-def test_paper_reduction_sums_all_positions_over_the_batch_size(kind: str) -> None:
+def test_paper_reduction_sums_all_positions_over_the_batch_size(kind):
     student, teacher = torch.randn(B, T, V), torch.randn(B, T, V)
     mask = torch.zeros(B, T, dtype=torch.long)  # the study's trainer has no mask
     mask[:, :2] = 1
@@ -190,7 +187,7 @@ def test_paper_reduction_sums_all_positions_over_the_batch_size(kind: str) -> No
     assert_close(KINDS[kind](student, teacher, mask=mask, reduction="paper"), expected, LOSS)
 
 
-def test_paper_reduction_of_hidden_l2_is_plain_mse() -> None:
+def test_paper_reduction_of_hidden_l2_is_plain_mse():
     student, teacher = torch.randn(B, T, D), torch.randn(B, T, D)
     mask = torch.zeros(B, T, dtype=torch.bool)
     mask[:, 0] = True
@@ -200,7 +197,7 @@ def test_paper_reduction_of_hidden_l2_is_plain_mse() -> None:
 
 
 @given(st.floats(0.5, 8), st.floats(0, 60), st.integers(0, 9))
-def test_distances_are_finite_and_not_negative(temperature: float, scale: float, seed: int) -> None:
+def test_distances_are_finite_and_not_negative(temperature, scale, seed):
     generator = torch.Generator().manual_seed(seed)
     student, teacher = (scale * torch.randn(2, 4, V, generator=generator) for _ in range(2))
     values = [d(student, teacher, temperature=temperature) for d in DIVERGENCES.values()]
@@ -211,7 +208,7 @@ def test_distances_are_finite_and_not_negative(temperature: float, scale: float,
 
 
 @given(st.floats(0, 60), st.integers(0, 9))
-def test_jsd_is_bounded_and_symmetric(scale: float, seed: int) -> None:
+def test_jsd_is_bounded_and_symmetric(scale, seed):
     generator = torch.Generator().manual_seed(seed)
     student, teacher = (scale * torch.randn(2, 4, V, generator=generator) for _ in range(2))
     value = jsd(student, teacher, temperature=2.0)
@@ -219,7 +216,7 @@ def test_jsd_is_bounded_and_symmetric(scale: float, seed: int) -> None:
     assert_close(value, jsd(teacher, student), Tolerance(torch.float32, 1e-5, 1e-5))
 
 
-def test_jsd_is_the_mean_divergence_from_the_mixture() -> None:
+def test_jsd_is_the_mean_divergence_from_the_mixture():
     student, teacher = 3 * torch.randn(B, T, V), 3 * torch.randn(B, T, V)
     p, q = ((x.double() / 2).softmax(-1) for x in (teacher, student))
     mixture = (p + q) / 2
@@ -227,7 +224,7 @@ def test_jsd_is_the_mean_divergence_from_the_mixture() -> None:
     assert_close(jsd(student, teacher), 4 * expected.sum(-1).mean(), LOSS)
 
 
-def test_hidden_cosine_is_one_minus_the_cosine() -> None:
+def test_hidden_cosine_is_one_minus_the_cosine():
     student, teacher = torch.randn(B, T, D), torch.randn(B, T, D)
     expected = 1 - F.cosine_similarity(student.double(), teacher.double(), dim=-1).mean()
     assert_close(losses.hidden_cosine(student, teacher), expected, LOSS)
@@ -236,7 +233,7 @@ def test_hidden_cosine_is_one_minus_the_cosine() -> None:
 
 
 @pytest.mark.parametrize("distance", [losses.hidden_l2, losses.hidden_cosine])
-def test_a_mean_over_layers_is_the_distance_of_all_in_a_row(distance: Distance) -> None:
+def test_a_mean_over_layers_is_the_distance_of_all_in_a_row(distance):
     """The study lays the layers end to end in one long sequence."""
     ours, theirs = ([torch.randn(B, T, D) for _ in range(3)] for _ in range(2))
     mask = torch.rand(B, T) < 0.6
@@ -247,7 +244,7 @@ def test_a_mean_over_layers_is_the_distance_of_all_in_a_row(distance: Distance) 
 
 
 @given(st.sets(st.integers(0, 11), min_size=1))
-def test_a_layer_answers_for_the_removed_run_behind_it(kept: set[int]) -> None:
+def test_a_layer_answers_for_the_removed_run_behind_it(kept):
     layers = sorted(kept)
     compared = losses.layer_map(layers, 12)
     reach = [set(range(a, b + 1)) for a, b in zip(layers, compared, strict=True)]
@@ -255,11 +252,11 @@ def test_a_layer_answers_for_the_removed_run_behind_it(kept: set[int]) -> None:
     assert set().union(*reach) == set(range(layers[0], 12))
 
 
-def test_removed_layers_that_did_nothing_leave_no_distance() -> None:
+def test_removed_layers_that_did_nothing_leave_no_distance():
     kept, count = [1, 2, 5], 8
     weights = [torch.eye(D) + (i in kept) * 0.3 * torch.randn(D, D) for i in range(count)]
 
-    def outputs(layers: list[Tensor]) -> list[Tensor]:
+    def outputs(layers):
         return list(accumulate(layers, torch.matmul, initial=torch.eye(D)))[1:]
 
     student, teacher = outputs([weights[i] for i in kept]), outputs(weights)
@@ -283,9 +280,7 @@ def heads() -> tuple[Tensor, Tensor, nn.Linear, nn.Linear]:
 
 @pytest.mark.parametrize("reduction", ["token_mean", "paper"])
 @pytest.mark.parametrize("kind", ["kl", "rkl", "jsd"])
-def test_a_divergence_of_hidden_states_is_that_of_their_logits(
-    kind: Divergence, reduction: losses.Reduction, small_chunks: int
-) -> None:
+def test_a_divergence_of_hidden_states_is_that_of_their_logits(kind, reduction, small_chunks):
     student, teacher, head, teacher_head = heads()
     student.requires_grad_()
     mask = torch.rand(B, T) < 0.6
@@ -296,7 +291,7 @@ def test_a_divergence_of_hidden_states_is_that_of_their_logits(
     assert_same_gradients(loss, expected, leaves, leaves, SAME)
 
 
-def test_cross_entropy_of_hidden_states_is_that_of_their_logits(small_chunks: int) -> None:
+def test_cross_entropy_of_hidden_states_is_that_of_their_logits(small_chunks):
     hidden, _, head, _ = heads()
     hidden.requires_grad_()
     _, labels = labelled()
@@ -306,22 +301,22 @@ def test_cross_entropy_of_hidden_states_is_that_of_their_logits(small_chunks: in
     assert_same_gradients(loss, expected, leaves, leaves, SAME)
 
 
-def test_no_more_than_one_chunk_of_logits_exists(small_chunks: int) -> None:
+def test_no_more_than_one_chunk_of_logits_exists(small_chunks):
     """No larger one comes from the head; only the last one waits for the backward pass."""
     student, teacher, head, teacher_head = heads()
     student.requires_grad_()
     seen: list[int] = []
     kept: list[torch.Size] = []
 
-    def recorded(layer: nn.Linear) -> losses.Head:
-        def run(rows: Tensor) -> Tensor:
+    def recorded(layer):
+        def run(rows):
             seen.append(len(rows))
             logits: Tensor = layer(rows)
             return logits
 
         return run
 
-    def pack(saved: Tensor) -> Tensor:
+    def pack(saved):
         kept.append(saved.shape)
         return saved
 
@@ -339,7 +334,7 @@ def test_no_more_than_one_chunk_of_logits_exists(small_chunks: int) -> None:
     assert {rows for rows, _ in of_logits} == lasts == {1, 2}  # (D, V) is the head's weight
 
 
-def test_no_label_at_all_is_no_loss_but_still_a_graph(small_chunks: int) -> None:
+def test_no_label_at_all_is_no_loss_but_still_a_graph(small_chunks):
     """One rank of several may have no answer in its batch, and must take part in the backward."""
     student, teacher, head, teacher_head = heads()
     student.requires_grad_()
@@ -355,7 +350,7 @@ def test_no_label_at_all_is_no_loss_but_still_a_graph(small_chunks: int) -> None
     assert not student.grad.any()
 
 
-def test_the_teacher_s_head_does_not_learn() -> None:
+def test_the_teacher_s_head_does_not_learn():
     student, teacher, head, teacher_head = heads()
     losses.divergence(student, teacher.requires_grad_(), head, teacher_head).backward()
     assert head.weight.grad is not None
@@ -363,7 +358,7 @@ def test_the_teacher_s_head_does_not_learn() -> None:
     assert teacher_head.weight.grad is None
 
 
-def test_half_precision_hidden_states_give_float32_losses() -> None:
+def test_half_precision_hidden_states_give_float32_losses():
     student, teacher, head, teacher_head = heads()
     _, labels = labelled()
     expected = losses.divergence(student, teacher, head, teacher_head)
@@ -380,7 +375,7 @@ def test_half_precision_hidden_states_give_float32_losses() -> None:
 
 
 @kinds
-def test_half_precision_inputs_give_float32_losses(kind: str) -> None:
+def test_half_precision_inputs_give_float32_losses(kind):
     student, teacher = torch.randn(B, T, V), torch.randn(B, T, V)
     loss = KINDS[kind](student.bfloat16(), teacher.bfloat16())
     assert loss.dtype == torch.float32

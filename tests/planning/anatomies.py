@@ -1,7 +1,5 @@
 """Anatomies of tiny models, and of Llama-like models of any size without the model."""
 
-from __future__ import annotations
-
 from functools import cache
 
 from slimvlm.models.anatomy import Anatomy, LayerShape, read_anatomy

@@ -1,7 +1,5 @@
 """Counting: channels to remove, multiples of neurons, protected layers."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +10,7 @@ from tests.handmade import random_scores
 from tests.planning.anatomies import SYNTHETIC, TINY, anatomy_named, step_of, synthetic
 
 
-def test_the_default_multiple_is_128_for_real_models_and_smaller_for_tiny_ones() -> None:
+def test_the_default_multiple_is_128_for_real_models_and_smaller_for_tiny_ones():
     assert default_multiple(anatomy_named("7b")) == 128
     for name in (*TINY, *SYNTHETIC):
         anatomy = anatomy_named(name)
@@ -33,13 +31,13 @@ def test_the_default_multiple_is_128_for_real_models_and_smaller_for_tiny_ones()
         (7, 0.5, 4),
     ],
 )
-def test_channels_to_remove(channels: int, ratio: float, removed: int) -> None:
+def test_channels_to_remove(channels, ratio, removed):
     assert channels_to_remove(channels, ratio) == removed
     assert 640 - int(640 * (1 - 0.9)) == 577
 
 
 @given(st.integers(1, 20000), st.integers(0, 99))
-def test_channels_to_remove_is_exact(channels: int, percent: int) -> None:
+def test_channels_to_remove_is_exact(channels, percent):
     expected = channels - (channels * (100 - percent)) // 100
     assert channels_to_remove(channels, percent / 100) == expected
 
@@ -47,7 +45,7 @@ def test_channels_to_remove_is_exact(channels: int, percent: int) -> None:
 @pytest.mark.parametrize(
     ("layers", "protected"), [(32, (4, 2)), (30, (4, 2)), (28, (4, 2)), (24, (3, 2)), (4, (1, 1))]
 )
-def test_protect_scales_with_the_depth(layers: int, protected: tuple[int, int]) -> None:
+def test_protect_scales_with_the_depth(layers, protected):
     anatomy = synthetic(layers, 4, 2, 8, 96, 64, 100)
     assert Budget(anatomy, 0.2, "width", allocation="protect").protected == protected
     scores = random_scores(anatomy)

@@ -1,7 +1,5 @@
 """Budgets, counting, ties, refusals: the units that `make_plan` keeps."""
 
-from __future__ import annotations
-
 import math
 import re
 from typing import Any
@@ -48,7 +46,7 @@ def counted_ratio(plan: Plan) -> float:
 
 
 @given(anatomies, axes, st.floats(0, 0.42), st.integers(0, 5))
-def test_budgets_are_hit_within_a_step(name: str, axis: str, ratio: float, seed: int) -> None:
+def test_budgets_are_hit_within_a_step(name, axis, ratio, seed):
     anatomy = anatomy_named(name)
     plan = make_plan(anatomy, random_scores(anatomy, seed), ratio, axis)
     assert plan.asked_ratio == ratio
@@ -62,13 +60,13 @@ def test_budgets_are_hit_within_a_step(name: str, axis: str, ratio: float, seed:
 
 @settings(max_examples=10)
 @given(st.sampled_from(list(SYNTHETIC)), st.floats(0.01, 0.6))
-def test_width_budgets_are_within_half_a_percent(name: str, ratio: float) -> None:
+def test_width_budgets_are_within_half_a_percent(name, ratio):
     plan = make_plan(anatomy_named(name), scores_named(name), ratio, "width")
     assert abs(plan.ratio - ratio) <= 0.005
 
 
 @given(anatomies, st.sampled_from(["width", "both"]), st.floats(0, 0.4))
-def test_uniform_plans_are_equally_wide_and_legal(name: str, axis: str, ratio: float) -> None:
+def test_uniform_plans_are_equally_wide_and_legal(name, axis, ratio):
     anatomy = anatomy_named(name)
     plan = make_plan(anatomy, scores_named(name), ratio, axis)
     assert plan.after.is_uniform
@@ -79,11 +77,11 @@ def test_uniform_plans_are_equally_wide_and_legal(name: str, axis: str, ratio: f
 
 
 @given(anatomies, axes, st.floats(0, 0.4))
-def test_the_best_units_stay(name: str, axis: str, ratio: float) -> None:
+def test_the_best_units_stay(name, axis, ratio):
     anatomy, scores = anatomy_named(name), scores_named(name)
     plan = make_plan(anatomy, scores, ratio, axis)
 
-    def check(values: Any, kept: tuple[int, ...]) -> None:
+    def check(values, kept):
         gone = sorted(set(range(len(values))) - set(kept))
         assert list(kept) == sorted(kept)
         if gone and kept:
@@ -97,7 +95,7 @@ def test_the_best_units_stay(name: str, axis: str, ratio: float) -> None:
 
 
 @given(anatomies, axes)
-def test_ratio_zero_keeps_everything(name: str, axis: str) -> None:
+def test_ratio_zero_keeps_everything(name, axis):
     anatomy = anatomy_named(name)
     plan = make_plan(anatomy, scores_named(name), 0.0, axis)
     everything = Plan.everything(anatomy)
@@ -109,14 +107,14 @@ def test_ratio_zero_keeps_everything(name: str, axis: str) -> None:
 
 @settings(max_examples=10)
 @given(st.sampled_from([1, 2, 16, 32, 64, 128, 256]), st.floats(0.05, 0.5))
-def test_round_to_is_obeyed(round_to: int, ratio: float) -> None:
+def test_round_to_is_obeyed(round_to, ratio):
     anatomy = anatomy_named("7b")
     plan = make_plan(anatomy, scores_named("7b"), ratio, "width", round_to=round_to)
     assert plan.after.layers[0].intermediate_size % round_to == 0
     assert abs(plan.ratio - ratio) <= step_of(anatomy, "width", round_to) + 1e-9
 
 
-def test_kv_groups_and_neurons_share_the_width_budget() -> None:
+def test_kv_groups_and_neurons_share_the_width_budget():
     plan = make_plan(anatomy_named("7b"), scores_named("7b"), 0.3, "width")
     shape, before = plan.after.layers[0], plan.before.layers[0]
     shares = (
@@ -127,7 +125,7 @@ def test_kv_groups_and_neurons_share_the_width_budget() -> None:
 
 
 @pytest.mark.parametrize("depth_share", [0.25, 0.5, 0.75])
-def test_both_splits_the_budget(depth_share: float) -> None:
+def test_both_splits_the_budget(depth_share):
     anatomy = anatomy_named("7b")
     plan = make_plan(anatomy, scores_named("7b"), 0.4, "both", depth_share=depth_share)
     gone = anatomy.num_layers - len(plan.layers)
@@ -146,9 +144,7 @@ def test_both_splits_the_budget(depth_share: float) -> None:
     st.tuples(st.integers(0, 1), st.integers(0, 1)),
     st.sampled_from(["parameters", "per_layer"]),
 )
-def test_protected_layers_stay_whole(
-    name: str, axis: str, ratio: float, protect: tuple[int, int], counting: str
-) -> None:
+def test_protected_layers_stay_whole(name, axis, ratio, protect, counting):
     anatomy = anatomy_named(name)
     plan = make_plan(anatomy, scores_named(name), ratio, axis, protect=protect, counting=counting)
     count = anatomy.num_layers
@@ -163,9 +159,7 @@ def test_protected_layers_stay_whole(
 
 @pytest.mark.parametrize("counting", ["parameters", "per_layer"])
 @pytest.mark.parametrize("ratio", [0.5, 0.7, 0.9])
-def test_protect_with_both_and_a_large_ratio_is_a_plan_or_a_clear_refusal(
-    ratio: float, counting: str
-) -> None:
+def test_protect_with_both_and_a_large_ratio_is_a_plan_or_a_clear_refusal(ratio, counting):
     """Here every unprotected layer may go, so that no layer is left to narrow."""
     anatomy, scores = anatomy_named("llama"), scores_named("llama")
     options: dict[str, Any] = {"protect": (1, 1), "counting": counting, "depth_share": 1.0}
@@ -190,16 +184,14 @@ def test_protect_with_both_and_a_large_ratio_is_a_plan_or_a_clear_refusal(
         (2, 8, 10, 0.99, 1, 1),  # something is always left
     ],
 )
-def test_per_layer_counts(
-    kv_heads: int, head_dim: int, neurons: int, ratio: float, groups_left: int, neurons_left: int
-) -> None:
+def test_per_layer_counts(kv_heads, head_dim, neurons, ratio, groups_left, neurons_left):
     anatomy = synthetic(3, kv_heads, 1, head_dim, neurons, 64, 128)
     plan = make_plan(anatomy, random_scores(anatomy), ratio, "width", counting="per_layer")
     for shape in plan.after.layers:
         assert (shape.num_kv_heads, shape.intermediate_size) == (groups_left, neurons_left)
 
 
-def test_per_layer_is_a_share_of_the_unprotected_layers() -> None:
+def test_per_layer_is_a_share_of_the_unprotected_layers():
     anatomy = synthetic(10, 4, 1, 8, 96, 64, 128)
     scores = random_scores(anatomy)
     plan = make_plan(anatomy, scores, 0.25, "depth", counting="per_layer", protect=(1, 1))
@@ -208,7 +200,7 @@ def test_per_layer_is_a_share_of_the_unprotected_layers() -> None:
     assert [len(kept) for kept in width.neurons] == [96, *[72] * 8, 96]
 
 
-def test_per_layer_follows_the_query_groups() -> None:
+def test_per_layer_follows_the_query_groups():
     anatomy = anatomy_named("llama")  # four KV heads with two queries each
     plan = make_plan(anatomy, scores_named("llama"), 0.5, "width", counting="per_layer")
     shape = plan.after.layers[0]
@@ -218,13 +210,10 @@ def test_per_layer_follows_the_query_groups() -> None:
 # Ties and runs
 
 
-def test_of_equal_units_the_later_stay() -> None:
+def test_of_equal_units_the_later_stay():
     anatomy = anatomy_named("llama")
     equal = Scores(
-        "equal",
-        layer=torch.ones(4),
-        kv_group=[torch.ones(4)] * 4,
-        neuron=[torch.ones(96)] * 4,
+        "equal", layer=torch.ones(4), kv_group=[torch.ones(4)] * 4, neuron=[torch.ones(96)] * 4
     )
     options: dict[str, Any] = {"counting": "per_layer"}
     assert make_plan(anatomy, equal, 0.5, "depth", **options).layers == (2, 3)
@@ -233,7 +222,7 @@ def test_of_equal_units_the_later_stay() -> None:
     assert plan.neurons == (tuple(range(48, 96)),) * 4
 
 
-def test_runs_of_layers_go_together() -> None:
+def test_runs_of_layers_go_together():
     anatomy = synthetic(6, 4, 1, 8, 96, 64, 16)
     runs = torch.full((6, 6), 9.0)
     runs[0] = torch.tensor([9, 0, 9, 0, 9, 9])  # single layers say 1 and 3
@@ -245,7 +234,7 @@ def test_runs_of_layers_go_together() -> None:
     assert protected.layers == (2, 3, 4, 5)  # 4, 5 may not go: the first of the equal runs does
 
 
-def test_the_first_scores_that_cover_a_unit_count() -> None:
+def test_the_first_scores_that_cover_a_unit_count():
     anatomy = anatomy_named("llama")
     first, second = random_scores(anatomy, 1), random_scores(anatomy, 2)
     neurons_only = Scores("mine", neuron=first.neuron)
@@ -258,7 +247,7 @@ def test_the_first_scores_that_cover_a_unit_count() -> None:
 
 
 @pytest.mark.parametrize("unit", ["kv_group", "neuron"])
-def test_units_without_scores_stay_whole(unit: str) -> None:
+def test_units_without_scores_stay_whole(unit):
     anatomy, scores = anatomy_named("llama"), scores_named("llama")
     only = Scores("one", **{unit: scores.of(unit)})
     plan = make_plan(anatomy, only, 0.2, "width")
@@ -308,7 +297,7 @@ ODD = synthetic(5, 3, 1, 8, 90, 64, 16)
         ({"kv_heads": 2, "units": ("neuron",)}, "kv_heads 2 needs 'kv_group'"),
     ],
 )
-def test_arguments_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+def test_arguments_out_of_range_are_refused(options, message):
     anatomy, scores = anatomy_named("llama"), scores_named("llama")
     with pytest.raises(ConfigError, match=message):
         make_plan(**{"anatomy": anatomy, "scores": scores, "ratio": 0.2, **options})
@@ -317,7 +306,7 @@ def test_arguments_out_of_range_are_refused(options: dict[str, Any], message: st
 @pytest.mark.parametrize(
     ("axis", "missing"), [("depth", "layer"), ("both", "layer"), ("width", "neuron")]
 )
-def test_missing_scores_are_named(axis: str, missing: str) -> None:
+def test_missing_scores_are_named(axis, missing):
     anatomy, scores = anatomy_named("llama"), scores_named("llama")
     wrong = (
         Scores("half", layer=scores.layer)
@@ -330,7 +319,7 @@ def test_missing_scores_are_named(axis: str, missing: str) -> None:
         make_plan(anatomy, [], 0.2, axis)
 
 
-def test_scores_with_nan_are_refused() -> None:
+def test_scores_with_nan_are_refused():
     anatomy, scores = anatomy_named("llama"), random_scores(anatomy_named("llama"))
     scores.layer[1] = math.nan
     scores.neuron[2][5] = math.nan
@@ -343,7 +332,7 @@ def test_scores_with_nan_are_refused() -> None:
     ("axis", "name"),
     [("depth", "llama"), ("width", "llama"), ("both", "7b"), ("width", "qwen2_vl")],
 )
-def test_an_unreachable_ratio_names_the_nearest(axis: str, name: str) -> None:
+def test_an_unreachable_ratio_names_the_nearest(axis, name):
     anatomy, scores = anatomy_named(name), scores_named(name)
     with pytest.raises(ImpossiblePlanError, match=r"nearest legal shape") as refusal:
         make_plan(anatomy, scores, 0.995, axis)
@@ -359,7 +348,7 @@ def test_an_unreachable_ratio_names_the_nearest(axis: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llava-llama", "llama", "7b"])
-def test_a_target_size_is_hit(name: str) -> None:
+def test_a_target_size_is_hit(name):
     anatomy = anatomy_named(name)
     target = int(0.7 * anatomy.total_params)
     ratio = ratio_for_params(anatomy, target)
@@ -369,7 +358,7 @@ def test_a_target_size_is_hit(name: str) -> None:
     assert ratio_for_params(anatomy, anatomy.total_params) == 0
 
 
-def test_target_sizes_that_cannot_be_are_refused() -> None:
+def test_target_sizes_that_cannot_be_are_refused():
     anatomy = anatomy_named("llava-llama")
     with pytest.raises(ConfigError, match="has only"):
         ratio_for_params(anatomy, anatomy.total_params + 1)
@@ -385,9 +374,7 @@ EVEN = synthetic(6, 4, 2, 8, 96, 64, 100)
 
 @settings(max_examples=20)
 @given(sizes, st.integers(2, 8), st.floats(0, 0.3), st.integers(0, 99))
-def test_kinds_that_are_not_named_stay_whole(
-    size: tuple[int, int, int], layers: int, ratio: float, seed: int
-) -> None:
+def test_kinds_that_are_not_named_stay_whole(size, layers, ratio, seed):
     kv_heads, queries, neurons = size
     anatomy = synthetic(layers, kv_heads, queries, 8, neurons, 64, 100)
     for unit, other in (("neuron", "kv_groups"), ("kv_group", "neurons")):
@@ -400,14 +387,14 @@ def test_kinds_that_are_not_named_stay_whole(
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 3, 4])
-def test_given_kv_heads_are_kept_and_neurons_give_the_rest(kv_heads: int) -> None:
+def test_given_kv_heads_are_kept_and_neurons_give_the_rest(kv_heads):
     plan = make_plan(EVEN, random_scores(EVEN), 0.3, kv_heads=kv_heads)
     assert {len(kept) for kept in plan.kv_groups} == {kv_heads}
     step = default_multiple(EVEN) * 6 * EVEN.layers[0].neuron_params / EVEN.backbone_params
     assert abs(plan.ratio - 0.3) <= step
 
 
-def test_kv_heads_that_cannot_meet_the_ratio_are_refused() -> None:
+def test_kv_heads_that_cannot_meet_the_ratio_are_refused():
     with pytest.raises(ImpossiblePlanError, match="nearest legal shape"):
         make_plan(EVEN, random_scores(EVEN), 0.05, kv_heads=1)
 
@@ -431,9 +418,7 @@ def groups_of(plans: list[Plan]) -> list[set[int]]:
 
 
 @pytest.mark.parametrize("axis", ["width", "both"])
-def test_every_number_of_kv_groups_that_meets_the_ratio_is_there(
-    anatomy: Anatomy, axis: str
-) -> None:
+def test_every_number_of_kv_groups_that_meets_the_ratio_is_there(anatomy, axis):
     found = candidates(anatomy, axis)
     assert groups_of(found) == ([{2}, {3}, {4}] if axis == "width" else groups_of(found))
     for plan in found:
@@ -445,7 +430,7 @@ def test_every_number_of_kv_groups_that_meets_the_ratio_is_there(
     assert len({*neurons}) == len(found)
 
 
-def test_numbers_are_those_of_make_plan(anatomy: Anatomy) -> None:
+def test_numbers_are_those_of_make_plan(anatomy):
     scores = random_scores(anatomy)
     for plan, kv_heads in zip(candidates(anatomy), (2, 3, 4), strict=True):
         expected = make_plan(anatomy, scores, 0.25, "width", kv_heads=kv_heads)
@@ -453,7 +438,7 @@ def test_numbers_are_those_of_make_plan(anatomy: Anatomy) -> None:
         assert set(plan.criteria.values()) == {"obs"}
 
 
-def test_other_allocations_leave_one_plan(anatomy: Anatomy) -> None:
+def test_other_allocations_leave_one_plan(anatomy):
     scores = random_scores(anatomy)
     for allocation in ("uniform", "protect"):
         (plan,) = candidates(anatomy, allocation=allocation)
@@ -461,7 +446,7 @@ def test_other_allocations_leave_one_plan(anatomy: Anatomy) -> None:
         assert plan.after.layers == expected.after.layers
 
 
-def test_protected_layers_and_kinds_are_left_alone(anatomy: Anatomy) -> None:
+def test_protected_layers_and_kinds_are_left_alone(anatomy):
     (plan,) = candidates(anatomy, protect=(1, 0), units=("neuron",), round_to=2)
     assert {len(kept) for kept in plan.kv_groups} == {4}
     widths = [len(kept) for kept in plan.neurons]
@@ -469,13 +454,13 @@ def test_protected_layers_and_kinds_are_left_alone(anatomy: Anatomy) -> None:
     assert all(width % 2 == 0 for width in widths)
 
 
-def test_groups_alone_leave_one_number(anatomy: Anatomy) -> None:
+def test_groups_alone_leave_one_number(anatomy):
     found = candidates(anatomy, units=("kv_group",))
     assert {len(kept) for plan in found for kept in plan.neurons} == {96}
     assert max(plan.ratio for plan in found) == pytest.approx(0.25, abs=0.1)
 
 
-def test_wrong_candidates_are_refused(anatomy: Anatomy) -> None:
+def test_wrong_candidates_are_refused(anatomy):
     with pytest.raises(ConfigError, match="allocation 'search' must be one of"):
         candidates(anatomy, allocation="search")
     with pytest.raises(ConfigError, match="units"):

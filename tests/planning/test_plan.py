@@ -1,7 +1,5 @@
 """Plans by hand and in files."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -36,7 +34,7 @@ from tests.planning.anatomies import anatomy_named, scores_named
         ("neurons", ((0,), (0,), (0, 0), (0,))),
     ],
 )
-def test_plans_that_name_no_such_units_are_refused(field: str, value: Any) -> None:
+def test_plans_that_name_no_such_units_are_refused(field, value):
     everything = Plan.everything(anatomy_named("llama"))
     with pytest.raises(ConfigError, match="plan"):
         replace(everything, **{field: value})
@@ -44,7 +42,7 @@ def test_plans_that_name_no_such_units_are_refused(field: str, value: Any) -> No
 
 @pytest.mark.parametrize("axis", ["depth", "width", "both"])
 @pytest.mark.parametrize("name", ["llama", "llava-llama", "qwen3_vl", "7b"])
-def test_plans_survive_their_file(name: str, axis: str, tmp_path: Path) -> None:
+def test_plans_survive_their_file(name, axis, tmp_path):
     plan = make_plan(anatomy_named(name), scores_named(name), 0.3, axis)
     plan.save(tmp_path / "plan.json")
     loaded = Plan.load(tmp_path / "plan.json")
@@ -63,11 +61,11 @@ def edited(tmp_path: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
     return path
 
 
-def test_a_plan_may_be_edited_by_hand(tmp_path: Path) -> None:
+def test_a_plan_may_be_edited_by_hand(tmp_path):
     original = make_plan(anatomy_named("llama"), scores_named("llama"), 0.3, "both")
     index = original.layers[0]
 
-    def drop_a_neuron(values: dict[str, Any]) -> None:
+    def drop_a_neuron(values):
         values["neurons"][index].pop()
         values["ratio"] = 0.99  # not believed
 
@@ -97,9 +95,7 @@ def test_a_plan_may_be_edited_by_hand(tmp_path: Path) -> None:
     ],
     ids=range(13),
 )
-def test_bad_edits_are_refused(
-    edit: Callable[[dict[str, Any]], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_edits_are_refused(edit, tmp_path, monkeypatch):
     path = edited(tmp_path, edit)
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run it
     with pytest.raises(SlimError, match=r"plan|abacus"):
@@ -107,7 +103,7 @@ def test_bad_edits_are_refused(
 
 
 @pytest.mark.parametrize("content", [None, b"", b"[1, 2]", b"{", b"\xff\xfe\x00", b'"plan"', b"7"])
-def test_files_that_are_no_plans_are_refused(content: bytes | None, tmp_path: Path) -> None:
+def test_files_that_are_no_plans_are_refused(content, tmp_path):
     path = tmp_path / "plan.json"
     if content is not None:
         path.write_bytes(content)
@@ -117,7 +113,7 @@ def test_files_that_are_no_plans_are_refused(content: bytes | None, tmp_path: Pa
         Plan.load(tmp_path)
 
 
-def test_the_summary_tells_what_is_kept() -> None:
+def test_the_summary_tells_what_is_kept():
     plan = plan_by_hand(anatomy_named("llama"), [0, 2], [1], range(10))
     text = plan.summary()
     assert f"{plan.ratio:.2%}" in text

@@ -1,7 +1,5 @@
 """Tiny models in float64, plans by hand for them, and what is left without repair."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Model cards: what the hub reads, and what people read."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -41,7 +39,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "small"
 
 
-def test_the_metadata_is_what_the_hub_reads(pruned: Path) -> None:
+def test_the_metadata_is_what_the_hub_reads(pruned):
     data = ModelCard.load(pruned / CARD_FILE).data.to_dict()
     assert data["base_model"] == "some/original"
     assert data["license"] == "llama2"
@@ -56,9 +54,7 @@ def test_the_metadata_is_what_the_hub_reads(pruned: Path) -> None:
     ModelCard.load(pruned / CARD_FILE).data.to_yaml()
 
 
-def test_a_model_of_no_folder_has_no_original(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_of_no_folder_has_no_original(tmp_path, monkeypatch):
     """A README in the folder where the command runs is not the original's card."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / CARD_FILE).write_text(BASE)
@@ -69,7 +65,7 @@ def test_a_model_of_no_folder_has_no_original(
     assert "A smaller model:" in (tmp_path / "out" / CARD_FILE).read_text()
 
 
-def test_people_read_what_was_removed_and_how_to_load_it(pruned: Path) -> None:
+def test_people_read_what_was_removed_and_how_to_load_it(pruned):
     text = (pruned / CARD_FILE).read_text()
     plan = Plan.load(pruned / "slimvlm_plan.json")
     for needed in (
@@ -84,7 +80,7 @@ def test_people_read_what_was_removed_and_how_to_load_it(pruned: Path) -> None:
     assert str(pruned.parent) not in text
 
 
-def test_a_card_is_written_without_any_facts(tmp_path: Path) -> None:
+def test_a_card_is_written_without_any_facts(tmp_path):
     net = tiny.build("llama")
     net.config._name_or_path = ""
     save(net, None, tmp_path / "plain")
@@ -94,7 +90,7 @@ def test_a_card_is_written_without_any_facts(tmp_path: Path) -> None:
     assert "model-index" not in data
 
 
-def test_the_first_original_is_named_through_a_chain(pruned: Path, tmp_path: Path) -> None:
+def test_the_first_original_is_named_through_a_chain(pruned, tmp_path):
     net = tiny.build("llava-llama")
     net.config._name_or_path = str(pruned)
     save(net, None, tmp_path / "again")
@@ -106,5 +102,5 @@ def test_the_first_original_is_named_through_a_chain(pruned: Path, tmp_path: Pat
     ("name", "expected"),
     [("owner/name", True), ("gpt2", True), ("", False), ("/no/such/folder", False), (".", False)],
 )
-def test_only_hub_ids_are_named_in_metadata(name: str, expected: bool) -> None:
+def test_only_hub_ids_are_named_in_metadata(name, expected):
     assert is_hub_id(name) is expected

@@ -1,7 +1,5 @@
 """What older transformers find in the files of a checkpoint."""
 
-from __future__ import annotations
-
 import copy
 import json
 import os
@@ -167,18 +165,14 @@ def differences(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
-def test_older_transformers_reads_the_same_model(
-    version: str, works: dict[str, Any], pytestconfig: pytest.Config
-) -> None:
+def test_older_transformers_reads_the_same_model(version, works, pytestconfig):
     works = {n: work for n, work in works.items() if n in FAMILIES or version[0] == "5"}
     found = differences(version, works, pytestconfig)
     assert {name: value for name, value in found.items() if value > 1e-4} == {}
 
 
 @pytest.mark.slow
-def test_what_4_57_is_not_named_for_it_does_not_read(
-    works: dict[str, Any], pytestconfig: pytest.Config
-) -> None:
+def test_what_4_57_is_not_named_for_it_does_not_read(works, pytestconfig):
     found = differences("4.57.6", {name: works[name] for name in ONLY_5}, pytestconfig)
     assert {name: value for name, value in found.items() if not value > 1e-3} == {}
 
@@ -198,9 +192,7 @@ def said_by(folders: list[str], path: Path | None = None) -> list[Any]:
 
 
 @pytest.mark.slow
-def test_older_transformers_reads_the_same_tokens(
-    tmp_path: Path, pytestconfig: pytest.Config
-) -> None:
+def test_older_transformers_reads_the_same_tokens(tmp_path, pytestconfig):
     made = {kind: tiny_folder.processor(kind) for kind in tiny_folder.KINDS}
     made |= {f"words-{n}": tiny_words.tokenizer(kind) for n, kind in enumerate(tiny_words.KINDS)}
     for name, processor in made.items():
@@ -215,7 +207,7 @@ def test_older_transformers_reads_the_same_tokens(
 
 
 @pytest.mark.parametrize("kind", tiny_folder.KINDS)
-def test_the_newest_reads_tokenizers_as_if_it_had_written_them(kind: str, tmp_path: Path) -> None:
+def test_the_newest_reads_tokenizers_as_if_it_had_written_them(kind, tmp_path):
     processor = tiny_folder.processor(kind)
     for name in ("ours", "theirs"):
         tiny_folder.KINDS[kind].make()[0].save_pretrained(tmp_path / name)
@@ -229,13 +221,13 @@ def test_the_newest_reads_tokenizers_as_if_it_had_written_them(kind: str, tmp_pa
     assert ours == theirs
 
 
-def test_every_row_is_tested() -> None:
+def test_every_row_is_tested():
     tested = {tiny.CONFIGS[name]().model_type: "4.57" for name in FAMILIES}
     tested |= {tiny.CONFIGS[name]().model_type: "5.0" for name in ONLY_5}
     assert tested == {kind: row.since for kind, row in LAYOUTS.items()}
 
 
-def test_the_newest_reads_the_layout_too(tmp_path: Path) -> None:
+def test_the_newest_reads_the_layout_too(tmp_path):
     model = tiny.build("llava-llama")
     save(model, None, tmp_path / "out")
     names = load_file(tmp_path / "out" / "model.safetensors")
@@ -248,9 +240,7 @@ def test_the_newest_reads_the_layout_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llava-pixtral", "llava-gemma2", "gemma4"])
-def test_what_no_older_version_reads_is_written_as_transformers_does(
-    name: str, tmp_path: Path
-) -> None:
+def test_what_no_older_version_reads_is_written_as_transformers_does(name, tmp_path):
     model = tiny.build(name)
     assert layout_of(model.config) is None
     save(model, None, tmp_path / "ours")

@@ -1,7 +1,5 @@
 """Closed-form repair, against the definition on explicit tokens."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor
@@ -51,9 +49,7 @@ CASES = [(b, r) for b in (None, BIAS) for r in (None, RESIDUALS)]
 
 @pytest.mark.parametrize("ridge", RIDGES[1:])
 @pytest.mark.parametrize(("bias", "residuals"), CASES)
-def test_the_objective_has_no_slope_at_the_solution(
-    bias: Tensor | None, residuals: Tensor | None, ridge: float
-) -> None:
+def test_the_objective_has_no_slope_at_the_solution(bias, residuals, ridge):
     rest = () if residuals is None else (residuals,)
     fit = refit(WEIGHT, bias, gathered(INPUTS, WEIGHTS, *rest), KEEP, ridge)
     x = INPUTS[:, KEEP]
@@ -69,9 +65,7 @@ def test_the_objective_has_no_slope_at_the_solution(
 
 @pytest.mark.parametrize("ridge", RIDGES)
 @pytest.mark.parametrize(("bias", "residuals"), CASES)
-def test_errors_are_the_true_ones_and_never_above_slicing(
-    bias: Tensor | None, residuals: Tensor | None, ridge: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_errors_are_the_true_ones_and_never_above_slicing(bias, residuals, ridge, monkeypatch):
     monkeypatch.setattr(least_squares, "BLOCK", 5)
     rest = () if residuals is None else (residuals,)
     fit = refit(WEIGHT, bias, gathered(INPUTS, WEIGHTS, *rest), KEEP, ridge)
@@ -87,14 +81,14 @@ def test_errors_are_the_true_ones_and_never_above_slicing(
 
 
 @pytest.mark.parametrize("bias", [None, BIAS])
-def test_nothing_removed_changes_no_bit(bias: Tensor | None) -> None:
+def test_nothing_removed_changes_no_bit(bias):
     fit = refit(WEIGHT, bias, gathered(), torch.arange(CHANNELS), ridge=1e-2)
     assert torch.equal(fit.weight, WEIGHT)
     assert bias is None or (fit.bias is not None and torch.equal(fit.bias, bias))
     assert (fit.sliced_error, fit.repaired_error) == (0, 0)
 
 
-def test_a_constant_channel_goes_into_the_bias_exactly() -> None:
+def test_a_constant_channel_goes_into_the_bias_exactly():
     inputs = INPUTS.clone()
     remove = [c for c in range(CHANNELS) if c not in KEEP]
     inputs[:, remove] = drawn(len(remove), seed=7)
@@ -105,7 +99,7 @@ def test_a_constant_channel_goes_into_the_bias_exactly() -> None:
 
 
 @pytest.mark.parametrize("bias", [None, BIAS])
-def test_channels_that_others_determine_are_replaced_exactly(bias: Tensor | None) -> None:
+def test_channels_that_others_determine_are_replaced_exactly(bias):
     inputs = INPUTS.clone()
     remove = [c for c in range(CHANNELS) if c not in KEEP]
     inputs[:, KEEP[1]] = inputs[:, KEEP[0]]  # the kept ones alone are singular
@@ -117,13 +111,13 @@ def test_channels_that_others_determine_are_replaced_exactly(bias: Tensor | None
     assert fit.repaired_error < 1e-12 < fit.sliced_error
 
 
-def test_channels_that_are_always_zero_do_no_harm() -> None:
+def test_channels_that_are_always_zero_do_no_harm():
     inputs = torch.zeros_like(INPUTS)
     fit = refit(WEIGHT, None, gathered(inputs), KEEP, ridge=1e-2)
     assert torch.equal(fit.weight, WEIGHT[:, KEEP])
 
 
-def test_sums_in_float32_give_nearly_the_same_weights() -> None:
+def test_sums_in_float32_give_nearly_the_same_weights():
     single = Moments.zero(CHANNELS)
     single.add(INPUTS.float(), WEIGHTS.float())
     fit = refit(WEIGHT, BIAS, single, KEEP, ridge=1e-3)
@@ -134,9 +128,7 @@ def test_sums_in_float32_give_nearly_the_same_weights() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("ridge", [1e-3, 1e-2])
 @pytest.mark.parametrize(("bias", "residuals"), CASES)
-def test_weights_in_half_precision_become_what_float64_gives(
-    bias: Tensor | None, residuals: Tensor | None, ridge: float, dtype: torch.dtype
-) -> None:
+def test_weights_in_half_precision_become_what_float64_gives(bias, residuals, ridge, dtype):
     rest = () if residuals is None else (residuals,)
     weight, moments = WEIGHT.to(dtype), gathered(INPUTS, WEIGHTS, *rest)
     fit = refit(weight, bias, moments, KEEP, ridge)
@@ -149,7 +141,7 @@ def test_weights_in_half_precision_become_what_float64_gives(
     assert fit.repaired_error == pytest.approx(expected.repaired_error, rel=1e-3)
 
 
-def test_float64_solves_what_float32_cannot() -> None:
+def test_float64_solves_what_float32_cannot():
     inputs = INPUTS.clone()
     inputs[:, KEEP[1]] = inputs[:, KEEP[0]]
     weight, moments = WEIGHT.bfloat16(), gathered(inputs)

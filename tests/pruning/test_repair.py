@@ -1,7 +1,5 @@
 """One-shot repair of pruned models, from Gram matrices of the original one."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 
@@ -25,7 +23,7 @@ from tests.tolerances import SOLVE, assert_close
 
 @pytest.mark.parametrize("in_one_shot", [True, False], ids=["one shot", "walk"])
 @pytest.mark.parametrize("name", ["llama", "phi", "phi3", "qwen3_vl"])
-def test_neurons_that_others_determine_are_replaced_exactly(name: str, in_one_shot: bool) -> None:
+def test_neurons_that_others_determine_are_replaced_exactly(name, in_one_shot):
     """Copies of other neurons and, where there are biases, constant ones."""
     model = build(name)
     with_determined_neurons_(model)
@@ -42,7 +40,7 @@ def test_neurons_that_others_determine_are_replaced_exactly(name: str, in_one_sh
 
 
 @pytest.mark.parametrize("name", ["llama", "llava-phi"])
-def test_one_shot_and_the_walk_agree_where_their_inputs_do(name: str) -> None:
+def test_one_shot_and_the_walk_agree_where_their_inputs_do(name):
     model = build(name)
     data, plan = batches(model), narrow(model)
     weights = {"image": 0.5, "prompt": 1.0, "answer": 2.0}
@@ -60,7 +58,7 @@ def test_one_shot_and_the_walk_agree_where_their_inputs_do(name: str) -> None:
     assert all(row.repaired < row.sliced for row in report.refits.values())
 
 
-def test_one_shot_refuses_what_does_not_fit() -> None:
+def test_one_shot_refuses_what_does_not_fit():
     model = tiny.build("llama")
     plan, data = narrow(model), [tiny.batch(model)]
     with pytest.raises(ConfigError, match="only those of criterion 'obs' can"):
@@ -73,7 +71,7 @@ def test_one_shot_refuses_what_does_not_fit() -> None:
         repair_(model, plan, Grams(parts={}, matrices={}))
 
 
-def test_statistics_of_another_model_do_not_repair() -> None:
+def test_statistics_of_another_model_do_not_repair():
     model, other = tiny.build("llama"), tiny.build("llava-llama")
     statistics = collect(model, batches(model, 3), "obs")
     assert isinstance(statistics, Grams)

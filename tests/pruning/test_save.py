@@ -1,7 +1,5 @@
 """A written checkpoint is an ordinary one: plain transformers reads the same model back."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess
@@ -95,9 +93,7 @@ def read_back(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_plain_transformers_reads_the_same_model(
-    kind: str, read_back: dict[str, tuple[Path, Any]]
-) -> None:
+def test_plain_transformers_reads_the_same_model(kind, read_back):
     work, (class_name, text) = read_back[kind]
     model, processor, plan = pruned(kind)
     found = load_file(work / "found.safetensors")
@@ -116,7 +112,7 @@ def test_plain_transformers_reads_the_same_model(
 @pytest.mark.usefixtures("code_cache")
 @pytest.mark.parametrize("is_uneven", [False, True], ids=["even", "uneven"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_is_written_and_read(kind: str, is_uneven: bool, tmp_path: Path) -> None:
+def test_every_kind_is_written_and_read(kind, is_uneven, tmp_path):
     model, processor, plan = uneven(kind) if is_uneven else pruned(kind)
     save(model, processor, tmp_path / "out", plan)
     again, its_processor = load(tmp_path / "out")
@@ -132,7 +128,7 @@ def test_every_kind_is_written_and_read(kind: str, is_uneven: bool, tmp_path: Pa
     assert others <= {".json", ".safetensors", ".jinja", ".txt", ".md"}
 
 
-def test_half_precision_stays_half(tmp_path: Path) -> None:
+def test_half_precision_stays_half(tmp_path):
     model, processor = load(folders.folder("llava"), dtype="bfloat16")
     save(model, processor, tmp_path / "out")
     again, _ = load(tmp_path / "out")
@@ -168,10 +164,8 @@ SPOILT: dict[str, Callable[[dict[str, torch.Tensor], str], object]] = {
 
 
 @pytest.mark.parametrize("kind", [*SPOILT, "config"])
-def test_the_reload_check_catches_what_is_spoilt(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def change(folder: Path) -> None:
+def test_the_reload_check_catches_what_is_spoilt(kind, tmp_path, monkeypatch):
+    def change(folder):
         if kind == "config":
             values = json.loads((folder / "config.json").read_text())
             values["text_config"]["num_hidden_layers"] += 1
@@ -191,14 +185,14 @@ def test_the_reload_check_catches_what_is_spoilt(
     assert model.training
 
 
-def test_the_reload_check_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+def test_the_reload_check_leaves_the_model_as_it_was(tmp_path):
     model, processor, plan = pruned("llava")
     model.train()
     save(model, processor, tmp_path / "out", plan)
     assert model.training
 
 
-def test_an_existing_checkpoint_stays(tmp_path: Path) -> None:
+def test_an_existing_checkpoint_stays(tmp_path):
     model, processor, plan = pruned("text")
     out = tmp_path / "out"
     out.mkdir()
@@ -230,10 +224,8 @@ def uneven(kind: str) -> tuple[Any, Any, Plan]:
 
 @pytest.mark.usefixtures("code_cache")
 @pytest.mark.parametrize("change", ["code", "widths", "auto_map"])
-def test_the_reload_check_catches_spoilt_uneven_folders(
-    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def spoils(folder: Path) -> None:
+def test_the_reload_check_catches_spoilt_uneven_folders(change, tmp_path, monkeypatch):
+    def spoils(folder):
         code, config = folder / "modeling_pruned.py", folder / "config.json"
         values = json.loads(config.read_text())
         if change == "code":
@@ -251,7 +243,7 @@ def test_the_reload_check_catches_spoilt_uneven_folders(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_without_processor_is_written(tmp_path: Path) -> None:
+def test_a_model_without_processor_is_written(tmp_path):
     model, _, plan = pruned("text")
     save(model, None, tmp_path / "out", plan)
     again, processor = load(tmp_path / "out")
@@ -264,16 +256,14 @@ def test_a_model_without_processor_is_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("read", [load, anatomy])
 @pytest.mark.parametrize("name", ["nowhere", "./nowhere/at/all", "/nowhere"])
-def test_a_missing_folder_is_named(read: Callable[[str], Any], name: str) -> None:
+def test_a_missing_folder_is_named(read, name):
     with pytest.raises(ConfigError, match=rf"model '{name}': no such folder"):
         read(name)
 
 
 @pytest.mark.parametrize("read", [load, anatomy])
 @pytest.mark.parametrize("text", [None, "bert", "{", "[]", "{}", '{"model_type": 3}', '"llava"'])
-def test_a_config_that_cannot_be_read_is_named(
-    text: str | None, read: Callable[[Path], Any], tmp_path: Path
-) -> None:
+def test_a_config_that_cannot_be_read_is_named(text, read, tmp_path):
     error: type[SlimError] = SlimError
     message = "model"
     if text is None:
@@ -287,9 +277,7 @@ def test_a_config_that_cannot_be_read_is_named(
         read(tmp_path)
 
 
-def test_a_missing_folder_in_an_existing_one_is_not_a_hub_id(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_folder_in_an_existing_one_is_not_a_hub_id(tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="no such folder"):
@@ -297,7 +285,7 @@ def test_a_missing_folder_in_an_existing_one_is_not_a_hub_id(
     assert resolve("llava-hf/llava-1.5-7b-hf") == "llava-hf/llava-1.5-7b-hf"
 
 
-def test_an_unknown_dtype_is_named() -> None:
+def test_an_unknown_dtype_is_named():
     with pytest.raises(ConfigError, match="dtype 'int3' must be one of: auto, float32"):
         load(folders.folder("text"), dtype="int3")
 
@@ -329,7 +317,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_weights_that_cannot_be_loaded_are_named(case: str, tmp_path: Path) -> None:
+def test_weights_that_cannot_be_loaded_are_named(case, tmp_path):
     spoil, message = BROKEN[case]
     out = folders.copied("text", tmp_path / "model")
     spoil(out / "model.safetensors")
@@ -339,21 +327,21 @@ def test_weights_that_cannot_be_loaded_are_named(case: str, tmp_path: Path) -> N
         assert anatomy(out) == anatomy(folders.folder("text"))
 
 
-def test_pickled_weights_beside_safetensors_are_not_read(tmp_path: Path) -> None:
+def test_pickled_weights_beside_safetensors_are_not_read(tmp_path):
     folder = folders.copied("text", tmp_path / "model")
     (folder / "pytorch_model.bin").write_bytes(b"would fail to load")
     load(folder)
 
 
 @pytest.mark.parametrize("name", ["plan.json", "config.json"])
-def test_a_run_folder_stands_for_its_checkpoint(name: str, tmp_path: Path) -> None:
+def test_a_run_folder_stands_for_its_checkpoint(name, tmp_path):
     """`compress` writes a config.json of its own beside the checkpoint."""
     folders.copied("text", tmp_path / "run" / "checkpoint")
     (tmp_path / "run" / name).write_text(json.dumps({"model": "x", "ratio": 0.3}))
     assert resolve(tmp_path / "run") == str(tmp_path / "run" / "checkpoint")
 
 
-def test_an_anatomy_needs_no_weights(tmp_path: Path) -> None:
+def test_an_anatomy_needs_no_weights(tmp_path):
     config = hf.AutoConfig.from_pretrained(folders.folder("llava"))
     config.save_pretrained(tmp_path)
     model, _ = load(folders.folder("llava"))

@@ -1,7 +1,5 @@
 """A plan's tokens in models of every family and in complete folders with tokenizers."""
 
-from __future__ import annotations
-
 import copy
 import json
 from dataclasses import replace
@@ -62,7 +60,7 @@ def renumbered(batch: dict[str, Tensor], plan: Plan) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", tiered(CAN))
-def test_what_is_left_says_the_same(name: str, tmp_path: Path) -> None:
+def test_what_is_left_says_the_same(name, tmp_path):
     model = tiny.build(name)
     plan = plan_for(model)
     batch = kept_batch(model, plan)
@@ -80,7 +78,7 @@ def test_what_is_left_says_the_same(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", tiered(CAN))
-def test_a_masked_model_is_the_sliced_one(name: str) -> None:
+def test_a_masked_model_is_the_sliced_one(name):
     masked, sliced = tiny.build(name), tiny.build(name)
     plan = plan_for(masked)
     kept = kept_batch(masked, plan)
@@ -94,7 +92,7 @@ def test_a_masked_model_is_the_sliced_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MIXED)
-def test_tokens_go_with_layers_and_widths_in_one_plan(name: str, tmp_path: Path) -> None:
+def test_tokens_go_with_layers_and_widths_in_one_plan(name, tmp_path):
     model = tiny.build(name)
     anatomy = read_anatomy(model)
     tokens = plan_for(model).tokens
@@ -120,7 +118,7 @@ def test_tokens_go_with_layers_and_widths_in_one_plan(name: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", ["llama", "llava-llama", "gemma4"])
-def test_a_walk_takes_tokens_along(name: str) -> None:
+def test_a_walk_takes_tokens_along(name):
     model = tiny.build(name)
     tokens = plan_for(model).tokens
     batches = [tiny.batch(model, 24, seed) for seed in range(5)]
@@ -135,14 +133,14 @@ def test_a_walk_takes_tokens_along(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "why"), STAY.items())
-def test_tokens_that_cannot_go_are_refused_by_name(name: str, why: str) -> None:
+def test_tokens_that_cannot_go_are_refused_by_name(name, why):
     anatomy = read_anatomy(tiny.build(name))
     with pytest.raises(sv.SlimError, match=f"tokens of '{anatomy.model_type}' cannot go.*{why}"):
         sv.make_plan(anatomy, [], 0.0, tokens=range(4, 60))
 
 
 @pytest.mark.parametrize("name", ["llama", "llava-llama", "phi", "gemma4_text"])
-def test_where_tokens_alone_reach_the_ratio_nothing_else_goes(name: str) -> None:
+def test_where_tokens_alone_reach_the_ratio_nothing_else_goes(name):
     anatomy = read_anatomy(tiny.build(name))
     tokens = range(16, 40)
     alone = sv.make_plan(anatomy, [], 0.0, tokens=tokens)
@@ -162,7 +160,7 @@ def test_where_tokens_alone_reach_the_ratio_nothing_else_goes(name: str) -> None
     assert len(deeper.layers) < anatomy.num_layers
 
 
-def test_a_plan_without_tokens_still_loads(tmp_path: Path) -> None:
+def test_a_plan_without_tokens_still_loads(tmp_path):
     plan = Plan.everything(read_anatomy(tiny.build("llama")))
     plan.save(tmp_path / "new.json")
     text = (tmp_path / "new.json").read_text()
@@ -172,7 +170,7 @@ def test_a_plan_without_tokens_still_loads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tokens", [[], [3, 128], [-1, 3]])
-def test_tokens_that_do_not_exist_are_refused(tokens: list[int]) -> None:
+def test_tokens_that_do_not_exist_are_refused(tokens):
     anatomy = read_anatomy(tiny.build("llama"))
     with pytest.raises(sv.SlimError, match=r"tokens must be at least one, sorted.*below 128"):
         sv.make_plan(anatomy, [], 0.0, tokens=tokens)
@@ -181,7 +179,7 @@ def test_tokens_that_do_not_exist_are_refused(tokens: list[int]) -> None:
 @pytest.mark.parametrize(
     ("field", "lost"), [("image_token_index", 120), ("text_config.eos_token_id", 2)]
 )
-def test_a_token_that_the_model_names_must_stay(field: str, lost: int) -> None:
+def test_a_token_that_the_model_names_must_stay(field, lost):
     model = tiny.build("llava-llama")
     before = snapshot(model)
     plan = sv.make_plan(read_anatomy(model), [], 0.0, tokens=set(range(128)) - {lost})
@@ -221,7 +219,7 @@ def read(folder: Path) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_saved_tokenizer_is_the_old_one_with_fewer_tokens(kind: str) -> None:
+def test_a_saved_tokenizer_is_the_old_one_with_fewer_tokens(kind):
     whole, small, plan = trimmed(kind)
     (before, _), (after, _) = read(whole), read(small)
     tokens = plan.tokens or ()
@@ -239,7 +237,7 @@ def test_a_saved_tokenizer_is_the_old_one_with_fewer_tokens(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_number_in_every_file_is_the_new_one(kind: str) -> None:
+def test_every_number_in_every_file_is_the_new_one(kind):
     whole, small, plan = trimmed(kind)
     (before, _), (after, _) = read(whole), read(small)
     configs = []
@@ -263,7 +261,7 @@ def test_every_number_in_every_file_is_the_new_one(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_read_back_model_says_the_same(kind: str) -> None:
+def test_a_read_back_model_says_the_same(kind):
     whole, small, plan = trimmed(kind)
     model, processor = sv.load(whole, device="cpu")
     less, its_processor = sv.load(small, device="cpu")
@@ -280,7 +278,7 @@ def test_a_read_back_model_says_the_same(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_piece_by_piece_the_same_folder_is_written(kind: str, tmp_path: Path) -> None:
+def test_piece_by_piece_the_same_folder_is_written(kind, tmp_path):
     whole, small, plan = trimmed(kind)
     assert read_anatomy(open_checkpoint(whole).model) == plan.before
     sv.prune_checkpoint(whole, plan, tmp_path / "out")
@@ -290,7 +288,7 @@ def test_piece_by_piece_the_same_folder_is_written(kind: str, tmp_path: Path) ->
     assert_equal(by_piece.state_dict(), at_once.state_dict())
 
 
-def test_a_tokenizer_is_trimmed_in_place_and_once() -> None:
+def test_a_tokenizer_is_trimmed_in_place_and_once():
     whole, _, plan = trimmed("llava")
     _, processor = read(whole)
     untouched = copy.deepcopy(processor)
@@ -305,7 +303,7 @@ def test_a_tokenizer_is_trimmed_in_place_and_once() -> None:
     assert processor.tokenizer.get_vocab() == once
 
 
-def test_a_plan_of_another_tokenizer_is_refused() -> None:
+def test_a_plan_of_another_tokenizer_is_refused():
     _, _, plan = trimmed("text")
     _, processor = read(tiny_folder.folder("text"))
     with pytest.raises(sv.SlimError, match="tokens: TokenizersBackend has no token"):

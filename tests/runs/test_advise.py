@@ -3,8 +3,6 @@
 A dry run says what a compression would do, and refuses what it would refuse.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 from dataclasses import fields, replace
@@ -57,7 +55,7 @@ def large(model: str, monkeypatch: pytest.MonkeyPatch) -> Anatomy:
 
 @pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5])
 @pytest.mark.parametrize("data", [True, False])
-def test_advice_is_what_compress_would_do(model: str, ratio: float, data: bool) -> None:
+def test_advice_is_what_compress_would_do(model, ratio, data):
     found = advise(model, ratio=ratio, data=data, gpu=True)
     assert found.recipe == recipe_for(ratio, data)
     assert found.expected == ()  # nothing was measured of models this small
@@ -67,7 +65,7 @@ def test_advice_is_what_compress_would_do(model: str, ratio: float, data: bool) 
 
 
 @pytest.mark.usefixtures("large")
-def test_expected_values_are_those_of_the_table(model: str) -> None:
+def test_expected_values_are_those_of_the_table(model):
     found = advise(model, ratio=0.3, gpu=True)
     first = found.expected[0]
     assert (first.model, first.same) == ("LLaVA-1.5-7B", True)
@@ -81,7 +79,7 @@ def test_expected_values_are_those_of_the_table(model: str) -> None:
 
 
 @pytest.mark.usefixtures("large")
-def test_a_large_model_is_not_trained_without_a_gpu(model: str) -> None:
+def test_a_large_model_is_not_trained_without_a_gpu(model):
     with_gpu, without = (advise(model, ratio=0.3, gpu=gpu) for gpu in (True, False))
     assert with_gpu.recipe.train == "lora"
     assert 0.1 < with_gpu.cost.training_hours < 100
@@ -94,7 +92,7 @@ def test_a_large_model_is_not_trained_without_a_gpu(model: str) -> None:
 
 
 @pytest.mark.usefixtures("large")
-def test_costs_grow_with_what_they_rest_on(model: str) -> None:
+def test_costs_grow_with_what_they_rest_on(model):
     whole_batches = (160, 1600)
     few, many = (advise(model, ratio=0.3, gpu=True, samples=n).cost for n in whole_batches)
     assert many.training_hours == pytest.approx(10 * few.training_hours)
@@ -108,14 +106,14 @@ def test_costs_grow_with_what_they_rest_on(model: str) -> None:
 
 
 @pytest.mark.parametrize("budget", [{"target_params": "120k"}, {"target_memory": "0.24MB"}])
-def test_a_size_is_met(model: str, budget: dict[str, Any]) -> None:
+def test_a_size_is_met(model, budget):
     found = advise(model, gpu=True, **budget)
     assert 0 < found.ratio < 1
     assert found.params[1] == pytest.approx(120_000, rel=1e-3)
 
 
 @pytest.mark.parametrize("share", [0.9, 0.8, 0.6])
-def test_a_latency_is_met_by_the_least_ratio(model: str, share: float) -> None:
+def test_a_latency_is_met_by_the_least_ratio(model, share):
     found = advise(model, target_latency=share, gpu=True)
     assert found.latency is not None
     assert found.latency <= share
@@ -135,14 +133,12 @@ def test_a_latency_is_met_by_the_least_ratio(model: str, share: float) -> None:
         ({"target_memory": "much"}, "target_memory 'much'"),
     ],
 )
-def test_impossible_budgets_are_refused(model: str, budget: dict[str, Any], message: str) -> None:
+def test_impossible_budgets_are_refused(model, budget, message):
     with pytest.raises(ConfigError, match=message):
         advise(model, gpu=True, **budget)
 
 
-def test_the_verb_prints_json_and_refuses_contradictions(
-    model: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_verb_prints_json_and_refuses_contradictions(model, capsys):
     cli.main(["advise", model, "--ratio", "0.3", "--data", "--gpu", "--json"])
     values = json.loads(capsys.readouterr().out)
     assert set(values) == {field.name for field in fields(Advice)}
@@ -154,9 +150,7 @@ def test_the_verb_prints_json_and_refuses_contradictions(
         assert stop.value.code == 2
 
 
-def test_expected_values_are_of_as_many_layers(
-    model: str, large: Anatomy, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_expected_values_are_of_as_many_layers(model, large, monkeypatch):
     """30 % of the backbone of a model that is half embeddings is 60 % of its layers."""
     plain = advise(model, ratio=0.3, gpu=True)
     layers = sum(layer.params for layer in large.layers)
@@ -174,7 +168,7 @@ def test_expected_values_are_of_as_many_layers(
     assert values["LLaVA-1.5-7B"] == pytest.approx(curve.at(0.6 * 0.961))
 
 
-def test_experts_are_spoken_of_where_there_are_some(tmp_path: Path) -> None:
+def test_experts_are_spoken_of_where_there_are_some(tmp_path):
     model = tiny.build("qwen3_moe")
     model.save_pretrained(tmp_path / "mixture")
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
@@ -187,7 +181,7 @@ def test_experts_are_spoken_of_where_there_are_some(tmp_path: Path) -> None:
     assert not any("experts" in note for note in plain.notes)
 
 
-def test_tokens_go_first_where_they_are_many() -> None:
+def test_tokens_go_first_where_they_are_many():
     model = str(folders.folder("text"))
     shape = anatomy(model)
     layers = sum(layer.params for layer in shape.layers)
@@ -208,7 +202,7 @@ def test_tokens_go_first_where_they_are_many() -> None:
         assert whole.decoder_ratio == pytest.approx(whole.ratio * shape.backbone_params / layers)
 
 
-def test_no_token_is_advised_to_go_that_cannot(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_token_is_advised_to_go_that_cannot(model, monkeypatch):
     assert not any("token can go" in note for note in advise(model, ratio=0.3, gpu=True).notes)
     wordy = replace(anatomy(model), vocab_size=2000, embedding_params=2000 * 64, head_params=0)
     monkeypatch.setattr(module, "anatomy_of", lambda _: wordy)
@@ -217,10 +211,8 @@ def test_no_token_is_advised_to_go_that_cannot(model: str, monkeypatch: pytest.M
     assert "--vocab-size" not in found.command
 
 
-def test_only_models_of_about_its_size_say_what_to_expect(
-    model: str, large: Anatomy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def named() -> set[str]:
+def test_only_models_of_about_its_size_say_what_to_expect(model, large, monkeypatch):
+    def named():
         return {row.model for row in advise(model, ratio=0.3, gpu=True, data=False).expected}
 
     assert named() == {"LLaVA-1.5-7B", "Mini-InternVL-4B", "Bunny-3B"}
@@ -240,9 +232,7 @@ def config_for(data: Path, **changes: Any) -> CompressConfig:
     return CompressConfig(**{**values, **changes})
 
 
-def test_a_dry_run_says_what_would_be_done_and_reads_no_weight(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dry_run_says_what_would_be_done_and_reads_no_weight(data, tmp_path, monkeypatch):
     monkeypatch.setattr(cost, "device_flops", lambda *_: 1e9)
     model = folders.copied("llava", tmp_path / "model")
     (model / "model.safetensors").unlink()
@@ -257,12 +247,10 @@ def test_a_dry_run_says_what_would_be_done_and_reads_no_weight(
     assert {path.name for path in tmp_path.iterdir()} == {"data", "model"}
 
 
-def test_a_dry_run_says_what_memory_has_no_room_for(
-    data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dry_run_says_what_memory_has_no_room_for(data, monkeypatch):
     config = config_for(data, device="cpu")
 
-    def rows() -> dict[str, str]:
+    def rows():
         return {row[0]: row[1] for row in dry_run_rows(dry_run(FOLDER, config, silent))}
 
     enough = rows()
@@ -275,7 +263,7 @@ def test_a_dry_run_says_what_memory_has_no_room_for(
         assert f", more than the 1.0 MiB free on cpu: {cure}" in little[f"memory of {name}"]
 
 
-def test_a_dry_run_chooses_tokens(data: Path) -> None:
+def test_a_dry_run_chooses_tokens(data):
     found = dry_run(FOLDER, config_for(data, vocab_size=300), silent)
     assert found.plan.after.vocab_size == 300
     alone = dry_run(FOLDER, config_for(data, ratio=None, vocab_size=300), silent)
@@ -287,16 +275,12 @@ def test_a_dry_run_chooses_tokens(data: Path) -> None:
     ("wrong", "message"),
     [({"tasks": "nothing"}, "task 'nothing'"), ({"criterion": ("none",)}, "criterion 'none'")],
 )
-def test_a_dry_run_refuses_what_the_run_would_refuse(
-    data: Path, wrong: dict[str, Any], message: str
-) -> None:
+def test_a_dry_run_refuses_what_the_run_would_refuse(data, wrong, message):
     with pytest.raises(ConfigError, match=message):
         dry_run(FOLDER, config_for(data, **wrong), silent)
 
 
-def test_the_flag_writes_nothing(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_flag_writes_nothing(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("slimvlm.runs.compress.compress", lambda *_: pytest.fail("it was run"))
     words = ["compress", FOLDER, "--ratio", "0.3", "--axis", "auto", "--data", str(data)]
     words += ["--samples", "6", "--train", "none", "--dry-run", "--out", str(tmp_path / "run")]

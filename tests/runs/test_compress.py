@@ -1,7 +1,5 @@
 """The whole way in one folder: what it leaves, how it goes on, what it refuses."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex
@@ -125,7 +123,7 @@ def stopped(asked: Asked, out: Path, name: str = "prune_", force: bool = False) 
     return out
 
 
-def test_a_run_leaves_what_repeats_and_explains_it(finished: Path, data: Path) -> None:
+def test_a_run_leaves_what_repeats_and_explains_it(finished, data):
     found = {path.name for path in finished.iterdir()}
     assert found >= {
         *("config.json", "plan.json", "scores", "results", "history.json"),
@@ -144,7 +142,7 @@ def test_a_run_leaves_what_repeats_and_explains_it(finished: Path, data: Path) -
     assert "AVG" in summary
 
 
-def test_the_checkpoint_is_the_planned_model(finished: Path) -> None:
+def test_the_checkpoint_is_the_planned_model(finished):
     plan = Plan.load(finished / "plan.json")
     assert plan.ratio == pytest.approx(0.3, abs=0.01)
     model, processor = load(finished / "checkpoint")
@@ -154,7 +152,7 @@ def test_the_checkpoint_is_the_planned_model(finished: Path) -> None:
     assert recovered.backbone_params == plan.after.backbone_params
 
 
-def test_recovery_learns_from_other_samples_than_calibration(finished: Path) -> None:
+def test_recovery_learns_from_other_samples_than_calibration(finished):
     history = json.loads((finished / "history.json").read_text())
     assert history["sample_ids"] == [f"s{i}" for i in range(4, 10)]
     assert [each.id for each in read_held_out(finished)["recovered"].samples] == ["s10", "s11"]
@@ -170,18 +168,11 @@ def test_recovery_learns_from_other_samples_than_calibration(finished: Path) -> 
         lambda stage, after: stage in ("walk", "recover_") or not after,
     ),
 )
-def test_a_stopped_run_goes_on_to_the_same_end(
-    stage: str,
-    after: bool,
-    finished: Path,
-    data: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_stopped_run_goes_on_to_the_same_end(stage, after, finished, data, tmp_path, monkeypatch):
     home = stages if hasattr(stages, stage) else compression
     honest = getattr(home, stage)
 
-    def stops(*args: Any, **kwargs: Any) -> Any:
+    def stops(*args, **kwargs):
         if after:
             honest(*args, **kwargs)
         raise Stopped
@@ -205,7 +196,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(
     assert answers_in(out) == answers_in(finished)
 
 
-def test_a_run_says_how_fast_its_model_is_beside_the_original(finished: Path) -> None:
+def test_a_run_says_how_fast_its_model_is_beside_the_original(finished):
     times = read_times(finished)
     assert times is not None
     for file in ("summary.md", "checkpoint/README.md"):
@@ -236,13 +227,8 @@ def fails(error: Exception) -> Callable[..., Any]:
     ],
 )
 def test_a_run_goes_on_without_times_and_says_why(
-    name: str,
-    replaced: Callable[..., Any],
-    told: str,
-    data: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    name, replaced, told, data, tmp_path, monkeypatch
+):
     asked, said = request_for(data, recover=None, axis="depth", tasks=None), list[str]()
     monkeypatch.setattr(compression, name, replaced)
     compress(*asked, tmp_path / "run", say=said.append)
@@ -250,9 +236,7 @@ def test_a_run_goes_on_without_times_and_says_why(
     assert read_times(tmp_path / "run") is None
 
 
-def test_a_run_keeps_the_figures_of_its_stages_on_held_out_samples(
-    finished: Path, data: Path
-) -> None:
+def test_a_run_keeps_the_figures_of_its_stages_on_held_out_samples(finished, data):
     found, unseen = read_held_out(finished), load_samples(data)[-2:]
     assert list(found) == list(STAGES)
     for result in found.values():
@@ -273,9 +257,7 @@ def test_a_run_keeps_the_figures_of_its_stages_on_held_out_samples(
         assert "KL divergence from the original" in text
 
 
-def test_a_stopped_run_repeats_no_finished_stage(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_run_repeats_no_finished_stage(data, tmp_path, monkeypatch):
     out = stopped(request_for(data), tmp_path / "run", "recover_")
     for name in ("walk", "prune_"):
         monkeypatch.setattr(stages, name, stops)
@@ -286,16 +268,14 @@ def test_a_stopped_run_repeats_no_finished_stage(
     assert [results[stage].prefill_ms for stage in results] == [2.25, 123.0, 123.0]
 
 
-def test_a_finished_run_is_refused(finished: Path, data: Path) -> None:
+def test_a_finished_run_is_refused(finished, data):
     before = contents(finished)
     with pytest.raises(ConfigError, match=r"finished' exists.*--force"):
         compress(*request_for(data), finished, say=silent)
     assert contents(finished) == before
 
 
-def test_results_of_a_run_are_those_of_the_same_request_at_its_end(
-    finished: Path, data: Path, tmp_path: Path
-) -> None:
+def test_results_of_a_run_are_those_of_the_same_request_at_its_end(finished, data, tmp_path):
     found = results_of(*request_for(data), finished)
     assert found is not None
     assert list(found) == list(STAGES)
@@ -305,7 +285,7 @@ def test_results_of_a_run_are_those_of_the_same_request_at_its_end(
     assert results_of(*request_for(data), tmp_path / "nothing") is None
 
 
-def test_another_request_or_other_data_do_not_go_on_from_it(data: Path, tmp_path: Path) -> None:
+def test_another_request_or_other_data_do_not_go_on_from_it(data, tmp_path):
     own = Path(shutil.copytree(data.parent, tmp_path / "data")) / data.name
     out = stopped(request_for(own, tasks=None), tmp_path / "run")
     before = contents(out)
@@ -318,7 +298,7 @@ def test_another_request_or_other_data_do_not_go_on_from_it(data: Path, tmp_path
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"ratio": 0.3}'])
-def test_a_folder_that_is_no_run_is_refused(text: str, data: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_no_run_is_refused(text, data, tmp_path):
     out = tmp_path / "mine"
     out.mkdir()
     (out / "config.json").write_text(text)
@@ -327,16 +307,14 @@ def test_a_folder_that_is_no_run_is_refused(text: str, data: Path, tmp_path: Pat
     assert contents(out) == {"config.json": text.encode()}
 
 
-def test_what_a_stopped_force_left_goes_with_a_run_without_it(tmp_path: Path) -> None:
+def test_what_a_stopped_force_left_goes_with_a_run_without_it(tmp_path):
     out = stopped(pruning(), tmp_path / "run", force=True)
     assert [path.name for path in tmp_path.iterdir()] == [".run.partial"]
     compress(*pruning(), out, say=silent)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_what_force_replaces_stays_until_the_new_run_is_whole(
-    short: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_force_replaces_stays_until_the_new_run_is_whole(short, data, tmp_path, monkeypatch):
     out = Path(shutil.copytree(short, tmp_path / "run"))
     (out / "mine").write_text("")
     before = contents(out)
@@ -367,12 +345,8 @@ def test_what_force_replaces_stays_until_the_new_run_is_whole(
     ids=lambda changes: ",".join(map(str, changes.values())),
 )
 def test_a_bad_request_writes_nothing_and_leaves_what_force_would_replace(
-    changes: dict[str, Any],
-    short: Path,
-    data: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    changes, short, data, tmp_path, monkeypatch
+):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for a user
     before = contents(short)
     for out, force in ((tmp_path / "out", False), (short, True)):
@@ -382,7 +356,7 @@ def test_a_bad_request_writes_nothing_and_leaves_what_force_would_replace(
     assert contents(short) == before
 
 
-def test_without_data_the_demo_calibrates_and_nothing_is_trained(tmp_path: Path) -> None:
+def test_without_data_the_demo_calibrates_and_nothing_is_trained(tmp_path):
     said: list[str] = []
     compress(*pruning(recover=RECOVER), tmp_path / "run", say=said.append)
     assert "no --data: calibrating on the demo's conversations" in said
@@ -391,27 +365,25 @@ def test_without_data_the_demo_calibrates_and_nothing_is_trained(tmp_path: Path)
     assert Plan.load(tmp_path / "run" / "plan.json").axis == "width"
 
 
-def test_a_text_model_goes_the_same_way(tmp_path: Path) -> None:
+def test_a_text_model_goes_the_same_way(tmp_path):
     data = folders.write_llava_data(tmp_path / "data", pictures=False)
     config = request_for(data, model=str(folders.folder("text")), tasks="text_sum")
     assert list(compress(*config, tmp_path / "run", say=silent)) == list(STAGES)
     assert load(tmp_path / "run" / "checkpoint")[1] is not None
 
 
-def test_few_samples_serve_calibration_and_training(tmp_path: Path) -> None:
+def test_few_samples_serve_calibration_and_training(tmp_path):
     data = folders.write_llava_data(tmp_path / "data", count=3)
     compress(*request_for(data, tasks=None), tmp_path / "run", say=silent)
     history = json.loads((tmp_path / "run" / "history.json").read_text())
     assert history["sample_ids"] == ["s0", "s1", "s2"]
 
 
-def test_a_baseline_saves_asking_again(
-    finished: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_baseline_saves_asking_again(finished, data, tmp_path, monkeypatch):
     asked: list[str] = []
     honest = stages.evaluate
 
-    def counts(*args: Any, **kwargs: Any) -> Result:
+    def counts(*args, **kwargs):
         asked.append(args[3])
         return honest(*args, **kwargs)
 
@@ -458,11 +430,8 @@ def compressed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_a_command_and_a_file_give_the_configuration_back(
-    config: CompressConfig,
-    tmp_path: Path,
-    compressed: list[Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    config, tmp_path, compressed, monkeypatch
+):
     """An option without a flag makes the command read the run's own file."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out folder").mkdir()
@@ -478,16 +447,14 @@ def test_a_command_and_a_file_give_the_configuration_back(
     assert compressed == ["my model", config, Path("out")]
 
 
-def test_the_command_line_comes_on_top(tmp_path: Path, compressed: list[Any]) -> None:
+def test_the_command_line_comes_on_top(tmp_path, compressed):
     path = tmp_path / "run.yaml"
     path.write_text(config_text("my model", FULL))
     cli.main(["compress", "other", f"--config={path}", "--ratio", "0.4", "--out", "out"])
     assert compressed[:2] == ["other", replace(FULL, ratio=0.4)]
 
 
-def test_a_file_that_is_silent_on_training_leaves_it_to_the_chart(
-    tmp_path: Path, compressed: list[Any]
-) -> None:
+def test_a_file_that_is_silent_on_training_leaves_it_to_the_chart(tmp_path, compressed):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({"model": "m", "ratio": 0.1, "data": "d.json"}))
     cli.main(["compress", "--config", str(path), "--out", "out"])
@@ -502,7 +469,7 @@ def test_a_file_that_is_silent_on_training_leaves_it_to_the_chart(
         *(("model: m\nrecover: {train: half}", "train"), ("model: [", "cannot be read")),
     ],
 )
-def test_a_wrong_file_is_named(text: str, message: str, tmp_path: Path) -> None:
+def test_a_wrong_file_is_named(text, message, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=message) as failure:
@@ -510,7 +477,7 @@ def test_a_wrong_file_is_named(text: str, message: str, tmp_path: Path) -> None:
     assert "run.yaml" in str(failure.value)
 
 
-def test_a_run_can_be_given_back(tmp_path: Path, compressed: list[Any]) -> None:
+def test_a_run_can_be_given_back(tmp_path, compressed):
     words = ["my model", "--ratio", "0.3", "--axis", "width", "--data", "data.json"]
     cli.main(["compress", *words, "--samples", "6", "--train", "none", "--out", "first"])
     model, config, _ = compressed

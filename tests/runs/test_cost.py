@@ -1,7 +1,5 @@
 """Estimates grow with what they rest on, and count what really learns and is kept."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 
@@ -35,7 +33,7 @@ def speed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "device_flops", lambda device, dtype: SPEEDS[dtype])
 
 
-def test_weights_of_another_type_take_another_time() -> None:
+def test_weights_of_another_type_take_another_time():
     slow, fast = (cost_of(RecoverConfig(), dtype) for dtype in ("float32", "bfloat16"))
     assert slow.pruning_hours == pytest.approx(4 * fast.pruning_hours)
     assert slow.training_hours == fast.training_hours  # which computes in bfloat16 in any case
@@ -45,7 +43,7 @@ def test_weights_of_another_type_take_another_time() -> None:
     ("axis", "criterion", "passes"),
     [("width", "obs", 0), ("depth", "block_influence", 1), ("width", "taylor", 3)],
 )
-def test_criteria_cost_passes_over_the_samples(axis: Any, criterion: str, passes: int) -> None:
+def test_criteria_cost_passes_over_the_samples(axis, criterion, passes):
     config = CompressConfig(ratio=0.4, axis=axis, criterion=(criterion,), data="demo")
     request = resolved(request_of(MODEL, config))
     sizes = Sizes(shape=anatomy(MODEL), tokens=100.0, samples=80, calibration=12)
@@ -53,8 +51,8 @@ def test_criteria_cost_passes_over_the_samples(axis: Any, criterion: str, passes
     assert found == pytest.approx(passes * 12 * sizes.pass_flops)
 
 
-def test_a_training_costs_what_it_is_asked_for() -> None:
-    def hours(**options: Any) -> float:
+def test_a_training_costs_what_it_is_asked_for():
+    def hours(**options):
         config = RecoverConfig(train="lora", loss="sft", batch_size=4, **options)
         return cost_of(config).training_hours
 
@@ -64,7 +62,7 @@ def test_a_training_costs_what_it_is_asked_for() -> None:
     assert hours(max_steps=5) == pytest.approx(whole / 4)
 
 
-def test_with_tokens_gone_layers_lose_less_and_cost_less() -> None:
+def test_with_tokens_gone_layers_lose_less_and_cost_less():
     shape = anatomy(MODEL)
     whole = Sizes(shape=shape, tokens=100.0, samples=8)
     fewer = replace(whole, vocabulary=shape.vocab_size // 3)
@@ -74,7 +72,7 @@ def test_with_tokens_gone_layers_lose_less_and_cost_less() -> None:
 
 
 @pytest.mark.parametrize("train", ["projector", "lora", "full"])
-def test_learning_parameters_are_those_that_learn(train: Any) -> None:
+def test_learning_parameters_are_those_that_learn(train):
     net = tiny.build("llava-llama")
     expected = learning_params(anatomy(net), 0.0, train, rank=4)
     trained = prepare_training(net, RecoverConfig(train=train, lora_rank=4))
@@ -82,7 +80,7 @@ def test_learning_parameters_are_those_that_learn(train: Any) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(tiny.CONFIGS))
-def test_what_a_backward_pass_keeps_is_counted_for_every_family(name: str) -> None:
+def test_what_a_backward_pass_keeps_is_counted_for_every_family(name):
     config = tiny.CONFIGS[name]()
     float32, bfloat16 = (kept_bytes(config, dtype) for dtype in ("float32", "bfloat16"))
     text = config.get_text_config()
@@ -90,12 +88,12 @@ def test_what_a_backward_pass_keeps_is_counted_for_every_family(name: str) -> No
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen2"])
-def test_what_a_backward_pass_keeps_is_what_a_real_one_does(name: str) -> None:
+def test_what_a_backward_pass_keeps_is_what_a_real_one_does(name):
     net = tiny.build(name)
     weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
     kept: dict[int, tuple[int, Any]] = {}  # tensors stay alive, so that no address comes twice
 
-    def note(tensor: Any) -> Any:
+    def note(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes(), tensor

@@ -1,9 +1,5 @@
 """The rules: complete, in order, each with its source; curves give what was measured."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +11,7 @@ from slimvlm.runs.recipes import Curve, expected, published, recipe_for, rules, 
 
 
 @given(st.floats(0, 0.999), st.booleans())
-def test_every_ratio_has_a_recipe(ratio: float, has_data: bool) -> None:
+def test_every_ratio_has_a_recipe(ratio, has_data):
     recipe = recipe_for(ratio, has_data)
     assert ratio <= recipe.up_to
     assert recipe.source
@@ -25,7 +21,7 @@ def test_every_ratio_has_a_recipe(ratio: float, has_data: bool) -> None:
         RecoverConfig(train=recipe.train, loss=recipe.loss)
 
 
-def test_the_chart_is_the_studys() -> None:
+def test_the_chart_is_the_studys():
     for ratio, chart in {
         0.15: ("depth", "projector", "sft"),
         0.30: ("depth", "lora", "sft+hidden"),
@@ -40,7 +36,7 @@ def test_the_chart_is_the_studys() -> None:
             recipe_for(ratio, True)
 
 
-def test_curves_are_sound_and_about_known_models() -> None:
+def test_curves_are_sound_and_about_known_models():
     assert len(rules().retention) > 20
     for row in (*rules().retention, *rules().latency):
         assert row.source
@@ -56,7 +52,7 @@ def test_curves_are_sound_and_about_known_models() -> None:
     assert few.fraction < all_of_it.fraction == 1
 
 
-def test_a_row_of_another_form_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_of_another_form_is_refused(tmp_path, monkeypatch):
     text = recipes.RULES.read_text(encoding="utf-8")
     monkeypatch.setattr(recipes, "RULES", tmp_path / "recipes.yaml")
     for right, wrong in (("up_to: 0.15", "upto: 0.15"), ("axis: depth", "axis: deep")):
@@ -69,28 +65,28 @@ def test_a_row_of_another_form_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     assert rules().retention
 
 
-def test_a_curve_is_straight_between_and_silent_outside() -> None:
+def test_a_curve_is_straight_between_and_silent_outside():
     row = Curve(model="m", axis="width", values={0.2: 80.0, 0.4: 60.0}, source="s")
     values = [row.at(ratio) for ratio in (0.1, 0.18, 0.2, 0.4, 0.42, 0.5)]
     assert values == [None, 80, 80, 60, 60, None]
     assert row.at(0.3) == pytest.approx(70)
 
 
-def test_the_first_row_counts() -> None:
+def test_the_first_row_counts():
     rows = published("width", "lora", "sft+hidden", 0.6)
     found = {row.model: (value, row.source) for row, value in rows}
     assert found["LLaVA-1.5-7B"] == (78.13, "arXiv:2604.24380, Table 5")
     assert found["Bunny-3B"][0] == pytest.approx(83.86)
 
 
-def test_full_training_stands_beside_lora_and_ours_apart() -> None:
+def test_full_training_stands_beside_lora_and_ours_apart():
     full, lora = (published("depth", train, "sft+hidden", 0.3) for train in ("full", "lora"))
     assert [value for _, value in full] == [value for _, value in lora]
     assert any(row.ours for row, _ in expected("depth", "full", "cosine", 0.3))
     assert not any(row.ours for row, _ in full)
 
 
-def test_subjects_are_told_by_their_shape() -> None:
+def test_subjects_are_told_by_their_shape():
     llava = {"model_type": "llava", "text_type": "llama", "hidden_size": 4096, "num_layers": 32}
     assert subject_of(llava) == "LLaVA-1.5-7B"
     assert subject_of({**llava, "num_layers": 20}) is None

@@ -1,7 +1,5 @@
 """Pages show the numbers of the files; they are safe, offline, well formed and below five MB."""
 
-from __future__ import annotations
-
 import base64
 import json
 import re
@@ -129,7 +127,7 @@ def study(tmp_path: Path, shape: Anatomy) -> Path:
     return folder
 
 
-def test_a_study_shows_every_cell(study: Path) -> None:
+def test_a_study_shows_every_cell(study):
     table = pd.read_parquet(study / "results.parquet")
     record = read_record(study)
     done = table[table["status"] == "done"]
@@ -160,7 +158,7 @@ def test_a_study_shows_every_cell(study: Path) -> None:
         assert 'role="img" aria-label="' in drawing
 
 
-def test_a_study_has_a_chart_for_each_recovery_with_the_published_means(study: Path) -> None:
+def test_a_study_has_a_chart_for_each_recovery_with_the_published_means(study):
     charts = by_ratio(read_record(study).entries)
     assert [c.title.rpartition(": ")[2] for c in charts] == ["untrained", "tuned"]
     looks = ("depth", "depth published", "width", "width published")
@@ -171,7 +169,7 @@ def test_a_study_has_a_chart_for_each_recovery_with_the_published_means(study: P
     assert all(f'href="#{link}"' in charts[0].svg for link in links)
 
 
-def test_a_study_without_a_finished_cell_has_a_report(study: Path) -> None:
+def test_a_study_without_a_finished_cell_has_a_report(study):
     table = pd.read_parquet(study / "results.parquet")
     table.loc[table["axis"] != "original", "status"] = "open"
     columns = ["plan", "scores", "history", "avg_percent_low", "avg_percent_high"]
@@ -182,7 +180,7 @@ def test_a_study_without_a_finished_cell_has_a_report(study: Path) -> None:
         assert "Answers side by side" not in html
 
 
-def test_charts_mix_neither_shares_of_the_data_nor_other_options(study: Path) -> None:
+def test_charts_mix_neither_shares_of_the_data_nor_other_options(study):
     table = pd.read_parquet(study / "results.parquet")
     less = table[table["recovery"] == "tuned"].assign(fraction=0.05, avg_percent=1.0)
     both = pd.concat([table, less], ignore_index=True)
@@ -236,7 +234,7 @@ def assert_sound(html: str) -> Page:
     return page
 
 
-def test_the_report_shows_the_numbers_of_the_files(run: Path) -> None:
+def test_the_report_shows_the_numbers_of_the_files(run):
     plan, record = Plan.load(run / "plan.json"), read_record(run)
     kept = {entry.name: entry for entry in record.entries}
     assert kept["original"].percent == 100
@@ -264,7 +262,7 @@ def test_the_report_shows_the_numbers_of_the_files(run: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["scores", "results", "history.json", "walk.json"])
-def test_an_unfinished_run_has_a_report_too(run: Path, missing: str) -> None:
+def test_an_unfinished_run_has_a_report_too(run, missing):
     (run / missing).rename(run.parent / "gone")
     html = report_html(read_record(run))
     assert "Configuration" in html
@@ -274,7 +272,7 @@ def test_an_unfinished_run_has_a_report_too(run: Path, missing: str) -> None:
     assert all(error in html for error in told) is (missing != "walk.json")
 
 
-def test_another_folder_and_a_broken_file_are_refused(run: Path) -> None:
+def test_another_folder_and_a_broken_file_are_refused(run):
     with pytest.raises(ConfigError, match="neither a run folder"):
         read_record(run.parent)
     (run / "history.json").write_text("{")
@@ -282,7 +280,7 @@ def test_another_folder_and_a_broken_file_are_refused(run: Path) -> None:
         read_record(run)
 
 
-def test_the_report_escapes_and_loads_nothing(tmp_path: Path, shape: Anatomy) -> None:
+def test_the_report_escapes_and_loads_nothing(tmp_path, shape):
     folder = tmp_path / "run"
     write_run(folder, shape, model=EVIL.replace("/", "\\"))
     result(EVIL, 3, reply=EVIL).save(folder / "results" / "recovered.json")
@@ -293,7 +291,7 @@ def test_the_report_escapes_and_loads_nothing(tmp_path: Path, shape: Anatomy) ->
     assert_offline(html)
 
 
-def test_bars_are_as_high_as_what_is_kept(shape: Anatomy) -> None:
+def test_bars_are_as_high_as_what_is_kept(shape):
     plan = make_plan(shape, random_scores(shape), ratio=0.3, axis="both", round_to=1)
     chart = allocation(plan)
     mlp, attention, wholes = (chart.of(look)[0].rows for look in ("mlp", "attention", "whole"))
@@ -306,7 +304,7 @@ def test_bars_are_as_high_as_what_is_kept(shape: Anatomy) -> None:
     assert num_crosses(chart) == shape.num_layers - len(plan.layers)
 
 
-def test_experts_have_bars_and_a_heatmap() -> None:
+def test_experts_have_bars_and_a_heatmap():
     shape = read_anatomy(tiny.build("llama4"))
     scores = random_scores(shape)
     plan = make_plan(shape, scores, 0.0, experts=0.5)
@@ -325,7 +323,7 @@ def num_crosses(chart: Chart) -> int:
     return sum(len(marks.texts) for marks in chart.of("gone"))
 
 
-def test_heatmaps_cross_what_is_gone(shape: Anatomy, tmp_path: Path) -> None:
+def test_heatmaps_cross_what_is_gone(shape, tmp_path):
     for axis in ("depth", "width"):
         plan = write_run(tmp_path / axis, shape, axis)
         pruning = read_record(tmp_path / axis).prunings[0]
@@ -345,7 +343,7 @@ def test_heatmaps_cross_what_is_gone(shape: Anatomy, tmp_path: Path) -> None:
             assert len(opacity) == sum(len(marks.texts) for marks in chart.of("heat"))
 
 
-def test_trade_offs_need_two_models(run: Path) -> None:
+def test_trade_offs_need_two_models(run):
     entries = read_record(run).entries
     assert trade_offs(entries[:1]) == []
     charts = trade_offs(entries)
@@ -355,7 +353,7 @@ def test_trade_offs_need_two_models(run: Path) -> None:
     assert high["original"] > high["recovered"] > high["pruned"]
 
 
-def test_loss_curves_have_a_chart_for_each_component(run: Path) -> None:
+def test_loss_curves_have_a_chart_for_each_component(run):
     steps = [{"step": i, "loss": 3.0 - i, "loss_sft": 1.0, "grad_norm": 9.0} for i in (0, 1, 2)]
     charts = loss_curves(Training("t", steps))
     assert [chart.title for chart in charts] == ["Sum of the losses", "sft"]
@@ -370,7 +368,7 @@ def test_loss_curves_have_a_chart_for_each_component(run: Path) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1))
-def test_nothing_beats_the_frontier(points: list[tuple[int, int]]) -> None:
+def test_nothing_beats_the_frontier(points):
     found = frontier([(float(a), float(b)) for a, b in points])
     assert set(found) <= set(points)
     for cost, benefit in points:
@@ -380,7 +378,7 @@ def test_nothing_beats_the_frontier(points: list[tuple[int, int]]) -> None:
 
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=9))
-def test_axes_hold_their_values_with_a_few_ticks(values: list[float]) -> None:
+def test_axes_hold_their_values_with_a_few_ticks(values):
     steps = [{"step": i, "loss": value} for i, value in enumerate(map(abs, values))]
     (chart,) = loss_curves(Training("t", steps))
     low, high = chart.axes.get_ylim()
@@ -391,14 +389,14 @@ def test_axes_hold_their_values_with_a_few_ticks(values: list[float]) -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0, 400), st.floats(0, 270)), max_size=5))
-def test_labels_do_not_stand_on_each_other(places: list[tuple[float, float]]) -> None:
+def test_labels_do_not_stand_on_each_other(places):
     heights = labels_apart(places)
     for i, (x, _) in enumerate(places):
         for j in range(i):
             assert abs(x - places[j][0]) >= 110 or abs(heights[i] - heights[j]) >= 15 - 1e-9
 
 
-def test_labels_of_drawings_are_plain_text(run: Path) -> None:
+def test_labels_of_drawings_are_plain_text(run):
     """A name is data from outside: no formula, no markup, no character that XML cannot hold."""
     entries = read_record(run).entries
     for name in (EVIL, r"$\frac{$ $", "bell \a and 猫", "</svg><script>"):
@@ -418,7 +416,7 @@ def cards(html: str) -> list[str]:
     return re.findall(r"<article.*?</article>", html, flags=re.DOTALL)
 
 
-def test_every_lost_and_gained_question_has_a_card() -> None:
+def test_every_lost_and_gained_question_has_a_card():
     a, b = "1" * 100 + "0" * 100, "0" * 100 + "1" * 100
     found, asked = two(a, b)
     html = page(found)
@@ -436,7 +434,7 @@ def test_every_lost_and_gained_question_has_a_card() -> None:
         assert f"{100 - MAX_CARDS[unchanged]} more {unchanged} are not shown." in html
 
 
-def test_notes_are_shown() -> None:
+def test_notes_are_shown():
     found, asked = two("11", "10", size=(64, 64))
     pets = answered(asked, "11")
     a, b = (
@@ -457,7 +455,7 @@ def test_notes_are_shown() -> None:
     assert "50&thinsp;%" in page(graded())
 
 
-def test_words_of_models_files_and_data_are_escaped() -> None:
+def test_words_of_models_files_and_data_are_escaped():
     asked = [
         replace(q, id=q.id + EVIL, prompt=EVIL, answers=("cat", EVIL)) for q in questions("pets", 2)
     ]
@@ -482,9 +480,7 @@ def test_words_of_models_files_and_data_are_escaped() -> None:
         ((2000, 2), (256, 1), (256, 1), False),
     ],
 )
-def test_pictures_fit_and_small_ones_are_exact(
-    size: tuple[int, int], stored: tuple[int, int], shown: tuple[int, int], enlarged: bool
-) -> None:
+def test_pictures_fit_and_small_ones_are_exact(size, stored, shown, enlarged):
     compared, asked = two("1", "0", size=size)
     html = page(compared)
     pattern = r'<img src="data:image/png;base64,([^"]+)" width="(\d+)" height="(\d+)"'
@@ -499,7 +495,7 @@ def test_pictures_fit_and_small_ones_are_exact(
         assert image.convert("RGB").tobytes() == asked[0].images[0].tobytes()  # type: ignore[union-attr]
 
 
-def test_a_page_stays_below_five_megabytes() -> None:
+def test_a_page_stays_below_five_megabytes():
     """Noise does not compress: pictures go, those of lost answers last; words stay."""
     html = page(two("0" * 300 + "1" * 300, "1" * 300 + "0" * 300, size=(64, 64))[0])
     assert 4_000_000 < len(html.encode()) < 5_000_000
@@ -511,7 +507,7 @@ def test_a_page_stays_below_five_megabytes() -> None:
     assert {'data-kind="lost"' in card for card in with_picture[:200]} == {True}
 
 
-def test_every_task_gets_some_of_the_pictures() -> None:
+def test_every_task_gets_some_of_the_pictures():
     asked = {name: questions(name, 300, (64, 64)) for name in ("one", "two")}
     a, b = (
         compared_result(right, **{name: answered(q, right * 300) for name, q in asked.items()})

@@ -1,7 +1,5 @@
 """A request means the same to every driver: what is left open, which samples, which tasks."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -42,7 +40,7 @@ def decided(request: Request) -> tuple[Request, list[str]]:
 # What is left open.
 
 
-def test_with_data_the_measured_recipe_is_the_default() -> None:
+def test_with_data_the_measured_recipe_is_the_default():
     found, said = decided(asked())
     assert found.prune.criterion == DEFAULT_CRITERIA["width"] == ("obs",)
     assert (found.prune.allocation, found.prune.repair) == ("balanced", "auto")
@@ -51,7 +49,7 @@ def test_with_data_the_measured_recipe_is_the_default() -> None:
     assert said == []
 
 
-def test_without_data_the_demo_calibrates_and_nothing_is_trained() -> None:
+def test_without_data_the_demo_calibrates_and_nothing_is_trained():
     request = replace(asked(data=None, recover=RecoverConfig()), report_samples=8)
     found, said = decided(request)
     assert found.prune == decided(asked(too_long="cut"))[0].prune
@@ -63,7 +61,7 @@ def test_without_data_the_demo_calibrates_and_nothing_is_trained() -> None:
 @pytest.mark.parametrize(
     "changes", [{"criterion": ("magnitude",)}, {"ratio": None, "vocab_size": 100}]
 )
-def test_what_needs_no_data_reads_none_and_is_not_repaired(changes: dict[str, Any]) -> None:
+def test_what_needs_no_data_reads_none_and_is_not_repaired(changes):
     found, said = decided(asked(data=None, recover=RecoverConfig(), **changes))
     assert found.prune.data is None
     assert (found.prune.allocation, found.prune.repair) == ("uniform", "none")
@@ -81,7 +79,7 @@ UNTRIED = {
 
 
 @pytest.mark.parametrize("case", UNTRIED)
-def test_only_what_was_given_is_missed(case: str) -> None:
+def test_only_what_was_given_is_missed(case):
     """A default that cannot be had is no news; a wish that cannot be met is said once."""
     changes, reason = UNTRIED[case]
     found, said = decided(asked(**changes))
@@ -91,7 +89,7 @@ def test_only_what_was_given_is_missed(case: str) -> None:
     assert said == [f"allocation 'balanced' becomes 'uniform': {reason}"]
 
 
-def test_a_decided_request_stays_as_it_is() -> None:
+def test_a_decided_request_stays_as_it_is():
     for changes in ({}, {"axis": "depth"}, {"data": None}, {"repair": "width"}):
         once, _ = decided(asked(**changes))
         assert decided(once) == (once, [])
@@ -109,13 +107,11 @@ def test_a_decided_request_stays_as_it_is() -> None:
         ({"axis": "depth", "repair": "none"}, False),
     ],
 )
-def test_samples_are_held_out_where_something_is_judged(
-    changes: dict[str, Any], hold_out: bool
-) -> None:
+def test_samples_are_held_out_where_something_is_judged(changes, hold_out):
     assert decided(asked(**{"local_steps": 0, **changes}))[0].hold_out == hold_out
 
 
-def test_a_run_has_one_seed() -> None:
+def test_a_run_has_one_seed():
     config = CompressConfig(ratio=0.3, data="demo", seed=3, recover=RecoverConfig())
     found = resolved(request_of("demo", config))
     assert found.recover is not None
@@ -125,9 +121,7 @@ def test_a_run_has_one_seed() -> None:
 
 
 @pytest.mark.parametrize(("recover", "axis"), [(None, "width"), (RecoverConfig(), "depth")])
-def test_the_axis_depends_on_whether_anything_is_trained(
-    recover: RecoverConfig | None, axis: str
-) -> None:
+def test_the_axis_depends_on_whether_anything_is_trained(recover, axis):
     assert decided(asked(ratio=0.15, axis=None, recover=recover))[0].prune.axis == axis
 
 
@@ -146,7 +140,7 @@ def names(found: SampleSplit) -> tuple[list[str], list[str]]:
     return ids(found.calibration), ids(found.training)
 
 
-def test_seed_0_is_the_order_of_the_file_and_any_other_shuffles_it() -> None:
+def test_seed_0_is_the_order_of_the_file_and_any_other_shuffles_it():
     rows = samples(10)
     first, rest = names(split(rows, asked(samples=4, recover=RecoverConfig())))
     assert first + rest == [f"s{i}" for i in range(10)]
@@ -156,13 +150,13 @@ def test_seed_0_is_the_order_of_the_file_and_any_other_shuffles_it() -> None:
     assert names(split(rows, asked(samples=4, seed=1)))[0] == other
 
 
-def test_few_samples_serve_both() -> None:
+def test_few_samples_serve_both():
     first, rest = names(split(samples(3), asked(samples=4)))
     assert first == rest == ["s0", "s1", "s2"]
     assert names(split(samples(3), asked(samples=4, training_samples=2)))[1] == ["s0", "s1"]
 
 
-def test_training_comes_back_to_what_calibrated_only_if_more_are_asked_for() -> None:
+def test_training_comes_back_to_what_calibrated_only_if_more_are_asked_for():
     rows = samples(6)
     for count, wanted in [(None, "45"), (1, "4"), (4, "4501"), (9, "450123")]:
         request = asked(samples=4, training_samples=count, recover=RecoverConfig())
@@ -180,7 +174,7 @@ def test_training_comes_back_to_what_calibrated_only_if_more_are_asked_for() -> 
         ({"seed": 1, "training_samples": 5, "recover": RecoverConfig()}, None),
     ],
 )
-def test_no_more_rows_are_read_than_needed(changes: dict[str, Any], count: int | None) -> None:
+def test_no_more_rows_are_read_than_needed(changes, count):
     request = asked(samples=4, **changes)
     assert rows_to_read(request) == count
     if count is not None:
@@ -203,9 +197,7 @@ def reading(data: Path, **changes: object) -> Request:
 @pytest.mark.parametrize("seed", [0, 3])
 @pytest.mark.parametrize("training", [None, 5, 100])
 @pytest.mark.parametrize("count", [2, 64])
-def test_no_sample_of_the_report_is_used(
-    seed: int, training: int | None, count: int, data: Path
-) -> None:
+def test_no_sample_of_the_report_is_used(seed, training, count, data):
     request = reading(data, training_samples=training, report_samples=count)
     request = replace(request, prune=replace(request.prune, seed=seed))
     found = read_split(request, silent)
@@ -216,7 +208,7 @@ def test_no_sample_of_the_report_is_used(
         assert ids(found.report) == [f"s{i}" for i in range(20)][-len(found.report) :]
 
 
-def test_repeated_samples_are_not_held_out(data: Path) -> None:
+def test_repeated_samples_are_not_held_out(data):
     samples = load_samples(data)
     twice = [*samples[:18], replace(samples[2], id="again"), samples[19]]
     request = reading(data, report_samples=2)
@@ -225,7 +217,7 @@ def test_repeated_samples_are_not_held_out(data: Path) -> None:
     assert not_among([samples[0]], others) == [samples[0]]  # the same words on another picture
 
 
-def test_too_few_samples_are_reported(data: Path, tmp_path: Path) -> None:
+def test_too_few_samples_are_reported(data, tmp_path):
     few, lines = folders.write_llava_data(tmp_path, count=9), []
     found = read_split(reading(few), lines.append)
     assert found.report == ()
@@ -236,7 +228,7 @@ def test_too_few_samples_are_reported(data: Path, tmp_path: Path) -> None:
     assert lines == []
 
 
-def test_data_that_begin_with_pictures_are_mixed_all_the_way(tmp_path: Path) -> None:
+def test_data_that_begin_with_pictures_are_mixed_all_the_way(tmp_path):
     in_order = folders.write_llava_data(tmp_path, count=20)
     rows = json.loads(in_order.read_text())
     for row in rows[10:]:
@@ -253,7 +245,7 @@ def test_data_that_begin_with_pictures_are_mixed_all_the_way(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_study_s_cell_is_a_run(seed: int, tmp_path: Path) -> None:
+def test_a_study_s_cell_is_a_run(seed, tmp_path):
     """One cell asks its stages for what `compress` asks of them."""
     data = folders.write_llava_data(tmp_path / "data", pictures=False)
     cells = expand(study(data, {"recovery": "sft", "axis": "width", "seed": seed}))
@@ -273,7 +265,7 @@ def test_a_study_s_cell_is_a_run(seed: int, tmp_path: Path) -> None:
 # Which tasks.
 
 
-def test_a_run_is_asked_what_evaluate_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_asked_what_evaluate_asks(monkeypatch):
     seen: list[Any] = []
     monkeypatch.setattr(requests, "check_names", lambda *given: seen.append(given))
     config = CompressConfig(ratio=0.3, tasks="presence,pope", task_folder="mine", limit=6)
@@ -286,9 +278,7 @@ def test_a_run_is_asked_what_evaluate_asks(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("how", [{"floors": True}, {"blind": True}, {"log": True}])
-def test_published_benchmarks_are_not_asked_blind(
-    how: dict[str, bool], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_published_benchmarks_are_not_asked_blind(how, monkeypatch):
     monkeypatch.setattr(requests, "check_names", lambda *given: None)
     questions = Questions(tasks="pope", floors=how.pop("floors", False))
     with pytest.raises(ConfigError, match="--blind, --floors and --log do not work with 'pope'"):

@@ -1,7 +1,5 @@
 """A study does each piece of work once, resumes after a stop, and names what failed."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import replace
@@ -20,8 +18,8 @@ from slimvlm.data.read import identity_of_data
 from slimvlm.evaluation import bench
 from slimvlm.evaluation.bench import Timing
 from slimvlm.runs.study import forecast, prepared, run_study
-from slimvlm.runs.study.cache import Cache, Stage
-from slimvlm.runs.study.config import Reference, ReferenceRow, StudyConfig
+from slimvlm.runs.study.cache import Cache
+from slimvlm.runs.study.config import Reference, ReferenceRow
 from slimvlm.runs.study.table import results_table
 from tests import tiny_folder as folders
 from tests.runs.study.study_files import stable, study, watch_work
@@ -56,7 +54,7 @@ def files_named(out: Path, name: str) -> list[Path]:
     return sorted((out / "cache").rglob(name))
 
 
-def test_the_table_has_a_row_for_each_cell_and_the_original(finished: Path) -> None:
+def test_the_table_has_a_row_for_each_cell_and_the_original(finished):
     table = pd.read_parquet(finished / "results.parquet")
     assert list(zip(table["axis"], table["recovery"], strict=True)) == [
         ("original", "original"),
@@ -74,7 +72,7 @@ def test_the_table_has_a_row_for_each_cell_and_the_original(finished: Path) -> N
     assert "not measured" in (finished / "claims.md").read_text()
 
 
-def test_models_go_and_results_stay(finished: Path, data: Path, tmp_path: Path) -> None:
+def test_models_go_and_results_stay(finished, data, tmp_path):
     assert files_named(finished, "model.safetensors") == []
     assert len(files_named(finished, "result.json")) == 5
     assert len(files_named(finished, "history.json")) == 2
@@ -84,9 +82,7 @@ def test_models_go_and_results_stay(finished: Path, data: Path, tmp_path: Path) 
     assert len(files_named(tmp_path / "out", "model.safetensors")) == 2
 
 
-def test_a_finished_study_does_nothing_but_tidy_up(
-    again: Path, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_finished_study_does_nothing_but_tidy_up(again, data, monkeypatch):
     before, text = pd.read_parquet(again / "results.parquet"), (again / "results.csv").read_text()
     outcome = files_named(again, "result.json")[0].parent
     left = again / "work" / f"{outcome.parent.name}-{outcome.name}"  # of a kill before tidying up
@@ -101,12 +97,7 @@ def test_a_finished_study_does_nothing_but_tidy_up(
     assert (again / "results.csv").read_text() == text
 
 
-def test_one_more_ratio_does_only_what_is_new(
-    again: Path,
-    data: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_one_more_ratio_does_only_what_is_new(again, data, monkeypatch, capsys):
     """A log has a line where a stage begins and one where it ends, and none of what is inside."""
     done, log = watch_work(monkeypatch), StringIO()
     grid = {"axis": "depth", "ratio": [0.4, 0.2]}
@@ -120,16 +111,14 @@ def test_one_more_ratio_does_only_what_is_new(
     assert " of " not in capsys.readouterr().err
 
 
-def test_one_more_recovery_prunes_again_but_scores_nothing(
-    again: Path, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_more_recovery_prunes_again_but_scores_nothing(again, data, monkeypatch):
     done = watch_work(monkeypatch)
     grid = {"axis": "depth", "recovery": ["none", "sft+hidden", "sft"]}
     run_study(study(data, grid), again, console=QUIET)
     assert done == {"prune": 1, "recover": 1, "evaluate": 1}
 
 
-def test_a_dry_run_counts_and_leaves_nothing(again: Path, data: Path, tmp_path: Path) -> None:
+def test_a_dry_run_counts_and_leaves_nothing(again, data, tmp_path):
     fresh = forecast(study(data), tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
     assert dict(fresh.stages) == {
@@ -148,8 +137,8 @@ def test_a_dry_run_counts_and_leaves_nothing(again: Path, data: Path, tmp_path: 
     assert not any(nothing.cells.values())
 
 
-def test_other_samples_or_other_files_are_other_work(data: Path, tmp_path: Path) -> None:
-    def names(config: StudyConfig) -> set[str]:
+def test_other_samples_or_other_files_are_other_work(data, tmp_path):
+    def names(config):
         return {stage.name for stage in prepared(config, print)[1].stages()}
 
     model = folders.copied("text", tmp_path / "model")
@@ -161,7 +150,7 @@ def test_other_samples_or_other_files_are_other_work(data: Path, tmp_path: Path)
     assert not names(study(data, {"model": str(model)})) & first
 
 
-def test_other_questions_are_other_work(data: Path, tmp_path: Path) -> None:
+def test_other_questions_are_other_work(data, tmp_path):
     rows = [{"question": "which?", "answer": "this"}, {"question": "what?", "answer": "that"}]
     task = {"name": "mine", "data": "q.jsonl", "prompt": "{question}", "answer": "answer"}
     (tmp_path / "mine.yaml").write_text(json.dumps(task))
@@ -177,9 +166,7 @@ def test_other_questions_are_other_work(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [100, 10_000])
-def test_a_change_anywhere_in_a_folder_is_noticed(
-    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_change_anywhere_in_a_folder_is_noticed(size, tmp_path, monkeypatch):
     monkeypatch.setattr(requests, "BLOCK_BYTES", 16)  # a large file has more than 64 of them
     file = tmp_path / "train" / "rows.arrow"
     file.parent.mkdir()
@@ -194,12 +181,10 @@ def test_a_change_anywhere_in_a_folder_is_noticed(
     assert len(found) == 4
 
 
-def test_the_table_grows_while_the_study_runs(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_table_grows_while_the_study_runs(data, tmp_path, monkeypatch):
     measured: list[int] = []
 
-    def looks(stage: Stage) -> None:
+    def looks(stage):
         if (tmp_path / "results.csv").exists():
             table = pd.read_csv(tmp_path / "results.csv")
             measured.append(int((table["status"] == "done").sum()))
@@ -209,16 +194,14 @@ def test_the_table_grows_while_the_study_runs(
     assert set(measured) == {1, 2}
 
 
-def test_a_study_needs_a_folder(data: Path, tmp_path: Path) -> None:
+def test_a_study_needs_a_folder(data, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ConfigError, match=r"file' is a file, and a study needs a folder"):
         run_study(study(data, {"recovery": "none"}), tmp_path / "file", console=QUIET)
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_folder_named_demo_is_not_the_demo_s_data(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_named_demo_is_not_the_demo_s_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = {name: identity_of_data(name) for name in ("demo", "mine")}
     for name in before:
@@ -228,10 +211,8 @@ def test_a_folder_named_demo_is_not_the_demo_s_data(
     assert identity_of_data("mine") != before["mine"]
 
 
-def test_what_fails_is_said_and_stops_nothing_else(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails(stage: Stage) -> None:
+def test_what_fails_is_said_and_stops_nothing_else(data, tmp_path, monkeypatch):
+    def fails(stage):
         if stage.kind == "prune" and "depth" in stage.label:
             raise NumericalError("weights are NaN\nin layer 1")
 
@@ -249,14 +230,11 @@ def test_what_fails_is_said_and_stops_nothing_else(
 
 
 def test_a_study_of_which_nothing_could_be_measured_is_reported(
-    data: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    data, tmp_path, capsys, monkeypatch
+):
     """As with one question, which has no other one to take pictures from for its floor."""
 
-    def fails(stage: Stage) -> None:
+    def fails(stage):
         if stage.kind == "evaluate":
             raise ConfigError("blind: question 'a' finds no other pictures")
 
@@ -270,10 +248,8 @@ def test_a_study_of_which_nothing_could_be_measured_is_reported(
         assert "failed" in capsys.readouterr().out
 
 
-def test_a_stopped_study_goes_on_to_the_same_table(
-    finished: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stops(stage: Stage) -> None:
+def test_a_stopped_study_goes_on_to_the_same_table(finished, data, tmp_path, monkeypatch):
+    def stops(stage):
         if stage.kind == "recover":
             raise KeyboardInterrupt
 
@@ -288,7 +264,7 @@ def test_a_stopped_study_goes_on_to_the_same_table(
     pd.testing.assert_frame_equal(stable(table), stable(expected), check_dtype=False)
 
 
-def test_published_numbers_are_added_to_the_table(finished: Path, data: Path) -> None:
+def test_published_numbers_are_added_to_the_table(finished, data):
     row = ReferenceRow(axis="width", ratio=0.4, recovery="none", retention=79.9)
     config = replace(study(data), reference=Reference(source="the paper", rows=(row,)))
     _, schedule = prepared(config, print)

@@ -1,7 +1,5 @@
 """Tables: groups of layers and legal widths, floors and marks of results, held-out figures."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -68,10 +66,7 @@ EXPECTED: dict[str, Callable[[Anatomy], dict[str, list[str]]]] = {
         "legal neurons": ["8 to 32 in steps of 8"],
     },
     "llama4": lambda shape: {
-        "neurons in a layer": [
-            "layers 0, 2: none that can go",
-            "layers 1, 3: 32 in every expert",
-        ],
+        "neurons in a layer": ["layers 0, 2: none that can go", "layers 1, 3: 32 in every expert"],
         "one expert": ["layers 0, 2: none", f"layers 1, 3: {EXPERT:,}"],
         "all experts": [f"{8 * EXPERT / shape.backbone_params:.0%} of the backbone (--experts)"],
         "experts in a layer": ["layers 0, 2: none", "layers 1, 3: 4"],
@@ -84,7 +79,7 @@ EXPERT = 3 * 64 * 32 + 64
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_layers_that_differ_have_rows_of_their_own(name: str) -> None:
+def test_layers_that_differ_have_rows_of_their_own(name):
     shape = shape_of(name)
     rows, expected = printed(shape), EXPECTED[name](shape)
     assert {key: rows[key] for key in expected} == expected
@@ -93,7 +88,7 @@ def test_layers_that_differ_have_rows_of_their_own(name: str) -> None:
         assert not any("expert" in row for row in rows)
 
 
-def test_neurons_of_experts_are_legal_in_steps_and_tokens_have_a_share() -> None:
+def test_neurons_of_experts_are_legal_in_steps_and_tokens_have_a_share():
     shape = shape_of("qwen3_vl_moe")
     assert shape.legal_neurons() == [8, 16, 24, 32]
     odd = shape.with_layers([replace(s, intermediate_size=36) for s in shape.layers])
@@ -108,7 +103,7 @@ def test_neurons_of_experts_are_legal_in_steps_and_tokens_have_a_share() -> None
 
 
 @pytest.mark.parametrize("retypable", [False, True])
-def test_a_model_without_kv_groups_says_so(retypable: bool) -> None:
+def test_a_model_without_kv_groups_says_so(retypable):
     shape = shape_of("lfm2_vl")
     bare = replace(
         shape.with_layers([shape.layers[0]] * 12 + [shape.layers[1]]), retypable=retypable
@@ -122,7 +117,7 @@ def test_a_model_without_kv_groups_says_so(retypable: bool) -> None:
     assert printed(none)["legal KV groups"] == ["none"]
 
 
-def test_a_share_of_nothing_is_a_dash() -> None:
+def test_a_share_of_nothing_is_a_dash():
     wrong = TaskResult("exact_match", 0.0, 0.0, True, ("a", "b"), ("r", "s"), (0.0, 0.0))
     nothing = result("model", own=wrong)
     _, rows = result_rows({"original": nothing, "pruned": nothing})
@@ -131,7 +126,7 @@ def test_a_share_of_nothing_is_a_dash() -> None:
     assert not any("nan" in cell for row in rows for cell in row)
 
 
-def test_a_note_of_two_stages_is_shown_once() -> None:
+def test_a_note_of_two_stages_is_shown_once():
     samples = (OnSample("a", 3, 0.5), OnSample("b", 2, 0.25))
     plain = DataResult("model", samples)
     results = {
@@ -147,7 +142,7 @@ def measured(model: str, right: str, **changes: object) -> Result:
     return result(model, pets=replace(pets, **changes), text=TEXT)  # type: ignore[arg-type]
 
 
-def test_tables_show_the_floors_that_are_known() -> None:
+def test_tables_show_the_floors_that_are_known():
     plain = {n: measured(n, right) for n, right in (("large", "1" * 8), ("small", "1" * 6 + "00"))}
     header, rows = result_rows(plain)
     assert header == ["task", "chance", "large", "small"]
@@ -167,7 +162,7 @@ def test_tables_show_the_floors_that_are_known() -> None:
     assert (pets["chance"], pets["majority"], pets["blind"]) == (0.0, 25.0, 12.5)
 
 
-def test_tables_mark_what_differs_from_the_first_model() -> None:
+def test_tables_mark_what_differs_from_the_first_model():
     names = {"large": "1" * 40, "worse": "1" * 20 + "0" * 20, "same": "1" * 40}
     models = {name: measured(name, right) for name, right in names.items()}
     header, rows = result_rows(models)

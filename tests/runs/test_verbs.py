@@ -1,7 +1,5 @@
 """The verbs of one stage: figures on held-out samples, in memory and from files; refusals."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -39,9 +37,7 @@ def pruned(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Path, P
     return done
 
 
-def test_prune_gives_the_same_figures_in_memory_and_from_files(
-    data: Path, pruned: dict[Path, Pruned]
-) -> None:
+def test_prune_gives_the_same_figures_in_memory_and_from_files(data, pruned):
     for out, done in pruned.items():
         assert list(done.held_out) == ["original", "pruned"]
         assert DataResult.load(out / "slimvlm_held_out.json") == done.held_out["pruned"]
@@ -59,9 +55,7 @@ def test_prune_gives_the_same_figures_in_memory_and_from_files(
 COMMON = ["--ratio", "0.3", "--axis", "width", "--samples", "6", "--local-steps", "0"]
 
 
-def test_the_command_line_prints_them(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_line_prints_them(data, tmp_path, capsys):
     words = ["prune", MODEL, *COMMON, "--data", str(data), "--out"]
     main([*words, str(tmp_path / "out")])
     shown = capsys.readouterr().out
@@ -80,9 +74,7 @@ def test_the_command_line_prints_them(
     assert 0 <= found["pruned"]["agreement"]["value"] <= 100
 
 
-def test_a_model_is_evaluated_on_data_without_a_task(
-    data: Path, pruned: dict[Path, Pruned], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_model_is_evaluated_on_data_without_a_task(data, pruned, tmp_path, capsys):
     *_, smaller = pruned
     words = ["evaluate", str(smaller), "--data", str(data), "--limit", "8"]
     main([*words, "--baseline", MODEL, "--json", "--out", str(tmp_path / "r.json")])
@@ -108,9 +100,7 @@ def test_a_model_is_evaluated_on_data_without_a_task(
         (["--limit", "0"], "limit 0"),
     ],
 )
-def test_options_that_do_not_go_with_data_are_refused(
-    more: list[str], message: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_options_that_do_not_go_with_data_are_refused(more, message, data, tmp_path, capsys):
     (tmp_path / "result.json").write_text("{}")
     more = [str(tmp_path / "result.json") if word == "RESULT" else word for word in more]
     with pytest.raises(SystemExit) as stop:

@@ -1,7 +1,5 @@
 """Scores from inputs: of experts and their neurons, against what a token at a time gives."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -57,7 +55,7 @@ def by_token(mlp: Any, hidden: Tensor, normalised: bool) -> tuple[Tensor, Tensor
 
 
 @pytest.mark.parametrize(("name", "dense"), [("qwen3_moe", [1]), ("qwen3_vl_moe", [])])
-def test_qwen_scores_are_means_over_the_tokens_of_an_expert(name: str, dense: list[int]) -> None:
+def test_qwen_scores_are_means_over_the_tokens_of_an_expert(name, dense):
     model = tiny.build(name)
     batch = tiny.batch(model, 24)
     frequency, reap = (scored(model, [batch], name) for name in ("frequency", "reap"))
@@ -72,7 +70,7 @@ def test_qwen_scores_are_means_over_the_tokens_of_an_expert(name: str, dense: li
         assert_scores_close(reap[index], mean.float(), SCORE_SHARE_OF_MAXIMUM)
 
 
-def test_llama_4_scores_are_the_sizes_of_what_experts_add() -> None:
+def test_llama_4_scores_are_the_sizes_of_what_experts_add():
     model = tiny.build("llama4")
     batch = tiny.batch(model, 24)
     frequency, reap = (scored(model, [batch], name) for name in ("frequency", "reap"))
@@ -95,7 +93,7 @@ def test_llama_4_scores_are_the_sizes_of_what_experts_add() -> None:
 
 @pytest.mark.parametrize("criterion", ["reap", "frequency", "magnitude"])
 @pytest.mark.parametrize("name", ["qwen3_vl_moe", "llama4", "gemma4-experts"])
-def test_permuted_experts_have_permuted_scores(name: str, criterion: str) -> None:
+def test_permuted_experts_have_permuted_scores(name, criterion):
     model, permuted = tiny.build(name), tiny.build(name)
     order = torch.tensor([2, 0, 3, 1])
     row = sv.anatomy(model).backbone.experts
@@ -108,7 +106,7 @@ def test_permuted_experts_have_permuted_scores(name: str, criterion: str) -> Non
     assert (before[3] - after[3]).abs().max() > 1e-4 * before[3].abs().max()
 
 
-def test_an_expert_that_no_token_takes_scores_zero() -> None:
+def test_an_expert_that_no_token_takes_scores_zero():
     model = tiny.build("llama4")
     with torch.no_grad():
         router = Parts(model).layers[1].get_parameter("feed_forward.router.weight")
@@ -119,7 +117,7 @@ def test_an_expert_that_no_token_takes_scores_zero() -> None:
         assert (scores[1] > 0).sum() == 1
 
 
-def test_padding_and_roles_do_not_count_in_pictures() -> None:
+def test_padding_and_roles_do_not_count_in_pictures():
     model = tiny.build("qwen3_vl_moe")
     single = [tiny.batch(model, 9 + 4 * seed, seed) for seed in range(2)]
     alone = scored(model, single, "reap")
@@ -130,7 +128,7 @@ def test_padding_and_roles_do_not_count_in_pictures() -> None:
     assert any((a - b).abs().max() > 1e-3 for a, b in zip(alone, blind, strict=True))
 
 
-def test_a_model_without_experts_is_named() -> None:
+def test_a_model_without_experts_is_named():
     model = tiny.build("llama")
     with pytest.raises(UnsupportedModelError, match="'llama' has no experts to score"):
         sv.score(model, [tiny.batch(model)], "reap")
@@ -145,7 +143,7 @@ def sent_on(mlp: Any, hidden: Tensor, expert: int) -> Tensor:
     return F.silu(gate) * up * share
 
 
-def test_scores_of_expert_neurons_are_their_formulas() -> None:
+def test_scores_of_expert_neurons_are_their_formulas():
     model = tiny.build("qwen3_vl_moe")
     batch = tiny.batch(model, 24)
     activation, wanda, flap = (
@@ -167,7 +165,7 @@ def test_scores_of_expert_neurons_are_their_formulas() -> None:
 
 @pytest.mark.parametrize("criterion", ["activation", "wanda", "flap", "magnitude"])
 @pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_5_moe", "llama4"])
-def test_a_neuron_without_weights_in_any_expert_scores_zero(name: str, criterion: str) -> None:
+def test_a_neuron_without_weights_in_any_expert_scores_zero(name, criterion):
     model = tiny.build(name)
     with torch.no_grad():
         for _, matrix in Parts(model).matrices():
@@ -180,7 +178,7 @@ def test_a_neuron_without_weights_in_any_expert_scores_zero(name: str, criterion
 
 
 @pytest.mark.parametrize("criterion", ["obs", "gate", "taylor"])
-def test_criteria_that_cannot_score_experts_are_refused(criterion: str) -> None:
+def test_criteria_that_cannot_score_experts_are_refused(criterion):
     model = tiny.build("qwen3_vl_moe")
     with pytest.raises(UnsupportedModelError, match=r"layer 0 has experts.*activation, wanda"):
         sv.score(model, [tiny.batch(model)], criterion)

@@ -1,7 +1,5 @@
 """A checkpoint read layer by layer is scored and pruned like a model in memory."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections import namedtuple
@@ -95,15 +93,13 @@ def assert_same(actual: Scores, expected: Scores) -> None:
         *((name, case) for name in ODD for case in ("block_influence", "activation")),
     ],
 )
-def test_scores_are_those_of_the_model_in_memory(
-    name: str, case: str, folders: dict[str, Path]
-) -> None:
+def test_scores_are_those_of_the_model_in_memory(name, case, folders):
     model = tiny.build(name)
     expected = score(model, batches(model), **CASES[case])
     assert_same(score_checkpoint(folders[name], batches(model), **CASES[case]), expected)
 
 
-def test_half_precision_weights_have_float32_statistics(tmp_path: Path) -> None:
+def test_half_precision_weights_have_float32_statistics(tmp_path):
     tiny.build("llama").to(torch.bfloat16).save_pretrained(tmp_path / "half")
     model, _ = load(tmp_path / "half")
     for case in ("flap", "activation"):
@@ -114,17 +110,15 @@ def test_half_precision_weights_have_float32_statistics(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", ["flap", "block_influence"])
-def test_one_layer_is_in_memory_at_a_time(
-    case: str, model: Any, data: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_layer_is_in_memory_at_a_time(case, model, data, folder, monkeypatch):
     seen: list[int] = []
     layers = LayerwiseModel.layer
 
-    def look(module: Any) -> None:
+    def look(module):
         seen.append(sum(p.numel() for p in module.parameters() if not p.is_meta))
 
     @contextmanager
-    def watched(self: LayerwiseModel, index: int) -> Iterator[Any]:
+    def watched(self, index):
         with layers(self, index) as view:
             (loaded,) = view.layers
             for module in (self.model, loaded):
@@ -138,12 +132,12 @@ def test_one_layer_is_in_memory_at_a_time(
 
 @pytest.mark.parametrize("case", ["activation", "block_influence"])
 def test_a_stopped_run_goes_on_after_the_last_whole_layer(
-    case: str, data: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    case, data, folder, tmp_path, monkeypatch
+):
     layers = LayerwiseModel.layer
     loads: list[int] = []
 
-    def killed(self: LayerwiseModel, index: int) -> Any:
+    def killed(self, index):
         loads.append(index)
         if len(loads) == stop_at:
             raise KeyboardInterrupt
@@ -182,9 +176,7 @@ def stopped_at(owner: type, name: str, index: int | None = None) -> Iterator[Non
             yield
 
 
-def test_other_data_do_not_reuse_old_work(
-    model: Any, data: Any, folder: Path, tmp_path: Path
-) -> None:
+def test_other_data_do_not_reuse_old_work(model, data, folder, tmp_path):
     with stopped_at(Scores, "load"):
         score_checkpoint(folder, data, "flap", scratch=tmp_path)
     others = [tiny.batch(model, 9, 5)]
@@ -193,9 +185,7 @@ def test_other_data_do_not_reuse_old_work(
 
 
 @pytest.mark.parametrize("place", [(LayerwiseModel, "layer"), (Scores, "load")])
-def test_another_model_does_not_reuse_old_work(
-    place: Any, model: Any, data: Any, folder: Path, tmp_path: Path
-) -> None:
+def test_another_model_does_not_reuse_old_work(place, model, data, folder, tmp_path):
     """The embeddings are another model's, too."""
     with stopped_at(*place):
         score_checkpoint(folder, data, "flap", scratch=tmp_path / "work")
@@ -208,9 +198,7 @@ def test_another_model_does_not_reuse_old_work(
 
 
 @pytest.mark.parametrize("case", ["flap", "activation"])
-def test_a_criterion_without_data_reuses_no_work_of_others(
-    case: str, model: Any, data: Any, folder: Path, tmp_path: Path
-) -> None:
+def test_a_criterion_without_data_reuses_no_work_of_others(case, model, data, folder, tmp_path):
     with stopped_at(LayerwiseModel, "layer", 2):
         score_checkpoint(folder, data, scratch=tmp_path, **CASES[case])
     found = score_checkpoint(folder, (), "magnitude", scratch=tmp_path)
@@ -218,14 +206,12 @@ def test_a_criterion_without_data_reuses_no_work_of_others(
     assert_same(found, score(model, (), "magnitude"))
 
 
-def test_a_place_that_cannot_be_removed_costs_no_scores(
-    model: Any, data: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_place_that_cannot_be_removed_costs_no_scores(model, data, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the current folder cannot be named for removal
     assert_same(score_checkpoint(folder, data, scratch="."), score(model, data))
 
 
-def test_two_runs_do_not_share_a_scratch_folder(data: Any, folder: Path, tmp_path: Path) -> None:
+def test_two_runs_do_not_share_a_scratch_folder(data, folder, tmp_path):
     with ThreadPoolExecutor(1) as elsewhere, held(tmp_path / "slimvlm-scratch"):
         second = elsewhere.submit(score_checkpoint, folder, data, scratch=tmp_path)
         with pytest.raises(InUseError, match="slimvlm-scratch' is in use by another run"):
@@ -233,9 +219,7 @@ def test_two_runs_do_not_share_a_scratch_folder(data: Any, folder: Path, tmp_pat
     score_checkpoint(folder, data, scratch=tmp_path)
 
 
-def test_the_scratch_folder_is_announced_and_other_files_in_it_stay(
-    data: Any, folder: Path, tmp_path: Path
-) -> None:
+def test_the_scratch_folder_is_announced_and_other_files_in_it_stay(data, folder, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     said: list[str] = []
     score_checkpoint(folder, data, scratch=tmp_path, say=said.append)
@@ -245,9 +229,7 @@ def test_the_scratch_folder_is_announced_and_other_files_in_it_stay(
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_a_full_disk_is_found_before_layers_run(
-    data: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_found_before_layers_run(data, folder, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")(10, 10, 0)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr(LayerwiseModel, "layer", None)
@@ -256,12 +238,12 @@ def test_a_full_disk_is_found_before_layers_run(
 
 
 @pytest.mark.parametrize("criterion", ["block_influence", "obs"])
-def test_no_data_is_refused(criterion: str, folder: Path) -> None:
+def test_no_data_is_refused(criterion, folder):
     with pytest.raises(DataError, match="no calibration batch"):
         score_checkpoint(folder, [], criterion)
 
 
-def test_nan_stops_with_the_layers_number(model: Any, data: Any, tmp_path: Path) -> None:
+def test_nan_stops_with_the_layers_number(model, data, tmp_path):
     with torch.no_grad():
         model.model.layers[2].mlp.down_proj.weight[0, 0] = float("nan")
     model.save_pretrained(tmp_path / "nan")
@@ -270,7 +252,7 @@ def test_nan_stops_with_the_layers_number(model: Any, data: Any, tmp_path: Path)
             score_checkpoint(tmp_path / "nan", data, **CASES[case])
 
 
-def test_nan_stops_with_the_samples_number(model: Any, data: Any, tmp_path: Path) -> None:
+def test_nan_stops_with_the_samples_number(model, data, tmp_path):
     """A token that only the last sample has is spoilt."""
     token = int(data[-1]["input_ids"][-1, 0])
     for ids in (*(batch["input_ids"] for batch in data[:-1]), data[-1]["input_ids"][:-1]):
@@ -291,9 +273,7 @@ def test_nan_stops_with_the_samples_number(model: Any, data: Any, tmp_path: Path
         ({"num_hidden_layers": 5}, r"weights lack 'model.layers.4"),
     ],
 )
-def test_missing_and_misshapen_weights_are_named(
-    change: dict[str, int], message: str, folder: Path, tmp_path: Path
-) -> None:
+def test_missing_and_misshapen_weights_are_named(change, message, folder, tmp_path):
     broken = shutil.copytree(folder, tmp_path / "broken")
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps({**config, **change}))
@@ -311,13 +291,8 @@ def test_missing_and_misshapen_weights_are_named(
     ("axis", "allocation", "ratio"), [("both", "uniform", 0.3), ("width", "protect", 0.15)]
 )
 def test_the_pruned_checkpoint_is_the_one_that_save_writes(
-    name: str,
-    axis: str,
-    allocation: str,
-    ratio: float,
-    folders: dict[str, Path],
-    tmp_path: Path,
-) -> None:
+    name, axis, allocation, ratio, folders, tmp_path
+):
     anatomy = sv.anatomy(folders[name])
     plan = make_plan(anatomy, random_scores(anatomy), ratio, axis, allocation, round_to=1)
     assert plan.after.is_uniform == (allocation == "uniform")
@@ -333,9 +308,7 @@ def test_the_pruned_checkpoint_is_the_one_that_save_writes(
 
 
 @pytest.mark.parametrize("several", [False, True], ids=["retyped", "several files"])
-def test_plain_transformers_loads_it(
-    several: bool, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plain_transformers_loads_it(several, folders, tmp_path, monkeypatch):
     name = "llama" if several else "llava-llama"
     plan, out = Plan.everything(sv.anatomy(folders[name])), tmp_path / "out"
     if several:
@@ -352,7 +325,7 @@ def test_plain_transformers_loads_it(
     assert torch.equal(logits(again.eval(), batch), logits(model, batch))
 
 
-def test_a_plan_for_another_model_leaves_nothing(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_plan_for_another_model_leaves_nothing(folders, tmp_path):
     plan = Plan.everything(sv.anatomy(folders["phi"]))
     with pytest.raises(ConfigError, match="plan: made for phi"):
         prune_checkpoint(folders["llama"], plan, tmp_path / "out")
@@ -366,7 +339,7 @@ def test_a_plan_for_another_model_leaves_nothing(folders: dict[str, Path], tmp_p
     ("criterion", "axis"),
     tiered([("activation", "width"), ("angular", "depth")], lambda _, axis: axis == "width"),
 )
-def test_the_verbs_score_and_prune_alike(criterion: str, axis: str, tmp_path: Path) -> None:
+def test_the_verbs_score_and_prune_alike(criterion, axis, tmp_path):
     data = tiny_folder.write_llava_data(tmp_path / "data", 3)
     model = str(tiny_folder.folder("llava"))
     shown = ["--data", str(data), "--images", str(data.parent)]
@@ -393,9 +366,7 @@ TAYLOR = "'taylor' needs the whole model in memory; with low memory use block_in
         ("score", ["--criterion", "gate"], "low memory use activation, wanda, flap, obs\n"),
     ],
 )
-def test_what_low_memory_cannot_do_is_said_at_once(
-    verb: str, flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_low_memory_cannot_do_is_said_at_once(verb, flags, message, tmp_path, capsys):
     model = str(tiny_folder.folder("llava"))
     asked = ["--out", str(tmp_path / "out"), "--data", "none", "--low-memory"]
     with pytest.raises(SystemExit) as stopped:

@@ -1,7 +1,5 @@
 """Moments: sums over batches are whole sums; symmetric matrices against the plain products."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor
@@ -51,7 +49,7 @@ def assert_same(ours: Grams, theirs: Grams, tolerance: Tolerance = SOLVE) -> Non
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_grams_are_the_products_of_the_matrices_inputs(name: str) -> None:
+def test_grams_are_the_products_of_the_matrices_inputs(name):
     model = tiny.build(name).double()
     data = double(samples(name))
     seen: dict[tuple[int, str], list[Tensor]] = {}
@@ -84,7 +82,7 @@ def test_grams_are_the_products_of_the_matrices_inputs(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_streamed_sums_are_whole_sums(name: str) -> None:
+def test_streamed_sums_are_whole_sums(name):
     model = tiny.build(name).double()
     data = double(samples(name))
     assert_same(capture_grams(model, data), capture_grams(model, [joined(data)]))
@@ -92,7 +90,7 @@ def test_streamed_sums_are_whole_sums(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "phi", "llava-phi3"])
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
-def test_padding_changes_nothing(name: str, left: bool) -> None:
+def test_padding_changes_nothing(name, left):
     """Left padding moves positions, and rotary angles are float32 in any model."""
     model = tiny.build(name).double()
     data = double(samples(name, (9, 13, 17)))
@@ -100,7 +98,7 @@ def test_padding_changes_nothing(name: str, left: bool) -> None:
     assert_same(together, alone, FORWARD if left else SOLVE)
 
 
-def test_roles_add_up_and_a_weight_is_a_factor() -> None:
+def test_roles_add_up_and_a_weight_is_a_factor():
     model, data = tiny.build("llava-llama").double(), double(samples("llava-llama"))
     whole = sums_of(capture_grams(model, data))
     none = {"image": 0.0, "prompt": 0.0, "answer": 0.0}
@@ -113,14 +111,14 @@ def test_roles_add_up_and_a_weight_is_a_factor() -> None:
         assert_close(0.25 * image + 3 * prompt + answer, scaled[key], SOLVE)
 
 
-def test_tokens_of_weight_zero_are_gone_exactly() -> None:
+def test_tokens_of_weight_zero_are_gone_exactly():
     """Answers come last, so that without them the other tokens are what they were."""
     model, data = tiny.build("llama").double(), double(samples("llama"))
     short = [{k: v[:, :6] for k, v in one.items()} for one in data]
     assert_same(capture_grams(model, data, {"answer": 0.0}), capture_grams(model, short))
 
 
-def test_precision_follows_the_model() -> None:
+def test_precision_follows_the_model():
     data = samples("llama")
     for dtype, expected in (
         (torch.float32, torch.float32),
@@ -133,7 +131,7 @@ def test_precision_follows_the_model() -> None:
         assert statistics.matrices[place].dtype == dtype
 
 
-def test_the_matrices_outlive_pruning() -> None:
+def test_the_matrices_outlive_pruning():
     model = tiny.build("llama")
     statistics = capture_grams(model, samples("llama"))
     before = {place: matrix.clone() for place, matrix in statistics.matrices.items()}
@@ -160,7 +158,7 @@ def summed(rows: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_a_sum_is_the_product_in_float64(dtype: torch.dtype, weights: Tensor) -> None:
+def test_a_sum_is_the_product_in_float64(dtype, weights):
     rows = ROWS.to(dtype)
     found = summed(rows, weights, torch.promote_types(dtype, torch.float32))
     expected = rows.double().T @ (rows.double() * weights[:, None])
@@ -170,7 +168,7 @@ def test_a_sum_is_the_product_in_float64(dtype: torch.dtype, weights: Tensor) ->
 
 @pytest.mark.parametrize("weights", ["ones and zeros", "any"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_tokens_of_weight_zero_change_no_bit(dtype: torch.dtype, weights: str) -> None:
+def test_tokens_of_weight_zero_change_no_bit(dtype, weights):
     weights = WEIGHTS[weights] * WEIGHTS["ones and zeros"]
     rows, counted = ROWS.to(dtype), weights > 0
     kind = torch.promote_types(dtype, torch.float32)
@@ -181,7 +179,7 @@ def test_tokens_of_weight_zero_change_no_bit(dtype: torch.dtype, weights: str) -
         assert torch.equal(getattr(found, name), getattr(expected, name))
 
 
-def test_bfloat16_products_need_inputs_of_weight_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_products_need_inputs_of_weight_one(monkeypatch):
     products, seen = torch.backends.mkldnn.matmul, []
     monkeypatch.setattr(moments, "add_product_", lambda *_: seen.append(products.fp32_precision))
     before = products.fp32_precision
@@ -202,7 +200,7 @@ def drawn(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_product_is_whole_once_it_is_mirrored(size: int) -> None:
+def test_a_product_is_whole_once_it_is_mirrored(size):
     left, right = drawn(2, 10, size)
     sides = torch.cat([left, right]), torch.cat([right, left])
     start = drawn(size, size)
@@ -214,7 +212,7 @@ def test_a_product_is_whole_once_it_is_mirrored(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_the_inverse_is_one(size: int) -> None:
+def test_the_inverse_is_one(size):
     x = drawn(size + 5, size)
     matrix = x.T @ x
     inverse = matrix.clone()
@@ -223,5 +221,5 @@ def test_the_inverse_is_one(size: int) -> None:
     assert torch.equal(inverse, inverse.T)
 
 
-def test_an_indefinite_matrix_is_refused() -> None:
+def test_an_indefinite_matrix_is_refused():
     assert not invert_(torch.diag(torch.tensor([1.0, 2.0, -1e-3])))

@@ -1,7 +1,5 @@
 """Greedy removal with refits: against trying every unit with a least-squares fit."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import pytest
@@ -85,7 +83,7 @@ def by_inverting(
 
 @pytest.mark.parametrize(("units", "width"), [(6, 1), (5, 3)], ids=["neurons", "groups"])
 @pytest.mark.parametrize("damping", [1e-6, 0.01, 0.3])
-def test_it_is_the_exact_greedy_order(units: int, width: int, damping: float) -> None:
+def test_it_is_the_exact_greedy_order(units, width, damping):
     matrix, x = toy(units * width)
     found = removal_order(matrix, x.T @ x, units, damping=damping)
     expected_order, expected_costs = by_trying(matrix, x, width, damping)
@@ -116,9 +114,7 @@ CASES = ("plain", "few tokens", "dead channels", "outliers", "copies")
 @pytest.mark.parametrize("block", [1, 5, 16, 1000])
 @pytest.mark.parametrize("width", [1, 4])
 @pytest.mark.parametrize("case", CASES)
-def test_blocks_of_any_size_are_the_exact_order(
-    case: str, width: int, block: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blocks_of_any_size_are_the_exact_order(case, width, block, monkeypatch):
     x = inputs(case, 96)
     matrix, gram = toy(96, outputs=20)[0], x.T @ x
     expected_order, expected_costs = by_inverting(matrix, gram, width)
@@ -131,7 +127,7 @@ def test_blocks_of_any_size_are_the_exact_order(
 
 @pytest.mark.parametrize("stop", [0, 1, 7, 30, 47, 48])
 @pytest.mark.parametrize("width", [1, 2])
-def test_stopping_early_is_the_beginning_of_the_whole_order(width: int, stop: int) -> None:
+def test_stopping_early_is_the_beginning_of_the_whole_order(width, stop):
     matrix, x = toy(48 * width, tokens=400)
     whole = removal_order(matrix, x.T @ x, 48)
     begun = removal_order(matrix, x.T @ x, 48, stop)
@@ -146,7 +142,7 @@ def test_stopping_early_is_the_beginning_of_the_whole_order(width: int, stop: in
 
 
 @pytest.mark.parametrize(("units", "width"), [(24, 1), (8, 3)], ids=["neurons", "groups"])
-def test_costs_add_up_to_the_error_of_removing_all(units: int, width: int) -> None:
+def test_costs_add_up_to_the_error_of_removing_all(units, width):
     matrix, x = toy(units * width)
     gram = x.T @ x
     ridge = 0.01 * float(gram.diagonal().mean())
@@ -158,7 +154,7 @@ def test_costs_add_up_to_the_error_of_removing_all(units: int, width: int) -> No
 
 
 @pytest.mark.parametrize(("dtype", "copies"), [(torch.float32, 2), (torch.float64, 40)])
-def test_of_equal_units_the_first_goes(dtype: torch.dtype, copies: int) -> None:
+def test_of_equal_units_the_first_goes(dtype, copies):
     """Also where rounding tells them apart, and of more than rows are prepared for at once."""
     matrix, x = toy(8)
     matrix, x = torch.cat([matrix] * copies, dim=1), torch.cat([x] * copies, dim=1)
@@ -168,7 +164,7 @@ def test_of_equal_units_the_first_goes(dtype: torch.dtype, copies: int) -> None:
         assert alike == sorted(alike)
 
 
-def test_of_two_copies_one_is_free() -> None:
+def test_of_two_copies_one_is_free():
     matrix, x = toy(8)
     x = torch.cat([x, x], dim=1)
     matrix = torch.cat([matrix, matrix], dim=1)
@@ -179,7 +175,7 @@ def test_of_two_copies_one_is_free() -> None:
 
 @pytest.mark.parametrize("width", [1, 6])
 @pytest.mark.parametrize("case", CASES)
-def test_float32_chooses_as_well_as_float64(case: str, width: int) -> None:
+def test_float32_chooses_as_well_as_float64(case, width):
     """What is removed may differ between near ties; what it costs may not."""
     x = inputs(case, 300)
     matrix, gram = toy(300, outputs=40)[0].float(), (x.T @ x).float()
@@ -196,7 +192,7 @@ def test_float32_chooses_as_well_as_float64(case: str, width: int) -> None:
 
 @pytest.mark.parametrize("scale", [1e-18, 1e18])
 @pytest.mark.parametrize("width", [1, 6])
-def test_the_order_does_not_depend_on_the_scale_of_the_inputs(width: int, scale: float) -> None:
+def test_the_order_does_not_depend_on_the_scale_of_the_inputs(width, scale):
     matrix, x = toy(300, tokens=400, outputs=40)
     gram = (x.T @ x).float()
     found = removal_order(matrix.float(), gram, 300 // width)
@@ -205,7 +201,7 @@ def test_the_order_does_not_depend_on_the_scale_of_the_inputs(width: int, scale:
     torch.testing.assert_close(scaled.costs / scale, found.costs, rtol=1e-3, atol=0)
 
 
-def test_float64_is_used_where_float32_has_too_few_digits() -> None:
+def test_float64_is_used_where_float32_has_too_few_digits():
     x = inputs("copies", 300)
     matrix, gram = toy(300, outputs=40)[0].float(), (x.T @ x).float()
     single = removal_order(matrix, gram, 300, damping=1e-6)
@@ -214,7 +210,7 @@ def test_float64_is_used_where_float32_has_too_few_digits() -> None:
     assert torch.equal(single.costs, double.costs)
 
 
-def test_silent_channels_do_not_break_the_inverse() -> None:
+def test_silent_channels_do_not_break_the_inverse():
     matrix, x = toy(6)
     x[:, 2] = 0
     found = removal_order(matrix, x.T @ x, 6)
@@ -225,12 +221,12 @@ def test_silent_channels_do_not_break_the_inverse() -> None:
     assert found.costs.isfinite().all()
 
 
-def test_a_gram_matrix_that_is_not_positive_definite_is_refused() -> None:
+def test_a_gram_matrix_that_is_not_positive_definite_is_refused():
     with pytest.raises(NumericalError, match="not positive definite"):
         removal_order(torch.ones(2, 4), torch.diag(torch.tensor([1.0, 1, 1, -1])), 4)
 
 
-def test_scores_rank_as_the_order_of_removal_whatever_the_costs() -> None:
+def test_scores_rank_as_the_order_of_removal_whatever_the_costs():
     costs = torch.tensor([0.0, 0.0, 3.0, 1.0, 1.0, 2.0, 5.0, 1e-3], dtype=torch.float64)
     scores = strictly_increasing(costs)
     assert (scores[1:] > scores[:-1]).all()
@@ -239,7 +235,7 @@ def test_scores_rank_as_the_order_of_removal_whatever_the_costs() -> None:
     assert (scores >= costs).all()
 
 
-def test_keeping_the_best_scores_is_stopping_early() -> None:
+def test_keeping_the_best_scores_is_stopping_early():
     model = tiny.build("llava-llama")
     data = [tiny.batch(model, 20, seed) for seed in range(3)]
     statistics = collect(model, data, "obs")
@@ -257,7 +253,7 @@ def test_keeping_the_best_scores_is_stopping_early() -> None:
             assert float(values.max()) == pytest.approx(float(found.costs.max()), rel=1e-5)
 
 
-def test_parts_of_the_layers_score_as_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_of_the_layers_score_as_all_at_once(monkeypatch):
     model = tiny.build("llava-qwen2")
     batches = [tiny.batch(model, seed=seed) for seed in range(2)]
     whole = score(model, iter(batches), "obs")

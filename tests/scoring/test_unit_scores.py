@@ -1,10 +1,6 @@
 """Scores: what is stored is what was there, and NaN never gets in."""
 
-from __future__ import annotations
-
 import math
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,7 +17,7 @@ CRITERIA = ("block_influence", "angular", "taylor", "magnitude")
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("name", ["scores", "scores.json", "llava-1.5", "scores.safetensors"])
-def test_scores_survive_their_files(criterion: str, name: str, tmp_path: Path) -> None:
+def test_scores_survive_their_files(criterion, name, tmp_path):
     model = tiny.build("llama")
     scores = score(model, [tiny.batch(model)], criterion)
     scores.save(tmp_path / name)
@@ -38,14 +34,14 @@ def test_scores_survive_their_files(criterion: str, name: str, tmp_path: Path) -
         assert ours is None or all(map(torch.equal, ours, theirs))
 
 
-def test_two_versions_of_a_name_are_two_files(tmp_path: Path) -> None:
+def test_two_versions_of_a_name_are_two_files(tmp_path):
     for version in (1, 2):
         Scores("by-hand", layer=torch.full((2,), float(version))).save(tmp_path / f"run.v{version}")
     assert Scores.load(tmp_path / "run.v1").layer.tolist() == [1, 1]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("broken", ["missing", "json", "safetensors"])
-def test_broken_score_files_are_refused(broken: str, tmp_path: Path) -> None:
+def test_broken_score_files_are_refused(broken, tmp_path):
     path = tmp_path / "scores"
     if broken != "missing":
         Scores("by-hand", layer=torch.ones(2)).save(path)
@@ -55,7 +51,7 @@ def test_broken_score_files_are_refused(broken: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_statistics_refuse_nan_and_infinity(value: float) -> None:
+def test_statistics_refuse_nan_and_infinity(value):
     with pytest.raises(NumericalError, match=r"infinity at '3\.mlp'"):
         ChannelSums(
             parts={
@@ -66,7 +62,7 @@ def test_statistics_refuse_nan_and_infinity(value: float) -> None:
 
 
 @pytest.mark.parametrize("criterion", ["taylor", "block_influence", "activation", "gate"])
-def test_nan_is_traced_to_its_sample_and_layer(criterion: str) -> None:
+def test_nan_is_traced_to_its_sample_and_layer(criterion):
     """Layer 1 makes infinity of one token, which only the third sample has."""
     model = tiny.build("llama")
     batches = [tiny.batch(model, seed=seed) for seed in range(4)]
@@ -75,12 +71,12 @@ def test_nan_is_traced_to_its_sample_and_layer(criterion: str) -> None:
         batch["input_ids"] = batch["input_ids"].clamp(max=90)
     batches[2]["input_ids"][0, 3] = 91
 
-    def spoil(module: torch.nn.Module, args: Any, output: Any) -> Any:
+    def spoil(module, args, output):
         hidden = output if isinstance(output, torch.Tensor) else output[0]
         hidden[spoilt["mask"]] = math.inf
         return output
 
-    def look(module: torch.nn.Module, args: Any) -> None:
+    def look(module, args):
         spoilt["mask"] = args[0] == 91
 
     spoilt: dict[str, torch.Tensor] = {}

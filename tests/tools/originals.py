@@ -4,8 +4,6 @@ The published layouts are those of `slimvlm_tools.convert`; nothing here uses it
 vision tower, a projector and a decoder are each one function of the tensors by original name.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator, Mapping

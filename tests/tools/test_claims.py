@@ -1,7 +1,5 @@
 """What a table says on the claims: on tables made by hand, from the paper and against it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,7 +39,7 @@ def verdicts(rows: list[dict[str, Any]]) -> dict[str, Claim]:
     return {claim.name: claim for claim in claims_of(pd.DataFrame([ORIGINAL, *rows]))}
 
 
-def test_llava_in_the_paper() -> None:
+def test_llava_in_the_paper():
     rows = [
         *series("width", "none", (90.87, 79.88, 32.43, 6.75)),
         *series("depth", "none", (72.22, 69.18, 34.40, 5.34)),
@@ -110,12 +108,12 @@ SPOILT: dict[str, tuple[int, dict[str, Any]]] = {
 """For each claim a row and what it must say for the claim to fail."""
 
 
-def test_every_claim_is_tried() -> None:
+def test_every_claim_is_tried():
     assert set(AGREES) == set(SPOILT) == set(CLAIMS)
 
 
 @pytest.mark.parametrize("name", CLAIMS)
-def test_a_claim_agrees_fails_and_is_not_measured(name: str) -> None:
+def test_a_claim_agrees_fails_and_is_not_measured(name):
     rows = AGREES[name]
     assert verdicts(rows)[name].verdict == "agrees", verdicts(rows)[name].numbers
     index, change = SPOILT[name]
@@ -127,7 +125,7 @@ def test_a_claim_agrees_fails_and_is_not_measured(name: str) -> None:
     assert verdicts(failed)[name] == Claim(name, CLAIMS[name][0], "not measured")
 
 
-def test_numbers_are_means_over_seeds_and_parity_is_their_spread() -> None:
+def test_numbers_are_means_over_seeds_and_parity_is_their_spread():
     width = [row("width", 0.3, kept, "sft", seed=i) for i, kept in enumerate((70, 80, 90))]
     depth = [row("depth", 0.3, kept, "sft", seed=i) for i, kept in enumerate((72, 73, 74))]
     claim = verdicts([*width, *depth])["T4"]
@@ -137,7 +135,7 @@ def test_numbers_are_means_over_seeds_and_parity_is_their_spread() -> None:
     assert verdicts([*narrow, *depth])["T4"].verdict == "does not"
 
 
-def test_a_model_without_eyes_has_no_picture_claim() -> None:
+def test_a_model_without_eyes_has_no_picture_claim():
     blind = {"avg_pictures": None}
     rows = [{**r, **blind} for r in AGREES["T1"] + AGREES["T7"]]
     claims = {c.name: c for c in claims_of(pd.DataFrame([{**ORIGINAL, **blind}, *rows]))}
@@ -145,19 +143,19 @@ def test_a_model_without_eyes_has_no_picture_claim() -> None:
     assert claims["T1"].verdict == "agrees"
 
 
-def test_before_the_first_cell_nothing_is_measured() -> None:
+def test_before_the_first_cell_nothing_is_measured():
     original = {name: ORIGINAL[name] for name in ("model", "axis", "recovery", "status")}
     for rows in ([original], [{**original, "status": "open"}]):
         assert {claim.verdict for claim in claims_of(pd.DataFrame(rows))} == {"not measured"}
 
 
-def test_claims_are_written_as_markdown() -> None:
+def test_claims_are_written_as_markdown():
     text = claims_text(claims_of(pd.DataFrame([ORIGINAL, *AGREES["T1"]])))
     assert "| T1 | without recovery" in text
     assert "- m 30%: width 60.0, depth 50.0" in text
 
 
-def test_the_shipped_grids_answer_what_they_say() -> None:
+def test_the_shipped_grids_answer_what_they_say():
     wanted = {
         "demo": ("T1", "T2", "T3", "T4", "T5", "T6", "T7", "T9"),
         "recovery": tuple(CLAIMS),
@@ -173,7 +171,7 @@ def test_the_shipped_grids_answer_what_they_say() -> None:
             assert measured == set(wanted[path.stem])
 
 
-def test_repaired_cells_are_asked_beside_bare_ones_and_named() -> None:
+def test_repaired_cells_are_asked_beside_bare_ones_and_named():
     bare = [row("width", 0.3, 60), row("depth", 0.3, 50)]
     mended = [row("width", 0.3, 90, repair="auto"), row("depth", 0.3, 92, repair="auto")]
     found = verdicts([*bare, *mended])["T1"]

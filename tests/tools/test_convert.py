@@ -4,8 +4,6 @@ Expected outputs in ``tests/fixtures/convert`` were recorded with the original c
 (transformers 4.37.2, float32, eager attention) on tiny random models in the published layouts.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -158,7 +156,7 @@ def model_inputs(found: Converted, name: str) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def test_logits_are_the_original_ones(converted: Converted) -> None:
+def test_logits_are_the_original_ones(converted):
     names = [n.split(".")[0] for n in converted.inputs if n.endswith("input_ids")]
     assert set(names) >= set(PICTURES)
     for name in names:
@@ -170,14 +168,14 @@ def test_logits_are_the_original_ones(converted: Converted) -> None:
 
 
 @torch.no_grad()
-def test_greedy_tokens_are_the_original_ones(converted: Converted) -> None:
+def test_greedy_tokens_are_the_original_ones(converted):
     inputs = model_inputs(converted, "one")
     said = converted.model.generate(**inputs, max_new_tokens=8, do_sample=False)
     expected = converted.golden["cases"][f"{converted.case.prefix}one"]["greedy_8"][-8:]
     assert said[0, inputs["input_ids"].shape[1] :].tolist() == expected
 
 
-def test_conversations_have_the_original_token_ids(converted: Converted) -> None:
+def test_conversations_have_the_original_token_ids(converted):
     golden, tokenizer = converted.golden, converted.processor.tokenizer
     for name, turns in QUESTIONS[converted.case.family].items():
         text = converted.processor.apply_chat_template(messages(turns), add_generation_prompt=True)
@@ -193,7 +191,7 @@ def test_conversations_have_the_original_token_ids(converted: Converted) -> None
         assert tokenizer(text).input_ids == expected, name
 
 
-def test_pictures_become_the_original_pixels(converted: Converted) -> None:
+def test_pictures_become_the_original_pixels(converted):
     if converted.case.family == "internvl":
         found = converted.processor.image_processor(converted.pictures[:1], return_tensors="pt")
         assert torch.equal(found["pixel_values"], converted.inputs["tiled.pixel_values"])
@@ -210,7 +208,7 @@ def test_pictures_become_the_original_pixels(converted: Converted) -> None:
 
 
 @torch.no_grad()
-def test_a_question_with_its_pictures_runs_through_our_own_loader(converted: Converted) -> None:
+def test_a_question_with_its_pictures_runs_through_our_own_loader(converted):
     model, processor = load(converted.folder, device="cpu")
     question = Question("q", "How many?", ("2",), tuple(converted.pictures[:2]))
     inputs = chat.encode_questions(processor, [question])
@@ -219,7 +217,7 @@ def test_a_question_with_its_pictures_runs_through_our_own_loader(converted: Con
     assert not new & set(said[0, inputs["input_ids"].shape[1] :].tolist())
 
 
-def test_the_files_are_those_that_transformers_writes(converted: Converted, tmp_path: Path) -> None:
+def test_the_files_are_those_that_transformers_writes(converted, tmp_path):
     model = hf.AutoModelForImageTextToText.from_pretrained(converted.folder)
     model.save_pretrained(tmp_path)
     assert_same(weights_in(converted.folder), weights_in(tmp_path))
@@ -230,9 +228,7 @@ def test_the_files_are_those_that_transformers_writes(converted: Converted, tmp_
     assert len(modes) == 1, "whoever may read the configuration may read the weights"
 
 
-def test_reading_goes_on_where_a_mapped_file_is_opened_again(
-    converted: Converted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reading_goes_on_where_a_mapped_file_is_opened_again(converted, tmp_path, monkeypatch):
     monkeypatch.setattr(source_files, "MAPPED_BYTES", 5_000)
     found = converted.case.convert(tmp_path / "out")
     assert_same(weights_in(found), weights_in(converted.folder))
@@ -252,7 +248,7 @@ def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> No
 
 
 @pytest.mark.parametrize("legacy", [True, None])
-def test_legacy_tokenizers_keep_their_spaces(tmp_path: Path, legacy: bool | None) -> None:
+def test_legacy_tokenizers_keep_their_spaces(tmp_path, legacy):
     source = CASES["llava"].copied(tmp_path / "source")
     edit_json(source / "tokenizer_config.json", lambda c: c.update(legacy=legacy))
     out = CASES["llava"].convert(tmp_path / "out", source)
@@ -292,9 +288,7 @@ def splitters(request: pytest.FixtureRequest, tmp_path_factory: Any) -> tuple[An
 
 @given(text=st.text(min_size=1) | st.text("ab \n▁tesl.'", min_size=1))
 @settings(max_examples=50, deadline=None)
-def test_any_text_is_split_as_sentencepiece_splits_it(
-    splitters: tuple[Any, Any], text: str
-) -> None:
+def test_any_text_is_split_as_sentencepiece_splits_it(splitters, text):
     native, own = splitters
     assert native(text, add_special_tokens=False).input_ids == own.encode(text)
 
@@ -310,9 +304,7 @@ def test_any_text_is_split_as_sentencepiece_splits_it(
         (None, "is not a SentencePiece model"),
     ],
 )
-def test_other_kinds_of_sentencepiece_are_refused(
-    tmp_path: Path, options: dict[str, Any] | None, message: str
-) -> None:
+def test_other_kinds_of_sentencepiece_are_refused(tmp_path, options, message):
     source = sentencepiece_model(tmp_path / "source", **options or {})
     if options is None:
         (source / "tokenizer.model").write_bytes(b"no model")
@@ -322,13 +314,13 @@ def test_other_kinds_of_sentencepiece_are_refused(
     assert "\n" not in str(caught.value)
 
 
-def test_bunny_leaves_out_what_is_behind_the_layer_it_reads(tmp_path: Path) -> None:
+def test_bunny_leaves_out_what_is_behind_the_layer_it_reads(tmp_path):
     """A checkpoint with the whole tower inside, as Bunny's trainer writes an unfrozen one."""
     source = CASES["bunny"].copied(tmp_path / "source")
     whole = load_file(FIXTURES / "bunny" / "siglip-tower" / "model.safetensors")
     prefix = "model.vision_tower.vision_tower."
 
-    def put_inside(weights: dict[str, Tensor]) -> None:
+    def put_inside(weights):
         for name in [n for n in weights if n.startswith(prefix)]:
             del weights[name]
         weights |= {prefix + n: t for n, t in whole.items() if n.startswith("vision_model.")}
@@ -343,7 +335,7 @@ def test_bunny_leaves_out_what_is_behind_the_layer_it_reads(tmp_path: Path) -> N
     assert_same(found, expected)
 
 
-def test_pictures_that_are_not_padded_are_squeezed(tmp_path: Path) -> None:
+def test_pictures_that_are_not_padded_are_squeezed(tmp_path):
     source = CASES["llava"].copied(tmp_path / "source", image_aspect_ratio="square")
     _, processor = load(CASES["llava"].convert(tmp_path / "out", source), device="cpu")
     wide = Image.new("RGB", (90, 30), (200, 10, 10))
@@ -351,7 +343,7 @@ def test_pictures_that_are_not_padded_are_squeezed(tmp_path: Path) -> None:
     assert processor.tokenizer.pad_token_id == 385
 
 
-def test_pictures_that_are_not_tiled_are_one_square(tmp_path: Path) -> None:
+def test_pictures_that_are_not_tiled_are_one_square(tmp_path):
     changes = {"dynamic_image_size": False, "force_image_size": 112}
     source = CASES["internvl"].copied(tmp_path / "source", **changes)
     model, processor = load(CASES["internvl"].convert(tmp_path / "out", source), device="cpu")
@@ -366,9 +358,7 @@ def test_pictures_that_are_not_tiled_are_one_square(tmp_path: Path) -> None:
 # Faces, files, memory and refusals
 
 
-def test_the_command_and_the_python_name_write_the_same(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_and_the_python_name_write_the_same(tmp_path, capsys):
     source, tower = (str(FIXTURES / "llava" / n) for n in ("original", "vision_tower"))
     cli.main(["convert", source, str(tmp_path / "cli"), "--vision-tower", tower])
     assert f"checkpoint: {tmp_path / 'cli'}" in capsys.readouterr().out
@@ -380,7 +370,7 @@ def test_the_command_and_the_python_name_write_the_same(
     assert told.startswith("slimvlm: vision_tower: the checkpoint does not hold")
 
 
-def test_shards_hold_what_one_file_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_hold_what_one_file_holds(tmp_path, monkeypatch):
     whole = weights_in(CASES["internvl"].convert(tmp_path / "one"))
     monkeypatch.setattr(write, "SHARD_BYTES", 60_000)
     monkeypatch.setattr(write, "FORWARD_BYTES", 0)  # the check of a model too large to run
@@ -399,13 +389,11 @@ def test_shards_hold_what_one_file_holds(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("limit", [0, 2**40])
-def test_a_lost_tensor_is_noticed_after_writing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
-) -> None:
+def test_a_lost_tensor_is_noticed_after_writing(tmp_path, monkeypatch, limit):
     monkeypatch.setattr(write, "FORWARD_BYTES", limit)
     real = write.write_weights
 
-    def lossy(model: Any, read: Any, folder: Path, shard_bytes: int) -> None:
+    def lossy(model, read, folder, shard_bytes):
         real(model, read, folder, shard_bytes)
         edit_weights(folder, _drop("language_model.model.norm.weight"))
 
@@ -415,7 +403,7 @@ def test_a_lost_tensor_is_noticed_after_writing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_dtype_casts_tensors_and_nothing_else(tmp_path: Path) -> None:
+def test_dtype_casts_tensors_and_nothing_else(tmp_path):
     kept = weights_in(CASES["llava"].convert(tmp_path / "kept"))
     cast = CASES["llava"].convert(tmp_path / "cast", dtype="float32")
     assert json.loads((cast / "config.json").read_text())["dtype"] == "float32"
@@ -425,7 +413,7 @@ def test_dtype_casts_tensors_and_nothing_else(tmp_path: Path) -> None:
         CASES["llava"].convert(tmp_path / "bad", dtype="int8")
 
 
-def test_existing_folders_are_replaced_only_when_asked(tmp_path: Path) -> None:
+def test_existing_folders_are_replaced_only_when_asked(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine").write_text("kept")
@@ -444,7 +432,7 @@ def test_existing_folders_are_replaced_only_when_asked(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_code_of_the_original_is_never_run(tmp_path: Path) -> None:
+def test_code_of_the_original_is_never_run(tmp_path):
     source = CASES["internvl"].copied(tmp_path / "source")
     trap = f"open({str(tmp_path / 'ran')!r}, 'w')\n"
     for name in ("configuration_internvl_chat", "modeling_internvl_chat"):
@@ -455,7 +443,7 @@ def test_code_of_the_original_is_never_run(tmp_path: Path) -> None:
     assert "auto_map" not in (out / "config.json").read_text()
 
 
-def test_a_bin_file_cannot_run_code(tmp_path: Path) -> None:
+def test_a_bin_file_cannot_run_code(tmp_path):
     source = CASES["llava"].copied(tmp_path / "source")
     trap = {"model.norm.weight": Mark(tmp_path / "ran")}
     torch.save(trap, source / "pytorch_model-00001-of-00002.bin")
@@ -464,7 +452,7 @@ def test_a_bin_file_cannot_run_code(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_sampling_settings_that_are_off_do_not_stop_saving(tmp_path: Path) -> None:
+def test_sampling_settings_that_are_off_do_not_stop_saving(tmp_path):
     source = CASES["llava"].copied(tmp_path / "source")
     off = {"temperature": 0.9, "top_p": 0.6, "max_length": 4096}
     edit_json(source / "generation_config.json", lambda values: values.update(off))
@@ -498,15 +486,13 @@ REFUSALS: dict[str, list[tuple[str, Any]]] = {
 @pytest.mark.parametrize(
     ("name", "field", "value"), [(name, *row) for name, rows in REFUSALS.items() for row in rows]
 )
-def test_what_has_no_counterpart_is_refused_before_weights_are_opened(
-    tmp_path: Path, name: str, field: str, value: Any
-) -> None:
+def test_what_has_no_counterpart_is_refused_before_weights_are_opened(tmp_path, name, field, value):
     source = CASES[name].copied(tmp_path / "source")
     for file in [*source.glob("*.bin*"), *source.glob("*.safetensors*")]:
         file.unlink()
     *parents, last = field.split(".")
 
-    def change(config: dict[str, Any]) -> None:
+    def change(config):
         for parent in parents:
             config = config[parent]
         config[last] = value
@@ -522,7 +508,7 @@ def test_what_has_no_counterpart_is_refused_before_weights_are_opened(
     assert not (tmp_path / "out").exists()
 
 
-def test_native_checkpoints_are_not_originals(tmp_path: Path) -> None:
+def test_native_checkpoints_are_not_originals(tmp_path):
     out = CASES["llava"].convert(tmp_path / "out")
     with pytest.raises(UnsupportedModelError, match="native class already"):
         convert(out, tmp_path / "again")
@@ -554,9 +540,7 @@ def _put(name: str, *shape: int) -> Callable[[dict[str, Tensor]], Any]:
         ("internvl", _drop("vision_model.encoder.layers.0.attn.qkv.bias"), "attention.q_proj.bias"),
     ],
 )
-def test_every_tensor_has_a_place_and_every_place_a_tensor(
-    tmp_path: Path, name: str, change: Callable[[dict[str, Tensor]], Any], message: str
-) -> None:
+def test_every_tensor_has_a_place_and_every_place_a_tensor(tmp_path, name, change, message):
     source = CASES[name].copied(tmp_path / "source")
     edit_weights(source, change)
     with pytest.raises(SlimError, match=re.escape(message)):
@@ -573,8 +557,8 @@ def test_every_tensor_has_a_place_and_every_place_a_tensor(
     ],
 )
 def test_a_tower_that_is_missing_or_of_another_kind_is_refused(
-    name: str, tower: str | None, error: type[SlimError], message: str, tmp_path: Path
-) -> None:
+    name, tower, error, message, tmp_path
+):
     case = CASES[name]
     with pytest.raises(error, match=message):
         convert(case.folder / case.source, tmp_path / "out", tower and FIXTURES / tower)

@@ -1,7 +1,5 @@
 """Originals of many shapes keep their outputs; what they are is computed in `originals`."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
@@ -191,7 +189,7 @@ def lost(original: Original, model: Any) -> set[str]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", VARIANTS)
-def test_outputs_are_those_of_the_original(name: str, tmp_path: Path) -> None:
+def test_outputs_are_those_of_the_original(name, tmp_path):
     original = original_of(name, seed=len(name))
     source, tower = written(original, name, tmp_path)
     out = convert(source, tmp_path / "out", tower)

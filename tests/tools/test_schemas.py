@@ -1,7 +1,5 @@
 """The JSON Schemas in docs are those of the classes, and say what the readers say."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -28,14 +26,14 @@ def accepts(name: str, values: Any) -> bool:
 
 
 @pytest.mark.parametrize("name", ["run", "study", "plan"])
-def test_docs_hold_the_schemas_of_the_classes(name: str) -> None:
+def test_docs_hold_the_schemas_of_the_classes(name):
     """`python -m slimvlm_tools.schemas docs/schemas` writes them again."""
     written = json.loads((ROOT / "docs" / "schemas" / f"{name}.schema.json").read_text())
     assert written == schemas()[name]
 
 
 @pytest.mark.parametrize("study", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_study_fits(study: Path) -> None:
+def test_every_study_fits(study):
     values = yaml.safe_load(study.read_text())
     read_study(study)
     assert accepts("study", values)
@@ -55,9 +53,7 @@ def test_every_study_fits(study: Path) -> None:
         ({"units": ["head"]}, False),
     ],
 )
-def test_the_schema_of_a_run_agrees_with_the_reader(
-    values: dict[str, Any], is_allowed: bool, tmp_path: Path
-) -> None:
+def test_the_schema_of_a_run_agrees_with_the_reader(values, is_allowed, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({"model": "m", **values}))
     assert accepts("run", {"model": "m", **values}) == is_allowed
@@ -68,7 +64,7 @@ def test_the_schema_of_a_run_agrees_with_the_reader(
             read_config(path)
 
 
-def test_a_written_run_and_a_written_plan_fit() -> None:
+def test_a_written_run_and_a_written_plan_fit():
     assert accepts("run", yaml.safe_load(config_text("m", FULL)))
     anatomy = sv.anatomy(tiny.build("llava-llama"))
     scores = sv.Scores("mine", layer=torch.arange(len(anatomy.layers)).float())

@@ -1,7 +1,5 @@
 """Training after pruning: only what may change changes, and a stop costs little."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import re
@@ -30,7 +28,6 @@ from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.hidden import hold_in_
 from slimvlm.models.load import load
 from slimvlm.models.parts import Parts
-from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.runs.cost import optimizer_steps
 from slimvlm.training import recover as recovery
@@ -108,7 +105,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("train", TRAINED)
-def test_exactly_what_learns_changes(train: str) -> None:
+def test_exactly_what_learns_changes(train):
     student, teacher, processor = models()
     before, teacher_before = weights(student), weights(teacher)
     type_before = type(student)
@@ -122,7 +119,7 @@ def test_exactly_what_learns_changes(train: str) -> None:
         assert history.trained_params == sum(before[name].numel() for name in expected)
 
 
-def test_lora_takes_what_peft_takes() -> None:
+def test_lora_takes_what_peft_takes():
     student, _, processor = models()
     before = weights(student)
     where = r"model\.language_model\.layers\.\d+\.self_attn\.[qv]_proj"
@@ -136,7 +133,7 @@ def test_lora_takes_what_peft_takes() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llava", "text"])
-def test_training_changes_no_option_of_the_model(kind: str) -> None:
+def test_training_changes_no_option_of_the_model(kind):
     """The Trainer switches the cache off; a checkpoint that says so would answer slowly."""
     student, _, processor = models(kind)
     before = student.config.to_dict()
@@ -144,13 +141,13 @@ def test_training_changes_no_option_of_the_model(kind: str) -> None:
     assert student.config.to_dict() == before
 
 
-def test_lora_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lora_leaves_nothing_behind(monkeypatch):
     student, teacher, processor = models()
     batch = chat.encode_samples(processor, SAMPLES[:2])
     seen: list[Tensor] = []
     honest = trainable.merge
 
-    def listening(adapted: Any, *others: Any) -> Any:
+    def listening(adapted, *others):
         adapted.eval()
         seen.append(logits(adapted, batch))
         return honest(adapted, *others)
@@ -168,7 +165,7 @@ def test_lora_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", kinds)
-def test_every_kind_learns(kind: str) -> None:
+def test_every_kind_learns(kind):
     student, teacher, processor = models(kind)
     samples = short_samples(4, sees=kind in SEEING)
     options = config(loss="sft+hidden+kl+rkl", max_steps=12, batch_size=4, learning_rate=2e-2)
@@ -185,7 +182,7 @@ def test_every_kind_learns(kind: str) -> None:
         lambda kind, bf16: (kind, bf16) in (("llava", False), ("qwen2_5_vl", True)),
     ),
 )
-def test_batches_without_pictures_teach_the_projector_nothing(kind: str, bf16: bool) -> None:
+def test_batches_without_pictures_teach_the_projector_nothing(kind, bf16):
     blind = [replace(sample, id=f"blind {sample.id}") for sample in short_samples(3, sees=False)]
     options = {"train": "projector", "loss": "sft", "batch_size": 1, "bf16": bf16}
     student, _, processor = models(kind)
@@ -200,7 +197,7 @@ def test_batches_without_pictures_teach_the_projector_nothing(kind: str, bf16: b
     assert not student.get_input_embeddings()._forward_hooks
 
 
-def test_a_few_samples_can_be_learnt_by_heart() -> None:
+def test_a_few_samples_can_be_learnt_by_heart():
     student, _, processor = models()
     options = config(train="full", loss="sft", max_steps=30, batch_size=4, learning_rate=1e-2)
     history = recover(student, None, SAMPLES[:4], options, processor)
@@ -213,7 +210,7 @@ def test_a_few_samples_can_be_learnt_by_heart() -> None:
 
 
 @pytest.mark.parametrize("train", TRAINED)
-def test_a_student_that_is_its_teacher_has_nothing_to_learn(train: str) -> None:
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(train):
     teacher, processor = load(folders.folder("llava"))
     student = copy.deepcopy(teacher)
     before = weights(student)
@@ -241,10 +238,7 @@ def reference_losses(
         answers = [i for i in range(len(labels)) if labels[i] != -100]
         sums["sft"] += [F.cross_entropy(own[i - 1], labels[i]) for i in answers]
         ids = inputs["input_ids"][0]
-        positions = {
-            "answer": [i - 1 for i in answers],
-            "all": list(range(len(ids))),
-        }[compared]
+        positions = {"answer": [i - 1 for i in answers], "all": list(range(len(ids)))}[compared]
         for i in positions:
             sums["hidden"].append((hidden[i] - target[i]).square().mean())
             p, q = (F.softmax(x[i] / 2.0, -1) for x in (theirs, own))
@@ -257,9 +251,7 @@ def reference_losses(
     ("names", "positions"),
     [(("sft", "hidden", "kl", "rkl"), "answer"), (("hidden", "kl", "rkl"), "all")],
 )
-def test_losses_are_their_definitions_and_padding_counts_nowhere(
-    names: tuple[str, ...], positions: str
-) -> None:
+def test_losses_are_their_definitions_and_padding_counts_nowhere(names, positions):
     """Answers that are learnt are compared, too; a teacher alone is followed everywhere."""
     student, teacher, processor = models()
     samples = SAMPLES[:3]
@@ -275,7 +267,7 @@ def test_losses_are_their_definitions_and_padding_counts_nowhere(
     assert history.steps[0]["loss"] == pytest.approx(mean, abs=1e-3)
 
 
-def test_weights_of_losses_count() -> None:
+def test_weights_of_losses_count():
     student, teacher, processor = models()
     options = config(loss="0.9*sft+0.1*hidden", max_steps=1)
     (row,) = recover(student, teacher, SAMPLES, options, processor).steps
@@ -284,14 +276,14 @@ def test_weights_of_losses_count() -> None:
 
 
 @pytest.mark.parametrize("train", tiered(["projector", "lora"], lambda train: train == "lora"))
-def test_gradient_checkpointing_changes_memory_alone(train: str) -> None:
+def test_gradient_checkpointing_changes_memory_alone(train):
     plain = trained(train=train, lora=NO_DROPOUT)
     thrifty = trained(train=train, lora=NO_DROPOUT, gradient_checkpointing=True)
     for name, value in plain.items():
         assert_close(thrifty[name], value, FORWARD)
 
 
-def test_the_seed_decides_everything() -> None:
+def test_the_seed_decides_everything():
     torch.manual_seed(1)
     first = trained(fraction=0.5)
     torch.manual_seed(2)
@@ -301,8 +293,8 @@ def test_the_seed_decides_everything() -> None:
 
 
 def test_without_a_work_folder_nothing_is_written_and_the_history_names_the_samples(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, monkeypatch
+):
     """The processor is the one in the model's folder."""
     monkeypatch.chdir(tmp_path)
     student, _, _ = models()
@@ -328,9 +320,7 @@ def test_without_a_work_folder_nothing_is_written_and_the_history_names_the_samp
         ("llava", {"loss": "sft", "keep_adapter": True}, "keep_adapter True needs a work folder"),
     ],
 )
-def test_what_is_not_possible_is_refused_and_changes_nothing(
-    kind: str, asked: dict[str, Any], told: str
-) -> None:
+def test_what_is_not_possible_is_refused_and_changes_nothing(kind, asked, told):
     student, _, processor = models(kind)
     before = weights(student)
     with pytest.raises(ConfigError, match=re.escape(told)):
@@ -338,7 +328,7 @@ def test_what_is_not_possible_is_refused_and_changes_nothing(
     assert changed(student, before) == set()
 
 
-def test_a_teacher_of_another_width_is_refused() -> None:
+def test_a_teacher_of_another_width_is_refused():
     """Hidden states of different sizes cannot be compared; the message must say so."""
     student, teacher, processor = models()
     narrow = copy.deepcopy(teacher.config)
@@ -351,7 +341,7 @@ def test_a_teacher_of_another_width_is_refused() -> None:
 
 
 @pytest.mark.parametrize("logging_steps", [1, 10])
-def test_a_loss_that_is_nan_stops_training(logging_steps: int) -> None:
+def test_a_loss_that_is_nan_stops_training(logging_steps):
     student, _, processor = models()
     with torch.no_grad():
         student.lm_head.weight[5, 5] = float("nan")
@@ -361,7 +351,7 @@ def test_a_loss_that_is_nan_stops_training(logging_steps: int) -> None:
 
 
 @pytest.mark.parametrize("whose", ["", " of the teacher"])
-def test_nan_is_traced_to_its_samples_and_its_layer(whose: str) -> None:
+def test_nan_is_traced_to_its_samples_and_its_layer(whose):
     student, teacher, processor = models()
     spoilt = Parts(teacher if whose else student).layers[2]
     with torch.no_grad():
@@ -400,9 +390,7 @@ def uninterrupted(train: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("train", lora_by_default)
-def test_a_stopped_run_goes_on_bit_for_bit(
-    train: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_run_goes_on_bit_for_bit(train, tmp_path, monkeypatch):
     """Eight samples in batches of two: the stop lies in the second epoch."""
     with monkeypatch.context() as patch:
         stop_at(patch, 5)
@@ -416,12 +404,10 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     assert_same(resumed, uninterrupted(train))
 
 
-def test_a_stop_while_a_checkpoint_is_written_costs_no_more_than_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stop_while_a_checkpoint_is_written_costs_no_more_than_it(tmp_path, monkeypatch):
     honest = TrainerState.save_to_json
 
-    def stops(self: Any, json_path: str) -> None:
+    def stops(self, json_path):
         if "checkpoint-4" in str(json_path):
             raise Stopped
         honest(self, json_path)
@@ -449,7 +435,7 @@ here.trained(work=Path(sys.argv[1]), **here.LONG)
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", KILLED, str(tmp_path)]
     root = Path(__file__).parents[2]
     killed = subprocess.run(command, cwd=root, capture_output=True, check=False)
@@ -463,7 +449,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "loss", tiered(["sft+hidden+kl", "hidden+kl"], lambda loss: loss == "sft+hidden+kl")
 )
-def test_accumulated_batches_are_one_large_batch(loss: str) -> None:
+def test_accumulated_batches_are_one_large_batch(loss):
     """Means are over tokens, however unequally these are spread over the batches."""
     same = {"loss": loss, "lora": NO_DROPOUT, "max_steps": 2}
     large = trained(batch_size=4, **same)
@@ -472,7 +458,7 @@ def test_accumulated_batches_are_one_large_batch(loss: str) -> None:
         assert_close(small[name], value, AFTER_ADAM)
 
 
-def test_the_last_step_of_an_epoch_may_have_fewer_batches() -> None:
+def test_the_last_step_of_an_epoch_may_have_fewer_batches():
     """Five samples, four a step: the second step's loss is the fifth sample's own."""
     same = {"loss": "sft", "lora": NO_DROPOUT, "max_steps": -1, "epochs": 1.0}
     losses_of = []
@@ -486,7 +472,7 @@ def test_the_last_step_of_an_epoch_may_have_fewer_batches() -> None:
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("train", lora_by_default)
-def test_half_precision_learns_in_full_and_comes_back_as_it_was(train: str, bf16: bool) -> None:
+def test_half_precision_learns_in_full_and_comes_back_as_it_was(train, bf16):
     student, teacher, processor = models()
     hold_in_(student, torch.bfloat16)
     hold_in_(teacher, torch.bfloat16)
@@ -500,7 +486,7 @@ def test_half_precision_learns_in_full_and_comes_back_as_it_was(train: str, bf16
     assert all(row["loss"] == row["loss"] for row in history.steps)
 
 
-def test_a_head_that_no_loss_reads_stays() -> None:
+def test_a_head_that_no_loss_reads_stays():
     """Else several processes would wait for its gradient."""
     student, teacher, processor = models()
     before = weights(student)
@@ -510,9 +496,7 @@ def test_a_head_that_no_loss_reads_stays() -> None:
     assert "lm_head.weight" in changed(student, before)
 
 
-def test_a_training_goes_on_only_from_its_own_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_training_goes_on_only_from_its_own_start(tmp_path, monkeypatch):
     student, teacher, processor = models()
     with monkeypatch.context() as patch:
         stop_at(patch, 5)
@@ -537,11 +521,11 @@ def test_a_training_goes_on_only_from_its_own_start(
             recover(models()[0], teacher, SAMPLES, asked, processor, tmp_path)
 
 
-def test_every_loss_reaches_the_tracker(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_loss_reaches_the_tracker(monkeypatch):
     seen: list[dict[str, float]] = []
 
     class Tracker(TrainerCallback):
-        def on_log(self, *args: Any, logs: Any = None, **kwargs: Any) -> None:
+        def on_log(self, *args, logs=None, **kwargs):
             seen.append(dict(logs))
 
     with pytest.raises(ConfigError, match=r"report_to 'no-tracker' is not installed.*none"):
@@ -558,10 +542,9 @@ def test_every_loss_reaches_the_tracker(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize(
-    "end",
-    tiered([{"max_steps": 3}, {"max_steps": -1, "epochs": 1}], lambda end: "epochs" in end),
+    "end", tiered([{"max_steps": 3}, {"max_steps": -1, "epochs": 1}], lambda end: "epochs" in end)
 )
-def test_a_finished_training_is_not_trained_further(end: dict[str, Any], tmp_path: Path) -> None:
+def test_a_finished_training_is_not_trained_further(end, tmp_path):
     """Its output may still be missing: the disk was full, or an evaluation was stopped."""
     student, teacher, processor = models()
     options = config(trainer=STEADY, **end)
@@ -572,7 +555,7 @@ def test_a_finished_training_is_not_trained_further(end: dict[str, Any], tmp_pat
 
 
 @pytest.mark.parametrize("steps", tiered([1, 3, 4, 5], lambda steps: steps == 3))
-def test_every_step_is_in_the_log(steps: int) -> None:
+def test_every_step_is_in_the_log(steps):
     student, teacher, processor = models()
     options = config(max_steps=steps, trainer={"logging_steps": 2})
     history = recover(student, teacher, SAMPLES, options, processor)
@@ -584,7 +567,7 @@ def test_every_step_is_in_the_log(steps: int) -> None:
     "ignore:.*gradient_checkpointing.*:FutureWarning"
 )
 @pytest.mark.parametrize("kind", kinds)
-def test_a_kept_adapter_on_the_pruned_model_is_the_merged_one(kind: str, tmp_path: Path) -> None:
+def test_a_kept_adapter_on_the_pruned_model_is_the_merged_one(kind, tmp_path):
     peft = pytest.importorskip("peft")
     student, _, processor = models(kind)
     samples = short_samples(4, kind in SEEING)
@@ -598,18 +581,18 @@ def test_a_kept_adapter_on_the_pruned_model_is_the_merged_one(kind: str, tmp_pat
     assert float((logits(student, batch) - before).abs().max()) > 1e-2
 
 
-def test_an_adapter_holds_modules_alone() -> None:
+def test_an_adapter_holds_modules_alone():
     with pytest.raises(ConfigError, match=r"hold the parameter 'model\.image_newline'"):
         trainable.require_adapter_holds_all(tiny.build("llava_next"))
 
 
-def test_the_more_was_pruned_the_larger_are_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_more_was_pruned_the_larger_are_the_steps(monkeypatch):
     """Of all weights, and the smaller in a wider model; LoRA's and a given rate are their own."""
     model, _ = load(folders.folder("llava"))
     whole = read_anatomy(model)
     mild, severe = (plan_by_hand(whole, layers, None, None) for layers in ([0, 1, 2], [0]))
 
-    def rate(plan: Plan | None, **changes: Any) -> float:
+    def rate(plan, **changes):
         found = recovery.peak_rate(config(learning_rate=None, **changes), model, plan)
         assert recovery.peak_rate(config(learning_rate=0.5, **changes), model, plan) == 0.5
         return found
@@ -632,7 +615,7 @@ def test_the_more_was_pruned_the_larger_are_the_steps(monkeypatch: pytest.Monkey
         ({"train": "lora"}, 1),
     ],
 )
-def test_few_samples_are_read_again(given: dict[str, Any], passes: int) -> None:
+def test_few_samples_are_read_again(given, passes):
     """Where all weights follow the teacher alone; and the estimate knows."""
     teacher, processor = load(folders.folder("llava"))
     student, _ = load(folders.folder("llava"))
@@ -645,7 +628,7 @@ def test_few_samples_are_read_again(given: dict[str, Any], passes: int) -> None:
     assert optimizer_steps(asked, 4, plan.decoder_ratio) == 2 * passes
 
 
-def test_many_samples_are_read_until_they_suffice() -> None:
+def test_many_samples_are_read_until_they_suffice():
     asked = config(train="full", loss="kl", epochs=None)
     assert asked.passes(100_000, 0.5) == 1
     assert asked.passes(1_000, 0.5) < asked.passes(1_000, 0.75) < asked.passes(500, 0.75)

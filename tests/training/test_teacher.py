@@ -1,7 +1,5 @@
 """A shared teacher says what a separate one says, and holds only what was pruned."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import re
@@ -106,7 +104,7 @@ def storages(*models: nn.Module) -> int:
         ]
     ),
 )
-def test_sharing_changes_nothing_that_a_teacher_says(name: str, axis: str) -> None:
+def test_sharing_changes_nothing_that_a_teacher_says(name, axis):
     student, teacher, plan = pruned(name, axis)
     batch = tiny.batch(teacher)
     with torch.no_grad():
@@ -137,9 +135,7 @@ HEADS = {"MHA": 8, "GQA": 4}
 @pytest.mark.parametrize(
     "backbone", [tiny.llama, tiny.phi, tiny.phi3], ids=["llama", "phi", "phi3"]
 )
-def test_a_shared_teacher_gives_the_losses_of_a_separate_one(
-    backbone: Any, heads: str, axis: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shared_teacher_gives_the_losses_of_a_separate_one(backbone, heads, axis, monkeypatch):
     """Values and gradients, as training computes them: from hidden states and the heads."""
     made = backbone(num_key_value_heads=HEADS[heads])
     monkeypatch.setitem(tiny.CONFIGS, "backbone", lambda: made)
@@ -211,7 +207,7 @@ def tower_calls(model: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("name", tiered(SEEING_FAMILIES, sees_by_default))
-def test_a_picture_is_looked_at_once(name: str) -> None:
+def test_a_picture_is_looked_at_once(name):
     """Twice in a row, so that nothing old is left; each side through its own projector."""
     student, teacher, _ = pruned(name, "depth")
     moved_projector(student)
@@ -235,7 +231,7 @@ def test_a_picture_is_looked_at_once(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", tiered(SEEING_FAMILIES, sees_by_default))
-def test_the_teacher_can_see_through_the_student_s_projector(name: str) -> None:
+def test_the_teacher_can_see_through_the_student_s_projector(name):
     """As the study's trainers do it: equal to a teacher that has the student's projector."""
     student, teacher, _ = pruned(name, "depth")
     moved_projector(student)
@@ -260,9 +256,7 @@ def test_the_teacher_can_see_through_the_student_s_projector(name: str) -> None:
 
 
 @pytest.mark.parametrize("layers", [(0, 1, 2, 3, 4), (1, 3), (2,)])
-def test_layers_that_read_pictures_change_nothing_where_there_are_none(
-    layers: tuple[int, ...],
-) -> None:
+def test_layers_that_read_pictures_change_nothing_where_there_are_none(layers):
     model = tiny.build("mllama")
     text = {name: tiny.batch(model)[name][:, :2] for name in ("input_ids", "attention_mask")}
     final, *caught = hidden_states(model, text, layers)
@@ -272,7 +266,7 @@ def test_layers_that_read_pictures_change_nothing_where_there_are_none(
     assert torch.equal(final, model.model(**text, use_cache=False).last_hidden_state)
 
 
-def test_another_tower_is_not_taken_for_the_teacher_s() -> None:
+def test_another_tower_is_not_taken_for_the_teacher_s():
     student, teacher, _ = pruned("llava-llama", "depth")
     prepare_training(student, config())
     with torch.no_grad():
@@ -328,9 +322,7 @@ ALL_LOSSES = "sft+hidden+cosine+kl+rkl+jsd"
 @pytest.mark.parametrize(
     "loss", [ALL_LOSSES, pytest.param("hidden+cosine+kl", marks=pytest.mark.slow)]
 )
-def test_training_with_a_shared_teacher_is_training_with_a_separate_one(
-    kind: str, axis: str, loss: str
-) -> None:
+def test_training_with_a_shared_teacher_is_training_with_a_separate_one(kind, axis, loss):
     """At answers and at the end, and without answers at every position and layer."""
     ours, shared, _ = run(kind, axis, loss=loss)
     theirs, separate, _ = run(kind, axis, share=False, loss=loss)
@@ -341,7 +333,7 @@ def test_training_with_a_shared_teacher_is_training_with_a_separate_one(
         assert_close(ours[name], theirs[name], TRAINED)
 
 
-def test_every_kept_layer_is_compared_where_no_answers_are_learnt() -> None:
+def test_every_kept_layer_is_compared_where_no_answers_are_learnt():
     """A kept layer answers for the removed ones behind it; without a plan only the end counts."""
     student, teacher, plan, processor = models("llava", "depth")
     options = config(max_steps=1, loss="cosine", batch_size=1)
@@ -361,7 +353,7 @@ def test_every_kept_layer_is_compared_where_no_answers_are_learnt() -> None:
 
 
 @pytest.mark.parametrize("train", tiered(["projector", "full"], lambda train: train == "full"))
-def test_sharing_follows_what_learns(train: str) -> None:
+def test_sharing_follows_what_learns(train):
     """Full training leaves the tower alone to share; the projector's leaves all but itself."""
     ours, shared, _ = run("llava", "width", train=train)
     theirs, separate, _ = run("llava", "width", share=False, train=train)
@@ -372,7 +364,7 @@ def test_sharing_follows_what_learns(train: str) -> None:
         assert_close(ours[name], theirs[name], TRAINED)
 
 
-def test_frozen_tensors_stay_bit_equal_and_a_used_up_teacher_is_gone() -> None:
+def test_frozen_tensors_stay_bit_equal_and_a_used_up_teacher_is_gone():
     before = weights(models("llava", "width")[0])
     after, _, teacher = run("llava", "width")
     learning = r"multi_modal_projector\.|language_model\.layers\.\d+\.(self_attn|mlp)\..*_proj\."
@@ -382,7 +374,7 @@ def test_frozen_tensors_stay_bit_equal_and_a_used_up_teacher_is_gone() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
-def test_a_shared_teacher_s_file_is_let_go(tmp_path: Path) -> None:
+def test_a_shared_teacher_s_file_is_let_go(tmp_path):
     """Weights are read by mapping their file, whose pages count as long as one tensor is used."""
     student, _, plan, _ = models("llava", "width")
     folder = shutil.copytree(folders.folder("llava"), tmp_path / "teacher")
@@ -394,12 +386,12 @@ def test_a_shared_teacher_s_file_is_let_go(tmp_path: Path) -> None:
     assert file not in Path("/proc/self/maps").read_text()
 
 
-def test_a_separate_teacher_is_left_alone() -> None:
+def test_a_separate_teacher_is_left_alone():
     before = weights(models("llava", "width")[1])
     assert changed(run("llava", "width", share=False)[2], before) == set()
 
 
-def test_repaired_matrices_are_copied_and_named() -> None:
+def test_repaired_matrices_are_copied_and_named():
     student, teacher, plan, processor = models("llava", "width")
     batch = {"input_ids": torch.arange(5, 25)[None], "attention_mask": torch.ones(1, 20).long()}
     repaired = [
@@ -420,7 +412,7 @@ def test_repaired_matrices_are_copied_and_named() -> None:
     assert "layers.0.mlp.down_proj' and 1 more" in history.teacher
 
 
-def test_a_plan_of_another_teacher_is_not_used() -> None:
+def test_a_plan_of_another_teacher_is_not_used():
     student, teacher, _, processor = models("llava", "depth")
     other = plan_by_hand(read_anatomy(student), [0])
     assert not plan_fits(other, student, teacher)
@@ -456,9 +448,7 @@ def fewer_tokens(kind: str, words: int, ratio: float = 0.0) -> tuple[Any, Any, A
 @pytest.mark.parametrize("kind", ["text", "llava"])
 @pytest.mark.parametrize("words", [0, 60])
 @pytest.mark.parametrize("share", [True, False])
-def test_a_student_that_lost_tokens_alone_says_what_its_teacher_says(
-    kind: str, words: int, share: bool
-) -> None:
+def test_a_student_that_lost_tokens_alone_says_what_its_teacher_says(kind, words, share):
     """Also on texts that it writes in other, shorter tokens than its teacher would."""
     student, teacher, processor, whole, plan = fewer_tokens(kind, words)
     texts = short_samples(8, kind == "llava")
@@ -472,7 +462,7 @@ def test_a_student_that_lost_tokens_alone_says_what_its_teacher_says(
         assert history.steps[0][f"loss_{name}"] == pytest.approx(0, abs=1e-5)
 
 
-def test_the_teacher_shares_all_but_the_rows_of_tokens() -> None:
+def test_the_teacher_shares_all_but_the_rows_of_tokens():
     texts, found = short_samples(8, sees=False), []
     for share in (True, False):
         student, teacher, processor, _, plan = fewer_tokens("text", 60, ratio=0.4)
@@ -485,7 +475,7 @@ def test_the_teacher_shares_all_but_the_rows_of_tokens() -> None:
         assert shared["loss_kl"] > 1e-4
 
 
-def test_without_the_plan_the_vocabularies_do_not_fit() -> None:
+def test_without_the_plan_the_vocabularies_do_not_fit():
     student, teacher, processor, _, _ = fewer_tokens("text", 60)
     with pytest.raises(sv.SlimError, match="vocab_size is"):
         recover(student, teacher, short_samples(8, sees=False), config(loss="kl"), processor)

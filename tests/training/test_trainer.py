@@ -1,7 +1,5 @@
 """Targets of losses travel with their batch."""
 
-from __future__ import annotations
-
 import torch
 from accelerate.utils import send_to_device
 
@@ -11,7 +9,7 @@ from tests import tiny_folder as folders
 from tests.tiny_folder import short_samples
 
 
-def test_it_goes_where_accelerate_sends_the_batch() -> None:
+def test_it_goes_where_accelerate_sends_the_batch():
     model, processor = load(folders.folder("llava"))
     samples = short_samples(2)
     batch = Collator(processor, model.config, "answer")(samples)

@@ -1,7 +1,5 @@
 """Files that somebody else spoiled, and a mark that code in them would leave."""
 
-from __future__ import annotations
-
 import json
 import os
 import pickle

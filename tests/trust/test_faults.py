@@ -3,8 +3,6 @@
 ``SLIMVLM_FAULTS=long`` tries many more of each than the default, which is meant for every change.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
@@ -68,9 +66,7 @@ def refusal_of(call: Callable[[], object]) -> str | None:
 
 @given(kept=kept_units())
 @settings(max_examples=EXAMPLES)
-def test_any_plan_survives_its_file(
-    kept: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_any_plan_survives_its_file(kept, tmp_path_factory):
     path = tmp_path_factory.mktemp("plan") / "plan.json"
     plan = Plan(before=ANATOMY, axis="both", **kept)
     plan.save(path)
@@ -79,9 +75,7 @@ def test_any_plan_survives_its_file(
 
 @given(kept=kept_units())
 @settings(max_examples=200 if IS_LONG else 8)
-def test_any_plan_makes_a_checkpoint_that_loads(
-    kept: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_any_plan_makes_a_checkpoint_that_loads(kept, tmp_path_factory):
     """`save` itself loads it back and compares; here its shape."""
     plan = Plan(before=ANATOMY, axis="both", **kept)
     model = tiny.build("llama")
@@ -91,7 +85,7 @@ def test_any_plan_makes_a_checkpoint_that_loads(
     assert read_anatomy(load(out)[0]).layers == plan.after.layers
 
 
-def test_a_damaged_plan_is_a_plan_or_one_line(tmp_path: Path) -> None:
+def test_a_damaged_plan_is_a_plan_or_one_line(tmp_path):
     path = tmp_path / "plan.json"
     Plan.everything(ANATOMY).save(path)
     content = path.read_bytes()
@@ -105,7 +99,7 @@ def test_a_damaged_plan_is_a_plan_or_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [PruneConfig, RecoverConfig])
 @given(data=st.data())
 @settings(max_examples=EXAMPLES)
-def test_options_are_taken_or_named(kind: type[Any], data: st.DataObject) -> None:
+def test_options_are_taken_or_named(kind, data):
     numbers = st.integers(-3, 10**9) | st.floats()
     by_type = {"int": st.integers(-3, 10**9), "float": numbers, "bool": st.booleans()}
     texts = st.text(max_size=10) | st.sampled_from(["sft+hidden", "0.5*sft+kl", "kl+", "lora"])
@@ -156,7 +150,7 @@ def write_rows(path: Path, rng: random.Random) -> None:
 
 
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.parquet"])
-def test_a_thousand_broken_rows_are_counted_and_named(name: str, tmp_path: Path) -> None:
+def test_a_thousand_broken_rows_are_counted_and_named(name, tmp_path):
     path = tmp_path / name
     write_rows(path, random.Random(0))
     told: list[str] = []
@@ -173,7 +167,7 @@ def test_a_thousand_broken_rows_are_counted_and_named(name: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("seed", range(20 if IS_LONG else 3))
-def test_a_damaged_shard_is_one_line(seed: int, tmp_path: Path) -> None:
+def test_a_damaged_shard_is_one_line(seed, tmp_path):
     """Cut off anywhere, or with a header that was overwritten."""
     folder = tiny_folder.copied("text", tmp_path / "model")
     weights = folder / "model.safetensors"
@@ -217,7 +211,7 @@ def finish(pid: int) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", ["prune", "recover"])
-def test_kills_tear_nothing_and_every_restart_completes(verb: str, tmp_path: Path) -> None:
+def test_kills_tear_nothing_and_every_restart_completes(verb, tmp_path):
     model = tiny_folder.folder("llava")
     data = tiny_folder.write_llava_data(tmp_path / "data", count=6)
     settings = tmp_path / "settings.yaml"
@@ -252,7 +246,7 @@ def test_kills_tear_nothing_and_every_restart_completes(verb: str, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_bits(tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_bits(tmp_path):
     model = tiny_folder.folder("llava")
     data = tiny_folder.write_llava_data(tmp_path / "data", count=6)
     options = ["--ratio", "0.3", "--data", data, "--samples", "4", "--batch-size", "2"]

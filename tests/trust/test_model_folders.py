@@ -1,7 +1,5 @@
 """A model folder that was tampered with: one line that names the file, and nothing is run."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable
@@ -104,7 +102,7 @@ SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("name", SPOILED)
-def test_a_spoiled_folder_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+def test_a_spoiled_folder_is_refused_in_one_line(name, tmp_path):
     spoil, named = SPOILED[name]
     folder = folders.copied("text", tmp_path / "model")
     spoil(folder)
@@ -117,7 +115,7 @@ def test_a_spoiled_folder_is_refused_in_one_line(name: str, tmp_path: Path) -> N
     assert not (tmp_path / "marked").exists()
 
 
-def test_the_layout_of_the_hub_s_cache_is_read(tmp_path: Path) -> None:
+def test_the_layout_of_the_hub_s_cache_is_read(tmp_path):
     """Its snapshots are links to files that lie beside them, under ``blobs``."""
     repo = tmp_path / "models--own--tiny"
     snapshot, blobs = repo / "snapshots" / "main", repo / "blobs"
@@ -131,7 +129,7 @@ def test_the_layout_of_the_hub_s_cache_is_read(tmp_path: Path) -> None:
     assert anatomy(model) == anatomy(folders.folder("text"))
 
 
-def test_divided_weights_and_links_inside_are_read(tmp_path: Path) -> None:
+def test_divided_weights_and_links_inside_are_read(tmp_path):
     folder = folders.copied("text", tmp_path / "model")
     divide(folder, "a.safetensors", "b.safetensors")
     (folder / "c.safetensors").symlink_to("a.safetensors")
@@ -141,7 +139,7 @@ def test_divided_weights_and_links_inside_are_read(tmp_path: Path) -> None:
     load(linked)
 
 
-def test_quantize_reads_no_pickle_either(tmp_path: Path) -> None:
+def test_quantize_reads_no_pickle_either(tmp_path):
     folder = folders.copied("text", tmp_path / "model")
     (folder / WEIGHTS).unlink()
     write_pickle(folder / "pytorch_model.bin", tmp_path / "marked")
@@ -151,7 +149,7 @@ def test_quantize_reads_no_pickle_either(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", sorted({*FAMILIES, *BACKBONES}))
-def test_real_sizes_pass(kind: str, tmp_path: Path) -> None:
+def test_real_sizes_pass(kind, tmp_path):
     """The default configuration of every class describes the model that the class was made for."""
     config = hf.CONFIG_MAPPING[kind]()
     folder = tmp_path / "model"
@@ -168,7 +166,7 @@ def test_real_sizes_pass(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "size", [{"shortest_edge": 3136, "longest_edge": 12845056}, {"height": 980}]
 )
-def test_real_sizes_of_pictures_pass(size: dict[str, int], tmp_path: Path) -> None:
+def test_real_sizes_of_pictures_pass(size, tmp_path):
     folder = folders.copied("text", tmp_path / "model")
     values = {"size": size, "min_pixels": 3136, "max_pixels": 12845056, "max_patches": 12}
     (folder / "preprocessor_config.json").write_text(json.dumps(values))
@@ -177,13 +175,11 @@ def test_real_sizes_of_pictures_pass(size: dict[str, int], tmp_path: Path) -> No
     check_folder(folder)
 
 
-def test_the_small_files_of_a_hub_repository_are_looked_at(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_small_files_of_a_hub_repository_are_looked_at(tmp_path, monkeypatch):
     folder = folders.copied("text", tmp_path / "snapshots" / "main")
     _pickled_part(folder)
 
-    def in_cache(model: str, name: str) -> str | None:
+    def in_cache(model, name):
         assert model == "own/tiny"
         return str(folder / name) if (folder / name).exists() else None
 

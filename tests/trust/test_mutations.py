@@ -5,8 +5,6 @@ results, scores and logs; most are given to the library, some to the command lin
 Everything runs in this process.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random
@@ -199,7 +197,7 @@ TARGETS: dict[str, Target] = {
 }
 
 
-def test_there_are_two_thousand() -> None:
+def test_there_are_two_thousand():
     assert sum(target.count for target in TARGETS.values()) >= 2000
 
 
@@ -274,7 +272,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_a_spoiled_file_is_read_or_refused(name: str, home: Path) -> None:
+def test_a_spoiled_file_is_read_or_refused(name, home):
     target = TARGETS[name]
     seeds = [f"{name} {seed}" for seed in range(target.count)]
     spoil_and_try(target, seeds, home, lambda folder: outcome(target.use, folder))
@@ -312,8 +310,6 @@ def ended_in(command: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> s
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_ends_well_or_in_one_line(
-    name: str, home: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_command_ends_well_or_in_one_line(name, home, capfd):
     seeds = [f"command {name} {seed}" for seed in range(OF_A_COMMAND)]
     spoil_and_try(TARGETS[name], seeds, home, lambda at: ended_in(COMMANDS[name], at, capfd))

@@ -1,7 +1,5 @@
 """NaN and infinity stop everything that reads a model, with the place in one line."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -56,7 +54,7 @@ USES: dict[str, Callable[[Any, Any, Path], object]] = {
 
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_model_that_computes_no_number_is_refused(use: str, value: float, tmp_path: Path) -> None:
+def test_a_model_that_computes_no_number_is_refused(use, value, tmp_path):
     model, words = load(spoilt(tmp_path / "model", NORM, value))
     with pytest.raises(NumericalError, match="NaN or infinity in") as caught:
         USES[use](model, words, tmp_path)
@@ -66,9 +64,7 @@ def test_a_model_that_computes_no_number_is_refused(use: str, value: float, tmp_
 @pytest.mark.parametrize(
     ("value", "dtype"), [(math.nan, "auto"), (math.inf, "auto"), (1e6, "float16")]
 )
-def test_low_memory_writes_no_weight_that_is_no_number(
-    value: float, dtype: str, tmp_path: Path
-) -> None:
+def test_low_memory_writes_no_weight_that_is_no_number(value, dtype, tmp_path):
     folder = spoilt(tmp_path / "model", "model.embed_tokens.weight", value)
     plan = Plan.everything(anatomy(folder))
     with pytest.raises(NumericalError, match=r"NaN or infinity in weight 'model\.embed_tokens"):
@@ -77,7 +73,7 @@ def test_low_memory_writes_no_weight_that_is_no_number(
 
 
 @pytest.mark.parametrize("field", ["score", "scores", "blind_scores", "details"])
-def test_a_score_that_is_no_number_is_no_score(field: str, tmp_path: Path) -> None:
+def test_a_score_that_is_no_number_is_no_score(field, tmp_path):
     good = TaskResult(
         "exact_match", 100.0, 0.0, True, ("q",), ("r",), (1.0,), {"f1": 1.0}, 0.0, (0.5,)
     )
@@ -92,7 +88,7 @@ def test_a_score_that_is_no_number_is_no_score(field: str, tmp_path: Path) -> No
         Result.load(path)
 
 
-def test_a_metric_that_gives_no_number_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_metric_that_gives_no_number_stops(monkeypatch):
     monkeypatch.setitem(METRICS, "exact_match", lambda *_: math.nan)
     model, words = load(folders.folder("text"))
     with pytest.raises(NumericalError, match="exact_match"):

@@ -1,7 +1,5 @@
 """A task's prompt names columns and does nothing else; its name and files lead nowhere."""
 
-from __future__ import annotations
-
 import datetime
 import json
 from pathlib import Path
@@ -26,7 +24,7 @@ def asked(prompt: str, **columns: Any) -> str:
     return TaskRow(name="own", data="", prompt=prompt, answer="").filled_prompt(columns)
 
 
-def test_columns_are_filled_in_as_text() -> None:
+def test_columns_are_filled_in_as_text():
     row = {"q": "What {is} it", "n": 3, "two words": None, "a.b": "dot"}
     prompt = "{q} {n} {two words} {a.b} {{kept}} }}{{"
     assert asked(prompt, **row) == "What {is} it 3 None dot {kept} }{"
@@ -39,13 +37,13 @@ def test_columns_are_filled_in_as_text() -> None:
         *("t[0]", "t!r", "t:>9999999999", "0", ""),
     ],
 )
-def test_no_attribute_index_or_format_is_read(inside: str) -> None:
+def test_no_attribute_index_or_format_is_read(inside):
     with pytest.raises(KeyError):
         asked("{" + inside + "}", t=datetime.datetime(2020, 1, 1))
 
 
 @pytest.mark.parametrize("prompt", ["{", "}", "{q", "q}", "{{}", "{a{b}}", "{q}}"])
-def test_a_lone_brace_is_refused(prompt: str) -> None:
+def test_a_lone_brace_is_refused(prompt):
     with pytest.raises(ConfigError, match="brace"):
         asked(prompt, q="x", b="y")
 
@@ -74,9 +72,7 @@ def task_file(folder: Path, **changes: Any) -> Path:
         ({"image": {}}, "image"),
     ],
 )
-def test_a_wrong_value_is_named_with_its_file(
-    changes: dict[str, Any], named: str, tmp_path: Path
-) -> None:
+def test_a_wrong_value_is_named_with_its_file(changes, named, tmp_path):
     with pytest.raises(ConfigError, match=f"task '.*task.yaml': .*({named})") as caught:
         read_task(task_file(tmp_path, **changes))
     assert "\n" not in str(caught.value)
@@ -89,7 +85,7 @@ def test_a_wrong_value_is_named_with_its_file(
         *("? [a]\n: b", "!!int ''", "!!timestamp x", "a: 2020-99-99", "\x00", "\xff"),
     ],
 )
-def test_yaml_that_is_no_task_ends_in_one_line(text: str, tmp_path: Path) -> None:
+def test_yaml_that_is_no_task_ends_in_one_line(text, tmp_path):
     path = tmp_path / "task.yaml"
     path.write_text(text, encoding="latin-1")
     with pytest.raises(ConfigError, match=r"task '.*task\.yaml'") as caught:
@@ -98,7 +94,7 @@ def test_yaml_that_is_no_task_ends_in_one_line(text: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["../../evil", "/evil", "a/b", "..", "x" * 100, "ö\x1b[2J"])
-def test_a_log_lies_in_its_folder_whatever_the_task_is_called(name: str, tmp_path: Path) -> None:
+def test_a_log_lies_in_its_folder_whatever_the_task_is_called(name, tmp_path):
     folder = tmp_path / "deep" / "logs"
     task = read_task(task_file(tmp_path, name=name))
     log = AnswerLog(folder, task.name, "key")
@@ -111,7 +107,7 @@ def test_a_log_lies_in_its_folder_whatever_the_task_is_called(name: str, tmp_pat
 @pytest.mark.parametrize(
     "line", ["[]", "3", "null", "{", '{"id": 1, "reply": "x"}', '{"id": "1"}', "[" * 5000]
 )
-def test_a_line_of_a_log_that_is_none_is_asked_again(line: str, tmp_path: Path) -> None:
+def test_a_line_of_a_log_that_is_none_is_asked_again(line, tmp_path):
     log = AnswerLog(tmp_path, "own", "key")
     log.add([Question("1", "q", ("a",))], ["reply"])
     (file,) = tmp_path.iterdir()
@@ -119,7 +115,7 @@ def test_a_line_of_a_log_that_is_none_is_asked_again(line: str, tmp_path: Path) 
     assert AnswerLog(tmp_path, "own", "key").replies == {"1": "reply"}
 
 
-def test_rows_that_are_no_objects_and_columns_of_other_kinds_are_named(tmp_path: Path) -> None:
+def test_rows_that_are_no_objects_and_columns_of_other_kinds_are_named(tmp_path):
     path = task_file(tmp_path, choices="c")
     for row in ([1], 3, {"q": 1, "a": "x", "c": "letters"}, {"q": 1, "a": [], "c": ["x"]}):
         (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
@@ -135,7 +131,7 @@ def saved(folder: Path) -> Path:
     return folder
 
 
-def test_a_datasets_folder_reads_its_own_files_only(tmp_path: Path) -> None:
+def test_a_datasets_folder_reads_its_own_files_only(tmp_path):
     folder = saved(tmp_path / "data")
     assert len(load_samples(folder)) == 1
     name = "data-00000-of-00001.arrow"
@@ -154,7 +150,7 @@ def test_a_datasets_folder_reads_its_own_files_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "pattern", ["../secret.jsonl", "/etc/passwd", "https://x.y/z.csv", "a/../../b"]
 )
-def test_a_readme_leads_nowhere(pattern: str, tmp_path: Path) -> None:
+def test_a_readme_leads_nowhere(pattern, tmp_path):
     (tmp_path / "secret.jsonl").write_text('{"a": 1}\n')
     folder = tmp_path / "data"
     folder.mkdir()
@@ -164,9 +160,7 @@ def test_a_readme_leads_nowhere(pattern: str, tmp_path: Path) -> None:
         list(read_rows(folder))
 
 
-def test_a_line_above_the_limit_is_a_broken_row(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_line_above_the_limit_is_a_broken_row(tmp_path, monkeypatch):
     monkeypatch.setattr("slimvlm.data.rows.MAX_LINE_BYTES", 300)
     good, path = json.dumps({"messages": TURNS}), tmp_path / "data.jsonl"
     long = json.dumps({"messages": TURNS, "note": "x" * 1000})

@@ -1,7 +1,5 @@
 """Chat templates that would fill the memory or never end are refused; honest ones say the same."""
 
-from __future__ import annotations
-
 import copy
 import time
 
@@ -60,9 +58,7 @@ def rendered(template: str) -> str:
 
 
 @pytest.mark.parametrize("name", [*HOSTILE, *ESCAPES])
-def test_what_goes_on_fills_the_memory_or_escapes_is_refused_in_one_line(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_goes_on_fills_the_memory_or_escapes_is_refused_in_one_line(name, monkeypatch):
     monkeypatch.setattr(templates, "MAX_SECONDS", 0.3)
     start = time.monotonic()
     error, words = (
@@ -75,7 +71,7 @@ def test_what_goes_on_fills_the_memory_or_escapes_is_refused_in_one_line(
 
 
 @pytest.mark.parametrize("kind", folders.KINDS)
-def test_honest_templates_say_what_transformers_alone_has_them_say(kind: str) -> None:
+def test_honest_templates_say_what_transformers_alone_has_them_say(kind):
     words = folders.processor(kind)
     parts: list[dict[str, str]] = [{"type": "text", "text": "Hi <b> {x} %d"}]
     content = parts if kind != "text" else parts[0]["text"]
@@ -84,7 +80,7 @@ def test_honest_templates_say_what_transformers_alone_has_them_say(kind: str) ->
     assert render(words, said, generate=True) == plain
 
 
-def test_filters_and_joins_work_as_ever() -> None:
+def test_filters_and_joins_work_as_ever():
     template = (
         "{{ 'a' ~ 1 ~ messages|length }} {{ messages|map(attribute='role')|join(', ') }} "
         "{{ '%s-%d' % ('x', 3) }} {{ '{}'.format(2) }} {{ messages|tojson }} {{ 2 ** 3 * 'ab' }}"

@@ -1,7 +1,5 @@
 """Local distillation of one layer."""
 
-from __future__ import annotations
-
 import copy
 import math
 from functools import partial
@@ -13,14 +11,7 @@ from torch import Tensor, nn
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
-from slimvlm.pruning.walk.distil import (
-    PASSES,
-    RATE,
-    Lesson,
-    LocalSteps,
-    distil_,
-    relative_error,
-)
+from slimvlm.pruning.walk.distil import PASSES, RATE, Lesson, LocalSteps, distil_, relative_error
 from slimvlm.scoring.score_model import score
 from tests import tiny
 from tests.handmade import assert_equal
@@ -49,7 +40,7 @@ def pair(dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_layer_learns_in_any_precision_and_keeps_its_own(dtype: torch.dtype) -> None:
+def test_a_layer_learns_in_any_precision_and_keeps_its_own(dtype):
     layer, target = pair(dtype)
     before = [parameter.detach().clone() for parameter in layer.parameters()]
     known = list(layer.parameters())
@@ -66,7 +57,7 @@ def test_a_layer_learns_in_any_precision_and_keeps_its_own(dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("is_too_fast", [False, True], ids=["nothing to learn", "destroyed"])
-def test_held_out_tokens_refuse_what_does_not_help_them(is_too_fast: bool) -> None:
+def test_held_out_tokens_refuse_what_does_not_help_them(is_too_fast):
     layer, target = pair(torch.float32)
     before = copy.deepcopy(layer.state_dict())
     exams = lessons(layer, target if is_too_fast else layer, range(4, 6))
@@ -77,7 +68,7 @@ def test_held_out_tokens_refuse_what_does_not_help_them(is_too_fast: bool) -> No
     assert_equal(layer.state_dict(), before)
 
 
-def test_errors_count_relative_to_each_token_and_linearly_where_they_are_large() -> None:
+def test_errors_count_relative_to_each_token_and_linearly_where_they_are_large():
     target = torch.tensor([[[1.0, 0.0], [0.0, 1000.0], [0.0, 1.0]]])
     output = torch.tensor([[[0.5, 0.0], [0.0, 500.0], [0.0, 11.0]]])
     weights = torch.tensor([1.0, 1.0, 0.0])
@@ -85,7 +76,7 @@ def test_errors_count_relative_to_each_token_and_linearly_where_they_are_large()
     assert float(relative_error(output, target, torch.tensor([0.0, 0.0, 1.0]))) == pytest.approx(19)
 
 
-def test_more_steps_and_larger_ones_the_more_goes() -> None:
+def test_more_steps_and_larger_ones_the_more_goes():
     model = tiny.build("llama")
     anatomy = read_anatomy(model)
     scores = score(model, (), "spacing")

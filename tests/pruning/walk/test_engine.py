@@ -1,7 +1,5 @@
 """The walk from files is the walk in memory, and one that was stopped goes on where it was."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -85,7 +83,7 @@ def assert_same(actual: Walked, expected: Walked) -> None:
 
 
 @pytest.mark.parametrize("name", tiered([n for n in tiny.CONFIGS if n not in REFUSED], by_default))
-def test_the_walk_from_files_is_the_one_in_memory(name: str, tmp_path: Path) -> None:
+def test_the_walk_from_files_is_the_one_in_memory(name, tmp_path):
     tiny.build(name).save_pretrained(tmp_path / "model", max_shard_size="100KB")
     model, processor = load(tmp_path / "model")
     data, chosen = batches(model), plans(model)
@@ -101,7 +99,7 @@ def test_the_walk_from_files_is_the_one_in_memory(name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", tiered(REFUSED))
-def test_what_cannot_walk_from_files_is_refused_by_name(name: str, tmp_path: Path) -> None:
+def test_what_cannot_walk_from_files_is_refused_by_name(name, tmp_path):
     model = tiny.build(name)
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(
@@ -112,7 +110,7 @@ def test_what_cannot_walk_from_files_is_refused_by_name(name: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", tiered(["llama4", "qwen3_vl_moe"]))
-def test_units_of_experts_are_not_chosen(name: str) -> None:
+def test_units_of_experts_are_not_chosen(name):
     model = tiny.build(name)
     before = snapshot(model)
     with pytest.raises(UnsupportedModelError, match=r"layer [01] has experts"):
@@ -164,12 +162,12 @@ def walk_of(
 @pytest.mark.parametrize("states", ["in files", "in memory"])
 @pytest.mark.parametrize("repair", tiered(["auto", "both"], lambda repair: repair == "auto"))
 def test_a_walk_killed_at_any_layer_goes_on_behind_the_last_whole_one(
-    repair: str, states: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    repair, states, folder, tmp_path, monkeypatch
+):
     """States in memory go with the process: no layer is walked, but some are run again."""
     steps = replace(EVERYTHING, repair=repair)
 
-    def again(scratch: Path) -> Walked:
+    def again(scratch):
         return walk_of(folder, scratch, steps, Memory(CPU) if states == "in memory" else None)
 
     expected = walk_of(folder, tmp_path / "whole", steps)
@@ -203,9 +201,7 @@ def half_written(tensors: object, file: Path, about: object) -> None:
 @pytest.mark.parametrize(
     "stride", [pytest.param(1, marks=pytest.mark.slow, id="everywhere"), pytest.param(29, id="29")]
 )
-def test_a_walk_killed_anywhere_gives_the_same_bits(
-    stride: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_walk_killed_anywhere_gives_the_same_bits(stride, folder, tmp_path, monkeypatch):
     """When layers are read, and when files and folders are written, named and removed."""
     clock = Clock(monkeypatch)
     for name in ("before_layers", "layer", "after_layers"):
@@ -227,9 +223,7 @@ def test_a_walk_killed_anywhere_gives_the_same_bits(
         shutil.rmtree(scratch)
 
 
-def test_walk_checkpoint_goes_on_and_leaves_what_save_writes(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_walk_checkpoint_goes_on_and_leaves_what_save_writes(folder, tmp_path, monkeypatch):
     """With a depth score of its own, as `walk_`."""
     model, processor = load(folder)
     data = batches(model, 5)
@@ -261,13 +255,11 @@ def test_walk_checkpoint_goes_on_and_leaves_what_save_writes(
     ],
     ids=lambda change: "".join(change),
 )
-def test_another_request_does_not_reuse_old_work(
-    change: dict[str, Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_request_does_not_reuse_old_work(change, folder, tmp_path, monkeypatch):
     model, _ = load(folder)
     asked: dict[str, Any] = {"ratio": 0.4, "axis": "both", "scores": 0, "data": 0}
 
-    def walk_from(scratch: Path, out: Path, data: int, scores: int, **options: Any) -> Walked:
+    def walk_from(scratch, out, data, scores, **options):
         given = random_scores(read_anatomy(model), scores)
         shown = [tiny.batch(model, 12, 5 * data + seed) for seed in range(5)]
         layers = Scores("by-hand", layer=given.layer)

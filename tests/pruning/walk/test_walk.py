@@ -1,10 +1,7 @@
 """The walk: exact where it can be, never worse where it is fitted or judged."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -72,7 +69,7 @@ def outcome(
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_repair_comes_nearer_and_stays_a_standard_checkpoint(name: str, tmp_path: Path) -> None:
+def test_repair_comes_nearer_and_stays_a_standard_checkpoint(name, tmp_path):
     model = build(name)
     data = batches(model)
     goal = final_hidden(model, data)
@@ -109,12 +106,12 @@ def assert_layer_by_layer_is_the_model(model: PreTrainedModel, data: Sequence[Ba
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_walking_layer_by_layer_is_the_model(name: str) -> None:
+def test_walking_layer_by_layer_is_the_model(name):
     model = build(name)
     assert_layer_by_layer_is_the_model(model, batches(model, 2))
 
 
-def test_layers_that_batches_without_pictures_skip_stay_as_they_are() -> None:
+def test_layers_that_batches_without_pictures_skip_stay_as_they_are():
     """Mllama's cross-attention layers: 1 and 3."""
     model = build("mllama")
     data = list(map(blind, batches(model)))
@@ -129,7 +126,7 @@ def test_layers_that_batches_without_pictures_skip_stay_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("form", ["none", "width", "depth", "both", "auto"])
-def test_nothing_removed_changes_no_bit(form: str) -> None:
+def test_nothing_removed_changes_no_bit(form):
     model = tiny.build("llava-phi")
     data = [tiny.batch(model, 24, seed) for seed in range(6)]
     before = snapshot(model)
@@ -139,7 +136,7 @@ def test_nothing_removed_changes_no_bit(form: str) -> None:
     assert_untouched(model, before)
 
 
-def test_a_choice_finds_neurons_that_others_determine() -> None:
+def test_a_choice_finds_neurons_that_others_determine():
     """One of each pair goes, whichever it is, and nothing is lost."""
     model = build("llama")
     with_determined_neurons_(model)
@@ -155,13 +152,13 @@ def test_a_choice_finds_neurons_that_others_determine() -> None:
     torch.testing.assert_close(logits(student, data[0]), expected, atol=1e-6, rtol=1e-6)
 
 
-def test_padding_and_tokens_of_weight_zero_change_nothing() -> None:
+def test_padding_and_tokens_of_weight_zero_change_nothing():
     model = build("llava-llama")
     plan = narrow(model, [0, 1, 3])
     data = [doubled(tiny.batch(model, tokens, seed)) for seed, tokens in enumerate((24, 16, 20))]
     weights = {"answer": 0.0}
 
-    def after(data: Sequence[Batch], token_weights: Any = None) -> dict[str, Tensor]:
+    def after(data, token_weights=None):
         options = {"plan": plan, "repair": "both", "token_weights": token_weights}
         return walked(model, data, **options)[0].state_dict()
 
@@ -178,7 +175,7 @@ def test_padding_and_tokens_of_weight_zero_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("layers", [None, [0, 1], [1, 2, 3]])
-def test_auto_is_never_worse_than_slicing_on_held_out_answers(layers: list[int] | None) -> None:
+def test_auto_is_never_worse_than_slicing_on_held_out_answers(layers):
     model = build("llama")
     data, judges = batches(model, 4), batches(model, 8)[4:]
     plan = narrow(model, layers)
@@ -193,7 +190,7 @@ def test_auto_is_never_worse_than_slicing_on_held_out_answers(layers: list[int] 
     assert (gone in report.notes) == (layers == [1, 2, 3])
 
 
-def test_auto_refuses_a_repair_that_hurts() -> None:
+def test_auto_refuses_a_repair_that_hurts():
     """Fitted on too few tokens, a repair helps there and nowhere else."""
     model = build("llama")
     data, judges = batches(model, 1, 8), batches(model, 8)[4:]
@@ -206,7 +203,7 @@ def test_auto_refuses_a_repair_that_hurts() -> None:
     assert errors[0] < errors[1]
 
 
-def test_auto_drops_everything_if_answers_do_not_gain() -> None:
+def test_auto_drops_everything_if_answers_do_not_gain():
     """The right answers are what the sliced model says."""
     model = build("llama")
     data, judges = batches(model, 4), batches(model, 8)[4:]
@@ -221,7 +218,7 @@ def test_auto_drops_everything_if_answers_do_not_gain() -> None:
     assert_untouched(student, snapshot(plain))
 
 
-def test_a_norm_behind_the_mlp_keeps_its_seam() -> None:
+def test_a_norm_behind_the_mlp_keeps_its_seam():
     model = build("gemma3")
     data, plan = batches(model), plan_by_hand(read_anatomy(model), [0, 1, 3])
     student, found = walked(model, data, plan=plan, repair="depth")
@@ -242,9 +239,7 @@ def test_a_norm_behind_the_mlp_keeps_its_seam() -> None:
         ({"batches": [], "repair": "width"}, DataError, "no calibration batch"),
     ],
 )
-def test_mistakes_leave_the_model_alone(
-    options: dict[str, Any], error: type[Exception], message: str
-) -> None:
+def test_mistakes_leave_the_model_alone(options, error, message):
     model = tiny.build("llama")
     before, plan = snapshot(model), narrow(model)
     data = [tiny.batch(model, 12, seed) for seed in range(5)]
@@ -253,7 +248,7 @@ def test_mistakes_leave_the_model_alone(
     assert_untouched(model, before)
 
 
-def test_infinity_is_named_with_its_layer_and_the_model_stays() -> None:
+def test_infinity_is_named_with_its_layer_and_the_model_stays():
     model = tiny.build("llama")
     data, plan = [tiny.batch(model, 12, seed) for seed in range(3)], narrow(model)
     Parts(model).layers[2].mlp.up_proj.weight.data[5] = torch.inf
@@ -263,7 +258,7 @@ def test_infinity_is_named_with_its_layer_and_the_model_stays() -> None:
     assert_untouched(model, before)
 
 
-def test_half_precision_stays() -> None:
+def test_half_precision_stays():
     model = tiny.build("llama").bfloat16()
     data = [tiny.batch(model, 24, seed) for seed in range(6)]
     plan = narrow(model, [0, 1, 3])
@@ -280,7 +275,7 @@ def test_half_precision_stays() -> None:
 # What the walk chooses
 
 
-def test_kept_units_are_those_of_a_plan_or_of_scores() -> None:
+def test_kept_units_are_those_of_a_plan_or_of_scores():
     model = tiny.build("llama")
     anatomy = read_anatomy(model)
     data = [tiny.batch(model, 12, seed) for seed in range(5)]
@@ -293,7 +288,7 @@ def test_kept_units_are_those_of_a_plan_or_of_scores() -> None:
         assert read_anatomy(student).layers == expected.after.layers
 
 
-def test_chosen_units_are_those_with_the_highest_scores() -> None:
+def test_chosen_units_are_those_with_the_highest_scores():
     model = tiny.build("llava-llama")
     data = [tiny.batch(model, 12, seed) for seed in range(5)]
     _, found = walked(model, data, 0.5, "both", allocation="uniform", kv_heads=2)
@@ -310,7 +305,7 @@ def test_chosen_units_are_those_with_the_highest_scores() -> None:
             assert values[is_kept].min() > values[~is_kept].max()
 
 
-def test_the_choice_is_that_of_the_criterion_where_the_inputs_are_the_same() -> None:
+def test_the_choice_is_that_of_the_criterion_where_the_inputs_are_the_same():
     """In the first layer: KV groups of the original's, neurons behind what is left of them."""
     model = tiny.build("llama")
     data = [tiny.batch(model, 24, seed) for seed in range(4)]
@@ -337,7 +332,7 @@ def without_use_(model: PreTrainedModel, unit: str) -> None:
 
 
 @pytest.mark.parametrize(("unit", "groups"), [("kv_group", 2), ("neuron", 4)])
-def test_balanced_takes_what_costs_nothing(unit: str, groups: int) -> None:
+def test_balanced_takes_what_costs_nothing(unit, groups):
     model = tiny.build("llama")
     without_use_(model, unit)
     data = [tiny.batch(model, 24, seed) for seed in range(5)]
@@ -370,7 +365,7 @@ def greedy_costs(weight: Tensor, gram: Tensor, units: int) -> list[float]:
 
 @pytest.mark.parametrize("ratio", [0.25, 0.4])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_balanced_is_the_cheapest_of_all_plans(ratio: float, seed: int) -> None:
+def test_balanced_is_the_cheapest_of_all_plans(ratio, seed):
     torch.manual_seed(seed)
     config = tiny.llama(intermediate_size=48, num_hidden_layers=2)
     model = auto_class(config).from_config(config, dtype=torch.float32).eval()
@@ -397,7 +392,7 @@ def test_balanced_is_the_cheapest_of_all_plans(ratio: float, seed: int) -> None:
 # Local distillation
 
 
-def test_no_local_steps_change_nothing() -> None:
+def test_no_local_steps_change_nothing():
     model = tiny.build("llama")
     data = [tiny.batch(model, 24, seed) for seed in range(5)]
     plan = narrow(model, [0, 1, 3])
@@ -423,9 +418,7 @@ def first_error(student: PreTrainedModel, model: PreTrainedModel, end: int, data
 
 @pytest.mark.parametrize("repair", ["none", "both"])
 @pytest.mark.parametrize("layers", [[0, 2, 3], [1, 2, 3]])
-def test_a_distilled_layer_is_nearer_to_the_original_on_held_out_states(
-    repair: str, layers: list[int]
-) -> None:
+def test_a_distilled_layer_is_nearer_to_the_original_on_held_out_states(repair, layers):
     model = tiny.build("llama")
     data = [tiny.batch(model, 24, seed) for seed in range(6)]
     judges = [tiny.batch(model, 20, seed) for seed in range(6, 9)]
@@ -440,7 +433,7 @@ def test_a_distilled_layer_is_nearer_to_the_original_on_held_out_states(
     assert {index for index, _ in found.weights} == {*layers}
 
 
-def test_steps_that_spoil_a_layer_are_not_kept() -> None:
+def test_steps_that_spoil_a_layer_are_not_kept():
     model = tiny.build("llama")
     data, judges = ([tiny.batch(model, 8, seed) for seed in seeds] for seeds in ([0], [1, 2, 3]))
     plan = narrow(model)
@@ -453,7 +446,7 @@ def test_steps_that_spoil_a_layer_are_not_kept() -> None:
     assert_untouched(model, expected)
 
 
-def test_batches_that_teach_a_layer_nothing_are_passed_over() -> None:
+def test_batches_that_teach_a_layer_nothing_are_passed_over():
     """Without pictures Mllama skips layers; tokens of weight zero have no error."""
     model = tiny.build("mllama")
     data = [tiny.batch(model, 12, seed) for seed in range(4)]
@@ -470,16 +463,14 @@ def test_batches_that_teach_a_layer_nothing_are_passed_over() -> None:
 
 
 @pytest.mark.parametrize("index", range(4))
-def test_a_walk_that_stops_leaves_the_model_alone(
-    index: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_walk_that_stops_leaves_the_model_alone(index, monkeypatch):
     """When the layer is cut, refitted and trained."""
     model = tiny.build("llama")
     data = [tiny.batch(model, 12, seed) for seed in range(5)]
     before, said = snapshot(model), logits(model, data[0])
     honest = Streams.pass_on
 
-    def stops(self: Streams, stream: str, at: int, *args: Any) -> None:
+    def stops(self, stream, at, *args):
         if (stream, at) == (PREFIX, index):
             raise KeyboardInterrupt
         honest(self, stream, at, *args)
@@ -491,7 +482,7 @@ def test_a_walk_that_stops_leaves_the_model_alone(
     assert torch.equal(logits(model, data[0]), said)
 
 
-def test_a_walk_that_is_not_applied_leaves_the_model_alone() -> None:
+def test_a_walk_that_is_not_applied_leaves_the_model_alone():
     model = tiny.build("phi")
     data = [tiny.batch(model, 12, seed) for seed in range(5)]
     before, said = snapshot(model), logits(model, data[0])

@@ -1,7 +1,5 @@
 """Small studies of tiny models, and a way to run them without measuring times."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Study files: every shipped one is sound, every mistake is named in one line."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
@@ -22,7 +20,7 @@ PAPER = ("llava-1.5-7b", "bunny-3b", "mini-internvl-4b")
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_a_shipped_study_is_sound_and_says_its_command(path: Path) -> None:
+def test_a_shipped_study_is_sound_and_says_its_command(path):
     config = read_study(path)
     cells = expand(config)
     head = path.read_text().split("\ndata:")[0]
@@ -34,7 +32,7 @@ def test_a_shipped_study_is_sound_and_says_its_command(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_the_papers_grids_carry_its_numbers(name: str) -> None:
+def test_the_papers_grids_carry_its_numbers(name):
     config = read_study(next(path for path in SHIPPED if path.stem == name))
     assert config.reference is not None
     found = [config.reference.row_for(cell.values()) for cell in expand(config)]
@@ -44,7 +42,7 @@ def test_the_papers_grids_carry_its_numbers(name: str) -> None:
     assert sum(row is not None for row in found) >= 45
 
 
-def test_the_numbers_are_the_papers() -> None:
+def test_the_numbers_are_the_papers():
     config = read_study(next(path for path in SHIPPED if path.stem == "llava-1.5-7b"))
     assert config.reference is not None
     by_cell = {
@@ -64,14 +62,14 @@ def test_the_numbers_are_the_papers() -> None:
         assert row.retention == number
 
 
-def test_the_demo_study_has_cells_for_its_claims() -> None:
+def test_the_demo_study_has_cells_for_its_claims():
     cells = expand(read_study(next(path for path in SHIPPED if path.stem == "demo")))
     assert len(cells) >= 24
     assert {cell.prune.axis for cell in cells} == {"depth", "width"}
     assert {cell.prune.ratio for cell in cells} == {0.15, 0.30, 0.45, 0.60}
 
 
-def test_cells_are_every_combination_once(tmp_path: Path) -> None:
+def test_cells_are_every_combination_once(tmp_path):
     data = tmp_path / "data.json"
     grid = {"ratio": [0.2, 0.4], "recovery": ["none", "sft"], "seed": [0, 1], "fraction": [0.5, 1]}
     cells = expand(study(data, grid))
@@ -84,7 +82,7 @@ def test_cells_are_every_combination_once(tmp_path: Path) -> None:
     assert seeds == {(0, 0), (1, 1)}
 
 
-def test_options_of_a_grid_tell_its_cells_apart(tmp_path: Path) -> None:
+def test_options_of_a_grid_tell_its_cells_apart(tmp_path):
     data = folders.write_llava_data(tmp_path, pictures=False)
     one = study(data, {"prune": {"gradient": "batch", "samples": 4}})
     other = study(data, {"prune": {"samples": 4}})  # as the study says
@@ -143,9 +141,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("changes", "message"), MISTAKES)
-def test_a_mistake_is_named_in_one_line(
-    changes: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_a_mistake_is_named_in_one_line(changes, message, tmp_path):
     data = folders.write_llava_data(tmp_path / "data", 6, pictures=False)
     values: dict[str, Any] = {
         **{"recoveries": {"sft": {"loss": "sft"}}, "data": str(data), "tasks": "text_odd"},
@@ -161,7 +157,7 @@ def test_a_mistake_is_named_in_one_line(
     assert "\n" not in str(error.value)
 
 
-def test_a_file_that_is_no_study_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_no_study_is_refused(tmp_path):
     path = tmp_path / "study.yaml"
     for text in ("", "- 1", "grids: [", "grids: {ratio: x}"):
         path.write_text(text)
@@ -169,6 +165,6 @@ def test_a_file_that_is_no_study_is_refused(tmp_path: Path) -> None:
             read_study(path)
 
 
-def test_one_value_needs_no_list() -> None:
+def test_one_value_needs_no_list():
     one = built(StudyConfig, {"grids": {"ratio": 0.2, "axis": "depth"}})
     assert one == built(StudyConfig, {"grids": [{"ratio": [0.2], "axis": ["depth"]}]})

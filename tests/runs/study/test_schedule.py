@@ -1,7 +1,5 @@
 """Stages are done once, in order, by any number of workers; kills change nothing."""
 
-from __future__ import annotations
-
 import json
 import os
 import random
@@ -82,10 +80,8 @@ def models_in(root: Path) -> list[Path]:
     return [path for kind in kinds for path in (root / "cache" / kind).glob("*/checkpoint")]
 
 
-def test_an_error_of_another_worker_is_not_tried_again_at_once(
-    schedule: Schedule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails(stage: Stage) -> None:
+def test_an_error_of_another_worker_is_not_tried_again_at_once(schedule, tmp_path, monkeypatch):
+    def fails(stage):
         raise NumericalError("no")
 
     tried = watch_work(monkeypatch, fails)
@@ -100,14 +96,8 @@ def test_an_error_of_another_worker_is_not_tried_again_at_once(
 
 
 @pytest.mark.parametrize("kind", ["calibrate", "prune", "recover", "evaluate"])
-def test_a_stop_costs_one_stage(
-    kind: str,
-    schedule: Schedule,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    done: list[str],
-) -> None:
-    def stops(stage: Stage) -> None:
+def test_a_stop_costs_one_stage(kind, schedule, tmp_path, monkeypatch, done):
+    def stops(stage):
         if stage.kind == kind:
             raise KeyboardInterrupt
 
@@ -120,9 +110,7 @@ def test_a_stop_costs_one_stage(
     assert sorted(done) == sorted([lost, *(stage.name for stage in schedule.stages())])
 
 
-def test_two_workers_never_do_the_same_stage(
-    schedule: Schedule, tmp_path: Path, done: list[str]
-) -> None:
+def test_two_workers_never_do_the_same_stage(schedule, tmp_path, done):
     missing = schedule.missing(Cache(tmp_path))
     workers = [
         threading.Thread(target=run, args=(schedule, Cache(tmp_path), missing)) for _ in range(3)
@@ -135,15 +123,13 @@ def test_two_workers_never_do_the_same_stage(
     assert len(set(done)) == len(done) == len(schedule.stages())
 
 
-def test_few_models_are_on_disk_at_a_time(
-    schedule: Schedule, tmp_path: Path, done: list[str]
-) -> None:
+def test_few_models_are_on_disk_at_a_time(schedule, tmp_path, done):
     counts: list[int] = []
     run(schedule, Cache(tmp_path), at_end=lambda: counts.append(len(models_in(tmp_path))))
     assert max(counts) == 1
 
 
-def test_a_stage_is_done_after_its_inputs_and_before_dearer_ones(schedule: Schedule) -> None:
+def test_a_stage_is_done_after_its_inputs_and_before_dearer_ones(schedule):
     missing = schedule.missing(Cache("/nowhere"))
     position = {stage.name: i for i, stage in enumerate(missing)}
     assert all(position[s.name] < position[t.name] for t in missing for s in t.inputs)
@@ -154,9 +140,7 @@ def test_a_stage_is_done_after_its_inputs_and_before_dearer_ones(schedule: Sched
 
 
 @pytest.mark.parametrize("recovery", ["sft+hidden", ["none", "sft+hidden"]])
-def test_other_questions_make_removed_models_again(
-    recovery: str | list[str], data: Path, tmp_path: Path, done: list[str]
-) -> None:
+def test_other_questions_make_removed_models_again(recovery, data, tmp_path, done):
     cache = Cache(tmp_path)
     for limit in (2, 1):
         config = study(data, {"axis": "depth", "recovery": recovery}, limit=limit)
@@ -170,9 +154,7 @@ def test_other_questions_make_removed_models_again(
         assert schedule.missing(cache) == []
 
 
-def test_removed_and_failed_inputs_are_named(
-    schedule: Schedule, tmp_path: Path, done: list[str]
-) -> None:
+def test_removed_and_failed_inputs_are_named(schedule, tmp_path, done):
     evaluation = next(s for s in schedule.stages() if s.kind == "evaluate" and s.inputs)
     outcome = run(schedule, Cache(tmp_path), [evaluation])[evaluation.name]
     assert outcome.error == "prune was removed meanwhile"
@@ -185,9 +167,7 @@ def test_removed_and_failed_inputs_are_named(
     assert ray_task(prune, str(tmp_path), 1.0).seconds == 0
 
 
-def test_work_of_another_worker_between_two_looks_is_no_failure(
-    schedule: Schedule, tmp_path: Path, done: list[str]
-) -> None:
+def test_work_of_another_worker_between_two_looks_is_no_failure(schedule, tmp_path, done):
     missing = schedule.missing(Cache(tmp_path))
     rest = [stage for stage in missing if stage.kind in ("recover", "evaluate")]
     run(schedule, Cache(tmp_path), [stage for stage in missing if stage not in rest])
@@ -196,7 +176,7 @@ def test_work_of_another_worker_between_two_looks_is_no_failure(
     class Overtaken(Cache):
         """Between its first look at a stage and at its inputs, another worker does them all."""
 
-        def is_ready(self, stage: Stage) -> bool:
+        def is_ready(self, stage):
             nonlocal overtaken
             if stage.kind == "prune" and not overtaken:
                 overtaken = True
@@ -256,9 +236,7 @@ def expected(file: Path, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFra
 
 
 @pytest.mark.slow
-def test_kills_at_random_moments_change_nothing(
-    file: Path, expected: pd.DataFrame, tmp_path: Path
-) -> None:
+def test_kills_at_random_moments_change_nothing(file, expected, tmp_path):
     out, draw = tmp_path / "killed", random.Random(0)
     for target in sorted(draw.sample(range(NUM_STAGES - 1), KILLS)):
         process = started(file, out)
@@ -273,7 +251,7 @@ def test_kills_at_random_moments_change_nothing(
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_work(file: Path, expected: pd.DataFrame, tmp_path: Path) -> None:
+def test_two_processes_share_the_work(file, expected, tmp_path):
     both = [started(file, tmp_path / "shared") for _ in range(2)]
     assert [process.wait(900) for process in both] == [0, 0]
     table = pd.read_parquet(tmp_path / "shared" / "results.parquet")
@@ -283,7 +261,7 @@ def test_two_processes_share_the_work(file: Path, expected: pd.DataFrame, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("ray") is None, reason="needs slimvlm[ray]")
-def test_ray_gives_the_same_table(file: Path, expected: pd.DataFrame, tmp_path: Path) -> None:
+def test_ray_gives_the_same_table(file, expected, tmp_path):
     table = finished(file, tmp_path / "ray", "--engine", "ray", "--workers", "2")
     pd.testing.assert_frame_equal(stable(table), expected)
     assert len(done_in(tmp_path / "ray")) == NUM_STAGES
