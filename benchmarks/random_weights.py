@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from slimvlm.models.classes import empty_model
+from slimvlm.models.load import empty_model
 
 
 def write_random(config: PreTrainedConfig, out: Path) -> int:

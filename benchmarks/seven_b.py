@@ -32,7 +32,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 import slimvlm as sv
 from random_weights import write_random
-from slimvlm.models.classes import empty_model
+from slimvlm.models.load import empty_model
 
 IMAGE_TOKEN, PICTURE_TOKENS, TEXT_TOKENS, ANSWER_TOKENS = 32000, 576, 64, 32
 RATIO = 0.3

@@ -41,8 +41,7 @@ import slimvlm as sv
 from own_process import card_peak, measured
 from shapes import GEMMA, QWEN
 from slimvlm.core.options import CompressConfig, MemoryOptions, PruneConfig
-from slimvlm.models.classes import auto_class
-from slimvlm.models.load import resolve
+from slimvlm.models.load import auto_class, resolve
 from slimvlm.runs.tables import as_markdown
 from slimvlm.runs.verbs import prune
 
@@ -122,11 +121,11 @@ PARTS = {
     "inputs": ("slimvlm.pruning.walk.streams", "Streams", "keep_inputs"),
     "moments": ("slimvlm.pruning.walk.streams", "Streams", "moments"),
     "states": ("slimvlm.pruning.walk.streams", "Streams", "pass_on"),
-    "choice": ("slimvlm.pruning.walk.layer", "removal_order"),
-    "refit": ("slimvlm.pruning.walk.layer", "refit"),
-    "confirmation": ("slimvlm.pruning.walk.layer", "confirmed"),
+    "choice": ("slimvlm.pruning.walk.engine", "removal_order"),
+    "refit": ("slimvlm.pruning.walk.engine", "refit"),
+    "confirmation": ("slimvlm.pruning.walk.engine", "confirmed"),
     "trial": ("slimvlm.pruning.walk.engine", "cheapest_plan"),
-    "local distillation": ("slimvlm.pruning.walk.layer", "distil_"),
+    "local distillation": ("slimvlm.pruning.walk.engine", "distil_"),
     "held-out samples": ("slimvlm.runs.compress", "_measure"),
     "writing": ("slimvlm.runs.compress", "save"),
     "loading": ("slimvlm.runs.stages", "load_original"),

@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 from transformers import PreTrainedModel
 
-from slimvlm.models.classes import auto_class
+from slimvlm.models.load import auto_class
 
 # transformers 5.24 reads this of the output of Llama 4's language model, which does not have it
 hf.modeling_outputs.MoeCausalLMOutputWithPast.image_outputs = None

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import slimvlm as sv
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError
-from slimvlm.models.classes import auto_class
+from slimvlm.models.load import auto_class
 from slimvlm.models.parts import Parts, text_config_of
 from tests import tiny
 from tests.handmade import assert_equal, assert_untouched, logits, random_scores, snapshot

@@ -17,9 +17,9 @@ import slimvlm as sv
 from slimvlm.core.documents import built
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError, SlimError
 from slimvlm.models.anatomy import Anatomy, read_anatomy
-from slimvlm.models.classes import auto_class
 from slimvlm.models.families import BACKBONES
 from slimvlm.models.families import FAMILIES as ROWS
+from slimvlm.models.load import auto_class
 from slimvlm.models.parts import Parts, text_config_of
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.mask import mask_

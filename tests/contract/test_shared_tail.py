@@ -6,7 +6,7 @@ import transformers as hf
 
 from slimvlm.core.errors import ImpossiblePlanError, UnsupportedModelError
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.classes import auto_class, empty_model
+from slimvlm.models.load import auto_class, empty_model
 from slimvlm.models.parts import text_config_of
 from slimvlm.planning.make import make_plan
 from slimvlm.pruning.cut import prune_

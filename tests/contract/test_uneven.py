@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError, ReloadError
 from slimvlm.models import modeling_pruned
 from slimvlm.models.anatomy import Anatomy, read_anatomy
-from slimvlm.models.classes import auto_class
-from slimvlm.models.load import anatomy, load
+from slimvlm.models.load import anatomy, auto_class, load
 from slimvlm.models.parts import backbone_of, text_config_of
 from slimvlm.planning.mask import mask_
 from slimvlm.planning.plan import Plan

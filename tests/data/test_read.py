@@ -17,11 +17,10 @@ from pyarrow import parquet
 
 from slimvlm.cli import main
 from slimvlm.core.errors import ConfigError, DataError
-from slimvlm.data import rows
+from slimvlm.data import read
 from slimvlm.data.chat import encode_samples, length_of
-from slimvlm.data.images import find_image, identifying_bytes, open_image
 from slimvlm.data.read import Limit, estimated_length, fitted, load_samples, subset
-from slimvlm.data.samples import Sample
+from slimvlm.data.samples import Sample, find_image, identifying_bytes, open_image
 from slimvlm.models.load import load_config
 from slimvlm.models.parts import context_of
 from tests.tiny_folder import folder, picture, processor, turn
@@ -479,11 +478,11 @@ def test_kinds_that_stand_apart_are_read_in_step(kinds, name, home):
 def test_each_line_is_parsed_once(kinds, home, monkeypatch):
     """Unless the file is too large to keep its rows."""
     path, parsed = stored(home, kinds, "data.jsonl"), list[str]()
-    parse = rows.parse_json
-    monkeypatch.setattr(rows, "parse_json", lambda text: parsed.append(text) or parse(text))
+    parse = read.parse_json
+    monkeypatch.setattr(read, "parse_json", lambda text: parsed.append(text) or parse(text))
     samples = load_samples(path, home, warn=lambda line: None)
     assert len(parsed) == len(kinds)
-    monkeypatch.setattr(rows, "KEPT_BYTES", 0)
+    monkeypatch.setattr(read, "KEPT_BYTES", 0)
     assert load_samples(path, home, warn=lambda line: None) == samples
     assert len(parsed) > 2 * len(kinds)
 

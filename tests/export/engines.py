@@ -25,16 +25,14 @@ from PIL import Image, ImageOps
 from slimvlm.core.errors import ConfigError, ReloadError
 from slimvlm.core.options import OutType, Workload
 from slimvlm.data import chat
-from slimvlm.data.images import open_image
-from slimvlm.data.samples import Question
+from slimvlm.data.samples import Question, open_image
 from slimvlm.evaluation.ask import answer
 from slimvlm.evaluation.bench import Bench, Side, Timing, in_turn, random_prompts, summarised
 from slimvlm.export.gguf import export_gguf, write_backbone
 from slimvlm.export.serving import GGUF_PICTURES
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.classes import empty_model, is_quantized
 from slimvlm.models.cost import BYTES, kv_cache_bytes_per_token, weight_bytes
-from slimvlm.models.load import load, load_config, resolve
+from slimvlm.models.load import empty_model, is_quantized, load, load_config, resolve
 from slimvlm.models.parts import context_of, family_of
 
 MAX_LENGTH = 2048

@@ -8,7 +8,7 @@ import torch
 import transformers as hf
 from transformers import PreTrainedModel
 
-from slimvlm.models.classes import auto_class
+from slimvlm.models.load import auto_class
 from slimvlm.models.parts import text_config_of
 from tests import tiny, tiny_folder
 from tests.tiny import QWEN_IDS

@@ -13,11 +13,10 @@ import slimvlm as sv
 from slimvlm.core.options import CompressConfig, RecoverConfig
 from slimvlm.core.progress import silent
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.classes import auto_class
 from slimvlm.models.cost import release_memory, weight_bytes
+from slimvlm.models.load import auto_class
 from slimvlm.pruning.walk.distil import LocalSteps
-from slimvlm.pruning.walk.engine import WalkConfig
-from slimvlm.pruning.walk.layer import Steps
+from slimvlm.pruning.walk.engine import Steps, WalkConfig
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.pruning.walk.walk import plans_for, states_bytes, walk
 from slimvlm.runs.advise import dry_run, dry_run_rows

@@ -11,7 +11,7 @@ from torch import Tensor
 import slimvlm as sv
 from slimvlm.models.load import load
 from slimvlm.training.teacher import share_
-from slimvlm.training.trainable import prepare_training
+from slimvlm.training.trainer import prepare_training
 from tests import tiny_folder as folders
 from tests.handmade import plan_by_hand
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedModel
 
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.classes import auto_class
+from slimvlm.models.load import auto_class
 from slimvlm.models.parts import text_config_of
 from slimvlm.planning.make import make_plan
 from slimvlm.pruning.cut import prune_

@@ -12,7 +12,7 @@ from slimvlm.runs import cost as module
 from slimvlm.runs.compress import request_of
 from slimvlm.runs.cost import Cost, Sizes, cost, kept_bytes, learning_params, stage_flops
 from slimvlm.runs.request import resolved
-from slimvlm.training.trainable import prepare_training
+from slimvlm.training.trainer import prepare_training
 from tests import tiny
 from tests import tiny_folder as folders
 

@@ -19,8 +19,7 @@ import slimvlm as sv
 from slimvlm.cli import main
 from slimvlm.core.errors import ConfigError, DataError, InUseError, NumericalError
 from slimvlm.core.files import held
-from slimvlm.models.classes import auto_class
-from slimvlm.models.load import load
+from slimvlm.models.load import auto_class, load
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_

@@ -31,7 +31,7 @@ from slimvlm.models.parts import Parts
 from slimvlm.pruning.cut import prune_
 from slimvlm.runs.cost import optimizer_steps
 from slimvlm.training import recover as recovery
-from slimvlm.training import trainable
+from slimvlm.training import trainer
 from slimvlm.training.recover import recover
 from tests import tiny
 from tests import tiny_folder as folders
@@ -145,7 +145,7 @@ def test_lora_leaves_nothing_behind(monkeypatch):
     student, teacher, processor = models()
     batch = chat.encode_samples(processor, SAMPLES[:2])
     seen: list[Tensor] = []
-    honest = trainable.merge
+    honest = trainer.merge
 
     def listening(adapted, *others):
         adapted.eval()
@@ -583,7 +583,7 @@ def test_a_kept_adapter_on_the_pruned_model_is_the_merged_one(kind, tmp_path):
 
 def test_an_adapter_holds_modules_alone():
     with pytest.raises(ConfigError, match=r"hold the parameter 'model\.image_newline'"):
-        trainable.require_adapter_holds_all(tiny.build("llava_next"))
+        trainer.require_adapter_holds_all(tiny.build("llava_next"))
 
 
 def test_the_more_was_pruned_the_larger_are_the_steps(monkeypatch):

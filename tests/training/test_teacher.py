@@ -25,7 +25,7 @@ from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.tokens import token_ids_of, trimmed_processor
 from slimvlm.training.recover import History, recover
 from slimvlm.training.teacher import plan_fits, seeing_once, share_
-from slimvlm.training.trainable import plain_model, prepare_training
+from slimvlm.training.trainer import plain_model, prepare_training
 from tests import tiny, tiny_words
 from tests import tiny_folder as folders
 from tests.handmade import logits, plan_by_hand, random_scores

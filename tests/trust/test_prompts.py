@@ -10,8 +10,7 @@ import pytest
 import yaml
 
 from slimvlm.core.errors import ConfigError, DataError, SlimError
-from slimvlm.data.read import load_samples
-from slimvlm.data.rows import read_rows
+from slimvlm.data.read import load_samples, read_rows
 from slimvlm.data.samples import Question
 from slimvlm.evaluation.ask import AnswerLog
 from slimvlm.evaluation.tasks import TaskRow, read_task
@@ -161,7 +160,7 @@ def test_a_readme_leads_nowhere(pattern, tmp_path):
 
 
 def test_a_line_above_the_limit_is_a_broken_row(tmp_path, monkeypatch):
-    monkeypatch.setattr("slimvlm.data.rows.MAX_LINE_BYTES", 300)
+    monkeypatch.setattr("slimvlm.data.read.MAX_LINE_BYTES", 300)
     good, path = json.dumps({"messages": TURNS}), tmp_path / "data.jsonl"
     long = json.dumps({"messages": TURNS, "note": "x" * 1000})
     path.write_text(f"{good}\n{long}\n{good}\n{long}")

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from slimvlm.core.errors import ConfigError, SlimError
-from slimvlm.data import templates
+from slimvlm.data import chat
 from slimvlm.data.chat import render
 from tests import tiny_folder as folders
 
@@ -59,7 +59,7 @@ def rendered(template: str) -> str:
 
 @pytest.mark.parametrize("name", [*HOSTILE, *ESCAPES])
 def test_what_goes_on_fills_the_memory_or_escapes_is_refused_in_one_line(name, monkeypatch):
-    monkeypatch.setattr(templates, "MAX_SECONDS", 0.3)
+    monkeypatch.setattr(chat, "MAX_SECONDS", 0.3)
     start = time.monotonic()
     error, words = (
         (ConfigError, "its chat template") if name in HOSTILE else (SlimError, "chat tem")

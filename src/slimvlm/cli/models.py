@@ -168,8 +168,7 @@ def export(
         return
     from slimvlm.export import serving
     from slimvlm.models.anatomy import read_anatomy
-    from slimvlm.models.classes import empty_model, is_quantized
-    from slimvlm.models.load import load_config
+    from slimvlm.models.load import empty_model, is_quantized, load_config
 
     config = load_config(model)
     found = serving.check(read_anatomy(empty_model(config)), check, is_quantized(config))

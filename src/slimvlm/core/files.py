@@ -71,10 +71,7 @@ def require_ours(path: Path) -> None:
     if not path.is_dir() or not any(path.iterdir()):
         return
     for name, mark in MARKS.items():
-        with (
-            suppress(OSError),
-            (path / name).open(encoding="utf-8", errors="replace") as opened,
-        ):
+        with suppress(OSError), (path / name).open(encoding="utf-8", errors="replace") as opened:
             if mark in opened.read(2**22):
                 return
     raise ConfigError(

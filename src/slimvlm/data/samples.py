@@ -1,4 +1,4 @@
-"""Conversations, questions and tasks as plain values.
+"""Conversations, questions and tasks as plain values, and their pictures.
 
 Data files become `Sample`s (:mod:`slimvlm.data.read`), benchmarks become `Task`s
 (:mod:`slimvlm.evaluation.tasks`).
@@ -6,12 +6,15 @@ Data files become `Sample`s (:mod:`slimvlm.data.read`), benchmarks become `Task`
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL.Image import Image
+from PIL import Image
+
+from slimvlm.core.errors import DataError
 
 Message = dict[str, Any]
 """One turn in Hugging Face chat form: ``{"role": "user", "content": [{"type": "image"}, {"type":
@@ -31,7 +34,7 @@ class Sample:
 
     id: str
     messages: tuple[Message, ...]
-    images: tuple[Image | Path, ...] = ()
+    images: tuple[Image.Image | Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Question:
     id: str
     prompt: str
     answers: tuple[str, ...]
-    images: tuple[Image | Path, ...] = ()
+    images: tuple[Image.Image | Path, ...] = ()
     choices: tuple[str, ...] = ()
     group: str = ""
 
@@ -80,3 +83,95 @@ class Task:
     like: str = ""
     in_average: bool = True
     by_likelihood: bool = False
+
+
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""Formats that are decoded. Others are refused: some of Pillow's decoders start programs."""
+
+MAX_PIXELS = 89_478_485
+"""Larger pictures are refused unread: decoded, they take more than 256 MiB (Pillow's own limit)."""
+
+MAX_ASPECT = 200
+"""The longer side over the shorter one; processors that keep the shape fail beyond it."""
+
+_GLANCE = (64, 64)
+
+
+def open_image(image: Image.Image | Path) -> Image.Image:
+    """Load a picture as RGB; raise a `DataError` if it is broken, cut off or too large."""
+    try:
+        if isinstance(image, Path):
+            return _decoded(image)
+        content = _file_of(image)
+        return image.convert("RGB") if content is None else _decoded(io.BytesIO(content))
+    except Exception as error:  # decoders raise almost anything when a file is broken
+        raise DataError(f"image {str(image)!r}: cannot be read ({error})") from error
+
+
+def identifying_bytes(image: Image.Image | Path, may_move: bool = False) -> bytes:
+    """Identify a picture by its content, or by the place, date and size of its file.
+
+    With ``may_move`` a file counts as the same in another folder and with another date.
+    """
+    if isinstance(image, Path):
+        stat = image.stat()
+        place = image.name if may_move else f"{image} {stat.st_mtime_ns}"
+        return f"{place} {stat.st_size}".encode()
+    return f"{image.mode} {image.size}".encode() + (_file_of(image) or image.tobytes())
+
+
+def _file_of(image: Image.Image) -> bytes | None:
+    """Return the encoded file of a lazy picture, which must not be decoded in place."""
+    source = getattr(image, "fp", None)
+    return source.getvalue() if isinstance(source, io.BytesIO) else None
+
+
+def find_image(source: Any, name: str, root: Path) -> Image.Image | Path:
+    """Return a picture, or its path below ``root``, after decoding it as a check.
+
+    ``source`` is a picture, a path, or a dict with ``bytes`` or ``path``. A link must not lead out
+    of ``root``.
+    """
+    if isinstance(source, Image.Image):
+        return source
+    content = source.get("bytes") if isinstance(source, dict) else None
+    try:
+        if isinstance(content, bytes) and content:
+            _decoded(io.BytesIO(content), glance=True)
+            return Image.open(io.BytesIO(content), formats=FORMATS)
+        path = _path_below(source.get("path") if isinstance(source, dict) else source, root)
+        _decoded(path, glance=True)
+    except DataError as error:
+        raise DataError(f"sample {name!r}: {error}") from error
+    except Exception as error:
+        raise DataError(f"sample {name!r}: image cannot be read ({error})") from error
+    return path
+
+
+def _path_below(source: Any, root: Path) -> Path:
+    if not isinstance(source, str):
+        raise DataError("image must be a path or a picture")
+    shown = repr(source if len(source) < 100 else f"{source[:100]}...")
+    try:
+        path = (root / source).resolve()
+        is_file = path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(f"image {shown} is not a path ({error})") from error
+    if not path.is_relative_to(root.resolve()):
+        raise DataError(f"image {shown} lies outside {str(root)!r}")
+    if not is_file:
+        raise DataError(f"image {shown} not found in {str(root)!r}")
+    return path
+
+
+def _decoded(source: Path | io.BytesIO, glance: bool = False) -> Image.Image:
+    """Decode a picture as RGB. With ``glance`` check its shape, and decode a JPEG at small size."""
+    with Image.open(source, formats=FORMATS) as opened:
+        size = f"{opened.width} x {opened.height} pixels"
+        if opened.width * opened.height > MAX_PIXELS:
+            raise ValueError(f"{size}; at most {MAX_PIXELS:,} are read")
+        if glance:
+            if max(opened.size) > MAX_ASPECT * min(opened.size):
+                raise ValueError(f"{size}; one side may be {MAX_ASPECT} times the other")
+            opened.draft("RGB", _GLANCE)
+        return opened.convert("RGB")

@@ -20,8 +20,7 @@ from slimvlm.core.files import explained, file_name
 from slimvlm.core.progress import progress, steps
 from slimvlm.core.requests import digest
 from slimvlm.data import chat
-from slimvlm.data.images import identifying_bytes
-from slimvlm.data.samples import Question, Task
+from slimvlm.data.samples import Question, Task, identifying_bytes
 from slimvlm.evaluation import metrics
 from slimvlm.evaluation.bench import stored_bytes, times_of
 from slimvlm.evaluation.predictions import answer_losses

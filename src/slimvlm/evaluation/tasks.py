@@ -14,9 +14,8 @@ from pydantic import Field
 
 from slimvlm.core.documents import built, read_yaml
 from slimvlm.core.errors import ConfigError, DataError, shortened
-from slimvlm.data.images import find_image
-from slimvlm.data.rows import read_rows
-from slimvlm.data.samples import Question, Task
+from slimvlm.data.read import read_rows
+from slimvlm.data.samples import Question, Task, find_image
 from slimvlm.evaluation.metrics import LIKELIHOODS, metric_named
 
 

@@ -21,8 +21,7 @@ from slimvlm.core.options import OutType
 from slimvlm.export import llama_cpp
 from slimvlm.export.serving import GGUF_PICTURES, Finding, check
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.classes import empty_model, is_quantized
-from slimvlm.models.load import folder_of, load, load_config, resolve
+from slimvlm.models.load import empty_model, folder_of, is_quantized, load, load_config, resolve
 from slimvlm.models.parts import Parts, family_of, text_config_of
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.save import PLAN_FILE

@@ -22,12 +22,14 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 from slimvlm.core.errors import ConfigError, ReloadError
 from slimvlm.core.files import mark_checkpoint, new_folder, require_free
 from slimvlm.evaluation.bench import stored_bytes
-from slimvlm.models.classes import class_of, empty_model, is_quantized
 from slimvlm.models.cost import free_memory
 from slimvlm.models.files import unreadable
 from slimvlm.models.load import (
+    class_of,
     device_named,
+    empty_model,
     folder_of,
+    is_quantized,
     load_config,
     load_processor,
     require_buildable,

@@ -118,10 +118,7 @@ class Backbone:
     can_be_uneven: bool = True  # whether `modeling_pruned.py` can cut layers to different widths
 
 
-_PHI_ATTENTION = (
-    *_SPLIT_ATTENTION[:3],
-    Projection("self_attn.dense", INPUT_COLUMNS, ("query",)),
-)
+_PHI_ATTENTION = (*_SPLIT_ATTENTION[:3], Projection("self_attn.dense", INPUT_COLUMNS, ("query",)))
 _PLAIN_MLP = (
     Projection("mlp.fc1", OUTPUT_ROWS, ("neuron",)),
     Projection("mlp.fc2", INPUT_COLUMNS, ("neuron",)),
@@ -199,11 +196,7 @@ BACKBONES: dict[str, Backbone] = {
     "mistral": Backbone(),
     "qwen2": _WITH_LAYER_TYPES,
     "qwen3": _WITH_LAYER_TYPES,
-    "phi": Backbone(
-        attention=_PHI_ATTENTION,
-        mlp=_PLAIN_MLP,
-        final_norm="final_layernorm",
-    ),
+    "phi": Backbone(attention=_PHI_ATTENTION, mlp=_PLAIN_MLP, final_norm="final_layernorm"),
     "phi3": Backbone(attention=_FUSED_ATTENTION, mlp=_FUSED_GATED_MLP),
     "gemma": Backbone(),
     "gemma2": _WITH_DIVIDING_HEADS,
@@ -253,10 +246,7 @@ BACKBONES: dict[str, Backbone] = {
     "glm_ocr_text": Backbone(mlp=_FUSED_GATED_MLP),
     "paddleocr_vl_text": Backbone(),
     "glm4v_text": Backbone(mlp=_FUSED_GATED_MLP, head_rule="fixed"),
-    "mllama_text_model": Backbone(
-        head_rule="fixed",
-        layer_indices=("cross_attention_layers",),
-    ),
+    "mllama_text_model": Backbone(head_rule="fixed", layer_indices=("cross_attention_layers",)),
     "llama4_text": Backbone(
         mlp=_TRANSPOSED_AND_SHARED_NEURONS,
         experts=Experts(
@@ -280,10 +270,7 @@ BACKBONES: dict[str, Backbone] = {
         layer_lists=("layer_types",),
         width_fields={"block_auto_adjust_ff_dim": False},
     ),
-    "molmo2_text": Backbone(
-        layer_indices=("rope_scaling_layers",),
-        live_lists=("rope_types",),
-    ),
+    "molmo2_text": Backbone(layer_indices=("rope_scaling_layers",), live_lists=("rope_types",)),
     "kosmos_2_5_text_model": Backbone(
         attention=_OUT_PROJ_ATTENTION,
         mlp=(),
@@ -327,19 +314,11 @@ _ONLY_INSIDE = (
 )
 """Types of language models that transformers offers as a part of another model only."""
 
-_LLAVA = Family(
-    vision="model.vision_tower",
-    projector=("model.multi_modal_projector",),
-)
+_LLAVA = Family(vision="model.vision_tower", projector=("model.multi_modal_projector",))
 _IDEFICS = Family(
-    backbone="model.text_model",
-    vision="model.vision_model",
-    projector=("model.connector",),
+    backbone="model.text_model", vision="model.vision_model", projector=("model.connector",)
 )
-_QWEN_VL = Family(
-    vision="model.visual",
-    projector=("model.visual.merger",),
-)
+_QWEN_VL = Family(vision="model.visual", projector=("model.visual.merger",))
 _QWEN3_VL = Family(
     vision="model.visual",
     projector=("model.visual.merger", "model.visual.deepstack_merger_list"),
@@ -352,8 +331,7 @@ _GEMMA = Family(
     caps_logits=True,
 )
 _ANYRES = Family(
-    vision="model.vision_tower",
-    projector=("model.multi_modal_projector", "model.image_newline"),
+    vision="model.vision_tower", projector=("model.multi_modal_projector", "model.image_newline")
 )
 
 FAMILIES: dict[str, Family] = {
@@ -391,18 +369,9 @@ FAMILIES: dict[str, Family] = {
         projector=("model.connector",),
         fixed_neurons=True,
     ),
-    "deepseek_vl": Family(
-        vision="model.vision_model",
-        projector=("model.aligner",),
-    ),
-    "video_llama_3": Family(
-        vision="model.vision_model",
-        projector=("model.projector",),
-    ),
-    "ovis2": Family(
-        vision="model.vision_tower",
-        projector=("model.visual_embeddings_table",),
-    ),
+    "deepseek_vl": Family(vision="model.vision_model", projector=("model.aligner",)),
+    "video_llama_3": Family(vision="model.vision_model", projector=("model.projector",)),
+    "ovis2": Family(vision="model.vision_tower", projector=("model.visual_embeddings_table",)),
     "phi4_multimodal": Family(
         backbone="model",
         vision="model.embed_tokens_extend",
@@ -412,10 +381,7 @@ FAMILIES: dict[str, Family] = {
         ),
         text_config=None,
     ),
-    "mllama": Family(
-        vision="model.vision_model",
-        projector=("model.multi_modal_projector",),
-    ),
+    "mllama": Family(vision="model.vision_model", projector=("model.multi_modal_projector",)),
     "llama4": Family(
         backbone="language_model.model",
         head="language_model.lm_head",

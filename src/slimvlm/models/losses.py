@@ -185,10 +185,7 @@ def by_chunks(part: Callable[..., Tensor], *rows: Tensor, share: int = 1) -> Ten
 
 
 def hidden_l2(
-    student: Hidden,
-    teacher: Hidden,
-    mask: Mask | None = None,
-    reduction: Reduction = "token_mean",
+    student: Hidden, teacher: Hidden, mask: Mask | None = None, reduction: Reduction = "token_mean"
 ) -> Float[Tensor, ""]:
     """Compute the squared distance of hidden states, a mean over channels and positions that count.
 
@@ -203,10 +200,7 @@ def hidden_l2(
 
 
 def hidden_cosine(
-    student: Hidden,
-    teacher: Hidden,
-    mask: Mask | None = None,
-    reduction: Reduction = "token_mean",
+    student: Hidden, teacher: Hidden, mask: Mask | None = None, reduction: Reduction = "token_mean"
 ) -> Float[Tensor, ""]:
     """Compute ``1 - cos`` of hidden states, averaged over the positions that count.
 

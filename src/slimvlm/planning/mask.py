@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.models.anatomy import Anatomy, channels_of, read_anatomy, unit_of
-from slimvlm.models.classes import require_undivided
 from slimvlm.models.families import INPUT_COLUMNS, Projection
 from slimvlm.models.hidden import layer_input
+from slimvlm.models.load import require_undivided
 from slimvlm.models.parts import Parts, layer_matrices
 from slimvlm.planning.plan import Kept, Plan
 

@@ -13,11 +13,11 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 from transformers import PreTrainedModel
 
-from slimvlm.models.classes import auto_class, is_uneven
 from slimvlm.models.files import file_if_reachable
+from slimvlm.models.load import auto_class, is_uneven
 from slimvlm.models.parts import Parts, text_config_of
 from slimvlm.planning.plan import Plan
-from slimvlm.pruning.config import MULTI_TOKEN_FIELDS
+from slimvlm.pruning.cut import MULTI_TOKEN_FIELDS
 from slimvlm.pruning.layout import layout_of
 
 CARD_FILE = "README.md"

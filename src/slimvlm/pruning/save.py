@@ -24,18 +24,18 @@ from slimvlm.data.chat import tokenizer_of
 from slimvlm.data.samples import Message, Sample
 from slimvlm.models import modeling_pruned
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.classes import (
+from slimvlm.models.cost import free_memory
+from slimvlm.models.files import write_weights
+from slimvlm.models.hidden import evaluating
+from slimvlm.models.load import (
     auto_class,
     auto_map_of,
     empty_model,
     is_quantized,
     is_uneven,
+    load_processor,
     set_class_,
 )
-from slimvlm.models.cost import free_memory
-from slimvlm.models.files import write_weights
-from slimvlm.models.hidden import evaluating
-from slimvlm.models.load import load_processor
 from slimvlm.models.losses import CHUNK
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.card import CardFacts, write_card

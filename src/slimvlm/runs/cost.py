@@ -19,9 +19,8 @@ from transformers import PreTrainedConfig
 from slimvlm.core.options import CalibrationConfig, RecoverConfig, Train
 from slimvlm.evaluation.tasks import builtin_tasks
 from slimvlm.models.anatomy import Anatomy, read_anatomy
-from slimvlm.models.classes import empty_model
 from slimvlm.models.cost import BYTES, free_memory, weight_bytes
-from slimvlm.models.load import computes_bfloat16, default_device, load_config
+from slimvlm.models.load import computes_bfloat16, default_device, empty_model, load_config
 from slimvlm.models.losses import rows_at_once
 from slimvlm.models.parts import Parts, text_config_of
 from slimvlm.pruning.walk.distil import PASSES

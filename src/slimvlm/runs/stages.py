@@ -22,10 +22,9 @@ from transformers import PreTrainedModel
 from slimvlm.core.options import Axis, DataConfig, part_of
 from slimvlm.core.progress import Say, progress, silent
 from slimvlm.core.requests import digest
-from slimvlm.data.images import identifying_bytes
 from slimvlm.data.read import estimated_length, load_samples
 from slimvlm.data.roles import IGNORE
-from slimvlm.data.samples import Sample
+from slimvlm.data.samples import Sample, identifying_bytes
 from slimvlm.evaluation.lmms import evaluate_all
 from slimvlm.evaluation.predictions import Predictions, predictions_of
 from slimvlm.evaluation.results import Result
@@ -34,11 +33,10 @@ from slimvlm.models.hidden import evaluating, head_weights_of
 from slimvlm.models.load import anatomy, load_as, load_config, load_processor, resolve
 from slimvlm.models.parts import context_of
 from slimvlm.planning.plan import Plan
-from slimvlm.pruning.config import lost_heads
+from slimvlm.pruning.cut import lost_heads
 from slimvlm.pruning.tokens import trimmed_processor
 from slimvlm.pruning.walk.distil import LocalSteps
-from slimvlm.pruning.walk.engine import WalkConfig
-from slimvlm.pruning.walk.layer import Steps
+from slimvlm.pruning.walk.engine import Steps, WalkConfig
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.pruning.walk.walk import plans_for
 from slimvlm.pruning.walk.walk import walk as walk_layers

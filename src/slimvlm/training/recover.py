@@ -23,25 +23,29 @@ from slimvlm.core.files import explained, write_text
 from slimvlm.core.options import HIDDEN_LOSSES, RecoverConfig
 from slimvlm.core.processes import is_first_rank, num_ranks
 from slimvlm.core.progress import stage, to_log
-from slimvlm.core.requests import (
-    asked,
-    digest,
-    note_request,
-    noted_request,
-    require_same_request,
-)
+from slimvlm.core.requests import asked, digest, note_request, noted_request, require_same_request
 from slimvlm.data.read import subset
 from slimvlm.data.samples import Sample
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.classes import require_full_precision, require_undivided
 from slimvlm.models.cost import release_memory
 from slimvlm.models.hidden import is_sharded
-from slimvlm.models.load import computes_bfloat16, digest_of_weights, load_processor
+from slimvlm.models.load import (
+    computes_bfloat16,
+    digest_of_weights,
+    load_processor,
+    require_full_precision,
+    require_undivided,
+)
 from slimvlm.models.losses import layer_map
 from slimvlm.planning.plan import Plan
 from slimvlm.training.teacher import plan_fits, seeing_once, share_
-from slimvlm.training.trainable import (
+from slimvlm.training.trainer import (
+    TRAINED_FILE,
+    Collator,
+    DistillationTrainer,
+    learning_parameters,
     merge,
+    num_workers,
     old_names_allowed,
     prepare_training,
     projector_in_every_graph,
@@ -49,13 +53,6 @@ from slimvlm.training.trainable import (
     save_adapter,
     training_precision,
     without_autocast,
-)
-from slimvlm.training.trainer import (
-    TRAINED_FILE,
-    Collator,
-    DistillationTrainer,
-    learning_parameters,
-    num_workers,
 )
 
 RATE, RATE_OF_ALL = 2e-4, 4e-4

@@ -24,7 +24,7 @@ from slimvlm.models.families import INPUT_COLUMNS, OUTPUT_ROWS
 from slimvlm.models.hidden import replaced_forward
 from slimvlm.models.parts import Parts
 from slimvlm.planning.plan import Plan
-from slimvlm.training.trainable import plain_model
+from slimvlm.training.trainer import plain_model
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,11 @@ from transformers import PreTrainedModel
 
 from slimvlm.core.errors import UnsupportedModelError
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.classes import auto_class
-from slimvlm.models.load import load
+from slimvlm.models.load import auto_class, load
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.save import prune_checkpoint, save
 from slimvlm.pruning.walk.distil import LocalSteps
-from slimvlm.pruning.walk.engine import WalkConfig
-from slimvlm.pruning.walk.layer import LayerWalk, Steps
+from slimvlm.pruning.walk.engine import LayerWalk, Steps, WalkConfig
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.pruning.walk.walk import plans_for, walk, walk_, walk_checkpoint
 from slimvlm.scoring.layerwise import stores

@@ -11,13 +11,12 @@ from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError, DataError, NumericalError
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.classes import auto_class
+from slimvlm.models.load import auto_class
 from slimvlm.models.parts import Parts
 from slimvlm.planning.make import make_plan, width_candidates
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.walk.distil import LocalSteps
-from slimvlm.pruning.walk.engine import WalkConfig
-from slimvlm.pruning.walk.layer import Steps
+from slimvlm.pruning.walk.engine import Steps, WalkConfig
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.pruning.walk.streams import PREFIX, Streams
 from slimvlm.pruning.walk.walk import walk, walk_

@@ -18,9 +18,8 @@ from slimvlm.core.errors import (
     SlimError,
     one_line,
 )
-from slimvlm.models.classes import empty_model
 from slimvlm.models.files import write_weights
-from slimvlm.models.load import load
+from slimvlm.models.load import empty_model, load
 from slimvlm.pruning.layout import write_processor
 from slimvlm.pruning.save import probe
 from slimvlm.scoring.layerwise.checkpoint import open_checkpoint

@@ -15,9 +15,13 @@ from slimvlm.core.files import require_free
 from slimvlm.core.progress import Say, silent
 from slimvlm.core.requests import digest
 from slimvlm.models.anatomy import WIDTH_UNITS, Anatomy, read_anatomy
-from slimvlm.models.classes import require_full_precision, require_undivided
 from slimvlm.models.hidden import device_of, evaluating
-from slimvlm.models.load import device_named, digest_of_tensors
+from slimvlm.models.load import (
+    device_named,
+    digest_of_tensors,
+    require_full_precision,
+    require_undivided,
+)
 from slimvlm.models.parts import shares_keys, text_config_of
 from slimvlm.planning.make import make_plan, width_candidates
 from slimvlm.planning.mask import require_match
@@ -26,8 +30,7 @@ from slimvlm.pruning.cut import require_expressible
 from slimvlm.pruning.repair import RIDGE
 from slimvlm.pruning.save import prune_checkpoint
 from slimvlm.pruning.walk.distil import LocalSteps
-from slimvlm.pruning.walk.engine import Walk, WalkConfig, aims_at_original
-from slimvlm.pruning.walk.layer import Steps
+from slimvlm.pruning.walk.engine import Steps, Walk, WalkConfig, aims_at_original
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.pruning.walk.streams import Streams
 from slimvlm.scoring.batches import Batch, TokenWeights, frozen

@@ -20,7 +20,7 @@ from markupsafe import escape
 from PIL import Image
 
 from slimvlm.core.progress import progress
-from slimvlm.data.images import open_image
+from slimvlm.data.samples import open_image
 from slimvlm.evaluation.compare import CHANGES, RIGHT, Change, Comparison, Pair
 from slimvlm.evaluation.metrics import signed
 from slimvlm.runs.report.read import Record, read_record

@@ -17,9 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError
-from slimvlm.models.classes import empty_model, require_full_precision
 from slimvlm.models.files import Origin, origins_in_files, unreadable, weight_files
-from slimvlm.models.load import folder_of, load_config
+from slimvlm.models.load import empty_model, folder_of, load_config, require_full_precision
 from slimvlm.models.parts import Parts
 
 _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
