@@ -34,7 +34,7 @@ import slimvlm as sv
 from retention import spread
 from slimvlm.core.files import write_text
 from slimvlm.data.samples import Sample
-from slimvlm.evaluation.predictions import predictions_of
+from slimvlm.evaluation.on_data import predictions_of
 from slimvlm.evaluation.results import Result
 from slimvlm.models.load import computes_bfloat16, default_device
 from slimvlm.planning.plan import Plan

@@ -67,10 +67,9 @@ def code_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def unhurried() -> Iterator[None]:
     """Times and speeds are not measured, which takes longer than the tiny models' answers."""
     from slimvlm.evaluation import bench
-    from slimvlm.evaluation.bench import Timing
     from slimvlm.runs import cost
 
-    runs = [Timing(2.0, (1.0,)), Timing(2.5, (1.0,))]
+    runs = [(2.0, 1.0), (2.5, 1.0)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "timed_runs", lambda models, *_: [runs for _ in models])
         patch.setattr(cost, "device_flops", lambda *_: 1e9)

@@ -13,8 +13,7 @@ from slimvlm import evaluate_data
 from slimvlm.core.errors import ConfigError, DataError, NumericalError
 from slimvlm.data.chat import encode_samples
 from slimvlm.data.samples import Sample
-from slimvlm.evaluation.on_data import DataResult
-from slimvlm.evaluation.predictions import Predictions, predictions_of
+from slimvlm.evaluation.on_data import DataResult, Predictions, predictions_of
 from slimvlm.models.hidden import head_weights_of
 from slimvlm.models.load import load
 from tests import tiny_folder as folders

@@ -27,7 +27,7 @@ from slimvlm.core.options import OutType, Workload
 from slimvlm.data import chat
 from slimvlm.data.samples import Question, open_image
 from slimvlm.evaluation.ask import answer
-from slimvlm.evaluation.bench import Bench, Side, Timing, in_turn, random_prompts, summarised
+from slimvlm.evaluation.bench import Bench, Run, Side, in_turn, random_prompts, summarised
 from slimvlm.export.gguf import export_gguf, write_backbone
 from slimvlm.export.serving import GGUF_PICTURES
 from slimvlm.models.anatomy import read_anatomy
@@ -321,7 +321,7 @@ class _Served:
         found: dict[str, Any] = json.loads(line)
         return found
 
-    def time(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Timing:
+    def time(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Run:
         """Let it answer a batch."""
         assert self._process.stdin is not None
         request = {"prompts": prompts, "new_tokens": new_tokens, "clock": self._clock}
@@ -330,7 +330,7 @@ class _Served:
         self.peak_bytes = came["peak_bytes"]
         first, last = (fmean(steps[at] for steps in came["seconds"]) for at in (0, -1))
         step = 1e3 * (last - first) / (new_tokens - 1)
-        return Timing(1e3 * first, (step,) * (new_tokens - 1))
+        return 1e3 * first, *[step] * (new_tokens - 1)
 
     def __enter__(self) -> "_Served":
         return self

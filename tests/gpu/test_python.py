@@ -11,8 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 import slimvlm as sv
-from slimvlm.evaluation.on_data import single_result
-from slimvlm.evaluation.predictions import Predictions, predictions_of
+from slimvlm.evaluation.on_data import Predictions, predictions_of, single_result
 from slimvlm.models.hidden import HeadWeights, head_of, head_weights_of, hidden_states
 from slimvlm.models.load import load
 from slimvlm.models.losses import CHUNK, rows_at_once

@@ -16,7 +16,6 @@ from slimvlm.core import requests
 from slimvlm.core.errors import ConfigError, NumericalError
 from slimvlm.data.read import identity_of_data
 from slimvlm.evaluation import bench
-from slimvlm.evaluation.bench import Timing
 from slimvlm.runs.study import forecast, prepared, run_study
 from slimvlm.runs.study.cache import Cache
 from slimvlm.runs.study.config import Reference, ReferenceRow
@@ -39,7 +38,7 @@ def finished(data: Path, unhurried: None, tmp_path_factory: pytest.TempPathFacto
     out = tmp_path_factory.mktemp("studies") / "finished"
     calls = count(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "timed_runs", lambda *_: [[Timing(float(next(calls)), (1.0,))]])
+        patch.setattr(bench, "timed_runs", lambda *_: [[(float(next(calls)), 1.0)]])
         run_study(study(data), out, console=QUIET)
     return out
 

@@ -23,7 +23,7 @@ from slimvlm.data import chat
 from slimvlm.data.samples import Question, Task, identifying_bytes
 from slimvlm.evaluation import metrics
 from slimvlm.evaluation.bench import stored_bytes, times_of
-from slimvlm.evaluation.predictions import answer_losses
+from slimvlm.evaluation.on_data import answer_losses
 from slimvlm.evaluation.results import Result, TaskResult
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models.hidden import as_inputs, evaluating, require_finite_values
@@ -111,7 +111,7 @@ def _score_replies(
     reached: Reached,
     batch_size: int,
 ) -> TaskResult:
-    """Score replies; batches are the same whether or not some of them are in the log."""
+    """Score replies; batches are the same whatever the log holds."""
     reply = choose if task.by_likelihood else answer
     prompts = [question.prompt for question in questions]
     for batch in batches_by_length(prompts, batch_size, task.name, reached):
@@ -120,7 +120,7 @@ def _score_replies(
             log.add(picked, reply(model, processor, picked, task.max_new_tokens))
     replies = [log.replies[question.id] for question in questions]
     score = metrics.metric_named(task.metric)
-    scores = [score(text, question) for text, question in zip(replies, questions, strict=True)]
+    scores = list(map(score, replies, questions))
     is_yes_no = task.metric == "yes_no"
     return TaskResult(
         metric=task.metric,
@@ -204,10 +204,7 @@ def with_costs(
 
 
 def with_other_pictures(questions: Sequence[Question]) -> list[Question]:
-    """Give each question with pictures those of the one half a list further on.
-
-    Where these are the same, the next question with other pictures gives its own.
-    """
+    """Give each question those of one half a list further on, or of the next that has others."""
     seeing = [question for question in questions if question.images]
     half, found = len(seeing) // 2, {}
     for i, question in enumerate(seeing):
@@ -229,15 +226,12 @@ def answer(
     inputs = as_inputs(model, chat.encode_questions(processor, questions))
     tokenizer, generator = chat.tokenizer_of(processor), cast(Any, model)
     names = shortened(", ".join(question.id for question in questions[:3]))
+    greedy = {"do_sample": False, "num_beams": 1, "pad_token_id": tokenizer.pad_token_id}
+    finite = [_Finite(f"the logits of question {names}")]
     try:
         with torch.no_grad():
             output = generator.generate(
-                **inputs,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                pad_token_id=tokenizer.pad_token_id,
-                logits_processor=[_Finite(f"the logits of question {names}")],
+                **inputs, **greedy, max_new_tokens=max_new_tokens, logits_processor=finite
             )
     except (ValueError, TypeError, LookupError) as error:
         raise ConfigError(
@@ -277,7 +271,6 @@ class _Finite(LogitsProcessor):
         self.where = where
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return the scores; minus infinity marks a token that is not allowed."""
         require_finite_values(scores.amax(-1), self.where)
         return scores
 

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,6 +30,7 @@ from slimvlm.core.options import MIN_NEW_TOKENS, Workload
 from slimvlm.core.progress import progress
 from slimvlm.data import chat
 from slimvlm.data.samples import Question
+from slimvlm.evaluation.metrics import Estimate
 from slimvlm.evaluation.results import Times
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import decode_flops, kv_cache_bytes_per_token, prefill_flops, slow_widths
@@ -40,22 +42,12 @@ REPEATS, NEW_TOKENS = 6, 8
 """Runs of each model, and new tokens after the first."""
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Times of one greedy generation of a fixed length, in milliseconds."""
+Run = tuple[float, ...]
+"""Milliseconds of one greedy generation: to the first new token, then of each further one."""
 
-    prefill_ms: float  # from the call to the first new token
-    step_ms: tuple[float, ...]  # each further token
 
-    @property
-    def decode_ms(self) -> float:
-        """Median time of one further token."""
-        return median(self.step_ms)
-
-    @property
-    def total_ms(self) -> float:
-        """Time of the whole answer, prefill included."""
-        return self.prefill_ms + sum(self.step_ms)
+def _decode_ms(run: Run) -> float:
+    return median(run[1:])
 
 
 class _Clock(BaseStreamer):
@@ -71,28 +63,20 @@ class _Clock(BaseStreamer):
         pass
 
 
-def timed_run(model: PreTrainedModel, inputs: Mapping[str, Any], new_tokens: int) -> Timing:
+def timed_run(model: PreTrainedModel, inputs: Mapping[str, Any], new_tokens: int) -> Run:
     """Generate exactly so many tokens for a batch, at least 2, and time each step."""
     clock = _Clock()
     generator: Any = model
+    lengths = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+    greedy = {"do_sample": False, "num_beams": 1, "pad_token_id": 0}
     with torch.inference_mode():
-        generator.generate(
-            **inputs,
-            max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=0,
-            streamer=clock,
-        )
-    times = clock.seconds
-    steps = tuple(1e3 * (b - a) for a, b in pairwise(times[1:]))
-    return Timing(1e3 * (times[1] - times[0]), steps)
+        generator.generate(**inputs, **lengths, **greedy, streamer=clock)
+    return tuple(1e3 * (b - a) for a, b in pairwise(clock.seconds))
 
 
 def timed_runs(
     models: Sequence[Any], inputs: Sequence[Mapping[str, Any]], new_tokens: int, repeats: int
-) -> list[list[Timing]]:
+) -> list[list[Run]]:
     """Time several models in turn, each with its batch, after one run to warm up.
 
     A machine that is slow for a while then slows all of them, and their ratios stay.
@@ -103,46 +87,33 @@ def timed_runs(
     return in_turn([partial(timed_run, *pair, new_tokens) for pair in pairs], repeats)
 
 
-def in_turn(runs: Sequence[Callable[[], Timing]], repeats: int) -> list[list[Timing]]:
+def in_turn(runs: Sequence[Callable[[], Run]], repeats: int) -> list[list[Run]]:
     """Repeat runs, forwards in one round and backwards in the next; return the times of each."""
-    found: list[list[Timing]] = [[] for _ in runs]
+    found: list[list[Run]] = [[] for _ in runs]
     for repeat in range(repeats):
-        order = range(len(runs)) if repeat % 2 == 0 else reversed(range(len(runs)))
-        for index in order:
+        for index in range(len(runs))[:: 1 if repeat % 2 == 0 else -1]:
             found[index].append(runs[index]())
     return found
 
 
-@dataclass(frozen=True)
-class Share:
-    """A time as a share of another one's: median, smallest and largest of all rounds.
+def _shares(ours: Sequence[Run], theirs: Sequence[Run]) -> Iterator[Estimate]:
+    """Divide times to read and to write by those of the same rounds: median, smallest, largest.
 
     Of six rounds, smallest and largest are a 97 % interval of the median.
     """
-
-    value: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, times: Iterable[float], others: Iterable[float]) -> Share:
-        """Divide the times of the same rounds."""
-        shares = [ours / theirs for ours, theirs in zip(times, others, strict=True)]
-        return cls(median(shares), min(shares), max(shares))
-
-    def __str__(self) -> str:
-        """Format the share and its interval."""
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+    for time_of in (itemgetter(0), _decode_ms):
+        shares = [time_of(a) / time_of(b) for a, b in zip(ours, theirs, strict=True)]
+        yield Estimate(median(shares), min(shares), max(shares))
 
 
 @dataclass(frozen=True)
 class PairedTimes:
-    """Times of an original and a smaller model that ran in turn."""
+    """Times of an original and a smaller model that ran in turn, and their shares."""
 
     original: Times
     pruned: Times
-    prefill: Share  # of the original's
-    decode: Share
+    prefill: Estimate  # of the original's
+    decode: Estimate
 
     def __str__(self) -> str:
         """Complete a sentence that begins "the smaller model"."""
@@ -180,15 +151,10 @@ def paired_times(
     """Time a smaller model and its original in turn, each with its own processor."""
     pairs = [(original, original_processor), (model, processor)]
     theirs, ours = _runs(pairs, plain_question(original_processor))
-    return PairedTimes(
-        original=_summary(theirs),
-        pruned=_summary(ours),
-        prefill=Share.of([r.prefill_ms for r in ours], [r.prefill_ms for r in theirs]),
-        decode=Share.of([r.decode_ms for r in ours], [r.decode_ms for r in theirs]),
-    )
+    return PairedTimes(_summary(theirs), _summary(ours), *_shares(ours, theirs))
 
 
-def _runs(pairs: Sequence[tuple[PreTrainedModel, Any]], question: Question) -> list[list[Timing]]:
+def _runs(pairs: Sequence[tuple[PreTrainedModel, Any]], question: Question) -> list[list[Run]]:
     models = [model for model, _ in pairs]
     inputs = [as_inputs(m, chat.encode_questions(p, [question])) for m, p in pairs]
     with ExitStack() as stack:
@@ -197,20 +163,15 @@ def _runs(pairs: Sequence[tuple[PreTrainedModel, Any]], question: Question) -> l
         return timed_runs(models, inputs, 1 + NEW_TOKENS, REPEATS)
 
 
-def _summary(runs: Sequence[Timing]) -> Times:
-    reading, writing = [run.prefill_ms for run in runs], [run.decode_ms for run in runs]
-    return Times(
-        prefill_ms=median(reading),
-        decode_ms=median(writing),
-        prefill_range_ms=(min(reading), max(reading)),
-        decode_range_ms=(min(writing), max(writing)),
-    )
+def _summary(runs: Sequence[Run]) -> Times:
+    reading, writing = [run[0] for run in runs], list(map(_decode_ms, runs))
+    ends = (min(reading), max(reading)), (min(writing), max(writing))
+    return Times(median(reading), median(writing), *ends)
 
 
 def stored_bytes(*modules: nn.Module) -> int:
     """Count bytes of all weights, and of the scales of quantised ones; shared ones count once."""
-    stored = _storages(tensor for each in modules for tensor in each.state_dict().values())
-    return sum({storage.data_ptr(): storage.nbytes() for storage in stored}.values())
+    return sum({each.data_ptr(): each.nbytes() for each in _weights(modules)}.values())
 
 
 class PeakMemory(TorchDispatchMode):
@@ -224,8 +185,7 @@ class PeakMemory(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak_bytes: int = 0
         self._alive_bytes = 0
-        weights = _storages(tensor for each in modules for tensor in each.state_dict().values())
-        self._known: weakref.WeakSet[Any] = weakref.WeakSet(weights)
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet(_weights(modules))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and count its results."""
@@ -240,6 +200,10 @@ class PeakMemory(TorchDispatchMode):
     def _count(self, num_bytes: int) -> None:
         self._alive_bytes += num_bytes
         self.peak_bytes = max(self.peak_bytes, self._alive_bytes)
+
+
+def _weights(modules: Iterable[nn.Module]) -> Iterator[torch.UntypedStorage]:
+    return _storages(tensor for each in modules for tensor in each.state_dict().values())
 
 
 def _storages(values: Iterable[Any]) -> Iterator[torch.UntypedStorage]:
@@ -291,16 +255,8 @@ class SpeedUp:
     prefill_ideal: float
     decode: float
     decode_ideal: float
-
-    @property
-    def prefill_share(self) -> float:
-        """Part of the ideal that is reached."""
-        return self.prefill / self.prefill_ideal
-
-    @property
-    def decode_share(self) -> float:
-        """Part of the ideal that is reached."""
-        return self.decode / self.decode_ideal
+    prefill_share: float  # of the ideal that is reached
+    decode_share: float
 
 
 @dataclass(frozen=True)
@@ -316,11 +272,8 @@ class Bench:
     speed_ups: tuple[SpeedUp, ...] = ()  # one for each batch size
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON, with the shares of the ideal."""
-        values = asdict(self)
-        for row, found in zip(values["speed_ups"], self.speed_ups, strict=True):
-            row |= {"prefill_share": found.prefill_share, "decode_share": found.decode_share}
-        return values
+        """Plain values, for JSON."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -394,30 +347,19 @@ def bench(
 def summarised(
     sides: Sequence[Side],
     workload: Workload,
-    runs: Mapping[int, Sequence[Sequence[Timing]]],
+    runs: Mapping[int, Sequence[Sequence[Run]]],
     peaks: Mapping[int, Sequence[int]],
     device: str,
     dtype: str,
 ) -> Bench:
-    """Summarise runs of a model, and of its baseline if there is one.
-
-    By batch size, ``runs`` has each side's runs in the order of their rounds, ``peaks`` its peak
-    bytes.
-    """
-    measured = []
+    """Summarise each side's runs, in the order of their rounds, and peak bytes, by batch size."""
+    measured, speed_ups = [], []
     for i, side in enumerate(sides):
-        speeds = [
-            Speed(
-                batch_size=size,
-                prefill_ms=median(run.prefill_ms for run in its[i]),
-                decode_ms=median(run.decode_ms for run in its[i]),
-                tokens_per_second=median(
-                    1e3 * size * workload.new_tokens / run.total_ms for run in its[i]
-                ),
-                peak_bytes=peaks[size][i],
-            )
-            for size, its in runs.items()
-        ]
+        speeds = []
+        for size, its in runs.items():
+            whole = [1e3 * size * workload.new_tokens / sum(run) for run in its[i]]
+            times = median(run[0] for run in its[i]), median(map(_decode_ms, its[i]))
+            speeds.append(Speed(size, *times, median(whole), peaks[size][i]))
         footprint = Footprint(
             model=side.name,
             total_params=side.shape.total_params,
@@ -429,31 +371,19 @@ def summarised(
             warnings=tuple(slow_widths(side.shape)),
         )
         measured.append(footprint)
-    speed_ups = []
     for size, (fast, slow) in runs.items() if len(sides) > 1 else ():
         read = [prefill_flops(side.shape, workload.prompt_tokens, size) for side in sides]
-        context = size * workload.mean_context
         written = [
-            side.read_bytes + context * kv_cache_bytes_per_token(side.shape, side.dtype)
+            side.read_bytes
+            + size * workload.mean_context * kv_cache_bytes_per_token(side.shape, side.dtype)
             for side in sides
         ]
-        speed_up = SpeedUp(
-            batch_size=size,
-            prefill=Share.of((r.prefill_ms for r in slow), (r.prefill_ms for r in fast)).value,
-            prefill_ideal=read[1] / read[0],
-            decode=Share.of((r.decode_ms for r in slow), (r.decode_ms for r in fast)).value,
-            decode_ideal=written[1] / written[0],
-        )
-        speed_ups.append(speed_up)
-    return Bench(
-        workload=workload,
-        device=device,
-        dtype=dtype,
-        threads=torch.get_num_threads(),
-        model=measured[0],
-        baseline=measured[1] if len(sides) > 1 else None,
-        speed_ups=tuple(speed_ups),
-    )
+        prefill, decode = (share.value for share in _shares(slow, fast))
+        ideals = read[1] / read[0], written[1] / written[0]
+        reached = prefill / ideals[0], decode / ideals[1]
+        speed_ups.append(SpeedUp(size, prefill, ideals[0], decode, ideals[1], *reached))
+    threads, baseline = torch.get_num_threads(), measured[1] if len(sides) > 1 else None
+    return Bench(workload, device, dtype, threads, measured[0], baseline, tuple(speed_ups))
 
 
 def bench_rows(result: Bench) -> tuple[list[str], list[list[str]]]:
@@ -468,12 +398,11 @@ def bench_rows(result: Bench) -> tuple[list[str], list[list[str]]]:
         ["GFLOP of a further token", *(f"{m.decode_flops / 1e9:.3f}" for m in models), *pad],
     ]
     for index, size in enumerate(speed.batch_size for speed in result.model.speeds):
-        speeds = [m.speeds[index] for m in models]
-        found = result.speed_ups[index] if result.speed_ups else None
-        read, write = [], []
-        if found is not None:
-            pairs = (found.prefill, found.prefill_ideal), (found.decode, found.decode_ideal)
-            read, write = ([f"{g:.2f}x", f"{i:.2f}x", f"{g / i:.2f}"] for g, i in pairs)
+        speeds, read, write = [m.speeds[index] for m in models], pad, pad
+        if result.speed_ups:
+            s = result.speed_ups[index]
+            read = [f"{s.prefill:.2f}x", f"{s.prefill_ideal:.2f}x", f"{s.prefill_share:.2f}"]
+            write = [f"{s.decode:.2f}x", f"{s.decode_ideal:.2f}x", f"{s.decode_share:.2f}"]
         at = f"batch {size}: "
         rows += [
             [at + "prefill ms", *(f"{s.prefill_ms:.1f}" for s in speeds), *read],

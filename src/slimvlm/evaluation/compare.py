@@ -45,10 +45,13 @@ class Pair:
         return "gained" if self.score_b >= RIGHT else "both wrong"
 
 
-class _Pairs:
+@dataclass(frozen=True, kw_only=True)
+class _Answered:
     """Questions that both models answered, in the task's order."""
 
     pairs: tuple[Pair, ...]
+    difference: Difference  # B - A, in points
+    note: str = ""  # why questions and pictures are missing, or which model was asked blind
 
     @property
     def counts(self) -> dict[Change, int]:
@@ -62,21 +65,18 @@ class _Pairs:
         return sum(normalise(pair.reply_a) != normalise(pair.reply_b) for pair in self.pairs)
 
 
-@dataclass(frozen=True)
-class TaskComparison(_Pairs):
+@dataclass(frozen=True, kw_only=True)
+class TaskComparison(_Answered):
     """One task answered by both models."""
 
     name: str
     metric: str
     score_a: float  # mean, in percent
     score_b: float
-    difference: Difference  # B - A, in points
-    pairs: tuple[Pair, ...]
-    note: str = ""  # why questions and pictures are missing
 
 
-@dataclass(frozen=True)
-class Comparison(_Pairs):
+@dataclass(frozen=True, kw_only=True)
+class Comparison(_Answered):
     """Two models, answer by answer; ``pairs`` are those of all tasks."""
 
     name_a: str  # or path
@@ -84,10 +84,7 @@ class Comparison(_Pairs):
     params_a: int
     params_b: int
     tasks: Mapping[str, TaskComparison]
-    pairs: tuple[Pair, ...]
-    difference: Difference  # B - A over all questions, in points
     left_out: Mapping[str, str]  # why a task is not compared, by its name
-    note: str = ""  # which model was asked blind
 
 
 def compare(a: Result, b: Result, tasks: Mapping[str, Task]) -> Comparison:
@@ -117,20 +114,17 @@ def compare(a: Result, b: Result, tasks: Mapping[str, Task]) -> Comparison:
             scores = f"{ours.metric} {ours.score:.2f} of A, {theirs.score:.2f} of B"
             left_out[name] = f"{scores} (lower is better)"
             continue
-        questions, note = _questions(tasks.get(name), ours, blind=a.blind and b.blind)
-        answers = zip(
-            [questions.get(key, Question(key, "", ())) for key in ours.ids],
-            *(ours.replies, theirs.replies, ours.scores, theirs.scores),
-            strict=True,
-        )
+        questions, why = _questions(tasks.get(name), ours, blind=a.blind and b.blind)
+        asked = [questions.get(key, Question(key, "", ())) for key in ours.ids]
+        answers = (asked, ours.replies, theirs.replies, ours.scores, theirs.scores)
         found[name] = TaskComparison(
-            name,
-            ours.metric,
-            ours.score,
-            theirs.score,
-            paired_difference(ours.scores, theirs.scores),
-            tuple(Pair(*each) for each in answers),
-            note,
+            name=name,
+            metric=ours.metric,
+            score_a=ours.score,
+            score_b=theirs.score,
+            difference=paired_difference(ours.scores, theirs.scores),
+            pairs=tuple(map(Pair, *answers)),
+            note=why,
         )
     if not found:
         raise ConfigError(f"results of {a.model!r} and {b.model!r}: no task has answers of both")
@@ -165,7 +159,7 @@ def _questions(
     if task is None:
         return {}, missing + "the task is not known here"
     asked = list(task.load(len(result.ids)))
-    questions = {each.id: each for each in (with_other_pictures(asked) if blind else asked)}
+    questions = {q.id: q for q in (with_other_pictures(asked) if blind else asked)}
     try:
         score = metric_named(result.metric)
     except ConfigError:

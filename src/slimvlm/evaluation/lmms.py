@@ -22,13 +22,7 @@ from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError, one_line
 from slimvlm.data.samples import Question
-from slimvlm.evaluation.ask import (
-    answer,
-    batches_by_length,
-    evaluate,
-    likelihoods,
-    with_costs,
-)
+from slimvlm.evaluation.ask import answer, batches_by_length, evaluate, likelihoods, with_costs
 from slimvlm.evaluation.bench import plain_question
 from slimvlm.evaluation.metrics import MME_FULL_SCORES
 from slimvlm.evaluation.results import Result, TaskResult
@@ -62,8 +56,7 @@ def _mmmu(values: Values) -> list[float]:
 def _mme(values: Values) -> list[float]:
     """Compute each question's share of the MME score; 100 x the mean is that score.
 
-    MME adds up, over categories, the percentage of right answers and the percentage of pictures
-    with both answers right.
+    MME adds up, over categories, the percentages of right answers and of pictures with both right.
     """
     keys = [(value["category"], value["question_id"]) for value in values]
     pictures = Counter(category for category, _ in set(keys))
@@ -100,11 +93,7 @@ LMMS_TASKS: dict[str, LmmsRow] = {
     "mmmu_val": LmmsRow("mmmu_val", "mmmu_acc", chance=22.1, read=_mmmu),
     "ai2d": LmmsRow("ai2d", "exact_match", chance=25),
     "mathvista": LmmsRow(
-        "mathvista_testmini_format",
-        "llm_as_judge_eval",
-        full=100,
-        chance=17.9,
-        needs_judge=True,
+        *("mathvista_testmini_format", "llm_as_judge_eval"), full=100, chance=17.9, needs_judge=True
     ),
     "docvqa": LmmsRow("docvqa_val", "anls"),
 }
@@ -170,10 +159,8 @@ def evaluate_with_lmms(
     """Run benchmarks in lmms-eval's own runner; greedy replies through our chat code.
 
     ``names`` are keys of `LMMS_TASKS`, lmms-eval's names of them, or tasks in ``task_folder``
-    (files in its format), which replace those of the same name that it ships, so data on disk can
-    take the hub's place. MME comes in two halves on their own scales (800 and 2000), and so do
-    their scores for each question: 100 times the mean is the score. A half that is not among the
-    first ``limit`` questions is left out.
+    (files in its format), which replace those of the same name that it ships. A half of MME that
+    is not among the first ``limit`` questions is left out.
     """
     rows = check_names(names, limit, task_folder)
     from tenacity import RetryError  # comes with lmms-eval
@@ -201,6 +188,7 @@ def evaluate_with_lmms(
                 from lmms_eval.evaluator import simple_evaluate
                 from lmms_eval.tasks import TaskManager
 
+                seeds = ("random_seed", "numpy_random_seed", "torch_random_seed")
                 output: dict[str, Any] = simple_evaluate(
                     model=adapter(model, processor, batch_size, replies),
                     tasks=[task],
@@ -208,9 +196,7 @@ def evaluate_with_lmms(
                     limit=limit,
                     bootstrap_iters=0,
                     process_docs_parallel=1,
-                    random_seed=None,
-                    numpy_random_seed=None,
-                    torch_random_seed=None,
+                    **dict.fromkeys(seeds),
                 )
             asked = {key: row for key, row in rows.items() if row.task == name}
             results |= _results(asked, name, task, output, replies)
@@ -229,7 +215,7 @@ def evaluate_all(
     task_folder: str | Path | None = None,
     blind: bool = False,
 ) -> Result:
-    """Evaluate on our own tasks and on lmms-eval's, as `evaluate` and `evaluate_with_lmms`.
+    """Evaluate on our own tasks and on lmms-eval's.
 
     ``log_folder``, ``floors`` and ``blind`` are for our own tasks; without any of those, times are
     measured on a grey picture.
@@ -274,6 +260,10 @@ def adapter(
     from lmms_eval.api.instance import GenerationResult
     from lmms_eval.api.model import lmms
 
+    def batches(requests: Sequence[Any]) -> Iterator[list[int]]:
+        prompts, task = [request.args[0] for request in requests], requests[0].args[4]
+        return batches_by_length(prompts, batch_size, str(task))
+
     class Adapter(lmms):  # type: ignore[misc]
         accelerator = None  # else the runner makes one, and with it global state
 
@@ -283,7 +273,7 @@ def adapter(
             stops = options.get("until") or ()
             stops = [stops] if isinstance(stops, str) else stops
             texts = [""] * len(requests)
-            for batch in _batches(requests, batch_size):
+            for batch in batches(requests):
                 asked = [_asked(requests[i].args, self.task_dict)[0] for i in batch]
                 found = answer(model, processor, asked, longest)
                 for index, text in zip(batch, found, strict=True):
@@ -295,7 +285,7 @@ def adapter(
 
         def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
             found = [(0.0, False)] * len(requests)
-            for batch in _batches(requests, batch_size):
+            for batch in batches(requests):
                 asked = [_asked(requests[i].args, self.task_dict) for i in batch]
                 # The chat template sets its own space before the answer.
                 pairs = [(question, str(text).strip()) for question, text in asked]
@@ -315,11 +305,6 @@ def adapter(
             raise ConfigError("tasks with several rounds are not supported")
 
     return Adapter()
-
-
-def _batches(requests: Sequence[Any], batch_size: int) -> Iterator[list[int]]:
-    prompts, task = [request.args[0] for request in requests], requests[0].args[4]
-    return batches_by_length(prompts, batch_size, str(task))
 
 
 def _asked(arguments: tuple[Any, ...], documents: Mapping[str, Any]) -> tuple[Question, Any]:

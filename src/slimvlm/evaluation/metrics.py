@@ -20,6 +20,8 @@ from slimvlm.data.samples import Question
 
 MME_FULL_SCORES = {"mme_cognition": 800.0, "mme_perception": 2000.0}
 """Scores that the study rescales to percent before averaging (arXiv:2507.20749, Sec. 4)."""
+RESAMPLES = 1000
+"""Bootstrap draws behind an interval."""
 
 
 def normalise(text: str) -> str:
@@ -60,11 +62,7 @@ def _items(text: str) -> set[str]:
 
 
 def anls(reply: str, question: Question) -> float:
-    """Normalised Levenshtein similarity to the best answer, 0 below one half.
-
-    Reference:
-        Biten et al. 2019, Scene Text Visual Question Answering, arXiv:1905.13648, Eq. 1.
-    """
+    """Levenshtein similarity to the best answer, 0 below one half (arXiv:1905.13648, Eq. 1)."""
     best = max(similarity(normalise(reply), normalise(answer)) for answer in question.answers)
     return best if best >= 0.5 else 0.0
 
@@ -82,11 +80,7 @@ def similarity(a: str, b: str) -> float:
 
 
 def f1(reply: str, question: Question) -> float:
-    """F1 between the words of the reply and of the best answer, in any order.
-
-    Reference:
-        Rajpurkar et al. 2016, SQuAD, arXiv:1606.05250, Sec. 6.1; articles count here.
-    """
+    """F1 between the words of the reply and of the best answer (arXiv:1606.05250, Sec. 6.1)."""
     best, found = 0.0, Counter(re.findall(r"\w+", reply.lower()))
     for answer in question.answers:
         wanted = Counter(re.findall(r"\w+", answer.lower()))
@@ -96,11 +90,7 @@ def f1(reply: str, question: Question) -> float:
 
 
 def rouge_l(reply: str, question: Question) -> float:
-    """ROUGE-L F1 with the best answer, by the rouge-score package (no stemming).
-
-    Reference:
-        Lin 2004, ROUGE: A Package for Automatic Evaluation of Summaries.
-    """
+    """ROUGE-L F1 with the best answer (Lin 2004), by the rouge-score package, without stemming."""
     scorer = import_module("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
     scores = scorer.score_multi(list(question.answers), reply)
     return float(scores["rougeL"].fmeasure)
@@ -187,11 +177,7 @@ def yes_no_details(replies: Sequence[str], questions: Sequence[Question]) -> dic
 
 
 def average(scores: Mapping[str, float]) -> float:
-    """Compute AVG: the unweighted mean over tasks, MME scores rescaled to percent.
-
-    Reference:
-        Huang et al. 2025, arXiv:2507.20749, Sec. 4.
-    """
+    """Compute AVG: the mean over tasks, MME's rescaled to percent (arXiv:2507.20749, Sec. 4)."""
     return float(np.mean([s * 100 / MME_FULL_SCORES.get(n, 100.0) for n, s in scores.items()]))
 
 
@@ -211,6 +197,19 @@ def majority_score(metric: str, questions: Sequence[Question]) -> float:
     score = metric_named(metric)
     means = [float(np.mean([score(answer, q) for q in questions])) for answer in candidates]
     return 100 * max(means, default=0.0)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure and its interval, if it has one."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        """Format figure and interval."""
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
 @dataclass(frozen=True)
@@ -248,8 +247,6 @@ def retention(
     baseline: Mapping[str, Sequence[float]],
     chance: Mapping[str, float],
     floors: Mapping[str, float | Sequence[float]] | None = None,
-    resamples: int = 1000,
-    seed: int = 0,
 ) -> Retention:
     """Compute AVG-% with a paired bootstrap over questions.
 
@@ -264,9 +261,8 @@ def retention(
         if isinstance(level, (int, float)):  # on the scale of the task's scores
             level = [level / 100 * MME_FULL_SCORES.get(name, 100.0) / 100] * len(scores[name])
         floor_scores[name] = level
-    (ours, mean), (theirs, base), (floor, floor_mean) = _averages(
-        [scores, baseline, floor_scores], resamples, seed
-    )
+    found = _averages(scores, baseline, floor_scores)
+    (ours, mean), (theirs, base), (floor, floor_mean) = found
     guessed = float(np.mean([chance[name] for name in scores]))
 
     def percent_above(level: float) -> float:
@@ -290,46 +286,38 @@ def retention(
 
 
 def average_difference(
-    a: Mapping[str, Sequence[float]],
-    b: Mapping[str, Sequence[float]],
-    resamples: int = 1000,
-    seed: int = 0,
+    a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]]
 ) -> Difference:
     """Compute AVG of ``b`` minus AVG of ``a``, with a paired bootstrap within each task."""
-    (first, first_mean), (second, second_mean) = _averages([a, b], resamples, seed)
+    (first, first_mean), (second, second_mean) = _averages(a, b)
     low, high = np.percentile(second - first, [2.5, 97.5])
     return Difference(points=second_mean - first_mean, low=float(low), high=float(high))
 
 
 def _averages(
-    models: Sequence[Mapping[str, Sequence[float]]], resamples: int, seed: int
+    *models: Mapping[str, Sequence[float]],
 ) -> list[tuple[NDArray[np.float64], float]]:
     """Compute AVG of each model in every draw, and on all questions; all share the draws."""
-    generator = np.random.default_rng(seed)
-    drawn = np.zeros((len(models), resamples))
+    generator = np.random.default_rng(0)
+    drawn = np.zeros((len(models), RESAMPLES))
     for name in models[0]:
         count = len(models[0][name])
-        draws = generator.integers(0, count, (resamples, count))
+        draws = generator.integers(0, count, (RESAMPLES, count))
         scale = 100 * 100 / MME_FULL_SCORES.get(name, 100.0) / len(models[0])
         drawn += scale * np.stack([np.asarray(m[name], float)[draws].mean(1) for m in models])
     means = [average({n: 100 * float(np.mean(m[n])) for n in models[0]}) for m in models]
     return list(zip(drawn, means, strict=True))
 
 
-def paired_difference(
-    a: Sequence[float], b: Sequence[float], resamples: int = 1000, seed: int = 0
-) -> Difference:
-    """Compute the mean of ``b - a`` with a paired bootstrap over questions (percentile interval).
+def paired_difference(a: Sequence[float], b: Sequence[float]) -> Difference:
+    """Compute the mean of ``b - a`` with a paired bootstrap over questions (Koehn 2004, EMNLP).
 
     Where only a few answers differ, the interval is narrower than it should be: an exact sign test
     needs at least six answers that all changed the same way before it reaches 5 %.
-
-    Reference:
-        Koehn 2004, Statistical Significance Tests for Machine Translation Evaluation, EMNLP.
     """
     if len(a) != len(b) or not len(a):
         raise ValueError(f"scores must be of the same questions: {len(a)} and {len(b)} were given")
-    return average_difference({"": a}, {"": b}, resamples, seed)
+    return average_difference({"": a}, {"": b})
 
 
 def signed(value: float) -> str:

@@ -1,14 +1,14 @@
 """Measure loss, perplexity, agreement and divergence on a user's own samples: no task is needed.
 
-N counted position, D hidden, V vocabulary.
+B batch, T token, N counted position, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,32 +16,40 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimvlm.core.documents import built, read_object
+from slimvlm.core.documents import built, parse_json, read_object
 from slimvlm.core.errors import ConfigError, DataError, NumericalError, SlimError
-from slimvlm.core.files import write_text
-from slimvlm.data.chat import tokenizer_of
+from slimvlm.core.files import new_file, write_text
+from slimvlm.core.progress import progress
+from slimvlm.data.chat import encode_samples, process, tokenizer_of
+from slimvlm.data.read import estimated_length
 from slimvlm.data.roles import IGNORE
-from slimvlm.evaluation.metrics import perplexity
-from slimvlm.evaluation.predictions import (
-    Given,
-    Predictions,
-    States,
-    predictions_of,
-    row_losses,
-    states_of,
+from slimvlm.data.samples import Sample
+from slimvlm.evaluation.metrics import RESAMPLES, Estimate, perplexity
+from slimvlm.models.hidden import (
+    HeadWeights,
+    as_inputs,
+    evaluating,
+    head_of,
+    head_on,
+    hidden_states,
+    require_finite_values,
 )
-from slimvlm.models.hidden import evaluating, head_of, head_on, require_finite_values
-from slimvlm.models.losses import Head, by_chunks, predictions
+from slimvlm.models.losses import Head, Hidden, by_chunks, predictions
+from slimvlm.scoring.batches import on_device
 
 _SHARE = 4
 """Divides the number of positions whose logits exist at one time: here they exist seven times."""
-RESAMPLES = 1000
-"""Bootstrap draws behind an interval."""
+Given = Sample | str
+"""A conversation, or plain text."""
+States = tuple[Sequence[int], Hidden, Int[Tensor, "B T"]]
+"""A batch: places of its samples, final hidden states, labels."""
 
 
 def evaluate_data(
@@ -160,15 +168,11 @@ def paired_result(
         return DataResult(model, results)
     notes, left_out = [], sum(sample.baseline_loss is None for sample in results)
     if left_out:
-        notes.append(
-            f"{left_out} of {len(results)} samples have other tokens than the baseline's and "
-            "are not compared"
-        )
+        told = f"{left_out} of {len(results)} samples have other tokens than the baseline's"
+        notes.append(f"{told} and are not compared")
     if shared is not None and left_out < len(results):
-        notes.append(
-            f"the vocabularies differ: agreement and divergence are over the {len(shared):,} "
-            "tokens that both have"
-        )
+        told = "the vocabularies differ: agreement and divergence are over"
+        notes.append(f"{told} the {len(shared):,} tokens that both have")
     return DataResult(model, results, baseline.model, tuple(notes))
 
 
@@ -214,15 +218,6 @@ def _compared(
     same = (ours.argmax(-1) == theirs.argmax(-1)).float()
     log_p, log_q = F.log_softmax(theirs, dim=-1), F.log_softmax(ours, dim=-1)
     return torch.stack([*losses, same, (log_p.exp() * (log_p - log_q)).sum(-1)], dim=-1)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A figure and its 95 % interval, from a bootstrap over samples."""
-
-    value: float
-    low: float | None = None  # None of fewer than two samples
-    high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -321,3 +316,132 @@ def _ratio(numbers: Any, tokens: Any, seed: int) -> Estimate:
     draws = (generator.integers(0, len(tokens), len(tokens)) for _ in range(RESAMPLES))
     low, high = np.percentile([numbers[d].sum() / tokens[d].sum() for d in draws], [2.5, 97.5])
     return Estimate(value, float(low), float(high))
+
+
+# Final hidden states at the tokens that count, and losses there.
+
+
+@torch.no_grad()
+def answer_losses(
+    model: PreTrainedModel, encoded: Mapping[str, Any], where: str
+) -> tuple[Float[Tensor, "B S 2"], Bool[Tensor, "B S"]]:
+    """Compute `row_losses` of labelled tokens, 0 elsewhere, and the mask of labels."""
+    inputs = as_inputs(model, encoded)
+    labels = inputs.pop("labels")
+    (hidden,) = hidden_states(model, inputs)
+    rows, wanted, counted = predictions(hidden, labels)
+    found = torch.zeros(*counted.shape, 2, device=hidden.device)
+    found[counted] = by_chunks(partial(row_losses, head_of(model)), rows, wanted)
+    require_finite_values(found, where)
+    return found, counted
+
+
+def row_losses(
+    head: Head, rows: Float[Tensor, "N D"], wanted: Int[Tensor, " N"]
+) -> Float[Tensor, "N 2"]:
+    """Compute the cross-entropy of each wanted token, and 1 if another one is likelier."""
+    logits = head(rows).float()
+    loss = F.cross_entropy(logits, wanted, reduction="none")
+    return torch.stack([loss, (logits.argmax(-1) != wanted).float()], dim=-1)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Final hidden states at answer tokens, stored to compare two models without loading both."""
+
+    model: str
+    states: tuple[Float[Tensor, "_ D"], ...]  # by sample, on the CPU
+    wanted: tuple[Int[Tensor, " _"], ...]  # the tokens that follow, likewise
+    head: Head  # a function that takes states of any device, or weights on the CPU
+    vocabulary: Mapping[str, int] = field(repr=False)
+
+    @classmethod
+    def of(cls, model: str, batches: Iterable[States], head: Head, processor: Any) -> Predictions:
+        """Collect batches on the CPU, in the order of the samples."""
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for places, hidden, labels in batches:
+            rows, wanted, counted = predictions(hidden, labels)
+            counts = counted.sum(1).tolist()
+            pieces = zip(rows.cpu().split(counts), wanted.cpu().split(counts), strict=True)
+            found |= dict(zip(places, pieces, strict=True))
+        states, tokens = zip(*(found[place] for place in sorted(found)), strict=True)
+        head = head_on(torch.device("cpu"), head)
+        return cls(model, states, tokens, head, tokenizer_of(processor).get_vocab())
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file; the head must be `HeadWeights`."""
+        head = self.head
+        assert isinstance(head, HeadWeights)
+        tensors = {"states": torch.cat(self.states), "wanted": torch.cat(self.wanted)}
+        tensors["weight"] = head.weight.contiguous()
+        if head.bias is not None:
+            tensors["bias"] = head.bias.contiguous()
+        about: dict[str, Any] = {"model": self.model, "counts": list(map(len, self.wanted))}
+        about |= {"bends": [head.scale, head.cap], "words": dict(self.vocabulary)}
+        with new_file(Path(path)) as partial_file:
+            save_file(tensors, partial_file, {"about": json.dumps(about)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Predictions:
+        """Read what `save` wrote."""
+        with safe_open(path, framework="pt") as file:
+            about = parse_json(file.metadata()["about"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        states, wanted = (tensors[name].split(about["counts"]) for name in ("states", "wanted"))
+        head = HeadWeights(tensors["weight"], tensors.get("bias"), *about["bends"])
+        return cls(about["model"], states, wanted, head, about["words"])
+
+
+@torch.no_grad()
+def predictions_of(
+    model: PreTrainedModel,
+    processor: Any,
+    samples: Sequence[Given],
+    batch_size: int = 8,
+    name: str = "",
+    head: Head | None = None,
+) -> Predictions:
+    """Run a model over samples; ``head`` is for predictions that outlive it (`head_weights_of`)."""
+    if head is None:
+        own, home = head_of(model), model.device
+        head = lambda rows: own(rows.to(home)).to(rows.device)  # noqa: E731
+    name = name or str(model.config._name_or_path)
+    with evaluating(model):
+        batches = states_of(model, processor, samples, batch_size)
+        return Predictions.of(name, batches, head, processor)
+
+
+def states_of(
+    model: PreTrainedModel, processor: Any, samples: Sequence[Given], batch_size: int
+) -> Iterator[States]:
+    """Compute the final hidden states of samples, those of similar length together."""
+    for places, inputs in batches_of(processor, samples, batch_size):
+        batch = on_device(model, inputs)
+        labels = batch.pop("labels")
+        (hidden,) = hidden_states(model, batch)
+        yield places, hidden, labels
+
+
+def batches_of(
+    processor: Any, samples: Sequence[Given], batch_size: int
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Encode samples with labels; those with as many pictures and a similar length run together."""
+    if batch_size < 1:
+        raise ConfigError(f"batch_size {batch_size} must be at least 1")
+    if not samples:
+        raise DataError("no sample was given")
+    texts = [sample for sample in samples if isinstance(sample, str)]
+    conversations = [sample for sample in samples if isinstance(sample, Sample)]
+    if texts and conversations:
+        raise ConfigError("samples must be conversations or plain texts, not both")
+    lengths = [(0, len(text)) for text in texts]
+    lengths += [(len(each.images), estimated_length(each, 0)) for each in conversations]
+    order = sorted(range(len(samples)), key=lambda place: lengths[place])
+    for start in progress(range(0, len(order), batch_size), "evaluate samples"):
+        places = order[start : start + batch_size]
+        if conversations:
+            yield places, encode_samples(processor, [conversations[place] for place in places])
+            continue
+        inputs = process(processor, [texts[i] for i in places], [[] for _ in places], "right")
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORE)
+        yield places, {**inputs, "labels": labels}

@@ -50,9 +50,9 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class Times:
-    """Median times of one question at batch size 1, with the fastest and slowest of all runs.
+    """Median times of one question at batch size 1, with the fastest and slowest of six runs.
 
-    Of six runs, fastest and slowest are a 97 % interval of the median.
+    These two are a 97 % interval of the median.
     """
 
     prefill_ms: float
@@ -109,38 +109,28 @@ class Result:
         """Compute AVG-% relative to another model, over the tasks that both answered.
 
         The floor of a task, which `Retention.above_floor` takes off both models, is the highest of
-        chance, the best constant answer, and the blind floor of the baseline where it was measured.
-
-        Args:
-            baseline: Result of the original model.
-            floors: The original evaluated blind, where ``baseline`` has no blind floors.
+        chance, the best constant answer, and the baseline's blind floor: its own, or that of
+        ``floors``, the original evaluated blind.
 
         Raises:
             ConfigError: If they share no task, their questions differ, or only one was blind.
         """
         if floors is not None:
             baseline = baseline.with_blind_floors(floors)
-        shared = self._shared_tasks(baseline)
+        ours, theirs = self._shared_tasks(baseline)
         floor_of: dict[str, float | Sequence[float]] = {}
-        for name, (task, theirs) in shared.items():
-            majorities = [m for m in (task.majority, theirs.majority) if m is not None]
-            floor_of[name] = level = max([task.chance, *majorities])
-            if theirs.blind is not None and metrics.average({name: theirs.blind}) > level:
-                floor_of[name] = theirs.blind_scores  # one for each question
-        return metrics.retention(
-            {name: task.scores for name, (task, _) in shared.items()},
-            {name: theirs.scores for name, (_, theirs) in shared.items()},
-            {name: task.chance for name, (task, _) in shared.items()},
-            floor_of,
-        )
+        for name, other in theirs.items():
+            majorities = [m for m in (ours[name].majority, other.majority) if m is not None]
+            floor_of[name] = level = max([ours[name].chance, *majorities])
+            if other.blind is not None and metrics.average({name: other.blind}) > level:
+                floor_of[name] = other.blind_scores  # one for each question
+        chance = {name: task.chance for name, task in ours.items()}
+        return metrics.retention(_scores(ours), _scores(theirs), chance, floor_of)
 
     def difference(self, baseline: Result) -> metrics.Difference:
         """Compute AVG minus that of another model, over the tasks that both answered."""
-        shared = self._shared_tasks(baseline)
-        return metrics.average_difference(
-            {name: theirs.scores for name, (_, theirs) in shared.items()},
-            {name: task.scores for name, (task, _) in shared.items()},
-        )
+        ours, theirs = self._shared_tasks(baseline)
+        return metrics.average_difference(_scores(theirs), _scores(ours))
 
     def with_blind_floors(self, blind: Result) -> Result:
         """Add the floors of the same model's result from ``evaluate(..., blind=True)``."""
@@ -155,34 +145,28 @@ class Result:
         return replace(self, tasks=found)
 
     def timed_as(self, other: Result) -> Result:
-        """Take over the times of a result, if its model has the same size and type of weights.
-
-        Equal shapes take equally long, and a second measurement only adds noise.
-        """
+        """Take over the times of a result whose model is as large: measuring again adds noise."""
         facts = ("total_params", "backbone_params", "weight_bytes", "dtype")
         if any(getattr(self, name) != getattr(other, name) for name in facts):
             return self
         return replace(self, **{name: getattr(other, name) for name in TIMES})
 
-    def _shared_tasks(self, baseline: Result) -> dict[str, tuple[TaskResult, TaskResult]]:
-        """Pair the tasks that both answered; refuse other questions and other pictures."""
+    def _shared_tasks(self, baseline: Result) -> list[dict[str, TaskResult]]:
+        """Return the tasks that both answered; refuse other questions and other pictures."""
         if self.blind != baseline.blind:
             blind, other = ("this", "that") if self.blind else ("that", "this")
             raise ConfigError(
                 f"baseline: {blind} result was asked blind, with the pictures of other questions, "
                 f"and {other} one was not; their scores do not measure the same"
             )
-        shared = {
-            name: (task, baseline.tasks[name])
-            for name, task in self.tasks.items()
-            if task.in_average and name in baseline.tasks
-        }
+        counted = [name for name, task in self.tasks.items() if task.in_average]
+        shared = [name for name in counted if name in baseline.tasks]
         if not shared:
             raise ConfigError("baseline: it shares no task with this result")
-        for name, (task, theirs) in shared.items():
-            if task.ids != theirs.ids:
+        for name in shared:
+            if self.tasks[name].ids != baseline.tasks[name].ids:
                 raise ConfigError(f"baseline: task {name!r} asked other questions (see --limit)")
-        return shared
+        return [{name: of.tasks[name] for name in shared} for of in (self, baseline)]
 
     def save(self, path: str | Path) -> None:
         """Write everything as JSON, answers included."""
@@ -207,11 +191,12 @@ class Result:
         return result
 
 
-def read_baseline(path: str | Path, blind: bool = False, floors: bool = False) -> Result:
-    """Read a baseline result: of a blind evaluation (``blind``), or with blind floors (``floors``).
+def _scores(tasks: Mapping[str, TaskResult]) -> dict[str, Sequence[float]]:
+    return {name: task.scores for name, task in tasks.items()}
 
-    Called before any question is asked, because it refuses a result that could not be compared.
-    """
+
+def read_baseline(path: str | Path, blind: bool = False, floors: bool = False) -> Result:
+    """Read a baseline result that must be a blind one (``blind``), or have blind ``floors``."""
     baseline = Result.load(path)
     if baseline.blind != blind:
         which = "blind, the new result is not" if baseline.blind else "not blind, the new result is"

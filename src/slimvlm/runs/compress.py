@@ -40,8 +40,7 @@ from slimvlm.core.progress import Say
 from slimvlm.core.requests import asked, identity_of_files, is_begun_for, note_request
 from slimvlm.data.read import identity_of_data
 from slimvlm.evaluation.bench import PairedTimes, paired_times
-from slimvlm.evaluation.on_data import DataResult, evaluate_data, single_result
-from slimvlm.evaluation.predictions import Predictions
+from slimvlm.evaluation.on_data import DataResult, Predictions, evaluate_data, single_result
 from slimvlm.evaluation.results import Result, read_baseline
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.cost import free_memory, peak_memory, release_memory, weight_bytes

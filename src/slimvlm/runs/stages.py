@@ -26,7 +26,7 @@ from slimvlm.data.read import estimated_length, load_samples
 from slimvlm.data.roles import IGNORE
 from slimvlm.data.samples import Sample, identifying_bytes
 from slimvlm.evaluation.lmms import evaluate_all
-from slimvlm.evaluation.predictions import Predictions, predictions_of
+from slimvlm.evaluation.on_data import Predictions, predictions_of
 from slimvlm.evaluation.results import Result
 from slimvlm.models.anatomy import Anatomy, read_anatomy
 from slimvlm.models.hidden import evaluating, head_weights_of

@@ -39,8 +39,16 @@ from slimvlm.data.samples import Sample
 from slimvlm.evaluation import ask
 from slimvlm.evaluation.compare import Comparison, compare
 from slimvlm.evaluation.lmms import evaluate_all
-from slimvlm.evaluation.on_data import DataResult, evaluate_data, paired_result, single_result
-from slimvlm.evaluation.predictions import Predictions, States, batches_of, predictions_of
+from slimvlm.evaluation.on_data import (
+    DataResult,
+    Predictions,
+    States,
+    batches_of,
+    evaluate_data,
+    paired_result,
+    predictions_of,
+    single_result,
+)
 from slimvlm.evaluation.results import Result, read_baseline
 from slimvlm.evaluation.tasks import builtin_tasks, find_tasks
 from slimvlm.models.cost import params_of_target
