@@ -28,7 +28,7 @@ from torch import Tensor
 import slimvlm as sv
 from slimvlm.core.files import write_text
 from slimvlm.data.roles import IGNORE
-from slimvlm.demo.conversations import load_passages
+from slimvlm.demo.questions import load_passages
 from slimvlm.runs.tables import as_markdown
 
 CELLS, SIDE = 6, 16

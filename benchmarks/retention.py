@@ -129,7 +129,7 @@ def demo_subject(name: str, dtype: str) -> Subject:
 
 def text_subject(dtype: str) -> Subject:
     from slimvlm.demo.build import make_base
-    from slimvlm.demo.conversations import load_passages
+    from slimvlm.demo.questions import load_passages
 
     model, tokenizer = make_base()
     tokenizer.padding_side = "right"

@@ -81,7 +81,7 @@ class Subject:
 
 def text_subject() -> Subject:
     from slimvlm.demo.build import make_base
-    from slimvlm.demo.conversations import docstrings, load_passages
+    from slimvlm.demo.questions import docstrings, load_passages
 
     model, tokenizer = make_base()
     passages = [text[:LONGEST] for _, text in load_passages() if len(text) > 200]

@@ -10,7 +10,7 @@ import pytest
 
 from slimvlm.data.samples import Question
 from slimvlm.demo.build import build_demo
-from slimvlm.demo.tasks import TASKS
+from slimvlm.demo.questions import TASKS
 from slimvlm.evaluation.ask import answer
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.load import load

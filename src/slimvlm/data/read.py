@@ -296,7 +296,7 @@ def _samples(
 ) -> Iterator[Sample | DataError]:
     """Yield each row as a sample, or the error that makes it broken."""
     if str(data) == "demo":
-        from slimvlm.demo.conversations import demo_samples
+        from slimvlm.demo.questions import demo_samples
 
         has_pictures = processor is None or can_see(processor)
         yield from demo_samples(limit or 1024, pictures=has_pictures)

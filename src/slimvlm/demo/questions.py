@@ -1,37 +1,72 @@
-"""Make questions about scenes, and about words and numbers without one.
+"""Make the demo's questions: its benchmarks, and conversations to calibrate and to train on.
 
-Benchmarks (:mod:`slimvlm.demo.tasks`) and training conversations
-(:mod:`slimvlm.demo.conversations`) have the same questions.
+Benchmarks are small versions of the published ones, all generated, always in the same order.
+``--data demo`` gives the conversations, on which the demo model was trained. The two share no
+composition, digit picture or text question.
 """
 
 from __future__ import annotations
 
+import ast
+import inspect
+import itertools
+import sysconfig
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from functools import cache, partial
+from pathlib import Path
 
 import numpy as np
+from numpy.random import Generator
 
+from slimvlm.data.samples import Message, Question, Sample, Task
 from slimvlm.demo.scenes import (
     CELLS,
     COLORS,
+    SCENE_KINDS,
+    SEEN_STYLES,
     TEST_SHARE,
+    UNSEEN_STYLE,
     Scene,
     SceneKind,
     Split,
     load_art,
     make_scene,
+    pick,
+    render,
 )
 
-LETTERS = ("a", "b", "c", "d")
-SIDES = ("left", "right", "above", "below")
-MAX_SUMMAND = 60
-MAX_SORTED = 99
+NUM_QUESTIONS = 320
+_LETTERS = ("a", "b", "c", "d")
+_SIDES = ("left", "right", "above", "below")
+_MAX_SUMMAND = 60
+_MAX_SORTED = 99
+_TEST_SEED = 20240
+_TEST_PASSAGE_CHARS = 600
+_KIND_SHARES = (0.20, 0.32, 0.14, 0.16, 0.18)
+"""Share of the training pictures of each of `SCENE_KINDS`."""
+_TEXT_SHARE = 0.16
+"""Share of conversations without a picture."""
+_PASSAGE_SHARE = 0.35
+"""Share of those that are passages of English."""
+_PASSAGE_CHARS = 420
+_PASSAGE_MODULES = (
+    "argparse", "asyncio/events", "asyncio/streams", "asyncio/tasks", "bdb", "calendar", "cmd",
+    "codecs", "collections/__init__", "configparser", "contextlib", "copy", "csv", "datetime",
+    "difflib", "doctest", "email/message", "enum", "fractions", "ftplib", "functools", "gettext",
+    "glob", "gzip", "heapq", "http/client", "http/cookiejar", "imaplib", "inspect", "ipaddress",
+    "logging/__init__", "logging/handlers", "mailbox", "mimetypes", "multiprocessing/pool",
+    "optparse", "os", "pathlib", "pickle", "pickletools", "pprint", "queue", "random", "sched",
+    "selectors", "shutil", "smtplib", "socket", "socketserver", "ssl", "statistics", "string",
+    "subprocess", "tarfile", "tempfile", "textwrap", "threading", "timeit", "tokenize", "trace",
+    "traceback", "turtle", "types", "typing", "unittest/case", "unittest/mock", "urllib/parse",
+    "urllib/request", "uuid", "warnings", "weakref", "xml/dom/minidom", "zipfile",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Asked:
+class _Asked:
     """A question with its answer, choices (letters or words) and sub-group of a benchmark."""
 
     prompt: str
@@ -40,54 +75,45 @@ class Asked:
     group: str = ""
 
 
-Asker = Callable[[Scene, np.random.Generator], Asked]
+_Asker = Callable[[Scene, Generator], _Asked]
 
 
-def pick(rng: np.random.Generator, items: Sequence[str]) -> str:
-    """Draw one item."""
-    return items[int(rng.integers(len(items)))]
-
-
-def _with_letters(
-    question: str, right: str, wrong: Sequence[str], rng: np.random.Generator
-) -> Asked:
+def _with_letters(question: str, right: str, wrong: Sequence[str], rng: Generator) -> _Asked:
     options = [right, *wrong]
     options = [options[int(i)] for i in rng.permutation(len(options))]
-    listed = " ".join(f"{x}) {option}" for x, option in zip(LETTERS, options, strict=True))
-    return Asked(f"{question} {listed}", LETTERS[options.index(right)], LETTERS)
+    listed = " ".join(f"{x}) {option}" for x, option in zip(_LETTERS, options, strict=True))
+    return _Asked(f"{question} {listed}", _LETTERS[options.index(right)], _LETTERS)
 
 
-def _sample(rng: np.random.Generator, items: Sequence[str], count: int) -> list[str]:
+def _sample(rng: Generator, items: Sequence[str], count: int) -> list[str]:
     return [items[int(i)] for i in rng.permutation(len(items))[:count]]
 
 
-def ask_name(scene: Scene, rng: np.random.Generator) -> Asked:
-    """Ask for the name of a single object."""
-    return Asked("what is this?", scene.objects[0].name)
+# Questions about a scene.
 
 
-def ask_kind(scene: Scene, rng: np.random.Generator) -> Asked:
-    """Ask for the category of a single object, in words."""
-    return Asked("what kind of thing is this?", load_art().category_of(scene.objects[0].name))
+def _ask_name(scene: Scene, rng: Generator) -> _Asked:
+    return _Asked("what is this?", scene.objects[0].name)
 
 
-def ask_category_letter(scene: Scene, rng: np.random.Generator) -> Asked:
-    """Ask for the category of a single object, out of four."""
+def _ask_kind(scene: Scene, rng: Generator) -> _Asked:
+    return _Asked("what kind of thing is this?", load_art().category_of(scene.objects[0].name))
+
+
+def _ask_category_letter(scene: Scene, rng: Generator) -> _Asked:
     art = load_art()
     right = art.category_of(scene.objects[0].name)
     others = [c for c in dict.fromkeys(art.categories) if c != right]
     return _with_letters("what kind of thing is this?", right, _sample(rng, others, 3), rng)
 
 
-def ask_object_letter(scene: Scene, rng: np.random.Generator) -> Asked:
-    """Ask for the name of a single object, out of four of its category."""
-    art = load_art()
-    right = scene.objects[0].name
+def _ask_object_letter(scene: Scene, rng: Generator) -> _Asked:
+    art, right = load_art(), scene.objects[0].name
     others = [n for n in art.members(art.category_of(right)) if n != right]
     return _with_letters("which one is this?", right, _sample(rng, others, 3), rng)
 
 
-def ask_presence(scene: Scene, rng: np.random.Generator, group: str = "") -> Asked:
+def _ask_presence(scene: Scene, rng: Generator, group: str = "") -> _Asked:
     """Ask whether an object is shown.
 
     ``group`` is ``"positive"``, ``"random"`` (any absent object) or ``"adversarial"`` (an absent
@@ -95,34 +121,36 @@ def ask_presence(scene: Scene, rng: np.random.Generator, group: str = "") -> Ask
     """
     art = load_art()
     group = group or pick(rng, ("positive", "positive", "random", "adversarial"))
-    shown = scene.names
+    shown, answer = scene.names, "no"
     if group == "positive":
         name, answer = pick(rng, shown), "yes"
     elif group == "random":
-        name, answer = pick(rng, [n for n in art.names if n not in shown]), "no"
+        name = pick(rng, [n for n in art.names if n not in shown])
     else:
         kinds = {art.category_of(n) for n in shown}
         pairs = zip(art.names, art.categories, strict=True)
-        name, answer = pick(rng, [n for n, c in pairs if c in kinds and n not in shown]), "no"
-    return Asked(f"is the {name} in the picture?", answer, ("yes", "no"), group)
+        name = pick(rng, [n for n, c in pairs if c in kinds and n not in shown])
+    return _Asked(f"is the {name} in the picture?", answer, ("yes", "no"), group)
 
 
-def ask_locate(scene: Scene, rng: np.random.Generator) -> Asked:
-    """Ask for the object in a quadrant."""
-    item = scene.objects[int(rng.integers(len(scene.objects)))]
-    return Asked(f"what is at the {CELLS[item.cell]}?", item.name)
+def _ask_absent(scene: Scene, rng: Generator) -> _Asked:
+    return _ask_presence(scene, rng, pick(rng, ("random", "adversarial")))
 
 
-def ask_position(scene: Scene, rng: np.random.Generator) -> Asked:
-    """Ask for the quadrant of an object."""
-    item = scene.objects[int(rng.integers(len(scene.objects)))]
-    return Asked(f"where is the {item.name}?", CELLS[item.cell])
+def _ask_locate(scene: Scene, rng: Generator) -> _Asked:
+    item = pick(rng, scene.objects)
+    return _Asked(f"what is at the {CELLS[item.cell]}?", item.name)
+
+
+def _ask_position(scene: Scene, rng: Generator) -> _Asked:
+    item = pick(rng, scene.objects)
+    return _Asked(f"where is the {item.name}?", CELLS[item.cell])
 
 
 def neighbours(scene: Scene) -> list[tuple[str, str, str]]:
     """Return (object, reference, side) for every ordered pair in one row or one column."""
     found = []
-    for a, b in product(scene.objects, repeat=2):
+    for a, b in itertools.product(scene.objects, repeat=2):
         (row_a, col_a), (row_b, col_b) = divmod(a.cell, 2), divmod(b.cell, 2)
         if row_a == row_b and col_a != col_b:
             found.append((a.name, b.name, "left" if col_a < col_b else "right"))
@@ -131,56 +159,58 @@ def neighbours(scene: Scene) -> list[tuple[str, str, str]]:
     return found
 
 
-def ask_relation(scene: Scene, rng: np.random.Generator) -> Asked:
-    """Ask on which side of a neighbour an object is. Needs one pair in `neighbours`."""
-    pairs = neighbours(scene)
-    name, reference, side = pairs[int(rng.integers(len(pairs)))]
+def _ask_relation(scene: Scene, rng: Generator) -> _Asked:
+    name, reference, side = pick(rng, neighbours(scene))
     prompt = f"where is the {name}, seen from the {reference}: left, right, above or below?"
-    return Asked(prompt, side, SIDES)
+    return _Asked(prompt, side, _SIDES)
 
 
-def ask_count(scene: Scene, rng: np.random.Generator, name: str = "") -> Asked:
+def _ask_relation_if_any(scene: Scene, rng: Generator) -> _Asked | None:
+    return _ask_relation(scene, rng) if neighbours(scene) else None
+
+
+def _ask_count(scene: Scene, rng: Generator, name: str = "") -> _Asked:
     """Ask how often an object is shown; the most frequent one unless a name is given."""
     name = name or max(scene.names, key=scene.names.count)
     count = str(scene.names.count(name))
-    return Asked(f"how many times is the {name} shown?", count, ("1", "2", "3", "4"))
+    return _Asked(f"how many times is the {name} shown?", count, ("1", "2", "3", "4"))
 
 
-def ask_digits(scene: Scene, rng: np.random.Generator) -> Asked:
-    """Ask for the digits in reading order."""
-    return Asked("what number is written here?", "".join(scene.names))
+def _ask_other_count_at_times(scene: Scene, rng: Generator) -> _Asked | None:
+    return _ask_count(scene, rng, pick(rng, scene.names)) if rng.integers(3) == 0 else None
 
 
-def ask_list(scene: Scene, rng: np.random.Generator) -> Asked:
-    """Ask for all objects in reading order, each once."""
-    return Asked("list all objects.", ", ".join(dict.fromkeys(scene.names)))
+def _ask_digits(scene: Scene, rng: Generator) -> _Asked:
+    return _Asked("what number is written here?", "".join(scene.names))
 
 
-def ask_shape_open(scene: Scene, rng: np.random.Generator) -> Asked:
-    """Ask for the colour of a shape or the shape of a colour."""
+def _ask_list(scene: Scene, rng: Generator) -> _Asked:
+    return _Asked("list all objects.", ", ".join(dict.fromkeys(scene.names)))
+
+
+def _ask_shape_open(scene: Scene, rng: Generator) -> _Asked:
     color, shape = pick(rng, scene.names).split()
     if rng.integers(2):
-        return Asked(f"what color is the {shape}?", color)
-    return Asked(f"which shape is {color}?", shape)
+        return _Asked(f"what color is the {shape}?", color)
+    return _Asked(f"which shape is {color}?", shape)
 
 
-def ask_shape_yesno(scene: Scene, rng: np.random.Generator) -> Asked:
-    """Ask whether a shape has a colour; half of the answers are yes."""
+def _ask_shape_yesno(scene: Scene, rng: Generator) -> _Asked:
     color, shape = pick(rng, scene.names).split()
     if rng.integers(2):
-        return Asked(f"is the {shape} {color}?", "yes", ("yes", "no"))
+        return _Asked(f"is the {shape} {color}?", "yes", ("yes", "no"))
     wrong = pick(rng, [c for c in COLORS if c != color])
-    return Asked(f"is the {shape} {wrong}?", "no", ("yes", "no"))
+    return _Asked(f"is the {shape} {wrong}?", "no", ("yes", "no"))
 
 
-def ask_shape(scene: Scene, rng: np.random.Generator) -> Asked:
-    """Ask one of the two questions about shapes."""
-    ask = ask_shape_open if rng.integers(2) else ask_shape_yesno
-    return ask(scene, rng)
+def _ask_shape(scene: Scene, rng: Generator) -> _Asked:
+    return (_ask_shape_open if rng.integers(2) else _ask_shape_yesno)(scene, rng)
 
 
-def ask_odd(rng: np.random.Generator) -> Asked:
-    """Ask which of four words is not of a category."""
+# Questions without a picture.
+
+
+def _ask_odd(rng: Generator) -> _Asked:
     art = load_art()
     category = pick(rng, art.categories)
     others = [n for n, c in zip(art.names, art.categories, strict=True) if c != category]
@@ -188,46 +218,255 @@ def ask_odd(rng: np.random.Generator) -> Asked:
     return _with_letters(f"which is not a {category}?", pick(rng, others), wrong, rng)
 
 
-def ask_sort(rng: np.random.Generator) -> Asked:
-    """Ask for three or four numbers in ascending order."""
-    numbers = rng.choice(MAX_SORTED, size=int(rng.integers(3, 5)), replace=False) + 1
+def _ask_sort(rng: Generator) -> _Asked:
+    numbers = rng.choice(_MAX_SORTED, size=int(rng.integers(3, 5)), replace=False) + 1
     given = " ".join(str(n) for n in numbers)
-    return Asked(f"sort these numbers: {given}", " ".join(str(n) for n in sorted(numbers)))
+    return _Asked(f"sort these numbers: {given}", " ".join(str(n) for n in sorted(numbers)))
 
 
-def ask_sum(rng: np.random.Generator) -> Asked:
-    """Ask for the sum of two numbers from 1 to 60."""
-    a, b = (int(v) for v in rng.integers(1, MAX_SUMMAND + 1, size=2))
-    return Asked(f"what is {a} + {b}?", str(a + b))
+def _ask_sum(rng: Generator) -> _Asked:
+    a, b = (int(v) for v in rng.integers(1, _MAX_SUMMAND + 1, size=2))
+    return _Asked(f"what is {a} + {b}?", str(a + b))
 
 
-def ask_told(kind: SceneKind, ask: Asker, rng: np.random.Generator) -> Asked:
-    """Ask, without a picture, about a scene that is described in words (for training)."""
-    scene = make_scene(kind, rng, "train")
-    while ask is ask_relation and not neighbours(scene):
-        scene = make_scene(kind, rng, "train")
-    asked = ask(scene, rng)
-    listed = ", ".join(f"{CELLS[o.cell]}: {o.name}" for o in scene.objects) + "."
-    described = f"this is a {scene.names[0]}." if kind == "single" else listed
-    return Asked(f"{described} {asked.prompt}", asked.answer, asked.choices)
-
-
-TEXT_ASKERS = {"text_odd": ask_odd, "text_sort": ask_sort, "text_sum": ask_sum}
+_TEXT_ASKERS = {"text_odd": _ask_odd, "text_sort": _ask_sort, "text_sum": _ask_sum}
 """The text-only benchmarks."""
-TOLD_ASKERS: tuple[tuple[SceneKind, Asker], ...] = (
-    ("single", ask_object_letter),
-    ("single", ask_category_letter),
-    ("multi", ask_relation),
-    ("count", ask_count),
-    ("shapes", ask_shape),
+_TOLD_ASKERS: tuple[tuple[SceneKind, _Asker], ...] = (
+    ("single", _ask_object_letter),
+    ("single", _ask_category_letter),
+    ("multi", _ask_relation),
+    ("count", _ask_count),
+    ("shapes", _ask_shape),
 )
 """Questions about scenes in words; they teach letters and sides sooner."""
 
 
-def ask_text(task: str, rng: np.random.Generator, split: Split) -> Asked:
+def _ask_text(task: str, rng: Generator, split: Split) -> _Asked:
     """Draw text-only questions until one belongs to a split, by the checksum of its text."""
     while True:
-        asked = TEXT_ASKERS[task](rng)
+        asked = _TEXT_ASKERS[task](rng)
         is_test = zlib.crc32(asked.prompt.encode()) % TEST_SHARE == 0
         if is_test == (split == "test"):
             return asked
+
+
+def _ask_told(kind: SceneKind, ask: _Asker, rng: Generator) -> _Asked:
+    """Ask, without a picture, about a scene that is described in words (for training)."""
+    scene = make_scene(kind, rng, "train")
+    while ask is _ask_relation and not neighbours(scene):
+        scene = make_scene(kind, rng, "train")
+    asked = ask(scene, rng)
+    listed = ", ".join(f"{CELLS[o.cell]}: {o.name}" for o in scene.objects) + "."
+    described = f"this is a {scene.names[0]}." if kind == "single" else listed
+    return _Asked(f"{described} {asked.prompt}", asked.answer, asked.choices)
+
+
+# Benchmarks.
+
+
+def _rng(task: str, index: int) -> Generator:
+    return np.random.default_rng([_TEST_SEED, *task.encode(), index])
+
+
+def _item(
+    task: str, kind: SceneKind, ask: _Asker, styles: Sequence[str], index: int
+) -> tuple[Scene, _Asked]:
+    """Make the scene and the question with this number of a picture benchmark."""
+    rng, lone = _rng(task, index), None
+    if kind == "single":
+        names = load_art().names
+        order = np.random.default_rng([_TEST_SEED, index // len(names)]).permutation(len(names))
+        lone = [names[int(order[index % len(names)])]]
+    scene = make_scene(kind, rng, "test", styles, lone)
+    while task == "relation" and not neighbours(scene):
+        scene = make_scene(kind, rng, "test", styles)
+    if task == "presence":
+        block, place = divmod(index, 32)
+        shuffled = int(np.random.default_rng([_TEST_SEED, 1, block]).permutation(32)[place])
+        group = ("positive", "random", "positive", "adversarial")[shuffled % 4]
+        return scene, _ask_presence(scene, rng, group)
+    return scene, ask(scene, rng)
+
+
+def _load_scenes(
+    task: str, kind: SceneKind, ask: _Asker, styles: Sequence[str], limit: int | None
+) -> Sequence[Question]:
+    found = []
+    for i in range(NUM_QUESTIONS)[:limit]:
+        scene, a = _item(task, kind, ask, styles, i)
+        shown = (render(scene),)
+        found.append(Question(f"{task}-{i}", a.prompt, (a.answer,), shown, a.choices, a.group))
+    return found
+
+
+def _load_text(task: str, limit: int | None) -> Sequence[Question]:
+    found: dict[str, _Asked] = {}
+    for index in itertools.count():
+        if len(found) == len(range(NUM_QUESTIONS)[:limit]):
+            break
+        asked = _ask_text(task, _rng(task, index), "test")
+        found.setdefault(asked.prompt, asked)
+    return [
+        Question(f"{task}-{i}", a.prompt, (a.answer,), (), a.choices)
+        for i, a in enumerate(found.values())
+    ]
+
+
+def _load_passages(limit: int | None) -> Sequence[Question]:
+    from pydoc_data.topics import topics  # 600 kB, and only this benchmark needs it
+
+    passages: list[str] = []
+    for name in sorted(topics):
+        text = " ".join(topics[name].split("\n", 3)[-1].split())
+        starts = range(0, len(text) - _TEST_PASSAGE_CHARS, _TEST_PASSAGE_CHARS)
+        passages += [text[start : start + _TEST_PASSAGE_CHARS] for start in starts]
+    step = max(1, len(passages) // NUM_QUESTIONS)
+    chosen = passages[::step][:NUM_QUESTIONS][:limit]
+    return [Question(f"text_ppl-{i}", "", (text,)) for i, text in enumerate(chosen)]
+
+
+def make_task_scene(task: Task, index: int) -> Scene | None:
+    """Return the scene of a question, or None for text-only benchmarks."""
+    if not isinstance(task.load, partial) or task.load.func is not _load_scenes:
+        return None
+    name, kind, ask, styles = task.load.args
+    return _item(name, kind, ask, styles, index)[0]
+
+
+def _picture_task(
+    name: str,
+    kind: SceneKind,
+    ask: _Asker,
+    metric: str,
+    chance: float,
+    like: str,
+    max_new_tokens: int = 8,
+    styles: Sequence[str] = SEEN_STYLES,
+) -> Task:
+    load = partial(_load_scenes, name, kind, ask, styles)
+    return Task(name, metric, chance, load, max_new_tokens, like, styles == SEEN_STYLES)
+
+
+def _text_task(name: str, metric: str, chance: float, max_new_tokens: int) -> Task:
+    return Task(name, metric, chance, partial(_load_text, name), max_new_tokens, "text only")
+
+
+_ALL = (
+    _picture_task("name", "single", _ask_name, "exact_match", 0.8, "recognition"),
+    _picture_task("category_letter", "single", _ask_category_letter, "letter", 25.0, "MMMU, AI2D"),
+    _picture_task("object_letter", "single", _ask_object_letter, "letter", 25.0, "ScienceQA"),
+    _picture_task("presence", "multi", _ask_presence, "yes_no", 50.0, "POPE"),
+    _picture_task("locate", "multi", _ask_locate, "exact_match", 0.8, "GQA"),
+    _picture_task("relation", "multi", _ask_relation, "exact_match", 25.0, "GQA"),
+    _picture_task("count", "count", _ask_count, "exact_match", 25.0, "MME (count)"),
+    _picture_task("read_digits", "digits", _ask_digits, "exact_match", 0.5, "DocVQA, OCR"),
+    _picture_task("list_objects", "multi", _ask_list, "set_f1", 0.8, "captioning", 24),
+    _picture_task("shape_open", "shapes", _ask_shape_open, "exact_match", 20.0, "VQA"),
+    _picture_task("shape_yesno", "shapes", _ask_shape_yesno, "yes_no", 50.0, "GQA"),
+    _text_task("text_odd", "letter", 25.0, 4),
+    _text_task("text_sort", "exact_match", 10.0, 16),
+    _text_task("text_sum", "exact_match", 1.0, 6),
+    _picture_task(
+        "name_unseen_style", "single", _ask_name, "exact_match", 0.8, "domain shift",
+        styles=(UNSEEN_STYLE,),
+    ),
+    _picture_task(
+        "object_letter_unseen_style", "single", _ask_object_letter, "letter", 25.0, "domain shift",
+        styles=(UNSEEN_STYLE,),
+    ),
+    Task("text_ppl", "perplexity", 0.0, _load_passages, 0, "WikiText", in_average=False),
+)  # fmt: skip
+TASKS: dict[str, Task] = {task.name: task for task in _ALL}
+"""Every benchmark by name. Those in an unseen art style and perplexity stay out of the average."""
+
+
+# Conversations to train on: pictures with all their questions, and a share of text alone.
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Independent (prompt, answer) pairs about one scene, or about none."""
+
+    scene: Scene | None
+    turns: tuple[tuple[str, str], ...]
+
+
+_TURNS: dict[SceneKind, tuple[Callable[[Scene, Generator], _Asked | None], ...]] = {
+    "single": (
+        *(_ask_name, _ask_kind, _ask_category_letter, _ask_category_letter),
+        *(_ask_object_letter, _ask_object_letter, _ask_presence),
+    ),
+    "multi": (
+        *(_ask_locate, _ask_locate, _ask_position, _ask_list),
+        *(partial(_ask_presence, group="positive"), _ask_absent),
+        *(_ask_relation_if_any, _ask_relation_if_any),
+    ),
+    "count": (_ask_count, _ask_locate, _ask_list, _ask_other_count_at_times, _ask_presence),
+    "digits": (_ask_digits, _ask_locate),
+    "shapes": (*(_ask_shape_open,) * 3, *(_ask_shape_yesno,) * 3, _ask_locate, _ask_list),
+}
+"""The questions about a picture of each kind; those that do not apply are left out."""
+
+
+def docstrings(path: Path, module: str) -> Iterator[tuple[str, str]]:
+    """Yield the longer docstrings of a file with the names of what they document."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            text = inspect.cleandoc(ast.get_docstring(node) or "")
+            if len(text) > 150:
+                name = "" if isinstance(node, ast.Module) else f".{node.name}"
+                yield f"{module}{name}", text
+
+
+@cache
+def load_passages() -> tuple[tuple[str, str], ...]:
+    """Return (prompt, passage) pairs of English: docstrings of Python's own standard library."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found: list[tuple[str, str]] = []
+    for module in _PASSAGE_MODULES:
+        path = root / f"{module}.py"
+        if not path.is_file():
+            continue
+        for name, text in docstrings(path, module.replace("/__init__", "").replace("/", ".")):
+            if len(text) > _PASSAGE_CHARS:
+                text = text[:_PASSAGE_CHARS].rsplit(None, 1)[0]
+            found.append((f"what does python say about {name}?", text))
+    return tuple(found)
+
+
+def make_conversation(seed: int, index: int) -> Conversation:
+    """Return the training conversation with this number; it depends on nothing else."""
+    rng = np.random.default_rng([seed, 7, index])
+    scene = None
+    if rng.random() < _TEXT_SHARE:
+        passages = load_passages()
+        if passages and rng.random() < _PASSAGE_SHARE:
+            return Conversation(None, (pick(rng, passages),))
+        asked = [_ask_text(task, rng, "train") for task in _TEXT_ASKERS]
+        asked += [_ask_told(kind, ask, rng) for kind, ask in _TOLD_ASKERS]
+        turns = [(a.prompt, a.answer) for a in asked]
+    else:
+        kind = SCENE_KINDS[int(rng.choice(len(SCENE_KINDS), p=_KIND_SHARES))]
+        scene = make_scene(kind, rng)
+        seen = [ask(scene, rng) for ask in _TURNS[kind]]
+        turns = list(dict.fromkeys((a.prompt, a.answer) for a in seen if a is not None))
+    return Conversation(scene, tuple(turns[int(i)] for i in rng.permutation(len(turns))))
+
+
+def demo_samples(count: int, seed: int = 0, pictures: bool = True) -> list[Sample]:
+    """Return distinct training conversations; without ``pictures``, only those of text."""
+    samples = []
+    numbered = ((index, make_conversation(seed, index)) for index in itertools.count())
+    chosen = ((i, each) for i, each in numbered if pictures or each.scene is None)
+    for index, conversation in itertools.islice(chosen, count):
+        scene = conversation.scene
+        messages: list[Message] = []
+        for prompt, answer in conversation.turns:
+            shown = [{"type": "image"}] if scene is not None and not messages else []
+            messages += [
+                {"role": "user", "content": [*shown, {"type": "text", "text": prompt}]},
+                {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+            ]
+        images = () if scene is None else (render(scene),)
+        samples.append(Sample(f"demo-{seed}-{index}", tuple(messages), images))
+    return samples

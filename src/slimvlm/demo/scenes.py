@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,8 @@ from PIL import Image, ImageDraw
 Split = Literal["train", "test"]
 SceneKind = Literal["single", "multi", "count", "digits", "shapes"]
 SCENE_KINDS: tuple[SceneKind, ...] = get_args(SceneKind)
+
+T = TypeVar("T")
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -47,6 +49,11 @@ BACKGROUNDS: tuple[tuple[int, int, int], ...] = (
     *((255, 255, 255), (236, 236, 236), (222, 235, 247), (229, 245, 224)),
     *((254, 237, 222), (242, 240, 247), (253, 224, 239), (200, 205, 210)),
 )
+
+
+def pick(rng: np.random.Generator, items: Sequence[T]) -> T:
+    """Draw one item."""
+    return items[int(rng.integers(len(items)))]
 
 
 @dataclass(frozen=True)
@@ -120,9 +127,8 @@ def load_digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 @cache
 def digit_sources(split: Split) -> NDArray[np.int64]:
     """Return the indices of a split's handwritten pictures."""
-    indices = np.arange(len(load_digits()[1]))
-    is_test = indices % TEST_SHARE == 0
-    chosen: NDArray[np.int64] = indices[is_test if split == "test" else ~is_test]
+    indices = np.arange(len(load_digits()[1]), dtype=np.int64)
+    chosen: NDArray[np.int64] = indices[(indices % TEST_SHARE == 0) == (split == "test")]
     return chosen
 
 
@@ -133,10 +139,7 @@ def make_scene(
     styles: Sequence[str] = SEEN_STYLES,
     names: Sequence[str] | None = None,
 ) -> Scene:
-    """Draw scenes until one belongs to the split; the same state of ``rng`` gives the same scene.
-
-    ``names`` are the emojis' objects, one per place, instead of random ones.
-    """
+    """Draw scenes until one belongs to the split; ``names`` are the emojis, else random ones."""
     while True:
         if kind == "digits":
             objects = _digit_objects(rng, split)
@@ -158,7 +161,7 @@ def _emoji_objects(
 ) -> list[Placed]:
     names = load_art().names
     if chosen is None and kind == "single":
-        chosen = [names[int(rng.integers(len(names)))]]
+        chosen = [pick(rng, names)]
     elif chosen is None and kind == "multi":
         picked = rng.choice(len(names), size=int(rng.integers(2, 5)), replace=False)
         chosen = [names[int(i)] for i in picked]
@@ -169,15 +172,14 @@ def _emoji_objects(
         chosen = [names[int(picked[0])]] * times + [names[int(i)] for i in picked[1:]]
     cells = [-1] if kind == "single" else [int(c) for c in rng.permutation(4)[: len(chosen)]]
     placed = [
-        Placed(name, cell, names.index(name), styles[int(rng.integers(len(styles)))])
+        Placed(name, cell, names.index(name), pick(rng, styles))
         for name, cell in zip(chosen, cells, strict=True)
     ]
     return sorted(placed, key=lambda o: o.cell)
 
 
 def _digit_objects(rng: np.random.Generator, split: Split) -> list[Placed]:
-    labels = load_digits()[1]
-    pool = digit_sources(split)
+    labels, pool = load_digits()[1], digit_sources(split)
     if rng.integers(2):
         row = int(rng.integers(2))
         cells = [2 * row, 2 * row + 1]
@@ -188,15 +190,11 @@ def _digit_objects(rng: np.random.Generator, split: Split) -> list[Placed]:
 
 
 def _shape_objects(rng: np.random.Generator) -> list[Placed]:
-    count = int(rng.integers(1, 5))
+    count, names = int(rng.integers(1, 5)), list(COLORS)
     cells = sorted(int(c) for c in rng.permutation(4)[:count])
-    shapes = rng.permutation(len(SHAPES))[:count]
-    colors = rng.permutation(len(COLORS))[:count]
-    color_names = list(COLORS)
-    return [
-        Placed(f"{color_names[int(c)]} {SHAPES[int(s)]}", cell)
-        for s, c, cell in zip(shapes, colors, cells, strict=True)
-    ]
+    shapes, colors = (rng.permutation(len(of))[:count] for of in (SHAPES, COLORS))
+    drawn = zip(shapes, colors, cells, strict=True)
+    return [Placed(f"{names[int(c)]} {SHAPES[int(s)]}", cell) for s, c, cell in drawn]
 
 
 @lru_cache(maxsize=8192)

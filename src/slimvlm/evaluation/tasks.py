@@ -88,7 +88,7 @@ _COLUMN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 
 def builtin_tasks() -> dict[str, Task]:
     """Return all tasks that work without a network, by name."""
-    from slimvlm.demo.tasks import TASKS
+    from slimvlm.demo.questions import TASKS
 
     return dict(TASKS)
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from slimvlm.demo.build import IMAGE_TOKEN_ID, NUM_IMAGE_TOKENS
-from slimvlm.demo.conversations import Conversation, make_conversation
+from slimvlm.demo.questions import Conversation, make_conversation
 from slimvlm.demo.scenes import render
 
 CHAT_SHARE = 0.2

@@ -23,8 +23,7 @@ from torch.nn import functional
 
 from slimvlm.core.files import new_file
 from slimvlm.demo.build import IMAGE_TOKEN_ID, make_base
-from slimvlm.demo.conversations import Conversation
-from slimvlm.demo.tasks import TASKS, make_task_scene
+from slimvlm.demo.questions import TASKS, Conversation, make_task_scene
 from slimvlm_tools.demo_training.batches import Batch, Encoder, collate, training_batches
 from slimvlm_tools.demo_training.lora import add_lora_, load_lora_, lora_state
 from slimvlm_tools.demo_training.tower import (

@@ -4,10 +4,14 @@ from collections import Counter
 
 import pytest
 
-from slimvlm.demo.conversations import demo_samples, make_conversation
-from slimvlm.demo.questions import neighbours
+from slimvlm.demo.questions import (
+    TASKS,
+    demo_samples,
+    make_conversation,
+    make_task_scene,
+    neighbours,
+)
 from slimvlm.demo.scenes import load_art
-from slimvlm.demo.tasks import TASKS, make_task_scene
 from slimvlm.evaluation.metrics import majority_score
 
 PICTURE_TASKS = [name for name, task in TASKS.items() if make_task_scene(task, 0) is not None]
