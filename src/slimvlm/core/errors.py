@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class SlimError(Exception):
     """Base of every error that a user can cause and mend. The CLI prints it and exits with 2."""
@@ -52,6 +55,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     told = str(error).lower()
     is_theirs = isinstance(error, RuntimeError) and any(words in told for words in _NO_MEMORY)
     return is_theirs or type(error).__name__ in ("OutOfMemoryError", "MemoryError")
+
+
+@contextmanager
+def panics_raised() -> Iterator[None]:
+    """Raise a panic of Rust code, which is no `Exception`, as a RuntimeError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise RuntimeError(one_line(error)) from error
 
 
 def one_line(error: BaseException) -> str:

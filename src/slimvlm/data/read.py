@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -11,14 +12,7 @@ from itertools import compress, islice, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from slimvlm.core.documents import (
-    MAX_YAML_BYTES,
-    parse_json,
-    parse_yaml,
-    read_object,
-    read_text,
-    texts_in,
-)
+from slimvlm.core.documents import parse_json, read_object
 from slimvlm.core.errors import LONGEST, ConfigError, DataError, one_line, shortened
 from slimvlm.core.options import TooLong
 from slimvlm.core.progress import Say
@@ -28,6 +22,10 @@ from slimvlm.data.samples import Message, Sample, find_image
 
 MAX_LINE_BYTES = 64 * 2**20
 """Longest line of a ``.jsonl`` file."""
+BATCH = 64
+"""Rows of a parquet or Arrow file that are in memory at once."""
+NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+"""Names of JSON files beside the data."""
 KEPT_BYTES = 2**29
 """Size up to which a ``.jsonl`` file is parsed once and its rows are kept while they are read."""
 
@@ -111,21 +109,18 @@ def read_rows(data: str | Path, outlined: bool = False) -> Iterator[Any]:
             yield from _rows_of_file(path, outlined)
         except OSError as error:
             raise ConfigError(f"data {str(data)!r}: cannot be read ({error.strerror})") from error
-    elif path.is_dir() or (str(data).count("/") == 1 and not str(data).startswith((".", "/"))):
-        yield from _rows_of_dataset(path if path.is_dir() else str(data), outlined)
+    elif path.is_dir():
+        for file in files_of_folder(path):
+            yield from _rows_of_file(file, outlined)
+    elif str(data).count("/") == 1 and not str(data).startswith((".", "/")):
+        yield from _rows_of_hub(str(data), outlined)
     else:
         raise ConfigError(f"data {str(data)!r}: no such file, folder or dataset")
 
 
 def _rows_of_file(path: Path, outlined: bool) -> Iterator[Any]:
-    if path.suffix == ".parquet":
-        import datasets
-
-        try:
-            table = datasets.Dataset.from_parquet(str(path))
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise DataError(f"data {str(path)!r}: is not a parquet file ({error})") from error
-        yield from _plain_rows(table, outlined)
+    if path.suffix in (".parquet", ".arrow"):
+        yield from _plain_rows(path, outlined)
     elif path.suffix == ".jsonl":
         with path.open("rb") as file:
             yield from _rows_of_lines(file)
@@ -143,62 +138,92 @@ def _rows_of_file(path: Path, outlined: bool) -> Iterator[Any]:
         )
 
 
-def _rows_of_dataset(source: Path | str, outlined: bool) -> Iterable[Any]:
+def _rows_of_hub(name: str, outlined: bool) -> Iterator[Any]:
     import datasets
 
-    if isinstance(source, Path):
-        _require_own_files(source)
     try:
-        if isinstance(source, Path) and (source / "state.json").exists():
-            table = datasets.load_from_disk(str(source))
-        elif isinstance(source, Path) and (source / "dataset_dict.json").exists():
-            table = datasets.load_from_disk(str(source))["train"]
-        else:
-            table = datasets.load_dataset(str(source), split="train")
-        return _plain_rows(table, outlined)
-    except Exception as error:  # broken files make datasets and pyarrow raise almost anything
+        table = datasets.load_dataset(name, split="train").with_format("arrow")
+        for part in table.iter(batch_size=BATCH):
+            yield from _plain(part, outlined)
+    except Exception as error:
         reason = one_line(error.__cause__ or error)[:LONGEST]
-        raise ConfigError(f"data {str(source)!r}: cannot be loaded ({reason})") from error
+        raise ConfigError(f"data {name!r}: cannot be loaded ({reason})") from error
 
 
-def _require_own_files(folder: Path) -> None:
-    """Refuse a folder that reads files outside it, through a link or a path in a description."""
+def files_of_folder(folder: Path) -> list[Path]:
+    """List the data files of a folder: what ``datasets`` saved, or else those of training.
+
+    Files and links that lead out of the folder are refused, and no card or script in it is read.
+    Where names tell apart splits, those with ``train`` count; else all but those with ``test``,
+    ``valid``, ``dev`` or ``eval``.
+    """
     where, inside = f"data {str(folder)!r}", folder.resolve()
-    for path in folder.rglob("*"):
-        if path.is_symlink() and not path.resolve().is_relative_to(inside):
-            raise ConfigError(f"{where}: {path.name!r} is a link that leads out of it")
-        for named in texts_in(_files_named_by(path)):
-            if "://" in named or ".." in named or named.startswith(("/", "~")):
-                raise ConfigError(
-                    f"{where}: {path.name} names {shortened(named)}, but its files must lie in it"
-                )
+    try:
+        found = sorted(path for path in folder.rglob("*") if not path.is_dir())
+        outside = [path for path in found if not path.resolve().is_relative_to(inside)]
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"{where}: cannot be read ({one_line(error)})") from error
+    if outside:
+        raise ConfigError(f"{where}: {outside[0].name!r} is a link that leads out of it")
+    if pipes := [path for path in found if not path.is_file()]:
+        raise ConfigError(f"{where}: {pipes[0].name!r} is not a regular file")
+    saved = folder / "train" if (folder / "dataset_dict.json").exists() else folder
+    if (saved / "state.json").exists():
+        state = read_object(saved / "state.json", "data")
+        listed = state.get("_data_files")
+        rows = listed if isinstance(listed, list) else []
+        names = [str(row.get("filename") if isinstance(row, dict) else row) for row in rows]
+        own = {path.name: path for path in found if path.parent == saved}
+        if unknown := [name for name in names if name not in own]:
+            told = f"state.json names {shortened(unknown[0])}"
+            raise ConfigError(f"{where}: {told}, but its files must lie in it")
+        return [own[name] for name in names]
+    kinds: dict[str, list[Path]] = {}
+    for path in found:
+        if path.suffix in (".jsonl", ".json", ".parquet", ".arrow") and path.name not in NO_ROWS:
+            kinds.setdefault(path.suffix, []).append(path)
+    if not kinds:
+        raise ConfigError(f"{where}: has no .jsonl, .json, .parquet or .arrow file")
+    files = max(kinds.values(), key=len)
+    split = {
+        path: set(re.split(r"[^a-z]+", str(path.relative_to(folder)).lower())) for path in files
+    }
+    train = [path for path in files if split[path] & {"train", "training"}]
+    others = {"test", "testing", "valid", "validation", "val", "dev", "eval", "evaluation"}
+    return train or [path for path in files if not split[path] & others]
 
 
-def _files_named_by(path: Path) -> Any:
-    """Return the part of a ``datasets`` description that names files."""
-    if path.name in ("state.json", "dataset_dict.json") and path.is_file():
-        values = read_object(path, "data")
-        return [values.get("_data_files"), values.get("splits")]
-    if path.name in ("README.md", ".huggingface.yaml") and path.is_file():
-        text = read_text(path, "data", MAX_YAML_BYTES)
-        head = text.split("---")[1] if text.startswith("---") else text * (path.suffix == ".yaml")
-        try:
-            values = parse_yaml(head)
-        except ValueError as error:
-            raise ConfigError(f"data {str(path)!r}: cannot be read ({error})") from error
-        return values.get("configs") if isinstance(values, dict) else None
-    return None
+def _plain_rows(path: Path, outlined: bool) -> Iterator[Any]:
+    """Yield the rows of a parquet or Arrow file, without the cache of ``datasets``."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        if path.suffix == ".parquet":
+            with parquet.ParquetFile(path) as file:
+                for part in file.iter_batches(BATCH):
+                    yield from _plain(part, outlined)
+            return
+        with pyarrow.memory_map(str(path)) as source:
+            for batch in pyarrow.ipc.open_stream(source):
+                for start in range(0, len(batch), BATCH):
+                    yield from _plain(batch.slice(start, BATCH), outlined)
+    except Exception as error:  # broken files make pyarrow raise almost anything
+        kind = path.suffix.removeprefix(".")
+        reason = one_line(error)[:LONGEST]
+        raise DataError(f"data {str(path)!r}: is not a {kind} file ({reason})") from error
 
 
-def _plain_rows(table: Any, outlined: bool) -> Iterator[Any]:
-    """Yield rows with pictures as they are stored, so that no path in them is opened unchecked."""
-    for part in table.with_format("arrow").iter(batch_size=64):
-        for index, name in enumerate(part.column_names if outlined else ()):
-            if name in ("image", "images"):
-                chunks = part.column(name).chunks
-                numbers = [getattr(chunk, "value_lengths", chunk.is_valid)() for chunk in chunks]
-                part = part.set_column(index, name, numbers)
-        yield from part.to_pylist()
+def _plain(part: Any, outlined: bool) -> Any:
+    """Convert a batch to rows, with pictures as stored, so that no path in them is opened."""
+    for index, name in enumerate(part.schema.names if outlined else ()):
+        if name in ("image", "images"):
+            column = part.column(index)
+            chunks = getattr(column, "chunks", [column])
+            numbers = [getattr(chunk, "value_lengths", chunk.is_valid)() for chunk in chunks]
+            joined = numbers if hasattr(column, "chunks") else numbers[0]
+            part = part.set_column(index, name, joined)
+    return part.to_pylist()
 
 
 def _rows_of_lines(file: BinaryIO) -> Iterator[Any]:

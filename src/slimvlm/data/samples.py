@@ -91,6 +91,10 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 89_478_485
 """Larger pictures are refused unread: decoded, they take more than 256 MiB (Pillow's own limit)."""
 
+LARGE_PIXELS, LARGE_SIZE = 2**25, (4096, 4096)
+"""Pictures with more pixels are reduced to this size: no processor keeps as many, and their copies
+in float32 take gigabytes."""
+
 MAX_ASPECT = 200
 """The longer side over the shorter one; processors that keep the shape fail beyond it."""
 
@@ -174,4 +178,6 @@ def _decoded(source: Path | io.BytesIO, glance: bool = False) -> Image.Image:
             if max(opened.size) > MAX_ASPECT * min(opened.size):
                 raise ValueError(f"{size}; one side may be {MAX_ASPECT} times the other")
             opened.draft("RGB", _GLANCE)
+        elif opened.width * opened.height > LARGE_PIXELS:
+            opened.thumbnail(LARGE_SIZE)
         return opened.convert("RGB")

@@ -44,6 +44,7 @@ from slimvlm.core.errors import (
     UnsupportedModelError,
     is_out_of_memory,
     one_line,
+    panics_raised,
     shortened,
 )
 from slimvlm.models.hidden import require_finite_values
@@ -80,7 +81,8 @@ _PACKED, _SPARE = 16, 2**20
 def unreadable(model: str | Path, what: str) -> Iterator[None]:
     """Inside, raise a one-line `ConfigError` where a library cannot read ``what`` of a model."""
     try:
-        yield
+        with panics_raised():
+            yield
     except SlimError:
         raise
     except Exception as error:  # broken files make libraries raise almost anything

@@ -21,9 +21,10 @@ from slimvlm.core.options import Dtype, LoadConfig
 from slimvlm.core.processes import local_rank, num_ranks
 from slimvlm.core.requests import digest
 from slimvlm.data.chat import tokenizer_of
+from slimvlm.data.templates import check_tokenizer
 from slimvlm.models import modeling_pruned
 from slimvlm.models.anatomy import Anatomy, read_anatomy
-from slimvlm.models.files import check_folder, require_stored, unreadable
+from slimvlm.models.files import check_folder, file_if_reachable, require_stored, unreadable
 from slimvlm.models.hidden import shard_config
 from slimvlm.models.modeling_pruned import PREFIX, cut_layers_
 from slimvlm.models.parts import Parts, backbone_of, family_of, text_config_of
@@ -332,6 +333,11 @@ def load_processor(name: str, config: PreTrainedConfig, trust_remote_code: bool 
     here = {path.name for path in Path(name).iterdir()} if Path(name).is_dir() else _PROCESSOR_FILES
     if not name or not here & _PROCESSOR_FILES:
         return None
+    with unreadable(name, "tokenizer"):
+        local = str(Path(name) / "tokenizer.json") if Path(name).is_dir() else None
+        file = local or file_if_reachable(name, "tokenizer.json")
+        if file is not None and Path(file).is_file():
+            check_tokenizer(Path(file))
     with unreadable(name, "processor" if sees else "tokenizer"):
         processor = auto.from_pretrained(name, trust_remote_code=trust_remote_code)
         tokenizer_of(processor)("a")  # some settings fail at the first word

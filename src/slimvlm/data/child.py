@@ -1,0 +1,141 @@
+"""The program of a child process that runs what comes with a model: its template and tokenizer.
+
+Started as ``python -I child.py``, so that it imports neither slimvlm nor torch. Each line of stdin
+is a request in JSON, and each line of stdout its reply. A request that takes more than its memory
+or processor time ends the process. `slimvlm.data.templates` is the other side.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import signal
+import sys
+from datetime import datetime
+from typing import Any
+
+MAX_LENGTH = 2**26
+"""Characters of a rendered conversation."""
+
+
+def limit_memory(num_bytes: int) -> None:
+    """Limit this process's memory, and let it write no file, where the system can."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        for kind, most in ((resource.RLIMIT_AS, num_bytes), (resource.RLIMIT_FSIZE, 0)):
+            resource.setrlimit(kind, (most, most))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def limit_processor(seconds: float) -> None:
+    """End this process after so many seconds of computing; 0 for no limit."""
+    if hasattr(signal, "ITIMER_PROF"):
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
+@functools.lru_cache(64)
+def compiled(template: str) -> Any:
+    """Compile a template with the names that transformers gives to templates."""
+    from jinja2 import nodes
+    from jinja2.exceptions import SecurityError, TemplateError
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.utils import Namespace
+
+    class Generation(Extension):
+        """Read ``{% generation %}``, which marks what an assistant says, as its content."""
+
+        tags = {"generation"}  # noqa: RUF012  (Jinja's type)
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body).set_lineno(line)
+
+    class PlainNamespace(Namespace):
+        """A namespace without names that begin with an underscore."""
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            if str(name).startswith("_"):
+                raise SecurityError(f"name {name!r} begins with an underscore")
+            super().__setitem__(name, value)
+
+    def namespace(*values: Any, **named: Any) -> Namespace:
+        made = PlainNamespace()
+        for name, value in dict(*values, **named).items():
+            made[name] = value
+        return made
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: Any = None,
+        separators: Any = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals.update(
+        namespace=namespace,
+        raise_exception=raise_exception,
+        strftime_now=lambda form: datetime.now().strftime(form),
+    )
+    environment.globals.pop("lipsum")
+    return environment.from_string(template)
+
+
+def rendered(template: str, values: dict[str, Any]) -> str:
+    """Render a chat template."""
+    text = str(compiled(template).render(**values))
+    if len(text) > MAX_LENGTH:
+        raise MemoryError
+    return text
+
+
+def probed(tokenizer: str, texts: list[str]) -> str:
+    """Load a ``tokenizer.json``, encode texts and decode their tokens."""
+    from tokenizers import Tokenizer
+
+    loaded = Tokenizer.from_file(tokenizer)
+    for text in texts:
+        tokens = loaded.encode(text).ids
+        loaded.decode(tokens[:10_000])
+    return ""
+
+
+def main() -> None:
+    """Answer requests until stdin ends."""
+    limit_memory(int(sys.argv[1]))
+    sys.path += sys.argv[2:]  # where jinja2 and tokenizers are installed
+    for line in sys.stdin:
+        request = json.loads(line)
+        limit_processor(request.pop("seconds"))
+        try:
+            reply = {"text": (probed if "tokenizer" in request else rendered)(**request)}
+        except MemoryError:
+            reply = {"error": "memory", "message": ""}
+        except BaseException as error:  # a template is a program, and Rust panics
+            kind = "syntax" if type(error).__name__ == "TemplateSyntaxError" else "refused"
+            reply = {"error": kind, "message": (str(error) or type(error).__name__)[:10_000]}
+        line = json.dumps(reply)
+        limit_processor(0)
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
