@@ -17,8 +17,7 @@ from slimvlm.models.load import load
 from slimvlm.planning.make import make_plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.save import save
-from slimvlm.scoring.criteria import score_random
-from slimvlm.scoring.statistics import Statistics
+from slimvlm.scoring.score_model import score
 
 pytestmark = pytest.mark.slow
 README = Path(__file__).parents[2] / "README.md"
@@ -52,7 +51,7 @@ def test_second_build_is_the_same_folder():
 def test_plain_transformers_says_the_same(tmp_path):
     model, processor = load("demo", "float32")
     anatomy = read_anatomy(model)
-    plan = make_plan(anatomy, score_random(Statistics(), anatomy), 0.1, "both")
+    plan = make_plan(anatomy, score(model, [], "random"), 0.1, "both")
     prune_(model, plan)
     save(model, processor, tmp_path / "small", plan)
     picture = tmp_path / "picture.png"

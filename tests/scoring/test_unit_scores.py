@@ -8,7 +8,7 @@ import torch
 from slimvlm.core.errors import ConfigError, NumericalError
 from slimvlm.models.parts import Parts
 from slimvlm.scoring.score_model import score
-from slimvlm.scoring.statistics import ChannelSums
+from slimvlm.scoring.statistics import Statistics
 from slimvlm.scoring.unit_scores import Scores
 from tests import tiny
 
@@ -53,7 +53,7 @@ def test_broken_score_files_are_refused(broken, tmp_path):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_statistics_refuse_nan_and_infinity(value):
     with pytest.raises(NumericalError, match=r"infinity at '3\.mlp'"):
-        ChannelSums(
+        Statistics(
             parts={
                 (2, "mlp"): torch.ones(2, dtype=torch.float64),
                 (3, "mlp"): torch.tensor([1.0, value], dtype=torch.float64),

@@ -272,7 +272,8 @@ def dummy_scores(anatomy: Anatomy, criteria: Sequence[str]) -> Scores:
     """Draw random scores for the units of criteria, to find out whether a plan is possible."""
     drawn = score_random(Statistics(), anatomy)
     units = {unit for name in criteria for unit in CRITERIA[name].units}
-    return Scores(", ".join(criteria), **{unit: drawn.of(unit) for unit in units})
+    values = {at: v for at, v in drawn.items() if (at if isinstance(at, str) else at[1]) in units}
+    return Scores.of_units(", ".join(criteria), units, anatomy.num_layers, values)
 
 
 def check_questions(questions: Questions, blind: bool = False, log: bool = False) -> None:

@@ -18,37 +18,13 @@ from slimvlm.core.errors import ConfigError
 from slimvlm.models.anatomy import LAYER_UNITS, WIDTH_UNITS, Anatomy, LayerShape
 from slimvlm.models.load import with_float64
 from slimvlm.models.parts import Parts, layer_matrices
+from slimvlm.scoring import gradients, hidden_states, inputs
 from slimvlm.scoring.batches import Batch, weight_of
-from slimvlm.scoring.gradients import (
-    capture_gates,
-    capture_gradients,
-    score_gate,
-    score_taylor,
-    score_taylor_widths,
-)
-from slimvlm.scoring.hidden_states import (
-    capture_hidden_states,
-    score_angular,
-    score_block_influence,
-)
-from slimvlm.scoring.inputs import (
-    capture_activations,
-    capture_grams,
-    capture_moments,
-    capture_routing,
-    gram_bytes,
-    score_activation,
-    score_flap,
-    score_frequency,
-    score_reap,
-    score_wanda,
-)
 from slimvlm.scoring.obs import score_obs
-from slimvlm.scoring.statistics import ChannelSums, Place, Statistics
-from slimvlm.scoring.unit_scores import Scores
+from slimvlm.scoring.statistics import Place, Statistics, Values, per_layer, per_unit
 
 
-def capture_weights(model: nn.Module, batches: Iterable[Batch], p: int = 1) -> ChannelSums:
+def capture_weights(model: nn.Module, batches: Iterable[Batch], p: int = 1) -> Statistics:
     """Sum ``|w|^p`` by channel of each matrix and by expert; no p-th root, as in LLM-Pruner."""
     parts: dict[Place, Tensor] = {}
     view = Parts(model)
@@ -64,10 +40,10 @@ def capture_weights(model: nn.Module, batches: Iterable[Batch], p: int = 1) -> C
             of_experts.append(values.reshape(entry.width, -1).sum(1, dtype=torch.float64))
         if of_experts:
             parts[index, "expert"] = torch.stack(of_experts).sum(0).cpu()
-    return ChannelSums(parts=parts)
+    return Statistics(parts=parts)
 
 
-def score_magnitude(statistics: ChannelSums, anatomy: Anatomy, reduction: str = "mean") -> Scores:
+def score_magnitude(statistics: Statistics, anatomy: Anatomy, reduction: str = "mean") -> Values:
     """Size of the weights of each unit; layers by the mean over their matrices' weights.
 
     Experts are compared within a layer, by the sum over all that they own. ``reduction`` is the
@@ -77,13 +53,12 @@ def score_magnitude(statistics: ChannelSums, anatomy: Anatomy, reduction: str = 
         max(sum(s.units(u) * getattr(s, f"{u}_params") for u in WIDTH_UNITS), 1)
         for s in anatomy.layers
     ]
-    layer = statistics.per_layer(anatomy) / torch.tensor(counts, dtype=torch.float64)
-    found = statistics.per_unit(anatomy, reduction)
-    return Scores.of_units("magnitude", anatomy.num_layers, found, layer, LAYER_UNITS)
+    layer = per_layer(statistics.parts, anatomy) / torch.tensor(counts, dtype=torch.float64)
+    return {**per_unit(statistics.parts, anatomy, reduction), "layer": layer}
 
 
-def score_spacing(statistics: Statistics, anatomy: Anatomy) -> Scores:
-    """Removed layers lie as far apart as possible, whatever their number; no data needed.
+def score_spacing(statistics: Statistics, anatomy: Anatomy) -> Values:
+    """Place removed layers as far apart as possible, whatever their number.
 
     Layers are taken in farthest-point order: the next to go is the one farthest from all gone so
     far and from both ends. Ties go to the later layer.
@@ -96,18 +71,17 @@ def score_spacing(statistics: Statistics, anatomy: Anatomy) -> Scores:
         scores[chosen] = rank
         distance = torch.minimum(distance, (torch.arange(L) - chosen).abs().double())
         distance[chosen] = -1
-    return Scores("spacing", layer=scores)
+    return {"layer": scores}
 
 
-def score_random(statistics: Statistics, anatomy: Anatomy, seed: int = 0) -> Scores:
-    """Uniform random scores: the floor that every other criterion has to beat."""
+def score_random(statistics: Statistics, anatomy: Anatomy, seed: int = 0) -> Values:
+    """Draw uniform random scores: the floor that every other criterion has to beat."""
     generator = torch.Generator().manual_seed(seed)
-    layer = torch.rand(anatomy.num_layers, generator=generator)
-    rows: dict[str, Any] = {
-        unit: [torch.rand(shape.units(unit), generator=generator) for shape in anatomy.layers]
-        for unit in LAYER_UNITS
-    }
-    return Scores("random", layer, **rows)
+    drawn: Values = {"layer": torch.rand(anatomy.num_layers, generator=generator)}
+    for unit in LAYER_UNITS:
+        for index, shape in enumerate(anatomy.layers):
+            drawn[index, unit] = torch.rand(shape.units(unit), generator=generator)
+    return drawn
 
 
 Allowed = tuple[Any, ...] | None
@@ -134,15 +108,15 @@ class Capture:
 
 NOTHING = Capture(function=lambda model, batches: Statistics(), sees="nothing", passes=0)
 WEIGHTS = Capture(function=capture_weights, options=("p",), passes=0)
-HIDDEN_STATES = Capture(function=capture_hidden_states, sees="hidden_states")
-ACTIVATIONS = Capture(function=capture_activations)
-MOMENTS = Capture(function=capture_moments)
-GRAMS = Capture(function=capture_grams, layer_bytes=gram_bytes)
-GATES = Capture(function=capture_gates, passes=3, backward=True)
+HIDDEN_STATES = Capture(function=hidden_states.capture_hidden_states, sees="hidden_states")
+ACTIVATIONS = Capture(function=inputs.capture_activations)
+MOMENTS = Capture(function=inputs.capture_moments)
+GRAMS = Capture(function=inputs.capture_grams, layer_bytes=inputs.gram_bytes)
+GATES = Capture(function=gradients.capture_gates, passes=3, backward=True)
 GRADIENTS = Capture(
-    function=capture_gradients, options=("order", "gradient"), passes=3, backward=True
+    function=gradients.capture_gradients, options=("order", "gradient"), passes=3, backward=True
 )
-ROUTING = Capture(function=capture_routing, passes=2)
+ROUTING = Capture(function=inputs.capture_routing, passes=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +129,7 @@ class Criterion:
 
     units: tuple[str, ...]
     capture: Capture
-    function: Callable[..., Scores]  # (statistics, anatomy, **options) -> Scores
+    function: Callable[..., Values]  # (statistics, anatomy, **options) -> values of units
     paper: str  # title and arXiv id
     about: str  # one line for tables
     options: Mapping[str, Allowed] = field(default_factory=dict)
@@ -174,7 +148,7 @@ CRITERIA: dict[str, Criterion] = {
     "block_influence": Criterion(
         units=("layer",),
         capture=HIDDEN_STATES,
-        function=score_block_influence,
+        function=hidden_states.score_block_influence,
         paper="ShortGPT, arXiv:2403.03853",
         about="1 - mean cosine between a layer's input and output",
         options={"reduction": ("mean", "sum"), "last_layer": ("prenorm", "postnorm")},
@@ -182,7 +156,7 @@ CRITERIA: dict[str, Criterion] = {
     "angular": Criterion(
         units=("layer",),
         capture=HIDDEN_STATES,
-        function=score_angular,
+        function=hidden_states.score_angular,
         paper="Gromov et al., arXiv:2403.17887",
         about="the run of layers whose input and output are closest in angle",
         options={"last_layer": ("prenorm", "postnorm")},
@@ -197,7 +171,7 @@ CRITERIA: dict[str, Criterion] = {
     "taylor": Criterion(
         units=("layer", *WIDTH_UNITS),
         capture=GRADIENTS,
-        function=score_taylor,
+        function=gradients.score_taylor,
         paper=_LLM_PRUNER,
         about="first order: |weight x gradient| summed over the unit",
         options={"gradient": ("batch", "per_sample")},
@@ -207,7 +181,7 @@ CRITERIA: dict[str, Criterion] = {
     "taylor_second": Criterion(
         units=WIDTH_UNITS,
         capture=GRADIENTS,
-        function=score_taylor_widths,
+        function=gradients.score_taylor_widths,
         paper=_LLM_PRUNER,
         about="second order: weight² x mean squared gradient",
         fixed={"order": "second"},
@@ -215,7 +189,7 @@ CRITERIA: dict[str, Criterion] = {
     "taylor_mix": Criterion(
         units=WIDTH_UNITS,
         capture=GRADIENTS,
-        function=score_taylor_widths,
+        function=gradients.score_taylor_widths,
         paper=_LLM_PRUNER,
         about="first and second order together",
         fixed={"order": "mix"},
@@ -223,28 +197,28 @@ CRITERIA: dict[str, Criterion] = {
     "gate": Criterion(
         units=WIDTH_UNITS,
         capture=GATES,
-        function=score_gate,
+        function=inputs.score_as_collected,
         paper="Michel et al., arXiv:1905.10650",
         about="gradient of a switch on each unit; no weight gradients",
     ),
     "activation": Criterion(
         units=WIDTH_UNITS,
         capture=ACTIVATIONS,
-        function=score_activation,
+        function=inputs.score_as_collected,
         paper="Minitron, arXiv:2407.14679",
         about="mean size of a unit's output",
     ),
     "wanda": Criterion(
         units=WIDTH_UNITS,
         capture=MOMENTS,
-        function=score_wanda,
+        function=inputs.score_wanda,
         paper="Wanda, arXiv:2306.11695",
         about="|weight| x size of its input, over the columns that read the unit",
     ),
     "flap": Criterion(
         units=WIDTH_UNITS,
         capture=MOMENTS,
-        function=score_flap,
+        function=inputs.score_flap,
         paper="FLAP, arXiv:2312.11983",
         about="variance of the unit's output x squared weights that read it",
     ),
@@ -258,14 +232,14 @@ CRITERIA: dict[str, Criterion] = {
     "reap": Criterion(
         units=("expert",),
         capture=ROUTING,
-        function=score_reap,
+        function=inputs.score_reap,
         paper="REAP, arXiv:2510.13999",
         about="mean size of what the expert adds to the tokens that take it",
     ),
     "frequency": Criterion(
         units=("expert",),
         capture=ROUTING,
-        function=score_frequency,
+        function=inputs.score_frequency,
         paper="baseline in REAP, arXiv:2510.13999",
         about="share of the tokens that take the expert",
     ),

@@ -20,8 +20,7 @@ from slimvlm.models.hidden import layer_input, layer_output, main_stream, requir
 from slimvlm.models.load import with_float64
 from slimvlm.models.parts import Parts
 from slimvlm.scoring.batches import Batch, Pass, TokenWeights
-from slimvlm.scoring.statistics import HiddenStates
-from slimvlm.scoring.unit_scores import Scores
+from slimvlm.scoring.statistics import Statistics, Values
 
 
 def block_influence(
@@ -51,12 +50,7 @@ def block_influence(
 def angular_distance(
     hidden_in: Float[Tensor, "*batch D"], hidden_out: Float[Tensor, "*batch D"]
 ) -> Float[Tensor, "*batch"]:
-    """``arccos(cos(hidden_in, hidden_out)) / pi`` in [0, 1]; cosines are clamped first.
-
-    Reference:
-        Gromov et al. 2024, The Unreasonable Ineffectiveness of the Deeper Layers,
-        arXiv:2403.17887, Eq. 6.
-    """
+    """``arccos(cos(hidden_in, hidden_out)) / pi`` in [0, 1] (arXiv:2403.17887, Eq. 6)."""
     ours, theirs = (with_float64(hidden).double() for hidden in (hidden_in, hidden_out))
     cosine = torch.nn.functional.cosine_similarity(
         ours, theirs, dim=-1, eps=torch.finfo(torch.float64).tiny
@@ -67,17 +61,18 @@ def angular_distance(
 @torch.no_grad()
 def capture_hidden_states(
     model: nn.Module, batches: Iterable[Batch], token_weights: TokenWeights | None = None
-) -> HiddenStates:
-    """Sum block influences and angular distances as the layers run.
+) -> Statistics:
+    """Sum block influences over tokens by weight, and angular distances over samples.
 
-    Memory: one layer's input, and one vector for each sample and layer. Angular distances are of a
-    sample's last token only, so token weights do not change them.
+    Entry ``[n - 1, i]`` of ``angular_sum`` is the distance over the run of ``n`` layers that begins
+    at layer ``i``, at the last token, whatever its weight. In ``postnorm`` the last layer has the
+    final norm. Memory: one layer's input, and one vector for each sample and layer.
     """
     parts, seen = Parts(model), Pass()
     count = len(parts.layers)
-    influence, influence_postnorm = torch.zeros(count, dtype=torch.float64), torch.zeros(1).double()
-    angular = torch.zeros(count, count, dtype=torch.float64)
-    angular_postnorm = torch.zeros(count, dtype=torch.float64)
+    sizes = {"influence_sum": (count,), "influence_sum_postnorm": (), "angular_sum": (count, count)}
+    sums = {n: torch.zeros(size, dtype=torch.float64) for n, size in sizes.items()}
+    sums["angular_sum_postnorm"] = torch.zeros(count, dtype=torch.float64)
     last_input: list[Tensor] = []
     last_tokens: list[Tensor] = []  # before each layer, after the last one, after the norm
 
@@ -87,19 +82,24 @@ def capture_hidden_states(
         weighted = with_float64(values * seen.weights.to(device))
         return weighted.sum(dtype=torch.float64).cpu()
 
+    def note_last_token(hidden: Tensor) -> None:
+        positions = torch.arange(seen.mask.shape[1], device=seen.mask.device)
+        last = (seen.mask * positions).argmax(1).to(hidden.device)
+        last_tokens.append(hidden[torch.arange(len(hidden), device=hidden.device), last].cpu())
+
     def on_layer(index: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         hidden_in = main_stream(layer_input(args, kwargs))
         hidden_out = main_stream(layer_output(output))
         require_finite_values(hidden_out, f"the output of layer {index}")
-        influence[index] += influence_of(hidden_in, hidden_out)
-        last_tokens.append(_at_last_token(hidden_in, seen.mask))
+        sums["influence_sum"][index] += influence_of(hidden_in, hidden_out)
+        note_last_token(hidden_in)
         if index == count - 1:
             last_input[:] = [hidden_in]
-            last_tokens.append(_at_last_token(hidden_out, seen.mask))
+            note_last_token(hidden_out)
 
     def on_norm(module: nn.Module, args: Any, output: Tensor) -> None:
-        influence_postnorm.add_(influence_of(last_input[0], output))
-        last_tokens.append(_at_last_token(output, seen.mask))
+        sums["influence_sum_postnorm"] += influence_of(last_input[0], output)
+        note_last_token(output)
 
     def after_batch() -> None:
         """Compare the last tokens at both ends of every run of layers."""
@@ -107,9 +107,9 @@ def capture_hidden_states(
         for length in range(1, count + 1):
             for start in range(count - length + 1):
                 distance = angular_distance(states[start], states[start + length])
-                angular[length - 1, start] += distance.sum(dtype=torch.float64)
+                sums["angular_sum"][length - 1, start] += distance.sum(dtype=torch.float64)
             to_final = angular_distance(states[count - length], final)
-            angular_postnorm[length - 1] += to_final.sum(dtype=torch.float64)
+            sums["angular_sum_postnorm"][length - 1] += to_final.sum(dtype=torch.float64)
         last_tokens.clear()
 
     with ExitStack() as stack:
@@ -118,55 +118,33 @@ def capture_hidden_states(
             stack.enter_context(layer.register_forward_hook(hook, with_kwargs=True))
         stack.enter_context(parts.norm.register_forward_hook(on_norm))
         seen.forward(model, batches, token_weights, after_batch)
-    return HiddenStates(
-        influence_sum=influence,
-        influence_sum_postnorm=influence_postnorm[0],
-        angular_sum=angular,
-        angular_sum_postnorm=angular_postnorm,
-        **seen.totals,
-    )
-
-
-def _at_last_token(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Select the hidden state of each sample's last valid token."""
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    last = (mask * positions).argmax(1).to(hidden.device)
-    return hidden[torch.arange(len(hidden), device=hidden.device), last].cpu()
+    return Statistics(parts=sums, **seen.totals)
 
 
 def score_block_influence(
-    statistics: HiddenStates,
-    anatomy: Anatomy,
-    reduction: str = "mean",
-    last_layer: str = "prenorm",
-) -> Scores:
-    """Block influence of each layer; the least influential layers go first.
+    statistics: Statistics, anatomy: Anatomy, reduction: str = "mean", last_layer: str = "prenorm"
+) -> Values:
+    """Take the block influence of each layer; the least influential layers go first.
 
     ``reduction`` is the ``mean`` over valid tokens by weight, or their ``sum`` as in the reference
     code (same order; long samples weigh more in both). ``last_layer`` takes the last layer's own
     output (``prenorm``), or that of the final norm as the reference code does (``postnorm``).
     """
-    values = statistics.influence_sum.clone()
+    values = statistics.parts["influence_sum"].clone()
     if last_layer == "postnorm":
-        values[-1] = statistics.influence_sum_postnorm
-    if reduction == "mean":
-        values = values / statistics.weight
-    return Scores("block_influence", layer=values.float())
+        values[-1] = statistics.parts["influence_sum_postnorm"]
+    return {"layer": values / statistics.weight if reduction == "mean" else values}
 
 
-def score_angular(
-    statistics: HiddenStates, anatomy: Anatomy, last_layer: str = "prenorm"
-) -> Scores:
-    """Angular distance over runs of layers at the last valid token; the nearest run goes.
+def score_angular(statistics: Statistics, anatomy: Anatomy, last_layer: str = "prenorm") -> Values:
+    """Take the angular distance over runs of layers at the last valid token; the nearest run goes.
 
-    `Scores.layer` holds the distances of single layers, `Scores.layer_runs` those of all runs.
-    Only one token of a sample is looked at, so that token weights change nothing.
+    ``layer`` holds the distances of single layers, ``layer_runs`` those of all runs.
     """
-    totals = statistics.angular_sum.clone()
+    totals, count = statistics.parts["angular_sum"].clone(), anatomy.num_layers
+    lengths = torch.arange(count)
     if last_layer == "postnorm":  # only runs that end with the last layer differ
-        lengths = torch.arange(anatomy.num_layers)
-        totals[lengths, anatomy.num_layers - 1 - lengths] = statistics.angular_sum_postnorm
+        totals[lengths, count - 1 - lengths] = statistics.parts["angular_sum_postnorm"]
     mean = (totals / max(statistics.num_samples, 1)).float()
-    fits = torch.arange(1, anatomy.num_layers + 1)[:, None] + torch.arange(anatomy.num_layers)
-    runs = mean.masked_fill(fits > anatomy.num_layers, math.inf)
-    return Scores("angular", layer=runs[0].clone(), layer_runs=runs)
+    runs = mean.masked_fill(lengths[:, None] + 1 + lengths > count, math.inf)
+    return {"layer": runs[0].clone(), "layer_runs": runs}

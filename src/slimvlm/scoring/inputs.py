@@ -6,9 +6,9 @@ C input channel of such a matrix, T token.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -24,13 +24,22 @@ from slimvlm.models.load import with_float64
 from slimvlm.models.parts import Matrix, Parts, backbone_of
 from slimvlm.scoring.batches import Batch, Pass, TokenWeights, weight_of
 from slimvlm.scoring.moments import Moments
-from slimvlm.scoring.statistics import ChannelMoments, Grams, InputMoments, Place, Statistics
-from slimvlm.scoring.unit_scores import Scores
+from slimvlm.scoring.statistics import Grams, Place, Statistics, Values, per_unit
 
-OnInput = Callable[
-    [int, Projection, Float[Tensor, "T C"], Float[Tensor, "T 1"], int | None], object
-]
-"""Takes layer, matrix, inputs, the weights of their tokens and, of experts, the expert."""
+
+class Inputs(NamedTuple):
+    """The inputs of a matrix that writes to the residual stream, in one batch."""
+
+    layer: int
+    projection: Projection
+    x: Float[Tensor, "T C"]
+    weights: Float[Tensor, "T 1"]
+    expert: int | None  # whose inputs they are
+
+    @property
+    def place(self) -> Place:
+        """The place of the matrix."""
+        return self.layer, self.projection.path
 
 
 def linear_matrices(model: nn.Module) -> list[tuple[int, Projection, nn.Linear]]:
@@ -52,32 +61,32 @@ def writing_matrices(model: nn.Module) -> list[tuple[int, Matrix]]:
     return [(index, each) for index, each in matrices if each.projection.dim == INPUT_COLUMNS]
 
 
-@contextmanager
 def on_inputs(
-    model: nn.Module, seen: Pass, call: OnInput, layers: Collection[int] | None = None
-) -> Iterator[None]:
-    """Call a function for the inputs of every matrix that writes to the residual stream.
-
-    With ``layers``, of these layers only.
-    """
+    model: nn.Module,
+    batches: Iterable[Batch],
+    token_weights: TokenWeights | None,
+    call: Callable[[Inputs], None],
+    layers: Collection[int] | None = None,
+) -> Pass:
+    """Run a model, and call a function for the `Inputs` of its matrices (of some layers)."""
+    seen = Pass()
 
     def before(index: int, matrix: Matrix, module: nn.Module, args: Any) -> None:
         projection = matrix.projection
+        found: Iterable[Any] = [(None, slice(None), args[0].flatten(0, -2))]
         if matrix.is_of_experts:
-            for expert, tokens, x in inputs_of_experts(module, projection.transposed, args):
-                require_finite_values(x, f"the input of layer {index} {projection.path}")
-                call(index, projection, x, seen.row_weights(x)[tokens], expert)
-        else:
-            x = args[0].flatten(0, -2)
+            found = inputs_of_experts(module, projection.transposed, args)
+        for expert, tokens, x in found:
             require_finite_values(x, f"the input of layer {index} {projection.path}")
-            call(index, projection, x, seen.row_weights(x), None)
+            call(Inputs(index, projection, x, seen.row_weights(x)[tokens], expert))
 
     with ExitStack() as stack:
         for index, matrix in writing_matrices(model):
             if layers is None or index in layers:
                 hook = partial(before, index, matrix)
                 stack.enter_context(matrix.owner.register_forward_pre_hook(hook))
-        yield
+        seen.forward(model, batches, token_weights)
+    return seen
 
 
 def inputs_of_experts(
@@ -110,25 +119,21 @@ def inputs_of_experts(
 def capture_activations(
     model: nn.Module, batches: Iterable[Batch], token_weights: TokenWeights | None = None
 ) -> Statistics:
-    """Average over tokens, by weight, ``|a|`` of neurons and the L2 norm of KV groups.
+    """Average over tokens, by weight, ``|a|`` of neurons and the L2 norm of KV groups' heads.
 
     A neuron of experts adds up over those that a token takes, by the weights of the router.
     """
-    anatomy, seen = read_anatomy(model), Pass()
-    sums: dict[Place, Tensor] = {}
+    anatomy, sums = read_anatomy(model), dict[Place, Tensor]()
 
-    def add(
-        index: int, projection: Projection, x: Tensor, weights: Tensor, expert: int | None
-    ) -> None:
-        place, sizes = (index, unit_of(projection)), x.float().abs()
+    def add(given: Inputs) -> None:
+        place, sizes = (given.layer, unit_of(given.projection)), given.x.float().abs()
         if place[1] == "kv_group":
-            squares = sizes.square().view(len(x), anatomy.layers[index].num_kv_heads, -1)
-            sizes = squares.sum(-1).sqrt()
-        total = with_float64(sizes * weights).sum(0, dtype=torch.float64).cpu()
+            groups = anatomy.layers[given.layer].num_kv_heads
+            sizes = sizes.square().view(len(sizes), groups, -1).sum(-1).sqrt()
+        total = with_float64(sizes * given.weights).sum(0, dtype=torch.float64).cpu()
         sums[place] = sums.get(place, 0) + total
 
-    with on_inputs(model, seen, add):
-        seen.forward(model, batches, token_weights)
+    seen = on_inputs(model, batches, token_weights, add)
     means = {place: total.float() / float(seen.weight) for place, total in sums.items()}
     return Statistics(parts=means, **seen.totals)
 
@@ -136,26 +141,29 @@ def capture_activations(
 @torch.no_grad()
 def capture_moments(
     model: nn.Module, batches: Iterable[Batch], token_weights: TokenWeights | None = None
-) -> ChannelMoments:
-    """Sum first and second moments of each input channel of ``o_proj`` and ``down_proj``.
+) -> Statistics:
+    """Sum ``w_t x_t`` and ``w_t x_t²`` of each input channel of ``o_proj`` and ``down_proj``.
 
-    Experts have their own, with zeros for tokens that do not take them.
+    With them are ``Σ_i |W_ij|`` and ``Σ_i W_ij²`` of the columns that read the channels. Experts
+    have their own row of each.
     """
-    parts: dict[Place, InputMoments] = {}
-    for index, matrix in writing_matrices(model):
-        weight = weight_of(matrix.owner, matrix.name)
-        weight = weight.transpose(-1, -2) if matrix.projection.transposed else weight
-        parts[index, matrix.projection.path] = InputMoments.of(weight)
-    seen = Pass()
+    parts: dict[Place, dict[str, Tensor]] = {}
+    for index, each in writing_matrices(model):
+        weight = weight_of(each.owner, each.name)
+        weight = with_float64(weight.mT if each.projection.transposed else weight).double()
+        l1, square = weight.abs().sum(-2).cpu(), weight.square().sum(-2).cpu()
+        sums = {"sum": torch.zeros_like(l1), "square": torch.zeros_like(l1)}
+        parts[index, each.projection.path] = {**sums, "column_l1": l1, "column_square": square}
 
-    def add(
-        index: int, projection: Projection, x: Tensor, weights: Tensor, expert: int | None
-    ) -> None:
-        parts[index, projection.path].add(x.float(), weights, expert)
+    def add(given: Inputs) -> None:
+        x, rows = given.x.float(), ... if given.expert is None else given.expert
+        weighted = x * given.weights
+        for name, values in (("sum", weighted), ("square", weighted * x)):
+            total = with_float64(values).sum(0, dtype=torch.float64).cpu()
+            parts[given.place][name][rows] += total
 
-    with on_inputs(model, seen, add):
-        seen.forward(model, batches, token_weights)
-    return ChannelMoments(parts=parts, **seen.totals)
+    seen = on_inputs(model, batches, token_weights, add)
+    return Statistics(parts=parts, **seen.totals)
 
 
 @torch.no_grad()
@@ -165,11 +173,10 @@ def capture_grams(
     token_weights: TokenWeights | None = None,
     layers: Collection[int] | None = None,
 ) -> Grams:
-    """Sum `Moments` of the inputs of ``o_proj`` and ``down_proj``.
+    """Sum `Moments` of the inputs of ``o_proj`` and ``down_proj`` (of some layers).
 
     Memory: ``sum C²`` float32 numbers over all these matrices, on the model's device, whatever the
-    amount of data (11,008 neurons: 485 MB a layer). Sums are float32, or float64 for a model in
-    float64. No activation outlives its hook. With ``layers``, only these layers' matrices.
+    amount of data (11,008 neurons: 485 MB a layer); float64 for a model in float64.
     """
     weights: dict[Place, Tensor] = {}
     parts: dict[Place, Moments] = {}
@@ -179,21 +186,17 @@ def capture_grams(
             kind = torch.promote_types(weight.dtype, torch.float32)
             device = with_float64(weight[:0]).device
             parts[index, projection.path] = Moments.zero(weight.shape[1], None, kind, device)
-    seen = Pass()
 
-    def add(
-        index: int, projection: Projection, x: Tensor, weights: Tensor, expert: int | None
-    ) -> None:
-        part = parts[index, projection.path]
-        part.add(x.to(part.pairs.device), weights[:, 0].to(part.pairs.device))
+    def add(given: Inputs) -> None:
+        part = parts[given.place]
+        part.add(given.x.to(part.pairs.device), given.weights[:, 0].to(part.pairs.device))
 
-    with on_inputs(model, seen, add, layers):
-        seen.forward(model, batches, token_weights)
+    seen = on_inputs(model, batches, token_weights, add, layers)
     return Grams(parts=parts, matrices=weights, **seen.totals)
 
 
 def gram_bytes(shape: LayerShape) -> int:
-    """Bytes of a layer's Gram matrices, for a model in float32 or less."""
+    """Count the bytes of a layer's Gram matrices, for a model in float32 or less."""
     channels = (shape.num_heads * shape.head_dim, shape.intermediate_size)
     return sum(count**2 for count in channels) * BYTES["float32"]
 
@@ -202,13 +205,12 @@ def gram_bytes(shape: LayerShape) -> int:
 def capture_routing(
     model: nn.Module, batches: Iterable[Batch], token_weights: TokenWeights | None = None
 ) -> Statistics:
-    """Gather which experts tokens take, and how much these add, at ``(layer, "expert")``.
+    """Sum ``w_t``, and ``w_t ‖g_t f(x_t)‖``, over the tokens that take an expert.
 
-    The two rows are ``sum_t w_t`` over the tokens that take an expert, and
-    ``sum_t w_t ‖g_t f(x_t)‖`` with the router's weight ``g_t``.
+    These are two rows at ``(layer, "expert")``; ``g_t`` is the router's weight.
     """
     config: Any = model.config
-    experts, layers = backbone_of(config).experts, Parts(model).layers
+    experts, layers, seen = backbone_of(config).experts, Parts(model).layers, Pass()
     if experts is None:
         raise UnsupportedModelError(f"{config.model_type!r} has no experts to score")
     parts: dict[Place, Tensor] = {
@@ -216,7 +218,6 @@ def capture_routing(
         for index, shape in enumerate(read_anatomy(model).layers)
         if shape.num_experts
     }
-    seen = Pass()
 
     def before(index: int, module: Any, args: Any) -> None:
         last = weight_of(module, "down_proj")
@@ -237,74 +238,51 @@ def capture_routing(
     return Statistics(parts=parts, **seen.totals)
 
 
-def score_activation(statistics: Statistics, anatomy: Anatomy) -> Scores:
-    """Mean size of a unit's output to ``o_proj`` / ``down_proj`` over tokens, by weight.
-
-    Neurons: mean of ``|a|``. KV groups: mean L2 norm of the group's heads, concatenated.
-
-    Reference:
-        Muralidharan et al. 2024, Minitron, arXiv:2407.14679, Sec. 2.2 (mean over tokens here,
-        with padding left out; the paper aggregates batch and sequence separately).
-    """
-    return Scores.of_units("activation", anatomy.num_layers, statistics.parts.items())
+def score_as_collected(statistics: Statistics, anatomy: Anatomy) -> Values:
+    """Take what was collected of units, such as mean sizes of their outputs, as it is."""
+    return dict(statistics.parts)
 
 
-def score_wanda(statistics: ChannelMoments, anatomy: Anatomy) -> Scores:
-    """``sum_i |W_ij| · ‖x_j‖`` of ``o_proj`` / ``down_proj``, added over the unit's channels.
-
-    ``‖x_j‖`` is the root mean square over tokens, so that more data does not score higher.
+def score_wanda(statistics: Statistics, anatomy: Anatomy) -> Values:
+    """``Σ_i |W_ij| · ‖x_j‖``, added over the unit's channels ``j``; the norm is a root mean square.
 
     Reference:
         Sun et al. 2023, Wanda, arXiv:2306.11695, Eq. 1, added over outputs as in the structured
         variant that An et al. 2023, FLAP, arXiv:2312.11983 compare with.
     """
+    channels = {
+        place: part["column_l1"] * (part["square"] / statistics.weight).sqrt()
+        for place, part in statistics.parts.items()
+    }
+    return per_unit(channels, anatomy)
 
-    def channels(part: InputMoments) -> Tensor:
-        return part.column_l1 * (part.square / statistics.weight).sqrt()
 
-    return Scores.of_units("wanda", anatomy.num_layers, statistics.per_unit(anatomy, channels))
-
-
-def score_flap(statistics: ChannelMoments, anatomy: Anatomy) -> Scores:
-    """``Var(x_j) · ‖W_j‖²`` of ``o_proj`` / ``down_proj``, added over the unit's channels.
-
-    That is the cost of removing a channel if a bias replaces its mean. The paper standardises
-    scores within each layer before it compares layers. Here they stay squared errors of the layer's
-    output.
+def score_flap(statistics: Statistics, anatomy: Anatomy) -> Values:
+    """``Var(x_j) · ‖W_j‖²``, added over the unit's channels: the cost if a bias replaces them.
 
     Reference:
-        An et al. 2023, FLAP, arXiv:2312.11983, fluctuation metric (there divided by one less
-        than the number of tokens).
+        An et al. 2023, FLAP, arXiv:2312.11983, fluctuation metric (there divided by one less than
+        the number of tokens, and standardised within each layer).
     """
+    channels: dict[Place, Tensor] = {}
+    for place, part in statistics.parts.items():
+        mean, square = part["sum"] / statistics.weight, part["square"] / statistics.weight
+        channels[place] = (square - mean.square()).clamp_min(0) * part["column_square"]
+    return per_unit(channels, anatomy)
 
-    def channels(part: InputMoments) -> Tensor:
-        mean, square = part.sum / statistics.weight, part.square / statistics.weight
-        return (square - mean.square()).clamp_min(0) * part.column_square
 
-    return Scores.of_units("flap", anatomy.num_layers, statistics.per_unit(anatomy, channels))
+def score_reap(statistics: Statistics, anatomy: Anatomy) -> Values:
+    """``mean_t g_t ‖f(x_t)‖`` over the tokens that take the expert ``f``; 0 if none does.
 
-
-def score_reap(statistics: Statistics, anatomy: Anatomy) -> Scores:
-    """``mean_t g_t ‖f(x_t)‖`` over the tokens ``t`` that take the expert ``f``; 0 if none does.
-
-    ``g_t`` is the weight that the router gives it. Where that scales the expert's input (Llama 4),
-    it is ``‖f(g_t x_t)‖``.
+    Where the router's weight ``g_t`` scales the expert's input (Llama 4), it is ``‖f(g_t x_t)‖``.
 
     Reference:
-        Lasby et al. 2025, REAP, arXiv:2510.13999, Eq. 9. Tokens may count differently by their role
-        here, and padding does not count.
+        Lasby et al. 2025, REAP, arXiv:2510.13999, Eq. 9 (tokens may count differently here).
     """
     least = torch.finfo(torch.float64).tiny
-    parts = statistics.parts.items()
-    found = ((place, size / count.clamp_min(least)) for place, (count, size) in parts)
-    return Scores.of_units("reap", anatomy.num_layers, found, units=("expert",))
+    return {p: size / count.clamp_min(least) for p, (count, size) in statistics.parts.items()}
 
 
-def score_frequency(statistics: Statistics, anatomy: Anatomy) -> Scores:
-    """Share of the tokens that take the expert.
-
-    Reference:
-        A baseline in Lasby et al. 2025, REAP, arXiv:2510.13999.
-    """
-    found = ((place, count / statistics.weight) for place, (count, _) in statistics.parts.items())
-    return Scores.of_units("frequency", anatomy.num_layers, found, units=("expert",))
+def score_frequency(statistics: Statistics, anatomy: Anatomy) -> Values:
+    """Compute the share of the tokens that take the expert: a baseline in REAP."""
+    return {place: count / statistics.weight for place, (count, _) in statistics.parts.items()}

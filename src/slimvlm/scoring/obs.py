@@ -16,8 +16,8 @@ from slimvlm.core.errors import NumericalError
 from slimvlm.models.anatomy import Anatomy, unit_of
 from slimvlm.models.load import with_float64
 from slimvlm.scoring.moments import add_product_, invert_, mirror_
-from slimvlm.scoring.statistics import Grams, UnitValues, with_shapes
-from slimvlm.scoring.unit_scores import Scores, strictly_increasing
+from slimvlm.scoring.statistics import Grams, Values, with_shapes
+from slimvlm.scoring.unit_scores import strictly_increasing
 
 DAMPING = 0.01
 
@@ -33,7 +33,7 @@ TIE = 1e-5
 """Prices that differ by less than this share are equal, and the first unit goes."""
 
 
-def score_obs(statistics: Grams, anatomy: Anatomy) -> Scores:
+def score_obs(statistics: Grams, anatomy: Anatomy) -> Values:
     """The error of removing each unit with the others refitted, in order of removal.
 
     ``W_B ([G⁻¹]_BB)⁻¹ W_Bᵀ`` summed over its diagonal, where ``W_B`` are the columns of ``o_proj``
@@ -52,14 +52,12 @@ def score_obs(statistics: Grams, anatomy: Anatomy) -> Scores:
         chooses and refits weights in one go; here it only orders units, layer by layer, with the
         inputs of the whole model.
     """
-
-    def found() -> UnitValues:
-        for index, shape, matrix, part in with_shapes(statistics.parts, anatomy):
-            unit, weight = unit_of(matrix), statistics.matrices[index, matrix.path]
-            gram = part.gram / float(statistics.weight)
-            yield (index, unit), removal_order(weight, gram, shape.units(unit)).scores()
-
-    return Scores.of_units("obs", anatomy.num_layers, found())
+    values: Values = {}
+    for index, shape, matrix, part in with_shapes(statistics.parts, anatomy):
+        unit, weight = unit_of(matrix), statistics.matrices[index, matrix.path]
+        gram = part.gram / float(statistics.weight)
+        values[index, unit] = removal_order(weight, gram, shape.units(unit)).scores()
+    return values
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from slimvlm.core.progress import Say, progress, silent
 from slimvlm.data.chat import encode_samples
 from slimvlm.data.roles import ROLES
 from slimvlm.data.samples import Sample
-from slimvlm.models.anatomy import LAYER_UNITS, WIDTH_UNITS, read_anatomy
+from slimvlm.models.anatomy import LAYER_UNITS, read_anatomy
 from slimvlm.models.hidden import evaluating
 from slimvlm.models.load import device_named, require_full_precision
 from slimvlm.models.parts import Parts, text_config_of
@@ -25,7 +24,7 @@ from slimvlm.scoring.criteria import DEFAULT_CRITERIA, criterion_named, require_
 from slimvlm.scoring.layerwise.checkpoint import LazyCheckpoint, open_checkpoint
 from slimvlm.scoring.layerwise.runner import LayerwiseModel
 from slimvlm.scoring.layerwise.stores import Scratch, scratch_folder
-from slimvlm.scoring.statistics import Statistics
+from slimvlm.scoring.statistics import Statistics, Values
 from slimvlm.scoring.unit_scores import Scores
 
 PART_BYTES = 2 * 2**30
@@ -78,26 +77,19 @@ def score(
         Float32 scores on the CPU.
     """
     layer_bytes = criterion_named(criterion, options).capture.layer_bytes
-    if layer_bytes is None:
-        statistics = collect(model, batches, criterion, token_weights, **options)
-        return scores_from(statistics, model, criterion, token_weights, **options)
-    parts: list[list[int]] = []  # runs of layers that fit, one layer at least
+    parts: list[list[int]] = []  # runs of layers whose statistics fit, one layer at least
     room = 0
-    for index, shape in enumerate(read_anatomy(model).layers):
-        size = layer_bytes(shape)
+    sizes = [layer_bytes(shape) for shape in read_anatomy(model).layers] if layer_bytes else []
+    for index, size in enumerate(sizes):
         if not parts or size > room:
             parts.append([])
             room = PART_BYTES
         parts[-1].append(index)
         room -= size
-    given = batches if len(parts) == 1 else list(batches)
-    rows: dict[str, list[Tensor]] = {unit: [] for unit in WIDTH_UNITS}
-    for layers in parts:
-        statistics = _collected(model, given, criterion, token_weights, options, layers=layers)
-        scores = scores_from(statistics, model, criterion, token_weights, **options)
-        for unit, found in rows.items():
-            found += [scores.of(unit)[index] for index in layers]
-    return replace(scores, kv_group=rows["kv_group"], neuron=rows["neuron"])
+    given = list(batches) if len(parts) > 1 else batches
+    asked = ({"layers": layers} for layers in parts) if layer_bytes else [{}]
+    found = (_collected(model, given, criterion, token_weights, options, **part) for part in asked)
+    return scores_from(found, model, criterion, token_weights, **options)
 
 
 def _collected(
@@ -125,20 +117,22 @@ def _collected(
 
 
 def scores_from(
-    statistics: Statistics,
+    collected: Iterable[Statistics],
     model: nn.Module,
     criterion: str,
     token_weights: Mapping[str, float] | None = None,
     **options: Any,
 ) -> Scores:
-    """Turn collected statistics into scores; ``token_weights`` is only written down."""
-    row = criterion_named(criterion, options)
+    """Turn statistics, or parts of them, into scores; ``token_weights`` is only written down."""
+    row, anatomy = criterion_named(criterion, options), read_anatomy(model)
     given = {name: value for name, value in options.items() if name not in row.capture.options}
-    about = {"samples": statistics.num_samples, "tokens": statistics.num_tokens, **options}
+    values: Values = {}
+    for part in collected:
+        values |= row.function(part, anatomy, **given)
+        about = {"samples": part.num_samples, "tokens": part.num_tokens, **options}
     if token_weights is not None:
         about["token_weights"] = dict(token_weights)
-    result = row.function(statistics, read_anatomy(model), **given)
-    return replace(result, criterion=criterion, options=about)
+    return Scores.of_units(criterion, row.units, anatomy.num_layers, values, about)
 
 
 def check_token_weights(criterion: str, token_weights: Mapping[str, float]) -> None:
@@ -280,7 +274,7 @@ def score_by_layer(
             elif captures[name].sees == "hidden_states":
                 with runner.replayed() as view:
                     statistics = collect(view, runner.batches(), name, token_weights, **given)
-                scores.append(scores_from(statistics, model, name, token_weights, **given))
+                scores.append(scores_from([statistics], model, name, token_weights, **given))
             else:
                 scores.append(joined(name))
         return scores

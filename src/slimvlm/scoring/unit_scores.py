@@ -17,7 +17,7 @@ from torch import Tensor
 from slimvlm.core.documents import parse_json, read_object
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import new_file, write_text
-from slimvlm.models.anatomy import LAYER_UNITS, WIDTH_UNITS
+from slimvlm.models.anatomy import LAYER_UNITS
 
 
 @dataclass(frozen=True)
@@ -48,16 +48,19 @@ class Scores:
     def of_units(
         cls,
         criterion: str,
+        units: Iterable[str],
         num_layers: int,
-        found: Iterable[tuple[tuple[int, str], Float[Tensor, " _"]]],
-        layer: Float[Tensor, " layer"] | None = None,
-        units: Sequence[str] = WIDTH_UNITS,
+        values: Mapping[tuple[int, str] | str, Tensor],
+        options: Mapping[str, Any] = {},
     ) -> Scores:
-        """Gather the scores of each layer and kind of unit; empty where nothing was found."""
-        rows: dict[str, Any] = {unit: [torch.zeros(0)] * num_layers for unit in units}
-        for (index, unit), values in found:
-            rows[unit][index] = values.float()
-        return cls(criterion, None if layer is None else layer.float(), **rows)
+        """Gather values by layer and kind of unit, or of all layers; empty where there are none."""
+        rows: dict[str, Any] = {u: [torch.zeros(0)] * num_layers for u in units if u != "layer"}
+        for place, found in values.items():
+            if isinstance(place, str):
+                rows[place] = found.float()
+            else:
+                rows[place[1]][place[0]] = found.float()
+        return cls(criterion, options=options, **rows)
 
     def of(self, unit: str) -> Any:
         """The scores of ``"layer"`` or one of `LAYER_UNITS`; None if not scored."""
