@@ -38,17 +38,17 @@ def pruned(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Path, P
 
 
 def test_prune_gives_the_same_figures_in_memory_and_from_files(data, pruned):
-    for out, done in pruned.items():
-        assert list(done.held_out) == ["original", "pruned"]
-        assert DataResult.load(out / "slimvlm_held_out.json") == done.held_out["pruned"]
+    for out, (_, held_out) in pruned.items():
+        assert list(held_out) == ["original", "pruned"]
+        assert DataResult.load(out / "slimvlm_held_out.json") == held_out["pruned"]
         assert "## What was kept" in (out / "README.md").read_text()
     for stage in ("original", "pruned"):
-        samples = (done.held_out[stage].samples for done in pruned.values())
+        samples = (held_out[stage].samples for _, held_out in pruned.values())
         for here, there in zip(*samples, strict=True):
             assert here.loss == pytest.approx(there.loss, rel=1e-3)
             assert here.tokens == there.tokens
     again = evaluate_data(*load(out), load_samples(data)[-4:])
-    expected = done.held_out["pruned"].figures.loss.value
+    expected = held_out["pruned"].figures.loss.value
     assert again.figures.loss.value == pytest.approx(expected, abs=1e-5)
 
 

@@ -106,11 +106,9 @@ def prune(
     """
     from slimvlm.runs.verbs import prune as run
 
-    done = run(
-        model, pruning, out, plan_file=plan, memory=memory, report=report, force=force, say=note
-    )
-    print(f"{done.walked.summary()}\ncheckpoint: {out}")
-    print_held_out(done.held_out)
+    walked, held_out = run(model, pruning, out, plan, memory, report, force, note)
+    print(f"{walked.summary()}\ncheckpoint: {out}")
+    print_held_out(held_out)
 
 
 def recover(
@@ -141,7 +139,7 @@ def recover(
 
     if config is not None:
         note(f"options of {config}, and those of the command line")
-    history = run(model, source, training, out, teacher=teacher, shard=shard, force=force, say=note)
+    history = run(model, source, training, out, teacher, shard, force, note)
     note(f"teacher: {history.teacher}")
     note(f"trained on {history.num_samples} samples; checkpoint in {out}")
 
@@ -168,18 +166,16 @@ def evaluate(
     from slimvlm.runs.verbs import evaluate as run
     from slimvlm.runs.verbs import evaluate_on_data
 
-    how: dict[str, Any] = {"baseline": baseline, "out": out, "force": force}
+    where = (source, baseline, out, force)
     if source.data is None:
         asked = part_of(replace(questions, tasks=questions.tasks or Questions.tasks), Questions)
-        how |= {"blind": questions.blind, "log_folder": questions.log}
-        print_results(run(model, asked, source, **how), json)
+        print_results(run(model, asked, *where, questions.blind, questions.log), json)
         return
     for name in ("tasks", "task_folder", "floors", "blind", "log"):
         if value := getattr(questions, name):
             flag = name.replace("_", "-")
             raise ConfigError(f"{name} {str(value)!r}: --{flag} is for tasks, not for --data")
-    how |= {"limit": questions.limit, "batch_size": questions.batch_size, "say": note}
-    found = evaluate_on_data(model, source, **how)
+    found = evaluate_on_data(model, *where, questions.limit, questions.batch_size, note)
     rows, notes = partial(held_out_rows, found), held_out_notes(found)
     show(json, partial(held_out_json, found), rows, notes=notes)
 

@@ -23,24 +23,17 @@ from slimvlm.data.samples import Sample
 from slimvlm.data.vocabulary import Vocabulary, choose_vocabulary
 from slimvlm.evaluation.lmms import check_names, split_names
 from slimvlm.evaluation.tasks import find_tasks
+from slimvlm.models import load as models
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import prefill_flops
 from slimvlm.models.files import file_if_reachable
-from slimvlm.models.load import anatomy as anatomy_of
-from slimvlm.models.load import device_named, load_config, load_processor, resolve
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.tokens import token_ids_of
 from slimvlm.pruning.walk.walk import WALKING, require_choosable
 from slimvlm.runs.recipes import recipe_for, rules
-from slimvlm.scoring.criteria import (
-    CRITERIA,
-    DEFAULT_CRITERIA,
-    EXPERT_CRITERION,
-    EXPERT_NEURON_CRITERION,
-    criterion_named,
-    score_random,
-)
+from slimvlm.scoring import criteria as scoring
+from slimvlm.scoring.criteria import CRITERIA
 from slimvlm.scoring.statistics import Statistics
 from slimvlm.scoring.unit_scores import Scores
 
@@ -80,9 +73,8 @@ class Request:
 def resolved(request: Request, say: Say = silent, shape: Anatomy | None = None) -> Request:
     """Decide the open options: axis, criteria, allocation, repair, training.
 
-    Without a ratio, as for an existing plan, only repair is decided. With the anatomy ``shape``,
-    neurons of experts get a criterion of their own, and a latency becomes a ratio. ``say`` receives
-    a line where a given option is not possible.
+    Without a ratio, as for an existing plan, only repair is decided. ``shape`` is for neurons of
+    experts, which have a criterion of their own, and for a latency, which becomes a ratio.
     """
     config = request.prune
     if request.latency is not None:
@@ -101,21 +93,17 @@ def resolved(request: Request, say: Say = silent, shape: Anatomy | None = None) 
         criteria = criteria_of(config)
         has_experts = shape is not None and any(s.expert_neuron_params for s in shape.layers)
         if has_experts and config.ratio and not config.criterion:  # no walk chooses their neurons
-            own = {WALKING: EXPERT_NEURON_CRITERION}
+            own = {WALKING: scoring.EXPERT_NEURON_CRITERION}
             criteria = tuple(own.get(name, name) for name in criteria)
         config = _with_allocation(replace(config, criterion=criteria), say)
     if config.data is None and config.repair == "auto":
         config = replace(config, repair="none")
     if config.local_steps is None and config.repair != "auto":
         config = replace(config, local_steps=0)
-    request = replace(request, prune=config)
-    return replace(
-        request,
-        hold_out=config.repair == "auto" or config.local_steps != 0 or config.axis == "auto",
-        recover=replace(request.recover, seed=config.seed)
-        if request.recover is not None and request.trains
-        else None,
-    )
+    judges = config.repair == "auto" or config.local_steps != 0 or config.axis == "auto"
+    recover = request.recover if config.data is not None else None
+    recover = None if recover is None else replace(recover, seed=config.seed)
+    return replace(request, prune=config, hold_out=judges, recover=recover)
 
 
 def _lacks_data(config: PruneConfig) -> bool:
@@ -143,10 +131,7 @@ def _with_allocation(config: PruneConfig, say: Say) -> PruneConfig:
 
 
 def _ratio_for_latency(request: Request, share: float, shape: Anatomy) -> float:
-    """Find about the smallest ratio whose model reads a question in a share of the operations.
-
-    With axis ``auto`` it is the ratio of the first axis that can reach the share.
-    """
+    """Find about the smallest ratio, of the first axis that can, to read in a share of the work."""
     known = rules().constants
     prompt = known.text_tokens + (known.image_tokens if shape.vision_params else 0)
     whole = prefill_flops(shape, prompt)
@@ -178,8 +163,7 @@ def along(request: Request, axis: Axis, shape: Anatomy | None = None) -> Request
 def requests_by_axis(request: Request, anatomy: Anatomy) -> dict[Axis, Request]:
     """Resolve an ``auto`` request along each axis that removes the ratio within a tenth.
 
-    Like ratios make their losses comparable; if no axis comes so near, the nearest one is returned.
-    Raises the last axis's error if none is possible.
+    If none comes so near, the nearest one; if none is possible, the last one's error is raised.
     """
     found: dict[Axis, Request] = {}
     apart: dict[Axis, float] = {}
@@ -208,11 +192,11 @@ def criteria_of(config: PruneConfig) -> tuple[str, ...]:
     """Return the criteria for the axis and for experts; none if neither layers nor widths go."""
     axis = "both" if config.axis == "auto" else config.axis or "width"
     goes = config.ratio != 0 and (config.ratio is not None or config.data is not None)
-    chosen = config.criterion or (DEFAULT_CRITERIA[axis] if goes else ())
+    chosen = config.criterion or (scoring.DEFAULT_CRITERIA[axis] if goes else ())
     has_experts = any("expert" in CRITERIA[name].units for name in chosen if name in CRITERIA)
     if not config.experts or has_experts:
         return chosen
-    return (*chosen, EXPERT_CRITERION)
+    return (*chosen, scoring.EXPERT_CRITERION)
 
 
 def scored_by(config: PruneConfig) -> tuple[str, ...]:
@@ -223,8 +207,8 @@ def scored_by(config: PruneConfig) -> tuple[str, ...]:
 
 def check_options(config: PruneConfig) -> None:
     """Check the options as far as possible without model and data."""
-    device_named(config.device)
-    rows = {name: criterion_named(name, {}) for name in criteria_of(config)}
+    models.device_named(config.device)
+    rows = {name: scoring.criterion_named(name, {}) for name in criteria_of(config)}
     data_bound = [name for name, row in rows.items() if row.needs_data]
     given = [name for name in data_bound if name in config.criterion]
     if given and config.data is None:
@@ -241,9 +225,8 @@ def check_options(config: PruneConfig) -> None:
         raise ConfigError(f"local_steps {config.local_steps} needs --data")
 
 
-def check_request(request: Request, anatomy: Anatomy, say: Say) -> None:
-    """Check a resolved request without weights; ``say`` receives its criteria if it has no data."""
-    check_options(request.prune)
+def require_possible(request: Request, anatomy: Anatomy, say: Say) -> None:
+    """Refuse a resolved request that a model's shape does not allow; say how it is scored."""
     if request.prune.axis == "auto":
         requests_by_axis(request, anatomy)
     else:
@@ -253,12 +236,8 @@ def check_request(request: Request, anatomy: Anatomy, say: Say) -> None:
 
 
 def dry_plan(config: PruneConfig, anatomy: Anatomy, tokens: tuple[int, ...] | None = None) -> Plan:
-    """Make a plan from random scores, to find out whether a model can be pruned as requested.
-
-    Raises the errors that `make_plan` would raise after scoring. Where ``tokens`` are not chosen
-    yet, the first so many stand for them; for ``auto``, a third of all.
-    """
-    if tokens is None and config.loses_tokens:
+    """Make a plan from random scores, to raise the errors that `make_plan` would after scoring."""
+    if tokens is None and config.loses_tokens:  # not chosen yet: the first so many stand for them
         asked = config.vocab_size
         count = asked if isinstance(asked, int) else anatomy.vocab_size // 3
         tokens = tuple(range(min(count, anatomy.vocab_size)))
@@ -270,7 +249,7 @@ def dry_plan(config: PruneConfig, anatomy: Anatomy, tokens: tuple[int, ...] | No
 
 def dummy_scores(anatomy: Anatomy, criteria: Sequence[str]) -> Scores:
     """Draw random scores for the units of criteria, to find out whether a plan is possible."""
-    drawn = score_random(Statistics(), anatomy)
+    drawn = scoring.score_random(Statistics(), anatomy)
     units = {unit for name in criteria for unit in CRITERIA[name].units}
     values = {at: v for at, v in drawn.items() if (at if isinstance(at, str) else at[1]) in units}
     return Scores.of_units(", ".join(criteria), units, anatomy.num_layers, values)
@@ -332,12 +311,9 @@ def vocabulary_for(
     trust_remote_code: bool = False,
     fewest: int = 0,
 ) -> Vocabulary:
-    """Choose the tokens that a model keeps, without its weights, from counted conversations.
-
-    Where the number is open, at least ``fewest`` stay.
-    """
-    config, name = load_config(model, trust_remote_code), resolve(model)
-    processor = load_processor(name, config, trust_remote_code)
+    """Choose the tokens that a model keeps; where their number is open, at least ``fewest``."""
+    config, name = models.load_config(model, trust_remote_code), models.resolve(model)
+    processor = models.load_processor(name, config, trust_remote_code)
     if processor is None:
         raise ConfigError(f"vocab_size {options.vocab_size}: the model has no tokenizer")
     path: str | Path | None = Path(name) / GENERATION_CONFIG_NAME
@@ -352,10 +328,7 @@ def vocabulary_for(
 
 
 def with_tokens(request: Request, samples: Sequence[Sample], say: Say = silent) -> Request:
-    """Choose the tokens of a request, unless it keeps all or has them already.
-
-    With axis ``auto`` and no token option, those of a further try with fewer tokens are chosen.
-    """
+    """Choose the tokens of a request that has none yet, or those of a further try."""
     config = request.prune
     if request.tries_tokens and request.fewer_tokens is None:
         return replace(request, fewer_tokens=_fewer(request, samples, say))
@@ -376,13 +349,13 @@ def tokens_to_try(shape: Anatomy) -> int | None:
 def _fewer(request: Request, samples: Sequence[Sample], say: Say) -> tuple[int, ...]:
     """Choose the tokens of a further try: all that the data needs, more by rank, up to a third.
 
-    They never remove more than the ratio. There is no such try where too little is known of the
-    needs of unseen text, or where tokens weigh little or cannot go.
+    There is none where too little is known of unseen text, or tokens weigh little or cannot go.
     """
-    config, shape = request.prune, anatomy_of(request.model)
+    config, shape = request.prune, models.anatomy(request.model)
     third = tokens_to_try(shape)
     if third is None or shape.why_tokens_stay is not None:
         return ()
+    # never more than the ratio
     most = math.ceil(ratio_of(config) * shape.backbone_params / shape.token_params)
     fewest = max(third, shape.vocab_size - most)
     try:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,9 +27,9 @@ from slimvlm.data.samples import Sample, identifying_bytes
 from slimvlm.evaluation.lmms import evaluate_all
 from slimvlm.evaluation.on_data import Predictions, predictions_of
 from slimvlm.evaluation.results import Result
+from slimvlm.models import load as models
 from slimvlm.models.anatomy import Anatomy, read_anatomy
 from slimvlm.models.hidden import evaluating, head_weights_of
-from slimvlm.models.load import anatomy, load_as, load_config, load_processor, resolve
 from slimvlm.models.parts import context_of
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import lost_heads
@@ -40,22 +39,10 @@ from slimvlm.pruning.walk.engine import Steps, WalkConfig
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.pruning.walk.walk import plans_for
 from slimvlm.pruning.walk.walk import walk as walk_layers
+from slimvlm.runs import request as requests
 from slimvlm.runs.cost import CALIBRATION_BATCH, TRIAL_SHARE, optimizer_steps
-from slimvlm.runs.request import (
-    Request,
-    along,
-    check_options,
-    check_questions,
-    check_request,
-    criterion_options,
-    ranked_plan,
-    requests_by_axis,
-    scored_by,
-    token_weights_of,
-    tokens_alone,
-    with_tokens,
-)
-from slimvlm.scoring.batches import Batch, answer_loss
+from slimvlm.runs.request import Request, requests_by_axis, scored_by, tokens_alone, with_tokens
+from slimvlm.scoring.batches import answer_loss
 from slimvlm.scoring.criteria import CRITERIA
 from slimvlm.scoring.layerwise.runner import Live, Source
 from slimvlm.scoring.layerwise.stores import Memory, Scratch, Store
@@ -66,16 +53,12 @@ from slimvlm.training.recover import recover as train
 
 HELD_OUT_EVERY = 4
 """Every fourth calibration sample is held out, to judge plans and repairs."""
-
-UNSEEN_SHARE = 5
-"""At most one of so many samples stays unseen."""
-FEWEST_UNSEEN = 2
-"""Fewest unseen samples; fewer have no interval."""
+UNSEEN_SHARE, FEWEST_UNSEEN = 5, 2  # fewer than two have no interval
+"""At most one of so many samples stays unseen, and so many at least."""
 HELD_OUT_BATCH = 4
 """Held-out samples that run at once."""
 ORIGINAL, PRUNED, RECOVERED = "original", "pruned", "recovered"
 """The models that are compared."""
-
 _AXIS, _TRIAL_BATCHES = "axis", 12
 EVEN = 0.02
 """Held-out losses of two axes count as even if they differ by a smaller share."""
@@ -110,14 +93,12 @@ def _judging(calibration: Sequence[Sample]) -> Sequence[Sample]:
 
 
 def split(samples: Sequence[Sample], request: Request) -> SampleSplit:
-    """Divide samples into calibration, training and held-out report.
+    """Divide samples: the last ones stay unseen, calibration takes the first, training the rest.
 
-    Seed 0 keeps the order of the rows, any other shuffles it. The last samples, at most a fifth,
-    stay unseen. Of the others calibration takes the first, and training the rest; where these are
-    none, or fewer than `training_samples`, the first ones too.
+    Where these are none, or fewer than `training_samples`, it takes the first ones too.
     """
     config = request.prune
-    if config.seed:
+    if config.seed:  # 0 keeps the order of the rows
         samples = random.Random(config.seed).sample(samples, len(samples))
     unseen = min(request.report_samples, len(samples) // UNSEEN_SHARE)
     unseen = 0 if unseen < FEWEST_UNSEEN else unseen
@@ -171,47 +152,35 @@ def settled(
     Returns the request with its tokens, the plan if it is known before scoring, and the samples.
     ``has_data``: the data is the user's, so that its tokens count.
     """
-    shape, loses_tokens = anatomy(request.model), request.prune.loses_tokens
+    shape, config = models.anatomy(request.model), request.prune
     if request.questions is not None:
-        check_questions(request.questions)
+        requests.check_questions(request.questions)
+    requests.check_options(config)
     if given is None:
-        check_request(request, shape, silent if loses_tokens else say)
-    else:
-        check_options(request.prune)
-    line = lost_heads(load_config(request.model, request.prune.trust_remote_code))
+        requests.require_possible(request, shape, silent if config.loses_tokens else say)
+    line = lost_heads(models.load_config(request.model, config.trust_remote_code))
     if line is not None:
         say(line)
     samples = read_split(request, say)
     if given is None:
         request = with_tokens(request, samples.counted(request) if has_data else [], say)
         given = tokens_alone(request, shape)
-        if given is None and loses_tokens:
-            check_request(request, shape, say)
+        if given is None and config.loses_tokens:
+            requests.require_possible(request, shape, say)
     return request, given, samples
 
 
 def samples_for(
     model: str | Path, source: DataConfig, limit: int | None, warn: Say
 ) -> list[Sample]:
-    """Read the conversations that options name, as far as a model can read them; none without data.
-
-    Only the model's processor is read; ``warn`` receives one line for each skipped row.
-    """
+    """Read the conversations that options name, if any; ``warn`` hears of each skipped row."""
     if source.data is None:
         return []
-    trusted = source.trust_remote_code
-    config = load_config(model, trusted)
-    return load_samples(
-        source.data,
-        source.images,
-        limit,
-        source.max_bad,
-        warn,
-        load_processor(resolve(model), config, trusted),
-        source.max_length,
-        context_of(config),
-        source.too_long,
-    )
+    config = models.load_config(model, source.trust_remote_code)
+    processor = models.load_processor(models.resolve(model), config, source.trust_remote_code)
+    longest = (source.max_length, context_of(config), source.too_long)
+    where, images = source.data, source.images
+    return load_samples(where, images, limit, source.max_bad, warn, processor, *longest)
 
 
 @dataclass
@@ -261,7 +230,7 @@ def predictions_of_original(
 
 def load_original(request: Request, device: str | None = None) -> tuple[PreTrainedModel, Any]:
     """Load the unpruned model and its processor."""
-    return load_as(request.prune, request.model, device)
+    return models.load_as(request.prune, request.model, device)
 
 
 def calibrate(
@@ -273,7 +242,7 @@ def calibrate(
         batches: Any = ()
         if CRITERIA[name].needs_data:
             batches = progress(calibration.fitted, name)
-        found[name] = score(model, batches, name, **criterion_options(request.prune, name))
+        found[name] = score(model, batches, name, **requests.criterion_options(request.prune, name))
     return found
 
 
@@ -287,14 +256,10 @@ def walk(
     plan: Plan | None = None,
     say: Say = silent,
 ) -> Walked:
-    """Choose the units that stay and compute their repaired weights, without changing the model.
-
-    ``results`` keeps the outcome of each layer, so that a stopped walk resumes; ``plan`` decides
-    what stays, if it is known already.
-    """
+    """Choose the units that stay, unless a plan does, and compute their repaired weights."""
     config, shape = request.prune, read_anatomy(source.model)
     if plan is None and scored_by(config) == config.criterion:
-        plan = ranked_plan(config, shape, scores, request.tokens)
+        plan = requests.ranked_plan(config, shape, scores, request.tokens)
     plans, chooses = plans_for(
         shape,
         scores,
@@ -316,7 +281,7 @@ def walk(
     if not chooses and not steps.kinds and not local.count:
         return Walked(plans[0])
     held_out = calibration.held_out if request.hold_out else []
-    weights = token_weights_of(config)
+    weights = requests.token_weights_of(config)
     how = WalkConfig(plans, chooses, calibration.fitted, held_out, steps, weights)
     return walk_layers(source, how, device, results, say=say)
 
@@ -331,11 +296,7 @@ def prune_(
     training: Sequence[Sample] = (),
     say: Say = silent,
 ) -> Walked:
-    """Prune a model in place.
-
-    ``scratch`` keeps finished layers for a resume; ``training`` samples serve the tries of
-    ``auto``.
-    """
+    """Prune a model in place; a folder ``scratch`` keeps finished layers for a resume."""
     store: Store = Memory(torch.device("cpu")) if scratch is None else Scratch(scratch)
     notes: tuple[str, ...] = ()
     if plan is None:
@@ -390,9 +351,8 @@ def _loss_of_try(
 ) -> float:
     """Measure the held-out loss of a quickly made model, in nats per token of the original."""
     brief = replace(request, prune=replace(request.prune, local_steps=0))
-    alone = tokens_alone(brief, read_anatomy(model))
-    results = Memory(torch.device("cpu"))
-    walked = walk(brief, Live(model), results, model.device, calibration, scores, alone)
+    alone, store = tokens_alone(brief, read_anatomy(model)), Memory(torch.device("cpu"))
+    walked = walk(brief, Live(model), store, model.device, calibration, scores, alone)
     tensors = {id(each): each for each in (*model.parameters(), *model.buffers())}
     student, read = copy.deepcopy(model, tensors), calibration.held_out  # with the same tensors
     walked.apply_(student)
@@ -401,38 +361,28 @@ def _loss_of_try(
         student = copy.deepcopy(student)  # what stays whole is the original's until here
         steps = optimizer_steps(request.recover, len(training), walked.plan.decoder_ratio)
         few = replace(request.recover, max_steps=max(round(steps * TRIAL_SHARE), 2))
-        samples = list(training)  # a teacher that shares weights would be used up
-        with _types_kept(model):
-            teacher = model if few.needs_teacher else None
+        samples, teacher = list(training), model if few.needs_teacher else None
+        before = [(each, each.dtype, each.requires_grad) for each in model.parameters()]
+        try:  # a teacher that shares weights would be used up
             train(student, teacher, samples, few, processor, plan=walked.plan, share=False)
+        finally:  # data types and flags, which training changes in a teacher
+            for parameter, dtype, learns in before:
+                parameter.data = parameter.data.to(dtype)
+                parameter.requires_grad_(learns)
     if processor is not calibration.processor:
         read = replace(calibration, processor=processor).held_out
     with evaluating(student):
         loss = answer_loss(student, read)
-    return loss * _answer_tokens(read) / _answer_tokens(calibration.held_out)
-
-
-@contextmanager
-def _types_kept(model: PreTrainedModel) -> Iterator[None]:
-    """Restore data types and flags of parameters after training, which changes a teacher's."""
-    before = [(each, each.dtype, each.requires_grad) for each in model.parameters()]
-    try:
-        yield
-    finally:
-        for parameter, dtype, learns in before:
-            parameter.data = parameter.data.to(dtype)
-            parameter.requires_grad_(learns)
-
-
-def _answer_tokens(batches: Iterable[Batch]) -> int:
-    return sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
+    pieces, theirs = (
+        sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
+        for batches in (read, calibration.held_out)
+    )
+    return loss * pieces / theirs
 
 
 def best_axis(request: Request, losses: Mapping[str, float], shape: Anatomy) -> tuple[Request, str]:
-    """Resolve the request along the axis with the least loss, with fewer tokens if that lost less.
-
-    Of axes that are `EVEN` it is width: there it kept as many answers or more (docs/results.md).
-    """
+    """Resolve the request along the axis with the least loss; of `EVEN` ones that is width."""
+    # width kept as many answers or more (docs/results.md)
     most = (1 + EVEN) * min(losses.values())
     even = {name: loss for name, loss in losses.items() if loss <= most}
     best = min(even, key=lambda name: (name.partition(BEHIND)[0] != "width", even[name]))
@@ -441,7 +391,7 @@ def best_axis(request: Request, losses: Mapping[str, float], shape: Anatomy) -> 
     if fewer:
         request = replace(request, tokens=request.fewer_tokens)
     note = f"axis {best}: held-out loss {losses[best]:.4f} ({others})"
-    return along(request, cast(Axis, axis), shape), note
+    return requests.along(request, cast(Axis, axis), shape), note
 
 
 def recover_(
@@ -452,10 +402,7 @@ def recover_(
     samples: Sequence[Sample],
     folder: Path,
 ) -> History:
-    """Train a pruned model in place, towards the original where the loss compares with it.
-
-    ``folder`` keeps the state from which a restart resumes.
-    """
+    """Train a pruned model in place; ``folder`` keeps the state from which a restart resumes."""
     assert request.recover is not None
     teacher = None
     if request.recover.needs_teacher:
@@ -468,6 +415,5 @@ def evaluate(
 ) -> Result:
     """Ask a model the request's questions; ``log_folder`` keeps replies as they come."""
     assert request.questions is not None
-    return evaluate_all(
-        model, processor, **vars(request.questions), name=name, log_folder=log_folder
-    )
+    asked = vars(request.questions)
+    return evaluate_all(model, processor, **asked, name=name, log_folder=log_folder)

@@ -6,10 +6,9 @@ Each checks its options before weights are read.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,17 +50,10 @@ from slimvlm.evaluation.on_data import (
 )
 from slimvlm.evaluation.results import Result, read_baseline
 from slimvlm.evaluation.tasks import builtin_tasks, find_tasks
+from slimvlm.models import load as models
 from slimvlm.models.cost import params_of_target
 from slimvlm.models.hidden import evaluating, gathered_weights, head_of, head_weights_of
-from slimvlm.models.load import (
-    anatomy,
-    check_models,
-    device_named,
-    load,
-    load_as,
-    load_processor,
-    resolve,
-)
+from slimvlm.models.load import check_models, device_named, load_as
 from slimvlm.models.parts import Parts, text_config_of
 from slimvlm.planning.make import make_plan, make_plan_for_params
 from slimvlm.planning.plan import Plan
@@ -69,25 +61,16 @@ from slimvlm.pruning.card import CardFacts
 from slimvlm.pruning.save import PLAN_FILE, prune_checkpoint, save
 from slimvlm.pruning.tokens import trimmed_processor
 from slimvlm.pruning.walk.result import Walked
+from slimvlm.runs import request as requests
 from slimvlm.runs import stages
-from slimvlm.runs.request import (
-    Request,
-    check_options,
-    check_questions,
-    criterion_options,
-    dummy_scores,
-    resolved,
-    scored_by,
-    token_weights_of,
-    vocabulary_for,
-)
+from slimvlm.runs.request import Request, check_options, check_questions, scored_by
 from slimvlm.runs.stages import ORIGINAL, PRUNED, Calibration, SampleSplit
 from slimvlm.runs.tables import held_out_text
 from slimvlm.scoring.criteria import CRITERIA, require_low_memory
 from slimvlm.scoring.layerwise.checkpoint import LazyCheckpoint, open_checkpoint
 from slimvlm.scoring.layerwise.runner import LayerwiseModel, Source
 from slimvlm.scoring.layerwise.stores import Scratch, StatesPlace, scratch_folder
-from slimvlm.scoring.score_model import check_token_weights, score_by_layer
+from slimvlm.scoring.score_model import score_by_layer
 from slimvlm.scoring.unit_scores import Scores
 from slimvlm.training.recover import ADAPTER_FOLDER, TRACKER_FOLDER, History
 from slimvlm.training.recover import recover as train
@@ -100,17 +83,15 @@ def score(
     config: CalibrationConfig,
     criterion: str,
     out: Path,
-    memory: MemoryOptions = MemoryOptions(),
-    force: bool = False,
-    say: Say = print,
+    memory: MemoryOptions,
+    force: bool,
+    say: Say,
 ) -> Scores:
     """Score a model by one criterion; save the scores."""
     request = Request(model=model, prune=PruneConfig(criterion=(criterion,), **vars(config)))
     check_options(request.prune)
     if memory.low_memory:
         require_low_memory(criterion)
-    if (weights := token_weights_of(request.prune)) is not None:
-        check_token_weights(criterion, weights)
     stem = out.with_suffix("") if out.suffix in (".json", ".safetensors") else out
     for suffix in ("json", "safetensors"):
         require_free(Path(f"{stem}.{suffix}"), force)
@@ -118,8 +99,7 @@ def score(
     samples = stages.read_split(request, say).calibration
     stem.parent.mkdir(parents=True, exist_ok=True)
     if memory.low_memory:
-        opened = open_checkpoint(model, config.dtype, config.trust_remote_code)
-        processor = load_processor(str(opened.folder), opened.model.config)
+        opened, processor = _opened(request)
         calibration = Calibration(processor, samples, hold_out=False)
         folder = memory.scratch_beside(stem)
         (scores,) = _scores_from_files(request, opened, calibration, folder, say)
@@ -136,18 +116,27 @@ def _scores(request: Request, samples: Sequence[Sample]) -> list[Scores]:
     return list(stages.calibrate(request, loaded, calibration).values())
 
 
+def _opened(request: Request) -> tuple[LazyCheckpoint, Any]:
+    """Open the original to read it layer by layer, and load its processor."""
+    config = request.prune
+    opened = open_checkpoint(request.model, config.dtype, config.trust_remote_code)
+    name, described = str(opened.folder), opened.model.config
+    return opened, models.load_processor(name, described, config.trust_remote_code)
+
+
 def _scores_from_files(
     request: Request, opened: LazyCheckpoint, calibration: Calibration, scratch: Path, say: Say
 ) -> list[Scores]:
     """Score like `slimvlm.runs.stages.calibrate`, with one layer in memory at a time."""
     config = request.prune
-    options = {name: criterion_options(config, name) for name in scored_by(config)}
+    options = {
+        name: {each: getattr(config, each) for each in CRITERIA[name].from_request}
+        for name in scored_by(config)
+    }
     if not options:
         return []
-    for each in options.values():
-        each.pop("token_weights", None)
     batches = calibration.fitted if any(CRITERIA[name].needs_data for name in options) else ()
-    weights = token_weights_of(config)
+    weights = requests.token_weights_of(config)
     return score_by_layer(opened, batches, options, weights, scratch, say, config.device)
 
 
@@ -163,61 +152,45 @@ def plan(
     """Make and write a plan; without scores, score on the demo's data."""
     require_free(out, force)
     device_named(config.device)
-    shape, target = anatomy(model), None
-    targets = (config.ratio, config.target_params, config.target_memory)
-    if not config.tokens_first or any(value is not None for value in targets):
-        if sum(value is not None for value in targets) != 1:
-            raise ConfigError("plan needs exactly one of --ratio, --target-params, --target-memory")
-        counted_in = "bfloat16" if config.dtype == "auto" else config.dtype
-        target = params_of_target(config.target_params, config.target_memory, counted_in)
+    shape, targets = models.anatomy(model), (config.target_params, config.target_memory)
+    named = sum(value is not None for value in (config.ratio, *targets))
+    if named > 1 or not (named or config.tokens_first):
+        raise ConfigError("plan needs exactly one of --ratio, --target-params, --target-memory")
+    target = params_of_target(*targets, "bfloat16" if config.dtype == "auto" else config.dtype)
     given = [Scores.load(path) for path in scores]
-    options = {
-        **config.of_widths,
-        **{"axis": config.axis, "allocation": config.allocation, "kv_heads": config.kv_heads},
-        "experts": config.experts,
-    }
+    make: Callable[..., Plan] = make_plan if target is None else make_plan_for_params
+    size = (config.ratio or 0.0) if target is None else target
+    options = {name: getattr(config, name) for name in ("axis", "allocation", "kv_heads")}
+    options |= {**config.of_widths, "experts": config.experts}
     if config.loses_tokens:
-        chosen = vocabulary_for(model, config, ())
+        chosen = requests.vocabulary_for(model, config, ())
         say(chosen.line())
         options["tokens"] = chosen.tokens
-
-    def planned(scores: Sequence[Scores]) -> Plan:
-        if target is not None:
-            return make_plan_for_params(shape, scores, target, **options)
-        return make_plan(shape, scores, config.ratio or 0.0, **options)
-
     if not given:
-        ratio = (config.ratio or 0.0) if target is None else 0.5  # any ratio: 0 needs fewer scores
-        wanted = PruneConfig(data="demo", ratio=ratio, axis=config.axis, experts=config.experts)
-        criteria = resolved(Request(model=model, prune=wanted), shape=shape).prune.criterion
-        dry = planned([dummy_scores(shape, [name]) for name in criteria])
-        if not config.loses_tokens or dry.cuts_layers:
+        ratio = size if target is None else 0.5  # any ratio: 0 needs fewer scores
+        shown = PruneConfig(data="demo", too_long="cut", device=config.device)
+        wanted = replace(shown, ratio=ratio, axis=config.axis, experts=config.experts)
+        request = requests.resolved(Request(model=model, prune=wanted), shape=shape)
+        criteria = request.prune.criterion
+        dry = [requests.dummy_scores(shape, [name]) for name in criteria]
+        if make(shape, dry, size, **options).cuts_layers or not config.loses_tokens:
             say(f"no --scores: using {' and '.join(criteria)} on the demo's conversations")
-            wanted = PruneConfig(
-                data="demo", too_long="cut", criterion=criteria, device=config.device
-            )
-            request = Request(model=model, prune=wanted)
+            request = Request(model=model, prune=replace(shown, criterion=criteria))
             given = _scores(request, stages.read_split(request, say).calibration)
-    made = planned(given)
+    made = make(shape, given, size, **options)
     out.parent.mkdir(parents=True, exist_ok=True)
     made.save(out)
     return made
 
 
-@dataclass(frozen=True)
-class Pruned:
-    """A smaller checkpoint that was written."""
-
-    walked: Walked
-    # of original and smaller model; empty without held-out samples
-    held_out: Mapping[str, DataResult] = field(default_factory=dict)
+Pruned = tuple[Walked, dict[str, DataResult]]
+"""What was pruned, and the results of original and smaller model, if samples were held out."""
 
 
 def prune(
     model: str,
     config: PruneConfig,
     out: Path,
-    *,
     plan_file: Path | None = None,
     memory: MemoryOptions = MemoryOptions(),
     report: ReportOptions = ReportOptions(),
@@ -226,14 +199,13 @@ def prune(
 ) -> Pruned:
     """Write a smaller checkpoint, from a plan or a request, in memory or layer by layer."""
     require_free(out, force)
-    is_asked = config.ratio is not None or config.tokens_first
-    if (plan_file is None) != is_asked:
+    if (plan_file is None) != (config.ratio is not None or config.tokens_first):
         raise ConfigError(
             "prune needs either --ratio or --plan, or --vocab-size or --experts alone"
         )
     plan = None if plan_file is None else Plan.load(plan_file)
     request = Request(model=model, prune=config, report_samples=report.unseen(config.samples))
-    request = resolved(request, say, None if plan else anatomy(model))
+    request = requests.resolved(request, say, None if plan else models.anatomy(model))
     if memory.low_memory:
         if request.prune.axis == "auto":
             raise ConfigError("axis 'auto': low_memory can only do depth, width, both or chart")
@@ -252,14 +224,15 @@ def prune(
     calibration = Calibration(processor, samples.calibration, request.hold_out)
     scores = [] if plan else list(stages.calibrate(request, loaded, calibration).values())
     walked = stages.prune_(request, loaded, calibration, scores, plan, say=say)
-    processor = trimmed_processor(processor, walked.plan)
+    processor, also = trimmed_processor(processor, walked.plan), None
     if unseen:
-        held_out[PRUNED] = evaluate_data(loaded, processor, unseen, predicted, name=PRUNED)
+        found = evaluate_data(loaded, processor, unseen, predicted, name=PRUNED)
+        held_out[PRUNED] = found
+        also = lambda folder: found.save(folder / HELD_OUT_FILE)  # noqa: E731
     base, text = loaded.config._name_or_path, held_out_text(held_out)
     facts = CardFacts(base=base, name=out.name, held_out=text)
-    also = partial(_write_held_out, held_out)
     save(loaded, processor, out, walked.plan, force, also=also, facts=facts)
-    return Pruned(walked, held_out)
+    return walked, held_out
 
 
 def _prune_from_files(
@@ -273,9 +246,7 @@ def _prune_from_files(
 ) -> Pruned:
     """Prune with one layer in memory at a time; the same scratch folder resumes."""
     config, model, unseen = request.prune, request.model, samples.report
-    device = device_named(config.device)
-    opened = open_checkpoint(model, config.dtype, config.trust_remote_code)
-    processor = load_processor(str(opened.folder), opened.model.config, config.trust_remote_code)
+    device, (opened, processor) = device_named(config.device), _opened(request)
     data = [] if config.data is None else [identity_of_data(config.data)]
     noted = {"asked": asked(request), "data": data, **opened.identity}
     Scratch(scratch).keep_if_same("request.json", noted)
@@ -314,25 +285,12 @@ def _prune_from_files(
             with _final_states(smaller, at, device, words, unseen) as states:
                 head = head_of(smaller.model)
                 held_out[PRUNED] = paired_result(PRUNED, states, head, unseen, words, predicted)
-            _write_held_out(held_out, folder)
+            held_out[PRUNED].save(folder / HELD_OUT_FILE)
         return held_out_text(held_out)
 
-    prune_checkpoint(
-        model,
-        walked.plan,
-        out,
-        config.dtype,
-        force,
-        trust_remote_code=config.trust_remote_code,
-        weights=walked.weights,
-        describe=describe,
-    )
-    return Pruned(walked, held_out)
-
-
-def _write_held_out(held_out: Mapping[str, DataResult], folder: Path) -> None:
-    if PRUNED in held_out:
-        held_out[PRUNED].save(folder / HELD_OUT_FILE)
+    trusted, where = config.trust_remote_code, (model, walked.plan, out, config.dtype, force)
+    prune_checkpoint(*where, trust_remote_code=trusted, weights=walked.weights, describe=describe)
+    return walked, held_out
 
 
 @contextmanager
@@ -374,18 +332,17 @@ def recover(
     source: TrainingData,
     config: RecoverConfig,
     out: Path,
-    *,
-    teacher: str | None = None,
-    shard: bool = False,
-    force: bool = False,
-    say: Say = print,
+    teacher: str | None,
+    shard: bool,
+    force: bool,
+    say: Say,
 ) -> History:
     """Train a pruned checkpoint towards the original."""
 
     def loaded(name: str, device: str | None = None) -> tuple[PreTrainedModel, Any]:
         """Load shards in float32, or a model; what a teacher shares must never go to a GPU."""
         if shard:
-            return load(name, "float32", None, source.trust_remote_code, shard=True)
+            return models.load(name, "float32", None, source.trust_remote_code, shard=True)
         return load_as(source, name, device)
 
     def add_files(folder: Path) -> None:
@@ -408,7 +365,7 @@ def recover(
     samples = stages.samples_for(model, source, None, say)
     student, processor = loaded(model)
     original = None if teacher is None else loaded(teacher, "cpu")[0]
-    plan_file = Path(resolve(model)) / PLAN_FILE
+    plan_file = Path(models.resolve(model)) / PLAN_FILE
     plan = Plan.load(plan_file) if plan_file.exists() else None
     work = out.with_name(f".{out.name}.training")
     history = train(student, original, samples, config, processor, work, plan)
@@ -432,12 +389,11 @@ def evaluate(
     model: str,
     questions: Questions,
     loading: LoadConfig,
-    *,
-    baseline: str | None = None,
-    blind: bool = False,
-    log_folder: Path | None = None,
-    out: Path | None = None,
-    force: bool = False,
+    baseline: str | None,
+    out: Path | None,
+    force: bool,
+    blind: bool,
+    log_folder: Path | None,
 ) -> dict[str, Result]:
     """Evaluate a model on tasks, and a baseline if given; results by ``baseline`` and ``model``."""
 
@@ -467,19 +423,14 @@ def evaluate(
 def evaluate_on_data(
     model: str,
     source: DataConfig,
-    *,
-    baseline: str | None = None,
-    limit: int | None = None,
-    batch_size: int = 16,
-    out: Path | None = None,
-    force: bool = False,
-    say: Say = print,
+    baseline: str | None,
+    out: Path | None,
+    force: bool,
+    limit: int | None,
+    batch_size: int,
+    say: Say,
 ) -> dict[str, DataResult]:
-    """Evaluate a model on data without a task, and compare it with a baseline if given.
-
-    One model is in memory at a time; the baseline's predictions are kept. Returns results by
-    ``baseline`` and ``model``.
-    """
+    """Evaluate a model, and a baseline before it if given, on data; results as of `evaluate`."""
     if out is not None:
         require_free(out, force)
     if baseline is not None and Path(baseline).is_file():
