@@ -1,8 +1,4 @@
-"""Tell before a run what it would do and cost: `advise`, and ``compress --dry-run``.
-
-No weights are read. `advise` chooses a recipe from a model's configuration and a budget; rules and
-measured numbers come from ``recipes.yaml``. A dry run checks a configuration against its data.
-"""
+"""Tell before a run, without weights, what it would do and cost: `advise`, and a dry run."""
 
 from __future__ import annotations
 
@@ -13,33 +9,24 @@ from typing import Any, get_args
 
 import torch
 
+from slimvlm.core import options
 from slimvlm.core.errors import LESS_TO_TRAIN, ConfigError, SlimError
-from slimvlm.core.options import (
-    Axis,
-    AxisChoice,
-    CalibrationConfig,
-    CompressConfig,
-    RecoverConfig,
-)
+from slimvlm.core.options import CompressConfig, RecoverConfig
 from slimvlm.core.progress import Say, duration
 from slimvlm.data.chat import encode_samples
 from slimvlm.data.vocabulary import TokenizerFile
+from slimvlm.models import load as models
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import BYTES, free_memory, params_of_target, weight_bytes
 from slimvlm.models.load import anatomy as anatomy_of
-from slimvlm.models.load import default_device, device_named, load_config, load_processor, resolve
+from slimvlm.models.load import load_config, load_processor, resolve
 from slimvlm.planning.make import ratio_for_params
 from slimvlm.planning.plan import Plan
+from slimvlm.runs import request as requests
 from slimvlm.runs.compress import compress_command, request_of
 from slimvlm.runs.cost import Cost, Sizes, cost, image_tokens, kept_bytes
 from slimvlm.runs.recipes import Recipe, expected, recipe_for, rules, subject_of
-from slimvlm.runs.request import (
-    dry_plan,
-    requests_by_axis,
-    resolved,
-    tokens_alone,
-    tokens_to_try,
-)
+from slimvlm.runs.request import resolved
 from slimvlm.runs.stages import settled
 from slimvlm.runs.tables import millions, size
 
@@ -67,7 +54,7 @@ class Advice:
 
     model: str
     ratio: float  # share of the backbone to remove
-    axis: AxisChoice  # auto lets the data decide, before training
+    axis: options.AxisChoice  # auto lets the data decide, before training
     token_share: float  # share of the backbone that goes with tokens
     decoder_ratio: float  # share of the decoder layers that goes with the rest
     recipe: Recipe
@@ -113,10 +100,8 @@ def advise(
     if samples is not None and samples < 1:
         raise ConfigError(f"samples {samples} must be at least 1")
     subject = subject_of({**vars(shape), "num_layers": shape.num_layers})
-    budget = {
-        **{"ratio": ratio, "target_params": target_params},
-        **{"target_memory": target_memory, "target_latency": target_latency},
-    }
+    targets = {"target_params": target_params, "target_memory": target_memory}
+    budget = {"ratio": ratio, **targets, "target_latency": target_latency}
     ratio = _ratio(shape, subject, budget, data, dtype)
     recipe = recipe_for(ratio, data)
     row = next(row for row in known.fractions if ratio <= row.up_to)
@@ -127,16 +112,16 @@ def advise(
         if samples <= needed:
             why = f"train on all {samples:,} conversations: the study trained on {needed:,}"
     tokens, on_tokens = _tokens_first(model, shape, ratio, data and target_latency is None)
+    pictures = image_tokens(model) if shape.vision_params else 0
     sizes = Sizes(
         shape=shape,
-        tokens=float(known.constants.text_tokens)
-        + (image_tokens(model) if shape.vision_params else 0),
+        tokens=float(known.constants.text_tokens) + pictures,
         samples=given,
-        calibration=min(CalibrationConfig().samples, given),
+        calibration=min(options.CalibrationConfig().samples, given),
         token_bytes={name: kept_bytes(load_config(model), name) for name in {dtype, "bfloat16"}},
         vocabulary=tokens,
     )
-    device = default_device()
+    device = models.default_device()
     if gpu is not None and gpu == (device.type == "cpu"):
         device = torch.device("cuda" if gpu else "cpu")
 
@@ -153,7 +138,7 @@ def advise(
         )
 
     def cost_of(recipe: Recipe) -> Cost:
-        tried = len(get_args(Axis)) if recipe.train else 0
+        tried = len(get_args(options.Axis)) if recipe.train else 0
         return cost(resolved(request_of("", config_of(recipe))), sizes, device, dtype, tried)
 
     found, notes = cost_of(recipe), []
@@ -178,8 +163,8 @@ def advise(
             f"{shape.expert_share:.0%} of the backbone are experts, of which a token takes "
             f"{shape.experts_per_token} a layer; some can go whole: --experts 0.25 takes a quarter"
         )
-    share, open_axis = sizes.decoder_share(ratio), replace(config_of(recipe), axis=None)
-    axis = request_of(model, open_axis).prune.axis or recipe.axis
+    share, config = sizes.decoder_share(ratio), config_of(recipe)
+    axis = request_of(model, replace(config, axis=None)).prune.axis or recipe.axis
     before, after = shape.total_params, shape.total_params - round(ratio * shape.backbone_params)
     held = weight_bytes(shape, dtype)
     return Advice(
@@ -196,7 +181,7 @@ def advise(
         fraction=fraction if recipe.train else 1.0,
         cost=found,
         notes=tuple(notes),
-        command=compress_command(model, replace(config_of(recipe), axis=axis), "run"),
+        command=compress_command(model, replace(config, axis=axis), "run"),
     )
 
 
@@ -228,15 +213,12 @@ def _ratio(
 
 
 def _latency(axis: str, ratio: float, subject: str | None) -> float | None:
-    """Estimate the time to read a question, as a share of the original's.
-
-    Takes the model's own curve, else those of the study's models that reach the largest ratio, so
-    that the same ones count at every ratio.
-    """
+    """Estimate the time to read a question, as a share of the original's."""
     curves = [row for row in rules().latency if row.axis == axis]
     own = [row for row in curves if row.model == subject]
     others = [row for row in curves if not row.ours]
     farthest = max(max(row.values) for row in others)
+    # the same ones at every ratio
     chosen = own or [row for row in others if max(row.values) == farthest]
     values = [value for row in chosen if (value := row.at(ratio)) is not None]
     return fmean(values) if values else None
@@ -249,39 +231,34 @@ def _tokens_first(
 
     ``is_open``: there is data to count, and a budget that fewer tokens help to meet.
     """
-    rule, third = rules().tokens_first, tokens_to_try(shape)
+    rule, third = rules().tokens_first, requests.tokens_to_try(shape)
     if third is None:
         return None, []
     share = shape.token_params * shape.vocab_size / shape.backbone_params
     many = f"{share:.0%} of the backbone are embeddings and head"
     of_layers = min(ratio / (1 - share), 1.0)
     alone = f"{many}: {ratio:.0%} of the backbone is {of_layers:.0%} of its layers"
-    processor, reason = None, shape.why_tokens_stay
     try:
-        processor = load_processor(resolve(model), load_config(model)) if reason is None else None
-        if processor is None:
-            raise ConfigError(reason or "the model has no tokenizer")
+        if shape.why_tokens_stay is not None:
+            raise ConfigError(shape.why_tokens_stay)
+        if (processor := load_processor(resolve(model), load_config(model))) is None:
+            raise ConfigError("the model has no tokenizer")
         file = TokenizerFile.of(processor)
     except SlimError as error:
         return None, [f"{alone}; no token can go: {error}"]
     if not is_open:
         return None, [f"{alone}; fewer tokens make it smaller: --vocab-size auto"]
     kept = max(third, len(file.with_parts(file.needed)))
-    options = (
-        f"{kept:,} stay; --vocab-size auto keeps as many as the data needs, all keeps every one"
-    )
-    return kept, [f"{many}, and {rule.why} ({rule.source}): {options}"]
+    choice = "--vocab-size auto keeps as many as the data needs, all keeps every one"
+    return kept, [f"{many}, and {rule.why} ({rule.source}): {kept:,} stay; {choice}"]
 
 
 def _expectations(
     recipe: Recipe, share: float, subject: str | None, backbone_params: int
 ) -> tuple[Expectation, ...]:
-    """Collect the AVG-% measured where such a share of the layers went, this model's first.
-
-    Ratios count embeddings, too: where a model has many, the same ratio takes more of its layers.
-    All weights were trained of the demo model only, LoRA of the study's.
-    """
+    """Collect the AVG-% measured where such a share of the layers went, this model's first."""
     known, found = rules(), list[Expectation]()
+    # all weights were trained of the demo model only, LoRA of the study's
     for train in (recipe.train, "full") if recipe.train == "lora" else (recipe.train,):
         for name, layers in known.decoder_shares.items():
             factor, same = backbone_params / known.backbone_params[name], name == subject
@@ -354,17 +331,14 @@ class DryRun:
 
 
 def dry_run(model: str, config: CompressConfig, say: Say = print) -> DryRun:
-    """Check a compression and estimate its plan, memory and time; reads no weights.
-
-    Raises whatever `slimvlm.compress` would raise before it reads weights.
-    """
+    """Check a compression, as `compress` does, and estimate its plan, memory and time."""
     shape = anatomy_of(model)
     request = resolved(request_of(model, config), say, shape)
     request, _, samples = settled(request, None, config.data is not None, say)
     axes: tuple[str, ...] = (str(request.prune.axis),)
     first = request
     if request.prune.axis == "auto":
-        by_axis = requests_by_axis(request, shape)
+        by_axis = requests.requests_by_axis(request, shape)
         axes, first = tuple(by_axis), next(iter(by_axis.values()))
     first = replace(first, report_samples=len(samples.report))
     described = load_config(model, config.trust_remote_code)
@@ -376,7 +350,7 @@ def dry_run(model: str, config: CompressConfig, say: Say = print) -> DryRun:
     if dtype == "auto":
         stored = str(described.dtype).removeprefix("torch.")
         dtype = stored if stored in BYTES else "bfloat16"
-    device, tries = device_named(config.device), len(axes) + bool(request.fewer_tokens)
+    device, tries = models.device_named(config.device), len(axes) + bool(request.fewer_tokens)
     sizes = Sizes(
         shape=shape,
         tokens=fmean(lengths) if lengths else 0.0,
@@ -385,8 +359,10 @@ def dry_run(model: str, config: CompressConfig, say: Say = print) -> DryRun:
         token_bytes={name: kept_bytes(described, name) for name in {dtype, "bfloat16"}},
         vocabulary=None if request.tokens is None else len(request.tokens),
     )
+    plan = requests.tokens_alone(first, shape)
+    plan = plan or requests.dry_plan(first.prune, shape, first.tokens)
     return DryRun(
-        plan=tokens_alone(first, shape) or dry_plan(first.prune, shape, first.tokens),
+        plan=plan,
         axes=axes,
         fewer_tokens=len(request.fewer_tokens or ()),
         calibration=sizes.calibration,
@@ -404,9 +380,8 @@ def dry_run_rows(found: DryRun) -> list[list[str]]:
     """Make rows of a name and a value."""
     before, after, spent = found.plan.before, found.plan.after, found.cost
     smaller, held = (size(weight_bytes(shape, found.dtype)) for shape in (after, before))
-    counts = [(found.calibration, "calibrate"), (found.training, "train")]
-    counts.append((found.report, "are held out"))
-    samples = ", ".join(f"{count:,} {use}" for count, use in counts if count) or "none"
+    counts = {"calibrate": found.calibration, "train": found.training, "are held out": found.report}
+    samples = ", ".join(f"{count:,} {use}" for use, count in counts.items() if count) or "none"
     if found.tokens:
         samples += f"; about {found.tokens:.0f} tokens each"
 

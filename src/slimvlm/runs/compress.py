@@ -20,13 +20,7 @@ from transformers import PreTrainedModel
 
 from slimvlm.core.documents import built, read_yaml
 from slimvlm.core.errors import ConfigError, SlimError, is_out_of_memory, one_line
-from slimvlm.core.files import (
-    discard_replacement,
-    held,
-    replacement,
-    require_free,
-    write_text,
-)
+from slimvlm.core.files import discard_replacement, held, replacement, require_free, write_text
 from slimvlm.core.options import (
     TASK_BATCH_SIZE,
     CompressConfig,
@@ -51,13 +45,7 @@ from slimvlm.pruning.save import save
 from slimvlm.pruning.tokens import trimmed_processor
 from slimvlm.runs import stages, tables
 from slimvlm.runs.recipes import recipe_for
-from slimvlm.runs.request import (
-    Request,
-    ratio_of,
-    resolved,
-    scored_by,
-    tokens_alone,
-)
+from slimvlm.runs.request import Request, ratio_of, resolved, scored_by, tokens_alone
 from slimvlm.runs.stages import ORIGINAL, PRUNED, RECOVERED, Calibration, SampleSplit
 from slimvlm.scoring.unit_scores import Scores
 from slimvlm.training.recover import TRACKER_FOLDER
@@ -65,8 +53,7 @@ from slimvlm.training.recover import TRACKER_FOLDER
 STAGES = (ORIGINAL, PRUNED, RECOVERED)
 TIMES_FILE = "times.json"
 """Times of the smaller model beside the original's, among a run's results."""
-_PREDICTIONS = "said.safetensors"
-"""The original's predictions on held-out samples, for later stages."""
+_PREDICTIONS = "said.safetensors"  # of the original, on held-out samples
 
 
 def request_of(model: str, config: CompressConfig) -> Request:
@@ -94,20 +81,12 @@ class Run:
     config: CompressConfig
     request: Request
     samples: SampleSplit
+    trains: bool
     say: Say
-
-    @property
-    def trains(self) -> bool:
-        """Whether training follows."""
-        return self.request.trains and bool(self.samples.training)
 
 
 def compress(
-    model: str,
-    config: CompressConfig,
-    out: str | Path,
-    force: bool = False,
-    say: Say = print,
+    model: str, config: CompressConfig, out: str | Path, force: bool = False, say: Say = print
 ) -> dict[str, Result]:
     """Make a smaller model in one run folder.
 
@@ -159,7 +138,8 @@ def compress(
         note_request(folder / "config.json", about)
         write_text(folder / "run.yaml", config_text(model, config))
         # the stages that are not done yet
-        run = Run(folder, place.name, config, request, samples, say)
+        trains = request.trains and bool(samples.training)
+        run = Run(folder, place.name, config, request, samples, trains, say)
         original, processor = stages.load_original(request)
         _measure(run, ORIGINAL, original, processor)
         plan = _prune(run, original, processor)
@@ -354,16 +334,11 @@ def read_times(folder: Path) -> PairedTimes | None:
 
 
 _NOT_TRAINED = "none"
-_RECIPE = ("axis", "train", "loss")
-"""Options that a recipe chooses when they are not given."""
+_RECIPE = ("axis", "train", "loss")  # which a recipe chooses when they are not given
 
 
 def compress_command(model: str, config: CompressConfig, out: str | Path) -> str:
-    """Write the ``slimvlm compress`` command for a run; options at their defaults are left out.
-
-    Those that a recipe chooses always stand there: a later recipe must not change what the command
-    does. It reads the run's own ``run.yaml`` where an option has no flag.
-    """
+    """Write the ``slimvlm compress`` command for a run; options at their defaults are left out."""
     has_no_flag = file_only(CompressConfig) | file_only(RecoverConfig)
     if {*_unusual(config), *_unusual(config.recover or RecoverConfig())} & has_no_flag:
         return shlex.join(["slimvlm", "compress", "--config", f"{out}/run.yaml", "--out", str(out)])
@@ -384,11 +359,7 @@ def config_text(model: str, config: CompressConfig) -> str:
 
 
 def read_config(path: str | Path) -> tuple[str, CompressConfig, Mapping[str, Any] | None]:
-    """Read model and configuration from a YAML file or from the ``config.json`` of a run.
-
-    The third value holds the training options that the file gives, None for no training; the chart
-    chooses the others.
-    """
+    """Read model, configuration and given training options from YAML or a run's ``config.json``."""
     where, values = f"config {str(path)!r}", read_yaml(path, "config")
     if not isinstance(values, dict) or not isinstance(values.get("model"), str):
         raise ConfigError(f"{where}: must name a model, and options")

@@ -92,10 +92,7 @@ class Cost:
 
 
 def cost(request: Request, sizes: Sizes, device: torch.device, dtype: str, tried: int = 0) -> Cost:
-    """Estimate memory and time of a resolved request, in which ``tried`` axes are tried first.
-
-    A device that this machine lacks has unlimited memory.
-    """
+    """Estimate memory and time of a resolved request, in which ``tried`` axes are tried first."""
     constants, config, prune = rules().constants, request.recover, request.prune
     speed, timed = speed_of(device, dtype)
     states = None  # size and place of the hidden states between layers of a walk
@@ -141,10 +138,7 @@ def cost(request: Request, sizes: Sizes, device: torch.device, dtype: str, tried
 
 
 def stage_flops(kind: str, request: Request, sizes: Sizes, kept: float = 1.0) -> float:
-    """Estimate the FLOP of one stage of a resolved request, without reading and writing files.
-
-    ``kept`` is the share of the backbone in the model that is trained or evaluated.
-    """
+    """Estimate the FLOP of a stage; of a model to train or ask, a share ``kept`` is left."""
     prune, recover, constants = request.prune, request.recover, rules().constants
     if kind == "calibrate":
         passes = float(sum(CRITERIA[name].capture.passes for name in scored_by(prune)))
@@ -181,7 +175,7 @@ def stage_flops(kind: str, request: Request, sizes: Sizes, kept: float = 1.0) ->
         usual = constants.own_questions if is_ours else constants.benchmark_questions
         tasks = len(own) if name == "demo" else 1
         count += (asked.limit or usual) * tasks * (2 if asked.floors else 1)
-    return sizes.pass_flops * kept * count * constants.reply_passes
+    return float(sizes.pass_flops * kept * count * constants.reply_passes)
 
 
 def optimizer_steps(config: RecoverConfig, samples: int, gone: float) -> int:
@@ -199,7 +193,7 @@ def _is_here(device: torch.device) -> bool:
 
 
 def _free(device: torch.device) -> float:
-    return free_memory(device) if _is_here(device) else 2.0**50
+    return free_memory(device) if _is_here(device) else 2.0**50  # of an absent one unlimited
 
 
 def _is_walked(request: Request) -> bool:
@@ -242,28 +236,24 @@ def _pruning_bytes(
     if any(CRITERIA[name].capture.backward for name in prune.criterion):
         logits = _logits_bytes(shape, device, free)
         steps.append(held + batch + largest.params * BYTES[dtype] + logits)
-    return constants.process_bytes * is_cpu + max(steps)
+    return float(constants.process_bytes * is_cpu + max(steps))
 
 
 def _training_bytes(
     request: Request, config: RecoverConfig, sizes: Sizes, device: torch.device, dtype: str
 ) -> float:
-    """Estimate the peak memory of a training: weights, learning parameters, activations, logits.
-
-    A teacher shares the weights that stay frozen. On a CPU, attention that keeps its scores makes
-    up for activations in bfloat16.
-    """
+    """Estimate the peak memory of a training: weights, learning parameters, activations, logits."""
     shape, constants, ratio = sizes.shape, rules().constants, ratio_of(request.prune)
     is_cpu, is_bfloat16 = device.type == "cpu", config.bf16
     if is_bfloat16 is None:
         is_bfloat16 = not _is_here(device) or computes_bfloat16(device)
     dtype = dtype if is_bfloat16 else "float32"
+    # on a CPU, attention that keeps its scores makes up for activations in bfloat16
     kept_in = "bfloat16" if is_bfloat16 and not is_cpu else dtype
     held = weight_bytes(shape, dtype)
     smaller = held * (1 - ratio * shape.backbone_params / shape.total_params)
-    models = smaller
-    if config.needs_teacher:
-        models = held + smaller * (config.train == "full")
+    # a teacher shares the weights that stay frozen
+    models = held + smaller * (config.train == "full") if config.needs_teacher else smaller
     learning = learning_params(shape, ratio, config.train, config.lora_rank)
     if config.train == "full":
         models -= learning * BYTES[dtype]  # they are held among those that learn
@@ -281,7 +271,7 @@ def _training_bytes(
     activations = batch * sizes.tokens * of_token * (1 - sizes.decoder_share(ratio))
     beside = constants.learning_bytes * learning + activations
     logits = _logits_bytes(shape, device, _free(device) - models)
-    return constants.process_bytes * is_cpu + models + beside + logits
+    return float(constants.process_bytes * is_cpu + models + beside + logits)
 
 
 def _logits_bytes(shape: Anatomy, device: torch.device, free: float) -> float:
@@ -291,10 +281,7 @@ def _logits_bytes(shape: Anatomy, device: torch.device, free: float) -> float:
 
 
 def learning_params(shape: Anatomy, ratio: float, train: Train, rank: int) -> int:
-    """Count the parameters that learn, after a share ``ratio`` of the backbone was removed.
-
-    These are the projector, besides LoRA matrices of a rank, or all but the tower.
-    """
+    """Count the parameters that learn, after a share ``ratio`` of the backbone was removed."""
     if train == "projector":
         return shape.projector_params
     if train == "full":
@@ -308,11 +295,7 @@ def learning_params(shape: Anatomy, ratio: float, train: Train, rank: int) -> in
 
 
 def kept_bytes(config: PreTrainedConfig, dtype: str) -> float:
-    """Count the bytes that the backward pass keeps of a token, without attention scores.
-
-    The decoder layers run once on meta tensors, and their saved tensors are counted. Where a
-    family's code reads values, an estimate from its widths replaces the count.
-    """
+    """Count the bytes that a backward pass keeps of a token, but for attention, on meta tensors."""
     kind, count = getattr(torch, dtype), 2
     model = empty_model(config, kind)
     weights = {parameter.untyped_storage() for parameter in model.parameters()}
@@ -329,7 +312,8 @@ def kept_bytes(config: PreTrainedConfig, dtype: str) -> float:
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             Parts(model).text_model(inputs_embeds=inputs, attention_mask=mask, use_cache=False)
-    except (RuntimeError, NotImplementedError):  # 12 values a channel, 4 a neuron: as Llama, Qwen2
+    # a family's code reads values: 12 values a channel, 4 a neuron, as Llama and Qwen2 keep
+    except (RuntimeError, NotImplementedError):
         widths = [layer.intermediate_size for layer in read_anatomy(model).layers]
         return float(sum(12 * hidden + 4 * width for width in widths) * BYTES[dtype])
     return sum(kept.values()) / count
@@ -341,7 +325,7 @@ def image_tokens(model: str, trust_remote_code: bool = False) -> int:
     vision = getattr(config, "vision_config", None)
     size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
     side, step = (value[0] if isinstance(value, list | tuple) else value for value in (size, patch))
-    patches = (side // step) ** 2 if side and step else rules().constants.image_tokens
+    patches: int = (side // step) ** 2 if side and step else rules().constants.image_tokens
     return min(patches, getattr(config, "image_seq_length", None) or patches)
 
 
@@ -360,15 +344,11 @@ def speed_of(device: torch.device, dtype: str) -> tuple[float, str]:
 
 @lru_cache(maxsize=4)
 def device_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure the FLOP/s of a matrix product on a device: the best of 12, as other work slows some.
-
-    Matrices grow until a product takes a millisecond, so that its launch does not count. Where a
-    device has no units for bfloat16, float32 is measured instead.
-    """
+    """Measure the FLOP/s of a matrix product: the best of 12, as other work slows some."""
     if dtype != torch.float32 and not computes_bfloat16(device):
         dtype = torch.float32
     size, seconds = 512, 0.0
-    while seconds < 1e-3 and size < 8192:
+    while seconds < 1e-3 and size < 8192:  # a millisecond, so that the launch does not count
         size *= 2
         matrix, seconds = torch.ones(size, size, device=device, dtype=dtype), math.inf
         for _ in range(12):

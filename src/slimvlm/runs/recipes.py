@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -57,56 +58,14 @@ class Curve:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fraction:
-    """The share of the study's training data that suffices up to a ratio."""
-
-    up_to: float
-    fraction: float
-    why: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokensFirst:
-    """From which share of the backbone on tokens go first; one of ``one_of`` tokens stays."""
-
-    from_share: float
-    one_of: int
-    why: str
-    source: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Constants:
-    """Constants of estimates."""
-
-    text_tokens: int
-    image_tokens: int
-    process_bytes: float
-    gram_copies: int
-    walk_source: str
-    walk_passes: float
-    activation_source: str
-    learning_bytes: int
-    efficiency: Mapping[str, float]
-    gpu: str
-    gpu_flops: float
-    gpu_source: str
-    max_hours_without_gpu: int
-    disk_flops: float
-    reply_passes: float
-    benchmark_questions: int
-    own_questions: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class Rules:
     """The whole of ``recipes.yaml``, which explains each key and constant."""
 
     with_training: tuple[Recipe, ...]
     without_training: tuple[Recipe, ...]
-    tokens_first: TokensFirst
+    tokens_first: Any
     full_set: int
-    fractions: tuple[Fraction, ...]
+    fractions: tuple[Any, ...]
     fractions_source: str
     subjects: Mapping[str, Mapping[str, str | int]]
     backbone_params: Mapping[str, float]
@@ -114,13 +73,16 @@ class Rules:
     decoder_shares: Mapping[str, float]
     retention: tuple[Curve, ...]
     latency: tuple[Curve, ...]
-    constants: Constants
+    constants: Any
 
 
 @cache
 def rules() -> Rules:
     """Read ``recipes.yaml``, which pydantic checks against `Rules`."""
     values = yaml.safe_load(RULES.read_text(encoding="utf-8"))
+    for name in ("tokens_first", "constants"):
+        values[name] = SimpleNamespace(**values[name])
+    values["fractions"] = [SimpleNamespace(**row) for row in values["fractions"]]
     return TypeAdapter(Rules).validate_python(values, extra="forbid")
 
 
@@ -133,10 +95,7 @@ def recipe_for(ratio: float, has_data: bool) -> Recipe:
 
 
 def expected(axis: str, train: str | None, loss: str, ratio: float) -> list[tuple[Curve, float]]:
-    """Collect the AVG-% measured for an axis, a recovery and a ratio, one per model.
-
-    Training all weights is compared with the study's LoRA, too. Of two curves the first one counts.
-    """
+    """Collect the AVG-% measured for an axis, a recovery and a ratio, the first one of a model."""
     learns = {train, "lora"} if train == "full" else {train}
     found: dict[str, tuple[Curve, float]] = {}
     for row in rules().retention:
