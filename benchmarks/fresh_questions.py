@@ -21,9 +21,8 @@ from slimvlm import evaluate, load
 from slimvlm.data.samples import Question, Task
 from slimvlm.evaluation.results import Result
 from slimvlm.evaluation.tasks import find_tasks
-from slimvlm.runs.study.cache import CHECKPOINT, Cache
 from slimvlm.runs.study.config import StudyConfig, expand, read_study
-from slimvlm.runs.study.schedule import stages_of
+from slimvlm.runs.study.schedule import CHECKPOINT, Cache, stages_of
 from slimvlm.runs.tables import as_markdown
 
 

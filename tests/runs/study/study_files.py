@@ -9,10 +9,9 @@ import pandas as pd
 import pytest
 
 from slimvlm.core.documents import built
-from slimvlm.runs.study import cache
-from slimvlm.runs.study.cache import Stage
+from slimvlm.runs.study import schedule
 from slimvlm.runs.study.config import StudyConfig
-from slimvlm.runs.study.schedule import STAGE_KINDS
+from slimvlm.runs.study.schedule import STAGE_KINDS, Stage
 from tests import tiny_folder as folders
 
 VOLATILE = ("prefill_ms", "decode_ms", *(f"seconds_{kind}" for kind in STAGE_KINDS))
@@ -58,7 +57,7 @@ def watch_work(
     ``before`` and ``after`` are called with each of them.
     """
     done: Counter[str] = Counter()
-    honest = cache.work
+    honest = schedule.work
 
     def watched(stage: Stage, *rest: Any) -> None:
         done[stage.kind] += 1
@@ -66,7 +65,7 @@ def watch_work(
         honest(stage, *rest)
         after(stage)
 
-    monkeypatch.setattr(cache, "work", watched)
+    monkeypatch.setattr(schedule, "work", watched)
     return done
 
 

@@ -18,11 +18,9 @@ import pytest
 import yaml
 
 from slimvlm.core.errors import NumericalError
-from slimvlm.runs.study import cache as caching
 from slimvlm.runs.study import prepared
 from slimvlm.runs.study import schedule as scheduling
-from slimvlm.runs.study.cache import Cache, Outcome, Stage
-from slimvlm.runs.study.schedule import Schedule, ray_task, run_local
+from slimvlm.runs.study.schedule import Cache, Outcome, Schedule, Stage, ray_task, run_local
 from tests import tiny_folder as folders
 from tests.runs.study.study_files import RECOVER, RECOVERIES, stable, study, watch_work
 
@@ -52,7 +50,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         threading.Event().wait(0.005)
         (folder / stage.output).mkdir()
 
-    monkeypatch.setattr(caching, "work", quick)
+    monkeypatch.setattr(scheduling, "work", quick)
     monkeypatch.setattr(scheduling, "PAUSE_S", 0.01)
     return names
 

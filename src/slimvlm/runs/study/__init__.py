@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -27,12 +28,14 @@ from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models.load import anatomy, device_named, load_config
 from slimvlm.runs.cost import speed_of
 from slimvlm.runs.request import check_options, check_questions, dry_plan
-from slimvlm.runs.study.cache import Cache, Outcome, Stage
 from slimvlm.runs.study.config import Cell, StudyConfig, expand, read_study
 from slimvlm.runs.study.schedule import (
     ENGINES,
     STAGE_KINDS,
+    Cache,
+    Outcome,
     Schedule,
+    Stage,
     forget_files,
     run_local,
     run_ray,
@@ -105,9 +108,9 @@ def run_study(
     missing = schedule.missing(cache)
     write = partial(write_table, config, schedule, cache, _PATIENCE)
     progress = Progress(missing, Clock(schedule.flops, cache), console, write)
-    watched = Live(progress, console=console, refresh_per_second=2)
+    shown = Live(progress, console=console, refresh_per_second=2)
     try:
-        with watched if console.is_terminal else nullcontext():
+        with shown if console.is_terminal else nullcontext():
             if engine == "local":
                 run_local(schedule, missing, cache, progress.started, progress.finished)
             else:
@@ -122,22 +125,17 @@ def forecast(study: StudyConfig | str | Path, out: str | Path) -> Forecast:
     """Estimate the stages and the time of a `run_study`."""
     _, schedule = prepared(study, partial(print, file=sys.stderr))
     cache = Cache(out)
-    missing = schedule.missing(cache)
+    clock, missing = Clock(schedule.flops, cache), schedule.missing(cache)
     names = {stage.name for stage in missing}
-    clock = Clock(schedule.flops, cache)
     done = [s for s in schedule.stages() if s.name not in names and cache.is_done(s)]
-    return Forecast(
-        cells={
-            cell.cell.label: tuple(s.kind for s in list(cell.all())[1:] if s.name in names)
-            for cell in schedule.ordered
-        },
-        stages={
-            kind: (sum(s.kind == kind for s in missing), sum(s.kind == kind for s in done))
-            for kind in STAGE_KINDS
-        },
-        seconds=clock.expected(missing),
-        basis={stage.kind: clock.basis(stage.kind) for stage in missing},
-    )
+    to_do, there = (Counter(stage.kind for stage in of) for of in (missing, done))
+    cells = {
+        cell.cell.label: tuple(s.kind for s in cell.all()[1:] if s.name in names)
+        for cell in schedule.ordered
+    }
+    stages = {kind: (to_do[kind], there[kind]) for kind in STAGE_KINDS}
+    basis = {stage.kind: clock.basis(stage.kind) for stage in missing}
+    return Forecast(cells, stages, clock.expected(missing), basis)
 
 
 def prepared(
@@ -194,7 +192,7 @@ class Clock:
         self.done = dict.fromkeys(STAGE_KINDS, (0.0, 0.0))  # seconds and FLOP of done stages
         for kind in STAGE_KINDS:
             for record in cache.records(kind):
-                self.learn(kind, record["seconds"], record["flops"])
+                self.learn(kind, record.seconds, record.flops)
 
     def learn(self, kind: str, seconds: float, flops: float) -> None:
         """Count a stage that was done."""
@@ -229,10 +227,7 @@ class Forecast:
 
 @dataclass
 class Progress:
-    """Counter of done stages, with an estimate of the remaining time.
-
-    A terminal shows a table; elsewhere lines are printed as stages begin and end.
-    """
+    """Counts of done stages and the time left: a table on a terminal, else lines."""
 
     missing: Sequence[Stage]
     clock: Clock

@@ -1,4 +1,4 @@
-"""The stages of a study's cells, their order, and the engines that run them.
+"""The stages of a study's cells, their outcomes on disk, their order, the engines that run them.
 
 calibrate -> prune -> recover -> evaluate
 """
@@ -7,23 +7,31 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Any
+from uuid import uuid4
 
-from slimvlm.core.errors import ConfigError
-from slimvlm.core.files import write_text
+from pydantic import Field
+
+from slimvlm.core.documents import built, read_object
+from slimvlm.core.errors import ConfigError, InUseError
+from slimvlm.core.files import held, new_folder, write_text
 from slimvlm.core.options import DataConfig, LoadConfig, PruneConfig, Questions, part_of
-from slimvlm.core.requests import identity_of_files
+from slimvlm.core.progress import without_bars
+from slimvlm.core.requests import asked, digest, identity_of_files
 from slimvlm.data.read import estimated_length, identity_of_data
 from slimvlm.data.samples import Sample
 from slimvlm.evaluation.ask import digest_of_questions
 from slimvlm.evaluation.tasks import find_tasks
+from slimvlm.models.cost import release_memory
 from slimvlm.models.load import anatomy, load, resolve
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.save import save
@@ -32,7 +40,6 @@ from slimvlm.runs.cost import Sizes, image_tokens, stage_flops
 from slimvlm.runs.recipes import rules
 from slimvlm.runs.request import Request, criterion_options, resolved, scored_by
 from slimvlm.runs.stages import Calibration, samples_for, split
-from slimvlm.runs.study.cache import CHECKPOINT, Cache, Outcome, Stage
 from slimvlm.runs.study.config import Cell, Resources, StudyConfig, short_name
 from slimvlm.scoring.criteria import CRITERIA
 from slimvlm.scoring.unit_scores import Scores
@@ -43,6 +50,164 @@ HISTORY, WALK = "history.json", "walk.json"
 ENGINES = ("local", "ray")
 PAUSE_S = 0.5
 """Seconds between looks at stages that other workers are doing."""
+FORMAT = 3
+"""Raised when a stage's outcome changes for the same request."""
+RECORD = "stage.json"
+"""Written last into an outcome: request, seconds, estimated work."""
+CHECKPOINT = "checkpoint"
+"""Output of the stages that make a model; the only output that may be removed later."""
+_LONGEST_ERROR = 300
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One piece of work, named by a hash of everything that determines its outcome."""
+
+    kind: str  # such as ``prune``
+    request: Any  # options; with ``inputs`` they determine the outcome
+    inputs: tuple[Stage, ...]  # stages whose outcomes are read
+    label: str = field(compare=False)
+
+    @property
+    def output(self) -> str:
+        """The file or folder that later stages read."""
+        return _WORK[self.kind][0]
+
+    @cached_property
+    def name(self) -> str:
+        """The hash; cells that need the same work get the same name."""
+        inputs = [stage.name for stage in self.inputs]
+        request = {"kind": self.kind, "request": asked(self.request)}
+        return digest([{"format": FORMAT, **request, "inputs": inputs}])[:20]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The end of a stage."""
+
+    name: str  # of the stage
+    seconds: float = 0.0  # 0 if another start or worker had done it
+    error: str = ""  # one line; empty without one
+
+
+@dataclass(frozen=True)
+class Record:
+    """Content of `RECORD`."""
+
+    label: str
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    flops: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    request: Mapping[str, Any]
+
+
+def work(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) -> None:
+    """Do a stage without progress bars, then release the memory of its models."""
+    try:
+        with without_bars():
+            _WORK[stage.kind][1](stage, inputs, folder, scratch)
+    finally:
+        release_memory()
+
+
+class Cache:
+    """Outcomes of stages in one folder, on storage that all workers share.
+
+    ``cache/KIND/NAME/`` holds a stage's outcome, ``work/`` the state from which a stopped stage
+    resumes, ``failed/`` the last error of failed stages. A worker locks the folder of its stage.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root).absolute()
+        self._opened = time.time()
+
+    def path(self, stage: Stage, name: str = "") -> Path:
+        """Return the folder of a stage's outcome, or a file in it."""
+        return self.root / "cache" / stage.kind / stage.name / name
+
+    def is_done(self, stage: Stage) -> bool:
+        """Whether a stage has an outcome; its checkpoint may have been removed since."""
+        return self.path(stage, RECORD).is_file()
+
+    def is_ready(self, stage: Stage) -> bool:
+        """Whether another stage could read the outcome."""
+        is_whole = stage.output != CHECKPOINT or self.path(stage, CHECKPOINT).is_dir()
+        return self.is_done(stage) and is_whole
+
+    def records(self, kind: str, name: str = "[!.]*") -> list[Record]:
+        """Read the records of all outcomes of a kind, or of the one of this name."""
+        paths = sorted((self.root / "cache" / kind).glob(f"{name}/{RECORD}"))
+        return [built(Record, read_object(p, "stage"), f"stage {str(p)!r}") for p in paths]
+
+    def error_of(self, stage: Stage) -> str:
+        """Read the error that a stage's last attempt ended with; empty if there is none."""
+        path = self._failure(stage)
+        return str(read_object(path, "stage").get("error")) if path.is_file() else ""
+
+    def run(
+        self, stage: Stage, flops: float, wait: bool, is_needed: Callable[[Stage], bool]
+    ) -> Outcome | None:
+        """Do a stage whose inputs are ready, unless it is done; the outcome holds any error.
+
+        Returns None if another worker is doing it, unless ``wait``. ``is_needed``: an open stage
+        still reads a done stage's checkpoint.
+        """
+        failure, scratch = self._failure(stage), self._scratch(stage)
+        try:
+            with held(self.path(stage), wait=-1 if wait else 0):
+                if self.is_ready(stage) or (self.is_done(stage) and not is_needed(stage)):
+                    return Outcome(stage.name)
+                if failure.is_file() and failure.stat().st_mtime > self._opened:
+                    return Outcome(stage.name, error=self.error_of(stage))  # of another worker
+                scratch.mkdir(parents=True, exist_ok=True)
+                failure.unlink(missing_ok=True)
+                start = time.perf_counter()
+                try:
+                    with new_folder(self.path(stage), force=True) as folder:
+                        work(stage, [self.path(i) for i in stage.inputs], folder, scratch)
+                        seconds = time.perf_counter() - start
+                        record = Record(stage.label, seconds, flops, asdict(stage.request))
+                        write_text(folder / RECORD, json.dumps(vars(record), indent=1) + "\n")
+                except Exception as error:
+                    return self.failed(stage, error, time.perf_counter() - start)
+                shutil.rmtree(scratch, ignore_errors=True)
+                return Outcome(stage.name, seconds)
+        except InUseError:
+            return None
+
+    def failed(self, stage: Stage, error: Exception, seconds: float = 0.0) -> Outcome:
+        """Record the error that ended a stage."""
+        text = " ".join(str(error).split()) or "no message"
+        line = f"{type(error).__name__}: {text}"[:_LONGEST_ERROR]
+        path = self._failure(stage)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps({"label": stage.label, "error": line}) + "\n")
+        return Outcome(stage.name, seconds, line)
+
+    def drop_checkpoint(self, stage: Stage) -> None:
+        """Remove a stage's model and keep the rest of its outcome, unless another worker did."""
+        path = self.path(stage, CHECKPOINT)
+        gone = path.with_name(f".{CHECKPOINT}.gone.{uuid4().hex}")
+        with suppress(FileNotFoundError):
+            path.rename(gone)
+        for left in path.parent.glob(f".{CHECKPOINT}.gone.*"):  # also by a worker that was killed
+            shutil.rmtree(left, ignore_errors=True)
+
+    def sweep(self, stages: Iterable[Stage]) -> None:
+        """Remove resume files of done stages, which killed workers left."""
+        for stage in stages:
+            scratch = self._scratch(stage)
+            if scratch.is_dir() and self.is_ready(stage):
+                with suppress(InUseError), held(self.path(stage)):
+                    shutil.rmtree(scratch, ignore_errors=True)
+
+    def _scratch(self, stage: Stage) -> Path:
+        return self.root / "work" / f"{stage.kind}-{stage.name}"
+
+    def _failure(self, stage: Stage) -> Path:
+        return self.root / "failed" / f"{stage.kind}-{stage.name}.json"
+
+
+# The stages of cells.
 
 
 @lru_cache(maxsize=64)
@@ -65,48 +230,41 @@ def forget_files() -> None:
 
 @dataclass(frozen=True)
 class CellStages:
-    """The stages of one cell: one calibration for each criterion that scores before the walk."""
+    """The stages of one cell."""
 
     cell: Cell
-    original: Stage
-    """Evaluation of the original."""
-    calibrations: tuple[Stage, ...]
+    original: Stage  # evaluation of the original
+    calibrations: tuple[Stage, ...]  # one for each criterion that scores before the walk
     prune: Stage
     recover: Stage | None
     evaluate: Stage
 
-    def all(self) -> Iterator[Stage]:
-        """Yield every stage, inputs first."""
-        yield self.original
-        yield from self.calibrations
-        yield self.prune
-        if self.recover is not None:
-            yield self.recover
-        yield self.evaluate
+    def all(self) -> list[Stage]:
+        """List every stage, inputs first."""
+        trained = [] if self.recover is None else [self.recover]
+        return [self.original, *self.calibrations, self.prune, *trained, self.evaluate]
 
 
 def stages_of(study: StudyConfig, cell: Cell) -> CellStages:
     """List the stages of a cell; each request holds only the options that change its outcome."""
     name, config = short_name(cell.model), cell.prune
     data = [_identity_of_data(config.data)] if config.data else []
-    whole = resolved(
-        Request(
-            model=cell.model,
-            prune=config,
-            recover=cell.recover,
-            training_samples=study.training_samples,
-            made_from=(_identity(cell.model, resolve(cell.model)), *data),
-        ),
-        shape=_shape_of(cell.model),
+    whole = Request(
+        model=cell.model,
+        prune=config,
+        recover=cell.recover,
+        training_samples=study.training_samples,
+        made_from=(_identity(cell.model, resolve(cell.model)), *data),
     )
+    whole = resolved(whole, shape=_shape_of(cell.model))
     base = replace(whole, recover=None, training_samples=None)
     scored = tuple(_calibration(base, criterion) for criterion in scored_by(base.prune))
     shape = f"{name} {config.axis} {config.ratio:.0%}"
-    prune = Stage("prune", base, scored, _prune, CHECKPOINT, shape)
+    prune = Stage("prune", base, scored, shape)
     recover = None
     if whole.recover is not None:
         request = replace(whole, prune=_reading(base.prune), hold_out=False)
-        recover = Stage("recover", request, (prune,), _recover, CHECKPOINT, cell.label)
+        recover = Stage("recover", request, (prune,), cell.label)
     original = _evaluation(study, cell, None, f"{name} original")
     evaluate = _evaluation(study, cell, recover or prune, cell.label)
     return CellStages(cell, original, scored, prune, recover, evaluate)
@@ -123,7 +281,7 @@ def _calibration(base: Request, criterion: str) -> Stage:
         loading = vars(part_of(config, LoadConfig))
         wanted = PruneConfig(criterion=(criterion,), **known, **loading)
         request = replace(base, prune=wanted, hold_out=False, made_from=base.made_from[:1])
-    return Stage("calibrate", request, (), _calibrate, f"{SCORES}.json", label)
+    return Stage("calibrate", request, (), label)
 
 
 def _reading(config: PruneConfig) -> PruneConfig:
@@ -146,26 +304,25 @@ def _evaluation(study: StudyConfig, cell: Cell, of: Stage | None, label: str) ->
         questions=replace(questions, floors=questions.floors and of is None),
         made_from=tuple(made_from),
     )
-    return Stage("evaluate", request, () if of is None else (of,), _evaluate, RESULT, label)
+    return Stage("evaluate", request, () if of is None else (of,), label)
 
 
 def samples_of(request: Request) -> tuple[list[Sample], list[str]]:
     """Read all samples of a request's data, and remarks on them, such as skipped rows."""
     if request.prune.data is None:
         return [], []
-    return _all_samples(request.model, part_of(request.prune, DataConfig), request.made_from)
+    return _samples(request.model, part_of(request.prune, DataConfig), request.made_from)
 
 
 @lru_cache(maxsize=1)
-def _all_samples(
+def _samples(
     model: str, source: DataConfig, made_from: tuple[str, ...]
 ) -> tuple[list[Sample], list[str]]:
-    """Read all rows of the data; ``made_from`` only tells exchanged files apart."""
-    notes: list[str] = []
+    notes: list[str] = []  # made_from only tells exchanged files apart
     return samples_for(model, source, None, notes.append), notes
 
 
-# The work of the stages.
+# The work of the stages: folders of inputs, the folder to fill, one that a restart finds again.
 
 
 def _calibrate(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) -> None:
@@ -210,6 +367,15 @@ def _evaluate(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path)
     stages.evaluate(request, model, processor, stage.label, scratch).save(folder / RESULT)
 
 
+_WORK: Mapping[str, tuple[str, Callable[[Stage, Sequence[Path], Path, Path], None]]] = {
+    "calibrate": (f"{SCORES}.json", _calibrate),
+    "prune": (CHECKPOINT, _prune),
+    "recover": (CHECKPOINT, _recover),
+    "evaluate": (RESULT, _evaluate),
+}
+"""What a stage leaves for later ones, and what it does."""
+
+
 # Their order.
 
 
@@ -229,28 +395,25 @@ class Schedule:
         """Estimated FLOP of each stage by its name, with some for each GB read or written."""
         counted: dict[str, float] = {}
         trusted = {cell.cell.model: cell.cell.prune.trust_remote_code for cell in self.cells}
-        models = {
-            name: (anatomy(name), image_tokens(name, trust)) for name, trust in trusted.items()
-        }
+        models = {each: (anatomy(each), image_tokens(each, trusted[each])) for each in trusted}
         for cell in self.cells:
             shape, image = models[cell.cell.model]
             request = (cell.recover or cell.prune).request
             # The order changes no estimate, and shuffling a large file for each cell takes a while.
             in_order = replace(request, prune=replace(request.prune, seed=0))
-            samples = split(samples_of(request)[0], in_order)
-            lengths = [estimated_length(s, image) for s in samples.calibration]
-            sizes = Sizes(
-                shape=shape,
-                tokens=fmean(lengths or [rules().constants.image_tokens]),
-                samples=len(samples.training),
-                calibration=len(samples.calibration),
-            )
+            found = split(samples_of(request)[0], in_order)
+            lengths = [estimated_length(s, image) for s in found.calibration]
+            tokens = fmean(lengths or [rules().constants.image_tokens])
+            trained, shown = len(found.training), len(found.calibration)
+            sizes = Sizes(shape=shape, tokens=tokens, samples=trained, calibration=shown)
             disk = rules().constants.disk_flops * 2 * shape.total_params / 1e9
             smaller = 1 - (cell.cell.prune.ratio or 0.0)
             for stage in cell.all():
                 kept = smaller if stage in (cell.recover, cell.evaluate) else 1.0
-                work = stage_flops(stage.kind, stage.request, sizes, kept)
-                counted[stage.name] = work + disk * (3 if stage.kind in ("prune", "recover") else 1)
+                flops = stage_flops(stage.kind, stage.request, sizes, kept)
+                counted[stage.name] = flops + disk * (
+                    3 if stage.kind in ("prune", "recover") else 1
+                )
         return counted
 
     @cached_property
@@ -321,10 +484,7 @@ def run_local(
     finished: Callable[[Stage, Outcome], object],
 ) -> None:
     """Do stages one after another in this process, but not those that other workers are doing."""
-
-    def is_needed(stage: Stage) -> bool:
-        return schedule.is_needed(stage, cache)
-
+    is_needed = partial(schedule.is_needed, cache=cache)
     left, failed = {stage.name: stage for stage in missing}, set[str]()
     while left:
         for stage in left.values():
@@ -353,8 +513,8 @@ def _attempt(
 ) -> Outcome | None:
     """Do a stage if its inputs are there; None if this worker must look again later.
 
-    Other workers may change the cache at any moment. ``failed`` names stages that this worker saw
-    fail, ``left`` those that it has still to do.
+    Other workers may change the cache at any moment. This one saw ``failed`` stages fail, and has
+    still to do those ``left``.
     """
     if cache.is_done(stage) and not is_needed(stage):
         return Outcome(stage.name)  # by another worker, and no open stage reads its checkpoint
@@ -387,16 +547,12 @@ def run_ray(
         raise ConfigError("engine 'ray' needs Ray: pip install 'slimvlm[ray]'")
     import ray
 
-    options: dict[str, Any] = {"log_to_driver": False}
     address = address or os.environ.get("RAY_ADDRESS")
-    if address is not None:
-        options["address"] = address
-    else:
-        options["include_dashboard"] = False
-        if workers is not None:
-            options["num_cpus"] = max(round(workers * resources.cpus), 1)
+    options: dict[str, Any] = {"address": address} if address else {"include_dashboard": False}
+    if workers is not None and not address:
+        options["num_cpus"] = max(round(workers * resources.cpus), 1)
     try:
-        ray.init(**options)
+        ray.init(**options, log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ConfigError(f"engine 'ray': cannot start or reach Ray ({error})") from error
     task = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=3)(ray_task)
@@ -405,8 +561,7 @@ def run_ray(
         inputs = [references[s.name] for s in stage.inputs if s.name in references]
         flops = schedule.flops[stage.name]
         references[stage.name] = task.remote(stage, str(cache.root), flops, *inputs)
-    of = {references[stage.name]: stage for stage in missing}
-    waiting = list(of)
+    of, waiting = dict(zip(references.values(), missing, strict=True)), [*references.values()]
     try:
         while waiting:
             (reference,), waiting = ray.wait(waiting, num_returns=1)

@@ -16,7 +16,6 @@ from slimvlm.evaluation.metrics import average
 from slimvlm.evaluation.results import Result
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.planning.plan import Plan
-from slimvlm.runs.study.cache import Cache, Stage
 from slimvlm.runs.study.config import StudyConfig
 from slimvlm.runs.study.schedule import (
     HISTORY,
@@ -24,8 +23,10 @@ from slimvlm.runs.study.schedule import (
     RESULT,
     SCORES,
     STAGE_KINDS,
+    Cache,
     CellStages,
     Schedule,
+    Stage,
 )
 from slimvlm.training.recover import History
 
@@ -52,10 +53,7 @@ ORIGINAL = "original"
 def write_table(
     study: StudyConfig, schedule: Schedule, cache: Cache, patience: float
 ) -> pd.DataFrame:
-    """Write ``results.parquet``, ``results.csv`` and ``claims.md``, each whole.
-
-    ``patience`` are the seconds to wait for another worker that writes them.
-    """
+    """Write the table and its claims, each file whole, after others who write them."""
     from slimvlm_tools.claims import claims_of, claims_text
 
     with held(cache.root, patience):
@@ -108,7 +106,7 @@ def _row(
         """Return a file's path relative to the study's folder."""
         return str(cache.path(stage, name).relative_to(cache.root))
 
-    stages, options = list(cell.all()), cell.cell.values()
+    stages, options = cell.all(), cell.cell.values()
     row = {**options, "achieved_ratio": None, "steps": 0, **_state(stages, cache)}
     if cache.is_done(cell.prune):
         row["achieved_ratio"] = _ratio(cache.path(cell.prune, PLAN))
@@ -116,18 +114,12 @@ def _row(
         row["steps"] = History.load(cache.path(cell.recover, HISTORY)).steps[-1]["step"]
     if row["status"] == DONE:
         result, original = (cache.path(s, RESULT) for s in (cell.evaluate, cell.original))
-        scored = (*cell.calibrations, cell.prune)
+        made = (*cell.calibrations, cell.prune)
+        scored = [stage for stage in made if cache.path(stage, f"{SCORES}.json").exists()]
         row |= {**_retention(result, original), **_scores(result, sighted)}
-        row |= {
-            "result": place(cell.evaluate, RESULT),
-            "plan": place(cell.prune, PLAN),
-            "scores": " ".join(
-                place(stage, SCORES)
-                for stage in scored
-                if cache.path(stage, f"{SCORES}.json").exists()
-            ),
-            "history": None if cell.recover is None else place(cell.recover, HISTORY),
-        }
+        row |= {"result": place(cell.evaluate, RESULT), "plan": place(cell.prune, PLAN)}
+        row["scores"] = " ".join(place(stage, SCORES) for stage in scored)
+        row["history"] = None if cell.recover is None else place(cell.recover, HISTORY)
     if study.reference is not None:
         found = study.reference.row_for(options)
         sources = (study.reference.source, found.source) if found else ()
@@ -153,23 +145,17 @@ def _seconds(stages: list[Stage], cache: Cache) -> dict[str, float]:
     """Sum seconds by kind of stage; shared stages count in each of their cells."""
     spent = dict.fromkeys((f"seconds_{kind}" for kind in STAGE_KINDS), 0.0)
     for stage in stages:
-        if cache.is_done(stage):
-            spent[f"seconds_{stage.kind}"] += cache.seconds(stage)
+        for record in cache.records(stage.kind, stage.name):
+            spent[f"seconds_{stage.kind}"] += record.seconds
     return spent
 
 
 @lru_cache(maxsize=4096)
 def _retention(result: Path, original: Path) -> Mapping[str, float]:
     """Compute the retention of two result files; cached, because bootstraps take long."""
-    kept = Result.load(result).retention(Result.load(original))
-    return {
-        "avg_percent": kept.percent,
-        "avg_percent_low": kept.low,
-        "avg_percent_high": kept.high,
-        "above_floor": kept.above_floor,
-        "above_floor_low": kept.above_floor_low,
-        "above_floor_high": kept.above_floor_high,
-    }
+    kept = vars(Result.load(result).retention(Result.load(original)))
+    named = {"percent": "avg_percent", "low": "avg_percent_low", "high": "avg_percent_high"}
+    return {named.get(name, name): kept[name] for name in kept if name != "above_chance"}
 
 
 @lru_cache(maxsize=4096)
@@ -177,11 +163,8 @@ def _scores(path: Path, sighted: frozenset[str]) -> Mapping[str, Any]:
     """Read columns from a result file."""
     result = Result.load(path)
     scores = {name: task.score for name, task in result.tasks.items() if task.in_average}
-    chosen = {
-        name
-        for name, task in result.tasks.items()
-        if task.metric in CHOICE_METRICS or name in CHOICE_BENCHMARKS
-    }
+    chosen = {name for name, task in result.tasks.items() if task.metric in CHOICE_METRICS}
+    chosen |= {*CHOICE_BENCHMARKS}
     groups = {
         "avg_free": [name for name in scores if name not in chosen],
         "avg_choice": [name for name in scores if name in chosen],
@@ -189,19 +172,13 @@ def _scores(path: Path, sighted: frozenset[str]) -> Mapping[str, Any]:
         "avg_text": [name for name in scores if name not in sighted],
     }
     perplexities = [t.score for t in result.tasks.values() if t.metric == "perplexity"]
-    return {
-        "avg": None if math.isnan(result.average) else result.average,
-        **{
-            group: average({name: scores[name] for name in names}) if names else None
-            for group, names in groups.items()
-        },
-        **{f"score:{name}": task.score for name, task in result.tasks.items()},
-        "perplexity": perplexities[0] if perplexities else None,
-        **{
-            name: getattr(result, name)
-            for name in ("backbone_params", "total_params", "prefill_ms", "decode_ms")
-        },
-    }
+    row: dict[str, Any] = {"avg": None if math.isnan(result.average) else result.average}
+    for group, names in groups.items():
+        row[group] = average({name: scores[name] for name in names}) if names else None
+    row |= {f"score:{name}": task.score for name, task in result.tasks.items()}
+    row["perplexity"] = perplexities[0] if perplexities else None
+    costs = ("backbone_params", "total_params", "prefill_ms", "decode_ms")
+    return row | {name: getattr(result, name) for name in costs}
 
 
 @lru_cache(maxsize=64)
