@@ -94,6 +94,22 @@ def assert_equal(
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Everything below a folder; empty folders count, too."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"folder"
+        for path in folder.rglob("*")
+    }
+
+
+class Stopped(Exception):
+    """The machine goes down."""
+
+
+def stops(*args: Any, **kwargs: Any) -> Any:
+    raise Stopped
+
+
 def joined(batches: Iterable[Batch]) -> Batch:
     """One batch of several with equally long sequences."""
     parts = list(batches)

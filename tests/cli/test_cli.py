@@ -30,8 +30,10 @@ from slimvlm.evaluation.ask import answer
 from slimvlm.evaluation.results import Result
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.planning.plan import Plan
+from tests import tiny
 from tests import tiny_folder as folders
 from tests.core.test_files import HOLDS
+from tests.handmade import contents, refused
 
 
 class Ran(NamedTuple):
@@ -76,47 +78,29 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working folder, with one specimen of everything that cannot be used."""
     home = tmp_path / "home"
-    home.mkdir()
-    (home / "no-config").mkdir()
-    hf.BertConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-    ).save_pretrained(home / "bert")
-    (home / "broken.json").write_text('[{"id": "x", "conv')
-    row = {
-        "id": "lost",
-        "image": "lost.png",
-        "conversations": [
-            {"from": "human", "value": "<image>\nWhich?"},
-            {"from": "gpt", "value": "Red."},
-        ],
-    }
-    (home / "lost.json").write_text(json.dumps([row]))
-    (home / "study.yaml").write_text("grids: {ratio: 0.3}")
-    (home / "taken").mkdir()
-    (home / "taken" / "mine").write_text("mine")
-    (home / "taken.json").write_text("mine")
-    (home / "not-a-result.json").write_text("{}")
+    for name in ("no-config", "taken"):
+        (home / name).mkdir(parents=True)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    hf.BertConfig(**sizes, intermediate_size=16).save_pretrained(home / "bert")
+    turns = [{"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": "Red."}]
+    files = {"broken.json": '[{"id": "x", "conv', "study.yaml": "grids: {ratio: 0.3}"}
+    files |= {"taken/mine": "mine", "taken.json": "mine", "not-a-result.json": "{}"}
+    files["lost.json"] = json.dumps([{"id": "lost", "image": "lost.png", "conversations": turns}])
+    for name, text in files.items():
+        (home / name).write_text(text)
     monkeypatch.chdir(home)
     return home
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Everything below a folder; empty folders count, too."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"folder"
-        for path in folder.rglob("*")
-    }
-
-
-WITH_MODEL: dict[str, list[str]] = {
-    "inspect": ["inspect", "MODEL"],
-    "score": ["score", "MODEL", "--out", "out", "--data", "DATA", "--samples", "2"],
-    "plan": ["plan", "MODEL", "--out", "out.json", "--ratio", "0.3"],
-    "prune": ["prune", "MODEL", "--out", "out", "--ratio", "0.3", "--data", "DATA"],
-    "recover": ["recover", "MODEL", "--out", "out", "--data", "DATA", "--loss", "sft"],
-    "evaluate": ["evaluate", "MODEL", "--tasks", "presence", "--limit", "1", "--out", "out.json"],
-    "compress": ["compress", "MODEL", "--out", "out", "--ratio", "0.3", "--data", "DATA"],
-    "chat": ["chat", "MODEL", "Which colour?"],
+WITH_MODEL = {
+    "inspect": "inspect MODEL",
+    "score": "score MODEL --out out --data DATA --samples 2",
+    "plan": "plan MODEL --out out.json --ratio 0.3",
+    "prune": "prune MODEL --out out --ratio 0.3 --data DATA",
+    "recover": "recover MODEL --out out --data DATA --loss sft",
+    "evaluate": "evaluate MODEL --tasks presence --limit 1 --out out.json",
+    "compress": "compress MODEL --out out --ratio 0.3 --data DATA",
+    "chat": "chat MODEL Colour?",
 }
 WITH_DATA = ("score", "prune", "recover", "compress")
 WITH_RATIO = ("plan", "prune", "compress")
@@ -126,7 +110,7 @@ BAD_MODELS = {"nowhere": "nowhere", "no-config": r"no config\.json", "bert": "'b
 
 def changed(verb: str, **values: str) -> list[str]:
     """A verb's usual arguments with some options changed or added."""
-    arguments = list(WITH_MODEL[verb])
+    arguments = WITH_MODEL[verb].split()
     for name, value in values.items():
         option = "--" + name.replace("_", "-")
         if option in arguments:
@@ -136,25 +120,17 @@ def changed(verb: str, **values: str) -> list[str]:
     return arguments
 
 
-def bad_requests() -> dict[str, tuple[list[str], str]]:
+def bad_requests() -> dict[str, tuple[list[str] | str, str]]:
     """Arguments with one mistake, and what the message must name."""
-    made: dict[str, tuple[list[str], str]] = {}
+    made: dict[str, tuple[list[str] | str, str]] = {}
     for verb, usual in WITH_MODEL.items():
         for model, named in BAD_MODELS.items():
-            arguments = [model if argument == "MODEL" else argument for argument in usual]
-            made[f"{verb} {model}"] = (arguments, named)
+            made[f"{verb} {model}"] = (usual.replace("MODEL", model), named)
         if "--out" in usual:
             made[f"{verb} place"] = (changed(verb, out="bert/config.json/out"), "cannot be written")
             made[f"{verb} endless"] = (changed(verb, out="x" * 300), "at most 200 bytes")
         if verb != "inspect":  # which runs no model
             made[f"{verb} device"] = (changed(verb, device="tpu"), "device 'tpu' must be.*: cpu")
-    made["study device"] = (
-        ["study", "study.yaml", "--out", "out", "--device", "tpu"],
-        "device 'tpu' must be one of: cpu",
-    )
-    made["study endless"] = (["study", "none.yaml", "--out", "x" * 300], "at most 200 bytes")
-    made["prune no name"] = (changed("prune", out="a\0b"), r"output 'a\\x00b' must end in a name")
-    made["inspect hub"] = (["inspect", "some-body/some-model"], "some-body/some-model")
     for verb in ("score", "prune", "compress"):
         made[f"{verb} criterion"] = (changed(verb, criterion="tailor"), "'tailor' is not known")
     for verb in WITH_RATIO:
@@ -168,43 +144,40 @@ def bad_requests() -> dict[str, tuple[list[str], str]]:
     for verb in WITH_OUT:
         taken = "taken" if verb in ("prune", "recover", "compress") else "taken.json"
         made[f"{verb} taken"] = (changed(verb, out=taken), r"taken(\.json)?' exists.*--force")
-    made["score taken stem"] = (changed("score", out="taken"), r"taken\.json' exists")
-    made |= {
-        "score no data given": (["score", "MODEL", "--out", "out"], "'obs' needs --data"),
-        "prune nothing": (["prune", "MODEL", "--out", "out"], "--ratio or --plan"),
+    tpu = "study study.yaml --out out --device tpu"
+    advise = "advise MODEL --ratio 0.3 --data mine.jsonl"
+    bananas = [*["plan", "MODEL", "--out", "out.json", "--target-memory"], "8 bananas"]
+    untaught = changed("recover", loss="sft+hidden", teacher="nowhere")
+    own = "give it in a file of --config"
+    return made | {
+        "study device": (tpu, "device 'tpu' must be one of: cpu"),
+        "study endless": ("study none.yaml --out " + "x" * 300, "at most 200 bytes"),
+        "prune no name": (changed("prune", out="a\0b"), r"output 'a\\x00b' must end in a name"),
+        "inspect hub": ("inspect some-body/some-model", "some-body/some-model"),
+        "score taken stem": (changed("score", out="taken"), r"taken\.json' exists"),
+        "score no data given": ("score MODEL --out out", "'obs' needs --data"),
+        "prune nothing": ("prune MODEL --out out", "--ratio or --plan"),
         "prune both": (changed("prune", plan="taken.json"), "--ratio or --plan"),
-        "prune plan": (["prune", "MODEL", "--out", "out", "--plan", "taken.json"], "taken.json"),
-        "prune no plan": (["prune", "MODEL", "--out", "out", "--plan", "none.json"], "none.json"),
-        "plan nothing": (["plan", "MODEL", "--out", "out.json"], "exactly one of --ratio"),
+        "prune plan": ("prune MODEL --out out --plan taken.json", "taken.json"),
+        "prune no plan": ("prune MODEL --out out --plan none.json", "none.json"),
+        "plan nothing": ("plan MODEL --out out.json", "exactly one of --ratio"),
         "plan two": (changed("plan", target_params="1M"), "exactly one of --ratio"),
         "plan scores": (changed("plan", scores="none"), "scores 'none.json'"),
         "plan protect": ([*changed("plan", protect="3"), "3"], "protect"),
         "plan round_to": (changed("plan", round_to="0"), "round_to 0"),
-        "plan params": (
-            ["plan", "MODEL", "--out", "out.json", "--target-params", "many"],
-            "target_params 'many'",
-        ),
-        "plan memory": (
-            ["plan", "MODEL", "--out", "out.json", "--target-memory", "8 bananas"],
-            "target_memory '8 bananas'",
-        ),
-        "plan tiny": (["plan", "MODEL", "--out", "o.json", "--target-params", "1k"], "1,000"),
-        "plan huge": (["plan", "MODEL", "--out", "o.json", "--target-params", "7B"], "7,000,000"),
+        "plan params": ("plan MODEL --out o.json --target-params many", "target_params 'many'"),
+        "plan memory": (bananas, "target_memory '8 bananas'"),
+        "plan tiny": ("plan MODEL --out o.json --target-params 1k", "1,000"),
+        "plan huge": ("plan MODEL --out o.json --target-params 7B", "7,000,000"),
         "recover loss": (changed("recover", loss="sft+mse"), "'mse'"),
         "recover teacher": (changed("recover", loss="sft+hidden"), "needs --teacher"),
-        "recover bad teacher": (
-            changed("recover", loss="sft+hidden", teacher="nowhere"),
-            "nowhere",
-        ),
+        "recover bad teacher": (untaught, "nowhere"),
         "recover fraction": (changed("recover", fraction="0"), r"fraction 0\.0"),
         "recover rank": (changed("recover", lora_rank="-4"), "lora_rank -4"),
         "compress loss": (changed("compress", loss="sft+mse"), "'mse'"),
         "compress epochs": (changed("compress", epochs="0"), r"epochs 0\.0"),
         "compress tasks": (changed("compress", tasks="presense"), "'presense' is not known"),
-        "compress baseline": (
-            changed("compress", baseline="r.json"),
-            "give it in a file of --config",
-        ),
+        "compress baseline": (changed("compress", baseline="r.json"), own),
         "compress many": (changed("compress", config="none.yaml"), r"'none\.yaml'.*no such file"),
         "recover many": (changed("recover", config="none.yaml"), r"'none\.yaml'.*no such file"),
         "evaluate tasks": (changed("evaluate", tasks="presense"), "'presense' is not known"),
@@ -213,10 +186,7 @@ def bad_requests() -> dict[str, tuple[list[str], str]]:
             changed("evaluate", baseline="not-a-result.json"),
             r"not-a-result\.json': cannot be read",
         ),
-        "advise data": (
-            ["advise", "MODEL", "--ratio", "0.3", "--data", "mine.jsonl"],
-            r"data 'mine\.jsonl': advise reads no data.*--samples",
-        ),
+        "advise data": (advise, r"data 'mine\.jsonl': advise reads no data.*--samples"),
         "evaluate limit": (changed("evaluate", limit="0"), "limit"),
         "evaluate batch_size": (changed("evaluate", batch_size="0"), "batch_size"),
         "score samples": (changed("score", samples="0"), "samples"),
@@ -227,14 +197,13 @@ def bad_requests() -> dict[str, tuple[list[str], str]]:
         "a word for a number": (changed("compress", ratio="abc"), r"--ratio: .*FLOAT.*'abc'"),
         "no choice": (changed("compress", axis="sideways"), "'sideways'.*'--axis'.*'width'"),
         "no option": (
-            ["compress", "MODEL", "--out", "run", "--ratoi", "0.3"],
+            "compress MODEL --out run --ratoi 0.3",
             "--ratoi, 0.3; Perhaps you meant: --ratio FLOAT$",
         ),
-        "nothing said": (["compress"], "Missing from slimvlm compress: MODEL --out PATH$"),
-        "no verb": (["compres", "MODEL"], "'compres' must be one of: advise, compress, report"),
-        "old help": (["compress", "--help-all"], "--help-all was removed: --help shows"),
+        "nothing said": ("compress", "Missing from slimvlm compress: MODEL --out PATH$"),
+        "no verb": ("compres MODEL", "'compres' must be one of: advise, compress, report"),
+        "old help": ("compress --help-all", "--help-all was removed: --help shows"),
     }
-    return made
 
 
 BAD = bad_requests()
@@ -243,21 +212,19 @@ BAD = bad_requests()
 @pytest.mark.parametrize("case", BAD)
 def test_a_mistake_is_one_line_and_leaves_no_trace(case, run, home, llava, data):
     arguments, named = BAD[case]
-    filled = {"MODEL": llava, "DATA": data}
+    words = arguments.split() if isinstance(arguments, str) else arguments
     before = contents(home)
-    result = run(*(filled.get(argument, argument) for argument in arguments))
+    result = run(*({"MODEL": llava, "DATA": data}.get(word, word) for word in words))
     assert contents(home) == before
     assert re.fullmatch(r"slimvlm: .*\n", result.err), result.err
     assert re.search(named, result.err), result.err
-    assert result.code == 2
-    assert result.out == ""
+    assert (result.code, result.out) == (2, "")
 
 
-def test_several_processes_may_only_train(run, home, llava, monkeypatch):
+def test_several_processes_may_only_train(home, llava, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    result = run("prune", llava, "--ratio", "0.3", "--out", "out")
-    assert result.code == 2
-    assert result.err == "slimvlm: prune runs in one process: torchrun is for recover\n"
+    told = refused("prune", llava, "--ratio", "0.3", "--out", "out", alone=True)
+    assert told == "slimvlm: prune runs in one process: torchrun is for recover"
     assert not (home / "out").exists()
 
 
@@ -271,33 +238,26 @@ def test_a_broken_row_may_be_skipped(run, home, llava, data):
     assert "skipped: sample 'lost'" in result.err
 
 
-def test_long_samples_are_named_before_weights_are_read(run, home, llava, data):
+def test_long_samples_are_named_before_weights_are_read(home, llava, data):
     (home / "model").mkdir()
     for file in llava.iterdir():
         if file.suffix != ".safetensors":
             (home / "model" / file.name).write_bytes(file.read_bytes())
     arguments = ["--data", data, "--out", "out", "--max-length", "9"]
+    told = r"slimvlm: data .* tokens, --max-length is 9 .*\(--max-bad 0\)"
     for verb in (["score", "model"], ["prune", "model", "--ratio", "0.3"]):
-        result = run(*verb, *arguments)
-        assert result.code == 2
-        assert re.search(
-            r"^slimvlm: data .* tokens, --max-length is 9 .*\(--max-bad 0\)$", result.err
-        )
-    result = run("recover", "model", "--loss", "sft", *arguments)
-    assert result.code == 2
-    assert "--max-length is 9" in result.err
+        assert re.fullmatch(told, refused(*verb, *arguments))
+    assert "--max-length is 9" in refused("recover", "model", "--loss", "sft", *arguments)
 
 
-def test_two_runs_cannot_share_an_output(run, home, llava, data):
+def test_two_runs_cannot_share_an_output(home, llava, data):
     command = [sys.executable, "-c", HOLDS, str(home / "out")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
         other.stdout.readline()
         for verb in ("prune", "recover", "compress"):
-            filled = {"MODEL": llava, "DATA": data}
-            result = run(*(filled.get(argument, argument) for argument in WITH_MODEL[verb]))
-            assert result.code == 2
-            assert re.search(rf"'out' is in use by another run \(pid {other.pid} on", result.err)
+            words = WITH_MODEL[verb].replace("MODEL", str(llava)).replace("DATA", str(data))
+            told = rf"'out' is in use by another run \(pid {other.pid} on"
+            assert re.search(told, refused(*words.split()))
         other.kill()
 
 
@@ -462,33 +422,22 @@ def test_prune_with_force_replaces(run, home, llava):
     assert (home / "own" / "config.json").exists()
 
 
-def test_a_plan_for_another_model_is_refused(run, home, llava):
+def test_a_plan_and_scores_of_another_model_are_refused(run, home, llava):
     text = folders.folder("text")
     scored_without_data(text)
     given = ("--ratio", "0.3", "--scores", "any", "--out", "plan.json")
     assert run("plan", text, *given).code == 0
     before = contents(home)
-    result = run("prune", llava, "--plan", "plan.json", "--out", "out")
-    assert result.code == 2
-    assert re.fullmatch(r"slimvlm: plan: made for llama.*\n", result.err), result.err
+    told = refused("prune", llava, "--plan", "plan.json", "--out", "out", alone=True)
+    assert told.startswith("slimvlm: plan: made for llama")
     assert contents(home) == before
-
-
-def test_scores_of_another_model_are_refused(run, home, llava):
-    hf.AutoModelForCausalLM.from_config(
-        hf.LlamaConfig(**{**sv_text_config(), "intermediate_size": 80, "num_hidden_layers": 2})
-    ).save_pretrained(home / "other")
+    config = tiny.llama(intermediate_size=80, num_hidden_layers=2)
+    hf.AutoModelForCausalLM.from_config(config).save_pretrained(home / "other")
     arguments = ["--criterion", "magnitude", "--out", "scores"]
     assert run("score", home / "other", *arguments).code == 0
-    result = run("plan", llava, "--ratio", "0.3", "--scores", "scores", "--out", "plan.json")
-    assert result.code == 2
-    assert re.fullmatch(r"slimvlm: scores 'magnitude' are for another model.*\n", result.err)
-
-
-def sv_text_config() -> dict[str, Any]:
-    from tests.tiny import TEXT
-
-    return dict(TEXT)
+    given = ("--ratio", "0.3", "--scores", "scores", "--out", "other.json")
+    told = refused("plan", llava, *given, alone=True)
+    assert told.startswith("slimvlm: scores 'magnitude' are for another model")
 
 
 @pytest.mark.parametrize("axis", ["depth", "width"])
@@ -496,18 +445,18 @@ def test_plan_meets_a_target(axis, run, home, llava):
     whole = sv.anatomy(llava)
     target = whole.total_params - round(0.3 * whole.backbone_params)
     scored_without_data(llava)
-    options = ["--axis", axis, "--json", "--scores", "any"]
-    made = stdout_json(
-        run("plan", llava, "--target-params", target, *options, "--out", "params.json")
+    mib = [f"{bytes_each * target / 2**20:.6f}MiB" for bytes_each in (2, 4)]
+    first, *others = (
+        stdout_json(run("plan", llava, *asked, "--axis", axis, "--json", "--scores", "any"))
+        for asked in (
+            ("--target-params", target, "--out", "params.json"),
+            ("--target-memory", mib[0], "--out", "m.json"),
+            ("--target-memory", mib[1], "--dtype", "float32", "--out", "f.json"),
+        )
     )
     step = whole.layers[0].params if axis == "depth" else 0.01 * whole.backbone_params
-    assert abs(made["total_params"] - target) <= step
-    kib = f"{2 * target / 2**20:.6f}MiB"
-    again = stdout_json(run("plan", llava, "--target-memory", kib, *options, "--out", "m.json"))
-    assert again["total_params"] == made["total_params"]
-    half = ["--target-memory", f"{4 * target / 2**20:.6f}MiB", "--dtype", "float32"]
-    third = stdout_json(run("plan", llava, *half, *options, "--out", "f.json"))
-    assert third["total_params"] == made["total_params"]
+    assert abs(first["total_params"] - target) <= step
+    assert [made["total_params"] for made in others] == [first["total_params"]] * 2
 
 
 def test_target_memory_is_a_limit(run, home, llava):
@@ -709,43 +658,36 @@ CASES = {
     "xpu": (CUDA.replace("CUDA", "XPU"), "score", f"on xpu:1 during score: {FREE}"),
     "rocm": (CUDA.replace("CUDA", "HIP"), "recover", f"on cuda:1 during recover: {FREE}"),
     "mps": (MPS, "chat", "on mps during chat: 512.0 MiB more was needed. What helps: --device"),
-    "cpu": (CPU, "evaluate", "on cpu during evaluate: 4.00 GiB more was needed. What helps: a sm"),
+    "cpu": (CPU, "evaluate", "on cpu during evaluate: 4.00 GiB more was needed. What helps: a"),
     "driver": ("CUDA error: out of memory", "bench", "on cuda during bench. What helps: smaller"),
 }
+
+
+def explained(error: Exception, *words: str) -> str:
+    """What is said of an error of a verb."""
+    with pytest.raises(SlimError) as caught, cli.memory_explained(words):
+        raise error
+    return str(caught.value)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_library_s_words_are_understood(case):
     message, verb, told = CASES[case]
-    with pytest.raises(SlimError) as caught, cli.memory_explained([verb, "demo"]):
-        raise RuntimeError(message)
-    assert told in str(caught.value)
+    assert told in explained(RuntimeError(message), verb, "demo")
 
 
-def test_the_stage_that_ran_is_named():
+def test_advice_names_the_stage_and_what_is_not_done_and_other_errors_stay_as_they_are():
     def run():
         for _ in progress(range(2), "walk"):
             for _ in progress(range(2), "within"):
                 pass
             raise RuntimeError(CUDA)
 
-    with (
-        pytest.raises(SlimError, match="during compress, stage 'walk'"),
-        cli.memory_explained(["compress", "demo"]),
-    ):
+    told = "during compress, stage 'walk'"
+    with pytest.raises(SlimError, match=told), cli.memory_explained(["compress", "demo"]):
         run()
-
-
-def test_what_is_done_already_is_no_advice():
-    with (
-        pytest.raises(SlimError) as caught,
-        cli.memory_explained(["prune", "demo", "--low-memory"]),
-    ):
-        raise RuntimeError(CUDA)
-    assert "--low-memory" not in str(caught.value)
-    assert "--samples" in str(caught.value)
-
-
-def test_other_errors_stay_as_they_are():
+    advice = explained(RuntimeError(CUDA), "prune", "demo", "--low-memory")
+    assert "--low-memory" not in advice
+    assert "--samples" in advice
     with pytest.raises(RuntimeError, match="same device"), cli.memory_explained(["prune"]):
         raise RuntimeError("Expected all tensors to be on the same device")
