@@ -1,6 +1,8 @@
 """Scores, plans and batches made by hand, and what a tiny model says and holds."""
 
 import copy
+import subprocess
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stderr
 from io import StringIO
@@ -100,6 +102,14 @@ def contents(folder: Path) -> dict[str, bytes]:
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"folder"
         for path in folder.rglob("*")
     }
+
+
+def in_python(code: str, *words: str, **how: Any) -> str:
+    """What another process prints, which must end well."""
+    command = [sys.executable, "-W", "ignore", "-c", code, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **how)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 class Stopped(Exception):

@@ -144,8 +144,6 @@ def tokenizer(kind: str) -> Any:
 
 
 # Complete folders, whose special tokens have high numbers.
-
-
 def _text() -> tuple[Any, Any]:
     words = copy.deepcopy(tokenizer("byte_level"))
     words.chat_template = tiny_folder.TEXT_CHAT

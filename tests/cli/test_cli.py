@@ -335,8 +335,6 @@ def test_help_says_what_every_verb_is_for(words, run):
 
 
 # Every verb at work.
-
-
 def stdout_json(result: Ran) -> Any:
     assert result.code == 0, result.err
     return json.loads(result.out)
@@ -592,8 +590,6 @@ def test_the_criterion_of_score_is_the_one_of_widths(run):
 
 
 # Two real processes.
-
-
 def slimvlm(*arguments: Any, cwd: Path) -> Ran:
     command = [sys.executable, "-m", "slimvlm", *map(str, arguments)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)

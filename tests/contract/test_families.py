@@ -267,8 +267,6 @@ def test_tied_heads_stay_tied(name):
 
 # Llama's configuration refuses head counts that do not divide the hidden size. Mistral is the
 # same function without that rule.
-
-
 @pytest.mark.parametrize("name", tiered(LLAMA_INSIDE))
 def test_retyping_changes_no_bit(name, monkeypatch):
     model, stays_llama = tiny.build(name), tiny.build(name)
@@ -345,8 +343,6 @@ def test_llama_with_biases_cannot_be_retyped():
 
 
 # Refusals: the message names the legal counts and no bit of the model has changed.
-
-
 @pytest.mark.parametrize("name", [*NO_HEADS, *DIVIDING_HEADS])
 def test_impossible_head_counts_are_refused(name):
     model = tiny.build(name)

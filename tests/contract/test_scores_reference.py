@@ -69,8 +69,6 @@ def gradients(model: PreTrainedModel, batch: Batch) -> Gradients:
 
 
 # The reference: units. A term is a tensor shaped like the weight; a unit adds up its own entries.
-
-
 def layer_names(model: PreTrainedModel, index: int) -> Iterator[str]:
     prefix = f"model.layers.{index}."
     for name, module in model.named_modules():
@@ -272,8 +270,6 @@ def test_token_weights_weigh_the_loss(gradient):
 
 
 # Inputs of the writing matrices
-
-
 def consumer_inputs(model: PreTrainedModel, data: list[Batch]) -> dict[str, Tensor]:
     """``[tokens, channels]`` inputs of o_proj and down_proj (dense, fc2 for Phi) by name."""
     seen: dict[str, list[Tensor]] = {}
@@ -318,8 +314,6 @@ def test_wanda_and_flap_are_their_formulas(name, criterion):
 
 
 # Layers
-
-
 def hidden_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, ...]:
     with torch.no_grad():
         output = model(input_ids=batch["input_ids"], output_hidden_states=True)
@@ -393,8 +387,6 @@ def test_angular_scores_of_single_layers_are_runs_of_one():
 
 
 # Numerics
-
-
 def test_large_half_precision_norms_do_not_overflow():
     x = (40 * torch.randn(2, 5, 64)).half()
     y = (x.float() + 5 * torch.randn(2, 5, 64)).half()

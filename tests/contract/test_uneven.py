@@ -218,8 +218,6 @@ def test_layers_that_must_be_equal_are_refused(name):
 
 
 # Equal layers whose head count the configuration class cannot express.
-
-
 @pytest.mark.parametrize("name", [*FIXED_HEADS, "gemma2"])
 def test_inexpressible_heads_need_permission(name, tmp_path):
     model = tiny.build(name)
@@ -292,8 +290,6 @@ def test_widths_that_no_layer_can_have_are_named(tmp_path):
 
 
 # Safety: only the file of this package ever runs without the user's word.
-
-
 def test_a_changed_file_is_never_run(tmp_path, monkeypatch):
     case = case_of("llama")
     save(case.model, None, tmp_path / "out")

@@ -7,7 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from slimvlm.core.errors import ConfigError, OutputError, SlimError
 from slimvlm.core.files import file_name, held, new_file, new_folder, require_free, write_text
 from slimvlm.scoring.unit_scores import Scores
+from tests.handmade import in_python
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -56,12 +58,14 @@ def test_an_existing_folder_is_not_overwritten(old, tmp_path):
     assert contents(tmp_path) == {"out/file": "old", "out/stage.json": OURS}
 
 
-def test_force_replaces_the_whole_folder(old, tmp_path):
-    with new_folder(old, force=True) as folder:
-        (folder / "file").write_text("new")
-        assert (old / "file").read_text() == "old"
-    assert contents(tmp_path) == {"out/file": "new"}
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+def test_force_replaces_the_whole_folder_or_a_file(old, tmp_path):
+    (tmp_path / "other").write_text("a file")
+    for place, before in ((old, "old"), (tmp_path / "other", None)):
+        with new_folder(place, force=True) as folder:
+            (folder / "file").write_text("new")
+            assert before is None or (old / "file").read_text() == before
+    assert contents(tmp_path) == {"out/file": "new", "other/file": "new"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "other"}
 
 
 @pytest.mark.parametrize("has_old", [True, False])
@@ -78,13 +82,6 @@ def test_a_block_that_raises_leaves_the_old_state(has_old, tmp_path, request):
         fails()
     assert contents(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"] * has_old
-
-
-def test_force_replaces_a_file(tmp_path):
-    (tmp_path / "out").write_text("a file")
-    with new_folder(tmp_path / "out", force=True) as folder:
-        (folder / "file").write_text("new")
-    assert contents(tmp_path) == {"out/file": "new"}
 
 
 def test_a_failing_rename_leaves_the_old_folder(old, tmp_path, monkeypatch):
@@ -182,40 +179,41 @@ def test_text_is_replaced_whole(tmp_path, monkeypatch):
 # Disks that are full, or read-only.
 
 
-def write_much(folder: Path) -> None:
-    (folder / "text").write_text("x" * 4_000_000)
+LARGE = {"x": torch.ones(1_000_000)}
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "text": lambda folder: (folder / "text").write_text("x" * 4_000_000),
+    "tensors": lambda folder: save_file(LARGE, folder / "model.safetensors"),
+    "optimizer": lambda folder: torch.save(LARGE, folder / "optimizer.pt"),
+}
 
 
-def write_tensors(folder: Path) -> None:
-    save_file({"x": torch.ones(1_000_000)}, folder / "model.safetensors")
-
-
-def write_optimizer(folder: Path) -> None:
-    torch.save({"x": torch.ones(1_000_000)}, folder / "optimizer.pt")
-
-
-WRITERS = (write_much, write_tensors, write_optimizer)
+@contextmanager
+def mounted(place: Path, options: str) -> Iterator[Path]:
+    """Inside, a file system of its own, where this machine lets one be made."""
+    mount = ["mount", "-t", "tmpfs", "-o", options, "slimvlm-test", str(place)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one MiB, where this machine lets one be made."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "slimvlm-test", str(place)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("file systems cannot be mounted here")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    """A file system of one MiB."""
+    (tmp_path / "disk").mkdir()
+    with mounted(tmp_path / "disk", "size=1m") as place:
+        yield place
 
 
-@pytest.mark.parametrize("write", WRITERS)
-def test_a_full_disk_is_told_and_leaves_the_old_folder(write, small_disk):
+@pytest.mark.parametrize("what", WRITERS)
+def test_a_full_disk_is_told_and_leaves_the_old_folder(what, small_disk):
     (small_disk / "out").mkdir()
     (small_disk / "out" / "stage.json").write_text(OURS)
     told = re.escape(f"{small_disk / 'out'}") + ".*cannot be written: the disk is (probably )?full"
     with pytest.raises(OutputError, match=told), new_folder(small_disk / "out", True) as folder:
-        write(folder)
+        WRITERS[what](folder)
     assert contents(small_disk) == {"out/stage.json": OURS}
     assert [path.name for path in small_disk.iterdir()] == ["out"]
 
@@ -230,41 +228,34 @@ def test_a_full_disk_leaves_an_old_file(small_disk):
 
 LIMITED = """
 import resource, sys
-from pathlib import Path
 from slimvlm.core.errors import OutputError
 from slimvlm.core.files import new_folder
 from tests.core.test_files import WRITERS
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-for write in WRITERS:
+for what, write in WRITERS.items():
     try:
         with new_folder(sys.argv[1], force=True) as folder:
             write(folder)
     except OutputError as error:
-        print(write.__name__, error)
+        print(what, error)
 """
 
 
 def test_a_file_that_may_not_grow_is_told(old, tmp_path):
     """What a full disk does to each library, on machines where none can be mounted."""
-    ran = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(old)], capture_output=True, text=True, check=True
-    )
-    told = ran.stdout.splitlines()
-    assert [line.split()[0] for line in told] == [write.__name__ for write in WRITERS]
+    told = in_python(LIMITED, str(old)).splitlines()
+    assert [line.split()[0] for line in told] == list(WRITERS)
     assert all("cannot be written" in line and "unchanged" in line for line in told)
     assert contents(tmp_path) == {"out/file": "old", "out/stage.json": OURS}
 
 
-@pytest.mark.parametrize(
-    ("code", "reason"),
-    [
-        (errno.ENOSPC, "the disk is full"),
-        (errno.EDQUOT, "quota"),
-        (errno.EROFS, "read-only"),
-        (errno.EACCES, "no permission"),
-        (errno.EIO, "reports an error"),
-    ],
-)
+REASONS = {
+    **{errno.ENOSPC: "the disk is full", errno.EDQUOT: "quota", errno.EROFS: "read-only"},
+    **{errno.EACCES: "no permission", errno.EIO: "reports an error"},
+}
+
+
+@pytest.mark.parametrize(("code", "reason"), REASONS.items())
 @pytest.mark.parametrize("call", ["mkdir", "rename"])
 def test_what_the_system_refuses_is_told(code, reason, call, old, monkeypatch):
     def refuses(self, *args, **kwargs):
@@ -287,15 +278,10 @@ def test_other_errors_stay_what_they_are(tmp_path):
 
 def test_a_read_only_place_is_refused_before_work(tmp_path):
     """As root too, for whom permissions mean nothing."""
-    mount = ["mount", "-t", "tmpfs", "-o", "ro", "slimvlm-test", str(tmp_path)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("file systems cannot be mounted here")
-    try:
+    with mounted(tmp_path, "ro"):
         for check in (require_free, lambda path: new_folder(path).__enter__()):
             with pytest.raises(ConfigError, match=f"'{tmp_path}' cannot be written"):
                 check(tmp_path / "deep" / "out")
-    finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def test_scores_of_two_runs_are_no_pair(tmp_path):
@@ -332,11 +318,10 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 def test_a_second_run_is_refused_and_told_who_is_there(holder, tmp_path):
     told = rf"out' is in use by another run \(pid {holder.pid} on {socket.gethostname()}\)"
-    for _ in range(2):
-        with pytest.raises(OutputError, match=told), held(tmp_path / "out"):
+    out = tmp_path / "out"
+    for use in (held(out), held(out), new_folder(out, force=True)):
+        with pytest.raises(OutputError, match=told), use:
             raise AssertionError("the block must not run")
-    with pytest.raises(OutputError, match=told), new_folder(tmp_path / "out", force=True):
-        raise AssertionError("the block must not run")
 
 
 def test_a_killed_run_holds_nothing(holder, tmp_path):
@@ -371,8 +356,6 @@ def test_holding_leaves_nothing_behind(tmp_path):
 
 
 # Names and links that lead elsewhere.
-
-
 @pytest.mark.parametrize("name", ["/", "..", "a/..", "x" * 201, f"{'y' * 300}/out", "deep/" * 2000])
 def test_what_is_no_name_is_refused_in_one_line(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -391,17 +374,14 @@ def held_once(path: str) -> None:
 
 @pytest.mark.parametrize("what", ["lock", "partial"])
 def test_a_link_where_we_work_is_refused(what, tmp_path):
-    target = tmp_path / "precious"
+    target, out = tmp_path / "precious", tmp_path / "out"
     target.mkdir() if what == "partial" else target.write_text("precious")
     (tmp_path / f".out.{what}").symlink_to(target)
-    with (
-        pytest.raises(ConfigError, match=rf"'\.out\.{what}' is a link"),
-        new_folder(tmp_path / "out"),
-    ):
+    with pytest.raises(ConfigError, match=rf"'\.out\.{what}' is a link"), new_folder(out):
         raise AssertionError("the block must not run")
     if what == "partial":
         with pytest.raises(ConfigError, match="is a link"):
-            write_text(tmp_path / "out", "new")
+            write_text(out, "new")
     assert target.is_dir() or target.read_text() == "precious"
 
 

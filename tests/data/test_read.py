@@ -297,8 +297,6 @@ def test_a_broken_row_is_named_and_skipped_up_to_a_limit(why, home):
 
 
 # Pictures that must not be decoded, or cannot be.
-
-
 def png_header(width: int, height: int) -> bytes:
     """The beginning of a picture that claims a size."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)

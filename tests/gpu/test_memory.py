@@ -160,8 +160,6 @@ def test_a_dry_run_says_where_states_go_and_what_does_not_fit(folder, data):
 
 
 # Training whose batches do not fit takes smaller ones, and learns the same.
-
-
 def trained(
     batch_size: int, card: torch.device, room: int = 0
 ) -> tuple[dict[str, torch.Tensor], int]:

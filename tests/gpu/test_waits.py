@@ -46,8 +46,6 @@ def drawn(channels: int, outputs: int = 20) -> tuple[Tensor, Tensor]:
 
 
 # Elimination
-
-
 @pytest.mark.parametrize(("units", "width"), [(192, 1), (48, 4), (3, 64)])
 @pytest.mark.parametrize("share", [0.4, 0.9])
 def test_the_card_removes_the_same_units(units, width, share, card):
@@ -91,8 +89,6 @@ def test_an_elimination_waits_for_blocks_of_units(width, card):
 
 
 # Refits
-
-
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("has_residuals", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -138,8 +134,6 @@ def test_a_refit_waits_as_often_for_a_large_matrix_as_for_a_small_one(card):
 
 
 # Local steps
-
-
 @counted
 def test_a_local_step_does_not_wait(card):
     model: Any = tiny.build("llava-llama")

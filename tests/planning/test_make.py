@@ -43,8 +43,6 @@ def counted_ratio(plan: Plan) -> float:
 
 
 # The budget
-
-
 @given(anatomies, axes, st.floats(0, 0.42), st.integers(0, 5))
 def test_budgets_are_hit_within_a_step(name, axis, ratio, seed):
     anatomy = anatomy_named(name)
@@ -135,8 +133,6 @@ def test_both_splits_the_budget(depth_share):
 
 
 # Protected layers
-
-
 @given(
     anatomies,
     axes,
@@ -171,8 +167,6 @@ def test_protect_with_both_and_a_large_ratio_is_a_plan_or_a_clear_refusal(ratio,
 
 
 # LLM-Pruner's counting (REFERENCE.md)
-
-
 @pytest.mark.parametrize(
     ("kv_heads", "head_dim", "neurons", "ratio", "groups_left", "neurons_left"),
     [
@@ -208,8 +202,6 @@ def test_per_layer_follows_the_query_groups():
 
 
 # Ties and runs
-
-
 def test_of_equal_units_the_later_stay():
     anatomy = anatomy_named("llama")
     equal = Scores(
@@ -345,8 +337,6 @@ def test_an_unreachable_ratio_names_the_nearest(axis, name):
 
 
 # Whole-model targets
-
-
 @pytest.mark.parametrize("name", ["llava-llama", "llama", "7b"])
 def test_a_target_size_is_hit(name):
     anatomy = anatomy_named(name)
@@ -400,8 +390,6 @@ def test_kv_heads_that_cannot_meet_the_ratio_are_refused():
 
 
 # Candidates that share a ratio and differ in how many KV groups go for how many neurons
-
-
 @pytest.fixture(scope="module")
 def anatomy() -> Anatomy:
     return read_anatomy(tiny.build("llava-llama"))

@@ -137,8 +137,6 @@ def test_half_precision_stays_half(tmp_path):
 
 
 # The reload check must be able to fail.
-
-
 def spoil_(monkeypatch: pytest.MonkeyPatch, owner: Any, change: Callable[[Path], object]) -> None:
     """Change what `save_pretrained` has written."""
     honest = owner.save_pretrained
@@ -211,8 +209,6 @@ def test_an_existing_checkpoint_stays(tmp_path):
 
 
 # Layers of different widths: the battery over all families is in tests/contract/test_uneven.py.
-
-
 def uneven(kind: str) -> tuple[Any, Any, Plan]:
     model, processor = load(folders.folder(kind))
     plan = plan_by_hand(read_anatomy(model))
@@ -252,8 +248,6 @@ def test_a_model_without_processor_is_written(tmp_path):
 
 
 # Loading: what cannot be loaded is named in one line.
-
-
 @pytest.mark.parametrize("read", [load, anatomy])
 @pytest.mark.parametrize("name", ["nowhere", "./nowhere/at/all", "/nowhere"])
 def test_a_missing_folder_is_named(read, name):

@@ -1,11 +1,13 @@
 """The rules: complete, in order, each with its source; curves give what was measured."""
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from slimvlm.core.errors import ConfigError
-from slimvlm.core.options import RecoverConfig
+from slimvlm.core.options import RecoverConfig, parse_loss
 from slimvlm.runs import recipes
 from slimvlm.runs.recipes import Curve, expected, published, recipe_for, rules, subject_of
 
@@ -16,8 +18,9 @@ def test_every_ratio_has_a_recipe(ratio, has_data):
     assert ratio <= recipe.up_to
     assert recipe.source
     assert recipe.why
+    parse_loss(recipe.loss)
+    assert (recipe.train is None) == (not has_data)
     if recipe.train is not None:
-        assert has_data
         RecoverConfig(train=recipe.train, loss=recipe.loss)
 
 
@@ -31,7 +34,7 @@ def test_the_chart_is_the_studys():
         recipe, without = recipe_for(ratio, True), recipe_for(ratio, False)
         assert (recipe.axis, recipe.train, recipe.loss) == chart
         assert (without.axis, without.train) == ("width", None)
-    for ratio in (-0.1, 1.0):
+    for ratio in (-0.1, 1.0, 1.2, math.nan):  # the message must be ours, not an iterator's
         with pytest.raises(ConfigError, match="ratio"):
             recipe_for(ratio, True)
 

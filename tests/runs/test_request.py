@@ -38,8 +38,6 @@ def decided(request: Request) -> tuple[Request, list[str]]:
 
 
 # What is left open.
-
-
 def test_with_data_the_measured_recipe_is_the_default():
     found, said = decided(asked())
     assert found.prune.criterion == DEFAULT_CRITERIA["width"] == ("obs",)
@@ -126,8 +124,6 @@ def test_the_axis_depends_on_whether_anything_is_trained(recover, axis):
 
 
 # Which samples.
-
-
 def samples(count: int) -> list[Sample]:
     return [Sample(id=f"s{i}", messages=()) for i in range(count)]
 
@@ -263,8 +259,6 @@ def test_a_study_s_cell_is_a_run(seed, tmp_path):
 
 
 # Which tasks.
-
-
 def test_a_run_is_asked_what_evaluate_asks(monkeypatch):
     seen: list[Any] = []
     monkeypatch.setattr(requests, "check_names", lambda *given: seen.append(given))

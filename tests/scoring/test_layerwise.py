@@ -281,8 +281,6 @@ def test_missing_and_misshapen_weights_are_named(change, message, folder, tmp_pa
 
 
 # Pruning
-
-
 @pytest.mark.parametrize(
     "name", tiered([*MODELS, "gemma2", "qwen3_vl", "llava-llama", "internvl-phi3"])
 )
@@ -332,8 +330,6 @@ def test_a_plan_for_another_model_leaves_nothing(folders, tmp_path):
 
 
 # The command line
-
-
 @pytest.mark.parametrize(
     ("criterion", "axis"),
     tiered([("activation", "width"), ("angular", "depth")], lambda _, axis: axis == "width"),

@@ -65,8 +65,6 @@ class Original:
 
 
 # Vision towers
-
-
 def vision_states(weights: Mapping[str, Tensor], config: Values, x: Tensor) -> Iterator[Tensor]:
     """Hidden states of a pre-norm ViT: of CLIP, SigLIP or InternViT, by the names it has."""
     x = F.conv2d(x, weights["patch.weight"], weights.get("patch.bias"), stride=config["patch_size"])
@@ -113,8 +111,6 @@ def shuffled(x: Tensor, r: int) -> Tensor:
 
 
 # Decoders
-
-
 def decoder(weights: Mapping[str, Tensor], config: Values, x: Tensor, family: str) -> Tensor:
     """Final hidden states of one sequence of embeddings."""
     eps = config.get("rms_norm_eps", config.get("layer_norm_eps"))
@@ -169,8 +165,6 @@ def rotated(x: Tensor, config: Values) -> Tensor:
 
 
 # What all of them are made of
-
-
 def linear(x: Tensor, weights: Mapping[str, Tensor], name: str) -> Tensor:
     return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
 
@@ -206,8 +200,6 @@ def activation(name: str) -> Any:
 
 
 # Random ones
-
-
 class _Random:
     """Tensors of the sizes that trained ones have."""
 
@@ -305,8 +297,6 @@ def _random_decoder(make: _Random, config: Values, family: str) -> dict[str, Ten
 
 
 # As files
-
-
 def save_original(
     original: Original, folder: Path, tower: Path | None, kind: str = "safetensors", shards: int = 1
 ) -> None:

@@ -235,8 +235,6 @@ def test_reading_goes_on_where_a_mapped_file_is_opened_again(converted, tmp_path
 
 
 # Variations of the originals
-
-
 def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
     """Change the tensors of a safetensors folder, and make it one file."""
     files = sorted(folder.glob("*.safetensors"))
@@ -356,8 +354,6 @@ def test_pictures_that_are_not_tiled_are_one_square(tmp_path):
 
 
 # Faces, files, memory and refusals
-
-
 def test_the_command_and_the_python_name_write_the_same(tmp_path, capsys):
     source, tower = (str(FIXTURES / "llava" / n) for n in ("original", "vision_tower"))
     cli.main(["convert", source, str(tmp_path / "cli"), "--vision-tower", tower])

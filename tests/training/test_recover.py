@@ -306,8 +306,6 @@ def test_without_a_work_folder_nothing_is_written_and_the_history_names_the_samp
 
 
 # Refusals.
-
-
 @pytest.mark.parametrize(
     ("kind", "asked", "told"),
     [
@@ -363,8 +361,6 @@ def test_nan_is_traced_to_its_samples_and_its_layer(whose):
 
 
 # Going on after a stop.
-
-
 class Stopped(Exception):
     """The machine goes down."""
 
@@ -444,8 +440,6 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
 
 
 # Comforts.
-
-
 @pytest.mark.parametrize(
     "loss", tiered(["sft+hidden+kl", "hidden+kl"], lambda loss: loss == "sft+hidden+kl")
 )

@@ -280,8 +280,6 @@ def test_another_tower_is_not_taken_for_the_teacher_s():
 
 
 # Training.
-
-
 def models(kind: str, axis: str) -> tuple[Any, Any, Plan, Any]:
     """A student, its teacher, the plan and the processor of a complete model."""
     teacher, processor = load(folders.folder(kind))

@@ -164,8 +164,6 @@ def test_a_thousand_broken_rows_are_counted_and_named(name, tmp_path):
 
 
 # Weights.
-
-
 @pytest.mark.parametrize("seed", range(20 if IS_LONG else 3))
 def test_a_damaged_shard_is_one_line(seed, tmp_path):
     """Cut off anywhere, or with a header that was overwritten."""
@@ -185,8 +183,6 @@ def test_a_damaged_shard_is_one_line(seed, tmp_path):
 
 
 # Kills. The commands run in forks of this process, which has its libraries in memory already.
-
-
 def start(*arguments: Any) -> int:
     pid = os.fork()
     if pid:

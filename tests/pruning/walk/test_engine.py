@@ -117,8 +117,6 @@ def test_units_of_experts_are_not_chosen(name):
 
 
 # Going on
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of four small layers."""

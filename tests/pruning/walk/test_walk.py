@@ -65,8 +65,6 @@ def outcome(
 
 
 # Repair
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_repair_comes_nearer_and_stays_a_standard_checkpoint(name, tmp_path):
     model = build(name)
@@ -272,8 +270,6 @@ def test_half_precision_stays():
 
 
 # What the walk chooses
-
-
 def test_kept_units_are_those_of_a_plan_or_of_scores():
     model = tiny.build("llama")
     anatomy = read_anatomy(model)
@@ -389,8 +385,6 @@ def test_balanced_is_the_cheapest_of_all_plans(ratio, seed):
 
 
 # Local distillation
-
-
 def test_no_local_steps_change_nothing():
     model = tiny.build("llama")
     data = [tiny.batch(model, 24, seed) for seed in range(5)]
@@ -459,8 +453,6 @@ def test_batches_that_teach_a_layer_nothing_are_passed_over():
 
 
 # What stays as it was
-
-
 @pytest.mark.parametrize("index", range(4))
 def test_a_walk_that_stops_leaves_the_model_alone(index, monkeypatch):
     """When the layer is cut, refitted and trained."""

@@ -186,8 +186,6 @@ def test_work_of_another_worker_between_two_looks_is_no_failure(schedule, tmp_pa
 
 
 # The same table after kills, by two processes, by Ray.
-
-
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study of a model that sees, along both axes, without recovery and with."""
