@@ -12,6 +12,7 @@ from slimvlm.data import chat
 from slimvlm.data.read import Limit, fitted
 from slimvlm.data.roles import IGNORE
 from slimvlm.data.samples import Question, Sample
+from slimvlm.models.load import load
 from tests import tiny_folder as folders
 from tests.tiny_folder import KINDS, SEEING, picture, sample, turn
 
@@ -22,31 +23,22 @@ every_seeing_kind = pytest.mark.parametrize("kind", SEEING)
 def samples_of(kind: str) -> dict[str, Sample]:
     """Conversations of every shape that a kind can take."""
     first, second = turn("assistant", "It is red."), turn("assistant", "No, it is blue, not red.")
-    again = turn("user", "Is it red?")
-    made = {
-        "single": sample("single", turn("user", "Which colour is shown?"), first),
-        "multi": sample("multi", turn("user", "Which colour?"), first, again, second),
-        "same": sample("same", turn("user", "It is red."), first, again, first),
+    again, seen = turn("user", "Is it red?"), turn("user", None, "Which colour?")
+    turns = {
+        "single": (turn("user", "Which colour is shown?"), first),
+        "multi": (turn("user", "Which colour?"), first, again, second),
+        "same": (turn("user", "It is red."), first, again, first),
     }
-    if kind == "text":
-        return made
-    return made | {
-        "seen": sample("seen", turn("user", None, "Which colour?"), first, images=1),
-        "seen-multi": sample(
-            "seen-multi", turn("user", None, "Which?"), first, again, second, images=1
-        ),
-        "two": sample("two", turn("user", None, None, "Which colours?"), second, images=2),
-        "later": sample(
-            *("later", turn("user", "Are you there?"), first),
-            *(turn("user", None, "And now?"), second),
-            images=1,
-        ),
-        "each": sample(
-            *("each", turn("user", None, "Which colour?"), first),
-            *(turn("user", None, "And here?"), second),
-            images=2,
-        ),
-    }
+    if kind != "text":
+        turns |= {
+            "seen": (seen, first),
+            "seen-multi": (turn("user", None, "Which?"), first, again, second),
+            "two": (turn("user", None, None, "Which colours?"), second),
+            "later": (turn("user", "Are you there?"), first, turn("user", None, "And?"), second),
+            "each": (seen, first, turn("user", None, "And here?"), second),
+        }
+    counts = {name: str(each).count("'image'") for name, each in turns.items()}
+    return {name: sample(name, *each, images=counts[name]) for name, each in turns.items()}
 
 
 CASES = [(kind, name) for kind in KINDS for name in samples_of(kind)]
@@ -106,27 +98,17 @@ def test_a_batch_is_its_samples_padded_on_the_right(kind):
         assert longest == int(batch["attention_mask"].sum(1).max())
 
 
-@every_kind
-def test_a_batch_after_questions_still_pads_on_the_right(kind):
-    """The tokenizer keeps its padding side between calls; neither call may depend on it."""
-    processor = folders.processor(kind)
-    questions = [Question("a", "Which?", ("red",)), Question("b", "Which of them?", ("red",))]
-    items = list(samples_of(kind).values())[:2]
-    before = chat.encode_samples(processor, items)
-    chat.encode_questions(processor, questions)
-    after = chat.encode_samples(processor, items)
-    assert torch.equal(before["labels"], after["labels"])
-
-
 @every_seeing_kind
-def test_no_label_on_pictures(kind):
-    processor = folders.processor(kind)
+def test_no_label_on_pictures_and_the_model_takes_what_chat_makes(kind):
+    model, processor = load(folders.folder(kind))
     tokenizer = chat.tokenizer_of(processor)
     image_id = tokenizer.convert_tokens_to_ids(KINDS[kind].image_token)
     batch = chat.encode_samples(processor, list(samples_of(kind).values()))
     assert (batch["input_ids"] == image_id).any()
     assert not (batch["labels"] == image_id).any()
     assert not (batch["labels"] == tokenizer.pad_token_id).any()
+    with torch.no_grad():
+        assert torch.isfinite(model(**batch).loss)
 
 
 @pytest.mark.parametrize("kind", ["llava", "text"])
@@ -141,14 +123,17 @@ def test_the_first_token_is_added_once(kind):
 
 
 @every_kind
-def test_questions_end_at_the_right_edge(kind):
-    processor = folders.processor(kind)
+def test_questions_end_at_the_right_edge_and_samples_after_them_do_not(kind):
+    """The tokenizer keeps its padding side between calls; neither call may depend on it."""
+    processor, items = folders.processor(kind), list(samples_of(kind).values())[:2]
+    before = chat.encode_samples(processor, items)
     pictures = (picture(),) if kind in SEEING else ()
     questions = [
         Question("short", "Which?", ("red",), pictures),
         Question("long", "Which of all these many colours is shown here?", ("red",), pictures),
     ]
     batch = chat.encode_questions(processor, questions)
+    assert torch.equal(before["labels"], chat.encode_samples(processor, items)["labels"])
     ids, mask = batch["input_ids"], batch["attention_mask"]
     assert mask[:, -1].all()
     assert not mask[0, 0]
@@ -179,43 +164,32 @@ def test_a_question_is_the_beginning_of_its_sample(kind):
     assert torch.equal(learnt["input_ids"][0, :start], asked)
 
 
-@every_seeing_kind
-def test_the_model_takes_what_chat_makes(kind):
-    from slimvlm.models.load import load
-
-    model, processor = load(folders.folder(kind))
-    items = list(samples_of(kind).values())
-    inputs = chat.encode_samples(processor, items)
-    with torch.no_grad():
-        assert torch.isfinite(model(**inputs).loss)
-
-
 @every_kind
 def test_a_conversation_without_an_answer_is_refused(kind):
     with pytest.raises(DataError, match="'silent' has no assistant turn"):
         chat.encode_samples(folders.processor(kind), [sample("silent", turn("user", "Hello?"))])
 
 
-@pytest.mark.parametrize(
-    ("kind", "error", "told"),
-    [("text", DataError, "cannot see"), (None, ConfigError, "neither a processor nor a tokenizer")],
-)
-def test_a_model_without_eyes_or_words_is_refused(kind, error, told):
-    with pytest.raises(error, match=told):
-        chat.encode_samples(kind and folders.processor(kind), [samples_of("llava")["seen"]])
+def test_a_model_without_eyes_or_words_is_refused():
+    seen, none = [samples_of("llava")["seen"]], "neither a processor nor a tokenizer"
+    with pytest.raises(DataError, match="cannot see"):
+        chat.encode_samples(folders.processor("text"), seen)
+    with pytest.raises(ConfigError, match=none):
+        chat.encode_samples(None, seen)
 
 
 def template(
-    opening: str, system: str, user: str, assistant: str, prompt: str, otherwise: str = ""
+    opening: str, system: str, user: str, assistant: str, prompt: str = "''", otherwise: str = "''"
 ) -> str:
-    """A chat template in the shape that most have; the arguments are Jinja expressions."""
+    """A chat template in the shape that most have, of Jinja expressions; a header may prompt."""
+    prompt = f"'{prompt % 'assistant'}'" if "%s" in prompt else prompt
     return (
         f"{{{{ {opening} }}}}{{% for m in messages %}}"
         f"{{% if m['role'] == 'system' %}}{{{{ {system} }}}}"
         f"{{% elif m['role'] == 'user' %}}{{{{ {user} }}}}"
         f"{{% else %}}{{{{ {assistant} }}}}{{% endif %}}{{% endfor %}}"
         f"{{% if add_generation_prompt %}}{{{{ {prompt} }}}}"
-        f"{{% else %}}{{{{ {otherwise or repr('')} }}}}{{% endif %}}"
+        f"{{% else %}}{{{{ {otherwise} }}}}{{% endif %}}"
     )
 
 
@@ -228,6 +202,8 @@ def turns(before: str, after: str, content: str = "m['content']") -> tuple[str, 
 
 C, TRIMMED = "m['content']", "(m['content'] | trim)"
 IM, HEADER = "<|im_start|>%s\\n", "<|start_header_id|>%s<|end_header_id|>\\n\\n"
+BARS, START = "<|%s|>\\n", "<start_of_turn>%s\\n"
+USER = f"'<|user|>\\n' + {C} + '<|end|>\\n<|assistant|>\\n'"
 REFUSAL = "raise_exception('System role not supported')"
 TODAY = "bos_token + '<|start_header_id|>system<|end_header_id|>\\n\\n' + strftime_now('%d %b %Y')"
 # Each with what the labels of an answer are. Some answers are stripped, some end in a token that
@@ -241,42 +217,21 @@ TEMPLATES: dict[str, tuple[str, str]] = {
         " {}</s>",
     ),
     "mistral": (
-        template(
-            *("bos_token", REFUSAL, f"'[INST] ' + {C} + ' [/INST]'"),
-            *(f"' ' + {C} + eos_token", "''"),
-        ),
+        template("bos_token", REFUSAL, f"'[INST] ' + {C} + ' [/INST]'", f"' ' + {C} + eos_token"),
         " {}</s>",
     ),
-    "chatml": (
-        template("''", *turns(IM, "<|im_end|>\\n"), f"'{IM % 'assistant'}'"),
-        "{}<|im_end|>",
-    ),
-    "phi-3": (
-        template(
-            *("bos_token", *turns("<|%s|>\\n", "<|end|>\\n")), *("'<|assistant|>\\n'", "eos_token")
-        ),
-        "{}<|end|>",
-    ),
+    "chatml": (template("''", *turns(IM, "<|im_end|>\\n"), IM), "{}<|im_end|>"),
+    "phi-3": (template("bos_token", *turns(BARS, "<|end|>\\n"), BARS, "eos_token"), "{}<|end|>"),
     "phi-3, header in the user's turn": (
-        template(
-            *("bos_token", REFUSAL, f"'<|user|>\\n' + {C} + '<|end|>\\n<|assistant|>\\n'"),
-            *(f"{C} + '<|end|>\\n'", "''"),
-        ),
+        template("bos_token", REFUSAL, USER, f"{C} + '<|end|>\\n'"),
         "{}<|end|>",
     ),
     "gemma": (
-        template(
-            *("bos_token", REFUSAL),
-            *turns("<start_of_turn>%s\\n", "<end_of_turn>\\n", TRIMMED)[1:],
-            "'<start_of_turn>assistant\\n'",
-        ),
+        template("bos_token", REFUSAL, *turns(START, "<end_of_turn>\\n", TRIMMED)[1:], START),
         "{}<end_of_turn>",
     ),
-    "llama-3": (
-        template(TODAY, *turns(HEADER, "<|eot_id|>", TRIMMED), f"'{HEADER % 'assistant'}'"),
-        "{}<|eot_id|>",
-    ),
-    "glm": (template("''", *turns("<|%s|>\\n", ""), "'<|assistant|>\\n'"), "{}"),
+    "llama-3": (template(TODAY, *turns(HEADER, "<|eot_id|>", TRIMMED), HEADER), "{}<|eot_id|>"),
+    "glm": (template("''", *turns(BARS, ""), BARS), "{}"),
 }
 ADDED = [
     *("<|im_start|>", "<|im_end|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"),
@@ -330,13 +285,11 @@ def test_a_sample_may_have_as_many_tokens_as_it_is_encoded_to(kind, name):
 
 def test_a_text_with_a_token_for_pictures_is_the_sample_s_fault():
     item = sample("odd", turn("user", None, "<image> is what?"), turn("assistant", "A."), images=1)
-    words = folders.processor("llava")
-    for read in (
-        lambda: chat.encode_samples(words, [item]),
-        lambda: fitted(words, item, Limit(1000)),
-    ):
-        with pytest.raises(DataError, match=r"sample 'odd': the processor refuses .*<image>"):
-            read()
+    words, told = folders.processor("llava"), r"sample 'odd': the processor refuses .*<image>"
+    with pytest.raises(DataError, match=told):
+        chat.encode_samples(words, [item])
+    with pytest.raises(DataError, match=told):
+        fitted(words, item, Limit(1000))
 
 
 @pytest.mark.parametrize("name", ["gemma", "mistral"])
