@@ -132,13 +132,11 @@ Width = Annotated[int, Field(ge=0, le=2**20)]
 
 
 def built(kind: type[T], values: Any, where: str = "") -> T:
-    """Build a dataclass from the values of YAML or JSON; ``where`` names them in messages.
-
-    A field whose default is a tuple also takes a single value.
-    """
+    """Build a dataclass from YAML or JSON; ``where`` names the file in messages."""
     if isinstance(values, Mapping):
         rows = fields(kind)  # type: ignore[arg-type]
         values = without_removed(values, [row.name for row in rows])
+        # a field whose default is a tuple also takes a single value
         tuples = {row.name for row in rows if isinstance(row.default, tuple)}
         values = {k: listed(v) if k in tuples else v for k, v in values.items()}
     try:

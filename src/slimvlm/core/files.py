@@ -81,10 +81,7 @@ def require_ours(path: Path) -> None:
 
 
 def file_name(name: str) -> str:
-    """Make a file name of a task, a model or a log that never leads to another folder.
-
-    A changed name ends with eight digits of its hash, so that two names never share a file.
-    """
+    """Make a name that leads to no other folder; a changed one ends with digits of its hash."""
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", name).lstrip(".")[:100]
     if safe == name and safe:
         return name
@@ -120,10 +117,7 @@ def held(path: str | Path, wait: float = 0.0) -> Iterator[None]:
 
 @contextmanager
 def new_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
-    """Yield a folder to fill, which takes its name when the block ends without an error.
-
-    A kill leaves the old state and ``.<name>.partial``, which the next run removes.
-    """
+    """Yield a folder to fill, which takes its name when the block ends without an error."""
     path = Path(path)
     with held(path), explained(path):
         require_free(path, force)
@@ -156,10 +150,7 @@ def discard_replacement(path: str | Path) -> None:
 
 @contextmanager
 def new_file(path: str | Path, outlives_power_cut: bool = True) -> Iterator[Path]:
-    """Yield a file to write, which takes its name when the block ends without an error.
-
-    ``outlives_power_cut``: wait until it is on the disk itself.
-    """
+    """Yield a file to write, which takes its name when the block ends without an error."""
     path = Path(path)
     partial = _beside(path, "partial")
     with explained(path):

@@ -119,11 +119,7 @@ SAMPLES_READ, MAX_PASSES = 2200, 4.0
 
 
 def parse_loss(expression: str) -> dict[str, float]:
-    """Read a weighted sum of losses: ``sft+hidden`` or ``0.7*sft+0.3*hidden``.
-
-    Terms without a weight share what is left of 1 equally, so ``sft+hidden`` is the study's
-    0.5/0.5. Raises ConfigError for an unknown or repeated name or a weight that is not positive.
-    """
+    """Read ``0.7*sft+0.3*hidden``; terms without a weight share what is left of 1 equally."""
     weights: dict[str, float | None] = {}
     for term in expression.replace(" ", "").split("+"):
         match = re.fullmatch(r"(?:(\d+\.?\d*(?:e-?\d+)?)\*)?([a-z]+)", term)

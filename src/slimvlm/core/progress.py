@@ -109,10 +109,7 @@ class LoggedStage:
 
 @contextmanager
 def steps(what: str, total: int) -> Iterator[Callable[[float], None]]:
-    """Show a stage's progress; yield the function that takes how many steps are done.
-
-    In a terminal this is a bar that disappears at the end, elsewhere a `LoggedStage`.
-    """
+    """Show progress as a bar or a `LoggedStage`; yield the function that takes the steps done."""
     if not is_watched():
         logged = LoggedStage(what, total)
         yield logged.reached

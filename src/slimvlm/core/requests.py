@@ -49,10 +49,7 @@ def is_begun_for(file: Path, request: Mapping[str, Any]) -> bool:
 def require_same_request(
     noted: Mapping[str, Any] | None, request: Mapping[str, Any], what: str, cure: str
 ) -> None:
-    """Refuse to resume the work of another request; name the options that differ.
-
-    ``noted`` comes from `noted_request`; ``what`` begins the message, ``cure`` ends it.
-    """
+    """Refuse another request than the noted one, name the options that differ, and the cure."""
     if noted is None:
         return
     if differing := list(_differing(_comparable(noted), _comparable(request))):

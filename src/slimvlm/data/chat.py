@@ -58,10 +58,7 @@ def answered_sample(question: Question, reply: str) -> Sample:
 
 
 def render(processor: Any, messages: Sequence[Message], generate: bool = False) -> str:
-    """Render a conversation as the model's input text, with one placeholder for each picture.
-
-    Text models get plain strings as content; without a chat template, turns are joined by newlines.
-    """
+    """Render a conversation as the model's input text, with a placeholder for each picture."""
     if processor is None:
         raise ConfigError("model: its folder has neither a processor nor a tokenizer")
     chat = list(messages) if can_see(processor) else [_text_only(m) for m in messages]
@@ -181,11 +178,7 @@ def adds_special_tokens(tokenizer: Any, text: str) -> bool:
 def _answer_spans(
     processor: Any, sample: Sample, text: str, images: list[Image.Image], ids: list[int]
 ) -> list[tuple[int, int]]:
-    """Locate the assistant turns among the processed tokens.
-
-    The answer's own tokens are searched for where a single picture takes another number of tokens
-    than one of several does (LLaVA-OneVision).
-    """
+    """Locate the assistant turns among the processed tokens."""
     tokenizer = tokenizer_of(processor)
     adds = adds_special_tokens(tokenizer, text)
     plain = tokenizer(text, return_offsets_mapping=True, add_special_tokens=adds)

@@ -85,11 +85,7 @@ def stated_pictures(row: dict[str, Any]) -> Any:
 
 
 def interleaved(groups: Iterable[tuple[float, Sequence[int]]]) -> list[int]:
-    """Merge groups so that each beginning has about every group's share of the whole.
-
-    The k-th of a group's n members has the place (k + u) / n; a group is its offset u, from 0 to 1,
-    and its members.
-    """
+    """Merge (offset u, members): the k-th of n members has the place (k + u) / n."""
     placed = [
         ((k + offset) / len(members), member)
         for offset, members in groups
@@ -99,10 +95,7 @@ def interleaved(groups: Iterable[tuple[float, Sequence[int]]]) -> list[int]:
 
 
 def read_rows(data: str | Path, outlined: bool = False) -> Iterator[Any]:
-    """Yield the rows of a data source as plain values, and a `DataError` for one that is not JSON.
-
-    ``outlined`` replaces a column of stored pictures by their number, or whether there is one.
-    """
+    """Yield rows as plain values, or errors; ``outlined`` ones have numbers for stored pictures."""
     path = Path(data)
     if path.is_file():
         try:
@@ -494,11 +487,7 @@ def _with_short_answer(processor: Any, sample: Sample, tokens: int) -> Sample:
 
 
 def subset(samples: list[Sample], fraction: float, seed: int) -> list[Sample]:
-    """Draw a seeded share of the samples, in their original order.
-
-    It is stratified by number of pictures (none, one, several) and by their folder, and nested: 5 %
-    of the data lie within its 10 %. Every rank draws the same.
-    """
+    """Draw a seeded share, nested, in order, stratified by number of pictures and their folder."""
     strata: dict[tuple[int, str], list[int]] = {}
     for index, sample in enumerate(samples):
         first = sample.images[0] if sample.images else None

@@ -38,10 +38,7 @@ def parse_token_weights(text: str) -> dict[str, float]:
 
 
 def role_masks(config: Any, batch: Mapping[str, Any]) -> dict[str, Bool[Tensor, "B T"]]:
-    """Return the positions of each role; padding has none. Answers are the labelled positions.
-
-    In ``inputs_embeds``, pictures cannot be told from prompts: all but answers is prompt.
-    """
+    """Find the positions of each role; in ``inputs_embeds`` all but answers is prompt."""
     valid = valid_tokens(batch).bool()
     labels: Tensor | None = batch.get("labels")
     nowhere = torch.zeros_like(valid)

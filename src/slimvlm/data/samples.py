@@ -113,10 +113,7 @@ def open_image(image: Image.Image | Path) -> Image.Image:
 
 
 def identifying_bytes(image: Image.Image | Path, may_move: bool = False) -> bytes:
-    """Identify a picture by its content, or by the place, date and size of its file.
-
-    With ``may_move`` a file counts as the same in another folder and with another date.
-    """
+    """Identify a picture by content, or its file's size and place; ``may_move``: name for place."""
     if isinstance(image, Path):
         stat = image.stat()
         place = image.name if may_move else f"{image} {stat.st_mtime_ns}"
@@ -131,11 +128,7 @@ def _file_of(image: Image.Image) -> bytes | None:
 
 
 def find_image(source: Any, name: str, root: Path) -> Image.Image | Path:
-    """Return a picture, or its path below ``root``, after decoding it as a check.
-
-    ``source`` is a picture, a path, or a dict with ``bytes`` or ``path``. A link must not lead out
-    of ``root``.
-    """
+    """Return a picture, or its path inside ``root``, after decoding it as a check."""
     if isinstance(source, Image.Image):
         return source
     content = source.get("bytes") if isinstance(source, dict) else None

@@ -143,10 +143,7 @@ class TokenizerFile:
         return {}
 
     def _last_join(self, piece: str) -> Pair | None:
-        """Return the two parts that the tokenizer joins to a token; None if there are none.
-
-        Where several joins could make it, it is built from its characters as the tokenizer does.
-        """
+        """Return the parts that the tokenizer joins last to make a token, if any."""
         if piece in self._last_joins:
             return self._last_joins[piece]
         makers = self._makers.get(piece, [])
@@ -377,10 +374,7 @@ def _pieces(text: str) -> Iterator[str]:
 def _in_order(
     file: TokenizerFile, must: Iterable[int], counts: Counter[int], size: int
 ) -> Iterator[int]:
-    """Yield tokens that must stay, then the others by count, then by the model's own rank.
-
-    Each comes after its parts; a token that does not fit with its parts is left out.
-    """
+    """Yield tokens that must stay, then the others by count and rank, each after its parts."""
     kept = set(must)
     yield from sorted(kept)
     for token in sorted(file.by_rank, key=lambda token: -counts[token]):

@@ -255,11 +255,7 @@ def _origin(
 
 
 def file_if_reachable(model: str, name: str) -> str | None:
-    """Find a file of a hub repository in the cache or on the hub; None if neither has it.
-
-    Relies on: ``cached_file`` has switches for each error that it can raise. Tried with
-    transformers 5.24.
-    """
+    """Find a file of a hub repository in the cache or on the hub; None if neither has it."""
     errors = ("gated_repo", "missing_entries", "connection_errors")
     quiet: dict[str, Any] = {f"_raise_exceptions_for_{error}": False for error in errors}
     path: str | None = cached_file(model, name, **quiet)

@@ -28,11 +28,7 @@ def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 
 
 def main_stream(hidden: Tensor) -> Tensor:
-    """Return ``[B, T, D]`` of hidden states that may hold several streams ``[S, B, T, D]``.
-
-    The first stream begins as the embedding, and the others are scaled to it at the end (AltUp of
-    Gemma 3n).
-    """
+    """Return ``[B, T, D]`` of what may be several streams ``[S, B, T, D]`` (AltUp of Gemma 3n)."""
     return hidden[0] if hidden.ndim == 4 else hidden
 
 
@@ -226,10 +222,7 @@ def hold_in_(model: PreTrainedModel, dtype: torch.dtype, learning_only: bool = F
 
 @torch.no_grad()
 def merge_lora(trained: Any) -> PreTrainedModel:
-    """Return the model behind PEFT's wrapper, with LoRA added to its weights.
-
-    Every process holds all of LoRA and adds the product of its matrices to its own shards.
-    """
+    """Unwrap a PEFT model with LoRA merged; each process adds to its own shards."""
     if not is_sharded(trained.get_base_model()):
         merged: PreTrainedModel = trained.merge_and_unload()
         return merged

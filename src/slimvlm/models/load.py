@@ -378,11 +378,7 @@ def computes_bfloat16(device: torch.device) -> bool:
 
 
 def digest_of_weights(model: nn.Module) -> str:
-    """Hash a model's shapes, data types and a sample of every weight.
-
-    Training and repair change every weight that they touch, so up to 64 evenly spaced values of
-    each tensor tell models apart without reading gigabytes.
-    """
+    """Hash shapes, data types and up to 64 evenly spaced values of every weight."""
     parts = []
     for name, tensor in model.state_dict().items():
         flat = tensor.detach().flatten()

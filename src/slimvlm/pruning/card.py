@@ -40,11 +40,7 @@ class CardFacts:
 
 
 def write_card(folder: Path, model: PreTrainedModel, plan: Plan | None, facts: CardFacts) -> None:
-    """Write the card of a checkpoint, with license and original from the original's own card.
-
-    So a model that was pruned twice still names the first one. A local folder is not named in the
-    metadata.
-    """
+    """Write a checkpoint's card; license and first original come from the original's own card."""
     base = base_card(facts.base)
     sees = Parts(model).family.vision is not None
     task = "image-text-to-text" if sees else "text-generation"

@@ -43,11 +43,7 @@ _FROM_PYTHON = (
 def smaller_text_config(
     config: PreTrainedConfig, plan: Plan, uneven: bool = False
 ) -> PreTrainedConfig:
-    """Build the language-model configuration of the pruned model; the given one is left alone.
-
-    With ``uneven``, each layer gets its own entry in `UNEVEN_FIELD`. The fields for all layers then
-    stay, so that the rules of the configuration class hold for them.
-    """
+    """Build the pruned model's language configuration; ``uneven`` gives each layer an entry."""
     old: PreTrainedConfig = text_config_of(config)
     after = plan.after
     new: PreTrainedConfig = copy.deepcopy(old)

@@ -182,10 +182,7 @@ def _solve(
     centred: bool,
     tolerance: float,
 ) -> tuple[Float[Tensor, "O K"], float] | None:
-    """``lost (G_KK + λ I)⁻¹`` and the ``λ`` that it took, by Cholesky in place.
-
-    None if rounding changes the solution by more than the tolerance, as a share of its size.
-    """
+    """Solve for ``lost (G_KK + λ I)⁻¹`` and ``λ``; None if rounding exceeds the tolerance."""
     change = torch.zeros_like(lost)
     if not lost.any():
         return change, 0.0

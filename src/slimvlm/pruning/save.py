@@ -176,11 +176,7 @@ def write_folder(
     read: Callable[[str], Tensor] | None = None,
     force: bool = False,
 ) -> None:
-    """Write a checkpoint folder, which takes its name when ``check`` has read it back.
-
-    ``processor`` has the plan's tokens already. ``check`` may add files and returns the facts for
-    the model card. ``read`` gives parameters by name, if the model has no storage for them.
-    """
+    """Write a checkpoint folder, which takes its name when ``check`` has read it back."""
     with new_folder(out, force) as folder:
         write_model(folder, model, processor, read)
         if plan is not None:
@@ -242,11 +238,7 @@ def _check_tokenizer(folder: Path, model: PreTrainedModel, processor: Any, count
 
 @torch.no_grad()
 def check_reload(model: PreTrainedModel, processor: Any, folder: str | Path) -> None:
-    """Load a written folder with the plain Auto class and compare it with the live model.
-
-    The logits of the last positions are compared, which depend on all positions before them. The
-    only code that the folder may hold, and that runs here, is slimvlm's own.
-    """
+    """Load a written folder with the plain Auto class; compare its logits with the live model's."""
     batch = {k: v.to(model.device) for k, v in probe(model, processor).items()}
     with evaluating(model):
         expected = _last_logits(model, batch)

@@ -89,11 +89,7 @@ class History:
 
     @classmethod
     def load(cls, path: str | Path) -> History:
-        """Read the ``history.json`` of a run or a study.
-
-        Raises:
-            ConfigError: If it cannot be read or is no history.
-        """
+        """Read the ``history.json`` of a run or a study; raise ConfigError if it is none."""
         values = read_object(path, "history")
         for name in ("evaluations", "held_out_ids"):  # of earlier versions
             values.pop(name, None)
@@ -241,11 +237,7 @@ def _trained(
     arguments: TrainingArguments,
     folder: Path,
 ) -> DistillationTrainer:
-    """Train from the last checkpoint in the folder on, with batches that fit.
-
-    If an accelerator runs out of memory, batches become smaller and gradient accumulation steps
-    more. Losses are means over all of them, so that only rounding changes.
-    """
+    """Train from the last checkpoint on; batches that do not fit are divided and accumulated."""
     is_alone = arguments.device.type != "cpu" and num_ranks() == 1
     before = {}
     if is_alone:
@@ -328,10 +320,7 @@ def _tokens_of_teacher(
     config: RecoverConfig,
     plan: Plan | None,
 ) -> Tensor | None:
-    """Find the teacher's number of each token, where a plan says which of them the model has.
-
-    Refuses other vocabularies, and widths where the loss or the teacher reads the student's states.
-    """
+    """Find the teacher's number of each token by a plan; refuse other vocabularies and widths."""
     ours, theirs = (None if each is None else read_anatomy(each) for each in (model, teacher))
     tokens = None
     if plan is not None and plan.tokens is not None:

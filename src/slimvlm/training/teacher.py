@@ -46,12 +46,7 @@ class Sharing:
 
 
 class JoinedRows(nn.Module):
-    """A projection into units, in two parts: rows that the student kept, and rows that it lost.
-
-    Outputs stand in the order kept, removed within each segment; ``sizes`` has both numbers of
-    channels of each. The teacher's units are merely permuted by that, since the matrix that reads
-    them (`JoinedColumns`) has the same order.
-    """
+    """A projection into units: rows that the student kept, then those that it lost, per segment."""
 
     def __init__(
         self,
@@ -103,14 +98,7 @@ def plan_fits(plan: Plan, model: PreTrainedModel, teacher: PreTrainedModel) -> b
 
 @torch.no_grad()
 def share_(teacher: PreTrainedModel, trained: Any, plan: Plan) -> Sharing:
-    """Make a teacher read the student's weights wherever these are frozen and equal to its own.
-
-    Tensors are compared value by value. Those that differ, for example a repaired matrix, stay the
-    teacher's own, so its outputs change only by rounding. Each shared tensor's copy is freed at
-    once. The teacher, which may lie on another device, is changed in place: it moves to the
-    student's device, its units are permuted, and a later change of the student's frozen weights,
-    such as merging LoRA, changes it, too. ``trained`` is the result of `prepare_training`.
-    """
+    """Let a teacher read the student's weights where they are frozen and equal, value by value."""
     student = plain_model(trained)
     as_read = {parameter.data_ptr() for parameter in teacher.parameters()}
     ours = _frozen_tensors(student, plan)
@@ -194,10 +182,7 @@ def _share_cut_matrices(
 def _share_whole_tensors(
     teacher: PreTrainedModel, ours: dict[str, Tensor], plan: Plan
 ) -> Iterator[str]:
-    """Share tensors that no unit is cut from; yields those of the student that differ.
-
-    Rows of tokens stay the teacher's own where the student has fewer of them.
-    """
+    """Share tensors that no unit or token is cut from; yield those of the student that differ."""
     family = plan.before.family
     apart = () if plan.tokens is None else (f"{family.backbone}.embed_tokens.", f"{family.head}.")
     for name, parameter in teacher.named_parameters():
@@ -256,11 +241,8 @@ def seeing_once(
 def _tower_pairs(
     model: PreTrainedModel, teacher: PreTrainedModel
 ) -> Iterator[tuple[nn.Module | None, nn.Module]]:
-    """List the teacher's modules to skip: (the student's module, the teacher's in its place).
-
-    The whole tower. If a projector sits inside it, the tower's blocks: the last one and those with
-    a deepstack projector have a counterpart, the outputs of the others are never read.
-    """
+    """List modules of the teacher to skip, each after the student's in its place, if any."""
+    # the outputs of a tower's blocks are read where a projector inside it reads them
     family = Parts(model).family
     assert family.vision is not None
     ours, theirs = model.get_submodule(family.vision), teacher.get_submodule(family.vision)

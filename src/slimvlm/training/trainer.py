@@ -98,12 +98,7 @@ def old_names_allowed() -> Iterator[None]:
 def training_precision(
     model: PreTrainedModel, teacher: PreTrainedModel | None, device: torch.device, autocast: bool
 ) -> Iterator[None]:
-    """Convert models to the data types of training; the student's come back afterwards.
-
-    Small steps vanish in half precision. So trainable weights are float32 (`prepare_training`), and
-    so is everything else, unless autocast computes in bfloat16. Shards keep their data type, and so
-    does the teacher. The student moves to the device.
-    """
+    """Hold what learns in float32, and the rest unless autocast computes bfloat16; put all back."""
     models = [model, *([] if teacher is None else [teacher])]
     dtype = model.dtype
     if not is_sharded(model):
@@ -139,11 +134,7 @@ def without_autocast(trainer: Trainer) -> Any:
 
 @contextmanager
 def projector_in_every_graph(model: PreTrainedModel) -> Iterator[None]:
-    """Add zero times the projector's weights, so that text-only batches give it a gradient.
-
-    Else such a batch would have no gradient where only the projector learns, and DDP processes
-    would wait for each other's.
-    """
+    """Add zero times the projector, so that batches of text alone give it a gradient (for DDP)."""
     paths = Parts(model).family.projector
     if is_sharded(model):  # sees pictures always, or never
         yield
@@ -163,13 +154,10 @@ def projector_in_every_graph(model: PreTrainedModel) -> Iterator[None]:
 
 
 def merge(trained: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the plain model behind a trained one: LoRA merged, in ``dtype``, nothing frozen.
-
-    A frozen ``lm_head`` would be several times slower: torch 2.13 copies its weight for each sample
-    when it runs over a slice of hidden states.
-    """
+    """Return the plain model behind a trained one: LoRA merged, in ``dtype``, nothing frozen."""
     plain: PreTrainedModel = merge_lora(trained) if _is_peft(trained) else trained
     hold_in_(plain, dtype, learning_only=True)
+    # torch 2.13 copies a frozen head for each sample when it runs over a slice of states
     return plain.requires_grad_(True)
 
 
@@ -181,11 +169,7 @@ def require_adapter_holds_all(model: PreTrainedModel) -> None:
 
 
 def save_adapter(trained: Any, folder: str | Path, dtype: torch.dtype) -> None:
-    """Write the trainable weights as a PEFT adapter: on the pruned model it gives the merged one.
-
-    The projector, which learns without LoRA, is stored whole, as PEFT's ``modules_to_save``, in
-    ``dtype``.
-    """
+    """Write what learned as a PEFT adapter; the projector is whole, in ``modules_to_save``."""
     from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
     folder = Path(folder)
@@ -272,11 +256,7 @@ class Collator:
 
 
 def num_workers(device: torch.device) -> int:
-    """Count the processes that collate batches while a device trains; 0 for none.
-
-    At most four, and none for a CPU, which they would slow down. They must be forked, since spawned
-    ones would read everything again, and need shared memory, which a container may lack.
-    """
+    """Count the processes that collate batches while a device trains; 0 for none."""
     shared = Path("/dev/shm")
     if device.type == "cpu" or multiprocessing.get_start_method() != "fork" or not shared.is_dir():
         return 0

@@ -199,10 +199,7 @@ class LayerWalk:
         return blended(weight[:, keep], new[0], row.share), new_bias
 
     def _is_seam(self, writers: Sequence[Writer]) -> bool:
-        """Whether layers are gone behind this one and its last matrix can be fitted for them.
-
-        It can if its output is added to the hidden states as it is.
-        """
+        """Whether layers are gone behind this one and its last matrix can be fitted for them."""
         is_last = self.end == self.index + 1
         mlp = [writer.linear for writer in writers if writer.kind == MLP]
         if is_last or self._is_idle or SEAM not in self.steps.kinds or not mlp:
@@ -268,11 +265,7 @@ class WalkConfig:
 
 @dataclass
 class Walk:
-    """Walk all layers over stored batches; finished layers are stored, to resume a stopped run.
-
-    If the hidden states are gone and the stored outcomes are not, the walked layers are run again,
-    without choosing or fitting anything.
-    """
+    """Walk all layers over stored batches; finished layers are stored, to resume a stopped run."""
 
     streams: Streams
     results: Store
@@ -322,11 +315,7 @@ class Walk:
 
     @contextmanager
     def _layer(self, plan: Plan, index: int) -> Iterator[tuple[nn.Module, int]]:
-        """Load a layer, to be changed, and yield it with the number of the next layer that stays.
-
-        The original's hidden states around it come first if the walk aims at them. At the end the
-        states that the layer has read are dropped.
-        """
+        """Load a layer, to be changed; yield it with the number of the next one that stays."""
         place = plan.layers.index(index)
         begin = index if place else 0  # the original runs the layers that go before it, too
         end = (*plan.layers, self._depth)[place + 1]
@@ -417,12 +406,7 @@ def _unchanged(layer: nn.Module) -> Iterator[None]:
 
 
 def cheapest_plan(streams: Streams, plans: Sequence[Plan]) -> Plan:
-    """Choose the plan whose units cost some layers least when they go and the others are refitted.
-
-    In a few layers of the original, all units that any plan removes are removed one after another,
-    cheapest first (`slimvlm.scoring.obs`). A plan's cost there is the squared error of attention
-    and MLP together when as many are gone as it says, as a share of their output.
-    """
+    """Choose the plan with the least squared error when its units go from a few of the layers."""
     if len(plans) == 1:
         return plans[0]
     first = plans[0]

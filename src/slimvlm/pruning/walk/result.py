@@ -111,11 +111,7 @@ class Walked:
         return "\n".join(lines)
 
     def apply_(self, model: PreTrainedModel) -> None:
-        """Cut the original down to the plan, in place, and give it the new weights.
-
-        Raises:
-            SlimError: As `slimvlm.prune_`, before any weight is touched.
-        """
+        """Cut the original to the plan and set the new weights; raise as `slimvlm.prune_`."""
         prune_(model, self.plan)
         layers = Parts(model).layers
         for (index, path), value in self.weights.items():

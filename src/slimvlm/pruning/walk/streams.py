@@ -94,10 +94,8 @@ class Streams:
         return range(len(self.fitted) + len(self.held_out))
 
     def calls(self, stream: str, place: int) -> LayerCalls:
-        """Return the calls of layers for a batch; each stream has its own dictionaries.
-
-        Layers of Gemma 3n and Gemma 4 put keys and values for later layers into these.
-        """
+        """Return the calls of layers for a batch; streams do not share dictionaries of keys."""
+        # layers of Gemma 3n and Gemma 4 put keys and values for later layers into these
         if not shares_keys(self.runner.model.config):
             return self.runner.calls(place)
         if (stream, place) not in self._own_calls:

@@ -221,11 +221,7 @@ def plans_for(
     plan: Plan | None = None,
     **options: Any,
 ) -> tuple[list[Plan], bool]:
-    """Make the plans that a walk may follow; tell whether it chooses the units itself.
-
-    Given scores of widths choose the units. ``score_layers`` is called where layers are to go and
-    no scores of layers are given. Nothing is scored without a ratio.
-    """
+    """Make the plans that a walk may follow; tell whether it chooses the units itself."""
     if plan is not None:
         return [plan], False
     if ratio is None:
@@ -240,12 +236,8 @@ def plans_for(
 
 
 def states_bytes(hidden_size: int, tokens: float, itemsize: int, aims: bool) -> float:
-    """Count the bytes of the hidden states that a walk keeps at one time.
-
-    They are the embeddings, twice those after the walked layers, twice the original's where the
-    walk aims at these, and those of held-out batches after plain slices. ``tokens`` includes
-    padding.
-    """
+    """Count the bytes of the hidden states that a walk keeps at one time; padding counts."""
+    # embeddings, twice those after walked layers, half of plain slices; twice the original's
     return (3.5 + 2 * aims) * tokens * hidden_size * itemsize
 
 
@@ -257,12 +249,7 @@ def walk(
     states: Store | None = None,
     say: Say = silent,
 ) -> Walked:
-    """Walk a model that is run layer by layer; it is the same afterwards.
-
-    ``results`` keeps the outcome of each layer, to resume a stopped walk. ``states`` keeps hidden
-    states; by default where they fit, in files beside the results if need be. A plan that cannot
-    be configured, or that chooses neurons of experts, is refused before anything is run.
-    """
+    """Walk a model that is run layer by layer; it is the same afterwards."""
     model, everything = source.model, [*config.batches, *config.held_out]
     if all(plan.tokens is not None and not plan.cuts_layers for plan in config.plans):
         return Walked(config.plans[0])
