@@ -15,7 +15,6 @@ from slimvlm.core.progress import silent
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.cost import release_memory, weight_bytes
 from slimvlm.models.load import auto_class
-from slimvlm.pruning.walk.distil import LocalSteps
 from slimvlm.pruning.walk.engine import Steps, WalkConfig
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.pruning.walk.walk import plans_for, states_bytes, walk
@@ -199,7 +198,7 @@ def test_what_fits_in_no_batches_is_one_error(card):
 
 # Where a walk keeps hidden states changes nothing but memory, and is decided from free memory.
 
-STEPS = Steps(repair="auto", local=LocalSteps(count=2))
+STEPS = Steps(repair="auto", count=2)
 CPU = torch.device("cpu")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -45,13 +45,31 @@ def smaller_text_config(
 ) -> PreTrainedConfig:
     """Build the pruned model's language configuration; ``uneven`` gives each layer an entry."""
     old: PreTrainedConfig = text_config_of(config)
-    after = plan.after
+    after, row = plan.after, plan.before.backbone
     new: PreTrainedConfig = copy.deepcopy(old)
     vars(new).pop(UNEVEN_FIELD, None)
     if plan.needs_retype:
-        new = _retyped(new, after.text_type, plan.before.backbone.retype_fields)
-    for name, value in _of_kept_layers(old, plan).items():
-        setattr(new, name, value)
+        values, target = new.to_dict(), CONFIG_MAPPING[after.text_type]
+        dropped = {"model_type", "architectures", "transformers_version"}
+        dropped |= set(values) - set(target().to_dict())
+        kept = {name: value for name, value in values.items() if name not in dropped}
+        attention = new._attn_implementation
+        new = target(**{**kept, **row.retype_fields})
+        new._attn_implementation = attention
+    # what holds a value for each layer, or names layers
+    new.num_hidden_layers = len(plan.layers)
+    if row.shared_tail is not None:
+        first = old.num_hidden_layers - getattr(old, row.shared_tail)
+        setattr(new, row.shared_tail, sum(index >= first for index in plan.layers))
+    for name in row.layer_lists:
+        if (given := getattr(old, name, None)) is not None:
+            setattr(new, name, [given[index] for index in plan.layers])
+    for name in row.layer_indices:
+        if (given := getattr(old, name, None)) is not None:
+            setattr(new, name, [place for place, i in enumerate(plan.layers) if i in given])
+    for name in row.layer_maps:
+        given = {int(index): value for index, value in old.to_dict().get(name, {}).items()}
+        setattr(new, name, {place: given[i] for place, i in enumerate(plan.layers) if i in given})
     for name in multi_token_fields(old):
         setattr(new, name, 0)
     renumber_config_(new, plan)
@@ -66,37 +84,6 @@ def smaller_text_config(
     for name, value in _changed_widths(new, after).items():
         setattr(new, name, value)
     return new
-
-
-def validate(config: PreTrainedConfig, text_config: PreTrainedConfig, plan: Plan) -> None:
-    """Refuse a shape that the configuration class refuses or ignores; builds it without weights."""
-    if not getattr(text_config, UNEVEN_FIELD, None):
-        legal = plan.before.legal_neurons()
-        for neurons in plan.after.mlp_widths:
-            if neurons not in legal:
-                nearest = sorted(sorted(legal, key=lambda count: abs(count - neurons))[:2])
-                also = f", or {_FROM_PYTHON}" if plan.before.backbone.can_be_uneven else ""
-                raise ImpossiblePlanError(
-                    f"plan: {plan.before.model_type!r} cannot be configured with {neurons} neurons "
-                    f"in a layer; the nearest that it can have: {', '.join(map(str, nearest))}"
-                    + also
-                )
-    elif not plan.before.backbone.can_be_uneven:
-        raise ImpossiblePlanError(
-            f"plan: layers of {plan.before.text_type!r} must stay equally wide, since "
-            "modeling_pruned.py cannot cut them one by one. Plan with allocation 'uniform'"
-        )
-    try:
-        checked = type(text_config).from_dict(text_config.to_dict())
-        whole = with_renumbered(copy.deepcopy(config), checked, plan)
-        found = read_anatomy(empty_model(whole))
-    except (StrictDataclassError, ValueError, RuntimeError, ZeroDivisionError) as error:
-        first_line = str(error).strip().splitlines()[-1]
-        raise ImpossiblePlanError(_refusal(plan, first_line)) from error
-    if (found.layers, found.backbone_params) != (plan.after.layers, plan.after.backbone_params):
-        raise ImpossiblePlanError(
-            _refusal(plan, "a model built from the new configuration has other shapes")
-        )
 
 
 def with_renumbered(
@@ -118,29 +105,6 @@ def lost_heads(config: PreTrainedConfig) -> str | None:
     if not fields:
         return None
     return f"multi-token heads: transformers does not read them, so {fields[0]} becomes 0"
-
-
-def _lists(text_config: Any, names: Sequence[str]) -> list[str]:
-    return [name for name in names if getattr(text_config, name, None) is not None]
-
-
-def _of_kept_layers(old: PreTrainedConfig, plan: Plan) -> dict[str, Any]:
-    """Values of per-layer fields for the layers that stay."""
-    row, values = plan.before.backbone, old.to_dict()
-    lists = {n: [getattr(old, n)[i] for i in plan.layers] for n in _lists(old, row.layer_lists)}
-    numbers = {
-        name: [new for new, i in enumerate(plan.layers) if i in getattr(old, name)]
-        for name in _lists(old, row.layer_indices)
-    }
-    maps: dict[str, Any] = {}
-    for name in row.layer_maps:
-        given = {int(index): value for index, value in values.get(name, {}).items()}
-        maps[name] = {new: given[i] for new, i in enumerate(plan.layers) if i in given}
-    counts = {"num_hidden_layers": len(plan.layers)}
-    if row.shared_tail is not None:
-        first = old.num_hidden_layers - getattr(old, row.shared_tail)
-        counts[row.shared_tail] = sum(index >= first for index in plan.layers)
-    return {**counts, **lists, **numbers, **maps}
 
 
 def _changed_widths(text_config: Any, after: Anatomy) -> dict[str, Any]:
@@ -166,17 +130,6 @@ def _changed_widths(text_config: Any, after: Anatomy) -> dict[str, Any]:
         if getattr(text_config, row.neuron_field) != neurons:
             changed |= {row.neuron_field: neurons, **row.width_fields}
     return changed
-
-
-def _retyped(text_config: Any, model_type: str, fields: Any) -> PreTrainedConfig:
-    values = text_config.to_dict()
-    target = CONFIG_MAPPING[model_type]
-    dropped = {"model_type", "architectures", "transformers_version"}
-    dropped |= set(values) - set(target().to_dict())
-    kept = {name: value for name, value in values.items() if name not in dropped}
-    new: PreTrainedConfig = target(**{**kept, **fields})
-    new._attn_implementation = text_config._attn_implementation
-    return new
 
 
 def _refusal(plan: Plan, why: str) -> str:
@@ -231,11 +184,32 @@ def prune_(model: PreTrainedModel, plan: Plan, allow_uneven: bool = False) -> No
     parent.layers = nn.ModuleList(kept)
     for name in plan.before.backbone.live_lists:
         setattr(parent, name, [getattr(parent, name)[i] for i in plan.layers])
-    for index, layer in enumerate(kept):  # numbered anew for the cache
-        for module in layer.modules():
-            if "layer_idx" in vars(module):
-                module.layer_idx = index  # type: ignore[assignment]
-    _apply_config(model, text_config, plan)
+    modules = ((index, module) for index, layer in enumerate(kept) for module in layer.modules())
+    for index, module in modules:  # numbered anew for the cache
+        if "layer_idx" in vars(module):
+            module.layer_idx = index  # type: ignore[assignment]
+    # every module gets the new configuration, and copies of counts
+    old = text_config_of(model.config)
+    whole = with_renumbered(model.config, text_config, plan)
+    for module in model.modules():
+        if vars(module).get("config") is old:
+            module.config = text_config  # type: ignore[assignment]
+    model.config = whole
+    renumber_modules_(model, plan)
+    text_model = Parts(model).text_model
+    for name in plan.before.backbone.layer_indices:
+        if hasattr(text_model, name):
+            setattr(text_model, name, getattr(text_config, name))
+    if "first_kv_shared_layer_idx" in vars(text_model):
+        shared: int = getattr(text_config, plan.before.backbone.shared_tail or "")
+        text_model.first_kv_shared_layer_idx = plan.after.num_layers - shared
+    for layer, shape in zip(text_model.layers, plan.after.layers, strict=True):
+        if shape.num_kv_heads:
+            attention = layer.get_submodule("self_attn")
+            set_counts_(attention, text_config, shape.num_heads, shape.num_kv_heads)
+    set_class_(model)
+    if plan.needs_retype:
+        retype_modules_(model, old, text_config)
 
 
 def require_expressible(
@@ -246,8 +220,34 @@ def require_expressible(
     require_match(model, plan)
     require_named_tokens(model, plan)
     uneven = not plan.after.is_uniform or (allow_uneven and plan.file_format == "uneven")
-    text_config = smaller_text_config(model.config, plan, uneven)
-    validate(model.config, text_config, plan)
+    config, text_config = model.config, smaller_text_config(model.config, plan, uneven)
+    if not getattr(text_config, UNEVEN_FIELD, None):
+        legal = plan.before.legal_neurons()
+        for neurons in plan.after.mlp_widths:
+            if neurons not in legal:
+                nearest = sorted(sorted(legal, key=lambda count: abs(count - neurons))[:2])
+                also = f", or {_FROM_PYTHON}" if plan.before.backbone.can_be_uneven else ""
+                raise ImpossiblePlanError(
+                    f"plan: {plan.before.model_type!r} cannot be configured with {neurons} neurons "
+                    f"in a layer; the nearest that it can have: {', '.join(map(str, nearest))}"
+                    + also
+                )
+    elif not plan.before.backbone.can_be_uneven:
+        raise ImpossiblePlanError(
+            f"plan: layers of {plan.before.text_type!r} must stay equally wide, since "
+            "modeling_pruned.py cannot cut them one by one. Plan with allocation 'uniform'"
+        )
+    try:
+        checked = type(text_config).from_dict(text_config.to_dict())
+        whole = with_renumbered(copy.deepcopy(config), checked, plan)
+        found = read_anatomy(empty_model(whole))
+    except (StrictDataclassError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        first_line = str(error).strip().splitlines()[-1]
+        raise ImpossiblePlanError(_refusal(plan, first_line)) from error
+    if (found.layers, found.backbone_params) != (plan.after.layers, plan.after.backbone_params):
+        raise ImpossiblePlanError(
+            _refusal(plan, "a model built from the new configuration has other shapes")
+        )
     return text_config
 
 
@@ -326,28 +326,3 @@ def _cut_(cut: Cut) -> None:
         unit, count = cut.count
         for name in set(_COUNTS[unit]) & set(vars(owner)):
             setattr(owner, name, count)
-
-
-def _apply_config(model: PreTrainedModel, text_config: PreTrainedConfig, plan: Plan) -> None:
-    """Give every module the new configuration, and update copies of counts."""
-    old = text_config_of(model.config)
-    whole = with_renumbered(model.config, text_config, plan)
-    for module in model.modules():
-        if vars(module).get("config") is old:
-            module.config = text_config  # type: ignore[assignment]
-    model.config = whole
-    renumber_modules_(model, plan)
-    text_model = Parts(model).text_model
-    for name in plan.before.backbone.layer_indices:
-        if hasattr(text_model, name):
-            setattr(text_model, name, getattr(text_config, name))
-    if "first_kv_shared_layer_idx" in vars(text_model):
-        shared: int = getattr(text_config, plan.before.backbone.shared_tail or "")
-        text_model.first_kv_shared_layer_idx = plan.after.num_layers - shared
-    for layer, shape in zip(text_model.layers, plan.after.layers, strict=True):
-        if shape.num_kv_heads:
-            attention = layer.get_submodule("self_attn")
-            set_counts_(attention, text_config, shape.num_heads, shape.num_kv_heads)
-    set_class_(model)
-    if plan.needs_retype:
-        retype_modules_(model, old, text_config)

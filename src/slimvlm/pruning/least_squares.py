@@ -39,15 +39,6 @@ class Refit:
     repaired_error: float  # with the new weights and bias
 
 
-@dataclass(frozen=True)
-class Confirmation:
-    """How well new weights do on held-out tokens."""
-
-    share: float  # best share of the way from the sliced to the new weights, from 0 to 1
-    sliced: float  # squared error of the sliced weights, by the target's sum of squares
-    error: float  # the same at the share
-
-
 def blended(
     sliced: Float[Tensor, "*_"], new: Float[Tensor, "*_"], share: float
 ) -> Float[Tensor, "*_"]:
@@ -61,8 +52,8 @@ def confirmed(
     bias: Float[Tensor, " O"] | None,
     rows: Iterable[Sequence[Tensor]],
     keep: Int[Tensor, " K"],
-) -> Confirmation:
-    """Find the best share of the way from sliced to new weights on held-out tokens.
+) -> tuple[float, float, float]:
+    """Return the errors of sliced and of blended weights on held-out tokens, and the best share.
 
     Along ``W_K + s (W' - W_K)``, and the bias likewise, the squared error is a parabola in the
     share ``s``: with ``r`` the residual of the sliced weights and ``c`` the change by the new ones,
@@ -93,7 +84,7 @@ def confirmed(
     along, length, before, whole_square = torch.stack([toward, square, sliced, target]).tolist()
     share = min(max(along / length, 0.0), 1.0) if length > 0 else 0.0
     error = before - 2 * share * along + share**2 * length
-    return Confirmation(share, _share(before, whole_square), _share(error, whole_square))
+    return _share(before, whole_square), _share(error, whole_square), share
 
 
 def refit(

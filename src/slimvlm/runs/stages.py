@@ -34,7 +34,7 @@ from slimvlm.models.parts import context_of
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import lost_heads
 from slimvlm.pruning.tokens import trimmed_processor
-from slimvlm.pruning.walk.distil import LocalSteps
+from slimvlm.pruning.walk.distil import steps_for
 from slimvlm.pruning.walk.engine import Steps, WalkConfig
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.pruning.walk.walk import plans_for
@@ -274,11 +274,11 @@ def walk(
     if not any(each.cuts_layers for each in plans):
         return Walked(plans[0])
     if config.local_steps is None:
-        local = LocalSteps.for_plan(plans[0], len(calibration.fitted))
+        count = steps_for(plans[0], len(calibration.fitted))
     else:
-        local = LocalSteps(count=config.local_steps)
-    steps = Steps(repair=config.repair, local=local)
-    if not chooses and not steps.kinds and not local.count:
+        count = config.local_steps
+    steps = Steps(repair=config.repair, count=count)
+    if not chooses and not steps.kinds and not count:
         return Walked(plans[0])
     held_out = calibration.held_out if request.hold_out else []
     weights = requests.token_weights_of(config)

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
-from slimvlm.pruning.walk.distil import PASSES, RATE, Lesson, LocalSteps, distil_, relative_error
+from slimvlm.pruning.walk.distil import (
+    PASSES,
+    RATE,
+    Lesson,
+    distil_,
+    rate_for,
+    relative_error,
+    steps_for,
+)
 from slimvlm.scoring.score_model import score
 from tests import tiny
 from tests.handmade import assert_equal
@@ -85,9 +93,7 @@ def test_more_steps_and_larger_ones_the_more_goes():
     for plan in plans:
         kept = sum(shape.params for shape in plan.after.layers)
         assert plan.decoder_ratio == pytest.approx(1 - kept / decoder)
-        steps = LocalSteps.for_plan(plan, batches=100)
-        assert steps.count == math.ceil(100 * PASSES * plan.decoder_ratio)
-        assert steps.rate(plan) == RATE * plan.decoder_ratio
-        assert LocalSteps(count=1, learning_rate=0.5).rate(plan) == 0.5
+        assert steps_for(plan, batches=100) == math.ceil(100 * PASSES * plan.decoder_ratio)
+        assert rate_for(plan) == RATE * plan.decoder_ratio
     assert plans[0].decoder_ratio < plans[1].decoder_ratio
-    assert LocalSteps.for_plan(Plan.everything(anatomy), batches=100).count == 0
+    assert steps_for(Plan.everything(anatomy), batches=100) == 0

@@ -15,7 +15,6 @@ from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.load import auto_class, load
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.save import prune_checkpoint, save
-from slimvlm.pruning.walk.distil import LocalSteps
 from slimvlm.pruning.walk.engine import LayerWalk, Steps, WalkConfig
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.pruning.walk.walk import plans_for, walk, walk_, walk_checkpoint
@@ -32,7 +31,7 @@ REFUSED = {
     **dict.fromkeys(("gemma3n_text", "gemma3n", "gemma4_text", "gemma4"), "read keys and values"),
     **{"molmo2": "cannot be read with low memory"},
 }
-EVERYTHING = Steps(repair="both", local=LocalSteps(count=2))
+EVERYTHING = Steps(repair="both", count=2)
 CPU = torch.device("cpu")
 BY_DEFAULT = ("phi", "lfm2", "qwen3_vl")
 """Parallel blocks with biases, layers without attention, features added between layers."""

@@ -15,7 +15,6 @@ from slimvlm.models.load import auto_class
 from slimvlm.models.parts import Parts
 from slimvlm.planning.make import make_plan, width_candidates
 from slimvlm.planning.plan import Plan
-from slimvlm.pruning.walk.distil import LocalSteps
 from slimvlm.pruning.walk.engine import Steps, WalkConfig
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.pruning.walk.streams import PREFIX, Streams
@@ -430,7 +429,7 @@ def test_steps_that_spoil_a_layer_are_not_kept():
     model = tiny.build("llama")
     data, judges = ([tiny.batch(model, 8, seed) for seed in seeds] for seeds in ([0], [1, 2, 3]))
     plan = narrow(model)
-    steps = Steps(repair="none", local=LocalSteps(count=3, learning_rate=10.0))
+    steps = Steps(repair="none", count=3, learning_rate=10.0)
     found = outcome(model, plan, data, judges, steps)
     pairs = [layer.distilled for layer in found.report.layers]
     assert all(pair is not None and pair[0] == pair[1] for pair in pairs)
@@ -477,7 +476,7 @@ def test_a_walk_that_is_not_applied_leaves_the_model_alone():
     model = tiny.build("phi")
     data = [tiny.batch(model, 12, seed) for seed in range(5)]
     before, said = snapshot(model), logits(model, data[0])
-    steps = Steps(repair="both", local=LocalSteps(count=2))
+    steps = Steps(repair="both", count=2)
     found = outcome(model, narrow(model, [0, 1, 3]), data[:4], data[4:], steps)
     assert_untouched(model, before)
     assert torch.equal(logits(model, data[0]), said)

@@ -10,13 +10,11 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Annotated
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from slimvlm.core.options import ABOVE_0, AT_LEAST_0, Options
 from slimvlm.planning.plan import Plan
 
 PASSES, RATE = 10.0, 4e-3
@@ -24,27 +22,14 @@ PASSES, RATE = 10.0, 4e-3
 goes. Measured in ``docs/results.md``."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class LocalSteps(Options):
-    """How layers are distilled; a `ConfigError` if a value is out of range."""
-
-    count: Annotated[int, AT_LEAST_0] = 0
-    """Optimizer steps on each layer."""
-    learning_rate: Annotated[float | None, ABOVE_0] = None
-    """Peak rate of Adam; it rises for a third of the steps and falls for the rest. By default 0.004
-    times the share of the decoder that a plan removes."""
-
-    @classmethod
-    def for_plan(cls, plan: Plan, batches: int) -> LocalSteps:
-        """As many as a plan needs: ten passes over the batches, times the share that it removes."""
-        return cls(count=math.ceil(PASSES * plan.decoder_ratio * batches))
-
-    def rate(self, plan: Plan) -> float:
-        """The peak rate for a plan."""
-        return self.learning_rate or RATE * plan.decoder_ratio
+def steps_for(plan: Plan, batches: int) -> int:
+    """Return as many steps as a plan needs."""
+    return math.ceil(PASSES * plan.decoder_ratio * batches)
 
 
-NO_LOCAL_STEPS = LocalSteps()
+def rate_for(plan: Plan) -> float:
+    """Return the peak rate of Adam for a plan; it rises for a third of the steps, then falls."""
+    return RATE * plan.decoder_ratio
 
 
 @dataclass(frozen=True)

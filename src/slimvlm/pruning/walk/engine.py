@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from slimvlm.core.errors import ConfigError
+from slimvlm.core.options import ABOVE_0, AT_LEAST_0, Options, Repair
 from slimvlm.core.progress import progress
 from slimvlm.models.anatomy import WIDTH_UNITS
 from slimvlm.models.parts import Parts
@@ -27,7 +27,7 @@ from slimvlm.pruning.repair import (
     require_ridge,
     writers_of_layer,
 )
-from slimvlm.pruning.walk.distil import NO_LOCAL_STEPS, Lesson, LocalSteps, distil_
+from slimvlm.pruning.walk.distil import Lesson, distil_, rate_for
 from slimvlm.pruning.walk.result import (
     LayerReport,
     MatrixReport,
@@ -37,218 +37,35 @@ from slimvlm.pruning.walk.result import (
     assign_,
     entry_of,
 )
-from slimvlm.pruning.walk.streams import ORIGINAL, PREFIX, SLICED, KeptInputs, Streams
+from slimvlm.pruning.walk.streams import ORIGINAL, PREFIX, SLICED, Streams
 from slimvlm.scoring.batches import Batch, TokenWeights
 from slimvlm.scoring.layerwise.stores import Store
-from slimvlm.scoring.moments import Moments
 from slimvlm.scoring.obs import DAMPING, removal_order
 from slimvlm.scoring.unit_scores import Scores
 
 
 @dataclass(frozen=True, kw_only=True)
-class Steps:
+class Steps(Options):
     """Steps of a walk in one layer; a `ConfigError` if a value is not allowed."""
 
-    repair: str = "auto"
-    """One of `REPAIRS`. With ``auto`` the walk is judged by the answers of held-out batches at its
-    end, and its new weights are dropped if plain slices do better."""
+    repair: Repair = "auto"
+    """With ``auto`` the walk is judged by the answers of held-out batches at its end, and its new
+    weights are dropped if plain slices do better."""
     ridge: float = RIDGE
     """See `slimvlm.pruning.least_squares.refit`."""
-    local: LocalSteps = NO_LOCAL_STEPS
-    """Local distillation."""
+    count: Annotated[int, AT_LEAST_0] = 0
+    """Optimizer steps on each layer alone; see `slimvlm.pruning.walk.distil`."""
+    learning_rate: Annotated[float | None, ABOVE_0] = None
+    """Peak rate of these; by default `rate_for` the plan."""
 
     def __post_init__(self) -> None:
-        if self.repair not in REPAIRS:
-            raise ConfigError(f"repair {self.repair!r} must be one of: {', '.join(REPAIRS)}")
+        super().__post_init__()
         require_ridge(self.ridge)
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """Kinds of repair that are allowed."""
         return REPAIRS[self.repair]
-
-
-@dataclass(frozen=True)
-class LayerOutcome:
-    """The result of walking one layer."""
-
-    report: LayerReport
-    kept: Mapping[str, Kept]  # the units that stay, by kind, where the walk chose them
-    scores: Mapping[str, Tensor]  # that they were chosen by
-    weights: Mapping[str, Tensor]  # by path: parameters that are no slices of the original's
-    notes: Sequence[str]
-
-
-@dataclass
-class LayerWalk:
-    """Make one layer smaller, whose weights are loaded."""
-
-    streams: Streams
-    plan: Plan  # the units that stay; with ``chooses`` only how many
-    index: int  # the layer's original number
-    end: int  # the layer whose input is to be made; more than one further at a seam
-    chooses: bool  # whether units are to be chosen
-    steps: Steps
-    judged: bool  # whether held-out states also pass through plain slices, for comparison
-
-    def __post_init__(self) -> None:
-        self._model = self.streams.runner.model
-        self._layer = Parts(self._model).layers[self.index]
-        self._is_idle = self.index not in self.streams.layers_run
-        self._kept: dict[str, Kept] = {}
-        self._scores: dict[str, Tensor] = {}
-        self._refits: dict[str, MatrixReport] = {}
-        self._notes: list[str] = []
-        self._inputs: list[KeptInputs] = []
-        self._sliced: list[tuple[nn.Linear, dict[str, nn.Parameter | None]]] = []
-
-    def go(self) -> LayerOutcome:
-        """Choose, cut, refit, distil, and pass the states on."""
-        row = self.plan.before.backbone
-        writers = list(writers_of_layer(self._layer, self.index, row))
-        is_seam = self._is_seam(writers)
-        for writer in writers:
-            kind = SEAM if is_seam and writer.kind == MLP else writer.kind
-            self._work_on(writer, kind if kind in self.steps.kinds and not self._is_idle else None)
-        cut_layer_(self._model, self.plan, self.index)
-        if self.judged:
-            with self._only_cut():
-                self.streams.pass_on(SLICED, self.index, self.end, self.streams.held_out)
-        distilled, local = None, self.steps.local
-        if local.count:
-            sets = (self.streams.fitted, self.streams.held_out)
-            lessons, exams = (list(self._lessons(places)) for places in sets)
-            if lessons:
-                rate = local.rate(self.plan)
-                distilled = distil_(self._layer, lessons, exams, local.count, rate)
-            self._inputs.clear()
-        places = self.streams.places
-        self.streams.pass_on(PREFIX, self.index, self.end, places, self._inputs)
-        return LayerOutcome(
-            LayerReport(self.index, self._refits, distilled),
-            self._kept,
-            self._scores,
-            self._changed(everything=distilled is not None),
-            self._notes,
-        )
-
-    def _work_on(self, writer: Writer, kind: str | None) -> None:
-        """Choose the inputs of a matrix, cut it, and refit it if a kind of repair is named."""
-        unit, linear = writer.unit, writer.linear
-        total = self.plan.before.layers[self.index].units(unit)
-        count = len(self.plan.kept(unit)[self.index])
-        if count == total and kind != SEAM:
-            return
-        moments = None
-        must_choose = self.chooses and count < total
-        if kind is not None or must_choose:
-            inputs = self.streams.keep_inputs(writer, self._inputs)
-            self._inputs += [] if inputs is None else [inputs]
-            end = self.end if kind == SEAM else None
-            places = self.streams.fitted
-            moments = self.streams.moments(PREFIX, writer, places, end, self._inputs)
-        refitted = None
-        if moments is not None and must_choose:
-            refitted = self._choose(writer, moments, total, count)
-        fitted = None
-        if moments is not None and kind is not None:
-            fitted = self._fitted(writer, kind, moments, refitted)
-        keep = writer.kept_channels(self.plan)
-        cut_layer_(self._model, self.plan, self.index, [unit])
-        for inputs in self._inputs:
-            if inputs.linear is linear:
-                inputs.cut_(keep)
-        self._sliced.append((linear, dict(linear._parameters)))
-        if fitted is not None:
-            writer.assign_(*fitted)
-
-    def _choose(self, writer: Writer, moments: Moments, total: int, count: int) -> Tensor:
-        """Keep the units whose removal costs most; return their columns, refitted without bias."""
-        unit = writer.unit
-        gram = moments.gram / moments.count.clamp_min(1e-12)
-        damping = self.steps.ridge or DAMPING
-        found = removal_order(writer.weight, gram, total, total - count, damping)
-        self._scores[unit] = found.scores()
-        self._kept[unit] = tuple(found.left.tolist())
-        self.plan = self.plan.with_units(self.index, {unit: self._kept[unit]})
-        return found.weights
-
-    def _fitted(
-        self, writer: Writer, kind: str, moments: Moments, refitted: Tensor | None
-    ) -> tuple[Tensor, Tensor | None] | None:
-        """Refit a matrix as far as held-out tokens confirm; None if they confirm nothing."""
-        weight, bias = writer.weight, writer.bias
-        keep = writer.kept_channels(self.plan)
-        places, end = self.streams.held_out, self.end if kind == SEAM else None
-        new: tuple[Tensor, Tensor | None]
-        is_done = bias is None and kind != SEAM and self.steps.ridge > 0
-        if refitted is not None and is_done and places:
-            new = refitted, None
-        else:
-            fit = refit(weight, bias, moments, keep, self.steps.ridge)
-            new = fit.weight, fit.bias
-            row = MatrixReport(kind, fit.sliced_error, fit.repaired_error, 1.0)
-        if places:
-            rows = self.streams.rows(PREFIX, writer, places, end, self._inputs)
-            found = confirmed(new, weight, bias, rows, keep)
-            row = MatrixReport(kind, found.sliced, found.error, found.share)
-        self._refits[writer.projection.path] = row
-        if not row.share:
-            return None
-        new_bias = None if bias is None or new[1] is None else blended(bias, new[1], row.share)
-        return blended(weight[:, keep], new[0], row.share), new_bias
-
-    def _is_seam(self, writers: Sequence[Writer]) -> bool:
-        """Whether layers are gone behind this one and its last matrix can be fitted for them."""
-        is_last = self.end == self.index + 1
-        mlp = [writer.linear for writer in writers if writer.kind == MLP]
-        if is_last or self._is_idle or SEAM not in self.steps.kinds or not mlp:
-            return False
-        if self.streams.adds_plainly(self.index, mlp[-1]):
-            return True
-        self._notes.append(f"layer {self.index} has a norm after its MLP: its seam stays")
-        return False
-
-    @contextmanager
-    def _only_cut(self) -> Iterator[None]:
-        """Make the refitted matrices plain slices for a while."""
-        linears = [linear for linear, _ in self._sliced]
-        walked = [dict(linear._parameters) for linear in linears]
-        try:
-            for linear, sliced in self._sliced:
-                linear._parameters.update(sliced)
-            yield
-        finally:
-            for linear, parameters in zip(linears, walked, strict=True):
-                linear._parameters.update(parameters)
-
-    def _lessons(self, places: Sequence[int]) -> Iterator[Lesson]:
-        """Make lessons of batches that run the layer and have a token that counts."""
-        streams = self.streams
-        for place in places:
-            weights = streams.weights[place].to(streams.runner.devices[self.index])
-            if self.index in streams.runner.layers_of(place) and weights.any():
-                yield Lesson(
-                    partial(streams.output, PREFIX, self.index, place),
-                    partial(streams.state, ORIGINAL, self.end, place),
-                    weights,
-                )
-
-    def _changed(self, everything: bool) -> dict[str, Tensor]:
-        """The parameters that are no plain slices, by their paths."""
-        refitted = tuple(f"{path}." for path, row in self._refits.items() if row.share)
-        return {
-            name: parameter.detach().clone()
-            for name, parameter in self._layer.named_parameters()
-            if everything or name.startswith(refitted)
-        }
-
-
-_TRIAL_PLAN = "trial-plan"
-_TRIAL = "trial"
-"""The stream of the trial: hidden states after whole layers."""
-_TRIED = 2
-"""Layers that are tried, spread evenly over those that lose units."""
 
 
 @dataclass(frozen=True)
@@ -262,6 +79,145 @@ class WalkConfig:
     steps: Steps
     token_weights: TokenWeights | None = None  # by role; None: all weigh 1
 
+    @property
+    def aims_at_original(self) -> bool:
+        """Whether layers are fitted to the original's hidden states."""
+        removes_layers = any(len(plan.layers) < plan.before.num_layers for plan in self.plans)
+        return aims_at_original(self.steps.repair, self.steps.count, removes_layers)
+
+
+class LayerOutcome(NamedTuple):
+    """The stored result of walking one layer; its new weights stay in the store."""
+
+    report: LayerReport
+    kept: Mapping[str, Kept]  # the units that stay, by kind, where the walk chose them
+    scores: Mapping[str, Tensor]  # that they were chosen by
+    notes: Sequence[str]
+
+
+@dataclass
+class LayerWalk:
+    """Make one layer smaller, whose weights are loaded."""
+
+    streams: Streams
+    config: WalkConfig
+    plan: Plan  # the units that stay; if the walk chooses, only how many
+    index: int  # the layer's original number
+    end: int  # the layer whose input is to be made; more than one further at a seam
+    judged: bool  # whether held-out states also pass through plain slices, for comparison
+
+    def __post_init__(self) -> None:
+        self._kept: dict[str, Kept] = {}
+        self._scores: dict[str, Tensor] = {}
+        self._refits: dict[str, MatrixReport] = {}
+        self._sliced: list[tuple[nn.Linear, dict[str, nn.Parameter | None]]] = []
+
+    def go(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Choose, cut, refit, distil, and pass the states on; return what is stored of it."""
+        streams, steps, index, end = self.streams, self.config.steps, self.index, self.end
+        model, is_idle = streams.runner.model, index not in streams.layers_run
+        layer, notes = Parts(model).layers[index], list[str]()
+        writers = list(writers_of_layer(layer, index, self.plan.before.backbone))
+        # the last matrix is fitted for the layers that are gone behind this one
+        mlp = [writer.linear for writer in writers if writer.kind == MLP]
+        is_seam = end > index + 1 and not is_idle and SEAM in steps.kinds and bool(mlp)
+        if is_seam and not streams.adds_plainly(index, mlp[-1]):
+            is_seam = False
+            notes.append(f"layer {index} has a norm after its MLP: its seam stays")
+        for writer in writers:
+            kind = SEAM if is_seam and writer.kind == MLP else writer.kind
+            self._work_on(writer, kind if kind in steps.kinds and not is_idle else None)
+        cut_layer_(model, self.plan, index)
+        if self.judged:  # refitted matrices are plain slices for a while
+            walked = [dict(linear._parameters) for linear, _ in self._sliced]
+            for linear, sliced in self._sliced:
+                linear._parameters.update(sliced)
+            streams.pass_on(SLICED, index, end, streams.held_out)
+            for (linear, _), parameters in zip(self._sliced, walked, strict=True):
+                linear._parameters.update(parameters)
+        distilled = None
+        if steps.count:
+            streams.kept.clear()
+            lessons, exams = (list(self._lessons(p)) for p in (streams.fitted, streams.held_out))
+            if lessons:
+                rate = steps.learning_rate or rate_for(self.plan)
+                distilled = distil_(layer, lessons, exams, steps.count, rate)
+        streams.pass_on(PREFIX, index, end, streams.places)
+        refitted = tuple(f"{path}." for path, row in self._refits.items() if row.share)
+        weights = {  # that are no plain slices
+            name: parameter.detach().clone()
+            for name, parameter in layer.named_parameters()
+            if distilled is not None or name.startswith(refitted)
+        }
+        report = asdict(LayerReport(index, self._refits, distilled))
+        about = {"report": report, "kept": self._kept, "weights": list(weights), "notes": notes}
+        scores = {f"scores.{unit}": values for unit, values in self._scores.items()}
+        return {**weights, **scores}, about
+
+    def _work_on(self, writer: Writer, kind: str | None) -> None:
+        """Choose the inputs of a matrix, cut it, and refit it if a kind of repair is named."""
+        streams, unit, ridge = self.streams, writer.unit, self.config.steps.ridge
+        total = self.plan.before.layers[self.index].units(unit)
+        count = len(self.plan.kept(unit)[self.index])
+        if count == total and kind != SEAM:
+            return
+        weight, bias = writer.weight, writer.bias
+        end, fitted = self.end if kind == SEAM else None, None
+        must_choose = self.config.chooses and count < total
+        if kind is not None or must_choose:
+            streams.keep_inputs(writer)
+            moments = streams.moments(PREFIX, writer, streams.fitted, end)
+        if must_choose:  # the units stay whose removal costs most
+            gram = moments.gram / moments.count.clamp_min(1e-12)
+            found = removal_order(weight, gram, total, total - count, ridge or DAMPING)
+            self._scores[unit] = found.scores()
+            self._kept[unit] = tuple(found.left.tolist())
+            self.plan = self.plan.with_units(self.index, {unit: self._kept[unit]})
+        keep = writer.kept_channels(self.plan)
+        if kind is not None:  # refit as far as held-out tokens confirm
+            new: tuple[Tensor, Tensor | None]
+            if must_choose and bias is None and kind != SEAM and ridge > 0 and streams.held_out:
+                new = found.weights, None
+            else:
+                fit = refit(weight, bias, moments, keep, ridge)
+                new = fit.weight, fit.bias
+                row = MatrixReport(kind, fit.sliced_error, fit.repaired_error, 1.0)
+            if streams.held_out:
+                rows = streams.rows(PREFIX, writer, streams.held_out, end)
+                row = MatrixReport(kind, *confirmed(new, weight, bias, rows, keep))
+            self._refits[writer.projection.path] = row
+            if row.share:
+                new_bias = None
+                if bias is not None and new[1] is not None:
+                    new_bias = blended(bias, new[1], row.share)
+                fitted = blended(weight[:, keep], new[0], row.share), new_bias
+        cut_layer_(streams.runner.model, self.plan, self.index, [unit])
+        for inputs in streams.kept:
+            if inputs.linear is writer.linear:
+                inputs.cut_(keep)
+        self._sliced.append((writer.linear, dict(writer.linear._parameters)))
+        if fitted is not None:
+            writer.assign_(*fitted)
+
+    def _lessons(self, places: Sequence[int]) -> Iterator[Lesson]:
+        """Make lessons of batches that run the layer and have a token that counts."""
+        streams = self.streams
+        for place in places:
+            weights = streams.weights[place].to(streams.runner.devices[self.index])
+            if self.index in streams.runner.layers_of(place) and weights.any():
+                yield Lesson(
+                    partial(streams.output, PREFIX, self.index, place),
+                    partial(streams.state, ORIGINAL, self.end, place),
+                    weights,
+                )
+
+
+_TRIAL_PLAN = "trial-plan"
+_TRIAL = "trial"
+"""The stream of the trial: hidden states after whole layers."""
+_TRIED = 2
+"""Layers that are tried, spread evenly over those that lose units."""
+
 
 @dataclass
 class Walk:
@@ -272,24 +228,30 @@ class Walk:
     config: WalkConfig
 
     def __post_init__(self) -> None:
-        steps, can_judge = self.config.steps, len(self.streams.held_out) > 0
-        self._depth = len(Parts(self.streams.runner.model).layers)
-        # Held-out answers decide between the new weights and plain slices.
-        self._is_judged = steps.repair == "auto" and can_judge and not self.streams.has_several
+        streams, is_auto = self.streams, self.config.steps.repair == "auto"
+        self._depth = len(Parts(streams.runner.model).layers)
+        # Held-out answers decide between the new weights and plain slices, unless hidden states
+        # hold several residual streams, which only the model merges.
+        can_judge = len(streams.held_out) > 0 and streams.runner.input_of(0, 0).ndim < 4
+        self._is_judged = is_auto and can_judge
 
     @torch.no_grad()
     def run(self) -> Walked:
         """Walk all layers that are not walked yet."""
-        if not self.results.has(_TRIAL_PLAN):
+        results = self.results
+        if not results.has(_TRIAL_PLAN):
             chosen = cheapest_plan(self.streams, self.config.plans)
-            self.results.write(_TRIAL_PLAN, 0, {}, chosen.to_dict())
-            self.results.finish(_TRIAL_PLAN)
-        plan = Plan.from_dict(self.results.about(_TRIAL_PLAN, 0))
+            results.write(_TRIAL_PLAN, 0, {}, chosen.to_dict())
+            results.finish(_TRIAL_PLAN)
+        plan = Plan.from_dict(results.about(_TRIAL_PLAN, 0))
         outcomes: list[LayerOutcome] = []
         for index in progress(plan.layers, "walk"):
-            if not self.results.has(entry_of(index)):
+            if not results.has(entry_of(index)):
                 self._replay(plan, outcomes)
-                self._walk(plan, index)
+                with self._layer(plan, index) as (_, end):
+                    how = (self.config, plan, index, end, self._is_judged)
+                    results.write(entry_of(index), 0, *LayerWalk(self.streams, *how).go())
+                    results.finish(entry_of(index))
             outcomes.append(self._recall(index))
             plan = plan.with_units(index, outcomes[-1].kept)
         notes = []
@@ -300,8 +262,14 @@ class Walk:
             notes.append("the first layers are gone: no layer before them could be repaired")
         notes += [note for outcome in outcomes for note in outcome.notes]
         report = WalkReport([outcome.report for outcome in outcomes], notes=notes)
-        weights = StoredWeights(self.results, plan.layers)
-        walked = Walked(plan, report, weights, _scores(plan, outcomes))
+        scores: dict[str, Any] = {}  # layers without a choice have zeros
+        for unit in WIDTH_UNITS:
+            if values := {o.report.index: o.scores[unit] for o in outcomes if unit in o.scores}:
+                shapes = enumerate(plan.before.layers)
+                none = ((index, torch.zeros(shape.units(unit))) for index, shape in shapes)
+                scores[unit] = [values.get(index, zeros) for index, zeros in none]
+        weights = StoredWeights(results, plan.layers)
+        walked = Walked(plan, report, weights, Scores("obs", **scores) if scores else None)
         if not self._is_judged:
             return walked
         self._replay(plan, outcomes)
@@ -319,12 +287,20 @@ class Walk:
         place = plan.layers.index(index)
         begin = index if place else 0  # the original runs the layers that go before it, too
         end = (*plan.layers, self._depth)[place + 1]
-        steps, removes_layers = self.config.steps, len(plan.layers) < self._depth
-        if aims_at_original(steps.repair, steps.local.count, removes_layers):
+        if self.config.aims_at_original:
             self.streams.advance_original(begin, end)
         layer, runner = Parts(self.streams.runner.model).layers[index], self.streams.runner
-        with runner.source.layer(index, runner.device), _unchanged(layer):
-            yield layer, end
+        with runner.source.layer(index, runner.device):
+            before = [
+                (module, {**vars(module), "_parameters": dict(module._parameters)})
+                for module in layer.modules()
+            ]
+            try:
+                yield layer, end
+            finally:  # the layer is as it was
+                for module, attributes in before:
+                    vars(module).clear()
+                    vars(module).update(attributes)
         self.streams.forget(begin, end)
 
     def _replay(self, plan: Plan, outcomes: Sequence[LayerOutcome]) -> None:
@@ -344,20 +320,8 @@ class Walk:
                         assign_(layer, path, weights[place, path])
                 self.streams.pass_on(PREFIX, index, end, self.streams.places)
 
-    def _walk(self, plan: Plan, index: int) -> None:
-        """Walk one layer, and store its outcome."""
-        config = self.config
-        with self._layer(plan, index) as (_, end):
-            how = (config.chooses, config.steps, self._is_judged)
-            outcome = LayerWalk(self.streams, plan, index, end, *how).go()
-            scores = {f"scores.{unit}": values for unit, values in outcome.scores.items()}
-            about = asdict(replace(outcome, scores={}, weights={}))
-            about["weights"] = list(outcome.weights)
-            self.results.write(entry_of(index), 0, {**outcome.weights, **scores}, about)
-            self.results.finish(entry_of(index))
-
     def _recall(self, index: int) -> LayerOutcome:
-        """The stored outcome of a walked layer; its new weights stay in the store."""
+        """Read the outcome of a walked layer."""
         about = self.results.about(entry_of(index), 0)
         stored = self.results.read(entry_of(index), 0, torch.device("cpu"))
         report, distilled = about["report"], about["report"]["distilled"]
@@ -366,7 +330,6 @@ class Walk:
             LayerReport(index, refits, None if distilled is None else tuple(distilled)),
             {name: tuple(units) for name, units in about["kept"].items()},
             {unit: stored[f"scores.{unit}"] for unit in WIDTH_UNITS if f"scores.{unit}" in stored},
-            {},
             about["notes"],
         )
 
@@ -374,35 +337,6 @@ class Walk:
 def aims_at_original(repair: str, local_steps: int | None, removes_layers: bool) -> bool:
     """Whether a walk fits layers to the original's hidden states; ``local_steps`` None: unknown."""
     return local_steps != 0 or (SEAM in REPAIRS[repair] and removes_layers)
-
-
-def _scores(plan: Plan, outcomes: Sequence[LayerOutcome]) -> Scores | None:
-    """The scores that units were chosen by; layers without a choice have zeros."""
-    found: dict[str, Any] = {}
-    for unit in WIDTH_UNITS:
-        if not any(unit in outcome.scores for outcome in outcomes):
-            continue
-        values = {each.report.index: each.scores[unit] for each in outcomes if unit in each.scores}
-        found[unit] = [
-            values.get(index, torch.zeros(shape.units(unit)))
-            for index, shape in enumerate(plan.before.layers)
-        ]
-    return Scores("obs", **found) if found else None
-
-
-@contextmanager
-def _unchanged(layer: nn.Module) -> Iterator[None]:
-    """Put parameters and attributes of a layer back at the end."""
-    before = [
-        (module, {**vars(module), "_parameters": dict(module._parameters)})
-        for module in layer.modules()
-    ]
-    try:
-        yield
-    finally:
-        for module, attributes in before:
-            vars(module).clear()
-            vars(module).update(attributes)
 
 
 def cheapest_plan(streams: Streams, plans: Sequence[Plan]) -> Plan:
@@ -417,29 +351,22 @@ def cheapest_plan(streams: Streams, plans: Sequence[Plan]) -> Plan:
     ]
     step = len(losing) / (_TRIED + 1)
     tried = sorted({losing[int(step * (place + 1))] for place in range(_TRIED)})
-    costs, runner = [0.0] * len(plans), streams.runner
+    costs, runner, before = [0.0] * len(plans), streams.runner, first.before
     for index in range(tried[-1] + 1):
         with runner.source.layer(index, runner.device):
+            layer, written, total = Parts(runner.model).layers[index], 0.0, [0.0] * len(plans)
+            for writer in writers_of_layer(layer, index, before.backbone) if index in tried else ():
+                moments, weight = streams.moments(_TRIAL, writer, streams.fitted), writer.weight
+                channels = torch.arange(weight.shape[1], device=weight.device)
+                written += moments.square(weight.double(), channels, centred=False)
+                units = before.layers[index].units(writer.unit)
+                counts = [units - len(plan.kept(writer.unit)[index]) for plan in plans]
+                found = removal_order(weight, moments.gram, units, stop=max(counts)).costs.cpu()
+                for place, count in enumerate(counts):
+                    total[place] += float(found[:count].sum())
             if index in tried:
-                found = _costs(streams, plans, index)
-                costs = [cost + more for cost, more in zip(costs, found, strict=True)]
+                costs = [cost + more / written for cost, more in zip(costs, total, strict=True)]
             if index < tried[-1]:
                 streams.pass_on(_TRIAL, index, index + 1, streams.fitted)
         runner.store.drop(f"{_TRIAL}-{index}")
     return plans[costs.index(min(costs))]
-
-
-def _costs(streams: Streams, plans: Sequence[Plan], index: int) -> list[float]:
-    """The error that each plan causes in a layer, as a share of what the layer writes."""
-    before, total, written = plans[0].before, [0.0] * len(plans), 0.0
-    layer = Parts(streams.runner.model).layers[index]
-    for writer in writers_of_layer(layer, index, before.backbone):
-        moments, weight = streams.moments(_TRIAL, writer, streams.fitted), writer.weight
-        channels = torch.arange(weight.shape[1], device=weight.device)
-        written += moments.square(weight.double(), channels, centred=False)
-        units = before.layers[index].units(writer.unit)
-        counts = [units - len(plan.kept(writer.unit)[index]) for plan in plans]
-        costs = removal_order(weight, moments.gram, units, stop=max(counts)).costs.cpu()
-        for place, count in enumerate(counts):
-            total[place] += float(costs[:count].sum())
-    return [cost / written for cost in total]

@@ -43,10 +43,7 @@ def most_kept(free: float) -> float:
 
 @dataclass(frozen=True)
 class KeptInputs:
-    """The inputs of the matrix that a block, attention or MLP, ends with.
-
-    They are kept so that the modules before the matrix need not run again.
-    """
+    """The inputs of the matrix that ends a block; the modules before it need not run again."""
 
     block: nn.Module  # returns the output of the matrix
     linear: nn.Linear  # the matrix, as it is when it is asked
@@ -77,15 +74,14 @@ class _ReachedError(Exception):
 
 @dataclass(frozen=True)
 class Streams:
-    """The hidden states of stored batches; all streams begin with the embeddings.
-
-    Where a method takes ``kept``, these are the layer's blocks whose last inputs are kept.
-    """
+    """The hidden states of stored batches; all streams begin with the embeddings."""
 
     runner: LayerwiseModel
     fitted: range  # places of the batches for choices and fits
     held_out: range  # places of the batches that confirm and judge
     token_weights: TokenWeights | None  # weight of tokens by role; None: all weigh 1
+    # blocks of the layer that is walked whose last inputs are kept, for the stream of walked layers
+    kept: list[KeptInputs] = field(default_factory=list, init=False)
     _own_calls: dict[tuple[str, int], LayerCalls] = field(default_factory=dict, init=False)
 
     @property
@@ -109,11 +105,6 @@ class Streams:
         config, given = self.runner.model.config, self.token_weights
         return [weights_by_role(config, b, given).flatten() for b in self.runner.batches()]
 
-    @property
-    def has_several(self) -> bool:
-        """Whether hidden states hold several residual streams, which only the model merges."""
-        return self.runner.input_of(0, 0).ndim == 4
-
     @cached_property
     def layers_run(self) -> set[int]:
         """The layers that some fitted batch runs."""
@@ -126,28 +117,19 @@ class Streams:
             return self.runner.store.read(name, place, self.runner.devices[index])["hidden"]
         return self.runner.input_of(0, place)
 
-    def output(
-        self, stream: str, index: int, place: int, kept: Sequence[KeptInputs] = ()
-    ) -> Tensor:
+    def output(self, stream: str, index: int, place: int) -> Tensor:
         """Run a layer on a stream."""
         layer, hidden = Parts(self.runner.model).layers[index], self.state(stream, index, place)
         with ExitStack() as stack:
-            for inputs in kept:
+            for inputs in self.kept if stream == PREFIX else ():
                 stack.enter_context(inputs.replayed(place))
             return self.calls(stream, place).through(layer, index, hidden)
 
-    def pass_on(
-        self,
-        stream: str,
-        index: int,
-        end: int,
-        places: Sequence[int],
-        kept: Sequence[KeptInputs] = (),
-    ) -> None:
+    def pass_on(self, stream: str, index: int, end: int, places: Sequence[int]) -> None:
         """Run batches through a layer, and store its output as the input of layer ``end``."""
         store, name = self.runner.store, f"{stream}-{end}"
         for place in places:
-            output = self.output(stream, index, place, kept)
+            output = self.output(stream, index, place)
             require_finite_values(output, f"the output of layer {index}")
             store.write(name, place, {"hidden": output})
         if places and not store.has(name):
@@ -162,12 +144,13 @@ class Streams:
 
     def forget(self, index: int, end: int) -> None:
         """Drop the states that layers from one up to another have read."""
+        self.kept.clear()
         for i in range(index, end):
             for stream in (PREFIX, ORIGINAL, SLICED):
                 self.runner.store.drop(f"{stream}-{i}")
 
     def inputs(
-        self, stream: str, writer: Writer, places: Sequence[int], kept: Sequence[KeptInputs] = ()
+        self, stream: str, writer: Writer, places: Sequence[int]
     ) -> Iterator[tuple[int, Tensor]]:
         """Inputs of a matrix for each batch, ``[B, T, C]``; nothing after it is run."""
         seen: list[Tensor] = []
@@ -179,11 +162,11 @@ class Streams:
         with writer.linear.register_forward_pre_hook(catch):
             for place in self._running(writer.index, places):
                 with suppress(_ReachedError):
-                    self.output(stream, writer.index, place, kept)
+                    self.output(stream, writer.index, place)
                 yield place, seen.pop()
 
-    def keep_inputs(self, writer: Writer, kept: Sequence[KeptInputs]) -> KeptInputs | None:
-        """Keep a matrix's inputs; None if they are large, or its block does not end with it."""
+    def keep_inputs(self, writer: Writer) -> None:
+        """Keep a matrix's inputs, unless they are large or its block does not end with it."""
         index, linear = writer.index, writer.linear
         parent = writer.projection.path.rpartition(".")[0]
         block = Parts(self.runner.model).layers[index].get_submodule(parent)
@@ -193,37 +176,28 @@ class Streams:
         most = most_kept(free_memory(held(linear.weight[:0]).device))
         first = next(self._running(index, self.places), None)
         if first is None or size > most or shares_keys(self.runner.model.config):
-            return None
+            return
         given: list[Any] = []
         with ExitStack() as stack:
             for module in (linear, block):
                 note = lambda module, args, output: given.append(output)  # noqa: E731
                 stack.enter_context(module.register_forward_hook(note))
-            self.output(PREFIX, index, first, kept)
+            self.output(PREFIX, index, first)
         of_block, *extra = given[-1] if isinstance(given[-1], tuple) else given[-1:]
         if len(given) > 2 or of_block is not given[0] or any(each is not None for each in extra):
-            return None
-        values = {p: held(x) for p, x in self.inputs(PREFIX, writer, self.places, kept)}
-        return KeptInputs(block, linear, len(extra), values, held)
+            return
+        values = {place: held(x) for place, x in self.inputs(PREFIX, writer, self.places)}
+        self.kept.append(KeptInputs(block, linear, len(extra), values, held))
 
     def moments(
-        self,
-        stream: str,
-        writer: Writer,
-        places: Sequence[int],
-        end: int | None = None,
-        kept: Sequence[KeptInputs] = (),
+        self, stream: str, writer: Writer, places: Sequence[int], end: int | None = None
     ) -> Moments:
-        """Sum up the inputs of a matrix and, with ``end``, the residuals of the layer's output.
-
-        The target of the output is the original's input of layer ``end``; without it nothing after
-        the matrix is run.
-        """
+        """Sum up a matrix's inputs and, with ``end``, the output's distance from the original's."""
         linear = writer.linear
         dtype = torch.promote_types(linear.weight.dtype, torch.float32)
         outputs = None if end is None else linear.out_features
         moments = Moments.zero(linear.in_features, outputs, dtype, writer.weight.device)
-        for rows in self.rows(stream, writer, places, end, kept):
+        for rows in self.rows(stream, writer, places, end):
             moments.add(*rows)
         sums = [moments.gram] if moments.cross is None else [moments.gram, moments.cross]
         if not all(map(all_finite, sums)):
@@ -231,22 +205,17 @@ class Streams:
         return moments
 
     def rows(
-        self,
-        stream: str,
-        writer: Writer,
-        places: Sequence[int],
-        end: int | None = None,
-        kept: Sequence[KeptInputs] = (),
+        self, stream: str, writer: Writer, places: Sequence[int], end: int | None = None
     ) -> Iterator[list[Tensor]]:
         """Yield inputs, weights and residuals for `moments`; small batches are joined for speed."""
-        own = next((inputs for inputs in kept if inputs.linear is writer.linear), None)
+        own = next((inputs for inputs in self.kept if inputs.linear is writer.linear), None)
         known = None if own is None else ((p, own.values[p]) for p in places if p in own.values)
         waiting: list[list[Tensor]] = []
-        for place, x in known or self.inputs(stream, writer, places, kept):
+        for place, x in known or self.inputs(stream, writer, places):
             x = x.to(writer.weight.device)
             rows = [x.flatten(0, -2), self.weights[place].to(x.device)]
             if end is not None:
-                output = self.output(stream, writer.index, place, kept)
+                output = self.output(stream, writer.index, place)
                 target = self.state(ORIGINAL, end, place).to(output.device)
                 dtype = torch.promote_types(target.dtype, torch.float32)
                 rows.append((target.to(dtype) - output.to(dtype)).flatten(0, -2).to(x.device))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError, DataError, UnsupportedModelError
 from slimvlm.core.files import require_free
+from slimvlm.core.options import Repair
 from slimvlm.core.progress import Say, silent
 from slimvlm.core.requests import digest
 from slimvlm.models.anatomy import WIDTH_UNITS, Anatomy, read_anatomy
@@ -29,8 +29,7 @@ from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import require_expressible
 from slimvlm.pruning.repair import RIDGE
 from slimvlm.pruning.save import prune_checkpoint
-from slimvlm.pruning.walk.distil import LocalSteps
-from slimvlm.pruning.walk.engine import Steps, Walk, WalkConfig, aims_at_original
+from slimvlm.pruning.walk.engine import Steps, Walk, WalkConfig
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.pruning.walk.streams import Streams
 from slimvlm.scoring.batches import Batch, TokenWeights, frozen
@@ -104,8 +103,7 @@ def walk_(
         NumericalError: If NaN or infinity appears; the message says in which layer. The model is
             not changed then.
     """
-    steps = Steps(repair=repair, ridge=ridge, local=LocalSteps(count=local_steps))
-    fitted, judges = _split(list(batches), held_out, steps)
+    fitted, judges, steps = _prepared(list(batches), held_out, repair, ridge, local_steps)
     require_full_precision(model.config, "pruned")
     require_undivided(model, "pruned")
 
@@ -168,8 +166,7 @@ def walk_checkpoint(
     """
     require_free(out, force)
     place = device_named(device)
-    steps = Steps(repair=repair, ridge=ridge, local=LocalSteps(count=local_steps))
-    fitted, judges = _split(list(batches), held_out, steps)
+    fitted, judges, steps = _prepared(list(batches), held_out, repair, ridge, local_steps)
     given = [scores] if isinstance(scores, Scores) else scores
     opened = open_checkpoint(model, dtype, trust_remote_code)
     with scratch_folder(scratch) as folder:
@@ -178,7 +175,10 @@ def walk_checkpoint(
             "batches": digest([digest_of_tensors(batch) for batch in (*fitted, *judges)]),
             "asked": repr((ratio, axis, plan, allocation, token_weights, options)),
             "scores": [digest_of_tensors(each.tensors()) for each in given],
-            "steps": asdict(steps),
+            "steps": {
+                **{"repair": repair, "ridge": ridge},
+                "local": {"count": local_steps, "learning_rate": None},  # as stored before
+            },
         }
         Scratch(folder).keep_if_same("request.json", request)
 
@@ -196,18 +196,19 @@ def walk_checkpoint(
     return walked
 
 
-def _split(
-    batches: list[Batch], held_out: Iterable[Batch] | None, steps: Steps
-) -> tuple[list[Batch], list[Batch]]:
-    """Set held-out batches aside, if none are given and some are needed."""
+def _prepared(
+    batches: list[Batch], held_out: Iterable[Batch] | None, repair: str, ridge: float, count: int
+) -> tuple[list[Batch], list[Batch], Steps]:
+    """Check the steps; set held-out batches aside, if none are given and some are needed."""
+    steps = Steps(repair=cast(Repair, repair), ridge=ridge, count=count)
     judges = list(held_out) if held_out is not None else []
-    if (steps.repair == "auto" or steps.local.count) and not judges:
+    if (steps.repair == "auto" or steps.count) and not judges:
         batches, judges = [b for i, b in enumerate(batches) if i % 5 != 4], batches[4::5]
         if not judges:
             raise DataError("the walk needs held_out batches, or 5 calibration batches")
     if not batches:
         raise DataError("no calibration batch was given")
-    return batches, judges
+    return batches, judges, steps
 
 
 def plans_for(
@@ -261,9 +262,7 @@ def walk(
         states = Memory()  # layers share objects
     elif states is None:
         tokens = sum(batch["input_ids"].numel() for batch in everything)
-        hidden, steps = text_config_of(model.config).hidden_size, config.steps
-        removes_layers = any(len(plan.layers) < plan.before.num_layers for plan in config.plans)
-        aims = aims_at_original(steps.repair, steps.local.count, removes_layers)
+        hidden, aims = text_config_of(model.config).hidden_size, config.aims_at_original
         needed = states_bytes(hidden, tokens, model.dtype.itemsize, aims)
         place = StatesPlace.of(needed, device)
         say(f"hidden states: {place}")
