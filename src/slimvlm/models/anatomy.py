@@ -11,7 +11,7 @@ of segments (`slimvlm.models.families.Projection`). In a segment, unit ``u`` own
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
 from typing import Annotated, Any
@@ -42,33 +42,21 @@ LAYER_UNITS = (*WIDTH_UNITS, "expert")
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Geometry of one decoder layer and parameter counts of its units.
+    """Geometry of one decoder layer and parameter counts of its units."""
 
-    Attributes:
-        num_kv_heads: KV groups (heads, for multi-head attention); 0 if its token mixer has none.
-        queries_per_group: Query heads that share one KV head.
-        head_dim: Channels of a head.
-        intermediate_size: MLP neurons, with experts those of one; 0 if none of its neurons can go.
-        kv_group_params: Parameters of one KV group (its q, k, v rows and biases, o columns).
-        neuron_params: Parameters of one neuron (gate and up rows and biases, down column).
-        fixed_params: Parameters that no unit owns, such as norms and output biases.
-        num_experts: Experts of which each token takes a few; 0 if none of them can go.
-        expert_neuron_params: The part of ``neuron_params`` in one expert; 0 without experts.
-        expert_fixed_params: Parameters of one expert that no neuron owns, such as the router's row.
-        token_params: The part of ``fixed_params`` that one token has in the layer's own embedding.
-    """
-
-    num_kv_heads: Width
-    queries_per_group: Width
-    head_dim: Width
-    intermediate_size: Width
-    kv_group_params: Count
-    neuron_params: Count
-    fixed_params: Count
-    num_experts: Width = 0
-    expert_neuron_params: Count = 0
-    expert_fixed_params: Count = 0
-    token_params: Count = 0
+    num_kv_heads: Width  # KV groups (heads, for multi-head attention); 0 if its mixer has none
+    queries_per_group: Width  # query heads that share one KV head
+    head_dim: Width  # channels of a head
+    intermediate_size: Width  # MLP neurons, with experts those of one; 0 if none of them can go
+    kv_group_params: Count  # of one KV group: its q, k, v rows and biases, o columns
+    neuron_params: Count  # of one neuron: gate and up rows and biases, down column
+    fixed_params: Count  # that no unit owns, such as norms and output biases
+    num_experts: Width = 0  # of which each token takes a few; 0 if none of them can go
+    expert_neuron_params: Count = 0  # the part of ``neuron_params`` in one expert
+    expert_fixed_params: Count = 0  # of one expert, that no neuron owns, such as the router's row
+    token_params: Count = (
+        0  # the part of ``fixed_params`` of one token in the layer's own embedding
+    )
 
     @property
     def num_heads(self) -> int:
@@ -332,18 +320,21 @@ def read_anatomy(model: nn.Module) -> Anatomy:
     parts = Parts(model)
     config: Any = model.config
     family, backbone, text_config = parts.family, parts.row, parts.text_config
-    embedding = _by_id(parts.text_model.get_submodule("embed_tokens").parameters())
-    head = _by_id(parts.head.parameters())
-    norm = _by_id(parts.norm.parameters())
-    projector = _by_id(p for path in family.projector for p in parameters_below(model, path))
-    towers = _by_id(p for path in family.towers for p in parameters_below(model, path))
-    stacked = _by_id(p for _, module in parts.stacks() for p in module.parameters())
-    listed = embedding | head | norm | projector | towers | stacked
-    listed |= _by_id(parts.layers.parameters())
-    count = len(parts.layers)
-    slices = _count(stacked) // count
+
+    def count(parameters: set[nn.Parameter]) -> int:
+        return sum(parameter.numel() for parameter in parameters)
+
+    embedding = set(parts.text_model.get_submodule("embed_tokens").parameters())
+    head, norm = set(parts.head.parameters()), set(parts.norm.parameters())
+    projector = {p for path in family.projector for p in parameters_below(model, path)}
+    towers = {p for path in family.towers for p in parameters_below(model, path)}
+    stacked = {p for _, module in parts.stacks() for p in module.parameters()}
+    listed = {*embedding, *head, *norm, *projector, *towers, *stacked, *parts.layers.parameters()}
+    slices = count(stacked) // len(parts.layers)
     in_layers = sum(
-        module.weight.shape[stack.dim] // count for stack, module in parts.stacks() if stack.rows
+        module.weight.shape[stack.dim] // len(parts.layers)
+        for stack, module in parts.stacks()
+        if stack.rows
     )
     shapes = [read_layer(layer, backbone) for layer in parts.layers]
     experts_per_token = 0
@@ -368,28 +359,20 @@ def read_anatomy(model: nn.Module) -> Anatomy:
         layers=tuple(
             replace(s, fixed_params=s.fixed_params + slices, token_params=in_layers) for s in shapes
         ),
-        embedding_params=_count(embedding),
-        head_params=_count(head, embedding),
-        final_norm_params=_count(norm),
-        vision_params=_count(towers, projector),
-        projector_params=_count(projector),
+        embedding_params=count(embedding),
+        head_params=count(head - embedding),
+        final_norm_params=count(norm),
+        vision_params=count(towers - projector),
+        projector_params=count(projector),
         pinned_layers=pinned,
         retypable=backbone.retype is not None
         and all(getattr(text_config, name) == value for name, value in required),
         fixed_neurons=(
             getattr(text_config, backbone.neuron_field) if family.fixed_neurons else None
         ),
-        other_params=_count(_by_id(parts.text_model.parameters()), listed),
+        other_params=count(set(parts.text_model.parameters()) - listed),
         experts_per_token=experts_per_token,
     )
-
-
-def _by_id(parameters: Iterable[nn.Parameter]) -> dict[int, nn.Parameter]:
-    return {id(parameter): parameter for parameter in parameters}
-
-
-def _count(parameters: dict[int, nn.Parameter], without: Container[int] = ()) -> int:
-    return sum(p.numel() for name, p in parameters.items() if name not in without)
 
 
 def unit_of(projection: Projection) -> str:

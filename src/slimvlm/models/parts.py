@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
@@ -42,15 +42,6 @@ class Matrix:
     def width(self) -> int:
         """Channels along the divided dimension."""
         return self.weight.shape[self.projection.axis]
-
-
-class LayerMatrices(NamedTuple):
-    """The matrices of a decoder layer by the kind of unit that owns parts of them."""
-
-    attention: list[Matrix]
-    mlp: list[Matrix]
-    experts: list[Matrix]
-    """Everything that has an entry for each expert; empty if the layer has no experts."""
 
 
 class Parts:
@@ -146,8 +137,10 @@ def parameters_below(model: nn.Module, path: str) -> list[nn.Parameter]:
     return [] if part is None else list(part.parameters())
 
 
-def layer_matrices(layer: nn.Module, row: Backbone) -> LayerMatrices:
-    """Find the matrices of a layer that units own parts of: of each kind all or none."""
+def layer_matrices(
+    layer: nn.Module, row: Backbone
+) -> tuple[list[Matrix], list[Matrix], list[Matrix]]:
+    """Find the matrices of attention and MLP, and what has an entry for each expert, of a layer."""
 
     def found(wanted: Sequence[Projection]) -> list[Matrix]:
         present, missing = list[Matrix](), list[str]()
@@ -171,11 +164,8 @@ def layer_matrices(layer: nn.Module, row: Backbone) -> LayerMatrices:
         return present
 
     stays_whole = row.whole_mlp_if is not None and attrgetter(row.whole_mlp_if)(layer)
-    return LayerMatrices(
-        found(row.attention),
-        [] if stays_whole else found(row.mlp),
-        [] if row.experts is None else found(row.experts.entries),
-    )
+    experts = () if row.experts is None else row.experts.entries
+    return found(row.attention), found(() if stays_whole else row.mlp), found(experts)
 
 
 def context_of(config: Any) -> int | None:

@@ -43,7 +43,7 @@ def mask_(model: PreTrainedModel, plan: Plan) -> None:
                 matrix.weight.masked_fill_(removed.view(shape).to(matrix.weight.device), 0)
         for index in plan.layers:
             layer = parts.layers[index]
-            for matrix in layer_matrices(layer, parts.row).experts:
+            for matrix in layer_matrices(layer, parts.row)[2]:
                 if matrix.weight.ndim == 2 and len(plan.experts[index]) < matrix.width:
                     path, _, _ = matrix.projection.path.rpartition(".")
                     _route_without(layer.get_submodule(path), matrix.weight, plan.experts[index])

@@ -47,14 +47,8 @@ def write_card(folder: Path, model: PreTrainedModel, plan: Plan | None, facts: C
     original = facts.base if is_hub_id(facts.base) else base.get("base_model")
     text_config = text_config_of(model.config)
     heads = [n for n in MULTI_TOKEN_FIELDS if plan is not None and hasattr(text_config, n)]
-    results = [
-        EvalResult(
-            task_type=task,
-            dataset_type=name,
-            dataset_name=name,
-            metric_type=metric,
-            metric_value=round(value, 2),
-        )
+    results = [  # name and type of the data are the same
+        EvalResult(task, name, name, metric, round(value, 2))
         for name, (metric, value) in facts.scores.items()
     ]
     data = ModelCardData(

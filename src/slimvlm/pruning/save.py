@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from slimvlm.core.errors import ReloadError
@@ -178,11 +178,20 @@ def write_folder(
 ) -> None:
     """Write a checkpoint folder, which takes its name when ``check`` has read it back."""
     with new_folder(out, force) as folder:
+        where = repr(str(folder))
         write_model(folder, model, processor, read)
         if plan is not None:
             plan.save(folder / PLAN_FILE)
             if processor is not None and plan.tokens is not None:
-                _check_tokenizer(folder, model, processor, len(plan.tokens))
+                again = tokenizer_of(load_processor(str(folder), model.config))
+                ours, count = tokenizer_of(processor), len(plan.tokens)
+                if again.get_vocab() != ours.get_vocab() or len(again) != count:
+                    raise ReloadError(f"{where}: the tokenizer reads back with other tokens")
+                for text in (_PROBE, chat.render(processor, probe_messages(processor))):
+                    if again.decode(again(text)["input_ids"]) != ours.decode(
+                        ours(text)["input_ids"]
+                    ):
+                        raise ReloadError(f"{where}: the tokenizer that reads back changes texts")
         write_card(folder, model, plan, check(folder))
         mark_checkpoint(folder)
 
@@ -225,17 +234,6 @@ def _reader_of(checkpoint: LazyCheckpoint, plan: Plan, weights: Weights) -> Call
     return read
 
 
-def _check_tokenizer(folder: Path, model: PreTrainedModel, processor: Any, count: int) -> None:
-    again = tokenizer_of(load_processor(str(folder), model.config))
-    ours = tokenizer_of(processor)
-    if again.get_vocab() != ours.get_vocab() or len(again) != count:
-        raise ReloadError(f"{str(folder)!r}: the tokenizer reads back with other tokens")
-    for text in (_PROBE, chat.render(processor, probe_messages(processor))):
-        told = [words.decode(words(text)["input_ids"]) for words in (again, ours)]
-        if told[0] != told[1]:
-            raise ReloadError(f"{str(folder)!r}: the tokenizer that reads back changes texts")
-
-
 @torch.no_grad()
 def check_reload(model: PreTrainedModel, processor: Any, folder: str | Path) -> None:
     """Load a written folder with the plain Auto class; compare its logits with the live model's."""
@@ -245,60 +243,48 @@ def check_reload(model: PreTrainedModel, processor: Any, folder: str | Path) -> 
     try:
         config = AutoConfig.from_pretrained(folder)
         place = {"device_map": {"": str(model.device)}} if is_quantized(config) else {}
+        code = Path(modeling_pruned.__file__)
+        copied = Path(folder) / code.name
+        # the only code that the folder may hold, and that runs here, is slimvlm's own
+        is_ours = is_uneven(config) and getattr(config, "auto_map", None) == auto_map_of(config)
+        is_ours = is_ours and copied.is_file() and copied.read_bytes() == code.read_bytes()
         again, report = auto_class(config).from_pretrained(
             folder,
             dtype=model.dtype,
-            trust_remote_code=_holds_only_our_code(folder, config),
+            trust_remote_code=is_ours,
             output_loading_info=True,
             **place,
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ReloadError(f"{str(folder)!r} does not load back: {error}") from error
+    again.eval()
     problems = {name: sorted(map(str, keys)) for name, keys in report.items() if keys}
     if problems:
         raise ReloadError(f"{str(folder)!r} loads with wrong keys: {problems}")
     is_divided = len(set(getattr(model, "hf_device_map", {}).values())) > 1
+    live: Any = model
+    device = live.device
     if is_divided:  # it fits on no single card
-        found = _last_logits(again.eval(), {name: value.cpu() for name, value in batch.items()})
-    else:
-        found = _logits_beside(model, again.eval(), batch)
+        found = _last_logits(again, {name: value.cpu() for name, value in batch.items()})
+    elif 1.2 * model.get_memory_footprint() < free_memory(device):
+        found = _last_logits(again.to(device), batch)
+    else:  # the live one goes aside for a while
+        live.to("cpu")
+        try:
+            found = _last_logits(again.to(device), batch)
+        finally:
+            again.to("meta")
+            live.to(device)
     most = 0.1 if is_divided else 1e-3  # kernels of two devices round otherwise
     difference = float((found - expected).abs().max())
     if not difference <= most * max(float(expected.abs().max()), 1.0):
         raise ReloadError(f"{str(folder)!r} loads back to other logits (difference {difference})")
 
 
-def _logits_beside(
-    model: PreTrainedModel, again: PreTrainedModel, batch: dict[str, Tensor]
-) -> Tensor:
-    """Run a reloaded model on the live one's device; move the live one if memory is short."""
-    place = model.device
-    if 1.2 * model.get_memory_footprint() < free_memory(place):
-        return _last_logits(again.to(place), batch)  # type: ignore[arg-type]
-    model.to("cpu")  # type: ignore[arg-type]
-    try:
-        return _last_logits(again.to(place), batch)  # type: ignore[arg-type]
-    finally:
-        again.to("meta")  # type: ignore[arg-type]
-        model.to(place)  # type: ignore[arg-type]
-
-
 def _last_logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     """Run the model's own forward pass; return logits of the last positions."""
     logits: Tensor = model(**batch, logits_to_keep=CHUNK).logits
     return logits.float().cpu()
-
-
-def _holds_only_our_code(folder: str | Path, config: PreTrainedConfig) -> bool:
-    """Whether a folder is of the uneven format and its Python file is the one of this package."""
-    ours = Path(modeling_pruned.__file__)
-    copied = Path(folder) / ours.name
-    return (
-        is_uneven(config)
-        and getattr(config, "auto_map", None) == auto_map_of(config)
-        and copied.is_file()
-        and copied.read_bytes() == ours.read_bytes()
-    )
 
 
 def probe(model: PreTrainedModel, processor: Any) -> dict[str, Tensor]:

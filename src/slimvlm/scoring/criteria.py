@@ -35,7 +35,7 @@ def capture_weights(model: nn.Module, batches: Iterable[Batch], p: int = 1) -> S
         parts[index, matrix.projection.path] = sums.cpu()
     for index, layer in enumerate(view.layers):
         of_experts = []
-        for entry in layer_matrices(layer, view.row).experts:
+        for entry in layer_matrices(layer, view.row)[2]:
             values = with_float64(weight_of(entry.owner, entry.name).float().abs().pow(p))
             of_experts.append(values.reshape(entry.width, -1).sum(1, dtype=torch.float64))
         if of_experts:
