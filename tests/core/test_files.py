@@ -39,7 +39,7 @@ def test_a_folder_appears_when_the_block_ends(tmp_path):
     assert contents(tmp_path) == {"deep/out/sub/file": "new"}
 
 
-OURS = '{"request": {}}'
+OURS = '{"label": "", "seconds": 1, "flops": 1, "request": {}}'
 """What makes a folder one that slimvlm wrote."""
 
 
@@ -119,7 +119,7 @@ def test_a_kill_leaves_the_old_state_and_the_next_run_works(has_old, tmp_path, r
     assert out.exists() == has_old
     assert (contents(out) if has_old else {}) == before
     with new_folder(out, force=has_old) as folder:
-        assert list(folder.iterdir()) == []
+        assert [path.name for path in folder.iterdir()] == [".slimvlm"]
         (folder / "file").write_text("new")
     assert contents(tmp_path) == {"out/file": "new"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -405,3 +405,60 @@ def test_a_name_of_any_kind_gives_a_file_of_its_own(names):
         assert file not in ("", ".", "..")
         assert len(file) < 120
         assert (file == name) == bool(re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", name))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("answers.json", '{"max_new_tokens": 3}'),
+        ("stage.json", '{"request": {}}'),
+        ("config.json", '{"made_from": 1}'),
+        ("index.json", '{"note": "slimvlm-teacher"}'),
+        ("slimvlm_checkpoint.json", '"slimvlm-checkpoint/1"'),
+        ("slimvlm_checkpoint.json", "[" * 5000),
+    ],
+)
+def test_files_that_others_write_too_are_no_marks(name, text, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text(text)
+    with pytest.raises(ConfigError, match="did not write"), new_folder(out, force=True):
+        raise AssertionError("the block must not run")
+    assert contents(out) == {name: text}
+
+
+@pytest.mark.parametrize("what", ["old", "partial"])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_user_s_own_hidden_folders_stay(is_there, what, old, tmp_path):
+    own = tmp_path / f".out.{what}"
+    own.mkdir()
+    (own / "precious").write_text("x")
+    if not is_there:
+        old.rename(tmp_path / "elsewhere")
+
+    def write():
+        with new_folder(old, force=True) as folder:
+            (folder / "file").write_text("new")
+
+    if is_there or what == "partial":
+        with pytest.raises(ConfigError, match="in the way"):
+            write()
+    else:
+        write()
+    assert contents(own) == {"precious": "x"}
+    assert (old / "file").read_text() == ("old" if is_there else "new") if old.exists() else True
+
+
+def test_a_link_and_its_target_are_one_place(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    program = (
+        "import sys\nfrom slimvlm.core.files import held\n"
+        "with held(sys.argv[1]):\n    print('in')\n"
+    )
+    with held(tmp_path / "real"):
+        other = subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path / "link")], capture_output=True, text=True
+        )
+    assert "in use by another run" in other.stderr
+    assert not other.stdout

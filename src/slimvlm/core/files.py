@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -39,16 +41,18 @@ _REASONS = {
 LONGEST_NAME = 200
 """Bytes of a name that leave room for ``.NAME.partial``."""
 
-MARKS = {
-    "slimvlm_checkpoint.json": "slimvlm-checkpoint",
-    "slimvlm_manifest.json": "slimvlm-manifest",  # of an earlier version
-    "config.json": '"made_from"',
-    "index.json": "slimvlm-teacher",
-    "answers.json": '"max_new_tokens"',
-    "stage.json": '"request"',
-    "slimvlm_demo.json": '"stamp"',
+_UNFINISHED = {"written_by": "slimvlm", "is": "unfinished"}
+MARKS: dict[str, Callable[[dict[str, Any]], bool]] = {
+    ".slimvlm": lambda values: values == _UNFINISHED,
+    "slimvlm_checkpoint.json": lambda values: values.get("format") == "slimvlm-checkpoint/1",
+    # of an earlier version
+    "slimvlm_manifest.json": lambda values: values.get("format") == "slimvlm-manifest/1",
+    # of a run, and of a stage of a study
+    "config.json": lambda values: {"model", "made_from", "seed"} <= values.keys(),
+    "stage.json": lambda values: {"label", "seconds", "flops", "request"} <= values.keys(),
+    "slimvlm_demo.json": lambda values: values.keys() == {"stamp"},
 }
-"""Files that mark a folder as written by slimvlm, and a text that each contains."""
+"""Files that mark a folder as written by slimvlm, and what they must contain."""
 
 
 def mark_checkpoint(folder: Path) -> None:
@@ -68,16 +72,22 @@ def require_free(path: str | Path, force: bool = False) -> Path:
 
 def require_ours(path: Path) -> None:
     """Refuse to replace a folder that slimvlm did not write, unless it is empty."""
-    if not path.is_dir() or not any(path.iterdir()):
-        return
-    for name, mark in MARKS.items():
-        with suppress(OSError), (path / name).open(encoding="utf-8", errors="replace") as opened:
-            if mark in opened.read(2**22):
-                return
-    raise ConfigError(
-        f"output {str(path)!r} is a folder that slimvlm did not write: --force replaces "
-        "only its own. Remove it, or choose another place"
-    )
+    if path.is_dir() and not _is_ours(path):
+        raise ConfigError(
+            f"output {str(path)!r} is a folder that slimvlm did not write: --force replaces "
+            "only its own. Remove it, or choose another place"
+        )
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder is empty or has a mark of slimvlm's."""
+    for name, is_mark in MARKS.items():
+        with suppress(OSError, ValueError, RecursionError):
+            if (folder / name).stat().st_size < 2**24:
+                values = json.loads((folder / name).read_bytes())
+                if isinstance(values, dict) and is_mark(values):
+                    return True
+    return folder.is_dir() and not any(folder.iterdir())
 
 
 def file_name(name: str) -> str:
@@ -107,11 +117,12 @@ def held(path: str | Path, wait: float = 0.0) -> Iterator[None]:
                 stack.callback(_remove_if_empty, parent)
         with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_locked(path, wait))
+            place = path.resolve()  # of a link, its target is locked
+            place.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_locked(place, wait))
         old = _beside(path, "old")  # a kill between two renames leaves the old output there
-        if old.exists() and not path.exists():
-            old.rename(path)
-        _remove(old)
+        if old.exists() and _is_ours(old):
+            _remove(old) if path.exists() else old.rename(path)
         yield
 
 
@@ -124,9 +135,11 @@ def new_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
         partial = _beside(path, "partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
+        (partial / ".slimvlm").write_text(json.dumps(_UNFINISHED))
         try:
             yield partial
             _replace(partial, path)
+            (path / ".slimvlm").unlink(missing_ok=True)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -145,7 +158,8 @@ def replacement(path: str | Path) -> Iterator[Path]:
 
 def discard_replacement(path: str | Path) -> None:
     """Remove the folder that an unfinished `replacement` left."""
-    shutil.rmtree(_beside(Path(path), "partial"), ignore_errors=True)
+    if (partial := _beside(Path(path), "partial")).exists():
+        shutil.rmtree(partial)
 
 
 @contextmanager
@@ -210,6 +224,10 @@ def _beside(path: Path, what: str) -> Path:
     beside = path.with_name(f".{path.name}.{what}")
     if beside.is_symlink():
         raise ConfigError(f"output {str(path)!r}: {beside.name!r} is a link; remove it")
+    if what == "partial" and beside.is_dir() and not _is_ours(beside):
+        raise ConfigError(
+            f"output {str(path)!r}: {beside.name!r} is in the way, which slimvlm did not write"
+        )
     return beside
 
 
@@ -241,16 +259,19 @@ def _replace(partial: Path, path: Path) -> None:
     for file in (partial, *partial.rglob("*")):
         _sync(file)
     old = _beside(path, "old")
-    if path.exists():
+    if had_one := path.exists():
+        if old.exists():
+            raise ConfigError(f"output {str(path)!r}: {old.name!r} is in the way; move it")
         path.rename(old)
     try:
         partial.rename(path)
     except OSError:
-        if old.exists():
+        if had_one:
             old.rename(path)
         raise
     _sync(path.parent)
-    _remove(old)
+    if had_one:
+        _remove(old)
 
 
 def _remove(path: Path) -> None:

@@ -133,9 +133,10 @@ def compress(
             discard_replacement(folder)
         elif not is_same:
             shutil.rmtree(folder, ignore_errors=True)
-        for name in ("scores", "results"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         note_request(folder / "config.json", about)
+        for name in ("scores", "results"):
+            (folder / name).mkdir(exist_ok=True)
         write_text(folder / "run.yaml", config_text(model, config))
         # the stages that are not done yet
         trains = request.trains and bool(samples.training)
