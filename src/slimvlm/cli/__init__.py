@@ -17,8 +17,8 @@ from typing import Any
 
 import docstring_parser
 
-from slimvlm.cli import models, stages
-from slimvlm.cli.options import parse
+from slimvlm.cli import verbs
+from slimvlm.cli.options import defaults_from, parse
 from slimvlm.core.errors import (
     LESS_TO_TRAIN,
     ConfigError,
@@ -32,28 +32,18 @@ from slimvlm.core.processes import num_ranks
 from slimvlm.core.progress import current_stage, own_stages
 from slimvlm.core.removed import refuse_removed
 
-Verb = Callable[..., None]
-GROUPS: dict[str, tuple[Verb, ...]] = {
-    "Start to end": (stages.advise, stages.compress, stages.report, stages.study, stages.demo),
-    "Look and measure": (
-        *(models.inspect, models.chat, stages.evaluate, models.compare, models.bench),
-    ),
-    "In single steps": (stages.score, stages.plan, stages.prune, stages.recover),
-    "Take away": (models.quantize, models.export, models.convert),
+GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
+    "Start to end": (verbs.advise, verbs.compress, verbs.report, verbs.study, verbs.demo),
+    "Look and measure": (verbs.inspect, verbs.chat, verbs.evaluate, verbs.compare, verbs.bench),
+    "In single steps": (verbs.score, verbs.plan, verbs.prune, verbs.recover),
+    "Take away": (verbs.quantize, verbs.export, verbs.convert),
 }
 """Every verb of the command line, by what it is for."""
-VERBS: dict[str, Verb] = {
-    verb.__name__.replace("_", "-"): verb for verbs in GROUPS.values() for verb in verbs
-}
+VERBS = {verb.__name__: verb for group in GROUPS.values() for verb in group}
 """Every verb by its name."""
-SHARING_OUTPUT = ("study",)
-"""Verbs whose runs may write to one folder at the same time, as they divide the work."""
 ABOUT = "Make multimodal LLMs smaller: prune, recover, measure, save."
 GOING_ON = ("recover", "compress", "study", "evaluate")
 """Verbs that resume a stopped run."""
-TOGETHER = ("recover",)
-"""Verbs that several processes of ``torchrun`` do together."""
-
 _LAYER_BY_LAYER = "--low-memory keeps one layer on the device at a time"
 _CURES = {
     "train": LESS_TO_TRAIN,
@@ -85,11 +75,10 @@ def main(arguments: list[str] | None = None) -> None:
         refuse_removed(words)
         if verb not in VERBS:
             raise ConfigError(f"verb {verb!r} must be one of: {', '.join(VERBS)}")
-        if num_ranks() > 1 and verb not in TOGETHER:
-            many = " and ".join(TOGETHER)
-            raise ConfigError(f"{verb} runs in one process: torchrun is for {many}")
+        if num_ranks() > 1 and verb != "recover":
+            raise ConfigError(f"{verb} runs in one process: torchrun is for recover")
         given = parsed(verb, words[1:])
-        out = None if verb in SHARING_OUTPUT else given.get("out")
+        out = None if verb == "study" else given.get("out")  # whose runs divide the work
         with memory_explained(words), held(out) if out is not None else nullcontext():
             VERBS[verb](**given)
     except SlimError as error:
@@ -112,7 +101,7 @@ def parsed(verb: str, words: list[str]) -> dict[str, Any]:
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         finder.add_argument("--config", nargs="?")
         if (file := finder.parse_known_args(words)[0].config) is not None:
-            defaults = stages.defaults_from(file, verb)
+            defaults = defaults_from(file, verb)
     box, columns = StringIO(), os.environ.get("COLUMNS")
     is_help = "-h" in words or "--help" in words
     if not is_help:
@@ -149,12 +138,12 @@ def _in_one_line(box: str) -> str:
 def overview() -> str:
     """List every verb with its purpose, by group."""
     lines = ["usage: slimvlm VERB [options]", "", ABOUT, ""]
-    for title, verbs in GROUPS.items():
+    width = min(shutil.get_terminal_size().columns, 100)
+    for title, group in GROUPS.items():
         lines += [f"{title}:", ""]
-        for verb in verbs:
+        for verb in group:
             purpose = docstring_parser.parse(verb.__doc__ or "").short_description or ""
-            name = f"  {verb.__name__.replace('_', '-')}".ljust(17)
-            width = min(shutil.get_terminal_size().columns, 100)
+            name = f"  {verb.__name__}".ljust(17)
             lines += textwrap.wrap(purpose, width, initial_indent=name, subsequent_indent=" " * 17)
         lines.append("")
     return "\n".join([*lines, "slimvlm VERB --help explains its options."])

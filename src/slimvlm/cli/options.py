@@ -13,16 +13,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import docstring_parser
 import tyro
 
-from slimvlm.core.options import (
-    TASK_BATCH_SIZE,
-    LatencyOptions,
-    Options,
-    Questions,
-    RunOptions,
-    TargetOptions,
-    TrainingConfig,
-    file_only,
-)
+from slimvlm.core import options as core
+from slimvlm.core.options import Options, part_of
 
 Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 USUAL = {
@@ -59,7 +51,7 @@ def parse(
         rows.append((name, hint, field() if default is Parameter.empty else field(default=default)))
     arguments: Any = tyro.cli(
         make_dataclass("Arguments", rows, kw_only=True),
-        prog=f"slimvlm {verb.__name__.replace('_', '-')}",
+        prog=f"slimvlm {verb.__name__}",
         description=docstring_parser.parse(verb.__doc__ or "").description,
         args=words,
         config=(tyro.conf.FlagCreatePairsOff,),
@@ -75,7 +67,7 @@ def options(info: Any) -> tyro.constructors.StructConstructorSpec | None:
     if not (isinstance(kind, type) and issubclass(kind, Options)):
         return None
     hints, texts = get_type_hints(kind, include_extras=True), _texts(info.type)
-    rows, from_file, without_flag = [], {}, file_only(kind)
+    rows, from_file, without_flag = [], {}, core.file_only(kind)
     rank = {name: number for number, name in enumerate(FIRST)}
     for row in sorted(fields(kind), key=lambda row: rank.get(row.name, len(FIRST))):  # type: ignore[arg-type]
         default = getattr(info.default, row.name, row.default)
@@ -117,7 +109,7 @@ def _described(hint: Any, text: str, default: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuestionFlags(Questions):
+class QuestionFlags(core.Questions):
     """What models are asked, and how."""
 
     tasks: str | None = None  # type: ignore[assignment]
@@ -131,15 +123,15 @@ class QuestionFlags(Questions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunFlags(RunOptions):
+class RunFlags(core.RunOptions):
     """What models are asked, and how much is trained on."""
 
-    batch_size: Annotated[int, tyro.conf.arg(name=TASK_BATCH_SIZE)] = 16
+    batch_size: Annotated[int, tyro.conf.arg(name=core.TASK_BATCH_SIZE)] = 16
     """Questions answered at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingFlags(TrainingConfig):
+class TrainingFlags(core.TrainingConfig):
     """How to train; the study's decision chart fills in what is not said."""
 
     train: Literal["projector", "lora", "full", "none"] | None = None
@@ -150,5 +142,22 @@ class TrainingFlags(TrainingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TargetFlags(TargetOptions, LatencyOptions):
+class TargetFlags(core.TargetOptions, core.LatencyOptions):
     """How small or fast the model must become."""
+
+
+def defaults_from(file: str, verb: str) -> dict[str, Any]:
+    """Read a configuration file as values of the parameters of `compress` or `recover`."""
+    from slimvlm.runs.compress import read_config
+
+    model, config, learning = read_config(file)
+    if verb == "recover":
+        data = {} if config.data is None else {"source": part_of(config, core.TrainingData)}
+        return {"teacher": model, "training": config.recover or core.RecoverConfig(), **data}
+    given: dict[str, Any] = {"train": "none"} if learning is None else {}
+    if config.recover is not None:
+        names = {row.name for row in fields(TrainingFlags)} & set(learning or {}) - {"seed"}
+        given = {name: getattr(config.recover, name) for name in names}
+    groups: dict[str, Any] = {"pruning": core.PruneConfig, "evaluation": RunFlags}
+    parts = {name: part_of(config, kind) for name, kind in groups.items()}
+    return {"model": model, "training": TrainingFlags(**given), **parts}

@@ -45,21 +45,10 @@ def print_json(values: Any) -> None:
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
-    """Print a result as a table."""
+    """Print a result as a table, without a header as names and values without lines."""
     from slimvlm.runs.tables import as_table
 
     console().print(as_table(header, rows, title=title))
-
-
-def print_grid(rows: Sequence[Sequence[str]]) -> None:
-    """Print names and values without lines."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table.grid(padding=(0, 2))
-    for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
-    console().print(table)
 
 
 def show(

@@ -279,9 +279,11 @@ def _widths(legal: Sequence[int], step: int) -> str:
 
 
 def as_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> Table:
-    """Make a table for the terminal; markup and control sequences in the text have no effect."""
+    """Make a table for the terminal, plain without a header; markup in the text has no effect."""
     caption = LEGEND if _is_marked(rows) else None
     table = Table(title=Text(printable(title)) if title else None, caption=caption)
+    if not header:
+        table = Table.grid(padding=(0, 2))
     for position, name in enumerate(header):
         table.add_column(Text(printable(name)), justify="left" if position == 0 else "right")
     for row in rows:

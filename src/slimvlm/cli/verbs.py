@@ -1,52 +1,29 @@
-"""Verbs of stages and whole runs, from score to compress, study and report."""
+"""The verbs of the command line: their options, and what they print."""
 
 from __future__ import annotations
 
 import os
 import shlex
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from slimvlm.cli.options import Model, QuestionFlags, RunFlags, TargetFlags, TrainingFlags
-from slimvlm.cli.printing import (
-    note,
-    print_grid,
-    print_held_out,
-    print_json,
-    print_results,
-    print_study,
-    print_table,
-    show,
-)
-from slimvlm.core.errors import ConfigError
-from slimvlm.core.options import (
-    CalibrationConfig,
-    CompressConfig,
-    DataConfig,
-    DeviceOptions,
-    Dtype,
-    MemoryOptions,
-    PlanConfig,
-    PruneConfig,
-    Questions,
-    RecoverConfig,
-    ReportOptions,
-    TrainingConfig,
-    TrainingData,
-    part_of,
-)
+from slimvlm.cli.printing import note, print_held_out, print_json, print_results, print_table, show
+from slimvlm.core import options
+from slimvlm.core.errors import ConfigError, printable
+from slimvlm.core.options import part_of
 
 
 def score(
     model: Model,
     out: Path,
     criterion: str = "obs",
-    calibration: CalibrationConfig = CalibrationConfig(),
-    memory: MemoryOptions = MemoryOptions(),
+    calibration: options.CalibrationConfig = options.CalibrationConfig(),
+    memory: options.MemoryOptions = options.MemoryOptions(),
     force: bool = False,
 ) -> None:
     """Calibrate once: save scores for later plans.
@@ -63,7 +40,7 @@ def score(
 def plan(
     model: Model,
     out: Path,
-    config: PlanConfig = PlanConfig(),
+    config: options.PlanConfig = options.PlanConfig(),
     scores: tuple[Path, ...] = (),
     force: bool = False,
     json: bool = False,
@@ -81,18 +58,18 @@ def plan(
     if not json:
         print(made.summary())
         return
-    sizes = {name: getattr(made.after, name) for name in ("backbone_params", "total_params")}
-    ratios = {"ratio": made.ratio, "asked_ratio": made.asked_ratio}
-    print_json({**ratios, **sizes, "summary": made.summary()})
+    values = {name: getattr(made, name) for name in ("ratio", "asked_ratio")}
+    values |= {name: getattr(made.after, name) for name in ("backbone_params", "total_params")}
+    print_json({**values, "summary": made.summary()})
 
 
 def prune(
     model: Model,
     out: Path,
     plan: Path | None = None,
-    pruning: PruneConfig = PruneConfig(),
-    memory: MemoryOptions = MemoryOptions(),
-    report: ReportOptions = ReportOptions(),
+    pruning: options.PruneConfig = options.PruneConfig(),
+    memory: options.MemoryOptions = options.MemoryOptions(),
+    report: options.ReportOptions = options.ReportOptions(),
     force: bool = False,
 ) -> None:
     """Write a smaller checkpoint, from a plan or from a ratio, criterion and data.
@@ -113,10 +90,10 @@ def prune(
 
 def recover(
     model: Model,
-    source: TrainingData,
+    source: options.TrainingData,
     out: Path,
     teacher: str | None = None,
-    training: RecoverConfig = RecoverConfig(),
+    training: options.RecoverConfig = options.RecoverConfig(),
     config: Path | None = None,
     shard: bool = False,
     force: bool = False,
@@ -149,7 +126,7 @@ def evaluate(
     questions: QuestionFlags = QuestionFlags(),
     baseline: str | None = None,
     out: Path | None = None,
-    source: DataConfig = DataConfig(),
+    source: options.DataConfig = options.DataConfig(),
     force: bool = False,
     json: bool = False,
 ) -> None:
@@ -168,7 +145,8 @@ def evaluate(
 
     where = (source, baseline, out, force)
     if source.data is None:
-        asked = part_of(replace(questions, tasks=questions.tasks or Questions.tasks), Questions)
+        given = replace(questions, tasks=questions.tasks or options.Questions.tasks)
+        asked = part_of(given, options.Questions)
         print_results(run(model, asked, *where, questions.blind, questions.log), json)
         return
     for name in ("tasks", "task_folder", "floors", "blind", "log"):
@@ -183,7 +161,7 @@ def evaluate(
 def compress(
     model: Model,
     out: Path,
-    pruning: PruneConfig = PruneConfig(),
+    pruning: options.PruneConfig = options.PruneConfig(),
     training: TrainingFlags = TrainingFlags(),
     evaluation: RunFlags = RunFlags(),
     config: Path | None = None,
@@ -210,17 +188,26 @@ def compress(
     from slimvlm.runs.advise import dry_run_rows
     from slimvlm.runs.compress import compress as run
     from slimvlm.runs.compress import read_held_out, read_times
+    from slimvlm.runs.recipes import recipe_for
+    from slimvlm.runs.request import ratio_of
     from slimvlm.runs.tables import held_out_json, result_json
 
-    latency = evaluation.target_latency
-    recover = _recovery(pruning, training, None if latency is None else 1 - latency)
-    whole = CompressConfig(**vars(pruning), **vars(evaluation), recover=recover)
+    has_data, latency, recover = pruning.data is not None, evaluation.target_latency, None
+    if not has_data and training.train not in (None, "none"):
+        raise ConfigError(f"train {training.train!r} needs --data")
+    ratio = ratio_of(pruning) if latency is None else 1 - latency
+    chart = recipe_for(ratio, has_data and training.train != "none")
+    learns = training.train or chart.train or "none"
+    if learns != "none":
+        how = {**vars(part_of(training, options.TrainingConfig)), "seed": pruning.seed}
+        recover = options.RecoverConfig(train=learns, loss=training.loss or chart.loss, **how)
+    whole = options.CompressConfig(**vars(pruning), **vars(evaluation), recover=recover)
     if config is not None:
         note(f"options of {config}, and those of the command line")
     if dry_run:
         needs = look(model, whole, note)
         if not json:
-            print_grid(dry_run_rows(needs))
+            print_table((), dry_run_rows(needs))
             return
         values = {name: value for name, value in vars(needs).items() if name != "plan"}
         plan = {"ratio": needs.plan.ratio, "total_params": needs.plan.after.total_params}
@@ -229,8 +216,7 @@ def compress(
     results = run(model, whole, out, force, note)
     held_out, times = read_held_out(out), read_times(out)
     if json:
-        plain = None if times is None else asdict(times)
-        figures = {"held_out": held_out_json(held_out), "times": plain}
+        figures = {"held_out": held_out_json(held_out), "times": times and asdict(times)}
         print_json({**result_json(results), **figures})
     else:
         print_results(results, False, str(out))
@@ -242,55 +228,13 @@ def compress(
     note(f"next: {shlex.join(['slimvlm', 'report', str(out)])}; {shlex.join(talk)}")
 
 
-def defaults_from(file: str, verb: str) -> dict[str, Any]:
-    """Read a configuration file as values of the parameters of `compress` or `recover`."""
-    from slimvlm.runs.compress import read_config
-
-    model, config, learning = read_config(file)
-    if verb == "recover":
-        data = {} if config.data is None else {"source": part_of(config, TrainingData)}
-        return {"teacher": model, "training": config.recover or RecoverConfig(), **data}
-    given: dict[str, Any] = {"train": "none"} if learning is None else {}
-    if config.recover is not None:
-        names = {row.name for row in fields(TrainingFlags)} & set(learning or {}) - {"seed"}
-        given = {name: getattr(config.recover, name) for name in names}
-    return {
-        "model": model,
-        "pruning": part_of(config, PruneConfig),
-        "training": TrainingFlags(**given),
-        "evaluation": part_of(config, RunFlags),
-    }
-
-
-def _recovery(
-    pruning: PruneConfig, training: TrainingFlags, about: float | None
-) -> RecoverConfig | None:
-    """Resolve the training options, None for no training; the chart fills in missing ones.
-
-    ``about`` stands in for the ratio where a latency is given.
-    """
-    from slimvlm.runs.recipes import recipe_for
-    from slimvlm.runs.request import ratio_of
-
-    has_data = pruning.data is not None
-    if not has_data and training.train not in (None, "none"):
-        raise ConfigError(f"train {training.train!r} needs --data")
-    ratio = ratio_of(pruning) if about is None else about
-    chart = recipe_for(ratio, has_data and training.train != "none")
-    learns = training.train or chart.train or "none"
-    if learns == "none":
-        return None
-    how = {**vars(part_of(training, TrainingConfig)), "seed": pruning.seed}
-    return RecoverConfig(train=learns, loss=training.loss or chart.loss, **how)
-
-
 def study(
     file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE.yaml")],
     out: Path,
     engine: Literal["local", "ray"] = "local",
     workers: int | None = None,
     address: str | None = None,
-    place: DeviceOptions = DeviceOptions(),
+    place: options.DeviceOptions = options.DeviceOptions(),
     dry_run: bool = False,
     json: bool = False,
 ) -> None:
@@ -308,6 +252,7 @@ def study(
         dry_run: Only show the cells, their cached stages and the estimated time of the rest.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")  # one table shows the progress; before imports
+    from slimvlm.cli.printing import print_study
     from slimvlm.core.progress import duration
     from slimvlm.runs.study import forecast, run_study
 
@@ -362,7 +307,7 @@ def advise(
     gpu: bool = False,
     no_gpu: bool = False,
     samples: int | None = None,
-    dtype: Dtype = "auto",
+    dtype: options.Dtype = "auto",
     json: bool = False,
 ) -> None:
     """Say which recipe fits a budget, what it should keep, what it costs, and the command.
@@ -400,7 +345,7 @@ def advise(
     if json:
         print_json(asdict(advice))
         return
-    print_grid(advice_rows(advice))
+    print_table((), advice_rows(advice))
     print(f"\n{advice.command}")
 
 
@@ -410,7 +355,7 @@ def demo(
     model: str = "demo",
     delta: Path | None = None,
     short: bool = False,
-    place: DeviceOptions = DeviceOptions(),
+    place: options.DeviceOptions = options.DeviceOptions(),
     force: bool = False,
 ) -> None:
     """Build the demo model, or take it through the whole pipeline at 30 %.
@@ -431,3 +376,225 @@ def demo(
         return
     print_results(run_demo(out, short, force, note, model, place.device), False, "demo at 30 %")
     note(f"checkpoints: {out}/depth/checkpoint and {out}/width/checkpoint")
+
+
+# Verbs of one model or two.
+
+
+def inspect(model: Model, json: bool = False) -> None:
+    """Show what a model is made of: parts, parameters, units, legal widths, memory.
+
+    Reads the configuration only, never the weights.
+    """
+    from slimvlm.models.load import anatomy
+    from slimvlm.runs.tables import anatomy_rows
+
+    found = anatomy(model)
+    if json:
+        extra = ("backbone_params", "total_params")
+        values = {**asdict(found), **{name: getattr(found, name) for name in extra}}
+        print_json({**values, "legal_kv_heads": found.legal_kv_heads()})
+    else:
+        print_table(["", model], anatomy_rows(found))
+
+
+def compare(
+    a: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A")],
+    b: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="B")],
+    tasks: str = "demo",
+    limit: int | None = None,
+    out: Path | None = None,
+    loading: options.LoadConfig = options.LoadConfig(),
+    force: bool = False,
+    json: bool = False,
+) -> None:
+    """Set two models side by side, answer by answer: both right, lost, gained, both wrong.
+
+    Args:
+        a: The original: a result file of evaluate --out, or a model.
+        b: The other one, likewise.
+        tasks: Tasks that models are asked; those of result files are in the files.
+        limit: Only the first so many questions of each task, for models.
+        out: One HTML file with every lost answer and its picture.
+    """
+    from slimvlm.core.files import require_free, write_text
+    from slimvlm.evaluation.compare import comparison_json, comparison_rows
+    from slimvlm.runs.report import comparison_html
+    from slimvlm.runs.verbs import side_by_side
+
+    if out is not None:
+        require_free(out, force)
+    found = side_by_side(a, b, tasks, limit, loading)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(out, comparison_html(found, f"What {found.name_b} lost and gained"))
+    notes = [found.note] if found.note else []
+    notes += [f"{name} is not compared: {why}" for name, why in found.left_out.items()]
+    title = f"A: {found.name_a}   B: {found.name_b}"
+    show(json, partial(comparison_json, found), partial(comparison_rows, found), title, notes)
+
+
+def chat(
+    model: Model,
+    question: Annotated[str, tyro.conf.Positional],
+    image: tyro.conf.UseAppendAction[tuple[Path, ...]] = (),
+    other: str | None = None,
+    max_new_tokens: int = 64,
+    loading: options.LoadConfig = options.LoadConfig(),
+    json: bool = False,
+) -> None:
+    """Ask one model, or two side by side.
+
+    Args:
+        question: What to ask.
+        image: A picture to show; give it again for more.
+        other: A second model to ask the same.
+        max_new_tokens: Longest answer.
+    """
+    from slimvlm.data.samples import Question
+    from slimvlm.evaluation.ask import answer
+    from slimvlm.models.load import check_models, load_as
+
+    if missing := [str(path) for path in image if not path.is_file()]:
+        raise ConfigError(f"image {missing[0]!r}: no such file")
+    names = [model] if other is None else [model, other]
+    check_models(loading, *names)
+    asked = [Question("chat", question, ("",), tuple(image))]
+    replies = {name: answer(*load_as(loading, name), asked, max_new_tokens)[0] for name in names}
+    if json:
+        print_json(replies)
+        return
+    for name, reply in replies.items():
+        print(printable(f"{name}: {reply}" if other is not None else reply))
+
+
+def bench(
+    model: Model,
+    baseline: str | None = None,
+    workload: options.Workload = options.Workload(),
+    loading: options.LoadConfig = options.LoadConfig(),
+    json: bool = False,
+) -> None:
+    """Time reading and writing, count FLOPs and memory; with a baseline, against the ideal.
+
+    Prompts are random tokens, so the vision tower is not timed. Model and baseline run in turn, and
+    speed-ups are medians of neighbouring runs.
+
+    Args:
+        baseline: The model before pruning.
+    """
+    from slimvlm.evaluation.bench import bench as run
+    from slimvlm.evaluation.bench import bench_rows
+    from slimvlm.models.load import check_models, load_as
+
+    names = (model,) if baseline is None else (model, baseline)
+    check_models(loading, *names)
+    small, *large = (load_as(loading, name)[0] for name in names)
+    found = run(small, large[0] if large else None, workload, names)
+    title = f"{found.dtype} on {found.device}, {found.threads} CPU threads"
+    sides = filter(None, (found.baseline, found.model))
+    notes = [f"{side.model}: {line}" for side in sides for line in side.warnings]
+    show(json, found.to_dict, partial(bench_rows, found), title, notes)
+
+
+def export(
+    model: Model,
+    format: Literal["gguf"] = "gguf",
+    out: Path | None = None,
+    outtype: options.OutType = "bf16",
+    original: str | None = None,
+    check: tuple[str, ...] = (),
+    force: bool = False,
+    json: bool = False,
+) -> None:
+    """Write files for llama.cpp, or check where the model can be served.
+
+    The file holds the language backbone. Vision tower and projector go into a second file, with
+    mmproj- before its name, for models whose vision tower llama.cpp's converter can write.
+
+    Args:
+        format: Format of the file: gguf (needs slimvlm[gguf]).
+        out: The new file.
+        outtype: How the file stores weights.
+        original: The original of a model that lost tokens: llama.cpp knows its tokenizer.
+        check: Instead of a file: report what vllm, sglang, gguf, openvino, onnx, mlx or tp=N (N
+            GPUs that share every layer) make of the shape. Reads the configuration only.
+    """
+    if bool(check) == (out is not None):
+        raise ConfigError("export needs either --out or --check")
+    if out is not None:
+        from slimvlm.export.gguf import export_gguf
+
+        exported = export_gguf(model, out, outtype, force, original)
+        for line in exported.losses:
+            note(line)
+        print(f"language backbone: {exported.text}")
+        if exported.pictures is not None:
+            print(f"vision tower: {exported.pictures}")
+        return
+    from slimvlm.export import serving
+    from slimvlm.models.anatomy import read_anatomy
+    from slimvlm.models.load import empty_model, is_quantized, load_config
+
+    config = load_config(model)
+    found = serving.check(read_anatomy(empty_model(config)), check, is_quantized(config))
+    if json:
+        print_json([asdict(finding) for finding in found])
+        return
+    rows = [[f.target, f.level, f.rule, f.what, f.seen or "source", f.advice] for f in found]
+    print_table(["target", "", "about", "found", "known from", "what to do"], rows)
+
+
+def quantize(
+    model: Model,
+    out: Path,
+    to: Literal["int8", "int4", "fp8"] = "int8",
+    backend: Literal["auto", "torchao", "bitsandbytes", "compressed-tensors"] = "auto",
+    place: options.DeviceOptions = options.DeviceOptions(),
+    force: bool = False,
+    json: bool = False,
+) -> None:
+    """Write a checkpoint whose decoder layers have weights of 8 or 4 bits.
+
+    Tower, projector, embeddings and head stay as they are. Quantise last: the result cannot be
+    pruned or trained.
+
+    Args:
+        out: The new checkpoint folder.
+        to: Type of the weights.
+        backend: Library; auto is torchao, but bitsandbytes for int4 on a CPU and compressed-tensors
+            for fp8. What compressed-tensors writes is what vLLM reads best.
+    """
+    from slimvlm.export.quantize import quantize as run
+    from slimvlm.runs.tables import size
+
+    done = run(model, out, to, backend, place.device, force)
+    if json:
+        print_json({**asdict(done), "saved": done.saved})
+        return
+    before, after = size(done.bytes_before), size(done.bytes_after)
+    print(f"{done.to} by {done.backend}: weights {before} -> {after} ({done.saved:.1%} less)")
+    print(f"checkpoint: {out}; loading it needs {done.backend}")
+
+
+def convert(
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")],
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
+    vision_tower: str | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    force: bool = False,
+) -> None:
+    """Write an original LLaVA-1.5, Bunny-v1.0 or Mini-InternVL-Chat as a native checkpoint.
+
+    Logits, token ids and pixels stay those of the original code, which is neither needed nor run.
+
+    Args:
+        source: Folder or hub id of the original.
+        out: The new checkpoint folder.
+        vision_tower: Folder or hub id of the vision tower, for LLaVA and Bunny. Its weights are
+            read where the original does not hold them, its description always.
+        dtype: Data type of the new files; by default every tensor stays as it is stored.
+    """
+    from slimvlm_tools.convert import convert as write_native
+
+    print(f"checkpoint: {write_native(source, out, vision_tower, force, dtype)}")
