@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 import slimvlm as sv
-from slimvlm.evaluation.on_data import Predictions, predictions_of, single_result
+from slimvlm.evaluation.on_data import Predictions, predictions_of, result_of
 from slimvlm.models.hidden import HeadWeights, head_of, head_weights_of, hidden_states
 from slimvlm.models.load import load
 from slimvlm.models.losses import CHUNK, rows_at_once
@@ -198,7 +198,7 @@ def test_what_was_said_lies_on_the_cpu_and_its_head_moves_once(pair, card, tmp_p
         assert seen.count == 1
         expected = sv.evaluate_data(other, processor, samples).samples
         for device in (torch.device("cpu"), card):
-            found = single_result(kept, samples, device).samples
+            found = result_of(kept, samples, device).samples
             assert [s.loss for s in found] == pytest.approx([s.loss for s in expected], rel=1e-4)
 
 

@@ -90,82 +90,56 @@ def evaluate_data(
     """
     if isinstance(baseline, PreTrainedModel):
         baseline = predictions_of(baseline, baseline_processor or processor, samples, batch_size)
-    with evaluating(model):
-        states = states_of(model, processor, samples, batch_size)
-        name = name or str(model.config._name_or_path)
-        result = paired_result(name, states, head_of(model), samples, processor, baseline)
-    return replace(result, seed=seed)
-
-
-def _names_of(samples: Sequence[Given]) -> list[str]:
-    return [str(i) if isinstance(each, str) else each.id for i, each in enumerate(samples)]
-
-
-@torch.no_grad()
-def single_result(found: Predictions, samples: Sequence[Given], device: torch.device) -> DataResult:
-    """Compute the result of a model from its predictions; its head runs on the device."""
-    head = head_on(device, found.head)
-    results: list[OnSample] = []
-    for name, *stored in zip(_names_of(samples), found.states, found.wanted, strict=True):
-        rows, wanted = (part.to(device) for part in stored)
-        results += _samples([name], [len(wanted)], _losses(head, rows, wanted), [False])
-    return DataResult(found.model, tuple(results))
+    if baseline is not None and len(baseline.states) != len(samples):
+        count = len(baseline.states)
+        raise ConfigError(
+            f"baseline: its predictions are of {count} samples, not of {len(samples)}"
+        )
+    ours = predictions_of(model, processor, samples, batch_size, name)
+    return replace(result_of(ours, samples, model.device, baseline), seed=seed)
 
 
 @torch.no_grad()
-def paired_result(
-    model: str,
-    batches: Iterable[States],
-    head: Head,
+def result_of(
+    ours: Predictions,
     samples: Sequence[Given],
-    processor: Any,
-    baseline: Predictions | None,
+    device: torch.device,
+    baseline: Predictions | None = None,
 ) -> DataResult:
-    """Compute the result of a model from its final hidden states and a baseline's predictions."""
+    """Compute the result of a model from its predictions and a baseline's, on a device."""
+    head, their_head = head_on(device, ours.head), None
     shared: Tensor | None = None  # [W, 2]: numbers of the tokens that both vocabularies have
     theirs_of: dict[int, int] | None = None
     if baseline is not None:
-        if len(baseline.states) != len(samples):
-            raise ConfigError(
-                f"baseline: its predictions are of {len(baseline.states)} samples, "
-                f"not of {len(samples)}"
-            )
-        known, vocabulary = baseline.vocabulary, tokenizer_of(processor).get_vocab()
-        if known != vocabulary:
-            both = [(number, known[word]) for word, number in vocabulary.items() if word in known]
+        their_head, known = head_on(device, baseline.head), baseline.vocabulary
+        if known != ours.vocabulary:
+            both = [(n, known[word]) for word, n in ours.vocabulary.items() if word in known]
             theirs_of = dict(both)
-            shared = torch.tensor(sorted(both), dtype=torch.long).reshape(-1, 2)
-    names, their_head = _names_of(samples), None if baseline is None else baseline.head
-    found: dict[int, OnSample] = {}
-    for places, hidden, labels in batches:
-        rows, wanted, counted = predictions(hidden, labels)
-        counts, titles = counted.sum(1).tolist(), [names[place] for place in places]
-        if not all(counts):
-            raise DataError(f"sample {titles[counts.index(0)]!r} has no token that counts")
-        device = rows.device
-        which: list[bool] = []  # samples that are compared: their answers tokenise alike
-        for place, tokens in zip(places, wanted.cpu().split(counts), strict=True):
-            ours = tokens.tolist()
-            if theirs_of is not None:
-                ours = [theirs_of.get(token, IGNORE) for token in ours]
-            which.append(baseline is not None and ours == baseline.wanted[place].tolist())
-        compared = torch.tensor(which).repeat_interleave(torch.tensor(counts)).to(device)
-        numbers = torch.zeros(len(rows), 4, device=device)
-        if not all(which):
-            numbers[~compared, :1] = _losses(head, rows[~compared], wanted[~compared])
-        if baseline is not None and their_head is not None and any(which):
-            their_head = head_on(device, their_head)
-            shared = None if shared is None else shared.to(device)
-            picked = [place for place, same in zip(places, which, strict=True) if same]
-            stored = baseline.states, baseline.wanted
-            theirs = [torch.cat([part[place] for place in picked]).to(device) for part in stored]
+            shared = torch.tensor(sorted(both), dtype=torch.long).reshape(-1, 2).to(device)
+    results = []
+    for place, sample in enumerate(samples):
+        name = str(place) if isinstance(sample, str) else sample.id
+        rows, wanted = ours.states[place].to(device), ours.wanted[place].to(device)
+        count, tokens = len(wanted), ours.wanted[place].tolist()
+        if not count:
+            raise DataError(f"sample {name!r} has no token that counts")
+        if theirs_of is not None:
+            tokens = [theirs_of.get(token, IGNORE) for token in tokens]
+        if baseline is None or their_head is None or tokens != baseline.wanted[place].tolist():
+            numbers = by_chunks(partial(row_losses, head), rows, wanted, share=_SHARE)[:, :1]
+        else:
+            stored = (part[place].to(device) for part in (baseline.states, baseline.wanted))
             part = partial(_compared, head, their_head, shared)
-            given = rows[compared], wanted[compared], *theirs
-            numbers[compared] = by_chunks(part, *given, share=_SHARE)
-        found |= zip(places, _samples(titles, counts, numbers, which), strict=True)
-    results = tuple(found[place] for place in sorted(found))
+            numbers = by_chunks(part, rows, wanted, *stored, share=_SHARE)
+        require_finite_values(numbers, f"the losses of sample {name!r}")
+        loss, *others = numbers.cpu().double().sum(0).tolist()
+        compared: Any = ()
+        if others:
+            theirs, same, divergence = others
+            compared = theirs / count, round(same), divergence / count
+        results.append(OnSample(name, count, loss / count, *compared))
     if baseline is None:
-        return DataResult(model, results)
+        return DataResult(ours.model, tuple(results))
     notes, left_out = [], sum(sample.baseline_loss is None for sample in results)
     if left_out:
         told = f"{left_out} of {len(results)} samples have other tokens than the baseline's"
@@ -173,29 +147,7 @@ def paired_result(
     if shared is not None and left_out < len(results):
         told = "the vocabularies differ: agreement and divergence are over"
         notes.append(f"{told} the {len(shared):,} tokens that both have")
-    return DataResult(model, results, baseline.model, tuple(notes))
-
-
-def _losses(head: Head, rows: Float[Tensor, "N D"], wanted: Tensor) -> Float[Tensor, "N 1"]:
-    return by_chunks(partial(row_losses, head), rows, wanted, share=_SHARE)[:, :1]
-
-
-def _samples(
-    names: Sequence[str],
-    counts: Sequence[int],
-    numbers: Float[Tensor, "N K"],
-    which: Sequence[bool],
-) -> Iterator[OnSample]:
-    """Average the numbers of each sample's tokens; ``which`` samples are compared."""
-    require_finite_values(numbers, f"the losses of sample {names[0]!r}")
-    sums = [part.double().sum(0).tolist() for part in numbers.cpu().split(counts)]
-    for name, count, total, is_compared in zip(names, counts, sums, which, strict=True):
-        if is_compared:
-            loss, theirs, same, divergence = total
-            means = loss / count, theirs / count, round(same), divergence / count
-            yield OnSample(name, count, *means)
-        else:
-            yield OnSample(name, count, total[0] / count)
+    return DataResult(ours.model, tuple(results), baseline.model, tuple(notes))
 
 
 def _compared(
@@ -405,21 +357,16 @@ def predictions_of(
     if head is None:
         own, home = head_of(model), model.device
         head = lambda rows: own(rows.to(home)).to(rows.device)  # noqa: E731
-    name = name or str(model.config._name_or_path)
+
+    def states() -> Iterator[States]:
+        for places, inputs in batches_of(processor, samples, batch_size):
+            batch = on_device(model, inputs)
+            labels = batch.pop("labels")
+            (hidden,) = hidden_states(model, batch)
+            yield places, hidden, labels
+
     with evaluating(model):
-        batches = states_of(model, processor, samples, batch_size)
-        return Predictions.of(name, batches, head, processor)
-
-
-def states_of(
-    model: PreTrainedModel, processor: Any, samples: Sequence[Given], batch_size: int
-) -> Iterator[States]:
-    """Compute the final hidden states of samples, those of similar length together."""
-    for places, inputs in batches_of(processor, samples, batch_size):
-        batch = on_device(model, inputs)
-        labels = batch.pop("labels")
-        (hidden,) = hidden_states(model, batch)
-        yield places, hidden, labels
+        return Predictions.of(name or str(model.config._name_or_path), states(), head, processor)
 
 
 def batches_of(

@@ -34,7 +34,7 @@ from slimvlm.core.progress import Say
 from slimvlm.core.requests import asked, identity_of_files, is_begun_for, note_request
 from slimvlm.data.read import identity_of_data
 from slimvlm.evaluation.bench import PairedTimes, paired_times
-from slimvlm.evaluation.on_data import DataResult, Predictions, evaluate_data, single_result
+from slimvlm.evaluation.on_data import DataResult, Predictions, evaluate_data, result_of
 from slimvlm.evaluation.results import Result, read_baseline
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.cost import free_memory, peak_memory, release_memory, weight_bytes
@@ -229,7 +229,7 @@ def _measure(run: Run, stage: str, model: PreTrainedModel, processor: Any) -> No
         if stage == ORIGINAL:
             found = stages.predictions_of_original(model, processor, samples)
             found.save(stored)
-            single_result(found, samples, model.device).save(path)
+            result_of(found, samples, model.device).save(path)
         else:
             original = Predictions.load(stored)
             evaluate_data(model, processor, samples, original, name=stage).save(path)

@@ -44,9 +44,8 @@ from slimvlm.evaluation.on_data import (
     States,
     batches_of,
     evaluate_data,
-    paired_result,
     predictions_of,
-    single_result,
+    result_of,
 )
 from slimvlm.evaluation.results import Result, read_baseline
 from slimvlm.evaluation.tasks import builtin_tasks, find_tasks
@@ -220,7 +219,7 @@ def prune(
     held_out: dict[str, DataResult] = {}
     if unseen := samples.report:
         predicted = stages.predictions_of_original(loaded, processor, unseen)
-        held_out[ORIGINAL] = single_result(predicted, unseen, loaded.device)
+        held_out[ORIGINAL] = result_of(predicted, unseen, loaded.device)
     calibration = Calibration(processor, samples.calibration, request.hold_out)
     scores = [] if plan else list(stages.calibrate(request, loaded, calibration).values())
     walked = stages.prune_(request, loaded, calibration, scores, plan, say=say)
@@ -272,7 +271,7 @@ def _prune_from_files(
                 Predictions.of(ORIGINAL, states, head, processor).save(path)
             shutil.rmtree(at, ignore_errors=True)
         predicted = Predictions.load(path)
-        held_out[ORIGINAL] = single_result(predicted, unseen, device)
+        held_out[ORIGINAL] = result_of(predicted, unseen, device)
 
     results = Scratch(scratch / "walk")
     walked = stages.walk(request, opened, results, device, calibration, scores, plan, say)
@@ -284,7 +283,8 @@ def _prune_from_files(
             at = scratch / "unseen-pruned"
             with _final_states(smaller, at, device, words, unseen) as states:
                 head = head_of(smaller.model)
-                held_out[PRUNED] = paired_result(PRUNED, states, head, unseen, words, predicted)
+                said = Predictions.of(PRUNED, states, head, words)
+                held_out[PRUNED] = result_of(said, unseen, device, predicted)
             held_out[PRUNED].save(folder / HELD_OUT_FILE)
         return held_out_text(held_out)
 
@@ -443,7 +443,7 @@ def evaluate_on_data(
         original, processor = load_as(source, baseline)
         head = head_weights_of(original)
         predicted = predictions_of(original, processor, samples, batch_size, baseline, head)
-        results["baseline"] = single_result(predicted, samples, original.device)
+        results["baseline"] = result_of(predicted, samples, original.device)
         del original
     evaluated = load_as(source, model)
     found = evaluate_data(*evaluated, samples, predicted, batch_size=batch_size, name=model)
