@@ -34,17 +34,12 @@ TIE = 1e-5
 
 
 def score_obs(statistics: Grams, anatomy: Anatomy) -> Values:
-    """The error of removing each unit with the others refitted, in order of removal.
+    """Price each unit when it goes, least first, with the others refitted after each step.
 
-    ``W_B ([G⁻¹]_BB)⁻¹ W_Bᵀ`` summed over its diagonal, where ``W_B`` are the columns of ``o_proj``
-    or ``down_proj`` that read the unit and ``G`` is the mean Gram matrix of their inputs: the mean
-    squared change of the matrix's output for each token. Units go least first and the rest is
-    refitted after each step, so that of two copies of a neuron one is free and the other is not.
-
-    A unit's score is its cost when it went, but never below that of a unit before it: keeping the
-    highest scores is stopping the greedy removal early, whatever their number.
-
-    Layers without Gram matrices get no scores.
+    ``tr(W_B ([G⁻¹]_BB)⁻¹ W_Bᵀ)``, where ``W_B`` are the columns of ``o_proj`` or ``down_proj`` that
+    read the unit and ``G`` is the mean Gram matrix of their inputs: the mean squared change of the
+    matrix's output for each token. It is never below that of a unit before it: keeping the highest
+    scores is stopping early. Of two copies of a neuron one is free and the other is not.
 
     Reference:
         Hassibi & Stork 1992, Optimal Brain Surgeon, Eq. 5, for blocks of columns as in Ling et al.
@@ -98,9 +93,8 @@ def removal_order(
     price. Only ``P = Wᵀ W`` is needed of ``W``.
 
     The inverse takes ``C³`` operations, removing ``K`` channels at most ``K C (4 O + K)``, most of
-    them in matrix products. Memory is three matrices like ``gram``. They are float32 as long as
-    this keeps the order but for near ties, and float64 beyond (see `INFLATION`) and where ``gram``
-    is.
+    them in matrix products. Memory is three matrices like ``gram``, in float32 as long as this
+    keeps the order but for near ties, and float64 beyond (see `INFLATION`) and where ``gram`` is.
 
     Units are equally many consecutive channels each; ``stop`` of them go, or all. With damping, a
     channel that is always zero costs a little instead of nothing. `NumericalError` if ``H`` is not
@@ -112,8 +106,16 @@ def removal_order(
     """
     matrix, gram = with_float64(matrix), with_float64(gram)
     for dtype in dict.fromkeys((gram.dtype, torch.float64)):
-        state = _State.of(matrix, gram, units, damping, dtype)
-        found = None if state is None else state.remove_(units if stop is None else stop)
+        inverse = gram.to(dtype, copy=True)
+        mean = inverse.diagonal().mean()
+        inverse.diagonal().add_(torch.where(mean > 0, damping * mean, 1))
+        diagonal = inverse.diagonal().clone()
+        if not invert_(inverse):
+            continue
+        if dtype != torch.float64 and (diagonal * inverse.diagonal()).max() > INFLATION:
+            continue
+        state = _State(inverse, matrix.to(dtype, copy=True), len(gram) // units)
+        found = state.remove_(units if stop is None else stop)
         if found is not None:
             return found
     raise NumericalError(f"the Gram matrix is not positive definite with damping {damping}")
@@ -146,21 +148,6 @@ class _State:
         self.product_blocks = parts.mT @ parts
         self.offsets = torch.arange(width, device=inverse.device)
         self.one = torch.eye(width, dtype=inverse.dtype, device=inverse.device)
-
-    @classmethod
-    def of(
-        cls, matrix: Tensor, gram: Tensor, units: int, damping: float, dtype: torch.dtype
-    ) -> _State | None:
-        """Invert ``H``; None if the type has too few digits for that."""
-        damped = gram.to(dtype, copy=True)
-        mean = damped.diagonal().mean()
-        damped.diagonal().add_(torch.where(mean > 0, damping * mean, 1))
-        diagonal = damped.diagonal().clone()
-        if not invert_(damped):
-            return None
-        if dtype != torch.float64 and (diagonal * damped.diagonal()).max() > INFLATION:
-            return None
-        return cls(damped, matrix.to(dtype, copy=True), len(gram) // units)
 
     def remove_(self, stop: int) -> Elimination | None:
         """Remove the cheapest unit ``stop`` times; None if there are too few digits for that."""
@@ -207,49 +194,50 @@ class _State:
         All steps are queued on the device, and the number of removed units, at least one, is read
         once at the end: after the last one, further steps change nothing.
         """
-        prices = self._prices()
+        prices, width = self._prices(), self.width
         ranked = torch.where(_tied(prices), -1, prices).argsort(stable=True)
-        prepared = ranked[: min(max(BLOCK // self.width, 1), self.remaining)]
+        prepared = ranked[: min(max(BLOCK // width, 1), self.remaining)]
         places = torch.full_like(self.left, -1)
         places[prepared] = torch.arange(len(prepared), device=places.device)
         channels, u = self._channels(prepared), self.u[: self.count]
         inverse_rows = torch.addmm(self.inverse[channels], u[:, channels].mT, u, alpha=-1)
         product_rows = self.weights[:, channels].mT @ self.weights
-        room = self.u[self.count : self.count + len(channels)]
-        rows = _Rows(inverse_rows, product_rows, room, torch.empty_like(room))
+        all_u = self.u[self.count : self.count + len(channels)]
+        all_v = torch.empty_like(all_u)
         goes = torch.ones_like(self.gone[:1])
         removed: list[tuple[Tensor, Tensor, Tensor]] = []
-        for _ in range(min(len(prepared), stop)):
+        for done in range(0, min(len(prepared), stop) * width, width):
             unit = _tied(self._prices()).byte().argmax(keepdim=True)
             place = places.index_select(0, unit)
             goes = goes & (place >= 0)
             if goes.is_cpu and not goes:
                 break
-            cost = self._remove_one_(unit, place.clamp_min(0), goes, rows)
-            removed.append((unit, cost, goes))
+            # the unit's rows after the removals since they were prepared
+            channels, rows = self._channels(unit), self._channels(place.clamp_min(0))
+            u, v = all_u[:done], all_v[:done]
+            u_now, v_now = u.index_select(1, channels).mT, v.index_select(1, channels).mT
+            inverse = inverse_rows.index_select(0, rows).addmm_(u_now, u, alpha=-1)
+            product = product_rows.index_select(0, rows).addmm_(u_now, v, alpha=-1)
+            product.addmm_(v_now, u, alpha=-1)
+            # what changes when it goes; nothing if it does not
+            block = torch.where(goes, inverse.index_select(1, channels), self.one)
+            root = self._inverse_root(block) * goes
+            u, v = all_u[done : done + width], all_v[done : done + width]
+            torch.mm(root, inverse, out=u)
+            torch.mm(root, product, out=v)
+            square = v.index_select(1, channels) @ root.mT
+            v.addmm_(square, u, alpha=-0.5)
+            before = self.inverse_blocks.index_select(0, unit)
+            u, v = (each.view(width, -1, width).transpose(0, 1) for each in (u, v))
+            self.inverse_blocks.baddbmm_(u.mT, u, alpha=-1)
+            self.product_blocks.baddbmm_(u.mT, v, alpha=-1).baddbmm_(v.mT, u, alpha=-1)
+            self.inverse_blocks.index_copy_(0, unit, before)  # nothing is left, which has no root
+            self.gone.index_copy_(0, unit, goes)
+            removed.append((unit, square.trace()[None], goes))
         units, costs, went = (torch.cat(column) for column in zip(*removed, strict=True))
         count = int(went.sum()) if len(went) > 1 else 1  # the cheapest always goes
         self.remaining -= count
         return units[:count], costs[:count]
-
-    def _remove_one_(self, unit: Tensor, place: Tensor, goes: Tensor, rows: _Rows) -> Tensor:
-        """Remove a unit, if ``goes``, and refit the others; return its cost."""
-        channels = self._channels(unit)
-        inverse, product = rows.now(self._channels(place), channels)
-        block = torch.where(goes, inverse.index_select(1, channels), self.one)
-        root = self._inverse_root(block) * goes
-        u, v = rows.next(self.width)
-        torch.mm(root, inverse, out=u)
-        torch.mm(root, product, out=v)
-        square = v.index_select(1, channels) @ root.mT
-        v.addmm_(square, u, alpha=-0.5)
-        before = self.inverse_blocks.index_select(0, unit)
-        u, v = (each.view(self.width, -1, self.width).transpose(0, 1) for each in (u, v))
-        self.inverse_blocks.baddbmm_(u.mT, u, alpha=-1)
-        self.product_blocks.baddbmm_(u.mT, v, alpha=-1).baddbmm_(v.mT, u, alpha=-1)
-        self.inverse_blocks.index_copy_(0, unit, before)  # nothing is left, which has no root
-        self.gone.index_copy_(0, unit, goes)
-        return square.trace()[None]
 
     def _shrink_(self, stop: int) -> None:
         """Apply ``u`` and drop removed units, if enough removals follow to pay for it."""
@@ -290,31 +278,6 @@ class _State:
         self.has_failed = self.has_failed | info.any()
         root: Tensor = torch.linalg.solve_triangular(lower, self.one, upper=False)
         return root
-
-
-@dataclass
-class _Rows:
-    """Rows of ``H⁻¹`` and ``P`` of some units, and the ``U`` and ``V`` of ``count`` rows since."""
-
-    inverse: Tensor
-    product: Tensor
-    u: Tensor
-    v: Tensor
-    count: int = 0
-
-    def now(self, places: Tensor, channels: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the rows at some places, those of some channels, after these removals."""
-        u, v = self.u[: self.count], self.v[: self.count]
-        u_now, v_now = u.index_select(1, channels).mT, v.index_select(1, channels).mT
-        inverse = self.inverse.index_select(0, places).addmm_(u_now, u, alpha=-1)
-        product = self.product.index_select(0, places).addmm_(u_now, v, alpha=-1)
-        return inverse, product.addmm_(v_now, u, alpha=-1)
-
-    def next(self, width: int) -> tuple[Tensor, Tensor]:
-        """Take room for the changes by the removal of a unit."""
-        rows = slice(self.count, self.count + width)
-        self.count = rows.stop
-        return self.u[rows], self.v[rows]
 
 
 def _tied(prices: Float[Tensor, " U"]) -> Bool[Tensor, " U"]:

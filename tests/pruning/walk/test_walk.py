@@ -94,7 +94,7 @@ def assert_layer_by_layer_is_the_model(model: PreTrainedModel, data: Sequence[Ba
     handle.remove()
     runner = LayerwiseModel(Live(model), Memory(), model.device)
     runner.embed(data)
-    for place, expected in zip(runner.places, seen, strict=True):
+    for place, expected in enumerate(seen):
         calls, hidden = runner.calls(place), runner.input_of(0, place)
         for index, layer in enumerate(Parts(model).layers):
             hidden = calls.through(layer, index, hidden)

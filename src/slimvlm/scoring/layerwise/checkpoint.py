@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import OffloadedWeightsLoader, set_module_tensor_to_device
+from accelerate.utils import set_module_tensor_to_device
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -31,13 +32,17 @@ class LazyCheckpoint:
     folder: Path
     model: PreTrainedModel  # parameters have no storage, buffers that files lack are there
     origins: Mapping[str, Origin]  # of parameters and stored buffers, by their names in the model
-    files: Mapping[str, Tensor]  # tensors by their names in the files, read on access
+    files: Mapping[str, Path]  # of tensors by their names there
     unused: tuple[str, ...]  # names in the files that the model has no use for
 
     def read(self, name: str) -> Tensor:
         """Read a parameter or stored buffer."""
-        origin = self.origins[name]
-        return origin.made_of([self.files[key] for key in origin.keys])
+        origin, dtype = self.origins[name], self.model.get_parameter_or_buffer(name).dtype
+        tensors = []
+        for key in origin.keys:
+            with safe_open(self.files[key], framework="pt") as file:
+                tensors.append(file.get_tensor(key).to(dtype))
+        return origin.made_of(tensors)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -80,100 +85,73 @@ class LazyCheckpoint:
 
     def layer(self, index: int, device: torch.device) -> AbstractContextManager[None]:
         """Inside, a decoder layer has its weights."""
-        prefix = f"{self._layers}{index}."
-        return self.loaded(lambda name: name.startswith(prefix), device)
+        return self.loaded(lambda name: name.startswith(f"{self._layers}{index}."), device)
 
     def before_layers(self, device: torch.device) -> AbstractContextManager[None]:
         """Inside, towers, projector and embeddings (and the norm) have their weights."""
-        others = (self._layers, self._head)
+        others = (self._layers, f"{Parts(self.model).family.head}.")
         return self.loaded(lambda name: not name.startswith(others), device)
 
     def after_layers(self, device: torch.device) -> AbstractContextManager[None]:
         """Inside, the final norm and the head have their weights."""
         parts = Parts(self.model)
-        these = (f"{parts.family.backbone}.{parts.row.final_norm}.", self._head)
-        return self.loaded(lambda name: name.startswith(these), device)
+        norm = f"{parts.family.backbone}.{parts.row.final_norm}."
+        return self.loaded(lambda name: name.startswith((norm, f"{parts.family.head}.")), device)
 
     @property
     def _layers(self) -> str:
         return f"{Parts(self.model).family.backbone}.layers."
 
-    @property
-    def _head(self) -> str:
-        return f"{Parts(self.model).family.head}."
-
 
 def open_checkpoint(
     model: str | Path, dtype: str = "auto", trust_remote_code: bool = False
 ) -> LazyCheckpoint:
-    """Find every weight of a folder or hub id (downloaded) without reading any."""
-    config = load_config(model, trust_remote_code)
+    """Find every weight of a folder or hub id (downloaded) without reading any.
+
+    Refuses files that lack a parameter or hold it in another shape.
+    """
+    where, config = f"model {str(model)!r}:", load_config(model, trust_remote_code)
     require_full_precision(config, "scored or pruned with low memory")
     folder = folder_of(model)
-    places = weight_files(folder)
-    shapes, stored = _headers(model, places)
-    kind = getattr(torch, stored if dtype == "auto" else dtype)
-    with unreadable(model, "config"):
-        skeleton = empty_model(config, kind, with_buffers=True).requires_grad_(False).eval()
-        skeleton.tie_weights()  # parameters without storage are made one by one
-    origins = origins_in_files(skeleton, places)
-    _check(model, skeleton, origins, shapes)
-    index = {
-        key: {
-            "safetensors_file": str(places[key]),
-            "weight_name": key,
-            "dtype": str(skeleton.get_parameter_or_buffer(target).dtype).removeprefix("torch."),
-        }
-        for target, origin in origins.items()
-        for key in origin.keys
-    }
-    unused = tuple(sorted(places.keys() - index.keys()))
-    found = LazyCheckpoint(folder, skeleton, origins, OffloadedWeightsLoader(index=index), unused)
-    for buffer in [n for n, _ in skeleton.named_buffers() if n in origins]:
-        set_module_tensor_to_device(skeleton, buffer, "cpu", found.read(buffer))
-    return found
-
-
-def _headers(model: str | Path, places: dict[str, Path]) -> tuple[dict[str, list[int]], str]:
-    """Read the shape of each tensor, and the most frequent data type."""
+    files = weight_files(folder)
     keys_of: dict[Path, list[str]] = defaultdict(list)
-    for key, place in places.items():
-        keys_of[place].append(key)
+    for key, path in files.items():
+        keys_of[path].append(key)
     shapes: dict[str, list[int]] = {}
-    numbers: dict[str, int] = defaultdict(int)
+    numbers = Counter[str]()  # by data type
     with unreadable(model, "weights"):
-        for place, keys in keys_of.items():
-            with safe_open(place, framework="pt") as file:
+        for path, keys in keys_of.items():
+            with safe_open(path, framework="pt") as file:
                 for key in keys:
                     part = file.get_slice(key)
                     shapes[key] = part.get_shape()
-                    numbers[part.get_dtype()] += torch.Size(shapes[key]).numel()
-    most = max(numbers, key=lambda kind: numbers[kind])
+                    numbers[part.get_dtype()] += prod(shapes[key])
+    ((most, _),) = numbers.most_common(1)
     if most not in _DTYPES:
-        raise ConfigError(f"model {str(model)!r}: weights of type {most} cannot be computed with")
-    return shapes, _DTYPES[most]
-
-
-def _check(
-    model: str | Path,
-    skeleton: PreTrainedModel,
-    origins: Mapping[str, Origin],
-    shapes: dict[str, list[int]],
-) -> None:
-    """Refuse files that lack a parameter or hold it in another shape."""
+        raise ConfigError(f"{where} weights of type {most} cannot be computed with")
+    kind = getattr(torch, _DTYPES[most] if dtype == "auto" else dtype)
+    with unreadable(model, "config"):
+        skeleton = empty_model(config, kind, with_buffers=True).requires_grad_(False).eval()
+        skeleton.tie_weights()  # parameters without storage are made one by one
+    origins = origins_in_files(skeleton, files)
     for name, parameter in skeleton.named_parameters(remove_duplicate=False):
         if name not in origins:
-            raise ConfigError(f"model {str(model)!r}: weights lack {name!r}")
-        keys = origins[name].keys
-        parts = [torch.empty(shapes[key], device="meta") for key in keys]
+            raise ConfigError(f"{where} weights lack {name!r}")
+        keys = list(origins[name].keys)
         try:
+            parts = [torch.empty(shapes[key], device="meta") for key in keys]
             shape = list(origins[name].made_of(parts).shape)
         except RuntimeError as error:
             raise ConfigError(
-                f"model {str(model)!r}: {len(keys)} tensors such as {keys[0]!r} do not fit together"
+                f"{where} {len(keys)} tensors such as {keys[0]!r} do not fit together"
             ) from error
         if list(parameter.shape) != shape:
             raise ConfigError(
-                f"model {str(model)!r}: {keys[0]!r} has shape {shape} but the configuration says "
+                f"{where} {keys[0]!r} has shape {shape} but the configuration says "
                 f"{list(parameter.shape)}"
             )
+    unused = files.keys() - {key for origin in origins.values() for key in origin.keys}
+    found = LazyCheckpoint(folder, skeleton, origins, files, tuple(sorted(unused)))
+    for buffer in [name for name, _ in skeleton.named_buffers() if name in origins]:
+        set_module_tensor_to_device(skeleton, buffer, "cpu", found.read(buffer))
+    return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -75,28 +75,6 @@ class LayerCalls:
         return self.after(index, self.run(layer, index, hidden))
 
 
-def _calls_of(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, LayerCalls]:
-    """Run a batch with layers that only record their arguments and return zeros.
-
-    The input of a layer after the first is then the tensor that the model adds between the two.
-    Returns the first layer's input and the calls.
-    """
-    noted: list[tuple[int, Tensor, Arguments]] = []
-
-    def note(index: int, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        noted.append((index, hidden_states, (args, kwargs)))
-        return torch.zeros_like(hidden_states)
-
-    with ExitStack() as stack:
-        for index, layer in enumerate(Parts(model).layers):
-            stack.enter_context(replaced_forward(layer, partial(note, index)))
-        forward_backbone(model, batch)
-    (_, hidden, _), *later = noted
-    arguments = {index: given for index, _, given in noted}
-    added = {index: entering for index, entering, _ in later if bool(entering.any())}
-    return hidden, LayerCalls(arguments, added)
-
-
 @dataclass(frozen=True)
 class Live:
     """A model that is in memory, with all its weights."""
@@ -149,20 +127,16 @@ class LayerwiseModel:
     source: Source
     store: Store  # of the activations between the layers
     device: torch.device
+    _digests: list[str] = field(default_factory=list, init=False)  # of the batches
 
     @property
     def model(self) -> PreTrainedModel:
         """The model; on a source of files, without weights."""
         return self.source.model
 
-    @property
-    def places(self) -> range:
-        """Numbers of the stored batches."""
-        return range(self.store.count("batches"))
-
     def batches(self) -> Iterator[Batch]:
         """Read the place, tokens, labels and padding of each batch."""
-        for place in self.places:
+        for place in range(len(self._digests)):
             stored = self.store.read("batches", place, self.device, but="hidden")
             yield {"place": place, **_below("batch.", stored)}
 
@@ -179,17 +153,17 @@ class LayerwiseModel:
                 f"model_type {config.model_type!r} cannot be run with low memory: its last layers "
                 "read keys and values of earlier ones"
             )
-        digests: list[str] = []
+        self._digests.clear()
         _ = self.devices  # before the model has one layer only
         with self.source.before_layers(self.device):
             for place, batch in enumerate(batches):
                 code = digest_of_tensors(batch)
-                digests.append(code)
+                self._digests.append(code)
                 stored = self.store.about("batches", place)
                 if stored is not None and stored["digest"] == code:
                     continue
                 moved = on_device(self.model, batch)
-                hidden, calls = _calls_of(self.model, moved)
+                hidden, calls = self._calls_of(moved)
                 tensors = {f"batch.{name}": moved[name] for name in _KEPT if name in moved}
                 tensors["batch.attention_mask"] = valid_tokens(moved)
                 tree = {
@@ -199,12 +173,31 @@ class LayerwiseModel:
                 tensors["hidden"] = hidden
                 tensors |= {f"added.{index}": value for index, value in calls.added.items()}
                 self.store.write("batches", place, tensors, {"digest": code, "calls": tree})
-        if not digests:
+        if not self._digests:
             raise DataError("no calibration batch was given")
-        for place in range(len(digests), self.store.count("batches")):
-            self.store.drop_entry("batches", place)
         self.store.finish("batches")
-        return digest(digests)
+        return digest(self._digests)
+
+    def _calls_of(self, batch: Batch) -> tuple[Tensor, LayerCalls]:
+        """Run a batch with layers that only record their arguments and return zeros.
+
+        The input of a layer after the first is then the tensor that the model adds between the two.
+        Returns the first layer's input and the calls.
+        """
+        noted: list[tuple[int, Tensor, Arguments]] = []
+
+        def note(index: int, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            noted.append((index, hidden_states, (args, kwargs)))
+            return torch.zeros_like(hidden_states)
+
+        with ExitStack() as stack:
+            for index, layer in enumerate(Parts(self.model).layers):
+                stack.enter_context(replaced_forward(layer, partial(note, index)))
+            forward_backbone(self.model, batch)
+        (_, hidden, _), *later = noted
+        arguments = {index: given for index, _, given in noted}
+        added = {index: entering for index, entering, _ in later if bool(entering.any())}
+        return hidden, LayerCalls(arguments, added)
 
     def input_of(self, index: int, place: int) -> Tensor:
         """Read the input of a layer; after the last one, of the final norm."""
@@ -235,7 +228,14 @@ class LayerwiseModel:
 
         def run(place: int) -> None:
             output = self.calls(place).run(layer, index, self.input_of(index, place))
-            self._require_finite(output, index, place)
+            if not all_finite(output):
+                mask = "batch.attention_mask"
+                earlier = (self.store.read("batches", p, self.device, mask) for p in range(place))
+                first = 1 + sum(len(stored[mask]) for stored in earlier)
+                spoilt = (~torch.isfinite(output).flatten(1).all(1)).nonzero().flatten() + first
+                samples = ", ".join(map(str, spoilt.tolist()))
+                where = f"the output of layer {index} for calibration sample {samples}"
+                require_finite_values(output, where)
             if not self.store.has(f"hidden-{index + 1}"):
                 self.store.write(f"hidden-{index + 1}", place, {"hidden": output})
 
@@ -253,12 +253,13 @@ class LayerwiseModel:
     @contextmanager
     def replayed(self) -> Iterator[LayerView]:
         """All layers, each of them returning its stored output, and the final norm."""
-        layers = [_Replayed() for _ in Parts(self.model).layers]
+        layers = [nn.Identity() for _ in Parts(self.model).layers]
 
         def run(place: int) -> None:
             for index, layer in enumerate(layers):
-                layer.answer = self.output_of(index, place)
-                layer(self.input_of(index, place))
+                output = self.output_of(index, place)
+                with replaced_forward(layer, lambda hidden_states, answer=output: answer):
+                    layer(self.input_of(index, place))
             Parts(self.model).norm(self.input_of(len(layers), place))
 
         with self.source.after_layers(self.device), self._view(layers, run) as view:
@@ -285,28 +286,7 @@ class LayerwiseModel:
         arguments = {int(index): unpacked(given, stored) for index, given in tree.items()}
         return LayerCalls(arguments, added)
 
-    def _require_finite(self, values: Tensor, index: int, place: int) -> None:
-        """Raise at NaN or infinity in a layer's output, with the numbers of the samples."""
-        if all_finite(values):
-            return
-        mask = "batch.attention_mask"
-        earlier = (self.store.read("batches", p, self.device, mask) for p in range(place))
-        first = 1 + sum(len(stored[mask]) for stored in earlier)
-        spoilt = (~torch.isfinite(values).flatten(1).all(1)).nonzero().flatten() + first
-        samples = ", ".join(map(str, spoilt.tolist()))
-        where = f"the output of layer {index} for calibration sample {samples}"
-        require_finite_values(values, where)
-
 
 def _below(prefix: str, stored: dict[str, Tensor]) -> dict[str, Tensor]:
     """Select the tensors whose names begin with a prefix, and cut it off."""
     return {n.removeprefix(prefix): value for n, value in stored.items() if n.startswith(prefix)}
-
-
-class _Replayed(nn.Module):
-    """A layer that returns a stored output."""
-
-    answer: Tensor
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.answer

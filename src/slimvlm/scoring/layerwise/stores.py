@@ -54,18 +54,10 @@ class Memory:
         """Mark a set as whole."""
         self._whole.add(name)
 
-    def count(self, name: str) -> int:
-        """Number of entries of a set."""
-        return len(self._sets.get(name, {}))
-
     def drop(self, name: str) -> None:
         """Remove a set, whole or not."""
         self._sets.pop(name, None)
         self._whole.discard(name)
-
-    def drop_entry(self, name: str, place: int) -> None:
-        """Remove one entry."""
-        del self._sets[name][place]
 
     def write(
         self, name: str, place: int, tensors: Mapping[str, Tensor], about: Any = None
@@ -122,18 +114,10 @@ class Scratch:
         """As `Memory.finish`: the folder takes its name."""
         self._folder(name).rename(self.folder / name)
 
-    def count(self, name: str) -> int:
-        """As `Memory.count`."""
-        return len(list(self._folder(name).glob("*.safetensors")))
-
     def drop(self, name: str) -> None:
         """As `Memory.drop`."""
         for path in (self.folder / name, self.folder / f".{name}.partial"):
             shutil.rmtree(path, ignore_errors=True)
-
-    def drop_entry(self, name: str, place: int) -> None:
-        """As `Memory.drop_entry`."""
-        self._path(name, place).unlink()
 
     def write(
         self, name: str, place: int, tensors: Mapping[str, Tensor], about: Any = None
