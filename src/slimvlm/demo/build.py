@@ -159,7 +159,7 @@ def make_base() -> tuple[Any, Any]:
     if find_spec("gguf") is None:
         raise ConfigError("demo: reading its language model needs `pip install 'slimvlm[demo]'`")
     folder = str(fetch_language_model())
-    source: Any = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+    source: Any = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF, trust_remote_code=False)
     text = source.backend_tokenizer.to_str().replace(RESERVED_TOKEN, IMAGE_TOKEN)
     tokenizer: Any = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(text),
@@ -195,7 +195,7 @@ def make_base() -> tuple[Any, Any]:
         tie_word_embeddings=True,
     )
     text_model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=GGUF, dtype=torch.float32
+        folder, gguf_file=GGUF, dtype=torch.float32, trust_remote_code=False
     )
     model: Any = LlavaForConditionalGeneration(config)
     model.float().model.language_model.load_state_dict(text_model.model.state_dict())

@@ -23,7 +23,7 @@ def convert(original: str, *arguments: str) -> None:
     """Run the converter with the tokenizer of another model."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(original)
+    tokenizer = AutoTokenizer.from_pretrained(original, trust_remote_code=False)
     text_model: Any = import_module("conversion.base").TextModel
     recognised = text_model.get_vocab_base_pre
     text_model.get_vocab_base_pre = lambda self, _: recognised(self, tokenizer)

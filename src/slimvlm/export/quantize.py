@@ -132,6 +132,7 @@ def quantize(
             use_safetensors=True,
             quantization_config=_settings(to, chosen, skipped, dtype),
             device_map={"": str(target)},
+            trust_remote_code=False,
         ).eval()
     processor = load_processor(name, config)
     is_ours = chosen == "compressed-tensors"

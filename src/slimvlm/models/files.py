@@ -109,11 +109,13 @@ def check_folder(model: str | Path) -> None:
     allowed = [folder.resolve()]
     if allowed[0].parent.name == "snapshots":  # of the hub's cache
         allowed.append(allowed[0].parent.parent / "blobs")
-    for path in filter(Path.is_symlink, folder.rglob("*")):
+    for path in folder.rglob("*"):
         with unreadable(folder, path.name):  # a link to itself
             target = path.resolve()
-        if not any(map(target.is_relative_to, allowed)):
+        if path.is_symlink() and not any(map(target.is_relative_to, allowed)):
             raise ConfigError(f"{where}: {path.name!r} is a link that leads out of the folder")
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ConfigError(f"{where}: {path.name!r} is neither a file nor a folder")
     if (folder / _ADAPTER).exists():
         raise ConfigError(f"{where}: {_ADAPTER} makes it an adapter; merge it first")
     for name in (CONFIG_NAME, GENERATION_CONFIG_NAME, *_SETTINGS):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -14,11 +15,14 @@ import transformers
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
-from slimvlm.core.errors import ConfigError
+from slimvlm.core.documents import read_object
+from slimvlm.core.errors import ConfigError, shortened
 from slimvlm.core.options import Dtype, LoadConfig
 from slimvlm.core.processes import local_rank, num_ranks
+from slimvlm.core.progress import to_log
 from slimvlm.core.requests import digest
 from slimvlm.data.chat import tokenizer_of
 from slimvlm.data.templates import check_tokenizer
@@ -167,6 +171,13 @@ def retype_modules_(model: PreTrainedModel, old: PreTrainedConfig, new: PreTrain
             module.__class__ = getattr(target, new_prefix + name.removeprefix(old_prefix))
 
 
+_GENERATION = {
+    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
+    *("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id"),
+    *("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
+    *("max_length", "max_new_tokens", "_from_model_config", "transformers_version"),
+}
+"""Settings of a generation configuration that are kept; others could change what is computed."""
 _SAMPLED = 64
 _PROCESSOR_FILES = {
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt"),
@@ -249,25 +260,51 @@ def load(
     if is_quantized(config):  # some quantisers take the current card by default
         divided["device_map"] = {"": str(place)}
     require_buildable(name, config)
-    with unreadable(model, "weights"):
-        loaded, report = source.from_pretrained(
-            name,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **divided,
-        )
-    if report["missing_keys"]:
-        first, *rest = sorted(report["missing_keys"])
-        raise ConfigError(
-            f"model {str(model)!r}: weights lack {first!r}"
-            + (f" and {len(rest)} more" * bool(rest))
-        )
+    reporter = logging.getLogger("transformers.modeling_utils")
+    level = reporter.level
+    reporter.setLevel(logging.CRITICAL)  # its report has names out of the files
+    try:
+        with unreadable(model, "weights"):
+            loaded, report = source.from_pretrained(
+                name,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **divided,
+            )
+    finally:
+        reporter.setLevel(level)
+    problems = [(key, "are missing") for key in sorted(report["missing_keys"])]
+    problems += [(key[0], "have another shape") for key in sorted(report["mismatched_keys"])]
+    if problems:
+        (first, told), more = problems[0], f" and {len(problems) - 1} more" * (len(problems) > 1)
+        raise ConfigError(f"model {str(model)!r}: weights {shortened(first)}{more} {told}")
+    if unused := sorted(report["unexpected_keys"]):
+        to_log(f"model {str(model)!r}: {len(unused)} tensors are not read: {shortened(unused[0])}")
     set_class_(loaded)
+    loaded.generation_config = plain_generation(loaded.generation_config)
     if not shard:  # shards lie where they belong
         loaded = loaded.to(place)
     return loaded.eval(), load_processor(name, config, trust_remote_code)
+
+
+def plain_generation(config: GenerationConfig | None) -> GenerationConfig:
+    """Keep the known settings of a generation configuration, which may come with a model."""
+    values = {} if config is None else config.to_dict()
+    return GenerationConfig.from_dict({k: v for k, v in values.items() if k in _GENERATION})
+
+
+def generation_of(folder: str | Path) -> GenerationConfig | None:
+    """Read the generation configuration of a model's folder or hub id; None without one."""
+    path: str | Path | None = Path(folder) / GENERATION_CONFIG_NAME
+    if not Path(folder).is_dir():
+        path = file_if_reachable(str(folder), GENERATION_CONFIG_NAME)
+    if path is None or not Path(path).is_file():
+        return None
+    with unreadable(folder, GENERATION_CONFIG_NAME):
+        return plain_generation(GenerationConfig.from_dict(read_object(path, "model")))
 
 
 def require_buildable(name: str, config: PreTrainedConfig) -> None:

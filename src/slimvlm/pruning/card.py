@@ -13,6 +13,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 from transformers import PreTrainedModel
 
+from slimvlm.core.documents import parse_yaml, read_text
+from slimvlm.core.errors import ConfigError
 from slimvlm.models.files import file_if_reachable
 from slimvlm.models.load import auto_class, is_uneven
 from slimvlm.models.parts import Parts, text_config_of
@@ -22,6 +24,7 @@ from slimvlm.pruning.layout import layout_of
 
 CARD_FILE = "README.md"
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
+_INHERITED = ("license", "license_name", "license_link", "base_model")
 _TAGS = ["slimvlm", "pruned", "model-compression"]
 
 
@@ -87,10 +90,19 @@ def base_card(model: str) -> dict[str, Any]:
         path = file_if_reachable(model, CARD_FILE)
     if path is None or not Path(path).is_file():
         return {}
-    if not Path(path).read_text(encoding="utf-8").startswith("---"):
+    try:
+        head = read_text(path, "card", 2**22).lstrip("\ufeff \n").split("\n---", 1)[0]
+        values = parse_yaml(head.removeprefix("---")) if head.startswith("---") else {}
+    except (ConfigError, ValueError):
         return {}
-    values: dict[str, Any] = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
-    return values
+    named = {name: values.get(name) for name in _INHERITED} if isinstance(values, dict) else {}
+    return {name: value for name, value in named.items() if _is_short(value)}
+
+
+def _is_short(value: Any) -> bool:
+    """Whether a value of a card is a short text, or a list of some."""
+    texts = value if isinstance(value, list) and len(value) < 100 else [value]
+    return all(isinstance(text, str) and 0 < len(text) < 200 for text in texts)
 
 
 def is_hub_id(model: str) -> bool:

@@ -14,8 +14,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers import AutoConfig, PreTrainedModel
 
 from slimvlm.core.errors import ReloadError
 from slimvlm.core.files import mark_checkpoint, new_folder, require_free
@@ -31,6 +30,7 @@ from slimvlm.models.load import (
     auto_class,
     auto_map_of,
     empty_model,
+    generation_of,
     is_quantized,
     is_uneven,
     load_processor,
@@ -143,8 +143,8 @@ def prune_checkpoint(
     processor = trimmed_processor(processor, plan)
     smaller = empty_model(config, checkpoint.model.dtype)
     smaller._weight_conversions = checkpoint.model._weight_conversions
-    if (checkpoint.folder / GENERATION_CONFIG_NAME).is_file():
-        smaller.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    if (generation := generation_of(checkpoint.folder)) is not None:
+        smaller.generation_config = generation
     prune_(smaller, plan, allow_uneven)
     read = _reader_of(checkpoint, plan, weights)
 
@@ -241,7 +241,7 @@ def check_reload(model: PreTrainedModel, processor: Any, folder: str | Path) -> 
     with evaluating(model):
         expected = _last_logits(model, batch)
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         place = {"device_map": {"": str(model.device)}} if is_quantized(config) else {}
         code = Path(modeling_pruned.__file__)
         copied = Path(folder) / code.name

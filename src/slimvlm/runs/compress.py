@@ -355,6 +355,7 @@ def config_text(model: str, config: CompressConfig) -> str:
     """Write a run's configuration as YAML: the model, and every option that is not the default."""
     trained = _NOT_TRAINED if config.recover is None else _unusual(config.recover)
     values = {"model": model, **_unusual(config), "recover": trained}
+    values.pop("trust_remote_code", None)  # it counts on the command line only
     text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return text
 
@@ -365,6 +366,11 @@ def read_config(path: str | Path) -> tuple[str, CompressConfig, Mapping[str, Any
     if not isinstance(values, dict) or not isinstance(values.get("model"), str):
         raise ConfigError(f"{where}: must name a model, and options")
     options = {name: v for name, v in values.items() if name not in ("model", "made_from")}
+    for name in {"trust_remote_code", "force"} & options.keys():
+        if options[name]:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{where}: {name} counts on the command line only: give {flag}")
+        del options[name]
     if options.get("recover") == _NOT_TRAINED:
         options["recover"] = None
     given = options.get("recover", {})

@@ -12,9 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from transformers import GenerationConfig
-from transformers.utils import GENERATION_CONFIG_NAME
-
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError, SlimError
 from slimvlm.core.options import Axis, PruneConfig, Questions, RecoverConfig, SizeOptions
 from slimvlm.core.progress import Say, silent
@@ -26,7 +23,6 @@ from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models import load as models
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import prefill_flops
-from slimvlm.models.files import file_if_reachable
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.tokens import token_ids_of
@@ -316,14 +312,9 @@ def vocabulary_for(
     processor = models.load_processor(name, config, trust_remote_code)
     if processor is None:
         raise ConfigError(f"vocab_size {options.vocab_size}: the model has no tokenizer")
-    path: str | Path | None = Path(name) / GENERATION_CONFIG_NAME
-    if not Path(name).is_dir():
-        path = file_if_reachable(name, GENERATION_CONFIG_NAME)
-    has_one = path is not None and Path(path).is_file()
-    generation = GenerationConfig.from_pretrained(name) if has_one else None
     size = options.vocab_size if isinstance(options.vocab_size, int) else None
     texts = [] if options.vocab_text is None else [Path(options.vocab_text)]
-    named = token_ids_of(config, generation)
+    named = token_ids_of(config, models.generation_of(name))
     return choose_vocabulary(processor, samples, size, texts, named, fewest)
 
 

@@ -213,6 +213,8 @@ def _cell(study: StudyConfig, grid: Grid, chosen: dict[str, Any]) -> Cell:
     options = {**study.prune, **grid.prune}
     if "device" in options:
         raise ConfigError("prune: 'device' changes no result, and a study keeps only results")
+    if "trust_remote_code" in options:
+        raise ConfigError("prune: 'trust_remote_code' is not taken from a file; load such a model")
     _check_home("prune", options, _PRUNE_KEYS)
     options |= {name: chosen[name] for name in _PRUNE_KEYS & chosen.keys() - {"criterion"}}
     if chosen["criterion"] != DEFAULT:

@@ -1,0 +1,158 @@
+"""A configuration file sets values; nothing in it becomes an option or runs code."""
+
+import ast
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+
+import slimvlm
+from slimvlm.cli import main
+from slimvlm.core.errors import SlimError
+from slimvlm.models.load import load
+from tests import tiny_folder as folders
+
+SOURCES = sorted(Path(inspect.getfile(slimvlm)).parent.rglob("*.py"))
+EVIL = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+(Path(__file__).parent / "ran").touch()
+class C(LlamaConfig): pass
+class M(LlamaForCausalLM): pass
+"""
+
+
+def ended(capsys, *words):
+    """Run a command; return its exit code and what it wrote on stderr."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(word) for word in words])
+    return stop.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["criterion: [magnitude, --force]", "force: true", "trust_remote_code: true", "seed: --force"],
+)
+@pytest.mark.parametrize("verb", ["compress", "recover"])
+def test_a_file_gives_no_option(verb, option, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("stdin was read"))
+    model = folders.copied("text", tmp_path / "m")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text('{"model": "", "seed": 0, "made_from": []}')
+    (out / "precious").write_text("x")
+    code = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
+    folders.edit_json(model / "config.json", lambda values: values.update(auto_map=code))
+    (model / "evil.py").write_text(EVIL)
+    file = tmp_path / "run.yaml"
+    file.write_text(f"model: {model}\nratio: 0.3\n{option}\n")
+    words = (model,) if verb == "recover" else ()
+    code, said = ended(capsys, verb, *words, "--config", file, "--out", out)
+    assert code == 2
+    assert sum(line.startswith("slimvlm:") for line in said.splitlines()) == 1
+    assert "Traceback" not in said
+    assert (out / "precious").read_text() == "x"
+    assert not (model / "ran").exists()
+
+
+def test_every_from_pretrained_says_whether_code_may_run():
+    calls = [
+        (path.name, node.lineno, {word.arg for word in node.keywords})
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "from_pretrained"
+    ]
+    assert len(calls) > 5
+    assert not [call for call in calls if "trust_remote_code" not in call[2]]
+
+
+def test_nothing_reads_stdin_but_the_child():
+    readers = [path.name for path in SOURCES if "stdin" in path.read_text()]
+    asking = [path.name for path in SOURCES if "input(" in path.read_text().replace("_input(", "")]
+    assert set(readers) <= {"child.py", "templates.py"}
+    assert set(asking) <= {"models.py", "verbs.py", "__init__.py", "chat.py"}
+
+
+CARDS = {
+    "bytes": b"---\nlicense: \xe9\n---\n",
+    "a list": b"---\n- a\n---\n",
+    "a scalar": b"---\n5\n---\n",
+    "a tab": b"---\n\tlicense: x\n---\n",
+    "braces": b"---\n{{{[\n---\n",
+    "no date": b"---\nlicense: 2020-13-99\n---\n",
+    "results": b"---\neval_results: 5\n---\n",
+    "key": b"---\nignore_metadata_errors: 1\n---\n",
+    "deep": b"---\na: " + b"[" * 3000 + b"\n---\n",
+    "nul": b"---\nlicense: a\x00b\n---\n",
+    "aliases": b"---\na: &a [x,x]\nb: &b [*a,*a]\nbase_model: *b\n---\n",
+    "long": b"---\nlicense: " + b"x" * 5000 + b"\n---\n",
+}
+
+
+@pytest.mark.parametrize("why", CARDS)
+def test_an_odd_card_costs_no_work(why, tmp_path, capsys):
+    model = folders.copied("text", tmp_path / "m")
+    (model / "README.md").write_bytes(CARDS[why])
+    main(
+        [
+            "prune",
+            str(model),
+            "--ratio",
+            "0.3",
+            "--out",
+            str(tmp_path / "out"),
+            "--criterion",
+            "magnitude",
+        ]
+    )
+    head = (tmp_path / "out" / "README.md").read_text().split("---")[1]
+    assert "xxxxx" not in head
+    assert load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("what", ["unexpected", "another shape", "missing"])
+def test_names_in_weights_are_said_in_one_line_without_control_characters(what, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    model = folders.copied("text", tmp_path / "m")
+    weights = load_file(model / "model.safetensors")
+    name = next(name for name in weights if "down_proj" in name)
+    if what == "unexpected":
+        weights["\x1b[2J\n\u202e"] = weights[name].clone()
+    elif what == "missing":
+        del weights[name]
+    else:
+        weights[name] = weights[name][:, 1:].contiguous()
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    if what == "unexpected":
+        load(model)
+        said = capsys.readouterr().err
+        assert "1 tensors are not read" in said
+    else:
+        with pytest.raises(SlimError) as caught:
+            load(model)
+        said = str(caught.value) + "\n"
+        assert name in said
+        assert what in said
+    assert said.count("\n") == 1
+    assert "\x1b" not in said
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"cache_implementation": "offloaded"},
+        {"return_dict_in_generate": True},
+        {"prefill_chunk_size": 0},
+        {"prefill_chunk_size": -1},
+        {"cache_implementation": "quantized"},
+    ],
+)
+def test_settings_of_generation_change_no_code(values, tmp_path, capsys):
+    model = folders.copied("text", tmp_path / "m")
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, **values}))
+    main(["chat", str(model), "Which?", "--max-new-tokens", "2"])
+    assert not capsys.readouterr().err
