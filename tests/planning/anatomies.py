@@ -3,7 +3,7 @@
 from functools import cache
 
 from slimvlm.models.anatomy import Anatomy, LayerShape, read_anatomy
-from slimvlm.planning.budget import default_multiple
+from slimvlm.planning.make import default_multiple
 from slimvlm.scoring.unit_scores import Scores
 from tests import tiny
 from tests.handmade import random_scores

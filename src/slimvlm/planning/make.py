@@ -2,23 +2,124 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import replace
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from slimvlm.core.errors import ConfigError, ImpossiblePlanError
+from slimvlm.core.errors import ConfigError, ImpossiblePlanError, NumericalError
 from slimvlm.models.anatomy import WIDTH_UNITS, Anatomy
-from slimvlm.planning.budget import (
-    Budget,
-    best_units,
-    channels_to_remove,
-    scores_for,
-    with_uniform_widths,
-)
-from slimvlm.planning.plan import Plan
+from slimvlm.models.cost import TILE_MULTIPLE, WIDTH_MULTIPLE
+from slimvlm.models.hidden import all_finite
+from slimvlm.planning.plan import AXES, Kept, Plan
 from slimvlm.scoring.unit_scores import Scores
+
+ALLOCATIONS = ("uniform", "protect")
+COUNTINGS = ("parameters", "per_layer")
+
+_PROTECTED_OF_32 = (4, 2)
+"""First and last layers that the study's code leaves whole."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Check the arguments of `make_plan`; a `ConfigError` names the one that is out of range."""
+
+    anatomy: Anatomy
+    ratio: float
+    axis: str
+    protect: tuple[int, int] = (0, 0)
+    counting: str = "parameters"
+    round_to: int | None = None
+    depth_share: float = 0.5
+    allocation: str = "uniform"
+    units: tuple[str, ...] = WIDTH_UNITS
+    kv_heads: int | None = None
+    experts: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ratio < 1:
+            raise ConfigError(f"ratio {self.ratio} must be at least 0 and below 1")
+        words = {"axis": AXES, "allocation": ALLOCATIONS, "counting": COUNTINGS}
+        for name, allowed in words.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ConfigError(f"{name} {value!r} must be one of: {', '.join(allowed)}")
+        first, last = self.protected
+        if min(first, last) < 0 or first + last >= self.anatomy.num_layers:
+            raise ConfigError(
+                f"protect {(first, last)} must leave at least one of "
+                f"{self.anatomy.num_layers} layers"
+            )
+        if self.round_to is not None and self.round_to < 1:
+            raise ConfigError(f"round_to {self.round_to} must be at least 1")
+        if not 0 <= self.depth_share <= 1:
+            raise ConfigError(f"depth_share {self.depth_share} must be between 0 and 1")
+        self._check_units()
+
+    def _check_units(self) -> None:
+        if not self.units or not set(self.units) <= set(WIDTH_UNITS):
+            raise ConfigError(f"units {self.units} must be some of: {', '.join(WIDTH_UNITS)}")
+        if self.kv_heads is not None:
+            legal = self.anatomy.legal_kv_heads()
+            if self.kv_heads not in legal:
+                raise ConfigError(f"kv_heads {self.kv_heads} must be one of: {legal}")
+            if self.counting == "per_layer":
+                raise ConfigError(f"kv_heads {self.kv_heads} needs counting 'parameters'")
+            if "kv_group" not in self.units and self.kv_heads != legal[-1]:
+                raise ConfigError(f"kv_heads {self.kv_heads} needs 'kv_group' among units")
+        if not 0 <= self.experts < 1:
+            raise ConfigError(f"experts {self.experts} must be at least 0 and below 1")
+        if self.experts and not self.anatomy.expert_counts:
+            raise ConfigError(
+                f"experts {self.experts}: {self.anatomy.model_type!r} has none that can go"
+            )
+        taken, left = self.anatomy.experts_per_token, self.left_experts
+        if left < taken:
+            raise ImpossiblePlanError(
+                f"experts {self.experts} leaves {left} in a layer, but each token takes {taken}: "
+                f"at most {1 - taken / self.anatomy.expert_counts[0]:g}"
+            )
+
+    @property
+    def left_experts(self) -> int:
+        """Experts that stay in every layer that has some."""
+        count = max(self.anatomy.expert_counts, default=0)
+        return count - round(count * self.experts)
+
+    def left(self, plan: Plan) -> float:
+        """Parameters to remove in addition to those that a plan removes already."""
+        params = self.anatomy.backbone_params
+        return self.ratio * params - plan.ratio * params
+
+    @property
+    def multiple(self) -> int:
+        """Multiple for the number of kept neurons; a larger one if the model needs it."""
+        wanted = self.round_to or default_multiple(self.anatomy)
+        return math.lcm(wanted, self.anatomy.backbone.neuron_multiple)
+
+    @property
+    def protected(self) -> tuple[int, int]:
+        """How many first and last layers stay whole."""
+        first, last = self.protect
+        if self.allocation != "protect" or first or last:
+            return first, last
+        scaled = [max(round(n * self.anatomy.num_layers / 32), 1) for n in _PROTECTED_OF_32]
+        return scaled[0], scaled[1]
+
+    def is_open(self, layer: int) -> bool:
+        """Whether a layer may lose units."""
+        return self.protected[0] <= layer < self.anatomy.num_layers - self.protected[1]
+
+    @property
+    def removable_layers(self) -> list[int]:
+        """Layers that may go."""
+        layers = filter(self.is_open, range(self.anatomy.num_layers))
+        return [index for index in layers if index not in self.anatomy.pinned_layers]
 
 
 def make_plan(
@@ -106,8 +207,21 @@ def make_plan(
         plan = _without_layers(plan, scores_for("layer", given, budget), budget)
     if axis in ("width", "both"):
         plan = with_uniform_widths(plan, given, budget)
-    if counting == "parameters":
-        _check_reached(plan, budget)
+    if counting != "parameters":
+        return plan
+    if axis == "depth":
+        step = min(shape.params for shape in anatomy.layers)
+    elif "neuron" in plan.criteria:
+        step = budget.multiple * sum(shape.neuron_params for shape in anatomy.layers)
+    elif "kv_group" in plan.criteria and len(anatomy.legal_kv_heads()) > 1:
+        step = sum(shape.kv_group_params for shape in anatomy.layers)
+    else:
+        step = 0
+    if abs(plan.ratio - ratio) > step / anatomy.backbone_params + 1e-9:
+        raise ImpossiblePlanError(
+            f"ratio {ratio:g} cannot be reached on axis {axis!r}: the nearest legal "
+            f"shape has ratio {plan.ratio:.4f} ({plan.summary()})"
+        )
     return plan
 
 
@@ -223,19 +337,130 @@ def _without_layers(plan: Plan, scores: Scores, budget: Budget) -> Plan:
     return replace(plan.without_layers(removed), criteria=criteria)
 
 
-def _check_reached(plan: Plan, budget: Budget) -> None:
-    """The achieved ratio must be within the smallest step that the axis has."""
+def scores_for(unit: str, given: list[Scores], budget: Budget) -> Scores:
+    """Find the first scores that cover a unit; raise without any, or if they do not fit."""
     shapes = budget.anatomy.layers
-    if plan.axis == "depth":
-        step = min(shape.params for shape in shapes)
-    elif "neuron" in plan.criteria:
-        step = budget.multiple * sum(shape.neuron_params for shape in shapes)
-    elif "kv_group" in plan.criteria and len(budget.anatomy.legal_kv_heads()) > 1:
-        step = sum(shape.kv_group_params for shape in shapes)
-    else:
-        step = 0
-    if abs(plan.ratio - budget.ratio) > step / budget.anatomy.backbone_params + 1e-9:
-        raise ImpossiblePlanError(
-            f"ratio {budget.ratio:g} cannot be reached on axis {plan.axis!r}: the nearest legal "
-            f"shape has ratio {plan.ratio:.4f} ({plan.summary()})"
+    for scores in given:
+        if scores.of(unit) is None:
+            continue
+        rows = [scores.of(unit)] if unit == "layer" else list(scores.of(unit))
+        found = [len(row) for row in rows]
+        expected = [len(shapes)] if unit == "layer" else [shape.units(unit) for shape in shapes]
+        if found != expected:
+            raise ConfigError(
+                f"scores {scores.criterion!r} are for another model: {unit} counts {found[:3]}..., "
+                f"expected {expected[:3]}..."
+            )
+        if not all(map(all_finite, rows)):
+            raise NumericalError(
+                f"scores {scores.criterion!r}: NaN or infinity among {unit} scores"
+            )
+        return scores
+    names = ", ".join(repr(scores.criterion) for scores in given) or "none"
+    asking = f"experts {budget.experts}" if unit == "expert" else f"axis {budget.axis!r}"
+    raise ConfigError(f"{asking} needs scores of {unit}; given: {names}")
+
+
+def best_units(values: Tensor, count: int) -> Kept:
+    """Return the indices of the highest scores, ascending; of equal ones the later stay."""
+    order = torch.argsort(values, stable=True)
+    return tuple(sorted(int(i) for i in order[len(values) - count :]))
+
+
+def with_uniform_widths(plan: Plan, given: list[Scores], budget: Budget) -> Plan:
+    """Keep the best units of each open layer, equally many; kinds without scores stay whole."""
+    can_shrink = {"kv_group": True, "neuron": len(budget.anatomy.legal_neurons()) > 1}
+    scored = {
+        unit: scores_for(unit, given, budget)
+        for unit in budget.units
+        if can_shrink[unit] and any(scores.of(unit) is not None for scores in given)
+    }
+    if not scored:
+        scores_for(budget.units[-1], given, budget)
+    shapes = {index: shape for index, shape in plan.shapes.items() if budget.is_open(index)}
+    if not shapes:
+        return plan
+    equal = budget.anatomy.with_layers(list(shapes.values()))
+    if not equal.is_uniform:
+        raise ConfigError(
+            f"allocation {budget.allocation!r} needs a model whose layers are equally wide"
         )
+    counts = _widths(equal, plan, scored, budget)
+    kept = {unit: list(plan.kept(unit)) for unit in scored}
+    for unit, scores in scored.items():
+        for index, shape in shapes.items():
+            count = counts[unit] if shape.units(unit) else 0
+            kept[unit][index] = best_units(scores.of(unit)[index], count)
+    rows: dict[str, Any] = {f"{unit}s": tuple(units) for unit, units in kept.items()}
+    criteria = {**plan.criteria, **{unit: scores.criterion for unit, scores in scored.items()}}
+    return replace(plan, criteria=criteria, **rows)
+
+
+def channels_to_remove(channels: int, ratio: float) -> int:
+    """``C - floor(C (1 - ratio))`` in exact decimal arithmetic.
+
+    LLM-Pruner computes ``int(C * (1 - ratio))`` in floating point, which removes one channel too
+    many for, say, 640 channels at 0.9.
+    """
+    return channels - math.floor(channels * (1 - Fraction(str(ratio))))
+
+
+def default_multiple(anatomy: Anatomy) -> int:
+    """128 where one step of all layers' widths is at most 1 % of the backbone, else less.
+
+    Kernels for 4-bit and 8-bit weights want multiples of 128. In a model too small for it, 64 is
+    halved until a step is at most 0.5 %.
+    """
+    step = sum(shape.neuron_params for shape in anatomy.layers) / anatomy.backbone_params
+    if WIDTH_MULTIPLE * step <= 0.01:
+        return WIDTH_MULTIPLE
+    multiple = TILE_MULTIPLE
+    while multiple > 1 and multiple * step > 0.005:
+        multiple //= 2
+    return multiple
+
+
+def _widths(
+    open_part: Anatomy, plan: Plan, scored: Mapping[str, Scores], budget: Budget
+) -> dict[str, int]:
+    """Find the KV groups and neurons that every open layer keeps.
+
+    Both kinds of unit give the same share where whole groups allow it; neurons, which are fine
+    grained, make up the difference. With ``per_layer``, both are LLM-Pruner's counts.
+    """
+    widest = max(open_part.layers, key=lambda shape: shape.num_kv_heads)
+    all_groups = widest.num_kv_heads
+    all_neurons = max(shape.intermediate_size for shape in open_part.layers)
+    if budget.counting == "per_layer":
+        channels = all_groups * widest.head_dim
+        groups = channels_to_remove(channels, budget.ratio) // max(widest.head_dim, 1)
+        neurons = channels_to_remove(all_neurons, budget.ratio)
+        return {"kv_group": max(all_groups - groups, 1), "neuron": max(all_neurons - neurons, 1)}
+
+    # A unit weighs as much as its like weigh in all open layers together.
+    group_params = sum(shape.kv_group_params for shape in open_part.layers)
+    neuron_params = sum(shape.neuron_params for shape in open_part.layers)
+    legal = budget.anatomy.legal_kv_heads() if "kv_group" in scored else []
+    if budget.kv_heads is not None and legal:
+        legal = [budget.kv_heads]
+    legal = legal or [all_groups]
+    params, multiple = budget.left(plan), budget.multiple if "neuron" in scored else 0
+    attention = all_groups * group_params if len(legal) > 1 else 0
+    mlp = all_neurons * neuron_params if multiple else 0
+    share = min(params / (attention + mlp), 1.0) if attention + mlp else 0.0
+
+    def misses(groups: int) -> tuple[float, float, int, int]:
+        """Parameters off the budget beyond one step of neurons, groups off the share; widths."""
+        rest = params - (all_groups - groups) * group_params
+        neurons = all_neurons
+        if multiple:  # the nearest multiple, or the full width if that is nearer
+            wanted = all_neurons - rest / neuron_params
+            nearest = max(round(wanted / multiple), 1) * multiple
+            choices = (min(nearest, all_neurons), all_neurons)
+            neurons = min(choices, key=lambda choice: abs(choice - wanted))
+        removed = (all_neurons - neurons) * neuron_params
+        off_budget = max(abs(rest - removed) - multiple * neuron_params, 0.0)
+        return off_budget, abs(groups - all_groups * (1 - share)), groups, neurons
+
+    *_, groups, neurons = min(map(misses, legal))
+    return {"kv_group": groups, "neuron": neurons}

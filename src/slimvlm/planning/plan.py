@@ -13,7 +13,7 @@ from pydantic import Field
 from slimvlm.core.documents import built, read_object
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError
 from slimvlm.core.files import write_text
-from slimvlm.models.anatomy import LAYER_UNITS, Anatomy, LayerShape
+from slimvlm.models.anatomy import LAYER_UNITS, WIDTH_UNITS, Anatomy, LayerShape
 from slimvlm.models.families import BACKBONES, FAMILIES
 
 AXES = ("depth", "width", "both")
@@ -86,14 +86,11 @@ class Plan:
     @classmethod
     def everything(cls, anatomy: Anatomy) -> Plan:
         """The plan that removes nothing."""
-        return cls(
-            before=anatomy,
-            layers=tuple(range(anatomy.num_layers)),
-            kv_groups=tuple(tuple(range(s.num_kv_heads)) for s in anatomy.layers),
-            neurons=tuple(tuple(range(s.intermediate_size)) for s in anatomy.layers),
-            axis="both",
-            asked_ratio=0.0,
+        groups, neurons = (
+            tuple(tuple(range(shape.units(unit))) for shape in anatomy.layers)
+            for unit in WIDTH_UNITS
         )
+        return cls(anatomy, tuple(range(anatomy.num_layers)), groups, neurons, "both", 0.0)
 
     def with_units(self, index: int, kept: Mapping[str, Kept]) -> Plan:
         """The same plan with other units kept of a layer; kinds that are not named stay."""
@@ -113,8 +110,7 @@ class Plan:
 
     def kept(self, unit: str) -> tuple[Kept, ...]:
         """For each original layer its kept units of a kind."""
-        rows = {"kv_group": self.kv_groups, "neuron": self.neurons, "expert": self.experts}
-        return rows[unit]
+        return {"kv_group": self.kv_groups, "neuron": self.neurons, "expert": self.experts}[unit]
 
     @property
     def shapes(self) -> dict[int, LayerShape]:
@@ -241,15 +237,7 @@ class Plan:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "plan") -> Plan:
-        """Make a plan of the values that `to_dict` gives.
-
-        Args:
-            values: Plain values, as JSON holds them.
-            where: First words of error messages.
-
-        Raises:
-            ConfigError: If it is not a plan, or names units that do not exist.
-        """
+        """Make a plan of the values that `to_dict` gives; ``where`` begins error messages."""
         file = built(PlanFile, values, where)
         before = file.before
         if before.model_type not in FAMILIES or before.text_type not in BACKBONES:
