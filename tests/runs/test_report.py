@@ -36,7 +36,6 @@ from slimvlm.runs.report.charts import (
     score_maps,
     trade_offs,
 )
-from slimvlm.runs.report.read import Pruning, Training
 from slimvlm.scoring.unit_scores import Scores
 from tests import tiny
 from tests.evaluation.test_compare import TEXT, answered, graded, questions, task_of, two
@@ -314,7 +313,7 @@ def test_experts_have_bars_and_a_heatmap():
     kept_bar, whole = (bars.of(look)[0].rows[1][3] for look in ("mlp", "whole"))
     assert kept_bar / whole == pytest.approx(mlp / layer.params)
     alone = Scores("reap", expert=scores.expert)
-    (chart,) = score_maps(Pruning("pruned", plan, [alone]))
+    (chart,) = score_maps(plan, [alone])
     assert num_crosses(chart) == 4
     assert sum(len(marks.texts) for marks in chart.of("heat")) == 8
 
@@ -326,8 +325,8 @@ def num_crosses(chart: Chart) -> int:
 def test_heatmaps_cross_what_is_gone(shape, tmp_path):
     for axis in ("depth", "width"):
         plan = write_run(tmp_path / axis, shape, axis)
-        pruning = read_record(tmp_path / axis).prunings[0]
-        layers, groups, neurons = score_maps(pruning)
+        _, _, scores = read_record(tmp_path / axis).prunings[0]
+        layers, groups, neurons = score_maps(plan, scores)
         assert num_crosses(layers) == shape.num_layers - len(plan.layers)
         lost = sum(s.num_kv_heads for s in shape.layers) - sum(map(len, plan.kv_groups))
         assert num_crosses(groups) == lost
@@ -355,10 +354,10 @@ def test_trade_offs_need_two_models(run):
 
 def test_loss_curves_have_a_chart_for_each_component(run):
     steps = [{"step": i, "loss": 3.0 - i, "loss_sft": 1.0, "grad_norm": 9.0} for i in (0, 1, 2)]
-    charts = loss_curves(Training("t", steps))
+    charts = loss_curves(steps)
     assert [chart.title for chart in charts] == ["Sum of the losses", "sft"]
     assert [line.look for line in charts[0].of("line")] == ["line training"]
-    assert loss_curves(Training("t", steps[:1])) == []
+    assert loss_curves(steps[:1]) == []
     history = json.loads((run / "history.json").read_text())
     history["steps"] = history["steps"][:1]
     (run / "history.json").write_text(json.dumps(history))
@@ -380,7 +379,7 @@ def test_nothing_beats_the_frontier(points):
 @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=9))
 def test_axes_hold_their_values_with_a_few_ticks(values):
     steps = [{"step": i, "loss": value} for i, value in enumerate(map(abs, values))]
-    (chart,) = loss_curves(Training("t", steps))
+    (chart,) = loss_curves(steps)
     low, high = chart.axes.get_ylim()
     assert low == 0
     assert all(value <= high for value in map(abs, values))

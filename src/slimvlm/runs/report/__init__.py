@@ -55,13 +55,13 @@ def report_html(record: Record) -> str:
         "config": json.dumps(record.config, indent=2),
         "charts": overview,
         "prunings": [
-            (pruning.title, [charts.allocation(pruning.plan), *charts.score_maps(pruning)])
-            for pruning in progress(record.prunings, "drawing plans")
+            (title, [charts.allocation(plan), *charts.score_maps(plan, scores)])
+            for title, plan, scores in progress(record.prunings, "drawing plans")
         ],
         "trainings": [
-            (training, charts.loss_curves(training))
-            for training in progress(record.trainings, "drawing losses")
-            if training.steps
+            (title, about, charts.loss_curves(steps))
+            for title, about, steps in progress(record.trainings, "drawing losses")
+            if steps
         ],
     }
     bare = _render("report.html.jinja", gallery=None, **values)

@@ -30,7 +30,8 @@ from torch import Tensor
 
 from slimvlm.planning.plan import Plan
 from slimvlm.runs.recipes import published
-from slimvlm.runs.report.read import Entry, Pruning, Training
+from slimvlm.runs.report.read import Entry
+from slimvlm.scoring.unit_scores import Scores
 
 COLOURS: Mapping[str, str] = {
     **{"depth": "#0072b2", "width": "#b54a00", "both": "#8a3d84", "ink": "#1d1d1b"},
@@ -166,10 +167,10 @@ def draw(
     layers: int = 0,
     height: float = HEIGHT,
 ) -> Chart:
-    """Draw marks, the first ones at the bottom; heights are CSS pixels before the page scales them.
+    """Draw marks, the first ones at the bottom; a limit of None follows the values.
 
-    ``layers`` draws a column for each of so many layers, without a vertical axis; then ``height``
-    is without their numbers. A limit of None follows the values.
+    ``layers`` draws a column for each of so many layers, without a vertical axis; then ``height``,
+    in CSS pixels before the page scales it, is without their numbers.
     """
     with matplotlib.rc_context(STYLE):
         width = min(_CELL * layers, _GRID_WIDTH) if layers else WIDTH
@@ -219,11 +220,10 @@ def _write_names(axes: Axes, marks: Sequence[Marks]) -> None:
     named = [pair for each in marks for pair in zip(each.rows, each.names, strict=False)]
     if not named:
         return
-    points = [(row[0], row[1]) for row, _ in named]
+    points, names = [(row[0], row[1]) for row, _ in named], [name for _, name in named]
     places = [(float(x), float(y)) for x, y in axes.transData.transform(points)]
-    for (_, name), point, (left, y), height in zip(
-        named, points, places, labels_apart(places), strict=True
-    ):
+    heights = labels_apart(places)
+    for name, point, (left, y), height in zip(names, points, places, heights, strict=True):
         is_left = left < WIDTH / 2
         axes.annotate(  # without characters that XML cannot hold
             "".join(letter if letter.isprintable() else "\ufffd" for letter in name),
@@ -247,24 +247,18 @@ def labels_apart(places: Sequence[tuple[float, float]]) -> list[float]:
 
 
 def _themed(attributes: Mapping[str, str]) -> dict[str, str]:
-    """Replace colours and font by the page's, and round coordinates to one decimal.
+    """Take colours and font of the page, round coordinates, leave out ids and references to them.
 
-    Ids and references to them are left out: they would have to be unique in the whole page.
+    Ids would have to be unique in the whole page.
     """
-    themed = {}
-    for name, value in attributes.items():
-        if name == "style":
-            value = re.sub(r"font-family:[^;]*; ?", "", value)
-            themed[name] = re.sub(
-                r"#[0-9a-f]{6}", lambda found: _VARIABLES.get(found[0], found[0]), value
-            )
-        elif name in ("d", "transform", "x", "y"):
-            value = " ".join(value.split())
-            themed[name] = re.sub(
-                r"\d+\.\d+", lambda found: f"{float(found[0]):.1f}".removesuffix(".0"), value
-            )
-        elif name not in ("id", "clip-path"):
-            themed[name] = value
+    themed = {name: v for name, v in attributes.items() if name not in ("id", "clip-path")}
+    if "style" in themed:
+        style = re.sub(r"font-family:[^;]*; ?", "", themed["style"])
+        themed["style"] = re.sub(r"#[0-9a-f]{6}", lambda c: _VARIABLES.get(c[0], c[0]), style)
+    for name in ("d", "transform", "x", "y") & themed.keys():
+        value = " ".join(themed[name].split())
+        shorter = lambda n: f"{float(n[0]):.1f}".removesuffix(".0")  # noqa: E731
+        themed[name] = re.sub(r"\d+\.\d+", shorter, value)
     return themed
 
 
@@ -341,11 +335,11 @@ def by_ratio(entries: Sequence[Entry]) -> list[Chart]:
     return charts
 
 
-def loss_curves(training: Training) -> list[Chart]:
+def loss_curves(steps: Sequence[Mapping[str, float]]) -> list[Chart]:
     """Draw a chart for each component of the loss."""
     charts = []
-    for name in (name for name in training.steps[0] if name.startswith("loss")):
-        rows = [(row["step"], row[name]) for row in training.steps if name in row]
+    for name in (name for name in steps[0] if name.startswith("loss")):
+        rows = [(row["step"], row[name]) for row in steps if name in row]
         if len(rows) < 2:
             continue
         marks = [_line(rows, "training", "training samples", "depth")]
@@ -388,20 +382,14 @@ def allocation(plan: Plan) -> Chart:
     gone = [i for i in range(len(shapes)) if i not in plan.layers]
     marks += _crosses([(i + 0.5, shapes[i].params / largest / 2) for i in gone])
     caption = "Height: parameters. Outline: before pruning. Layers that are gone are crossed."
-    return draw(
-        "What each layer keeps",
-        marks,
-        caption=caption,
-        y_limits=(0, 1),
-        layers=len(shapes),
-        height=_BAR,
-    )
+    columns: Any = {"y_limits": (0, 1), "layers": len(shapes), "height": _BAR}
+    return draw("What each layer keeps", marks, caption=caption, **columns)
 
 
-def score_maps(pruning: Pruning) -> list[Chart]:
+def score_maps(plan: Plan, found: Sequence[Scores]) -> list[Chart]:
     """Draw a heatmap of the scores for each kind of unit; removed units are crossed."""
-    maps, plan = [], pruning.plan
-    for scores in pruning.scores:
+    maps = []
+    for scores in found:
         layers = [] if scores.layer is None else [value.reshape(1) for value in scores.layer]
         stay = [[0] if layer in plan.layers else [] for layer in range(len(layers))]
         kinds: list[tuple[str, str, Sequence[Tensor] | None, Sequence[Sequence[int]]]] = [
@@ -441,14 +429,10 @@ def _neuron_map(title: str, values: Sequence[Tensor], kept: Sequence[Sequence[in
         for layer, column in enumerate(bins)
         for row, value in enumerate(column.tolist())
     }
-    heights = [NEURON_ROWS * share for share in shares]
-    cuts = Marks(
-        "spans",
-        [(layer, height, layer + 1, height) for layer, height in enumerate(heights)],
-        "cut",
-        [f"layer {layer}: {share:.0%} kept" for layer, share in enumerate(shares)],
-        style={"colors": COLOURS["lost"], "linewidths": 2.5},
-    )
+    rows = [(i, NEURON_ROWS * share, i + 1, NEURON_ROWS * share) for i, share in enumerate(shares)]
+    texts = [f"layer {layer}: {share:.0%} kept" for layer, share in enumerate(shares)]
+    style = {"colors": COLOURS["lost"], "linewidths": 2.5}
+    cuts = Marks("spans", rows, "cut", texts, style=style)
     caption = "Each layer's neurons, best on top. Line: so many were kept."
     return _heatmap(title, cells, bins, [cuts], _CELL / 2, caption)
 
@@ -474,14 +458,9 @@ def _heatmap(
     }
     squares = [(layer, row, 1, 1) for layer, row in cells]
     drawn = Marks("bars", squares, "heat", list(cells.values()), style=style)
-    return draw(
-        title,
-        [drawn, *above],
-        caption=f"Strong colour: high score, kept first. {caption}",
-        y_limits=(rows, 0),
-        layers=len(values),
-        height=rows * height,
-    )
+    caption = f"Strong colour: high score, kept first. {caption}"
+    columns: Any = {"y_limits": (rows, 0), "layers": len(values), "height": rows * height}
+    return draw(title, [drawn, *above], caption=caption, **columns)
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -505,13 +484,11 @@ def _dots(entries: Sequence[Entry], xs: Sequence[float], are_named: bool = False
     for entry, x in zip(entries, xs, strict=True):
         assert entry.percent is not None
         colour = _colour(entry.axis)
-        interval = ""
         if entry.low is not None and entry.high is not None:
             bar = {"colors": colour, "linewidths": 1.5, "alpha": 0.65}
             marks.append(Marks("spans", [(x, entry.low, x, entry.high)], style=bar))
-            interval = f" [{entry.low:.1f}, {entry.high:.1f}]"
         text = (
-            f"{entry.name}: AVG-% {entry.percent:.1f}{interval}, {entry.ratio:.1%} removed, "
+            f"{entry.name}: AVG-% {entry.interval}, {entry.ratio:.1%} removed, "
             f"{entry.total_params / 1e6:.1f} M parameters, prefill {entry.prefill_ms:.1f} ms, "
             f"decode {entry.decode_ms:.1f} ms"
         )
@@ -521,9 +498,8 @@ def _dots(entries: Sequence[Entry], xs: Sequence[float], are_named: bool = False
             **{"facecolor": colour if is_filled else COLOURS["paper"], "edgecolor": colour},
         }
         look, names = f"mark {entry.axis or 'original'}", [entry.name] if are_named else []
-        marks.append(
-            Marks("points", [(x, entry.percent)], look, [text], [entry.link], names, style)
-        )
+        place = [(x, entry.percent)]
+        marks.append(Marks("points", place, look, [text], [entry.link], names, style))
     return marks
 
 

@@ -6,7 +6,7 @@ import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +52,13 @@ class Entry:
     total_params: int
     prefill_ms: float  # time to read a question
     decode_ms: float  # time to write a token
-    train: str | None = None  # projector, lora, full or None
-    loss: str = ""
-    model: str = ""  # the original that it comes from
-    fraction: float = 1.0  # share of the training data that was used
-    variant: str = ""  # options that tell it from others of its axis, ratio and recovery; no seed
-    link: str = ""  # id of its row in a table, that marks of charts lead to; empty for none
-    columns: Mapping[str, str] = field(default_factory=dict)  # further columns of the table
+    train: str | None  # projector, lora, full or None
+    loss: str
+    model: str  # the original that it comes from
+    fraction: float  # share of the training data that was used
+    variant: str  # options that tell it from others of its axis, ratio and recovery; no seed
+    link: str  # id of its row in a table, that marks of charts lead to; empty for none
+    columns: Mapping[str, str]  # further columns of the table
 
     @property
     def is_original(self) -> bool:
@@ -68,28 +68,7 @@ class Entry:
     @property
     def interval(self) -> str:
         """AVG-% with its interval, as text."""
-        if self.percent is None:
-            return ""
-        bounds = "" if self.low is None else f" [{self.low:.1f}, {self.high:.1f}]"
-        return f"{self.percent:.1f}{bounds}"
-
-
-@dataclass(frozen=True)
-class Pruning:
-    """A plan and the scores that led to it."""
-
-    title: str
-    plan: Plan
-    scores: Sequence[Scores] = ()
-
-
-@dataclass(frozen=True)
-class Training:
-    """Log rows of a recovery: step and losses."""
-
-    title: str
-    steps: Sequence[Mapping[str, float]]
-    about: str = ""
+        return _with_interval(self.percent, self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -114,11 +93,11 @@ class Record:
     cards: Sequence[tuple[str, str, str]]  # figures to read first: label, value, explanation
     command: str  # of the run; empty if not known
     config: Mapping[str, Any]
-    entries: Sequence[Entry] = ()  # the measured models, originals first
-    prunings: Sequence[Pruning] = ()
-    trainings: Sequence[Training] = ()
-    tables: Sequence[Table] = ()
-    comparison: Comparison | None = None  # the original and one smaller model, answer by answer
+    entries: Sequence[Entry]  # the measured models, originals first
+    prunings: Sequence[tuple[str, Plan, Sequence[Scores]]]  # title, plan, scores that led to it
+    trainings: Sequence[tuple[str, str, Sequence[Mapping[str, float]]]]  # title, words, log rows
+    tables: Sequence[Table]
+    comparison: Comparison | None  # the original and one smaller model, answer by answer
     notes: Sequence[str] = ()
 
 
@@ -168,21 +147,20 @@ def _read_run(folder: Path) -> Record:
     if on_data:
         title, note = "What was kept on unseen samples", "\n".join(held_out_notes(on_data))
         tables.append(Table(title, *held_out_rows(on_data), note))
+    tables += _walk_tables(folder)
     there = [
         [entry.name, entry.interval, row.model, f"{value:.1f}", row.source]
         for entry in entries
         if not entry.is_original and entry.percent is not None
         for row, value in published(entry.axis, entry.train, entry.loss, entry.ratio)
     ]
-    note = (
-        "Other models and tasks: read the trend, not the digits. Values between two published"
-        " ratios lie on a straight line; full training is compared with the study's LoRA."
-    )
-    header = ["model", "AVG-% here", "the study's model", "AVG-% there", "source"]
-    tables += [
-        *_walk_tables(folder),
-        *([Table("Published numbers", header, there, note)] * bool(there)),
-    ]
+    if there:
+        header = ["model", "AVG-% here", "the study's model", "AVG-% there", "source"]
+        note = (
+            "Other models and tasks: read the trend, not the digits. Values between two published"
+            " ratios lie on a straight line; full training is compared with the study's LoRA."
+        )
+        tables.append(Table("Published numbers", header, there, note))
     command = ""
     with suppress(ConfigError):  # options of another version
         model, options, _ = read_config(folder / "config.json")
@@ -199,7 +177,7 @@ def _read_run(folder: Path) -> Record:
         command=command,
         config=config,
         entries=entries,
-        prunings=[Pruning("", plan, scores)],
+        prunings=[("", plan, scores)],
         trainings=_training(folder / "history.json", learns),
         tables=tables,
         comparison=comparison,
@@ -266,12 +244,15 @@ def _read_study(folder: Path) -> Record:
     cells, wanted = (rows[rows["axis"] != ORIGINAL] for rows in (done, table))
     of_axis = cells.astype(str).groupby("axis")
     varied = [name for name in _OPTIONS if (of_axis[name].nunique() > 1).any()]
-    entries = {index: _cell_entry(row, varied, index) for index, row in done.iterrows()}
+    entries = {
+        index: _entry(row, _name(row, varied), varied, f"cell-{index}")
+        for index, row in done.iterrows()
+    }
     prunings = []
     for _, row in [] if cells.empty else cells.drop_duplicates("plan").iterrows():
         scores = [Scores.load(folder / name) for name in str(row["scores"]).split()]
         title = f"{Path(row['model']).name} {row['axis']} {row['ratio']:.0%}, {row['criterion']}"
-        prunings.append(Pruning(title, Plan.load(folder / str(row["plan"])), scores))
+        prunings.append((title, Plan.load(folder / str(row["plan"])), scores))
     trainings = []
     for index, row in cells.iterrows():
         if not pd.isna(row["history"]):
@@ -305,28 +286,6 @@ def _read_study(folder: Path) -> Record:
         tables=_study_tables(table, done, list(entries.values())),
         comparison=comparison,
         notes=notes,
-    )
-
-
-def _cell_entry(row: pd.Series, varied: Sequence[str], index: Any) -> Entry:
-    """Make an entry of a cell with those columns of the table that other entries do not have."""
-    original = row["axis"] == ORIGINAL
-    columns = {name: "" if original else str(row[name]) for name in varied}
-    above, low, high = (_number(row.get(f"above_floor{end}")) for end in ("", "_low", "_high"))
-    bounds = "" if low is None or high is None else f" [{low:.1f}, {high:.1f}]"
-    columns["above floor"] = "" if above is None else f"{above:.1f}{bounds}"
-    reference = _number(row.get("reference"))
-    if reference is not None:
-        columns["reference"] = f"{reference:.1f} ({row['reference_source']})"
-    options = [f"{name} {row[name]}" for name in varied if name != "seed" and row[name] != ""]
-    return _entry(
-        row,
-        _name(row, varied),
-        model=str(row["model"]),
-        fraction=float(row["fraction"]),
-        variant="" if original else ", ".join(options),
-        link=f"cell-{index}",
-        columns=columns,
     )
 
 
@@ -393,9 +352,19 @@ def _study_tables(table: pd.DataFrame, done: pd.DataFrame, entries: Sequence[Ent
     return tables
 
 
-def _entry(row: Mapping[str, Any] | pd.Series, name: str, **more: Any) -> Entry:
+def _entry(
+    row: Mapping[str, Any] | pd.Series, name: str, varied: Sequence[str] = (), link: str = ""
+) -> Entry:
     """Make an entry from a row of a study's table or one with the same columns."""
     original = row["axis"] == ORIGINAL
+    ends = ("", "_low", "_high")
+    percent, low, high = (_number(row.get(f"avg_percent{end}")) for end in ends)
+    columns = {option: "" if original else str(row[option]) for option in varied}
+    columns["above floor"] = _with_interval(*(_number(row.get(f"above_floor{e}")) for e in ends))
+    reference = _number(row.get("reference"))
+    if reference is not None:
+        columns["reference"] = f"{reference:.1f} ({row['reference_source']})"
+    options = [f"{each} {row[each]}" for each in varied if each != "seed" and row[each] != ""]
     train = None if original or row["train"] == "none" else str(row["train"])
     return Entry(
         name=name,
@@ -403,15 +372,19 @@ def _entry(row: Mapping[str, Any] | pd.Series, name: str, **more: Any) -> Entry:
         ratio=float(row["achieved_ratio"]),
         recovery="" if original else str(row["recovery"]),
         average=float(row["avg"]),
-        percent=_number(row.get("avg_percent")),
-        low=_number(row.get("avg_percent_low")),
-        high=_number(row.get("avg_percent_high")),
+        percent=percent,
+        low=low,
+        high=high,
         total_params=int(row["total_params"]),
         prefill_ms=float(row["prefill_ms"]),
         decode_ms=float(row["decode_ms"]),
         train=train,
         loss="" if train is None else str(row["loss"]),
-        **more,
+        model=str(row.get("model", "")),
+        fraction=float(row.get("fraction", 1.0)),
+        variant="" if original else ", ".join(options),
+        link=link,
+        columns=columns,
     )
 
 
@@ -419,7 +392,12 @@ def _number(value: Any) -> float | None:
     return None if value is None or pd.isna(value) else float(value)
 
 
-def _training(path: Path, title: str) -> list[Training]:
+def _with_interval(value: float | None, low: float | None, high: float | None) -> str:
+    bounds = "" if low is None or high is None else f" [{low:.1f}, {high:.1f}]"
+    return "" if value is None else f"{value:.1f}{bounds}"
+
+
+def _training(path: Path, title: str) -> list[tuple[str, str, Sequence[Mapping[str, float]]]]:
     """Read the history of a recovery, if it has one."""
     if not path.is_file():
         return []
@@ -428,7 +406,7 @@ def _training(path: Path, title: str) -> list[Training]:
         f"{history.num_samples} conversations; {history.trained_params / 1e6:.1f} M parameters "
         f"learned; teacher: {history.teacher}"
     )
-    return [Training(title, history.steps, about)]
+    return [(title, about, history.steps)]
 
 
 def _compared(original: Result, other: Result, config: Mapping[str, Any]) -> Comparison:
