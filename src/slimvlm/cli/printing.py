@@ -12,7 +12,6 @@ from slimvlm.core.processes import is_first_rank
 
 if TYPE_CHECKING:
     import pandas as pd
-    from rich.console import Console
 
     from slimvlm.evaluation.on_data import DataResult
     from slimvlm.evaluation.results import Result
@@ -23,14 +22,6 @@ _OF_A_CELL = (
     *("model", "axis", "ratio", "recovery", "fraction"),
     *("seed", "avg", "avg_percent", "status"),
 )
-
-
-def console() -> Console:
-    """Return the console for tables; wide where stdout is no terminal."""
-    from rich.console import Console
-
-    terminal = Console()
-    return terminal if terminal.is_terminal else Console(width=120)
 
 
 def note(line: str) -> None:
@@ -46,9 +37,13 @@ def print_json(values: Any) -> None:
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
     """Print a result as a table, without a header as names and values without lines."""
+    from rich.console import Console
+
     from slimvlm.runs.tables import as_table
 
-    console().print(as_table(header, rows, title=title))
+    terminal = Console()
+    wide = terminal if terminal.is_terminal else Console(width=120)
+    wide.print(as_table(header, rows, title=title))
 
 
 def show(

@@ -34,10 +34,17 @@ from slimvlm.core.progress import Say
 from slimvlm.core.requests import asked, identity_of_files, is_begun_for, note_request
 from slimvlm.data.read import identity_of_data
 from slimvlm.evaluation.bench import PairedTimes, paired_times
-from slimvlm.evaluation.on_data import DataResult, Predictions, evaluate_data, result_of
+from slimvlm.evaluation.on_data import (
+    DataResult,
+    Predictions,
+    evaluate_data,
+    predictions_of,
+    result_of,
+)
 from slimvlm.evaluation.results import Result, read_baseline
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.cost import free_memory, peak_memory, release_memory, weight_bytes
+from slimvlm.models.hidden import head_weights_of
 from slimvlm.models.load import anatomy, load, resolve
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.card import CardFacts
@@ -227,7 +234,8 @@ def _measure(run: Run, stage: str, model: PreTrainedModel, processor: Any) -> No
     if samples and not path.exists():
         run.say(f"ask the {stage} model on {len(samples)} samples that stay unseen")
         if stage == ORIGINAL:
-            found = stages.predictions_of_original(model, processor, samples)
+            how = (stages.HELD_OUT_BATCH, ORIGINAL, head_weights_of(model))
+            found = predictions_of(model, processor, samples, *how)
             found.save(stored)
             result_of(found, samples, model.device).save(path)
         else:

@@ -82,16 +82,29 @@ def resolved(request: Request, say: Say = silent, shape: Anatomy | None = None) 
     if config.ratio is not None:
         if config.axis in (None, "chart") or (config.axis == "auto" and config.data is None):
             config = replace(config, axis=recipe_for(config.ratio, request.trains).axis)
-        if _lacks_data(config):
+        criteria = criteria_of(config)
+        reads = {name for name in criteria if name in CRITERIA and CRITERIA[name].needs_data}
+        needs_tokens = config.vocab_size == "auto" and config.vocab_text is None
+        chosen = (config.ratio or config.experts) and reads and not reads & set(config.criterion)
+        if chosen and config.data is None and not needs_tokens:  # default criteria choose
             say("no --data: calibrating on the demo's conversations")
             config = replace(config, data="demo", images=None, too_long="cut")
             request = replace(request, recover=None, report_samples=0)
-        criteria = criteria_of(config)
         has_experts = shape is not None and any(s.expert_neuron_params for s in shape.layers)
         if has_experts and config.ratio and not config.criterion:  # no walk chooses their neurons
             own = {WALKING: scoring.EXPERT_NEURON_CRITERION}
             criteria = tuple(own.get(name, name) for name in criteria)
-        config = _with_allocation(replace(config, criterion=criteria), say)
+        config = replace(config, criterion=criteria)
+        if config.allocation in (None, "balanced"):
+            reasons = {
+                "axis depth removes no widths": config.axis == "depth",
+                "there is no data to try it on": config.data is None,
+                f"only the walk's own choice, by {WALKING!r}, tries it": WALKING not in criteria,
+            }
+            reason = next((why for why, holds in reasons.items() if holds), None)
+            if reason is not None and config.allocation is not None:
+                say(f"allocation 'balanced' becomes 'uniform': {reason}")
+            config = replace(config, allocation="balanced" if reason is None else "uniform")
     if config.data is None and config.repair == "auto":
         config = replace(config, repair="none")
     if config.local_steps is None and config.repair != "auto":
@@ -100,30 +113,6 @@ def resolved(request: Request, say: Say = silent, shape: Anatomy | None = None) 
     recover = request.recover if config.data is not None else None
     recover = None if recover is None else replace(recover, seed=config.seed)
     return replace(request, prune=config, hold_out=judges, recover=recover)
-
-
-def _lacks_data(config: PruneConfig) -> bool:
-    """Whether default criteria have to choose, and no data was given."""
-    needs_tokens = config.vocab_size == "auto" and config.vocab_text is None
-    if config.data is not None or needs_tokens or not (config.ratio or config.experts):
-        return False
-    reads = [name for name in criteria_of(config) if name in CRITERIA and CRITERIA[name].needs_data]
-    return bool(reads) and not set(reads) & set(config.criterion)
-
-
-def _with_allocation(config: PruneConfig, say: Say) -> PruneConfig:
-    """Choose the allocation: ``balanced`` where the walk chooses, else ``uniform``."""
-    if config.allocation not in (None, "balanced"):
-        return config
-    reasons = {
-        "axis depth removes no widths": config.axis == "depth",
-        "there is no data to try it on": config.data is None,
-        f"only the walk's own choice, by {WALKING!r}, tries it": WALKING not in config.criterion,
-    }
-    reason = next((why for why, holds in reasons.items() if holds), None)
-    if reason is not None and config.allocation is not None:
-        say(f"allocation 'balanced' becomes 'uniform': {reason}")
-    return replace(config, allocation="balanced" if reason is None else "uniform")
 
 
 def _ratio_for_latency(request: Request, share: float, shape: Anatomy) -> float:
@@ -319,15 +308,33 @@ def vocabulary_for(
 
 
 def with_tokens(request: Request, samples: Sequence[Sample], say: Say = silent) -> Request:
-    """Choose the tokens of a request that has none yet, or those of a further try."""
-    config = request.prune
-    if request.tries_tokens and request.fewer_tokens is None:
-        return replace(request, fewer_tokens=_fewer(request, samples, say))
-    if not config.loses_tokens or request.tokens is not None:
-        return request
-    chosen = vocabulary_for(request.model, config, samples, config.trust_remote_code)
-    say(chosen.line())
-    return replace(request, tokens=chosen.tokens)
+    """Choose the tokens of a request that has none yet, or those of a further try.
+
+    For a try all stay that the data needs, more by rank, up to a third, and as the ratio allows.
+    There is none where too little is known of unseen text, or tokens weigh little or cannot go.
+    """
+    config, model = request.prune, request.model
+    if not request.tries_tokens or request.fewer_tokens is not None:
+        if not config.loses_tokens or request.tokens is not None:
+            return request
+        chosen = vocabulary_for(model, config, samples, config.trust_remote_code)
+        say(chosen.line())
+        return replace(request, tokens=chosen.tokens)
+    shape, none = models.anatomy(model), replace(request, fewer_tokens=())
+    third = tokens_to_try(shape)
+    if third is None or shape.why_tokens_stay is not None:
+        return none
+    most = math.ceil(ratio_of(config) * shape.backbone_params / shape.token_params)
+    fewest = max(third, shape.vocab_size - most)
+    try:
+        chosen = vocabulary_for(model, config, samples, config.trust_remote_code, fewest)
+    except SlimError as error:
+        say(f"all tokens stay: {error}")
+        return none
+    if chosen.coverage is None or len(chosen.tokens) == chosen.total:
+        return none
+    say(f"tried, too, and taken if held-out answers lose less by it: {chosen.line()}")
+    return replace(request, fewer_tokens=chosen.tokens)
 
 
 def tokens_to_try(shape: Anatomy) -> int | None:
@@ -335,29 +342,6 @@ def tokens_to_try(shape: Anatomy) -> int | None:
     rule, weigh = rules().tokens_first, shape.token_params * shape.vocab_size
     is_much = weigh >= rule.from_share * shape.backbone_params
     return shape.vocab_size // rule.one_of if is_much else None
-
-
-def _fewer(request: Request, samples: Sequence[Sample], say: Say) -> tuple[int, ...]:
-    """Choose the tokens of a further try: all that the data needs, more by rank, up to a third.
-
-    There is none where too little is known of unseen text, or tokens weigh little or cannot go.
-    """
-    config, shape = request.prune, models.anatomy(request.model)
-    third = tokens_to_try(shape)
-    if third is None or shape.why_tokens_stay is not None:
-        return ()
-    # never more than the ratio
-    most = math.ceil(ratio_of(config) * shape.backbone_params / shape.token_params)
-    fewest = max(third, shape.vocab_size - most)
-    try:
-        chosen = vocabulary_for(request.model, config, samples, config.trust_remote_code, fewest)
-    except SlimError as error:
-        say(f"all tokens stay: {error}")
-        return ()
-    if chosen.coverage is None or len(chosen.tokens) == chosen.total:
-        return ()
-    say(f"tried, too, and taken if held-out answers lose less by it: {chosen.line()}")
-    return chosen.tokens
 
 
 def tokens_alone(request: Request, anatomy: Anatomy) -> Plan | None:

@@ -25,11 +25,10 @@ from slimvlm.data.read import estimated_length, load_samples
 from slimvlm.data.roles import IGNORE
 from slimvlm.data.samples import Sample, identifying_bytes
 from slimvlm.evaluation.lmms import evaluate_all
-from slimvlm.evaluation.on_data import Predictions, predictions_of
 from slimvlm.evaluation.results import Result
 from slimvlm.models import load as models
 from slimvlm.models.anatomy import Anatomy, read_anatomy
-from slimvlm.models.hidden import evaluating, head_weights_of
+from slimvlm.models.hidden import evaluating
 from slimvlm.models.parts import context_of
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import lost_heads
@@ -218,14 +217,6 @@ class Calibration:
 
 
 # The stages. They take a resolved request and live objects, and return values.
-
-
-def predictions_of_original(
-    model: PreTrainedModel, processor: Any, samples: Sequence[Sample]
-) -> Predictions:
-    """Predict held-out samples with the original, before pruning changes it in place."""
-    head = head_weights_of(model)
-    return predictions_of(model, processor, samples, HELD_OUT_BATCH, ORIGINAL, head)
 
 
 def load_original(request: Request, device: str | None = None) -> tuple[PreTrainedModel, Any]:

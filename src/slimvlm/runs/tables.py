@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 from rich.table import Table
@@ -149,16 +150,17 @@ def held_out_json(results: Mapping[str, DataResult]) -> dict[str, dict[str, Any]
 
 def held_out_rows(results: Mapping[str, DataResult]) -> tuple[list[str], list[list[str]]]:
     """Make a row for each figure of held-out samples, a column for each stage."""
-    stages, rows = list(held_out_json(results).values()), []
+    rows, first = [], next(iter(results.values()))
     for name, (label, digits) in _HELD_OUT.items():
         cells = []
-        for figure in (stage[name] for stage in stages):
-            ends = None if not figure or figure["low"] is None else (figure["low"], figure["high"])
-            cells.append(f"{figure['value']:.{digits}f}{_bounds(ends, digits)}" if figure else "")
+        for figure in (getattr(result.figures, name) for result in results.values()):
+            ends = None if figure is None or figure.low is None else (figure.low, figure.high)
+            cells.append(
+                "" if figure is None else f"{figure.value:.{digits}f}{_bounds(ends, digits)}"
+            )
         if any(cells):
             rows.append([label, *cells])
-    first = stages[0]
-    return [f"{first['samples']} samples, {first['tokens']:,} answer tokens", *results], rows
+    return [f"{len(first.samples)} samples, {first.tokens:,} answer tokens", *results], rows
 
 
 def held_out_text(results: Mapping[str, DataResult]) -> str:
@@ -221,7 +223,14 @@ def anatomy_rows(anatomy: Anatomy) -> list[list[str]]:
         queries = anatomy.attention_shapes[-1][1]
         if retyped := [n for n in groups if anatomy.hidden_size % (n * queries)]:
             legal.append([f"  as {anatomy.backbone.retype}", ", ".join(map(str, retyped))])
-    widths = _widths(anatomy.legal_neurons(), anatomy.backbone.neuron_multiple)
+    neuron_counts, step = anatomy.legal_neurons(), anatomy.backbone.neuron_multiple
+    widths = ", ".join(map(str, neuron_counts)) or "none"
+    if (
+        len(neuron_counts) > 3
+    ):  # at equal steps; the last one, the current width, may be no multiple
+        regular = [width for width in neuron_counts if width % step == 0]
+        widths = f"{regular[0]} to {regular[-1]}" + (f" in steps of {step}" if step > 1 else "")
+        widths += "" if regular[-1] == neuron_counts[-1] else f", and {neuron_counts[-1]}"
     pinned = ", ".join(map(str, anatomy.pinned_layers))
     rows = [
         ["model type", f"{anatomy.model_type} ({anatomy.text_type} backbone)"],
@@ -257,25 +266,13 @@ def _by_layer(anatomy: Anatomy, label: str, fact: Callable[[LayerShape], str]) -
         return [[label, texts[0]]]
     rows: list[list[str]] = []
     for text in dict.fromkeys(texts):
-        runs: list[list[int]] = []  # of neighbours; three or more become a range
-        for index in (index for index, other in enumerate(texts) if other == text):
-            if runs and index == runs[-1][-1] + 1:
-                runs[-1].append(index)
-            else:
-                runs.append([index])
+        same = enumerate(index for index, other in enumerate(texts) if other == text)
+        groups = (list(group) for _, group in groupby(same, lambda pair: pair[1] - pair[0]))
+        runs = [[index for _, index in group] for group in groups]  # of neighbours
         words = [f"{r[0]} to {r[-1]}" if len(r) > 2 else ", ".join(map(str, r)) for r in runs]
         where = f"layer{'s' if texts.count(text) > 1 else ''} {', '.join(words)}"
         rows.append(["" if rows else label, f"{where}: {text}"])
     return rows
-
-
-def _widths(legal: Sequence[int], step: int) -> str:
-    """Describe widths at equal steps; the last one, the current width, may be no multiple."""
-    if len(legal) < 4:
-        return ", ".join(map(str, legal)) or "none"
-    regular = [width for width in legal if width % step == 0]
-    words = f"{regular[0]} to {regular[-1]}" + (f" in steps of {step}" if step > 1 else "")
-    return words + ("" if regular[-1] == legal[-1] else f", and {legal[-1]}")
 
 
 def as_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> Table:

@@ -16,37 +16,18 @@ import torch
 from torch import distributed
 from transformers import PreTrainedModel
 
+from slimvlm.core import options
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import new_folder, require_free
-from slimvlm.core.options import (
-    CalibrationConfig,
-    DataConfig,
-    LoadConfig,
-    MemoryOptions,
-    PlanConfig,
-    PruneConfig,
-    Questions,
-    RecoverConfig,
-    ReportOptions,
-    TrainingData,
-)
 from slimvlm.core.processes import is_first_rank, num_ranks
 from slimvlm.core.progress import Say
 from slimvlm.core.requests import asked
 from slimvlm.data.read import identity_of_data
 from slimvlm.data.samples import Sample
-from slimvlm.evaluation import ask
+from slimvlm.evaluation import ask, on_data
 from slimvlm.evaluation.compare import Comparison, compare
 from slimvlm.evaluation.lmms import evaluate_all
-from slimvlm.evaluation.on_data import (
-    DataResult,
-    Predictions,
-    States,
-    batches_of,
-    evaluate_data,
-    predictions_of,
-    result_of,
-)
+from slimvlm.evaluation.on_data import DataResult, Predictions, evaluate_data, result_of
 from slimvlm.evaluation.results import Result, read_baseline
 from slimvlm.evaluation.tasks import builtin_tasks, find_tasks
 from slimvlm.models import load as models
@@ -79,15 +60,17 @@ HELD_OUT_FILE = "slimvlm_held_out.json"
 
 def score(
     model: str,
-    config: CalibrationConfig,
+    config: options.CalibrationConfig,
     criterion: str,
     out: Path,
-    memory: MemoryOptions,
+    memory: options.MemoryOptions,
     force: bool,
     say: Say,
 ) -> Scores:
     """Score a model by one criterion; save the scores."""
-    request = Request(model=model, prune=PruneConfig(criterion=(criterion,), **vars(config)))
+    request = Request(
+        model=model, prune=options.PruneConfig(criterion=(criterion,), **vars(config))
+    )
     check_options(request.prune)
     if memory.low_memory:
         require_low_memory(criterion)
@@ -128,20 +111,20 @@ def _scores_from_files(
 ) -> list[Scores]:
     """Score like `slimvlm.runs.stages.calibrate`, with one layer in memory at a time."""
     config = request.prune
-    options = {
+    how = {
         name: {each: getattr(config, each) for each in CRITERIA[name].from_request}
         for name in scored_by(config)
     }
-    if not options:
+    if not how:
         return []
-    batches = calibration.fitted if any(CRITERIA[name].needs_data for name in options) else ()
+    batches = calibration.fitted if any(CRITERIA[name].needs_data for name in how) else ()
     weights = requests.token_weights_of(config)
-    return score_by_layer(opened, batches, options, weights, scratch, say, config.device)
+    return score_by_layer(opened, batches, how, weights, scratch, say, config.device)
 
 
 def plan(
     model: str,
-    config: PlanConfig,
+    config: options.PlanConfig,
     out: Path,
     scores: Sequence[Path] = (),
     *,
@@ -159,24 +142,24 @@ def plan(
     given = [Scores.load(path) for path in scores]
     make: Callable[..., Plan] = make_plan if target is None else make_plan_for_params
     size = (config.ratio or 0.0) if target is None else target
-    options = {name: getattr(config, name) for name in ("axis", "allocation", "kv_heads")}
-    options |= {**config.of_widths, "experts": config.experts}
+    how = {name: getattr(config, name) for name in ("axis", "allocation", "kv_heads")}
+    how |= {**config.of_widths, "experts": config.experts}
     if config.loses_tokens:
         chosen = requests.vocabulary_for(model, config, ())
         say(chosen.line())
-        options["tokens"] = chosen.tokens
+        how["tokens"] = chosen.tokens
     if not given:
         ratio = size if target is None else 0.5  # any ratio: 0 needs fewer scores
-        shown = PruneConfig(data="demo", too_long="cut", device=config.device)
+        shown = options.PruneConfig(data="demo", too_long="cut", device=config.device)
         wanted = replace(shown, ratio=ratio, axis=config.axis, experts=config.experts)
         request = requests.resolved(Request(model=model, prune=wanted), shape=shape)
         criteria = request.prune.criterion
         dry = [requests.dummy_scores(shape, [name]) for name in criteria]
-        if make(shape, dry, size, **options).cuts_layers or not config.loses_tokens:
+        if make(shape, dry, size, **how).cuts_layers or not config.loses_tokens:
             say(f"no --scores: using {' and '.join(criteria)} on the demo's conversations")
             request = Request(model=model, prune=replace(shown, criterion=criteria))
             given = _scores(request, stages.read_split(request, say).calibration)
-    made = make(shape, given, size, **options)
+    made = make(shape, given, size, **how)
     out.parent.mkdir(parents=True, exist_ok=True)
     made.save(out)
     return made
@@ -188,11 +171,11 @@ Pruned = tuple[Walked, dict[str, DataResult]]
 
 def prune(
     model: str,
-    config: PruneConfig,
+    config: options.PruneConfig,
     out: Path,
     plan_file: Path | None = None,
-    memory: MemoryOptions = MemoryOptions(),
-    report: ReportOptions = ReportOptions(),
+    memory: options.MemoryOptions = options.MemoryOptions(),
+    report: options.ReportOptions = options.ReportOptions(),
     force: bool = False,
     say: Say = print,
 ) -> Pruned:
@@ -218,7 +201,8 @@ def prune(
     loaded, processor = stages.load_original(request)
     held_out: dict[str, DataResult] = {}
     if unseen := samples.report:
-        predicted = stages.predictions_of_original(loaded, processor, unseen)
+        how = (stages.HELD_OUT_BATCH, ORIGINAL, head_weights_of(loaded))  # which outlive it
+        predicted = on_data.predictions_of(loaded, processor, unseen, *how)
         held_out[ORIGINAL] = result_of(predicted, unseen, loaded.device)
     calibration = Calibration(processor, samples.calibration, request.hold_out)
     scores = [] if plan else list(stages.calibrate(request, loaded, calibration).values())
@@ -296,12 +280,12 @@ def _prune_from_files(
 @contextmanager
 def _final_states(
     source: Source, folder: Path, device: torch.device, processor: Any, samples: Sequence[Sample]
-) -> Iterator[Iterator[States]]:
+) -> Iterator[Iterator[on_data.States]]:
     """Compute final hidden states of samples layer by layer; inside, the head has its weights.
 
     Hidden states between layers stay in memory if they fit, else in files in ``folder``.
     """
-    found = list(batches_of(processor, samples, stages.HELD_OUT_BATCH))
+    found = list(on_data.batches_of(processor, samples, stages.HELD_OUT_BATCH))
     places, batches = [each for each, _ in found], [batch for _, batch in found]
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     width = text_config_of(source.model.config).hidden_size
@@ -329,8 +313,8 @@ def _final_states(
 
 def recover(
     model: str,
-    source: TrainingData,
-    config: RecoverConfig,
+    source: options.TrainingData,
+    config: options.RecoverConfig,
     out: Path,
     teacher: str | None,
     shard: bool,
@@ -387,8 +371,8 @@ def recover(
 
 def evaluate(
     model: str,
-    questions: Questions,
-    loading: LoadConfig,
+    questions: options.Questions,
+    loading: options.LoadConfig,
     baseline: str | None,
     out: Path | None,
     force: bool,
@@ -422,7 +406,7 @@ def evaluate(
 
 def evaluate_on_data(
     model: str,
-    source: DataConfig,
+    source: options.DataConfig,
     baseline: str | None,
     out: Path | None,
     force: bool,
@@ -442,7 +426,7 @@ def evaluate_on_data(
     if baseline is not None:
         original, processor = load_as(source, baseline)
         head = head_weights_of(original)
-        predicted = predictions_of(original, processor, samples, batch_size, baseline, head)
+        predicted = on_data.predictions_of(original, processor, samples, batch_size, baseline, head)
         results["baseline"] = result_of(predicted, samples, original.device)
         del original
     evaluated = load_as(source, model)
@@ -453,7 +437,9 @@ def evaluate_on_data(
     return {**results, "model": found}
 
 
-def side_by_side(a: str, b: str, tasks: str, limit: int | None, loading: LoadConfig) -> Comparison:
+def side_by_side(
+    a: str, b: str, tasks: str, limit: int | None, loading: options.LoadConfig
+) -> Comparison:
     """Compare two models or result files, answer by answer."""
     chosen = find_tasks(tasks)
     results = {name: Result.load(name) for name in (a, b) if name.endswith(".json")}
