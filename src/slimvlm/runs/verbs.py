@@ -6,8 +6,7 @@ Each checks its options before weights are read.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from slimvlm.evaluation.results import Result, read_baseline
 from slimvlm.evaluation.tasks import builtin_tasks, find_tasks
 from slimvlm.models import load as models
 from slimvlm.models.cost import params_of_target
-from slimvlm.models.hidden import evaluating, gathered_weights, head_of, head_weights_of
+from slimvlm.models.hidden import evaluating, gathered_weights, head_weights_of
 from slimvlm.models.load import check_models, device_named, load_as
 from slimvlm.models.parts import Parts, text_config_of
 from slimvlm.planning.make import make_plan, make_plan_for_params
@@ -48,7 +47,7 @@ from slimvlm.runs.stages import ORIGINAL, PRUNED, Calibration, SampleSplit
 from slimvlm.runs.tables import held_out_text
 from slimvlm.scoring.criteria import CRITERIA, require_low_memory
 from slimvlm.scoring.layerwise.checkpoint import LazyCheckpoint, open_checkpoint
-from slimvlm.scoring.layerwise.runner import LayerwiseModel, Source
+from slimvlm.scoring.layerwise.runner import LayerwiseModel
 from slimvlm.scoring.layerwise.stores import Scratch, StatesPlace, scratch_folder
 from slimvlm.scoring.score_model import score_by_layer
 from slimvlm.scoring.unit_scores import Scores
@@ -247,13 +246,9 @@ def _prune_from_files(
 
     held_out: dict[str, DataResult] = {}
     if unseen:
-        path = scratch / "said.safetensors"
+        path, at = scratch / "said.safetensors", scratch / "unseen"
         if not path.exists():
-            at = scratch / "unseen"
-            with _final_states(opened, at, device, processor, unseen) as states:
-                head = head_weights_of(opened.model)
-                Predictions.of(ORIGINAL, states, head, processor).save(path)
-            shutil.rmtree(at, ignore_errors=True)
+            _predictions(ORIGINAL, opened, processor, unseen, at, device).save(path)
         predicted = Predictions.load(path)
         held_out[ORIGINAL] = result_of(predicted, unseen, device)
 
@@ -264,11 +259,8 @@ def _prune_from_files(
         if unseen:
             smaller = open_checkpoint(folder, config.dtype)
             words = trimmed_processor(processor, walked.plan)
-            at = scratch / "unseen-pruned"
-            with _final_states(smaller, at, device, words, unseen) as states:
-                head = head_of(smaller.model)
-                said = Predictions.of(PRUNED, states, head, words)
-                held_out[PRUNED] = result_of(said, unseen, device, predicted)
+            said = _predictions(PRUNED, smaller, words, unseen, at, device)
+            held_out[PRUNED] = result_of(said, unseen, device, predicted)
             held_out[PRUNED].save(folder / HELD_OUT_FILE)
         return held_out_text(held_out)
 
@@ -277,38 +269,40 @@ def _prune_from_files(
     return walked, held_out
 
 
-@contextmanager
-def _final_states(
-    source: Source, folder: Path, device: torch.device, processor: Any, samples: Sequence[Sample]
-) -> Iterator[Iterator[on_data.States]]:
-    """Compute final hidden states of samples layer by layer; inside, the head has its weights.
-
-    Hidden states between layers stay in memory if they fit, else in files in ``folder``.
-    """
-    found = list(on_data.batches_of(processor, samples, stages.HELD_OUT_BATCH))
-    places, batches = [each for each, _ in found], [batch for _, batch in found]
+@torch.no_grad()
+def _predictions(
+    name: str,
+    source: LazyCheckpoint,
+    processor: Any,
+    samples: Sequence[Sample],
+    folder: Path,
+    device: torch.device,
+) -> Predictions:
+    """Predict samples layer by layer; what does not fit in memory between lies in ``folder``."""
+    encoded = on_data.batches_of(processor, samples, stages.HELD_OUT_BATCH)
+    places, batches = map(list, zip(*encoded, strict=True))
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     width = text_config_of(source.model.config).hidden_size
     needed = 3 * tokens * width * source.model.dtype.itemsize
     store = StatesPlace.of(needed, device).store(folder)
     runner = LayerwiseModel(source, store, device)
-    with evaluating(runner.model), torch.no_grad():
+    parts = Parts(runner.model)
+    last = len(parts.layers)
+    with evaluating(runner.model):
         runner.embed(batches)
-        last = len(Parts(runner.model).layers)
         for index in range(last):
             with runner.layer(index) as layer:
                 for batch in runner.batches():
                     layer(**batch)
             store.drop(f"hidden-{index}")
         with source.after_layers(device):
-            yield (
-                (
-                    places[batch["place"]],
-                    Parts(runner.model).norm(runner.input_of(last, batch["place"])),
-                    batch["labels"],
-                )
-                for batch in runner.batches()
+            states = (
+                (places[i], parts.norm(runner.input_of(last, i)), batch["labels"])
+                for i, batch in ((batch["place"], batch) for batch in runner.batches())
             )
+            found = Predictions.of(name, states, head_weights_of(runner.model), processor)
+    shutil.rmtree(folder, ignore_errors=True)
+    return found
 
 
 def recover(
