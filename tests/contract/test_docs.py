@@ -45,8 +45,9 @@ def test_the_reference_lists_every_public_name():
         assert path in listed or module in listed, path
 
 
-def test_documents_show_commands():
+def test_documents_show_commands_and_a_wrong_option_would_be_noticed():
     assert len(COMMANDS) >= 8
+    assert refused("inspect", "demo", "--no-such-option")
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
@@ -66,22 +67,12 @@ def test_command_is_accepted(page, command, monkeypatch, tmp_path):
     assert called == [words[0]]
 
 
-def test_a_wrong_option_would_be_noticed():
-    assert refused("inspect", "demo", "--no-such-option")
-
-
-def test_readme_has_the_table_of_criteria():
+def test_the_readme_has_the_table_of_criteria_and_a_page_names_every_family():
     assert criteria_table() in (ROOT / "README.md").read_text()
-
-
-def test_families_page_names_every_family():
+    assert all(row.paper and row.about for row in CRITERIA.values())
     text = (ROOT / "docs" / "families.md").read_text()
     assert [name for name in FAMILIES if f"`{name}`" not in text and name not in BACKBONES] == []
     assert [name for name in BACKBONES if name not in text] == []
-
-
-def test_every_criterion_names_its_source():
-    assert all(row.paper and row.about for row in CRITERIA.values())
 
 
 @pytest.mark.parametrize(("page", "block"), PYTHON)

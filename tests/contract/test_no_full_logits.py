@@ -1,6 +1,6 @@
 """Nothing in a compression holds the logits of all tokens: only those of a chunk of positions."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -47,13 +47,7 @@ class MostRows(TorchDispatchMode):
         super().__init__()
         self.rows, self._vocabulary = 0, vocabulary
 
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {memory(value) for value in tensors((args, kwargs))}
         result = func(*args, **(kwargs or {}))
         for value in tensors(result):

@@ -139,18 +139,15 @@ def weights(model: PreTrainedModel) -> Gradients:
 TAYLOR: dict[str, tuple[str, dict[str, str], Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
     "LLM-Pruner's first order": ("taylor", {}, lambda w, g, each: (w * g).abs()),
     "equation 5": (
-        "taylor",
-        {"gradient": "per_sample"},
+        *("taylor", {"gradient": "per_sample"}),
         lambda w, g, each: (w * each).abs().mean(0),
     ),
     "LLM-Pruner's second order": (
-        "taylor_second",
-        {},
+        *("taylor_second", {}),
         lambda w, g, each: (w * each.square().mean(0) * w).abs(),
     ),
     "LLM-Pruner's mix": (
-        "taylor_mix",
-        {},
+        *("taylor_mix", {}),
         lambda w, g, each: (w * g - 0.5 * w * each.square().mean(0) * w).abs(),
     ),
 }
@@ -346,18 +343,16 @@ def test_block_influence_sums_are_shortgpts(name):
 
 
 def test_the_clean_last_layer_is_before_the_final_norm():
-    model = model_named("llama-gqa")
+    model, seen = model_named("llama-gqa"), dict[str, Tensor]()
     batch = tiny.batch(model, 9)
-    seen: dict[str, Tensor] = {}
     hook = model.model.norm.register_forward_pre_hook(
         lambda module, args: seen.update(last=args[0][0].detach())
     )
     states = hidden_states(model, batch)
     hook.remove()
     layer = score(model, [batch], "block_influence", reduction="sum").layer
-    torch.testing.assert_close(
-        layer[-1], shortgpt(states[3], seen["last"]).sum(), rtol=1e-5, atol=0
-    )
+    expected = shortgpt(states[3], seen["last"]).sum()
+    torch.testing.assert_close(layer[-1], expected, rtol=1e-5, atol=0)
 
 
 @every_model
@@ -380,14 +375,8 @@ def test_angular_distances_are_those_of_the_last_tokens(name):
             assert float(runs[length - 1, start]) == pytest.approx(expected, abs=1e-5)
 
 
-def test_angular_scores_of_single_layers_are_runs_of_one():
-    model = model_named("llama-gqa")
-    scores = score(model, samples(model), "angular")
-    assert torch.equal(scores.layer, scores.layer_runs[0])
-
-
 # Numerics
-def test_large_half_precision_norms_do_not_overflow():
+def test_half_precision_norms_do_not_overflow_and_tiny_vectors_keep_their_angle():
     x = (40 * torch.randn(2, 5, 64)).half()
     y = (x.float() + 5 * torch.randn(2, 5, 64)).half()
     assert (x.norm(dim=-1) * y.norm(dim=-1)).isinf().any()  # what ShortGPT divides by
@@ -396,23 +385,17 @@ def test_large_half_precision_norms_do_not_overflow():
     assert values.dtype == torch.float32
     assert values.shape == (2, 5)
     assert_close(values, exact, LOSS)
-
-
-def test_half_precision_inputs_that_nearly_overflow_are_right():
     x = torch.full((1, 3, 512), 60000.0, dtype=torch.float16)
     y = x.clone()
     y[:, 1, ::2] = -60000.0
     y[:, 2] = -60000.0
     assert_close(block_influence(x, y), torch.tensor([[0.0, 1.0, 2.0]]), LOSS)
     assert_close(angular_distance(x, y), torch.tensor([[0.0, 0.5, 1.0]]), LOSS)
-
-
-def test_tiny_vectors_keep_their_angle():
     x = 1e-9 * torch.randn(1, 4, 64)
     assert_close(block_influence(x, 3 * x), torch.zeros(1, 4), LOSS)
 
 
-def test_block_influence_does_not_see_masked_tokens():
+def test_block_influence_is_row_wise_does_not_see_masked_tokens_and_is_finite():
     x, y = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
     x[0, 3:] = math.nan
     mask = torch.ones(2, 5, dtype=torch.long)
@@ -422,19 +405,11 @@ def test_block_influence_does_not_see_masked_tokens():
     assert values.isfinite().all()
     assert torch.equal(values[1], block_influence(x, y)[1])
     assert torch.equal(values, block_influence(x, y, mask.bool()))
-
-
-def test_block_influence_is_row_wise():
-    """An S x S product of these would need 3.6 GB."""
-    x = torch.randn(1, 30000, 4)
+    x = torch.randn(1, 30000, 4)  # an S x S product of these would need 3.6 GB
     assert block_influence(x, x.flip(1)).shape == (1, 30000)
-
-
-def test_zero_vectors_give_finite_values():
-    x = torch.zeros(1, 2, 8)
-    assert block_influence(x, torch.randn(1, 2, 8)).isfinite().all()
-    assert angular_distance(x, torch.randn(1, 2, 8)).isfinite().all()
-    assert angular_distance(x, x).isfinite().all()
+    x, y = torch.zeros(1, 2, 8), torch.randn(1, 2, 8)
+    for found in (block_influence(x, y), angular_distance(x, y), angular_distance(x, x)):
+        assert found.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -450,6 +425,8 @@ def test_identical_vectors_have_angle_zero_not_nan(dtype):
 
 def test_angular_finds_the_last_valid_token():
     model = model_named("llama-gqa")
+    single = score(model, samples(model), "angular")
+    assert torch.equal(single.layer, single.layer_runs[0])
     short, long = tiny.batch(model, 6, 0), tiny.batch(model, 11, 1)
     expected = score(model, [short, long], "angular").layer_runs
     ids = torch.full((2, 11), 5)

@@ -31,14 +31,6 @@ def batches_of(name: str) -> list[dict[str, Tensor]]:
     return [tiny.batch(model_of(name), 12 + 3 * seed, seed) for seed in range(2)]
 
 
-def flat(scores: sv.Scores) -> dict[str, Tensor]:
-    found = {} if scores.layer is None else {"layer": scores.layer}
-    for unit in ("kv_group", "neuron", "expert"):
-        if (values := scores.of(unit)) is not None:
-            found |= {f"{unit} {index}": value for index, value in enumerate(values)}
-    return found
-
-
 def has_experts(name: str) -> bool:
     return any(shape.num_experts for shape in sv.anatomy(model_of(name)).layers)
 
@@ -53,7 +45,7 @@ def test_scores(name, card):
     models = model_of(name), copy.deepcopy(model_of(name)).to(card)
     for criterion in criteria_of(name):
         expected, found = (sv.score(model, batches_of(name), criterion) for model in models)
-        assert_close(flat(found), flat(expected))
+        assert_close(found.tensors(), expected.tensors())
 
 
 @archetypes
@@ -81,7 +73,7 @@ def test_from_files(name, card, tmp_path):
         return
     for criterion in criteria_of(name):
         found = sv.score_checkpoint(tmp_path, batches_of(name), criterion, device=card)
-        assert_close(flat(found), flat(sv.score(model, batches_of(name), criterion)))
+        assert_close(found.tensors(), sv.score(model, batches_of(name), criterion).tensors())
 
 
 def test_buffers_are_on_the_card_while_their_part_is_there(card, tmp_path):
@@ -94,11 +86,8 @@ def test_buffers_are_on_the_card_while_their_part_is_there(card, tmp_path):
 
     expected = {name: value.clone() for name, value in checkpoint.model.named_buffers()}
     assert any("position_ids" in name for name in expected)
-    for part in (
-        checkpoint.before_layers(card),
-        checkpoint.layer(1, card),
-        checkpoint.after_layers(card),
-    ):
+    first, last = checkpoint.before_layers(card), checkpoint.after_layers(card)
+    for part in (first, checkpoint.layer(1, card), last):
         with part:
             assert places() == {card}
         assert places() == {torch.device("cpu")}

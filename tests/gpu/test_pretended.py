@@ -29,9 +29,12 @@ def test_views_share_their_memory(card):
     assert x.repeat(2).tolist() == [7, 7, 0, 5] * 2
 
 
-def test_whole_numbers_are_counted(card):
+def test_whole_numbers_are_counted_and_numbers_and_indices_of_the_cpu_are_taken(card):
     x = torch.tensor([0, 2, 2, 3], dtype=torch.int32, device=card)
     assert torch.histc(x, bins=4, min=0, max=3).tolist() == [1, 0, 2, 1]
+    x = torch.arange(4.0, device=card)
+    assert (x * torch.tensor(2.0)).tolist() == [0, 2, 4, 6]
+    assert x[torch.tensor([3, 0])].tolist() == [3, 0]
 
 
 def test_a_convolution_of_each_channel_alone_is_computed(card):
@@ -42,32 +45,23 @@ def test_a_convolution_of_each_channel_alone_is_computed(card):
     assert layer.weight.grad is not None
 
 
-def test_two_devices_in_one_operator_are_refused(card):
-    with pytest.raises(RuntimeError, match="same device"):
-        torch.ones(3, device=card) + torch.ones(3)
-    with pytest.raises(RuntimeError, match="same device"):
-        torch.ones(3, 3, device=card).index_select(0, torch.tensor([1]))
-
-
-def test_numbers_and_indices_of_the_cpu_are_taken(card):
-    x = torch.arange(4.0, device=card)
-    assert (x * torch.tensor(2.0)).tolist() == [0, 2, 4, 6]
-    assert x[torch.tensor([3, 0])].tolist() == [3, 0]
-
-
-def test_a_generator_of_the_cpu_is_refused(card):
+def test_what_a_card_refuses_is_refused(card):
+    """Two devices in one operator, a generator of the CPU, and numpy."""
+    for error, told, use in (
+        (RuntimeError, "same device", lambda x: x + torch.ones(3)),
+        (RuntimeError, "same device", lambda x: x.index_select(0, torch.tensor([1]))),
+        (RuntimeError, "generator", lambda x: x.normal_(generator=torch.Generator())),
+        (TypeError, "numpy", lambda x: x.numpy()),
+    ):
+        with pytest.raises(error, match=told):
+            use(torch.ones(3, device=card))
     with pytest.raises(RuntimeError, match="generator"):
         torch.randn(3, device=card, generator=torch.Generator())
     drawn = torch.randn(3, device=card, generator=torch.Generator(card).manual_seed(3))
     assert torch.equal(drawn.cpu(), torch.randn(3, generator=torch.Generator().manual_seed(3)))
 
 
-def test_numpy_is_refused(card):
-    with pytest.raises(TypeError, match="numpy"):
-        torch.ones(3, device=card).numpy()
-
-
-def test_bytes_are_counted_and_freed(card):
+def test_bytes_are_counted_freed_and_limited(card):
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     x = torch.empty(1 << 20, dtype=torch.uint8, device=card)
@@ -75,9 +69,6 @@ def test_bytes_are_counted_and_freed(card):
     del x
     assert torch.cuda.memory_allocated() == before
     assert torch.cuda.max_memory_allocated() - before == 1 << 20
-
-
-def test_a_limit_is_one_out_of_memory(card):
     with pretended_gpu.limit(1000), pytest.raises(torch.OutOfMemoryError, match="out of memory"):
         torch.empty(2000, dtype=torch.uint8, device=card)
     torch.empty(2000, dtype=torch.uint8, device=card)

@@ -46,8 +46,6 @@ def test_flops_of_a_pruned_model_are_what_torch_counts():
     before = read_anatomy(model)
     prune_(model, plan_by_hand(before, layers=(0, 2, 3), kv_groups=(0, 3), neurons=range(40)))
     after = read_anatomy(model)
-    assert counted(model, 2) == (
-        prefill_flops(after, TOKENS, 2),
-        decode_flops(after, TOKENS + 1, 2),
-    )
-    assert prefill_flops(after, TOKENS, 2) < prefill_flops(before, TOKENS, 2)
+    expected = prefill_flops(after, TOKENS, 2), decode_flops(after, TOKENS + 1, 2)
+    assert counted(model, 2) == expected
+    assert expected[0] < prefill_flops(before, TOKENS, 2)

@@ -9,6 +9,7 @@ import torch
 import slimvlm as sv
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import CompressConfig, LoadConfig
+from slimvlm.core.progress import silent
 from slimvlm.core.requests import asked
 from slimvlm.models.cost import free_memory
 from slimvlm.models.load import (
@@ -30,11 +31,8 @@ CPU = torch.device("cpu")
 def two_of(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
     """A machine with two accelerators of a kind."""
     kind: str = request.param
-    for name, value in {
-        "current_accelerator": torch.device(kind),
-        "is_available": True,
-        "device_count": 2,
-    }.items():
+    known = {"current_accelerator": torch.device(kind), "is_available": True, "device_count": 2}
+    for name, value in known.items():
         monkeypatch.setattr(torch.accelerator, name, lambda value=value: value)
     return kind
 
@@ -66,7 +64,7 @@ def test_a_device_is_checked_before_anything_is_read(name, tmp_path):
     config = CompressConfig(ratio=0.3, device=name, data=str(tmp_path / "none.json"))
     for work in (
         lambda: sv.load(model, device=name),
-        lambda: sv.compress(model, config, out, say=lambda line: None),
+        lambda: sv.compress(model, config, out, say=silent),
         lambda: sv.score_checkpoint("nowhere", device=name),
         lambda: sv.walk_checkpoint("nowhere", (), out, 0.3, device=name),
         lambda: sv.quantize("nowhere", out, device=name),
@@ -85,17 +83,13 @@ def test_the_device_is_no_part_of_what_is_asked():
     study = StudyConfig(grids=(Grid(ratio=(0.3,), model=(str(folders.folder("text")),)),))
     names = []
     for device in (None, "cpu"):
-        _, schedule = prepared(study, lambda line: None, device)
+        _, schedule = prepared(study, silent, device)
         stages = schedule.stages()
         assert {stage.request.prune.device for stage in stages} == {device}
         names.append([stage.name for stage in stages])
     assert names[0] == names[1]
-
-
-def test_a_study_s_file_names_no_device():
-    study = StudyConfig(grids=(Grid(ratio=(0.3,)),), prune={"device": "cpu"})
     with pytest.raises(ConfigError, match="'device' changes no result"):
-        prepared(study, lambda line: None)
+        prepared(replace(study, prune={"device": "cpu"}), silent)
 
 
 def test_a_run_goes_on_elsewhere(tmp_path, monkeypatch):
@@ -104,16 +98,13 @@ def test_a_run_goes_on_elsewhere(tmp_path, monkeypatch):
     config = CompressConfig(ratio=0.3, axis="width", criterion=("magnitude",), repair="none")
     with monkeypatch.context() as patch:
         patch.setattr("slimvlm.runs.compress.finish", lambda run, plan: None)
-        sv.compress(model, config, out, say=lambda line: None)
+        sv.compress(model, config, out, say=silent)
     said: list[str] = []
     sv.compress(model, replace(config, device="cpu"), out, say=said.append)
     assert any("going on" in line for line in said), said
     found, again, _ = read_config(out / "run.yaml")
     assert (found, again.device) == (model, "cpu")
     assert read_config(out / "config.json")[1] == config
-
-
-def test_the_command_of_a_run_names_its_device(tmp_path):
     config = CompressConfig(ratio=0.3, device="cuda:1")
     assert "--device cuda:1" in compress_command("demo", config, "out")
     (tmp_path / "run.yaml").write_text(config_text("demo", config))
@@ -142,11 +133,8 @@ def test_a_containers_limit_counts(tmp_path, monkeypatch):
 
 
 def test_free_memory_of_an_accelerator_counts_what_torch_keeps(monkeypatch):
-    xpu = SimpleNamespace(
-        mem_get_info=lambda device: (100, 1000),
-        memory_reserved=lambda device: 50,
-        memory_allocated=lambda device: 20,
-    )
+    found = {"mem_get_info": (100, 1000), "memory_reserved": 50, "memory_allocated": 20}
+    xpu = SimpleNamespace(**{k: lambda device, v=v: v for k, v in found.items()})
     monkeypatch.setattr(torch, "get_device_module", lambda device: xpu)
     assert free_memory(torch.device("xpu", 0)) == 130
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 100)
