@@ -16,6 +16,7 @@ from slimvlm.evaluation.results import Result
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.load import load
 from tests import tiny_folder as folders
+from tests.handmade import Stopped
 from tests.tiny_folder import SEEING, picture
 
 pytestmark = pytest.mark.usefixtures("unhurried")
@@ -42,9 +43,7 @@ def task(name: str = "colours", count: int = 9, sees: bool = True, **changes: An
 
 PASSAGES = ("A field of colours.", "It is red. It is blue, and this one is longer.", "yes")
 PERPLEXITY = Task(
-    name="passages",
-    metric="perplexity",
-    chance=0.0,
+    *("passages", "perplexity", 0.0),
     load=lambda limit: [Question(t[:5], "", (t,)) for t in PASSAGES[:limit]],
     in_average=False,
 )
@@ -79,19 +78,16 @@ def test_replies_stay_with_their_questions(llava, result):
         assert answer(*llava, [question], 4) == [reply]
 
 
-def test_scores_follow_from_the_replies(llava, result):
+def test_scores_follow_from_the_replies_and_limit_asks_the_first_questions(llava, result):
     """Ask again with some replies declared right."""
     asked, given = questions(9), result.tasks["colours"].replies
     asked[:3] = [replace(asked[i], answers=(given[i],)) for i in range(3)]
     found = evaluate(*llava, [task(load=lambda limit: asked)]).tasks["colours"]
     assert found.scores == (1, 1, 1, 0, 0, 0, 0, 0, 0)
     assert found.score == pytest.approx(100 / 3)
-
-
-def test_limit_asks_the_first_questions(llava, result):
     few = evaluate(*llava, [task()], limit=3)
     assert few.tasks["colours"].ids == ("q0", "q1", "q2")
-    assert few.tasks["colours"].replies == result.tasks["colours"].replies[:3]
+    assert few.tasks["colours"].replies == given[:3]
     with pytest.raises(ConfigError, match=r"'colours' asked other questions"):
         few.retention(result)
 
@@ -122,26 +118,22 @@ def test_perplexity_is_exp_of_the_mean_token_loss(llava, result):
 
 
 def test_blind_shows_other_pictures(llava, result):
+    """Questions about the same picture may stand half a list apart; text has nothing to swap."""
     asked = questions(5)
     blind = with_other_pictures(asked)
     assert [q.id for q in blind] == [q.id for q in asked]
     assert all(b.images != q.images for b, q in zip(blind, asked, strict=True))
-    shown, given = (sorted(q.images[0].tobytes() for q in of) for of in (blind, asked))  # type: ignore[union-attr]
+    shown, given = (sorted(q.images[0].tobytes() for q in of) for of in (blind, asked))
     assert shown == given
     found = evaluate(*llava, [task()], blind=True).tasks["colours"]
     assert found.replies != result.tasks["colours"].replies
-
-
-def test_blind_never_shows_the_right_picture():
-    """Questions about the same picture may stand half a list apart; text has nothing to swap."""
     asked = [replace(q, images=(picture(i // 3 % 2),)) for i, q in enumerate(questions(12))]
     asked.insert(4, replace(asked[0], images=()))
     blind = with_other_pictures(asked)
     assert [bool(q.images) for q in blind] == [bool(q.images) for q in asked]
     assert all(b.images != q.images for b, q in zip(blind, asked, strict=True) if q.images)
-    same = [replace(q, images=(picture(0),)) for q in asked]
     with pytest.raises(ConfigError, match=r"blind: question 'q0' finds no other pictures"):
-        with_other_pictures(same)
+        with_other_pictures([replace(q, images=(picture(0),)) for q in asked])
 
 
 def test_floors_are_what_a_blind_result_has(llava, result):
@@ -174,10 +166,6 @@ def test_a_result_has_sizes_times_and_options(llava, result):
     assert (found.blind, found.limit, found.batch_size) == (True, 2, 3)
     assert found.dtype == str(llava[0].dtype).removeprefix("torch.")
     assert set(found.tasks["colours"].details) == {"f1", "yes_rate"}
-
-
-class Stopped(Exception):
-    """A kill."""
 
 
 def test_a_stopped_evaluation_asks_only_the_rest(llava, tmp_path, monkeypatch):

@@ -61,7 +61,7 @@ def test_the_ideal_of_half_the_layers_is_between_one_and_two():
     assert 1.5 < found.decode_ideal < 2
 
 
-def test_figures_of_a_benchmark(models):
+def test_figures_of_a_benchmark_of_two_models_and_of_one(models):
     result = bench(*models, SMALL, ("small", "large"))
     assert (result.model.model, result.baseline and result.baseline.model) == ("small", "large")
     shape = read_anatomy(models[0])
@@ -75,9 +75,6 @@ def test_figures_of_a_benchmark(models):
     assert all(len(row) == len(header) for row in rows)
     values = json.loads(json.dumps(result.to_dict()))
     assert values["speed_ups"][0]["prefill_share"] == result.speed_ups[0].prefill_share
-
-
-def test_a_benchmark_of_one_model(models):
     result = bench(models[0], workload=SMALL)
     assert (result.baseline, result.speed_ups) == (None, ())
     header, rows = bench_rows(result)

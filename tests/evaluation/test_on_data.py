@@ -77,15 +77,21 @@ def test_a_model_differs_in_nothing_from_itself(pair):
     assert figures.divergence.value == 0
 
 
-def test_predictions_survive_their_file(pair, tmp_path):
+def test_a_result_and_predictions_survive_their_files(pair, tmp_path):
     model, other, processor = pair
-    samples = samples_for(processor)
-    head = head_weights_of(other)
+    samples, head = samples_for(processor), head_weights_of(other)
     predictions_of(other, processor, samples, head=head, name="other").save(tmp_path / "kept")
     kept = Predictions.load(tmp_path / "kept")
-    live, read = (evaluate_data(model, processor, samples, base) for base in (other, kept))
+    live, read = (
+        evaluate_data(model, processor, samples, base, name="ours") for base in (other, kept)
+    )
     assert read.baseline == "other"
     assert read.samples == live.samples
+    live.save(tmp_path / "result.json")
+    assert DataResult.load(tmp_path / "result.json") == live
+    (tmp_path / "broken.json").write_text('{"model": "x", "samples": []}')
+    with pytest.raises(ConfigError, match="broken"):
+        DataResult.load(tmp_path / "broken.json")
 
 
 def test_of_plain_text_every_token_counts():
@@ -111,16 +117,6 @@ def test_intervals_are_around_the_figures_and_the_same_for_a_seed(pair):
     assert evaluate_data(model, processor, samples, other, seed=1).figures != found.figures
     alone = evaluate_data(model, processor, samples[:1]).figures
     assert (alone.loss.low, alone.loss.high) == (None, None)
-
-
-def test_a_result_survives_its_file(pair, tmp_path):
-    model, other, processor = pair
-    found = evaluate_data(model, processor, samples_for(processor), other, name="ours")
-    found.save(tmp_path / "result.json")
-    assert DataResult.load(tmp_path / "result.json") == found
-    (tmp_path / "broken.json").write_text('{"model": "x", "samples": []}')
-    with pytest.raises(ConfigError, match="broken"):
-        DataResult.load(tmp_path / "broken.json")
 
 
 def test_vocabularies_that_differ():

@@ -77,7 +77,7 @@ def changed(folder: Path, *changes: str) -> Path:
     return path
 
 
-def test_rows_become_questions(folder):
+def test_rows_become_questions_and_tasks_are_found_by_name_and_by_file(folder):
     task = read_task(folder / "task.yaml")
     questions = task.load(None)
     assert [q.id for q in questions] == ["a", "b", "c"]
@@ -87,8 +87,6 @@ def test_rows_become_questions(folder):
     assert task.chance == 25
     assert [q.id for q in task.load(2)] == ["a", "b"]
 
-
-def test_tasks_are_found_by_name_and_by_file(folder):
     def names(wanted):
         return [task.name for task in find_tasks(wanted)]
 
@@ -182,9 +180,9 @@ def test_loss_and_perplexity_are_of_the_given_answers(prompt, folder):
     """With a prompt those of answers in a conversation, as data is evaluated; else plain text."""
     model, words = load(folders.folder("text"))
     changed(folder, 'images: pictures|image: ""', f"What colour? {{hint}}|{prompt}")
-    loss = evaluate(model, words, [read_task(changed(folder, "exact_match|loss"))])
-    perplexity = evaluate(
-        model, words, [read_task(changed(folder, "metric: loss|metric: perplexity"))]
+    loss, perplexity = (
+        evaluate(model, words, [read_task(changed(folder, change))])
+        for change in ("exact_match|loss", "metric: loss|metric: perplexity")
     )
     questions = read_task(folder / "task.yaml").load(None)
     given = [answered_sample(q, q.answers[0]) if prompt else q.answers[0] for q in questions]
