@@ -138,18 +138,12 @@ def test_shapes_types_and_names(case, model_name):
 
 
 @every_case
-def test_units_get_different_scores(case):
-    model = case.build("llava-llama")
-    scores = case.score(model, samples(model))
-    for name, values in flat(scores).items():
-        if name != "layer_runs" and case.name != "frequency":  # counts may be equal
-            assert values.unique().numel() == values.numel(), name
-
-
-@every_case
-def test_the_same_data_gives_the_same_bits(case):
+def test_the_same_data_gives_the_same_bits_and_units_different_scores(case):
     model = case.build("llava-llama")
     first = case.flat(model, samples(model))
+    for name, values in first.items():
+        if name != "layer_runs" and case.name != "frequency":  # counts may be equal
+            assert values.unique().numel() == values.numel(), name
     torch.rand(3)  # nor does the state of the global generator matter
     second = case.flat(case.build("llava-llama"), samples(model))
     assert_equal(second, first)
@@ -240,19 +234,24 @@ def test_padding_would_count_without_a_mask(case):
     )
 
 
-@every_case_with_labels
-def test_without_labels_the_whole_text_counts_but_not_its_padding(case):
+@every_case_with_data
+def test_without_labels_the_whole_text_counts_as_prompt_but_not_its_padding(case):
     model = case.build("llama")
-    single = [sample(model, seed, tokens=9 + 4 * seed) for seed in range(2)]
-    whole = [{**one, "labels": one["input_ids"]} for one in single]
-    expected = case.score(model, whole)
-    unlabelled = padded(single)
-    del unlabelled["labels"]
-    assert_same_scores(case.score(model, [unlabelled]), expected)
+    data = [{**one, "labels": one["input_ids"]} for one in samples(model)]
+    unlabelled = [{k: v for k, v in one.items() if k != "labels"} for one in data]
+    expected = case.score(model, data)
+    found = case.score(model, unlabelled, token_weights={"prompt": 2.0})
+    if case.options.get("reduction") != "sum":
+        assert_same_scores(found, expected)
+    if case in WITH_LABELS:
+        single = [sample(model, seed, tokens=9 + 4 * seed) for seed in range(2)]
+        expected = case.score(model, [{**one, "labels": one["input_ids"]} for one in single])
+        del (together := padded(single))["labels"]
+        assert_same_scores(case.score(model, [together]), expected)
 
 
 @every_case_with_data
-def test_weights_of_one_are_no_weights(case):
+def test_weights_of_one_are_no_weights_and_others_matter(case):
     """Losses then count prompts, too: they are as before where only answers weigh."""
     model = case.build("llava-llama")
     data = samples(model)
@@ -263,17 +262,9 @@ def test_weights_of_one_are_no_weights(case):
     assert weighted.options["token_weights"] == weights
     assert "token_weights" not in plain.options
     assert_equal(flat(weighted), flat(plain))
-
-
-@every_case_with_data
-def test_without_labels_all_text_weighs_as_prompt(case):
-    model = case.build("llama")
-    data = [{**one, "labels": one["input_ids"]} for one in samples(model)]
-    unlabelled = [{k: v for k, v in one.items() if k != "labels"} for one in data]
-    expected = case.score(model, data)
-    found = case.score(model, unlabelled, token_weights={"prompt": 2.0})
-    if case.options.get("reduction") != "sum":
-        assert_same_scores(found, expected)
+    if case.name != "angular":  # looks at one token of a sample
+        one, two = (case.flat(model, data, token_weights={"prompt": w}) for w in (0.5, 0.1))
+        assert all((one[k] - two[k]).abs().max() > 1e-3 * one[k].abs().max() for k in one)
 
 
 @every(c for c in WITH_DATA if c not in WITH_LABELS and c.name != "angular")
@@ -292,17 +283,6 @@ def test_a_role_of_weight_zero_is_absent(case, model_name):
     assert_same_scores(found, expected)
     whole = case.flat(model, data)
     assert any(not torch.allclose(whole[k], v, rtol=1e-3) for k, v in flat(expected).items())
-
-
-@every_case_with_data
-def test_token_weights_matter(case):
-    if case.name == "angular":  # looks at one token of a sample
-        return
-    model = case.build("llava-llama")
-    data = samples(model)
-    one = case.flat(model, data, token_weights={"prompt": 0.5})
-    two = case.flat(model, data, token_weights={"prompt": 0.1})
-    assert all((one[k] - two[k]).abs().max() > 1e-3 * one[k].abs().max() for k in one)
 
 
 def test_bad_token_weights_are_refused():
@@ -336,27 +316,16 @@ def test_embeddings_may_stand_for_tokens(case):
 
 def permute_units(layer: nn.Module, groups: Tensor, neurons: Tensor, queries: int) -> None:
     """Put the KV groups and neurons of a Llama layer into another order: the same function."""
-    attention: Any = layer.get_submodule("self_attn")
-    mlp: Any = layer.get_submodule("mlp")
-
-    def rows(linear: nn.Linear, blocks: int, order: Tensor) -> None:
-        linear.weight.data = linear.weight.data.view(blocks, -1, linear.in_features)[order].reshape(
-            linear.weight.shape
-        )
-
-    def columns(linear: nn.Linear, blocks: int, order: Tensor) -> None:
-        linear.weight.data = linear.weight.data.view(linear.out_features, blocks, -1)[
-            :, order
-        ].reshape(linear.weight.shape)
-
     heads = (groups[:, None] * queries + torch.arange(queries)).flatten()
-    rows(attention.q_proj, len(heads), heads)
-    rows(attention.k_proj, len(groups), groups)
-    rows(attention.v_proj, len(groups), groups)
-    columns(attention.o_proj, len(heads), heads)
-    rows(mlp.gate_proj, len(neurons), neurons)
-    rows(mlp.up_proj, len(neurons), neurons)
-    columns(mlp.down_proj, len(neurons), neurons)
+    for path, order in (
+        *(("self_attn.q_proj", heads), ("self_attn.k_proj", groups), ("self_attn.v_proj", groups)),
+        *(("mlp.gate_proj", neurons), ("mlp.up_proj", neurons)),
+        *(("self_attn.o_proj", heads), ("mlp.down_proj", neurons)),
+    ):
+        weight: Any = layer.get_submodule(path).weight
+        dim = 1 if path.endswith(("o_proj", "down_proj")) else 0
+        blocks = weight.data.unflatten(dim, (len(order), -1))
+        weight.data = blocks.index_select(dim, order).flatten(dim, dim + 1)
 
 
 @pytest.mark.parametrize("model_name", tiered(["llama", "llava-llama"]))
@@ -452,11 +421,16 @@ def test_a_broken_weight_is_named(case):
         case.score(model, samples(model))
 
 
-def test_an_unknown_criterion_is_refused_with_the_choices():
+def test_random_scores_follow_their_seed_and_an_unknown_criterion_is_refused():
+    model = tiny.build("llama")
+    first, again, other = (flat(score(model, [], "random", seed=seed)) for seed in (1, 1, 2))
+    for name in first:
+        assert torch.equal(first[name], again[name])
+        assert not torch.equal(first[name], other[name])
     with pytest.raises(ConfigError, match=r"'tailor' is not known.*taylor, .*magnitude"):
-        score(tiny.build("llama"), [], "tailor")
+        score(model, [], "tailor")
     with pytest.raises(ConfigError, match="'kl_greedy' was removed: use block_influence"):
-        score(tiny.build("llama"), [], "kl_greedy")
+        score(model, [], "kl_greedy")
 
 
 @every_case
@@ -469,14 +443,6 @@ def test_an_unknown_option_is_refused_with_the_choices(case):
     for option in case.options:
         with pytest.raises(ConfigError, match=f"{option}='no' must be one of"):
             score(case.build("llama"), [], case.name, **{option: "no"})
-
-
-def test_random_scores_follow_their_seed():
-    model = tiny.build("llama")
-    first, again, other = (flat(score(model, [], "random", seed=seed)) for seed in (1, 1, 2))
-    for name in first:
-        assert torch.equal(first[name], again[name])
-        assert not torch.equal(first[name], other[name])
 
 
 def test_spacing_removes_layers_far_apart():

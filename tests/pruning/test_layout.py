@@ -22,7 +22,7 @@ from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.layout import LAYOUTS, layout_of, write_processor
 from slimvlm.pruning.save import save
 from tests import tiny, tiny_folder, tiny_words
-from tests.handmade import logits, random_scores
+from tests.handmade import in_python, logits, random_scores
 
 FAMILIES = [
     *("llava-llama", "llava-mistral", "llava-qwen2", "llava-qwen3", "llava-phi", "llava-phi3"),
@@ -129,12 +129,8 @@ def packages(version: str, pytestconfig: pytest.Config) -> Path:
         if not done.exists():
             wanted = (f"transformers=={version}", *VERSIONS[version])
             pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--upgrade"]
-            run = subprocess.run(
-                [*pip, "--target", str(folder), *wanted],
-                capture_output=True,
-                text=True,
-                check=False,
-            )
+            pip += ["--target", str(folder), *wanted]
+            run = subprocess.run(pip, capture_output=True, text=True, check=False)
             if run.returncode:
                 pytest.skip(f"transformers {version} cannot be installed: {run.stderr[-200:]}")
             done.touch()
@@ -146,15 +142,8 @@ def differences(
 ) -> dict[str, float]:
     """How far a version's logits are off; infinitely where it does not load a folder cleanly."""
     folders = [str(work) for work, _ in works.values()]
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", READ, version, *folders],
-        env={**os.environ, "PYTHONPATH": str(packages(version, pytestconfig))},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    print(run.stdout)
+    older = {**os.environ, "PYTHONPATH": str(packages(version, pytestconfig))}
+    print(in_python(READ, version, *folders, env=older))
     found = {}
     for name, (work, expected) in works.items():
         written = work / f"{version}.safetensors"
@@ -179,15 +168,8 @@ def test_what_4_57_is_not_named_for_it_does_not_read(works, pytestconfig):
 
 def said_by(folders: list[str], path: Path | None = None) -> list[Any]:
     """A version of transformers, and what tokenizers and processors give there."""
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SAY, *folders],
-        env={**os.environ, "PYTHONPATH": str(path or "")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    found: list[Any] = json.loads(run.stdout.partition("SAID")[2])
+    there = in_python(SAY, *folders, env={**os.environ, "PYTHONPATH": str(path or "")})
+    found: list[Any] = json.loads(there.partition("SAID")[2])
     return found
 
 

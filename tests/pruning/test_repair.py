@@ -14,7 +14,7 @@ from slimvlm.pruning.repair import repair_
 from slimvlm.pruning.walk.walk import walk_
 from slimvlm.scoring.inputs import capture_grams
 from slimvlm.scoring.score_model import collect
-from slimvlm.scoring.statistics import Grams, Statistics
+from slimvlm.scoring.statistics import Statistics
 from tests import tiny
 from tests.handmade import logits, plan_by_hand
 from tests.pruning.pruned import batches, build, narrow, sliced, with_determined_neurons_
@@ -59,28 +59,20 @@ def test_one_shot_and_the_walk_agree_where_their_inputs_do(name):
 
 
 def test_one_shot_refuses_what_does_not_fit():
-    model = tiny.build("llama")
-    plan, data = narrow(model), [tiny.batch(model)]
-    with pytest.raises(ConfigError, match="only those of criterion 'obs' can"):
-        repair_(model, plan, Statistics())
-    statistics = capture_grams(model, data)
+    model, other = tiny.build("llama"), tiny.build("llava-llama")
+    plan = narrow(model)
+    statistics = collect(model, [tiny.batch(model)], "obs")
+    gates = collect(other, [tiny.batch(other)], "gate")
     with pytest.raises(ConfigError, match="prune it first"):
         repair_(model, plan, statistics)
     prune_(model, plan)
-    with pytest.raises(ConfigError, match="o_proj"):
-        repair_(model, plan, Grams(parts={}, matrices={}))
-
-
-def test_statistics_of_another_model_do_not_repair():
-    model, other = tiny.build("llama"), tiny.build("llava-llama")
-    statistics = collect(model, batches(model, 3), "obs")
-    assert isinstance(statistics, Grams)
-    place = (0, "mlp.down_proj")
-    odd = {**statistics.matrices, place: statistics.matrices[0, "self_attn.o_proj"]}
-    plan = plan_by_hand(read_anatomy(model), neurons=range(64))
-    prune_(model, plan)
-    with pytest.raises(ConfigError, match=r"'0.mlp.down_proj' is of another model"):
-        repair_(model, plan, replace(statistics, matrices=odd))
-    gates = collect(other, [tiny.batch(other)], "gate")
-    with pytest.raises(ConfigError, match="cannot repair"):
-        repair_(model, plan, gates)
+    place, another = (0, "mlp.down_proj"), statistics.matrices[0, "self_attn.o_proj"]
+    odd = replace(statistics, matrices={**statistics.matrices, place: another})
+    for wrong, told in (
+        (Statistics(), "only those of criterion 'obs' can"),
+        (replace(statistics, parts={}, matrices={}), "o_proj"),
+        (odd, r"'0.mlp.down_proj' is of another model"),
+        (gates, "cannot repair"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            repair_(model, plan, wrong)

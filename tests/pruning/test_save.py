@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.save import PLAN_FILE, save
 from tests import tiny_folder as folders
-from tests.handmade import logits, plan_by_hand, random_scores
+from tests.handmade import in_python, logits, plan_by_hand, random_scores
 from tests.tiny_folder import KINDS, SEEING, picture
 
 READ_BACK = """
@@ -80,15 +78,7 @@ def read_back(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path,
         picture().save(work / "picture.png")
         messages = chat.question_messages(asked(kind, work))
         requests.append((str(work), chat.render(processor, messages, generate=True)))
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", READ_BACK, json.dumps(requests)],
-        capture_output=True,
-        text=True,
-        cwd=works["text"],
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout)
+    found = json.loads(in_python(READ_BACK, json.dumps(requests), cwd=works["text"]))
     return {k: (works[k], values) for k, values in zip(works, found, strict=True)}
 
 
@@ -128,11 +118,13 @@ def test_every_kind_is_written_and_read(kind, is_uneven, tmp_path):
     assert others <= {".json", ".safetensors", ".jinja", ".txt", ".md"}
 
 
-def test_half_precision_stays_half(tmp_path):
-    model, processor = load(folders.folder("llava"), dtype="bfloat16")
-    save(model, processor, tmp_path / "out")
-    again, _ = load(tmp_path / "out")
+def test_half_precision_stays_half_also_without_a_processor(tmp_path):
+    model, _ = load(folders.folder("llava"), dtype="bfloat16")
+    save(model, None, tmp_path / "out")
+    again, processor = load(tmp_path / "out")
+    assert processor is None
     assert again.dtype == torch.bfloat16
+    assert read_anatomy(again) == read_anatomy(model)
     assert load(tmp_path / "out", dtype="float32")[0].dtype == torch.float32
 
 
@@ -183,14 +175,7 @@ def test_the_reload_check_catches_what_is_spoilt(kind, tmp_path, monkeypatch):
     assert model.training
 
 
-def test_the_reload_check_leaves_the_model_as_it_was(tmp_path):
-    model, processor, plan = pruned("llava")
-    model.train()
-    save(model, processor, tmp_path / "out", plan)
-    assert model.training
-
-
-def test_an_existing_checkpoint_stays(tmp_path):
+def test_an_existing_checkpoint_stays_and_the_model_is_as_it_was(tmp_path):
     model, processor, plan = pruned("text")
     out = tmp_path / "out"
     out.mkdir()
@@ -201,7 +186,8 @@ def test_an_existing_checkpoint_stays(tmp_path):
         save(model, processor, out, plan, force=True)
     assert [path.name for path in out.iterdir()] == ["mine"]
     (out / "mine").unlink()
-    save(model, processor, out, plan, force=True)
+    save(model.train(), processor, out, plan, force=True)
+    assert model.training
     (out / "mine").write_text("")  # beside what slimvlm wrote it goes, too
     save(model, processor, out, plan, force=True)
     assert not (out / "mine").exists()
@@ -239,20 +225,19 @@ def test_the_reload_check_catches_spoilt_uneven_folders(change, tmp_path, monkey
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_without_processor_is_written(tmp_path):
-    model, _, plan = pruned("text")
-    save(model, None, tmp_path / "out", plan)
-    again, processor = load(tmp_path / "out")
-    assert processor is None
-    assert read_anatomy(again) == plan.after
-
-
 # Loading: what cannot be loaded is named in one line.
-@pytest.mark.parametrize("read", [load, anatomy])
-@pytest.mark.parametrize("name", ["nowhere", "./nowhere/at/all", "/nowhere"])
-def test_a_missing_folder_is_named(read, name):
-    with pytest.raises(ConfigError, match=rf"model '{name}': no such folder"):
-        read(name)
+def test_a_missing_folder_and_an_unknown_dtype_are_named(tmp_path, monkeypatch):
+    for name in ("nowhere", "./nowhere/at/all", "/nowhere"):
+        for read in (load, anatomy):
+            with pytest.raises(ConfigError, match=rf"model '{name}': no such folder"):
+                read(name)
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="no such folder"):
+        resolve("runs/first")  # no hub id beside the folder
+    assert resolve("llava-hf/llava-1.5-7b-hf") == "llava-hf/llava-1.5-7b-hf"
+    with pytest.raises(ConfigError, match="dtype 'int3' must be one of: auto, float32"):
+        load(folders.folder("text"), dtype="int3")
 
 
 @pytest.mark.parametrize("read", [load, anatomy])
@@ -271,19 +256,6 @@ def test_a_config_that_cannot_be_read_is_named(text, read, tmp_path):
         read(tmp_path)
 
 
-def test_a_missing_folder_in_an_existing_one_is_not_a_hub_id(tmp_path, monkeypatch):
-    (tmp_path / "runs").mkdir()
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="no such folder"):
-        resolve("runs/first")
-    assert resolve("llava-hf/llava-1.5-7b-hf") == "llava-hf/llava-1.5-7b-hf"
-
-
-def test_an_unknown_dtype_is_named():
-    with pytest.raises(ConfigError, match="dtype 'int3' must be one of: auto, float32"):
-        load(folders.folder("text"), dtype="int3")
-
-
 def cut_off(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:1000])
 
@@ -300,31 +272,21 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (Path.unlink, "weights cannot be read"),
     "cut off": (cut_off, "weights cannot be read"),
     "a tensor is missing": (without_a_tensor, r"layers\.1\.mlp\.down_proj"),
-    **{
-        name: (
-            lambda file, name=name: file.rename(file.with_name(name)),
-            rf"{re.escape(name)}' is a pickle.*slimvlm convert",
-        )
-        for name in PICKLES
-    },
 }
 
 
-@pytest.mark.parametrize("case", BROKEN)
+@pytest.mark.parametrize("case", [*BROKEN, *PICKLES])
 def test_weights_that_cannot_be_loaded_are_named(case, tmp_path):
-    spoil, message = BROKEN[case]
+    pickled = rf"{re.escape(case)}' is a pickle.*slimvlm convert"
+    spoil, message = BROKEN.get(case, (lambda file: file.rename(file.with_name(case)), pickled))
     out = folders.copied("text", tmp_path / "model")
+    (out / case).write_bytes(b"would fail to load")  # beside safetensors it is not read
+    load(out)
     spoil(out / "model.safetensors")
     with pytest.raises(SlimError if "tensor" in case else ConfigError, match=message):
         load(out)
     if case not in PICKLES:
         assert anatomy(out) == anatomy(folders.folder("text"))
-
-
-def test_pickled_weights_beside_safetensors_are_not_read(tmp_path):
-    folder = folders.copied("text", tmp_path / "model")
-    (folder / "pytorch_model.bin").write_bytes(b"would fail to load")
-    load(folder)
 
 
 @pytest.mark.parametrize("name", ["plan.json", "config.json"])
