@@ -450,8 +450,6 @@ def test_channels_to_remove_is_exact(channels, percent):
     assert [channels_to_remove(*each) for each in asked] == [13, 59, 576, 48, 0, 4]
 
 
-
-
 @pytest.mark.parametrize(
     ("layers", "protected"), [(32, (4, 2)), (30, (4, 2)), (28, (4, 2)), (24, (3, 2)), (4, (1, 1))]
 )
