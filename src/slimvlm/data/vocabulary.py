@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain, count, islice, pairwise
@@ -70,9 +70,8 @@ class TokenizerFile:
                 raise UnsupportedModelError(
                     f"tokens: {name} has {field} {model[field]!r}, with which none can go"
                 )
-        found = cls(name, values, frozenset(tokenizer.all_special_ids))
-        list(_ids_in(values["post_processor"], name))  # refuses an unknown kind
-        return found
+        _with_ids(values["post_processor"], int, name)  # refuses an unknown kind
+        return cls(name, values, frozenset(tokenizer.all_special_ids))
 
     @property
     def _model(self) -> Mapping[str, Any]:
@@ -100,7 +99,12 @@ class TokenizerFile:
         token with a character that has no token of its own.
         """
         found = {token["id"] for token in self.values["added_tokens"]} | self.special
-        found |= set(_ids_in(self.values["post_processor"], self.name))
+
+        def noted(index: int) -> int:
+            found.add(index)
+            return index
+
+        _with_ids(self.values["post_processor"], noted, self.name)
         if self.values["padding"] is not None:
             found.add(self.values["padding"]["pad_id"])
         model, pieces = self._model, self._pieces
@@ -198,7 +202,7 @@ class TokenizerFile:
             **self.values,
             "model": model,
             "added_tokens": sorted(added, key=lambda token: int(token["id"])),
-            "post_processor": _with_ids(self.values["post_processor"], new),
+            "post_processor": _with_ids(self.values["post_processor"], new.__getitem__, self.name),
             "padding": padding and {**padding, "pad_id": new[padding["pad_id"]]},
         }
         return json.dumps(values, ensure_ascii=False)
@@ -210,39 +214,24 @@ class TokenizerFile:
         return {text: new[i] for text, i in {**self._pieces, **added}.items() if i in new}
 
 
-def _ids_in(post_processor: Mapping[str, Any] | None, name: str) -> Iterator[int]:
-    """Yield the tokens that a post-processor adds; refuse an unknown kind."""
-    kind = "ByteLevel" if post_processor is None else post_processor["type"]
-    if post_processor is None or kind == "ByteLevel":
-        return
+def _with_ids(processor: Any, new: Callable[[int], int], name: str) -> Any:
+    """Return a post-processor with other ids of the tokens that it adds; refuse an unknown kind."""
+    kind = "ByteLevel" if processor is None else processor["type"]
     if kind == "Sequence":
-        for each in post_processor["processors"]:
-            yield from _ids_in(each, name)
-    elif kind == "TemplateProcessing":
-        for token in post_processor["special_tokens"].values():
-            yield from token["ids"]
-    elif kind in _PAIRS:
-        yield from (post_processor[field][1] for field in ("sep", "cls"))
-    else:
-        raise UnsupportedModelError(f"tokens: {name} has a post-processor of type {kind!r}")
-
-
-def _with_ids(post_processor: Any, new: Mapping[int, int]) -> Any:
-    """Return a post-processor with new numbers for its tokens."""
-    kind = None if post_processor is None else post_processor["type"]
-    if kind == "Sequence":
-        inner = [_with_ids(each, new) for each in post_processor["processors"]]
-        return {**post_processor, "processors": inner}
+        inner = [_with_ids(each, new, name) for each in processor["processors"]]
+        return {**processor, "processors": inner}
     if kind == "TemplateProcessing":
         tokens = {
-            name: {**token, "ids": [new[index] for index in token["ids"]]}
-            for name, token in post_processor["special_tokens"].items()
+            text: {**token, "ids": [new(index) for index in token["ids"]]}
+            for text, token in processor["special_tokens"].items()
         }
-        return {**post_processor, "special_tokens": tokens}
+        return {**processor, "special_tokens": tokens}
     if kind in _PAIRS:
-        pairs = {field: post_processor[field] for field in ("sep", "cls")}
-        return {**post_processor, **{f: [text, new[index]] for f, (text, index) in pairs.items()}}
-    return post_processor
+        pairs = {field: processor[field] for field in ("sep", "cls")}
+        return {**processor, **{f: [text, new(index)] for f, (text, index) in pairs.items()}}
+    if kind != "ByteLevel":
+        raise UnsupportedModelError(f"tokens: {name} has a post-processor of type {kind!r}")
+    return processor
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,17 @@ def quantize(
                 f"to {to!r}: rows of {projection.path} have {linear.in_features} weights, which is "
                 f"no multiple of {multiple}. Plan with --round-to {multiple}, or use --to int8"
             )
-    skipped = _skipped(empty)
+    # tower, projector, head and other matrices outside units stay as they are
+    parts, owned = Parts(empty), {id(linear) for _, _, linear in Parts(empty).projections()}
+    whole = (parts.family.vision, *parts.family.projector, parts.family.head)
+    skipped = [path for path in whole if path is not None]
+    skipped += [
+        name
+        for name, module in empty.named_modules()
+        if isinstance(module, nn.Linear)
+        and id(module) not in owned
+        and not any(name == part or name.startswith(f"{part}.") for part in skipped)
+    ]
     dtype = getattr(config, "dtype", None) or torch.bfloat16
     needed = sum(file.stat().st_size for file in folder_of(name).glob("*.safetensors"))
     if target.type != "cpu" and needed > (free := free_memory(target)):
@@ -138,7 +148,14 @@ def quantize(
     is_ours = chosen == "compressed-tensors"
     with new_folder(out, force) as folder:
         with compressed(small, to, skipped) if is_ours else nullcontext():
-            _check_what_was_quantized(small)
+            owned = {id(linear) for _, _, linear in Parts(small).projections()}
+            for name, module in small.named_modules():
+                if isinstance(module, nn.Linear):
+                    weight = getattr(module, "weight", None)  # packed ones have another name
+                    changed = type(weight) is not nn.Parameter or weight.dtype.itemsize == 1
+                    if changed != (id(module) in owned):
+                        what = "was not quantised" if id(module) in owned else "was quantised"
+                        raise ReloadError(f"{name!r} {what}")
             small.save_pretrained(folder)
             after = stored_bytes(small)
         if processor is not None:
@@ -168,21 +185,6 @@ def _backend_for(to: str, backend: str, device: torch.device) -> str:
             "--backend bitsandbytes, or --to int8"
         )
     return backend
-
-
-def _skipped(model: nn.Module) -> list[str]:
-    """List paths that stay as they are: tower, projector, head, other matrices outside units."""
-    family = Parts(model).family
-    parts = [part for part in (family.vision, *family.projector, family.head) if part is not None]
-    owned = {id(linear) for _, _, linear in Parts(model).projections()}
-    others = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and id(module) not in owned
-        and not any(name == part or name.startswith(f"{part}.") for part in parts)
-    ]
-    return [*parts, *others]
 
 
 def _settings(to: str, backend: str, skipped: list[str], dtype: torch.dtype) -> Any:
@@ -247,15 +249,3 @@ def compressed(model: PreTrainedModel, to: str, skipped: Sequence[str]) -> Itera
     model.config.quantization_config = written
     yield
     compressor.decompress_model(model)
-
-
-def _check_what_was_quantized(model: PreTrainedModel) -> None:
-    """Raise `ReloadError` unless exactly the matrices of decoder layers have another weight."""
-    owned = {id(linear) for _, _, linear in Parts(model).projections()}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            weight = getattr(module, "weight", None)  # packed ones have another name
-            changed = type(weight) is not nn.Parameter or weight.dtype.itemsize == 1
-            if changed != (id(module) in owned):
-                what = "was not quantised" if id(module) in owned else "was quantised"
-                raise ReloadError(f"{name!r} {what}")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -157,7 +157,21 @@ def recover(
     dtype = model.dtype
     with TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = Path(work) if work is not None else Path(temporary)
-        _claim(folder, model, teacher, config, learnt)
+        # only an equal request may resume in the folder; no process holds a sharded model whole
+        both = ((name, each) for name, each in (("model", model), ("teacher", teacher)))
+        request = {
+            "config": asked(config),
+            "processes": num_ranks(),
+            **{n: None if m is None or is_sharded(m) else digest_of_weights(m) for n, m in both},
+            "samples": [sample.id for sample in learnt],
+            "conversations": digest([[sample.messages for sample in learnt]]),
+        }
+        what = f"training folder {str(folder)!r} belongs to a run"
+        cure = "Remove it, or give those options and data again"
+        require_same_request(noted_request(folder / REQUEST_FILE), request, what, cure)
+        if is_first_rank():
+            folder.mkdir(parents=True, exist_ok=True)
+            note_request(folder / REQUEST_FILE, request)
         torch.manual_seed(config.seed)
         is_resumable = work is not None and not is_sharded(model)
         arguments = _training_arguments(config, model, plan, folder, len(learnt), is_resumable)
@@ -180,11 +194,18 @@ def recover(
                 data_collator=Collator(processor, model.config, config.positions),
             )
 
-        shared_plan = plan if share else None
-        teaching: AbstractContextManager[str] = nullcontext("none")
-        if teacher is not None:
-            teaching = _teaching(model, teacher, trained, shared_plan, config.paper_exact)
-        with projector_in_every_graph(model), teaching as about_teacher, stage("train"):
+        about_teacher = "none"
+        with projector_in_every_graph(model), ExitStack() as teaching, stage("train"):
+            if teacher is not None:
+                about_teacher = "separate, sharded"
+                teacher.requires_grad_(False).eval()
+            if teacher is not None and not is_sharded(model):
+                about_teacher = "separate"
+                if plan is not None and share:
+                    about_teacher = share_(teacher, trained, plan).line()
+                    teaching.callback(nn.Module.to, teacher, "meta")
+                teacher.to(device)  # type: ignore[arg-type]
+                teaching.enter_context(seeing_once(model, teacher, config.paper_exact))
             trainer = _trained(trainer_with, trained, arguments, folder)
         plain = without_autocast(trainer)
         if config.keep_adapter and is_first_rank():
@@ -199,36 +220,6 @@ def recover(
         trained_params=trained_params,
         teacher=about_teacher,
     )
-
-
-def _claim(
-    folder: Path,
-    model: PreTrainedModel,
-    teacher: PreTrainedModel | None,
-    config: RecoverConfig,
-    samples: list[Sample],
-) -> None:
-    """Write a training's request into its folder; only an equal request may resume there."""
-
-    def digest_of(source: PreTrainedModel | None) -> str | None:
-        """Hash the weights; None for a sharded model, which no process holds whole."""
-        return None if source is None or is_sharded(source) else digest_of_weights(source)
-
-    request = {
-        "config": asked(config),
-        "processes": num_ranks(),
-        "model": digest_of(model),
-        "teacher": digest_of(teacher),
-        "samples": [sample.id for sample in samples],
-        "conversations": digest([[sample.messages for sample in samples]]),
-    }
-    file = folder / REQUEST_FILE
-    what = f"training folder {str(folder)!r} belongs to a run"
-    cure = "Remove it, or give those options and data again"
-    require_same_request(noted_request(file), request, what, cure)
-    if is_first_rank():
-        folder.mkdir(parents=True, exist_ok=True)
-        note_request(file, request)
 
 
 def _trained(
@@ -288,30 +279,6 @@ def _last_checkpoint(folder: Path) -> str | None:
             continue
         return str(path)
     return None
-
-
-@contextmanager
-def _teaching(
-    model: PreTrainedModel,
-    teacher: PreTrainedModel,
-    trained: Any,
-    plan: Plan | None,
-    paper_exact: bool,
-) -> Iterator[str]:
-    """Freeze the teacher on the model's device, share what it can; yields a line about that."""
-    teacher.requires_grad_(False)
-    teacher.eval()
-    if is_sharded(model):
-        yield "separate, sharded"
-        return
-    with ExitStack() as stack:
-        line = "separate"
-        if plan is not None:
-            line = share_(teacher, trained, plan).line()
-            stack.callback(nn.Module.to, teacher, "meta")
-        teacher.to(model.device)  # type: ignore[arg-type]
-        stack.enter_context(seeing_once(model, teacher, through_students_projector=paper_exact))
-        yield line
 
 
 def _tokens_of_teacher(

@@ -101,11 +101,24 @@ def share_(teacher: PreTrainedModel, trained: Any, plan: Plan) -> Sharing:
     """Let a teacher read the student's weights where they are frozen and equal, value by value."""
     student = plain_model(trained)
     as_read = {parameter.data_ptr() for parameter in teacher.parameters()}
-    ours = _frozen_tensors(student, plan)
-    differing = [
-        *_share_cut_matrices(teacher, plan, ours),
-        *_share_whole_tensors(teacher, ours, plan),
-    ]
+    family, ours = plan.before.family, dict[str, Tensor]()
+    prefix = f"{family.backbone}.layers."
+    for name, parameter in student.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:  # under the name that it has in the teacher
+            name = name.replace(".base_layer.", ".")
+            if name.startswith(prefix):
+                index, _, rest = name.removeprefix(prefix).partition(".")
+                name = f"{prefix}{plan.layers[int(index)]}.{rest}"
+            ours[name] = parameter.data
+    differing = list(_share_cut_matrices(teacher, plan, ours))
+    # rows of tokens stay the teacher's own where the student has fewer of them
+    apart = () if plan.tokens is None else (f"{family.backbone}.embed_tokens.", f"{family.head}.")
+    for name, parameter in teacher.named_parameters():
+        if name in ours and not name.startswith(apart):
+            if equal_tensors(parameter, ours[name]):
+                parameter.data = ours[name]
+            else:
+                differing.append(name)
     teacher.requires_grad_(False).to(student.device)  # type: ignore[arg-type]
     memory = {parameter.data_ptr() for parameter in student.parameters()}
     own = [p for p in teacher.parameters() if p.data_ptr() not in memory]
@@ -115,21 +128,6 @@ def share_(teacher: PreTrainedModel, trained: Any, plan: Plan) -> Sharing:
     own_params = sum(parameter.numel() for parameter in own)
     total = sum(parameter.numel() for parameter in teacher.parameters())
     return Sharing(total - own_params, own_params, tuple(differing))
-
-
-def _frozen_tensors(student: PreTrainedModel, plan: Plan) -> dict[str, Tensor]:
-    """List the student's frozen weights under the names that they have in the teacher."""
-    prefix = f"{Parts(student).family.backbone}.layers."
-    found = {}
-    for name, parameter in student.named_parameters(remove_duplicate=False):
-        if parameter.requires_grad:
-            continue
-        name = name.replace(".base_layer.", ".")
-        if name.startswith(prefix):
-            index, _, rest = name.removeprefix(prefix).partition(".")
-            name = f"{prefix}{plan.layers[int(index)]}.{rest}"
-        found[name] = parameter.data
-    return found
 
 
 def _share_cut_matrices(
@@ -177,21 +175,6 @@ def _share_cut_matrices(
             linear.bias.data = linear.bias[order]
         if weight is not None:
             yield path
-
-
-def _share_whole_tensors(
-    teacher: PreTrainedModel, ours: dict[str, Tensor], plan: Plan
-) -> Iterator[str]:
-    """Share tensors that no unit or token is cut from; yield those of the student that differ."""
-    family = plan.before.family
-    apart = () if plan.tokens is None else (f"{family.backbone}.embed_tokens.", f"{family.head}.")
-    for name, parameter in teacher.named_parameters():
-        if name not in ours or name.startswith(apart):
-            continue
-        if equal_tensors(parameter, ours[name]):
-            parameter.data = ours[name]
-        else:
-            yield name
 
 
 def equal_tensors(theirs: Tensor, ours: Tensor) -> bool:
