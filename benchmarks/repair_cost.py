@@ -19,7 +19,7 @@ import time
 import torch
 from torch import Tensor
 
-from slimvlm.pruning.least_squares import refit
+from slimvlm.pruning.repair import refit
 from slimvlm.scoring.moments import Moments
 
 

@@ -7,11 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slimvlm.core.documents import built
+from slimvlm.core.documents import asked, built
 from slimvlm.core.errors import ConfigError, SlimError
 from slimvlm.core.options import LOSS_NAMES, CompressConfig, PruneConfig, RecoverConfig, parse_loss
 from slimvlm.core.removed import same_without_removed
-from slimvlm.core.requests import asked
 
 
 @pytest.mark.parametrize(

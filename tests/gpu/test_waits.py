@@ -14,7 +14,7 @@ from slimvlm.core.options import RecoverConfig
 from slimvlm.data.samples import Sample
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.load import load
-from slimvlm.pruning.least_squares import refit
+from slimvlm.pruning.repair import refit
 from slimvlm.pruning.walk.walk import walk_
 from slimvlm.scoring.moments import Moments
 from slimvlm.scoring.obs import removal_order

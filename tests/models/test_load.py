@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import slimvlm as sv
+from slimvlm.core.documents import asked
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import CompressConfig, LoadConfig
 from slimvlm.core.progress import silent
-from slimvlm.core.requests import asked
 from slimvlm.models.cost import free_memory
 from slimvlm.models.load import (
     check_models,

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from slimvlm.cli.printing import print_study
-from slimvlm.core import requests
+from slimvlm.core import documents
 from slimvlm.core.errors import ConfigError, NumericalError
 from slimvlm.data.read import identity_of_data
 from slimvlm.evaluation import bench
@@ -166,7 +166,7 @@ def test_other_questions_are_other_work(data, tmp_path):
 
 @pytest.mark.parametrize("size", [100, 10_000])
 def test_a_change_anywhere_in_a_folder_is_noticed(size, tmp_path, monkeypatch):
-    monkeypatch.setattr(requests, "BLOCK_BYTES", 16)  # a large file has more than 64 of them
+    monkeypatch.setattr(documents, "BLOCK_BYTES", 16)  # a large file has more than 64 of them
     file = tmp_path / "train" / "rows.arrow"
     file.parent.mkdir()
     found = set()
@@ -176,7 +176,7 @@ def test_a_change_anywhere_in_a_folder_is_noticed(size, tmp_path, monkeypatch):
             begin = place * size // 100
             content[begin : begin + size // 50] = b"\1" * len(content[begin : begin + size // 50])
         file.write_bytes(bytes(content))
-        found.add(requests.identity_of_files("data", str(tmp_path)))
+        found.add(documents.identity_of_files("data", str(tmp_path)))
     assert len(found) == 4
 
 

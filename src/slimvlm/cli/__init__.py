@@ -28,8 +28,7 @@ from slimvlm.core.errors import (
     printable,
 )
 from slimvlm.core.files import held
-from slimvlm.core.processes import num_ranks
-from slimvlm.core.progress import current_stage, own_stages
+from slimvlm.core.progress import current_stage, num_ranks, own_stages
 from slimvlm.core.removed import refuse_removed
 
 GROUPS: dict[str, tuple[Callable[..., None], ...]] = {

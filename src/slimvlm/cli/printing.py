@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from slimvlm.core.errors import printable
-from slimvlm.core.processes import is_first_rank
+from slimvlm.core.progress import is_first_rank
 
 if TYPE_CHECKING:
     import pandas as pd

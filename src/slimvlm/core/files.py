@@ -21,7 +21,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from slimvlm.core.errors import ConfigError, InUseError, OutputError, shortened
-from slimvlm.core.processes import is_first_rank
+from slimvlm.core.progress import is_first_rank
 
 _REASONS = {
     errno.ENOSPC: "the disk is full",

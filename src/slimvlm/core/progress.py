@@ -5,6 +5,7 @@ A log gets one line when a stage ends, and one every half minute of a stage that
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,22 @@ from rich.markup import escape
 from rich.progress import Progress
 
 from slimvlm.core.errors import printable
-from slimvlm.core.processes import is_first_rank
+
+
+def num_ranks() -> int:
+    """Count all processes, on all machines; 1 without ``torchrun``."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_rank() -> bool:
+    """Whether this process writes and prints; the others compute the same and stay silent."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def local_rank() -> int:
+    """Return the rank of this process on its machine, which is the index of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
 
 T = TypeVar("T")
 _HIDDEN = ContextVar("hidden", default=False)

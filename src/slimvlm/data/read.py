@@ -12,11 +12,10 @@ from itertools import compress, islice, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from slimvlm.core.documents import parse_json, read_object
+from slimvlm.core.documents import identity_of_files, parse_json, read_object
 from slimvlm.core.errors import LONGEST, ConfigError, DataError, one_line, shortened
 from slimvlm.core.options import TooLong
 from slimvlm.core.progress import Say
-from slimvlm.core.requests import identity_of_files
 from slimvlm.data.chat import can_see, length_of, num_images, rendered, require_readable
 from slimvlm.data.samples import Message, Sample, find_image
 

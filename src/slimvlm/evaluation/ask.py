@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
-from slimvlm.core.documents import parse_json, read_text
+from slimvlm.core.documents import digest, parse_json, read_text
 from slimvlm.core.errors import LONGEST, ConfigError, DataError, one_line, shortened
 from slimvlm.core.files import explained, file_name
 from slimvlm.core.progress import progress, steps
-from slimvlm.core.requests import digest
 from slimvlm.data import chat
 from slimvlm.data.samples import Question, Task, identifying_bytes
 from slimvlm.evaluation import metrics

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimvlm.core.errors import ConfigError, NumericalError
-from slimvlm.core.processes import is_first_rank, num_ranks
+from slimvlm.core.progress import is_first_rank, num_ranks
 from slimvlm.models.losses import Head
 from slimvlm.models.parts import Parts, family_of
 

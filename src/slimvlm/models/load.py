@@ -18,12 +18,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from slimvlm.core.documents import read_object
+from slimvlm.core.documents import digest, read_object
 from slimvlm.core.errors import ConfigError, shortened
 from slimvlm.core.options import Dtype, LoadConfig
-from slimvlm.core.processes import local_rank, num_ranks
-from slimvlm.core.progress import to_log
-from slimvlm.core.requests import digest
+from slimvlm.core.progress import local_rank, num_ranks, to_log
 from slimvlm.data.chat import tokenizer_of
 from slimvlm.data.templates import check_tokenizer
 from slimvlm.models import modeling_pruned

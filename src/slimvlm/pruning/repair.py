@@ -1,14 +1,18 @@
-"""The matrices that write to the residual stream, and their repair in one shot.
+"""Closed-form repair: the best weights for a matrix that lost some of its inputs.
 
-The walk (`slimvlm.pruning.walk`) repairs the same matrices, layer after layer.
+O output, C input channel, K kept channel, T token. Sums over tokens are enough: `Moments` gathers
+them, `refit` solves for the new weights. `repair_` does so in one shot for the matrices that write
+to the residual stream, the walk (`slimvlm.pruning.walk`) layer after layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -20,10 +24,203 @@ from slimvlm.models.load import with_float64
 from slimvlm.models.parts import Parts, layer_matrices
 from slimvlm.planning.mask import kept_channels
 from slimvlm.planning.plan import Plan
-from slimvlm.pruning.least_squares import Refit, refit
 from slimvlm.pruning.walk.result import LayerReport, MatrixReport, WalkReport
-from slimvlm.scoring.moments import Moments
+from slimvlm.scoring.moments import BLOCK, Moments
 from slimvlm.scoring.statistics import Grams, Statistics
+
+_MOST_TRIES = 20
+
+_NOISE = 100
+"""Smallest pivot that counts as positive, in machine epsilons times the mean diagonal."""
+
+_PROBES = 8
+"""Random combinations of outputs by which a solution in float32 is checked."""
+
+
+@dataclass(frozen=True)
+class Refit:
+    """New weights for the kept channels, in float64, and how far they are from the target.
+
+    Errors are ``Σ_t w_t ‖y_t - W_K x_t[K] - b‖²`` as a share of the target's sum of squares (of its
+    variance, with a bias).
+    """
+
+    weight: Float[Tensor, "O K"]
+    bias: Float[Tensor, " O"] | None
+    sliced_error: float
+    repaired_error: float  # with the new weights and bias
+
+
+def blended(
+    sliced: Float[Tensor, "*_"], new: Float[Tensor, "*_"], share: float
+) -> Float[Tensor, "*_"]:
+    """Interpolate between sliced and new weights, in the precision of the new ones."""
+    return torch.lerp(sliced.to(new), new, share)
+
+
+def confirmed(
+    new: tuple[Float[Tensor, "O K"], Float[Tensor, " O"] | None],
+    weight: Float[Tensor, "O C"],
+    bias: Float[Tensor, " O"] | None,
+    rows: Iterable[Sequence[Tensor]],
+    keep: Int[Tensor, " K"],
+) -> tuple[float, float, float]:
+    """Return the errors of sliced and of blended weights on held-out tokens, and the best share.
+
+    Along ``W_K + s (W' - W_K)``, and the bias likewise, the squared error is a parabola in the
+    share ``s``: with ``r`` the residual of the sliced weights and ``c`` the change by the new ones,
+    its lowest point is ``Σ_t w_t r_t·c_t / Σ_t w_t ‖c_t‖²``.
+
+    ``rows`` are of held-out tokens: inputs ``[T, C]``, weights ``[T]`` and, if any, residuals
+    ``[T, O]``; ``keep`` is sorted.
+    """
+    whole, gone = weight.detach().clone(), weight.detach().clone()
+    gone[:, keep] = 0
+    change = torch.zeros_like(whole)
+    change[:, keep] = (new[0] - weight[:, keep].to(new[0])).to(change)
+    dtype = torch.promote_types(whole.dtype, torch.float32)
+    shift = whole.new_zeros((), dtype=dtype)
+    if new[1] is not None and bias is not None:
+        shift = (new[1] - bias).to(dtype)
+    toward = square = sliced = target = whole.new_zeros((), dtype=torch.float64)
+    for inputs, weights, *residuals in rows:
+        lacking, added, wanted = (inputs @ matrix.T for matrix in (gone, change, whole))
+        lacking, added, wanted = lacking.to(dtype), added.to(dtype) + shift, wanted.to(dtype)
+        for residual in residuals:
+            lacking, wanted = lacking + residual, wanted + residual
+        heavy = weights[:, None].to(dtype)
+        toward = toward + (heavy * lacking * added).sum(dtype=torch.float64)
+        square = square + (heavy * added.square()).sum(dtype=torch.float64)
+        sliced = sliced + (heavy * lacking.square()).sum(dtype=torch.float64)
+        target = target + (heavy * wanted.square()).sum(dtype=torch.float64)
+    along, length, before, whole_square = torch.stack([toward, square, sliced, target]).tolist()
+    share = min(max(along / length, 0.0), 1.0) if length > 0 else 0.0
+    error = before - 2 * share * along + share**2 * length
+    return _share(before, whole_square), _share(error, whole_square), share
+
+
+def refit(
+    weight: Float[Tensor, "O C"],
+    bias: Float[Tensor, " O"] | None,
+    moments: Moments,
+    keep: Int[Tensor, " K"],
+    ridge: float,
+) -> Refit:
+    """Find the best weights on the (sorted) kept channels, near the sliced ones.
+
+    Minimises, over ``W'`` and, where the matrix has a bias, ``b'``,
+
+    ``Σ_t w_t ‖y_t - W' x_t[K] - b'‖² + λ ‖W' - W_K‖²``, ``λ = ridge · mean diag(G_KK)``,
+
+    where ``y_t = W x_t + b`` unless the moments hold residuals. With ``R`` the removed channels and
+    ``G`` the Gram matrix, the solution is
+
+    ``W' = W_K + (W_R G_RK + E_K) (G_KK + λ I)⁻¹``,
+
+    with ``E`` the cross moments of the residuals, 0 without. This is
+    ``W G_{:,K} (G_KK)⁻¹`` in the limit of no ridge. With a bias all moments are centred.
+
+    The ridge pulls towards the sliced weights, not towards zero. So the error on the calibration
+    tokens is never above that of the sliced weights, whatever the ridge, and where nothing is
+    removed and nothing is missing the weights stay as they are, bit for bit. If the Gram matrix is
+    singular beyond the ridge, the ridge is raised until the system can be solved.
+
+    The system is solved in float64. For weights in half precision it is float32 if that solves it
+    to better than what they can hold.
+
+    Reference:
+        Least squares on the matrix that reads the pruned channels: Meng et al. 2024, OSSCAR,
+        arXiv:2403.12983. The ridge towards the sliced weights and the centring are ours.
+    """
+    if weight.element_size() < 4:
+        tolerance = torch.finfo(weight.dtype).eps / 8
+        found = _refit(weight.float(), bias, moments, keep, ridge, tolerance)
+        if found is not None:
+            return found
+    found = _refit(weight.double(), bias, moments, keep, ridge, math.inf)
+    assert found is not None
+    return found
+
+
+def _refit(
+    weight: Float[Tensor, "O C"],
+    bias: Float[Tensor, " O"] | None,
+    moments: Moments,
+    keep: Int[Tensor, " K"],
+    ridge: float,
+    tolerance: float,
+) -> Refit | None:
+    """Run `refit` in the precision of the weight; None if that has too few digits."""
+    centred, dtype = bias is not None, weight.dtype
+    is_kept = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
+    is_kept[keep] = True
+    everything, remove = torch.arange(len(is_kept), device=keep.device), (~is_kept).nonzero()[:, 0]
+    removed_weight = weight[:, remove]
+    lost = removed_weight @ moments.block(remove, keep, centred, dtype)
+    lost += moments.cross_block(keep, centred, dtype)
+    solution = _solve(moments, keep, lost, ridge, centred, tolerance)
+    if solution is None:
+        return None
+    change, penalty = solution
+    whole = moments.square(weight, everything, centred)
+    sliced = moments.square(removed_weight, remove, centred)
+    repaired = sliced - float((lost * change).sum() + penalty * change.square().sum())
+    new_weight = (weight[:, keep] + change).double()
+    if bias is None:
+        return Refit(new_weight, None, _share(sliced, whole), _share(repaired, whole))
+    shift = removed_weight.double() @ moments.total[remove]
+    if moments.missing is not None:
+        shift += moments.missing
+    shift /= moments.count
+    sliced += float(moments.count * shift.square().sum())
+    new_bias = bias.double() + shift - change.double() @ moments.total[keep] / moments.count
+    return Refit(new_weight, new_bias, _share(sliced, whole), _share(repaired, whole))
+
+
+def _solve(
+    moments: Moments,
+    keep: Int[Tensor, " K"],
+    lost: Float[Tensor, "O K"],
+    ridge: float,
+    centred: bool,
+    tolerance: float,
+) -> tuple[Float[Tensor, "O K"], float] | None:
+    """Solve for ``lost (G_KK + λ I)⁻¹`` and ``λ``; None if rounding exceeds the tolerance."""
+    change = torch.zeros_like(lost)
+    if not lost.any():
+        return change, 0.0
+    ridge = max(ridge, 10 * torch.finfo(moments.pairs.dtype).eps)
+    for _ in range(_MOST_TRIES):
+        system = moments.block(keep, keep, centred, lost.dtype).T
+        mean = float(system.diagonal().mean())
+        penalty = ridge * mean
+        system.diagonal().add_(penalty)
+        info = torch.empty((), dtype=torch.int32, device=system.device)
+        torch.linalg.cholesky_ex(system, out=(system, info))
+        if tolerance < math.inf:
+            rounding = _NOISE * torch.finfo(system.dtype).eps * mean
+            if int(info) != 0 or system.diagonal().square().min() < rounding:
+                return None
+        if int(info) == 0:
+            break
+        ridge *= 10
+    for start in range(0, len(lost), BLOCK):
+        rows = slice(start, start + BLOCK)
+        change[rows] = torch.cholesky_solve(lost[rows].T, system).T
+    if tolerance < math.inf:
+        drawn = torch.randn(_PROBES, len(lost), generator=torch.Generator().manual_seed(0))
+        drawn = drawn.to(lost)
+        solved = drawn @ change
+        rest = drawn @ lost - moments.image(solved, keep, centred) - penalty * solved
+        if torch.cholesky_solve(rest.T, system).norm() > tolerance * solved.norm():
+            return None
+    return change, penalty
+
+
+def _share(error: float, whole: float) -> float:
+    """Divide an error by the whole; rounding may have made it negative."""
+    return max(error, 0.0) / whole if whole > 0 else 0.0
+
 
 ATTENTION, MLP, SEAM = "attention", "mlp", "seam"
 """Kinds of repair: of attention outputs, of MLP outputs, of seams of removed layers."""
@@ -120,7 +317,7 @@ def repair_(
         model: After ``prune_(model, plan)``.
         plan: The plan.
         statistics: ``sv.collect(original, batches, "obs")``.
-        ridge: See `slimvlm.pruning.least_squares.refit`.
+        ridge: See `slimvlm.pruning.repair.refit`.
 
     Returns:
         The report; its errors are those on the statistics.

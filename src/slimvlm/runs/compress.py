@@ -18,7 +18,14 @@ from typing import Any
 import yaml
 from transformers import PreTrainedModel
 
-from slimvlm.core.documents import built, read_yaml
+from slimvlm.core.documents import (
+    asked,
+    built,
+    identity_of_files,
+    is_begun_for,
+    note_request,
+    read_yaml,
+)
 from slimvlm.core.errors import ConfigError, SlimError, is_out_of_memory, one_line
 from slimvlm.core.files import discard_replacement, held, replacement, require_free, write_text
 from slimvlm.core.options import (
@@ -31,7 +38,6 @@ from slimvlm.core.options import (
     part_of,
 )
 from slimvlm.core.progress import Say
-from slimvlm.core.requests import asked, identity_of_files, is_begun_for, note_request
 from slimvlm.data.read import identity_of_data
 from slimvlm.evaluation.bench import PairedTimes, paired_times
 from slimvlm.evaluation.on_data import (
@@ -47,8 +53,7 @@ from slimvlm.models.cost import free_memory, peak_memory, release_memory, weight
 from slimvlm.models.hidden import head_weights_of
 from slimvlm.models.load import anatomy, load, resolve
 from slimvlm.planning.plan import Plan
-from slimvlm.pruning.card import CardFacts
-from slimvlm.pruning.save import save
+from slimvlm.pruning.save import CardFacts, save
 from slimvlm.pruning.tokens import trimmed_processor
 from slimvlm.runs import stages, tables
 from slimvlm.runs.recipes import recipe_for

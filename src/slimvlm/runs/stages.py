@@ -18,9 +18,9 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
+from slimvlm.core.documents import digest
 from slimvlm.core.options import Axis, DataConfig, part_of
 from slimvlm.core.progress import Say, progress, silent
-from slimvlm.core.requests import digest
 from slimvlm.data.read import estimated_length, load_samples
 from slimvlm.data.roles import IGNORE
 from slimvlm.data.samples import Sample, identifying_bytes

@@ -16,11 +16,10 @@ from torch import distributed
 from transformers import PreTrainedModel
 
 from slimvlm.core import options
+from slimvlm.core.documents import asked
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import new_folder, require_free
-from slimvlm.core.processes import is_first_rank, num_ranks
-from slimvlm.core.progress import Say
-from slimvlm.core.requests import asked
+from slimvlm.core.progress import Say, is_first_rank, num_ranks
 from slimvlm.data.read import identity_of_data
 from slimvlm.data.samples import Sample
 from slimvlm.evaluation import ask, on_data
@@ -36,8 +35,7 @@ from slimvlm.models.load import check_models, device_named, load_as
 from slimvlm.models.parts import Parts, text_config_of
 from slimvlm.planning.make import make_plan, make_plan_for_params
 from slimvlm.planning.plan import Plan
-from slimvlm.pruning.card import CardFacts
-from slimvlm.pruning.save import PLAN_FILE, prune_checkpoint, save
+from slimvlm.pruning.save import PLAN_FILE, CardFacts, prune_checkpoint, save
 from slimvlm.pruning.tokens import trimmed_processor
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.runs import request as requests

@@ -17,13 +17,20 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import integration_utils
 from transformers.trainer import TRAINER_STATE_NAME
 
-from slimvlm.core.documents import Count, built, read_object
+from slimvlm.core.documents import (
+    Count,
+    asked,
+    built,
+    digest,
+    note_request,
+    noted_request,
+    read_object,
+    require_same_request,
+)
 from slimvlm.core.errors import ConfigError, SlimError, is_out_of_memory, one_line
 from slimvlm.core.files import explained, write_text
 from slimvlm.core.options import HIDDEN_LOSSES, RecoverConfig
-from slimvlm.core.processes import is_first_rank, num_ranks
-from slimvlm.core.progress import stage, to_log
-from slimvlm.core.requests import asked, digest, note_request, noted_request, require_same_request
+from slimvlm.core.progress import is_first_rank, num_ranks, stage, to_log
 from slimvlm.data.read import subset
 from slimvlm.data.samples import Sample
 from slimvlm.models.anatomy import read_anatomy

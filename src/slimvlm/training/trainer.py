@@ -35,8 +35,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from slimvlm.core.errors import ConfigError, NumericalError, one_line
 from slimvlm.core.files import write_text
 from slimvlm.core.options import DIVERGENCES, HIDDEN_LOSSES, RecoverConfig
-from slimvlm.core.processes import num_ranks
-from slimvlm.core.progress import LoggedStage, is_watched
+from slimvlm.core.progress import LoggedStage, is_watched, num_ranks
 from slimvlm.data.chat import encode_samples
 from slimvlm.data.roles import predicts_label, role_masks
 from slimvlm.data.samples import Sample

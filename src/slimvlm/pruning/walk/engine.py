@@ -17,13 +17,15 @@ from slimvlm.models.anatomy import WIDTH_UNITS
 from slimvlm.models.parts import Parts
 from slimvlm.planning.plan import Kept, Plan
 from slimvlm.pruning.cut import cut_layer_
-from slimvlm.pruning.least_squares import blended, confirmed, refit
 from slimvlm.pruning.repair import (
     MLP,
     REPAIRS,
     RIDGE,
     SEAM,
     Writer,
+    blended,
+    confirmed,
+    refit,
     require_ridge,
     writers_of_layer,
 )
@@ -52,7 +54,7 @@ class Steps(Options):
     """With ``auto`` the walk is judged by the answers of held-out batches at its end, and its new
     weights are dropped if plain slices do better."""
     ridge: float = RIDGE
-    """See `slimvlm.pruning.least_squares.refit`."""
+    """See `slimvlm.pruning.repair.refit`."""
     count: Annotated[int, AT_LEAST_0] = 0
     """Optimizer steps on each layer alone; see `slimvlm.pruning.walk.distil`."""
     learning_rate: Annotated[float | None, ABOVE_0] = None

@@ -9,11 +9,11 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
+from slimvlm.core.documents import digest
 from slimvlm.core.errors import ConfigError, DataError, UnsupportedModelError
 from slimvlm.core.files import require_free
 from slimvlm.core.options import Repair
 from slimvlm.core.progress import Say, silent
-from slimvlm.core.requests import digest
 from slimvlm.models.anatomy import WIDTH_UNITS, Anatomy, read_anatomy
 from slimvlm.models.hidden import device_of, evaluating
 from slimvlm.models.load import (
@@ -91,7 +91,7 @@ def walk_(
         local_steps: Optimizer steps on each layer; see `slimvlm.pruning.walk.distil`.
         token_weights: Weight of ``image``, ``prompt`` and ``answer`` tokens in choice and fit; all
             1 if None.
-        ridge: See `slimvlm.pruning.least_squares.refit`.
+        ridge: See `slimvlm.pruning.repair.refit`.
         **options: Further arguments of `make_plan`.
 
     Returns:

@@ -21,12 +21,11 @@ from uuid import uuid4
 
 from pydantic import Field
 
-from slimvlm.core.documents import built, read_object
+from slimvlm.core.documents import asked, built, digest, identity_of_files, read_object
 from slimvlm.core.errors import ConfigError, InUseError
 from slimvlm.core.files import held, new_folder, write_text
 from slimvlm.core.options import DataConfig, LoadConfig, PruneConfig, Questions, part_of
 from slimvlm.core.progress import without_bars
-from slimvlm.core.requests import asked, digest, identity_of_files
 from slimvlm.data.read import estimated_length, identity_of_data
 from slimvlm.data.samples import Sample
 from slimvlm.evaluation.ask import digest_of_questions

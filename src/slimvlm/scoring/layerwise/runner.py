@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from slimvlm.core.documents import digest
 from slimvlm.core.errors import DataError, UnsupportedModelError
-from slimvlm.core.requests import digest
 from slimvlm.data.roles import valid_tokens
 from slimvlm.models.hidden import (
     all_finite,

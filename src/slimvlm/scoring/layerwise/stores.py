@@ -23,10 +23,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from slimvlm.core.documents import is_begun_for, note_request
 from slimvlm.core.errors import ConfigError, UnsupportedModelError
 from slimvlm.core.files import explained, held, new_file
 from slimvlm.core.progress import Say, silent
-from slimvlm.core.requests import is_begun_for, note_request
 from slimvlm.models.cost import free_memory
 
 PINNING = ("cuda", "xpu")

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from slimvlm.core.errors import ConfigError
-from slimvlm.core.requests import (
+from slimvlm.core.documents import (
     digest,
     is_begun_for,
     note_request,
     noted_request,
     require_same_request,
 )
+from slimvlm.core.errors import ConfigError
 
 NAMES = st.text("abcdefgh_", min_size=1, max_size=6)
 VALUES = st.recursive(
