@@ -333,8 +333,7 @@ class DryRun:
 def dry_run(model: str, config: CompressConfig, say: Say = print) -> DryRun:
     """Check a compression, as `compress` does, and estimate its plan, memory and time."""
     shape = anatomy_of(model)
-    request = resolved(request_of(model, config), say, shape)
-    request, _, samples = settled(request, None, config.data is not None, say)
+    request, _, samples = settled(request_of(model, config), None, say)
     axes: tuple[str, ...] = (str(request.prune.axis),)
     first = request
     if request.prune.axis == "auto":

@@ -57,7 +57,7 @@ from slimvlm.pruning.save import CardFacts, save
 from slimvlm.pruning.tokens import trimmed_processor
 from slimvlm.runs import stages, tables
 from slimvlm.runs.recipes import recipe_for
-from slimvlm.runs.request import Request, ratio_of, resolved, scored_by, tokens_alone
+from slimvlm.runs.request import Request, ratio_of, scored_by, tokens_alone
 from slimvlm.runs.stages import ORIGINAL, PRUNED, RECOVERED, Calibration, SampleSplit
 from slimvlm.scoring.unit_scores import Scores
 from slimvlm.training.recover import TRACKER_FOLDER
@@ -129,10 +129,9 @@ def compress(
         if is_same:
             say(f"going on with the unfinished run in {folder}")
         # every mistake that can be found without weights
-        request = resolved(request_of(model, config), say, anatomy(model))
         if config.baseline:
             read_baseline(config.baseline, floors=config.floors)
-        request, given, samples = stages.settled(request, None, config.data is not None, say)
+        request, given, samples = stages.settled(request_of(model, config), None, say)
         if given is not None:
             say("the tokens alone give the ratio: nothing else goes")
         elif request.prune.axis == "auto":

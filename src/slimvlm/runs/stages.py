@@ -144,14 +144,15 @@ def read_split(request: Request, say: Say) -> SampleSplit:
 
 
 def settled(
-    request: Request, given: Plan | None, has_data: bool, say: Say
+    request: Request, given: Plan | None, say: Say
 ) -> tuple[Request, Plan | None, SampleSplit]:
-    """Check a resolved request against model and data, and choose its tokens, without weights.
+    """Resolve a request, check it against model and data, and choose its tokens, without weights.
 
-    Returns the request with its tokens, the plan if it is known before scoring, and the samples.
-    ``has_data``: the data is the user's, so that its tokens count.
+    Returns the request, the plan if it is known before scoring, and the samples.
     """
-    shape, config = models.anatomy(request.model), request.prune
+    shape, has_data = models.anatomy(request.model), request.prune.data is not None
+    request = requests.resolved(request, say, shape if given is None else None)
+    config = request.prune
     if request.questions is not None:
         requests.check_questions(request.questions)
     requests.check_options(config)
@@ -161,7 +162,7 @@ def settled(
     if line is not None:
         say(line)
     samples = read_split(request, say)
-    if given is None:
+    if given is None:  # only the user's own data says which tokens are needed
         request = with_tokens(request, samples.counted(request) if has_data else [], say)
         given = tokens_alone(request, shape)
         if given is None and config.loses_tokens:
