@@ -16,10 +16,9 @@ from slimvlm.core import documents
 from slimvlm.core.errors import ConfigError, NumericalError
 from slimvlm.data.read import identity_of_data
 from slimvlm.evaluation import bench
-from slimvlm.runs.study import forecast, prepared, run_study
+from slimvlm.runs.study import forecast, prepared, results_table, run_study
 from slimvlm.runs.study.config import Reference, ReferenceRow
 from slimvlm.runs.study.schedule import Cache
-from slimvlm.runs.study.table import results_table
 from tests import tiny_folder as folders
 from tests.runs.study.study_files import stable, study, watch_work
 

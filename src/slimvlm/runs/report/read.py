@@ -26,7 +26,7 @@ from slimvlm.runs.compress import (
     read_times,
 )
 from slimvlm.runs.recipes import published
-from slimvlm.runs.study.table import DONE, FAILED, ORIGINAL, STUDY, TABLE
+from slimvlm.runs.study import DONE, FAILED, ORIGINAL, STUDY, TABLE
 from slimvlm.runs.tables import LEGEND, MARK, held_out_notes, held_out_rows, result_rows
 from slimvlm.scoring.unit_scores import Scores
 from slimvlm.training.recover import History
